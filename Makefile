@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv themselves.
+
+PYTHON ?= python3
+WORKERS ?= 2
+PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: help demo test test-fast lint
+
+help:
+	@echo "make demo       train a tiny LION in three stages, evaluate it, write runs/demo/report.html"
+	@echo "make test       run every test"
+	@echo "make test-fast  run every test but the slow ones"
+	@echo "make lint       check the code's form with ruff"
+	@echo "Each sets up .venv the first time. PYTHON=python3.12 chooses the Python, WORKERS=4 the test processes."
+
+demo:
+	@$(PYTHON) launch/environment.py demo
+	@bash launch/laptop.sh
+
+test:
+	@$(PYTHON) launch/environment.py test
+	$(PYTEST) $(ARGS)
+
+test-fast:
+	@$(PYTHON) launch/environment.py test
+	$(PYTEST) -m "not slow" $(ARGS)
+
+lint:
+	@$(PYTHON) launch/environment.py test
+	.venv/bin/ruff check .

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An experiment as one value: frozen dataclasses built by a plain Python file, changed from the command line,
+written beside every checkpoint as JSON and read back. Nothing here is an array or a function; dtypes are strings."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import io
+import json
+import logging
+import runpy
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lionjax.interfaces import UserError
+from lionjax.sharding import MeshConfig
+
+log = logging.getLogger(__name__)
+
+Scalar = bool | int | float | str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One part of a schedule: what trains, on what, for how long, and how fast.
+
+    `trainable`, `learning_rate_scale`: path patterns as in `params.matches`; the learning rate of a parameter is
+    multiplied by the factor of the first pattern that matches it. `mixture`: (task name, weight). `batch_size`:
+    examples behind one update over all devices, read in `accumulate` equal parts. The learning rate rises from
+    `warmup_learning_rate` to `learning_rate` in `warmup_steps` and falls along a cosine to `end_learning_rate`.
+    `system`: fields of the system's config replaced in this stage, such as ("visual_input", "QFORMER").
+    `start`: begin from the previous stage's weights, or from scratch.
+    """
+
+    name: str
+    steps: int
+    trainable: tuple[str, ...]
+    mixture: tuple[tuple[str, float], ...]
+    batch_size: int
+    accumulate: int = 1
+    learning_rate: float = 1e-5
+    warmup_steps: int = 1000
+    warmup_learning_rate: float = 1e-8
+    end_learning_rate: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = 1.0
+    learning_rate_scale: tuple[tuple[str, float], ...] = ()
+    system: tuple[tuple[str, Scalar], ...] = ()
+    start: Literal["previous", "scratch"] = "previous"
+
+    def __post_init__(self):
+        for field in ("batch_size", "accumulate"):
+            if getattr(self, field) < 1:
+                raise UserError(f"stage {self.name!r}: {field} is {getattr(self, field)} and must be at least 1")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"stage {self.name!r}: batch_size {self.batch_size} does not divide into "
+                f"accumulate={self.accumulate} equal parts"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How a run goes about it: what it writes and when (in updates), and in which dtype frozen weights are held."""
+
+    log_every: int = 10
+    save_every: int = 1000
+    evaluate_every: int = 0  # 0: at the end of a stage only
+    keep: int = 3  # checkpoints kept per stage
+    frozen_dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a run is made of. `weights`: (path prefix in the params tree, safetensors file with that part)."""
+
+    name: str
+    system: object  # a frozen dataclass, such as systems.lion.LionConfig
+    data: object  # a frozen dataclass
+    stages: tuple[Stage, ...]
+    run: RunConfig = RunConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    weights: tuple[tuple[str, str], ...] = ()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a Python file with `get_config() -> Experiment`, changed by `--stages.0.steps 20` and the like.
+
+    Raises UserError when the file is missing, fails, or builds something that is not an experiment of plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no config file {str(path)!r}; configs are Python files such as configs/tiny_lion.py")
+    try:
+        names = runpy.run_path(str(path))
+        experiment = names["get_config"]() if "get_config" in names else None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} fails with {type(error).__name__}: {error}") from error
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"{path} wants a function get_config() that returns a lionjax.config.Experiment")
+    checked = from_json(to_json(experiment))  # lists become tuples, and every value is held to its type
+    return override(checked, overrides)
+
+
+def override(config: Any, arguments: Sequence[str]) -> Any:
+    """A config with fields replaced: ["--stages.0.steps", "20", "--system.t5.width", "64"].
+
+    Tuples of configs are entered by position; a tuple's values follow each other: `--stages.0.mixture vqa 1 caption 2`.
+    Raises UserError for an unknown field (with the nearest one) and for a value of another type.
+    """
+    groups = [(_known(config, name), values) for name, values in _groups(arguments)]
+    try:
+        return _tyro(config, groups) if groups else config
+    except SystemExit:
+        hints = {path: hint for path, hint, _ in leaves(config)}
+        for path, values in groups:
+            with contextlib.suppress(UserError):  # of a config that only all of them together make right
+                try:
+                    _tyro(config, [(path, values)])
+                except SystemExit:
+                    text = " ".join(values)
+                    message = f"{path} wants {_words(hints[path])}, got {text!r}"
+                    break
+        else:
+            message = f"these fields cannot be set together: {' '.join(arguments)}"
+        raise UserError(message) from None
+
+
+def _tyro(config: Any, groups: Sequence[tuple[str, list[str]]]) -> Any:
+    import tyro
+
+    words = [word for path, values in groups for word in (f"--{path}", *values)]
+    marks = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    quiet = io.StringIO()  # tyro draws its errors in boxes; ours are a sentence
+    with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+        return tyro.cli(type(config), args=words, default=config, config=marks)
+
+
+def _groups(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    groups: list[tuple[str, list[str]]] = []
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            groups.append((name.replace("-", "_"), [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(word)
+        else:
+            raise UserError(f"{word!r} stands alone; fields are set as in --stages.0.steps 20")
+    return groups
+
+
+def _known(config: Any, name: str) -> str:
+    paths = [path for path, _, _ in leaves(config)]
+    if name in paths:
+        return name
+    inside = [path for path in paths if path.startswith(name + ".")]
+    near = [path for path in paths if path.endswith("." + name)] or difflib.get_close_matches(name, paths, n=1)
+    if inside:
+        raise UserError(f"{name} holds several fields; set one of them, such as --{inside[0]}")
+    hint = f"; did you mean {near[0]!r}?" if near else "; `lionjax show CONFIG` prints all fields"
+    raise UserError(f"{type(config).__name__} has no field {name!r}{hint}")
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(path, type, value) of every field that holds no further config: ("stages.0.steps", int, 20)."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        path, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, path + ".")
+        elif _holds_configs(value):
+            for index, item in enumerate(value):
+                yield from leaves(item, f"{path}.{index}.")
+        else:
+            yield path, hints[field.name], value
+
+
+def _holds_configs(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(dataclasses.is_dataclass(item) for item in value)
+
+
+def show(config: Any, indent: int = 0) -> str:
+    """The resolved config as a typed, indented tree, for people."""
+    space, lines = "  " * indent, []
+    hints = typing.get_type_hints(type(config))
+    if not indent:
+        lines.append(type(config).__name__)
+        space, indent = "  ", 1
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += [f"{space}{field.name}: {type(value).__name__}", show(value, indent + 1)]
+        elif _holds_configs(value):
+            for index, item in enumerate(value):
+                lines += [f"{space}{field.name}.{index}: {type(item).__name__}", show(item, indent + 1)]
+        else:
+            lines.append(f"{space}{field.name}: {_words(hints[field.name])} = {value!r}")
+    return "\n".join(line for line in lines if line)
+
+
+def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """{path: (old value, new value)} of the fields that differ; a field that only one side has stands against None."""
+    before, after = _flat(old), _flat(new)
+    paths = list(before) + [path for path in after if path not in before]
+    pairs = {path: (before.get(path), after.get(path)) for path in paths}
+    return {path: (a, b) for path, (a, b) in pairs.items() if a != b}
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    flat = {prefix + "class": type(config).__name__}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        parts = {field.name: value}
+        if _holds_configs(value):
+            parts = {f"{field.name}.{index}": item for index, item in enumerate(value)}
+        for name, part in parts.items():
+            config_inside = dataclasses.is_dataclass(part)
+            flat |= _flat(part, f"{prefix}{name}.") if config_inside else {prefix + name: part}
+    return flat
+
+
+def to_json(config: Any) -> str:
+    """A config as JSON text; every dataclass is written with its class, so that `from_json` builds the same."""
+    return json.dumps(_plain(config, type(config).__name__), indent=1)
+
+
+def _plain(value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if not name.startswith("lionjax."):
+            raise UserError(f"{where} is a {kind.__name__}; configs are made of lionjax's own dataclasses only")
+        fields = {f.name: _plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+        return {"class": name} | fields
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}.{index}") for index, item in enumerate(value)]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise UserError(f"{where} holds a {type(value).__name__}; configs hold numbers, text, tuples and other configs")
+
+
+def from_json(text: str) -> Any:
+    """The config that `to_json` wrote. Only dataclasses of lionjax are built.
+
+    A field that the text lacks takes its default, which is logged. Raises UserError for an unknown field, a missing
+    one without default, a value of another type, and text that is no config.
+    """
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"the config is no JSON: {error}") from error
+    if not isinstance(tree, dict) or "class" not in tree:
+        raise UserError("the config wants a JSON object with the key 'class'")
+    return _build(dict(tree), str(tree["class"]).rpartition(".")[2])
+
+
+def _build(tree: dict[str, Any], where: str) -> Any:
+    kind = _class(tree.pop("class", None), where)
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in tree:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{where}: {kind.__name__} has no field {name!r}{hint}")
+    for name, field in fields.items():
+        if name not in tree and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: field {name!r} of {kind.__name__} is missing")
+        if name not in tree:
+            log.warning("%s: field %r is missing and takes its default", where, name)
+    return kind(**{name: _typed(value, hints[name], f"{where}.{name}") for name, value in tree.items()})
+
+
+def _class(name: Any, where: str) -> type:
+    module, _, last = str(name).rpartition(".")
+    kind = None
+    if module.split(".")[0] == "lionjax":
+        with contextlib.suppress(ImportError):
+            kind = getattr(importlib.import_module(module), last, None)
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise UserError(f"{where}: {name!r} is no config class of this version of lionjax")
+    return kind
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """A value from JSON as its field wants it: lists as tuples, whole numbers as floats where a float is wanted."""
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, dict):
+        return _fits(_build(dict(value), where), hint, where)
+    if hint in (object, Any):
+        return tuple(_typed(item, Any, where) for item in value) if isinstance(value, list) else value
+    if origin in (typing.Union, types.UnionType):
+        for kind in sorted(kinds, key=lambda kind: kind is not type(value)):  # the exact type first
+            with contextlib.suppress(UserError):
+                return _typed(value, kind, where)
+    elif origin is tuple and isinstance(value, list):
+        if len(kinds) == 2 and kinds[1] is Ellipsis:
+            kinds = (kinds[0],) * len(value)
+        if len(kinds) == len(value):
+            return tuple(_typed(v, k, f"{where}.{i}") for i, (v, k) in enumerate(zip(value, kinds)))
+    elif hint is float and type(value) is int:
+        return float(value)
+    return _fits(value, hint, where)
+
+
+def _fits(value: Any, hint: Any, where: str) -> Any:
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+            return value
+        if kind in (object, Any) or type(value) is kind:
+            return value
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, kind):
+            return value
+    raise UserError(f"{where} wants {_words(hint)}, got {value!r}")
+
+
+def _words(hint: Any) -> str:
+    plain = isinstance(hint, type) and not typing.get_args(hint)
+    return hint.__name__ if plain else str(hint).replace("typing.", "").replace("NoneType", "None")

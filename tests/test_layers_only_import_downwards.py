@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package is built in floors, and imports only go down. Reads the source; runs none of it.
+
+A new file must be put on a floor below, or the test fails: say where it lives.
+"""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "lionjax"
+
+FLOORS = (
+    # 0: what all agree on
+    "interfaces params sharding config weight_rows convert",
+    # 1: made in this order, each may use those before it
+    "losses layers attention adapters",
+    # 2: these do not know each other; systems introduce them
+    "vision.vit vision.sam vision.swin vision.grounding_dino "
+    "language.decoder language.t5 language.bert bridges.projectors bridges.qformer heads",
+    # 3
+    "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat",
+    # 4
+    "data.scenes data.drawing data.expressions data.wordings data.tasks data.sources "
+    "data.tokenizer data.tiny_tokenizer data.processors data.pipeline "
+    "training.losses training.stages training.loop training.checkpoints scores search generate "
+    "evaluation.metrics evaluation.captions evaluation.answers evaluation.benchmarks "
+    "evaluation.report scaling",
+    # 5: where everything meets
+    "model cli agents plots demo",
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
+FOLDERS = {name.split(".")[0] for name in FLOOR if "." in name}
+FLOOR |= {folder: next(FLOOR[n] for n in FLOOR if n.startswith(folder + ".")) for folder in FOLDERS}
+
+# The only steps sideways that the floors themselves do not allow: (who, whom).
+SIDEWAYS = {
+    ("search", "scores"),
+    ("generate", "scores"),
+    ("generate", "search"),
+    ("evaluation", "generate"),
+    ("evaluation", "search"),
+    ("evaluation", "scores"),
+}
+KNOW_NO_SYSTEM = {"data", "training", "evaluation", "scores", "search", "generate"}
+ORIGINALS = {"torch", "transformers", "tensorflow"}  # only conversion knows that they exist
+MODELS_OF_ELSEWHERE = {"jax", "flax", "optax", "orbax"}  # data hands numpy arrays to whoever reads
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(module: str, source: str):
+    """Each import of a source text: (full dotted name, stands inside a function)."""
+    tree = ast.parse(source)
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = node.module or ""
+            if node.level:
+                here = ["lionjax", *module.split(".")]
+                up = node.level - (module in FOLDERS)  # a package's own dot is the package
+                start = ".".join([*here[: len(here) - up], *filter(None, [node.module])])
+            yield from ((f"{start}.{alias.name}", id(node) in inside) for alias in node.names)
+
+
+def ours(name: str) -> str | None:
+    """The module of ours that a dotted name lies in: 'lionjax.vision.vit.ViT' is in 'vision.vit'."""
+    parts = name.split(".")
+    if parts[0] != "lionjax":
+        return None
+    if parts[1:] == ["load"]:
+        return "model"
+    parts = parts[1:]
+    while parts and ".".join(parts) not in FLOOR and ".".join(parts) not in FILES:
+        parts.pop()
+    return ".".join(parts)
+
+
+def may_step_sideways(module: str, target: str) -> bool:
+    floor, folder, other = FLOOR[module], module.split(".")[0], target.split(".")[0]
+    if (folder, other) in SIDEWAYS or (module, target) in SIDEWAYS:
+        return True
+    if floor == 1:
+        order = FLOORS[1].split()
+        return order.index(target) < order.index(module)
+    if floor in (2, 3):  # a file that was split in two keeps its first word
+        return folder == other and module.split("_")[0] == target.split("_")[0]
+    return floor in (0, 5) or folder == other
+
+
+def complaints(module: str, source: str) -> list[str]:
+    """What a module imports that it may not, each as a sentence."""
+    if module not in FLOOR:
+        return [f"{module} is on no floor: say where it lives, in FLOORS of {Path(__file__).name}"]
+    folder, floor, found = module.split(".")[0], FLOOR[module], []
+    for name, inside in imports(module, source):
+        root, target = name.split(".")[0], ours(name)
+        if root == "flax" and module != "sharding" and floor not in (1, 2, 3):
+            found.append(f"{module} imports {name}; only sharding and floors 1 to 3 know flax")
+        if root in ORIGINALS and not (inside and module.split("_")[0] == "convert"):
+            found.append(f"{module} imports {name}; only convert may, and inside a function")
+        if folder == "data" and root in MODELS_OF_ELSEWHERE:
+            found.append(f"{module} imports {name}; data makes numpy arrays and knows no model")
+        if not target or target == module or target not in FLOOR:
+            continue  # from elsewhere, or from a file that has its own complaint
+        if folder == "data" and FLOOR[target] > 0 and target.split(".")[0] != "data":
+            found.append(f"{module} imports {target}; data knows only floor 0")
+        elif folder in KNOW_NO_SYSTEM and target.split(".")[0] == "systems":
+            found.append(f"{module} imports {target}; it knows System of interfaces, no system")
+        elif FLOOR[target] > floor:
+            found.append(
+                f"{module} (floor {floor}) imports {target} (floor {FLOOR[target]}) above it"
+            )
+        elif FLOOR[target] == floor and not may_step_sideways(module, target):
+            found.append(f"{module} imports {target}, its neighbour on floor {floor}")
+    return found
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name])
+def test_every_module_imports_only_what_lies_below_it(module):
+    assert complaints(module, FILES[module].read_text()) == []
+
+
+def test_no_two_modules_import_each_other():
+    graph = {
+        module: {ours(name) for name, _ in imports(module, path.read_text())} - {None, "", module}
+        for module, path in FILES.items()
+        if module
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
+    assert "interfaces" in graph["params"], "the reader of imports saw nothing"
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("interfaces", "def f():\n    from lionjax import cli"),
+        ("layers", "from lionjax.attention import Attention"),
+        ("vision.vit", "from lionjax.language import t5"),
+        ("vision.vit", "from lionjax.vision.swin import Swin"),
+        ("vision.vit", "from . import swin"),
+        ("systems.lion", "import lionjax.systems.nextchat"),
+        ("systems.lion", "from lionjax.training import loop"),
+        ("training.loop", "from ..systems.lion import Lion"),
+        ("training.loop", "from lionjax.evaluation import metrics"),
+        ("evaluation.benchmarks", "from lionjax import load"),
+        ("data.tasks", "import jax.numpy as jnp"),
+        ("data.tasks", "from lionjax.layers import Dense"),
+        ("config", "from flax import linen"),
+        ("training.stages", "import flax.linen as nn"),
+        ("generate", "def f():\n    import torch"),
+        ("convert", "import torch"),
+        ("helpers", ""),
+    ],
+)
+def test_a_forbidden_import_is_seen(module, source):
+    assert len(complaints(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("attention", "from lionjax.layers import Dense"),
+        ("vision.swin_tags", ""),
+        ("vision.swin", "import flax.linen as nn\nfrom lionjax import attention"),
+        ("systems.lion", "from lionjax.vision import vit\nfrom lionjax.interfaces import Batch"),
+        ("evaluation.benchmarks", "from lionjax import generate, search\nfrom . import metrics"),
+        ("data.tasks", "import numpy as np\nfrom lionjax.data import scenes"),
+        ("convert", "def f():\n    import torch"),
+        ("cli", "from lionjax import __version__, load"),
+    ],
+)
+def test_a_proper_import_is_not_complained_of(module, source, monkeypatch):
+    monkeypatch.setitem(FLOOR, "vision.swin_tags", 2)
+    assert complaints(module, source) == []
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    heavy = "torch tensorflow tensorflow_datasets grain transformers jax flax matplotlib numpy"
+    code = f"import sys, lionjax; print([m for m in {heavy.split()} if m in sys.modules])"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout.strip() == "[]", said.stdout + said.stderr
+
+
+def test_load_and_convert_come_with_their_first_use_and_other_names_are_refused():
+    code = (
+        "import lionjax; print(lionjax.convert.from_torch, lionjax.load, lionjax.__version__)\n"
+        "lionjax.lode"
+    )
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "from_torch" in said.stdout and "load" in said.stdout
+    assert "lionjax has no attribute 'lode'" in said.stderr

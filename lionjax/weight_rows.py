@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One row of a weight table: which torch tensors are which of our leaves, and how the layout changes.
+
+A model file carries its table as a plain tuple of rows; a system's table is its parts' tables put `under` prefixes.
+`convert.params_from` and `convert.state_from` read the same table, one each way.
+
+Names are templates. `{i}` stands for a layer's number; our leaf holds all layers on axis 0. `{j}` and `{k}` stand for a
+second and third number, on the axes after it. A number may be a sum: `{2i}` is every second layer, `{2i+1}` the others,
+`{8i+j<7}` layers 0..6, 8..14 and so on, as (groups, 7) on our side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An invertible change of layout: one array for each name in the row goes in, one for each path comes out."""
+
+    name: str  # how it prints
+    to_flax: Callable
+    to_torch: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """torch name(s), our path(s), and the change of layout between them.
+
+    `also` holds other torch names of the same tensor (tied weights). On the way in one of the names must be there and
+    all that are there must hold the same numbers; on the way out every name is written. No path at all: see `constant`.
+    """
+
+    torch: str | tuple[str, ...]
+    flax: str | tuple[str, ...]
+    op: Op = dataclasses.field(default_factory=lambda: same)
+    also: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.also and len(self.names) != 1:
+            raise ValueError(
+                f"row {self.names} has several tensors; only a single one may have other names"
+            )
+        letters = {Template.of(name).letters for name in (*self.names, *self.also)}
+        if len(letters) != 1:
+            raise ValueError(
+                f"the torch names {(*self.names, *self.also)} do not hold the same letters"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.torch,) if isinstance(self.torch, str) else self.torch
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.flax,) if isinstance(self.flax, str) else self.flax
+
+    @property
+    def letters(self) -> str:
+        """The letters of its names in axis order: "" for one tensor, "i" for a run of layers, "ij" for a grid."""
+        return Template.of(self.names[0]).letters
+
+    def to_flax(self, *tensors) -> tuple:
+        """One layer's tensors -> that layer's part of each leaf."""
+        made = self.op.to_flax(*tensors)
+        return (made,) if isinstance(self.flax, str) else made
+
+    def to_torch(self, *leaves) -> tuple:
+        """One layer's part of each leaf -> that layer's tensors."""
+        made = self.op.to_torch(*leaves)
+        return (made,) if isinstance(self.torch, str) else made
+
+
+def under(torch: str, flax: str, rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The same rows for a model that sits inside another: its torch names and its paths behind prefixes.
+
+    The torch prefix may hold a letter that the rows do not use, when a whole model is stacked.
+    """
+
+    def put(prefix, name):
+        return prefix + name if isinstance(name, str) else tuple(prefix + part for part in name)
+
+    return tuple(
+        Row(put(torch, row.torch), put(flax, row.flax), row.op, put(torch, row.also))
+        for row in rows
+    )
+
+
+# Changes of layout. Going in they are views (the one copy is into the leaf), so they cost nothing by themselves.
+
+
+def permuted(name: str, *axes: int) -> Op:
+    """An op that reorders axes: `axes` are torch's axes in our order."""
+    back = tuple(np.argsort(axes))
+    return Op(name, lambda w: w.transpose(axes), lambda w: w.transpose(back))
+
+
+same = Op("same", lambda w: w, lambda w: w)
+linear = permuted("linear", 1, 0)  # (out, in) -> (in, out)
+conv = permuted(
+    "conv", 2, 3, 1, 0
+)  # (out, in, high, wide) -> (high, wide, in, out); also patch kernels
+conv_transpose = permuted(
+    "conv_transpose", 2, 3, 0, 1
+)  # (in, out, high, wide) -> (high, wide, in, out)
+squeeze = Op("squeeze", lambda w: w.reshape(w.shape[1:]), lambda w: w[None])  # (1, ...) -> (...)
+
+
+def reshaped(torch: tuple[int, ...], flax: tuple[int, ...]) -> Op:
+    """Another shape with the same order of numbers; one -1 in each stands for what is left."""
+    return Op(f"{torch} to {flax}", lambda w: w.reshape(flax), lambda w: w.reshape(torch))
+
+
+def heads_in(heads: int, head: int) -> Op:
+    """A projection into heads: (heads * head, D) -> (D, heads, head)."""
+    return Op(
+        f"heads_in({heads}, {head})",
+        lambda w: w.reshape(heads, head, w.shape[1]).transpose(2, 0, 1),
+        lambda w: w.transpose(1, 2, 0).reshape(heads * head, w.shape[0]),
+    )
+
+
+def heads_in_bias(heads: int, head: int) -> Op:
+    """The last axis cut into heads: (..., heads * head) -> (..., heads, head). Also kernels of (in, out)."""
+    return Op(
+        f"heads_in_bias({heads}, {head})",
+        lambda w: w.reshape(*w.shape[:-1], heads, head),
+        lambda w: w.reshape(*w.shape[:-2], heads * head),
+    )
+
+
+def heads_out(heads: int, head: int) -> Op:
+    """A projection out of heads: (D, heads * head) -> (heads, head, D)."""
+    return Op(
+        f"heads_out({heads}, {head})",
+        lambda w: w.reshape(w.shape[0], heads, head).transpose(1, 2, 0),
+        lambda w: w.transpose(2, 0, 1).reshape(w.shape[2], heads * head),
+    )
+
+
+def fused(*parts: Op | None, axis: int = 0) -> Op:
+    """One torch tensor cut into equal parts along `axis`, each part one of our leaves (the row has a tuple of paths).
+
+    None is a part that must be zero on the way in, has no leaf, and is written as zeros: the keys' third of EVA's bias.
+    """
+
+    def to_flax(w):
+        pieces = np.split(w, len(parts), axis)
+        for number, (part, piece) in enumerate(zip(parts, pieces)):
+            if part is None and np.any(piece != 0):
+                raise ValueError(f"part {number} of {len(parts)} must be zero and is not")
+        return tuple(part.to_flax(piece) for part, piece in zip(parts, pieces) if part is not None)
+
+    def to_torch(*leaves):
+        rest = iter(leaves)
+        pieces = [None if part is None else part.to_torch(next(rest)) for part in parts]
+        blank = np.zeros_like(next(piece for piece in pieces if piece is not None))
+        return np.concatenate([blank if piece is None else piece for piece in pieces], axis)
+
+    names = ", ".join("zero" if part is None else part.name for part in parts)
+    return Op(f"fused({names}; axis {axis})", to_flax, to_torch)
+
+
+def joined(op: Op = same, axis: int = 0) -> Op:
+    """Several torch tensors (the row has a tuple of names), each through `op`, stacked on a new axis of one leaf."""
+    return Op(
+        f"joined({op.name}; axis {axis})",
+        lambda *tensors: np.stack([op.to_flax(w) for w in tensors], axis),
+        lambda leaf: tuple(op.to_torch(w) for w in np.moveaxis(leaf, axis, 0)),
+    )
+
+
+def constant(torch: str, value) -> Row:
+    """A row for a tensor that says nothing new, such as position ids.
+
+    It may be missing on the way in, must hold `value` if it is there, and is written on the way out. `value` is an
+    array, or a function that makes it.
+    """
+
+    def make():
+        return np.asarray(value() if callable(value) else value)
+
+    def to_flax(w):
+        if w.dtype != make().dtype or not np.array_equal(w, make()):
+            raise ValueError(
+                f"it is a constant of {make().dtype} {make().shape} and holds something else"
+            )
+        return ()
+
+    return Row(torch, (), Op("constant", to_flax, make))
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A torch name with letters in it, taken apart so that it can be matched and filled."""
+
+    text: str
+    letters: str  # sorted
+    regex: re.Pattern
+    sums: tuple  # one for each pair of braces: (((letter, step), ...) largest step first, offset, bound or None)
+
+    @staticmethod
+    @functools.cache
+    def of(text: str) -> Template:
+        """Parse a template. Raises ValueError when its braces cannot be understood."""
+        pieces = re.split(r"\{([^{}]*)\}", text)
+        sums = tuple(_sum(inside, text) for inside in pieces[1::2])
+        letters = [letter for terms, _, _ in sums for letter, _ in terms]
+        if len(set(letters)) != len(letters):
+            raise ValueError(
+                f"torch name {text!r} holds a letter twice; give each its own of i, j, k"
+            )
+        literal = [re.escape(piece) for piece in pieces[::2]]
+        return Template(text, "".join(sorted(letters)), re.compile(r"(\d+)".join(literal)), sums)
+
+    def bound(self, letter: str) -> int | None:
+        """How far the letter runs, where the template says so (`<`)."""
+        return next((bound for terms, _, bound in self.sums if terms[-1][0] == letter), None)
+
+    def fill(self, index: tuple[int, ...]) -> str:
+        """The torch name at these numbers (in the order of `letters`)."""
+        value = dict(zip(self.letters, index, strict=True))
+        numbers = iter(
+            sum(step * value[x] for x, step in terms) + plus for terms, plus, _ in self.sums
+        )
+        return re.sub(r"\{[^{}]*\}", lambda _: str(next(numbers)), self.text)
+
+    def match(self, name: str) -> tuple[int, ...] | None:
+        """The numbers at which this template is `name`, or None."""
+        if (found := self.regex.fullmatch(name)) is None:
+            return None
+        value = {}
+        for number, (terms, offset, bound) in zip(found.groups(), self.sums):
+            rest = int(number) - offset
+            for letter, step in terms:
+                value[letter], rest = divmod(rest, step)
+            if rest or (bound is not None and value[terms[-1][0]] >= bound):
+                return None
+        index = tuple(value[letter] for letter in self.letters)
+        # Negative numbers and leading zeros do not come back as the same name.
+        return index if min(index, default=0) >= 0 and self.fill(index) == name else None
+
+
+def _sum(inside: str, text: str) -> tuple:
+    """What stands between braces: terms such as 8i and j, an offset, and the bound behind `<`."""
+    parsed = re.fullmatch(r"((?:\d*[ijk]|\d+)(?:\+(?:\d*[ijk]|\d+))*)(?:<(\d+))?", inside)
+    terms, offset = [], 0
+    for part in parsed[1].split("+") if parsed else ():
+        if part[-1] in "ijk":
+            terms.append((part[-1], int(part[:-1] or 1)))
+        else:
+            offset += int(part)
+    terms.sort(key=lambda term: -term[1])
+    bound = int(parsed[2]) if parsed and parsed[2] else None
+    if not terms or len(terms) > 2 or any(step < 1 for _, step in terms):
+        raise ValueError(
+            f"braces {{{inside}}} in torch name {text!r}: want a sum such as i, 2i+1 or 8i+j<7"
+        )
+    if len(terms) == 2 and (bound is None or terms[0][1] < bound * terms[1][1]):
+        raise ValueError(
+            f"braces {{{inside}}} in torch name {text!r}: the second letter wants a bound, as in 8i+j<7"
+        )
+    return tuple(terms), offset, bound

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixels of a scene: every shape is a signed distance, so one formula gives both smooth edges and exact masks.
+
+Lengths are fractions of the picture's side, pixel centres lie at (i + 0.5) / pixels, y points down. The same scene
+may be drawn at any resolution. Nothing is random here: what varies is in the scene.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+RGB = {
+    "red": (214, 36, 36),
+    "blue": (38, 76, 214),
+    "green": (32, 150, 58),
+    "yellow": (250, 216, 40),
+    "purple": (128, 44, 176),
+    "orange": (252, 134, 12),
+    "pink": (252, 132, 190),
+    "cyan": (64, 208, 226),
+}
+STRIPE, DOT, DOT_RADIUS, OUTLINE = 0.062, 0.058, 0.0175, 0.007
+LIGHT_INK, DARK_INK = (246, 246, 242), (40, 38, 46)
+SPECKS = 48
+
+
+def _circle(u, v):
+    return np.hypot(u, v) - 1.0
+
+
+def _ring(u, v):
+    return np.abs(np.hypot(u, v) - 0.72) - 0.28
+
+
+def _square(u, v):
+    return np.maximum(np.abs(u), np.abs(v)) - 0.86
+
+
+def _diamond(u, v):
+    # Narrower than tall, so that a tilted square is never mistaken for it.
+    return (np.abs(u) / 0.7 + np.abs(v) - 1.0) / np.hypot(1 / 0.7, 1.0)
+
+
+def _triangle(u, v):
+    slope = np.hypot(1.72, 0.96)
+    return np.maximum(v - 0.76, (1.72 * np.abs(u) - 0.96 * (v + 0.96)) / slope)
+
+
+def _cross(u, v):
+    a, b = np.abs(u), np.abs(v)
+    return np.minimum(np.maximum(a - 0.98, b - 0.33), np.maximum(b - 0.98, a - 0.33))
+
+
+def _star(u, v):
+    # Five points fold onto one half point, whose edge is a straight line from the tip to the notch.
+    sector, notch = np.pi / 5, 0.44
+    turn = np.abs(np.mod(np.arctan2(u, -v) + sector, 2 * sector) - sector)
+    radius = np.hypot(u, v)
+    nx, ny = notch * np.sin(sector), 1.0 - notch * np.cos(sector)
+    return ((radius * np.cos(turn) - 1.0) * nx + radius * np.sin(turn) * ny) / np.hypot(nx, ny)
+
+
+def _heart(u, v):
+    # A square standing on its corner with a half disc on each upper side.
+    side, a, w = 0.82, np.abs(u), v - 0.08
+    discs = np.hypot(a - side / 2, w + side / 2) - side / np.sqrt(2)
+    return np.minimum((a + np.abs(w) - side) / np.sqrt(2), discs)
+
+
+DISTANCE = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "ring": _ring,
+    "diamond": _diamond,
+    "heart": _heart,
+}
+
+
+def window(thing, pixels: int) -> tuple[slice, slice]:
+    """Rows and columns of the picture that a thing can touch."""
+    reach = 0.56 * thing.extent
+    edges = [(c - reach, c + reach) for c in (thing.y, thing.x)]
+    return tuple(
+        slice(max(0, int(low * pixels)), min(pixels, int(high * pixels) + 2)) for low, high in edges
+    )
+
+
+def _local(thing, pixels: int):
+    """The window, and its pixel centres in the thing's own turned coordinates, where the thing spans -1..1."""
+    rows, columns = window(thing, pixels)
+    y = (np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5) / pixels - thing.y
+    x = (np.arange(columns.start, columns.stop, dtype=np.float32)[None] + 0.5) / pixels - thing.x
+    turn, half = np.deg2rad(thing.angle), thing.extent / 2
+    cos, sin = np.float32(np.cos(turn) / half), np.float32(np.sin(turn) / half)
+    return (rows, columns), x * cos + y * sin, y * cos - x * sin
+
+
+def silhouette(thing, pixels: int):
+    """(rows, columns), mask: which pixel centres of that window lie inside the whole, unhidden thing."""
+    place, u, v = _local(thing, pixels)
+    return place, DISTANCE[thing.shape](u, v) < 0
+
+
+def owners(things, pixels: int) -> np.ndarray:
+    """(pixels, pixels) int8: index of the thing seen at each pixel centre, -1 for background."""
+    owner = np.full((pixels, pixels), -1, np.int8)
+    for k, thing in enumerate(things):
+        place, inside = silhouette(thing, pixels)
+        owner[place][inside] = k
+    return owner
+
+
+def tight_box(mask) -> tuple[float, float, float, float]:
+    """The smallest xyxy box in 0..1 that holds every set pixel of a square mask; empty masks are an error."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        raise ValueError("the mask is empty, so it has no box; draw the scene at more pixels")
+    pixels = len(mask)
+    x0, x1, y0, y1 = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
+    return tuple(float(edge) / pixels for edge in (x0, y0, x1, y1))
+
+
+def _ink(thing, u, v, pixels: int):
+    """How much of each pixel is covered by the second colour of the texture; None for plain things."""
+    half = thing.extent / 2
+    if thing.texture == "striped":
+        across = (u + v) * (half / np.sqrt(2) / STRIPE)
+        distance = (np.abs(np.mod(across, 1.0) - 0.5) - 0.21) * STRIPE
+    elif thing.texture == "dotted":
+        du, dv = (np.mod(w * (half / DOT) + 0.5, 1.0) - 0.5 for w in (u, v))
+        distance = np.hypot(du, dv) * DOT - DOT_RADIUS
+    else:
+        return None
+    return np.clip(0.5 - distance * pixels, 0.0, 1.0)[..., None]
+
+
+def _draw(canvas, thing):
+    """Paint one thing over the float canvas (pixels, pixels, 3)."""
+    pixels = len(canvas)
+    place, u, v = _local(thing, pixels)
+    distance = DISTANCE[thing.shape](u, v) * np.float32(thing.extent / 2)
+    alpha = np.clip(0.5 - distance * pixels, 0.0, 1.0)[..., None]
+    color = np.float32(RGB[thing.color]) * np.float32(thing.shade)
+    paint = color
+    ink = _ink(thing, u, v, pixels)
+    if ink is not None:
+        bright = float(np.dot(RGB[thing.color], (0.299, 0.587, 0.114))) > 135
+        paint = color + ink * (np.float32(DARK_INK if bright else LIGHT_INK) - color)
+    # A darker rim keeps a thing apart from what it lies on, at any background.
+    rim = np.clip(0.5 + (distance + OUTLINE) * pixels, 0.0, 1.0)[..., None]
+    paint = paint + rim * (color * np.float32(0.45) - paint)
+    canvas[place] += alpha * (paint - canvas[place])
+
+
+def background(ground, pixels: int) -> np.ndarray:
+    """(pixels, pixels, 3) float32 of a scene's background alone."""
+    first, second = np.float32(ground.first), np.float32(ground.second)
+    at = (np.arange(pixels, dtype=np.float32) + 0.5) / pixels
+    if ground.kind == "plain":
+        mix = np.zeros((pixels, pixels), np.float32)
+    elif ground.kind == "shaded":
+        turn = np.deg2rad(ground.angle)
+        mix = (at[None] - 0.5) * np.cos(turn) + (at[:, None] - 0.5) * np.sin(turn)
+        mix = np.clip(0.5 + mix / (abs(np.cos(turn)) + abs(np.sin(turn))), 0, 1)
+    elif ground.kind == "speckled":
+        grain = np.random.default_rng(ground.grain).random((SPECKS, SPECKS), np.float32)
+        cell = (at * SPECKS).astype(int)
+        mix = grain[cell[:, None], cell]
+    else:
+        cell = (at * ground.cells).astype(int)
+        mix = ((cell[:, None] + cell) % 2).astype(np.float32)
+    return first + mix[..., None].astype(np.float32) * (second - first)
+
+
+def render(scene, pixels: int) -> np.ndarray:
+    """A scene as a uint8 RGB picture (pixels, pixels, 3); things are painted back to front."""
+    canvas = background(scene.background, pixels)
+    for thing in scene.things:
+        _draw(canvas, thing)
+    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)

@@ -128,32 +128,43 @@ def override(config: Any, arguments: Sequence[str]) -> Any:
     `--stages.0.mixture vqa 1 caption 2`. Raises UserError for an unknown field (with the nearest
     one) and for a value of another type.
     """
-    groups = [(_known(config, name), values) for name, values in _groups(arguments)]
-    try:
-        return _tyro(config, groups) if groups else config
-    except SystemExit:
-        hints = {path: hint for path, hint, _ in leaves(config)}
-        for path, values in groups:
-            with contextlib.suppress(UserError):  # one alone may break what all together keep
-                try:
-                    _tyro(config, [(path, values)])
-                except SystemExit:
-                    text = " ".join(values)
-                    message = f"{path} wants {_words(hints[path])}, got {text!r}"
-                    break
-        else:
-            message = f"these fields cannot be set together: {' '.join(arguments)}"
-        raise UserError(message) from None
+    hints = {path: hint for path, hint, _ in leaves(config)}
+    changes = {}
+    for name, values in _groups(arguments):
+        path = _known(config, name)
+        changes[path] = _parse(values, hints[path], path)
+    return _replaced(config, changes, type(config).__name__)
 
 
-def _tyro(config: Any, groups: Sequence[tuple[str, list[str]]]) -> Any:
+def _parse(words: list[str], hint: Any, where: str) -> Any:
     import tyro
 
-    words = [word for path, values in groups for word in (f"--{path}", *values)]
-    marks = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     quiet = io.StringIO()  # tyro draws its errors in boxes; ours are a sentence
-    with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
-        return tyro.cli(type(config), args=words, default=config, config=marks)
+    try:
+        with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+            return tyro.cli(hint, args=words)
+    except SystemExit:
+        raise UserError(f"{where} wants {_words(hint)}, got {' '.join(words)!r}") from None
+
+
+def _replaced(config: Any, changes: dict[str, Any], where: str) -> Any:
+    """The config with {path: value} put in, all at once: some are right only together."""
+    fields: dict[str, Any] = {}
+    for name, value in _parts(config):
+        inside = {
+            p.removeprefix(name + "."): v for p, v in changes.items() if p.startswith(name + ".")
+        }
+        value = _replaced(value, inside, f"{where}.{name}") if inside else changes.get(name, value)
+        field, in_tuple, _ = name.partition(".")
+        fields[field] = (*fields.get(field, ()), value) if in_tuple else value
+    return _made(type(config), fields, where)
+
+
+def _made(kind: type, fields: dict[str, Any], where: str) -> Any:
+    try:
+        return kind(**fields)
+    except ValueError as error:  # of a config that looks at its own fields
+        raise UserError(f"{where}: {error}") from error
 
 
 def _groups(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -288,7 +299,7 @@ def _build(tree: dict[str, Any], where: str) -> Any:
         if name not in tree:
             log.warning("%s: field %r is missing and takes its default", where, name)
     values = {name: _typed(tree[name], hints[name], f"{where}.{name}") for name in tree}
-    return kind(**values)
+    return _made(kind, values, where)
 
 
 def _class(name: Any, where: str) -> type:

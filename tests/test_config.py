@@ -10,6 +10,7 @@ import pytest
 from lionjax import config
 from lionjax.config import Experiment, RunConfig, Stage
 from lionjax.interfaces import UserError
+from lionjax.systems.lion import AggregatorConfig, Lion, QFormerConfig, T5Config, ViTConfig
 
 FILE = """
 from lionjax.config import Experiment, Stage
@@ -70,6 +71,14 @@ def test_the_command_line_sets_one_typed_field_and_no_other(path, words, field, 
     values = {name: value for name, _, value in config.leaves(changed)}
     assert repr(values[field]) == repr(wanted)
     assert set(config.difference(config.load(path), changed)) == {field}
+
+
+def test_a_config_that_refuses_a_value_says_why():
+    lion = Lion(ViTConfig(), QFormerConfig(), AggregatorConfig(), T5Config())
+    assert config.override(lion, ["--vision.depth", "2", "--qformer.layers", "4"]).vision.depth == 2
+    with pytest.raises(UserError) as error:
+        config.override(lion, ["--vision.depth", "2", "--visual_input", "NONE"])
+    assert sentence(error).startswith("Lion: visual_input is 'NONE'; it can be one of ALL")
 
 
 def test_fields_that_are_right_only_together_are_set_together(path):
@@ -152,6 +161,7 @@ STRANGE = [
         lambda t: t["system"].update({"class": "subprocess.Popen"}),
         "'subprocess.Popen' is no config",
     ),
+    (lambda t: t["system"].update({"class": "pstats.StatsProfile"}), "StatsProfile' is no config"),
     (lambda t: t["system"].update({"class": "lionjax.config.load"}), "load' is no config class"),
     (lambda t: t["system"].update({"class": "lionjax.nothing.A"}), "nothing.A' is no config class"),
     (lambda t: t["system"].pop("class"), "None is no config class"),

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention: who may look at whom, T5's relative positions, the product itself, and the cache of a decoder.
+
+Masks are boolean (True = may look) and broadcast to (B, N, L, S); biases are added to the scores in float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lionjax.layers import Dense, DenseFromHeads, LoraConfig, dropout, normal
+from lionjax.sharding import constrain, sharded
+from lionjax.weight_rows import Row, heads_in, heads_in_bias, heads_out
+
+MASKED = -1e30  # far below any score, and finite, so that a row that sees nothing gives no NaN
+
+
+def key_mask(mask_BS):
+    """Everyone may look at the real tokens: (B, S) -> (B, 1, 1, S)."""
+    return mask_BS.astype(bool)[:, None, None, :]
+
+
+def causal_mask(length: int):
+    """A token may look at itself and before: (1, 1, L, L)."""
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
+def attend(query_BLNH, key_BSNH, value_BSNH, mask=None, bias=None, scale: float = 1.0, rate: float = 0.0, key=None):
+    """softmax(scale * q k + bias) v, the softmax in float32: (B, L, N, H).
+
+    Keys may have fewer heads than queries (grouped-query attention). `key` drives dropout on the probabilities.
+    """
+    if key_BSNH.shape[2] != query_BLNH.shape[2]:
+        groups = query_BLNH.shape[2] // key_BSNH.shape[2]
+        key_BSNH, value_BSNH = (jnp.repeat(x, groups, axis=2) for x in (key_BSNH, value_BSNH))
+    score_BNLS = jnp.einsum("BLNH,BSNH->BNLS", query_BLNH, key_BSNH, preferred_element_type=jnp.float32)
+    if scale != 1.0:
+        score_BNLS = score_BNLS * scale
+    if bias is not None:
+        score_BNLS = score_BNLS + bias
+    if mask is not None:
+        score_BNLS = jnp.where(mask, score_BNLS, MASKED)
+    share_BNLS = dropout(jax.nn.softmax(score_BNLS, axis=-1), rate, key).astype(value_BSNH.dtype)
+    return jnp.einsum("BNLS,BSNH->BLNH", share_BNLS, value_BSNH)
+
+
+class Attention(nn.Module):
+    """Queries from x, keys and values from x or from elsewhere; `biases` names which of q, k, v, o have one."""
+
+    width: int
+    heads: int
+    head: int
+    source_width: int | None = None
+    kv_heads: int | None = None
+    biases: str = "qkvo"
+    scale: float | None = None  # None: 1 / sqrt(head)
+    rate: float = 0.0
+    inits: tuple = (normal(0.02),) * 4  # of q, k, v, o
+    lora: LoraConfig = LoraConfig()
+
+    def setup(self):
+        source = self.source_width or self.width
+        kv_heads = self.kv_heads or self.heads
+        axes = ("embed", "heads", "head")
+
+        def project(inputs, heads, letter, init):
+            return Dense(inputs, (heads, self.head), axes, letter in self.biases, init, self.lora)
+
+        self.q = project(self.width, self.heads, "q", self.inits[0])
+        self.k = project(source, kv_heads, "k", self.inits[1])
+        self.v = project(source, kv_heads, "v", self.inits[2])
+        self.o = DenseFromHeads(self.heads, self.head, self.width, "o" in self.biases, self.inits[3], self.lora)
+
+    def queries(self, x_BLD):
+        return constrain(self.q(x_BLD), "batch", "length", "act_heads", None)
+
+    def keys_values(self, x_BSD):
+        return self.k(x_BSD), self.v(x_BSD)
+
+    def look(self, query_BLNH, keys_values, mask=None, bias=None, key=None):
+        scale = 1 / math.sqrt(self.head) if self.scale is None else self.scale
+        out = attend(query_BLNH, *keys_values, mask, bias, scale, self.rate, key)
+        return constrain(self.o(out), "batch", "length", "act_embed")
+
+    def __call__(self, x_BLD, source_BSD=None, mask=None, bias=None, key=None):
+        source = x_BLD if source_BSD is None else source_BSD
+        return self.look(self.queries(x_BLD), self.keys_values(source), mask, bias, key)
+
+
+def write(cache_BSNH, new_BLNH, step):
+    """New keys or values at positions step, step + 1, ... of a cache."""
+    return jax.lax.dynamic_update_slice(cache_BSNH, new_BLNH.astype(cache_BSNH.dtype), (0, step, 0, 0))
+
+
+def relative_buckets(query_positions, key_positions, buckets: int, max_distance: int, both_ways: bool):
+    """T5's bucket of each (query, key) distance: exact when near, logarithmic when far (arXiv 1910.10683, 2.1).
+
+    numpy or jax integer arrays (L,), (S,) -> (L, S).
+    """
+    distance_LS = key_positions[None, :] - query_positions[:, None]
+    bucket_LS = jnp.zeros_like(distance_LS)
+    if both_ways:
+        buckets //= 2
+        bucket_LS = (distance_LS > 0) * buckets
+        distance_LS = jnp.abs(distance_LS)
+    else:
+        distance_LS = jnp.maximum(-distance_LS, 0)
+    exact = buckets // 2
+    far_LS = jnp.log(jnp.maximum(distance_LS, 1).astype(jnp.float32) / exact)
+    far_LS = exact + (far_LS / np.log(max_distance / exact) * (buckets - exact)).astype(jnp.int32)
+    return bucket_LS + jnp.where(distance_LS < exact, distance_LS, jnp.minimum(far_LS, buckets - 1))
+
+
+class RelativeBias(nn.Module):
+    """A learned number per head and bucket of distance, added to the scores of every layer: (1, N, L, S)."""
+
+    heads: int
+    buckets: int
+    max_distance: int
+    both_ways: bool
+    width: int  # of the model, for the initial scale
+
+    @nn.compact
+    def __call__(self, query_positions, key_positions):
+        init = sharded(normal(self.width**-0.5), ("position", "heads"))
+        table = self.param("table", init, (self.buckets, self.heads))
+        bucket_LS = relative_buckets(query_positions, key_positions, self.buckets, self.max_distance, self.both_ways)
+        return table[bucket_LS].transpose(2, 0, 1)[None].astype(jnp.float32)
+
+
+def torch_rows(names: dict[str, str], heads: int, head: int, biases: str, kv_heads: int | None = None) -> tuple[Row, ...]:
+    """Rows of an `Attention` whose q, k, v, o are four torch Linears with the given names."""
+    rows = []
+    for letter, name in names.items():
+        number = (kv_heads or heads) if letter in "kv" else heads
+        kernel = heads_out(heads, head) if letter == "o" else heads_in(number, head)
+        rows.append(Row(f"{name}.weight", f"{letter}/kernel", kernel))
+        if letter in biases:
+            shape = {} if letter == "o" else {"op": heads_in_bias(number, head)}
+            rows.append(Row(f"{name}.bias", f"{letter}/bias", **shape))
+    return tuple(rows)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every other file agrees on: a batch, a cache, and the five verbs of a system.
+
+One key of letters is used in the whole project, at the end of names:
+`B` batch, `L` text length, `M` answer length, `S` keys, `P` patches, `Q` queries, `T` taps, `D` width, `F` hidden, `N` heads,
+`H` head size, `V` vocabulary, `K` boxes, `C` channels, `A` adapters. Pictures are `image_BHWC`, boxes `x0 y0 x1 y1` in 0..1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+
+Array = Any  # a numpy or jax array; shapes stand in the names
+Params = dict[str, Any]  # nested dict of arrays; a leaf's path is its name, joined by "/"
+Metrics = dict[str, Any]
+
+REGION_LEVEL, IMAGE_LEVEL = 0, 1  # rows of the task router, in LION's order
+CATEGORIES = ("region_level", "image_level")
+
+
+class UserError(Exception):
+    """A mistake of the person at the keyboard: one clear sentence, shown without a traceback, exit code 2."""
+
+
+def pytree(cls: type) -> type:
+    """A frozen dataclass whose fields are arrays or trees of arrays."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@pytree
+class Batch:
+    """What data makes and models read. Text is padded on the right; masks are 1 on real tokens.
+
+    An encoder-decoder reads the prompt in its encoder and the target in its decoder; a decoder-only model reads
+    picture words, prompt and target in one row. `features`, when present, holds what a frozen tower made of the
+    pictures (so that the tower need not run), and `image_BHWC` may then be None.
+    """
+
+    image_BHWC: Array  # float32, normalised
+    prompt_BL: Array  # int32, ids of the language model's tokenizer
+    prompt_mask_BL: Array
+    question_BL: Array  # int32, the bare question in the Q-Former's tokenizer
+    question_mask_BL: Array
+    target_BM: Array  # int32, the answer, closed by its end token
+    target_mask_BM: Array
+    loss_mask_BM: Array  # 1 where a target token is learned
+    task_B: Array  # int32, row of the task router: REGION_LEVEL or IMAGE_LEVEL
+    record_B: Array  # int32, which record of the mixture each row came from
+    boxes_BK4: Array = None  # float32 in 0..1
+    boxes_mask_BK: Array = None
+    masks_BKHW: Array = None  # bool
+    features: Any = None
+
+
+@pytree
+class Cache:
+    """What decoding remembers. Every leaf has layers on axis 0 and the batch on axis 1.
+
+    `written` grows with each token and follows its beam; `fixed` (an encoder's keys and values, masks) is the same
+    for all beams of one prompt. `step` counts the tokens read so far.
+    """
+
+    written: Any
+    fixed: Any
+    step: Array  # int32 scalar
+
+
+class System(Protocol):
+    """The five verbs that every system has. Nobody outside needs more."""
+
+    def init(self, key: Array, batch: Batch) -> Params:
+        """Parameters from a random key. Leaves carry their logical axes (see `sharding.init`)."""
+
+    def loss(self, params: Params, batch: Batch, key: Array | None) -> tuple[Array, Metrics]:
+        """Mean loss of a batch in float32, and metrics; `metrics["weight"]` is the number of tokens behind the mean.
+
+        `key` drives dropout; None means evaluation."""
+
+    def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[Array, Cache]:
+        """Read the prompt: logits (B, V) of the first answer token, and a cache with room for `cache_length` tokens."""
+
+    def extend(self, params: Params, token_B: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Read one more token per row: logits (B, V) of the next one."""
+
+    def torch_rows(self) -> tuple[Any, ...]:
+        """The table of the original's tensor names (see `convert.Row`)."""

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where arrays live: the mesh, one table from logical axes to mesh axes, batches onto devices.
+
+Weights and activations name their axes beside their shape; only this file knows what a name means on a mesh. An axis
+that does not divide is dropped for that array and said once in the log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lionjax import params as trees
+from lionjax.interfaces import Batch, Params, UserError
+
+log = logging.getLogger(__name__)
+
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("slice", "data", "fsdp"),
+    "length": None,
+    "act_embed": None,
+    "act_mlp": "tensor",
+    "act_heads": "tensor",
+    # weights
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "head": None,
+    "vocab": "tensor",
+    "layers": None,
+    "narrow": None,  # adapter bottlenecks, LoRA ranks
+    "position": None,
+    "task": None,
+    "conv": None,
+}
+
+sharded = nn.with_logical_partitioning
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1 and takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    slices: int = 1
+
+    def shape(self, devices: int) -> tuple[int, int, int, int]:
+        """(slice, data, fsdp, tensor) for a number of devices. Raises UserError when they do not multiply to it."""
+        sizes = [self.slices, self.data, self.fsdp, self.tensor]
+        known = int(np.prod([size for size in sizes if size != -1]))
+        if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+            raise UserError(f"mesh {self} wants at most one axis of -1 and the others positive")
+        if -1 in sizes and devices % known == 0:
+            sizes[sizes.index(-1)] = devices // known
+        if int(np.prod(sizes)) != devices:
+            raise UserError(f"mesh {self} does not fit {devices} devices; set mesh.data=-1 to take what is left")
+        return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
+    """A mesh with axes slice, data, fsdp, tensor over all (or the given) devices."""
+    devices = jax.devices() if devices is None else list(devices)
+    shape = config.shape(len(devices))
+    if config.slices > 1 and getattr(devices[0], "slice_index", None) is not None:
+        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (shape[0], 1, 1, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # jax makes Explicit axes by default, under which linen's logical constraints fail inside init.
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+_said: set[str] = set()
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, what: str = "an array") -> PartitionSpec:
+    """The mesh axes of an array with these logical axes, without those that do not divide its shape."""
+    used: set[str] = set()
+    parts = []
+    for name, size in zip(axes, shape, strict=True):
+        wanted = RULES[name] if name is not None else None
+        wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
+        wanted = tuple(axis for axis in wanted if mesh.shape[axis] > 1 and axis not in used)
+        while wanted and size % int(np.prod([mesh.shape[axis] for axis in wanted])):
+            text = f"{what}: axis {name!r} of {size} does not divide over {wanted}; not split there"
+            if text not in _said:
+                _said.add(text)
+                log.info(text)
+            wanted = wanted[:-1]
+        used |= set(wanted)
+        parts.append(wanted if len(wanted) > 1 else wanted[0] if wanted else None)
+    return PartitionSpec(*parts)
+
+
+def constrain(x, *axes: str | None):
+    """An activation's logical axes, as a hint to the compiler; without a mesh in sight it does nothing."""
+    mesh = _current_mesh()
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, "activation")))
+
+
+_meshes: list[Mesh] = []
+
+
+class use:
+    """`with sharding.use(mesh):` makes a mesh the one that `constrain` reads while tracing."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def __enter__(self):
+        _meshes.append(self.mesh)
+        return self.mesh
+
+    def __exit__(self, *_):
+        _meshes.pop()
+
+
+def _current_mesh() -> Mesh | None:
+    return _meshes[-1] if _meshes else None
+
+
+def shardings(boxed: Params, mesh: Mesh) -> Params:
+    """NamedSharding per leaf, from leaves that carry logical axes (as `System.init` makes them)."""
+
+    def one(path, leaf):
+        name = "/".join(str(part.key) for part in path)
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh, name))
+
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def abstract(init: Callable, *args, mesh: Mesh | None = None) -> Params:
+    """Shapes, dtypes and (with a mesh) shardings of what `init(*args)` would make; costs nothing at any size."""
+    boxed = jax.eval_shape(init, *args)
+    shapes = nn.unbox(boxed)
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings(boxed, mesh)
+    )
+
+
+def init(init: Callable, *args, mesh: Mesh | None = None) -> Params:
+    """Run `init(*args)`, each leaf created where it belongs. The values do not depend on the mesh."""
+    where = None if mesh is None else shardings(jax.eval_shape(init, *args), mesh)
+    return jax.jit(lambda *a: nn.unbox(init(*a)), out_shardings=where)(*args)
+
+
+def place(tree: Params, like: Params) -> Params:
+    """Arrays of one tree laid out as another (of ShapeDtypeStructs with shardings, or arrays)."""
+    flat, target = trees.flatten(tree), trees.flatten(like)
+    return trees.unflatten({path: jax.device_put(leaf, target[path].sharding) for path, leaf in flat.items()})
+
+
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """This process's part of a batch onto the mesh: one global array, split along its first axis."""
+
+    def one(x):
+        x = np.asarray(x)
+        shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        where = NamedSharding(mesh, spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh, "batch"))
+        return jax.make_array_from_process_local_data(where, x, shape)
+
+    return jax.tree.map(one, batch)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the originals compute with tiny weights: values, losses, gradient norms, generated ids.
+
+Every folder under $LIONJAX_GOLDEN (default tests/golden) is checked, with the sizes of its own config.json.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lionjax import convert
+from lionjax import params as trees
+from lionjax.adapters import AdapterConfig
+from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
+from lionjax.generate import GenerateConfig, generate
+from lionjax.interfaces import CATEGORIES, Batch
+from lionjax.language.t5 import T5Config
+from lionjax.systems.lion import Lion, LionModule
+from lionjax.vision.vit import ViTConfig
+
+ROOT = Path(os.environ.get("LIONJAX_GOLDEN", Path(__file__).parent / "golden"))
+
+
+def folders(system: str) -> list:
+    """Folders whose config names the system; a missing root is a failure, not a silent pass."""
+    found = [path.parent for path in sorted(ROOT.glob("*/config.json"))]
+    chosen = [path for path in found if json.loads((path / "config.json").read_text())["system"] == system]
+    return [pytest.param(path, id=path.name) for path in chosen]
+
+
+def assert_close(mine, theirs, what: str, tolerance=1e-4):
+    """Within `tolerance` of the largest magnitude."""
+    scale = max(np.abs(theirs).max(), 1e-30)
+    worst = np.abs(np.asarray(mine, np.float64) - theirs).max() / scale
+    assert worst <= tolerance, f"{what}: off by {worst:.2e} of its largest magnitude"
+
+
+def lion_of(config: dict, visual_input: str = "ALL") -> Lion:
+    v, q, a, t = (config[name] for name in ("vision", "qformer", "aggregator", "t5"))
+    adapters = AdapterConfig(config["adapters"]["bottleneck"], config["adapters"]["count"])
+    return Lion(
+        ViTConfig(v["image_size"], v["patch_size"], v["width"], v["depth"], v["heads"], v["mlp_width"], v["layer_norm_eps"]),
+        QFormerConfig(
+            q["width"], q["layers"], q["heads"], q["mlp_width"], q["queries"], q["cross_attention_every"],
+            q["vision_width"], q["vocab_size"], q["max_positions"], q["layer_norm_eps"],
+        ),
+        AggregatorConfig(
+            a["query_layer"], tuple(a["context_layers"]), v["width"], a["heads"], a["mlp_width"],
+            a["layer_norm_eps"], projector=a["projector_width"],
+        ),
+        T5Config(
+            vocab=t["vocab_size"], width=t["d_model"], head=t["d_kv"], heads=t["heads"], hidden=t["d_ff"],
+            encoder_layers=t["encoder_layers"], decoder_layers=t["decoder_layers"],
+            buckets=t["relative_attention_num_buckets"], max_distance=t["relative_attention_max_distance"],
+            eps=t["layer_norm_eps"], activation="gelu", start_token=t["decoder_start_token_id"],
+            pad_token=t["pad_token_id"], end_token=t["eos_token_id"], adapters=adapters,
+        ),
+        soft_prompt_token=config["soft_prompt"]["token_id"],
+        visual_input=visual_input,
+    )  # fmt: skip
+
+
+def lion_batch(arrays, route: str) -> Batch:
+    rows = len(arrays["image"])
+    return Batch(
+        image_BHWC=arrays["image"].transpose(0, 2, 3, 1),
+        prompt_BL=arrays["t5_input_ids"].astype(np.int32),
+        prompt_mask_BL=arrays["t5_attention_mask"],
+        question_BL=arrays["qformer_input_ids"].astype(np.int32),
+        question_mask_BL=arrays["qformer_attention_mask"],
+        target_BM=arrays["target_ids"].astype(np.int32),
+        target_mask_BM=arrays["target_mask"],
+        loss_mask_BM=arrays["target_mask"],
+        task_B=np.full(rows, CATEGORIES.index(route), np.int32),
+        record_B=np.arange(rows, dtype=np.int32),
+    )
+
+
+def only_used(params, lion: Lion, batch: Batch):
+    """The part of a full LION that one setting of visual_input reads."""
+    wanted = trees.flatten(jax.eval_shape(lion.init, jax.random.key(0), batch))
+    have = trees.flatten(params)
+    return trees.unflatten({path: have[path] for path in have if any(path == w or w.startswith(path) for w in wanted)})
+
+
+@pytest.fixture(scope="module", params=folders("lion"))
+def lion_golden(request):
+    folder = request.param
+    config = json.loads((folder / "config.json").read_text())
+    lion = lion_of(config)
+    params = convert.params_from(lion.torch_rows(), load_file(folder / "weights.safetensors"))
+    return folder, config, lion, params, dict(np.load(folder / "arrays.npz"))
+
+
+def cases(arrays) -> list[tuple[str, str]]:
+    return sorted({tuple(name.split(".")[:2]) for name in arrays if name.endswith(".logits")})
+
+
+def test_lion_computes_what_the_original_computes(lion_golden):
+    _, config, _, params, arrays = lion_golden
+    checked = 0
+    for route, visual_input in cases(arrays):
+        lion, batch = lion_of(config, visual_input), lion_batch(arrays, route)
+
+        @jax.jit
+        def run(params, lion=lion, batch=batch):
+            def everything(module, batch):
+                seen_BTPD = module.see(batch)
+                encoded_BLD, _ = module.encode(batch, None)
+                found = {"vit_output": seen_BTPD[:, -1], "t5_encoder_output": encoded_BLD, "logits": module(batch, None)}
+                for tap, layer in enumerate(module.c.taps):
+                    found[f"vit_intermediate_{layer}"] = seen_BTPD[:, tap]
+                if visual_input != "AGGREGATOR":
+                    normed = module.qformer_norm(seen_BTPD[:, -1])
+                    found["qformer_output"] = module.qformer(normed, batch.question_BL, batch.question_mask_BL)
+                if visual_input != "QFORMER":
+                    context_TBPD = seen_BTPD.transpose(1, 0, 2, 3)[:-1]
+                    found["vision_aggregator_output"] = module.aggregator(seen_BTPD[:, -1], context_TBPD)
+                return found
+
+            found = LionModule(lion).apply({"params": params}, batch, method=everything)
+            return found, lion.loss(params, batch)[0]
+
+        found, loss = run(params)
+        for what, value in found.items():
+            name = what if what.startswith("vit_") else f"{route}.{visual_input}.{what}"
+            if name in arrays:
+                assert_close(value, arrays[name], name)
+                checked += 1
+        assert loss == pytest.approx(float(arrays[f"{route}.{visual_input}.loss"]), rel=1e-4)
+    assert checked >= 4
+
+
+@pytest.mark.parametrize("route", CATEGORIES)
+def test_lion_has_the_originals_gradient_norm_for_every_weight(lion_golden, route):
+    folder, _, lion, params, arrays = lion_golden
+    file = folder / f"grad_norms_{route}.json"
+    if not file.exists():
+        pytest.skip(f"{folder.name} has no {file.name}")
+    batch = lion_batch(arrays, route)
+    grads = jax.jit(jax.grad(lambda params: lion.loss(params, batch)[0]))(params)
+    mine = convert.state_from(lion.torch_rows(), jax.tree.map(np.asarray, grads))
+    theirs = json.loads(file.read_text())
+    wrong = []
+    for name, norm in theirs.items():
+        norm = norm or 0.0
+        own = float(np.linalg.norm(np.asarray(mine[name], np.float64)))
+        if abs(own - norm) > 1e-3 * norm + 1e-5:
+            wrong.append(f"{name}: {own:.6g}, the original {norm:.6g}")
+    assert theirs and not wrong, f"{len(wrong)} of {len(theirs)} gradient norms differ: {wrong[:5]}"
+
+
+def test_lion_generates_the_originals_ids(lion_golden):
+    _, config, lion, params, arrays = lion_golden
+    for name, setting in config["generate"].items():
+        chosen = GenerateConfig(
+            max_new_tokens=setting["max_new_tokens"], min_length=setting["min_length"], beams=setting["num_beams"],
+            length_penalty=setting["length_penalty"], repetition_penalty=setting["repetition_penalty"],
+            eos=lion.language.end_token, pad=lion.language.pad_token, start=lion.language.start_token,
+        )  # fmt: skip
+        made = generate(lion, params, lion_batch(arrays, setting["router"]), chosen)
+        theirs = arrays[name][:, 1:]  # without the start token
+        width = theirs.shape[1]
+        np.testing.assert_array_equal(np.asarray(made.ids_BM)[:, :width], theirs, err_msg=name)
+
+
+def test_lion_weights_go_back_to_the_same_bits(lion_golden):
+    folder, _, lion, params, _ = lion_golden
+    theirs = load_file(folder / "weights.safetensors")
+    back = convert.state_from(lion.torch_rows(), params)
+    assert back.keys() == theirs.keys()
+    assert all(back[name].tobytes() == theirs[name].tobytes() for name in theirs)

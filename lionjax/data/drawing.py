@@ -19,7 +19,7 @@ RGB = {
     "pink": (252, 132, 190),
     "cyan": (64, 208, 226),
 }
-STRIPE, DOT, DOT_RADIUS, OUTLINE = 0.062, 0.058, 0.0175, 0.007
+STRIPE, DOT, DOT_RADIUS, OUTLINE = 0.062, 0.052, 0.016, 0.007
 LIGHT_INK, DARK_INK = (246, 246, 242), (40, 38, 46)
 SPECKS = 48
 
@@ -38,7 +38,7 @@ def _square(u, v):
 
 def _diamond(u, v):
     # Narrower than tall, so that a tilted square is never mistaken for it.
-    return (np.abs(u) / 0.7 + np.abs(v) - 1.0) / np.hypot(1 / 0.7, 1.0)
+    return (np.abs(u) / 0.74 + np.abs(v) - 1.0) / np.hypot(1 / 0.74, 1.0)
 
 
 def _triangle(u, v):
@@ -53,7 +53,7 @@ def _cross(u, v):
 
 def _star(u, v):
     # Five points fold onto one half point, whose edge is a straight line from the tip to the notch.
-    sector, notch = np.pi / 5, 0.44
+    sector, notch = np.pi / 5, 0.47
     turn = np.abs(np.mod(np.arctan2(u, -v) + sector, 2 * sector) - sector)
     radius = np.hypot(u, v)
     nx, ny = notch * np.sin(sector), 1.0 - notch * np.cos(sector)

@@ -20,7 +20,7 @@ from lionjax.interfaces import UserError
 COLORS = tuple(drawing.RGB)
 SHAPES = tuple(drawing.DISTANCE)
 TEXTURES = ("plain", "striped", "dotted")
-EXTENTS = {"small": (0.145, 0.18), "medium": (0.22, 0.27), "large": (0.32, 0.40)}
+EXTENTS = {"small": (0.15, 0.18), "medium": (0.22, 0.27), "large": (0.32, 0.40)}
 SIZES = tuple(EXTENTS)
 BACKGROUNDS = ("plain", "shaded", "speckled", "checkered")
 SPLITS = ("train", "validation", "heldout")
@@ -33,11 +33,17 @@ HELD_OUT = frozenset(
     (c, s) for i, c in enumerate(COLORS) for j, s in enumerate(SHAPES) if (i + j) % 6 == 4
 )
 TRUTH_PIXELS = 256
+CLEARLY_HIDDEN = 0.06
+TRIES = 100
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. Lengths in fractions of the picture; `box` is xyxy around what is seen of it."""
+    """One object. Lengths are fractions of the picture.
+
+    `box` is xyxy around what is seen of it, `visible` the share that is seen, `covers` the indices of
+    the things of which it hides enough to notice.
+    """
 
     shape: str
     color: str
@@ -74,6 +80,12 @@ class World:
     min_visible: float = 0.55
     min_side: float = 0.10
     spacing: float = 0.11
+
+    def __post_init__(self):
+        if not 3 <= self.fewest <= self.most <= 10:
+            raise UserError(
+                f"a world has 3 to 10 things a scene, but fewest={self.fewest} and most={self.most}"
+            )
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,10 @@ def pairs_of(split: str) -> tuple[tuple[str, str], ...]:
     return PAIRS if split == "heldout" else tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 
+def unknown_split(split: str) -> str:
+    return f"there is no split {split!r} of scenes; choose one of {', '.join(SPLITS)}"
+
+
 def odds(color: str, shape: str) -> float:
     """How often the world shows a pair, up to a factor."""
     return float(COLOR_ODDS[COLORS.index(color)] * SHAPE_ODDS[SHAPES.index(shape)])
@@ -126,13 +142,17 @@ def odds(color: str, shape: str) -> float:
 def sample(split: str, index: int, seed: int = 0, world: World = World()) -> Scene:
     """The scene number `index` of a split. Equal arguments give equal scenes, on any machine and in any order."""
     if split not in SPLITS:
-        raise UserError(f"there is no split {split!r} of scenes; choose one of {', '.join(SPLITS)}")
+        raise UserError(unknown_split(split))
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     ground = _background(rng)
-    things: list[Thing] = []
-    while len(things) < world.fewest:
+    for _ in range(TRIES):
         things = _populate(split, world, rng)
-    return Scene(split, seed, index, ground, _with_truth(things))
+        if len(things) >= world.fewest:
+            return Scene(split, seed, index, ground, _with_truth(things))
+    raise UserError(
+        f"no scene with {world.fewest} things came out of {TRIES} tries; "
+        f"ask for fewer, or for a smaller min_visible than {world.min_visible}"
+    )
 
 
 def _background(rng) -> Background:
@@ -188,7 +208,8 @@ def _place(things, owner, areas, words, world: World, rng) -> bool:
         extent = rng.uniform(low, high)
         x, y = rng.uniform(0.54 * extent, 1 - 0.54 * extent, 2)
         angle, shade = rng.uniform(-14, 14), rng.uniform(0.92, 1.0)
-        near = [t for t in things if max(abs(t.x - x), abs(t.y - y)) < (t.extent + extent) / 2]
+        reach = [0.54 * (t.extent + extent) for t in things]
+        near = [t for t, r in zip(things, reach) if max(abs(t.x - x), abs(t.y - y)) < r]
         # Like colors never overlap, and the first tries look for free ground: hiding should be the exception.
         if any(t.color == color or np.hypot(t.x - x, t.y - y) < world.spacing for t in near):
             continue
@@ -199,7 +220,7 @@ def _place(things, owner, areas, words, world: World, rng) -> bool:
         place, inside = drawing.silhouette(thing, TRUTH_PIXELS)
         trial = owner.copy()
         trial[place][inside] = len(things)
-        if _all_visible(trial, [*areas, int(inside.sum())], world):
+        if not near or _all_visible(trial, [*areas, int(inside.sum())], world):
             owner[:] = trial
             areas.append(int(inside.sum()))
             things.append(thing)
@@ -217,17 +238,19 @@ def _all_visible(owner, areas, world: World) -> bool:
 
 
 def _with_truth(things) -> tuple[Thing, ...]:
-    """The same things knowing their visible box, visible share, and which things behind them they cover."""
-    owner = np.full((TRUTH_PIXELS, TRUTH_PIXELS), -1, np.int8)
-    areas, covers = [], []
-    for k, thing in enumerate(things):
-        place, inside = drawing.silhouette(thing, TRUTH_PIXELS)
-        covers.append(tuple(int(j) for j in np.unique(owner[place][inside]) if j >= 0))
-        owner[place][inside] = k
-        areas.append(int(inside.sum()))
-    full = []
-    for k, thing in enumerate(things):
-        mask = owner == k
-        truth = {"box": drawing.tight_box(mask), "visible": round(float(mask.sum() / areas[k]), 3)}
-        full.append(dataclasses.replace(thing, covers=covers[k], **truth))
-    return tuple(full)
+    """The same things knowing their visible box and share, and which things they clearly hide a part of."""
+    owner = drawing.owners(things, TRUTH_PIXELS)
+    wholes = [drawing.silhouette(thing, TRUTH_PIXELS) for thing in things]
+    hides = np.zeros((len(things), len(things)))
+    for j, (place, inside) in enumerate(wholes):
+        seen = owner[place][inside]
+        hides[:, j] = np.bincount(seen, minlength=len(things)) / len(seen)
+    return tuple(
+        dataclasses.replace(
+            thing,
+            box=drawing.tight_box(owner == k),
+            visible=round(float(hides[k, k]), 3),
+            covers=tuple(j for j in range(len(things)) if j != k and hides[k, j] > CLEARLY_HIDDEN),
+        )
+        for k, thing in enumerate(things)
+    )

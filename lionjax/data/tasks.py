@@ -69,11 +69,15 @@ def box_text(box: Box) -> str:
 def describe(scene: Scene, rng=None) -> str:
     """All of a scene in words: what a model of text alone needs to answer any question here.
 
-    Things stand from left to right, or in random order given a generator; then which cover which, then the background.
+    Things stand from left to right, or in random order given a generator; then what hides a part of
+    what, then the background.
     """
-    order = says.left_to_right(scene) if rng is None else rng.permutation(len(scene.things))
-    boxed = {k: f"{says.name(t, FULL)} {box_text(t.box)}" for k, t in enumerate(scene.things)}
-    return "; ".join([*(boxed[k] for k in order), f"{scene.background.kind} background"])
+    things = scene.things
+    order = says.left_to_right(scene) if rng is None else rng.permutation(len(things))
+    full = [says.name(thing, FULL) for thing in things]
+    boxed = [f"{full[k]} {box_text(things[k].box)}" for k in order]
+    depth = [f"{full[k]} in front of {full[j]}" for k in order for j in things[k].covers]
+    return "; ".join([*boxed, *depth, f"{scene.background.kind} background"])
 
 
 def tags_of(scene: Scene, noise: float = 0.0, seed: int = 0) -> tuple[str, ...]:

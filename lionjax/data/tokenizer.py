@@ -9,11 +9,13 @@ torch nor transformers is needed.
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lionjax.interfaces import UserError
 
@@ -26,22 +28,26 @@ SPECIAL = (
     *(f"<extra_id_{i}>" for i in range(16)),
     *("<at>", "<boxes>", "<im_patch>", "<im_start>", "<im_end>"),
 )
+FILES = ("tokenizer.json", "spiece.model", "vocab.txt")
+Names = tuple[str, str, str, str | None]  # what pads, ends, is unknown, and starts
+NAMES: tuple[Names, ...] = (("<pad>", "</s>", "<unk>", None), ("[PAD]", "[SEP]", "[UNK]", "[CLS]"))
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
 class Tokenizer:
     """Text to ids and back, with the few ids that a model must know."""
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, pad: str, end: str, unknown: str, exact: bool = False
-    ):
+    def __init__(self, backend: tokenizers.Tokenizer, names: Names, exact: bool = False):
         self.backend, self.exact = backend, exact
-        self.pad_id, self.end_id, self.unknown_id = (
-            self._id(piece) for piece in (pad, end, unknown)
-        )
+        self.pad_id, self.end_id, self.unknown_id = (self.id(piece) for piece in names[:3])
+        self.start = [self.id(names[3])] if names[3] else []
         self.size = backend.get_vocab_size()
+        # What users write is only ever text, even where it spells a special piece.
+        self._plain = tokenizers.Tokenizer.from_str(backend.to_str())
+        self._plain.encode_special_tokens = True
 
-    def _id(self, piece: str) -> int:
+    def id(self, piece: str) -> int:
+        """The id of one piece, spelled as in the vocabulary."""
         number = self.backend.token_to_id(piece)
         if number is None:
             raise UserError(f"the tokenizer has no piece {piece!r}; use one that has it")
@@ -49,18 +55,23 @@ class Tokenizer:
 
     @property
     def soft_prompt_id(self) -> int | None:
-        """The id of `<extra_id_0>`, whose embedding LION replaces by a learned vector; None where there is none."""
+        """The id of `<extra_id_0>`, for which LION puts a learned vector; None where there is none."""
         return self.backend.token_to_id(SOFT_PROMPT)
 
-    def id(self, piece: str) -> int:
-        """The id of one piece, spelled as in the vocabulary."""
-        return self._id(piece)
-
-    def encode(self, text: str, framed: bool = False) -> list[int]:
-        """Ids of a text; `framed` adds what the tokenizer puts around a text (T5: `</s>`; BERT: `[CLS]`, `[SEP]`)."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text. Special pieces such as `</s>` are read as such only when asked for."""
         # The first word gets the space that other words have; a text that brings its own keeps both.
         text = f" {text}" if self.exact and text.startswith(" ") else text
-        return self.backend.encode(text, add_special_tokens=framed).ids
+        backend = self.backend if special else self._plain
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def frame(
+        self, ids: list[int], length: int, keep: Literal["front", "back"] = "front"
+    ) -> list[int]:
+        """At most `length` ids between the start (BERT's `[CLS]`, T5 has none) and the end piece."""
+        room = max(length - len(self.start) - 1, 0)
+        kept = ids[:room] if keep == "front" else ids[max(len(ids) - room, 0) :]
+        return [*self.start, *kept, self.end_id]
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text up to the first end token; special pieces are left out unless asked for."""
@@ -74,54 +85,43 @@ class Tokenizer:
 
 @functools.cache
 def load(name: str) -> Tokenizer:
-    """The tokenizer `"tiny"`, or the one in a local folder or file (tokenizer.json, spiece.model, vocab.txt)."""
+    """The tokenizer `"tiny"`, or that of a local folder or file (tokenizer.json, spiece.model, vocab.txt)."""
     if name == "tiny":
-        return Tokenizer(
-            tokenizers.Tokenizer.from_file(str(TINY)), "<pad>", "</s>", "<unk>", exact=True
-        )
-    path = Path(name)
-    if path.is_dir():
-        path = _find(path)
-    if not path.is_file():
-        files = "tokenizer.json, spiece.model or vocab.txt"
-        raise UserError(f"there is no tokenizer at {name!r}; give 'tiny' or a folder with {files}")
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(TINY)), NAMES[0], exact=True)
+    path = _find(Path(name))
     try:
         if path.suffix == ".json":
             backend = tokenizers.Tokenizer.from_file(str(path))
         else:
             backend = _bert(path) if path.suffix == ".txt" else _t5(path)
-    except UserError:
-        raise
     except Exception as error:  # the library raises bare Exception for files it cannot read
         raise UserError(f"{path} is not a tokenizer that can be read ({error})") from error
-    return Tokenizer(backend, *_special_names(backend, path))
+    for names in NAMES:
+        if all(backend.token_to_id(piece) is not None for piece in names if piece):
+            return Tokenizer(backend, names)
+    raise UserError(f"{path} has neither T5's <pad> </s> <unk> nor BERT's [PAD] [SEP] [UNK] [CLS]")
 
 
-def _find(folder: Path) -> Path:
-    for name in ("tokenizer.json", "spiece.model", "vocab.txt"):
-        if (folder / name).is_file():
-            return folder / name
-    return folder
-
-
-def _special_names(backend: tokenizers.Tokenizer, path: Path) -> tuple[str, str, str]:
-    for names in (("<pad>", "</s>", "<unk>"), ("[PAD]", "[SEP]", "[UNK]")):
-        if all(backend.token_to_id(piece) is not None for piece in names):
-            return names
-    raise UserError(f"{path} has neither T5's <pad> </s> <unk> nor BERT's [PAD] [SEP] [UNK]")
+def _find(path: Path) -> Path:
+    for file in (path, *(path / name for name in FILES)):
+        if file.is_file():
+            return file
+    wanted = f"a folder with {', '.join(FILES[:-1])} or {FILES[-1]}"
+    raise UserError(f"there is no tokenizer at {str(path)!r}; give 'tiny' or {wanted}")
 
 
 def _bert(path: Path) -> tokenizers.Tokenizer:
-    """BERT uncased with LAVIS's `[DEC]` as one more piece (30522 in the real one); long texts lose their front."""
+    """BERT uncased, with the piece `[DEC]` that LAVIS adds (id 30522 in the real one)."""
     words = path.read_text(encoding="utf-8").splitlines()
     vocabulary = {word: i for i, word in enumerate(words)}
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    if missing := [piece for piece in special if piece not in vocabulary]:
+        raise UserError(f"it lacks {', '.join(missing)}")
     backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    ends = ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
-    backend.post_processor = processors.BertProcessing(*ends)
-    backend.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"])
+    backend.add_special_tokens([*special, "[DEC]"])
     return backend
 
 
@@ -141,15 +141,12 @@ def _t5(path: Path) -> tokenizers.Tokenizer:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
     )
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
-    backend.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
     backend.add_special_tokens(["<pad>", "</s>", "<unk>", *sentinels])
     return backend
 
 
 def read_sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], bytes]:
     """The (piece, score) rows and the normaliser's table of a SentencePiece model, read straight from its protobuf."""
-    import struct
-
     pieces, charsmap = [], b""
     for field, value in _fields(data):
         if field == 1:
@@ -173,7 +170,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
             continue
         length, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
         if at + length > len(data):
-            raise UserError("the SentencePiece file ends in the middle of a piece; copy it again")
+            raise UserError("it ends in the middle of a piece")
         yield key >> 3, data[at : at + length]
         at += length
 

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and prompts into arrays, and what becomes of bad ones."""
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lionjax.data import pictures, processors
+from lionjax.data.processors import Input, Processor, ProcessorConfig
+from lionjax.interfaces import IMAGE_LEVEL, REGION_LEVEL, UserError
+
+SMALL = ProcessorConfig(image_size=32, prompt_length=64, question_length=24, target_length=24)
+RED = np.full((20, 30, 3), (200, 10, 30), np.uint8)
+PHOTOS = Path(os.environ.get("LIONJAX_DATA", Path(__file__).parent / "data")) / "coco83" / "images"
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor(SMALL)
+
+
+@pytest.fixture
+def noise():
+    return np.random.default_rng(0).integers(0, 256, (45, 61, 3), np.uint8)
+
+
+def saved(path, array, **options) -> Path:
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def sentence(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 300
+    return text
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def theirs(picture, pixels):
+    """LION's evaluation transform, as Hugging Face's CLIP processor does it without cropping."""
+    transformers = pytest.importorskip("transformers")
+    side = {"height": pixels, "width": pixels}
+    processor = transformers.CLIPImageProcessorPil(do_center_crop=False, size=side)
+    return processor(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+
+
+def test_pictures_are_resized_and_normalised_as_the_original_does(processor, noise):
+    ours = processor.image(noise)
+    assert ours.dtype == np.float32 and ours.shape == (32, 32, 3)
+    np.testing.assert_allclose(ours, theirs(Image.fromarray(noise), 32), atol=1e-6)
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="photographs are not in $LIONJAX_DATA")
+def test_a_photograph_is_read_as_the_original_reads_it():
+    processor = Processor(ProcessorConfig())
+    path = sorted(PHOTOS.glob("*.jpg"))[0]
+    wanted = theirs(Image.open(path).convert("RGB"), 224)
+    np.testing.assert_allclose(processor.image(str(path)), wanted, atol=1e-6)
+
+
+def test_all_kinds_of_files_give_upright_rgb(tmp_path, noise):
+    gray = noise[..., 0]
+    files = {
+        "plain.png": (noise, {}),
+        "gray.png": (gray, {}),
+        "gray16.png": (gray.astype(np.uint16) * 257, {}),
+        "photo.jpg": (noise, {"quality": 100, "subsampling": 0}),
+        "lossless.webp": (noise, {"lossless": True}),
+    }
+    for name, (array, options) in files.items():
+        picture = pictures.open_picture(saved(tmp_path / name, array, **options))
+        assert picture.mode == "RGB" and picture.size == (61, 45)
+        exact = np.stack([gray] * 3, -1) if array.ndim == 2 else noise
+        tolerance = 6 if name.endswith("jpg") else 0
+        assert np.abs(np.asarray(picture).astype(int) - exact).max() <= tolerance, name
+
+
+def test_palettes_and_cmyk_become_rgb_and_transparency_becomes_white(tmp_path):
+    Image.fromarray(RED).convert("P").save(tmp_path / "palette.png")
+    Image.fromarray(RED).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
+    clear = Image.fromarray(np.dstack([RED, np.zeros((20, 30), np.uint8)]))
+    clear.save(tmp_path / "clear.png")
+    means = {
+        path.name: np.asarray(pictures.open_picture(path)).mean((0, 1))
+        for path in tmp_path.iterdir()
+    }
+    np.testing.assert_allclose(means["palette.png"], (200, 10, 30), atol=20)
+    np.testing.assert_allclose(means["print.jpg"], (200, 10, 30), atol=12)
+    np.testing.assert_array_equal(means["clear.png"], 255)
+
+
+def test_a_picture_turned_by_its_exif_note_is_upright(tmp_path, noise):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    path = saved(tmp_path / "turned.png", noise, exif=exif)
+    upright = np.asarray(pictures.open_picture(path))
+    np.testing.assert_array_equal(upright, np.rot90(noise, -1))
+
+
+def header_only_png(width: int, height: int) -> bytes:
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("side", [20_000, 9_000, 8_001])
+def test_a_huge_png_is_refused_by_its_header(tmp_path, side):
+    path = tmp_path / "huge.png"
+    path.write_bytes(header_only_png(side, side))
+    with pytest.raises(UserError) as error:
+        pictures.open_picture(path)
+    assert "huge.png" in sentence(error) and "64 million" in sentence(error)
+
+
+def test_a_real_png_of_20000_by_20000_is_refused_without_decoding_it(tmp_path):
+    import tracemalloc
+
+    packed, line = zlib.compressobj(9), bytes(1 + 20_000 // 8)
+    rows = b"".join(packed.compress(line) for _ in range(20_000)) + packed.flush()
+    head = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", rows), (b"IEND", b"")]
+    data = b"".join(
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks
+    )
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"bomb\.png"):
+        pictures.open_picture(tmp_path / "bomb.png")
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+def test_missing_damaged_and_foreign_files_are_one_sentence_that_names_the_file(tmp_path, noise):
+    good = saved(tmp_path / "good.jpg", noise).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(good[: len(good) // 2])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    saved(tmp_path / "foreign.tiff", noise)
+    saved(tmp_path / "really_a_bitmap.png", noise, format="BMP")
+    png = saved(tmp_path / "whole.png", noise).read_bytes()
+    (tmp_path / "flipped.png").write_bytes(
+        png[:200] + bytes(byte ^ 255 for byte in png[200:220]) + png[220:]
+    )
+    bad = "cut.jpg text.jpg empty.png folder.png foreign.tiff really_a_bitmap.png flipped.png gone.png"
+    for name in bad.split():
+        with pytest.raises(UserError) as error:
+            pictures.open_picture(tmp_path / name)
+        assert name in sentence(error)
+
+
+@pytest.mark.parametrize("cut", range(0, 700, 9))
+def test_no_truncation_of_a_file_raises_anything_but_a_user_error(noise, cut):
+    for kind in ("JPEG", "PNG", "WEBP"):
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, kind)
+        data = bytearray(file.getvalue()[: len(file.getvalue()) - 1 - cut])
+        data[cut % len(data)] ^= 0x5A
+        try:
+            pictures.open_picture(bytes(data), "damaged")
+        except UserError as error:
+            assert "damaged" in str(error)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/etc/hostname", "link.png", "a/../../x.png", "bad\0name"]
+)
+def test_a_path_that_leaves_its_folder_is_refused(tmp_path, name):
+    root = tmp_path / "root"
+    root.mkdir()
+    saved(tmp_path / "secret.png", RED)
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(UserError) as error:
+        pictures.safe_path(root, name)
+    sentence(error)
+
+
+def test_paths_inside_the_folder_are_followed(tmp_path):
+    inside = saved(tmp_path / "inside.png", RED)
+    (tmp_path / "link.png").symlink_to(inside)
+    assert pictures.safe_path(tmp_path, "link.png") == inside.resolve()
+    assert pictures.safe_path(tmp_path, str(inside)) == inside.resolve()
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3))]
+)
+def test_an_array_that_is_no_picture_is_one_sentence(processor, array):
+    with pytest.raises(UserError) as error:
+        processor.image(array)
+    assert str(array.shape) in sentence(error)
+
+
+# ---------------------------------------------------------------------- boxes
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(0.1, 0.1, 1.2, 0.5), (-0.1, 0, 0.5, 0.5), (0.5, 0.1, 0.5, 0.4), (0.6, 0.1, 0.5, 0.4), (0, 0, 1),
+     (0, 0, float("nan"), 1), "abcd", None],
+)  # fmt: skip
+def test_a_box_outside_or_without_area_is_one_sentence(box):
+    with pytest.raises(UserError) as error:
+        pictures.unit_box(box)
+    assert "box" in sentence(error)
+
+
+def test_boxes_in_pixels_become_fractions_and_lose_the_hair_over_the_edge():
+    assert pictures.unit_box((10, 20, 50.4, 80), size=(50, 80), slack=1) == (0.2, 0.25, 1.0, 1.0)
+
+
+def test_a_window_keeps_every_box_whole_and_boxes_move_with_the_pixels():
+    rng = np.random.default_rng(0)
+    canvas = np.zeros((100, 100, 3), np.uint8)
+    canvas[30:50, 20:60] = 255
+    box, windows = (0.2, 0.3, 0.6, 0.5), set()
+    for _ in range(30):
+        window = pictures.window_around([box], rng, (0.5, 1.0))
+        windows.add(window)
+        for mirrored in (False, True):
+            seen = pictures.resize(Image.fromarray(canvas), 64, window)
+            seen = seen[:, ::-1] if mirrored else seen
+            x0, y0, x1, y1 = pictures.seen_from(box, window, mirrored)
+            rows, columns = np.nonzero(seen[..., 0] > 127)
+            edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 64
+            np.testing.assert_allclose(edges, (x0, y0, x1, y1), atol=1 / 64)
+    assert len(windows) > 20
+
+
+# ---------------------------------------------------------------------- prompts
+
+
+def test_the_prompt_is_lions_sentence_about_tags_then_the_question(processor):
+    tokenizer = processor.tokenizer
+    words = (
+        "According to <extra_id_0>, you are allowed to use or partially use the following tags: "
+        "[red ring, star]. What color is it?"
+    )
+    ids = processor.prompt("What color is it?", ("red ring", "star"))
+    assert ids == [*tokenizer.encode(words, special=True), tokenizer.end_id]
+    assert ids.count(tokenizer.soft_prompt_id) == 1
+
+
+def test_no_tags_or_tags_turned_off_leave_the_bare_question(processor):
+    bare = [*processor.tokenizer.encode("What is it?"), processor.tokenizer.end_id]
+    assert processor.prompt("What is it?") == bare
+    without = Processor(ProcessorConfig(tags=False))
+    assert without.prompt("What is it?", ("red",)) == bare
+    assert processor.question(" What is it? ") == bare
+
+
+def test_the_q_former_never_sees_the_tags(processor):
+    batch = processor.batch([Input(RED, "What is it?", ("red", "ring"))])
+    said = processor.tokenizer.decode(batch.question_BL[0])
+    assert said == "What is it?" and "ring" in processor.tokenizer.decode(batch.prompt_BL[0])
+
+
+def test_too_many_tags_are_cut_from_the_back_and_nothing_else_is(processor):
+    tags = tuple(f"tag{i}" for i in range(60))
+    question = "How many large red circles are there in the picture?"
+    ids = processor.prompt(question, tags)
+    text = processor.tokenizer.decode(ids, special=True)
+    assert len(ids) <= 64 and len(ids) > 58
+    assert ids.count(processor.tokenizer.soft_prompt_id) == 1
+    assert "[tag0, tag1" in text and "tag59" not in text and text.endswith(f"]. {question}</s>")
+
+
+def test_a_question_that_leaves_no_room_for_tags_keeps_the_soft_prompt(processor):
+    question = "what " * 40 + "is it?"
+    text = processor.tokenizer.decode(processor.prompt(question, ("red", "ring")), special=True)
+    assert "<extra_id_0>" in text and "[]." in text and text.count("what") == 40
+
+
+@pytest.mark.parametrize("tags", [(), ("red",)])
+def test_a_prompt_longer_than_the_model_takes_is_one_sentence(processor, tags):
+    with pytest.raises(UserError) as error:
+        processor.prompt("what " * 80, tags)
+    assert "64" in sentence(error) and "prompt_length" in sentence(error)
+
+
+@pytest.mark.parametrize("question", ["", "  \n "])
+def test_an_empty_prompt_is_one_sentence(processor, question):
+    with pytest.raises(UserError, match="empty"):
+        processor.batch([Input(RED, question)])
+
+
+def test_a_question_that_spells_the_soft_prompt_does_not_get_one(processor):
+    ids = processor.prompt("what is <extra_id_0>?", ("<extra_id_0>", "red"))
+    assert ids.count(processor.tokenizer.soft_prompt_id) == 1
+
+
+def test_long_questions_lose_their_front_for_the_q_former_and_long_answers_their_back(processor):
+    words = [*"abcdefghijklmnopqrstuvwxyz"]
+    question = processor.question(" ".join(words))
+    answer = processor.target(" ".join(words))
+    assert len(question) == len(answer) == 24 and question[-1] == answer[-1] == 1
+    assert processor.decode(question).endswith("x y z")
+    assert processor.decode(answer).startswith("a b c")
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def test_a_batch_holds_padded_ids_masks_and_router_rows(processor):
+    inputs = [
+        Input(RED, "What is it?"),
+        Input(RED, "Where is the ring?", ("ring",), "region_level"),
+    ]
+    batch = processor.batch(inputs, ["red", "Answer: [0.100,0.200,0.300,0.400]"])
+    assert batch.image_BHWC.shape == (2, 32, 32, 3) and batch.image_BHWC.dtype == np.float32
+    assert batch.prompt_BL.shape == (2, 64) and batch.target_BM.shape == (2, 24)
+    assert batch.task_B.tolist() == [IMAGE_LEVEL, REGION_LEVEL]
+    assert batch.target_mask_BM.sum(1).tolist() == [2, 20] == batch.loss_mask_BM.sum(1).tolist()
+    assert processor.decode(batch.target_BM[1]) == "Answer: [0.100,0.200,0.300,0.400]"
+    assert (batch.target_BM[0, :2] == [*processor.tokenizer.encode("red"), 1]).all()
+    assert (batch.prompt_BL[batch.prompt_mask_BL == 0] == processor.tokenizer.pad_id).all()
+    assert all(
+        a.dtype == np.int32
+        for a in (batch.prompt_BL, batch.target_BM, batch.task_B, batch.record_B)
+    )
+
+
+def test_buckets_choose_the_shortest_length_that_holds_every_row(processor):
+    inputs = [Input(RED, "What is it?"), Input(RED, "Where is the ring?", ("ring",))]
+    batch = processor.batch(inputs, buckets=(8, 32, 48))
+    assert batch.prompt_BL.shape == (2, 32) and batch.question_BL.shape == (2, 8)
+    assert batch.prompt_mask_BL.sum() == sum(
+        len(processor.prompt(i.question, i.tags)) for i in inputs
+    )
+
+
+def test_a_batch_without_answers_learns_nothing(processor):
+    batch = processor.batch([Input(RED, "What is it?")])
+    assert batch.loss_mask_BM.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("inputs", "answers"),
+    [([], None), ([Input(RED, "a?")], ["x", "y"]), ([Input(RED, "a?", (), "both")], None)],
+)
+def test_a_batch_that_cannot_be_is_one_sentence(processor, inputs, answers):
+    with pytest.raises(UserError) as error:
+        processor.batch(inputs, answers)
+    sentence(error)
+
+
+def test_sizes_below_one_are_refused_when_the_config_is_made():
+    with pytest.raises(UserError, match="prompt_length"):
+        ProcessorConfig(prompt_length=0)
+
+
+def test_clip_statistics_are_those_of_the_original():
+    assert processors.CLIP_MEAN == (0.48145466, 0.4578275, 0.40821073)
+    assert processors.CLIP_STD == (0.26862954, 0.26130258, 0.27577711)

@@ -217,7 +217,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_whole(tmp_path):
 
     class Broken(SceneSource):
         def __getitem__(self, index):
-            raise OSError("disk full") if index else None
+            raise OSError("disk full")
 
     good = scene_builder.SceneSource
     scene_builder.SceneSource = Broken

@@ -53,8 +53,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, source: SceneSource):
         # Encoded bytes, not arrays: TFDS would call TensorFlow to encode an array.
-        for index, record in enumerate(source):
-            yield index, record
+        yield from enumerate(source)
 
 
 def build(folder, sizes=(3000, 500, 500), pixels: int = 128, seed: int = 0) -> Path:

@@ -260,9 +260,12 @@ def existence(scene: Scene, rng, setting: str | None = None) -> Example:
     setting = setting or _pick(rng, SETTINGS)
     present = [(t.color, t.shape) for t in scene.things]
     there = bool(rng.random() < 0.5)
-    pair = _pick(rng, sorted(set(present))) if there else _absent(scene, rng, setting)
+    # Under "popular" both answers speak of frequent things, or the others would give away a yes.
+    shown = sorted(POPULAR.intersection(present)) if setting == "popular" else []
+    shown = shown or sorted(set(present))
+    pair = _pick(rng, shown) if there else _absent(scene, rng, setting)
     noun = says.article(" ".join(pair))
-    targets = tuple(k for k, shown in enumerate(present) if shown == pair)
+    targets = tuple(k for k, other in enumerate(present) if other == pair)
     question = ask(wordings.EXISTENCE, rng, noun=noun)
     return _short("existence", setting, question, _yes(there), targets=targets)
 

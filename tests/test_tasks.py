@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every question about a scene is true, fits one thing, can be answered from the scene, and not without it."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import scene_reader as reader
+
+from lionjax.data import expressions as says
+from lionjax.data import scenes, tasks, wordings
+from lionjax.interfaces import CATEGORIES, UserError
+
+SCENES = {split: [scenes.sample(split, i) for i in range(250)] for split in ("train", "heldout")}
+BOTH = SCENES["train"] + SCENES["heldout"]
+
+
+def examples(task, pool=BOTH, seed=0, **more):
+    rng = np.random.default_rng(seed)
+    return [(scene, tasks.TASKS[task](scene, rng, **more)) for scene in pool]
+
+
+def boxes_in(text):
+    return tuple(
+        tuple(float(edge) for edge in found.split(","))
+        for found in re.findall(r"\[([\d.,]+)\]", text)
+    )
+
+
+def rounded(boxes):
+    return tuple(tuple(round(edge, 3) for edge in box) for box in boxes)
+
+
+def assert_even(yes, count):
+    """Within four standard deviations of one half."""
+    assert abs(yes - count / 2) < 2 * count**0.5, f"{yes} of {count} are yes"
+
+
+def test_every_expression_fits_exactly_one_thing_for_an_independent_reader():
+    checked = Counter()
+    for scene in BOTH:
+        things, _ = reader.read(tasks.describe(scene))
+        order = says.left_to_right(scene)
+        for seen, k in zip(things, order):
+            for kind in (says.descriptions, says.superlatives, says.comparisons):
+                for expression in kind(scene, k):
+                    assert reader.resolve(things, expression) == [seen], expression
+                    checked[kind.__name__] += 1
+    assert min(checked.values()) > 500 and len(checked) == 3
+
+
+def test_unsaid_attributes_stay_unsaid():
+    for scene in BOTH[:60]:
+        for k, thing in enumerate(scene.things):
+            for expression in says.descriptions(scene, k, without=("color",)):
+                assert thing.color not in expression
+            for expression in says.superlatives(scene, k, without=("shape",)):
+                assert thing.shape not in expression
+
+
+def test_rec_answers_with_the_box_of_the_thing_it_asks_for():
+    for scene, example in examples("rec"):
+        things, _ = reader.read(tasks.describe(scene))
+        thing = reader.only(things, reader.heard(example.question, wordings.REC)["expr"])
+        assert example.answer.startswith("Answer: [")
+        assert boxes_in(example.answer) == (tuple(thing["box"]),) == rounded(example.boxes)
+        assert scene.things[example.targets[0]].box == example.boxes[0]
+
+
+def test_res_points_at_the_mask_of_the_thing_it_asks_for():
+    for scene, example in examples("res", BOTH[::4]):
+        things, _ = reader.read(tasks.describe(scene))
+        thing = reader.only(things, reader.heard(example.question, wordings.RES)["expr"])
+        (k,) = example.targets
+        y, x = np.nonzero(scene.masks(256)[k])
+        assert thing["box"] == [
+            round(edge / 256, 3) for edge in (x.min(), y.min(), x.max() + 1, y.max() + 1)
+        ]
+
+
+def test_reg_references_all_fit_the_box_in_the_question():
+    for scene, example in examples("reg"):
+        things, _ = reader.read(tasks.describe(scene))
+        (asked,) = boxes_in(example.question)
+        assert (asked,) == rounded(example.question_boxes) and example.answer in example.answers
+        for answer in example.answers:
+            assert tuple(reader.only(things, answer)["box"]) == asked
+
+
+@pytest.mark.parametrize("kind, templates", [("color", wordings.COLOR), ("shape", wordings.SHAPE)])
+def test_color_and_shape_answers_are_what_is_seen(kind, templates):
+    for scene, example in examples("vqa", kind=kind):
+        if example.kind == kind:
+            things, _ = reader.read(tasks.describe(scene))
+            expression = reader.heard(example.question, templates)["expr"]
+            assert reader.only(things, expression)[kind] == example.answer
+            own_words = re.split(" (?:left of|right of|above|below) ", expression)[0]
+            assert example.answer not in own_words
+
+
+def test_counts_are_right():
+    for scene, example in examples("vqa", kind="count"):
+        things, _ = reader.read(tasks.describe(scene))
+        nouns = reader.heard(example.question, wordings.COUNT)["nouns"]
+        assert str(reader.how_many(things, nouns)) == example.answer
+        assert len(example.targets) == int(example.answer)
+
+
+def test_yes_and_no_are_right():
+    forms = Counter()
+    for scene, example in examples("vqa", kind="yesno"):
+        things, _ = reader.read(tasks.describe(scene))
+        said = reader.heard(example.question, wordings.MORE)
+        if said:
+            counts = [reader.how_many(things, said[which]) for which in ("first", "second")]
+            truth = counts[0] > counts[1]
+            assert counts[0] != counts[1] and min(counts) > 0
+        else:
+            said = reader.heard(example.question, wordings.CHECK)
+            if not said:  # a scene too uniform for either form is asked for a thing's existence
+                assert example.question.startswith(("Is there", "Does", "Can you", "Do you"))
+                forms["existence"] += 1
+                continue
+            truth = said["word"] in reader.only(things, said["expr"])["words"].split()
+        forms[tuple(said)] += 1
+        assert example.answer == ("yes" if truth else "no"), example.question
+    existence = forms.pop("existence", 0)
+    assert existence < 10 and len(forms) == 2 and min(forms.values()) > 100
+
+
+def test_relations_are_right_and_use_every_word():
+    words = Counter()
+    for scene, example in examples("relation"):
+        things, hides = reader.read(tasks.describe(scene))
+        ends = {"first": "[Tt]he .+", "second": "the .+"}
+        said = reader.heard(example.question, wordings.RELATION, **ends)
+        relation = said["relation"]
+        truth = reader.is_so(things, hides, said["first"], relation, said["second"])
+        assert example.answer == ("yes" if truth else "no"), example.question
+        words[relation] += 1
+    assert set(words) == set(says.OPPOSITE)
+
+
+@pytest.mark.parametrize("setting", tasks.SETTINGS)
+def test_existence_is_right_and_absent_things_are_chosen_as_the_setting_says(setting):
+    for scene, example in examples("existence", setting=setting):
+        color, shape = reader.heard(example.question, wordings.EXISTENCE)["noun"].split()[-2:]
+        present = {(t.color, t.shape) for t in scene.things}
+        assert example.kind == setting and (example.answer == "yes") == ((color, shape) in present)
+        if example.answer == "no" and setting == "adversarial":
+            apart = [color in {c for c, _ in present}, shape in {s for _, s in present}]
+            alternatives = {(c, s) for c, _ in present for _, s in present} - present
+            assert all(apart) or not alternatives & set(scenes.pairs_of(scene.split))
+        if example.answer == "no" and setting == "popular":
+            assert (color, shape) in tasks.POPULAR or not tasks.POPULAR - present
+
+
+def test_yes_and_no_are_equally_likely():
+    for seed, (task, more) in enumerate(
+        [("vqa", {"kind": "yesno"}), ("relation", {})]
+        + [("existence", {"setting": s}) for s in tasks.SETTINGS]
+    ):
+        answers = Counter(
+            e.answer
+            for repeat in (0, 1)
+            for _, e in examples(task, seed=seed + 50 * repeat, **more)
+        )
+        assert set(answers) == {"yes", "no"}
+        assert_even(answers["yes"], answers.total())
+
+
+def blind_accuracy(train, test):
+    """Of a linear model on the words and word pairs of the question: what closed eyes can say."""
+
+    def features(example):
+        words = re.findall(r"\w+", example.question.lower())
+        return {*words, *zip(words, words[1:])}
+
+    frequent = Counter(f for example in train for f in features(example))
+    columns = {f: i for i, f in enumerate(f for f, count in frequent.items() if count > 5)}
+    answers = sorted({example.answer for example in train})
+
+    def arrays(pool):
+        x = np.zeros((len(pool), len(columns)), np.float32)
+        for row, example in enumerate(pool):
+            x[row, [columns[f] for f in features(example) if f in columns]] = 1
+        return x, np.array([answers.index(example.answer) for example in pool])
+
+    (x, y), (x_test, y_test) = arrays(train), arrays(test)
+    weights = np.zeros((len(columns), len(answers)), np.float32)
+    for _ in range(100):
+        scores = np.exp(x @ weights - (x @ weights).max(1, keepdims=True))
+        error = scores / scores.sum(1, keepdims=True) - np.eye(len(answers), dtype=np.float32)[y]
+        weights -= 0.5 * (x.T @ error / len(x)) + 1e-4 * weights
+    return (np.argmax(x_test @ weights, 1) == y_test).mean()
+
+
+@pytest.mark.parametrize("task, most", [("vqa", 0.35), ("relation", 0.56), ("existence", 0.56)])
+def test_closed_eyes_do_not_answer(task, most):
+    train = [e for seed in range(8) for _, e in examples(task, SCENES["train"], seed)]
+    test = [e for seed in range(4) for _, e in examples(task, SCENES["heldout"], 99 + seed)]
+    assert blind_accuracy(train, test) < most
+
+
+def test_training_never_speaks_of_held_out_pairs():
+    rng = np.random.default_rng(0)
+    for scene in SCENES["train"]:
+        for task in tasks.TASKS:
+            example = tasks.converse(task, scene, rng)
+            said = " ".join([example.question, *example.answers]).lower()
+            said = re.sub(r" (plain|striped|dotted)(?= \w)", "", said)
+            for color, shape in scenes.HELD_OUT:
+                assert f"{color} {shape}" not in said, said
+
+
+def test_captions_name_every_thing_of_the_scene():
+    for scene in BOTH:
+        expected = Counter((t.color, t.shape) for t in scene.things)
+        for text in tasks.captions(scene):
+            listed = text.rstrip(".").split(": ")[-1].split(" on a ")[0].lower()
+            found = Counter()
+            for count, color, shape in re.findall(r"(\w+) (\w+) (\w+?s?)(?=,| and|$)", listed):
+                number = 1 if count in ("a", "an") else says.NUMBERS.index(count)
+                found[color, reader.singular(shape) if number > 1 else shape] += number
+            assert found == expected, text
+    assert len(set(tasks.captions(BOTH[0]))) == 5
+
+
+def test_grounded_captions_put_each_box_after_its_thing():
+    for scene, example in examples("grounded"):
+        parts = re.findall(r"(?:an?|An?) (\w+ \w+) \[([\d.,]+)\]", example.answer)
+        assert len(parts) == len(example.targets) == min(4, len(scene.things))
+        for (noun, box), k in zip(parts, example.targets):
+            assert noun == says.name(scene.things[k])
+            assert f"[{box}]" == tasks.box_text(scene.things[k].box)
+
+
+def test_conversations_answer_about_the_thing_they_found_first():
+    lengths = Counter()
+    for scene, example in examples("conversation"):
+        things, _ = reader.read(tasks.describe(scene))
+        (question, _), *later = example.turns
+        thing = reader.only(things, reader.heard(question, wordings.REC)["expr"])
+        for asked, answer in later:
+            if asked in wordings.COREFERENCE_COLOR:
+                assert answer == thing["color"]
+            elif asked in wordings.SAME_COLOR:
+                assert answer == str(reader.how_many(things, f"{thing['color']} objects"))
+            else:
+                word = reader.heard(asked, wordings.COREFERENCE_CHECK)["word"]
+                assert answer == ("yes" if word == thing["texture"] else "no")
+        assert example.question.count("Question: ") == len(example.turns)
+        assert example.question.endswith(later[-1][0]) and example.answer == later[-1][1]
+        lengths[len(example.turns)] += 1
+    assert set(lengths) == {2, 3, 4}
+
+
+def test_tags_without_noise_are_the_truth_and_noise_drops_and_adds_at_its_rate():
+    missing = wrong = true_count = false_count = 0
+    for scene in BOTH:
+        truth = {w for t in scene.things for w in (t.color, t.shape, t.texture)} - {"plain"}
+        assert set(tasks.tags_of(scene)) == truth
+        noisy = tasks.tags_of(scene, 0.2)
+        assert noisy == tasks.tags_of(scene, 0.2) != tasks.tags_of(scene, 0.9)
+        missing += len(truth - set(noisy))
+        wrong += len(set(noisy) - truth)
+        true_count += len(truth)
+        false_count += len(tasks.VOCABULARY) - len(truth)
+    assert abs(missing / true_count - 0.2) < 0.03
+    assert abs(wrong / false_count - 0.05) < 0.02
+
+
+def test_every_task_has_several_wordings_and_uses_them_all():
+    groups = [value for key, value in vars(wordings).items() if key.isupper()]
+    assert all(len(set(group)) == len(group) >= 4 for group in groups)
+    rng = np.random.default_rng(0)
+    words = {key: f"<{key}>" for key in "expr nouns word first second relation noun box".split()}
+    for group in groups:
+        asked = {wordings.ask(group, rng, **words) for _ in range(200)}
+        assert len(asked) == len(group) and not any("{" in text for text in asked)
+
+
+def test_converse_fills_in_scene_tags_and_category_and_is_repeatable():
+    for task in tasks.TASKS:
+        scene = BOTH[3]
+        example = tasks.converse(task, scene, np.random.default_rng(4), tag_noise=0.1)
+        assert example == tasks.converse(task, scene, np.random.default_rng(4), tag_noise=0.1)
+        assert example.task == task and example.scene == scene.id
+        assert example.tags == tasks.tags_of(scene, 0.1)
+        assert example.category in CATEGORIES and example.answer in example.answers
+        assert bool(example.boxes or example.question_boxes) <= (example.category == "region_level")
+    with pytest.raises(UserError, match="'capton'"):
+        tasks.converse("capton", BOTH[0], np.random.default_rng(0))
+
+
+def test_no_scene_is_without_a_question_of_each_task():
+    rng = np.random.default_rng(1)
+    for scene in BOTH:
+        for task in tasks.TASKS:
+            assert tasks.converse(task, scene, rng).task == task
+        for kind in ("count", "yesno"):
+            assert tasks.vqa(scene, rng, kind).kind == kind

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a run."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+
+from lionjax import plots
+from lionjax.evaluation.report import report
+from lionjax.interfaces import UserError
+
+FIGURES = {
+    "config": {"name": "toy <run>"},
+    "stages": [
+        {"name": "one", "steps": 1200, "seconds": 75.0, "loss_first": 4.0, "loss_last": 0.5,
+         "trainable_parameters": 412032, "frozen_unchanged": True},
+        {"name": "two", "steps": 5, "seconds": 4000, "loss_first": 1.0, "loss_last": 0.9,
+         "trainable_parameters": 7, "frozen_unchanged": False},
+    ],
+    "metrics": {"vqa_accuracy": 0.843, "caption_cider": 1.5, "brand_new": 0.25},
+    "baselines": {"vqa_accuracy": {"blind": 0.51, "majority": 0.4}, "caption_cider": 0.3},
+    "speed": {"images_per_second": 61.23, "peak_bytes": 2**31},
+    "round_trip_exact": True,
+    "environment": {"jax": "0.10.2"},
+}  # fmt: skip
+
+
+class Reader(html.parser.HTMLParser):
+    """What a browser would see: the text, the addresses, and tags left open."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.words, self.addresses, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in ("src", "srcset", "href")]
+        if tag not in ("meta", "img", "source", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data.split()
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(FIGURES))
+    lines = [{"step": i, "stage": s, "loss": 1 / i} for s in ("one", "two") for i in range(1, 9)]
+    lines.append({"step": 9, "stage": "two", "vqa_accuracy": 0.8})
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1'  # killed while writing
+    (tmp_path / "metrics.jsonl").write_text(text)
+    ratio = np.eye(2)[None].repeat(3, 0).tolist()
+    (tmp_path / "routers.json").write_text(json.dumps({"encoder": ratio, "decoder": ratio}))
+    (tmp_path / "evaluation/images").mkdir(parents=True)
+    Image.new("RGB", (64, 64), "#808080").save(tmp_path / "evaluation/images/a.png")
+    mask = coco.encode(np.asfortranarray(np.eye(64, dtype=np.uint8)))
+    mask["counts"] = mask["counts"].decode()
+    answer = {"id": 1, "image": "images/a.png", "question": "where <is> it?", "prediction": "there",
+              "truth": ["there", "here", "there"], "score": 1.0, "boxes": [[0.1, 0.1, 0.6, 0.6]],
+              "truth_boxes": [[0.2, 0.2, 0.7, 0.7]], "masks": [mask]}  # fmt: skip
+    rows = [answer, answer | {"score": 0.0, "prediction": "nowhere"}] * 10
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "evaluation/rec.jsonl").write_text(text)
+    (tmp_path / "evaluation/blind.jsonl").write_text('{"question": "q", "prediction": "p"}\n')
+    return tmp_path
+
+
+def test_the_page_says_every_figure_of_the_run(run):
+    page = Reader(report(run).read_text())
+    said = " ".join(page.words)
+    for words in (
+        "toy <run>", "Questions, VQA accuracy 84.3% 51.0% 40.0%", "Captions, CIDEr-D 1.500",
+        "brand new 0.250", "one 1,200 1 min 15 s 4.000 0.500 412,032 bit for bit",
+        "two 5 1 h 6 min 1.000 0.900 7 no", "61.2 images/s, 2.00 GiB of memory at the peak",
+        "To PyTorch and back exact", "jax 0.10.2", "where <is> it?", "✓ there", "✗ nowhere",
+        "there · here", "The first 12 of 20", "All 1",
+    ):  # fmt: skip
+        assert words in said, words
+
+
+def test_the_page_is_whole_html_and_needs_nothing_but_itself(run):
+    text = report(run).read_text()
+    page = Reader(text)
+    assert page.open == []
+    assert page.addresses and all(a.startswith("data:image/") for a in page.addresses)
+    assert not re.search(r"https?://|url\(|@import", text)
+
+
+def test_pictures_lie_beside_the_page_and_nothing_half_written(run):
+    report(run)
+    names = {path.name for path in run.iterdir()}
+    assert {"loss.png", "loss-dark.png", "routers.png", "answers_rec.png", "report.html"} <= names
+    assert not [name for name in names if name.endswith(".part")]
+    assert "answers_blind.png" not in names  # it has no pictures
+    pixels = np.asarray(Image.open(run / "answers_rec.png")).reshape(-1, 3).astype(int)
+    for colour in (plots.PREDICTED, plots.TRUE):
+        assert np.abs(pixels - plots.rgb(colour)).sum(-1).min() < 30
+
+
+def test_what_a_run_does_not_have_gets_no_section(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "one", "loss": 2.0}\n')
+    said = " ".join(Reader(report(tmp_path).read_text()).words)
+    assert "Loss at each logged step" in said
+    for words in ("How well", "Answers", "How fast", "Whom each", "None", "nan"):
+        assert words not in said
+
+
+def test_a_missing_picture_leaves_its_answer_on_the_page(run):
+    (run / "evaluation/images/a.png").unlink()
+    assert "✓ there" in " ".join(Reader(report(run).read_text()).words)
+
+
+def test_an_empty_folder_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds no report.json"):
+        report(tmp_path)
+
+
+def test_a_broken_file_is_named_with_its_line(run):
+    (run / "evaluation/rec.jsonl").write_text("{}\n{oops\n{}\n")
+    with pytest.raises(UserError, match="rec.jsonl: line 2 is no JSON"):
+        report(run)
+    (run / "report.json").write_text("{oops")
+    with pytest.raises(UserError, match="report.json is no JSON"):
+        report(run)

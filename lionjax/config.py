@@ -79,8 +79,10 @@ class RunConfig:
     log_every: int = 10
     save_every: int = 1000
     evaluate_every: int = 0  # 0: at the end of a stage only
-    keep: int = 3  # checkpoints kept per stage
+    keep: int = 3  # checkpoints kept, and the best one of the stage that runs
     frozen_dtype: str = "bfloat16"
+    cache_features: bool = False  # keep what frozen towers make of each record, so that they run once
+    cache_gib: float = 4.0  # memory for that, on each host
 
 
 @dataclasses.dataclass(frozen=True)

@@ -144,6 +144,12 @@ def shardings(boxed: Params, mesh: Mesh) -> Params:
     return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
+def layer_axes(boxed: Params) -> dict[str, int]:
+    """{path: how many axes of the leaf stack layers}, from leaves that carry logical axes."""
+    flat = trees.flatten(boxed)
+    return {path: tuple(getattr(leaf, "names", ())).count("layers") for path, leaf in flat.items()}
+
+
 def abstract(init: Callable, *args, mesh: Mesh | None = None) -> Params:
     """Shapes, dtypes and (with a mesh) shardings of what `init(*args)` would make; costs nothing at any size."""
     boxed = jax.eval_shape(init, *args)

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run keeps on disk, and how it knows that what it reads is what it wrote.
+
+A run's folder holds, each an Orbax directory that appears whole or not at all:
+
+    frozen/HASH           the parameters that no stage trains, written once
+    base/0_NAME ...       the parameters that some stage trains, as each stage found them; the last one is the result
+    checkpoints/STEP      the trainable half, the optimiser and a record: where the run stands. STEP counts updates
+                          from the first stage on
+    quarantined/          what could not be trusted
+
+Orbax restores a flipped byte without a word, and casts dtypes as silently. So every directory carries a record
+with a fingerprint of each leaf, and nothing is used before it has been checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lionjax import params as trees
+from lionjax.interfaces import Params, UserError
+
+log = logging.getLogger(__name__)
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_WORDS = ("no space left", "file too large", "disk quota")
+
+
+# Copies of a parameter on several devices are saved each by a slice of its own, which has to be compiled for every
+# shape; that pays for large ones alone.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20), override=True
+)
+
+
+class Damaged(Exception):
+    """What was read is not what was written: `path` is the directory, the text says what is wrong."""
+
+    def __init__(self, path: Path, text: str):
+        super().__init__(f"{path}: {text}")
+        self.path = path
+
+
+# Fingerprints
+
+
+def fingerprints(tree: Params) -> dict[str, str]:
+    """{path: 64 bits of each leaf's content in hex}. The mesh that the leaves lie on makes no difference.
+
+    A sum over the leaf's words, each mixed with its position: any single change shows, and the sum can be made
+    where the parts of an array lie. Arrays in a CPU's memory are read by numpy, which needs no compilation.
+    """
+    flat = trees.flatten(tree)
+    if all(_in_host_memory(leaf) for leaf in flat.values()):
+        sums = {path: _sum_on_host(np.asarray(leaf)) for path, leaf in flat.items()}
+    else:
+        sums = jax.device_get(jax.jit(lambda flat: {path: _sum(x) for path, x in flat.items()})(flat))
+    return {path: f"{int(high):08x}{int(low):08x}" for path, (high, low) in sums.items()}
+
+
+def _in_host_memory(leaf) -> bool:
+    if not isinstance(leaf, jax.Array):
+        return True
+    return leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.sharding.device_set)
+
+
+def _mix(word):
+    """The finaliser of MurmurHash3 (public domain): every bit in changes about half of the bits out."""
+    word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)
+
+
+def _mixed(words, positions, xp):
+    salts = (np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15))
+    return xp.stack([_mix(words ^ _mix(positions + salt)).sum(dtype=np.uint32) for salt in salts])
+
+
+def _sum_on_host(x: np.ndarray) -> np.ndarray:
+    words = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * min(x.dtype.itemsize, 4)}")
+    total, chunk = np.zeros(2, np.uint32), 1 << 18  # as much as stays in a core's cache
+    for start in range(0, words.size, chunk):
+        part = words[start : start + chunk].astype(np.uint32)
+        total += _mixed(part, np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32), np)
+    return total
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
+    positions, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        positions, stride = positions + iota * np.uint32(stride % 2**32), stride * words.shape[axis]
+    return _mixed(words, positions, jnp)
+
+
+def manifest(items: dict[str, Params]) -> dict[str, list]:
+    """{"item/path": [dtype, shape, fingerprint]} of some trees."""
+    flat = trees.flatten(items)
+    sums = fingerprints(items)
+    return {path: [str(leaf.dtype), list(leaf.shape), sums[path]] for path, leaf in flat.items()}
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# Directories
+
+
+def _args(items: dict[str, Params], meta: dict) -> ocp.args.Composite:
+    body = {"leaves": manifest(items), "meta": meta}
+    record = ocp.args.JsonSave({**body, "sha256": digest(body)})
+    saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    return ocp.args.Composite(record=record, **saved)
+
+
+def write(path: Path, items: dict[str, Params], meta: dict) -> None:
+    """Trees and a JSON-able value as one directory, which appears whole; what stood there is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), _args(items, meta), force=True)
+
+
+def read_record(path: Path) -> dict:
+    """{"leaves": manifest, "meta": ...} of a directory. Raises Damaged when it is not what was written."""
+    args = ocp.args.Composite(record=ocp.args.JsonRestore())
+    record = _restored(path, args, "its record")["record"]
+    body = {name: record.get(name) for name in ("leaves", "meta")} if isinstance(record, dict) else {}
+    if not body or digest(body) != record.get("sha256"):
+        raise Damaged(path, "its record is not what was written")
+    return body
+
+
+def read(path: Path, targets: dict[str, Params]) -> tuple[dict[str, Params], dict]:
+    """The trees of a directory, laid out as `targets` (ShapeDtypeStructs with shardings), and its meta.
+
+    Raises Damaged when a leaf is not what was written, UserError when it was written for other parameters.
+    """
+    record = read_record(path)
+    wanted = trees.flatten(targets)
+    leaves = {name: leaf for name, leaf in record["leaves"].items() if name.split("/")[0] in targets}
+    if odd := sorted(leaves.keys() ^ wanted.keys()):
+        side = "has no" if odd[0] in wanted else "holds a"
+        raise UserError(f"{path} {side} leaf {odd[0]!r}, unlike the config; it was made by another version")
+    for name, (dtype, shape, _) in leaves.items():
+        want = wanted[name]
+        if (dtype, tuple(shape)) != (str(want.dtype), tuple(want.shape)):
+            raise UserError(
+                f"{path}: {name!r} was saved as {dtype} {tuple(shape)} and is wanted as {want.dtype} "
+                f"{tuple(want.shape)}; nothing is cast in silence, so set the config back to what made it"
+            )
+    args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+    restored = _restored(path, ocp.args.Composite(**args), "an array")
+    items = {name: restored[name] for name in targets}
+    found = fingerprints(items)
+    if wrong := [name for name, (_, _, fingerprint) in leaves.items() if found[name] != fingerprint]:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise Damaged(path, f"{wrong[0]!r}{more} is not what was written")
+    return items, record["meta"]
+
+
+def _restored(path: Path, args: ocp.args.Composite, what: str):
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path.absolute(), args)
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise  # these say nothing about the files
+    except Exception as error:  # Orbax and TensorStore meet damage with errors of any type
+        said = " ".join(str(error).split())
+        raise Damaged(path, f"{what} cannot be read ({type(error).__name__}: {said[:300]})") from error
+
+
+def quarantine(workdir: Path, path: Path, why: str) -> Path:
+    """Move a directory out of the way, never to be read again, and say so."""
+    target = workdir / "quarantined" / f"{path.parent.name}_{path.name}_{time.time_ns()}"
+    target.parent.mkdir(exist_ok=True)
+    path.rename(target)
+    (target.parent / f"{target.name}.txt").write_text(why + "\n")
+    log.warning("%s is put aside in %s: %s", path, target, why)
+    return target
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that no more can be written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(words in str(error).lower() for words in FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# Steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Orbax's preservation policy: the last so many steps, and the best one of the stage that runs.
+
+    `scores`: {step: (stage number, loss)}; steps without one are never the best.
+    """
+
+    last: int
+    scores: dict[int, tuple[int, float]]
+
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        scores = {step: self.scores[step] for step in steps if step in self.scores}
+        stage = max((stage for stage, _ in scores.values()), default=0)
+        best = min((loss, step) for step, (s, loss) in scores.items() if s == stage)[1] if scores else None
+        return [step in steps[-self.last :] or step == best for step in steps]
+
+
+class Steps:
+    """The steps of a run, saved while it goes on: `with Steps(folder, keep) as steps: steps.save(...)`.
+
+    An error of a save that was under way is raised by the next `save`, by `check` or on leaving.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.scores: dict[int, tuple[int, float]] = {}
+        for step in found_steps(folder):
+            with contextlib.suppress(Damaged):
+                self.scores[step] = tuple(read_record(folder / str(step))["meta"]["score"])
+        policy = Keep(max(keep, 1), self.scores)
+        options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, preservation_policy=policy)
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None:
+            self.wait()
+            self.manager.close()
+            return
+        try:
+            self.manager.close()
+        except Exception as second:
+            log.error("the last checkpoint was not saved: %s", second)
+
+    def save(self, step: int, items: dict[str, Params], meta: dict) -> None:
+        """Begin to write a step; training may go on at once. `meta["score"]` is (stage number, loss)."""
+        self.scores[step] = tuple(meta["score"])
+        self.manager.save(step, args=_args(items, meta))
+
+    def check(self) -> None:
+        """Raise what went wrong in a save under way, without waiting for it."""
+        self.manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Until all is on disk."""
+        self.manager.wait_until_finished()
+        self.manager.check_for_errors()
+
+
+def found_steps(folder: Path) -> list[int]:
+    """The steps that stand complete in a folder, newest first."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def found_bases(folder: Path) -> dict[int, Path]:
+    """{stage number: directory} of the bases in a folder."""
+    names = {path: re.fullmatch(r"(\d+)_\w+", path.name) for path in folder.glob("*")}
+    return {int(match[1]): path for path, match in names.items() if match}
+
+
+def clean(workdir: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for folder in ("frozen", "base", "checkpoints"):
+        for path in (workdir / folder).glob(f"*{TEMPORARY}*"):
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def disk_errors(workdir: Path) -> Iterator[None]:
+    """Turn "the disk is full", whoever says it, into one sentence that names what is still good."""
+    try:
+        yield
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        with contextlib.suppress(OSError):
+            clean(workdir)
+        last = next(iter(found_steps(workdir / "checkpoints")), None)
+        good = f"the checkpoint of update {last} is whole" if last else "what was saved before is whole"
+        raise UserError(
+            f"the disk is full while writing in {workdir}; {good}: free some space and start the same command again"
+        ) from error

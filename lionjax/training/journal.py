@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says while it goes on and when it ends: metrics.jsonl, TensorBoard, a progress bar, report.json.
+
+Only process 0 writes. A line that a restarted run makes again replaces the one it made before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lionjax.config import Experiment, to_json
+
+FEW = 10  # losses behind loss_first and loss_last, so that one odd batch does not decide them
+
+
+@dataclasses.dataclass
+class Entry:
+    """What is remembered of a stage across restarts. `seconds`: where time went, by name."""
+
+    name: str
+    trainable_parameters: int
+    updates: int = 0
+    images: int = 0
+    tokens: int = 0
+    first: list[float] = dataclasses.field(default_factory=list)
+    last: list[float] = dataclasses.field(default_factory=list)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    compilations: int = 0
+    frozen_unchanged: bool | None = None
+
+    def add(self, loss: float, images: int, tokens: int) -> None:
+        """Count one update."""
+        self.updates, self.images, self.tokens = self.updates + 1, self.images + images, self.tokens + tokens
+        self.first = (self.first + [loss])[:FEW]
+        self.last = (self.last + [loss])[-FEW:]
+
+    @property
+    def loss(self) -> float:
+        return sum(self.last) / len(self.last)
+
+    def report(self) -> dict[str, Any]:
+        """The stage's entry in report.json."""
+        return {
+            "name": self.name,
+            "steps": self.updates,
+            "seconds": round(sum(self.seconds.values()), 3),
+            "seconds_by_part": {name: round(value, 3) for name, value in self.seconds.items()},
+            "loss_first": sum(self.first) / len(self.first),
+            "loss_last": self.loss,
+            "trainable_parameters": self.trainable_parameters,
+            "compilations": self.compilations,
+            "frozen_unchanged": self.frozen_unchanged,
+        }
+
+
+class Clock:
+    """Where time goes: `with clock("data"): ...`; the sums lie in `seconds`."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    def add(self, part: str, seconds: float) -> None:
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(part, time.perf_counter() - began)
+
+
+class Journal:
+    """The lines of a run, to files and to the terminal: `with Journal(workdir, experiment, update) as journal: ...`.
+
+    `update` is where the run goes on, counted from the first stage; later lines of an earlier try are dropped.
+    """
+
+    def __init__(self, workdir: Path, experiment: Experiment, update: int):
+        self.path, self.experiment, self.writes = workdir / "metrics.jsonl", experiment, jax.process_index() == 0
+        self.board = self.bar = self.task = None
+        if not self.writes:
+            return
+        keep_lines(self.path, update)
+        if importlib.util.find_spec("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=update + 1)
+        if sys.stderr.isatty():
+            self.bar = _bar()
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.bar:
+            self.bar.stop()
+        if self.board:
+            self.board.close()
+
+    def begin(self, stage: str, steps: int, done: int) -> None:
+        """A stage begins or goes on after `done` updates."""
+        if self.bar:
+            self.task = self.bar.add_task(stage, total=steps, completed=done, said="compiling")
+        elif self.writes:
+            where = f" after {done}" if done else ""
+            print(f"stage {stage}: {steps} steps{where}", file=sys.stderr, flush=True)
+
+    def advance(self, done: int) -> None:
+        """So many updates of the stage are done."""
+        if self.bar:
+            self.bar.update(self.task, completed=done)
+
+    def line(self, line: dict[str, Any], steps: int) -> None:
+        """One line of metrics: `stage`, `step`, `update`, `loss` and others; `steps` is the stage's length."""
+        if not self.writes:
+            return
+        append_line(self.path, line)
+        if self.board:
+            for name, value in line.items():
+                if isinstance(value, int | float) and name not in ("step", "update"):
+                    self.board.add_scalar(f"{line['stage']}/{name}", value, line["update"])
+        rate = line.get("images_per_second")
+        said = f"loss {line['loss']:.4f}" + (f"  {rate:.1f} images/s" if rate else "")
+        if self.bar:
+            self.bar.update(self.task, completed=line["step"], said=said)
+            return
+        rest = (steps - line["step"]) * self.batch_size(line["stage"]) / rate if rate else None
+        left = "" if rest is None else f"  {rest / 60:.1f} min left"
+        text = f"stage {line['stage']}  step {line['step']}/{steps}  {said}  lr {line['learning_rate']:.2e}{left}"
+        print(text, file=sys.stderr, flush=True)
+
+    def batch_size(self, stage: str) -> int:
+        return next(s.batch_size for s in self.experiment.stages if s.name == stage)
+
+    def say(self, text: str) -> None:
+        """A sentence for the person at the terminal."""
+        if self.bar:
+            self.bar.console.print(text)
+        elif self.writes:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _bar():
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    said = TextColumn("{task.fields[said]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said)
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add one JSON object to a file of lines, in one write."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(file, (json.dumps(line) + "\n").encode())
+    finally:
+        os.close(file)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of lines; a line that a killed run left half-written is passed over."""
+    found = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(text))
+    return found
+
+
+def keep_lines(path: Path, update: int) -> None:
+    """Drop the lines of updates after this one: the run will make them again."""
+    lines = [line for line in read_lines(path) if line["update"] <= update]
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+# The report
+
+
+def write_report(workdir: Path, experiment: Experiment, history: list[dict]) -> dict[str, Any]:
+    """Put the training's part into report.json and return the whole; what others wrote there stays."""
+    path = workdir / "report.json"
+    report = json.loads(path.read_text()) if path.is_file() else {}
+    entries = [Entry(**entry) for entry in history]
+    report |= {
+        "config": json.loads(to_json(experiment)),
+        "stages": [entry.report() for entry in entries],
+        "speed": speed(entries),
+        "environment": environment(),
+    }
+    if jax.process_index() == 0:
+        replace_text(path, json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def speed(entries: list[Entry]) -> dict[str, float]:
+    """Rates over all updates, compilation apart: a step's seconds are those of waiting for data and computing."""
+    sums: dict[str, float] = {}
+    for entry in entries:
+        for part, seconds in entry.seconds.items():
+            sums[part] = sums.get(part, 0.0) + seconds
+    busy = max(sums.get("step", 0.0) + sums.get("data", 0.0), 1e-9)
+    return {
+        "images_per_second": sum(entry.images for entry in entries) / busy,
+        "tokens_per_second": sum(entry.tokens for entry in entries) / busy,
+        "step_seconds": busy / max(sum(entry.updates for entry in entries), 1),
+        "compile_seconds": sums.get("compile", 0.0),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def peak_bytes() -> int:
+    """The most memory that was in use: of a device, or of this process where the device is the CPU."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured on."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpus": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")},
+    }

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage: what trains, how fast, and one update.
+
+A stage's patterns split the parameters in two. Only the trainable half is differentiated, has an optimiser and is
+handed back; the frozen half is an argument of the step and can change nowhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lionjax import params as trees
+from lionjax import sharding
+from lionjax.config import Experiment, Stage
+from lionjax.interfaces import Array, Batch, Params, System, UserError, pytree
+
+log = logging.getLogger(__name__)
+
+
+@pytree
+class State:
+    """What one update changes. `step` counts the updates of this stage."""
+
+    step: Array
+    trainable: Params
+    optimiser: Any
+
+
+def system_of(experiment: Experiment, stage: Stage) -> System:
+    """The experiment's system with the fields that the stage replaces.
+
+    Raises UserError when the system has no such field.
+    """
+    fields = {field.name for field in dataclasses.fields(experiment.system)}
+    for name, _ in stage.system:
+        if name not in fields:
+            kind = type(experiment.system).__name__
+            raise UserError(f"stage {stage.name!r} sets {name!r}, which is no field of {kind}")
+    return dataclasses.replace(experiment.system, **dict(stage.system))
+
+
+def check(stages: tuple[Stage, ...], params: Params) -> None:
+    """Raises UserError for a schedule that cannot run: before the first step, not at the third stage."""
+    if not stages:
+        raise UserError("the experiment has no stages; give it at least one")
+    names = [stage.name for stage in stages]
+    for stage in stages:
+        if names.count(stage.name) > 1:
+            raise UserError(f"two stages are called {stage.name!r}; give each its own name")
+        if not stage.trainable or stage.steps < 1:
+            what = "no steps" if stage.trainable else "nothing to train"
+            raise UserError(f"stage {stage.name!r} has {what}; leave it out or fill it in")
+        try:
+            trainable, _ = trees.split(params, stage.trainable)
+            factors(stage, trainable)
+        except UserError as error:
+            raise UserError(f"stage {stage.name!r}: {error}") from error
+
+
+def schedule(stage: Stage) -> optax.Schedule:
+    """Learning rate by update: a line up to `learning_rate`, then a cosine down to `end_learning_rate`."""
+    rest = stage.steps - stage.warmup_steps
+    if rest < 1:
+        log.warning(
+            "stage %r: its %d steps end within the %d of the warm-up, below the learning rate of %g",
+            *(stage.name, stage.steps, stage.warmup_steps, stage.learning_rate),
+        )
+    up = optax.linear_schedule(stage.warmup_learning_rate, stage.learning_rate, stage.warmup_steps)
+    lowest = stage.end_learning_rate / stage.learning_rate if stage.learning_rate else 0.0
+    down = optax.cosine_decay_schedule(stage.learning_rate, max(rest, 1), lowest)
+    return optax.join_schedules([up, down], [stage.warmup_steps]) if stage.warmup_steps else down
+
+
+def decays(path: str, axes: int) -> bool:
+    """Whether weight decay applies to a leaf that has so many axes within one layer.
+
+    LION's rule: not to vectors and scalars, and not to biases, norms and scales whatever their shape. A stack of
+    layers has an axis that does not count. Queries and router ratios have two axes and do decay, as in the original.
+    """
+    *_, name = path.split("/")
+    return axes >= 2 and name not in ("bias", "scale") and "norm" not in path
+
+
+def factors(stage: Stage, trainable: Params) -> Params:
+    """What the learning rate of each leaf is multiplied by: the factor of the first pattern that matches it."""
+    trees.split(trainable, [pattern for pattern, _ in stage.learning_rate_scale])
+
+    def one(path: str) -> float:
+        pairs = stage.learning_rate_scale
+        return next((factor for pattern, factor in pairs if trees.matches(path, [pattern])), 1.0)
+
+    return trees.unflatten({path: one(path) for path in trees.flatten(trainable)})
+
+
+def optimizer(
+    stage: Stage, trainable: Params, layer_axes: Mapping[str, int] | None = None
+) -> optax.GradientTransformation:
+    """AdamW for the trainable half: clipping by its global norm, decay where `decays` says, warm-up and cosine.
+
+    `layer_axes`: how many axes of a leaf stack layers (see `sharding.layer_axes`); none where a path is missing.
+    """
+    stacked, flat = layer_axes or {}, trees.flatten(trainable)
+    mask = {path: decays(path, len(leaf.shape) - stacked.get(path, 0)) for path, leaf in flat.items()}
+    parts = [
+        optax.scale_by_adam(*stage.betas),
+        optax.add_decayed_weights(stage.weight_decay, trees.unflatten(mask)),
+        optax.scale_by_learning_rate(schedule(stage)),
+    ]
+    if stage.clip_norm:
+        parts.insert(0, optax.clip_by_global_norm(stage.clip_norm))
+    if stage.learning_rate_scale:
+        scale = factors(stage, trainable)
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale)))
+    return optax.chain(*parts)
+
+
+def abstract_optimiser(optimiser: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> Any:
+    """Shapes and shardings of the optimiser's state: moments lie as their parameters do, counters everywhere."""
+
+    def like(shape, where):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return optax.tree.map_params(
+        optimiser,
+        lambda shape, leaf: like(shape, leaf.sharding),
+        jax.eval_shape(optimiser.init, trainable),
+        trainable,
+        transform_non_params=lambda shape: like(shape, everywhere),
+    )
+
+
+def start(optimiser: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> State:
+    """The state before the first update of a stage."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_optimiser(optimiser, trainable, mesh))
+    fresh = jax.jit(optimiser.init, out_shardings=where)(trainable)
+    step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
+    return State(step, trainable, fresh)
+
+
+def gradients(loss: Callable, trainable: Params, batch: Batch, key: Array, parts: int):
+    """(gradients, metrics) of the mean loss over a batch, read in `parts` equal pieces one after the other.
+
+    Pieces count by their `metrics["weight"]`, so that the result is that of the whole batch at once, up to rounding.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        (value, metrics), grads = gradient(trainable, batch, key)
+        return grads, {**metrics, "loss": value}
+
+    def cut(x):
+        # Every device keeps its own rows: piece p takes rows p, p + parts, ... of the batch.
+        pieces = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+        return sharding.constrain(pieces, None, "batch", *(None,) * (x.ndim - 1))
+
+    def weighted(piece):
+        number, part = piece
+        (value, metrics), grads = gradient(trainable, part, jax.random.fold_in(key, number))
+        weight = metrics["weight"].astype(jnp.float32)
+        metrics = {**metrics, "loss": value, "weight": jnp.ones((), jnp.float32)}
+        return jax.tree.map(lambda x: x * weight, (grads, metrics))
+
+    def add(total, piece):
+        return jax.tree.map(jnp.add, total, weighted(piece)), None
+
+    pieces = jnp.arange(parts), jax.tree.map(cut, batch)
+    shapes = jax.eval_shape(lambda: weighted(jax.tree.map(lambda x: x[0], pieces)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (grads, metrics), _ = jax.lax.scan(add, zeros, pieces)
+    weight = metrics["weight"]
+    mean = 1 / jnp.where(weight > 0, weight, 1)
+    grads, metrics = jax.tree.map(lambda x: x * mean, (grads, metrics))
+    return grads, {**metrics, "weight": weight}
+
+
+def make_step(
+    system: System,
+    stage: Stage,
+    optimiser: optax.GradientTransformation,
+    key: Array,
+    state: State,
+    mesh: Mesh,
+    traces: list,
+) -> Callable[[State, Params, Batch], tuple[State, dict[str, Array]]]:
+    """One compiled update: (state, frozen, batch) -> (state, metrics). The old state's memory is reused.
+
+    Metrics: the system's own and loss, grad_norm, learning_rate, finite. Where the loss or the
+    gradient's norm is not finite, parameters and optimiser stay as they were. `key` is the stage's;
+    dropout follows from it and the step alone, so a resumed run draws the same. `state` tells where
+    the new state lies: where the old one does. `traces` grows by one with each compilation.
+    """
+    rate = schedule(stage)
+
+    def step(state: State, frozen: Params, batch: Batch):
+        traces.append(jax.tree.map(jnp.shape, batch))
+
+        def loss(trainable, piece, key):
+            value, metrics = system.loss(trees.merge(trainable, frozen), piece, key)
+            return value.astype(jnp.float32), metrics
+
+        with sharding.use(mesh):
+            here = jax.random.fold_in(key, state.step)
+            grads, metrics = gradients(loss, state.trainable, batch, here, stage.accumulate)
+        norm = optax.tree.norm(grads)
+        updates, moved = optimiser.update(grads, state.optimiser, state.trainable)
+        new = State(state.step + 1, optax.apply_updates(state.trainable, updates), moved)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        old = dataclasses.replace(state, step=new.step)
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        learning_rate = jnp.asarray(rate(state.step), jnp.float32)
+        return kept, {**metrics, "grad_norm": norm, "learning_rate": learning_rate, "finite": finite}
+
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, everywhere))

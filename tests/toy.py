@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A system and data so small that a stage compiles in a second, with all that the loop must cope with: a frozen tower,
+stacked layers, dropout, and answers of unequal length. Also a program: `python toy.py WORKDIR [field=value ...]`."""
+
+import dataclasses
+import json
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lionjax import losses
+from lionjax.config import Experiment, RunConfig, Stage
+from lionjax.interfaces import Batch
+from lionjax.layers import Dense, Embed, LayerNorm, dropout
+from lionjax.sharding import MeshConfig, constrain, sharded
+
+WIDTH, VOCAB, LENGTH, PIXELS = 16, 24, 4, 8
+
+
+class Block(nn.Module):
+    rate: float
+
+    @nn.compact
+    def __call__(self, x_BMD, key):
+        change = Dense(WIDTH, WIDTH, ("embed", "mlp"), name="up")(LayerNorm(WIDTH, 1e-6, name="norm")(x_BMD))
+        return constrain(x_BMD + dropout(nn.relu(change), self.rate, key), "batch", "length", "act_embed"), None
+
+
+class ToyModule(nn.Module):
+    c: "Toy"
+
+    def setup(self):
+        self.tower = Dense(PIXELS * PIXELS * 3, WIDTH, ("conv", "embed"))
+        self.words = Embed(VOCAB, WIDTH)
+        self.hint = self.param("hint", sharded(nn.initializers.normal(1.0), ("embed",)), (WIDTH,))
+        scan = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        self.blocks = scan(self.c.rate)
+        self.output = Dense(WIDTH, VOCAB, ("embed", "vocab"))
+
+    def see(self, batch):
+        if batch.features is not None:
+            return batch.features
+        return nn.relu(self.tower(batch.image_BHWC.reshape(batch.image_BHWC.shape[0], -1)))
+
+    def __call__(self, batch, key):
+        seen_BD = self.see(batch)
+        asked_BD = self.words(batch.prompt_BL).mean(1) * self.c.attention
+        start_BM = jnp.pad(batch.target_BM, ((0, 0), (1, 0)))[:, :-1]
+        x_BMD = self.words(start_BM) + (seen_BD + asked_BD + self.hint)[:, None]
+        keys = None if key is None else jax.random.split(key, 3)
+        x_BMD, _ = self.blocks(x_BMD, keys)
+        return self.output(x_BMD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    rate: float = 0.1
+    attention: float = 1.0
+
+    def init(self, key, batch):
+        return ToyModule(self).init(key, batch, None)["params"]
+
+    def features(self, params, batch):
+        return ToyModule(self).apply({"params": params}, batch, method="see")
+
+    def loss(self, params, batch, key=None):
+        logits_BMV = ToyModule(self).apply({"params": params}, batch, key)
+        return losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyData:
+    records: int = 24
+    poison: int = -1  # a record whose picture is NaN
+
+
+class Batches:
+    """Records in an order that depends on the seed and the stage alone; endless."""
+
+    def __init__(self, data, stage, seed, batch_size, process_index, process_count):
+        self.data, self.size = data, batch_size // process_count
+        self.shard, self.shards = process_index, process_count
+        self.seed, self.next = (seed, sum(map(ord, stage.name))), 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        rows = self.next + np.arange(self.size * self.shards)[self.shard :: self.shards]
+        self.next += self.size * self.shards
+        return batch_of([self.record(row) for row in rows], self.data.poison)
+
+    def record(self, row):
+        epoch, within = divmod(int(row), self.data.records)
+        return int(np.random.default_rng((*self.seed, epoch)).permutation(self.data.records)[within])
+
+    def position(self):
+        return {"next": self.next}
+
+    def restore(self, position):
+        self.next = position["next"]
+
+
+def batch_of(records, poison=-1):
+    rows = [row_of(record, poison) for record in records]
+    fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return Batch(**fields, record_B=np.asarray(records, np.int32))
+
+
+def row_of(record, poison):
+    random = np.random.default_rng(record)
+    image = random.normal(size=(PIXELS, PIXELS, 3)).astype(np.float32)
+    ones, length = np.ones(LENGTH, np.int32), 1 + record % LENGTH
+    return {
+        "image_BHWC": image * np.nan if record == poison else image,
+        "prompt_BL": random.integers(0, VOCAB, LENGTH).astype(np.int32),
+        "prompt_mask_BL": ones,
+        "question_BL": ones,
+        "question_mask_BL": ones,
+        "target_BM": random.integers(0, VOCAB, LENGTH).astype(np.int32),
+        "target_mask_BM": (np.arange(LENGTH) < length).astype(np.int32),
+        "loss_mask_BM": (np.arange(LENGTH) < length).astype(np.int32),
+        "task_B": np.int32(record % 2),
+    }
+
+
+def stage(name="one", steps=6, trainable=("blocks", "output"), **changes):
+    fields = dict(batch_size=8, accumulate=2, learning_rate=1e-2, warmup_steps=2, warmup_learning_rate=1e-3)
+    return Stage(name, steps, tuple(trainable), (("toy", 1.0),), **(fields | changes))
+
+
+def experiment(*stages, run=None, **changes):
+    both = (stage("one"), stage("two", 5, ("hint", "blocks/up", "words"), system=(("attention", 0.5),)))
+    run = RunConfig(**(dict(log_every=1, save_every=2) | (run or {})))
+    return Experiment("toy", Toy(), ToyData(), stages or both, run, **changes)
+
+
+# Configs hold dataclasses of the package alone; for these tests the toy belongs to it.
+sys.modules["lionjax.toy"] = sys.modules[__name__]
+Toy.__module__ = ToyData.__module__ = "lionjax.toy"
+
+
+def main():
+    """Train in a folder and print what came out. Fields: steps, save_every, mesh, poison, records, cpus."""
+    from lionjax import params as trees
+    from lionjax.training import checkpoints, loop
+
+    workdir, fields = sys.argv[1], dict(word.split("=") for word in sys.argv[2:])
+    steps = int(fields.get("steps", 6))
+    mesh = MeshConfig(*map(int, fields.get("mesh", "-1,1,1").split(",")))
+    stages = (stage("one", steps), stage("two", steps, ("hint", "blocks/up", "words")))
+    data = ToyData(poison=int(fields.get("poison", -1)))
+    what = experiment(*stages, run={"save_every": int(fields.get("save_every", 2))}, mesh=mesh)
+    params, report = loop.train(dataclasses.replace(what, data=data), workdir, Batches)
+    print(json.dumps({"params": checkpoints.fingerprints(params), "scalars": trees.count(params)}))
+
+
+if __name__ == "__main__":
+    from lionjax.cli import explain
+
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, code = explain(error)
+        print(sentence, file=sys.stderr)
+        sys.exit(code)

@@ -59,6 +59,14 @@ def draw(image, marks: Sequence[Mark], side: int = 480) -> Image.Image:
     return picture
 
 
+def save(picture: Image.Image, path: Path | str) -> None:
+    """Write a picture as PNG, whole or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    picture.save(part, "PNG")
+    part.replace(path)
+
+
 def open_picture(image) -> Image.Image:
     """An RGB picture from a path, a PIL picture, or an array (H, W, 3) of uint8."""
     if isinstance(image, str | Path):

@@ -11,6 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from lionjax import plots
+from lionjax.evaluation import report as report_of
 from lionjax.evaluation.report import report
 from lionjax.interfaces import UserError
 
@@ -130,3 +131,15 @@ def test_a_broken_file_is_named_with_its_line(run):
     (run / "report.json").write_text("{oops")
     with pytest.raises(UserError, match="report.json is no JSON"):
         report(run)
+
+
+def test_mean_router_ratios_are_kept_under_the_part_of_their_path_that_differs(tmp_path):
+    ratio_LTAD = np.arange(24.0).reshape(2, 2, 2, 3)
+    blocks = {"blocks": {"adapters": {"ratio": ratio_LTAD, "adapter_0": {"scale": np.ones(2)}}}}
+    report_of.write_routers(tmp_path, {"language": {"encoder": blocks, "decoder": blocks}})
+    kept = json.loads((tmp_path / "routers.json").read_text())
+    assert list(kept) == ["decoder", "encoder"]
+    assert kept["encoder"] == ratio_LTAD.mean(-1).tolist()
+    (tmp_path / "routers.json").unlink()
+    report_of.write_routers(tmp_path, {"language": {"scale": np.ones(2)}})
+    assert not (tmp_path / "routers.json").exists()

@@ -22,11 +22,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from lionjax import params as trees
 from lionjax import plots
-from lionjax.interfaces import CATEGORIES, UserError
+from lionjax.interfaces import CATEGORIES, Params, UserError
 from lionjax.plots import Mark
 
 SHOWN = 12  # answers of each benchmark on the page: its first ones, not chosen
@@ -76,6 +78,22 @@ def report(workdir: Path | str) -> Path:
     path = workdir / "report.html"
     write(path, page(title(figures, workdir), "\n".join(filter(None, sections))).encode())
     return path
+
+
+def write_routers(workdir: Path | str, params: Params) -> None:
+    """Keep the mean ratio of every router in `routers.json`: {where: (layers, tasks, adapters)}."""
+    ratios = [(path.split("/"), leaf) for path, leaf in trees.flatten(params).items()]
+    ratios = [(parts[:-1], leaf) for parts, leaf in ratios if parts[-1] == "ratio"]
+    everywhere = (
+        set.intersection(*(set(parts) for parts, _ in ratios)) if len(ratios) > 1 else set()
+    )
+    means = {
+        " ".join(part for part in parts if part not in everywhere): np.asarray(jnp.mean(leaf, -1))
+        for parts, leaf in ratios
+    }
+    if means:
+        text = json.dumps({name: mean.tolist() for name, mean in means.items()})
+        write(Path(workdir) / "routers.json", text.encode())
 
 
 def read_json(path: Path) -> Any:

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `lionjax VERB`. Each verb is a function that imports what it needs when it runs.
+
+A mistake of the user is one sentence and exit code 2. Anything unexpected is one sentence and exit
+code 1; with LIONJAX_TRACEBACK=1 the traceback comes before it. Ctrl-C ends with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import json
+import logging
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+# Verbs
+
+
+def train(given: argparse.Namespace, overrides: list[str]) -> None:
+    """Train all stages of a config, or what is left of them: a folder goes on where it stands."""
+    from lionjax import config
+
+    experiment = config.load(given.config, overrides)  # before what takes seconds to import
+
+    from lionjax.data import pipeline
+    from lionjax.evaluation.report import write_routers
+    from lionjax.training import loop
+
+    params, _ = loop.train(experiment, given.workdir, pipeline.batches)
+    write_routers(given.workdir, params)
+    print(
+        f"{given.workdir} holds the result; `lionjax report {given.workdir}` draws it",
+        file=sys.stderr,
+    )
+
+
+def generate(given: argparse.Namespace, _) -> None:
+    """Answer a prompt about a picture; boxes and masks are printed and can be drawn."""
+    import lionjax
+    from lionjax import plots
+    from lionjax.data import pictures
+
+    picture = pictures.open_picture(given.image)
+    box = None if given.box is None else _box(given.box)
+    model = lionjax.load(given.dir)
+    (answer,) = model.answer([picture], [given.prompt], boxes=None if box is None else [[box]])
+    if given.json:
+        print(json.dumps(_plain(answer)))
+    else:
+        print(answer.text)
+        for found in answer.boxes:
+            print("box " + " ".join(f"{edge:.3f}" for edge in found))
+    if given.out is not None:
+        marks = [] if box is None else [plots.Mark(box, colour=plots.ASKED)]
+        marks += [plots.Mark(found, colour=plots.PREDICTED) for found in answer.boxes]
+        marks += [plots.Mark(mask=mask, colour=plots.PREDICTED) for mask in answer.masks]
+        plots.save(plots.draw(picture, marks), given.out)
+
+
+def show(given: argparse.Namespace, overrides: list[str]) -> None:
+    """Print the resolved config, typed; with --weights the table of its torch names."""
+    from lionjax import config
+
+    experiment = _experiment(Path(given.config), overrides)
+    if given.weights:
+        for row in experiment.system.torch_rows():
+            print(f"{', '.join(row.names)}  ->  {', '.join(row.paths)}  ({row.op.name})")
+    else:
+        print(config.show(experiment))
+
+
+def report(given: argparse.Namespace, _) -> None:
+    """Draw the curves, tables and answers of a run into DIR/report.html."""
+    from lionjax.evaluation.report import report
+
+    print(report(given.dir))
+
+
+def benchmark(given: argparse.Namespace, words: list[str]) -> None:
+    """Measure one of the README's numbers on this machine; needs a clone of the project."""
+    from lionjax.interfaces import UserError
+
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    files = {path.stem: path for path in folder.glob("*.py") if "__main__" in path.read_text()}
+    if given.name not in files:
+        known = ", ".join(sorted(files)) or "none here: they come with a clone of the project"
+        raise UserError(f"there is no benchmark {given.name!r}; there are {known}")
+    sys.argv = [str(files[given.name]), *words]
+    sys.path.insert(0, str(folder))  # as if run by its path, so that it finds its neighbours
+    runpy.run_path(str(files[given.name]), run_name="__main__")
+
+
+# Their arguments
+
+
+def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The whole command line, and its verbs by name. Cheap: nothing of the package is imported."""
+    whole = Parser(prog="lionjax", description="Region-aware multimodal language models in JAX.")
+    whole.add_argument("--version", action="store_true", help="print the version and stop")
+    verbs = whole.add_subparsers(metavar="VERB", title="verbs", dest="verb")
+
+    verb = add(verbs, train, rest="Any field of the config can be set: --stages.0.steps 20.")
+    verb.add_argument(
+        "config", metavar="CONFIG", help="a Python file, such as configs/tiny_lion.py"
+    )
+    verb.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="the run's folder")
+
+    verb = add(verbs, generate)
+    verb.add_argument("dir", metavar="DIR", type=Path, help="a run, or a folder of weights")
+    verb.add_argument("--image", metavar="FILE", required=True, help="a JPEG, PNG or WebP picture")
+    verb.add_argument("--prompt", metavar="TEXT", required=True, help="what to ask")
+    verb.add_argument("--box", metavar="X0,Y0,X1,Y1", help="what is asked about, in 0..1")
+    verb.add_argument("--json", action="store_true", help="print text, boxes and masks as JSON")
+    verb.add_argument("--out", metavar="PNG", type=Path, help="draw the answer into this picture")
+
+    verb = add(verbs, show, rest="Any field of the config can be set: --stages.0.steps 20.")
+    verb.add_argument("config", metavar="CONFIG", help="a Python file, or the folder of a run")
+    verb.add_argument("--weights", action="store_true", help="print the torch-name table instead")
+
+    verb = add(verbs, report)
+    verb.add_argument("dir", metavar="DIR", type=Path, help="the folder of a run")
+
+    verb = add(verbs, benchmark, rest="Further arguments are the benchmark's own.")
+    verb.add_argument("name", metavar="NAME", help="a file of benchmarks/, without .py")
+    return whole, verbs.choices
+
+
+class Usage(Exception):
+    """A command line that cannot be read. UserError's module imports JAX, too slow for --help."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises its errors and takes no abbreviations, which could hide a field."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str):
+        raise Usage(f"{message}; see `{self.prog} --help`")
+
+
+def add(verbs, run: Callable, rest: str = "") -> argparse.ArgumentParser:
+    """A verb named and described by its function; `rest` says what it does with unknown arguments."""
+    verb = verbs.add_parser(run.__name__, help=run.__doc__, description=f"{run.__doc__} {rest}")
+    verb.set_defaults(run=run, takes_rest=bool(rest))
+    return verb
+
+
+def _box(text: str) -> tuple[float, float, float, float]:
+    from lionjax.data import pictures
+
+    return pictures.unit_box(text.split(","), name="--box")
+
+
+def _plain(answer) -> dict:
+    """An answer for JSON: masks as COCO's compressed run lengths."""
+    import numpy as np
+    from pycocotools import mask as coco
+
+    masks = [coco.encode(np.asfortranarray(mask, np.uint8)) for mask in answer.masks]
+    return {
+        "text": answer.text,
+        "boxes": np.asarray(answer.boxes, float).reshape(-1, 4).tolist(),
+        "masks": [{"size": mask["size"], "counts": mask["counts"].decode()} for mask in masks],
+    }
+
+
+def _experiment(path: Path, overrides: Sequence[str]):
+    from lionjax import config
+    from lionjax.interfaces import UserError
+
+    if not path.is_dir():
+        return config.load(path, overrides)
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(f"{path} holds no config.json; give a config file or the folder of a run")
+    return config.override(config.from_json(file.read_text()), overrides)
+
+
+# Running one
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command line; returns its exit code."""
+    try:
+        run(list(sys.argv[1:] if words is None else words))
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("LIONJAX_TRACEBACK"):
+            traceback.print_exception(error)
+        sentence, code = explain(error)
+        print(f"lionjax: {sentence}", file=sys.stderr)
+        return code
+
+
+def run(words: list[str]) -> None:
+    """Run one command line. Raises Usage for one that cannot be read, and what the verb raises."""
+    whole, verbs = parsers()
+    if words and not words[0].startswith("-") and words[0] not in verbs:
+        near = difflib.get_close_matches(words[0], verbs, n=1) or ["--help"]
+        raise Usage(f"there is no verb {words[0]!r}; did you mean `lionjax {near[0]}`?")
+    given, rest = whole.parse_known_args(words)
+    if given.version:
+        import lionjax
+
+        print(lionjax.__version__)
+    elif given.verb is None:
+        whole.print_help()
+    elif rest and not given.takes_rest:
+        raise Usage(f"unknown argument {rest[0]!r}; see `lionjax {given.verb} --help`")
+    else:
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("lionjax").setLevel(logging.INFO)
+        given.run(given, rest)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """(what to say, exit code) of an exception."""
+    if isinstance(error, Usage):
+        return str(error), 2
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C", 130
+    from lionjax.interfaces import UserError
+
+    if isinstance(error, UserError):
+        return str(error), 2
+    lines = str(error).strip().splitlines() or ["no message"]
+    if is_disk_full(error):
+        return f"the disk is full ({lines[0]}); make room and give the same command again", 2
+    if isinstance(error, PermissionError):
+        return f"no permission for {error.filename}", 2
+    more = (
+        "" if os.environ.get("LIONJAX_TRACEBACK") else "; set LIONJAX_TRACEBACK=1 for the traceback"
+    )
+    return f"unexpected {type(error).__name__}: {lines[0]}{more}", 1
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an exception, or what caused it, says that no space is left, by its number or its text."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC).lower() in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

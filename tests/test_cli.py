@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it answers, what it refuses, and how it ends."""
+
+import errno
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lionjax.data
+import lionjax.training
+from lionjax import cli, config
+from lionjax.interfaces import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+VERBS = list(cli.parsers()[1])
+TOY = """
+from lionjax.config import Experiment, Stage
+from lionjax.layers import LoraConfig
+from lionjax.sharding import MeshConfig
+
+
+def get_config():
+    stage = Stage("one", steps=10, trainable=("a",), mixture=(("vqa", 1.0),), batch_size=4)
+    return Experiment("toy", LoraConfig(), MeshConfig(), (stage,))
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    path = tmp_path / "toy.py"
+    path.write_text(TOY)
+    return str(path)
+
+
+def refused(capsys, *words) -> str:
+    """The sentence of a command line that ends with 2."""
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert (
+        out == ""
+        and err.startswith("lionjax: ")
+        and err.count("\n") == 1
+        and "Traceback" not in err
+    )
+    return err.removeprefix("lionjax: ").strip()
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], *([v, "--help"] for v in VERBS)])
+def test_help_loads_nothing_heavy(words):
+    code = (
+        "import sys\nfrom lionjax import cli\n"
+        "try:\n    cli.main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = 'jax flax numpy PIL matplotlib grain torch transformers tyro rich'.split()\n"
+        "assert not set(heavy) & set(sys.modules), set(heavy) & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_help_names_every_verb_and_what_it_does(capsys):
+    assert cli.main([]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for name, verb in cli.parsers()[1].items():
+        assert verb.get_default("run").__doc__ in out and f" {name} " in out
+
+
+def test_a_wrong_command_line_is_one_sentence(capsys, toy):
+    assert refused(capsys, "trian") == "there is no verb 'trian'; did you mean `lionjax train`?"
+    assert refused(capsys, "xyz").endswith("did you mean `lionjax --help`?")
+    assert "required: --workdir; see `lionjax train --help`" in refused(capsys, "train", toy)
+    assert refused(capsys, "report", "x", "--fast").startswith("unknown argument '--fast'")
+    assert refused(capsys, "show", "nothing.py").startswith("no config file 'nothing.py'")
+    assert refused(capsys, "report", "nothing").startswith("nothing holds no report.json")
+    assert refused(capsys, "benchmark", "nothing").startswith("there is no benchmark 'nothing'")
+
+
+@pytest.mark.parametrize("verb", ["show", "train"])
+def test_an_unknown_field_is_one_sentence_with_the_nearest_one(capsys, toy, tmp_path, verb):
+    words = [verb, toy, "--stages.0.stepz", "20"]
+    words += ["--workdir", str(tmp_path / "run")] if verb == "train" else []
+    wanted = "Experiment has no field 'stages.0.stepz'; did you mean 'stages.0.steps'?"
+    assert refused(capsys, *words) == wanted
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_hands_the_config_with_its_overrides_to_the_loop(toy, tmp_path, monkeypatch):
+    seen = []
+
+    def train(*given):
+        seen.extend(given)
+        return {"blocks": {"adapters": {"ratio": np.ones((3, 2, 2, 4))}}}, {}
+
+    monkeypatch.setitem(sys.modules, "lionjax.data.pipeline", types.SimpleNamespace(batches=print))
+    monkeypatch.setitem(sys.modules, "lionjax.training.loop", types.SimpleNamespace(train=train))
+    monkeypatch.setattr(
+        lionjax.data, "pipeline", sys.modules["lionjax.data.pipeline"], raising=False
+    )
+    monkeypatch.setattr(
+        lionjax.training, "loop", sys.modules["lionjax.training.loop"], raising=False
+    )
+    words = [
+        "train",
+        toy,
+        "--stages.0.steps",
+        "20",
+        "--workdir",
+        str(tmp_path),
+        "--mesh.data",
+        "-1",
+    ]
+    assert cli.main(words) == 0
+    assert seen == [config.load(toy, ["--stages.0.steps", "20"]), tmp_path, print]
+    assert json.loads((tmp_path / "routers.json").read_text()) == {
+        "blocks adapters": np.ones((3, 2, 2)).tolist()
+    }
+
+
+def test_show_prints_the_config_of_a_file_and_of_a_run(capsys, toy, tmp_path):
+    assert cli.main(["show", toy, "--stages.0.steps", "20"]) == 0
+    out = capsys.readouterr().out
+    assert "    steps: int = 20" in out.splitlines()
+    (tmp_path / "config.json").write_text(
+        config.to_json(config.load(toy, ["--stages.0.steps", "20"]))
+    )
+    assert cli.main(["show", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == out
+    (tmp_path / "config.json").unlink()
+    assert "holds no config.json" in refused(capsys, "show", str(tmp_path))
+
+
+class Model:
+    """Answers with half of the box it was asked about, or of the whole picture."""
+
+    def answer(self, images, prompts, boxes=None):
+        x0, y0, x1, y1 = boxes[0][0] if boxes else (0.0, 0.0, 1.0, 1.0)
+        mask = np.zeros((20, 30), bool)
+        mask[:10] = True
+        found = np.array([[x0, y0, (x0 + x1) / 2, y1]])
+        text = f"{prompts[0]} {images[0].size}"
+        return [types.SimpleNamespace(text=text, boxes=found, masks=mask[None])]
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 20), "#808080").save(tmp_path / "grey.png")
+    model = types.SimpleNamespace(load=lambda folder: Model())
+    monkeypatch.setitem(sys.modules, "lionjax.model", model)
+    return ["generate", str(tmp_path), "--image", str(tmp_path / "grey.png"), "--prompt", "where?"]
+
+
+def test_generate_prints_the_answer_and_draws_it(capsys, asked, tmp_path):
+    out = tmp_path / "out.png"
+    assert cli.main([*asked, "--box", "0.2,0.2,0.8,0.8", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == "where? (30, 20)\nbox 0.200 0.200 0.500 0.800\n"
+    drawn = Image.open(out)
+    colours = {colour for _, colour in drawn.getcolors(1 << 20)}
+    assert drawn.size == (480, 320) and {(230, 159, 0), (86, 180, 233)} <= colours
+
+
+def test_generate_gives_json_with_masks_that_can_be_read_back(capsys, asked):
+    from pycocotools import mask as coco
+
+    assert cli.main([*asked, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["text"] == "where? (30, 20)" and answer["boxes"] == [[0.0, 0.0, 0.5, 1.0]]
+    assert coco.area(answer["masks"][0]) == 300
+
+
+@pytest.mark.parametrize("box", ["0.5,0.5,0.5,0.9", "0,0,2,1", "a,b,c,d", "0.1,0.2,0.3"])
+def test_generate_refuses_a_box_that_is_none(capsys, asked, box):
+    assert refused(capsys, *asked, "--box", box).startswith("--box")
+
+
+def test_generate_refuses_a_missing_picture_before_it_loads_the_model(capsys, asked, monkeypatch):
+    monkeypatch.delitem(sys.modules, "lionjax.model")  # loading would now be another error
+    asked[asked.index("--image") + 1] = "nothing.png"
+    assert "nothing.png" in refused(capsys, *asked)
+
+
+def chained(text):
+    error = ValueError("could not write")
+    error.__cause__ = RuntimeError(text)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("the box is empty"), 2, "the box is empty"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
+        (chained("Internal: write failed: no space left on device"), 2, "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "no permission for /x"),
+        (
+            ZeroDivisionError("by\nzero"),
+            1,
+            "unexpected ZeroDivisionError: by; set LIONJAX_TRACEBACK=1",
+        ),
+        (AssertionError(), 1, "unexpected AssertionError: no message"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_error_is_one_sentence_with_its_exit_code(capsys, monkeypatch, error, code, said):
+    monkeypatch.delenv("LIONJAX_TRACEBACK", raising=False)
+
+    def run(words):
+        raise error
+
+    monkeypatch.setattr(cli, "run", run)
+    assert cli.main([]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(f"lionjax: {said}") and err.count("\n") == 1
+
+
+def test_the_traceback_is_there_for_those_who_ask(capsys, monkeypatch):
+    monkeypatch.setenv("LIONJAX_TRACEBACK", "1")
+    assert cli.main(["show", "nothing.py"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.splitlines()[-1].startswith("lionjax: no config file")
+
+
+def test_a_reader_that_goes_away_is_no_error(toy):
+    command = f"{sys.executable} -m lionjax.cli show {toy} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("Experiment\n", "", 0)

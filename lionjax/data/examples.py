@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples of all sources behind one config: as arrays to learn from, or in words with their picture to evaluate."""
+
+from __future__ import annotations
+
+import logging
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from lionjax.data import pictures
+from lionjax.data.processors import Processor, ProcessorConfig
+from lionjax.data.sources import Opened, Scenes, open_split
+from lionjax.data.table import Photo
+from lionjax.data.tasks import Example, box_text
+from lionjax.interfaces import UserError
+
+log = logging.getLogger(__name__)
+
+TRUTH_BYTES = 8192  # about what a scene's truth takes in memory
+SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how. `sources`: `Scenes`, `Coco`, `EasyVqa`, `RefCoco`, `Vqa`, `Lines` or `Records`.
+
+    `tag_noise`: share of tags that a tagger misses; `tag_drop`: share of examples asked without tags.
+    `crop`: least and most area of the window seen of a photo, `flip`: mirror half of them. Both keep boxes whole
+    and true, and leave scenes and questions about the whole picture alone. `boxes`: how many a batch holds as arrays.
+    `buckets`: text lengths to choose from by batch; empty pads to the processor's. One shape compiles each.
+    `on_bad_record`: stop, or take the next one, note it in `quarantine` (JSON lines), and stop when more than
+    `bad_share` are bad. `cache_mib`: memory for pictures at the model's size.
+    `threads` read ahead `buffer` batches; `workers` are processes that do the same.
+    """
+
+    sources: tuple[object, ...] = (Scenes(),)
+    processor: ProcessorConfig = ProcessorConfig()
+    tag_noise: float = 0.1
+    tag_drop: float = 0.0
+    crop: tuple[float, float] = (1.0, 1.0)
+    flip: bool = False
+    boxes: int = 0
+    buckets: tuple[int, ...] = ()
+    on_bad_record: Literal["raise", "replace"] = "raise"
+    bad_share: float = 0.01
+    quarantine: str = ""
+    cache_mib: int = 512
+    threads: int = 2
+    buffer: int = 4
+    workers: int = 0
+
+    def __post_init__(self):
+        for field in ("tag_noise", "tag_drop", "bad_share"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise UserError(
+                    f"data.{field} is {getattr(self, field)}; give a share between 0 and 1"
+                )
+        for field in ("boxes", "cache_mib", "threads", "buffer", "workers"):
+            if getattr(self, field) < 0:
+                raise UserError(f"data.{field} is {getattr(self, field)}; give 0 or more")
+        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise UserError(
+                f"data.crop is {self.crop}; give least and most area, such as (0.5, 1.0)"
+            )
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise UserError(f"two data sources have one name in {names}; give each its own")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One task of one source in a mixture: `size` examples, `weight` of the whole."""
+
+    source: int
+    task: str
+    size: int
+    weight: float
+
+
+class Records:
+    """The opened sources of one split, with what is needed to make a row of any example. Pickles as its config."""
+
+    def __init__(self, data: DataConfig, split: str):
+        self.data, self.split = data, split
+        self.processor = Processor(data.processor)
+        self.opened: list[Opened] = [
+            open_split(source, split, data.processor.max_pixels) for source in data.sources
+        ]
+        # Numbers of records run through all sources, so that one number names one picture.
+        self.offsets = np.cumsum([0, *map(len, self.opened)])
+        self.kept: dict[int, tuple[np.ndarray, Any]] = {}
+        self.room = data.cache_mib * 2**20
+        self.changing = data.crop != (1.0, 1.0) or data.flip
+
+    def __reduce__(self):
+        return Records, (self.data, self.split)
+
+    def parts(self, name: str, weight: float = 1.0) -> list[Part]:
+        """What a name in a mixture means: "vqa" of every source that has it, or "coco/vqa" of one."""
+        source, _, task = name.rpartition("/")
+        found = [
+            (k, opened.sizes[task])
+            for k, opened in enumerate(self.opened)
+            if source in ("", self.data.sources[k].name) and task in opened.sizes
+        ]
+        if not found:
+            has = {s.name: "|".join(o.sizes) for s, o in zip(self.data.sources, self.opened)}
+            known = "; ".join(f"{source}/{tasks}" for source, tasks in has.items())
+            raise UserError(f"no data source has the task {name!r}; there are {known}")
+        total = sum(size for _, size in found)
+        return [Part(k, task, size, weight * size / total) for k, size in found]
+
+    def name(self, record: int) -> str:
+        """The name of a record by the number that stands in `Batch.record_B`."""
+        k = int(np.searchsorted(self.offsets, record, side="right")) - 1
+        return f"{self.data.sources[k].name}/{self.opened[k].name(record - int(self.offsets[k]))}"
+
+    def seen(self, k: int, record: int) -> tuple[np.ndarray, Any]:
+        """A record's picture at the model's size and its truth, kept in memory while there is room."""
+        number = int(self.offsets[k]) + record
+        if number not in self.kept:
+            picture, truth = self.opened[k].read(record)
+            pixels = self.processor.pixels(picture)
+            size = pixels.nbytes + TRUTH_BYTES
+            if size > self.room:
+                return pixels, truth
+            self.room -= size
+            self.kept[number] = pixels, truth
+        return self.kept[number]
+
+    def row(self, part: Part, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """One example as arrays. Raises UserError when its record is bad."""
+        opened, data = self.opened[part.source], self.data
+        record = opened.record(part.task, index)
+        if self.changing:
+            picture, truth = opened.read(record)
+            example = opened.ask(part.task, index, truth, rng, data.tag_noise)
+            example, window, mirrored = changed(example, truth, data, rng)
+            pixels = self.processor.pixels(picture, window)
+            pixels = pixels[:, ::-1] if mirrored else pixels
+        else:
+            pixels, truth = self.seen(part.source, record)
+            example = opened.ask(part.task, index, truth, rng, data.tag_noise)
+        tags = () if rng.random() < data.tag_drop else example.tags
+        row = self.processor.row(pixels, example.question, tags, example.answer, example.category)
+        row["record"] = np.int32(self.offsets[part.source] + record)
+        return row | self._boxes(example)
+
+    def _boxes(self, example: Example) -> dict[str, np.ndarray]:
+        if not self.data.boxes:
+            return {}
+        boxes, mask = (
+            np.zeros((self.data.boxes, 4), np.float32),
+            np.zeros(self.data.boxes, np.int32),
+        )
+        said = (*example.question_boxes, *example.boxes)[: self.data.boxes]
+        boxes[: len(said)], mask[: len(said)] = np.reshape(said, (-1, 4)), 1
+        return {"boxes": boxes, "boxes_mask": mask}
+
+
+def changed(
+    example: Example, truth: Any, data: DataConfig, rng: np.random.Generator
+) -> tuple[Example, pictures.Box, bool]:
+    """The example for a window of its photo, perhaps mirrored: its boxes moved, also where they stand in the text.
+
+    Only captions and questions with boxes are cropped: others may ask about what a crop leaves out.
+    """
+    boxes = (*example.question_boxes, *example.boxes)
+    photo = isinstance(truth, Photo)
+    crops = photo and data.crop != (1.0, 1.0) and (bool(boxes) or example.task == "caption")
+    window = pictures.window_around(boxes, rng, data.crop) if crops else pictures.WHOLE
+    texts = " ".join((example.question, *example.answers))
+    mirrored = photo and data.flip and not SIDES.search(texts) and bool(rng.random() < 0.5)
+    moved = {box: pictures.seen_from(box, window, mirrored) for box in boxes}
+    places = {box_text(old): box_text(new) for old, new in moved.items()}
+    question, answer = (
+        re.sub(r"\[[\d.,]+\]", lambda found: places.get(found[0], found[0]), text)
+        for text in (example.question, example.answer)
+    )
+    words = {"question": question, "answer": answer}
+    asked, said = (
+        tuple(moved[box] for box in group) for group in (example.question_boxes, example.boxes)
+    )
+    return replace(example, question_boxes=asked, boxes=said, **words), window, mirrored
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example to evaluate: in words, with its picture as the source has it and the masks of what is meant."""
+
+    example: Example
+    picture: Any
+    record: int
+    name: str
+    opened: Opened
+    place: int
+
+    def masks(self) -> np.ndarray:
+        """(K, height, width) bool of the regions in `example.targets`."""
+        return self.opened.masks(self.place, self.example.targets)
+
+
+def examples(
+    data: DataConfig, task: str, split: str = "heldout", limit: int | None = None, seed: int = 0
+) -> Iterator[Sample]:
+    """Examples of a task ("vqa", or "coco/vqa" of one source) in a fixed order that the seed draws; at most `limit`.
+
+    Wordings are drawn by the seed and the example's own number, so a smaller limit asks the same questions. Bad
+    records raise UserError, or are left out and said where `data.on_bad_record` is "replace".
+    """
+    records = Records(data, split)
+    parts = records.parts(task)
+    pairs = [(part, index) for part in parts for index in range(part.size)]
+    for number in np.random.default_rng([seed, 0]).permutation(len(pairs))[:limit]:
+        part, index = pairs[number]
+        opened = records.opened[part.source]
+        place = opened.record(part.task, index)
+        rng = np.random.default_rng([seed, 1, zlib.crc32(part.task.encode()), int(number)])
+        try:
+            picture, truth = opened.read(place)
+            example = opened.ask(part.task, index, truth, rng, data.tag_noise)
+        except UserError as error:
+            if data.on_bad_record == "raise":
+                raise
+            log.warning("left out: %s", error)
+            continue
+        record = int(records.offsets[part.source]) + place
+        yield Sample(example, picture, record, records.name(record), opened, place)

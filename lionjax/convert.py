@@ -1,64 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights both ways: one table of rows, read from torch names to our paths and back, strict in both directions.
+"""Weights both ways: a table of rows is read from torch names to our paths, and the same table back.
 
-Nothing is guessed. A tensor without a row, a row without a tensor, a gap in a run of layers, two rows for one tensor, a
-wrong shape or a wrong dtype: everything that is wrong is collected and said at once, by name. Numbers keep their exact
-bits; a checkpoint's dtype is kept.
+In memory: `params_from`, `state_from`, and `placed_from` onto a mesh. Folders as a whole: `from_torch`,
+`to_torch`. From folder to folder, a tensor at a time: `convert`. Numbers keep their exact bits and their
+dtype. A folder in our own names holds `lionjax.json` (the config), `params.safetensors` (or shards of it)
+and `origin/`, what came along from elsewhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
+import itertools
+import json
+import logging
+import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from lionjax import config as configs
+from lionjax import convert_systems
 from lionjax import params as trees
+from lionjax.convert_files import Tensors, has_nan, open_weights
+from lionjax.convert_plan import Piece, Plan, plan_params, plan_state, refuse
+from lionjax.convert_systems import CONFIG_FILE, Published
+from lionjax.convert_write import SHARD_BYTES, whole_folder, write_safetensors
 from lionjax.interfaces import Params, UserError
-from lionjax.weight_rows import (  # noqa: F401  the words that model files use, from one place
-    Op,
-    Row,
-    Template,
-    constant,
-    conv,
-    conv_transpose,
-    fused,
-    heads_in,
-    heads_in_bias,
-    heads_out,
-    joined,
-    linear,
-    permuted,
-    reshaped,
-    same,
-    squeeze,
-    under,
-)
+from lionjax.weight_rows import Row, copy_bits, same_numbers
 
-SAID_AT_ONCE = 60  # problems named in one message; the rest are counted
+log = logging.getLogger(__name__)
+
+OURS, THEIRS = "params", "model"  # first words of the weight files in each kind of folder
+ORIGIN = "origin"
+COMPANIONS = (  # what belongs to a model besides its weights and is handed on as it is
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "spiece.model", "vocab.txt", "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """One row at one layer: the torch tensors to read and where in the row's leaves their numbers go."""
-
-    row: Row
-    index: tuple[int, ...]  # of the leading axes of the row's leaves
-    tensors: tuple[str, ...]  # in the order of the row's names
-    tied: tuple[str, ...] = ()  # further names of the single tensor, all present
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a conversion will do, known from names, shapes and dtypes alone, before any number is read."""
-
-    pieces: tuple[Piece, ...]  # in the order of the table; a leaf's layers follow one another
-    made: dict[
-        str, tuple[tuple[int, ...], np.dtype]
-    ]  # shape and dtype of every leaf (in) or tensor (out)
-    ignored: dict[str, str]  # torch name -> the pattern that let it be ignored
+# In memory
 
 
 def params_from(
@@ -66,17 +51,13 @@ def params_from(
 ) -> Params:
     """Torch's tensors -> our tree, bit for bit.
 
-    `state` maps torch names to numpy arrays (they may be memory maps: each is read once). `ignore` holds regular
-    expressions of names to pass over, matched whole, before the rows are. `expected` is a tree of anything with shapes
-    and dtypes, such as `sharding.abstract` makes: what the leaves must look like. Raises UserError with all problems.
+    `state` maps torch names to numpy arrays, which may be memory maps. `ignore` and `expected` are those of
+    `convert_plan.plan_params`. Raises UserError with all problems.
     """
     plan = plan_params(rows, state, ignore, expected)
-    flat = {path: np.empty(shape, dtype) for path, (shape, dtype) in plan.made.items()}
-    problems: list[str] = []
-    for piece in plan.pieces:
-        for path, part in zip(piece.row.paths, leaves_of(piece, state, problems)):
-            copy_bits(flat[path][(*piece.index, ...)], part)
-    refuse(problems, "tensors")
+    flat = {path: np.empty(form.shape, form.dtype) for path, form in plan.made.items()}
+    for path, index, part in leaf_parts(plan, state):
+        copy_bits(flat[path][(*index, ...)], part)
     return trees.unflatten(flat)
 
 
@@ -86,74 +67,45 @@ def state_from(
     """Our tree -> torch's tensors, bit for bit; the inverse of `params_from`. Raises UserError with all problems."""
     flat = trees.flatten(params)
     plan = plan_state(rows, flat, expected)
-    flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
     state = {}
-    for piece in plan.pieces:
-        for name, tensor in tensors_of(piece, flat):
-            state[name] = np.ascontiguousarray(tensor).reshape(tensor.shape)
+    for name, _, tensor in tensor_parts(plan, flat):
+        state[name] = np.empty(tensor.shape, tensor.dtype)
+        copy_bits(state[name], tensor)
     return state
 
 
-def plan_params(
-    rows: Iterable[Row], state: Mapping, ignore=(), expected: Params | None = None
-) -> Plan:
-    """The way in, planned from the shapes and dtypes of `state`'s values. Raises UserError with all problems."""
-    wanted = None if expected is None else trees.flatten(expected)
-    problems: list[str] = []
-    ignored = {name: p for name in state for p in ignore if re.fullmatch(p, name)}
-    names = [name for name in state if name not in ignored]
-    owner: dict[str, Row] = {}
-    pieces, made = [], {}
-    rows = _distinct_paths(rows, problems)
-    for row in rows:
-        found = _find(row, names, state, wanted, problems)
-        for piece in found:
-            for name in (*piece.tensors, *piece.tied):
-                if name in owner:
-                    problems.append(
-                        f"tensor {name!r} has two rows: {owner[name].flax} and {row.flax}"
-                    )
-                owner[name] = row
-        pieces += found
-        made |= _leaf_shapes(row, found, state, problems)
-    if extra := [name for name in names if name not in owner]:
-        problems += [f"tensor {text} has no row" for text in grouped(extra)]
-    if wanted is not None:
-        problems += _unlike(made, wanted, {path for row in rows for path in row.paths})
-    refuse(problems, "the torch tensors")
-    return Plan(tuple(pieces), made, ignored)
+def placed_from(rows: Iterable[Row], state: Mapping, like: Params, ignore=()) -> Params:
+    """Torch's tensors -> our tree on a mesh; each process reads only the bytes that its shards need.
 
+    `like` is a tree of shapes with shardings, as `sharding.abstract(..., mesh=mesh)` makes; the dtypes are the files'.
+    """
+    plan = plan_params(rows, state, ignore, like)
+    pieces: dict[str, dict[tuple, Piece]] = {}
+    for piece in plan.pieces:
+        for path in piece.row.paths:
+            pieces.setdefault(path, {})[piece.index] = piece
 
-def plan_state(rows: Iterable[Row], flat: Mapping, expected: Params | None = None) -> Plan:
-    """The way out, planned from the shapes and dtypes of the leaves by path. Raises UserError with all problems."""
-    problems: list[str] = []
-    pieces, made = [], {}
-    rows = _distinct_paths(rows, problems)
-    for row in rows:
-        if missing := [path for path in row.paths if path not in flat]:
-            problems += [f"row {row.names[0]!r} finds no parameter {path!r}" for path in missing]
-            continue
-        sizes = _leading(row, [flat[path] for path in row.paths], problems)
-        if sizes is None:
-            continue
-        shapes = _tensor_shapes(row, [flat[path] for path in row.paths], problems)
-        for index in np.ndindex(*sizes):
-            filled = tuple(Template.of(name).fill(index) for name in row.names)
-            tied = tuple(Template.of(name).fill(index) for name in row.also)
-            pieces.append(Piece(row, index, filled, tied))
-            for name, shape in zip((*filled, *tied), (*shapes, *shapes * len(tied))):
-                if name in made:
-                    problems.append(
-                        f"tensor {name!r} would be written by two rows, one of them for {row.flax}"
-                    )
-                made[name] = shape
-    known = {path for row in rows for path in row.paths}
-    problems += [f"parameter {path!r} has no row" for path in flat if path not in known]
-    if expected is not None:
-        like = {path: (tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in flat.items()}
-        problems += _unlike(like, trees.flatten(expected), set())
-    refuse(problems, "the parameters")
-    return Plan(tuple(pieces), made, {})
+    def place(path, target):
+        of_leaf, form = pieces[path], plan.made[path]
+        row = next(iter(of_leaf.values())).row
+        depth, number = len(row.letters), row.paths.index(path)
+
+        def shard(where: tuple[slice, ...]) -> np.ndarray:
+            ranges = [range(size)[part] for size, part in zip(form.shape, where, strict=True)]
+            made = np.empty([len(r) for r in ranges], form.dtype)
+            for local in np.ndindex(made.shape[:depth]):
+                piece = of_leaf[tuple(r[k] for r, k in zip(ranges, local))]
+                problems: list[str] = []
+                parts = leaves_of(piece, state, problems)
+                refuse(problems, "the numbers in the torch tensors")
+                copy_bits(made[(*local, ...)], parts[number][where[depth:]])
+            return made
+
+        return jax.make_array_from_callback(form.shape, target.sharding, shard)
+
+    return trees.unflatten(
+        {path: place(path, target) for path, target in trees.flatten(like).items()}
+    )
 
 
 def leaves_of(piece: Piece, state: Mapping, problems: list[str]) -> tuple[np.ndarray, ...]:
@@ -171,217 +123,213 @@ def leaves_of(piece: Piece, state: Mapping, problems: list[str]) -> tuple[np.nda
         return ()
 
 
-def tensors_of(piece: Piece, flat: Mapping) -> Iterator[tuple[str, np.ndarray]]:
-    """The torch tensors, by name, that one piece writes; a tied tensor comes under each of its names."""
-    tensors = piece.row.to_torch(*(flat[path][(*piece.index, ...)] for path in piece.row.paths))
-    yield from zip(piece.tensors, tensors)
-    yield from ((name, tensors[0]) for name in piece.tied)
+def leaf_parts(
+    plan: Plan, state: Mapping, done=lambda name: None
+) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+    """(path, index, array) of every part of every leaf, `array` being `leaf[index]`, mostly a view of a torch tensor.
+
+    `done` is told the name of each tensor that is not needed any more. Raises UserError at the end, with all problems.
+    """
+    problems: list[str] = []
+    for piece in plan.pieces:
+        for path, part in zip(piece.row.paths, leaves_of(piece, state, problems)):
+            yield path, piece.index, part
+        for name in (*piece.tensors, *piece.tied):
+            done(name)
+    refuse(problems, "the numbers in the torch tensors")
 
 
-def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source, as plain words of the same size: numpy is slow with bfloat16 and fast with them."""
-    if target.dtype != source.dtype:
-        raise ValueError(
-            f"a {source.dtype} tensor cannot fill a {target.dtype} leaf without rounding"
-        )
-    word = np.dtype(f"u{target.dtype.itemsize}")
-    np.copyto(target.view(word), np.asarray(source).view(word))
+def tensor_parts(
+    plan: Plan, flat: Mapping, done=lambda path: None
+) -> Iterator[tuple[str, tuple, np.ndarray]]:
+    """(name, (), array) of every torch tensor, a tied one under each of its names. Leaves may be on devices."""
+    for _, pieces in itertools.groupby(
+        plan.pieces, key=lambda piece: piece.row.paths or piece.row.names
+    ):
+        pieces = list(pieces)
+        leaves = [np.asarray(flat[path]) for path in pieces[0].row.paths]
+        for piece in pieces:
+            tensors = piece.row.to_torch(*(leaf[(*piece.index, ...)] for leaf in leaves))
+            yield from ((name, (), tensor) for name, tensor in zip(piece.tensors, tensors))
+            yield from ((name, (), tensors[0]) for name in piece.tied)
+        for path in pieces[0].row.paths:
+            done(path)
 
 
-def same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two tied tensors agree, bit for bit; if their dtypes differ, after rounding the wider to the narrower."""
-    if one.dtype.itemsize > other.dtype.itemsize:
-        one, other = other, one
-    if one.dtype != other.dtype:
-        other = other.astype(one.dtype)
-    word = np.dtype(f"u{one.dtype.itemsize}")
-    return one.shape == other.shape and np.array_equal(one.view(word), other.view(word))
+# Folders
 
 
-def grouped(names: Iterable[str]) -> list[str]:
-    """Names that differ only in their numbers as one line: "blocks.0..38.attn.qkv.bias (39 of them)"."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"\d+", "#", name), []).append(name)
-    lines = []
-    for members in groups.values():
-        columns = zip(*(re.findall(r"\d+", name) for name in members))
-        spans = []
-        for column in columns:
-            numbers = sorted({int(number) for number in column})
-            run = numbers == list(range(numbers[0], numbers[-1] + 1))
-            text = f"{numbers[0]}..{numbers[-1]}" if run else ",".join(map(str, numbers))
-            spans.append(text if len(numbers) > 1 else str(numbers[0]))
-        numbers = iter(spans)
-        text = re.sub(r"\d+", lambda _, numbers=numbers: next(numbers), members[0])
-        lines.append(repr(text) + (f" ({len(members)} of them)" if len(members) > 1 else ""))
-    return lines
+@dataclasses.dataclass
+class Coverage:
+    """What a conversion read and wrote, and what it left and why."""
+
+    system: str
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    files: tuple[str, ...] = ()
+    ignored: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> reason
+    tied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    nan: list[str] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        rate = self.bytes / max(self.seconds, 1e-9) / 1e9
+        lines = [
+            f"{self.system}: {self.tensors} torch tensors, {self.parameters} parameters, "
+            f"{self.bytes / 1e9:.3f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)",
+            f"written: {', '.join(self.files)}",
+        ]
+        lines += [f"tied: {name} = {', '.join(others)}" for name, others in self.tied.items()]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.ignored.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"left ({reason}): {', '.join(names[:4])}{more}")
+        lines += [f"warning: {name} holds NaN" for name in self.nan]
+        return "\n".join(lines)
 
 
-def refuse(problems: list[str], what: str) -> None:
-    """Raise one UserError that lists all problems between a table and `what`; nothing when there are none."""
-    problems = list(dict.fromkeys(problems))
-    if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:SAID_AT_ONCE])
-        more = (
-            f"\n  and {len(problems) - SAID_AT_ONCE} more" if len(problems) > SAID_AT_ONCE else ""
-        )
-        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{count} between the weight table and {what}:{shown}{more}")
+def convert(
+    src: str | Path, dst: str | Path, to: str, system: str | None = None, shard_bytes=SHARD_BYTES
+) -> Coverage:
+    """A folder into a folder, a tensor at a time: `to` "jax" (our names) or "torch" (the original's).
 
-
-def _distinct_paths(rows: Iterable[Row], problems: list[str]) -> tuple[Row, ...]:
-    rows, seen = tuple(rows), {}
-    for row in rows:
-        for path in row.paths:
-            if path in seen:
-                problems.append(
-                    f"parameter {path!r} has two rows: {seen[path]!r} and {row.names[0]!r}"
-                )
-            seen[path] = row.names[0]
-    return rows
-
-
-def _find(row: Row, names: list[str], state: Mapping, wanted, problems: list[str]) -> list[Piece]:
-    """The pieces of a row among the names that are there; gaps and absences become problems."""
-    columns = [_matches(name, names, state) for name in (*row.names, *row.also)]
-    found = set().union(*columns)
-    if not found and not row.paths:
-        return []
-    sizes = [
-        1 + max((index[axis] for index in found), default=0) for axis in range(len(row.letters))
-    ]
-    if wanted is not None and row.paths and row.paths[0] in wanted:
-        given = wanted[row.paths[0]].shape[: len(sizes)]
-        sizes = [max(size, expected) for size, expected in zip(sizes, given)]
-    for axis, letter in enumerate(row.letters):
-        sizes[axis] = max(sizes[axis], Template.of(row.names[0]).bound(letter) or 0)
-    pieces, absent = [], []
-    for index in np.ndindex(*sizes):
-        if row.also:
-            present = [column[index] for column in columns if index in column]
-            filled, tied = present[:1], present[1:]
-        else:
-            filled, tied = [column[index] for column in columns if index in column], []
-        if len(filled) == len(row.names):
-            pieces.append(Piece(row, index, tuple(filled), tuple(tied)))
-        else:
-            absent += [
-                Template.of(name).fill(index)
-                for name, c in zip(row.names, columns)
-                if index not in c
-            ]
-    problems += [f"row for {row.flax} finds no tensor {text}" for text in grouped(absent)]
-    return pieces
-
-
-def _matches(text: str, names: list[str], state: Mapping) -> dict[tuple[int, ...], str]:
-    template = Template.of(text)
-    if not template.letters:
-        return {(): text} if text in state else {}
-    found = ((template.match(name), name) for name in names)
-    return {index: name for index, name in found if index is not None}
-
-
-def _leaf_shapes(row: Row, pieces: list[Piece], state: Mapping, problems: list[str]) -> dict:
-    """Shape and dtype of the row's leaves, with the run of layers in front; unlike layers become problems."""
-    looks: dict[tuple, list[str]] = {}
-    for piece in pieces:
-        tensors = [state[name] for name in piece.tensors]
-        look = tuple((tuple(w.shape), str(w.dtype)) for w in tensors)
-        looks.setdefault(look, []).append(piece.tensors[0])
-    if not pieces:
-        return {}
-    if len(looks) > 1:
-        sorts = "; ".join(f"{look} in {grouped(names)[0]}" for look, names in looks.items())
-        problems.append(f"the layers of {row.flax} differ: {sorts}")
-        return {}
-    first = [state[name] for name in pieces[0].tensors]
-    if len({str(w.dtype) for w in first}) > 1:
-        problems.append(
-            f"the tensors {pieces[0].tensors} of one row differ in dtype: {[str(w.dtype) for w in first]}"
-        )
-        return {}
-    try:
-        parts = row.to_flax(*(_blank(w.shape, w.dtype) for w in first)) if row.paths else ()
-    except (ValueError, IndexError) as error:
-        shapes = [tuple(w.shape) for w in first]
-        problems.append(
-            f"tensor {pieces[0].tensors[0]!r} of shape {shapes} does not fit {row.op.name}: {error}"
-        )
-        return {}
-    sizes = tuple(1 + size for size in pieces[-1].index)
-    return {
-        path: (sizes + part.shape, part.dtype) for path, part in zip(row.paths, parts, strict=True)
-    }
-
-
-def _leading(row: Row, leaves: list, problems: list[str]) -> tuple[int, ...] | None:
-    """How many layers the row's leaves hold along each leading axis, or None with the problem said."""
-    depth = len(row.letters)
-    sizes = {tuple(leaf.shape[:depth]) for leaf in leaves} or {()}
-    bounds = [Template.of(row.names[0]).bound(letter) for letter in row.letters]
-    size = next(iter(sizes))
-    if len(sizes) > 1 or len(size) < depth:
-        problems.append(
-            f"the parameters {row.paths} want the same {depth} leading axes for row {row.names[0]!r}"
-        )
-    elif any(bound is not None and bound != length for bound, length in zip(bounds, size)):
-        problems.append(
-            f"parameter {row.paths[0]!r} has leading axes {size} but row {row.names[0]!r} wants {bounds}"
-        )
+    `system` names the kind of model where the source does not say it. The new folder appears when it is
+    complete. Raises UserError, in words, for everything that does not fit.
+    """
+    start = time.perf_counter()
+    if to == "jax":
+        coverage = _convert_in(Path(src), Path(dst), system, shard_bytes)
+    elif to == "torch":
+        coverage = _convert_out(Path(src), Path(dst), shard_bytes)
     else:
-        return size
-    return None
+        raise UserError(f"to is {to!r}; it can be 'jax' or 'torch'")
+    coverage.seconds = time.perf_counter() - start
+    for name in coverage.nan:
+        log.warning("tensor %r holds NaN", name)
+    return coverage
 
 
-def _tensor_shapes(row: Row, leaves: list, problems: list[str]) -> tuple:
-    """Shape and dtype of each tensor that the row makes from one layer of its leaves."""
-    depth = len(row.letters)
-    if len({str(leaf.dtype) for leaf in leaves}) > 1:
-        problems.append(
-            f"the parameters {row.paths} of one row differ in dtype: {[str(x.dtype) for x in leaves]}"
+def _convert_in(src: Path, dst: Path, system: str | None, shard_bytes: int) -> Coverage:
+    source = convert_systems.open_source(src, system)
+    plan = _plan_in(source)
+    coverage = _coverage(source.kind, plan, source.tensors)
+    for name, others in source.copied.items():
+        coverage.tied[name] = (*coverage.tied.get(name, ()), *others)
+
+    def done(name):
+        if has_nan(source.tensors[name]):
+            coverage.nan.append(name)
+        source.tensors.forget(name)
+
+    with whole_folder(dst) as folder:
+        files = write_safetensors(
+            folder, OURS, plan.made, leaf_parts(plan, source.tensors, done), shard_bytes
         )
-        return ()
-    try:
-        tensors = row.to_torch(*(_blank(leaf.shape[depth:], leaf.dtype) for leaf in leaves))
-    except (ValueError, IndexError) as error:
-        shapes = [tuple(leaf.shape[depth:]) for leaf in leaves]
-        problems.append(
-            f"parameter {row.paths[0]!r} of shape {shapes} does not fit {row.op.name}: {error}"
+        (folder / CONFIG_FILE).write_text(configs.to_json(source.config))
+        for name in COMPANIONS:
+            if source.folder is not None and (source.folder / name).is_file():
+                (folder / ORIGIN).mkdir(exist_ok=True)
+                shutil.copyfile(source.folder / name, folder / ORIGIN / name)
+        coverage.files = (*files, CONFIG_FILE)
+    return coverage
+
+
+def _convert_out(src: Path, dst: Path, shard_bytes: int) -> Coverage:
+    config, tensors = open_params(src)
+    kind = convert_systems.of_config(config)
+    plan = plan_state(kind.rows(config), tensors, kind.abstract(config))
+    coverage = _coverage(kind, plan, tensors)
+    parts = tensor_parts(plan, tensors, tensors.forget)
+    coverage.files = _write_out(config, kind, plan, parts, dst, shard_bytes, src / ORIGIN)
+    return coverage
+
+
+def from_torch(path: str | Path, system: str | None = None) -> tuple[Any, Params]:
+    """(config, params) of a checkpoint with the original's names; params are numpy arrays in the checkpoint's dtype.
+
+    `system` names the kind of model where the files do not say it. Raises UserError with all that does not fit.
+    """
+    source = convert_systems.open_source(Path(path), system)
+    plan = _plan_in(source)
+    flat = {path: np.empty(form.shape, form.dtype) for path, form in plan.made.items()}
+    for leaf, index, part in leaf_parts(plan, source.tensors, source.tensors.forget):
+        copy_bits(flat[leaf][(*index, ...)], part)
+    return source.config, trees.unflatten(flat)
+
+
+def to_torch(config: Any, params: Params, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `params` as a folder with the original's names: safetensors, config.json, a model card.
+
+    Raises UserError when something does not fit, or stands at `path` already.
+    """
+    kind, flat = convert_systems.of_config(config), trees.flatten(params)
+    plan = plan_state(kind.rows(config), flat, kind.abstract(config))
+    _write_out(config, kind, plan, tensor_parts(plan, flat), Path(path), shard_bytes, None)
+
+
+def open_params(path: str | Path) -> tuple[Any, Tensors]:
+    """(config, parameters by path) of a folder that `convert` wrote in our names. Nothing is read yet."""
+    path = Path(path)
+    files = [path / f"{OURS}.safetensors.index.json", path / f"{OURS}.safetensors"]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None or not (path / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{path} holds no converted model; wanted {CONFIG_FILE} and {OURS}.safetensors"
         )
-        return ()
-    return tuple((tuple(w.shape), w.dtype) for w in tensors)
+    return configs.from_json((path / CONFIG_FILE).read_text()), open_weights(found)
 
 
-def _blank(shape, dtype) -> np.ndarray:
-    """An array of zeros of any size that takes no memory: all its strides are zero."""
-    return np.broadcast_to(np.zeros((), np.dtype(dtype)), tuple(shape))
+def load_params(path: str | Path, like: Params | None = None) -> tuple[Any, Params]:
+    """(config, params) of such a folder: memory maps, or with `like` arrays on its mesh (see `placed_from`)."""
+    config, tensors = open_params(path)
+    if like is None:
+        return config, trees.unflatten(tensors.arrays)
+    return config, placed_from([Row(path, path) for path in tensors], tensors, like)
 
 
-def _unlike(made: Mapping, wanted: Mapping, known: set[str]) -> list[str]:
-    """How the leaves differ from what was expected: shapes, integers for floats, paths that only one side has."""
-    problems = [
-        f"parameter {path!r} has no row"
-        for path in wanted
-        if path not in made and path not in known
-    ]
-    for path, (shape, dtype) in made.items():
-        if path not in wanted:
-            problems.append(f"parameter {path!r} is not part of the model")
-            continue
-        leaf = wanted[path]
-        if tuple(leaf.shape) != shape:
-            problems.append(
-                f"parameter {path!r} would have shape {shape} where the model wants {tuple(leaf.shape)}"
-            )
-        if is_float(dtype) != is_float(leaf.dtype):
-            problems.append(
-                f"parameter {path!r} would be {dtype} where the model wants {leaf.dtype}"
-            )
-    return problems
+def _plan_in(source: convert_systems.Source) -> Plan:
+    kind, config = source.kind, source.config
+    return plan_params(kind.rows(config), source.tensors, kind.ignore, kind.abstract(config))
 
 
-def is_float(dtype) -> bool:
-    """Whether a dtype holds floating numbers; bfloat16 and the 8-bit floats do, though numpy does not know them."""
-    return jax.dtypes.issubdtype(dtype, np.floating)
+def _coverage(kind: Published, plan: Plan, tensors: Tensors) -> Coverage:
+    tied = {piece.tensors[0]: piece.tied for piece in plan.pieces if piece.tied}
+    ignored = tensors.left | {name: f"matches {pattern}" for name, pattern in plan.ignored.items()}
+    count = sum(len(piece.tensors) + len(piece.tied) for piece in plan.pieces)
+    paths = {path for piece in plan.pieces for path in piece.row.paths}
+    size = sum(form.nbytes for form in plan.made.values())
+    return Coverage(kind.name, count, len(paths), size, ignored=ignored, tied=tied)
+
+
+def _write_out(
+    config, kind: Published, plan: Plan, parts, dst: Path, shard_bytes: int, origin: Path | None
+):
+    """The folder for torch's side, with what came along from there (`origin`) put back beside the weights."""
+    settings = {}
+    with whole_folder(dst) as folder:
+        files = write_safetensors(folder, THEIRS, plan.made, parts, shard_bytes)
+        if origin is not None and origin.is_dir():
+            for file in sorted(origin.iterdir()):
+                shutil.copyfile(file, folder / file.name)
+            if (folder / "config.json").is_file():
+                settings = json.loads((folder / "config.json").read_text())
+        dtype = max(
+            (form.dtype for form in plan.made.values()), key=lambda d: (d.itemsize <= 4, d.itemsize)
+        ).name
+        settings |= kind.settings(config) | {"dtype": dtype}
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / CONFIG_FILE).write_text(configs.to_json(config))
+        (folder / "README.md").write_text(_card(kind, plan))
+    return (*files, "config.json", CONFIG_FILE, "README.md")
+
+
+def _card(kind: Published, plan: Plan) -> str:
+    numbers = sum(int(np.prod(form.shape)) for form in plan.made.values())
+    return (
+        f"# {kind.name}\n\n{numbers:,} numbers in {len(plan.made)} tensors, under the names of the original "
+        f"PyTorch code, written by lionjax.\n`{CONFIG_FILE}` lets lionjax read this folder back without loss. "
+        "The licence is that of the weights and the data it was trained from.\n"
+    )

@@ -86,4 +86,4 @@ class System(Protocol):
         """Read one more token per row: logits (B, V) of the next one."""
 
     def torch_rows(self) -> tuple[Any, ...]:
-        """The table of the original's tensor names (see `convert.Row`)."""
+        """The table of the original's tensor names (see `weight_rows.Row`)."""

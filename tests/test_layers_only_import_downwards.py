@@ -17,14 +17,15 @@ PACKAGE = ROOT / "lionjax"
 
 FLOORS = (
     # 0: what all agree on
-    "interfaces params sharding config weight_rows convert convert_plan convert_files",
+    "interfaces params sharding config weight_rows convert_plan convert_files convert_write",
     # 1: made in this order, each may use those before it
     "losses layers attention adapters",
     # 2: these do not know each other; systems introduce them
     "vision.vit vision.sam vision.swin vision.grounding_dino "
     "language.decoder language.t5 language.bert bridges.projectors bridges.qformer heads",
     # 3
-    "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat",
+    "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
+    "convert_systems convert",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.tasks data.sources data.pictures data.tokenizer data.tiny_tokenizer data.processors "
@@ -41,6 +42,8 @@ FLOOR |= {f: min(FLOOR[name] for name in FLOOR if name.startswith(f + ".")) for 
 
 # The only steps sideways that the floors themselves do not allow: (who, whom).
 SIDEWAYS = {
+    ("convert", "convert_systems"),
+    ("convert_systems", "systems"),  # it builds the system that a checkpoint holds
     ("search", "scores"),
     ("generate", "scores"),
     ("generate", "search"),

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which published checkpoints are known: how each is recognised, what its settings mean here, which rows it has.
+
+`SYSTEMS` is the whole list. Model files are imported when one of theirs is met.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lionjax import config as configs
+from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.interfaces import Batch, Params, UserError
+from lionjax.weight_rows import same_numbers
+
+CONFIG_FILE = "lionjax.json"  # our exact config; written beside weights of either kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One kind of checkpoint. `config` and `settings` go from the original's config.json to ours and back."""
+
+    name: str
+    config_class: str  # of ours
+    model_types: tuple[str, ...]  # in config.json
+    config: Callable[[dict], Any]
+    settings: Callable[[Any], dict]
+    rows: Callable[[Any], tuple]
+    abstract: Callable[[Any], Params]  # shapes of the whole tree
+    ignore: tuple[str, ...] = ()  # names that say nothing: patterns, matched whole
+    copies: tuple[tuple[str, str], ...] = ()  # (name, name of the tensor it equals where it is missing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been recognised and opened, not read."""
+
+    kind: Published
+    config: Any
+    tensors: Tensors
+    folder: Path | None  # where its tokenizer and settings lie
+    copied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # tensor -> those made from it
+
+
+def open_source(path: Path, system: str | None = None) -> Source:
+    """Recognise and open a checkpoint with the original's names.
+
+    By `system`, by our own config beside it, by the names of LION's files, or by config.json. Raises UserError.
+    """
+    if not path.exists():
+        raise UserError(f"there is no {path}")
+    folder = path if path.is_dir() else path.parent
+    if system is not None and system not in (known := [kind.name for kind in SYSTEMS]):
+        raise UserError(f"system {system!r} is not known; it can be {', '.join(known)}")
+    if (folder / CONFIG_FILE).is_file():
+        if (folder / "params.safetensors").is_file() or (
+            folder / "params.safetensors.index.json"
+        ).is_file():
+            raise UserError(f"{folder} is in lionjax's own names already")
+        config = configs.from_json((folder / CONFIG_FILE).read_text())
+        return Source(of_config(config), config, open_weights(path), folder)
+    if system == "lion" or (system is None and path.is_dir() and _lion_file(path)):
+        return _open_lion(path)
+    settings = _settings(folder / "config.json")
+    model_type = settings.get("model_type")
+    kinds = [
+        k for k in SYSTEMS if k.name == system or (system is None and model_type in k.model_types)
+    ]
+    if not kinds:
+        found = (
+            "no config.json that names a model_type"
+            if model_type is None
+            else f"model_type {model_type!r}"
+        )
+        known = ", ".join(kind.name for kind in SYSTEMS)
+        raise UserError(f"{folder} has {found}; known are {known}, which --system can name")
+    try:
+        config = kinds[0].config(settings)
+    except KeyError as error:
+        raise UserError(
+            f"{folder / 'config.json'} lacks {error} of a {kinds[0].name} model"
+        ) from error
+    tensors, copied = open_weights(path), {}
+    for name, origin in kinds[0].copies:
+        if name not in tensors and origin in tensors:
+            tensors.arrays[name] = tensors[origin]
+            copied[origin] = (*copied.get(origin, ()), name)
+    return Source(kinds[0], config, tensors, folder, copied)
+
+
+def of_config(config: Any) -> Published:
+    """The kind of checkpoint that one of our configs describes."""
+    name = type(config).__name__
+    if name == "Experiment":
+        return of_config(config.system)
+    for kind in SYSTEMS:
+        if kind.config_class == name:
+            return kind
+    raise UserError(
+        f"weights of a {name} have no torch names; known are {', '.join(k.config_class for k in SYSTEMS)}"
+    )
+
+
+def _settings(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > HEADER_LIMIT:
+            raise ValueError("it is too large")
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} wants a JSON object")
+    return settings
+
+
+# LION: eva_vit_g.pth, the folder of a FlanT5, and LION-*.pth with what was trained
+
+
+def _lion_file(folder: Path) -> Path | None:
+    files = [
+        f
+        for f in folder.iterdir()
+        if f.suffix in TORCH_SUFFIXES and f.name.lower().startswith("lion")
+    ]
+    return files[0] if len(files) == 1 else None
+
+
+def _open_lion(path: Path) -> Source:
+    """LION's three parts in one folder. The trained part alone does not make a model."""
+    folder = path if path.is_dir() else path.parent
+    trained, eva = _lion_file(folder), folder / "eva_vit_g.pth"
+    towers = [
+        f.parent for f in folder.glob("*/config.json") if _settings(f).get("model_type") == "t5"
+    ]
+    if trained is None or not eva.is_file() or len(towers) != 1:
+        raise UserError(
+            f"{folder} wants the three parts of a LION: LION-FlanT5-XL.pth (or XXL), eva_vit_g.pth, and one "
+            "folder with the FlanT5 of the same size"
+        )
+    vision = open_weights(eva).under("visual_encoder.")
+    language = open_weights(towers[0]).under("t5_model.")
+    tensors = _without_copies(open_weights(trained), language) | vision | language
+    return Source(
+        _LION, _lion_config(_settings(towers[0] / "config.json"), tensors), tensors, towers[0]
+    )
+
+
+def _without_copies(trained: Tensors, language: Tensors) -> Tensors:
+    """The trained part without its copies of T5's word table, which its saver left in by mistake, as bfloat16."""
+    table, kept, left = language.get("t5_model.shared.weight"), {}, dict(trained.left)
+    for name, array in trained.items():
+        if (
+            re.fullmatch(r"t5_model\.(encoder|decoder)\.embed_tokens\.weight", name)
+            and table is not None
+        ):
+            if not same_numbers(table, array):
+                raise UserError(
+                    f"{name!r} of {trained.sources[0]} is not the word table of this FlanT5"
+                )
+            left[name] = "a copy of t5_model.shared.weight"
+        else:
+            kept[name] = array
+    return Tensors(kept, trained.sources, left)
+
+
+def _lion_config(t5_settings: dict, tensors: Tensors) -> Any:
+    """The released sizes, around this T5 and with adapters as wide as they are in the file."""
+    from lionjax.adapters import AdapterConfig
+    from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
+    from lionjax.systems.lion import Lion
+    from lionjax.vision.vit import EVA_VIT_G
+
+    shape = re.compile(r".*adapter\.adapters\.([0-9])\.down_proj\.weight")
+    downs = {int(found[1]): w for name, w in tensors.items() if (found := shape.fullmatch(name))}
+    if 0 not in downs or downs[0].ndim != 2:
+        raise UserError("the trained file holds no adapters, so it is no LION")
+    adapters = AdapterConfig(downs[0].shape[0], len(downs))
+    language = dataclasses.replace(_t5_config(t5_settings), activation="gelu", adapters=adapters)
+    return Lion(EVA_VIT_G, QFormerConfig(), AggregatorConfig(), language)
+
+
+def _lion_abstract(config: Any) -> Params:
+    import jax
+    import numpy as np
+
+    from lionjax import sharding
+
+    side, ids, row = config.vision.image, np.zeros((1, 2), np.int32), np.zeros(1, np.int32)
+    batch = Batch(
+        np.zeros((1, side, side, 3), np.float32), ids, ids, ids, ids, ids, ids, ids, row, row
+    )
+    return sharding.abstract(config.init, jax.random.key(0), batch)
+
+
+# T5 v1.1 and FlanT5
+
+
+def _t5_config(s: dict) -> Any:
+    from lionjax.language.t5 import T5Config
+
+    form = s.get("feed_forward_proj", "relu")
+    # Newer versions of transformers say "tied" of every T5; whether T5 v1.0's scale is used tells them apart.
+    tied = s.get("scale_decoder_outputs", s.get("tie_word_embeddings", True))
+    activations = {"gated-gelu": "gelu_tanh", "gated-silu": "silu"}
+    if form not in activations or tied:
+        raise UserError(
+            f"this T5 has feed_forward_proj {form!r} and tie_word_embeddings {tied}; "
+            "only T5 v1.1 and FlanT5 are known, with a gated feed-forward and an unscaled head"
+        )
+    return T5Config(
+        s["vocab_size"], s["d_model"], s["d_kv"], s["num_heads"], s["d_ff"],
+        s["num_layers"], s.get("num_decoder_layers") or s["num_layers"],
+        s.get("relative_attention_num_buckets", 32), s.get("relative_attention_max_distance", 128),
+        s.get("layer_norm_epsilon", 1e-6), activations[form], s.get("dropout_rate", 0.1),
+        s.get("decoder_start_token_id") or 0, s.get("pad_token_id") or 0, s.get("eos_token_id", 1),
+    )  # fmt: skip
+
+
+def _t5_settings(c: Any) -> dict:
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": c.vocab,
+        "d_model": c.width,
+        "d_kv": c.head,
+        "num_heads": c.heads,
+        "d_ff": c.hidden,
+        "num_layers": c.encoder_layers,
+        "num_decoder_layers": c.decoder_layers,
+        "relative_attention_num_buckets": c.buckets,
+        "relative_attention_max_distance": c.max_distance,
+        "layer_norm_epsilon": c.eps,
+        "feed_forward_proj": "gated-silu" if c.activation == "silu" else "gated-gelu",
+        "dropout_rate": c.dropout,
+        "decoder_start_token_id": c.start_token,
+        "pad_token_id": c.pad_token,
+        "eos_token_id": c.end_token,
+        "tie_word_embeddings": False,
+    }
+
+
+def _t5_rows(c: Any) -> tuple:
+    from lionjax.language import t5
+
+    return t5.torch_rows(c)
+
+
+def _t5_abstract(c: Any) -> Params:
+    import jax
+    import jax.numpy as jnp
+
+    from lionjax import sharding
+    from lionjax.language.t5 import T5
+
+    def run(module, ids):
+        encoded = module.encode(module.embed(ids), ids)
+        return module.decode(ids, ids, encoded, ids)
+
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return sharding.abstract(
+        lambda key: T5(c).init(key, ids, method=run)["params"], jax.random.key(0)
+    )
+
+
+# LION first: a folder with its files also holds a T5.
+_LION = Published(
+    "lion", "Lion", ("lion",),
+    config=lambda settings: configs.from_json(json.dumps(settings["system"])),
+    settings=lambda c: {"model_type": "lion", "system": json.loads(configs.to_json(c))},
+    rows=lambda c: c.torch_rows(),
+    abstract=_lion_abstract,
+        # eva_vit_g.pth has a 40th block and heads that LION does not use.
+    ignore=(r"visual_encoder\.(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*", r"Qformer\.cls\..*"),
+)  # fmt: skip
+_T5 = Published(
+    "t5", "T5Config", ("t5",),
+    config=_t5_config,
+    settings=_t5_settings,
+    rows=_t5_rows,
+    abstract=_t5_abstract,
+    # A table that the first releases saved and no code has ever used.
+    ignore=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
+    copies=(("lm_head.weight", "shared.weight"),),
+)  # fmt: skip
+SYSTEMS = (_LION, _T5)

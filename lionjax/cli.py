@@ -8,6 +8,7 @@ code 1; with LIONJAX_TRACEBACK=1 the traceback comes before it. Ctrl-C ends with
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import errno
 import json
@@ -16,7 +17,7 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 # Verbs
@@ -75,6 +76,35 @@ def show(given: argparse.Namespace, overrides: list[str]) -> None:
         print(config.show(experiment))
 
 
+def data(given: argparse.Namespace, fields: list[str]) -> None:
+    """Look at the records of a source (inspect), or write the embedded scenes to files (build)."""
+    from lionjax import plots
+    from lionjax.data import pictures, sources
+    from lionjax.interfaces import UserError
+
+    source = _source(given.source, fields)
+    if given.action == "build":
+        if not isinstance(source, sources.Scenes) or given.out is None:
+            raise UserError("build wants `scenes --out FOLDER`; other sources are read as they are")
+        from lionjax.data import scene_builder
+
+        print(scene_builder.build(given.out, source.sizes, source.pixels, source.seed))
+        return
+    opened = sources.open_split(source, given.split, pictures.MAX_PIXELS)
+    print(f"{given.source}, {given.split}: {len(opened):,} pictures")
+    cells = []
+    for task, picture, example, masks in _examples(opened, given.task, given.number):
+        print(f"{task:12} {example.question!r} -> {example.answer!r}")
+        marks = [plots.Mark(box, colour=plots.ASKED) for box in example.question_boxes]
+        marks += [plots.Mark(box, colour=plots.TRUE) for box in example.boxes]
+        marks += [plots.Mark(mask=mask, colour=plots.TRUE) for mask in masks]
+        ink = plots.LIGHT["ink"]
+        lines = [(task, plots.LIGHT["faint"]), (example.question, ink), (example.answer, "#00785a")]
+        cells.append((plots.draw(pictures.as_picture(picture), marks), lines))
+    if given.out is not None:
+        plots.save(plots.grid(cells), given.out)
+
+
 def report(given: argparse.Namespace, _) -> None:
     """Draw the curves, tables and answers of a run into DIR/report.html."""
     from lionjax.evaluation.report import report
@@ -123,6 +153,16 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("config", metavar="CONFIG", help="a Python file, or the folder of a run")
     verb.add_argument("--weights", action="store_true", help="print the torch-name table instead")
 
+    verb = add(verbs, data, rest="Any field of the source can be set: --folder photos/coco.")
+    verb.add_argument("action", metavar="ACTION", choices=("inspect", "build"), help="what to do")
+    verb.add_argument(
+        "source", metavar="SOURCE", help="scenes, easy_vqa, coco, refcoco, vqa or lines"
+    )
+    verb.add_argument("--split", default="train", help="train, validation or heldout")
+    verb.add_argument("--task", help="only this task, such as vqa")
+    verb.add_argument("--number", type=int, default=2, help="examples shown of each task")
+    verb.add_argument("--out", metavar="PATH", type=Path, help="a PNG to draw, a folder to build")
+
     verb = add(verbs, report)
     verb.add_argument("dir", metavar="DIR", type=Path, help="the folder of a run")
 
@@ -156,6 +196,43 @@ def _box(text: str) -> tuple[float, float, float, float]:
     from lionjax.data import pictures
 
     return pictures.unit_box(text.split(","), name="--box")
+
+
+def _source(name: str, fields: Sequence[str]):
+    """A source of `data.sources` by its name, with fields from the command line."""
+    from lionjax import config
+    from lionjax.data import annotations, coco, sources
+    from lionjax.interfaces import UserError
+
+    own, foreign = (sources.Scenes, sources.EasyVqa), (coco.Coco, annotations.RefCoco)
+    every = (*own, *foreign, annotations.Vqa, annotations.Lines)
+    kinds = {kind.name: kind for kind in every}
+    if name not in kinds:
+        raise UserError(f"there is no source {name!r}; there are {', '.join(kinds)}")
+    kind = kinds[name]
+    wanted = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    source = config.override(kind(**dict.fromkeys(wanted, "")), fields)
+    for field in wanted:
+        if not getattr(source, field):
+            raise UserError(f"the source {name} wants --{field}")
+    return source
+
+
+def _examples(opened, task: str | None, number: int) -> Iterator[tuple]:
+    """(task, picture, example, masks) of the first examples of each task, or of one."""
+    import numpy as np
+
+    from lionjax.interfaces import UserError
+
+    if task is not None and task not in opened.sizes:
+        raise UserError(f"there is no {task!r} here; there are {', '.join(opened.sizes)}")
+    for name in opened.sizes if task is None else [task]:
+        for index in range(min(number, opened.sizes[name])):
+            record = opened.record(name, index)
+            picture, truth = opened.read(record)
+            example = opened.ask(name, index, truth, np.random.default_rng(index), 0.0)
+            masks = opened.masks(record, example.targets) if name == "res" else ()
+            yield name, picture, example, masks
 
 
 def _plain(answer) -> dict:

@@ -15,6 +15,7 @@ from PIL import Image
 import lionjax.data
 import lionjax.training
 from lionjax import cli, config
+from lionjax.data import tasks
 from lionjax.interfaces import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,6 +135,41 @@ def test_show_prints_the_config_of_a_file_and_of_a_run(capsys, toy, tmp_path):
     assert capsys.readouterr().out == out
     (tmp_path / "config.json").unlink()
     assert "holds no config.json" in refused(capsys, "show", str(tmp_path))
+
+
+def test_inspect_says_what_a_source_holds_and_draws_it(capsys, tmp_path):
+    words = ["data", "inspect", "scenes", "--pixels", "64", "--number", "1", "--split", "heldout"]
+    assert cli.main([*words, "--out", str(tmp_path / "look.png")]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == "scenes, heldout: 500 pictures"
+    assert [line.split()[0] for line in lines] == list(tasks.TASKS)
+    assert Image.open(tmp_path / "look.png").width > 1000
+    assert cli.main([*words, "--task", "rec"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [ln for ln in lines if ln.startswith("rec ")]
+
+
+def test_a_source_that_is_wrongly_named_or_set_is_one_sentence(capsys):
+    assert refused(capsys, "data", "inspect", "cocoo").startswith("there is no source 'cocoo'")
+    assert refused(capsys, "data", "inspect", "coco") == "the source coco wants --folder"
+    assert "did you mean 'pixels'?" in refused(capsys, "data", "inspect", "scenes", "--pixel", "3")
+    assert refused(capsys, "data", "build", "coco", "--folder", "x").startswith("build wants")
+    assert refused(capsys, "data", "inspect", "scenes", "--split", "x").startswith(
+        "there is no split"
+    )
+    assert "there is no 'x' here" in str(
+        pytest.raises(UserError, cli.run, ["data", "inspect", "scenes", "--task", "x"]).value
+    )
+
+
+def test_build_writes_scenes_that_inspect_reads_back(capsys, tmp_path):
+    sizes = ["--sizes", "2", "1", "1", "--pixels", "32"]
+    assert cli.main(["data", "build", "scenes", "--out", str(tmp_path), *sizes]) == 0
+    folder = capsys.readouterr().out.splitlines()[-1]
+    assert cli.main(["data", "inspect", "scenes", "--folder", folder, "--task", "vqa"]) == 0
+    built = capsys.readouterr().out.splitlines()
+    assert cli.main(["data", "inspect", "scenes", *sizes, "--task", "vqa"]) == 0
+    assert built == capsys.readouterr().out.splitlines()
+    assert built[0] == "scenes, train: 2 pictures" and len(built) == 3
 
 
 class Model:

@@ -4,12 +4,16 @@ stacked layers, dropout, and answers of unequal length. Also a program: `python 
 
 import dataclasses
 import json
+import os
 import sys
+import tempfile
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from lionjax import losses
 from lionjax.config import Experiment, RunConfig, Stage
@@ -147,6 +151,18 @@ def experiment(*stages, run=None, **changes):
 # Configs hold dataclasses of the package alone; for these tests the toy belongs to it.
 sys.modules["lionjax.toy"] = sys.modules[__name__]
 Toy.__module__ = ToyData.__module__ = "lionjax.toy"
+
+# The same few programs are compiled by many tests and by the processes that they start.
+jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/lionjax-tests-{os.getuid()}")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+compilation_cache.reset_cache()
+
+
+def lines(workdir):
+    """The lines of metrics.jsonl without what the clock decides."""
+    text = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    clocks = ("seconds", "images_per_second", "tokens_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in text]
 
 
 def main():

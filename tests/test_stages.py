@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stage: its schedule, its optimiser, and one update."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from jax.sharding import Mesh
+
+from lionjax import params as trees
+from lionjax import sharding
+from lionjax.interfaces import UserError
+from lionjax.training import checkpoints, stages
+
+BATCH = toy.batch_of(range(8))
+
+
+def mesh() -> Mesh:
+    return sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def params():
+    return sharding.init(toy.Toy().init, jax.random.key(0), BATCH, mesh=mesh())
+
+
+def layer_axes():
+    return sharding.layer_axes(jax.eval_shape(toy.Toy().init, jax.random.key(0), BATCH))
+
+
+def one_update(stage, params, batch=BATCH, system=None, updates=1, traces=None):
+    """State and metrics after some updates on the same batch; the parameters given survive."""
+    trainable, frozen = trees.split(jax.tree.map(jnp.copy, params), stage.trainable)
+    rule = stages.optimizer(stage, trainable, layer_axes())
+    state = stages.start(rule, trainable, mesh())
+    traces = [] if traces is None else traces
+    step = stages.make_step(system or toy.Toy(rate=0.0), stage, rule, jax.random.key(1), state, mesh(), traces)
+    for _ in range(updates):
+        state, metrics = step(state, frozen, sharding.put_batch(batch, mesh()))
+    return state, jax.device_get(metrics)
+
+
+def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine():
+    stage = toy.stage(steps=110, warmup_steps=10, learning_rate=1.0, warmup_learning_rate=0.1, end_learning_rate=0.2)
+    rate = stages.schedule(stage)
+    found = [float(rate(step)) for step in (0, 5, 10, 60, 110)]
+    np.testing.assert_allclose(found, [0.1, 0.55, 1.0, 0.6, 0.2], rtol=1e-6)
+
+
+def test_a_warm_up_longer_than_its_stage_is_said(caplog):
+    with caplog.at_level(logging.WARNING):
+        rate = stages.schedule(toy.stage(steps=20, warmup_steps=1000, learning_rate=1.0, warmup_learning_rate=0.0))
+    assert "below the learning rate" in caplog.text
+    assert float(rate(20)) == pytest.approx(0.02)
+
+
+def test_biases_norms_scales_and_vectors_do_not_decay_and_a_stack_of_layers_counts_as_one():
+    decays = {
+        "qformer/queries": (2, True),
+        "soft_prompt": (1, False),
+        "language/encoder/blocks/adapter/adapter_0/up/kernel": (2, True),
+        "language/encoder/blocks/adapter/adapter_0/scale": (1, False),
+        "language/encoder/blocks/adapter/ratio": (3, True),
+        "qformer/groups/block_0/self_attention/q/bias": (2, False),
+        "qformer_norm/scale": (1, False),
+    }
+    assert {path: stages.decays(path, axes) for path, (axes, _) in decays.items()} == {
+        path: wanted for path, (_, wanted) in decays.items()
+    }
+    gate = {"blocks": {"gate": jnp.ones((3, 16))}}  # a vector for each of three layers
+    stage = toy.stage(weight_decay=1.0, learning_rate=1.0, warmup_steps=0, clip_norm=0.0)
+    for axes, moves in (({"blocks/gate": 1}, False), ({}, True)):
+        rule = stages.optimizer(stage, gate, axes)
+        change, _ = rule.update(jax.tree.map(jnp.zeros_like, gate), rule.init(gate), gate)
+        assert bool((change["blocks"]["gate"] != 0).all()) == moves
+
+
+def test_the_toy_says_which_of_its_axes_stack_layers():
+    assert layer_axes()["blocks/up/kernel"] == 1 and layer_axes()["output/kernel"] == 0
+
+
+def test_updates_are_those_of_torch_adamw_with_clipping():
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(0)
+    start = {"kernel": random.normal(size=(4, 3)), "bias": random.normal(size=3)}
+    start = {name: value.astype(np.float32) for name, value in start.items()}
+    grads = [{name: 3 * random.normal(size=x.shape).astype(np.float32) for name, x in start.items()} for _ in range(5)]
+    stage = toy.stage(steps=5, weight_decay=0.3, learning_rate=0.1, clip_norm=1.0, betas=(0.8, 0.95))
+
+    rule, ours = stages.optimizer(stage, start), jax.tree.map(jnp.asarray, start)
+    state = rule.init(ours)
+    theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+    groups = [{"params": [theirs["kernel"]]}, {"params": [theirs["bias"]], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, weight_decay=0.3, betas=(0.8, 0.95))
+    for number, grad in enumerate(grads):
+        updates, state = rule.update(jax.tree.map(jnp.asarray, grad), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for name, value in theirs.items():
+            value.grad = torch.tensor(grad[name])
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        for group in adamw.param_groups:
+            group["lr"] = float(stages.schedule(stage)(number))
+        adamw.step()
+    for name in start:
+        np.testing.assert_allclose(ours[name], theirs[name].detach().numpy(), atol=2e-6)
+
+
+def test_a_learning_rate_is_scaled_by_the_first_pattern_that_matches(params):
+    trainable, _ = trees.split(params, ["blocks", "output"])
+    grads = jax.tree.map(jnp.ones_like, trainable)
+    plain = toy.stage(warmup_steps=0, weight_decay=0.0)
+    scaled = dataclasses.replace(plain, learning_rate_scale=(("blocks/up", 5.0), ("blocks", 0.5)))
+    change = {}
+    for stage in (plain, scaled):
+        rule = stages.optimizer(stage, trainable)
+        change[stage] = trees.flatten(rule.update(grads, rule.init(trainable), trainable)[0])
+    ratios = {path: float((change[scaled][path] / leaf).mean()) for path, leaf in change[plain].items()}
+    factors = {"blocks/up/kernel": 5.0, "blocks/norm/scale": 0.5, "output/kernel": 1.0}
+    assert {path: pytest.approx(ratios[path]) for path in factors} == factors
+
+
+def test_pieces_of_unequal_weight_give_the_update_of_the_whole_batch(params):
+    whole, metrics = one_update(toy.stage(accumulate=1, trainable=[".*"]), params)
+    pieces, parts = one_update(toy.stage(accumulate=4, trainable=[".*"]), params)
+    weights = [toy.batch_of([row, row + 4]).loss_mask_BM.sum() for row in range(4)]
+    assert len(set(weights)) > 1  # else a plain mean over the pieces would do
+    for name in metrics:
+        np.testing.assert_allclose(parts[name], metrics[name], rtol=2e-6, err_msg=name)
+    for path, leaf in trees.flatten(whole.trainable).items():
+        np.testing.assert_allclose(trees.flatten(pieces.trainable)[path], leaf, atol=2e-5, err_msg=path)
+
+
+def test_a_stage_is_compiled_once_whatever_the_batches_hold(params):
+    traces = []
+    one_update(toy.stage(), params, updates=3, traces=traces)
+    assert len(traces) == 1
+
+
+def test_the_state_holds_nothing_of_the_frozen_half(params):
+    state, _ = one_update(toy.stage(trainable=["output"]), params)
+    assert set(state.trainable) == {"output"}
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimiser) if leaf.ndim)
+    assert moments == 2 * trees.count(state.trainable)
+
+
+def test_the_loss_comes_in_float32_and_frozen_bfloat16_changes_it_little(params):
+    stage = toy.stage(trainable=["output"])
+    trainable, frozen = trees.split(params, stage.trainable)
+    _, wide = one_update(stage, params)
+    _, narrow = one_update(stage, trees.merge(trainable, trees.cast(frozen, "bfloat16")))
+    assert narrow["loss"].dtype == np.float32
+    assert 0 < abs(narrow["loss"] - wide["loss"]) < 0.02
+
+
+def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimiser(params):
+    stage, poisoned = toy.stage(trainable=[".*"]), toy.batch_of(range(8), poison=3)
+    trainable, _ = trees.split(params, stage.trainable)
+    fresh = stages.start(stages.optimizer(stage, trainable), trainable, mesh())
+    state, metrics = one_update(stage, params, batch=poisoned)
+    assert not metrics["finite"] and np.isnan(metrics["loss"])
+    for kept, old in ((state.trainable, params), (state.optimiser, fresh.optimiser)):
+        assert all((a == b).all() for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(old), strict=True))
+    assert int(state.step) == 1
+
+
+def test_dropout_follows_from_the_step_alone(params):
+    stage, system = toy.stage(trainable=["output"], learning_rate=0.0), toy.Toy(rate=0.5)
+    losses = [float(one_update(stage, params, system=system, updates=n)[1]["loss"]) for n in (1, 2, 2)]
+    assert losses[1] == losses[2] != losses[0]
+
+
+def test_a_schedule_that_cannot_run_is_refused_in_one_sentence(params):
+    cases = {
+        "two stages are called 'one'": (toy.stage(), toy.stage()),
+        "has no steps": (toy.stage(steps=0),),
+        "nothing to train": (toy.stage(trainable=()),),
+        "stage 'one': pattern 'blcoks' matches none .* did you mean 'blocks'": (toy.stage(trainable=("blcoks",)),),
+        "stage 'one': pattern 'hint' matches none": (toy.stage(learning_rate_scale=(("hint", 2.0),)),),
+        "no stages": (),
+    }
+    for sentence, schedule in cases.items():
+        with pytest.raises(UserError, match=sentence):
+            stages.check(schedule, params)
+
+
+def test_a_stage_replaces_fields_of_the_system_and_of_no_other():
+    what = toy.experiment(toy.stage(system=(("attention", 0.25),)))
+    assert stages.system_of(what, what.stages[0]) == toy.Toy(attention=0.25)
+    with pytest.raises(UserError, match="'depth', which is no field of Toy"):
+        stages.system_of(what, toy.stage(system=(("depth", 2),)))
+
+
+def test_fingerprints_see_that_training_moved_the_trainable_half_alone(params):
+    before = checkpoints.fingerprints(params)
+    state, _ = one_update(toy.stage(trainable=["output"]), params)
+    assert checkpoints.fingerprints(params) == before
+    assert checkpoints.fingerprints({"output": state.trainable["output"]}).items().isdisjoint(before.items())

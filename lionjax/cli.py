@@ -8,7 +8,6 @@ code 1; with LIONJAX_TRACEBACK=1 the traceback comes before it. Ctrl-C ends with
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import errno
 import json
@@ -17,7 +16,7 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 # Verbs
@@ -77,32 +76,30 @@ def show(given: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def data(given: argparse.Namespace, fields: list[str]) -> None:
-    """Look at the records of a source (inspect), or write the embedded scenes to files (build)."""
-    from lionjax import plots
-    from lionjax.data import pictures, sources
+    """Look at the records of a source (inspect), or write them as ArrayRecord files (build)."""
+    from lionjax import config
+    from lionjax.data import inspection
     from lionjax.interfaces import UserError
 
-    source = _source(given.source, fields)
+    source = inspection.recognise(given.source, given.images, given.answers)
+    source = config.override(source, fields)
     if given.action == "build":
-        if not isinstance(source, sources.Scenes) or given.out is None:
-            raise UserError("build wants `scenes --out FOLDER`; other sources are read as they are")
-        from lionjax.data import scene_builder
+        if given.out is None:
+            raise UserError("build wants --out FOLDER, where the files go")
+        from lionjax.data import built_writer
 
-        print(scene_builder.build(given.out, source.sizes, source.pixels, source.seed))
+        print(built_writer.build(source, given.out))
         return
-    opened = sources.open_split(source, given.split, pictures.MAX_PIXELS)
-    print(f"{given.source}, {given.split}: {len(opened):,} pictures")
-    cells = []
-    for task, picture, example, masks in _examples(opened, given.task, given.number):
-        print(f"{task:12} {example.question!r} -> {example.answer!r}")
-        marks = [plots.Mark(box, colour=plots.ASKED) for box in example.question_boxes]
-        marks += [plots.Mark(box, colour=plots.TRUE) for box in example.boxes]
-        marks += [plots.Mark(mask=mask, colour=plots.TRUE) for mask in masks]
-        ink = plots.LIGHT["ink"]
-        lines = [(task, plots.LIGHT["faint"]), (example.question, ink), (example.answer, "#00785a")]
-        cells.append((plots.draw(pictures.as_picture(picture), marks), lines))
+    inspection.inspect(source, given.split, given.limit)
     if given.out is not None:
-        plots.save(plots.grid(cells), given.out)
+        _draw_examples(source, given.split, given.limit, given.out)
+
+
+def convert(given: argparse.Namespace, _) -> None:
+    """Write a model's folder with the original's names (torch), or the other way (jax)."""
+    from lionjax.convert import convert
+
+    print(convert(given.src, given.dst, given.to, given.system))
 
 
 def report(given: argparse.Namespace, _) -> None:
@@ -153,15 +150,20 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("config", metavar="CONFIG", help="a Python file, or the folder of a run")
     verb.add_argument("--weights", action="store_true", help="print the torch-name table instead")
 
-    verb = add(verbs, data, rest="Any field of the source can be set: --folder photos/coco.")
+    verb = add(verbs, data, rest="Any field of the source can be set: --share 0.2.")
     verb.add_argument("action", metavar="ACTION", choices=("inspect", "build"), help="what to do")
-    verb.add_argument(
-        "source", metavar="SOURCE", help="scenes, easy_vqa, coco, refcoco, vqa or lines"
-    )
+    verb.add_argument("source", metavar="SOURCE", help="scenes, easy_vqa, or a folder or file")
+    verb.add_argument("--images", metavar="DIR", default="", help="where a file's pictures lie")
+    verb.add_argument("--answers", metavar="FILE", default="", help="the answers to VQA questions")
     verb.add_argument("--split", default="train", help="train, validation or heldout")
-    verb.add_argument("--task", help="only this task, such as vqa")
-    verb.add_argument("--number", type=int, default=2, help="examples shown of each task")
+    verb.add_argument("--limit", type=int, default=3, help="examples shown of each task")
     verb.add_argument("--out", metavar="PATH", type=Path, help="a PNG to draw, a folder to build")
+
+    verb = add(verbs, convert)
+    verb.add_argument("src", metavar="SRC", help="a folder or file of weights")
+    verb.add_argument("dst", metavar="DST", help="the folder to write, which must not exist")
+    verb.add_argument("--to", choices=("torch", "jax"), required=True, help="whose names to write")
+    verb.add_argument("--system", metavar="NAME", help="the kind of model, where SRC does not say")
 
     verb = add(verbs, report)
     verb.add_argument("dir", metavar="DIR", type=Path, help="the folder of a run")
@@ -198,41 +200,28 @@ def _box(text: str) -> tuple[float, float, float, float]:
     return pictures.unit_box(text.split(","), name="--box")
 
 
-def _source(name: str, fields: Sequence[str]):
-    """A source of `data.sources` by its name, with fields from the command line."""
-    from lionjax import config
-    from lionjax.data import annotations, coco, sources
-    from lionjax.interfaces import UserError
+def _draw_examples(source, split: str, limit: int, path: Path) -> None:
+    """A picture of the examples that `data inspect` lists, with what they ask about and answer."""
+    from lionjax import plots
+    from lionjax.data import examples, pictures, sources
 
-    own, foreign = (sources.Scenes, sources.EasyVqa), (coco.Coco, annotations.RefCoco)
-    every = (*own, *foreign, annotations.Vqa, annotations.Lines)
-    kinds = {kind.name: kind for kind in every}
-    if name not in kinds:
-        raise UserError(f"there is no source {name!r}; there are {', '.join(kinds)}")
-    kind = kinds[name]
-    wanted = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
-    source = config.override(kind(**dict.fromkeys(wanted, "")), fields)
-    for field in wanted:
-        if not getattr(source, field):
-            raise UserError(f"the source {name} wants --{field}")
-    return source
-
-
-def _examples(opened, task: str | None, number: int) -> Iterator[tuple]:
-    """(task, picture, example, masks) of the first examples of each task, or of one."""
-    import numpy as np
-
-    from lionjax.interfaces import UserError
-
-    if task is not None and task not in opened.sizes:
-        raise UserError(f"there is no {task!r} here; there are {', '.join(opened.sizes)}")
-    for name in opened.sizes if task is None else [task]:
-        for index in range(min(number, opened.sizes[name])):
-            record = opened.record(name, index)
-            picture, truth = opened.read(record)
-            example = opened.ask(name, index, truth, np.random.default_rng(index), 0.0)
-            masks = opened.masks(record, example.targets) if name == "res" else ()
-            yield name, picture, example, masks
+    data = examples.DataConfig(sources=(source,), on_bad_record="replace")
+    cells = []
+    for task in sources.open_split(source, split, data.processor.max_pixels).sizes:
+        for sample in examples.examples(data, task, split, limit):
+            example = sample.example
+            masks = sample.masks() if task == "res" else ()
+            marks = [plots.Mark(box, colour=plots.ASKED) for box in example.question_boxes]
+            marks += [plots.Mark(box, colour=plots.TRUE) for box in example.boxes]
+            marks += [plots.Mark(mask=mask, colour=plots.TRUE) for mask in masks]
+            ink = plots.LIGHT["ink"]
+            lines = [
+                (task, plots.LIGHT["faint"]),
+                (example.question, ink),
+                (example.answer, "#00785a"),
+            ]
+            cells.append((plots.draw(pictures.as_picture(sample.picture), marks), lines))
+    plots.save(plots.grid(cells), path)
 
 
 def _plain(answer) -> dict:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import lionjax.data
 import lionjax.training
-from lionjax import cli, config
+from lionjax import cli, config, convert
 from lionjax.data import tasks
 from lionjax.interfaces import UserError
 
@@ -137,39 +137,46 @@ def test_show_prints_the_config_of_a_file_and_of_a_run(capsys, toy, tmp_path):
     assert "holds no config.json" in refused(capsys, "show", str(tmp_path))
 
 
-def test_inspect_says_what_a_source_holds_and_draws_it(capsys, tmp_path):
-    words = ["data", "inspect", "scenes", "--pixels", "64", "--number", "1", "--split", "heldout"]
+def test_inspect_says_what_a_source_holds_and_draws_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["data", "inspect", "scenes", "--pixels", "64", "--limit", "1", "--split", "heldout"]
     assert cli.main([*words, "--out", str(tmp_path / "look.png")]) == 0
-    head, *lines = capsys.readouterr().out.splitlines()
-    assert head == "scenes, heldout: 500 pictures"
-    assert [line.split()[0] for line in lines] == list(tasks.TASKS)
-    assert Image.open(tmp_path / "look.png").width > 1000
-    assert cli.main([*words, "--task", "rec"]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == [ln for ln in lines if ln.startswith("rec ")]
+    out = capsys.readouterr().out
+    assert "500 records" in out and all(f" {task} " in out for task in tasks.TASKS)
+    assert "64 x 64" in out
+    look = Image.open(tmp_path / "look.png")
+    assert look.width == 4 * 336 + 16 and look.height > 3 * 336  # ten tasks in three rows
 
 
 def test_a_source_that_is_wrongly_named_or_set_is_one_sentence(capsys):
     assert refused(capsys, "data", "inspect", "cocoo").startswith("there is no source 'cocoo'")
-    assert refused(capsys, "data", "inspect", "coco") == "the source coco wants --folder"
     assert "did you mean 'pixels'?" in refused(capsys, "data", "inspect", "scenes", "--pixel", "3")
-    assert refused(capsys, "data", "build", "coco", "--folder", "x").startswith("build wants")
+    assert refused(capsys, "data", "build", "scenes").startswith("build wants --out FOLDER")
     assert refused(capsys, "data", "inspect", "scenes", "--split", "x").startswith(
         "there is no split"
     )
-    assert "there is no 'x' here" in str(
-        pytest.raises(UserError, cli.run, ["data", "inspect", "scenes", "--task", "x"]).value
-    )
+    assert "choose from" in refused(capsys, "data", "incpect", "scenes")
 
 
 def test_build_writes_scenes_that_inspect_reads_back(capsys, tmp_path):
     sizes = ["--sizes", "2", "1", "1", "--pixels", "32"]
     assert cli.main(["data", "build", "scenes", "--out", str(tmp_path), *sizes]) == 0
     folder = capsys.readouterr().out.splitlines()[-1]
-    assert cli.main(["data", "inspect", "scenes", "--folder", folder, "--task", "vqa"]) == 0
-    built = capsys.readouterr().out.splitlines()
-    assert cli.main(["data", "inspect", "scenes", *sizes, "--task", "vqa"]) == 0
-    assert built == capsys.readouterr().out.splitlines()
-    assert built[0] == "scenes, train: 2 pictures" and len(built) == 3
+    assert cli.main(["data", "inspect", folder]) == 0
+    built = capsys.readouterr().out
+    assert cli.main(["data", "inspect", "scenes", *sizes]) == 0
+    assert built == capsys.readouterr().out and "2 records" in built
+
+
+def test_convert_says_what_went_over_and_refuses_what_it_cannot_read(capsys, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(convert, "convert", lambda *given: seen.append(given) or "table")
+    assert cli.main(["convert", "a", "b", "--to", "jax", "--system", "t5"]) == 0
+    assert capsys.readouterr().out == "table\n" and seen == [("a", "b", "jax", "t5")]
+    monkeypatch.undo()
+    words = ["convert", str(tmp_path / "nothing"), str(tmp_path / "out"), "--to", "jax"]
+    assert "nothing" in refused(capsys, *words)
+    assert not (tmp_path / "out").exists()
 
 
 class Model:

@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table, read both ways: exact bits, and everything that does not fit said at once."""
+
+import dataclasses
+import re
+import time
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lionjax import convert, sharding
+from lionjax import params as trees
+from lionjax.convert_plan import Form, grouped, plan_params
+from lionjax.interfaces import UserError
+from lionjax.weight_rows import (
+    Row,
+    Template,
+    constant,
+    conv,
+    conv_transpose,
+    copy_bits,
+    fused,
+    heads_in,
+    heads_in_bias,
+    heads_out,
+    joined,
+    linear,
+    reshaped,
+    squeeze,
+    under,
+)
+
+N, H, D = 2, 4, 6  # heads, head size, width; all different, so that a confused axis shows
+DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
+
+
+def block_rows() -> tuple[Row, ...]:
+    heads = heads_in(N, H)
+    cut = heads_in_bias(N, H)
+    return (
+        Row("qkv.weight", ("q/kernel", "k/kernel", "v/kernel"), fused(heads, heads, heads)),
+        Row("qkv.bias", ("q/bias", "v/bias"), fused(cut, None, cut)),
+        Row("proj.weight", "o/kernel", heads_out(N, H)),
+        Row(("router1", "router2"), "router", joined()),
+        Row("adapters.{j}.down.weight", "adapters/down", linear),
+        Row("adapters.{j}.scale", "adapters/scale", squeeze),
+    )
+
+
+def every_rows() -> tuple[Row, ...]:
+    return (
+        *under("blocks.{i}.", "blocks/", block_rows()),
+        Row("blocks.{2i}.cross.weight", "cross/kernel", linear),
+        Row("blocks.{2i+1}.plain", "plain/scale"),
+        Row("sam.{8i+j<7}.norm", "windowed/norm"),
+        Row("sam.{8i+7}.norm", "global/norm"),
+        Row("cls", "class_token", reshaped((1, 1, -1), (-1,))),
+        Row("patch.weight", "patch/kernel", conv),
+        Row("up.weight", "up/kernel", conv_transpose),
+        Row("c_attn", ("c/q", "c/k", "c/v"), fused(*[heads_in_bias(N, H)] * 3, axis=1)),
+        Row("shared", "words/table", also=("encoder.words", "decoder.words")),
+        constant("position_ids", lambda: np.arange(5)[None]),
+    )
+
+
+def every_state(dtype, layers=4) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+
+    def some(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    state = {}
+    for i in range(layers):
+        bias = some(3 * N * H)
+        bias[N * H : 2 * N * H] = 0
+        state |= {
+            f"blocks.{i}.qkv.weight": some(3 * N * H, D),
+            f"blocks.{i}.qkv.bias": bias,
+            f"blocks.{i}.proj.weight": some(D, N * H),
+            f"blocks.{i}.router1": some(2, D),
+            f"blocks.{i}.router2": some(2, D),
+        }
+        for a in range(3):
+            state |= {f"blocks.{i}.adapters.{a}.down.weight": some(5, D), f"blocks.{i}.adapters.{a}.scale": some(1)}
+        state |= {f"blocks.{i}.cross.weight": some(D, 7)} if i % 2 == 0 else {f"blocks.{i}.plain": some(D)}
+    state |= {f"sam.{i}.norm": some(D) for i in range(16)}
+    state |= {"cls": some(1, 1, D), "patch.weight": some(D, 3, 2, 2), "up.weight": some(3, 5, 2, 2)}
+    state |= {"c_attn": some(D, 3 * N * H), "shared": some(11, D), "position_ids": np.arange(5)[None]}
+    return state | {name: state["shared"].copy() for name in ("encoder.words", "decoder.words")}
+
+
+def assert_same_bits(one: dict, other: dict):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype and one[name].shape == other[name].shape, name
+        assert one[name].tobytes() == other[name].tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_from_torch_and_back_is_the_same_to_the_bit(dtype):
+    state = every_state(dtype)
+    assert_same_bits(convert.state_from(every_rows(), convert.params_from(every_rows(), state)), state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_to_torch_and_back_is_the_same_to_the_bit(dtype):
+    params = convert.params_from(every_rows(), every_state(dtype))
+    on_device = jax.tree.map(jax.numpy.asarray, params)
+    back = convert.params_from(every_rows(), convert.state_from(every_rows(), on_device))
+    assert_same_bits(trees.flatten(back), trees.flatten(params))
+
+
+def test_bits_that_are_no_ordinary_number_survive():
+    bits = np.array([0x7FC1, 0xFFC0, 0x8000, 0x7F80, 0x0001, 0xFF81], np.uint16)  # NaNs with a payload, -0, inf
+    rows, state = (Row("w", "w", linear),), {"w": bits.view(ml_dtypes.bfloat16).reshape(2, 3)}
+    there = convert.params_from(rows, state)
+    assert np.array_equal(there["w"].view(np.uint16), bits.reshape(2, 3).T)
+    assert_same_bits(convert.state_from(rows, there), state)
+
+
+def test_layers_and_their_parts_stand_where_the_table_says():
+    state = every_state(np.float32)
+    flat = trees.flatten(convert.params_from(every_rows(), state))
+    assert flat["blocks/q/kernel"].shape == (4, D, N, H)
+    assert flat["blocks/router"].shape == (4, 2, 2, D)
+    assert flat["blocks/adapters/scale"].shape == (4, 3)
+    assert np.array_equal(flat["blocks/router"][3, 1], state["blocks.3.router2"])
+    assert np.array_equal(flat["blocks/adapters/down"][1, 2], state["blocks.1.adapters.2.down.weight"].T)
+    assert np.array_equal(flat["cross/kernel"][1], state["blocks.2.cross.weight"].T)
+    assert np.array_equal(flat["plain/scale"][1], state["blocks.3.plain"])
+    assert np.array_equal(flat["windowed/norm"][1, 6], state["sam.14.norm"])
+    assert np.array_equal(flat["global/norm"][1], state["sam.15.norm"])
+
+
+def test_changes_of_layout_mean_what_torch_means():
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((3, D)), rng.standard_normal((3, N, H))
+    into, out = rng.standard_normal((N * H, D)), rng.standard_normal((D, N * H))
+    assert np.allclose(x @ linear.to_flax(into), x @ into.T)
+    assert np.allclose(np.einsum("BD,DNH->BNH", x, heads_in(N, H).to_flax(into)), (x @ into.T).reshape(3, N, H))
+    assert np.allclose(np.einsum("BNH,NHD->BD", y, heads_out(N, H).to_flax(out)), y.reshape(3, N * H) @ out.T)
+
+
+def test_convolutions_mean_what_torch_means():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(2)
+    image, kernel = rng.standard_normal((1, 3, 4, 4)), rng.standard_normal((5, 3, 2, 2))
+    theirs = torch.nn.functional.conv2d(torch.tensor(image), torch.tensor(kernel), stride=2).numpy()
+    patches = image.reshape(1, 3, 2, 2, 2, 2).transpose(0, 2, 4, 3, 5, 1)  # (B, y, x, high, wide, C)
+    assert np.allclose(np.einsum("Byxhwc,hwcd->Bdyx", patches, conv.to_flax(kernel)), theirs)
+    kernel = rng.standard_normal((3, 5, 2, 2))
+    theirs = torch.nn.functional.conv_transpose2d(torch.tensor(image), torch.tensor(kernel), stride=2).numpy()
+    mine = np.einsum("Bcyx,hwcd->Bdyhxw", image, conv_transpose.to_flax(kernel)).reshape(1, 5, 8, 8)
+    assert np.allclose(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "text, index, name",
+    [
+        ("h.{i}.w", (12,), "h.12.w"),
+        ("h.{2i+1}.w", (3,), "h.7.w"),
+        ("h.{8i+j<7}.w", (2, 6), "h.22.w"),
+        ("s.{j}.h.{i}.w", (1, 5), "s.5.h.1.w"),
+        ("plain.w", (), "plain.w"),
+    ],
+)
+def test_a_template_is_filled_and_matched(text, index, name):
+    assert Template.of(text).fill(index) == name
+    assert Template.of(text).match(name) == index
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("h.{2i+1}.w", "h.4.w"),
+        ("h.{8i+j<7}.w", "h.7.w"),
+        ("h.{i<6}.w", "h.6.w"),
+        ("h.{i}.w", "h.01.w"),
+        ("h.{i}.w", "hx1.w"),
+        ("h.{i+2}.w", "h.1.w"),
+        ("h.{i}.w", "h.٣.w"),
+    ],
+)
+def test_a_template_does_not_match_its_neighbours(text, name):
+    assert Template.of(text).match(name) is None
+
+
+@pytest.mark.parametrize("text", ["h.{}", "h.{n}", "h.{i}.{i}", "h.{3}", "h.{8i+j}", "h.{8i+j<9}", "h.{i-1}"])
+def test_braces_that_cannot_be_understood_are_refused(text):
+    with pytest.raises(ValueError, match="torch name"):
+        Row(text, "w")
+
+
+def test_rows_under_a_prefix_are_the_rows_of_a_model_inside_another():
+    state = {f"visual.{name}": w for name, w in every_state(np.float32).items()}
+    rows = under("visual.", "vision/", every_rows())
+    params = convert.params_from(rows, state)
+    assert list(params) == ["vision"]
+    assert_same_bits(convert.state_from(rows, params), state)
+
+
+def said(call) -> list[str]:
+    with pytest.raises(UserError) as error:
+        call()
+    return str(error.value).splitlines()
+
+
+def test_everything_wrong_on_the_way_in_is_said_at_once_by_name():
+    state = every_state(np.float32)
+    for name in ("blocks.2.proj.weight", "cls", "sam.3.norm"):
+        del state[name]
+    state |= {"blocks.1.extra": np.ones(1), "blocks.3.extra": np.ones(1), "patch.weight": np.ones((D, 3, 2), np.float32)}
+    state["blocks.1.router1"] = np.ones((3, D), np.float32)
+    state["blocks.0.adapters.0.scale"] = state["blocks.0.adapters.0.scale"].astype(np.float16)
+    lines = said(lambda: convert.params_from(every_rows(), state))
+    text = "\n".join(lines)
+    assert len(lines) == 8 and "7 problems" in lines[0]
+    assert "'blocks.2.proj.weight'" in text and "'cls'" in text and "'sam.3.norm'" in text
+    assert "tensor 'blocks.1,3.extra' (2 of them) has no row" in text
+    assert "the layers for blocks/router differ" in text and "'blocks.1.router1'" in text
+    assert "float16 (1,) in 'blocks.0.adapters.0.scale'" in text
+    assert "tensor 'patch.weight', float32 (6, 3, 2), does not fit conv" in text
+
+
+def test_numbers_that_the_table_forbids_are_said_together():
+    state = every_state(np.float32)
+    state["blocks.1.qkv.bias"] = np.ones(3 * N * H, np.float32)
+    state["decoder.words"] = state["decoder.words"] + 1
+    state["position_ids"] = np.arange(5)[None] + 1
+    lines = said(lambda: convert.params_from(every_rows(), state))
+    assert len(lines) == 4 and "must be zero" in lines[1] and "'decoder.words'" in lines[2] and "constant" in lines[3]
+
+
+def test_everything_wrong_on_the_way_out_is_said_at_once_by_name():
+    flat = trees.flatten(convert.params_from(every_rows(), every_state(np.float32)))
+    del flat["class_token"]
+    flat |= {"odd": np.ones(1), "global/norm": np.ones(()), "patch/kernel": np.ones((2, 2, 3))}
+    flat["blocks/q/bias"] = flat["blocks/q/bias"].astype(np.float16)
+    flat["windowed/norm"] = flat["windowed/norm"][:, :5]
+    lines = said(lambda: convert.state_from(every_rows(), trees.unflatten(flat)))
+    text = "\n".join(lines)
+    assert len(lines) == 7
+    assert "row 'cls' finds no parameter 'class_token'" in text and "parameter 'odd' has no row" in text
+    assert "('global/norm',) want the same 1 leading axes" in text and "do not fit conv" in text
+    assert "differ in dtype" in text and "begins with axes (2, 5)" in text
+
+
+@pytest.mark.parametrize(
+    "rows, problem",
+    [
+        ((Row("a", "x"), Row("a", "y")), "tensor 'a' has two rows"),
+        ((Row("h.{i}", "x"), Row("h.{2i}", "y")), "tensor 'h.0' has two rows"),
+        ((Row("a", "x"), Row("b", "x")), "parameter 'x' has two rows"),
+    ],
+)
+def test_a_table_that_names_something_twice_is_refused_both_ways(rows, problem):
+    state = {"a": np.ones(2), "b": np.ones(2), "h.0": np.ones(2), "h.1": np.ones(2)}
+    state = {name: w for name, w in state.items() if any(Template.of(r.torch).match(name) is not None for r in rows)}
+    assert problem in "\n".join(said(lambda: convert.params_from(rows, state)))
+    assert problem in "\n".join(said(lambda: convert.state_from(rows, {"x": np.ones((2, 2)), "y": np.ones((1, 2))})))
+
+
+def test_the_model_s_own_shapes_are_held_against_the_file():
+    params = convert.params_from(every_rows(), every_state(np.float32))
+    expected = trees.flatten(params)
+    expected["words/table"] = Form((12, D), np.dtype("float32"))
+    expected["patch/kernel"] = Form(expected["patch/kernel"].shape, np.dtype("int32"))
+    expected["head/kernel"] = Form((D, 11), np.dtype("float32"))
+    del expected["class_token"]
+    lines = said(lambda: convert.params_from(every_rows(), every_state(np.float32), expected=trees.unflatten(expected)))
+    assert len(lines) == 5
+    text = "\n".join(lines)
+    assert "'head/kernel' has no row" in text and "'class_token' is not part of the model" in text
+    assert "(11, 6) where the model wants (12, 6)" in text and "float32 where the model wants int32" in text
+
+
+def test_a_run_of_layers_that_ends_too_soon_is_a_gap_where_the_model_has_more():
+    rows, state = (Row("h.{i}.w", "w"),), {f"h.{i}.w": np.ones(2) for i in range(3)}
+    assert convert.params_from(rows, state)["w"].shape == (3, 2)
+    expected = {"w": Form((5, 2), np.dtype("float64"))}
+    assert "'h.3..4.w' (2 of them)" in "\n".join(said(lambda: convert.params_from(rows, state, expected=expected)))
+
+
+def test_a_file_in_half_precision_fits_a_model_in_full():
+    expected = convert.params_from(every_rows(), every_state(np.float32))
+    params = convert.params_from(every_rows(), every_state(ml_dtypes.bfloat16), expected=expected)
+    assert params["words"]["table"].dtype == ml_dtypes.bfloat16
+
+
+def test_ignored_names_are_passed_over_before_the_rows_see_them():
+    rows = (Row("h.{i}.w", "w"),)
+    state = {f"h.{i}.w": np.ones(2) for i in range(4)} | {"head.weight": np.ones(1)}
+    assert convert.params_from(rows, state, ignore=(r"h\.3\..*", "head.*"))["w"].shape == (3, 2)
+    with pytest.raises(UserError, match="head.weight"):
+        convert.params_from(rows, state, ignore=("head",))  # patterns are matched whole
+
+
+def test_a_tied_tensor_may_come_under_any_of_its_names_and_goes_out_under_all():
+    state = every_state(np.float32)
+    only = {name: w for name, w in state.items() if name not in ("shared", "encoder.words")}
+    assert_same_bits(convert.state_from(every_rows(), convert.params_from(every_rows(), only)), state)
+    del only["decoder.words"]
+    with pytest.raises(UserError, match="'shared'"):
+        convert.params_from(every_rows(), only)
+
+
+def test_a_tied_copy_in_a_narrower_dtype_must_be_the_rounded_tensor():
+    state = every_state(np.float32)
+    state["decoder.words"] = state["shared"].astype(ml_dtypes.bfloat16)
+    assert convert.params_from(every_rows(), state)["words"]["table"].dtype == np.float32
+    state["decoder.words"][3, 2] += 1
+    with pytest.raises(UserError, match="tied tensors 'shared' and 'decoder.words' hold different numbers"):
+        convert.params_from(every_rows(), state)
+
+
+def test_a_constant_may_be_missing_and_is_written():
+    state = every_state(np.float32)
+    del state["position_ids"]
+    back = convert.state_from(every_rows(), convert.params_from(every_rows(), state))
+    assert np.array_equal(back["position_ids"], np.arange(5)[None])
+
+
+@pytest.mark.parametrize("op, shape", [(reshaped((1, 1, -1), (-1,)), (2, 6)), (squeeze, (2, 3)), (squeeze, ())])
+def test_a_shape_from_which_there_is_no_way_back_is_refused(op, shape):
+    with pytest.raises(UserError, match="does not fit"):
+        convert.params_from((Row("w", "w", op),), {"w": np.ones(shape)})
+
+
+def test_a_name_with_a_mad_number_is_refused_and_not_counted_up_to():
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="numbered up to"):
+        convert.params_from((Row("h.{i}.w", "w"),), {"h.0.w": np.ones(1), "h.987654321.w": np.ones(1)})
+    with pytest.raises(UserError, match="has no row"):
+        convert.params_from((Row("h.{i}.w", "w"),), {"h.0.w": np.ones(1), f"h.{'9' * 5000}.w": np.ones(1)})
+    assert time.perf_counter() - start < 5
+
+
+def test_names_are_grouped_by_their_numbers():
+    assert grouped(["b.1.w", "b.0.w", "b.2.w", "a"]) == ["'a'", "'b.0..2.w' (3 of them)"]
+    assert grouped(["b.10.w", "b.9.w"]) == ["'b.9..10.w' (2 of them)"]
+
+
+@given(
+    st.permutations(range(4)),
+    st.tuples(*[st.integers(1, 7)] * 4),
+    st.sampled_from(["f4", "u1", "f8", "?", "c16", "bf16"]),
+    st.integers(1, 2),
+)
+def test_bits_are_copied_from_any_layout(order, shape, kind, step):
+    dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bf16" else kind)
+    size = int(np.prod(shape)) * dtype.itemsize
+    whole = np.random.default_rng(0).integers(0, 2, size, np.uint8).view(dtype).reshape(shape)
+    source = whole.transpose(order)[::step]
+    target = np.zeros(source.shape, dtype)
+    copy_bits(target, source)
+    assert target.tobytes() == np.ascontiguousarray(source).tobytes()
+
+
+@pytest.mark.parametrize("shape", [(300, 513), (1, 700), (1024, 256), (257, 1)])
+def test_a_large_transposed_matrix_is_copied_tile_by_tile(shape):
+    source = np.random.default_rng(0).integers(0, 60000, shape).astype(np.uint16)
+    target = np.zeros(shape[::-1], np.uint16)
+    copy_bits(target, source.T)
+    assert np.array_equal(target, source.T)
+
+
+def test_bits_do_not_change_their_dtype_on_the_way():
+    with pytest.raises(ValueError, match="does not go into"):
+        copy_bits(np.zeros(3, np.float32), np.zeros(3, np.float16))
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4, "tensor": 2, "data": 1}, {"tensor": 4, "fsdp": 1, "data": 2}])
+def test_parameters_placed_on_a_mesh_are_the_same_and_lie_where_they_should(mesh):
+    mesh = sharding.make_mesh(sharding.MeshConfig(**mesh))
+    rows, state = every_rows(), every_state(ml_dtypes.bfloat16)
+    plain = trees.flatten(convert.params_from(rows, state))
+    axes = {3: ("layers", "embed", "vocab"), 4: ("layers", "embed", "heads", "head"), 2: ("vocab", "embed")}
+
+    def like(path, leaf):
+        names = axes.get(leaf.ndim, (None,) * leaf.ndim)
+        where = jax.sharding.NamedSharding(mesh, sharding.spec(names, leaf.shape, mesh, path))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    wanted = {path: like(path, leaf) for path, leaf in plain.items()}
+    placed = trees.flatten(convert.placed_from(rows, state, trees.unflatten(wanted)))
+    assert_same_bits({path: np.asarray(leaf) for path, leaf in placed.items()}, plain)
+    assert all(placed[path].sharding == wanted[path].sharding for path in wanted)
+
+
+class Blank(dict):
+    """Tensors of which only the form is known: no bytes behind them."""
+
+    def __init__(self, forms):
+        super().__init__({n: np.broadcast_to(np.zeros((), d), s) for n, (s, d) in forms.items()})
+
+
+def lion_release(width: int) -> dict:
+    """Every tensor of a full LION, written down from the release's files: names, shapes, dtypes."""
+    f, h, b = np.float32, np.float16, ml_dtypes.bfloat16
+    forms: dict[str, tuple] = {}
+
+    def put(name, *shape, dtype=f):
+        forms[name] = (shape, dtype)
+
+    def dense(name, outputs, inputs, bias=True, dtype=f):
+        put(name + ".weight", outputs, inputs, dtype=dtype)
+        if bias:
+            put(name + ".bias", outputs, dtype=dtype)
+
+    def norm(name, size, bias=True, dtype=f):
+        put(name + ".weight", size, dtype=dtype)
+        if bias:
+            put(name + ".bias", size, dtype=dtype)
+
+    put("visual_encoder.cls_token", 1, 1, 1408)
+    put("visual_encoder.pos_embed", 1, 257, 1408)
+    put("visual_encoder.patch_embed.proj.weight", 1408, 3, 14, 14, dtype=h)
+    put("visual_encoder.patch_embed.proj.bias", 1408, dtype=h)
+    for i in range(40):  # the file holds one block more than is used
+        block = f"visual_encoder.blocks.{i}."
+        norm(block + "norm1", 1408)
+        norm(block + "norm2", 1408)
+        put(block + "attn.q_bias", 1408)
+        put(block + "attn.v_bias", 1408)
+        put(block + "attn.qkv.weight", 4224, 1408, dtype=h)
+        dense(block + "attn.proj", 1408, 1408, dtype=h)
+        dense(block + "mlp.fc1", 6144, 1408, dtype=h)
+        dense(block + "mlp.fc2", 1408, 6144, dtype=h)
+    norm("visual_encoder.fc_norm", 1408)
+    dense("visual_encoder.head", 1000, 1408)
+
+    put("query_tokens", 1, 32, 768)
+    norm("ln_vision", 1408)
+    dense("t5_proj", width, 768)
+    put("Qformer.bert.embeddings.position_ids", 1, 512, dtype=np.int64)
+    put("Qformer.bert.embeddings.word_embeddings.weight", 30523, 768)
+    put("Qformer.bert.embeddings.position_embeddings.weight", 512, 768)
+    norm("Qformer.bert.embeddings.LayerNorm", 768)
+    for i in range(12):
+        layer = f"Qformer.bert.encoder.layer.{i}."
+        for part, source in (("attention", 768), ("crossattention", 1408)):
+            if part == "attention" or i % 2 == 0:
+                dense(f"{layer}{part}.self.query", 768, 768)
+                dense(f"{layer}{part}.self.key", 768, source)
+                dense(f"{layer}{part}.self.value", 768, source)
+                dense(f"{layer}{part}.output.dense", 768, 768)
+                norm(f"{layer}{part}.output.LayerNorm", 768)
+        for end in ("", "_query"):
+            dense(f"{layer}intermediate{end}.dense", 3072, 768)
+            dense(f"{layer}output{end}.dense", 768, 3072)
+            norm(f"{layer}output{end}.LayerNorm", 768)
+    for k in range(2):
+        block = f"fusion_adapter.blocks.{k}."
+        for part in ("attention", "crossattention"):
+            for name in ("self.query", "self.key", "self.value", "output.dense"):
+                dense(f"{block}{part}.{name}", 1408, 1408)
+            norm(f"{block}{part}.output.LayerNorm", 1408)
+        dense(block + "intermediate.dense", 3072, 1408)
+        dense(block + "output.dense", 1408, 3072)
+        norm(block + "output.LayerNorm", 1408)
+    norm("ln_adapter", 1408)
+    dense("adapter_proj.0", 5632, 1408)
+    dense("adapter_proj.2", width, 5632)
+    put("soft_prompt_hint", width)
+
+    hidden = {2048: 5120, 4096: 10240}[width]
+    for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
+        put(f"t5_model.{name}.weight", 32128, width, dtype=b)
+    for stack, attentions in (("encoder", ["SelfAttention"]), ("decoder", ["SelfAttention", "EncDecAttention"])):
+        norm(f"t5_model.{stack}.final_layer_norm", width, bias=False, dtype=b)
+        relative = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        put(f"t5_model.{stack}.{relative}", 32, width // 64, dtype=b)
+        for i in range(24):
+            for j, attention in enumerate(attentions):
+                layer = f"t5_model.{stack}.block.{i}.layer.{j}."
+                norm(layer + "layer_norm", width, bias=False, dtype=b)
+                for x in "qkvo":
+                    dense(f"{layer}{attention}.{x}", width, width, bias=False, dtype=b)
+            layer = f"t5_model.{stack}.block.{i}.layer.{len(attentions)}."
+            norm(layer + "layer_norm", width, bias=False, dtype=b)
+            dense(layer + "DenseReluDense.wi_0", hidden, width, bias=False, dtype=b)
+            dense(layer + "DenseReluDense.wi_1", hidden, width, bias=False, dtype=b)
+            dense(layer + "DenseReluDense.wo", width, hidden, bias=False, dtype=b)
+            for a in range(2):
+                dense(f"{layer}adapter.adapters.{a}.down_proj", 64, width)
+                dense(f"{layer}adapter.adapters.{a}.up_proj", width, 64)
+                put(f"{layer}adapter.adapters.{a}.scale", 1)
+                put(f"{layer}adapter.router_ratio{a + 1}", 2, width)
+    return forms
+
+
+@pytest.mark.parametrize("size", ["XL", "XXL"])
+def test_the_full_size_lion_table_covers_every_tensor_of_the_release_and_every_leaf_of_the_model(size):
+    from lionjax.adapters import AdapterConfig
+    from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
+    from lionjax.convert_systems import of_config
+    from lionjax.language import t5
+    from lionjax.systems.lion import Lion
+    from lionjax.vision.vit import EVA_VIT_G
+
+    language = dataclasses.replace({"XL": t5.FLAN_T5_XL, "XXL": t5.FLAN_T5_XXL}[size], adapters=AdapterConfig())
+    lion = Lion(EVA_VIT_G, QFormerConfig(), AggregatorConfig(), language)
+    kind, state = of_config(lion), Blank(lion_release(language.width))
+    model = kind.abstract(lion)
+    plan = plan_params(kind.rows(lion), state, kind.ignore, model)
+    read = {name for piece in plan.pieces for name in (*piece.tensors, *piece.tied)}
+    assert read | set(plan.ignored) == set(state)
+    assert all(re.match(r"visual_encoder\.(blocks\.39|fc_norm|head)\.", name) for name in plan.ignored)
+    with pytest.raises(UserError, match="'t5_model.decoder.block.23.layer.2.adapter.router_ratio2'"):
+        del state["t5_model.decoder.block.23.layer.2.adapter.router_ratio2"]
+        plan_params(kind.rows(lion), state, kind.ignore, model)

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import lionjax.data
-import lionjax.training
 from lionjax import cli, config, convert
-from lionjax.data import tasks
+from lionjax.data import pipeline, tasks
 from lionjax.interfaces import UserError
+from lionjax.training import loop
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = list(cli.parsers()[1])
@@ -99,29 +98,13 @@ def test_train_hands_the_config_with_its_overrides_to_the_loop(toy, tmp_path, mo
         seen.extend(given)
         return {"blocks": {"adapters": {"ratio": np.ones((3, 2, 2, 4))}}}, {}
 
-    monkeypatch.setitem(sys.modules, "lionjax.data.pipeline", types.SimpleNamespace(batches=print))
-    monkeypatch.setitem(sys.modules, "lionjax.training.loop", types.SimpleNamespace(train=train))
-    monkeypatch.setattr(
-        lionjax.data, "pipeline", sys.modules["lionjax.data.pipeline"], raising=False
-    )
-    monkeypatch.setattr(
-        lionjax.training, "loop", sys.modules["lionjax.training.loop"], raising=False
-    )
-    words = [
-        "train",
-        toy,
-        "--stages.0.steps",
-        "20",
-        "--workdir",
-        str(tmp_path),
-        "--mesh.data",
-        "-1",
-    ]
+    monkeypatch.setattr(loop, "train", train)
+    overrides = ["--stages.0.steps", "20"]
+    words = ["train", toy, *overrides, "--workdir", str(tmp_path), "--mesh.data", "-1"]
     assert cli.main(words) == 0
-    assert seen == [config.load(toy, ["--stages.0.steps", "20"]), tmp_path, print]
-    assert json.loads((tmp_path / "routers.json").read_text()) == {
-        "blocks adapters": np.ones((3, 2, 2)).tolist()
-    }
+    assert seen == [config.load(toy, overrides), tmp_path, pipeline.batches]
+    kept = json.loads((tmp_path / "routers.json").read_text())
+    assert kept == {"blocks adapters": np.ones((3, 2, 2)).tolist()}
 
 
 def test_show_prints_the_config_of_a_file_and_of_a_run(capsys, toy, tmp_path):

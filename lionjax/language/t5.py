@@ -59,6 +59,10 @@ class T5Config:
 
 FLAN_T5_XL = T5Config()
 FLAN_T5_XXL = T5Config(width=4096, heads=64, hidden=10240)
+TINY_T5 = T5Config(  # ships with the project
+    vocab=1024, width=128, head=32, heads=4, hidden=384, encoder_layers=4, decoder_layers=3, dropout=0.0,
+    activation="gelu",
+)  # fmt: skip
 
 
 def attention(c: T5Config, name: str) -> Attention:

@@ -139,7 +139,7 @@ def first_parameters(experiment: Experiment, example: Batch, layout: Layout) -> 
     loaded: dict[str, jax.Array] = {}
     for prefix, file in experiment.weights:
         inside = {path: leaf for path, leaf in wanted.items() if _under(path, prefix)}
-        loaded |= _read_weights(Path(file), prefix, inside, learned)
+        loaded |= _read_weights(shipped(file), prefix, inside, learned)
 
     def rest(key, batch):
         flat = trees.flatten(experiment.system.init(key, batch))
@@ -150,6 +150,12 @@ def first_parameters(experiment: Experiment, example: Batch, layout: Layout) -> 
     flat = {path: loaded.get(path, fresh.get(path)).astype(leaf.dtype) for path, leaf in wanted.items()}
     split = [{path: leaf for path, leaf in flat.items() if (path in learned) == side} for side in (False, True)]
     return trees.unflatten(split[0]), trees.unflatten(split[1])
+
+
+def shipped(file: str) -> Path:
+    """The path of a weight file: `shipped:tiny_vit.safetensors` comes with the package, others are as they stand."""
+    name = file.removeprefix("shipped:")
+    return Path(file) if name == file else Path(__file__).parent.parent / "data" / "assets" / name
 
 
 def _under(path: str, prefix: str) -> bool:

@@ -46,6 +46,8 @@ CLIP_VIT_L = ViTConfig(
     biases="qkvo", patch_bias=False, norm_before=True, norm_after=True,
 )  # fmt: skip
 
+TINY_VIT = ViTConfig(image=112, patch=14, width=128, depth=6, heads=4, hidden=384)  # ships with the project
+
 
 class Block(nn.Module):
     """x += attention(norm x); x += mlp(norm x). On its way past a tap it leaves a copy there."""

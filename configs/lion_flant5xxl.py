@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LION-12B: lion_flant5xl.py with FlanT5-XXL."""
+
+import runpy
+from pathlib import Path
+
+from lionjax.config import Experiment
+from lionjax.language.t5 import FLAN_T5_XXL
+
+smaller = runpy.run_path(str(Path(__file__).with_name("lion_flant5xl.py")))["get_config"]
+
+
+def get_config() -> Experiment:
+    """The same schedule at the batch that InstructBLIP used for this size."""
+    return smaller(FLAN_T5_XXL, "flan_t5_xxl", 64)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole LION that trains on a laptop in minutes, around the small frozen backbones that ship with the project.
+
+The same three stages as configs/lion_flant5xl.py, on the embedded scenes. Sizes, steps and rates are all that differ.
+"""
+
+import dataclasses
+
+from lionjax.adapters import AdapterConfig
+from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
+from lionjax.config import Experiment, RunConfig, Stage
+from lionjax.data.pipeline import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.data.sources import Scenes
+from lionjax.language.t5 import TINY_T5
+from lionjax.systems.lion import Lion
+from lionjax.vision.vit import TINY_VIT
+
+QFORMER = ("qformer", "qformer_norm", "qformer_projector")
+AGGREGATOR = ("aggregator", "aggregator_norm", "aggregator_projector")
+REGION_ADAPTER, IMAGE_ADAPTER = ".*/adapter_0", ".*/adapter_1"
+IMAGE_LEVEL = (("vqa", 5.0), ("existence", 2.0), ("relation", 1.0), ("caption", 1.5), ("tags", 0.5))
+REGION_LEVEL = (("rec", 3.0), ("reg", 1.0))
+
+SYSTEM = Lion(
+    vision=TINY_VIT,
+    qformer=QFormerConfig(
+        width=128, layers=4, heads=4, hidden=256, queries=16, vision_width=128, vocab=1024, positions=96, dropout=0.0
+    ),
+    aggregator=AggregatorConfig(
+        query_layer=5, context_layers=(3, 1), width=128, heads=4, hidden=256, dropout=0.0, projector=256
+    ),
+    language=dataclasses.replace(TINY_T5, adapters=AdapterConfig(32)),
+    soft_prompt_token=3,
+)
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    shared = {"batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 50, "weight_decay": 0.01, "clip_norm": 1.0}
+    return Experiment(
+        name="tiny_lion",
+        system=SYSTEM,
+        data=DataConfig(
+            sources=(Scenes(sizes=(3000, 300, 400), pixels=192),),
+            processor=ProcessorConfig(image_size=112, prompt_length=80, question_length=32, target_length=52),
+            tag_noise=0.1,
+            tag_drop=0.5,
+        ),
+        stages=(
+            Stage(
+                "image_level", 400, (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), IMAGE_LEVEL,
+                system=(("visual_input", "QFORMER"),), **shared,
+            ),
+            Stage(
+                "region_level", 500, (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"), REGION_LEVEL,
+                system=(("visual_input", "AGGREGATOR"),), **shared,
+            ),
+            Stage(
+                "both_levels", 500, (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt"), IMAGE_LEVEL + REGION_LEVEL,
+                **shared,
+            ),
+        ),
+        run=RunConfig(log_every=20, save_every=200, keep=2, frozen_dtype="float32", cache_features=True),
+        weights=(("vision", "shipped:tiny_vit.safetensors"), ("language", "shipped:tiny_t5.safetensors")),
+    )  # fmt: skip

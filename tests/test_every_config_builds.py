@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every file in configs/, at full size, without allocating anything."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lionjax import config, convert, sharding
+from lionjax import params as trees
+from lionjax.interfaces import Batch
+from lionjax.training import stages
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py") if "Experiment" in path.read_text())
+LARGE = 2**20
+
+
+def example(experiment, rows: int = 2) -> Batch:
+    """A batch of the config's own shapes; only its shapes and dtypes are read."""
+    processor, side = experiment.data.processor, experiment.data.processor.image_size
+    text = [np.zeros((rows, n), np.int32) for n in (processor.prompt_length, processor.question_length)]
+    target, row = np.zeros((rows, processor.target_length), np.int32), np.zeros(rows, np.int32)
+    image = np.zeros((rows, side, side, 3), np.float32)
+    return Batch(image, text[0], text[0], text[1], text[1], target, target, target, row, row)
+
+
+def shapes(experiment, mesh=None):
+    return sharding.abstract(experiment.system.init, jax.random.key(0), example(experiment), mesh=mesh)
+
+
+@pytest.fixture(scope="module", params=EXPERIMENTS)
+def experiment(request):
+    return config.load(CONFIGS / f"{request.param}.py")
+
+
+def test_it_builds_and_every_stage_pattern_matches(experiment):
+    whole = shapes(experiment)
+    stages.check(experiment.stages, whole)
+    for stage in experiment.stages:
+        trainable, frozen = trees.split(whole, stage.trainable)
+        assert trees.count(trainable) and trees.count(frozen)
+        system = stages.system_of(experiment, stage)
+        loss, _ = jax.eval_shape(system.loss, whole, example(experiment), None)
+        assert loss.shape == () and loss.dtype == np.float32
+
+
+def test_the_weight_table_covers_every_leaf_and_makes_no_other(experiment):
+    whole = shapes(experiment)
+    rows = experiment.system.torch_rows()
+    tensors = convert.plan_state(rows, trees.flatten(whole)).made
+    convert.plan_params(rows, tensors, expected=whole)  # raises for any gap, shape or name
+
+
+def test_every_large_weight_is_split_over_the_mesh(experiment):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+    whole = [path for path, leaf in trees.flatten(shapes(experiment, mesh)).items()
+             if np.prod(leaf.shape) > LARGE and leaf.sharding.is_fully_replicated]  # fmt: skip
+    assert not whole
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("lion_flant5xl", 281_570_400), ("lion_flant5xxl", 320_439_392)])
+def test_lion_trains_as_many_parameters_as_the_release(name, wanted):
+    experiment = config.load(CONFIGS / f"{name}.py")
+    trainable, _ = trees.split(shapes(experiment), experiment.stages[-1].trainable)
+    assert trees.count(trainable) == wanted

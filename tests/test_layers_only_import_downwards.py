@@ -28,7 +28,8 @@ FLOORS = (
     "convert_systems convert",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
-    "data.tasks data.sources data.pictures data.tokenizer data.tiny_tokenizer data.processors "
+    "data.tasks data.pictures data.tokenizer data.tiny_tokenizer data.processors data.table "
+    "data.annotations data.coco data.built data.built_writer data.sources data.examples data.inspection "
     "data.pipeline training.stages training.start training.features training.journal "
     "training.checkpoints training.loop scores search generate "
     "evaluation.metrics evaluation.captions evaluation.answers evaluation.benchmarks "

@@ -78,7 +78,8 @@ def _instances(reader: Reader, path: Path, wanted) -> None:
             raise UserError(f"{path}: no category has the id {note['category_id']!r}")
         things.setdefault(note["image_id"], []).append((kinds[note["category_id"]], note))
     company = {key: {kind for kind, _ in notes} for key, notes in things.items()}
-    often = Counter(kind for shown in company.values() for kind in sorted(shown))
+    often = Counter(dict.fromkeys(kinds.values(), 0))
+    often.update(kind for shown in company.values() for kind in sorted(shown))
     beside = {kind: Counter() for kind in often}
     for shown in company.values():
         for kind in shown:

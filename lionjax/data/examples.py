@@ -14,8 +14,8 @@ import numpy as np
 
 from lionjax.data import pictures
 from lionjax.data.processors import Processor, ProcessorConfig
+from lionjax.data.scenes import Scene
 from lionjax.data.sources import Opened, Scenes, open_split
-from lionjax.data.table import Photo
 from lionjax.data.tasks import Example, box_text
 from lionjax.interfaces import UserError
 
@@ -27,7 +27,7 @@ SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read and how. `sources`: `Scenes`, `Coco`, `EasyVqa`, `RefCoco`, `Vqa`, `Lines` or `Records`.
+    """What is read and how. `sources`: `Scenes`, `Coco`, `EasyVqa`, `RefCoco`, `Vqa`, `Lines` or `Built`.
 
     `tag_noise`: share of tags that a tagger misses; `tag_drop`: share of examples asked without tags.
     `crop`: least and most area of the window seen of a photo, `flip`: mirror half of them. Both keep boxes whole
@@ -171,7 +171,7 @@ def changed(
     Only captions and questions with boxes are cropped: others may ask about what a crop leaves out.
     """
     boxes = (*example.question_boxes, *example.boxes)
-    photo = isinstance(truth, Photo)
+    photo = not isinstance(truth, Scene)
     crops = photo and data.crop != (1.0, 1.0) and (bool(boxes) or example.task == "caption")
     window = pictures.window_around(boxes, rng, data.crop) if crops else pictures.WHOLE
     texts = " ".join((example.question, *example.answers))
@@ -210,16 +210,20 @@ def examples(
 ) -> Iterator[Sample]:
     """Examples of a task ("vqa", or "coco/vqa" of one source) in a fixed order that the seed draws; at most `limit`.
 
-    Wordings are drawn by the seed and the example's own number, so a smaller limit asks the same questions. Bad
-    records raise UserError, or are left out and said where `data.on_bad_record` is "replace".
+    Wordings are drawn by the seed and the example's own number, so a smaller limit asks the same questions. A bad
+    record raises UserError, or is left out and said once where `data.on_bad_record` is "replace".
     """
     records = Records(data, split)
     parts = records.parts(task)
+    left_out: set[int] = set()
     pairs = [(part, index) for part in parts for index in range(part.size)]
     for number in np.random.default_rng([seed, 0]).permutation(len(pairs))[:limit]:
         part, index = pairs[number]
         opened = records.opened[part.source]
         place = opened.record(part.task, index)
+        record = int(records.offsets[part.source]) + place
+        if record in left_out:
+            continue
         rng = np.random.default_rng([seed, 1, zlib.crc32(part.task.encode()), int(number)])
         try:
             picture, truth = opened.read(place)
@@ -228,6 +232,6 @@ def examples(
             if data.on_bad_record == "raise":
                 raise
             log.warning("left out: %s", error)
+            left_out.add(record)
             continue
-        record = int(records.offsets[part.source]) + place
         yield Sample(example, picture, record, records.name(record), opened, place)

@@ -1,0 +1,523 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Annotation files of every format into records, and what becomes of bad ones."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lionjax.data import annotations, inspection, sources, table
+from lionjax.data.annotations import Lines, RefCoco, Vqa
+from lionjax.data.built import Built
+from lionjax.data.coco import Coco
+from lionjax.data.examples import DataConfig, examples
+from lionjax.data.pictures import MAX_PIXELS
+from lionjax.data.sources import EasyVqa, Scenes, open_split
+from lionjax.interfaces import UserError
+
+DATA = Path(os.environ.get("LIONJAX_DATA", Path(__file__).parent / "data"))
+needs_data = pytest.mark.skipif(
+    not (DATA / "coco83").is_dir(), reason="no photographs in $LIONJAX_DATA"
+)
+KINDS = ("cat", "dog", "umbrella", "kite")
+
+
+def sentence(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+def write(path: Path, tree) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A COCO folder of twelve pictures: number i shows a cat at (10, 5, 20, 10), and i % 3 dogs; two captions each."""
+    images, notes, captions = [], [], []
+    for i in range(12):
+        name = f"{i:04d}.png"
+        images.append({"id": i, "file_name": name, "width": 50, "height": 40})
+        shown = [(1, [10, 5, 20, 10])] + [(2, [5 * k, 20, 10, 15]) for k in range(i % 3)]
+        for category, box in shown:
+            x, y, w, h = box
+            outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            note = {"image_id": i, "category_id": category, "bbox": box, "segmentation": outline}
+            notes.append({**note, "iscrowd": 0})
+        captions += [
+            {"image_id": i, "caption": f"  a cat and {i % 3} dogs, said {n}"} for n in "ab"
+        ]
+        (tmp_path / "coco" / "images").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 50, 3), 20 * i, np.uint8)).save(
+            tmp_path / "coco" / "images" / name
+        )
+    kinds = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
+    write(tmp_path / "coco" / "captions.json", {"images": images, "annotations": captions})
+    write(
+        tmp_path / "coco" / "instances.json",
+        {"images": images, "annotations": notes, "categories": kinds},
+    )
+    return tmp_path / "coco"
+
+
+def edit(path: Path, change) -> None:
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
+
+
+def all_of(source, task: str, split="train", **config) -> list:
+    data = DataConfig(sources=(source,), tag_noise=0.0, **config)
+    return list(examples(data, task, split))
+
+
+# ---------------------------------------------------------------------- COCO
+
+
+def test_a_coco_folder_gives_captions_tags_existence_boxes_and_masks(folder):
+    opened = open_split(Coco(str(folder), share=0), "train", MAX_PIXELS)
+    assert len(opened) == 12
+    # Dogs are pointed at only in the four pictures that show exactly one.
+    lone = {"rec": 16, "res": 16, "reg": 16}
+    assert opened.sizes == {"caption": 12, "tags": 12, "existence": 12 * 2 + 8 * 2, **lone}
+
+
+def test_captions_are_drawn_from_all_references(folder):
+    samples = all_of(Coco(str(folder), share=0), "caption")
+    for sample in samples:
+        assert sample.example.answer in sample.example.answers and len(sample.example.answers) == 2
+        assert sample.example.answer.startswith("a cat and")
+    assert {s.example.answer[-1] for s in samples} == {"a", "b"}
+
+
+def test_lone_things_are_pointed_at_in_fractions_with_their_masks(folder):
+    samples = all_of(Coco(str(folder), share=0), "res")
+    cats = [s for s in samples if s.example.kind == "cat"]
+    assert len(cats) == 12
+    for sample in cats:
+        assert sample.example.boxes == ((0.2, 0.125, 0.6, 0.375),)
+        assert sample.example.answer == "Answer: [0.200,0.125,0.600,0.375]"
+        assert "the cat" in sample.example.question
+        (mask,) = sample.masks()
+        wanted = np.zeros((40, 50), bool)
+        wanted[5:15, 10:30] = True
+        np.testing.assert_array_equal(mask, wanted)
+
+
+def test_existence_asks_as_often_of_what_is_there_as_of_what_is_not(folder):
+    samples = all_of(Coco(str(folder), share=0), "existence")
+    answers = [s.example.answer for s in samples]
+    assert answers.count("yes") == answers.count("no") == 20
+    for sample in samples:
+        kind = next(kind for kind in KINDS if kind in sample.example.question)
+        assert (kind in sample.example.tags) == (sample.example.answer == "yes")
+        assert "a umbrella" not in sample.example.question
+
+
+def test_crowds_small_things_and_kinds_that_repeat_are_never_pointed_at(folder):
+    def change(tree):
+        for note in tree["annotations"]:
+            if note["image_id"] == 0:
+                note["iscrowd"] = 1
+            if note["image_id"] == 3:
+                note["bbox"] = [10, 5, 2, 2]
+
+    edit(folder / "instances.json", change)
+    samples = all_of(Coco(str(folder), share=0), "rec")
+    assert {s.name for s in samples if s.example.kind == "cat"} == {
+        f"coco/{i:04d}.png" for i in range(12) if i not in (0, 3)
+    }
+
+
+def test_splits_share_no_picture_and_stay_when_pictures_are_added(folder):
+    source = Coco(str(folder), share=0.3)
+    names = {
+        split: {opened.name(i) for i in range(len(opened))}
+        for split in sources.SPLITS
+        for opened in [source.open(split, MAX_PIXELS)]
+    }
+    assert sum(map(len, names.values())) == 12 and len(set.union(*names.values())) == 12
+    assert all(
+        annotations.in_split(int(n[:4]), split, 0.3) for split in names for n in names[split]
+    )
+    shares = [annotations.in_split(key, "heldout", 0.3) for key in range(2000)]
+    assert 0.26 < np.mean(shares) < 0.34
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t["annotations"][0].update(bbox=[10, 5, 60, 10]), "leaves the picture"),
+        (lambda t: t["annotations"][0].update(bbox=[30, 5, 0, 10]), "no area"),
+        (lambda t: t["images"][0].update(width=500), "500"),
+        (lambda t: t["images"][0].update(file_name="gone.png"), "gone.png"),
+        (lambda t: t["images"][0].update(file_name="../captions.json"), "leaves"),
+    ],
+)
+def test_a_bad_record_is_one_sentence_when_used_or_is_left_out(folder, change, words, caplog):
+    (folder / "captions.json").unlink()
+    edit(folder / "instances.json", change)
+    source, task = (
+        Coco(str(folder), share=0),
+        "tags" if words not in ("leaves the picture", "no area") else "rec",
+    )
+    if words == "no area":  # it is too small to be pointed at in the first place
+        assert "0000.png" not in {s.name.partition("/")[2] for s in all_of(source, task)}
+        return
+    with pytest.raises(UserError) as error:
+        all_of(source, task)
+    assert words in sentence(error)
+    kept = all_of(source, task, on_bad_record="replace")
+    assert (
+        len(kept) == open_split(source, "train", MAX_PIXELS).sizes[task] - 1
+        and words in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("images"),
+        lambda t: t["images"][0].pop("file_name"),
+        lambda t: t["annotations"][0].update(category_id=99),
+        lambda t: t["annotations"][0].update(bbox=[1, 2]),
+        lambda t: t["images"][0].update(width="wide"),
+        lambda t: t["images"][0].update(width=0),
+    ],
+)
+def test_a_broken_annotation_file_is_one_sentence(folder, change):
+    edit(folder / "instances.json", change)
+    with pytest.raises(UserError) as error:
+        Coco(str(folder)).open("train", MAX_PIXELS)
+    sentence(error)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\x1f\x8b\x00broken"])
+def test_a_file_that_is_not_json_is_one_sentence(tmp_path, data):
+    path = tmp_path / "captions.json"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"captions\.json"):
+        Coco(str(tmp_path)).open("train", MAX_PIXELS)
+    with pytest.raises(UserError, match="neither"):
+        Coco(str(tmp_path / "nowhere")).open("train", MAX_PIXELS)
+
+
+# ---------------------------------------------------------------------- other formats
+
+
+def test_refcoco_rows_ask_for_the_box_and_for_the_expression(folder, tmp_path):
+    entry = {
+        "img_id": "0001_7",
+        "sents": " the black one ",
+        "bbox": [10, 5, 20, 10],
+        "height": 40,
+        "width": 50,
+    }
+    file = tmp_path / "refs.json.gz"
+    (folder / "images" / "0001.jpg").symlink_to("0001.png")
+    file.write_bytes(gzip.compress(json.dumps([entry]).encode()))
+    source = RefCoco(str(file), str(folder / "images"))
+    (rec,), (reg,) = all_of(source, "rec"), all_of(source, "reg")
+    assert "the black one" in rec.example.question
+    assert rec.example.answer == "Answer: [0.200,0.125,0.600,0.375]"
+    assert (
+        "[0.200,0.125,0.600,0.375]" in reg.example.question
+        and reg.example.answer == "the black one"
+    )
+    assert rec.example.category == reg.example.category == "region_level"
+
+
+def test_vqa_answers_are_drawn_as_often_as_people_gave_them(folder, tmp_path):
+    said = [{"answer": "two"}] * 7 + [{"answer": "2"}] * 3
+    questions = [
+        {"question_id": i, "image_id": i % 12, "question": "how many?"} for i in range(200)
+    ]
+    notes = [{"question_id": i, "answers": said} for i in range(199)]
+    q, a = (
+        write(tmp_path / "q.json", {"questions": questions}),
+        write(tmp_path / "a.json", {"annotations": notes}),
+    )
+    samples = all_of(Vqa(str(q), str(a), str(folder / "images"), "{:04d}.png"), "vqa")
+    assert len(samples) == 199 and len(samples[0].example.answers) == 10
+    share = np.mean([s.example.answer == "two" for s in samples])
+    assert 0.6 < share < 0.8
+
+
+LINES = [
+    {"image": "0000.png", "question": "What is it?", "answer": "a square", "tags": ["x", "y"]},
+    {
+        "image": "0001.png",
+        "task": "rec",
+        "expression": "the cat",
+        "boxes": [[0.2, 0.125, 0.6, 0.375]],
+    },
+    {
+        "image": "0002.png",
+        "task": "rec",
+        "expression": "it",
+        "boxes": [[10, 5, 30, 15]],
+        "width": 50,
+        "height": 40,
+    },
+    {"image": "0003.png", "text": "Is there a cat?", "label": "yes", "setting": "popular"},
+    {
+        "image": "0004.png",
+        "task": "reg",
+        "question_boxes": [[0, 0, 0.5, 1]],
+        "answers": ["left", "the left"],
+    },
+]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_lines_of_json_are_read_with_their_boxes_and_popes_names(folder, tmp_path, as_list):
+    file = tmp_path / "records.jsonl"
+    text = "\n\n".join(map(json.dumps, LINES))
+    file.write_text(json.dumps(LINES, indent=2) if as_list else text)
+    source = Lines(str(file), str(folder / "images"))
+    assert open_split(source, "train", MAX_PIXELS).sizes == {
+        "vqa": 1,
+        "rec": 2,
+        "existence": 1,
+        "reg": 1,
+    }
+    boxes = {s.example.boxes for s in all_of(source, "rec")}
+    assert boxes == {((0.2, 0.125, 0.6, 0.375),)}
+    (pope,) = all_of(source, "existence")
+    assert (pope.example.question, pope.example.answer, pope.example.kind) == (
+        "Is there a cat?",
+        "yes",
+        "popular",
+    )
+    (vqa,) = all_of(source, "vqa")
+    assert vqa.example.tags == ("x", "y") and vqa.example.category == "image_level"
+    (reg,) = all_of(source, "reg")
+    assert (
+        "[0.000,0.000,0.500,1.000]" in reg.example.question
+        and reg.example.category == "region_level"
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        '{"question": "a"}',
+        '{"image": "a.png"}',
+        '{"image": "a", "answer": "b", "width": "x"}',
+        '"x"',
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(tmp_path, line):
+    (tmp_path / "r.jsonl").write_text(json.dumps(LINES[0]) + "\n" + line)
+    with pytest.raises(UserError, match=r"r\.jsonl, line 2"):
+        Lines(str(tmp_path / "r.jsonl"), str(tmp_path)).open("train", MAX_PIXELS)
+
+
+def test_a_record_without_a_question_for_a_task_without_wordings_is_one_sentence(folder, tmp_path):
+    write(tmp_path / "r.jsonl", {"image": "0000.png", "answer": "red"})
+    with pytest.raises(UserError, match="no question"):
+        all_of(Lines(str(tmp_path / "r.jsonl"), str(folder / "images")), "vqa")
+
+
+def test_noisy_tags_miss_and_invent_and_are_the_same_every_time():
+    vocabulary = tuple(f"tag{i:02d}" for i in range(40))
+    photos = [table.Photo(f"{i}.jpg", tags=vocabulary[i % 30 : i % 30 + 8]) for i in range(300)]
+    said = [table.noisy(photo, vocabulary, 0.2) for photo in photos]
+    kept = np.mean([len(set(tags) & set(p.tags)) / 8 for tags, p in zip(said, photos)])
+    wrong = np.mean([len(set(tags) - set(p.tags)) / 8 for tags, p in zip(said, photos)])
+    assert 0.76 < kept < 0.84 and 0.03 < wrong < 0.07
+    assert said == [table.noisy(photo, vocabulary, 0.2) for photo in photos]
+    assert all(table.noisy(photo, vocabulary, 0.0) == photo.tags for photo in photos)
+
+
+# ---------------------------------------------------------------------- scenes and easy-VQA
+
+
+def test_scenes_drawn_and_scenes_read_from_files_are_the_same_examples(tmp_path):
+    from lionjax.data import built_writer
+
+    drawn = Scenes(sizes=(6, 2, 4), pixels=48)
+    written = Scenes(sizes=(6, 2, 4), pixels=48, folder=str(built_writer.build(drawn, tmp_path)))
+    for task in ("vqa", "rec", "caption"):
+        pairs = zip(all_of(drawn, task, "heldout"), all_of(written, task, "heldout"), strict=True)
+        for one, other in pairs:
+            assert one.example == other.example and one.name == other.name
+            picture = np.asarray(inspection.as_picture(other.picture))
+            np.testing.assert_array_equal(one.picture, picture)
+    res = all_of(drawn, "res", "heldout")[0]
+    assert res.masks().shape == (1, 48, 48) and res.masks().any()
+
+
+def test_a_folder_without_scenes_is_one_sentence(tmp_path):
+    with pytest.raises(UserError) as error:
+        Scenes(folder=str(tmp_path)).open("train", MAX_PIXELS)
+    assert str(tmp_path) in sentence(error)
+
+
+def test_easy_vqa_is_read_whole_and_its_test_set_is_held_out():
+    pytest.importorskip("easy_vqa")
+    opened = {split: EasyVqa().open(split, MAX_PIXELS) for split in sources.SPLITS}
+    assert {split: len(one) for split, one in opened.items()} == {
+        "train": 3800,
+        "validation": 200,
+        "heldout": 1000,
+    }
+    assert opened["heldout"].sizes == {"vqa": 9673}
+    assert opened["train"].sizes["vqa"] + opened["validation"].sizes["vqa"] == 38575
+    picture, photo = opened["heldout"].read(0)
+    example = opened["heldout"].ask("vqa", 0, photo, np.random.default_rng(0), 0.0)
+    assert picture.size == (64, 64) and example.answer in (
+        "yes",
+        "no",
+        "red",
+        "blue",
+        "circle",
+        "rectangle",
+        "triangle",
+    )
+
+
+def test_an_unknown_split_and_an_empty_one_are_one_sentence(folder):
+    with pytest.raises(UserError, match="split"):
+        open_split(Scenes(), "test", MAX_PIXELS)
+    with pytest.raises(UserError, match="no records"):
+        open_split(Coco(str(folder), share=1e-9), "heldout", MAX_PIXELS)
+
+
+# ---------------------------------------------------------------------- written once, read back
+
+
+def test_a_built_folder_gives_the_same_examples_as_its_source(folder, tmp_path):
+    from lionjax.data import built_writer
+
+    source = Coco(str(folder), share=0.2, name="pets")
+    place = built_writer.build(source, tmp_path / "out")
+    built = Built(str(tmp_path / "out"), name="pets")
+    assert inspection.recognise(str(tmp_path / "out")) == Built(str(place))
+    for task in open_split(source, "train", MAX_PIXELS).sizes:
+        for one, other in zip(all_of(source, task), all_of(built, task), strict=True):
+            assert (one.example.question, one.example.answers) == (
+                other.example.question,
+                other.example.answers,
+            )
+            assert (one.example.boxes, one.example.tags) == (
+                other.example.boxes,
+                other.example.tags,
+            )
+            assert one.name == other.name
+            if task == "res":
+                np.testing.assert_array_equal(one.masks(), other.masks())
+
+
+def test_building_leaves_out_what_training_would_refuse(folder, tmp_path, caplog):
+    from lionjax.data import built_writer
+
+    (folder / "images" / "0003.png").write_bytes(b"broken")
+    (folder / "images" / "0004.png").unlink()
+    edit(folder / "instances.json", lambda t: t["annotations"][0].update(bbox=[10, 5, 60, 10]))
+    built_writer.build(Coco(str(folder), share=0), tmp_path / "out")
+    opened = Built(str(tmp_path / "out")).open(
+        "heldout", MAX_PIXELS
+    )  # undivided: every split is all
+    assert len(opened) == 10 and opened.sizes["caption"] == 10
+    assert (
+        "0003.png" in caplog.text
+        and "0004.png" in caplog.text
+        and "leaves the picture" in caplog.text
+    )
+    cats = [s for s in all_of(Built(str(tmp_path / "out")), "rec") if s.example.kind == "cat"]
+    assert len(cats) == 9
+
+
+def test_a_damaged_record_of_a_built_folder_is_one_sentence(folder, tmp_path):
+    from lionjax.data import built_writer
+
+    place = built_writer.build(Coco(str(folder), share=0), tmp_path / "out")
+    (file,) = place.glob("*.array_record*")
+    data = bytearray(file.read_bytes())
+    for place_of_bit in range(2000, len(data), 400):
+        data[place_of_bit] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(UserError) as error:
+        all_of(Built(str(place)), "caption")
+    sentence(error)
+    (place / "index.npz").write_bytes(b"PK broken")
+    with pytest.raises(UserError, match="build the data again"):
+        Built(str(place)).open("train", MAX_PIXELS)
+
+
+# ---------------------------------------------------------------------- from a word or path
+
+
+def test_a_word_or_path_becomes_the_source_it_means(folder, tmp_path):
+    refs = write(tmp_path / "refs.json", [{"img_id": "1_1", "sents": "a", "bbox": [0, 0, 1, 1]}])
+    quest = write(tmp_path / "q.json", {"questions": []})
+    pope = tmp_path / "pope.json"
+    pope.write_text("\n".join(json.dumps(LINES[3]) for _ in range(3)))
+    assert inspection.recognise("scenes") == Scenes()
+    assert isinstance(inspection.recognise("easy_vqa"), EasyVqa)
+    assert inspection.recognise(str(folder)) == Coco(str(folder), name="coco")
+    assert inspection.recognise(str(refs), "pics") == RefCoco(str(refs), "pics", name="refs")
+    assert inspection.recognise(str(quest), "pics", "a.json") == Vqa(
+        str(quest), "a.json", "pics", name="q"
+    )
+    assert inspection.recognise(str(pope)) == Lines(str(pope), str(tmp_path), name="pope")
+    for bad in (str(tmp_path / "nothing"), str(quest), str(tmp_path)):
+        with pytest.raises(UserError) as error:
+            inspection.recognise(bad)
+        sentence(error)
+
+
+def test_inspecting_prints_questions_and_answers(folder, capsys):
+    inspection.inspect(Coco(str(folder), share=0), "train", 1)
+    printed = capsys.readouterr().out
+    assert "12 records" in printed and "caption" in printed and "Answer" in printed
+
+
+# ---------------------------------------------------------------------- the real thing
+
+
+@needs_data
+def test_83_photographs_of_coco_give_every_task_and_every_box_lies_in_its_picture():
+    source = Coco(str(DATA / "coco83"), share=0)
+    opened = open_split(source, "train", MAX_PIXELS)
+    assert len(opened) == 83 and opened.sizes["caption"] == 83
+    assert opened.sizes["rec"] == opened.sizes["reg"] > 100
+    data = DataConfig(sources=(source,), tag_noise=0.0)
+    for sample in examples(data, "res", "train", limit=25):
+        (mask,), (box,) = sample.masks(), sample.example.boxes
+        rows, columns = np.nonzero(mask)
+        edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        width, height = sample.picture.size
+        np.testing.assert_allclose(edges, np.array(box) * (width, height, width, height), atol=4)
+
+
+@needs_data
+def test_real_refcoco_vqa_and_pope_files_are_read_whole():
+    refs = RefCoco(str(DATA / "refcoco" / "refcocog_val.json.gz"), str(DATA)).open(
+        "train", MAX_PIXELS
+    )
+    assert refs.sizes == {"rec": 4896, "reg": 4896}
+    vqa = [
+        str(DATA / "vqa" / f"textvqa_val_{kind}_vqa_format.json.gz")
+        for kind in ("questions", "annotations")
+    ]
+    assert Vqa(*vqa, str(DATA)).open("train", MAX_PIXELS).sizes == {"vqa": 5000}
+    pope = inspection.recognise(str(DATA / "pope" / "coco_pope_random.json"))
+    assert pope.open("train", MAX_PIXELS).sizes == {"existence": 3000}
+    here = RefCoco(
+        str(DATA / "coco258_annotations" / "rec_on_coco258.json"), str(DATA / "coco83" / "images")
+    )
+    samples = all_of(here, "rec", on_bad_record="replace")
+    assert [s.picture.size for s in samples] == [
+        (640, 480)
+    ] * 2  # the other four pictures are not free

@@ -11,10 +11,12 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
+from lionjax import attention as attentions
 from lionjax.attention import Attention
 from lionjax.layers import MLP, REMAT, LayerNorm, PatchEmbed, dense_rows, norm_rows, normal
 from lionjax.sharding import constrain, sharded
 from lionjax.weight_rows import Row, conv, fused, heads_in, heads_in_bias, heads_out, reshaped, under
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
@@ -134,4 +136,24 @@ def eva_rows(c: ViTConfig) -> tuple[Row, ...]:
         Row("patch_embed.proj.weight", "patch/kernel", conv),
         Row("patch_embed.proj.bias", "patch/bias"),
         *under("blocks.{i}.", "blocks/", block),
+    )
+
+
+def clip_rows(c: ViTConfig) -> tuple[Row, ...]:
+    """Names of Hugging Face's CLIPVisionModel, without the `vision_model.` before them in files."""
+    letters = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+    block = (
+        *under("self_attn.", "attention/", attentions.torch_rows(letters, c.heads, c.width // c.heads, "qkvo")),
+        *norm_rows("layer_norm1", "norm1"),
+        *norm_rows("layer_norm2", "norm2"),
+        *dense_rows("mlp.fc1", "mlp/up"),
+        *dense_rows("mlp.fc2", "mlp/down"),
+    )
+    return (
+        Row("embeddings.class_embedding", "class_token"),
+        Row("embeddings.position_embedding.weight", "position"),
+        Row("embeddings.patch_embedding.weight", "patch/kernel", conv),
+        *norm_rows("pre_layrnorm", "norm_before"),
+        *norm_rows("post_layernorm", "norm_after"),
+        *under("encoder.layers.{i}.", "blocks/", block),
     )

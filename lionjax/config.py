@@ -79,10 +79,25 @@ class RunConfig:
     log_every: int = 10
     save_every: int = 1000
     evaluate_every: int = 0  # 0: at the end of a stage only
+    evaluate_limit: int = 200  # questions of each benchmark asked when all stages are done; 0: none
     keep: int = 3  # checkpoints kept, and the best one of the stage that runs
     frozen_dtype: str = "bfloat16"
     cache_features: bool = False  # keep what frozen towers make of each record, so that they run once
     cache_gib: float = 4.0  # memory for that, on each host
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerConfig:
+    """How the trained model answers where nobody says otherwise.
+
+    The penalty is for sentences alone: the digits of a box repeat by right, so region-level prompts are answered
+    without it. `max_new_tokens` 0: as many as the longest answer in training may have.
+    """
+
+    beams: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +115,7 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
     weights: tuple[tuple[str, str], ...] = ()
+    answer: AnswerConfig = AnswerConfig()
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

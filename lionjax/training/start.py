@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 FREE = (
     r"name",
     r"mesh\..*",
-    r"run\.(log_every|save_every|evaluate_every|keep|cache_features|cache_gib)",
+    r"run\.(log_every|save_every|evaluate_every|evaluate_limit|keep|cache_features|cache_gib)",
+    r"answer\..*",
     r"data\.(workers|prefetch|threads|buffer)",
 )
 

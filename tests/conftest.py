@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight virtual CPU devices, so that meshes are real; said before anything imports jax."""
+"""What holds for every test; it is read before anything imports jax."""
 
 import os
+from pathlib import Path
 
+# Eight virtual devices on the CPU, so that meshes are real ones.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+# Photographs, annotations and real tokenizers are no part of the project; where a machine has
+# them beside the checkout, the tests that need them run.
+BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+if BESIDE.is_dir():
+    os.environ.setdefault("LIONJAX_DATA", str(BESIDE))

@@ -240,7 +240,8 @@ def _convert_in(src: Path, dst: Path, system: str | None, shard_bytes: int) -> C
 def _convert_out(src: Path, dst: Path, shard_bytes: int) -> Coverage:
     config, tensors = open_params(src)
     kind = convert_systems.of_config(config)
-    plan = plan_state(kind.rows(config), tensors, kind.abstract(config))
+    rows, model = convert_systems.table_and_model(kind, config)
+    plan = plan_state(rows, tensors, model)
     coverage = _coverage(kind, plan, tensors)
     parts = tensor_parts(plan, tensors, tensors.forget)
     coverage.files = _write_out(config, kind, plan, parts, dst, shard_bytes, src / ORIGIN)
@@ -266,7 +267,8 @@ def to_torch(config: Any, params: Params, path: str | Path, shard_bytes: int = S
     Raises UserError when something does not fit, or stands at `path` already.
     """
     kind, flat = convert_systems.of_config(config), trees.flatten(params)
-    plan = plan_state(kind.rows(config), flat, kind.abstract(config))
+    rows, model = convert_systems.table_and_model(kind, config)
+    plan = plan_state(rows, flat, model)
     _write_out(config, kind, plan, tensor_parts(plan, flat), Path(path), shard_bytes, None)
 
 
@@ -279,7 +281,7 @@ def open_params(path: str | Path) -> tuple[Any, Tensors]:
         raise UserError(
             f"{path} holds no converted model; wanted {CONFIG_FILE} and {OURS}.safetensors"
         )
-    return configs.from_json((path / CONFIG_FILE).read_text()), open_weights(found)
+    return convert_systems.read_config(path), open_weights(found)
 
 
 def load_params(path: str | Path, like: Params | None = None) -> tuple[Any, Params]:
@@ -291,8 +293,8 @@ def load_params(path: str | Path, like: Params | None = None) -> tuple[Any, Para
 
 
 def _plan_in(source: convert_systems.Source) -> Plan:
-    kind, config = source.kind, source.config
-    return plan_params(kind.rows(config), source.tensors, kind.ignore, kind.abstract(config))
+    rows, model = convert_systems.table_and_model(source.kind, source.config)
+    return plan_params(rows, source.tensors, source.kind.ignore, model)
 
 
 def _coverage(kind: Published, plan: Plan, tensors: Tensors) -> Coverage:

@@ -254,6 +254,8 @@ def _open_index(path: Path, key: str | None) -> Tensors:
             files.setdefault(str(file), set()).add(name)
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no index of weight files: {_first_line(error)}") from error
+    if not files:
+        raise UserError(f"{path} names no tensors")
     tensors = Tensors({}, ())
     for file, names in files.items():
         if Path(file).name != file or file in ("", ".", "..") or "\\" in file:
@@ -286,7 +288,7 @@ def _torch(path: Path):
     if version < OLDEST_TORCH:
         wanted = ".".join(map(str, OLDEST_TORCH))
         raise UserError(
-            f"torch {torch.__version__} can run code hidden in {path.name}; install torch {wanted} or newer"
+            f"torch {torch.__version__} can run code hidden in {path}; install torch {wanted} or newer"
         )
     return torch
 

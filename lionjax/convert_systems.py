@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def open_source(path: Path, system: str | None = None) -> Source:
             folder / "params.safetensors.index.json"
         ).is_file():
             raise UserError(f"{folder} is in lionjax's own names already")
-        config = configs.from_json((folder / CONFIG_FILE).read_text())
+        config = read_config(folder)
         return Source(of_config(config), config, open_weights(path), folder)
     if system == "lion" or (system is None and path.is_dir() and _lion_file(path)):
         return _open_lion(path)
@@ -81,9 +82,9 @@ def open_source(path: Path, system: str | None = None) -> Source:
         raise UserError(f"{folder} has {found}; known are {known}, which --system can name")
     try:
         config = kinds[0].config(settings)
-    except KeyError as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{folder / 'config.json'} lacks {error} of a {kinds[0].name} model"
+            f"{folder / 'config.json'} describes no {kinds[0].name}: {type(error).__name__} {error}"
         ) from error
     tensors, copied = open_weights(path), {}
     for name, origin in kinds[0].copies:
@@ -91,6 +92,31 @@ def open_source(path: Path, system: str | None = None) -> Source:
             tensors.arrays[name] = tensors[origin]
             copied[origin] = (*copied.get(origin, ()), name)
     return Source(kinds[0], config, tensors, folder, copied)
+
+
+def read_config(folder: Path) -> Any:
+    """Our own config that lies in a folder. Raises UserError when it cannot be read."""
+    try:
+        if (folder / CONFIG_FILE).stat().st_size > HEADER_LIMIT:
+            raise ValueError("it is too large")
+        return configs.from_json((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def table_and_model(kind: Published, config: Any) -> tuple[tuple, Params]:
+    """The rows of a config and the shapes of its tree.
+
+    Raises UserError for sizes of which no model can be made.
+    """
+    try:
+        return tuple(kind.rows(config)), kind.abstract(config)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a layer finds wrong with the sizes it is given
+        reason = f"{type(error).__name__} {error}".strip().splitlines()[0][:200]
+        raise UserError(f"no {kind.name} can be made with these sizes: {reason}") from error
 
 
 def of_config(config: Any) -> Published:
@@ -188,14 +214,13 @@ def _lion_config(t5_settings: dict, tensors: Tensors) -> Any:
 
 def _lion_abstract(config: Any) -> Params:
     import jax
-    import numpy as np
 
     from lionjax import sharding
 
-    side, ids, row = config.vision.image, np.zeros((1, 2), np.int32), np.zeros(1, np.int32)
-    batch = Batch(
-        np.zeros((1, side, side, 3), np.float32), ids, ids, ids, ids, ids, ids, ids, row, row
-    )
+    side = config.vision.image
+    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
+    ids, row = jax.ShapeDtypeStruct((1, 2), "int32"), jax.ShapeDtypeStruct((1,), "int32")
+    batch = Batch(image, ids, ids, ids, ids, ids, ids, ids, row, row)
     return sharding.abstract(config.init, jax.random.key(0), batch)
 
 
@@ -277,7 +302,7 @@ _LION = Published(
     settings=lambda c: {"model_type": "lion", "system": json.loads(configs.to_json(c))},
     rows=lambda c: c.torch_rows(),
     abstract=_lion_abstract,
-        # eva_vit_g.pth has a 40th block and heads that LION does not use.
+    # eva_vit_g.pth has a 40th block and heads that LION does not use.
     ignore=(r"visual_encoder\.(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*", r"Qformer\.cls\..*"),
 )  # fmt: skip
 _T5 = Published(

@@ -1,0 +1,559 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight files: opened without being read, strangers' tricks refused in a sentence, written complete or not at all."""
+
+import json
+import os
+import pickle
+import resource
+import struct
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from lionjax import convert, convert_files, convert_write
+from lionjax import params as trees
+from lionjax.convert_files import has_nan, open_weights
+from lionjax.convert_plan import Form, plan_params
+from lionjax.convert_write import whole_folder, write_safetensors
+from lionjax.interfaces import UserError
+from lionjax.weight_rows import Row, linear
+
+BF16 = ml_dtypes.bfloat16
+
+
+def some_tensors(dtype=BF16) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "h.0.w": rng.standard_normal((5, 3)).astype(dtype),
+        "h.1.w": rng.standard_normal((5, 3)).astype(dtype),
+        "ids": np.arange(7),
+        "scalar": np.asarray(2.5, np.float32),
+        "none": np.zeros((0, 4), np.float16),
+    }
+
+
+def assert_same(one, other):
+    assert dict(one).keys() == dict(other).keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype and one[name].shape == other[name].shape, name
+        assert one[name].tobytes() == other[name].tobytes(), name
+
+
+def header_and_data(header, data: bytes = bytes(32)) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def refused(path) -> str:
+    """The one sentence with which a file is refused; any other error fails the test."""
+    with pytest.raises(UserError) as error:
+        dict(open_weights(path))
+    assert str(path.parent if path.is_file() else path) in str(error.value)
+    return str(error.value)
+
+
+# Reading
+
+
+def test_a_safetensors_file_lies_on_the_disk_until_it_is_used(tmp_path):
+    tensors = some_tensors() | {"large": np.ones(20_000_000, BF16)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    tracemalloc.start()
+    opened = open_weights(tmp_path / "m.safetensors")
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert not opened["large"].flags.writeable
+    assert_same(opened, tensors)
+
+
+def test_forgetting_a_tensor_gives_its_memory_back_and_it_can_still_be_read(tmp_path):
+    save_file({"w": np.ones(30_000_000, np.float32)}, tmp_path / "m.safetensors")
+    opened = open_weights(tmp_path)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    assert opened["w"].sum() == 30_000_000
+    before = resident()
+    opened.forget("w")
+    assert before - resident() > 100_000_000
+    assert opened["w"][-1] == 1
+
+
+def test_a_folder_is_opened_by_its_index_and_safetensors_come_first(tmp_path):
+    tensors = some_tensors()
+    names = list(tensors)
+    save_file({n: tensors[n] for n in names[:2]}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({n: tensors[n] for n in names[2:]}, tmp_path / "model-00002-of-00002.safetensors")
+    where = {n: f"model-0000{1 + (k > 1)}-of-00002.safetensors" for k, n in enumerate(names)}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    assert_same(open_weights(tmp_path), tensors)
+    assert_same(open_weights(index), tensors)
+    index.unlink()
+    assert "several weight files" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "a/b.safetensors", "..", "", "a\\b.bin"])
+def test_an_index_may_not_name_files_elsewhere(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    save_file({"w": np.ones(1)}, tmp_path / "secret.safetensors")
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    assert "may only name files that lie beside it" in refused(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ('{"weight_map": {"w": "gone.safetensors"}}', "is missing"),
+        ('{"weight_map": {"w": "m.safetensors", "x": "m.safetensors"}}', "disagree on 1 tensors, for example 'x'"),
+        ('{"weight_map": {}}', "no tensors"),
+        ('{"weight_map": {"w": "m.safetensors", "w": "m.safetensors"}}', "'w' stands twice"),
+        ('{"weight_map": ["w"]}', "no index"),
+        ('{"weight_map": {"w": 3}}', "no weight file"),
+        ("[" * 100_000, "no index"),
+        ("\xff", "no index"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(tmp_path, text, problem):
+    save_file({"w": np.ones(1)}, tmp_path / "m.safetensors")
+    (tmp_path / "m.safetensors.index.json").write_text(text, encoding="latin-1")
+    assert problem in refused(tmp_path)
+
+
+def entry(dtype="F32", shape=(8,), begin=0, end=32) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"", "cut short"),
+        (b"1234", "cut short"),
+        (struct.pack("<Q", 2**60) + b"{}", "cut short"),
+        (header_and_data({"w": entry()}, bytes(31)), "damaged"),
+        (header_and_data({"w": entry()}, bytes(33)), "damaged"),
+        (header_and_data({"w": entry(shape=(9,))}), "damaged"),
+        (header_and_data({"w": entry(shape=(-8,))}), "damaged"),
+        (header_and_data({"w": entry(shape=(2**62, 2**62))}), "damaged"),
+        (header_and_data({"w": entry(), "x": entry(shape=(4,), begin=16)}), "damaged"),
+        (header_and_data(b'{"w":' + b"[" * 50_000), "damaged"),
+        (header_and_data(b'{"w": {"dtype":"F32","shape":[8],"data_offsets":[0,32]}}'.replace(b"}}", b'},"w":' + json.dumps(entry()).encode() + b"}")), "'w' stands twice"),
+        (header_and_data({"w": entry(dtype="F4", shape=(64,))}), "not known here"),
+    ],
+)  # fmt: skip
+def test_a_safetensors_file_that_does_not_fit_its_header_is_refused(tmp_path, content, problem):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content)
+    assert problem in refused(path)
+
+
+def test_an_absurd_header_is_refused_before_memory_is_taken(tmp_path):
+    path = tmp_path / "m.safetensors"
+    with path.open("wb") as file:  # a sparse file: it claims, and has, a header of 4 GB
+        file.write(struct.pack("<Q", 4 * 10**9))
+        file.truncate(5 * 10**9)
+    tracemalloc.start()
+    assert "header of 4,000,000,000 bytes" in refused(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_what_is_no_weight_file_is_said_to_be_none(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "no weight file" in refused(tmp_path / "notes.txt")
+    assert "holds no weights" in refused(tmp_path)
+    with pytest.raises(UserError, match="No such file"):
+        open_weights(tmp_path / "gone.safetensors")
+
+
+# torch's own files
+
+
+def as_torch(torch, tensors):
+    made = {}
+    for name, w in tensors.items():
+        plain = torch.from_numpy(w.view(np.uint16).copy()).view(torch.bfloat16) if w.dtype == BF16 else torch.from_numpy(w.copy())
+        made[name] = plain
+    return made
+
+
+@pytest.mark.parametrize("modern", [True, False])
+@pytest.mark.parametrize("wrap", [None, "model", "state_dict"])
+def test_a_pth_is_read_and_the_optimiser_beside_the_weights_is_left(tmp_path, wrap, modern):
+    torch = pytest.importorskip("torch")
+    tensors = some_tensors()
+    state = as_torch(torch, tensors)
+    if wrap:
+        state = {wrap: state, "optimizer": {"state": {0: torch.ones(3)}}, "epoch": 3}
+    torch.save(state, tmp_path / "m.pth", _use_new_zipfile_serialization=modern)
+    opened = open_weights(tmp_path / "m.pth")
+    assert_same(opened, tensors)
+    assert set(opened.left) == ({"optimizer", "epoch"} if wrap else set())
+    assert bool(opened.mapped) == modern
+    for name in opened:
+        opened.forget(name)
+    assert_same(opened, tensors)
+
+
+def test_what_data_parallel_training_adds_to_names_is_taken_off(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"module.a": torch.ones(2), "module.b": torch.ones(2)}, tmp_path / "m.bin")
+    assert set(open_weights(tmp_path)) == {"a", "b"}
+
+
+def test_an_inner_dictionary_with_an_unusual_name_is_found_by_key(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"ema": {"a": torch.ones(2)}, "args": {"x": 1}}, tmp_path / "m.pth")
+    assert set(open_weights(tmp_path / "m.pth", key="ema")) == {"a"}
+    assert "holds no tensors; it has ema, args" in refused(tmp_path / "m.pth")
+    with pytest.raises(UserError, match="no dictionary 'net'; it has ema, args"):
+        open_weights(tmp_path / "m.pth", key="net")
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_a_pickle_with_code_is_refused_in_one_sentence_and_not_run(tmp_path, modern):
+    torch = pytest.importorskip("torch")
+    target = tmp_path / "was-here"
+    torch.save({"w": torch.ones(2), "evil": Payload(target)}, tmp_path / "m.pth", _use_new_zipfile_serialization=modern)
+    text = refused(tmp_path / "m.pth")
+    assert "it holds code (posix.system)" in text and "\n" not in text
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload(target)))
+    assert "refused" in refused(tmp_path / "plain.pth")
+    assert not target.exists()
+
+
+def test_torch_files_that_would_grow_when_read_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.zeros(100_000)}, tmp_path / "m.pth")
+    with zipfile.ZipFile(tmp_path / "m.pth") as old, zipfile.ZipFile(tmp_path / "p.pth", "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    assert "packed, or larger than the file" in refused(tmp_path / "p.pth")
+
+
+def test_an_old_torch_or_none_is_refused(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.ones(1)}, tmp_path / "m.pth")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert "install torch 2.10 or newer" in refused(tmp_path / "m.pth")
+    monkeypatch.setattr(convert_files.importlib.util, "find_spec", lambda name: None)
+    assert "install lionjax[torch]" in refused(tmp_path / "m.pth")
+
+
+# Numbers
+
+
+@given(st.sampled_from([np.float16, BF16, np.float32, np.float64]), st.lists(st.integers(0, 2**16 - 1), min_size=4, max_size=4))
+def test_nan_is_found_in_the_bits(dtype, words):
+    array = np.array(words * 2, np.uint16).view(dtype)
+    assert has_nan(array) == bool(np.isnan(array.astype(np.float64)).any())
+    assert has_nan(np.concatenate([np.zeros(300_000, dtype), array])) == has_nan(array)
+
+
+def test_integers_hold_no_nan():
+    assert not has_nan(np.full(3, -1))
+
+
+# Writing
+
+
+def parts_of(tensors):
+    return ((name, (), w) for name, w in tensors.items())
+
+
+def forms_of(tensors):
+    return {name: Form.of(w) for name, w in tensors.items()}
+
+
+@pytest.mark.parametrize("shard_bytes, files", [(10**9, 1), (40, 4), (1, 5)])
+def test_what_is_written_is_what_the_safetensors_library_reads(tmp_path, shard_bytes, files):
+    tensors = some_tensors()
+    names = write_safetensors(tmp_path, "model", forms_of(tensors), parts_of(tensors), shard_bytes)
+    shards = [name for name in names if name.endswith(".safetensors")]
+    assert len(shards) == files
+    loaded = {}
+    for name in shards:
+        loaded |= load_file(tmp_path / name)
+        with safe_open(tmp_path / name, framework="numpy") as file:
+            assert file.metadata() == {"format": "pt"}
+    assert_same(loaded, tensors)
+    assert_same(open_weights(tmp_path), tensors)
+
+
+def test_tensors_may_come_layer_by_layer_in_any_order_and_layout(tmp_path):
+    whole = np.random.default_rng(0).standard_normal((3, 2, 300, 400)).astype(BF16)
+    turned = np.ascontiguousarray(whole.transpose(0, 1, 3, 2))
+    parts = [("w", (i, j), turned[i, j].T) for i, j in np.ndindex(3, 2)]
+    write_safetensors(tmp_path, "m", forms_of({"w": whole}), reversed(parts))
+    assert_same(load_file(tmp_path / "m.safetensors"), {"w": whole})
+
+
+def test_a_part_that_is_missing_or_of_another_form_is_a_fault_of_ours(tmp_path):
+    tensors = some_tensors()
+    with pytest.raises(ValueError, match="bytes came of"):
+        write_safetensors(tmp_path, "m", forms_of(tensors), list(parts_of(tensors))[1:])
+    with pytest.raises(ValueError, match="was planned"):
+        write_safetensors(tmp_path, "m", forms_of(tensors), [("ids", (), np.arange(3))])
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with whole_folder(tmp_path / "good") as folder:
+        (folder / "a").write_text("a")
+        assert not (tmp_path / "good").exists()
+    assert (tmp_path / "good" / "a").read_text() == "a"
+    for error in (KeyboardInterrupt, ValueError):
+        with pytest.raises(error), whole_folder(tmp_path / "bad") as folder:
+            (folder / "a").write_text("a")
+            raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+    with pytest.raises(UserError, match="is there already"), whole_folder(tmp_path / "good"):
+        pass
+    assert (tmp_path / "good" / "a").read_text() == "a"
+
+
+def small_folder(path: Path) -> Path:
+    """A converted folder of a tiny T5, in our names."""
+    config, params = tiny_t5()
+    convert.to_torch(config, params, path / "torch")
+    convert.convert(path / "torch", path / "jax", "jax")
+    return path / "jax"
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path):
+    source = small_folder(tmp_path / "source")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match="the disk is full; nothing was left behind"):
+            convert.convert(source, tmp_path / "out", "torch")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    source = small_folder(tmp_path / "source")
+    monkeypatch.setattr(convert_write.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match="0.0 GB left"):
+        convert.convert(source, tmp_path / "out", "torch")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+# Whole folders
+
+
+def tiny_t5(dtype=BF16):
+    import jax
+
+    from lionjax.convert_systems import of_config
+    from lionjax.language.t5 import T5Config
+
+    config = T5Config(97, 24, 8, 4, 40, 3, 2, 8)
+    rng = np.random.default_rng(0)
+    made = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(dtype), of_config(config).abstract(config))
+    return config, made
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16])
+def test_a_model_goes_to_torch_s_names_and_back_to_the_bit_by_folder_and_in_memory(tmp_path, dtype):
+    config, params = tiny_t5(dtype)
+    convert.to_torch(config, params, tmp_path / "torch", shard_bytes=20_000)
+    again, back = convert.from_torch(tmp_path / "torch")
+    assert again == config
+    assert_same(trees.flatten(back), trees.flatten(params))
+    coverage = convert.convert(tmp_path / "torch", tmp_path / "jax", "jax")
+    again, mapped = convert.load_params(tmp_path / "jax")
+    assert again == config
+    assert_same(trees.flatten(mapped), trees.flatten(params))
+    convert.convert(tmp_path / "jax", tmp_path / "torch2", "torch", shard_bytes=20_000)
+    assert_same(open_weights(tmp_path / "torch2"), open_weights(tmp_path / "torch"))
+    assert "tied: shared.weight = encoder.embed_tokens.weight, decoder.embed_tokens.weight" in str(coverage)
+
+
+def test_a_converted_folder_is_loaded_onto_a_mesh(tmp_path):
+    import jax
+
+    from lionjax import sharding
+    from lionjax.convert_systems import _t5_abstract
+
+    source = small_folder(tmp_path)
+    config, plain = convert.load_params(source)
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2, data=1))
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, sharding.spec(("embed",) + (None,) * (leaf.ndim - 1), leaf.shape, mesh))
+        ),
+        _t5_abstract(config),
+    )
+    _, placed = convert.load_params(source, like)
+    assert_same(trees.flatten(jax.tree.map(np.asarray, placed)), trees.flatten(plain))
+    assert placed["encoder"]["blocks"]["norm"]["scale"].sharding.mesh == mesh
+
+
+def test_transformers_own_t5_comes_in_and_goes_out_and_loads_with_no_key_missing(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.T5Config(
+        vocab_size=97, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_decoder_layers=2, num_heads=4,
+        relative_attention_num_buckets=8, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+    )  # fmt: skip
+    theirs = transformers.T5ForConditionalGeneration(settings).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert.convert(tmp_path / "theirs", tmp_path / "ours", "jax")
+    assert (tmp_path / "ours" / "origin" / "generation_config.json").is_file()
+    convert.convert(tmp_path / "ours", tmp_path / "back", "torch", shard_bytes=20_000)
+    back, info = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert (tmp_path / "back" / "generation_config.json").is_file()
+    one, other = theirs.state_dict(), back.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_checkpoint_that_is_not_known_is_refused_with_what_is(tmp_path):
+    save_file({"w": np.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="no config.json that names a model_type; known are lion, t5"):
+        convert.from_torch(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(UserError, match="model_type 'mamba'"):
+        convert.from_torch(tmp_path)
+    with pytest.raises(UserError, match="system 't6' is not known"):
+        convert.from_torch(tmp_path, system="t6")
+    with pytest.raises(UserError, match="describes no t5: KeyError 'vocab_size'"):
+        (tmp_path / "config.json").write_text(
+            '{"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": false}'
+        )
+        convert.from_torch(tmp_path)
+
+
+def test_numbers_gone_bad_are_warned_of_and_kept(tmp_path):
+    config, params = tiny_t5()
+    params["head"]["kernel"][3, 4] = np.nan
+    convert.to_torch(config, params, tmp_path / "torch")
+    coverage = convert.convert(tmp_path / "torch", tmp_path / "jax", "jax")
+    assert coverage.nan == ["lm_head.weight"] and "lm_head.weight holds NaN" in str(coverage)
+    assert_same(trees.flatten(convert.load_params(tmp_path / "jax")[1]), trees.flatten(params))
+
+
+def test_a_source_that_does_not_fit_leaves_no_folder(tmp_path):
+    config, params = tiny_t5()
+    convert.to_torch(config, params, tmp_path / "torch")
+    tensors = load_file(tmp_path / "torch" / "model.safetensors")
+    tensors["decoder.embed_tokens.weight"] = tensors["decoder.embed_tokens.weight"] * 2  # seen at the numbers only
+    save_file(tensors, tmp_path / "torch" / "model.safetensors")
+    with pytest.raises(UserError, match="tied tensors"):
+        convert.convert(tmp_path / "torch", tmp_path / "jax", "jax")
+    assert [path.name for path in tmp_path.iterdir()] == ["torch"]
+
+
+def test_memory_holds_a_few_tensors_and_not_the_model(tmp_path):
+    rows = (Row("h.{i}.w", "w", linear),)
+    shape, layers = (1000, 1500), 16
+    save_file({f"h.{i}.w": np.full(shape, i, BF16) for i in range(layers)}, tmp_path / "m.safetensors")
+    tensors = open_weights(tmp_path)
+    plan = plan_params(rows, tensors)
+    (tmp_path / "out").mkdir()
+    tracemalloc.start()
+    write_safetensors(tmp_path / "out", "m", plan.made, convert.leaf_parts(plan, tensors, tensors.forget))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * 1000 * 1500 * 2
+    assert load_file(tmp_path / "out" / "m.safetensors")["w"][-1, 0, 0] == layers - 1
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def good_files(tmp_path_factory) -> dict[str, bytes]:
+    torch = pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("good")
+    save_file(some_tensors(), folder / "m.safetensors")
+    torch.save(as_torch(torch, some_tensors()), folder / "m.bin")
+    torch.save({"model": as_torch(torch, some_tensors())}, folder / "m.pth", _use_new_zipfile_serialization=False)
+    (folder / "m.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(some_tensors(), "m.safetensors")}))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+damages = st.lists(
+    st.tuples(st.sampled_from(["flip", "cut", "insert", "remove"]), st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=9)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def damaged(content: bytes, damage) -> bytes:
+    for kind, place, extra in damage:
+        at = int(place * len(content))
+        if kind == "flip":
+            content = content[:at] + extra + content[at + len(extra) :]
+        elif kind == "cut":
+            content = content[:at]
+        elif kind == "insert":
+            content = content[:at] + extra + content[at:]
+        else:
+            content = content[:at] + content[at + len(extra) :]
+    return content
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.bin", "m.pth", "m.index.json"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=damages)
+def test_a_damaged_file_is_read_or_refused_and_nothing_else_happens(good_files, tmp_path, name, damage):
+    for other in good_files:
+        (tmp_path / other).unlink(missing_ok=True)
+    if name == "m.index.json":
+        (tmp_path / "m.safetensors").write_bytes(good_files["m.safetensors"])
+    (tmp_path / name).write_bytes(damaged(good_files[name], damage))
+    try:
+        opened = open_weights(tmp_path / name)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert sum(w.nbytes for w in opened.values()) < 10_000
+        assert all(w.tobytes() is not None for w in opened.values())
+
+
+@pytest.fixture(scope="module")
+def good_t5(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("t5") / "torch"
+    config, params = tiny_t5()
+    convert.to_torch(config, params, folder)
+    return folder
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=damages, name=st.sampled_from(["model.safetensors", "lionjax.json"]), head=st.booleans())
+def test_a_damaged_folder_is_converted_whole_or_leaves_nothing(good_t5, tmp_path, damage, name, head):
+    import shutil
+    import tempfile
+
+    work = Path(tempfile.mkdtemp(dir=tmp_path))
+    shutil.copytree(good_t5, work / "in")
+    content = (work / "in" / name).read_bytes()
+    split = 9000 if head else len(content)  # most of the trouble that can be made is made in the header
+    (work / "in" / name).write_bytes(damaged(content[:split], damage) + content[split:])
+    try:
+        convert.convert(work / "in", work / "out", "jax")
+    except UserError:
+        assert [path.name for path in work.iterdir()] == ["in"]
+    else:
+        convert.load_params(work / "out")
+    shutil.rmtree(work)

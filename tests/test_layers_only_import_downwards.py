@@ -23,7 +23,7 @@ FLOORS = (
     # 2: these do not know each other; systems introduce them
     "vision.vit vision.sam vision.swin vision.grounding_dino "
     "language.decoder language.t5 language.bert bridges.projectors bridges.qformer heads",
-    # 3
+    # 3: systems, and the conversion of whole ones
     "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
     "convert_systems convert",
     # 4
@@ -31,7 +31,7 @@ FLOORS = (
     "data.tasks data.pictures data.tokenizer data.tiny_tokenizer data.processors data.table "
     "data.annotations data.coco data.built data.built_writer data.sources data.examples data.inspection "
     "data.pipeline training.stages training.start training.features training.journal "
-    "training.checkpoints training.loop scores search generate "
+    "training.checkpoints training.loop scores search generate answering "
     "evaluation.metrics evaluation.captions evaluation.answers evaluation.benchmarks "
     "evaluation.report plots scaling",
     # 5: where everything meets
@@ -48,6 +48,10 @@ SIDEWAYS = {
     ("search", "scores"),
     ("generate", "scores"),
     ("generate", "search"),
+    ("answering", "data"),  # questions in words become batches
+    ("answering", "generate"),
+    ("answering", "scores"),
+    ("evaluation", "answering"),
     ("evaluation", "generate"),
     ("evaluation", "search"),
     ("evaluation", "scores"),
@@ -55,7 +59,7 @@ SIDEWAYS = {
 }
 # The tiny backbones are trained with heads of their own, which are then thrown away.
 KNOW_FLAX = {"sharding", "training.backbones"}
-KNOW_NO_SYSTEM = {"data", "training", "evaluation", "scores", "search", "generate"}
+KNOW_NO_SYSTEM = {"data", "training", "evaluation", "scores", "search", "generate", "answering"}
 ORIGINALS = {"torch", "transformers", "tensorflow"}  # only conversion knows that they exist
 MODELS_OF_ELSEWHERE = {"jax", "flax", "optax", "orbax"}  # data hands numpy arrays to whoever reads
 

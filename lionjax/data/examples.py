@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -163,6 +165,29 @@ class Records:
         return {"boxes": boxes, "boxes_mask": mask}
 
 
+def open_records(data: DataConfig, split: str) -> Records:
+    """The records of a split, opened once and shared by stages and evaluations while their files stand unchanged."""
+    stamps = tuple(stamp for source in data.sources for stamp in _stamps(source))
+    return _opened(data, split, stamps)
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(data: DataConfig, split: str, stamps: tuple) -> Records:
+    return Records(data, split)
+
+
+def _stamps(source: Any) -> Iterator[tuple[str, int, int]]:
+    """Path, time and size of every file and folder that a source's fields name, and of the files in its `folder`."""
+    for field in fields(source):
+        value = getattr(source, field.name)
+        if not isinstance(value, str) or not value or not Path(value).exists():
+            continue
+        inside = Path(value).iterdir() if field.name == "folder" and Path(value).is_dir() else ()
+        for path in (Path(value), *sorted(inside)):
+            about = path.stat()
+            yield str(path), about.st_mtime_ns, about.st_size
+
+
 def changed(
     example: Example, truth: Any, data: DataConfig, rng: np.random.Generator
 ) -> tuple[Example, pictures.Box, bool]:
@@ -213,7 +238,7 @@ def examples(
     Wordings are drawn by the seed and the example's own number, so a smaller limit asks the same questions. A bad
     record raises UserError, or is left out and said once where `data.on_bad_record` is "replace".
     """
-    records = Records(data, split)
+    records = open_records(data, split)
     parts = records.parts(task)
     left_out: set[int] = set()
     pairs = [(part, index) for part in parts for index in range(part.size)]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lionjax.data.examples import DataConfig, Part, Records, Sample, examples
+from lionjax.data.examples import DataConfig, Part, Records, Sample, examples, open_records
 from lionjax.interfaces import Batch, UserError
 
 __all__ = ["Batches", "DataConfig", "Sample", "batches", "examples"]
@@ -141,7 +141,7 @@ def batches(
         raise UserError(
             f"a batch of {batch_size} does not divide over {process_count} processes; change batch_size"
         )
-    records = Records(data, "train")
+    records = open_records(data, "train")
     if any(weight < 0 for _, weight in stage.mixture) or not any(
         weight for _, weight in stage.mixture
     ):

@@ -42,7 +42,10 @@ def wanted(version):
     import tomllib  # not there before Python 3.11, which has been refused by now
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    digest = hashlib.sha256(json.dumps([project["build-system"], project["project"]]).encode())
+    parts = [
+        project["project"][key] for key in ("dependencies", "optional-dependencies", "scripts")
+    ]
+    digest = hashlib.sha256(json.dumps(parts).encode())
     for pins in (lock_file(version), ROOT / "lock" / "weights.txt"):
         digest.update(pins.read_bytes())
     return {"folder": str(ROOT), "python": dotted(version), "pins": digest.hexdigest()}

@@ -96,10 +96,15 @@ def data(given: argparse.Namespace, fields: list[str]) -> None:
 
 
 def convert(given: argparse.Namespace, _) -> None:
-    """Write a model's folder with the original's names (torch), or the other way (jax)."""
+    """Write a run or a folder of weights under the original's names (torch), or under ours (jax)."""
+    from lionjax import model
     from lionjax.convert import convert
 
-    print(convert(given.src, given.dst, given.to, given.system))
+    if model.is_run(given.src):
+        model.load(given.src).export(given.dst, given.to)
+        print(f"written: {given.dst}")
+    else:
+        print(convert(given.src, given.dst, given.to, given.system))
 
 
 def report(given: argparse.Namespace, _) -> None:
@@ -160,8 +165,8 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--out", metavar="PATH", type=Path, help="a PNG to draw, a folder to build")
 
     verb = add(verbs, convert)
-    verb.add_argument("src", metavar="SRC", help="a folder or file of weights")
-    verb.add_argument("dst", metavar="DST", help="the folder to write, which must not exist")
+    verb.add_argument("src", metavar="SRC", type=Path, help="a run, or a folder or file of weights")
+    verb.add_argument("dst", metavar="DST", type=Path, help="the folder to write; it must be new")
     verb.add_argument("--to", choices=("torch", "jax"), required=True, help="whose names to write")
     verb.add_argument("--system", metavar="NAME", help="the kind of model, where SRC does not say")
 
@@ -287,6 +292,7 @@ def run(words: list[str]) -> None:
     else:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("lionjax").setLevel(logging.INFO)
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of its own making
         given.run(given, rest)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lionjax import cli, config, convert
+from lionjax import cli, config, convert, model
 from lionjax.data import pipeline, tasks
 from lionjax.interfaces import UserError
 from lionjax.training import loop
@@ -152,14 +152,22 @@ def test_build_writes_scenes_that_inspect_reads_back(capsys, tmp_path):
 
 
 def test_convert_says_what_went_over_and_refuses_what_it_cannot_read(capsys, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(convert, "convert", lambda *given: seen.append(given) or "table")
-    assert cli.main(["convert", "a", "b", "--to", "jax", "--system", "t5"]) == 0
-    assert capsys.readouterr().out == "table\n" and seen == [("a", "b", "jax", "t5")]
-    monkeypatch.undo()
-    words = ["convert", str(tmp_path / "nothing"), str(tmp_path / "out"), "--to", "jax"]
+    seen, source, target = [], tmp_path / "nothing", tmp_path / "out"
+    words = ["convert", str(source), str(target), "--to", "jax"]
     assert "nothing" in refused(capsys, *words)
-    assert not (tmp_path / "out").exists()
+    assert not target.exists()
+    monkeypatch.setattr(convert, "convert", lambda *given: seen.append(given) or "table")
+    assert cli.main([*words, "--system", "t5"]) == 0
+    assert capsys.readouterr().out == "table\n" and seen == [(source, target, "jax", "t5")]
+
+
+def test_convert_exports_a_run(capsys, tmp_path, monkeypatch):
+    seen = []
+    loaded = types.SimpleNamespace(export=lambda *given: seen.append(given))
+    monkeypatch.setattr(model, "is_run", lambda path: path == tmp_path)
+    monkeypatch.setattr(model, "load", lambda path: loaded)
+    assert cli.main(["convert", str(tmp_path), "out", "--to", "torch"]) == 0
+    assert seen == [(Path("out"), "torch")] and capsys.readouterr().out == "written: out\n"
 
 
 class Model:
@@ -177,8 +185,7 @@ class Model:
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
     Image.new("RGB", (30, 20), "#808080").save(tmp_path / "grey.png")
-    model = types.SimpleNamespace(load=lambda folder: Model())
-    monkeypatch.setitem(sys.modules, "lionjax.model", model)
+    monkeypatch.setattr(model, "load", lambda folder: Model())
     return ["generate", str(tmp_path), "--image", str(tmp_path / "grey.png"), "--prompt", "where?"]
 
 
@@ -206,7 +213,7 @@ def test_generate_refuses_a_box_that_is_none(capsys, asked, box):
 
 
 def test_generate_refuses_a_missing_picture_before_it_loads_the_model(capsys, asked, monkeypatch):
-    monkeypatch.delitem(sys.modules, "lionjax.model")  # loading would now be another error
+    monkeypatch.setattr(model, "load", lambda folder: pytest.fail("the model was loaded"))
     asked[asked.index("--image") + 1] = "nothing.png"
     assert "nothing.png" in refused(capsys, *asked)
 

@@ -16,6 +16,7 @@ import logging
 import mmap
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -178,7 +179,9 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
             "%s has torch's old format, which cannot be mapped: it is read into memory whole", path
         )
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():  # of odd pickles torch asks people to file an issue
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds on damaged files
         text = str(error)
         if found := re.search(r"GLOBAL ([\w.]+)", text):

@@ -88,7 +88,7 @@ def load(name: str) -> Tokenizer:
     """The tokenizer `"tiny"`, or that of a local folder or file (tokenizer.json, spiece.model, vocab.txt)."""
     if name == "tiny":
         return Tokenizer(tokenizers.Tokenizer.from_file(str(TINY)), NAMES[0], exact=True)
-    path = _find(Path(name))
+    path = file_of(name)
     try:
         if path.suffix == ".json":
             backend = tokenizers.Tokenizer.from_file(str(path))
@@ -100,6 +100,11 @@ def load(name: str) -> Tokenizer:
         if all(backend.token_to_id(piece) is not None for piece in names if piece):
             return Tokenizer(backend, names)
     raise UserError(f"{path} has neither T5's <pad> </s> <unk> nor BERT's [PAD] [SEP] [UNK] [CLS]")
+
+
+def file_of(name: str) -> Path:
+    """The file behind a name that `load` takes; UserError when there is none."""
+    return TINY if name == "tiny" else _find(Path(name))
 
 
 def _find(path: Path) -> Path:

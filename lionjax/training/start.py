@@ -228,12 +228,17 @@ def file_name(text: str) -> str:
     return re.sub(r"\W+", "_", text)
 
 
-def _newest(workdir: Path, experiment: Experiment) -> tuple[int, int] | None:
-    places = [(stage, 0) for stage in checkpoints.found_bases(workdir / "base")]
+def places(workdir: Path, experiment: Experiment) -> list[tuple[int, int]]:
+    """(stage, updates into it) of all that a folder holds, newest first."""
+    found = [(stage, 0) for stage in checkpoints.found_bases(workdir / "base")]
     for update in checkpoints.found_steps(workdir / "checkpoints"):
         stage = max(s for s in range(len(experiment.stages)) if updates_before(experiment, s) < update)
-        places.append((stage, update - updates_before(experiment, stage)))
-    return max(places, default=None)
+        found.append((stage, update - updates_before(experiment, stage)))
+    return sorted(found, reverse=True)
+
+
+def _newest(workdir: Path, experiment: Experiment) -> tuple[int, int] | None:
+    return next(iter(places(workdir, experiment)), None)
 
 
 def _read(workdir, experiment, example, layout, stage: int, step: int) -> Place:

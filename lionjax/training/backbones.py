@@ -52,11 +52,12 @@ class BackbonesConfig:
     language: T5Config
     scenes: int = 20_000
     vision_steps: int = 4_000
+    mirrored_steps: int = 4_000  # then as many with pictures mirrored and turned, which are as good as new ones
     vision_batch: int = 64
     vision_rate: float = 1e-3
     language_steps: int = 8_000
     language_batch: int = 48
-    language_rate: float = 1e-3
+    language_rate: float = 1.5e-3
     patch_share: float = 0.3  # of language steps that see a scene patch by patch, in the second half
     text_share: float = 0.06  # of language steps that read a scene in words
     hinted_share: float = 0.12  # of language steps whose prompt begins with LION's sentence about tags
@@ -141,33 +142,55 @@ def normalise(image_BHWC, mean, std):
     return (image_BHWC.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
-def train_vision(c: BackbonesConfig, mean, std) -> tuple[dict, dict]:
-    """Parameters of the ViT and its figures on held-out scenes."""
+def train_vision(c: BackbonesConfig, mean, std, start: dict | None = None) -> tuple[dict, dict]:
+    """Parameters of the ViT and its figures on held-out scenes. From `start` on only the mirrored steps run."""
     side, pixels = c.vision.image // c.vision.patch, c.vision.image
     made = [scenes.sample("train", index, c.seed) for index in range(c.scenes)]
     image_NHWC, fields_NP6, box_NP4 = seen(made, side, pixels)
     test = seen([scenes.sample("heldout", index, c.seed) for index in range(500)], side, pixels)
     painter = Painter(c.vision)
     params = nn.unbox(jax.jit(painter.init)(jax.random.key(c.seed), normalise(image_NHWC[:1], mean, std))["params"])
-    tx = optimiser(c.vision_rate, c.vision_steps)
-    state = tx.init(params)
+    if start is not None:
+        params["vision"] = start
+    steps = (0 if start is not None else c.vision_steps, c.mirrored_steps)
+    schedules = [optimiser(c.vision_rate, number) for number in steps if number]
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, image, fields, code):
+    @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=2)
+    def step(params, state, tx, image, fields, code):
         loss, grads = jax.value_and_grad(vision_loss)(params, painter, normalise(image, mean, std), fields, code)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
     rng, begun = np.random.default_rng(c.seed), time.time()
-    for number in range(c.vision_steps):
+    for at in range(sum(steps)):
+        if at in (0, steps[0]):
+            tx = schedules.pop(0)
+            state = tx.init(params)
         rows = rng.integers(0, c.scenes, c.vision_batch)
-        params, state, loss = step(params, state, image_NHWC[rows], fields_NP6[rows], box_code(box_NP4[rows]))
-        if number % 200 == 0 or number == c.vision_steps - 1:
-            log.info("vision step %d loss %.4f %.0f s", number, float(loss), time.time() - begun)
-        if number % 1000 == 999 or number == c.vision_steps - 1:
+        batch = image_NHWC[rows], fields_NP6[rows], box_NP4[rows]
+        batch = mirrored(*batch, rng.integers(0, 8)) if at >= steps[0] else batch
+        params, state, loss = step(params, state, tx, *batch[:2], box_code(batch[2]))
+        if at % 200 == 0:
+            log.info("vision step %d loss %.4f %.0f s", at, float(loss), time.time() - begun)
+        if at % 1000 == 999 or at == sum(steps) - 1:
             figures = judge_vision(params, painter, test, mean, std)
-            log.info("vision step %d %s", number, figures)
+            log.info("vision step %d %s", at, figures)
     return params["vision"], figures
+
+
+def mirrored(image_BHWC, fields_BP6, box_BP4, way: int):
+    """One of the eight ways to mirror and turn a square, done to pictures, patches and boxes alike."""
+    side = int(np.sqrt(fields_BP6.shape[1]))
+    fields = fields_BP6.reshape(-1, side, side, fields_BP6.shape[-1])
+    box = box_BP4.reshape(-1, side, side, 4)
+    if way & 4:
+        image_BHWC, fields, box = (x.swapaxes(1, 2) for x in (image_BHWC, fields, box[..., [1, 0, 3, 2]]))
+    for bit, axis, (low, high) in ((1, 2, (0, 2)), (2, 1, (1, 3))):
+        if way & bit:
+            image_BHWC, fields, box = (np.flip(x, axis) for x in (image_BHWC, fields, box))
+            box = box.copy()
+            box[..., [low, high]] = 1 - box[..., [high, low]]
+    return image_BHWC, fields.reshape(fields_BP6.shape), box.reshape(box_BP4.shape)
 
 
 def seen(made, side: int, pixels: int):
@@ -197,24 +220,28 @@ def judge_vision(params, painter, test, mean, std) -> dict:
 
 
 class Reader(nn.Module):
-    """The T5 under training, with tables that turn facts into vectors."""
+    """The T5 under training. A fact is the embedding of its word, so a thing's vector is the sum of its words' and a
+    code of its box; a match between a question and a thing is then a match of like with like."""
 
     c: T5Config
+    words: tuple[tuple[int, ...], ...]  # ids of every value's word, field by field
 
     def setup(self):
         self.language = T5(self.c)
-        self.tables = [
-            self.param(f"table_{name}", normal(0.5), (len(values), self.c.width)) for name, values in FIELDS.items()
-        ]
         self.code = nn.Dense(self.c.width)
+        self.roles = self.param("roles", normal(1.0), (len(ROLES), self.c.width))
+
+    def tell(self, fields_BS6, box_code_BSC):
+        """Facts as vectors: (B, S, D)."""
+        said = [self.language.embed(np.array(ids))[fields_BS6[..., k]] for k, ids in enumerate(self.words)]
+        thing_BSD = sum(said[:4]) + self.code(box_code_BSC)
+        there_BS1 = (fields_BS6[..., 4] > 0)[..., None]
+        return jnp.where(there_BS1, thing_BSD, said[5]) + self.roles[fields_BS6[..., 4]]
 
     def __call__(self, fields_BS6, box_code_BSC, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM):
-        words_BLD = self.language.embed(prompt_BL)
-        mask_BL = prompt_mask_BL
+        words_BLD, mask_BL = self.language.embed(prompt_BL), prompt_mask_BL
         if fields_BS6 is not None:
-            told_BSD = sum(table[fields_BS6[..., number]] for number, table in enumerate(self.tables))
-            there = (fields_BS6[..., 4] > 0)[..., None]
-            told_BSD = jnp.where(there, told_BSD + self.code(box_code_BSC), self.tables[4][0] + self.tables[5][fields_BS6[..., 5]])
+            told_BSD = self.tell(fields_BS6, box_code_BSC)
             words_BLD = jnp.concatenate([told_BSD, words_BLD], axis=1)
             mask_BL = jnp.concatenate([jnp.ones(told_BSD.shape[:2], bool), mask_BL], axis=1)
         encoded_BLD = self.language.encode(words_BLD, mask_BL)
@@ -222,17 +249,57 @@ class Reader(nn.Module):
         return self.language.decode(inputs_BM, target_mask_BM, encoded_BLD, mask_BL)
 
 
+def word_ids(processor: Processor) -> tuple[tuple[int, ...], ...]:
+    """The first token of every value's word."""
+    encode = processor.tokenizer.encode
+    return tuple(tuple(encode(value)[0] for value in values) for values in FIELDS.values())
+
+
 # Tasks whose answers have about one length stand in one batch, so that little of it is padding.
 GROUPS = {
+    "drill": (("drill", 1),),
     "short": (("vqa", 5), ("relation", 1.5), ("existence", 2)),
     "box": (("rec", 3), ("res", 1)),
     "middle": (("reg", 1), ("tags", 1), ("conversation", 2)),
     "long": (("caption", 2), ("grounded", 1)),
 }
-LENGTHS = {"short": 3, "box": 21, "middle": 24, "long": 88}
-PROMPTS = {"short": 24, "box": 24, "middle": 80, "long": 16}
-GROUP_ODDS = (0.6, 0.2, 0.1, 0.1)
+LENGTHS = {"drill": 14, "short": 3, "box": 21, "middle": 24, "long": 88}
+PROMPTS = {"drill": 24, "short": 24, "box": 24, "middle": 80, "long": 16}
+GROUP_ODDS = (0.2, 0.45, 0.2, 0.08, 0.07)
 TAGS, SCENE = 50, 200  # tokens that LION's sentence about tags, or a scene in words, takes more
+
+
+def drill(scene, rng) -> tasks.Example:
+    """Several look-ups at once: 'color: star, ring' -> 'red, blue'. Many answers a line teach to look things up sooner."""
+    given, asked = rng.choice(list(DRILLS)[:-1], 2, replace=False) if rng.random() < 0.6 else ("pair", "there")
+    if given == "pair":
+        pairs = [DRILLS["pair"](thing) for thing in scene.things]
+        others = [f"{c} {s}" for c, s in scenes.pairs_of(scene.split) if f"{c} {s}" not in pairs]
+        chosen = [*rng.permutation(pairs)[:3], *rng.permutation(others)[:3]]
+        chosen = [str(word) for word in rng.permutation(chosen)]
+        said = ["yes" if word in pairs else "no" for word in chosen]
+        if rng.random() < 0.3:
+            asked, said = "count", [str(pairs.count(word)) for word in chosen]
+    else:
+        look = {name: [DRILLS[name](thing) for thing in scene.things] for name in (given, asked)}
+        words = sorted(set(look[given]))
+        answers = {word: {a for g, a in zip(look[given], look[asked]) if g == word} for word in words}
+        chosen = [str(word) for word in rng.permutation(words) if len(answers[word]) == 1]
+        said = [next(iter(answers[word])) for word in chosen]
+        if not chosen or rng.random() < 0.2:
+            asked, chosen = "count", words
+            said = [str(look[given].count(word)) for word in chosen]
+    question, answer = f"{asked}: {', '.join(chosen)}", ", ".join(said)
+    return tasks.Example("drill", asked, question, answer, (answer,), "image_level")
+
+
+DRILLS = {
+    "shape": lambda thing: thing.shape,
+    "color": lambda thing: thing.color,
+    "size": lambda thing: thing.size,
+    "texture": lambda thing: thing.texture,
+    "pair": lambda thing: f"{thing.color} {thing.shape}",
+}
 
 
 def language_batch(c: BackbonesConfig, made, told, rng, processor: Processor, how: str, group: str, rows: int):
@@ -241,7 +308,8 @@ def language_batch(c: BackbonesConfig, made, told, rng, processor: Processor, ho
     prompts, answers, facts_of = [], [], []
     for index in rng.integers(0, len(made), rows):
         task = str(rng.choice(names, p=np.array(odds) / sum(odds)))
-        example = tasks.converse(task, made[index], rng, rng.choice([0.0, 0.1, 0.3]))
+        noise = rng.choice([0.0, 0.1, 0.3])
+        example = drill(made[index], rng) if task == "drill" else tasks.converse(task, made[index], rng, noise)
         question = f"{tasks.describe(made[index], rng)}. {example.question}" if how == "text" else example.question
         hinted = how == "hinted" and task != "tags"
         prompts.append(processor.prompt(question, example.tags if hinted else ()))
@@ -286,9 +354,12 @@ def train_language(c: BackbonesConfig) -> tuple[dict, dict]:
     told = [patch_facts(scene, side, pixels) for scene in made]
     test = [scenes.sample("heldout", index, c.seed) for index in range(400)]
     test_told = [patch_facts(scene, side, pixels) for scene in test]
-    reader, rng = Reader(c.language), np.random.default_rng(c.seed)
+    reader, rng = Reader(c.language, word_ids(processor)), np.random.default_rng(c.seed)
     batch = functools.partial(language_batch, c, made, told, rng, processor)
     params = nn.unbox(jax.jit(reader.init)(jax.random.key(c.seed), *batch("things", "short", 2))["params"])
+    # Queries begin as copies of keys: like looks for like from the first step on, and look-ups are learned sooner.
+    attention = params["language"]["encoder"]["blocks"]["attention"]
+    attention["q"]["kernel"] = attention["k"]["kernel"] * c.language.head**-0.5
     tx = optimiser(c.language_rate, c.language_steps)
     state = tx.init(params)
 
@@ -310,13 +381,13 @@ def train_language(c: BackbonesConfig) -> tuple[dict, dict]:
         group = rng.choice(list(GROUPS), p=GROUP_ODDS)
         rows = c.language_batch // (1 if how in ("things", "hinted") else 2)
         params, state, loss, right = step(params, state, batch(str(how), str(group), rows))
-        if number % 20 == 0:
+        if number % 10 == 0:
             sums.setdefault(f"{how} {group}", []).append((float(loss), float(right)))
-        if number % 400 == 399:
+        if number % 200 == 199:
             text = ", ".join(f"{name} {np.mean(v, 0).round(3)}" for name, v in sorted(sums.items()))
             log.info("language step %d %.0f s: %s", number, time.time() - begun, text)
             sums = {}
-        if number % 2000 == 1999 or number == c.language_steps - 1:
+        if number % 500 == 499 or number == c.language_steps - 1:
             figures = judge_language(c, params, reader, test, test_told, processor)
             log.info("language step %d %s", number, figures)
     return params["language"], figures
@@ -343,6 +414,12 @@ def judge_language(c: BackbonesConfig, params, reader, test, told, processor: Pr
             scored = right[:, : len(answers[0]) - 1].mean(1) if kind == "rec" else right.all(1)
             figures.setdefault(kind, []).append(scored.mean())
     return {kind: round(float(np.mean(values)), 3) for kind, values in figures.items()}
+
+
+def load(file: Path, prefix: str) -> dict:
+    """What `save` wrote."""
+    flat = {path.removeprefix(f"{prefix}/"): leaf for path, leaf in safetensors.numpy.load_file(file).items()}
+    return trees.unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()})
 
 
 def save(params: dict, prefix: str, file: Path) -> None:

@@ -10,27 +10,29 @@ and `origin/`, what came along from elsewhere.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from lionjax import config as configs
 from lionjax import convert_systems
 from lionjax import params as trees
 from lionjax.convert_files import Tensors, has_nan, open_weights
-from lionjax.convert_plan import Piece, Plan, plan_params, plan_state, refuse
-from lionjax.convert_systems import CONFIG_FILE, Published
+from lionjax.convert_plan import Form, Plan, plan_params, plan_state
+from lionjax.convert_published import Published
+from lionjax.convert_systems import CONFIG_FILE
+from lionjax.convert_tables import leaf_parts, params_from, placed_from, state_from, tensor_parts
 from lionjax.convert_write import SHARD_BYTES, whole_folder, write_safetensors
 from lionjax.interfaces import Params, UserError
-from lionjax.weight_rows import Row, copy_bits, same_numbers
+from lionjax.weight_rows import Row, copy_bits
+
+__all__ = ["convert", "from_torch", "load_params", "params_from", "placed_from", "save", "state_from", "to_torch"]
 
 log = logging.getLogger(__name__)
 
@@ -40,123 +42,8 @@ COMPANIONS = (  # what belongs to a model besides its weights and is handed on a
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "spiece.model", "vocab.txt", "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja",
+    "qformer_tokenizer/tokenizer.json", "qformer_tokenizer/spiece.model", "qformer_tokenizer/vocab.txt",
 )  # fmt: skip
-
-
-# In memory
-
-
-def params_from(
-    rows: Iterable[Row], state: Mapping, ignore=(), expected: Params | None = None
-) -> Params:
-    """Torch's tensors -> our tree, bit for bit.
-
-    `state` maps torch names to numpy arrays, which may be memory maps. `ignore` and `expected` are those of
-    `convert_plan.plan_params`. Raises UserError with all problems.
-    """
-    plan = plan_params(rows, state, ignore, expected)
-    flat = {path: np.empty(form.shape, form.dtype) for path, form in plan.made.items()}
-    for path, index, part in leaf_parts(plan, state):
-        copy_bits(flat[path][(*index, ...)], part)
-    return trees.unflatten(flat)
-
-
-def state_from(
-    rows: Iterable[Row], params: Params, expected: Params | None = None
-) -> dict[str, np.ndarray]:
-    """Our tree -> torch's tensors, bit for bit; the inverse of `params_from`. Raises UserError with all problems."""
-    flat = trees.flatten(params)
-    plan = plan_state(rows, flat, expected)
-    state = {}
-    for name, _, tensor in tensor_parts(plan, flat):
-        state[name] = np.empty(tensor.shape, tensor.dtype)
-        copy_bits(state[name], tensor)
-    return state
-
-
-def placed_from(rows: Iterable[Row], state: Mapping, like: Params, ignore=()) -> Params:
-    """Torch's tensors -> our tree on a mesh; each process reads only the bytes that its shards need.
-
-    `like` is a tree of shapes with shardings, as `sharding.abstract(..., mesh=mesh)` makes; the dtypes are the files'.
-    """
-    plan = plan_params(rows, state, ignore, like)
-    pieces: dict[str, dict[tuple, Piece]] = {}
-    for piece in plan.pieces:
-        for path in piece.row.paths:
-            pieces.setdefault(path, {})[piece.index] = piece
-
-    def place(path, target):
-        of_leaf, form = pieces[path], plan.made[path]
-        row = next(iter(of_leaf.values())).row
-        depth, number = len(row.letters), row.paths.index(path)
-
-        def shard(where: tuple[slice, ...]) -> np.ndarray:
-            ranges = [range(size)[part] for size, part in zip(form.shape, where, strict=True)]
-            made = np.empty([len(r) for r in ranges], form.dtype)
-            for local in np.ndindex(made.shape[:depth]):
-                piece = of_leaf[tuple(r[k] for r, k in zip(ranges, local))]
-                problems: list[str] = []
-                parts = leaves_of(piece, state, problems)
-                refuse(problems, "the numbers in the torch tensors")
-                copy_bits(made[(*local, ...)], parts[number][where[depth:]])
-            return made
-
-        return jax.make_array_from_callback(form.shape, target.sharding, shard)
-
-    return trees.unflatten(
-        {path: place(path, target) for path, target in trees.flatten(like).items()}
-    )
-
-
-def leaves_of(piece: Piece, state: Mapping, problems: list[str]) -> tuple[np.ndarray, ...]:
-    """The parts of the leaves that one piece gives; what its numbers forbid is added to `problems`."""
-    tensors = [np.asarray(state[name]) for name in piece.tensors]
-    for name in piece.tied:
-        if not same_numbers(tensors[0], np.asarray(state[name])):
-            problems.append(
-                f"tied tensors {piece.tensors[0]!r} and {name!r} hold different numbers"
-            )
-    try:
-        return piece.row.to_flax(*tensors)
-    except ValueError as error:
-        problems.append(f"tensor {piece.tensors[0]!r}: {error}")
-        return ()
-
-
-def leaf_parts(
-    plan: Plan, state: Mapping, done=lambda name: None
-) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
-    """(path, index, array) of every part of every leaf, `array` being `leaf[index]`, mostly a view of a torch tensor.
-
-    `done` is told the name of each tensor that is not needed any more. Raises UserError at the end, with all problems.
-    """
-    problems: list[str] = []
-    for piece in plan.pieces:
-        for path, part in zip(piece.row.paths, leaves_of(piece, state, problems)):
-            yield path, piece.index, part
-        for name in (*piece.tensors, *piece.tied):
-            done(name)
-    refuse(problems, "the numbers in the torch tensors")
-
-
-def tensor_parts(
-    plan: Plan, flat: Mapping, done=lambda path: None
-) -> Iterator[tuple[str, tuple, np.ndarray]]:
-    """(name, (), array) of every torch tensor, a tied one under each of its names. Leaves may be on devices."""
-    for _, pieces in itertools.groupby(
-        plan.pieces, key=lambda piece: piece.row.paths or piece.row.names
-    ):
-        pieces = list(pieces)
-        leaves = [np.asarray(flat[path]) for path in pieces[0].row.paths]
-        for piece in pieces:
-            tensors = piece.row.to_torch(*(leaf[(*piece.index, ...)] for leaf in leaves))
-            yield from ((name, (), tensor) for name, tensor in zip(piece.tensors, tensors))
-            yield from ((name, (), tensors[0]) for name in piece.tied)
-        for path in pieces[0].row.paths:
-            done(path)
-
-
-# Folders
 
 
 @dataclasses.dataclass
@@ -219,20 +106,19 @@ def _convert_in(src: Path, dst: Path, system: str | None, shard_bytes: int) -> C
     for name, others in source.copied.items():
         coverage.tied[name] = (*coverage.tied.get(name, ()), *others)
 
-    def done(name):
-        if has_nan(source.tensors[name]):
+    def done(name, array):
+        if has_nan(array):
             coverage.nan.append(name)
-        source.tensors.forget(name)
+        source.tensors.forget(name, array)
 
     with whole_folder(dst) as folder:
         files = write_safetensors(
             folder, OURS, plan.made, leaf_parts(plan, source.tensors, done), shard_bytes
         )
         (folder / CONFIG_FILE).write_text(configs.to_json(source.config))
-        for name in COMPANIONS:
-            if source.folder is not None and (source.folder / name).is_file():
-                (folder / ORIGIN).mkdir(exist_ok=True)
-                shutil.copyfile(source.folder / name, folder / ORIGIN / name)
+        if source.folder is not None:
+            beside = {name: source.folder / name for name in COMPANIONS}
+            _copy({n: file for n, file in beside.items() if file.is_file()}, folder / ORIGIN)
         coverage.files = (*files, CONFIG_FILE)
     return coverage
 
@@ -244,7 +130,9 @@ def _convert_out(src: Path, dst: Path, shard_bytes: int) -> Coverage:
     plan = plan_state(rows, tensors, model)
     coverage = _coverage(kind, plan, tensors)
     parts = tensor_parts(plan, tensors, tensors.forget)
-    coverage.files = _write_out(config, kind, plan, parts, dst, shard_bytes, src / ORIGIN)
+    origin = [file for file in sorted((src / ORIGIN).rglob("*")) if file.is_file()]
+    beside = {str(file.relative_to(src / ORIGIN)): file for file in origin}
+    coverage.files = _write_out(config, kind, plan, parts, dst, shard_bytes, beside)
     return coverage
 
 
@@ -261,15 +149,40 @@ def from_torch(path: str | Path, system: str | None = None) -> tuple[Any, Params
     return source.config, trees.unflatten(flat)
 
 
-def to_torch(config: Any, params: Params, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+def to_torch(
+    config: Any,
+    params: Params,
+    path: str | Path,
+    shard_bytes: int = SHARD_BYTES,
+    companions: Mapping[str, Path] | None = None,
+) -> None:
     """Write `params` as a folder with the original's names: safetensors, config.json, a model card.
 
-    Raises UserError when something does not fit, or stands at `path` already.
+    `config` is the system's, or the experiment that trained it. `companions`: further files by their names there,
+    such as tokenizers. Raises UserError when something does not fit, or stands at `path` already.
     """
     kind, flat = convert_systems.of_config(config), trees.flatten(params)
     rows, model = convert_systems.table_and_model(kind, config)
     plan = plan_state(rows, flat, model)
-    _write_out(config, kind, plan, tensor_parts(plan, flat), Path(path), shard_bytes, None)
+    parts = tensor_parts(plan, flat)
+    _write_out(config, kind, plan, parts, Path(path), shard_bytes, companions or {})
+
+
+def save(
+    config: Any,
+    params: Params,
+    path: str | Path,
+    shard_bytes: int = SHARD_BYTES,
+    companions: Mapping[str, Path] | None = None,
+) -> None:
+    """Write `params` as a folder in our own names, which `load_params` reads; arguments as those of `to_torch`."""
+    flat = trees.flatten(params)
+    forms = {name: Form.of(leaf) for name, leaf in flat.items()}
+    with whole_folder(Path(path)) as folder:
+        parts = ((name, (), np.asarray(leaf)) for name, leaf in flat.items())
+        write_safetensors(folder, OURS, forms, parts, shard_bytes)
+        (folder / CONFIG_FILE).write_text(configs.to_json(config))
+        _copy(companions or {}, folder / ORIGIN)
 
 
 def open_params(path: str | Path) -> tuple[Any, Tensors]:
@@ -307,25 +220,30 @@ def _coverage(kind: Published, plan: Plan, tensors: Tensors) -> Coverage:
 
 
 def _write_out(
-    config, kind: Published, plan: Plan, parts, dst: Path, shard_bytes: int, origin: Path | None
+    config, kind: Published, plan: Plan, parts, dst: Path, shard_bytes: int, beside: Mapping[str, Path]
 ):
-    """The folder for torch's side, with what came along from there (`origin`) put back beside the weights."""
+    """The folder for torch's side, with what belongs beside the weights: what came along from there, tokenizers."""
     settings = {}
     with whole_folder(dst) as folder:
         files = write_safetensors(folder, THEIRS, plan.made, parts, shard_bytes)
-        if origin is not None and origin.is_dir():
-            for file in sorted(origin.iterdir()):
-                shutil.copyfile(file, folder / file.name)
-            if (folder / "config.json").is_file():
-                settings = json.loads((folder / "config.json").read_text())
+        _copy(beside, folder)
+        if (folder / "config.json").is_file():
+            settings = json.loads((folder / "config.json").read_text())
         dtype = max(
             (form.dtype for form in plan.made.values()), key=lambda d: (d.itemsize <= 4, d.itemsize)
         ).name
-        settings |= kind.settings(config) | {"dtype": dtype}
+        settings |= kind.settings(convert_systems.system_in(config)) | {"dtype": dtype}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
         (folder / "README.md").write_text(_card(kind, plan))
     return (*files, "config.json", CONFIG_FILE, "README.md")
+
+
+def _copy(files: Mapping[str, Path], folder: Path) -> None:
+    """Copies of files under the names that they have in `folder`."""
+    for name, file in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
 
 
 def _card(kind: Published, plan: Plan) -> str:

@@ -91,12 +91,12 @@ class Tensors(Mapping):
         made.mapped = self.mapped | other.mapped
         return made
 
-    def forget(self, name: str) -> None:
-        """Let the system drop the pages of a tensor that has been read; they stay in its cache.
+    def forget(self, name: str, array: np.ndarray | None = None) -> None:
+        """Let the system drop the pages of a tensor, or of a part of it, that has been read; they stay in its cache.
 
         Without this a conversion seems to hold every byte it has read.
         """
-        array = self.arrays[name]
+        array = self.arrays[name] if array is None else array
         if name in self.mapped and array.nbytes and hasattr(mmap, "MADV_DONTNEED"):
             address = array.__array_interface__["data"][0]
             begin = address - address % mmap.PAGESIZE

@@ -10,31 +10,16 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lionjax import config as configs
 from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.convert_published import EVA_IGNORES, ONE_PART, T5, Published
 from lionjax.interfaces import Batch, Params, UserError
 from lionjax.weight_rows import same_numbers
 
 CONFIG_FILE = "lionjax.json"  # our exact config; written beside weights of either kind
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """One kind of checkpoint. `config` and `settings` go from the original's config.json to ours and back."""
-
-    name: str
-    config_class: str  # of ours
-    model_types: tuple[str, ...]  # in config.json
-    config: Callable[[dict], Any]
-    settings: Callable[[Any], dict]
-    rows: Callable[[Any], tuple]
-    abstract: Callable[[Any], Params]  # shapes of the whole tree
-    ignore: tuple[str, ...] = ()  # names that say nothing: patterns, matched whole
-    copies: tuple[tuple[str, str], ...] = ()  # (name, name of the tensor it equals where it is missing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +50,8 @@ def open_source(path: Path, system: str | None = None) -> Source:
             raise UserError(f"{folder} is in lionjax's own names already")
         config = read_config(folder)
         return Source(of_config(config), config, open_weights(path), folder)
+    if system is None and path.name == "eva_vit_g.pth":
+        system = "eva"
     if system == "lion" or (system is None and path.is_dir() and _lion_file(path)):
         return _open_lion(path)
     settings = _settings(folder / "config.json")
@@ -87,6 +74,9 @@ def open_source(path: Path, system: str | None = None) -> Source:
             f"{folder / 'config.json'} describes no {kinds[0].name}: {type(error).__name__} {error}"
         ) from error
     tensors, copied = open_weights(path), {}
+    base = kinds[0].base
+    if base and not any(name.startswith(base) for name in tensors):
+        tensors = tensors.under(base)
     for name, origin in kinds[0].copies:
         if name not in tensors and origin in tensors:
             tensors.arrays[name] = tensors[origin]
@@ -110,8 +100,9 @@ def table_and_model(kind: Published, config: Any) -> tuple[tuple, Params]:
 
     Raises UserError for sizes of which no model can be made.
     """
+    system = system_in(config)
     try:
-        return tuple(kind.rows(config)), kind.abstract(config)
+        return tuple(kind.rows(system)), kind.abstract(system)
     except UserError:
         raise
     except Exception as error:  # whatever a layer finds wrong with the sizes it is given
@@ -121,15 +112,17 @@ def table_and_model(kind: Published, config: Any) -> tuple[tuple, Params]:
 
 def of_config(config: Any) -> Published:
     """The kind of checkpoint that one of our configs describes."""
-    name = type(config).__name__
-    if name == "Experiment":
-        return of_config(config.system)
+    system = system_in(config)
     for kind in SYSTEMS:
-        if kind.config_class == name:
+        if kind.describes(system):
             return kind
-    raise UserError(
-        f"weights of a {name} have no torch names; known are {', '.join(k.config_class for k in SYSTEMS)}"
-    )
+    known = ", ".join(kind.name for kind in SYSTEMS)
+    raise UserError(f"weights of a {type(system).__name__} have no torch names; known are {known}")
+
+
+def system_in(config: Any) -> Any:
+    """The system's config, also where it comes within the whole experiment that trained it."""
+    return config.system if type(config).__name__ == "Experiment" else config
 
 
 def _settings(path: Path) -> dict:
@@ -208,7 +201,7 @@ def _lion_config(t5_settings: dict, tensors: Tensors) -> Any:
     if 0 not in downs or downs[0].ndim != 2:
         raise UserError("the trained file holds no adapters, so it is no LION")
     adapters = AdapterConfig(downs[0].shape[0], len(downs))
-    language = dataclasses.replace(_t5_config(t5_settings), activation="gelu", adapters=adapters)
+    language = dataclasses.replace(T5.config(t5_settings), activation="gelu", adapters=adapters)
     return Lion(EVA_VIT_G, QFormerConfig(), AggregatorConfig(), language)
 
 
@@ -224,95 +217,13 @@ def _lion_abstract(config: Any) -> Params:
     return sharding.abstract(config.init, jax.random.key(0), batch)
 
 
-# T5 v1.1 and FlanT5
-
-
-def _t5_config(s: dict) -> Any:
-    from lionjax.language.t5 import T5Config
-
-    form = s.get("feed_forward_proj", "relu")
-    # Newer versions of transformers say "tied" of every T5; whether T5 v1.0's scale is used tells them apart.
-    tied = s.get("scale_decoder_outputs", s.get("tie_word_embeddings", True))
-    activations = {"gated-gelu": "gelu_tanh", "gated-silu": "silu"}
-    if form not in activations or tied:
-        raise UserError(
-            f"this T5 has feed_forward_proj {form!r} and tie_word_embeddings {tied}; "
-            "only T5 v1.1 and FlanT5 are known, with a gated feed-forward and an unscaled head"
-        )
-    return T5Config(
-        s["vocab_size"], s["d_model"], s["d_kv"], s["num_heads"], s["d_ff"],
-        s["num_layers"], s.get("num_decoder_layers") or s["num_layers"],
-        s.get("relative_attention_num_buckets", 32), s.get("relative_attention_max_distance", 128),
-        s.get("layer_norm_epsilon", 1e-6), activations[form], s.get("dropout_rate", 0.1),
-        s.get("decoder_start_token_id") or 0, s.get("pad_token_id") or 0, s.get("eos_token_id", 1),
-    )  # fmt: skip
-
-
-def _t5_settings(c: Any) -> dict:
-    return {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
-        "is_encoder_decoder": True,
-        "vocab_size": c.vocab,
-        "d_model": c.width,
-        "d_kv": c.head,
-        "num_heads": c.heads,
-        "d_ff": c.hidden,
-        "num_layers": c.encoder_layers,
-        "num_decoder_layers": c.decoder_layers,
-        "relative_attention_num_buckets": c.buckets,
-        "relative_attention_max_distance": c.max_distance,
-        "layer_norm_epsilon": c.eps,
-        "feed_forward_proj": "gated-silu" if c.activation == "silu" else "gated-gelu",
-        "dropout_rate": c.dropout,
-        "decoder_start_token_id": c.start_token,
-        "pad_token_id": c.pad_token,
-        "eos_token_id": c.end_token,
-        "tie_word_embeddings": False,
-    }
-
-
-def _t5_rows(c: Any) -> tuple:
-    from lionjax.language import t5
-
-    return t5.torch_rows(c)
-
-
-def _t5_abstract(c: Any) -> Params:
-    import jax
-    import jax.numpy as jnp
-
-    from lionjax import sharding
-    from lionjax.language.t5 import T5
-
-    def run(module, ids):
-        encoded = module.encode(module.embed(ids), ids)
-        return module.decode(ids, ids, encoded, ids)
-
-    ids = jnp.zeros((1, 2), jnp.int32)
-    return sharding.abstract(
-        lambda key: T5(c).init(key, ids, method=run)["params"], jax.random.key(0)
-    )
-
-
 # LION first: a folder with its files also holds a T5.
 _LION = Published(
-    "lion", "Lion", ("lion",),
+    "lion", ("lion",), lambda c: type(c).__name__ == "Lion",
     config=lambda settings: configs.from_json(json.dumps(settings["system"])),
     settings=lambda c: {"model_type": "lion", "system": json.loads(configs.to_json(c))},
     rows=lambda c: c.torch_rows(),
     abstract=_lion_abstract,
-    # eva_vit_g.pth has a 40th block and heads that LION does not use.
-    ignore=(r"visual_encoder\.(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*", r"Qformer\.cls\..*"),
+    ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*"),
 )  # fmt: skip
-_T5 = Published(
-    "t5", "T5Config", ("t5",),
-    config=_t5_config,
-    settings=_t5_settings,
-    rows=_t5_rows,
-    abstract=_t5_abstract,
-    # A table that the first releases saved and no code has ever used.
-    ignore=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
-    copies=(("lm_head.weight", "shared.weight"),),
-)  # fmt: skip
-SYSTEMS = (_LION, _T5)
+SYSTEMS = (_LION, *ONE_PART)

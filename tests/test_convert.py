@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """One table, read both ways: exact bits, and everything that does not fit said at once."""
 
-import dataclasses
-import re
 import time
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lionjax import convert, sharding
 from lionjax import params as trees
-from lionjax.convert_plan import Form, grouped, plan_params
+from lionjax.convert_plan import Form, grouped
 from lionjax.interfaces import UserError
 from lionjax.weight_rows import (
     Row,
@@ -213,7 +211,8 @@ def test_everything_wrong_on_the_way_in_is_said_at_once_by_name():
     state = every_state(np.float32)
     for name in ("blocks.2.proj.weight", "cls", "sam.3.norm"):
         del state[name]
-    state |= {"blocks.1.extra": np.ones(1), "blocks.3.extra": np.ones(1), "patch.weight": np.ones((D, 3, 2), np.float32)}
+    state |= {"blocks.1.extra": np.ones(1), "blocks.3.extra": np.ones(1)}
+    state["patch.weight"] = np.ones((D, 3, 2), np.float32)
     state["blocks.1.router1"] = np.ones((3, D), np.float32)
     state["blocks.0.adapters.0.scale"] = state["blocks.0.adapters.0.scale"].astype(np.float16)
     lines = said(lambda: convert.params_from(every_rows(), state))
@@ -344,6 +343,7 @@ def test_names_are_grouped_by_their_numbers():
     assert grouped(["b.10.w", "b.9.w"]) == ["'b.9..10.w' (2 of them)"]
 
 
+@settings(deadline=None)
 @given(
     st.permutations(range(4)),
     st.tuples(*[st.integers(1, 7)] * 4),
@@ -389,127 +389,3 @@ def test_parameters_placed_on_a_mesh_are_the_same_and_lie_where_they_should(mesh
     placed = trees.flatten(convert.placed_from(rows, state, trees.unflatten(wanted)))
     assert_same_bits({path: np.asarray(leaf) for path, leaf in placed.items()}, plain)
     assert all(placed[path].sharding == wanted[path].sharding for path in wanted)
-
-
-class Blank(dict):
-    """Tensors of which only the form is known: no bytes behind them."""
-
-    def __init__(self, forms):
-        super().__init__({n: np.broadcast_to(np.zeros((), d), s) for n, (s, d) in forms.items()})
-
-
-def lion_release(width: int) -> dict:
-    """Every tensor of a full LION, written down from the release's files: names, shapes, dtypes."""
-    f, h, b = np.float32, np.float16, ml_dtypes.bfloat16
-    forms: dict[str, tuple] = {}
-
-    def put(name, *shape, dtype=f):
-        forms[name] = (shape, dtype)
-
-    def dense(name, outputs, inputs, bias=True, dtype=f):
-        put(name + ".weight", outputs, inputs, dtype=dtype)
-        if bias:
-            put(name + ".bias", outputs, dtype=dtype)
-
-    def norm(name, size, bias=True, dtype=f):
-        put(name + ".weight", size, dtype=dtype)
-        if bias:
-            put(name + ".bias", size, dtype=dtype)
-
-    put("visual_encoder.cls_token", 1, 1, 1408)
-    put("visual_encoder.pos_embed", 1, 257, 1408)
-    put("visual_encoder.patch_embed.proj.weight", 1408, 3, 14, 14, dtype=h)
-    put("visual_encoder.patch_embed.proj.bias", 1408, dtype=h)
-    for i in range(40):  # the file holds one block more than is used
-        block = f"visual_encoder.blocks.{i}."
-        norm(block + "norm1", 1408)
-        norm(block + "norm2", 1408)
-        put(block + "attn.q_bias", 1408)
-        put(block + "attn.v_bias", 1408)
-        put(block + "attn.qkv.weight", 4224, 1408, dtype=h)
-        dense(block + "attn.proj", 1408, 1408, dtype=h)
-        dense(block + "mlp.fc1", 6144, 1408, dtype=h)
-        dense(block + "mlp.fc2", 1408, 6144, dtype=h)
-    norm("visual_encoder.fc_norm", 1408)
-    dense("visual_encoder.head", 1000, 1408)
-
-    put("query_tokens", 1, 32, 768)
-    norm("ln_vision", 1408)
-    dense("t5_proj", width, 768)
-    put("Qformer.bert.embeddings.position_ids", 1, 512, dtype=np.int64)
-    put("Qformer.bert.embeddings.word_embeddings.weight", 30523, 768)
-    put("Qformer.bert.embeddings.position_embeddings.weight", 512, 768)
-    norm("Qformer.bert.embeddings.LayerNorm", 768)
-    for i in range(12):
-        layer = f"Qformer.bert.encoder.layer.{i}."
-        for part, source in (("attention", 768), ("crossattention", 1408)):
-            if part == "attention" or i % 2 == 0:
-                dense(f"{layer}{part}.self.query", 768, 768)
-                dense(f"{layer}{part}.self.key", 768, source)
-                dense(f"{layer}{part}.self.value", 768, source)
-                dense(f"{layer}{part}.output.dense", 768, 768)
-                norm(f"{layer}{part}.output.LayerNorm", 768)
-        for end in ("", "_query"):
-            dense(f"{layer}intermediate{end}.dense", 3072, 768)
-            dense(f"{layer}output{end}.dense", 768, 3072)
-            norm(f"{layer}output{end}.LayerNorm", 768)
-    for k in range(2):
-        block = f"fusion_adapter.blocks.{k}."
-        for part in ("attention", "crossattention"):
-            for name in ("self.query", "self.key", "self.value", "output.dense"):
-                dense(f"{block}{part}.{name}", 1408, 1408)
-            norm(f"{block}{part}.output.LayerNorm", 1408)
-        dense(block + "intermediate.dense", 3072, 1408)
-        dense(block + "output.dense", 1408, 3072)
-        norm(block + "output.LayerNorm", 1408)
-    norm("ln_adapter", 1408)
-    dense("adapter_proj.0", 5632, 1408)
-    dense("adapter_proj.2", width, 5632)
-    put("soft_prompt_hint", width)
-
-    hidden = {2048: 5120, 4096: 10240}[width]
-    for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
-        put(f"t5_model.{name}.weight", 32128, width, dtype=b)
-    for stack, attentions in (("encoder", ["SelfAttention"]), ("decoder", ["SelfAttention", "EncDecAttention"])):
-        norm(f"t5_model.{stack}.final_layer_norm", width, bias=False, dtype=b)
-        relative = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        put(f"t5_model.{stack}.{relative}", 32, width // 64, dtype=b)
-        for i in range(24):
-            for j, attention in enumerate(attentions):
-                layer = f"t5_model.{stack}.block.{i}.layer.{j}."
-                norm(layer + "layer_norm", width, bias=False, dtype=b)
-                for x in "qkvo":
-                    dense(f"{layer}{attention}.{x}", width, width, bias=False, dtype=b)
-            layer = f"t5_model.{stack}.block.{i}.layer.{len(attentions)}."
-            norm(layer + "layer_norm", width, bias=False, dtype=b)
-            dense(layer + "DenseReluDense.wi_0", hidden, width, bias=False, dtype=b)
-            dense(layer + "DenseReluDense.wi_1", hidden, width, bias=False, dtype=b)
-            dense(layer + "DenseReluDense.wo", width, hidden, bias=False, dtype=b)
-            for a in range(2):
-                dense(f"{layer}adapter.adapters.{a}.down_proj", 64, width)
-                dense(f"{layer}adapter.adapters.{a}.up_proj", width, 64)
-                put(f"{layer}adapter.adapters.{a}.scale", 1)
-                put(f"{layer}adapter.router_ratio{a + 1}", 2, width)
-    return forms
-
-
-@pytest.mark.parametrize("size", ["XL", "XXL"])
-def test_the_full_size_lion_table_covers_every_tensor_of_the_release_and_every_leaf_of_the_model(size):
-    from lionjax.adapters import AdapterConfig
-    from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
-    from lionjax.convert_systems import of_config
-    from lionjax.language import t5
-    from lionjax.systems.lion import Lion
-    from lionjax.vision.vit import EVA_VIT_G
-
-    language = dataclasses.replace({"XL": t5.FLAN_T5_XL, "XXL": t5.FLAN_T5_XXL}[size], adapters=AdapterConfig())
-    lion = Lion(EVA_VIT_G, QFormerConfig(), AggregatorConfig(), language)
-    kind, state = of_config(lion), Blank(lion_release(language.width))
-    model = kind.abstract(lion)
-    plan = plan_params(kind.rows(lion), state, kind.ignore, model)
-    read = {name for piece in plan.pieces for name in (*piece.tensors, *piece.tied)}
-    assert read | set(plan.ignored) == set(state)
-    assert all(re.match(r"visual_encoder\.(blocks\.39|fc_norm|head)\.", name) for name in plan.ignored)
-    with pytest.raises(UserError, match="'t5_model.decoder.block.23.layer.2.adapter.router_ratio2'"):
-        del state["t5_model.decoder.block.23.layer.2.adapter.router_ratio2"]
-        plan_params(kind.rows(lion), state, kind.ignore, model)

@@ -17,22 +17,22 @@ PACKAGE = ROOT / "lionjax"
 
 FLOORS = (
     # 0: what all agree on
-    "interfaces params sharding config weight_rows convert_plan convert_files convert_write",
+    "interfaces params sharding config weight_rows convert_plan convert_tables convert_files convert_write",
     # 1: made in this order, each may use those before it
     "losses layers attention adapters",
     # 2: these do not know each other; systems introduce them
-    "vision.vit vision.sam vision.swin vision.grounding_dino "
+    "vision.vit vision.sam vision.sam_masks vision.swin vision.grounding_dino "
     "language.decoder language.t5 language.bert bridges.projectors bridges.qformer heads",
     # 3: systems, and the conversion of whole ones
     "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
-    "convert_systems convert",
+    "convert_published convert_systems convert",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
-    "data.tasks data.pictures data.tokenizer data.tiny_tokenizer data.processors data.table "
+    "data.tasks data.pictures data.squares data.tokenizer data.tiny_tokenizer data.processors data.table "
     "data.annotations data.coco data.built data.built_writer data.sources data.examples data.inspection "
     "data.pipeline training.stages training.start training.features training.journal "
     "training.checkpoints training.loop scores search generate answering "
-    "evaluation.metrics evaluation.captions evaluation.answers evaluation.benchmarks "
+    "evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring evaluation.benchmarks "
     "evaluation.report plots scaling",
     # 5: where everything meets
     "model cli agents demo training.backbones",
@@ -44,6 +44,8 @@ FLOOR |= {f: min(FLOOR[name] for name in FLOOR if name.startswith(f + ".")) for 
 # The only steps sideways that the floors themselves do not allow: (who, whom).
 SIDEWAYS = {
     ("convert", "convert_systems"),
+    ("convert", "convert_published"),
+    ("convert_systems", "convert_published"),
     ("convert_systems", "systems"),  # it builds the system that a checkpoint holds
     ("search", "scores"),
     ("generate", "scores"),
@@ -52,6 +54,7 @@ SIDEWAYS = {
     ("answering", "generate"),
     ("answering", "scores"),
     ("evaluation", "answering"),
+    ("evaluation", "data"),  # the questions
     ("evaluation", "generate"),
     ("evaluation", "search"),
     ("evaluation", "scores"),

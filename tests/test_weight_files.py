@@ -4,7 +4,6 @@
 import json
 import os
 import pickle
-import resource
 import struct
 import tracemalloc
 import zipfile
@@ -18,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lionjax import convert, convert_files, convert_write
-from lionjax import params as trees
+from lionjax import convert_files
 from lionjax.convert_files import has_nan, open_weights
 from lionjax.convert_plan import Form, plan_params
+from lionjax.convert_tables import leaf_parts
 from lionjax.convert_write import whole_folder, write_safetensors
 from lionjax.interfaces import UserError
 from lionjax.weight_rows import Row, linear
@@ -103,7 +102,9 @@ def test_a_folder_is_opened_by_its_index_and_safetensors_come_first(tmp_path):
     assert "several weight files" in refused(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "a/b.safetensors", "..", "", "a\\b.bin"])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/secret.safetensors", "a/b.safetensors", "..", "", "a\\b.bin"]
+)
 def test_an_index_may_not_name_files_elsewhere(tmp_path, name):
     (tmp_path / "in").mkdir()
     save_file({"w": np.ones(1)}, tmp_path / "secret.safetensors")
@@ -147,7 +148,7 @@ def entry(dtype="F32", shape=(8,), begin=0, end=32) -> dict:
         (header_and_data({"w": entry(shape=(2**62, 2**62))}), "damaged"),
         (header_and_data({"w": entry(), "x": entry(shape=(4,), begin=16)}), "damaged"),
         (header_and_data(b'{"w":' + b"[" * 50_000), "damaged"),
-        (header_and_data(b'{"w": {"dtype":"F32","shape":[8],"data_offsets":[0,32]}}'.replace(b"}}", b'},"w":' + json.dumps(entry()).encode() + b"}")), "'w' stands twice"),
+        (header_and_data(b'{"w": %s, "w": %s}' % ((json.dumps(entry()).encode(),) * 2)), "'w' stands twice"),
         (header_and_data({"w": entry(dtype="F4", shape=(64,))}), "not known here"),
     ],
 )  # fmt: skip
@@ -182,8 +183,8 @@ def test_what_is_no_weight_file_is_said_to_be_none(tmp_path):
 def as_torch(torch, tensors):
     made = {}
     for name, w in tensors.items():
-        plain = torch.from_numpy(w.view(np.uint16).copy()).view(torch.bfloat16) if w.dtype == BF16 else torch.from_numpy(w.copy())
-        made[name] = plain
+        words = torch.from_numpy(w.view(np.uint16).copy() if w.dtype == BF16 else w.copy())
+        made[name] = words.view(torch.bfloat16) if w.dtype == BF16 else words
     return made
 
 
@@ -243,7 +244,8 @@ def test_a_pickle_with_code_is_refused_in_one_sentence_and_not_run(tmp_path, mod
 def test_torch_files_that_would_grow_when_read_are_refused(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"w": torch.zeros(100_000)}, tmp_path / "m.pth")
-    with zipfile.ZipFile(tmp_path / "m.pth") as old, zipfile.ZipFile(tmp_path / "p.pth", "w", zipfile.ZIP_DEFLATED) as new:
+    old, new = zipfile.ZipFile(tmp_path / "m.pth"), zipfile.ZipFile(tmp_path / "p.pth", "w", zipfile.ZIP_DEFLATED)
+    with old, new:
         for member in old.infolist():
             new.writestr(member.filename, old.read(member))
     assert "packed, or larger than the file" in refused(tmp_path / "p.pth")
@@ -261,7 +263,11 @@ def test_an_old_torch_or_none_is_refused(tmp_path, monkeypatch):
 # Numbers
 
 
-@given(st.sampled_from([np.float16, BF16, np.float32, np.float64]), st.lists(st.integers(0, 2**16 - 1), min_size=4, max_size=4))
+@settings(deadline=None)
+@given(
+    st.sampled_from([np.float16, BF16, np.float32, np.float64]),
+    st.lists(st.integers(0, 2**16 - 1), min_size=4, max_size=4),
+)
 def test_nan_is_found_in_the_bits(dtype, words):
     array = np.array(words * 2, np.uint16).view(dtype)
     assert has_nan(array) == bool(np.isnan(array.astype(np.float64)).any())
@@ -329,140 +335,6 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "good" / "a").read_text() == "a"
 
 
-def small_folder(path: Path) -> Path:
-    """A converted folder of a tiny T5, in our names."""
-    config, params = tiny_t5()
-    convert.to_torch(config, params, path / "torch")
-    convert.convert(path / "torch", path / "jax", "jax")
-    return path / "jax"
-
-
-def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path):
-    source = small_folder(tmp_path / "source")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(UserError, match="the disk is full; nothing was left behind"):
-            convert.convert(source, tmp_path / "out", "torch")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, monkeypatch):
-    source = small_folder(tmp_path / "source")
-    monkeypatch.setattr(convert_write.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    with pytest.raises(UserError, match="0.0 GB left"):
-        convert.convert(source, tmp_path / "out", "torch")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-# Whole folders
-
-
-def tiny_t5(dtype=BF16):
-    import jax
-
-    from lionjax.convert_systems import of_config
-    from lionjax.language.t5 import T5Config
-
-    config = T5Config(97, 24, 8, 4, 40, 3, 2, 8)
-    rng = np.random.default_rng(0)
-    made = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(dtype), of_config(config).abstract(config))
-    return config, made
-
-
-@pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16])
-def test_a_model_goes_to_torch_s_names_and_back_to_the_bit_by_folder_and_in_memory(tmp_path, dtype):
-    config, params = tiny_t5(dtype)
-    convert.to_torch(config, params, tmp_path / "torch", shard_bytes=20_000)
-    again, back = convert.from_torch(tmp_path / "torch")
-    assert again == config
-    assert_same(trees.flatten(back), trees.flatten(params))
-    coverage = convert.convert(tmp_path / "torch", tmp_path / "jax", "jax")
-    again, mapped = convert.load_params(tmp_path / "jax")
-    assert again == config
-    assert_same(trees.flatten(mapped), trees.flatten(params))
-    convert.convert(tmp_path / "jax", tmp_path / "torch2", "torch", shard_bytes=20_000)
-    assert_same(open_weights(tmp_path / "torch2"), open_weights(tmp_path / "torch"))
-    assert "tied: shared.weight = encoder.embed_tokens.weight, decoder.embed_tokens.weight" in str(coverage)
-
-
-def test_a_converted_folder_is_loaded_onto_a_mesh(tmp_path):
-    import jax
-
-    from lionjax import sharding
-    from lionjax.convert_systems import _t5_abstract
-
-    source = small_folder(tmp_path)
-    config, plain = convert.load_params(source)
-    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2, data=1))
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, sharding.spec(("embed",) + (None,) * (leaf.ndim - 1), leaf.shape, mesh))
-        ),
-        _t5_abstract(config),
-    )
-    _, placed = convert.load_params(source, like)
-    assert_same(trees.flatten(jax.tree.map(np.asarray, placed)), trees.flatten(plain))
-    assert placed["encoder"]["blocks"]["norm"]["scale"].sharding.mesh == mesh
-
-
-def test_transformers_own_t5_comes_in_and_goes_out_and_loads_with_no_key_missing(tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    settings = transformers.T5Config(
-        vocab_size=97, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_decoder_layers=2, num_heads=4,
-        relative_attention_num_buckets=8, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
-    )  # fmt: skip
-    theirs = transformers.T5ForConditionalGeneration(settings).to(torch.bfloat16)
-    theirs.save_pretrained(tmp_path / "theirs")
-    convert.convert(tmp_path / "theirs", tmp_path / "ours", "jax")
-    assert (tmp_path / "ours" / "origin" / "generation_config.json").is_file()
-    convert.convert(tmp_path / "ours", tmp_path / "back", "torch", shard_bytes=20_000)
-    back, info = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "back", output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert (tmp_path / "back" / "generation_config.json").is_file()
-    one, other = theirs.state_dict(), back.state_dict()
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_a_checkpoint_that_is_not_known_is_refused_with_what_is(tmp_path):
-    save_file({"w": np.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="no config.json that names a model_type; known are lion, t5"):
-        convert.from_torch(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(UserError, match="model_type 'mamba'"):
-        convert.from_torch(tmp_path)
-    with pytest.raises(UserError, match="system 't6' is not known"):
-        convert.from_torch(tmp_path, system="t6")
-    with pytest.raises(UserError, match="describes no t5: KeyError 'vocab_size'"):
-        (tmp_path / "config.json").write_text(
-            '{"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": false}'
-        )
-        convert.from_torch(tmp_path)
-
-
-def test_numbers_gone_bad_are_warned_of_and_kept(tmp_path):
-    config, params = tiny_t5()
-    params["head"]["kernel"][3, 4] = np.nan
-    convert.to_torch(config, params, tmp_path / "torch")
-    coverage = convert.convert(tmp_path / "torch", tmp_path / "jax", "jax")
-    assert coverage.nan == ["lm_head.weight"] and "lm_head.weight holds NaN" in str(coverage)
-    assert_same(trees.flatten(convert.load_params(tmp_path / "jax")[1]), trees.flatten(params))
-
-
-def test_a_source_that_does_not_fit_leaves_no_folder(tmp_path):
-    config, params = tiny_t5()
-    convert.to_torch(config, params, tmp_path / "torch")
-    tensors = load_file(tmp_path / "torch" / "model.safetensors")
-    tensors["decoder.embed_tokens.weight"] = tensors["decoder.embed_tokens.weight"] * 2  # seen at the numbers only
-    save_file(tensors, tmp_path / "torch" / "model.safetensors")
-    with pytest.raises(UserError, match="tied tensors"):
-        convert.convert(tmp_path / "torch", tmp_path / "jax", "jax")
-    assert [path.name for path in tmp_path.iterdir()] == ["torch"]
-
-
 def test_memory_holds_a_few_tensors_and_not_the_model(tmp_path):
     rows = (Row("h.{i}.w", "w", linear),)
     shape, layers = (1000, 1500), 16
@@ -471,7 +343,7 @@ def test_memory_holds_a_few_tensors_and_not_the_model(tmp_path):
     plan = plan_params(rows, tensors)
     (tmp_path / "out").mkdir()
     tracemalloc.start()
-    write_safetensors(tmp_path / "out", "m", plan.made, convert.leaf_parts(plan, tensors, tensors.forget))
+    write_safetensors(tmp_path / "out", "m", plan.made, leaf_parts(plan, tensors, tensors.forget))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.2 * 1000 * 1500 * 2
@@ -493,7 +365,11 @@ def good_files(tmp_path_factory) -> dict[str, bytes]:
 
 
 damages = st.lists(
-    st.tuples(st.sampled_from(["flip", "cut", "insert", "remove"]), st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=9)),
+    st.tuples(
+        st.sampled_from(["flip", "cut", "insert", "remove"]),
+        st.floats(0, 1, exclude_max=True),
+        st.binary(min_size=1, max_size=9),
+    ),
     min_size=1,
     max_size=4,
 )
@@ -531,29 +407,3 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else_happens(good_files, 
         assert all(w.tobytes() is not None for w in opened.values())
 
 
-@pytest.fixture(scope="module")
-def good_t5(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("t5") / "torch"
-    config, params = tiny_t5()
-    convert.to_torch(config, params, folder)
-    return folder
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(damage=damages, name=st.sampled_from(["model.safetensors", "lionjax.json"]), head=st.booleans())
-def test_a_damaged_folder_is_converted_whole_or_leaves_nothing(good_t5, tmp_path, damage, name, head):
-    import shutil
-    import tempfile
-
-    work = Path(tempfile.mkdtemp(dir=tmp_path))
-    shutil.copytree(good_t5, work / "in")
-    content = (work / "in" / name).read_bytes()
-    split = 9000 if head else len(content)  # most of the trouble that can be made is made in the header
-    (work / "in" / name).write_bytes(damaged(content[:split], damage) + content[split:])
-    try:
-        convert.convert(work / "in", work / "out", "jax")
-    except UserError:
-        assert [path.name for path in work.iterdir()] == ["in"]
-    else:
-        convert.load_params(work / "out")
-    shutil.rmtree(work)

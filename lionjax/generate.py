@@ -61,7 +61,9 @@ def stream(
     Raises UserError for beams, whose first words are only known at the end.
     """
     if config.beams > 1:
-        raise UserError(f"{config.beams} beams cannot stream: their first word is known last; set beams to 1")
+        raise UserError(
+            f"{config.beams} beams cannot stream: their first word is known last; set beams to 1"
+        )
     answers = first(system, params, batch, config, key)
     yield np.asarray(answers.token_B)
     for _ in range(config.max_new_tokens - 1):
@@ -132,7 +134,9 @@ def finish(answers: Answers, config: GenerateConfig) -> Generated:
     is_end_BM = (answers.ids_BM == config.eos) & (jnp.arange(config.max_new_tokens) < answers.step)
     length_B = jnp.where(answers.done_B, scoring.best(is_end_BM) + 1, answers.step)
     score_B = answers.logprob_BM.sum(axis=1) if config.logprobs else None
-    return Generated(answers.ids_BM, length_B, score_B, answers.logprob_BM, scoring.kept(answers.cache))
+    return Generated(
+        answers.ids_BM, length_B, score_B, answers.logprob_BM, scoring.kept(answers.cache)
+    )
 
 
 first = jax.jit(begin, static_argnames=("system", "config"))

@@ -25,7 +25,7 @@ class GenerateConfig:
     max_new_tokens: int = 64
     min_length: int = 0  # no end token before so many, the start token among them
     beams: int = 1
-    length_penalty: float = 1.0  # a hypothesis counts score / length ** this; above 0 favours long ones
+    length_penalty: float = 1.0  # a beam counts score / length ** this; above 0 favours long ones
     repetition_penalty: float = 1.0  # above 1 makes tokens already generated less likely
     sample: bool = False  # draw instead of taking the best; the next three apply only then
     temperature: float = 1.0
@@ -33,7 +33,7 @@ class GenerateConfig:
     top_p: float = 1.0
     eos: int = 1  # -1 for a model without one
     pad: int = 0
-    start: int | None = 0  # the decoder's first token, which counts as generated; None in a decoder-only model
+    start: int | None = 0  # the decoder's first token, which counts as generated; None: has none
     logprobs: bool = False  # also give the model's log-probability of each token
 
     def __post_init__(self):
@@ -41,7 +41,10 @@ class GenerateConfig:
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "beams": (self.beams >= 1, "at least 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 means none)"),
-            "temperature": (self.temperature > 0, "above 0 (for the likeliest words set sample to false)"),
+            "temperature": (
+                self.temperature > 0,
+                "above 0 (for the likeliest words set sample to false)",
+            ),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
         }
@@ -49,7 +52,9 @@ class GenerateConfig:
             if not right:
                 raise UserError(f"generate.{name} is {getattr(self, name)} but must be {wish}")
         if self.sample and self.beams > 1:
-            raise UserError(f"sampling with {self.beams} beams is not offered; set beams to 1 or sample to false")
+            raise UserError(
+                f"sampling with {self.beams} beams is not offered; set beams to 1 or sample to false"
+            )
 
 
 @pytree
@@ -58,8 +63,8 @@ class Generated:
 
     ids_BM: Array  # int32 (B, max_new_tokens): new tokens, the end token, then padding
     length_B: Array  # tokens up to and with the end token
-    score_B: Array = None  # beams: log-probability / length ** length_penalty; else its sum, with config.logprobs
-    logprob_BM: Array = None  # the model's own log-probability of each token, 0 after the end; with config.logprobs
+    score_B: Array = None  # log-probability; of beams over length ** length_penalty
+    logprob_BM: Array = None  # the model's own of each token, 0 after the end; with config.logprobs
     kept: Any = None  # what the system kept of each answer beside its words, from the cache's `written["kept"]`
 
 
@@ -84,7 +89,9 @@ def see(seen_RV: Array | None, token_R: Array) -> Array | None:
     return seen_RV.at[jnp.arange(len(token_R)), token_R].set(True)
 
 
-def rule(scores_RV: Array, seen_RV: Array | None, step: Array | int, config: GenerateConfig) -> Array:
+def rule(
+    scores_RV: Array, seen_RV: Array | None, step: Array | int, config: GenerateConfig
+) -> Array:
     """Scores after the repetition penalty (arXiv 1909.05858) and the ban on an early end.
 
     `step` is the number of tokens generated so far. The penalty multiplies a negative score and divides a positive one.
@@ -125,7 +132,9 @@ def draw(scores_BV: Array, config: GenerateConfig, key: Array) -> Array:
     """One token per row, drawn from `candidates`."""
     scores_Bk, ids_Bk = candidates(scores_BV, config)
     place_B = jax.random.categorical(key, scores_Bk).astype(jnp.int32)
-    return place_B if ids_Bk is None else jnp.take_along_axis(ids_Bk, place_B[:, None], axis=1)[:, 0]
+    return (
+        place_B if ids_Bk is None else jnp.take_along_axis(ids_Bk, place_B[:, None], axis=1)[:, 0]
+    )
 
 
 def best(scores_BV: Array) -> Array:

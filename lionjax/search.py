@@ -95,7 +95,9 @@ def start(system: System, params: Params, batch: Batch, config: GenerateConfig) 
     def repeat(leaf):
         return jnp.repeat(leaf, beams, axis=1)
 
-    cache = Cache(jax.tree.map(repeat, cache.written), jax.tree.map(repeat, cache.fixed), cache.step)
+    cache = Cache(
+        jax.tree.map(repeat, cache.written), jax.tree.map(repeat, cache.fixed), cache.step
+    )
     nobody = Beams(cache, empty, closed, jnp.zeros(rows, bool), jnp.zeros((), jnp.int32))
     return grow(jnp.repeat(logits_BV, beams, axis=0), cache, nobody, config)
 
@@ -135,7 +137,9 @@ def grow(logits_RV: Array, cache: Cache, beams: Beams, config: GenerateConfig) -
         chosen_BC = jnp.take_along_axis(logprob_RV.reshape(rows, -1), place_BC, axis=1)
         text["logprob"] = text["logprob"].at[:, :, step].set(chosen_BC)
     if (kept := scoring.kept(cache)) is not None:
-        beams_first = jax.tree.map(lambda leaf: leaf.reshape(rows, config.beams, *leaf.shape[1:]), kept)
+        beams_first = jax.tree.map(
+            lambda leaf: leaf.reshape(rows, config.beams, *leaf.shape[1:]), kept
+        )
         text["kept"] = take(beams_first, parent_BC)
     ends_BC = (token_BC == config.eos) | (step + 1 == config.max_new_tokens)
     closed = close(beams, text, score_BC, ends_BC, config)
@@ -151,7 +155,9 @@ def grow(logits_RV: Array, cache: Cache, beams: Beams, config: GenerateConfig) -
     return Beams(cache, now, closed, settled_B, step + 1)
 
 
-def close(beams: Beams, text: dict, score_BC: Array, ends_BC: Array, config: GenerateConfig) -> Closed:
+def close(
+    beams: Beams, text: dict, score_BC: Array, ends_BC: Array, config: GenerateConfig
+) -> Closed:
     """The K best of the closed hypotheses and of those that end now among the K best continuations."""
     old, k = beams.closed, config.beams
     ends_BK = ends_BC[:, :k] & ~beams.settled_B[:, None]
@@ -168,4 +174,7 @@ def close(beams: Beams, text: dict, score_BC: Array, ends_BC: Array, config: Gen
 
 def over(config: GenerateConfig) -> Array:
     """length ** length_penalty for the lengths 1, 2, ... max_new_tokens, rounded once."""
-    return jnp.asarray(np.arange(1, config.max_new_tokens + 1, dtype=np.float64) ** config.length_penalty, jnp.float32)
+    return jnp.asarray(
+        np.arange(1, config.max_new_tokens + 1, dtype=np.float64) ** config.length_penalty,
+        jnp.float32,
+    )

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same random T5 twice: Hugging Face's in torch, and ours as a text-only system. For tests and benchmarks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from lionjax import convert
+from lionjax.interfaces import Batch
+from lionjax.language import t5
+from lionjax.language.t5 import T5, T5Config
+
+
+@dataclasses.dataclass(frozen=True)
+class TextT5:
+    """A T5 that reads `prompt_BL`: as much of a `System` as generation asks for."""
+
+    c: T5Config
+
+    def prefill(self, params, batch: Batch, cache_length: int):
+        def read(model: T5):
+            encoded_BLD = model.encode(model.embed(batch.prompt_BL), batch.prompt_mask_BL)
+            return model.begin(encoded_BLD, batch.prompt_mask_BL, None, cache_length)
+
+        return T5(self.c).apply({"params": params}, method=read)
+
+    def extend(self, params, token_B, cache):
+        return T5(self.c).apply({"params": params}, token_B, cache, method="extend")
+
+
+def text_batch(prompt_BL, mask_BL) -> Batch:
+    """A batch of prompts and nothing else."""
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(Batch))
+    text = {"prompt_BL": jnp.asarray(prompt_BL, jnp.int32), "prompt_mask_BL": jnp.asarray(mask_BL)}
+    return Batch(**nothing | text)
+
+
+def random_prompts(seed: int, vocab: int, lengths: tuple[int, ...]):
+    """Prompts of unequal lengths, padded on the right with 0: ids and mask as numpy arrays."""
+    random = np.random.default_rng(seed)
+    mask_BL = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int32)
+    return random.integers(2, vocab, mask_BL.shape) * mask_BL, mask_BL
+
+
+def twins(seed: int, c: T5Config, threads: int = 1):
+    """(Hugging Face's model, our system, our parameters) with the same random weights; torch's number of threads."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)  # more only get in each other's way in tests
+    torch.manual_seed(seed)
+    config = transformers.T5Config(
+        vocab_size=c.vocab,
+        d_model=c.width,
+        d_kv=c.head,
+        d_ff=c.hidden,
+        num_layers=c.encoder_layers,
+        num_decoder_layers=c.decoder_layers,
+        num_heads=c.heads,
+        relative_attention_num_buckets=c.buckets,
+        relative_attention_max_distance=c.max_distance,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=c.start_token,
+        pad_token_id=c.pad_token,
+        eos_token_id=c.end_token,
+    )
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    # As T5 begins, it says one word for ever; larger changes and positions make it ramble, and sometimes stop.
+    larger = {"relative_attention_bias": 20, "DenseReluDense": 4, ".v.": 4, ".o.": 4}
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            for part, factor in larger.items():
+                weight *= factor if part in name else 1
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    return theirs, TextT5(c), convert.params_from(t5.torch_rows(c), state)

@@ -133,8 +133,8 @@ class Answerer:
         """Rows as a batch of a size that few others have: the last row is repeated, and padding is added or cut."""
         missing = bucket(max(len(rows), least[0]), ROWS, ROWS[-1]) - len(rows)
         rows = [*rows, *[rows[-1]] * missing]
+        prompt, question = lengths(rows)
         stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        prompt, question = lengths(stacked)
         wanted = {"prompt": max(prompt, least[1]), "question": max(question, least[2]), "target": 1}
         for name, length in wanted.items():
             for field in (name, f"{name}_mask"):
@@ -155,10 +155,10 @@ class Answerer:
         return made.ids_BM[:rows]
 
 
-def lengths(stacked: Row) -> tuple[int, int]:
-    """The bucketed lengths of prompt and question that hold all of some stacked rows."""
+def lengths(rows: Sequence[Row]) -> tuple[int, int]:
+    """The bucketed lengths of prompt and question that hold all of some rows."""
     prompt, question = (
-        bucket(int(stacked[f"{name}_mask"].sum(1).max()), LENGTHS, stacked[name].shape[1])
-        for name in ("prompt", "question")
+        bucket(max(int(row[mask].sum()) for row in rows), LENGTHS, rows[0][mask].shape[0])
+        for mask in ("prompt_mask", "question_mask")
     )
     return prompt, question

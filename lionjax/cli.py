@@ -34,10 +34,39 @@ def train(given: argparse.Namespace, overrides: list[str]) -> None:
 
     params, _ = loop.train(experiment, given.workdir, pipeline.batches)
     write_routers(given.workdir, params)
+    if experiment.run.evaluate_limit:
+        from lionjax import model
+
+        entries = model.evaluate_run(experiment, params, given.workdir)
+        _print_tables(entries, to_stderr=True)
     print(
         f"{given.workdir} holds the result; `lionjax report {given.workdir}` draws it",
         file=sys.stderr,
     )
+
+
+def evaluate(given: argparse.Namespace, fields: list[str]) -> None:
+    """Ask a model the questions of a benchmark; figures beside what it would reach without looking."""
+    import lionjax
+    from lionjax import config
+    from lionjax.data import inspection
+    from lionjax.evaluation import benchmarks
+
+    source, everything = None, given.benchmark == "all"
+    if not everything:
+        benchmarks.task_of(given.benchmark)  # a wrong name is said before the model is read
+    if given.source is not None:
+        source = inspection.recognise(given.source, given.images, given.answers)
+        source = config.override(source, fields)
+    elif fields:
+        raise Usage(f"unknown argument {fields[0]!r}; see `lionjax evaluate --help`")
+    model = lionjax.load(given.dir)
+    names = model.benchmark_names(given.split, source) if everything else [given.benchmark]
+    entries = [model.evaluate(name, given.dir, given.limit, given.split, source) for name in names]
+    if given.json:
+        print(json.dumps(entries, indent=1))
+    else:
+        _print_tables(entries)
 
 
 def generate(given: argparse.Namespace, _) -> None:
@@ -143,6 +172,17 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     )
     verb.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="the run's folder")
 
+    verb = add(verbs, evaluate, rest="Any field of --source can be set: --share 0.")
+    verb.add_argument("dir", metavar="DIR", type=Path, help="a run, or a folder of weights")
+    names = "caption, vqa, relation, existence, rec, reg, tags, one source's as coco/vqa, or all"
+    verb.add_argument("--benchmark", metavar="NAME", required=True, help=names)
+    verb.add_argument("--limit", type=int, help="ask only so many questions of each")
+    verb.add_argument("--split", default="heldout", help="train, validation or heldout")
+    verb.add_argument("--source", help="other data than the run's: a folder or annotation file")
+    verb.add_argument("--images", metavar="DIR", default="", help="where a file's pictures lie")
+    verb.add_argument("--answers", metavar="FILE", default="", help="the answers to VQA questions")
+    verb.add_argument("--json", action="store_true", help="print the figures as JSON")
+
     verb = add(verbs, generate)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run, or a folder of weights")
     verb.add_argument("--image", metavar="FILE", required=True, help="a JPEG, PNG or WebP picture")
@@ -227,6 +267,16 @@ def _draw_examples(source, split: str, limit: int, path: Path) -> None:
             ]
             cells.append((plots.draw(pictures.as_picture(sample.picture), marks), lines))
     plots.save(plots.grid(cells), path)
+
+
+def _print_tables(entries, to_stderr: bool = False) -> None:
+    from rich.console import Console
+
+    from lionjax.evaluation import benchmarks
+
+    console = Console(stderr=to_stderr)
+    for entry in entries:
+        console.print(benchmarks.table(entry))
 
 
 def _plain(answer) -> dict:

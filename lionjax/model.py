@@ -23,6 +23,7 @@ from lionjax.config import AnswerConfig, Experiment
 from lionjax.data import pictures, tokenizer
 from lionjax.data.examples import DataConfig
 from lionjax.data.processors import Input, Processor, ProcessorConfig
+from lionjax.evaluation import benchmarks
 from lionjax.interfaces import CATEGORIES, Batch, Params, System, UserError
 from lionjax.scores import GenerateConfig
 from lionjax.sharding import MeshConfig
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # the folder of it within a model's; the language model's lies by the weights
 TOKENIZER_FILES = {".json": "tokenizer.json", ".model": "spiece.model", ".txt": "vocab.txt"}
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 RELEASED = AnswerConfig(beams=5, repetition_penalty=1.5, max_new_tokens=256)  # LION's own settings
 
 
@@ -99,6 +101,36 @@ class Model:
             said |= dict(zip(places, texts))
         return [_answer(said[place], picture) for place, picture in enumerate(seen)]
 
+    def benchmark_names(self, split: str = "heldout", source: object | None = None) -> list[str]:
+        """The benchmarks that a source offers; by default the model's own data, of which it was trained on some."""
+        sources = self.experiment.data.sources if source is None else (source,)
+        offered = benchmarks.offered(sources, split)
+        trained = benchmarks.names_of(self.experiment) if source is None else []
+        return [name for name in offered if name in trained] or offered
+
+    def evaluate(
+        self,
+        benchmark: str,
+        folder: str | Path | None = None,
+        limit: int | None = None,
+        split: str = "heldout",
+        source: object | None = None,
+    ) -> dict:
+        """The figures of one benchmark beside their baselines; see `evaluation.benchmarks.evaluate`.
+
+        Over the data that the model was trained with, or over another `source`. With a `folder` every answer is kept
+        there.
+        """
+        data, label = self.experiment.data, ""
+        if source is not None:  # files of others, of which some pictures may not be there
+            data = dataclasses.replace(data, sources=(source,), on_bad_record="replace")
+            label = benchmarks.label_of(f"{source.name}_{benchmark}")
+        where = None if folder is None else Path(folder)
+        answer = self.experiment.answer
+        return benchmarks.evaluate(
+            self.answerer, data, answer, benchmark, where, limit, split, label, self.updates
+        )
+
     def export(self, path: str | Path, to: str = "torch") -> None:
         """Write a folder with config and tokenizers, which `load` reads back.
 
@@ -157,6 +189,8 @@ def load(folder: str | Path, mesh: MeshConfig | None = None) -> Model:
         return of_run(folder, grid)
     if (folder / "config.json").is_file() and (folder / "lock").exists():
         raise UserError(f"the run of {folder} has saved nothing yet; `lionjax train` goes on with it")
+    if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
+        raise UserError(f"{folder} holds no model; give the folder of a run, or one of weights")
     return of_weights(folder, grid)
 
 
@@ -171,6 +205,14 @@ def of_params(experiment: Experiment, params: Params, updates: int | None = None
     system = stages.system_of(experiment, last[0]) if last else experiment.system
     mesh = mesh or sharding.make_mesh(experiment.mesh)
     return Model(experiment, Answerer(system, params, Processor(experiment.data.processor), mesh), updates)
+
+
+def evaluate_run(experiment: Experiment, params: Params, folder: Path) -> list[dict]:
+    """Ask the benchmarks of an experiment's tasks at the end of its run; what was asked before is not asked again."""
+    made = start.updates_before(experiment, len(experiment.stages))
+    answerer, names = of_params(experiment, params).answerer, benchmarks.names_of(experiment)
+    limit = experiment.run.evaluate_limit
+    return list(benchmarks.evaluate_all(answerer, experiment, names, folder, limit, updates=made).values())
 
 
 def of_run(folder: Path, mesh: Mesh) -> Model:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A LION small enough to make in a second, with random weights, and folders as runs leave them, without training."""
 
-import dataclasses
 import os
 import tempfile
 
@@ -10,17 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from lionjax import sharding
 from lionjax import params as trees
+from lionjax import sharding
 from lionjax.adapters import AdapterConfig
 from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
 from lionjax.config import Experiment, RunConfig, Stage
 from lionjax.data.examples import DataConfig
-from lionjax.data.processors import ProcessorConfig
+from lionjax.data.processors import Processor, ProcessorConfig
 from lionjax.data.sources import Scenes
 from lionjax.language.t5 import T5Config
 from lionjax.model import example
-from lionjax.data.processors import Processor
 from lionjax.systems.lion import Lion
 from lionjax.training import checkpoints, start
 from lionjax.vision.vit import ViTConfig

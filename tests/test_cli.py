@@ -99,7 +99,7 @@ def test_train_hands_the_config_with_its_overrides_to_the_loop(toy, tmp_path, mo
         return {"blocks": {"adapters": {"ratio": np.ones((3, 2, 2, 4))}}}, {}
 
     monkeypatch.setattr(loop, "train", train)
-    overrides = ["--stages.0.steps", "20"]
+    overrides = ["--stages.0.steps", "20", "--run.evaluate_limit", "0"]
     words = ["train", toy, *overrides, "--workdir", str(tmp_path), "--mesh.data", "-1"]
     assert cli.main(words) == 0
     assert seen == [config.load(toy, overrides), tmp_path, pipeline.batches]

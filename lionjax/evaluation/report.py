@@ -41,10 +41,17 @@ METRICS = {  # key in report.json: what it is, how it prints
     "pope_f1": ("Is it there? F1", "{:.1%}"),
     "vsr_accuracy": ("Spatial statements, accuracy", "{:.1%}"),
     "tag_f1": ("Tags, F1", "{:.1%}"),
+    "caption_bleu4": ("Captions, BLEU-4", "{:.3f}"),
+    "caption_rouge_l": ("Captions, ROUGE-L", "{:.3f}"),
+    "caption_cider_untagged": ("Captions without tags, CIDEr-D", "{:.3f}"),
+    "vqa_accuracy_untagged": ("Questions without tags, VQA accuracy", "{:.1%}"),
+    "pope_f1_untagged": ("Is it there? Without tags, F1", "{:.1%}"),
+    "pope_accuracy": ("Is it there? Accuracy", "{:.1%}"),
 }
 SPEED = {
     "images_per_second": "{:,.1f} images/s",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "generated_tokens_per_second": "{:,.0f} tokens/s generated",
     "step_seconds": "{:.3f} s a step",
     "compile_seconds": "{:.1f} s of compiling",
     "peak_bytes": "{:.2f} GiB of memory at the peak",
@@ -153,22 +160,19 @@ def title(figures: Mapping, workdir: Path) -> str:
 
 
 def results(figures: Mapping) -> str:
-    """The table of metrics beside their baselines."""
-    metrics, baselines = figures.get("metrics") or {}, figures.get("baselines") or {}
-    columns: list[str] = []
-    for value in baselines.values():
-        columns += [
-            k for k in (value if isinstance(value, Mapping) else ["baseline"]) if k not in columns
-        ]
+    """The table of metrics beside their baselines, with 95 % intervals where they were drawn."""
+    metrics, between = figures.get("metrics") or {}, figures.get("intervals") or {}
+    baselines = baselines_of(figures)
+    columns = list(dict.fromkeys(name for values in baselines.values() for name in values))
     rows = []
     for key in [*(k for k in METRICS if k in metrics), *(k for k in metrics if k not in METRICS)]:
         words, form = METRICS.get(key, (key.replace("_", " "), "{:.3f}"))
-        beside = baselines.get(key)
-        beside = beside if isinstance(beside, Mapping) else {"baseline": beside}
-        others = [beside.get(column) for column in columns]
+        others = [baselines.get(key, {}).get(column) for column in columns]
         numbers = [metrics[key], *(value for value in others if value is not None)]
         most = max(1.0, *numbers) if "%" in form else max(*numbers, 1e-9, 0)
-        cells = [number(form.format(metrics[key]))]
+        drawn = "–".join(form.format(edge) for edge in between.get(key) or ())
+        said = f'{form.format(metrics[key])}<br><span class="faint">{drawn}</span>' if drawn else ""
+        cells = [f'<td class="number">{said or form.format(metrics[key])}</td>']
         cells += [number("–" if value is None else form.format(value)) for value in others]
         bars = "".join(
             f'<div class="bar{" model" if i == 0 else ""}" style="width:{100 * max(n, 0) / most:.1f}%"></div>'
@@ -177,6 +181,15 @@ def results(figures: Mapping) -> str:
         rows.append([escape(words), *cells, f'<td class="bars">{bars}</td>'])
     heads = ["", number("this run", "th"), *(number(column, "th") for column in columns), ""]
     return f"<h2>How well</h2>{table(heads, rows)}" if rows else ""
+
+
+def baselines_of(figures: Mapping) -> dict[str, dict[str, float]]:
+    """{metric: {name: value}}. In `baselines` a metric has one number, the blind model's, or several with names."""
+    found: dict[str, dict[str, float]] = {}
+    for name, group in (("blind", figures.get("baselines")), ("majority", figures.get("majority"))):
+        for key, value in (group or {}).items():
+            found.setdefault(key, {}).update(value if isinstance(value, Mapping) else {name: value})
+    return found
 
 
 def stages(figures: Mapping) -> str:

@@ -215,7 +215,7 @@ def write_report(workdir: Path, experiment: Experiment, history: list[dict]) -> 
     report |= {
         "config": json.loads(to_json(experiment)),
         "stages": [entry.report() for entry in entries],
-        "speed": speed(entries),
+        "speed": report.get("speed", {}) | speed(entries),
         "environment": environment(),
     }
     if jax.process_index() == 0:

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a benchmark: questions in, answers kept, figures beside what a model would reach without looking.
+
+Every figure has two baselines. `blind` is the same model, shown a blank picture and no tags: nothing of the picture
+reaches it. `majority` is the best constant answer, learned from training examples. Where a model takes tags it is also
+asked without them (`untagged`), and with them but blind (`tags_alone`).
+
+In the folder: `evaluation/NAME.jsonl` with every answer (see `report`), and the figures in `report.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import logging
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from PIL import Image
+
+from lionjax import answering
+from lionjax.answering import Answerer
+from lionjax.config import AnswerConfig, Experiment
+from lionjax.data import pictures, pipeline
+from lionjax.data.examples import DataConfig, Sample
+from lionjax.data.processors import Processor
+from lionjax.data.sources import open_split
+from lionjax.evaluation import scoring
+from lionjax.evaluation.report import SHOWN, read_json, write
+from lionjax.evaluation.scoring import SCORERS, Scored
+from lionjax.interfaces import UserError
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 32  # questions in a batch
+TRAINING = 300  # training examples that the constant answers are learned from
+SIDE = 640  # pixels of a kept picture's longer side, at most
+WITHOUT_TAGS = ("vqa", "existence", "caption")  # asked with and without tags
+
+
+def names_of(experiment: Experiment) -> list[str]:
+    """The benchmarks of the tasks that some stage of an experiment trains."""
+    tasks = [name.rpartition("/")[2] for stage in experiment.stages for name, weight in stage.mixture if weight]
+    return [task for task in SCORERS if task in tasks]
+
+
+def offered(sources: Iterable[Any], split: str) -> list[str]:
+    """The benchmarks that some of the sources have questions for."""
+    sizes = [open_split(source, split, pictures.MAX_PIXELS).sizes for source in sources]
+    return [task for task in SCORERS if any(task in tasks for tasks in sizes)]
+
+
+def evaluate_all(
+    answerer: Answerer,
+    experiment: Experiment,
+    names: Iterable[str],
+    folder: Path,
+    limit: int | None = None,
+    split: str = "heldout",
+    updates: int | None = None,
+) -> dict[str, dict]:
+    """{name: what `evaluate` gives} of several benchmarks over the experiment's own data.
+
+    Those that the folder has of the same number of updates are not asked again; one that the data does not offer is
+    passed over with a warning. Only one process may ask; with several nothing is done, which is said.
+    """
+    if jax.process_count() > 1:
+        log.warning("not evaluated, as %d processes run; `lionjax evaluate` does it with one", jax.process_count())
+        return {}
+    known = (read_json(folder / "report.json") or {}).get("evaluation", {})
+    entries = {}
+    for name in names:
+        same = {"limit": limit, "split": split, "updates": updates}
+        before = known.get(label_of(name), {})
+        if updates is not None and same == {key: before.get(key) for key in same}:
+            entries[name] = before
+            continue
+        try:
+            data, answer = experiment.data, experiment.answer
+            entries[name] = evaluate(answerer, data, answer, name, folder, limit, split, updates=updates)
+        except UserError as error:
+            log.warning("benchmark %s is left out: %s", name, error)
+    return entries
+
+
+def evaluate(
+    answerer: Answerer,
+    data: DataConfig,
+    answer: AnswerConfig,
+    name: str,
+    folder: Path | None = None,
+    limit: int | None = None,
+    split: str = "heldout",
+    label: str = "",
+    updates: int | None = None,
+) -> dict[str, Any]:
+    """Ask the questions of one benchmark, and score the answers.
+
+    `name` is a task that a source of `data` has, such as "vqa", or "coco/vqa" for one source's; `limit` asks only so
+    many. `label` is what figures and files are called, by default after the name. Raises UserError for a benchmark
+    that there is not, and for records that cannot be read.
+    """
+    task, label, began = task_of(name), label or label_of(name), time.perf_counter()
+    examples, said, lines = [], {}, []
+    pictures_at = None if folder is None else folder / "evaluation" / "pictures"
+    for samples, texts in asked(answerer, data, answer, name, limit, split):
+        for variant, some in texts.items():
+            said.setdefault(variant, []).extend(some)
+        for sample in samples:
+            kept = len(examples) < SHOWN and pictures_at is not None
+            shown = {"image": f"pictures/{keep(sample, pictures_at)}"} if kept else {}
+            lines.append(line(sample) | shown)
+            examples.append(sample.example)
+    if not examples:
+        raise UserError(f"no question of {name!r} could be asked; look at the warnings above and at the data")
+    log.info("%s: %d questions", label, len(examples))
+    train = training(data, name)
+    if train:
+        said["majority"] = scoring.constants(task, train, examples)
+    scored = {variant: SCORERS[task](examples, texts) for variant, texts in said.items()}
+    entry = {"benchmark": label, "task": task, "split": split, "limit": limit, "updates": updates}
+    entry |= {"samples": len(examples), "seconds": round(time.perf_counter() - began, 3)}
+    entry |= figures(label.removesuffix(task), scored)
+    if task in scoring.BY_KIND:
+        entry["kinds"] = by_kind(task, examples, said)
+    if task == "rec" and train:
+        entry["details"]["random_box"] = scoring.random_box_hits(train, examples)
+    if folder is not None:
+        rows = answered(lines, said, scored["answers"])
+        file = folder / "evaluation" / f"{label}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        record(folder, entry, answerer)
+    return entry
+
+
+def task_of(name: str) -> str:
+    task = name.rpartition("/")[2]
+    if task not in SCORERS:
+        raise UserError(f"there is no benchmark {name!r}; there are {', '.join(SCORERS)}, or all")
+    return task
+
+
+def label_of(name: str) -> str:
+    return re.sub(r"\W+", "_", name)
+
+
+# Asking
+
+
+def asked(
+    answerer: Answerer, data: DataConfig, answer: AnswerConfig, name: str, limit: int | None, split: str
+) -> Iterator[tuple[list[Sample], dict[str, list[str]]]]:
+    """Samples by the batch, with the texts of each variant: "answers", "blind", and with tags two more.
+
+    No batch is padded to less than those before it, so that little is compiled.
+    """
+    task, processor = task_of(name), answerer.processor
+    tagged = processor.config.tags and task != "tags"  # or the answer would stand in the prompt
+    variants = {"answers": (False, tagged), "blind": (True, False)}  # (blind, with tags)
+    least = (1, 1, 1)
+    samples = prepared(processor, data, pipeline.examples(data, name, split, limit), tagged)
+    while batch := list(itertools.islice(samples, AT_ONCE)):
+        kept = [sample for sample, _ in batch]
+        rows = {tags: [row[tags] for _, row in batch] for tags in (True, False)}
+        if tagged and task in WITHOUT_TAGS and any(sample.example.tags for sample in kept):
+            variants |= {"untagged": (False, False), "tags_alone": (True, True)}
+        least = tuple(map(max, least, (len(kept), *answering.lengths(rows[True] + rows[False]))))
+        how = answering.settings(answer, processor, kept[0].example.category, task)
+        yield kept, {
+            variant: answerer.say(rows[tags], how, blind, least)
+            for variant, (blind, tags) in variants.items()
+        }
+
+
+def prepared(
+    processor: Processor, data: DataConfig, samples: Iterable[Sample], tagged: bool
+) -> Iterator[tuple[Sample, dict[bool, answering.Row]]]:
+    """Each sample with its rows, with tags (where the benchmark has them) and without.
+
+    A question longer than the model takes is left out where bad records are.
+    """
+    for sample in samples:
+        example, pixels = sample.example, processor.pixels(sample.picture)
+        tags = example.tags if tagged else ()
+        try:
+            rows = {
+                with_tags: processor.row(pixels, example.question, words, None, example.category)
+                for with_tags, words in ((True, tags), (False, ()))
+            }
+        except UserError as error:
+            if data.on_bad_record == "raise":
+                raise
+            log.warning("left out: %s", error)
+        else:
+            yield sample, rows
+
+
+# What is kept
+
+
+def line(sample: Sample) -> dict[str, Any]:
+    """What a line of the file says of a question; all accepted answers stay, so that the score can be made again."""
+    example = sample.example
+    truth = {"truth": list(example.answers), "truth_boxes": [list(box) for box in example.boxes]}
+    about = {"kind": example.kind, "record": sample.name, "tags": list(example.tags)}
+    boxes = {"question_boxes": [list(box) for box in example.question_boxes]}
+    return {"question": example.question} | truth | about | boxes
+
+
+def answered(lines: Sequence[Mapping], said: Mapping[str, Sequence[str]], scored: Scored) -> Iterator[dict]:
+    """The lines with what was answered. Empty fields are left out."""
+    for number, row in enumerate(lines):
+        texts = {variant: texts[number] for variant, texts in said.items()}
+        prediction = texts.pop("answers")
+        score = {} if scored.right is None else {"score": round(scored.right[number], 4)}
+        boxes = answering.boxes_in(prediction).round(4).tolist()
+        whole = {"prediction": prediction, "boxes": boxes} | row | texts
+        yield {key: value for key, value in whole.items() if value != []} | score
+
+
+def keep(sample: Sample, folder: Path) -> str:
+    """Keep a sample's picture as a PNG in its own size, if that is not too large; returns the file's name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "_", sample.name) + ".png"
+    if not (folder / name).is_file():
+        picture = pictures.as_picture(sample.picture).copy()
+        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        write(folder / name, buffer.getvalue())
+    return name
+
+
+def record(folder: Path, entry: Mapping[str, Any], answerer: Answerer) -> None:
+    """Enter a benchmark's figures into report.json; what others wrote there stays."""
+    report = read_json(folder / "report.json") or {}
+    shown = {"metrics": "metrics", "intervals": "intervals", "baselines": "blind", "majority": "majority"}
+    for ours, theirs in shown.items():
+        report.setdefault(ours, {}).update(entry.get(theirs, {}))
+    for key, value in entry.get("untagged", {}).items():
+        report["metrics"][f"{key}_untagged"] = value
+        report["baselines"][f"{key}_untagged"] = entry["blind"][key]
+    report.setdefault("evaluation", {})[entry["benchmark"]] = dict(entry)
+    if answerer.seconds:
+        rate = answerer.tokens / answerer.seconds
+        report.setdefault("speed", {})["generated_tokens_per_second"] = rate
+    write(folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+
+
+# Figures
+
+
+def training(data: DataConfig, name: str) -> list[Any]:
+    """Training examples from which the best constant answer is learned; none where there is no training set."""
+    lenient = dataclasses.replace(data, on_bad_record="replace")
+    try:
+        return [sample.example for sample in pipeline.examples(lenient, name, "train", TRAINING)]
+    except UserError as error:
+        log.warning("no majority baseline for %s: %s", name, error)
+        return []
+
+
+def figures(prefix: str, scored: Mapping[str, Scored]) -> dict[str, Any]:
+    """Metrics of the answers and of each variant, and what else is known of the answers.
+
+    `prefix` comes before the keys of what is asked of one source alone.
+    """
+
+    def named(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {prefix + key: value for key, value in values.items()}
+
+    main = scored["answers"]
+    entry = {"metrics": named(main.metrics), "intervals": named(main.intervals()), "details": main.details}
+    others = {variant: named(s.metrics) for variant, s in scored.items() if variant != "answers"}
+    return entry | others
+
+
+def by_kind(task: str, examples: Sequence[Any], said: Mapping[str, Sequence[str]]) -> dict[str, dict]:
+    """{kind: {"samples": how many, variant: metrics}}: of colors, counts, ..., of POPE's three settings."""
+    kinds = {}
+    for kind in dict.fromkeys(example.kind for example in examples):
+        places = [place for place, example in enumerate(examples) if example.kind == kind]
+        group = [examples[place] for place in places]
+        each = {
+            variant: SCORERS[task](group, [texts[place] for place in places]).metrics
+            for variant, texts in said.items()
+        }
+        kinds[kind] = {"samples": len(places), **each}
+    return kinds
+
+
+def table(entry: Mapping[str, Any]):
+    """The figures of one benchmark as a rich table."""
+    from rich.table import Table
+
+    others = [name for name in ("untagged", "blind", "tags_alone", "majority") if name in entry]
+    title = f"{entry['benchmark']}: {entry['samples']} questions of {entry['split']}"
+    made = Table("", title=title, title_justify="left")
+    for name in ("this model", "95 %", *(name.replace("_", " ") for name in others)):
+        made.add_column(name, justify="right")
+    for key, value in entry["metrics"].items():
+        low, high = entry["intervals"].get(key, (None, None))
+        between = "" if low is None else f"{low:.3f} – {high:.3f}"
+        made.add_row(key, f"{value:.3f}", between, *(f"{entry[name][key]:.3f}" for name in others))
+    for kind, group in entry.get("kinds", {}).items():
+        key = next(iter(group["answers"]))
+        row = [f"{group[name][key]:.3f}" for name in ("answers", *others)]
+        made.add_row(f"  {kind} ({group['samples']})", row[0], "", *row[1:], style="dim")
+    for key, value in entry["details"].items():
+        made.add_row(f"  {key}", f"{value:.3f}", "", style="dim")
+    return made

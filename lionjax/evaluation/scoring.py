@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the answers of each benchmark are scored, and which answers a model would give that never looked.
+
+`SCORERS` is the list of benchmarks by task. Each takes examples and texts in the same order and gives `Scored`.
+`constants` are the answers of the best constant: learned from training examples, blind to picture and question.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lionjax.evaluation import answers, captions, metrics
+
+Examples = Sequence[Any]  # data.tasks.Example
+CANDIDATES = 20  # constant sentences that are tried
+COMPARED = 80  # training examples that each is compared with
+REFERENCES = 5  # accepted sentences of each, of which a box may have dozens
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Scores of a set. `metrics`: by their keys in report.json; `details`: what else is worth a line in a table.
+
+    `each`: by metric, one row a sample and the statistic that makes the metric of them, from which an interval can
+    be drawn. `right`: how good each single answer is, 0..1; None where that says little.
+    """
+
+    metrics: dict[str, float]
+    details: dict[str, float]
+    each: dict[str, tuple[np.ndarray, Callable]]
+    right: list[float] | None = None
+
+    def intervals(self, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """95 % bootstrap intervals over the samples, of the metrics that have single values."""
+        return {key: metrics.interval(rows, seed, statistic) for key, (rows, statistic) in self.each.items()}
+
+
+def caption(examples: Examples, texts: Sequence[str]) -> Scored:
+    references = [list(example.answers) for example in examples]
+    cider_B, rouge_B = captions.cider_d(texts, references), captions.rouge_l(texts, references)
+    scores = {
+        "caption_cider": float(cider_B.mean()),
+        "caption_bleu4": float(captions.bleu(texts, references)[3]),
+        "caption_rouge_l": float(rouge_B.mean()),
+    }
+    return Scored(scores, {}, {"caption_cider": (cider_B, np.mean), "caption_rouge_l": (rouge_B, np.mean)})
+
+
+def reg(examples: Examples, texts: Sequence[str]) -> Scored:
+    """Expressions against all that fit the thing in the box; `exact` counts those that are one of them."""
+    references = [list(example.answers) for example in examples]
+    cider_B = captions.cider_d(texts, references)
+    wanted = [{answers.normalise_answer(text) for text in texts} for texts in references]
+    exact = [float(answers.normalise_answer(text) in fits) for text, fits in zip(texts, wanted)]
+    details = {"rouge_l": float(captions.rouge_l(texts, references).mean()), "exact": float(np.mean(exact))}
+    return Scored({"reg_cider": float(cider_B.mean())}, details, {"reg_cider": (cider_B, np.mean)}, exact)
+
+
+def vqa(examples: Examples, texts: Sequence[str]) -> Scored:
+    right = [answers.vqa_accuracy(text, example.answers) for text, example in zip(texts, examples)]
+    each = {"vqa_accuracy": (np.array(right), np.mean)}
+    return Scored({"vqa_accuracy": float(np.mean(right))}, {}, each, right)
+
+
+def relation(examples: Examples, texts: Sequence[str]) -> Scored:
+    said, truth = [answers.read_yes_no(text) for text in texts], labels(examples)
+    right = [float(mine is not None and mine == true) for mine, true in zip(said, truth)]
+    details = {"unreadable": float(np.mean([mine is None for mine in said]))}
+    each = {"vsr_accuracy": (np.array(right), np.mean)}
+    return Scored({"vsr_accuracy": answers.vsr_accuracy(said, truth)}, details, each, right)
+
+
+def existence(examples: Examples, texts: Sequence[str]) -> Scored:
+    said, truth = [answers.read_pope(text) for text in texts], labels(examples)
+    scores = answers.pope_scores(said, truth)
+
+    def f1(pairs_B2: np.ndarray) -> float:
+        both = 2 * np.sum(pairs_B2.all(axis=1))
+        return float(both / pairs_B2.sum()) if both else 0.0
+
+    details = {key: scores[key] for key in ("precision", "recall", "yes_ratio")}
+    each = {"pope_f1": (np.array([said, truth]).T, f1)}
+    main = {"pope_f1": scores["f1"], "pope_accuracy": scores["accuracy"]}
+    return Scored(main, details, each, [float(mine == true) for mine, true in zip(said, truth)])
+
+
+def labels(examples: Examples) -> list[bool]:
+    return [answers.read_yes_no(example.answer) is True for example in examples]
+
+
+def rec(examples: Examples, texts: Sequence[str]) -> Scored:
+    boxes, truth_B4 = [metrics.parse_box(text) for text in texts], [example.boxes[0] for example in examples]
+    scores = metrics.rec_scores(boxes, truth_B4)
+    right_B = metrics.rec_ious(boxes, truth_B4) > 0.5
+    each = {"rec_accuracy_50": (right_B, np.mean)}
+    details = {key: scores[key] for key in ("mean_iou", "unparsable")}
+    return Scored({"rec_accuracy_50": scores["accuracy_50"]}, details, each, right_B.astype(float).tolist())
+
+
+def tags(examples: Examples, texts: Sequence[str]) -> Scored:
+    said, truth = [words(text) for text in texts], [words(example.answer) for example in examples]
+    scores = metrics.tag_scores(said, truth)
+    rows_B3 = np.array([(len(mine & true), len(mine), len(true)) for mine, true in zip(said, truth)])
+
+    def f1(rows_B3: np.ndarray) -> float:
+        hits, mine, true = rows_B3.sum(axis=0)
+        return float(2 * hits / (mine + true)) if mine + true else 1.0
+
+    right = [f1(row[None]) for row in rows_B3]
+    details = {key: scores[key] for key in ("precision", "recall", "macro_f1")}
+    return Scored({"tag_f1": scores["f1"]}, details, {"tag_f1": (rows_B3, f1)}, right)
+
+
+def words(text: str) -> set[str]:
+    """The tags of a list with commas."""
+    return {word.strip(" .").lower() for word in text.split(",")} - {""}
+
+
+SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], Scored]] = {
+    "caption": caption,
+    "vqa": vqa,
+    "relation": relation,
+    "existence": existence,
+    "rec": rec,
+    "reg": reg,
+    "tags": tags,
+}
+BY_KIND = ("vqa", "existence")  # scored apart by `Example.kind` too; POPE's settings are kinds
+
+
+# The best constant answer
+
+
+def constants(task: str, train: Examples, asked: Examples) -> list[str]:
+    """What is answered to each example without looking at picture or question, learned from training examples.
+
+    One-word questions: the most common answer of their kind. Existence: "yes", since never saying it has an F1 of 0.
+    Boxes, sentences and tags: the one that fares best on the training examples.
+    """
+    if task in ("vqa", "relation"):
+        common = {kind: most_common(e for e in train if e.kind == kind) for kind in {e.kind for e in train}}
+        other = most_common(train)
+        return [common.get(example.kind, other) for example in asked]
+    best = {"existence": lambda train: "yes", "rec": best_box, "tags": best_tags}.get(task, best_sentence)
+    return [best(train)] * len(asked)
+
+
+def most_common(examples) -> str:
+    return Counter(example.answer for example in examples).most_common(1)[0][0]
+
+
+def best_box(train: Examples) -> str:
+    """The training box that hits the most others; of equals the one that overlaps them most."""
+    boxes_K4 = np.array([example.boxes[0] for example in train])
+    iou_KK = metrics.iou_matrix(boxes_K4, boxes_K4)
+    best = max(range(len(boxes_K4)), key=lambda k: (np.sum(iou_KK[k] > 0.5), iou_KK[k].sum()))
+    return "[" + ",".join(f"{edge:.3f}" for edge in boxes_K4[best]) + "]"
+
+
+def best_sentence(train: Examples) -> str:
+    """The training answer with the highest CIDEr-D against the others' references, of a few that are tried."""
+    train = train[:COMPARED]
+    references = [list(example.answers[:REFERENCES]) for example in train]
+    tried = list(dict.fromkeys(example.answer for example in train))[:CANDIDATES]
+    return max(tried, key=lambda text: captions.cider_d([text] * len(train), references).mean())
+
+
+def best_tags(train: Examples) -> str:
+    """The set of the most frequent tags, as many of them as give the best F1."""
+    truth = [words(example.answer) for example in train]
+    order = [word for word, _ in Counter(word for names in truth for word in sorted(names)).most_common()]
+    sets = [order[:size] for size in range(1, len(order) + 1)]
+    return ", ".join(max(sets, key=lambda said: metrics.tag_scores([said] * len(truth), truth)["f1"]))
+
+
+def random_box_hits(train: Examples, asked: Examples) -> float:
+    """The share of hits when a box drawn from the training examples is answered."""
+    ours, theirs = (np.array([example.boxes[0] for example in group]) for group in (train, asked))
+    return float(np.mean(metrics.iou_matrix(ours, theirs) > 0.5))

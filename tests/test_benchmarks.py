@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of a real, untrained model: figures that follow from the answers kept, baselines that see nothing."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_lion
+from PIL import Image
+
+import lionjax
+from lionjax import answering, cli
+from lionjax.data.annotations import Lines
+from lionjax.data.tasks import Example
+from lionjax.evaluation import answers, benchmarks, captions, metrics, scoring
+from lionjax.evaluation.report import report
+from lionjax.interfaces import UserError
+
+LIMIT = 6
+TASKS = ("vqa", "existence", "relation", "caption", "rec", "reg", "tags")
+SHARED = Path(os.environ.get("LIONJAX_DATA", "nowhere"))
+
+
+def example(answer: str, kind: str = "", task: str = "vqa", **more) -> Example:
+    return Example(task, kind, "?", answer, more.pop("answers", (answer,)), "image_level", **more)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a run that has ended."""
+    made = tmp_path_factory.mktemp("runs") / "run"
+    small_lion.finished(made, small_lion.experiment())
+    (made / "report.json").write_text(json.dumps({"stages": [{"name": "kept"}], "speed": {"images_per_second": 7.0}}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return lionjax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def entries(model, folder):
+    return {task: model.evaluate(task, folder, LIMIT) for task in TASKS}
+
+
+def lines(folder, name: str) -> list[dict]:
+    return [json.loads(text) for text in (folder / "evaluation" / f"{name}.jsonl").read_text().splitlines()]
+
+
+# Figures
+
+
+def tag_words(text: str) -> set[str]:
+    return {word.strip().strip(".").strip().lower() for word in text.split(",")} - {""}
+
+
+def scores_of(rows: list[dict], said: str) -> dict[str, dict[str, float]]:
+    """The main figure of each task, made again from the lines of its file."""
+    texts, truth = [row.get(said, "") for row in rows], [row["truth"] for row in rows]
+    words = [[tag_words(text) for text in group] for group in (texts, [one for one, *_ in truth])]
+    boxes = [metrics.parse_box(text) for text in texts]
+    return {
+        "vqa": lambda: {"vqa_accuracy": np.mean([answers.vqa_accuracy(*pair) for pair in zip(texts, truth)])},
+        "existence": lambda: {
+            "pope_f1": answers.pope_scores(
+                [answers.read_pope(text) for text in texts], [group[0] == "yes" for group in truth]
+            )["f1"]
+        },
+        "relation": lambda: {
+            "vsr_accuracy": np.mean([answers.read_yes_no(t) is (g[0] == "yes") for t, g in zip(texts, truth)])
+        },
+        "caption": lambda: {
+            "caption_cider": captions.cider_d(texts, truth).mean(),
+            "caption_bleu4": captions.bleu(texts, truth)[3],
+            "caption_rouge_l": captions.rouge_l(texts, truth).mean(),
+        },
+        "rec": lambda: {
+            "rec_accuracy_50": metrics.rec_scores(boxes, [row["truth_boxes"][0] for row in rows])["accuracy_50"]
+        },
+        "reg": lambda: {"reg_cider": captions.cider_d(texts, truth).mean()},
+        "tags": lambda: {"tag_f1": metrics.tag_scores(*words)["f1"]},
+    }
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_figure_can_be_made_again_from_the_answers_kept(entries, folder, task):
+    rows, entry = lines(folder, task), entries[task]
+    assert len(rows) == entry["samples"] == LIMIT
+    for variant in ("metrics", "blind", "majority", "untagged", "tags_alone"):
+        if variant in entry:
+            said = "prediction" if variant == "metrics" else variant
+            for key, value in scores_of(rows, said)[task]().items():
+                assert entry[variant][key] == pytest.approx(float(value), abs=1e-9), (variant, key)
+    assert ("untagged" in entry) == ("tags_alone" in entry) == (task in benchmarks.WITHOUT_TAGS)
+
+
+def test_scores_by_kind_weigh_up_to_the_whole(entries, folder):
+    kinds = entries["vqa"]["kinds"]
+    assert sum(kind["samples"] for kind in kinds.values()) == LIMIT
+    for variant, key in (("answers", "metrics"), ("majority", "majority")):
+        mean = sum(kind["samples"] * kind[variant]["vqa_accuracy"] for kind in kinds.values()) / LIMIT
+        assert mean == pytest.approx(entries["vqa"][key]["vqa_accuracy"])
+    assert set(entries["existence"]["kinds"]) <= {"random", "popular", "adversarial"}
+
+
+def test_the_report_holds_the_figures_beside_their_baselines_and_leaves_the_rest(entries, folder):
+    figures = json.loads((folder / "report.json").read_text())
+    wanted = {"caption_cider", "vqa_accuracy", "rec_accuracy_50", "reg_cider", "pope_f1", "tag_f1", "vsr_accuracy"}
+    assert wanted | {"caption_bleu4", "caption_rouge_l", "vqa_accuracy_untagged"} <= set(figures["metrics"])
+    assert set(figures["metrics"]) == set(figures["baselines"]) and wanted <= set(figures["majority"])
+    for key in wanted:
+        low, high = figures["intervals"][key]
+        assert low <= figures["metrics"][key] <= high
+    assert figures["baselines"]["vqa_accuracy"] == entries["vqa"]["blind"]["vqa_accuracy"]
+    assert figures["stages"] == [{"name": "kept"}] and figures["speed"]["images_per_second"] == 7.0
+    page = report(folder).read_text()
+    for words in ("VQA accuracy", "blind", "majority", "Is it there?", entries["vqa"]["benchmark"]):
+        assert words in page
+
+
+def test_lines_carry_what_the_report_draws(entries, folder):
+    row = lines(folder, "rec")[0]
+    assert row["record"].startswith("scenes/heldout") and len(row["truth_boxes"]) == 1
+    assert Image.open(folder / "evaluation" / row["image"]).size == (56, 56)
+    assert lines(folder, "reg")[0]["question_boxes"] and "score" not in lines(folder, "caption")[0]
+    assert {row["score"] for row in lines(folder, "existence")} <= {0.0, 1.0}
+
+
+# What reaches the model
+
+
+def test_the_blind_model_sees_one_blank_picture_and_no_tags(model, monkeypatch):
+    seen = []
+    real = answering.generate
+
+    def watched(system, params, batch, config, key):
+        seen.append(batch)
+        return real(system, params, batch, config, key)
+
+    monkeypatch.setattr(answering, "generate", watched)
+    model.evaluate("vqa", limit=LIMIT)
+    sighted, blind, untagged, alone = seen
+    hint = model.processor.tokenizer.soft_prompt_id
+    assert not blind.image_BHWC.any() and not alone.image_BHWC.any()
+    assert np.ptp(sighted.image_BHWC[0]) > 0.5 and np.array_equal(sighted.image_BHWC, untagged.image_BHWC)
+    for batch, tagged in ((sighted, True), (blind, False), (untagged, False), (alone, True)):
+        assert (batch.prompt_BL == hint).any() == tagged
+    assert all(np.array_equal(batch.question_BL, sighted.question_BL) for batch in seen)
+    assert len({batch.prompt_BL.shape for batch in seen}) == 1
+
+
+def test_blind_answers_differ_from_sighted_ones(entries, folder):
+    rows = lines(folder, "caption")
+    assert any(row["prediction"] != row["blind"] for row in rows)
+
+
+def test_many_batches_of_a_benchmark_compile_its_program_once(model, monkeypatch):
+    monkeypatch.setattr(benchmarks, "AT_ONCE", 4)
+    before = answering.generate._cache_size()
+    entry = model.evaluate("rec", limit=10)
+    assert entry["samples"] == 10 and answering.generate._cache_size() <= before + 1
+
+
+def test_a_smaller_limit_asks_the_first_of_the_same_questions(entries, model, folder, tmp_path):
+    model.evaluate("vqa", tmp_path, 3)
+    short, long = lines(tmp_path, "vqa"), lines(folder, "vqa")
+    assert [row["question"] for row in short] == [row["question"] for row in long][:3]
+    assert [row["prediction"] for row in short] == [row["prediction"] for row in long][:3]
+
+
+def test_the_end_of_a_run_asks_each_benchmark_of_its_tasks_once(model, tmp_path, monkeypatch, caplog):
+    what = model.experiment
+    assert benchmarks.names_of(what) == ["vqa", "rec"]
+    given = (model.answerer, what, ("vqa", "coco/rec"), tmp_path, 3)
+    first = benchmarks.evaluate_all(*given, updates=6)
+    assert list(first) == ["vqa"] and "benchmark coco/rec is left out" in caplog.text
+    monkeypatch.setattr(benchmarks, "evaluate", lambda *args, **more: pytest.fail("asked again"))
+    assert benchmarks.evaluate_all(model.answerer, what, ("vqa",), tmp_path, 3, updates=6) == first
+    with pytest.raises(pytest.fail.Exception):
+        benchmarks.evaluate_all(model.answerer, what, ("vqa",), tmp_path, 3, updates=7)
+
+
+# Constant answers
+
+
+def test_the_constant_answer_is_the_most_common_one_of_the_questions_kind():
+    train = [example(a, "color") for a in ("red", "blue", "red")] + [example("3", "count")]
+    asked = [example("blue", "color"), example("2", "count"), example("?", "new")]
+    assert scoring.constants("vqa", train, asked) == ["red", "3", "red"]
+    assert scoring.constants("existence", [example("no")] * 3, asked) == ["yes"] * 3
+
+
+def test_the_constant_box_is_the_training_box_that_hits_most():
+    boxes = [(0.0, 0.0, 0.1, 0.1), (0.3, 0.3, 0.7, 0.7), (0.3, 0.3, 0.7, 0.8), (0.28, 0.3, 0.7, 0.72)]
+    train = [example("", task="rec", boxes=(box,)) for box in boxes]
+    (text,) = scoring.constants("rec", train, train[:1])
+    assert metrics.parse_box(text) == boxes[1]
+    assert scoring.random_box_hits(train, train[:1]) == 0.25
+
+
+def test_the_constant_sentence_and_tags_are_the_best_of_the_training_ones():
+    said = ["a red star and a ring", "a red star and a moon", "something else entirely"]
+    train = [example(text, task="caption", answers=tuple(said[:2])) for text in said]
+    assert scoring.constants("caption", train, train[:1])[0] in said[:2]
+    train = [example("star, red", task="tags"), example("star, blue", task="tags"), example("star", task="tags")]
+    assert scoring.constants("tags", train, train) == ["star"] * 3
+
+
+def test_intervals_are_those_of_the_statistic_itself():
+    asked = [example("yes"), example("yes"), example("no"), example("no")] * 10
+    texts = ["yes", "no", "yes", "no"] * 10
+    scored = scoring.existence(asked, texts)
+    assert scored.metrics == {"pope_f1": 0.5, "pope_accuracy": 0.5}
+    low, high = scored.intervals()["pope_f1"]
+    assert 0.2 < low < 0.5 < high < 0.8
+    rows, statistic = scoring.tags(asked, ["yes"] * 40).each["tag_f1"]
+    assert statistic(rows) == scoring.tags(asked, ["yes"] * 40).metrics["tag_f1"] == 0.5
+
+
+# The command line
+
+
+def test_evaluate_prints_a_table_and_json_and_refuses_what_there_is_not(capsys, folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    assert cli.main(["evaluate", str(folder), "--benchmark", "vqa", "--limit", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "vqa: 2 questions of heldout" in out and "vqa_accuracy" in out and "blind" in out and "majority" in out
+    words = ["evaluate", str(folder), "--benchmark", "all", "--limit", "2", "--json"]
+    assert cli.main(words) == 0
+    assert [entry["benchmark"] for entry in json.loads(capsys.readouterr().out)] == ["vqa", "rec"]
+    for words, said in (
+        (["--benchmark", "vqaa"], "there is no benchmark 'vqaa'; there are caption, vqa"),
+        (["--benchmark", "coco/vqa"], "no data source has the task 'coco/vqa'"),
+        (["--benchmark", "vqa", "--split", "middle"], "there is no split 'middle'"),
+        (["--benchmark", "vqa", "--share", "0"], "unknown argument '--share'"),
+    ):
+        assert cli.main(["evaluate", str(folder), *words]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"lionjax: {said}")
+
+
+def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp_path, caplog):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    rows = [
+        {"image": "a.png", "question": "What color is it?", "answer": "red"},
+        {"image": "missing.png", "question": "What color is it?", "answer": "red"},
+        {"image": "a.png", "question": "what " * 300, "answer": "red"},
+    ]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Lines(str(tmp_path / "lines.jsonl"), str(tmp_path), name="mine")
+    entry = model.evaluate("vqa", tmp_path, source=source)
+    assert entry["samples"] == 1 and entry["benchmark"] == "mine_vqa"
+    assert "missing.png" in caplog.text and "takes" in caplog.text
+    assert "mine_vqa_accuracy" in json.loads((tmp_path / "report.json").read_text())["metrics"]
+    only_bad = dataclasses.replace(source, file=str(tmp_path / "bad.jsonl"))
+    (tmp_path / "bad.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(UserError, match="no question of 'vqa' could be asked"):
+        model.evaluate("vqa", tmp_path, source=only_bad)
+
+
+@pytest.mark.skipif(not (SHARED / "coco83").is_dir(), reason="photographs are not here")
+@pytest.mark.parametrize(
+    ("words", "tasks", "most"),
+    [
+        (["coco83", "--share", "0"], ["caption", "existence", "rec", "reg", "tags"], 3),
+        (["coco258_annotations/rec_on_coco258.json"], ["rec", "reg"], 12),
+        (["coco258_annotations/pope_on_coco258.json"], ["existence"], 54),
+    ],
+    ids=lambda value: Path(value[0]).stem if isinstance(value, list) else None,
+)
+def test_evaluate_reads_published_files_about_photographs(capsys, folder, words, tasks, most):
+    source, *fields = words
+    command = ["evaluate", str(folder), "--benchmark", "all", "--limit", str(most), "--json"]
+    command += ["--source", str(SHARED / source), *fields]
+    command += ["--images", str(SHARED / "coco83" / "images")] if source.endswith("json") else []
+    assert cli.main(command) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [entry["task"] for entry in entries] == [task for task in scoring.SCORERS if task in tasks]
+    assert all(0 < entry["samples"] <= most for entry in entries)
+    if "pope" in source:
+        assert set(entries[0]["kinds"]) == {"random", "popular", "adversarial"}

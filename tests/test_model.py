@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Talking to a model: what it is asked, what comes back, and from which folders it can be loaded."""
+
+import json
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import small_lion
+from PIL import Image
+
+import lionjax
+from lionjax import answering, convert
+from lionjax import params as trees
+from lionjax.config import AnswerConfig
+from lionjax.data import wordings
+from lionjax.data.processors import Processor
+from lionjax.interfaces import UserError
+from lionjax.scores import GenerateConfig
+from lionjax.sharding import MeshConfig
+
+BOX, OTHER = (0.125, 0.25, 0.5, 0.75), (0.0, 0.0, 0.3, 0.9)
+PROMPTS = ["What is in the picture?", "Where is the red star?", "How many are there?", "What is at {box}?"]
+BOXES = [None, [], None, [BOX]]
+
+
+def some_pictures(count: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 255, (30 + 10 * k, 50, 3), dtype=np.uint8) for k in range(count)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run that has ended."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    small_lion.finished(folder, small_lion.experiment())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return lionjax.load(run)
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "torch"
+    model.export(folder)
+    return folder
+
+
+def texts(answers) -> list[str]:
+    return [answer.text for answer in answers]
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    ("group", "category"),
+    [
+        *((group, "region_level") for group in (wordings.REC, wordings.REG, wordings.RES, wordings.GROUNDED)),
+        *(
+            (group, "image_level")
+            for group in (wordings.CAPTION, wordings.COLOR, wordings.SHAPE, wordings.COUNT, wordings.CHECK)
+        ),
+        *((group, "image_level") for group in (wordings.MORE, wordings.RELATION, wordings.EXISTENCE, wordings.TAGS)),
+        (("Is there a box in the picture?", "What is the man to the left doing?"), "image_level"),
+        (("Can you locate it and let me know its coordinates?", "Give the bounding box of it."), "region_level"),
+    ],
+)
+def test_each_prompt_takes_the_route_that_its_task_was_trained_on(group, category):
+    rng = np.random.default_rng(0)
+    words = {"expr": "the red star", "word": "red", "nouns": "stars", "noun": "a star", "relation": "left of"}
+    words |= {"first": "the star", "second": "the ring", "box": "[0.100,0.200,0.300,0.400]"}
+    for wording in group:
+        prompt = wordings.ask((wording,), rng, **words)
+        assert answering.category_of(prompt) == category, prompt
+
+
+def test_boxes_are_written_where_the_prompt_has_a_place_for_them_and_else_at_its_end():
+    written = answering.with_boxes("Is {box} left of {box}?", [BOX, OTHER])
+    assert written == "Is [0.125,0.250,0.500,0.750] left of [0.000,0.000,0.300,0.900]?"
+    assert answering.with_boxes("What is this?", [BOX]) == "What is this? [0.125,0.250,0.500,0.750]"
+    assert answering.with_boxes("{box}: what?", [BOX, BOX]).endswith("what? [0.125,0.250,0.500,0.750]")
+    assert answering.with_boxes("What is this?", []) == "What is this?"
+    with pytest.raises(UserError, match="has 1 {box} and 0 boxes"):
+        answering.with_boxes("What is at {box}?", [])
+    with pytest.raises(UserError, match="the box"):
+        answering.with_boxes("What?", [(0.5, 0.5, 0.5, 0.9)])
+
+
+def test_every_box_of_a_text_is_read_and_nothing_else():
+    text = "A star [0.1,0.200, 0.300,0.4] and [0.5,0.5,0.4,0.9], [1,2,3] [0.9,0.9,1.7,1.000]."
+    np.testing.assert_allclose(answering.boxes_in(text), [[0.1, 0.2, 0.3, 0.4], [0.9, 0.9, 1.0, 1.0]])
+    assert answering.boxes_in("no box").shape == (0, 4)
+
+
+def test_boxes_are_answered_without_the_penalty_on_repetition_and_short_tasks_stop_early(model):
+    answer = AnswerConfig(beams=3, repetition_penalty=1.5)
+    region, image, vqa = (
+        answering.settings(answer, model.processor, *given)
+        for given in (("region_level",), ("image_level",), ("image_level", "vqa"))
+    )
+    assert (region.repetition_penalty, image.repetition_penalty) == (1.0, 1.5)
+    assert (region.max_new_tokens, vqa.max_new_tokens) == (24, 16) and region.beams == 3
+
+
+# Answers
+
+
+def test_a_batch_answers_as_each_prompt_alone_does(model):
+    images = some_pictures(4)
+    together = model.answer(images, PROMPTS, BOXES)
+    alone = [model.answer([images[k]], [PROMPTS[k]], BOXES[k : k + 1])[0] for k in range(4)]
+    assert texts(together) == texts(alone)
+    assert len(set(texts(together))) == 4, "answers that are all alike would show nothing"
+    assert [answer.masks.shape for answer in together] == [(0, 30 + 10 * k, 50) for k in range(4)]
+
+
+def test_the_picture_the_box_the_tags_and_the_category_all_reach_the_answer(model):
+    one, other = some_pictures(2)
+    (plain,) = model.answer([one], ["What is at {box}?"], [[BOX]])
+    for changed in (
+        model.answer([other], ["What is at {box}?"], [[BOX]]),
+        model.answer([one], ["What is at {box}?"], [[OTHER]]),
+        model.answer([one], ["What is at {box}?"], [[BOX]], tags=[["star", "red"]]),
+        model.answer([one], ["What is at {box}?"], [[BOX]], category="image_level"),
+    ):
+        assert changed[0].text != plain.text
+    assert texts(model.answer([one], ["What is at [0.125,0.250,0.500,0.750]?"])) == [plain.text]
+
+
+def test_boxes_in_the_answer_come_as_numbers(model, monkeypatch):
+    said = "Answer: [0.100,0.200,0.300,0.400]"
+    monkeypatch.setattr(type(model.processor), "decode", lambda self, ids: said)
+    (answer,) = model.answer(some_pictures(1), ["Where is it?"])
+    np.testing.assert_allclose(answer.boxes, [[0.1, 0.2, 0.3, 0.4]])
+
+
+def test_paths_and_pil_pictures_are_the_same_as_arrays(model, tmp_path):
+    (array,) = some_pictures(1)
+    picture = Image.fromarray(array)
+    picture.save(tmp_path / "a.png")
+    given = [array, picture, tmp_path / "a.png", str(tmp_path / "a.png")]
+    assert len(set(texts(model.answer(given, ["What is it?"] * 4)))) == 1
+
+
+def test_asking_again_compiles_nothing_for_prompts_of_any_length_up_to_a_bucket(model):
+    images = some_pictures(2)
+    model.answer(images, ["What?", "What is it, and what color has it?"])
+    known = set(model.answerer.known)
+    model.answer(images[::-1], ["What color?", "Is it red, or is it blue?"])
+    assert model.answerer.known == known and known
+
+
+def test_generation_can_be_set_and_sampling_follows_the_seed(model):
+    images, prompts = some_pictures(1), ["Describe it."]
+    short = GenerateConfig(max_new_tokens=2)
+    assert len(model.processor.tokenizer.encode(model.answer(images, prompts, generate=short)[0].text)) <= 2
+    drawn = GenerateConfig(max_new_tokens=8, sample=True, temperature=2.0)
+    said = [texts(model.answer(images, prompts, generate=drawn, seed=seed)) for seed in (0, 0, 1)]
+    assert said[0] == said[1] != said[2]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ({"prompts": []}, "nothing to ask"),
+        ({"prompts": "what?"}, "prompts is one str"),
+        ({"prompts": ["a", "b"]}, "1 images were given for 2 prompts"),
+        ({"prompts": [" "]}, "prompt is empty"),
+        ({"prompts": ["what " * 200]}, "takes .* tokens where the model takes 128"),
+        ({"boxes": [[BOX], [BOX]]}, "2 boxes were given for 1 prompts"),
+        ({"boxes": [[(0, 0, 2, 1)]]}, "leaves the picture"),
+        ({"category": "middle"}, "no category 'middle'"),
+        ({"images": ["nothing.png"]}, "no picture nothing.png"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_a_sentence(model, mistake, said):
+    given = {"images": some_pictures(1), "prompts": ["What?"]} | mistake
+    if mistake == {"prompts": []}:
+        given["images"] = []
+    with pytest.raises(UserError, match=said):
+        model.answer(**given)
+
+
+# Folders
+
+
+def test_an_exported_folder_and_one_converted_back_answer_as_the_run_does(model, exported, tmp_path):
+    convert.convert(exported, tmp_path / "ours", "jax")
+    convert.convert(tmp_path / "ours", tmp_path / "theirs", "torch")
+    model.export(tmp_path / "saved", to="jax")
+    wanted = texts(model.answer(some_pictures(4), PROMPTS, BOXES))
+    for folder in (exported, tmp_path / "ours", tmp_path / "theirs", tmp_path / "saved"):
+        again = lionjax.load(folder)
+        assert texts(again.answer(some_pictures(4), PROMPTS, BOXES)) == wanted, folder
+        same = jax.tree.map(lambda a, b: np.array_equal(a, b), again.params, model.params)
+        assert all(jax.tree.leaves(same))
+
+
+def test_an_exported_folder_brings_its_own_tokenizers(exported, tmp_path):
+    assert {"model.safetensors", "config.json", "lionjax.json", "tokenizer.json"} <= {
+        file.name for file in exported.iterdir()
+    }
+    again = lionjax.load(exported)
+    assert again.processor.config.tokenizer == str(exported)
+    assert again.processor.config.question_tokenizer == str(exported / "qformer_tokenizer")
+    asked = ("Is it red?", ["star"])
+    assert again.processor.prompt(*asked) == Processor(small_lion.PROCESSOR).prompt(*asked)
+
+
+def test_weights_with_a_systems_sizes_alone_ask_for_the_tokenizers_they_lack(model, tmp_path):
+    convert.to_torch(model.system, model.params, tmp_path / "bare")
+    with pytest.raises(UserError, match="bare has no tokenizer; put one of tokenizer.json"):
+        lionjax.load(tmp_path / "bare")
+    files = model.companions()
+    convert.to_torch(model.system, model.params, tmp_path / "whole", companions=files)
+    again = lionjax.load(tmp_path / "whole")
+    assert again.experiment.answer.repetition_penalty == 1.5 and again.processor.config.image_size == small_lion.SIDE
+    plain = GenerateConfig(max_new_tokens=24)
+    asked = some_pictures(1), ["What?"]
+    assert texts(again.answer(*asked, generate=plain)) == texts(model.answer(*asked, generate=plain))
+
+
+def test_a_run_that_has_not_ended_answers_with_what_it_has_learned(tmp_path, caplog):
+    what = small_lion.experiment()
+    first, second = (small_lion.params_of(small_lion.experiment(seed)) for seed in (0, 1))
+    small_lion.put(tmp_path, what, first, 0)
+    small_lion.put(tmp_path, what, first, 1)
+    small_lion.put(tmp_path, what, second, 1, step=1)
+    with caplog.at_level(logging.WARNING):
+        half = lionjax.load(tmp_path)
+    assert "stands at stage 'second', step 1 of 2" in caplog.text
+    assert half.system.visual_input == "AGGREGATOR" and half.updates == 3
+    flat, (old, new) = trees.flatten(half.params), (trees.flatten(first), trees.flatten(second))
+    trained, _ = trees.split(half.params, what.stages[1].trainable)
+    trained = trees.flatten(trained)
+    for path, leaf in flat.items():
+        np.testing.assert_array_equal(leaf, (new if path in trained else old)[path])
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert lionjax.load(tmp_path).system.visual_input == "QFORMER"  # what the first stage made
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_named_and_the_one_before_it_used(tmp_path, caplog):
+    what = small_lion.experiment()
+    old, new = (small_lion.params_of(small_lion.experiment(seed)) for seed in (0, 1))
+    small_lion.put(tmp_path, what, old, 2)
+    newer = trees.flatten(new) | trees.flatten(trees.split(old, ("vision", "language/.*"))[0])
+    small_lion.put(tmp_path, what, trees.unflatten(newer), 3)
+    small_lion.flipped(tmp_path / "base" / "3_final")
+    before = sorted(tmp_path.rglob("*"))
+    with caplog.at_level(logging.WARNING):
+        model = lionjax.load(tmp_path)
+    assert "3_final" in caplog.text and "what was saved before it is used" in caplog.text
+    np.testing.assert_array_equal(model.params["soft_prompt"], old["soft_prompt"])
+    assert sorted(tmp_path.rglob("*")) == before, "loading changes nothing"
+    small_lion.flipped(tmp_path / "frozen")
+    with pytest.raises(UserError, match="frozen parameters are damaged"):
+        lionjax.load(tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        lionjax.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="holds no model"):
+        lionjax.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"class": "lionjax.config.Experiment"}))
+    (tmp_path / "lock").touch()
+    with pytest.raises(UserError, match="has saved nothing yet"):
+        lionjax.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_model_loads_onto_a_mesh_and_answers_the_same(model, run):
+    spread = lionjax.load(run, MeshConfig(data=2, fsdp=4))
+    kernel = spread.params["language"]["head"]["kernel"]
+    assert len(kernel.sharding.device_set) == 8 and not kernel.sharding.is_fully_replicated
+    asked = some_pictures(2), ["What is it?", "What color is it?"]
+    assert texts(spread.answer(*asked)) == texts(model.answer(*asked))

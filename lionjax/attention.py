@@ -97,6 +97,20 @@ def write(cache_BSNH, new_BLNH, step):
     return jax.lax.dynamic_update_slice(cache_BSNH, new_BLNH.astype(cache_BSNH.dtype), (0, step, 0, 0))
 
 
+def rotations(positions_BL, head: int, theta: float):
+    """Cosine and sine (B, L, 1, H/2) by which `rotate` turns queries and keys at these positions (arXiv 2104.09864)."""
+    speed_H = theta ** (-np.arange(0, head, 2, dtype=np.float32) / head)
+    angle_BLNH = positions_BL.astype(jnp.float32)[:, :, None, None] * speed_H
+    return jnp.cos(angle_BLNH), jnp.sin(angle_BLNH)
+
+
+def rotate(x_BLNH, turn):
+    """Each pair (h, h + H/2) turned by its angle, in float32; LLaMA pairs halves, not neighbours."""
+    cos, sin = turn
+    first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLNH.dtype)
+
+
 def relative_buckets(query_positions, key_positions, buckets: int, max_distance: int, both_ways: bool):
     """T5's bucket of each (query, key) distance: exact when near, logarithmic when far (arXiv 1910.10683, 2.1).
 

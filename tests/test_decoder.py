@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The causal decoder in its three settings against transformers: logits, cached reading, greedy words."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lionjax import convert, sharding
+from lionjax.adapters import AdapterConfig
+from lionjax.generate import GenerateConfig, generate
+from lionjax.interfaces import Batch
+from lionjax.language import decoder
+from lionjax.language.decoder import Decoder, DecoderConfig
+
+LLAMA = DecoderConfig(
+    vocab=50, width=24, layers=3, heads=4, kv_heads=2, head=6, hidden=40, rope_theta=500.0, end_token=3
+)
+TIED = dataclasses.replace(LLAMA, kv_heads=4, tied=True)
+OPT = dataclasses.replace(
+    decoder.OPT_2_7B, vocab=50, width=24, layers=3, heads=4, kv_heads=4, head=6, hidden=40, positions=34, end_token=3
+)
+GPT2 = dataclasses.replace(
+    decoder.GPT2, vocab=50, width=24, layers=3, heads=4, kv_heads=4, head=6, hidden=40, positions=32, end_token=3
+)
+SETTINGS = {"llama": LLAMA, "tied": TIED, "opt": OPT, "gpt2": GPT2}
+ROWS = {"llama": decoder.llama_rows, "tied": decoder.llama_rows, "opt": decoder.opt_rows, "gpt2": decoder.gpt2_rows}
+NEW = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A decoder that reads `prompt_BL`: as much of a system as generation asks for."""
+
+    c: DecoderConfig
+
+    def prefill(self, params, batch: Batch, cache_length: int):
+        def read(model: Decoder):
+            state_BD, cache = model.begin(model.embed(batch.prompt_BL), batch.prompt_mask_BL, cache_length)
+            return model.logits(state_BD), cache
+
+        return Decoder(self.c).apply({"params": params}, method=read)
+
+    def extend(self, params, token_B, cache):
+        def read(model: Decoder):
+            state_BD, after = model.extend(model.embed(token_B), cache)
+            return model.logits(state_BD), after
+
+        return Decoder(self.c).apply({"params": params}, method=read)
+
+
+def prompts(lengths, vocab, side="right"):
+    """Random prompts of unequal lengths with padding on one side: ids and mask."""
+    most, random = max(lengths), np.random.default_rng(1)
+    ids_BL, mask_BL = np.zeros((len(lengths), most), np.int32), np.zeros((len(lengths), most), np.int32)
+    for row, length in enumerate(lengths):
+        where = slice(0, length) if side == "right" else slice(most - length, most)
+        ids_BL[row, where], mask_BL[row, where] = random.integers(4, vocab, length), 1
+    return ids_BL, mask_BL
+
+
+def text_batch(ids_BL, mask_BL) -> Batch:
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(Batch))
+    return Batch(**nothing | {"prompt_BL": jnp.asarray(ids_BL), "prompt_mask_BL": jnp.asarray(mask_BL)})
+
+
+def noisy(params):
+    """Parameters that are nowhere zero or one, so that every one of them counts."""
+    leaves, tree = jax.tree.flatten(params)
+    random = np.random.default_rng(3)
+    return tree.unflatten([leaf + 0.2 * random.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+def torch_twin(name: str):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    c = SETTINGS[name]
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": c.end_token}
+    torch.manual_seed(0)
+    if name in ("llama", "tied"):
+        config = transformers.LlamaConfig(
+            vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
+            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.eps,
+            tie_word_embeddings=c.tied, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **ids,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+    elif name == "opt":
+        config = transformers.OPTConfig(
+            vocab_size=c.vocab, hidden_size=c.width, ffn_dim=c.hidden, num_hidden_layers=c.layers,
+            num_attention_heads=c.heads, max_position_embeddings=c.positions - c.position_offset, **ids,
+        )  # fmt: skip
+        model = transformers.OPTForCausalLM(config)
+    else:
+        config = transformers.GPT2Config(
+            vocab_size=c.vocab, n_embd=c.width, n_inner=c.hidden, n_layer=c.layers, n_head=c.heads,
+            n_positions=c.positions, **ids,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():  # as they begin, biases are zero, norms say nothing and one word follows itself
+        for name, weight in model.named_parameters():
+            weight += 0.2 * torch.randn_like(weight)
+            weight *= 0.3 if "embed_tokens" in name or "wte" in name else 1
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def twins(request):
+    theirs, c = torch_twin(request.param), SETTINGS[request.param]
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    return theirs, c, convert.params_from(ROWS[request.param](c), state), ROWS[request.param](c), state
+
+
+def test_a_decoder_says_what_transformers_says(twins):
+    import torch
+
+    theirs, c, params, rows, state = twins
+    ids_BL, mask_BL = prompts((9, 5, 1), c.vocab)
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(ids_BL).long(), attention_mask=torch.from_numpy(mask_BL)).logits.numpy()
+
+    def read(model, ids, mask):
+        return model.logits(model(model.embed(ids), mask))
+
+    made = jax.jit(lambda i, m: Decoder(c).apply({"params": params}, i, m, method=read))(ids_BL, mask_BL)
+    np.testing.assert_allclose(np.asarray(made)[mask_BL == 1], wanted[mask_BL == 1], atol=2e-5)
+    back = convert.state_from(rows, params)
+    assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
+
+
+def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
+    import torch
+
+    theirs, c, params, *_ = twins
+    config = GenerateConfig(max_new_tokens=NEW, eos=c.end_token, pad=0, start=None)
+    made = generate(Text(c), params, text_batch(*prompts((9, 5, 2), c.vocab)), config)
+    ids_BL, mask_BL = prompts((9, 5, 2), c.vocab, side="left")  # as generate of theirs wants them
+    wanted = theirs.generate(
+        torch.from_numpy(ids_BL).long(), attention_mask=torch.from_numpy(mask_BL), max_new_tokens=NEW, do_sample=False
+    )[:, ids_BL.shape[1] :]
+    np.testing.assert_array_equal(np.asarray(made.ids_BM)[:, : wanted.shape[1]], wanted)
+    assert len(np.unique(wanted)) >= 4, "a model that repeats one word shows little"
+
+
+@pytest.mark.parametrize("side", ["right", "left", "hole"])
+def test_cached_reading_equals_reading_the_whole_text_wherever_padding_stands(side):
+    c = dataclasses.replace(LLAMA, adapters=AdapterConfig(4, 2, 2))
+    ids_BL, mask_BL = prompts((6, 3, 4), c.vocab, "left" if side == "left" else "right")
+    if side == "hole":
+        mask_BL[0, 2:4] = 0
+    more_BM = np.random.default_rng(2).integers(4, c.vocab, (3, 3)).astype(np.int32)
+    task_B = np.array([0, 1, 1], np.int32)
+
+    def whole(model, ids_BL, mask_BL):
+        return model.logits(model(model.embed(ids_BL), mask_BL, task_B))
+
+    def stepwise(model):
+        state_BD, cache = model.begin(model.embed(ids_BL), mask_BL, 3, task_B)
+        said = [model.logits(state_BD)]
+        for m in range(3):
+            state_BD, cache = model.extend(model.embed(more_BM[:, m]), cache)
+            said.append(model.logits(state_BD))
+        return jnp.stack(said, axis=1)
+
+    long_BL = np.concatenate([ids_BL, more_BM], axis=1)
+    long_mask_BL = np.concatenate([mask_BL, np.ones_like(more_BM)], axis=1)
+    start = functools.partial(Decoder(c).init, method=whole)
+    params = sharding.init(lambda key: start(key, long_BL, long_mask_BL)["params"], jax.random.key(0))
+    params = noisy(params)
+
+    @jax.jit
+    def both(params):
+        read = functools.partial(Decoder(c).apply, {"params": params})
+        return read(long_BL, long_mask_BL, method=whole), read(method=stepwise)
+
+    at_once, one_by_one = both(params)
+    np.testing.assert_allclose(one_by_one[:, 1:], at_once[:, -3:], atol=2e-5)
+    for row in range(3):
+        place = np.flatnonzero(mask_BL[row])[-1]
+        np.testing.assert_allclose(one_by_one[row, 0], at_once[row, place], atol=2e-5)
+
+
+def test_a_text_longer_than_the_learned_positions_is_refused():
+    batch = text_batch(*prompts((GPT2.positions - 1,), GPT2.vocab))
+
+    def read(key):
+        params = Decoder(GPT2).init(key, jnp.zeros((1, 1, GPT2.width)), jnp.ones((1, 1)))["params"]
+        return Text(GPT2).prefill(params, batch, 3)
+
+    with pytest.raises(ValueError, match="34 tokens do not fit the 32 learned positions"):
+        jax.eval_shape(read, jax.random.key(0))

@@ -245,6 +245,28 @@ class PatchEmbed(nn.Module):
         return y_BPD
 
 
+class Conv(nn.Module):
+    """(B, H, W, C) -> (B, H', W', D): a square kernel at every `stride`-th pixel, zeros around the picture."""
+
+    inputs: int
+    features: int
+    kernel: int = 3
+    stride: int = 1
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        shape = (self.kernel, self.kernel, self.inputs, self.features)
+        init = sharded(flat_in(normal(0.02)), ("conv", "conv", None, "embed"))
+        kernel = self.param("kernel", init, shape).astype(x_BHWC.dtype)
+        room = ((self.kernel // 2, self.kernel // 2),) * 2
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x_BHWC, kernel, (self.stride,) * 2, room, dimension_numbers=layout)
+        if self.bias:
+            y = y + self.param("bias", sharded(zeros, ("embed",)), (self.features,)).astype(y.dtype)
+        return y
+
+
 def dropout(x, rate: float, key):
     """Zero a share of x and scale the rest; the identity when rate is 0 or key is None (evaluation)."""
     if rate == 0.0 or key is None:

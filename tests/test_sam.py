@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAM against transformers' SamModel: every sort of prompt, and masks brought back to the picture."""
+
+import jax
+import numpy as np
+import pytest
+
+from lionjax import convert
+from lionjax.vision import sam_masks
+from lionjax.vision.sam import SAM_VIT_B, SAM_VIT_H, SamConfig
+from lionjax.vision.sam_masks import Sam
+
+TINY = SamConfig(
+    image=64, patch=8, width=24, depth=4, heads=3, hidden=48, window=3, global_layers=(1, 3), channels=16,
+    mask_channels=8, decoder_heads=2, decoder_hidden=32, iou_depth=3, iou_hidden=12,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def twins():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    c = TINY
+    config = transformers.SamConfig(
+        vision_config=dict(
+            hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads, image_size=c.image,
+            patch_size=c.patch, mlp_dim=c.hidden, window_size=c.window, global_attn_indexes=list(c.global_layers),
+            output_channels=c.channels, num_pos_feats=c.channels // 2,
+        ),
+        prompt_encoder_config=dict(
+            hidden_size=c.channels, image_size=c.image, patch_size=c.patch, mask_input_channels=c.mask_channels
+        ),
+        mask_decoder_config=dict(
+            hidden_size=c.channels, mlp_dim=c.decoder_hidden, num_attention_heads=c.decoder_heads,
+            iou_head_hidden_dim=c.iou_hidden, iou_head_depth=c.iou_depth, layer_norm_eps=c.decoder_eps,
+        ),
+    )  # fmt: skip
+    theirs = transformers.SamModel(config).eval()
+    with torch.no_grad():  # as they begin, most weights are zero
+        for name, weight in theirs.named_parameters():
+            weight += 0.3 * torch.randn_like(weight)
+            weight *= 0.1 if "positional_embedding" in name else 1
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    return theirs, convert.params_from(sam_masks.hugging_face_rows(c), state), state
+
+
+def prompts() -> dict[str, dict[str, np.ndarray]]:
+    """Prompts for two pictures, two things each, in pixels."""
+    random = np.random.default_rng(0)
+    corner = random.uniform(0, 30, (2, 2, 2))
+    box = np.concatenate([corner, corner + random.uniform(5, 30, (2, 2, 2))], axis=-1).astype(np.float32)
+    point = random.uniform(0, TINY.image, (2, 2, 3, 2)).astype(np.float32)
+    label = np.array([[[1, 0, 1], [1, -10, -10]], [[0, 1, -1], [1, 1, 0]]], np.int32)
+    mask = random.standard_normal((2, 4 * TINY.grid, 4 * TINY.grid)).astype(np.float32)
+    return {
+        "points": {"point_BKT2": point, "label_BKT": label},
+        "box": {"box_BK4": box},
+        "box and mask": {"box_BK4": box, "mask_BHW": mask},
+        "all": {"point_BKT2": point, "label_BKT": label, "box_BK4": box, "mask_BHW": mask},
+    }
+
+
+def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
+    import torch
+
+    theirs, params, _ = twins
+    image_BCHW = np.random.default_rng(1).standard_normal((2, 3, 64, 64)).astype(np.float32)
+
+    @jax.jit
+    def run(image):
+        def everything(model: Sam):
+            seen = model.encode(image)
+            answers = {}
+            for name, given in prompts().items():
+                arguments = [given.get(key) for key in ("point_BKT2", "label_BKT", "box_BK4", "mask_BHW")]
+                answers[name] = model.decode(seen, *model.prompts(*arguments))
+            return seen, answers
+
+        return Sam(TINY).apply({"params": params}, method=everything)
+
+    seen, answers = run(image_BCHW.transpose(0, 2, 3, 1))
+    with torch.no_grad():
+        wanted_map = theirs.get_image_embeddings(torch.from_numpy(image_BCHW))
+        np.testing.assert_allclose(seen, wanted_map.permute(0, 2, 3, 1), atol=1e-4)
+        for name, given in prompts().items():
+            said = {
+                "input_points": given.get("point_BKT2"), "input_labels": given.get("label_BKT"),
+                "input_boxes": given.get("box_BK4"), "input_masks": given.get("mask_BHW"),
+            }  # fmt: skip
+            said = {key: torch.from_numpy(value) for key, value in said.items() if value is not None}
+            if "input_masks" in said:
+                said["input_masks"] = said["input_masks"][:, None]
+            for several in (False, True):
+                out = theirs(image_embeddings=wanted_map, multimask_output=several, **said)
+                part = slice(1, None) if several else slice(0, 1)
+                scale = float(out.pred_masks.abs().max())
+                assert scale > 0.1 and float(out.pred_masks.std()) > 0.01 * scale
+                np.testing.assert_allclose(answers[name][0][:, :, part] / scale, out.pred_masks / scale, atol=1e-4)
+                np.testing.assert_allclose(answers[name][1][:, :, part], out.iou_scores, atol=1e-4)
+
+
+def test_weights_go_back_under_both_sorts_of_names(twins):
+    _, params, state = twins
+    back = convert.state_from(sam_masks.hugging_face_rows(TINY), params)
+    assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
+    original = convert.state_from(sam_masks.torch_rows(TINY), params)
+    again = convert.params_from(sam_masks.torch_rows(TINY), original)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+    assert original["image_encoder.blocks.3.attn.rel_pos_h"].shape == (15, 8)
+    assert original["image_encoder.blocks.2.attn.rel_pos_h"].shape == (5, 8)
+
+
+def test_the_released_sizes_repeat_in_periods_of_one_global_layer():
+    assert SAM_VIT_H.sides == (14,) * 7 + (64,)
+    assert SAM_VIT_B.sides == (14, 14, 64)
+    irregular = SamConfig(image=64, patch=8, depth=3, window=3, global_layers=(1, 2))
+    assert irregular.sides == (3, 8, 8)
+
+
+def test_full_size_sam_has_the_released_number_of_parameters():
+    from lionjax import params as trees
+    from lionjax import sharding
+
+    image, box = np.zeros((1, 1024, 1024, 3), np.float32), np.zeros((1, 1, 4), np.float32)
+    mask = np.zeros((1, 256, 256), np.float32)
+    made = sharding.abstract(
+        lambda key: Sam(SAM_VIT_H).init(key, image, None, None, box, mask)["params"], jax.random.key(0)
+    )
+    waves = 2 * 128  # a buffer in the original, which counts only what learns
+    assert trees.count(made) - waves == 641_090_608
+    assert trees.count(made["decoder"]) == 4_058_340
+
+
+def test_masks_come_back_to_the_picture_as_interpolation_in_torch_brings_them():
+    torch = pytest.importorskip("torch")
+    from torch.nn.functional import interpolate
+
+    logits = np.random.default_rng(2).standard_normal((3, 32, 32)).astype(np.float32)
+    top, left, high, wide, size = 14, 0, 36, 64, (45, 80)
+    whole = interpolate(torch.from_numpy(logits)[None], (64, 64), mode="bilinear", align_corners=False)
+    cut = whole[..., top : top + high, left : left + wide]
+    wanted = interpolate(cut, size, mode="bilinear", align_corners=False)[0].numpy()
+    made = sam_masks.to_picture(logits, 64, (top, left, high, wide), size)
+    np.testing.assert_allclose(made, wanted, atol=1e-5)
+    enlarged = interpolate(torch.from_numpy(logits)[None], (64, 64), mode="bilinear", align_corners=False)[0]
+    np.testing.assert_allclose(sam_masks.enlarge(logits, 64), enlarged, atol=1e-5)

@@ -9,7 +9,7 @@ import dataclasses
 
 from lionjax.adapters import AdapterConfig
 from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
-from lionjax.config import Experiment, MeshConfig, RunConfig, Stage
+from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processors import ProcessorConfig
 from lionjax.data.coco import Coco
@@ -62,4 +62,5 @@ def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(("vision", "weights/eva_vit_g/params.safetensors"), ("language", f"weights/{name}/params.safetensors")),
+        answer=AnswerConfig(beams=5, repetition_penalty=1.5),  # as the release answers
     )

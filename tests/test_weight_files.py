@@ -274,6 +274,15 @@ def test_nan_is_found_in_the_bits(dtype, words):
     assert has_nan(np.concatenate([np.zeros(300_000, dtype), array])) == has_nan(array)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32, np.float64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_smallest_nan_is_told_from_infinity(dtype, sign):
+    infinity = np.array([sign * np.inf], dtype)
+    word = f"u{infinity.itemsize}"
+    assert not has_nan(infinity)
+    assert has_nan((infinity.view(word) + 1).astype(word).view(dtype))
+
+
 def test_integers_hold_no_nan():
     assert not has_nan(np.full(3, -1))
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -22,3 +24,80 @@ def token_cross_entropy(logits_BMV, target_BM, loss_mask_BM) -> tuple[jax.Array,
     right_BM = (logits_BMV.argmax(-1) == target_BM) * mask_BM
     mean = 1 / jnp.maximum(tokens, 1)
     return (nats_BM * mask_BM).sum() * mean, {"weight": tokens, "token_accuracy": right_BM.sum() * mean}
+
+
+def mean_of_real(value_BK, real_BK) -> jax.Array:
+    """Mean over the real entries, and over any axes behind them; 0 when nothing is real."""
+    value_BK = value_BK.astype(jnp.float32)
+    behind = value_BK.ndim - real_BK.ndim
+    real = real_BK.astype(bool).reshape(*real_BK.shape, *(1,) * behind)
+    size = math.prod(value_BK.shape[real_BK.ndim :])
+    return jnp.where(real, value_BK, 0).sum() / (jnp.maximum(real_BK.astype(jnp.float32).sum(), 1) * size)
+
+
+def iou(one_BK4, other_BK4) -> jax.Array:
+    """Intersection over union of boxes x0 y0 x1 y1: (B, K)."""
+    return _overlaps(one_BK4, other_BK4)[0]
+
+
+def generalized_iou(one_BK4, other_BK4) -> jax.Array:
+    """GIoU (arXiv 1902.09630) of boxes x0 y0 x1 y1, in -1..1: (B, K).
+
+    A box that is reversed or flat has no area but keeps its corners: the hull around both pulls in what lies outside.
+    """
+    overlap, void = _overlaps(one_BK4, other_BK4)
+    return overlap - void
+
+
+def _overlaps(one_BK4, other_BK4) -> tuple[jax.Array, jax.Array]:
+    """The shares of the union that both cover, and of the hull that neither covers."""
+    low = jnp.minimum(one_BK4, other_BK4)
+    high = jnp.maximum(one_BK4, other_BK4)
+
+    def area(side_BK2):
+        side_BK2 = jnp.maximum(side_BK2, 0)
+        return side_BK2[..., 0] * side_BK2[..., 1]
+
+    both = area(low[..., 2:] - high[..., :2])
+    either = area(one_BK4[..., 2:] - one_BK4[..., :2]) + area(other_BK4[..., 2:] - other_BK4[..., :2]) - both
+    hull = area(jnp.maximum(high[..., 2:], high[..., :2]) - jnp.minimum(low[..., 2:], low[..., :2]))
+    # Above the square of the smallest box that a float32 can tell in 0..1; below it a ratio says nothing.
+    tiny = 1e-12
+    return both / jnp.maximum(either, tiny), (hull - either) / jnp.maximum(hull, tiny)
+
+
+def giou_loss(predicted_BK4, box_BK4, real_BK, original: bool = False) -> jax.Array:
+    """Mean of 1 - GIoU over real boxes. `original`: NExT-Chat's, which leaves out predictions that are reversed."""
+    if original:
+        real_BK = real_BK.astype(bool) & (predicted_BK4[..., 2:] >= predicted_BK4[..., :2]).all(-1)
+    return mean_of_real(1 - generalized_iou(predicted_BK4, box_BK4), real_BK)
+
+
+def mask_losses(logits_BKHW, iou_BK, mask_BKHW, real_BK, original: bool = False) -> dict[str, jax.Array]:
+    """Focal, dice and IoU losses of predicted masks against true ones; SAM weighs them 20 : 1 : 1.
+
+    As intended: the focal loss of each pixel (0.8, gamma 2), dice smoothed by 1, and the squared error of the
+    predicted IoU, each a mean over real masks. `original`: NExT-Chat's code, where the number of masks in the batch
+    stands for both constants, the focal loss is that of a mask's mean cross entropy, masks begin at a logit of 0.5, and
+    focal and dice are sums over masks.
+    """
+    x, y = logits_BKHW.astype(jnp.float32), mask_BKHW.astype(jnp.float32)
+    share, pixels = jax.nn.sigmoid(x), (-2, -1)
+    nats = jax.nn.softplus(x) - x * y
+    count = jnp.maximum(real_BK.astype(jnp.float32).sum(), 1)
+    alpha, smooth = (count, count) if original else (0.8, 1.0)
+    seen = (x >= 0.5 if original else x > 0).astype(jnp.float32)
+    both = (seen * y).sum(pixels)
+    iou_error = jnp.square(iou_BK - both / (seen.sum(pixels) + y.sum(pixels) - both + 1e-7))
+    dice = 1 - (2 * (share * y).sum(pixels) + smooth) / (share.sum(pixels) + y.sum(pixels) + smooth)
+    if original:
+        nats = nats.mean(pixels)
+    focal = alpha * jnp.square(1 - jnp.exp(-nats)) * nats
+    if not original:
+        focal = focal.mean(pixels)
+    scale = count if original else 1.0
+    return {
+        "focal": mean_of_real(focal, real_BK) * scale,
+        "dice": mean_of_real(dice, real_BK) * scale,
+        "iou": mean_of_real(iou_error, real_BK),
+    }

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Places among words: putting boxes in, finding triggers, and boxes that do not fit the text."""
+
+import numpy as np
+import pytest
+
+from lionjax import heads
+from lionjax.interfaces import UserError
+
+HERE = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]], bool)
+
+
+def test_the_kth_piece_of_a_row_stands_at_its_kth_marked_place_and_all_else_stays():
+    x = np.arange(15.0).reshape(3, 5, 1)
+    pieces = np.array([[[100.0], [101]], [[200], [201]], [[300], [301]]])
+    made = np.asarray(heads.put(x, HERE, pieces))[..., 0]
+    np.testing.assert_array_equal(made[0], [0, 100, 2, 101, 4])
+    np.testing.assert_array_equal(made[1], x[1, :, 0])
+    np.testing.assert_array_equal(made[2, :2], [300, 301])
+
+
+def test_marked_places_are_found_in_their_order():
+    place, real = heads.places(HERE, 2)
+    np.testing.assert_array_equal(real, [[1, 1], [0, 0], [1, 1]])
+    np.testing.assert_array_equal(np.asarray(place)[[0, 2]], [[1, 3], [0, 1]])
+    x = np.arange(15).reshape(3, 5)
+    np.testing.assert_array_equal(heads.pick(x, place)[0], [1, 3])
+    np.testing.assert_array_equal(heads.pick(x[..., None], place)[2, :, 0], [10, 11])
+    assert heads.places(HERE, 9)[0].shape == (3, 5)
+
+
+BOX = [0.1, 0.2, 0.6, 0.5]
+
+
+@pytest.mark.parametrize(
+    "boxes, tokens, message",
+    [
+        ([BOX], 2, "names 2 regions but has 1 boxes; give one each"),
+        ([BOX, BOX], 1, "names 1 regions but has 2 boxes"),
+        ([BOX], 3, "names 3 regions; at most 2 are allowed"),
+        ([[0.6, 0.2, 0.1, 0.5]], 1, r"the box \[0.6, 0.2, 0.1, 0.5\] is none"),
+        ([[0.1, 0.2, 1.6, 0.5]], 1, "between 0 and 1"),
+        ([[-0.1, 0.2, 0.6, 0.5]], 1, "between 0 and 1"),
+        ([[0.1, float("nan"), 0.6, 0.5]], 1, "between 0 and 1"),
+    ],
+)
+def test_boxes_that_do_not_fit_the_prompt_are_refused(boxes, tokens, message):
+    ids, box, mask = np.array([[5, 6, *[9] * tokens, *[7] * (4 - tokens)]]), np.zeros((1, 2, 4)), np.zeros((1, 2))
+    box[0, : len(boxes)], mask[0, : len(boxes)] = boxes, 1
+    with pytest.raises(UserError, match=message):
+        heads.check_boxes(ids, 9, box, mask)
+
+
+def test_boxes_that_fit_the_prompt_pass():
+    heads.check_boxes(np.array([[9, 1], [1, 1]]), 9, np.array([[BOX], [[0] * 4]]), np.array([[1], [0]]))

@@ -53,6 +53,7 @@ class Batch:
     boxes_mask_BK: Array = None
     masks_BKHW: Array = None  # bool
     features: Any = None
+    sam_image_BHWC: Array = None  # float32, the same pictures as SAM wants them: larger, with its own mean and deviation
 
 
 @pytree

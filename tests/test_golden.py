@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+import golden_nextchat
 import jax
 import numpy as np
 import pytest
@@ -38,6 +39,17 @@ def assert_close(mine, theirs, what: str, tolerance=1e-4):
     scale = max(np.abs(theirs).max(), 1e-30)
     worst = np.abs(np.asarray(mine, np.float64) - theirs).max() / scale
     assert worst <= tolerance, f"{what}: off by {worst:.2e} of its largest magnitude"
+
+
+def assert_same_norms(mine: dict, theirs: dict):
+    """Every gradient norm within 0.1 % of the original's."""
+    wrong = []
+    for name, norm in theirs.items():
+        norm = norm or 0.0
+        own = float(np.linalg.norm(np.asarray(mine[name], np.float64)))
+        if abs(own - norm) > 1e-3 * norm + 1e-5:
+            wrong.append(f"{name}: {own:.6g}, the original {norm:.6g}")
+    assert theirs and not wrong, f"{len(wrong)} of {len(theirs)} gradient norms differ: {wrong[:5]}"
 
 
 def lion_of(config: dict, visual_input: str = "ALL") -> Lion:
@@ -145,14 +157,7 @@ def test_lion_has_the_originals_gradient_norm_for_every_weight(lion_golden, rout
     batch = lion_batch(arrays, route)
     grads = jax.jit(jax.grad(lambda params: lion.loss(params, batch)[0]))(params)
     mine = convert.state_from(lion.torch_rows(), jax.tree.map(np.asarray, grads))
-    theirs = json.loads(file.read_text())
-    wrong = []
-    for name, norm in theirs.items():
-        norm = norm or 0.0
-        own = float(np.linalg.norm(np.asarray(mine[name], np.float64)))
-        if abs(own - norm) > 1e-3 * norm + 1e-5:
-            wrong.append(f"{name}: {own:.6g}, the original {norm:.6g}")
-    assert theirs and not wrong, f"{len(wrong)} of {len(theirs)} gradient norms differ: {wrong[:5]}"
+    assert_same_norms(mine, json.loads(file.read_text()))
 
 
 def test_lion_generates_the_originals_ids(lion_golden):
@@ -173,5 +178,32 @@ def test_lion_weights_go_back_to_the_same_bits(lion_golden):
     folder, _, lion, params, _ = lion_golden
     theirs = load_file(folder / "weights.safetensors")
     back = convert.state_from(lion.torch_rows(), params)
+    assert back.keys() == theirs.keys()
+    assert all(back[name].tobytes() == theirs[name].tobytes() for name in theirs)
+
+
+@pytest.fixture(scope="module", params=folders("nextchat"))
+def nextchat_golden(request):
+    return golden_nextchat.compute(request.param)
+
+
+def test_nextchat_computes_what_the_original_computes(nextchat_golden):
+    theirs, ours = nextchat_golden.theirs, nextchat_golden.ours
+    texts, places = {"input_ids", "labels", "attention_mask"}, {"loc_inputs", "loc_targets", "sam_target_masks"}
+    outputs = theirs.keys() - texts - places - {"image", "sam_image"}
+    assert outputs <= ours.keys()
+    for name in sorted(outputs):
+        assert_close(ours[name], theirs[name], name)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_nextchat_has_the_originals_gradient_norm_for_every_weight(nextchat_golden, stage):
+    norms = json.loads((nextchat_golden.folder / f"grad_norms_{stage}.json").read_text())
+    assert_same_norms(nextchat_golden.gradients[stage], norms)
+
+
+def test_nextchat_weights_go_back_to_the_same_bits(nextchat_golden):
+    theirs = load_file(nextchat_golden.folder / "weights.safetensors")
+    back = convert.state_from(nextchat_golden.system.torch_rows(), nextchat_golden.params)
     assert back.keys() == theirs.keys()
     assert all(back[name].tobytes() == theirs[name].tobytes() for name in theirs)

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NExT-Chat (arXiv 2311.04498): a language model that reads and says places as embeddings (pix2emb).
+
+The picture's patches stand as words where the prompt has its image tokens, and a box stands where it has a location
+token, as an embedding. To say a place, the model writes the trigger token: its state there is read as a box, the box
+goes back in as the next word, and the same state with the box asks SAM for a mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lionjax import heads, losses
+from lionjax.heads import Locations, MaskPrompts
+from lionjax.interfaces import Batch, Cache, Metrics, Params
+from lionjax.language import decoder
+from lionjax.language.decoder import VICUNA_7B, Decoder, DecoderConfig
+from lionjax.layers import MLP, Dense, dense_rows
+from lionjax.vision import sam_masks, vit
+from lionjax.vision.sam import SAM_VIT_H, SamConfig
+from lionjax.vision.sam_masks import Sam
+from lionjax.vision.vit import CLIP_VIT_L, ViT, ViTConfig
+from lionjax.weight_rows import Row, under
+
+OBJECTIVES = ("language", "masks")
+LOSSES = ("intended", "original")
+NEVER = -1e30  # a logit that is never chosen, and finite
+
+
+@dataclasses.dataclass(frozen=True)
+class NextChat:
+    """A NExT-Chat by its parts' sizes; the defaults are those of the 7B release.
+
+    `feature_layer` counts CLIP's hidden states as transformers does: -2 is the output of the last block but one.
+    `objective` is "language" in stages 1 and 2 (words and boxes) and "masks" in stage 3. `losses`: "original" has the
+    constants that the released code has by mistake (see `losses.mask_losses`, `losses.giou_loss`). The paper's
+    `giou_weight` is 0.8, the code's 0.2. `box_scale`: what 1 of a box is in the pixels that SAM's prompts are told in.
+    """
+
+    vision: ViTConfig = CLIP_VIT_L
+    language: DecoderConfig = dataclasses.replace(VICUNA_7B, vocab=32005)
+    sam: SamConfig = SAM_VIT_H
+    feature_layer: int = -2
+    projector_depth: int = 2
+    location_hidden: int = 2048
+    mask_tokens: int = 4
+    box_scale: float = 1024.0
+    image_token: int = 32000
+    trigger_token: int = 32003
+    location_token: int = 32004
+    max_boxes: int = 8  # kept of an answer
+    l1_weight: float = 2.0
+    giou_weight: float = 0.2
+    cycle_weight: float = 1.0
+    focal_weight: float = 20.0
+    objective: str = "language"
+    losses: str = "intended"
+    dtype: str = "float32"  # of the computation
+
+    def __post_init__(self):
+        known = {"objective": OBJECTIVES, "losses": LOSSES, "projector_depth": (1, 2)}
+        for field, values in known.items():
+            if getattr(self, field) not in values:
+                text = ", ".join(map(str, values))
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {text}")
+
+    def init(self, key, batch: Batch) -> Params:
+        """Random parameters of every part, whatever the objective."""
+        return NextChatModule(self).init(key, batch, method="everything")["params"]
+
+    def _apply(self, params: Params, method: str, *args):
+        return NextChatModule(self).apply({"params": params}, *args, method=method)
+
+    def features(self, params: Params, batch: Batch):
+        """What the frozen towers make of the pictures: patches (B, P, D) and, where SAM's pictures are, its map."""
+        return self._apply(params, "see", batch)
+
+    def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
+        """Words, boxes and both cycles, or masks, as `objective` says."""
+        return self._apply(params, "masks_loss" if self.objective == "masks" else "language_loss", batch, key)
+
+    def locate(self, params: Params, batch: Batch):
+        """The boxes (B, K, 4) read at the triggers of the given answers, their states (B, K, D), and which are real."""
+        return self._apply(params, "locate", batch)
+
+    def masks(self, params: Params, batch: Batch, box_BK4, state_BKD):
+        """Mask logits (B, K, h, w) and expected IoUs (B, K) of boxes and the states that they were read from."""
+        return self._apply(params, "segment", batch, box_BK4, state_BKD)
+
+    def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
+        """Read picture and prompt."""
+        return self._apply(params, "begin", batch, cache_length)
+
+    def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Read one more token per row. A location token can follow a trigger only, must, and is read as the box.
+
+        `cache.written["kept"]` holds the answer's boxes so far, their states and how many there were.
+        """
+        return self._apply(params, "extend", token_B, cache)
+
+    def torch_rows(self) -> tuple[Row, ...]:
+        """Names of the NExT-Chat release."""
+        return torch_rows(self)
+
+
+class NextChatModule(nn.Module):
+    c: NextChat
+
+    def setup(self):
+        c, width = self.c, self.c.language.width
+        self.vision = ViT(c.vision, (c.vision.depth + c.feature_layer,))
+        if c.projector_depth == 1:
+            self.projector = Dense(c.vision.width, width, ("embed", None))
+        else:
+            self.projector = MLP(c.vision.width, width, "gelu", features=width)
+        self.language = Decoder(c.language)
+        self.locations = Locations(width, c.location_hidden)
+        self.mask_prompts = MaskPrompts(width, c.mask_tokens, c.sam.channels)
+        self.sam = Sam(c.sam)
+
+    def see(self, batch: Batch):
+        if batch.features is not None:
+            return jax.tree.map(lambda leaf: leaf.astype(self.c.dtype), batch.features)
+        _, seen_TBPD, _ = self.vision(batch.image_BHWC.astype(self.c.dtype))
+        seen = {"patches": seen_TBPD[0, :, 1:]}
+        if batch.sam_image_BHWC is not None:
+            seen["map"] = self.sam.encode(batch.sam_image_BHWC.astype(self.c.dtype))
+        return seen
+
+    def embed(self, batch: Batch, ids_BL):
+        """Words (B, L, D), with patches at the image tokens and boxes at the location tokens, in their order."""
+        c = self.c
+        picture_BPD = self.projector(self.see(batch)["patches"])
+        x_BLD = self.language.embed(ids_BL, picture_BPD.dtype)
+        x_BLD = heads.put(x_BLD, ids_BL == c.image_token, picture_BPD)
+        if batch.boxes_BK4 is None:
+            return x_BLD
+        return heads.put(x_BLD, ids_BL == c.location_token, self.locations.encode(batch.boxes_BK4))
+
+    def read(self, batch: Batch, key):
+        """States (B, L + M, D) of prompt and answer in one row."""
+        ids_BL = jnp.concatenate([batch.prompt_BL, batch.target_BM], axis=1)
+        mask_BL = jnp.concatenate([batch.prompt_mask_BL, batch.target_mask_BM], axis=1)
+        return self.language(self.embed(batch, ids_BL), mask_BL, batch.task_B, key)
+
+    def __call__(self, batch: Batch, key=None):
+        """Logits (B, M, V) in float32, row m predicting target m, and the states of the whole row."""
+        state_BLD = self.read(batch, key)
+        length = batch.prompt_BL.shape[1]
+        first_BD = decoder.last(state_BLD[:, :length], batch.prompt_mask_BL)
+        before_BMD = jnp.concatenate([first_BD[:, None], state_BLD[:, length:-1]], axis=1)
+        return self.language.logits(before_BMD), state_BLD
+
+    def triggers(self, batch: Batch, state_BLD):
+        """States at the answer's triggers (B, K, D), which box each of them means (B, K), and which are real (B, K).
+
+        Triggers in what the other side says are not learned. A trigger means the box of the location token behind it.
+        """
+        c, length, count = self.c, batch.prompt_BL.shape[1], batch.boxes_BK4.shape[1]
+        said_BM = (batch.target_BM == c.trigger_token) & batch.loss_mask_BM.astype(bool)
+        place_BK, real_BK = heads.places(said_BM, count)
+        is_box_BL = jnp.concatenate([batch.prompt_BL, batch.target_BM], axis=1) == c.location_token
+        which_BK = heads.pick(jnp.cumsum(is_box_BL, axis=1)[:, length:], place_BK)
+        real_BK = real_BK & (which_BK < count)
+        return heads.pick(state_BLD[:, length:], place_BK), jnp.minimum(which_BK, count - 1), real_BK
+
+    def language_loss(self, batch: Batch, key):
+        c = self.c
+        logits_BMV, state_BLD = self(batch, key)
+        # The model says where a place begins; what stands there is not a word it could choose.
+        learned_BM = batch.loss_mask_BM * (batch.target_BM != c.location_token)
+        loss, metrics = losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
+        if batch.boxes_BK4 is None:
+            return loss, metrics
+        trigger_BKD, which_BK, real_BK = self.triggers(batch, state_BLD)
+        trigger_BKD = trigger_BKD.astype(jnp.float32)
+        box_BK4 = heads.pick(batch.boxes_BK4, which_BK)
+        predicted_BK4 = self.locations.decode(trigger_BKD)
+        again_BKD = self.locations.encode(predicted_BK4)
+        same_BK4 = self.locations.decode(self.locations.encode(batch.boxes_BK4))
+        given_BK = batch.boxes_mask_BK
+        terms = {
+            "text": loss,
+            "l1": c.l1_weight * losses.mean_of_real(jnp.abs(predicted_BK4 - box_BK4), real_BK),
+            "giou": c.giou_weight * losses.giou_loss(predicted_BK4, box_BK4, real_BK, c.losses == "original"),
+            "cycle_state": c.cycle_weight * losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK),
+            "cycle_box": c.cycle_weight * losses.mean_of_real(jnp.abs(same_BK4 - batch.boxes_BK4), given_BK),
+        }
+        metrics |= {f"loss_{name}": term for name, term in terms.items()}
+        metrics["box_iou"] = losses.mean_of_real(losses.iou(predicted_BK4, box_BK4), real_BK)
+        return sum(terms.values()), metrics
+
+    def masks_loss(self, batch: Batch, key):
+        c = self.c
+        trigger_BKD, which_BK, real_BK = self.triggers(batch, self.read(batch, key))
+        logits_BKHW, iou_BK = self.segment(batch, self.locations.decode(trigger_BKD), trigger_BKD)
+        mask_BKHW = heads.pick(batch.masks_BKHW, which_BK)
+        logits_BKHW = sam_masks.enlarge(logits_BKHW, mask_BKHW.shape[-1])
+        terms = losses.mask_losses(logits_BKHW, iou_BK, mask_BKHW, real_BK, c.losses == "original")
+        terms["focal"] = c.focal_weight * terms["focal"]
+        weight = real_BK.astype(jnp.float32).sum()
+        return sum(terms.values()), {"weight": weight} | {f"loss_{name}": term for name, term in terms.items()}
+
+    def segment(self, batch: Batch, box_BK4, state_BKD):
+        """The mask tokens of the states, then two of the boxes, ask SAM's decoder; its first mask answers."""
+        own_BKTC = self.mask_prompts(state_BKD.astype(jnp.float32))
+        box_BKTC = self.sam.prompts.boxes(box_BK4 * self.c.box_scale)
+        prompt_BKTC = jnp.concatenate([own_BKTC, box_BKTC], axis=2)
+        logits_BKMHW, iou_BKM = self.sam.decode(self.see(batch)["map"], prompt_BKTC)
+        return logits_BKMHW[:, :, 0], iou_BKM[:, :, 0]
+
+    def locate(self, batch: Batch):
+        trigger_BKD, _, real_BK = self.triggers(batch, self.read(batch, None))
+        return self.locations.decode(trigger_BKD), trigger_BKD, real_BK
+
+    def begin(self, batch: Batch, cache_length: int):
+        c, batch_size = self.c, batch.prompt_BL.shape[0]
+        x_BLD = self.embed(batch, batch.prompt_BL)
+        state_BD, cache = self.language.begin(x_BLD, batch.prompt_mask_BL, cache_length, batch.task_B)
+        kept = {
+            "box": jnp.zeros((1, batch_size, c.max_boxes, 4)),
+            "state": jnp.zeros((1, batch_size, c.max_boxes, state_BD.shape[-1]), state_BD.dtype),
+            "count": jnp.zeros((1, batch_size), jnp.int32),
+        }
+        written = cache.written | {"kept": kept}
+        last_B = decoder.last(batch.prompt_BL[..., None], batch.prompt_mask_BL)[:, 0]
+        return self.say(state_BD, last_B == c.trigger_token, Cache(written, cache.fixed, cache.step))
+
+    def extend(self, token_B, cache: Cache):
+        c, written = self.c, cache.written
+        word_BD = self.language.embed(token_B, written["k"].dtype)
+        after_B = written["triggered"][0]
+        place_BD = self.locations.encode(written["place"][0]).astype(word_BD.dtype)
+        state_BD, cache = self.language.extend(jnp.where(after_B[:, None], place_BD, word_BD), cache)
+        return self.say(state_BD, (token_B == c.trigger_token) & ~after_B, cache)
+
+    def say(self, state_BD, triggered_B, cache: Cache):
+        """Logits of the next word, and the cache with the place that is said here, if this is where one is said."""
+        c, kept = self.c, cache.written["kept"]
+        place_B4 = self.locations.decode(state_BD)
+        here_BK = triggered_B[:, None] & (jnp.arange(c.max_boxes) == kept["count"][0][:, None])
+        kept = {
+            "box": jnp.where(here_BK[None, ..., None], place_B4[None, :, None], kept["box"]),
+            "state": jnp.where(here_BK[None, ..., None], state_BD[None, :, None], kept["state"]),
+            "count": kept["count"] + triggered_B,
+        }
+        written = cache.written | {"kept": kept, "place": place_B4[None], "triggered": triggered_B[None]}
+        is_location_V = jnp.arange(c.language.vocab) == c.location_token
+        word_BV = jnp.where(is_location_V, NEVER, self.language.logits(state_BD))
+        place_V = jnp.where(is_location_V, 0.0, NEVER)
+        return jnp.where(triggered_B[:, None], place_V, word_BV), Cache(written, cache.fixed, cache.step)
+
+    def everything(self, batch: Batch):
+        """Runs every part once, to make its parameters."""
+        c = self.c
+        x_BLD = self.embed(batch, batch.prompt_BL)
+        state_BLD = self.language(x_BLD, batch.prompt_mask_BL, batch.task_B)
+        box_B14 = self.locations.decode(self.locations.encode(self.locations.decode(state_BLD[:, :1])))
+        image = jnp.zeros((1, c.sam.image, c.sam.image, 3))
+        given = self.sam.prompts.mask(jnp.zeros((1, 4 * c.sam.grid, 4 * c.sam.grid)))
+        prompt = jnp.concatenate([self.mask_prompts(state_BLD[:1, :1]), self.sam.prompts.boxes(box_B14[:1])], axis=2)
+        return self.language.logits(state_BLD), self.sam.decode(self.sam.encode(image), prompt, given)
+
+
+def torch_rows(c: NextChat) -> tuple[Row, ...]:
+    """The release's state dict, with CLIP and SAM inside."""
+    if c.projector_depth == 1:
+        projector = dense_rows("model.mm_projector", "projector")
+    else:
+        projector = (
+            *dense_rows("model.mm_projector.0", "projector/up"),
+            *dense_rows("model.mm_projector.2", "projector/down"),
+        )
+    return (
+        *under("model.vision_tower.vision_model.", "vision/", vit.clip_rows(c.vision)),
+        *projector,
+        *under("", "language/", decoder.llama_rows(c.language)),
+        *under("", "locations/", heads.location_rows()),
+        *under("", "mask_prompts/", heads.mask_prompt_rows()),
+        *under("sam.model.", "sam/", sam_masks.torch_rows(c.sam)),
+    )

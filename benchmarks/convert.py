@@ -70,8 +70,9 @@ def make(folder: Path, gigabytes: float) -> int:
 
     config = t5_of(gigabytes)
     kind = of_config(config)
-    leaves = trees.flatten(kind.abstract(config))
-    made = plan_state(kind.rows(config), {p: Form(x.shape, np.dtype(ml_dtypes.bfloat16)) for p, x in leaves.items()}).made
+    shapes, half = trees.flatten(kind.abstract(config)), np.dtype(ml_dtypes.bfloat16)
+    leaves = {path: Form(shape.shape, half) for path, shape in shapes.items()}
+    made = plan_state(kind.rows(config), leaves).made
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(2**22, np.float32).astype(ml_dtypes.bfloat16)
     parts = ((name, (), np.resize(noise, form.shape)) for name, form in made.items())

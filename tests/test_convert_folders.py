@@ -304,7 +304,7 @@ def released_lion(tmp_path, monkeypatch):
     return folder, lion, params, state
 
 
-def test_the_three_parts_of_a_released_lion_become_one_and_come_back_under_its_names(released_lion, tmp_path, monkeypatch):
+def test_the_three_parts_of_a_released_lion_become_one_and_come_back(released_lion, tmp_path, monkeypatch):
     folder, lion, params, state = released_lion
     config, made = convert.from_torch(folder)
     assert config == lion

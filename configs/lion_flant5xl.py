@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LION-4B: EVA ViT-g and FlanT5-XL, both frozen, in three stages of instruction tuning (arXiv 2311.11860).
 
-Wants the public weights, converted once: `lionjax convert eva_vit_g.pth weights/eva_vit_g --to jax` and likewise FlanT5.
+Wants the public weights, converted once: `lionjax convert eva_vit_g.pth weights/eva_vit_g --to jax`, and so for FlanT5.
 Rates, batch and steps are InstructBLIP's: the paper and its release do not give LION's own.
 """
 
@@ -10,9 +10,9 @@ import dataclasses
 from lionjax.adapters import AdapterConfig
 from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
 from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
+from lionjax.data.coco import Coco
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processors import ProcessorConfig
-from lionjax.data.coco import Coco
 from lionjax.language.t5 import FLAN_T5_XL, T5Config
 from lionjax.systems.lion import Lion
 from lionjax.vision.vit import EVA_VIT_G
@@ -26,15 +26,26 @@ REGION_LEVEL = (("rec", 1.0), ("reg", 1.0))
 
 def system(language: T5Config) -> Lion:
     """A LION around a FlanT5: erf GELU and two routed adapters beside every feed-forward."""
-    language = dataclasses.replace(language, activation="gelu", adapters=AdapterConfig(64), remat="dots")
+    language = dataclasses.replace(
+        language, activation="gelu", adapters=AdapterConfig(64), remat="dots"
+    )
     return Lion(
-        dataclasses.replace(EVA_VIT_G, remat="full"), QFormerConfig(), AggregatorConfig(), language, dtype="bfloat16"
+        dataclasses.replace(EVA_VIT_G, remat="full"),
+        QFormerConfig(),
+        AggregatorConfig(),
+        language,
+        dtype="bfloat16",
     )
 
 
 def stages(batch_size: int) -> tuple[Stage, ...]:
     """LION's schedule: image level, region level, then both with the routers."""
-    shared = {"batch_size": batch_size, "learning_rate": 1e-5, "warmup_steps": 1000, "weight_decay": 0.05}
+    shared = {
+        "batch_size": batch_size,
+        "learning_rate": 1e-5,
+        "warmup_steps": 1000,
+        "weight_decay": 0.05,
+    }
     return (
         Stage(
             "image_level", 60_000, (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), IMAGE_LEVEL,
@@ -51,9 +62,13 @@ def stages(batch_size: int) -> tuple[Stage, ...]:
     )  # fmt: skip
 
 
-def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_size: int = 192) -> Experiment:
+def get_config(
+    language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_size: int = 192
+) -> Experiment:
     """The whole run; `language` and what goes with it may be the larger FlanT5."""
-    processor = ProcessorConfig(tokenizer=f"weights/{name}", question_tokenizer="weights/bert_base_uncased")
+    processor = ProcessorConfig(
+        tokenizer=f"weights/{name}", question_tokenizer="weights/bert_base_uncased"
+    )
     return Experiment(
         name=f"lion_{name.replace('_', '')}",
         system=system(language),
@@ -61,6 +76,9 @@ def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_
         stages=stages(batch_size),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
-        weights=(("vision", "weights/eva_vit_g/params.safetensors"), ("language", f"weights/{name}/params.safetensors")),
+        weights=(
+            ("vision", "weights/eva_vit_g/params.safetensors"),
+            ("language", f"weights/{name}/params.safetensors"),
+        ),
         answer=AnswerConfig(beams=5, repetition_penalty=1.5),  # as the release answers
     )

@@ -21,14 +21,18 @@ def get_config() -> BackbonesConfig:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=("vision", "language", "both"), default="both")
-    parser.add_argument("--start", type=Path, help="go on from this ViT, with the mirrored steps only")
+    parser.add_argument(
+        "--start", type=Path, help="go on from this ViT, with the mirrored steps only"
+    )
     parser.add_argument("--out", type=Path, default=Path("lionjax/data/assets"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = get_config()
     if arguments.part in ("vision", "both"):
         start = backbones.load(arguments.start, "vision") if arguments.start else None
-        params, figures = backbones.train_vision(config, processors.CLIP_MEAN, processors.CLIP_STD, start)
+        params, figures = backbones.train_vision(
+            config, processors.CLIP_MEAN, processors.CLIP_STD, start
+        )
         backbones.save(params, "vision", arguments.out / "tiny_vit.safetensors")
         (arguments.out / "tiny_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
     if arguments.part in ("language", "both"):

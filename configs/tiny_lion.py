@@ -25,10 +25,24 @@ REGION_LEVEL = (("rec", 3.0), ("reg", 1.0))
 SYSTEM = Lion(
     vision=TINY_VIT,
     qformer=QFormerConfig(
-        width=128, layers=4, heads=4, hidden=256, queries=16, vision_width=128, vocab=1024, positions=96, dropout=0.0
+        width=128,
+        layers=4,
+        heads=4,
+        hidden=256,
+        queries=16,
+        vision_width=128,
+        vocab=1024,
+        positions=96,
+        dropout=0.0,
     ),
     aggregator=AggregatorConfig(
-        query_layer=5, context_layers=(3, 1), width=128, heads=4, hidden=256, dropout=0.0, projector=256
+        query_layer=5,
+        context_layers=(3, 1),
+        width=128,
+        heads=4,
+        hidden=256,
+        dropout=0.0,
+        projector=256,
     ),
     language=dataclasses.replace(TINY_T5, adapters=AdapterConfig(32)),
     soft_prompt_token=3,
@@ -37,7 +51,13 @@ SYSTEM = Lion(
 
 def get_config() -> Experiment:
     """The whole run."""
-    shared = {"batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 50, "weight_decay": 0.01, "clip_norm": 1.0}
+    shared = {
+        "batch_size": 32,
+        "learning_rate": 1e-3,
+        "warmup_steps": 50,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+    }
     return Experiment(
         name="tiny_lion",
         system=SYSTEM,

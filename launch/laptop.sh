@@ -14,6 +14,15 @@ RUN="${1:-runs/demo}"
 # to point, then both work together while the routers learn whom to listen to for which task.
 lionjax train configs/tiny_lion.py --workdir "$RUN"
 
+# The same weights under the names of the original PyTorch code, read back and compared bit by bit.
+rm -rf "$RUN/torch"
+lionjax convert "$RUN" "$RUN/torch" --to torch
+
+# A question and a search, on a picture that it never saw; the box is drawn into the second one's copy.
+PICTURE="$(ls "$RUN"/evaluation/pictures/*.png | head -1)"
+lionjax generate "$RUN" --image "$PICTURE" --prompt "Describe the image in one short sentence."
+lionjax generate "$RUN" --image "$PICTURE" --prompt "Where is the leftmost object?" --out "$RUN/where.png"
+
 # Curves, tables against baselines, and held-out pictures with the answers given: report.html, report.json.
 lionjax report "$RUN"
 

@@ -31,7 +31,9 @@ class Adapter(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD):
-        down = Dense(self.width, self.bottleneck, ("embed", "narrow"), init=kaiming_uniform, name="down")
+        down = Dense(
+            self.width, self.bottleneck, ("embed", "narrow"), init=kaiming_uniform, name="down"
+        )
         up = Dense(self.bottleneck, self.width, ("narrow", "embed"), init=zeros, name="up")
         scale = self.param("scale", sharded(ones, (None,)), (1,))
         return up(jax.nn.relu(down(x_BLD))) * scale.astype(x_BLD.dtype)
@@ -49,12 +51,15 @@ class RoutedAdapters(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, task_B):
         changes = [
-            Adapter(self.width, self.c.bottleneck, name=f"adapter_{a}")(x_BLD) for a in range(self.c.count)
+            Adapter(self.width, self.c.bottleneck, name=f"adapter_{a}")(x_BLD)
+            for a in range(self.c.count)
         ]
         if self.c.count == 1:
             return changes[0]
         shape = (self.c.tasks, self.c.count, self.width)
-        ratio_TAD = self.param("ratio", sharded(one_adapter_per_task, ("task", "task", "embed")), shape)
+        ratio_TAD = self.param(
+            "ratio", sharded(one_adapter_per_task, ("task", "task", "embed")), shape
+        )
         ratio_BAD = ratio_TAD[task_B].astype(x_BLD.dtype)
         return sum(change * ratio_BAD[:, None, a] for a, change in enumerate(changes))
 
@@ -78,5 +83,7 @@ def torch_rows(c: AdapterConfig) -> tuple[Row, ...]:
             Row(theirs + "scale", ours + "scale"),
         ]
     if c.count > 1:
-        rows.append(Row(tuple(f"router_ratio{a + 1}" for a in range(c.count)), "ratio", joined(axis=1)))
+        rows.append(
+            Row(tuple(f"router_ratio{a + 1}" for a in range(c.count)), "ratio", joined(axis=1))
+        )
     return tuple(rows)

@@ -147,7 +147,9 @@ class RelativeBias(nn.Module):
         return table[bucket_LS].transpose(2, 0, 1)[None].astype(jnp.float32)
 
 
-def torch_rows(names: dict[str, str], heads: int, head: int, biases: str, kv_heads: int | None = None) -> tuple[Row, ...]:
+def torch_rows(
+    names: dict[str, str], heads: int, head: int, biases: str, kv_heads: int | None = None
+) -> tuple[Row, ...]:
     """Rows of an `Attention` whose q, k, v, o are four torch Linears with the given names."""
     rows = []
     for letter, name in names.items():

@@ -128,10 +128,14 @@ def convert(given: argparse.Namespace, _) -> None:
     """Write a run or a folder of weights under the original's names (torch), or under ours (jax)."""
     from lionjax import model
     from lionjax.convert import convert
+    from lionjax.evaluation.report import note
 
     if model.is_run(given.src):
-        model.load(given.src).export(given.dst, given.to)
-        print(f"written: {given.dst}")
+        run = model.load(given.src)
+        run.export(given.dst, given.to)
+        exact = run.has_the_bits_of(model.load(given.dst))
+        note(given.src, {"round_trip_exact": exact})
+        print(f"written: {given.dst}; read back, {'every bit is the same' if exact else 'BITS DIFFER'}")
     else:
         print(convert(given.src, given.dst, given.to, given.system))
 

@@ -2,8 +2,9 @@
 """What every other file agrees on: a batch, a cache, and the five verbs of a system.
 
 One key of letters is used in the whole project, at the end of names:
-`B` batch, `L` text length, `M` answer length, `S` keys, `P` patches, `Q` queries, `T` taps, `D` width, `F` hidden, `N` heads,
-`H` head size, `V` vocabulary, `K` boxes, `C` channels, `A` adapters. Pictures are `image_BHWC`, boxes `x0 y0 x1 y1` in 0..1.
+`B` batch, `L` text length, `M` answer length, `S` keys, `P` patches, `Q` queries, `T` taps, `D` width,
+`F` hidden, `N` heads, `H` head size, `V` vocabulary, `K` boxes, `C` channels, `A` adapters.
+Pictures are `image_BHWC`, boxes `x0 y0 x1 y1` in 0..1.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Batch:
     boxes_mask_BK: Array = None
     masks_BKHW: Array = None  # bool
     features: Any = None
-    sam_image_BHWC: Array = None  # float32, the same pictures as SAM wants them: larger, with its own mean and deviation
+    sam_image_BHWC: Array = None  # float32, the same pictures at SAM's size, mean and deviation
 
 
 @pytree

@@ -24,7 +24,7 @@ from lionjax.data import pictures, tokenizer
 from lionjax.data.examples import DataConfig
 from lionjax.data.processors import Input, Processor, ProcessorConfig
 from lionjax.evaluation import benchmarks
-from lionjax.interfaces import CATEGORIES, Batch, Params, System, UserError
+from lionjax.interfaces import Batch, Params, System, UserError
 from lionjax.scores import GenerateConfig
 from lionjax.sharding import MeshConfig
 from lionjax.training import checkpoints, stages, start
@@ -92,10 +92,10 @@ class Model:
             processor.row(processor.pixels(picture), one.question, one.tags, None, one.category)
             for picture, one in zip(seen, asked)
         ]
-        said: dict[int, str] = {}
-        for kind in CATEGORIES:  # each with its own settings
-            places = [place for place, one in enumerate(asked) if one.category == kind]
-            how = generate or answering.settings(self.experiment.answer, processor, kind)
+        answer, said = self.experiment.answer, {}
+        hows = [generate or answering.settings(answer, processor, one.category) for one in asked]
+        for how in dict.fromkeys(hows):  # prompts of both categories go together where they are answered alike
+            places = [place for place, other in enumerate(hows) if other == how]
             key = jax.random.key(seed) if how.sample else None
             texts = self.answerer.say([rows[place] for place in places], how, key=key)
             said |= dict(zip(places, texts))
@@ -140,6 +140,15 @@ class Model:
             raise UserError(f"to is {to!r}; it can be 'torch' or 'jax'")
         write = convert.to_torch if to == "torch" else convert.save
         write(self.experiment, self.params, path, companions=self.companions())
+
+    def has_the_bits_of(self, other: Model) -> bool:
+        """Whether another model has the same parameters, bit for bit."""
+        mine, theirs = trees.flatten(self.params), trees.flatten(other.params)
+        return mine.keys() == theirs.keys() and all(
+            mine[path].dtype == theirs[path].dtype
+            and np.asarray(mine[path]).tobytes() == np.asarray(theirs[path]).tobytes()
+            for path in mine
+        )
 
     def companions(self) -> dict[str, Path]:
         """{name in a model's folder: file} of the tokenizers."""

@@ -56,7 +56,10 @@ def lion_of(config: dict, visual_input: str = "ALL") -> Lion:
     v, q, a, t = (config[name] for name in ("vision", "qformer", "aggregator", "t5"))
     adapters = AdapterConfig(config["adapters"]["bottleneck"], config["adapters"]["count"])
     return Lion(
-        ViTConfig(v["image_size"], v["patch_size"], v["width"], v["depth"], v["heads"], v["mlp_width"], v["layer_norm_eps"]),
+        ViTConfig(
+            v["image_size"], v["patch_size"], v["width"], v["depth"], v["heads"], v["mlp_width"],
+            v["layer_norm_eps"],
+        ),
         QFormerConfig(
             q["width"], q["layers"], q["heads"], q["mlp_width"], q["queries"], q["cross_attention_every"],
             q["vision_width"], q["vocab_size"], q["max_positions"], q["layer_norm_eps"],
@@ -113,32 +116,35 @@ def cases(arrays) -> list[tuple[str, str]]:
     return sorted({tuple(name.split(".")[:2]) for name in arrays if name.endswith(".logits")})
 
 
+def lion_states(lion: Lion, params, batch: Batch):
+    """({name in arrays.npz: value}, loss) of one forward pass."""
+
+    def everything(module, batch):
+        seen_BTPD = module.see(batch)
+        encoded_BLD, _ = module.encode(batch, None)
+        found = {"vit_output": seen_BTPD[:, -1], "t5_encoder_output": encoded_BLD}
+        found["logits"] = module(batch, None)
+        for tap, layer in enumerate(lion.taps):
+            found[f"vit_intermediate_{layer}"] = seen_BTPD[:, tap]
+        if lion.visual_input != "AGGREGATOR":
+            normed = module.qformer_norm(seen_BTPD[:, -1])
+            found["qformer_output"] = module.qformer(normed, batch.question_BL, batch.question_mask_BL)
+        if lion.visual_input != "QFORMER":
+            context_TBPD = seen_BTPD.transpose(1, 0, 2, 3)[:-1]
+            found["vision_aggregator_output"] = module.aggregator(seen_BTPD[:, -1], context_TBPD)
+        return found
+
+    found = LionModule(lion).apply({"params": params}, batch, method=everything)
+    return found, lion.loss(params, batch)[0]
+
+
 def test_lion_computes_what_the_original_computes(lion_golden):
     _, config, _, params, arrays = lion_golden
     checked = 0
     for route, visual_input in cases(arrays):
         lion, batch = lion_of(config, visual_input), lion_batch(arrays, route)
 
-        @jax.jit
-        def run(params, lion=lion, batch=batch):
-            def everything(module, batch):
-                seen_BTPD = module.see(batch)
-                encoded_BLD, _ = module.encode(batch, None)
-                found = {"vit_output": seen_BTPD[:, -1], "t5_encoder_output": encoded_BLD, "logits": module(batch, None)}
-                for tap, layer in enumerate(module.c.taps):
-                    found[f"vit_intermediate_{layer}"] = seen_BTPD[:, tap]
-                if visual_input != "AGGREGATOR":
-                    normed = module.qformer_norm(seen_BTPD[:, -1])
-                    found["qformer_output"] = module.qformer(normed, batch.question_BL, batch.question_mask_BL)
-                if visual_input != "QFORMER":
-                    context_TBPD = seen_BTPD.transpose(1, 0, 2, 3)[:-1]
-                    found["vision_aggregator_output"] = module.aggregator(seen_BTPD[:, -1], context_TBPD)
-                return found
-
-            found = LionModule(lion).apply({"params": params}, batch, method=everything)
-            return found, lion.loss(params, batch)[0]
-
-        found, loss = run(params)
+        found, loss = jax.jit(lion_states, static_argnums=0)(lion, params, batch)
         for what, value in found.items():
             name = what if what.startswith("vit_") else f"{route}.{visual_input}.{what}"
             if name in arrays:

@@ -16,7 +16,17 @@ import numpy as np
 
 from lionjax import attention as attentions
 from lionjax.attention import Attention, key_mask
-from lionjax.layers import MLP, Embed, LayerNorm, dense_rows, dropout, norm_rows, normal, split_key, zeros
+from lionjax.layers import (
+    MLP,
+    Embed,
+    LayerNorm,
+    dense_rows,
+    dropout,
+    norm_rows,
+    normal,
+    split_key,
+    zeros,
+)
 from lionjax.sharding import constrain, sharded
 from lionjax.weight_rows import Row, constant, reshaped, under
 
@@ -69,7 +79,9 @@ class PostNormBlock(nn.Module):
         out = zeros if self.zero_out else normal(0.02)
         inits = (normal(0.02), normal(0.02), normal(0.02), out)
         head = self.width // self.heads
-        return Attention(self.width, self.heads, head, source_width, rate=self.rate, inits=inits, name=name)
+        return Attention(
+            self.width, self.heads, head, source_width, rate=self.rate, inits=inits, name=name
+        )
 
     def norm(self, name):
         return LayerNorm(self.width, self.eps, name=name)
@@ -82,7 +94,9 @@ class PostNormBlock(nn.Module):
         queries = x_BLD.shape[1] if self.queries is None else self.queries
         asked_BQD, text_BLD = x_BLD[:, :queries], x_BLD[:, queries:]
         if self.source_width is not None:
-            change = self.attention("cross_attention", self.source_width)(asked_BQD, source_BPD, key=keys[2])
+            change = self.attention("cross_attention", self.source_width)(
+                asked_BQD, source_BPD, key=keys[2]
+            )
             asked_BQD = self.norm("cross_norm")(asked_BQD + dropout(change, self.rate, keys[3]))
         asked_BQD = self.feed("mlp", "norm", asked_BQD, keys[4])
         if not self.text:
@@ -109,7 +123,15 @@ class Group(nn.Module):
         for member in range(self.members):
             source_width = c.vision_width if member == 0 else None
             block = PostNormBlock(
-                c.width, c.heads, c.hidden, c.eps, c.dropout, source_width, c.queries, self.text, name=f"block_{member}"
+                c.width,
+                c.heads,
+                c.hidden,
+                c.eps,
+                c.dropout,
+                source_width,
+                c.queries,
+                self.text,
+                name=f"block_{member}",
             )
             x_BLD = block(x_BLD, source_BPD, mask, keys[member])
         return constrain(x_BLD, "batch", "length", "act_embed"), None
@@ -128,7 +150,9 @@ class QFormer(nn.Module):
         c = self.c
         groups, rest = divmod(c.layers, c.cross_every)
         keys = split_key(key, groups + 2)
-        query_QD = self.param("queries", sharded(normal(0.02), ("position", "embed")), (c.queries, c.width))
+        query_QD = self.param(
+            "queries", sharded(normal(0.02), ("position", "embed")), (c.queries, c.width)
+        )
         dtype, batch = source_BPD.dtype, source_BPD.shape[0]
         query_BQD = jnp.broadcast_to(query_QD.astype(dtype), (batch, c.queries, c.width))
         positions = jnp.arange(ids_BL.shape[1])
@@ -136,7 +160,9 @@ class QFormer(nn.Module):
         text_BLD = text_BLD + Embed(c.positions, c.width, name="positions")(positions, dtype)
         x_BLD = jnp.concatenate([query_BQD, text_BLD], axis=1)
         x_BLD = dropout(LayerNorm(c.width, c.eps, name="norm")(x_BLD), c.dropout, keys[0])
-        seen_BL = jnp.concatenate([jnp.ones((batch, c.queries), bool), mask_BL.astype(bool)], axis=1)
+        seen_BL = jnp.concatenate(
+            [jnp.ones((batch, c.queries), bool), mask_BL.astype(bool)], axis=1
+        )
         mask = key_mask(seen_BL)
         if groups:
             scan = nn.scan(
@@ -148,7 +174,9 @@ class QFormer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             group_keys = None if key is None else jnp.stack(keys[2:])
-            x_BLD, _ = scan(c, c.cross_every, True, name="groups")(x_BLD, group_keys, source_BPD, mask)
+            x_BLD, _ = scan(c, c.cross_every, True, name="groups")(
+                x_BLD, group_keys, source_BPD, mask
+            )
         if rest:
             x_BLD, _ = Group(c, rest, True, name="tail")(x_BLD, keys[1], source_BPD, mask)
         return x_BLD
@@ -163,7 +191,9 @@ class FusionBlock(nn.Module):
     def __call__(self, x_BPD, layer):
         c = self.c
         context_BPD, key = layer
-        block = PostNormBlock(c.width, c.heads, c.hidden, c.eps, c.dropout, c.width, zero_out=True, name="block")
+        block = PostNormBlock(
+            c.width, c.heads, c.hidden, c.eps, c.dropout, c.width, zero_out=True, name="block"
+        )
         return block(x_BPD, context_BPD, None, key), None
 
 
@@ -237,7 +267,9 @@ def torch_rows(c: QFormerConfig) -> tuple[Row, ...]:
 
 def query_rows(c: QFormerConfig) -> tuple[Row, ...]:
     """The learned queries."""
-    return (Row("query_tokens", "queries", reshaped((1, c.queries, c.width), (c.queries, c.width))),)
+    return (
+        Row("query_tokens", "queries", reshaped((1, c.queries, c.width), (c.queries, c.width))),
+    )
 
 
 def aggregator_rows(c: AggregatorConfig) -> tuple[Row, ...]:

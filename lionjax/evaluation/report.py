@@ -113,6 +113,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is no JSON: {error}") from error
 
 
+def note(folder: Path, figures: dict[str, Any]) -> None:
+    """Put figures into a run's report.json; what stands there otherwise stays."""
+    path = folder / "report.json"
+    write(path, (json.dumps((read_json(path) or {}) | figures, indent=1) + "\n").encode())
+
+
 def read_lines(path: Path) -> list[dict]:
     """The objects of a JSON-lines file. A last line cut short, as a killed run leaves it, is passed over."""
     lines = path.read_text().splitlines() if path.is_file() else []

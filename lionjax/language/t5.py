@@ -12,7 +12,8 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lionjax import adapters, attention as attentions
+from lionjax import adapters
+from lionjax import attention as attentions
 from lionjax.adapters import AdapterConfig, RoutedAdapters
 from lionjax.attention import Attention, RelativeBias, causal_mask, key_mask, write
 from lionjax.interfaces import Cache
@@ -75,7 +76,15 @@ def attention(c: T5Config, name: str) -> Attention:
         normal(inner**-0.5),
     )
     return Attention(
-        c.width, c.heads, c.head, biases="", scale=1.0, rate=c.dropout, inits=inits, lora=c.lora, name=name
+        c.width,
+        c.heads,
+        c.head,
+        biases="",
+        scale=1.0,
+        rate=c.dropout,
+        inits=inits,
+        lora=c.lora,
+        name=name,
     )
 
 
@@ -128,7 +137,10 @@ class DecoderBlock(nn.Module):
         x_BMD = RMSNorm(c.width, c.eps, name="self_norm")(h_BMD)
         keys_values = own.keys_values(x_BMD)
         if cache is not None:
-            keys_values = tuple(write(cache[f"self_{n}"], new, step) for n, new in zip("kv", keys_values, strict=True))
+            keys_values = tuple(
+                write(cache[f"self_{n}"], new, step)
+                for n, new in zip("kv", keys_values, strict=True)
+            )
         change = own.look(own.queries(x_BMD), keys_values, mask, bias, keys[0])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[1])
 
@@ -141,7 +153,9 @@ class DecoderBlock(nn.Module):
         change = cross.look(cross.queries(x_BMD), crossed, encoded_mask, None, keys[2])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[3])
         h_BMD = FeedForward(c, name="feed_forward")(h_BMD, task_B, keys[4])
-        remembered = None if cache is None else (keys_values, crossed if encoded_BLD is not None else None)
+        remembered = (
+            None if cache is None else (keys_values, crossed if encoded_BLD is not None else None)
+        )
         return h_BMD, remembered
 
 
@@ -167,7 +181,9 @@ class Encoder(nn.Module):
         keys = split_key(key, c.encoder_layers + 2)
         layer_keys = None if key is None else jnp.stack(keys[2:])
         positions = jnp.arange(x_BLD.shape[1])
-        bias = RelativeBias(c.heads, c.buckets, c.max_distance, True, c.width, name="relative")(positions, positions)
+        bias = RelativeBias(c.heads, c.buckets, c.max_distance, True, c.width, name="relative")(
+            positions, positions
+        )
         h_BLD = dropout(x_BLD, c.dropout, keys[0])
         blocks = scanned(EncoderBlock, c, c.encoder_layers, 3)
         h_BLD, _ = blocks(h_BLD, layer_keys, key_mask(mask_BL), bias, task_B)
@@ -178,7 +194,9 @@ class Decoder(nn.Module):
     c: T5Config
 
     @nn.compact
-    def __call__(self, x_BMD, encoded_BLD, encoded_mask_BL, task_B, key, cache=None, step=0, mask_BM=None):
+    def __call__(
+        self, x_BMD, encoded_BLD, encoded_mask_BL, task_B, key, cache=None, step=0, mask_BM=None
+    ):
         c = self.c
         keys = split_key(key, c.decoder_layers + 2)
         layer_keys = None if key is None else jnp.stack(keys[2:])
@@ -186,13 +204,24 @@ class Decoder(nn.Module):
         query_positions, key_positions = step + jnp.arange(x_BMD.shape[1]), jnp.arange(length)
         relative = RelativeBias(c.heads, c.buckets, c.max_distance, False, c.width, name="relative")
         bias = relative(query_positions, key_positions)
-        mask = (key_positions[None, :] <= query_positions[:, None])[None, None] if cache else causal_mask(length)
+        mask = (
+            (key_positions[None, :] <= query_positions[:, None])[None, None]
+            if cache
+            else causal_mask(length)
+        )
         if mask_BM is not None:
             mask = mask & key_mask(mask_BM)
         h_BMD = dropout(x_BMD, c.dropout, keys[0])
         blocks = scanned(DecoderBlock, c, c.decoder_layers, 6)
         h_BMD, remembered = blocks(
-            h_BMD, (layer_keys, cache), mask, bias, encoded_BLD, key_mask(encoded_mask_BL), task_B, step
+            h_BMD,
+            (layer_keys, cache),
+            mask,
+            bias,
+            encoded_BLD,
+            key_mask(encoded_mask_BL),
+            task_B,
+            step,
         )
         return dropout(RMSNorm(c.width, c.eps, name="norm")(h_BMD), c.dropout, keys[1]), remembered
 
@@ -270,10 +299,22 @@ def torch_rows(c: T5Config) -> tuple[Row, ...]:
         Row("decoder." + relative, "decoder/relative/table"),
         *norm_rows("encoder.final_layer_norm", "encoder/norm", bias=False),
         *norm_rows("decoder.final_layer_norm", "decoder/norm", bias=False),
-        *under("encoder.block.{i}.layer.0.", "encoder/blocks/", _attention_rows(c, "SelfAttention", "attention", "norm")),
+        *under(
+            "encoder.block.{i}.layer.0.",
+            "encoder/blocks/",
+            _attention_rows(c, "SelfAttention", "attention", "norm"),
+        ),
         *under("encoder.block.{i}.layer.1.", "encoder/blocks/feed_forward/", _feed_forward_rows(c)),
-        *under("decoder.block.{i}.layer.0.", "decoder/blocks/", _attention_rows(c, "SelfAttention", "self_attention", "self_norm")),
-        *under("decoder.block.{i}.layer.1.", "decoder/blocks/", _attention_rows(c, "EncDecAttention", "cross_attention", "cross_norm")),
+        *under(
+            "decoder.block.{i}.layer.0.",
+            "decoder/blocks/",
+            _attention_rows(c, "SelfAttention", "self_attention", "self_norm"),
+        ),
+        *under(
+            "decoder.block.{i}.layer.1.",
+            "decoder/blocks/",
+            _attention_rows(c, "EncDecAttention", "cross_attention", "cross_norm"),
+        ),
         *under("decoder.block.{i}.layer.2.", "decoder/blocks/feed_forward/", _feed_forward_rows(c)),
         *dense_rows("lm_head", "head", bias=False),
     )

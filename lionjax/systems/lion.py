@@ -33,7 +33,7 @@ PROJECTION_EPS = 1e-5  # torch's default, unlike the ViT's 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Lion:
-    """A LION by its parts' sizes. `visual_input` says which streams run: stage 1 QFORMER, stage 2 AGGREGATOR, then ALL."""
+    """A LION by its parts' sizes. `visual_input`: the streams that run; stage 1 QFORMER, 2 AGGREGATOR, then ALL."""
 
     vision: ViTConfig
     qformer: QFormerConfig
@@ -45,7 +45,9 @@ class Lion:
 
     def __post_init__(self):
         if self.visual_input not in VISUAL_INPUTS:
-            raise ValueError(f"visual_input is {self.visual_input!r}; it can be one of {', '.join(VISUAL_INPUTS)}")
+            raise ValueError(
+                f"visual_input is {self.visual_input!r}; it can be one of {', '.join(VISUAL_INPUTS)}"
+            )
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -145,7 +147,9 @@ class LionModule(nn.Module):
         keys = split_key(key, 2)
         encoded_BLD, mask_BL = self.encode(batch, keys[0])
         inputs_BM = t5.shift_right(batch.target_BM, self.c.language.start_token)
-        return self.language.decode(inputs_BM, batch.target_mask_BM, encoded_BLD, mask_BL, batch.task_B, keys[1])
+        return self.language.decode(
+            inputs_BM, batch.target_mask_BM, encoded_BLD, mask_BL, batch.task_B, keys[1]
+        )
 
     def begin(self, batch: Batch, cache_length: int):
         encoded_BLD, mask_BL = self.encode(batch, None)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small backbones that are worth freezing: a ViT that sees scenes and a T5 that can talk about them.
 
-LION freezes its ViT and its language model, so the ones that ship with the project are trained first, apart from each
-other. The ViT learns to say, patch by patch, which thing lies there and where its box is. The T5 never sees a picture: it
+LION freezes its ViT and its language model, so the ones that ship with the project are trained first, each
+by itself. The ViT learns to say, patch by patch, which thing lies there and where its box is. The T5 never sees a picture: it
 learns the tasks from scenes told in words, and from scenes given as sets of vectors, one for each thing or patch, that
 are sums of learned attribute vectors and a code of the box. All heads and tables used on the way are thrown away.
 """
@@ -40,6 +40,7 @@ ATTRIBUTES = {
 }
 ROLES = ("nothing", "part", "centre")
 FIELDS = {**ATTRIBUTES, "role": ROLES, "ground": scenes.BACKGROUNDS}
+SHARPNESS = 1.0  # of the first attention, see `looking_for_like`
 WAVES = (1, 2, 4, 8)
 CODE = 4 * (1 + 2 * len(WAVES))
 
@@ -52,15 +53,21 @@ class BackbonesConfig:
     language: T5Config
     scenes: int = 20_000
     vision_steps: int = 4_000
-    mirrored_steps: int = 4_000  # then as many with pictures mirrored and turned, which are as good as new ones
+    mirrored_steps: int = (
+        4_000  # then as many with pictures mirrored and turned, which are as good as new ones
+    )
     vision_batch: int = 64
     vision_rate: float = 1e-3
-    language_steps: int = 8_000
+    language_steps: int = 5_000
     language_batch: int = 48
-    language_rate: float = 1.5e-3
-    patch_share: float = 0.3  # of language steps that see a scene patch by patch, in the second half
+    language_rate: float = 6e-4
+    patch_share: float = (
+        0.3  # of language steps that see a scene patch by patch, in the second half
+    )
     text_share: float = 0.06  # of language steps that read a scene in words
-    hinted_share: float = 0.12  # of language steps whose prompt begins with LION's sentence about tags
+    hinted_share: float = (
+        0.12  # of language steps whose prompt begins with LION's sentence about tags
+    )
     seed: int = 0
 
 
@@ -126,14 +133,22 @@ def vision_loss(params, painter, image_BHWC, fields_BP6, box_code_BPC):
     total = 0.0
     for number, scores in enumerate(logits):
         nats_BP = optax.softmax_cross_entropy_with_integer_labels(scores, fields_BP6[..., number])
-        weight = weight_BP if number < 4 else 1.0 + 3.0 * (weight_BP == 2) if number == 4 else 0.1 + 0 * weight_BP
+        weight = (
+            weight_BP
+            if number < 4
+            else 1.0 + 3.0 * (weight_BP == 2)
+            if number == 4
+            else 0.1 + 0 * weight_BP
+        )
         total += (nats_BP * weight).sum() / jnp.maximum(jnp.sum(weight + 0 * nats_BP), 1)
     error_BP = jnp.square(code_BPC - box_code_BPC).mean(-1)
     return total + 4 * (error_BP * weight_BP).sum() / jnp.maximum(weight_BP.sum(), 1)
 
 
 def optimiser(rate: float, steps: int):
-    schedule = optax.warmup_cosine_decay_schedule(0, rate, min(200, steps // 4 + 1), steps, rate * 0.02)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, rate, min(200, steps // 4 + 1), steps, rate * 0.02
+    )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.02))
 
 
@@ -149,7 +164,11 @@ def train_vision(c: BackbonesConfig, mean, std, start: dict | None = None) -> tu
     image_NHWC, fields_NP6, box_NP4 = seen(made, side, pixels)
     test = seen([scenes.sample("heldout", index, c.seed) for index in range(500)], side, pixels)
     painter = Painter(c.vision)
-    params = nn.unbox(jax.jit(painter.init)(jax.random.key(c.seed), normalise(image_NHWC[:1], mean, std))["params"])
+    params = nn.unbox(
+        jax.jit(painter.init)(jax.random.key(c.seed), normalise(image_NHWC[:1], mean, std))[
+            "params"
+        ]
+    )
     if start is not None:
         params["vision"] = start
     steps = (0 if start is not None else c.vision_steps, c.mirrored_steps)
@@ -157,7 +176,9 @@ def train_vision(c: BackbonesConfig, mean, std, start: dict | None = None) -> tu
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=2)
     def step(params, state, tx, image, fields, code):
-        loss, grads = jax.value_and_grad(vision_loss)(params, painter, normalise(image, mean, std), fields, code)
+        loss, grads = jax.value_and_grad(vision_loss)(
+            params, painter, normalise(image, mean, std), fields, code
+        )
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
@@ -184,7 +205,9 @@ def mirrored(image_BHWC, fields_BP6, box_BP4, way: int):
     fields = fields_BP6.reshape(-1, side, side, fields_BP6.shape[-1])
     box = box_BP4.reshape(-1, side, side, 4)
     if way & 4:
-        image_BHWC, fields, box = (x.swapaxes(1, 2) for x in (image_BHWC, fields, box[..., [1, 0, 3, 2]]))
+        image_BHWC, fields, box = (
+            x.swapaxes(1, 2) for x in (image_BHWC, fields, box[..., [1, 0, 3, 2]])
+        )
     for bit, axis, (low, high) in ((1, 2, (0, 2)), (2, 1, (1, 3))):
         if way & bit:
             image_BHWC, fields, box = (np.flip(x, axis) for x in (image_BHWC, fields, box))
@@ -203,9 +226,14 @@ def seen(made, side: int, pixels: int):
 def judge_vision(params, painter, test, mean, std) -> dict:
     """Accuracy of each field at centre patches, of roles everywhere, and the mean error of an edge."""
     image_NHWC, fields_NP6, box_NP4 = test
-    run = jax.jit(lambda params, image: painter.apply({"params": params}, normalise(image, mean, std)))
+    run = jax.jit(
+        lambda params, image: painter.apply({"params": params}, normalise(image, mean, std))
+    )
     parts = [run(params, image_NHWC[at : at + 100]) for at in range(0, len(image_NHWC), 100)]
-    outs = [np.concatenate([np.asarray(part[number]) for part in parts]) for number in range(len(FIELDS) + 1)]
+    outs = [
+        np.concatenate([np.asarray(part[number]) for part in parts])
+        for number in range(len(FIELDS) + 1)
+    ]
     centre_NP = fields_NP6[..., 4] == 2
     right = {
         name: float((outs[number].argmax(-1) == fields_NP6[..., number])[centre_NP].mean())
@@ -233,12 +261,17 @@ class Reader(nn.Module):
 
     def tell(self, fields_BS6, box_code_BSC):
         """Facts as vectors: (B, S, D)."""
-        said = [self.language.embed(np.array(ids))[fields_BS6[..., k]] for k, ids in enumerate(self.words)]
+        said = [
+            self.language.embed(np.array(ids))[fields_BS6[..., k]]
+            for k, ids in enumerate(self.words)
+        ]
         thing_BSD = sum(said[:4]) + self.code(box_code_BSC)
         there_BS1 = (fields_BS6[..., 4] > 0)[..., None]
         return jnp.where(there_BS1, thing_BSD, said[5]) + self.roles[fields_BS6[..., 4]]
 
-    def __call__(self, fields_BS6, box_code_BSC, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM):
+    def __call__(
+        self, fields_BS6, box_code_BSC, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM
+    ):
         words_BLD, mask_BL = self.language.embed(prompt_BL), prompt_mask_BL
         if fields_BS6 is not None:
             told_BSD = self.tell(fields_BS6, box_code_BSC)
@@ -263,15 +296,17 @@ GROUPS = {
     "middle": (("reg", 1), ("tags", 1), ("conversation", 2)),
     "long": (("caption", 2), ("grounded", 1)),
 }
-LENGTHS = {"drill": 14, "short": 3, "box": 21, "middle": 24, "long": 88}
+LENGTHS = {"drill": 26, "short": 3, "box": 21, "middle": 24, "long": 88}
 PROMPTS = {"drill": 24, "short": 24, "box": 24, "middle": 80, "long": 16}
 GROUP_ODDS = (0.2, 0.45, 0.2, 0.08, 0.07)
 TAGS, SCENE = 50, 200  # tokens that LION's sentence about tags, or a scene in words, takes more
 
 
 def drill(scene, rng) -> tasks.Example:
-    """Several look-ups at once: 'color: star, ring' -> 'red, blue'. Many answers a line teach to look things up sooner."""
-    given, asked = rng.choice(list(DRILLS)[:-1], 2, replace=False) if rng.random() < 0.6 else ("pair", "there")
+    """Several look-ups at once: 'color: star, ring' -> 'star red, ring blue'. Many a line teach looking up sooner."""
+    given, asked = (
+        rng.choice(list(DRILLS)[:-1], 2, replace=False) if rng.random() < 0.6 else ("pair", "there")
+    )
     if given == "pair":
         pairs = [DRILLS["pair"](thing) for thing in scene.things]
         others = [f"{c} {s}" for c, s in scenes.pairs_of(scene.split) if f"{c} {s}" not in pairs]
@@ -283,13 +318,16 @@ def drill(scene, rng) -> tasks.Example:
     else:
         look = {name: [DRILLS[name](thing) for thing in scene.things] for name in (given, asked)}
         words = sorted(set(look[given]))
-        answers = {word: {a for g, a in zip(look[given], look[asked]) if g == word} for word in words}
+        answers = {
+            word: {a for g, a in zip(look[given], look[asked]) if g == word} for word in words
+        }
         chosen = [str(word) for word in rng.permutation(words) if len(answers[word]) == 1]
         said = [next(iter(answers[word])) for word in chosen]
         if not chosen or rng.random() < 0.2:
             asked, chosen = "count", words
             said = [str(look[given].count(word)) for word in chosen]
-    question, answer = f"{asked}: {', '.join(chosen)}", ", ".join(said)
+    question = f"{asked}: {', '.join(chosen)}"
+    answer = ", ".join(f"{word} {found}" for word, found in zip(chosen, said, strict=True))
     return tasks.Example("drill", asked, question, answer, (answer,), "image_level")
 
 
@@ -302,15 +340,25 @@ DRILLS = {
 }
 
 
-def language_batch(c: BackbonesConfig, made, told, rng, processor: Processor, how: str, group: str, rows: int):
+def language_batch(
+    c: BackbonesConfig, made, told, rng, processor: Processor, how: str, group: str, rows: int
+):
     """One batch of scenes told as `things` (`hinted` ones come with tags), `patches` or `text`."""
     names, odds = zip(*GROUPS[group], strict=True)
     prompts, answers, facts_of = [], [], []
     for index in rng.integers(0, len(made), rows):
         task = str(rng.choice(names, p=np.array(odds) / sum(odds)))
         noise = rng.choice([0.0, 0.1, 0.3])
-        example = drill(made[index], rng) if task == "drill" else tasks.converse(task, made[index], rng, noise)
-        question = f"{tasks.describe(made[index], rng)}. {example.question}" if how == "text" else example.question
+        example = (
+            drill(made[index], rng)
+            if task == "drill"
+            else tasks.converse(task, made[index], rng, noise)
+        )
+        question = (
+            f"{tasks.describe(made[index], rng)}. {example.question}"
+            if how == "text"
+            else example.question
+        )
         hinted = how == "hinted" and task != "tags"
         prompts.append(processor.prompt(question, example.tags if hinted else ()))
         answers.append(processor.target(example.answer))
@@ -322,7 +370,9 @@ def language_batch(c: BackbonesConfig, made, told, rng, processor: Processor, ho
         fields = np.stack([pair[0] for pair in facts_of])
         boxes = np.stack([pair[1] for pair in facts_of])
         code = box_code(boxes + rng.normal(0, 0.006, boxes.shape))
-    prompt_BL, prompt_mask_BL = padded(prompts, PROMPTS[group] + {"text": SCENE, "hinted": TAGS}.get(how, 0))
+    prompt_BL, prompt_mask_BL = padded(
+        prompts, PROMPTS[group] + {"text": SCENE, "hinted": TAGS}.get(how, 0)
+    )
     target_BM, target_mask_BM = padded(answers, LENGTHS[group])
     return fields, code, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM
 
@@ -346,6 +396,35 @@ def padded(rows, length: int):
     return ids, mask
 
 
+def looking_for_like(language: dict, c: T5Config) -> dict:
+    """First weights: every attention looks for what is like its query and copies it, and the head reads words.
+
+    Small T5s find this out by themselves only after thousands of steps on a plateau.
+    """
+
+    keys = iter(jax.random.split(jax.random.key(0), 64))
+
+    def begin(node):
+        if "q" not in node:
+            return {
+                name: begin(part) if isinstance(part, dict) else part for name, part in node.items()
+            }
+        shape = node["k"]["kernel"].shape  # (layers, D, N, H)
+        square = jax.nn.initializers.orthogonal(column_axis=-1)
+        like, copied = (
+            jnp.stack(
+                [square(next(keys), (shape[1], shape[2] * shape[3])) for _ in range(shape[0])]
+            ).reshape(shape)
+            for _ in range(2)
+        )
+        like = like * c.head**-0.25 * SHARPNESS**0.5
+        parts = {"q": like, "k": like.copy(), "v": copied, "o": jnp.moveaxis(copied, -3, -1)}
+        return node | {name: {"kernel": kernel} for name, kernel in parts.items()}
+
+    table_VD = language["embedding"]["table"]
+    return begin(language) | {"head": {"kernel": table_VD.T * c.width**-0.5}}
+
+
 def train_language(c: BackbonesConfig) -> tuple[dict, dict]:
     """Parameters of the T5 and its figures on held-out scenes that it is told patch by patch."""
     processor = Processor(ProcessorConfig(c.vision.image, prompt_length=PROMPTS["middle"] + SCENE))
@@ -356,10 +435,10 @@ def train_language(c: BackbonesConfig) -> tuple[dict, dict]:
     test_told = [patch_facts(scene, side, pixels) for scene in test]
     reader, rng = Reader(c.language, word_ids(processor)), np.random.default_rng(c.seed)
     batch = functools.partial(language_batch, c, made, told, rng, processor)
-    params = nn.unbox(jax.jit(reader.init)(jax.random.key(c.seed), *batch("things", "short", 2))["params"])
-    # Queries begin as copies of keys: like looks for like from the first step on, and look-ups are learned sooner.
-    attention = params["language"]["encoder"]["blocks"]["attention"]
-    attention["q"]["kernel"] = attention["k"]["kernel"] * c.language.head**-0.5
+    params = nn.unbox(
+        jax.jit(reader.init)(jax.random.key(c.seed), *batch("things", "short", 2))["params"]
+    )
+    params["language"] = looking_for_like(params["language"], c.language)
     tx = optimiser(c.language_rate, c.language_steps)
     state = tx.init(params)
 
@@ -403,7 +482,9 @@ def judge_language(c: BackbonesConfig, params, reader, test, told, processor: Pr
             part = test[at : at + 100]
             make = tasks.TASKS.get(kind) or functools.partial(tasks.vqa, kind=kind)
             examples = [make(scene, rng) for scene in part]
-            prompt, prompt_mask = padded([processor.prompt(e.question) for e in examples], PROMPTS["short"])
+            prompt, prompt_mask = padded(
+                [processor.prompt(e.question) for e in examples], PROMPTS["short"]
+            )
             answers = [processor.target(e.answer) for e in examples]
             target, mask = padded(answers, LENGTHS["box"])
             fields = np.stack([pair[0] for pair in told[at : at + 100]])
@@ -418,13 +499,19 @@ def judge_language(c: BackbonesConfig, params, reader, test, told, processor: Pr
 
 def load(file: Path, prefix: str) -> dict:
     """What `save` wrote."""
-    flat = {path.removeprefix(f"{prefix}/"): leaf for path, leaf in safetensors.numpy.load_file(file).items()}
+    flat = {
+        path.removeprefix(f"{prefix}/"): leaf
+        for path, leaf in safetensors.numpy.load_file(file).items()
+    }
     return trees.unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()})
 
 
 def save(params: dict, prefix: str, file: Path) -> None:
     """One part of a system as safetensors, by our paths."""
-    flat = {f"{prefix}/{path}": np.asarray(leaf, np.float32) for path, leaf in trees.flatten(params).items()}
+    flat = {
+        f"{prefix}/{path}": np.asarray(leaf, np.float32)
+        for path, leaf in trees.flatten(params).items()
+    }
     partial = file.with_suffix(".partial")
     safetensors.numpy.save_file(flat, partial)
     partial.rename(file)

@@ -15,7 +15,16 @@ from lionjax import attention as attentions
 from lionjax.attention import Attention
 from lionjax.layers import MLP, REMAT, LayerNorm, PatchEmbed, dense_rows, norm_rows, normal
 from lionjax.sharding import constrain, sharded
-from lionjax.weight_rows import Row, conv, fused, heads_in, heads_in_bias, heads_out, reshaped, under
+from lionjax.weight_rows import (
+    Row,
+    conv,
+    fused,
+    heads_in,
+    heads_in_bias,
+    heads_out,
+    reshaped,
+    under,
+)
 
 
 @dataclasses.dataclass(frozen=True)

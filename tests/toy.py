@@ -107,6 +107,14 @@ class Batches:
         epoch, within = divmod(int(row), self.data.records)
         return int(np.random.default_rng((*self.seed, epoch)).permutation(self.data.records)[within])
 
+    changing = False
+
+    def name(self, record):
+        return f"toy/{record}"
+
+    def close(self):
+        pass
+
     def position(self):
         return {"next": self.next}
 

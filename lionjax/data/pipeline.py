@@ -97,6 +97,11 @@ class Batches:
         """What a number in `record_B` stands for."""
         return self.records.name(record)
 
+    @property
+    def changing(self) -> bool:
+        """Whether the picture of a record differs from one time to the next."""
+        return self.records.changing
+
     def position(self) -> dict[str, Any]:
         """Where the stream stands, as plain JSON: the same on every process, whatever was read ahead."""
         return {"next": self._rows.get_state()["global_next_index"], "stream": self._stream()}

@@ -38,16 +38,18 @@ from lionjax.interfaces import Params, UserError
 
 log = logging.getLogger(__name__)
 
-TEMPORARY = ".orbax-checkpoint-tmp"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_WORDS = ("no space left", "file too large", "disk quota")
-
+# Orbax logs a traceback for each of its threads; what goes wrong there comes back as an exception anyway.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 # Copies of a parameter on several devices are saved each by a slice of its own, which has to be compiled for every
 # shape; that pays for large ones alone.
 ocp.type_handlers.register_type_handler(
     jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20), override=True
 )
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_WORDS = ("no space left", "file too large", "disk quota")
 
 
 class Damaged(Exception):
@@ -71,7 +73,7 @@ def fingerprints(tree: Params) -> dict[str, str]:
     if all(_in_host_memory(leaf) for leaf in flat.values()):
         sums = {path: _sum_on_host(np.asarray(leaf)) for path, leaf in flat.items()}
     else:
-        sums = jax.device_get(jax.jit(lambda flat: {path: _sum(x) for path, x in flat.items()})(flat))
+        sums = jax.device_get(_sums(flat))
     return {path: f"{int(high):08x}{int(low):08x}" for path, (high, low) in sums.items()}
 
 
@@ -113,6 +115,11 @@ def _sum(x: jax.Array) -> jax.Array:
     return _mixed(words, positions, jnp)
 
 
+@jax.jit
+def _sums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: _sum(x) for path, x in flat.items()}
+
+
 def manifest(items: dict[str, Params]) -> dict[str, list]:
     """{"item/path": [dtype, shape, fingerprint]} of some trees."""
     flat = trees.flatten(items)
@@ -128,6 +135,16 @@ def digest(value: Any) -> str:
 # Directories
 
 
+def _async_options() -> ocp.AsyncOptions:
+    # Where a folder cannot be made by another thread, on a full disk, the threads that wait for it do so for minutes.
+    return ocp.AsyncOptions(create_directories_asynchronously=False)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    options = ocp.CompositeOptions(async_options=_async_options())
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(composite_options=options))
+
+
 def _args(items: dict[str, Params], meta: dict) -> ocp.args.Composite:
     body = {"leaves": manifest(items), "meta": meta}
     record = ocp.args.JsonSave({**body, "sha256": digest(body)})
@@ -138,7 +155,7 @@ def _args(items: dict[str, Params], meta: dict) -> ocp.args.Composite:
 def write(path: Path, items: dict[str, Params], meta: dict) -> None:
     """Trees and a JSON-able value as one directory, which appears whole; what stood there is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(path.absolute(), _args(items, meta), force=True)
 
 
@@ -182,7 +199,7 @@ def read(path: Path, targets: dict[str, Params]) -> tuple[dict[str, Params], dic
 
 def _restored(path: Path, args: ocp.args.Composite, what: str):
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             return checkpointer.restore(path.absolute(), args)
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # these say nothing about the files
@@ -246,7 +263,9 @@ class Steps:
             with contextlib.suppress(Damaged):
                 self.scores[step] = tuple(read_record(folder / str(step))["meta"]["score"])
         policy = Keep(max(keep, 1), self.scores)
-        options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, preservation_policy=policy)
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True, preservation_policy=policy, async_options=_async_options()
+        )
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def __enter__(self):

@@ -65,7 +65,7 @@ class Remembered:
     def __init__(self, batches: Iterator[Batch], see: Callable, limit: int):
         self.batches, self.see, self.limit = batches, see, limit
         self.rows: dict[int, list[np.ndarray]] = {}
-        self.held, self.position, self.restore = 0, batches.position, batches.restore
+        self.held, self.position, self.name, self.close = 0, batches.position, batches.name, batches.close
 
     def __iter__(self):
         return self

@@ -8,6 +8,7 @@ numbers, bit for bit on the same mesh.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import signal
@@ -54,7 +55,7 @@ def train(experiment: Experiment, workdir: str | Path, batches: Callable) -> tup
     """Run all stages in a folder, or what is left of them: (parameters, report).
 
     `batches(data, stage, seed, batch_size, process_index, process_count)` gives an iterator of numpy batches with
-    `position() -> JSON-able` and `restore(position)`, such as `lionjax.data.pipeline.batches`.
+    `position() -> JSON-able`, `restore(position)`, `name(record)` and `close()`, such as `data.pipeline.batches`.
     SIGTERM saves and ends the process with code 0, Ctrl-C saves and raises KeyboardInterrupt.
     Raises UserError for what a person can mend: a config that does not fit the folder or the system, a loss that is
     not finite, a full disk.
@@ -64,7 +65,8 @@ def train(experiment: Experiment, workdir: str | Path, batches: Callable) -> tup
         start.claim(workdir, experiment)
         checkpoints.clean(workdir)
         mesh = sharding.make_mesh(experiment.mesh)
-        example = next(_batches(experiment, experiment.stages[0], batches))
+        with contextlib.closing(_batches(experiment, experiment.stages[0], batches)) as stream:
+            example = next(stream)
         layout = start.layout(experiment, example, mesh)
         place = start.find(workdir, experiment, example, layout)
         update = start.updates_before(experiment, place.stage) + place.step
@@ -94,7 +96,9 @@ def run_stage(run: Run, place: Place) -> Place:
     entry = Entry(**place.history[-1]) if place.step else Entry(stage.name, trees.count(trainable))
     earlier = place.history[: place.stage]
 
-    state = updates(run, dataclasses.replace(place, history=earlier), trainable, frozen, entry)
+    work = prepare(run, dataclasses.replace(place, history=earlier), trainable, frozen)
+    with contextlib.closing(work.stream):
+        state = updates(run, work, entry)
 
     entry.frozen_unchanged = checkpoints.fingerprints(frozen) == before
     if not entry.frozen_unchanged:
@@ -109,55 +113,25 @@ def run_stage(run: Run, place: Place) -> Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
-    """One update that was sent off: its number, its batch, and its metrics, which may still be on their way."""
+class Work:
+    """What the updates of a stage are made with. `state` is where they begin, and is used up by the first.
 
-    number: int
-    batch: Batch
-    metrics: dict[str, Any]
+    `traces` grows by one with each compilation of `step`.
+    """
 
-
-def updates(run: Run, place: Place, trainable: Params, frozen: Params, entry: Entry) -> stages.State:
-    """The updates of a stage from a place on. The old `trainable` arrays are used up."""
-    every, stage = run.experiment.run, run.experiment.stages[place.stage]
-    state, step, stream, traces = prepare(run, place, stage, trainable, frozen)
-    run.journal.begin(stage.name, stage.steps, place.step)
-    clock, last, sent = Clock(entry.seconds), dataclasses.asdict(entry), collections.deque()
-    done = saved = place.step
-    while done < stage.steps and not run.stop.heard:
-        with clock("data"):
-            batch = next(stream)
-        began, known = time.perf_counter(), len(traces)
-        state, metrics = step(state, frozen, sharding.put_batch(batch, run.mesh))
-        clock.add("step" if len(traces) == known else "compile", time.perf_counter() - began)
-        entry.compilations += len(traces) - known
-        done += 1
-        sent.append(Update(done, batch, metrics))
-        logs = done in (1, stage.steps) or is_due(done, every.log_every)
-        saves = done < stage.steps and is_due(done, every.save_every)
-        with clock("step"):  # one update stays on its way, so that the device never waits for us
-            settle(run, stage, sent, entry, 0 if logs or saves or run.stop.heard else 1)
-        run.journal.advance(done)
-        if logs:
-            run.journal.line(line(run, place, entry, last, done, metrics), stage.steps)
-            last = dataclasses.asdict(entry)
-            run.steps.check()
-        if saves:
-            with clock("save"):
-                save(run, place, done, state, stream.position(), entry)
-            saved = done
-    settle(run, stage, sent, entry, 0)
-    if run.stop.heard and done < stage.steps:
-        if done > saved:
-            save(run, place, done, state, stream.position(), entry)
-        run.steps.wait()
-        run.stop.leave(run.journal, f"stage {stage.name!r}, step {done}")
-    return state
+    place: Place
+    stage: Stage
+    state: stages.State
+    frozen: Params
+    step: Callable
+    stream: Any
+    traces: list
 
 
-def prepare(run: Run, place: Place, stage: Stage, trainable: Params, frozen: Params):
-    """(state, step function, batches, list of traces) of a stage, all where `place` says."""
+def prepare(run: Run, place: Place, trainable: Params, frozen: Params) -> Work:
+    """All that a stage needs, where `place` says that it stands."""
     experiment, mesh, traces = run.experiment, run.mesh, []
+    stage = experiment.stages[place.stage]
     system = stages.system_of(experiment, stage)
     rule = stages.optimizer(stage, trainable, run.layout.layer_axes)
     state = stages.start(rule, trainable, mesh)
@@ -170,44 +144,93 @@ def prepare(run: Run, place: Place, stage: Stage, trainable: Params, frozen: Par
     if place.data is not None:
         stream.restore(place.data)
     if experiment.run.cache_features:
+        if stream.changing:
+            raise UserError("run.cache_features is set, but a record's picture changes; set one of the two off")
         see = features.seer(system, trainable, frozen, mesh, stage.name)
         stream = features.Remembered(stream, see, int(experiment.run.cache_gib * 2**30))
-    return state, step, stream, traces
+    return Work(place, stage, state, frozen, step, stream, traces)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One update that was sent off: its number, its batch, and its metrics, which may still be on their way."""
+
+    number: int
+    batch: Batch
+    metrics: dict[str, Any]
+
+
+def updates(run: Run, work: Work, entry: Entry) -> stages.State:
+    """The updates of a stage that are left, counted in `entry`."""
+    every, stage, state, traces = run.experiment.run, work.stage, work.state, work.traces
+    run.journal.begin(stage.name, stage.steps, work.place.step)
+    clock, last, sent = Clock(entry.seconds), dataclasses.asdict(entry), collections.deque()
+    done = saved = work.place.step
+    while done < stage.steps and not run.stop.heard:
+        with clock("data"):
+            batch = next(work.stream)
+        began, known = time.perf_counter(), len(traces)
+        state, metrics = work.step(state, work.frozen, sharding.put_batch(batch, run.mesh))
+        clock.add("step" if len(traces) == known else "compile", time.perf_counter() - began)
+        entry.compilations += len(traces) - known
+        done += 1
+        sent.append(Update(done, batch, metrics))
+        logs = done in (1, stage.steps) or is_due(done, every.log_every)
+        saves = done < stage.steps and is_due(done, every.save_every)
+        with clock("step"):  # one update stays on its way, so that the device never waits for us
+            settle(run, work, sent, entry, 0 if logs or saves or run.stop.heard else 1)
+        run.journal.advance(done)
+        if logs:
+            run.journal.line(line(run, work, entry, last, done, metrics), stage.steps)
+            last = dataclasses.asdict(entry)
+            run.steps.check()
+        if saves:
+            with clock("save"):
+                save(run, work, done, state, entry)
+            saved = done
+    settle(run, work, sent, entry, 0)
+    if run.stop.heard and done < stage.steps:
+        if done > saved:
+            save(run, work, done, state, entry)
+        run.steps.wait()
+        run.stop.leave(run.journal, f"stage {stage.name!r}, step {done}")
+    return state
 
 
 def is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def settle(run: Run, stage: Stage, sent: collections.deque, entry: Entry, leave: int) -> None:
+def settle(run: Run, work: Work, sent: collections.deque, entry: Entry, leave: int) -> None:
     """Wait for all but the last `leave` updates sent, and count them. Raises UserError at one that is not finite."""
     while len(sent) > leave:
         update = sent.popleft()
         metrics = {name: update.metrics[name] for name in ("finite", "loss", "grad_norm")}
         metrics = jax.device_get(metrics)
         if not metrics["finite"]:
-            refuse(run, stage, update, float(metrics["loss"]), float(metrics["grad_norm"]))
+            refuse(run, work, update, float(metrics["loss"]), float(metrics["grad_norm"]))
         batch, processes = update.batch, jax.process_count()
         tokens = int(np.sum(batch.prompt_mask_BL) + np.sum(batch.target_mask_BM))
         entry.add(float(metrics["loss"]), len(batch.record_B) * processes, tokens * processes)
 
 
-def refuse(run: Run, stage: Stage, update: Update, loss: float, norm: float) -> None:
+def refuse(run: Run, work: Work, update: Update, loss: float, norm: float) -> None:
     """Keep the batch of an update that came out infinite or NaN, and raise UserError about it."""
-    path = run.workdir / f"not_finite_{start.file_name(stage.name)}_{update.number}.npz"
+    path = run.workdir / f"not_finite_{start.file_name(work.stage.name)}_{update.number}.npz"
     pairs = jax.tree_util.tree_flatten_with_path(update.batch)[0]
     arrays = {jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in pairs}
     with path.with_suffix(".tmp").open("wb") as file:
         np.savez(file, **arrays)
     path.with_suffix(".tmp").replace(path)
+    records = [f"{record} ({work.stream.name(record)})" for record in sorted(set(update.batch.record_B.tolist()))]
     raise UserError(
-        f"stage {stage.name!r}, step {update.number}: the loss is {loss:g} and the norm of its gradient {norm:g}, on "
-        f"records {sorted(update.batch.record_B.tolist())}; the batch is kept in {path}, the checkpoints before it are "
-        "good: look at these records or lower the learning rate"
+        f"stage {work.stage.name!r}, step {update.number}: the loss is {loss:g} and the norm of its gradient {norm:g}, "
+        f"on records {', '.join(records)}; the batch is kept in {path}, the checkpoints before it are good: look at "
+        "these records or lower the learning rate"
     )
 
 
-def line(run: Run, place: Place, entry: Entry, last: dict, done: int, metrics: dict) -> dict[str, Any]:
+def line(run: Run, work: Work, entry: Entry, last: dict, done: int, metrics: dict) -> dict[str, Any]:
     """The line of metrics of an update; rates and seconds are those since `last`, the entry at the last line."""
     seconds = {part: value - last["seconds"].get(part, 0.0) for part, value in entry.seconds.items()}
     busy = max(seconds.get("step", 0.0) + seconds.get("data", 0.0), 1e-9)
@@ -215,7 +238,7 @@ def line(run: Run, place: Place, entry: Entry, last: dict, done: int, metrics: d
     return {
         "stage": entry.name,
         "step": done,
-        "update": start.updates_before(run.experiment, place.stage) + done,
+        "update": start.updates_before(run.experiment, work.place.stage) + done,
         **values,
         "images_per_second": (entry.images - last["images"]) / busy,
         "tokens_per_second": (entry.tokens - last["tokens"]) / busy,
@@ -223,12 +246,13 @@ def line(run: Run, place: Place, entry: Entry, last: dict, done: int, metrics: d
     }
 
 
-def save(run: Run, place: Place, done: int, state: stages.State, data: Any, entry: Entry) -> None:
+def save(run: Run, work: Work, done: int, state: stages.State, entry: Entry) -> None:
     """Begin to save where a stage stands; the frozen parameters are only pointed at."""
+    place = work.place
     meta = {
         "stage": place.stage,
         "step": done,
-        "data": data,
+        "data": work.stream.position(),
         "seed": run.experiment.seed,
         "frozen": place.frozen,
         "history": [*place.history, dataclasses.asdict(entry)],

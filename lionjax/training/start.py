@@ -30,7 +30,7 @@ FREE = (
     r"mesh\..*",
     r"run\.(log_every|save_every|evaluate_every|evaluate_limit|keep|cache_features|cache_gib)",
     r"answer\..*",
-    r"data\.(workers|prefetch|threads|buffer)",
+    r"data\.(threads|workers|buffer|cache_mib|quarantine)",
 )
 
 

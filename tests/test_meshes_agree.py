@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mesh says where things are computed, not what comes out."""
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from lionjax import params as trees
+from lionjax import sharding
+from lionjax.sharding import MeshConfig
+from lionjax.training import checkpoints, stages
+
+MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+BATCH = toy.batch_of(range(16))
+
+
+def run(shape, updates=2):
+    """(first fingerprints, losses, gradient norms, parameters, shardings) of a short stage on a mesh."""
+    mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+    stage = toy.stage(batch_size=16, trainable=("blocks", "output", "words"))
+    params = sharding.init(toy.Toy().init, jax.random.key(0), BATCH, mesh=mesh)
+    first = checkpoints.fingerprints(params)
+    trainable, frozen = trees.split(params, stage.trainable)
+    where = {path: leaf.sharding.spec for path, leaf in trees.flatten(params).items()}
+    rule = stages.optimizer(stage, trainable)
+    state = stages.start(rule, trainable, mesh)
+    step = stages.make_step(toy.Toy(), stage, rule, jax.random.key(1), state, mesh, [])
+    losses, norms = [], []
+    for _ in range(updates):
+        state, metrics = step(state, frozen, sharding.put_batch(BATCH, mesh))
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+    return first, losses, norms, jax.device_get(trees.flatten(state.trainable)), where
+
+
+@pytest.fixture(scope="module")
+def one():
+    return run(MESHES["one"])
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp", "all"])
+def test_first_parameters_losses_and_gradient_norms_do_not_depend_on_the_mesh(one, name):
+    first, losses, norms, params, where = run(MESHES[name])
+    assert first == one[0]
+    np.testing.assert_allclose(losses, one[1], rtol=1e-5)
+    np.testing.assert_allclose(norms, one[2], rtol=1e-5)
+    for path, leaf in params.items():
+        np.testing.assert_allclose(leaf, one[3][path], atol=1e-4, err_msg=path)
+    split = {path for path, spec in where.items() if any(spec)}
+    assert bool(split) == (name != "data")  # else nothing was tried

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that was stopped, damaged or moved goes on as if nothing had happened, or says why it does not."""
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+import toy
+from safetensors.numpy import save_file
+
+from lionjax import params as trees
+from lionjax import sharding
+from lionjax.interfaces import UserError
+from lionjax.sharding import MeshConfig
+from lionjax.training import checkpoints, loop
+
+TOTAL = 11  # updates of the toy's two stages, 6 and 5
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed: its folder, parameters and report."""
+    workdir = tmp_path_factory.mktemp("whole")
+    params, report = loop.train(toy.experiment(), workdir, toy.Batches)
+    return workdir, checkpoints.fingerprints(params), report
+
+
+def copy_of(workdir, target, update=TOTAL):
+    """A folder as the run had left it when it was killed after some updates."""
+    shutil.copytree(workdir, target)
+    for step in checkpoints.found_steps(target / "checkpoints"):
+        if step > update:
+            shutil.rmtree(target / "checkpoints" / str(step))
+    for stage, starts in ((1, 6), (2, TOTAL)):
+        if update < starts:
+            shutil.rmtree(checkpoints.found_bases(target / "base")[stage])
+    return target
+
+
+def stopping(number, kind=signal.SIGTERM):
+    """Batches that send this process a signal when the `number`-th is asked for, counted over all stages."""
+    asked = []
+
+    class Stopping(toy.Batches):
+        def __next__(self):
+            batch = super().__next__()
+            asked.append(batch)
+            if len(asked) == number + 1:  # one was the example
+                os.kill(os.getpid(), kind)
+            return batch
+
+    return Stopping
+
+
+def train(workdir, what=None, batches=toy.Batches):
+    params, report = loop.train(what or toy.experiment(), workdir, batches)
+    return checkpoints.fingerprints(params), report
+
+
+def test_a_run_stopped_anywhere_ends_with_the_same_bits_and_the_same_lines(tmp_path, whole):
+    folder, expected, report = whole
+    for at in (1, 3, 6, 9):  # at once, between saves, at the end of a stage, in the second stage
+        workdir = tmp_path / str(at)
+        with pytest.raises(SystemExit) as stop:
+            train(workdir, batches=stopping(at))
+        assert stop.value.code == 0
+        found, again = train(workdir)
+        assert found == expected
+        assert toy.lines(workdir) == toy.lines(folder)
+        for old, new in zip(report["stages"], again["stages"], strict=True):
+            for name in ("steps", "loss_first", "loss_last", "trainable_parameters", "frozen_unchanged"):
+                assert old[name] == new[name]
+
+
+def test_ctrl_c_saves_the_update_it_interrupts_and_says_so(tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, batches=stopping(3, signal.SIGINT))
+    assert checkpoints.found_steps(tmp_path / "checkpoints")[0] == 3
+    assert "stopped and saved at stage 'one', step 3" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_folder_gives_its_result_without_training(whole):
+    folder, expected, report = whole
+    found, again = train(folder, batches=stopping(2))  # would stop at the first real batch
+    assert found == expected and again["stages"] == report["stages"]
+
+
+def test_report_and_metrics_hold_what_is_promised(whole):
+    folder, _, report = whole
+    assert report["stages"] == json.loads((folder / "report.json").read_text())["stages"]
+    one, two = report["stages"]
+    assert [one["name"], one["steps"], two["name"], two["steps"]] == ["one", 6, "two", 5]
+    assert one["frozen_unchanged"] is True and one["compilations"] == two["compilations"] == 1
+    assert two["trainable_parameters"] == 16 + 3 * (16 * 16 + 16) + 24 * 16
+    assert one["seconds"] > 0 and np.isfinite([one["loss_first"], one["loss_last"]]).all()
+    speed = {"images_per_second", "tokens_per_second", "step_seconds", "compile_seconds", "peak_bytes"}
+    assert set(report["speed"]) == speed and min(report["speed"].values()) > 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == list(range(1, TOTAL + 1))
+    wanted = {"stage", "step", "loss", "learning_rate", "grad_norm", "images_per_second", "tokens_per_second"}
+    assert wanted | {"seconds"} <= set(lines[0]) and {"data", "step"} <= set(lines[0]["seconds"])
+
+
+def test_a_half_written_line_and_lines_of_lost_updates_are_made_again(tmp_path, whole):
+    folder, expected, _ = whole
+    workdir = copy_of(folder, tmp_path / "run", update=8)
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "two", "step": 5, "upd')
+    assert train(workdir)[0] == expected
+    assert toy.lines(workdir) == toy.lines(folder)
+
+
+def test_a_damaged_step_is_put_aside_by_name_and_the_one_before_it_is_used(tmp_path, whole, caplog):
+    folder, expected, _ = whole
+    workdir = copy_of(folder, tmp_path / "run", update=10)
+    files = [path for path in (workdir / "checkpoints" / "10").rglob("d/*") if path.stat().st_size > 1000]
+    data = max(files, key=lambda path: path.stat().st_size)
+    whole_bytes = bytearray(data.read_bytes())
+    whole_bytes[len(whole_bytes) // 2] ^= 1
+    data.write_bytes(whole_bytes)
+    with caplog.at_level(logging.WARNING):
+        found, _ = train(workdir)
+    assert found == expected and toy.lines(workdir) == toy.lines(folder)
+    (aside,) = [path for path in (workdir / "quarantined").iterdir() if path.is_dir()]
+    assert "checkpoints_10" in aside.name and str(workdir / "checkpoints" / "10") in caplog.text
+    assert "going back to update 2 of stage 1" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["base/1_two/learned", "frozen", "base/1_two/record"])
+def test_damage_to_what_a_stage_began_with_is_mended(tmp_path, whole, caplog, part):
+    folder, expected, _ = whole
+    workdir = copy_of(folder, tmp_path / "run", update=8)
+    for data in (workdir / part).rglob("*"):
+        if data.is_file() and ("d" in data.parts or data.name == "metadata"):
+            data.write_bytes(bytes(255 - byte for byte in data.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert train(workdir)[0] == expected
+    assert "is put aside" in caplog.text
+
+
+def test_frozen_parameters_that_cannot_be_mended_are_an_error(tmp_path, whole, monkeypatch):
+    workdir = copy_of(whole[0], tmp_path / "run", update=8)
+    shutil.rmtree(workdir / "frozen")
+    start = loop.start.first_parameters
+    other = lambda what, *rest: start(dataclasses.replace(what, seed=5), *rest)  # noqa: E731
+    monkeypatch.setattr(loop.start, "first_parameters", other)
+    with pytest.raises(UserError, match="its config no longer makes the same ones"):
+        train(workdir)
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path, whole):
+    folder, _, _ = whole
+    workdir = copy_of(folder, tmp_path / "run", update=8)
+    train(workdir, toy.experiment(mesh=MeshConfig(2, 2, 2)))
+    losses = [[line["loss"] for line in toy.lines(run)] for run in (folder, workdir)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert len(losses[1]) == TOTAL and losses[0][:8] == losses[1][:8]
+
+
+def test_a_folder_of_another_config_is_refused_with_the_fields_that_differ(tmp_path, whole):
+    what = toy.experiment()
+    one = dataclasses.replace(what.stages[0], learning_rate=0.5)
+    other = dataclasses.replace(what, seed=3, stages=(one, what.stages[1]))
+    with pytest.raises(UserError, match=r"another config \(stages.0.learning_rate 0.01 -> 0.5; seed 0 -> 3\)"):
+        train(whole[0], other)
+    free = dataclasses.replace(what, run=dataclasses.replace(what.run, log_every=7, save_every=100, keep=1))
+    workdir = copy_of(whole[0], tmp_path / "run")
+    assert train(workdir, free)[0] == whole[1]
+
+
+def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, whole):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write in .*file"):
+        train(tmp_path / "file")
+    with (whole[0] / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training"):
+            train(whole[0])
+    orphan = copy_of(whole[0], tmp_path / "orphan")
+    (orphan / "config.json").unlink()
+    with pytest.raises(UserError, match="holds checkpoints but no config.json"):
+        train(orphan)
+
+
+def test_a_dtype_that_the_config_does_not_want_is_refused(tmp_path, whole, monkeypatch):
+    workdir = copy_of(whole[0], tmp_path / "run", update=8)
+    monkeypatch.setattr(loop.start, "FREE", (*loop.start.FREE, r"run\.frozen_dtype"))
+    what = toy.experiment(run={"frozen_dtype": "float32"})
+    with pytest.raises(UserError, match="'never/.* was saved as bfloat16 .* wanted as float32"):
+        train(workdir, what)
+
+
+def test_frozen_parameters_stand_on_disk_once_and_steps_do_not_hold_them(whole):
+    folder = whole[0]
+    assert len(list((folder / "frozen").iterdir())) == 1
+    leaves = checkpoints.read_record(folder / "checkpoints" / "10")["leaves"]
+    trained = ("hint", "blocks/up", "words")
+    assert all(any(name in leaf for name in trained) or "count" in leaf for leaf in leaves)
+
+
+def test_a_stage_from_scratch_begins_with_the_first_parameters(tmp_path):
+    two = toy.stage("two", 4, ("blocks", "hint"), start="scratch", system=(("attention", 0.5),))
+    what = toy.experiment(toy.stage("one", 2), two)
+    expected, _ = train(tmp_path / "a", what)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "b", what, batches=stopping(5))
+    assert train(tmp_path / "b", what)[0] == expected
+    result = layout_and_read(tmp_path / "a", what)
+    first = sharding.init(toy.Toy().init, jax.random.key(0), toy.batch_of(range(8)))
+    assert (result["output"]["kernel"] == first["output"]["kernel"]).all()  # what stage one made of it is gone
+    assert not (result["hint"] == first["hint"]).all()
+
+
+def layout_and_read(workdir, what):
+    mesh = sharding.make_mesh(what.mesh)
+    layout = loop.start.layout(what, toy.batch_of(range(8)), mesh)
+    return checkpoints.read(workdir / "base" / "2_final", {"learned": layout.learned})[0]["learned"]
+
+
+def test_weight_files_are_read_by_path_and_the_rest_is_random(tmp_path):
+    random = np.random.default_rng(0)
+    tower = {"tower/kernel": random.normal(size=(192, 16)), "tower/bias": random.normal(size=16)}
+    tower = {name: value.astype(np.float32) for name, value in tower.items()}
+    save_file(tower, tmp_path / "tower.safetensors")
+    what = toy.experiment(weights=(("tower", str(tmp_path / "tower.safetensors")),))
+    layout = loop.start.layout(what, toy.batch_of(range(8)), sharding.make_mesh(MeshConfig()))
+    never, learned = loop.start.first_parameters(what, toy.batch_of(range(8)), layout)
+    np.testing.assert_array_equal(never["tower"]["kernel"], tower["tower/kernel"].astype("bfloat16"))
+    plain = sharding.init(toy.Toy().init, jax.random.key(0), toy.batch_of(range(8)))
+    flat = trees.flatten(plain)
+    assert all((leaf == flat[path]).all() for path, leaf in trees.flatten(learned).items())
+
+    cases = {
+        "lacks 'tower/bias', which no stage trains": {"tower/kernel": tower["tower/kernel"]},
+        "holds 'tower/gate', which this system does not have": tower | {"tower/gate": tower["tower/bias"]},
+        r"'tower/bias' is \(3,\), the config wants \(16,\)": tower | {"tower/bias": tower["tower/bias"][:3]},
+    }
+    for sentence, tensors in cases.items():
+        save_file(tensors, tmp_path / "tower.safetensors")
+        with pytest.raises(UserError, match=sentence):
+            loop.start.first_parameters(what, toy.batch_of(range(8)), layout)
+    (tmp_path / "tower.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="cannot be read"):
+        loop.start.first_parameters(what, toy.batch_of(range(8)), layout)
+
+
+def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_record(tmp_path, whole, monkeypatch):
+    seen = []
+    seer = loop.features.seer
+
+    def counting(*args):
+        see = seer(*args)
+        return lambda batch: seen.append(batch.record_B.tolist()) or see(batch)
+
+    monkeypatch.setattr(loop.features, "seer", counting)
+    stages = (toy.stage("one", 12),)
+    plain, cached = (toy.experiment(*stages, run={"cache_features": flag}) for flag in (False, True))
+    train(tmp_path / "plain", plain)
+    train(tmp_path / "cached", cached)
+    losses = [[line["loss"] for line in toy.lines(tmp_path / name)] for name in ("plain", "cached")]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    assert len(losses[0]) == 12 and len(seen) == 3  # 24 records in batches of 8
+    assert sorted(sum(seen, [])) == list(range(24))
+
+
+def test_features_of_a_part_that_trains_are_refused(tmp_path):
+    what = toy.experiment(toy.stage(trainable=("tower", "output")), run={"cache_features": True})
+    with pytest.raises(UserError, match="stage 'one' trains a part that makes the features"):
+        train(tmp_path / "trained", what)
+    changing = type("Changing", (toy.Batches,), {"changing": True})
+    with pytest.raises(UserError, match="a record's picture changes"):
+        train(tmp_path / "changing", toy.experiment(run={"cache_features": True}), changing)
+
+
+def test_kept_features_take_no_more_memory_than_allowed():
+    batches = toy.Batches(toy.ToyData(), toy.stage(), 0, 8, 0, 1)
+    see = lambda batch: np.ones((len(batch.record_B), 100), np.float32)  # noqa: E731
+    kept = loop.features.Remembered(batches, see, limit=5 * 400)
+    for _ in range(6):
+        assert next(kept).features.shape == (8, 100)
+    assert len(kept.rows) == 5 and kept.held == 2000

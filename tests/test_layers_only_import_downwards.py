@@ -25,10 +25,10 @@ FLOORS = (
     "language.decoder language.t5 language.bert bridges.projectors bridges.qformer heads",
     # 3: systems, and the conversion of whole ones
     "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
-    "convert_published convert_systems convert",
+    "convert_published convert_nextchat convert_systems convert",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
-    "data.tasks data.pictures data.squares data.tokenizer data.tiny_tokenizer data.processors data.table "
+    "data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer data.processors data.table "
     "data.annotations data.coco data.built data.built_writer data.sources data.examples data.inspection "
     "data.pipeline training.stages training.start training.features training.journal "
     "training.checkpoints training.loop scores search generate answering "
@@ -46,6 +46,9 @@ SIDEWAYS = {
     ("convert", "convert_systems"),
     ("convert", "convert_published"),
     ("convert_systems", "convert_published"),
+    ("convert_systems", "convert_nextchat"),
+    ("convert_nextchat", "convert_published"),
+    ("convert_nextchat", "systems"),
     ("convert_systems", "systems"),  # it builds the system that a checkpoint holds
     ("search", "scores"),
     ("generate", "scores"),

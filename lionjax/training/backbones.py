@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small backbones that are worth freezing: a ViT that sees scenes and a T5 that can talk about them.
 
-LION freezes its ViT and its language model, so the ones that ship with the project are trained first, each
-by itself. The ViT learns to say, patch by patch, which thing lies there and where its box is. The T5 never sees a picture: it
-learns the tasks from scenes told in words, and from scenes given as sets of vectors, one for each thing or patch, that
-are sums of learned attribute vectors and a code of the box. All heads and tables used on the way are thrown away.
+LION freezes its ViT and its language model, so the ones that ship with the project are trained first, each by itself.
+The ViT learns to say, patch by patch, which thing lies there and where its box is. The T5 never sees a picture: it
+learns the tasks from scenes told in words, and from scenes given as sets of vectors, one for each thing or patch: the
+sum of its words' embeddings and a code of its box. All heads used on the way are thrown away.
 """
 
 from __future__ import annotations
@@ -23,8 +23,19 @@ import optax
 import safetensors.numpy
 
 from lionjax import params as trees
-from lionjax.data import drawing, scenes, tasks
+from lionjax.data import scenes, tasks
 from lionjax.data.processors import Processor, ProcessorConfig
+from lionjax.data.told import (
+    ATTRIBUTES,
+    CODE,
+    FIELDS,
+    ROLES,
+    box_code,
+    drill,
+    few_things,
+    mirrored,
+    patch_facts,
+)
 from lionjax.language.t5 import T5, T5Config, shift_right
 from lionjax.layers import LayerNorm, normal
 from lionjax.losses import token_cross_entropy
@@ -32,17 +43,7 @@ from lionjax.vision.vit import ViT, ViTConfig
 
 log = logging.getLogger(__name__)
 
-ATTRIBUTES = {
-    "shape": scenes.SHAPES,
-    "color": scenes.COLORS,
-    "size": scenes.SIZES,
-    "texture": scenes.TEXTURES,
-}
-ROLES = ("nothing", "part", "centre")
-FIELDS = {**ATTRIBUTES, "role": ROLES, "ground": scenes.BACKGROUNDS}
 SHARPNESS = 1.0  # of the first attention, see `looking_for_like`
-WAVES = (1, 2, 4, 8)
-CODE = 4 * (1 + 2 * len(WAVES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,46 +70,6 @@ class BackbonesConfig:
         0.12  # of language steps whose prompt begins with LION's sentence about tags
     )
     seed: int = 0
-
-
-def box_code(box_K4):
-    """Edges in 0..1 -> (..., CODE): the edges, and sines and cosines of several wave lengths."""
-    angle = 2 * np.pi * box_K4[..., None] * np.asarray(WAVES)
-    waves = np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)
-    flat = waves.reshape(*box_K4.shape[:-1], -1)
-    return np.concatenate([2 * box_K4 - 1, flat], axis=-1).astype(np.float32)
-
-
-def facts(scene) -> tuple[np.ndarray, np.ndarray]:
-    """Things as numbers: field indices (K, 6) and boxes (K, 4)."""
-    ground = scenes.BACKGROUNDS.index(scene.background.kind)
-    rows = [
-        [*(values.index(getattr(thing, name)) for name, values in ATTRIBUTES.items()), 2, ground]
-        for thing in scene.things
-    ]
-    return np.array(rows, np.int32), np.array([thing.box for thing in scene.things], np.float32)
-
-
-def patch_facts(scene, side: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for each of side x side patches: (P, 6), (P, 4); a patch belongs to the thing that fills most of it."""
-    owner = drawing.owners(scene.things, pixels)
-    cell = pixels // side
-    blocks = owner.reshape(side, cell, side, cell).swapaxes(1, 2).reshape(side * side, -1)
-    number = len(scene.things)
-    share_PK = np.stack([(blocks == k).mean(1) for k in range(number)], axis=1)
-    k_P, covered_P = share_PK.argmax(1), share_PK.max(1) > 0.12
-    fields_K6, box_K4 = facts(scene)
-    fields_P6, box_P4 = fields_K6[k_P].copy(), box_K4[k_P].copy()
-    fields_P6[:, 4] = np.where(covered_P, 1, 0)
-    fields_P6[~covered_P, :4] = 0
-    box_P4[~covered_P] = 0
-    for k in np.argsort([np.prod(b[2:] - b[:2]) for b in box_K4])[::-1]:
-        # The patch of a thing's centre speaks for it; if something else lies there, the patch it fills most does.
-        x, y = (box_K4[k, :2] + box_K4[k, 2:]) / 2
-        at = int(y * side) * side + int(x * side)
-        at = at if k_P[at] == k and covered_P[at] else int(share_PK[:, k].argmax())
-        fields_P6[at], box_P4[at] = fields_K6[k], box_K4[k]
-    return fields_P6, box_P4
 
 
 class Painter(nn.Module):
@@ -199,23 +160,6 @@ def train_vision(c: BackbonesConfig, mean, std, start: dict | None = None) -> tu
     return params["vision"], figures
 
 
-def mirrored(image_BHWC, fields_BP6, box_BP4, way: int):
-    """One of the eight ways to mirror and turn a square, done to pictures, patches and boxes alike."""
-    side = int(np.sqrt(fields_BP6.shape[1]))
-    fields = fields_BP6.reshape(-1, side, side, fields_BP6.shape[-1])
-    box = box_BP4.reshape(-1, side, side, 4)
-    if way & 4:
-        image_BHWC, fields, box = (
-            x.swapaxes(1, 2) for x in (image_BHWC, fields, box[..., [1, 0, 3, 2]])
-        )
-    for bit, axis, (low, high) in ((1, 2, (0, 2)), (2, 1, (1, 3))):
-        if way & bit:
-            image_BHWC, fields, box = (np.flip(x, axis) for x in (image_BHWC, fields, box))
-            box = box.copy()
-            box[..., [low, high]] = 1 - box[..., [high, low]]
-    return image_BHWC, fields.reshape(fields_BP6.shape), box.reshape(box_BP4.shape)
-
-
 def seen(made, side: int, pixels: int):
     """Pictures and patch facts of scenes, stacked."""
     images = np.stack([scene.render(pixels) for scene in made])
@@ -302,44 +246,6 @@ GROUP_ODDS = (0.2, 0.45, 0.2, 0.08, 0.07)
 TAGS, SCENE = 50, 200  # tokens that LION's sentence about tags, or a scene in words, takes more
 
 
-def drill(scene, rng) -> tasks.Example:
-    """Several look-ups at once: 'color: star, ring' -> 'star red, ring blue'. Many a line teach looking up sooner."""
-    given, asked = (
-        rng.choice(list(DRILLS)[:-1], 2, replace=False) if rng.random() < 0.6 else ("pair", "there")
-    )
-    if given == "pair":
-        pairs = [DRILLS["pair"](thing) for thing in scene.things]
-        others = [f"{c} {s}" for c, s in scenes.pairs_of(scene.split) if f"{c} {s}" not in pairs]
-        chosen = [*rng.permutation(pairs)[:3], *rng.permutation(others)[:3]]
-        chosen = [str(word) for word in rng.permutation(chosen)]
-        said = ["yes" if word in pairs else "no" for word in chosen]
-        if rng.random() < 0.3:
-            asked, said = "count", [str(pairs.count(word)) for word in chosen]
-    else:
-        look = {name: [DRILLS[name](thing) for thing in scene.things] for name in (given, asked)}
-        words = sorted(set(look[given]))
-        answers = {
-            word: {a for g, a in zip(look[given], look[asked]) if g == word} for word in words
-        }
-        chosen = [str(word) for word in rng.permutation(words) if len(answers[word]) == 1]
-        said = [next(iter(answers[word])) for word in chosen]
-        if not chosen or rng.random() < 0.2:
-            asked, chosen = "count", words
-            said = [str(look[given].count(word)) for word in chosen]
-    question = f"{asked}: {', '.join(chosen)}"
-    answer = ", ".join(f"{word} {found}" for word, found in zip(chosen, said, strict=True))
-    return tasks.Example("drill", asked, question, answer, (answer,), "image_level")
-
-
-DRILLS = {
-    "shape": lambda thing: thing.shape,
-    "color": lambda thing: thing.color,
-    "size": lambda thing: thing.size,
-    "texture": lambda thing: thing.texture,
-    "pair": lambda thing: f"{thing.color} {thing.shape}",
-}
-
-
 def language_batch(
     c: BackbonesConfig, made, told, rng, processor: Processor, how: str, group: str, rows: int
 ):
@@ -375,15 +281,6 @@ def language_batch(
     )
     target_BM, target_mask_BM = padded(answers, LENGTHS[group])
     return fields, code, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM
-
-
-def few_things(fields_P6, box_P4, rng, room: int = 14):
-    """The centre patches in random order, and some of the other patches between them."""
-    centre = np.flatnonzero(fields_P6[:, 4] == 2)[:room]
-    rest = np.flatnonzero(fields_P6[:, 4] != 2)
-    chosen = np.concatenate([centre, rng.choice(rest, room - len(centre), replace=False)])
-    chosen = rng.permutation(chosen)
-    return fields_P6[chosen], box_P4[chosen]
 
 
 def padded(rows, length: int):

@@ -15,6 +15,7 @@ from typing import Any
 
 from lionjax import config as configs
 from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.convert_nextchat import META_SAM, POINTING
 from lionjax.convert_published import EVA_IGNORES, ONE_PART, T5, Published
 from lionjax.interfaces import Batch, Params, UserError
 from lionjax.weight_rows import same_numbers
@@ -50,8 +51,8 @@ def open_source(path: Path, system: str | None = None) -> Source:
             raise UserError(f"{folder} is in lionjax's own names already")
         config = read_config(folder)
         return Source(of_config(config), config, open_weights(path), folder)
-    if system is None and path.name == "eva_vit_g.pth":
-        system = "eva"
+    if system is None:
+        system = {"eva_vit_g.pth": "eva", META_SAM: "segment_anything"}.get(path.name)
     if system == "lion" or (system is None and path.is_dir() and _lion_file(path)):
         return _open_lion(path)
     settings = _settings(folder / "config.json")
@@ -226,4 +227,4 @@ _LION = Published(
     abstract=_lion_abstract,
     ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*"),
 )  # fmt: skip
-SYSTEMS = (_LION, *ONE_PART)
+SYSTEMS = (_LION, *POINTING, *ONE_PART)

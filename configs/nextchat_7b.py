@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NExT-Chat-7B: CLIP ViT-L/14-336, Vicuna-7B-v1.5 and SAM ViT-H in the paper's three stages (arXiv 2311.04498).
+
+Words and boxes first, then instructions, then masks with all but their prompts and SAM's decoder frozen. Wants the
+public weights, converted once with `lionjax convert`; Vicuna's with the five added tokens. Steps, rates and batch are
+the release's. Its data are Shikra's annotation files; here stand the tasks that they come to.
+"""
+
+import dataclasses
+
+from lionjax.config import Experiment, MeshConfig, RunConfig, Stage
+from lionjax.data.annotations import RefCoco
+from lionjax.data.coco import Coco
+from lionjax.data.pipeline import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.language.decoder import VICUNA_7B
+from lionjax.systems.nextchat import NextChat
+from lionjax.vision.sam import SAM_VIT_H
+from lionjax.vision.vit import CLIP_VIT_L
+
+WORDS_AND_BOXES = ("language", "projector", "locations")
+MASKS = ("mask_prompts", "sam/decoder")
+PRETRAIN = (("rec", 3.0), ("reg", 2.0), ("caption", 2.0), ("vqa", 2.0))
+INSTRUCT = (("rec", 1.0), ("reg", 0.5), ("vqa", 1.0), ("caption", 1.0), ("existence", 0.5))
+BATCH = 64
+
+
+def stage(name: str, steps: int, trainable: tuple[str, ...], mixture: tuple, **more) -> Stage:
+    """2e-5 with 3 % of warm-up, no weight decay."""
+    return Stage(
+        name, steps, trainable, mixture, BATCH, learning_rate=2e-5, warmup_steps=round(0.03 * steps),
+        warmup_learning_rate=0.0, weight_decay=0.0, **more,
+    )  # fmt: skip
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    return Experiment(
+        name="nextchat_7b",
+        system=NextChat(
+            vision=dataclasses.replace(CLIP_VIT_L, remat="full"),
+            language=dataclasses.replace(VICUNA_7B, vocab=32005, remat="full"),
+            sam=dataclasses.replace(SAM_VIT_H, remat="full"),
+            dtype="bfloat16",
+        ),
+        data=DataConfig(
+            sources=(Coco("data/coco"), RefCoco("data/refcoco/train.json", "data/coco/images")),
+            processor=ProcessorConfig(
+                image_size=336,
+                tokenizer="weights/vicuna_7b",
+                question_length=1,
+                prompt_length=768,
+                tags=False,
+            ),
+            boxes=8,
+        ),
+        stages=(
+            stage("pretrain", 65_000, WORDS_AND_BOXES, PRETRAIN),
+            stage("instruct", 4_950, WORDS_AND_BOXES, INSTRUCT),
+            stage("masks", 5_950, MASKS, (("res", 1.0),), system=(("objective", "masks"),)),
+        ),
+        run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        weights=(
+            ("vision", "weights/clip_vit_l_336/params.safetensors"),
+            ("language", "weights/vicuna_7b/params.safetensors"),
+            ("sam", "weights/sam_vit_h/params.safetensors"),
+        ),
+    )

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NExT-Chat's release, and SAM by itself: as Meta's file and as a folder of Hugging Face."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from lionjax import config as configs
+from lionjax.convert_published import LLAMA, Published, refuse_unless
+from lionjax.interfaces import Batch, Params
+
+META_SAM = "sam_vit_h_4b8939.pth"  # as everybody calls it; it tells nothing of itself
+
+
+def _sam_config(s: dict) -> Any:
+    """Where a setting is missing transformers means that of the small SAM."""
+    from lionjax.vision.sam import SAM_VIT_B, SamConfig
+
+    v, p, d = (s.get(f"{part}_config") or {} for part in ("vision", "prompt_encoder", "mask_decoder"))
+    kept = v.get("use_abs_pos", True) and v.get("use_rel_pos", True) and v.get("qkv_bias", True)
+    refuse_unless(kept, "no positions or no biases in its image encoder", "a SAM with them")
+    refuse_unless(d.get("attention_downsample_rate", 2) == 2, "another inner width of its decoder's attention", "half")
+    width, small = v.get("hidden_size", SAM_VIT_B.width), SAM_VIT_B
+    return SamConfig(
+        v.get("image_size", 1024), v.get("patch_size", 16), width, v.get("num_hidden_layers", small.depth),
+        v.get("num_attention_heads", small.heads), v.get("mlp_dim") or int(width * v.get("mlp_ratio", 4.0)),
+        v.get("window_size", 14), tuple(v.get("global_attn_indexes", small.global_layers)),
+        v.get("output_channels", 256), v.get("layer_norm_eps", 1e-6), p.get("mask_input_channels", 16),
+        d.get("num_hidden_layers", 2), d.get("num_attention_heads", 8), d.get("mlp_dim", 2048),
+        d.get("layer_norm_eps", 1e-6), 1 + d.get("num_multimask_outputs", 3), d.get("iou_head_depth", 3),
+        d.get("iou_head_hidden_dim", 256),
+    )  # fmt: skip
+
+
+def _sam_settings(c: Any) -> dict:
+    return {
+        "architectures": ["SamModel"],
+        "model_type": "sam",
+        "vision_config": {
+            "image_size": c.image,
+            "patch_size": c.patch,
+            "hidden_size": c.width,
+            "num_hidden_layers": c.depth,
+            "num_attention_heads": c.heads,
+            "mlp_dim": c.hidden,
+            "window_size": c.window,
+            "global_attn_indexes": list(c.global_layers),
+            "output_channels": c.channels,
+            "num_pos_feats": c.channels // 2,
+            "layer_norm_eps": c.eps,
+        },
+        "prompt_encoder_config": {
+            "image_size": c.image,
+            "patch_size": c.patch,
+            "hidden_size": c.channels,
+            "mask_input_channels": c.mask_channels,
+            "layer_norm_eps": c.eps,
+        },
+        "mask_decoder_config": {
+            "hidden_size": c.channels,
+            "num_hidden_layers": c.decoder_depth,
+            "num_attention_heads": c.decoder_heads,
+            "mlp_dim": c.decoder_hidden,
+            "layer_norm_eps": c.decoder_eps,
+            "num_multimask_outputs": c.masks - 1,
+            "iou_head_depth": c.iou_depth,
+            "iou_head_hidden_dim": c.iou_hidden,
+        },
+    }
+
+
+def _sam_rows(c: Any) -> tuple:
+    from lionjax.vision import sam_masks
+
+    return sam_masks.hugging_face_rows(c)
+
+
+def _sam_abstract(c: Any) -> Params:
+    import jax
+
+    from lionjax import sharding
+    from lionjax.vision.sam_masks import Sam
+
+    image = jax.ShapeDtypeStruct((1, c.image, c.image, 3), "float32")
+    box, mask = jax.ShapeDtypeStruct((1, 1, 4), "float32"), jax.ShapeDtypeStruct((1, 4 * c.grid, 4 * c.grid), "float32")
+
+    def init(key, image, box, mask):
+        return Sam(c).init(key, image, None, None, box, mask)["params"]
+
+    return sharding.abstract(init, jax.random.key(0), image, box, mask)
+
+
+def _meta_sam_config(s: dict) -> Any:
+    from lionjax.vision.sam import SAM_VIT_H
+
+    return SAM_VIT_H
+
+
+def _meta_sam_rows(c: Any) -> tuple:
+    from lionjax.vision import sam_masks
+
+    return sam_masks.torch_rows(c)
+
+
+def _nextchat_config(s: dict) -> Any:
+    """The release says what its language model is; its CLIP and SAM are known. Our own files say everything."""
+    from lionjax.systems.nextchat import NextChat
+
+    if "system" in s:
+        return configs.from_json(json.dumps(s["system"]))
+    language = LLAMA.config(s)
+    patch, _, _, trigger, location = range(language.vocab - 5, language.vocab)  # added last, in this order
+    return dataclasses.replace(
+        NextChat(), language=language, feature_layer=s.get("mm_vision_select_layer", -2),
+        projector_depth=s.get("mm_depth", 1), image_token=patch, trigger_token=trigger, location_token=location,
+    )  # fmt: skip
+
+
+def _nextchat_settings(c: Any) -> dict:
+    own = {
+        "architectures": ["NextChatForSegLM"],
+        "model_type": "nextchat",
+        "mm_depth": c.projector_depth,
+        "mm_hidden_size": c.vision.width,
+        "mm_vision_select_layer": c.feature_layer,
+        "use_mm_proj": True,
+    }
+    return LLAMA.settings(c.language) | own | {"system": json.loads(configs.to_json(c))}
+
+
+def _nextchat_abstract(c: Any) -> Params:
+    import jax
+
+    from lionjax import sharding
+
+    side = c.vision.image
+    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
+    ids, row = jax.ShapeDtypeStruct((1, 8), "int32"), jax.ShapeDtypeStruct((1,), "int32")
+    batch = Batch(image, ids, ids, None, None, ids, ids, ids, row, row)
+    return sharding.abstract(c.init, jax.random.key(0), batch)
+
+
+NEXTCHAT = Published(
+    "nextchat", ("nextchat",), lambda c: type(c).__name__ == "NextChat",
+    _nextchat_config, _nextchat_settings, lambda c: c.torch_rows(), _nextchat_abstract,
+    ignore=(
+        *LLAMA.ignore, r"model\.vision_tower\.vision_model\.embeddings\.position_ids", r"sam\.model\.pixel_(mean|std)",
+    ),
+)  # fmt: skip
+SAM = Published(
+    "sam", ("sam",), lambda c: type(c).__name__ == "SamConfig", _sam_config, _sam_settings, _sam_rows, _sam_abstract,
+)  # fmt: skip
+# Written again as Hugging Face's.
+SEGMENT_ANYTHING = Published(
+    "segment_anything", (), lambda c: False, _meta_sam_config, _sam_settings, _meta_sam_rows, _sam_abstract,
+    ignore=(r"pixel_(mean|std)",),
+)  # fmt: skip
+POINTING = (NEXTCHAT, SAM, SEGMENT_ANYTHING)

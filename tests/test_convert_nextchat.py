@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of SAM and of NExT-Chat come in, say what they are, and go out again."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lionjax import convert, convert_systems, sharding
+from lionjax import params as trees
+from lionjax.interfaces import UserError
+from lionjax.systems.nextchat import NextChat
+from lionjax.vision.sam import SAM_VIT_H
+
+SAM = {
+    "vision_config": dict(
+        hidden_size=24, num_hidden_layers=4, num_attention_heads=3, image_size=64, patch_size=8, mlp_dim=48,
+        window_size=3, global_attn_indexes=[1, 3], output_channels=16, num_pos_feats=8,
+    ),
+    "prompt_encoder_config": dict(hidden_size=16, image_size=64, patch_size=8, mask_input_channels=8),
+    "mask_decoder_config": dict(hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=12),
+}  # fmt: skip
+
+
+def test_a_folder_of_transformers_sam_comes_in_and_loads_there_again(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.SamModel(transformers.SamConfig(**SAM))
+    theirs.save_pretrained(tmp_path / "theirs")
+    coverage = convert.convert(tmp_path / "theirs", tmp_path / "ours", "jax")
+    assert coverage.system == "sam" and not coverage.ignored
+    config, params = convert.load_params(tmp_path / "ours")
+    assert (config.depth, config.global_layers, config.decoder_eps, config.masks) == (4, (1, 3), 1e-6, 4)
+    convert.to_torch(config, params, tmp_path / "back")
+    back, info = transformers.SamModel.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    one, other = theirs.state_dict(), back.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_metas_sam_is_known_by_its_file_name(tmp_path):
+    save_file({"image_encoder.pos_embed": np.zeros((1, 64, 64, 1280), np.float32)}, tmp_path / "weights.safetensors")
+    (tmp_path / "weights.safetensors").rename(tmp_path / "sam_vit_h_4b8939.pth")
+    kinds = {kind.name: kind for kind in convert_systems.SYSTEMS}
+    assert kinds["segment_anything"].config({}) == SAM_VIT_H
+    with pytest.raises(UserError):  # found and opened as SAM; the rest of it is not there
+        convert.from_torch(tmp_path / "sam_vit_h_4b8939.pth")
+
+
+RELEASE = {
+    "architectures": ["NextChatForSegLM"], "model_type": "nextchat", "vocab_size": 32005, "hidden_size": 4096,
+    "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-05,
+    "mm_depth": 2, "mm_hidden_size": 1024, "mm_vision_select_layer": -2, "use_mm_proj": True, "torch_dtype": "float32",
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "rope_scaling": None, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_the_releases_settings_mean_the_full_size_system():
+    kind = next(kind for kind in convert_systems.SYSTEMS if kind.name == "nextchat")
+    assert kind.config(RELEASE) == NextChat()
+    said = kind.settings(NextChat())
+    assert {key: said[key] for key in RELEASE if key in said} == {key: RELEASE[key] for key in RELEASE if key in said}
+    assert kind.config(json.loads(json.dumps(said))) == NextChat()
+    assert kind.config(RELEASE | {"mm_depth": 1}).projector_depth == 1
+
+
+def test_a_nextchat_goes_out_and_comes_back_to_the_bit(tmp_path):
+    from test_nextchat import TINY, batch_of
+
+    shapes = sharding.abstract(TINY.init, jax.random.key(0), batch_of([[5]]))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(np.float16), shapes)
+    convert.to_torch(TINY, params, tmp_path / "torch")
+    names = load_file(tmp_path / "torch" / "model.safetensors")
+    assert {"loc_encoder.0.weight", "seg_prompt_mlp.2.bias", "model.mm_projector.2.weight"} <= names.keys()
+    (tmp_path / "torch" / convert_systems.CONFIG_FILE).unlink()  # as where only the original's files are
+    config, back = convert.from_torch(tmp_path / "torch")
+    one, other = trees.flatten(params), trees.flatten(back)
+    assert config == TINY and one.keys() == other.keys()
+    assert all(one[path].tobytes() == other[path].tobytes() for path in one)

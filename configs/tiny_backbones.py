@@ -22,7 +22,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=("vision", "language", "both"), default="both")
     parser.add_argument(
-        "--start", type=Path, help="go on from this ViT, with the mirrored steps only"
+        "--start", type=Path, help="go on from this file, with the second schedule only"
     )
     parser.add_argument("--out", type=Path, default=Path("lionjax/data/assets"))
     arguments = parser.parse_args()
@@ -36,6 +36,7 @@ if __name__ == "__main__":
         backbones.save(params, "vision", arguments.out / "tiny_vit.safetensors")
         (arguments.out / "tiny_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
     if arguments.part in ("language", "both"):
-        params, figures = backbones.train_language(config)
+        start = backbones.load(arguments.start, "language") if arguments.start else None
+        params, figures = backbones.train_language(config, start)
         backbones.save(params, "language", arguments.out / "tiny_t5.safetensors")
         (arguments.out / "tiny_t5.json").write_text(json.dumps(figures, indent=1) + "\n")

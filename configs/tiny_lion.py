@@ -29,7 +29,7 @@ SYSTEM = Lion(
         layers=4,
         heads=4,
         hidden=256,
-        queries=16,
+        queries=8,
         vision_width=128,
         vocab=1024,
         positions=96,
@@ -63,7 +63,7 @@ def get_config() -> Experiment:
         system=SYSTEM,
         data=DataConfig(
             sources=(Scenes(sizes=(3000, 300, 400), pixels=192),),
-            processor=ProcessorConfig(image_size=112, prompt_length=80, question_length=32, target_length=52),
+            processor=ProcessorConfig(image_size=112, prompt_length=72, question_length=28, target_length=40),
             tag_noise=0.1,
             tag_drop=0.5,
         ),

@@ -62,6 +62,9 @@ class BackbonesConfig:
     language_steps: int = 5_000
     language_batch: int = 48
     language_rate: float = 6e-4
+    again_steps: int = 4_000  # a second schedule, in which many scenes are told patch by patch
+    again_rate: float = 5e-4
+    found_steps: int = 300  # see `train_language`
     patch_share: float = (
         0.3  # of language steps that see a scene patch by patch, in the second half
     )
@@ -322,8 +325,11 @@ def looking_for_like(language: dict, c: T5Config) -> dict:
     return begin(language) | {"head": {"kernel": table_VD.T * c.width**-0.5}}
 
 
-def train_language(c: BackbonesConfig) -> tuple[dict, dict]:
-    """Parameters of the T5 and its figures on held-out scenes that it is told patch by patch."""
+def train_language(c: BackbonesConfig, start: dict | None = None) -> tuple[dict, dict]:
+    """Parameters of the T5 and its figures on held-out scenes that it is told patch by patch.
+
+    From `start` on only the second schedule runs, after some steps in which only the code of boxes is learned anew.
+    """
     processor = Processor(ProcessorConfig(c.vision.image, prompt_length=PROMPTS["middle"] + SCENE))
     side, pixels = c.vision.image // c.vision.patch, c.vision.image
     made = [scenes.sample("train", index, c.seed) for index in range(c.scenes)]
@@ -332,41 +338,61 @@ def train_language(c: BackbonesConfig) -> tuple[dict, dict]:
     test_told = [patch_facts(scene, side, pixels) for scene in test]
     reader, rng = Reader(c.language, word_ids(processor)), np.random.default_rng(c.seed)
     batch = functools.partial(language_batch, c, made, told, rng, processor)
-    params = nn.unbox(
-        jax.jit(reader.init)(jax.random.key(c.seed), *batch("things", "short", 2))["params"]
-    )
-    params["language"] = looking_for_like(params["language"], c.language)
-    tx = optimiser(c.language_rate, c.language_steps)
+    example = batch("things", "short", 2)
+    params = nn.unbox(jax.jit(reader.init)(jax.random.key(c.seed), *example)["params"])
+    if start is None:
+        params["language"] = looking_for_like(params["language"], c.language)
+        parts = [(c.language_steps, c.language_rate, True), (c.again_steps, c.again_rate, True)]
+    else:
+        params["language"] = start
+        parts = [(c.found_steps, 3e-3, False), (c.again_steps, c.again_rate, True)]
+    for number, (steps, rate, whole) in enumerate(parts):
+        patches = 0.0 if number == 0 else c.patch_share
+        log.info(
+            "language schedule %d: %d steps, %.0f%% of them by patches",
+            number,
+            steps,
+            100 * patches,
+        )
+        params = learn_language(c, reader, params, batch, rng, steps, rate, patches, whole)
+        figures = judge_language(c, params, reader, test, test_told, processor)
+        log.info("language %s", figures)
+    return params["language"], figures
+
+
+def learn_language(
+    c, reader: Reader, params, batch, rng, steps: int, rate: float, patches: float, whole: bool
+):
+    """One schedule. Unless `whole`, only what turns facts into vectors is learned."""
+    idle = {} if whole else {"language": params["language"]}
+    params = {name: part for name, part in params.items() if name not in idle}
+    tx = optimiser(rate, steps)
     state = tx.init(params)
 
-    def loss_of(params, arrays):
-        logits_BMV = reader.apply({"params": params}, *arrays)
+    def loss_of(params, idle, arrays):
+        logits_BMV = reader.apply({"params": params | idle}, *arrays)
         return token_cross_entropy(logits_BMV, arrays[4], arrays[5])
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, arrays):
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, arrays)
+    def step(params, state, idle, arrays):
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, idle, arrays)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss, metrics["token_accuracy"]
 
-    begun, sums, figures = time.time(), {}, {}
-    for number in range(c.language_steps):
-        patches = c.patch_share if number > c.language_steps // 2 else 0.0
-        shares = {"text": c.text_share, "hinted": c.hinted_share, "patches": patches}
-        how = rng.choice([*shares, "things"], p=[*shares.values(), 1 - sum(shares.values())])
-        group = rng.choice(list(GROUPS), p=GROUP_ODDS)
+    shares = {"text": c.text_share, "hinted": c.hinted_share, "patches": patches}
+    begun, sums = time.time(), {}
+    for number in range(steps):
+        how = str(rng.choice([*shares, "things"], p=[*shares.values(), 1 - sum(shares.values())]))
+        group = str(rng.choice(list(GROUPS), p=GROUP_ODDS))
         rows = c.language_batch // (1 if how in ("things", "hinted") else 2)
-        params, state, loss, right = step(params, state, batch(str(how), str(group), rows))
+        params, state, loss, right = step(params, state, idle, batch(how, group, rows))
         if number % 10 == 0:
             sums.setdefault(f"{how} {group}", []).append((float(loss), float(right)))
         if number % 200 == 199:
             text = ", ".join(f"{name} {np.mean(v, 0).round(3)}" for name, v in sorted(sums.items()))
             log.info("language step %d %.0f s: %s", number, time.time() - begun, text)
             sums = {}
-        if number % 500 == 499 or number == c.language_steps - 1:
-            figures = judge_language(c, params, reader, test, test_told, processor)
-            log.info("language step %d %s", number, figures)
-    return params["language"], figures
+    return params | idle
 
 
 def judge_language(c: BackbonesConfig, params, reader, test, told, processor: Processor) -> dict:

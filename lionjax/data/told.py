@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from lionjax.data import drawing, scenes
-from lionjax.data.tasks import Example
+from lionjax.data.tasks import Example, box_text
 
 ATTRIBUTES = {
     "shape": scenes.SHAPES,
@@ -122,3 +122,34 @@ DRILLS = {
     "texture": lambda thing: thing.texture,
     "pair": lambda thing: f"{thing.color} {thing.shape}",
 }
+
+
+def place(scene, rng) -> Example:
+    """The box of a thing that one word or two are enough for: 'box: star' -> '[0.123,0.234,0.345,0.456]'."""
+    names = [
+        DRILLS[str(rng.choice(["shape", "color", "pair", "pair"]))](thing) for thing in scene.things
+    ]
+    alone = [
+        k for k, name in enumerate(names) if sum(fits(thing, name) for thing in scene.things) == 1
+    ]
+    k = (
+        int(rng.choice(alone))
+        if alone
+        else int(np.argmax([thing.extent for thing in scene.things]))
+    )
+    name = names[k] if alone else "largest object"
+    box = scene.things[k].box
+    return Example(
+        "place",
+        "box",
+        f"box: {name}",
+        box_text(box),
+        (box_text(box),),
+        "region_level",
+        boxes=(box,),
+    )
+
+
+def fits(thing, name: str) -> bool:
+    """Whether a color, a shape or both are those of a thing."""
+    return set(name.split()) <= {thing.shape, thing.color}

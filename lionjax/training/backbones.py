@@ -35,6 +35,7 @@ from lionjax.data.told import (
     few_things,
     mirrored,
     patch_facts,
+    place,
 )
 from lionjax.language.t5 import T5, T5Config, shift_right
 from lionjax.layers import LayerNorm, normal
@@ -239,14 +240,14 @@ def word_ids(processor: Processor) -> tuple[tuple[int, ...], ...]:
 GROUPS = {
     "drill": (("drill", 1),),
     "short": (("vqa", 5), ("relation", 1.5), ("existence", 2)),
-    "box": (("rec", 3), ("res", 1)),
+    "box": (("rec", 2), ("res", 1), ("place", 2)),
     "middle": (("reg", 1), ("tags", 1), ("conversation", 2)),
     "long": (("caption", 2), ("grounded", 1)),
 }
 LENGTHS = {"drill": 26, "short": 3, "box": 21, "middle": 24, "long": 88}
 PROMPTS = {"drill": 24, "short": 24, "box": 24, "middle": 80, "long": 16}
-GROUP_ODDS = (0.2, 0.45, 0.2, 0.08, 0.07)
-TAGS, SCENE = 50, 200  # tokens that LION's sentence about tags, or a scene in words, takes more
+GROUP_ODDS = (0.15, 0.4, 0.3, 0.08, 0.07)
+TAGS, SCENE = 50, 240  # tokens that LION's sentence about tags, or a scene in words, takes more
 
 
 def language_batch(
@@ -258,9 +259,10 @@ def language_batch(
     for index in rng.integers(0, len(made), rows):
         task = str(rng.choice(names, p=np.array(odds) / sum(odds)))
         noise = rng.choice([0.0, 0.1, 0.3])
+        drills = {"drill": drill, "place": place}
         example = (
-            drill(made[index], rng)
-            if task == "drill"
+            drills[task](made[index], rng)
+            if task in drills
             else tasks.converse(task, made[index], rng, noise)
         )
         question = (

@@ -164,6 +164,7 @@ def inputs(images, prompts, boxes, tags, category) -> list[Input]:
     for name, values in given.items():
         if isinstance(values, str | Path) or (values is not None and not hasattr(values, "__len__")):
             raise UserError(f"{name} is one {type(values).__name__}; give a list, with one entry for each prompt")
+    for name, values in given.items():
         if values is not None and len(values) != len(prompts):
             raise UserError(f"{len(values)} {name} were given for {len(prompts)} prompts; give one each")
     if not len(prompts):

@@ -158,11 +158,12 @@ def test_blind_answers_differ_from_sighted_ones(entries, folder):
     assert any(row["prediction"] != row["blind"] for row in rows)
 
 
-def test_many_batches_of_a_benchmark_compile_its_program_once(model, monkeypatch):
+def test_many_batches_and_all_benchmarks_of_long_answers_share_one_program(model, monkeypatch):
     monkeypatch.setattr(benchmarks, "AT_ONCE", 4)
     before = answering.generate._cache_size()
-    entry = model.evaluate("rec", limit=10)
-    assert entry["samples"] == 10 and answering.generate._cache_size() <= before + 1
+    for task in ("rec", "reg", "tags", "caption"):
+        assert model.evaluate(task, limit=10)["samples"] == 10
+    assert answering.generate._cache_size() == before + 1
 
 
 def test_a_smaller_limit_asks_the_first_of_the_same_questions(entries, model, folder, tmp_path):
@@ -198,7 +199,7 @@ def test_the_constant_box_is_the_training_box_that_hits_most():
     boxes = [(0.0, 0.0, 0.1, 0.1), (0.3, 0.3, 0.7, 0.7), (0.3, 0.3, 0.7, 0.8), (0.28, 0.3, 0.7, 0.72)]
     train = [example("", task="rec", boxes=(box,)) for box in boxes]
     (text,) = scoring.constants("rec", train, train[:1])
-    assert metrics.parse_box(text) == boxes[1]
+    assert metrics.parse_box(text) == boxes[3]  # as the second it hits three, and it overlaps them more
     assert scoring.random_box_hits(train, train[:1]) == 0.25
 
 
@@ -266,7 +267,7 @@ def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp
     ("words", "tasks", "most"),
     [
         (["coco83", "--share", "0"], ["caption", "existence", "rec", "reg", "tags"], 3),
-        (["coco258_annotations/rec_on_coco258.json"], ["rec", "reg"], 12),
+        (["coco258_annotations/rec_on_coco258.json"], ["rec", "reg"], 85),
         (["coco258_annotations/pope_on_coco258.json"], ["existence"], 54),
     ],
     ids=lambda value: Path(value[0]).stem if isinstance(value, list) else None,

@@ -158,8 +158,10 @@ def test_asking_again_compiles_nothing_for_prompts_of_any_length_up_to_a_bucket(
 
 def test_generation_can_be_set_and_sampling_follows_the_seed(model):
     images, prompts = some_pictures(1), ["Describe it."]
-    short = GenerateConfig(max_new_tokens=2)
-    assert len(model.processor.tokenizer.encode(model.answer(images, prompts, generate=short)[0].text)) <= 2
+    short, long = (
+        model.answer(images, prompts, generate=GenerateConfig(max_new_tokens=most))[0].text for most in (2, 8)
+    )
+    assert len(short) < len(long) and long.startswith(short.rstrip("\ufffd"))  # half a letter may be left over
     drawn = GenerateConfig(max_new_tokens=8, sample=True, temperature=2.0)
     said = [texts(model.answer(images, prompts, generate=drawn, seed=seed)) for seed in (0, 0, 1)]
     assert said[0] == said[1] != said[2]
@@ -231,16 +233,16 @@ def test_a_run_that_has_not_ended_answers_with_what_it_has_learned(tmp_path, cap
     first, second = (small_lion.params_of(small_lion.experiment(seed)) for seed in (0, 1))
     small_lion.put(tmp_path, what, first, 0)
     small_lion.put(tmp_path, what, first, 1)
-    small_lion.put(tmp_path, what, second, 1, step=1)
+    trained, _ = trees.split(second, what.stages[1].trainable)
+    _, rest = trees.split(first, what.stages[1].trainable)
+    newest = trees.merge(trained, rest)
+    small_lion.put(tmp_path, what, newest, 1, step=1)
     with caplog.at_level(logging.WARNING):
         half = lionjax.load(tmp_path)
     assert "stands at stage 'second', step 1 of 2" in caplog.text
     assert half.system.visual_input == "AGGREGATOR" and half.updates == 3
-    flat, (old, new) = trees.flatten(half.params), (trees.flatten(first), trees.flatten(second))
-    trained, _ = trees.split(half.params, what.stages[1].trainable)
-    trained = trees.flatten(trained)
-    for path, leaf in flat.items():
-        np.testing.assert_array_equal(leaf, (new if path in trained else old)[path])
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), half.params, newest)
+    assert all(jax.tree.leaves(same))
     shutil.rmtree(tmp_path / "checkpoints")
     assert lionjax.load(tmp_path).system.visual_input == "QFORMER"  # what the first stage made
 

@@ -153,8 +153,8 @@ class Lines:
     """Lines of JSON: {"image", "question", "answer" or "answers", "task", "kind", "expression", "boxes",
     "question_boxes", "tags", "width", "height"}; only the image and an answer or boxes are needed.
 
-    Without a question a wording is drawn for the task. Boxes are fractions, or pixels where width and height
-    stand. POPE's "text" and "label" are read as existence.
+    A "file_name" goes before the image. Without a question a wording is drawn for the task. Boxes are fractions, or
+    pixels where width and height stand. POPE's "text" and "label" are read as existence.
     """
 
     file: str
@@ -172,6 +172,8 @@ class Lines:
                     raise UserError(
                         f"{where} has no 'image'; each line is an object with a picture's path"
                     )
+                if isinstance(entry.get("file_name"), str):
+                    entry["image"] = entry["file_name"]  # as RefCOCO rows say where their picture lies
                 if in_split(entry["image"], split, self.share):
                     _line(reader, entry, where)
         return reader.table(max_pixels)

@@ -39,7 +39,8 @@ from lionjax.interfaces import UserError
 log = logging.getLogger(__name__)
 
 AT_ONCE = 32  # questions in a batch
-TRAINING = 300  # training examples that the constant answers are learned from
+TRAINING = 200  # training examples that the constant answers are learned from
+PADDED = 128  # tokens that prompts and questions are padded to, where the model takes as many
 SIDE = 640  # pixels of a kept picture's longer side, at most
 WITHOUT_TAGS = ("vqa", "existence", "caption")  # asked with and without tags
 
@@ -159,19 +160,20 @@ def asked(
 ) -> Iterator[tuple[list[Sample], dict[str, list[str]]]]:
     """Samples by the batch, with the texts of each variant: "answers", "blind", and with tags two more.
 
-    No batch is padded to less than those before it, so that little is compiled.
+    All batches have one shape, in all benchmarks, so that two programs serve them: for short answers and for long.
     """
     task, processor = task_of(name), answerer.processor
     tagged = processor.config.tags and task != "tags"  # or the answer would stand in the prompt
     variants = {"answers": (False, tagged), "blind": (True, False)}  # (blind, with tags)
-    least = (1, 1, 1)
+    lengths = (processor.config.prompt_length, processor.config.question_length)
+    least = (1, *(min(length, PADDED) for length in lengths))
     samples = prepared(processor, data, pipeline.examples(data, name, split, limit), tagged)
     while batch := list(itertools.islice(samples, AT_ONCE)):
         kept = [sample for sample, _ in batch]
         rows = {tags: [row[tags] for _, row in batch] for tags in (True, False)}
         if tagged and task in WITHOUT_TAGS and any(sample.example.tags for sample in kept):
             variants |= {"untagged": (False, False), "tags_alone": (True, True)}
-        least = tuple(map(max, least, (len(kept), *answering.lengths(rows[True] + rows[False]))))
+        least = tuple(map(max, least, (len(kept), *answering.lengths(rows[True] + rows[False]))))  # never less again
         how = answering.settings(answer, processor, kept[0].example.category, task)
         yield kept, {
             variant: answerer.say(rows[tags], how, blind, least)

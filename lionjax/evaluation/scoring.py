@@ -35,9 +35,9 @@ class Scored:
     each: dict[str, tuple[np.ndarray, Callable]]
     right: list[float] | None = None
 
-    def intervals(self, seed: int = 0) -> dict[str, tuple[float, float]]:
-        """95 % bootstrap intervals over the samples, of the metrics that have single values."""
-        return {key: metrics.interval(rows, seed, statistic) for key, (rows, statistic) in self.each.items()}
+    def intervals(self, seed: int = 0) -> dict[str, list[float]]:
+        """95 % bootstrap intervals [low, high] over the samples, of the metrics that have single values."""
+        return {key: list(metrics.interval(rows, seed, how)) for key, (rows, how) in self.each.items()}
 
 
 def caption(examples: Examples, texts: Sequence[str]) -> Scored:

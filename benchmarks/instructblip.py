@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same random InstructBLIP twice: in transformers, and as a LION that has the Q-Former alone and no adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from lionjax import convert
+from lionjax.bridges import qformer
+from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
+from lionjax.interfaces import IMAGE_LEVEL, Batch
+from lionjax.language import t5
+from lionjax.language.t5 import T5Config
+from lionjax.layers import dense_rows, norm_rows
+from lionjax.systems.lion import PROJECTION_EPS, Lion
+from lionjax.vision.vit import ViTConfig
+from lionjax.weight_rows import (
+    Row,
+    conv,
+    fused,
+    heads_in,
+    heads_in_bias,
+    heads_out,
+    reshaped,
+    under,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of both models and of the batch; feed-forwards are four times as wide as their input, T5's two and a half."""
+
+    image: int = 224
+    patch: int = 14
+    vision_width: int = 384
+    vision_depth: int = 12
+    qformer_width: int = 384
+    qformer_layers: int = 6
+    queries: int = 32
+    language_width: int = 512
+    language_layers: int = 6  # of the encoder, and as many of the decoder
+    head: int = 64  # size of an attention head, everywhere
+    vocab: int = 32128
+    question_vocab: int = 30523
+    batch: int = 8
+    prompt: int = 32
+    question: int = 32
+    target: int = 16
+
+    @property
+    def image_token(self) -> int:
+        """The id in whose place transformers puts picture words."""
+        return self.vocab - 1
+
+
+def torch_model(s: Sizes):
+    """transformers' model with random weights, frozen but for the Q-Former, its queries and the projection."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    text = transformers.T5Config(
+        vocab_size=s.vocab, d_model=s.language_width, d_kv=s.head, d_ff=s.language_width * 5 // 2,
+        num_layers=s.language_layers, num_decoder_layers=s.language_layers, num_heads=s.language_width // s.head,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, dropout_rate=0.0,
+    )  # fmt: skip
+    text.dense_act_fn = "gelu"  # the erf, as InstructBLIP and LION run T5
+    vision = dict(
+        hidden_size=s.vision_width, intermediate_size=4 * s.vision_width, num_hidden_layers=s.vision_depth,
+        num_attention_heads=s.vision_width // s.head, image_size=s.image, patch_size=s.patch, initializer_range=0.02,
+    )  # fmt: skip
+    reader = dict(
+        vocab_size=s.question_vocab, hidden_size=s.qformer_width, num_hidden_layers=s.qformer_layers,
+        num_attention_heads=s.qformer_width // s.head, intermediate_size=4 * s.qformer_width,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    config = transformers.InstructBlipConfig(
+        vision_config=vision, qformer_config=reader, text_config=text,
+        num_query_tokens=s.queries, image_token_index=s.image_token,
+    )  # fmt: skip
+    model = transformers.InstructBlipForConditionalGeneration(config).train()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.add_(0.02 * torch.randn_like(weight))  # so that nothing is hidden by a zero or a one
+            if name.endswith("qkv.bias"):
+                weight[s.vision_width : 2 * s.vision_width] = 0  # as in EVA
+            weight.requires_grad_(name.startswith(("qformer.", "query_tokens", "language_projection")))
+    # LION's norm behind the ViT has torch's default, transformers' has the ViT's.
+    model.vision_model.post_layernorm.eps = PROJECTION_EPS
+    return model
+
+
+def torch_optimiser(model, rate: float, decay: float):
+    """AdamW in torch's fused form, with LION's rule of what decays."""
+    import torch
+
+    named = [(name.lower(), p) for name, p in model.named_parameters() if p.requires_grad]
+    flat = [p for name, p in named if p.ndim < 2 or "norm" in name]
+    rest = [p for name, p in named if not (p.ndim < 2 or "norm" in name)]
+    groups = [{"params": rest, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, fused=True)
+
+
+def ours_of(s: Sizes, model):
+    """Our system and its parameters, from transformers' model; what is read must be written back the same."""
+    system = Lion(
+        ViTConfig(s.image, s.patch, s.vision_width, s.vision_depth, s.vision_width // s.head, 4 * s.vision_width),
+        QFormerConfig(
+            s.qformer_width, s.qformer_layers, s.qformer_width // s.head, 4 * s.qformer_width, s.queries,
+            vision_width=s.vision_width, vocab=s.question_vocab, dropout=0.0,
+        ),
+        AggregatorConfig(s.vision_depth - 1, (), s.vision_width),
+        T5Config(
+            s.vocab, s.language_width, s.head, s.language_width // s.head, s.language_width * 5 // 2,
+            s.language_layers, s.language_layers, activation="gelu", dropout=0.0,
+        ),
+        soft_prompt_token=None,
+        visual_input="QFORMER",
+    )  # fmt: skip
+    state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+    rows = torch_rows(system)
+    params = convert.params_from(rows, state)
+    back = convert.state_from(rows, params)
+    assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
+    return system, params
+
+
+def torch_rows(c: Lion) -> tuple[Row, ...]:
+    """transformers' names of an InstructBLIP over a T5."""
+    renamed = (
+        ("Qformer.bert.", "qformer."),
+        ("embeddings.LayerNorm", "embeddings.layernorm"),
+        ("attention.self.", "attention.attention."),
+    )
+    rows = []
+    for row in under("Qformer.bert.", "qformer/", qformer.torch_rows(c.qformer)):
+        if "position_ids" in row.names[0]:
+            continue
+        name = row.torch
+        for theirs, here in renamed:
+            name = name.replace(theirs, here)
+        rows.append(dataclasses.replace(row, torch=name))
+    return (
+        *under("vision_model.", "vision/", vision_rows(c.vision)),
+        *norm_rows("vision_model.post_layernorm", "qformer_norm"),
+        *under("", "qformer/", qformer.query_rows(c.qformer)),
+        *rows,
+        *dense_rows("language_projection", "qformer_projector"),
+        *under("language_model.", "language/", t5.torch_rows(c.language)),
+    )
+
+
+def vision_rows(c: ViTConfig) -> tuple[Row, ...]:
+    """transformers' names of InstructBLIP's EVA."""
+    head = c.width // c.heads
+    into, bias = heads_in(c.heads, head), heads_in_bias(c.heads, head)
+    block = (
+        Row("self_attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), fused(into, into, into)),
+        Row("self_attn.qkv.bias", tuple(f"attention/{x}/bias" for x in "qv"), fused(bias, None, bias)),
+        Row("self_attn.projection.weight", "attention/o/kernel", heads_out(c.heads, head)),
+        Row("self_attn.projection.bias", "attention/o/bias"),
+        *norm_rows("layer_norm1", "norm1"),
+        *norm_rows("layer_norm2", "norm2"),
+        *dense_rows("mlp.fc1", "mlp/up"),
+        *dense_rows("mlp.fc2", "mlp/down"),
+    )
+    return (
+        Row("embeddings.class_embedding", "class_token", reshaped((1, 1, -1), (-1,))),
+        Row("embeddings.position_embedding", "position", reshaped((1, -1, c.width), (-1, c.width))),
+        Row("embeddings.patch_embedding.weight", "patch/kernel", conv),
+        Row("embeddings.patch_embedding.bias", "patch/bias"),
+        *under("encoder.layers.{i}.", "blocks/", block),
+    )
+
+
+def batch_of(s: Sizes) -> Batch:
+    """Random pictures and texts of unequal lengths."""
+    random = np.random.default_rng(0)
+
+    def text(length: int, vocab: int):
+        lengths = np.linspace(max(length // 2, 1), length, s.batch).astype(int)
+        mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
+        return random.integers(2, vocab - 1, mask.shape).astype(np.int32) * mask, mask
+
+    image_BHWC = random.standard_normal((s.batch, s.image, s.image, 3), np.float32)
+    prompt_BL, prompt_mask_BL = text(s.prompt, s.vocab)
+    question_BL, question_mask_BL = text(s.question, s.question_vocab)
+    target_BM, target_mask_BM = text(s.target, s.vocab)
+    rows = np.arange(s.batch, dtype=np.int32)
+    return Batch(
+        image_BHWC, prompt_BL, prompt_mask_BL, question_BL, question_mask_BL,
+        target_BM, target_mask_BM, target_mask_BM, np.full_like(rows, IMAGE_LEVEL), rows,
+    )  # fmt: skip
+
+
+def torch_batch(s: Sizes) -> dict:
+    """The same batch as transformers wants it: places for the picture words before the prompt, no label on padding."""
+    import torch
+
+    batch = batch_of(s)
+    places = np.full((s.batch, s.queries), s.image_token, np.int32)
+    labels = np.where(batch.loss_mask_BM, batch.target_BM, -100)
+    arrays = {
+        "pixel_values": np.ascontiguousarray(batch.image_BHWC.transpose(0, 3, 1, 2)),
+        "input_ids": np.concatenate([places, batch.prompt_BL], 1),
+        "attention_mask": np.concatenate([np.ones_like(places), batch.prompt_mask_BL], 1),
+        "qformer_input_ids": batch.question_BL,
+        "qformer_attention_mask": batch.question_mask_BL,
+        "labels": labels,
+    }
+    return {
+        name: torch.from_numpy(x if x.dtype == np.float32 else x.astype(np.int64)) for name, x in arrays.items()
+    }

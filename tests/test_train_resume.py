@@ -131,7 +131,7 @@ def test_a_damaged_step_is_put_aside_by_name_and_the_one_before_it_is_used(tmp_p
     assert found == expected and toy.lines(workdir) == toy.lines(folder)
     (aside,) = [path for path in (workdir / "quarantined").iterdir() if path.is_dir()]
     assert "checkpoints_10" in aside.name and str(workdir / "checkpoints" / "10") in caplog.text
-    assert "going back to update 2 of stage 1" in caplog.text
+    assert "going back to stage 'two', step 2" in caplog.text
 
 
 @pytest.mark.parametrize("part", ["base/1_two/learned", "frozen", "base/1_two/record"])
@@ -269,6 +269,14 @@ def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_rec
     np.testing.assert_allclose(*losses, rtol=1e-6)
     assert len(losses[0]) == 12 and len(seen) == 3  # 24 records in batches of 8
     assert sorted(sum(seen, [])) == list(range(24))
+
+
+def test_a_run_with_kept_features_goes_on_with_the_same_bits(tmp_path):
+    what = toy.experiment(toy.stage("one", 8), run={"cache_features": True})
+    expected, _ = train(tmp_path / "whole", what)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "stopped", what, batches=stopping(5))
+    assert train(tmp_path / "stopped", what)[0] == expected
 
 
 def test_features_of_a_part_that_trains_are_refused(tmp_path):

@@ -23,6 +23,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,17 @@ log = logging.getLogger(__name__)
 
 # Orbax logs a traceback for each of its threads; what goes wrong there comes back as an exception anyway.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+_unraisable = sys.unraisablehook
+
+
+def _not_of_a_closed_loop(what) -> None:
+    """After one file failed, TensorStore's other files report to an event loop that is gone, each with a traceback."""
+    if str(what.exc_value) != "Event loop is closed":
+        _unraisable(what)
+
+
+sys.unraisablehook = _not_of_a_closed_loop
 
 # Copies of a parameter on several devices are saved each by a slice of its own, which has to be compiled for every
 # shape; that pays for large ones alone.

@@ -193,7 +193,7 @@ def updates(run: Run, work: Work, entry: Entry) -> stages.State:
         if done > saved:
             save(run, work, done, state, entry)
         run.steps.wait()
-        run.stop.leave(run.journal, f"stage {stage.name!r}, step {done}")
+        run.stop.leave(run.journal, start.words(run.experiment, work.place.stage, done))
     return state
 
 

@@ -206,10 +206,16 @@ def find(workdir: Path, experiment: Experiment, example: Batch, layout: Layout) 
             return _read(workdir, experiment, example, layout, *newest)
         except Damaged as damage:
             checkpoints.quarantine(workdir, damage.path, str(damage))
-            where = _newest(workdir, experiment)
-            where = f"update {where[1]} of stage {where[0]}" if where else "the beginning"
-            log.warning("going back to %s", where)
+            newest = _newest(workdir, experiment)
+            log.warning("going back to %s", words(experiment, *newest) if newest else "the beginning")
     return _begin(workdir, experiment, example, layout)
+
+
+def words(experiment: Experiment, stage: int, step: int) -> str:
+    """A place in words: "stage 'two', step 5"."""
+    if stage == len(experiment.stages):
+        return "the end of the last stage"
+    return f"stage {experiment.stages[stage].name!r}, step {step}"
 
 
 def updates_before(experiment: Experiment, stage: int) -> int:
@@ -260,7 +266,7 @@ def _read(workdir, experiment, example, layout, stage: int, step: int) -> Place:
         optimiser, data = from_dict(items["optimiser"], state), meta["data"]
     never = _thaw(workdir, experiment, example, layout, meta["frozen"])
     history = tuple(meta["history"])
-    log.info("%s goes on at stage %d, update %d", workdir, stage, step)
+    log.info("%s stands at %s", workdir, words(experiment, stage, step))
     return Place(stage, step, never, learned, meta["frozen"], optimiser, data, history)
 
 

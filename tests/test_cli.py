@@ -161,13 +161,17 @@ def test_convert_says_what_went_over_and_refuses_what_it_cannot_read(capsys, tmp
     assert capsys.readouterr().out == "table\n" and seen == [(source, target, "jax", "t5")]
 
 
-def test_convert_exports_a_run(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("exact", [True, False])
+def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(capsys, tmp_path, monkeypatch, exact):
     seen = []
-    loaded = types.SimpleNamespace(export=lambda *given: seen.append(given))
+    loaded = types.SimpleNamespace(export=lambda *given: seen.append(given), has_the_bits_of=lambda other: exact)
     monkeypatch.setattr(model, "is_run", lambda path: path == tmp_path)
     monkeypatch.setattr(model, "load", lambda path: loaded)
+    (tmp_path / "report.json").write_text('{"config": 1}')
     assert cli.main(["convert", str(tmp_path), "out", "--to", "torch"]) == 0
-    assert seen == [(Path("out"), "torch")] and capsys.readouterr().out == "written: out\n"
+    said = capsys.readouterr().out
+    assert seen == [(Path("out"), "torch")] and ("every bit is the same" in said) == exact
+    assert json.loads((tmp_path / "report.json").read_text()) == {"config": 1, "round_trip_exact": exact}
 
 
 class Model:

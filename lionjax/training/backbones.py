@@ -66,9 +66,7 @@ class BackbonesConfig:
     again_steps: int = 4_000  # a second schedule, in which many scenes are told patch by patch
     again_rate: float = 5e-4
     found_steps: int = 300  # see `train_language`
-    patch_share: float = (
-        0.3  # of language steps that see a scene patch by patch, in the second half
-    )
+    patch_share: float = 0.4  # of the second schedule's steps that see a scene patch by patch
     text_share: float = 0.06  # of language steps that read a scene in words
     hinted_share: float = (
         0.12  # of language steps whose prompt begins with LION's sentence about tags

@@ -2,7 +2,11 @@
 """What holds for every test; it is read before anything imports jax."""
 
 import os
+import signal
 from pathlib import Path
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and so would everything they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Eight virtual devices on the CPU, so that meshes are real ones.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

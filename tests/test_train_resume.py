@@ -252,7 +252,7 @@ def test_weight_files_are_read_by_path_and_the_rest_is_random(tmp_path):
         loop.start.first_parameters(what, toy.batch_of(range(8)), layout)
 
 
-def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_record(tmp_path, whole, monkeypatch):
+def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_record(tmp_path, monkeypatch):
     seen = []
     seer = loop.features.seer
 
@@ -261,14 +261,24 @@ def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_rec
         return lambda batch: seen.append(batch.record_B.tolist()) or see(batch)
 
     monkeypatch.setattr(loop.features, "seer", counting)
-    stages = (toy.stage("one", 12),)
+    stages = (toy.stage("one", 7), toy.stage("two", 5, ("hint", "words")))
     plain, cached = (toy.experiment(*stages, run={"cache_features": flag}) for flag in (False, True))
     train(tmp_path / "plain", plain)
     train(tmp_path / "cached", cached)
     losses = [[line["loss"] for line in toy.lines(tmp_path / name)] for name in ("plain", "cached")]
     np.testing.assert_allclose(*losses, rtol=1e-6)
-    assert len(losses[0]) == 12 and len(seen) == 3  # 24 records in batches of 8
-    assert sorted(sum(seen, [])) == list(range(24))
+    assert len(losses[0]) == 12 and len(seen) == 3 + 1  # 24 records in batches of 8, and a look at stage two's first
+    assert sorted(sum(seen[:3], [])) == list(range(24))
+
+
+def test_a_stage_that_sees_otherwise_begins_with_an_empty_memory():
+    memory, batches = loop.features.Memory(10**6), toy.Batches(toy.ToyData(), toy.stage(), 0, 8, 0, 1)
+    for value, held in ((1.0, 24), (1.0, 24), (2.0, 8)):
+        see = lambda batch, value=value: np.full((len(batch.record_B), 4), value)  # noqa: E731
+        kept = loop.features.Remembered(batches, see, memory)
+        for _ in range(3 if value == 1.0 else 1):
+            assert (next(kept).features == value).all()
+        assert len(memory.rows) == held
 
 
 def test_a_run_with_kept_features_goes_on_with_the_same_bits(tmp_path):
@@ -281,7 +291,7 @@ def test_a_run_with_kept_features_goes_on_with_the_same_bits(tmp_path):
 
 def test_features_of_a_part_that_trains_are_refused(tmp_path):
     what = toy.experiment(toy.stage(trainable=("tower", "output")), run={"cache_features": True})
-    with pytest.raises(UserError, match="stage 'one' trains a part that makes the features"):
+    with pytest.raises(UserError, match="some stage trains a part that makes the features"):
         train(tmp_path / "trained", what)
     changing = type("Changing", (toy.Batches,), {"changing": True})
     with pytest.raises(UserError, match="a record's picture changes"):
@@ -291,7 +301,8 @@ def test_features_of_a_part_that_trains_are_refused(tmp_path):
 def test_kept_features_take_no_more_memory_than_allowed():
     batches = toy.Batches(toy.ToyData(), toy.stage(), 0, 8, 0, 1)
     see = lambda batch: np.ones((len(batch.record_B), 100), np.float32)  # noqa: E731
-    kept = loop.features.Remembered(batches, see, limit=5 * 400)
+    memory = loop.features.Memory(5 * 400)
+    kept = loop.features.Remembered(batches, see, memory)
     for _ in range(6):
         assert next(kept).features.shape == (8, 100)
-    assert len(kept.rows) == 5 and kept.held == 2000
+    assert len(memory.rows) == 5 and memory.held == 2000

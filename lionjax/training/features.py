@@ -19,28 +19,28 @@ from lionjax.interfaces import Batch, Params, System, UserError
 log = logging.getLogger(__name__)
 
 
-def seer(system: System, trainable: Params, frozen: Params, mesh: Mesh, stage: str) -> Callable:
-    """`see(batch) -> features`, as the rows of this process in numpy, by the frozen parameters alone.
+def seer(system: System, never: Params, learned: Params, mesh: Mesh) -> Callable:
+    """`see(batch) -> features`, as the rows of this process in numpy, by the parameters that no stage trains.
 
-    The trainable ones are replaced by NaN: features that hold none cannot depend on them. Raises UserError
-    otherwise, and for a system that has no `features`.
+    All others are replaced by NaN: features that hold none cannot depend on them, and so stay the same from stage
+    to stage. Raises UserError otherwise, and for a system that has no `features`.
     """
     if not hasattr(system, "features"):
         raise UserError(f"run.cache_features is set, but a {type(system).__name__} has no features to keep")
-    shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in trees.flatten(trainable).items()}
+    shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in trees.flatten(learned).items()}
     checked = []
 
     @jax.jit
-    def features(frozen: Params, batch: Batch):
+    def features(never: Params, batch: Batch):
         unknown = {path: jnp.full(shape, jnp.nan, dtype) for path, (shape, dtype) in shapes.items()}
         with sharding.use(mesh):
-            return system.features(trees.merge(trees.unflatten(unknown), frozen), batch)
+            return system.features(trees.merge(trees.unflatten(unknown), never), batch)
 
     def see(batch: Batch):
-        seen = jax.tree.map(local_rows, features(frozen, sharding.put_batch(batch, mesh)))
+        seen = jax.tree.map(local_rows, features(never, sharding.put_batch(batch, mesh)))
         if not checked and any(np.isnan(leaf).any() for leaf in jax.tree.leaves(seen)):
             raise UserError(
-                f"stage {stage!r} trains a part that makes the features (or a picture makes NaN); "
+                "some stage trains a part that makes the features (or a picture makes NaN); "
                 "set run.cache_features to false"
             )
         checked.append(True)
@@ -55,34 +55,11 @@ def local_rows(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(rows[start].data) for start in sorted(rows)])
 
 
-class Remembered:
-    """Batches with features instead of pictures. Those of a record are computed when it first comes by.
+class Memory:
+    """Features by record, until `limit` bytes are held; what comes later is not kept. Lasts through all stages."""
 
-    They are kept until `limit` bytes are held; after that the records that are not yet held are seen each time.
-    A batch is seen whole, so that there is one shape to compile.
-    """
-
-    def __init__(self, batches: Iterator[Batch], see: Callable, limit: int):
-        self.batches, self.see, self.limit = batches, see, limit
-        self.rows: dict[int, list[np.ndarray]] = {}
-        self.held, self.position, self.name, self.close = 0, batches.position, batches.name, batches.close
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> Batch:
-        batch = next(self.batches)
-        records = batch.record_B.tolist()
-        if all(record in self.rows for record in records):
-            known = [self.rows[record] for record in records]
-            leaves = [np.stack(parts) for parts in zip(*known)]
-            features = jax.tree.unflatten(self.structure, leaves)
-        else:
-            features = self.see(batch)
-            leaves, self.structure = jax.tree.flatten(features)
-            for row, record in enumerate(records):
-                self.keep(record, [leaf[row] for leaf in leaves])
-        return dataclasses.replace(batch, features=features, image_BHWC=None)
+    def __init__(self, limit: int):
+        self.limit, self.held, self.rows = limit, 0, {}
 
     def keep(self, record: int, parts: list[np.ndarray]) -> None:
         size = sum(part.nbytes for part in parts)
@@ -90,3 +67,43 @@ class Remembered:
             return
         self.rows[record] = [part.copy() for part in parts]  # a view would hold its whole batch
         self.held += size
+
+    def clear(self) -> None:
+        self.held, self.rows = 0, {}
+
+
+class Remembered:
+    """The batches of a stage with features instead of pictures, computed when a record first comes by.
+
+    A batch is seen whole, so that there is one shape to compile. The first one is seen in any case: a stage whose
+    system sees otherwise than the one before begins with an empty memory.
+    """
+
+    def __init__(self, batches: Iterator[Batch], see: Callable, memory: Memory):
+        self.batches, self.see, self.memory, self.structure = batches, see, memory, None
+        self.position, self.name, self.close = batches.position, batches.name, batches.close
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self.batches)
+        records, rows = batch.record_B.tolist(), self.memory.rows
+        if self.structure is not None and all(record in rows for record in records):
+            leaves = [np.stack(parts) for parts in zip(*(rows[record] for record in records))]
+            features = jax.tree.unflatten(self.structure, leaves)
+        else:
+            features = self.see(batch)
+            leaves, structure = jax.tree.flatten(features)
+            seen = {record: [leaf[row] for leaf in leaves] for row, record in enumerate(records)}
+            if self.structure is None and not all(same(rows[r], seen[r]) for r in records if r in rows):
+                self.memory.clear()
+            self.structure = structure
+            for record, parts in seen.items():
+                self.memory.keep(record, parts)
+        return dataclasses.replace(batch, features=features, image_BHWC=None)
+
+
+def same(old: list[np.ndarray], new: list[np.ndarray]) -> bool:
+    pairs = zip(old, new)
+    return len(old) == len(new) and all(a.shape == b.shape and np.allclose(a, b, 1e-4, 1e-4) for a, b in pairs)

@@ -45,6 +45,7 @@ class Run:
     steps: checkpoints.Steps
     journal: Journal
     stop: Stop
+    memory: features.Memory
 
     @property
     def mesh(self) -> Mesh:
@@ -74,7 +75,8 @@ def train(experiment: Experiment, workdir: str | Path, batches: Callable) -> tup
             checkpoints.Steps(workdir / "checkpoints", experiment.run.keep) as steps,
             Journal(workdir, experiment, update) as journal,
         ):
-            run = Run(experiment, workdir, batches, layout, steps, journal, stop)
+            memory = features.Memory(int(experiment.run.cache_gib * 2**30))
+            run = Run(experiment, workdir, batches, layout, steps, journal, stop, memory)
             while place.stage < len(experiment.stages):
                 place = run_stage(run, place)
         return trees.merge(place.never, place.learned), write_report(workdir, experiment, place.history)
@@ -146,8 +148,8 @@ def prepare(run: Run, place: Place, trainable: Params, frozen: Params) -> Work:
     if experiment.run.cache_features:
         if stream.changing:
             raise UserError("run.cache_features is set, but a record's picture changes; set one of the two off")
-        see = features.seer(system, trainable, frozen, mesh, stage.name)
-        stream = features.Remembered(stream, see, int(experiment.run.cache_gib * 2**30))
+        see = features.seer(system, place.never, place.learned, mesh)
+        stream = features.Remembered(stream, see, run.memory)
     return Work(place, stage, state, frozen, step, stream, traces)
 
 

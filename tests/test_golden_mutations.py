@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NExT-Chat golden sees mistakes that are easily made: with each of them some value or gradient is another."""
+"""The goldens see mistakes that are easily made: with each of them some value or gradient is another."""
 
+import dataclasses
 import json
 import sys
 import types
 from pathlib import Path
 
 import golden_nextchat
+import jax
+import numpy as np
 import pytest
-from test_golden import assert_close, assert_same_norms, folders
+from safetensors.numpy import load_file
+from test_golden import assert_close, assert_same_norms, folders, lion_batch, lion_of, lion_states
 
-from lionjax import heads
-from lionjax.systems import nextchat
+from lionjax import convert, heads
+from lionjax.language import t5
+from lionjax.systems import lion, nextchat
 
 MISTAKES = {
     "location tokens are learned as words": (
@@ -76,3 +81,35 @@ def test_a_mistake_is_seen(monkeypatch, mistake, folder):
     found = complaints(golden_nextchat.compute(folder))
     assert seen <= found, f"only {sorted(found)} differ"
     assert not found & {"projector_output", "logits", "last_hidden"}, "what lies before the mistake must stay"
+
+
+def normed_adapters(monkeypatch, system):
+    """The adapters read the normed stream, as LoRA-like adapters elsewhere do."""
+    fed = 'name="adapters")(h_BLD, task_B)'
+    normed = 'name="adapters")(h_BLD / jnp.sqrt((h_BLD**2).mean(-1, keepdims=True)), task_B)'
+    monkeypatch.setattr(lion, "T5", mutated(monkeypatch, t5, fed, normed).T5)
+    return system
+
+
+def shifted_taps(monkeypatch, system):
+    """The aggregator's layers counted from 1."""
+    layers = tuple(layer - 1 for layer in system.aggregator.context_layers)
+    return dataclasses.replace(system, aggregator=dataclasses.replace(system.aggregator, context_layers=layers))
+
+
+def tanh_gelu(monkeypatch, system):
+    """FlanT5's own activation, which LION overrides."""
+    return dataclasses.replace(system, language=dataclasses.replace(system.language, activation="gelu_tanh"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", folders("lion"))
+@pytest.mark.parametrize("mistake", [normed_adapters, shifted_taps, tanh_gelu])
+def test_a_mistake_in_lion_is_seen(monkeypatch, mistake, folder):
+    right = lion_of(json.loads((folder / "config.json").read_text()))
+    params = convert.params_from(right.torch_rows(), load_file(folder / "weights.safetensors"))
+    arrays = dict(np.load(folder / "arrays.npz"))
+    system = mistake(monkeypatch, right)
+    found, _ = jax.jit(lion_states, static_argnums=0)(system, params, lion_batch(arrays, "image_level"))
+    with pytest.raises(AssertionError, match="logits: off by"):
+        assert_close(found["logits"], arrays["image_level.ALL.logits"], "logits")

@@ -141,6 +141,7 @@ def test_remat_changes_no_gradient(params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, grads2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_loss_and_gradients_are_the_same_on_every_mesh(params, shape):
     batch = batch_of(8)
@@ -154,6 +155,7 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(params, shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads, grads2)
 
 
+@pytest.mark.slow
 def test_initial_weights_do_not_depend_on_the_mesh():
     batch = batch_of()
     alone = sharding.init(LION.init, jax.random.key(7), batch)

@@ -184,6 +184,7 @@ def test_the_vit_gives_the_states_of_blip2s(draw):
     np.testing.assert_array_equal(np.asarray(seen[0]), np.asarray(last))
 
 
+@pytest.mark.slow
 def test_rows_may_be_put_under_prefixes_and_still_cover_everything():
     c = QFormerConfig(8, 5, 2, 12, 2, 2, 6, 30, 10)  # an odd number of layers leaves a tail
     rows = under("Qformer.bert.", "qformer/", qformer.torch_rows(c))

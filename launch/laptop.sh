@@ -19,7 +19,8 @@ rm -rf "$RUN/torch"
 lionjax convert "$RUN" "$RUN/torch" --to torch
 
 # A question and a search, on a picture that it never saw; the box is drawn into the second one's copy.
-PICTURE="$(ls "$RUN"/evaluation/pictures/*.png | head -1)"
+PICTURES=("$RUN"/evaluation/pictures/*.png)
+PICTURE="${PICTURES[0]}"
 lionjax generate "$RUN" --image "$PICTURE" --prompt "Describe the image in one short sentence."
 lionjax generate "$RUN" --image "$PICTURE" --prompt "Where is the leftmost object?" --out "$RUN/where.png"
 

@@ -15,7 +15,7 @@ from lionjax.language import decoder
 from lionjax.language.decoder import SMOLLM2_135M, Decoder
 
 QUESTIONS = ("What is the capital of France?", "Name three things that are red, and say where one finds each of them.")
-NEW = 24
+NEW = 16
 
 
 def gguf_file() -> Path:

@@ -243,6 +243,24 @@ def test_evaluate_prints_a_table_and_json_and_refuses_what_there_is_not(capsys, 
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"lionjax: {said}")
 
 
+@pytest.mark.slow
+def test_training_ends_with_figures_and_the_folder_answers_as_the_parameters_in_memory(tmp_path, capsys):
+    config = "import small_lion\n\n\ndef get_config():\n    return small_lion.experiment()\n"
+    (tmp_path / "config.py").write_text(config)
+    words = ["train", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "run"), "--run.evaluate_limit", "4"]
+    assert cli.main(words) == 0
+    assert "vqa: 4 questions of heldout" in capsys.readouterr().err
+    figures = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert {"vqa_accuracy", "rec_accuracy_50"} <= set(figures["metrics"]) and len(figures["stages"]) == 3
+    asked = lionjax.load(tmp_path / "run").evaluate("vqa", limit=4)
+    for key in ("metrics", "blind", "untagged"):
+        assert asked[key] == figures["evaluation"]["vqa"][key]
+    assert "Questions, VQA accuracy" in report(tmp_path / "run").read_text()
+    assert cli.main(words) == 0  # all is done, and nothing is asked again
+    again = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert again["evaluation"] == figures["evaluation"] and again["metrics"] == figures["metrics"]
+
+
 def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp_path, caplog):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     rows = [

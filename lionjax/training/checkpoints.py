@@ -216,8 +216,11 @@ def _restored(path: Path, args: ocp.args.Composite, what: str):
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # these say nothing about the files
     except Exception as error:  # Orbax and TensorStore meet damage with errors of any type
-        said = " ".join(str(error).split())
-        raise Damaged(path, f"{what} cannot be read ({type(error).__name__}: {said[:300]})") from error
+        first = error
+        while first.__cause__:  # Orbax's own text need not say which array it was
+            first = first.__cause__
+        said = " ".join(str(first).split())
+        raise Damaged(path, f"{what} cannot be read ({type(first).__name__}: {said[:300]})") from error
 
 
 def quarantine(workdir: Path, path: Path, why: str) -> Path:

@@ -82,11 +82,11 @@ def schedule(stage: Stage) -> optax.Schedule:
 def decays(path: str, axes: int) -> bool:
     """Whether weight decay applies to a leaf that has so many axes within one layer.
 
-    LION's rule: not to vectors and scalars, and not to biases, norms and scales whatever their shape. A stack of
-    layers has an axis that does not count. Queries and router ratios have two axes and do decay, as in the original.
+    LION's rule: not to vectors and scalars, and not to biases and the scales of norms and adapters whatever their
+    shape. A stack of layers has an axis that does not count. Queries and router ratios have two axes or more and do
+    decay, as in the original.
     """
-    *_, name = path.split("/")
-    return axes >= 2 and name not in ("bias", "scale") and "norm" not in path
+    return axes >= 2 and path.split("/")[-1] not in ("bias", "scale")
 
 
 def factors(stage: Stage, trainable: Params) -> Params:

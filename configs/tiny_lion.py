@@ -69,15 +69,15 @@ def get_config() -> Experiment:
         ),
         stages=(
             Stage(
-                "image_level", 400, (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), IMAGE_LEVEL,
+                "image_level", 300, (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), IMAGE_LEVEL,
                 system=(("visual_input", "QFORMER"),), **shared,
             ),
             Stage(
-                "region_level", 500, (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"), REGION_LEVEL,
+                "region_level", 400, (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"), REGION_LEVEL,
                 system=(("visual_input", "AGGREGATOR"),), **shared,
             ),
             Stage(
-                "both_levels", 500, (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt"), IMAGE_LEVEL + REGION_LEVEL,
+                "both_levels", 400, (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt"), IMAGE_LEVEL + REGION_LEVEL,
                 **shared,
             ),
         ),

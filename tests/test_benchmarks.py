@@ -280,6 +280,20 @@ def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp
         model.evaluate("vqa", tmp_path, source=only_bad)
 
 
+def test_evaluate_reads_questions_and_answers_in_the_format_of_vqa(capsys, folder, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "COCO_val2014_000000000007.jpg")
+    asked = [{"question_id": k, "image_id": 7, "question": f"How many {k}?"} for k in range(2)]
+    said = [{"question_id": k, "answers": [{"answer": str(k)}] * 10} for k in range(2)]
+    (tmp_path / "questions.json").write_text(json.dumps({"questions": asked}))
+    (tmp_path / "annotations.json").write_text(json.dumps({"annotations": said}))
+    words = ["--source", str(tmp_path / "questions.json"), "--answers", str(tmp_path / "annotations.json")]
+    words += ["--images", str(tmp_path), "--pattern", "COCO_val2014_{:012d}.jpg", "--json"]
+    assert cli.main(["evaluate", str(folder), "--benchmark", "vqa", *words]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert entry["benchmark"] == "questions_vqa" and entry["samples"] == 2
+    assert [len(row["truth"]) for row in lines(folder, "questions_vqa")] == [10, 10]
+
+
 @pytest.mark.skipif(not (SHARED / "coco83").is_dir(), reason="photographs are not here")
 @pytest.mark.parametrize(
     ("words", "tasks", "most"),

@@ -152,13 +152,17 @@ def top_k(scores_BV: Array, k: int) -> tuple[Array, Array]:
     """
     rows, length = scores_BV.shape
     if length < 4 * BLOCK * k:
-        return jax.lax.top_k(scores_BV, k)
-    padded_BV = jnp.pad(scores_BV, ((0, 0), (0, -length % BLOCK)), constant_values=IMPOSSIBLE)
-    blocks_BRC = padded_BV.reshape(rows, -1, BLOCK)
-    chosen_Bk = jnp.sort(jax.lax.top_k(blocks_BRC.max(axis=-1), k)[1], axis=-1)
-    few_BC = take(blocks_BRC, chosen_Bk).reshape(rows, k * BLOCK)
-    top_Bk, place_Bk = jax.lax.top_k(few_BC, k)
-    return top_Bk, take(chosen_Bk, place_Bk // BLOCK) * BLOCK + place_Bk % BLOCK
+        top_Bk, place_Bk = jax.lax.top_k(scores_BV, k)
+    else:
+        padding = ((0, 0), (0, -length % BLOCK))
+        blocks_BRC = jnp.pad(scores_BV, padding, constant_values=IMPOSSIBLE)
+        blocks_BRC = blocks_BRC.reshape(rows, -1, BLOCK)
+        chosen_Bk = jnp.sort(jax.lax.top_k(blocks_BRC.max(axis=-1), k)[1], axis=-1)
+        few_BC = take(blocks_BRC, chosen_Bk).reshape(rows, k * BLOCK)
+        top_Bk, place_Bk = jax.lax.top_k(few_BC, k)
+        place_Bk = take(chosen_Bk, place_Bk // BLOCK) * BLOCK + place_Bk % BLOCK
+    # XLA turns a slice of a top-k back into a full sort (50 times slower on a CPU), unless it cannot see it.
+    return jax.lax.optimization_barrier((top_Bk, place_Bk))
 
 
 def take(tree, index_BK: Array):

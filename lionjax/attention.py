@@ -92,9 +92,13 @@ class Attention(nn.Module):
         return self.look(self.queries(x_BLD), self.keys_values(source), mask, bias, key)
 
 
-def write(cache_BSNH, new_BLNH, step):
-    """New keys or values at positions step, step + 1, ... of a cache."""
-    return jax.lax.dynamic_update_slice(cache_BSNH, new_BLNH.astype(cache_BSNH.dtype), (0, step, 0, 0))
+def write(layers_cache, new_BLNH, layer, step):
+    """New keys or values of one layer at positions step, step + 1, ... of the cache of all (layers, B, S, N, H).
+
+    Only the new ones move, because a scan that carries the cache changes it in place.
+    """
+    start = (layer, 0, step, 0, 0)
+    return jax.lax.dynamic_update_slice(layers_cache, new_BLNH[None].astype(layers_cache.dtype), start)
 
 
 def rotations(positions_BL, head: int, theta: float):

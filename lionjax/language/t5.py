@@ -122,41 +122,38 @@ class EncoderBlock(nn.Module):
 class DecoderBlock(nn.Module):
     """Self-attention, attention to the encoder, feed-forward.
 
-    `cache` is None (a whole answer at once), or a dict with `self_k`, `self_v` (B, S, N, H) and, once the prompt has
-    been read, `cross_k`, `cross_v`.
+    Beside the stream it carries `cache`, the keys and values of all layers (layers, B, S, N, H), and writes its own
+    into it; None reads a whole answer at once. `crossed` are its keys and values of the encoded prompt, if known.
     """
 
     c: T5Config
 
     @nn.compact
-    def __call__(self, h_BMD, layer, mask, bias, encoded_BLD, encoded_mask, task_B, step):
+    def __call__(self, carry, layer, mask, bias, encoded_BLD, encoded_mask, task_B, step):
         c = self.c
-        key, cache = layer
+        h_BMD, cache = carry
+        number, key, crossed = layer
         keys = split_key(key, 5)
         own = attention(c, "self_attention")
         x_BMD = RMSNorm(c.width, c.eps, name="self_norm")(h_BMD)
         keys_values = own.keys_values(x_BMD)
         if cache is not None:
-            keys_values = tuple(
-                write(cache[f"self_{n}"], new, step)
-                for n, new in zip("kv", keys_values, strict=True)
+            cache = tuple(
+                write(old, new, number, step) for old, new in zip(cache, keys_values, strict=True)
             )
+            keys_values = tuple(layers[number] for layers in cache)
         change = own.look(own.queries(x_BMD), keys_values, mask, bias, keys[0])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[1])
 
         cross = attention(c, "cross_attention")
         x_BMD = RMSNorm(c.width, c.eps, name="cross_norm")(h_BMD)
-        if encoded_BLD is not None:
-            crossed = cross.keys_values(encoded_BLD)
-        else:
-            crossed = (cache["cross_k"], cache["cross_v"])
+        made = None
+        if crossed is None:
+            made = crossed = cross.keys_values(encoded_BLD)
         change = cross.look(cross.queries(x_BMD), crossed, encoded_mask, None, keys[2])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[3])
         h_BMD = FeedForward(c, name="feed_forward")(h_BMD, task_B, keys[4])
-        remembered = (
-            None if cache is None else (keys_values, crossed if encoded_BLD is not None else None)
-        )
-        return h_BMD, remembered
+        return (h_BMD, cache), None if cache is None else made
 
 
 def scanned(block, c: T5Config, length: int, broadcasts: int):
@@ -213,17 +210,14 @@ class Decoder(nn.Module):
             mask = mask & key_mask(mask_BM)
         h_BMD = dropout(x_BMD, c.dropout, keys[0])
         blocks = scanned(DecoderBlock, c, c.decoder_layers, 6)
-        h_BMD, remembered = blocks(
-            h_BMD,
-            (layer_keys, cache),
-            mask,
-            bias,
-            encoded_BLD,
-            key_mask(encoded_mask_BL),
-            task_B,
-            step,
-        )
-        return dropout(RMSNorm(c.width, c.eps, name="norm")(h_BMD), c.dropout, keys[1]), remembered
+        own = crossed = None
+        if cache is not None:
+            own = (cache["self_k"], cache["self_v"])
+            crossed = (cache["cross_k"], cache["cross_v"]) if encoded_BLD is None else None
+        layers = (jnp.arange(c.decoder_layers), layer_keys, crossed)
+        known = (mask, bias, encoded_BLD, key_mask(encoded_mask_BL), task_B, step)
+        (h_BMD, own), made = blocks((h_BMD, own), layers, *known)
+        return dropout(RMSNorm(c.width, c.eps, name="norm")(h_BMD), c.dropout, keys[1]), (own, made)
 
 
 class T5(nn.Module):

@@ -37,6 +37,8 @@ if __name__ == "__main__":
         (arguments.out / "tiny_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
     if arguments.part in ("language", "both"):
         start = backbones.load(arguments.start, "language") if arguments.start else None
-        params, figures = backbones.train_language(config, start)
+        params, figures = backbones.train_language(
+            config, start, arguments.out / "tiny_t5_reader.safetensors"
+        )
         backbones.save(params, "language", arguments.out / "tiny_t5.safetensors")
         (arguments.out / "tiny_t5.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -55,7 +55,9 @@ def with_boxes(prompt: str, boxes: Sequence[Box]) -> str:
     words = [box_text(pictures.unit_box(box)) for box in boxes]
     places = prompt.count(PLACE)
     if places > len(words):
-        raise UserError(f"the prompt has {places} {PLACE} and {len(words)} boxes were given; give one for each")
+        raise UserError(
+            f"the prompt has {places} {PLACE} and {len(words)} boxes were given; give one for each"
+        )
     for word in words[:places]:
         prompt = prompt.replace(PLACE, word, 1)
     left = "".join(words[places:])
@@ -69,7 +71,9 @@ def boxes_in(text: str) -> np.ndarray:
     return found_K4[(found_K4[:, 2:] > found_K4[:, :2]).all(axis=1)]
 
 
-def settings(answer: AnswerConfig, processor: Processor, category: str, task: str = "") -> GenerateConfig:
+def settings(
+    answer: AnswerConfig, processor: Processor, category: str, task: str = ""
+) -> GenerateConfig:
     """How to generate the answer to one kind of prompt.
 
     LION's release punishes repetition everywhere, also of the digits and commas of a box, which repeat by right; here

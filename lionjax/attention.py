@@ -30,7 +30,16 @@ def causal_mask(length: int):
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
 
 
-def attend(query_BLNH, key_BSNH, value_BSNH, mask=None, bias=None, scale: float = 1.0, rate: float = 0.0, key=None):
+def attend(
+    query_BLNH,
+    key_BSNH,
+    value_BSNH,
+    mask=None,
+    bias=None,
+    scale: float = 1.0,
+    rate: float = 0.0,
+    key=None,
+):
     """softmax(scale * q k + bias) v, the softmax in float32: (B, L, N, H).
 
     Keys may have fewer heads than queries (grouped-query attention). `key` drives dropout on the probabilities.
@@ -38,7 +47,9 @@ def attend(query_BLNH, key_BSNH, value_BSNH, mask=None, bias=None, scale: float 
     if key_BSNH.shape[2] != query_BLNH.shape[2]:
         groups = query_BLNH.shape[2] // key_BSNH.shape[2]
         key_BSNH, value_BSNH = (jnp.repeat(x, groups, axis=2) for x in (key_BSNH, value_BSNH))
-    score_BNLS = jnp.einsum("BLNH,BSNH->BNLS", query_BLNH, key_BSNH, preferred_element_type=jnp.float32)
+    score_BNLS = jnp.einsum(
+        "BLNH,BSNH->BNLS", query_BLNH, key_BSNH, preferred_element_type=jnp.float32
+    )
     if scale != 1.0:
         score_BNLS = score_BNLS * scale
     if bias is not None:
@@ -74,7 +85,9 @@ class Attention(nn.Module):
         self.q = project(self.width, self.heads, "q", self.inits[0])
         self.k = project(source, kv_heads, "k", self.inits[1])
         self.v = project(source, kv_heads, "v", self.inits[2])
-        self.o = DenseFromHeads(self.heads, self.head, self.width, "o" in self.biases, self.inits[3], self.lora)
+        self.o = DenseFromHeads(
+            self.heads, self.head, self.width, "o" in self.biases, self.inits[3], self.lora
+        )
 
     def queries(self, x_BLD):
         return constrain(self.q(x_BLD), "batch", "length", "act_heads", None)
@@ -98,7 +111,9 @@ def write(layers_cache, new_BLNH, layer, step):
     Only the new ones move, because a scan that carries the cache changes it in place.
     """
     start = (layer, 0, step, 0, 0)
-    return jax.lax.dynamic_update_slice(layers_cache, new_BLNH[None].astype(layers_cache.dtype), start)
+    return jax.lax.dynamic_update_slice(
+        layers_cache, new_BLNH[None].astype(layers_cache.dtype), start
+    )
 
 
 def rotations(positions_BL, head: int, theta: float):
@@ -112,10 +127,14 @@ def rotate(x_BLNH, turn):
     """Each pair (h, h + H/2) turned by its angle, in float32; LLaMA pairs halves, not neighbours."""
     cos, sin = turn
     first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLNH.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x_BLNH.dtype)
 
 
-def relative_buckets(query_positions, key_positions, buckets: int, max_distance: int, both_ways: bool):
+def relative_buckets(
+    query_positions, key_positions, buckets: int, max_distance: int, both_ways: bool
+):
     """T5's bucket of each (query, key) distance: exact when near, logarithmic when far (arXiv 1910.10683, 2.1).
 
     numpy or jax integer arrays (L,), (S,) -> (L, S).
@@ -147,7 +166,9 @@ class RelativeBias(nn.Module):
     def __call__(self, query_positions, key_positions):
         init = sharded(normal(self.width**-0.5), ("position", "heads"))
         table = self.param("table", init, (self.buckets, self.heads))
-        bucket_LS = relative_buckets(query_positions, key_positions, self.buckets, self.max_distance, self.both_ways)
+        bucket_LS = relative_buckets(
+            query_positions, key_positions, self.buckets, self.max_distance, self.both_ways
+        )
         return table[bucket_LS].transpose(2, 0, 1)[None].astype(jnp.float32)
 
 

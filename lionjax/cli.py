@@ -135,7 +135,9 @@ def convert(given: argparse.Namespace, _) -> None:
         run.export(given.dst, given.to)
         exact = run.has_the_bits_of(model.load(given.dst))
         note(given.src, {"round_trip_exact": exact})
-        print(f"written: {given.dst}; read back, {'every bit is the same' if exact else 'BITS DIFFER'}")
+        print(
+            f"written: {given.dst}; read back, {'every bit is the same' if exact else 'BITS DIFFER'}"
+        )
     else:
         print(convert(given.src, given.dst, given.to, given.system))
 

@@ -82,7 +82,9 @@ class RunConfig:
     evaluate_limit: int = 200  # questions of each benchmark asked when all stages are done; 0: none
     keep: int = 3  # checkpoints kept, and the best one of the stage that runs
     frozen_dtype: str = "bfloat16"
-    cache_features: bool = False  # keep what frozen towers make of each record, so that they run once
+    cache_features: bool = (
+        False  # keep what frozen towers make of each record, so that they run once
+    )
     cache_gib: float = 4.0  # memory for that, on each host
 
 

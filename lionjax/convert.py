@@ -32,7 +32,16 @@ from lionjax.convert_write import SHARD_BYTES, whole_folder, write_safetensors
 from lionjax.interfaces import Params, UserError
 from lionjax.weight_rows import Row, copy_bits
 
-__all__ = ["convert", "from_torch", "load_params", "params_from", "placed_from", "save", "state_from", "to_torch"]
+__all__ = [
+    "convert",
+    "from_torch",
+    "load_params",
+    "params_from",
+    "placed_from",
+    "save",
+    "state_from",
+    "to_torch",
+]
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +229,13 @@ def _coverage(kind: Published, plan: Plan, tensors: Tensors) -> Coverage:
 
 
 def _write_out(
-    config, kind: Published, plan: Plan, parts, dst: Path, shard_bytes: int, beside: Mapping[str, Path]
+    config,
+    kind: Published,
+    plan: Plan,
+    parts,
+    dst: Path,
+    shard_bytes: int,
+    beside: Mapping[str, Path],
 ):
     """The folder for torch's side, with what belongs beside the weights: what came along from there, tokenizers."""
     settings = {}

@@ -18,10 +18,16 @@ def _sam_config(s: dict) -> Any:
     """Where a setting is missing transformers means that of the small SAM."""
     from lionjax.vision.sam import SAM_VIT_B, SamConfig
 
-    v, p, d = (s.get(f"{part}_config") or {} for part in ("vision", "prompt_encoder", "mask_decoder"))
+    v, p, d = (
+        s.get(f"{part}_config") or {} for part in ("vision", "prompt_encoder", "mask_decoder")
+    )
     kept = v.get("use_abs_pos", True) and v.get("use_rel_pos", True) and v.get("qkv_bias", True)
     refuse_unless(kept, "no positions or no biases in its image encoder", "a SAM with them")
-    refuse_unless(d.get("attention_downsample_rate", 2) == 2, "another inner width of its decoder's attention", "half")
+    refuse_unless(
+        d.get("attention_downsample_rate", 2) == 2,
+        "another inner width of its decoder's attention",
+        "half",
+    )
     width, small = v.get("hidden_size", SAM_VIT_B.width), SAM_VIT_B
     return SamConfig(
         v.get("image_size", 1024), v.get("patch_size", 16), width, v.get("num_hidden_layers", small.depth),
@@ -84,7 +90,10 @@ def _sam_abstract(c: Any) -> Params:
     from lionjax.vision.sam_masks import Sam
 
     image = jax.ShapeDtypeStruct((1, c.image, c.image, 3), "float32")
-    box, mask = jax.ShapeDtypeStruct((1, 1, 4), "float32"), jax.ShapeDtypeStruct((1, 4 * c.grid, 4 * c.grid), "float32")
+    box, mask = (
+        jax.ShapeDtypeStruct((1, 1, 4), "float32"),
+        jax.ShapeDtypeStruct((1, 4 * c.grid, 4 * c.grid), "float32"),
+    )
 
     def init(key, image, box, mask):
         return Sam(c).init(key, image, None, None, box, mask)["params"]
@@ -111,7 +120,9 @@ def _nextchat_config(s: dict) -> Any:
     if "system" in s:
         return configs.from_json(json.dumps(s["system"]))
     language = LLAMA.config(s)
-    patch, _, _, trigger, location = range(language.vocab - 5, language.vocab)  # added last, in this order
+    patch, _, _, trigger, location = range(
+        language.vocab - 5, language.vocab
+    )  # added last, in this order
     return dataclasses.replace(
         NextChat(), language=language, feature_layer=s.get("mm_vision_select_layer", -2),
         projector_depth=s.get("mm_depth", 1), image_token=patch, trigger_token=trigger, location_token=location,

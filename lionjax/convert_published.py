@@ -26,7 +26,9 @@ class Published:
     rows: Callable[[Any], tuple]
     abstract: Callable[[Any], Params]  # shapes of the whole tree
     ignore: tuple[str, ...] = ()  # names that say nothing: patterns, matched whole
-    copies: tuple[tuple[str, str], ...] = ()  # (name, name of the tensor it equals where it is missing)
+    copies: tuple[
+        tuple[str, str], ...
+    ] = ()  # (name, name of the tensor it equals where it is missing)
     base: str = ""  # stands before all names, and is left away in files of the bare model
 
 
@@ -53,8 +55,14 @@ def _t5_config(s: dict) -> Any:
     # Newer versions of transformers say "tied" of every T5; whether T5 v1.0's scale is used tells them apart.
     scaled = s.get("scale_decoder_outputs", s.get("tie_word_embeddings", True))
     activations = {"gated-gelu": "gelu_tanh", "gated-silu": "silu"}
-    refuse_unless(form in activations, f"feed_forward_proj {form!r}", "T5 v1.1 and FlanT5, gated-gelu or gated-silu,")
-    refuse_unless(not scaled, "tie_word_embeddings true", "T5 v1.1 and FlanT5, with an unscaled head,")
+    refuse_unless(
+        form in activations,
+        f"feed_forward_proj {form!r}",
+        "T5 v1.1 and FlanT5, gated-gelu or gated-silu,",
+    )
+    refuse_unless(
+        not scaled, "tie_word_embeddings true", "T5 v1.1 and FlanT5, with an unscaled head,"
+    )
     return T5Config(
         s["vocab_size"], s["d_model"], s["d_kv"], s["num_heads"], s["d_ff"],
         s["num_layers"], s.get("num_decoder_layers") or s["num_layers"],
@@ -106,14 +114,18 @@ def _t5_abstract(c: Any) -> Params:
         return module.decode(ids, ids, encoded, ids)
 
     ids = jnp.zeros((1, 2), jnp.int32)
-    return sharding.abstract(lambda key: T5(c).init(key, ids, method=run)["params"], jax.random.key(0))
+    return sharding.abstract(
+        lambda key: T5(c).init(key, ids, method=run)["params"], jax.random.key(0)
+    )
 
 
 # Decoders
 
 
 def _of_decoder(c: Any, learned: bool, offset: bool) -> bool:
-    shape = (c.positions > 0, c.position_offset > 0) if type(c).__name__ == "DecoderConfig" else None
+    shape = (
+        (c.positions > 0, c.position_offset > 0) if type(c).__name__ == "DecoderConfig" else None
+    )
     return shape == (learned, offset)
 
 
@@ -128,7 +140,9 @@ def _decoder_abstract(c: Any) -> Params:
         return module.logits(module(module.embed(ids), ids))
 
     ids = jnp.zeros((1, 2), jnp.int32)
-    return sharding.abstract(lambda key: Decoder(c).init(key, ids, method=run)["params"], jax.random.key(0))
+    return sharding.abstract(
+        lambda key: Decoder(c).init(key, ids, method=run)["params"], jax.random.key(0)
+    )
 
 
 def _llama_config(s: dict) -> Any:
@@ -137,7 +151,9 @@ def _llama_config(s: dict) -> Any:
     rope = s.get("rope_parameters") or s.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     refuse_unless(kind == "default", f"rotary positions of type {kind!r}", "plain rotary positions")
-    refuse_unless(s.get("hidden_act", "silu") == "silu", f"hidden_act {s.get('hidden_act')!r}", "silu")
+    refuse_unless(
+        s.get("hidden_act", "silu") == "silu", f"hidden_act {s.get('hidden_act')!r}", "silu"
+    )
     biased = s.get("attention_bias") or s.get("mlp_bias")
     refuse_unless(not biased, "biases in its attention or feed-forward", "a LLaMA without them")
     heads = s["num_attention_heads"]
@@ -184,8 +200,16 @@ def _opt_config(s: dict) -> Any:
     from lionjax.language.decoder import OPT_2_7B
 
     wide = s.get("word_embed_proj_dim") or s["hidden_size"]
-    refuse_unless(wide == s["hidden_size"], f"words of width {wide}", "an OPT whose words are as wide as its layers")
-    refuse_unless(s.get("do_layer_norm_before", True), "norms behind its layers", "an OPT with norms before them")
+    refuse_unless(
+        wide == s["hidden_size"],
+        f"words of width {wide}",
+        "an OPT whose words are as wide as its layers",
+    )
+    refuse_unless(
+        s.get("do_layer_norm_before", True),
+        "norms behind its layers",
+        "an OPT with norms before them",
+    )
     act = s.get("activation_function", "relu")
     refuse_unless(act == "relu", f"activation_function {act!r}", "relu")
     heads = s["num_attention_heads"]
@@ -332,7 +356,9 @@ def _eva_rows(c: Any) -> tuple:
     return vit.eva_rows(c)
 
 
-EVA_IGNORES = r"(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*"  # a 40th block, heads
+EVA_IGNORES = (
+    r"(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*"  # a 40th block, heads
+)
 
 T5 = Published(
     "t5", ("t5",), lambda c: type(c).__name__ == "T5Config", _t5_config, _t5_settings, _t5_rows, _t5_abstract,

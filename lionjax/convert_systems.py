@@ -31,7 +31,9 @@ class Source:
     config: Any
     tensors: Tensors
     folder: Path | None  # where its tokenizer and settings lie
-    copied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # tensor -> those made from it
+    copied: dict[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # tensor -> those made from it
 
 
 def open_source(path: Path, system: str | None = None) -> Source:

@@ -17,11 +17,15 @@ from lionjax.convert_plan import Piece, Plan, plan_params, plan_state, refuse
 from lionjax.interfaces import Params
 from lionjax.weight_rows import Row, copy_bits, same_numbers
 
-Parts = Iterator[tuple[str, tuple[int, ...], np.ndarray]]  # (name, index, array): the array is name's [index]
+Parts = Iterator[
+    tuple[str, tuple[int, ...], np.ndarray]
+]  # (name, index, array): the array is name's [index]
 THE_NUMBERS = "the numbers in the torch tensors"
 
 
-def params_from(rows: Iterable[Row], state: Mapping, ignore=(), expected: Params | None = None) -> Params:
+def params_from(
+    rows: Iterable[Row], state: Mapping, ignore=(), expected: Params | None = None
+) -> Params:
     """Torch's tensors -> our tree, bit for bit.
 
     `state` maps torch names to numpy arrays, which may be memory maps. `ignore` and `expected` are those of
@@ -34,7 +38,9 @@ def params_from(rows: Iterable[Row], state: Mapping, ignore=(), expected: Params
     return trees.unflatten(flat)
 
 
-def state_from(rows: Iterable[Row], params: Params, expected: Params | None = None) -> dict[str, np.ndarray]:
+def state_from(
+    rows: Iterable[Row], params: Params, expected: Params | None = None
+) -> dict[str, np.ndarray]:
     """Our tree -> torch's tensors, bit for bit; the inverse of `params_from`. Raises UserError with all problems."""
     flat = trees.flatten(params)
     plan = plan_state(rows, flat, expected)
@@ -109,7 +115,9 @@ def leaves_of(piece: Piece, state: Mapping, problems: list[str]) -> tuple[np.nda
         return ()
 
 
-def _compare(piece: Piece, name: str, one: np.ndarray, other: np.ndarray, problems: list[str]) -> None:
+def _compare(
+    piece: Piece, name: str, one: np.ndarray, other: np.ndarray, problems: list[str]
+) -> None:
     if not same_numbers(np.asarray(one), np.asarray(other)):
         problems.append(f"tied tensors {piece.tensors[0]!r} and {name!r} hold different numbers")
 
@@ -120,7 +128,9 @@ def tensor_parts(plan: Plan, flat: Mapping, done: Callable = lambda path, array:
     `flat` holds leaves by path; they may be on devices. `done` gets the path and the part of a leaf that is not
     needed any more.
     """
-    for _, pieces in itertools.groupby(plan.pieces, key=lambda piece: piece.row.paths or piece.row.names):
+    for _, pieces in itertools.groupby(
+        plan.pieces, key=lambda piece: piece.row.paths or piece.row.names
+    ):
         pieces = list(pieces)
         leaves = {path: np.asarray(flat[path]) for path in pieces[0].row.paths}
         for piece in pieces:

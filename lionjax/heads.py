@@ -64,7 +64,9 @@ def places(here_BL, count: int):
 
 def pick(x_BLD, place_BK):
     """Rows of x at these places: (B, L, ...) -> (B, K, ...)."""
-    return jnp.take_along_axis(x_BLD, place_BK.reshape(*place_BK.shape, *(1,) * (x_BLD.ndim - 2)), axis=1)
+    return jnp.take_along_axis(
+        x_BLD, place_BK.reshape(*place_BK.shape, *(1,) * (x_BLD.ndim - 2)), axis=1
+    )
 
 
 def check_boxes(ids_BL, location_token: int, box_BK4, mask_BK, name: str = "prompt") -> None:
@@ -75,21 +77,36 @@ def check_boxes(ids_BL, location_token: int, box_BK4, mask_BK, name: str = "prom
     ids_BL, mask_BK = np.asarray(ids_BL), np.asarray(mask_BK).astype(bool)
     for row, (wanted, given) in enumerate(zip((ids_BL == location_token).sum(1), mask_BK.sum(1))):
         if wanted > mask_BK.shape[1]:
-            raise UserError(f"the {name} of row {row} names {wanted} regions; at most {mask_BK.shape[1]} are allowed")
+            raise UserError(
+                f"the {name} of row {row} names {wanted} regions; at most {mask_BK.shape[1]} are allowed"
+            )
         if wanted != given:
-            raise UserError(f"the {name} of row {row} names {wanted} regions but has {given} boxes; give one each")
+            raise UserError(
+                f"the {name} of row {row} names {wanted} regions but has {given} boxes; give one each"
+            )
     box_RF = np.asarray(box_BK4)[mask_BK]
-    good_R = ((box_RF >= 0) & (box_RF <= 1)).all(1) & (box_RF[:, 2] > box_RF[:, 0]) & (box_RF[:, 3] > box_RF[:, 1])
+    good_R = (
+        ((box_RF >= 0) & (box_RF <= 1)).all(1)
+        & (box_RF[:, 2] > box_RF[:, 0])
+        & (box_RF[:, 3] > box_RF[:, 1])
+    )
     if not good_R.all():
         wrong = [round(float(edge), 4) for edge in box_RF[~good_R][0]]
-        raise UserError(f"the box {wrong} is none; give x0, y0, x1, y1 between 0 and 1 with x0 < x1 and y0 < y1")
+        raise UserError(
+            f"the box {wrong} is none; give x0, y0, x1, y1 between 0 and 1 with x0 < x1 and y0 < y1"
+        )
 
 
 def location_rows() -> tuple[Row, ...]:
     """NExT-Chat's names of `Locations`."""
     pairs = (("loc_encoder", "encoder"), ("loc_decoder", "decoder"))
     layers = ((0, "up"), (2, "down"))
-    return tuple(row for theirs, ours in pairs for n, x in layers for row in dense_rows(f"{theirs}.{n}", f"{ours}/{x}"))
+    return tuple(
+        row
+        for theirs, ours in pairs
+        for n, x in layers
+        for row in dense_rows(f"{theirs}.{n}", f"{ours}/{x}")
+    )
 
 
 def mask_prompt_rows() -> tuple[Row, ...]:

@@ -23,7 +23,10 @@ def token_cross_entropy(logits_BMV, target_BM, loss_mask_BM) -> tuple[jax.Array,
     tokens = mask_BM.sum()
     right_BM = (logits_BMV.argmax(-1) == target_BM) * mask_BM
     mean = 1 / jnp.maximum(tokens, 1)
-    return (nats_BM * mask_BM).sum() * mean, {"weight": tokens, "token_accuracy": right_BM.sum() * mean}
+    return (nats_BM * mask_BM).sum() * mean, {
+        "weight": tokens,
+        "token_accuracy": right_BM.sum() * mean,
+    }
 
 
 def mean_of_real(value_BK, real_BK) -> jax.Array:
@@ -32,7 +35,9 @@ def mean_of_real(value_BK, real_BK) -> jax.Array:
     behind = value_BK.ndim - real_BK.ndim
     real = real_BK.astype(bool).reshape(*real_BK.shape, *(1,) * behind)
     size = math.prod(value_BK.shape[real_BK.ndim :])
-    return jnp.where(real, value_BK, 0).sum() / (jnp.maximum(real_BK.astype(jnp.float32).sum(), 1) * size)
+    return jnp.where(real, value_BK, 0).sum() / (
+        jnp.maximum(real_BK.astype(jnp.float32).sum(), 1) * size
+    )
 
 
 def iou(one_BK4, other_BK4) -> jax.Array:
@@ -59,7 +64,11 @@ def _overlaps(one_BK4, other_BK4) -> tuple[jax.Array, jax.Array]:
         return side_BK2[..., 0] * side_BK2[..., 1]
 
     both = area(low[..., 2:] - high[..., :2])
-    either = area(one_BK4[..., 2:] - one_BK4[..., :2]) + area(other_BK4[..., 2:] - other_BK4[..., :2]) - both
+    either = (
+        area(one_BK4[..., 2:] - one_BK4[..., :2])
+        + area(other_BK4[..., 2:] - other_BK4[..., :2])
+        - both
+    )
     hull = area(jnp.maximum(high[..., 2:], high[..., :2]) - jnp.minimum(low[..., 2:], low[..., :2]))
     # Above the square of the smallest box that a float32 can tell in 0..1; below it a ratio says nothing.
     tiny = 1e-12
@@ -73,7 +82,9 @@ def giou_loss(predicted_BK4, box_BK4, real_BK, original: bool = False) -> jax.Ar
     return mean_of_real(1 - generalized_iou(predicted_BK4, box_BK4), real_BK)
 
 
-def mask_losses(logits_BKHW, iou_BK, mask_BKHW, real_BK, original: bool = False) -> dict[str, jax.Array]:
+def mask_losses(
+    logits_BKHW, iou_BK, mask_BKHW, real_BK, original: bool = False
+) -> dict[str, jax.Array]:
     """Focal, dice and IoU losses of predicted masks against true ones; SAM weighs them 20 : 1 : 1.
 
     As intended: the focal loss of each pixel (0.8, gamma 2), dice smoothed by 1, and the squared error of the

@@ -94,7 +94,9 @@ class Model:
         ]
         answer, said = self.experiment.answer, {}
         hows = [generate or answering.settings(answer, processor, one.category) for one in asked]
-        for how in dict.fromkeys(hows):  # prompts of both categories go together where they are answered alike
+        for how in dict.fromkeys(
+            hows
+        ):  # prompts of both categories go together where they are answered alike
             places = [place for place, other in enumerate(hows) if other == how]
             key = jax.random.key(seed) if how.sample else None
             texts = self.answerer.say([rows[place] for place in places], how, key=key)
@@ -155,18 +157,26 @@ class Model:
         c = self.processor.config
         folders = {"": c.tokenizer, QFORMER_TOKENIZER: c.question_tokenizer}
         files = {folder: tokenizer.file_of(name) for folder, name in folders.items()}
-        return {str(Path(folder, TOKENIZER_FILES[file.suffix])): file for folder, file in files.items()}
+        return {
+            str(Path(folder, TOKENIZER_FILES[file.suffix])): file for folder, file in files.items()
+        }
 
 
 def inputs(images, prompts, boxes, tags, category) -> list[Input]:
     """What is asked, one `Input` each; UserError where the lists are not of one length."""
     given = {"images": images, "prompts": prompts, "boxes": boxes, "tags": tags}
     for name, values in given.items():
-        if isinstance(values, str | Path) or (values is not None and not hasattr(values, "__len__")):
-            raise UserError(f"{name} is one {type(values).__name__}; give a list, with one entry for each prompt")
+        if isinstance(values, str | Path) or (
+            values is not None and not hasattr(values, "__len__")
+        ):
+            raise UserError(
+                f"{name} is one {type(values).__name__}; give a list, with one entry for each prompt"
+            )
     for name, values in given.items():
         if values is not None and len(values) != len(prompts):
-            raise UserError(f"{len(values)} {name} were given for {len(prompts)} prompts; give one each")
+            raise UserError(
+                f"{len(values)} {name} were given for {len(prompts)} prompts; give one each"
+            )
     if not len(prompts):
         raise UserError("there is nothing to ask; give at least one picture and one prompt")
     asked = []
@@ -178,7 +188,9 @@ def inputs(images, prompts, boxes, tags, category) -> list[Input]:
 
 
 def _answer(text: str, picture) -> Answer:
-    return Answer(text, answering.boxes_in(text), np.zeros((0, picture.height, picture.width), bool))
+    return Answer(
+        text, answering.boxes_in(text), np.zeros((0, picture.height, picture.width), bool)
+    )
 
 
 # Folders
@@ -198,7 +210,9 @@ def load(folder: str | Path, mesh: MeshConfig | None = None) -> Model:
     if is_run(folder):
         return of_run(folder, grid)
     if (folder / "config.json").is_file() and (folder / "lock").exists():
-        raise UserError(f"the run of {folder} has saved nothing yet; `lionjax train` goes on with it")
+        raise UserError(
+            f"the run of {folder} has saved nothing yet; `lionjax train` goes on with it"
+        )
     if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
         raise UserError(f"{folder} holds no model; give the folder of a run, or one of weights")
     return of_weights(folder, grid)
@@ -209,12 +223,16 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file() and bool(checkpoints.found_bases(folder / "base"))
 
 
-def of_params(experiment: Experiment, params: Params, updates: int | None = None, mesh: Mesh | None = None) -> Model:
+def of_params(
+    experiment: Experiment, params: Params, updates: int | None = None, mesh: Mesh | None = None
+) -> Model:
     """A model of parameters in memory, answering as after the experiment's last stage."""
     last = experiment.stages[-1:]
     system = stages.system_of(experiment, last[0]) if last else experiment.system
     mesh = mesh or sharding.make_mesh(experiment.mesh)
-    return Model(experiment, Answerer(system, params, Processor(experiment.data.processor), mesh), updates)
+    return Model(
+        experiment, Answerer(system, params, Processor(experiment.data.processor), mesh), updates
+    )
 
 
 def evaluate_run(experiment: Experiment, params: Params, folder: Path) -> list[dict]:
@@ -222,7 +240,9 @@ def evaluate_run(experiment: Experiment, params: Params, folder: Path) -> list[d
     made = start.updates_before(experiment, len(experiment.stages))
     answerer, names = of_params(experiment, params).answerer, benchmarks.names_of(experiment)
     limit = experiment.run.evaluate_limit
-    return list(benchmarks.evaluate_all(answerer, experiment, names, folder, limit, updates=made).values())
+    return list(
+        benchmarks.evaluate_all(answerer, experiment, names, folder, limit, updates=made).values()
+    )
 
 
 def of_run(folder: Path, mesh: Mesh) -> Model:
@@ -240,14 +260,22 @@ def of_run(folder: Path, mesh: Mesh) -> Model:
         if stage < len(experiment.stages):
             part = experiment.stages[stage]
             where = f"stands at stage {part.name!r}, step {step} of {part.steps}"
-            log.warning("%s is not finished: it %s, and answers with what it has learned so far", folder, where)
+            log.warning(
+                "%s is not finished: it %s, and answers with what it has learned so far",
+                folder,
+                where,
+            )
         # What counts as the last stage is the one that made these parameters.
         made = experiment.stages[: stage + (step > 0)] or experiment.stages[:1]
         return of_params(dataclasses.replace(experiment, stages=made), params, updates, mesh)
-    raise UserError(f"{folder} holds no parameters that can be trusted; `lionjax train` begins it anew")
+    raise UserError(
+        f"{folder} holds no parameters that can be trusted; `lionjax train` begins it anew"
+    )
 
 
-def _read(folder: Path, experiment: Experiment, layout: start.Layout, stage: int, step: int) -> Params:
+def _read(
+    folder: Path, experiment: Experiment, layout: start.Layout, stage: int, step: int
+) -> Params:
     """The parameters at one place of a run. Raises Damaged, or UserError where the frozen ones are."""
     scratch = step and experiment.stages[stage].start == "scratch"
     base = start.base_folder(folder, experiment, 0 if scratch else stage)
@@ -265,16 +293,22 @@ def _read(folder: Path, experiment: Experiment, layout: start.Layout, stage: int
     try:
         never = checkpoints.read(frozen, {"never": layout.never})[0]["never"]
     except Damaged as damage:
-        raise UserError(f"the frozen parameters are damaged ({damage}); `lionjax train` makes them anew") from damage
+        raise UserError(
+            f"the frozen parameters are damaged ({damage}); `lionjax train` makes them anew"
+        ) from damage
     return trees.merge(never, learned)
 
 
 def of_weights(folder: Path, mesh: Mesh) -> Model:
     """The model of a folder of weights in our names or the original's; each process reads what its devices hold."""
-    ours = any((folder / f"{convert.OURS}.safetensors{end}").is_file() for end in ("", ".index.json"))
+    ours = any(
+        (folder / f"{convert.OURS}.safetensors{end}").is_file() for end in ("", ".index.json")
+    )
     source = None if ours else convert_systems.open_source(folder)
     recorded = convert.open_params(folder)[0] if ours else source.config
-    roots = [folder, folder / convert.ORIGIN] + ([source.folder] if source and source.folder else [])
+    roots = [folder, folder / convert.ORIGIN] + (
+        [source.folder] if source and source.folder else []
+    )
     experiment = recorded if isinstance(recorded, Experiment) else released(recorded, folder)
     model = of_params(with_tokenizers(experiment, roots, recorded is experiment), {}, None, mesh)
     key = jax.random.key(0)
@@ -290,22 +324,34 @@ def of_weights(folder: Path, mesh: Mesh) -> Model:
 def released(system: System, folder: Path) -> Experiment:
     """What goes with weights that come with a system's sizes alone: LION's own processor and settings."""
     if not hasattr(system, "prefill"):
-        raise UserError(f"{folder} holds a {type(system).__name__}, a part of a system that cannot answer alone")
+        raise UserError(
+            f"{folder} holds a {type(system).__name__}, a part of a system that cannot answer alone"
+        )
     processor = ProcessorConfig(image_size=system.vision.image)
-    return Experiment(folder.name, system, DataConfig(processor=processor), stages=(), answer=RELEASED)
+    return Experiment(
+        folder.name, system, DataConfig(processor=processor), stages=(), answer=RELEASED
+    )
 
 
 def with_tokenizers(experiment: Experiment, roots: Sequence[Path], recorded: bool) -> Experiment:
     """The experiment with the tokenizers that lie in a model's folder, else (where `recorded`) those it names."""
     found = {}
     for field, inside in (("tokenizer", ""), ("question_tokenizer", QFORMER_TOKENIZER)):
-        names = [root / inside for root in roots if any((root / inside / f).is_file() for f in tokenizer.FILES)]
+        names = [
+            root / inside
+            for root in roots
+            if any((root / inside / f).is_file() for f in tokenizer.FILES)
+        ]
         if not names and not recorded:
             where = f"{roots[0]}/{inside}".rstrip("/")
-            raise UserError(f"{where} has no tokenizer; put one of {', '.join(tokenizer.FILES)} there")
+            raise UserError(
+                f"{where} has no tokenizer; put one of {', '.join(tokenizer.FILES)} there"
+            )
         found |= {field: str(names[0])} if names else {}
     processor = dataclasses.replace(experiment.data.processor, **found)
-    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, processor=processor))
+    return dataclasses.replace(
+        experiment, data=dataclasses.replace(experiment.data, processor=processor)
+    )
 
 
 def example(processor: Processor) -> Batch:

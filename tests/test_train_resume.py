@@ -15,11 +15,12 @@ import pytest
 import toy
 from safetensors.numpy import save_file
 
+from lionjax import config
 from lionjax import params as trees
 from lionjax import sharding
 from lionjax.interfaces import UserError
 from lionjax.sharding import MeshConfig
-from lionjax.training import checkpoints, loop
+from lionjax.training import checkpoints, loop, start
 
 TOTAL = 11  # updates of the toy's two stages, 6 and 5
 
@@ -174,6 +175,12 @@ def test_a_folder_of_another_config_is_refused_with_the_fields_that_differ(tmp_p
     free = dataclasses.replace(what, run=dataclasses.replace(what.run, log_every=7, save_every=100, keep=1))
     workdir = copy_of(whole[0], tmp_path / "run")
     assert train(workdir, free)[0] == whole[1]
+
+
+def test_a_first_start_that_failed_before_it_had_weights_may_be_mended(tmp_path):
+    start.claim(tmp_path, toy.experiment(weights=(("tower", "missing.safetensors"),)))
+    start.claim(tmp_path, toy.experiment())
+    assert config.from_json((tmp_path / "config.json").read_text()) == toy.experiment()
 
 
 def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, whole):

@@ -173,7 +173,9 @@ class Lines:
                         f"{where} has no 'image'; each line is an object with a picture's path"
                     )
                 if isinstance(entry.get("file_name"), str):
-                    entry["image"] = entry["file_name"]  # as RefCOCO rows say where their picture lies
+                    entry["image"] = entry[
+                        "file_name"
+                    ]  # as RefCOCO rows say where their picture lies
                 if in_split(entry["image"], split, self.share):
                     _line(reader, entry, where)
         return reader.table(max_pixels)

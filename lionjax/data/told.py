@@ -16,15 +16,21 @@ ATTRIBUTES = {
 }
 ROLES = ("nothing", "part", "centre")
 FIELDS = {**ATTRIBUTES, "role": ROLES, "ground": scenes.BACKGROUNDS}
-WAVES = (1, 2, 4, 8)
-CODE = 4 * (1 + 2 * len(WAVES))
+WAVES = (1, 2, 5, 10)
+KNOTS = np.linspace(0, 1, 11)
+CODE = 4 * (1 + 2 * len(WAVES) + len(KNOTS))
 
 
 def box_code(box_K4):
-    """Edges in 0..1 -> (..., CODE): the edges, and sines and cosines of several wave lengths."""
-    angle = 2 * np.pi * box_K4[..., None] * np.asarray(WAVES)
-    waves = np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)
-    flat = waves.reshape(*box_K4.shape[:-1], -1)
+    """Edges in 0..1 -> (..., CODE): the edges, sines and cosines of several wave lengths, and how near each tenth is.
+
+    The tenths (linear between two of them) and the waves of ten a picture make first and second decimals easy to read.
+    """
+    edge = box_K4[..., None]
+    angle = 2 * np.pi * edge * np.asarray(WAVES)
+    near = np.maximum(0, 1 - np.abs(edge - KNOTS) / (KNOTS[1] - KNOTS[0]))
+    parts = np.concatenate([np.sin(angle), np.cos(angle), near], axis=-1)
+    flat = parts.reshape(*box_K4.shape[:-1], -1)
     return np.concatenate([2 * box_K4 - 1, flat], axis=-1).astype(np.float32)
 
 
@@ -124,29 +130,67 @@ DRILLS = {
 }
 
 
-def place(scene, rng) -> Example:
-    """The box of a thing that one word or two are enough for: 'box: star' -> '[0.123,0.234,0.345,0.456]'."""
-    names = [
-        DRILLS[str(rng.choice(["shape", "color", "pair", "pair"]))](thing) for thing in scene.things
-    ]
+def named_alone(scene, rng) -> list[tuple[str, tuple]]:
+    """Names of a word or two that fit one thing only, with its box, in random order."""
+    kinds = rng.choice(["shape", "color", "pair", "pair"], len(scene.things))
+    names = [DRILLS[str(kind)](thing) for kind, thing in zip(kinds, scene.things, strict=True)]
     alone = [
-        k for k, name in enumerate(names) if sum(fits(thing, name) for thing in scene.things) == 1
+        (name, scene.things[k].box)
+        for k, name in enumerate(names)
+        if sum(fits(thing, name) for thing in scene.things) == 1
     ]
-    k = (
-        int(rng.choice(alone))
-        if alone
-        else int(np.argmax([thing.extent for thing in scene.things]))
-    )
-    name = names[k] if alone else "largest object"
-    box = scene.things[k].box
+    largest = max(scene.things, key=lambda thing: thing.extent)
+    return [alone[k] for k in rng.permutation(len(alone))] or [("largest object", largest.box)]
+
+
+def place(scene, rng, most: int = 1) -> Example:
+    """Boxes of things that a word or two are enough for: 'box: star' -> '[0.123,0.234,0.345,0.456]'."""
+    names, boxes = zip(*named_alone(scene, rng)[:most], strict=True)
+    said = ", ".join(f"{name} {box_text(box)}" for name, box in zip(names, boxes, strict=True))
+    answer = box_text(boxes[0]) if most == 1 else said
+    question = f"box: {', '.join(names)}"
+    return Example("place", "box", question, answer, (answer,), "region_level", boxes=tuple(boxes))
+
+
+def places(scene, rng) -> Example:
+    """Up to four boxes a line."""
+    return place(scene, rng, most=4)
+
+
+def whose(scene, rng) -> Example:
+    """The way back: 'at: [0.123,0.234,0.345,0.456]' -> 'red star'."""
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    answer = f"{thing.size} {thing.color} {thing.texture} {thing.shape}"
+    question = f"at: {box_text(thing.box)}"
+    return Example("whose", "at", question, answer, (answer,), "region_level", boxes=(thing.box,))
+
+
+def compare(scene, rng) -> Example:
+    """Several comparisons at once: 'left: red star ring, blue star' -> 'yes, no'."""
+    named = named_alone(scene, rng)
+    asked = str(rng.choice(["left", "above", "more", "same"]))
+    if asked in ("left", "above") and len(named) > 1:
+        axis, said, pairs = 0 if asked == "left" else 1, [], []
+        for _ in range(5):
+            one, other = (named[k] for k in rng.choice(len(named), 2, replace=False))
+            gap = sum(other[1][axis::2]) - sum(one[1][axis::2])
+            if abs(gap) > 0.12:
+                pairs.append(f"{one[0]} {other[0]}")
+                said.append(gap > 0)
+        if pairs:
+            return _compared(scene, asked, pairs, said)
+    words = sorted({DRILLS[name](thing) for thing in scene.things for name in ("shape", "color")})
+    number = {word: sum(fits(thing, word) for thing in scene.things) for word in words}
+    asked = "same" if asked == "same" else "more"
+    pairs = [rng.choice(words, 2, replace=False) for _ in range(5)]
+    said = [number[a] == number[b] if asked == "same" else number[a] > number[b] for a, b in pairs]
+    return _compared(scene, asked, [f"{a} {b}" for a, b in pairs], said)
+
+
+def _compared(scene, asked: str, pairs: list[str], said) -> Example:
+    answer = ", ".join("yes" if right else "no" for right in said)
     return Example(
-        "place",
-        "box",
-        f"box: {name}",
-        box_text(box),
-        (box_text(box),),
-        "region_level",
-        boxes=(box,),
+        "compare", asked, f"{asked}: {', '.join(pairs)}", answer, (answer,), "image_level"
     )
 
 

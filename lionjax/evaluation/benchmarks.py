@@ -47,7 +47,12 @@ WITHOUT_TAGS = ("vqa", "existence", "caption")  # asked with and without tags
 
 def names_of(experiment: Experiment) -> list[str]:
     """The benchmarks of the tasks that some stage of an experiment trains."""
-    tasks = [name.rpartition("/")[2] for stage in experiment.stages for name, weight in stage.mixture if weight]
+    tasks = [
+        name.rpartition("/")[2]
+        for stage in experiment.stages
+        for name, weight in stage.mixture
+        if weight
+    ]
     return [task for task in SCORERS if task in tasks]
 
 
@@ -72,7 +77,10 @@ def evaluate_all(
     passed over with a warning. Only one process may ask; with several nothing is done, which is said.
     """
     if jax.process_count() > 1:
-        log.warning("not evaluated, as %d processes run; `lionjax evaluate` does it with one", jax.process_count())
+        log.warning(
+            "not evaluated, as %d processes run; `lionjax evaluate` does it with one",
+            jax.process_count(),
+        )
         return {}
     known = (read_json(folder / "report.json") or {}).get("evaluation", {})
     entries = {}
@@ -84,7 +92,9 @@ def evaluate_all(
             continue
         try:
             data, answer = experiment.data, experiment.answer
-            entries[name] = evaluate(answerer, data, answer, name, folder, limit, split, updates=updates)
+            entries[name] = evaluate(
+                answerer, data, answer, name, folder, limit, split, updates=updates
+            )
         except UserError as error:
             log.warning("benchmark %s is left out: %s", name, error)
     return entries
@@ -119,7 +129,9 @@ def evaluate(
             lines.append(line(sample) | shown)
             examples.append(sample.example)
     if not examples:
-        raise UserError(f"no question of {name!r} could be asked; look at the warnings above and at the data")
+        raise UserError(
+            f"no question of {name!r} could be asked; look at the warnings above and at the data"
+        )
     log.info("%s: %d questions", label, len(examples))
     train = training(data, name)
     if train:
@@ -156,7 +168,12 @@ def label_of(name: str) -> str:
 
 
 def asked(
-    answerer: Answerer, data: DataConfig, answer: AnswerConfig, name: str, limit: int | None, split: str
+    answerer: Answerer,
+    data: DataConfig,
+    answer: AnswerConfig,
+    name: str,
+    limit: int | None,
+    split: str,
 ) -> Iterator[tuple[list[Sample], dict[str, list[str]]]]:
     """Samples by the batch, with the texts of each variant: "answers", "blind", and with tags two more.
 
@@ -173,12 +190,17 @@ def asked(
         rows = {tags: [row[tags] for _, row in batch] for tags in (True, False)}
         if tagged and task in WITHOUT_TAGS and any(sample.example.tags for sample in kept):
             variants |= {"untagged": (False, False), "tags_alone": (True, True)}
-        least = tuple(map(max, least, (len(kept), *answering.lengths(rows[True] + rows[False]))))  # never less again
+        least = tuple(
+            map(max, least, (len(kept), *answering.lengths(rows[True] + rows[False])))
+        )  # never less again
         how = answering.settings(answer, processor, kept[0].example.category, task)
-        yield kept, {
-            variant: answerer.say(rows[tags], how, blind, least)
-            for variant, (blind, tags) in variants.items()
-        }
+        yield (
+            kept,
+            {
+                variant: answerer.say(rows[tags], how, blind, least)
+                for variant, (blind, tags) in variants.items()
+            },
+        )
 
 
 def prepared(
@@ -216,7 +238,9 @@ def line(sample: Sample) -> dict[str, Any]:
     return {"question": example.question} | truth | about | boxes
 
 
-def answered(lines: Sequence[Mapping], said: Mapping[str, Sequence[str]], scored: Scored) -> Iterator[dict]:
+def answered(
+    lines: Sequence[Mapping], said: Mapping[str, Sequence[str]], scored: Scored
+) -> Iterator[dict]:
     """The lines with what was answered. Empty fields are left out."""
     for number, row in enumerate(lines):
         texts = {variant: texts[number] for variant, texts in said.items()}
@@ -243,7 +267,12 @@ def keep(sample: Sample, folder: Path) -> str:
 def record(folder: Path, entry: Mapping[str, Any], answerer: Answerer) -> None:
     """Enter a benchmark's figures into report.json; what others wrote there stays."""
     report = read_json(folder / "report.json") or {}
-    shown = {"metrics": "metrics", "intervals": "intervals", "baselines": "blind", "majority": "majority"}
+    shown = {
+        "metrics": "metrics",
+        "intervals": "intervals",
+        "baselines": "blind",
+        "majority": "majority",
+    }
     for ours, theirs in shown.items():
         report.setdefault(ours, {}).update(entry.get(theirs, {}))
     for key, value in entry.get("untagged", {}).items():
@@ -279,12 +308,18 @@ def figures(prefix: str, scored: Mapping[str, Scored]) -> dict[str, Any]:
         return {prefix + key: value for key, value in values.items()}
 
     main = scored["answers"]
-    entry = {"metrics": named(main.metrics), "intervals": named(main.intervals()), "details": main.details}
+    entry = {
+        "metrics": named(main.metrics),
+        "intervals": named(main.intervals()),
+        "details": main.details,
+    }
     others = {variant: named(s.metrics) for variant, s in scored.items() if variant != "answers"}
     return entry | others
 
 
-def by_kind(task: str, examples: Sequence[Any], said: Mapping[str, Sequence[str]]) -> dict[str, dict]:
+def by_kind(
+    task: str, examples: Sequence[Any], said: Mapping[str, Sequence[str]]
+) -> dict[str, dict]:
     """{kind: {"samples": how many, variant: metrics}}: of colors, counts, ..., of POPE's three settings."""
     kinds = {}
     for kind in dict.fromkeys(example.kind for example in examples):

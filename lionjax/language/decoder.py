@@ -169,7 +169,9 @@ class Decoder(nn.Module):
         c = self.c
         nothing = jnp.zeros((c.layers, x_BLD.shape[0], 0, c.kv_heads, c.head), x_BLD.dtype)
         self.check_length(x_BLD.shape[1] + cache_length)
-        h_BLD, new = self.run(x_BLD, counted(mask_BL), causal(mask_BL), task_B, None, (nothing, nothing))
+        h_BLD, new = self.run(
+            x_BLD, counted(mask_BL), causal(mask_BL), task_B, None, (nothing, nothing)
+        )
         room = ((0, 0), (0, 0), (0, cache_length), (0, 0), (0, 0))
         written = {name: jnp.pad(leaf, room) for name, leaf in zip("kv", new)}
         mask_BL = mask_BL.astype(bool)
@@ -189,7 +191,9 @@ class Decoder(nn.Module):
         h_B1D, new = self.run(x_BD[:, None], position_B1, key_mask(seen_BS), task_B, None, earlier)
         # One write for all layers: nothing else of the cache moves.
         written = {
-            name: jax.lax.dynamic_update_slice(old, leaf.astype(old.dtype), (0, 0, prompt + step, 0, 0))
+            name: jax.lax.dynamic_update_slice(
+                old, leaf.astype(old.dtype), (0, 0, prompt + step, 0, 0)
+            )
             for name, old, leaf in zip("kv", earlier, new)
         }
         return h_B1D[:, 0], Cache(cache.written | written, cache.fixed, step + 1)
@@ -211,7 +215,9 @@ class Decoder(nn.Module):
     def check_length(self, length: int):
         room = self.c.positions - self.c.position_offset
         if self.c.positions and length > room:
-            raise ValueError(f"{length} tokens do not fit the {room} learned positions; shorten the text")
+            raise ValueError(
+                f"{length} tokens do not fit the {room} learned positions; shorten the text"
+            )
 
 
 def counted(mask_BL):
@@ -237,7 +243,11 @@ def llama_rows(c: DecoderConfig) -> tuple[Row, ...]:
         *under("self_attn.", "attention/", _attention_rows(c, "o_proj")),
         *norm_rows("input_layernorm", "norm1", bias=False),
         *norm_rows("post_attention_layernorm", "norm2", bias=False),
-        *(row for x in ("gate", "up", "down") for row in dense_rows(f"mlp.{x}_proj", f"mlp/{x}", bias=False)),
+        *(
+            row
+            for x in ("gate", "up", "down")
+            for row in dense_rows(f"mlp.{x}_proj", f"mlp/{x}", bias=False)
+        ),
     )
     if c.adapters is not None:
         block = (*block, *under("adapter.", "adapters/", adapters.torch_rows(c.adapters)))
@@ -270,7 +280,11 @@ def gpt2_rows(c: DecoderConfig) -> tuple[Row, ...]:
     cut = heads_in_bias(c.heads, c.head)
     back = reshaped((c.heads * c.head, c.width), (c.heads, c.head, c.width))
     block = (
-        Row("attn.c_attn.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), fused(cut, cut, cut, axis=1)),
+        Row(
+            "attn.c_attn.weight",
+            tuple(f"attention/{x}/kernel" for x in "qkv"),
+            fused(cut, cut, cut, axis=1),
+        ),
         Row("attn.c_attn.bias", tuple(f"attention/{x}/bias" for x in "qkv"), fused(cut, cut, cut)),
         Row("attn.c_proj.weight", "attention/o/kernel", back),
         Row("attn.c_proj.bias", "attention/o/bias"),

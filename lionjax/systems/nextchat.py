@@ -81,7 +81,9 @@ class NextChat:
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
         """Words, boxes and both cycles, or masks, as `objective` says."""
-        return self._apply(params, "masks_loss" if self.objective == "masks" else "language_loss", batch, key)
+        return self._apply(
+            params, "masks_loss" if self.objective == "masks" else "language_loss", batch, key
+        )
 
     def locate(self, params: Params, batch: Batch):
         """The boxes (B, K, 4) read at the triggers of the given answers, their states (B, K, D), and which are real."""
@@ -166,7 +168,11 @@ class NextChatModule(nn.Module):
         is_box_BL = jnp.concatenate([batch.prompt_BL, batch.target_BM], axis=1) == c.location_token
         which_BK = heads.pick(jnp.cumsum(is_box_BL, axis=1)[:, length:], place_BK)
         real_BK = real_BK & (which_BK < count)
-        return heads.pick(state_BLD[:, length:], place_BK), jnp.minimum(which_BK, count - 1), real_BK
+        return (
+            heads.pick(state_BLD[:, length:], place_BK),
+            jnp.minimum(which_BK, count - 1),
+            real_BK,
+        )
 
     def language_loss(self, batch: Batch, key):
         c = self.c
@@ -186,9 +192,12 @@ class NextChatModule(nn.Module):
         terms = {
             "text": loss,
             "l1": c.l1_weight * losses.mean_of_real(jnp.abs(predicted_BK4 - box_BK4), real_BK),
-            "giou": c.giou_weight * losses.giou_loss(predicted_BK4, box_BK4, real_BK, c.losses == "original"),
-            "cycle_state": c.cycle_weight * losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK),
-            "cycle_box": c.cycle_weight * losses.mean_of_real(jnp.abs(same_BK4 - batch.boxes_BK4), given_BK),
+            "giou": c.giou_weight
+            * losses.giou_loss(predicted_BK4, box_BK4, real_BK, c.losses == "original"),
+            "cycle_state": c.cycle_weight
+            * losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK),
+            "cycle_box": c.cycle_weight
+            * losses.mean_of_real(jnp.abs(same_BK4 - batch.boxes_BK4), given_BK),
         }
         metrics |= {f"loss_{name}": term for name, term in terms.items()}
         metrics["box_iou"] = losses.mean_of_real(losses.iou(predicted_BK4, box_BK4), real_BK)
@@ -203,7 +212,9 @@ class NextChatModule(nn.Module):
         terms = losses.mask_losses(logits_BKHW, iou_BK, mask_BKHW, real_BK, c.losses == "original")
         terms["focal"] = c.focal_weight * terms["focal"]
         weight = real_BK.astype(jnp.float32).sum()
-        return sum(terms.values()), {"weight": weight} | {f"loss_{name}": term for name, term in terms.items()}
+        return sum(terms.values()), {"weight": weight} | {
+            f"loss_{name}": term for name, term in terms.items()
+        }
 
     def segment(self, batch: Batch, box_BK4, state_BKD):
         """The mask tokens of the states, then two of the boxes, ask SAM's decoder; its first mask answers."""
@@ -220,7 +231,9 @@ class NextChatModule(nn.Module):
     def begin(self, batch: Batch, cache_length: int):
         c, batch_size = self.c, batch.prompt_BL.shape[0]
         x_BLD = self.embed(batch, batch.prompt_BL)
-        state_BD, cache = self.language.begin(x_BLD, batch.prompt_mask_BL, cache_length, batch.task_B)
+        state_BD, cache = self.language.begin(
+            x_BLD, batch.prompt_mask_BL, cache_length, batch.task_B
+        )
         kept = {
             "box": jnp.zeros((1, batch_size, c.max_boxes, 4)),
             "state": jnp.zeros((1, batch_size, c.max_boxes, state_BD.shape[-1]), state_BD.dtype),
@@ -228,14 +241,18 @@ class NextChatModule(nn.Module):
         }
         written = cache.written | {"kept": kept}
         last_B = decoder.last(batch.prompt_BL[..., None], batch.prompt_mask_BL)[:, 0]
-        return self.say(state_BD, last_B == c.trigger_token, Cache(written, cache.fixed, cache.step))
+        return self.say(
+            state_BD, last_B == c.trigger_token, Cache(written, cache.fixed, cache.step)
+        )
 
     def extend(self, token_B, cache: Cache):
         c, written = self.c, cache.written
         word_BD = self.language.embed(token_B, written["k"].dtype)
         after_B = written["triggered"][0]
         place_BD = self.locations.encode(written["place"][0]).astype(word_BD.dtype)
-        state_BD, cache = self.language.extend(jnp.where(after_B[:, None], place_BD, word_BD), cache)
+        state_BD, cache = self.language.extend(
+            jnp.where(after_B[:, None], place_BD, word_BD), cache
+        )
         return self.say(state_BD, (token_B == c.trigger_token) & ~after_B, cache)
 
     def say(self, state_BD, triggered_B, cache: Cache):
@@ -248,22 +265,34 @@ class NextChatModule(nn.Module):
             "state": jnp.where(here_BK[None, ..., None], state_BD[None, :, None], kept["state"]),
             "count": kept["count"] + triggered_B,
         }
-        written = cache.written | {"kept": kept, "place": place_B4[None], "triggered": triggered_B[None]}
+        written = cache.written | {
+            "kept": kept,
+            "place": place_B4[None],
+            "triggered": triggered_B[None],
+        }
         is_location_V = jnp.arange(c.language.vocab) == c.location_token
         word_BV = jnp.where(is_location_V, NEVER, self.language.logits(state_BD))
         place_V = jnp.where(is_location_V, 0.0, NEVER)
-        return jnp.where(triggered_B[:, None], place_V, word_BV), Cache(written, cache.fixed, cache.step)
+        return jnp.where(triggered_B[:, None], place_V, word_BV), Cache(
+            written, cache.fixed, cache.step
+        )
 
     def everything(self, batch: Batch):
         """Runs every part once, to make its parameters."""
         c = self.c
         x_BLD = self.embed(batch, batch.prompt_BL)
         state_BLD = self.language(x_BLD, batch.prompt_mask_BL, batch.task_B)
-        box_B14 = self.locations.decode(self.locations.encode(self.locations.decode(state_BLD[:, :1])))
+        box_B14 = self.locations.decode(
+            self.locations.encode(self.locations.decode(state_BLD[:, :1]))
+        )
         image = jnp.zeros((1, c.sam.image, c.sam.image, 3))
         given = self.sam.prompts.mask(jnp.zeros((1, 4 * c.sam.grid, 4 * c.sam.grid)))
-        prompt = jnp.concatenate([self.mask_prompts(state_BLD[:1, :1]), self.sam.prompts.boxes(box_B14[:1])], axis=2)
-        return self.language.logits(state_BLD), self.sam.decode(self.sam.encode(image), prompt, given)
+        prompt = jnp.concatenate(
+            [self.mask_prompts(state_BLD[:1, :1]), self.sam.prompts.boxes(box_B14[:1])], axis=2
+        )
+        return self.language.logits(state_BLD), self.sam.decode(
+            self.sam.encode(image), prompt, given
+        )
 
 
 def torch_rows(c: NextChat) -> tuple[Row, ...]:

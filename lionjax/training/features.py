@@ -26,7 +26,9 @@ def seer(system: System, never: Params, learned: Params, mesh: Mesh) -> Callable
     to stage. Raises UserError otherwise, and for a system that has no `features`.
     """
     if not hasattr(system, "features"):
-        raise UserError(f"run.cache_features is set, but a {type(system).__name__} has no features to keep")
+        raise UserError(
+            f"run.cache_features is set, but a {type(system).__name__} has no features to keep"
+        )
     shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in trees.flatten(learned).items()}
     checked = []
 
@@ -96,7 +98,9 @@ class Remembered:
             features = self.see(batch)
             leaves, structure = jax.tree.flatten(features)
             seen = {record: [leaf[row] for leaf in leaves] for row, record in enumerate(records)}
-            if self.structure is None and not all(same(rows[r], seen[r]) for r in records if r in rows):
+            if self.structure is None and not all(
+                same(rows[r], seen[r]) for r in records if r in rows
+            ):
                 self.memory.clear()
             self.structure = structure
             for record, parts in seen.items():
@@ -106,4 +110,6 @@ class Remembered:
 
 def same(old: list[np.ndarray], new: list[np.ndarray]) -> bool:
     pairs = zip(old, new)
-    return len(old) == len(new) and all(a.shape == b.shape and np.allclose(a, b, 1e-4, 1e-4) for a, b in pairs)
+    return len(old) == len(new) and all(
+        a.shape == b.shape and np.allclose(a, b, 1e-4, 1e-4) for a, b in pairs
+    )

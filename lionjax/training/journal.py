@@ -44,7 +44,11 @@ class Entry:
 
     def add(self, loss: float, images: int, tokens: int) -> None:
         """Count one update."""
-        self.updates, self.images, self.tokens = self.updates + 1, self.images + images, self.tokens + tokens
+        self.updates, self.images, self.tokens = (
+            self.updates + 1,
+            self.images + images,
+            self.tokens + tokens,
+        )
         self.first = (self.first + [loss])[:FEW]
         self.last = (self.last + [loss])[-FEW:]
 
@@ -92,7 +96,11 @@ class Journal:
     """
 
     def __init__(self, workdir: Path, experiment: Experiment, update: int):
-        self.path, self.experiment, self.writes = workdir / "metrics.jsonl", experiment, jax.process_index() == 0
+        self.path, self.experiment, self.writes = (
+            workdir / "metrics.jsonl",
+            experiment,
+            jax.process_index() == 0,
+        )
         self.board = self.bar = self.task = None
         if not self.writes:
             return
@@ -169,7 +177,13 @@ def _bar():
     )
 
     said = TextColumn("{task.fields[said]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        said,
+    )
     return Progress(*columns, console=Console(stderr=True))
 
 
@@ -241,7 +255,9 @@ def speed(entries: list[Entry]) -> dict[str, float]:
 
 def peak_bytes() -> int:
     """The most memory that was in use: of a device, or of this process where the device is the CPU."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    peaks = [
+        (device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()
+    ]
     unit = 1 if sys.platform == "darwin" else 1024
     return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

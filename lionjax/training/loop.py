@@ -79,7 +79,9 @@ def train(experiment: Experiment, workdir: str | Path, batches: Callable) -> tup
             run = Run(experiment, workdir, batches, layout, steps, journal, stop, memory)
             while place.stage < len(experiment.stages):
                 place = run_stage(run, place)
-        return trees.merge(place.never, place.learned), write_report(workdir, experiment, place.history)
+        return trees.merge(place.never, place.learned), write_report(
+            workdir, experiment, place.history
+        )
 
 
 def _batches(experiment: Experiment, stage: Stage, batches: Callable):
@@ -147,7 +149,9 @@ def prepare(run: Run, place: Place, trainable: Params, frozen: Params) -> Work:
         stream.restore(place.data)
     if experiment.run.cache_features:
         if stream.changing:
-            raise UserError("run.cache_features is set, but a record's picture changes; set one of the two off")
+            raise UserError(
+                "run.cache_features is set, but a record's picture changes; set one of the two off"
+            )
         see = features.seer(system, place.never, place.learned, mesh)
         stream = features.Remembered(stream, see, run.memory)
     return Work(place, stage, state, frozen, step, stream, traces)
@@ -220,11 +224,16 @@ def refuse(run: Run, work: Work, update: Update, loss: float, norm: float) -> No
     """Keep the batch of an update that came out infinite or NaN, and raise UserError about it."""
     path = run.workdir / f"not_finite_{start.file_name(work.stage.name)}_{update.number}.npz"
     pairs = jax.tree_util.tree_flatten_with_path(update.batch)[0]
-    arrays = {jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in pairs}
+    arrays = {
+        jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in pairs
+    }
     with path.with_suffix(".tmp").open("wb") as file:
         np.savez(file, **arrays)
     path.with_suffix(".tmp").replace(path)
-    records = [f"{record} ({work.stream.name(record)})" for record in sorted(set(update.batch.record_B.tolist()))]
+    records = [
+        f"{record} ({work.stream.name(record)})"
+        for record in sorted(set(update.batch.record_B.tolist()))
+    ]
     raise UserError(
         f"stage {work.stage.name!r}, step {update.number}: the loss is {loss:g} and the norm of its gradient {norm:g}, "
         f"on records {', '.join(records)}; the batch is kept in {path}, the checkpoints before it are good: look at "
@@ -232,11 +241,17 @@ def refuse(run: Run, work: Work, update: Update, loss: float, norm: float) -> No
     )
 
 
-def line(run: Run, work: Work, entry: Entry, last: dict, done: int, metrics: dict) -> dict[str, Any]:
+def line(
+    run: Run, work: Work, entry: Entry, last: dict, done: int, metrics: dict
+) -> dict[str, Any]:
     """The line of metrics of an update; rates and seconds are those since `last`, the entry at the last line."""
-    seconds = {part: value - last["seconds"].get(part, 0.0) for part, value in entry.seconds.items()}
+    seconds = {
+        part: value - last["seconds"].get(part, 0.0) for part, value in entry.seconds.items()
+    }
     busy = max(seconds.get("step", 0.0) + seconds.get("data", 0.0), 1e-9)
-    values = {name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"}
+    values = {
+        name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"
+    }
     return {
         "stage": entry.name,
         "step": done,
@@ -276,7 +291,10 @@ class Stop:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {
+                number: signal.signal(number, self.note)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def __exit__(self, *_):

@@ -108,7 +108,9 @@ def optimizer(
     `layer_axes`: how many axes of a leaf stack layers (see `sharding.layer_axes`); none where a path is missing.
     """
     stacked, flat = layer_axes or {}, trees.flatten(trainable)
-    mask = {path: decays(path, len(leaf.shape) - stacked.get(path, 0)) for path, leaf in flat.items()}
+    mask = {
+        path: decays(path, len(leaf.shape) - stacked.get(path, 0)) for path, leaf in flat.items()
+    }
     parts = [
         optax.scale_by_adam(*stage.betas),
         optax.add_decayed_weights(stage.weight_decay, trees.unflatten(mask)),
@@ -122,7 +124,9 @@ def optimizer(
     return optax.chain(*parts)
 
 
-def abstract_optimiser(optimiser: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> Any:
+def abstract_optimiser(
+    optimiser: optax.GradientTransformation, trainable: Params, mesh: Mesh
+) -> Any:
     """Shapes and shardings of the optimiser's state: moments lie as their parameters do, counters everywhere."""
 
     def like(shape, where):
@@ -216,7 +220,12 @@ def make_step(
         old = dataclasses.replace(state, step=new.step)
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         learning_rate = jnp.asarray(rate(state.step), jnp.float32)
-        return kept, {**metrics, "grad_norm": norm, "learning_rate": learning_rate, "finite": finite}
+        return kept, {
+            **metrics,
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "finite": finite,
+        }
 
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere = NamedSharding(mesh, PartitionSpec())

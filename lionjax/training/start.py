@@ -75,38 +75,45 @@ def alone(workdir: Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / "lock").open("w")
     except OSError as error:
-        raise UserError(f"cannot write in {workdir}: {error.strerror}; name another folder") from error
+        raise UserError(
+            f"cannot write in {workdir}: {error.strerror}; name another folder"
+        ) from error
     with file:
         try:
             if jax.process_index() == 0:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process is training in {workdir}; stop it or name another folder") from error
+            raise UserError(
+                f"another process is training in {workdir}; stop it or name another folder"
+            ) from error
         yield
 
 
 def claim(workdir: Path, experiment: Experiment) -> None:
-    """Write the config into a new folder, or check that the folder was made by the same one.
+    """Write the config into a folder without weights, or check that the folder was made by the same one.
 
     Fields that do not change what is computed (`FREE`) may differ, so that a run can go on, say, on another mesh.
     Raises UserError that lists the others that differ.
     """
     path, text = workdir / "config.json", config.to_json(experiment)
-    if path.is_file():
+    begun = any((workdir / name).exists() for name in ("base", "checkpoints"))
+    if begun and not path.is_file():
+        raise UserError(f"{workdir} holds checkpoints but no config.json; name another folder")
+    if begun:  # else a first start failed before there were weights, and may be mended
         try:
             old = config.from_json(path.read_text())
         except UserError as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         changes = config.difference(old, experiment)
         free = {name for name in changes if any(re.fullmatch(pattern, name) for pattern in FREE)}
-        if fixed := [f"{name} {a!r} -> {b!r}" for name, (a, b) in changes.items() if name not in free]:
+        if fixed := [
+            f"{name} {a!r} -> {b!r}" for name, (a, b) in changes.items() if name not in free
+        ]:
             raise UserError(
                 f"{workdir} was made by another config ({'; '.join(fixed)}); set these back or name another folder"
             )
         for name in sorted(free):
             log.info("%s goes on with %s %r -> %r", workdir, name, *changes[name])
-    elif any((workdir / name).exists() for name in ("base", "checkpoints")):
-        raise UserError(f"{workdir} holds checkpoints but no config.json; name another folder")
     if jax.process_index() == 0:
         journal.replace_text(path, text)
 
@@ -123,7 +130,8 @@ def layout(experiment: Experiment, example: Batch, mesh: Mesh) -> Layout:
     learned, never = trees.split(whole, patterns)
     dtype = experiment.run.frozen_dtype
     never = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _frozen(leaf, dtype), sharding=leaf.sharding), never
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _frozen(leaf, dtype), sharding=leaf.sharding),
+        never,
     )
     axes = sharding.layer_axes(jax.eval_shape(experiment.system.init, key, example))
     return Layout(never, learned, axes, mesh)
@@ -133,7 +141,9 @@ def _frozen(leaf, dtype: str):
     return dtype if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) else leaf.dtype
 
 
-def first_parameters(experiment: Experiment, example: Batch, layout: Layout) -> tuple[Params, Params]:
+def first_parameters(
+    experiment: Experiment, example: Batch, layout: Layout
+) -> tuple[Params, Params]:
     """(never, learned): from the experiment's weight files where they reach, else random from its seed."""
     wanted = trees.flatten(trees.merge(layout.never, layout.learned))
     learned = trees.flatten(layout.learned)
@@ -148,8 +158,13 @@ def first_parameters(experiment: Experiment, example: Batch, layout: Layout) -> 
 
     key = jax.random.key(experiment.seed)
     fresh = trees.flatten(sharding.init(rest, key, example, mesh=layout.mesh))
-    flat = {path: loaded.get(path, fresh.get(path)).astype(leaf.dtype) for path, leaf in wanted.items()}
-    split = [{path: leaf for path, leaf in flat.items() if (path in learned) == side} for side in (False, True)]
+    flat = {
+        path: loaded.get(path, fresh.get(path)).astype(leaf.dtype) for path, leaf in wanted.items()
+    }
+    split = [
+        {path: leaf for path, leaf in flat.items() if (path in learned) == side}
+        for side in (False, True)
+    ]
     return trees.unflatten(split[0]), trees.unflatten(split[1])
 
 
@@ -175,7 +190,9 @@ def _read_weights(file: Path, prefix: str, wanted: dict, may_be_new: dict) -> di
         with safe_open(file, "numpy") as tensors:
             names = {name for name in tensors.keys() if _under(name, prefix)}
             if unknown := sorted(names - wanted.keys()):
-                raise UserError(f"{file} holds {unknown[0]!r}, which this system does not have under {prefix!r}")
+                raise UserError(
+                    f"{file} holds {unknown[0]!r}, which this system does not have under {prefix!r}"
+                )
             if missing := sorted(wanted.keys() - names - may_be_new.keys()):
                 raise UserError(
                     f"{file} lacks {missing[0]!r}, which no stage trains; use weights of the config's sizes"
@@ -188,7 +205,9 @@ def _read_weights(file: Path, prefix: str, wanted: dict, may_be_new: dict) -> di
 def _placed(tensors, name: str, want: jax.ShapeDtypeStruct, file: Path) -> jax.Array:
     part = tensors.get_slice(name)
     if tuple(part.get_shape()) != want.shape:
-        raise UserError(f"{file}: {name!r} is {tuple(part.get_shape())}, the config wants {want.shape}")
+        raise UserError(
+            f"{file}: {name!r} is {tuple(part.get_shape())}, the config wants {want.shape}"
+        )
 
     def read(index):
         return (part[index] if want.shape else tensors.get_tensor(name)).astype(want.dtype)
@@ -207,7 +226,9 @@ def find(workdir: Path, experiment: Experiment, example: Batch, layout: Layout) 
         except Damaged as damage:
             checkpoints.quarantine(workdir, damage.path, str(damage))
             newest = _newest(workdir, experiment)
-            log.warning("going back to %s", words(experiment, *newest) if newest else "the beginning")
+            log.warning(
+                "going back to %s", words(experiment, *newest) if newest else "the beginning"
+            )
     return _begin(workdir, experiment, example, layout)
 
 
@@ -238,7 +259,9 @@ def places(workdir: Path, experiment: Experiment) -> list[tuple[int, int]]:
     """(stage, updates into it) of all that a folder holds, newest first."""
     found = [(stage, 0) for stage in checkpoints.found_bases(workdir / "base")]
     for update in checkpoints.found_steps(workdir / "checkpoints"):
-        stage = max(s for s in range(len(experiment.stages)) if updates_before(experiment, s) < update)
+        stage = max(
+            s for s in range(len(experiment.stages)) if updates_before(experiment, s) < update
+        )
         found.append((stage, update - updates_before(experiment, stage)))
     return sorted(found, reverse=True)
 
@@ -308,18 +331,24 @@ def _begin(workdir, experiment, example, layout) -> Place:
 def write_base(workdir: Path, experiment: Experiment, place: Place) -> None:
     """Keep the parameters with which a stage begins, or the result after the last stage."""
     meta = {"frozen": place.frozen, "history": list(place.history)}
-    checkpoints.write(base_folder(workdir, experiment, place.stage), {"learned": place.learned}, meta)
+    checkpoints.write(
+        base_folder(workdir, experiment, place.stage), {"learned": place.learned}, meta
+    )
 
 
 def first_base(workdir: Path, experiment: Experiment, layout: Layout) -> Params:
     """The trained parameters as the first stage found them."""
-    return checkpoints.read(base_folder(workdir, experiment, 0), {"learned": layout.learned})[0]["learned"]
+    return checkpoints.read(base_folder(workdir, experiment, 0), {"learned": layout.learned})[0][
+        "learned"
+    ]
 
 
 def as_dict(tree: Any) -> Params:
     """Any tree as nested dicts with text keys, as files want it. Nodes without leaves vanish."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return trees.unflatten({jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs})
+    return trees.unflatten(
+        {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs}
+    )
 
 
 def from_dict(flat: Params, like: Any) -> Any:

@@ -99,7 +99,9 @@ class Block(nn.Module):
         bias = relative_bias(query_BLNH, rows_RH, columns_RH)
         change_BLD = own.look(query_BLNH, own.keys_values(h_BLD), None, bias)
         x_BHWD = x_BHWD + from_squares(change_BLD, self.side, x_BHWD.shape)
-        x_BHWD = x_BHWD + MLP(c.width, c.hidden, name="mlp")(LayerNorm(c.width, c.eps, name="norm2")(x_BHWD))
+        x_BHWD = x_BHWD + MLP(c.width, c.hidden, name="mlp")(
+            LayerNorm(c.width, c.eps, name="norm2")(x_BHWD)
+        )
         return constrain(x_BHWD, "batch", "length", "length", "act_embed")
 
 
@@ -110,7 +112,11 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWD, _):
-        block = Block if self.c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.c.remat])
+        block = (
+            Block
+            if self.c.remat == "none"
+            else nn.remat(Block, prevent_cse=False, policy=REMAT[self.c.remat])
+        )
         for n, side in enumerate(self.c.sides):
             x_BHWD = block(self.c, side, name=f"block_{n}")(x_BHWD)
         return x_BHWD, None
@@ -126,11 +132,15 @@ class ImageEncoder(nn.Module):
         c = self.c
         if image_BHWC.shape[1:3] != (c.image, c.image):
             size = f"{image_BHWC.shape[1]} x {image_BHWC.shape[2]}"
-            raise ValueError(f"the image is {size} px but SAM reads {c.image} x {c.image}; resize and pad it to that")
+            raise ValueError(
+                f"the image is {size} px but SAM reads {c.image} x {c.image}; resize and pad it to that"
+            )
         x_BPD = PatchEmbed(c.patch, c.width, name="patch")(image_BHWC)
         x_BHWD = x_BPD.reshape(-1, c.grid, c.grid, c.width)
         init = sharded(zeros, ("position", "position", "embed"))
-        x_BHWD = x_BHWD + self.param("position", init, (c.grid, c.grid, c.width)).astype(x_BHWD.dtype)
+        x_BHWD = x_BHWD + self.param("position", init, (c.grid, c.grid, c.width)).astype(
+            x_BHWD.dtype
+        )
         periods = nn.scan(
             Period,
             variable_axes={"params": 0},
@@ -174,7 +184,9 @@ def relative_bias(query_BLNH, rows_RH, columns_RH):
     return (down[..., :, None] + across[..., None, :]).reshape(batch, heads, length, length)
 
 
-pointwise = Op("pointwise", lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None])  # a 1x1 convolution as a Dense
+pointwise = Op(
+    "pointwise", lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None]
+)  # a 1x1 convolution as a Dense
 
 # The same layers in the original's words and in Hugging Face's.
 SEGMENT_ANYTHING = {
@@ -192,7 +204,11 @@ def encoder_rows(c: SamConfig, words: dict[str, str] = SEGMENT_ANYTHING) -> tupl
     head = c.width // c.heads
     into, cut = heads_in(c.heads, head), heads_in_bias(c.heads, head)
     block = (
-        Row("attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), fused(into, into, into)),
+        Row(
+            "attn.qkv.weight",
+            tuple(f"attention/{x}/kernel" for x in "qkv"),
+            fused(into, into, into),
+        ),
         Row("attn.qkv.bias", tuple(f"attention/{x}/bias" for x in "qkv"), fused(cut, cut, cut)),
         Row("attn.proj.weight", "attention/o/kernel", heads_out(c.heads, head)),
         Row("attn.proj.bias", "attention/o/bias"),

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tiny_lion.py on photographs: a folder in COCO's format, and easy-VQA.
+
+    lionjax train configs/tiny_lion_photos.py --workdir runs/photos --data.sources.0.folder MY_COCO_FOLDER
+
+The frozen backbones have only ever seen drawn scenes, so this shows that real data goes through all three stages, and
+how far so small a model comes; it is no model to use.
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from lionjax.config import Experiment
+from lionjax.data.coco import Coco
+from lionjax.data.sources import EasyVqa
+
+scenes = runpy.run_path(str(Path(__file__).with_name("tiny_lion.py")))["get_config"]
+
+IMAGE_LEVEL = (("vqa", 4.0), ("caption", 1.0), ("existence", 1.0), ("tags", 0.5))
+REGION_LEVEL = (("rec", 2.0), ("reg", 1.0))
+
+
+def get_config() -> Experiment:
+    """The same schedule over other data."""
+    drawn = scenes()
+    mixtures = (IMAGE_LEVEL, REGION_LEVEL, IMAGE_LEVEL + REGION_LEVEL)
+    stages = tuple(
+        dataclasses.replace(stage, mixture=mixture)
+        for stage, mixture in zip(drawn.stages, mixtures, strict=True)
+    )
+    sources = (Coco("data/coco", share=0.2), EasyVqa())
+    data = dataclasses.replace(drawn.data, sources=sources, tag_noise=0.1)
+    return dataclasses.replace(drawn, name="tiny_lion_photos", data=data, stages=stages)

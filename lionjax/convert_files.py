@@ -18,7 +18,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -75,10 +75,18 @@ class Tensors(Mapping):
 
     def under(self, prefix: str) -> Tensors:
         """The same tensors with a prefix before their names."""
-        arrays = {prefix + name: array for name, array in self.arrays.items()}
-        left = {prefix + name: reason for name, reason in self.left.items()}
-        made = Tensors(arrays, self.sources, left)
-        made.mapped = {prefix + name for name in self.mapped}
+        return self._renamed(lambda name: prefix + name)
+
+    def without(self, prefix: str) -> Tensors:
+        """The same tensors, a prefix taken away where it stands before a name."""
+        return self._renamed(lambda name: name.removeprefix(prefix))
+
+    def _renamed(self, rename: Callable[[str], str]) -> Tensors:
+        arrays = {rename(name): array for name, array in self.arrays.items()}
+        if len(arrays) < len(self.arrays):
+            raise UserError(f"two tensors of {self.sources[0]} mean the same one")
+        made = Tensors(arrays, self.sources, {rename(n): why for n, why in self.left.items()})
+        made.mapped = {rename(name) for name in self.mapped}
         return made
 
     def __or__(self, other: Tensors) -> Tensors:

@@ -8,7 +8,7 @@ Model files are imported when one of theirs is met.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from lionjax.interfaces import Params, UserError
@@ -26,10 +26,12 @@ class Published:
     rows: Callable[[Any], tuple]
     abstract: Callable[[Any], Params]  # shapes of the whole tree
     ignore: tuple[str, ...] = ()  # names that say nothing: patterns, matched whole
-    copies: tuple[
-        tuple[str, str], ...
-    ] = ()  # (name, name of the tensor it equals where it is missing)
+    # (name, name of the tensor it equals where it is missing)
+    copies: tuple[tuple[str, str], ...] = ()
     base: str = ""  # stands before all names, and is left away in files of the bare model
+    inside: str = ""  # stands before the names in files where more lies around the model
+    # What the names in a file say of the config.
+    told: Callable[[Any, Collection[str]], Any] = lambda config, names: config
 
 
 def refuse_unless(fits: bool, what: str, wanted: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lionjax import config as configs
+from lionjax.convert_bert import BERT
 from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
 from lionjax.convert_nextchat import META_SAM, POINTING
 from lionjax.convert_published import EVA_IGNORES, ONE_PART, T5, Published
@@ -77,9 +78,12 @@ def open_source(path: Path, system: str | None = None) -> Source:
             f"{folder / 'config.json'} describes no {kinds[0].name}: {type(error).__name__} {error}"
         ) from error
     tensors, copied = open_weights(path), {}
-    base = kinds[0].base
+    base, inside = kinds[0].base, kinds[0].inside
     if base and not any(name.startswith(base) for name in tensors):
         tensors = tensors.under(base)
+    if inside and any(name.startswith(inside) for name in tensors):
+        tensors = tensors.without(inside)
+    config = kinds[0].told(config, tensors.keys())
     for name, origin in kinds[0].copies:
         if name not in tensors and origin in tensors:
             tensors.arrays[name] = tensors[origin]
@@ -229,4 +233,4 @@ _LION = Published(
     abstract=_lion_abstract,
     ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*"),
 )  # fmt: skip
-SYSTEMS = (_LION, *POINTING, *ONE_PART)
+SYSTEMS = (_LION, *POINTING, *ONE_PART, BERT)

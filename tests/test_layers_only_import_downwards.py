@@ -25,7 +25,7 @@ FLOORS = (
     "language.decoder language.t5 language.bert bridges.projectors bridges.qformer heads",
     # 3: systems, and the conversion of whole ones
     "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
-    "convert_published convert_nextchat convert_systems convert",
+    "convert_published convert_nextchat convert_bert convert_systems convert",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer data.processors data.table "
@@ -47,6 +47,8 @@ SIDEWAYS = {
     ("convert", "convert_published"),
     ("convert_systems", "convert_published"),
     ("convert_systems", "convert_nextchat"),
+    ("convert_systems", "convert_bert"),
+    ("convert_bert", "convert_published"),
     ("convert_nextchat", "convert_published"),
     ("convert_nextchat", "systems"),
     ("convert_systems", "systems"),  # it builds the system that a checkpoint holds

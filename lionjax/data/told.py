@@ -16,7 +16,7 @@ ATTRIBUTES = {
 }
 ROLES = ("nothing", "part", "centre")
 FIELDS = {**ATTRIBUTES, "role": ROLES, "ground": scenes.BACKGROUNDS}
-WAVES = (1, 2, 5, 10)
+WAVES = (1, 2, 10)
 KNOTS = np.linspace(0, 1, 11)
 CODE = 4 * (1 + 2 * len(WAVES) + len(KNOTS))
 
@@ -24,11 +24,11 @@ CODE = 4 * (1 + 2 * len(WAVES) + len(KNOTS))
 def box_code(box_K4):
     """Edges in 0..1 -> (..., CODE): the edges, sines and cosines of several wave lengths, and how near each tenth is.
 
-    The tenths (linear between two of them) and the waves of ten a picture make first and second decimals easy to read.
+    The tenths (linear between two of them) give first decimals to a linear reader, the shortest wave gives second ones.
     """
     edge = box_K4[..., None]
     angle = 2 * np.pi * edge * np.asarray(WAVES)
-    near = np.maximum(0, 1 - np.abs(edge - KNOTS) / (KNOTS[1] - KNOTS[0]))
+    near = 2 * np.maximum(0, 1 - np.abs(edge - KNOTS) / (KNOTS[1] - KNOTS[0]))
     parts = np.concatenate([np.sin(angle), np.cos(angle), near], axis=-1)
     flat = parts.reshape(*box_K4.shape[:-1], -1)
     return np.concatenate([2 * box_K4 - 1, flat], axis=-1).astype(np.float32)
@@ -130,6 +130,9 @@ DRILLS = {
 }
 
 
+EDGES = ("left", "top", "right", "bottom")
+
+
 def named_alone(scene, rng) -> list[tuple[str, tuple]]:
     """Names of a word or two that fit one thing only, with its box, in random order."""
     kinds = rng.choice(["shape", "color", "pair", "pair"], len(scene.things))
@@ -152,6 +155,14 @@ def place(scene, rng, most: int = 1) -> Example:
     return Example("place", "box", question, answer, (answer,), "region_level", boxes=tuple(boxes))
 
 
+def edge(scene, rng) -> Example:
+    """One edge of several things: 'left: star, ring' -> 'star [0.34], ring [0.12]'."""
+    named, number = named_alone(scene, rng)[:4], int(rng.integers(4))
+    answer = ", ".join(f"{name} [{box[number]:.3f}"[:-1] + "]" for name, box in named)
+    question = f"{EDGES[number]}: {', '.join(name for name, _ in named)}"
+    return Example("edge", EDGES[number], question, answer, (answer,), "region_level")
+
+
 def places(scene, rng) -> Example:
     """Up to four boxes a line."""
     return place(scene, rng, most=4)
@@ -166,11 +177,11 @@ def whose(scene, rng) -> Example:
 
 
 def compare(scene, rng) -> Example:
-    """Several comparisons at once: 'left: red star ring, blue star' -> 'yes, no'."""
+    """Several comparisons at once: 'above: red star ring, blue star' -> 'yes, no'."""
     named = named_alone(scene, rng)
-    asked = str(rng.choice(["left", "above", "more", "same"]))
-    if asked in ("left", "above") and len(named) > 1:
-        axis, said, pairs = 0 if asked == "left" else 1, [], []
+    asked = str(rng.choice(["beside", "above", "more", "same"]))
+    if asked in ("beside", "above") and len(named) > 1:
+        axis, said, pairs = 0 if asked == "beside" else 1, [], []
         for _ in range(5):
             one, other = (named[k] for k in rng.choice(len(named), 2, replace=False))
             gap = sum(other[1][axis::2]) - sum(one[1][axis::2])

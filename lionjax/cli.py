@@ -132,14 +132,18 @@ def convert(given: argparse.Namespace, _) -> None:
 
     if model.is_run(given.src):
         run = model.load(given.src)
-        run.export(given.dst, given.to)
+        run.export(given.dst, given.to, given.merge_lora)
+        if given.merge_lora:  # what is merged cannot be taken apart again
+            print(f"written: {given.dst}, with its LoRA merged")
+            return
         exact = run.has_the_bits_of(model.load(given.dst))
         note(given.src, {"round_trip_exact": exact})
         print(
             f"written: {given.dst}; read back, {'every bit is the same' if exact else 'BITS DIFFER'}"
         )
     else:
-        print(convert(given.src, given.dst, given.to, given.system))
+        extra = {"adapter": given.adapter, "merge_lora": given.merge_lora}
+        print(convert(given.src, given.dst, given.to, given.system, **extra))
 
 
 def report(given: argparse.Namespace, _) -> None:
@@ -215,6 +219,8 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("dst", metavar="DST", type=Path, help="the folder to write; it must be new")
     verb.add_argument("--to", choices=("torch", "jax"), required=True, help="whose names to write")
     verb.add_argument("--system", metavar="NAME", help="the kind of model, where SRC does not say")
+    verb.add_argument("--adapter", metavar="DIR", help="a LoRA for SRC, as PEFT writes it")
+    verb.add_argument("--merge-lora", action="store_true", help="merge a LoRA into its matrices")
 
     verb = add(verbs, report)
     verb.add_argument("dir", metavar="DIR", type=Path, help="the folder of a run")

@@ -10,6 +10,7 @@ and `origin/`, what came along from elsewhere.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import shutil
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lionjax import config as configs
-from lionjax import convert_systems
+from lionjax import convert_lora, convert_systems
 from lionjax import params as trees
 from lionjax.convert_files import Tensors, has_nan, open_weights
 from lionjax.convert_plan import Form, Plan, plan_params, plan_state
@@ -88,28 +89,41 @@ class Coverage:
 
 
 def convert(
-    src: str | Path, dst: str | Path, to: str, system: str | None = None, shard_bytes=SHARD_BYTES
+    src: str | Path,
+    dst: str | Path,
+    to: str,
+    system: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    adapter: str | Path | None = None,
+    merge_lora: bool = False,
 ) -> Coverage:
     """A folder into a folder, a tensor at a time: `to` "jax" (our names) or "torch" (the original's).
 
-    `system` names the kind of model where the source does not say it. The new folder appears when it is
-    complete. Raises UserError, in words, for everything that does not fit.
+    `system` names the kind of model where the source does not say it; `adapter` is a folder of PEFT's with a LoRA for
+    it. On the way to torch a LoRA is written into a folder `adapter`, or merged into its matrices. The new folder
+    appears when it is complete. Raises UserError, in words, for everything that does not fit.
     """
     start = time.perf_counter()
-    if to == "jax":
-        coverage = _convert_in(Path(src), Path(dst), system, shard_bytes)
-    elif to == "torch":
-        coverage = _convert_out(Path(src), Path(dst), shard_bytes)
-    else:
+    if to not in ("jax", "torch"):
         raise UserError(f"to is {to!r}; it can be 'jax' or 'torch'")
+    if merge_lora and to == "jax":
+        raise UserError("a LoRA is merged on the way to torch; here it stays beside its matrices")
+    if adapter is not None and to == "torch":
+        raise UserError("an adapter of PEFT's is read on the way to jax")
+    if to == "jax":
+        coverage = _convert_in(Path(src), Path(dst), system, shard_bytes, adapter)
+    else:
+        coverage = _convert_out(Path(src), Path(dst), shard_bytes, merge_lora)
     coverage.seconds = time.perf_counter() - start
     for name in coverage.nan:
         log.warning("tensor %r holds NaN", name)
     return coverage
 
 
-def _convert_in(src: Path, dst: Path, system: str | None, shard_bytes: int) -> Coverage:
-    source = convert_systems.open_source(src, system)
+def _convert_in(
+    src: Path, dst: Path, system: str | None, shard_bytes: int, adapter: str | Path | None
+) -> Coverage:
+    source = convert_systems.open_source(src, system, adapter and Path(adapter))
     plan = _plan_in(source)
     coverage = _coverage(source.kind, plan, source.tensors)
     for name, others in source.copied.items():
@@ -132,13 +146,12 @@ def _convert_in(src: Path, dst: Path, system: str | None, shard_bytes: int) -> C
     return coverage
 
 
-def _convert_out(src: Path, dst: Path, shard_bytes: int) -> Coverage:
+def _convert_out(src: Path, dst: Path, shard_bytes: int, merge_lora: bool) -> Coverage:
     config, tensors = open_params(src)
-    kind = convert_systems.of_config(config)
-    rows, model = convert_systems.table_and_model(kind, config)
-    plan = plan_state(rows, tensors, model)
+    config, flat = _merged(config, tensors) if merge_lora else (config, tensors)
+    kind, plan = _plan_out(config, flat)
     coverage = _coverage(kind, plan, tensors)
-    parts = tensor_parts(plan, tensors, tensors.forget)
+    parts = tensor_parts(plan, flat, tensors.forget)
     origin = [file for file in sorted((src / ORIGIN).rglob("*")) if file.is_file()]
     beside = {str(file.relative_to(src / ORIGIN)): file for file in origin}
     coverage.files = _write_out(config, kind, plan, parts, dst, shard_bytes, beside)
@@ -164,15 +177,18 @@ def to_torch(
     path: str | Path,
     shard_bytes: int = SHARD_BYTES,
     companions: Mapping[str, Path] | None = None,
+    merge_lora: bool = False,
 ) -> None:
     """Write `params` as a folder with the original's names: safetensors, config.json, a model card.
 
     `config` is the system's, or the experiment that trained it. `companions`: further files by their names there,
-    such as tokenizers. Raises UserError when something does not fit, or stands at `path` already.
+    such as tokenizers. A LoRA goes into a folder `adapter` as PEFT writes it, or into the matrices with `merge_lora`.
+    Raises UserError when something does not fit, or stands at `path` already.
     """
-    kind, flat = convert_systems.of_config(config), trees.flatten(params)
-    rows, model = convert_systems.table_and_model(kind, config)
-    plan = plan_state(rows, flat, model)
+    flat = trees.flatten(params)
+    if merge_lora:
+        config, flat = _merged(config, flat)
+    kind, plan = _plan_out(config, flat)
     parts = tensor_parts(plan, flat)
     _write_out(config, kind, plan, parts, Path(path), shard_bytes, companions or {})
 
@@ -219,6 +235,23 @@ def _plan_in(source: convert_systems.Source) -> Plan:
     return plan_params(rows, source.tensors, source.kind.ignore, model)
 
 
+def _plan_out(config: Any, flat: Mapping) -> tuple[Published, Plan]:
+    kind = convert_systems.of_config(config)
+    rows, model = convert_systems.table_and_model(kind, config)
+    return kind, plan_state(rows, flat, model)
+
+
+def _merged(config: Any, flat: Mapping) -> tuple[Any, Mapping]:
+    """Config and parameters without LoRA, which is in the matrices now."""
+    system = convert_systems.system_in(config)
+    if (lora := convert_lora.of(system)) is None:
+        raise UserError("this model has no LoRA that could be merged")
+    plain = convert_lora.with_lora(system, dataclasses.replace(lora, rank=0))
+    if system is not config:
+        plain = dataclasses.replace(config, system=plain)
+    return plain, convert_lora.merged(flat, lora)
+
+
 def _coverage(kind: Published, plan: Plan, tensors: Tensors) -> Coverage:
     tied = {piece.tensors[0]: piece.tied for piece in plan.pieces if piece.tied}
     ignored = tensors.left | {name: f"matches {pattern}" for name, pattern in plan.ignored.items()}
@@ -238,9 +271,20 @@ def _write_out(
     beside: Mapping[str, Path],
 ):
     """The folder for torch's side, with what belongs beside the weights: what came along from there, tokenizers."""
-    settings = {}
+    settings, files = {}, []
     with whole_folder(dst) as folder:
-        files = write_safetensors(folder, THEIRS, plan.made, parts, shard_bytes)
+        # A LoRA's rows come last, so its tensors do.
+        for detour, group in itertools.groupby(parts, lambda part: convert_lora.is_detour(part[0])):
+            forms = {
+                n: form for n, form in plan.made.items() if convert_lora.is_detour(n) == detour
+            }
+            where = folder / convert_lora.FOLDER if detour else folder
+            where.mkdir(exist_ok=True)
+            if detour:  # PEFT knows one file only
+                names = write_safetensors(where, convert_lora.WEIGHTS, forms, group, 2**62)
+                files += [f"{convert_lora.FOLDER}/{name}" for name in names]
+            else:
+                files += write_safetensors(where, THEIRS, forms, group, shard_bytes)
         _copy(beside, folder)
         if (folder / "config.json").is_file():
             settings = json.loads((folder / "config.json").read_text())
@@ -249,9 +293,21 @@ def _write_out(
         ).name
         settings |= kind.settings(convert_systems.system_in(config)) | {"dtype": dtype}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        _write_adapter(config, plan, settings, folder / convert_lora.FOLDER)
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
         (folder / "README.md").write_text(_card(kind, plan))
     return (*files, "config.json", CONFIG_FILE, "README.md")
+
+
+def _write_adapter(config: Any, plan: Plan, settings: dict, folder: Path) -> None:
+    """What PEFT wants to know of the LoRA whose tensors lie in `folder`; nothing where there is none."""
+    detours = [name for name in plan.made if convert_lora.is_detour(name)]
+    if detours:
+        lora = convert_lora.of(convert_systems.system_in(config))
+        matrices = {n for n, form in plan.made.items() if len(form.shape) == 2 and n not in detours}
+        architecture = (settings.get("architectures") or [""])[0]
+        said = convert_lora.settings(lora, detours, matrices, architecture)
+        (folder / convert_lora.CONFIG).write_text(json.dumps(said, indent=2) + "\n")
 
 
 def _copy(files: Mapping[str, Path], folder: Path) -> None:

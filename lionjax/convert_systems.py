@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lionjax import config as configs
+from lionjax import convert_lora
 from lionjax.convert_bert import BERT
 from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
 from lionjax.convert_nextchat import META_SAM, POINTING
@@ -37,14 +38,30 @@ class Source:
     )  # tensor -> those made from it
 
 
-def open_source(path: Path, system: str | None = None) -> Source:
+def open_source(path: Path, system: str | None = None, adapter: Path | None = None) -> Source:
     """Recognise and open a checkpoint with the original's names.
 
-    By `system`, by our own config beside it, by the names of LION's files, or by config.json. Raises UserError.
+    By `system`, by our own config beside it, by the names of LION's files, or by config.json. `adapter`: the folder of
+    a LoRA as PEFT writes it, by default the one inside the checkpoint's. Raises UserError.
     """
     if not path.exists():
         raise UserError(f"there is no {path}")
     folder = path if path.is_dir() else path.parent
+    if (folder / convert_lora.CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds a LoRA alone; give the folder of its base model, and this one as --adapter"
+        )
+    source = _recognised(path, folder, system)
+    beside = (source.folder or folder) / convert_lora.FOLDER
+    if adapter is None and not beside.is_dir():
+        return source
+    kind, system = source.kind, system_in(source.config)
+    made, detours = convert_lora.opened(adapter or beside, system, kind.rows(system))
+    config = made if system is source.config else dataclasses.replace(source.config, system=made)
+    return dataclasses.replace(source, config=config, tensors=source.tensors | detours)
+
+
+def _recognised(path: Path, folder: Path, system: str | None) -> Source:
     if system is not None and system not in (known := [kind.name for kind in SYSTEMS]):
         raise UserError(f"system {system!r} is not known; it can be {', '.join(known)}")
     if (folder / CONFIG_FILE).is_file():
@@ -109,7 +126,8 @@ def table_and_model(kind: Published, config: Any) -> tuple[tuple, Params]:
     """
     system = system_in(config)
     try:
-        return tuple(kind.rows(system)), kind.abstract(system)
+        rows, model = tuple(kind.rows(system)), kind.abstract(system)
+        return (*rows, *convert_lora.rows_of(rows, model)), model
     except UserError:
         raise
     except Exception as error:  # whatever a layer finds wrong with the sizes it is given

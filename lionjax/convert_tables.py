@@ -6,6 +6,7 @@ Numbers keep their exact bits and their dtype.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -21,6 +22,15 @@ Parts = Iterator[
     tuple[str, tuple[int, ...], np.ndarray]
 ]  # (name, index, array): the array is name's [index]
 THE_NUMBERS = "the numbers in the torch tensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """A leaf whose layers are made when they are asked for, by their place on its leading axes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    layer: Callable[[tuple[int, ...]], np.ndarray]
 
 
 def params_from(
@@ -132,11 +142,17 @@ def tensor_parts(plan: Plan, flat: Mapping, done: Callable = lambda path, array:
         plan.pieces, key=lambda piece: piece.row.paths or piece.row.names
     ):
         pieces = list(pieces)
-        leaves = {path: np.asarray(flat[path]) for path in pieces[0].row.paths}
+        leaves = {path: flat[path] for path in pieces[0].row.paths}
+        leaves = {p: x if isinstance(x, Computed) else np.asarray(x) for p, x in leaves.items()}
         for piece in pieces:
-            parts = {path: leaf[(*piece.index, ...)] for path, leaf in leaves.items()}
+            parts = {path: _part(leaf, piece.index) for path, leaf in leaves.items()}
             tensors = piece.row.to_torch(*parts.values())
             yield from ((name, (), tensor) for name, tensor in zip(piece.tensors, tensors))
             yield from ((name, (), tensors[0]) for name in piece.tied)
             for path, part in parts.items():
-                done(path, part)
+                if not isinstance(leaves[path], Computed):
+                    done(path, part)
+
+
+def _part(leaf: np.ndarray | Computed, index: tuple[int, ...]) -> np.ndarray:
+    return leaf.layer(index) if isinstance(leaf, Computed) else leaf[(*index, ...)]

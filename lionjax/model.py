@@ -133,15 +133,21 @@ class Model:
             self.answerer, data, answer, benchmark, where, limit, split, label, self.updates
         )
 
-    def export(self, path: str | Path, to: str = "torch") -> None:
+    def export(self, path: str | Path, to: str = "torch", merge_lora: bool = False) -> None:
         """Write a folder with config and tokenizers, which `load` reads back.
 
-        `to`: "torch" for the original's names, "jax" for ours. Raises UserError where one stands at `path` already.
+        `to`: "torch" for the original's names, "jax" for ours. For torch a LoRA goes into a folder `adapter` as PEFT
+        writes it, or into its matrices. Raises UserError where one stands at `path` already.
         """
-        if to not in ("torch", "jax"):
-            raise UserError(f"to is {to!r}; it can be 'torch' or 'jax'")
-        write = convert.to_torch if to == "torch" else convert.save
-        write(self.experiment, self.params, path, companions=self.companions())
+        if to not in ("torch", "jax") or (merge_lora and to == "jax"):
+            raise UserError(
+                f"to is {to!r}; it can be 'torch', where a LoRA may be merged, or 'jax'"
+            )
+        given = {"companions": self.companions()}
+        if to == "torch":
+            convert.to_torch(self.experiment, self.params, path, merge_lora=merge_lora, **given)
+        else:
+            convert.save(self.experiment, self.params, path, **given)
 
     def has_the_bits_of(self, other: Model) -> bool:
         """Whether another model has the same parameters, bit for bit."""

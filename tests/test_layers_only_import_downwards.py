@@ -21,11 +21,11 @@ FLOORS = (
     # 1: made in this order, each may use those before it
     "losses layers attention adapters",
     # 2: these do not know each other; systems introduce them
-    "vision.vit vision.sam vision.sam_masks vision.swin vision.grounding_dino "
+    "vision.vit vision.sam vision.sam_masks vision.swin vision.ram vision.grounding_dino "
     "language.decoder language.t5 language.bert bridges.projectors bridges.qformer heads",
     # 3: systems, and the conversion of whole ones
     "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
-    "convert_published convert_nextchat convert_bert convert_systems convert",
+    "convert_published convert_nextchat convert_bert convert_lora convert_systems convert",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer data.processors data.table "
@@ -43,7 +43,9 @@ FLOOR |= {f: min(FLOOR[name] for name in FLOOR if name.startswith(f + ".")) for 
 
 # The only steps sideways that the floors themselves do not allow: (who, whom).
 SIDEWAYS = {
+    ("convert", "convert_lora"),
     ("convert", "convert_systems"),
+    ("convert_systems", "convert_lora"),
     ("convert", "convert_published"),
     ("convert_systems", "convert_published"),
     ("convert_systems", "convert_nextchat"),

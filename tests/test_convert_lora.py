@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA as PEFT lays it out: in, out, merged, and the same numbers in the model that runs it."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from test_convert_folders import LLAMA, tiny_lion
+from test_weight_files import assert_same
+
+from lionjax import convert, convert_lora
+from lionjax import params as trees
+from lionjax.convert_systems import of_config
+from lionjax.interfaces import UserError
+from lionjax.language.decoder import Decoder, DecoderConfig
+from lionjax.layers import LoraConfig
+
+LORA = LoraConfig(rank=3, alpha=12.0, targets=("q", "o", "up"))
+CONFIG = DecoderConfig(50, 24, 3, 4, 2, 6, 40, 1e-6, rope_theta=5e5, lora=LORA)
+
+
+def random_params(config, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    shapes = of_config(config).abstract(config)
+    return jax.tree.map(lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(dtype), shapes)
+
+
+def logits(config, params, ids):
+    def read(model, ids):
+        return model.logits(model(model.embed(ids), np.ones_like(ids)))
+
+    return np.asarray(Decoder(config).apply({"params": params}, ids, method=read))
+
+
+def test_a_lora_is_written_as_peft_lays_it_out(tmp_path):
+    convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
+    adapter = tmp_path / "torch" / "adapter"
+    assert sorted(file.name for file in adapter.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    layer = "base_model.model.model.layers.2."
+    assert tensors[layer + "self_attn.q_proj.lora_A.weight"].shape == (3, 24)
+    assert tensors[layer + "self_attn.q_proj.lora_B.weight"].shape == (24, 3)
+    assert tensors[layer + "self_attn.o_proj.lora_A.weight"].shape == (3, 24)
+    assert tensors[layer + "mlp.up_proj.lora_B.weight"].shape == (40, 3)
+    assert len(tensors) == 3 * 3 * 2
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    assert (said["peft_type"], said["task_type"], said["r"], said["lora_alpha"]) == (
+        "LORA",
+        "CAUSAL_LM",
+        3,
+        12,
+    )
+    assert said["target_modules"] == ["o_proj", "q_proj", "up_proj"]
+    assert not any("lora" in name for name in load_file(tmp_path / "torch" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_a_model_with_lora_goes_out_and_comes_back_to_the_bit(tmp_path, dtype):
+    params = random_params(CONFIG, dtype)
+    convert.save(CONFIG, params, tmp_path / "ours")
+    coverage = convert.convert(tmp_path / "ours", tmp_path / "torch", "torch", shard_bytes=9000)
+    assert "adapter/adapter_model.safetensors" in coverage.files
+    convert.convert(tmp_path / "torch", tmp_path / "back", "jax")
+    config, back = convert.load_params(tmp_path / "back")
+    assert config == CONFIG
+    assert_same(trees.flatten(back), trees.flatten(params))
+
+
+def test_a_system_s_lora_is_kept_apart_too(tmp_path):
+    lion = tiny_lion()
+    lora = LoraConfig(2, 4.0, targets=("q", "v"))
+    lion = dataclasses.replace(lion, language=dataclasses.replace(lion.language, lora=lora))
+    params = random_params(lion)
+    convert.to_torch(lion, params, tmp_path / "torch")
+    config, back = convert.from_torch(tmp_path / "torch")
+    assert config == lion
+    assert_same(trees.flatten(back), trees.flatten(params))
+    said = json.loads((tmp_path / "torch" / "adapter" / "adapter_config.json").read_text())
+    assert said["target_modules"] == ["q", "v"]  # no other part has matrices of these names
+
+
+def test_names_that_other_parts_share_are_told_in_full():
+    tower, language = (
+        "model.vision_tower.layers.{}.self_attn.q_proj",
+        "language_model.model.layers.{}.self_attn.q_proj",
+    )
+    modules = [name.format(k) + ".weight" for name in (tower, language) for k in range(12)]
+    detours = [
+        f"base_model.model.{language.format(k)}.lora_{x}.weight" for k in range(12) for x in "AB"
+    ]
+    targets = convert_lora.settings(LORA, detours, modules, "")["target_modules"]
+    chosen = [name for name in modules if re.fullmatch(targets, name.removesuffix(".weight"))]
+    assert chosen == [language.format(k) + ".weight" for k in range(12)]
+
+
+def test_a_folder_of_peft_is_read_onto_its_base_and_gives_the_merged_model_s_logits(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
+    theirs.save_pretrained(tmp_path / "base")
+    rng, scale, tensors = np.random.default_rng(0), 8 / 4, {}
+    for name, module in theirs.named_modules():
+        if name.endswith(("q_proj", "v_proj", "down_proj")):
+            a = rng.standard_normal((4, module.in_features)).astype(np.float32)
+            b = rng.standard_normal((module.out_features, 4)).astype(np.float32)
+            tensors |= {f"base_model.model.{name}.lora_{x}.weight": w for x, w in zip("AB", (a, b))}
+            module.weight.data += torch.tensor(scale * b @ a)
+    adapter = tmp_path / "adapter_of_somebody"
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    said = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "bias": "none",
+        "target_modules": ["q_proj"],
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    convert.convert(tmp_path / "base", tmp_path / "ours", "jax", adapter=adapter)
+    config, params = convert.load_params(tmp_path / "ours")
+    assert config.lora == LoraConfig(4, 8.0, 0.0, ("down", "q", "v"))
+    ids = rng.integers(0, 50, (2, 7))
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids)).logits.numpy()
+    assert np.abs(logits(config, params, ids) - want).max() < 1e-4 * np.abs(want).max()
+
+    convert.convert(tmp_path / "ours", tmp_path / "merged", "torch", merge_lora=True)
+    assert not (tmp_path / "merged" / "adapter").exists()
+    again, info = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
+    with torch.no_grad():
+        assert (
+            np.abs(again.eval()(torch.tensor(ids)).logits.numpy() - want).max()
+            < 1e-4 * np.abs(want).max()
+        )
+
+    convert.convert(tmp_path / "ours", tmp_path / "apart", "torch")
+    assert_same(load_file(tmp_path / "apart" / "adapter" / "adapter_model.safetensors"), tensors)
+
+
+def test_peft_itself_loads_what_is_written(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    params = random_params(CONFIG)
+    convert.to_torch(CONFIG, params, tmp_path / "torch")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "torch")
+    whole = peft.PeftModel.from_pretrained(base, tmp_path / "torch" / "adapter").eval()
+    ids = np.arange(9)[None]
+    with torch.no_grad():
+        want = whole(torch.tensor(ids)).logits.numpy()
+    assert np.abs(logits(CONFIG, params, ids) - want).max() < 1e-4 * np.abs(want).max()
+    whole.save_pretrained(tmp_path / "theirs")
+    assert_same(
+        load_file(tmp_path / "theirs" / "adapter_model.safetensors"),
+        load_file(tmp_path / "torch" / "adapter" / "adapter_model.safetensors"),
+    )
+
+
+def test_a_merged_matrix_is_rounded_once_in_its_own_dtype(tmp_path):
+    params = random_params(CONFIG, ml_dtypes.bfloat16)
+    convert.to_torch(CONFIG, params, tmp_path / "torch", merge_lora=True)
+    layer = jax.tree.map(
+        lambda leaf: leaf[1].astype(np.float32), params["blocks"]["attention"]["o"]
+    )
+    want = layer["kernel"] + 4 * np.einsum("NHR,RD->NHD", layer["lora_a"], layer["lora_b"])
+    made = load_file(tmp_path / "torch" / "model.safetensors")[
+        "model.layers.1.self_attn.o_proj.weight"
+    ]
+    assert made.dtype == ml_dtypes.bfloat16
+    want = want.reshape(24, 24).T
+    assert np.abs(made.astype(np.float32) - want).max() < 2**-8 * np.abs(want).max()
+    assert not json.loads((tmp_path / "torch" / "lionjax.json").read_text())["lora"].get("rank")
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"use_dora": True}, "has use_dora True; only plain LoRA"),
+        ({"bias": "all"}, "has bias 'all'"),
+        ({"peft_type": "IA3"}, "has peft_type 'IA3'"),
+        ({"rank_pattern": {"q_proj": 8}}, "has rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
+        ({"r": 5}, "has rank 5 and alpha 12, the model 3 and 12"),
+        ({"r": "many"}, "describes no LoRA"),
+        ({"r": 0}, "describes no LoRA"),
+    ],
+)
+def test_an_adapter_that_is_computed_otherwise_is_refused(tmp_path, change, problem):
+    convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
+    file = tmp_path / "torch" / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=problem):
+        convert.from_torch(tmp_path / "torch")
+
+
+def test_an_adapter_without_its_base_or_for_another_model_is_refused(tmp_path):
+    convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
+    with pytest.raises(UserError, match="holds a LoRA alone"):
+        convert.from_torch(tmp_path / "torch" / "adapter")
+    file = tmp_path / "torch" / "adapter" / "adapter_model.safetensors"
+    save_file({"base_model.model.other.lora_A.weight": np.ones((3, 2), np.float32)}, file)
+    with pytest.raises(UserError, match="belongs to another model"):
+        convert.from_torch(tmp_path / "torch")
+
+
+def test_a_scale_by_the_root_of_the_rank_is_kept_as_alpha(tmp_path):
+    convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
+    (tmp_path / "torch" / "lionjax.json").unlink()
+    file = tmp_path / "torch" / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": True}))
+    lora = convert.from_torch(tmp_path / "torch")[0].lora
+    assert lora.alpha / lora.rank == pytest.approx(12 / 3**0.5)
+
+
+def test_what_has_no_lora_cannot_be_merged(tmp_path):
+    plain = dataclasses.replace(CONFIG, lora=LoraConfig())
+    with pytest.raises(UserError, match="has no LoRA"):
+        convert.to_torch(plain, random_params(plain), tmp_path / "torch", merge_lora=True)

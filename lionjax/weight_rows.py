@@ -91,6 +91,21 @@ def under(torch: str, flax: str, rows: Iterable[Row]) -> tuple[Row, ...]:
     )
 
 
+def renamed(rows: Iterable[Row], *pairs: tuple[str, str]) -> tuple[Row, ...]:
+    """The same rows where the other side says something else: (old, new) pieces of torch names, replaced in turn."""
+
+    def put(name):
+        for old, new in pairs:
+            name = (
+                name.replace(old, new)
+                if isinstance(name, str)
+                else tuple(part.replace(old, new) for part in name)
+            )
+        return name
+
+    return tuple(Row(put(row.torch), row.flax, row.op, put(row.also)) for row in rows)
+
+
 # Changes of layout. Going in they are views (the one copy is into the leaf), so they cost nothing by themselves.
 
 
@@ -114,6 +129,20 @@ squeeze = Op("squeeze", lambda w: w.reshape(w.shape[1:]), lambda w: w[None])  # 
 def reshaped(torch: tuple[int, ...], flax: tuple[int, ...]) -> Op:
     """Another shape with the same order of numbers; one -1 in each stands for what is left."""
     return Op(f"{torch} to {flax}", lambda w: w.reshape(flax), lambda w: w.reshape(torch))
+
+
+def padded(rows: int, whole: int, op: Op = same) -> Op:
+    """`op` on a table of `rows` that has `whole` rows on our side: zeros behind it, cut off again on the way out.
+
+    A mesh splits a table evenly only where its size divides.
+    """
+
+    def to_flax(w):
+        if w.shape[0] != rows:
+            raise ValueError(f"it has {w.shape[0]} rows where {rows} are wanted")
+        return op.to_flax(np.concatenate([w, np.zeros((whole - rows, *w.shape[1:]), w.dtype)]))
+
+    return Op(f"padded({op.name}; {rows} to {whole})", to_flax, lambda w: op.to_torch(w)[:rows])
 
 
 def heads_in(heads: int, head: int) -> Op:

@@ -28,12 +28,12 @@ from lionjax.layers import (
     zeros,
 )
 from lionjax.sharding import constrain, sharded
-from lionjax.weight_rows import Row, constant, reshaped, under
+from lionjax.weight_rows import Row, constant, renamed, reshaped, under
 
 
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
-    """BERT-base by default; `vocab` 30523 is bert-base-uncased with `[DEC]`."""
+    """BERT-base by default; `vocab` 30523 is bert-base-uncased with `[DEC]`. `text`: it reads an instruction too."""
 
     width: int = 768
     layers: int = 12
@@ -46,6 +46,7 @@ class QFormerConfig:
     positions: int = 512
     eps: float = 1e-12
     dropout: float = 0.1
+    text: bool = True  # False: BLIP-2 behind its first stage, queries alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +141,14 @@ class Group(nn.Module):
 class QFormer(nn.Module):
     """Learned queries read a picture with an instruction in mind: (B, P, D) features -> (B, Q + L, D) states.
 
-    The first Q rows are the answer. Layers are scanned in groups of `cross_every`, what is left over comes after.
+    The first Q rows are the answer, and all there is where `text` is off. Layers are scanned in groups of
+    `cross_every`, what is left over comes after.
     """
 
     c: QFormerConfig
 
     @nn.compact
-    def __call__(self, source_BPD, ids_BL, mask_BL, key=None):
+    def __call__(self, source_BPD, ids_BL=None, mask_BL=None, key=None):
         c = self.c
         groups, rest = divmod(c.layers, c.cross_every)
         keys = split_key(key, groups + 2)
@@ -154,16 +156,16 @@ class QFormer(nn.Module):
             "queries", sharded(normal(0.02), ("position", "embed")), (c.queries, c.width)
         )
         dtype, batch = source_BPD.dtype, source_BPD.shape[0]
-        query_BQD = jnp.broadcast_to(query_QD.astype(dtype), (batch, c.queries, c.width))
-        positions = jnp.arange(ids_BL.shape[1])
-        text_BLD = Embed(c.vocab, c.width, name="words")(ids_BL, dtype)
-        text_BLD = text_BLD + Embed(c.positions, c.width, name="positions")(positions, dtype)
-        x_BLD = jnp.concatenate([query_BQD, text_BLD], axis=1)
+        x_BLD = jnp.broadcast_to(query_QD.astype(dtype), (batch, c.queries, c.width))
+        mask = None
+        if c.text:
+            positions = jnp.arange(ids_BL.shape[1])
+            text_BLD = Embed(c.vocab, c.width, name="words")(ids_BL, dtype)
+            text_BLD = text_BLD + Embed(c.positions, c.width, name="positions")(positions, dtype)
+            x_BLD = jnp.concatenate([x_BLD, text_BLD], axis=1)
+            seen_BQ = jnp.ones((batch, c.queries), bool)
+            mask = key_mask(jnp.concatenate([seen_BQ, mask_BL.astype(bool)], axis=1))
         x_BLD = dropout(LayerNorm(c.width, c.eps, name="norm")(x_BLD), c.dropout, keys[0])
-        seen_BL = jnp.concatenate(
-            [jnp.ones((batch, c.queries), bool), mask_BL.astype(bool)], axis=1
-        )
-        mask = key_mask(seen_BL)
         if groups:
             scan = nn.scan(
                 Group,
@@ -174,11 +176,11 @@ class QFormer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             group_keys = None if key is None else jnp.stack(keys[2:])
-            x_BLD, _ = scan(c, c.cross_every, True, name="groups")(
+            x_BLD, _ = scan(c, c.cross_every, c.text, name="groups")(
                 x_BLD, group_keys, source_BPD, mask
             )
         if rest:
-            x_BLD, _ = Group(c, rest, True, name="tail")(x_BLD, keys[1], source_BPD, mask)
+            x_BLD, _ = Group(c, rest, c.text, name="tail")(x_BLD, keys[1], source_BPD, mask)
         return x_BLD
 
 
@@ -246,16 +248,19 @@ def torch_rows(c: QFormerConfig) -> tuple[Row, ...]:
     plain = (
         *_attention_rows("attention", "self", c.heads, head),
         *_feed_rows("_query", "mlp", "norm"),
-        *_feed_rows("", "text_mlp", "text_norm"),
+        *(_feed_rows("", "text_mlp", "text_norm") if c.text else ()),
     )
     looking = (*plain, *_attention_rows("crossattention", "cross", c.heads, head))
     groups, rest = divmod(c.layers, c.cross_every)
     rows = [
         constant("embeddings.position_ids", lambda: np.arange(c.positions)[None]),
-        Row("embeddings.word_embeddings.weight", "words/table"),
-        Row("embeddings.position_embeddings.weight", "positions/table"),
         *norm_rows("embeddings.LayerNorm", "norm"),
     ]
+    if c.text:
+        rows += [
+            Row("embeddings.word_embeddings.weight", "words/table"),
+            Row("embeddings.position_embeddings.weight", "positions/table"),
+        ]
     for member in range(c.cross_every if groups else 0):
         layer = f"encoder.layer.{{{c.cross_every}i+{member}<{groups}}}."
         rows += under(layer, f"groups/block_{member}/", plain if member else looking)
@@ -263,6 +268,13 @@ def torch_rows(c: QFormerConfig) -> tuple[Row, ...]:
         layer = f"encoder.layer.{groups * c.cross_every + member}."
         rows += under(layer, f"tail/block_{member}/", plain if member else looking)
     return tuple(rows)
+
+
+def hugging_face_rows(c: QFormerConfig) -> tuple[Row, ...]:
+    """Names under `qformer.` in Hugging Face's InstructBLIP, and in its BLIP-2 where there is no text."""
+    norm = "embeddings.layernorm" if c.text else "layernorm"
+    pairs = (("attention.self.", "attention.attention."), ("embeddings.LayerNorm", norm))
+    return renamed((row for row in torch_rows(c) if row.paths), *pairs)
 
 
 def query_rows(c: QFormerConfig) -> tuple[Row, ...]:

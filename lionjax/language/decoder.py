@@ -33,7 +33,16 @@ from lionjax.layers import (
     split_key,
 )
 from lionjax.sharding import constrain
-from lionjax.weight_rows import Row, fused, heads_in_bias, linear, reshaped, under
+from lionjax.weight_rows import (
+    Row,
+    fused,
+    heads_in_bias,
+    linear,
+    padded,
+    reshaped,
+    same,
+    under,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +51,8 @@ class DecoderConfig:
 
     `positions`: rows of a table of learned ones, of which the first `position_offset` are never used; 0: rotary.
     `gated`: the feed-forward has a gate and no biases. `centred`: norms subtract the mean and have a bias. `biases`:
-    which of the attention's q, k, v, o have one.
+    which of the attention's q, k, v, o have one. `vocab_multiple`: word table and head get rows of zeros up to a
+    multiple of it, so that a mesh can split them; nobody can say those words, and files never hold them.
     """
 
     vocab: int = 32000
@@ -68,6 +78,12 @@ class DecoderConfig:
     adapters: AdapterConfig | None = None
     lora: LoraConfig = LoraConfig()
     remat: str = "none"
+    vocab_multiple: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the word table and of the head."""
+        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
 
 
 VICUNA_7B = DecoderConfig()
@@ -134,12 +150,12 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.c
-        self.embedding = Embed(c.vocab, c.width)
+        self.embedding = Embed(c.rows, c.width)
         if c.positions:
             self.position = Embed(c.positions, c.width)
         self.norm = (LayerNorm if c.centred else RMSNorm)(c.width, c.eps)
         if not c.tied:
-            self.head = Dense(c.width, c.vocab, ("embed", "vocab"), bias=False)
+            self.head = Dense(c.width, c.rows, ("embed", "vocab"), bias=False)
         block = Block
         if c.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
@@ -157,8 +173,11 @@ class Decoder(nn.Module):
 
     def logits(self, state_BLD):
         """(..., D) -> (..., V) in float32."""
-        read = self.embedding.attend if self.c.tied else self.head
-        return read(state_BLD).astype(jnp.float32)
+        c = self.c
+        logits_BLV = (self.embedding.attend if c.tied else self.head)(state_BLD).astype(jnp.float32)
+        if c.rows == c.vocab:
+            return logits_BLV
+        return jnp.where(jnp.arange(c.rows) < c.vocab, logits_BLV, attentions.MASKED)
 
     def __call__(self, x_BLD, mask_BL, task_B=None, key=None):
         """States of a whole row; those of padding mean nothing."""
@@ -309,6 +328,9 @@ def _attention_rows(c: DecoderConfig, out: str) -> tuple[Row, ...]:
 
 
 def _word_rows(c: DecoderConfig, name: str) -> tuple[Row, ...]:
+    words, head = same, linear
+    if c.rows > c.vocab:
+        words, head = (padded(c.vocab, c.rows, op) for op in (words, head))
     if c.tied:
-        return (Row(name, "embedding/table", also=("lm_head.weight",)),)
-    return (Row(name, "embedding/table"), Row("lm_head.weight", "head/kernel", linear))
+        return (Row(name, "embedding/table", words, also=("lm_head.weight",)),)
+    return (Row(name, "embedding/table", words), Row("lm_head.weight", "head/kernel", head))

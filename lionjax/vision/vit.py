@@ -22,6 +22,7 @@ from lionjax.weight_rows import (
     heads_in,
     heads_in_bias,
     heads_out,
+    renamed,
     reshaped,
     under,
 )
@@ -160,6 +161,24 @@ def eva_rows(c: ViTConfig) -> tuple[Row, ...]:
         Row("patch_embed.proj.bias", "patch/bias"),
         *under("blocks.{i}.", "blocks/", block),
     )
+
+
+def blip_rows(c: ViTConfig) -> tuple[Row, ...]:
+    """Names under `vision_model.` in Hugging Face's BLIP-2 and InstructBLIP: EVA's, with one bias for q, k and v."""
+    pairs = (
+        ("cls_token", "embeddings.class_embedding"),
+        ("pos_embed", "embeddings.position_embedding"),
+        ("patch_embed.proj", "embeddings.patch_embedding"),
+        ("blocks.", "encoder.layers."),
+        (".norm", ".layer_norm"),
+        (".attn.proj.", ".self_attn.projection."),
+        (".attn.", ".self_attn."),
+    )
+    cut = heads_in_bias(c.heads, c.width // c.heads)
+    paths = tuple(f"blocks/attention/{x}/bias" for x in "qv")
+    rows = (row for row in eva_rows(c) if row.paths[0] not in paths)
+    bias = Row("encoder.layers.{i}.self_attn.qkv.bias", paths, fused(cut, None, cut))
+    return (*renamed(rows, *pairs), bias)
 
 
 def clip_rows(c: ViTConfig) -> tuple[Row, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small parts that models are made of: dense, embedding, norms, activations, feed-forward, patches.
+"""The small parts that models are made of: dense, embedding, norms, activations, feed-forward, patches, windows.
 
 Every parameter has a name in our words, a shape and its logical axes. Norms and softmax run in float32; products run in
 the dtype of their input, and the weights follow it.
@@ -287,6 +287,23 @@ class Conv(nn.Module):
         if self.bias:
             y = y + self.param("bias", sharded(zeros, ("embed",)), (self.features,)).astype(y.dtype)
         return y
+
+
+def into_squares(x_BHWD, side: int):
+    """(B, H, W, D) -> (B', side * side, D): squares row by row, zeros beyond the right and lower edge."""
+    batch, high, wide, width = x_BHWD.shape
+    x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, -high % side), (0, -wide % side), (0, 0)))
+    down, across = x_BHWD.shape[1] // side, x_BHWD.shape[2] // side
+    x = x_BHWD.reshape(batch, down, side, across, side, width).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch * down * across, side * side, width)
+
+
+def from_squares(x_BLD, side: int, shape: tuple[int, ...]):
+    """The inverse of `into_squares` for what had this shape."""
+    batch, high, wide, width = shape
+    down, across = -(-high // side), -(-wide // side)
+    x = x_BLD.reshape(batch, down, across, side, side, width).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, down * side, across * side, width)[:, :high, :wide]
 
 
 def dropout(x, rate: float, key):

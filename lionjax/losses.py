@@ -112,3 +112,17 @@ def mask_losses(
         "dice": mean_of_real(dice, real_BK) * scale,
         "iou": mean_of_real(iou_error, real_BK),
     }
+
+
+def asymmetric(logits_BV, target_BV, negative: float = 7.0, clip: float = 0.05) -> jax.Array:
+    """The asymmetric loss of taggers (arXiv 2009.14119) as RAM sets it, summed over all tags of all samples.
+
+    Tags that are absent and known to be so hardly count: 1 - p is raised by `clip`, and its logarithm weighed by what
+    is missing to 1, to the power of `negative`. No gradient goes through that weight.
+    """
+    target_BV = target_BV.astype(bool)
+    there_BV = jax.nn.sigmoid(logits_BV.astype(jnp.float32))
+    absent_BV = jnp.minimum(1 - there_BV + clip, 1)
+    weight_BV = jax.lax.stop_gradient(1 - absent_BV) ** negative
+    logs_BV = jnp.log(jnp.maximum(jnp.where(target_BV, there_BV, absent_BV), 1e-8))
+    return -(jnp.where(target_BV, 1, weight_BV) * logs_BV).sum()

@@ -22,6 +22,9 @@ from lionjax.generate import GenerateConfig, generate
 from lionjax.interfaces import CATEGORIES, Batch
 from lionjax.language.t5 import T5Config
 from lionjax.systems.lion import Lion, LionModule
+from lionjax.vision import ram
+from lionjax.vision.ram import Ram, RamConfig
+from lionjax.vision.swin import SwinConfig
 from lionjax.vision.vit import ViTConfig
 
 ROOT = Path(os.environ.get("LIONJAX_GOLDEN", Path(__file__).parent / "golden"))
@@ -213,3 +216,38 @@ def test_nextchat_weights_go_back_to_the_same_bits(nextchat_golden):
     back = convert.state_from(nextchat_golden.system.torch_rows(), nextchat_golden.params)
     assert back.keys() == theirs.keys()
     assert all(back[name].tobytes() == theirs[name].tobytes() for name in theirs)
+
+
+def ram_of(config: dict) -> RamConfig:
+    s, t = config["swin"], config["tagging_head"]
+    swin = SwinConfig(
+        s["image_size"], s["patch_size"], s["embed_dim"], tuple(s["depths"]), tuple(s["heads"]), s["window_size"],
+        s["mlp_ratio"], "qkvo" if s["qkv_bias"] else "o",
+    )  # fmt: skip
+    return RamConfig(
+        swin, config["tags"], config["label_dim"], t["encoder_width"], t["width"], t["heads"], t["mlp_width"],
+        t["layers"],
+    )  # fmt: skip
+
+
+def ram_states(module: Ram, image_BHWC) -> dict:
+    seen_BPD = module.see(image_BHWC)
+    image_BPC = module.image(seen_BPD)
+    states_BVD = module.ask(image_BPC)
+    found = {"swin_output": seen_BPD, "image_embeds": image_BPC, "tagging_output": states_BVD}
+    return found | {"logits": module(image_BHWC)}
+
+
+@pytest.mark.parametrize("folder", folders("ram"))
+def test_ram_computes_what_the_original_computes_and_goes_back_to_the_same_bits(folder):
+    c = ram_of(json.loads((folder / "config.json").read_text()))
+    weights, arrays = load_file(folder / "weights.safetensors"), dict(np.load(folder / "arrays.npz"))
+    params = convert.params_from(ram.torch_rows(c), weights)
+    run = jax.jit(lambda image: Ram(c).apply({"params": params}, image, method=ram_states))
+    found = run(arrays["image"].transpose(0, 2, 3, 1))
+    assert found.keys() == arrays.keys() - {"image"}
+    for name, value in found.items():
+        assert_close(value, arrays[name], name)
+    back = convert.state_from(ram.torch_rows(c), params)
+    assert back.keys() == weights.keys()
+    assert all(back[name].tobytes() == weights[name].tobytes() for name in weights)

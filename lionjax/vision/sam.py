@@ -22,6 +22,8 @@ from lionjax.layers import (
     LayerNorm,
     PatchEmbed,
     dense_rows,
+    from_squares,
+    into_squares,
     norm_rows,
     zeros,
 )
@@ -153,23 +155,6 @@ class ImageEncoder(nn.Module):
         x_BHWC = LayerNorm(c.channels, c.eps, name="narrow_norm")(x_BHWC)
         x_BHWC = Conv(c.channels, c.channels, bias=False, name="conv")(x_BHWC)
         return LayerNorm(c.channels, c.eps, name="conv_norm")(x_BHWC)
-
-
-def into_squares(x_BHWD, side: int):
-    """(B, H, W, D) -> (B', side * side, D): squares row by row, zeros beyond the right and lower edge."""
-    batch, high, wide, width = x_BHWD.shape
-    x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, -high % side), (0, -wide % side), (0, 0)))
-    down, across = x_BHWD.shape[1] // side, x_BHWD.shape[2] // side
-    x = x_BHWD.reshape(batch, down, side, across, side, width).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch * down * across, side * side, width)
-
-
-def from_squares(x_BLD, side: int, shape: tuple[int, ...]):
-    """The inverse of `into_squares` for what had this shape."""
-    batch, high, wide, width = shape
-    down, across = -(-high // side), -(-wide // side)
-    x = x_BLD.reshape(batch, down, across, side, side, width).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, down * side, across * side, width)[:, :high, :wide]
 
 
 def relative_bias(query_BLNH, rows_RH, columns_RH):

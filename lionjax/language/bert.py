@@ -88,7 +88,7 @@ class Bert(nn.Module):
         seen = key_mask(mask) if mask.ndim == 2 else mask.astype(bool)[:, None]
         scan = nn.scan(
             Block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.layers,

@@ -161,7 +161,7 @@ def scanned(block, c: T5Config, length: int, broadcasts: int):
         block = nn.remat(block, prevent_cse=False, policy=REMAT[c.remat])
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(0,) + (nn.broadcast,) * broadcasts,
         length=length,

@@ -8,6 +8,7 @@ code 1; with LIONJAX_TRACEBACK=1 the traceback comes before it. Ctrl-C ends with
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import errno
 import json
@@ -77,10 +78,17 @@ def generate(given: argparse.Namespace, _) -> None:
 
     picture = pictures.open_picture(given.image)
     box = None if given.box is None else _box(given.box)
+    tags = None
+    if given.tagger is not None:
+        from lionjax import tagger
+
+        tags = [found.tags for found in tagger.load(given.tagger).tag([picture])]
     model = lionjax.load(given.dir)
-    (answer,) = model.answer([picture], [given.prompt], boxes=None if box is None else [[box]])
+    boxes = None if box is None else [[box]]
+    (answer,) = model.answer([picture], [given.prompt], boxes=boxes, tags=tags)
     if given.json:
-        print(json.dumps(_plain(answer)))
+        seen = {} if tags is None else {"tags": list(tags[0])}
+        print(json.dumps(_plain(answer) | seen))
     else:
         print(answer.text)
         for found in answer.boxes:
@@ -90,6 +98,21 @@ def generate(given: argparse.Namespace, _) -> None:
         marks += [plots.Mark(found, colour=plots.PREDICTED) for found in answer.boxes]
         marks += [plots.Mark(mask=mask, colour=plots.PREDICTED) for mask in answer.masks]
         plots.save(plots.draw(picture, marks), given.out)
+
+
+def tag(given: argparse.Namespace, _) -> None:
+    """Name what is on pictures with RAM, as generate --tagger tells it to a LION."""
+    from lionjax import tagger
+    from lionjax.data import pictures
+
+    seen = [pictures.open_picture(file) for file in given.image]
+    found = tagger.load(given.dir).tag(seen)
+    if given.json:
+        entries = zip(given.image, map(dataclasses.asdict, found))
+        print(json.dumps([{"image": file} | entry for file, entry in entries], ensure_ascii=False))
+    else:
+        for one in found:
+            print(one)
 
 
 def show(given: argparse.Namespace, overrides: list[str]) -> None:
@@ -127,12 +150,14 @@ def data(given: argparse.Namespace, fields: list[str]) -> None:
 def convert(given: argparse.Namespace, _) -> None:
     """Write a run or a folder of weights under the original's names (torch), or under ours (jax)."""
     from lionjax import model
-    from lionjax.convert import convert
+    from lionjax.convert import convert, load_params
     from lionjax.evaluation.report import note
 
     if model.is_run(given.src):
         run = model.load(given.src)
         run.export(given.dst, given.to, given.merge_lora)
+        if given.verify:
+            _verify(run.experiment, run.params, given.dst)
         if given.merge_lora:  # what is merged cannot be taken apart again
             print(f"written: {given.dst}, with its LoRA merged")
             return
@@ -144,6 +169,9 @@ def convert(given: argparse.Namespace, _) -> None:
     else:
         extra = {"adapter": given.adapter, "merge_lora": given.merge_lora}
         print(convert(given.src, given.dst, given.to, given.system, **extra))
+        if given.verify:
+            ours, theirs = (given.src, given.dst) if given.to == "torch" else (given.dst, given.src)
+            _verify(*load_params(ours), theirs)
 
 
 def report(given: argparse.Namespace, _) -> None:
@@ -198,8 +226,14 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--image", metavar="FILE", required=True, help="a JPEG, PNG or WebP picture")
     verb.add_argument("--prompt", metavar="TEXT", required=True, help="what to ask")
     verb.add_argument("--box", metavar="X0,Y0,X1,Y1", help="what is asked about, in 0..1")
+    verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, for the tags")
     verb.add_argument("--json", action="store_true", help="print text, boxes and masks as JSON")
     verb.add_argument("--out", metavar="PNG", type=Path, help="draw the answer into this picture")
+
+    verb = add(verbs, tag)
+    verb.add_argument("dir", metavar="DIR", type=Path, help="a folder with RAM and its tag list")
+    verb.add_argument("--image", metavar="FILE", nargs="+", required=True, help="pictures")
+    verb.add_argument("--json", action="store_true", help="print probabilities as well, as JSON")
 
     verb = add(verbs, show, rest="Any field of the config can be set: --stages.0.steps 20.")
     verb.add_argument("config", metavar="CONFIG", help="a Python file, or the folder of a run")
@@ -221,6 +255,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--system", metavar="NAME", help="the kind of model, where SRC does not say")
     verb.add_argument("--adapter", metavar="DIR", help="a LoRA for SRC, as PEFT writes it")
     verb.add_argument("--merge-lora", action="store_true", help="merge a LoRA into its matrices")
+    verb.add_argument("--verify", action="store_true", help="run both models, compare each stage")
 
     verb = add(verbs, report)
     verb.add_argument("dir", metavar="DIR", type=Path, help="the folder of a run")
@@ -255,6 +290,17 @@ def _box(text: str) -> tuple[float, float, float, float]:
     from lionjax.data import pictures
 
     return pictures.unit_box(text.split(","), name="--box")
+
+
+def _verify(config, params, folder: Path) -> None:
+    """Both models on the same inputs; their largest difference at each stage is printed."""
+    from lionjax.convert_verify import verify
+    from lionjax.interfaces import UserError
+
+    found = verify(config, params, folder)
+    print(found)
+    if not found.agree:
+        raise UserError(f"the model of {folder} and ours differ by more than rounding does")
 
 
 def _draw_examples(source, split: str, limit: int, path: Path) -> None:

@@ -25,7 +25,8 @@ FLOORS = (
     "language.decoder language.t5 language.bert bridges.projectors bridges.qformer heads",
     # 3: systems, and the conversion of whole ones
     "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
-    "convert_published convert_nextchat convert_bert convert_lora convert_systems convert",
+    "convert_published convert_nextchat convert_experts convert_bert convert_lora convert_prefix convert_systems convert "
+    "convert_verify",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer data.processors data.table "
@@ -35,7 +36,7 @@ FLOORS = (
     "evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring evaluation.benchmarks "
     "evaluation.report plots scaling",
     # 5: where everything meets
-    "model cli agents demo training.backbones",
+    "model tagger cli agents demo training.backbones",
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 FOLDERS = {name.split(".")[0] for name in FLOOR if "." in name}
@@ -44,16 +45,25 @@ FLOOR |= {f: min(FLOOR[name] for name in FLOOR if name.startswith(f + ".")) for 
 # The only steps sideways that the floors themselves do not allow: (who, whom).
 SIDEWAYS = {
     ("convert", "convert_lora"),
+    ("convert_verify", "convert_lora"),
+    ("convert_verify", "convert_published"),
+    ("convert_verify", "convert_systems"),
     ("convert", "convert_systems"),
     ("convert_systems", "convert_lora"),
     ("convert", "convert_published"),
     ("convert_systems", "convert_published"),
     ("convert_systems", "convert_nextchat"),
+    ("convert_systems", "convert_experts"),
     ("convert_systems", "convert_bert"),
+    ("convert_systems", "convert_prefix"),
+    ("convert_prefix", "convert_published"),
+    ("convert_prefix", "systems"),
+    ("convert_experts", "convert_published"),
     ("convert_bert", "convert_published"),
     ("convert_nextchat", "convert_published"),
     ("convert_nextchat", "systems"),
     ("convert_systems", "systems"),  # it builds the system that a checkpoint holds
+    ("vision.ram", "vision.swin"),
     ("search", "scores"),
     ("generate", "scores"),
     ("generate", "search"),

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same inputs through our model and through transformers' class of it, compared stage by stage.
+
+A stage is a module with a weight, such as a projection or a norm, in all layers together. Which of ours is which of
+theirs the weight table says, so nothing here knows how a model computes. Both run in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lionjax import convert_lora, convert_systems
+from lionjax import params as trees
+from lionjax.convert_files import open_weights
+from lionjax.convert_plan import grouped
+from lionjax.convert_published import Published
+from lionjax.interfaces import Params, UserError
+from lionjax.weight_rows import Row, Template, conv
+
+AGREE = 1e-3  # of the largest number of a stage; float32 alone leaves a thousandth of that
+LENGTH = 13  # words of the text that is read
+WEIGHTS = ("/kernel", "/scale", "/table")  # ends of the paths of what a module multiplies with
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """How far the two are apart in one module of all layers, `largest` being the largest number there."""
+
+    name: str
+    layers: int
+    difference: float
+    largest: float
+    worst: str  # the module in which the difference is largest
+
+    @property
+    def relative(self) -> float:
+        return self.difference / self.largest if self.largest else self.difference
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """All stages in the order in which they run, then the results; and which modules could not be compared."""
+
+    stages: tuple[Stage, ...]
+    left: tuple[str, ...]
+
+    @property
+    def agree(self) -> bool:
+        return all(stage.relative <= AGREE for stage in self.stages)
+
+    def __str__(self) -> str:
+        wide = max(len(stage.name) for stage in self.stages)
+        lines = [f"{'stage':{wide}}  layers  largest difference  largest number"]
+        for s in self.stages:
+            mark = "" if s.relative <= AGREE else f"  <- they part in {s.worst}"
+            lines.append(
+                f"{s.name:{wide}}  {s.layers:6}  {s.difference:18.2e}  {s.largest:14.3g}{mark}"
+            )
+        if self.left:
+            lines.append(f"not compared: {', '.join(grouped(self.left))}")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One pass: `ours` on parameters gives results by the names that theirs has; `theirs` are its arguments."""
+
+    module: Any
+    method: Callable
+    inputs: tuple
+    theirs: dict[str, np.ndarray]
+
+
+def verify(config: Any, params: Params, folder: str | Path) -> Verified:
+    """Compare parameters in memory with a folder that transformers loads. Raises UserError where it cannot."""
+    import jax
+
+    system, folder = convert_systems.system_in(config), Path(folder)
+    kind = convert_systems.of_config(system)
+    if (folder / convert_lora.FOLDER).is_dir():
+        raise UserError(f"transformers would leave out the LoRA of {folder}; verify a merged model")
+    theirs = _load(kind, system, folder)
+    run = RUNS[kind.name](system, np.random.default_rng(0))
+    params = trees.cast(jax.tree.map(np.asarray, params), "float32")
+
+    def forward(params, *inputs):
+        return run.module.apply(
+            {"params": params}, *inputs, method=run.method, capture_intermediates=True, mutable="intermediates"
+        )  # fmt: skip
+
+    made, seen = jax.jit(forward)(params, *run.inputs)
+    calls = _calls(seen["intermediates"])
+    results, heard = _listen(theirs, run.theirs)
+    table, model = convert_systems.table_and_model(kind, system)
+    rows = [row for row in table if row.paths and row.paths[0].endswith(WEIGHTS)]
+    layers = {p: leaf.shape for p, leaf in trees.flatten(model).items()}
+    calls = {path: calls.get(path.rpartition("/")[0], ()) for path in layers}
+    stages, left = _stages(rows, layers, calls, heard, _names(theirs, heard, kind, folder))
+    for name, mine in made.items():
+        stages.append(_difference(name, [(name, np.asarray(mine), results[name])]))
+    return Verified(tuple(stages), tuple(left))
+
+
+def _load(kind: Published, system: Any, folder: Path):
+    """Their model in float32. Raises UserError where there is no class or something is missing for it."""
+    architecture = (kind.settings(system).get("architectures") or [""])[0]
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"verifying runs the original beside ours and needs {error.name}"
+        ) from error
+    known = getattr(transformers, architecture, None)
+    if kind.name not in RUNS or known is None:
+        raise UserError(f"transformers has no class to run a {kind.name} of ours beside it")
+    transformers.logging.set_verbosity_error()
+    loaded = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    try:
+        model, told = known.from_pretrained(folder, **loaded)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"transformers cannot load {folder}: {str(error).splitlines()[0]}"
+        ) from error
+    if missing := sorted(told["missing_keys"]):
+        raise UserError(
+            f"{folder} lacks {len(missing)} weights for transformers, such as {missing[0]!r}"
+        )
+    return model.eval()
+
+
+def _calls(tree: Mapping, path: str = "") -> dict[str, tuple]:
+    """What each of our modules gave, by its path, one entry for each call."""
+    found = {}
+    for name, value in tree.items():
+        if name == "__call__":
+            found[path.rstrip("/")] = value
+        else:
+            found |= _calls(value, f"{path}{name}/")
+    return found
+
+
+def _listen(model, given: Mapping[str, np.ndarray]) -> tuple[Any, dict[str, list[np.ndarray]]]:
+    """Their results, and what each module with a weight of its own gave, in the order of the first call."""
+    import torch
+
+    heard: dict[str, list[np.ndarray]] = {}
+
+    def listener(name):
+        def hear(module, inputs, output):
+            output = output[0] if isinstance(output, tuple) else output
+            heard.setdefault(name, []).append(output.numpy())
+
+        return hear
+
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), torch.Tensor):
+            module.register_forward_hook(listener(name))
+    with torch.no_grad():
+        results = model(**{name: torch.from_numpy(value) for name, value in given.items()})
+    return {
+        name: value.numpy() for name, value in results.items() if hasattr(value, "numpy")
+    }, heard
+
+
+def _names(model, heard: Mapping, kind: Published, folder: Path) -> dict[str, str]:
+    """The name in the file of each module's weight: its own, or by its numbers where their code renames it."""
+    tensors = open_weights(folder)
+    if kind.base and not any(name.startswith(kind.base) for name in tensors):
+        tensors = tensors.under(kind.base)
+    modules, names, taken = dict(model.named_modules()), {}, set()
+    for module in heard:
+        own = [f"{front}{module}.weight" for front in ("", kind.base, kind.inside)]
+        names[module] = next((name for name in own if name in tensors), "")
+        taken.add(names[module])
+    rest = {name: array for name, array in tensors.items() if name not in taken}
+    for module in (module for module, name in names.items() if not name):
+        weight = modules[module].weight.detach().numpy()
+        alike = [
+            n for n, array in rest.items() if array.shape == weight.shape and _same(array, weight)
+        ]
+        if alike:
+            names[module] = max(
+                alike, key=lambda n: difflib.SequenceMatcher(None, n, module).ratio()
+            )
+            del rest[names[module]]
+    return {module: name for module, name in names.items() if name}
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.array_equal(one.reshape(-1)[:4096].astype(np.float32), other.reshape(-1)[:4096])
+
+
+def _stages(
+    rows, shapes: Mapping, calls: Mapping, heard: Mapping, names: Mapping
+) -> tuple[list, list]:
+    """Every row whose modules both sides have, and the modules that no row could compare."""
+    found: dict[str, list] = {}
+    left = []
+    for module, theirs in heard.items():
+        matched = ((row, Template.of(row.names[0]).match(names.get(module, ""))) for row in rows)
+        row, index = next((m for m in matched if m[1] is not None), (None, ()))
+        pairs = [] if row is None else _row_pairs(module, row, index, shapes, calls, theirs)
+        if pairs:
+            found.setdefault(row.names[0].removesuffix(".weight"), []).extend(pairs)
+        else:
+            left.append(module)
+    return [_difference(name, pairs) for name, pairs in found.items()], left
+
+
+def _row_pairs(
+    module: str, row: Row, index, shapes: Mapping, calls: Mapping, theirs: list
+) -> list[tuple]:
+    """Both sides of one module, call by call; nothing where ours does not stack its layers as the weights are."""
+    pairs, depth = [], len(index)
+    for number, their in enumerate(theirs):
+        parts = []
+        for path in row.paths:
+            made = np.asarray(calls[path][number]) if number < len(calls[path]) else np.zeros(0)
+            if made.ndim <= depth or made.shape[:depth] != shapes[path][:depth]:
+                return pairs
+            parts.append(made[index])
+        pairs += _pair(module, parts, np.moveaxis(their, 1, -1) if row.op is conv else their)
+    return pairs
+
+
+def _pair(module: str, parts: list[np.ndarray], theirs: np.ndarray) -> list[tuple]:
+    """Both sides in one shape; nothing where they lie otherwise in memory, as a table of relative positions does."""
+    width = theirs.shape[-1] // len(parts)
+    flat = []
+    for part in parts:
+        tails = [int(np.prod(part.shape[k:])) for k in range(part.ndim)]
+        if part.size * len(parts) != theirs.size or width not in tails:
+            return []
+        flat.append(part.reshape(-1, width))
+    mine = np.concatenate(flat, axis=-1)
+    return [(module, mine, theirs.reshape(mine.shape))]
+
+
+def _difference(name: str, pairs: list[tuple[str, np.ndarray, np.ndarray]]) -> Stage:
+    apart = [(float(np.abs(mine - theirs).max()), module) for module, mine, theirs in pairs]
+    apart = [(np.inf if np.isnan(number) else number, module) for number, module in apart]
+    difference, worst = max(apart)
+    largest = max(float(np.abs(theirs).max()) for _, _, theirs in pairs)
+    return Stage(name, len({module for module, _, _ in pairs}), difference, largest, worst)
+
+
+# How each kind runs
+
+
+def _words(rng, vocab: int, rows: int = 2) -> np.ndarray:
+    return rng.integers(3, vocab, (rows, LENGTH))
+
+
+def _decoder_run(c: Any, rng) -> Run:
+    from lionjax.language.decoder import Decoder
+
+    def read(module, ids):
+        return {"logits": module.logits(module(module.embed(ids), np.ones(ids.shape, bool)))}
+
+    ids = _words(rng, c.vocab)
+    return Run(Decoder(c), read, (ids,), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+
+
+def _t5_run(c: Any, rng) -> Run:
+    from lionjax.language.t5 import T5
+
+    def read(module, ids, answer):
+        encoded = module.encode(module.embed(ids), np.ones(ids.shape, bool))
+        real = np.ones(answer.shape, bool)
+        return {"logits": module.decode(answer, real, encoded, np.ones(ids.shape, bool))}
+
+    ids, answer = _words(rng, c.vocab), _words(rng, c.vocab)[:, :7]
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "decoder_input_ids": answer}
+    return Run(T5(c), read, (ids, answer), given)
+
+
+def _bert_run(c: Any, rng) -> Run:
+    from lionjax.language.bert import Bert
+
+    def read(module, ids):
+        states, first = module(ids, np.ones(ids.shape, bool))
+        return {"last_hidden_state": states} | ({"pooler_output": first} if c.pooler else {})
+
+    ids = _words(rng, c.vocab)
+    return Run(Bert(c), read, (ids,), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+
+
+def _picture(rng, side: int) -> np.ndarray:
+    return rng.standard_normal((1, side, side, 3)).astype(np.float32)
+
+
+def _clip_run(c: Any, rng) -> Run:
+    from lionjax.vision.vit import ViT
+
+    def read(module, image):
+        states, _, first = module(image)
+        return {"last_hidden_state": states, "pooler_output": first}
+
+    image = _picture(rng, c.image)
+    return Run(ViT(c), read, (image,), {"pixel_values": image.transpose(0, 3, 1, 2).copy()})
+
+
+def _sam_run(c: Any, rng) -> Run:
+    from lionjax.vision.sam_masks import Sam
+
+    def read(module, image, box):
+        masks, scores = module.decode(module.encode(image), *module.prompts(None, None, box, None))
+        return {"pred_masks": masks[:, :, 1:], "iou_scores": scores[:, :, 1:]}
+
+    image = _picture(rng, c.image)
+    box = np.array([[[0.1, 0.2, 0.6, 0.9]]], np.float32) * c.image
+    given = {"pixel_values": image.transpose(0, 3, 1, 2).copy(), "input_boxes": box}
+    return Run(Sam(c), read, (image, box), given)
+
+
+RUNS: dict[str, Callable[[Any, Any], Run]] = {
+    "llama": _decoder_run, "opt": _decoder_run, "gpt2": _decoder_run, "t5": _t5_run, "bert": _bert_run,
+    "clip": _clip_run, "sam": _sam_run,
+}  # fmt: skip

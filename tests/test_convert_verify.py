@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both models on the same inputs, stage by stage: they agree, and where they do not it is said where."""
+
+import jax
+import numpy as np
+import pytest
+from test_convert_folders import PUBLISHED
+from test_convert_nextchat import SAM
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from lionjax import convert, convert_verify  # noqa: E402
+from lionjax.interfaces import UserError  # noqa: E402
+
+MODELS = PUBLISHED | {
+    "bert": ("BertModel", "BertConfig", dict(
+        vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=20,
+    )),
+    "sam": ("SamModel", "SamConfig", SAM),
+}  # fmt: skip
+STAGES = {  # some that must be among those compared, and how many layers they have
+    "t5": {
+        "encoder.block.{i}.layer.0.SelfAttention.q": 3,
+        "decoder.block.{i}.layer.1.EncDecAttention.k": 2,
+    },
+    "llama": {"model.layers.{i}.self_attn.k_proj": 3, "model.norm": 1, "lm_head": 1},
+    "llama, tied": {"model.layers.{i}.mlp.down_proj": 3},
+    "opt": {"model.decoder.layers.{i}.fc1": 2, "model.decoder.layers.{i}.final_layer_norm": 2},
+    "gpt2": {"transformer.h.{i}.attn.c_attn": 2, "transformer.h.{i}.mlp.c_proj": 2},
+    "clip": {
+        "vision_model.embeddings.patch_embedding": 1,
+        "vision_model.encoder.layers.{i}.self_attn.out_proj": 2,
+    },
+    "bert": {
+        "encoder.layer.{i}.attention.self.value": 3,
+        "pooler.dense": 1,
+        "embeddings.word_embeddings": 1,
+    },
+    "sam": {"vision_encoder.layers.{2i+1<2}.attn.qkv": 2, "vision_encoder.neck.conv2": 1},
+}
+
+
+def saved(name: str, folder):
+    model, settings, sizes = MODELS[name]
+    torch.manual_seed(0)
+    theirs = getattr(transformers, model)(getattr(transformers, settings)(**sizes))
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    theirs.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_models_agree_at_every_stage_and_most_stages_are_compared(tmp_path, name):
+    folder = saved(name, tmp_path / "theirs")
+    found = convert_verify.verify(*convert.from_torch(folder), folder)
+    assert found.agree, str(found)
+    assert max(stage.relative for stage in found.stages) < 1e-4, str(found)
+    layers = {stage.name: stage.layers for stage in found.stages}
+    assert STAGES[name].items() <= layers.items(), str(found)
+    assert len(found.left) < len(found.stages) / 2, str(found)
+
+
+def test_where_two_models_part_is_said_by_stage_and_layer(tmp_path):
+    folder = saved("llama", tmp_path / "theirs")
+    config, params = convert.from_torch(folder)
+    kernel = params["blocks"]["mlp"]["up"]["kernel"].copy()
+    kernel[1, 3, 4] += 1
+    params["blocks"]["mlp"]["up"]["kernel"] = kernel
+    found = convert_verify.verify(config, params, folder)
+    parted = [stage for stage in found.stages if stage.relative > convert_verify.AGREE]
+    assert not found.agree and parted
+    before = {stage.name: stage for stage in found.stages}
+    assert before["model.embed_tokens"].difference == 0
+    assert before["model.layers.{i}.mlp.up_proj"].worst in (
+        "model.layers.1.mlp.up_proj",
+        "model.layers.2.mlp.up_proj",
+    )
+    assert "they part in model.layers." in str(found)
+
+
+def test_a_merged_lora_is_held_against_the_model_that_runs_it_apart(tmp_path):
+    from test_convert_lora import CONFIG, random_params
+
+    params = random_params(CONFIG)
+    convert.to_torch(CONFIG, params, tmp_path / "merged", merge_lora=True)
+    found = convert_verify.verify(CONFIG, params, tmp_path / "merged")
+    assert found.agree, str(found)
+    convert.to_torch(CONFIG, params, tmp_path / "apart")
+    with pytest.raises(UserError, match="would leave out the LoRA"):
+        convert_verify.verify(CONFIG, params, tmp_path / "apart")
+
+
+def test_what_transformers_does_not_have_is_said(tmp_path):
+    from test_convert_folders import tiny_lion
+    from test_convert_lora import random_params
+
+    lion = tiny_lion()
+    params = jax.tree.map(np.asarray, random_params(lion))
+    convert.to_torch(lion, params, tmp_path / "torch")
+    with pytest.raises(UserError, match="transformers has no class to run a lion"):
+        convert_verify.verify(lion, params, tmp_path / "torch")

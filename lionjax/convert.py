@@ -53,6 +53,7 @@ COMPANIONS = (  # what belongs to a model besides its weights and is handed on a
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "spiece.model", "vocab.txt", "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja",
     "qformer_tokenizer/tokenizer.json", "qformer_tokenizer/spiece.model", "qformer_tokenizer/vocab.txt",
+    "ram_tag_list.txt", "ram_tag_list_chinese.txt", "ram_tag_list_threshold.txt",
 )  # fmt: skip
 
 
@@ -291,7 +292,8 @@ def _write_out(
         dtype = max(
             (form.dtype for form in plan.made.values()), key=lambda d: (d.itemsize <= 4, d.itemsize)
         ).name
-        settings |= kind.settings(convert_systems.system_in(config)) | {"dtype": dtype}
+        known = kind.settings(convert_systems.system_in(config)) | {"dtype": dtype}
+        settings = _over(settings, known)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         _write_adapter(config, plan, settings, folder / convert_lora.FOLDER)
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
@@ -308,6 +310,16 @@ def _write_adapter(config: Any, plan: Plan, settings: dict, folder: Path) -> Non
         architecture = (settings.get("architectures") or [""])[0]
         said = convert_lora.settings(lora, detours, matrices, architecture)
         (folder / convert_lora.CONFIG).write_text(json.dumps(said, indent=2) + "\n")
+
+
+def _over(old: dict, new: dict) -> dict:
+    """Settings with new ones over them, part by part."""
+    parts = {
+        key
+        for key in old.keys() & new.keys()
+        if isinstance(old[key], dict) and isinstance(new[key], dict)
+    }
+    return old | new | {key: _over(old[key], new[key]) for key in parts}
 
 
 def _copy(files: Mapping[str, Path], folder: Path) -> None:

@@ -81,6 +81,16 @@ class Tensors(Mapping):
         """The same tensors, a prefix taken away where it stands before a name."""
         return self._renamed(lambda name: name.removeprefix(prefix))
 
+    def respelled(self, *pairs: tuple[str, str]) -> Tensors:
+        """The same tensors under names in which regular expressions, each in turn, are replaced once."""
+
+        def rename(name: str) -> str:
+            for pattern, new in pairs:
+                name = re.sub(pattern, new, name, count=1)
+            return name
+
+        return self._renamed(rename)
+
     def _renamed(self, rename: Callable[[str], str]) -> Tensors:
         arrays = {rename(name): array for name, array in self.arrays.items()}
         if len(arrays) < len(self.arrays):

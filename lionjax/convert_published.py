@@ -8,9 +8,12 @@ Model files are imported when one of theirs is met.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
+from lionjax.convert_files import HEADER_LIMIT, Tensors
 from lionjax.interfaces import Params, UserError
 
 
@@ -32,12 +35,29 @@ class Published:
     inside: str = ""  # stands before the names in files where more lies around the model
     # What the names in a file say of the config.
     told: Callable[[Any, Collection[str]], Any] = lambda config, names: config
+    # The tensors under the table's names, with parts that lie in other files: (config, tensors, folder) -> tensors.
+    complete: Callable[[Any, Tensors, Path], Tensors] = lambda config, tensors, folder: tensors
 
 
 def refuse_unless(fits: bool, what: str, wanted: str) -> None:
     """Raise UserError for a model with settings that the code here does not compute."""
     if not fits:
         raise UserError(f"this model has {what}; only {wanted} is known")
+
+
+def read_settings(path: Path) -> dict:
+    """A config.json; nothing where there is none. Raises UserError when it cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > HEADER_LIMIT:
+            raise ValueError("it is too large")
+        settings = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} wants a JSON object")
+    return settings
 
 
 def token(s: dict, name: str, default: int) -> int:
@@ -57,6 +77,8 @@ def _t5_config(s: dict) -> Any:
     # Newer versions of transformers say "tied" of every T5; whether T5 v1.0's scale is used tells them apart.
     scaled = s.get("scale_decoder_outputs", s.get("tie_word_embeddings", True))
     activations = {"gated-gelu": "gelu_tanh", "gated-silu": "silu"}
+    if s.get("dense_act_fn") == "gelu":  # as BLIP-2 runs it
+        activations["gated-gelu"] = "gelu"
     refuse_unless(
         form in activations,
         f"feed_forward_proj {form!r}",
@@ -90,6 +112,7 @@ def _t5_settings(c: Any) -> dict:
         "relative_attention_max_distance": c.max_distance,
         "layer_norm_epsilon": c.eps,
         "feed_forward_proj": "gated-silu" if c.activation == "silu" else "gated-gelu",
+        "dense_act_fn": "gelu_new" if c.activation == "gelu_tanh" else c.activation,
         "dropout_rate": c.dropout,
         "decoder_start_token_id": c.start_token,
         "pad_token_id": c.pad_token,

@@ -18,7 +18,8 @@ from lionjax import convert_lora
 from lionjax.convert_bert import BERT
 from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
 from lionjax.convert_nextchat import META_SAM, POINTING
-from lionjax.convert_published import EVA_IGNORES, ONE_PART, T5, Published
+from lionjax.convert_prefix import PICTURE_FIRST, lavis_file, open_lavis
+from lionjax.convert_published import EVA_IGNORES, ONE_PART, T5, Published, read_settings
 from lionjax.interfaces import Batch, Params, UserError
 from lionjax.weight_rows import same_numbers
 
@@ -72,10 +73,13 @@ def _recognised(path: Path, folder: Path, system: str | None) -> Source:
         config = read_config(folder)
         return Source(of_config(config), config, open_weights(path), folder)
     if system is None:
-        system = {"eva_vit_g.pth": "eva", META_SAM: "segment_anything"}.get(path.name)
+        by_file = {"eva_vit_g.pth": "eva", META_SAM: "segment_anything"}
+        system = by_file.get(path.name)
     if system == "lion" or (system is None and path.is_dir() and _lion_file(path)):
         return _open_lion(path)
-    settings = _settings(folder / "config.json")
+    if system is None and path.is_dir() and lavis_file(path):
+        return Source(*open_lavis(path))
+    settings = read_settings(folder / "config.json")
     model_type = settings.get("model_type")
     kinds = [
         k for k in SYSTEMS if k.name == system or (system is None and model_type in k.model_types)
@@ -94,7 +98,7 @@ def _recognised(path: Path, folder: Path, system: str | None) -> Source:
         raise UserError(
             f"{folder / 'config.json'} describes no {kinds[0].name}: {type(error).__name__} {error}"
         ) from error
-    tensors, copied = open_weights(path), {}
+    tensors, copied = kinds[0].complete(config, open_weights(path), folder), {}
     base, inside = kinds[0].base, kinds[0].inside
     if base and not any(name.startswith(base) for name in tensors):
         tensors = tensors.under(base)
@@ -150,20 +154,6 @@ def system_in(config: Any) -> Any:
     return config.system if type(config).__name__ == "Experiment" else config
 
 
-def _settings(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        if path.stat().st_size > HEADER_LIMIT:
-            raise ValueError("it is too large")
-        settings = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} wants a JSON object")
-    return settings
-
-
 # LION: eva_vit_g.pth, the folder of a FlanT5, and LION-*.pth with what was trained
 
 
@@ -181,7 +171,7 @@ def _open_lion(path: Path) -> Source:
     folder = path if path.is_dir() else path.parent
     trained, eva = _lion_file(folder), folder / "eva_vit_g.pth"
     towers = [
-        f.parent for f in folder.glob("*/config.json") if _settings(f).get("model_type") == "t5"
+        f.parent for f in folder.glob("*/config.json") if read_settings(f).get("model_type") == "t5"
     ]
     if trained is None or not eva.is_file() or len(towers) != 1:
         raise UserError(
@@ -192,7 +182,7 @@ def _open_lion(path: Path) -> Source:
     language = open_weights(towers[0]).under("t5_model.")
     tensors = _without_copies(open_weights(trained), language) | vision | language
     return Source(
-        _LION, _lion_config(_settings(towers[0] / "config.json"), tensors), tensors, towers[0]
+        _LION, _lion_config(read_settings(towers[0] / "config.json"), tensors), tensors, towers[0]
     )
 
 
@@ -251,4 +241,4 @@ _LION = Published(
     abstract=_lion_abstract,
     ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*"),
 )  # fmt: skip
-SYSTEMS = (_LION, *POINTING, *ONE_PART, BERT)
+SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, *ONE_PART, BERT)

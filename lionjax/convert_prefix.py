@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA, BLIP-2 and InstructBLIP as published: Hugging Face's folders, LLaVA's own, and the parts that LAVIS takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lionjax import config as configs
+from lionjax.convert_files import TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.convert_published import (
+    CLIP,
+    EVA_IGNORES,
+    LLAMA,
+    OPT,
+    T5,
+    Published,
+    read_settings,
+    refuse_unless,
+)
+from lionjax.interfaces import Batch, Params, UserError
+
+# What transformers means where a folder's config.json says nothing of its language model's sizes.
+LANGUAGES = {
+    "llama": (LLAMA, {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }),
+    "opt": (OPT, {
+        "vocab_size": 50272, "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "max_position_embeddings": 2048,
+    }),
+    "t5": (T5, {
+        "vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8,
+    }),
+}  # fmt: skip
+CLIP_336 = {  # LLaVA's tower where it says nothing
+    "image_size": 336, "patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}  # fmt: skip
+CLIP_224 = CLIP_336 | {"image_size": 224}
+TOWERS = {"openai/clip-vit-large-patch14-336": CLIP_336, "openai/clip-vit-large-patch14": CLIP_224}
+LLAVA_SPELLINGS = (  # in the memory of newer versions, in files they write, in files as published
+    (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+)
+
+
+def _language(s: dict, default: str) -> Any:
+    kind = s.get("model_type", default)
+    refuse_unless(kind in LANGUAGES, f"a language model of type {kind!r}", ", ".join(LANGUAGES))
+    published, sizes = LANGUAGES[kind]
+    return published.config(sizes | s)
+
+
+def _language_settings(c: Any) -> dict:
+    kind = next(kind for kind, _ in LANGUAGES.values() if kind.describes(c))
+    return kind.settings(c)
+
+
+def _abstract(c: Any) -> Params:
+    import jax
+
+    from lionjax import sharding
+
+    side = c.vision.image
+    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
+    ids, row = jax.ShapeDtypeStruct((1, 2), "int32"), jax.ShapeDtypeStruct((1,), "int32")
+    batch = Batch(image, ids, ids, ids, ids, ids, ids, ids, row, row)
+    return sharding.abstract(c.init, jax.random.key(0), batch)
+
+
+def _is(c: Any, fits: Callable[[Any], bool]) -> bool:
+    return type(c).__name__ == "Prefix" and fits(c.qformer)
+
+
+# LLaVA
+
+
+def _llava_config(s: dict) -> Any:
+    from lionjax.systems.prefix import Prefix
+
+    if "text_config" not in s:
+        return _own_llava_config(s)
+    act, layer = s.get("projector_hidden_act", "gelu"), s.get("vision_feature_layer", -2)
+    refuse_unless(act == "gelu", f"projector_hidden_act {act!r}", "gelu")
+    refuse_unless(
+        s.get("multimodal_projector_bias", True), "no biases in its projector", "one with"
+    )
+    refuse_unless(isinstance(layer, int), f"vision_feature_layer {layer}", "a single layer")
+    vision = CLIP.config(s.get("vision_config") or CLIP_336)
+    return Prefix(
+        vision, _language(s["text_config"], "llama"),
+        feature_layer=layer if layer < 0 else layer - vision.depth - 1,
+        class_token=s.get("vision_feature_select_strategy", "default") == "full",
+        image_token=s.get("image_token_index", s.get("image_token_id", 32000)), in_front=False,
+    )  # fmt: skip
+
+
+def _own_llava_config(s: dict) -> Any:
+    """LLaVA's own config.json: that of its language model, with fields of its own among them."""
+    from lionjax.systems.prefix import Prefix
+
+    tower, kind = s.get("mm_vision_tower"), s.get("mm_projector_type", "linear")
+    vision = s.get("vision_config") or TOWERS.get(tower)
+    refuse_unless(vision is not None, f"the vision tower {tower!r}", " or ".join(TOWERS))
+    depths = {"linear": 1, "mlp1x_gelu": 1, "mlp2x_gelu": 2}
+    refuse_unless(kind in depths, f"mm_projector_type {kind!r}", "linear or mlp2x_gelu")
+    return Prefix(
+        CLIP.config(vision), LLAMA.config(s), feature_layer=s.get("mm_vision_select_layer", -2),
+        class_token=s.get("mm_vision_select_feature", "patch") == "cls_patch", projector_depth=depths[kind],
+        image_token=s.get("image_token_index", OWN_IMAGE_TOKEN), in_front=False, names="original",
+    )  # fmt: skip
+
+
+OWN_IMAGE_TOKEN = (
+    -200
+)  # what LLaVA's code writes into a prompt for a picture; no word of any vocabulary
+
+
+def _llava_settings(c: Any) -> dict:
+    if c.names == "original":
+        return _own_llava_settings(c)
+    words = c.language.vocab
+    if c.image_token is None or not 0 <= c.image_token < words:
+        raise UserError(
+            f"Hugging Face's LLaVA wants a word of its {words} for the picture and image_token is {c.image_token}; "
+            "add one, or set the system's names to 'original'"
+        )
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": c.image_token,
+        "image_seq_length": c.vision.patches + c.class_token,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": c.feature_layer,
+        "vision_feature_select_strategy": "full" if c.class_token else "default",
+        "tie_word_embeddings": c.language.tied,
+        "text_config": _language_settings(c.language),
+        "vision_config": CLIP.settings(c.vision),
+    }
+
+
+def _own_llava_settings(c: Any) -> dict:
+    vision = CLIP.settings(c.vision)
+    known = [name for name, sizes in TOWERS.items() if CLIP.config(sizes) == c.vision]
+    own = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "mm_hidden_size": c.vision.width,
+        "mm_projector_type": "mlp2x_gelu" if c.projector_depth == 2 else "linear",
+        "mm_vision_select_layer": c.feature_layer,
+        "mm_vision_select_feature": "cls_patch" if c.class_token else "patch",
+        "use_mm_proj": True,
+    }
+    own |= {"mm_vision_tower": known[0]} if known else {"vision_config": vision}
+    if c.image_token not in (None, OWN_IMAGE_TOKEN):
+        own["image_token_index"] = c.image_token
+    return LLAMA.settings(c.language) | own
+
+
+def _llava_tensors(c: Any, tensors: Tensors, folder: Path) -> Tensors:
+    """One spelling of many; and CLIP from a folder of its own, where the file holds only what was trained."""
+    if c.names == "hugging_face":
+        return tensors.respelled(*LLAVA_SPELLINGS)
+    tower = "model.vision_tower.vision_tower."
+    if any(name.startswith(tower) for name in tensors):
+        return tensors
+    towers = [f.parent for f in sorted(folder.glob("*/config.json"))
+              if read_settings(f).get("model_type") in CLIP.model_types]  # fmt: skip
+    if len(towers) != 1:
+        raise UserError(
+            f"{folder} holds no vision tower; put the folder of its CLIP (config.json and weights) inside it"
+        )
+    clip = open_weights(towers[0])
+    if not any(name.startswith(CLIP.base) for name in clip):
+        clip = clip.under(CLIP.base)
+    return tensors | clip.under(tower)
+
+
+# BLIP-2 and InstructBLIP
+
+
+def _blip_config(s: dict, text: bool) -> Any:
+    from lionjax.bridges.qformer import QFormerConfig
+    from lionjax.systems.prefix import Prefix
+    from lionjax.vision.vit import ViTConfig
+
+    v, q = s.get("vision_config") or {}, s.get("qformer_config") or {}
+    act = v.get("hidden_act", "gelu")
+    refuse_unless(act in ("gelu", "quick_gelu"), f"hidden_act {act!r}", "gelu or quick_gelu")
+    refuse_unless(v.get("qkv_bias", True), "no biases on queries and values", "a tower with them")
+    refuse_unless(not q.get("use_qformer_text_input"), "heads for retrieval", "one that talks")
+    width, eps = v.get("hidden_size", 1408), v.get("layer_norm_eps", 1e-6)
+    return Prefix(
+        ViTConfig(
+            v.get("image_size", 224), v.get("patch_size", 14), width, v.get("num_hidden_layers", 39),
+            v.get("num_attention_heads", 16), v.get("intermediate_size", 6144), eps, act,
+        ),
+        _language(s.get("text_config") or {}, "opt"),
+        QFormerConfig(
+            q.get("hidden_size", 768), q.get("num_hidden_layers", 12), q.get("num_attention_heads", 12),
+            q.get("intermediate_size", 3072), s.get("num_query_tokens", 32), q.get("cross_attention_frequency", 2),
+            width, q.get("vocab_size", 30522), q.get("max_position_embeddings", 512), q.get("layer_norm_eps", 1e-12),
+            q.get("hidden_dropout_prob", 0.1), text,
+        ),
+        feature_layer=-1, class_token=True, vision_eps=eps, projector_depth=1,
+        image_token=s.get("image_token_index", s.get("image_token_id")),
+    )  # fmt: skip
+
+
+def _blip_settings(c: Any) -> dict:
+    """Hugging Face has one epsilon for the tower's norms and the one behind it, where LAVIS has 1e-6 and 1e-5."""
+    text, q = c.qformer.text, c.qformer
+    settings = {
+        "architectures": [f"{'InstructBlip' if text else 'Blip2'}ForConditionalGeneration"],
+        "model_type": "instructblip" if text else "blip-2",
+        "num_query_tokens": q.queries,
+        "use_decoder_only_language_model": not c.encodes,
+        "text_config": _language_settings(c.language),
+        "vision_config": {
+            "model_type": "instructblip_vision_model" if text else "blip_2_vision_model",
+            "image_size": c.vision.image,
+            "patch_size": c.vision.patch,
+            "hidden_size": c.vision.width,
+            "num_hidden_layers": c.vision.depth,
+            "num_attention_heads": c.vision.heads,
+            "intermediate_size": c.vision.hidden,
+            "layer_norm_eps": c.vision.eps,
+            "hidden_act": c.vision.activation,
+            "qkv_bias": True,
+        },
+        "qformer_config": {
+            "model_type": "instructblip_qformer" if text else "blip_2_qformer",
+            "vocab_size": q.vocab,
+            "hidden_size": q.width,
+            "num_hidden_layers": q.layers,
+            "num_attention_heads": q.heads,
+            "intermediate_size": q.hidden,
+            "max_position_embeddings": q.positions,
+            "cross_attention_frequency": q.cross_every,
+            "encoder_hidden_size": q.vision_width,
+            "layer_norm_eps": q.eps,
+            "hidden_dropout_prob": q.dropout,
+            "attention_probs_dropout_prob": q.dropout,
+        },
+    }
+    return settings | ({} if c.image_token is None else {"image_token_index": c.image_token})
+
+
+# LAVIS: what was trained, with eva_vit_g.pth and the language model's folder beside it
+
+LAVIS_FILE = re.compile(r"(blip2|instruct_?blip).*", re.IGNORECASE)
+LAVIS_WORDS = {"t5": "t5", "opt": "opt", "llm": "llama"}  # its word -> the language model's type
+
+
+def lavis_file(folder: Path) -> Path | None:
+    """The one file in a folder that LAVIS has trained, if there is one."""
+    files = [f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES and LAVIS_FILE.match(f.name)]
+    return files[0] if len(files) == 1 else None
+
+
+def open_lavis(folder: Path) -> tuple[Published, Any, Tensors, Path]:
+    """(kind, config, tensors, folder of the language model) of LAVIS's three parts in one folder."""
+    trained = open_weights(lavis_file(folder))
+    word = next((w for w in LAVIS_WORDS if f"{w}_proj.weight" in trained), None)
+    settings = {f.parent: read_settings(f) for f in sorted(folder.glob("*/config.json"))}
+    towers = [f for f, s in settings.items() if s.get("model_type") == LAVIS_WORDS.get(word)]
+    seen = any(name.startswith("visual_encoder.") for name in trained)
+    if word is None or len(towers) != 1 or not (seen or (folder / "eva_vit_g.pth").is_file()):
+        raise UserError(
+            f"{folder} wants the parts of a BLIP-2 or InstructBLIP: the trained file, with a projection into a "
+            "language model; that model's folder; and eva_vit_g.pth, unless the trained file holds the tower"
+        )
+    tensors = trained
+    if not any(name.startswith(f"{word}_model.") for name in trained):
+        tensors = tensors | open_weights(towers[0]).under(f"{word}_model.")
+    if not seen:
+        tensors = tensors | open_weights(folder / "eva_vit_g.pth").under("visual_encoder.")
+    config = _lavis_config(_language(settings[towers[0]], word), tensors)
+    return (INSTRUCTBLIP if config.qformer.text else BLIP2), config, tensors, towers[0]
+
+
+def _lavis_config(language: Any, tensors: Tensors) -> Any:
+    """The released sizes around this language model, and the pixels that the file's positions are for."""
+    from lionjax.bridges import qformer
+    from lionjax.systems.prefix import Prefix
+    from lionjax.vision import vit
+
+    words = tensors.get("Qformer.bert.embeddings.word_embeddings.weight")
+    bridge = dataclasses.replace(qformer.QFormerConfig(), text=words is not None)
+    if words is not None:
+        bridge = dataclasses.replace(bridge, vocab=words.shape[0])
+    tower, places = vit.EVA_VIT_G, tensors.get("visual_encoder.pos_embed")
+    if places is not None and places.ndim == 3:
+        side = round((places.shape[1] - 1) ** 0.5)
+        tower = dataclasses.replace(tower, image=tower.patch * side)
+    if type(language).__name__ == "T5Config":
+        language = dataclasses.replace(language, activation="gelu")
+    return Prefix(
+        tower, language, bridge, feature_layer=-1, class_token=True, vision_eps=1e-5, projector_depth=1,
+        image_token=None, names="original",
+    )  # fmt: skip
+
+
+def _whole_settings(settings: Callable[[Any], dict]) -> Callable[[Any], dict]:
+    """Settings as Hugging Face's where the names are; else our own config, as nobody else has one."""
+
+    def made(c: Any) -> dict:
+        if c.names == "hugging_face":
+            return settings(c)
+        return {"model_type": "lavis", "system": json.loads(configs.to_json(c))}
+
+    return made
+
+
+_IDS = r".*(vision_model\.embeddings|qformer\.embeddings)\.position_ids"
+_TURNS = r".*model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq"
+_UNUSED = r"(language_model|t5_model)\." + T5.ignore[0]
+_STAGE_1 = r"Qformer\.cls\..*|(vision_proj|text_proj|itm_head)\..*|temp"
+_BLIP_IGNORES = (_IDS, _TURNS, _UNUSED, _STAGE_1, r"visual_encoder\." + EVA_IGNORES)
+_COPIES = tuple(
+    (f"{x}_model.lm_head.weight", f"{x}_model.shared.weight") for x in ("language", "t5")
+)
+
+LLAVA = Published(
+    "llava", ("llava", "llava_llama"), lambda c: _is(c, lambda q: q is None),
+    _llava_config, _llava_settings, lambda c: c.torch_rows(), _abstract, ignore=(_IDS, _TURNS),
+    complete=_llava_tensors,
+)  # fmt: skip
+BLIP2 = Published(
+    "blip2", ("blip-2",), lambda c: _is(c, lambda q: q is not None and not q.text),
+    lambda s: _blip_config(s, False), _whole_settings(_blip_settings), lambda c: c.torch_rows(), _abstract,
+    ignore=_BLIP_IGNORES, copies=_COPIES,
+)  # fmt: skip
+INSTRUCTBLIP = Published(
+    "instructblip", ("instructblip",), lambda c: _is(c, lambda q: q is not None and q.text),
+    lambda s: _blip_config(s, True), _whole_settings(_blip_settings), lambda c: c.torch_rows(), _abstract,
+    ignore=_BLIP_IGNORES, copies=_COPIES,
+)  # fmt: skip
+PICTURE_FIRST = (LLAVA, BLIP2, INSTRUCTBLIP)

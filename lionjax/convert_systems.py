@@ -16,6 +16,7 @@ from typing import Any
 from lionjax import config as configs
 from lionjax import convert_lora
 from lionjax.convert_bert import BERT
+from lionjax.convert_experts import EXPERTS, RAM_FILE
 from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
 from lionjax.convert_nextchat import META_SAM, POINTING
 from lionjax.convert_prefix import PICTURE_FIRST, lavis_file, open_lavis
@@ -73,7 +74,7 @@ def _recognised(path: Path, folder: Path, system: str | None) -> Source:
         config = read_config(folder)
         return Source(of_config(config), config, open_weights(path), folder)
     if system is None:
-        by_file = {"eva_vit_g.pth": "eva", META_SAM: "segment_anything"}
+        by_file = {"eva_vit_g.pth": "eva", META_SAM: "segment_anything", RAM_FILE: "ram"}
         system = by_file.get(path.name)
     if system == "lion" or (system is None and path.is_dir() and _lion_file(path)):
         return _open_lion(path)
@@ -241,4 +242,4 @@ _LION = Published(
     abstract=_lion_abstract,
     ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*"),
 )  # fmt: skip
-SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, *ONE_PART, BERT)
+SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, *EXPERTS, *ONE_PART, BERT)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lionjax import cli, config, convert, model
+from lionjax import cli, config, convert, model, tagger
 from lionjax.data import pipeline, tasks
 from lionjax.interfaces import UserError
 from lionjax.training import loop
@@ -177,12 +177,12 @@ def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(capsys, tmp
 class Model:
     """Answers with half of the box it was asked about, or of the whole picture."""
 
-    def answer(self, images, prompts, boxes=None):
+    def answer(self, images, prompts, boxes=None, tags=None):
         x0, y0, x1, y1 = boxes[0][0] if boxes else (0.0, 0.0, 1.0, 1.0)
         mask = np.zeros((20, 30), bool)
         mask[:10] = True
         found = np.array([[x0, y0, (x0 + x1) / 2, y1]])
-        text = f"{prompts[0]} {images[0].size}"
+        text = f"{prompts[0]} {images[0].size}" + (f" {', '.join(tags[0])}" if tags else "")
         return [types.SimpleNamespace(text=text, boxes=found, masks=mask[None])]
 
 
@@ -209,6 +209,32 @@ def test_generate_gives_json_with_masks_that_can_be_read_back(capsys, asked):
     answer = json.loads(capsys.readouterr().out)
     assert answer["text"] == "where? (30, 20)" and answer["boxes"] == [[0.0, 0.0, 0.5, 1.0]]
     assert coco.area(answer["masks"][0]) == 300
+
+
+class Tagger:
+    """Sees a cat wherever it looks."""
+
+    def tag(self, images):
+        return [tagger.Found(("cat", "grey"), ("猫",), (0.75, 0.5)) for _ in images]
+
+
+def test_generate_tells_the_model_what_a_tagger_sees(capsys, asked, monkeypatch):
+    monkeypatch.setattr(tagger, "load", lambda folder: Tagger())
+    assert cli.main([*asked, "--tagger", "ram"]) == 0
+    assert capsys.readouterr().out.startswith("where? (30, 20) cat, grey\n")
+    assert cli.main([*asked, "--tagger", "ram", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tags"] == ["cat", "grey"]
+
+
+def test_tag_prints_a_line_for_each_picture_or_everything_as_json(capsys, asked, monkeypatch):
+    monkeypatch.setattr(tagger, "load", lambda folder: Tagger())
+    file = asked[asked.index("--image") + 1]
+    assert cli.main(["tag", "ram", "--image", file, file]) == 0
+    assert capsys.readouterr().out == "cat | grey\ncat | grey\n"
+    assert cli.main(["tag", "ram", "--image", file, "--json"]) == 0
+    found = {"image": file, "tags": ["cat", "grey"], "chinese": ["猫"], "probabilities": [0.75, 0.5]}
+    assert json.loads(capsys.readouterr().out) == [found]
+    assert "nothing.png" in refused(capsys, "tag", "ram", "--image", "nothing.png")
 
 
 @pytest.mark.parametrize("box", ["0.5,0.5,0.5,0.9", "0,0,2,1", "a,b,c,d", "0.1,0.2,0.3"])

@@ -124,6 +124,10 @@ PUBLISHED = {
         vocab_size=50, n_embd=24, n_layer=2, n_head=4, n_positions=20, **IDS
     )),
     "clip": ("CLIPVisionModel", "CLIPVisionConfig", VIT),
+    "swin": ("SwinModel", "SwinConfig", dict(
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 3], num_heads=[1, 2], window_size=3, mlp_ratio=2.0,
+        drop_path_rate=0.2,
+    )),
 }  # fmt: skip
 
 
@@ -172,6 +176,18 @@ def test_of_a_whole_clip_the_vision_tower_is_read_and_the_rest_reported(tmp_path
     assert "left (matches " in str(coverage)
 
 
+def test_a_swin_that_knows_classes_lends_its_eyes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = PUBLISHED["swin"][2]
+    whole = transformers.SwinForImageClassification(transformers.SwinConfig(**sizes, num_labels=3))
+    whole.save_pretrained(tmp_path / "whole")
+    whole.swin.save_pretrained(tmp_path / "bare")
+    coverage = convert.convert(tmp_path / "whole", tmp_path / "ours", "jax")
+    assert set(coverage.ignored) == {"classifier.weight", "classifier.bias"}
+    one, other = convert.load_params(tmp_path / "ours")[1], convert.from_torch(tmp_path / "bare")[1]
+    assert_same(trees.flatten(one), trees.flatten(other))
+
+
 @pytest.mark.parametrize(
     "settings, problem",
     [
@@ -182,6 +198,8 @@ def test_of_a_whole_clip_the_vision_tower_is_read_and_the_rest_reported(tmp_path
         ({"model_type": "opt", "hidden_size": 8, "word_embed_proj_dim": 4}, "words of width 4"),
         ({"model_type": "gpt2", "activation_function": "relu"}, "activation_function 'relu'"),
         ({"model_type": "clip_vision_model", "hidden_act": "silu"}, "hidden_act 'silu'"),
+        ({"model_type": "swin", "image_size": [224, 196]}, r"sizes \(\[224, 196\], 4\)"),
+        ({"model_type": "swin", "use_absolute_embeddings": True}, "absolute positions"),
         ({"model_type": "llama", "vocab_size": "many"}, "describes no llama"),
         ({"model_type": ["llama"]}, "known are lion, "),
     ],

@@ -11,7 +11,7 @@ from lionjax.vision import swin
 from lionjax.vision.swin import Swin, SwinConfig
 
 # Maps of 10, 5 and 3 places a side: padded to 12 and 6, shifted there, and one whole window in the end.
-TINY = SwinConfig(image=40, width=8, depths=(2, 3, 1), heads=(1, 2, 4), window=3, ratio=2.0)
+TINY = SwinConfig(image=40, width=8, depths=(2, 3, 2), heads=(1, 2, 4), window=3, ratio=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_picture_of_any_size_is_seen_as_detectors_see_it_and_every_map_is_hand
 
     import torch
 
-    theirs, c = copy.deepcopy(saved[0]), SwinConfig(None, 4, 8, (2, 3, 1), (1, 2, 4), 3, 2.0)
+    theirs, c = copy.deepcopy(saved[0]), SwinConfig(None, 4, 8, (2, 3, 2), (1, 2, 4), 3, 2.0)
     params = convert.params_from(swin.hugging_face_rows(c), saved[1])
     image_BCHW = picture(
         30, 22

@@ -79,7 +79,7 @@ def _recognised(path: Path, folder: Path, system: str | None) -> Source:
     if system == "lion" or (system is None and path.is_dir() and _lion_file(path)):
         return _open_lion(path)
     if system is None and path.is_dir() and lavis_file(path):
-        return Source(*open_lavis(path))
+        return _with_copies(*open_lavis(path))
     settings = read_settings(folder / "config.json")
     model_type = settings.get("model_type")
     kinds = [
@@ -99,18 +99,24 @@ def _recognised(path: Path, folder: Path, system: str | None) -> Source:
         raise UserError(
             f"{folder / 'config.json'} describes no {kinds[0].name}: {type(error).__name__} {error}"
         ) from error
-    tensors, copied = kinds[0].complete(config, open_weights(path), folder), {}
+    tensors = kinds[0].complete(config, open_weights(path), folder)
     base, inside = kinds[0].base, kinds[0].inside
     if base and not any(name.startswith(base) for name in tensors):
         tensors = tensors.under(base)
     if inside and any(name.startswith(inside) for name in tensors):
         tensors = tensors.without(inside)
     config = kinds[0].told(config, tensors.keys())
-    for name, origin in kinds[0].copies:
+    return _with_copies(kinds[0], config, tensors, folder)
+
+
+def _with_copies(kind: Published, config: Any, tensors: Tensors, folder: Path) -> Source:
+    """The source with the tensors that some files leave away because others hold the same."""
+    copied: dict[str, tuple[str, ...]] = {}
+    for name, origin in kind.copies:
         if name not in tensors and origin in tensors:
             tensors.arrays[name] = tensors[origin]
             copied[origin] = (*copied.get(origin, ()), name)
-    return Source(kinds[0], config, tensors, folder, copied)
+    return Source(kind, config, tensors, folder, copied)
 
 
 def read_config(folder: Path) -> Any:

@@ -177,7 +177,7 @@ def answer_logits(system, batch: Batch, logits: np.ndarray) -> list[np.ndarray]:
 
 
 def without_token(batch: Batch) -> Batch:
-    """The same prompts with nothing where the picture would stand; the picture in front of all is left to the system."""
+    """The same prompts with nothing where the picture would stand."""
     keep = (batch.prompt_BL != IMAGE_TOKEN) & (batch.prompt_mask_BL == 1)
     ids, mask = np.zeros_like(batch.prompt_BL), np.zeros_like(batch.prompt_mask_BL)
     for row in range(len(ids)):

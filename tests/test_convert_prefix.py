@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of LLaVA, BLIP-2 and InstructBLIP: every spelling of their names comes in, and what goes out others load."""
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_prefix as tiny
+from safetensors.numpy import load_file, save_file
+from test_weight_files import as_torch, assert_same
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from lionjax import convert, convert_systems  # noqa: E402
+from lionjax import params as trees  # noqa: E402
+from lionjax.convert_plan import plan_state  # noqa: E402
+from lionjax.interfaces import UserError  # noqa: E402
+
+BF16 = ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("name", tiny.SYSTEMS)
+def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_the_same(tmp_path, name):
+    seed = tiny.seed()
+    draw = random.Random(seed)
+    model = tiny.theirs(name, draw).to(random.Random(seed).choice([torch.float32, torch.bfloat16]))
+    model.save_pretrained(tmp_path / "theirs")
+    coverage = convert.convert(tmp_path / "theirs", tmp_path / "ours", "jax")
+    assert not coverage.ignored and not coverage.nan, f"seed {seed}"
+    convert.convert(tmp_path / "ours", tmp_path / "back", "torch", shard_bytes=20_000)
+    back, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True, dtype=model.dtype)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (seed, info)
+    one, other = model.state_dict(), back.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), f"seed {seed}"
+    system, params = convert.load_params(tmp_path / "ours")
+    asked = tiny.inputs(system, tiny.batch_of(system, draw))
+    asked["pixel_values"] = asked["pixel_values"].to(model.dtype)
+    with torch.no_grad():
+        assert torch.equal(model(**asked).logits, back.eval()(**asked).logits), f"seed {seed}"
+    for known in (True, False):  # with our own config beside the weights, and by config.json alone
+        again, twice = convert.from_torch(tmp_path / "back")
+        assert again == system, f"seed {seed}"
+        assert_same(trees.flatten(twice), trees.flatten(params))
+        if known:
+            (tmp_path / "back" / convert_systems.CONFIG_FILE).unlink()
+
+
+def renamed(folder, into, spell):
+    """A copy of a folder whose tensors are called otherwise."""
+    shutil.copytree(folder, into)
+    tensors = load_file(into / "model.safetensors")
+    save_file({spell(name): tensor for name, tensor in tensors.items()}, into / "model.safetensors")
+    return into
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """A folder of a LLaVA in bfloat16, with the names that this version of transformers writes."""
+    folder = tmp_path_factory.mktemp("llava") / "saved"
+    model = tiny.theirs("llava", random.Random(3)).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_every_spelling_of_a_llava_means_the_same(llava, tmp_path):
+    saved, model = llava
+    config, params = convert.from_torch(saved)
+    names = load_file(saved / "model.safetensors").keys()
+    assert any(name.startswith("vision_tower.embeddings.") for name in names), "of version 5"
+    hub = renamed(
+        saved, tmp_path / "hub", lambda n: re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", n)
+    )
+    memory = tmp_path / "memory"
+    shutil.copytree(saved, memory)
+    in_memory = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    assert any(name.startswith("model.language_model.layers.") for name in in_memory)
+    (memory / "model.safetensors").unlink()
+    torch.save(in_memory, memory / "pytorch_model.bin")
+    for folder in (hub, memory):
+        again, twice = convert.from_torch(folder)
+        assert again == config
+        assert_same(trees.flatten(twice), trees.flatten(params))
+
+
+def test_two_tensors_of_one_name_in_two_spellings_are_refused(llava, tmp_path):
+    saved, _ = llava
+    folder = renamed(saved, tmp_path / "twice", lambda name: name)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["language_model.lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match="mean the same one"):
+        convert.from_torch(folder)
+
+
+def test_a_llava_under_its_makers_names_comes_in_and_goes_out_as_it_came(llava, tmp_path):
+    saved, _ = llava
+    config, params = convert.from_torch(saved)
+    own = dataclasses.replace(config, names="original", image_token=-200)
+    convert.to_torch(own, params, tmp_path / "own")
+    names = load_file(tmp_path / "own" / "model.safetensors")
+    assert {"model.mm_projector.2.bias", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"} <= names.keys()
+    assert "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight" in names
+    settings = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert settings["mm_projector_type"] == "mlp2x_gelu" and "text_config" not in settings
+    (tmp_path / "own" / convert_systems.CONFIG_FILE).unlink()
+    again, twice = convert.from_torch(tmp_path / "own")
+    assert again == own
+    assert_same(trees.flatten(twice), trees.flatten(params))
+    # The first releases hold no tower; CLIP lies in a folder of its own.
+    tower = "model.vision_tower.vision_tower."
+    clip = {name.removeprefix(tower): w for name, w in names.items() if name.startswith(tower)}
+    save_file({n: w for n, w in names.items() if not n.startswith(tower)}, tmp_path / "own" / "model.safetensors")
+    with pytest.raises(UserError, match="holds no vision tower"):
+        convert.from_torch(tmp_path / "own")
+    (tmp_path / "own" / "clip").mkdir()
+    save_file(clip, tmp_path / "own" / "clip" / "model.safetensors")
+    (tmp_path / "own" / "clip" / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    assert_same(trees.flatten(convert.from_torch(tmp_path / "own")[1]), trees.flatten(params))
+
+
+def test_a_llava_that_transformers_cannot_hold_is_told_so(llava, tmp_path):
+    config, params = convert.from_torch(llava[0])
+    with pytest.raises(UserError, match="image_token is -200; add one, or set the system's names to 'original'"):
+        convert.to_torch(dataclasses.replace(config, image_token=-200), params, tmp_path / "out")
+    with pytest.raises(ValueError, match="Hugging Face has no name for this projector"):
+        dataclasses.replace(config, projector_depth=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({"multimodal_projector_bias": False}, "no biases in its projector"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
+        ({"vision_feature_layer": [-2, -1]}, "a single layer"),
+        ({"text_config": {"model_type": "mistral"}}, "a language model of type 'mistral'"),
+        ({"vision_feature_layer": -9}, "describes no llava: ValueError feature_layer is -9"),
+    ],
+)
+def test_settings_that_are_computed_otherwise_are_refused(llava, tmp_path, change, problem):
+    folder = shutil.copytree(llava[0], tmp_path / "other")
+    settings = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=problem):
+        convert.from_torch(folder)
+
+
+# As LAVIS and transformers call the same thing: (theirs, LAVIS's), each a piece of a name.
+LAVIS_NAMES = (
+    ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
+    ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
+    ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
+    ("vision_model.post_layernorm", "ln_vision"),
+    ("vision_model.encoder.layers", "visual_encoder.blocks"),
+    (".layer_norm", ".norm"), (".self_attn.qkv", ".attn.qkv"), (".self_attn.projection", ".attn.proj"),
+    ("qformer.embeddings.layernorm", "Qformer.bert.embeddings.LayerNorm"),
+    ("qformer.layernorm", "Qformer.bert.embeddings.LayerNorm"),
+    ("qformer.", "Qformer.bert."), ("attention.attention.", "attention.self."),
+)  # fmt: skip
+
+
+def as_lavis(state: dict, word: str) -> dict:
+    made = {}
+    for name, tensor in state.items():
+        if name.startswith("language_"):
+            name = name.replace("language_projection", f"{word}_proj").replace("language_model", f"{word}_model")
+            made[name] = tensor
+            continue
+        for old, new in LAVIS_NAMES:
+            name = name.replace(old, new)
+        if name.endswith("attn.qkv.bias"):
+            q, _, v = np.split(tensor, 3)
+            made |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
+        else:
+            made[name] = tensor
+    return made
+
+
+LAVIS = [("blip2_opt", "opt"), ("instructblip_t5", "t5"), ("instructblip_vicuna", "llm")]
+
+
+@pytest.mark.parametrize("name, word", LAVIS)
+def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(tmp_path, monkeypatch, name, word):
+    from lionjax.bridges import qformer
+    from lionjax.vision import vit
+
+    model = tiny.theirs(name, random.Random(5))
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = convert.from_torch(tmp_path / "theirs")
+    monkeypatch.setattr(vit, "EVA_VIT_G", config.vision)
+    monkeypatch.setattr(qformer, "QFormerConfig", lambda: config.qformer)
+    state = as_lavis(load_file(tmp_path / "theirs" / "model.safetensors"), word)
+    folder = tmp_path / "lavis"
+    folder.mkdir()
+    model.language_model.save_pretrained(folder / "language")
+    eva = {n.removeprefix("visual_encoder."): w for n, w in state.items() if n.startswith("visual_encoder.")}
+    trained = {n: w for n, w in state.items() if not n.startswith(("visual_encoder.", f"{word}_model."))}
+    trained["Qformer.bert.embeddings.position_ids"] = np.arange(config.qformer.positions)[None]
+    torch.save(as_torch(torch, eva), folder / "eva_vit_g.pth")
+    torch.save({"model": as_torch(torch, trained), "optimizer": {"step": 3}}, folder / "blip2_trained.pth")
+    made, twice = convert.from_torch(folder)
+    assert made.names == "original" and made.vision_eps == 1e-5 and made.language == config.language
+    assert_same(trees.flatten(twice), trees.flatten(params))
+    monkeypatch.undo()
+    convert.to_torch(made, twice, tmp_path / "back")
+    names = load_file(tmp_path / "back" / "model.safetensors")
+    own = {n: w for n, w in names.items() if n not in state}
+    assert not state.keys() - names.keys() and all(names[n].tobytes() == w.tobytes() for n, w in state.items())
+    assert all(n.endswith(("position_ids", "embed_tokens.weight", "lm_head.weight")) for n in own), sorted(own)
+    assert_same(trees.flatten(convert.from_torch(tmp_path / "back")[1]), trees.flatten(params))
+    (folder / "eva_vit_g.pth").unlink()
+    with pytest.raises(UserError, match="wants the parts of a BLIP-2 or InstructBLIP"):
+        convert.from_torch(folder)
+
+
+def test_a_bias_on_the_keys_which_these_towers_never_had_is_refused(tmp_path):
+    model = tiny.theirs("blip2_opt", random.Random(5))
+    with torch.no_grad():
+        bias = model.vision_model.encoder.layers[1].self_attn.qkv.bias
+        bias[len(bias) // 2] = 1
+    model.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match="layers.1.self_attn.qkv.bias.*part 1 of 3 must be zero"):
+        convert.from_torch(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_pad_a_vocabulary_for_a_mesh_are_zero_are_never_said_and_never_leave(tmp_path, tied):
+    from lionjax.language.decoder import Decoder, DecoderConfig
+    from lionjax.systems import prefix
+
+    plain = DecoderConfig(vocab=51, width=16, layers=1, heads=2, kv_heads=2, head=8, hidden=20, tied=tied)
+    wide = dataclasses.replace(plain, vocab_multiple=64)
+    numbers = np.random.default_rng(0)
+    kind = convert_systems.of_config(plain)
+    state = {
+        name: numbers.standard_normal(tensor.shape).astype(BF16)
+        for name, tensor in plan_state(kind.rows(plain), trees.flatten(kind.abstract(plain))).made.items()
+    }
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] if tied else state["lm_head.weight"]
+    one, other = (convert.params_from(prefix.language_rows(c), state) for c in (plain, wide))
+    assert other["embedding"]["table"].shape == (64, 16) and not other["embedding"]["table"][51:].any()
+    assert_same(convert.state_from(prefix.language_rows(wide), other), state)
+    ids = np.array([[3, 50, 7]])
+
+    def run(c, params):
+        return Decoder(c).apply({"params": params}, ids, method=lambda m, x: m.logits(m(m.embed(x), x > 0)))
+
+    one, other = (jax.tree.map(lambda w: w.astype(np.float32), params) for params in (one, other))
+    few, many = run(plain, one), run(wide, other)
+    np.testing.assert_array_equal(few, many[..., :51])
+    assert many.shape[-1] == 64 and (many[..., 51:] < -1e29).all()
+    grads = jax.grad(lambda params: jax.nn.log_softmax(run(wide, params))[..., 5].sum())(other)
+    assert not np.asarray(grads["embedding"]["table"])[51:].any()

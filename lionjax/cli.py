@@ -150,7 +150,7 @@ def data(given: argparse.Namespace, fields: list[str]) -> None:
 def convert(given: argparse.Namespace, _) -> None:
     """Write a run or a folder of weights under the original's names (torch), or under ours (jax)."""
     from lionjax import model
-    from lionjax.convert import convert, load_params
+    from lionjax.convert import Wanted, convert, load_params
     from lionjax.evaluation.report import note
 
     if model.is_run(given.src):
@@ -167,7 +167,9 @@ def convert(given: argparse.Namespace, _) -> None:
             f"written: {given.dst}; read back, {'every bit is the same' if exact else 'BITS DIFFER'}"
         )
     else:
-        extra = {"adapter": given.adapter, "merge_lora": given.merge_lora}
+        words = tuple(word for word in given.add_words.split(",") if word)
+        wanted = Wanted(words, given.vocab_multiple, given.image_size)
+        extra = {"adapter": given.adapter, "merge_lora": given.merge_lora, "wanted": wanted}
         print(convert(given.src, given.dst, given.to, given.system, **extra))
         if given.verify:
             ours, theirs = (given.src, given.dst) if given.to == "torch" else (given.dst, given.src)
@@ -254,6 +256,9 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--to", choices=("torch", "jax"), required=True, help="whose names to write")
     verb.add_argument("--system", metavar="NAME", help="the kind of model, where SRC does not say")
     verb.add_argument("--adapter", metavar="DIR", help="a LoRA for SRC, as PEFT writes it")
+    verb.add_argument("--add-words", metavar="A,B", default="", help="new words for its vocabulary")
+    verb.add_argument("--vocab-multiple", metavar="N", type=int, default=1, help="fill it to that")
+    verb.add_argument("--image-size", metavar="N", type=int, help="resample positions to that")
     verb.add_argument("--merge-lora", action="store_true", help="merge a LoRA into its matrices")
     verb.add_argument("--verify", action="store_true", help="run both models, compare each stage")
 

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 
 from lionjax import config as configs
-from lionjax import convert_lora, convert_systems
+from lionjax import convert_lora, convert_surgery, convert_systems
 from lionjax import params as trees
 from lionjax.convert_files import Tensors, has_nan, open_weights
 from lionjax.convert_plan import Form, Plan, plan_params, plan_state
 from lionjax.convert_published import Published
+from lionjax.convert_surgery import Surgery
 from lionjax.convert_systems import CONFIG_FILE
 from lionjax.convert_tables import leaf_parts, params_from, placed_from, state_from, tensor_parts
 from lionjax.convert_write import SHARD_BYTES, whole_folder, write_safetensors
@@ -55,6 +56,15 @@ COMPANIONS = (  # what belongs to a model besides its weights and is handed on a
     "qformer_tokenizer/tokenizer.json", "qformer_tokenizer/spiece.model", "qformer_tokenizer/vocab.txt",
     "ram_tag_list.txt", "ram_tag_list_chinese.txt", "ram_tag_list_threshold.txt",
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Tables to be changed on the way in: new words behind the vocabulary, a multiple to fill it to, a picture size."""
+
+    words: tuple[str, ...] = ()
+    vocab_multiple: int = 1
+    image: int | None = None
 
 
 @dataclasses.dataclass
@@ -97,22 +107,24 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     adapter: str | Path | None = None,
     merge_lora: bool = False,
+    wanted: Wanted = Wanted(),
 ) -> Coverage:
     """A folder into a folder, a tensor at a time: `to` "jax" (our names) or "torch" (the original's).
 
     `system` names the kind of model where the source does not say it; `adapter` is a folder of PEFT's with a LoRA for
-    it. On the way to torch a LoRA is written into a folder `adapter`, or merged into its matrices. The new folder
-    appears when it is complete. Raises UserError, in words, for everything that does not fit.
+    it; `wanted` changes tables; all three on the way in. On the way to torch a LoRA is written into a folder
+    `adapter`, or merged into its matrices. The new folder appears when it is complete. Raises UserError, in words, for
+    everything that does not fit.
     """
     start = time.perf_counter()
     if to not in ("jax", "torch"):
         raise UserError(f"to is {to!r}; it can be 'jax' or 'torch'")
     if merge_lora and to == "jax":
         raise UserError("a LoRA is merged on the way to torch; here it stays beside its matrices")
-    if adapter is not None and to == "torch":
-        raise UserError("an adapter of PEFT's is read on the way to jax")
+    if to == "torch" and (adapter is not None or wanted != Wanted()):
+        raise UserError("adapters, words and picture sizes are added on the way to jax")
     if to == "jax":
-        coverage = _convert_in(Path(src), Path(dst), system, shard_bytes, adapter)
+        coverage = _convert_in(Path(src), Path(dst), system, shard_bytes, adapter, wanted)
     else:
         coverage = _convert_out(Path(src), Path(dst), shard_bytes, merge_lora)
     coverage.seconds = time.perf_counter() - start
@@ -122,13 +134,16 @@ def convert(
 
 
 def _convert_in(
-    src: Path, dst: Path, system: str | None, shard_bytes: int, adapter: str | Path | None
+    src: Path, dst: Path, system: str | None, shard_bytes: int, adapter, wanted: Wanted
 ) -> Coverage:
     source = convert_systems.open_source(src, system, adapter and Path(adapter))
     plan = _plan_in(source)
     coverage = _coverage(source.kind, plan, source.tensors)
     for name, others in source.copied.items():
         coverage.tied[name] = (*coverage.tied.get(name, ()), *others)
+    beside = _companions(source.folder)
+    surgery, texts = _surgery(convert_systems.system_in(source.config), wanted, beside)
+    config = _with_system(source.config, surgery.config)
 
     def done(name, array):
         if has_nan(array):
@@ -136,15 +151,47 @@ def _convert_in(
         source.tensors.forget(name, array)
 
     with whole_folder(dst) as folder:
-        files = write_safetensors(
-            folder, OURS, plan.made, leaf_parts(plan, source.tensors, done), shard_bytes
-        )
-        (folder / CONFIG_FILE).write_text(configs.to_json(source.config))
-        if source.folder is not None:
-            beside = {name: source.folder / name for name in COMPANIONS}
-            _copy({n: file for n, file in beside.items() if file.is_file()}, folder / ORIGIN)
+        parts = surgery.parts(leaf_parts(plan, source.tensors, done))
+        files = write_safetensors(folder, OURS, surgery.forms(plan.made), parts, shard_bytes)
+        (folder / CONFIG_FILE).write_text(configs.to_json(config))
+        _copy(beside, folder / ORIGIN)
+        for name, content in texts.items():
+            (folder / ORIGIN / name).write_bytes(content)
         coverage.files = (*files, CONFIG_FILE)
     return coverage
+
+
+def _companions(folder: Path | None) -> dict[str, Path]:
+    """What lies beside the weights and is handed on as it is."""
+    beside = {} if folder is None else {name: folder / name for name in COMPANIONS}
+    return {name: file for name, file in beside.items() if file.is_file()}
+
+
+def _surgery(
+    system: Any, wanted: Wanted, beside: Mapping[str, Path]
+) -> tuple[Surgery, dict[str, bytes]]:
+    """The tables that change, and what they change in the files that come along."""
+    made, texts, known = Surgery(system), {}, None
+    if wanted.words and (file := beside.get("tokenizer.json")) is not None:
+        known, texts["tokenizer.json"] = convert_surgery.add_to_tokenizer(file, wanted.words)
+    if wanted.words or wanted.vocab_multiple > 1:
+        words, multiple = len(wanted.words), wanted.vocab_multiple
+        made = made.then(convert_surgery.added_words(system, words, known, multiple))
+    if wanted.image is not None:
+        made = made.then(convert_surgery.picture_size(made.config, wanted.image))
+        if (file := beside.get("preprocessor_config.json")) is not None:
+            said = convert_surgery.said_of_pictures(json.loads(file.read_bytes()), wanted.image)
+            texts["preprocessor_config.json"] = json.dumps(said, indent=2).encode()
+    return made, texts
+
+
+def _with_system(config: Any, system: Any) -> Any:
+    """The config, or the whole experiment that it is, with another system's config."""
+    return (
+        system
+        if convert_systems.system_in(config) is config
+        else dataclasses.replace(config, system=system)
+    )
 
 
 def _convert_out(src: Path, dst: Path, shard_bytes: int, merge_lora: bool) -> Coverage:
@@ -248,9 +295,7 @@ def _merged(config: Any, flat: Mapping) -> tuple[Any, Mapping]:
     if (lora := convert_lora.of(system)) is None:
         raise UserError("this model has no LoRA that could be merged")
     plain = convert_lora.with_lora(system, dataclasses.replace(lora, rank=0))
-    if system is not config:
-        plain = dataclasses.replace(config, system=plain)
-    return plain, convert_lora.merged(flat, lora)
+    return _with_system(config, plain), convert_lora.merged(flat, lora)
 
 
 def _coverage(kind: Published, plan: Plan, tensors: Tensors) -> Coverage:

@@ -26,10 +26,10 @@ FLOORS = (
     # 3: systems, and the conversion of whole ones
     "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
     "convert_published convert_nextchat convert_experts convert_bert convert_lora convert_prefix convert_systems convert "
-    "convert_verify",
+    "convert_verify convert_surgery",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
-    "data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer data.processors data.table "
+    "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer data.processors data.table "
     "data.annotations data.coco data.built data.built_writer data.sources data.examples data.inspection "
     "data.pipeline training.stages training.start training.features training.journal "
     "training.checkpoints training.loop scores search generate answering "
@@ -45,6 +45,7 @@ FLOOR |= {f: min(FLOOR[name] for name in FLOOR if name.startswith(f + ".")) for 
 # The only steps sideways that the floors themselves do not allow: (who, whom).
 SIDEWAYS = {
     ("convert", "convert_lora"),
+    ("convert", "convert_surgery"),
     ("convert_verify", "convert_lora"),
     ("convert_verify", "convert_published"),
     ("convert_verify", "convert_systems"),

@@ -169,7 +169,7 @@ class QFormer(nn.Module):
         if groups:
             scan = nn.scan(
                 Group,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=groups,
@@ -215,7 +215,7 @@ class Aggregator(nn.Module):
         keys = None if key is None else jnp.stack(split_key(key, blocks))
         scan = nn.scan(
             FusionBlock,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=blocks,
             metadata_params={nn.PARTITION_NAME: "layers"},

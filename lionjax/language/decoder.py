@@ -161,7 +161,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
         self.blocks = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0,) + (nn.broadcast,) * 3,
             length=c.layers,

@@ -145,7 +145,7 @@ class ImageEncoder(nn.Module):
         )
         periods = nn.scan(
             Period,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=c.depth // len(c.sides),
             metadata_params={nn.PARTITION_NAME: "layers"},

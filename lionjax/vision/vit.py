@@ -121,7 +121,7 @@ class ViT(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
         blocks = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ import numpy as np
 
 from lionjax import convert_lora, convert_systems
 from lionjax import params as trees
-from lionjax.convert_files import open_weights
 from lionjax.convert_plan import grouped
 from lionjax.convert_published import Published
+from lionjax.convert_runs import RUNS
 from lionjax.interfaces import Params, UserError
 from lionjax.weight_rows import Row, Template, conv
 
 AGREE = 1e-3  # of the largest number of a stage; float32 alone leaves a thousandth of that
-LENGTH = 13  # words of the text that is read
 WEIGHTS = ("/kernel", "/scale", "/table")  # ends of the paths of what a module multiplies with
 
 
@@ -65,16 +64,6 @@ class Verified:
         if self.left:
             lines.append(f"not compared: {', '.join(grouped(self.left))}")
         return "\n".join(lines)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One pass: `ours` on parameters gives results by the names that theirs has; `theirs` are its arguments."""
-
-    module: Any
-    method: Callable
-    inputs: tuple
-    theirs: dict[str, np.ndarray]
 
 
 def verify(config: Any, params: Params, folder: str | Path) -> Verified:
@@ -171,9 +160,7 @@ def _listen(model, given: Mapping[str, np.ndarray]) -> tuple[Any, dict[str, list
 
 def _names(model, heard: Mapping, kind: Published, folder: Path) -> dict[str, str]:
     """The name in the file of each module's weight: its own, or by its numbers where their code renames it."""
-    tensors = open_weights(folder)
-    if kind.base and not any(name.startswith(kind.base) for name in tensors):
-        tensors = tensors.under(kind.base)
+    tensors = convert_systems.open_source(folder).tensors  # spelled as in the rows
     modules, names, taken = dict(model.named_modules()), {}, set()
     for module in heard:
         own = [f"{front}{module}.weight" for front in ("", kind.base, kind.inside)]
@@ -249,78 +236,3 @@ def _difference(name: str, pairs: list[tuple[str, np.ndarray, np.ndarray]]) -> S
     difference, worst = max(apart)
     largest = max(float(np.abs(theirs).max()) for _, _, theirs in pairs)
     return Stage(name, len({module for module, _, _ in pairs}), difference, largest, worst)
-
-
-# How each kind runs
-
-
-def _words(rng, vocab: int, rows: int = 2) -> np.ndarray:
-    return rng.integers(3, vocab, (rows, LENGTH))
-
-
-def _decoder_run(c: Any, rng) -> Run:
-    from lionjax.language.decoder import Decoder
-
-    def read(module, ids):
-        return {"logits": module.logits(module(module.embed(ids), np.ones(ids.shape, bool)))}
-
-    ids = _words(rng, c.vocab)
-    return Run(Decoder(c), read, (ids,), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
-
-
-def _t5_run(c: Any, rng) -> Run:
-    from lionjax.language.t5 import T5
-
-    def read(module, ids, answer):
-        encoded = module.encode(module.embed(ids), np.ones(ids.shape, bool))
-        real = np.ones(answer.shape, bool)
-        return {"logits": module.decode(answer, real, encoded, np.ones(ids.shape, bool))}
-
-    ids, answer = _words(rng, c.vocab), _words(rng, c.vocab)[:, :7]
-    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "decoder_input_ids": answer}
-    return Run(T5(c), read, (ids, answer), given)
-
-
-def _bert_run(c: Any, rng) -> Run:
-    from lionjax.language.bert import Bert
-
-    def read(module, ids):
-        states, first = module(ids, np.ones(ids.shape, bool))
-        return {"last_hidden_state": states} | ({"pooler_output": first} if c.pooler else {})
-
-    ids = _words(rng, c.vocab)
-    return Run(Bert(c), read, (ids,), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
-
-
-def _picture(rng, side: int) -> np.ndarray:
-    return rng.standard_normal((1, side, side, 3)).astype(np.float32)
-
-
-def _clip_run(c: Any, rng) -> Run:
-    from lionjax.vision.vit import ViT
-
-    def read(module, image):
-        states, _, first = module(image)
-        return {"last_hidden_state": states, "pooler_output": first}
-
-    image = _picture(rng, c.image)
-    return Run(ViT(c), read, (image,), {"pixel_values": image.transpose(0, 3, 1, 2).copy()})
-
-
-def _sam_run(c: Any, rng) -> Run:
-    from lionjax.vision.sam_masks import Sam
-
-    def read(module, image, box):
-        masks, scores = module.decode(module.encode(image), *module.prompts(None, None, box, None))
-        return {"pred_masks": masks[:, :, 1:], "iou_scores": scores[:, :, 1:]}
-
-    image = _picture(rng, c.image)
-    box = np.array([[[0.1, 0.2, 0.6, 0.9]]], np.float32) * c.image
-    given = {"pixel_values": image.transpose(0, 3, 1, 2).copy(), "input_boxes": box}
-    return Run(Sam(c), read, (image, box), given)
-
-
-RUNS: dict[str, Callable[[Any, Any], Run]] = {
-    "llama": _decoder_run, "opt": _decoder_run, "gpt2": _decoder_run, "t5": _t5_run, "bert": _bert_run,
-    "clip": _clip_run, "sam": _sam_run,
-}  # fmt: skip

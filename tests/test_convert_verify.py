@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both models on the same inputs, stage by stage: they agree, and where they do not it is said where."""
 
+import random
+
 import jax
 import numpy as np
 import pytest
+import tiny_prefix
 from test_convert_folders import PUBLISHED
 from test_convert_nextchat import SAM
 
@@ -19,6 +22,9 @@ MODELS = PUBLISHED | {
         max_position_embeddings=20,
     )),
     "sam": ("SamModel", "SamConfig", SAM),
+    "swin": ("SwinModel", "SwinConfig", dict(
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4,
+    )),
 }  # fmt: skip
 STAGES = {  # some that must be among those compared, and how many layers they have
     "t5": {
@@ -38,6 +44,7 @@ STAGES = {  # some that must be among those compared, and how many layers they h
         "pooler.dense": 1,
         "embeddings.word_embeddings": 1,
     },
+    "swin": {"swin.layernorm": 1},
     "sam": {"vision_encoder.layers.{2i+1<2}.attn.qkv": 2, "vision_encoder.neck.conv2": 1},
 }
 
@@ -62,6 +69,17 @@ def test_both_models_agree_at_every_stage_and_most_stages_are_compared(tmp_path,
     layers = {stage.name: stage.layers for stage in found.stages}
     assert STAGES[name].items() <= layers.items(), str(found)
     assert len(found.left) < len(found.stages) / 2, str(found)
+
+
+@pytest.mark.parametrize("name", tiny_prefix.SYSTEMS)
+def test_a_system_that_sees_agrees_at_every_stage(tmp_path, name):
+    seed = tiny_prefix.seed()
+    tiny_prefix.theirs(name, random.Random(seed)).save_pretrained(tmp_path)
+    found = convert_verify.verify(*convert.from_torch(tmp_path), tmp_path)
+    assert found.agree, f"seed {seed}\n{found}"
+    parts = {stage.name.split(".")[0] for stage in found.stages}
+    assert {"language_model", "logits"} < parts and len(found.stages) > 20, f"seed {seed}\n{found}"
+    assert len(found.left) < len(found.stages) / 2, f"seed {seed}\n{found}"
 
 
 def test_where_two_models_part_is_said_by_stage_and_layer(tmp_path):

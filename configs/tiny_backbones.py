@@ -29,14 +29,14 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = get_config()
     if arguments.part in ("vision", "both"):
-        start = backbones.load(arguments.start, "vision") if arguments.start else None
+        start = backbones.load(arguments.start) if arguments.start else None
         params, figures = backbones.train_vision(
             config, processors.CLIP_MEAN, processors.CLIP_STD, start
         )
         backbones.save(params, "vision", arguments.out / "tiny_vit.safetensors")
         (arguments.out / "tiny_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
     if arguments.part in ("language", "both"):
-        start = backbones.load(arguments.start, "language") if arguments.start else None
+        start = backbones.load(arguments.start) if arguments.start else None
         params, figures = backbones.train_language(
             config, start, arguments.out / "tiny_t5_reader.safetensors"
         )

@@ -158,9 +158,21 @@ def place(scene, rng, most: int = 1) -> Example:
 def edge(scene, rng) -> Example:
     """One edge of several things: 'left: star, ring' -> 'star [0.34], ring [0.12]'."""
     named, number = named_alone(scene, rng)[:4], int(rng.integers(4))
-    answer = ", ".join(f"{name} [{box[number]:.3f}"[:-1] + "]" for name, box in named)
+    answer = ", ".join(f"{name} {decimals(box[number], 2)}" for name, box in named)
     question = f"{EDGES[number]}: {', '.join(name for name, _ in named)}"
     return Example("edge", EDGES[number], question, answer, (answer,), "region_level")
+
+
+def one_edge(scene, rng) -> Example:
+    """The first decimal of one edge: 'left: star' -> '[0.3]'. So short an answer teaches best what to look at."""
+    (name, box), number = named_alone(scene, rng)[0], int(rng.integers(4))
+    answer, question = decimals(box[number], 1), f"{EDGES[number]}: {name}"
+    return Example("one_edge", EDGES[number], question, answer, (answer,), "region_level")
+
+
+def decimals(edge: float, count: int) -> str:
+    """The first decimals of an edge as `box_text` writes them."""
+    return f"[{edge:.3f}"[: 3 + count] + "]"
 
 
 def places(scene, rng) -> Example:

@@ -38,6 +38,7 @@ from lionjax.data.told import (
     edge,
     few_things,
     mirrored,
+    one_edge,
     patch_facts,
     place,
     places,
@@ -71,11 +72,10 @@ class BackbonesConfig:
     language_steps: int = 5_000
     language_batch: int = 48
     language_rate: float = 6e-4
-    again_steps: int = 16_000  # a second schedule, in which many scenes are told patch by patch
+    again_steps: int = 12_000  # a second schedule, in which many scenes are told patch by patch
     again_rate: float = 6e-4
-    found_steps: int = 300  # see `train_language`
     patch_share: float = 0.35  # of the second schedule's steps that see a scene patch by patch
-    text_share: float = 0.06  # of language steps that read a scene in words
+    text_share: float = 0.03  # of language steps that read a scene in words
     hinted_share: float = (
         0.12  # of language steps whose prompt begins with LION's sentence about tags
     )
@@ -144,7 +144,7 @@ def train_vision(c: BackbonesConfig, mean, std, start: dict | None = None) -> tu
         ]
     )
     if start is not None:
-        params["vision"] = start
+        params |= start
     steps = (0 if start is not None else c.vision_steps, c.mirrored_steps)
     schedules = [optimiser(c.vision_rate, number) for number in steps if number]
 
@@ -254,17 +254,18 @@ def word_ids(processor: Processor) -> tuple[tuple[int, ...], ...]:
 GROUPS = {
     "drill": (("drill", 2), ("edge", 3), ("compare", 2)),
     "places": (("places", 1),),
-    "short": (("vqa", 5), ("relation", 2), ("existence", 2)),
+    "short": (("vqa", 5), ("relation", 2), ("existence", 2), ("one_edge", 4)),
     "box": (("rec", 3), ("res", 1), ("place", 1)),
     "middle": (("reg", 1), ("tags", 1), ("conversation", 2), ("whose", 2)),
     "long": (("caption", 2), ("grounded", 1)),
 }
-LENGTHS = {"drill": 29, "places": 84, "short": 3, "box": 21, "middle": 24, "long": 88}
+LENGTHS = {"drill": 29, "places": 84, "short": 4, "box": 21, "middle": 24, "long": 88}
 PROMPTS = {"drill": 26, "places": 16, "short": 20, "box": 20, "middle": 72, "long": 14}
-GROUP_ODDS = (0.25, 0.15, 0.27, 0.16, 0.1, 0.07)
+GROUP_ODDS = (0.25, 0.06, 0.42, 0.17, 0.06, 0.04)
 DRILLS = {
     "drill": drill,
     "edge": edge,
+    "one_edge": one_edge,
     "compare": compare,
     "place": place,
     "places": places,
@@ -355,8 +356,8 @@ def train_language(
 ) -> tuple[dict, dict]:
     """Parameters of the T5 and its figures on held-out scenes that it is told patch by patch.
 
-    From `start` on only the second schedule runs, after some steps in which only the code of boxes is learned anew.
-    Now and then everything under training is written to `keep`.
+    From `start` on, a T5 as {"language": ...} or all that was kept, only the second schedule runs. Now and then
+    everything under training is written to `keep`.
     """
     processor = Processor(ProcessorConfig(c.vision.image, prompt_length=PROMPTS["middle"] + SCENE))
     side, pixels = c.vision.image // c.vision.patch, c.vision.image
@@ -368,12 +369,12 @@ def train_language(
     batch = functools.partial(language_batch, c, made, told, rng, processor)
     example = batch("things", "short", 2)
     params = nn.unbox(jax.jit(reader.init)(jax.random.key(c.seed), *example)["params"])
-    if start is None:
-        params["language"] = looking_for_like(params["language"], c.language)
-        parts = [(c.language_steps, c.language_rate, True), (c.again_steps, c.again_rate, True)]
-    else:
-        params["language"] = start
-        parts = [(c.found_steps, 3e-3, False), (c.again_steps, c.again_rate, True)]
+    params["language"] = looking_for_like(params["language"], c.language)
+    first = [] if start else [(c.language_steps, c.language_rate, 0.0)]
+    params |= start or {}
+
+    written = [processor.target(text) for text in ("[0.5,0.5]", "[1.5,1.5]")]
+    points = tuple(ids[at] for ids in written for at in (0, 2))
 
     def judge(params):
         figures = judge_language(c, params, reader, test, test_told, processor)
@@ -382,17 +383,20 @@ def train_language(
             save(params, "reader", keep)
         return figures
 
-    for number, (steps, rate, whole) in enumerate(parts):
-        patches = 0.0 if number == 0 else c.patch_share
-        log.info(
-            "language schedule %d: %d steps, %.0f%% of them by patches",
-            number,
-            steps,
-            100 * patches,
-        )
-        params = learn_language(c, reader, params, batch, rng, steps, rate, patches, whole, judge)
+    for steps, rate, patches in (*first, (c.again_steps, c.again_rate, c.patch_share)):
+        log.info("language: %d steps, %.0f%% of them by patches", steps, 100 * patches)
+        params = learn_language(c, reader, params, batch, rng, steps, rate, patches, judge, points)
         figures = judge(params)
     return params["language"], figures
+
+
+def decimal_weight(target_BM, points: tuple[int, ...]):
+    """How much each token counts: first decimals most; third ones, which nobody can see, hardly at all."""
+    after_BM = jnp.isin(target_BM, jnp.array(points))
+    first, second, third = (
+        jnp.pad(after_BM, ((0, 0), (n, 0)))[:, : target_BM.shape[1]] for n in (1, 2, 3)
+    )
+    return jnp.where(first, 3.0, jnp.where(second, 1.0, jnp.where(third, 0.15, 1.0)))
 
 
 def learn_language(
@@ -404,22 +408,21 @@ def learn_language(
     steps: int,
     rate: float,
     patches: float,
-    whole: bool,
     judge,
+    points: tuple[int, ...],
 ):
-    """One schedule. Unless `whole`, only what turns facts into vectors is learned."""
-    idle = {} if whole else {"language": params["language"]}
-    params = {name: part for name, part in params.items() if name not in idle}
+    """One schedule; `judge` is called every thousand steps."""
     tx = optimiser(rate, steps)
     state = tx.init(params)
 
-    def loss_of(params, idle, arrays):
-        logits_BMV = reader.apply({"params": params | idle}, *arrays)
-        return token_cross_entropy(logits_BMV, arrays[4], arrays[5])
+    def loss_of(params, arrays):
+        logits_BMV = reader.apply({"params": params}, *arrays)
+        weight_BM = arrays[5] * decimal_weight(arrays[4], points)
+        return token_cross_entropy(logits_BMV, arrays[4], weight_BM)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, idle, arrays):
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, idle, arrays)
+    def step(params, state, arrays):
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, arrays)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss, metrics["token_accuracy"]
 
@@ -437,7 +440,7 @@ def learn_language(
         for number in range(steps):
             how, group, arrays = waiting.popleft().result()
             waiting.append(ahead.submit(next_batch))
-            params, state, loss, right = step(params, state, idle, arrays)
+            params, state, loss, right = step(params, state, arrays)
             sums.setdefault(f"{how} {group}", []).append((loss, right))
             if number % 200 == 199:
                 text = ", ".join(
@@ -446,11 +449,11 @@ def learn_language(
                 )
                 log.info("language step %d %.0f s: %s", number, time.time() - begun, text)
                 sums = {}
-            if number % 2000 == 1999 and whole:
-                judge(params | idle)
+            if number % 1000 == 999:
+                judge(params)
         for left in waiting:
             left.cancel()
-    return params | idle
+    return params
 
 
 def judge_language(c: BackbonesConfig, params, reader, test, told, processor: Processor) -> dict:
@@ -483,13 +486,11 @@ def judge_language(c: BackbonesConfig, params, reader, test, told, processor: Pr
     return {kind: round(float(np.mean(values)), 3) for kind, values in figures.items()}
 
 
-def load(file: Path, prefix: str) -> dict:
-    """What `save` wrote."""
-    flat = {
-        path.removeprefix(f"{prefix}/"): leaf
-        for path, leaf in safetensors.numpy.load_file(file).items()
-    }
-    return trees.unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()})
+def load(file: Path) -> dict:
+    """What `save` wrote, under its prefix; the parts of a `reader` stand by themselves."""
+    flat = safetensors.numpy.load_file(file)
+    tree = trees.unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()})
+    return tree.get("reader", tree)
 
 
 def save(params: dict, prefix: str, file: Path) -> None:

@@ -72,7 +72,7 @@ def get_config(
     return Experiment(
         name=f"lion_{name.replace('_', '')}",
         system=system(language),
-        data=DataConfig(sources=(Coco("data/coco"),), processor=processor, boxes=1),
+        data=DataConfig(sources=(Coco("data/coco"),), processor=processor),
         stages=stages(batch_size),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),

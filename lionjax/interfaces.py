@@ -52,9 +52,10 @@ class Batch:
     record_B: Array  # int32, which record of the mixture each row came from
     boxes_BK4: Array = None  # float32 in 0..1
     boxes_mask_BK: Array = None
-    masks_BKHW: Array = None  # bool
+    masks_BKHW: Array = None  # bool, of boxes_BK4
     features: Any = None
     sam_image_BHWC: Array = None  # float32, the same pictures at SAM's size, mean and deviation
+    masks_mask_BK: Array = None  # which of the masks are known; None: those of all real boxes
 
 
 @pytree

@@ -164,7 +164,7 @@ def test_rows_hold_what_their_record_shows():
     batch = take(batches, 1)[0]
     records, processor = Records(DATA, "train"), Processor(SMALL)
     for row in range(4):
-        pixels, scene = records.seen(0, int(batch.record_B[row]))
+        pixels, scene, _ = records.seen(0, int(batch.record_B[row]))
         np.testing.assert_array_equal(batch.image_BHWC[row], processor.normalise(pixels))
         answer = processor.decode(batch.target_BM[row])
         assert answer in {f"Answer: {box_text(thing.box)}" for thing in scene.things}
@@ -192,7 +192,7 @@ def test_buckets_shorten_batches_and_are_given_up_where_processes_must_agree():
 
 
 def test_boxes_come_as_arrays_when_asked_for():
-    data = dataclasses.replace(DATA, boxes=2)
+    data = dataclasses.replace(DATA, processor=dataclasses.replace(SMALL, boxes=2))
     batch = take(stream(data, of=stage(("rec", 1.0), ("vqa", 1.0))), 1)[0]
     for row in range(8):
         answer = Processor(SMALL).decode(batch.target_BM[row])
@@ -409,7 +409,7 @@ def test_cropped_photos_reach_the_batch_with_their_boxes(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps(row))
     sources = (Lines(str(tmp_path / "r.jsonl"), str(tmp_path)),)
     data = DataConfig(
-        sources=sources, processor=SMALL, crop=(0.5, 0.9), flip=True, boxes=1, threads=0
+        sources=sources, processor=dataclasses.replace(SMALL, boxes=1), crop=(0.5, 0.9), flip=True, threads=0
     )
     batch = take(stream(data, of=stage(("rec", 1.0)), size=16), 1)[0]
     for image, box in zip(batch.image_BHWC, batch.boxes_BK4[:, 0]):

@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lionjax.data import pictures
+from lionjax.data import pictures, squares
+from lionjax.data.places import CODECS, HINTS
 from lionjax.data.processors import Processor, ProcessorConfig
 from lionjax.data.scenes import Scene
 from lionjax.data.sources import Opened, Scenes, open_split
+from lionjax.data.squares import Square
 from lionjax.data.tasks import Example, box_text
 from lionjax.interfaces import UserError
 
@@ -33,7 +35,8 @@ class DataConfig:
 
     `tag_noise`: share of tags that a tagger misses; `tag_drop`: share of examples asked without tags.
     `crop`: least and most area of the window seen of a photo, `flip`: mirror half of them. Both keep boxes whole
-    and true, and leave scenes and questions about the whole picture alone. `boxes`: how many a batch holds as arrays.
+    and true, and leave scenes and questions about the whole picture alone. `mask_share`: of the training examples of
+    `res` so many have masks, and the others are not used.
     `buckets`: text lengths to choose from by batch; empty pads to the processor's. One shape compiles each.
     `on_bad_record`: stop, or take the next one, note it in `quarantine` (JSON lines), and stop when more than
     `bad_share` are bad. `cache_mib`: memory for pictures at the model's size.
@@ -46,7 +49,7 @@ class DataConfig:
     tag_drop: float = 0.0
     crop: tuple[float, float] = (1.0, 1.0)
     flip: bool = False
-    boxes: int = 0
+    mask_share: float = 1.0
     buckets: tuple[int, ...] = ()
     on_bad_record: Literal["raise", "replace"] = "raise"
     bad_share: float = 0.01
@@ -57,18 +60,20 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self):
-        for field in ("tag_noise", "tag_drop", "bad_share"):
+        for field in ("tag_noise", "tag_drop", "mask_share", "bad_share"):
             if not 0 <= getattr(self, field) <= 1:
                 raise UserError(
                     f"data.{field} is {getattr(self, field)}; give a share between 0 and 1"
                 )
-        for field in ("boxes", "cache_mib", "threads", "buffer", "workers"):
+        for field in ("cache_mib", "threads", "buffer", "workers"):
             if getattr(self, field) < 0:
                 raise UserError(f"data.{field} is {getattr(self, field)}; give 0 or more")
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise UserError(
                 f"data.crop is {self.crop}; give least and most area, such as (0.5, 1.0)"
             )
+        if self.processor.sam_size and (self.flip or self.crop != (1.0, 1.0)):
+            raise UserError("data.crop and data.flip move no masks; leave them off with sam_size")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise UserError(f"two data sources have one name in {names}; give each its own")
@@ -76,12 +81,22 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Part:
-    """One task of one source in a mixture: `size` examples, `weight` of the whole."""
+    """One task of one source in a mixture: `size` examples, `weight` of the whole.
+
+    `places`: how its boxes are written, where not as the processor does.
+    """
 
     source: int
     task: str
     size: int
     weight: float
+    places: str = ""
+
+    def hinted(self, example: Example) -> Example:
+        """The example asked so that a model knows how to write its boxes."""
+        if not self.places:
+            return example
+        return replace(example, question=f"{example.question} {HINTS[self.places]}")
 
 
 class Records:
@@ -95,7 +110,8 @@ class Records:
         ]
         # Numbers of records run through all sources, so that one number names one picture.
         self.offsets = np.cumsum([0, *map(len, self.opened)])
-        self.kept: dict[int, tuple[np.ndarray, Any]] = {}
+        self.kept: dict[int, tuple[np.ndarray, Any, Square]] = {}
+        self.kept_large: dict[int, dict[str, np.ndarray]] = {}
         self.room = data.cache_mib * 2**20
         self.changing = data.crop != (1.0, 1.0) or data.flip
 
@@ -103,8 +119,14 @@ class Records:
         return Records, (self.data, self.split)
 
     def parts(self, name: str, weight: float = 1.0) -> list[Part]:
-        """What a name in a mixture means: "vqa" of every source that has it, or "coco/vqa" of one."""
-        source, _, task = name.rpartition("/")
+        """What a name in a mixture means: "vqa" of every source that has it, or "coco/vqa" of one.
+
+        "rec@digits" writes its boxes in digits whatever the processor does; so with "bins" and "embeddings".
+        """
+        whole, at, how = name.partition("@")
+        if at and how not in CODECS:
+            raise UserError(f"{name!r} wants places as {how!r}; choose one of {', '.join(CODECS)}")
+        source, _, task = whole.rpartition("/")
         found = [
             (k, opened.sizes[task])
             for k, opened in enumerate(self.opened)
@@ -114,55 +136,71 @@ class Records:
             has = {s.name: "|".join(o.sizes) for s, o in zip(self.data.sources, self.opened)}
             known = "; ".join(f"{source}/{tasks}" for source, tasks in has.items())
             raise UserError(f"no data source has the task {name!r}; there are {known}")
+        if task == "res" and self.split == "train":
+            found = [(k, max(1, round(size * self.data.mask_share))) for k, size in found]
         total = sum(size for _, size in found)
-        return [Part(k, task, size, weight * size / total) for k, size in found]
+        return [Part(k, task, size, weight * size / total, how) for k, size in found]
 
     def name(self, record: int) -> str:
         """The name of a record by the number that stands in `Batch.record_B`."""
         k = int(np.searchsorted(self.offsets, record, side="right")) - 1
         return f"{self.data.sources[k].name}/{self.opened[k].name(record - int(self.offsets[k]))}"
 
-    def seen(self, k: int, record: int) -> tuple[np.ndarray, Any]:
-        """A record's picture at the model's size and its truth, kept in memory while there is room."""
+    def seen(self, k: int, record: int) -> tuple[np.ndarray, Any, Square]:
+        """A record's picture at the model's size, its truth and its square, kept in memory while there is room."""
         number = int(self.offsets[k]) + record
         if number not in self.kept:
             picture, truth = self.opened[k].read(record)
             pixels = self.processor.pixels(picture)
+            square = self.processor.square(picture)
             size = pixels.nbytes + TRUTH_BYTES
             if size > self.room:
-                return pixels, truth
+                return pixels, truth, square
             self.room -= size
-            self.kept[number] = pixels, truth
+            self.kept[number] = pixels, truth, square
         return self.kept[number]
 
-    def row(self, part: Part, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One example as arrays. Raises UserError when its record is bad."""
+    def row(
+        self, part: Part, index: int, rng: np.random.Generator, masks: bool = False
+    ) -> dict[str, np.ndarray]:
+        """One example as arrays, with masks if asked for. Raises UserError when its record is bad."""
         opened, data = self.opened[part.source], self.data
         record = opened.record(part.task, index)
         if self.changing:
             picture, truth = opened.read(record)
             example = opened.ask(part.task, index, truth, rng, data.tag_noise)
             example, window, mirrored = changed(example, truth, data, rng)
+            square = self.processor.square(picture, window)
             pixels = self.processor.pixels(picture, window)
             pixels = pixels[:, ::-1] if mirrored else pixels
         else:
-            pixels, truth = self.seen(part.source, record)
+            pixels, truth, square = self.seen(part.source, record)
             example = opened.ask(part.task, index, truth, rng, data.tag_noise)
+        example = part.hinted(example)
         tags = () if rng.random() < data.tag_drop else example.tags
-        row = self.processor.row(pixels, example.question, tags, example.answer, example.category)
+        words = (example.question, tags, example.answer, example.category)
+        boxes = (*example.question_boxes, *example.boxes)
+        row = self.processor.row(pixels, *words, boxes, square, part.places or None)
         row["record"] = np.int32(self.offsets[part.source] + record)
-        return row | self._boxes(example)
+        return row | self._masks(part, record, example) if masks else row
 
-    def _boxes(self, example: Example) -> dict[str, np.ndarray]:
-        if not self.data.boxes:
-            return {}
-        boxes, mask = (
-            np.zeros((self.data.boxes, 4), np.float32),
-            np.zeros(self.data.boxes, np.int32),
-        )
-        said = (*example.question_boxes, *example.boxes)[: self.data.boxes]
-        boxes[: len(said)], mask[: len(said)] = np.reshape(said, (-1, 4)), 1
-        return {"boxes": boxes, "boxes_mask": mask}
+    def _masks(self, part: Part, record: int, example: Example) -> dict[str, np.ndarray]:
+        """The picture for SAM and, of an example that is answered by masks, those of its boxes."""
+        number, side = int(self.offsets[part.source]) + record, self.processor.config.sam_size
+        if number not in self.kept_large:
+            made = self.processor.large(self.opened[part.source].read(record)[0])
+            size = sum(array.nbytes for array in made.values())
+            if size <= self.room:
+                self.room -= size
+                self.kept_large[number] = made
+        large = self.kept_large.get(number) or made
+        most, first = self.processor.config.boxes, len(example.question_boxes)
+        mask_KHW, known_K = np.zeros((most, side, side), bool), np.zeros(most, np.int32)
+        if part.task == "res":
+            true = self.opened[part.source].masks(record, example.targets)[: most - first]
+            for place, mask_HW in enumerate(true, first):
+                mask_KHW[place], known_K[place] = squares.sam_mask(mask_HW, side), 1
+        return large | {"masks": mask_KHW, "masks_mask": known_K}
 
 
 def open_records(data: DataConfig, split: str) -> Records:
@@ -224,6 +262,7 @@ class Sample:
     name: str
     opened: Opened
     place: int
+    places: str = ""  # how its boxes are to be written, where not as the processor does
 
     def masks(self) -> np.ndarray:
         """(K, height, width) bool of the regions in `example.targets`."""
@@ -252,11 +291,11 @@ def examples(
         rng = np.random.default_rng([seed, 1, zlib.crc32(part.task.encode()), int(number)])
         try:
             picture, truth = opened.read(place)
-            example = opened.ask(part.task, index, truth, rng, data.tag_noise)
+            example = part.hinted(opened.ask(part.task, index, truth, rng, data.tag_noise))
         except UserError as error:
             if data.on_bad_record == "raise":
                 raise
             log.warning("left out: %s", error)
             left_out.add(record)
             continue
-        yield Sample(example, picture, record, records.name(record), opened, place)
+        yield Sample(example, picture, record, records.name(record), opened, place, part.places)

@@ -31,6 +31,7 @@ class Maker:
 
     def __init__(self, records: Records, parts: list[Part], seed: list[int]):
         self.records, self.parts, self.seed = records, parts, seed
+        self.masks = records.processor.config.sam_size > 0 and any(p.task == "res" for p in parts)
 
     def __call__(self, place: int, chosen: tuple[int, int]) -> dict[str, np.ndarray]:
         number, index = chosen
@@ -39,7 +40,7 @@ class Maker:
             rng = np.random.default_rng([*self.seed, place, step])
             at = (index + step) % part.size
             try:
-                row = self.records.row(part, at, rng)
+                row = self.records.row(part, at, rng, self.masks)
             except UserError as error:
                 if self.records.data.on_bad_record == "raise":
                     raise
@@ -119,7 +120,10 @@ class Batches:
         self._rows.set_state({"global_next_index": int(position["next"])})
 
     def _stream(self) -> int:
-        said = [[p.source, p.task, p.size, round(p.weight, 9)] for p in self._maker.parts]
+        said = [
+            [p.source, p.task, p.size, round(p.weight, 9), *([p.places] if p.places else [])]
+            for p in self._maker.parts
+        ]
         return zlib.crc32(json.dumps([said, self._maker.seed]).encode())
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A picture and a question become arrays. The same way in training, in evaluation and in talk.
 
-The picture is shrunk to a square and normalised as CLIP's were. The question is read twice: bare by the
-Q-Former, and by the language model behind LION's sentence about tags. Texts are padded on the right to
-fixed lengths, so that nothing is compiled twice.
+The picture is shrunk or padded to a square and normalised as CLIP's were. The question is read twice: bare by the
+Q-Former, and by the language model behind LION's sentence about tags, in a template such as Vicuna's. Boxes in texts
+are written as the model knows them. Texts are padded on the right to fixed lengths, so that nothing is compiled twice.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from lionjax.data import pictures, tokenizer
+from lionjax.data import pictures, places, squares, tokenizer
+from lionjax.data.pictures import Box
+from lionjax.data.squares import Square
 from lionjax.interfaces import CATEGORIES, Batch, UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+STRETCHED = Square(1, 1)
 # LION's words. The sentinel's embedding is learned: how far the tags are to be trusted.
+TRIGGER, LOCATION = "<at>", "<boxes>"  # NExT-Chat's words for places, and for pictures
+IMAGE_START, IMAGE_PATCH, IMAGE_END = "<im_start>", "<im_patch>", "<im_end>"
 TAGS_BEFORE = f"According to {tokenizer.SOFT_PROMPT}, you are allowed to use or partially use the following tags:"
 
 
@@ -28,6 +34,12 @@ class ProcessorConfig:
     """Sizes and tokenizers: `"tiny"`, or a local folder with T5's for the language model and BERT's for the Q-Former.
 
     Lengths count tokens with the end token. `tags` puts LION's sentence about tags before the question.
+    `padded`: the picture lies in a white square as NExT-Chat's, and boxes are fractions of that; else it is stretched.
+    `reader`: an encoder reads the prompt up to an end token, a decoder from a start token (if it has one) on into the
+    answer. `template` is what stands around a question; {image} is where so many `image_tokens` come, or the one
+    `image_token` of a system that knows by itself how many words a picture has.
+    `places`: how the model writes boxes, see `places`; `bins` a side of location tokens stand behind the vocabulary.
+    `boxes`: how many boxes an example may have as arrays. `sam_size`: pixels of the picture and the masks for SAM.
     """
 
     image_size: int = 224
@@ -40,6 +52,15 @@ class ProcessorConfig:
     target_length: int = 128
     tags: bool = True
     max_pixels: int = pictures.MAX_PIXELS
+    padded: bool = False
+    reader: Literal["encoder", "decoder"] = "encoder"
+    template: str = "{question}"
+    image_tokens: int = 0
+    image_token: int | None = None
+    places: Literal["digits", "bins", "embeddings"] = "digits"
+    bins: int = 32
+    boxes: int = 0
+    sam_size: int = 0
 
     def __post_init__(self):
         for field in (
@@ -51,6 +72,19 @@ class ProcessorConfig:
         ):
             if getattr(self, field) < 1:
                 raise UserError(f"processor.{field} is {getattr(self, field)}; give at least 1")
+        for field in ("image_tokens", "bins", "boxes", "sam_size"):
+            if getattr(self, field) < 0:
+                raise UserError(f"processor.{field} is {getattr(self, field)}; give 0 or more")
+        if self.template.count("{question}") != 1 or self.template.count("{image}") > 1:
+            raise UserError(
+                f"processor.template is {self.template!r}; it wants {{question}} once, {{image}} at most once"
+            )
+        if self.places == "embeddings" and not self.boxes:
+            raise UserError("places are embeddings, but processor.boxes is 0; say how many at most")
+        if self.sam_size and not self.padded:
+            raise UserError(
+                "processor.sam_size wants processor.padded, so that a box is the same place to SAM"
+            )
 
 
 @dataclass(frozen=True)
@@ -61,6 +95,7 @@ class Input:
     question: str
     tags: tuple[str, ...] = ()
     category: str = "image_level"
+    boxes: tuple[Box, ...] = ()  # with all the decimals that the question does not write
 
 
 class Processor:
@@ -74,6 +109,10 @@ class Processor:
             name = f"the tokenizer {config.tokenizer!r} has no {tokenizer.SOFT_PROMPT}"
             raise UserError(f"{name}, which tags need; set processor.tags to false")
         self._before_tags = self.tokenizer.encode(TAGS_BEFORE, special=True)
+        piece = self.tokenizer.backend.token_to_id
+        self.codec = places.Codec(self.tokenizer.size, config.bins, piece(TRIGGER), piece(LOCATION))
+        before, after = config.template.split("{question}")
+        self._before, self._after = self._around(before), self._around(after)
         # Questions repeat: the same wordings, the same words. Bounded, and shared by all threads.
         self._ids = functools.lru_cache(50_000)(lambda text: tuple(self.tokenizer.encode(text)))
         self._question_ids = functools.lru_cache(50_000)(
@@ -87,8 +126,30 @@ class Processor:
 
     def pixels(self, source, window: pictures.Box = pictures.WHOLE) -> np.ndarray:
         """A picture as uint8 (size, size, 3); see `pictures.as_picture` for what may be given."""
+        c = self.config
+        picture = pictures.as_picture(source, max_pixels=c.max_pixels)
+        if not c.padded:
+            return pictures.resize(picture, c.image_size, window)
+        if window != pictures.WHOLE:
+            width, height = picture.size
+            edges = np.array(window) * (width, height, width, height)
+            picture = picture.crop(tuple(edges.round().astype(int).tolist()))
+        return squares.padded(picture, c.image_size)
+
+    def square(self, source, window: pictures.Box = pictures.WHOLE) -> Square:
+        """The square whose fractions the model's boxes are, of a picture or of a window of it."""
+        if not self.config.padded:
+            return STRETCHED
+        width, height = pictures.as_picture(source, max_pixels=self.config.max_pixels).size
+        across, down = window[2] - window[0], window[3] - window[1]
+        return Square(max(1, round(width * across)), max(1, round(height * down)))
+
+    def large(self, source) -> dict[str, np.ndarray]:
+        """The picture for SAM, to stand in a row; nothing where no masks are made."""
+        if not self.config.sam_size:
+            return {}
         picture = pictures.as_picture(source, max_pixels=self.config.max_pixels)
-        return pictures.resize(picture, self.config.image_size, window)
+        return {"sam": squares.sam_pixels(picture, self.config.sam_size)}
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 (..., 3) to float32: divided by 255, less the mean, by the deviation."""
@@ -109,24 +170,74 @@ class Processor:
 
     # ------------------------------------------------------------------ texts
 
+    def _around(self, text: str) -> list[int]:
+        """Ids of one side of the template, with the picture's tokens where it says {image}."""
+        ids: list[int] = []
+        for number, part in enumerate(text.split("{image}")):
+            if number:
+                ids += self._picture()
+            ids += self.tokenizer.encode(part.strip()) if part.strip() else []
+        return ids
+
+    def _picture(self) -> list[int]:
+        """Ids that stand for a picture."""
+        if self.config.image_token is not None:
+            return [self.config.image_token]
+        names = (IMAGE_START, *[IMAGE_PATCH] * self.config.image_tokens, IMAGE_END)
+        return [self.tokenizer.id(name) for name in names]
+
+    def spell(
+        self,
+        text: str,
+        known: Iterable[Box] = (),
+        square: Square = STRETCHED,
+        how: str | None = None,
+    ) -> tuple[list[int], list[Box]]:
+        """Ids of a text with its boxes written as the model writes them, and those boxes within its square.
+
+        `known` are boxes with all their decimals. `how` is another way than the processor's own. Raises UserError for
+        a box that is none where it must be more than digits.
+        """
+        how = how or self.config.places
+        found = places.pieces(text, known)
+        boxes = [square.into(piece) for piece in found if not isinstance(piece, str)]
+        if how == "digits":
+            if square.width != square.height:
+                said = iter(map(places.box_text, boxes))
+                text = "".join(piece if isinstance(piece, str) else next(said) for piece in found)
+            return list(self._ids(text)), boxes
+        boxes = [pictures.unit_box(box) for box in boxes]
+        ids, rest = [], iter(boxes)
+        for piece in found:
+            if not isinstance(piece, str):
+                ids += self.codec.ids(next(rest), how)
+            elif piece.strip():
+                ids += self._ids(piece.strip())
+        return ids, boxes
+
     def prompt(self, question: str, tags: Sequence[str] = ()) -> list[int]:
         """Ids for the language model: LION's sentence about tags where there are any, then the question.
 
         What is too long loses tags from the end of the list, never the learned slot nor a word of the question.
         """
-        room = self.config.prompt_length - 1
-        asked = self._ids(_asked(question))
-        if not (self.config.tags and tags):
-            ids = list(asked)
-        else:
-            room_for_tags = room - len(self._before_tags) - len(asked)
-            ids = [*self._before_tags, *self._tags(tags, room_for_tags), *asked]
+        return self._prompt(question, self.spell(_asked(question))[0], tags)
+
+    def _prompt(self, question: str, asked: Sequence[int], tags: Sequence[str]) -> list[int]:
+        reads_on = self.config.reader == "decoder"
+        start = self.tokenizer.start if reads_on else []
+        room = self.config.prompt_length - (len(start) if reads_on else 1)
+        around = len(self._before) + len(self._after)
+        if self.config.tags and tags:
+            room_for_tags = room - around - len(self._before_tags) - len(asked)
+            asked = [*self._before_tags, *self._tags(tags, room_for_tags), *asked]
+        ids = [*self._before, *asked, *self._after]
         if len(ids) > room:
+            whole = self.config.prompt_length
             raise UserError(
-                f"the prompt {question[:40]!r} takes {len(ids) + 1} tokens where the model takes {room + 1}; "
-                "shorten it, or raise processor.prompt_length"
+                f"the prompt {question[:40]!r} takes {len(ids) + whole - room} tokens where the model takes "
+                f"{whole}; shorten it, or raise processor.prompt_length"
             )
-        return self.tokenizer.frame(ids, self.config.prompt_length)
+        return [*start, *ids] if reads_on else self.tokenizer.frame(ids, self.config.prompt_length)
 
     def _tags(self, tags: Sequence[str], room: int) -> tuple[int, ...]:
         """The list in brackets with as many of the first tags as fit; with none if it must be."""
@@ -144,11 +255,41 @@ class Processor:
 
     def target(self, answer: str) -> list[int]:
         """Ids of an answer, closed by the end token; a long one loses its back."""
-        return self.tokenizer.frame(list(self._ids(answer)), self.config.target_length)
+        return self._target(self.spell(answer)[0])
+
+    def _target(self, ids: Sequence[int]) -> list[int]:
+        kept = list(ids[: self.config.target_length - 1])
+        if kept and kept[-1] == self.codec.trigger:
+            kept.pop()  # its place was cut off
+        return [*kept, self.tokenizer.end_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of generated ids, up to the end token."""
         return self.tokenizer.decode(ids).strip()
+
+    def read(
+        self, ids: Iterable[int], boxes: Iterable[Box] = (), square: Square = STRETCHED
+    ) -> tuple[str, list[Box]]:
+        """The text of generated ids with its boxes in digits, and those boxes, both in 0..1 of the picture.
+
+        `boxes` are those of the location tokens, as the model has them. Of digits, the text stays as it is where the
+        picture fills its square.
+        """
+        ids = list(map(int, ids))
+        ids = ids[: ids.index(self.tokenizer.end_id)] if self.tokenizer.end_id in ids else ids
+        parts: list[str | Box] = []
+        for part in self.codec.read(ids, map(_in_order, boxes)):
+            parts += [self.decode(part)] if isinstance(part, list) else [part]
+        if all(isinstance(part, str) for part in parts) and square.width == square.height:
+            text = "".join(parts)
+            return text, [box for box in places.pieces(text) if not isinstance(box, str)]
+        whole = [
+            piece
+            for part in parts
+            for piece in (places.pieces(part) if isinstance(part, str) else [part])
+        ]
+        back = [piece if isinstance(piece, str) else square.back(piece) for piece in whole]
+        return places.joined(back), [piece for piece in back if not isinstance(piece, str)]
 
     # ------------------------------------------------------------------ arrays
 
@@ -159,18 +300,45 @@ class Processor:
         tags=(),
         answer: str | None = None,
         category: str = "image_level",
+        boxes: Iterable[Box] = (),
+        square: Square = STRETCHED,
+        how: str | None = None,
     ) -> dict[str, np.ndarray]:
-        """One example as arrays of fixed shape, which stack to what `assemble` reads."""
-        c = self.config
-        asked = _padded(self.prompt(question, tags), c.prompt_length, self.tokenizer.pad_id)
-        bare = _padded(self.question(question), c.question_length, self.question_tokenizer.pad_id)
-        learned = [] if answer is None else self.target(answer)
-        said = _padded(learned, c.target_length, self.tokenizer.pad_id)
-        names = ("prompt", "question", "target")
-        texts = dict(zip(names, (asked, bare, said)))
+        """One example as arrays of fixed shape, which stack to what `assemble` reads.
+
+        `boxes`, `square`, `how`: see `spell`. `size` is the picture's, for the way back.
+        """
+        c, boxes = self.config, tuple(boxes)
+        asked, asked_boxes = self.spell(_asked(question), boxes, square, how)
+        said, said_boxes = ([], []) if answer is None else self.spell(answer, boxes, square, how)
+        learned = [] if answer is None else self._target(said)
+        pad = self.tokenizer.pad_id
+        texts = {
+            "prompt": _padded(self._prompt(question, asked, tags), c.prompt_length, pad),
+            "question": _padded(
+                self.question(question), c.question_length, self.question_tokenizer.pad_id
+            ),
+            "target": _padded(learned, c.target_length, pad),
+        }
         masks = {f"{name}_mask": mask for name, (_, mask) in texts.items()}
         ids = {name: ids for name, (ids, _) in texts.items()}
-        return {"pixels": pixels, "task": np.int32(_task(category)), **ids, **masks}
+        size = np.array((square.width, square.height), np.int32)
+        row = {"pixels": pixels, "task": np.int32(_task(category)), "size": size, **ids, **masks}
+        return row | self._boxes([*asked_boxes, *said_boxes], how or c.places)
+
+    def _boxes(self, boxes: Sequence[Box], how: str) -> dict[str, np.ndarray]:
+        most = self.config.boxes
+        if how == "embeddings" and len(boxes) > most:
+            raise UserError(
+                f"question and answer name {len(boxes)} regions where {most} are allowed; ask about fewer, "
+                "or raise processor.boxes"
+            )
+        if not most:
+            return {}
+        box_K4, mask_K = np.zeros((most, 4), np.float32), np.zeros(most, np.int32)
+        kept = boxes[:most]
+        box_K4[: len(kept)], mask_K[: len(kept)] = np.reshape(kept, (-1, 4)), 1
+        return {"boxes": box_K4, "boxes_mask": mask_K}
 
     def assemble(self, rows: dict[str, np.ndarray], buckets: Sequence[int] = ()) -> Batch:
         """Stacked rows as a `Batch`. Texts are padded to the shortest of `buckets` that holds them all, if given."""
@@ -193,7 +361,18 @@ class Processor:
             record_B=rows.get("record", np.arange(len(rows["task"]), dtype=np.int32)),
             boxes_BK4=rows.get("boxes"),
             boxes_mask_BK=rows.get("boxes_mask"),
+            masks_BKHW=rows.get("masks"),
+            masks_mask_BK=rows.get("masks_mask"),
+            sam_image_BHWC=(
+                squares.sam_normalised(rows["sam"], rows["size"]) if "sam" in rows else None
+            ),
         )
+
+    def row_of(self, one: Input, answer: str | None = None) -> dict[str, np.ndarray]:
+        """The row of one thing to ask, with the picture for SAM where masks may be wanted."""
+        picture = pictures.as_picture(one.image, max_pixels=self.config.max_pixels)
+        words = (one.question, one.tags, answer, one.category, one.boxes, self.square(picture))
+        return self.row(self.pixels(picture), *words) | self.large(picture)
 
     def batch(
         self,
@@ -209,10 +388,7 @@ class Processor:
             raise UserError(
                 f"{len(said)} answers were given for {len(inputs)} questions; give one each"
             )
-        rows = [
-            self.row(self.pixels(one.image), one.question, one.tags, answer, one.category)
-            for one, answer in zip(inputs, said)
-        ]
+        rows = [self.row_of(one, answer) for one, answer in zip(inputs, said)]
         return self.assemble(
             {key: np.stack([row[key] for row in rows]) for key in rows[0]}, buckets
         )
@@ -222,6 +398,12 @@ def _asked(question: str) -> str:
     if not question.strip():
         raise UserError("the prompt is empty; ask something about the picture")
     return question.strip()
+
+
+def _in_order(box: Sequence[float]) -> Box:
+    """Corners sorted and inside the square, whatever a head has read."""
+    x0, y0, x1, y1 = (min(max(float(edge), 0.0), 1.0) for edge in box)
+    return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
 
 
 def _task(category: str) -> int:

@@ -73,15 +73,27 @@ def padded(picture: Image.Image, pixels: int, color: tuple[int, int, int] = WHIT
     return np.asarray(whole.resize((pixels, pixels), Image.Resampling.BICUBIC))
 
 
+def sam_pixels(picture: Image.Image, pixels: int = 1024) -> np.ndarray:
+    """An RGB picture in the middle of SAM's square: uint8 (pixels, pixels, 3); bilinear."""
+    top, left, high, wide = Square(*picture.size).inside(pixels)
+    whole = np.zeros((pixels, pixels, 3), np.uint8)
+    small = picture.resize((wide, high), Image.Resampling.BILINEAR)
+    whole[top : top + high, left : left + wide] = np.asarray(small)
+    return whole
+
+
+def sam_normalised(pixels_BHWC: np.ndarray, size_B2: np.ndarray) -> np.ndarray:
+    """Squares of pictures of these sizes (width, height) as SAM reads them: float32, normalised, zeros around."""
+    image = (pixels_BHWC.astype(np.float32) - np.float32(SAM_MEAN)) / np.float32(SAM_STD)
+    for row, (width, height) in zip(image, np.asarray(size_B2).tolist()):
+        top, left, high, wide = Square(width, height).inside(row.shape[0])
+        row[:top], row[top + high :], row[:, :left], row[:, left + wide :] = 0, 0, 0, 0
+    return image
+
+
 def sam_image(picture: Image.Image, pixels: int = 1024) -> np.ndarray:
     """An RGB picture as NExT-Chat shows it to SAM: float32 (pixels, pixels, 3), normalised, zeros around it."""
-    top, left, high, wide = Square(*picture.size).inside(pixels)
-    small = np.asarray(picture.resize((wide, high), Image.Resampling.BILINEAR), np.float32)
-    whole = np.zeros((pixels, pixels, 3), np.float32)
-    whole[top : top + high, left : left + wide] = (small - np.float32(SAM_MEAN)) / np.float32(
-        SAM_STD
-    )
-    return whole
+    return sam_normalised(sam_pixels(picture, pixels)[None], np.array([picture.size]))[0]
 
 
 def sam_mask(mask_HW: np.ndarray, pixels: int) -> np.ndarray:

@@ -15,11 +15,11 @@ import numpy as np
 
 from lionjax.data import expressions as says
 from lionjax.data import scenes, wordings
+from lionjax.data.places import Box, box_text
 from lionjax.data.scenes import Scene
 from lionjax.data.wordings import ask
 from lionjax.interfaces import UserError
 
-Box = tuple[float, float, float, float]
 VOCABULARY = (*scenes.SHAPES, *scenes.COLORS, "striped", "dotted")
 SETTINGS = ("random", "popular", "adversarial")
 POPULAR = frozenset((c, s) for c in scenes.COLORS[:3] for s in scenes.SHAPES[:3])
@@ -33,6 +33,7 @@ CATEGORY = {
     "rec": "region_level",
     "res": "region_level",
     "reg": "region_level",
+    "box_vqa": "region_level",
     "grounded": "region_level",
     "conversation": "region_level",
 }
@@ -59,11 +60,6 @@ class Example:
     turns: tuple[tuple[str, str], ...] = ()
     tags: tuple[str, ...] = ()
     scene: str = ""
-
-
-def box_text(box: Box) -> str:
-    """A box as models read and write it: '[x0,y0,x1,y1]', three decimals in 0..1."""
-    return "[" + ",".join(f"{edge:.3f}" for edge in box) + "]"
 
 
 def describe(scene: Scene, rng=None) -> str:
@@ -314,6 +310,30 @@ def reg(scene: Scene, rng) -> Example:
     return _short("reg", "expression", question, *answers, question_boxes=(box,), targets=(k,))
 
 
+def box_vqa(scene: Scene, rng, kind: str | None = None) -> Example:
+    """A question about the thing in a box, answered by a word; `kind` is color, shape, texture or yesno."""
+    kind = kind or _pick(rng, ("color", "shape", "texture", "yesno"))
+    k = int(rng.integers(len(scene.things)))
+    thing, box = scene.things[k], scene.things[k].box
+    templates = {
+        "color": wordings.BOX_COLOR,
+        "shape": wordings.BOX_SHAPE,
+        "texture": wordings.BOX_TEXTURE,
+        "yesno": wordings.BOX_CHECK,
+    }[kind]
+    words = {"box": box_text(box)}
+    if kind == "yesno":
+        spoken = scenes.pairs_of(scene.split)
+        others = [
+            word for word in scenes.COLORS if word != thing.color and (word, thing.shape) in spoken
+        ]
+        truth = bool(rng.random() < 0.5)
+        words["word"] = thing.color if truth else _pick(rng, others)
+    answer = _yes(truth) if kind == "yesno" else getattr(thing, kind)
+    question = ask(templates, rng, **words)
+    return _short("box_vqa", kind, question, answer, question_boxes=(box,), targets=(k,))
+
+
 def grounded(scene: Scene, rng, most: int = 4) -> Example:
     """The largest things in view from left to right, each followed by its box."""
 
@@ -367,6 +387,7 @@ TASKS = {
     "rec": rec,
     "res": res,
     "reg": reg,
+    "box_vqa": box_vqa,
     "grounded": grounded,
     "conversation": conversation,
 }

@@ -85,6 +85,30 @@ REG = (
     "Give an expression that fits only the object at {box}.",
     "Name what you see inside {box}.",
 )
+BOX_COLOR = (
+    "What color is the object at {box}?",
+    "Which color has the thing in {box}?",
+    "Tell me the color of what lies in {box}.",
+    "The object in the region {box} is what color?",
+)
+BOX_SHAPE = (
+    "What shape is the object at {box}?",
+    "Which shape has the thing in {box}?",
+    "Tell me the shape of what lies in {box}.",
+    "The object in the region {box} has what shape?",
+)
+BOX_TEXTURE = (
+    "Is the object at {box} plain, striped or dotted?",
+    "What pattern has the thing in {box}?",
+    "Tell me the pattern of what lies in {box}.",
+    "The object in the region {box} has what pattern?",
+)
+BOX_CHECK = (
+    "Is the object at {box} {word}?",
+    "Would you call the thing in {box} {word}?",
+    "What lies in {box}: is it {word}?",
+    "Is it true that the object in the region {box} is {word}?",
+)
 GROUNDED = (
     "Describe the main objects and give the box of each.",
     "Caption the image with a box after each object.",

@@ -7,13 +7,39 @@ carries the box itself, as an embedding in place of a word's (NExT-Chat, arXiv 2
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax.interfaces import UserError
+from lionjax import losses
+from lionjax.interfaces import Batch, Metrics, UserError
 from lionjax.layers import MLP, dense_rows
 from lionjax.weight_rows import Row
+
+OBJECTIVES = ("language", "masks")
+NEVER = -1e30  # a logit that is never chosen, and finite
+
+
+@dataclasses.dataclass(frozen=True)
+class PlaceConfig:
+    """Boxes and masks as embeddings beside any language model; NExT-Chat's sizes and weights.
+
+    `losses` "original" has the constants that its code has by mistake. `max_boxes` are kept of an answer.
+    """
+
+    trigger_token: int = 32003
+    location_token: int = 32004
+    location_hidden: int = 2048
+    mask_tokens: int = 4
+    max_boxes: int = 8
+    l1_weight: float = 2.0
+    giou_weight: float = 0.2
+    cycle_weight: float = 1.0
+    focal_weight: float = 20.0
+    losses: str = "intended"
 
 
 class Locations(nn.Module):
@@ -48,9 +74,10 @@ class MaskPrompts(nn.Module):
         return mlp(state_BKD).reshape(*state_BKD.shape[:-1], self.tokens, self.channels)
 
 
-def put(x_BLD, here_BL, piece_BKD):
-    """x with the k-th piece of a row at the k-th marked place of that row."""
-    place_BL = jnp.clip(jnp.cumsum(here_BL, axis=1) - 1, 0, piece_BKD.shape[1] - 1)
+def put(x_BLD, here_BL, piece_BKD, first_B=0):
+    """x with the k-th piece of a row at the k-th marked place of that row; `first_B` pieces stand elsewhere before."""
+    place_BL = jnp.cumsum(here_BL, axis=1) - 1 + jnp.reshape(first_B, (-1, 1))
+    place_BL = jnp.clip(place_BL, 0, piece_BKD.shape[1] - 1)
     spread_BLD = jnp.take_along_axis(piece_BKD.astype(x_BLD.dtype), place_BL[..., None], axis=1)
     return jnp.where(here_BL[..., None], spread_BLD, x_BLD)
 
@@ -67,6 +94,104 @@ def pick(x_BLD, place_BK):
     return jnp.take_along_axis(
         x_BLD, place_BK.reshape(*place_BK.shape, *(1,) * (x_BLD.ndim - 2)), axis=1
     )
+
+
+def triggers(c, batch: Batch, state_BMD):
+    """States at the answer's triggers (B, K, D), which box each of them means (B, K), and which are real (B, K).
+
+    `state_BMD` are the states that have read each word of the answer. Triggers in what the other side says are not
+    learned. A trigger means the box of the location token behind it.
+    """
+    count = batch.boxes_BK4.shape[1]
+    said_BM = (batch.target_BM == c.trigger_token) & batch.loss_mask_BM.astype(bool)
+    place_BK, real_BK = places(said_BM, count)
+    before_B1 = (batch.prompt_BL == c.location_token).sum(axis=1, keepdims=True)
+    which_BM = before_B1 + jnp.cumsum(batch.target_BM == c.location_token, axis=1)
+    which_BK = pick(which_BM, place_BK)
+    real_BK = real_BK & (which_BK < count)
+    return pick(state_BMD, place_BK), jnp.minimum(which_BK, count - 1), real_BK
+
+
+def words_loss(c, logits_BMV, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """Cross entropy of an answer. The model says where a place begins; what stands there is no word to choose."""
+    learned_BM = batch.loss_mask_BM * (batch.target_BM != c.location_token)
+    return losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
+
+
+def place_losses(c, locations: Locations, batch: Batch, found) -> tuple[dict, Metrics]:
+    """Weighted terms of the boxes read at triggers (`found`, see `triggers`) and of both cycles, and their IoU."""
+    trigger_BKD, which_BK, real_BK = found
+    trigger_BKD = trigger_BKD.astype(jnp.float32)
+    box_BK4 = pick(batch.boxes_BK4, which_BK)
+    predicted_BK4 = locations.decode(trigger_BKD)
+    again_BKD = locations.encode(predicted_BK4)
+    same_BK4 = locations.decode(locations.encode(batch.boxes_BK4))
+    given_BK = batch.boxes_mask_BK
+    terms = {
+        "l1": c.l1_weight * losses.mean_of_real(jnp.abs(predicted_BK4 - box_BK4), real_BK),
+        "giou": c.giou_weight
+        * losses.giou_loss(predicted_BK4, box_BK4, real_BK, c.losses == "original"),
+        "cycle_state": c.cycle_weight
+        * losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK),
+        "cycle_box": c.cycle_weight
+        * losses.mean_of_real(jnp.abs(same_BK4 - batch.boxes_BK4), given_BK),
+    }
+    return terms, {"box_iou": losses.mean_of_real(losses.iou(predicted_BK4, box_BK4), real_BK)}
+
+
+def mask_side(batch: Batch) -> int:
+    """Pixels a side of the true masks. Raises UserError where there are none."""
+    if batch.masks_BKHW is None:
+        raise UserError(
+            "the objective is masks, but the batch has none; mix the task res, and set processor.sam_size"
+        )
+    return batch.masks_BKHW.shape[-1]
+
+
+def masks_loss(c, batch: Batch, found, logits_BKHW, iou_BK) -> tuple[jax.Array, Metrics]:
+    """Focal, dice and IoU losses of the masks at triggers (`found`), whose logits have the true masks' size."""
+    _, which_BK, real_BK = found
+    if batch.masks_mask_BK is not None:
+        real_BK = real_BK & pick(batch.masks_mask_BK, which_BK).astype(bool)
+    mask_BKHW = pick(batch.masks_BKHW, which_BK)
+    terms = losses.mask_losses(logits_BKHW, iou_BK, mask_BKHW, real_BK, c.losses == "original")
+    terms["focal"] = c.focal_weight * terms["focal"]
+    metrics = {f"loss_{name}": term for name, term in terms.items()}
+    return sum(terms.values()), metrics | {"weight": real_BK.astype(jnp.float32).sum()}
+
+
+def nothing_said(c, rows: int, width: int, dtype) -> dict:
+    """What is kept of answers that have just begun: boxes, the states they were read from, and how many there are."""
+    return {
+        "box": jnp.zeros((1, rows, c.max_boxes, 4)),
+        "state": jnp.zeros((1, rows, c.max_boxes, width), dtype),
+        "count": jnp.zeros((1, rows), jnp.int32),
+    }
+
+
+def say(c, locations: Locations, state_BD, word_BV, triggered_B, kept: dict):
+    """(logits (B, V), what a cache remembers) of the state behind a word, which may be a trigger.
+
+    A location token can follow a trigger only, and must. `place` is what the next word is where `triggered`.
+    """
+    place_B4 = locations.decode(state_BD)
+    here_BK = triggered_B[:, None] & (jnp.arange(c.max_boxes) == kept["count"][0][:, None])
+    kept = {
+        "box": jnp.where(here_BK[None, ..., None], place_B4[None, :, None], kept["box"]),
+        "state": jnp.where(here_BK[None, ..., None], state_BD[None, :, None], kept["state"]),
+        "count": kept["count"] + triggered_B,
+    }
+    is_location_V = jnp.arange(word_BV.shape[-1]) == c.location_token
+    word_BV = jnp.where(is_location_V, NEVER, word_BV)
+    place_V = jnp.where(is_location_V, 0.0, NEVER)
+    logits_BV = jnp.where(triggered_B[:, None], place_V, word_BV)
+    return logits_BV, {"kept": kept, "place": place_B4[None], "triggered": triggered_B[None]}
+
+
+def heard(locations: Locations, word_BD, written: dict):
+    """The next input (B, D): the word that was chosen, or the place where one was said."""
+    place_BD = locations.encode(written["place"][0]).astype(word_BD.dtype)
+    return jnp.where(written["triggered"][0][:, None], place_BD, word_BD)
 
 
 def check_boxes(ids_BL, location_token: int, box_BK4, mask_BK, name: str = "prompt") -> None:

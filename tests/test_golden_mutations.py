@@ -20,7 +20,7 @@ from lionjax.systems import lion, nextchat
 
 MISTAKES = {
     "location tokens are learned as words": (
-        nextchat, "batch.loss_mask_BM * (batch.target_BM != c.location_token)", "batch.loss_mask_BM",
+        heads, "batch.loss_mask_BM * (batch.target_BM != c.location_token)", "batch.loss_mask_BM",
         {"loss_lm", "loss_total"},
     ),
     "F without its last bias": (
@@ -29,7 +29,7 @@ MISTAKES = {
         {"predicted_boxes", "loss_box"},
     ),
     "a stop-gradient in the cycle loss": (
-        nextchat, "losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK)",
+        heads, "losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK)",
         "losses.mean_of_real(jnp.square(again_BKD - jax.lax.stop_gradient(trigger_BKD)), real_BK)",
         {"stage1"},
     ),
@@ -74,6 +74,7 @@ def test_a_mistake_is_seen(monkeypatch, mistake, folder):
     module, old, new, seen = MISTAKES[mistake]
     changed = mutated(monkeypatch, module, old, new)
     if module is heads:
+        monkeypatch.setattr(nextchat, "heads", changed)
         monkeypatch.setattr(nextchat, "Locations", changed.Locations)
     else:
         for name in ("NextChat", "NextChatModule"):

@@ -242,11 +242,23 @@ class T5(nn.Module):
     def decode(self, ids_BM, mask_BM, encoded_BLD, encoded_mask_BL, task_B=None, key=None):
         """Logits (B, M, V) in float32 of the token after each of `ids_BM`, which begin with the start token."""
         x_BMD = self.embed(ids_BM, encoded_BLD.dtype)
-        h_BMD, _ = self.decoder(x_BMD, encoded_BLD, encoded_mask_BL, task_B, key, mask_BM=mask_BM)
-        return self.head(h_BMD).astype(jnp.float32)
+        return self.logits(self.states(x_BMD, mask_BM, encoded_BLD, encoded_mask_BL, task_B, key))
+
+    def states(self, x_BMD, mask_BM, encoded_BLD, encoded_mask_BL, task_B=None, key=None):
+        """States (B, M, D) of a whole answer's embeddings."""
+        return self.decoder(x_BMD, encoded_BLD, encoded_mask_BL, task_B, key, mask_BM=mask_BM)[0]
+
+    def logits(self, state_BMD):
+        """(..., D) -> (..., V) in float32."""
+        return self.head(state_BMD).astype(jnp.float32)
 
     def begin(self, encoded_BLD, encoded_mask_BL, task_B, cache_length: int):
         """Read the start token: logits (B, V) and a cache with room for `cache_length` tokens more."""
+        state_BD, cache = self.begin_state(encoded_BLD, encoded_mask_BL, task_B, cache_length)
+        return self.logits(state_BD), cache
+
+    def begin_state(self, encoded_BLD, encoded_mask_BL, task_B, cache_length: int):
+        """As `begin`, with the state (B, D) instead of what it says."""
         c = self.c
         batch, dtype = encoded_BLD.shape[0], encoded_BLD.dtype
         shape = (c.decoder_layers, batch, 1 + cache_length, c.heads, c.head)
@@ -262,19 +274,24 @@ class T5(nn.Module):
             "task": task_B[None] if task_B is not None else None,
         }
         cache = Cache({"self_k": own[0], "self_v": own[1]}, fixed, jnp.ones((), jnp.int32))
-        return self.head(h_B1D)[:, 0].astype(jnp.float32), cache
+        return h_B1D[:, 0], cache
 
     def extend(self, token_B, cache: Cache):
         """Read one token per row."""
-        fixed = cache.fixed
-        x_B1D = self.embed(token_B[:, None], cache.written["self_k"].dtype)
+        x_BD = self.embed(token_B, cache.written["self_k"].dtype)
+        state_BD, cache = self.extend_state(x_BD, cache)
+        return self.logits(state_BD), cache
+
+    def extend_state(self, x_BD, cache: Cache):
+        """Read one more embedding per row: its state (B, D)."""
+        fixed, x_B1D = cache.fixed, x_BD[:, None]
         crossed = {"cross_k": fixed["cross_k"], "cross_v": fixed["cross_v"]}
         task_B = None if fixed["task"] is None else fixed["task"][0]
         h_B1D, (own, _) = self.decoder(
             x_B1D, None, fixed["mask"][0], task_B, None, cache.written | crossed, cache.step
         )
-        written = {"self_k": own[0], "self_v": own[1]}
-        return self.head(h_B1D)[:, 0].astype(jnp.float32), Cache(written, fixed, cache.step + 1)
+        written = cache.written | {"self_k": own[0], "self_v": own[1]}
+        return h_B1D[:, 0], Cache(written, fixed, cache.step + 1)
 
 
 def shift_right(target_BM, start_token: int):

@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lionjax import heads, losses
-from lionjax.heads import Locations, MaskPrompts
+from lionjax import heads
+from lionjax.heads import OBJECTIVES, Locations, MaskPrompts
 from lionjax.interfaces import Batch, Cache, Metrics, Params
 from lionjax.language import decoder
 from lionjax.language.decoder import VICUNA_7B, Decoder, DecoderConfig
@@ -26,9 +26,7 @@ from lionjax.vision.sam_masks import Sam
 from lionjax.vision.vit import CLIP_VIT_L, ViT, ViTConfig
 from lionjax.weight_rows import Row, under
 
-OBJECTIVES = ("language", "masks")
 LOSSES = ("intended", "original")
-NEVER = -1e30  # a logit that is never chosen, and finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +127,13 @@ class NextChatModule(nn.Module):
             return jax.tree.map(lambda leaf: leaf.astype(self.c.dtype), batch.features)
         _, seen_TBPD, _ = self.vision(batch.image_BHWC.astype(self.c.dtype))
         seen = {"patches": seen_TBPD[0, :, 1:]}
-        if batch.sam_image_BHWC is not None:
-            seen["map"] = self.sam.encode(batch.sam_image_BHWC.astype(self.c.dtype))
-        return seen
+        return seen if batch.sam_image_BHWC is None else seen | {"map": self.map(batch)}
+
+    def map(self, batch: Batch):
+        """What SAM's encoder makes of each picture, once for all its boxes."""
+        if batch.features is not None:
+            return batch.features["map"].astype(self.c.dtype)
+        return self.sam.encode(batch.sam_image_BHWC.astype(self.c.dtype))
 
     def embed(self, batch: Batch, ids_BL):
         """Words (B, L, D), with patches at the image tokens and boxes at the location tokens, in their order."""
@@ -158,124 +160,57 @@ class NextChatModule(nn.Module):
         return self.language.logits(before_BMD), state_BLD
 
     def triggers(self, batch: Batch, state_BLD):
-        """States at the answer's triggers (B, K, D), which box each of them means (B, K), and which are real (B, K).
-
-        Triggers in what the other side says are not learned. A trigger means the box of the location token behind it.
-        """
-        c, length, count = self.c, batch.prompt_BL.shape[1], batch.boxes_BK4.shape[1]
-        said_BM = (batch.target_BM == c.trigger_token) & batch.loss_mask_BM.astype(bool)
-        place_BK, real_BK = heads.places(said_BM, count)
-        is_box_BL = jnp.concatenate([batch.prompt_BL, batch.target_BM], axis=1) == c.location_token
-        which_BK = heads.pick(jnp.cumsum(is_box_BL, axis=1)[:, length:], place_BK)
-        real_BK = real_BK & (which_BK < count)
-        return (
-            heads.pick(state_BLD[:, length:], place_BK),
-            jnp.minimum(which_BK, count - 1),
-            real_BK,
-        )
+        """See `heads.triggers`."""
+        return heads.triggers(self.c, batch, state_BLD[:, batch.prompt_BL.shape[1] :])
 
     def language_loss(self, batch: Batch, key):
-        c = self.c
         logits_BMV, state_BLD = self(batch, key)
-        # The model says where a place begins; what stands there is not a word it could choose.
-        learned_BM = batch.loss_mask_BM * (batch.target_BM != c.location_token)
-        loss, metrics = losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
+        loss, metrics = heads.words_loss(self.c, logits_BMV, batch)
         if batch.boxes_BK4 is None:
             return loss, metrics
-        trigger_BKD, which_BK, real_BK = self.triggers(batch, state_BLD)
-        trigger_BKD = trigger_BKD.astype(jnp.float32)
-        box_BK4 = heads.pick(batch.boxes_BK4, which_BK)
-        predicted_BK4 = self.locations.decode(trigger_BKD)
-        again_BKD = self.locations.encode(predicted_BK4)
-        same_BK4 = self.locations.decode(self.locations.encode(batch.boxes_BK4))
-        given_BK = batch.boxes_mask_BK
-        terms = {
-            "text": loss,
-            "l1": c.l1_weight * losses.mean_of_real(jnp.abs(predicted_BK4 - box_BK4), real_BK),
-            "giou": c.giou_weight
-            * losses.giou_loss(predicted_BK4, box_BK4, real_BK, c.losses == "original"),
-            "cycle_state": c.cycle_weight
-            * losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK),
-            "cycle_box": c.cycle_weight
-            * losses.mean_of_real(jnp.abs(same_BK4 - batch.boxes_BK4), given_BK),
-        }
-        metrics |= {f"loss_{name}": term for name, term in terms.items()}
-        metrics["box_iou"] = losses.mean_of_real(losses.iou(predicted_BK4, box_BK4), real_BK)
+        found = self.triggers(batch, state_BLD)
+        terms, more = heads.place_losses(self.c, self.locations, batch, found)
+        terms = {"text": loss} | terms
+        metrics |= {f"loss_{name}": term for name, term in terms.items()} | more
         return sum(terms.values()), metrics
 
     def masks_loss(self, batch: Batch, key):
-        c = self.c
-        trigger_BKD, which_BK, real_BK = self.triggers(batch, self.read(batch, key))
+        side = heads.mask_side(batch)
+        found = trigger_BKD, _, _ = self.triggers(batch, self.read(batch, key))
         logits_BKHW, iou_BK = self.segment(batch, self.locations.decode(trigger_BKD), trigger_BKD)
-        mask_BKHW = heads.pick(batch.masks_BKHW, which_BK)
-        logits_BKHW = sam_masks.enlarge(logits_BKHW, mask_BKHW.shape[-1])
-        terms = losses.mask_losses(logits_BKHW, iou_BK, mask_BKHW, real_BK, c.losses == "original")
-        terms["focal"] = c.focal_weight * terms["focal"]
-        weight = real_BK.astype(jnp.float32).sum()
-        return sum(terms.values()), {"weight": weight} | {
-            f"loss_{name}": term for name, term in terms.items()
-        }
+        logits_BKHW = sam_masks.enlarge(logits_BKHW, side)
+        return heads.masks_loss(self.c, batch, found, logits_BKHW, iou_BK)
 
     def segment(self, batch: Batch, box_BK4, state_BKD):
         """The mask tokens of the states, then two of the boxes, ask SAM's decoder; its first mask answers."""
         own_BKTC = self.mask_prompts(state_BKD.astype(jnp.float32))
-        box_BKTC = self.sam.prompts.boxes(box_BK4 * self.c.box_scale)
-        prompt_BKTC = jnp.concatenate([own_BKTC, box_BKTC], axis=2)
-        logits_BKMHW, iou_BKM = self.sam.decode(self.see(batch)["map"], prompt_BKTC)
-        return logits_BKMHW[:, :, 0], iou_BKM[:, :, 0]
+        return self.sam.point(self.map(batch), box_BK4 * self.c.box_scale, own_BKTC)
 
     def locate(self, batch: Batch):
         trigger_BKD, _, real_BK = self.triggers(batch, self.read(batch, None))
         return self.locations.decode(trigger_BKD), trigger_BKD, real_BK
 
     def begin(self, batch: Batch, cache_length: int):
-        c, batch_size = self.c, batch.prompt_BL.shape[0]
+        c = self.c
         x_BLD = self.embed(batch, batch.prompt_BL)
         state_BD, cache = self.language.begin(
             x_BLD, batch.prompt_mask_BL, cache_length, batch.task_B
         )
-        kept = {
-            "box": jnp.zeros((1, batch_size, c.max_boxes, 4)),
-            "state": jnp.zeros((1, batch_size, c.max_boxes, state_BD.shape[-1]), state_BD.dtype),
-            "count": jnp.zeros((1, batch_size), jnp.int32),
-        }
-        written = cache.written | {"kept": kept}
         last_B = decoder.last(batch.prompt_BL[..., None], batch.prompt_mask_BL)[:, 0]
-        return self.say(
-            state_BD, last_B == c.trigger_token, Cache(written, cache.fixed, cache.step)
-        )
+        kept = heads.nothing_said(c, *state_BD.shape, state_BD.dtype)
+        return self.say(state_BD, last_B == c.trigger_token, kept, cache)
 
     def extend(self, token_B, cache: Cache):
-        c, written = self.c, cache.written
+        written = cache.written
         word_BD = self.language.embed(token_B, written["k"].dtype)
-        after_B = written["triggered"][0]
-        place_BD = self.locations.encode(written["place"][0]).astype(word_BD.dtype)
-        state_BD, cache = self.language.extend(
-            jnp.where(after_B[:, None], place_BD, word_BD), cache
-        )
-        return self.say(state_BD, (token_B == c.trigger_token) & ~after_B, cache)
+        triggered_B = (token_B == self.c.trigger_token) & ~written["triggered"][0]
+        state_BD, cache = self.language.extend(heads.heard(self.locations, word_BD, written), cache)
+        return self.say(state_BD, triggered_B, written["kept"], cache)
 
-    def say(self, state_BD, triggered_B, cache: Cache):
-        """Logits of the next word, and the cache with the place that is said here, if this is where one is said."""
-        c, kept = self.c, cache.written["kept"]
-        place_B4 = self.locations.decode(state_BD)
-        here_BK = triggered_B[:, None] & (jnp.arange(c.max_boxes) == kept["count"][0][:, None])
-        kept = {
-            "box": jnp.where(here_BK[None, ..., None], place_B4[None, :, None], kept["box"]),
-            "state": jnp.where(here_BK[None, ..., None], state_BD[None, :, None], kept["state"]),
-            "count": kept["count"] + triggered_B,
-        }
-        written = cache.written | {
-            "kept": kept,
-            "place": place_B4[None],
-            "triggered": triggered_B[None],
-        }
-        is_location_V = jnp.arange(c.language.vocab) == c.location_token
-        word_BV = jnp.where(is_location_V, NEVER, self.language.logits(state_BD))
-        place_V = jnp.where(is_location_V, 0.0, NEVER)
-        return jnp.where(triggered_B[:, None], place_V, word_BV), Cache(
-            written, cache.fixed, cache.step
-        )
+    def say(self, state_BD, triggered_B, kept, cache: Cache):
+        word_BV = self.language.logits(state_BD)
+        logits_BV, told = heads.say(self.c, self.locations, state_BD, word_BV, triggered_B, kept)
+        return logits_BV, Cache(cache.written | told, cache.fixed, cache.step)
 
     def everything(self, batch: Batch):
         """Runs every part once, to make its parameters."""
@@ -304,8 +239,10 @@ def torch_rows(c: NextChat) -> tuple[Row, ...]:
             *dense_rows("model.mm_projector.0", "projector/up"),
             *dense_rows("model.mm_projector.2", "projector/down"),
         )
+    # A tower that is no CLIP keeps its own names within.
+    vision = vit.clip_rows(c.vision) if c.vision.norm_before else vit.eva_rows(c.vision)
     return (
-        *under("model.vision_tower.vision_model.", "vision/", vit.clip_rows(c.vision)),
+        *under("model.vision_tower.vision_model.", "vision/", vision),
         *projector,
         *under("", "language/", decoder.llama_rows(c.language)),
         *under("", "locations/", heads.location_rows()),

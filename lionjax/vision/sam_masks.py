@@ -247,6 +247,12 @@ class Sam(nn.Module):
             map_BHWC + added_BHWC.astype(map_BHWC.dtype), prompt_BKTC, self.prompts.grid()
         )
 
+    def point(self, map_BHWC, box_BK4, own_BKTC):
+        """Mask logits (B, K, 4h, 4w) and IoUs (B, K) of boxes in pixels, with further tokens before them."""
+        prompt_BKTC = jnp.concatenate([own_BKTC, self.prompts.boxes(box_BK4)], axis=2)
+        logits_BKMHW, iou_BKM = self.decode(map_BHWC, prompt_BKTC)
+        return logits_BKMHW[:, :, 0], iou_BKM[:, :, 0]
+
     def __call__(self, image_BHWC, point_BKT2=None, label_BKT=None, box_BK4=None, mask_BHW=None):
         return self.decode(
             self.encode(image_BHWC), *self.prompts(point_BKT2, label_BKT, box_BK4, mask_BHW)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lionjax import config as configs
-from lionjax import convert_lora, convert_surgery, convert_systems
+from lionjax import convert_card, convert_lora, convert_surgery, convert_systems
 from lionjax import params as trees
 from lionjax.convert_files import Tensors, has_nan, open_weights
 from lionjax.convert_plan import Form, Plan, plan_params, plan_state
@@ -342,7 +342,8 @@ def _write_out(
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         _write_adapter(config, plan, settings, folder / convert_lora.FOLDER)
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
-        (folder / "README.md").write_text(_card(kind, plan))
+        files += convert_card.write_processors(config, folder)
+        (folder / "README.md").write_text(convert_card.card(kind.name, config, settings, plan.made))
     return (*files, "config.json", CONFIG_FILE, "README.md")
 
 
@@ -372,12 +373,3 @@ def _copy(files: Mapping[str, Path], folder: Path) -> None:
     for name, file in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)
-
-
-def _card(kind: Published, plan: Plan) -> str:
-    numbers = sum(int(np.prod(form.shape)) for form in plan.made.values())
-    return (
-        f"# {kind.name}\n\n{numbers:,} numbers in {len(plan.made)} tensors, under the names of the original "
-        f"PyTorch code, written by lionjax.\n`{CONFIG_FILE}` lets lionjax read this folder back without loss. "
-        "The licence is that of the weights and the data it was trained from.\n"
-    )

@@ -156,9 +156,11 @@ def test_convert_says_what_went_over_and_refuses_what_it_cannot_read(capsys, tmp
     words = ["convert", str(source), str(target), "--to", "jax"]
     assert "nothing" in refused(capsys, *words)
     assert not target.exists()
-    monkeypatch.setattr(convert, "convert", lambda *given: seen.append(given) or "table")
-    assert cli.main([*words, "--system", "t5"]) == 0
-    assert capsys.readouterr().out == "table\n" and seen == [(source, target, "jax", "t5")]
+    monkeypatch.setattr(convert, "convert", lambda *given, **more: seen.append((given, more)) or "table")
+    assert cli.main([*words, "--system", "t5", "--add-words", "<a>,<b>", "--adapter", "lora"]) == 0
+    assert capsys.readouterr().out == "table\n" and seen[0][0] == (source, target, "jax", "t5")
+    more = {"adapter": "lora", "merge_lora": False, "wanted": convert.Wanted(("<a>", "<b>"))}
+    assert seen[0][1] == more
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -170,7 +172,7 @@ def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(capsys, tmp
     (tmp_path / "report.json").write_text('{"config": 1}')
     assert cli.main(["convert", str(tmp_path), "out", "--to", "torch"]) == 0
     said = capsys.readouterr().out
-    assert seen == [(Path("out"), "torch")] and ("every bit is the same" in said) == exact
+    assert seen == [(Path("out"), "torch", False)] and ("every bit is the same" in said) == exact
     assert json.loads((tmp_path / "report.json").read_text()) == {"config": 1, "round_trip_exact": exact}
 
 

@@ -27,6 +27,7 @@ from lionjax.evaluation import benchmarks
 from lionjax.interfaces import Batch, Params, System, UserError
 from lionjax.scores import GenerateConfig
 from lionjax.sharding import MeshConfig
+from lionjax.systems.prefix import Prefix
 from lionjax.training import checkpoints, stages, start
 from lionjax.training.checkpoints import Damaged
 
@@ -35,6 +36,10 @@ log = logging.getLogger(__name__)
 QFORMER_TOKENIZER = "qformer_tokenizer"  # the folder of it within a model's; the language model's lies by the weights
 TOKENIZER_FILES = {".json": "tokenizer.json", ".model": "spiece.model", ".txt": "vocab.txt"}
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
+)
 RELEASED = AnswerConfig(beams=5, repetition_penalty=1.5, max_new_tokens=256)  # LION's own settings
 
 
@@ -161,8 +166,8 @@ class Model:
     def companions(self) -> dict[str, Path]:
         """{name in a model's folder: file} of the tokenizers."""
         c = self.processor.config
-        folders = {"": c.tokenizer, QFORMER_TOKENIZER: c.question_tokenizer}
-        files = {folder: tokenizer.file_of(name) for folder, name in folders.items()}
+        folders = tokenizer_folders(self.experiment.system)
+        files = {folder: tokenizer.file_of(getattr(c, field)) for field, folder in folders.items()}
         return {
             str(Path(folder, TOKENIZER_FILES[file.suffix])): file for folder, file in files.items()
         }
@@ -328,21 +333,43 @@ def of_weights(folder: Path, mesh: Mesh) -> Model:
 
 
 def released(system: System, folder: Path) -> Experiment:
-    """What goes with weights that come with a system's sizes alone: LION's own processor and settings."""
+    """What goes with weights that come with a system's sizes alone: its own processor, and LION's settings."""
     if not hasattr(system, "prefill"):
         raise UserError(
             f"{folder} holds a {type(system).__name__}, a part of a system that cannot answer alone"
         )
-    processor = ProcessorConfig(image_size=system.vision.image)
+    processor = ProcessorConfig(image_size=system.vision.image, **asked_as(system))
     return Experiment(
         folder.name, system, DataConfig(processor=processor), stages=(), answer=RELEASED
     )
 
 
+def asked_as(system: System) -> dict:
+    """How a released system is asked, where that is not as LION is: Vicuna's words around LLaVA's questions."""
+    if not isinstance(system, Prefix):
+        return {}
+    asked = {"tags": False} | ({} if system.encodes else {"reader": "decoder"})
+    if system.qformer is not None:
+        return asked
+    return asked | {
+        "template": VICUNA,
+        "image_token": system.image_token,
+        "prompt_length": 512,
+        "padded": system.projector_depth == 2,  # since LLaVA-1.5
+    }
+
+
+def tokenizer_folders(system: System) -> dict[str, str]:
+    """{field of the processor: folder of that tokenizer within a model's}; the second where a Q-Former reads text."""
+    bridge = getattr(system, "qformer", None)
+    asked_twice = {"question_tokenizer": QFORMER_TOKENIZER} if bridge and bridge.text else {}
+    return {"tokenizer": ""} | asked_twice
+
+
 def with_tokenizers(experiment: Experiment, roots: Sequence[Path], recorded: bool) -> Experiment:
     """The experiment with the tokenizers that lie in a model's folder, else (where `recorded`) those it names."""
     found = {}
-    for field, inside in (("tokenizer", ""), ("question_tokenizer", QFORMER_TOKENIZER)):
+    for field, inside in tokenizer_folders(experiment.system).items():
         names = [
             root / inside
             for root in roots

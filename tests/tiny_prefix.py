@@ -98,7 +98,7 @@ def theirs(system: str, draw: random.Random):
     return shaken(model)
 
 
-def batch_of(system, draw: random.Random, rows: int = 3) -> Batch:
+def batch_of(system, draw: random.Random, rows: int = 3, token: int = IMAGE_TOKEN) -> Batch:
     """Unequal prompts with the picture anywhere in them (in front, where a Q-Former is), and unequal answers."""
     numbers = np.random.default_rng(draw.randrange(2**30))
     side, end = system.vision.image, system.language.end_token
@@ -110,12 +110,12 @@ def batch_of(system, draw: random.Random, rows: int = 3) -> Batch:
             ids[row, : len(text)], mask[row, : len(text)] = text, 1
         return ids, mask
 
-    def words(most, vocab=IMAGE_TOKEN):
+    def words(most, vocab=token):
         return numbers.integers(3, vocab, draw.randint(1, most)).tolist()
 
     before = [[] if system.qformer else [START, *words(3)] for _ in range(rows)]
-    prompt, prompt_mask = padded([[*text, IMAGE_TOKEN, *words(5)] for text in before])
-    question, question_mask = padded([words(6, 40) for _ in range(rows)])
+    prompt, prompt_mask = padded([[*text, token, *words(5)] for text in before])
+    question, question_mask = padded([words(6, 20) for _ in range(rows)])
     target, target_mask = padded([[*words(5), end] for _ in range(rows)])
     image = numbers.standard_normal((rows, side, side, 3)).astype(np.float32)
     return Batch(
@@ -130,8 +130,8 @@ def expanded(system, batch: Batch) -> list[list[int]]:
     texts = []
     for ids, mask in zip(batch.prompt_BL, batch.prompt_mask_BL):
         text = ids[mask.astype(bool)].tolist()
-        place = text.index(IMAGE_TOKEN)
-        texts.append([*text[:place], *[IMAGE_TOKEN] * words, *text[place + 1 :]])
+        place = text.index(system.image_token)
+        texts.append([*text[:place], *[system.image_token] * words, *text[place + 1 :]])
     return texts
 
 

@@ -30,7 +30,14 @@ SPECIAL = (
 )
 FILES = ("tokenizer.json", "spiece.model", "vocab.txt")
 Names = tuple[str, str, str, str | None]  # what pads, ends, is unknown, and starts
-NAMES: tuple[Names, ...] = (("<pad>", "</s>", "<unk>", None), ("[PAD]", "[SEP]", "[UNK]", "[CLS]"))
+T5_NAMES: Names = ("<pad>", "</s>", "<unk>", None)
+# LLaMA's with a piece that pads, T5's, BERT's, and LLaMA's as it was published.
+NAMES: tuple[Names, ...] = (
+    ("<pad>", "</s>", "<unk>", "<s>"),
+    T5_NAMES,
+    ("[PAD]", "[SEP]", "[UNK]", "[CLS]"),
+    ("<unk>", "</s>", "<unk>", "<s>"),
+)
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
@@ -68,7 +75,7 @@ class Tokenizer:
     def frame(
         self, ids: list[int], length: int, keep: Literal["front", "back"] = "front"
     ) -> list[int]:
-        """At most `length` ids between the start (BERT's `[CLS]`, T5 has none) and the end piece."""
+        """At most `length` ids between the start (BERT's `[CLS]`, LLaMA's `<s>`, T5 has none) and the end piece."""
         room = max(length - len(self.start) - 1, 0)
         kept = ids[:room] if keep == "front" else ids[max(len(ids) - room, 0) :]
         return [*self.start, *kept, self.end_id]
@@ -87,7 +94,7 @@ class Tokenizer:
 def load(name: str) -> Tokenizer:
     """The tokenizer `"tiny"`, or that of a local folder or file (tokenizer.json, spiece.model, vocab.txt)."""
     if name == "tiny":
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(TINY)), NAMES[0], exact=True)
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(TINY)), T5_NAMES, exact=True)
     path = file_of(name)
     try:
         if path.suffix == ".json":
@@ -99,7 +106,9 @@ def load(name: str) -> Tokenizer:
     for names in NAMES:
         if all(backend.token_to_id(piece) is not None for piece in names if piece):
             return Tokenizer(backend, names)
-    raise UserError(f"{path} has neither T5's <pad> </s> <unk> nor BERT's [PAD] [SEP] [UNK] [CLS]")
+    raise UserError(
+        f"{path} has neither T5's <pad> </s> <unk>, nor LLaMA's <s> </s> <unk>, nor BERT's [PAD] [SEP] [UNK] [CLS]"
+    )
 
 
 def file_of(name: str) -> Path:

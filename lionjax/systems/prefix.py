@@ -37,7 +37,8 @@ class Prefix:
     norm. `class_token`: whether its word is kept. `vision_eps`: of a norm behind the tower; None: there is none.
     `qformer` None: each patch becomes a word. `projector_depth`: linears into the language model, with a GELU between.
     `image_token` stands in a prompt where a picture's words come; a prompt without it has its pictures in front of it,
-    or none at all where `in_front` is false. A row may have several pictures, (B, K, H, W, C). `names`: which code's names the weights have in torch.
+    or none at all where `in_front` is false. A row may have several pictures, (B, K, H, W, C). `names`: which code's
+    names the weights have in torch.
     """
 
     vision: ViTConfig = CLIP_VIT_L

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BLIP-2 with FlanT5-XL: blip2_opt27b.py with an encoder-decoder, and the batch that the paper had for it."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from lionjax.config import Experiment
+from lionjax.systems.prefix import BLIP2_FLAN_T5_XL
+
+other = runpy.run_path(str(Path(__file__).with_name("blip2_opt27b.py")))
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    stages = (dataclasses.replace(other["CAPTIONS"], batch_size=1520),)
+    return other["get_config"](BLIP2_FLAN_T5_XL, "blip2_flant5xl", "flan_t5_xl", stages)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BLIP-2 with OPT-2.7B: EVA ViT-g and OPT frozen, a Q-Former of 32 queries between them (arXiv 2301.12597).
+
+The second of its two stages: captions, with everything between tower and language model trained. Wants the public
+weights, converted once with `lionjax convert`, the Q-Former's those of the first stage. Rates, batch and steps are the
+paper's.
+"""
+
+import dataclasses
+
+from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
+from lionjax.data.coco import Coco
+from lionjax.data.pipeline import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.systems.prefix import BLIP2_OPT_2_7B, Prefix
+
+BETWEEN = ("qformer", "vision_norm", "projector")
+CAPTIONS = Stage(
+    "captions", 80_000, BETWEEN, (("caption", 1.0),), 1920, learning_rate=1e-4, warmup_steps=2000,
+    warmup_learning_rate=1e-6, end_learning_rate=5e-5, weight_decay=0.05, betas=(0.9, 0.98),
+)  # fmt: skip
+
+CAPTION = AnswerConfig(beams=5, max_new_tokens=30)
+
+
+def get_config(
+    system: Prefix = BLIP2_OPT_2_7B,
+    name: str = "blip2_opt27b",
+    language: str = "opt_2_7b",
+    stages: tuple[Stage, ...] = (CAPTIONS,),
+    answer: AnswerConfig = CAPTION,
+) -> Experiment:
+    """The whole run; another language model, or InstructBLIP's schedule, may be put in."""
+    reads = {} if system.encodes else {"reader": "decoder"}
+    text = (
+        {"question_tokenizer": "weights/bert_base_uncased"}
+        if system.qformer.text
+        else {"question_length": 1}
+    )
+    return Experiment(
+        name=name,
+        system=dataclasses.replace(
+            system,
+            vision=dataclasses.replace(system.vision, remat="full"),
+            language=dataclasses.replace(system.language, remat="full"),
+            dtype="bfloat16",
+        ),
+        data=DataConfig(
+            sources=(Coco("data/coco"),),
+            processor=ProcessorConfig(tokenizer=f"weights/{language}", tags=False, **reads, **text),
+        ),
+        stages=stages,
+        run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        weights=(
+            ("vision", "weights/eva_vit_g/params.safetensors"),
+            ("language", f"weights/{language}/params.safetensors"),
+        ),
+        answer=answer,
+    )

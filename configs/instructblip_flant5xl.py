@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""InstructBLIP with FlanT5-XL: a BLIP-2 whose Q-Former reads the instruction, tuned on instructions (arXiv 2305.06500).
+
+blip2_flant5xl.py's parts with a stage of its own, in which everything between tower and language model trains.
+"""
+
+import runpy
+from pathlib import Path
+
+from lionjax.config import AnswerConfig, Experiment, Stage
+from lionjax.systems.prefix import INSTRUCTBLIP_FLAN_T5_XL, Prefix
+
+blip2 = runpy.run_path(str(Path(__file__).with_name("blip2_opt27b.py")))
+INSTRUCTIONS = (("caption", 1.0), ("vqa", 2.0), ("existence", 0.5))
+
+
+def get_config(
+    system: Prefix = INSTRUCTBLIP_FLAN_T5_XL,
+    name: str = "instructblip_flant5xl",
+    language: str = "flan_t5_xl",
+    batch_size: int = 192,
+) -> Experiment:
+    """The whole run; `system` and what goes with it may be another size."""
+    stage = Stage(
+        "instruct", 60_000, blip2["BETWEEN"], INSTRUCTIONS, batch_size, learning_rate=1e-5, warmup_steps=1000,
+        warmup_learning_rate=1e-8, weight_decay=0.05,
+    )  # fmt: skip
+    answer = AnswerConfig(beams=5, repetition_penalty=1.5, max_new_tokens=256)
+    return blip2["get_config"](system, name, language, (stage,), answer)

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-1.5 13B: llava15_7b.py with Vicuna-13B-v1.5."""
+
+import runpy
+from pathlib import Path
+
+from lionjax.config import Experiment
+from lionjax.systems.prefix import LLAVA_15_13B
+
+smaller = runpy.run_path(str(Path(__file__).with_name("llava15_7b.py")))["get_config"]
+
+
+def get_config() -> Experiment:
+    """The same schedule."""
+    return smaller(LLAVA_15_13B, "llava15_13b", "vicuna_13b")

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-1.5 7B: CLIP ViT-L/14-336, two linears, Vicuna-7B-v1.5 (arXiv 2310.03744).
+
+First the projector on captions, then projector and language model on instructions. Wants the public weights, converted
+once with `lionjax convert`; Vicuna's with a row for `<image>`, padded to 32064, as Hugging Face's LLaVA has them.
+Batches, rates and steps (of 558 thousand captions and 665 thousand instructions) are the release's; its data are its
+own JSON files, and here stand the tasks that they come to.
+"""
+
+import dataclasses
+
+from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
+from lionjax.data.coco import Coco
+from lionjax.data.pipeline import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.systems.prefix import LLAVA_15_7B, Prefix
+
+CAPTIONS = (("caption", 1.0),)
+INSTRUCTIONS = (("vqa", 3.0), ("caption", 1.0), ("existence", 0.5), ("rec", 0.5), ("reg", 0.5))
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
+)
+
+
+def stage(name: str, steps: int, batch_size: int, rate: float, trainable, mixture) -> Stage:
+    """AdamW without weight decay, 3 % of warm-up, a cosine down to nothing."""
+    return Stage(
+        name, steps, trainable, mixture, batch_size, learning_rate=rate, warmup_steps=round(0.03 * steps),
+        warmup_learning_rate=0.0, weight_decay=0.0,
+    )  # fmt: skip
+
+
+STAGES = (
+    stage("align", 2_180, 256, 1e-3, ("projector",), CAPTIONS),
+    stage("instruct", 5_195, 128, 2e-5, ("projector", "language"), INSTRUCTIONS),
+)
+
+
+def get_config(
+    system: Prefix = LLAVA_15_7B, name: str = "llava15_7b", vicuna: str = "vicuna_7b", stages=STAGES
+) -> Experiment:
+    """The whole run; another size, or the first LLaVA's schedule, may be put in."""
+    side = system.vision.image
+    return Experiment(
+        name=name,
+        system=dataclasses.replace(
+            system,
+            vision=dataclasses.replace(system.vision, remat="full"),
+            language=dataclasses.replace(system.language, remat="full"),
+            dtype="bfloat16",
+        ),
+        data=DataConfig(
+            sources=(Coco("data/coco"),),
+            processor=ProcessorConfig(
+                image_size=side, tokenizer=f"weights/{vicuna}", question_length=1, prompt_length=256, tags=False,
+                padded=True, reader="decoder", template=VICUNA, image_token=system.image_token,
+            ),
+        ),
+        stages=stages,
+        run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        weights=(
+            ("vision", f"weights/clip_vit_l_{side}/params.safetensors"),
+            ("language", f"weights/{vicuna}/params.safetensors"),
+        ),
+        answer=AnswerConfig(max_new_tokens=256),
+    )  # fmt: skip

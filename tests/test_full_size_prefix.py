@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full-size LLaVAs, BLIP-2s and InstructBLIPs against every name and shape in transformers; no weights are needed."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from lionjax import config as configs  # noqa: E402
+from lionjax import params as trees  # noqa: E402
+from lionjax.convert_files import Tensors  # noqa: E402
+from lionjax.convert_plan import plan_params, plan_state  # noqa: E402
+from lionjax.convert_systems import of_config  # noqa: E402
+from lionjax.interfaces import UserError  # noqa: E402
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+NAMES = ("llava15_7b", "llava15_13b", "blip2_opt27b", "blip2_flant5xl", "instructblip_flant5xl")
+PUBLISHED = {"llava15_7b": 7_063_427_072, "blip2_opt27b": 3_744_761_856}  # parameters, as their users have counted
+
+
+def theirs(system) -> dict[str, np.ndarray]:
+    """Every tensor of their class with our settings, as blanks that take no memory."""
+    settings = copy.deepcopy(of_config(system).settings(system))
+    model = getattr(transformers, settings["architectures"][0])
+    with torch.device("meta"):
+        state = model(model.config_class.from_dict(settings)).state_dict()
+    return {name: np.broadcast_to(np.zeros((), np.float16), tuple(w.shape)) for name, w in state.items()}
+
+
+def numbers(system, state: dict) -> int:
+    """Numbers in a state dict, tied tensors counted once."""
+    tied = {name for row in of_config(system).rows(system) for name in row.also}
+    spelled = of_config(system).complete(system, Tensors(state, (Path("theirs"),)), Path("theirs"))
+    return sum(w.size for name, w in spelled.items() if name not in tied)
+
+
+def check(system, state: dict) -> dict:
+    """Both ways, strictly. Returns {name: form} of the way out."""
+    kind = of_config(system)
+    state = kind.complete(system, Tensors(state, (Path("theirs"),)), Path("theirs"))
+    model = kind.abstract(system)
+    plan = plan_params(kind.rows(system), state, kind.ignore, model)
+    read = {name for piece in plan.pieces for name in (*piece.tensors, *piece.tied)}
+    assert read == set(state) and not plan.ignored
+    out = plan_state(kind.rows(system), trees.flatten(model)).made
+    assert {name: out[name].shape for name in state} == {name: w.shape for name, w in state.items()}
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_of_a_full_size_config_covers_every_tensor_of_transformers_and_every_leaf(name):
+    system = configs.load(CONFIGS / f"{name}.py").system
+    state = theirs(system)
+    out = check(system, state)
+    kind = of_config(system)
+    nothing = system.vision.depth * system.vision.width if system.qformer else 0  # biases of EVA's keys, all zero
+    assert trees.count(kind.abstract(system)) + nothing == PUBLISHED.get(name, numbers(system, state))
+    some = next(name for name in sorted(state) if name.endswith("layers.1.layer_norm1.weight"))
+    with pytest.raises(UserError, match="layers.1.layer_norm1.weight"):
+        check(system, {n: w for n, w in state.items() if n != some})
+    assert len(out) >= len(state)
+
+
+def test_the_first_llavas_table_covers_its_own_file():
+    """The names of LLaMA, CLIP and a single linear in LLaVA's own code, at 224 pixels."""
+    system = configs.load(CONFIGS / "llava_7b.py").system
+    language = dataclasses.replace(system.language, vocab_multiple=1)
+    text = theirs(language)
+    clip = {f"model.vision_tower.vision_tower.{n}": w for n, w in theirs(system.vision).items()}
+    clip = {n if "vision_model." in n else n.replace("tower.vision_tower.", "tower.vision_tower.vision_model."): w
+            for n, w in clip.items()}  # fmt: skip
+    shapes = {"model.mm_projector.weight": (4096, 1024), "model.mm_projector.bias": (4096,)}
+    own = {name: np.broadcast_to(np.zeros((), np.float16), shape) for name, shape in shapes.items()}
+    assert clip["model.vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"].shape[0] == 257
+    check(system, text | clip | own)
+
+
+def test_instructblips_odd_vocabulary_is_padded_here_and_whole_in_its_file():
+    system = configs.load(CONFIGS / "instructblip_vicuna7b.py").system
+    assert (system.language.vocab, system.language.rows) == (32001, 32128)
+    out = check(system, theirs(system))
+    assert out["language_model.lm_head.weight"].shape == (32001, 4096)
+    assert out["language_model.model.embed_tokens.weight"].shape == (32001, 4096)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LLaVA and an InstructBLIP through everything that a LION goes through: stages, answers, folders, transformers."""
+
+import random
+
+import numpy as np
+import pytest
+import tiny_prefix as tiny
+
+import lionjax
+from lionjax import params as trees
+from lionjax.bridges.qformer import QFormerConfig
+from lionjax.config import Experiment, RunConfig, Stage
+from lionjax.data import pipeline
+from lionjax.data.examples import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.data.sources import Scenes
+from lionjax.language.decoder import DecoderConfig
+from lionjax.language.t5 import T5Config
+from lionjax.model import Model
+from lionjax.systems.prefix import Prefix
+from lionjax.training import loop
+from lionjax.vision.vit import ViTConfig
+
+SIDE, PATCH_TOKEN = 28, 21  # <im_patch> of the tiny tokenizer
+CLIP = ViTConfig(
+    SIDE, 14, 16, 3, 2, 24, 1e-5, "quick_gelu", biases="qkvo", patch_bias=False, norm_before=True, norm_after=True
+)
+TEMPLATE = "USER: {image} {question} ASSISTANT:"
+LLAVA = Prefix(
+    CLIP, DecoderConfig(1024, 32, 2, 2, 2, 16, 48, pad_token=0, start_token=1, end_token=1), image_token=PATCH_TOKEN,
+)  # fmt: skip
+INSTRUCTBLIP = Prefix(
+    ViTConfig(SIDE, 14, 16, 2, 2, 24),
+    T5Config(1024, 32, 8, 2, 48, 2, 2, dropout=0.0, activation="gelu"),
+    QFormerConfig(16, 2, 2, 24, 4, 2, 16, 1024, 64, dropout=0.0), -1, True, 1e-5, 1, PATCH_TOKEN,
+)  # fmt: skip
+
+
+def experiment(system: Prefix) -> Experiment:
+    """Two stages of two steps: what lies between, then the language model too."""
+    decoder = {} if system.encodes else {"reader": "decoder", "template": TEMPLATE, "image_token": PATCH_TOKEN}
+    between = ("projector",) if system.qformer is None else ("projector", "qformer", "vision_norm")
+    fields = {"batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1}
+    mixture = (("vqa", 1.0), ("caption", 1.0))
+    return Experiment(
+        name="small",
+        system=system,
+        data=DataConfig(
+            sources=(Scenes((12, 4, 12), pixels=56),),
+            processor=ProcessorConfig(
+                image_size=SIDE, prompt_length=48, question_length=48, target_length=24, tags=False, **decoder
+            ),
+        ),
+        stages=(
+            Stage("align", 2, between, mixture, **fields),
+            Stage("instruct", 2, (*between, "language"), mixture, **fields),
+        ),
+        run=RunConfig(log_every=1, save_every=2, frozen_dtype="float32", evaluate_limit=2, cache_features=True),
+    )
+
+
+@pytest.fixture(scope="module", params=["llava", "instructblip"])
+def trained(request, tmp_path_factory):
+    what = experiment({"llava": LLAVA, "instructblip": INSTRUCTBLIP}[request.param])
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    params, report = loop.train(what, folder, pipeline.batches)
+    return what, folder, params, report
+
+
+def pictures(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 255, (30 + 10 * k, 50, 3), dtype=np.uint8) for k in range(count)]
+
+
+PROMPTS = ["What is in the picture?", "How many are there?", "Is there a red star?"]
+
+
+@pytest.mark.slow
+def test_a_run_changes_what_its_stages_train_and_nothing_else(trained):
+    what, _, params, report = trained
+    assert all(stage["frozen_unchanged"] for stage in report["stages"])
+    assert [stage["loss_last"] for stage in report["stages"]] == sorted(
+        (stage["loss_last"] for stage in report["stages"]), reverse=True
+    )
+    counts = [stage["trainable_parameters"] for stage in report["stages"]]
+    whole = trees.flatten(params)
+    between = sum(np.size(w) for path, w in whole.items() if not path.startswith(("language", "vision/")))
+    assert counts[0] == between
+    assert counts[1] == between + sum(np.size(w) for path, w in whole.items() if path.startswith("language"))
+
+
+@pytest.mark.slow
+def test_a_trained_model_answers_is_exported_and_comes_back_to_the_bit(trained, tmp_path):
+    _, folder, _, _ = trained
+    model = lionjax.load(folder)
+    said = [answer.text for answer in model.answer(pictures(3), PROMPTS)]
+    for kind in ("torch", "jax"):
+        model.export(tmp_path / kind, kind)
+        again: Model = lionjax.load(tmp_path / kind)
+        assert again.has_the_bits_of(model)
+        assert [answer.text for answer in again.answer(pictures(3), PROMPTS)] == said
+
+
+@pytest.mark.slow
+def test_what_was_trained_here_says_the_same_in_transformers(trained, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    what, folder, _, _ = trained
+    model = lionjax.load(folder)
+    model.export(tmp_path / "torch")
+    name = "LlavaForConditionalGeneration" if what.system.qformer is None else "InstructBlipForConditionalGeneration"
+    theirs, info = getattr(transformers, name).from_pretrained(tmp_path / "torch", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    batch = tiny.batch_of(what.system, random.Random(1), token=PATCH_TOKEN)
+    out = theirs.eval()(**tiny.inputs(what.system, batch))
+    mine = what.system.logits(model.params, batch)
+    for row, wanted in zip(mine, tiny.answer_logits(what.system, batch, out.logits.detach().numpy())):
+        np.testing.assert_allclose(row[: len(wanted)], wanted, atol=1e-4 * max(1, np.abs(wanted).max()))
+    assert torch.isfinite(out.loss)

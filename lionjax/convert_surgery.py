@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lionjax import params as trees
+from lionjax.convert_experts import SWIN
 from lionjax.convert_plan import Form
 from lionjax.interfaces import UserError
 
@@ -98,8 +101,11 @@ def added_words(system: Any, count: int, known: int | None = None, multiple: int
 def picture_size(system: Any, image: int) -> Surgery:
     """The positions of a ViT resampled for pictures of another size, as the tower's own code does it.
 
-    Bicubic; CLIP's corners stay corners, EVA's grid covers the same picture (LAVIS's two towers).
+    Bicubic; CLIP's corners stay corners, EVA's grid covers the same picture (LAVIS's two towers). A Swin's windows
+    change with the picture, and with them its tables.
     """
+    if hasattr(getattr(system, "swin", system), "window_of"):
+        return _windows(system, image)
     prefix, vision = (
         ("", system) if hasattr(system, "patch") else ("vision/", getattr(system, "vision", None))
     )
@@ -118,6 +124,33 @@ def picture_size(system: Any, image: int) -> Surgery:
 
     path = prefix + "position"
     return Surgery(config, {path: (1 + new * new, vision.width)}, {path: change})
+
+
+def _windows(system: Any, image: int) -> Surgery:
+    """A Swin, or what sees with one, with windows that cover the same share of another picture, as its makers did."""
+    prefix, swin = ("swin/", system.swin) if hasattr(system, "swin") else ("", system)
+    window, rest = divmod(swin.window * image, swin.image or 1)
+    if swin.image is None or rest or image % swin.patch or not window:
+        raise UserError(
+            f"pictures of {image} pixels do not make whole windows, of which those of {swin.image} have "
+            f"{swin.window} places a side"
+        )
+    larger = dataclasses.replace(swin, image=image, window=window)
+    config = dataclasses.replace(system, swin=larger) if prefix else larger
+    leaves = trees.flatten(SWIN.abstract(larger))
+    shapes = {
+        prefix + path: leaf.shape for path, leaf in leaves.items() if path.endswith("/places")
+    }
+
+    def change(shape):
+        def resample(table_RN):
+            old, new = math.isqrt(len(table_RN)), math.isqrt(shape[-2])
+            grid = resampled(table_RN.reshape(old, old, -1), new, corners=False)
+            return grid.reshape(new * new, -1)
+
+        return resample
+
+    return Surgery(config, shapes, {path: change(shape) for path, shape in shapes.items()})
 
 
 def said_of_pictures(settings: dict, image: int) -> dict:

@@ -46,6 +46,32 @@ def test_a_tower_gets_positions_for_larger_pictures_and_its_class_token_keeps_it
     np.testing.assert_allclose(resampled[1:], want.numpy().reshape(5, 36).T, atol=1e-5)
 
 
+def test_a_tagger_for_other_pictures_gets_other_windows_and_sees_with_them(tmp_path):
+    torch = pytest.importorskip("torch")
+    import jax
+    from test_ram import TINY, WORDS
+
+    from lionjax import tagger
+    from lionjax.convert_experts import RAM
+
+    rng, shapes = np.random.default_rng(0), RAM.abstract(TINY)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    convert.to_torch(TINY, params, tmp_path / "small")
+    (tmp_path / "small" / tagger.WORDS).write_text("\n".join(WORDS))
+    convert.convert(tmp_path / "small", tmp_path / "large", "jax", wanted=Wanted(image=24))
+    large = tagger.load(tmp_path / "large")
+    assert (large.config.swin.image, large.config.swin.window) == (24, 3)
+    planes = torch.from_numpy(
+        params["swin"]["stage_0"]["pairs"]["block_1"]["places"][0].T.reshape(1, 1, 3, 3).copy()
+    )
+    want = torch.nn.functional.interpolate(planes, size=(5, 5), mode="bicubic").reshape(25, 1)
+    got = large.params["swin"]["stage_0"]["pairs"]["block_1"]["places"]
+    np.testing.assert_allclose(got[0], want, atol=1e-5)
+    assert large.probabilities([np.zeros((9, 9, 3), np.uint8)]).shape == (1, 5)
+    with pytest.raises(UserError, match="pictures of 20 pixels do not make whole windows"):
+        convert_surgery.picture_size(TINY, 20)
+
+
 def saved_llama(folder, tied=False):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -64,6 +64,7 @@ SIDEWAYS = {
     ("convert_prefix", "convert_published"),
     ("convert_prefix", "systems"),
     ("convert_experts", "convert_published"),
+    ("convert_surgery", "convert_experts"),
     ("convert_bert", "convert_published"),
     ("convert_nextchat", "convert_published"),
     ("convert_nextchat", "systems"),

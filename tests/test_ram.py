@@ -14,6 +14,7 @@ from lionjax import convert, losses, tagger
 from lionjax import params as trees
 from lionjax.convert_experts import RAM
 from lionjax.convert_files import open_weights
+from lionjax.data.processors import Processor, ProcessorConfig
 from lionjax.interfaces import UserError
 from lionjax.tagger import TagList
 from lionjax.vision import ram
@@ -186,3 +187,10 @@ def test_the_asymmetric_loss_and_its_gradient_are_the_formulas():
     mine, gradient = jax.value_and_grad(losses.asymmetric)(logits, target)
     np.testing.assert_allclose(mine, loss.item(), rtol=1e-5)
     np.testing.assert_allclose(gradient, x.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_what_a_tagger_finds_stands_before_the_question_that_a_lion_reads(folder, picture):
+    (found,) = tagger.load(folder).tag([picture])
+    processor = Processor(ProcessorConfig(image_size=28))
+    words = processor.decode(processor.prompt("What is it?", found.tags))
+    assert f"following tags: [{', '.join(found.tags)}]. What is it?" in words

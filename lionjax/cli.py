@@ -119,12 +119,31 @@ def show(given: argparse.Namespace, overrides: list[str]) -> None:
     """Print the resolved config, typed; with --weights the table of its torch names."""
     from lionjax import config
 
-    experiment = _experiment(Path(given.config), overrides)
+    path = Path(given.config)
+    if given.weights and path.exists() and _holds_weights(path):
+        from lionjax import convert
+
+        if overrides:
+            raise Usage(f"unknown argument {overrides[0]!r}; weights have no fields to set")
+        _print_rows(convert.table_of(path))
+        return
+    experiment = _experiment(path, overrides)
     if given.weights:
-        for row in experiment.system.torch_rows():
-            print(f"{', '.join(row.names)}  ->  {', '.join(row.paths)}  ({row.op.name})")
+        _print_rows(experiment.system.torch_rows())
     else:
         print(config.show(experiment))
+
+
+def _holds_weights(path: Path) -> bool:
+    """Whether a path is a file of weights or a folder with some, and not a config or the folder of a run."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return any(file.suffix in (".safetensors", ".bin", ".pth", ".pt") for file in files)
+
+
+def _print_rows(rows) -> None:
+    for row in rows:
+        tied = "".join(f"  = {name}" for name in row.also)
+        print(f"{', '.join(row.names)}{tied}  ->  {', '.join(row.paths)}  ({row.op.name})")
 
 
 def data(given: argparse.Namespace, fields: list[str]) -> None:
@@ -239,7 +258,8 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     verb = add(verbs, show, rest="Any field of the config can be set: --stages.0.steps 20.")
     verb.add_argument("config", metavar="CONFIG", help="a Python file, or the folder of a run")
-    verb.add_argument("--weights", action="store_true", help="print the torch-name table instead")
+    words = "print the torch-name table instead, also of a folder or file of weights"
+    verb.add_argument("--weights", action="store_true", help=words)
 
     verb = add(verbs, data, rest="Any field of the source can be set: --share 0.2.")
     verb.add_argument("action", metavar="ACTION", choices=("inspect", "build"), help="what to do")

@@ -42,6 +42,7 @@ __all__ = [
     "placed_from",
     "save",
     "state_from",
+    "table_of",
     "to_torch",
 ]
 
@@ -256,6 +257,15 @@ def save(
         write_safetensors(folder, OURS, forms, parts, shard_bytes)
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
         _copy(companions or {}, folder / ORIGIN)
+
+
+def table_of(path: str | Path, system: str | None = None) -> tuple[Row, ...]:
+    """The rows of a folder or file of weights, in our names or the original's. Nothing is read but what it is."""
+    path = Path(path)
+    ours = path.is_dir() and any(path.glob(f"{OURS}.safetensors*"))
+    config = open_params(path)[0] if ours else convert_systems.open_source(path, system).config
+    rows, _ = convert_systems.table_and_model(convert_systems.of_config(config), config)
+    return rows
 
 
 def open_params(path: str | Path) -> tuple[Any, Tensors]:

@@ -156,24 +156,74 @@ def test_convert_says_what_went_over_and_refuses_what_it_cannot_read(capsys, tmp
     words = ["convert", str(source), str(target), "--to", "jax"]
     assert "nothing" in refused(capsys, *words)
     assert not target.exists()
-    monkeypatch.setattr(convert, "convert", lambda *given, **more: seen.append((given, more)) or "table")
+    monkeypatch.setattr(
+        convert, "convert", lambda *given, **more: seen.append((given, more)) or "table"
+    )
     assert cli.main([*words, "--system", "t5", "--add-words", "<a>,<b>", "--adapter", "lora"]) == 0
     assert capsys.readouterr().out == "table\n" and seen[0][0] == (source, target, "jax", "t5")
     more = {"adapter": "lora", "merge_lora": False, "wanted": convert.Wanted(("<a>", "<b>"))}
     assert seen[0][1] == more
 
 
+def test_show_prints_the_table_of_a_config_and_of_a_folder_of_weights(capsys, tmp_path):
+    from test_convert_folders import tiny_t5
+
+    assert cli.main(["show", "configs/tiny_lion.py", "--weights"]) == 0
+    assert (
+        "Qformer.bert.embeddings.word_embeddings.weight  ->  qformer/words/table  (same)"
+        in capsys.readouterr().out
+    )
+    convert.to_torch(*tiny_t5(), tmp_path / "torch")
+    convert.convert(tmp_path / "torch", tmp_path / "ours", "jax")
+    tables = []
+    for folder in ("torch", "ours"):
+        assert cli.main(["show", str(tmp_path / folder), "--weights"]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+    tied = "shared.weight  = encoder.embed_tokens.weight  = decoder.embed_tokens.weight  ->  embedding/table  (same)"
+    assert tied in tables[0].splitlines()
+    assert "no fields to set" in refused(
+        capsys, "show", str(tmp_path / "torch"), "--weights", "--a", "1"
+    )
+
+
+def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    from test_convert_folders import LLAMA
+
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained(
+        tmp_path / "theirs"
+    )
+    words = ["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--to", "jax", "--verify"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "model.layers.{i}.self_attn.q_proj" in said and "logits" in said
+    words = ["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "torch", "--verify"]
+    assert cli.main(words) == 0
+    monkeypatch.setattr("lionjax.convert_verify.AGREE", 0.0)
+    assert cli.main([*words[:2], str(tmp_path / "other"), *words[3:]]) == 2
+    said = capsys.readouterr()
+    assert "they part in" in said.out and "differ by more than rounding does" in said.err
+
+
 @pytest.mark.parametrize("exact", [True, False])
-def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(capsys, tmp_path, monkeypatch, exact):
+def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(
+    capsys, tmp_path, monkeypatch, exact
+):
     seen = []
-    loaded = types.SimpleNamespace(export=lambda *given: seen.append(given), has_the_bits_of=lambda other: exact)
+    loaded = types.SimpleNamespace(
+        export=lambda *given: seen.append(given), has_the_bits_of=lambda other: exact
+    )
     monkeypatch.setattr(model, "is_run", lambda path: path == tmp_path)
     monkeypatch.setattr(model, "load", lambda path: loaded)
     (tmp_path / "report.json").write_text('{"config": 1}')
     assert cli.main(["convert", str(tmp_path), "out", "--to", "torch"]) == 0
     said = capsys.readouterr().out
     assert seen == [(Path("out"), "torch", False)] and ("every bit is the same" in said) == exact
-    assert json.loads((tmp_path / "report.json").read_text()) == {"config": 1, "round_trip_exact": exact}
+    assert json.loads((tmp_path / "report.json").read_text()) == {
+        "config": 1,
+        "round_trip_exact": exact,
+    }
 
 
 class Model:
@@ -234,7 +284,12 @@ def test_tag_prints_a_line_for_each_picture_or_everything_as_json(capsys, asked,
     assert cli.main(["tag", "ram", "--image", file, file]) == 0
     assert capsys.readouterr().out == "cat | grey\ncat | grey\n"
     assert cli.main(["tag", "ram", "--image", file, "--json"]) == 0
-    found = {"image": file, "tags": ["cat", "grey"], "chinese": ["猫"], "probabilities": [0.75, 0.5]}
+    found = {
+        "image": file,
+        "tags": ["cat", "grey"],
+        "chinese": ["猫"],
+        "probabilities": [0.75, 0.5],
+    }
     assert json.loads(capsys.readouterr().out) == [found]
     assert "nothing.png" in refused(capsys, "tag", "ram", "--image", "nothing.png")
 

@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """A LLaVA and an InstructBLIP through everything that a LION goes through: stages, answers, folders, transformers."""
 
+import dataclasses
 import random
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny_prefix as tiny
 
 import lionjax
+from lionjax import convert, sharding
 from lionjax import params as trees
 from lionjax.bridges.qformer import QFormerConfig
 from lionjax.config import Experiment, RunConfig, Stage
+from lionjax.convert_systems import of_config
 from lionjax.data import pipeline
 from lionjax.data.examples import DataConfig
-from lionjax.data.processors import ProcessorConfig
+from lionjax.data.processors import Processor, ProcessorConfig
 from lionjax.data.sources import Scenes
 from lionjax.language.decoder import DecoderConfig
 from lionjax.language.t5 import T5Config
-from lionjax.model import Model
+from lionjax.model import Model, example
 from lionjax.systems.prefix import Prefix
-from lionjax.training import loop
+from lionjax.training import loop, start
 from lionjax.vision.vit import ViTConfig
 
+BF16 = ml_dtypes.bfloat16
 SIDE, PATCH_TOKEN = 28, 21  # <im_patch> of the tiny tokenizer
 CLIP = ViTConfig(
     SIDE, 14, 16, 3, 2, 24, 1e-5, "quick_gelu", biases="qkvo", patch_bias=False, norm_before=True, norm_after=True
@@ -118,3 +124,30 @@ def test_what_was_trained_here_says_the_same_in_transformers(trained, tmp_path):
     for row, wanted in zip(mine, tiny.answer_logits(what.system, batch, out.logits.detach().numpy())):
         np.testing.assert_allclose(row[: len(wanted)], wanted, atol=1e-4 * max(1, np.abs(wanted).max()))
     assert torch.isfinite(out.loss)
+
+
+def test_a_run_begins_with_parts_that_were_converted_by_themselves(tmp_path):
+    """A tower and a language model in folders of their own, one of them in shards, its vocabulary to be padded."""
+    system = dataclasses.replace(LLAVA, language=dataclasses.replace(LLAVA.language, vocab=1001))
+    wide = dataclasses.replace(system, language=dataclasses.replace(system.language, vocab_multiple=64))
+    rng, made = np.random.default_rng(0), {}
+    for name in ("vision", "language"):
+        part = getattr(system, name)
+        shapes = trees.flatten(of_config(part).abstract(part))
+        made[name] = {path: rng.standard_normal(leaf.shape).astype(BF16) for path, leaf in shapes.items()}
+        convert.to_torch(part, trees.unflatten(made[name]), tmp_path / f"{name}_torch")
+        convert.convert(tmp_path / f"{name}_torch", tmp_path / name, "jax", shard_bytes=50_000)
+    assert not (tmp_path / "language" / "params.safetensors").exists()
+    weights = tuple((name, str(tmp_path / name / "params.safetensors")) for name in made)
+    what = dataclasses.replace(experiment(wide), weights=weights)
+    batch = example(Processor(what.data.processor))
+    layout = start.layout(what, batch, sharding.make_mesh(devices=jax.devices()[:1]))
+    parts = start.first_parameters(what, batch, layout)
+    flat = trees.flatten(trees.merge(*parts))
+    for name, leaves in made.items():
+        for path, leaf in leaves.items():
+            whole = np.asarray(flat[f"{name}/{path}"]).astype(BF16)
+            np.testing.assert_array_equal(whole[tuple(map(slice, leaf.shape))], leaf, path)
+    assert flat["language/embedding/table"].shape == (1024, 32)
+    assert not np.asarray(flat["language/embedding/table"])[1001:].any()
+    assert flat["projector/up/kernel"].any()

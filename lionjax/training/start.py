@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lionjax import config, sharding
 from lionjax import params as trees
 from lionjax.config import Experiment
+from lionjax.convert_files import open_weights
 from lionjax.interfaces import Batch, Params, UserError
 from lionjax.training import checkpoints, journal, stages
 from lionjax.training.checkpoints import Damaged
@@ -124,6 +126,7 @@ def claim(workdir: Path, experiment: Experiment) -> None:
 def layout(experiment: Experiment, example: Batch, mesh: Mesh) -> Layout:
     """What the run's parameters will be; nothing is allocated. Raises UserError for a schedule that cannot run."""
     key = jax.random.key(experiment.seed)
+    check_words(experiment, example)
     whole = sharding.abstract(experiment.system.init, key, example, mesh=mesh)
     stages.check(experiment.stages, whole)
     patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
@@ -135,6 +138,17 @@ def layout(experiment: Experiment, example: Batch, mesh: Mesh) -> Layout:
     )
     axes = sharding.layer_axes(jax.eval_shape(experiment.system.init, key, example))
     return Layout(never, learned, axes, mesh)
+
+
+def check_words(experiment: Experiment, example: Batch) -> None:
+    """Raises UserError where the data make words that the language model does not have, such as location tokens."""
+    vocab = getattr(getattr(experiment.system, "language", None), "vocab", None)
+    most = int(max(ids.max(initial=0) for ids in (example.prompt_BL, example.target_BM)))
+    if vocab is not None and most >= vocab:
+        raise UserError(
+            f"the data make the token {most}, but the language model has {vocab}; raise system.language.vocab, "
+            "or write places otherwise (data.processor.places)"
+        )
 
 
 def _frozen(leaf, dtype: str):
@@ -150,7 +164,8 @@ def first_parameters(
     loaded: dict[str, jax.Array] = {}
     for prefix, file in experiment.weights:
         inside = {path: leaf for path, leaf in wanted.items() if _under(path, prefix)}
-        loaded |= _read_weights(shipped(file), prefix, inside, learned)
+        words = getattr(experiment.system, "language", None)
+        loaded |= _read_weights(shipped(file), prefix, inside, learned, words)
 
     def rest(key, batch):
         flat = trees.flatten(experiment.system.init(key, batch))
@@ -178,41 +193,54 @@ def _under(path: str, prefix: str) -> bool:
     return f"{path}/".startswith(f"{prefix}/" if prefix else "")
 
 
-def _read_weights(file: Path, prefix: str, wanted: dict, may_be_new: dict) -> dict[str, jax.Array]:
-    """The leaves under a prefix from a safetensors file whose names are our paths, each process its own part.
+def _read_weights(
+    file: Path, prefix: str, wanted: dict, may_be_new: dict, language: Any
+) -> dict[str, jax.Array]:
+    """The leaves under a prefix from a file (or the shards of one) in our names, each process its own part.
 
-    A leaf that the file lacks starts at random if some stage trains it. Raises UserError for any other that is
-    missing, for one that is unknown and for one of another shape.
+    The names may be those of the part alone, as of a tower that was converted by itself. A leaf that the file lacks
+    starts at random if some stage trains it. Raises UserError for any other that is missing, for one that is unknown
+    and for one of another shape.
     """
-    from safetensors import SafetensorError, safe_open
-
+    index = file.with_name(file.name + ".index.json")
     try:
-        with safe_open(file, "numpy") as tensors:
-            names = {name for name in tensors.keys() if _under(name, prefix)}
-            if unknown := sorted(names - wanted.keys()):
-                raise UserError(
-                    f"{file} holds {unknown[0]!r}, which this system does not have under {prefix!r}"
-                )
-            if missing := sorted(wanted.keys() - names - may_be_new.keys()):
-                raise UserError(
-                    f"{file} lacks {missing[0]!r}, which no stage trains; use weights of the config's sizes"
-                )
-            return {name: _placed(tensors, name, wanted[name], file) for name in sorted(names)}
-    except (OSError, SafetensorError) as error:
+        tensors = open_weights(index if index.is_file() and not file.exists() else file)
+    except UserError as error:
         raise UserError(f"the weights {file} cannot be read: {error}") from error
-
-
-def _placed(tensors, name: str, want: jax.ShapeDtypeStruct, file: Path) -> jax.Array:
-    part = tensors.get_slice(name)
-    if tuple(part.get_shape()) != want.shape:
+    names = {name: name for name in tensors if _under(name, prefix)}
+    names = names or {f"{prefix}/{name}": name for name in tensors}
+    if unknown := sorted(names.keys() - wanted.keys()):
         raise UserError(
-            f"{file}: {name!r} is {tuple(part.get_shape())}, the config wants {want.shape}"
+            f"{file} holds {unknown[0]!r}, which this system does not have under {prefix!r}"
         )
+    if missing := sorted(wanted.keys() - names.keys() - may_be_new.keys()):
+        raise UserError(
+            f"{file} lacks {missing[0]!r}, which no stage trains; use weights of the config's sizes"
+        )
+    return {
+        path: _placed(
+            _filled(tensors[name], wanted[path], language), wanted[path], f"{file}: {path!r}"
+        )
+        for path, name in sorted(names.items())
+    }
 
-    def read(index):
-        return (part[index] if want.shape else tensors.get_tensor(name)).astype(want.dtype)
 
-    return jax.make_array_from_callback(want.shape, want.sharding, read)
+def _filled(table: np.ndarray, want: jax.ShapeDtypeStruct, language: Any) -> np.ndarray:
+    """A table of words with the rows of zeros that the config has behind it for a mesh's sake; others as they are."""
+    words, rows = getattr(language, "vocab", 0), getattr(language, "rows", 0)
+    if rows == words or table.shape != tuple(words if n == rows else n for n in want.shape):
+        return table
+    whole = np.zeros(want.shape, table.dtype)
+    whole[tuple(map(slice, table.shape))] = table
+    return whole
+
+
+def _placed(part: np.ndarray, want: jax.ShapeDtypeStruct, what: str) -> jax.Array:
+    if part.shape != want.shape:
+        raise UserError(f"{what} is {part.shape}, the config wants {want.shape}")
+    return jax.make_array_from_callback(
+        want.shape, want.sharding, lambda index: np.asarray(part[index]).astype(want.dtype)
+    )
 
 
 # Where a folder stands

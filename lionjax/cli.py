@@ -20,6 +20,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from lionjax import cli_weights
+
 # Verbs
 
 
@@ -120,30 +122,16 @@ def show(given: argparse.Namespace, overrides: list[str]) -> None:
     from lionjax import config
 
     path = Path(given.config)
-    if given.weights and path.exists() and _holds_weights(path):
-        from lionjax import convert
-
+    if given.weights and path.exists() and cli_weights.holds_weights(path):
         if overrides:
             raise Usage(f"unknown argument {overrides[0]!r}; weights have no fields to set")
-        _print_rows(convert.table_of(path))
+        cli_weights.show(path)
         return
     experiment = _experiment(path, overrides)
     if given.weights:
-        _print_rows(experiment.system.torch_rows())
+        cli_weights.print_rows(experiment.system.torch_rows())
     else:
         print(config.show(experiment))
-
-
-def _holds_weights(path: Path) -> bool:
-    """Whether a path is a file of weights or a folder with some, and not a config or the folder of a run."""
-    files = path.iterdir() if path.is_dir() else [path]
-    return any(file.suffix in (".safetensors", ".bin", ".pth", ".pt") for file in files)
-
-
-def _print_rows(rows) -> None:
-    for row in rows:
-        tied = "".join(f"  = {name}" for name in row.also)
-        print(f"{', '.join(row.names)}{tied}  ->  {', '.join(row.paths)}  ({row.op.name})")
 
 
 def data(given: argparse.Namespace, fields: list[str]) -> None:
@@ -168,31 +156,7 @@ def data(given: argparse.Namespace, fields: list[str]) -> None:
 
 def convert(given: argparse.Namespace, _) -> None:
     """Write a run or a folder of weights under the original's names (torch), or under ours (jax)."""
-    from lionjax import model
-    from lionjax.convert import Wanted, convert, load_params
-    from lionjax.evaluation.report import note
-
-    if model.is_run(given.src):
-        run = model.load(given.src)
-        run.export(given.dst, given.to, given.merge_lora)
-        if given.verify:
-            _verify(run.experiment, run.params, given.dst)
-        if given.merge_lora:  # what is merged cannot be taken apart again
-            print(f"written: {given.dst}, with its LoRA merged")
-            return
-        exact = run.has_the_bits_of(model.load(given.dst))
-        note(given.src, {"round_trip_exact": exact})
-        print(
-            f"written: {given.dst}; read back, {'every bit is the same' if exact else 'BITS DIFFER'}"
-        )
-    else:
-        words = tuple(word for word in given.add_words.split(",") if word)
-        wanted = Wanted(words, given.vocab_multiple, given.image_size)
-        extra = {"adapter": given.adapter, "merge_lora": given.merge_lora, "wanted": wanted}
-        print(convert(given.src, given.dst, given.to, given.system, **extra))
-        if given.verify:
-            ours, theirs = (given.src, given.dst) if given.to == "torch" else (given.dst, given.src)
-            _verify(*load_params(ours), theirs)
+    cli_weights.convert(given)
 
 
 def report(given: argparse.Namespace, _) -> None:
@@ -271,16 +235,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--out", metavar="PATH", type=Path, help="a PNG to draw, a folder to build")
 
     verb = add(verbs, convert)
-    verb.add_argument("src", metavar="SRC", type=Path, help="a run, or a folder or file of weights")
-    verb.add_argument("dst", metavar="DST", type=Path, help="the folder to write; it must be new")
-    verb.add_argument("--to", choices=("torch", "jax"), required=True, help="whose names to write")
-    verb.add_argument("--system", metavar="NAME", help="the kind of model, where SRC does not say")
-    verb.add_argument("--adapter", metavar="DIR", help="a LoRA for SRC, as PEFT writes it")
-    verb.add_argument("--add-words", metavar="A,B", default="", help="new words for its vocabulary")
-    verb.add_argument("--vocab-multiple", metavar="N", type=int, default=1, help="fill it to that")
-    verb.add_argument("--image-size", metavar="N", type=int, help="resample positions to that")
-    verb.add_argument("--merge-lora", action="store_true", help="merge a LoRA into its matrices")
-    verb.add_argument("--verify", action="store_true", help="run both models, compare each stage")
+    cli_weights.add_arguments(verb)
 
     verb = add(verbs, report)
     verb.add_argument("dir", metavar="DIR", type=Path, help="the folder of a run")
@@ -315,17 +270,6 @@ def _box(text: str) -> tuple[float, float, float, float]:
     from lionjax.data import pictures
 
     return pictures.unit_box(text.split(","), name="--box")
-
-
-def _verify(config, params, folder: Path) -> None:
-    """Both models on the same inputs; their largest difference at each stage is printed."""
-    from lionjax.convert_verify import verify
-    from lionjax.interfaces import UserError
-
-    found = verify(config, params, folder)
-    print(found)
-    if not found.agree:
-        raise UserError(f"the model of {folder} and ours differ by more than rounding does")
 
 
 def _draw_examples(source, split: str, limit: int, path: Path) -> None:

@@ -36,7 +36,7 @@ FLOORS = (
     "evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring evaluation.benchmarks "
     "evaluation.report plots scaling",
     # 5: where everything meets
-    "model tagger cli agents demo training.backbones",
+    "model tagger cli_weights cli agents demo training.backbones",
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 FOLDERS = {name.split(".")[0] for name in FLOOR if "." in name}

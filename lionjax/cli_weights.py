@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line's side of weights: converting them, holding them against the original, showing their table."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """What `lionjax convert` takes."""
+    verb.add_argument("src", metavar="SRC", type=Path, help="a run, or a folder or file of weights")
+    verb.add_argument("dst", metavar="DST", type=Path, help="the folder to write; it must be new")
+    verb.add_argument("--to", choices=("torch", "jax"), required=True, help="whose names to write")
+    verb.add_argument("--system", metavar="NAME", help="the kind of model, where SRC does not say")
+    verb.add_argument("--adapter", metavar="DIR", help="a LoRA for SRC, as PEFT writes it")
+    verb.add_argument("--add-words", metavar="A,B", default="", help="new words for its vocabulary")
+    verb.add_argument("--vocab-multiple", metavar="N", type=int, default=1, help="fill it to that")
+    verb.add_argument("--image-size", metavar="N", type=int, help="resample positions to that")
+    verb.add_argument("--merge-lora", action="store_true", help="merge a LoRA into its matrices")
+    verb.add_argument("--verify", action="store_true", help="run both models, compare each stage")
+
+
+def convert(given: argparse.Namespace) -> None:
+    """`lionjax convert`. Raises UserError for all that does not fit."""
+    from lionjax import model
+    from lionjax.convert import Wanted, convert, load_params
+
+    if model.is_run(given.src):
+        _export(given)
+        return
+    words = tuple(word for word in given.add_words.split(",") if word)
+    wanted = Wanted(words, given.vocab_multiple, given.image_size)
+    more = {"adapter": given.adapter, "merge_lora": given.merge_lora, "wanted": wanted}
+    print(convert(given.src, given.dst, given.to, given.system, **more))
+    if given.verify:
+        ours, theirs = given.src, given.dst
+        if given.to == "jax":
+            ours, theirs = theirs, ours
+        _verify(*load_params(ours), theirs)
+
+
+def _export(given: argparse.Namespace) -> None:
+    """A run written out, and read back to see whether every bit is the same."""
+    from lionjax import model
+    from lionjax.evaluation.report import note
+
+    run = model.load(given.src)
+    run.export(given.dst, given.to, given.merge_lora)
+    if given.verify:
+        _verify(run.experiment, run.params, given.dst)
+    if given.merge_lora:  # what is merged cannot be taken apart again
+        print(f"written: {given.dst}, with its LoRA merged")
+        return
+    exact = run.has_the_bits_of(model.load(given.dst))
+    note(given.src, {"round_trip_exact": exact})
+    print(f"written: {given.dst}; read back, {'every bit is the same' if exact else 'BITS DIFFER'}")
+
+
+def _verify(config, params, folder: Path) -> None:
+    """Both models on the same inputs; their largest difference at each stage is printed."""
+    from lionjax.convert_verify import verify
+    from lionjax.interfaces import UserError
+
+    found = verify(config, params, folder)
+    print(found)
+    if not found.agree:
+        raise UserError(f"the model of {folder} and ours differ by more than rounding does")
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a path is a file of weights or a folder with some, and not a config or the folder of a run."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return any(file.suffix in (".safetensors", ".bin", ".pth", ".pt") for file in files)
+
+
+def show(path: Path) -> None:
+    """Print the table of a folder or file of weights."""
+    from lionjax import convert
+
+    print_rows(convert.table_of(path))
+
+
+def print_rows(rows) -> None:
+    """One line a row: torch's names, those tied to it, our paths, and the change of layout."""
+    for row in rows:
+        tied = "".join(f"  = {name}" for name in row.also)
+        print(f"{', '.join(row.names)}{tied}  ->  {', '.join(row.paths)}  ({row.op.name})")

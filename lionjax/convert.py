@@ -26,7 +26,7 @@ from lionjax import convert_card, convert_lora, convert_surgery, convert_systems
 from lionjax import params as trees
 from lionjax.convert_files import Tensors, has_nan, open_weights
 from lionjax.convert_plan import Form, Plan, plan_params, plan_state
-from lionjax.convert_published import Published
+from lionjax.convert_published import Published, read_settings
 from lionjax.convert_surgery import Surgery
 from lionjax.convert_systems import CONFIG_FILE
 from lionjax.convert_tables import leaf_parts, params_from, placed_from, state_from, tensor_parts
@@ -181,7 +181,7 @@ def _surgery(
     if wanted.image is not None:
         made = made.then(convert_surgery.picture_size(made.config, wanted.image))
         if (file := beside.get("preprocessor_config.json")) is not None:
-            said = convert_surgery.said_of_pictures(json.loads(file.read_bytes()), wanted.image)
+            said = convert_surgery.said_of_pictures(read_settings(file), wanted.image)
             texts["preprocessor_config.json"] = json.dumps(said, indent=2).encode()
     return made, texts
 
@@ -327,7 +327,7 @@ def _write_out(
     beside: Mapping[str, Path],
 ):
     """The folder for torch's side, with what belongs beside the weights: what came along from there, tokenizers."""
-    settings, files = {}, []
+    files: list[str] = []
     with whole_folder(dst) as folder:
         # A LoRA's rows come last, so its tensors do.
         for detour, group in itertools.groupby(parts, lambda part: convert_lora.is_detour(part[0])):
@@ -342,8 +342,7 @@ def _write_out(
             else:
                 files += write_safetensors(where, THEIRS, forms, group, shard_bytes)
         _copy(beside, folder)
-        if (folder / "config.json").is_file():
-            settings = json.loads((folder / "config.json").read_text())
+        settings = read_settings(folder / "config.json")
         dtype = max(
             (form.dtype for form in plan.made.values()), key=lambda d: (d.itemsize <= 4, d.itemsize)
         ).name

@@ -16,6 +16,7 @@ import numpy as np
 from lionjax.convert_lora import FOLDER as ADAPTER
 from lionjax.convert_lora import is_detour
 from lionjax.convert_plan import Form
+from lionjax.interfaces import UserError
 
 BICUBIC = 3  # Pillow's number of it
 
@@ -60,9 +61,7 @@ def picture_settings(processor: Any) -> dict:
 
 def token_settings(file: Path) -> dict:
     """How a tokenizer.json is to be opened, with the names of its special pieces."""
-    import tokenizers
-
-    backend, said = tokenizers.Tokenizer.from_file(str(file)), {}
+    backend, said = open_tokenizer(file), {}
     pieces = {
         "pad_token": ("<pad>", "[PAD]"), "unk_token": ("<unk>", "[UNK]"), "eos_token": ("</s>",),
         "bos_token": ("<s>",), "sep_token": ("[SEP]",), "cls_token": ("[CLS]",),
@@ -74,6 +73,16 @@ def token_settings(file: Path) -> dict:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     } | said
+
+
+def open_tokenizer(file: Path):
+    """The tokenizer of a tokenizer.json. Raises UserError where it is none."""
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # its reader is not in Python and has one kind of exception for all
+        raise UserError(f"{file} is no tokenizer: {str(error).splitlines()[0]}") from error
 
 
 def card(name: str, config: Any, settings: Mapping, forms: Mapping[str, Form]) -> str:

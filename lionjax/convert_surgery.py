@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lionjax import convert_card
 from lionjax import params as trees
 from lionjax.convert_experts import SWIN
 from lionjax.convert_plan import Form
@@ -194,13 +195,9 @@ def bicubic(old: int, new: int, corners: bool) -> np.ndarray:
 
 def add_to_tokenizer(file: Path, words: Iterable[str]) -> tuple[int, bytes]:
     """(ids known before, the file's new content) of a tokenizer.json with words behind all others."""
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken
 
-    words = list(words)
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # its reader is not in Python and has one kind of exception for all
-        raise UserError(f"{file} is no tokenizer: {str(error).splitlines()[0]}") from error
+    words, tokenizer = list(words), convert_card.open_tokenizer(file)
     if there := [word for word in words if tokenizer.token_to_id(word) is not None]:
         raise UserError(f"{file} knows {there[0]!r} already")
     known = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())

@@ -4,18 +4,24 @@
 import dataclasses
 import json
 import re
+import shutil
+import tempfile
+from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_convert_folders import LLAMA, tiny_lion
-from test_weight_files import assert_same
+from test_weight_files import assert_same, damaged, damages
 
 from lionjax import convert, convert_lora
 from lionjax import params as trees
 from lionjax.convert_systems import of_config
+from lionjax.data.tokenizer import TINY
 from lionjax.interfaces import UserError
 from lionjax.language.decoder import Decoder, DecoderConfig
 from lionjax.layers import LoraConfig
@@ -223,6 +229,46 @@ def test_a_scale_by_the_root_of_the_rank_is_kept_as_alpha(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": True}))
     lora = convert.from_torch(tmp_path / "torch")[0].lora
     assert lora.alpha / lora.rank == pytest.approx(12 / 3**0.5)
+
+
+@pytest.fixture(scope="module")
+def good_folder(tmp_path_factory):
+    """A LLaMA with a LoRA beside it, a tokenizer and a processor, as if from elsewhere."""
+    folder = tmp_path_factory.mktemp("good") / "torch"
+    convert.to_torch(CONFIG, random_params(CONFIG), folder)
+    (folder / "lionjax.json").unlink()
+    (folder / "tokenizer.json").write_bytes(TINY.read_bytes())
+    (folder / "preprocessor_config.json").write_text('{"size": 28}')
+    return folder
+
+
+DAMAGED = ("model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json",
+           "adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # fmt: skip
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(damage=damages, name=st.sampled_from(DAMAGED), words=st.booleans())
+def test_a_damaged_folder_goes_both_ways_whole_or_leaves_nothing(
+    good_folder, tmp_path, damage, name, words
+):
+    work = Path(tempfile.mkdtemp(dir=tmp_path))
+    shutil.copytree(good_folder, work / "in")
+    content = (work / "in" / name).read_bytes()
+    head = min(len(content), 4000)  # most of the trouble that can be made is made there
+    (work / "in" / name).write_bytes(damaged(content[:head], damage) + content[head:])
+    wanted = convert.Wanted(("<new>",)) if words else convert.Wanted()
+    there = ["in"]
+    try:
+        convert.convert(work / "in", work / "ours", "jax", wanted=wanted)
+        there.append("ours")
+        convert.convert(work / "ours", work / "back", "torch")
+        there.append("back")
+    except UserError as error:
+        assert str(error)
+    assert sorted(path.name for path in work.iterdir()) == sorted(there)
+    shutil.rmtree(work)
 
 
 def test_what_has_no_lora_cannot_be_merged(tmp_path):

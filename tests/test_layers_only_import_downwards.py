@@ -45,6 +45,7 @@ FLOOR |= {f: min(FLOOR[name] for name in FLOOR if name.startswith(f + ".")) for 
 # The only steps sideways that the floors themselves do not allow: (who, whom).
 SIDEWAYS = {
     ("convert", "convert_card"),
+    ("convert_surgery", "convert_card"),
     ("convert_card", "convert_lora"),
     ("convert", "convert_lora"),
     ("convert", "convert_surgery"),

@@ -16,22 +16,26 @@ ATTRIBUTES = {
 }
 ROLES = ("nothing", "part", "centre")
 FIELDS = {**ATTRIBUTES, "role": ROLES, "ground": scenes.BACKGROUNDS}
-WAVES = (1, 2, 10)
-KNOTS = np.linspace(0, 1, 11)
-CODE = 4 * (1 + 2 * len(WAVES) + len(KNOTS))
+WAVES = (1, 2)
+DIGITS = 10
+CODE = 4 * (2 * DIGITS + 2 * len(WAVES) + 1)
 
 
 def box_code(box_K4):
-    """Edges in 0..1 -> (..., CODE): the edges, sines and cosines of several wave lengths, and how near each tenth is.
+    """Edges in 0..1 -> (..., CODE), edge by edge: how near its first decimal is to each digit, how near its second one
+    is, sines and cosines of two wave lengths, and the edge itself.
 
-    The tenths (linear between two of them) give first decimals to a linear reader, the shortest wave gives second ones.
+    A digit's share is 1 in the middle of its interval and a half at its ends.
     """
     edge = box_K4[..., None]
+    middle = (np.arange(DIGITS) + 0.5) / DIGITS
+    first = np.maximum(0, 1 - np.abs(edge - middle) * DIGITS)
+    apart = np.abs(edge * DIGITS % 1 - middle)
+    second = np.maximum(0, 1 - np.minimum(apart, 1 - apart) * DIGITS)
     angle = 2 * np.pi * edge * np.asarray(WAVES)
-    near = 2 * np.maximum(0, 1 - np.abs(edge - KNOTS) / (KNOTS[1] - KNOTS[0]))
-    parts = np.concatenate([np.sin(angle), np.cos(angle), near], axis=-1)
-    flat = parts.reshape(*box_K4.shape[:-1], -1)
-    return np.concatenate([2 * box_K4 - 1, flat], axis=-1).astype(np.float32)
+    parts = [first, second, np.sin(angle), np.cos(angle), 2 * edge - 1]
+    flat = np.concatenate(parts, axis=-1)
+    return flat.reshape(*box_K4.shape[:-1], CODE).astype(np.float32)
 
 
 def facts(scene) -> tuple[np.ndarray, np.ndarray]:
@@ -164,10 +168,16 @@ def edge(scene, rng) -> Example:
 
 
 def one_edge(scene, rng) -> Example:
-    """The first decimal of one edge: 'left: star' -> '[0.3]'. So short an answer teaches best what to look at."""
+    """The first decimal of one edge, or its second: 'left: star' -> '[0.3]', 'fine left: star' -> '[0.4]'.
+
+    So short an answer teaches best what to look at.
+    """
     (name, box), number = named_alone(scene, rng)[0], int(rng.integers(4))
-    answer, question = decimals(box[number], 1), f"{EDGES[number]}: {name}"
-    return Example("one_edge", EDGES[number], question, answer, (answer,), "region_level")
+    fine = bool(rng.integers(2))
+    edge = box[number] * 10 % 1 if fine else box[number]
+    asked = f"fine {EDGES[number]}" if fine else EDGES[number]
+    answer = decimals(min(edge, 0.999), 1)
+    return Example("one_edge", asked, f"{asked}: {name}", answer, (answer,), "region_level")
 
 
 def decimals(edge: float, count: int) -> str:

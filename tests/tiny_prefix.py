@@ -36,7 +36,8 @@ def language_settings(kind: str, draw: random.Random) -> dict:
     if kind == "t5":
         return ids | {
             "model_type": "t5", "vocab_size": vocab, "d_model": width, "d_kv": head, "d_ff": hidden,
-            "num_layers": layers, "num_decoder_layers": draw.randint(1, 3), "num_heads": heads,
+            "num_layers": layers, "num_heads": heads,
+            "num_decoder_layers": draw.randint(1, layers),  # their cache is as deep as the encoder
             "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0,
             "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "tie_word_embeddings": False,
             "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -310,11 +311,17 @@ def _merged(config: Any, flat: Mapping) -> tuple[Any, Mapping]:
 
 def _coverage(kind: Published, plan: Plan, tensors: Tensors) -> Coverage:
     tied = {piece.tensors[0]: piece.tied for piece in plan.pieces if piece.tied}
-    ignored = tensors.left | {name: f"matches {pattern}" for name, pattern in plan.ignored.items()}
+    ignored = tensors.left | {name: _reason(pattern) for name, pattern in plan.ignored.items()}
     count = sum(len(piece.tensors) + len(piece.tied) for piece in plan.pieces)
     paths = {path for piece in plan.pieces for path in piece.row.paths}
     size = sum(form.nbytes for form in plan.made.values())
     return Coverage(kind.name, count, len(paths), size, ignored=ignored, tied=tied)
+
+
+def _reason(pattern: str) -> str:
+    """Why names of a pattern are passed over: what it says in a comment, else the pattern itself."""
+    comments = re.findall(r"\(\?#([^)]*)\)", pattern)
+    return comments[-1] if comments else f"matches {pattern}"
 
 
 def _write_out(

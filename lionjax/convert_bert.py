@@ -73,5 +73,6 @@ def _abstract(c: Any) -> Params:
 
 BERT = Published(
     "bert", ("bert",), lambda c: type(c).__name__ == "BertConfig", _config, _settings, _rows, _abstract,
-    ignore=(r"embeddings\.position_ids", r"(cls|classifier|qa_outputs)\..*"), inside="bert.", told=_told,
+    ignore=(r"embeddings\.position_ids(?#they only count)", r"(cls|classifier|qa_outputs)\..*(?#heads)"),
+    inside="bert.", told=_told,
 )  # fmt: skip

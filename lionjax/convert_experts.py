@@ -97,14 +97,20 @@ SWIN = Published(
     "swin", ("swin",), lambda c: type(c).__name__ == "SwinConfig",
     _swin_config, _swin_settings, _swin_rows, _swin_abstract,
     # Older files hold the index of places, many a head for ImageNet's classes or for hidden patches.
-    ignore=(r"swin\.(encoder\..*\.relative_position_index|embeddings\.mask_token)", r"(classifier|decoder)\..*"),
+    ignore=(
+        r"swin\.encoder\..*\.relative_position_index(?#it is computed)",
+        r"swin\.embeddings\.mask_token(?#for training)",
+        r"(classifier|decoder)\..*(?#heads)",
+    ),
     base="swin.",
 )  # fmt: skip
 RAM = Published(
     "ram", ("ram",), lambda c: type(c).__name__ == "RamConfig", _ram_config,
     lambda c: {"model_type": "ram", "system": json.loads(configs.to_json(c))}, _ram_rows, _ram_abstract,
     # What wrote captions while it was trained.
-    ignore=(r"(?!visual_encoder\.|image_proj\.|label_embed$|wordvec_proj\.|tagging_head\.|fc\.).*",),
+    ignore=(
+        r"(?!visual_encoder\.|image_proj\.|label_embed$|wordvec_proj\.|tagging_head\.|fc\.).*(?#it writes captions)",
+    ),
     # Its first name.
     complete=lambda config, tensors, folder: tensors.respelled((r"^vision_multi\.", "tagging_head.")),
 )  # fmt: skip

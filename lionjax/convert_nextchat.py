@@ -157,7 +157,8 @@ NEXTCHAT = Published(
     "nextchat", ("nextchat",), lambda c: type(c).__name__ == "NextChat",
     _nextchat_config, _nextchat_settings, lambda c: c.torch_rows(), _nextchat_abstract,
     ignore=(
-        *LLAMA.ignore, r"model\.vision_tower\.vision_model\.embeddings\.position_ids", r"sam\.model\.pixel_(mean|std)",
+        *LLAMA.ignore, r"model\.vision_tower\.vision_model\.embeddings\.position_ids(?#they only count)",
+        r"sam\.model\.pixel_(mean|std)(?#those of all pictures)",
     ),
 )  # fmt: skip
 SAM = Published(
@@ -166,6 +167,6 @@ SAM = Published(
 # Written again as Hugging Face's.
 SEGMENT_ANYTHING = Published(
     "segment_anything", (), lambda c: False, _meta_sam_config, _sam_settings, _meta_sam_rows, _sam_abstract,
-    ignore=(r"pixel_(mean|std)",),
+    ignore=(r"pixel_(mean|std)(?#those of all pictures)",),
 )  # fmt: skip
 POINTING = (NEXTCHAT, SAM, SEGMENT_ANYTHING)

@@ -321,10 +321,10 @@ def _whole_settings(settings: Callable[[Any], dict]) -> Callable[[Any], dict]:
     return made
 
 
-_IDS = r".*(vision_model\.embeddings|qformer\.embeddings)\.position_ids"
-_TURNS = r".*model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq"
+_IDS = r".*(vision_model\.embeddings|qformer\.embeddings)\.position_ids(?#they only count)"
+_TURNS = r".*model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq(?#computed)"
 _UNUSED = r"(language_model|t5_model)\." + T5.ignore[0]
-_STAGE_1 = r"Qformer\.cls\..*|(vision_proj|text_proj|itm_head)\..*|temp"
+_STAGE_1 = r"Qformer\.cls\..*|(vision_proj|text_proj|itm_head)\..*|temp(?#heads of its first stage)"
 _BLIP_IGNORES = (_IDS, _TURNS, _UNUSED, _STAGE_1, r"visual_encoder\." + EVA_IGNORES)
 _COPIES = tuple(
     (f"{x}_model.lm_head.weight", f"{x}_model.shared.weight") for x in ("language", "t5")

@@ -28,7 +28,8 @@ class Published:
     settings: Callable[[Any], dict]
     rows: Callable[[Any], tuple]
     abstract: Callable[[Any], Params]  # shapes of the whole tree
-    ignore: tuple[str, ...] = ()  # names that say nothing: patterns, matched whole
+    # Names that say nothing: patterns, matched whole, with the reason in a comment of theirs, (?#...).
+    ignore: tuple[str, ...] = ()
     # (name, name of the tensor it equals where it is missing)
     copies: tuple[tuple[str, str], ...] = ()
     base: str = ""  # stands before all names, and is left away in files of the bare model
@@ -382,19 +383,19 @@ def _eva_rows(c: Any) -> tuple:
 
 
 EVA_IGNORES = (
-    r"(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*"  # a 40th block, heads
+    r"(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*(?#a 40th block and heads)"
 )
 
 T5 = Published(
     "t5", ("t5",), lambda c: type(c).__name__ == "T5Config", _t5_config, _t5_settings, _t5_rows, _t5_abstract,
     # A table that the first releases saved and no code has ever used.
-    ignore=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
+    ignore=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight(?#no code uses it)",),
     copies=(("lm_head.weight", "shared.weight"),),
 )  # fmt: skip
 LLAMA = Published(
     "llama", ("llama",), lambda c: _of_decoder(c, False, False),
     _llama_config, _llama_settings, _llama_rows, _decoder_abstract,
-    ignore=(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq",), base="model.",
+    ignore=(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq(?#computed)",), base="model.",
 )  # fmt: skip
 OPT = Published(
     "opt", ("opt",), lambda c: _of_decoder(c, True, True),
@@ -403,13 +404,16 @@ OPT = Published(
 GPT2 = Published(
     "gpt2", ("gpt2",), lambda c: _of_decoder(c, True, False),
     _gpt2_config, _gpt2_settings, _gpt2_rows, _decoder_abstract,
-    ignore=(r"transformer\.h\.[0-9]+\.attn\.(masked_)?bias",), base="transformer.",
+    ignore=(r"transformer\.h\.[0-9]+\.attn\.(masked_)?bias(?#a mask)",), base="transformer.",
 )  # fmt: skip
 CLIP = Published(
     "clip", ("clip", "clip_vision_model"), lambda c: _of_vit(c, True),
     _clip_config, _clip_settings, _clip_rows, _vit_abstract,
     # Of a whole CLIP the vision tower is read.
-    ignore=(r"vision_model\.embeddings\.position_ids", r"(text_model|(text|visual)_projection)\..*", "logit_scale"),
+    ignore=(
+        r"vision_model\.embeddings\.position_ids(?#they only count)",
+        r"((text_model|(text|visual)_projection)\..*|logit_scale)(?#of the comparison with texts)",
+    ),
     base="vision_model.",
 )  # fmt: skip
 EVA = Published(

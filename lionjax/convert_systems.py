@@ -246,6 +246,6 @@ _LION = Published(
     settings=lambda c: {"model_type": "lion", "system": json.loads(configs.to_json(c))},
     rows=lambda c: c.torch_rows(),
     abstract=_lion_abstract,
-    ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*"),
+    ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*(?#heads of its first stage)"),
 )  # fmt: skip
 SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, *EXPERTS, *ONE_PART, BERT)

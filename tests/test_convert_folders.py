@@ -173,7 +173,7 @@ def test_of_a_whole_clip_the_vision_tower_is_read_and_the_rest_reported(tmp_path
     assert {name.split(".")[0] for name in coverage.ignored} == {
         "text_model", "text_projection", "visual_projection", "logit_scale"
     }  # fmt: skip
-    assert "left (matches " in str(coverage)
+    assert "left (of the comparison with texts): logit_scale, " in str(coverage)
 
 
 def test_a_swin_that_knows_classes_lends_its_eyes(tmp_path):

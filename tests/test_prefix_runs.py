@@ -18,11 +18,12 @@ from lionjax.config import Experiment, RunConfig, Stage
 from lionjax.convert_systems import of_config
 from lionjax.data import pipeline
 from lionjax.data.examples import DataConfig
-from lionjax.data.processors import Processor, ProcessorConfig
+from lionjax.data.processors import Input, Processor, ProcessorConfig
 from lionjax.data.sources import Scenes
 from lionjax.language.decoder import DecoderConfig
 from lionjax.language.t5 import T5Config
 from lionjax.model import Model, example
+from lionjax.scores import GenerateConfig
 from lionjax.systems.prefix import Prefix
 from lionjax.training import loop, start
 from lionjax.vision.vit import ViTConfig
@@ -151,3 +152,43 @@ def test_a_run_begins_with_parts_that_were_converted_by_themselves(tmp_path):
     assert flat["language/embedding/table"].shape == (1024, 32)
     assert not np.asarray(flat["language/embedding/table"])[1001:].any()
     assert flat["projector/up/kernel"].any()
+
+
+def word_tokenizer(words: list[str], first: list[str]):
+    """A tokenizer of whole words, with LLaMA's special pieces in front as a `tokenizer.json` would have them."""
+    import tokenizers
+
+    vocabulary = {word: place for place, word in enumerate([*first, *words])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(first)
+    return backend
+
+
+@pytest.mark.slow
+def test_a_llava_folder_of_transformers_is_loaded_and_answers_in_its_words(tmp_path):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    seed = tiny.seed()
+    theirs = tiny.theirs("llava", random.Random(seed))
+    theirs.save_pretrained(tmp_path)
+    said = "A chat between curious user and an artificial intelligence assistant . The gives helpful , detailed polite "
+    said += "answers to the ' s questions USER : ASSISTANT What is this ?"
+    words = list(dict.fromkeys(said.split()))
+    first = ["<pad>", "<s>", "</s>", "<unk>", "<extra_id_0>"]
+    rest = [f"w{n}" for n in range(tiny.IMAGE_TOKEN - len(words) - len(first))]
+    assert len(words) + len(first) <= tiny.IMAGE_TOKEN
+    word_tokenizer([*words, *rest, "<image>"], first).save(str(tmp_path / "tokenizer.json"))
+    model = lionjax.load(tmp_path)
+    c = model.processor.config
+    assert (c.reader, c.image_token, c.padded) == ("decoder", tiny.IMAGE_TOKEN, True)
+    how = GenerateConfig(max_new_tokens=6, eos=2, pad=0, start=None)
+    picture = pictures(1)[0]
+    answer = model.answer([picture], ["What is this ?"], generate=how)[0]
+    batch = model.processor.batch([Input(picture, "What is this ?")])
+    assert batch.prompt_BL[0, 0] == 1 and (batch.prompt_BL == tiny.IMAGE_TOKEN).sum() == 1
+    asked = tiny.inputs(model.system, batch, answers=False, left=True)
+    with torch.no_grad():
+        told = theirs.generate(**asked, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
+    wanted = told[0, asked["input_ids"].shape[1] :].numpy()
+    assert answer.text == model.processor.decode(wanted) and answer.text, f"seed {seed}"

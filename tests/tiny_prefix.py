@@ -78,7 +78,7 @@ def theirs(system: str, draw: random.Random):
     if name == "llava":
         config = transformers.LlavaConfig(
             vision_config=tower | {"model_type": "clip_vision_model"}, text_config=text,
-            image_token_index=IMAGE_TOKEN, vision_feature_layer=-draw.randint(1, 2),
+            image_token_index=IMAGE_TOKEN, vision_feature_layer=-draw.randint(2, tower["num_hidden_layers"]),
             vision_feature_select_strategy=draw.choice(["default", "full"]),
         )  # fmt: skip
         return shaken(transformers.LlavaForConditionalGeneration(config))

@@ -12,16 +12,8 @@ from typing import Any
 
 from lionjax import config as configs
 from lionjax.convert_files import TORCH_SUFFIXES, Tensors, open_weights
-from lionjax.convert_published import (
-    CLIP,
-    EVA_IGNORES,
-    LLAMA,
-    OPT,
-    T5,
-    Published,
-    read_settings,
-    refuse_unless,
-)
+from lionjax.convert_published import LLAMA, OPT, T5, Published, read_settings, refuse_unless
+from lionjax.convert_towers import CLIP, EVA_IGNORES
 from lionjax.interfaces import Batch, Params, UserError
 
 # What transformers means where a folder's config.json says nothing of its language model's sizes.
@@ -257,8 +249,13 @@ def _blip_settings(c: Any) -> dict:
 
 # LAVIS: what was trained, with eva_vit_g.pth and the language model's folder beside it
 
-LAVIS_FILE = re.compile(r"(blip2|instruct_?blip).*", re.IGNORECASE)
-LAVIS_WORDS = {"t5": "t5", "opt": "opt", "llm": "llama"}  # its word -> the language model's type
+LAVIS_FILE = re.compile(r"(blip2|instruct_?blip|minigpt4).*", re.IGNORECASE)
+LAVIS_WORDS = {
+    "t5": "t5",
+    "opt": "opt",
+    "llm": "llama",
+    "llama": "llama",
+}  # its word -> the language model's type
 
 
 def lavis_file(folder: Path) -> Path | None:

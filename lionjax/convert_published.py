@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published models of one part: T5, LLaMA, OPT, GPT-2, and the ViTs of CLIP and EVA.
+"""Published language models: T5, LLaMA, OPT and GPT-2; and what is said of any published model.
 
 For each: what its config.json means here and what ours means there, its rows, its shapes, and what to pass over.
 Model files are imported when one of theirs is met.
@@ -318,74 +318,6 @@ def _gpt2_rows(c: Any) -> tuple:
     return decoder.gpt2_rows(c)
 
 
-# Vision towers
-
-
-def _of_vit(c: Any, clip: bool) -> bool:
-    return type(c).__name__ == "ViTConfig" and c.norm_before == clip
-
-
-def _vit_abstract(c: Any) -> Params:
-    import jax
-
-    from lionjax import sharding
-    from lionjax.vision.vit import ViT
-
-    image = jax.ShapeDtypeStruct((1, c.image, c.image, 3), "float32")
-    return sharding.abstract(lambda key, x: ViT(c).init(key, x)["params"], jax.random.key(0), image)
-
-
-def _clip_config(s: dict) -> Any:
-    from lionjax.vision.vit import ViTConfig
-
-    s = s.get("vision_config", s)
-    act = s.get("hidden_act", "quick_gelu")
-    refuse_unless(act in ("quick_gelu", "gelu"), f"hidden_act {act!r}", "quick_gelu or gelu")
-    return ViTConfig(
-        s.get("image_size", 224), s.get("patch_size", 32), s.get("hidden_size", 768), s.get("num_hidden_layers", 12),
-        s.get("num_attention_heads", 12), s.get("intermediate_size", 3072), s.get("layer_norm_eps", 1e-5), act,
-        biases="qkvo", patch_bias=False, norm_before=True, norm_after=True,
-    )  # fmt: skip
-
-
-def _clip_settings(c: Any) -> dict:
-    return {
-        "architectures": ["CLIPVisionModel"],
-        "model_type": "clip_vision_model",
-        "image_size": c.image,
-        "patch_size": c.patch,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.heads,
-        "intermediate_size": c.hidden,
-        "layer_norm_eps": c.eps,
-        "hidden_act": c.activation,
-    }
-
-
-def _clip_rows(c: Any) -> tuple:
-    from lionjax.vision import vit
-    from lionjax.weight_rows import under
-
-    return under("vision_model.", "", vit.clip_rows(c))
-
-
-def _eva_config(s: dict) -> Any:
-    from lionjax.vision.vit import EVA_VIT_G
-
-    return EVA_VIT_G
-
-
-def _eva_rows(c: Any) -> tuple:
-    from lionjax.vision import vit
-
-    return vit.eva_rows(c)
-
-
-EVA_IGNORES = (
-    r"(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*(?#a 40th block and heads)"
-)
-
 T5 = Published(
     "t5", ("t5",), lambda c: type(c).__name__ == "T5Config", _t5_config, _t5_settings, _t5_rows, _t5_abstract,
     # A table that the first releases saved and no code has ever used.
@@ -406,18 +338,4 @@ GPT2 = Published(
     _gpt2_config, _gpt2_settings, _gpt2_rows, _decoder_abstract,
     ignore=(r"transformer\.h\.[0-9]+\.attn\.(masked_)?bias(?#a mask)",), base="transformer.",
 )  # fmt: skip
-CLIP = Published(
-    "clip", ("clip", "clip_vision_model"), lambda c: _of_vit(c, True),
-    _clip_config, _clip_settings, _clip_rows, _vit_abstract,
-    # Of a whole CLIP the vision tower is read.
-    ignore=(
-        r"vision_model\.embeddings\.position_ids(?#they only count)",
-        r"((text_model|(text|visual)_projection)\..*|logit_scale)(?#of the comparison with texts)",
-    ),
-    base="vision_model.",
-)  # fmt: skip
-EVA = Published(
-    "eva", (), lambda c: _of_vit(c, False),
-    _eva_config, lambda c: {"model_type": "eva"}, _eva_rows, _vit_abstract, ignore=(EVA_IGNORES,),
-)  # fmt: skip
-ONE_PART = (T5, LLAMA, OPT, GPT2, CLIP, EVA)
+TEXTS = (T5, LLAMA, OPT, GPT2)

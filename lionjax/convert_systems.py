@@ -20,7 +20,8 @@ from lionjax.convert_experts import EXPERTS, RAM_FILE
 from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
 from lionjax.convert_nextchat import META_SAM, POINTING
 from lionjax.convert_prefix import PICTURE_FIRST, lavis_file, open_lavis
-from lionjax.convert_published import EVA_IGNORES, ONE_PART, T5, Published, read_settings
+from lionjax.convert_published import T5, TEXTS, Published, read_settings
+from lionjax.convert_towers import CLIP_FILE, EVA_IGNORES, TOWERS
 from lionjax.interfaces import Batch, Params, UserError
 from lionjax.weight_rows import same_numbers
 
@@ -75,6 +76,7 @@ def _recognised(path: Path, folder: Path, system: str | None) -> Source:
         return Source(of_config(config), config, open_weights(path), folder)
     if system is None:
         by_file = {"eva_vit_g.pth": "eva", META_SAM: "segment_anything", RAM_FILE: "ram"}
+        by_file |= {CLIP_FILE: "openai_clip"}
         system = by_file.get(path.name)
     if system == "lion" or (system is None and path.is_dir() and _lion_file(path)):
         return _open_lion(path)
@@ -248,4 +250,4 @@ _LION = Published(
     abstract=_lion_abstract,
     ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*(?#heads of its first stage)"),
 )  # fmt: skip
-SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, *EXPERTS, *ONE_PART, BERT)
+SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, *EXPERTS, *TEXTS, *TOWERS, BERT)

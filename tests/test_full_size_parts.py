@@ -215,3 +215,28 @@ def test_the_full_size_table_of_eva_covers_every_tensor_of_its_file():
         if n.startswith("visual_encoder.")
     }
     check(KINDS["eva"], vit.EVA_VIT_G, Blank(state))
+
+
+def test_the_full_size_table_of_clip_under_openais_names_covers_every_tensor():
+    state = {
+        "class_embedding": (1024,),
+        "positional_embedding": (257, 1024),
+        "conv1.weight": (1024, 3, 14, 14),
+    }
+    state |= {"proj": (1024, 768)}
+    shapes = {
+        "ln_1": (1024,), "ln_2": (1024,), "attn.out_proj": (1024, 1024), "mlp.c_fc": (4096, 1024),
+        "mlp.c_proj": (1024, 4096),
+    }  # fmt: skip
+    layers = {
+        f"transformer.resblocks.{i}.{name}": shape
+        for i in range(24)
+        for name, shape in shapes.items()
+    }
+    for name, shape in (layers | {"ln_pre": (1024,), "ln_post": (1024,)}).items():
+        state |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for i in range(24):
+        block = f"transformer.resblocks.{i}.attn.in_proj_"
+        state |= {f"{block}weight": (3072, 1024), f"{block}bias": (3072,)}
+    kind, state = KINDS["openai_clip"], blank(state)
+    check(kind, kind.told(kind.config({}), state.keys()), state)

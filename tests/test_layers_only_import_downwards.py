@@ -26,7 +26,7 @@ FLOORS = (
     # 3: systems, and the conversion of whole ones
     "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
     "convert_published convert_nextchat convert_experts convert_bert convert_lora convert_prefix convert_systems convert "
-    "convert_verify convert_runs convert_surgery convert_card",
+    "convert_verify convert_runs convert_surgery convert_card convert_towers",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer data.processors data.table "
@@ -36,7 +36,7 @@ FLOORS = (
     "evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring evaluation.benchmarks "
     "evaluation.report plots scaling",
     # 5: where everything meets
-    "model tagger cli_weights cli agents demo training.backbones",
+    "model tagger cli_weights cli agents demo training.backbones training.mask_backbone",
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 FOLDERS = {name.split(".")[0] for name in FLOOR if "." in name}
@@ -63,6 +63,9 @@ SIDEWAYS = {
     ("convert_systems", "convert_bert"),
     ("convert_systems", "convert_prefix"),
     ("convert_prefix", "convert_published"),
+    ("convert_prefix", "convert_towers"),
+    ("convert_systems", "convert_towers"),
+    ("convert_towers", "convert_published"),
     ("convert_prefix", "systems"),
     ("convert_experts", "convert_published"),
     ("convert_surgery", "convert_experts"),

@@ -181,6 +181,34 @@ def blip_rows(c: ViTConfig) -> tuple[Row, ...]:
     return (*renamed(rows, *pairs), bias)
 
 
+def openai_rows(c: ViTConfig) -> tuple[Row, ...]:
+    """Names of CLIP's ViT in OpenAI's own code, as LAVIS's clip_vit_L.pth has them."""
+    head = c.width // c.heads
+    into, cut = heads_in(c.heads, head), heads_in_bias(c.heads, head)
+    block = (
+        Row(
+            "attn.in_proj_weight",
+            tuple(f"attention/{x}/kernel" for x in "qkv"),
+            fused(into, into, into),
+        ),
+        Row("attn.in_proj_bias", tuple(f"attention/{x}/bias" for x in "qkv"), fused(cut, cut, cut)),
+        Row("attn.out_proj.weight", "attention/o/kernel", heads_out(c.heads, head)),
+        Row("attn.out_proj.bias", "attention/o/bias"),
+        *norm_rows("ln_1", "norm1"),
+        *norm_rows("ln_2", "norm2"),
+        *dense_rows("mlp.c_fc", "mlp/up"),
+        *dense_rows("mlp.c_proj", "mlp/down"),
+    )
+    return (
+        Row("class_embedding", "class_token"),
+        Row("positional_embedding", "position"),
+        Row("conv1.weight", "patch/kernel", conv),
+        *norm_rows("ln_pre", "norm_before"),
+        *(norm_rows("ln_post", "norm_after") if c.norm_after else ()),
+        *under("transformer.resblocks.{i}.", "blocks/", block),
+    )
+
+
 def clip_rows(c: ViTConfig) -> tuple[Row, ...]:
     """Names of Hugging Face's CLIPVisionModel, without the `vision_model.` before them in files."""
     letters = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
@@ -200,6 +228,6 @@ def clip_rows(c: ViTConfig) -> tuple[Row, ...]:
         Row("embeddings.position_embedding.weight", "position"),
         Row("embeddings.patch_embedding.weight", "patch/kernel", conv),
         *norm_rows("pre_layrnorm", "norm_before"),
-        *norm_rows("post_layernorm", "norm_after"),
+        *(norm_rows("post_layernorm", "norm_after") if c.norm_after else ()),
         *under("encoder.layers.{i}.", "blocks/", block),
     )

@@ -54,7 +54,7 @@ def get_config(
             sources=(Coco("data/coco"),),
             processor=ProcessorConfig(
                 image_size=side, tokenizer=f"weights/{vicuna}", question_length=1, prompt_length=256, tags=False,
-                padded=True, reader="decoder", template=VICUNA, image_token=system.image_token,
+                padded=True, padding="mean", reader="decoder", template=VICUNA, image_token=system.image_token,
             ),
         ),
         stages=stages,

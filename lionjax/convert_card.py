@@ -41,8 +41,8 @@ def write_processors(config: Any, folder: Path) -> list[str]:
 def picture_settings(processor: Any) -> dict:
     """How pictures come in, as transformers' image processors say it.
 
-    LION stretches a picture to a square. NExT-Chat puts it into a white one first, which no image processor there does,
-    so whoever uses it must.
+    LION stretches a picture to a square. NExT-Chat puts it into a white one first and LLaVA-1.5 into one of the mean
+    color, which this image processor does not, so whoever uses it must.
     """
     said = {
         "image_processor_type": "BlipImageProcessor",
@@ -56,7 +56,7 @@ def picture_settings(processor: Any) -> dict:
         "image_mean": list(processor.mean),
         "image_std": list(processor.std),
     }
-    return said | ({"white_square_first": True} if processor.padded else {})
+    return said | ({f"{processor.padding}_square_first": True} if processor.padded else {})
 
 
 def token_settings(file: Path) -> dict:

@@ -356,6 +356,7 @@ def asked_as(system: System) -> dict:
         "image_token": system.image_token,
         "prompt_length": 512,
         "padded": system.projector_depth == 2,  # since LLaVA-1.5
+        "padding": "mean",
     }
 
 

@@ -35,7 +35,9 @@ def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_th
     coverage = convert.convert(tmp_path / "theirs", tmp_path / "ours", "jax")
     assert not coverage.ignored and not coverage.nan, f"seed {seed}"
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch", shard_bytes=20_000)
+    # Both are read from files, because reading keeps some parts in float32 whatever the dtype.
     back, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True, dtype=model.dtype)
+    model = type(model).from_pretrained(tmp_path / "theirs", dtype=model.dtype)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (seed, info)
     one, other = model.state_dict(), back.state_dict()
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), f"seed {seed}"
@@ -183,7 +185,7 @@ def as_lavis(state: dict, word: str) -> dict:
     return made
 
 
-LAVIS = [("blip2_opt", "opt"), ("instructblip_t5", "t5"), ("instructblip_vicuna", "llm")]
+LAVIS = [("blip2_opt", "opt"), ("blip2_vicuna", "llama"), ("instructblip_t5", "t5"), ("instructblip_vicuna", "llm")]
 
 
 @pytest.mark.parametrize("name, word", LAVIS)

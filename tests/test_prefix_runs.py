@@ -154,6 +154,17 @@ def test_a_run_begins_with_parts_that_were_converted_by_themselves(tmp_path):
     assert flat["projector/up/kernel"].any()
 
 
+def test_a_picture_of_llava_15_lies_in_a_square_of_the_mean_color():
+    wide = np.full((10, 40, 3), 255, np.uint8)
+    batches = [
+        Processor(ProcessorConfig(image_size=16, tags=False, padded=True, padding=color)).batch([Input(wide, "What?")])
+        for color in ("mean", "white")
+    ]
+    mean, white = (batch.image_BHWC[0] for batch in batches)
+    assert np.abs(mean[0]).max() < 0.02 and (white[0] > 1.5).all()
+    np.testing.assert_allclose(mean[8], white[8], atol=0.05)
+
+
 def word_tokenizer(words: list[str], first: list[str]):
     """A tokenizer of whole words, with LLaMA's special pieces in front as a `tokenizer.json` would have them."""
     import tokenizers

@@ -8,7 +8,7 @@ import numpy as np
 
 from lionjax.interfaces import Batch
 
-SYSTEMS = ("llava", "blip2_opt", "blip2_t5", "instructblip_t5", "instructblip_vicuna")
+SYSTEMS = ("llava", "blip2_opt", "blip2_t5", "blip2_vicuna", "instructblip_t5", "instructblip_vicuna")
 IMAGE_TOKEN, PAD, START, END = 46, 0, 1, 2
 
 

@@ -34,7 +34,8 @@ class ProcessorConfig:
     """Sizes and tokenizers: `"tiny"`, or a local folder with T5's for the language model and BERT's for the Q-Former.
 
     Lengths count tokens with the end token. `tags` puts LION's sentence about tags before the question.
-    `padded`: the picture lies in a white square as NExT-Chat's, and boxes are fractions of that; else it is stretched.
+    `padded`: the picture lies in a square, and boxes are fractions of that; else it is stretched. The square is white
+    as NExT-Chat's, or by `padding` "mean" of the mean color as LLaVA-1.5's.
     `reader`: an encoder reads the prompt up to an end token, a decoder from a start token (if it has one) on into the
     answer. `template` is what stands around a question; {image} is where so many `image_tokens` come, or the one
     `image_token` of a system that knows by itself how many words a picture has.
@@ -53,6 +54,7 @@ class ProcessorConfig:
     tags: bool = True
     max_pixels: int = pictures.MAX_PIXELS
     padded: bool = False
+    padding: Literal["white", "mean"] = "white"
     reader: Literal["encoder", "decoder"] = "encoder"
     template: str = "{question}"
     image_tokens: int = 0
@@ -134,7 +136,8 @@ class Processor:
             width, height = picture.size
             edges = np.array(window) * (width, height, width, height)
             picture = picture.crop(tuple(edges.round().astype(int).tolist()))
-        return squares.padded(picture, c.image_size)
+        color = squares.WHITE if c.padding == "white" else tuple(int(255 * m) for m in c.mean)
+        return squares.padded(picture, c.image_size, color)
 
     def square(self, source, window: pictures.Box = pictures.WHOLE) -> Square:
         """The square whose fractions the model's boxes are, of a picture or of a window of it."""

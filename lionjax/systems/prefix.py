@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture words before text words: LLaVA, BLIP-2, InstructBLIP and MiniGPT-4 are settings of one model.
+"""Picture words before text words: LLaVA, BLIP-2, InstructBLIP, MiniGPT-4 and Shikra are settings of one model.
 
 A frozen tower sees the picture, a bridge turns what it saw into words of the language model's width (each patch a word,
 or a few queries of a Q-Former, which may read the instruction), and a language model reads on from there. Which tower,
@@ -129,6 +129,14 @@ INSTRUCTBLIP_VICUNA_7B = dataclasses.replace(
     language=dataclasses.replace(VICUNA_7B, vocab=32001, pad_token=32000, start_token=2, vocab_multiple=128),
     image_token=None,
 )  # fmt: skip
+# Only its projector is ever trained.
+MINIGPT4_7B = dataclasses.replace(
+    BLIP2_OPT_2_7B, language=VICUNA_7B, vision_eps=1e-5, image_token=VICUNA_7B.vocab, names="original"
+)  # fmt: skip
+# Boxes are digits of its answers; three tokens stand around and for the picture.
+SHIKRA_7B = dataclasses.replace(
+    LLAVA_7B, language=dataclasses.replace(VICUNA_7B, vocab=32003), image_token=32000
+)
 
 
 class PrefixModule(nn.Module):

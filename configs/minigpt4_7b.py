@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MiniGPT-4 7B: a BLIP-2's eyes before Vicuna-7B, with one linear between them, all that is trained (arXiv 2304.10592).
+
+Captions first, then a few thousand long descriptions. Wants the public weights, converted once with `lionjax convert`;
+tower, Q-Former and its norm are those of BLIP-2. Rates, batches and steps are the release's.
+"""
+
+import dataclasses
+
+from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
+from lionjax.data.coco import Coco
+from lionjax.data.pipeline import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.systems.prefix import MINIGPT4_7B
+
+CAPTIONS = (("caption", 1.0),)
+BLIP2 = "weights/blip2_flant5xxl/params.safetensors"
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    return Experiment(
+        name="minigpt4_7b",
+        system=dataclasses.replace(
+            MINIGPT4_7B,
+            vision=dataclasses.replace(MINIGPT4_7B.vision, remat="full"),
+            language=dataclasses.replace(MINIGPT4_7B.language, remat="full"),
+            dtype="bfloat16",
+        ),
+        data=DataConfig(
+            sources=(Coco("data/coco"),),
+            processor=ProcessorConfig(
+                tokenizer="weights/vicuna_7b", question_length=1, target_length=160, tags=False, reader="decoder",
+                template="###Human: <Img>{image}</Img> {question} ###Assistant:", image_token=MINIGPT4_7B.image_token,
+            ),
+        ),
+        stages=(
+            Stage(
+                "align", 20_000, ("projector",), CAPTIONS, 256, learning_rate=1e-4, warmup_steps=5000,
+                warmup_learning_rate=1e-6, end_learning_rate=8e-5, weight_decay=0.05,
+            ),
+            Stage(
+                "describe", 1000, ("projector",), CAPTIONS, 12, learning_rate=3e-5, warmup_steps=200,
+                warmup_learning_rate=1e-6, end_learning_rate=1e-5, weight_decay=0.05,
+            ),
+        ),
+        run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16", cache_features=True),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        weights=(
+            ("vision", BLIP2),
+            ("vision_norm", BLIP2),
+            ("qformer", BLIP2),
+            ("language", "weights/vicuna_7b/params.safetensors"),
+        ),
+        answer=AnswerConfig(repetition_penalty=1.05, max_new_tokens=300),
+    )  # fmt: skip

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shikra 7B: the first LLaVA's parts, and places said in digits (arXiv 2306.15195).
+
+Projector and language model train together from the first step on. Wants the public weights, converted once with
+`lionjax convert`; Vicuna's with three words added for the picture. Rates, batch and steps are the release's; its data
+are its own annotation files, and here stand the tasks that they come to.
+"""
+
+import dataclasses
+
+from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
+from lionjax.data.annotations import RefCoco
+from lionjax.data.coco import Coco
+from lionjax.data.pipeline import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.systems.prefix import SHIKRA_7B
+
+PLACES = (("rec", 3.0), ("reg", 2.0), ("caption", 2.0), ("vqa", 2.0))
+INSTRUCTIONS = (("vqa", 2.0), ("caption", 1.0), ("existence", 0.5), ("rec", 1.0), ("reg", 0.5))
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
+)
+
+
+def stage(name: str, steps: int, mixture: tuple) -> Stage:
+    """2e-5 with 3 % of warm-up, no weight decay."""
+    return Stage(
+        name, steps, ("projector", "language"), mixture, 64, learning_rate=2e-5, warmup_steps=round(0.03 * steps),
+        warmup_learning_rate=0.0, weight_decay=0.0,
+    )  # fmt: skip
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    return Experiment(
+        name="shikra_7b",
+        system=dataclasses.replace(
+            SHIKRA_7B,
+            vision=dataclasses.replace(SHIKRA_7B.vision, remat="full"),
+            language=dataclasses.replace(SHIKRA_7B.language, remat="full"),
+            dtype="bfloat16",
+        ),
+        data=DataConfig(
+            sources=(Coco("data/coco"), RefCoco("data/refcoco/train.json", "data/coco/images")),
+            processor=ProcessorConfig(
+                tokenizer="weights/vicuna_7b", question_length=1, prompt_length=512, tags=False, padded=True,
+                reader="decoder", template=VICUNA, image_tokens=1,
+            ),
+        ),
+        stages=(stage("places", 100_000, PLACES), stage("instruct", 20_000, INSTRUCTIONS)),
+        run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        weights=(
+            ("vision", "weights/clip_vit_l_224/params.safetensors"),
+            ("language", "weights/vicuna_7b/params.safetensors"),
+        ),
+        answer=AnswerConfig(max_new_tokens=256),
+    )  # fmt: skip

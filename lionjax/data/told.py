@@ -18,12 +18,13 @@ ROLES = ("nothing", "part", "centre")
 FIELDS = {**ATTRIBUTES, "role": ROLES, "ground": scenes.BACKGROUNDS}
 WAVES = (1, 2)
 DIGITS = 10
-CODE = 4 * (2 * DIGITS + 2 * len(WAVES) + 1)
+PLACES = 8  # first and second decimals of four edges
+CODE = PLACES * DIGITS + 4 * (2 * len(WAVES) + 1)
 
 
 def box_code(box_K4):
-    """Edges in 0..1 -> (..., CODE), edge by edge: how near its first decimal is to each digit, how near its second one
-    is, sines and cosines of two wave lengths, and the edge itself.
+    """Edges in 0..1 -> (..., CODE): how near the first decimal of each edge is to each digit, and the second one, edge
+    by edge; then sines and cosines of two wave lengths and the edge itself.
 
     A digit's share is 1 in the middle of its interval and a half at its ends.
     """
@@ -33,9 +34,10 @@ def box_code(box_K4):
     apart = np.abs(edge * DIGITS % 1 - middle)
     second = np.maximum(0, 1 - np.minimum(apart, 1 - apart) * DIGITS)
     angle = 2 * np.pi * edge * np.asarray(WAVES)
-    parts = [first, second, np.sin(angle), np.cos(angle), 2 * edge - 1]
-    flat = np.concatenate(parts, axis=-1)
-    return flat.reshape(*box_K4.shape[:-1], CODE).astype(np.float32)
+    digits = np.concatenate([first, second], axis=-1)
+    rest = np.concatenate([np.sin(angle), np.cos(angle), 2 * edge - 1], axis=-1)
+    rows = [part.reshape(*box_K4.shape[:-1], -1) for part in (digits, rest)]
+    return np.concatenate(rows, axis=-1).astype(np.float32)
 
 
 def facts(scene) -> tuple[np.ndarray, np.ndarray]:
@@ -159,30 +161,18 @@ def place(scene, rng, most: int = 1) -> Example:
     return Example("place", "box", question, answer, (answer,), "region_level", boxes=tuple(boxes))
 
 
-def edge(scene, rng) -> Example:
-    """One edge of several things: 'left: star, ring' -> 'star [0.34], ring [0.12]'."""
-    named, number = named_alone(scene, rng)[:4], int(rng.integers(4))
-    answer = ", ".join(f"{name} {decimals(box[number], 2)}" for name, box in named)
-    question = f"{EDGES[number]}: {', '.join(name for name, _ in named)}"
-    return Example("edge", EDGES[number], question, answer, (answer,), "region_level")
+def edge(scene, rng, most: int = 4) -> Example:
+    """One decimal of one edge of several things: 'left: star, ring'; `kind` says which, `boxes` has all of them."""
+    named, number = named_alone(scene, rng)[:most], int(rng.integers(PLACES))
+    asked = ("", "fine ")[number % 2] + EDGES[number // 2]
+    names, boxes = zip(*named, strict=True)
+    question = f"{asked}: {', '.join(names)}"
+    return Example("edge", str(number), question, "", tuple(names), "region_level", boxes=boxes)
 
 
 def one_edge(scene, rng) -> Example:
-    """The first decimal of one edge, or its second: 'left: star' -> '[0.3]', 'fine left: star' -> '[0.4]'.
-
-    So short an answer teaches best what to look at.
-    """
-    (name, box), number = named_alone(scene, rng)[0], int(rng.integers(4))
-    fine = bool(rng.integers(2))
-    edge = box[number] * 10 % 1 if fine else box[number]
-    asked = f"fine {EDGES[number]}" if fine else EDGES[number]
-    answer = decimals(min(edge, 0.999), 1)
-    return Example("one_edge", asked, f"{asked}: {name}", answer, (answer,), "region_level")
-
-
-def decimals(edge: float, count: int) -> str:
-    """The first decimals of an edge as `box_text` writes them."""
-    return f"[{edge:.3f}"[: 3 + count] + "]"
+    """The same for one thing: so short an answer teaches best what to look at."""
+    return edge(scene, rng, most=1)
 
 
 def places(scene, rng) -> Example:

@@ -27,11 +27,13 @@ import safetensors.numpy
 from lionjax import params as trees
 from lionjax.data import scenes, tasks
 from lionjax.data.processors import Processor, ProcessorConfig
+from lionjax.data.tasks import box_text
 from lionjax.data.told import (
     ATTRIBUTES,
     CODE,
     DIGITS,
     FIELDS,
+    PLACES,
     ROLES,
     box_code,
     compare,
@@ -211,15 +213,16 @@ def judge_vision(params, painter, test, mean, std) -> dict:
 
 
 class Reader(nn.Module):
-    """The T5 under training. A fact is the embedding of its word, so a thing's vector is the sum of its words' and a
-    code of its box; a match between a question and a thing is then a match of like with like."""
+    """The T5 under training. A fact is the embedding of its word, so a thing's vector is the sum of its words', of its
+    box's decimals' and of a code of the box; a match between a question and a thing is then one of like with like."""
 
     c: T5Config
     words: tuple[tuple[int, ...], ...]  # ids of every value's word, field by field
+    digits: tuple[int, ...]  # ids of the decimals, place by place
 
     def setup(self):
         self.language = T5(self.c)
-        self.code = nn.Dense(self.c.width, kernel_init=normal(0.4))
+        self.code = nn.Dense(self.c.width, kernel_init=normal(0.2))
         self.roles = self.param("roles", normal(1.0), (len(ROLES), self.c.width))
 
     def tell(self, fields_BS6, box_code_BSC):
@@ -228,7 +231,10 @@ class Reader(nn.Module):
             self.language.embed(np.array(ids))[fields_BS6[..., k]]
             for k, ids in enumerate(self.words)
         ]
-        thing_BSD = sum(said[:4]) + self.code(box_code_BSC)
+        digits_CD = self.language.embed(np.array(self.digits))
+        loud = np.tile(np.repeat([1.0, 0.5], DIGITS), PLACES // 2)  # first and second decimals
+        spelled_BSD = box_code_BSC[..., : len(loud)] * loud @ digits_CD
+        thing_BSD = sum(said[:4]) + spelled_BSD + self.code(box_code_BSC[..., len(loud) :])
         there_BS1 = (fields_BS6[..., 4] > 0)[..., None]
         return jnp.where(there_BS1, thing_BSD, said[5]) + self.roles[fields_BS6[..., 4]]
 
@@ -260,7 +266,7 @@ GROUPS = {
     "middle": (("reg", 1), ("tags", 1), ("conversation", 2), ("whose", 2)),
     "long": (("caption", 2), ("grounded", 1)),
 }
-LENGTHS = {"drill": 29, "places": 84, "short": 4, "box": 21, "middle": 24, "long": 88}
+LENGTHS = {"drill": 29, "places": 84, "short": 3, "box": 21, "middle": 24, "long": 88}
 PROMPTS = {"drill": 26, "places": 16, "short": 20, "box": 20, "middle": 72, "long": 14}
 GROUP_ODDS = (0.25, 0.06, 0.42, 0.17, 0.06, 0.04)
 DRILLS = {
@@ -279,7 +285,6 @@ def language_batch(
     c: BackbonesConfig, made, told, rng, processor: Processor, how: str, group: str, rows: int
 ):
     """One batch of scenes told as `things` (`hinted` ones come with tags), `patches` or `text`."""
-    points = points_of(processor)
     names, odds = zip(*GROUPS[group], strict=True)
     prompts, answers, facts_of = [], [], []
     for index in rng.integers(0, len(made), rows):
@@ -296,11 +301,11 @@ def language_batch(
             else example.question
         )
         hinted = how == "hinted" and task != "tags"
-        answer = processor.target(example.answer)
-        if task in ("edge", "one_edge") and rng.random() < 0.5:
-            # The digit at once, where answers of one word stand, is learned sooner than behind a bracket.
-            question = question.replace(":", "?")
-            answer = [token for token in answer if token not in points]
+        answer = (
+            edge_ids(processor, example)
+            if example.task == "edge"
+            else processor.target(example.answer)
+        )
         prompts.append(processor.prompt(question, example.tags if hinted else ()))
         answers.append(answer)
         facts_of.append(told[index])
@@ -372,17 +377,14 @@ def train_language(
     told = [patch_facts(scene, side, pixels) for scene in made]
     test = [scenes.sample("heldout", index, c.seed) for index in range(400)]
     test_told = [patch_facts(scene, side, pixels) for scene in test]
-    reader, rng = Reader(c.language, word_ids(processor)), np.random.default_rng(c.seed)
+    digits, rng = digit_ids(processor), np.random.default_rng(c.seed)
+    reader = Reader(c.language, word_ids(processor), tuple(map(int, digits.flat)))
     batch = functools.partial(language_batch, c, made, told, rng, processor)
     example = batch("things", "short", 2)
     params = nn.unbox(jax.jit(reader.init)(jax.random.key(c.seed), *example)["params"])
     params["language"] = looking_for_like(params["language"], c.language)
     first = [] if start else [(c.language_steps, c.language_rate, 0.0)]
     params |= start or {}
-    if "code" not in (start or {}):
-        params["code"]["kernel"] = said_in_digits(
-            params["code"]["kernel"], params["language"], processor
-        )
 
     def judge(params):
         figures = judge_language(c, params, reader, test, test_told, processor)
@@ -393,42 +395,36 @@ def train_language(
 
     for steps, rate, patches in (*first, (c.again_steps, c.again_rate, c.patch_share)):
         log.info("language: %d steps, %.0f%% of them by patches", steps, 100 * patches)
-        params = learn_language(
-            c, reader, params, batch, rng, steps, rate, patches, judge, points_of(processor)
-        )
+        params = learn_language(c, reader, params, batch, rng, steps, rate, patches, judge, digits)
         figures = judge(params)
     return params["language"], figures
 
 
-def said_in_digits(kernel_CD, language: dict, processor: Processor):
-    """First weights of the code: decimals are the embeddings of their digits, shifted for each edge and decimal.
-
-    So reading an edge begins as copying a word, which is the first thing that T5s learn.
-    """
-    ids = processor.target("[0.0123456789]")[1 : 1 + DIGITS]
-    digits_VD = np.asarray(language["embedding"]["table"])[np.array(ids)]
-    kernel, width = np.array(kernel_CD), kernel_CD.shape[1]
-    for part in range(8):
-        edge, decimal = divmod(part, 2)
-        row = edge * (CODE // 4) + decimal * DIGITS
-        kernel[row : row + DIGITS] = np.roll(digits_VD, part * width // 8, axis=1)
-    return jnp.asarray(kernel)
+def edge_ids(processor: Processor, example) -> list[int]:
+    """The answer to `told.edge`: decimals as they stand in boxes, behind their names if there are several."""
+    comma, end = processor.tokenizer.id(","), processor.tokenizer.end_id
+    found = []
+    for name, box in zip(example.answers, example.boxes, strict=True):
+        edge, decimal = divmod(int(example.kind), 2)
+        said = processor.target(name)[:-1] if len(example.boxes) > 1 else []
+        found += [*said, processor.target(box_text(box))[1 + 4 * edge + decimal], comma]
+    return [*found[:-1], end]
 
 
-@functools.cache
-def points_of(processor: Processor) -> tuple[int, ...]:
-    """The tokens before a first decimal."""
-    written = [processor.target(text) for text in ("[0.5,0.5]", "[1.5,1.5]")]
-    return tuple(ids[at] for ids in written for at in (0, 2))
+def digit_ids(processor: Processor) -> np.ndarray:
+    """Ids of the pieces for every decimal of every edge: (PLACES, DIGITS)."""
+    boxes = [
+        processor.target(f"[{','.join([f'0.{digit}{digit}0'] * 4)}]") for digit in range(DIGITS)
+    ]
+    at = [1 + 4 * (place // 2) + place % 2 for place in range(PLACES)]
+    return np.array(boxes)[:, at].T
 
 
-def decimal_weight(target_BM, points: tuple[int, ...]):
+def decimal_weight(target_BM, digits_PV):
     """How much each token counts: first decimals most; third ones, which nobody can see, hardly at all."""
-    after_BM = jnp.isin(target_BM, jnp.array(points))
-    first, second, third = (
-        jnp.pad(after_BM, ((0, 0), (n, 0)))[:, : target_BM.shape[1]] for n in (1, 2, 3)
-    )
-    return jnp.where(first, 3.0, jnp.where(second, 1.0, jnp.where(third, 0.15, 1.0)))
+    first_BM, second_BM = (jnp.isin(target_BM, digits_PV[decimal::2]) for decimal in range(2))
+    third_BM = jnp.pad(second_BM, ((0, 0), (1, 0)))[:, :-1]
+    return jnp.where(first_BM, 2.0, jnp.where(third_BM, 0.15, 1.0))
 
 
 def learn_language(
@@ -441,7 +437,7 @@ def learn_language(
     rate: float,
     patches: float,
     judge,
-    points: tuple[int, ...],
+    digits_PV: np.ndarray,
 ):
     """One schedule; `judge` is called every thousand steps."""
     tx = optimiser(rate, steps)
@@ -449,7 +445,7 @@ def learn_language(
 
     def loss_of(params, arrays):
         logits_BMV = reader.apply({"params": params}, *arrays)
-        weight_BM = arrays[5] * decimal_weight(arrays[4], points)
+        weight_BM = arrays[5] * decimal_weight(arrays[4], digits_PV)
         return token_cross_entropy(logits_BMV, arrays[4], weight_BM)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -23,6 +23,10 @@ MASKS = ("mask_prompts", "sam/decoder")
 PRETRAIN = (("rec", 3.0), ("reg", 2.0), ("caption", 2.0), ("vqa", 2.0))
 INSTRUCT = (("rec", 1.0), ("reg", 0.5), ("vqa", 1.0), ("caption", 1.0), ("existence", 0.5))
 BATCH = 64
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
+)
 
 
 def stage(name: str, steps: int, trainable: tuple[str, ...], mixture: tuple, **more) -> Stage:
@@ -51,8 +55,14 @@ def get_config() -> Experiment:
                 question_length=1,
                 prompt_length=768,
                 tags=False,
+                padded=True,
+                reader="decoder",
+                template=VICUNA,
+                image_tokens=CLIP_VIT_L.patches,
+                places="embeddings",
+                boxes=8,
+                sam_size=SAM_VIT_H.image,
             ),
-            boxes=8,
         ),
         stages=(
             stage("pretrain", 65_000, WORDS_AND_BOXES, PRETRAIN),

@@ -8,6 +8,7 @@ evaluating it both go through `Answerer.say`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -19,20 +20,20 @@ from jax.sharding import Mesh
 from lionjax import sharding
 from lionjax.config import AnswerConfig
 from lionjax.data import pictures
+from lionjax.data.places import BOX, Box, box_text
 from lionjax.data.processors import Processor
-from lionjax.data.tasks import Box, box_text
+from lionjax.data.squares import Square
 from lionjax.generate import generate
 from lionjax.interfaces import Batch, Params, System, UserError
-from lionjax.scores import GenerateConfig
+from lionjax.scores import GenerateConfig, Generated
+from lionjax.vision.sam_masks import to_picture
 
 ROWS = (1, 2, 4, 8, 16, 32)
 LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
 SHORT = 16  # tokens of an answer of a word or two
-SHORT_TASKS = ("vqa", "relation", "existence")
+SHORT_TASKS = ("vqa", "relation", "existence", "box_vqa")
 
 PLACE = "{box}"  # where a prompt wants a box written
-NUMBER = r"\s*(\d*\.?\d+)\s*"
-BOX = re.compile(r"\[" + ",".join([NUMBER] * 4) + r"\]")
 LOCATION = re.compile(
     r"\b(where|locat\w*|coordinates?|positions?|bounding|with (a |the )?box|box(es)? (of|for|around|after)|region|"
     r"point (out|to)|segment\w*|mask|outline|every pixel|cut out)\b",
@@ -88,12 +89,38 @@ def settings(
         repetition_penalty=1.0 if category == "region_level" else answer.repetition_penalty,
         eos=tokenizer.end_id,
         pad=tokenizer.pad_id,
+        start=0 if processor.config.reader == "encoder" else None,
     )
 
 
 def bucket(size: int, buckets: Sequence[int], most: int) -> int:
     """The smallest of `buckets` that holds `size`, or `most` where that is smaller or none does."""
     return min([b for b in buckets if b >= size] + [most])
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """An answer: its text, in which all boxes stand in digits, those boxes (K, 4) in 0..1 of the picture, and masks.
+
+    Masks (K, height, width) are those of boxes that the model pointed at; None where they were not asked for.
+    """
+
+    text: str
+    boxes: np.ndarray
+    masks: np.ndarray | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("system",))
+def locate(system: System, params: Params, batch: Batch):
+    """Boxes (B, K, 4) at the triggers of the given answers, and which are real."""
+    box_BK4, _, real_BK = system.locate(params, batch)
+    return box_BK4, real_BK
+
+
+@functools.partial(jax.jit, static_argnames=("system",))
+def segment(system: System, params: Params, batch: Batch, kept):
+    """Mask logits (B, K, h, w) of the places that answers kept."""
+    return system.masks(params, batch, kept["box"], kept["state"])[0]
 
 
 @dataclasses.dataclass
@@ -118,35 +145,89 @@ class Answerer:
         blind: bool = False,
         least: tuple[int, int, int] = (1, 1, 1),
         key=None,
-    ) -> list[str]:
+        sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> list[Said]:
         """The answer to each row. `blind` shows a blank picture: the mean color of all, which normalises to zero.
 
-        `least`: rows, and lengths of prompt and question, that the batch is padded to at least.
+        `least`: rows, and lengths of prompt and question, that the batch is padded to at least. `sizes` (width,
+        height) of the pictures: masks are made too, as large as these.
         """
-        texts: list[str] = []
+        answers: list[Said] = []
         for start in range(0, len(rows), ROWS[-1]):
             part = rows[start : start + ROWS[-1]]
             batch = self.batch(part, least)
             if blind:
-                batch = dataclasses.replace(batch, image_BHWC=np.zeros_like(batch.image_BHWC))
-            ids_BM = self.ids(batch, config, len(part), key)
-            texts += [self.processor.decode(ids) for ids in ids_BM]
-        return texts
+                batch = blank(batch)
+            made = self.made(batch, config, len(part), key)
+            masks = [None] * len(part)
+            if sizes is not None:
+                masks = self.masks(batch, made, sizes[start : start + ROWS[-1]])
+            answers += [self.said(made, *given) for given in zip(range(len(part)), part, masks)]
+        return answers
 
-    def batch(self, rows: Sequence[Row], least: tuple[int, int, int] = (1, 1, 1)) -> Batch:
+    def said(self, made: Generated, number: int, row: Row, masks) -> Said:
+        """One generated answer in words, its boxes on the picture."""
+        told = [] if made.kept is None else made.kept["box"][number].tolist()
+        text, boxes = self.processor.read(made.ids_BM[number], told, Square(*row["size"].tolist()))
+        pointed = made.kept is not None and made.kept["count"][number] > 0
+        found = np.array(boxes, float).reshape(-1, 4) if pointed else boxes_in(text)
+        return Said(text, found, masks)
+
+    def masks(self, batch: Batch, made: Generated, sizes) -> list[np.ndarray]:
+        """The masks (K, height, width) of each answer's places; none of a system that makes none."""
+        if made.kept is None or batch.sam_image_BHWC is None:
+            return [np.zeros((0, height, width), bool) for width, height in sizes]
+        with sharding.use(self.mesh):
+            placed = sharding.put_batch(batch, self.mesh) if self.mesh.size > 1 else batch
+            logits_BKHW = jax.device_get(segment(self.system, self.params, placed, made.kept))
+        pixels, masks = batch.sam_image_BHWC.shape[1], []
+        location = self.processor.codec.location
+        for number, (width, height) in enumerate(sizes):
+            # A trigger at the very end has no place behind it.
+            count = min(int((made.ids_BM[number] == location).sum()), logits_BKHW.shape[1])
+            inside = Square(width, height).inside(pixels)
+            logits_KHW = logits_BKHW[number, :count]
+            masks.append(to_picture(logits_KHW, pixels, inside, (height, width)) > 0)
+        return masks
+
+    def locate(self, rows: Sequence[Row], least=(1, 1, 1), blind: bool = False) -> list[np.ndarray]:
+        """The boxes (K, 4) that the model points at in rows with answers, each read behind the true words before it."""
+        found = []
+        for start in range(0, len(rows), ROWS[-1]):
+            part = rows[start : start + ROWS[-1]]
+            batch = self.batch(part, least, answers=True)
+            batch = blank(batch) if blind else batch
+            with sharding.use(self.mesh):
+                placed = sharding.put_batch(batch, self.mesh) if self.mesh.size > 1 else batch
+                box_BK4, real_BK = jax.device_get(locate(self.system, self.params, placed))
+            for row, box_K4, real_K in zip(part, box_BK4, real_BK):
+                square, box_K4 = Square(*row["size"].tolist()), np.clip(box_K4[real_K], 0, 1)
+                low_K2 = np.minimum(box_K4[:, :2], box_K4[:, 2:])
+                box_K4 = np.concatenate([low_K2, np.maximum(box_K4[:, :2], box_K4[:, 2:])], 1)
+                found.append(np.array([square.back(box) for box in box_K4]).reshape(-1, 4))
+        return found
+
+    def batch(
+        self,
+        rows: Sequence[Row],
+        least: tuple[int, int, int] = (1, 1, 1),
+        answers: bool = False,
+    ) -> Batch:
         """Rows as a batch of a size that few others have: the last row is repeated, and padding is added or cut."""
         missing = bucket(max(len(rows), least[0]), ROWS, ROWS[-1]) - len(rows)
         rows = [*rows, *[rows[-1]] * missing]
         prompt, question = lengths(rows)
         stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        wanted = {"prompt": max(prompt, least[1]), "question": max(question, least[2]), "target": 1}
+        wanted = {"prompt": max(prompt, least[1]), "question": max(question, least[2])}
+        wanted |= {} if answers else {"target": 1}
         for name, length in wanted.items():
             for field in (name, f"{name}_mask"):
                 stacked[field] = stacked[field][:, :length]
         return self.processor.assemble(stacked)
 
-    def ids(self, batch: Batch, config: GenerateConfig, rows: int, key=None) -> np.ndarray:
-        """Generated ids (rows, M) of the first rows of a batch."""
+    def made(self, batch: Batch, config: GenerateConfig, rows: int, key=None) -> Generated:
+        """What is generated for a batch, of which the first `rows` count."""
+        batch = dataclasses.replace(batch, sam_image_BHWC=None)  # words need no large picture
         shape = (config, batch.image_BHWC.shape, batch.prompt_BL.shape, batch.question_BL.shape)
         began = time.perf_counter()
         with sharding.use(self.mesh):
@@ -156,7 +237,17 @@ class Answerer:
             self.tokens += int(made.length_B[:rows].sum())
             self.seconds += time.perf_counter() - began
         self.known.add(shape)
-        return made.ids_BM[:rows]
+        return made
+
+
+def blank(batch: Batch) -> Batch:
+    """The batch with blank pictures."""
+    large = batch.sam_image_BHWC
+    return dataclasses.replace(
+        batch,
+        image_BHWC=np.zeros_like(batch.image_BHWC),
+        sam_image_BHWC=None if large is None else np.zeros_like(large),
+    )
 
 
 def lengths(rows: Sequence[Row]) -> tuple[int, int]:

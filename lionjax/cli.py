@@ -197,7 +197,8 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     verb = add(verbs, evaluate, rest="Any field of --source can be set: --share 0.")
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run, or a folder of weights")
-    names = "caption, vqa, relation, existence, rec, reg, tags, one source's as coco/vqa, or all"
+    names = "caption, vqa, relation, existence, rec, res, reg, grounded, box_vqa, tags, "
+    names += "one source's as coco/vqa, another codec's as rec@digits, or all"
     verb.add_argument("--benchmark", metavar="NAME", required=True, help=names)
     verb.add_argument("--limit", type=int, help="ask only so many questions of each")
     verb.add_argument("--split", default="heldout", help="train, validation or heldout")

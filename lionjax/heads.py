@@ -108,7 +108,9 @@ def triggers(c, batch: Batch, state_BMD):
     before_B1 = (batch.prompt_BL == c.location_token).sum(axis=1, keepdims=True)
     which_BM = before_B1 + jnp.cumsum(batch.target_BM == c.location_token, axis=1)
     which_BK = pick(which_BM, place_BK)
-    real_BK = real_BK & (which_BK < count)
+    # A trigger with which an answer breaks off means no box.
+    given_BK = pick(batch.boxes_mask_BK.astype(bool), jnp.minimum(which_BK, count - 1))
+    real_BK = real_BK & (which_BK < count) & given_BK
     return pick(state_BMD, place_BK), jnp.minimum(which_BK, count - 1), real_BK
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from lionjax import answering, config, convert, convert_systems, sharding
 from lionjax import params as trees
-from lionjax.answering import Answerer
+from lionjax.answering import Answerer, Said
 from lionjax.config import AnswerConfig, Experiment
 from lionjax.data import pictures, tokenizer
 from lionjax.data.examples import DataConfig
@@ -94,7 +94,7 @@ class Model:
             raise UserError("this model was trained without tags; leave them out")
         processor, seen = self.processor, [pictures.as_picture(one.image) for one in asked]
         rows = [
-            processor.row(processor.pixels(picture), one.question, one.tags, None, one.category)
+            processor.row_of(dataclasses.replace(one, image=picture))
             for picture, one in zip(seen, asked)
         ]
         answer, said = self.experiment.answer, {}
@@ -104,8 +104,9 @@ class Model:
         ):  # prompts of both categories go together where they are answered alike
             places = [place for place, other in enumerate(hows) if other == how]
             key = jax.random.key(seed) if how.sample else None
-            texts = self.answerer.say([rows[place] for place in places], how, key=key)
-            said |= dict(zip(places, texts))
+            sizes = [seen[place].size for place in places] if processor.config.sam_size else None
+            group = [rows[place] for place in places]
+            said |= dict(zip(places, self.answerer.say(group, how, key=key, sizes=sizes)))
         return [_answer(said[place], picture) for place, picture in enumerate(seen)]
 
     def benchmark_names(self, split: str = "heldout", source: object | None = None) -> list[str]:
@@ -113,7 +114,7 @@ class Model:
         sources = self.experiment.data.sources if source is None else (source,)
         offered = benchmarks.offered(sources, split)
         trained = benchmarks.names_of(self.experiment) if source is None else []
-        return [name for name in offered if name in trained] or offered
+        return [name for name in trained if benchmarks.task_of(name) in offered] or offered
 
     def evaluate(
         self,
@@ -192,16 +193,17 @@ def inputs(images, prompts, boxes, tags, category) -> list[Input]:
         raise UserError("there is nothing to ask; give at least one picture and one prompt")
     asked = []
     for place, (image, prompt) in enumerate(zip(images, prompts)):
-        prompt = answering.with_boxes(prompt, (boxes[place] or ()) if boxes is not None else ())
+        given = () if boxes is None or boxes[place] is None else boxes[place]
+        prompt = answering.with_boxes(prompt, given)
         words = tuple(tags[place] or ()) if tags is not None else ()
-        asked.append(Input(image, prompt, words, category or answering.category_of(prompt)))
+        kind = category or answering.category_of(prompt)
+        asked.append(Input(image, prompt, words, kind, tuple(map(tuple, given))))
     return asked
 
 
-def _answer(text: str, picture) -> Answer:
-    return Answer(
-        text, answering.boxes_in(text), np.zeros((0, picture.height, picture.width), bool)
-    )
+def _answer(said: Said, picture) -> Answer:
+    none = np.zeros((0, picture.height, picture.width), bool)
+    return Answer(said.text, said.boxes, none if said.masks is None else said.masks)
 
 
 # Folders

@@ -298,7 +298,7 @@ def test_evaluate_reads_questions_and_answers_in_the_format_of_vqa(capsys, folde
 @pytest.mark.parametrize(
     ("words", "tasks", "most"),
     [
-        (["coco83", "--share", "0"], ["caption", "existence", "rec", "reg", "tags"], 3),
+        (["coco83", "--share", "0"], ["caption", "existence", "rec", "res", "reg", "tags"], 3),
         (["coco258_annotations/rec_on_coco258.json"], ["rec", "reg"], 85),
         (["coco258_annotations/pope_on_coco258.json"], ["existence"], 54),
     ],

@@ -27,9 +27,9 @@ def example(experiment, rows: int = 2) -> Batch:
     target, row = np.zeros((rows, processor.target_length), np.int32), np.zeros(rows, np.int32)
     image = np.zeros((rows, side, side, 3), np.float32)
     batch = Batch(image, text[0], text[0], text[1], text[1], target, target, target, row, row)
-    if not hasattr(experiment.system, "sam"):
+    if getattr(experiment.system, "sam", None) is None:
         return batch
-    boxes, large = experiment.data.boxes, (experiment.system.sam.image,) * 2
+    boxes, large = experiment.data.processor.boxes, (experiment.system.sam.image,) * 2
     return dataclasses.replace(
         batch, boxes_BK4=np.zeros((rows, boxes, 4), np.float32), boxes_mask_BK=np.zeros((rows, boxes), np.int32),
         masks_BKHW=np.zeros((rows, boxes, *large), bool), sam_image_BHWC=np.zeros((rows, *large, 3), np.float32),

@@ -2,8 +2,9 @@
 """Run a benchmark: questions in, answers kept, figures beside what a model would reach without looking.
 
 Every figure has two baselines. `blind` is the same model, shown a blank picture and no tags: nothing of the picture
-reaches it. `majority` is the best constant answer, learned from training examples. Where a model takes tags it is also
-asked without them (`untagged`), and with them but blind (`tags_alone`).
+reaches it. `majority` is the best constant answer, learned from training examples. Where a model takes tags it is
+also asked without them (`untagged`), and with them but blind (`tags_alone`). Where it points at places it is also read
+behind the true words (`teacher_forced`), as NExT-Chat was: nothing is generated then.
 
 In the folder: `evaluation/NAME.jsonl` with every answer (see `report`), and the figures in `report.json`.
 """
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from PIL import Image
 
 from lionjax import answering
-from lionjax.answering import Answerer
+from lionjax.answering import Answerer, Said
 from lionjax.config import AnswerConfig, Experiment
-from lionjax.data import pictures, pipeline
+from lionjax.data import pictures, pipeline, places
 from lionjax.data.examples import DataConfig, Sample
 from lionjax.data.processors import Processor
 from lionjax.data.sources import open_split
@@ -43,17 +45,19 @@ TRAINING = 200  # training examples that the constant answers are learned from
 PADDED = 128  # tokens that prompts and questions are padded to, where the model takes as many
 SIDE = 640  # pixels of a kept picture's longer side, at most
 WITHOUT_TAGS = ("vqa", "existence", "caption")  # asked with and without tags
+POINTED = ("rec", "grounded")  # also read behind the true words, where the model points at places
 
 
 def names_of(experiment: Experiment) -> list[str]:
     """The benchmarks of the tasks that some stage of an experiment trains."""
-    tasks = [
+    trained = [
         name.rpartition("/")[2]
         for stage in experiment.stages
         for name, weight in stage.mixture
         if weight
     ]
-    return [task for task in SCORERS if task in tasks]
+    names = dict.fromkeys(sorted(trained))
+    return [name for task in SCORERS for name in names if name.partition("@")[0] == task]
 
 
 def offered(sources: Iterable[Any], split: str) -> list[str]:
@@ -118,16 +122,17 @@ def evaluate(
     that there is not, and for records that cannot be read.
     """
     task, label, began = task_of(name), label or label_of(name), time.perf_counter()
-    examples, said, lines = [], {}, []
+    examples, said, lines, truth = [], {}, [], []
     pictures_at = None if folder is None else folder / "evaluation" / "pictures"
-    for samples, texts in asked(answerer, data, answer, name, limit, split):
-        for variant, some in texts.items():
+    for samples, answers in asked(answerer, data, answer, name, limit, split):
+        for variant, some in answers.items():
             said.setdefault(variant, []).extend(some)
         for sample in samples:
             kept = len(examples) < SHOWN and pictures_at is not None
             shown = {"image": f"pictures/{keep(sample, pictures_at)}"} if kept else {}
             lines.append(line(sample) | shown)
             examples.append(sample.example)
+            truth += [rle(sample.masks().any(axis=0))] if task == "res" else []
     if not examples:
         raise UserError(
             f"no question of {name!r} could be asked; look at the warnings above and at the data"
@@ -135,17 +140,22 @@ def evaluate(
     log.info("%s: %d questions", label, len(examples))
     train = training(data, name)
     if train:
-        said["majority"] = scoring.constants(task, train, examples)
-    scored = {variant: SCORERS[task](examples, texts) for variant, texts in said.items()}
+        said["majority"] = list(map(in_words, scoring.constants(task, train, examples)))
+    texts = {variant: [one.text for one in some] for variant, some in said.items()}
+    masks = {variant: masks_of(some, truth) for variant, some in said.items()} if truth else {}
+    scored = {
+        variant: SCORERS[task](truth, masks[variant]) if truth else SCORERS[task](examples, some)
+        for variant, some in texts.items()
+    }
     entry = {"benchmark": label, "task": task, "split": split, "limit": limit, "updates": updates}
     entry |= {"samples": len(examples), "seconds": round(time.perf_counter() - began, 3)}
     entry |= figures(label.removesuffix(task), scored)
     if task in scoring.BY_KIND:
-        entry["kinds"] = by_kind(task, examples, said)
+        entry["kinds"] = by_kind(task, examples, texts)
     if task == "rec" and train:
         entry["details"]["random_box"] = scoring.random_box_hits(train, examples)
     if folder is not None:
-        rows = answered(lines, said, scored["answers"])
+        rows = answered(lines, said, scored["answers"], truth, masks)
         file = folder / "evaluation" / f"{label}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -154,14 +164,17 @@ def evaluate(
 
 
 def task_of(name: str) -> str:
-    task = name.rpartition("/")[2]
+    task = name.partition("@")[0].rpartition("/")[2]
     if task not in SCORERS:
         raise UserError(f"there is no benchmark {name!r}; there are {', '.join(SCORERS)}, or all")
     return task
 
 
 def label_of(name: str) -> str:
-    return re.sub(r"\W+", "_", name)
+    """What a benchmark's figures and files are called: "coco/rec" is coco_rec, "rec@digits" digits_rec."""
+    whole, _, how = name.partition("@")
+    source, _, task = whole.rpartition("/")
+    return re.sub(r"\W+", "_", "_".join(filter(None, (source, how, task))))
 
 
 # Asking
@@ -174,8 +187,8 @@ def asked(
     name: str,
     limit: int | None,
     split: str,
-) -> Iterator[tuple[list[Sample], dict[str, list[str]]]]:
-    """Samples by the batch, with the texts of each variant: "answers", "blind", and with tags two more.
+) -> Iterator[tuple[list[Sample], dict[str, list[Said]]]]:
+    """Samples by the batch, with the answers of each variant: "answers", "blind", and with tags two more.
 
     All batches have one shape, in all benchmarks, so that two programs serve them: for short answers and for long.
     """
@@ -184,46 +197,80 @@ def asked(
     variants = {"answers": (False, tagged), "blind": (True, False)}  # (blind, with tags)
     lengths = (processor.config.prompt_length, processor.config.question_length)
     least = (1, *(min(length, PADDED) for length in lengths))
-    samples = prepared(processor, data, pipeline.examples(data, name, split, limit), tagged)
+    samples = prepared(processor, data, pipeline.examples(data, name, split, limit), tagged, task)
+    segments = task == "res" and processor.config.sam_size > 0
     while batch := list(itertools.islice(samples, AT_ONCE)):
         kept = [sample for sample, _ in batch]
-        rows = {tags: [row[tags] for _, row in batch] for tags in (True, False)}
+        rows = {kind: [row[kind] for _, row in batch] for kind in batch[0][1]}
         if tagged and task in WITHOUT_TAGS and any(sample.example.tags for sample in kept):
             variants |= {"untagged": (False, False), "tags_alone": (True, True)}
         least = tuple(
             map(max, least, (len(kept), *answering.lengths(rows[True] + rows[False])))
         )  # never less again
         how = answering.settings(answer, processor, kept[0].example.category, task)
-        yield (
-            kept,
-            {
-                variant: answerer.say(rows[tags], how, blind, least)
-                for variant, (blind, tags) in variants.items()
-            },
-        )
+        sizes = [size_of(sample) for sample in kept] if segments else None
+        answers = {
+            variant: answerer.say(rows[tags], how, blind, least, sizes=sizes)
+            for variant, (blind, tags) in variants.items()
+        }
+        if "forced" in rows:
+            found = answerer.locate(rows["forced"], least)
+            answers["teacher_forced"] = [
+                forced(sample, boxes_K4) for sample, boxes_K4 in zip(kept, found)
+            ]
+        yield kept, answers
 
 
 def prepared(
-    processor: Processor, data: DataConfig, samples: Iterable[Sample], tagged: bool
-) -> Iterator[tuple[Sample, dict[bool, answering.Row]]]:
-    """Each sample with its rows, with tags (where the benchmark has them) and without.
+    processor: Processor,
+    data: DataConfig,
+    samples: Iterable[Sample],
+    tagged: bool,
+    task: str,
+) -> Iterator[tuple[Sample, dict[Any, answering.Row]]]:
+    """Each sample with its rows: with tags (where the benchmark has them), without, and with its answer.
 
-    A question longer than the model takes is left out where bad records are.
+    That with the answer is there where a model points at places. A question longer than the model takes is left out
+    where bad records are.
     """
     for sample in samples:
         example, pixels = sample.example, processor.pixels(sample.picture)
-        tags = example.tags if tagged else ()
+        tags, how = example.tags if tagged else (), sample.places or processor.config.places
+        boxes = (*example.question_boxes, *example.boxes)
+        given = (example.category, boxes, processor.square(sample.picture), how)
+        large = processor.large(sample.picture) if task == "res" else {}
         try:
             rows = {
-                with_tags: processor.row(pixels, example.question, words, None, example.category)
+                with_tags: processor.row(pixels, example.question, words, None, *given) | large
                 for with_tags, words in ((True, tags), (False, ()))
             }
+            if task in POINTED and how == "embeddings":
+                rows["forced"] = processor.row(
+                    pixels, example.question, tags, example.answer, *given
+                )
         except UserError as error:
             if data.on_bad_record == "raise":
                 raise
             log.warning("left out: %s", error)
         else:
             yield sample, rows
+
+
+def forced(sample: Sample, boxes_K4: np.ndarray) -> Said:
+    """The true answer with the boxes that the model points at in it."""
+    rest = iter(boxes_K4.tolist())
+    parts = places.pieces(sample.example.answer)
+    said = [piece if isinstance(piece, str) else tuple(next(rest, (0.0,) * 4)) for piece in parts]
+    return Said(places.joined(said), boxes_K4)
+
+
+def in_words(text: str) -> Said:
+    return Said(text, answering.boxes_in(text))
+
+
+def size_of(sample: Sample) -> tuple[int, int]:
+    """(width, height) of a sample's picture."""
+    return pictures.as_picture(sample.picture).size
 
 
 # What is kept
@@ -239,16 +286,50 @@ def line(sample: Sample) -> dict[str, Any]:
 
 
 def answered(
-    lines: Sequence[Mapping], said: Mapping[str, Sequence[str]], scored: Scored
+    lines: Sequence[Mapping],
+    said: Mapping[str, Sequence[Said]],
+    scored: Scored,
+    truth: Sequence[Mapping] = (),
+    masks: Mapping[str, Sequence[Mapping | None]] | None = None,
 ) -> Iterator[dict]:
-    """The lines with what was answered. Empty fields are left out."""
+    """The lines with what was answered, and masks where they were asked for. Empty fields are left out."""
     for number, row in enumerate(lines):
-        texts = {variant: texts[number] for variant, texts in said.items()}
+        texts = {variant: answers[number].text for variant, answers in said.items()}
         prediction = texts.pop("answers")
         score = {} if scored.right is None else {"score": round(scored.right[number], 4)}
-        boxes = answering.boxes_in(prediction).round(4).tolist()
+        boxes = np.asarray(said["answers"][number].boxes).round(4).tolist()
         whole = {"prediction": prediction, "boxes": boxes} | row | texts
+        if truth:
+            whole["truth_masks"] = [truth[number]]
+            for variant, made in masks.items():
+                name = "masks" if variant == "answers" else f"{variant}_masks"
+                whole[name] = [made[number]] if made[number] is not None else []
         yield {key: value for key, value in whole.items() if value != []} | score
+
+
+def rle(mask_HW: np.ndarray) -> dict[str, Any]:
+    """A mask as COCO's compressed run lengths, as JSON holds them."""
+    from pycocotools import mask as coco
+
+    made = coco.encode(np.asfortranarray(mask_HW, np.uint8))
+    return {"size": list(made["size"]), "counts": made["counts"].decode()}
+
+
+def masks_of(said: Sequence[Said], truth: Sequence[Mapping]) -> list[dict[str, Any] | None]:
+    """The mask that each answer gives; None where it does not give just one, as NExT-Chat counts.
+
+    Of an answer without masks, such as a constant one, it is the first box, filled.
+    """
+    made = []
+    for one, true in zip(said, truth):
+        if one.masks is not None:
+            made.append(rle(one.masks[0]) if len(one.masks) == 1 else None)
+            continue
+        mask_HW = np.zeros(true["size"], bool)
+        for x0, y0, x1, y1 in np.asarray(one.boxes)[:1] * (true["size"][::-1] * 2):
+            mask_HW[round(y0) : round(y1), round(x0) : round(x1)] = True
+        made.append(rle(mask_HW) if len(one.boxes) else None)
+    return made
 
 
 def keep(sample: Sample, folder: Path) -> str:
@@ -275,9 +356,10 @@ def record(folder: Path, entry: Mapping[str, Any], answerer: Answerer) -> None:
     }
     for ours, theirs in shown.items():
         report.setdefault(ours, {}).update(entry.get(theirs, {}))
-    for key, value in entry.get("untagged", {}).items():
-        report["metrics"][f"{key}_untagged"] = value
-        report["baselines"][f"{key}_untagged"] = entry["blind"][key]
+    for variant in ("untagged", "teacher_forced"):
+        for key, value in entry.get(variant, {}).items():
+            report["metrics"][f"{key}_{variant}"] = value
+            report["baselines"][f"{key}_{variant}"] = entry["blind"][key]
     report.setdefault("evaluation", {})[entry["benchmark"]] = dict(entry)
     if answerer.seconds:
         rate = answerer.tokens / answerer.seconds
@@ -337,7 +419,8 @@ def table(entry: Mapping[str, Any]):
     """The figures of one benchmark as a rich table."""
     from rich.table import Table
 
-    others = [name for name in ("untagged", "blind", "tags_alone", "majority") if name in entry]
+    others = ("teacher_forced", "untagged", "blind", "tags_alone", "majority")
+    others = [name for name in others if name in entry]
     title = f"{entry['benchmark']}: {entry['samples']} questions of {entry['split']}"
     made = Table("", title=title, title_justify="left")
     for name in ("this model", "95 %", *(name.replace("_", " ") for name in others)):

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the answers of each benchmark are scored, and which answers a model would give that never looked.
 
-`SCORERS` is the list of benchmarks by task. Each takes examples and texts in the same order and gives `Scored`.
+`SCORERS` is the list of benchmarks by task. Each takes examples and texts in the same order and gives `Scored`; that of
+`res` takes true masks and masks.
 `constants` are the answers of the best constant: learned from training examples, blind to picture and question.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lionjax.data.places import pieces
 from lionjax.evaluation import answers, captions, metrics
 
 Examples = Sequence[Any]  # data.tasks.Example
@@ -116,6 +119,61 @@ def rec(examples: Examples, texts: Sequence[str]) -> Scored:
     )
 
 
+def box_vqa(examples: Examples, texts: Sequence[str]) -> Scored:
+    scored = vqa(examples, texts)
+    each = {"box_vqa_accuracy": scored.each["vqa_accuracy"]}
+    return Scored({"box_vqa_accuracy": scored.metrics["vqa_accuracy"]}, {}, each, scored.right)
+
+
+def res(truth: Sequence[metrics.Mask], masks: Sequence[metrics.Mask]) -> Scored:
+    """Masks against true ones, both of the original picture's size; None is an empty one."""
+    overlaps_B2 = metrics.mask_overlaps(masks, truth)
+    shared_B, union_B = overlaps_B2.T
+    iou_B = np.where(union_B == 0, 1.0, shared_B / np.maximum(union_B, 1))
+    scores = metrics.res_scores(masks, truth)
+    each = {"res_ciou": (overlaps_B2, metrics.ciou), "res_giou": (iou_B, np.mean)}
+    details = {"no_mask": float(np.mean([mask is None for mask in masks]))}
+    return Scored(
+        {"res_ciou": scores["ciou"], "res_giou": scores["giou"]}, details, each, iou_B.tolist()
+    )
+
+
+def grounded(examples: Examples, texts: Sequence[str]) -> Scored:
+    """Phrases of the true captions, each found in the answer with a box; recall@1 counts IoU >= 0.5 with any of its.
+
+    A phrase that the answer does not have counts as missed; `mentioned` is the share of those that it has.
+    """
+    rows = []
+    for example, text in zip(examples, texts):
+        said, true = {}, {}
+        for phrase, box in phrases(text):
+            said.setdefault(phrase, box)
+        for phrase, box in phrases(example.answer):
+            true.setdefault(phrase, []).append(box)
+        hits = metrics.phrase_hits([said.get(phrase) for phrase in true], list(true.values()))
+        rows.append((int(hits.sum()), len(true), sum(phrase in said for phrase in true)))
+    rows_B3 = np.array(rows)
+
+    def recall(rows_B3: np.ndarray) -> float:
+        return float(rows_B3[:, 0].sum() / max(rows_B3[:, 1].sum(), 1))
+
+    mentioned = float(rows_B3[:, 2].sum() / max(rows_B3[:, 1].sum(), 1))
+    right = [recall(row[None]) for row in rows_B3]
+    each = {"phrase_recall_1": (rows_B3, recall)}
+    return Scored({"phrase_recall_1": recall(rows_B3)}, {"mentioned": mentioned}, each, right)
+
+
+def phrases(text: str) -> list[tuple[str, metrics.Box]]:
+    """(words before a box, box) of a caption, without what joins them: "A star [...] and a ring [...]." has two."""
+    found, words = [], ""
+    for piece in pieces(text):
+        if isinstance(piece, str):
+            words = re.sub(r"^[\s,.;]*(and\s)?\s*", "", piece.lower()).strip()
+        else:
+            found.append((words, piece))
+    return found
+
+
 def tags(examples: Examples, texts: Sequence[str]) -> Scored:
     said, truth = [words(text) for text in texts], [words(example.answer) for example in examples]
     scores = metrics.tag_scores(said, truth)
@@ -143,10 +201,17 @@ SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], Scored]] = {
     "relation": relation,
     "existence": existence,
     "rec": rec,
+    "res": res,
     "reg": reg,
+    "grounded": grounded,
+    "box_vqa": box_vqa,
     "tags": tags,
 }
-BY_KIND = ("vqa", "existence")  # scored apart by `Example.kind` too; POPE's settings are kinds
+BY_KIND = (
+    "vqa",
+    "existence",
+    "box_vqa",
+)  # scored apart by `Example.kind` too; POPE's settings are kinds
 
 
 # The best constant answer
@@ -158,16 +223,19 @@ def constants(task: str, train: Examples, asked: Examples) -> list[str]:
     One-word questions: the most common answer of their kind. Existence: "yes", since never saying it has an F1 of 0.
     Boxes, sentences and tags: the one that fares best on the training examples.
     """
-    if task in ("vqa", "relation"):
+    if task in ("vqa", "relation", "box_vqa"):
         common = {
             kind: most_common(e for e in train if e.kind == kind)
             for kind in {e.kind for e in train}
         }
         other = most_common(train)
         return [common.get(example.kind, other) for example in asked]
-    best = {"existence": lambda train: "yes", "rec": best_box, "tags": best_tags}.get(
-        task, best_sentence
-    )
+    best = {
+        "existence": lambda train: "yes",
+        "rec": best_box,
+        "res": best_box,
+        "tags": best_tags,
+    }.get(task, best_sentence)
     return [best(train)] * len(asked)
 
 

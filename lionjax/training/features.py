@@ -105,7 +105,7 @@ class Remembered:
             self.structure = structure
             for record, parts in seen.items():
                 self.memory.keep(record, parts)
-        return dataclasses.replace(batch, features=features, image_BHWC=None)
+        return dataclasses.replace(batch, features=features, image_BHWC=None, sam_image_BHWC=None)
 
 
 def same(old: list[np.ndarray], new: list[np.ndarray]) -> bool:

@@ -80,6 +80,10 @@ class SamConfig:
 
 SAM_VIT_H = SamConfig()
 SAM_VIT_L = SamConfig(width=1024, depth=24, hidden=4096, global_layers=(5, 11, 17, 23))
+TINY_SAM = SamConfig(  # ships with the project
+    image=112, patch=8, width=64, depth=4, heads=4, hidden=128, window=7, global_layers=(1, 3), channels=64,
+    mask_channels=8, decoder_heads=4, decoder_hidden=128, masks=4, iou_hidden=64,
+)  # fmt: skip
 SAM_VIT_B = SamConfig(width=768, depth=12, heads=12, hidden=3072, global_layers=(2, 5, 8, 11))
 
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flagship, small: LION's two visual streams, tags and router, with NExT-Chat's boxes and masks on the same T5.
+
+Image-level first, then region-level with boxes, then both with routers, and at last masks, from few of them
+(`data.mask_share`). ViT, T5 and SAM are the small frozen ones that ship with the project.
+"""
+
+import dataclasses
+
+from lionjax.adapters import AdapterConfig
+from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
+from lionjax.config import Experiment, RunConfig, Stage
+from lionjax.data.pipeline import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.data.sources import Scenes
+from lionjax.heads import PlaceConfig
+from lionjax.language.t5 import TINY_T5
+from lionjax.systems.lion import Lion
+from lionjax.vision.sam import TINY_SAM
+from lionjax.vision.vit import TINY_VIT
+
+QFORMER = ("qformer", "qformer_norm", "qformer_projector")
+AGGREGATOR = ("aggregator", "aggregator_norm", "aggregator_projector")
+REGION_ADAPTER, IMAGE_ADAPTER = ".*/adapter_0", ".*/adapter_1"
+MASKS = ("mask_prompts", "sam/decoder")
+IMAGE_LEVEL = (("vqa", 5.0), ("existence", 2.0), ("relation", 1.0), ("caption", 1.5), ("tags", 0.5))
+REGION_LEVEL = (("rec", 3.0), ("reg", 1.0), ("box_vqa", 1.0), ("grounded", 0.5))
+
+SYSTEM = Lion(
+    vision=TINY_VIT,
+    qformer=QFormerConfig(
+        width=128, layers=4, heads=4, hidden=256, queries=8, vision_width=128, vocab=1024, positions=96, dropout=0.0,
+    ),
+    aggregator=AggregatorConfig(
+        query_layer=5, context_layers=(3, 1), width=128, heads=4, hidden=256, dropout=0.0, projector=256,
+    ),
+    language=dataclasses.replace(TINY_T5, adapters=AdapterConfig(32)),
+    soft_prompt_token=3,
+    places=PlaceConfig(
+        trigger_token=19, location_token=20, location_hidden=256, mask_tokens=2, max_boxes=6,
+    ),
+    sam=TINY_SAM,
+)  # fmt: skip
+PROCESSOR = ProcessorConfig(
+    image_size=TINY_VIT.image,
+    prompt_length=72,
+    question_length=28,
+    target_length=40,
+    padded=True,
+    places="embeddings",
+    boxes=6,
+    sam_size=TINY_SAM.image,
+)
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    shared = {
+        "batch_size": 32,
+        "learning_rate": 1e-3,
+        "warmup_steps": 50,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+    }
+    return Experiment(
+        name="tiny_lionjax",
+        system=SYSTEM,
+        data=DataConfig(
+            sources=(Scenes(sizes=(3000, 300, 400), pixels=192),),
+            processor=PROCESSOR,
+            tag_noise=0.1,
+            tag_drop=0.5,
+            mask_share=0.1,
+        ),
+        stages=(
+            Stage(
+                "image_level", 300, (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), IMAGE_LEVEL,
+                system=(("visual_input", "QFORMER"),), **shared,
+            ),
+            Stage(
+                "region_level", 400, (*AGGREGATOR, REGION_ADAPTER, "soft_prompt", "locations"), REGION_LEVEL,
+                system=(("visual_input", "AGGREGATOR"),), **shared,
+            ),
+            Stage(
+                "both_levels", 400, (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt", "locations"),
+                IMAGE_LEVEL + REGION_LEVEL, **shared,
+            ),
+            Stage("masks", 100, MASKS, (("res", 1.0),), system=(("objective", "masks"),), **shared),
+        ),
+        run=RunConfig(log_every=20, save_every=200, keep=2, frozen_dtype="float32", cache_features=True),
+        weights=(
+            ("vision", "shipped:tiny_vit.safetensors"),
+            ("language", "shipped:tiny_t5.safetensors"),
+            ("sam", "shipped:tiny_sam.safetensors"),
+        ),
+    )  # fmt: skip

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flagship over a language model that is a decoder alone, as Vicuna is. It is small and learned from nothing.
+
+All else is as in configs/tiny_lionjax.py.
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from lionjax.adapters import AdapterConfig
+from lionjax.config import Experiment
+from lionjax.language.decoder import DecoderConfig
+
+WITH_T5 = runpy.run_path(str(Path(__file__).with_name("tiny_lionjax.py")))
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    whole = WITH_T5["get_config"]()
+    language = DecoderConfig(
+        vocab=1024, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=384, end_token=1,
+        adapters=AdapterConfig(32),
+    )  # fmt: skip
+    processor = dataclasses.replace(whole.data.processor, reader="decoder")
+    stages = tuple(
+        stage
+        if stage.name == "masks"
+        else dataclasses.replace(
+            stage,
+            trainable=("language", *(p for p in stage.trainable if not p.startswith(".*/adapter"))),
+        )
+        for stage in whole.stages
+    )
+    return dataclasses.replace(
+        whole,
+        name="tiny_lionjax_decoder",
+        system=dataclasses.replace(whole.system, language=language),
+        data=dataclasses.replace(whole.data, processor=processor),
+        stages=stages,
+        weights=tuple(pair for pair in whole.weights if pair[0] != "language"),
+    )

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole NExT-Chat that trains on a laptop: a small decoder learned from nothing, frozen small ViT and SAM.
+
+The same three stages as configs/nextchat_7b.py, on the embedded scenes. With `--data.processor.places digits`
+(Shikra's) or `bins` (Kosmos-2's location tokens) the same model writes boxes as text instead of pointing at them; in a
+mixture, `rec@digits` does so for one task beside the others, so that both can be compared in one run.
+"""
+
+from lionjax.config import Experiment, RunConfig, Stage
+from lionjax.data.pipeline import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.data.sources import Scenes
+from lionjax.language.decoder import DecoderConfig
+from lionjax.systems.nextchat import NextChat
+from lionjax.vision.sam import TINY_SAM
+from lionjax.vision.vit import TINY_VIT
+
+WORDS_AND_BOXES = ("language", "projector", "locations")
+MASKS = ("mask_prompts", "sam/decoder")
+PRETRAIN = (
+    ("rec", 3.0), ("rec@digits", 0.5), ("reg", 2.0), ("box_vqa", 1.0), ("grounded", 1.0), ("caption", 1.0),
+    ("vqa", 3.0),
+)  # fmt: skip
+INSTRUCT = (*PRETRAIN, ("existence", 1.0), ("relation", 0.5), ("conversation", 0.5))
+WORDS = 1024  # of the tiny tokenizer; location tokens follow them
+
+SYSTEM = NextChat(
+    vision=TINY_VIT,
+    language=DecoderConfig(
+        vocab=WORDS + 32 * 32, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=384, end_token=1,
+    ),
+    sam=TINY_SAM,
+    feature_layer=-1,
+    location_hidden=256,
+    mask_tokens=2,
+    box_scale=float(TINY_SAM.image),
+    image_token=21,
+    trigger_token=19,
+    location_token=20,
+    max_boxes=6,
+)  # fmt: skip
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    shared = {
+        "batch_size": 32,
+        "learning_rate": 1e-3,
+        "warmup_steps": 50,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+    }
+    return Experiment(
+        name="tiny_nextchat",
+        system=SYSTEM,
+        data=DataConfig(
+            sources=(Scenes(sizes=(3000, 300, 400), pixels=192),),
+            processor=ProcessorConfig(
+                image_size=TINY_VIT.image,
+                prompt_length=136,
+                question_length=1,
+                target_length=40,
+                tags=False,
+                padded=True,
+                reader="decoder",
+                template="{image} {question}",
+                image_tokens=TINY_VIT.patches,
+                places="embeddings",
+                boxes=6,
+                sam_size=TINY_SAM.image,
+            ),
+        ),
+        stages=(
+            Stage("pretrain", 600, WORDS_AND_BOXES, PRETRAIN, **shared),
+            Stage("instruct", 300, WORDS_AND_BOXES, INSTRUCT, **shared),
+            Stage("masks", 200, MASKS, (("res", 1.0),), system=(("objective", "masks"),), **shared),
+        ),
+        run=RunConfig(
+            log_every=20, save_every=200, keep=2, frozen_dtype="float32", cache_features=True
+        ),
+        weights=(
+            ("vision", "shipped:tiny_vit.safetensors"),
+            ("sam", "shipped:tiny_sam.safetensors"),
+        ),
+    )

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boxes in texts: as digits, as location tokens, as embeddings; into a padded square and back; and boxes that are none."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lionjax.data import pictures, places
+from lionjax.data.examples import DataConfig, Records
+from lionjax.data.processors import Input, Processor, ProcessorConfig
+from lionjax.data.sources import Scenes
+from lionjax.data.squares import Square
+from lionjax.data.tasks import box_text
+from lionjax.interfaces import UserError
+
+BOX, OTHER = (0.1234567, 0.25, 0.5, 0.75), (0.0, 0.1, 0.3, 0.9)
+TEXT = f"A red star {box_text(BOX)}, a ring {box_text(OTHER)} and nothing else."
+CONFIG = ProcessorConfig(
+    image_size=28, prompt_length=64, question_length=8, target_length=64, tags=False, padded=True, boxes=3, sam_size=32,
+)  # fmt: skip
+POINTING = dataclasses.replace(CONFIG, places="embeddings")
+AT, HERE = 19, 20  # of the tiny tokenizer
+
+
+def test_a_text_is_words_and_boxes_and_known_boxes_keep_their_decimals():
+    assert places.pieces(TEXT, [BOX]) == ["A red star ", BOX, ", a ring ", OTHER, " and nothing else."]
+    assert places.pieces(TEXT)[1] == (0.123, 0.25, 0.5, 0.75)
+    assert places.joined(places.pieces(TEXT, [BOX])) == TEXT
+    assert places.pieces("no box [1,2] here") == ["no box [1,2] here"]
+
+
+@pytest.mark.parametrize("side", [4, 32])
+def test_location_tokens_are_those_of_kosmos_2(side):
+    theirs = pytest.importorskip("transformers.models.kosmos2.processing_kosmos2")
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        low, size = rng.random(2) * 0.9, 0.02 + rng.random(2) * 0.5
+        box = (*low.tolist(), *np.minimum(low + size, 1).tolist())
+        bins = places.bins_of(box, side)
+        assert bins == tuple(map(int, theirs.coordinate_to_patch_index(box, side)))
+        np.testing.assert_allclose(
+            places.box_of_bins(*bins, side), theirs.patch_index_to_coordinate(*bins, side), atol=1e-12
+        )
+        assert np.abs(np.subtract(places.box_of_bins(*bins, side), box)).max() <= 1 / side
+
+
+@pytest.mark.parametrize("how", places.CODECS)
+@pytest.mark.parametrize("size", [(1, 1), (60, 20), (20, 60)])
+def test_an_answer_comes_back_with_its_boxes_on_the_picture(how, size):
+    processor, square = Processor(CONFIG), Square(*size)
+    ids, inside = processor.spell(TEXT, [BOX, OTHER], square, how)
+    np.testing.assert_allclose(inside, [square.into(BOX), square.into(OTHER)])
+    text, boxes = processor.read([*ids, 1, 7, 7], inside, square)
+    assert places.pieces(text)[0] == "A red star " and text.endswith("] and nothing else.")
+    worst = {"digits": 2e-3, "bins": 1 / 32 + 1e-3, "embeddings": 1e-6}[how] * max(size) / min(size)
+    np.testing.assert_allclose(boxes, [BOX, OTHER], atol=worst)
+    assert {"digits": 40, "bins": 22, "embeddings": 22}[how] >= len(ids) - 10
+
+
+def test_digits_are_written_as_ever_and_bins_and_embeddings_as_two_tokens():
+    processor = Processor(CONFIG)
+    assert processor.spell(TEXT)[0] == processor.tokenizer.encode(TEXT)
+    said = f"Answer: {box_text(BOX)}"
+    (*words, at, here), _ = processor.spell(said, how="embeddings")
+    assert (at, here) == (AT, HERE) and processor.decode(words) == "Answer:"
+    (*_, low, high), _ = processor.spell(said, how="bins")
+    assert low - processor.tokenizer.size == 8 * 32 + 3 and high - processor.tokenizer.size == 23 * 32 + 15
+
+
+def test_what_stands_for_no_box_is_passed_over():
+    codec = Processor(CONFIG).codec
+    first = codec.words
+    assert codec.read([5, AT, HERE, 6, AT], [BOX]) == [[5], BOX, [6]]
+    assert codec.read([AT, HERE, AT, HERE], [BOX]) == [BOX]
+    assert codec.read([5, first + 1, 6, first, first + 33]) == [[5, 6], (0.0 + 0.5 / 32, 0.5 / 32, 1.5 / 32, 1.5 / 32)]
+
+
+def test_a_row_has_the_boxes_of_question_and_answer_in_the_order_of_their_tokens():
+    processor = Processor(POINTING)
+    pixels, question = np.zeros((28, 28, 3), np.uint8), f"What is at {box_text(OTHER)}?"
+    row = processor.row(pixels, question, (), f"It is {box_text(BOX)}.", boxes=(OTHER, BOX), square=Square(40, 20))
+    assert (row["prompt"] == HERE).sum() == (row["target"] == HERE).sum() == 1
+    np.testing.assert_allclose(row["boxes"][:2], [Square(40, 20).into(OTHER), Square(40, 20).into(BOX)], atol=1e-6)
+    np.testing.assert_array_equal(row["boxes_mask"], [1, 1, 0])
+    asked = processor.row(pixels, question, boxes=(OTHER,), how="digits")
+    assert not (asked["prompt"] == HERE).any() and "[0.000,0.100" in processor.decode(asked["prompt"])
+
+
+def test_a_decoder_reads_its_template_with_the_pictures_tokens_and_no_end():
+    c = dataclasses.replace(POINTING, reader="decoder", template="Look: {image} {question} Say:", image_tokens=4)
+    processor = Processor(c)
+    ids = processor.prompt("what is it?")
+    assert ids[-1] != processor.tokenizer.end_id and ids.count(21) == 4
+    start = ids.index(22)
+    assert ids[start : start + 6] == [22, 21, 21, 21, 21, 23]
+    assert processor.tokenizer.decode(ids[:start]) == "Look:" and processor.decode(ids).endswith("what is it? Say:")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "message"),
+    [
+        ("What is at [0.6,0.2,0.1,0.5]?", None, "has no area"),
+        ("What is at [0.1,0.2,1.6,0.5]?", None, "leaves the picture"),
+        ("Where?", "Answer: [0.100,0.500,0.200,0.500]", "has no area"),
+        ("Compare [0.1,0.1,0.2,0.2][0.1,0.1,0.2,0.2]", TEXT, "name 4 regions where 3 are allowed"),
+    ],
+)
+def test_boxes_that_cannot_be_pointed_at_are_refused(question, answer, message):
+    with pytest.raises(UserError, match=message):
+        Processor(POINTING).row(np.zeros((28, 28, 3), np.uint8), question, (), answer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": 0}, "processor.boxes is 0"),
+        ({"padded": False}, "wants processor.padded"),
+        ({"template": "no question"}, "wants {question} once"),
+        ({"bins": -1}, "bins is -1"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(POINTING, **change)
+
+
+def test_an_answer_cut_off_behind_a_trigger_loses_it():
+    processor = Processor(dataclasses.replace(POINTING, target_length=4))
+    ids = processor.target(f"star {box_text(BOX)}")
+    assert ids[-1] == processor.tokenizer.end_id and AT not in ids[-2:]
+
+
+def pictures_of_all_kinds(folder):
+    array = np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8)
+    plain, exif = Image.fromarray(array), Image.Exif()
+    exif[0x0112] = 6
+    made = {"gray.png": plain.convert("L"), "palette.png": plain.convert("P"), "print.jpg": plain.convert("CMYK")}
+    for name, picture in made.items():
+        picture.save(folder / name)
+        yield folder / name, (36, 24)
+    plain.save(folder / "turned.jpg", exif=exif)
+    yield folder / "turned.jpg", (24, 36)
+    plain.resize((1, 36)).save(folder / "thin.png")
+    yield folder / "thin.png", (1, 36)
+
+
+def test_gray_palette_cmyk_turned_and_very_thin_pictures_are_padded_and_their_boxes_come_back(tmp_path):
+    processor = Processor(POINTING)
+    for path, size in pictures_of_all_kinds(tmp_path):
+        row = processor.row_of(Input(path, f"What is at {box_text(BOX)}?", boxes=(BOX,)))
+        assert tuple(row["size"]) == size and row["pixels"].shape == (28, 28, 3) and row["sam"].shape == (32, 32, 3)
+        np.testing.assert_allclose(Square(*size).back(row["boxes"][0].tolist()), BOX, atol=1e-5)
+        batch = processor.assemble({name: np.stack([value]) for name, value in row.items()})
+        top, left, high, wide = Square(*size).inside(32)
+        outside = np.ones((32, 32), bool)
+        outside[top : top + high, left : left + wide] = False
+        assert outside.any() and not batch.sam_image_BHWC[0][outside].any()
+        assert np.abs(batch.sam_image_BHWC[0][~outside]).min() > 0
+        upright = np.asarray(pictures.as_picture(path).resize((wide, high), Image.Resampling.BILINEAR))
+        np.testing.assert_array_equal(row["sam"][top : top + high, left : left + wide], upright)
+
+
+DATA = DataConfig(sources=(Scenes((40, 4, 4), pixels=56),), processor=POINTING)
+
+
+def test_masks_come_with_their_boxes_and_only_so_many_pictures_have_some():
+    records, rng = Records(DATA, "train"), np.random.default_rng(0)
+    (part,) = records.parts("res")
+    row = records.row(part, 3, rng, masks=True)
+    (place,) = np.flatnonzero(row["masks_mask"])
+    rows, columns = np.nonzero(row["masks"][place])
+    edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 32
+    np.testing.assert_allclose(edges, row["boxes"][place], atol=2.5 / 32)
+    (other,) = records.parts("rec")
+    assert not records.row(other, 3, rng, masks=True)["masks_mask"].any() and "sam" not in records.row(other, 3, rng)
+    few = Records(dataclasses.replace(DATA, mask_share=0.1), "train")
+    assert few.parts("res")[0].size == 4 and few.parts("rec")[0].size == 40
+    with pytest.raises(UserError, match="move no masks"):
+        dataclasses.replace(DATA, flip=True)
+
+
+def test_one_task_of_a_mixture_may_write_its_boxes_otherwise_and_says_so():
+    records = Records(DATA, "train")
+    (plain,), (digits,) = records.parts("rec"), records.parts("scenes/rec@digits")
+    rows = [records.row(part, 0, np.random.default_rng(0)) for part in (plain, digits)]
+    assert [(row["target"] == HERE).any() for row in rows] == [True, False]
+    assert "[0." in records.processor.decode(rows[1]["target"])
+    assert records.processor.decode(rows[1]["prompt"]).endswith("Write places in digits.")
+    with pytest.raises(UserError, match="'words'; choose one of digits"):
+        records.parts("rec@words")

@@ -12,11 +12,13 @@ import tiny_prefix as tiny
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import convert  # noqa: E402
+from lionjax import convert, sharding  # noqa: E402
 from lionjax.bridges import qformer  # noqa: E402
 from lionjax.bridges.qformer import QFormer, QFormerConfig  # noqa: E402
 from lionjax.generate import GenerateConfig, generate  # noqa: E402
+from lionjax.language.decoder import DecoderConfig  # noqa: E402
 from lionjax.systems.prefix import Prefix  # noqa: E402
+from lionjax.vision.vit import ViTConfig  # noqa: E402
 
 NEW = 7
 
@@ -173,3 +175,20 @@ def test_sizes_that_make_no_sense_are_refused_in_words():
         Prefix(feature_layer=0)
     with pytest.raises(ValueError, match="the picture can only stand in front"):
         Prefix(image_token=None, in_front=False)
+
+
+def test_on_a_mesh_the_loss_is_the_same_and_a_padded_vocabulary_is_split_where_an_odd_one_is_not():
+    language = DecoderConfig(vocab=51, width=16, layers=1, heads=2, kv_heads=2, head=8, hidden=16, end_token=2)
+    tower = ViTConfig(14, 7, 8, 1, 2, 8, biases="qkvo", patch_bias=False, norm_before=True, norm_after=True)
+    odd = Prefix(tower, language, feature_layer=-1, image_token=tiny.IMAGE_TOKEN)
+    padded = dataclasses.replace(odd, language=dataclasses.replace(language, vocab_multiple=64))
+    batch = tiny.batch_of(odd, random.Random(0), rows=8)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    shapes = sharding.abstract(odd.init, jax.random.key(0), batch, mesh=mesh)
+    assert "tensor" not in shapes["language"]["head"]["kernel"].sharding.spec
+    params = sharding.init(padded.init, jax.random.key(0), batch, mesh=mesh)
+    assert "tensor" in params["language"]["head"]["kernel"].sharding.spec
+    with sharding.use(mesh):
+        whole = jax.jit(padded.loss)(params, sharding.put_batch(batch, mesh))[0]
+    alone = jax.jit(padded.loss)(jax.device_get(params), batch)[0]
+    assert float(whole) == pytest.approx(float(alone), rel=1e-5)

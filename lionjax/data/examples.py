@@ -177,7 +177,8 @@ class Records:
             pixels, truth, square = self.seen(part.source, record)
             example = opened.ask(part.task, index, truth, rng, data.tag_noise)
         example = part.hinted(example)
-        tags = () if rng.random() < data.tag_drop else example.tags
+        untagged = rng.random() < data.tag_drop or part.task == "tags"  # or they would be the answer
+        tags = () if untagged else example.tags
         words = (example.question, tags, example.answer, example.category)
         boxes = (*example.question_boxes, *example.boxes)
         row = self.processor.row(pixels, *words, boxes, square, part.places or None)

@@ -11,7 +11,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     """What `lionjax convert` takes."""
     verb.add_argument("src", metavar="SRC", type=Path, help="a run, or a folder or file of weights")
     verb.add_argument("dst", metavar="DST", type=Path, help="the folder to write; it must be new")
-    verb.add_argument("--to", choices=("torch", "jax"), required=True, help="whose names to write")
+    verb.add_argument(
+        "--to", choices=("torch", "jax", "orbax"), required=True, help="what to write"
+    )
+    verb.add_argument("--mesh", metavar="A=N,B=N", default="", help="of orbax: fsdp=4,tensor=2")
     verb.add_argument("--system", metavar="NAME", help="the kind of model, where SRC does not say")
     verb.add_argument("--adapter", metavar="DIR", help="a LoRA for SRC, as PEFT writes it")
     verb.add_argument("--add-words", metavar="A,B", default="", help="new words for its vocabulary")
@@ -26,6 +29,9 @@ def convert(given: argparse.Namespace) -> None:
     from lionjax import model
     from lionjax.convert import Wanted, convert, load_params
 
+    if given.to == "orbax":
+        _to_orbax(given)
+        return
     if model.is_run(given.src):
         _export(given)
         return
@@ -38,6 +44,23 @@ def convert(given: argparse.Namespace) -> None:
         if given.to == "jax":
             ours, theirs = theirs, ours
         _verify(*load_params(ours), theirs)
+
+
+def _to_orbax(given: argparse.Namespace) -> None:
+    """Weights as an Orbax checkpoint, laid out on a mesh of all devices."""
+    from lionjax import sharding
+    from lionjax.convert_placed import save_orbax
+    from lionjax.interfaces import UserError
+
+    try:
+        axes = {
+            name: int(size) for name, size in (a.split("=") for a in given.mesh.split(",") if a)
+        }
+        wanted = sharding.MeshConfig(**axes)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--mesh {given.mesh!r} is no mesh; write fsdp=4,tensor=2") from error
+    save_orbax(given.src, given.dst, sharding.make_mesh(wanted), given.system)
+    print(f"written: {given.dst}")
 
 
 def _export(given: argparse.Namespace) -> None:

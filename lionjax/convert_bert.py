@@ -58,7 +58,7 @@ def _rows(c: Any) -> tuple:
     return bert.torch_rows(c)
 
 
-def _abstract(c: Any) -> Params:
+def _abstract(c: Any, mesh: Any = None) -> Params:
     import jax
     import jax.numpy as jnp
 
@@ -67,7 +67,9 @@ def _abstract(c: Any) -> Params:
 
     ids = jnp.zeros((1, 2), jnp.int32)
     return sharding.abstract(
-        lambda key: Bert(c).init(key, ids, jnp.ones_like(ids))["params"], jax.random.key(0)
+        lambda key: Bert(c).init(key, ids, jnp.ones_like(ids))["params"],
+        jax.random.key(0),
+        mesh=mesh,
     )
 
 

@@ -58,7 +58,7 @@ def _swin_rows(c: Any) -> tuple:
     return under("swin.", "", swin.hugging_face_rows(c))
 
 
-def _swin_abstract(c: Any) -> Params:
+def _swin_abstract(c: Any, mesh: Any = None) -> Params:
     import jax
 
     from lionjax import sharding
@@ -66,7 +66,7 @@ def _swin_abstract(c: Any) -> Params:
 
     image = jax.ShapeDtypeStruct((1, c.image, c.image, 3), "float32")
     return sharding.abstract(
-        lambda key, x: Swin(c).init(key, x)["params"], jax.random.key(0), image
+        lambda key, x: Swin(c).init(key, x)["params"], jax.random.key(0), image, mesh=mesh
     )
 
 
@@ -83,14 +83,16 @@ def _ram_rows(c: Any) -> tuple:
     return ram.torch_rows(c)
 
 
-def _ram_abstract(c: Any) -> Params:
+def _ram_abstract(c: Any, mesh: Any = None) -> Params:
     import jax
 
     from lionjax import sharding
     from lionjax.vision.ram import Ram
 
     image = jax.ShapeDtypeStruct((1, c.swin.image, c.swin.image, 3), "float32")
-    return sharding.abstract(lambda key, x: Ram(c).init(key, x)["params"], jax.random.key(0), image)
+    return sharding.abstract(
+        lambda key, x: Ram(c).init(key, x)["params"], jax.random.key(0), image, mesh=mesh
+    )
 
 
 SWIN = Published(

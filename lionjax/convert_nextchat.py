@@ -83,7 +83,7 @@ def _sam_rows(c: Any) -> tuple:
     return sam_masks.hugging_face_rows(c)
 
 
-def _sam_abstract(c: Any) -> Params:
+def _sam_abstract(c: Any, mesh: Any = None) -> Params:
     import jax
 
     from lionjax import sharding
@@ -98,7 +98,7 @@ def _sam_abstract(c: Any) -> Params:
     def init(key, image, box, mask):
         return Sam(c).init(key, image, None, None, box, mask)["params"]
 
-    return sharding.abstract(init, jax.random.key(0), image, box, mask)
+    return sharding.abstract(init, jax.random.key(0), image, box, mask, mesh=mesh)
 
 
 def _meta_sam_config(s: dict) -> Any:
@@ -141,7 +141,7 @@ def _nextchat_settings(c: Any) -> dict:
     return LLAMA.settings(c.language) | own | {"system": json.loads(configs.to_json(c))}
 
 
-def _nextchat_abstract(c: Any) -> Params:
+def _nextchat_abstract(c: Any, mesh: Any = None) -> Params:
     import jax
 
     from lionjax import sharding
@@ -150,7 +150,7 @@ def _nextchat_abstract(c: Any) -> Params:
     image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
     ids, row = jax.ShapeDtypeStruct((1, 8), "int32"), jax.ShapeDtypeStruct((1,), "int32")
     batch = Batch(image, ids, ids, None, None, ids, ids, ids, row, row)
-    return sharding.abstract(c.init, jax.random.key(0), batch)
+    return sharding.abstract(c.init, jax.random.key(0), batch, mesh=mesh)
 
 
 NEXTCHAT = Published(

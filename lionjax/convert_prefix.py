@@ -56,7 +56,7 @@ def _language_settings(c: Any) -> dict:
     return kind.settings(c)
 
 
-def _abstract(c: Any) -> Params:
+def _abstract(c: Any, mesh: Any = None) -> Params:
     import jax
 
     from lionjax import sharding
@@ -65,7 +65,7 @@ def _abstract(c: Any) -> Params:
     image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
     ids, row = jax.ShapeDtypeStruct((1, 2), "int32"), jax.ShapeDtypeStruct((1,), "int32")
     batch = Batch(image, ids, ids, ids, ids, ids, ids, ids, row, row)
-    return sharding.abstract(c.init, jax.random.key(0), batch)
+    return sharding.abstract(c.init, jax.random.key(0), batch, mesh=mesh)
 
 
 def _is(c: Any, fits: Callable[[Any], bool]) -> bool:

@@ -27,7 +27,9 @@ class Published:
     config: Callable[[dict], Any]
     settings: Callable[[Any], dict]
     rows: Callable[[Any], tuple]
-    abstract: Callable[[Any], Params]  # shapes of the whole tree
+    abstract: Callable[
+        ..., Params
+    ]  # (config, mesh=None): shapes of the whole tree, and where it lies
     # Names that say nothing: patterns, matched whole, with the reason in a comment of theirs, (?#...).
     ignore: tuple[str, ...] = ()
     # (name, name of the tensor it equals where it is missing)
@@ -128,7 +130,7 @@ def _t5_rows(c: Any) -> tuple:
     return t5.torch_rows(c)
 
 
-def _t5_abstract(c: Any) -> Params:
+def _t5_abstract(c: Any, mesh: Any = None) -> Params:
     import jax
     import jax.numpy as jnp
 
@@ -141,7 +143,7 @@ def _t5_abstract(c: Any) -> Params:
 
     ids = jnp.zeros((1, 2), jnp.int32)
     return sharding.abstract(
-        lambda key: T5(c).init(key, ids, method=run)["params"], jax.random.key(0)
+        lambda key: T5(c).init(key, ids, method=run)["params"], jax.random.key(0), mesh=mesh
     )
 
 
@@ -155,7 +157,7 @@ def _of_decoder(c: Any, learned: bool, offset: bool) -> bool:
     return shape == (learned, offset)
 
 
-def _decoder_abstract(c: Any) -> Params:
+def _decoder_abstract(c: Any, mesh: Any = None) -> Params:
     import jax
     import jax.numpy as jnp
 
@@ -167,7 +169,7 @@ def _decoder_abstract(c: Any) -> Params:
 
     ids = jnp.zeros((1, 2), jnp.int32)
     return sharding.abstract(
-        lambda key: Decoder(c).init(key, ids, method=run)["params"], jax.random.key(0)
+        lambda key: Decoder(c).init(key, ids, method=run)["params"], jax.random.key(0), mesh=mesh
     )
 
 

@@ -229,7 +229,7 @@ def _lion_config(t5_settings: dict, tensors: Tensors) -> Any:
     return Lion(EVA_VIT_G, QFormerConfig(), AggregatorConfig(), language)
 
 
-def _lion_abstract(config: Any) -> Params:
+def _lion_abstract(config: Any, mesh: Any = None) -> Params:
     import jax
 
     from lionjax import sharding
@@ -238,7 +238,7 @@ def _lion_abstract(config: Any) -> Params:
     image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
     ids, row = jax.ShapeDtypeStruct((1, 2), "int32"), jax.ShapeDtypeStruct((1,), "int32")
     batch = Batch(image, ids, ids, ids, ids, ids, ids, ids, row, row)
-    return sharding.abstract(config.init, jax.random.key(0), batch)
+    return sharding.abstract(config.init, jax.random.key(0), batch, mesh=mesh)
 
 
 # LION first: a folder with its files also holds a T5.

@@ -18,14 +18,16 @@ def _of_vit(c: Any, clip: bool) -> bool:
     return type(c).__name__ == "ViTConfig" and c.norm_before == clip
 
 
-def _vit_abstract(c: Any) -> Params:
+def _vit_abstract(c: Any, mesh: Any = None) -> Params:
     import jax
 
     from lionjax import sharding
     from lionjax.vision.vit import ViT
 
     image = jax.ShapeDtypeStruct((1, c.image, c.image, 3), "float32")
-    return sharding.abstract(lambda key, x: ViT(c).init(key, x)["params"], jax.random.key(0), image)
+    return sharding.abstract(
+        lambda key, x: ViT(c).init(key, x)["params"], jax.random.key(0), image, mesh=mesh
+    )
 
 
 def _clip_config(s: dict) -> Any:

@@ -26,7 +26,7 @@ FLOORS = (
     # 3: systems, and the conversion of whole ones
     "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
     "convert_published convert_nextchat convert_experts convert_bert convert_lora convert_prefix convert_systems convert "
-    "convert_verify convert_runs convert_surgery convert_card convert_towers",
+    "convert_verify convert_runs convert_surgery convert_card convert_towers convert_placed",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer data.processors data.table "
@@ -45,6 +45,8 @@ FLOOR |= {f: min(FLOOR[name] for name in FLOOR if name.startswith(f + ".")) for 
 # The only steps sideways that the floors themselves do not allow: (who, whom).
 SIDEWAYS = {
     ("convert", "convert_card"),
+    ("convert_placed", "convert"),
+    ("convert_placed", "convert_systems"),
     ("convert_surgery", "convert_card"),
     ("convert_card", "convert_lora"),
     ("convert", "convert_lora"),

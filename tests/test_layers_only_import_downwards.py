@@ -25,12 +25,12 @@ FLOORS = (
     "language.decoder language.t5 language.bert bridges.projectors bridges.qformer heads",
     # 3: systems, and the conversion of whole ones
     "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
-    "convert_published convert_nextchat convert_experts convert_bert convert_lora convert_prefix convert_systems convert "
-    "convert_verify convert_runs convert_surgery convert_card convert_towers convert_placed",
+    "convert_published convert_nextchat convert_experts convert_bert convert_lora convert_prefix "
+    "convert_systems convert convert_verify convert_runs convert_surgery convert_card convert_towers convert_placed",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
-    "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer data.processors data.table "
-    "data.annotations data.coco data.built data.built_writer data.sources data.examples data.inspection "
+    "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
+    "data.processors data.table data.annotations data.coco data.built data.built_writer data.sources data.examples data.inspection "
     "data.pipeline training.stages training.start training.features training.journal "
     "training.checkpoints training.loop scores search generate answering "
     "evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring evaluation.benchmarks "

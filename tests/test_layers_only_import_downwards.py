@@ -30,8 +30,8 @@ FLOORS = (
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
-    "data.processors data.table data.annotations data.coco data.built data.built_writer data.sources data.examples data.inspection "
-    "data.pipeline training.stages training.start training.features training.journal "
+    "data.processors data.table data.annotations data.coco data.built data.built_writer data.sources "
+    "data.examples data.inspection data.pipeline training.stages training.start training.features training.journal "
     "training.checkpoints training.loop scores search generate answering "
     "evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring evaluation.benchmarks "
     "evaluation.report plots scaling",

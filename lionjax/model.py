@@ -226,7 +226,7 @@ def load(folder: str | Path, mesh: MeshConfig | None = None) -> Model:
         raise UserError(
             f"the run of {folder} has saved nothing yet; `lionjax train` goes on with it"
         )
-    if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
+    if not convert.holds_params(folder) and not any(f.suffix in WEIGHTS for f in folder.iterdir()):
         raise UserError(f"{folder} holds no model; give the folder of a run, or one of weights")
     return of_weights(folder, grid)
 
@@ -314,9 +314,7 @@ def _read(
 
 def of_weights(folder: Path, mesh: Mesh) -> Model:
     """The model of a folder of weights in our names or the original's; each process reads what its devices hold."""
-    ours = any(
-        (folder / f"{convert.OURS}.safetensors{end}").is_file() for end in ("", ".index.json")
-    )
+    ours = convert.holds_params(folder)
     source = None if ours else convert_systems.open_source(folder)
     recorded = convert.open_params(folder)[0] if ours else source.config
     roots = [folder, folder / convert.ORIGIN] + (

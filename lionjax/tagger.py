@@ -157,7 +157,7 @@ def load(folder: str | Path) -> Tagger:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give one with RAM's weights and its tags")
     tags = read_tags([folder, folder / convert.ORIGIN])
-    if any(folder.glob(f"{convert.OURS}*.safetensors")):
+    if convert.holds_params(folder):
         config, params = convert.load_params(folder)
     else:
         released = folder / RAM_FILE

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_weight_files import as_torch, assert_same, damaged, damages
 
-from lionjax import convert, convert_placed, convert_write
+from lionjax import convert, convert_write
 from lionjax import params as trees
 from lionjax.convert_files import open_weights
 from lionjax.interfaces import UserError
@@ -105,34 +105,6 @@ def test_a_converted_folder_is_loaded_onto_a_mesh(tmp_path):
     _, placed = convert.load_params(source, like)
     assert_same(trees.flatten(jax.tree.map(np.asarray, placed)), trees.flatten(plain))
     assert placed["encoder"]["blocks"]["norm"]["scale"].sharding.mesh == mesh
-
-
-@pytest.mark.parametrize("ours", [True, False])
-def test_weights_go_straight_to_an_orbax_checkpoint_that_lies_on_the_mesh(tmp_path, ours):
-    import jax
-    import orbax.checkpoint as ocp
-
-    from lionjax import config as configs
-    from lionjax import sharding
-
-    source = small_folder(tmp_path)
-    plain_config, plain = convert.load_params(source)
-    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2, data=1))
-    folder = source if ours else tmp_path / "torch"
-    config, params = convert_placed.save_orbax(folder, tmp_path / "orbax", mesh)
-    assert config == plain_config
-    kernel = params["encoder"]["blocks"]["attention"]["q"]["kernel"]  # (layers, width, heads, head)
-    assert kernel.addressable_shards[0].data.size == kernel.size // 8
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
-    )
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "config")) as reader:
-        asked = {"params": ocp.args.StandardRestore(like), "config": ocp.args.JsonRestore()}
-        found = reader.restore(tmp_path / "orbax", args=ocp.args.Composite(**asked))
-    assert configs.from_json(json.dumps(found["config"])) == config
-    assert_same(trees.flatten(jax.tree.map(np.asarray, found["params"])), trees.flatten(plain))
-    with pytest.raises(UserError, match="is there already"):
-        convert_placed.save_orbax(folder, tmp_path / "orbax", mesh)
 
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

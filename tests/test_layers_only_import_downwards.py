@@ -26,7 +26,8 @@ FLOORS = (
     # 3: systems, and the conversion of whole ones
     "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
     "convert_published convert_nextchat convert_experts convert_bert convert_lora convert_prefix "
-    "convert_systems convert convert_verify convert_runs convert_surgery convert_card convert_towers convert_placed",
+    "convert_systems convert convert_verify convert_runs convert_surgery convert_card convert_towers convert_placed "
+    "convert_orbax",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
@@ -47,6 +48,8 @@ SIDEWAYS = {
     ("convert", "convert_card"),
     ("convert_placed", "convert"),
     ("convert_placed", "convert_systems"),
+    ("convert_placed", "convert_orbax"),
+    ("convert", "convert_orbax"),
     ("convert_surgery", "convert_card"),
     ("convert_card", "convert_lora"),
     ("convert", "convert_lora"),

@@ -105,7 +105,7 @@ class OpenedScenes:
         return tasks.converse(task, truth, rng, tag_noise)
 
     def masks(self, record: int, regions: tuple[int, ...]) -> np.ndarray:
-        _, scene = self.read(record)
+        scene = self.source.scene(record) if self.built is None else self.read(record)[1]
         return scene.masks(self.source.pixels)[list(regions)]
 
 

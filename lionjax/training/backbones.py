@@ -75,8 +75,8 @@ class BackbonesConfig:
     language_steps: int = 5_000
     language_batch: int = 48
     language_rate: float = 6e-4
-    again_steps: int = 5_000  # a second schedule, in which many scenes are told patch by patch
-    again_rate: float = 5e-4
+    again_steps: int = 11_000  # a second schedule, in which many scenes are told patch by patch
+    again_rate: float = 6e-4
     patch_share: float = 0.35  # of the second schedule's steps that see a scene patch by patch
     text_share: float = 0.02  # of language steps that read a scene in words
     hinted_share: float = (

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast weights go from torch's names to ours and back, and how much memory that takes.
 
-    python benchmarks/convert.py [--model t5 --gigabytes 1 | --model nextchat] [--folder /tmp/lionjax-convert]
+    python benchmarks/convert.py [--model t5 --gigabytes 1 | --model nextchat] [--bin] [--orbax] [--folder FOLDER]
 
 A checkpoint in bfloat16, with random numbers, is written, read once so that the page cache is warm (as far as memory
 goes), and converted both ways, each way in a process of its own. `t5` is a T5 of FlanT5-XL's width with as many layers
 as the size wants; `nextchat` has every name and shape of NExT-Chat-7B, 15.5 GB, of which twice as much is on the disk
-at a time. Seconds of the processor are counted as well as of the clock: on a busy machine only the first say something.
+at a time. `--bin` writes the checkpoint as PyTorch's .bin shards with an index; `--orbax` goes out through an Orbax
+checkpoint, laid out for one device.
+
+Seconds of the processor are counted as well as of the clock: on a busy machine only the first say something.
 Memory is what the process holds at its peak beyond what it held before the conversion, with and without the pages of
 mapped files. Every tensor that comes back is held against the checksum of the one that went in.
 """
@@ -104,29 +107,52 @@ def make(folder: Path, config) -> tuple[int, dict[str, int]]:
     return max(form.nbytes for form in made.values()), sums
 
 
+def as_bin(src: Path, dst: Path) -> None:
+    """The same checkpoint as .bin shards with an index, as older releases are published."""
+    import torch
+    from safetensors.torch import load_file
+
+    dst.mkdir()
+    (dst / "lionjax.json").write_bytes((src / "lionjax.json").read_bytes())
+    state, shards = load_file(src / "model.safetensors"), [{}, {}]
+    for number, (name, tensor) in enumerate(state.items()):
+        shards[2 * number // len(state)][name] = tensor
+    names = [f"pytorch_model-0000{k}-of-00002.bin" for k in (1, 2)]
+    for name, shard in zip(names, shards):
+        torch.save(shard, dst / name)
+    where = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+    (dst / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+
+
 def checksum(tensor: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
 
 def one_way(src: str, dst: str, to: str) -> None:
     """In its own process: convert, and print what it took."""
-    from lionjax import convert, convert_systems
+    from lionjax import convert, convert_placed, convert_systems, sharding
 
-    if to == "jax":
+    if convert.holds_params(Path(src)):
+        config, tensors = convert.open_params(src)
+    else:
         source = convert_systems.open_source(Path(src))
         config, tensors = source.config, source.tensors
-    else:
-        config, tensors = convert.open_params(src)
-    convert_systems.table_and_model(
-        convert_systems.of_config(config), config
-    )  # tracing is not what is measured
-    for name in tensors:  # warm the page cache
+    kind, mesh = convert_systems.of_config(config), sharding.make_mesh()
+    convert_systems.table_and_model(kind, config)  # tracing is not what is measured
+    for name in tensors.mapped:  # warm the page cache
         tensors[name].reshape(-1).view(np.uint8)[::4096].max()
         tensors.forget(name)
+    if to == "orbax":
+        import orbax.checkpoint  # noqa: F401
+
+        kind.abstract(config, mesh)
     watch = Peak()
     watch.start()
     processor, clock = time.process_time(), time.perf_counter()
-    coverage = convert.convert(src, dst, to)
+    if to == "orbax":
+        coverage = convert_placed.save_orbax(src, dst, mesh)
+    else:
+        coverage = convert.convert(src, dst, to)
     processor, clock = time.process_time() - processor, time.perf_counter() - clock
     resident, anonymous = watch.stop()
     print(json.dumps([coverage.bytes, processor, clock, resident, anonymous]))
@@ -138,6 +164,8 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=("t5", "nextchat"), default="t5")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the T5")
+    parser.add_argument("--bin", action="store_true", help="the checkpoint as .bin shards")
+    parser.add_argument("--orbax", action="store_true", help="out through an Orbax checkpoint")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/lionjax-convert"))
     parser.add_argument("--one-way", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -152,7 +180,13 @@ def main() -> None:
     try:
         config = NextChat() if given.model == "nextchat" else t5_of(given.gigabytes)
         largest, sums = make(given.folder / "torch", config)
-        for src, dst, to in (("torch", "jax", "jax"), ("jax", "back", "torch")):
+        if given.bin:
+            as_bin(given.folder / "torch", given.folder / "bin")
+            shutil.rmtree(given.folder / "torch")
+        ways = [("bin" if given.bin else "torch", "jax", "jax"), ("jax", "back", "torch")]
+        if given.orbax:
+            ways[1:] = [("jax", "orbax", "orbax"), ("orbax", "back", "torch")]
+        for src, dst, to in ways:
             command = [
                 sys.executable,
                 __file__,
@@ -165,7 +199,7 @@ def main() -> None:
             shutil.rmtree(given.folder / src)
             size, processor, clock, resident, anonymous = json.loads(said.splitlines()[-1])
             print(
-                f"to {to}: {size / 1e9:.2f} GB bfloat16, {size / processor / 1e9:.2f} GB/s a core "
+                f"{src} to {to}: {size / 1e9:.2f} GB bfloat16, {size / processor / 1e9:.2f} GB/s a core "
                 f"({size / clock / 1e9:.2f} by the clock), peak extra memory {anonymous / largest:.2f} x the largest "
                 f"tensor ({largest / 1e6:.0f} MB), {resident / largest:.2f} x with pages of mapped files",
                 flush=True,

@@ -378,8 +378,11 @@ def _write_out(
     """The folder for torch's side, with what belongs beside the weights: what came along from there, tokenizers."""
     files: list[str] = []
     with whole_folder(dst) as folder:
-        # A LoRA's rows come last, so its tensors do.
-        for detour, group in itertools.groupby(parts, lambda part: convert_lora.is_detour(part[0])):
+        # A LoRA's rows come last, so its tensors do. Grouping holds one tensor more, so it is only done for a LoRA.
+        groups = itertools.groupby(parts, lambda part: convert_lora.is_detour(part[0]))
+        for detour, group in (
+            groups if any(map(convert_lora.is_detour, plan.made)) else [(False, parts)]
+        ):
             forms = {
                 n: form for n, form in plan.made.items() if convert_lora.is_detour(n) == detour
             }

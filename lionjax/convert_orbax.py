@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from lionjax.weight_rows import Row, copy_bits, same_numbers
 PARAMS, CONFIG = "params", "config"  # its items
 MANIFEST = "manifest.ocdbt"  # what a folder of arrays begins with
 
+CHUNK = 2**22  # bytes of what is packed and unpacked as a whole; a layer of a shard is several
 AT_ONCE = 2**24  # bytes on their way to the disk, unless a single layer is more
 
 Where = tuple[slice, ...]
@@ -45,6 +48,9 @@ class Promise:
         lambda index: ()
     )  # (name, layer) that must hold the same
     seen: Callable[[np.ndarray], None] = lambda array: None  # told each part before it is written
+    done: Callable[[tuple[int, ...]], None] = lambda index: (
+        None
+    )  # told each layer that has been copied
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,8 +61,8 @@ class Promise:
         return self.leaf.dtype
 
     @property
-    def chunk(self) -> tuple[int, ...]:
-        """The shape of one layer of one shard, which is read and written as a whole."""
+    def part(self) -> tuple[int, ...]:
+        """The shape of one layer of one shard, which is written at once."""
         return (1,) * self.depth + self.sharding.shard_shape(self.shape)[self.depth :]
 
     def parts(self, owned: Callable | None = None) -> Iterator[list[tuple[Where, np.ndarray]]]:
@@ -80,6 +86,7 @@ class Promise:
                         raise UserError(f"tied tensor {name!r} holds other numbers than its twin")
                 self.seen(copy)
                 found.append(((*(slice(i, i + 1) for i in index), *where[self.depth :]), copy))
+            self.done(index)
             yield found
 
 
@@ -128,12 +135,13 @@ def _handler():
 
     class Handler(ocp.type_handlers.ArrayHandler):
         async def serialize(self, values, infos, args=None):
-            opening = []
-            for promise, info, arg in zip(values, infos, args or [None] * len(values)):
+            opening, small = [], ocp.SaveArgs(chunk_byte_size=CHUNK)
+            for promise, info in zip(values, infos):
                 await info.await_path_creation()
+                form = (promise.shape, promise.part, promise.dtype)
                 spec = ocp.type_handlers.get_json_tspec_write(
-                    info, True, promise.shape, promise.chunk, promise.dtype, jax.process_index(), arg=arg
-                )  # fmt: skip
+                    info, True, *form, jax.process_index(), arg=small
+                )
                 opening.append(
                     tensorstore.open(spec, create=True, open=True, context=info.ts_context)
                 )
@@ -151,17 +159,34 @@ async def _write_parts(leaves) -> None:
     waiting, size = [], 0
     try:
         for store, promise in leaves:
-            for group in promise.parts():
-                for where, part in group:
-                    write = store[where].write(part, can_reference_source_data_indefinitely=True)
-                    waiting.append(write)
-                    size += part.nbytes
-                if size >= AT_ONCE:
-                    await asyncio.gather(*waiting)
-                    waiting, size = [], 0
+            for where, part in itertools.chain.from_iterable(promise.parts()):
+                for there, here in _spans(store[where]):
+                    waiting.append(
+                        there.write(part[here], can_reference_source_data_indefinitely=True)
+                    )
+                    size += part[here].nbytes
+                    if size >= AT_ONCE:
+                        await asyncio.gather(*waiting)
+                        waiting, size = [], 0
         await asyncio.gather(*waiting)
     finally:  # nothing is on its way any more when the folder is cleared away
         await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def _spans(view) -> Iterator[tuple[Any, Any]]:
+    """Runs of rows of an array on the disk, of about `AT_ONCE` bytes each: (the rows there, where they are here)."""
+    chunk = view.chunk_layout.read_chunk.shape
+    axis = next((k for k, size in enumerate(view.shape) if size > chunk[k]), None)
+    if axis is None:
+        yield view, ...
+        return
+    low, high = view.domain[axis].inclusive_min, view.domain[axis].exclusive_max
+    rows = chunk[axis]
+    size = math.prod(view.shape) // (high - low) * view.dtype.numpy_dtype.itemsize  # of one row
+    step, before = rows * max(1, AT_ONCE // max(1, rows * size)), (slice(None),) * axis
+    for begin in range(low // rows * rows, high, step):
+        span = max(begin, low), min(begin + step, high)
+        yield view[(*before, slice(*span))], (*before, slice(span[0] - low, span[1] - low))
 
 
 def _layouts(shardings: Mapping[str, Any]) -> str:
@@ -188,7 +213,11 @@ class Stored(Computed):
 
     def __getitem__(self, where) -> np.ndarray:
         try:
-            return self.store[where].read().result()
+            view = self.store[where]
+            made = np.empty(view.shape, self.dtype)
+            for there, here in _spans(view):
+                made[here] = there.read().result()
+            return made
         except ValueError as error:
             reason = str(error).splitlines()[0][:200]
             raise UserError(f"an array of the Orbax checkpoint is damaged: {reason}") from error

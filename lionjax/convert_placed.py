@@ -79,8 +79,8 @@ def save_orbax(
     pieces = _pieces(plan)
 
     def promise(path, sharding):
-        leaf, twins = (_mapped if ours else _made)(plan, tensors, path, pieces[path])
-        return Promise(leaf, depth[path], sharding, twins, _warn_of(coverage, path))
+        leaf, twins, done = (_mapped if ours else _made)(plan, tensors, path, pieces[path])
+        return Promise(leaf, depth[path], sharding, twins, _warn_of(coverage, path), done)
 
     promises = {
         path: promise(path, target.sharding) for path, target in trees.flatten(like).items()
@@ -110,25 +110,26 @@ def _pieces(plan: Plan) -> dict[str, dict[tuple, tuple[Piece, int]]]:
     return pieces
 
 
-def _mapped(plan: Plan, tensors: Tensors, path: str, pieces: dict) -> tuple[Computed, Callable]:
-    """A leaf that is one on the disk already; no other must hold the same."""
+def _mapped(plan: Plan, tensors: Tensors, path: str, pieces: dict) -> tuple:
+    """A leaf that is one on the disk already, to which nothing is tied; and what lets go of its pages."""
     leaf = tensors[path]
 
-    def layer(index):
+    def done(index):
         tensors.forget(path)
-        return leaf[(*index, ...)]
 
-    return Computed(leaf.shape, leaf.dtype, layer), lambda index: ()
+    return (
+        Computed(leaf.shape, leaf.dtype, lambda index: leaf[(*index, ...)]),
+        lambda index: (),
+        done,
+    )
 
 
-def _made(plan: Plan, tensors: Tensors, path: str, pieces: dict) -> tuple[Computed, Callable]:
-    """A leaf of which each layer comes from the torch tensors of one piece; and the layers that tied ones make."""
+def _made(plan: Plan, tensors: Tensors, path: str, pieces: dict) -> tuple:
+    """A leaf of which each layer comes from the torch tensors of one piece; what tied ones make; and what lets go."""
 
     def layer(index):
         problems: list[str] = []
         piece, number = pieces[index]
-        for name in (*piece.tensors, *piece.tied):
-            tensors.forget(name)
         parts = leaves_of(piece, tensors, problems)
         refuse(problems, THE_NUMBERS)
         return parts[number]
@@ -137,8 +138,13 @@ def _made(plan: Plan, tensors: Tensors, path: str, pieces: dict) -> tuple[Comput
         piece, number = pieces[index]
         return [(name, piece.row.to_flax(tensors[name])[number]) for name in piece.tied]
 
+    def done(index):
+        piece, _ = pieces[index]
+        for name in (*piece.tensors, *piece.tied):
+            tensors.forget(name)
+
     form = plan.made[path]
-    return Computed(form.shape, form.dtype, layer), twins
+    return Computed(form.shape, form.dtype, layer), twins, done
 
 
 def _write_whole(dst: Path, promises: Params, config: dict, beside: dict[str, Path]) -> None:

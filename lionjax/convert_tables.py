@@ -149,9 +149,10 @@ def tensor_parts(plan: Plan, flat: Mapping, done: Callable = lambda path, array:
             tensors = piece.row.to_torch(*parts.values())
             yield from ((name, (), tensor) for name, tensor in zip(piece.tensors, tensors))
             yield from ((name, (), tensors[0]) for name in piece.tied)
-            for path, part in parts.items():
+            for path in parts:
                 if not isinstance(leaves[path], Computed):
-                    done(path, part)
+                    done(path, parts[path])
+            del parts, tensors  # or two pieces would be held while the next is made
 
 
 def _part(leaf: np.ndarray | Computed, index: tuple[int, ...]) -> np.ndarray:

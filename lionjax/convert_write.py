@@ -133,6 +133,7 @@ def write_safetensors(
             before = sum(i * math.prod(form.shape[axis + 1 :]) for axis, i in enumerate(index))
             _write_at(open_files[number].fileno(), begin + before * form.dtype.itemsize, array)
             written += array.nbytes
+            del array  # it may be made anew for each part, and the next one is made now
         if written != sum(form.nbytes for form in made.values()):
             raise ValueError(
                 f"{written} bytes came of {sum(form.nbytes for form in made.values())}"

@@ -46,6 +46,7 @@ SYSTEM = Lion(
     ),
     language=dataclasses.replace(TINY_T5, adapters=AdapterConfig(32)),
     soft_prompt_token=3,
+    word_scale=2.5,  # the shipped ViT speaks in the shipped T5's words
 )
 
 

@@ -165,6 +165,19 @@ def test_initial_weights_do_not_depend_on_the_mesh():
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), alone, spread))
 
 
+def test_with_a_word_scale_the_picture_begins_as_what_the_vit_says():
+    aggregator = dataclasses.replace(LION.aggregator, projector=32)
+    lion = dataclasses.replace(LION, aggregator=aggregator, word_scale=2.5, visual_input="AGGREGATOR")
+    batch = batch_of()
+    params = sharding.init(lion.init, jax.random.key(0), batch)
+    said_BPD = np.asarray(lion.features(params, batch))[:, -1]
+    words_BPD = jax.jit(lambda p, b: lion._apply(p, "look", b, None))(params, batch)
+    normed = (said_BPD - said_BPD.mean(-1, keepdims=True)) / said_BPD.std(-1, keepdims=True)
+    np.testing.assert_allclose(words_BPD, 2.5 * normed, atol=2e-3)
+    with pytest.raises(ValueError, match="word_scale wants a ViT as wide as the language model"):
+        dataclasses.replace(LION, word_scale=2.5)
+
+
 def test_an_unknown_visual_input_is_one_sentence():
     with pytest.raises(ValueError, match="QFROMER.*can be one of ALL"):
         dataclasses.replace(LION, visual_input="QFROMER")

@@ -42,6 +42,8 @@ PROJECTION_EPS = 1e-5  # torch's default, unlike the ViT's 1e-6
 class Lion:
     """A LION by its parts' sizes. `visual_input`: the streams that run; stage 1 QFORMER, 2 AGGREGATOR, then ALL.
 
+    `word_scale`: for a ViT aligned with the language model's words, how large these are: the aggregator's projector
+    begins by handing on what the ViT says, at this size. None: small random projectors, as the original.
     `places`: boxes as embeddings; `sam`: masks from them, learned where `objective` is "masks" (see `nextchat`).
     """
 
@@ -55,12 +57,19 @@ class Lion:
     places: PlaceConfig | None = None
     sam: SamConfig | None = None
     objective: str = "language"
+    word_scale: float | None = None
 
     def __post_init__(self):
         for field, known in {"visual_input": VISUAL_INPUTS, "objective": OBJECTIVES}.items():
             if getattr(self, field) not in known:
                 text = ", ".join(known)
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {text}")
+        widths = self.vision.width, self.language.width, self.aggregator.projector / 2
+        if self.word_scale is not None and len(set(widths)) > 1:
+            raise ValueError(
+                "word_scale wants a ViT as wide as the language model and a projector of twice that, "
+                f"not {self.vision.width}, {self.language.width} and {self.aggregator.projector}"
+            )
         if (self.sam is not None and self.places is None) or (
             self.objective == "masks" and self.sam is None
         ):
@@ -124,6 +133,17 @@ class Lion:
         return torch_rows(self)
 
 
+def handing_on(scale: float):
+    """First weights of an MLP of twice its width that is the identity times `scale`: gelu(x) - gelu(-x) = x."""
+
+    def init(key, shape, dtype=jnp.float32):
+        narrow = min(shape)
+        both_ways = jnp.concatenate([jnp.eye(narrow), -jnp.eye(narrow)], axis=1) * scale**0.5
+        return (both_ways if shape[0] == narrow else both_ways.T).astype(dtype)
+
+    return init
+
+
 class LionModule(nn.Module):
     c: Lion
 
@@ -134,11 +154,15 @@ class LionModule(nn.Module):
         if c.visual_input != "AGGREGATOR":
             self.qformer_norm = LayerNorm(c.vision.width, PROJECTION_EPS)
             self.qformer = QFormer(c.qformer)
-            self.qformer_projector = Dense(c.qformer.width, width, ("embed", None))
+            small = normal(0.02 if c.word_scale is None else c.word_scale * c.qformer.width**-0.5)
+            self.qformer_projector = Dense(c.qformer.width, width, ("embed", None), init=small)
         if c.visual_input != "QFORMER":
             self.aggregator = Aggregator(c.aggregator)
             self.aggregator_norm = LayerNorm(c.vision.width, PROJECTION_EPS)
-            self.aggregator_projector = MLP(c.vision.width, c.aggregator.projector, features=width)
+            init = normal(0.02) if c.word_scale is None else handing_on(c.word_scale)
+            self.aggregator_projector = MLP(
+                c.vision.width, c.aggregator.projector, features=width, init=init
+            )
         if c.soft_prompt_token is not None:
             self.soft_prompt = self.param("soft_prompt", sharded(normal(1.0), ("embed",)), (width,))
         self.language = T5(c.language) if c.encodes else Decoder(c.language)

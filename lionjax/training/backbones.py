@@ -70,6 +70,8 @@ class BackbonesConfig:
     mirrored_steps: int = (
         7_000  # then as many with pictures mirrored and turned, which are as good as new ones
     )
+    align_steps: int = 2_000  # see `align_vision`
+    align_rate: float = 5e-4
     vision_batch: int = 64
     vision_rate: float = 1e-3
     language_steps: int = 5_000
@@ -179,6 +181,63 @@ def train_vision(c: BackbonesConfig, mean, std, start: dict | None = None) -> tu
             figures = judge_vision(params, painter, test, mean, std)
             log.info("vision step %d %s", at, figures)
     return params["vision"], figures
+
+
+def standard(x_BPD):
+    """Vectors of mean 0 and deviation 1."""
+    x_BPD = x_BPD - x_BPD.mean(-1, keepdims=True)
+    return x_BPD * jax.lax.rsqrt(jnp.square(x_BPD).mean(-1, keepdims=True) + 1e-5)
+
+
+def align_vision(c: BackbonesConfig, mean, std, vision: dict, reader: dict) -> tuple[dict, dict]:
+    """A trained ViT whose features become what the T5 was told of each patch, and how near they come.
+
+    `reader` is all that `train_language` keeps. Large ViTs are aligned with words too, by pairs of pictures and texts.
+    """
+    processor = Processor(ProcessorConfig(c.vision.image))
+    side, pixels = c.vision.image // c.vision.patch, c.vision.image
+    images, fields, boxes = seen(
+        [scenes.sample("train", index, c.seed) for index in range(c.scenes)], side, pixels
+    )
+    model = Reader(c.language, word_ids(processor), tuple(map(int, digit_ids(processor).flat)))
+    vit, reader = ViT(c.vision), jax.tree.map(jnp.asarray, reader)
+    tx = optimiser(c.align_rate, c.align_steps)
+    state = tx.init(vision)
+
+    def errors(vision, image, fields, code):
+        told = standard(model.apply({"params": reader}, fields, code, method=model.tell))
+        x_BPD, _, _ = vit.apply({"params": vision}, normalise(image, mean, std))
+        square_BP = jnp.square(standard(x_BPD[:, 1:]) - told).mean(-1)
+        centre_BP = fields[..., 4] == 2
+        return square_BP, centre_BP
+
+    def loss_of(vision, *arrays):
+        square_BP, centre_BP = errors(vision, *arrays)
+        weight_BP = 1.0 + 5.0 * centre_BP
+        return (square_BP * weight_BP).sum() / weight_BP.sum()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(vision, state, *arrays):
+        loss, grads = jax.value_and_grad(loss_of)(vision, *arrays)
+        updates, state = tx.update(grads, state, vision)
+        return optax.apply_updates(vision, updates), state, loss
+
+    rng, begun = np.random.default_rng(c.seed), time.time()
+    for number in range(c.align_steps):
+        rows = rng.integers(0, c.scenes, c.vision_batch)
+        image, field, box = mirrored(images[rows], fields[rows], boxes[rows], rng.integers(0, 8))
+        vision, state, loss = step(vision, state, image, field, box_code(box))
+        if number % 100 == 99:
+            log.info("align step %d loss %.4f %.0f s", number, loss, time.time() - begun)
+    image, field, box = seen(
+        [scenes.sample("heldout", index, c.seed) for index in range(300)], side, pixels
+    )
+    square_BP, centre_BP = jax.jit(errors)(vision, image, field, box_code(box))
+    figures = {
+        "unexplained_centre": float(square_BP[centre_BP].mean()),
+        "unexplained_rest": float(square_BP[~centre_BP].mean()),
+    }
+    return vision, {name: round(value, 4) for name, value in figures.items()}
 
 
 def seen(made, side: int, pixels: int):

@@ -249,7 +249,7 @@ def _blip_settings(c: Any) -> dict:
 
 # LAVIS: what was trained, with eva_vit_g.pth and the language model's folder beside it
 
-LAVIS_FILE = re.compile(r"(blip2|instruct_?blip|minigpt4).*", re.IGNORECASE)
+LAVIS_FILE = re.compile(r"(blip2|instruct_?blip|.*minigpt4).*", re.IGNORECASE)
 LAVIS_WORDS = {
     "t5": "t5",
     "opt": "opt",
@@ -258,15 +258,32 @@ LAVIS_WORDS = {
 }  # its word -> the language model's type
 
 
-def lavis_file(folder: Path) -> Path | None:
-    """The one file in a folder that LAVIS has trained, if there is one."""
+def lavis_files(folder: Path) -> list[Path]:
+    """What LAVIS has trained in a folder: one file, or MiniGPT-4's and behind it the BLIP-2 that it builds on."""
     files = [f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES and LAVIS_FILE.match(f.name)]
-    return files[0] if len(files) == 1 else None
+    files.sort(key=lambda file: "minigpt4" not in file.name.lower())
+    built_on = len(files) == 2 and ["minigpt4" in f.name.lower() for f in files] == [True, False]
+    return files if len(files) == 1 or built_on else []
+
+
+def _trained(files: list[Path]) -> Tensors:
+    """The trained tensors; of a BLIP-2 that another file builds on, its Q-Former without its language model."""
+    trained = open_weights(files[0])
+    for file in files[1:]:
+        base = open_weights(file)
+        other = re.compile(rf"({'|'.join(LAVIS_WORDS)})_(proj|model)\..*")
+        unused = {
+            n: "of the language model that it was trained with" for n in base if other.match(n)
+        }
+        unused |= {n: f"{files[0].name} has its own" for n in base if n in trained}
+        kept = {n: w for n, w in base.items() if n not in unused}
+        trained = trained | Tensors(kept, base.sources, base.left | unused)
+    return trained
 
 
 def open_lavis(folder: Path) -> tuple[Published, Any, Tensors, Path]:
-    """(kind, config, tensors, folder of the language model) of LAVIS's three parts in one folder."""
-    trained = open_weights(lavis_file(folder))
+    """(kind, config, tensors, folder of the language model) of LAVIS's parts in one folder."""
+    trained = _trained(lavis_files(folder))
     word = next((w for w in LAVIS_WORDS if f"{w}_proj.weight" in trained), None)
     settings = {f.parent: read_settings(f) for f in sorted(folder.glob("*/config.json"))}
     towers = [f for f, s in settings.items() if s.get("model_type") == LAVIS_WORDS.get(word)]

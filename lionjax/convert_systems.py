@@ -19,7 +19,7 @@ from lionjax.convert_bert import BERT
 from lionjax.convert_experts import EXPERTS, RAM_FILE
 from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
 from lionjax.convert_nextchat import META_SAM, POINTING
-from lionjax.convert_prefix import PICTURE_FIRST, lavis_file, open_lavis
+from lionjax.convert_prefix import PICTURE_FIRST, lavis_files, open_lavis
 from lionjax.convert_published import T5, TEXTS, Published, read_settings
 from lionjax.convert_towers import CLIP_FILE, EVA_IGNORES, TOWERS
 from lionjax.interfaces import Batch, Params, UserError
@@ -80,7 +80,7 @@ def _recognised(path: Path, folder: Path, system: str | None) -> Source:
         system = by_file.get(path.name)
     if system == "lion" or (system is None and path.is_dir() and _lion_file(path)):
         return _open_lion(path)
-    if system is None and path.is_dir() and lavis_file(path):
+    if system is None and path.is_dir() and lavis_files(path):
         return _with_copies(*open_lavis(path))
     settings = read_settings(folder / "config.json")
     model_type = settings.get("model_type")

@@ -222,6 +222,36 @@ def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(tmp_p
         convert.from_torch(folder)
 
 
+def test_a_minigpt4_comes_in_with_the_blip2_that_it_builds_on(tmp_path, monkeypatch):
+    from lionjax.bridges import qformer
+    from lionjax.vision import vit
+
+    model = tiny.theirs("blip2_vicuna", random.Random(5))
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = convert.from_torch(tmp_path / "theirs")
+    monkeypatch.setattr(vit, "EVA_VIT_G", config.vision)
+    monkeypatch.setattr(qformer, "QFormerConfig", lambda: config.qformer)
+    state = as_lavis(load_file(tmp_path / "theirs" / "model.safetensors"), "llama")
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    model.language_model.save_pretrained(folder / "vicuna")
+    built = {n: w for n, w in state.items() if not n.startswith(("llama_model.", "llama_proj."))}
+    built |= {"t5_proj.weight": np.ones((3, 4), np.float32)}
+    own = {n: w for n, w in state.items() if n.startswith("llama_proj.")} | {"query_tokens": state["query_tokens"]}
+    torch.save({"model": as_torch(torch, built)}, folder / "blip2_pretrained_flant5xxl.pth")
+    torch.save({"model": as_torch(torch, own)}, folder / "pretrained_minigpt4_7b.pth")
+    coverage = convert.convert(folder, tmp_path / "ours", "jax")
+    assert coverage.ignored == {
+        "t5_proj.weight": "of the language model that it was trained with",
+        "query_tokens": "pretrained_minigpt4_7b.pth has its own",
+    }
+    torch.save({"model": as_torch(torch, built)}, folder / "blip2_another.pth")
+    with pytest.raises(UserError, match="no config.json that names a model_type"):
+        convert.from_torch(folder)
+    monkeypatch.undo()
+    assert_same(trees.flatten(convert.load_params(tmp_path / "ours")[1]), trees.flatten(params))
+
+
 def test_a_bias_on_the_keys_which_these_towers_never_had_is_refused(tmp_path):
     model = tiny.theirs("blip2_opt", random.Random(5))
     with torch.no_grad():

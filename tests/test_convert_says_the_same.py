@@ -20,7 +20,7 @@ NEW = 8
 
 
 @pytest.mark.parametrize(
-    "name, beams", [("llama", 3), ("opt", 1), ("gpt2", 1), ("t5", 1), ("t5", 3)]
+    "name, beams", [("llama", 3), ("opt", 1), ("gpt2", 1), ("t5", 1), pytest.param("t5", 3, marks=pytest.mark.slow)]
 )
 def test_a_model_says_the_same_words_before_in_jax_and_after(tmp_path, name, beams):
     torch = pytest.importorskip("torch")
@@ -61,6 +61,7 @@ def test_a_model_says_the_same_words_before_in_jax_and_after(tmp_path, name, bea
     assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.SYSTEMS)
 def test_a_model_that_sees_says_the_same_words_before_in_jax_and_after(tmp_path, name):
     torch = pytest.importorskip("torch")

@@ -200,7 +200,7 @@ def align_vision(c: BackbonesConfig, mean, std, vision: dict, reader: dict) -> t
         [scenes.sample("train", index, c.seed) for index in range(c.scenes)], side, pixels
     )
     model = Reader(c.language, word_ids(processor), tuple(map(int, digit_ids(processor).flat)))
-    vit, reader = ViT(c.vision), jax.tree.map(jnp.asarray, reader)
+    vit, vision, reader = ViT(c.vision), *(jax.tree.map(jnp.array, x) for x in (vision, reader))
     tx = optimiser(c.align_rate, c.align_steps)
     state = tx.init(vision)
 

@@ -106,6 +106,8 @@ def _verify(config, params, folder: Path) -> None:
 
 def holds_weights(path: Path) -> bool:
     """Whether a path is a file of weights or a folder with some, and not a config or the folder of a run."""
+    if (path / "params").is_dir() and (path / "config").is_dir():  # Orbax's
+        return True
     files = path.iterdir() if path.is_dir() else [path]
     return any(file.suffix in (".safetensors", ".bin", ".pth", ".pt") for file in files)
 

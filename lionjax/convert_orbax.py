@@ -115,8 +115,9 @@ def write(path: Path, promises: Params, config: dict) -> None:
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, handler), (Promise, handler)
     )
+    # Trained weights hardly become smaller, and packing them takes longer than all the rest.
     items = {
-        PARAMS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        PARAMS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False),
         CONFIG: ocp.JsonCheckpointHandler(),
     }
     given = {PARAMS: ocp.args.PyTreeSave(promises), CONFIG: ocp.args.JsonSave(config)}

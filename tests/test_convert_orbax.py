@@ -5,6 +5,10 @@ import functools
 import itertools
 import json
 import operator
+import os
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -246,3 +250,53 @@ def test_the_command_writes_it_and_refuses_what_it_would_leave_out(tmp_path, cap
         None,
     )
     assert "written: params, config" in capsys.readouterr().out
+
+
+PROCESS = """
+import json, sys
+import jax
+number, port, src, dst = int(sys.argv[1]), *sys.argv[2:]
+jax.distributed.initialize(f"localhost:{port}", 2, number)
+from lionjax import convert_orbax, convert_placed, sharding
+copied, copy_bits = [], convert_orbax.copy_bits
+def counted(target, array):
+    copied.append(array.nbytes)
+    copy_bits(target, array)
+convert_orbax.copy_bits = counted
+mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2, data=1))
+coverage = convert_placed.save_orbax(src, dst, mesh)
+print(json.dumps([sum(copied), coverage.bytes]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_checkpoint_together_each_of_its_own_bytes(tmp_path):
+    source = small_folder(tmp_path)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    given = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(k), str(port), str(tmp_path / "torch"), str(tmp_path / "orbax")],
+            env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for k in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=240) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], said
+    (one, whole), (other, _) = (json.loads(out.splitlines()[-1]) for out, _ in said)
+    assert one + other == whole and min(one, other) > whole / 4, (one, other, whole)
+    assert_same(
+        trees.flatten(convert.load_params(tmp_path / "orbax")[1]),
+        trees.flatten(convert.load_params(source)[1]),
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["jax", "orbax", "torch"]

@@ -113,6 +113,7 @@ def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(
     opened = dict(promises["tensors"])
     assert tensors.keys() == opened.keys()
     whole = flat_arrays(convert.load_params(source)[1])
+    total = 0
     for device in jax.devices():
         mine = functools.partial(operator.eq, device)
         for path, promise in trees.flatten(promises["params"]).items():
@@ -124,6 +125,8 @@ def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(
             shard = int(np.prod(promise.sharding.shard_shape(promise.shape)))
             # Nothing is read for what another device writes.
             assert sum(read) == shard * promise.dtype.itemsize * len(owned), path
+            total += sum(read)
+    assert total == sum(leaf.nbytes for leaf in whole.values())  # no copy is read twice
     assert all(part.all() for part in kept.values()) and kept.keys() == whole.keys()
 
 

@@ -212,13 +212,15 @@ def _row_pairs(
             made = np.asarray(calls[path][number]) if number < len(calls[path]) else np.zeros(0)
             if made.ndim <= depth or made.shape[:depth] != shapes[path][:depth]:
                 return pairs
-            parts.append(made[index])
+            part = made[index]
+            # T5's positions: ours have the heads in front, theirs behind.
+            parts.append(np.moveaxis(part, -3, -1) if path.endswith("relative/table") else part)
         pairs += _pair(module, parts, np.moveaxis(their, 1, -1) if row.op is conv else their)
     return pairs
 
 
 def _pair(module: str, parts: list[np.ndarray], theirs: np.ndarray) -> list[tuple]:
-    """Both sides in one shape; nothing where they lie otherwise in memory, as a table of relative positions does."""
+    """Both sides in one shape; nothing where they lie otherwise in memory."""
     width = theirs.shape[-1] // len(parts)
     flat = []
     for part in parts:

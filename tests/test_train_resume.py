@@ -15,9 +15,8 @@ import pytest
 import toy
 from safetensors.numpy import save_file
 
-from lionjax import config
+from lionjax import config, sharding
 from lionjax import params as trees
-from lionjax import sharding
 from lionjax.interfaces import UserError
 from lionjax.sharding import MeshConfig
 from lionjax.training import checkpoints, loop, start

@@ -82,7 +82,10 @@ class BackbonesConfig:
     patch_share: float = 0.35  # of the second schedule's steps that see a scene patch by patch
     text_share: float = 0.02  # of language steps that read a scene in words
     hinted_share: float = (
-        0.28  # of language steps whose prompt begins with LION's sentence about tags
+        0.2  # of language steps whose prompt begins with LION's sentence about tags
+    )
+    words_stay: bool = (
+        False  # what the T5 is told of a thing stays as it is, for a ViT aligned with it
     )
     seed: int = 0
 
@@ -348,7 +351,7 @@ TAGS, SCENE = 50, 240  # tokens that LION's sentence about tags, or a scene in w
 def language_batch(
     c: BackbonesConfig, made, told, rng, processor: Processor, how: str, group: str, rows: int
 ):
-    """One batch of scenes told as `things` (`hinted` ones come with tags), `patches` or `text`."""
+    """One batch of scenes told as `things`, `patches` or `text`; `hinted` ones come with tags."""
     names, odds = zip(*GROUPS[group], strict=True)
     prompts, answers, facts_of = [], [], []
     for index in rng.integers(0, len(made), rows):
@@ -364,7 +367,7 @@ def language_batch(
             if how == "text"
             else example.question
         )
-        hinted = how == "hinted" and task != "tags"
+        hinted = "hinted" in how and task != "tags"
         answer = (
             edge_ids(processor, example)
             if example.task == "edge"
@@ -382,7 +385,7 @@ def language_batch(
         blur = rng.choice([0.003, 0.01, 0.02], (rows, 1, 1))
         code = box_code(np.clip(boxes + blur * rng.normal(size=boxes.shape), 0, 1))
     prompt_BL, prompt_mask_BL = padded(
-        prompts, PROMPTS[group] + {"text": SCENE, "hinted": TAGS}.get(how, 0)
+        prompts, PROMPTS[group] + SCENE * (how == "text") + TAGS * ("hinted" in how)
     )
     target_BM, target_mask_BM = padded(answers, LENGTHS[group])
     return fields, code, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM
@@ -516,14 +519,23 @@ def learn_language(
     def step(params, state, arrays):
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, arrays)
         updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss, metrics["token_accuracy"]
+        moved = optax.apply_updates(params, updates)
+        if c.words_stay:
+            table = {"embedding": params["language"]["embedding"]}
+            moved = params | {"language": moved["language"] | table}
+        return moved, state, loss, metrics["token_accuracy"]
 
-    shares = {"text": c.text_share, "hinted": c.hinted_share, "patches": patches}
+    shares = {
+        "text": c.text_share,
+        "hinted": c.hinted_share,
+        "hinted patches": c.hinted_share * (patches > 0),
+        "patches": patches,
+    }
 
     def next_batch():
         how = str(rng.choice([*shares, "things"], p=[*shares.values(), 1 - sum(shares.values())]))
         group = str(rng.choice(list(GROUPS), p=GROUP_ODDS))
-        rows = c.language_batch // (1 if how in ("things", "hinted") else 2)
+        rows = c.language_batch // {"text": 2, "patches": 2, "hinted patches": 3}.get(how, 1)
         return how, group, batch(how, group, rows)
 
     begun, sums = time.time(), {}

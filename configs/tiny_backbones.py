@@ -21,33 +21,27 @@ def get_config() -> BackbonesConfig:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=("vision", "language", "alignment", "all"), default="all")
-    parser.add_argument(
-        "--start", type=Path, help="go on from this file, with the second schedule only"
-    )
+    parser.add_argument("--again", action="store_true", help="go on from the files in --out")
     parser.add_argument("--out", type=Path, default=Path("lionjax/data/assets"))
-    parser.add_argument(
-        "--reader", type=Path, default=Path("runs/tiny_t5_reader.safetensors"),
-        help="where the T5 is kept together with what turned facts into vectors",
-    )  # fmt: skip
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config, out = get_config(), arguments.out
-    start = backbones.load(arguments.start) if arguments.start else None
-    arguments.reader.parent.mkdir(parents=True, exist_ok=True)
-    vit, figures = out / "tiny_vit.safetensors", {}
+    vit, t5, told = (out / f"tiny_{name}.safetensors" for name in ("vit", "t5", "told"))
     if arguments.part in ("vision", "all"):
+        start = backbones.load(vit) if arguments.again else None
         params, figures = backbones.train_vision(
             config, processors.CLIP_MEAN, processors.CLIP_STD, start
         )
         backbones.save(params, "vision", vit)
         (out / "tiny_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
     if arguments.part in ("language", "all"):
-        params, said = backbones.train_language(config, start, arguments.reader)
-        backbones.save(params, "language", out / "tiny_t5.safetensors")
+        start = backbones.load(t5) | backbones.load(told) if arguments.again else None
+        params, said = backbones.train_language(config, start, out / "tiny_t5_partial.safetensors")
+        backbones.save(params.pop("language"), "language", t5)
+        backbones.save(params, "told", told)
         (out / "tiny_t5.json").write_text(json.dumps(said, indent=1) + "\n")
     if arguments.part in ("alignment", "all"):
-        before = backbones.load(arguments.start if start else vit)["vision"]
-        reader = backbones.load(arguments.reader)
+        before, reader = backbones.load(vit)["vision"], backbones.load(t5) | backbones.load(told)
         params, near = backbones.align_vision(
             config, processors.CLIP_MEAN, processors.CLIP_STD, before, reader
         )

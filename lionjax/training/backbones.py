@@ -433,10 +433,10 @@ def looking_for_like(language: dict, c: T5Config) -> dict:
 def train_language(
     c: BackbonesConfig, start: dict | None = None, keep: Path | None = None
 ) -> tuple[dict, dict]:
-    """Parameters of the T5 and its figures on held-out scenes that it is told patch by patch.
+    """Parameters of the `Reader` and its figures on held-out scenes that it is told patch by patch.
 
-    From `start` on, a T5 as {"language": ...} or all that was kept, only the second schedule runs. Now and then
-    everything under training is written to `keep`.
+    From `start` on, such parameters or {"language": ...} alone, only the second schedule runs. Now and then everything
+    under training is written to `keep`.
     """
     processor = Processor(ProcessorConfig(c.vision.image, prompt_length=PROMPTS["middle"] + SCENE))
     side, pixels = c.vision.image // c.vision.patch, c.vision.image
@@ -464,7 +464,7 @@ def train_language(
         log.info("language: %d steps, %.0f%% of them by patches", steps, 100 * patches)
         params = learn_language(c, reader, params, batch, rng, steps, rate, patches, judge, digits)
         figures = judge(params)
-    return params["language"], figures
+    return params, figures
 
 
 def edge_ids(processor: Processor, example) -> list[int]:
@@ -591,10 +591,10 @@ def judge_language(c: BackbonesConfig, params, reader, test, told, processor: Pr
 
 
 def load(file: Path) -> dict:
-    """What `save` wrote, under its prefix; the parts of a `reader` stand by themselves."""
+    """What `save` wrote, under its prefix; parts of a `reader`, and what it was `told` with, stand by themselves."""
     flat = safetensors.numpy.load_file(file)
     tree = trees.unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()})
-    return tree.get("reader", tree)
+    return tree.get("reader", tree.get("told", tree))
 
 
 def save(params: dict, prefix: str, file: Path) -> None:

@@ -358,6 +358,8 @@ def disk_errors(workdir: Path) -> Iterator[None]:
     except Exception as error:
         if not disk_is_full(error):
             raise
+        # Writes that failed beside the first one have nothing to add when they are collected.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         with contextlib.suppress(OSError):
             clean(workdir)
         last = next(iter(found_steps(workdir / "checkpoints")), None)

@@ -19,6 +19,7 @@ BOX, OTHER = (0.1234567, 0.25, 0.5, 0.75), (0.0, 0.1, 0.3, 0.9)
 TEXT = f"A red star {box_text(BOX)}, a ring {box_text(OTHER)} and nothing else."
 CONFIG = ProcessorConfig(
     image_size=28, prompt_length=64, question_length=8, target_length=64, tags=False, padded=True, boxes=3, sam_size=32,
+    bins=32,
 )  # fmt: skip
 POINTING = dataclasses.replace(CONFIG, places="embeddings")
 AT, HERE = 19, 20  # of the tiny tokenizer
@@ -76,6 +77,17 @@ def test_what_stands_for_no_box_is_passed_over():
     assert codec.read([5, first + 1, 6, first, first + 33]) == [[5, 6], (0.0 + 0.5 / 32, 0.5 / 32, 1.5 / 32, 1.5 / 32)]
 
 
+def test_ids_behind_the_tokenizer_are_boxes_only_where_there_are_location_tokens():
+    """A LLaVA has rows of words that its tokenizer lacks; nor is a box what lies behind the last location token."""
+    codec = Processor(dataclasses.replace(CONFIG, bins=0)).codec
+    beyond = [codec.words, codec.words + 40]
+    assert codec.read([5, *beyond, 6]) == [[5, *beyond, 6]]
+    codec = Processor(CONFIG).codec
+    last = codec.words + 32 * 32 - 1
+    assert codec.read([5, codec.words, last]) == [[5], places.box_of_bins(0, 1023, 32)]
+    assert codec.read([5, codec.words, last + 1]) == [[5, last + 1]]
+
+
 def test_a_row_has_the_boxes_of_question_and_answer_in_the_order_of_their_tokens():
     processor = Processor(POINTING)
     pixels, question = np.zeros((28, 28, 3), np.uint8), f"What is at {box_text(OTHER)}?"
@@ -118,6 +130,7 @@ def test_boxes_that_cannot_be_pointed_at_are_refused(question, answer, message):
         ({"padded": False}, "wants processor.padded"),
         ({"template": "no question"}, "wants {question} once"),
         ({"bins": -1}, "bins is -1"),
+        ({"places": "bins", "bins": 0}, "processor.bins is 0; say how many a side"),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_refused(change, message):

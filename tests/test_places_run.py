@@ -145,7 +145,7 @@ def test_masks_without_any_in_the_batch_are_one_sentence():
 
 def test_location_tokens_beyond_the_vocabulary_are_refused_before_training(tmp_path):
     what = small_places.experiment(*small_places.SYSTEMS["nextchat"])
-    words = dataclasses.replace(what.data.processor, places="bins")
+    words = dataclasses.replace(what.data.processor, places="bins", bins=32)
     with pytest.raises(UserError, match="the language model has 1024; raise system.language.vocab"):
         loop.train(
             dataclasses.replace(what, data=dataclasses.replace(what.data, processor=words)), tmp_path, pipeline.batches

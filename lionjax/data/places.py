@@ -77,7 +77,8 @@ def box_of_bins(low: int, high: int, side: int) -> Box:
 class Codec:
     """The ids that stand for boxes behind a tokenizer of `words` pieces; `bins` a side of location tokens follow them.
 
-    `trigger` and `location` are None where the tokenizer lacks such pieces.
+    0 bins: there are none, whatever ids a model has beyond its tokenizer's. `trigger` and `location` are None where
+    the tokenizer lacks such pieces.
     """
 
     words: int
@@ -88,6 +89,10 @@ class Codec:
     def ids(self, box: Box, how: str) -> list[int]:
         """The ids of a box as "bins" or "embeddings". Raises UserError where there are none."""
         if how == "bins":
+            if not self.bins:
+                raise UserError(
+                    "places are to be location tokens, but processor.bins is 0; say how many a side (Kosmos-2: 32)"
+                )
             return [self.words + place for place in bins_of(box, self.bins)]
         if self.trigger is None or self.location is None:
             raise UserError(
@@ -103,8 +108,8 @@ class Codec:
         """
         rest, found, low = iter(boxes), [], None
         for number in map(int, ids):
-            if number >= self.words:
-                place = min(number - self.words, self.bins**2 - 1)
+            place = number - self.words
+            if 0 <= place < self.bins**2:
                 if low is not None:
                     found.append(box_of_bins(low, place, self.bins))
                 low = place if low is None else None

@@ -39,7 +39,8 @@ class ProcessorConfig:
     `reader`: an encoder reads the prompt up to an end token, a decoder from a start token (if it has one) on into the
     answer. `template` is what stands around a question; {image} is where so many `image_tokens` come, or the one
     `image_token` of a system that knows by itself how many words a picture has.
-    `places`: how the model writes boxes, see `places`; `bins` a side of location tokens stand behind the vocabulary.
+    `places`: how the model writes boxes, see `places`; `bins` a side of location tokens stand behind the vocabulary
+    (32 in Kosmos-2; 0: the model has none).
     `boxes`: how many boxes an example may have as arrays. `sam_size`: pixels of the picture and the masks for SAM.
     """
 
@@ -60,7 +61,7 @@ class ProcessorConfig:
     image_tokens: int = 0
     image_token: int | None = None
     places: Literal["digits", "bins", "embeddings"] = "digits"
-    bins: int = 32
+    bins: int = 0
     boxes: int = 0
     sam_size: int = 0
 
@@ -83,6 +84,10 @@ class ProcessorConfig:
             )
         if self.places == "embeddings" and not self.boxes:
             raise UserError("places are embeddings, but processor.boxes is 0; say how many at most")
+        if self.places == "bins" and not self.bins:
+            raise UserError(
+                "places are location tokens, but processor.bins is 0; say how many a side (Kosmos-2: 32)"
+            )
         if self.sam_size and not self.padded:
             raise UserError(
                 "processor.sam_size wants processor.padded, so that a box is the same place to SAM"

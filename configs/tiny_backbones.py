@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lionjax.data import processors
 from lionjax.language.t5 import TINY_T5
-from lionjax.training import backbones
+from lionjax.training import backbones, language_backbone, vision_backbone
 from lionjax.training.backbones import BackbonesConfig
 from lionjax.vision.vit import TINY_VIT
 
@@ -29,20 +29,22 @@ if __name__ == "__main__":
     vit, t5, told = (out / f"tiny_{name}.safetensors" for name in ("vit", "t5", "told"))
     if arguments.part in ("vision", "all"):
         start = backbones.load(vit) if arguments.again else None
-        params, figures = backbones.train_vision(
+        params, figures = vision_backbone.train_vision(
             config, processors.CLIP_MEAN, processors.CLIP_STD, start
         )
         backbones.save(params, "vision", vit)
         (out / "tiny_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
     if arguments.part in ("language", "all"):
         start = backbones.load(t5) | backbones.load(told) if arguments.again else None
-        params, said = backbones.train_language(config, start, out / "tiny_t5_partial.safetensors")
+        params, said = language_backbone.train_language(
+            config, start, keep=out / "tiny_t5_partial.safetensors"
+        )
         backbones.save(params.pop("language"), "language", t5)
         backbones.save(params, "told", told)
         (out / "tiny_t5.json").write_text(json.dumps(said, indent=1) + "\n")
     if arguments.part in ("alignment", "all"):
         before, reader = backbones.load(vit)["vision"], backbones.load(t5) | backbones.load(told)
-        params, near = backbones.align_vision(
+        params, near = vision_backbone.align_vision(
             config, processors.CLIP_MEAN, processors.CLIP_STD, before, reader
         )
         backbones.save(params, "vision", vit)

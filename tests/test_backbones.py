@@ -2,6 +2,7 @@
 """How the small frozen backbones are made, at sizes that take seconds."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -12,8 +13,15 @@ from lionjax.data import processors, scenes
 from lionjax.data.processors import Processor, ProcessorConfig
 from lionjax.data.told import PLACES, box_code, patch_facts
 from lionjax.language.t5 import T5Config
-from lionjax.training import backbones
-from lionjax.training.backbones import BackbonesConfig, Reader
+from lionjax.training.backbones import BackbonesConfig, LanguageSchedule
+from lionjax.training.language_backbone import (
+    decimal_weight,
+    digit_ids,
+    language_batch,
+    learn_language,
+    reader_of,
+)
+from lionjax.training.vision_backbone import align_vision
 from lionjax.vision.vit import ViT, ViTConfig
 
 CONFIG = BackbonesConfig(
@@ -21,7 +29,7 @@ CONFIG = BackbonesConfig(
     language=T5Config(vocab=1024, width=16, head=8, heads=2, hidden=24, encoder_layers=1, decoder_layers=1),
     scenes=24,
     vision_batch=8,
-    align_steps=60,
+    align_steps=160,
     align_rate=5e-3,
 )  # fmt: skip
 
@@ -30,13 +38,12 @@ CONFIG = BackbonesConfig(
 def reader():
     """The T5 under training, its parameters, and what it is told of a scene."""
     processor = Processor(ProcessorConfig(56))
-    digits = backbones.digit_ids(processor)
-    model = Reader(CONFIG.language, backbones.word_ids(processor), tuple(map(int, digits.flat)))
+    model = reader_of(CONFIG.language, processor)
     fields, box = patch_facts(scenes.sample("train", 0), 4, 56)
     told = fields[None], box_code(box)[None]
     text = np.ones((1, 4), np.int32), np.ones((1, 4), bool)
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), *told, *text, *text)["params"])
-    return model, params, told, digits
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), *told, 0.0, *text, *text)["params"])
+    return model, params, told, digit_ids(processor)
 
 
 def test_a_thing_is_told_once_and_every_decimal_has_a_word_of_its_own(reader):
@@ -50,7 +57,7 @@ def test_a_thing_is_told_once_and_every_decimal_has_a_word_of_its_own(reader):
 def test_third_decimals_hardly_count_and_first_ones_count_most(reader):
     *_, digits = reader
     target = np.array(Processor(ProcessorConfig(56)).target("[0.123,0.456,0.789,0.321]"))[None]
-    weight = np.asarray(backbones.decimal_weight(target, digits))[0]
+    weight = np.asarray(decimal_weight(target, digits))[0]
     np.testing.assert_allclose(weight, [*([1, 2, 1, 0.15] * 4), 1, 1], rtol=1e-6)
 
 
@@ -60,6 +67,26 @@ def test_alignment_brings_a_vits_features_near_the_words_of_each_patch(reader):
     vision = nn.unbox(ViT(CONFIG.vision).init(jax.random.key(0), image)["params"])
     stats = processors.CLIP_MEAN, processors.CLIP_STD
     hardly = dataclasses.replace(CONFIG, align_steps=2)
-    far, near = (backbones.align_vision(c, *stats, vision, params)[1] for c in (hardly, CONFIG))
+    far, near = (align_vision(c, *stats, vision, params)[1] for c in (hardly, CONFIG))
     for name, error in near.items():  # 2 where nothing is known, 0 where all is
         assert error < 0.95 * far[name], (near, far)
+
+
+def test_what_a_vit_was_aligned_with_can_stay_while_the_t5_learns_on(reader):
+    model, params, *_ = reader
+    processor, rng = Processor(ProcessorConfig(56)), np.random.default_rng(0)
+    made = [scenes.sample("train", index) for index in range(4)]
+    told = [patch_facts(scene, 4, 56) for scene in made]
+    batch = functools.partial(language_batch, CONFIG, made, told, rng, processor)
+    schedule = LanguageSchedule(3, 1e-2, hinted=0.0, text=0.0, words_stay=True)
+    one_length = lambda how, group, rows: batch(how, "short", rows)  # noqa: E731 compiled once
+    learned = learn_language(
+        CONFIG, schedule, model, jax.tree.map(np.copy, params), one_length, rng, judge=None
+    )
+    told_before, told_after = (
+        np.asarray(model.apply({"params": p}, *reader[2], method=model.tell))
+        for p in (params, learned)
+    )
+    np.testing.assert_array_equal(told_after, told_before)
+    before, after = params["language"], learned["language"]
+    assert (np.asarray(after["head"]["kernel"]) != np.asarray(before["head"]["kernel"])).any()

@@ -33,11 +33,11 @@ FLOORS = (
     "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
     "data.processors data.table data.annotations data.coco data.built data.built_writer data.sources "
     "data.examples data.inspection data.pipeline training.stages training.start training.features training.journal "
-    "training.checkpoints training.loop scores search generate answering "
+    "training.checkpoints training.loop training.backbones scores search generate answering "
     "evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring evaluation.benchmarks "
     "evaluation.report plots scaling",
     # 5: where everything meets
-    "model tagger cli_weights cli agents demo training.backbones training.mask_backbone",
+    "model tagger cli_weights cli agents demo training.language_backbone training.vision_backbone training.mask_backbone",
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 FOLDERS = {name.split(".")[0] for name in FLOOR if "." in name}
@@ -46,6 +46,7 @@ FLOOR |= {f: min(FLOOR[name] for name in FLOOR if name.startswith(f + ".")) for 
 # The only steps sideways that the floors themselves do not allow: (who, whom).
 SIDEWAYS = {
     ("convert", "convert_card"),
+    ("training.vision_backbone", "training.language_backbone"),  # whose words it is aligned with
     ("convert_placed", "convert"),
     ("convert_placed", "convert_systems"),
     ("convert_placed", "convert_orbax"),
@@ -93,7 +94,7 @@ SIDEWAYS = {
     ("evaluation", "plots"),
 }
 # The tiny backbones are trained with heads of their own, which are then thrown away.
-KNOW_FLAX = {"sharding", "training.backbones"}
+KNOW_FLAX = {"sharding", "training.language_backbone", "training.vision_backbone"}
 KNOW_NO_SYSTEM = {"data", "training", "evaluation", "scores", "search", "generate", "answering"}
 ORIGINALS = {"torch", "transformers", "tensorflow"}  # only conversion knows that they exist
 MODELS_OF_ELSEWHERE = {"jax", "flax", "optax", "orbax"}  # data hands numpy arrays to whoever reads

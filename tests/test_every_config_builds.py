@@ -62,7 +62,10 @@ def test_the_weight_table_covers_every_leaf_and_makes_no_other(experiment):
     whole = shapes(experiment)
     rows = experiment.system.torch_rows()
     tensors = convert.plan_state(rows, trees.flatten(whole)).made
-    convert.plan_params(rows, tensors, expected=whole)  # raises for any gap, shape or name
+    plan = convert.plan_params(rows, tensors, expected=whole)
+    want = {path: leaf.shape for path, leaf in trees.flatten(whole).items()}
+    assert {path: form.shape for path, form in plan.made.items()} == want
+    assert {path for piece in plan.pieces for path in piece.row.paths} == want.keys()
 
 
 def test_every_large_weight_is_split_over_the_mesh(experiment):

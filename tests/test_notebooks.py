@@ -38,4 +38,8 @@ def test_a_notebook_runs(source, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=1000, kernel_name="python3")
-    client.execute(cwd=str(tmp_path))  # raises with the cell that fails
+    client.execute(cwd=str(tmp_path))
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert cells and [cell.execution_count for cell in cells] == list(range(1, 1 + len(cells)))
+    said = [output for cell in cells for output in cell.outputs]
+    assert said and not [output for output in said if output.output_type == "error"]

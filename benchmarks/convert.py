@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast weights go from torch's names to ours and back, and how much memory that takes.
 
-    python benchmarks/convert.py [--model t5 --gigabytes 1 | --model nextchat] [--bin] [--orbax] [--folder FOLDER]
+    python benchmarks/convert.py [--model t5 --gigabytes 1 | --model nextchat] [--bin] [--orbax FSDP,TENSOR]
+                                 [--folder FOLDER]
 
 A checkpoint in bfloat16, with random numbers, is written, read once so that the page cache is warm (as far as memory
 goes), and converted both ways, each way in a process of its own. `t5` is a T5 of FlanT5-XL's width with as many layers
 as the size wants; `nextchat` has every name and shape of NExT-Chat-7B, 15.5 GB, of which twice as much is on the disk
-at a time. `--bin` writes the checkpoint as PyTorch's .bin shards with an index; `--orbax` goes out through an Orbax
-checkpoint, laid out for one device.
+at a time. `--bin` writes the checkpoint as PyTorch's .bin shards with an index; `--orbax 4,2` goes through an Orbax
+checkpoint laid out for so many devices (pretended ones, on a CPU), instead of a folder in our names.
 
 Seconds of the processor are counted as well as of the clock: on a busy machine only the first say something.
 Memory is what the process holds at its peak beyond what it held before the conversion, with and without the pages of
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -128,7 +130,7 @@ def checksum(tensor: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
 
-def one_way(src: str, dst: str, to: str) -> None:
+def one_way(src: str, dst: str, to: str, fsdp: int, tensor: int) -> None:
     """In its own process: convert, and print what it took."""
     from lionjax import convert, convert_placed, convert_systems, sharding
 
@@ -137,7 +139,8 @@ def one_way(src: str, dst: str, to: str) -> None:
     else:
         source = convert_systems.open_source(Path(src))
         config, tensors = source.config, source.tensors
-    kind, mesh = convert_systems.of_config(config), sharding.make_mesh()
+    kind = convert_systems.of_config(config)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=fsdp, tensor=tensor))
     convert_systems.table_and_model(kind, config)  # tracing is not what is measured
     for name in tensors.mapped:  # warm the page cache
         tensors[name].reshape(-1).view(np.uint8)[::4096].max()
@@ -165,12 +168,13 @@ def main() -> None:
     parser.add_argument("--model", choices=("t5", "nextchat"), default="t5")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the T5")
     parser.add_argument("--bin", action="store_true", help="the checkpoint as .bin shards")
-    parser.add_argument("--orbax", action="store_true", help="out through an Orbax checkpoint")
+    parser.add_argument("--orbax", metavar="FSDP,TENSOR", help="through an Orbax checkpoint")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/lionjax-convert"))
     parser.add_argument("--one-way", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    axes = [int(size) for size in (given.orbax or "1,1").split(",")]
     if given.one_way:
-        one_way(*given.one_way)
+        one_way(*given.one_way, *axes)
         return
     from lionjax.convert_files import open_weights
     from lionjax.systems.nextchat import NextChat
@@ -183,10 +187,9 @@ def main() -> None:
         if given.bin:
             as_bin(given.folder / "torch", given.folder / "bin")
             shutil.rmtree(given.folder / "torch")
-        ways = [("bin" if given.bin else "torch", "jax", "jax"), ("jax", "back", "torch")]
-        if given.orbax:
-            ways[1:] = [("jax", "orbax", "orbax"), ("orbax", "back", "torch")]
-        for src, dst, to in ways:
+        source, middle = "bin" if given.bin else "torch", "orbax" if given.orbax else "jax"
+        devices = f"--xla_force_host_platform_device_count={axes[0] * axes[1]}"
+        for src, dst, to in ((source, middle, middle), (middle, "back", "torch")):
             command = [
                 sys.executable,
                 __file__,
@@ -194,8 +197,12 @@ def main() -> None:
                 str(given.folder / src),
                 str(given.folder / dst),
                 to,
+                *(["--orbax", given.orbax] if given.orbax else []),
             ]
-            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            around = os.environ | {"XLA_FLAGS": devices}
+            said = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True, env=around
+            ).stdout
             shutil.rmtree(given.folder / src)
             size, processor, clock, resident, anonymous = json.loads(said.splitlines()[-1])
             print(

@@ -125,7 +125,10 @@ def convert(
         raise UserError("a LoRA is merged on the way to torch; here it stays beside its matrices")
     if to == "torch" and (adapter is not None or wanted != Wanted()):
         raise UserError("adapters, words and picture sizes are added on the way to jax")
-    if to == "jax" and convert_orbax.holds_checkpoint(Path(src)):
+    stored = convert_orbax.holds_checkpoint(Path(src))
+    if stored:
+        convert_orbax.return_freed_memory()
+    if to == "jax" and stored:
         if adapter is not None or wanted != Wanted():
             raise UserError("adapters, words and picture sizes are added to an original's weights")
         coverage = _convert_stored(Path(src), Path(dst), shard_bytes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -33,8 +34,20 @@ MANIFEST = "manifest.ocdbt"  # what a folder of arrays begins with
 
 CHUNK = 2**22  # bytes of what is packed and unpacked as a whole; a layer of a shard is several
 AT_ONCE = 2**24  # bytes on their way to the disk, unless a single layer is more
+M_MMAP_THRESHOLD = (
+    -3
+)  # glibc's name for the size from which blocks go back to the system when they are freed
 
 Where = tuple[slice, ...]
+
+
+def return_freed_memory() -> None:
+    """From now on this process gives blocks of a MiB and more back to the system as soon as they are freed.
+
+    glibc raises that limit to 32 MiB by itself, and would keep as much as the largest tensor for TensorStore's threads.
+    """
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,7 @@ def save_orbax(
         raise UserError(f"{dst} is there already; choose a new folder")
     if convert_orbax.holds_checkpoint(src):
         raise UserError(f"{src} is an Orbax checkpoint already; Orbax restores it onto any mesh")
+    convert_orbax.return_freed_memory()
     ours = convert.holds_params(src)
     if ours:
         config, tensors = convert.open_params(src)

@@ -173,6 +173,41 @@ def test_peft_itself_loads_what_is_written(tmp_path):
         load_file(tmp_path / "theirs" / "adapter_model.safetensors"),
         load_file(tmp_path / "torch" / "adapter" / "adapter_model.safetensors"),
     )
+    # Merged by PEFT and merged by us is the same model.
+    convert.to_torch(CONFIG, params, tmp_path / "merged", merge_lora=True)
+    merged, ours = (
+        whole.merge_and_unload().state_dict(),
+        load_file(tmp_path / "merged" / "model.safetensors"),
+    )
+    assert merged.keys() == ours.keys()
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(ours[name], tensor.numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_a_lora_that_peft_itself_made_is_read_and_goes_out_as_it_was(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
+    base.save_pretrained(tmp_path / "base")
+    asked = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]
+    )
+    theirs = peft.get_peft_model(base, asked).eval()
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if "lora_B" in name:  # zeros at first
+                weight += 0.3 * torch.randn_like(weight)
+    theirs.save_pretrained(tmp_path / "adapter")
+    convert.convert(tmp_path / "base", tmp_path / "ours", "jax", adapter=tmp_path / "adapter")
+    config, params = convert.load_params(tmp_path / "ours")
+    ids = np.random.default_rng(0).integers(0, 50, (2, 7))
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids)).logits.numpy()
+    assert np.abs(logits(config, params, ids) - want).max() < 1e-4 * np.abs(want).max()
+    convert.convert(tmp_path / "ours", tmp_path / "torch", "torch")
+    written = tmp_path / "torch" / "adapter" / "adapter_model.safetensors"
+    assert_same(load_file(written), load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
 
 def test_a_merged_matrix_is_rounded_once_in_its_own_dtype(tmp_path):

@@ -16,36 +16,40 @@ import logging
 import os
 import runpy
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lionjax import cli_weights
+from lionjax import cli_scaling, cli_weights
 
 # Verbs
 
 
 def train(given: argparse.Namespace, overrides: list[str]) -> None:
     """Train all stages of a config, or what is left of them: a folder goes on where it stands."""
+    began = time.time()
     from lionjax import config
 
     experiment = config.load(given.config, overrides)  # before what takes seconds to import
 
     from lionjax.data import pipeline
     from lionjax.evaluation.report import write_routers
-    from lionjax.training import loop
+    from lionjax.training import distributed, journal, loop
 
-    params, _ = loop.train(experiment, given.workdir, pipeline.batches)
-    write_routers(given.workdir, params)
-    if experiment.run.evaluate_limit:
-        from lionjax import model
+    with distributed.together(explain):
+        params, _ = loop.train(experiment, given.workdir, pipeline.batches, began)
+        write_routers(given.workdir, params)
+        if experiment.run.evaluate_limit:
+            from lionjax import model
 
-        entries = model.evaluate_run(experiment, params, given.workdir)
-        _print_tables(entries, to_stderr=True)
-    print(
-        f"{given.workdir} holds the result; `lionjax report {given.workdir}` draws it",
-        file=sys.stderr,
-    )
+            asked = time.time()
+            entries = model.evaluate_run(experiment, params, given.workdir)
+            journal.note_evaluation(given.workdir, time.time() - asked)
+            _print_tables(entries, to_stderr=True)
+        if distributed.first():
+            done = f"{given.workdir} holds the result; `lionjax report {given.workdir}` draws it"
+            print(done, file=sys.stderr)
 
 
 def evaluate(given: argparse.Namespace, fields: list[str]) -> None:
@@ -159,6 +163,11 @@ def convert(given: argparse.Namespace, _) -> None:
     cli_weights.convert(given)
 
 
+def plan(given: argparse.Namespace, overrides: list[str]) -> None:
+    """Compile a config for a TPU pod on this machine: does it fit, what does it cost."""
+    cli_scaling.plan(given, overrides)
+
+
 def report(given: argparse.Namespace, _) -> None:
     """Draw the curves, tables and answers of a run into DIR/report.html."""
     from lionjax.evaluation.report import report
@@ -237,6 +246,9 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     verb = add(verbs, convert)
     cli_weights.add_arguments(verb)
+
+    verb = add(verbs, plan, rest="Any field of the config can be set: --stages.0.batch_size 64.")
+    cli_scaling.add_arguments(verb)
 
     verb = add(verbs, report)
     verb.add_argument("dir", metavar="DIR", type=Path, help="the folder of a run")

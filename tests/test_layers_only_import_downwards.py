@@ -17,14 +17,14 @@ PACKAGE = ROOT / "lionjax"
 
 FLOORS = (
     # 0: what all agree on
-    "interfaces params sharding config weight_rows convert_plan convert_tables convert_files convert_write",
+    "interfaces params topologies programs sharding config weight_rows convert_plan convert_tables convert_files convert_write",
     # 1: made in this order, each may use those before it
     "losses layers attention adapters",
     # 2: these do not know each other; systems introduce them
     "vision.vit vision.sam vision.sam_masks vision.swin vision.ram vision.grounding_dino "
-    "language.decoder language.t5 language.bert bridges.projectors bridges.qformer heads",
+    "language.decoder language.decoder_names language.t5 language.bert bridges.projectors bridges.qformer bridges.latents heads",
     # 3: systems, and the conversion of whole ones
-    "systems.prefix systems.flamingo systems.lion systems.lyrics systems.nextchat "
+    "systems.prefix systems.prefix_names systems.flamingo systems.blip2 systems.lion systems.lyrics systems.nextchat "
     "convert_published convert_nextchat convert_experts convert_bert convert_lora convert_prefix "
     "convert_systems convert convert_verify convert_runs convert_surgery convert_card convert_towers convert_placed "
     "convert_orbax",
@@ -32,12 +32,12 @@ FLOORS = (
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
     "data.processors data.table data.annotations data.coco data.built data.built_writer data.sources "
-    "data.examples data.inspection data.pipeline training.stages training.start training.features training.journal "
-    "training.checkpoints training.loop training.backbones scores search generate answering "
+    "data.examples data.inspection data.pipeline training.distributed training.stages training.start "
+    "training.features training.journal training.checkpoints training.refused training.loop training.backbones scores search generate answering "
     "evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring evaluation.benchmarks "
-    "evaluation.report plots scaling",
+    "evaluation.goodput evaluation.report plots",
     # 5: where everything meets
-    "model tagger cli_weights cli agents demo training.language_backbone training.vision_backbone training.mask_backbone",
+    "model tagger scaling scaling_search cli_weights cli_scaling cli agents demo training.language_backbone training.vision_backbone training.mask_backbone",
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 FOLDERS = {name.split(".")[0] for name in FLOOR if "." in name}
@@ -45,6 +45,8 @@ FLOOR |= {f: min(FLOOR[name] for name in FLOOR if name.startswith(f + ".")) for 
 
 # The only steps sideways that the floors themselves do not allow: (who, whom).
 SIDEWAYS = {
+    ("language.decoder_names", "language.decoder"),
+    ("systems.prefix", "systems.prefix_names"),
     ("convert", "convert_card"),
     ("training.vision_backbone", "training.language_backbone"),  # whose words it is aligned with
     ("convert_placed", "convert"),

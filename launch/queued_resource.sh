@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# The whole story on a Cloud TPU slice, from a laptop that has gcloud: ask for chips, wait for them, install on every
+# host, train on all of them, and begin again whenever they are taken away, until the last stage is done.
+#
+#   lionjax plan configs/nextchat_7b.py --topology v5e-64      # before: does it fit?
+#   NAME=nextchat ZONE=us-west4-a ACCELERATOR=v5litepod-64 NFS=10.0.0.2:/runs \
+#       launch/queued_resource.sh configs/nextchat_7b.py [field of the config ...]
+#
+# It may be stopped and started at any time: what is there already is used. `SPOT=no` asks for chips that stay.
+# SLICES=2 asks for two slices, which meet over the network; give `--mesh.slices 2` to the config then.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+CONFIG="${1:?give a config, such as configs/nextchat_7b.py}"
+shift
+NAME="${NAME:?set NAME: what the slice and the run are called}"
+ZONE="${ZONE:?set ZONE, such as us-west4-a}"
+ACCELERATOR="${ACCELERATOR:?set ACCELERATOR, such as v5litepod-64 or v5p-512}"
+# A file system that all hosts share holds configs' weights and data, and every checkpoint: a Filestore or Lustre
+# export. A bucket mounted as a folder is none: it cannot rename one, which is how a checkpoint becomes whole.
+NFS="${NFS:?set NFS, such as 10.0.0.2:/runs}"
+RUNTIME="${RUNTIME:-v2-alpha-tpuv5-lite}" # v2-alpha-tpuv5 for v5p, v2-alpha-tpuv6e for v6e, tpu-ubuntu2204-base for v4
+SPOT="${SPOT:-yes}"
+SLICES="${SLICES:-1}"
+FLAGS="${FLAGS:-}" # names of launch/flags.sh
+PAUSE="${PAUSE:-60}" # seconds between looks
+TRIES="${TRIES:-100}" # how often it may begin again
+
+say() { echo "$(date -u +%H:%M:%S) $*" >&2; }
+tpus() { gcloud compute tpus "$@" --zone="$ZONE" --quiet; }
+
+# One slice is a node; several are numbered nodes.
+NODES=("$NAME")
+if [ "$SLICES" -gt 1 ]; then
+    NODES=()
+    for ((n = 0; n < SLICES; n++)); do NODES+=("$NAME-$n"); done
+fi
+
+state() { tpus queued-resources describe "$NAME" --format="value(state.state)" 2>/dev/null || echo NONE; }
+
+ask() {
+    local how=(--node-id="$NAME")
+    [ "$SLICES" -gt 1 ] && how=(--node-count="$SLICES" --node-prefix="$NAME")
+    [ "$SPOT" = yes ] && how+=(--spot)
+    tpus queued-resources create "$NAME" "${how[@]}" --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME"
+}
+
+wait_for_chips() {
+    local now=""
+    while now="$(state)"; do
+        case "$now" in
+            ACTIVE) return ;;
+            NONE) say "asking for $ACCELERATOR"; ask ;;
+            SUSPENDED | FAILED)
+                # Taken away, or never to come: such a request can only be dropped and made again.
+                say "$now; asking anew"
+                tpus queued-resources delete "$NAME" --force
+                ;;
+            *) say "$now" ;;
+        esac
+        sleep "$PAUSE"
+    done
+}
+
+on() { # on WORKERS COMMAND: on each slice; the first that fails decides
+    local node pids=() code=0
+    for node in "${NODES[@]}"; do
+        tpus tpu-vm ssh "$node" --worker="$1" --command="$2" &
+        pids+=($!)
+    done
+    for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+    return "$code"
+}
+
+install() { # every host may be new; what stands already is left alone
+    local pack node
+    pack="$(mktemp -d)/lionjax.tar.gz"
+    tar czf "$pack" --exclude-vcs --exclude=.venv --exclude=runs --exclude=__pycache__ .
+    for node in "${NODES[@]}"; do tpus tpu-vm scp "$pack" "$node:lionjax.tar.gz" --worker=all; done
+    on all "set -e; sudo mkdir -p /mnt/runs; mountpoint -q /mnt/runs || sudo mount -t nfs $NFS /mnt/runs
+        mkdir -p lionjax; tar xzf lionjax.tar.gz -C lionjax; cd lionjax; ln -sfn /mnt/runs/weights weights
+        ln -sfn /mnt/runs/data data
+        python3.11 -m venv --help >/dev/null 2>&1 || { sudo apt-get -q update; sudo apt-get -qy install python3.11-venv; }
+        [ -d .venv ] || python3.11 -m venv .venv
+        .venv/bin/pip install -q -c lock/py311.txt -e '.[data,tpu]'"
+}
+
+# What has a space in it must come through two shells as one word.
+FIELDS="$(printf ' %q' "$@")"
+[ $# -gt 0 ] || FIELDS=""
+RUN="cd lionjax && FLAGS='$FLAGS' launch/run.sh $CONFIG /mnt/runs/$NAME$FIELDS"
+
+for ((try = 1; try <= TRIES; try++)); do
+    wait_for_chips
+    say "try $try: installing on every host"
+    install || { say "installing failed"; sleep "$PAUSE"; continue; }
+    say "training on all hosts of ${NODES[*]}"
+    # A TPU VM tells JAX who the other hosts are. All of them must run this, or none gets past the start.
+    if on all "$RUN"; then
+        say "all stages are done: $NFS holds $NAME"
+        tpus queued-resources delete "$NAME" --force
+        exit 0
+    else
+        code=$?
+        say "ended with $code; going on from the newest checkpoint"
+        [ "$code" -ne 2 ] || { say "that is a mistake in the config, which trying again does not mend"; exit 2; }
+    fi
+    sleep "$PAUSE"
+done
+say "still not done after $TRIES tries"
+exit 1

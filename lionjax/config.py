@@ -86,6 +86,12 @@ class RunConfig:
         False  # keep what frozen towers make of each record, so that they run once
     )
     cache_gib: float = 4.0  # memory for that, on each host
+    # An update whose loss or gradient is not finite, or whose loss is a spike, changes nothing; then the run stops,
+    # goes on, or goes back to the last checkpoint and on with the batches after that one.
+    on_bad_update: Literal["stop", "skip", "rewind"] = "stop"
+    spike: float = 0.0  # so many deviations above the mean of the last 128 losses is a spike; 0: none
+    bad_updates: int = 20  # with so many in one stage the run stops all the same
+    stuck_seconds: float = 1800.0  # an update that takes longer ends the process; 0: never
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ that does not divide is dropped for that array and said once in the log.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 
@@ -185,12 +186,46 @@ def place(tree: Params, like: Params) -> Params:
     )
 
 
+@functools.lru_cache
+def share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process reads the index-th of `count` equal shares of every batch, in the batch's order.
+
+    Processes whose devices hold the same rows, as where a tensor axis spans hosts, have the same index. Raises
+    UserError for a mesh that cuts a batch unevenly among processes.
+    """
+    axes = tuple(mesh.axis_names.index(name) for name in RULES["batch"])
+    pieces = np.prod([mesh.devices.shape[axis] for axis in axes])
+    rows: dict[int, set[int]] = {}
+    for where, device in np.ndenumerate(mesh.devices):
+        piece = 0
+        for axis in axes:
+            piece = piece * mesh.devices.shape[axis] + where[axis]
+        rows.setdefault(device.process_index, set()).add(piece)
+    shares = sorted({tuple(sorted(pieces)) for pieces in rows.values()})
+    if len({len(held) for held in shares}) > 1 or sum(map(len, shares)) != pieces:
+        raise UserError(
+            f"mesh {dict(mesh.shape)} cuts a batch unevenly among {len(rows)} processes; let data * fsdp be a "
+            "multiple of the processes, or keep the tensor axis within a host"
+        )
+    mine = rows.get(jax.process_index(), set(shares[0]))
+    return shares.index(tuple(sorted(mine))), len(shares)
+
+
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's part of a batch onto the mesh: one global array, split along its first axis."""
+    """This process's share of a batch onto the mesh: one global array, split along its first axis.
+
+    Raises UserError where several processes share a batch that does not divide over the mesh.
+    """
+    count, pieces = share(mesh)[1], int(np.prod([mesh.shape[name] for name in RULES["batch"]]))
 
     def one(x):
         x = np.asarray(x)
-        shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        shape = (x.shape[0] * count, *x.shape[1:])
+        if jax.process_count() > 1 and shape[0] % pieces:
+            raise UserError(
+                f"a batch of {shape[0]} does not divide over {pieces} parts of mesh {dict(mesh.shape)}, which "
+                "several processes need; change batch_size or the mesh"
+            )
         where = NamedSharding(mesh, spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh, "batch"))
         return jax.make_array_from_process_local_data(where, x, shape)
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is read is what was written, or it is refused by name."""
 
+import errno
+import logging
 import shutil
 
 import jax
@@ -179,6 +181,26 @@ def test_a_full_disk_is_recognised_through_the_errors_that_it_comes_wrapped_in()
     outer.__cause__ = RuntimeError("RESOURCE_EXHAUSTED: write: No space left on device [errno 28]")
     assert checkpoints.disk_is_full(outer)
     assert not checkpoints.disk_is_full(ValueError("no such file"))
+
+
+def test_of_what_asyncio_says_only_full_disks_are_kept_from_the_log(tmp_path, caplog):
+    def failed(error):
+        try:
+            raise error
+        except Exception:
+            logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=True)
+
+    with pytest.raises(UserError, match="the disk is full"), checkpoints.disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    caplog.clear()
+    failed(OSError(errno.ENOSPC, "No space left on device"))
+    assert not caplog.records
+    failed(ValueError("quite another thing"))
+    logging.getLogger("asyncio").warning("a slow callback")
+    assert [record.getMessage() for record in caplog.records] == [
+        "Task exception was never retrieved",
+        "a slow callback",
+    ]
 
 
 def test_half_written_directories_of_a_killed_run_are_removed(tmp_path):

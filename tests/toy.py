@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import flax.linen as nn
@@ -99,7 +100,7 @@ class Batches:
         return self
 
     def __next__(self):
-        rows = self.next + np.arange(self.size * self.shards)[self.shard :: self.shards]
+        rows = self.next + self.shard * self.size + np.arange(self.size)
         self.next += self.size * self.shards
         return batch_of([self.record(row) for row in rows], self.data.poison)
 
@@ -173,26 +174,48 @@ def lines(workdir):
     return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in text]
 
 
-def main():
-    """Train in a folder and print what came out. Fields: steps, save_every, mesh, poison, records, cpus."""
-    from lionjax import params as trees
-    from lionjax.training import checkpoints, loop
+def witnessed(workdir, hang):
+    """Batches that write down what they deliver; the second process waits for ever at the `hang`-th."""
 
+    class Witnessed(Batches):
+        def __next__(self):
+            place, stage = self.next, self.seed[1]
+            if place // (self.size * self.shards) == hang and self.shard == 1:
+                time.sleep(3600)
+            batch = super().__next__()
+            line = [stage, place + self.shard * self.size, batch.record_B.tolist()]
+            journal.append_line(Path(workdir) / "seen.jsonl", line)
+            return batch
+
+    return Witnessed
+
+
+def main():
+    """Train in a folder and print what came out. Fields: steps, mesh, poison, hang and those of RunConfig."""
     workdir, fields = sys.argv[1], dict(word.split("=") for word in sys.argv[2:])
     steps = int(fields.get("steps", 6))
     mesh = MeshConfig(*map(int, fields.get("mesh", "-1,1,1").split(",")))
     stages = (stage("one", steps), stage("two", steps, ("hint", "blocks/up", "words")))
     data = ToyData(poison=int(fields.get("poison", -1)))
-    what = experiment(*stages, run={"save_every": int(fields.get("save_every", 2))}, mesh=mesh)
-    params, report = loop.train(dataclasses.replace(what, data=data), workdir, Batches)
-    print(json.dumps({"params": checkpoints.fingerprints(params), "scalars": trees.count(params)}))
+    run = {f.name: fields[f.name] for f in dataclasses.fields(RunConfig) if f.name in fields}
+    run = {name: value if name == "on_bad_update" else float(value) for name, value in run.items()}
+    run["save_every"] = int(run.get("save_every", 2))
+    what = experiment(*stages, run=run, mesh=mesh)
+    batches = witnessed(workdir, int(fields.get("hang", -1)))
+    params, report = loop.train(dataclasses.replace(what, data=data), workdir, batches)
+    found = {"params": checkpoints.fingerprints(params), "scalars": trees.count(params)}
+    if distributed.first():
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":
+    from lionjax import params as trees
     from lionjax.cli import explain
+    from lionjax.training import checkpoints, distributed, journal, loop
 
     try:
-        main()
+        with distributed.together(explain):
+            main()
     except (Exception, KeyboardInterrupt) as error:
         sentence, code = explain(error)
         print(sentence, file=sys.stderr)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ class Maker:
 
     def __call__(self, place: int, chosen: tuple[int, int]) -> dict[str, np.ndarray]:
         number, index = chosen
-        part, bad = self.parts[number], []
+        part, bad, began = self.parts[number], [], time.perf_counter()
         for step in range(TRIES):
             rng = np.random.default_rng([*self.seed, place, step])
             at = (index + step) % part.size
@@ -48,7 +50,8 @@ class Maker:
                     {"source": part.source, "task": part.task, "index": at, "reason": str(error)}
                 )
             else:
-                return row | {"bad": np.array(json.dumps(bad) if bad else "")}
+                seconds = np.array(time.perf_counter() - began)
+                return row | {"bad": np.array(json.dumps(bad) if bad else ""), "seconds": seconds}
         raise UserError(
             f"{TRIES} records of {part.task!r} in a row are bad; the first: {bad[0]['reason']}"
         )
@@ -57,14 +60,11 @@ class Maker:
 class Batches:
     """The batches of one stage on one process, without end; see `batches`."""
 
-    def __init__(self, maker: Maker, rows: Any, buckets: tuple[int, ...]):
-        self.records, self._maker, self._rows, self._buckets = (
-            maker.records,
-            maker,
-            iter(rows),
-            buckets,
-        )
+    def __init__(self, maker: Maker, rows: Callable[[int], Any], buckets: tuple[int, ...]):
+        self.records, self._maker, self._buckets = maker.records, maker, buckets
+        self._rows_from, self._rows = rows, iter(rows(0))
         self.delivered = self.bad = 0
+        self.made_seconds = 0.0  # spent on the rows delivered, summed over threads and workers
 
     def __iter__(self) -> Batches:
         return self
@@ -72,6 +72,7 @@ class Batches:
     def __next__(self) -> Batch:
         rows = next(self._rows)
         self._count(rows.pop("bad"))
+        self.made_seconds += float(rows.pop("seconds").sum())
         return self.records.processor.assemble(rows, self._buckets)
 
     def _count(self, bad_B: np.ndarray) -> None:
@@ -117,6 +118,8 @@ class Batches:
                 "the saved position is one in other data (sources, mixture or seed differ); "
                 "go on with the config that the run began with"
             )
+        self._rows.close()
+        self._rows = iter(self._rows_from(int(position["next"])))
         self._rows.set_state({"global_next_index": int(position["next"])})
 
     def _stream(self) -> int:
@@ -171,15 +174,42 @@ def batches(
     ]
     mixed = grain.MapDataset.mix(indices, [part.weight for part in parts])
     maker = Maker(records, parts, words)
-    rows = grain.experimental.ElasticIterator(
-        mixed.map_with_index(maker),
-        batch_size,
-        grain.sharding.ShardOptions(process_index, process_count),
-        read_options=grain.ReadOptions(data.threads, data.buffer if data.threads else 0),
-        multiprocessing_options=_workers(data),
-    )
+
+    def rows(first: int) -> Any:
+        return grain.experimental.ElasticIterator(
+            grain.MapDataset.range(len(mixed)).map(
+                Share(mixed, maker, batch_size, process_count, first)
+            ),
+            batch_size,
+            grain.sharding.ShardOptions(process_index, process_count),
+            read_options=grain.ReadOptions(data.threads, data.buffer if data.threads else 0),
+            multiprocessing_options=_workers(data),
+        )
+
     # Every process must choose the same length, which none can know of the others.
     return Batches(maker, rows, data.buckets if process_count == 1 else ())
+
+
+@dataclass(frozen=True)
+class Share:
+    """The row that Grain asks for by its turn, such that each process has neighbours of a batch.
+
+    Grain deals the rows out like cards. Were they put side by side as they come, where a row stands in its batch
+    (and with it dropout, and which rows are read together) would depend on the number of processes. `first`: the
+    place at which batches begin.
+    """
+
+    mixed: Any
+    maker: Maker
+    batch: int
+    processes: int
+    first: int
+
+    def __call__(self, turn: int) -> dict[str, np.ndarray]:
+        number, within = divmod(int(turn) - self.first, self.batch)
+        turn, process = divmod(within, self.processes)
+        place = self.first + number * self.batch + process * (self.batch // self.processes) + turn
+        return self.maker(place, self.mixed[place])
 
 
 @dataclass(frozen=True)

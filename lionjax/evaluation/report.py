@@ -22,12 +22,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from lionjax import params as trees
 from lionjax import plots
+from lionjax.evaluation import goodput
 from lionjax.interfaces import CATEGORIES, Params, UserError
 from lionjax.plots import Mark
 
@@ -70,7 +72,8 @@ def report(workdir: Path | str) -> Path:
     """
     workdir = Path(workdir)
     figures = read_json(workdir / "report.json") or {}
-    losses = [row for row in read_lines(workdir / "metrics.jsonl") if "loss" in row]
+    metrics = read_lines(workdir / "metrics.jsonl")
+    losses = [row for row in metrics if "loss" in row]
     answers = {p.stem: read_lines(p) for p in sorted((workdir / "evaluation").glob("*.jsonl"))}
     if not (figures or losses or answers):
         raise UserError(f"{workdir} holds no report.json, metrics.jsonl or evaluation/*.jsonl")
@@ -86,7 +89,7 @@ def report(workdir: Path | str) -> Path:
     if answers:
         sections.append(legend())
         sections += [gallery(name, rows, workdir) for name, rows in answers.items()]
-    sections += [speed(figures), environment(figures)]
+    sections += [goodput.section(figures, metrics), speed(figures), environment(figures)]
     path = workdir / "report.html"
     write(path, page(title(figures, workdir), "\n".join(filter(None, sections))).encode())
     return path
@@ -103,7 +106,7 @@ def write_routers(workdir: Path | str, params: Params) -> None:
         " ".join(part for part in parts if part not in everywhere): np.asarray(jnp.mean(leaf, -1))
         for parts, leaf in ratios
     }
-    if means:
+    if means and jax.process_index() == 0:
         text = json.dumps({name: mean.tolist() for name, mean in means.items()})
         write(Path(workdir) / "routers.json", text.encode())
 

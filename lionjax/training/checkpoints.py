@@ -25,7 +25,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ import orbax.checkpoint as ocp
 
 from lionjax import params as trees
 from lionjax.interfaces import Params, UserError
+from lionjax.training import distributed
 
 log = logging.getLogger(__name__)
 
@@ -158,9 +159,14 @@ def _async_options() -> ocp.AsyncOptions:
     return ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    options = ocp.CompositeOptions(async_options=_async_options())
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(composite_options=options))
+def _checkpointer(alone: bool = False) -> ocp.Checkpointer:
+    """`alone`: this process waits for no other, as one that meets damage does not come to where they would meet."""
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(me, {me}) if alone else None
+    options = options or ocp.options.MultiprocessingOptions()
+    inside = ocp.CompositeOptions(multiprocessing_options=options, async_options=_async_options())
+    handler = ocp.CompositeCheckpointHandler(composite_options=inside)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _args(items: dict[str, Params], meta: dict) -> ocp.args.Composite:
@@ -194,7 +200,7 @@ def read(path: Path, targets: dict[str, Params]) -> tuple[dict[str, Params], dic
 
     Raises Damaged when a leaf is not what was written, UserError when it was written for other parameters.
     """
-    record = read_record(path)
+    record = agreed(path, lambda: read_record(path))
     wanted = trees.flatten(targets)
     leaves = {
         name: leaf for name, leaf in record["leaves"].items() if name.split("/")[0] in targets
@@ -212,7 +218,7 @@ def read(path: Path, targets: dict[str, Params]) -> tuple[dict[str, Params], dic
                 f"{tuple(want.shape)}; nothing is cast in silence, so set the config back to what made it"
             )
     args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-    restored = _restored(path, ocp.args.Composite(**args), "an array")
+    restored = agreed(path, lambda: _restored(path, ocp.args.Composite(**args), "an array"))
     items = {name: restored[name] for name in targets}
     found = fingerprints(items)
     if wrong := [
@@ -223,9 +229,21 @@ def read(path: Path, targets: dict[str, Params]) -> tuple[dict[str, Params], dic
     return items, record["meta"]
 
 
+def agreed(path: Path, attempt: Callable[[], Any]) -> Any:
+    """What an attempt to read gives; where it meets damage in one process, it is Damaged in all."""
+    value = damage = None
+    try:
+        value = attempt()
+    except Damaged as error:
+        damage = error
+    if any(distributed.sum_of(damage is not None)):
+        raise damage or Damaged(path, "another process cannot read it")
+    return value
+
+
 def _restored(path: Path, args: ocp.args.Composite, what: str):
     try:
-        with _checkpointer() as checkpointer:
+        with _checkpointer(alone=True) as checkpointer:
             return checkpointer.restore(path.absolute(), args)
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # these say nothing about the files
@@ -240,12 +258,14 @@ def _restored(path: Path, args: ocp.args.Composite, what: str):
 
 
 def quarantine(workdir: Path, path: Path, why: str) -> Path:
-    """Move a directory out of the way, never to be read again, and say so."""
+    """Move a directory out of the way, never to be read again, and say so. All processes must call it."""
     target = workdir / "quarantined" / f"{path.parent.name}_{path.name}_{time.time_ns()}"
-    target.parent.mkdir(exist_ok=True)
-    path.rename(target)
-    (target.parent / f"{target.name}.txt").write_text(why + "\n")
-    log.warning("%s is put aside in %s: %s", path, target, why)
+    if distributed.first():
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        (target.parent / f"{target.name}.txt").write_text(why + "\n")
+        log.warning("%s is put aside in %s: %s", path, target, why)
+    distributed.meet("put aside")
     return target
 
 
@@ -259,6 +279,13 @@ def disk_is_full(error: BaseException | None) -> bool:
         error = error.__cause__ or error.__context__
     return False
 
+
+def _no_full_disk(record: logging.LogRecord) -> bool:
+    """Writes that failed beside the first one, whose error is raised, have nothing to add when they are collected."""
+    return not (record.exc_info and disk_is_full(record.exc_info[1]))
+
+
+logging.getLogger("asyncio").addFilter(_no_full_disk)
 
 # Steps
 
@@ -294,6 +321,7 @@ class Steps:
 
     def __init__(self, folder: Path, keep: int):
         self.scores: dict[int, tuple[int, float]] = {}
+        self.began: float | None = None  # the save under way
         for step in found_steps(folder):
             with contextlib.suppress(Damaged):
                 self.scores[step] = tuple(read_record(folder / str(step))["meta"]["score"])
@@ -311,6 +339,10 @@ class Steps:
             self.wait()
             self.manager.close()
             return
+        if jax.process_count() > 1 and not isinstance(
+            error, UserError | SystemExit | KeyboardInterrupt
+        ):
+            return  # the others may not be there to finish with
         try:
             self.manager.close()
         except Exception as second:
@@ -319,7 +351,15 @@ class Steps:
     def save(self, step: int, items: dict[str, Params], meta: dict) -> None:
         """Begin to write a step; training may go on at once. `meta["score"]` is (stage number, loss)."""
         self.scores[step] = tuple(meta["score"])
+        self.began = time.perf_counter()
         self.manager.save(step, args=_args(items, meta))
+
+    def finished(self) -> float:
+        """Seconds that a save took which has ended since this was asked last; 0 where there is none."""
+        if self.began is None or self.manager.is_saving_in_progress():
+            return 0.0
+        began, self.began = self.began, None
+        return time.perf_counter() - began
 
     def check(self) -> None:
         """Raise what went wrong in a save under way, without waiting for it."""
@@ -344,7 +384,7 @@ def found_bases(folder: Path) -> dict[int, Path]:
 
 
 def clean(workdir: Path) -> None:
-    """Remove what a killed run left half-written."""
+    """Remove what a killed run left half-written. For one process alone."""
     for folder in ("frozen", "base", "checkpoints"):
         for path in (workdir / folder).glob(f"*{TEMPORARY}*"):
             shutil.rmtree(path)
@@ -358,10 +398,9 @@ def disk_errors(workdir: Path) -> Iterator[None]:
     except Exception as error:
         if not disk_is_full(error):
             raise
-        # Writes that failed beside the first one have nothing to add when they are collected.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        with contextlib.suppress(OSError):
-            clean(workdir)
+        if distributed.first():
+            with contextlib.suppress(OSError):
+                clean(workdir)
         last = next(iter(found_steps(workdir / "checkpoints")), None)
         good = (
             f"the checkpoint of update {last} is whole"

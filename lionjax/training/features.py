@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lionjax import params as trees
 from lionjax import sharding
 from lionjax.interfaces import Batch, Params, System, UserError
+from lionjax.training import distributed
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,8 @@ class Memory:
 class Remembered:
     """The batches of a stage with features instead of pictures, computed when a record first comes by.
 
-    A batch is seen whole, so that there is one shape to compile. The first one is seen in any case: a stage whose
-    system sees otherwise than the one before begins with an empty memory.
+    A batch is seen whole, so that there is one shape to compile, and by all processes where one needs it. The first
+    one is seen in any case: a stage whose system sees otherwise than the one before begins with an empty memory.
     """
 
     def __init__(self, batches: Iterator[Batch], see: Callable, memory: Memory):
@@ -88,10 +89,19 @@ class Remembered:
     def __iter__(self):
         return self
 
+    @property
+    def bad(self) -> int:
+        return getattr(self.batches, "bad", 0)
+
+    @property
+    def made_seconds(self) -> float:
+        return getattr(self.batches, "made_seconds", 0.0)
+
     def __next__(self) -> Batch:
         batch = next(self.batches)
         records, rows = batch.record_B.tolist(), self.memory.rows
-        if self.structure is not None and all(record in rows for record in records):
+        unknown = self.structure is None or any(record not in rows for record in records)
+        if not any(distributed.sum_of(unknown)):
             leaves = [np.stack(parts) for parts in zip(*(rows[record] for record in records))]
             features = jax.tree.unflatten(self.structure, leaves)
         else:

@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,18 @@ import jax
 from lionjax.config import Experiment, to_json
 
 FEW = 10  # losses behind loss_first and loss_last, so that one odd batch does not decide them
+RECENT = 130  # losses remembered to tell a spike by; a few more than `refused.WINDOW`
+MISSED = ("lost", "away")  # parts of the time in which this run did nothing that lasts
 
 
 @dataclasses.dataclass
 class Entry:
-    """What is remembered of a stage across restarts. `seconds`: where time went, by name."""
+    """What is remembered of a stage across restarts.
+
+    `seconds`: where time went, by the names of `Clock`. `behind`: seconds of work that was done while the devices
+    computed: making batches (summed over threads) and saving. `recent`: the last losses, None for an update that was
+    not accepted. `logged`: what stood in the entry at the last line of metrics. `clock`: when this was saved.
+    """
 
     name: str
     trainable_parameters: int
@@ -41,6 +49,13 @@ class Entry:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     compilations: int = 0
     frozen_unchanged: bool | None = None
+    behind: dict[str, float] = dataclasses.field(default_factory=dict)
+    recent: list[float | None] = dataclasses.field(default_factory=list)
+    skipped: int = 0
+    rewinds: int = 0
+    bad_records: int = 0
+    logged: dict[str, Any] = dataclasses.field(default_factory=dict)
+    clock: float = 0.0
 
     def add(self, loss: float, images: int, tokens: int) -> None:
         """Count one update."""
@@ -51,20 +66,31 @@ class Entry:
         )
         self.first = (self.first + [loss])[:FEW]
         self.last = (self.last + [loss])[-FEW:]
+        self.recent = (self.recent + [loss])[-RECENT:]
+
+    def skip(self) -> None:
+        """Count one update that was not accepted."""
+        self.updates, self.skipped = self.updates + 1, self.skipped + 1
+        self.recent = (self.recent + [None])[-RECENT:]
 
     @property
     def loss(self) -> float:
-        return sum(self.last) / len(self.last)
+        return sum(self.last) / len(self.last) if self.last else math.inf
 
     def report(self) -> dict[str, Any]:
-        """The stage's entry in report.json."""
+        """The stage's entry in report.json. `seconds` counts the time in which the run was at work on it."""
+        worked = sum(value for part, value in self.seconds.items() if part not in MISSED)
         return {
             "name": self.name,
             "steps": self.updates,
-            "seconds": round(sum(self.seconds.values()), 3),
+            "seconds": round(worked, 3),
             "seconds_by_part": {name: round(value, 3) for name, value in self.seconds.items()},
-            "loss_first": sum(self.first) / len(self.first),
-            "loss_last": self.loss,
+            "seconds_behind": {name: round(value, 3) for name, value in self.behind.items()},
+            "skipped": self.skipped,
+            "rewinds": self.rewinds,
+            "bad_records": self.bad_records,
+            "loss_first": sum(self.first) / len(self.first) if self.first else None,
+            "loss_last": self.loss if self.last else None,
             "trainable_parameters": self.trainable_parameters,
             "compilations": self.compilations,
             "frozen_unchanged": self.frozen_unchanged,
@@ -72,21 +98,48 @@ class Entry:
 
 
 class Clock:
-    """Where time goes: `with clock("data"): ...`; the sums lie in `seconds`."""
+    """Where time goes, without a gap: from `turn("data")` to the next `turn` all of it is counted under "data".
 
-    def __init__(self, seconds: dict[str, float]):
-        self.seconds = seconds
+    Parts: start (until a stage can begin), compile, data (waiting for a batch), step, save, log, evaluate; and, from
+    before this process, lost (work done after the checkpoint that it goes on from) and away (nothing ran).
+    The sums lie in `seconds`. `began`: the time of day from which on this process counts.
+    """
+
+    def __init__(self, began: float):
+        self.seconds: dict[str, float] = {}
+        self.part, self.since = "start", time.perf_counter() - (time.time() - began)
 
     def add(self, part: str, seconds: float) -> None:
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
-    @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(part, time.perf_counter() - began)
+    def turn(self, part: str, was: str | None = None) -> None:
+        """From now on time goes to `part`. What went before turns out to have been `was`."""
+        now = time.perf_counter()
+        self.add(was or self.part, now - self.since)
+        self.part, self.since = part, now
+
+    def into(self, seconds: dict[str, float]) -> None:
+        """From now on the sums lie in `seconds`, which takes over those up to here."""
+        self.turn(self.part)
+        earlier, self.seconds = self.seconds, seconds
+        for part, value in earlier.items():
+            self.add(part, value)
+
+
+def missed(workdir: Path, history: Sequence[dict], began: float) -> dict[str, float]:
+    """Seconds {lost, away} between the checkpoint that a run goes on from and the start of this process."""
+    saved = history[-1].get("clock", 0.0) if history else 0.0
+    first = workdir / "base"
+    if (
+        not saved and not history and first.is_dir()
+    ):  # it began, and was ended before the first checkpoint
+        saved = min((path.stat().st_mtime for path in first.iterdir()), default=0.0)
+    if not 0 < saved < began:
+        return {}
+    lines = workdir / "metrics.jsonl"
+    seen = lines.stat().st_mtime if lines.is_file() else saved
+    seen = min(max(seen, saved), began)
+    return {"lost": seen - saved, "away": began - seen}
 
 
 class Journal:
@@ -104,7 +157,7 @@ class Journal:
         self.board = self.bar = self.task = None
         if not self.writes:
             return
-        keep_lines(self.path, update)
+        self.drop_after(update)
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
@@ -122,6 +175,12 @@ class Journal:
             self.bar.stop()
         if self.board:
             self.board.close()
+
+    def drop_after(self, update: int) -> None:
+        """Forget the lines of updates after this one: the run will make them again."""
+        if self.writes:
+            for path in (self.path, self.path.with_name("refused.jsonl")):
+                keep_lines(path, update)
 
     def begin(self, stage: str, steps: int, done: int) -> None:
         """A stage begins or goes on after `done` updates."""
@@ -146,7 +205,8 @@ class Journal:
                 if isinstance(value, int | float) and name not in ("step", "update"):
                     self.board.add_scalar(f"{line['stage']}/{name}", value, line["update"])
         rate = line.get("images_per_second")
-        said = f"loss {line['loss']:.4f}" + (f"  {rate:.1f} images/s" if rate else "")
+        loss = f"loss {line['loss']:.4f}" if "loss" in line else "not accepted"
+        said = loss + (f"  {rate:.1f} images/s" if rate else "")
         if self.bar:
             self.bar.update(self.task, completed=line["step"], said=said)
             return
@@ -206,7 +266,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def keep_lines(path: Path, update: int) -> None:
-    """Drop the lines of updates after this one: the run will make them again."""
+    """Drop the lines of updates after this one from a file, if there is one."""
+    if not path.is_file():
+        return
     lines = [line for line in read_lines(path) if line["update"] <= update]
     replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -230,6 +292,7 @@ def write_report(workdir: Path, experiment: Experiment, history: list[dict]) -> 
         "config": json.loads(to_json(experiment)),
         "stages": [entry.report() for entry in entries],
         "speed": report.get("speed", {}) | speed(entries),
+        "seconds": seconds_of(entries, report.get("seconds", {}).get("evaluate", 0.0)),
         "environment": environment(),
     }
     if jax.process_index() == 0:
@@ -237,12 +300,33 @@ def write_report(workdir: Path, experiment: Experiment, history: list[dict]) -> 
     return report
 
 
-def speed(entries: list[Entry]) -> dict[str, float]:
-    """Rates over all updates, compilation apart: a step's seconds are those of waiting for data and computing."""
-    sums: dict[str, float] = {}
+def note_evaluation(workdir: Path, seconds: float) -> None:
+    """Count time in which a run's model was asked questions: in report.json, and in the last line of metrics."""
+    if jax.process_index():
+        return
+    path, lines = workdir / "report.json", read_lines(workdir / "metrics.jsonl")
+    report = json.loads(path.read_text())
+    parts = report.setdefault("seconds", {})
+    parts["evaluate"] = round(parts.get("evaluate", 0.0) + seconds, 3)
+    replace_text(path, json.dumps(report, indent=1) + "\n")
+    if lines:
+        parts = lines[-1].setdefault("seconds", {})
+        parts["evaluate"] = round(parts.get("evaluate", 0.0) + seconds, 6)
+        replace_text(workdir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def seconds_of(entries: list[Entry], evaluate: float = 0.0) -> dict[str, float]:
+    """Where the time of all stages went, by part."""
+    sums = {"evaluate": evaluate} if evaluate else {}
     for entry in entries:
         for part, seconds in entry.seconds.items():
             sums[part] = sums.get(part, 0.0) + seconds
+    return {part: round(seconds, 3) for part, seconds in sums.items()}
+
+
+def speed(entries: list[Entry]) -> dict[str, float]:
+    """Rates over all updates, compilation apart: a step's seconds are those of waiting for data and computing."""
+    sums = seconds_of(entries)
     busy = max(sums.get("step", 0.0) + sums.get("data", 0.0), 1e-9)
     return {
         "images_per_second": sum(entry.images for entry in entries) / busy,

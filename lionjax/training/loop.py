@@ -11,9 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import logging
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +24,8 @@ from lionjax import params as trees
 from lionjax import sharding
 from lionjax.config import Experiment, Stage
 from lionjax.interfaces import Batch, Params, UserError
-from lionjax.training import checkpoints, features, stages, start
-from lionjax.training.journal import Clock, Entry, Journal, write_report
+from lionjax.training import checkpoints, distributed, features, refused, stages, start
+from lionjax.training.journal import Clock, Entry, Journal, missed, write_report
 from lionjax.training.start import Layout, Place
 
 log = logging.getLogger(__name__)
@@ -36,15 +33,18 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What all stages of a run share. `batches` makes the batches of a stage (see `train`)."""
+    """What all stages of a run share. `batches` makes the batches of a stage (see `train`); `example` is one."""
 
     experiment: Experiment
     workdir: Path
     batches: Callable
+    example: Batch
     layout: Layout
     steps: checkpoints.Steps
     journal: Journal
-    stop: Stop
+    stop: distributed.Stop
+    watch: distributed.Watch
+    clock: Clock
     memory: features.Memory
 
     @property
@@ -52,31 +52,47 @@ class Run:
         return self.layout.mesh
 
 
-def train(experiment: Experiment, workdir: str | Path, batches: Callable) -> tuple[Params, dict]:
+def train(
+    experiment: Experiment, workdir: str | Path, batches: Callable, began: float | None = None
+) -> tuple[Params, dict]:
     """Run all stages in a folder, or what is left of them: (parameters, report).
 
     `batches(data, stage, seed, batch_size, process_index, process_count)` gives an iterator of numpy batches with
     `position() -> JSON-able`, `restore(position)`, `name(record)` and `close()`, such as `data.pipeline.batches`.
-    SIGTERM saves and ends the process with code 0, Ctrl-C saves and raises KeyboardInterrupt.
+    `began`: when the command was given (as of `time.time`), for the account of where time went.
+    SIGTERM saves and ends the process with code 0, Ctrl-C saves and raises KeyboardInterrupt. As one of several
+    processes (see `distributed.together`) it does so with the others.
     Raises UserError for what a person can mend: a config that does not fit the folder or the system, a loss that is
     not finite, a full disk.
     """
-    workdir = Path(workdir)
-    with start.alone(workdir), checkpoints.disk_errors(workdir), Stop() as stop:
+    workdir, began = Path(workdir), time.time() if began is None else began
+    clock = Clock(began)
+    with (
+        start.alone(workdir),
+        checkpoints.disk_errors(workdir),
+        distributed.Stop() as stop,
+        distributed.Watch(experiment.run.stuck_seconds) as watch,
+    ):
         start.claim(workdir, experiment)
-        checkpoints.clean(workdir)
         mesh = sharding.make_mesh(experiment.mesh)
-        with contextlib.closing(_batches(experiment, experiment.stages[0], batches)) as stream:
+        with contextlib.closing(
+            _batches(experiment, experiment.stages[0], batches, workdir, mesh)
+        ) as stream:
             example = next(stream)
         layout = start.layout(experiment, example, mesh)
         place = start.find(workdir, experiment, example, layout)
+        for part, seconds in missed(workdir, place.history, began).items():
+            clock.add(part, seconds)
         update = start.updates_before(experiment, place.stage) + place.step
         with (
             checkpoints.Steps(workdir / "checkpoints", experiment.run.keep) as steps,
             Journal(workdir, experiment, update) as journal,
         ):
             memory = features.Memory(int(experiment.run.cache_gib * 2**30))
-            run = Run(experiment, workdir, batches, layout, steps, journal, stop, memory)
+            run = Run(
+                *(experiment, workdir, batches, example, layout, steps),
+                *(journal, stop, watch, clock, memory),
+            )
             while place.stage < len(experiment.stages):
                 place = run_stage(run, place)
         return trees.merge(place.never, place.learned), write_report(
@@ -84,36 +100,75 @@ def train(experiment: Experiment, workdir: str | Path, batches: Callable) -> tup
         )
 
 
-def _batches(experiment: Experiment, stage: Stage, batches: Callable):
-    where = jax.process_index(), jax.process_count()
-    return batches(experiment.data, stage, experiment.seed, stage.batch_size, *where)
+def _batches(experiment: Experiment, stage: Stage, batches: Callable, workdir: Path, mesh: Mesh):
+    data = experiment.data
+    if getattr(data, "quarantine", None) == "":  # what is replaced is listed in the run's folder
+        data = dataclasses.replace(data, quarantine=str(workdir / "bad_records.jsonl"))
+    return batches(data, stage, experiment.seed, stage.batch_size, *sharding.share(mesh))
 
 
 def run_stage(run: Run, place: Place) -> Place:
     """From a place within a stage to the beginning of the next one."""
-    experiment, stage, learned = run.experiment, run.experiment.stages[place.stage], place.learned
-    if stage.start == "scratch" and not place.step:
-        learned = start.first_base(run.workdir, experiment, run.layout)
-    trainable, idle = trees.split(learned, stage.trainable)
-    frozen = trees.merge(place.never, trees.cast(idle, experiment.run.frozen_dtype))
-    before = checkpoints.fingerprints(frozen)
-    entry = Entry(**place.history[-1]) if place.step else Entry(stage.name, trees.count(trainable))
-    earlier = place.history[: place.stage]
-
-    work = prepare(run, dataclasses.replace(place, history=earlier), trainable, frozen)
-    with contextlib.closing(work.stream):
-        state = updates(run, work, entry)
-
+    stage, clock = run.experiment.stages[place.stage], run.clock
+    clock.turn("start")
+    entry, work = Entry(**place.history[-1]) if place.step else Entry(stage.name, 0), None
+    while True:
+        clock.into(entry.seconds)
+        learned = place.learned
+        if stage.start == "scratch" and not place.step:
+            learned = start.first_base(run.workdir, run.experiment, run.layout)
+        trainable, idle = trees.split(learned, stage.trainable)
+        frozen = trees.merge(place.never, trees.cast(idle, run.experiment.run.frozen_dtype))
+        before, entry.trainable_parameters = (
+            checkpoints.fingerprints(frozen),
+            trees.count(trainable),
+        )
+        work = prepare(run, place, trainable, frozen, work)
+        try:
+            with contextlib.closing(work.stream):
+                state = updates(run, work, entry)
+            break
+        except refused.Rewind as bad:
+            place, entry = rewound(run, place, entry, bad)
+    clock.turn("save")
     entry.frozen_unchanged = checkpoints.fingerprints(frozen) == before
     if not entry.frozen_unchanged:
         raise RuntimeError(f"stage {stage.name!r} changed frozen parameters")
-    history = (*earlier, dataclasses.asdict(entry))
     learned = trees.merge(state.trainable, idle)
-    done = Place(place.stage + 1, 0, place.never, learned, place.frozen, history=history)
     run.steps.wait()
-    start.write_base(run.workdir, experiment, done)
-    write_report(run.workdir, experiment, history)
-    return done
+    entry.behind["save"] = entry.behind.get("save", 0.0) + run.steps.finished()
+    entry.clock = time.time()
+    earlier = place.history[: place.stage]
+    history = (*earlier, dataclasses.asdict(entry))
+    done = Place(place.stage + 1, 0, place.never, learned, place.frozen, history=history)
+    start.write_base(run.workdir, run.experiment, done)
+    clock.turn("start")
+    clock.seconds = {}
+    history = (*earlier, dataclasses.asdict(entry))  # with the time that this took
+    write_report(run.workdir, run.experiment, history)
+    return dataclasses.replace(done, history=history)
+
+
+def rewound(run: Run, place: Place, entry: Entry, bad: refused.Rewind) -> tuple[Place, Entry]:
+    """Where the last checkpoint stands, but for the data, which goes on behind the bad batch; and its entry.
+
+    Time and rewinds are counted on. What is done anew after a kill comes to the same bad batch, and back to here.
+    """
+    run.steps.wait()
+    back = start.find(run.workdir, run.experiment, run.example, run.layout)
+    if back.stage != place.stage:
+        raise UserError(
+            f"no checkpoint of stage {entry.name!r} can be trusted any more; start the same command again"
+        )
+    update = start.updates_before(run.experiment, back.stage) + back.step
+    run.journal.drop_after(update)
+    known = Entry(**back.history[-1]) if back.step else Entry(entry.name, 0)
+    run.clock.turn("start")
+    lost = sum(run.clock.seconds.values()) - sum(known.seconds.values())
+    known.seconds["lost"] = known.seconds.get("lost", 0.0) + max(0.0, lost)
+    known.rewinds, known.skipped = entry.rewinds + 1, entry.skipped
+    run.clock.seconds = {}
+    return dataclasses.replace(back, data=bad.position), known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +187,11 @@ class Work:
     traces: list
 
 
-def prepare(run: Run, place: Place, trainable: Params, frozen: Params) -> Work:
-    """All that a stage needs, where `place` says that it stands."""
-    experiment, mesh, traces = run.experiment, run.mesh, []
+def prepare(
+    run: Run, place: Place, trainable: Params, frozen: Params, before: Work | None = None
+) -> Work:
+    """All that a stage needs, where `place` says that it stands; `before`: what it had there, already compiled."""
+    experiment, mesh, traces = run.experiment, run.mesh, before.traces if before else []
     stage = experiment.stages[place.stage]
     system = stages.system_of(experiment, stage)
     rule = stages.optimizer(stage, trainable, run.layout.layer_axes)
@@ -143,8 +200,9 @@ def prepare(run: Run, place: Place, trainable: Params, frozen: Params) -> Work:
         step = jax.device_put(np.int32(place.step), state.step.sharding)
         state = stages.State(step, trainable, place.optimiser)
     key = jax.random.fold_in(jax.random.key(experiment.seed), place.stage + 1)
-    step = stages.make_step(system, stage, rule, key, state, mesh, traces)
-    stream = _batches(experiment, stage, run.batches)
+    step = before.step if before else None
+    step = step or stages.make_step(system, stage, rule, key, state, mesh, traces)
+    stream = _batches(experiment, stage, run.batches, run.workdir, mesh)
     if place.data is not None:
         stream.restore(place.data)
     if experiment.run.cache_features:
@@ -159,47 +217,65 @@ def prepare(run: Run, place: Place, trainable: Params, frozen: Params) -> Work:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """One update that was sent off: its number, its batch, and its metrics, which may still be on their way."""
+    """One update that was sent off, and its metrics, which may still be on their way.
+
+    `number` counts in its stage, `count` from the first stage on; `position` is the place in the data behind it,
+    where the run may have to go on there.
+    """
 
     number: int
+    count: int
     batch: Batch
+    position: Any
     metrics: dict[str, Any]
 
 
 def updates(run: Run, work: Work, entry: Entry) -> stages.State:
     """The updates of a stage that are left, counted in `entry`."""
-    every, stage, state, traces = run.experiment.run, work.stage, work.state, work.traces
+    every, stage, state, clock = run.experiment.run, work.stage, work.state, run.clock
+    earlier = start.updates_before(run.experiment, work.place.stage)
     run.journal.begin(stage.name, stage.steps, work.place.step)
-    clock, last, sent = Clock(entry.seconds), dataclasses.asdict(entry), collections.deque()
+    sent: collections.deque = collections.deque()
     done = saved = work.place.step
-    while done < stage.steps and not run.stop.heard:
-        with clock("data"):
-            batch = next(work.stream)
-        began, known = time.perf_counter(), len(traces)
-        state, metrics = work.step(state, work.frozen, sharding.put_batch(batch, run.mesh))
-        clock.add("step" if len(traces) == known else "compile", time.perf_counter() - began)
-        entry.compilations += len(traces) - known
+    told = Told()
+    while done < stage.steps and not run.stop.asked():
+        run.watch.alive()
+        clock.turn("data")
+        batch = next(work.stream)
+        clock.turn("step")
+        most, known = refused.most(entry, every, done + 1), len(work.traces)
+        state, metrics = work.step(state, work.frozen, sharding.put_batch(batch, run.mesh), most)
+        if len(work.traces) > known:
+            clock.turn("step", was="compile")
+        entry.compilations += len(work.traces) - known
         done += 1
-        sent.append(Update(done, batch, metrics))
+        behind = work.stream.position() if every.on_bad_update == "rewind" else None
+        sent.append(Update(done, earlier + done, batch, behind, metrics))
         logs = done in (1, stage.steps) or is_due(done, every.log_every)
         saves = done < stage.steps and is_due(done, every.save_every)
-        with clock("step"):  # one update stays on its way, so that the device never waits for us
-            settle(run, work, sent, entry, 0 if logs or saves or run.stop.heard else 1)
+        # One update stays on its way, so that the device never waits for us.
+        settle(run, work, sent, entry, 0 if logs or saves else 1)
         run.journal.advance(done)
+        clock.turn("log")
+        told.count(entry, work.stream, run.steps)
         if logs:
-            run.journal.line(line(run, work, entry, last, done, metrics), stage.steps)
-            last = dataclasses.asdict(entry)
+            told.records(entry, work.stream)
+            run.journal.line(line(run, work, entry, done, metrics), stage.steps)
             run.steps.check()
         if saves:
-            with clock("save"):
-                save(run, work, done, state, entry)
+            clock.turn("save")
+            save(run, work, done, state, entry)
             saved = done
+    clock.turn("step")
     settle(run, work, sent, entry, 0)
-    if run.stop.heard and done < stage.steps:
+    if run.stop.heard is not None and done < stage.steps:
+        clock.turn("save")
         if done > saved:
             save(run, work, done, state, entry)
         run.steps.wait()
-        run.stop.leave(run.journal, start.words(run.experiment, work.place.stage, done))
+        where = start.words(run.experiment, work.place.stage, done)
+        run.journal.say(f"stopped and saved at {where}; the same command goes on from there")
+        run.stop.leave()
     return state
 
 
@@ -207,107 +283,82 @@ def is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
+class Told:
+    """What a stream and the saving have done by themselves, brought into an entry as it grows."""
+
+    def __init__(self):
+        self.made = self.bad = 0.0
+
+    def count(self, entry: Entry, stream: Any, steps: checkpoints.Steps) -> None:
+        made = getattr(stream, "made_seconds", 0.0)
+        for part, seconds in (("data", made - self.made), ("save", steps.finished())):
+            entry.behind[part] = entry.behind.get(part, 0.0) + seconds
+        self.made = made
+
+    def records(self, entry: Entry, stream: Any) -> None:
+        """Records that were replaced, of all processes; each must call this as often as the others."""
+        (bad,) = distributed.sum_of(getattr(stream, "bad", 0))
+        entry.bad_records, self.bad = entry.bad_records + int(bad - self.bad), bad
+
+
 def settle(run: Run, work: Work, sent: collections.deque, entry: Entry, leave: int) -> None:
-    """Wait for all but the last `leave` updates sent, and count them. Raises UserError at one that is not finite."""
+    """Wait for all but the last `leave` updates sent, and count them; see `refused.met` for those not accepted."""
     while len(sent) > leave:
         update = sent.popleft()
-        metrics = {name: update.metrics[name] for name in ("finite", "loss", "grad_norm")}
+        metrics = {name: update.metrics[name] for name in ("accepted", "loss", "grad_norm")}
         metrics = jax.device_get(metrics)
-        if not metrics["finite"]:
-            refuse(run, work, update, float(metrics["loss"]), float(metrics["grad_norm"]))
-        batch, processes = update.batch, jax.process_count()
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        if not metrics["accepted"]:
+            every, name = run.experiment.run, work.stream.name
+            refused.met(run.workdir, every, entry, update, name, loss, norm)
+            continue
+        batch, shares = update.batch, sharding.share(run.mesh)[1]
         tokens = int(np.sum(batch.prompt_mask_BL) + np.sum(batch.target_mask_BM))
-        entry.add(float(metrics["loss"]), len(batch.record_B) * processes, tokens * processes)
+        entry.add(loss, len(batch.record_B) * shares, tokens * shares)
 
 
-def refuse(run: Run, work: Work, update: Update, loss: float, norm: float) -> None:
-    """Keep the batch of an update that came out infinite or NaN, and raise UserError about it."""
-    path = run.workdir / f"not_finite_{start.file_name(work.stage.name)}_{update.number}.npz"
-    pairs = jax.tree_util.tree_flatten_with_path(update.batch)[0]
-    arrays = {
-        jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in pairs
-    }
-    with path.with_suffix(".tmp").open("wb") as file:
-        np.savez(file, **arrays)
-    path.with_suffix(".tmp").replace(path)
-    records = [
-        f"{record} ({work.stream.name(record)})"
-        for record in sorted(set(update.batch.record_B.tolist()))
-    ]
-    raise UserError(
-        f"stage {work.stage.name!r}, step {update.number}: the loss is {loss:g} and the norm of its gradient {norm:g}, "
-        f"on records {', '.join(records)}; the batch is kept in {path}, the checkpoints before it are good: look at "
-        "these records or lower the learning rate"
-    )
+def line(run: Run, work: Work, entry: Entry, done: int, metrics: dict) -> dict[str, Any]:
+    """The line of metrics of an update; rates and seconds are those since the line before.
 
-
-def line(
-    run: Run, work: Work, entry: Entry, last: dict, done: int, metrics: dict
-) -> dict[str, Any]:
-    """The line of metrics of an update; rates and seconds are those since `last`, the entry at the last line."""
+    An update that was not accepted has none of the system's metrics.
+    """
+    last = entry.logged or {"seconds": {}, "images": 0, "tokens": 0}
     seconds = {
         part: value - last["seconds"].get(part, 0.0) for part, value in entry.seconds.items()
     }
     busy = max(seconds.get("step", 0.0) + seconds.get("data", 0.0), 1e-9)
-    values = {
-        name: float(value) for name, value in jax.device_get(metrics).items() if name != "finite"
-    }
+    values = jax.device_get(metrics)
+    accepted = values.pop("accepted")
+    counts = {name: getattr(entry, name) for name in ("skipped", "rewinds", "bad_records")}
+    images, tokens = entry.images - last["images"], entry.tokens - last["tokens"]
+    entry.logged = {
+        "seconds": dict(entry.seconds), "images": entry.images, "tokens": entry.tokens
+    }  # fmt: skip
     return {
         "stage": entry.name,
         "step": done,
         "update": start.updates_before(run.experiment, work.place.stage) + done,
-        **values,
-        "images_per_second": (entry.images - last["images"]) / busy,
-        "tokens_per_second": (entry.tokens - last["tokens"]) / busy,
-        "seconds": {part: round(value, 6) for part, value in seconds.items()},
+        **({name: float(value) for name, value in values.items()} if accepted else {}),
+        "learning_rate": float(values["learning_rate"]),
+        **{name: count for name, count in counts.items() if count},
+        "images_per_second": images / busy,
+        "tokens_per_second": tokens / busy,
+        "seconds": {part: round(value, 6) for part, value in seconds.items() if value},
     }
 
 
 def save(run: Run, work: Work, done: int, state: stages.State, entry: Entry) -> None:
     """Begin to save where a stage stands; the frozen parameters are only pointed at."""
     place = work.place
+    entry.clock = time.time()
     meta = {
         "stage": place.stage,
         "step": done,
         "data": work.stream.position(),
         "seed": run.experiment.seed,
         "frozen": place.frozen,
-        "history": [*place.history, dataclasses.asdict(entry)],
+        "history": [*place.history[: place.stage], dataclasses.asdict(entry)],
         "score": [place.stage, entry.loss],
     }
     items = {"trainable": state.trainable, "optimiser": start.as_dict(state.optimiser)}
     run.steps.save(start.updates_before(run.experiment, place.stage) + done, items, meta)
-
-
-class Stop:
-    """SIGTERM and Ctrl-C as a note that the loop reads: `with Stop() as stop: ... if stop.heard: ...`.
-
-    A second one acts at once, as it would without us.
-    """
-
-    def __init__(self):
-        self.heard: int | None = None
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self.before = {
-                number: signal.signal(number, self.note)
-                for number in (signal.SIGTERM, signal.SIGINT)
-            }
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, _) -> None:
-        self.heard = number
-        signal.signal(number, self.before[number])
-
-    def leave(self, journal: Journal, where: str) -> None:
-        """End the run, whose state is on disk: code 0 after SIGTERM, KeyboardInterrupt after Ctrl-C."""
-        journal.say(f"stopped and saved at {where}; the same command goes on from there")
-        if self.heard == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(0)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,6 +24,8 @@ from lionjax.config import Experiment, Stage
 from lionjax.interfaces import Array, Batch, Params, System, UserError, pytree
 
 log = logging.getLogger(__name__)
+
+ANY_LOSS = np.float32(np.inf)
 
 
 @pytree
@@ -193,17 +196,18 @@ def make_step(
     state: State,
     mesh: Mesh,
     traces: list,
-) -> Callable[[State, Params, Batch], tuple[State, dict[str, Array]]]:
-    """One compiled update: (state, frozen, batch) -> (state, metrics). The old state's memory is reused.
+) -> Callable[..., tuple[State, dict[str, Array]]]:
+    """One compiled update: (state, frozen, batch, most) -> (state, metrics). The old state's memory is reused.
 
-    Metrics: the system's own and loss, grad_norm, learning_rate, finite. Where the loss or the
-    gradient's norm is not finite, parameters and optimiser stay as they were. `key` is the stage's;
+    Metrics: the system's own and loss, grad_norm, learning_rate, accepted. Where the loss or the
+    gradient's norm is not finite, or the loss above `most` (none, if left out), parameters and
+    optimiser stay as they were and the update is not accepted. `key` is the stage's;
     dropout follows from it and the step alone, so a resumed run draws the same. `state` tells where
     the new state lies: where the old one does. `traces` grows by one with each compilation.
     """
     rate = schedule(stage)
 
-    def step(state: State, frozen: Params, batch: Batch):
+    def step(state: State, frozen: Params, batch: Batch, most: Array = ANY_LOSS):
         traces.append(jax.tree.map(jnp.shape, batch))
 
         def loss(trainable, piece, key):
@@ -217,14 +221,15 @@ def make_step(
         updates, moved = optimiser.update(grads, state.optimiser, state.trainable)
         new = State(state.step + 1, optax.apply_updates(state.trainable, updates), moved)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        accepted = finite & (metrics["loss"] <= most)
         old = dataclasses.replace(state, step=new.step)
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        kept = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
         learning_rate = jnp.asarray(rate(state.step), jnp.float32)
         return kept, {
             **metrics,
             "grad_norm": norm,
             "learning_rate": learning_rate,
-            "finite": finite,
+            "accepted": accepted,
         }
 
     where = jax.tree.map(lambda leaf: leaf.sharding, state)

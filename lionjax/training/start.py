@@ -21,7 +21,7 @@ from lionjax import params as trees
 from lionjax.config import Experiment
 from lionjax.convert_files import open_weights
 from lionjax.interfaces import Batch, Params, UserError
-from lionjax.training import checkpoints, journal, stages
+from lionjax.training import checkpoints, distributed, journal, stages
 from lionjax.training.checkpoints import Damaged
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ FREE = (
     r"name",
     r"mesh\..*",
     r"run\.(log_every|save_every|evaluate_every|evaluate_limit|keep|cache_features|cache_gib)",
+    # One who meets a bad update may mend the run by these.
+    r"run\.(on_bad_update|spike|bad_updates|stuck_seconds)",
     r"answer\..*",
     r"data\.(threads|workers|buffer|cache_mib|quarantine)",
 )
@@ -82,7 +84,7 @@ def alone(workdir: Path) -> Iterator[None]:
         ) from error
     with file:
         try:
-            if jax.process_index() == 0:
+            if distributed.first():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
@@ -93,6 +95,8 @@ def alone(workdir: Path) -> Iterator[None]:
 
 def claim(workdir: Path, experiment: Experiment) -> None:
     """Write the config into a folder without weights, or check that the folder was made by the same one.
+
+    What a killed run left half-written is removed.
 
     Fields that do not change what is computed (`FREE`) may differ, so that a run can go on, say, on another mesh.
     Raises UserError that lists the others that differ.
@@ -116,8 +120,15 @@ def claim(workdir: Path, experiment: Experiment) -> None:
             )
         for name in sorted(free):
             log.info("%s goes on with %s %r -> %r", workdir, name, *changes[name])
-    if jax.process_index() == 0:
+    if distributed.first():
         journal.replace_text(path, text)
+        checkpoints.clean(workdir)
+    distributed.meet("claimed")
+    if not path.is_file() or path.read_text() != text:
+        raise UserError(
+            f"process {jax.process_index()} does not see in {workdir} what process 0 wrote there; all processes need "
+            "the same config and one folder that all hosts share"
+        )
 
 
 # First parameters
@@ -172,6 +183,7 @@ def first_parameters(
         return trees.unflatten({path: leaf for path, leaf in flat.items() if path not in loaded})
 
     key = jax.random.key(experiment.seed)
+    example = jax.tree.map(np.zeros_like, example)  # every process has rows of its own
     fresh = trees.flatten(sharding.init(rest, key, example, mesh=layout.mesh))
     flat = {
         path: loaded.get(path, fresh.get(path)).astype(leaf.dtype) for path, leaf in wanted.items()

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two and four real processes train as one: the same numbers, the same end, and the same going on after it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy
+
+from lionjax import sharding
+from lionjax.interfaces import UserError
+from lionjax.training import checkpoints, distributed
+
+HERE = Path(__file__).resolve().parent
+STEPS = "steps=15"
+LATE = 90  # seconds, on a machine that does other things as well
+
+
+def begin(workdir, count, *fields, program=("toy.py",), **variables):
+    """Processes that train the toy in a folder as one, each with one device."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent), "LIONJAX_HEARTBEAT_SECONDS": "10"}
+    if count > 1:
+        told |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+    words = [sys.executable, str(HERE / program[0]), *program[1:], str(workdir), STEPS, *fields]
+    return [
+        subprocess.Popen(
+            words,
+            env=os.environ | told | ({"JAX_PROCESS_ID": str(number)} if count > 1 else {}) | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+
+
+def ends(processes, code=0):
+    """What each process wrote: (stdout, stderr). All of them must end with this code."""
+    wrote = [process.communicate(timeout=LATE) for process in processes]
+    if code is not None:
+        assert [process.returncode for process in processes] == [code] * len(processes), wrote
+    return wrote
+
+
+def whole_run(workdir, count):
+    wrote = ends(begin(workdir, count))
+    assert [out != "" for out, _ in wrote] == [True] + [False] * (count - 1)  # process 0 speaks for all
+    return json.loads(wrote[0][0].splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone")
+    return workdir, whole_run(workdir, 1)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two")
+    return workdir, whole_run(workdir, 2)
+
+
+def updates_in(workdir):
+    path = workdir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def wait_for_updates(workdir, number, processes):
+    ended = time.monotonic() + LATE
+    while updates_in(workdir) < number and time.monotonic() < ended:
+        assert all(process.poll() is None for process in processes), ends(processes, None)
+        time.sleep(0.01)
+
+
+def losses(workdir):
+    lines = toy.lines(workdir)
+    assert [line["update"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def stream(workdir):
+    """{(stage, place): record} of all that was delivered, by whichever process; none may differ when made again."""
+    found = {}
+    for line in (workdir / "seen.jsonl").read_text().splitlines():
+        stage, first, records = json.loads(line)
+        for place, record in enumerate(records, first):
+            assert found.setdefault((stage, place), record) == record
+    return found
+
+
+def test_two_and_four_processes_train_as_one_does(tmp_path, alone, two):
+    whole_run(tmp_path, 4)
+    expected = losses(alone[0])
+    assert len(expected) == 30
+    for workdir in (two[0], tmp_path):
+        np.testing.assert_allclose(losses(workdir), expected, rtol=1e-4)
+        assert stream(workdir) == stream(alone[0])
+        report = json.loads((workdir / "report.json").read_text())
+        assert [stage["frozen_unchanged"] for stage in report["stages"]] == [True, True]
+
+
+def test_sigterm_to_one_of_them_saves_all_at_one_step_and_ends_all_with_0(tmp_path, two):
+    for whom, update in ((1, 3), (0, 18)):
+        processes = begin(tmp_path, 2, "save_every=1000")
+        wait_for_updates(tmp_path, update, processes)
+        processes[whom].send_signal(signal.SIGTERM)
+        wrote = ends(processes, 0)
+        assert "stopped and saved at stage" in wrote[0][1] and "stopped" not in wrote[1][1]
+        assert checkpoints.found_steps(tmp_path / "checkpoints")[0] == updates_in(tmp_path) < 30
+    assert json.loads(ends(begin(tmp_path, 2, "save_every=1000"))[0][0].splitlines()[-1]) == two[1]
+    assert toy.lines(tmp_path) == toy.lines(two[0])
+
+
+@pytest.mark.parametrize("whom", [0, 1])
+def test_kill_9_of_one_ends_the_others_and_the_restart_differs_in_no_bit(tmp_path, two, whom):
+    processes = begin(tmp_path, 2)
+    wait_for_updates(tmp_path, 5, processes)
+    processes[whom].kill()
+    ends(processes, None)
+    assert processes[whom].returncode == -signal.SIGKILL and processes[1 - whom].returncode not in (0, None)
+    assert updates_in(tmp_path) < 30
+    assert whole_run(tmp_path, 2) == two[1]
+    assert toy.lines(tmp_path) == toy.lines(two[0]) and stream(tmp_path) == stream(two[0])
+
+
+def test_another_number_of_processes_goes_on_with_the_same_stream(tmp_path, alone):
+    for count, update in ((2, 4), (4, 17)):
+        processes = begin(tmp_path, count, "save_every=1000")
+        wait_for_updates(tmp_path, update, processes)
+        processes[-1].send_signal(signal.SIGTERM)
+        ends(processes, 0)
+    whole_run(tmp_path, 1)
+    np.testing.assert_allclose(losses(tmp_path), losses(alone[0]), rtol=1e-4)
+    assert stream(tmp_path) == stream(alone[0])
+
+
+def test_a_checkpoint_that_is_damaged_is_put_aside_by_all(tmp_path, two):
+    processes = begin(tmp_path, 2)
+    wait_for_updates(tmp_path, 9, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    ends(processes, 0)
+    newest = tmp_path / "checkpoints" / str(checkpoints.found_steps(tmp_path / "checkpoints")[0])
+    for file in (newest / "trainable").rglob("d/*"):
+        file.write_bytes(bytes(255 - byte for byte in file.read_bytes()))
+    assert whole_run(tmp_path, 2) == two[1]
+    assert toy.lines(tmp_path) == toy.lines(two[0])
+    assert [path.name.startswith("checkpoints_") for path in (tmp_path / "quarantined").glob("*/")] == [True]
+
+
+def test_a_process_that_hangs_ends_them_all_with_the_stacks_of_where(tmp_path):
+    wrote = ends(begin(tmp_path, 2, "hang=4", "stuck_seconds=20"), 1)
+    assert "Timeout" in wrote[1][1] and "in __next__" in wrote[1][1]
+    assert updates_in(tmp_path) == 3  # the fourth is on its way
+
+
+def test_a_process_that_fails_alone_says_why_and_ends_the_others(tmp_path):
+    processes = begin(tmp_path, 2, "poison=5")
+    wrote = ends(processes, 2)
+    assert all("the loss is nan" in said and f"process {i} of 2" in said for i, (_, said) in enumerate(wrote))
+    assert len(list(tmp_path.glob("not_finite_one_*_process*.npz"))) == 2
+
+
+def test_a_host_that_is_missing_is_said_in_one_sentence(tmp_path):
+    began = time.monotonic()
+    (first,) = begin(tmp_path, 1, JAX_COORDINATOR_ADDRESS="127.0.0.1:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1",
+                     LIONJAX_JOIN_SECONDS="2")  # fmt: skip
+    ((_, said),) = ends([first], 2)
+    assert "after 2 s not all processes of this run had met at JAX_COORDINATOR_ADDRESS=127.0.0.1:1" in said
+    assert "every host" in said and time.monotonic() - began < LATE
+
+
+def test_variables_that_make_no_sense_are_one_sentence(monkeypatch):
+    cases = (
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}, "must lie in 0..1"),
+        ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, "whole number"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "host"}, "HOST:PORT"),
+    )
+    for variables, sentence in cases:
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            with pytest.raises(UserError, match=sentence):
+                distributed.given_place()
+
+
+class Device:
+    """A stand-in for a device of one of several processes."""
+
+    def __init__(self, process):
+        self.process_index = process
+
+
+@pytest.mark.parametrize(
+    ("shape", "of_process", "expected"),
+    [
+        ((1, 4, 1, 1), lambda i: i // 2, (0, 2)),  # two hosts, each half of the batch
+        ((1, 2, 1, 2), lambda i: i % 2, (0, 1)),  # the tensor axis spans hosts: both read all
+        ((2, 2, 1, 2), lambda i: i // 2, (0, 4)),
+        ((1, 1, 1, 4), lambda i: i // 2, (0, 1)),
+    ],
+)
+def test_processes_whose_devices_hold_the_same_rows_read_the_same(shape, of_process, expected):
+    class Mesh:
+        axis_names = sharding.MESH_AXES
+        devices = np.array([Device(of_process(i)) for i in range(int(np.prod(shape)))]).reshape(shape)
+
+    assert sharding.share(Mesh()) == expected
+
+
+def test_a_mesh_that_cuts_a_batch_unevenly_is_refused():
+    class Mesh:
+        axis_names = sharding.MESH_AXES
+        shape = dict(zip(sharding.MESH_AXES, (1, 4, 1, 1)))
+        devices = np.array([Device(i) for i in (0, 0, 0, 1)]).reshape(1, 4, 1, 1)
+
+    with pytest.raises(UserError, match="unevenly among 2 processes"):
+        sharding.share(Mesh())

@@ -17,6 +17,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--mesh", metavar="A=N,B=N", default="", help="of orbax: fsdp=4,tensor=2")
     verb.add_argument("--system", metavar="NAME", help="the kind of model, where SRC does not say")
     verb.add_argument("--adapter", metavar="DIR", help="a LoRA for SRC, as PEFT writes it")
+    verb.add_argument("--base", metavar="DIR", help="the LLaMA from which SRC is a difference")
     verb.add_argument("--add-words", metavar="A,B", default="", help="new words for its vocabulary")
     verb.add_argument("--vocab-multiple", metavar="N", type=int, default=1, help="fill it to that")
     verb.add_argument("--image-size", metavar="N", type=int, help="resample positions to that")
@@ -28,6 +29,7 @@ def convert(given: argparse.Namespace) -> None:
     """`lionjax convert`. Raises UserError for all that does not fit."""
     from lionjax import model
     from lionjax.convert import Wanted, convert, load_params
+    from lionjax.interfaces import UserError
 
     if given.to == "orbax":
         _to_orbax(given)
@@ -38,6 +40,9 @@ def convert(given: argparse.Namespace) -> None:
     words = tuple(word for word in given.add_words.split(",") if word)
     wanted = Wanted(words, given.vocab_multiple, given.image_size)
     more = {"adapter": given.adapter, "merge_lora": given.merge_lora, "wanted": wanted}
+    if given.base and given.verify:
+        raise UserError("a difference runs nowhere; write it --to torch when it is added, and --verify that")
+    more |= {"base": given.base}
     print(convert(given.src, given.dst, given.to, given.system, **more))
     if given.verify:
         ours, theirs = given.src, given.dst
@@ -54,6 +59,7 @@ def _to_orbax(given: argparse.Namespace) -> None:
 
     odd = {
         "--adapter": given.adapter,
+        "--base": given.base,
         "--add-words": given.add_words,
         "--vocab-multiple": given.vocab_multiple > 1,
         "--image-size": given.image_size,

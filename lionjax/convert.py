@@ -110,30 +110,37 @@ def convert(
     adapter: str | Path | None = None,
     merge_lora: bool = False,
     wanted: Wanted = Wanted(),
+    base: str | Path | None = None,
 ) -> Coverage:
     """A folder into a folder, a tensor at a time: `to` "jax" (our names) or "torch" (the original's).
 
     `system` names the kind of model where the source does not say it; `adapter` is a folder of PEFT's with a LoRA for
-    it; `wanted` changes tables; all three on the way in. On the way to torch a LoRA is written into a folder
-    `adapter`, or merged into its matrices. The new folder appears when it is complete. Raises UserError, in words, for
-    everything that does not fit.
+    it; `base` is the model from which the source is a difference; `wanted` changes tables; all four on the way in. On
+    the way to torch a LoRA is written into a folder `adapter`, or merged into its matrices. The new folder appears when
+    it is complete. Raises UserError, in words, for everything that does not fit.
     """
     start = time.perf_counter()
     if to not in ("jax", "torch"):
         raise UserError(f"to is {to!r}; it can be 'jax' or 'torch'")
     if merge_lora and to == "jax":
         raise UserError("a LoRA is merged on the way to torch; here it stays beside its matrices")
-    if to == "torch" and (adapter is not None or wanted != Wanted()):
-        raise UserError("adapters, words and picture sizes are added on the way to jax")
+    extra = adapter is not None or base is not None or wanted != Wanted()
+    if to == "torch" and extra:
+        raise UserError("bases, adapters, words and picture sizes are added on the way to jax")
     stored = convert_orbax.holds_checkpoint(Path(src))
     if stored:
         convert_orbax.return_freed_memory()
     if to == "jax" and stored:
-        if adapter is not None or wanted != Wanted():
-            raise UserError("adapters, words and picture sizes are added to an original's weights")
+        if extra:
+            raise UserError(
+                "bases, adapters, words and picture sizes go with an original's weights"
+            )
         coverage = _convert_stored(Path(src), Path(dst), shard_bytes)
     elif to == "jax":
-        coverage = _convert_in(Path(src), Path(dst), system, shard_bytes, adapter, wanted)
+        source = convert_systems.open_source(
+            Path(src), system, adapter and Path(adapter), base and Path(base)
+        )
+        coverage = _convert_in(source, Path(dst), shard_bytes, wanted)
     else:
         coverage = _convert_out(Path(src), Path(dst), shard_bytes, merge_lora)
     coverage.seconds = time.perf_counter() - start
@@ -143,9 +150,8 @@ def convert(
 
 
 def _convert_in(
-    src: Path, dst: Path, system: str | None, shard_bytes: int, adapter, wanted: Wanted
+    source: convert_systems.Source, dst: Path, shard_bytes: int, wanted: Wanted
 ) -> Coverage:
-    source = convert_systems.open_source(src, system, adapter and Path(adapter))
     plan = _plan_in(source)
     coverage = coverage_of(source.kind, plan, source.tensors)
     for name, others in source.copied.items():
@@ -155,7 +161,7 @@ def _convert_in(
     config = _with_system(source.config, surgery.config)
 
     def done(name, array):
-        if has_nan(array):
+        if has_nan(np.asarray(array)):
             coverage.nan.append(name)
         source.tensors.forget(name, array)
 

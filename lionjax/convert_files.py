@@ -115,10 +115,12 @@ class Tensors(Mapping):
         Without this a conversion seems to hold every byte it has read.
         """
         array = self.arrays[name] if array is None else array
-        if name in self.mapped and array.nbytes and hasattr(mmap, "MADV_DONTNEED"):
-            address = array.__array_interface__["data"][0]
+        if name not in self.mapped or not array.nbytes or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for part in getattr(array, "parts", (array,)):
+            address = part.__array_interface__["data"][0]
             begin = address - address % mmap.PAGESIZE
-            size = ctypes.c_size_t(address + array.nbytes - begin)
+            size = ctypes.c_size_t(address + part.nbytes - begin)
             ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), size, mmap.MADV_DONTNEED)
 
 

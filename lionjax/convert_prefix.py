@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA, BLIP-2 and InstructBLIP as published: Hugging Face's folders, LLaVA's own, and the parts that LAVIS takes."""
+"""LLaVA, BLIP-2 and InstructBLIP as published: Hugging Face's folders, and LLaVA's own files."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lionjax import config as configs
-from lionjax.convert_files import TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.convert_files import Tensors, open_weights
 from lionjax.convert_published import LLAMA, OPT, T5, Published, read_settings, refuse_unless
-from lionjax.convert_towers import CLIP, EVA_IGNORES
+from lionjax.convert_towers import CLIP, LAVIS_IGNORES
 from lionjax.interfaces import Batch, Params, UserError
 
 # What transformers means where a folder's config.json says nothing of its language model's sizes.
@@ -44,7 +44,7 @@ LLAVA_SPELLINGS = (  # in the memory of newer versions, in files they write, in 
 )
 
 
-def _language(s: dict, default: str) -> Any:
+def language_in(s: dict, default: str) -> Any:
     kind = s.get("model_type", default)
     refuse_unless(kind in LANGUAGES, f"a language model of type {kind!r}", ", ".join(LANGUAGES))
     published, sizes = LANGUAGES[kind]
@@ -88,7 +88,7 @@ def _llava_config(s: dict) -> Any:
     refuse_unless(isinstance(layer, int), f"vision_feature_layer {layer}", "a single layer")
     vision = CLIP.config(s.get("vision_config") or CLIP_336)
     return Prefix(
-        vision, _language(s["text_config"], "llama"),
+        vision, language_in(s["text_config"], "llama"),
         feature_layer=layer if layer < 0 else layer - vision.depth - 1,
         class_token=s.get("vision_feature_select_strategy", "default") == "full",
         image_token=s.get("image_token_index", s.get("image_token_id", 32000)), in_front=False,
@@ -111,9 +111,9 @@ def _own_llava_config(s: dict) -> Any:
     )  # fmt: skip
 
 
-OWN_IMAGE_TOKEN = (
-    -200
-)  # what LLaVA's code writes into a prompt for a picture; no word of any vocabulary
+# What LLaVA's code writes into a prompt for a picture; no word of any vocabulary.
+OWN_IMAGE_TOKEN = -200
+WORDS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def _llava_settings(c: Any) -> dict:
@@ -158,23 +158,52 @@ def _own_llava_settings(c: Any) -> dict:
     return LLAMA.settings(c.language) | own
 
 
+OWN_TOWER = "model.vision_tower.vision_tower."
+
+
 def _llava_tensors(c: Any, tensors: Tensors, folder: Path) -> Tensors:
-    """One spelling of many; and CLIP from a folder of its own, where the file holds only what was trained."""
+    """One spelling of many; and what the file leaves to others, as it holds only what was trained: CLIP, and LLaMA."""
     if c.names == "hugging_face":
         return tensors.respelled(*LLAVA_SPELLINGS)
-    tower = "model.vision_tower.vision_tower."
-    if any(name.startswith(tower) for name in tensors):
+    if not any(name.startswith("model.layers.") for name in tensors):
+        tensors = projector_on(tensors, open_weights(_beside(folder, LLAMA, "language model")))
+    if any(name.startswith(OWN_TOWER) for name in tensors):
         return tensors
-    towers = [f.parent for f in sorted(folder.glob("*/config.json"))
-              if read_settings(f).get("model_type") in CLIP.model_types]  # fmt: skip
-    if len(towers) != 1:
-        raise UserError(
-            f"{folder} holds no vision tower; put the folder of its CLIP (config.json and weights) inside it"
-        )
-    clip = open_weights(towers[0])
+    clip = open_weights(_beside(folder, CLIP, "vision tower"))
     if not any(name.startswith(CLIP.base) for name in clip):
         clip = clip.under(CLIP.base)
-    return tensors | clip.under(tower)
+    return tensors | clip.under(OWN_TOWER)
+
+
+def _beside(folder: Path, kind: Published, what: str) -> Path:
+    """The one folder of a kind inside another."""
+    found = [f.parent for f in sorted(folder.glob("*/config.json"))
+             if read_settings(f).get("model_type") in kind.model_types]  # fmt: skip
+    if len(found) != 1:
+        raise UserError(
+            f"{folder} holds no {what}; put the folder of its {kind.name} (config.json and weights) inside it"
+        )
+    return found[0]
+
+
+def projector_on(trained: Tensors, language: Tensors) -> Tensors:
+    """LLaVA's mm_projector.bin with its language model. Where it holds a word table, new words were trained with it.
+
+    As LLaVA's code does it: their rows are the last of that table, and in the head the mean of all others.
+    """
+    if WORDS not in trained:
+        return trained | language
+    words, table, head = trained[WORDS], language[WORDS], language[HEAD]
+    # A table with all words in it, or one of the new alone.
+    new = len(words) - len(table) if len(words) > len(table) else len(words)
+    arrays = {name: array for name, array in trained.items() if name != WORDS}
+    arrays |= {name: array for name, array in language.items() if name not in (WORDS, HEAD)}
+    arrays[WORDS] = np.concatenate([table, words[len(words) - new :].astype(table.dtype)])
+    mean = head.mean(0, dtype=np.float32).astype(head.dtype)
+    arrays[HEAD] = np.concatenate([head, np.broadcast_to(mean, (new, *mean.shape))])
+    made = Tensors(arrays, trained.sources + language.sources, trained.left | language.left)
+    made.mapped = (trained.mapped | language.mapped) - {WORDS, HEAD}
+    return made
 
 
 # BLIP-2 and InstructBLIP
@@ -196,7 +225,7 @@ def _blip_config(s: dict, text: bool) -> Any:
             v.get("image_size", 224), v.get("patch_size", 14), width, v.get("num_hidden_layers", 39),
             v.get("num_attention_heads", 16), v.get("intermediate_size", 6144), eps, act,
         ),
-        _language(s.get("text_config") or {}, "opt"),
+        language_in(s.get("text_config") or {}, "opt"),
         QFormerConfig(
             q.get("hidden_size", 768), q.get("num_hidden_layers", 12), q.get("num_attention_heads", 12),
             q.get("intermediate_size", 3072), s.get("num_query_tokens", 32), q.get("cross_attention_frequency", 2),
@@ -247,83 +276,6 @@ def _blip_settings(c: Any) -> dict:
     return settings | ({} if c.image_token is None else {"image_token_index": c.image_token})
 
 
-# LAVIS: what was trained, with eva_vit_g.pth and the language model's folder beside it
-
-LAVIS_FILE = re.compile(r"(blip2|instruct_?blip|.*minigpt4).*", re.IGNORECASE)
-LAVIS_WORDS = {
-    "t5": "t5",
-    "opt": "opt",
-    "llm": "llama",
-    "llama": "llama",
-}  # its word -> the language model's type
-
-
-def lavis_files(folder: Path) -> list[Path]:
-    """What LAVIS has trained in a folder: one file, or MiniGPT-4's and behind it the BLIP-2 that it builds on."""
-    files = [f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES and LAVIS_FILE.match(f.name)]
-    files.sort(key=lambda file: "minigpt4" not in file.name.lower())
-    built_on = len(files) == 2 and ["minigpt4" in f.name.lower() for f in files] == [True, False]
-    return files if len(files) == 1 or built_on else []
-
-
-def _trained(files: list[Path]) -> Tensors:
-    """The trained tensors; of a BLIP-2 that another file builds on, its Q-Former without its language model."""
-    trained = open_weights(files[0])
-    for file in files[1:]:
-        base = open_weights(file)
-        other = re.compile(rf"({'|'.join(LAVIS_WORDS)})_(proj|model)\..*")
-        unused = {
-            n: "of the language model that it was trained with" for n in base if other.match(n)
-        }
-        unused |= {n: f"{files[0].name} has its own" for n in base if n in trained}
-        kept = {n: w for n, w in base.items() if n not in unused}
-        trained = trained | Tensors(kept, base.sources, base.left | unused)
-    return trained
-
-
-def open_lavis(folder: Path) -> tuple[Published, Any, Tensors, Path]:
-    """(kind, config, tensors, folder of the language model) of LAVIS's parts in one folder."""
-    trained = _trained(lavis_files(folder))
-    word = next((w for w in LAVIS_WORDS if f"{w}_proj.weight" in trained), None)
-    settings = {f.parent: read_settings(f) for f in sorted(folder.glob("*/config.json"))}
-    towers = [f for f, s in settings.items() if s.get("model_type") == LAVIS_WORDS.get(word)]
-    seen = any(name.startswith("visual_encoder.") for name in trained)
-    if word is None or len(towers) != 1 or not (seen or (folder / "eva_vit_g.pth").is_file()):
-        raise UserError(
-            f"{folder} wants the parts of a BLIP-2 or InstructBLIP: the trained file, with a projection into a "
-            "language model; that model's folder; and eva_vit_g.pth, unless the trained file holds the tower"
-        )
-    tensors = trained
-    if not any(name.startswith(f"{word}_model.") for name in trained):
-        tensors = tensors | open_weights(towers[0]).under(f"{word}_model.")
-    if not seen:
-        tensors = tensors | open_weights(folder / "eva_vit_g.pth").under("visual_encoder.")
-    config = _lavis_config(_language(settings[towers[0]], word), tensors)
-    return (INSTRUCTBLIP if config.qformer.text else BLIP2), config, tensors, towers[0]
-
-
-def _lavis_config(language: Any, tensors: Tensors) -> Any:
-    """The released sizes around this language model, and the pixels that the file's positions are for."""
-    from lionjax.bridges import qformer
-    from lionjax.systems.prefix import Prefix
-    from lionjax.vision import vit
-
-    words = tensors.get("Qformer.bert.embeddings.word_embeddings.weight")
-    bridge = dataclasses.replace(qformer.QFormerConfig(), text=words is not None)
-    if words is not None:
-        bridge = dataclasses.replace(bridge, vocab=words.shape[0])
-    tower, places = vit.EVA_VIT_G, tensors.get("visual_encoder.pos_embed")
-    if places is not None and places.ndim == 3:
-        side = round((places.shape[1] - 1) ** 0.5)
-        tower = dataclasses.replace(tower, image=tower.patch * side)
-    if type(language).__name__ == "T5Config":
-        language = dataclasses.replace(language, activation="gelu")
-    return Prefix(
-        tower, language, bridge, feature_layer=-1, class_token=True, vision_eps=1e-5, projector_depth=1,
-        image_token=None, names="original",
-    )  # fmt: skip
-
-
 def _whole_settings(settings: Callable[[Any], dict]) -> Callable[[Any], dict]:
     """Settings as Hugging Face's where the names are; else our own config, as nobody else has one."""
 
@@ -339,7 +291,7 @@ _IDS = r".*(vision_model\.embeddings|qformer\.embeddings)\.position_ids(?#they o
 _TURNS = r".*model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq(?#computed)"
 _UNUSED = r"(language_model|t5_model)\." + T5.ignore[0]
 _STAGE_1 = r"Qformer\.cls\..*|(vision_proj|text_proj|itm_head)\..*|temp(?#heads of its first stage)"
-_BLIP_IGNORES = (_IDS, _TURNS, _UNUSED, _STAGE_1, r"visual_encoder\." + EVA_IGNORES)
+_BLIP_IGNORES = (_IDS, _TURNS, _UNUSED, _STAGE_1, LAVIS_IGNORES)
 _COPIES = tuple(
     (f"{x}_model.lm_head.weight", f"{x}_model.shared.weight") for x in ("language", "t5")
 )

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lionjax import config as configs
-from lionjax import convert_lora
+from lionjax import convert_delta, convert_lora
 from lionjax.convert_bert import BERT
 from lionjax.convert_experts import EXPERTS, RAM_FILE
 from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.convert_lavis import EVA_FILE, lavis_files, open_lavis
 from lionjax.convert_nextchat import META_SAM, POINTING
-from lionjax.convert_prefix import PICTURE_FIRST, lavis_files, open_lavis
+from lionjax.convert_prefix import PICTURE_FIRST
 from lionjax.convert_published import T5, TEXTS, Published, read_settings
 from lionjax.convert_towers import CLIP_FILE, EVA_IGNORES, TOWERS
 from lionjax.interfaces import Batch, Params, UserError
@@ -41,11 +42,14 @@ class Source:
     )  # tensor -> those made from it
 
 
-def open_source(path: Path, system: str | None = None, adapter: Path | None = None) -> Source:
+def open_source(
+    path: Path, system: str | None = None, adapter: Path | None = None, base: Path | None = None
+) -> Source:
     """Recognise and open a checkpoint with the original's names.
 
     By `system`, by our own config beside it, by the names of LION's files, or by config.json. `adapter`: the folder of
-    a LoRA as PEFT writes it, by default the one inside the checkpoint's. Raises UserError.
+    a LoRA as PEFT writes it, by default the one inside the checkpoint's. `base`: the model of which the checkpoint is
+    the difference. Raises UserError.
     """
     if not path.exists():
         raise UserError(f"there is no {path}")
@@ -54,7 +58,7 @@ def open_source(path: Path, system: str | None = None, adapter: Path | None = No
         raise UserError(
             f"{folder} holds a LoRA alone; give the folder of its base model, and this one as --adapter"
         )
-    source = _recognised(path, folder, system)
+    source = _recognised(path, folder, system, base)
     beside = (source.folder or folder) / convert_lora.FOLDER
     if adapter is None and not beside.is_dir():
         return source
@@ -64,7 +68,7 @@ def open_source(path: Path, system: str | None = None, adapter: Path | None = No
     return dataclasses.replace(source, config=config, tensors=source.tensors | detours)
 
 
-def _recognised(path: Path, folder: Path, system: str | None) -> Source:
+def _recognised(path: Path, folder: Path, system: str | None, added_to: Path | None) -> Source:
     if system is not None and system not in (known := [kind.name for kind in SYSTEMS]):
         raise UserError(f"system {system!r} is not known; it can be {', '.join(known)}")
     if (folder / CONFIG_FILE).is_file():
@@ -75,7 +79,7 @@ def _recognised(path: Path, folder: Path, system: str | None) -> Source:
         config = read_config(folder)
         return Source(of_config(config), config, open_weights(path), folder)
     if system is None:
-        by_file = {"eva_vit_g.pth": "eva", META_SAM: "segment_anything", RAM_FILE: "ram"}
+        by_file = {EVA_FILE: "eva", META_SAM: "segment_anything", RAM_FILE: "ram"}
         by_file |= {CLIP_FILE: "openai_clip"}
         system = by_file.get(path.name)
     if system == "lion" or (system is None and path.is_dir() and _lion_file(path)):
@@ -101,7 +105,7 @@ def _recognised(path: Path, folder: Path, system: str | None) -> Source:
         raise UserError(
             f"{folder / 'config.json'} describes no {kinds[0].name}: {type(error).__name__} {error}"
         ) from error
-    tensors = kinds[0].complete(config, open_weights(path), folder)
+    tensors = kinds[0].complete(config, _opened(path, kinds[0], added_to), folder)
     base, inside = kinds[0].base, kinds[0].inside
     if base and not any(name.startswith(base) for name in tensors):
         tensors = tensors.under(base)
@@ -109,6 +113,18 @@ def _recognised(path: Path, folder: Path, system: str | None) -> Source:
         tensors = tensors.without(inside)
     config = kinds[0].told(config, tensors.keys())
     return _with_copies(kinds[0], config, tensors, folder)
+
+
+def _opened(path: Path, kind: Published, added_to: Path | None) -> Tensors:
+    """The tensors of a checkpoint, or the sums of what is a difference from another."""
+    if added_to is not None:
+        return convert_delta.added(open_weights(path), open_weights(added_to), kind.ignore)
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    if kind.name in ("llama", "llava") and re.search(r"(?i)(^|[-_])delta([-_]|$)", folder.name):
+        raise UserError(
+            f"{folder.name} sounds like a difference from a LLaMA; give that as --base (or rename the folder)"
+        )
+    return open_weights(path)
 
 
 def _with_copies(kind: Published, config: Any, tensors: Tensors, folder: Path) -> Source:
@@ -165,20 +181,20 @@ def system_in(config: Any) -> Any:
 
 # LION: eva_vit_g.pth, the folder of a FlanT5, and LION-*.pth with what was trained
 
+LION_FILE = re.compile(
+    r"(?i)lion|xx?l_stage3_learnable\."
+)  # the second is what its makers called it
+
 
 def _lion_file(folder: Path) -> Path | None:
-    files = [
-        f
-        for f in folder.iterdir()
-        if f.suffix in TORCH_SUFFIXES and f.name.lower().startswith("lion")
-    ]
+    files = [f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES and LION_FILE.match(f.name)]
     return files[0] if len(files) == 1 else None
 
 
 def _open_lion(path: Path) -> Source:
     """LION's three parts in one folder. The trained part alone does not make a model."""
     folder = path if path.is_dir() else path.parent
-    trained, eva = _lion_file(folder), folder / "eva_vit_g.pth"
+    trained, eva = _lion_file(folder), folder / EVA_FILE
     towers = [
         f.parent for f in folder.glob("*/config.json") if read_settings(f).get("model_type") == "t5"
     ]

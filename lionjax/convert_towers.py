@@ -101,6 +101,11 @@ def _openai_rows(c: Any) -> tuple:
 EVA_IGNORES = (
     r"(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*(?#a 40th block and heads)"
 )
+# LAVIS runs either tower without its last block and what is behind it.
+LAVIS_IGNORES = (
+    r"visual_encoder\.(blocks\.39\.|transformer\.resblocks\.23\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.|"
+    r"class_embedding|positional_embedding|conv1\.|ln_pre\.|transformer\.)).*(?#a last block and heads)"
+)
 
 CLIP = Published(
     "clip", ("clip", "clip_vision_model"), lambda c: _of_vit(c, True),

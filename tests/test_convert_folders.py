@@ -445,6 +445,9 @@ def test_the_three_parts_of_a_released_lion_become_one_and_come_back(
     assert "left (lies beside 'model'): optimizer, epoch" in text
     assert "left (a copy of t5_model.shared.weight): t5_model.encoder.embed_tokens.weight" in text
     assert "visual_encoder.head.weight" in coverage.ignored
+    # Its makers' own name for the file.
+    (folder / "LION-FlanT5-XL.pth").rename(folder / "XL_stage3_Learnable.pth")
+    assert_same(trees.flatten(convert.from_torch(folder)[1]), trees.flatten(params))
     monkeypatch.undo()  # the sizes now stand in our own config
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
     assert_same(open_weights(tmp_path / "back"), state)

@@ -6,10 +6,10 @@ import re
 
 import numpy as np
 import pytest
-from test_full_size_parts import KINDS, blank, check
+from test_full_size_parts import KINDS, blank, check, openai_clip_release
 from test_full_size_weights import lion_release
 
-from lionjax import convert_prefix
+from lionjax import convert_delta, convert_lavis, convert_prefix
 from lionjax.convert_files import Tensors
 from lionjax.convert_systems import of_config
 from lionjax.interfaces import UserError
@@ -27,6 +27,7 @@ LAVIS = {  # file -> (its word for the language model, the language model, wheth
     "blip2_pretrained_opt6.7b": ("opt", OPT_6_7B, False),
     "blip2_pretrained_flant5xl": ("t5", t5.FLAN_T5_XL, False),
     "blip2_pretrained_flant5xxl": ("t5", t5.FLAN_T5_XXL, False),
+    "blip2_pretrained_flant5xl_vitL": ("t5", t5.FLAN_T5_XL, False),
     "instruct_blip_flanxl_trimmed": ("t5", t5.FLAN_T5_XL, True),
     "instruct_blip_flanxxl_trimmed": ("t5", t5.FLAN_T5_XXL, True),
     "instruct_blip_vicuna7b_trimmed": ("llm", PADDED[0], True),
@@ -48,9 +49,10 @@ def language_release(language) -> dict:
     return {name: tuple(w.shape) for name, w in state.items()}
 
 
-def bridge_release(width: int, vocab: int | None) -> dict:
-    """Q-Former, queries and norm, name -> shape; `vocab`: the words of one that reads text."""
+def bridge_release(vocab: int | None, seen: int) -> dict:
+    """Q-Former, queries and norm, name -> shape; `vocab`: of one that reads text; `seen`: the tower's width."""
     shapes = {n: shape for n, (shape, _) in lion_release(2048).items()}
+    shapes = {n: tuple(seen if size == 1408 else size for size in s) for n, s in shapes.items()}
     bridge = {
         n: s for n, s in shapes.items() if n.startswith(("Qformer.", "query_tokens", "ln_vision"))
     }
@@ -61,7 +63,9 @@ def bridge_release(width: int, vocab: int | None) -> dict:
     return bridge
 
 
-def tower_release() -> dict:
+def tower_release(clip: bool) -> dict:
+    if clip:
+        return {f"visual_encoder.{n}": shape for n, shape in openai_clip_release().items()}
     return {n: s for n, (s, _) in lion_release(2048).items() if n.startswith("visual_encoder.")}
 
 
@@ -69,36 +73,86 @@ def tower_release() -> dict:
 def test_the_full_size_table_of_what_lavis_published_covers_its_files(name):
     word, language, text = LAVIS[name]
     width = language.width
-    state = tower_release() | bridge_release(width, 30523 if text else None)
+    clip = name.endswith("_vitL")
+    state = tower_release(clip) | bridge_release(30523 if text else None, 1024 if clip else 1408)
     state |= {f"{word}_proj.weight": (width, 768), f"{word}_proj.bias": (width,)}
     state |= {f"{word}_model.{n}": shape for n, shape in language_release(language).items()}
     state = blank(state)
-    config = convert_prefix._lavis_config(language, Tensors(state, (name,)))
+    config = convert_lavis.config_of(language, Tensors(state, (name,)))
     kind = KINDS["instructblip" if text else "blip2"]
     assert of_config(config) is kind and config.qformer.text == text
+    assert (config.vision.depth, config.vision.width) == ((23, 1024) if clip else (39, 1408))
     check(kind, config, state)
     missing = "Qformer.bert.encoder.layer.11.attention.self.query.weight"
     with pytest.raises(UserError, match=missing):
         check(kind, config, {n: w for n, w in state.items() if n != missing})
 
 
-@pytest.mark.parametrize("language", VICUNAS, ids=["7b", "13b"])
-@pytest.mark.parametrize("depth, image", [(1, 224), (2, 336)], ids=["v1", "v1.5"])
-def test_the_full_size_table_of_llavas_own_release_covers_its_files(language, depth, image):
-    width, clip = language.width, dataclasses.replace(vit.CLIP_VIT_L, image=image)
-    state = language_release(language)
-    tower = "model.vision_tower.vision_tower."
-    names = {
-        n if n.startswith("vision_model.") else f"vision_model.{n}": s
-        for n, s in language_release(clip).items()
-    }
-    state |= {tower + n: shape for n, shape in names.items()}
-    layers = [""] if depth == 1 else ["0.", "2."]
-    for layer, inputs in zip(layers, (1024, width)):
+def projector_release(width: int, depth: int) -> dict:
+    state = {}
+    for layer, inputs in zip([""] if depth == 1 else ["0.", "2."], (1024, width)):
         state[f"model.mm_projector.{layer}weight"] = (width, inputs)
         state[f"model.mm_projector.{layer}bias"] = (width,)
-    config = Prefix(
+    return state
+
+
+def clip_release(clip) -> dict:
+    """CLIP's tower under LLaVA's names for it."""
+    names = {n.removeprefix("vision_model."): s for n, s in language_release(clip).items()}
+    return {f"{convert_prefix.OWN_TOWER}vision_model.{n}": shape for n, shape in names.items()}
+
+
+def llava(language, depth: int, image: int) -> Prefix:
+    clip = dataclasses.replace(vit.CLIP_VIT_L, image=image)
+    return Prefix(
         clip, language, feature_layer=-2, projector_depth=depth, in_front=False, names="original"
     )
+
+
+SIZES = pytest.mark.parametrize("language", VICUNAS, ids=["7b", "13b"])
+VERSIONS = pytest.mark.parametrize("depth, image", [(1, 224), (2, 336)], ids=["v1", "v1.5"])
+
+
+@SIZES
+@VERSIONS
+def test_the_full_size_table_of_llavas_own_release_covers_its_files(language, depth, image):
+    config = llava(language, depth, image)
+    state = language_release(language) | clip_release(config.vision)
+    state |= projector_release(language.width, depth)
     check(KINDS["llava"], config, blank(state))
-    assert np.prod(state["lm_head.weight"]) == 32000 * width
+    assert np.prod(state["lm_head.weight"]) == 32000 * language.width
+
+
+@SIZES
+@VERSIONS
+def test_llavas_projector_alone_is_whole_with_a_llama_and_a_clip(language, depth, image):
+    config = llava(language, depth, image)
+    text = Tensors(blank(language_release(language)), ("language",))
+    trained = Tensors(blank(projector_release(language.width, depth)), ("mm_projector.bin",))
+    whole = convert_prefix.projector_on(trained, text)
+    check(KINDS["llava"], config, dict(whole) | blank(clip_release(config.vision)))
+    with pytest.raises(UserError, match="model.mm_projector"):
+        check(KINDS["llava"], config, dict(text) | blank(clip_release(config.vision)))
+
+
+@SIZES
+@pytest.mark.parametrize("words", [32000, 32003], ids=["no new words", "three new words"])
+def test_a_delta_of_llava_is_whole_with_a_llama_and_a_clip(language, words):
+    """v0 and v1.1: all of the language model and one linear; the tower was never saved."""
+    config = llava(dataclasses.replace(language, vocab=words), 1, 224)
+    delta = language_release(config.language) | projector_release(language.width, 1)
+    base, turns = language_release(language), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    delta[turns] = (64,)  # saved by the version of transformers of that time
+    made = convert_delta.added(
+        Tensors(blank(delta), ("delta",)), Tensors(blank(base), ("base",)), KINDS["llava"].ignore
+    )
+    summed = {name for name, array in made.items() if isinstance(array, convert_delta.Sum)}
+    assert summed == base.keys()
+    check(KINDS["llava"], config, dict(made) | blank(clip_release(config.vision)))
+    del base["model.norm.weight"], delta["model.layers.3.mlp.up_proj.weight"]
+    with pytest.raises(UserError) as told:
+        convert_delta.added(
+            Tensors(blank(delta), ("delta",)), Tensors(blank(base), ("base",)), KINDS["llava"].ignore
+        )
+    assert "base has no tensor 'model.norm.weight'" in str(told.value)
+    assert "delta has no tensor 'model.layers.3.mlp.up_proj.weight'" in str(told.value)

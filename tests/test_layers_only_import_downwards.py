@@ -27,7 +27,7 @@ FLOORS = (
     "systems.prefix systems.prefix_names systems.flamingo systems.blip2 systems.lion systems.lyrics systems.nextchat "
     "convert_published convert_nextchat convert_experts convert_bert convert_lora convert_prefix "
     "convert_systems convert convert_verify convert_runs convert_surgery convert_card convert_towers convert_placed "
-    "convert_orbax",
+    "convert_orbax convert_delta convert_lavis",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
@@ -70,6 +70,12 @@ SIDEWAYS = {
     ("convert_systems", "convert_experts"),
     ("convert_systems", "convert_bert"),
     ("convert_systems", "convert_prefix"),
+    ("convert_systems", "convert_lavis"),
+    ("convert_systems", "convert_delta"),
+    ("convert_lavis", "convert_prefix"),
+    ("convert_lavis", "convert_published"),
+    ("convert_lavis", "convert_towers"),
+    ("convert_lavis", "systems"),
     ("convert_prefix", "convert_published"),
     ("convert_prefix", "convert_towers"),
     ("convert_systems", "convert_towers"),

@@ -311,7 +311,7 @@ def original_rows(c: Prefix) -> tuple[Row, ...]:
         )
     word = original_word(c)
     return (
-        *under("visual_encoder.", "vision/", vit.eva_rows(c.vision)),
+        *under("visual_encoder.", "vision/", vit.lavis_rows(c.vision)),
         *norm_rows("ln_vision", "vision_norm"),
         *under("", "qformer/", qformer.query_rows(c.qformer)),
         *under("Qformer.bert.", "qformer/", qformer.torch_rows(c.qformer)),

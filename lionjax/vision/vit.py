@@ -209,6 +209,11 @@ def openai_rows(c: ViTConfig) -> tuple[Row, ...]:
     )
 
 
+def lavis_rows(c: ViTConfig) -> tuple[Row, ...]:
+    """Names of the towers in LAVIS: EVA's, or CLIP's in OpenAI's code."""
+    return openai_rows(c) if c.norm_before else eva_rows(c)
+
+
 def clip_rows(c: ViTConfig) -> tuple[Row, ...]:
     """Names of Hugging Face's CLIPVisionModel, without the `vision_model.` before them in files."""
     letters = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}

@@ -270,20 +270,22 @@ def _moved(program: Program, computation: Computation, made: Instruction) -> int
     return read_ + _written(inside, made)
 
 
-def _users(computation: Computation, name: str) -> Iterator[Instruction]:
+def _users(computation: Computation, name: str) -> Iterator[tuple[Instruction, bool]]:
+    """Each instruction that reads another, and whether as the first of what it is given."""
     for made in computation.values():
         if name in made.operands:
             if made.kind == "bitcast":
                 yield from _users(computation, made.name)
             else:
-                yield made
+                yield made, made.operands[0] == name
 
 
 def _read(inside: Computation, parameter: Instruction) -> int:
     """What a fusion reads of one input: slices of it, nothing where it only writes into it, or all."""
     users = list(_users(inside, parameter.name))
-    if users and all(one.kind in ("dynamic-slice", "dynamic-update-slice") for one in users):
-        return sum(size_of(one.shape) for one in users if one.kind == "dynamic-slice")
+    pieces = ("dynamic-slice", "dynamic-update-slice")
+    if users and all(is_first and one.kind in pieces for one, is_first in users):
+        return sum(size_of(one.shape) for one, _ in users if one.kind == "dynamic-slice")
     return size_of(parameter.shape)
 
 

@@ -38,6 +38,7 @@ from lionjax.training.start import Layout
 log = logging.getLogger(__name__)
 
 GENERATION = "generation"
+READER = Path(programs.__file__).read_text()  # another reader sees other things in the same program
 LIMITS = ("products", "memory", "links", "network")
 
 
@@ -341,9 +342,9 @@ def compiled(
         topology,
         str(sorted((options or {}).items())),
         jax.__version__,
-        _version("libtpu"),
+        version("libtpu"),
+        READER,
     )
-    parts = (*parts, Path(programs.__file__).read_text())
     file = cache_folder() / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.json"
     if file.is_file():
         return json.loads(file.read_text())
@@ -405,7 +406,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lionjax" / "plans"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Which version of a package is installed."""
     from importlib import metadata
 
     return metadata.version(package)

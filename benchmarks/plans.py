@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every full-size config compiled for TPU slices that are not there; writes the table docs/plans.md.
+
+python -m benchmarks.plans [--configs lion_flant5xl llava15_7b] [--pods v5e-16 v5e-256 v5p-512 2xv5e-256]
+
+Wants the extra `tpu`, and no TPU. A program takes minutes to compile and is remembered, so that the command can be
+stopped and goes on; one whose code has not changed is not compiled again. Of each config the stage is planned that
+trains most, on the config's own mesh where that splits the batch over the whole slice, else on the nearest that does.
+Rows of configs or slices that are not asked for stay as they stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gc
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import tyro
+
+from lionjax import cli_scaling, config, scaling, topologies
+from lionjax.interfaces import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "plans.md"
+PODS = ("v5e-16", "v5e-256", "v5p-512", "2xv5e-256")
+CONFIGS = tuple(
+    path.stem
+    for path in sorted((ROOT / "configs").glob("*.py"))
+    if not path.stem.startswith("tiny")
+)
+HEAD = (
+    "config", "stage", "slice", "mesh", "rows", "fits", "GiB a chip", "trained", "frozen", "predicted s", "MFU at most",
+    "dominates", "gathered", "reduced", "compiled in",
+)  # fmt: skip
+BEFORE = """# Plans
+
+What `lionjax plan` says of every full-size config, made by `python -m benchmarks.plans`: the real update, compiled for
+the slice by libtpu on a machine without a TPU. Nothing here was run on one. "GiB a chip" is what the compiler reserves
+at the peak, against what the chip has. Predicted seconds and MFU are the program's products and bytes over the published
+peaks of the chip, as if all went on at once: real steps are slower. "Gathered" and "reduced" are bytes that each chip
+sends in one update. The stage is the one that trains most. Rows are examples of one update over the whole slice, as the
+config has them.
+
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Which configs, and on what: names as for `lionjax plan`, with the number of slices before them."""
+
+    configs: tuple[str, ...] = CONFIGS
+    pods: tuple[str, ...] = PODS
+
+
+def pod_of(text: str) -> topologies.Topology:
+    """The slices that a word such as 2xv5e-256 means."""
+    number, times, name = text.partition("x")
+    if times and number.isdigit():
+        return topologies.parse(name, int(number))
+    return topologies.parse(text)
+
+
+def row_of(made: scaling.Plan, pod: str, name: str) -> list[str]:
+    """One line of the table."""
+    moved = {kind: moved for kind, (_, moved, _) in made.collectives.items()}
+    reduced = moved.get("all-reduce", 0) + moved.get("reduce-scatter", 0)
+    peak = "more" if made.peak_gib is None else f"{made.peak_gib:.2f}"
+    mesh = " ".join(
+        f"{axis} {size}"
+        for axis, size in zip(("slices", "data", "fsdp", "tensor"), made.mesh)
+        if size > 1
+    )
+    known = bool(made.step_seconds)
+    return [
+        name, made.what, pod, mesh, str(made.rows), "yes" if made.fits else "**no**", f"{peak} of {made.hbm_gib:g}",
+        f"{made.trained / 1e6:,.0f} M", f"{made.frozen / 1e6:,.0f} M", f"{made.step_seconds:.3g}" if known else "",
+        f"{made.utilisation:.0%}" if known else "", made.dominates if known else "",
+        cli_scaling.amount(moved.get("all-gather", 0), "B") if known else "",
+        cli_scaling.amount(reduced, "B") if known else "", f"{made.compile_seconds:.0f} s",
+    ]  # fmt: skip
+
+
+def known_rows() -> dict[tuple[str, str], list[str]]:
+    """{(config, slice): row} of the table as it stands."""
+    if not PAGE.is_file():
+        return {}
+    lines = [
+        line.strip("| \n").split(" | ")
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("|")
+    ]
+    return {(row[0], row[2]): row for row in lines[2:] if len(row) == len(HEAD)}
+
+
+def write(rows: dict[tuple[str, str], list[str]]) -> None:
+    """The page, in the configs' order."""
+    order = sorted(
+        rows, key=lambda key: (key[0], PODS.index(key[1]) if key[1] in PODS else 99, key[1])
+    )
+    table = [
+        HEAD,
+        ["---"] * len(HEAD),
+        *[[cell.strip() or " " for cell in rows[key]] for key in order],
+    ]
+    made = f"JAX {jax.__version__}, libtpu {scaling.version('libtpu')}, {datetime.date.today()}."
+    part = PAGE.with_suffix(".part")
+    part.write_text(
+        BEFORE + "\n".join("| " + " | ".join(row) + " |" for row in table) + f"\n\n{made}\n"
+    )
+    part.replace(PAGE)
+
+
+def main() -> None:
+    """Fill the table."""
+    run = tyro.cli(Run, description=__doc__)
+    topologies.check()
+    rows, failed = known_rows(), 0
+    for pod in run.pods:
+        for name in run.configs:
+            experiment = config.load(ROOT / "configs" / f"{name}.py")
+            try:
+                made = scaling.plan(experiment, pod_of(pod), scaling.stage_number(experiment, None))
+            except UserError as error:
+                print(f"{name} on {pod}: {error}", file=sys.stderr)
+                failed += 1
+                continue
+            rows[name, pod] = row_of(made, pod, name)
+            write(rows)
+            print(cli_scaling.text(made), flush=True)
+            gc.collect()
+            jax.clear_caches()
+    print(f"{len(rows)} rows in {PAGE}; {failed} failed", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

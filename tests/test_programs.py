@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is read out of compiled programs, held against programs whose bytes and products one can count by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lionjax import programs
+
+LAYERS, WIDTH, ROWS = 5, 64, 16
+
+TEXT = """
+HloModule step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  %y = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%x, %y)
+}
+
+%piece_of_a_stack (stack: bf16[6,64,32], number: s32[]) -> bf16[64,32] {
+  %stack = bf16[6,64,32]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %number = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %piece = bf16[1,64,32]{2,1,0:T(8,128)(2,1)} dynamic-slice(%stack, %number, %zero, %zero)
+  ROOT %flat = bf16[64,32]{1,0:T(8,128)(2,1)} bitcast(%piece)
+}
+
+%begun (part: bf16[64,32]) -> bf16[64,128] {
+  %part = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%part), channel_id=7, replica_groups=[4,4]<=[4,4]T(1,0)
+}
+
+%turn (carry: (s32[], bf16[6,64,32])) -> (s32[], bf16[6,64,32]) {
+  %carry = (s32[]{:T(128)}, bf16[6,64,32]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %step = s32[]{:T(128)} get-tuple-element(%carry), index=0
+  %all = bf16[6,64,32]{2,1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=1
+  %mine = bf16[64,32]{1,0:T(8,128)(2,1)} fusion(%all, %step), kind=kLoop, calls=%piece_of_a_stack
+  %whole.1 = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} fusion(%mine), kind=kCustom, calls=%begun
+  %whole.2 = bf16[64,128]{1,0} all-gather(%mine), channel_id=7, replica_groups=[4,4]<=[4,4]T(1,0), op_name="vision/dot"
+  ROOT %next = (s32[]{:T(128)}, bf16[6,64,32]{2,1,0:T(8,128)(2,1)}) tuple(%step, %all)
+}
+
+%goes_on (carry.1: (s32[], bf16[6,64,32])) -> pred[] {
+  %carry.1 = (s32[]{:T(128)}, bf16[6,64,32]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %last = s32[]{:T(128)} constant(6)
+  %now = s32[]{:T(128)} get-tuple-element(%carry.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%now, %last), direction=LT
+}
+
+ENTRY %main (weights: bf16[6,64,32], gradient: f32[100]) -> f32[100] {
+  %weights = bf16[6,64,32]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %gradient = f32[100]{0:T(128)} parameter(1)
+  %start = s32[]{:T(128)} constant(0)
+  %begin = (s32[]{:T(128)}, bf16[6,64,32]{2,1,0:T(8,128)(2,1)}) tuple(%start, %weights)
+  %loop = (s32[]{:T(128)}, bf16[6,64,32]{2,1,0:T(8,128)(2,1)}) while(%begin), condition=%goes_on, body=%turn
+  %swap = f32[100]{0} collective-permute(%gradient), channel_id=9, source_target_pairs={{0,0},{1,3},{3,1}}
+  ROOT %mean = f32[100]{0} all-reduce(%gradient), channel_id=8, replica_groups=mesh['a'=2,'b'=8] {'a'}, to_apply=%add
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def program():
+    return programs.read(TEXT)
+
+
+def test_a_loops_body_runs_as_often_as_its_condition_says(program):
+    assert program.runs["%turn"] == 6 and program.runs["%main"] == 1
+    assert program.runs["%begun"] == 6 and "%add" not in program.runs
+
+
+def test_an_exchange_that_is_spread_over_pieces_of_code_counts_once_a_turn(program):
+    found = {one.kind: one for one in programs.collectives(program, 8)}
+    gather, swap, mean = (
+        found[kind] for kind in ("all-gather", "collective-permute", "all-reduce")
+    )
+    assert (gather.kind, gather.group, gather.runs) == ("all-gather", 4, 6)
+    assert gather.largest == 64 * 128 * 2
+    assert gather.moved == 6 * 3 * 64 * 32 * 2  # three parts pass by, in each of six turns
+    assert gather.path == "vision/dot"
+    assert mean.moved == 400 and mean.far  # a ring of two: 2 x 400 x 1/2, between devices 0 and 8
+    assert swap.moved == 400 and not swap.far
+    assert gather.far  # devices 0, 4, 8 and 12
+    assert not any(one.far for one in programs.collectives(program))  # of one slice
+
+
+@pytest.mark.parametrize(
+    ("rest", "members"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x={1}", [0, 2]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=[4,4]<=[4,4]T(1,0), dimensions={2}", [0, 4, 8, 12]),
+        ("replica_groups=[2,8]<=[2,4,2]T(2,0,1)", [0, 2, 4, 6, 8, 10, 12, 14]),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=4] {'c'}, use=1", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=4] {'a'}", [0, 4, 8, 12]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", [0, 4]),
+        ("source_target_pairs={{1,1},{0,4},{4,8}}", [0, 4]),
+        ("dimensions={0}", [0]),
+    ],
+)
+def test_the_members_of_a_group_are_read_however_they_are_written(rest, members):
+    assert programs.group(rest) == members
+
+
+def test_a_slice_of_a_stack_moves_as_much_as_the_slice(program):
+    piece, whole = 64 * 32 * 2, 64 * 128 * 2
+    # Each turn: a piece is read by a number of four bytes, written, and read twice; one whole is written, the other
+    # stays on the chip; two numbers are compared into one byte. At the end 100 floats are read and written twice.
+    turn = (piece + 4 + piece) + piece + (piece + whole) + (4 + 4 + 1)
+    assert programs.memory_traffic(program) == 6 * turn + 2 * 2 * 400
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole", "outside"),
+    [
+        ("bf16[16,5,256]{2,0,1:T(8,128)(2,1)S(1)}", 40960, 0),
+        ("(s32[]{:T(128)}, f32[4,64]{1,0:T(4,128)}, /*index=2*/pred[3]{0})", 4 + 1024 + 3, 1031),
+        ("f8e4m3fn[7]{0}", 7, 7),
+        ("token[]", 0, 0),
+    ],
+)
+def test_sizes_of_arrays_and_of_those_in_the_large_memory(shape, whole, outside):
+    assert programs.size_of(shape) == whole
+    assert programs.size_of(shape, outside=True) == outside
+
+
+# Programs that are compiled here
+
+
+def layered(weight_LDF, x_BD):
+    def layer(x_BD, weight_DF):
+        return jnp.tanh(x_BD @ weight_DF), None
+
+    return jax.lax.scan(layer, x_BD, weight_LDF)[0].sum()
+
+
+def shaped(mesh, shape, *axes):
+    return jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes))
+    )
+
+
+def test_weights_that_are_split_are_gathered_once_a_layer_in_a_program_of_this_machine():
+    mesh = Mesh(np.array(jax.devices()[:8]), "x")
+    weights = shaped(mesh, (LAYERS, WIDTH, WIDTH), None, "x")
+    rows = shaped(mesh, (ROWS, WIDTH), "x")
+    program = programs.read(jax.jit(layered).lower(weights, rows).compile().as_text())
+    gathers = [one for one in programs.collectives(program) if one.kind == "all-gather"]
+    assert sum(one.runs for one in gathers) == LAYERS
+    assert {one.largest for one in gathers} == {WIDTH * WIDTH * 4}
+    assert sum(one.moved for one in gathers) == LAYERS * WIDTH * WIDTH * 4 * 7 / 8
+
+
+def test_products_count_every_turn_of_a_loop_and_what_is_computed_again():
+    weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)
+    rows = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
+
+    def count(function, *given):
+        return programs.products(jax.make_jaxpr(function)(*given).jaxpr)
+
+    once = 2 * LAYERS * ROWS * WIDTH * WIDTH
+    assert count(layered, weights, rows) == once
+    assert count(jax.grad(layered), weights, rows) == 3 * once  # and two for the gradients
+
+    def again(weight_LDF, x_BD):
+        def layer(x_BD, weight_DF):
+            return jnp.tanh(jnp.tanh(x_BD @ weight_DF) @ weight_DF), None
+
+        return jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x_BD, weight_LDF)[0].sum()
+
+    # Twice forward, of which the first product is needed again, and four for the gradients.
+    assert 7 * once <= count(jax.grad(again), weights, rows) <= 8 * once
+
+
+def test_products_of_convolutions_and_of_loops_without_an_end():
+    image, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+
+    def convolve(image, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+    assert (
+        programs.products(jax.make_jaxpr(convolve)(image, kernel).jaxpr) == 2 * 2 * 8 * 8 * 5 * 27
+    )
+
+    def until(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)
+
+    jaxpr = jax.make_jaxpr(until)(jnp.eye(4)).jaxpr
+    assert programs.products(jaxpr, loop_turns=10) == 10 * 2 * 4**3

@@ -91,7 +91,8 @@ class RunConfig:
     on_bad_update: Literal["stop", "skip", "rewind"] = "stop"
     spike: float = 0.0  # so many deviations above the mean of the last 128 losses is a spike; 0: none
     bad_updates: int = 20  # with so many in one stage the run stops all the same
-    stuck_seconds: float = 1800.0  # an update that takes longer ends the process; 0: never
+    # An update that takes longer (ten times as long, where it is compiled) ends the process; 0: never.
+    stuck_seconds: float = 1800.0
 
 
 @dataclasses.dataclass(frozen=True)

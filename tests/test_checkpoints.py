@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lionjax import params as trees
 from lionjax import sharding
 from lionjax.interfaces import UserError
-from lionjax.training import checkpoints
+from lionjax.training import checkpoints, fingerprints
 from lionjax.training.checkpoints import Damaged
 
 MESHES = ((8, 1, 1), (2, 2, 2))
@@ -44,7 +44,7 @@ def same(a, b):
 
 
 def on_device(items):
-    sums = checkpoints._sums(trees.flatten(items))
+    sums = fingerprints._sums(trees.flatten(items))
     return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in sums.items()}
 
 

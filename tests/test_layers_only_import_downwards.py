@@ -25,7 +25,7 @@ FLOORS = (
     "language.decoder language.decoder_names language.t5 language.bert bridges.projectors bridges.qformer bridges.latents heads",
     # 3: systems, and the conversion of whole ones
     "systems.prefix systems.prefix_names systems.flamingo systems.blip2 systems.lion systems.lyrics systems.nextchat "
-    "convert_published convert_nextchat convert_experts convert_bert convert_lora convert_prefix "
+    "convert_published convert_owl convert_kosmos convert_flamingo convert_nextchat convert_experts convert_bert convert_lora convert_prefix "
     "convert_systems convert convert_verify convert_runs convert_surgery convert_card convert_towers convert_placed "
     "convert_orbax convert_delta convert_lavis",
     # 4
@@ -33,7 +33,7 @@ FLOORS = (
     "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
     "data.processors data.table data.annotations data.coco data.built data.built_writer data.sources "
     "data.examples data.inspection data.pipeline training.distributed training.stages training.start "
-    "training.features training.journal training.checkpoints training.refused training.loop training.backbones scores search generate answering "
+    "training.features training.journal training.fingerprints training.checkpoints training.refused training.loop training.backbones scores search generate answering "
     "evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring evaluation.benchmarks "
     "evaluation.goodput evaluation.report plots",
     # 5: where everything meets
@@ -46,6 +46,20 @@ FLOOR |= {f: min(FLOOR[name] for name in FLOOR if name.startswith(f + ".")) for 
 # The only steps sideways that the floors themselves do not allow: (who, whom).
 SIDEWAYS = {
     ("language.decoder_names", "language.decoder"),
+    ("convert_systems", "convert_owl"),
+    ("convert_systems", "convert_kosmos"),
+    ("convert_systems", "convert_flamingo"),
+    ("convert_owl", "convert_prefix"),
+    ("convert_owl", "convert_published"),
+    ("convert_owl", "systems"),
+    ("convert_kosmos", "convert_prefix"),
+    ("convert_kosmos", "convert_published"),
+    ("convert_kosmos", "convert_towers"),
+    ("convert_kosmos", "systems"),
+    ("convert_flamingo", "convert_prefix"),
+    ("convert_flamingo", "convert_published"),
+    ("convert_flamingo", "convert_towers"),
+    ("convert_flamingo", "systems"),
     ("systems.prefix", "systems.prefix_names"),
     ("convert", "convert_card"),
     ("training.vision_backbone", "training.language_backbone"),  # whose words it is aligned with

@@ -19,8 +19,8 @@ from lionjax.interfaces import UserError
 from lionjax.training import checkpoints, distributed
 
 HERE = Path(__file__).resolve().parent
-STEPS = "steps=15"
-LATE = 90  # seconds, on a machine that does other things as well
+STEPS = 8  # updates of each of the two stages
+LATE = 240  # seconds, on a machine that does other things as well
 
 
 def begin(workdir, count, *fields, program=("toy.py",), **variables):
@@ -31,7 +31,7 @@ def begin(workdir, count, *fields, program=("toy.py",), **variables):
     told = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent), "LIONJAX_HEARTBEAT_SECONDS": "10"}
     if count > 1:
         told |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
-    words = [sys.executable, str(HERE / program[0]), *program[1:], str(workdir), STEPS, *fields]
+    words = [sys.executable, str(HERE / program[0]), *program[1:], str(workdir), f"steps={STEPS}", *fields]
     return [
         subprocess.Popen(
             words,
@@ -46,7 +46,11 @@ def begin(workdir, count, *fields, program=("toy.py",), **variables):
 
 def ends(processes, code=0):
     """What each process wrote: (stdout, stderr). All of them must end with this code."""
-    wrote = [process.communicate(timeout=LATE) for process in processes]
+    try:
+        wrote = [process.communicate(timeout=LATE) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     if code is not None:
         assert [process.returncode for process in processes] == [code] * len(processes), wrote
     return wrote
@@ -98,74 +102,55 @@ def stream(workdir):
     return found
 
 
-def test_two_and_four_processes_train_as_one_does(tmp_path, alone, two):
-    whole_run(tmp_path, 4)
+def test_two_processes_train_as_one_does(alone, two):
     expected = losses(alone[0])
-    assert len(expected) == 30
-    for workdir in (two[0], tmp_path):
-        np.testing.assert_allclose(losses(workdir), expected, rtol=1e-4)
-        assert stream(workdir) == stream(alone[0])
-        report = json.loads((workdir / "report.json").read_text())
-        assert [stage["frozen_unchanged"] for stage in report["stages"]] == [True, True]
+    assert len(expected) == 2 * STEPS
+    np.testing.assert_allclose(losses(two[0]), expected, rtol=1e-4)
+    assert stream(two[0]) == stream(alone[0])
+    report = json.loads((two[0] / "report.json").read_text())
+    assert [stage["frozen_unchanged"] for stage in report["stages"]] == [True, True]
+    assert report["environment"]["processes"] == 2
 
 
-def test_sigterm_to_one_of_them_saves_all_at_one_step_and_ends_all_with_0(tmp_path, two):
-    for whom, update in ((1, 3), (0, 18)):
-        processes = begin(tmp_path, 2, "save_every=1000")
-        wait_for_updates(tmp_path, update, processes)
-        processes[whom].send_signal(signal.SIGTERM)
-        wrote = ends(processes, 0)
-        assert "stopped and saved at stage" in wrote[0][1] and "stopped" not in wrote[1][1]
-        assert checkpoints.found_steps(tmp_path / "checkpoints")[0] == updates_in(tmp_path) < 30
-    assert json.loads(ends(begin(tmp_path, 2, "save_every=1000"))[0][0].splitlines()[-1]) == two[1]
-    assert toy.lines(tmp_path) == toy.lines(two[0])
-
-
-@pytest.mark.parametrize("whom", [0, 1])
-def test_kill_9_of_one_ends_the_others_and_the_restart_differs_in_no_bit(tmp_path, two, whom):
-    processes = begin(tmp_path, 2)
-    wait_for_updates(tmp_path, 5, processes)
-    processes[whom].kill()
-    ends(processes, None)
-    assert processes[whom].returncode == -signal.SIGKILL and processes[1 - whom].returncode not in (0, None)
-    assert updates_in(tmp_path) < 30
-    assert whole_run(tmp_path, 2) == two[1]
-    assert toy.lines(tmp_path) == toy.lines(two[0]) and stream(tmp_path) == stream(two[0])
-
-
-def test_another_number_of_processes_goes_on_with_the_same_stream(tmp_path, alone):
-    for count, update in ((2, 4), (4, 17)):
+def test_sigterm_to_one_stops_all_at_one_step_with_0_and_any_number_goes_on(tmp_path, alone):
+    for count, whom, update in ((2, 1, 3), (4, 0, STEPS + 2)):
         processes = begin(tmp_path, count, "save_every=1000")
         wait_for_updates(tmp_path, update, processes)
-        processes[-1].send_signal(signal.SIGTERM)
-        ends(processes, 0)
+        processes[whom].send_signal(signal.SIGTERM)
+        said = [error for _, error in ends(processes, 0)]
+        assert ["stopped and saved at stage" in text for text in said] == [True] + [False] * (count - 1)
+        assert checkpoints.found_steps(tmp_path / "checkpoints")[0] == updates_in(tmp_path) < 2 * STEPS
     whole_run(tmp_path, 1)
     np.testing.assert_allclose(losses(tmp_path), losses(alone[0]), rtol=1e-4)
     assert stream(tmp_path) == stream(alone[0])
 
 
-def test_a_checkpoint_that_is_damaged_is_put_aside_by_all(tmp_path, two):
-    processes = begin(tmp_path, 2)
-    wait_for_updates(tmp_path, 9, processes)
-    processes[0].send_signal(signal.SIGTERM)
-    ends(processes, 0)
+def test_kill_9_of_any_one_ends_the_others_and_the_restart_differs_in_no_bit(tmp_path, two):
+    for whom, update in ((1, 4), (0, STEPS + 3)):
+        processes = begin(tmp_path, 2)
+        wait_for_updates(tmp_path, update, processes)
+        processes[whom].kill()
+        ends(processes, None)
+        assert processes[whom].returncode == -signal.SIGKILL and processes[1 - whom].returncode not in (0, None)
+        assert updates_in(tmp_path) < 2 * STEPS
+    # And what was saved last is damaged: all put it aside and use the one before.
     newest = tmp_path / "checkpoints" / str(checkpoints.found_steps(tmp_path / "checkpoints")[0])
     for file in (newest / "trainable").rglob("d/*"):
         file.write_bytes(bytes(255 - byte for byte in file.read_bytes()))
     assert whole_run(tmp_path, 2) == two[1]
-    assert toy.lines(tmp_path) == toy.lines(two[0])
-    assert [path.name.startswith("checkpoints_") for path in (tmp_path / "quarantined").glob("*/")] == [True]
+    assert toy.lines(tmp_path) == toy.lines(two[0]) and stream(tmp_path) == stream(two[0])
+    (aside,) = [path.name for path in (tmp_path / "quarantined").iterdir() if path.is_dir()]
+    assert aside.startswith(f"checkpoints_{newest.name}_")
 
 
 def test_a_process_that_hangs_ends_them_all_with_the_stacks_of_where(tmp_path):
-    wrote = ends(begin(tmp_path, 2, "hang=4", "stuck_seconds=20"), 1)
-    assert "Timeout" in wrote[1][1] and "in __next__" in wrote[1][1]
-    assert updates_in(tmp_path) == 3  # the fourth is on its way
+    wrote = ends(begin(tmp_path, 2, "hang=4", "stuck_seconds=10"), 1)
+    assert all("Timeout" in said for _, said in wrote) and "in __next__" in wrote[1][1]
+    assert updates_in(tmp_path) in (3, 4)
 
 
-def test_a_process_that_fails_alone_says_why_and_ends_the_others(tmp_path):
-    processes = begin(tmp_path, 2, "poison=5")
-    wrote = ends(processes, 2)
+def test_a_loss_that_is_nan_is_said_by_each_and_ends_all_with_2(tmp_path):
+    wrote = ends(begin(tmp_path, 2, "poison=5"), 2)
     assert all("the loss is nan" in said and f"process {i} of 2" in said for i, (_, said) in enumerate(wrote))
     assert len(list(tmp_path.glob("not_finite_one_*_process*.npz"))) == 2
 

@@ -81,11 +81,13 @@ def test_a_rewound_run_goes_on_behind_the_bad_batch_and_again_when_stopped(tmp_p
     assert [line["update"] for line in lines] == [1, 2, 3, 4, 5, 6] and all("loss" in line for line in lines)
     # Each is a batch of its own: the stream went on where it was bad.
     assert len({line["loss"] for line in lines}) == 6
+    listed = refusals(tmp_path / "whole")
+    assert len(listed) == stage["rewinds"] and all("5 (toy/5)" in line["records"] for line in listed)
     workdir = tmp_path / "stopped"
     with pytest.raises(SystemExit):
         train(workdir, what, stopped_at(5))
     assert train(workdir, what)[0] == expected
-    assert toy.lines(workdir) == lines
+    assert toy.lines(workdir) == lines and refusals(workdir) == listed
 
 
 def test_too_many_bad_updates_stop_the_run_whatever_the_policy(tmp_path):

@@ -15,11 +15,10 @@ with a fingerprint of each leaf, and nothing is used before it has been checked.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import hashlib
-import json
 import logging
 import re
 import shutil
@@ -31,12 +30,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from lionjax import params as trees
 from lionjax.interfaces import Params, UserError
 from lionjax.training import distributed
+from lionjax.training.fingerprints import digest, fingerprints, in_host_memory, manifest
 
 log = logging.getLogger(__name__)
 
@@ -73,82 +72,6 @@ class Damaged(Exception):
     def __init__(self, path: Path, text: str):
         super().__init__(f"{path}: {text}")
         self.path = path
-
-
-# Fingerprints
-
-
-def fingerprints(tree: Params) -> dict[str, str]:
-    """{path: 64 bits of each leaf's content in hex}. The mesh that the leaves lie on makes no difference.
-
-    A sum over the leaf's words, each mixed with its position: any single change shows, and the sum can be made
-    where the parts of an array lie. Arrays in a CPU's memory are read by numpy, which needs no compilation.
-    """
-    flat = trees.flatten(tree)
-    if all(_in_host_memory(leaf) for leaf in flat.values()):
-        sums = {path: _sum_on_host(np.asarray(leaf)) for path, leaf in flat.items()}
-    else:
-        sums = jax.device_get(_sums(flat))
-    return {path: f"{int(high):08x}{int(low):08x}" for path, (high, low) in sums.items()}
-
-
-def _in_host_memory(leaf) -> bool:
-    if not isinstance(leaf, jax.Array):
-        return True
-    return leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.sharding.device_set)
-
-
-def _mix(word):
-    """The finaliser of MurmurHash3 (public domain): every bit in changes about half of the bits out."""
-    word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
-    word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
-    return word ^ (word >> 16)
-
-
-def _mixed(words, positions, xp):
-    salts = (np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15))
-    return xp.stack([_mix(words ^ _mix(positions + salt)).sum(dtype=np.uint32) for salt in salts])
-
-
-def _sum_on_host(x: np.ndarray) -> np.ndarray:
-    words = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * min(x.dtype.itemsize, 4)}")
-    total, chunk = np.zeros(2, np.uint32), 1 << 18  # as much as stays in a core's cache
-    for start in range(0, words.size, chunk):
-        part = words[start : start + chunk].astype(np.uint32)
-        total += _mixed(
-            part, np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32), np
-        )
-    return total
-
-
-def _sum(x: jax.Array) -> jax.Array:
-    if x.dtype == bool:
-        x = x.astype(jnp.uint8)
-    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(
-        jnp.uint32
-    )
-    positions, stride = jnp.zeros(words.shape, jnp.uint32), 1
-    for axis in reversed(range(words.ndim)):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        positions, stride = positions + iota * np.uint32(stride % 2**32), stride * words.shape[axis]
-    return _mixed(words, positions, jnp)
-
-
-@jax.jit
-def _sums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: _sum(x) for path, x in flat.items()}
-
-
-def manifest(items: dict[str, Params]) -> dict[str, list]:
-    """{"item/path": [dtype, shape, fingerprint]} of some trees."""
-    flat = trees.flatten(items)
-    sums = fingerprints(items)
-    return {path: [str(leaf.dtype), list(leaf.shape), sums[path]] for path, leaf in flat.items()}
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON-able value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # Directories
@@ -316,12 +239,16 @@ class Keep:
 class Steps:
     """The steps of a run, saved while it goes on: `with Steps(folder, keep) as steps: steps.save(...)`.
 
-    An error of a save that was under way is raised by the next `save`, by `check` or on leaving.
+    An error of a save that was under way is raised by the next `save`, by `check` or on leaving. Orbax copies what it
+    saves before it lets go, and then writes behind our backs. Where the state lies in this process's own memory, we
+    copy it instead, which is soon done, and fingerprints and Orbax's own preparations are left to a thread as well.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.scores: dict[int, tuple[int, float]] = {}
         self.began: float | None = None  # the save under way
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, "save")
+        self.handed: concurrent.futures.Future | None = None
         for step in found_steps(folder):
             with contextlib.suppress(Damaged):
                 self.scores[step] = tuple(read_record(folder / str(step))["meta"]["score"])
@@ -338,35 +265,55 @@ class Steps:
         if error is None:
             self.wait()
             self.manager.close()
+            self.thread.shutdown()
             return
-        if jax.process_count() > 1 and not isinstance(
-            error, UserError | SystemExit | KeyboardInterrupt
-        ):
+        meant = isinstance(error, UserError | SystemExit | KeyboardInterrupt)
+        if jax.process_count() > 1 and not meant:
             return  # the others may not be there to finish with
         try:
+            self._collect()
             self.manager.close()
         except Exception as second:
             log.error("the last checkpoint was not saved: %s", second)
+        self.thread.shutdown()
 
     def save(self, step: int, items: dict[str, Params], meta: dict) -> None:
         """Begin to write a step; training may go on at once. `meta["score"]` is (stage number, loss)."""
-        self.scores[step] = tuple(meta["score"])
+        self._collect()
         self.began = time.perf_counter()
+        if all(in_host_memory(leaf) for leaf in jax.tree.leaves(items)):
+            copies = jax.tree.map(jnp.copy, items)  # the next update overwrites the state
+            self.handed = self.thread.submit(self._write, step, copies, meta)
+        else:
+            self._write(step, items, meta)
+
+    def _write(self, step: int, items: dict[str, Params], meta: dict) -> None:
+        self.scores[step] = tuple(meta["score"])
         self.manager.save(step, args=_args(items, meta))
+
+    def _collect(self) -> None:
+        """Until the thread has handed the last step to Orbax. Raises what went wrong there."""
+        if self.handed is not None:
+            handed, self.handed = self.handed, None
+            handed.result()
 
     def finished(self) -> float:
         """Seconds that a save took which has ended since this was asked last; 0 where there is none."""
-        if self.began is None or self.manager.is_saving_in_progress():
+        handing = self.handed is not None and not self.handed.done()
+        if self.began is None or handing or self.manager.is_saving_in_progress():
             return 0.0
         began, self.began = self.began, None
         return time.perf_counter() - began
 
     def check(self) -> None:
         """Raise what went wrong in a save under way, without waiting for it."""
+        if self.handed is not None and self.handed.done():
+            self._collect()
         self.manager.check_for_errors()
 
     def wait(self) -> None:
         """Until all is on disk."""
+        self._collect()
         self.manager.wait_until_finished()
         self.manager.check_for_errors()
 

@@ -234,7 +234,8 @@ class Watch:
     def __exit__(self, *_):
         faulthandler.cancel_dump_traceback_later()
 
-    def alive(self) -> None:
-        """Something has gone on."""
+    def alive(self, compiled: bool = False) -> None:
+        """Something has gone on. Where the next thing has to be compiled first, it may take ten times as long."""
         if self.seconds > 0:
-            faulthandler.dump_traceback_later(self.seconds, exit=True, file=2)
+            seconds = self.seconds if compiled else 10 * self.seconds
+            faulthandler.dump_traceback_later(seconds, exit=True, file=2)

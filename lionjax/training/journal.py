@@ -158,6 +158,7 @@ class Journal:
         if not self.writes:
             return
         self.drop_after(update)
+        keep_lines(workdir / "refused.jsonl", update)
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
@@ -179,8 +180,7 @@ class Journal:
     def drop_after(self, update: int) -> None:
         """Forget the lines of updates after this one: the run will make them again."""
         if self.writes:
-            for path in (self.path, self.path.with_name("refused.jsonl")):
-                keep_lines(path, update)
+            keep_lines(self.path, update)
 
     def begin(self, stage: str, steps: int, done: int) -> None:
         """A stage begins or goes on after `done` updates."""

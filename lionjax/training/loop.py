@@ -130,7 +130,6 @@ def run_stage(run: Run, place: Place) -> Place:
             break
         except refused.Rewind as bad:
             place, entry = rewound(run, place, entry, bad)
-    clock.turn("save")
     entry.frozen_unchanged = checkpoints.fingerprints(frozen) == before
     if not entry.frozen_unchanged:
         raise RuntimeError(f"stage {stage.name!r} changed frozen parameters")
@@ -166,7 +165,7 @@ def rewound(run: Run, place: Place, entry: Entry, bad: refused.Rewind) -> tuple[
     run.clock.turn("start")
     lost = sum(run.clock.seconds.values()) - sum(known.seconds.values())
     known.seconds["lost"] = known.seconds.get("lost", 0.0) + max(0.0, lost)
-    known.rewinds, known.skipped = entry.rewinds + 1, entry.skipped
+    known.rewinds, known.compilations = entry.rewinds + 1, entry.compilations
     run.clock.seconds = {}
     return dataclasses.replace(back, data=bad.position), known
 
@@ -239,7 +238,7 @@ def updates(run: Run, work: Work, entry: Entry) -> stages.State:
     done = saved = work.place.step
     told = Told()
     while done < stage.steps and not run.stop.asked():
-        run.watch.alive()
+        run.watch.alive(compiled=bool(work.traces))
         clock.turn("data")
         batch = next(work.stream)
         clock.turn("step")
@@ -268,8 +267,8 @@ def updates(run: Run, work: Work, entry: Entry) -> stages.State:
             saved = done
     clock.turn("step")
     settle(run, work, sent, entry, 0)
+    clock.turn("save")
     if run.stop.heard is not None and done < stage.steps:
-        clock.turn("save")
         if done > saved:
             save(run, work, done, state, entry)
         run.steps.wait()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Narrow detours beside frozen layers: LION's bottleneck adapters and the router that mixes them by task."""
+"""What is put beside and between frozen layers: LION's bottleneck adapters with their router, Flamingo's looks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lionjax.layers import Dense, kaiming_uniform, ones, zeros
+from lionjax import attention as attentions
+from lionjax.attention import Attention
+from lionjax.layers import (
+    MLP,
+    Dense,
+    LayerNorm,
+    dense_rows,
+    kaiming_uniform,
+    norm_rows,
+    ones,
+    zeros,
+)
 from lionjax.sharding import sharded
-from lionjax.weight_rows import Row, joined, linear
+from lionjax.weight_rows import Row, fused, heads_in, joined, linear, under
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +32,73 @@ class AdapterConfig:
     bottleneck: int = 64
     count: int = 2
     tasks: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossConfig:
+    """Flamingo, section 2.2: a look at the pictures before each n-th layer of a frozen language model.
+
+    `source_width`: of the pictures' words. `hidden`: of its feed-forward, 4 times the language model's width.
+    """
+
+    every: int = 4
+    source_width: int = 1024
+    heads: int = 8
+    head: int = 64
+    hidden: int = 16384
+
+
+class GatedCross(nn.Module):
+    """x += tanh(gate) attention(norm x, pictures); x += tanh(mlp_gate) mlp(norm x). Both gates begin at zero.
+
+    `media`: the words of a row's pictures (B, S, D), who looks at which (B, L, S), and whose look counts (B, L).
+    `kept` are keys and values of those words, where they are known already; they are handed back.
+    """
+
+    width: int
+    c: CrossConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, media, kept=None):
+        c = self.c
+        source_BSD, seen_BLS, real_BL = media
+
+        def gate(name):
+            return jnp.tanh(self.param(name, sharded(zeros, (None,)), (1,))).astype(x_BLD.dtype)
+
+        own = Attention(self.width, c.heads, c.head, c.source_width, biases="", name="attention")
+        kept = own.keys_values(source_BSD) if kept is None else kept
+        query = own.queries(LayerNorm(self.width, 1e-5, name="norm")(x_BLD))
+        change_BLD = own.look(query, kept, seen_BLS[:, None])
+        change_BLD = jnp.where(real_BL[..., None], change_BLD, 0)
+        x_BLD = x_BLD + gate("gate") * change_BLD
+        mlp = MLP(self.width, c.hidden, bias=False, name="mlp")
+        change_BLD = mlp(LayerNorm(self.width, 1e-5, name="mlp_norm")(x_BLD))
+        return x_BLD + gate("mlp_gate") * change_BLD, kept
+
+
+def cross_rows(c: CrossConfig) -> tuple[Row, ...]:
+    """Names of one gated block in OpenFlamingo."""
+    return (
+        *under("attn.", "", flamingo_attention_rows(c.heads, c.head)),
+        *norm_rows("attn.norm", "norm"),
+        Row("attn_gate", "gate"),
+        *norm_rows("ff.0", "mlp_norm"),
+        *dense_rows("ff.1", "mlp/up", bias=False),
+        *dense_rows("ff.3", "mlp/down", bias=False),
+        Row("ff_gate", "mlp_gate"),
+    )
+
+
+def flamingo_attention_rows(heads: int, head: int) -> tuple[Row, ...]:
+    """An `Attention` under `attention` as OpenFlamingo names it: keys and values are one Linear."""
+    cut, paths = heads_in(heads, head), ("attention/k/kernel", "attention/v/kernel")
+    return (
+        *under(
+            "", "attention/", attentions.torch_rows({"q": "to_q", "o": "to_out"}, heads, head, "")
+        ),
+        Row("to_kv.weight", paths, fused(cut, cut)),
+    )
 
 
 class Adapter(nn.Module):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax.layers import Dense, DenseFromHeads, LoraConfig, dropout, normal
+from lionjax.layers import Dense, DenseFromHeads, LayerNorm, LoraConfig, dropout, normal
 from lionjax.sharding import constrain, sharded
 from lionjax.weight_rows import Row, heads_in, heads_in_bias, heads_out
 
@@ -73,6 +73,9 @@ class Attention(nn.Module):
     rate: float = 0.0
     inits: tuple = (normal(0.02),) * 4  # of q, k, v, o
     lora: LoraConfig = LoraConfig()
+    inner_eps: float | None = (
+        None  # of a norm before the output projection (sub-LN); None: there is none
+    )
 
     def setup(self):
         source = self.source_width or self.width
@@ -88,6 +91,8 @@ class Attention(nn.Module):
         self.o = DenseFromHeads(
             self.heads, self.head, self.width, "o" in self.biases, self.inits[3], self.lora
         )
+        if self.inner_eps is not None:
+            self.norm = LayerNorm(self.heads * self.head, self.inner_eps)
 
     def queries(self, x_BLD):
         return constrain(self.q(x_BLD), "batch", "length", "act_heads", None)
@@ -98,6 +103,8 @@ class Attention(nn.Module):
     def look(self, query_BLNH, keys_values, mask=None, bias=None, key=None):
         scale = 1 / math.sqrt(self.head) if self.scale is None else self.scale
         out = attend(query_BLNH, *keys_values, mask, bias, scale, self.rate, key)
+        if self.inner_eps is not None:
+            out = self.norm(out.reshape(*out.shape[:-2], -1)).reshape(out.shape)
         return constrain(self.o(out), "batch", "length", "act_embed")
 
     def __call__(self, x_BLD, source_BSD=None, mask=None, bias=None, key=None):
@@ -130,6 +137,28 @@ def rotate(x_BLNH, turn):
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     ).astype(x_BLNH.dtype)
+
+
+def near(positions_BS, heads: int):
+    """A bias (B, N, 1, S) that prefers what is near, each head by a slope of its own (ALiBi, arXiv 2108.12409).
+
+    It counts from the row's start, not from who looks: what is added to all of a row's scores changes no softmax. The
+    slopes are MPT's, also where the heads are no power of two.
+    """
+    power = 2 ** math.ceil(math.log2(heads))
+    slope_N = 2.0 ** -(np.arange(1, power + 1, dtype=np.float32) * (8 / power))
+    if power != heads:
+        slope_N = np.concatenate([slope_N[1::2], slope_N[::2]])[:heads]
+    return positions_BS.astype(jnp.float32)[:, None, None, :] * slope_N[:, None, None]
+
+
+def waves(positions_BL, width: int):
+    """Sines, then cosines of positions (B, L, D), as fairseq and Kosmos-2 have them."""
+    half = width // 2
+    speed_D = np.exp(np.arange(half, dtype=np.float32) * -(math.log(10000) / (half - 1)))
+    angle_BLD = positions_BL.astype(jnp.float32)[..., None] * speed_D
+    wave_BLD = jnp.concatenate([jnp.sin(angle_BLD), jnp.cos(angle_BLD)], axis=-1)
+    return jnp.pad(wave_BLD, ((0, 0), (0, 0), (0, width % 2)))
 
 
 def relative_buckets(

@@ -56,7 +56,8 @@ def _language_settings(c: Any) -> dict:
     return kind.settings(c)
 
 
-def _abstract(c: Any, mesh: Any = None) -> Params:
+def abstract(c: Any, mesh: Any = None) -> Params:
+    """Shapes of the whole tree of a system that reads pictures and texts."""
     import jax
 
     from lionjax import sharding
@@ -69,7 +70,7 @@ def _abstract(c: Any, mesh: Any = None) -> Params:
 
 
 def _is(c: Any, fits: Callable[[Any], bool]) -> bool:
-    return type(c).__name__ == "Prefix" and fits(c.qformer)
+    return type(c).__name__ == "Prefix" and c.latents is None and not c.words and fits(c.qformer)
 
 
 # LLaVA
@@ -298,17 +299,17 @@ _COPIES = tuple(
 
 LLAVA = Published(
     "llava", ("llava", "llava_llama"), lambda c: _is(c, lambda q: q is None),
-    _llava_config, _llava_settings, lambda c: c.torch_rows(), _abstract, ignore=(_IDS, _TURNS),
+    _llava_config, _llava_settings, lambda c: c.torch_rows(), abstract, ignore=(_IDS, _TURNS),
     complete=_llava_tensors,
 )  # fmt: skip
 BLIP2 = Published(
     "blip2", ("blip-2",), lambda c: _is(c, lambda q: q is not None and not q.text),
-    lambda s: _blip_config(s, False), _whole_settings(_blip_settings), lambda c: c.torch_rows(), _abstract,
+    lambda s: _blip_config(s, False), _whole_settings(_blip_settings), lambda c: c.torch_rows(), abstract,
     ignore=_BLIP_IGNORES, copies=_COPIES,
 )  # fmt: skip
 INSTRUCTBLIP = Published(
     "instructblip", ("instructblip",), lambda c: _is(c, lambda q: q is not None and q.text),
-    lambda s: _blip_config(s, True), _whole_settings(_blip_settings), lambda c: c.torch_rows(), _abstract,
+    lambda s: _blip_config(s, True), _whole_settings(_blip_settings), lambda c: c.torch_rows(), abstract,
     ignore=_BLIP_IGNORES, copies=_COPIES,
 )  # fmt: skip
 PICTURE_FIRST = (LLAVA, BLIP2, INSTRUCTBLIP)

@@ -152,7 +152,9 @@ def _t5_abstract(c: Any, mesh: Any = None) -> Params:
 
 def _of_decoder(c: Any, learned: bool, offset: bool) -> bool:
     shape = (
-        (c.positions > 0, c.position_offset > 0) if type(c).__name__ == "DecoderConfig" else None
+        (c.positions > 0, c.position_offset > 0)
+        if type(c).__name__ == "DecoderConfig" and c.where == "turns"
+        else None
     )
     return shape == (learned, offset)
 
@@ -219,9 +221,9 @@ def _llama_settings(c: Any) -> dict:
 
 
 def _llama_rows(c: Any) -> tuple:
-    from lionjax.language import decoder
+    from lionjax.language import decoder_names
 
-    return decoder.llama_rows(c)
+    return decoder_names.llama_rows(c)
 
 
 def _opt_config(s: dict) -> Any:
@@ -272,9 +274,9 @@ def _opt_settings(c: Any) -> dict:
 
 
 def _opt_rows(c: Any) -> tuple:
-    from lionjax.language import decoder
+    from lionjax.language import decoder_names
 
-    return decoder.opt_rows(c)
+    return decoder_names.opt_rows(c)
 
 
 def _gpt2_config(s: dict) -> Any:
@@ -315,9 +317,9 @@ def _gpt2_settings(c: Any) -> dict:
 
 
 def _gpt2_rows(c: Any) -> tuple:
-    from lionjax.language import decoder
+    from lionjax.language import decoder_names
 
-    return decoder.gpt2_rows(c)
+    return decoder_names.gpt2_rows(c)
 
 
 T5 = Published(

@@ -18,8 +18,11 @@ from lionjax import convert_delta, convert_lora
 from lionjax.convert_bert import BERT
 from lionjax.convert_experts import EXPERTS, RAM_FILE
 from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.convert_flamingo import FLAMINGO, open_flamingo
+from lionjax.convert_kosmos import KOSMOS
 from lionjax.convert_lavis import EVA_FILE, lavis_files, open_lavis
 from lionjax.convert_nextchat import META_SAM, POINTING
+from lionjax.convert_owl import OWL
 from lionjax.convert_prefix import PICTURE_FIRST
 from lionjax.convert_published import T5, TEXTS, Published, read_settings
 from lionjax.convert_towers import CLIP_FILE, EVA_IGNORES, TOWERS
@@ -86,6 +89,8 @@ def _recognised(path: Path, folder: Path, system: str | None, added_to: Path | N
         return _open_lion(path)
     if system is None and path.is_dir() and lavis_files(path):
         return _with_copies(*open_lavis(path))
+    if system == "flamingo" and path.is_dir() and not (path / "config.json").is_file():
+        return _with_copies(*open_flamingo(path))
     settings = read_settings(folder / "config.json")
     model_type = settings.get("model_type")
     kinds = [
@@ -266,4 +271,4 @@ _LION = Published(
     abstract=_lion_abstract,
     ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*(?#heads of its first stage)"),
 )  # fmt: skip
-SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, *EXPERTS, *TEXTS, *TOWERS, BERT)
+SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, OWL, KOSMOS, FLAMINGO, *EXPERTS, *TEXTS, *TOWERS, BERT)

@@ -119,16 +119,21 @@ def flat_in(init: Callable) -> Callable:
 
 
 class Embed(nn.Module):
-    """Rows of a table by id: (B, L) -> (B, L, D)."""
+    """Rows of a table by id: (B, L) -> (B, L, D). The first `frozen` rows get no gradient."""
 
     vocab: int
     width: int
     init: Callable = normal(0.02)
+    frozen: int = 0
 
     def setup(self):
-        self.table = self.param(
+        table = self.param(
             "table", sharded(self.init, ("vocab", "embed")), (self.vocab, self.width)
         )
+        if self.frozen:
+            learns_V1 = (jnp.arange(self.vocab) >= self.frozen)[:, None]
+            table = jnp.where(learns_V1, table, jax.lax.stop_gradient(table))
+        self.table = table
 
     def __call__(self, ids_BL, dtype=jnp.float32):
         return jnp.take(self.table, ids_BL, axis=0).astype(dtype)
@@ -143,16 +148,19 @@ class LayerNorm(nn.Module):
 
     width: int
     eps: float
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", sharded(ones, ("embed",)), (self.width,))
-        bias = self.param("bias", sharded(zeros, ("embed",)), (self.width,))
         wide = x.astype(jnp.float32)
         mean = wide.mean(-1, keepdims=True)
         centred = wide - mean
         variance = (centred * centred).mean(-1, keepdims=True)
-        return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(x.dtype)
+        y = centred * (jax.lax.rsqrt(variance + self.eps) * scale)
+        if self.bias:
+            y = y + self.param("bias", sharded(zeros, ("embed",)), (self.width,))
+        return y.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -204,6 +212,9 @@ class MLP(nn.Module):
     bias: bool = True
     init: Callable = normal(0.02)
     zero_out: bool = False  # start with an output of zero
+    inner_eps: float | None = (
+        None  # of a norm before the second dense (sub-LN); None: there is none
+    )
 
     @nn.compact
     def __call__(self, x):
@@ -212,27 +223,34 @@ class MLP(nn.Module):
         down = Dense(
             self.hidden, self.features or self.width, ("mlp", "embed"), self.bias, out, name="down"
         )
-        return down(ACTIVATIONS[self.activation](up(x)))
+        h = ACTIVATIONS[self.activation](up(x))
+        if self.inner_eps is not None:
+            h = LayerNorm(self.hidden, self.inner_eps, name="norm")(h)
+        return down(h)
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate x) * up x): T5 v1.1's (wi_0 gate, wi_1 up) and LLaMA's feed-forward, no biases."""
+    """down(act(gate x) * up x): T5 v1.1's (wi_0 gate, wi_1 up) and LLaMA's feed-forward."""
 
     width: int
     hidden: int
     activation: str
     init: Callable = normal(0.02)
     lora: LoraConfig = LoraConfig()
+    bias: bool = False
+    inner_eps: float | None = None  # of a norm before the last dense; None: there is none
 
     @nn.compact
     def __call__(self, x, dropout_rate: float = 0.0, key=None):
         def dense(inputs, outputs, axes, name):
-            return Dense(inputs, outputs, axes, False, self.init, self.lora, name=name)
+            return Dense(inputs, outputs, axes, self.bias, self.init, self.lora, name=name)
 
         gate = dense(self.width, self.hidden, ("embed", "mlp"), "gate")(x)
         hidden = ACTIVATIONS[self.activation](gate) * dense(
             self.width, self.hidden, ("embed", "mlp"), "up"
         )(x)
+        if self.inner_eps is not None:
+            hidden = LayerNorm(self.hidden, self.inner_eps, name="norm")(hidden)
         return dense(self.hidden, self.width, ("mlp", "embed"), "down")(
             dropout(hidden, dropout_rate, key)
         )

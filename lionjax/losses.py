@@ -16,9 +16,18 @@ def token_cross_entropy(logits_BMV, target_BM, loss_mask_BM) -> tuple[jax.Array,
 
     A batch without a learned token has loss 0, not NaN.
     """
+    return smoothed_cross_entropy(logits_BMV, target_BM, loss_mask_BM, 0.0)
+
+
+def smoothed_cross_entropy(
+    logits_BMV, target_BM, loss_mask_BM, smoothing: float
+) -> tuple[jax.Array, Metrics]:
+    """`token_cross_entropy` where a share `smoothing` of each label is spread evenly over all classes."""
     logits_BMV = logits_BMV.astype(jnp.float32)
     mask_BM = loss_mask_BM.astype(jnp.float32)
     chosen_BM = jnp.take_along_axis(logits_BMV, target_BM[..., None], axis=-1)[..., 0]
+    if smoothing:
+        chosen_BM = (1 - smoothing) * chosen_BM + smoothing * logits_BMV.mean(axis=-1)
     nats_BM = jax.nn.logsumexp(logits_BMV, axis=-1) - chosen_BM
     tokens = mask_BM.sum()
     right_BM = (logits_BMV.argmax(-1) == target_BM) * mask_BM

@@ -201,6 +201,23 @@ def fused(*parts: Op | None, axis: int = 0) -> Op:
     return Op(f"fused({names}; axis {axis})", to_flax, to_torch)
 
 
+def by_head(heads: int, parts: int = 3) -> Op:
+    """Several projections into heads that are one torch Linear, ordered by head: q, k, v of head 0 first.
+
+    (heads * parts * head, D) -> as many leaves (D, heads, head); of a bias without the D.
+    """
+
+    def to_flax(w):
+        cut = w.reshape(heads, parts, -1, *w.shape[1:])
+        return tuple(np.moveaxis(cut[:, part], (0, 1), (-2, -1)) for part in range(parts))
+
+    def to_torch(*leaves):
+        back = np.stack([np.moveaxis(leaf, (-2, -1), (0, 1)) for leaf in leaves], axis=1)
+        return back.reshape(-1, *back.shape[3:])
+
+    return Op(f"by_head({heads}, {parts})", to_flax, to_torch)
+
+
 def joined(op: Op = same, axis: int = 0) -> Op:
     """Several torch tensors (the row has a tuple of names), each through `op`, stacked on a new axis of one leaf."""
     return Op(

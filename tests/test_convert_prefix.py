@@ -265,7 +265,7 @@ def test_a_bias_on_the_keys_which_these_towers_never_had_is_refused(tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_that_pad_a_vocabulary_for_a_mesh_are_zero_are_never_said_and_never_leave(tmp_path, tied):
     from lionjax.language.decoder import Decoder, DecoderConfig
-    from lionjax.systems import prefix
+    from lionjax.systems import prefix_names
 
     plain = DecoderConfig(vocab=51, width=16, layers=1, heads=2, kv_heads=2, head=8, hidden=20, tied=tied)
     wide = dataclasses.replace(plain, vocab_multiple=64)
@@ -276,9 +276,9 @@ def test_rows_that_pad_a_vocabulary_for_a_mesh_are_zero_are_never_said_and_never
         for name, tensor in plan_state(kind.rows(plain), trees.flatten(kind.abstract(plain))).made.items()
     }
     state["lm_head.weight"] = state["model.embed_tokens.weight"] if tied else state["lm_head.weight"]
-    one, other = (convert.params_from(prefix.language_rows(c), state) for c in (plain, wide))
+    one, other = (convert.params_from(prefix_names.language_rows(c), state) for c in (plain, wide))
     assert other["embedding"]["table"].shape == (64, 16) and not other["embedding"]["table"][51:].any()
-    assert_same(convert.state_from(prefix.language_rows(wide), other), state)
+    assert_same(convert.state_from(prefix_names.language_rows(wide), other), state)
     ids = np.array([[3, 50, 7]])
 
     def run(c, params):

@@ -11,7 +11,7 @@ from test_decoder import Text, text_batch
 
 from lionjax import convert
 from lionjax.generate import GenerateConfig, generate
-from lionjax.language import decoder
+from lionjax.language import decoder_names
 from lionjax.language.decoder import SMOLLM2_135M, Decoder
 
 QUESTIONS = ("What is the capital of France?", "Name three things that are red, and say where one finds each of them.")
@@ -40,7 +40,7 @@ def test_smollm2_says_what_transformers_says_to_the_word():
     theirs = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(**where)
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    params = jax.tree.map(jax.numpy.asarray, convert.params_from(decoder.llama_rows(SMOLLM2_135M), state))
+    params = jax.tree.map(jax.numpy.asarray, convert.params_from(decoder_names.llama_rows(SMOLLM2_135M), state))
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     asked = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
     texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked]

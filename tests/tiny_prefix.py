@@ -127,7 +127,9 @@ def batch_of(system, draw: random.Random, rows: int = 3, token: int = IMAGE_TOKE
 
 def expanded(system, batch: Batch) -> list[list[int]]:
     """Each row's prompt as transformers wants it: an image token for each of the picture's words."""
-    words = system.qformer.queries if system.qformer else system.vision.patches + system.class_token
+    bridge = system.qformer or system.latents
+    words = bridge.queries + system.closing if bridge else system.vision.patches + system.class_token
+    words = system.words or words
     texts = []
     for ids, mask in zip(batch.prompt_BL, batch.prompt_mask_BL):
         text = ids[mask.astype(bool)].tolist()

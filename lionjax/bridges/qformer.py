@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -64,7 +65,7 @@ class AggregatorConfig:
 
 
 class PostNormBlock(nn.Module):
-    """norm(x + f(x)) for self-attention, cross-attention (first `queries` rows only) and feed-forward(s)."""
+    """norm(x + f(x)) for self-attention, cross-attention (the queries only) and feed-forward(s)."""
 
     width: int
     heads: int
@@ -72,8 +73,7 @@ class PostNormBlock(nn.Module):
     eps: float
     rate: float
     source_width: int | None = None  # of the picture features; None: no cross-attention
-    queries: int | None = None  # None: all rows are queries
-    text: bool = False  # rows beyond the queries have their own feed-forward
+    text: bool = False  # text has its own feed-forward
     zero_out: bool = False  # LION's aggregator starts with zeroed output projections
 
     def attention(self, name, source_width=None):
@@ -88,22 +88,30 @@ class PostNormBlock(nn.Module):
         return LayerNorm(self.width, self.eps, name=name)
 
     @nn.compact
-    def __call__(self, x_BLD, source_BPD, mask, key):
+    def __call__(self, asked_BQD, text_BLD, source_BPD, mask, key, earlier=None):
+        """Queries, text (either may have no rows), and the keys and values of both. `earlier` ones stand before."""
         keys = split_key(key, 6)
-        change = self.attention("self_attention")(x_BLD, mask=mask, key=keys[0])
+        x_BLD, own = (
+            jnp.concatenate([asked_BQD, text_BLD], axis=1),
+            self.attention("self_attention"),
+        )
+        seen = new = own.keys_values(x_BLD)
+        if earlier is not None:
+            seen = tuple(jnp.concatenate(pair, axis=1) for pair in zip(earlier, new))
+        change = own.look(own.queries(x_BLD), seen, mask, None, keys[0])
         x_BLD = self.norm("self_norm")(x_BLD + dropout(change, self.rate, keys[1]))
-        queries = x_BLD.shape[1] if self.queries is None else self.queries
+        queries = asked_BQD.shape[1]
         asked_BQD, text_BLD = x_BLD[:, :queries], x_BLD[:, queries:]
-        if self.source_width is not None:
+        if self.source_width is not None and queries:
             change = self.attention("cross_attention", self.source_width)(
                 asked_BQD, source_BPD, key=keys[2]
             )
             asked_BQD = self.norm("cross_norm")(asked_BQD + dropout(change, self.rate, keys[3]))
-        asked_BQD = self.feed("mlp", "norm", asked_BQD, keys[4])
-        if not self.text:
-            return asked_BQD
-        text_BLD = self.feed("text_mlp", "text_norm", text_BLD, keys[5])
-        return jnp.concatenate([asked_BQD, text_BLD], axis=1)
+        if queries:
+            asked_BQD = self.feed("mlp", "norm", asked_BQD, keys[4])
+        if self.text and text_BLD.shape[1]:
+            text_BLD = self.feed("text_mlp", "text_norm", text_BLD, keys[5])
+        return asked_BQD, text_BLD, new
 
     def feed(self, mlp, norm, x_BLD, key):
         change = MLP(self.width, self.hidden, zero_out=self.zero_out, name=mlp)(x_BLD)
@@ -115,73 +123,94 @@ class Group(nn.Module):
 
     c: QFormerConfig
     members: int
-    text: bool
 
     @nn.compact
-    def __call__(self, x_BLD, key, source_BPD, mask):
-        c = self.c
-        keys = split_key(key, self.members)
+    def __call__(self, x, layer, source_BPD, mask):
+        c, (asked_BQD, text_BLD), (key, earlier) = self.c, x, layer
+        keys, made = split_key(key, self.members), []
         for member in range(self.members):
             source_width = c.vision_width if member == 0 else None
             block = PostNormBlock(
-                c.width,
-                c.heads,
-                c.hidden,
-                c.eps,
-                c.dropout,
-                source_width,
-                c.queries,
-                self.text,
-                name=f"block_{member}",
+                c.width, c.heads, c.hidden, c.eps, c.dropout, source_width, c.text, name=f"block_{member}"
+            )  # fmt: skip
+            before = None if earlier is None else earlier[member]
+            asked_BQD, text_BLD, new = block(
+                asked_BQD, text_BLD, source_BPD, mask, keys[member], before
             )
-            x_BLD = block(x_BLD, source_BPD, mask, keys[member])
-        return constrain(x_BLD, "batch", "length", "act_embed"), None
+            made.append(new)
+        x = (constrain(x, "batch", "length", "act_embed") for x in (asked_BQD, text_BLD))
+        return tuple(x), tuple(made)
 
 
 class QFormer(nn.Module):
     """Learned queries read a picture with an instruction in mind: (B, P, D) features -> (B, Q + L, D) states.
 
-    The first Q rows are the answer, and all there is where `text` is off. Layers are scanned in groups of
-    `cross_every`, what is left over comes after.
+    The first Q rows are the answer, and all there is where `text` is off. Layers are in groups of `cross_every`, which
+    are scanned; what is left over comes after.
     """
 
     c: QFormerConfig
 
-    @nn.compact
-    def __call__(self, source_BPD, ids_BL=None, mask_BL=None, key=None):
+    def setup(self):
         c = self.c
         groups, rest = divmod(c.layers, c.cross_every)
-        keys = split_key(key, groups + 2)
-        query_QD = self.param(
+        self.queries = self.param(
             "queries", sharded(normal(0.02), ("position", "embed")), (c.queries, c.width)
         )
-        dtype, batch = source_BPD.dtype, source_BPD.shape[0]
-        x_BLD = jnp.broadcast_to(query_QD.astype(dtype), (batch, c.queries, c.width))
-        mask = None
         if c.text:
-            positions = jnp.arange(ids_BL.shape[1])
-            text_BLD = Embed(c.vocab, c.width, name="words")(ids_BL, dtype)
-            text_BLD = text_BLD + Embed(c.positions, c.width, name="positions")(positions, dtype)
-            x_BLD = jnp.concatenate([x_BLD, text_BLD], axis=1)
-            seen_BQ = jnp.ones((batch, c.queries), bool)
-            mask = key_mask(jnp.concatenate([seen_BQ, mask_BL.astype(bool)], axis=1))
-        x_BLD = dropout(LayerNorm(c.width, c.eps, name="norm")(x_BLD), c.dropout, keys[0])
+            self.words = Embed(c.vocab, c.width)
+            self.positions = Embed(c.positions, c.width)
+        self.norm = LayerNorm(c.width, c.eps)
         if groups:
-            scan = nn.scan(
+            self.groups = nn.scan(
                 Group,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=groups,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            group_keys = None if key is None else jnp.stack(keys[2:])
-            x_BLD, _ = scan(c, c.cross_every, c.text, name="groups")(
-                x_BLD, group_keys, source_BPD, mask
-            )
+            )(c, c.cross_every)
         if rest:
-            x_BLD, _ = Group(c, rest, c.text, name="tail")(x_BLD, keys[1], source_BPD, mask)
-        return x_BLD
+            self.tail = Group(c, rest)
+
+    def __call__(self, source_BPD, ids_BL=None, mask_BL=None, key=None):
+        text_BLD = mask = None
+        if self.c.text:
+            text_BLD = self.embed(ids_BL, source_BPD.dtype)
+            seen_BQ = jnp.ones((len(source_BPD), self.c.queries), bool)
+            mask = key_mask(jnp.concatenate([seen_BQ, mask_BL.astype(bool)], axis=1))
+        asked_BQD, text_BLD, _ = self.run(source_BPD, text_BLD, mask, key)
+        return jnp.concatenate([asked_BQD, text_BLD], axis=1)
+
+    def embed(self, ids_BL, dtype, start=0):
+        """Words of a text whose first stands at position `start`."""
+        positions = start + jnp.arange(ids_BL.shape[1])
+        return self.words(ids_BL, dtype) + self.positions(positions, dtype)
+
+    def run(self, source_BPD, text_BLD, mask, key, earlier=None):
+        """Queries (B, Q, D), text (B, L, D) and the keys and values of all layers, layers on axis 0.
+
+        No queries where there is no picture, no text where there is none. `earlier` keys and values are seen too.
+        """
+        c = self.c
+        groups, rest = divmod(c.layers, c.cross_every)
+        keys = split_key(key, groups + 3)
+        some = text_BLD if source_BPD is None else source_BPD
+        asked_BQD = text = jnp.zeros((len(some), 0, c.width), some.dtype)
+        if source_BPD is not None:
+            shape = (len(source_BPD), c.queries, c.width)
+            asked_BQD = jnp.broadcast_to(self.queries.astype(source_BPD.dtype), shape)
+        text = text if text_BLD is None else text_BLD
+        x = tuple(dropout(self.norm(x), c.dropout, k) for x, k in zip((asked_BQD, text), keys))
+        earlier, made = earlier or {"groups": None, "tail": None}, {"groups": None, "tail": None}
+        if groups:
+            group_keys = None if key is None else jnp.stack(keys[3:])
+            x, made["groups"] = self.groups(x, (group_keys, earlier["groups"]), source_BPD, mask)
+        if rest:
+            before = jax.tree.map(lambda leaf: leaf[0], earlier["tail"])
+            x, new = self.tail(x, (keys[2], before), source_BPD, mask)
+            made["tail"] = jax.tree.map(lambda leaf: leaf[None], new)
+        return *x, made
 
 
 class FusionBlock(nn.Module):
@@ -196,7 +225,8 @@ class FusionBlock(nn.Module):
         block = PostNormBlock(
             c.width, c.heads, c.hidden, c.eps, c.dropout, c.width, zero_out=True, name="block"
         )
-        return block(x_BPD, context_BPD, None, key), None
+        nothing_B0D = x_BPD[:, :0]
+        return block(x_BPD, nothing_B0D, context_BPD, None, key)[0], None
 
 
 class Aggregator(nn.Module):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One causal decoder: LLaMA (and Vicuna, SmolLM), OPT and GPT-2 are settings of the same few switches.
+"""One causal decoder: LLaMA (and Vicuna, SmolLM), OPT, GPT-2, MPT and Kosmos-2's are settings of a few switches.
 
 Embeddings go in, so that picture words and places can stand among text words; states come out, and `logits` reads them.
 Positions are counted along the mask, so padding may stand anywhere: behind a prompt, before it, or inside a row.
@@ -13,10 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lionjax import adapters
 from lionjax import attention as attentions
-from lionjax.adapters import AdapterConfig, RoutedAdapters
-from lionjax.attention import Attention, causal_mask, key_mask, rotate, rotations
+from lionjax.adapters import AdapterConfig, CrossConfig, GatedCross, RoutedAdapters
+from lionjax.attention import Attention, causal_mask, key_mask, near, rotate, rotations, waves
 from lionjax.interfaces import Cache
 from lionjax.layers import (
     MLP,
@@ -27,32 +26,27 @@ from lionjax.layers import (
     LayerNorm,
     LoraConfig,
     RMSNorm,
-    dense_rows,
     dropout,
-    norm_rows,
     split_key,
 )
 from lionjax.sharding import constrain
-from lionjax.weight_rows import (
-    Row,
-    fused,
-    heads_in_bias,
-    linear,
-    padded,
-    reshaped,
-    same,
-    under,
-)
+
+WHERE = ("turns", "near", "waves")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes, and the switches in which LLaMA, OPT and GPT-2 differ. The defaults are those of LLaMA 7B.
+    """Sizes, and the switches in which decoders differ. The defaults are those of LLaMA 7B.
 
-    `positions`: rows of a table of learned ones, of which the first `position_offset` are never used; 0: rotary.
-    `gated`: the feed-forward has a gate and no biases. `centred`: norms subtract the mean and have a bias. `biases`:
-    which of the attention's q, k, v, o have one. `vocab_multiple`: word table and head get rows of zeros up to a
-    multiple of it, so that a mesh can split them; nobody can say those words, and files never hold them.
+    `positions`: rows of a table of learned ones, of which the first `position_offset` are never used. 0: they are
+    rotary, or by `where` "near" (ALiBi) or "waves" (sines and cosines, from `position_offset` on).
+    `gated`: the feed-forward has a gate and no biases. `centred`: norms subtract the mean. `biases`: which of the
+    attention's q, k, v, o have one; with none, norms and feed-forward have none either. `qk_norms`: queries and keys
+    are normed over all heads. `inner_norms`: norms before the second product of attention and feed-forward (sub-LN).
+    `scaled`: what is read is multiplied by the root of the width. `cross`: looks at pictures between layers.
+    `frozen_words`: that many first rows of the word table never learn.
+    `vocab_multiple`: word table and head get rows of zeros up to a multiple of it, so that a mesh can split them;
+    nobody can say those words, and files never hold them.
     """
 
     vocab: int = 32000
@@ -79,6 +73,20 @@ class DecoderConfig:
     lora: LoraConfig = LoraConfig()
     remat: str = "none"
     vocab_multiple: int = 1
+    where: str = "turns"
+    qk_norms: bool = False
+    inner_norms: bool = False
+    scaled: bool = False
+    frozen_words: int = 0
+    cross: CrossConfig | None = None
+
+    def __post_init__(self):
+        if self.where not in WHERE:
+            raise ValueError(f"where is {self.where!r}; it can be one of {', '.join(WHERE)}")
+        if self.cross is not None and self.layers % self.cross.every:
+            raise ValueError(
+                f"{self.layers} layers are no multiple of cross.every, {self.cross.every}; change one of them"
+            )
 
     @property
     def rows(self) -> int:
@@ -103,6 +111,17 @@ GPT2 = dataclasses.replace(
     _BEFORE_LLAMA, vocab=50257, width=768, layers=12, heads=12, kv_heads=12, head=64, hidden=3072,
     activation="gelu_tanh", positions=1024, pad_token=50256, start_token=50256, end_token=50256,
 )  # fmt: skip
+MPT_7B = dataclasses.replace(
+    _BEFORE_LLAMA, activation="gelu", biases="", dropout=0.0, where="near", vocab=50432, hidden=16384,
+    pad_token=1, start_token=0, end_token=0,
+)  # fmt: skip
+MPT_1B = dataclasses.replace(
+    MPT_7B, vocab=50368, width=2048, layers=24, heads=16, kv_heads=16, hidden=8192, qk_norms=True
+)
+KOSMOS2_TEXT = dataclasses.replace(
+    _BEFORE_LLAMA, activation="gelu", where="waves", position_offset=2, inner_norms=True, scaled=True, vocab=65037,
+    width=2048, layers=24, head=64, hidden=8192, pad_token=1, start_token=0, end_token=2,
+)  # fmt: skip
 
 
 class Block(nn.Module):
@@ -115,32 +134,90 @@ class Block(nn.Module):
     c: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BLD, layer, mask, turn, task_B):
+    def __call__(self, x_BLD, layer, mask, turn, bias, task_B):
         c = self.c
         key, earlier = layer
         keys = split_key(key, 3)
-        norm = LayerNorm if c.centred else RMSNorm
+        inner = c.eps if c.inner_norms else None
         own = Attention(
             c.width, c.heads, c.head, kv_heads=c.kv_heads, biases=c.biases, rate=c.dropout, lora=c.lora,
-            name="attention",
+            inner_eps=inner, name="attention",
         )  # fmt: skip
-        h_BLD = norm(c.width, c.eps, name="norm1")(x_BLD)
+        h_BLD = norm(c, name="norm1")(x_BLD)
         query, (new_k, new_v) = own.queries(h_BLD), own.keys_values(h_BLD)
+        if c.qk_norms:
+            query, new_k = self.over_heads("q_norm", query), self.over_heads("k_norm", new_k)
         if turn is not None:
             query, new_k = rotate(query, turn), rotate(new_k, turn)
         seen = new = (new_k, new_v)
         if earlier is not None:
             seen = tuple(jnp.concatenate(pair, axis=1) for pair in zip(earlier, new))
-        x_BLD = x_BLD + dropout(own.look(query, seen, mask, None, keys[0]), c.dropout, keys[1])
-        h_BLD = norm(c.width, c.eps, name="norm2")(x_BLD)
+        x_BLD = x_BLD + dropout(own.look(query, seen, mask, bias, keys[0]), c.dropout, keys[1])
+        h_BLD = norm(c, name="norm2")(x_BLD)
         if c.gated:
             change_BLD = GatedMLP(c.width, c.hidden, c.activation, lora=c.lora, name="mlp")(h_BLD)
         else:
-            change_BLD = MLP(c.width, c.hidden, c.activation, name="mlp")(h_BLD)
+            mlp = MLP(
+                c.width, c.hidden, c.activation, bias=bool(c.biases), inner_eps=inner, name="mlp"
+            )
+            change_BLD = mlp(h_BLD)
         out_BLD = x_BLD + dropout(change_BLD, c.dropout, keys[2])
         if c.adapters is not None:
             out_BLD = out_BLD + RoutedAdapters(c.width, c.adapters, name="adapters")(x_BLD, task_B)
         return constrain(out_BLD, "batch", "length", "act_embed"), None if earlier is None else new
+
+    def over_heads(self, name: str, x_BLNH):
+        """One norm over all heads at once."""
+        *shape, heads, head = x_BLNH.shape
+        wide = LayerNorm(heads * head, self.c.eps, bool(self.c.biases), name=name)
+        return wide(x_BLNH.reshape(*shape, heads * head)).reshape(x_BLNH.shape)
+
+
+class Group(nn.Module):
+    """`cross.every` blocks, and before the last of them a look at the pictures. Keys and values of these come with a
+    layer's where they are known."""
+
+    c: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_BLD, layer, mask, turn, bias, task_B, media):
+        c, last = self.c, self.c.cross.every - 1
+        layer, kept = layer
+
+        def part(which):
+            return jax.tree.map(lambda leaf: leaf[which], layer)
+
+        made = ()
+        if last:
+            x_BLD, new = stacked(Block, c, last)(c, name="before")(
+                x_BLD, part(slice(last)), mask, turn, bias, task_B
+            )
+            made = (new,)
+        x_BLD, kept = GatedCross(c.width, c.cross, name="cross")(x_BLD, media, kept)
+        x_BLD, new = Block(c, name="block")(x_BLD, part(last), mask, turn, bias, task_B)
+        if new is None:
+            return x_BLD, None
+        made = (*made, jax.tree.map(lambda leaf: leaf[None], new))
+        return x_BLD, (jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *made), kept)
+
+
+def norm(c: DecoderConfig, **name):
+    """The norm that this decoder has everywhere."""
+    if not c.centred:
+        return RMSNorm(c.width, c.eps, **name)
+    return LayerNorm(c.width, c.eps, bool(c.biases), **name)
+
+
+def stacked(block, c: DecoderConfig, length: int, inputs: int = 4):
+    """`length` of these blocks after each other, with as many inputs that are the same for all."""
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(0,) + (nn.broadcast,) * inputs,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 class Decoder(nn.Module):
@@ -150,23 +227,22 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.c
-        self.embedding = Embed(c.rows, c.width)
+        self.embedding = Embed(c.rows, c.width, frozen=c.frozen_words)
         if c.positions:
             self.position = Embed(c.positions, c.width)
-        self.norm = (LayerNorm if c.centred else RMSNorm)(c.width, c.eps)
+        self.norm = norm(c)
         if not c.tied:
             self.head = Dense(c.width, c.rows, ("embed", "vocab"), bias=False)
-        block = Block
-        if c.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
-        self.blocks = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0,) + (nn.broadcast,) * 3,
-            length=c.layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c)
+
+        def kept(block):
+            return nn.remat(block, prevent_cse=False, policy=REMAT[c.remat])
+
+        if c.cross is None:
+            block = Block if c.remat == "none" else kept(Block)
+            self.blocks = stacked(block, c, c.layers)(c)
+        else:
+            group = Group if c.remat == "none" else kept(Group)
+            self.groups = stacked(group, c, c.layers // c.cross.every, 5)(c)
 
     def embed(self, ids_BL, dtype=jnp.float32):
         return self.embedding(ids_BL, dtype)
@@ -179,35 +255,58 @@ class Decoder(nn.Module):
             return logits_BLV
         return jnp.where(jnp.arange(c.rows) < c.vocab, logits_BLV, attentions.MASKED)
 
-    def __call__(self, x_BLD, mask_BL, task_B=None, key=None):
-        """States of a whole row; those of padding mean nothing."""
-        return self.run(x_BLD, counted(mask_BL), causal(mask_BL), task_B, key)[0]
+    def __call__(self, x_BLD, mask_BL, task_B=None, key=None, media=None):
+        """States of a whole row; those of padding mean nothing. `media` as `GatedCross` has it."""
+        return self.run(x_BLD, counted(mask_BL), causal(mask_BL), task_B, key, media=media)[0]
 
-    def begin(self, x_BLD, mask_BL, cache_length: int, task_B=None):
-        """Read a prompt: the state (B, D) of its last real token, and a cache with room for `cache_length` more."""
+    def begin(self, x_BLD, mask_BL, cache_length: int, task_B=None, media=None):
+        """Read a prompt: the state (B, D) of its last real token, and a cache with room for `cache_length` more.
+
+        What is read later looks at the same pictures as that token.
+        """
         c = self.c
         nothing = jnp.zeros((c.layers, x_BLD.shape[0], 0, c.kv_heads, c.head), x_BLD.dtype)
         self.check_length(x_BLD.shape[1] + cache_length)
-        h_BLD, new = self.run(
-            x_BLD, counted(mask_BL), causal(mask_BL), task_B, None, (nothing, nothing)
+        h_BLD, new, kept = self.run(
+            x_BLD, counted(mask_BL), causal(mask_BL), task_B, None, (nothing, nothing), media
         )
         room = ((0, 0), (0, 0), (0, cache_length), (0, 0), (0, 0))
         written = {name: jnp.pad(leaf, room) for name, leaf in zip("kv", new)}
         mask_BL = mask_BL.astype(bool)
         fixed = {"mask": mask_BL[None], "task": None if task_B is None else task_B[None]}
+        if media is not None:
+            _, seen_BLS, real_BL = media
+            seen_BS, real_B1 = last(seen_BLS, mask_BL), last(real_BL[..., None], mask_BL)
+            fixed |= {"media": kept, "seen": seen_BS[None], "real": real_B1[None]}
         return last(h_BLD, mask_BL), Cache(written, fixed, jnp.zeros((), jnp.int32))
 
     def extend(self, x_BD, cache: Cache):
         """Read one more token's embedding: its state (B, D)."""
-        mask_BL, step = cache.fixed["mask"][0], cache.step
+        mask_BL, step, fixed = cache.fixed["mask"][0], cache.step, cache.fixed
         rows, prompt = mask_BL.shape
-        task_B = None if cache.fixed["task"] is None else cache.fixed["task"][0]
-        written_S = jnp.arange(cache.written["k"].shape[2] - prompt) < step
-        written_BS = jnp.broadcast_to(written_S, (rows, len(written_S)))
+        task_B = None if fixed["task"] is None else fixed["task"][0]
+        place_S = jnp.arange(cache.written["k"].shape[2] - prompt)
+        written_BS = jnp.broadcast_to(place_S < step, (rows, len(place_S)))
         seen_BS = jnp.concatenate([mask_BL, written_BS, jnp.ones((rows, 1), bool)], axis=1)
-        position_B1 = mask_BL.sum(axis=1, keepdims=True) + step
+        count_B1 = mask_BL.sum(axis=1, keepdims=True)
+        position_BS = jnp.concatenate(
+            [counted(mask_BL), count_B1 + place_S, count_B1 + step], axis=1
+        )
         earlier = (cache.written["k"], cache.written["v"])
-        h_B1D, new = self.run(x_BD[:, None], position_B1, key_mask(seen_BS), task_B, None, earlier)
+        media = kept = None
+        if self.c.cross is not None:
+            media, kept = (None, fixed["seen"][0][:, None], fixed["real"][0]), fixed["media"]
+        h_B1D, new, _ = self.run(
+            x_BD[:, None],
+            count_B1 + step,
+            key_mask(seen_BS),
+            task_B,
+            None,
+            earlier,
+            media,
+            kept,
+            position_BS,
+        )
         # One write for all layers: nothing else of the cache moves.
         written = {
             name: jax.lax.dynamic_update_slice(
@@ -217,19 +316,36 @@ class Decoder(nn.Module):
         }
         return h_B1D[:, 0], Cache(cache.written | written, cache.fixed, step + 1)
 
-    def run(self, x_BLD, position_BL, mask, task_B, key, earlier=None):
+    def run(
+        self, x_BLD, position_BL, mask, task_B, key, earlier=None, media=None, kept=None, key_position_BS=None
+    ):  # fmt: skip
+        """States, and where `earlier` is given the new keys and values of all layers, and those of the pictures."""
         c = self.c
         keys = split_key(key, c.layers + 1)
         layer_keys = None if key is None else jnp.stack(keys[1:])
-        turn = None
+        turn = bias = None
+        if c.scaled:
+            x_BLD = x_BLD * jnp.asarray(c.width**0.5, x_BLD.dtype)
         if c.positions:
             self.check_length(x_BLD.shape[1])
             x_BLD = x_BLD + self.position(position_BL + c.position_offset, x_BLD.dtype)
+        elif c.where == "waves":
+            x_BLD = x_BLD + waves(position_BL + c.position_offset, c.width).astype(x_BLD.dtype)
+        elif c.where == "near":
+            bias = near(position_BL if key_position_BS is None else key_position_BS, c.heads)
         else:
             turn = rotations(position_BL, c.head, c.rope_theta)
         x_BLD = dropout(x_BLD, c.dropout, keys[0])
-        x_BLD, new = self.blocks(x_BLD, (layer_keys, earlier), mask, turn, task_B)
-        return self.norm(x_BLD), new
+        layers = (layer_keys, earlier)
+        if c.cross is None:
+            x_BLD, new = self.blocks(x_BLD, layers, mask, turn, bias, task_B)
+        else:
+            shape = (c.layers // c.cross.every, c.cross.every)
+            layers = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), layers)
+            x_BLD, made = self.groups(x_BLD, (layers, kept), mask, turn, bias, task_B, media)
+            new, kept = (None, None) if earlier is None else made
+            new = jax.tree.map(lambda leaf: leaf.reshape(c.layers, *leaf.shape[2:]), new)
+        return self.norm(x_BLD), new, kept
 
     def check_length(self, length: int):
         room = self.c.positions - self.c.position_offset
@@ -254,83 +370,3 @@ def last(x_BLD, mask_BL):
     length = mask_BL.shape[1]
     place_B = length - 1 - jnp.argmax(mask_BL[:, ::-1].astype(bool), axis=1)
     return jnp.take_along_axis(x_BLD, place_B[:, None, None], axis=1)[:, 0]
-
-
-def llama_rows(c: DecoderConfig) -> tuple[Row, ...]:
-    """Names of Hugging Face's LlamaForCausalLM."""
-    block = (
-        *under("self_attn.", "attention/", _attention_rows(c, "o_proj")),
-        *norm_rows("input_layernorm", "norm1", bias=False),
-        *norm_rows("post_attention_layernorm", "norm2", bias=False),
-        *(
-            row
-            for x in ("gate", "up", "down")
-            for row in dense_rows(f"mlp.{x}_proj", f"mlp/{x}", bias=False)
-        ),
-    )
-    if c.adapters is not None:
-        block = (*block, *under("adapter.", "adapters/", adapters.torch_rows(c.adapters)))
-    return (
-        *_word_rows(c, "model.embed_tokens.weight"),
-        *norm_rows("model.norm", "norm", bias=False),
-        *under("model.layers.{i}.", "blocks/", block),
-    )
-
-
-def opt_rows(c: DecoderConfig) -> tuple[Row, ...]:
-    """Names of Hugging Face's OPTForCausalLM."""
-    block = (
-        *under("self_attn.", "attention/", _attention_rows(c, "out_proj")),
-        *norm_rows("self_attn_layer_norm", "norm1"),
-        *norm_rows("final_layer_norm", "norm2"),
-        *dense_rows("fc1", "mlp/up"),
-        *dense_rows("fc2", "mlp/down"),
-    )
-    return (
-        *_word_rows(c, "model.decoder.embed_tokens.weight"),
-        Row("model.decoder.embed_positions.weight", "position/table"),
-        *norm_rows("model.decoder.final_layer_norm", "norm"),
-        *under("model.decoder.layers.{i}.", "blocks/", block),
-    )
-
-
-def gpt2_rows(c: DecoderConfig) -> tuple[Row, ...]:
-    """Names of Hugging Face's GPT2LMHeadModel, whose matrices are (in, out) as ours."""
-    cut = heads_in_bias(c.heads, c.head)
-    back = reshaped((c.heads * c.head, c.width), (c.heads, c.head, c.width))
-    block = (
-        Row(
-            "attn.c_attn.weight",
-            tuple(f"attention/{x}/kernel" for x in "qkv"),
-            fused(cut, cut, cut, axis=1),
-        ),
-        Row("attn.c_attn.bias", tuple(f"attention/{x}/bias" for x in "qkv"), fused(cut, cut, cut)),
-        Row("attn.c_proj.weight", "attention/o/kernel", back),
-        Row("attn.c_proj.bias", "attention/o/bias"),
-        *norm_rows("ln_1", "norm1"),
-        *norm_rows("ln_2", "norm2"),
-        Row("mlp.c_fc.weight", "mlp/up/kernel"),
-        Row("mlp.c_fc.bias", "mlp/up/bias"),
-        Row("mlp.c_proj.weight", "mlp/down/kernel"),
-        Row("mlp.c_proj.bias", "mlp/down/bias"),
-    )
-    return (
-        *_word_rows(c, "transformer.wte.weight"),
-        Row("transformer.wpe.weight", "position/table"),
-        *norm_rows("transformer.ln_f", "norm"),
-        *under("transformer.h.{i}.", "blocks/", block),
-    )
-
-
-def _attention_rows(c: DecoderConfig, out: str) -> tuple[Row, ...]:
-    names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": out}
-    return attentions.torch_rows(names, c.heads, c.head, c.biases, c.kv_heads)
-
-
-def _word_rows(c: DecoderConfig, name: str) -> tuple[Row, ...]:
-    words, head = same, linear
-    if c.rows > c.vocab:
-        words, head = (padded(c.vocab, c.rows, op) for op in (words, head))
-    if c.tied:
-        return (Row(name, "embedding/table", words, also=("lm_head.weight",)),)
-    return (Row(name, "embedding/table", words), Row("lm_head.weight", "head/kernel", head))

@@ -23,7 +23,7 @@ from lionjax.bridges import qformer
 from lionjax.bridges.qformer import Aggregator, AggregatorConfig, QFormer, QFormerConfig
 from lionjax.heads import OBJECTIVES, Locations, MaskPrompts, PlaceConfig
 from lionjax.interfaces import Batch, Cache, Metrics, Params
-from lionjax.language import decoder, t5
+from lionjax.language import decoder, decoder_names, t5
 from lionjax.language.decoder import Decoder, DecoderConfig
 from lionjax.language.t5 import T5, T5Config
 from lionjax.layers import MLP, Dense, LayerNorm, dense_rows, norm_rows, normal, split_key
@@ -377,5 +377,5 @@ def torch_rows(c: Lion) -> tuple[Row, ...]:
         rows += under("", "mask_prompts/", heads.mask_prompt_rows())
         rows += under("sam.model.", "sam/", sam_masks.torch_rows(c.sam))
     if not c.encodes:
-        return (*rows, *under("llm_model.", "language/", decoder.llama_rows(c.language)))
+        return (*rows, *under("llm_model.", "language/", decoder_names.llama_rows(c.language)))
     return (*rows, *under("t5_model.", "language/", t5.torch_rows(c.language)))

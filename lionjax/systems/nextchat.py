@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lionjax import heads
 from lionjax.heads import OBJECTIVES, Locations, MaskPrompts
 from lionjax.interfaces import Batch, Cache, Metrics, Params
-from lionjax.language import decoder
+from lionjax.language import decoder, decoder_names
 from lionjax.language.decoder import VICUNA_7B, Decoder, DecoderConfig
 from lionjax.layers import MLP, Dense, dense_rows
 from lionjax.vision import sam_masks, vit
@@ -244,7 +244,7 @@ def torch_rows(c: NextChat) -> tuple[Row, ...]:
     return (
         *under("model.vision_tower.vision_model.", "vision/", vision),
         *projector,
-        *under("", "language/", decoder.llama_rows(c.language)),
+        *under("", "language/", decoder_names.llama_rows(c.language)),
         *under("", "locations/", heads.location_rows()),
         *under("", "mask_prompts/", heads.mask_prompt_rows()),
         *under("sam.model.", "sam/", sam_masks.torch_rows(c.sam)),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture words before text words: LLaVA, BLIP-2, InstructBLIP, MiniGPT-4 and Shikra are settings of one model.
+"""Picture words before text words: LLaVA, BLIP-2, InstructBLIP, MiniGPT-4, mPLUG-Owl, Shikra, Kosmos-2 and Frozen.
 
-A frozen tower sees the picture, a bridge turns what it saw into words of the language model's width (each patch a word,
-or a few queries of a Q-Former, which may read the instruction), and a language model reads on from there. Which tower,
-bridge and language model is all that the systems differ in.
+They are settings of one model. A tower sees the picture, a bridge turns what it saw into words of the language model's
+width (each patch a word, or a few learned queries, which may read the instruction), and a language model reads on from
+there. Which tower, bridge and language model is all that the systems differ in.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import jax
 import jax.numpy as jnp
 
 from lionjax import losses
-from lionjax.bridges import qformer
+from lionjax.bridges import latents
+from lionjax.bridges.latents import AbstractorConfig, ProjectionConfig
 from lionjax.bridges.qformer import QFormer, QFormerConfig
 from lionjax.interfaces import Batch, Cache, Metrics, Params
 from lionjax.language import decoder, t5
 from lionjax.language.decoder import VICUNA_7B, VICUNA_13B, Decoder, DecoderConfig
 from lionjax.language.t5 import FLAN_T5_XL, T5, T5Config
-from lionjax.layers import MLP, Dense, LayerNorm, dense_rows, norm_rows, split_key
-from lionjax.vision import vit
+from lionjax.layers import MLP, Dense, LayerNorm, normal, split_key
+from lionjax.sharding import sharded
+from lionjax.systems import prefix_names
 from lionjax.vision.vit import CLIP_VIT_L, EVA_VIT_G, ViT, ViTConfig
-from lionjax.weight_rows import Row, under
+from lionjax.weight_rows import Row
 
 NAMES = ("hugging_face", "original")
 
@@ -35,7 +37,9 @@ class Prefix:
 
     `feature_layer` counts the tower's hidden states as transformers does: -1 is the last block's output, before any
     norm. `class_token`: whether its word is kept. `vision_eps`: of a norm behind the tower; None: there is none.
-    `qformer` None: each patch becomes a word. `projector_depth`: linears into the language model, with a GELU between.
+    `qformer` and `latents` None: each patch becomes a word. `projector_depth`: linears into the language model, with a
+    GELU between. `unit`: what the tower saw is made of length 1. `words`: so many are made of the mean of all patches
+    (Frozen). `closing`: a learned word stands behind each picture's (mPLUG-Owl).
     `image_token` stands in a prompt where a picture's words come; a prompt without it has its pictures in front of it,
     or none at all where `in_front` is false. A row may have several pictures, (B, K, H, W, C). `names`: which code's
     names the weights have in torch.
@@ -44,20 +48,26 @@ class Prefix:
     vision: ViTConfig = CLIP_VIT_L
     language: DecoderConfig | T5Config = dataclasses.replace(VICUNA_7B, vocab=32064)
     qformer: QFormerConfig | None = None
+    latents: AbstractorConfig | ProjectionConfig | None = None
     feature_layer: int = -2
     class_token: bool = False
     vision_eps: float | None = None
     projector_depth: int = 2
     image_token: int | None = 32000
     in_front: bool = True
+    unit: bool = False
+    words: int = 0
+    closing: bool = False
     names: str = "hugging_face"
     dtype: str = "float32"  # of the computation
 
     def __post_init__(self):
-        for field, values in {"names": NAMES, "projector_depth": (1, 2)}.items():
+        for field, values in {"names": NAMES, "projector_depth": (0, 1, 2)}.items():
             if getattr(self, field) not in values:
                 text = ", ".join(map(str, values))
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {text}")
+        if self.qformer is not None and self.latents is not None:
+            raise ValueError("qformer and latents are both given; a picture has one bridge")
         if not -self.vision.depth <= self.feature_layer <= -1:
             raise ValueError(
                 f"feature_layer is {self.feature_layer}; a tower of {self.vision.depth} blocks has -1 to "
@@ -65,10 +75,14 @@ class Prefix:
             )
         if self.image_token is None and not self.in_front:
             raise ValueError("image_token is None, so the picture can only stand in front")
-        if self.names == "hugging_face" and (self.qformer is None) == (self.projector_depth == 1):
+        named = ((False, 2), (True, 1)) if self.latents is None else ((False, 0),)
+        if (
+            self.names == "hugging_face"
+            and (self.qformer is not None, self.projector_depth) not in named
+        ):
             raise ValueError(
-                "Hugging Face has no name for this projector (two linears behind patches, one behind a Q-Former); "
-                "set names to 'original'"
+                "Hugging Face has no name for this projector (two linears behind patches, one behind a Q-Former, none "
+                "behind Kosmos-2's); set names to 'original'"
             )
 
     @property
@@ -106,7 +120,12 @@ class Prefix:
 
     def torch_rows(self) -> tuple[Row, ...]:
         """Names of Hugging Face's class, or of the code that the weights were first published with."""
-        return hugging_face_rows(self) if self.names == "hugging_face" else original_rows(self)
+        rows = (
+            prefix_names.hugging_face_rows
+            if self.names == "hugging_face"
+            else prefix_names.original_rows
+        )
+        return rows(self)
 
 
 LLAVA_15_7B = Prefix()
@@ -139,6 +158,18 @@ SHIKRA_7B = dataclasses.replace(
 )
 
 
+MPLUG_OWL_7B = Prefix(
+    vision=dataclasses.replace(CLIP_VIT_L, image=224, eps=1e-6, norm_after=False),
+    language=dataclasses.replace(VICUNA_7B, eps=1e-6), latents=AbstractorConfig(), feature_layer=-1, class_token=True,
+    vision_eps=1e-6, projector_depth=1, closing=True, image_token=-1, names="original",
+)  # fmt: skip
+KOSMOS2 = Prefix(
+    vision=dataclasses.replace(CLIP_VIT_L, image=224, norm_after=False), language=decoder.KOSMOS2_TEXT,
+    latents=ProjectionConfig(), feature_layer=-1, class_token=True, vision_eps=1e-5, projector_depth=0, unit=True,
+    image_token=64002,
+)  # fmt: skip
+
+
 class PrefixModule(nn.Module):
     c: Prefix
 
@@ -151,10 +182,15 @@ class PrefixModule(nn.Module):
         if c.qformer is not None:
             self.qformer = QFormer(c.qformer)
             seen = c.qformer.width
+        if c.latents is not None:
+            self.latents = latents.of_config(c.latents)
+            seen = c.latents.width
         if c.projector_depth == 1:
-            self.projector = Dense(seen, width, ("embed", None))
-        else:
+            self.projector = Dense(seen, width * max(1, c.words), ("embed", None))
+        elif c.projector_depth == 2:
             self.projector = MLP(seen, width, "gelu", features=width)
+        if c.closing:
+            self.last_word = self.param("last_word", sharded(normal(0.02), ("embed",)), (width,))
         self.language = T5(c.language) if c.encodes else Decoder(c.language)
 
     def see(self, batch: Batch):
@@ -177,8 +213,22 @@ class PrefixModule(nn.Module):
             asked = (batch.question_BL, batch.question_mask_BL) if c.qformer.text else (None, None)
             asked = (x if x is None or many == 1 else jnp.repeat(x, many, axis=0) for x in asked)
             x_BPD = self.qformer(x_BPD, *asked, key)[:, : c.qformer.queries]
-        x_BPD = self.projector(x_BPD)
-        return x_BPD.reshape(rows, many, *x_BPD.shape[1:])
+        if c.unit:
+            length_BP1 = jnp.linalg.norm(x_BPD.astype(jnp.float32), axis=-1, keepdims=True)
+            x_BPD = x_BPD / jnp.maximum(length_BP1, 1e-12).astype(x_BPD.dtype)
+        if c.latents is not None:
+            x_BPD = self.latents(x_BPD, key)
+        if c.words:
+            x_BPD = x_BPD.mean(axis=1, keepdims=True)
+        if c.projector_depth:
+            x_BPD = self.projector(x_BPD)
+        x_BPD = x_BPD.reshape(rows, many, -1, c.language.width)
+        if c.closing:
+            end = jnp.broadcast_to(
+                self.last_word.astype(x_BPD.dtype), (rows, many, 1, c.language.width)
+            )
+            x_BPD = jnp.concatenate([x_BPD, end], axis=2)
+        return x_BPD
 
     def embed(self, batch: Batch, key):
         """What the language model reads of picture and prompt, (B, L', D), and which of it is real (B, L')."""
@@ -259,71 +309,3 @@ def splice(text_BLD, mask_BL, here_BL, picture_BKPD, in_front: bool):
         jnp.take_along_axis(text_BLD, token_BS[..., None], axis=1),
     )
     return x_BSD, place_S < end_BL[:, -1:]
-
-
-def language_rows(c: DecoderConfig | T5Config) -> tuple[Row, ...]:
-    """Names of Hugging Face's class of the language model alone."""
-    if isinstance(c, T5Config):
-        return t5.torch_rows(c)
-    return decoder.opt_rows(c) if c.positions else decoder.llama_rows(c)
-
-
-def _two_layers(torch: str, first: str, second: str) -> tuple[Row, ...]:
-    return (
-        *dense_rows(torch + first, "projector/up"),
-        *dense_rows(torch + second, "projector/down"),
-    )
-
-
-def hugging_face_rows(c: Prefix) -> tuple[Row, ...]:
-    """LlavaForConditionalGeneration, or with a Q-Former Blip2- and InstructBlipForConditionalGeneration, as published.
-
-    Newer versions of transformers call LLaVA's parts otherwise in memory, and read these names all the same.
-    """
-    language = under("language_model.", "language/", language_rows(c.language))
-    if c.qformer is None:
-        return (
-            *under("vision_tower.vision_model.", "vision/", vit.clip_rows(c.vision)),
-            *_two_layers("multi_modal_projector.", "linear_1", "linear_2"),
-            *language,
-        )
-    return (
-        *under("vision_model.", "vision/", vit.blip_rows(c.vision)),
-        *norm_rows("vision_model.post_layernorm", "vision_norm"),
-        *under("", "qformer/", qformer.query_rows(c.qformer)),
-        *under("qformer.", "qformer/", qformer.hugging_face_rows(c.qformer)),
-        *dense_rows("language_projection", "projector"),
-        *language,
-    )
-
-
-def original_rows(c: Prefix) -> tuple[Row, ...]:
-    """LLaVA's own code, or with a Q-Former LAVIS (BLIP-2, InstructBLIP) and MiniGPT-4."""
-    if c.qformer is None:
-        projector = _two_layers("model.mm_projector.", "0", "2")
-        if c.projector_depth == 1:
-            projector = dense_rows("model.mm_projector", "projector")
-        tower = "model.vision_tower.vision_tower.vision_model."
-        return (
-            *under(tower, "vision/", vit.clip_rows(c.vision)),
-            *projector,
-            *under("", "language/", language_rows(c.language)),
-        )
-    word = original_word(c)
-    return (
-        *under("visual_encoder.", "vision/", vit.lavis_rows(c.vision)),
-        *norm_rows("ln_vision", "vision_norm"),
-        *under("", "qformer/", qformer.query_rows(c.qformer)),
-        *under("Qformer.bert.", "qformer/", qformer.torch_rows(c.qformer)),
-        *dense_rows(f"{word}_proj", "projector"),
-        *under(f"{word}_model.", "language/", language_rows(c.language)),
-    )
-
-
-def original_word(c: Prefix) -> str:
-    """What LAVIS calls the language model; MiniGPT-4, whose Q-Former reads no text, says llama."""
-    if isinstance(c.language, T5Config):
-        return "t5"
-    if c.language.positions:
-        return "opt"
-    return "llm" if c.qformer.text else "llama"

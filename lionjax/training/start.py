@@ -154,7 +154,9 @@ def layout(experiment: Experiment, example: Batch, mesh: Mesh) -> Layout:
 def check_words(experiment: Experiment, example: Batch) -> None:
     """Raises UserError where the data make words that the language model does not have, such as location tokens."""
     vocab = getattr(getattr(experiment.system, "language", None), "vocab", None)
-    most = int(max(ids.max(initial=0) for ids in (example.prompt_BL, example.target_BM)))
+    picture = getattr(experiment.system, "image_token", None)  # it need not be a word
+    written = (example.prompt_BL, example.target_BM)
+    most = int(max(ids[ids != picture].max(initial=0) for ids in written))
     if vocab is not None and most >= vocab:
         raise UserError(
             f"the data make the token {most}, but the language model has {vocab}; raise system.language.vocab, "

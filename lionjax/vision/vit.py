@@ -17,6 +17,7 @@ from lionjax.layers import MLP, REMAT, LayerNorm, PatchEmbed, dense_rows, norm_r
 from lionjax.sharding import constrain, sharded
 from lionjax.weight_rows import (
     Row,
+    by_head,
     conv,
     fused,
     heads_in,
@@ -179,6 +180,33 @@ def blip_rows(c: ViTConfig) -> tuple[Row, ...]:
     rows = (row for row in eva_rows(c) if row.paths[0] not in paths)
     bias = Row("encoder.layers.{i}.self_attn.qkv.bias", paths, fused(cut, None, cut))
     return (*renamed(rows, *pairs), bias)
+
+
+def owl_rows(c: ViTConfig) -> tuple[Row, ...]:
+    """Names under `vision_model.` in mPLUG-Owl, which keeps q, k and v of each head beside each other."""
+    block = (
+        *(
+            Row(
+                f"self_attn.query_key_value.{theirs}",
+                tuple(f"attention/{x}/{ours}" for x in "qkv"),
+                by_head(c.heads),
+            )
+            for theirs, ours in (("weight", "kernel"), ("bias", "bias"))
+        ),
+        Row("self_attn.dense.weight", "attention/o/kernel", heads_out(c.heads, c.width // c.heads)),
+        Row("self_attn.dense.bias", "attention/o/bias"),
+        *norm_rows("input_layernorm", "norm1"),
+        *norm_rows("post_attention_layernorm", "norm2"),
+        *dense_rows("mlp.fc1", "mlp/up"),
+        *dense_rows("mlp.fc2", "mlp/down"),
+    )
+    return (
+        Row("embeddings.cls_token", "class_token", reshaped((1, 1, -1), (-1,))),
+        Row("embeddings.position_embedding", "position", reshaped((1, -1, c.width), (-1, c.width))),
+        Row("embeddings.patch_embed.weight", "patch/kernel", conv),
+        *norm_rows("embeddings.pre_layernorm", "norm_before"),
+        *under("encoder.layers.{i}.", "blocks/", block),
+    )
 
 
 def openai_rows(c: ViTConfig) -> tuple[Row, ...]:

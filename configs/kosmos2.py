@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kosmos-2: CLIP ViT-L/14, 64 queries, a sub-LN decoder of 24 layers, boxes as location tokens (arXiv 2306.14824).
+
+The text model and the way into it learn; the tower stays. Wants the public weights, converted once with `lionjax
+convert`. Rates, warm-up and steps are the paper's; for its web pages and phrases with boxes stand tasks of that kind.
+"""
+
+import dataclasses
+
+from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
+from lionjax.data.coco import Coco
+from lionjax.data.pipeline import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.systems.prefix import KOSMOS2
+
+BETWEEN = ("language", "latents", "vision_norm")
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    system = dataclasses.replace(
+        KOSMOS2,
+        vision=dataclasses.replace(KOSMOS2.vision, remat="full"),
+        language=dataclasses.replace(KOSMOS2.language, remat="full"),
+        dtype="bfloat16",
+    )
+    mixture = (("caption", 1.0), ("rec", 1.0), ("reg", 1.0))
+    return Experiment(
+        name="kosmos2",
+        system=system,
+        data=DataConfig(
+            sources=(Coco("data/coco"),),
+            processor=ProcessorConfig(
+                tokenizer="weights/kosmos2", question_length=1, tags=False, reader="decoder",
+                template="{image} <grounding> {question}", image_token=system.image_token, places="bins", bins=32,
+            ),
+        ),
+        stages=(
+            Stage(
+                "ground", 60_000, BETWEEN, mixture, 2048, learning_rate=2e-4, warmup_steps=375, weight_decay=0.01,
+                warmup_learning_rate=0.0, betas=(0.9, 0.98),
+            ),
+        ),
+        run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16", cache_features=True),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        weights=(("vision", "weights/kosmos2/params.safetensors"),),
+        answer=AnswerConfig(max_new_tokens=64),
+    )  # fmt: skip

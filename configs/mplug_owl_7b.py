@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mPLUG-Owl 7B: a ViT-L/14 and an abstractor of 64 queries before LLaMA-7B (arXiv 2304.14178).
+
+First the eyes learn on captions, tower and all, then a LoRA on the language model's queries and values on instructions.
+Wants the public weights, converted once with `lionjax convert`. Rates, batches and steps are the paper's.
+"""
+
+import dataclasses
+
+from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
+from lionjax.data.coco import Coco
+from lionjax.data.pipeline import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.layers import LoraConfig
+from lionjax.systems.prefix import MPLUG_OWL_7B
+
+EYES = ("vision", "vision_norm", "latents", "projector", "last_word")
+HUMAN = (
+    "The following is a conversation between a curious human and AI assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. Human: {image} Human: {question} AI:"
+)
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    system = dataclasses.replace(
+        MPLUG_OWL_7B,
+        vision=dataclasses.replace(MPLUG_OWL_7B.vision, remat="full"),
+        language=dataclasses.replace(MPLUG_OWL_7B.language, remat="full", lora=LoraConfig(8, 32.0, 0.05)),
+        dtype="bfloat16",
+    )
+    schedule = {"weight_decay": 0.1, "betas": (0.9, 0.98), "warmup_learning_rate": 0.0}
+    return Experiment(
+        name="mplug_owl_7b",
+        system=system,
+        data=DataConfig(
+            sources=(Coco("data/coco"),),
+            processor=ProcessorConfig(
+                tokenizer="weights/llama_7b", question_length=1, prompt_length=256, tags=False, reader="decoder",
+                template=HUMAN, image_token=system.image_token,
+            ),
+        ),
+        stages=(
+            Stage(
+                "pretrain", 50_000, EYES, (("caption", 1.0),), 2048, learning_rate=1e-4, warmup_steps=2000, **schedule
+            ),
+            Stage(
+                "instruct", 2000, (".*/lora_[ab]",), (("vqa", 3.0), ("caption", 1.0)), 256, learning_rate=2e-5,
+                end_learning_rate=1e-6, warmup_steps=50, **schedule,
+            ),
+        ),
+        run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        weights=(
+            ("vision", "weights/mplug_owl_7b/params.safetensors"),
+            ("language", "weights/llama_7b/params.safetensors"),
+        ),
+        answer=AnswerConfig(max_new_tokens=256),
+    )  # fmt: skip

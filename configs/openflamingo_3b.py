@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenFlamingo 3B: openflamingo_9b.py with MPT-1B, and a look at the pictures before every layer."""
+
+import runpy
+from pathlib import Path
+
+from lionjax.config import Experiment
+from lionjax.systems.flamingo import OPENFLAMINGO_3B
+
+larger = runpy.run_path(str(Path(__file__).with_name("openflamingo_9b.py")))
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    return larger["get_config"](OPENFLAMINGO_3B, "openflamingo_3b", "mpt_1b")

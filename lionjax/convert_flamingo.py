@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenFlamingo: what was trained, beside the folder of its MPT and CLIP's own file, in one folder.
+
+What was trained names a decoder's layer in one way or another by the version that saved it; here they have one name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lionjax import config as configs
+from lionjax.convert_files import TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.convert_prefix import abstract
+from lionjax.convert_published import Published, read_settings, refuse_unless
+from lionjax.convert_towers import CLIP_FILE
+from lionjax.interfaces import UserError
+
+SPELLINGS = (
+    (r"^module\.", ""),
+    (r"^(lang_encoder\.)transformer\.blocks\.(\d+)\.gated_cross_attn_layer\.", r"\1gated_cross_attn_layers.\2."),
+    (r"^(lang_encoder\.)transformer\.blocks\.(\d+)\.(?:decoder_layer\.)?", r"\1old_decoder_blocks.\2."),
+)
+GATE = re.compile(r"lang_encoder\.gated_cross_attn_layers\.(\d+)\.attn_gate")
+MPT_TYPES = ("mpt", "mosaic_gpt")
+
+
+def open_flamingo(folder: Path) -> tuple[Published, Any, Tensors, Path]:
+    """(kind, config, tensors, folder of the language model) of OpenFlamingo's parts in one folder.
+
+    Raises UserError where a part is missing.
+    """
+    trained = [f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES and f.name != CLIP_FILE]
+    texts = [f.parent for f in sorted(folder.glob("*/config.json"))
+             if read_settings(f).get("model_type") in MPT_TYPES]  # fmt: skip
+    if len(trained) != 1 or len(texts) != 1 or not (folder / CLIP_FILE).is_file():
+        raise UserError(
+            f"{folder} wants the parts of an OpenFlamingo: the trained file, {CLIP_FILE}, and the folder of its MPT"
+        )
+    tensors = open_weights(trained[0]).respelled(*SPELLINGS)
+    gates = [int(found[1]) for name in tensors if (found := GATE.fullmatch(name))]
+    if not gates:
+        raise UserError(f"{trained[0]} holds no gated layers, so it is no OpenFlamingo")
+    text = open_weights(texts[0])
+    if not any(name.startswith("transformer.") for name in text):
+        text = text.under("transformer.")
+    text = text.under("lang_encoder.").respelled(*SPELLINGS)
+    own = {name for name in tensors if name in text}
+    text = Tensors(
+        {n: w for n, w in text.items() if n not in own}, text.sources,
+        text.left | {n: f"{trained[0].name} has its own" for n in own},
+    )  # fmt: skip
+    clip = open_weights(folder / CLIP_FILE)
+    clip = clip.without("visual.").under("vision_encoder.")
+    tensors = tensors | text | clip
+    words = tensors["lang_encoder.transformer.wte.weight"].shape[0]
+    return FLAMINGO, _config(read_settings(texts[0] / "config.json"), min(gates) + 1, words), tensors, texts[0]
+
+
+def _config(s: dict, every: int, words: int) -> Any:
+    """OpenFlamingo's sizes around this MPT, which has so many words with the new ones."""
+    from lionjax.adapters import CrossConfig
+    from lionjax.language.decoder import MPT_7B
+    from lionjax.systems.flamingo import OPENFLAMINGO_9B
+
+    more = s.get("attn_config") or {}
+    refuse_unless(more.get("alibi", s.get("alibi", True)), "learned positions", "an MPT with ALiBi")
+    refuse_unless(s.get("no_bias", True), "biases", "an MPT without them")
+    width, heads = s["d_model"], s["n_heads"]
+    language = dataclasses.replace(
+        MPT_7B, vocab=words, frozen_words=words - 3, pad_token=words - 1, end_token=words - 3, width=width,
+        layers=s["n_layers"], heads=heads, kv_heads=heads, head=width // heads,
+        hidden=width * s.get("expansion_ratio", s.get("mlp_ratio", 4)),
+        qk_norms=bool(more.get("qk_ln", s.get("attn_qk_ln", False))),
+        cross=CrossConfig(every, hidden=4 * width),
+    )  # fmt: skip
+    return dataclasses.replace(OPENFLAMINGO_9B, language=language, image_token=words - 2)
+
+
+FLAMINGO = Published(
+    "flamingo", ("flamingo",), lambda c: type(c).__name__ == "Flamingo",
+    config=lambda settings: configs.from_json(json.dumps(settings["system"])),
+    settings=lambda c: {"model_type": "flamingo", "system": json.loads(configs.to_json(c))},
+    rows=lambda c: c.torch_rows(),
+    abstract=abstract,
+    ignore=(
+        r"vision_encoder\.proj(?#behind the features that are used)",
+    ),
+)  # fmt: skip

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flamingo: its parts against what OpenFlamingo computes, the whole against its rules, its gates and its own cache."""
+
+import dataclasses
+import json
+import random
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_prefix as tiny
+from safetensors.numpy import load_file
+from test_golden import assert_close, folders
+
+from lionjax import convert, sharding
+from lionjax import params as trees
+from lionjax.adapters import CrossConfig, GatedCross, cross_rows
+from lionjax.bridges.latents import Resampler, ResamplerConfig, resampler_rows
+from lionjax.generate import GenerateConfig, generate
+from lionjax.interfaces import Batch
+from lionjax.language.decoder import Decoder, DecoderConfig
+from lionjax.systems.flamingo import Flamingo, FlamingoModule
+from lionjax.vision.vit import ViTConfig
+from lionjax.weight_rows import under
+
+IMAGE = 40
+
+
+@pytest.mark.parametrize("folder", folders("flamingo"))
+def test_resampler_and_gated_blocks_compute_what_openflamingo_does(folder):
+    c, arrays = json.loads((folder / "config.json").read_text()), np.load(folder / "arrays.npz")
+    p, g = c["perceiver"], c["gated"]
+    sizes = ResamplerConfig(
+        p["width"], p["depth"], p["heads"], p["head_width"], p["ff_mult"] * p["width"], p["latents"], p["max_frames"]
+    )
+    looks = CrossConfig(1, g["visual_width"], g["heads"], g["head_width"], g["ff_mult"] * g["width"])
+    rows = (
+        *under("perceiver.", "resampler/", resampler_rows(sizes)),
+        *(row for name in ("gated", "gated_all") for row in under(f"{name}.", f"{name}/", cross_rows(looks))),
+    )
+    state = load_file(folder / "weights.safetensors")
+    params = convert.params_from(rows, state)
+    for name, value in convert.state_from(rows, params).items():
+        np.testing.assert_array_equal(value, state[name], name)
+    words = Resampler(sizes).apply({"params": params["resampler"]}, arrays["media_BTFPD"])
+    assert_close(words, arrays["resampler_output"], "resampler")
+
+    rows_, media, count = len(words), words.shape[1], words.shape[2]
+    source = words.reshape(rows_, media * count, -1)
+    time_BL1 = np.cumsum(arrays["media_locations"], axis=1)[..., None]
+    time_S = np.arange(media * count) // count + 1
+    last_BL1 = np.broadcast_to(time_BL1[:, -1:], time_BL1.shape)
+    for what, name, seen, real in (
+        ("gated_immediate", "gated", time_BL1 == time_S, time_BL1[..., 0] > 0),
+        ("gated_all_previous", "gated_all", time_BL1 >= time_S, np.ones(time_BL1.shape[:2], bool)),
+        ("gated_immediate_cached_media", "gated", last_BL1 == time_S, last_BL1[..., 0] > 0),
+    ):
+        block = GatedCross(g["width"], looks)
+        made, _ = block.apply({"params": params[name]}, arrays["text_hidden"], (source, seen, real))
+        assert_close(made, arrays[what], what)
+
+
+def small(every: int, rule: str = "immediate", **language) -> Flamingo:
+    text = DecoderConfig(
+        48, 16, 2 * every, 2, 2, 8, 24, pad_token=0, start_token=1, end_token=2,
+        cross=CrossConfig(every, 8, 2, 4, 20),
+    )  # fmt: skip
+    return Flamingo(
+        ViTConfig(14, 7, 8, 1, 2, 12), ResamplerConfig(8, 1, 2, 4, 12, 3), dataclasses.replace(text, **language),
+        IMAGE, rule,
+    )  # fmt: skip
+
+
+def batch_of(seed: int = 0, answers=(3, 2)) -> Batch:
+    """Two rows with two pictures each; the first has words before its first picture."""
+    numbers = np.random.default_rng(seed)
+    prompt = np.array([[1, 5, IMAGE, 6, 7, IMAGE, 8, 9], [IMAGE, 10, 11, IMAGE, 12, 0, 0, 0]], np.int32)
+    target = numbers.integers(3, IMAGE, (2, 3)).astype(np.int32)
+    mask = (np.arange(3) < np.array(answers)[:, None]).astype(np.int32)
+    images = numbers.standard_normal((2, 2, 14, 14, 3)).astype(np.float32)
+    nothing = np.zeros((2, 1), np.int32)
+    rows = np.zeros(2, np.int32)
+    return Batch(images, prompt, (prompt > 0).astype(np.int32), nothing, nothing, target, mask, mask, rows, rows)
+
+
+def weights(system):
+    """Random ones throughout, so that the gates stand open."""
+    numbers = np.random.default_rng(0)
+    shapes = sharding.abstract(system.init, jax.random.key(0), batch_of())
+    return jax.tree.map(lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module", params=[(1, "immediate"), (2, "all_previous")], ids=str)
+def made(request):
+    system = small(*request.param)
+    return system, weights(system)
+
+
+def test_gates_begin_closed_and_closed_gates_leave_the_language_model_as_it_was(made):
+    system, params = made
+    batch, c = batch_of(), system.language
+    first = GatedCross(4, CrossConfig(1, 4, 1, 4, 4))
+    media = np.ones((1, 2, 4)), np.ones((1, 3, 2), bool), np.ones((1, 3), bool)
+    begun = trees.flatten(nn.meta.unbox(first.init(jax.random.key(0), np.ones((1, 3, 4)), media)["params"]))
+    assert not begun["gate"].any() and not begun["mlp_gate"].any() and begun["attention/o/kernel"].any()
+    flat, every = trees.flatten(params["language"]), c.cross.every
+    for name in ("gate", "mlp_gate"):
+        flat[f"groups/cross/{name}"] = np.zeros_like(flat[f"groups/cross/{name}"])
+    params = params | {"language": trees.unflatten(flat)}
+    plain = {path: leaf for path, leaf in flat.items() if not path.startswith("groups/")}
+    for path, last in flat.items():
+        if path.startswith("groups/block/"):
+            name = path.removeprefix("groups/block/")
+            parts = [last[:, None]] if every == 1 else [flat[f"groups/before/{name}"], last[:, None]]
+            whole = jnp.concatenate(parts, axis=1)
+            plain[f"blocks/{name}"] = whole.reshape(-1, *whole.shape[2:])
+    alone = Decoder(dataclasses.replace(c, cross=None))
+    ids = np.concatenate([batch.prompt_BL, batch.target_BM], axis=1)
+    mask = np.concatenate([batch.prompt_mask_BL, batch.target_mask_BM], axis=1)
+
+    def logits(module):
+        return module.logits(module(module.embed(ids), mask))
+
+    wanted = alone.apply({"params": trees.unflatten(plain)}, method=logits)
+    got = jax.jit(system.logits)(params, batch)
+    np.testing.assert_allclose(got[0, 1:], wanted[0, 8:10], atol=1e-5)
+    np.testing.assert_allclose(got[0, 0], wanted[0, 7], atol=1e-5)
+    np.testing.assert_allclose(got[1, 0], wanted[1, 4], atol=1e-5)
+
+
+def test_a_token_feels_the_pictures_that_the_rule_gives_it_and_no_other(made):
+    """By gradients: words before the first picture feel none; by the immediate rule the second hides the first."""
+    system, params = made
+    batch = batch_of()
+
+    def felt(image, place):
+        """States at one place of row 0 by pixels of each picture."""
+
+        def states(module, batch):
+            mask = batch.prompt_mask_BL.astype(bool)
+            x, media = module.read(batch, batch.prompt_BL, mask)
+            return module.language(x, mask, None, None, media)
+
+        shown = dataclasses.replace(batch, image_BHWC=image)
+        got = FlamingoModule(system).apply({"params": params}, shown, method=states)
+        return (got[0] * (jnp.arange(8) == place)[:, None]).sum()
+
+    grad = jax.jit(jax.grad(felt))
+    by_place = {place: np.abs(grad(jnp.asarray(batch.image_BHWC), place)[0]).max((1, 2, 3)) for place in (1, 4, 7)}
+    if system.rule == "immediate":
+        assert by_place[1].tolist() == [0, 0]
+        assert by_place[4][0] > 0 and by_place[4][1] == 0
+    else:
+        assert (by_place[1] > 0).all()  # OpenFlamingo's own: a word before all pictures sees them alike
+    # A later word feels the first picture by way of the words between, whatever it may look at itself.
+    assert (by_place[7] > 0).all()
+
+
+def test_words_read_one_by_one_are_those_read_at_once(made):
+    """Pictures are looked at once, their keys and values kept."""
+    system, params = made
+    batch = batch_of()
+    how = GenerateConfig(max_new_tokens=4, eos=2, pad=0, start=None, logprobs=True)
+    said = generate(system, params, batch, how)
+    ids = np.asarray(said.ids_BM)
+    whole = dataclasses.replace(batch, target_BM=ids, target_mask_BM=np.ones_like(ids), loss_mask_BM=np.ones_like(ids))
+    logits = np.asarray(jax.jit(system.logits)(params, whole))
+    for row, length in enumerate(np.asarray(said.length_B)):
+        np.testing.assert_array_equal(logits[row, :length].argmax(-1), ids[row, :length])
+        wanted = jax.nn.log_softmax(logits[row, :length])[np.arange(length), ids[row, :length]]
+        np.testing.assert_allclose(np.asarray(said.logprob_BM)[row, :length], wanted, atol=1e-4)
+
+
+def test_only_new_words_of_the_table_learn_and_pictures_are_never_a_word_to_say():
+    system = small(1, frozen_words=IMAGE, tied=True)
+    batch = batch_of()
+    params = weights(system)
+    grads = jax.jit(jax.grad(lambda p, b: system.loss(p, b)[0]))(params, batch)
+    table = np.abs(grads["language"]["embedding"]["table"]).max(1)
+    assert not table[:IMAGE].any() and table[IMAGE] > 0
+    for name in ("gate", "mlp_gate"):
+        assert np.abs(grads["language"]["groups"]["cross"][name]).min() > 0
+    shown = dataclasses.replace(batch, target_BM=np.where(np.arange(3) == 1, IMAGE, batch.target_BM))
+    _, metrics = jax.jit(system.loss)(params, shown)
+    assert metrics["weight"] == 3
+
+
+def test_weights_go_out_and_come_back_under_openflamingos_names():
+    system = small(2)
+    params = weights(system)
+    state = convert.state_from(system.torch_rows(), params)
+    assert "lang_encoder.old_decoder_blocks.2.self_attn.q_proj.weight" in state
+    assert "lang_encoder.gated_cross_attn_layers.3.attn_gate" in state
+    assert "lang_encoder.gated_cross_attn_layers.2.attn_gate" not in state
+    back = trees.flatten(convert.params_from(system.torch_rows(), state))
+    for path, leaf in trees.flatten(params).items():
+        np.testing.assert_array_equal(back[path], leaf, path)
+
+
+def test_mpt_computes_what_transformers_does():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from lionjax.language import decoder
+    from lionjax.language.decoder_names import mpt_rows
+
+    seed = tiny.seed()
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    heads, head, layers = draw.choice([2, 3, 4]), draw.choice([4, 6]), draw.randint(1, 3)
+    width = heads * head
+    config = transformers.MptConfig(
+        d_model=width, n_heads=heads, n_layers=layers, vocab_size=50, max_seq_len=32, layer_norm_epsilon=1e-5
+    )
+    theirs = tiny.shaken(transformers.MptForCausalLM(config))
+    c = dataclasses.replace(
+        decoder.MPT_7B, vocab=50, width=width, layers=layers, heads=heads, kv_heads=heads, head=head, hidden=4 * width
+    )
+    state = {name: w.detach().numpy() for name, w in theirs.state_dict().items()}
+    params = convert.params_from(mpt_rows(c), state)
+    ids = np.random.default_rng(seed).integers(2, 50, (2, 9))
+    out = theirs(input_ids=torch.tensor(ids), labels=torch.tensor(ids))
+    out.loss.backward()
+
+    def loss(params):
+        def run(module):
+            return module.logits(module(module.embed(ids), np.ones_like(ids)))
+
+        logits = Decoder(c).apply({"params": params}, method=run)
+        shares = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.take_along_axis(shares, ids[:, 1:, None], -1).mean(), logits
+
+    (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert_close(logits, out.logits.detach().numpy(), f"logits, seed {seed}")
+    assert float(value) == pytest.approx(out.loss.item(), abs=1e-5)
+    mine = convert.state_from(mpt_rows(c), jax.tree.map(np.asarray, grads))
+    for name, weight in theirs.named_parameters():
+        wanted = weight.grad.norm().item()
+        assert np.linalg.norm(mine[name]) == pytest.approx(wanted, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
+
+    def read(module):
+        state_BD, cache = module.begin(module.embed(ids[:, :6]), np.ones((2, 6)), 3)
+        for place in range(6, 9):
+            state_BD, cache = module.extend(module.embed(ids[:, place]), cache)
+        return module.logits(state_BD)
+
+    assert_close(Decoder(c).apply({"params": params}, method=read), np.asarray(logits[:, -1]), f"cache, seed {seed}")

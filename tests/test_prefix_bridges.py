@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mPLUG-Owl, Kosmos-2 and Frozen: each whole, its values, loss, every gradient and greedy words against torch."""
+
+import dataclasses
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+import tiny_prefix as tiny
+from safetensors.numpy import load_file
+from test_golden import assert_close, folders
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from torch.func import functional_call  # noqa: E402
+from torch.nn.functional import (  # noqa: E402
+    conv2d,
+    layer_norm,
+    linear,
+    scaled_dot_product_attention,
+    silu,
+)
+
+from lionjax import convert, sharding  # noqa: E402
+from lionjax.bridges.latents import AbstractorConfig, ProjectionConfig  # noqa: E402
+from lionjax.generate import GenerateConfig, generate  # noqa: E402
+from lionjax.language import decoder  # noqa: E402
+from lionjax.language.decoder import DecoderConfig  # noqa: E402
+from lionjax.systems.prefix import MPLUG_OWL_7B, Prefix, PrefixModule  # noqa: E402
+from lionjax.vision.vit import ViTConfig  # noqa: E402
+
+NEW = 5
+
+
+def tower(draw, **fields) -> ViTConfig:
+    heads = draw.choice([2, 3])
+    settings = dict(
+        image=draw.choice([14, 21]), patch=7, width=heads * 4, depth=draw.randint(1, 3), heads=heads,
+        hidden=draw.randint(20, 30), activation="quick_gelu", biases="qkvo", patch_bias=False, norm_before=True,
+    )  # fmt: skip
+    return ViTConfig(**settings | fields)
+
+
+def language(draw) -> DecoderConfig:
+    return DecoderConfig(
+        draw.randint(tiny.IMAGE_TOKEN + 2, 60), 16, draw.randint(1, 2), 2, draw.choice([1, 2]), 8, draw.randint(20, 30),
+    )  # fmt: skip
+
+
+def owl(draw) -> Prefix:
+    seen = tower(draw, eps=1e-6)
+    bridge = AbstractorConfig(seen.width, draw.randint(1, 3), seen.heads, draw.randint(20, 30), draw.randint(2, 5), dropout=0.0)
+    return dataclasses.replace(
+        MPLUG_OWL_7B, vision=seen, language=language(draw), latents=bridge, image_token=tiny.IMAGE_TOKEN
+    )
+
+
+def frozen(draw) -> Prefix:
+    return Prefix(
+        tower(draw, eps=1e-5), language(draw), feature_layer=-1, class_token=draw.choice([True, False]),
+        projector_depth=1, words=draw.randint(1, 3), image_token=tiny.IMAGE_TOKEN, names="original",
+    )  # fmt: skip
+
+
+# What torch makes of the same weights, under the names of the originals
+
+
+def looked(query, key, value, heads):
+    """Attention over heads that lie beside each other in the last axis."""
+    cut = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(*cut).transpose(1, 2).flatten(2)
+
+
+def owl_sees(w, c: Prefix, image):
+    """mPLUG-Owl up to its language model, from the description of its code: (B, Q + 1, D)."""
+    v, a = c.vision, c.latents
+
+    def of(name):
+        return w[f"{name}.weight"], w[f"{name}.bias"]
+
+    def norm(x, name, eps):
+        return layer_norm(x, x.shape[-1:], *of(name), eps)
+
+    x = conv2d(image, w["vision_model.embeddings.patch_embed.weight"], stride=v.patch).flatten(2).transpose(1, 2)
+    x = torch.cat([w["vision_model.embeddings.cls_token"].expand(len(x), -1, -1), x], 1)
+    x = norm(x + w["vision_model.embeddings.position_embedding"], "vision_model.embeddings.pre_layernorm", v.eps)
+    for i in range(v.depth):
+        at = f"vision_model.encoder.layers.{i}."
+        mixed = linear(norm(x, at + "input_layernorm", v.eps), *of(at + "self_attn.query_key_value"))
+        query, key, value = mixed.unflatten(-1, (v.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        own = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        x = x + linear(own, *of(at + "self_attn.dense"))
+        h = linear(norm(x, at + "post_attention_layernorm", v.eps), *of(at + "mlp.fc1"))
+        x = x + linear(h * torch.sigmoid(1.702 * h), *of(at + "mlp.fc2"))
+    x = norm(x, "vision_model.post_layernorm", c.vision_eps)
+    query = w["query_tokens"].expand(len(x), -1, -1)
+    for i in range(a.layers):
+        at = f"abstractor.encoder.layers.{i}.crossattention."
+        query = norm(query, at + "norm1", 1e-5)
+        both = torch.cat([query, norm(x, at + "normk", 1e-5)], 1)
+        asked = (linear(s, *of(f"{at}attention.{n}")) for n, s in (("query", query), ("key", both), ("value", both)))
+        query = query + linear(looked(*asked, a.heads), *of(at + "output.out_proj"))
+        h, mlp = norm(query, at + "output.norm2", 1e-5), at + "output.mlp."
+        h = norm(silu(linear(h, *of(mlp + "w1"))) * linear(h, *of(mlp + "w3")), mlp + "ffn_ln", 1e-6)
+        query = query + linear(h, *of(mlp + "w2"))
+    words = linear(query, *of("abstractor.visual_fc"))
+    return torch.cat([words, w["abstractor.vit_eos"].expand(len(words), -1, -1)], 1)
+
+
+def frozen_sees(w, c: Prefix, image):
+    """transformers' CLIP, the mean of what it saw, and a linear into so many words."""
+    v = c.vision
+    config = transformers.CLIPVisionConfig(
+        hidden_size=v.width, intermediate_size=v.hidden, num_hidden_layers=v.depth, num_attention_heads=v.heads,
+        image_size=v.image, patch_size=v.patch, layer_norm_eps=v.eps, hidden_act="quick_gelu",
+    )  # fmt: skip
+    clip, at = transformers.CLIPVisionModel(config), "model.vision_tower.vision_tower.vision_model."
+    own = {name.split("vision_model.")[-1]: name for name in clip.state_dict()}
+    held = {own[n.removeprefix(at)]: x for n, x in w.items() if n.startswith(at)}
+    x = functional_call(clip, held, (image,), {"output_hidden_states": True}, strict=False).hidden_states[-1]
+    x = x[:, 0 if c.class_token else 1 :].mean(1)
+    x = linear(x, w["model.mm_projector.weight"], w["model.mm_projector.bias"])
+    return x.unflatten(-1, (c.words, -1))
+
+
+def llama(c: DecoderConfig):
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head, rms_norm_eps=c.eps,
+    )).eval()  # fmt: skip
+
+
+SYSTEMS = {"owl": (owl, owl_sees, "language_model."), "frozen": (frozen, frozen_sees, "")}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_whole_is_its_parts_in_torch_with_every_gradient_and_greedy_word(name):
+    make, sees, at = SYSTEMS[name]
+    seed = tiny.seed()
+    draw = random.Random(seed)
+    system = make(draw)
+    batch = tiny.batch_of(system, draw, rows=2)
+    numbers = np.random.default_rng(seed)
+    params = sharding.abstract(system.init, jax.random.key(0), batch)
+    params = jax.tree.map(lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32), params)
+    names = convert.state_from(system.torch_rows(), params)
+    w = {name: torch.tensor(value, requires_grad=True) for name, value in names.items()}
+    words = sees(w, system, torch.tensor(batch.image_BHWC.transpose(0, 3, 1, 2).copy()))
+    model = llama(system.language)
+    held = {name: w[at + name] for name in model.state_dict()}
+    table, total, rows, prompts = held["model.embed_tokens.weight"], [], [], []
+    for row, ids in enumerate(tiny.expanded(system, batch)):
+        answer = batch.target_BM[row][batch.target_mask_BM[row] > 0]
+        text = table[torch.tensor([0 if t == tiny.IMAGE_TOKEN else t for t in ids])]
+        place = ids.index(tiny.IMAGE_TOKEN)
+        prompts.append(torch.cat([text[:place], words[row], text[place + words.shape[1] :]])[None])
+        x = torch.cat([prompts[-1], table[torch.tensor(answer)][None]], 1)
+        logits = functional_call(model, held, (), {"inputs_embeds": x}).logits[0, len(ids) - 1 : -1]
+        rows.append(logits.detach().numpy())
+        total.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer).long(), reduction="none"))
+    value = torch.cat(total).mean()
+    value.backward()
+
+    def loss(params):
+        return system.loss(params, batch)[0], system.logits(params, batch)
+
+    (mine, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    for row, wanted in enumerate(rows):
+        assert_close(logits[row, : len(wanted)], wanted, f"logits, seed {seed}")
+    assert float(mine) == pytest.approx(value.item(), rel=1e-4), f"seed {seed}"
+    grads = convert.state_from(system.torch_rows(), jax.tree.map(np.asarray, grads))
+    for name, weight in w.items():
+        norm = weight.grad.norm().item() if weight.grad is not None else 0.0
+        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
+
+    said = generate(system, params, batch, GenerateConfig(max_new_tokens=NEW, eos=-1, pad=0, start=None))
+    for row, x in enumerate(prompts):
+        for word in np.asarray(said.ids_BM)[row]:
+            with torch.no_grad():
+                assert word == functional_call(model, held, (), {"inputs_embeds": x}).logits[0, -1].argmax(), seed
+            x = torch.cat([x, table[int(word)][None, None]], 1)
+
+
+@pytest.mark.parametrize("folder", folders("mplug_owl"))
+def test_tower_and_abstractor_compute_what_mplug_owl_does(folder):
+    c, arrays = json.loads((folder / "config.json").read_text()), np.load(folder / "arrays.npz")
+    v, a = c["vision"], c["abstractor"]
+    system = dataclasses.replace(
+        MPLUG_OWL_7B,
+        vision=ViTConfig(
+            v["image_size"], v["patch_size"], v["width"], v["depth"], v["heads"], v["mlp_width"], v["layer_norm_eps"],
+            v["activation"], "qkvo", patch_bias=False, norm_before=True,
+        ),
+        latents=AbstractorConfig(
+            a["width"], a["layers"], a["heads"], a["mlp_width"], a["queries"], inner_eps=a["layer_norm_eps"]
+        ),
+        language=DecoderConfig(8, a["language_width"], 1, 1, 1, a["language_width"], 8),
+        vision_eps=v["layer_norm_eps"],
+    )  # fmt: skip
+    rows = [row for row in system.torch_rows() if not row.names[0].startswith("language_model.")]
+    state = load_file(folder / "weights.safetensors")
+    params = convert.params_from(rows, state)
+    for name, value in convert.state_from(rows, params).items():
+        np.testing.assert_array_equal(value, state[name], name)
+    batch = tiny.batch_of(dataclasses.replace(system, image_token=3), random.Random(0), len(arrays["image"]))
+    batch = dataclasses.replace(batch, image_BHWC=arrays["image"].transpose(0, 2, 3, 1))
+
+    def looks(module, batch):
+        seen = module.see(batch)
+        return module.vision_norm(seen), module.look(batch, None)[:, 0]
+
+    seen, words = PrefixModule(system).apply({"params": params}, batch, method=looks)
+    assert_close(seen, arrays["vision_output"], "vision")
+    assert_close(words, arrays["abstractor_output"], "abstractor")
+
+
+def kosmos(draw):
+    """Theirs and ours of the same random sizes."""
+    seen, heads = tower(draw, eps=1e-5), draw.choice([2, 4])
+    width, hidden, vocab = heads * draw.choice([4, 6]), draw.randint(20, 40), draw.randint(tiny.IMAGE_TOKEN + 2, 60)
+    text = dataclasses.replace(
+        decoder.KOSMOS2_TEXT, vocab=vocab, width=width, layers=draw.randint(1, 3), heads=heads, kv_heads=heads,
+        head=width // heads, hidden=hidden, dropout=0.0, pad_token=0, position_offset=1, end_token=2,
+    )  # fmt: skip
+    queries = draw.randint(2, 4)
+    system = Prefix(
+        seen, text, latents=ProjectionConfig(seen.width, width, heads, queries), feature_layer=-1, class_token=True,
+        vision_eps=1e-5, projector_depth=0, unit=True, image_token=tiny.IMAGE_TOKEN,
+    )  # fmt: skip
+    config = transformers.Kosmos2Config(
+        text_config={
+            "vocab_size": vocab, "embed_dim": width, "layers": text.layers, "ffn_dim": hidden, "attention_heads": heads,
+            "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0,
+            "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        },
+        vision_config={
+            "hidden_size": seen.width, "intermediate_size": seen.hidden, "num_hidden_layers": seen.depth,
+            "num_attention_heads": seen.heads, "image_size": seen.image, "patch_size": seen.patch,
+        },
+        latent_query_num=queries,
+    )  # fmt: skip
+    return tiny.shaken(transformers.Kosmos2ForConditionalGeneration(config)), system
+
+
+def test_kosmos_2_computes_what_transformers_does_with_every_gradient_and_greedy_word():
+    seed = tiny.seed()
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    theirs, system = kosmos(draw)
+    state = {name: weight.detach().numpy() for name, weight in theirs.state_dict().items()}
+    params = convert.params_from(system.torch_rows(), state)
+    batch = tiny.batch_of(system, draw)
+    asked = tiny.inputs(system, batch)
+    places = asked["input_ids"] == tiny.IMAGE_TOKEN
+    out = theirs(image_embeds_position_mask=places, **asked)
+    out.loss.backward()
+
+    def loss(params):
+        return system.loss(params, batch)[0], system.logits(params, batch)
+
+    (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    wanted = tiny.answer_logits(system, batch, out.logits.detach().numpy())
+    for row, told in enumerate(wanted):
+        assert_close(logits[row, : len(told)], told, f"logits, seed {seed}")
+    assert float(value) == pytest.approx(out.loss.item(), abs=1e-4), f"seed {seed}"
+    grads = convert.state_from(system.torch_rows(), jax.tree.map(np.asarray, grads))
+    for name, weight in theirs.named_parameters():
+        norm = weight.grad.norm().item() if weight.grad is not None else 0.0
+        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
+
+    said = generate(system, params, batch, GenerateConfig(max_new_tokens=NEW, eos=2, pad=0, start=None))
+    for row, ids in enumerate(tiny.expanded(system, batch)):
+        ids = torch.tensor([ids])
+        told = theirs.generate(
+            pixel_values=asked["pixel_values"][row : row + 1], input_ids=ids,
+            image_embeds_position_mask=ids == tiny.IMAGE_TOKEN, attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW, do_sample=False, eos_token_id=2, pad_token_id=0,
+        )[0, ids.shape[1] :].tolist()  # fmt: skip
+        mine = np.asarray(said.ids_BM)[row, : int(said.length_B[row])].tolist()
+        # Behind a padding token that was said, transformers counts positions otherwise.
+        end = mine.index(0) if 0 in mine else len(mine)
+        assert mine[:end] == told[:end], f"seed {seed}, row {row}"

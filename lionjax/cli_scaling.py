@@ -18,7 +18,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     names = "v4-32, v5e-16, v5e-256, v5p-512, v6e-64, tpu7x-128, or by shape as v5e:4x8"
     verb.add_argument("--topology", metavar="NAME", required=True, help=names)
     verb.add_argument("--slices", metavar="N", type=int, default=1, help="so many of them")
-    verb.add_argument("--mesh", metavar="F,T", help="fsdp,tensor or data,fsdp,tensor of one slice")
+    verb.add_argument("--mesh", metavar="F,T", help="FSDP, FSDP,TENSOR or DATA,FSDP,TENSOR")
     words = "a stage's number or name, all, or generation; by default the one that trains most"
     verb.add_argument("--stage", metavar="N", help=words)
     verb.add_argument(
@@ -85,7 +85,9 @@ def mesh_of(words: str, slices: int = 1):
         if any("=" in part for part in parts):
             sizes = {name.strip(): int(size) for name, size in (part.split("=") for part in parts)}
         else:
-            names = ("data", "fsdp", "tensor")[3 - len(parts) :]
+            names = (
+                ("data", "fsdp", "tensor") if len(parts) == 3 else ("fsdp", "tensor")[: len(parts)]
+            )
             sizes = {"data": 1} | dict(zip(names, map(int, parts), strict=True))
         return MeshConfig(**({"slices": slices} | sizes))
     except (TypeError, ValueError) as error:

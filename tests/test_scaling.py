@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: names of slices, the batches they are made for, what the compiler may and may not exchange, what fits, and the
+order in which a search ranks. What needs libtpu is left out where it is not installed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import small_lion
+import small_places
+
+from lionjax import (
+    cli,
+    cli_scaling,
+    losses,
+    programs,
+    scaling,
+    scaling_search,
+    sharding,
+    topologies,
+)
+from lionjax import params as trees
+from lionjax.adapters import AdapterConfig
+from lionjax.config import Experiment, Stage
+from lionjax.data import pipeline
+from lionjax.data.examples import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.interfaces import UserError
+from lionjax.language.decoder import Decoder, DecoderConfig
+from lionjax.sharding import MeshConfig
+from lionjax.training import start
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+compiles = pytest.mark.skipif(
+    not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed"
+)
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "shape", "chips"),
+    [
+        ("v5e-16", "v5e", (4, 4), 16),
+        ("v5litepod-256", "v5e", (16, 16), 256),
+        ("v5e-8", "v5e", (2, 4), 8),
+        ("v5e-1", "v5e", (1, 1), 1),
+        ("V6E-64", "v6e", (8, 8), 64),
+        ("v5p-512", "v5p", (4, 8, 8), 256),
+        ("tpu-v5p-32", "v5p", (2, 2, 4), 16),
+        ("v4-8", "v4", (2, 2, 1), 4),
+        ("v4-32", "v4", (2, 2, 4), 16),
+        ("tpu7x-128", "tpu7x", (4, 4, 4), 64),
+        ("tpu7x-16", "tpu7x", (2, 2, 2), 8),
+        ("v5p:4x4x8", "v5p", (4, 4, 8), 128),
+        ("v6e:2x8", "v6e", (2, 8), 16),
+    ],
+)
+def test_a_slice_by_the_name_that_people_give_it(name, kind, shape, chips):
+    found = topologies.parse(name)
+    assert (found.chip.name, found.shape, found.chips) == (kind, shape, chips)
+    assert found.devices == chips * (2 if kind == "tpu7x" else 1)
+    assert topologies.parse(name, 3).chips == 3 * chips
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("v5q-16", "did you mean v5"),
+        ("v5lightpod-16", "did you mean v5litepod-16?"),
+        ("v5e-17", "did you mean v5e-16?"),
+        ("v5p-500", "counts cores, and there is no v5p-500; did you mean v5p-512?"),
+        ("v5p:4x4", "wants 3 sizes"),
+        ("v5e:4x0", "as in v5e:4x8"),
+        ("pod", "write for example"),
+    ],
+)
+def test_a_name_that_is_none_gets_one_sentence_with_the_nearest(name, hint, capsys):
+    with pytest.raises(UserError, match="."):
+        topologies.parse(name)
+    assert cli.main(["plan", str(CONFIGS / "tiny_lion.py"), "--topology", name]) == 2
+    said = capsys.readouterr().err
+    assert hint in said and said.count("\n") == 1
+
+
+def test_missing_libtpu_is_said_with_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(topologies, "has_libtpu", lambda: False)
+    assert cli.main(["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16"]) == 2
+    assert "pip install 'lionjax[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        ("64,4", MeshConfig(1, 64, 4)),
+        ("2,32,4", MeshConfig(2, 32, 4)),
+        ("-1", MeshConfig(1, -1, 1)),
+        ("fsdp=64, tensor=4", MeshConfig(-1, 64, 4)),
+    ],
+)
+def test_a_mesh_by_its_sizes_or_its_names(words, made):
+    assert cli_scaling.mesh_of(words) == made
+    assert cli_scaling.mesh_of(words, slices=2) == dataclasses.replace(made, slices=2)
+
+
+@pytest.mark.parametrize("words", ["64x4", "1,2,3,4", "fdsp=4", "fsdp=four"])
+def test_a_mesh_that_is_none_gets_a_sentence(words):
+    with pytest.raises(UserError, match="is no mesh; write fsdp=4,tensor=2"):
+        cli_scaling.mesh_of(words)
+
+
+def test_the_stage_that_trains_most_is_planned_where_none_is_named():
+    what = small_lion.experiment()
+    assert scaling.stage_number(what, None) == 2
+    assert scaling.stage_number(what, "1") == scaling.stage_number(what, "first") == 0
+    with pytest.raises(UserError, match="there are first, second, third"):
+        scaling.stage_number(what, "4")
+
+
+# What is compiled
+
+
+def shapes(batch):
+    return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), batch)
+
+
+@pytest.mark.parametrize("name", ["lion", *small_places.SYSTEMS])
+def test_a_plan_is_made_for_batches_as_the_pipeline_makes_them(name):
+    what = (
+        small_lion.experiment()
+        if name == "lion"
+        else small_places.experiment(*small_places.SYSTEMS[name])
+    )
+    for stage in what.stages:
+        stream = pipeline.batches(what.data, stage, 0, stage.batch_size, 0, 1)
+        batch = next(stream)
+        stream.close()
+        assert shapes(scaling.blank(what, stage, stage.batch_size)) == shapes(batch)
+
+
+def test_a_batch_that_the_configs_mesh_does_not_split_gets_the_nearest_mesh_that_does():
+    what, pod = small_lion.experiment(), topologies.parse("v5e-16")
+    what = dataclasses.replace(what, mesh=MeshConfig(1, -1, 1))
+    wide = dataclasses.replace(what.stages[0], batch_size=32)
+    assert scaling.mesh_for(what, wide, pod) == (MeshConfig(1, -1, 1), "")
+    mesh, why = scaling.mesh_for(what, what.stages[0], pod)  # of 8
+    assert mesh == MeshConfig(1, 8, 2) and "--mesh.fsdp 8 --mesh.tensor 2" in why
+    mesh, _ = scaling.mesh_for(what, wide, topologies.parse("v5e-16", 4))
+    assert mesh == MeshConfig(1, 8, 2, 4)
+
+
+def test_a_policy_of_remembering_reaches_every_part():
+    system = scaling.with_remat(small_lion.SYSTEM, "full")
+    assert system.vision.remat == system.language.remat == "full"
+    assert small_lion.SYSTEM.vision.remat == "none"
+
+
+# What may be exchanged: a frozen decoder with small adapters, layers scanned, as every system has one
+
+LAYERS, WIDTH, HIDDEN = 6, 256, 1024
+SPEAKER = DecoderConfig(
+    vocab=512, width=WIDTH, layers=LAYERS, heads=8, kv_heads=8, head=32, hidden=HIDDEN, adapters=AdapterConfig(8),
+    remat="full",
+)  # fmt: skip
+
+
+class SpeakerModule(nn.Module):
+    c: "Speaker"
+
+    @nn.compact
+    def __call__(self, batch):
+        language = Decoder(self.c.language, name="language")
+        x_BMD = language.embed(batch.target_BM, self.c.dtype)
+        return language.logits(language(x_BMD, batch.target_mask_BM, batch.task_B))
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    language: DecoderConfig = SPEAKER
+    dtype: str = "bfloat16"
+
+    def init(self, key, batch):
+        return SpeakerModule(self).init(key, batch)["params"]
+
+    def loss(self, params, batch, key=None):
+        logits_BMV = SpeakerModule(self).apply({"params": params}, batch)
+        return losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
+
+
+def speaking(
+    rows: int = 32, system: Speaker = Speaker(), trainable=("language/blocks/adapters",)
+) -> Experiment:
+    processor = ProcessorConfig(image_size=14, prompt_length=4, question_length=4, target_length=64)
+    stage = Stage("speak", 10, trainable, (("caption", 1.0),), batch_size=rows)
+    return Experiment(
+        "speaker", system, DataConfig(processor=processor), (stage,), mesh=MeshConfig(1, -1, 1)
+    )
+
+
+def exchanges(name: str, mesh: MeshConfig, what: Experiment, slices: int = 1):
+    """(the exchanges of an update, trained, frozen parameters as shapes) on a slice."""
+    pod = topologies.parse(name, slices)
+    grid = sharding.make_mesh(mesh, topologies.devices(pod))
+    layout = start.layout(what, scaling.blank(what), grid)
+    work = scaling.training(what, 0, layout)
+    compiled = work.function.lower(*work.arguments).compile()
+    program = programs.read(compiled.as_text())
+    state, frozen, _ = work.arguments
+    found = programs.collectives(program, pod.devices // slices if slices > 1 else 0)
+    return found, trees.flatten(state.trainable), trees.flatten(frozen)
+
+
+def size(leaf) -> int:
+    return int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4-32", "v5e-16", "v5p-32", "v6e-16"])
+def test_a_frozen_backbone_is_gathered_a_layer_at_a_time_and_has_no_gradients(name):
+    found, trained, frozen = exchanges(name, MeshConfig(1, -1, 1), speaking())
+    gathers = [one for one in found if one.kind == "all-gather"]
+    stacked = {
+        path: size(leaf) for path, leaf in frozen.items() if "/blocks/" in path and leaf.ndim > 2
+    }
+    layer = max(stacked.values()) // LAYERS
+    assert gathers and max(one.largest for one in gathers) <= layer < min(stacked.values())
+    # Forward and backward need each layer's weights once, what is computed again not more than once more.
+    needed = sum(stacked.values())
+    inside = sum(one.largest * one.runs for one in gathers if one.runs >= LAYERS)
+    assert needed <= inside <= 3.2 * needed
+    reduced = sum(
+        one.size * one.runs for one in found if one.kind in ("all-reduce", "reduce-scatter")
+    )
+    assert 0 < reduced <= 1.5 * sum(map(size, trained.values())) + 2**14
+    ratios = [
+        one for one in found if one.kind == "all-to-all"
+    ]  # of the routers, a row for each example
+    assert all("adapters" in one.path and one.size <= 32 * 2 * WIDTH * 4 for one in ratios)
+
+
+@compiles
+@pytest.mark.slow
+def test_without_fsdp_nothing_is_gathered_and_with_tensor_only_activations_are_summed():
+    found, trained, _ = exchanges("v5e-16", MeshConfig(16, 1, 1), speaking())
+    assert {one.kind for one in found} == {"all-reduce"}
+    assert (
+        sum(one.size * one.runs for one in found) <= 1.5 * sum(map(size, trained.values())) + 2**14
+    )
+
+    found, _, frozen = exchanges("v5e-16", MeshConfig(4, 1, 4), speaking())
+    kernels = [size(leaf) // LAYERS for path, leaf in frozen.items() if "/blocks/mlp/" in path]
+    activation = 32 // 4 * 64 * WIDTH * 2
+    sums = [
+        one
+        for one in found
+        if one.kind == "all-reduce" and one.group == 4 and one.size >= activation
+    ]
+    assert sum(one.runs for one in sums) >= 4 * LAYERS - 2  # two a layer, forward and back
+    assert not any(one.kind == "all-gather" and one.largest in kernels for one in found)
+
+
+@compiles
+@pytest.mark.slow
+def test_between_slices_only_gradients_go():
+    found, trained, _ = exchanges("v5e-4", MeshConfig(1, -1, 1, slices=2), speaking(), slices=2)
+    far = sum(one.size * one.runs for one in found if one.far)
+    assert far <= 1.5 * sum(map(size, trained.values())) + 2**14
+    assert any(one.kind == "all-gather" and not one.far for one in found)
+
+
+# What fits, and how a plan reads
+
+
+@compiles
+@pytest.mark.slow
+def test_what_does_not_fit_is_a_plan_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wide = dataclasses.replace(
+        SPEAKER, width=4096, heads=32, kv_heads=32, head=128, hidden=16384, vocab=2**18
+    )
+    what = speaking(8, Speaker(wide), ("language",))
+    made = scaling.plan(what, topologies.parse("v5e-1"), 0)
+    assert not made.fits and made.step_seconds == 0
+    assert made.peak_gib is None or made.peak_gib > made.hbm_gib
+    assert "DOES NOT FIT" in cli_scaling.text(made)
+
+
+@compiles
+@pytest.mark.slow
+def test_a_plan_counts_what_is_trained_predicts_and_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    what, pod = speaking(), topologies.parse("v5e-4")
+    made = scaling.plan(what, pod, 0)
+    whole = trees.flatten(start.layout(what, scaling.blank(what), sharding.make_mesh()).never)
+    assert made.fits and made.frozen == sum(int(np.prod(leaf.shape)) for leaf in whole.values())
+    assert made.trained == LAYERS * (2 * (2 * WIDTH * 8 + 8 + WIDTH + 1) + 2 * 2 * WIDTH)
+    assert made.mesh == (1, 1, 4, 1) and 0 < made.peak_gib < 1
+    # A frozen kernel: a product forward, one back, and one more because the layer is computed again.
+    kernels = LAYERS * (4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN) + WIDTH * 512
+    assert 2 * 2 * kernels * 32 * 64 < made.needed_flops < 1.2 * 2 * 2 * kernels * 32 * 64
+    assert made.flops > 1.3 * made.needed_flops
+    assert made.step_seconds == max(made.seconds.values()) and 0 < made.utilisation < 1
+
+    def never(*_, **__):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", never)
+    assert scaling.plan(what, pod, 0) == made
+    words = cli_scaling.text(made)
+    assert "prediction" in words and "fits" in words and f"{made.trained:,} trained" in words
+    assert json.loads(json.dumps(cli_scaling.as_json(made)))["dominates"] == made.dominates
+
+
+@compiles
+@pytest.mark.slow
+def test_generation_is_planned_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    what = small_lion.experiment()
+    made = scaling.plan(what, topologies.parse("v5e-4"), 2, MeshConfig(2, 1, 2), generation=True)
+    assert made.what == "generation" and made.fits and made.trained == 0
+    assert made.rows == 32 and made.flops > 0
+
+
+def faked(seconds):
+    """A stand-in for `scaling.plan`, which compiles nothing: `seconds` of a mesh, a policy and rows; None: no room."""
+
+    def plan(experiment, topology, number, mesh, remat):
+        rows = experiment.stages[number].batch_size
+        took = seconds(mesh, remat, rows)
+        return scaling.Plan(
+            config="a", what="b", topology="c", devices=16, mesh=mesh.shape(16), rows=rows, fits=took is not None,
+            peak_gib=1.0, hbm_gib=16, trained=1, frozen=1, flops=1.0, needed_flops=1.0,
+            seconds={} if took is None else {"products": took}, collectives={}, compile_seconds=1.0, peak_tflops=1.0,
+            remat=remat or "as the config says",
+        )  # fmt: skip
+
+    return plan
+
+
+def test_a_search_goes_on_from_the_best_and_ranks_what_fits(monkeypatch):
+    def seconds(mesh, remat, rows):
+        if remat == "none" or rows > 64:
+            return None
+        return rows**0.9 * (2 if remat == "full" else 1) * (1 + abs(mesh.tensor - 2))
+
+    monkeypatch.setattr(scaling_search, "plan", faked(seconds))
+    found = list(scaling_search.search(speaking(32), topologies.parse("v5e-16"), 0))
+    found.sort(key=lambda one: (one.fits, one.speed), reverse=True)
+    best = found[0]
+    assert (
+        best.mesh == (1, 1, 8, 2)
+        and best.rows == 64
+        and best.remat in ("dots", "as the config says")
+    )
+    assert not found[-1].fits and len(found) == len(
+        {(one.mesh, one.remat, one.rows) for one in found}
+    )
+    words = cli_scaling.ranking(found).splitlines()
+    assert "fsdp 8" in words[1] and "does not fit" in words[-1]
+
+
+def test_a_search_ends_where_nothing_fits(monkeypatch):
+    monkeypatch.setattr(scaling_search, "plan", faked(lambda *_: None))
+    found = list(scaling_search.search(speaking(32), topologies.parse("v5e-16"), 0))
+    assert found and not any(one.fits for one in found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in space hbm. Used 69.55G of 15.75G",
+        "RESOURCE_EXHAUSTED: this program needs 69.55G, exceeds available HBM (15.75G)",
+    ],
+)
+def test_how_much_a_refused_program_wanted_is_read_from_the_compilers_words(text):
+    assert scaling.is_out_of_memory(Exception(text))
+    assert scaling.wanted_bytes(text) == 69.55 * 2**30
+    assert scaling.wanted_bytes("RESOURCE_EXHAUSTED") is None

@@ -26,7 +26,9 @@ def get_config() -> Experiment:
     system = dataclasses.replace(
         MPLUG_OWL_7B,
         vision=dataclasses.replace(MPLUG_OWL_7B.vision, remat="full"),
-        language=dataclasses.replace(MPLUG_OWL_7B.language, remat="full", lora=LoraConfig(8, 32.0, 0.05)),
+        language=dataclasses.replace(
+            MPLUG_OWL_7B.language, remat="full", lora=LoraConfig(8, 32.0, 0.05)
+        ),
         dtype="bfloat16",
     )
     schedule = {"weight_decay": 0.1, "betas": (0.9, 0.98), "warmup_learning_rate": 0.0}

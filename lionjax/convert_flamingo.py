@@ -56,13 +56,14 @@ def open_flamingo(folder: Path) -> tuple[Published, Any, Tensors, Path]:
     clip = open_weights(folder / CLIP_FILE)
     clip = clip.without("visual.").under("vision_encoder.")
     tensors = tensors | text | clip
-    words = tensors["lang_encoder.transformer.wte.weight"].shape[0]
-    return FLAMINGO, _config(read_settings(texts[0] / "config.json"), min(gates) + 1, words), tensors, texts[0]
+    config = _config(read_settings(texts[0] / "config.json"), min(gates), tensors)
+    return FLAMINGO, config, tensors, texts[0]
 
 
-def _config(s: dict, every: int, words: int) -> Any:
-    """OpenFlamingo's sizes around this MPT, which has so many words with the new ones."""
+def _config(s: dict, first: int, tensors: Tensors) -> Any:
+    """The sizes that the tensors have, around this MPT; heads are 64 wide everywhere, as in all that are released."""
     from lionjax.adapters import CrossConfig
+    from lionjax.bridges.latents import ResamplerConfig
     from lionjax.language.decoder import MPT_7B
     from lionjax.systems.flamingo import OPENFLAMINGO_9B
 
@@ -70,14 +71,38 @@ def _config(s: dict, every: int, words: int) -> Any:
     refuse_unless(more.get("alibi", s.get("alibi", True)), "learned positions", "an MPT with ALiBi")
     refuse_unless(s.get("no_bias", True), "biases", "an MPT without them")
     width, heads = s["d_model"], s["n_heads"]
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tensors[name].shape
+
+    def count(name: str) -> int:
+        return sum(re.fullmatch(name, other) is not None for other in tensors)
+
+    words, gated = shape("lang_encoder.transformer.wte.weight")[0], f"lang_encoder.gated_cross_attn_layers.{first}."
+    inside, source = shape(gated + "attn.to_q.weight")[0], shape(gated + "attn.to_kv.weight")[1]
+    looks = CrossConfig(first + 1, source, inside // 64, 64, shape(gated + "ff.1.weight")[0])
+    queries, inside = shape("perceiver.latents")[0], shape("perceiver.layers.0.0.to_q.weight")[0]
+    resampler = ResamplerConfig(
+        source, count(r"perceiver\.layers\.\d+\.0\.to_q\.weight"), inside // 64, 64,
+        shape("perceiver.layers.0.1.1.weight")[0], queries,
+    )  # fmt: skip
+    seen, _, patch, _ = shape("vision_encoder.conv1.weight")
+    side = round((shape("vision_encoder.positional_embedding")[0] - 1) ** 0.5)
+    vision = dataclasses.replace(
+        OPENFLAMINGO_9B.vision, image=side * patch, patch=patch, width=seen, heads=seen // 64,
+        depth=count(r"vision_encoder\.transformer\.resblocks\.\d+\.ln_1\.weight"),
+        hidden=shape("vision_encoder.transformer.resblocks.0.mlp.c_fc.weight")[0],
+    )  # fmt: skip
     language = dataclasses.replace(
         MPT_7B, vocab=words, frozen_words=words - 3, pad_token=words - 1, end_token=words - 3, width=width,
         layers=s["n_layers"], heads=heads, kv_heads=heads, head=width // heads,
-        hidden=width * s.get("expansion_ratio", s.get("mlp_ratio", 4)),
+        hidden=width * s.get("expansion_ratio", s.get("mlp_ratio", 4)), eps=s.get("layer_norm_epsilon", 1e-5),
         qk_norms=bool(more.get("qk_ln", s.get("attn_qk_ln", False))),
-        cross=CrossConfig(every, hidden=4 * width),
+        cross=looks,
     )  # fmt: skip
-    return dataclasses.replace(OPENFLAMINGO_9B, language=language, image_token=words - 2)
+    return dataclasses.replace(
+        OPENFLAMINGO_9B, vision=vision, resampler=resampler, language=language, image_token=words - 2
+    )
 
 
 FLAMINGO = Published(

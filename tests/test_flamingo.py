@@ -102,8 +102,8 @@ def test_gates_begin_closed_and_closed_gates_leave_the_language_model_as_it_was(
     system, params = made
     batch, c = batch_of(), system.language
     first = GatedCross(4, CrossConfig(1, 4, 1, 4, 4))
-    media = np.ones((1, 2, 4)), np.ones((1, 3, 2), bool), np.ones((1, 3), bool)
-    begun = trees.flatten(nn.meta.unbox(first.init(jax.random.key(0), np.ones((1, 3, 4)), media)["params"]))
+    media = np.ones((1, 2, 4), np.float32), np.ones((1, 3, 2), bool), np.ones((1, 3), bool)
+    begun = trees.flatten(nn.meta.unbox(first.init(jax.random.key(0), np.ones((1, 3, 4), np.float32), media)["params"]))
     assert not begun["gate"].any() and not begun["mlp_gate"].any() and begun["attention/o/kernel"].any()
     flat, every = trees.flatten(params["language"]), c.cross.every
     for name in ("gate", "mlp_gate"):
@@ -188,7 +188,8 @@ def test_only_new_words_of_the_table_learn_and_pictures_are_never_a_word_to_say(
 
 
 def test_weights_go_out_and_come_back_under_openflamingos_names():
-    system = small(2)
+    tower = ViTConfig(14, 7, 8, 1, 2, 12, biases="qkvo", patch_bias=False, norm_before=True)
+    system = dataclasses.replace(small(2), vision=tower)
     params = weights(system)
     state = convert.state_from(system.torch_rows(), params)
     assert "lang_encoder.old_decoder_blocks.2.self_attn.q_proj.weight" in state

@@ -223,7 +223,8 @@ def kosmos(draw):
     width, hidden, vocab = heads * draw.choice([4, 6]), draw.randint(20, 40), draw.randint(tiny.IMAGE_TOKEN + 2, 60)
     text = dataclasses.replace(
         decoder.KOSMOS2_TEXT, vocab=vocab, width=width, layers=draw.randint(1, 3), heads=heads, kv_heads=heads,
-        head=width // heads, hidden=hidden, dropout=0.0, pad_token=0, position_offset=1, end_token=2,
+        head=width // heads, hidden=hidden, dropout=0.0, pad_token=0, position_offset=1, start_token=1,
+        end_token=2,
     )  # fmt: skip
     queries = draw.randint(2, 4)
     system = Prefix(

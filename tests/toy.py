@@ -174,14 +174,15 @@ def lines(workdir):
     return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in text]
 
 
-def witnessed(workdir, hang):
-    """Batches that write down what they deliver; the second process waits for ever at the `hang`-th."""
+def witnessed(workdir, hang, pause):
+    """Batches that take a while and write down what they deliver; the second process waits for ever at one of them."""
 
     class Witnessed(Batches):
         def __next__(self):
             place, stage = self.next, self.seed[1]
             if place // (self.size * self.shards) == hang and self.shard == 1:
                 time.sleep(3600)
+            time.sleep(pause)
             batch = super().__next__()
             line = [stage, place + self.shard * self.size, batch.record_B.tolist()]
             journal.append_line(Path(workdir) / "seen.jsonl", line)
@@ -191,7 +192,7 @@ def witnessed(workdir, hang):
 
 
 def main():
-    """Train in a folder and print what came out. Fields: steps, mesh, poison, hang and those of RunConfig."""
+    """Train in a folder and print what came out. Fields: steps, mesh, poison, hang, pause, RunConfig's."""
     workdir, fields = sys.argv[1], dict(word.split("=") for word in sys.argv[2:])
     steps = int(fields.get("steps", 6))
     mesh = MeshConfig(*map(int, fields.get("mesh", "-1,1,1").split(",")))
@@ -201,7 +202,7 @@ def main():
     run = {name: value if name == "on_bad_update" else float(value) for name, value in run.items()}
     run["save_every"] = int(run.get("save_every", 2))
     what = experiment(*stages, run=run, mesh=mesh)
-    batches = witnessed(workdir, int(fields.get("hang", -1)))
+    batches = witnessed(workdir, int(fields.get("hang", -1)), float(fields.get("pause", 0)))
     params, report = loop.train(dataclasses.replace(what, data=data), workdir, batches)
     found = {"params": checkpoints.fingerprints(params), "scalars": trees.count(params)}
     if distributed.first():

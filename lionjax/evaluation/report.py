@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from PIL import Image
 
 from lionjax import params as trees
@@ -103,7 +104,9 @@ def write_routers(workdir: Path | str, params: Params) -> None:
         set.intersection(*(set(parts) for parts, _ in ratios)) if len(ratios) > 1 else set()
     )
     means = {
-        " ".join(part for part in parts if part not in everywhere): np.asarray(jnp.mean(leaf, -1))
+        " ".join(part for part in parts if part not in everywhere): np.asarray(
+            multihost_utils.process_allgather(jnp.mean(leaf, -1), tiled=True)
+        )
         for parts, leaf in ratios
     }
     if means and jax.process_index() == 0:

@@ -110,6 +110,7 @@ def _batches(experiment: Experiment, stage: Stage, batches: Callable, workdir: P
 def run_stage(run: Run, place: Place) -> Place:
     """From a place within a stage to the beginning of the next one."""
     stage, clock = run.experiment.stages[place.stage], run.clock
+    run.watch.alive()
     clock.turn("start")
     entry, work = Entry(**place.history[-1]) if place.step else Entry(stage.name, 0), None
     while True:
@@ -130,6 +131,7 @@ def run_stage(run: Run, place: Place) -> Place:
             break
         except refused.Rewind as bad:
             place, entry = rewound(run, place, entry, bad)
+    run.watch.alive()
     entry.frozen_unchanged = checkpoints.fingerprints(frozen) == before
     if not entry.frozen_unchanged:
         raise RuntimeError(f"stage {stage.name!r} changed frozen parameters")

@@ -52,7 +52,8 @@ def language(draw) -> DecoderConfig:
 
 def owl(draw) -> Prefix:
     seen = tower(draw, eps=1e-6)
-    bridge = AbstractorConfig(seen.width, draw.randint(1, 3), seen.heads, draw.randint(20, 30), draw.randint(2, 5), dropout=0.0)
+    layers, hidden, queries = draw.randint(1, 3), draw.randint(20, 30), draw.randint(2, 5)
+    bridge = AbstractorConfig(seen.width, layers, seen.heads, hidden, queries, dropout=0.0)
     return dataclasses.replace(
         MPLUG_OWL_7B, vision=seen, language=language(draw), latents=bridge, image_token=tiny.IMAGE_TOKEN
     )

@@ -166,7 +166,7 @@ MPLUG_OWL_7B = Prefix(
 KOSMOS2 = Prefix(
     vision=dataclasses.replace(CLIP_VIT_L, image=224, norm_after=False), language=decoder.KOSMOS2_TEXT,
     latents=ProjectionConfig(), feature_layer=-1, class_token=True, vision_eps=1e-5, projector_depth=0, unit=True,
-    image_token=64002,
+    image_token=-1,
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import datetime
 import gc
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -42,7 +43,7 @@ BEFORE = """# Plans
 
 What `lionjax plan` says of every full-size config, made by `python -m benchmarks.plans`: the real update, compiled for
 the slice by libtpu on a machine without a TPU. Nothing here was run on one. "GiB a chip" is what the compiler reserves
-at the peak, against what the chip has. Predicted seconds and MFU are the program's products and bytes over the published
+at the peak, against what it has. Predicted seconds and MFU are the program's products and bytes over the published
 peaks of the chip, as if all went on at once: real steps are slower. "Gathered" and "reduced" are bytes that each chip
 sends in one update. The stage is the one that trains most. Rows are examples of one update over the whole slice, as the
 config has them.
@@ -108,7 +109,7 @@ def write(rows: dict[tuple[str, str], list[str]]) -> None:
         ["---"] * len(HEAD),
         *[[cell.strip() or " " for cell in rows[key]] for key in order],
     ]
-    made = f"JAX {jax.__version__}, libtpu {scaling.version('libtpu')}, {datetime.date.today()}."
+    made = f"JAX {jax.__version__}, libtpu {metadata.version('libtpu')}, {datetime.date.today()}."
     part = PAGE.with_suffix(".part")
     part.write_text(
         BEFORE + "\n".join("| " + " | ".join(row) + " |" for row in table) + f"\n\n{made}\n"

@@ -37,7 +37,7 @@ FLOORS = (
     "evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring evaluation.benchmarks "
     "evaluation.goodput evaluation.report plots",
     # 5: where everything meets
-    "model tagger scaling scaling_search cli_weights cli_scaling cli agents demo training.language_backbone training.vision_backbone training.mask_backbone",
+    "model tagger scaling scaling_compiled scaling_search cli_weights cli_scaling cli agents demo training.language_backbone training.vision_backbone training.mask_backbone",
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 FOLDERS = {name.split(".")[0] for name in FLOOR if "." in name}

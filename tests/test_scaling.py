@@ -19,6 +19,7 @@ from lionjax import (
     losses,
     programs,
     scaling,
+    scaling_compiled,
     scaling_search,
     sharding,
     topologies,
@@ -378,6 +379,6 @@ def test_a_search_ends_where_nothing_fits(monkeypatch):
     ],
 )
 def test_how_much_a_refused_program_wanted_is_read_from_the_compilers_words(text):
-    assert scaling.is_out_of_memory(Exception(text))
-    assert scaling.wanted_bytes(text) == 69.55 * 2**30
-    assert scaling.wanted_bytes("RESOURCE_EXHAUSTED") is None
+    assert scaling_compiled.is_out_of_memory(Exception(text))
+    assert scaling_compiled.wanted_bytes(text) == 69.55 * 2**30
+    assert scaling_compiled.wanted_bytes("RESOURCE_EXHAUSTED") is None

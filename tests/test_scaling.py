@@ -238,10 +238,9 @@ def test_a_frozen_backbone_is_gathered_a_layer_at_a_time_and_has_no_gradients(na
         one.size * one.runs for one in found if one.kind in ("all-reduce", "reduce-scatter")
     )
     assert 0 < reduced <= 1.5 * sum(map(size, trained.values())) + 2**14
-    ratios = [
-        one for one in found if one.kind == "all-to-all"
-    ]  # of the routers, a row for each example
-    assert all("adapters" in one.path and one.size <= 32 * 2 * WIDTH * 4 for one in ratios)
+    # Words of a table that is split by width, and the routers' ratios, change hands; no weight does.
+    activation = 32 // 16 * 64 * WIDTH * 2
+    assert all(one.size <= activation for one in found if one.kind == "all-to-all")
 
 
 @compiles

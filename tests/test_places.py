@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image
 
 from lionjax.data import pictures, places
@@ -71,7 +72,7 @@ def test_digits_are_written_as_ever_and_bins_and_embeddings_as_two_tokens():
 
 def test_what_stands_for_no_box_is_passed_over():
     codec = Processor(CONFIG).codec
-    first = codec.words
+    first = codec.first_bin
     assert codec.read([5, AT, HERE, 6, AT], [BOX]) == [[5], BOX, [6]]
     assert codec.read([AT, HERE, AT, HERE], [BOX]) == [BOX]
     assert codec.read([5, first + 1, 6, first, first + 33]) == [[5, 6], (0.0 + 0.5 / 32, 0.5 / 32, 1.5 / 32, 1.5 / 32)]
@@ -80,12 +81,28 @@ def test_what_stands_for_no_box_is_passed_over():
 def test_ids_behind_the_tokenizer_are_boxes_only_where_there_are_location_tokens():
     """A LLaVA has rows of words that its tokenizer lacks; nor is a box what lies behind the last location token."""
     codec = Processor(dataclasses.replace(CONFIG, bins=0)).codec
-    beyond = [codec.words, codec.words + 40]
+    beyond = [codec.first_bin, codec.first_bin + 40]
     assert codec.read([5, *beyond, 6]) == [[5, *beyond, 6]]
     codec = Processor(CONFIG).codec
-    last = codec.words + 32 * 32 - 1
-    assert codec.read([5, codec.words, last]) == [[5], places.box_of_bins(0, 1023, 32)]
-    assert codec.read([5, codec.words, last + 1]) == [[5, last + 1]]
+    last = codec.first_bin + 32 * 32 - 1
+    assert codec.read([5, codec.first_bin, last]) == [[5], places.box_of_bins(0, 1023, 32)]
+    assert codec.read([5, codec.first_bin, last + 1]) == [[5, last + 1]]
+
+
+def test_location_tokens_stand_where_the_tokenizer_has_them(tmp_path):
+    """Kosmos-2's has its own among its words, and words behind them."""
+    special, own = ["<pad>", "<s>", "</s>", "<unk>"], [f"<patch_index_{place:04d}>" for place in range(4)]
+    words = {word: number for number, word in enumerate([*special, "star", *own, "ring"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(special)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    c = dataclasses.replace(CONFIG, tokenizer=str(tmp_path), places="bins", bins=2)
+    processor = Processor(c)
+    ids, _ = processor.spell(f"star {box_text((0.1, 0.1, 0.9, 0.9))} ring")
+    assert ids == [4, 5, 8, 9]
+    text, boxes = processor.read(ids)
+    assert text == "star [0.250,0.250,0.750,0.750] ring" and boxes == [(0.25, 0.25, 0.75, 0.75)]
 
 
 def test_a_row_has_the_boxes_of_question_and_answer_in_the_order_of_their_tokens():

@@ -75,13 +75,13 @@ def box_of_bins(low: int, high: int, side: int) -> Box:
 
 @dataclass(frozen=True)
 class Codec:
-    """The ids that stand for boxes behind a tokenizer of `words` pieces; `bins` a side of location tokens follow them.
+    """The ids that stand for boxes: `bins` a side of location tokens from `first_bin` on, and those of embeddings.
 
     0 bins: there are none, whatever ids a model has beyond its tokenizer's. `trigger` and `location` are None where
     the tokenizer lacks such pieces.
     """
 
-    words: int
+    first_bin: int
     bins: int
     trigger: int | None
     location: int | None
@@ -93,7 +93,7 @@ class Codec:
                 raise UserError(
                     "places are to be location tokens, but processor.bins is 0; say how many a side (Kosmos-2: 32)"
                 )
-            return [self.words + place for place in bins_of(box, self.bins)]
+            return [self.first_bin + place for place in bins_of(box, self.bins)]
         if self.trigger is None or self.location is None:
             raise UserError(
                 "the tokenizer has no pieces for places as embeddings; add them, or choose other "
@@ -108,7 +108,7 @@ class Codec:
         """
         rest, found, low = iter(boxes), [], None
         for number in map(int, ids):
-            place = number - self.words
+            place = number - self.first_bin
             if 0 <= place < self.bins**2:
                 if low is not None:
                     found.append(box_of_bins(low, place, self.bins))

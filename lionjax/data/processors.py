@@ -24,6 +24,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 STRETCHED = Square(1, 1)
 # LION's words. The sentinel's embedding is learned: how far the tags are to be trusted.
+FIRST_BIN = "<patch_index_0000>"  # of Kosmos-2's location tokens
 TRIGGER, LOCATION = "<at>", "<boxes>"  # NExT-Chat's words for places, and for pictures
 IMAGE_START, IMAGE_PATCH, IMAGE_END = "<im_start>", "<im_patch>", "<im_end>"
 TAGS_BEFORE = f"According to {tokenizer.SOFT_PROMPT}, you are allowed to use or partially use the following tags:"
@@ -39,8 +40,8 @@ class ProcessorConfig:
     `reader`: an encoder reads the prompt up to an end token, a decoder from a start token (if it has one) on into the
     answer. `template` is what stands around a question; {image} is where so many `image_tokens` come, or the one
     `image_token` of a system that knows by itself how many words a picture has.
-    `places`: how the model writes boxes, see `places`; `bins` a side of location tokens stand behind the vocabulary
-    (32 in Kosmos-2; 0: the model has none).
+    `places`: how the model writes boxes, see `places`; `bins` a side of location tokens stand where the tokenizer
+    has Kosmos-2's, else behind its vocabulary (32 in Kosmos-2; 0: the model has none).
     `boxes`: how many boxes an example may have as arrays. `sam_size`: pixels of the picture and the masks for SAM.
     """
 
@@ -117,7 +118,8 @@ class Processor:
             raise UserError(f"{name}, which tags need; set processor.tags to false")
         self._before_tags = self.tokenizer.encode(TAGS_BEFORE, special=True)
         piece = self.tokenizer.backend.token_to_id
-        self.codec = places.Codec(self.tokenizer.size, config.bins, piece(TRIGGER), piece(LOCATION))
+        first_bin = piece(FIRST_BIN) or self.tokenizer.size
+        self.codec = places.Codec(first_bin, config.bins, piece(TRIGGER), piece(LOCATION))
         before, after = config.template.split("{question}")
         self._before, self._after = self._around(before), self._around(after)
         # Questions repeat: the same wordings, the same words. Bounded, and shared by all threads.

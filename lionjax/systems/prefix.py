@@ -48,18 +48,18 @@ class Prefix:
     vision: ViTConfig = CLIP_VIT_L
     language: DecoderConfig | T5Config = dataclasses.replace(VICUNA_7B, vocab=32064)
     qformer: QFormerConfig | None = None
-    latents: AbstractorConfig | ProjectionConfig | None = None
     feature_layer: int = -2
     class_token: bool = False
     vision_eps: float | None = None
     projector_depth: int = 2
     image_token: int | None = 32000
     in_front: bool = True
+    names: str = "hugging_face"
+    dtype: str = "float32"  # of the computation
+    latents: AbstractorConfig | ProjectionConfig | None = None
     unit: bool = False
     words: int = 0
     closing: bool = False
-    names: str = "hugging_face"
-    dtype: str = "float32"  # of the computation
 
     def __post_init__(self):
         for field, values in {"names": NAMES, "projector_depth": (0, 1, 2)}.items():

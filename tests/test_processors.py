@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures and prompts into arrays, and what becomes of bad ones."""
 
+import dataclasses
 import io
 import os
 import struct
@@ -368,3 +369,23 @@ def test_sizes_below_one_are_refused_when_the_config_is_made():
 def test_clip_statistics_are_those_of_the_original():
     assert processors.CLIP_MEAN == (0.48145466, 0.4578275, 0.40821073)
     assert processors.CLIP_STD == (0.26862954, 0.26130258, 0.27577711)
+
+
+def test_examples_shown_before_a_question_bring_their_pictures_and_words_in_order():
+    c = ProcessorConfig(
+        image_size=28, prompt_length=64, question_length=8, tags=False, reader="decoder",
+        template="{image} {question}", image_token=21, shot_end="</s>",
+    )  # fmt: skip
+    processor, grays = Processor(c), [np.full((9, 9, 3), shade, np.uint8) for shade in (0, 100, 255)]
+    asked = Input(grays[2], "How many?", shots=((grays[0], "Which color?", "red"), (grays[1], "Which shape?", "ring")))
+    batch = processor.batch([asked, asked])
+    assert batch.image_BHWC.shape == (2, 3, 28, 28, 3)
+    assert (np.diff(batch.image_BHWC[0].mean((1, 2, 3))) > 0).all()
+    end, words = processor.tokenizer.end_id, processor.tokenizer.encode
+    wanted = [*processor.tokenizer.start, 21, *words("Which color?"), *words("red"), end]
+    wanted += [21, *words("Which shape?"), *words("ring"), end, 21, *words("How many?")]
+    assert batch.prompt_BL[0, : batch.prompt_mask_BL[0].sum()].tolist() == wanted
+    with pytest.raises(UserError, match=r"have \[0, 2\] shots; give each as many"):
+        processor.batch([asked, dataclasses.replace(asked, shots=())])
+    with pytest.raises(UserError, match="says where {image} stands"):
+        Processor(dataclasses.replace(c, template="{question}")).batch([asked])

@@ -40,6 +40,7 @@ class ProcessorConfig:
     `reader`: an encoder reads the prompt up to an end token, a decoder from a start token (if it has one) on into the
     answer. `template` is what stands around a question; {image} is where so many `image_tokens` come, or the one
     `image_token` of a system that knows by itself how many words a picture has.
+    `shot_end` closes the answer of an example that is shown before the question (OpenFlamingo: <|endofchunk|>).
     `places`: how the model writes boxes, see `places`; `bins` a side of location tokens stand where the tokenizer
     has Kosmos-2's, else behind its vocabulary (32 in Kosmos-2; 0: the model has none).
     `boxes`: how many boxes an example may have as arrays. `sam_size`: pixels of the picture and the masks for SAM.
@@ -61,19 +62,15 @@ class ProcessorConfig:
     template: str = "{question}"
     image_tokens: int = 0
     image_token: int | None = None
+    shot_end: str = ""
     places: Literal["digits", "bins", "embeddings"] = "digits"
     bins: int = 0
     boxes: int = 0
     sam_size: int = 0
 
     def __post_init__(self):
-        for field in (
-            "image_size",
-            "prompt_length",
-            "question_length",
-            "target_length",
-            "max_pixels",
-        ):
+        lengths = "image_size", "prompt_length", "question_length", "target_length", "max_pixels"
+        for field in lengths:
             if getattr(self, field) < 1:
                 raise UserError(f"processor.{field} is {getattr(self, field)}; give at least 1")
         for field in ("image_tokens", "bins", "boxes", "sam_size"):
@@ -104,6 +101,7 @@ class Input:
     tags: tuple[str, ...] = ()
     category: str = "image_level"
     boxes: tuple[Box, ...] = ()  # with all the decimals that the question does not write
+    shots: tuple[tuple[object, str, str], ...] = ()  # picture, question and answer, shown before
 
 
 class Processor:
@@ -232,15 +230,25 @@ class Processor:
         """
         return self._prompt(question, self.spell(_asked(question))[0], tags)
 
-    def _prompt(self, question: str, asked: Sequence[int], tags: Sequence[str]) -> list[int]:
+    def _shot(self, question: str, answer: str) -> list[int]:
+        """Ids of an example, its picture's place among them."""
+        if "{image}" not in self.config.template:
+            raise UserError("shots want a processor.template that says where {image} stands")
+        asked, said = (self.spell(_asked(text))[0] for text in (question, answer))
+        end = self.tokenizer.encode(self.config.shot_end, special=True)
+        return [*self._before, *asked, *self._after, *said, *end]
+
+    def _prompt(
+        self, question: str, asked: Sequence[int], tags: Sequence[str], shown: Sequence[int] = ()
+    ) -> list[int]:
         reads_on = self.config.reader == "decoder"
         start = self.tokenizer.start if reads_on else []
         room = self.config.prompt_length - (len(start) if reads_on else 1)
-        around = len(self._before) + len(self._after)
+        around = len(shown) + len(self._before) + len(self._after)
         if self.config.tags and tags:
             room_for_tags = room - around - len(self._before_tags) - len(asked)
             asked = [*self._before_tags, *self._tags(tags, room_for_tags), *asked]
-        ids = [*self._before, *asked, *self._after]
+        ids = [*shown, *self._before, *asked, *self._after]
         if len(ids) > room:
             whole = self.config.prompt_length
             raise UserError(
@@ -313,10 +321,11 @@ class Processor:
         boxes: Iterable[Box] = (),
         square: Square = STRETCHED,
         how: str | None = None,
+        shown: Sequence[int] = (),
     ) -> dict[str, np.ndarray]:
         """One example as arrays of fixed shape, which stack to what `assemble` reads.
 
-        `boxes`, `square`, `how`: see `spell`. `size` is the picture's, for the way back.
+        `boxes`, `square`, `how`: see `spell`. `size` is the picture's, for the way back. `shown` ids stand before all.
         """
         c, boxes = self.config, tuple(boxes)
         asked, asked_boxes = self.spell(_asked(question), boxes, square, how)
@@ -324,7 +333,7 @@ class Processor:
         learned = [] if answer is None else self._target(said)
         pad = self.tokenizer.pad_id
         texts = {
-            "prompt": _padded(self._prompt(question, asked, tags), c.prompt_length, pad),
+            "prompt": _padded(self._prompt(question, asked, tags, shown), c.prompt_length, pad),
             "question": _padded(
                 self.question(question), c.question_length, self.question_tokenizer.pad_id
             ),
@@ -379,10 +388,16 @@ class Processor:
         )
 
     def row_of(self, one: Input, answer: str | None = None) -> dict[str, np.ndarray]:
-        """The row of one thing to ask, with the picture for SAM where masks may be wanted."""
+        """The row of one thing to ask, with the picture for SAM where masks may be wanted.
+
+        With shots its pixels are (K, H, W, 3): theirs, then its own.
+        """
         picture = pictures.as_picture(one.image, max_pixels=self.config.max_pixels)
         words = (one.question, one.tags, answer, one.category, one.boxes, self.square(picture))
-        return self.row(self.pixels(picture), *words) | self.large(picture)
+        shown = [number for _, *said in one.shots for number in self._shot(*said)]
+        pixels = [self.pixels(source) for source, *_ in (*one.shots, (picture,))]
+        pixels = np.stack(pixels) if one.shots else pixels[0]
+        return self.row(pixels, *words, shown=shown) | self.large(picture)
 
     def batch(
         self,
@@ -397,6 +412,10 @@ class Processor:
         if len(said) != len(inputs):
             raise UserError(
                 f"{len(said)} answers were given for {len(inputs)} questions; give one each"
+            )
+        if len(counts := {len(one.shots) for one in inputs}) > 1:
+            raise UserError(
+                f"questions of one batch have {sorted(counts)} shots; give each as many"
             )
         rows = [self.row_of(one, answer) for one, answer in zip(inputs, said)]
         return self.assemble(

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,12 @@ import numpy as np
 
 from lionjax import convert_lora, convert_systems
 from lionjax import params as trees
-from lionjax.convert_plan import grouped
+from lionjax.convert_peers import PEERS, Peer
+from lionjax.convert_plan import Form, grouped
 from lionjax.convert_published import Published
 from lionjax.convert_runs import RUNS
+from lionjax.convert_tables import state_from
+from lionjax.convert_write import write_safetensors
 from lionjax.interfaces import Params, UserError
 from lionjax.weight_rows import Row, Template, conv
 
@@ -67,11 +73,17 @@ class Verified:
 
 
 def verify(config: Any, params: Params, folder: str | Path) -> Verified:
-    """Compare parameters in memory with a folder that transformers loads. Raises UserError where it cannot."""
+    """Compare parameters in memory with a folder that transformers loads, or whose parts it can run by themselves.
+
+    Raises UserError where it cannot.
+    """
     import jax
 
     system, folder = convert_systems.system_in(config), Path(folder)
     kind = convert_systems.of_config(system)
+    if peers := PEERS.get(kind.name, lambda system: [])(system):
+        tensors = convert_systems.open_source(folder, kind.name).tensors
+        return _by_parts(peers, trees.flatten(params), tensors)
     if (folder / convert_lora.FOLDER).is_dir():
         raise UserError(f"transformers would leave out the LoRA of {folder}; verify a merged model")
     theirs = _load(kind, system, folder)
@@ -94,6 +106,45 @@ def verify(config: Any, params: Params, folder: str | Path) -> Verified:
     for name, mine in made.items():
         stages.append(_difference(name, [(name, np.asarray(mine), results[name])]))
     return Verified(tuple(stages), tuple(left))
+
+
+def _by_parts(peers: list[Peer], flat: Mapping, tensors: Mapping) -> Verified:
+    """Each part as a model by itself, which transformers loads from a folder that is made of the file's tensors."""
+    stages, left, used = [], [], set()
+    for peer in peers:
+        kind = convert_systems.of_config(peer.config)
+        rows, model = convert_systems.table_and_model(kind, peer.config)
+        shapes = trees.flatten(model)
+        # What the system does not have (all of it, but for a tower alone) is random.
+        rng = np.random.default_rng(0)
+        random = {
+            p: 0.1 * rng.standard_normal(x.shape).astype(np.float32) for p, x in shapes.items()
+        }
+        state = state_from(rows, trees.unflatten(random))
+        found, taken = peer.tensors(tensors, state)
+        ours = peer.params(flat, shapes)
+        if not peer.only and (
+            missing := sorted(state.keys() - found.keys()) or sorted(shapes.keys() - ours.keys())
+        ):
+            raise UserError(
+                f"the part {peer.name!r} lacks {len(missing)} weights, such as {missing[0]!r}"
+            )
+        state |= {name: array.astype(np.float32) for name, array in found.items()}
+        used |= taken
+        with tempfile.TemporaryDirectory() as folder:
+            forms = {name: Form.of(array) for name, array in state.items()}
+            parts = ((name, (), array) for name, array in state.items())
+            write_safetensors(Path(folder), "model", forms, parts)
+            (Path(folder) / "config.json").write_text(json.dumps(kind.settings(peer.config)))
+            seen = verify(peer.config, trees.unflatten(random | ours), folder)
+        kept = [stage for stage in seen.stages if stage.name.startswith(peer.only)]
+        stages += [dataclasses.replace(stage, name=f"{peer.name}: {stage.name}") for stage in kept]
+        left += [name for name in seen.left if name.startswith(peer.only)]
+    biases = {re.sub(r"qkv\.bias$", "q_bias", name) for name in used}
+    biases |= {name.replace("q_bias", "v_bias") for name in biases}
+    biases |= {re.sub(r"attn\.(query|key|value)\.", "attn.qkv.", name) for name in used}
+    rest = {re.sub(r"\.(weight|bias)$", "", name) for name in tensors if name not in used | biases}
+    return Verified(tuple(stages), (*left, *sorted(rest)))
 
 
 def _load(kind: Published, system: Any, folder: Path):

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -465,6 +467,21 @@ def test_a_lion_with_the_language_model_of_another_is_refused(released_lion):
     (folder / "eva_vit_g.pth").unlink()
     with pytest.raises(UserError, match="wants the three parts of a LION"):
         convert.from_torch(folder)
+
+
+def test_the_command_converts_a_tiny_model_in_less_than_five_seconds_of_the_processor(tmp_path):
+    """By the clock it may wait for others."""
+    import resource
+
+    config, params = tiny_t5()
+    convert.to_torch(config, params, tmp_path / "torch")
+    for src, dst, to in (("torch", "ours", "jax"), ("ours", "back", "torch")):
+        paths = [str(tmp_path / src), str(tmp_path / dst)]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "lionjax.cli", "convert", *paths, "--to", to], check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    assert_same(open_weights(tmp_path / "back"), open_weights(tmp_path / "torch"))
 
 
 @pytest.fixture(scope="module")

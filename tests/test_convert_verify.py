@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both models on the same inputs, stage by stage: they agree, and where they do not it is said where."""
 
+import dataclasses
 import random
 
 import jax
@@ -14,6 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lionjax import convert, convert_verify  # noqa: E402
+from lionjax import params as trees  # noqa: E402
 from lionjax.interfaces import UserError  # noqa: E402
 
 MODELS = PUBLISHED | {
@@ -119,8 +121,61 @@ def test_what_transformers_does_not_have_is_said(tmp_path):
     from test_convert_folders import tiny_lion
     from test_convert_lora import random_params
 
-    lion = tiny_lion()
+    lion = dataclasses.replace(tiny_lion(), visual_input="AGGREGATOR")
     params = jax.tree.map(np.asarray, random_params(lion))
     convert.to_torch(lion, params, tmp_path / "torch")
     with pytest.raises(UserError, match="transformers has no class to run a lion"):
         convert_verify.verify(lion, params, tmp_path / "torch")
+
+
+def systems_without_a_class() -> dict:
+    from test_convert_folders import tiny_lion
+    from test_nextchat import TINY as nextchat
+    from test_ram import TINY as ram
+
+    return {"lion": tiny_lion(), "nextchat": nextchat, "ram": ram, "eva": tiny_lion().vision}
+
+
+PARTS = {  # some that must be compared, how many layers they have, and something that has nothing beside it
+    "lion": (
+        {
+            "vision_model.encoder.layers.{i}.self_attn.qkv": 3,
+            "qformer.encoder.layer.{2i+0<2}.intermediate_query.dense": 2,
+            "qformer.encoder.layer.{2i+1<2}.attention.attention.key": 2,
+            "language_model.decoder.block.{i}.layer.2.DenseReluDense.wo": 2,
+            "language_projection": 1,
+        },
+        "fusion_adapter",
+    ),
+    "nextchat": (
+        {
+            "language_model.model.layers.{i}.self_attn.q_proj": 2,
+            "multi_modal_projector.linear_1": 1,
+            "vision_encoder.neck.conv2": 1,
+        },
+        "loc_encoder",
+    ),
+    "ram": ({"swin.layernorm": 1}, "tagging_head"),
+    "eva": ({"vision_model.encoder.layers.{i}.mlp.fc2": 3}, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTS)
+def test_a_system_that_transformers_does_not_have_is_compared_part_by_part(tmp_path, name):
+    from test_convert_lora import random_params
+
+    system = systems_without_a_class()[name]
+    params = random_params(system)
+    convert.to_torch(system, params, tmp_path / "torch")
+    found = convert_verify.verify(system, params, tmp_path / "torch")
+    assert found.agree, str(found)
+    layers = {stage.name.partition(": ")[2]: stage.layers for stage in found.stages}
+    wanted, alone = PARTS[name]
+    assert wanted.items() <= layers.items(), str(found)
+    assert alone is None or any(part.startswith(alone) for part in found.left), str(found)
+    # A kernel that was turned on its way would be noticed.
+    flat = trees.flatten(params)
+    path = next(p for p in flat if p.endswith("mlp/up/kernel") and not p.startswith(("queries", "aggregator")))
+    turned = trees.unflatten(flat | {path: flat[path][..., ::-1, :]})
+    assert not convert_verify.verify(system, turned, tmp_path / "torch").agree

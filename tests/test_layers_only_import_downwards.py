@@ -27,7 +27,7 @@ FLOORS = (
     "systems.prefix systems.prefix_names systems.flamingo systems.blip2 systems.lion systems.lyrics systems.nextchat "
     "convert_published convert_owl convert_kosmos convert_flamingo convert_nextchat convert_experts convert_bert convert_lora convert_prefix "
     "convert_systems convert convert_verify convert_runs convert_surgery convert_card convert_towers convert_placed "
-    "convert_orbax convert_delta convert_lavis",
+    "convert_orbax convert_delta convert_lavis convert_peers",
     # 4
     "data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
@@ -74,6 +74,8 @@ SIDEWAYS = {
     ("convert_runs", "systems"),
     ("convert_verify", "convert_lora"),
     ("convert_verify", "convert_runs"),
+    ("convert_verify", "convert_peers"),
+    ("convert_peers", "systems"),
     ("convert_verify", "convert_published"),
     ("convert_verify", "convert_systems"),
     ("convert", "convert_systems"),

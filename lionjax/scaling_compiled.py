@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +40,9 @@ def compiled(
         return json.loads(file.read_text())
     began = time.perf_counter()
     try:
-        program = lowered.compile(compiler_options=dict(options or {}))
+        with warnings.catch_warnings():  # JAX's own cache cannot hold programs for devices that are not there
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+            program = lowered.compile(compiler_options=dict(options or {}))
     except Exception as error:
         if not is_out_of_memory(error):
             raise

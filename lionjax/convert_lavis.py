@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+from lionjax import config as configs
 from lionjax.convert_files import TORCH_SUFFIXES, Tensors, open_weights
-from lionjax.convert_prefix import BLIP2, INSTRUCTBLIP, language_in
+from lionjax.convert_prefix import BLIP2, INSTRUCTBLIP, abstract, language_in
 from lionjax.convert_published import Published, read_settings
-from lionjax.convert_towers import CLIP_FILE
+from lionjax.convert_towers import CLIP_FILE, LAVIS_IGNORES
 from lionjax.interfaces import UserError
 
 EVA_FILE = "eva_vit_g.pth"
@@ -48,7 +50,7 @@ def _trained(files: list[Path]) -> Tensors:
 
 
 def open_lavis(folder: Path) -> tuple[Published, Any, Tensors, Path]:
-    """(kind, config, tensors, folder of the language model) of LAVIS's parts in one folder."""
+    """(kind, config, tensors, folder of its tokenizer) of LAVIS's parts in one folder."""
     trained = _trained(lavis_files(folder))
     word = next((w for w in LAVIS_WORDS if f"{w}_proj.weight" in trained), None)
     settings = {f.parent: read_settings(f) for f in sorted(folder.glob("*/config.json"))}
@@ -57,24 +59,46 @@ def open_lavis(folder: Path) -> tuple[Published, Any, Tensors, Path]:
     # The norm behind the tower is as wide as the tower, which has not been trained.
     norm = trained.get("ln_vision.weight")
     tower = folder / (CLIP_FILE if norm is not None and norm.shape == (1024,) else EVA_FILE)
-    if word is None or len(towers) != 1 or not (seen or tower.is_file()):
+    first = "itm_head.weight" in trained and word is None
+    if not (first or (word and len(towers) == 1)) or not (seen or tower.is_file()):
         raise UserError(
             f"{folder} wants the parts of a BLIP-2 or InstructBLIP: the trained file, with a projection into a "
-            f"language model; that model's folder; and {tower.name}, unless the trained file holds the tower"
+            f"language model, or heads that compare; that model's folder; and {tower.name}, unless the trained file "
+            "holds the tower"
         )
     tensors = trained
-    if not any(name.startswith(f"{word}_model.") for name in trained):
+    if word and not any(name.startswith(f"{word}_model.") for name in trained):
         tensors = tensors | open_weights(towers[0]).under(f"{word}_model.")
     if not seen:
         tensors = tensors | open_weights(tower).without("visual.").under("visual_encoder.")
+    if first:
+        return BLIP2_FIRST, first_config_of(tensors), tensors, folder
     config = config_of(language_in(settings[towers[0]], word), tensors)
     return (INSTRUCTBLIP if config.qformer.text else BLIP2), config, tensors, towers[0]
 
 
 def config_of(language: Any, tensors: Tensors) -> Any:
     """The released sizes around this language model, and the pixels that the file's positions are for."""
-    from lionjax.bridges import qformer
     from lionjax.systems.prefix import Prefix
+
+    if type(language).__name__ == "T5Config":
+        language = dataclasses.replace(language, activation="gelu")
+    tower, bridge = _tower_and_bridge(tensors)
+    return Prefix(
+        tower, language, bridge, feature_layer=-1, class_token=True, vision_eps=1e-5, projector_depth=1,
+        image_token=None, names="original",
+    )  # fmt: skip
+
+
+def first_config_of(tensors: Tensors) -> Any:
+    """The first stage at the released sizes, and the pixels that the file's positions are for."""
+    from lionjax.systems.blip2 import Blip2First
+
+    return Blip2First(*_tower_and_bridge(tensors))
+
+
+def _tower_and_bridge(tensors: Tensors) -> tuple[Any, Any]:
+    from lionjax.bridges import qformer
     from lionjax.vision import vit
 
     words = tensors.get("Qformer.bert.embeddings.word_embeddings.weight")
@@ -91,9 +115,12 @@ def config_of(language: Any, tensors: Tensors) -> Any:
     if places is not None and places.ndim > 1:
         side = round((places.shape[-2] - 1) ** 0.5)
         tower = dataclasses.replace(tower, image=tower.patch * side)
-    if type(language).__name__ == "T5Config":
-        language = dataclasses.replace(language, activation="gelu")
-    return Prefix(
-        tower, language, bridge, feature_layer=-1, class_token=True, vision_eps=1e-5, projector_depth=1,
-        image_token=None, names="original",
-    )  # fmt: skip
+    return tower, bridge
+
+
+BLIP2_FIRST = Published(
+    "blip2_first", ("blip2_first",), lambda c: type(c).__name__ == "Blip2First",
+    lambda s: configs.from_json(json.dumps(s["system"])),
+    lambda c: {"model_type": "blip2_first", "system": json.loads(configs.to_json(c))},
+    lambda c: c.torch_rows(), abstract, ignore=(LAVIS_IGNORES,),
+)  # fmt: skip

@@ -20,7 +20,7 @@ from lionjax.convert_experts import EXPERTS, RAM_FILE
 from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
 from lionjax.convert_flamingo import FLAMINGO, open_flamingo
 from lionjax.convert_kosmos import KOSMOS
-from lionjax.convert_lavis import EVA_FILE, lavis_files, open_lavis
+from lionjax.convert_lavis import BLIP2_FIRST, EVA_FILE, lavis_files, open_lavis
 from lionjax.convert_nextchat import META_SAM, POINTING
 from lionjax.convert_owl import OWL
 from lionjax.convert_prefix import PICTURE_FIRST
@@ -271,4 +271,4 @@ _LION = Published(
     abstract=_lion_abstract,
     ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*(?#heads of its first stage)"),
 )  # fmt: skip
-SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, OWL, KOSMOS, FLAMINGO, *EXPERTS, *TEXTS, *TOWERS, BERT)
+SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, BLIP2_FIRST, OWL, KOSMOS, FLAMINGO, *EXPERTS, *TEXTS, *TOWERS, BERT)

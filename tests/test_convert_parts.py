@@ -20,6 +20,7 @@ from lionjax import params as trees  # noqa: E402
 from lionjax.bridges import qformer  # noqa: E402
 from lionjax.interfaces import UserError  # noqa: E402
 from lionjax.language.t5 import T5Config  # noqa: E402
+from lionjax.systems.blip2 import Blip2First  # noqa: E402
 from lionjax.systems.prefix import Prefix  # noqa: E402
 from lionjax.vision import vit  # noqa: E402
 from lionjax.vision.vit import ViTConfig  # noqa: E402
@@ -166,3 +167,28 @@ def test_a_blip2_around_openais_clip_comes_in_with_its_last_block_left(tmp_path,
     names = load_file(tmp_path / "back" / "model.safetensors")
     assert_same({n: names[n] for n in state}, state)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "lavis"
+
+
+def test_blip2s_first_stage_comes_in_with_its_tower_and_goes_out_as_it_came(tmp_path, monkeypatch):
+    bridge = qformer.QFormerConfig(16, 2, 2, 24, 4, 2, 24, 30, 12)
+    tower = ViTConfig(image=28, patch=14, width=24, depth=3, heads=4, hidden=40)
+    config = Blip2First(tower, bridge)
+    params = random_params(config, np.float16)
+    state = convert.state_from(config.torch_rows(), params)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    eva = {n.removeprefix("visual_encoder."): w for n, w in state.items() if n.startswith("visual_encoder.")}
+    trained = {n: w for n, w in state.items() if not n.startswith("visual_encoder.")}
+    torch.save(as_torch(torch, eva), folder / "eva_vit_g.pth")
+    torch.save({"model": as_torch(torch, trained)}, folder / "blip2_pretrained.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr(vit, "EVA_VIT_G", tower)
+        patch.setattr(qformer, "QFormerConfig", lambda: bridge)
+        convert.convert(folder, tmp_path / "ours", "jax")
+    made, twice = convert.load_params(tmp_path / "ours")
+    assert made == config
+    assert_same(trees.flatten(twice), trees.flatten(params))
+    convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
+    assert_same(load_file(tmp_path / "back" / "model.safetensors"), state)
+    (tmp_path / "back" / "lionjax.json").unlink()
+    assert convert.from_torch(tmp_path / "back")[0] == config

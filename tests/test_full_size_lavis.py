@@ -88,6 +88,42 @@ def test_the_full_size_table_of_what_lavis_published_covers_its_files(name):
         check(kind, config, {n: w for n, w in state.items() if n != missing})
 
 
+FIRST = {  # file -> (whether its tower is CLIP, pixels)
+    "blip2_pretrained": (False, 224),
+    "blip2_pretrained_vitL": (True, 224),
+    "blip2_finetune_coco": (False, 364),
+}
+
+
+def first_release(clip: bool, image: int) -> dict:
+    """The first stage: tower, Q-Former and its heads, name -> shape."""
+    state = tower_release(clip) | bridge_release(30523, 1024 if clip else 1408)
+    if image != 224:
+        state["visual_encoder.pos_embed"] = (1, 1 + (image // 14) ** 2, 1408)
+    head = "Qformer.cls.predictions."
+    state |= {f"{head}bias": (30523,), f"{head}decoder.weight": (30523, 768)}
+    state |= {f"{head}decoder.bias": (30523,), "temp": ()}
+    for name, size in {
+        f"{head}transform.dense": (768, 768), f"{head}transform.LayerNorm": (768,), "vision_proj": (256, 768),
+        "text_proj": (256, 768), "itm_head": (2, 768),
+    }.items():  # fmt: skip
+        state |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
+    return state
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_full_size_table_of_blip2s_first_stage_covers_its_files(name):
+    clip, image = FIRST[name]
+    state = blank(first_release(clip, image))
+    config = convert_lavis.first_config_of(Tensors(state, (name,)))
+    assert of_config(config) is KINDS["blip2_first"]
+    assert (config.vision.image, config.vision.width) == (image, 1024 if clip else 1408)
+    check(KINDS["blip2_first"], config, state)
+    missing = "itm_head.bias"
+    with pytest.raises(UserError, match=missing):
+        check(KINDS["blip2_first"], config, {n: w for n, w in state.items() if n != missing})
+
+
 def projector_release(width: int, depth: int) -> dict:
     state = {}
     for layer, inputs in zip([""] if depth == 1 else ["0.", "2."], (1024, width)):

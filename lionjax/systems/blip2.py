@@ -81,7 +81,7 @@ class Blip2First:
         words, head = "Qformer.bert.embeddings.word_embeddings.weight", "Qformer.cls.predictions."
         rows = under("Qformer.bert.", "qformer/", qformer.torch_rows(self.qformer))
         return (
-            *under("visual_encoder.", "vision/", vit.eva_rows(self.vision)),
+            *under("visual_encoder.", "vision/", vit.lavis_rows(self.vision)),
             *norm_rows("ln_vision", "vision_norm"),
             *under("", "qformer/", qformer.query_rows(self.qformer)),
             *(

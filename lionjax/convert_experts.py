@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from lionjax import config as configs
-from lionjax.convert_published import Published, refuse_unless
+from lionjax.convert_published import Published, abstract_of_picture, refuse_unless
 from lionjax.interfaces import Params
 
 RAM_FILE = "ram_swin_large_14m.pth"  # as everybody calls it; it tells nothing of itself
@@ -59,15 +59,9 @@ def _swin_rows(c: Any) -> tuple:
 
 
 def _swin_abstract(c: Any, mesh: Any = None) -> Params:
-    import jax
-
-    from lionjax import sharding
     from lionjax.vision.swin import Swin
 
-    image = jax.ShapeDtypeStruct((1, c.image, c.image, 3), "float32")
-    return sharding.abstract(
-        lambda key, x: Swin(c).init(key, x)["params"], jax.random.key(0), image, mesh=mesh
-    )
+    return abstract_of_picture(Swin(c), c.image, mesh)
 
 
 def _ram_config(s: dict) -> Any:
@@ -84,15 +78,9 @@ def _ram_rows(c: Any) -> tuple:
 
 
 def _ram_abstract(c: Any, mesh: Any = None) -> Params:
-    import jax
-
-    from lionjax import sharding
     from lionjax.vision.ram import Ram
 
-    image = jax.ShapeDtypeStruct((1, c.swin.image, c.swin.image, 3), "float32")
-    return sharding.abstract(
-        lambda key, x: Ram(c).init(key, x)["params"], jax.random.key(0), image, mesh=mesh
-    )
+    return abstract_of_picture(Ram(c), c.swin.image, mesh)
 
 
 SWIN = Published(

@@ -8,8 +8,8 @@ import json
 from typing import Any
 
 from lionjax import config as configs
-from lionjax.convert_published import LLAMA, Published, refuse_unless
-from lionjax.interfaces import Batch, Params
+from lionjax.convert_published import LLAMA, Published, abstract, refuse_unless
+from lionjax.interfaces import Params
 
 META_SAM = "sam_vit_h_4b8939.pth"  # as everybody calls it; it tells nothing of itself
 
@@ -141,21 +141,9 @@ def _nextchat_settings(c: Any) -> dict:
     return LLAMA.settings(c.language) | own | {"system": json.loads(configs.to_json(c))}
 
 
-def _nextchat_abstract(c: Any, mesh: Any = None) -> Params:
-    import jax
-
-    from lionjax import sharding
-
-    side = c.vision.image
-    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
-    ids, row = jax.ShapeDtypeStruct((1, 8), "int32"), jax.ShapeDtypeStruct((1,), "int32")
-    batch = Batch(image, ids, ids, None, None, ids, ids, ids, row, row)
-    return sharding.abstract(c.init, jax.random.key(0), batch, mesh=mesh)
-
-
 NEXTCHAT = Published(
     "nextchat", ("nextchat",), lambda c: type(c).__name__ == "NextChat",
-    _nextchat_config, _nextchat_settings, lambda c: c.torch_rows(), _nextchat_abstract,
+    _nextchat_config, _nextchat_settings, lambda c: c.torch_rows(), abstract,
     ignore=(
         *LLAMA.ignore, r"model\.vision_tower\.vision_model\.embeddings\.position_ids(?#they only count)",
         r"sam\.model\.pixel_(mean|std)(?#those of all pictures)",

@@ -12,9 +12,17 @@ import numpy as np
 
 from lionjax import config as configs
 from lionjax.convert_files import Tensors, open_weights
-from lionjax.convert_published import LLAMA, OPT, T5, Published, read_settings, refuse_unless
+from lionjax.convert_published import (
+    LLAMA,
+    OPT,
+    T5,
+    Published,
+    abstract,
+    read_settings,
+    refuse_unless,
+)
 from lionjax.convert_towers import CLIP, LAVIS_IGNORES
-from lionjax.interfaces import Batch, Params, UserError
+from lionjax.interfaces import UserError
 
 # What transformers means where a folder's config.json says nothing of its language model's sizes.
 LANGUAGES = {
@@ -54,19 +62,6 @@ def language_in(s: dict, default: str) -> Any:
 def _language_settings(c: Any) -> dict:
     kind = next(kind for kind, _ in LANGUAGES.values() if kind.describes(c))
     return kind.settings(c)
-
-
-def abstract(c: Any, mesh: Any = None) -> Params:
-    """Shapes of the whole tree of a system that reads pictures and texts."""
-    import jax
-
-    from lionjax import sharding
-
-    side = c.vision.image
-    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
-    ids, row = jax.ShapeDtypeStruct((1, 2), "int32"), jax.ShapeDtypeStruct((1,), "int32")
-    batch = Batch(image, ids, ids, ids, ids, ids, ids, ids, row, row)
-    return sharding.abstract(c.init, jax.random.key(0), batch, mesh=mesh)
 
 
 def _is(c: Any, fits: Callable[[Any], bool]) -> bool:

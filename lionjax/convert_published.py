@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lionjax.convert_files import HEADER_LIMIT, Tensors
-from lionjax.interfaces import Params, UserError
+from lionjax.interfaces import Batch, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,31 @@ def token(s: dict, name: str, default: int) -> int:
     value = s.get(name)
     value = value[0] if isinstance(value, list) and value else value
     return default if value is None else int(value)
+
+
+def abstract(c: Any, mesh: Any = None) -> Params:
+    """Shapes of the whole tree of a system that reads pictures and texts, and where they lie on a mesh."""
+    import jax
+
+    from lionjax import sharding
+
+    side = c.vision.image
+    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
+    ids, row = jax.ShapeDtypeStruct((1, 2), "int32"), jax.ShapeDtypeStruct((1,), "int32")
+    batch = Batch(image, ids, ids, ids, ids, ids, ids, ids, row, row)
+    return sharding.abstract(c.init, jax.random.key(0), batch, mesh=mesh)
+
+
+def abstract_of_picture(module: Any, side: int, mesh: Any) -> Params:
+    """Shapes of the tree of a flax module that sees one picture of so many pixels a side, and where they lie."""
+    import jax
+
+    from lionjax import sharding
+
+    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
+    return sharding.abstract(
+        lambda key, x: module.init(key, x)["params"], jax.random.key(0), image, mesh=mesh
+    )
 
 
 # T5 v1.1 and FlanT5

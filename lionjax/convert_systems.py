@@ -24,9 +24,9 @@ from lionjax.convert_lavis import BLIP2_FIRST, EVA_FILE, lavis_files, open_lavis
 from lionjax.convert_nextchat import META_SAM, POINTING
 from lionjax.convert_owl import OWL
 from lionjax.convert_prefix import PICTURE_FIRST
-from lionjax.convert_published import T5, TEXTS, Published, read_settings
+from lionjax.convert_published import T5, TEXTS, Published, abstract, read_settings
 from lionjax.convert_towers import CLIP_FILE, EVA_IGNORES, TOWERS
-from lionjax.interfaces import Batch, Params, UserError
+from lionjax.interfaces import Params, UserError
 from lionjax.weight_rows import same_numbers
 
 CONFIG_FILE = "lionjax.json"  # our exact config; written beside weights of either kind
@@ -250,25 +250,13 @@ def _lion_config(t5_settings: dict, tensors: Tensors) -> Any:
     return Lion(EVA_VIT_G, QFormerConfig(), AggregatorConfig(), language)
 
 
-def _lion_abstract(config: Any, mesh: Any = None) -> Params:
-    import jax
-
-    from lionjax import sharding
-
-    side = config.vision.image
-    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
-    ids, row = jax.ShapeDtypeStruct((1, 2), "int32"), jax.ShapeDtypeStruct((1,), "int32")
-    batch = Batch(image, ids, ids, ids, ids, ids, ids, ids, row, row)
-    return sharding.abstract(config.init, jax.random.key(0), batch, mesh=mesh)
-
-
 # LION first: a folder with its files also holds a T5.
 _LION = Published(
     "lion", ("lion",), lambda c: type(c).__name__ == "Lion",
     config=lambda settings: configs.from_json(json.dumps(settings["system"])),
     settings=lambda c: {"model_type": "lion", "system": json.loads(configs.to_json(c))},
     rows=lambda c: c.torch_rows(),
-    abstract=_lion_abstract,
+    abstract=abstract,
     ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*(?#heads of its first stage)"),
 )  # fmt: skip
 SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, BLIP2_FIRST, OWL, KOSMOS, FLAMINGO, *EXPERTS, *TEXTS, *TOWERS, BERT)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from lionjax.convert_published import Published, refuse_unless
+from lionjax.convert_published import Published, abstract_of_picture, refuse_unless
 from lionjax.interfaces import Params
 
 CLIP_FILE = "clip_vit_L.pth"  # LAVIS's, with OpenAI's names; it tells nothing of itself
@@ -19,15 +19,9 @@ def _of_vit(c: Any, clip: bool) -> bool:
 
 
 def _vit_abstract(c: Any, mesh: Any = None) -> Params:
-    import jax
-
-    from lionjax import sharding
     from lionjax.vision.vit import ViT
 
-    image = jax.ShapeDtypeStruct((1, c.image, c.image, 3), "float32")
-    return sharding.abstract(
-        lambda key, x: ViT(c).init(key, x)["params"], jax.random.key(0), image, mesh=mesh
-    )
+    return abstract_of_picture(ViT(c), c.image, mesh)
 
 
 def _clip_config(s: dict) -> Any:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lionjax.convert_prefix import CLIP_224
-from lionjax.convert_published import Published, abstract, refuse_unless, token
+from lionjax.convert_prefix import CLIP_224, abstract, own_settings
+from lionjax.convert_published import Published, refuse_unless, token
 from lionjax.convert_towers import CLIP
 
 
@@ -40,6 +40,8 @@ def _config(s: dict) -> Any:
 
 def _settings(c: Any) -> dict:
     t = c.language
+    if not c.vision.norm_before:
+        return own_settings(c, "kosmos-2")
     return {
         "architectures": ["Kosmos2ForConditionalGeneration"],
         "model_type": "kosmos-2",

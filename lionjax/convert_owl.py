@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lionjax.convert_published import LLAMA, Published, abstract, refuse_unless
+from lionjax.convert_prefix import abstract, own_settings
+from lionjax.convert_published import LLAMA, Published, refuse_unless
 
 LLAMA_7B = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -43,6 +44,8 @@ def _config(s: dict) -> Any:
 
 def _settings(c: Any) -> dict:
     v, a = c.vision, c.latents
+    if c.encodes or not v.norm_before:
+        return own_settings(c, "mplug-owl")
     return {
         "architectures": ["MplugOwlForConditionalGeneration"],
         "model_type": "mplug-owl",

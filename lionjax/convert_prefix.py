@@ -65,7 +65,7 @@ def _language_settings(c: Any) -> dict:
 
 
 def _is(c: Any, fits: Callable[[Any], bool]) -> bool:
-    return type(c).__name__ == "Prefix" and c.latents is None and not c.words and fits(c.qformer)
+    return type(c).__name__ == "Prefix" and c.latents is None and fits(c.qformer)
 
 
 # LLaVA
@@ -112,7 +112,14 @@ OWN_IMAGE_TOKEN = -200
 WORDS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+def own_settings(c: Any, model_type: str) -> dict:
+    """A config.json of our own for what no published one can say."""
+    return {"model_type": model_type, "system": json.loads(configs.to_json(c))}
+
+
 def _llava_settings(c: Any) -> dict:
+    if c.names == "original" and (c.encodes or c.words or not c.vision.norm_before):
+        return own_settings(c, "llava")
     if c.names == "original":
         return _own_llava_settings(c)
     words = c.language.vocab
@@ -278,7 +285,7 @@ def _whole_settings(settings: Callable[[Any], dict]) -> Callable[[Any], dict]:
     def made(c: Any) -> dict:
         if c.names == "hugging_face":
             return settings(c)
-        return {"model_type": "lavis", "system": json.loads(configs.to_json(c))}
+        return own_settings(c, "lavis")
 
     return made
 

@@ -119,9 +119,3 @@ def test_an_openflamingo_that_lacks_a_part_is_one_sentence(tmp_path):
     (tmp_path / "clip_vit_L.pth").unlink()
     with pytest.raises(UserError, match="wants the parts of an OpenFlamingo"):
         convert.from_torch(tmp_path, system="flamingo")
-
-
-def test_kosmos_2_is_as_large_as_it_is_said_to_be():
-    from lionjax.systems.prefix import KOSMOS2
-
-    assert trees.count(of_config(KOSMOS2).abstract(KOSMOS2)) == 1_664_485_376

@@ -19,8 +19,9 @@ from lionjax.convert_systems import of_config  # noqa: E402
 from lionjax.interfaces import UserError  # noqa: E402
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-NAMES = ("llava15_7b", "llava15_13b", "blip2_opt27b", "blip2_flant5xl", "instructblip_flant5xl")
-PUBLISHED = {"llava15_7b": 7_063_427_072, "blip2_opt27b": 3_744_761_856}  # parameters, as their users have counted
+NAMES = ("llava15_7b", "llava15_13b", "blip2_opt27b", "blip2_flant5xl", "instructblip_flant5xl", "kosmos2")
+# Parameters, as their users have counted.
+PUBLISHED = {"llava15_7b": 7_063_427_072, "blip2_opt27b": 3_744_761_856, "kosmos2": 1_664_485_376}
 
 
 def theirs(system) -> dict[str, np.ndarray]:

@@ -98,7 +98,7 @@ class Flamingo:
             cross_rows(c.cross),
         )
         return (
-            *under("vision_encoder.", "vision/", vit.openai_rows(self.vision)),
+            *under("vision_encoder.", "vision/", vit.tower_rows(self.vision, vit.openai_rows)),
             *under("perceiver.", "resampler/", resampler_rows(self.resampler)),
             *under("lang_encoder.", "language/", language),
             *gated,

@@ -62,7 +62,7 @@ def original_rows(c: Any) -> tuple[Row, ...]:
             projector = dense_rows("model.mm_projector", "projector")
         tower = "model.vision_tower.vision_tower.vision_model."
         return (
-            *under(tower, "vision/", vit.clip_rows(c.vision)),
+            *under(tower, "vision/", vit.tower_rows(c.vision, vit.clip_rows)),
             *projector,
             *under("", "language/", language_rows(c.language)),
         )
@@ -89,7 +89,7 @@ def original_word(c: Any) -> str:
 def owl_rows(c: Any) -> tuple[Row, ...]:
     """mPLUG-Owl's own code."""
     return (
-        *under("vision_model.", "vision/", vit.owl_rows(c.vision)),
+        *under("vision_model.", "vision/", vit.tower_rows(c.vision, vit.owl_rows)),
         *norm_rows("vision_model.post_layernorm", "vision_norm"),
         *under("", "latents/", latents.abstractor_rows(c.latents)),
         *dense_rows("abstractor.visual_fc", "projector"),
@@ -101,7 +101,7 @@ def owl_rows(c: Any) -> tuple[Row, ...]:
 def kosmos_rows(c: Any) -> tuple[Row, ...]:
     """Kosmos2ForConditionalGeneration."""
     return (
-        *under("vision_model.model.", "vision/", vit.clip_rows(c.vision)),
+        *under("vision_model.model.", "vision/", vit.tower_rows(c.vision, vit.clip_rows)),
         *norm_rows("vision_model.model.post_layernorm", "vision_norm"),
         *under("image_to_text_projection.", "latents/", latents.projection_rows(c.latents)),
         *under("text_model.", "language/", language_rows(c.language)),

@@ -7,6 +7,7 @@ EVA ViT-g is the setting that LION, BLIP-2 and MiniGPT-4 freeze; CLIP's ViT is a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -162,6 +163,11 @@ def eva_rows(c: ViTConfig) -> tuple[Row, ...]:
         Row("patch_embed.proj.bias", "patch/bias"),
         *under("blocks.{i}.", "blocks/", block),
     )
+
+
+def tower_rows(c: ViTConfig, rows: Callable) -> tuple[Row, ...]:
+    """Names by `rows` for a tower such as CLIP's; one that norms nothing before its blocks keeps EVA's own."""
+    return rows(c) if c.norm_before else eva_rows(c)
 
 
 def blip_rows(c: ViTConfig) -> tuple[Row, ...]:

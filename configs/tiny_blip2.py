@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A BLIP-2 on scenes: tiny_llava.py with a Q-Former between, and both backbones left as they are.
+
+Or an InstructBLIP, whose Q-Former reads the question (tiny_instructblip.py).
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from lionjax.bridges.qformer import QFormerConfig
+from lionjax.config import Experiment
+
+llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
+BETWEEN = ("qformer", "vision_norm", "projector")
+QFORMER = QFormerConfig(
+    width=128, layers=4, heads=4, hidden=256, queries=16, vision_width=128, vocab=1024, positions=96, dropout=0.0,
+    text=False,
+)  # fmt: skip
+
+
+def get_config(name: str = "tiny_blip2", qformer: QFormerConfig = QFORMER) -> Experiment:
+    """The whole run."""
+    system = dataclasses.replace(
+        llava["SYSTEM"], qformer=qformer, class_token=True, vision_eps=1e-5, projector_depth=1
+    )
+    return llava["experiment"](name, system, (llava["stage"]("between", 800, BETWEEN),))

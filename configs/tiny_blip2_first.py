@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BLIP-2's first stage on scenes: a Q-Former learns what of a picture belongs to a caption."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from lionjax.config import Experiment
+from lionjax.systems.blip2 import Blip2First
+from lionjax.vision.vit import TINY_VIT
+
+llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
+blip2 = runpy.run_path(str(Path(__file__).with_name("tiny_blip2.py")))
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    system = Blip2First(
+        TINY_VIT,
+        dataclasses.replace(blip2["QFORMER"], text=True),
+        shared=64,
+        start_token=4,
+        write_token=5,
+    )
+    stages = (llava["stage"]("represent", 800, ("(?!vision/).*",), (("caption", 1.0),)),)
+    return llava["experiment"]("tiny_blip2_first", system, stages, llava["BACKBONES"][:1])

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An InstructBLIP on scenes: tiny_blip2.py with a Q-Former that reads the question."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from lionjax.config import Experiment
+
+blip2 = runpy.run_path(str(Path(__file__).with_name("tiny_blip2.py")))
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    return blip2["get_config"](
+        "tiny_instructblip", dataclasses.replace(blip2["QFORMER"], text=True)
+    )

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LLaVA that trains on a laptop in minutes, around the small frozen backbones that ship with the project.
+
+First the projector, then projector and language model. The other tiny systems of the family share all but what stands
+between tower and language model, and what of it trains.
+"""
+
+from lionjax.config import Experiment, RunConfig, Stage
+from lionjax.data.pipeline import DataConfig
+from lionjax.data.processors import ProcessorConfig
+from lionjax.data.sources import Scenes
+from lionjax.language.t5 import TINY_T5
+from lionjax.systems.prefix import Prefix
+from lionjax.vision.vit import TINY_VIT
+
+WORDS = (("vqa", 5.0), ("existence", 2.0), ("relation", 1.0), ("caption", 1.5))
+PLACES = (("rec", 3.0), ("reg", 1.0))
+BACKBONES = (
+    ("vision", "shipped:tiny_vit.safetensors"),
+    ("language", "shipped:tiny_t5.safetensors"),
+)
+
+
+def stage(
+    name: str, steps: int, trainable: tuple[str, ...], mixture=WORDS + PLACES, rate: float = 1e-3
+) -> Stage:
+    """One stage at the rates that suit these sizes."""
+    return Stage(
+        name, steps, trainable, mixture, 32, learning_rate=rate, warmup_steps=50, weight_decay=0.01
+    )
+
+
+def experiment(
+    name: str, system: object, stages: tuple[Stage, ...], weights=BACKBONES, **processor
+) -> Experiment:
+    """A run on the embedded scenes; `processor`: what its prompts have of their own."""
+    texts = {
+        "prompt_length": 72,
+        "question_length": 28,
+        "target_length": 40,
+        "tags": False,
+    } | processor
+    trains_tower = any("vision" in part.trainable for part in stages)
+    return Experiment(
+        name=name,
+        system=system,
+        data=DataConfig(
+            sources=(Scenes(sizes=(3000, 300, 400), pixels=192),),
+            processor=ProcessorConfig(image_size=TINY_VIT.image, **texts),
+        ),
+        stages=stages,
+        run=RunConfig(
+            log_every=20,
+            save_every=200,
+            keep=2,
+            frozen_dtype="float32",
+            cache_features=not trains_tower,
+        ),
+        weights=weights,
+    )
+
+
+SYSTEM = Prefix(TINY_VIT, TINY_T5, feature_layer=-1, image_token=None, names="original")
+
+
+def get_config() -> Experiment:
+    """The whole run."""
+    stages = (
+        stage("align", 400, ("projector",)),
+        stage("instruct", 400, ("projector", "language"), rate=3e-4),
+    )
+    return experiment("tiny_llava", SYSTEM, stages)

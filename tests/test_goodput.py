@@ -74,7 +74,8 @@ def test_all_time_of_a_run_is_in_its_report_and_its_lines(tmp_path):
 def test_lost_and_away_are_no_work_of_the_stage():
     entry = Entry("one", 3, seconds={"step": 4.0, "lost": 50.0, "away": 900.0})
     assert entry.report()["seconds"] == 4.0
-    assert seconds_of([entry, entry], 7.0) == {"evaluate": 7.0, "step": 8.0, "lost": 100.0, "away": 1800.0}
+    sums = {"evaluate": 7.0, "step": 8.0, "lost": 100.0, "away": 1800.0, "save": 1.0}
+    assert seconds_of([entry, entry], {"save": 1.0}, 7.0) == sums
 
 
 def test_a_stage_that_still_runs_is_drawn_from_its_lines():

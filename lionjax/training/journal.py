@@ -16,9 +16,10 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -283,8 +284,13 @@ def replace_text(path: Path, text: str) -> None:
 # The report
 
 
-def write_report(workdir: Path, experiment: Experiment, history: list[dict]) -> dict[str, Any]:
-    """Put the training's part into report.json and return the whole; what others wrote there stays."""
+def write_report(
+    workdir: Path, experiment: Experiment, history: Sequence[dict], rest: dict[str, float]
+) -> dict[str, Any]:
+    """Put the training's part into report.json and return the whole; what others wrote there stays.
+
+    `rest`: seconds by part that no entry of the history has.
+    """
     path = workdir / "report.json"
     report = json.loads(path.read_text()) if path.is_file() else {}
     entries = [Entry(**entry) for entry in history]
@@ -292,7 +298,7 @@ def write_report(workdir: Path, experiment: Experiment, history: list[dict]) -> 
         "config": json.loads(to_json(experiment)),
         "stages": [entry.report() for entry in entries],
         "speed": report.get("speed", {}) | speed(entries),
-        "seconds": seconds_of(entries, report.get("seconds", {}).get("evaluate", 0.0)),
+        "seconds": seconds_of(entries, rest, report.get("seconds", {}).get("evaluate", 0.0)),
         "environment": environment(),
     }
     if jax.process_index() == 0:
@@ -315,11 +321,13 @@ def note_evaluation(workdir: Path, seconds: float) -> None:
         replace_text(workdir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def seconds_of(entries: list[Entry], evaluate: float = 0.0) -> dict[str, float]:
-    """Where the time of all stages went, by part."""
+def seconds_of(
+    entries: list[Entry], rest: Mapping[str, float] = MappingProxyType({}), evaluate: float = 0.0
+) -> dict[str, float]:
+    """Where the time of all stages went, by part; `rest` is not of a stage."""
     sums = {"evaluate": evaluate} if evaluate else {}
-    for entry in entries:
-        for part, seconds in entry.seconds.items():
+    for seconds_by_part in (*(entry.seconds for entry in entries), rest):
+        for part, seconds in seconds_by_part.items():
             sums[part] = sums.get(part, 0.0) + seconds
     return {part: round(seconds, 3) for part, seconds in sums.items()}
 

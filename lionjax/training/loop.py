@@ -93,11 +93,12 @@ def train(
                 *(experiment, workdir, batches, example, layout, steps),
                 *(journal, stop, watch, clock, memory),
             )
+            rest: dict[str, float] = {}
             while place.stage < len(experiment.stages):
                 place = run_stage(run, place)
-        return trees.merge(place.never, place.learned), write_report(
-            workdir, experiment, place.history
-        )
+                rest = clock.seconds
+        report = write_report(workdir, experiment, place.history, rest)
+        return trees.merge(place.never, place.learned), report
 
 
 def _batches(experiment: Experiment, stage: Stage, batches: Callable, workdir: Path, mesh: Mesh):
@@ -138,16 +139,15 @@ def run_stage(run: Run, place: Place) -> Place:
     learned = trees.merge(state.trainable, idle)
     run.steps.wait()
     entry.behind["save"] = entry.behind.get("save", 0.0) + run.steps.finished()
+    clock.turn("save")
     entry.clock = time.time()
-    earlier = place.history[: place.stage]
-    history = (*earlier, dataclasses.asdict(entry))
+    history = (*place.history[: place.stage], dataclasses.asdict(entry))
+    clock.seconds = {}  # what is still to be written counts with what comes after
     done = Place(place.stage + 1, 0, place.never, learned, place.frozen, history=history)
     start.write_base(run.workdir, run.experiment, done)
     clock.turn("start")
-    clock.seconds = {}
-    history = (*earlier, dataclasses.asdict(entry))  # with the time that this took
-    write_report(run.workdir, run.experiment, history)
-    return dataclasses.replace(done, history=history)
+    write_report(run.workdir, run.experiment, history, clock.seconds)
+    return done
 
 
 def rewound(run: Run, place: Place, entry: Entry, bad: refused.Rewind) -> tuple[Place, Entry]:

@@ -54,7 +54,7 @@ def get_config() -> Experiment:
     """The whole run."""
     shared = {
         "batch_size": 32,
-        "learning_rate": 1e-3,
+        "learning_rate": 5e-4,  # half of the first stage: the aggregator already hands on words
         "warmup_steps": 50,
         "weight_decay": 0.01,
         "clip_norm": 1.0,
@@ -71,7 +71,7 @@ def get_config() -> Experiment:
         stages=(
             Stage(
                 "image_level", 300, (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), IMAGE_LEVEL,
-                system=(("visual_input", "QFORMER"),), **shared,
+                system=(("visual_input", "QFORMER"),), **shared | {"learning_rate": 1e-3},
             ),
             Stage(
                 "region_level", 400, (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"), REGION_LEVEL,

@@ -44,7 +44,7 @@ class BackbonesConfig:
     mirrored_steps: int = (
         7_000  # then as many with pictures mirrored and turned, which are as good as new ones
     )
-    align_steps: int = 8_000  # see `align_vision`
+    align_steps: int = 7_000  # see `align_vision`
     align_rate: float = 8e-4
     vision_batch: int = 64
     vision_rate: float = 1e-3
@@ -52,7 +52,7 @@ class BackbonesConfig:
     language_schedules: tuple[LanguageSchedule, ...] = (
         LanguageSchedule(5_000, 6e-4),
         LanguageSchedule(11_000, 6e-4, patches=0.35),
-        LanguageSchedule(5_500, 5e-4, patches=0.2, hinted=0.28, words_stay=True),
+        *[LanguageSchedule(5_500, 5e-4, patches=0.2, hinted=0.29, words_stay=True)] * 2,
     )
     seed: int = 0
 

@@ -97,11 +97,14 @@ def main() -> int:
         alone = time.monotonic() - began
         while kills < run.kills:
             workdir, runs = Path(folder) / str(runs), runs + 1
+            began, before = time.monotonic(), kills
             while not lived(
                 context, workdir, run, moments.uniform(0, alone) if kills < run.kills else None
             ):
                 kills += 1
                 print(f"kill {kills}", end="\r", file=sys.stderr, flush=True)
+            if kills == before:  # its moment never came: so much for what a life lasts
+                alone = time.monotonic() - began
             for name, count in compare(workdir, whole).items():
                 sums[name] = sums.get(name, 0) + count
     said = ", ".join(f"{count} {name}" for name, count in sums.items())

@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lionjax.convert_prefix import CLIP_224, abstract, own_settings
-from lionjax.convert_published import Published, refuse_unless, token
+from lionjax.convert_prefix import CLIP_224, own_settings
+from lionjax.convert_published import Published, abstract, refuse_unless, token
 from lionjax.convert_towers import CLIP
 
 

@@ -133,7 +133,7 @@ def test_sigterm_to_one_stops_all_at_one_step_with_0_and_any_number_goes_on(tmp_
 
 
 def test_kill_9_of_any_one_ends_the_others_and_the_restart_differs_in_no_bit(tmp_path, two):
-    for whom, update in ((1, 4), (0, STEPS + 3)):
+    for whom, update in ((1, 4), (0, STEPS + 5)):
         processes = begin(tmp_path, 2, "pause=0.1")
         wait_for_updates(tmp_path, update, processes)
         processes[whom].kill()

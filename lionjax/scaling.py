@@ -8,7 +8,6 @@ predictions: bytes and products of the program over what the chip's maker publis
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Mapping
 
@@ -26,11 +25,9 @@ from lionjax.interfaces import Batch, UserError
 from lionjax.scaling_compiled import compiled
 from lionjax.scores import GenerateConfig
 from lionjax.sharding import MeshConfig
-from lionjax.topologies import GIB, Topology
+from lionjax.topologies import GIB, Chip, Topology
 from lionjax.training import stages, start
 from lionjax.training.start import Layout
-
-log = logging.getLogger(__name__)
 
 GENERATION = "generation"
 LIMITS = ("products", "memory", "links", "network")
@@ -287,14 +284,10 @@ def plan(
         needed = programs.products(once.function.trace(*once.arguments).jaxpr.jaxpr)
     across = topology.devices // topology.slices if topology.slices > 1 else 0
     seen = compiled(traced.lower(), str(topology), across, options)
-    batch_parts = _parts(rows // (1 if generation else stage.accumulate), grid)
-    chip, busy = topology.chip, batch_parts * grid.shape["tensor"]
-    seconds = {} if seen["peak"] is None or not seen["fits"] else {
-        "products": flops / (busy * chip.tflops * 1e12),
-        "memory": seen["traffic"] / (chip.memory * 1e9),
-        "links": seen["near"] / (chip.links * 1e9),
-        "network": seen["far"] / (chip.network * 1e9),
-    }  # fmt: skip
+    chip, parts = topology.chip, _parts(rows // (1 if generation else stage.accumulate), grid)
+    seconds = {}
+    if seen["fits"]:
+        seconds = predicted(chip, flops / (parts * grid.shape["tensor"]), seen)
     return Plan(
         config=experiment.name,
         what=GENERATION if generation else stage.name,
@@ -316,6 +309,16 @@ def plan(
         remat=remat or "as the config says",
         notes=(note,) if note else (),
     )
+
+
+def predicted(chip: Chip, flops: float, seen: Mapping) -> dict[str, float]:
+    """Seconds that each of `LIMITS` takes at a chip's published peak, for its part of the products and bytes."""
+    return {
+        "products": flops / (chip.tflops * 1e12),
+        "memory": seen["traffic"] / (chip.memory * 1e9),
+        "links": seen["near"] / (chip.links * 1e9),
+        "network": seen["far"] / (chip.network * 1e9),
+    }
 
 
 def _parts(rows: int, mesh: Mesh) -> int:

@@ -78,9 +78,9 @@ def make(folder: Path, config) -> tuple[int, dict[str, int]]:
 
     from lionjax import config as configs
     from lionjax import params as trees
-    from lionjax.convert_plan import Form, plan_state
-    from lionjax.convert_systems import CONFIG_FILE, of_config
-    from lionjax.convert_write import whole_folder, write_safetensors
+    from lionjax.convert.plan import Form, plan_state
+    from lionjax.convert.systems import CONFIG_FILE, of_config
+    from lionjax.convert.write import whole_folder, write_safetensors
 
     kind, sums = of_config(config), {}
     shapes, half = trees.flatten(kind.abstract(config)), np.dtype(ml_dtypes.bfloat16)
@@ -132,16 +132,17 @@ def checksum(tensor: np.ndarray) -> int:
 
 def one_way(src: str, dst: str, to: str, fsdp: int, tensor: int) -> None:
     """In its own process: convert, and print what it took."""
-    from lionjax import convert, convert_placed, convert_systems, sharding
+    from lionjax import convert, sharding
+    from lionjax.convert import placed, systems
 
     if convert.holds_params(Path(src)):
         config, tensors = convert.open_params(src)
     else:
-        source = convert_systems.open_source(Path(src))
+        source = systems.open_source(Path(src))
         config, tensors = source.config, source.tensors
-    kind = convert_systems.of_config(config)
+    kind = systems.of_config(config)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=fsdp, tensor=tensor))
-    convert_systems.table_and_model(kind, config)  # tracing is not what is measured
+    systems.table_and_model(kind, config)  # tracing is not what is measured
     for name in tensors.mapped:  # warm the page cache
         tensors[name].reshape(-1).view(np.uint8)[::4096].max()
         tensors.forget(name)
@@ -153,7 +154,7 @@ def one_way(src: str, dst: str, to: str, fsdp: int, tensor: int) -> None:
     watch.start()
     processor, clock = time.process_time(), time.perf_counter()
     if to == "orbax":
-        coverage = convert_placed.save_orbax(src, dst, mesh)
+        coverage = placed.save_orbax(src, dst, mesh)
     else:
         coverage = convert.convert(src, dst, to)
     processor, clock = time.process_time() - processor, time.perf_counter() - clock
@@ -176,7 +177,7 @@ def main() -> None:
     if given.one_way:
         one_way(*given.one_way, *axes)
         return
-    from lionjax.convert_files import open_weights
+    from lionjax.convert.files import open_weights
     from lionjax.systems.nextchat import NextChat
 
     shutil.rmtree(given.folder, ignore_errors=True)

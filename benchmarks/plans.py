@@ -24,8 +24,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import tyro
 
-from lionjax import cli_scaling, config, scaling, topologies
+from lionjax import config, scaling
 from lionjax.interfaces import UserError
+from lionjax.scaling import command as plan_command
+from lionjax.scaling import topologies
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "plans.md"
@@ -82,8 +84,8 @@ def row_of(made: scaling.Plan, pod: str, name: str) -> list[str]:
         name, made.what, pod, mesh, str(made.rows), "yes" if made.fits else "**no**", f"{peak} of {made.hbm_gib:g}",
         f"{made.trained / 1e6:,.0f} M", f"{made.frozen / 1e6:,.0f} M", f"{made.step_seconds:.3g}" if known else "",
         f"{made.utilisation:.0%}" if known else "", made.dominates if known else "",
-        cli_scaling.amount(moved.get("all-gather", 0), "B") if known else "",
-        cli_scaling.amount(reduced, "B") if known else "", f"{made.compile_seconds:.0f} s",
+        plan_command.amount(moved.get("all-gather", 0), "B") if known else "",
+        plan_command.amount(reduced, "B") if known else "", f"{made.compile_seconds:.0f} s",
     ]  # fmt: skip
 
 
@@ -133,7 +135,7 @@ def main() -> None:
                 continue
             rows[name, pod] = row_of(made, pod, name)
             write(rows)
-            print(cli_scaling.text(made), flush=True)
+            print(plan_command.text(made), flush=True)
             gc.collect()
             jax.clear_caches()
     print(f"{len(rows)} rows in {PAGE}; {failed} failed", file=sys.stderr)

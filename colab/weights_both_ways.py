@@ -84,7 +84,7 @@ for row in system.torch_rows()[:8]:
 # Both run on the same picture and text, and every module with a weight is compared.
 
 # %%
-from lionjax.convert_verify import verify
+from lionjax.convert.verify import verify
 
 print(found := verify(system, params, folder / "theirs"))
 assert found.agree

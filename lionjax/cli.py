@@ -21,7 +21,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lionjax import cli_scaling, cli_weights
+from lionjax.convert import command as weights_command
+from lionjax.scaling import command as plan_command
 
 # Verbs
 
@@ -126,14 +127,14 @@ def show(given: argparse.Namespace, overrides: list[str]) -> None:
     from lionjax import config
 
     path = Path(given.config)
-    if given.weights and path.exists() and cli_weights.holds_weights(path):
+    if given.weights and path.exists() and weights_command.holds_weights(path):
         if overrides:
             raise Usage(f"unknown argument {overrides[0]!r}; weights have no fields to set")
-        cli_weights.show(path)
+        weights_command.show(path)
         return
     experiment = _experiment(path, overrides)
     if given.weights:
-        cli_weights.print_rows(experiment.system.torch_rows())
+        weights_command.print_rows(experiment.system.torch_rows())
     else:
         print(config.show(experiment))
 
@@ -160,12 +161,12 @@ def data(given: argparse.Namespace, fields: list[str]) -> None:
 
 def convert(given: argparse.Namespace, _) -> None:
     """Write a run or a folder of weights under the original's names (torch), or under ours (jax)."""
-    cli_weights.convert(given)
+    weights_command.convert(given)
 
 
 def plan(given: argparse.Namespace, overrides: list[str]) -> None:
     """Compile a config for a TPU pod on this machine: does it fit, what does it cost."""
-    cli_scaling.plan(given, overrides)
+    plan_command.plan(given, overrides)
 
 
 def report(given: argparse.Namespace, _) -> None:
@@ -245,10 +246,10 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--out", metavar="PATH", type=Path, help="a PNG to draw, a folder to build")
 
     verb = add(verbs, convert)
-    cli_weights.add_arguments(verb)
+    weights_command.add_arguments(verb)
 
     verb = add(verbs, plan, rest="Any field of the config can be set: --stages.0.batch_size 64.")
-    cli_scaling.add_arguments(verb)
+    plan_command.add_arguments(verb)
 
     verb = add(verbs, report)
     verb.add_argument("dir", metavar="DIR", type=Path, help="the folder of a run")

@@ -16,10 +16,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lionjax import answering, config, convert, convert_systems, sharding
+from lionjax import answering, config, convert, sharding
 from lionjax import params as trees
 from lionjax.answering import Answerer, Said
 from lionjax.config import AnswerConfig, Experiment
+from lionjax.convert import systems
 from lionjax.data import pictures, tokenizer
 from lionjax.data.examples import DataConfig
 from lionjax.data.processors import Input, Processor, ProcessorConfig
@@ -315,7 +316,7 @@ def _read(
 def of_weights(folder: Path, mesh: Mesh) -> Model:
     """The model of a folder of weights in our names or the original's; each process reads what its devices hold."""
     ours = convert.holds_params(folder)
-    source = None if ours else convert_systems.open_source(folder)
+    source = None if ours else systems.open_source(folder)
     recorded = convert.open_params(folder)[0] if ours else source.config
     roots = [folder, folder / convert.ORIGIN] + (
         [source.folder] if source and source.folder else []
@@ -327,7 +328,7 @@ def of_weights(folder: Path, mesh: Mesh) -> Model:
     if ours:
         _, params = convert.load_params(folder, like)
     else:
-        rows, _ = convert_systems.table_and_model(source.kind, recorded)
+        rows, _ = systems.table_and_model(source.kind, recorded)
         params = convert.placed_from(rows, source.tensors, like, source.kind.ignore)
     return dataclasses.replace(model, answerer=dataclasses.replace(model.answerer, params=params))
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from lionjax import answering, convert
-from lionjax.convert_experts import RAM_FILE
+from lionjax.convert.experts import RAM_FILE
 from lionjax.data import pictures
 from lionjax.interfaces import Params, UserError
 from lionjax.vision.ram import Ram, RamConfig

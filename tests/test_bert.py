@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lionjax import convert  # noqa: E402
-from lionjax.convert_files import open_weights  # noqa: E402
+from lionjax.convert.files import open_weights  # noqa: E402
 from lionjax.language import bert  # noqa: E402
 from lionjax.language.bert import Bert, BertConfig  # noqa: E402
 

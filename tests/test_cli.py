@@ -161,7 +161,8 @@ def test_convert_says_what_went_over_and_refuses_what_it_cannot_read(capsys, tmp
     )
     assert cli.main([*words, "--system", "t5", "--add-words", "<a>,<b>", "--adapter", "lora"]) == 0
     assert capsys.readouterr().out == "table\n" and seen[0][0] == (source, target, "jax", "t5")
-    more = {"adapter": "lora", "merge_lora": False, "wanted": convert.Wanted(("<a>", "<b>"))}
+    wanted = convert.Wanted(("<a>", "<b>"))
+    more = {"adapter": "lora", "merge_lora": False, "wanted": wanted, "base": None}
     assert seen[0][1] == more
 
 
@@ -200,7 +201,7 @@ def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monk
     assert "model.layers.{i}.self_attn.q_proj" in said and "logits" in said
     words = ["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "torch", "--verify"]
     assert cli.main(words) == 0
-    monkeypatch.setattr("lionjax.convert_verify.AGREE", 0.0)
+    monkeypatch.setattr("lionjax.convert.verify.AGREE", 0.0)
     assert cli.main([*words[:2], str(tmp_path / "other"), *words[3:]]) == 2
     said = capsys.readouterr()
     assert "they part in" in said.out and "differ by more than rounding does" in said.err

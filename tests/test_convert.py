@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lionjax import convert, sharding
 from lionjax import params as trees
-from lionjax.convert_plan import Form, grouped
+from lionjax.convert.plan import Form, grouped
 from lionjax.interfaces import UserError
 from lionjax.weight_rows import (
     Row,

@@ -18,7 +18,7 @@ from lionjax import convert  # noqa: E402
 from lionjax import params as trees  # noqa: E402
 from lionjax.adapters import CrossConfig  # noqa: E402
 from lionjax.bridges.latents import ResamplerConfig  # noqa: E402
-from lionjax.convert_systems import of_config  # noqa: E402
+from lionjax.convert.systems import of_config  # noqa: E402
 from lionjax.interfaces import UserError  # noqa: E402
 from lionjax.language.decoder import MPT_7B  # noqa: E402
 from lionjax.systems.flamingo import OPENFLAMINGO_9B  # noqa: E402

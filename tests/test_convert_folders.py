@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_weight_files import as_torch, assert_same, damaged, damages
 
-from lionjax import convert, convert_write
+from lionjax import convert
 from lionjax import params as trees
-from lionjax.convert_files import open_weights
+from lionjax.convert import write
+from lionjax.convert.files import open_weights
 from lionjax.interfaces import UserError
 
 BF16 = ml_dtypes.bfloat16
@@ -29,7 +30,7 @@ BF16 = ml_dtypes.bfloat16
 def tiny_t5(dtype=BF16):
     import jax
 
-    from lionjax.convert_systems import of_config
+    from lionjax.convert.systems import of_config
     from lionjax.language.t5 import T5Config
 
     config = T5Config(97, 24, 8, 4, 40, 3, 2, 8)
@@ -64,7 +65,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path):
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     source = small_folder(tmp_path / "source")
     monkeypatch.setattr(
-        convert_write.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})
+        write.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})
     )
     with pytest.raises(UserError, match="0.0 GB left"):
         convert.convert(source, tmp_path / "out", "torch")
@@ -93,7 +94,7 @@ def test_a_converted_folder_is_loaded_onto_a_mesh(tmp_path):
     import jax
 
     from lionjax import sharding
-    from lionjax.convert_published import T5
+    from lionjax.convert.published import T5
 
     source = small_folder(tmp_path)
     config, plain = convert.load_params(source)
@@ -394,7 +395,7 @@ def released_lion(tmp_path, monkeypatch):
     import jax
 
     from lionjax.bridges import qformer
-    from lionjax.convert_systems import of_config
+    from lionjax.convert.systems import of_config
     from lionjax.vision import vit
 
     torch = pytest.importorskip("torch")

@@ -18,9 +18,10 @@ from safetensors.numpy import load_file, save_file
 from test_convert_folders import LLAMA, tiny_lion
 from test_weight_files import assert_same, damaged, damages
 
-from lionjax import convert, convert_lora
+from lionjax import convert
 from lionjax import params as trees
-from lionjax.convert_systems import of_config
+from lionjax.convert import lora as loras
+from lionjax.convert.systems import of_config
 from lionjax.data.tokenizer import TINY
 from lionjax.interfaces import UserError
 from lionjax.language.decoder import Decoder, DecoderConfig
@@ -102,7 +103,7 @@ def test_names_that_other_parts_share_are_told_in_full():
     detours = [
         f"base_model.model.{language.format(k)}.lora_{x}.weight" for k in range(12) for x in "AB"
     ]
-    targets = convert_lora.settings(LORA, detours, modules, "")["target_modules"]
+    targets = loras.settings(LORA, detours, modules, "")["target_modules"]
     chosen = [name for name in modules if re.fullmatch(targets, name.removesuffix(".weight"))]
     assert chosen == [language.format(k) + ".weight" for k in range(12)]
 

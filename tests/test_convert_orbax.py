@@ -19,11 +19,13 @@ from safetensors.numpy import load_file, save_file
 from test_convert_folders import small_folder, tiny_t5
 from test_weight_files import assert_same
 
-from lionjax import cli, convert, convert_orbax, convert_placed, convert_systems, sharding
+from lionjax import cli, convert, sharding
 from lionjax import config as configs
 from lionjax import params as trees
-from lionjax.convert_files import open_weights
-from lionjax.convert_tables import Computed
+from lionjax.convert import orbax, systems
+from lionjax.convert import placed as convert_placed
+from lionjax.convert.files import open_weights
+from lionjax.convert.tables import Computed
 from lionjax.interfaces import UserError
 from lionjax.language.t5 import T5Config
 from lionjax.sharding import MeshConfig
@@ -36,7 +38,7 @@ def mesh():
 
 
 def like_of(config, where=None):
-    return convert_systems.of_config(config).abstract(config, where or mesh())
+    return systems.of_config(config).abstract(config, where or mesh())
 
 
 def flat_arrays(params) -> dict:
@@ -109,7 +111,7 @@ def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(
         read.append(array.nbytes if mapped else -(10**9))
         np.copyto(target, array)
 
-    monkeypatch.setattr(convert_orbax, "copy_bits", counted)
+    monkeypatch.setattr(orbax, "copy_bits", counted)
     opened = dict(promises["tensors"])
     assert tensors.keys() == opened.keys()
     whole = flat_arrays(convert.load_params(source)[1])
@@ -121,7 +123,7 @@ def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(
             for where, array in itertools.chain.from_iterable(promise.parts(mine)):
                 assert array.tobytes() == whole[path][where].tobytes()
                 kept.setdefault(path, np.zeros(whole[path].shape, bool))[where] = True
-            owned = convert_orbax.owned_shards(promise.sharding, promise.shape, mine)
+            owned = orbax.owned_shards(promise.sharding, promise.shape, mine)
             shard = int(np.prod(promise.sharding.shard_shape(promise.shape)))
             # Nothing is read for what another device writes.
             assert sum(read) == shard * promise.dtype.itemsize * len(owned), path
@@ -133,7 +135,7 @@ def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(
 def promised(monkeypatch, folder):
     """What `save_orbax` would write of a folder, kept from being written."""
     held = {}
-    opening = convert_systems.open_source
+    opening = systems.open_source
 
     def remember(*args):
         source = opening(*args)
@@ -141,7 +143,7 @@ def promised(monkeypatch, folder):
         return source
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_systems, "open_source", remember)
+        patch.setattr(systems, "open_source", remember)
         patch.setattr(
             convert_placed, "_write_whole", lambda dst, params, *rest: held.update(params=params)
         )
@@ -165,7 +167,7 @@ def test_one_shard_is_read_from_the_disk_by_its_own_bytes(tmp_path):
     )
     convert.save(config, params, tmp_path / "ours")
     convert_placed.save_orbax(tmp_path / "ours", tmp_path / "orbax", mesh())
-    stored = convert_orbax.open_arrays(tmp_path / "orbax")
+    stored = orbax.open_arrays(tmp_path / "orbax")
     path = "encoder/blocks/feed_forward/up/kernel"
     path = path if path in stored else max(stored, key=lambda p: np.prod(stored[p].shape))
     target = trees.flatten(shapes)[path]
@@ -196,15 +198,15 @@ def test_only_one_layer_of_one_leaf_is_asked_for_at_a_time(tmp_path, monkeypatch
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype("float32"), like_of(config))
     convert.to_torch(config, params, tmp_path / "torch")
     monkeypatch.setattr(Computed, "__init__", counting)
-    parts = convert_orbax.Promise.parts
+    parts = orbax.Promise.parts
 
     def watched(self, owned=None):
         for group in parts(self, owned):
             yield group
             written.append(self)
 
-    monkeypatch.setattr(convert_orbax.Promise, "parts", watched)
-    monkeypatch.setattr(convert_orbax, "AT_ONCE", 1)
+    monkeypatch.setattr(orbax.Promise, "parts", watched)
+    monkeypatch.setattr(orbax, "AT_ONCE", 1)
     convert_placed.save_orbax(tmp_path / "torch", tmp_path / "orbax", mesh())
     layers = sum(
         int(np.prod(leaf.shape[:1])) for p, leaf in trees.flatten(params).items() if "blocks" in p
@@ -260,12 +262,14 @@ import json, sys
 import jax
 number, port, src, dst = int(sys.argv[1]), *sys.argv[2:]
 jax.distributed.initialize(f"localhost:{port}", 2, number)
-from lionjax import convert_orbax, convert_placed, sharding
-copied, copy_bits = [], convert_orbax.copy_bits
+from lionjax import sharding
+from lionjax.convert import orbax
+from lionjax.convert import placed as convert_placed
+copied, copy_bits = [], orbax.copy_bits
 def counted(target, array):
     copied.append(array.nbytes)
     copy_bits(target, array)
-convert_orbax.copy_bits = counted
+orbax.copy_bits = counted
 mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2, data=1))
 coverage = convert_placed.save_orbax(src, dst, mesh)
 print(json.dumps([sum(copied), coverage.bytes]))

@@ -18,9 +18,10 @@ from test_weight_files import as_torch, assert_same
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import convert, convert_systems  # noqa: E402
+from lionjax import convert  # noqa: E402
 from lionjax import params as trees  # noqa: E402
-from lionjax.convert_plan import plan_state  # noqa: E402
+from lionjax.convert import systems  # noqa: E402
+from lionjax.convert.plan import plan_state  # noqa: E402
 from lionjax.interfaces import UserError  # noqa: E402
 
 BF16 = ml_dtypes.bfloat16
@@ -51,7 +52,7 @@ def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_th
         assert again == system, f"seed {seed}"
         assert_same(trees.flatten(twice), trees.flatten(params))
         if known:
-            (tmp_path / "back" / convert_systems.CONFIG_FILE).unlink()
+            (tmp_path / "back" / systems.CONFIG_FILE).unlink()
 
 
 def renamed(folder, into, spell):
@@ -111,7 +112,7 @@ def test_a_llava_under_its_makers_names_comes_in_and_goes_out_as_it_came(llava, 
     assert "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight" in names
     settings = json.loads((tmp_path / "own" / "config.json").read_text())
     assert settings["mm_projector_type"] == "mlp2x_gelu" and "text_config" not in settings
-    (tmp_path / "own" / convert_systems.CONFIG_FILE).unlink()
+    (tmp_path / "own" / systems.CONFIG_FILE).unlink()
     again, twice = convert.from_torch(tmp_path / "own")
     assert again == own
     assert_same(trees.flatten(twice), trees.flatten(params))
@@ -270,7 +271,7 @@ def test_rows_that_pad_a_vocabulary_for_a_mesh_are_zero_are_never_said_and_never
     plain = DecoderConfig(vocab=51, width=16, layers=1, heads=2, kv_heads=2, head=8, hidden=20, tied=tied)
     wide = dataclasses.replace(plain, vocab_multiple=64)
     numbers = np.random.default_rng(0)
-    kind = convert_systems.of_config(plain)
+    kind = systems.of_config(plain)
     state = {
         name: numbers.standard_normal(tensor.shape).astype(BF16)
         for name, tensor in plan_state(kind.rows(plain), trees.flatten(kind.abstract(plain))).made.items()

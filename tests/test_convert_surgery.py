@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 from test_convert_folders import LLAMA, VIT, tiny_t5
 
-from lionjax import convert, convert_surgery
-from lionjax.convert import Wanted
+from lionjax import convert
+from lionjax.convert import Wanted, surgery
 from lionjax.interfaces import UserError
 from lionjax.language.decoder import DecoderConfig
 from lionjax.vision.vit import ViTConfig
@@ -26,7 +26,7 @@ def test_positions_are_resampled_as_torch_does_it(old, new, corners):
     want = torch.nn.functional.interpolate(
         planes, size=(new, new), mode="bicubic", align_corners=corners
     )
-    made = convert_surgery.resampled(grid, new, corners)
+    made = surgery.resampled(grid, new, corners)
     np.testing.assert_allclose(made, want[0].numpy().transpose(1, 2, 0), atol=1e-5)
 
 
@@ -35,7 +35,7 @@ def test_a_tower_gets_positions_for_larger_pictures_and_its_class_token_keeps_it
     torch = pytest.importorskip("torch")
     vision = ViTConfig(image=28, patch=7, width=5, norm_before=clip)
     table = np.random.default_rng(0).standard_normal((17, 5)).astype(np.float32)
-    made = convert_surgery.picture_size(vision, 42)
+    made = surgery.picture_size(vision, 42)
     assert made.config.image == 42 and made.shapes == {"position": (37, 5)}
     resampled = made.change["position"](table)
     planes = torch.from_numpy(table[1:].reshape(4, 4, 5).transpose(2, 0, 1).copy())[None]
@@ -52,7 +52,7 @@ def test_a_tagger_for_other_pictures_gets_other_windows_and_sees_with_them(tmp_p
     from test_ram import TINY, WORDS
 
     from lionjax import tagger
-    from lionjax.convert_experts import RAM
+    from lionjax.convert.experts import RAM
 
     rng, shapes = np.random.default_rng(0), RAM.abstract(TINY)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
@@ -69,7 +69,7 @@ def test_a_tagger_for_other_pictures_gets_other_windows_and_sees_with_them(tmp_p
     np.testing.assert_allclose(got[0], want, atol=1e-5)
     assert large.probabilities([np.zeros((9, 9, 3), np.uint8)]).shape == (1, 5)
     with pytest.raises(UserError, match="pictures of 20 pixels do not make whole windows"):
-        convert_surgery.picture_size(TINY, 20)
+        surgery.picture_size(TINY, 20)
 
 
 def saved_llama(folder, tied=False):

@@ -27,7 +27,12 @@ GPT2 = dataclasses.replace(
     decoder.GPT2, vocab=50, width=24, layers=3, heads=4, kv_heads=4, head=6, hidden=40, positions=32, end_token=3
 )
 SETTINGS = {"llama": LLAMA, "tied": TIED, "opt": OPT, "gpt2": GPT2}
-ROWS = {"llama": decoder_names.llama_rows, "tied": decoder_names.llama_rows, "opt": decoder_names.opt_rows, "gpt2": decoder_names.gpt2_rows}
+ROWS = {
+    "llama": decoder_names.llama_rows,
+    "tied": decoder_names.llama_rows,
+    "opt": decoder_names.opt_rows,
+    "gpt2": decoder_names.gpt2_rows,
+}
 NEW = 8
 
 

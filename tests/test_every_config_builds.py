@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from lionjax import config, convert, convert_lora, sharding
+from lionjax import config, convert, sharding
 from lionjax import params as trees
+from lionjax.convert import lora as loras
 from lionjax.interfaces import Batch
 from lionjax.training import stages
 
@@ -61,7 +62,7 @@ def test_it_builds_and_every_stage_pattern_matches(experiment):
 def test_the_weight_table_covers_every_leaf_and_makes_no_other(experiment):
     whole = shapes(experiment)
     rows = experiment.system.torch_rows()
-    rows = (*rows, *convert_lora.rows_of(rows, whole))
+    rows = (*rows, *loras.rows_of(rows, whole))
     tensors = convert.plan_state(rows, trees.flatten(whole)).made
     plan = convert.plan_params(rows, tensors, expected=whole)
     want = {path: leaf.shape for path, leaf in trees.flatten(whole).items()}

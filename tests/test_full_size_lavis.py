@@ -9,9 +9,10 @@ import pytest
 from test_full_size_parts import KINDS, blank, check, openai_clip_release
 from test_full_size_weights import lion_release
 
-from lionjax import convert_delta, convert_lavis, convert_prefix
-from lionjax.convert_files import Tensors
-from lionjax.convert_systems import of_config
+from lionjax.convert import delta as convert_delta
+from lionjax.convert import lavis, prefix
+from lionjax.convert.files import Tensors
+from lionjax.convert.systems import of_config
 from lionjax.interfaces import UserError
 from lionjax.language import decoder, t5
 from lionjax.systems.prefix import Prefix
@@ -78,7 +79,7 @@ def test_the_full_size_table_of_what_lavis_published_covers_its_files(name):
     state |= {f"{word}_proj.weight": (width, 768), f"{word}_proj.bias": (width,)}
     state |= {f"{word}_model.{n}": shape for n, shape in language_release(language).items()}
     state = blank(state)
-    config = convert_lavis.config_of(language, Tensors(state, (name,)))
+    config = lavis.config_of(language, Tensors(state, (name,)))
     kind = KINDS["instructblip" if text else "blip2"]
     assert of_config(config) is kind and config.qformer.text == text
     assert (config.vision.depth, config.vision.width) == ((23, 1024) if clip else (39, 1408))
@@ -115,7 +116,7 @@ def first_release(clip: bool, image: int) -> dict:
 def test_the_full_size_table_of_blip2s_first_stage_covers_its_files(name):
     clip, image = FIRST[name]
     state = blank(first_release(clip, image))
-    config = convert_lavis.first_config_of(Tensors(state, (name,)))
+    config = lavis.first_config_of(Tensors(state, (name,)))
     assert of_config(config) is KINDS["blip2_first"]
     assert (config.vision.image, config.vision.width) == (image, 1024 if clip else 1408)
     check(KINDS["blip2_first"], config, state)
@@ -135,7 +136,7 @@ def projector_release(width: int, depth: int) -> dict:
 def clip_release(clip) -> dict:
     """CLIP's tower under LLaVA's names for it."""
     names = {n.removeprefix("vision_model."): s for n, s in language_release(clip).items()}
-    return {f"{convert_prefix.OWN_TOWER}vision_model.{n}": shape for n, shape in names.items()}
+    return {f"{prefix.OWN_TOWER}vision_model.{n}": shape for n, shape in names.items()}
 
 
 def llava(language, depth: int, image: int) -> Prefix:
@@ -165,7 +166,7 @@ def test_llavas_projector_alone_is_whole_with_a_llama_and_a_clip(language, depth
     config = llava(language, depth, image)
     text = Tensors(blank(language_release(language)), ("language",))
     trained = Tensors(blank(projector_release(language.width, depth)), ("mm_projector.bin",))
-    whole = convert_prefix.projector_on(trained, text)
+    whole = prefix.projector_on(trained, text)
     check(KINDS["llava"], config, dict(whole) | blank(clip_release(config.vision)))
     with pytest.raises(UserError, match="model.mm_projector"):
         check(KINDS["llava"], config, dict(text) | blank(clip_release(config.vision)))

@@ -8,8 +8,8 @@ import pytest
 from test_full_size_weights import Blank, lion_release
 
 from lionjax import params as trees
-from lionjax.convert_plan import plan_params, plan_state
-from lionjax.convert_systems import SYSTEMS, of_config
+from lionjax.convert.plan import plan_params, plan_state
+from lionjax.convert.systems import SYSTEMS, of_config
 from lionjax.interfaces import UserError
 from lionjax.language import bert, decoder, t5
 from lionjax.systems.nextchat import NextChat

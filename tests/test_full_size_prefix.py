@@ -13,9 +13,9 @@ transformers = pytest.importorskip("transformers")
 
 from lionjax import config as configs  # noqa: E402
 from lionjax import params as trees  # noqa: E402
-from lionjax.convert_files import Tensors  # noqa: E402
-from lionjax.convert_plan import plan_params, plan_state  # noqa: E402
-from lionjax.convert_systems import of_config  # noqa: E402
+from lionjax.convert.files import Tensors  # noqa: E402
+from lionjax.convert.plan import plan_params, plan_state  # noqa: E402
+from lionjax.convert.systems import of_config  # noqa: E402
 from lionjax.interfaces import UserError  # noqa: E402
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -11,8 +11,8 @@ import pytest
 from lionjax import params as trees
 from lionjax.adapters import AdapterConfig
 from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
-from lionjax.convert_plan import plan_params, plan_state
-from lionjax.convert_systems import of_config
+from lionjax.convert.plan import plan_params, plan_state
+from lionjax.convert.systems import of_config
 from lionjax.interfaces import UserError
 from lionjax.language import t5
 from lionjax.systems.lion import Lion

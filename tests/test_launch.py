@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lionjax import topologies
+from lionjax.scaling import topologies
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"

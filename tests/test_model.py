@@ -12,9 +12,10 @@ import small_lion
 from PIL import Image
 
 import lionjax
-from lionjax import answering, convert, convert_placed, sharding
+from lionjax import answering, convert, sharding
 from lionjax import params as trees
 from lionjax.config import AnswerConfig
+from lionjax.convert import placed
 from lionjax.data import wordings
 from lionjax.data.processors import Processor
 from lionjax.interfaces import UserError
@@ -196,7 +197,7 @@ def test_an_exported_folder_and_one_converted_back_answer_as_the_run_does(model,
     convert.convert(exported, tmp_path / "ours", "jax")
     convert.convert(tmp_path / "ours", tmp_path / "theirs", "torch")
     model.export(tmp_path / "saved", to="jax")
-    convert_placed.save_orbax(exported, tmp_path / "orbax", sharding.make_mesh(MeshConfig(fsdp=8, data=1)))
+    placed.save_orbax(exported, tmp_path / "orbax", sharding.make_mesh(MeshConfig(fsdp=8, data=1)))
     wanted = texts(model.answer(some_pictures(4), PROMPTS, BOXES))
     for folder in (exported, *(tmp_path / name for name in ("ours", "theirs", "saved", "orbax"))):
         again = lionjax.load(folder)

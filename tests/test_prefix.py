@@ -69,8 +69,8 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(pair):
 
 def gradients(model) -> dict[str, float]:
     """Norms of their gradients by the names that weights have in files; the bias of EVA's keys has one of nothing."""
-    from lionjax.convert_files import Tensors
-    from lionjax.convert_prefix import LLAVA_SPELLINGS
+    from lionjax.convert.files import Tensors
+    from lionjax.convert.prefix import LLAVA_SPELLINGS
 
     named = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     if type(model).__name__.startswith("Llava"):

@@ -15,14 +15,14 @@ from lionjax import convert, sharding
 from lionjax import params as trees
 from lionjax.bridges.qformer import QFormerConfig
 from lionjax.config import Experiment, RunConfig, Stage
-from lionjax.convert_systems import of_config
+from lionjax.convert.systems import of_config
 from lionjax.data import pipeline
 from lionjax.data.examples import DataConfig
 from lionjax.data.processors import Input, Processor, ProcessorConfig
 from lionjax.data.sources import Scenes
+from lionjax.interfaces import UserError
 from lionjax.language.decoder import DecoderConfig
 from lionjax.language.t5 import T5Config
-from lionjax.interfaces import UserError
 from lionjax.model import Model, example
 from lionjax.scores import GenerateConfig
 from lionjax.systems.prefix import Prefix

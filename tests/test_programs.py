@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lionjax import programs
+from lionjax.scaling import programs
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
 

@@ -12,8 +12,8 @@ from test_weight_files import as_torch, assert_same
 
 from lionjax import convert, losses, tagger
 from lionjax import params as trees
-from lionjax.convert_experts import RAM
-from lionjax.convert_files import open_weights
+from lionjax.convert.experts import RAM
+from lionjax.convert.files import open_weights
 from lionjax.data.processors import Processor, ProcessorConfig
 from lionjax.interfaces import UserError
 from lionjax.tagger import TagList

@@ -13,17 +13,7 @@ import pytest
 import small_lion
 import small_places
 
-from lionjax import (
-    cli,
-    cli_scaling,
-    losses,
-    programs,
-    scaling,
-    scaling_compiled,
-    scaling_search,
-    sharding,
-    topologies,
-)
+from lionjax import cli, losses, scaling, sharding
 from lionjax import params as trees
 from lionjax.adapters import AdapterConfig
 from lionjax.config import Experiment, Stage
@@ -32,6 +22,9 @@ from lionjax.data.examples import DataConfig
 from lionjax.data.processors import ProcessorConfig
 from lionjax.interfaces import UserError
 from lionjax.language.decoder import Decoder, DecoderConfig
+from lionjax.scaling import command as plan_command
+from lionjax.scaling import compiled as scaling_compiled
+from lionjax.scaling import programs, search, topologies
 from lionjax.sharding import MeshConfig
 from lionjax.training import start
 
@@ -104,14 +97,14 @@ def test_missing_libtpu_is_said_with_what_to_install(monkeypatch, capsys):
     ],
 )
 def test_a_mesh_by_its_sizes_or_its_names(words, made):
-    assert cli_scaling.mesh_of(words) == made
-    assert cli_scaling.mesh_of(words, slices=2) == dataclasses.replace(made, slices=2)
+    assert plan_command.mesh_of(words) == made
+    assert plan_command.mesh_of(words, slices=2) == dataclasses.replace(made, slices=2)
 
 
 @pytest.mark.parametrize("words", ["64x4", "1,2,3,4", "fdsp=4", "fsdp=four"])
 def test_a_mesh_that_is_none_gets_a_sentence(words):
     with pytest.raises(UserError, match="is no mesh; write fsdp=4,tensor=2"):
-        cli_scaling.mesh_of(words)
+        plan_command.mesh_of(words)
 
 
 def test_the_stage_that_trains_most_is_planned_where_none_is_named():
@@ -287,7 +280,7 @@ def test_what_does_not_fit_is_a_plan_that_says_so(tmp_path, monkeypatch):
     made = scaling.plan(what, topologies.parse("v5e-1"), 0)
     assert not made.fits and made.step_seconds == 0
     assert made.peak_gib is None or made.peak_gib > made.hbm_gib
-    assert "DOES NOT FIT" in cli_scaling.text(made)
+    assert "DOES NOT FIT" in plan_command.text(made)
 
 
 @compiles
@@ -311,9 +304,9 @@ def test_a_plan_counts_what_is_trained_predicts_and_is_remembered(tmp_path, monk
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", never)
     assert scaling.plan(what, pod, 0) == made
-    words = cli_scaling.text(made)
+    words = plan_command.text(made)
     assert "prediction" in words and "fits" in words and f"{made.trained:,} trained" in words
-    assert json.loads(json.dumps(cli_scaling.as_json(made)))["dominates"] == made.dominates
+    assert json.loads(json.dumps(plan_command.as_json(made)))["dominates"] == made.dominates
 
 
 @compiles
@@ -348,8 +341,8 @@ def test_a_search_goes_on_from_the_best_and_ranks_what_fits(monkeypatch):
             return None
         return rows**0.9 * (2 if remat == "full" else 1) * (1 + abs(mesh.tensor - 2))
 
-    monkeypatch.setattr(scaling_search, "plan", faked(seconds))
-    found = list(scaling_search.search(speaking(32), topologies.parse("v5e-16"), 0))
+    monkeypatch.setattr(search, "plan", faked(seconds))
+    found = list(search.search(speaking(32), topologies.parse("v5e-16"), 0))
     found.sort(key=lambda one: (one.fits, one.speed), reverse=True)
     best = found[0]
     assert (
@@ -360,13 +353,13 @@ def test_a_search_goes_on_from_the_best_and_ranks_what_fits(monkeypatch):
     assert not found[-1].fits and len(found) == len(
         {(one.mesh, one.remat, one.rows) for one in found}
     )
-    words = cli_scaling.ranking(found).splitlines()
+    words = plan_command.ranking(found).splitlines()
     assert "fsdp 8" in words[1] and "does not fit" in words[-1]
 
 
 def test_a_search_ends_where_nothing_fits(monkeypatch):
-    monkeypatch.setattr(scaling_search, "plan", faked(lambda *_: None))
-    found = list(scaling_search.search(speaking(32), topologies.parse("v5e-16"), 0))
+    monkeypatch.setattr(search, "plan", faked(lambda *_: None))
+    found = list(search.search(speaking(32), topologies.parse("v5e-16"), 0))
     assert found and not any(one.fits for one in found)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight files: opened without being read, strangers' tricks refused in a sentence, written complete or not at all."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -17,11 +18,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lionjax import convert_files
-from lionjax.convert_files import has_nan, open_weights
-from lionjax.convert_plan import Form, plan_params
-from lionjax.convert_tables import leaf_parts
-from lionjax.convert_write import whole_folder, write_safetensors
+from lionjax.convert.files import has_nan, open_weights
+from lionjax.convert.plan import Form, plan_params
+from lionjax.convert.tables import leaf_parts
+from lionjax.convert.write import whole_folder, write_safetensors
 from lionjax.interfaces import UserError
 from lionjax.weight_rows import Row, linear
 
@@ -256,7 +256,7 @@ def test_an_old_torch_or_none_is_refused(tmp_path, monkeypatch):
     torch.save({"w": torch.ones(1)}, tmp_path / "m.pth")
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     assert "install torch 2.10 or newer" in refused(tmp_path / "m.pth")
-    monkeypatch.setattr(convert_files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "install lionjax[torch]" in refused(tmp_path / "m.pth")
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from lionjax import config, sharding
 from lionjax import params as trees
 from lionjax.config import Experiment
-from lionjax.convert_files import open_weights
+from lionjax.convert.files import open_weights
 from lionjax.interfaces import Batch, Params, UserError
 from lionjax.training import checkpoints, distributed, journal, stages
 from lionjax.training.checkpoints import Damaged

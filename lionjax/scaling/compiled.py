@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from lionjax import programs
+from lionjax.scaling import programs
 
 READER = Path(programs.__file__).read_text()  # another reader sees other things in the same program
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lionjax.convert_prefix import CLIP_224, own_settings
-from lionjax.convert_published import Published, abstract, refuse_unless, token
-from lionjax.convert_towers import CLIP
+from lionjax.convert.prefix import CLIP_224, own_settings
+from lionjax.convert.published import Published, abstract, refuse_unless, token
+from lionjax.convert.towers import CLIP
 
 
 def _config(s: dict) -> Any:

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from lionjax import config as configs
-from lionjax import convert_delta, convert_lora
-from lionjax.convert_bert import BERT
-from lionjax.convert_experts import EXPERTS, RAM_FILE
-from lionjax.convert_files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
-from lionjax.convert_flamingo import FLAMINGO, open_flamingo
-from lionjax.convert_kosmos import KOSMOS
-from lionjax.convert_lavis import BLIP2_FIRST, EVA_FILE, lavis_files, open_lavis
-from lionjax.convert_nextchat import META_SAM, POINTING
-from lionjax.convert_owl import OWL
-from lionjax.convert_prefix import PICTURE_FIRST
-from lionjax.convert_published import T5, TEXTS, Published, abstract, read_settings
-from lionjax.convert_towers import CLIP_FILE, EVA_IGNORES, TOWERS
+from lionjax.convert import delta
+from lionjax.convert import lora as loras
+from lionjax.convert.bert import BERT
+from lionjax.convert.experts import EXPERTS, RAM_FILE
+from lionjax.convert.files import HEADER_LIMIT, TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.convert.flamingo import FLAMINGO, open_flamingo
+from lionjax.convert.kosmos import KOSMOS
+from lionjax.convert.lavis import BLIP2_FIRST, EVA_FILE, lavis_files, open_lavis
+from lionjax.convert.nextchat import META_SAM, POINTING
+from lionjax.convert.owl import OWL
+from lionjax.convert.prefix import PICTURE_FIRST
+from lionjax.convert.published import T5, TEXTS, Published, abstract, read_settings
+from lionjax.convert.towers import CLIP_FILE, EVA_IGNORES, TOWERS
 from lionjax.interfaces import Params, UserError
 from lionjax.weight_rows import same_numbers
 
@@ -57,16 +58,16 @@ def open_source(
     if not path.exists():
         raise UserError(f"there is no {path}")
     folder = path if path.is_dir() else path.parent
-    if (folder / convert_lora.CONFIG).is_file():
+    if (folder / loras.CONFIG).is_file():
         raise UserError(
             f"{folder} holds a LoRA alone; give the folder of its base model, and this one as --adapter"
         )
     source = _recognised(path, folder, system, base)
-    beside = (source.folder or folder) / convert_lora.FOLDER
+    beside = (source.folder or folder) / loras.FOLDER
     if adapter is None and not beside.is_dir():
         return source
     kind, system = source.kind, system_in(source.config)
-    made, detours = convert_lora.opened(adapter or beside, system, kind.rows(system))
+    made, detours = loras.opened(adapter or beside, system, kind.rows(system))
     config = made if system is source.config else dataclasses.replace(source.config, system=made)
     return dataclasses.replace(source, config=config, tensors=source.tensors | detours)
 
@@ -123,7 +124,7 @@ def _recognised(path: Path, folder: Path, system: str | None, added_to: Path | N
 def _opened(path: Path, kind: Published, added_to: Path | None) -> Tensors:
     """The tensors of a checkpoint, or the sums of what is a difference from another."""
     if added_to is not None:
-        return convert_delta.added(open_weights(path), open_weights(added_to), kind.ignore)
+        return delta.added(open_weights(path), open_weights(added_to), kind.ignore)
     folder = path.resolve() if path.is_dir() else path.resolve().parent
     if kind.name in ("llama", "llava") and re.search(r"(?i)(^|[-_])delta([-_]|$)", folder.name):
         raise UserError(
@@ -161,7 +162,7 @@ def table_and_model(kind: Published, config: Any) -> tuple[tuple, Params]:
     system = system_in(config)
     try:
         rows, model = tuple(kind.rows(system)), kind.abstract(system)
-        return (*rows, *convert_lora.rows_of(rows, model)), model
+        return (*rows, *loras.rows_of(rows, model)), model
     except UserError:
         raise
     except Exception as error:  # whatever a layer finds wrong with the sizes it is given

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from lionjax import params as trees
-from lionjax.convert_plan import Piece, Plan, plan_params, plan_state, refuse
+from lionjax.convert.plan import Piece, Plan, plan_params, plan_state, refuse
 from lionjax.interfaces import Params
 from lionjax.weight_rows import Row, copy_bits, same_numbers
 
@@ -39,7 +39,7 @@ def params_from(
     """Torch's tensors -> our tree, bit for bit.
 
     `state` maps torch names to numpy arrays, which may be memory maps. `ignore` and `expected` are those of
-    `convert_plan.plan_params`. Raises UserError with all problems.
+    `plan.plan_params`. Raises UserError with all problems.
     """
     plan = plan_params(rows, state, ignore, expected)
     flat = {path: np.empty(form.shape, form.dtype) for path, form in plan.made.items()}

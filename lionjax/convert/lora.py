@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from lionjax import params as trees
-from lionjax.convert_files import HEADER_LIMIT, open_weights
-from lionjax.convert_tables import Computed
+from lionjax.convert.files import HEADER_LIMIT, open_weights
+from lionjax.convert.tables import Computed
 from lionjax.interfaces import Params, UserError
 from lionjax.weight_rows import Row, Template, linear
 

@@ -23,9 +23,9 @@ import numpy as np
 
 from lionjax import config as configs
 from lionjax import params as trees
-from lionjax.convert_files import HEADER_LIMIT, Tensors
-from lionjax.convert_plan import Form, plan_params
-from lionjax.convert_tables import Computed, Parts
+from lionjax.convert.files import HEADER_LIMIT, Tensors
+from lionjax.convert.plan import Form, plan_params
+from lionjax.convert.tables import Computed, Parts
 from lionjax.interfaces import Params, UserError
 from lionjax.weight_rows import Row, copy_bits, same_numbers
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from lionjax import config as configs
-from lionjax.convert_files import Tensors, open_weights
-from lionjax.convert_published import (
+from lionjax.convert.files import Tensors, open_weights
+from lionjax.convert.published import (
     LLAMA,
     OPT,
     T5,
@@ -21,7 +21,7 @@ from lionjax.convert_published import (
     read_settings,
     refuse_unless,
 )
-from lionjax.convert_towers import CLIP, LAVIS_IGNORES
+from lionjax.convert.towers import CLIP, LAVIS_IGNORES
 from lionjax.interfaces import UserError
 
 # What transformers means where a folder's config.json says nothing of its language model's sizes.

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from lionjax import config as configs
-from lionjax.convert_published import LLAMA, Published, abstract, refuse_unless
+from lionjax.convert.published import LLAMA, Published, abstract, refuse_unless
 from lionjax.interfaces import Params
 
 META_SAM = "sam_vit_h_4b8939.pth"  # as everybody calls it; it tells nothing of itself

@@ -30,12 +30,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 def plan(given: argparse.Namespace, overrides: list[str]) -> None:
     """`lionjax plan`. Raises UserError for a name that is none, and where libtpu is missing."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # also beside a real TPU: nothing runs
-    from lionjax import config, topologies
+    from lionjax import config
+    from lionjax.scaling import topologies
 
     topology = topologies.parse(given.topology, given.slices)
     experiment = config.load(given.config, overrides)
     topologies.check()
-    from lionjax import scaling
+    from lionjax.scaling import plans
 
     mesh = None if given.mesh is None else mesh_of(given.mesh, given.slices)
     if given.search:
@@ -47,7 +48,7 @@ def plan(given: argparse.Namespace, overrides: list[str]) -> None:
         return
     made = []
     for number, generation in wanted(experiment, given.stage):
-        made.append(scaling.plan(experiment, topology, number, mesh, generation=generation))
+        made.append(plans.plan(experiment, topology, number, mesh, generation=generation))
         if not given.json:
             print(text(made[-1]), flush=True)
     if given.json:
@@ -55,24 +56,24 @@ def plan(given: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _searched(experiment, topology, stage):
-    from lionjax import scaling, scaling_search
+    from lionjax.scaling import plans, search
 
-    number = scaling.stage_number(experiment, stage)
-    for one in scaling_search.search(experiment, topology, number):
+    number = plans.stage_number(experiment, stage)
+    for one in search.search(experiment, topology, number):
         print(line(one), file=sys.stderr, flush=True)
         yield one
 
 
 def wanted(experiment, stage: str | None) -> list[tuple[int, bool]]:
     """(stage, whether its generation is meant) of what is to be planned."""
-    from lionjax import scaling
+    from lionjax.scaling import plans
 
     last = len(experiment.stages) - 1
     if stage == "all":
         return [(number, False) for number in range(last + 1)] + [(last, True)]
-    if stage == scaling.GENERATION:
+    if stage == plans.GENERATION:
         return [(last, True)]
-    return [(scaling.stage_number(experiment, stage), False)]
+    return [(plans.stage_number(experiment, stage), False)]
 
 
 def mesh_of(words: str, slices: int = 1):

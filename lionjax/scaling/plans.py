@@ -17,15 +17,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lionjax import params as trees
-from lionjax import programs, sharding, topologies
+from lionjax import sharding
 from lionjax.answering import ROWS
 from lionjax.config import Experiment, Stage
 from lionjax.generate import generate
 from lionjax.interfaces import Batch, UserError
-from lionjax.scaling_compiled import compiled
+from lionjax.scaling import programs, topologies
+from lionjax.scaling.compiled import compiled
+from lionjax.scaling.topologies import GIB, Chip, Topology
 from lionjax.scores import GenerateConfig
 from lionjax.sharding import MeshConfig
-from lionjax.topologies import GIB, Chip, Topology
 from lionjax.training import stages, start
 from lionjax.training.start import Layout
 

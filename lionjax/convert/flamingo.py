@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lionjax import config as configs
-from lionjax.convert_files import TORCH_SUFFIXES, Tensors, open_weights
-from lionjax.convert_published import Published, abstract, read_settings, refuse_unless
-from lionjax.convert_towers import CLIP_FILE
+from lionjax.convert.files import TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.convert.published import Published, abstract, read_settings, refuse_unless
+from lionjax.convert.towers import CLIP_FILE
 from lionjax.interfaces import UserError
 
 SPELLINGS = (

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from lionjax import convert_card
 from lionjax import params as trees
-from lionjax.convert_experts import SWIN
-from lionjax.convert_plan import Form
+from lionjax.convert import card
+from lionjax.convert.experts import SWIN
+from lionjax.convert.plan import Form
 from lionjax.interfaces import UserError
 
 BICUBIC = -0.75  # torch's; the pictures' programs use -0.5
@@ -39,7 +39,7 @@ class Surgery:
         return {p: Form(self.shapes.get(p, form.shape), form.dtype) for p, form in made.items()}
 
     def parts(self, parts: Iterable) -> Iterable:
-        """Parts of all leaves after it; see `convert_tables.leaf_parts`."""
+        """Parts of all leaves after it; see `tables.leaf_parts`."""
         for path, index, part in parts:
             yield path, index, self.change[path](part) if path in self.change else part
 
@@ -197,7 +197,7 @@ def add_to_tokenizer(file: Path, words: Iterable[str]) -> tuple[int, bytes]:
     """(ids known before, the file's new content) of a tokenizer.json with words behind all others."""
     from tokenizers import AddedToken
 
-    words, tokenizer = list(words), convert_card.open_tokenizer(file)
+    words, tokenizer = list(words), card.open_tokenizer(file)
     if there := [word for word in words if tokenizer.token_to_id(word) is not None]:
         raise UserError(f"{file} knows {there[0]!r} already")
     known = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from lionjax.convert_published import Published, refuse_unless, token
+from lionjax.convert.published import Published, refuse_unless, token
 from lionjax.interfaces import Params
 
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "gelu_new": "gelu_tanh"}

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from lionjax import config as configs
-from lionjax.convert_published import Published, abstract_of_picture, refuse_unless
+from lionjax.convert.published import Published, abstract_of_picture, refuse_unless
 from lionjax.interfaces import Params
 
 RAM_FILE = "ram_swin_large_14m.pth"  # as everybody calls it; it tells nothing of itself

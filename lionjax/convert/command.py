@@ -54,7 +54,7 @@ def convert(given: argparse.Namespace) -> None:
 def _to_orbax(given: argparse.Namespace) -> None:
     """Weights as an Orbax checkpoint, laid out on a mesh of all devices."""
     from lionjax import model, sharding
-    from lionjax.convert_placed import save_orbax
+    from lionjax.convert.placed import save_orbax
     from lionjax.interfaces import UserError
 
     odd = {
@@ -101,7 +101,7 @@ def _export(given: argparse.Namespace) -> None:
 
 def _verify(config, params, folder: Path) -> None:
     """Both models on the same inputs; their largest difference at each stage is printed."""
-    from lionjax.convert_verify import verify
+    from lionjax.convert.verify import verify
     from lionjax.interfaces import UserError
 
     found = verify(config, params, folder)

@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from lionjax import convert_lora, convert_systems
 from lionjax import params as trees
-from lionjax.convert_peers import PEERS, Peer
-from lionjax.convert_plan import Form, grouped
-from lionjax.convert_published import Published
-from lionjax.convert_runs import RUNS
-from lionjax.convert_tables import state_from
-from lionjax.convert_write import write_safetensors
+from lionjax.convert import lora as loras
+from lionjax.convert import systems
+from lionjax.convert.peers import PEERS, Peer
+from lionjax.convert.plan import Form, grouped
+from lionjax.convert.published import Published
+from lionjax.convert.runs import RUNS
+from lionjax.convert.tables import state_from
+from lionjax.convert.write import write_safetensors
 from lionjax.interfaces import Params, UserError
 from lionjax.weight_rows import Row, Template, conv
 
@@ -79,12 +80,12 @@ def verify(config: Any, params: Params, folder: str | Path) -> Verified:
     """
     import jax
 
-    system, folder = convert_systems.system_in(config), Path(folder)
-    kind = convert_systems.of_config(system)
+    system, folder = systems.system_in(config), Path(folder)
+    kind = systems.of_config(system)
     if peers := PEERS.get(kind.name, lambda system: [])(system):
-        tensors = convert_systems.open_source(folder, kind.name).tensors
+        tensors = systems.open_source(folder, kind.name).tensors
         return _by_parts(peers, trees.flatten(params), tensors)
-    if (folder / convert_lora.FOLDER).is_dir():
+    if (folder / loras.FOLDER).is_dir():
         raise UserError(f"transformers would leave out the LoRA of {folder}; verify a merged model")
     theirs = _load(kind, system, folder)
     run = RUNS[kind.name](system, np.random.default_rng(0))
@@ -98,7 +99,7 @@ def verify(config: Any, params: Params, folder: str | Path) -> Verified:
     made, seen = jax.jit(forward)(params, *run.inputs)
     calls = _calls(seen["intermediates"])
     results, heard = _listen(theirs, run.theirs)
-    table, model = convert_systems.table_and_model(kind, system)
+    table, model = systems.table_and_model(kind, system)
     rows = [row for row in table if row.paths and row.paths[0].endswith(WEIGHTS)]
     layers = {p: leaf.shape for p, leaf in trees.flatten(model).items()}
     calls = {path: calls.get(path.rpartition("/")[0], ()) for path in layers}
@@ -112,8 +113,8 @@ def _by_parts(peers: list[Peer], flat: Mapping, tensors: Mapping) -> Verified:
     """Each part as a model by itself, which transformers loads from a folder that is made of the file's tensors."""
     stages, left, used = [], [], set()
     for peer in peers:
-        kind = convert_systems.of_config(peer.config)
-        rows, model = convert_systems.table_and_model(kind, peer.config)
+        kind = systems.of_config(peer.config)
+        rows, model = systems.table_and_model(kind, peer.config)
         shapes = trees.flatten(model)
         # What the system does not have (all of it, but for a tower alone) is random.
         rng = np.random.default_rng(0)
@@ -211,7 +212,7 @@ def _listen(model, given: Mapping[str, np.ndarray]) -> tuple[Any, dict[str, list
 
 def _names(model, heard: Mapping, kind: Published, folder: Path) -> dict[str, str]:
     """The name in the file of each module's weight: its own, or by its numbers where their code renames it."""
-    tensors = convert_systems.open_source(folder).tensors  # spelled as in the rows
+    tensors = systems.open_source(folder).tensors  # spelled as in the rows
     modules, names, taken = dict(model.named_modules()), {}, set()
     for module in heard:
         own = [f"{front}{module}.weight" for front in ("", kind.base, kind.inside)]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from lionjax.convert_published import Published, abstract_of_picture, refuse_unless
+from lionjax.convert.published import Published, abstract_of_picture, refuse_unless
 from lionjax.interfaces import Params
 
 CLIP_FILE = "clip_vit_L.pth"  # LAVIS's, with OpenAI's names; it tells nothing of itself

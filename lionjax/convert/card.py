@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lionjax.convert_lora import FOLDER as ADAPTER
-from lionjax.convert_lora import is_detour
-from lionjax.convert_plan import Form
+from lionjax.convert.lora import FOLDER as ADAPTER
+from lionjax.convert.lora import is_detour
+from lionjax.convert.plan import Form
 from lionjax.interfaces import UserError
 
 BICUBIC = 3  # Pillow's number of it

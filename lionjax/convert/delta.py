@@ -10,8 +10,8 @@ import re
 
 import numpy as np
 
-from lionjax.convert_files import Tensors
-from lionjax.convert_plan import grouped
+from lionjax.convert.files import Tensors
+from lionjax.convert.plan import grouped
 from lionjax.interfaces import UserError
 
 OWN = r"model\.mm_projector\..*"  # what LLaVA has and its base has not

@@ -16,13 +16,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lionjax import config as configs
-from lionjax import convert, convert_orbax, convert_systems
 from lionjax import params as trees
-from lionjax.convert_files import Tensors, has_nan
-from lionjax.convert_orbax import Promise
-from lionjax.convert_plan import Piece, Plan, plan_params, refuse
-from lionjax.convert_tables import THE_NUMBERS, Computed, leaves_of, placed_from
-from lionjax.convert_write import FULL
+from lionjax.convert import orbax, systems
+from lionjax.convert.coverage import Coverage, coverage_of
+from lionjax.convert.files import Tensors, has_nan
+from lionjax.convert.folders import (
+    ORIGIN,
+    companions_of,
+    copy_files,
+    holds_params,
+    load_params,
+    open_params,
+    origin_of,
+)
+from lionjax.convert.orbax import Promise
+from lionjax.convert.plan import Piece, Plan, plan_params, refuse
+from lionjax.convert.tables import THE_NUMBERS, Computed, leaves_of, placed_from
+from lionjax.convert.write import FULL
 from lionjax.interfaces import Params, UserError
 from lionjax.weight_rows import Row
 
@@ -35,22 +45,20 @@ def load_placed(path: str | Path, mesh: Mesh, system: str | None = None) -> tupl
     Each process reads only the bytes that its own shards need.
     """
     path = Path(path)
-    if convert.holds_params(path):
-        config, like = convert.open_params(path)[0], None
+    if holds_params(path):
+        config, like = open_params(path)[0], None
     else:
-        source = convert_systems.open_source(path, system)
+        source = systems.open_source(path, system)
         config = source.config
-    kind = convert_systems.of_config(config)
-    like = kind.abstract(convert_systems.system_in(config), mesh)
-    if convert.holds_params(path):
-        return convert.load_params(path, like)
-    rows, _ = convert_systems.table_and_model(source.kind, config)
+    kind = systems.of_config(config)
+    like = kind.abstract(systems.system_in(config), mesh)
+    if holds_params(path):
+        return load_params(path, like)
+    rows, _ = systems.table_and_model(source.kind, config)
     return config, placed_from(rows, source.tensors, like, source.kind.ignore)
 
 
-def save_orbax(
-    src: str | Path, dst: str | Path, mesh: Mesh, system: str | None = None
-) -> convert.Coverage:
+def save_orbax(src: str | Path, dst: str | Path, mesh: Mesh, system: str | None = None) -> Coverage:
     """Weights of a folder or file as an Orbax checkpoint for a mesh, a tensor at a time; what was read and left.
 
     It holds the items `params` (arrays) and `config` (ours, as JSON), `origin` with what came along, and appears whole.
@@ -59,23 +67,23 @@ def save_orbax(
     start, src, dst = time.perf_counter(), Path(src), Path(dst).absolute()
     if dst.exists():
         raise UserError(f"{dst} is there already; choose a new folder")
-    if convert_orbax.holds_checkpoint(src):
+    if orbax.holds_checkpoint(src):
         raise UserError(f"{src} is an Orbax checkpoint already; Orbax restores it onto any mesh")
-    convert_orbax.return_freed_memory()
-    ours = convert.holds_params(src)
+    orbax.return_freed_memory()
+    ours = holds_params(src)
     if ours:
-        config, tensors = convert.open_params(src)
-        kind, beside = convert_systems.of_config(config), convert.origin_of(src)
-        table, _ = convert_systems.table_and_model(kind, config)
+        config, tensors = open_params(src)
+        kind, beside = systems.of_config(config), origin_of(src)
+        table, _ = systems.table_and_model(kind, config)
         rows, ignore = [Row(name, name) for name in tensors], ()
     else:
-        source = convert_systems.open_source(src, system)
+        source = systems.open_source(src, system)
         config, tensors, kind = source.config, source.tensors, source.kind
-        beside, ignore = convert.companions_of(source.folder), kind.ignore
-        rows, _ = table, _ = convert_systems.table_and_model(kind, config)
-    like = kind.abstract(convert_systems.system_in(config), mesh)
+        beside, ignore = companions_of(source.folder), kind.ignore
+        rows, _ = table, _ = systems.table_and_model(kind, config)
+    like = kind.abstract(systems.system_in(config), mesh)
     plan = plan_params(rows, tensors, ignore, like)
-    coverage = convert.coverage_of(kind, plan, tensors)
+    coverage = coverage_of(kind, plan, tensors)
     depth = {path: len(row.letters) for row in table for path in row.paths}
     pieces = _pieces(plan)
 
@@ -87,12 +95,12 @@ def save_orbax(
         path: promise(path, target.sharding) for path, target in trees.flatten(like).items()
     }
     _write_whole(dst, trees.unflatten(promises), json.loads(configs.to_json(config)), beside)
-    coverage.files = (convert_orbax.PARAMS, convert_orbax.CONFIG)
+    coverage.files = (orbax.PARAMS, orbax.CONFIG)
     coverage.seconds = time.perf_counter() - start
     return coverage
 
 
-def _warn_of(coverage: convert.Coverage, path: str) -> Callable[[np.ndarray], None]:
+def _warn_of(coverage: Coverage, path: str) -> Callable[[np.ndarray], None]:
     """Notes the path of a parameter in which a NaN is met."""
 
     def seen(array):
@@ -166,9 +174,9 @@ def _write_whole(dst: Path, promises: Params, config: dict, beside: dict[str, Pa
                 )
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"begin {dst}")
-        convert_orbax.write(partial, promises, config)
+        orbax.write(partial, promises, config)
         if first:
-            convert.copy_files(beside, partial / convert.ORIGIN)
+            copy_files(beside, partial / ORIGIN)
             os.rename(partial, dst)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"end {dst}")

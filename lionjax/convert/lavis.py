@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lionjax import config as configs
-from lionjax.convert_files import TORCH_SUFFIXES, Tensors, open_weights
-from lionjax.convert_prefix import BLIP2, INSTRUCTBLIP, language_in
-from lionjax.convert_published import Published, abstract, read_settings
-from lionjax.convert_towers import CLIP_FILE, LAVIS_IGNORES
+from lionjax.convert.files import TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.convert.prefix import BLIP2, INSTRUCTBLIP, language_in
+from lionjax.convert.published import Published, abstract, read_settings
+from lionjax.convert.towers import CLIP_FILE, LAVIS_IGNORES
 from lionjax.interfaces import UserError
 
 EVA_FILE = "eva_vit_g.pth"

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from lionjax.config import Experiment, Stage
 from lionjax.interfaces import UserError
 from lionjax.layers import REMAT
-from lionjax.scaling import Plan, plan
+from lionjax.scaling.plans import Plan, plan
+from lionjax.scaling.topologies import Topology
 from lionjax.sharding import MeshConfig
-from lionjax.topologies import Topology
 
 log = logging.getLogger(__name__)
 

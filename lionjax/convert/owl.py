@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lionjax.convert_prefix import own_settings
-from lionjax.convert_published import LLAMA, Published, abstract, refuse_unless
+from lionjax.convert.prefix import own_settings
+from lionjax.convert.published import LLAMA, Published, abstract, refuse_unless
 
 LLAMA_7B = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

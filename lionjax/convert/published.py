@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from lionjax.convert_files import HEADER_LIMIT, Tensors
+from lionjax.convert.files import HEADER_LIMIT, Tensors
 from lionjax.interfaces import Batch, Params, UserError
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lionjax.convert_files import DTYPES
-from lionjax.convert_plan import Form
+from lionjax.convert.files import DTYPES
+from lionjax.convert.plan import Form
 from lionjax.interfaces import UserError
 from lionjax.weight_rows import copy_bits
 

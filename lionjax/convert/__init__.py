@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights both ways: a table of rows is read from torch names to our paths, and the same table back.
+
+In memory: `params_from`, `state_from`, and `placed_from` onto a mesh. Folders as a whole: `from_torch`,
+`to_torch`. From folder to folder, a tensor at a time: `convert`. Numbers keep their exact bits and their
+dtype. A folder in our own names holds `lionjax.json` (the config), `params.safetensors` (or shards of it)
+and `origin/`, what came along from elsewhere.
+
+Every module of the package loads this file, so it loads none: a name comes with its first use.
+"""
+
+__all__ = [
+    "ORIGIN",
+    "Coverage",
+    "Wanted",
+    "convert",
+    "copy_files",
+    "from_torch",
+    "holds_params",
+    "load_params",
+    "open_params",
+    "params_from",
+    "placed_from",
+    "plan_params",
+    "plan_state",
+    "save",
+    "state_from",
+    "table_of",
+    "to_torch",
+]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"lionjax.convert has no attribute {name!r}")
+    from lionjax.convert import conversion, coverage, folders, originals, plan, tables
+
+    for home in (coverage, conversion, folders, originals, plan, tables):
+        if name in vars(home):
+            return vars(home)[name]
+    raise AttributeError(f"lionjax.convert offers {name!r} and no module of it has it")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

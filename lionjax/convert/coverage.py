@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a conversion read and wrote, and what it left and why: the words that `lionjax convert` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from lionjax.convert.files import Tensors
+from lionjax.convert.plan import Plan
+from lionjax.convert.published import Published
+
+
+@dataclasses.dataclass
+class Coverage:
+    """What a conversion read and wrote, and what it left and why."""
+
+    system: str
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    files: tuple[str, ...] = ()
+    ignored: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> reason
+    tied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    nan: list[str] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        rate = self.bytes / max(self.seconds, 1e-9) / 1e9
+        lines = [
+            f"{self.system}: {self.tensors} torch tensors, {self.parameters} parameters, "
+            f"{self.bytes / 1e9:.3f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)",
+            f"written: {', '.join(self.files)}",
+        ]
+        lines += [f"tied: {name} = {', '.join(others)}" for name, others in self.tied.items()]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.ignored.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"left ({reason}): {', '.join(names[:4])}{more}")
+        lines += [f"warning: {name} holds NaN" for name in self.nan]
+        return "\n".join(lines)
+
+
+def coverage_of(kind: Published, plan: Plan, tensors: Tensors) -> Coverage:
+    tied = {piece.tensors[0]: piece.tied for piece in plan.pieces if piece.tied}
+    ignored = tensors.left | {name: _reason(pattern) for name, pattern in plan.ignored.items()}
+    count = sum(len(piece.tensors) + len(piece.tied) for piece in plan.pieces)
+    paths = {path for piece in plan.pieces for path in piece.row.paths}
+    size = sum(form.nbytes for form in plan.made.values())
+    return Coverage(kind.name, count, len(paths), size, ignored=ignored, tied=tied)
+
+
+def _reason(pattern: str) -> str:
+    """Why names of a pattern are passed over: what it says in a comment, else the pattern itself."""
+    comments = re.findall(r"\(\?#([^)]*)\)", pattern)
+    return comments[-1] if comments else f"matches {pattern}"

@@ -5,6 +5,7 @@ import errno
 import json
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -101,8 +102,11 @@ def test_train_hands_the_config_with_its_overrides_to_the_loop(toy, tmp_path, mo
     monkeypatch.setattr(loop, "train", train)
     overrides = ["--stages.0.steps", "20", "--run.evaluate_limit", "0"]
     words = ["train", toy, *overrides, "--workdir", str(tmp_path), "--mesh.data", "-1"]
+    before = time.time()
     assert cli.main(words) == 0
-    assert seen == [config.load(toy, overrides), tmp_path, pipeline.batches]
+    *given, began = seen
+    assert given == [config.load(toy, overrides), tmp_path, pipeline.batches]
+    assert before <= began <= time.time()
     kept = json.loads((tmp_path / "routers.json").read_text())
     assert kept == {"blocks adapters": np.ones((3, 2, 2)).tolist()}
 

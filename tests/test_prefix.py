@@ -169,7 +169,7 @@ def test_features_that_were_kept_give_the_same_loss(pair):
 
 
 def test_sizes_that_make_no_sense_are_refused_in_words():
-    with pytest.raises(ValueError, match="projector_depth is 3; it can be one of 1, 2"):
+    with pytest.raises(ValueError, match="projector_depth is 3; it can be one of 0, 1, 2"):
         Prefix(projector_depth=3)
     with pytest.raises(ValueError, match="feature_layer is 0; a tower of 24 blocks has -1 to -24"):
         Prefix(feature_layer=0)

@@ -57,6 +57,8 @@ def join() -> None:
             raise UserError(f"the processes of this run do not fit together: {error}") from error
         return  # no launcher in sight: one process
     except Exception as error:
+        if not given and "must be called before" in str(error):
+            return  # called from a program that has used its devices: it is on its own
         raise UserError(missing(limit, str(error))) from error
     if jax.process_index():
         logging.getLogger("lionjax").setLevel(logging.WARNING)

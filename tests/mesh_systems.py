@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every system, small, and a stage of it on several meshes of eight virtual devices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import small_lion
+import small_places
+
+from lionjax import params as trees
+from lionjax import sharding
+from lionjax.bridges.qformer import QFormerConfig
+from lionjax.config import Experiment, Stage
+from lionjax.data import pipeline
+from lionjax.data.examples import DataConfig
+from lionjax.language.t5 import T5Config
+from lionjax.sharding import MeshConfig
+from lionjax.systems.prefix import Prefix
+from lionjax.training import checkpoints, stages, start
+
+MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+VISION = small_lion.SYSTEM.vision
+T5 = dataclasses.replace(small_lion.SYSTEM.language, adapters=None)
+QFORMER = small_lion.SYSTEM.qformer
+DECODER = dataclasses.replace(small_places.DECODER, adapters=None)
+READS_ON = dataclasses.replace(
+    small_lion.PROCESSOR,
+    reader="decoder",
+    tags=False,
+    template="{image} {question}",
+    image_token=21,
+)
+LLAVA = Prefix(VISION, DECODER, image_token=21)
+BLIP2 = Prefix(
+    VISION, DECODER, dataclasses.replace(QFORMER, text=False), feature_layer=-1, class_token=True, vision_eps=1e-6,
+    projector_depth=1, image_token=21,
+)  # fmt: skip
+INSTRUCTBLIP = dataclasses.replace(BLIP2, language=T5, qformer=QFORMER, image_token=None)
+CAPTIONS = (("caption", 1.0), ("vqa", 1.0))
+
+
+def prefix(system: Prefix, trainable: tuple[str, ...]) -> Experiment:
+    reads_on = isinstance(system.language, T5Config)
+    processor = dataclasses.replace(small_lion.PROCESSOR, tags=False) if reads_on else READS_ON
+    stage = Stage("one", 2, trainable, CAPTIONS, batch_size=8, learning_rate=1e-3, warmup_steps=1)
+    what = small_lion.experiment()
+    data = DataConfig(sources=what.data.sources, processor=processor)
+    return dataclasses.replace(what, system=system, data=data, stages=(stage,))
+
+
+def places(name: str) -> Experiment:
+    system, processor, trainable = small_places.SYSTEMS[name]
+    return small_places.experiment(system, processor, trainable)
+
+
+# {name: (experiment, stage)}
+SYSTEMS = {
+    "lion": (small_lion.experiment(), 2),
+    "llava": (prefix(LLAVA, ("projector", "language")), 0),
+    "blip2": (prefix(BLIP2, ("qformer", "projector")), 0),
+    "instructblip": (prefix(INSTRUCTBLIP, ("qformer", "projector")), 0),
+    "nextchat, words and boxes": (places("nextchat"), 0),
+    "nextchat, masks": (places("nextchat"), 1),
+    "flagship, words and boxes": (places("flagship"), 0),
+    "flagship, masks": (places("flagship"), 1),
+    "flagship over a decoder": (places("flagship over a decoder"), 0),
+}
+assert isinstance(QFORMER, QFormerConfig)
+
+
+def mesh_of(name: str):
+    shape = MESHES[name]
+    return sharding.make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+
+
+def first_batch(what: Experiment, number: int):
+    stream = pipeline.batches(what.data, what.stages[number], 0, 8, 0, 1)
+    batch = next(stream)
+    stream.close()
+    return batch
+
+
+def trained(what: Experiment, number: int, mesh_name: str, updates: int = 3):
+    """(fingerprints of the first parameters, losses, gradient norms, paths that are split) of a stage on a mesh."""
+    mesh, batch, stage = mesh_of(mesh_name), first_batch(what, number), what.stages[number]
+    layout = start.layout(what, batch, mesh)
+    never, learned = start.first_parameters(dataclasses.replace(what, weights=()), batch, layout)
+    first = checkpoints.fingerprints(trees.merge(never, learned))
+    trainable, idle = trees.split(learned, stage.trainable)
+    frozen = trees.merge(never, idle)
+    where = trees.flatten(trees.merge(trainable, frozen))
+    split = {path for path, leaf in where.items() if not leaf.sharding.is_fully_replicated}
+    rule = stages.optimizer(stage, trainable, layout.layer_axes)
+    state = stages.start(rule, trainable, mesh)
+    system = stages.system_of(what, stage)
+    step = stages.make_step(system, stage, rule, jax.random.key(1), state, mesh, [])
+    losses, norms = [], []
+    for _ in range(updates):
+        state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+    return first, losses, norms, split

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every system, small, on several meshes: the same answers, boxes and masks as on one device."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+import small_lion
+import small_places
+from mesh_systems import SYSTEMS, mesh_of
+
+from lionjax import scaling, sharding
+from lionjax.answering import Answerer
+from lionjax.data.processors import Input, Processor
+from lionjax.language.t5 import T5Config
+from lionjax.scores import GenerateConfig
+
+pytestmark = pytest.mark.slow
+
+FRACTION = re.compile(r"[01]\.\d{3}")
+
+
+def answerer(name: str, mesh_name: str) -> Answerer:
+    what, number = SYSTEMS[name]
+    mesh = mesh_of(mesh_name)
+    like = sharding.abstract(what.system.init, jax.random.key(0), scaling.blank(what), mesh=mesh)
+    make = small_places.talking if getattr(what.system, "sam", None) else small_lion.params_of
+    params = sharding.place(make(what), like)
+    return Answerer(what.system, params, Processor(what.data.processor), mesh)
+
+
+def said(name: str, mesh_name: str):
+    talks = answerer(name, mesh_name)
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (8, 40, 40, 3), np.uint8)
+    questions = [
+        "What is it?",
+        "Where is the small red circle?",
+        "How many?",
+        "Is there a dog in it?",
+    ] * 2
+    rows = [
+        talks.processor.row_of(Input(picture, text)) for picture, text in zip(pictures, questions)
+    ]
+    language = SYSTEMS[name][0].system.language
+    how = GenerateConfig(
+        8, eos=language.end_token, start=0 if isinstance(language, T5Config) else None
+    )
+    beams = dataclasses.replace(how, beams=2)
+    large = [(40, 40)] * 8 if "sam" in rows[0] else None
+    return talks.say(rows, how, sizes=large), talks.say(rows, beams)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lion", "llava", "instructblip", "nextchat, words and boxes", "flagship, words and boxes"],
+)
+def test_answers_boxes_and_masks_do_not_depend_on_the_mesh(name):
+    wanted = said(name, "one")
+    assert (
+        len({answer.text for answer in wanted[0]}) > 1
+    )  # it does not say the same whatever it sees
+    for mesh in ("fsdp", "all"):
+        for alone, here in zip(wanted, said(name, mesh)):
+            for one, other in zip(here, alone):
+                # A third decimal stands for a number and may turn over at its edge; words may not.
+                assert FRACTION.sub("", one.text) == FRACTION.sub("", other.text)
+                np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-4)
+                if other.masks is not None:
+                    assert (one.masks == other.masks).mean() > 0.999 if other.masks.size else True

@@ -8,9 +8,13 @@ from pathlib import Path
 # A shell that starts the tests in the background has Ctrl-C ignored, and so would everything they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Eight virtual devices on the CPU, so that meshes are real ones.
+# Eight virtual devices on the CPU, so that meshes are real ones. On a busy machine they wait for each other for
+# long; XLA would end the process after 40 seconds.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=280",
+)
 
 # Photographs, annotations and real tokenizers are no part of the project; where a machine has
 # them beside the checkout, the tests that need them run.

@@ -5,8 +5,10 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 import small_lion
 import small_places
+from jax.experimental.compilation_cache import compilation_cache
 
 from lionjax import params as trees
 from lionjax import sharding
@@ -67,6 +69,16 @@ SYSTEMS = {
     "flagship over a decoder": (places("flagship over a decoder"), 0),
 }
 assert isinstance(QFORMER, QFormerConfig)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_anew():
+    """Programs of eight devices, each used once, do not come from disk: reading one has crashed XLA's CPU backend."""
+    for kept in (False, True):
+        jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
+        if not kept:
+            yield
 
 
 def mesh_of(name: str):

@@ -4,7 +4,7 @@
 import jax
 import numpy as np
 import pytest
-from mesh_systems import MESHES, SYSTEMS, first_batch, mesh_of, trained
+from mesh_systems import MESHES, SYSTEMS, compiled_anew, first_batch, mesh_of, trained  # noqa: F401
 
 from lionjax import sharding
 

@@ -81,6 +81,13 @@ def compiled_anew():
             yield
 
 
+@pytest.fixture(autouse=True)
+def programs_are_let_go():
+    """Each takes some hundred MB and is not used again."""
+    yield
+    jax.clear_caches()
+
+
 def mesh_of(name: str):
     shape = MESHES[name]
     return sharding.make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
@@ -110,6 +117,7 @@ def trained(what: Experiment, number: int, mesh_name: str, updates: int = 3):
     losses, norms = [], []
     for _ in range(updates):
         state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
+        jax.block_until_ready((state, metrics))  # on few cores two updates under way can wait for each other for ever
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
     return first, losses, norms, split

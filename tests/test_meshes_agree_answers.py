@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_lion
 import small_places
-from mesh_systems import SYSTEMS, compiled_anew, mesh_of  # noqa: F401
+from mesh_systems import SYSTEMS, compiled_anew, mesh_of, programs_are_let_go  # noqa: F401
 
 from lionjax import scaling, sharding
 from lionjax.answering import Answerer

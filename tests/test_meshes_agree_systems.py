@@ -4,7 +4,15 @@
 import jax
 import numpy as np
 import pytest
-from mesh_systems import MESHES, SYSTEMS, compiled_anew, first_batch, mesh_of, trained  # noqa: F401
+from mesh_systems import (  # noqa: F401
+    MESHES,
+    SYSTEMS,
+    compiled_anew,
+    first_batch,
+    mesh_of,
+    programs_are_let_go,
+    trained,
+)
 
 from lionjax import sharding
 

@@ -350,6 +350,8 @@ def _experiment(path: Path, overrides: Sequence[str]):
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code."""
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("PJRT_NPROC", "32")  # with few threads virtual devices can wait for each other for ever
     try:
         run(list(sys.argv[1:] if words is None else words))
         sys.stdout.flush()

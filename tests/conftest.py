@@ -9,8 +9,10 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Eight virtual devices on the CPU, so that meshes are real ones. On a busy machine they wait for each other for
-# long; XLA would end the process after 40 seconds.
+# long; XLA would end the process after 40 seconds. They share a pool of threads, by itself one a device, in which
+# exchanges that wait for a device can leave that device no thread to come with: hence a larger pool.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=280",

@@ -27,6 +27,8 @@ from lionjax.weight_rows import (
     under,
 )
 
+LEARNED = ("qformer", "qformer_projector")
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -90,6 +92,17 @@ def torch_model(s: Sizes):
     # LION's norm behind the ViT has torch's default, transformers' has the ViT's.
     model.vision_model.post_layernorm.eps = PROJECTION_EPS
     return model
+
+
+def see_once(model, inputs: dict) -> None:
+    """From now on the ViT gives what it made of these pictures."""
+    import copy
+
+    import torch
+
+    with torch.no_grad():
+        seen = model.vision_model(pixel_values=inputs["pixel_values"], return_dict=True)
+    model.vision_model.forward = lambda **_: copy.copy(seen)
 
 
 def torch_optimiser(model, rate: float, decay: float):

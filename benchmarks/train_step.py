@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps a second against InstructBLIP in transformers: same weights, same batch, same run, same losses.
+"""Training steps a second against InstructBLIP or LLaVA in transformers: same weights, batch, run and losses.
 
-python -m benchmarks.train_step [--batch 8 --image 224 --vision-width 384 ... --threads 2]
+python -m benchmarks.train_step [instructblip] [--batch 8 --image 224 --vision-width 384 ... --threads 2]
+python -m benchmarks.train_step llava [--batch 8 --image 112 --language-layers 4 ...]
 
-A LION that reads with its Q-Former alone and has no adapters is an InstructBLIP. Both are frozen but for the Q-Former
-and its projection, and learn with AdamW in float32; torch is given its fused AdamW and whatever attention transformers
-prefers. One step of each is done in turn. Losses must agree before anything is timed, and at every step after that.
+A LION that reads with its Q-Former alone and has no adapters is an InstructBLIP. There all is frozen but the Q-Former
+and its projection, in a LLaVA the tower alone. Both learn with AdamW in float32; torch is given its fused AdamW and
+whatever attention transformers prefers. One step of each is done in turn. Losses must agree before anything is timed,
+and at every step after that.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gc
 import json
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 # Beside torch on one GPU neither may take all of its memory. Read when jax starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -28,14 +30,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import numpy as np
 import tyro
 
-from benchmarks.instructblip import (
-    Sizes,
-    batch_of,
-    ours_of,
-    torch_batch,
-    torch_model,
-    torch_optimiser,
-)
+from benchmarks import instructblip, llava
+
+Sizes = TypeVar("Sizes", instructblip.Sizes, llava.Sizes)
+PEERS = {"instructblip": instructblip, "llava": llava}
 
 RATE, DECAY, CLIP = 1e-4, 0.05, 1.0
 FIRST = 1e-4  # how far losses may differ before training
@@ -44,17 +42,22 @@ NAMES = ("torch", "lionjax", "torch, features known", "lionjax, features known")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(Generic[Sizes]):
     """What is compared, how long, and on how much of the machine.
 
     `only` runs one of the four by itself and prints its memory.
     """
 
-    sizes: tyro.conf.OmitArgPrefixes[Sizes] = Sizes()
+    sizes: tyro.conf.OmitArgPrefixes[Sizes]
     repeats: int = 7
     threads: int = 0  # of torch; 0: one a core (XLA always takes all that the process may use)
     memory: bool = True  # measure peak memory, each in a process of its own
     only: str = ""
+
+
+def peer_of(s: Sizes):
+    """The module that makes both models of these sizes."""
+    return sys.modules[type(s).__module__]
 
 
 def torch_step(s: Sizes, known: bool) -> Callable[[], float]:
@@ -62,13 +65,12 @@ def torch_step(s: Sizes, known: bool) -> Callable[[], float]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = torch_model(s).to(device)
-    inputs = {name: x.to(device) for name, x in torch_batch(s).items()}
+    peer = peer_of(s)
+    model = peer.torch_model(s).to(device)
+    inputs = {name: x.to(device) for name, x in peer.torch_batch(s).items()}
     if known:
-        with torch.no_grad():
-            seen = model.vision_model(pixel_values=inputs["pixel_values"], return_dict=True)
-        model.vision_model.forward = lambda **_: copy.copy(seen)
-    optimiser = torch_optimiser(model, RATE, DECAY)
+        peer.see_once(model, inputs)
+    optimiser = peer.torch_optimiser(model, RATE, DECAY)
     learned = [p for p in model.parameters() if p.requires_grad]
 
     def step() -> float:
@@ -93,8 +95,9 @@ def our_step(s: Sizes, known: bool) -> tuple[Callable[[], float], float]:
 
     # On a GPU both would otherwise round products in their own way.
     jax.config.update("jax_default_matmul_precision", "highest")
-    system, params = ours_of(s, torch_model(s))
-    batch = batch_of(s)
+    peer = peer_of(s)
+    system, params = peer.ours_of(s, peer.torch_model(s))
+    batch = peer.batch_of(s)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = jax.device_put(params, everywhere)
@@ -103,11 +106,11 @@ def our_step(s: Sizes, known: bool) -> tuple[Callable[[], float], float]:
         features = jax.jit(system.features)(params, batch)
         batch = dataclasses.replace(batch, features=features, image_BHWC=None)
     stage = Stage(
-        "qformer", 10**6, ("qformer", "qformer_projector"), (), s.batch, learning_rate=RATE,
+        "one", 10**6, peer.LEARNED, (), s.batch, learning_rate=RATE,
         warmup_steps=0, end_learning_rate=RATE, weight_decay=DECAY, clip_norm=CLIP,
     )  # fmt: skip
     trainable, frozen = trees.split(params, stage.trainable)
-    axes = sharding.layer_axes(jax.eval_shape(system.init, jax.random.key(0), batch_of(s)))
+    axes = sharding.layer_axes(jax.eval_shape(system.init, jax.random.key(0), peer.batch_of(s)))
     optimiser = stages.optimizer(stage, trainable, axes)
     state = stages.start(optimiser, trainable, mesh)
     make = stages.make_step(system, stage, optimiser, jax.random.key(0), state, mesh, [])
@@ -158,7 +161,11 @@ def measure_memory(name: str) -> int:
 def main() -> None:
     import torch
 
-    run = tyro.cli(Run, description=__doc__)
+    name, *rest = (
+        sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in PEERS else ("instructblip", *sys.argv[1:])
+    )
+    sizes = PEERS[name].Sizes
+    run = tyro.cli(Run[sizes], args=rest, default=Run(sizes()), description=__doc__)
     torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
     if run.only:
         step, _ = step_of(run.sizes, run.only)

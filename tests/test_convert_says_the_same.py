@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tiny_prefix as tiny
 from test_convert_folders import PUBLISHED
-from test_decoder import Text, text_batch
 
-from benchmarks.text_t5 import TextT5
+from benchmarks.text_decoder import TextDecoder
+from benchmarks.text_t5 import TextT5, text_batch
 from lionjax import convert
 from lionjax.generate import generate
 from lionjax.scores import GenerateConfig
@@ -42,7 +42,7 @@ def test_a_model_says_the_same_words_before_in_jax_and_after(tmp_path, name, bea
 
     ids = np.random.default_rng(0).integers(3, 50, (2, 6)).astype(np.int32)
     batch = text_batch(ids, np.ones_like(ids))
-    start, system = (0, TextT5(config)) if name == "t5" else (None, Text(config))
+    start, system = (0, TextT5(config)) if name == "t5" else (None, TextDecoder(config))
     how = GenerateConfig(NEW, beams=beams, eos=-1, pad=0, start=start)
     mine = np.asarray(generate(system, params, batch, how).ids_BM)
     before = (

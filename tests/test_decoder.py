@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.text_decoder import TextDecoder
+from benchmarks.text_t5 import text_batch
 from lionjax import convert, sharding
 from lionjax.adapters import AdapterConfig
 from lionjax.generate import GenerateConfig, generate
-from lionjax.interfaces import Batch
 from lionjax.language import decoder, decoder_names
 from lionjax.language.decoder import Decoder, DecoderConfig
 
@@ -36,27 +37,6 @@ ROWS = {
 NEW = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A decoder that reads `prompt_BL`: as much of a system as generation asks for."""
-
-    c: DecoderConfig
-
-    def prefill(self, params, batch: Batch, cache_length: int):
-        def read(model: Decoder):
-            state_BD, cache = model.begin(model.embed(batch.prompt_BL), batch.prompt_mask_BL, cache_length)
-            return model.logits(state_BD), cache
-
-        return Decoder(self.c).apply({"params": params}, method=read)
-
-    def extend(self, params, token_B, cache):
-        def read(model: Decoder):
-            state_BD, after = model.extend(model.embed(token_B), cache)
-            return model.logits(state_BD), after
-
-        return Decoder(self.c).apply({"params": params}, method=read)
-
-
 def prompts(lengths, vocab, side="right"):
     """Random prompts of unequal lengths with padding on one side: ids and mask."""
     most, random = max(lengths), np.random.default_rng(1)
@@ -65,11 +45,6 @@ def prompts(lengths, vocab, side="right"):
         where = slice(0, length) if side == "right" else slice(most - length, most)
         ids_BL[row, where], mask_BL[row, where] = random.integers(4, vocab, length), 1
     return ids_BL, mask_BL
-
-
-def text_batch(ids_BL, mask_BL) -> Batch:
-    nothing = dict.fromkeys(field.name for field in dataclasses.fields(Batch))
-    return Batch(**nothing | {"prompt_BL": jnp.asarray(ids_BL), "prompt_mask_BL": jnp.asarray(mask_BL)})
 
 
 def noisy(params):
@@ -140,7 +115,7 @@ def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
 
     theirs, c, params, *_ = twins
     config = GenerateConfig(max_new_tokens=NEW, eos=c.end_token, pad=0, start=None)
-    made = generate(Text(c), params, text_batch(*prompts((9, 5, 2), c.vocab)), config)
+    made = generate(TextDecoder(c), params, text_batch(*prompts((9, 5, 2), c.vocab)), config)
     ids_BL, mask_BL = prompts((9, 5, 2), c.vocab, side="left")  # as generate of theirs wants them
     wanted = theirs.generate(
         torch.from_numpy(ids_BL).long(), attention_mask=torch.from_numpy(mask_BL), max_new_tokens=NEW, do_sample=False

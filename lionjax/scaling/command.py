@@ -24,6 +24,8 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--search", action="store_true", help="try meshes, remat policies and batches"
     )
+    words = "let the compiler spend a third of the time, on a slower program that holds about as much"
+    verb.add_argument("--quick", action="store_true", help=words)
     verb.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -40,7 +42,7 @@ def plan(given: argparse.Namespace, overrides: list[str]) -> None:
 
     mesh = None if given.mesh is None else mesh_of(given.mesh, given.slices)
     if given.search:
-        found = list(_searched(experiment, topology, given.stage))
+        found = list(_searched(experiment, topology, given.stage, given.quick))
         found.sort(key=lambda one: (one.fits, one.speed), reverse=True)
         print(
             json.dumps([as_json(one) for one in found], indent=1) if given.json else ranking(found)
@@ -48,18 +50,22 @@ def plan(given: argparse.Namespace, overrides: list[str]) -> None:
         return
     made = []
     for number, generation in wanted(experiment, given.stage):
-        made.append(plans.plan(experiment, topology, number, mesh, generation=generation))
+        made.append(
+            plans.plan(
+                experiment, topology, number, mesh, generation=generation, quick=given.quick
+            )
+        )
         if not given.json:
             print(text(made[-1]), flush=True)
     if given.json:
         print(json.dumps([as_json(one) for one in made], indent=1))
 
 
-def _searched(experiment, topology, stage):
+def _searched(experiment, topology, stage, quick):
     from lionjax.scaling import plans, search
 
     number = plans.stage_number(experiment, stage)
-    for one in search.search(experiment, topology, number):
+    for one in search.search(experiment, topology, number, quick=quick):
         print(line(one), file=sys.stderr, flush=True)
         yield one
 
@@ -128,7 +134,8 @@ def text(made) -> str:
             f"              {made.speed:.4g} rows a second, MFU {made.utilisation:.0%} at most",
         ]
     lines += [f"  note        {note}" for note in made.notes]
-    return "\n".join([*lines, f"  compiled in {made.compile_seconds:.0f} s; nothing was run"])
+    effort = " with the least effort" if made.quick else ""
+    return "\n".join([*lines, f"  compiled in {made.compile_seconds:.0f} s{effort}; nothing was run"])
 
 
 def line(made) -> str:

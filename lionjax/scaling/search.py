@@ -25,7 +25,7 @@ def with_rows(experiment: Experiment, number: int, rows: int) -> Experiment:
 
 
 def search(
-    experiment: Experiment, topology: Topology, number: int, most: int = 12
+    experiment: Experiment, topology: Topology, number: int, most: int = 12, quick: bool = False
 ) -> Iterator[Plan]:
     """Plans for other meshes, then other policies of remembering, then other batch sizes; at most `most`.
 
@@ -48,7 +48,8 @@ def search(
             tried.add(candidate)
             mesh, policy, size = candidate
             try:
-                made = plan(with_rows(experiment, number, size), topology, number, mesh, policy)
+                tried_one = with_rows(experiment, number, size)
+                made = plan(tried_one, topology, number, mesh, policy, quick=quick)
             except UserError as error:
                 log.info("%s", error)
                 continue

@@ -5,12 +5,13 @@ PYTHON ?= python3
 WORKERS ?= 2
 PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
-.PHONY: help demo test test-fast lint
+.PHONY: help demo test test-fast test-prepare lint
 
 help:
 	@echo "make demo       train a tiny LION in three stages, evaluate it, write runs/demo/report.html"
 	@echo "make test       run every test"
 	@echo "make test-fast  run every test but the slow ones"
+	@echo "make test-prepare  the test of data preparation by Apache Beam, in .venv-prepare: its pins are older"
 	@echo "make lint       check the code's form with ruff"
 	@echo "Each sets up .venv the first time. PYTHON=python3.12 chooses the Python, WORKERS=4 the test processes."
 
@@ -25,6 +26,11 @@ test:
 test-fast:
 	@$(PYTHON) launch/environment.py test
 	$(PYTEST) -m "not slow" $(ARGS)
+
+test-prepare:
+	@test -x .venv-prepare/bin/python || $(PYTHON) -m venv .venv-prepare
+	@.venv-prepare/bin/python -m pip install --quiet -c lock/prepare.txt -e ".[prepare]" pytest pytest-timeout
+	JAX_PLATFORMS=cpu .venv-prepare/bin/python -m pytest tests/test_preparing.py $(ARGS)
 
 lint:
 	@$(PYTHON) launch/environment.py test

@@ -152,7 +152,13 @@ def data(given: argparse.Namespace, fields: list[str]) -> None:
             raise UserError("build wants --out FOLDER, where the files go")
         from lionjax.data import built_writer
 
-        print(built_writer.build(source, given.out))
+        tag = None
+        if given.tagger is not None:
+            from lionjax import tagger
+
+            tag = tagger.teller(given.tagger)
+        flags = None if given.beam is None else given.beam.split()
+        print(built_writer.build(source, given.out, tag=tag, beam=flags))
         return
     inspection.inspect(source, given.split, given.limit)
     if given.out is not None:
@@ -244,6 +250,9 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--split", default="train", help="train, validation or heldout")
     verb.add_argument("--limit", type=int, default=3, help="examples shown of each task")
     verb.add_argument("--out", metavar="PATH", type=Path, help="a PNG to draw, a folder to build")
+    verb.add_argument("--tagger", metavar="DIR", type=Path, help="build: tags by RAM in this folder")
+    words = 'build: by Apache Beam, with its flags, as in --beam="--runner=DirectRunner"'
+    verb.add_argument("--beam", metavar="FLAGS", nargs="?", const="", help=words)
 
     verb = add(verbs, convert)
     weights_command.add_arguments(verb)

@@ -11,15 +11,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from lionjax import answering, convert
+from lionjax import answering, convert, sharding
 from lionjax.convert.experts import RAM_FILE
 from lionjax.data import pictures
 from lionjax.interfaces import Params, UserError
@@ -76,6 +77,7 @@ class Tagger:
     config: RamConfig
     params: Params
     tags: TagList
+    mesh: Mesh | None = None  # over whose devices pictures are divided; None: one device
 
     def __post_init__(self):
         if len(self.tags.words) != self.config.tags:
@@ -101,13 +103,23 @@ class Tagger:
         if one or isinstance(images, str | bytes | Path | Image.Image):
             raise UserError(f"images is one {type(images).__name__}; give a list of pictures")
         made = [np.zeros((0, self.config.tags), np.float32)]
-        for start in range(0, len(images), AT_ONCE[-1]):
-            part = [self.pixels(image) for image in images[start : start + AT_ONCE[-1]]]
-            missing = answering.bucket(len(part), AT_ONCE, AT_ONCE[-1]) - len(part)
-            pixels_BHWC = np.stack([*part, *[part[-1]] * missing])
+        each = 1 if self.mesh is None else self.mesh.size
+        most = AT_ONCE[-1] * each
+        for start in range(0, len(images), most):
+            part = [self.pixels(image) for image in images[start : start + most]]
+            rows = each * answering.bucket(-(-len(part) // each), AT_ONCE, AT_ONCE[-1])
+            pixels_BHWC = np.stack([*part, *[part[-1]] * (rows - len(part))])
+            if self.mesh is not None:
+                where = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+                pixels_BHWC = jax.device_put(pixels_BHWC, where)
             share_BV = _probabilities(self.config, self.params, pixels_BHWC)
             made.append(np.asarray(share_BV)[: len(part)])
         return np.concatenate(made)
+
+    def over(self, mesh: Mesh) -> Tagger:
+        """The same tagger with its parameters on all devices of a mesh, each of which looks at a part of a batch."""
+        params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+        return dataclasses.replace(self, params=params, mesh=mesh)
 
     def pixels(self, image: object) -> np.ndarray:
         """A picture as RAM reads it, uint8 (side, side, 3): bilinear, aspect not kept."""
@@ -130,7 +142,8 @@ class Tagger:
             thresholds = [thresholds] * len(words)
         config = dataclasses.replace(self.config, tags=len(words))
         tags = TagList(tuple(words), np.asarray(thresholds, np.float32))
-        return Tagger(config, self.params | {"labels": label_VC}, tags)
+        made = Tagger(config, self.params | {"labels": label_VC}, tags)
+        return made if self.mesh is None else made.over(self.mesh)
 
     def without(self, words: Collection[str]) -> Tagger:
         """The same tagger, which never says these words. Raises UserError for one that is not in its list."""
@@ -165,6 +178,30 @@ def load(folder: str | Path) -> Tagger:
     if not isinstance(config, RamConfig):
         raise UserError(f"{folder} holds a {type(config).__name__}, which is no tagger")
     return Tagger(config, jax.device_put(params), tags)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teller:
+    """Called, it loads a tagger over all devices of this machine and gives the function that tags pictures.
+
+    Small enough to be sent to other machines.
+    """
+
+    folder: Path
+
+    def __call__(self) -> Callable[[Sequence[object]], list[tuple[str, ...]]]:
+        mesh = sharding.make_mesh(devices=jax.local_devices())
+        loaded = load(self.folder).over(mesh)
+        return lambda images: [found.tags for found in loaded.tag(images)]
+
+
+def teller(folder: str | Path) -> Teller:
+    """A `Teller` of a folder. Raises UserError at once where it has no list of tags."""
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give one with RAM's weights and its tags")
+    read_tags([folder, folder / convert.ORIGIN])
+    return Teller(folder)
 
 
 def read_tags(folders: Sequence[Path]) -> TagList:

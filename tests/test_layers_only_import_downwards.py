@@ -36,6 +36,7 @@ FLOORS = (
     "data data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
     "data.processors data.table data.annotations data.coco data.built data.built_writer data.sources "
+    "data.preparing data.beam_writer "
     "data.examples data.inspection data.pipeline training training.distributed training.stages "
     "training.start training.features training.journal training.fingerprints training.checkpoints "
     "training.refused training.loop training.backbones scores search generate answering "

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from lionjax.data import table
 from lionjax.data.table import Photo, Row, Table
 from lionjax.interfaces import UserError
 
-log = logging.getLogger(__name__)
-
 INDEX = "index.npz"
+Tag = Callable[[Sequence], Sequence[Sequence[str]]]  # the tags of each picture
 
 
 @dataclass(frozen=True)
@@ -136,8 +134,8 @@ def dataset_folder(root: Path) -> Path:
     return found[0]
 
 
-def known_of(table: Table) -> Iterator[tuple[int, Known]]:
-    """Each picture of a table with all that is known of it, its outlines numbered anew."""
+def known_of(table: Table) -> list[Known]:
+    """All that is known of each picture of a table, its outlines numbered anew."""
     rows: list[dict[str, list[Row]]] = [{} for _ in table.photos]
     outlines: list[list] = [[] for _ in table.photos]
     for task, all_rows in table.rows.items():
@@ -147,34 +145,4 @@ def known_of(table: Table) -> Iterator[tuple[int, Known]]:
             mine += [table.outlines[region] for region in row.regions]
             fields = {**asdict(row), "regions": regions}
             rows[row.photo].setdefault(task, []).append(_row(fields))
-    for number, photo in enumerate(table.photos):
-        yield number, Known(photo, rows[number], outlines[number])
-
-
-def usable(opened: Table) -> Iterator[tuple[bytes, Known]]:
-    """Picture files and truths that training will accept; what is bad is left out and said."""
-    bad = 0
-    for number, known in known_of(opened):
-        try:
-            opened.read(number)
-            rows = {
-                task: [row for row in rows if _good(task, row, known.photo)]
-                for task, rows in known.rows.items()
-            }
-            yield opened.path(number).read_bytes(), Known(known.photo, rows, known.outlines)
-        except UserError as error:
-            bad += 1
-            log.warning("left out: %s", error)
-    if bad == len(opened):
-        raise UserError(
-            f"none of the {bad} pictures under {opened.root} can be used; see the lines above"
-        )
-
-
-def _good(task: str, row: Row, photo: Photo) -> bool:
-    try:
-        table.ask(task, row, photo, np.random.default_rng(0))
-    except UserError as error:
-        log.warning("left out: %s", error)
-        return False
-    return True
+    return [Known(*one) for one in zip(table.photos, rows, outlines)]

@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,26 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from lionjax.data import pictures, scene_builder
-from lionjax.data.built import INDEX, Known, usable
+from lionjax.data.built import INDEX, Known, Tag
+from lionjax.data.preparing import Worker
 from lionjax.data.sources import SPLITS, Scenes
 from lionjax.data.table import Table
 from lionjax.interfaces import UserError
 
+LEFT_OUT = "left_out.txt"
+AT_ONCE = 256  # pictures that are looked at, tagged and remembered together
+
 
 @dataclasses.dataclass(eq=False)
 class PicturesConfig(tfds.core.BuilderConfig):
-    """The opened splits to write."""
+    """The source, its opened splits to write, and how: `tag` makes the function that names what is on pictures."""
 
+    source: Any = dataclasses.field(default=None, repr=False)
     opened: dict[str, Table] = dataclasses.field(default_factory=dict, repr=False)
+    max_pixels: int = pictures.MAX_PIXELS
+    tag: Callable[[], Tag] | None = dataclasses.field(default=None, repr=False)
+    groups: Path | None = None  # where groups that are done are remembered
+    beam: bool = False
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder):
@@ -46,11 +57,20 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         opened = self.builder_config.opened
-        return {split: self._generate_examples(one) for split, one in opened.items() if len(one)}
+        return {split: self._generate_examples(split) for split, one in opened.items() if len(one)}
 
-    def _generate_examples(self, opened: Table):
-        for number, (image, known) in enumerate(usable(opened)):
-            yield number, {"id": known.photo.name, "image": image, "truth": known.to_json()}
+    def _generate_examples(self, split: str):
+        c = self.builder_config
+        if c.beam:
+            from lionjax.data import beam_writer
+
+            return beam_writer.records(c, split, len(c.opened[split]), AT_ONCE)
+        return self._one_by_one(c, split)
+
+    def _one_by_one(self, c: PicturesConfig, split: str):
+        worker = Worker(c.opened[split], c.tag, c.groups / split)
+        for start in range(0, len(c.opened[split]), AT_ONCE):
+            yield from worker.records(range(start, start + AT_ONCE))
 
 
 @contextlib.contextmanager
@@ -67,12 +87,22 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def build(source: Any, out: str | Path, max_pixels: int = pictures.MAX_PIXELS) -> Path:
+def build(
+    source: Any,
+    out: str | Path,
+    max_pixels: int = pictures.MAX_PIXELS,
+    tag: Callable[[], Tag] | None = None,
+    beam: Sequence[str] | None = None,
+) -> Path:
     """Write all splits of a source under `out` as ArrayRecord and return the folder of the data set.
 
-    Complete by rename: a folder with an index is whole. What stands there already is kept.
+    Complete by rename: a folder with an index is whole. What stands there already is kept. `tag()` gives a function
+    that names what is on pictures; its tags replace the source's. `beam`: flags of Apache Beam, which then does the
+    work; the records are the same. What was left out is listed in left_out.txt there.
     """
     if isinstance(source, Scenes):
+        if tag is not None or beam is not None:
+            raise UserError("scenes are drawn with their tags; build them without --tagger or --beam")
         with quiet():
             return scene_builder.build(out, source.sizes, source.pixels, source.seed)
     # What is not divided is written once; `OpenedBuilt` gives it for every split.
@@ -80,14 +110,46 @@ def build(source: Any, out: str | Path, max_pixels: int = pictures.MAX_PIXELS) -
     opened = {split: source.open(split, max_pixels) for split in splits}
     if not any(len(one) for one in opened.values()):
         raise UserError(f"the source {source.name!r} has no records; there is nothing to write")
-    with quiet():
-        config = PicturesConfig(name=source.name, opened=opened)
-        builder = Pictures(data_dir=out, config=config, file_format="array_record")
-        builder.download_and_prepare()
+    groups = Path(out) / f"part.{source.name}"
+    config = PicturesConfig(
+        name=source.name, source=source, opened=opened, max_pixels=max_pixels, tag=tag,
+        groups=groups, beam=beam is not None,
+    )  # fmt: skip
+    builder = Pictures(data_dir=out, config=config, file_format="array_record")
     folder = Path(builder.data_path)
+    with quiet():
+        try:
+            builder.download_and_prepare(download_config=_download_config(beam))
+        except Exception as error:  # TFDS and Beam refuse a split without records, each in its words
+            left_out = _left_out(groups)
+            if len(left_out) >= sum(map(len, opened.values())):
+                raise UserError(
+                    f"none of the {len(left_out)} pictures of {source.name!r} can be used; first: {left_out[0]}"
+                ) from error
+            raise
     if not (folder / INDEX).is_file():
+        (folder / LEFT_OUT).write_text("".join(f"{reason}\n" for reason in _left_out(groups)))
         write_index(builder, folder)
+    shutil.rmtree(groups, ignore_errors=True)
     return folder
+
+
+def _download_config(beam: Sequence[str] | None):
+    if beam is None:
+        return None
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise UserError("--beam needs Apache Beam; run `pip install 'lionjax[prepare]'`") from error
+    return tfds.download.DownloadConfig(beam_options=PipelineOptions(list(beam)))
+
+
+def _left_out(groups: Path) -> list[str]:
+    """Why pictures and rows were left out, in the order of the pictures."""
+    files = sorted(
+        groups.glob("*/*.json"), key=lambda file: (file.parent.name, int(file.stem.split("-")[0]))
+    )
+    return [reason for file in files for reason in json.loads(file.read_text())["left_out"]]
 
 
 def write_index(builder, folder: Path) -> None:

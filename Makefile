@@ -8,7 +8,7 @@ PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} .venv/bin/python -m pytest -n $(WO
 .PHONY: help demo test test-fast test-prepare lint
 
 help:
-	@echo "make demo       train a tiny LION in three stages, evaluate it, write runs/demo/report.html"
+	@echo "make demo       train the tiny flagship in stages, evaluate it, write runs/demo/report.html"
 	@echo "make test       run every test"
 	@echo "make test-fast  run every test but the slow ones"
 	@echo "make test-prepare  the test of data preparation by Apache Beam, in .venv-prepare: its pins are older"

@@ -7,8 +7,9 @@ import logging
 from pathlib import Path
 
 from lionjax.data import processors
+from lionjax.heads import PlaceConfig
 from lionjax.language.t5 import TINY_T5
-from lionjax.training import backbones, language_backbone, vision_backbone
+from lionjax.training import backbones, language_backbone, place_backbone, vision_backbone
 from lionjax.training.backbones import BackbonesConfig
 from lionjax.vision.vit import TINY_VIT
 
@@ -18,9 +19,21 @@ def get_config() -> BackbonesConfig:
     return BackbonesConfig(vision=TINY_VIT, language=TINY_T5)
 
 
+# Boxes as embeddings: two words that the tokenizer has for them, and heads of the flagship's size.
+PLACES = PlaceConfig(
+    trigger_token=19,
+    location_token=20,
+    location_hidden=256,
+    giou_weight=0.8,  # the paper's
+    cycle_weight=0.1,  # the frozen T5's states cannot come to meet the boxes' embeddings
+    mask_tokens=2,
+    max_boxes=6,
+)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("vision", "language", "alignment", "all"), default="all")
+    parser.add_argument("--part", choices=("vision", "language", "alignment", "places", "all"), default="all")
     parser.add_argument("--again", action="store_true", help="go on from the files in --out")
     parser.add_argument("--out", type=Path, default=Path("lionjax/data/assets"))
     arguments = parser.parse_args()
@@ -50,3 +63,13 @@ if __name__ == "__main__":
         backbones.save(params, "vision", vit)
         figures = json.loads((out / "tiny_vit.json").read_text()) | near
         (out / "tiny_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if arguments.part in ("places", "all"):
+        reader = backbones.load(t5) | backbones.load(told)
+        params, word, figures = place_backbone.train_places(
+            config, place_backbone.PlacesSchedule(), PLACES, reader
+        )
+        backbones.save(params, "locations", out / "tiny_places.safetensors")
+        language = backbones.load(t5)["language"]
+        language["embedding"]["table"][PLACES.trigger_token] = word
+        backbones.save(language, "language", t5)
+        (out / "tiny_places.json").write_text(json.dumps(figures, indent=1) + "\n")

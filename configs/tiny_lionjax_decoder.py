@@ -38,5 +38,5 @@ def get_config() -> Experiment:
         system=dataclasses.replace(whole.system, language=language),
         data=dataclasses.replace(whole.data, processor=processor),
         stages=stages,
-        weights=tuple(pair for pair in whole.weights if pair[0] != "language"),
+        weights=tuple(pair for pair in whole.weights if pair[0] not in ("language", "locations")),
     )

@@ -11,14 +11,15 @@ PATH="$PWD/.venv/bin:$PATH"
 RUN="${1:-runs/demo}"
 
 # Three stages over frozen tiny backbones: the Q-Former learns to describe whole pictures, the aggregator learns
-# to point, then both work together while the routers learn whom to listen to for which task.
-lionjax train configs/tiny_lion.py --workdir "$RUN"
+# to point, then both work together while the routers learn whom to listen to for which task. At last a short one
+# for masks, from a tenth of them.
+lionjax train configs/tiny_lionjax.py --workdir "$RUN"
 
 # The same weights under the names of the original PyTorch code, read back and compared bit by bit.
 rm -rf "$RUN/torch"
 lionjax convert "$RUN" "$RUN/torch" --to torch
 
-# A question and a search, on a picture that it never saw; the box is drawn into the second one's copy.
+# A question and a search, on a picture that it never saw; box and mask are drawn into the second one's copy.
 PICTURES=("$RUN"/evaluation/pictures/*.png)
 PICTURE="${PICTURES[0]}"
 lionjax generate "$RUN" --image "$PICTURE" --prompt "Describe the image in one short sentence."

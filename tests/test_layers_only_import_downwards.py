@@ -44,7 +44,8 @@ FLOORS = (
     "evaluation.benchmarks evaluation.goodput evaluation.report plots",
     # 5: where everything meets
     "model tagger scaling scaling.plans scaling.compiled scaling.search scaling.command convert.command "
-    "cli agents demo training.language_backbone training.vision_backbone training.mask_backbone",
+    "cli agents demo training.language_backbone training.vision_backbone training.mask_backbone "
+    "training.place_backbone",
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
 # A package stands on the floor of what it offers: `from lionjax.convert import from_torch` needs floor 3.
@@ -85,6 +86,7 @@ SIDEWAYS = {
     ("convert.originals", "convert.systems"),
     ("systems.prefix", "systems.prefix_names"),
     ("training.vision_backbone", "training.language_backbone"),  # whose words it is aligned with
+    ("training.place_backbone", "training.language_backbone"),  # which learns a word more
     ("convert.placed", "convert.coverage"),
     ("convert.placed", "convert.folders"),
     ("convert.placed", "convert.systems"),
@@ -136,7 +138,7 @@ SIDEWAYS = {
     ("evaluation", "plots"),
 }
 # The tiny backbones are trained with heads of their own, which are then thrown away.
-KNOW_FLAX = {"sharding", "training.language_backbone", "training.vision_backbone"}
+KNOW_FLAX = {"sharding", *(f"training.{part}_backbone" for part in ("language", "vision", "place"))}
 KNOW_NO_SYSTEM = {"data", "training", "evaluation", "scores", "search", "generate", "answering"}
 ORIGINALS = {"torch", "transformers", "tensorflow"}  # only conversion knows that they exist
 MODELS_OF_ELSEWHERE = {"jax", "flax", "optax", "orbax"}  # data hands numpy arrays to whoever reads

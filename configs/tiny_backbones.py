@@ -33,7 +33,9 @@ PLACES = PlaceConfig(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("vision", "language", "alignment", "places", "all"), default="all")
+    parser.add_argument(
+        "--part", choices=("vision", "language", "alignment", "places", "all"), default="all"
+    )
     parser.add_argument("--again", action="store_true", help="go on from the files in --out")
     parser.add_argument("--out", type=Path, default=Path("lionjax/data/assets"))
     arguments = parser.parse_args()

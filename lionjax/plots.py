@@ -24,7 +24,7 @@ DARK = dict(page="#16191d", ink="#e6e8eb", faint="#848d97", line="#2c3138", curv
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """One thing to draw on a picture: a box, a mask, or both, with a few words."""
+    """One thing to draw on a picture: a box, a mask, or both, with a few words. A dashed one's mask is only edged."""
 
     box: Sequence[float] | None = None
     label: str = ""
@@ -46,7 +46,8 @@ def draw(image, marks: Sequence[Mark], side: int = 480) -> Image.Image:
     colours = [mark.colour or PALETTE[i % len(PALETTE)] for i, mark in enumerate(marks)]
     for mark, colour in zip(marks, colours):
         if mark.mask is not None:
-            picture = tinted(picture, np.asarray(mark.mask, bool), colour)
+            inside = 0.0 if mark.dashed else 0.45
+            picture = tinted(picture, np.asarray(mark.mask, bool), colour, inside)
     pen, line = ImageDraw.Draw(picture), max(3, round(max(size) / 130))
     for mark, colour in zip(marks, colours):
         if mark.box is not None:
@@ -97,14 +98,14 @@ def box_of(mask: np.ndarray | None) -> tuple[float, float, float, float]:
     )
 
 
-def tinted(picture: Image.Image, mask: np.ndarray, colour: str) -> Image.Image:
-    """The picture with the mask's area half covered by a colour and edged by it."""
+def tinted(picture: Image.Image, mask: np.ndarray, colour: str, inside: float) -> Image.Image:
+    """The picture with the mask's area edged by a colour and covered by it, `inside` of 0..1."""
     mask = np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST))
     padded = np.pad(mask, 2)
     inner = mask.copy()
     for dy, dx in ((0, 2), (4, 2), (2, 0), (2, 4)):
         inner &= padded[dy : dy + mask.shape[0], dx : dx + mask.shape[1]]
-    share = np.where(mask & ~inner, 0.95, np.where(mask, 0.45, 0.0))[..., None]
+    share = np.where(mask & ~inner, 0.95, np.where(mask, inside, 0.0))[..., None]
     mixed = np.asarray(picture) * (1 - share) + np.array(rgb(colour)) * share
     return Image.fromarray(mixed.round().astype(np.uint8))
 

@@ -329,7 +329,8 @@ def illustrated(row: Mapping, workdir: Path) -> Image.Image | None:
         ("", plots.PREDICTED, False),
     ):
         marks += [Mark(box, colour=colour, dashed=dashed) for box in row.get(kind + "boxes") or ()]
-        marks += [Mark(colour=colour, mask=mask) for mask in decoded(row.get(kind + "masks") or ())]
+        masks = decoded(row.get(kind + "masks") or ())
+        marks += [Mark(colour=colour, dashed=dashed, mask=mask) for mask in masks]
     return plots.draw(path, marks)
 
 

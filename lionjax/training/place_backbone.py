@@ -156,7 +156,13 @@ def train_places(
             sums.append(said)
             if number % 100 == 99 or number == schedule.steps - 1:
                 loss, iou = np.mean(jax.device_get(sums), axis=0)
-                log.info("places step %d loss %.4f IoU %.3f %.0f s", number, loss, iou, time.time() - begun)
+                log.info(
+                    "places step %d loss %.4f IoU %.3f %.0f s",
+                    number,
+                    loss,
+                    iou,
+                    time.time() - begun,
+                )
                 sums = []
         waiting.cancel()
     see, rng = jax.jit(loss_of), np.random.default_rng(1)

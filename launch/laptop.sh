@@ -23,7 +23,7 @@ lionjax convert "$RUN" "$RUN/torch" --to torch
 PICTURES=("$RUN"/evaluation/pictures/*.png)
 PICTURE="${PICTURES[0]}"
 lionjax generate "$RUN" --image "$PICTURE" --prompt "Describe the image in one short sentence."
-lionjax generate "$RUN" --image "$PICTURE" --prompt "Where is the leftmost object?" --out "$RUN/where.png"
+lionjax generate "$RUN" --image "$PICTURE" --prompt "Where is the orange ring?" --out "$RUN/where.png"
 
 # Curves, tables against baselines, and held-out pictures with the answers given: report.html, report.json.
 lionjax report "$RUN"

@@ -79,7 +79,7 @@ def get_config() -> Experiment:
         ),
         stages=(
             Stage(
-                "image_level", 280, (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), IMAGE_LEVEL,
+                "image_level", 260, (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), IMAGE_LEVEL,
                 system=(("visual_input", "QFORMER"),), **shared | {"learning_rate": 1e-3},
             ),
             Stage(
@@ -87,10 +87,10 @@ def get_config() -> Experiment:
                 system=(("visual_input", "AGGREGATOR"),), **shared, **places,
             ),
             Stage(
-                "both_levels", 340, (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt", "locations"),
+                "both_levels", 320, (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt", "locations"),
                 IMAGE_LEVEL + REGION_LEVEL, **shared, **places,
             ),
-            Stage("masks", 50, MASKS, (("res", 1.0),), system=(("objective", "masks"),), **shared),
+            Stage("masks", 40, MASKS, (("res", 1.0),), system=(("objective", "masks"),), **shared),
         ),
         run=RunConfig(log_every=20, save_every=200, keep=2, frozen_dtype="float32", cache_features=True),
         weights=(

@@ -3,13 +3,15 @@
 
 Words and boxes first, then instructions, then masks with all but their prompts and SAM's decoder frozen. Wants the
 public weights, converted once with `lionjax convert`; Vicuna's with the five added tokens. Steps, rates and batch are
-the release's. Its data are Shikra's annotation files; here stand the tasks that they come to.
+the release's. Its data are Shikra's annotation files, as JSON lines that name their task; a weight stands for how much
+of a stage a file is, which in the first stage is about its size in the release's plain concatenation, and in the second
+half instructions (`conversation`: Shikra-RD's and LLaVA's) and half five equal streams.
 """
 
 import dataclasses
 
 from lionjax.config import Experiment, MeshConfig, RunConfig, Stage
-from lionjax.data.annotations import RefCoco
+from lionjax.data.annotations import Lines, RefCoco, Vqa
 from lionjax.data.coco import Coco
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processors import ProcessorConfig
@@ -20,8 +22,26 @@ from lionjax.vision.vit import CLIP_VIT_L
 
 WORDS_AND_BOXES = ("language", "projector", "locations")
 MASKS = ("mask_prompts", "sam/decoder")
-PRETRAIN = (("rec", 3.0), ("reg", 2.0), ("caption", 2.0), ("vqa", 2.0))
-INSTRUCT = (("rec", 1.0), ("reg", 0.5), ("vqa", 1.0), ("caption", 1.0), ("existence", 0.5))
+PRETRAIN = (
+    ("refcoco/rec", 3.0), ("refcoco/reg", 3.0), ("vqa/vqa", 4.0), ("coco/caption", 4.0), ("genome/rec", 3.5),
+    ("genome/reg", 2.0), ("flickr/grounded", 1.5), ("vcr/vqa", 2.0), ("visual7w/rec", 2.0),
+)  # fmt: skip
+INSTRUCT = (
+    ("instructions/conversation", 5.0),
+    ("flickr/grounded", 1.0), ("refcoco/rec", 1.0), ("vqa/vqa", 1.0), ("vcr/vqa", 1.0),
+    ("coco/caption", 0.7), ("genome/reg", 0.3),
+)  # fmt: skip
+SOURCES = (
+    Coco("data/coco"),
+    RefCoco("data/refcoco/train.json", "data/coco/images"),
+    Vqa("data/vqa/questions.json", "data/vqa/annotations.json", "data/coco/images", "{:012d}.jpg"),
+    *(
+        Lines(f"data/{name}/train.jsonl", f"data/{images}/images", name=name)
+        for name, images in (
+            ("genome", "genome"), ("flickr", "flickr"), ("vcr", "vcr"), ("visual7w", "coco"), ("instructions", "coco"),
+        )
+    ),
+)  # fmt: skip
 BATCH = 64
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -48,7 +68,7 @@ def get_config() -> Experiment:
             dtype="bfloat16",
         ),
         data=DataConfig(
-            sources=(Coco("data/coco"), RefCoco("data/refcoco/train.json", "data/coco/images")),
+            sources=SOURCES,
             processor=ProcessorConfig(
                 image_size=336,
                 tokenizer="weights/vicuna_7b",
@@ -67,7 +87,7 @@ def get_config() -> Experiment:
         stages=(
             stage("pretrain", 65_000, WORDS_AND_BOXES, PRETRAIN),
             stage("instruct", 4_950, WORDS_AND_BOXES, INSTRUCT),
-            stage("masks", 5_950, MASKS, (("res", 1.0),), system=(("objective", "masks"),)),
+            stage("masks", 5_950, MASKS, (("coco/res", 1.0),), system=(("objective", "masks"),)),
         ),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),

@@ -2,8 +2,8 @@
 """A whole NExT-Chat that trains on a laptop: a small decoder learned from nothing, frozen small ViT and SAM.
 
 The same three stages as configs/nextchat_7b.py, on the embedded scenes. With `--data.processor.places digits`
-(Shikra's) or `bins` (Kosmos-2's location tokens) the same model writes boxes as text instead of pointing at them; in a
-mixture, `rec@digits` does so for one task beside the others, so that both can be compared in one run.
+(Shikra's) or `bins` (Kosmos-2's location tokens) the same model writes boxes as text instead of pointing at them. In
+the mixtures `rec@digits` and `rec@bins` do so for one task beside the others: one run compares all three.
 """
 
 from lionjax.config import Experiment, RunConfig, Stage
@@ -18,16 +18,16 @@ from lionjax.vision.vit import TINY_VIT
 WORDS_AND_BOXES = ("language", "projector", "locations")
 MASKS = ("mask_prompts", "sam/decoder")
 PRETRAIN = (
-    ("rec", 3.0), ("rec@digits", 0.5), ("reg", 2.0), ("box_vqa", 1.0), ("grounded", 1.0), ("caption", 1.0),
-    ("vqa", 3.0),
+    ("rec", 3.0), ("rec@digits", 0.5), ("rec@bins", 0.5), ("reg", 2.0), ("box_vqa", 1.0), ("grounded", 1.0),
+    ("caption", 1.0), ("vqa", 3.0),
 )  # fmt: skip
 INSTRUCT = (*PRETRAIN, ("existence", 1.0), ("relation", 0.5), ("conversation", 0.5))
-WORDS = 1024  # of the tiny tokenizer; location tokens follow them
+WORDS, BINS = 1024, 32  # of the tiny tokenizer; a side of the location tokens, which follow them
 
 SYSTEM = NextChat(
     vision=TINY_VIT,
     language=DecoderConfig(
-        vocab=WORDS + 32 * 32, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=384, end_token=1,
+        vocab=WORDS + BINS**2, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=384, end_token=1,
     ),
     sam=TINY_SAM,
     feature_layer=-1,
@@ -66,6 +66,7 @@ def get_config() -> Experiment:
                 template="{image} {question}",
                 image_tokens=TINY_VIT.patches,
                 places="embeddings",
+                bins=BINS,
                 boxes=6,
                 sam_size=TINY_SAM.image,
             ),

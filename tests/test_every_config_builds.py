@@ -84,3 +84,11 @@ def test_lion_trains_as_many_parameters_as_the_release(name, wanted):
     experiment = config.load(CONFIGS / f"{name}.py")
     trainable, _ = trees.split(shapes(experiment), experiment.stages[-1].trainable)
     assert trees.count(trainable) == wanted
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_task_of_a_mixture_names_a_source_that_the_config_has(name):
+    what = config.load(CONFIGS / f"{name}.py")
+    sources = {source.name for source in what.data.sources}
+    asked = {task.rpartition("/")[0] for stage in what.stages for task, _ in stage.mixture}
+    assert asked - {""} <= sources

@@ -154,6 +154,32 @@ def test_masks_of_an_answer_come_from_its_boxes_and_states(params):
     np.testing.assert_allclose(masks(params, seen, box, state)[0], logits, atol=1e-5)
 
 
+def test_sam_sees_each_picture_once_however_many_boxes_it_has(params):
+    def operations(boxes: int) -> float:
+        box, state = jnp.zeros((2, boxes, 4)), jnp.zeros((2, boxes, 16))
+        return jax.jit(TINY.masks).lower(params, batch_of([[5], [6]]), box, state).cost_analysis()["flops"]
+
+    def seeing() -> float:
+        system = dataclasses.replace(TINY)
+        bare = dataclasses.replace(batch_of([[5], [6]], sam=False), boxes_BK4=None)
+        both = jax.jit(system.features).lower(params, batch_of([[5], [6]])).cost_analysis()["flops"]
+        return both - jax.jit(system.features).lower(params, bare).cost_analysis()["flops"]
+
+    one, three, five = map(operations, (1, 3, 5))
+    each = (three - one) / 2
+    assert five - three == pytest.approx(2 * each, rel=0.02)
+    assert one - each == pytest.approx(seeing(), rel=0.05)  # what is left when no box is asked about
+
+
+def test_the_weight_of_giou_is_the_configs(params):
+    batch = batch_of(ASKED, ANSWERS, GIVEN)
+    (_, code), _ = slopes("language")(params, batch)
+    _, paper = jax.jit(dataclasses.replace(TINY, giou_weight=0.8).loss)(params, batch)
+    assert TINY.giou_weight == 0.2 and float(code["loss_giou"]) > 0
+    assert float(paper["loss_giou"]) == pytest.approx(4 * float(code["loss_giou"]), rel=1e-5)
+    assert float(paper["loss_l1"]) == pytest.approx(float(code["loss_l1"]), rel=1e-5)
+
+
 ANSWERS = [[20, TRIGGER, LOCATION, 21, TRIGGER, LOCATION, END], [22, 23, END]]
 ASKED = [[5, TRIGGER, LOCATION, 6], [7]]
 SAID = [[0.1, 0.2, 0.5, 0.7], [0.3, 0.3, 0.9, 0.8]]  # in the answer, after one that the question asks about

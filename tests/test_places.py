@@ -2,6 +2,7 @@
 """Boxes in texts: as digits, location tokens or embeddings; into a padded square and back; and boxes that are none."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,3 +220,17 @@ def test_one_task_of_a_mixture_may_write_its_boxes_otherwise_and_says_so():
     assert records.processor.decode(rows[1]["prompt"]).endswith("Write places in digits.")
     with pytest.raises(UserError, match="'words'; choose one of digits"):
         records.parts("rec@words")
+
+
+def test_the_tiny_nextchat_learns_and_compares_boxes_in_all_three_ways_in_one_run():
+    from lionjax import config
+    from lionjax.evaluation import benchmarks
+
+    what = config.load(Path(__file__).parent.parent / "configs" / "tiny_nextchat.py")
+    assert {"rec", "digits_rec", "bins_rec"} <= set(map(benchmarks.label_of, benchmarks.names_of(what)))
+    records = Records(dataclasses.replace(what.data, sources=(Scenes((40, 4, 4), pixels=56),)), "train")
+    first, language = records.processor.codec.first_bin, what.system.language
+    for name, pointed, written in (("rec", 1, 0), ("rec@digits", 0, 0), ("rec@bins", 0, 2)):
+        (part,) = records.parts(name)
+        ids = records.row(part, 0, np.random.default_rng(0))["target"]
+        assert ((ids == HERE).sum(), (ids >= first).sum()) == (pointed, written) and ids.max() < language.vocab

@@ -14,9 +14,11 @@ from lionjax.data import annotations, inspection, sources, table
 from lionjax.data.annotations import Lines, RefCoco, Vqa
 from lionjax.data.built import Built
 from lionjax.data.coco import Coco
-from lionjax.data.examples import DataConfig, examples
+from lionjax.data.examples import DataConfig, Records, examples
 from lionjax.data.pictures import MAX_PIXELS
+from lionjax.data.processors import ProcessorConfig
 from lionjax.data.sources import EasyVqa, Scenes, open_split
+from lionjax.data.squares import Square
 from lionjax.interfaces import UserError
 
 DATA = Path(os.environ.get("LIONJAX_DATA", Path(__file__).parent / "data"))
@@ -499,6 +501,28 @@ def test_83_photographs_of_coco_give_every_task_and_every_box_lies_in_its_pictur
         edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
         width, height = sample.picture.size
         np.testing.assert_allclose(edges, np.array(box) * (width, height, width, height), atol=4)
+
+
+@needs_data
+def test_boxes_and_masks_of_photographs_lie_over_each_other_in_the_padded_square_and_come_back():
+    side = 112
+    words = ProcessorConfig(side, places="embeddings", boxes=4, padded=True, sam_size=side, tags=False)
+    records = Records(DataConfig(sources=(Coco(str(DATA / "coco83"), share=0),), processor=words), "train")
+    (part,) = records.parts("res")
+    shapes = set()
+    for index in range(12):
+        row = records.row(part, index, np.random.default_rng(index), masks=True)
+        (place,) = np.flatnonzero(row["masks_mask"])
+        rows, columns = np.nonzero(row["masks"][place])
+        edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / side
+        np.testing.assert_allclose(edges, row["boxes"][place], atol=3 / side)
+        opened, record = records.opened[0], records.opened[0].record("res", index)
+        picture, truth = opened.read(record)
+        (true,) = opened.ask("res", index, truth, np.random.default_rng(index), 0.0).boxes
+        np.testing.assert_allclose(Square(*picture.size).back(row["boxes"][place].tolist()), true, atol=1e-5)
+        assert picture.size == tuple(row["size"])
+        shapes.add(picture.size[0] > picture.size[1])
+    assert shapes == {True, False}  # wide ones and tall ones
 
 
 @needs_data

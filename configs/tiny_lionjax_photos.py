@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tiny_lionjax.py on photographs: a folder in COCO's format, and easy-VQA.
+
+    lionjax train configs/tiny_lionjax_photos.py --workdir runs/photos --data.sources.0.folder MY_COCO_FOLDER
+
+Shows that real pictures of any shape go through all four stages, with their boxes and masks; it is no model to use.
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from lionjax.config import Experiment
+from lionjax.data.coco import Coco
+from lionjax.data.sources import EasyVqa
+
+scenes = runpy.run_path(str(Path(__file__).with_name("tiny_lionjax.py")))["get_config"]
+
+TASKS = ("vqa", "caption", "existence", "tags", "rec", "reg", "res")  # that these sources have
+
+
+def get_config() -> Experiment:
+    """The same schedule over other data, without the tasks that only scenes have."""
+    drawn = scenes()
+    stages = tuple(
+        dataclasses.replace(
+            stage, mixture=tuple((task, share) for task, share in stage.mixture if task in TASKS)
+        )
+        for stage in drawn.stages
+    )
+    sources = (Coco("data/coco", share=0.2), EasyVqa())
+    data = dataclasses.replace(drawn.data, sources=sources, tag_noise=0.1, mask_share=1.0)
+    return dataclasses.replace(drawn, name="tiny_lionjax_photos", data=data, stages=stages)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What box heads and mask decoding add to a train step of the tiny flagship (goal: under 15 %).
 
-python -m benchmarks.heads [--batch 32] [--repeats 15]
+python -m benchmarks.heads [--batch 32] [--repeats 15] [--pictures]
 
 One batch of the last stage but one with `res` among its tasks; the step of configs/tiny_lionjax.py with both streams:
 words alone; words and boxes (G, F and their four losses); words, boxes and the masks of the same states, as if both
-objectives ran at once. From pictures, and with the frozen features kept, as the demo runs. The masks stage as it is
-stands beside it: there the language model has no backward pass.
+objectives ran at once. The frozen features are kept, as in the demo; with --pictures they are computed in every step.
+The masks stage as it is stands beside it: there the language model has no backward pass.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ GOAL = 0.15
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How many rows, and how often."""
+    """How many rows, how often, and whether the frozen towers run in every step."""
 
     batch: int = 32
     repeats: int = 15
+    pictures: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,21 +88,20 @@ def main() -> None:
     plain = dataclasses.replace(words, places=None, sam=None)
     learned, mask_parts = what.stages[-2].trainable, what.stages[-1].trainable
     bare = tuple(part for part in learned if part != "locations")
-    seen = jax.jit(words.features)(params, batch)
-    kept = dataclasses.replace(batch, features=seen, image_BHWC=None, sam_image_BHWC=None)
-    for name, given in (("from pictures", batch), ("features kept", kept)):
-        given = sharding.put_batch(given, mesh)
-        steps = {
-            "words": step_of(what, plain, bare, without_masks(given), params, mesh),
-            "words and boxes": step_of(what, words, learned, without_masks(given), params, mesh),
-            "words, boxes and masks": step_of(
-                what, AtOnce(words), (*learned, *mask_parts), given, params, mesh
-            ),
-            "the masks stage": step_of(
-                what, dataclasses.replace(words, objective="masks"), mask_parts, given, params, mesh
-            ),
-        }
-        tell(name, measured(steps, run.repeats))
+    if not run.pictures:
+        seen = jax.jit(words.features)(params, batch)
+        batch = dataclasses.replace(batch, features=seen, image_BHWC=None, sam_image_BHWC=None)
+    batch = sharding.put_batch(batch, mesh)
+    only = dataclasses.replace(words, objective="masks")
+    steps = {
+        "words": step_of(what, plain, bare, without_masks(batch), params, mesh),
+        "words and boxes": step_of(what, words, learned, without_masks(batch), params, mesh),
+        "words, boxes and masks": step_of(
+            what, AtOnce(words), (*learned, *mask_parts), batch, params, mesh
+        ),
+        "the masks stage": step_of(what, only, mask_parts, batch, params, mesh),
+    }
+    tell("from pictures" if run.pictures else "features kept", measured(steps, run.repeats))
 
 
 def without_masks(batch: Batch) -> Batch:

@@ -77,7 +77,9 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
     devices = jax.devices() if devices is None else list(devices)
     shape = config.shape(len(devices))
     if config.slices > 1 and getattr(devices[0], "slice_index", None) is not None:
-        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (shape[0], 1, 1, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, *shape[1:]), (shape[0], 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # jax makes Explicit axes by default, under which linen's logical constraints fail inside init.

@@ -266,6 +266,14 @@ def test_between_slices_only_gradients_go():
     assert any(one.kind == "all-gather" and not one.far for one in found)
 
 
+@compiles
+def test_slices_may_be_cut_where_the_chips_of_one_do_not_lie_as_the_mesh_does():
+    pod = topologies.parse("v5e-256", 2)
+    grid = sharding.make_mesh(MeshConfig(1, 32, 8, slices=2), topologies.devices(pod))
+    assert tuple(grid.shape.values()) == (2, 1, 32, 8)
+    assert all(len({device.slice_index for device in part.flat}) == 1 for part in grid.devices)
+
+
 # What fits, and how a plan reads
 
 

@@ -13,7 +13,7 @@ from lionjax.language.t5 import TINY_T5
 from lionjax.systems.prefix import Prefix
 from lionjax.vision.vit import TINY_VIT
 
-WORDS = (("vqa", 5.0), ("existence", 2.0), ("relation", 1.0), ("caption", 1.5))
+WORDS = (("vqa", 5.0), ("existence", 2.0), ("caption", 1.5))
 PLACES = (("rec", 3.0), ("reg", 1.0))
 BACKBONES = (
     ("vision", "shipped:tiny_vit.safetensors"),
@@ -26,7 +26,7 @@ def stage(
 ) -> Stage:
     """One stage at the rates that suit these sizes."""
     return Stage(
-        name, steps, trainable, mixture, 32, learning_rate=rate, warmup_steps=50, weight_decay=0.01
+        name, steps, trainable, mixture, 32, learning_rate=rate, warmup_steps=20, weight_decay=0.01
     )
 
 
@@ -45,7 +45,7 @@ def experiment(
         name=name,
         system=system,
         data=DataConfig(
-            sources=(Scenes(sizes=(3000, 300, 400), pixels=192),),
+            sources=(Scenes(sizes=(3000, 300, 400), pixels=TINY_VIT.image),),
             processor=ProcessorConfig(image_size=TINY_VIT.image, **texts),
         ),
         stages=stages,
@@ -66,7 +66,7 @@ SYSTEM = Prefix(TINY_VIT, TINY_T5, feature_layer=-1, image_token=None, names="or
 def get_config() -> Experiment:
     """The whole run."""
     stages = (
-        stage("align", 400, ("projector",)),
-        stage("instruct", 400, ("projector", "language"), rate=3e-4),
+        stage("align", 200, ("projector",), rate=3e-3),
+        stage("instruct", 400, ("projector", "language"), rate=5e-4),
     )
     return experiment("tiny_llava", SYSTEM, stages)

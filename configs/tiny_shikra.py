@@ -13,5 +13,6 @@ llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 def get_config() -> Experiment:
     """The whole run."""
     system = dataclasses.replace(llava["SYSTEM"], projector_depth=1)
-    stages = (llava["stage"]("speak", 800, ("projector", "language"), rate=5e-4),)
+    mixture = (("rec", 5.0), ("reg", 1.0), ("vqa", 3.0), ("caption", 1.0))
+    stages = (llava["stage"]("speak", 600, ("projector", "language"), mixture, 7e-4),)
     return llava["experiment"]("tiny_shikra", system, stages)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every system of the family trained on scenes by its own recipe, and what it answers beside itself shown no picture.
+
+python -m benchmarks.family [--systems llava flamingo ...] [--limit 200] [--workdir runs/family] [--out FILE]
+python -m benchmarks.family --shots [--systems frozen flamingo]
+
+The configs are configs/tiny_*.py as they stand. BLIP-2 and InstructBLIP go on with the Q-Former of BLIP-2's first stage,
+MiniGPT-4 with that of BLIP-2. Each row: parameters that some stage trains, scores on held-out scenes, in brackets those
+of the same model shown a blank picture, and seconds of training and of answering. The program ends with exit code 1
+where a score is not better than the blind one by `MARGINS`, which were written down before anything was trained, or
+where a part that no stage trains is not bit for bit what it was. Finished runs are not made again: delete --workdir.
+
+--shots asks trained models again with 0, 1, 2, 4 and 8 examples of training scenes before each question, drawn at
+random or those whose pictures look most alike (RICES).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import tyro
+
+from lionjax import config, model
+from lionjax import params as trees
+from lionjax.config import Experiment
+from lionjax.data import pipeline
+from lionjax.evaluation import benchmarks
+from lionjax.interfaces import Params
+from lionjax.training import loop, start
+
+ROOT = Path(__file__).resolve().parent.parent
+SYSTEMS = (
+    "llava", "shikra", "blip2_first", "blip2", "instructblip", "minigpt4", "mplug_owl", "frozen", "kosmos2", "flamingo",
+)  # fmt: skip
+FEW_SHOT = ("frozen", "flamingo")
+BRIDGE = ("qformer", "vision_norm")
+GOES_ON = {"blip2": "blip2_first", "instructblip": "blip2_first", "minigpt4": "blip2"}
+SCORES = {"vqa": "vqa_accuracy", "caption": "caption_cider", "rec": "rec_accuracy_50"}
+# How much better a system must be than itself blind. Frozen hears of a picture in two words made of the mean of all
+# patches, and MiniGPT-4 trains one linear: less is asked of these.
+MARGINS = {"vqa": 0.15, "caption": 0.5, "rec": 0.15}
+LESS = {
+    "frozen": {"vqa": 0.03, "caption": 0.2},
+    "minigpt4": {"vqa": 0.1, "caption": 0.3},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Which systems, how many questions of each benchmark. `shots`: few-shot curves of trained ones."""
+
+    systems: tuple[str, ...] = ()
+    limit: int = 200
+    shots: bool = False
+    workdir: Path = Path("runs/family")
+    out: Path | None = None
+
+
+def experiment_of(name: str, workdir: Path) -> Experiment:
+    """The config of a system, going on with what the one before it learned where that is the recipe."""
+    experiment = config.load(ROOT / "configs" / f"tiny_{name}.py")
+    if name not in GOES_ON:
+        return experiment
+    kept = tuple(pair for pair in experiment.weights if pair[0] not in BRIDGE)
+    file = str(workdir / GOES_ON[name] / f"bridge_for_{name}.safetensors")
+    return dataclasses.replace(experiment, weights=(*kept, *((part, file) for part in BRIDGE)))
+
+
+def hand_on(params: Params, workdir: Path, name: str) -> None:
+    """Write the bridge that one system learned for those that go on with it, each what it has room for."""
+    flat = trees.flatten(params)
+    for after in (after for after, before in GOES_ON.items() if before == name):
+        experiment = config.load(ROOT / "configs" / f"tiny_{after}.py")
+        example = model.example(model.Processor(experiment.data.processor))
+        layout = start.layout(experiment, example, model.sharding.make_mesh(experiment.mesh))
+        wanted = trees.flatten(trees.merge(layout.never, layout.learned))
+        part = {path: np.asarray(flat[path]) for path in wanted if path.split("/")[0] in BRIDGE}
+        safetensors.numpy.save_file(part, workdir / name / f"bridge_for_{after}.safetensors")
+
+
+def unchanged(experiment: Experiment, params: Params, report: dict) -> bool:
+    """Whether what a stage freezes stayed as it was, and what no stage trains is still what its file holds."""
+    patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
+    _, never = trees.split(params, patterns)
+    never, same = trees.flatten(never), all(stage["frozen_unchanged"] for stage in report["stages"])
+    for prefix, file in experiment.weights:
+        held = safetensors.numpy.load_file(start.shipped(file))
+        for path, leaf in never.items():
+            if path in held and path.split("/")[0] == prefix:
+                same &= np.array_equal(np.asarray(leaf, held[path].dtype), held[path])
+    return bool(same)
+
+
+def trained(run: Run, name: str) -> dict:
+    """The figures of one system, trained first where it is not yet."""
+    folder, began = run.workdir / name, time.time()
+    if (folder / "family.json").is_file():
+        return json.loads((folder / "family.json").read_text())
+    experiment = experiment_of(name, run.workdir)
+    params, report = loop.train(experiment, folder, pipeline.batches, began)
+    hand_on(params, run.workdir, name)
+    learned = time.time()
+    asked = [task for task in benchmarks.names_of(experiment) if task in SCORES]
+    answerer = model.of_params(experiment, params).answerer
+    entries = benchmarks.evaluate_all(answerer, experiment, asked, folder, run.limit)
+    patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
+    row = {
+        "system": name,
+        "trainable": trees.count(trees.split(params, patterns)[0]),
+        "steps": sum(stage.steps for stage in experiment.stages),
+        "unchanged": unchanged(experiment, params, report),
+        "seconds": [round(learned - began), round(time.time() - learned)],
+        "limit": run.limit,
+    }
+    for task, entry in entries.items():
+        key = SCORES[task]
+        row[task] = [round(entry[what][key], 3) for what in ("metrics", "blind", "majority")]
+    (folder / "family.json").write_text(json.dumps(row) + "\n")
+    return row
+
+
+def missed(row: dict) -> list[str]:
+    """Sentences about what a row falls short of."""
+    margins = MARGINS | LESS.get(row["system"], {})
+    short = [
+        f"{row['system']}: {task} {row[task][0]} is not {margins[task]} above {row[task][1]}"
+        for task in SCORES
+        if task in row and row[task][0] < row[task][1] + margins[task]
+    ]
+    return short + ([] if row["unchanged"] else [f"{row['system']}: a frozen part changed"])
+
+
+def table(rows: list[dict]) -> str:
+    """The rows in Markdown."""
+    heads = ("system", "trains", "steps", "VQA", "caption CIDEr", "REC", "frozen parts", "seconds")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        scores = [f"{row[t][0]:.2f} ({row[t][1]:.2f})" if t in row else "" for t in SCORES]
+        same = "same bits" if row["unchanged"] else "CHANGED"
+        cells = (row["system"], f"{row['trainable']:,}", str(row["steps"]), *scores, same)
+        lines.append("| " + " | ".join((*cells, "{} + {}".format(*row["seconds"]))) + " |")
+    return "\n".join(lines)
+
+
+def main(run: Run) -> int:
+    logging.basicConfig(level=logging.WARNING)
+    names = run.systems or (FEW_SHOT if run.shots else SYSTEMS)
+    if unknown := set(names) - set(SYSTEMS):
+        print(f"there is no system {sorted(unknown)[0]!r}; there are {', '.join(SYSTEMS)}", file=sys.stderr)
+        return 2
+    rows = [trained(run, name) for name in names]
+    text, short = table(rows), [sentence for row in rows for sentence in missed(row)]
+    print(text)
+    print(*short, sep="\n", file=sys.stderr)
+    if run.out is not None:
+        run.out.write_text(text + "\n")
+    return 1 if short else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Run, description=__doc__)))

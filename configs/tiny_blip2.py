@@ -24,4 +24,6 @@ def get_config(name: str = "tiny_blip2", qformer: QFormerConfig = QFORMER) -> Ex
     system = dataclasses.replace(
         llava["SYSTEM"], qformer=qformer, class_token=True, vision_eps=1e-5, projector_depth=1
     )
-    return llava["experiment"](name, system, (llava["stage"]("between", 500, BETWEEN, llava["WORDS"]),))
+    return llava["experiment"](
+        name, system, (llava["stage"]("between", 400, BETWEEN, llava["WORDS"]),)
+    )

@@ -22,5 +22,5 @@ def get_config() -> Experiment:
         start_token=4,
         write_token=5,
     )
-    stages = (llava["stage"]("represent", 400, ("(?!vision/).*",), (("caption", 1.0),)),)
+    stages = (llava["stage"]("represent", 300, ("(?!vision/).*",), (("caption", 1.0),)),)
     return llava["experiment"]("tiny_blip2_first", system, stages, llava["BACKBONES"][:1])

@@ -23,7 +23,7 @@ def get_config() -> Experiment:
         vision_eps=1e-5, projector_depth=0, unit=True, image_token=-1, names="hugging_face",
     )  # fmt: skip
     mixture = (("rec", 3.0), ("reg", 1.0), ("vqa", 4.0), ("caption", 1.0))
-    stages = (llava["stage"]("ground", 1200, ("language", "latents", "vision_norm"), mixture),)
+    stages = (llava["stage"]("ground", 800, ("language", "latents", "vision_norm"), mixture),)
     return llava["experiment"](
         "tiny_kosmos2", system, stages, llava["BACKBONES"][:1], reader="decoder", template="{image} {question}",
         image_token=-1, places="bins", bins=16,

@@ -22,11 +22,23 @@ BACKBONES = (
 
 
 def stage(
-    name: str, steps: int, trainable: tuple[str, ...], mixture=WORDS + PLACES, rate: float = 1e-3
+    name: str,
+    steps: int,
+    trainable: tuple[str, ...],
+    mixture=WORDS + PLACES,
+    rate: float = 1e-3,
+    batch_size: int = 16,
 ) -> Stage:
     """One stage at the rates that suit these sizes."""
     return Stage(
-        name, steps, trainable, mixture, 32, learning_rate=rate, warmup_steps=20, weight_decay=0.01
+        name,
+        steps,
+        trainable,
+        mixture,
+        batch_size,
+        learning_rate=rate,
+        warmup_steps=20,
+        weight_decay=0.01,
     )
 
 
@@ -67,6 +79,6 @@ def get_config() -> Experiment:
     """The whole run."""
     stages = (
         stage("align", 200, ("projector",), rate=3e-3),
-        stage("instruct", 400, ("projector", "language"), rate=5e-4),
+        stage("instruct", 300, ("projector", "language"), rate=5e-4),
     )
     return experiment("tiny_llava", SYSTEM, stages)

@@ -4,7 +4,7 @@
 python -m benchmarks.family [--systems llava flamingo ...] [--limit 200] [--workdir runs/family] [--out FILE]
 python -m benchmarks.family --shots [--systems frozen flamingo]
 
-The configs are configs/tiny_*.py as they stand. BLIP-2 and InstructBLIP go on with the Q-Former of BLIP-2's first stage,
+The configs are configs/tiny_*.py. BLIP-2 and InstructBLIP go on with the Q-Former of BLIP-2's first stage,
 MiniGPT-4 with that of BLIP-2. Each row: parameters that some stage trains, scores on held-out scenes, in brackets those
 of the same model shown a blank picture, and seconds of training and of answering. The program ends with exit code 1
 where a score is not better than the blind one by `MARGINS`, which were written down before anything was trained, or
@@ -27,11 +27,13 @@ import numpy as np
 import safetensors.numpy
 import tyro
 
+import lionjax
 from lionjax import config, model
 from lionjax import params as trees
 from lionjax.config import Experiment
 from lionjax.data import pipeline
-from lionjax.evaluation import benchmarks
+from lionjax.data.processors import Processor
+from lionjax.evaluation import benchmarks, few_shot
 from lionjax.interfaces import Params
 from lionjax.training import loop, start
 
@@ -40,6 +42,8 @@ SYSTEMS = (
     "llava", "shikra", "blip2_first", "blip2", "instructblip", "minigpt4", "mplug_owl", "frozen", "kosmos2", "flamingo",
 )  # fmt: skip
 FEW_SHOT = ("frozen", "flamingo")
+SHOTS = (0, 1, 2, 4, 8)
+SHOT_PROMPT = 256  # tokens that eight examples and a question fit in
 BRIDGE = ("qformer", "vision_norm")
 GOES_ON = {"blip2": "blip2_first", "instructblip": "blip2_first", "minigpt4": "blip2"}
 SCORES = {"vqa": "vqa_accuracy", "caption": "caption_cider", "rec": "rec_accuracy_50"}
@@ -149,12 +153,54 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def curves(run: Run, name: str) -> list[dict]:
+    """Answers of a trained system behind 0, 1, 2, 4 and 8 examples, chosen in both ways."""
+    known = lionjax.load(run.workdir / name)
+    prompts = dataclasses.replace(known.processor.config, prompt_length=SHOT_PROMPT, pictures=1)
+    answerer = dataclasses.replace(known.answerer, processor=Processor(prompts))
+    data = dataclasses.replace(known.experiment.data, processor=prompts)
+    rows = []
+    for how in few_shot.HOW:
+        for shots in SHOTS:
+            if not shots and how != few_shot.HOW[0]:
+                continue  # nothing to choose
+            words = name == "flamingo"
+            shown = few_shot.Shown(answerer, data, "vqa", shots, how, in_words=words)
+            answer = known.experiment.answer
+            entry = benchmarks.evaluate(answerer, data, answer, "vqa", None, run.limit, shown=shown)
+            scores = [round(entry[what]["vqa_accuracy"], 3) for what in ("metrics", "blind")]
+            rows.append({"system": name, "how": how, "shots": shots, "vqa": scores})
+    return rows
+
+
+def shot_table(rows: list[dict]) -> str:
+    """One line for each system and way of choosing; the blind twin's scores in brackets."""
+    lines = [
+        "| VQA behind | " + " | ".join(map(str, SHOTS)) + " examples |",
+        "|---" * (len(SHOTS) + 1) + "|",
+    ]
+    for name, how in dict.fromkeys((row["system"], row["how"]) for row in rows):
+        found = {r["shots"]: r["vqa"] for r in rows if (r["system"], r["how"]) == (name, how)}
+        cells = [f"{found[k][0]:.2f} ({found[k][1]:.2f})" if k in found else "" for k in SHOTS]
+        lines.append(f"| {name}, {how} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(run: Run) -> int:
     logging.basicConfig(level=logging.WARNING)
     names = run.systems or (FEW_SHOT if run.shots else SYSTEMS)
     if unknown := set(names) - set(SYSTEMS):
-        print(f"there is no system {sorted(unknown)[0]!r}; there are {', '.join(SYSTEMS)}", file=sys.stderr)
+        print(
+            f"there is no system {sorted(unknown)[0]!r}; there are {', '.join(SYSTEMS)}",
+            file=sys.stderr,
+        )
         return 2
+    if run.shots:
+        text = shot_table([row for name in names for row in curves(run, name)])
+        print(text)
+        if run.out is not None:
+            run.out.write_text(text + "\n")
+        return 0
     rows = [trained(run, name) for name in names]
     text, short = table(rows), [sentence for row in rows for sentence in missed(row)]
     print(text)

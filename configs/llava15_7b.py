@@ -15,7 +15,7 @@ from lionjax.data.pipeline import DataConfig
 from lionjax.data.processors import ProcessorConfig
 from lionjax.systems.prefix import LLAVA_15_7B, Prefix
 
-CAPTIONS = (("caption", 1.0),)
+CAPTIONS = (("caption@plain", 1.0),)  # the picture and its caption, closed by a line's end
 INSTRUCTIONS = (("vqa", 3.0), ("caption", 1.0), ("existence", 0.5), ("rec", 0.5), ("reg", 0.5))
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -55,6 +55,7 @@ def get_config(
             processor=ProcessorConfig(
                 image_size=side, tokenizer=f"weights/{vicuna}", question_length=1, prompt_length=256, tags=False,
                 padded=True, padding="mean", reader="decoder", template=VICUNA, image_token=system.image_token,
+                next_turn="USER: {question} ASSISTANT:", plain_end="\n",
             ),
         ),
         stages=stages,

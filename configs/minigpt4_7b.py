@@ -14,6 +14,7 @@ from lionjax.data.processors import ProcessorConfig
 from lionjax.systems.prefix import MINIGPT4_7B
 
 CAPTIONS = (("caption", 1.0),)
+ALONE = (("caption@plain", 1.0),)
 BLIP2 = "weights/blip2_flant5xxl/params.safetensors"
 
 
@@ -32,11 +33,12 @@ def get_config() -> Experiment:
             processor=ProcessorConfig(
                 tokenizer="weights/vicuna_7b", question_length=1, target_length=160, tags=False, reader="decoder",
                 template="###Human: <Img>{image}</Img> {question} ###Assistant:", image_token=MINIGPT4_7B.image_token,
+                next_turn="###Human: {question} ###Assistant:", plain_end="\n", answer_end="###",
             ),
         ),
         stages=(
             Stage(
-                "align", 20_000, ("projector",), CAPTIONS, 256, learning_rate=1e-4, warmup_steps=5000,
+                "align", 20_000, ("projector",), ALONE, 256, learning_rate=1e-4, warmup_steps=5000,
                 warmup_learning_rate=1e-6, end_learning_rate=8e-5, weight_decay=0.05,
             ),
             Stage(

@@ -8,6 +8,7 @@ Wants the public weights, converted once with `lionjax convert`. Rates, batches 
 import dataclasses
 
 from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
+from lionjax.data.annotations import Lines
 from lionjax.data.coco import Coco
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processors import ProcessorConfig
@@ -15,6 +16,7 @@ from lionjax.layers import LoraConfig
 from lionjax.systems.prefix import MPLUG_OWL_7B
 
 EYES = ("vision", "vision_norm", "latents", "projector", "last_word")
+TALKS = (("coco/caption", 1.0), ("talks/vqa", 1.6))
 HUMAN = (
     "The following is a conversation between a curious human and AI assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. Human: {image} Human: {question} AI:"
@@ -36,18 +38,21 @@ def get_config() -> Experiment:
         name="mplug_owl_7b",
         system=system,
         data=DataConfig(
-            sources=(Coco("data/coco"),),
+            # Talks without a picture are lines of JSON with a question and an answer (Alpaca, Vicuna, Baize).
+            sources=(Coco("data/coco"), Lines("data/talks.jsonl", "data", name="talks")),
             processor=ProcessorConfig(
                 tokenizer="weights/llama_7b", question_length=1, prompt_length=256, tags=False, reader="decoder",
                 template=HUMAN, image_token=system.image_token,
+                next_turn="Human: {question} AI:",
             ),
         ),
         stages=(
             Stage(
-                "pretrain", 50_000, EYES, (("caption", 1.0),), 2048, learning_rate=1e-4, warmup_steps=2000, **schedule
+                "pretrain", 50_000, EYES, (("coco/caption@plain", 1.0),), 2048, learning_rate=1e-4,
+                warmup_steps=2000, **schedule,
             ),
             Stage(
-                "instruct", 2000, (".*/lora_[ab]",), (("vqa", 3.0), ("caption", 1.0)), 256, learning_rate=2e-5,
+                "instruct", 2000, (".*/lora_[ab]",), TALKS, 256, learning_rate=2e-5,
                 end_learning_rate=1e-6, warmup_steps=50, **schedule,
             ),
         ),

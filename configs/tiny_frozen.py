@@ -8,10 +8,15 @@ from pathlib import Path
 from lionjax.config import Experiment
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
+IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer
 
 
 def get_config() -> Experiment:
     """The whole run."""
-    system = dataclasses.replace(llava["SYSTEM"], projector_depth=1, words=2)
-    stages = (llava["stage"]("eyes", 400, ("vision", "projector"), llava["WORDS"], 5e-4),)
-    return llava["experiment"]("tiny_frozen", system, stages)
+    system = dataclasses.replace(
+        llava["SYSTEM"], projector_depth=1, words=2, image_token=IMAGE_TOKEN
+    )
+    stages = (llava["stage"]("eyes", 300, ("vision", "projector"), llava["WORDS"], 5e-4),)
+    return llava["experiment"](
+        "tiny_frozen", system, stages, image_token=IMAGE_TOKEN, template="{image} {question}"
+    )

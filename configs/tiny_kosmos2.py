@@ -22,8 +22,8 @@ def get_config() -> Experiment:
         llava["SYSTEM"], language=language, latents=ProjectionConfig(128, 128, 4, 16), class_token=True,
         vision_eps=1e-5, projector_depth=0, unit=True, image_token=-1, names="hugging_face",
     )  # fmt: skip
-    mixture = (("rec", 3.0), ("reg", 1.0), ("vqa", 4.0), ("caption", 1.0))
-    stages = (llava["stage"]("ground", 800, ("language", "latents", "vision_norm"), mixture),)
+    mixture = (("rec", 3.0), ("vqa", 4.0), ("caption", 1.0))
+    stages = (llava["stage"]("ground", 600, ("language", "latents", "vision_norm"), mixture),)
     return llava["experiment"](
         "tiny_kosmos2", system, stages, llava["BACKBONES"][:1], reader="decoder", template="{image} {question}",
         image_token=-1, places="bins", bins=16,

@@ -14,7 +14,7 @@ from lionjax.systems.prefix import Prefix
 from lionjax.vision.vit import TINY_VIT
 
 WORDS = (("vqa", 5.0), ("existence", 2.0), ("caption", 1.5))
-PLACES = (("rec", 3.0), ("reg", 1.0))
+PLACES = (("rec", 3.0),)
 BACKBONES = (
     ("vision", "shipped:tiny_vit.safetensors"),
     ("language", "shipped:tiny_t5.safetensors"),
@@ -47,8 +47,8 @@ def experiment(
 ) -> Experiment:
     """A run on the embedded scenes; `processor`: what its prompts have of their own."""
     texts = {
-        "prompt_length": 72,
-        "question_length": 28,
+        "prompt_length": 24,
+        "question_length": 24,
         "target_length": 40,
         "tags": False,
     } | processor
@@ -78,7 +78,7 @@ SYSTEM = Prefix(TINY_VIT, TINY_T5, feature_layer=-1, image_token=None, names="or
 def get_config() -> Experiment:
     """The whole run."""
     stages = (
-        stage("align", 200, ("projector",), rate=3e-3),
+        stage("align", 200, ("projector",), (("caption@plain", 1.0),), 3e-3),
         stage("instruct", 300, ("projector", "language"), rate=5e-4),
     )
     return experiment("tiny_llava", SYSTEM, stages)

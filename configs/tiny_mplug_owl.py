@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An mPLUG-Owl on scenes: tiny_llava.py with an abstractor between; first the eyes learn, then a LoRA on q and v."""
+"""An mPLUG-Owl on scenes: tiny_llava.py with an abstractor between; first the eyes learn, then a LoRA on q and v.
+
+Captions are learned alone at first; to the second stage's questions some are added of scenes that are told in words,
+not shown.
+"""
 
 import dataclasses
 import runpy
@@ -10,6 +14,8 @@ from lionjax.config import Experiment
 from lionjax.layers import LoraConfig
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
+IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer
+TALK = (*llava["WORDS"], ("vqa@told", 1.0))
 EYES = ("vision", "vision_norm", "latents", "projector", "last_word")
 
 
@@ -18,12 +24,20 @@ def get_config() -> Experiment:
     system = llava["SYSTEM"]
     system = dataclasses.replace(
         system,
-        language=dataclasses.replace(system.language, lora=LoraConfig(8, 32.0)),
+        language=dataclasses.replace(system.language, lora=LoraConfig(8, 32.0, 0.05)),
         latents=AbstractorConfig(128, 2, 4, 256, 16, dropout=0.0),
         class_token=True, vision_eps=1e-6, projector_depth=1, closing=True,
+        image_token=IMAGE_TOKEN, in_front=False,
     )  # fmt: skip
     stages = (
-        llava["stage"]("eyes", 400, EYES, rate=5e-4),
-        llava["stage"]("instruct", 400, (".*/lora_[ab]",)),
+        llava["stage"]("eyes", 250, EYES, (*llava["WORDS"][:2], ("caption@plain", 1.5)), 7e-4),
+        llava["stage"]("instruct", 150, (".*/lora_[ab]",), TALK),
     )
-    return llava["experiment"]("tiny_mplug_owl", system, stages)
+    return llava["experiment"](
+        "tiny_mplug_owl",
+        system,
+        stages,
+        prompt_length=64,
+        image_token=IMAGE_TOKEN,
+        template="{image} {question}",
+    )

@@ -25,6 +25,7 @@ from lionjax.data.processors import Processor
 from lionjax.data.squares import Square
 from lionjax.generate import generate
 from lionjax.interfaces import Batch, Params, System, UserError
+from lionjax.losses import answer_nats
 from lionjax.scores import GenerateConfig, Generated
 from lionjax.vision.sam_masks import to_picture
 
@@ -123,6 +124,12 @@ def segment(system: System, params: Params, batch: Batch, kept):
     return system.masks(params, batch, kept["box"], kept["state"])[0]
 
 
+@functools.partial(jax.jit, static_argnames=("system",))
+def unlikely(system: System, params: Params, batch: Batch):
+    """-log p of the given answers, summed over their tokens: (B,)."""
+    return answer_nats(system.logits(params, batch), batch.target_BM, batch.loss_mask_BM)
+
+
 @dataclasses.dataclass
 class Answerer:
     """A model that answers: its system and parameters, the processor it was trained with, the mesh it lies on.
@@ -206,6 +213,22 @@ class Answerer:
                 box_K4 = np.concatenate([low_K2, np.maximum(box_K4[:, :2], box_K4[:, 2:])], 1)
                 found.append(np.array([square.back(box) for box in box_K4]).reshape(-1, 4))
         return found
+
+    def rank(self, rows: Sequence[Row]) -> np.ndarray:
+        """How unlikely each row's own answer is, in nats summed over its tokens: (rows,)."""
+        if not hasattr(self.system, "logits"):
+            kind = type(self.system).__name__
+            raise UserError(f"a {kind} gives no likelihood of a given answer")
+        nats = []
+        for start in range(0, len(rows), ROWS[-1]):
+            part = rows[start : start + ROWS[-1]]
+            batch = self.batch(part, answers=True)
+            with sharding.use(self.mesh):
+                placed = sharding.put_batch(batch, self.mesh) if self.mesh.size > 1 else batch
+                nats += jax.device_get(unlikely(self.system, self.params, placed))[
+                    : len(part)
+                ].tolist()
+        return np.array(nats)
 
     def batch(
         self,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax.layers import Dense, DenseFromHeads, LayerNorm, LoraConfig, dropout, normal
+from lionjax.layers import Dense, DenseFromHeads, LayerNorm, LoraConfig, dropout, folded, normal
 from lionjax.sharding import constrain, sharded
 from lionjax.weight_rows import Row, heads_in, heads_in_bias, heads_out
 
@@ -94,22 +94,23 @@ class Attention(nn.Module):
         if self.inner_eps is not None:
             self.norm = LayerNorm(self.heads * self.head, self.inner_eps)
 
-    def queries(self, x_BLD):
-        return constrain(self.q(x_BLD), "batch", "length", "act_heads", None)
+    def queries(self, x_BLD, key=None):
+        return constrain(self.q(x_BLD, folded(key, 1)), "batch", "length", "act_heads", None)
 
-    def keys_values(self, x_BSD):
-        return self.k(x_BSD), self.v(x_BSD)
+    def keys_values(self, x_BSD, key=None):
+        return self.k(x_BSD, folded(key, 2)), self.v(x_BSD, folded(key, 3))
 
     def look(self, query_BLNH, keys_values, mask=None, bias=None, key=None):
         scale = 1 / math.sqrt(self.head) if self.scale is None else self.scale
         out = attend(query_BLNH, *keys_values, mask, bias, scale, self.rate, key)
         if self.inner_eps is not None:
             out = self.norm(out.reshape(*out.shape[:-2], -1)).reshape(out.shape)
-        return constrain(self.o(out), "batch", "length", "act_embed")
+        return constrain(self.o(out, folded(key, 4)), "batch", "length", "act_embed")
 
     def __call__(self, x_BLD, source_BSD=None, mask=None, bias=None, key=None):
         source = x_BLD if source_BSD is None else source_BSD
-        return self.look(self.queries(x_BLD), self.keys_values(source), mask, bias, key)
+        query_BLNH, keys_values = self.queries(x_BLD, key), self.keys_values(source, key)
+        return self.look(query_BLNH, keys_values, mask, bias, key)
 
 
 def write(layers_cache, new_BLNH, layer, step):

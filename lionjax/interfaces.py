@@ -56,6 +56,7 @@ class Batch:
     features: Any = None
     sam_image_BHWC: Array = None  # float32, the same pictures at SAM's size, mean and deviation
     masks_mask_BK: Array = None  # which of the masks are known; None: those of all real boxes
+    part_B: Array = None  # int32, which entry of the stage's mixture each row came from
 
 
 @pytree

@@ -245,14 +245,14 @@ class GatedMLP(nn.Module):
         def dense(inputs, outputs, axes, name):
             return Dense(inputs, outputs, axes, self.bias, self.init, self.lora, name=name)
 
-        gate = dense(self.width, self.hidden, ("embed", "mlp"), "gate")(x)
+        gate = dense(self.width, self.hidden, ("embed", "mlp"), "gate")(x, folded(key, 1))
         hidden = ACTIVATIONS[self.activation](gate) * dense(
             self.width, self.hidden, ("embed", "mlp"), "up"
-        )(x)
+        )(x, folded(key, 2))
         if self.inner_eps is not None:
             hidden = LayerNorm(self.hidden, self.inner_eps, name="norm")(hidden)
         return dense(self.hidden, self.width, ("mlp", "embed"), "down")(
-            dropout(hidden, dropout_rate, key)
+            dropout(hidden, dropout_rate, key), folded(key, 3)
         )
 
 
@@ -330,6 +330,11 @@ def dropout(x, rate: float, key):
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def folded(key, number: int):
+    """A key of its own for one of several that share one, which stays as it was; None from None."""
+    return None if key is None else jax.random.fold_in(key, number)
 
 
 def split_key(key, number: int):

@@ -38,6 +38,33 @@ def smoothed_cross_entropy(
     }
 
 
+def answer_nats(logits_BMV, target_BM, loss_mask_BM) -> jax.Array:
+    """-log p of each row's answer, summed over its tokens: (B,). What candidates are ranked by (BLIP-2)."""
+    logits_BMV = logits_BMV.astype(jnp.float32)
+    chosen_BM = jnp.take_along_axis(logits_BMV, target_BM[..., None], axis=-1)[..., 0]
+    return ((jax.nn.logsumexp(logits_BMV, axis=-1) - chosen_BM) * loss_mask_BM).sum(axis=1)
+
+
+def parts_cross_entropy(
+    logits_BMV, target_BM, loss_mask_BM, part_B, weights: tuple[float, ...]
+) -> tuple[jax.Array, Metrics]:
+    """The sum over data sets of a weight times the mean over their tokens (Flamingo, arXiv 2204.14198, section 2.4).
+
+    `part_B` numbers each row's data set, from 0; a data set without a row adds nothing.
+    """
+    mask_BM = loss_mask_BM.astype(jnp.float32)
+    nats_B = answer_nats(logits_BMV, target_BM, mask_BM)
+    of_part_BN = (part_B[:, None] == jnp.arange(len(weights))).astype(jnp.float32)
+    tokens_N = mask_BM.sum(axis=1) @ of_part_BN
+    mean_N = (nats_B @ of_part_BN) / jnp.maximum(tokens_N, 1)
+    right_BM = (logits_BMV.argmax(-1) == target_BM) * mask_BM
+    tokens = mask_BM.sum()
+    return (mean_N * jnp.asarray(weights)).sum(), {
+        "weight": tokens,
+        "token_accuracy": right_BM.sum() / jnp.maximum(tokens, 1),
+    }
+
+
 def mean_of_real(value_BK, real_BK) -> jax.Array:
     """Mean over the real entries, and over any axes behind them; 0 when nothing is real."""
     value_BK = value_BK.astype(jnp.float32)

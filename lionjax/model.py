@@ -41,6 +41,7 @@ VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
 )
+VICUNA_NEXT = "USER: {question} ASSISTANT:"
 RELEASED = AnswerConfig(beams=5, repetition_penalty=1.5, max_new_tokens=256)  # LION's own settings
 
 
@@ -82,15 +83,19 @@ class Model:
         category: str | None = None,
         generate: GenerateConfig | None = None,
         seed: int = 0,
+        history: Sequence[Sequence[tuple[str, str]]] | None = None,
+        shots: Sequence[Sequence[tuple[object, str, str]]] | None = None,
     ) -> list[Answer]:
         """Answers to prompts about pictures (paths, PIL pictures or uint8 arrays), one each.
 
         `boxes`: for each prompt those asked about, x0 y0 x1 y1 in 0..1; they stand where the prompt says `{box}`, or
         at its end. `tags`: for each prompt the words of a tagger. `category` is "region_level" or "image_level", by
         default decided from each prompt. `generate` replaces the settings that the model comes with; `seed` decides
-        what is drawn where it samples. Raises UserError for what cannot be asked.
+        what is drawn where it samples. `history`: for each prompt the (question, answer) pairs before it, of the same
+        picture. `shots`: for each prompt as many (picture, question, answer) examples, shown before it.
+        Raises UserError for what cannot be asked.
         """
-        asked = inputs(images, prompts, boxes, tags, category)
+        asked = inputs(images, prompts, boxes, tags, category, history, shots)
         if tags is not None and not self.processor.config.tags:
             raise UserError("this model was trained without tags; leave them out")
         processor, seen = self.processor, [pictures.as_picture(one.image) for one in asked]
@@ -109,6 +114,31 @@ class Model:
             group = [rows[place] for place in places]
             said |= dict(zip(places, self.answerer.say(group, how, key=key, sizes=sizes)))
         return [_answer(said[place], picture) for place, picture in enumerate(seen)]
+
+    def rank(
+        self, images: Sequence[object], prompts: Sequence[str], candidates: Sequence[Sequence[str]]
+    ) -> list[list[int]]:
+        """For each prompt the places of its candidate answers, the likeliest first.
+
+        By the loss of each, summed over its tokens, as BLIP-2's code ranks (`predict_class`). Raises UserError where
+        the lists are not of one length.
+        """
+        asked = inputs(images, prompts, None, None, None)
+        if len(candidates) != len(asked) or not all(len(some) for some in candidates):
+            raise UserError(
+                "candidates wants a list of answers for each prompt, none of them empty"
+            )
+        order, place = [], 0
+        rows = [
+            self.processor.row_of(one, text)
+            for one, some in zip(asked, candidates)
+            for text in some
+        ]
+        nats = self.answerer.rank(rows)
+        for some in candidates:
+            order.append(np.argsort(nats[place : place + len(some)], kind="stable").tolist())
+            place += len(some)
+        return order
 
     def benchmark_names(self, split: str = "heldout", source: object | None = None) -> list[str]:
         """The benchmarks that a source offers; by default the model's own data, of which it was trained on some."""
@@ -175,9 +205,10 @@ class Model:
         }
 
 
-def inputs(images, prompts, boxes, tags, category) -> list[Input]:
+def inputs(images, prompts, boxes, tags, category, history=None, shots=None) -> list[Input]:
     """What is asked, one `Input` each; UserError where the lists are not of one length."""
     given = {"images": images, "prompts": prompts, "boxes": boxes, "tags": tags}
+    given |= {"history": history, "shots": shots}
     for name, values in given.items():
         if isinstance(values, str | Path) or (
             values is not None and not hasattr(values, "__len__")
@@ -198,7 +229,14 @@ def inputs(images, prompts, boxes, tags, category) -> list[Input]:
         prompt = answering.with_boxes(prompt, given)
         words = tuple(tags[place] or ()) if tags is not None else ()
         kind = category or answering.category_of(prompt)
-        asked.append(Input(image, prompt, words, kind, tuple(map(tuple, given))))
+        before = {
+            name: tuple(map(tuple, lists[place] or ()))
+            for name, lists in (("turns", history), ("shots", shots))
+            if lists is not None
+        }
+        asked.append(Input(image, prompt, words, kind, tuple(map(tuple, given)), **before))
+    if len(counts := {len(one.shots) for one in asked}) > 1:
+        raise UserError(f"the prompts have {sorted(counts)} shots; give each as many")
     return asked
 
 
@@ -354,6 +392,7 @@ def asked_as(system: System) -> dict:
         return asked
     return asked | {
         "template": VICUNA,
+        "next_turn": VICUNA_NEXT,
         "image_token": system.image_token,
         "prompt_length": 512,
         "padded": system.projector_depth == 2,  # since LLaVA-1.5

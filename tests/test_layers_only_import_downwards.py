@@ -34,14 +34,14 @@ FLOORS = (
     "convert.card convert.towers convert.placed convert.orbax convert.delta convert.lavis convert.peers",
     # 4
     "data data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
-    "data.places data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
-    "data.processors data.table data.annotations data.coco data.built data.built_writer data.sources "
+    "data.places data.turns data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
+    "data.processors data.table data.annotations data.coco data.scienceqa data.built data.built_writer data.sources "
     "data.preparing data.beam_writer "
     "data.examples data.inspection data.pipeline training training.distributed training.stages "
     "training.start training.features training.journal training.fingerprints training.checkpoints "
     "training.refused training.loop training.backbones scores search generate answering "
     "evaluation evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring "
-    "evaluation.benchmarks evaluation.goodput evaluation.report plots",
+    "evaluation.benchmarks evaluation.few_shot evaluation.goodput evaluation.report plots",
     # 5: where everything meets
     "model tagger scaling scaling.plans scaling.compiled scaling.search scaling.command convert.command "
     "cli agents demo training.language_backbone training.vision_backbone training.mask_backbone "

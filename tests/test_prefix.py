@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lionjax import convert, sharding  # noqa: E402
+from lionjax.answering import unlikely  # noqa: E402
 from lionjax.bridges import qformer  # noqa: E402
 from lionjax.bridges.qformer import QFormer, QFormerConfig  # noqa: E402
 from lionjax.generate import GenerateConfig, generate  # noqa: E402
@@ -92,6 +93,20 @@ def test_greedy_words_are_those_of_transformers(pair):
     for row, length in enumerate(np.asarray(made.length_B)):
         mine, theirs = np.asarray(made.ids_BM)[row, :length].tolist(), told[row, :length].tolist()
         assert mine == theirs, f"seed {seed}, row {row}"
+
+
+@pytest.mark.parametrize("pair", ["blip2_opt", "instructblip_t5"], indirect=True)
+def test_candidates_rank_by_the_loss_of_their_tokens_in_sum_as_transformers_gives_it(pair):
+    seed, model, system, params, batch = pair
+    with torch.no_grad():
+        logits = tiny.answer_logits(system, batch, model(**tiny.inputs(system, batch)).logits.numpy())
+    wanted = [
+        torch.nn.functional.cross_entropy(torch.tensor(row), torch.tensor(ids[: len(row)]).long(), reduction="sum")
+        for row, ids in zip(logits, batch.target_BM)
+    ]
+    mine = unlikely(system, params, batch)
+    close(mine, wanted, seed)
+    assert np.argsort(mine).tolist() == np.argsort(wanted).tolist()
 
 
 @pytest.mark.parametrize("pair", ["llava", "blip2_t5"], indirect=True)

@@ -151,7 +151,8 @@ class Vqa:
 @dataclass(frozen=True)
 class Lines:
     """Lines of JSON: {"image", "question", "answer" or "answers", "task", "kind", "expression", "boxes",
-    "question_boxes", "tags", "width", "height"}; only the image and an answer or boxes are needed.
+    "question_boxes", "tags", "width", "height"}; only an answer or boxes are needed. A line without an image is text
+    alone, such as an instruction that mPLUG-Owl's second stage mixes in.
 
     A "file_name" goes before the image. Without a question a wording is drawn for the task. Boxes are fractions, or
     pixels where width and height stand. POPE's "text" and "label" are read as existence.
@@ -168,15 +169,14 @@ class Lines:
             where = f"{file}, line {number},"
             with well_formed(Path(where)):
                 entry = json.loads(line)
-                if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-                    raise UserError(
-                        f"{where} has no 'image'; each line is an object with a picture's path"
-                    )
+                if not isinstance(entry, dict) or not isinstance(entry.get("image", ""), str):
+                    raise UserError(f"{where} is no object with a picture's path as its 'image'")
+                entry.setdefault("image", "")
                 if isinstance(entry.get("file_name"), str):
                     entry["image"] = entry[
                         "file_name"
                     ]  # as RefCOCO rows say where their picture lies
-                if in_split(entry["image"], split, self.share):
+                if in_split(entry["image"] or line, split, self.share):
                     _line(reader, entry, where)
         return reader.table(max_pixels)
 

@@ -20,7 +20,8 @@ from lionjax.data.processors import Processor, ProcessorConfig
 from lionjax.data.scenes import Scene
 from lionjax.data.sources import Opened, Scenes, open_split
 from lionjax.data.squares import Square
-from lionjax.data.tasks import Example, box_text
+from lionjax.data.tasks import Example, box_text, describe
+from lionjax.data.turns import AS_ASKED, FORMS, Form
 from lionjax.interfaces import UserError
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ class DataConfig:
 class Part:
     """One task of one source in a mixture: `size` examples, `weight` of the whole.
 
-    `places`: how its boxes are written, where not as the processor does.
+    `places`: how its boxes are written, where not as the processor does. `form`: see `turns.Form`. `shots`: so many
+    other examples of it, each with its picture, stand in a row before the last one. `entry`: of the mixture.
     """
 
     source: int
@@ -91,6 +93,9 @@ class Part:
     size: int
     weight: float
     places: str = ""
+    form: str = ""
+    shots: int = 0
+    entry: int = 0
 
     def hinted(self, example: Example) -> Example:
         """The example asked so that a model knows how to write its boxes."""
@@ -122,10 +127,18 @@ class Records:
         """What a name in a mixture means: "vqa" of every source that has it, or "coco/vqa" of one.
 
         "rec@digits" writes its boxes in digits whatever the processor does; so with "bins" and "embeddings".
+        "caption@plain" leaves the question out, "vqa@told" tells of a scene in words instead of showing it, and
+        "vqa+2" has two other examples in each row before the last one.
         """
         whole, at, how = name.partition("@")
-        if at and how not in CODECS:
-            raise UserError(f"{name!r} wants places as {how!r}; choose one of {', '.join(CODECS)}")
+        if at and how not in (*CODECS, *FORMS):
+            known = ", ".join((*CODECS, *FORMS))
+            raise UserError(f"{name!r} is to be written as {how!r}; choose one of {known}")
+        whole, plus, count = whole.partition("+")
+        if plus and not count.isdigit():
+            raise UserError(f"{name!r} wants a number of examples behind its plus, as in vqa+2")
+        ways = {"places": how if how in CODECS else "", "form": how if how in FORMS else ""}
+        ways["shots"] = int(count or 0)
         source, _, task = whole.rpartition("/")
         found = [
             (k, opened.sizes[task])
@@ -139,7 +152,7 @@ class Records:
         if task == "res" and self.split == "train":
             found = [(k, max(1, round(size * self.data.mask_share))) for k, size in found]
         total = sum(size for _, size in found)
-        return [Part(k, task, size, weight * size / total, how) for k, size in found]
+        return [Part(k, task, size, weight * size / total, **ways) for k, size in found]
 
     def name(self, record: int) -> str:
         """The name of a record by the number that stands in `Batch.record_B`."""
@@ -176,14 +189,40 @@ class Records:
         else:
             pixels, truth, square = self.seen(part.source, record)
             example = opened.ask(part.task, index, truth, rng, data.tag_noise)
-        example = part.hinted(example)
-        untagged = rng.random() < data.tag_drop or part.task == "tags"  # or they would be the answer
+        example, form = part.hinted(example), form_of(part, truth)
+        if part.form == "told":
+            example = told(example, truth, rng)
+        if part.shots:
+            seen, turns = self.shots(part, index, rng)
+            form, pixels = Form("", turns, True), self.processor.filled([*seen, pixels])
+        else:
+            pixels = self.processor.filled([pixels])
+        untagged = (
+            rng.random() < data.tag_drop or part.task == "tags"
+        )  # or they would be the answer
         tags = () if untagged else example.tags
         words = (example.question, tags, example.answer, example.category)
         boxes = (*example.question_boxes, *example.boxes)
-        row = self.processor.row(pixels, *words, boxes, square, part.places or None)
+        how = part.places or None
+        row = self.processor.row(pixels, *words, boxes, square, how, form)
         row["record"] = np.int32(self.offsets[part.source] + record)
+        row["part"] = np.int32(part.entry)
         return row | self._masks(part, record, example) if masks else row
+
+    def shots(
+        self, part: Part, index: int, rng: np.random.Generator
+    ) -> tuple[list[np.ndarray], tuple[tuple[str, str], ...]]:
+        """Pictures, and questions with answers, of other examples of a part."""
+        opened, seen, turns = self.opened[part.source], [], []
+        while len(turns) < part.shots:
+            other = int(rng.integers(part.size))
+            if other == index and part.size > 1:
+                continue
+            pixels, truth, _ = self.seen(part.source, opened.record(part.task, other))
+            example = opened.ask(part.task, other, truth, rng, self.data.tag_noise)
+            seen.append(pixels)
+            turns.append((example.question, example.answer))
+        return seen, tuple(turns)
 
     def _masks(self, part: Part, record: int, example: Example) -> dict[str, np.ndarray]:
         """The picture for SAM and, of an example that is answered by masks, those of its boxes."""
@@ -202,6 +241,18 @@ class Records:
             for place, mask_HW in enumerate(true, first):
                 mask_KHW[place], known_K[place] = squares.sam_mask(mask_HW, side), 1
         return large | {"masks": mask_KHW, "masks_mask": known_K}
+
+
+def form_of(part: Part, truth: Any) -> Form:
+    """How examples of a part are written; one without a picture in words alone."""
+    return Form("told" if not getattr(truth, "name", "a scene") else part.form)
+
+
+def told(example: Example, truth: Any, rng: np.random.Generator) -> Example:
+    """The example with its scene in words before the question."""
+    if not isinstance(truth, Scene):
+        raise UserError("only scenes can be told in words; leave @told to them")
+    return replace(example, question=f"{describe(truth, rng, boxes=False)}. {example.question}")
 
 
 def open_records(data: DataConfig, split: str) -> Records:
@@ -264,6 +315,7 @@ class Sample:
     opened: Opened
     place: int
     places: str = ""  # how its boxes are to be written, where not as the processor does
+    form: Form = AS_ASKED
 
     def masks(self) -> np.ndarray:
         """(K, height, width) bool of the regions in `example.targets`."""
@@ -293,10 +345,15 @@ def examples(
         try:
             picture, truth = opened.read(place)
             example = part.hinted(opened.ask(part.task, index, truth, rng, data.tag_noise))
+            form = form_of(part, truth)
+            if part.form == "told":
+                example = told(example, truth, rng)
         except UserError as error:
             if data.on_bad_record == "raise":
                 raise
             log.warning("left out: %s", error)
             left_out.add(record)
             continue
-        yield Sample(example, picture, record, records.name(record), opened, place, part.places)
+        yield Sample(
+            example, picture, record, records.name(record), opened, place, part.places, form
+        )

@@ -7,6 +7,7 @@ of hosts and restarts change nothing. Grain does the shuffling, mixing and readi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -125,6 +126,7 @@ class Batches:
     def _stream(self) -> int:
         said = [
             [p.source, p.task, p.size, round(p.weight, 9), *([p.places] if p.places else [])]
+            + ([p.form, p.shots] if p.form or p.shots else [])
             for p in self._maker.parts
         ]
         return zlib.crc32(json.dumps([said, self._maker.seed]).encode())
@@ -161,7 +163,10 @@ def batches(
             f"the mixture of stage {stage.name!r} is {stage.mixture}; give weights above 0"
         )
     parts = [
-        part for name, weight in stage.mixture if weight for part in records.parts(name, weight)
+        dataclasses.replace(part, entry=entry)
+        for entry, (name, weight) in enumerate(stage.mixture)
+        if weight
+        for part in records.parts(name, weight)
     ]
     words = [seed, zlib.crc32(stage.name.encode())]
     indices = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from lionjax.data import pictures, places, squares, tokenizer
 from lionjax.data.pictures import Box
 from lionjax.data.squares import Square
+from lionjax.data.turns import AS_ASKED, Form, spread, transcript
 from lionjax.interfaces import CATEGORIES, Batch, UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,7 +41,10 @@ class ProcessorConfig:
     `reader`: an encoder reads the prompt up to an end token, a decoder from a start token (if it has one) on into the
     answer. `template` is what stands around a question; {image} is where so many `image_tokens` come, or the one
     `image_token` of a system that knows by itself how many words a picture has.
-    `shot_end` closes the answer of an example that is shown before the question (OpenFlamingo: <|endofchunk|>).
+    `shot_end` closes the answer of an example that is shown before the question (OpenFlamingo: <|endofchunk|>),
+    `answer_end` any other, `plain_end` what is said of a picture without a question; empty: the end token does.
+    `next_turn` is the template of the questions that follow the first about one picture; empty: they are put as one
+    question. `pictures`: how many a row has; what is left is filled with blank ones, which no token stands for.
     `places`: how the model writes boxes, see `places`; `bins` a side of location tokens stand where the tokenizer
     has Kosmos-2's, else behind its vocabulary (32 in Kosmos-2; 0: the model has none).
     `boxes`: how many boxes an example may have as arrays. `sam_size`: pixels of the picture and the masks for SAM.
@@ -63,13 +67,20 @@ class ProcessorConfig:
     image_tokens: int = 0
     image_token: int | None = None
     shot_end: str = ""
+    answer_end: str = ""
+    plain_end: str = ""
+    next_turn: str = ""
+    pictures: int = 1
     places: Literal["digits", "bins", "embeddings"] = "digits"
     bins: int = 0
     boxes: int = 0
     sam_size: int = 0
 
     def __post_init__(self):
-        lengths = "image_size", "prompt_length", "question_length", "target_length", "max_pixels"
+        lengths = (
+            *("image_size", "prompt_length", "question_length", "target_length", "max_pixels"),
+            "pictures",
+        )
         for field in lengths:
             if getattr(self, field) < 1:
                 raise UserError(f"processor.{field} is {getattr(self, field)}; give at least 1")
@@ -79,6 +90,12 @@ class ProcessorConfig:
         if self.template.count("{question}") != 1 or self.template.count("{image}") > 1:
             raise UserError(
                 f"processor.template is {self.template!r}; it wants {{question}} once, {{image}} at most once"
+            )
+        if self.next_turn and (
+            self.next_turn.count("{question}") != 1 or "{image}" in self.next_turn
+        ):
+            raise UserError(
+                f"processor.next_turn is {self.next_turn!r}; it wants {{question}} once, and no {{image}}"
             )
         if self.places == "embeddings" and not self.boxes:
             raise UserError("places are embeddings, but processor.boxes is 0; say how many at most")
@@ -102,6 +119,7 @@ class Input:
     category: str = "image_level"
     boxes: tuple[Box, ...] = ()  # with all the decimals that the question does not write
     shots: tuple[tuple[object, str, str], ...] = ()  # picture, question and answer, shown before
+    turns: tuple[tuple[str, str], ...] = ()  # what was asked and answered before of this picture
 
 
 class Processor:
@@ -118,8 +136,15 @@ class Processor:
         piece = self.tokenizer.backend.token_to_id
         first_bin = piece(FIRST_BIN) or self.tokenizer.size
         self.codec = places.Codec(first_bin, config.bins, piece(TRIGGER), piece(LOCATION))
-        before, after = config.template.split("{question}")
-        self._before, self._after = self._around(before), self._around(after)
+        self._sides = self._both(config.template)
+        self._sides_told = self._both(config.template.replace("{image}", ""))
+        self._sides_next = self._both(config.next_turn or "{question}")
+        ends = {
+            "shot": config.shot_end or None,
+            "answer": config.answer_end,
+            "plain": config.plain_end,
+        }
+        self._ends = {name: self._end(text) for name, text in ends.items()}
         # Questions repeat: the same wordings, the same words. Bounded, and shared by all threads.
         self._ids = functools.lru_cache(50_000)(lambda text: tuple(self.tokenizer.encode(text)))
         self._question_ids = functools.lru_cache(50_000)(
@@ -178,6 +203,17 @@ class Processor:
 
     # ------------------------------------------------------------------ texts
 
+    def _both(self, template: str) -> tuple[list[int], list[int]]:
+        """Ids of both sides of a question."""
+        before, after = template.split("{question}")
+        return self._around(before), self._around(after)
+
+    def _end(self, text: str | None) -> list[int]:
+        """Ids that close an answer: the end token where none are said, nothing for None."""
+        if text is None:
+            return []
+        return self.tokenizer.encode(text, special=True) if text else [self.tokenizer.end_id]
+
     def _around(self, text: str) -> list[int]:
         """Ids of one side of the template, with the picture's tokens where it says {image}."""
         ids: list[int] = []
@@ -230,25 +266,39 @@ class Processor:
         """
         return self._prompt(question, self.spell(_asked(question))[0], tags)
 
-    def _shot(self, question: str, answer: str) -> list[int]:
-        """Ids of an example, its picture's place among them."""
-        if "{image}" not in self.config.template:
+    def rounds(
+        self, turns: Sequence[tuple[str, str]], pictured: bool, told: bool = False
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Ids of what was asked and of what was answered before: about one picture, each about its own, or told."""
+        if pictured and "{image}" not in self.config.template:
             raise UserError("shots want a processor.template that says where {image} stands")
-        asked, said = (self.spell(_asked(text))[0] for text in (question, answer))
-        end = self.tokenizer.encode(self.config.shot_end, special=True)
-        return [*self._before, *asked, *self._after, *said, *end]
+        asked, said = [], []
+        for number, (question, answer) in enumerate(turns):
+            before, after = self._sides if pictured or not number else self._sides_next
+            if told:
+                before, after = self._sides_told
+            asked.append([*before, *self.spell(_asked(question))[0], *after])
+            end = self._ends["shot" if pictured else "answer"]
+            said.append([*self.spell(_asked(answer))[0], *end])
+        return asked, said
 
     def _prompt(
-        self, question: str, asked: Sequence[int], tags: Sequence[str], shown: Sequence[int] = ()
+        self,
+        question: str,
+        asked: Sequence[int],
+        tags: Sequence[str] = (),
+        shown: Sequence[int] = (),
+        sides: tuple[list[int], list[int]] | None = None,
     ) -> list[int]:
+        before, after = self._sides if sides is None else sides
         reads_on = self.config.reader == "decoder"
         start = self.tokenizer.start if reads_on else []
         room = self.config.prompt_length - (len(start) if reads_on else 1)
-        around = len(shown) + len(self._before) + len(self._after)
+        around = len(shown) + len(before) + len(after)
         if self.config.tags and tags:
             room_for_tags = room - around - len(self._before_tags) - len(asked)
             asked = [*self._before_tags, *self._tags(tags, room_for_tags), *asked]
-        ids = [*shown, *self._before, *asked, *self._after]
+        ids = [*shown, *before, *asked, *after]
         if len(ids) > room:
             whole = self.config.prompt_length
             raise UserError(
@@ -275,11 +325,12 @@ class Processor:
         """Ids of an answer, closed by the end token; a long one loses its back."""
         return self._target(self.spell(answer)[0])
 
-    def _target(self, ids: Sequence[int]) -> list[int]:
-        kept = list(ids[: self.config.target_length - 1])
+    def _target(self, ids: Sequence[int], end: str = "answer") -> list[int]:
+        last = self._ends[end]
+        kept = list(ids[: self.config.target_length - len(last)])
         if kept and kept[-1] == self.codec.trigger:
             kept.pop()  # its place was cut off
-        return [*kept, self.tokenizer.end_id]
+        return [*kept, *last]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of generated ids, up to the end token."""
@@ -321,29 +372,58 @@ class Processor:
         boxes: Iterable[Box] = (),
         square: Square = STRETCHED,
         how: str | None = None,
-        shown: Sequence[int] = (),
+        form: Form = AS_ASKED,
     ) -> dict[str, np.ndarray]:
         """One example as arrays of fixed shape, which stack to what `assemble` reads.
 
-        `boxes`, `square`, `how`: see `spell`. `size` is the picture's, for the way back. `shown` ids stand before all.
+        `boxes`, `square`, `how`: see `spell`. `size` is the picture's, for the way back. `form`: see there; its turns
+        write their boxes in digits.
         """
         c, boxes = self.config, tuple(boxes)
         asked, asked_boxes = self.spell(_asked(question), boxes, square, how)
         said, said_boxes = ([], []) if answer is None else self.spell(answer, boxes, square, how)
-        learned = [] if answer is None else self._target(said)
+        end = "plain" if form.kind == "plain" else "answer"
+        target = [] if answer is None else self._target(said, end)
+        prompt, target, learned = self._written(question, asked, tags, target, form)
         pad = self.tokenizer.pad_id
         texts = {
-            "prompt": _padded(self._prompt(question, asked, tags, shown), c.prompt_length, pad),
+            "prompt": _padded(prompt, c.prompt_length, pad),
             "question": _padded(
                 self.question(question), c.question_length, self.question_tokenizer.pad_id
             ),
-            "target": _padded(learned, c.target_length, pad),
+            "target": _padded(target, c.target_length, pad),
         }
         masks = {f"{name}_mask": mask for name, (_, mask) in texts.items()}
+        masks["loss_mask"] = _padded(learned, c.target_length, 0)[0]
         ids = {name: ids for name, (ids, _) in texts.items()}
         size = np.array((square.width, square.height), np.int32)
         row = {"pixels": pixels, "task": np.int32(_task(category)), "size": size, **ids, **masks}
         return row | self._boxes([*asked_boxes, *said_boxes], how or c.places)
+
+    def _written(
+        self, question: str, asked: list[int], tags, target: list[int], form: Form
+    ) -> tuple[list[int], list[int], list[int]]:
+        """(prompt, target, which of it is learned) of a row."""
+        if form.kind == "plain":
+            picture = self._picture() if "{image}" in self.config.template else []
+            return self._prompt(question, [], (), picture, ([], [])), target, [1] * len(target)
+        if not form.turns:
+            sides = self._sides_told if form.kind == "told" else self._sides
+            return self._prompt(question, asked, tags, (), sides), target, [1] * len(target)
+        questions, answers = self.rounds(form.turns, form.pictured, form.kind == "told")
+        sides = self._sides if form.pictured else self._sides_next
+        if self.config.reader == "encoder" or not target:
+            shown = [number for pair in zip(questions, answers) for part in pair for number in part]
+            return self._prompt(question, asked, (), shown, sides), target, [1] * len(target)
+        before, after = sides
+        questions.append([*before, *asked, *after])
+        first, target, learned = spread(questions, [*answers, target])
+        if len(target) > self.config.target_length:
+            raise UserError(
+                f"{len(form.turns) + 1} rounds take {len(target)} tokens behind the first question where the model "
+                f"takes {self.config.target_length}; raise processor.target_length"
+            )
+        return self._prompt(form.turns[0][0], [], (), first, ([], [])), target, learned
 
     def _boxes(self, boxes: Sequence[Box], how: str) -> dict[str, np.ndarray]:
         most = self.config.boxes
@@ -367,6 +447,7 @@ class Processor:
             longest = int(mask.sum(1).max(initial=1))
             length = min((b for b in buckets if b >= longest), default=ids.shape[1])
             text[name], text[f"{name}_mask"] = ids[:, :length], mask[:, :length]
+        learned_BM = rows.get("loss_mask", rows["target_mask"])[:, : text["target"].shape[1]]
         return Batch(
             image_BHWC=self.normalise(rows["pixels"]),
             prompt_BL=text["prompt"],
@@ -375,13 +456,14 @@ class Processor:
             question_mask_BL=text["question_mask"],
             target_BM=text["target"],
             target_mask_BM=text["target_mask"],
-            loss_mask_BM=text["target_mask"],
+            loss_mask_BM=learned_BM,
             task_B=rows["task"],
             record_B=rows.get("record", np.arange(len(rows["task"]), dtype=np.int32)),
             boxes_BK4=rows.get("boxes"),
             boxes_mask_BK=rows.get("boxes_mask"),
             masks_BKHW=rows.get("masks"),
             masks_mask_BK=rows.get("masks_mask"),
+            part_B=rows.get("part"),
             sam_image_BHWC=(
                 squares.sam_normalised(rows["sam"], rows["size"]) if "sam" in rows else None
             ),
@@ -390,14 +472,29 @@ class Processor:
     def row_of(self, one: Input, answer: str | None = None) -> dict[str, np.ndarray]:
         """The row of one thing to ask, with the picture for SAM where masks may be wanted.
 
-        With shots its pixels are (K, H, W, 3): theirs, then its own.
+        With shots its pixels are (K, H, W, 3): theirs, then its own. Turns before it are part of the prompt: by
+        `processor.next_turn`, or where there is none as one question.
         """
+        if one.turns and not self.config.next_turn:
+            one = replace(one, question=transcript(one.turns, one.question), turns=())
         picture = pictures.as_picture(one.image, max_pixels=self.config.max_pixels)
         words = (one.question, one.tags, answer, one.category, one.boxes, self.square(picture))
-        shown = [number for _, *said in one.shots for number in self._shot(*said)]
+        if one.shots and one.turns:
+            raise UserError("a question has shots or turns before it, not both")
+        form = Form(
+            "", tuple((asked, said) for _, asked, said in one.shots) or one.turns, bool(one.shots)
+        )
         pixels = [self.pixels(source) for source, *_ in (*one.shots, (picture,))]
-        pixels = np.stack(pixels) if one.shots else pixels[0]
-        return self.row(pixels, *words, shown=shown) | self.large(picture)
+        pixels = self.filled(pixels)
+        return self.row(pixels, *words, form=form) | self.large(picture)
+
+    def filled(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Pictures of a row as one array, (K, H, W, 3) where rows have several; what is left is blank."""
+        c, many = self.config, max(self.config.pictures, len(pixels))
+        if many == 1:
+            return pixels[0]
+        blank = np.broadcast_to(np.uint8([round(255 * mean) for mean in c.mean]), pixels[0].shape)
+        return np.stack([*pixels, *[blank] * (many - len(pixels))])
 
     def batch(
         self,

@@ -36,7 +36,10 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture by its path under the root. `width`, `height`: the unit of its boxes; 1 for fractions."""
+    """A picture by its path under the root. `width`, `height`: the unit of its boxes; 1 for fractions.
+
+    Without a name there is no picture: what is asked then is words alone, beside a blank one.
+    """
 
     name: str
     width: float = 1.0
@@ -95,7 +98,7 @@ class Table:
         return len(self.photos)
 
     def name(self, record: int) -> str:
-        return self.photos[record].name
+        return self.photos[record].name or "no picture"
 
     def path(self, record: int) -> Path:
         """The picture's file; UserError when it lies outside the root."""
@@ -104,6 +107,8 @@ class Table:
     def read(self, record: int) -> tuple[Image.Image, Photo]:
         """The picture, whose size must be the annotated one, and what is known of it."""
         photo = self.photos[record]
+        if not photo.name:
+            return Image.new("RGB", (1, 1)), photo
         picture = pictures.open_picture(self.path(record), photo.name, self.max_pixels)
         check_size(picture, photo)
         return picture, photo

@@ -17,6 +17,7 @@ from lionjax.data import expressions as says
 from lionjax.data import scenes, wordings
 from lionjax.data.places import Box, box_text
 from lionjax.data.scenes import Scene
+from lionjax.data.turns import transcript
 from lionjax.data.wordings import ask
 from lionjax.interfaces import UserError
 
@@ -36,6 +37,7 @@ CATEGORY = {
     "box_vqa": "region_level",
     "grounded": "region_level",
     "conversation": "region_level",
+    "choice": "image_level",
 }
 
 
@@ -62,15 +64,17 @@ class Example:
     scene: str = ""
 
 
-def describe(scene: Scene, rng=None) -> str:
+def describe(scene: Scene, rng=None, boxes: bool = True) -> str:
     """All of a scene in words: what a model of text alone needs to answer any question here.
 
     Things stand from left to right, or in random order given a generator; then what hides a part of
-    what, then the background.
+    what, then the background. Without `boxes` nothing is said of where things are.
     """
     things = scene.things
     order = says.left_to_right(scene) if rng is None else rng.permutation(len(things))
     full = [says.name(thing, FULL) for thing in things]
+    if not boxes:
+        return "; ".join([*(full[k] for k in order), f"{scene.background.kind} background"])
     boxed = [f"{full[k]} {box_text(things[k].box)}" for k in order]
     depth = [f"{full[k]} in front of {full[j]}" for k in order for j in things[k].covers]
     return "; ".join([*boxed, *depth, f"{scene.background.kind} background"])
@@ -350,13 +354,6 @@ def grounded(scene: Scene, rng, most: int = 4) -> Example:
     return _short(
         "grounded", "boxes", question, f"{text[0].upper()}{text[1:]}.", boxes=boxes, targets=order
     )
-
-
-def transcript(turns, question: str) -> str:
-    """What was said before, and the question that is open now, as one prompt."""
-    plain = [(asked, answer.removeprefix("Answer: ")) for asked, answer in turns]
-    said = "".join(f"Question: {asked} Answer: {answer} " for asked, answer in plain)
-    return f"{said}Question: {question}" if turns else question
 
 
 def conversation(scene: Scene, rng) -> Example:

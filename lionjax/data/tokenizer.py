@@ -31,12 +31,13 @@ SPECIAL = (
 FILES = ("tokenizer.json", "spiece.model", "vocab.txt")
 Names = tuple[str, str, str, str | None]  # what pads, ends, is unknown, and starts
 T5_NAMES: Names = ("<pad>", "</s>", "<unk>", None)
-# LLaMA's with a piece that pads, T5's, BERT's, and LLaMA's as it was published.
+# LLaMA's with a piece that pads, T5's, BERT's, LLaMA's as it was published, and SmolLM2's.
 NAMES: tuple[Names, ...] = (
     ("<pad>", "</s>", "<unk>", "<s>"),
     T5_NAMES,
     ("[PAD]", "[SEP]", "[UNK]", "[CLS]"),
     ("<unk>", "</s>", "<unk>", "<s>"),
+    ("<|im_end|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>"),
 )
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
@@ -107,7 +108,8 @@ def load(name: str) -> Tokenizer:
         if all(backend.token_to_id(piece) is not None for piece in names if piece):
             return Tokenizer(backend, names)
     raise UserError(
-        f"{path} has neither T5's <pad> </s> <unk>, nor LLaMA's <s> </s> <unk>, nor BERT's [PAD] [SEP] [UNK] [CLS]"
+        f"{path} has neither T5's <pad> </s> <unk>, nor LLaMA's <s> </s> <unk>, nor BERT's [PAD] [SEP] [UNK] [CLS], "
+        "nor SmolLM2's <|im_start|> <|im_end|> <|endoftext|>"
     )
 
 

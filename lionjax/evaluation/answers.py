@@ -144,3 +144,14 @@ def paired(answers: Sequence[bool | None], labels: Sequence[bool]) -> tuple[np.n
             f"{len(answers)} answers for {len(labels)} labels; give one a question, at least one"
         )
     return np.array(answers, dtype=bool), np.array(labels, dtype=bool)
+
+
+def read_letter(text: str) -> str | None:
+    """The option that an answer to ScienceQA names, as LLaVA's evaluation reads it; None where it names none.
+
+    A letter alone, a letter before ". ", or the one sentence "The answer is X."; two such sentences are none.
+    """
+    if re.fullmatch(r"[A-Z]", text) or re.match(r"[A-Z]\. ", text):
+        return text[0]
+    found = re.findall(r"The answer is ([A-Z])\.", text)
+    return found[0] if len(found) == 1 else None

@@ -56,6 +56,8 @@ def names_of(experiment: Experiment) -> list[str]:
         for name, weight in stage.mixture
         if weight
     ]
+    # What was trained in another form, or behind examples, is asked as it stands in the template.
+    trained = [re.sub(r"@(plain|told)$", "", re.sub(r"\+\d+", "", name)) for name in trained]
     names = dict.fromkeys(sorted(trained))
     return [name for task in SCORERS for name in names if name.partition("@")[0] == task]
 
@@ -114,17 +116,18 @@ def evaluate(
     split: str = "heldout",
     label: str = "",
     updates: int | None = None,
+    shown: Any = None,
 ) -> dict[str, Any]:
     """Ask the questions of one benchmark, and score the answers.
 
     `name` is a task that a source of `data` has, such as "vqa", or "coco/vqa" for one source's; `limit` asks only so
-    many. `label` is what figures and files are called, by default after the name. Raises UserError for a benchmark
-    that there is not, and for records that cannot be read.
+    many. `shown` (see `few_shot.Shown`): examples before each question. `label` is what figures and files are called,
+    by default after the name. Raises UserError for a benchmark that there is not, and for records that cannot be read.
     """
     task, label, began = task_of(name), label or label_of(name), time.perf_counter()
     examples, said, lines, truth = [], {}, [], []
     pictures_at = None if folder is None else folder / "evaluation" / "pictures"
-    for samples, answers in asked(answerer, data, answer, name, limit, split):
+    for samples, answers in asked(answerer, data, answer, name, limit, split, shown):
         for variant, some in answers.items():
             said.setdefault(variant, []).extend(some)
         for sample in samples:
@@ -187,6 +190,7 @@ def asked(
     name: str,
     limit: int | None,
     split: str,
+    shown: Any = None,
 ) -> Iterator[tuple[list[Sample], dict[str, list[Said]]]]:
     """Samples by the batch, with the answers of each variant: "answers", "blind", and with tags two more.
 
@@ -197,7 +201,8 @@ def asked(
     variants = {"answers": (False, tagged), "blind": (True, False)}  # (blind, with tags)
     lengths = (processor.config.prompt_length, processor.config.question_length)
     least = (1, *(min(length, PADDED) for length in lengths))
-    samples = prepared(processor, data, pipeline.examples(data, name, split, limit), tagged, task)
+    chosen = pipeline.examples(data, name, split, limit)
+    samples = prepared(processor, data, chosen, tagged, task, shown)
     segments = task == "res" and processor.config.sam_size > 0
     while batch := list(itertools.islice(samples, AT_ONCE)):
         kept = [sample for sample, _ in batch]
@@ -227,6 +232,7 @@ def prepared(
     samples: Iterable[Sample],
     tagged: bool,
     task: str,
+    shown: Any = None,
 ) -> Iterator[tuple[Sample, dict[Any, answering.Row]]]:
     """Each sample with its rows: with tags (where the benchmark has them), without, and with its answer.
 
@@ -237,7 +243,10 @@ def prepared(
         example, pixels = sample.example, processor.pixels(sample.picture)
         tags, how = example.tags if tagged else (), sample.places or processor.config.places
         boxes = (*example.question_boxes, *example.boxes)
-        given = (example.category, boxes, processor.square(sample.picture), how)
+        form = sample.form
+        if shown is not None:
+            pixels, form = shown.before(sample, pixels)
+        given = (example.category, boxes, processor.square(sample.picture), how, form)
         large = processor.large(sample.picture) if task == "res" else {}
         try:
             rows = {

@@ -119,6 +119,16 @@ def rec(examples: Examples, texts: Sequence[str]) -> Scored:
     )
 
 
+def choice(examples: Examples, texts: Sequence[str]) -> Scored:
+    """ScienceQA's letters; an answer in which none can be found is wrong."""
+    said = [answers.read_letter(text) for text in texts]
+    truth = [answers.read_letter(example.answer) for example in examples]
+    right = [float(mine is not None and mine == true) for mine, true in zip(said, truth)]
+    details = {"unreadable": float(np.mean([mine is None for mine in said]))}
+    each = {"choice_accuracy": (np.array(right), np.mean)}
+    return Scored({"choice_accuracy": float(np.mean(right))}, details, each, right)
+
+
 def box_vqa(examples: Examples, texts: Sequence[str]) -> Scored:
     scored = vqa(examples, texts)
     each = {"box_vqa_accuracy": scored.each["vqa_accuracy"]}
@@ -206,11 +216,13 @@ SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], Scored]] = {
     "grounded": grounded,
     "box_vqa": box_vqa,
     "tags": tags,
+    "choice": choice,
 }
 BY_KIND = (
     "vqa",
     "existence",
     "box_vqa",
+    "choice",
 )  # scored apart by `Example.kind` too; POPE's settings are kinds
 
 
@@ -223,7 +235,7 @@ def constants(task: str, train: Examples, asked: Examples) -> list[str]:
     One-word questions: the most common answer of their kind. Existence: "yes", since never saying it has an F1 of 0.
     Boxes, sentences and tags: the one that fares best on the training examples.
     """
-    if task in ("vqa", "relation", "box_vqa"):
+    if task in ("vqa", "relation", "box_vqa", "choice"):
         common = {
             kind: most_common(e for e in train if e.kind == kind)
             for kind in {e.kind for e in train}

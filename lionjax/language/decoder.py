@@ -144,7 +144,7 @@ class Block(nn.Module):
             inner_eps=inner, name="attention",
         )  # fmt: skip
         h_BLD = norm(c, name="norm1")(x_BLD)
-        query, (new_k, new_v) = own.queries(h_BLD), own.keys_values(h_BLD)
+        query, (new_k, new_v) = own.queries(h_BLD, keys[0]), own.keys_values(h_BLD, keys[0])
         if c.qk_norms:
             query, new_k = self.over_heads("q_norm", query), self.over_heads("k_norm", new_k)
         if turn is not None:
@@ -155,7 +155,8 @@ class Block(nn.Module):
         x_BLD = x_BLD + dropout(own.look(query, seen, mask, bias, keys[0]), c.dropout, keys[1])
         h_BLD = norm(c, name="norm2")(x_BLD)
         if c.gated:
-            change_BLD = GatedMLP(c.width, c.hidden, c.activation, lora=c.lora, name="mlp")(h_BLD)
+            gated = GatedMLP(c.width, c.hidden, c.activation, lora=c.lora, name="mlp")
+            change_BLD = gated(h_BLD, 0.0, keys[2])
         else:
             mlp = MLP(
                 c.width, c.hidden, c.activation, bias=bool(c.biases), inner_eps=inner, name="mlp"

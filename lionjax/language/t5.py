@@ -136,21 +136,21 @@ class DecoderBlock(nn.Module):
         keys = split_key(key, 5)
         own = attention(c, "self_attention")
         x_BMD = RMSNorm(c.width, c.eps, name="self_norm")(h_BMD)
-        keys_values = own.keys_values(x_BMD)
+        keys_values = own.keys_values(x_BMD, keys[0])
         if cache is not None:
             cache = tuple(
                 write(old, new, number, step) for old, new in zip(cache, keys_values, strict=True)
             )
             keys_values = tuple(layers[number] for layers in cache)
-        change = own.look(own.queries(x_BMD), keys_values, mask, bias, keys[0])
+        change = own.look(own.queries(x_BMD, keys[0]), keys_values, mask, bias, keys[0])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[1])
 
         cross = attention(c, "cross_attention")
         x_BMD = RMSNorm(c.width, c.eps, name="cross_norm")(h_BMD)
         made = None
         if crossed is None:
-            made = crossed = cross.keys_values(encoded_BLD)
-        change = cross.look(cross.queries(x_BMD), crossed, encoded_mask, None, keys[2])
+            made = crossed = cross.keys_values(encoded_BLD, keys[2])
+        change = cross.look(cross.queries(x_BMD, keys[2]), crossed, encoded_mask, None, keys[2])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[3])
         h_BMD = FeedForward(c, name="feed_forward")(h_BMD, task_B, keys[4])
         return (h_BMD, cache), None if cache is None else made

@@ -33,6 +33,7 @@ class Flamingo:
     `rule`: a token sees the last picture before it, or all of them. By the first, one before any picture sees none; by
     the second such a token sees, as in OpenFlamingo, all pictures of its row alike, later ones too.
     A row may have several pictures, (B, K, H, W, C); the k-th `image_token` is the k-th of them, and is never learned.
+    `part_weights`: how much the mean loss of each entry of a stage's mixture counts; empty: all tokens count alike.
     """
 
     vision: ViTConfig = dataclasses.replace(CLIP_VIT_L, image=224)
@@ -48,6 +49,7 @@ class Flamingo:
     image_token: int = 50278
     rule: str = "immediate"
     dtype: str = "float32"  # of the computation
+    part_weights: tuple[float, ...] = ()
 
     def __post_init__(self):
         if self.rule not in RULES:
@@ -67,9 +69,14 @@ class Flamingo:
         return self._apply(params, "see", batch)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
-        """Mean cross entropy of the answer's tokens but the pictures'."""
+        """Mean cross entropy of the answer's tokens but the pictures', or the weighted sum of each data set's."""
         learned_BM = batch.loss_mask_BM * (batch.target_BM != self.image_token)
         logits_BMV = self.logits(params, batch, key)
+        if self.part_weights and batch.part_B is not None:
+            weights = self.part_weights
+            return losses.parts_cross_entropy(
+                logits_BMV, batch.target_BM, learned_BM, batch.part_B, weights
+            )
         return losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
 
     def logits(self, params: Params, batch: Batch, key=None):

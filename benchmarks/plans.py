@@ -47,7 +47,7 @@ HEAD = (
 )  # fmt: skip
 BEFORE = """# Plans
 
-What `lionjax plan` says of every full-size config, made by `python -m benchmarks.plans`: the real update, compiled for
+What `lionjax plan` says of the full-size configs, made by `python -m benchmarks.plans`: the real update, compiled for
 the slice by libtpu on a machine without a TPU. Nothing here was run on one. "GiB a chip" is what the compiler reserves
 at the peak, against what it has. Predicted seconds and MFU are the program's products and bytes over the published
 peaks of the chip, as if all went on at once: real steps are slower. "Gathered" and "reduced" are bytes that each chip
@@ -56,7 +56,8 @@ config has them. "Effort" is the compiler's: with the least it is done in a tent
 then slower, so that times predicted from it are pessimistic; what it holds differs by a fifth or less in the rows
 compared (0.90 against 1.11 GiB for llava15_7b, 1.48 against 1.39 for blip2_opt27b, both on v5e-256). Where that comes
 near the chip's memory, the row is compiled with the usual effort. This libtpu breaks off (a stack overflow in its
-estimate of costs) for some programs that other meshes do not make: those stand here with the mesh that it compiles.
+estimate of costs) for some programs, so far those of LION, BLIP-2 and InstructBLIP around FlanT5-XL on v5e-256 and of
+MiniGPT-4 on v5p-512, with either effort: for such rows other meshes are tried.
 
 """
 
@@ -159,7 +160,9 @@ def write(rows: dict[tuple[str, str], list[str]]) -> None:
         ["---"] * len(HEAD),
         *[[cell.strip() or " " for cell in rows[key]] for key in order],
     ]
-    made = f"JAX {jax.__version__}, libtpu {metadata.version('libtpu')}, {datetime.date.today()}."
+    absent = [f"{name} on {pod}" for pod in PODS for name in CONFIGS if (name, pod) not in rows]
+    still = f"No row yet: {', '.join(absent)}.\n\n" if absent else ""
+    made = f"{still}JAX {jax.__version__}, libtpu {metadata.version('libtpu')}, {datetime.date.today()}."
     part = PAGE.with_suffix(".part")
     part.write_text(
         BEFORE + "\n".join("| " + " | ".join(row) + " |" for row in table) + f"\n\n{made}\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA as a field of dense layers: which get one, that its dropout is applied, and that nothing else is drawn anew."""
+"""LoRA as a field of dense layers: which get one, and that its dropout is applied in every one of them."""
 
 import dataclasses
 
@@ -11,17 +11,19 @@ from flax.core import meta
 from lionjax import params as trees
 from lionjax.language.decoder import Decoder, DecoderConfig
 from lionjax.language.t5 import T5, T5Config
-from lionjax.layers import Dense, LoraConfig
+from lionjax.layers import LoraConfig
 
-LORA = LoraConfig(2, 4.0, 0.5, ("q", "v"))
-DECODER = DecoderConfig(20, 16, 2, 2, 2, 8, 24, lora=LORA)
-ENCODER = T5Config(20, 16, 8, 2, 24, 2, 2, dropout=0.0, lora=LORA)
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+LORA = LoraConfig(2, 4.0, 0.5, TARGETS)
+MODELS = {
+    "decoder": DecoderConfig(20, 16, 2, 2, 2, 8, 24, lora=LORA),
+    "t5": T5Config(20, 16, 8, 2, 24, 2, 2, dropout=0.0, lora=LORA),
+}
 IDS, MASK = np.arange(10).reshape(2, 5), np.ones((2, 5), int)
 
 
-def read(c, key=None, b: float = 0.1):
-    """What a language model makes of a text, its first LoRA halves random and all second ones `b`."""
-    module = T5(c) if isinstance(c, T5Config) else Decoder(c)
+def reader(c):
+    """(module, how it reads a text with a key)."""
 
     def run(module, key):
         x = module.embed(IDS)
@@ -30,39 +32,41 @@ def read(c, key=None, b: float = 0.1):
             return module.decode(IDS, MASK, encoded, MASK, None, key)
         return module.logits(module(x, MASK, None, key))
 
-    made = meta.unbox(module.init(jax.random.key(0), None, method=run)["params"])
-    flat = trees.flatten(made)
-    flat |= {path: np.full_like(leaf, b) for path, leaf in flat.items() if path.endswith("lora_b")}
-    return module.apply({"params": trees.unflatten(flat)}, key, method=run), set(flat)
+    return (T5 if isinstance(c, T5Config) else Decoder)(c), run
 
 
-@pytest.mark.parametrize("c", [DECODER, ENCODER], ids=["decoder", "t5"])
-def test_only_the_layers_that_are_named_get_one(c):
-    def having(targets):
-        _, paths = read(dataclasses.replace(c, lora=dataclasses.replace(LORA, targets=targets)))
-        return {path.split("/")[-2] for path in paths if path.endswith("lora_a")}
-
-    assert having(("q", "v")) == {"q", "v"}
-    assert having(("q", "k", "v", "o", "gate", "up", "down")) == {"q", "k", "v", "o", "gate", "up", "down"}
+def having(c) -> set[str]:
+    module, run = reader(c)
+    made = jax.eval_shape(lambda: meta.unbox(module.init(jax.random.key(0), None, method=run)["params"]))
+    return {path.split("/")[-2] for path in trees.flatten(made) if path.endswith("lora_a")}
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "o", "gate", "up", "down"])
-@pytest.mark.parametrize("c", [DECODER, ENCODER], ids=["decoder", "t5"])
-def test_the_dropout_of_every_target_is_drawn_by_the_key_and_off_without_one(c, name):
-    c = dataclasses.replace(c, lora=dataclasses.replace(LORA, targets=(name,)))
-    one, two = (np.asarray(read(c, jax.random.key(seed))[0]) for seed in (1, 2))
-    assert np.abs(one - two).max() > 1e-6
-    without = dataclasses.replace(c, lora=dataclasses.replace(c.lora, dropout=0.0))
-    np.testing.assert_array_equal(read(c)[0], read(without)[0])
-    still = [read(c, key, b=0.0)[0] for key in (None, jax.random.key(1))]  # a LoRA that is still nothing
-    np.testing.assert_array_equal(*still)
+@pytest.mark.parametrize("name", MODELS)
+def test_only_the_layers_that_are_named_get_one(name):
+    c = MODELS[name]
+    assert having(c) == set(TARGETS)
+    assert having(dataclasses.replace(c, lora=dataclasses.replace(LORA, targets=("q", "v")))) == {"q", "v"}
 
 
-def test_a_detour_under_dropout_is_right_on_average():
-    dense = Dense(8, 4, ("embed", None), lora=dataclasses.replace(LORA, targets=("q",)), name="q")
-    x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
-    made = meta.unbox(dense.init(jax.random.key(0), x)["params"]) | {"lora_b": np.ones((2, 4), np.float32)}
-    keys = jax.random.split(jax.random.key(1), 4000)
-    drawn = jax.vmap(lambda key: dense.apply({"params": made}, x, key))(keys)
-    np.testing.assert_allclose(drawn.mean(0), dense.apply({"params": made}, x), atol=0.15)
-    assert np.asarray(drawn).std(0).min() > 0.1
+@pytest.mark.parametrize("name", MODELS)
+def test_the_dropout_of_every_target_is_drawn_by_the_key_and_is_off_without_one(name):
+    module, run = reader(MODELS[name])
+    made = jax.jit(lambda key: meta.unbox(module.init(key, None, method=run)["params"]))(jax.random.key(0))
+    read = jax.jit(lambda params, key: module.apply({"params": params}, key, method=run))
+    flat, keys = trees.flatten(made), [jax.random.key(seed) for seed in (1, 2)]
+
+    def opened(target):
+        """The parameters with the detours of one target open, and all others as they begin."""
+        return trees.unflatten(
+            {path: np.full_like(leaf, 0.3 * (path.split("/")[-2] == target)) if path.endswith("lora_b") else leaf
+             for path, leaf in flat.items()}
+        )  # fmt: skip
+
+    np.testing.assert_array_equal(*(read(opened(None), key) for key in keys))
+    for target in TARGETS:
+        one, two = (np.asarray(read(opened(target), key)) for key in keys)
+        assert np.abs(one - two).max() > 1e-6, target
+        np.testing.assert_array_equal(one, read(opened(target), keys[0]))
+    sure = read(opened("q"), None)
+    np.testing.assert_allclose(sure, read(opened("q"), None))
+    assert np.abs(np.asarray(sure) - read(opened("q"), keys[0])).max() > 1e-6

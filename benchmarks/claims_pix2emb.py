@@ -46,6 +46,7 @@ NEW = {  # what only this way to say boxes has; it learns four times as fast, as
     "digits": (),
     "bins": ("language/embedding", "language/head"),
 }
+WEIGHTS = {"l1_weight": 2.0, "giou_weight": 0.2, "cycle_weight": 1.0}  # of the released code
 WORDS, BINS = 1024, 16  # of the shipped language model; a side of the location tokens
 ASKED_WITH_A_BOX = (("reg", 2.0), ("box_vqa", 2.0), ("rec", 1.0))
 SHARES = (1.0, 0.1, 0.01)
@@ -76,7 +77,7 @@ def experiment(run: Run, seed: int, stage: Stage, how: str = "embeddings", **pla
         system,
         visual_input="AGGREGATOR",
         soft_prompt_token=None,
-        places=dataclasses.replace(system.places, **places),
+        places=dataclasses.replace(system.places, **WEIGHTS | places),
     )
     lengths = {
         "prompt_length": 20,
@@ -84,7 +85,7 @@ def experiment(run: Run, seed: int, stage: Stage, how: str = "embeddings", **pla
         "target_length": 20 if how == "digits" else 8,
     }
     rest = {"tags": False, "places": how, "boxes": 6 if how == "embeddings" else 0}
-    weights = whole.weights
+    weights = tuple(pair for pair in whole.weights if pair[0] != "locations")  # nothing known
     if how == "bins":
         words = WORDS + BINS**2
         system = dataclasses.replace(

@@ -131,8 +131,11 @@ def blank(experiment: Experiment, stage: Stage | None = None, rows: int = 2) -> 
         np.zeros((rows, n), np.int32) for n in (processor.prompt_length, processor.question_length)
     ]
     target, row = np.zeros((rows, processor.target_length), np.int32), np.zeros(rows, np.int32)
-    image = np.zeros((rows, *(processor.image_size,) * 2, 3), np.float32)
+    several = (processor.pictures,) if processor.pictures > 1 else ()
+    image = np.zeros((rows, *several, *(processor.image_size,) * 2, 3), np.float32)
     batch = Batch(image, text[0], text[0], text[1], text[1], target, target, target, row, row)
+    if stage is not None:
+        batch = dataclasses.replace(batch, part_B=row)
     count, sides = processor.boxes, (processor.sam_size,) * 2
     if count:
         box, real = np.zeros((rows, count, 4), np.float32), np.zeros((rows, count), np.int32)

@@ -53,7 +53,7 @@ def twins():
     theirs = transformers.SamModel(config).eval()
     with torch.no_grad():  # as they begin, most weights are zero
         for name, weight in theirs.named_parameters():
-            weight += 0.3 * torch.randn_like(weight)
+            weight += (0.4 if name.startswith("mask_decoder") else 0.3) * torch.randn_like(weight)
             weight *= 0.1 if "positional_embedding" in name else 1
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
     return theirs, convert.params_from(sam_masks.hugging_face_rows(c), state), state
@@ -109,7 +109,7 @@ def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
                 out = theirs(image_embeddings=wanted_map, multimask_output=several, **said)
                 part = slice(1, None) if several else slice(0, 1)
                 scale = float(out.pred_masks.abs().max())
-                assert scale > 0.02 and float(out.pred_masks.std()) > 0.01 * scale
+                assert scale > 0.1 and float(out.pred_masks.std()) > 0.01 * scale
                 masks, scores = (answer[:, :, part] for answer in answers[name])
                 np.testing.assert_allclose(masks / scale, out.pred_masks / scale, atol=1e-4, err_msg=f"seed {SEED}")
                 np.testing.assert_allclose(scores, out.iou_scores, atol=1e-4, err_msg=f"seed {SEED}")

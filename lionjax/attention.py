@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention: who may look at whom, T5's relative positions, the product itself, and the cache of a decoder.
 
-Masks are boolean (True = may look) and broadcast to (B, N, L, S); biases are added to the scores in float32.
+A mask says what a kernel can use (`Mask`), or is boolean (True = may look) and broadcasts to (B, N, L, S); biases are
+added to the scores in float32.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -13,21 +16,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lionjax import kernels
 from lionjax.layers import Dense, DenseFromHeads, LayerNorm, LoraConfig, dropout, folded, normal
 from lionjax.sharding import constrain, sharded
 from lionjax.weight_rows import Row, heads_in, heads_in_bias, heads_out
 
-MASKED = -1e30  # far below any score, and finite, so that a row that sees nothing gives no NaN
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Who may look at whom in words that a kernel understands: at real keys (B, S), all if None, and not ahead."""
+
+    keys_BS: jax.Array | None = None
+    causal: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def dense(self, length: int):
+        """As booleans that broadcast to (B, 1, L, S); None where all is seen."""
+        return kernels.dense(self.keys_BS, self.causal, length)
 
 
-def key_mask(mask_BS):
-    """Everyone may look at the real tokens: (B, S) -> (B, 1, 1, S)."""
-    return mask_BS.astype(bool)[:, None, None, :]
+def key_mask(mask_BS) -> Mask:
+    """Everyone may look at the real tokens."""
+    return Mask(mask_BS.astype(bool))
 
 
-def causal_mask(length: int):
-    """A token may look at itself and before: (1, 1, L, L)."""
-    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+def causal_mask(mask_BL=None) -> Mask:
+    """A token may look at itself and before, there at the real ones."""
+    return Mask(None if mask_BL is None else mask_BL.astype(bool), causal=True)
 
 
 def attend(
@@ -40,24 +55,22 @@ def attend(
     rate: float = 0.0,
     key=None,
 ):
-    """softmax(scale * q k + bias) v, the softmax in float32: (B, L, N, H).
+    """softmax(scale * q k + bias) v, the softmax in float32: (B, L, N, H). By a kernel where one computes this.
 
-    Keys may have fewer heads than queries (grouped-query attention). `key` drives dropout on the probabilities.
+    Keys may have fewer heads than queries (grouped-query attention). `mask` is a `Mask`, or booleans. `key` drives
+    dropout on the probabilities.
     """
-    if key_BSNH.shape[2] != query_BLNH.shape[2]:
-        groups = query_BLNH.shape[2] // key_BSNH.shape[2]
-        key_BSNH, value_BSNH = (jnp.repeat(x, groups, axis=2) for x in (key_BSNH, value_BSNH))
-    score_BNLS = jnp.einsum(
-        "BLNH,BSNH->BNLS", query_BLNH, key_BSNH, preferred_element_type=jnp.float32
-    )
-    if scale != 1.0:
-        score_BNLS = score_BNLS * scale
-    if bias is not None:
-        score_BNLS = score_BNLS + bias
-    if mask is not None:
-        score_BNLS = jnp.where(mask, score_BNLS, MASKED)
-    share_BNLS = dropout(jax.nn.softmax(score_BNLS, axis=-1), rate, key).astype(value_BSNH.dtype)
-    return jnp.einsum("BNLS,BSNH->BLNH", share_BNLS, value_BSNH)
+    drops = bool(rate) and key is not None
+    if isinstance(mask, Mask | None):
+        mask = mask or Mask()
+        if bias is None and not drops:
+            given = (query_BLNH, key_BSNH, value_BSNH, mask.keys_BS, mask.causal, scale)
+            out_BLNH = kernels.fused(*given)
+            if out_BLNH is not None:
+                return out_BLNH
+        mask = mask.dense(query_BLNH.shape[1])
+    drop = functools.partial(dropout, rate=rate, key=key) if drops else None
+    return kernels.plain(query_BLNH, key_BSNH, value_BSNH, mask, bias, scale, drop)
 
 
 class Attention(nn.Module):

@@ -112,7 +112,7 @@ def spec(
 
 def constrain(x, *axes: str | None):
     """An activation's logical axes, as a hint to the compiler; without a mesh in sight it does nothing."""
-    mesh = _current_mesh()
+    mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(
@@ -137,7 +137,8 @@ class use:
         _meshes.pop()
 
 
-def _current_mesh() -> Mesh | None:
+def current_mesh() -> Mesh | None:
+    """The mesh of the innermost `use`, if any."""
     return _meshes[-1] if _meshes else None
 
 

@@ -21,7 +21,7 @@ FLOORS = (
     "interfaces params sharding config weight_rows scaling.topologies scaling.programs "
     "convert.plan convert.tables convert.files convert.write",
     # 1: made in this order, each may use those before it
-    "losses layers attention adapters",
+    "losses layers kernels attention adapters",
     # 2: these do not know each other; systems introduce them
     "vision vision.vit vision.sam vision.sam_masks vision.swin vision.ram vision.grounding_dino "
     "language language.decoder language.decoder_names language.t5 language.bert "

@@ -13,10 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lionjax import attention as attentions
 from lionjax.adapters import AdapterConfig, CrossConfig, GatedCross, RoutedAdapters
 from lionjax.attention import Attention, causal_mask, key_mask, near, rotate, rotations, waves
 from lionjax.interfaces import Cache
+from lionjax.kernels import MASKED
 from lionjax.layers import (
     MLP,
     REMAT,
@@ -254,11 +254,11 @@ class Decoder(nn.Module):
         logits_BLV = (self.embedding.attend if c.tied else self.head)(state_BLD).astype(jnp.float32)
         if c.rows == c.vocab:
             return logits_BLV
-        return jnp.where(jnp.arange(c.rows) < c.vocab, logits_BLV, attentions.MASKED)
+        return jnp.where(jnp.arange(c.rows) < c.vocab, logits_BLV, MASKED)
 
     def __call__(self, x_BLD, mask_BL, task_B=None, key=None, media=None):
         """States of a whole row; those of padding mean nothing. `media` as `GatedCross` has it."""
-        return self.run(x_BLD, counted(mask_BL), causal(mask_BL), task_B, key, media=media)[0]
+        return self.run(x_BLD, counted(mask_BL), causal_mask(mask_BL), task_B, key, media=media)[0]
 
     def begin(self, x_BLD, mask_BL, cache_length: int, task_B=None, media=None):
         """Read a prompt: the state (B, D) of its last real token, and a cache with room for `cache_length` more.
@@ -269,7 +269,7 @@ class Decoder(nn.Module):
         nothing = jnp.zeros((c.layers, x_BLD.shape[0], 0, c.kv_heads, c.head), x_BLD.dtype)
         self.check_length(x_BLD.shape[1] + cache_length)
         h_BLD, new, kept = self.run(
-            x_BLD, counted(mask_BL), causal(mask_BL), task_B, None, (nothing, nothing), media
+            x_BLD, counted(mask_BL), causal_mask(mask_BL), task_B, None, (nothing, nothing), media
         )
         room = ((0, 0), (0, 0), (0, cache_length), (0, 0), (0, 0))
         written = {name: jnp.pad(leaf, room) for name, leaf in zip("kv", new)}
@@ -359,11 +359,6 @@ class Decoder(nn.Module):
 def counted(mask_BL):
     """Positions 0, 1, ... of the real tokens of each row; padding takes that of the token before it."""
     return jnp.maximum(jnp.cumsum(mask_BL.astype(jnp.int32), axis=1) - 1, 0)
-
-
-def causal(mask_BL):
-    """Who sees whom in a row: real tokens, at and before one's own place."""
-    return causal_mask(mask_BL.shape[1]) & key_mask(mask_BL)
 
 
 def last(x_BLD, mask_BL):

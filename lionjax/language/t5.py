@@ -204,10 +204,8 @@ class Decoder(nn.Module):
         mask = (
             (key_positions[None, :] <= query_positions[:, None])[None, None]
             if cache
-            else causal_mask(length)
+            else causal_mask(mask_BM)
         )
-        if mask_BM is not None:
-            mask = mask & key_mask(mask_BM)
         h_BMD = dropout(x_BMD, c.dropout, keys[0])
         blocks = scanned(DecoderBlock, c, c.decoder_layers, 6)
         own = crossed = None

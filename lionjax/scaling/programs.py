@@ -322,9 +322,18 @@ def products(jaxpr, loop_turns: int = 1) -> float:
         elif name == "cond":
             total += max(products(one, loop_turns) for one in inner)
         else:
-            turns = {"scan": equation.params.get("length", 1), "while": loop_turns}.get(name, 1)
-            total += turns * sum(products(one, loop_turns) for one in inner)
+            total += _turns(equation, loop_turns) * sum(products(one, loop_turns) for one in inner)
     return total
+
+
+def _turns(equation, loop_turns: int) -> int:
+    """How often an equation runs what is in it: a kernel once a place of its grid, `shard_map` once a device."""
+    name, given = equation.primitive.name, equation.params
+    if name == "pallas_call":
+        return math.prod(given["grid_mapping"].grid)
+    if name == "shard_map":
+        return given["mesh"].size
+    return {"scan": given.get("length", 1), "while": loop_turns}.get(name, 1)
 
 
 def _inner(values: Sequence) -> Iterator:

@@ -202,7 +202,7 @@ class Blip2FirstModule(nn.Module):
         ids_BL, mask_BL = self.text(batch, self.c.write_token)
         ids_BM, mask_BM = ids_BL[:, :-1], mask_BL[:, :-1]
         rows, length = ids_BM.shape
-        before_BM = causal_mask(length) & key_mask(mask_BM)
+        before_BM = causal_mask(mask_BM).dense(length)
         queries_BQ = jnp.ones((rows, 1, length, self.c.qformer.queries), bool)
         mask = jnp.concatenate([queries_BQ, before_BM], axis=-1)
         text_BMD = self.qformer.embed(ids_BM, self.c.dtype)

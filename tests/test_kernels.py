@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention by kernels beside the plain formula: values and gradients, who is chosen, what a build may lack."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lionjax import kernels, sharding
+from lionjax.attention import Mask, attend, causal_mask, key_mask
+from lionjax.scaling import programs, topologies
+from lionjax.sharding import MeshConfig
+
+SCALE = 0.3
+
+
+def drawn(rows=2, queries=160, keys=160, heads=4, kv_heads=4, head=16, dtype=jnp.float32):
+    random = np.random.default_rng(0)
+
+    def of(*shape):
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
+    real_BS = np.arange(keys) < np.linspace(keys // 2, keys, rows).astype(int)[:, None]
+    real_BS[:, keys // 4 : keys // 3] = (
+        False  # also in the middle, as between a prompt and an answer
+    )
+    return (
+        of(rows, queries, heads, head), of(rows, keys, kv_heads, head), of(rows, keys, kv_heads, head),
+        jnp.asarray(real_BS),
+    )  # fmt: skip
+
+
+def written_out(query_BLNH, key_BSNH, value_BSNH, mask=None, bias=None, scale=SCALE):
+    """The formula in numpy's words, a head at a time."""
+    groups, heads = query_BLNH.shape[2] // key_BSNH.shape[2], []
+    for n in range(query_BLNH.shape[2]):
+        score_BLS = scale * query_BLNH[:, :, n] @ key_BSNH[:, :, n // groups].swapaxes(1, 2)
+        shape = (len(query_BLNH), query_BLNH.shape[2], *score_BLS.shape[1:])
+        if bias is not None:
+            score_BLS = score_BLS + jnp.broadcast_to(bias, shape)[:, n]
+        if mask is not None:
+            score_BLS = jnp.where(jnp.broadcast_to(mask, shape)[:, n], score_BLS, -jnp.inf)
+        share_BLS = jnp.exp(score_BLS - score_BLS.max(axis=-1, keepdims=True))
+        share_BLS = share_BLS / share_BLS.sum(axis=-1, keepdims=True)
+        heads.append(share_BLS @ value_BSNH[:, :, n // groups])
+    return jnp.stack(heads, axis=2)
+
+
+def values_and_gradients(function, query, key, value):
+    weight = jnp.cos(jnp.arange(query.size, dtype=jnp.float32)).reshape(query.shape)
+
+    def total(*given):
+        return (function(*given) * weight).sum()
+
+    return jax.jit(lambda *x: (function(*x), *jax.grad(total, (0, 1, 2))(*x)))(query, key, value)
+
+
+def assert_same(function, other, given, tolerance=2e-5):
+    for one, another in zip(
+        values_and_gradients(function, *given), values_and_gradients(other, *given)
+    ):
+        np.testing.assert_allclose(one, another, tolerance, tolerance)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kind", ["all", "keys", "causal", "causal keys", "bias", "free"])
+def test_the_plain_way_is_the_formula_for_every_mask_and_for_grouped_queries(kind, kv_heads):
+    *given, real_BS = drawn(queries=12, keys=12, kv_heads=kv_heads)
+    before = np.tril(np.ones((12, 12), bool))[None, None]
+    keys = np.asarray(real_BS)[:, None, None, :]
+    free = jnp.asarray(np.random.default_rng(1).random((2, 1, 12, 12)) < 0.7)
+    bias = jnp.cos(jnp.arange(4 * 12 * 12.0)).reshape(1, 4, 12, 12)
+    ours, theirs, added = {
+        "all": (None, None, None),
+        "keys": (key_mask(real_BS), keys, None),
+        "causal": (causal_mask(), before, None),
+        "causal keys": (causal_mask(real_BS), before & keys, None),
+        "bias": (key_mask(real_BS), keys, bias),
+        "free": (free, free, None),
+    }[kind]
+    assert_same(
+        lambda *x: attend(*x, ours, added, SCALE), lambda *x: written_out(*x, theirs, added), given
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv_heads", "queries", "keys"),
+    [
+        ("causal keys", 4, 160, 160),
+        ("causal keys", 2, 128, 128),
+        ("keys", 2, 130, 200),
+        ("all", 4, 100, 130),
+    ],
+)
+def test_splash_attention_is_the_formula_at_lengths_that_its_blocks_do_not_divide(
+    kind, kv_heads, queries, keys
+):
+    *given, real_BS = drawn(queries=queries, keys=keys, kv_heads=kv_heads)
+    mask = Mask(real_BS if "keys" in kind else None, causal="causal" in kind)
+    assert_same(
+        lambda *x: kernels.splash(*x, mask.keys_BS, mask.causal, SCALE, interpret=True),
+        lambda *x: written_out(*x, mask.dense(queries)),
+        given,
+        2e-4,
+    )
+
+
+def test_each_device_computes_its_own_rows_and_heads():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    *given, real_BS = drawn(rows=4, queries=12, keys=12, kv_heads=2)
+
+    def function(q, k, v, keys_BS):
+        assert q.shape == (1, 12, 2, 16)
+        assert k.shape == (1, 12, 1, 16)
+        return kernels.plain(q, k, v, keys_BS[:, None, None, :], None, SCALE)
+
+    assert_same(
+        lambda *x: kernels.split(function, mesh, *x, real_BS),
+        lambda *x: written_out(*x, real_BS[:, None, None, :]),
+        given,
+    )
+
+
+def test_what_runs_follows_device_dtype_and_length():
+    def choice(platform, length, dtype, causal=True, keys=None):
+        query, key, *_ = drawn(1, length, keys or length, dtype=dtype)
+        return kernels.choice(platform, query, key, causal)
+
+    assert choice("cpu", 1024, jnp.bfloat16) == "xla"
+    assert choice("gpu", 1024, jnp.bfloat16) == choice("gpu", 256, jnp.float16) == "cudnn"
+    assert choice("tpu", 1024, jnp.bfloat16) == "splash"
+    assert choice("tpu", 1024, jnp.float16) == choice("gpu", 1024, jnp.float32) == "xla"
+    assert choice("gpu", 1, jnp.bfloat16, False, 1024) == "xla", "a word that is generated"
+    assert choice("tpu", 600, jnp.bfloat16, True, 1200) == "xla", "who is ahead is not known"
+    assert choice("tpu", 600, jnp.bfloat16, False, 1200) == "splash"
+
+
+def on_a_gpu(monkeypatch, kernel):
+    monkeypatch.setattr(kernels, "choice", lambda *_: "cudnn")
+    if kernel is not None:
+        monkeypatch.setattr(kernels, "cudnn", kernel)
+    kernels.cudnn_works.cache_clear()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def test_a_build_without_cudnn_is_said_once_and_the_formula_is_used(monkeypatch, caplog):
+    on_a_gpu(monkeypatch, None)
+    *given, real_BS = drawn(queries=12, keys=12, dtype=jnp.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        made = [
+            jax.jit(lambda *x: attend(*x, key_mask(real_BS), None, SCALE))(*given) for _ in range(2)
+        ]
+    expected = kernels.plain(*given, real_BS[:, None, None, :], None, SCALE)
+    np.testing.assert_array_equal(made[0], expected)
+    assert [r.message for r in caplog.records if "without cuDNN" in r.message] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
+    def wrong(query, key, value, keys_BS, causal, scale):
+        return kernels.plain(query, key, value, None, None, scale)  # forgets the mask
+
+    on_a_gpu(monkeypatch, wrong)
+    *given, real_BS = drawn(queries=12, keys=12)
+    made = attend(*given, key_mask(real_BS), None, SCALE)
+    np.testing.assert_allclose(made, written_out(*given, real_BS[:, None, None, :]), 1e-5, 1e-5)
+    assert "from the formula's" in caplog.text
+
+
+def test_a_kernel_that_computes_the_same_is_used_within_a_compiled_layer(monkeypatch):
+    used = []
+
+    def right(query, key, value, keys_BS, causal, scale):
+        used.append(causal)
+        mask = kernels.dense(keys_BS, causal, query.shape[1])
+        return kernels.plain(query, key, value, mask, None, scale)
+
+    on_a_gpu(monkeypatch, right)
+    *given, real_BS = drawn(queries=12, keys=12)
+    made = jax.jit(lambda *x: attend(*x, causal_mask(real_BS), None, SCALE))(*given)
+    mask = causal_mask(real_BS).dense(12)
+    np.testing.assert_allclose(made, written_out(*given, mask), 1e-5, 1e-5)
+    before = len(used)
+    attend(*given, causal_mask(real_BS), jnp.zeros((1, 4, 12, 12)), SCALE)
+    attend(*given, causal_mask(real_BS), None, SCALE, 0.1, jax.random.key(0))
+    assert before and len(used) == before, "biases and dropout are not the kernel's"
+
+
+def test_the_flops_of_a_kernel_are_counted_as_often_as_it_runs():
+    *given, real_BS = drawn(queries=256, keys=256)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))
+
+    def ours(*x):
+        return kernels.split(
+            lambda q, k, v, keys: kernels.splash(q, k, v, keys, False, SCALE), mesh, *x, real_BS
+        )
+
+    plain = jax.make_jaxpr(lambda *x: kernels.plain(*x))(*given)
+    assert programs.products(jax.make_jaxpr(ours)(*given).jaxpr) == programs.products(plain.jaxpr)
+
+
+@pytest.mark.skipif(
+    not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed"
+)
+@pytest.mark.parametrize(("head", "kv_heads"), [(64, 8), (88, 8), (128, 2)])
+def test_splash_attention_and_its_gradient_compile_for_a_pod(head, kv_heads):
+    mesh = sharding.make_mesh(MeshConfig(1, 4, 4), topologies.devices(topologies.parse("v5e-16")))
+    over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+
+    def array(shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=over)
+
+    query, keys = array((4, 700, 8, head)), array((4, 700, kv_heads, head))
+
+    def total(query, key, value, real_BS):
+        with sharding.use(mesh):
+            return attend(query, key, value, causal_mask(real_BS)).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(query, keys, keys, array((4, 700), bool))
+    made = traced.lower().compile()
+    assert made.as_text().count("tpu_custom_call") >= 3, "the kernel forth and two back"
+    assert "8,700,700" not in made.as_text(), "nowhere are all scores held"

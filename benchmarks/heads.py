@@ -4,8 +4,8 @@
 python -m benchmarks.heads [--batch 32] [--repeats 15] [--pictures]
 
 One batch of the last stage but one with `res` among its tasks; the step of configs/tiny_lionjax.py with both streams:
-words alone; words and boxes (G, F and their four losses); words, boxes and the masks of the same states, as if both
-objectives ran at once. The frozen features are kept, as in the demo; with --pictures they are computed in every step.
+words alone; words and boxes (G, F and their four losses); words, boxes and the masks of the same states (the objective
+"all"). The frozen features are kept, as in the demo; with --pictures they are computed in every step.
 The masks stage as it is stands beside it: there the language model has no backward pass.
 """
 
@@ -24,7 +24,6 @@ from lionjax import params as trees
 from lionjax.config import Experiment
 from lionjax.data import pipeline
 from lionjax.interfaces import Batch
-from lionjax.systems.lion import Lion
 from lionjax.training import stages, start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,18 +37,6 @@ class Run:
     batch: int = 32
     repeats: int = 15
     pictures: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class AtOnce:
-    """Words, boxes and masks in one step; what both losses read is computed once."""
-
-    words: Lion
-
-    def loss(self, params, batch: Batch, key=None):
-        masks = dataclasses.replace(self.words, objective="masks")
-        first, metrics = self.words.loss(params, batch, key)
-        return first + masks.loss(params, batch, key)[0], metrics
 
 
 def prepared(run: Run) -> tuple[Experiment, Batch]:
@@ -92,13 +79,11 @@ def main() -> None:
         seen = jax.jit(words.features)(params, batch)
         batch = dataclasses.replace(batch, features=seen, image_BHWC=None, sam_image_BHWC=None)
     batch = sharding.put_batch(batch, mesh)
-    only = dataclasses.replace(words, objective="masks")
+    only, both = (dataclasses.replace(words, objective=objective) for objective in ("masks", "all"))
     steps = {
         "words": step_of(what, plain, bare, without_masks(batch), params, mesh),
         "words and boxes": step_of(what, words, learned, without_masks(batch), params, mesh),
-        "words, boxes and masks": step_of(
-            what, AtOnce(words), (*learned, *mask_parts), batch, params, mesh
-        ),
+        "words, boxes and masks": step_of(what, both, (*learned, *mask_parts), batch, params, mesh),
         "the masks stage": step_of(what, only, mask_parts, batch, params, mesh),
     }
     tell("from pictures" if run.pictures else "features kept", measured(steps, run.repeats))

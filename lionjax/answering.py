@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -121,7 +122,8 @@ def locate(system: System, params: Params, batch: Batch):
 @functools.partial(jax.jit, static_argnames=("system",))
 def segment(system: System, params: Params, batch: Batch, kept):
     """Mask logits (B, K, h, w) of the places that answers kept."""
-    return system.masks(params, batch, kept["box"], kept["state"])[0]
+    asked_BK = jnp.arange(kept["box"].shape[1]) < kept["count"][:, None]
+    return system.masks(params, batch, kept["box"], kept["state"], asked_BK)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("system",))

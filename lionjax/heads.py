@@ -16,10 +16,10 @@ import numpy as np
 
 from lionjax import losses
 from lionjax.interfaces import Batch, Metrics, UserError
-from lionjax.layers import MLP, dense_rows
+from lionjax.layers import MLP, dense_rows, pick
 from lionjax.weight_rows import Row
 
-OBJECTIVES = ("language", "masks")
+OBJECTIVES = ("language", "masks", "all")
 NEVER = -1e30  # a logit that is never chosen, and finite
 
 
@@ -89,13 +89,6 @@ def places(here_BL, count: int):
     return place_BK, jnp.take_along_axis(here_BL.astype(bool), place_BK, axis=1)
 
 
-def pick(x_BLD, place_BK):
-    """Rows of x at these places: (B, L, ...) -> (B, K, ...)."""
-    return jnp.take_along_axis(
-        x_BLD, place_BK.reshape(*place_BK.shape, *(1,) * (x_BLD.ndim - 2)), axis=1
-    )
-
-
 def triggers(c, batch: Batch, state_BMD):
     """States at the answer's triggers (B, K, D), which box each of them means (B, K), and which are real (B, K).
 
@@ -145,17 +138,22 @@ def mask_side(batch: Batch) -> int:
     """Pixels a side of the true masks. Raises UserError where there are none."""
     if batch.masks_BKHW is None:
         raise UserError(
-            "the objective is masks, but the batch has none; mix the task res, and set processor.sam_size"
+            "the objective has masks, but the batch has none; mix the task res, and set processor.sam_size"
         )
     return batch.masks_BKHW.shape[-1]
 
 
+def masked(batch: Batch, found):
+    """At which of the triggers (`found`) a true mask is known: (B, K)."""
+    _, which_BK, real_BK = found
+    if batch.masks_mask_BK is None:
+        return real_BK
+    return real_BK & pick(batch.masks_mask_BK, which_BK).astype(bool)
+
+
 def masks_loss(c, batch: Batch, found, logits_BKHW, iou_BK) -> tuple[jax.Array, Metrics]:
     """Focal, dice and IoU losses of the masks at triggers (`found`), whose logits have the true masks' size."""
-    _, which_BK, real_BK = found
-    if batch.masks_mask_BK is not None:
-        real_BK = real_BK & pick(batch.masks_mask_BK, which_BK).astype(bool)
-    mask_BKHW = pick(batch.masks_BKHW, which_BK)
+    mask_BKHW, real_BK = pick(batch.masks_BKHW, found[1]), masked(batch, found)
     terms = losses.mask_losses(logits_BKHW, iou_BK, mask_BKHW, real_BK, c.losses == "original")
     terms["focal"] = c.focal_weight * terms["focal"]
     metrics = {f"loss_{name}": term for name, term in terms.items()}

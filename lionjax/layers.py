@@ -342,6 +342,13 @@ def split_key(key, number: int):
     return [None] * number if key is None else jax.random.split(key, number)
 
 
+def pick(x_BLD, place_BK):
+    """Rows of x at these places: (B, L, ...) -> (B, K, ...)."""
+    return jnp.take_along_axis(
+        x_BLD, place_BK.reshape(*place_BK.shape, *(1,) * (x_BLD.ndim - 2)), axis=1
+    )
+
+
 def dense_rows(torch: str, flax: str, bias: bool = True) -> tuple[Row, ...]:
     """Rows of a `Dense` that is a torch Linear."""
     rows = (Row(f"{torch}.weight", f"{flax}/kernel", linear),)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -118,6 +119,13 @@ def constrain(x, *axes: str | None):
     return jax.lax.with_sharding_constraint(
         x, NamedSharding(mesh, spec(axes, x.shape, mesh, "activation"))
     )
+
+
+def rows_beside(rows: int, most: int) -> int:
+    """How many rows of a batch, `most` or fewer, make groups of which no device has only a part."""
+    mesh = current_mesh()
+    pieces = 1 if mesh is None else math.prod(mesh.shape[name] for name in RULES["batch"])
+    return math.gcd(most, rows // pieces) if rows % pieces == 0 else 1
 
 
 _meshes: list[Mesh] = []

@@ -211,6 +211,18 @@ def test_rows_without_a_box_take_no_part_in_the_losses_of_places(params, objecti
     assert all(terms[f"loss_{name}"] == 0 for name in places)
 
 
+def test_words_boxes_and_masks_can_be_learned_at_once(params):
+    """The objective "all" is the sum of both others, and so are its slopes."""
+    mixed = batch_of(ASKED, ANSWERS, GIVEN)
+    (whole, terms), grads = slopes("all")(params, mixed)
+    (words, _), of_words = slopes("language")(params, mixed)
+    (masks, told), of_masks = slopes("masks")(params, mixed)
+    assert float(whole) == pytest.approx(float(words) + float(masks), rel=1e-5)
+    assert set(told) <= set(terms) and float(terms["loss_dice"]) == pytest.approx(float(told["loss_dice"]), rel=1e-5)
+    for one, two, three in zip(*map(jax.tree.leaves, (grads, of_words, of_masks))):
+        np.testing.assert_allclose(one, two + three, atol=1e-5, rtol=1e-4)
+
+
 def test_the_second_trigger_of_an_answer_means_the_second_box(params):
     batch = batch_of(ASKED, ANSWERS, GIVEN)
     (_, terms), _ = slopes("language")(params, batch)

@@ -5,6 +5,7 @@ the picture."""
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -113,6 +114,34 @@ def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
                 masks, scores = (answer[:, :, part] for answer in answers[name])
                 np.testing.assert_allclose(masks / scale, out.pred_masks / scale, atol=1e-4, err_msg=f"seed {SEED}")
                 np.testing.assert_allclose(scores, out.iou_scores, atol=1e-4, err_msg=f"seed {SEED}")
+
+
+def test_places_that_nobody_asks_about_are_left_out_and_the_others_are_as_if_all_were_decoded(twins):
+    _, params, _ = twins
+    sam, rng = Sam(TINY), np.random.default_rng(1)
+    asked = rng.random((6, 3)) < 0.3
+    asked[4, 2] = True
+    seen = rng.standard_normal((6, TINY.grid, TINY.grid, TINY.channels)).astype(np.float32)
+    box = rng.uniform(0, TINY.image, (6, 3, 4)).astype(np.float32)
+    own = rng.standard_normal((6, 3, 2, TINY.channels)).astype(np.float32)
+
+    def heard(params, own, given):
+        logits, iou = sam.apply({"params": params}, seen, box, own, given, method="point")
+        wanted = jnp.asarray(asked, jnp.float32)
+        return (jnp.square(logits).mean((2, 3)) * wanted + iou * wanted).sum(), (logits, iou)
+
+    slopes = jax.jit(jax.value_and_grad(heard, (0, 1), has_aux=True))
+    (_, (logits, iou)), grads = slopes(params, own, asked)
+    (_, (all_logits, all_iou)), all_grads = slopes(params, own, None)
+    np.testing.assert_allclose(logits[asked], all_logits[asked], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(iou[asked], all_iou[asked], atol=1e-4, rtol=1e-4)
+    largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(all_grads))
+    for mine, other in zip(jax.tree.leaves(grads), jax.tree.leaves(all_grads)):
+        np.testing.assert_allclose(mine, other, atol=1e-5 * largest, rtol=1e-3)
+    nobody, _ = jax.jit(lambda asked: sam.apply({"params": params}, seen, box, own, asked, method="point"))(
+        np.zeros_like(asked)
+    )
+    assert not np.asarray(nobody).any()
 
 
 def test_weights_go_back_under_both_sorts_of_names(twins):

@@ -44,7 +44,7 @@ class Lion:
 
     `word_scale`: for a ViT aligned with the language model's words, how large these are: the aggregator's projector
     begins by handing on what the ViT says, at this size. None: small random projectors, as the original.
-    `places`: boxes as embeddings; `sam`: masks from them, learned where `objective` is "masks" (see `nextchat`).
+    `places`: boxes as embeddings; `sam`: masks from them, learned where `objective` is not "language" (see `nextchat`).
     """
 
     vision: ViTConfig
@@ -71,7 +71,7 @@ class Lion:
                 f"not {self.vision.width}, {self.language.width} and {self.aggregator.projector}"
             )
         if (self.sam is not None and self.places is None) or (
-            self.objective == "masks" and self.sam is None
+            self.objective != "language" and self.sam is None
         ):
             raise ValueError("masks want both places and sam; give the config the one it lacks")
 
@@ -100,7 +100,7 @@ class Lion:
         return self._apply(params, "keep", batch)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
-        """Mean cross entropy of the answer's tokens; with places also their terms, or those of masks."""
+        """Mean cross entropy of the answer's tokens; with places also their terms, or those of masks, or all."""
         if self.objective == "masks":
             return self._apply(params, "masks_loss", batch, key)
         if self.places is not None:
@@ -116,9 +116,9 @@ class Lion:
         """The boxes (B, K, 4) read at the triggers of the given answers, their states (B, K, D), and which are real."""
         return self._apply(params, "locate", batch)
 
-    def masks(self, params: Params, batch: Batch, box_BK4, state_BKD):
+    def masks(self, params: Params, batch: Batch, box_BK4, state_BKD, asked_BK=None):
         """Mask logits (B, K, h, w) and expected IoUs (B, K) of boxes and the states that they were read from."""
-        return self._apply(params, "segment", batch, box_BK4, state_BKD)
+        return self._apply(params, "segment", batch, box_BK4, state_BKD, asked_BK)
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
         """Read picture and prompt, and what an answer begins with."""
@@ -280,18 +280,24 @@ class LionModule(nn.Module):
         terms, more = heads.place_losses(c, self.locations, batch, found)
         terms = {"text": loss} | terms
         metrics |= {f"loss_{name}": term for name, term in terms.items()} | more
+        if self.c.objective == "all":
+            terms["masks"], more = self.masks_loss(batch, key, found)
+            metrics = more | metrics
         return sum(terms.values()), metrics
 
-    def masks_loss(self, batch: Batch, key):
+    def masks_loss(self, batch: Batch, key, found=None):
+        """Of the states at triggers, which are `found` where the answer was read already."""
         c, side = self.c.places, heads.mask_side(batch)
-        found = trigger_BKD, _, _ = heads.triggers(c, batch, self.read(batch, key)[1])
-        logits_BKHW, iou_BK = self.segment(batch, self.locations.decode(trigger_BKD), trigger_BKD)
+        found = found or heads.triggers(c, batch, self.read(batch, key)[1])
+        trigger_BKD = found[0]
+        box_BK4, asked_BK = self.locations.decode(trigger_BKD), heads.masked(batch, found)
+        logits_BKHW, iou_BK = self.segment(batch, box_BK4, trigger_BKD, asked_BK)
         return heads.masks_loss(c, batch, found, sam_masks.enlarge(logits_BKHW, side), iou_BK)
 
-    def segment(self, batch: Batch, box_BK4, state_BKD):
+    def segment(self, batch: Batch, box_BK4, state_BKD, asked_BK=None):
         """The mask tokens of the states, then two of the boxes, ask SAM's decoder; its first mask answers."""
         own_BKTC = self.mask_prompts(state_BKD.astype(jnp.float32))
-        return self.sam.point(self.map(batch), box_BK4 * self.c.sam.image, own_BKTC)
+        return self.sam.point(self.map(batch), box_BK4 * self.c.sam.image, own_BKTC, asked_BK)
 
     def locate(self, batch: Batch):
         behind_BMD = self.read(batch, None)[1]

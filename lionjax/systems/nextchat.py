@@ -34,7 +34,8 @@ class NextChat:
     """A NExT-Chat by its parts' sizes; the defaults are those of the 7B release.
 
     `feature_layer` counts CLIP's hidden states as transformers does: -2 is the output of the last block but one.
-    `objective` is "language" in stages 1 and 2 (words and boxes) and "masks" in stage 3. `losses`: "original" has the
+    `objective` is "language" in stages 1 and 2 (words and boxes) and "masks" in stage 3; "all" learns both at once, as
+    LISA does (arXiv 2308.00692), from one reading. `losses`: "original" has the
     constants that the released code has by mistake (see `losses.mask_losses`, `losses.giou_loss`). The paper's
     `giou_weight` is 0.8, the code's 0.2. `box_scale`: what 1 of a box is in the pixels that SAM's prompts are told in.
     """
@@ -78,18 +79,18 @@ class NextChat:
         return self._apply(params, "see", batch)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
-        """Words, boxes and both cycles, or masks, as `objective` says."""
+        """Words, boxes and both cycles, or masks, or all, as `objective` says."""
         return self._apply(
-            params, "masks_loss" if self.objective == "masks" else "language_loss", batch, key
+            params, "masks_loss" if self.objective == "masks" else "places_loss", batch, key
         )
 
     def locate(self, params: Params, batch: Batch):
         """The boxes (B, K, 4) read at the triggers of the given answers, their states (B, K, D), and which are real."""
         return self._apply(params, "locate", batch)
 
-    def masks(self, params: Params, batch: Batch, box_BK4, state_BKD):
+    def masks(self, params: Params, batch: Batch, box_BK4, state_BKD, asked_BK=None):
         """Mask logits (B, K, h, w) and expected IoUs (B, K) of boxes and the states that they were read from."""
-        return self._apply(params, "segment", batch, box_BK4, state_BKD)
+        return self._apply(params, "segment", batch, box_BK4, state_BKD, asked_BK)
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
         """Read picture and prompt."""
@@ -163,7 +164,7 @@ class NextChatModule(nn.Module):
         """See `heads.triggers`."""
         return heads.triggers(self.c, batch, state_BLD[:, batch.prompt_BL.shape[1] :])
 
-    def language_loss(self, batch: Batch, key):
+    def places_loss(self, batch: Batch, key):
         logits_BMV, state_BLD = self(batch, key)
         loss, metrics = heads.words_loss(self.c, logits_BMV, batch)
         if batch.boxes_BK4 is None:
@@ -172,19 +173,25 @@ class NextChatModule(nn.Module):
         terms, more = heads.place_losses(self.c, self.locations, batch, found)
         terms = {"text": loss} | terms
         metrics |= {f"loss_{name}": term for name, term in terms.items()} | more
+        if self.c.objective == "all":
+            terms["masks"], more = self.masks_loss(batch, key, found)
+            metrics = more | metrics
         return sum(terms.values()), metrics
 
-    def masks_loss(self, batch: Batch, key):
+    def masks_loss(self, batch: Batch, key, found=None):
+        """Of the states at triggers, which are `found` where the answer was read already."""
         side = heads.mask_side(batch)
-        found = trigger_BKD, _, _ = self.triggers(batch, self.read(batch, key))
-        logits_BKHW, iou_BK = self.segment(batch, self.locations.decode(trigger_BKD), trigger_BKD)
+        found = found or self.triggers(batch, self.read(batch, key))
+        trigger_BKD = found[0]
+        box_BK4, asked_BK = self.locations.decode(trigger_BKD), heads.masked(batch, found)
+        logits_BKHW, iou_BK = self.segment(batch, box_BK4, trigger_BKD, asked_BK)
         logits_BKHW = sam_masks.enlarge(logits_BKHW, side)
         return heads.masks_loss(self.c, batch, found, logits_BKHW, iou_BK)
 
-    def segment(self, batch: Batch, box_BK4, state_BKD):
+    def segment(self, batch: Batch, box_BK4, state_BKD, asked_BK=None):
         """The mask tokens of the states, then two of the boxes, ask SAM's decoder; its first mask answers."""
         own_BKTC = self.mask_prompts(state_BKD.astype(jnp.float32))
-        return self.sam.point(self.map(batch), box_BK4 * self.c.box_scale, own_BKTC)
+        return self.sam.point(self.map(batch), box_BK4 * self.c.box_scale, own_BKTC, asked_BK)
 
     def locate(self, batch: Batch):
         trigger_BKD, _, real_BK = self.triggers(batch, self.read(batch, None))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lionjax import attention as attentions
+from lionjax import sharding
 from lionjax.attention import Attention
 from lionjax.layers import (
     MLP,
@@ -24,6 +25,7 @@ from lionjax.layers import (
     kaiming_uniform,
     norm_rows,
     normal,
+    pick,
     zeros,
 )
 from lionjax.sharding import sharded
@@ -32,6 +34,7 @@ from lionjax.weight_rows import Op, Row, conv, conv_transpose, joined, linear, s
 
 BACKGROUND, FOREGROUND, CORNER, OTHER_CORNER = range(4)  # rows of the table of point kinds
 NOT_A_POINT, PADDING = -1, -10
+ROWS_TOGETHER = 8  # see `Sam.point`
 FINAL_EPS = 1e-5  # of the last norm, whatever the others' is
 
 
@@ -247,11 +250,41 @@ class Sam(nn.Module):
             map_BHWC + added_BHWC.astype(map_BHWC.dtype), prompt_BKTC, self.prompts.grid()
         )
 
-    def point(self, map_BHWC, box_BK4, own_BKTC):
-        """Mask logits (B, K, 4h, 4w) and IoUs (B, K) of boxes in pixels, with further tokens before them."""
+    def point(self, map_BHWC, box_BK4, own_BKTC, asked_BK=None):
+        """Mask logits (B, K, 4h, 4w) and IoUs (B, K) of boxes in pixels, with further tokens before them.
+
+        What is not asked for (`asked_BK`) is not computed where that can be helped, and is then 0: a few rows on one
+        device, G groups of R, put what they ask for first, and the n-th of each group are decoded together.
+        """
         prompt_BKTC = jnp.concatenate([own_BKTC, self.prompts.boxes(box_BK4)], axis=2)
-        logits_BKMHW, iou_BKM = self.decode(map_BHWC, prompt_BKTC)
-        return logits_BKMHW[:, :, 0], iou_BKM[:, :, 0]
+        if asked_BK is None:
+            logits_BKMHW, iou_BKM = self.decode(map_BHWC, prompt_BKTC)
+            return logits_BKMHW[:, :, 0], iou_BKM[:, :, 0]
+        (batch, count), side = asked_BK.shape, 4 * self.c.grid
+        together = sharding.rows_beside(batch, ROWS_TOGETHER)
+        map_GRHWC = map_BHWC.reshape(-1, together, *map_BHWC.shape[1:])
+        prompt_GNTC = prompt_BKTC.reshape(len(map_GRHWC), -1, *prompt_BKTC.shape[2:])
+        asked_GN = asked_BK.reshape(prompt_GNTC.shape[:2])
+        order_GN = jnp.argsort(~asked_GN, axis=1, stable=True)
+
+        def decoded(sam, n_G):
+            map_GHWC = pick(map_GRHWC, n_G[:, None] // count)[:, 0]
+            logits_G1MHW, iou_G1M = sam.decode(map_GHWC, pick(prompt_GNTC, n_G[:, None]))
+            return logits_G1MHW[:, 0, 0], iou_G1M[:, 0, 0]
+
+        def nothing(sam, n_G):
+            return jnp.zeros((len(n_G), side, side)), jnp.zeros((len(n_G),))
+
+        def one(sam, _, n_G):
+            wanted = pick(asked_GN, n_G[:, None]).any()
+            return None, nn.cond(wanted, decoded, nothing, sam, n_G)
+
+        # Remembering nothing for the backward pass also spares writing what was not computed.
+        each = nn.scan(nn.remat(one), variable_broadcast="params", in_axes=1, out_axes=1)
+        _, made = each(self, None, order_GN)
+        back_GN = jnp.argsort(order_GN, axis=1)
+        logits_GNHW, iou_GN = (pick(x, back_GN) for x in made)
+        return logits_GNHW.reshape(batch, count, side, side), iou_GN.reshape(batch, count)
 
     def __call__(self, image_BHWC, point_BKT2=None, label_BKT=None, box_BK4=None, mask_BHW=None):
         return self.decode(

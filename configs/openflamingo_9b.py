@@ -3,7 +3,7 @@
 
 Only the resampler, the gated looks and the rows of the new words learn. Wants the parts that `lionjax convert --system
 flamingo` makes of CLIP and MPT. Rates are the release's; its data (pairs of LAION, pages of MMC4) are not here, and a
-task stands for each of them.
+task stands for each of them. LAION's loss counts a fifth of MMC4's, as in the training that the release describes.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ def get_config(
         name=name,
         system=dataclasses.replace(
             system,
+            part_weights=(0.2, 1.0),
             vision=dataclasses.replace(system.vision, remat="full"),
             language=dataclasses.replace(system.language, remat="full"),
             dtype="bfloat16",

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every full-size config compiled for TPU slices that are not there; writes the table docs/plans.md.
 
-python -m benchmarks.plans [--configs lion_flant5xl llava15_7b] [--pods v5e-16 v5e-256 v5p-512 2xv5e-256]
+python -m benchmarks.plans [--configs lion_flant5xl llava15_7b] [--pods v5e-16 v5e-256 v5p-512 2xv5e-256] [--missing]
 
 Wants the extra `tpu`, and no TPU. A program takes minutes to compile and is remembered, so that the command can be
 stopped and goes on; one whose code has not changed is not compiled again. Of each config the stage is planned that
-trains most, on the config's own mesh where that splits the batch over the whole slice, else on the nearest that does.
-The compiler works at its lowest effort, and at its usual one where memory is nearly full; what breaks it, or does not
-fit, is tried on other meshes. Rows of configs or slices that are not asked for stay as they stand.
+trains most, on the config's own mesh where that splits the batch over the whole slice, else on the nearest that does;
+and on the first slice also the answers that it gives. The compiler works at its lowest effort, and at its usual one
+where memory is nearly full; what breaks it, or does not fit, is tried on other meshes. Rows of configs or slices that
+are not asked for stay as they stand.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import datetime
-import multiprocessing
 import os
 import sys
 from importlib import metadata
@@ -30,20 +29,26 @@ from lionjax import config, scaling
 from lionjax.interfaces import UserError
 from lionjax.scaling import command as plan_command
 from lionjax.scaling import search, topologies
+from lionjax.scaling.apart import Apart
 from lionjax.sharding import MeshConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "plans.md"
 PODS = ("v5e-16", "v5e-256", "v5p-512", "2xv5e-256")
+ANSWERED = PODS[:1]  # slices on which answers are planned as well as updates
 CONFIGS = tuple(
     path.stem
     for path in sorted((ROOT / "configs").glob("*.py"))
     if not path.stem.startswith("tiny")
 )
 NEARLY_FULL = 0.7  # of a chip's memory; the two efforts differ by less than the rest
-HEAD = (
+UPDATES = (
     "config", "stage", "slice", "mesh", "rows", "fits", "GiB a chip", "trained", "frozen", "predicted s", "MFU at most",
     "dominates", "gathered", "reduced", "effort", "compiled in",
+)  # fmt: skip
+ANSWERS = (
+    "config", "tokens", "slice", "mesh", "rows", "fits", "GiB a chip", "predicted s", "tokens/s at most", "dominates",
+    "effort", "compiled in",
 )  # fmt: skip
 BEFORE = """# Plans
 
@@ -55,9 +60,13 @@ sends in one update. The stage is the one that trains most. Rows are examples of
 config has them. "Effort" is the compiler's: with the least it is done in a tenth to a third of the time. The program is
 then slower, so that times predicted from it are pessimistic; what it holds differs by a fifth or less in the rows
 compared (0.90 against 1.11 GiB for llava15_7b, 1.48 against 1.39 for blip2_opt27b, both on v5e-256). Where that comes
-near the chip's memory, the row is compiled with the usual effort. This libtpu breaks off (a stack overflow in its
-estimate of costs) for some programs, so far those of LION, BLIP-2 and InstructBLIP around FlanT5-XL on v5e-256 and of
-MiniGPT-4 on v5p-512, with either effort: for such rows other meshes are tried.
+near the chip's memory, the row is compiled with the usual effort.
+
+"""
+BETWEEN = """
+
+Answers, as `lionjax plan --stage generation` plans them: 32 prompts a host, with all the tokens and beams that the
+config gives an answer, on the mesh of the updates.
 
 """
 
@@ -79,14 +88,6 @@ def pod_of(text: str) -> topologies.Topology:
     return topologies.parse(text)
 
 
-def planned(name: str, pod: str, quick: bool, mesh: MeshConfig | None = None) -> scaling.Plan:
-    """The plan of the stage of a config that trains most."""
-    topologies.check()
-    experiment = config.load(ROOT / "configs" / f"{name}.py")
-    number = scaling.stage_number(experiment, None)
-    return scaling.plan(experiment, pod_of(pod), number, mesh, quick=quick)
-
-
 def other_meshes(name: str, pod: str) -> list[MeshConfig]:
     """Meshes that split the batch of that stage over the slices, those nearest to the config's own first."""
     experiment = config.load(ROOT / "configs" / f"{name}.py")
@@ -94,31 +95,34 @@ def other_meshes(name: str, pod: str) -> list[MeshConfig]:
     return search.meshes(stage, pod_of(pod))
 
 
-def apart(*given) -> scaling.Plan | None:
-    """`planned` in a process of its own; None where that breaks off, as this libtpu does for some programs."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as one:
-        try:
-            return one.submit(planned, *given).result()
-        except (UserError, concurrent.futures.BrokenExecutor) as error:
-            print(f"{given}: {error}", file=sys.stderr)
-            return None
-
-
-def best(name: str, pod: str) -> scaling.Plan | None:
+def best(name: str, pod: str, answers: bool = False) -> scaling.Plan | None:
     """The plan with the least effort; with the usual one where memory is nearly full, on another mesh where there is
     none or it does not fit."""
-    made = apart(name, pod, True)
-    if made and made.peak_gib and made.peak_gib > NEARLY_FULL * made.hbm_gib:
-        made = apart(name, pod, False) or made
-    for mesh in other_meshes(name, pod):
-        if made and made.fits:
-            break
-        made = apart(name, pod, True, mesh) or made
-    return made
+    experiment = config.load(ROOT / "configs" / f"{name}.py")
+    number = scaling.stage_number(experiment, None)
+    with Apart() as compiler:
+
+        def planned(quick: bool, mesh: MeshConfig | None = None) -> scaling.Plan | None:
+            try:
+                return compiler.plan(
+                    experiment, pod_of(pod), number, mesh, generation=answers, quick=quick
+                )
+            except UserError as error:
+                print(f"{name} on {pod}, mesh {mesh}: {error}", file=sys.stderr)
+                return None
+
+        made = planned(True)
+        if made and made.peak_gib and made.peak_gib > NEARLY_FULL * made.hbm_gib:
+            made = planned(False) or made
+        for mesh in other_meshes(name, pod):
+            if made and made.fits:
+                break
+            made = planned(True, mesh) or made
+        return made
 
 
 def row_of(made: scaling.Plan, pod: str, name: str) -> list[str]:
-    """One line of the table."""
+    """One line of a table, of an update or of answers."""
     moved = {kind: moved for kind, (_, moved, _) in made.collectives.items()}
     reduced = moved.get("all-reduce", 0) + moved.get("reduce-scatter", 0)
     peak = "more" if made.peak_gib is None else f"{made.peak_gib:.2f}"
@@ -127,66 +131,79 @@ def row_of(made: scaling.Plan, pod: str, name: str) -> list[str]:
         for axis, size in zip(("slices", "data", "fsdp", "tensor"), made.mesh)
         if size > 1
     )
+    effort = ["least" if made.quick else "usual", f"{made.compile_seconds:.0f} s"]
+    fits = [pod, mesh, str(made.rows), "yes" if made.fits else "**no**", f"{peak} of {made.hbm_gib:g}"]
     known = bool(made.step_seconds)
+    seconds = f"{made.step_seconds:.3g}" if known else ""
+    if made.what == scaling.GENERATION:
+        experiment = config.load(ROOT / "configs" / f"{name}.py")
+        tokens = experiment.answer.max_new_tokens or experiment.data.processor.target_length
+        rate = f"{made.speed * tokens:,.0f}" if known else ""
+        return [name, str(tokens), *fits, seconds, rate, made.dominates if known else "", *effort]
     return [
-        name, made.what, pod, mesh, str(made.rows), "yes" if made.fits else "**no**", f"{peak} of {made.hbm_gib:g}",
-        f"{made.trained / 1e6:,.0f} M", f"{made.frozen / 1e6:,.0f} M", f"{made.step_seconds:.3g}" if known else "",
+        name, made.what, *fits, f"{made.trained / 1e6:,.0f} M", f"{made.frozen / 1e6:,.0f} M", seconds,
         f"{made.utilisation:.0%}" if known else "", made.dominates if known else "",
         plan_command.amount(moved.get("all-gather", 0), "B") if known else "",
-        plan_command.amount(reduced, "B") if known else "", "least" if made.quick else "usual",
-        f"{made.compile_seconds:.0f} s",
+        plan_command.amount(reduced, "B") if known else "", *effort,
     ]  # fmt: skip
 
 
-def known_rows() -> dict[tuple[str, str], list[str]]:
-    """{(config, slice): row} of the table as it stands."""
+def known_rows(head: tuple[str, ...]) -> dict[tuple[str, str], list[str]]:
+    """{(config, slice): row} of one of the tables as it stands."""
     if not PAGE.is_file():
         return {}
     lines = [
-        line.strip("| \n").split(" | ")
+        [cell.strip() for cell in line.strip("|\n").split("|")]
         for line in PAGE.read_text().splitlines()
         if line.startswith("|")
     ]
-    return {(row[0], row[2]): row for row in lines[2:] if len(row) == len(HEAD)}
+    return {
+        (row[0], row[2]): row
+        for row in lines
+        if len(row) == len(head) and row[0] not in (head[0], "---")
+    }
 
 
-def write(rows: dict[tuple[str, str], list[str]]) -> None:
-    """The page, in the configs' order."""
+def table(head: tuple[str, ...], rows: dict[tuple[str, str], list[str]]) -> str:
+    """A table in the configs' order."""
     order = sorted(
         rows, key=lambda key: (key[0], PODS.index(key[1]) if key[1] in PODS else 99, key[1])
     )
-    table = [
-        HEAD,
-        ["---"] * len(HEAD),
-        *[[cell.strip() or " " for cell in rows[key]] for key in order],
-    ]
-    absent = [f"{name} on {pod}" for pod in PODS for name in CONFIGS if (name, pod) not in rows]
+    lines = [head, ["---"] * len(head), *[[cell or " " for cell in rows[key]] for key in order]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def write(updates: dict[tuple[str, str], list[str]], answers: dict[tuple[str, str], list[str]]):
+    """The page."""
+    absent = [f"{name} on {pod}" for pod in PODS for name in CONFIGS if (name, pod) not in updates]
     still = f"No row yet: {', '.join(absent)}.\n\n" if absent else ""
     made = f"{still}JAX {jax.__version__}, libtpu {metadata.version('libtpu')}, {datetime.date.today()}."
     part = PAGE.with_suffix(".part")
-    part.write_text(
-        BEFORE + "\n".join("| " + " | ".join(row) + " |" for row in table) + f"\n\n{made}\n"
-    )
+    text = BEFORE + table(UPDATES, updates) + BETWEEN + table(ANSWERS, answers)
+    part.write_text(f"{text}\n\n{made}\n")
     part.replace(PAGE)
 
 
 def main() -> None:
-    """Fill the table."""
+    """Fill the tables."""
     run = tyro.cli(Run, description=__doc__)
     topologies.check()
-    rows, failed = known_rows(), 0
-    for pod in run.pods:
-        for name in run.configs:
-            if run.missing and (name, pod) in rows:
-                continue
-            made = best(name, pod)
-            if made is None:
-                failed += 1
-                continue
-            rows = known_rows() | {(name, pod): row_of(made, pod, name)}
-            write(rows)
-            print(plan_command.text(made), flush=True)
-    print(f"{len(rows)} rows in {PAGE}; {failed} failed", file=sys.stderr)
+    failed = 0
+    wanted = [(name, pod, False) for pod in run.pods for name in run.configs]
+    wanted += [(name, pod, True) for pod in run.pods if pod in ANSWERED for name in run.configs]
+    for name, pod, answers in wanted:
+        head = ANSWERS if answers else UPDATES
+        if run.missing and (name, pod) in known_rows(head):
+            continue
+        made = best(name, pod, answers)
+        if made is None:
+            failed += 1
+            continue
+        rows = {head: known_rows(head) for head in (UPDATES, ANSWERS)}
+        rows[head][name, pod] = row_of(made, pod, name)
+        write(rows[UPDATES], rows[ANSWERS])
+        print(plan_command.text(made), flush=True)
+    print(f"{len(known_rows(UPDATES))} rows in {PAGE}; {failed} failed", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from lionjax.convert import command as weights_command
 from lionjax.scaling import command as plan_command
+from lionjax.scaling import libtpu
 
 # Verbs
 
@@ -361,6 +362,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code."""
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         os.environ.setdefault("PJRT_NPROC", "32")  # with few threads virtual devices can wait for each other for ever
+    libtpu.deepen_stack()
     try:
         run(list(sys.argv[1:] if words is None else words))
         sys.stdout.flush()

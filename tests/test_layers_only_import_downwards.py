@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lionjax"
 
 FLOORS = (
     # 0: what all agree on
-    "interfaces params sharding config weight_rows scaling.topologies scaling.programs "
+    "interfaces params sharding config weight_rows scaling.libtpu scaling.topologies scaling.programs "
     "convert.plan convert.tables convert.files convert.write",
     # 1: made in this order, each may use those before it
     "losses layers kernels attention adapters",
@@ -43,7 +43,7 @@ FLOORS = (
     "evaluation evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring "
     "evaluation.benchmarks evaluation.few_shot evaluation.goodput evaluation.report plots",
     # 5: where everything meets
-    "model tagger scaling scaling.plans scaling.compiled scaling.search scaling.command convert.command "
+    "model tagger scaling scaling.plans scaling.compiled scaling.apart scaling.search scaling.command convert.command "
     "cli agents demo training.language_backbone training.vision_backbone training.mask_backbone "
     "training.place_backbone",
 )

@@ -4,8 +4,12 @@ order in which a search ranks. What needs libtpu is left out where it is not ins
 
 import dataclasses
 import json
+import os
+import signal
+import tempfile
 from pathlib import Path
 
+import breaking_plans
 import flax.linen as nn
 import jax
 import numpy as np
@@ -22,9 +26,9 @@ from lionjax.data.examples import DataConfig
 from lionjax.data.processors import ProcessorConfig
 from lionjax.interfaces import UserError
 from lionjax.language.decoder import Decoder, DecoderConfig
+from lionjax.scaling import apart, libtpu, programs, search, topologies
 from lionjax.scaling import command as plan_command
 from lionjax.scaling import compiled as scaling_compiled
-from lionjax.scaling import programs, search, topologies
 from lionjax.sharding import MeshConfig
 from lionjax.training import start
 
@@ -343,14 +347,13 @@ def faked(seconds):
     return plan
 
 
-def test_a_search_goes_on_from_the_best_and_ranks_what_fits(monkeypatch):
+def test_a_search_goes_on_from_the_best_and_ranks_what_fits():
     def seconds(mesh, remat, rows):
         if remat == "none" or rows > 64:
             return None
         return rows**0.9 * (2 if remat == "full" else 1) * (1 + abs(mesh.tensor - 2))
 
-    monkeypatch.setattr(search, "plan", faked(seconds))
-    found = list(search.search(speaking(32), topologies.parse("v5e-16"), 0))
+    found = list(search.search(speaking(32), topologies.parse("v5e-16"), 0, make=faked(seconds)))
     found.sort(key=lambda one: (one.fits, one.speed), reverse=True)
     best = found[0]
     assert (
@@ -365,10 +368,68 @@ def test_a_search_goes_on_from_the_best_and_ranks_what_fits(monkeypatch):
     assert "fsdp 8" in words[1] and "does not fit" in words[-1]
 
 
-def test_a_search_ends_where_nothing_fits(monkeypatch):
-    monkeypatch.setattr(search, "plan", faked(lambda *_: None))
-    found = list(search.search(speaking(32), topologies.parse("v5e-16"), 0))
+def test_a_search_ends_where_nothing_fits():
+    make = faked(lambda *_: None)
+    found = list(search.search(speaking(32), topologies.parse("v5e-16"), 0, make=make))
     assert found and not any(one.fits for one in found)
+
+
+# A compiler that breaks off
+
+
+@pytest.fixture
+def breaking(monkeypatch, tmp_path):
+    """The command, with a compiler that ends its process for some meshes."""
+    monkeypatch.setattr(topologies, "check", lambda: None)
+    monkeypatch.setattr(apart.Apart.__init__, "__defaults__", (breaking_plans.work,))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_compiler_that_breaks_off_is_one_sentence_that_says_where_its_last_words_are(
+    breaking, capsys
+):
+    assert cli.main(["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16"]) == 2
+    said = capsys.readouterr()
+    assert "the compiler broke off (SIGSEGV)" in said.err and said.err.count("\n") == 1
+    (words,) = breaking.glob("lionjax-plan-*.log")
+    assert str(words) in said.err and "STACK OVERFLOW" in words.read_text() and not said.out
+
+
+def test_a_search_lists_a_mesh_for_which_the_compiler_breaks_off_and_goes_on(
+    breaking, capsys, caplog
+):
+    words = ["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16", "--search"]
+    assert cli.main([*words, "--stages.2.batch_size", "64"]) == 0
+    said = capsys.readouterr()
+    ranked = said.out.splitlines()
+    (broken,) = (line for line in ranked if "broke off" in line)
+    assert "--mesh.fsdp 8 --mesh.tensor 2" in broken and broken in said.err
+    assert sum(" fits " in line for line in ranked) >= 4  # also those that came after it
+    assert not any("tensor 4" in line for line in ranked)  # refused with a sentence, as ever
+    assert "no such mesh" in caplog.text
+
+
+def test_what_else_goes_wrong_in_the_other_process_is_said_here(breaking, capsys):
+    words = ["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16", "--mesh", "4,4,1"]
+    assert cli.main(words) == 1
+    assert "ValueError: of libtpu" in capsys.readouterr().err
+    assert not list(breaking.glob("*.log"))
+
+
+def test_a_compiler_that_was_killed_most_likely_lacked_memory():
+    assert "memory ran out" in apart.last_words(-signal.SIGKILL, Path("a.log"))
+    assert "(code 134), and left its last words in a.log" in apart.last_words(134, Path("a.log"))
+
+
+def test_the_compilers_threads_get_a_deeper_stack_unless_one_is_given(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_a=b")
+    for _ in range(2):
+        libtpu.deepen_stack()
+        assert os.environ["LIBTPU_INIT_ARGS"] == f"--xla_a=b --{libtpu.STACK}=1048576"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{libtpu.STACK}=7")
+    libtpu.deepen_stack()
+    assert os.environ["LIBTPU_INIT_ARGS"] == f"--{libtpu.STACK}=7"
 
 
 @pytest.mark.parametrize(

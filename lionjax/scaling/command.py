@@ -38,34 +38,34 @@ def plan(given: argparse.Namespace, overrides: list[str]) -> None:
     topology = topologies.parse(given.topology, given.slices)
     experiment = config.load(given.config, overrides)
     topologies.check()
-    from lionjax.scaling import plans
+    from lionjax.scaling.apart import Apart
 
     mesh = None if given.mesh is None else mesh_of(given.mesh, given.slices)
     if given.search:
-        found = list(_searched(experiment, topology, given.stage, given.quick))
+        with Apart() as compiler:
+            found = list(_searched(experiment, topology, given.stage, given.quick, compiler.plan))
         found.sort(key=lambda one: (one.fits, one.speed), reverse=True)
         print(
             json.dumps([as_json(one) for one in found], indent=1) if given.json else ranking(found)
         )
         return
-    made = []
-    for number, generation in wanted(experiment, given.stage):
-        made.append(
-            plans.plan(
-                experiment, topology, number, mesh, generation=generation, quick=given.quick
+    made, quick = [], given.quick
+    with Apart() as compiler:
+        for number, asked in wanted(experiment, given.stage):
+            made.append(
+                compiler.plan(experiment, topology, number, mesh, generation=asked, quick=quick)
             )
-        )
-        if not given.json:
-            print(text(made[-1]), flush=True)
+            if not given.json:
+                print(text(made[-1]), flush=True)
     if given.json:
         print(json.dumps([as_json(one) for one in made], indent=1))
 
 
-def _searched(experiment, topology, stage, quick):
+def _searched(experiment, topology, stage, quick, make):
     from lionjax.scaling import plans, search
 
     number = plans.stage_number(experiment, stage)
-    for one in search.search(experiment, topology, number, quick=quick):
+    for one in search.search(experiment, topology, number, quick=quick, make=make):
         print(line(one), file=sys.stderr, flush=True)
         yield one
 
@@ -141,7 +141,7 @@ def text(made) -> str:
 def line(made) -> str:
     """A plan in one line."""
     peak = "?" if made.peak_gib is None else f"{made.peak_gib:.1f}"
-    fit = "fits" if made.fits else "does not fit"
+    fit = "broke off" if made.broke_off else "fits" if made.fits else "does not fit"
     rate = f"{made.speed:9.4g} rows/s" if made.speed else " " * 16
     return (
         f"{rate}  {fit:12} {peak:>6} GiB  {mesh_words(made)}, {made.rows} rows, remat {made.remat}"

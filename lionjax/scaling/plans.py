@@ -43,7 +43,7 @@ class Plan:
     update over all devices. `peak_gib` and `hbm_gib` are of one device; the first is None where the compiler did not
     say. `flops` are those of one run over all devices; `needed_flops` without what is computed twice to save memory.
     `seconds`: what each of `LIMITS` takes at the published peak. `collectives`: {kind: [how many, bytes a device
-    sends, bytes of the largest array that comes out]}.
+    sends, bytes of the largest array that comes out]}. `broke_off`: the compiler did, and nothing else is known.
     """
 
     config: str
@@ -66,6 +66,7 @@ class Plan:
     remat: str = "as the config says"
     quick: bool = False
     notes: tuple[str, ...] = ()
+    broke_off: bool = False
 
     @property
     def step_seconds(self) -> float:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from lionjax.config import Experiment, Stage
 from lionjax.interfaces import UserError
 from lionjax.layers import REMAT
+from lionjax.scaling.apart import BrokeOff, unplanned
 from lionjax.scaling.plans import Plan, plan
 from lionjax.scaling.topologies import Topology
 from lionjax.sharding import MeshConfig
@@ -25,11 +26,17 @@ def with_rows(experiment: Experiment, number: int, rows: int) -> Experiment:
 
 
 def search(
-    experiment: Experiment, topology: Topology, number: int, most: int = 12, quick: bool = False
+    experiment: Experiment,
+    topology: Topology,
+    number: int,
+    most: int = 12,
+    quick: bool = False,
+    make: Callable[..., Plan] = plan,
 ) -> Iterator[Plan]:
     """Plans for other meshes, then other policies of remembering, then other batch sizes; at most `most`.
 
-    Each round begins from the best so far, by predicted examples a second among those that fit.
+    Each round begins from the best so far, by predicted examples a second among those that fit. `make`: `plans.plan` or
+    `Apart.plan`, with which the search goes on where the compiler breaks off.
     """
     best: Plan | None = None
     tried: set[tuple] = set()
@@ -47,9 +54,11 @@ def search(
                 continue
             tried.add(candidate)
             mesh, policy, size = candidate
+            tried_one = with_rows(experiment, number, size)
             try:
-                tried_one = with_rows(experiment, number, size)
-                made = plan(tried_one, topology, number, mesh, policy, quick=quick)
+                made = make(tried_one, topology, number, mesh, policy, quick=quick)
+            except BrokeOff as error:
+                made = unplanned(tried_one, topology, number, mesh, policy, quick, str(error))
             except UserError as error:
                 log.info("%s", error)
                 continue

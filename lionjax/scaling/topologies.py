@@ -14,6 +14,7 @@ import os
 import re
 
 from lionjax.interfaces import UserError
+from lionjax.scaling import libtpu
 
 GIB = 2**30
 
@@ -52,13 +53,6 @@ CHIPS = (
     Chip("tpu7x", ("v7x", "ironwood"), False, "cores", 96, 1153, 3690, 600, 6.25, parts=2),
 )
 KNOWN = "v4-32, v5e-16, v5e-256, v5p-512, v6e-64 or tpu7x-128"
-LIBTPU = {  # read by libtpu as it starts: no questions to a network, no logs, several programs at once
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_LOG_DIR": "disabled",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +154,9 @@ def devices(topology: Topology) -> list:
     Raises UserError where libtpu is missing, or does not know of such a slice.
     """
     check()
-    for name, value in LIBTPU.items():
+    for name, value in libtpu.BESIDE_NO_TPU.items():
         os.environ.setdefault(name, value)
+    libtpu.deepen_stack()
     from jax.experimental import topologies
 
     chip, shape = topology.chip, topology.shape

@@ -73,6 +73,49 @@ def attend(
     return kernels.plain(query_BLNH, key_BSNH, value_BSNH, mask, bias, scale, drop)
 
 
+def attend_parts(query_BLNH, parts, mask=None, bias=None, scale: float = 1.0):
+    """As `attend`, keys and values being in several pieces (B, N, S, H) along S, which are never put together.
+
+    Where a piece has fewer rows than there are queries, as many queries after each other as that makes share a row.
+    """
+    rows, length, heads, head = query_BLNH.shape
+
+    def shared(x_BLNX, key_BNSH):
+        """(B, L, N, X) -> (rows of the piece, heads of the piece, queries, X)."""
+        few, fewer, size = len(key_BNSH), key_BNSH.shape[1], x_BLNX.shape[-1]
+        x = x_BLNX.reshape(few, rows // few * length, fewer, heads // fewer, size)
+        return x.transpose(0, 2, 1, 3, 4).reshape(few, fewer, -1, size)
+
+    def each(x, key_BNSH):
+        """And back."""
+        few, fewer, size = len(key_BNSH), key_BNSH.shape[1], x.shape[-1]
+        x = x.reshape(few, fewer, rows // few * length, heads // fewer, size)
+        return x.transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, size)
+
+    score_BLNS = scale * jnp.concatenate(
+        [
+            each(
+                jnp.einsum("BNLH,BNSH->BNLS", shared(query_BLNH, keys), keys, preferred_element_type=jnp.float32),
+                keys,
+            )
+            for keys, _ in parts
+        ],
+        axis=-1,
+    )  # fmt: skip
+    if bias is not None:
+        score_BLNS = score_BLNS + bias.swapaxes(1, 2)
+    if isinstance(mask, Mask):
+        mask = mask.dense(length)
+    if mask is not None:
+        score_BLNS = jnp.where(mask.swapaxes(1, 2), score_BLNS, kernels.MASKED)
+    share_BLNS = jax.nn.softmax(score_BLNS, axis=-1).astype(parts[0][1].dtype)
+    ends = np.cumsum([keys.shape[2] for keys, _ in parts])[:-1]
+    return sum(
+        each(jnp.einsum("BNLS,BNSH->BNLH", shared(share, values), values), values)
+        for share, (_, values) in zip(jnp.split(share_BLNS, ends, axis=-1), parts)
+    )
+
+
 class Attention(nn.Module):
     """Queries from x, keys and values from x or from elsewhere; `biases` names which of q, k, v, o have one."""
 
@@ -113,9 +156,14 @@ class Attention(nn.Module):
     def keys_values(self, x_BSD, key=None):
         return self.k(x_BSD, folded(key, 2)), self.v(x_BSD, folded(key, 3))
 
-    def look(self, query_BLNH, keys_values, mask=None, bias=None, key=None):
+    def look(self, query_BLNH, keys_values, mask=None, bias=None, key=None, earlier=()):
+        """At keys and values (B, S, N, H), and behind `earlier` pieces of them (B, N, S, H) where there are any."""
         scale = 1 / math.sqrt(self.head) if self.scale is None else self.scale
-        out = attend(query_BLNH, *keys_values, mask, bias, scale, self.rate, key)
+        if earlier:
+            parts = (*earlier, tuple(x.swapaxes(1, 2) for x in keys_values))
+            out = attend_parts(query_BLNH, parts, mask, bias, scale)
+        else:
+            out = attend(query_BLNH, *keys_values, mask, bias, scale, self.rate, key)
         if self.inner_eps is not None:
             out = self.norm(out.reshape(*out.shape[:-2], -1)).reshape(out.shape)
         return constrain(self.o(out, folded(key, 4)), "batch", "length", "act_embed")

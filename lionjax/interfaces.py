@@ -64,12 +64,13 @@ class Cache:
     """What decoding remembers. Every leaf has layers on axis 0 and the batch on axis 1.
 
     `written` grows with each token and follows its beam; `fixed` (an encoder's keys and values, masks) is the same
-    for all beams of one prompt. `step` counts the tokens read so far.
+    for all beams of one prompt; `read` too, and has one row for all of them. `step` counts the tokens read so far.
     """
 
     written: Any
     fixed: Any
     step: Array  # int32 scalar
+    read: Any = None
 
 
 class System(Protocol):

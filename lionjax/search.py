@@ -8,6 +8,8 @@ its best open hypothesis could not beat its worst closed one if it ended now.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,9 +97,8 @@ def start(system: System, params: Params, batch: Batch, config: GenerateConfig) 
     def repeat(leaf):
         return jnp.repeat(leaf, beams, axis=1)
 
-    cache = Cache(
-        jax.tree.map(repeat, cache.written), jax.tree.map(repeat, cache.fixed), cache.step
-    )
+    written, fixed = (jax.tree.map(repeat, part) for part in (cache.written, cache.fixed))
+    cache = Cache(written, fixed, cache.step, cache.read)
     nobody = Beams(cache, empty, closed, jnp.zeros(rows, bool), jnp.zeros((), jnp.int32))
     return grow(jnp.repeat(logits_BV, beams, axis=0), cache, nobody, config)
 
@@ -105,7 +106,7 @@ def start(system: System, params: Params, batch: Batch, config: GenerateConfig) 
 def advance(system: System, params: Params, beams: Beams, config: GenerateConfig) -> Beams:
     """Give each open hypothesis its parent's cache, read its last token, and grow."""
     written = follow(beams.cache.written, beams.open.parent_BK)
-    cache = Cache(written, beams.cache.fixed, beams.cache.step)
+    cache = dataclasses.replace(beams.cache, written=written)
     logits_RV, cache = system.extend(params, beams.open.token_BK.reshape(-1), cache)
     return grow(logits_RV, cache, beams, config)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lionjax import kernels, sharding
-from lionjax.attention import Mask, attend, causal_mask, key_mask
+from lionjax.attention import Mask, attend, attend_parts, causal_mask, key_mask
 from lionjax.scaling import programs, topologies
 from lionjax.sharding import MeshConfig
 
@@ -222,3 +222,26 @@ def test_splash_attention_and_its_gradient_compile_for_a_pod(head, kv_heads):
     made = traced.lower().compile()
     assert made.as_text().count("tpu_custom_call") >= 3, "the kernel forth and two back"
     assert "8,700,700" not in made.as_text(), "nowhere are all scores held"
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_keys_in_pieces_some_shared_by_beams_are_attended_to_as_if_put_together(kv_heads):
+    """Three prompts of two beams: the first piece has a row a prompt, the others a row a beam."""
+    random = np.random.default_rng(kv_heads)
+
+    def draw(*shape):
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+    pieces = [
+        (draw(rows, kv_heads, length, 4), draw(rows, kv_heads, length, 4)) for rows, length in ((3, 5), (6, 2), (6, 1))
+    ]
+    query, bias = draw(6, 1, 6, 4), draw(6, 6, 1, 8)
+    real = jnp.asarray(random.random((6, 8)) < 0.6).at[:, -1].set(True)
+    together = [
+        jnp.concatenate([jnp.repeat(piece[n], 6 // len(piece[n]), axis=0) for piece in pieces], axis=2).swapaxes(1, 2)
+        for n in range(2)
+    ]
+    for given in (None, bias):
+        wanted = attend(query, *together, key_mask(real), given, 0.5)
+        found = attend_parts(query, pieces, key_mask(real), given, 0.5)
+        np.testing.assert_allclose(found, wanted, atol=1e-6)

@@ -127,8 +127,8 @@ KOSMOS2_TEXT = dataclasses.replace(
 class Block(nn.Module):
     """x += attention(norm x); x += feed_forward(norm x), and beside it the routed adapters where there are any.
 
-    `layer` holds the layer's key and, when tokens are read one after the other, the keys and values of those before;
-    the new ones' are then handed back.
+    `layer` holds the layer's key and, when tokens are read one after the other, the keys and values of those before in
+    pieces; the new ones' are then handed back.
     """
 
     c: DecoderConfig
@@ -149,10 +149,8 @@ class Block(nn.Module):
             query, new_k = self.over_heads("q_norm", query), self.over_heads("k_norm", new_k)
         if turn is not None:
             query, new_k = rotate(query, turn), rotate(new_k, turn)
-        seen = new = (new_k, new_v)
-        if earlier is not None:
-            seen = tuple(jnp.concatenate(pair, axis=1) for pair in zip(earlier, new))
-        x_BLD = x_BLD + dropout(own.look(query, seen, mask, bias, keys[0]), c.dropout, keys[1])
+        looked_BLD = own.look(query, (new_k, new_v), mask, bias, keys[0], earlier or ())
+        x_BLD = x_BLD + dropout(looked_BLD, c.dropout, keys[1])
         h_BLD = norm(c, name="norm2")(x_BLD)
         if c.gated:
             gated = GatedMLP(c.width, c.hidden, c.activation, lora=c.lora, name="mlp")
@@ -165,7 +163,8 @@ class Block(nn.Module):
         out_BLD = x_BLD + dropout(change_BLD, c.dropout, keys[2])
         if c.adapters is not None:
             out_BLD = out_BLD + RoutedAdapters(c.width, c.adapters, name="adapters")(x_BLD, task_B)
-        return constrain(out_BLD, "batch", "length", "act_embed"), None if earlier is None else new
+        new = None if earlier is None else (new_k.swapaxes(1, 2), new_v.swapaxes(1, 2))
+        return constrain(out_BLD, "batch", "length", "act_embed"), new
 
     def over_heads(self, name: str, x_BLNH):
         """One norm over all heads at once."""
@@ -266,34 +265,33 @@ class Decoder(nn.Module):
         What is read later looks at the same pictures as that token.
         """
         c = self.c
-        nothing = jnp.zeros((c.layers, x_BLD.shape[0], 0, c.kv_heads, c.head), x_BLD.dtype)
         self.check_length(x_BLD.shape[1] + cache_length)
-        h_BLD, new, kept = self.run(
-            x_BLD, counted(mask_BL), causal_mask(mask_BL), task_B, None, (nothing, nothing), media
+        h_BLD, read, kept = self.run(
+            x_BLD, counted(mask_BL), causal_mask(mask_BL), task_B, None, (), media
         )
-        room = ((0, 0), (0, 0), (0, cache_length), (0, 0), (0, 0))
-        written = {name: jnp.pad(leaf, room) for name, leaf in zip("kv", new)}
+        room = (c.layers, len(x_BLD), c.kv_heads, cache_length, c.head)
+        written = {name: jnp.zeros(room, leaf.dtype) for name, leaf in zip("kv", read)}
         mask_BL = mask_BL.astype(bool)
         fixed = {"mask": mask_BL[None], "task": None if task_B is None else task_B[None]}
         if media is not None:
             _, seen_BLS, real_BL = media
             seen_BS, real_B1 = last(seen_BLS, mask_BL), last(real_BL[..., None], mask_BL)
             fixed |= {"media": kept, "seen": seen_BS[None], "real": real_B1[None]}
-        return last(h_BLD, mask_BL), Cache(written, fixed, jnp.zeros((), jnp.int32))
+        return last(h_BLD, mask_BL), Cache(written, fixed, jnp.zeros((), jnp.int32), read)
 
     def extend(self, x_BD, cache: Cache):
         """Read one more token's embedding: its state (B, D)."""
         mask_BL, step, fixed = cache.fixed["mask"][0], cache.step, cache.fixed
-        rows, prompt = mask_BL.shape
+        rows = len(mask_BL)
         task_B = None if fixed["task"] is None else fixed["task"][0]
-        place_S = jnp.arange(cache.written["k"].shape[2] - prompt)
+        place_S = jnp.arange(cache.written["k"].shape[3])
         written_BS = jnp.broadcast_to(place_S < step, (rows, len(place_S)))
         seen_BS = jnp.concatenate([mask_BL, written_BS, jnp.ones((rows, 1), bool)], axis=1)
         count_B1 = mask_BL.sum(axis=1, keepdims=True)
         position_BS = jnp.concatenate(
             [counted(mask_BL), count_B1 + place_S, count_B1 + step], axis=1
         )
-        earlier = (cache.written["k"], cache.written["v"])
+        written = (cache.written["k"], cache.written["v"])
         media = kept = None
         if self.c.cross is not None:
             media, kept = (None, fixed["seen"][0][:, None], fixed["real"][0]), fixed["media"]
@@ -303,19 +301,17 @@ class Decoder(nn.Module):
             key_mask(seen_BS),
             task_B,
             None,
-            earlier,
+            (cache.read, written),
             media,
             kept,
             position_BS,
         )
         # One write for all layers: nothing else of the cache moves.
         written = {
-            name: jax.lax.dynamic_update_slice(
-                old, leaf.astype(old.dtype), (0, 0, prompt + step, 0, 0)
-            )
-            for name, old, leaf in zip("kv", earlier, new)
+            name: jax.lax.dynamic_update_slice(old, leaf.astype(old.dtype), (0, 0, 0, step, 0))
+            for name, old, leaf in zip("kv", written, new)
         }
-        return h_B1D[:, 0], Cache(cache.written | written, cache.fixed, step + 1)
+        return h_B1D[:, 0], Cache(cache.written | written, cache.fixed, step + 1, cache.read)
 
     def run(
         self, x_BLD, position_BL, mask, task_B, key, earlier=None, media=None, kept=None, key_position_BS=None

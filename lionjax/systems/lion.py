@@ -336,7 +336,7 @@ class LionModule(nn.Module):
     def say(self, state_BD, triggered_B, kept, cache: Cache):
         word_BV, c = self.language.logits(state_BD), self.c.places
         logits_BV, told = heads.say(c, self.locations, state_BD, word_BV, triggered_B, kept)
-        return logits_BV, Cache(cache.written | told, cache.fixed, cache.step)
+        return logits_BV, Cache(cache.written | told, cache.fixed, cache.step, cache.read)
 
     def everything(self, batch: Batch):
         """Runs every part once, to make its parameters."""

@@ -217,7 +217,7 @@ class NextChatModule(nn.Module):
     def say(self, state_BD, triggered_B, kept, cache: Cache):
         word_BV = self.language.logits(state_BD)
         logits_BV, told = heads.say(self.c, self.locations, state_BD, word_BV, triggered_B, kept)
-        return logits_BV, Cache(cache.written | told, cache.fixed, cache.step)
+        return logits_BV, Cache(cache.written | told, cache.fixed, cache.step, cache.read)
 
     def everything(self, batch: Batch):
         """Runs every part once, to make its parameters."""

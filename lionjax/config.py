@@ -86,6 +86,7 @@ class RunConfig:
         False  # keep what frozen towers make of each record, so that they run once
     )
     cache_gib: float = 4.0  # memory for that, on each host
+    features_dir: str = ""  # a folder where it is kept on disk as well, for later starts and other runs
     # An update whose loss or gradient is not finite, or whose loss is a spike, changes nothing; then the run stops,
     # goes on, or goes back to the last checkpoint and on with the batches after that one.
     on_bad_update: Literal["stop", "skip", "rewind"] = "stop"

@@ -38,8 +38,8 @@ FLOORS = (
     "data.processors data.table data.annotations data.coco data.scienceqa data.built data.built_writer data.sources "
     "data.preparing data.beam_writer "
     "data.examples data.inspection data.pipeline training training.distributed training.stages "
-    "training.start training.features training.journal training.fingerprints training.checkpoints "
-    "training.refused training.loop training.backbones scores search generate answering "
+    "training.start training.feature_files training.features training.journal training.fingerprints "
+    "training.checkpoints training.refused training.loop training.backbones scores search generate answering "
     "evaluation evaluation.metrics evaluation.captions evaluation.answers evaluation.scoring "
     "evaluation.benchmarks evaluation.few_shot evaluation.goodput evaluation.report plots",
     # 5: where everything meets

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a frozen tower makes of a picture, computed once for each record and kept in memory."""
+"""What a frozen tower makes of a picture, computed once for each record and kept in memory, and in files if asked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lionjax import params as trees
 from lionjax import sharding
 from lionjax.interfaces import Batch, Params, System, UserError
-from lionjax.training import distributed
+from lionjax.training import distributed, feature_files
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,13 @@ class Memory:
     """Features by record, until `limit` bytes are held; what comes later is not kept. Lasts through all stages."""
 
     def __init__(self, limit: int):
-        self.limit, self.held, self.rows = limit, 0, {}
+        self.limit, self.held, self.rows, self.sight = limit, 0, {}, ""
+
+    def turn(self, sight: str) -> None:
+        """What is kept from now on was seen in this way; what was seen in another is forgotten."""
+        if sight != self.sight:
+            self.clear()
+        self.sight = sight
 
     def keep(self, record: int, parts: list[np.ndarray]) -> None:
         size = sum(part.nbytes for part in parts)
@@ -79,12 +85,26 @@ class Remembered:
     """The batches of a stage with features instead of pictures, computed when a record first comes by.
 
     A batch is seen whole, so that there is one shape to compile, and by all processes where one needs it. The first
-    one is seen in any case: a stage whose system sees otherwise than the one before begins with an empty memory.
+    one is seen in any case: a stage whose system sees otherwise than the one before begins with an empty memory. With
+    files, which know how the system sees such batches, that takes no look; and what they hold is not computed.
     """
 
-    def __init__(self, batches: Iterator[Batch], see: Callable, memory: Memory):
-        self.batches, self.see, self.memory, self.structure = batches, see, memory, None
-        self.position, self.name, self.close = batches.position, batches.name, batches.close
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        see: Callable,
+        memory: Memory,
+        files_for: Callable[[Batch], feature_files.Files] | None = None,
+    ):
+        self.batches, self.see, self.memory = batches, see, memory
+        self.files_for, self.files, self.structure = files_for, None, None
+        self.position, self.name = batches.position, batches.name
+
+    def close(self) -> None:
+        """Stop reading ahead, and finish what is being written."""
+        self.batches.close()
+        if self.files:
+            self.files.close()
 
     def __iter__(self):
         return self
@@ -99,10 +119,18 @@ class Remembered:
 
     def __next__(self) -> Batch:
         batch = next(self.batches)
+        if self.files_for and self.files is None:
+            self.files = self.files_for(batch)
+            self.structure = jax.tree.structure(self.files.sight.shapes)
+            self.memory.turn(self.files.sight.name)
         records, rows = batch.record_B.tolist(), self.memory.rows
-        unknown = self.structure is None or any(record not in rows for record in records)
+        keys, read = self.from_files(batch) if self.files else ({}, {})
+        known = rows | read
+        unknown = self.structure is None or any(record not in known for record in records)
         if not any(distributed.sum_of(unknown)):
-            leaves = [np.stack(parts) for parts in zip(*(rows[record] for record in records))]
+            for record, parts in read.items():
+                self.memory.keep(record, parts)
+            leaves = [np.stack(parts) for parts in zip(*(known[record] for record in records))]
             features = jax.tree.unflatten(self.structure, leaves)
         else:
             features = self.see(batch)
@@ -115,7 +143,26 @@ class Remembered:
             self.structure = structure
             for record, parts in seen.items():
                 self.memory.keep(record, parts)
+                if record in keys:
+                    self.files.put(keys[record], parts)
         return dataclasses.replace(batch, features=features, image_BHWC=None, sam_image_BHWC=None)
+
+    def from_files(self, batch: Batch) -> tuple[dict[int, bytes], dict[int, list[np.ndarray]]]:
+        """Of the records that memory lacks: what each goes by in the files, and those that are there."""
+        lacking = {
+            record: row
+            for row, record in enumerate(batch.record_B.tolist())
+            if record not in self.memory.rows
+        }
+        if not lacking:
+            return {}, {}
+        rows = self.files.sight.keys(batch, lacking.values())
+        keys = dict(zip(lacking, rows))
+        found = {record: self.files.get(key) for record, key in keys.items()}
+        if None in found.values():
+            self.files.refresh()  # another process may have it by now
+            found = {r: self.files.get(keys[r]) if x is None else x for r, x in found.items()}
+        return keys, {record: parts for record, parts in found.items() if parts is not None}
 
 
 def same(old: list[np.ndarray], new: list[np.ndarray]) -> bool:

@@ -24,7 +24,15 @@ from lionjax import params as trees
 from lionjax import sharding
 from lionjax.config import Experiment, Stage
 from lionjax.interfaces import Batch, Params, UserError
-from lionjax.training import checkpoints, distributed, features, refused, stages, start
+from lionjax.training import (
+    checkpoints,
+    distributed,
+    feature_files,
+    features,
+    refused,
+    stages,
+    start,
+)
 from lionjax.training.journal import Clock, Entry, Journal, missed, write_report
 from lionjax.training.start import Layout, Place
 
@@ -206,14 +214,25 @@ def prepare(
     stream = _batches(experiment, stage, run.batches, run.workdir, mesh)
     if place.data is not None:
         stream.restore(place.data)
-    if experiment.run.cache_features:
-        if stream.changing:
-            raise UserError(
-                "run.cache_features is set, but a record's picture changes; set one of the two off"
-            )
-        see = features.seer(system, place.never, place.learned, mesh)
-        stream = features.Remembered(stream, see, run.memory)
+    if experiment.run.cache_features or experiment.run.features_dir:
+        stream = remembered(run, place, system, stream)
     return Work(place, stage, state, frozen, step, stream, traces)
+
+
+def remembered(run: Run, place: Place, system: Any, stream: Any) -> features.Remembered:
+    """The stream with features, in memory and, where the config names a folder, in files."""
+    if stream.changing:
+        raise UserError(
+            "run.cache_features is set, but a record's picture changes; set one of the two off"
+        )
+    see = features.seer(system, place.never, place.learned, run.mesh)
+    folder = run.experiment.run.features_dir
+
+    def files_for(batch: Batch) -> feature_files.Files:
+        sight = feature_files.sight(system, place.never, place.learned, batch)
+        return feature_files.Files(Path(folder), sight)
+
+    return features.Remembered(stream, see, run.memory, files_for if folder else None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 FREE = (
     r"name",
     r"mesh\..*",
-    r"run\.(log_every|save_every|evaluate_every|evaluate_limit|keep|cache_features|cache_gib)",
+    r"run\.(log_every|save_every|evaluate_every|evaluate_limit|keep|cache_features|cache_gib|features_dir)",
     # One who meets a bad update may mend the run by these.
     r"run\.(on_bad_update|spike|bad_updates|stuck_seconds)",
     r"answer\..*",

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of a frozen tower on disk: the same training, nothing computed twice, nothing stale or damaged read."""
+
+import dataclasses
+import errno
+import logging
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from lionjax.interfaces import UserError
+from lionjax.sharding import init
+from lionjax.training import feature_files, features, loop
+from lionjax.training.feature_files import Files, Sight, sight
+
+
+@pytest.fixture(scope="module")
+def towers():
+    """(never, learned) of the toy, in which the tower alone is frozen."""
+    params = init(toy.Toy().init, jax.random.key(0), toy.batch_of(range(8)))
+    return {"tower": params.pop("tower")}, params
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The records of each batch that a tower looked at."""
+    seen, seer = [], features.seer
+
+    def counting(*args):
+        see = seer(*args)
+        return lambda batch: seen.append(batch.record_B.tolist()) or see(batch)
+
+    monkeypatch.setattr(features, "seer", counting)
+    return seen
+
+
+def train(workdir, **run):
+    return loop.train(toy.experiment(toy.stage("one", 7), run=run), workdir, toy.Batches)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """A run that keeps features in memory alone: its folder and what it learned."""
+    folder = tmp_path_factory.mktemp("memory")
+    return folder, train(folder, cache_features=True)
+
+
+def same(one, other):
+    return jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one, other))
+
+
+def test_training_from_files_has_the_same_bits_and_no_tower_runs(tmp_path, looks, expected):
+    store = str(tmp_path / "features")
+    assert same(train(tmp_path / "first", features_dir=store), expected[1])
+    assert sorted(sum(looks, [])) == list(range(24)), "each record once"
+    looks.clear()
+    assert same(train(tmp_path / "second", features_dir=store, cache_gib=0.0), expected[1])
+    assert looks == []
+    assert toy.lines(tmp_path / "second") == toy.lines(expected[0])
+
+
+def test_an_unfinished_file_counts_for_nothing_and_one_without_its_end_neither(tmp_path):
+    made, rows = some()
+    written(tmp_path, made, rows)
+    (whole,) = tmp_path.glob("*/*.array_record")
+    (whole.parent / "host-1-2-3.part").write_bytes(whole.read_bytes()[:100])
+    assert len(Files(tmp_path, made).places) == len(rows)
+    whole.write_bytes(whole.read_bytes()[:-100])  # and with it its index
+    assert written(tmp_path, made, rows).full is False
+    assert len(Files(tmp_path, made).places) == len(rows), "made again"
+
+
+def some(dtype="bfloat16", rows=6):
+    shapes = {
+        "map": jax.ShapeDtypeStruct((3, 2), jnp.dtype(dtype)),
+        "taps": jax.ShapeDtypeStruct((5,), jnp.dtype("float32")),
+    }
+    made = np.random.default_rng(0)
+    parts = [
+        [made.normal(size=x.shape).astype(x.dtype) for x in jax.tree.leaves(shapes)]
+        for _ in range(rows)
+    ]
+    return Sight("way", shapes, (0,)), {bytes([n]) * 16: part for n, part in enumerate(parts)}
+
+
+def written(folder, made, rows):
+    files = Files(folder, made)
+    for key, parts in rows.items():
+        files.put(key, parts)
+    files.close()
+    return files
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_dtypes_come_back_as_they_were(tmp_path, dtype):
+    made, rows = some(dtype)
+    written(tmp_path, made, rows)
+    files = Files(tmp_path, made)
+    for key, parts in rows.items():
+        for was, now in zip(parts, files.get(key), strict=True):
+            assert was.dtype == now.dtype
+            np.testing.assert_array_equal(was, now)
+    assert files.get(b"another record.") is None
+
+
+def test_a_flipped_byte_anywhere_is_noticed(tmp_path):
+    made, rows = some()
+    written(tmp_path / "whole", made, rows)
+    (path,) = (tmp_path / "whole").glob("*/*.array_record")
+    content, drawn, lost = path.read_bytes(), random.Random(0), 0
+    for place in drawn.sample(range(len(content)), 60):
+        shutil.rmtree(tmp_path / "hurt", ignore_errors=True)
+        (tmp_path / "hurt" / "way").mkdir(parents=True)
+        hurt = bytearray(content)
+        hurt[place] ^= 1 << drawn.randrange(8)
+        (tmp_path / "hurt" / "way" / path.name).write_bytes(hurt)
+        files = Files(tmp_path / "hurt", made)
+        for key, parts in rows.items():
+            found = files.get(key)
+            lost += found is None
+            assert found is None or all(map(np.array_equal, found, parts)), place
+    assert lost
+
+
+def test_two_processes_write_side_by_side_and_find_what_the_other_has_finished(tmp_path):
+    made, rows = some()
+    one, other = Files(tmp_path, made), Files(tmp_path, made)
+    first, second = list(rows)[:3], list(rows)[2:]
+    for files, keys in ((one, first), (other, second)):
+        for key in keys:
+            files.put(key, rows[key])
+    assert one.get(second[-1]) is None
+    other.close()
+    one.refresh()
+    np.testing.assert_array_equal(one.get(second[-1])[0], rows[second[-1]][0])
+    one.close()
+    assert len(Files(tmp_path, made).places) == len(rows)
+
+
+def test_a_full_disk_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, caplog, expected):
+    def no_room(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Files, "_begin", no_room)
+    with caplog.at_level(logging.WARNING):
+        made = train(tmp_path / "run", features_dir=str(tmp_path / "features"))
+    assert same(made, expected[1])
+    (said,) = (text for text in caplog.messages if "no more features are kept" in text)
+    assert "No space left on device" in said
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="name another run.features_dir"):
+        train(tmp_path / "run", features_dir=str(tmp_path / "file"))
+
+
+def test_a_way_of_seeing_is_named_by_weights_and_computation_and_by_nothing_else(towers):
+    never, learned = towers
+    batch = toy.batch_of(range(8))
+    name = sight(toy.Toy(), never, learned, batch).name
+    longer = dataclasses.replace(batch, prompt_BL=np.tile(batch.prompt_BL, 2))
+    other = jax.tree.map(lambda x: x + 1, learned)
+    for same in (
+        sight(toy.Toy(), never, learned, toy.batch_of(range(4))),
+        sight(toy.Toy(), never, learned, longer),
+        sight(toy.Toy(), never, other, batch),
+        sight(toy.Toy(rate=0.5, attention=0.1), never, learned, batch),
+    ):
+        assert same.name == name
+    moved = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-6), never)
+
+    class Otherwise(toy.Toy):
+        def features(self, params, batch):
+            return super().features(params, batch) * 1.5
+
+    for another in (
+        sight(toy.Toy(), moved, learned, batch),
+        sight(toy.Toy(), jax.tree.map(lambda x: x.astype("bfloat16"), never), learned, batch),
+        sight(Otherwise(), never, learned, batch),
+    ):
+        assert another.name != name
+
+
+def test_records_go_by_what_is_seen(towers):
+    batch = toy.batch_of(range(8))
+    made = sight(toy.Toy(), *towers, batch)
+    keys = made.keys(batch, range(8))
+    assert len(set(keys)) == 8
+    said = dataclasses.replace(batch, prompt_BL=batch.prompt_BL + 1, record_B=batch.record_B + 5)
+    assert made.keys(said, range(8)) == keys
+    image_BHWC = batch.image_BHWC.copy()
+    image_BHWC[3, 0, 0, 0] += 1e-3
+    other = made.keys(dataclasses.replace(batch, image_BHWC=image_BHWC), range(8))
+    assert [a == b for a, b in zip(keys, other)] == [row != 3 for row in range(8)]
+
+
+def test_a_tower_that_some_stage_trains_is_refused(towers):
+    with pytest.raises(UserError, match=r"trains a part that makes the features \(tower/"):
+        sight(toy.Toy(), {}, towers[0] | towers[1], toy.batch_of(range(8)))
+
+
+def test_files_are_finished_while_a_run_goes_on(tmp_path, monkeypatch):
+    made, rows = some()
+    monkeypatch.setattr(feature_files, "LARGE", 80)
+    files = Files(tmp_path, made)
+    for key, parts in rows.items():
+        files.put(key, parts)
+    assert len(Files(tmp_path, made).places) >= 4, "what a kill leaves"

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Places among words: putting boxes in, finding triggers, and boxes that do not fit the text."""
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from lionjax import heads
-from lionjax.interfaces import UserError
+from lionjax.interfaces import Batch, UserError
 
 HERE = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]], bool)
 
@@ -29,27 +32,26 @@ def test_marked_places_are_found_in_their_order():
     assert heads.places(HERE, 9)[0].shape == (3, 5)
 
 
-BOX = [0.1, 0.2, 0.6, 0.5]
-
-
 @pytest.mark.parametrize(
     "boxes, tokens, message",
     [
-        ([BOX], 2, "names 2 regions but has 1 boxes; give one each"),
-        ([BOX, BOX], 1, "names 1 regions but has 2 boxes"),
-        ([BOX], 3, "names 3 regions; at most 2 are allowed"),
-        ([[0.6, 0.2, 0.1, 0.5]], 1, r"the box \[0.6, 0.2, 0.1, 0.5\] is none"),
-        ([[0.1, 0.2, 1.6, 0.5]], 1, "between 0 and 1"),
-        ([[-0.1, 0.2, 0.6, 0.5]], 1, "between 0 and 1"),
-        ([[0.1, float("nan"), 0.6, 0.5]], 1, "between 0 and 1"),
+        (1, 2, "row 1 names 2 regions but has 1 boxes; give one each"),
+        (2, 1, "row 1 names 1 regions but has 2 boxes"),
+        (1, 3, "row 1 names 3 regions; at most 2 are allowed"),
+        (2, 0, None),  # said in digits
+        (2, 2, None),
+        (0, 0, None),
     ],
 )
-def test_boxes_that_do_not_fit_the_prompt_are_refused(boxes, tokens, message):
-    ids, box, mask = np.array([[5, 6, *[9] * tokens, *[7] * (4 - tokens)]]), np.zeros((1, 2, 4)), np.zeros((1, 2))
-    box[0, : len(boxes)], mask[0, : len(boxes)] = boxes, 1
-    with pytest.raises(UserError, match=message):
-        heads.check_boxes(ids, 9, box, mask)
+def test_a_loader_whose_boxes_do_not_fit_its_texts_is_refused(boxes, tokens, message):
+    ids, nothing = np.array([[5, 9, 9, 7], [5, *[9] * tokens, *[7] * (3 - tokens)]]), np.zeros((2, 1), np.int32)
+    batch = Batch(
+        None, ids, np.ones_like(ids), None, None, nothing, nothing, nothing, nothing[:, 0], nothing[:, 0],
+        np.zeros((2, 2, 4)), np.array([[1, 1], [1] * boxes + [0] * (2 - boxes)]),
+    )  # fmt: skip
+    expected = contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message)
+    for system in (SimpleNamespace(location_token=9), SimpleNamespace(places=SimpleNamespace(location_token=9))):
+        with expected:
+            heads.check_boxes(system, batch)
+    heads.check_boxes(SimpleNamespace(places=None), batch)  # says no places
 
-
-def test_boxes_that_fit_the_prompt_pass():
-    heads.check_boxes(np.array([[9, 1], [1, 1]]), 9, np.array([[BOX], [[0] * 4]]), np.array([[1], [0]]))

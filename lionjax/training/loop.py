@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lionjax import heads, sharding
 from lionjax import params as trees
-from lionjax import sharding
 from lionjax.config import Experiment, Stage
 from lionjax.interfaces import Batch, Params, UserError
 from lionjax.training import (
@@ -87,6 +87,7 @@ def train(
             _batches(experiment, experiment.stages[0], batches, workdir, mesh)
         ) as stream:
             example = next(stream)
+        heads.check_boxes(experiment.system, example)
         layout = start.layout(experiment, example, mesh)
         place = start.find(workdir, experiment, example, layout)
         for part, seconds in missed(workdir, place.history, began).items():

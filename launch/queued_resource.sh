@@ -76,7 +76,9 @@ on() { # on WORKERS COMMAND: on each slice; the first that fails decides
 install() { # every host may be new; what stands already is left alone
     local pack node
     pack="$(mktemp -d)/lionjax.tar.gz"
-    tar czf "$pack" --exclude-vcs --exclude=.venv --exclude=runs --exclude=__pycache__ .
+    # Weights and data lie on NFS; what this machine has of them stays here.
+    tar czf "$pack" --exclude-vcs --exclude='.venv*' --exclude=./runs --exclude=./weights --exclude=./data \
+        --exclude=__pycache__ .
     for node in "${NODES[@]}"; do tpus tpu-vm scp "$pack" "$node:lionjax.tar.gz" --worker=all; done
     on all "set -e; sudo mkdir -p /mnt/runs; mountpoint -q /mnt/runs || sudo mount -t nfs $NFS /mnt/runs
         mkdir -p lionjax; tar xzf lionjax.tar.gz -C lionjax; cd lionjax; ln -sfn /mnt/runs/weights weights

@@ -115,6 +115,7 @@ case "$*" in
         [ -f "{log}.there" ] || exit 1
         if [ -f "{log}.lost" ]; then echo SUSPENDED; else echo ACTIVE; fi ;;
     *"queued-resources create"*) touch "{log}.there" ;;
+    *"tpu-vm scp"*) tar tzf "$5" >"{log}.pack" ;;
     *"queued-resources delete"*) rm -f "{log}.there" "{log}.lost" ;;
     *"run.sh"*)
         # Taken away in the middle of the first try.
@@ -170,6 +171,20 @@ def test_a_mistake_in_the_config_is_not_tried_again(tmp_path):
     assert log.read_text().count("run.sh") == 2
 
 
+def test_hosts_get_the_code_and_not_what_lies_on_the_shared_disk(tmp_path):
+    here, log = project(tmp_path), tmp_path / "log"
+    sent, kept = ("lionjax/data/a.py", "launch/run.sh"), ("data/b", "weights/c", "runs/d", ".venv-prepare/e")
+    for name in (*sent[:1], *kept):
+        (here / name).parent.mkdir(parents=True)
+        (here / name).touch()
+    stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=2))
+    env = {"NAME": "a", "ZONE": "b", "ACCELERATOR": "v5litepod-64", "NFS": "c:/d", "PAUSE": "0"}
+    run(here / "launch/queued_resource.sh", "a.py", bin=tmp_path / "bin", **env)
+    packed = (tmp_path / "log.pack").read_text().split()
+    assert {f"./{name}" for name in sent} <= set(packed)
+    assert not any(name in path for name in kept for path in packed if "lionjax/data" not in path)
+
+
 # SLURM
 
 
@@ -216,7 +231,10 @@ def test_the_jobset_has_a_pod_for_each_host_and_begins_again_but_for_mistakes():
         made["kind"] == "JobSet"
         and made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "tpus"
     )
-    assert made["spec"]["failurePolicy"]["maxRestarts"] >= 10
+    policy = made["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] >= 10
+    mistakes = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert policy["rules"] == [mistakes]  # without it the set would begin again after them too
     (replicated,) = made["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     pod, (container,) = job["template"]["spec"], job["template"]["spec"]["containers"]
@@ -237,6 +255,8 @@ def test_skypilot_runs_what_the_others_run():
     made = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     topologies.parse(made["resources"]["accelerators"])
     assert (ROOT / made["envs"]["CONFIG"]).is_file()
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(made["envs"]["EXTRAS"].split(",")) <= known.keys() and '".[$EXTRAS]"' in made["setup"]
     for part in ("setup", "run"):
         said = subprocess.run(["bash", "-n", "-c", made[part]], capture_output=True, text=True)
         assert said.returncode == 0, said.stderr

@@ -2,16 +2,16 @@
 """Every system of the family trained on scenes by its own recipe, and what it answers beside itself shown no picture.
 
 python -m benchmarks.family [--systems llava flamingo ...] [--limit 200] [--workdir runs/family] [--out FILE]
-python -m benchmarks.family --shots [--systems frozen flamingo]
 
 The configs are configs/tiny_*.py. BLIP-2 and InstructBLIP go on with the Q-Former of BLIP-2's first stage,
 MiniGPT-4 with that of BLIP-2. Each row: parameters that some stage trains, scores on held-out scenes, in brackets those
-of the same model shown a blank picture, and seconds of training and of answering. The program ends with exit code 1
-where a score is not better than the blind one by `MARGINS`, which were written down before anything was trained, or
-where a part that no stage trains is not bit for bit what it was. Finished runs are not made again: delete --workdir.
+of the same model shown a blank picture, and seconds of training and of answering, by the clock and of processor time
+(of all cores together). Then Frozen and Flamingo are asked again with 0, 1, 2, 4 and 8 examples of training scenes
+before each question, drawn at random or those whose pictures look most alike (RICES); --no-shots leaves that out.
 
---shots asks trained models again with 0, 1, 2, 4 and 8 examples of training scenes before each question, drawn at
-random or those whose pictures look most alike (RICES).
+The program ends with exit code 1 where a score is not better than the blind one by `MARGINS`, which were written down
+before anything was trained, or where a part that no stage trains is not bit for bit what it was. A row is written as
+soon as it is known, and not made again: delete --workdir for that. One that was broken off is begun anew.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -43,6 +44,7 @@ SYSTEMS = (
 )  # fmt: skip
 FEW_SHOT = ("frozen", "flamingo")
 SHOTS = (0, 1, 2, 4, 8)
+SHOT_LIMIT = 100  # questions behind each number of examples
 SHOT_PROMPT = 256  # tokens that eight examples and a question fit in
 BRIDGE = ("qformer", "vision_norm")
 GOES_ON = {"blip2": "blip2_first", "instructblip": "blip2_first", "minigpt4": "blip2"}
@@ -58,11 +60,11 @@ LESS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Which systems, how many questions of each benchmark. `shots`: few-shot curves of trained ones."""
+    """Which systems, how many questions of each benchmark. `shots`: also few-shot curves."""
 
     systems: tuple[str, ...] = ()
     limit: int = 200
-    shots: bool = False
+    shots: bool = True
     workdir: Path = Path("runs/family")
     out: Path | None = None
 
@@ -72,7 +74,7 @@ def experiment_of(name: str, workdir: Path) -> Experiment:
     experiment = config.load(ROOT / "configs" / f"tiny_{name}.py")
     if name not in GOES_ON:
         return experiment
-    kept = tuple(pair for pair in experiment.weights if pair[0] not in BRIDGE)
+    kept = tuple(pair for pair in experiment.weights if pair[0].split("/")[0] not in BRIDGE)
     file = str(workdir / GOES_ON[name] / f"bridge_for_{name}.safetensors")
     return dataclasses.replace(experiment, weights=(*kept, *((part, file) for part in BRIDGE)))
 
@@ -95,22 +97,37 @@ def unchanged(experiment: Experiment, params: Params, report: dict) -> bool:
     _, never = trees.split(params, patterns)
     never, same = trees.flatten(never), all(stage["frozen_unchanged"] for stage in report["stages"])
     for prefix, file in experiment.weights:
+        file, _, part = file.partition("#")
         held = safetensors.numpy.load_file(start.shipped(file))
         for path, leaf in never.items():
-            if path in held and path.split("/")[0] == prefix:
-                same &= np.array_equal(np.asarray(leaf, held[path].dtype), held[path])
+            name = (part or prefix) + path.removeprefix(prefix)
+            if f"{path}/".startswith(f"{prefix}/") and name in held:
+                same &= np.array_equal(np.asarray(leaf, held[name].dtype), held[name])
     return bool(same)
+
+
+@dataclasses.dataclass
+class Spent:
+    """Seconds since it was made: by the clock, and of processor time."""
+
+    begun: tuple[float, float] = dataclasses.field(
+        default_factory=lambda: (time.time(), time.process_time())
+    )
+
+    def seconds(self) -> list[int]:
+        return [round(t - b) for t, b in zip((time.time(), time.process_time()), self.begun)]
 
 
 def trained(run: Run, name: str) -> dict:
     """The figures of one system, trained first where it is not yet."""
-    folder, began = run.workdir / name, time.time()
+    folder, spent = run.workdir / name, Spent()
     if (folder / "family.json").is_file():
         return json.loads((folder / "family.json").read_text())
+    shutil.rmtree(folder, ignore_errors=True)  # else its seconds would be those of a part
     experiment = experiment_of(name, run.workdir)
-    params, report = loop.train(experiment, folder, pipeline.batches, began)
+    params, report = loop.train(experiment, folder, pipeline.batches)
     hand_on(params, run.workdir, name)
-    learned = time.time()
+    training, spent = spent.seconds(), Spent()
     asked = [task for task in benchmarks.names_of(experiment) if task in SCORES]
     answerer = model.of_params(experiment, params).answerer
     entries = benchmarks.evaluate_all(answerer, experiment, asked, folder, run.limit)
@@ -120,7 +137,7 @@ def trained(run: Run, name: str) -> dict:
         "trainable": trees.count(trees.split(params, patterns)[0]),
         "steps": sum(stage.steps for stage in experiment.stages),
         "unchanged": unchanged(experiment, params, report),
-        "seconds": [round(learned - began), round(time.time() - learned)],
+        "seconds": [training, spent.seconds()],  # each by the clock, and of processor time
         "limit": run.limit,
     }
     for task, entry in entries.items():
@@ -143,34 +160,41 @@ def missed(row: dict) -> list[str]:
 
 def table(rows: list[dict]) -> str:
     """The rows in Markdown."""
-    heads = ("system", "trains", "steps", "VQA", "caption CIDEr", "REC", "frozen parts", "seconds")
+    heads = (
+        *("system", "trains", "steps", "VQA", "caption CIDEr", "REC", "frozen parts"),
+        *("seconds", "processor seconds"),
+    )
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         scores = [f"{row[t][0]:.2f} ({row[t][1]:.2f})" if t in row else "" for t in SCORES]
         same = "same bits" if row["unchanged"] else "CHANGED"
         cells = (row["system"], f"{row['trainable']:,}", str(row["steps"]), *scores, same)
-        lines.append("| " + " | ".join((*cells, "{} + {}".format(*row["seconds"]))) + " |")
+        spent = ["{} + {}".format(*part) for part in zip(*row["seconds"])]
+        lines.append("| " + " | ".join((*cells, *spent)) + " |")
     return "\n".join(lines)
 
 
-def curves(run: Run, name: str) -> list[dict]:
+def curves(run: Run, name: str) -> dict:
     """Answers of a trained system behind 0, 1, 2, 4 and 8 examples, chosen in both ways."""
+    file, spent = run.workdir / name / "shots.json", Spent()
+    if file.is_file():
+        return json.loads(file.read_text())
     known = lionjax.load(run.workdir / name)
     prompts = dataclasses.replace(known.processor.config, prompt_length=SHOT_PROMPT, pictures=1)
     answerer = dataclasses.replace(known.answerer, processor=Processor(prompts))
     data = dataclasses.replace(known.experiment.data, processor=prompts)
+    answer, limit = known.experiment.answer, min(run.limit, SHOT_LIMIT)
     rows = []
     for how in few_shot.HOW:
-        for shots in SHOTS:
-            if not shots and how != few_shot.HOW[0]:
-                continue  # nothing to choose
+        for shots in SHOTS if how == few_shot.HOW[0] else SHOTS[1:]:  # of none, none are chosen
             words = name == "flamingo"
             shown = few_shot.Shown(answerer, data, "vqa", shots, how, in_words=words)
-            answer = known.experiment.answer
-            entry = benchmarks.evaluate(answerer, data, answer, "vqa", None, run.limit, shown=shown)
+            entry = benchmarks.evaluate(answerer, data, answer, "vqa", None, limit, shown=shown)
             scores = [round(entry[what]["vqa_accuracy"], 3) for what in ("metrics", "blind")]
             rows.append({"system": name, "how": how, "shots": shots, "vqa": scores})
-    return rows
+    found = {"rows": rows, "seconds": spent.seconds()}
+    file.write_text(json.dumps(found) + "\n")
+    return found
 
 
 def shot_table(rows: list[dict]) -> str:
@@ -188,26 +212,40 @@ def shot_table(rows: list[dict]) -> str:
 
 def main(run: Run) -> int:
     logging.basicConfig(level=logging.WARNING)
-    names = run.systems or (FEW_SHOT if run.shots else SYSTEMS)
+    names = run.systems or SYSTEMS
     if unknown := set(names) - set(SYSTEMS):
         print(
             f"there is no system {sorted(unknown)[0]!r}; there are {', '.join(SYSTEMS)}",
             file=sys.stderr,
         )
         return 2
-    if run.shots:
-        text = shot_table([row for name in names for row in curves(run, name)])
-        print(text)
-        if run.out is not None:
-            run.out.write_text(text + "\n")
-        return 0
-    rows = [trained(run, name) for name in names]
-    text, short = table(rows), [sentence for row in rows for sentence in missed(row)]
+    rows, shown = [], []
+    for name in names:
+        rows.append(trained(run, name))
+        text = show(run, rows, shown)
+    for name in (name for name in names if run.shots and name in FEW_SHOT):
+        shown.append(curves(run, name))
+        text = show(run, rows, shown)
     print(text)
-    print(*short, sep="\n", file=sys.stderr)
+    print(
+        *(short := [sentence for row in rows for sentence in missed(row)]),
+        sep="\n",
+        file=sys.stderr,
+    )
+    return 1 if short else 0
+
+
+def show(run: Run, rows: list[dict], shown: list[dict]) -> str:
+    """All that is known so far, also written to `out`."""
+    spent = [*(part for row in rows for part in row["seconds"]), *(s["seconds"] for s in shown)]
+    clock, processor = (sum(part) for part in zip(*spent))
+    text = table(rows)
+    if shown:
+        text += "\n\n" + shot_table([row for part in shown for row in part["rows"]])
+    text += f"\n\n{clock} seconds by the clock, {processor} of processor time."
     if run.out is not None:
         run.out.write_text(text + "\n")
-    return 1 if short else 0
+    return text
 
 
 if __name__ == "__main__":

@@ -6,17 +6,34 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
+
 from lionjax.data import processors
 from lionjax.heads import PlaceConfig
+from lionjax.language.decoder import TINY_DECODER
 from lionjax.language.t5 import TINY_T5
 from lionjax.training import backbones, language_backbone, place_backbone, vision_backbone
-from lionjax.training.backbones import BackbonesConfig
+from lionjax.training.backbones import BackbonesConfig, LanguageSchedule
 from lionjax.vision.vit import TINY_VIT
 
 
 def get_config() -> BackbonesConfig:
     """Sizes and schedule."""
     return BackbonesConfig(vision=TINY_VIT, language=TINY_T5)
+
+
+# The decoder is told as the T5 was, which is not to change: a ViT is aligned with it.
+DECODER = BackbonesConfig(
+    vision=TINY_VIT,
+    language=TINY_DECODER,
+    scenes=20_000,
+    language_schedules=(
+        LanguageSchedule(2_000, 8e-4, hinted=0.1, text=0.03, blind=0.02, words_stay=True),
+        LanguageSchedule(
+            500, 8e-4, patches=0.2, hinted=0.1, text=0.02, blind=0.02, words_stay=True
+        ),
+    ),
+)
 
 
 # Boxes as embeddings: two words that the tokenizer has for them, and heads of the flagship's size.
@@ -34,7 +51,9 @@ PLACES = PlaceConfig(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--part", choices=("vision", "language", "alignment", "places", "all"), default="all"
+        "--part",
+        choices=("vision", "language", "alignment", "places", "decoder", "all"),
+        default="all",
     )
     parser.add_argument("--again", action="store_true", help="go on from the files in --out")
     parser.add_argument("--out", type=Path, default=Path("lionjax/data/assets"))
@@ -52,7 +71,7 @@ if __name__ == "__main__":
     if arguments.part in ("language", "all"):
         start = backbones.load(t5) | backbones.load(told) if arguments.again else None
         params, said = language_backbone.train_language(
-            config, start, keep=out / "tiny_t5_partial.safetensors"
+            config, start, out / "tiny_t5_partial.safetensors", arguments.again
         )
         backbones.save(params.pop("language"), "language", t5)
         backbones.save(params, "told", told)
@@ -75,3 +94,13 @@ if __name__ == "__main__":
         language["embedding"]["table"][PLACES.trigger_token] = word
         backbones.save(language, "language", t5)
         (out / "tiny_places.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if arguments.part in ("decoder", "all"):
+        partial = out / "tiny_decoder_partial.safetensors"
+        words = {"embedding": backbones.load(t5)["language"]["embedding"]}
+        start = backbones.load(told) | {"language": words}
+        if arguments.again:
+            start = backbones.load(partial)
+        params, said = language_backbone.train_language(DECODER, start, partial, arguments.again)
+        del params["language"]["embedding"]  # the T5's
+        backbones.save(params["language"], "language", out / "tiny_decoder.safetensors", np.float16)
+        (out / "tiny_decoder.json").write_text(json.dumps(said, indent=1) + "\n")

@@ -18,12 +18,17 @@ QFORMER = QFormerConfig(
     text=False,
 )  # fmt: skip
 
+# The original's Q-Former begins as BERT. This one begins with the words of the small T5.
+WORDS = ("qformer/words", "shipped:tiny_t5.safetensors#language/embedding")
 
-def get_config(name: str = "tiny_blip2", qformer: QFormerConfig = QFORMER) -> Experiment:
+
+def get_config(
+    name: str = "tiny_blip2", qformer: QFormerConfig = QFORMER, weights=llava["BACKBONES"]
+) -> Experiment:
     """The whole run."""
     system = dataclasses.replace(
         llava["SYSTEM"], qformer=qformer, class_token=True, vision_eps=1e-5, projector_depth=1
     )
     return llava["experiment"](
-        name, system, (llava["stage"]("between", 400, BETWEEN, llava["WORDS"]),)
+        name, system, (llava["stage"]("between", 800, BETWEEN, llava["WORDS"]),), weights
     )

@@ -16,7 +16,7 @@ def get_config() -> Experiment:
     system = dataclasses.replace(
         llava["SYSTEM"], projector_depth=1, words=2, image_token=IMAGE_TOKEN
     )
-    stages = (llava["stage"]("eyes", 300, ("vision", "projector"), llava["WORDS"], 5e-4),)
+    stages = (llava["stage"]("eyes", 250, ("vision", "projector"), llava["WORDS"], 5e-4),)
     return llava["experiment"](
         "tiny_frozen", system, stages, image_token=IMAGE_TOKEN, template="{image} {question}"
     )

@@ -13,5 +13,7 @@ blip2 = runpy.run_path(str(Path(__file__).with_name("tiny_blip2.py")))
 def get_config() -> Experiment:
     """The whole run."""
     return blip2["get_config"](
-        "tiny_instructblip", dataclasses.replace(blip2["QFORMER"], text=True)
+        "tiny_instructblip",
+        dataclasses.replace(blip2["QFORMER"], text=True),
+        (*blip2["llava"]["BACKBONES"], blip2["WORDS"]),
     )

@@ -19,11 +19,13 @@ def get_config() -> Experiment:
         pad_token=0, end_token=1, position_offset=1,
     )  # fmt: skip
     system = dataclasses.replace(
-        llava["SYSTEM"], language=language, latents=ProjectionConfig(128, 128, 4, 16), class_token=True,
+        llava["SYSTEM"], language=language, latents=ProjectionConfig(128, 128, 4, 64), class_token=True,
         vision_eps=1e-5, projector_depth=0, unit=True, image_token=-1, names="hugging_face",
     )  # fmt: skip
     mixture = (("rec", 3.0), ("vqa", 4.0), ("caption", 1.0))
-    stages = (llava["stage"]("ground", 600, ("language", "latents", "vision_norm"), mixture),)
+    stage = llava["stage"]("ground", 1200, ("language", "latents", "vision_norm"), mixture)
+    # Of length 1, what the tower saw is very quiet, and so is what a gradient says about how to look at it.
+    stages = (dataclasses.replace(stage, learning_rate_scale=(("latents", 4.0),)),)
     return llava["experiment"](
         "tiny_kosmos2", system, stages, llava["BACKBONES"][:1], reader="decoder", template="{image} {question}",
         image_token=-1, places="bins", bins=16,

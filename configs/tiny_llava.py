@@ -14,7 +14,7 @@ from lionjax.systems.prefix import Prefix
 from lionjax.vision.vit import TINY_VIT
 
 WORDS = (("vqa", 5.0), ("existence", 2.0), ("caption", 1.5))
-PLACES = (("rec", 3.0),)
+PLACES = (("rec", 6.0),)
 BACKBONES = (
     ("vision", "shipped:tiny_vit.safetensors"),
     ("language", "shipped:tiny_t5.safetensors"),
@@ -78,7 +78,7 @@ SYSTEM = Prefix(TINY_VIT, TINY_T5, feature_layer=-1, image_token=None, names="or
 def get_config() -> Experiment:
     """The whole run."""
     stages = (
-        stage("align", 200, ("projector",), (("caption@plain", 1.0),), 3e-3),
-        stage("instruct", 300, ("projector", "language"), rate=5e-4),
+        stage("align", 100, ("projector",), (("caption@plain", 1.0),), 3e-3),
+        stage("instruct", 400, ("projector", "language"), rate=7e-4),
     )
     return experiment("tiny_llava", SYSTEM, stages)

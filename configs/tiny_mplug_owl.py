@@ -30,8 +30,8 @@ def get_config() -> Experiment:
         image_token=IMAGE_TOKEN, in_front=False,
     )  # fmt: skip
     stages = (
-        llava["stage"]("eyes", 250, EYES, (*llava["WORDS"][:2], ("caption@plain", 1.5)), 7e-4),
-        llava["stage"]("instruct", 150, (".*/lora_[ab]",), TALK),
+        llava["stage"]("eyes", 200, EYES, (*llava["WORDS"][:2], ("caption@plain", 1.5)), 7e-4),
+        llava["stage"]("instruct", 100, (".*/lora_[ab]",), TALK),
     )
     return llava["experiment"](
         "tiny_mplug_owl",

@@ -14,5 +14,5 @@ def get_config() -> Experiment:
     """The whole run."""
     system = dataclasses.replace(llava["SYSTEM"], projector_depth=1)
     mixture = (("rec", 5.0), ("reg", 1.0), ("vqa", 3.0), ("caption", 1.0))
-    stages = (llava["stage"]("speak", 600, ("projector", "language"), mixture, 7e-4, 32),)
+    stages = (llava["stage"]("speak", 300, ("projector", "language"), mixture, 7e-4, 24),)
     return llava["experiment"]("tiny_shikra", system, stages, prompt_length=72)

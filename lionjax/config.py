@@ -114,7 +114,8 @@ class AnswerConfig:
 class Experiment:
     """Everything a run is made of.
 
-    `weights`: (path prefix in the params tree, safetensors file with that part).
+    `weights`: (path prefix in the params tree, safetensors file with that part; behind a # its path in the file, where
+    that is another).
     """
 
     name: str

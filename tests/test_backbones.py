@@ -12,6 +12,7 @@ from flax import linen as nn
 from lionjax.data import processors, scenes
 from lionjax.data.processors import Processor, ProcessorConfig
 from lionjax.data.told import PLACES, box_code, patch_facts
+from lionjax.language.decoder import DecoderConfig
 from lionjax.language.t5 import T5Config
 from lionjax.training.backbones import BackbonesConfig, LanguageSchedule
 from lionjax.training.language_backbone import (
@@ -19,6 +20,7 @@ from lionjax.training.language_backbone import (
     digit_ids,
     language_batch,
     learn_language,
+    looking_for_like,
     reader_of,
 )
 from lionjax.training.vision_backbone import align_vision
@@ -90,3 +92,37 @@ def test_what_a_vit_was_aligned_with_can_stay_while_the_t5_learns_on(reader):
     np.testing.assert_array_equal(told_after, told_before)
     before, after = params["language"], learned["language"]
     assert (np.asarray(after["head"]["kernel"]) != np.asarray(before["head"]["kernel"])).any()
+
+
+def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
+    told_of, params, (fields, code), _ = reader
+    sizes = DecoderConfig(1024, 16, 1, 2, 2, 8, 24, tied=True, end_token=1)
+    c = dataclasses.replace(CONFIG, language=sizes)
+    processor = Processor(ProcessorConfig(56, reader="decoder"))
+    model, rng = reader_of(sizes, processor), np.random.default_rng(0)
+    made = [scenes.sample("train", index) for index in range(4)]
+    told = [patch_facts(scene, 4, 56) for scene in made]
+    batch = functools.partial(language_batch, c, made, told, rng, processor)
+    fresh = nn.unbox(jax.jit(model.init)(jax.random.key(0), *batch("things", "short", 2))["params"])
+    language = looking_for_like(fresh["language"], sizes) | {"embedding": params["language"]["embedding"]}
+    start = {"language": language, "code": params["code"], "roles": params["roles"]}
+    mine = model.apply({"params": start}, fields, code, method=model.tell)
+    np.testing.assert_array_equal(mine, told_of.apply({"params": params}, fields, code, method=told_of.tell))
+
+    fixed = batch("things", "short", 8)
+    *_, target, mask = fixed
+
+    @jax.jit
+    def wrong(params):
+        logits = model.apply({"params": params}, *fixed)
+        return -(jax.nn.log_softmax(logits) * jax.nn.one_hot(target, 1024)).sum(-1)[mask].mean()
+
+    before, words = float(wrong(start)), np.array(language["embedding"]["table"])
+    schedule = LanguageSchedule(60, 2e-2, hinted=0.0, text=0.0, words_stay=True)
+    learned = learn_language(c, schedule, model, start, lambda *_: fixed, rng, judge=None)
+    np.testing.assert_array_equal(learned["language"]["embedding"]["table"], words)
+    assert float(wrong(learned)) < 0.5 * before
+    # What stands behind a word cannot be known at it.
+    other = (*fixed[:-2], np.where(np.arange(target.shape[1]) == target.shape[1] - 1, 7, target), mask)
+    one, two = (np.asarray(model.apply({"params": learned}, *rows)) for rows in (fixed, other))
+    np.testing.assert_array_equal(one[:, :-1], two[:, :-1])

@@ -123,6 +123,11 @@ KOSMOS2_TEXT = dataclasses.replace(
     width=2048, layers=24, head=64, hidden=8192, pad_token=1, start_token=0, end_token=2,
 )  # fmt: skip
 
+# `configs/tiny_backbones.py --part decoder` makes it. Its words are the small T5's, so that one ViT speaks to both.
+TINY_DECODER = DecoderConfig(
+    vocab=1024, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=128, rope_theta=1e6, tied=True, end_token=1,
+)  # fmt: skip
+
 
 class Block(nn.Module):
     """x += attention(norm x); x += feed_forward(norm x), and beside it the routed adapters where there are any.

@@ -15,19 +15,21 @@ import optax
 import safetensors.numpy
 
 from lionjax import params as trees
+from lionjax.language.decoder import DecoderConfig
 from lionjax.language.t5 import T5Config
 from lionjax.vision.vit import ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageSchedule:
-    """Some steps of the T5. Shares say how a step's scenes are told; what is left is told as a few things."""
+    """Some steps of a language model. Shares say how a step's scenes are told; what is left is told as a few things."""
 
     steps: int
     rate: float
     patches: float = 0.0  # patch by patch
     hinted: float = 0.2  # as things, behind LION's sentence about tags; if there are patches, as many by patches
     text: float = 0.02  # in words
+    blind: float = 0.0  # not told at all
     words_stay: bool = (
         False  # what the T5 is told of a thing stays as it is, for a ViT aligned with it
     )
@@ -38,7 +40,7 @@ class BackbonesConfig:
     """Sizes and schedules of both; `scenes` are drawn from the training split only."""
 
     vision: ViTConfig
-    language: T5Config
+    language: T5Config | DecoderConfig
     scenes: int = 40_000
     vision_steps: int = 4_000
     mirrored_steps: int = (
@@ -71,11 +73,10 @@ def load(file: Path) -> dict:
     return tree.get("reader", tree.get("told", tree))
 
 
-def save(params: dict, prefix: str, file: Path) -> None:
+def save(params: dict, prefix: str, file: Path, dtype: type = np.float32) -> None:
     """One part of a system as safetensors, by our paths."""
     flat = {
-        f"{prefix}/{path}": np.asarray(leaf, np.float32)
-        for path, leaf in trees.flatten(params).items()
+        f"{prefix}/{path}": np.asarray(leaf, dtype) for path, leaf in trees.flatten(params).items()
     }
     partial = file.with_suffix(".partial")
     safetensors.numpy.save_file(flat, partial)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small T5 that can talk about scenes. It never sees a picture.
+"""A small T5, and a small decoder, that can talk about scenes. They never see a picture.
 
-It learns the tasks from scenes told in words, and from scenes given as sets of vectors, one for each thing or patch:
-the sum of its words' embeddings and a code of its box.
+They learn the tasks from scenes told in words, and from scenes given as sets of vectors, one for each thing or patch:
+the sum of its words' embeddings and a code of its box. The decoder is told with the T5's words and code.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lionjax import params as trees
 from lionjax.data import scenes, tasks
 from lionjax.data.processors import Processor, ProcessorConfig
 from lionjax.data.tasks import box_text
@@ -40,6 +41,8 @@ from lionjax.data.told import (
     whose,
 )
 from lionjax.evaluation import metrics
+from lionjax.language import decoder
+from lionjax.language.decoder import Decoder, DecoderConfig
 from lionjax.language.t5 import T5, T5Config, shift_right
 from lionjax.layers import normal
 from lionjax.losses import token_cross_entropy
@@ -79,15 +82,16 @@ TAGS, SCENE = 50, 240  # tokens that LION's sentence about tags, or a scene in w
 
 
 class Reader(nn.Module):
-    """The T5 under training. A fact is the embedding of its word, so a thing's vector is the sum of its words', of its
-    box's decimals' and of a code of the box; a match between a question and a thing is then one of like with like."""
+    """The language model under training. A fact is the embedding of its word, so a thing's vector is the sum of its
+    words', of its box's decimals' and of a code of the box; a match between a question and a thing is then one of like
+    with like."""
 
-    c: T5Config
+    c: T5Config | DecoderConfig
     words: tuple[tuple[int, ...], ...]  # ids of every value's word, field by field
     digits: tuple[int, ...]  # ids of the decimals, place by place
 
     def setup(self):
-        self.language = T5(self.c)
+        self.language = T5(self.c) if isinstance(self.c, T5Config) else Decoder(self.c)
         self.code = nn.Dense(self.c.width, kernel_init=normal(0.2))
         self.roles = self.param("roles", normal(1.0), (len(ROLES), self.c.width))
 
@@ -120,13 +124,24 @@ class Reader(nn.Module):
             told_BSD += blur_BSD * jax.lax.stop_gradient(told_BSD.std(-1, keepdims=True))
             words_BLD = jnp.concatenate([told_BSD, words_BLD], axis=1)
             mask_BL = jnp.concatenate([jnp.ones(told_BSD.shape[:2], bool), mask_BL], axis=1)
+        if isinstance(self.c, DecoderConfig):
+            return self.read_on(words_BLD, mask_BL, target_BM, target_mask_BM)
         encoded_BLD = self.language.encode(words_BLD, mask_BL)
         inputs_BM = shift_right(target_BM, self.c.start_token)
         return self.language.decode(inputs_BM, target_mask_BM, encoded_BLD, mask_BL)
 
+    def read_on(self, words_BLD, mask_BL, target_BM, target_mask_BM):
+        """A decoder's logits of the target, which stands behind what it was told."""
+        length = words_BLD.shape[1]
+        row_BLD = jnp.concatenate([words_BLD, self.language.embed(target_BM)], axis=1)
+        state_BLD = self.language(row_BLD, jnp.concatenate([mask_BL, target_mask_BM], axis=1))
+        first_BD = decoder.last(state_BLD[:, :length], mask_BL)
+        before_BMD = jnp.concatenate([first_BD[:, None], state_BLD[:, length:-1]], axis=1)
+        return self.language.logits(before_BMD)
 
-def reader_of(c: T5Config, processor: Processor) -> Reader:
-    """The T5 and what it is told things with, by the tokenizer's words and decimals."""
+
+def reader_of(c: T5Config | DecoderConfig, processor: Processor) -> Reader:
+    """The language model and what it is told things with, by the tokenizer's words and decimals."""
     return Reader(c, word_ids(processor), tuple(map(int, digit_ids(processor).flat)))
 
 
@@ -159,7 +174,7 @@ def edge_ids(processor: Processor, example) -> list[int]:
 def language_batch(
     c: BackbonesConfig, made, told, rng, processor: Processor, how: str, group: str, rows: int
 ):
-    """One batch of scenes told as `things`, `patches` or `text`; `hinted` ones come with tags."""
+    """One batch of scenes told as `things`, `patches`, `text` or not (`blind`); `hinted` ones come with tags."""
     names, odds = zip(*GROUPS[group], strict=True)
     prompts, answers, facts_of = [], [], []
     for index in rng.integers(0, len(made), rows):
@@ -187,7 +202,7 @@ def language_batch(
     if how in ("things", "hinted"):
         facts_of = [few_things(*pair, rng) for pair in facts_of]
     fields, code, blurs = None, None, None
-    if how != "text":
+    if how not in ("text", "blind"):
         fields = np.stack([pair[0] for pair in facts_of])
         boxes = np.stack([pair[1] for pair in facts_of])
         blur = rng.choice([0.003, 0.01, 0.02], (rows, 1, 1))
@@ -211,10 +226,10 @@ def padded(rows, length: int):
     return ids, mask
 
 
-def looking_for_like(language: dict, c: T5Config) -> dict:
+def looking_for_like(language: dict, c: T5Config | DecoderConfig) -> dict:
     """First weights: every attention looks for what is like its query and copies it, and the head reads words.
 
-    Small T5s find this out by themselves only after thousands of steps on a plateau.
+    Small language models find this out by themselves only after thousands of steps on a plateau.
     """
 
     keys = iter(jax.random.split(jax.random.key(0), 64))
@@ -232,23 +247,29 @@ def looking_for_like(language: dict, c: T5Config) -> dict:
             ).reshape(shape)
             for _ in range(2)
         )
-        like = like * c.head**-0.25 * SHARPNESS**0.5
+        like = like * (c.head**-0.25 if isinstance(c, T5Config) else 1.0) * SHARPNESS**0.5
         parts = {"q": like, "k": like.copy(), "v": copied, "o": jnp.moveaxis(copied, -3, -1)}
         return node | {name: {"kernel": kernel} for name, kernel in parts.items()}
 
+    if isinstance(c, DecoderConfig):  # its head is its word table
+        scale_D = language["norm"]["scale"] * c.width**-0.5
+        return begin(language) | {"norm": {"scale": scale_D}}
     table_VD = language["embedding"]["table"]
     return begin(language) | {"head": {"kernel": table_VD.T * c.width**-0.5}}
 
 
 def train_language(
-    c: BackbonesConfig, start: dict | None = None, keep: Path | None = None
+    c: BackbonesConfig, start: dict | None = None, keep: Path | None = None, again: bool = False
 ) -> tuple[dict, dict]:
     """Parameters of the `Reader` and its figures on held-out scenes that it is told patch by patch.
 
-    From `start` on, such parameters or {"language": ...} alone, only the last schedule runs. Every thousand steps
-    everything under training is written to `keep`.
+    `start`: some of these parameters, to begin with instead of random ones. `again`: only the last schedule runs.
+    Every thousand steps everything under training is written to `keep`.
     """
-    processor = Processor(ProcessorConfig(c.vision.image, prompt_length=PROMPTS["middle"] + SCENE))
+    reads = "encoder" if isinstance(c.language, T5Config) else "decoder"
+    processor = Processor(
+        ProcessorConfig(c.vision.image, prompt_length=PROMPTS["middle"] + SCENE, reader=reads)
+    )
     side, pixels = c.vision.image // c.vision.patch, c.vision.image
     made = [scenes.sample("train", index, c.seed) for index in range(c.scenes)]
     told = [patch_facts(scene, side, pixels) for scene in made]
@@ -259,7 +280,7 @@ def train_language(
     example = batch("things", "short", 2)
     params = nn.unbox(jax.jit(reader.init)(jax.random.key(c.seed), *example)["params"])
     params["language"] = looking_for_like(params["language"], c.language)
-    params |= start or {}
+    params = trees.unflatten(trees.flatten(params) | trees.flatten(start or {}))
 
     def judge(params):
         figures = judge_language(c, params, reader, test, test_told, processor)
@@ -268,7 +289,7 @@ def train_language(
             save(params, "reader", keep)
         return figures
 
-    for schedule in c.language_schedules[-1:] if start else c.language_schedules:
+    for schedule in c.language_schedules[-1:] if again else c.language_schedules:
         log.info("language: %s", schedule)
         params = learn_language(c, schedule, reader, params, batch, rng, judge)
         figures = judge(params)
@@ -308,6 +329,7 @@ def learn_language(
 
     shares = {
         "text": schedule.text,
+        "blind": schedule.blind,
         "hinted": schedule.hinted,
         "hinted patches": schedule.hinted * (schedule.patches > 0),
         "patches": schedule.patches,

@@ -178,7 +178,8 @@ def first_parameters(
     for prefix, file in experiment.weights:
         inside = {path: leaf for path, leaf in wanted.items() if _under(path, prefix)}
         words = getattr(experiment.system, "language", None)
-        loaded |= _read_weights(shipped(file), prefix, inside, learned, words)
+        file, _, part = file.partition("#")
+        loaded |= _read_weights(shipped(file), part, prefix, inside, learned | loaded, words)
 
     def rest(key, batch):
         flat = trees.flatten(experiment.system.init(key, batch))
@@ -208,12 +209,13 @@ def _under(path: str, prefix: str) -> bool:
 
 
 def _read_weights(
-    file: Path, prefix: str, wanted: dict, may_be_new: dict, language: Any
+    file: Path, part: str, prefix: str, wanted: dict, may_be_new: dict, language: Any
 ) -> dict[str, jax.Array]:
     """The leaves under a prefix from a file (or the shards of one) in our names, each process its own part.
 
-    The names may be those of the part alone, as of a tower that was converted by itself. A leaf that the file lacks
-    starts at random if some stage trains it. Raises UserError for any other that is missing, for one that is unknown
+    The names may be those of the part alone, as of a tower that was converted by itself, or `part` is where they stand
+    in the file. A leaf that the file lacks starts at random if some stage trains it, and is another file's if that
+    came before. Raises UserError for any other that is missing, for one that is unknown
     and for one of another shape.
     """
     index = file.with_name(file.name + ".index.json")
@@ -221,7 +223,12 @@ def _read_weights(
         tensors = open_weights(index if index.is_file() and not file.exists() else file)
     except UserError as error:
         raise UserError(f"the weights {file} cannot be read: {error}") from error
-    names = {name: name for name in tensors if _under(name, prefix)}
+    inside = [name for name in tensors if _under(name, part or prefix)]
+    names = (
+        {prefix + name.removeprefix(part): name for name in inside}
+        if part
+        else dict(zip(inside, inside))
+    )
     names = names or {f"{prefix}/{name}": name for name in tensors}
     if unknown := sorted(names.keys() - wanted.keys()):
         raise UserError(

@@ -35,8 +35,8 @@ FLOORS = (
     # 4
     "data data.drawing data.scenes data.scene_source data.scene_builder data.expressions data.wordings "
     "data.places data.turns data.tasks data.told data.pictures data.squares data.tokenizer data.tiny_tokenizer "
-    "data.processors data.table data.annotations data.coco data.scienceqa data.built data.built_writer data.sources "
-    "data.preparing data.beam_writer "
+    "data.texts data.processors data.table data.annotations data.coco data.scienceqa data.built data.built_writer "
+    "data.sources data.preparing data.beam_writer "
     "data.examples data.inspection data.pipeline training training.distributed training.stages "
     "training.start training.feature_files training.features training.journal training.fingerprints "
     "training.checkpoints training.refused training.loop training.backbones scores search generate answering "

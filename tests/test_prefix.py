@@ -4,6 +4,7 @@
 import dataclasses
 import random
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -175,6 +176,23 @@ def test_a_qformer_without_text_gives_the_states_of_blip2s():
     close(QFormer(c).apply({"params": params}, source.numpy()), wanted, seed)
 
 
+def test_pooled_patches_are_the_means_of_their_squares():
+    seed = tiny.seed()
+    draw, numbers = random.Random(seed), np.random.default_rng(seed)
+    side = draw.choice([4, 6])
+    tower = ViTConfig(7 * side, 7, 2 * draw.randint(3, 5), draw.randint(2, 3), 2, 12)
+    whole = Prefix(tower, DecoderConfig(48, 16, 1, 2, 2, 8, 24), image_token=None, names="original")
+    batch = tiny.batch_of(whole, draw, rows=2)
+    params = jax.tree.map(
+        lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32),
+        nn.unbox(jax.eval_shape(whole.init, jax.random.key(0), batch)),
+    )
+    seen = torch.tensor(np.asarray(whole.features(params, batch))).mT.unflatten(-1, (side, side))
+    for pool in (2, side):
+        mine = dataclasses.replace(whole, pool=pool).features(params, batch)
+        close(mine, torch.nn.functional.avg_pool2d(seen, pool).flatten(2).mT.numpy(), seed)
+
+
 @pytest.mark.parametrize("pair", ["instructblip_vicuna"], indirect=True)
 def test_features_that_were_kept_give_the_same_loss(pair):
     _, _, system, params, batch = pair
@@ -190,6 +208,10 @@ def test_sizes_that_make_no_sense_are_refused_in_words():
         Prefix(feature_layer=0)
     with pytest.raises(ValueError, match="the picture can only stand in front"):
         Prefix(image_token=None, in_front=False)
+    with pytest.raises(ValueError, match="pool is 5; it divides the 24 patches a side"):
+        Prefix(pool=5, names="original")
+    with pytest.raises(ValueError, match="nor for pooled patches; set names"):
+        Prefix(pool=2)
 
 
 def test_on_a_mesh_the_loss_is_the_same_and_a_padded_vocabulary_is_split_where_an_odd_one_is_not():

@@ -37,6 +37,7 @@ class Prefix:
 
     `feature_layer` counts the tower's hidden states as transformers does: -1 is the last block's output, before any
     norm. `class_token`: whether its word is kept. `vision_eps`: of a norm behind the tower; None: there is none.
+    `pool`: squares of so many patches a side become one, their mean, which no original does.
     `qformer` and `latents` None: each patch becomes a word. `projector_depth`: linears into the language model, with a
     GELU between. `unit`: what the tower saw is made of length 1. `words`: so many are made of the mean of all patches
     (Frozen). `closing`: a learned word stands behind each picture's (mPLUG-Owl).
@@ -60,6 +61,7 @@ class Prefix:
     unit: bool = False
     words: int = 0
     closing: bool = False
+    pool: int = 1
 
     def __post_init__(self):
         for field, values in {"names": NAMES, "projector_depth": (0, 1, 2)}.items():
@@ -73,17 +75,27 @@ class Prefix:
                 f"feature_layer is {self.feature_layer}; a tower of {self.vision.depth} blocks has -1 to "
                 f"-{self.vision.depth}"
             )
+        if self.pool < 1 or self.class_token * (self.pool > 1) or self.side % self.pool:
+            raise ValueError(
+                f"pool is {self.pool}; it divides the {self.side} patches a side, and the class token is none of them"
+            )
         if self.image_token is None and not self.in_front:
             raise ValueError("image_token is None, so the picture can only stand in front")
         named = ((False, 2), (True, 1)) if self.latents is None else ((False, 0),)
+        named = named if self.pool == 1 else ()
         if (
             self.names == "hugging_face"
             and (self.qformer is not None, self.projector_depth) not in named
         ):
             raise ValueError(
                 "Hugging Face has no name for this projector (two linears behind patches, one behind a Q-Former, none "
-                "behind Kosmos-2's); set names to 'original'"
+                "behind Kosmos-2's), nor for pooled patches; set names to 'original'"
             )
+
+    @property
+    def side(self) -> int:
+        """Patches that the tower has a side."""
+        return self.vision.image // self.vision.patch
 
     @property
     def encodes(self) -> bool:
@@ -200,6 +212,11 @@ class PrefixModule(nn.Module):
             return batch.features.astype(c.dtype)
         _, seen_TBPD, _ = self.vision(image.reshape(-1, *image.shape[-3:]).astype(c.dtype))
         seen_BPD = seen_TBPD[0] if c.class_token else seen_TBPD[0, :, 1:]
+        if c.pool > 1:
+            grid = seen_BPD.reshape(
+                len(seen_BPD), c.side // c.pool, c.pool, -1, c.pool, seen_BPD.shape[-1]
+            )
+            seen_BPD = grid.mean(axis=(2, 4)).reshape(len(seen_BPD), -1, seen_BPD.shape[-1])
         return seen_BPD.reshape(*image.shape[:-3], *seen_BPD.shape[1:])
 
     def look(self, batch: Batch, key):

@@ -115,6 +115,45 @@ def test_a_slice_of_a_stack_moves_as_much_as_the_slice(program):
     assert programs.memory_traffic(program) == 6 * turn + 2 * 2 * 400
 
 
+NESTED = """
+%piece (stack: f32[6,64,32], number: s32[]) -> f32[64,32] {
+  %number = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %stack = f32[6,64,32]{2,1,0:T(8,128)} parameter(0)
+  %cut = f32[1,64,32]{2,1,0:T(8,128)} dynamic-slice(%stack, %number, %zero, %zero)
+  ROOT %flat = f32[64,32]{1,0:T(8,128)} bitcast(%cut)
+}
+
+%product (row: f32[8,64], number.1: s32[], stack.1: f32[6,64,32], sums: f32[6,8,32]) -> (f32[6,8,32], f32[8,32]) {
+  %stack.1 = f32[6,64,32]{2,1,0:T(8,128)} parameter(2)
+  %number.1 = s32[]{:T(128)} parameter(1)
+  %weight = f32[64,32]{1,0:T(8,128)} fusion(%stack.1, %number.1), kind=kLoop, calls=%piece
+  %row = f32[8,64]{1,0:T(8,128)} parameter(0)
+  %out = f32[8,32]{1,0:T(8,128)} convolution(%row, %weight), dim_labels=bf_io->bf
+  %one = f32[1,8,32]{2,1,0:T(8,128)} bitcast(%out)
+  %sums = f32[6,8,32]{2,1,0:T(8,128)} parameter(3)
+  %none = s32[]{:T(128)} constant(0)
+  %put = f32[6,8,32]{2,1,0:T(8,128)} dynamic-update-slice(%sums, %one, %number.1, %none, %none)
+  ROOT %both = (f32[6,8,32]{2,1,0:T(8,128)}, f32[8,32]{1,0:T(8,128)}) tuple(%put, %out)
+}
+
+ENTRY %main (row.1: f32[8,64], number.2: s32[], all: f32[6,64,32], kept: f32[6,8,32]) -> (f32[6,8,32], f32[8,32]) {
+  %row.1 = f32[8,64]{1,0:T(8,128)} parameter(0)
+  %number.2 = s32[]{:T(128)} parameter(1)
+  %all = f32[6,64,32]{2,1,0:T(8,128)} parameter(2)
+  %kept = f32[6,8,32]{2,1,0:T(8,128)} parameter(3)
+  ROOT %done = (f32[6,8,32]{2,1,0}, f32[8,32]{1,0}) fusion(%row.1, %number.2, %all, %kept), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_a_slice_that_is_cut_inside_a_product_moves_as_much_as_the_slice():
+    """The weight of one layer is cut inside the fusion of its product, and the result put into a stack in place; what
+    is given stands in another order than it is numbered in."""
+    row, weight, out, number = 8 * 64 * 4, 64 * 32 * 4, 8 * 32 * 4, 4
+    assert programs.memory_traffic(programs.read(NESTED)) == row + number + weight + 2 * out
+
+
 @pytest.mark.parametrize(
     ("shape", "whole", "outside"),
     [

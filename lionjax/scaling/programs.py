@@ -263,41 +263,57 @@ def _moved(program: Program, computation: Computation, made: Instruction) -> int
     if not called:
         return size_of(made.shape, outside=True) + sum(size_of(s, outside=True) for s in shapes)
     inside = program.computations[called[0]]
-    parameters = [one for one in inside.values() if one.kind == "parameter"]
     read_ = sum(
-        _read(inside, one) if size_of(s, outside=True) else 0 for one, s in zip(parameters, shapes)
+        _read(program, inside, one)
+        for one, shape in zip(_parameters(inside), shapes)
+        if size_of(shape, outside=True)
     )
-    return read_ + _written(inside, made)
-
-
-def _users(computation: Computation, name: str) -> Iterator[tuple[Instruction, bool]]:
-    """Each instruction that reads another, and whether as the first of what it is given."""
-    for made in computation.values():
-        if name in made.operands:
-            if made.kind == "bitcast":
-                yield from _users(computation, made.name)
-            else:
-                yield made, made.operands[0] == name
-
-
-def _read(inside: Computation, parameter: Instruction) -> int:
-    """What a fusion reads of one input: slices of it, nothing where it only writes into it, or all."""
-    users = list(_users(inside, parameter.name))
-    pieces = ("dynamic-slice", "dynamic-update-slice")
-    if users and all(is_first and one.kind in pieces for one, is_first in users):
-        return sum(size_of(one.shape) for one, _ in users if one.kind == "dynamic-slice")
-    return size_of(parameter.shape)
-
-
-def _written(inside: Computation, made: Instruction) -> int:
-    """What a fusion writes: the piece where it updates a larger array in place."""
-    outside = size_of(made.shape, outside=True)
     root = next(one for one in inside.values() if one.is_root)
-    while root.kind == "bitcast":
-        root = inside[root.operands[0]]
-    if root.kind == "dynamic-update-slice" and outside:
-        return size_of(inside[root.operands[1]].shape)
-    return outside
+    return read_ + (_written(program, inside, root) if size_of(made.shape, outside=True) else 0)
+
+
+def _parameters(inside: Computation) -> list[Instruction]:
+    """What a computation is given, in the order in which it is given: the text has them in any."""
+    found = [one for one in inside.values() if one.kind == "parameter"]
+    return sorted(found, key=lambda one: int(one.given))
+
+
+def _users(computation: Computation, name: str) -> Iterator[tuple[Instruction, int]]:
+    """Each instruction that reads another, and as the how manyth of what it is given."""
+    for made in computation.values():
+        for place, operand in enumerate(made.operands):
+            if operand == name and made.kind == "bitcast":
+                yield from _users(computation, made.name)
+            elif operand == name:
+                yield made, place
+
+
+def _read(program: Program, inside: Computation, parameter: Instruction) -> int:
+    """What a fusion reads of one input: slices of it, nothing where it only writes into it, or all."""
+    total, whole = 0, size_of(parameter.shape)
+    for one, place in _users(inside, parameter.name):
+        if one.kind == "dynamic-slice" and place == 0:
+            total += size_of(one.shape)
+        elif one.kind == "fusion":
+            nested = program.computations[_named(one.rest, "calls")[0]]
+            total += _read(program, nested, _parameters(nested)[place])
+        elif one.kind != "dynamic-update-slice" or place:
+            return whole
+    return min(total, whole)
+
+
+def _written(program: Program, inside: Computation, made: Instruction) -> int:
+    """What a fusion writes: the piece where it updates a larger array in place."""
+    if made.kind == "tuple":
+        return sum(_written(program, inside, inside[name]) for name in made.operands)
+    if made.kind == "bitcast":
+        return _written(program, inside, inside[made.operands[0]])
+    if made.kind == "dynamic-update-slice":
+        return size_of(inside[made.operands[1]].shape)
+    if made.kind == "fusion":
+        nested = program.computations[_named(made.rest, "calls")[0]]
+        return _written(program, nested, next(one for one in nested.values() if one.is_root))
+    return size_of(made.shape)
 
 
 # Products

@@ -151,10 +151,11 @@ def masked(batch: Batch, found):
     return real_BK & pick(batch.masks_mask_BK, which_BK).astype(bool)
 
 
-def masks_loss(c, batch: Batch, found, logits_BKHW, iou_BK) -> tuple[jax.Array, Metrics]:
-    """Focal, dice and IoU losses of the masks at triggers (`found`), whose logits have the true masks' size."""
+def masks_loss(c, batch: Batch, found, logits_BKhw, iou_BK, enlarge) -> tuple[jax.Array, Metrics]:
+    """Focal, dice and IoU losses of the masks at triggers (`found`); `enlarge` gives logits the true masks' size."""
     mask_BKHW, real_BK = pick(batch.masks_BKHW, found[1]), masked(batch, found)
-    terms = losses.mask_losses(logits_BKHW, iou_BK, mask_BKHW, real_BK, c.losses == "original")
+    original = c.losses == "original"
+    terms = losses.mask_losses(logits_BKhw, iou_BK, mask_BKHW, real_BK, original, enlarge)
     terms["focal"] = c.focal_weight * terms["focal"]
     metrics = {f"loss_{name}": term for name, term in terms.items()}
     return sum(terms.values()), metrics | {"weight": real_BK.astype(jnp.float32).sum()}

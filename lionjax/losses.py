@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -119,35 +120,48 @@ def giou_loss(predicted_BK4, box_BK4, real_BK, original: bool = False) -> jax.Ar
 
 
 def mask_losses(
-    logits_BKHW, iou_BK, mask_BKHW, real_BK, original: bool = False
+    logits_BKhw, iou_BK, mask_BKHW, real_BK, original: bool = False, enlarge: Callable = lambda x: x
 ) -> dict[str, jax.Array]:
     """Focal, dice and IoU losses of predicted masks against true ones; SAM weighs them 20 : 1 : 1.
 
     As intended: the focal loss of each pixel (0.8, gamma 2), dice smoothed by 1, and the squared error of the
     predicted IoU, each a mean over real masks. `original`: NExT-Chat's code, where the number of masks in the batch
     stands for both constants, the focal loss is that of a mask's mean cross entropy, masks begin at a logit of 0.5, and
-    focal and dice are sums over masks.
+    focal and dice are sums over masks. `enlarge` brings logits to the size of the true masks. A k at which no row of
+    the batch has a real mask costs nothing.
     """
-    x, y = logits_BKHW.astype(jnp.float32), mask_BKHW.astype(jnp.float32)
+    count = jnp.maximum(real_BK.astype(jnp.float32).sum(), 1)
+
+    def one(given):
+        *prediction, mask_BHW, real_B = given
+        return jax.lax.cond(
+            real_B.any(),
+            lambda x, iou, y: _of_masks(enlarge(x), iou, y, count, original),
+            lambda x, iou, y: (jnp.zeros(iou.shape),) * 3,
+            *(*prediction, mask_BHW),
+        )
+
+    places = (logits_BKhw, iou_BK.astype(jnp.float32), mask_BKHW, real_BK.astype(bool))
+    by_place = jax.lax.map(jax.checkpoint(one), tuple(x.swapaxes(0, 1) for x in places))
+    focal, dice, iou_error = (mean_of_real(x.swapaxes(0, 1), real_BK) for x in by_place)
+    scale = count if original else 1.0
+    return {"focal": focal * scale, "dice": dice * scale, "iou": iou_error}
+
+
+def _of_masks(logits_BHW, iou_B, mask_BHW, count, original: bool):
+    """Focal loss, dice loss and squared error of the IoU of each mask, in float32."""
+    x, y = logits_BHW.astype(jnp.float32), mask_BHW.astype(jnp.float32)
     share, pixels = jax.nn.sigmoid(x), (-2, -1)
     nats = jax.nn.softplus(x) - x * y
-    count = jnp.maximum(real_BK.astype(jnp.float32).sum(), 1)
     alpha, smooth = (count, count) if original else (0.8, 1.0)
     seen = (x >= 0.5 if original else x > 0).astype(jnp.float32)
     both = (seen * y).sum(pixels)
-    iou_error = jnp.square(iou_BK - both / (seen.sum(pixels) + y.sum(pixels) - both + 1e-7))
+    iou_error = jnp.square(iou_B - both / (seen.sum(pixels) + y.sum(pixels) - both + 1e-7))
     dice = 1 - (2 * (share * y).sum(pixels) + smooth) / (share.sum(pixels) + y.sum(pixels) + smooth)
     if original:
         nats = nats.mean(pixels)
     focal = alpha * jnp.square(1 - jnp.exp(-nats)) * nats
-    if not original:
-        focal = focal.mean(pixels)
-    scale = count if original else 1.0
-    return {
-        "focal": mean_of_real(focal, real_BK) * scale,
-        "dice": mean_of_real(dice, real_BK) * scale,
-        "iou": mean_of_real(iou_error, real_BK),
-    }
+    return focal if original else focal.mean(pixels), dice, iou_error
 
 
 def asymmetric(logits_BV, target_BV, negative: float = 7.0, clip: float = 0.05) -> jax.Array:

@@ -13,6 +13,7 @@ embeddings and masks follow from them. The language model may then also be a dec
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -292,7 +293,8 @@ class LionModule(nn.Module):
         trigger_BKD = found[0]
         box_BK4, asked_BK = self.locations.decode(trigger_BKD), heads.masked(batch, found)
         logits_BKHW, iou_BK = self.segment(batch, box_BK4, trigger_BKD, asked_BK)
-        return heads.masks_loss(c, batch, found, sam_masks.enlarge(logits_BKHW, side), iou_BK)
+        enlarge = functools.partial(sam_masks.enlarge, pixels=side)
+        return heads.masks_loss(c, batch, found, logits_BKHW, iou_BK, enlarge)
 
     def segment(self, batch: Batch, box_BK4, state_BKD, asked_BK=None):
         """The mask tokens of the states, then two of the boxes, ask SAM's decoder; its first mask answers."""

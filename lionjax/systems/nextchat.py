@@ -9,6 +9,7 @@ goes back in as the next word, and the same state with the box asks SAM for a ma
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -185,8 +186,8 @@ class NextChatModule(nn.Module):
         trigger_BKD = found[0]
         box_BK4, asked_BK = self.locations.decode(trigger_BKD), heads.masked(batch, found)
         logits_BKHW, iou_BK = self.segment(batch, box_BK4, trigger_BKD, asked_BK)
-        logits_BKHW = sam_masks.enlarge(logits_BKHW, side)
-        return heads.masks_loss(self.c, batch, found, logits_BKHW, iou_BK)
+        enlarge = functools.partial(sam_masks.enlarge, pixels=side)
+        return heads.masks_loss(self.c, batch, found, logits_BKHW, iou_BK, enlarge)
 
     def segment(self, batch: Batch, box_BK4, state_BKD, asked_BK=None):
         """The mask tokens of the states, then two of the boxes, ask SAM's decoder; its first mask answers."""

@@ -29,9 +29,7 @@ DECODER = BackbonesConfig(
     scenes=20_000,
     language_schedules=(
         LanguageSchedule(2_000, 8e-4, hinted=0.1, text=0.03, blind=0.02, words_stay=True),
-        LanguageSchedule(
-            500, 8e-4, patches=0.2, hinted=0.1, text=0.02, blind=0.02, words_stay=True
-        ),
+        LanguageSchedule(250, 5e-4, hinted=0.05, text=0.0, blind=0.02, words_stay=True),
     ),
 )
 

@@ -3,17 +3,23 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from safetensors.numpy import load_file
 
+from lionjax import config, sharding
+from lionjax import params as trees
 from lionjax.data import processors, scenes
 from lionjax.data.processors import Processor, ProcessorConfig
 from lionjax.data.told import PLACES, box_code, patch_facts
 from lionjax.language.decoder import DecoderConfig
 from lionjax.language.t5 import T5Config
+from lionjax.model import example
+from lionjax.training import start
 from lionjax.training.backbones import BackbonesConfig, LanguageSchedule
 from lionjax.training.language_backbone import (
     decimal_weight,
@@ -105,8 +111,8 @@ def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
     batch = functools.partial(language_batch, c, made, told, rng, processor)
     fresh = nn.unbox(jax.jit(model.init)(jax.random.key(0), *batch("things", "short", 2))["params"])
     language = looking_for_like(fresh["language"], sizes) | {"embedding": params["language"]["embedding"]}
-    start = {"language": language, "code": params["code"], "roles": params["roles"]}
-    mine = model.apply({"params": start}, fields, code, method=model.tell)
+    begun = {"language": language, "code": params["code"], "roles": params["roles"]}
+    mine = model.apply({"params": begun}, fields, code, method=model.tell)
     np.testing.assert_array_equal(mine, told_of.apply({"params": params}, fields, code, method=told_of.tell))
 
     fixed = batch("things", "short", 8)
@@ -117,12 +123,28 @@ def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
         logits = model.apply({"params": params}, *fixed)
         return -(jax.nn.log_softmax(logits) * jax.nn.one_hot(target, 1024)).sum(-1)[mask].mean()
 
-    before, words = float(wrong(start)), np.array(language["embedding"]["table"])
+    before, words = float(wrong(begun)), np.array(language["embedding"]["table"])
     schedule = LanguageSchedule(60, 2e-2, hinted=0.0, text=0.0, words_stay=True)
-    learned = learn_language(c, schedule, model, start, lambda *_: fixed, rng, judge=None)
+    learned = learn_language(c, schedule, model, begun, lambda *_: fixed, rng, judge=None)
     np.testing.assert_array_equal(learned["language"]["embedding"]["table"], words)
     assert float(wrong(learned)) < 0.5 * before
     # What stands behind a word cannot be known at it.
     other = (*fixed[:-2], np.where(np.arange(target.shape[1]) == target.shape[1] - 1, 7, target), mask)
     one, two = (np.asarray(model.apply({"params": learned}, *rows)) for rows in (fixed, other))
     np.testing.assert_array_equal(one[:, :-1], two[:, :-1])
+
+
+def test_the_shipped_decoder_is_small_and_stands_between_a_flamingos_looks_with_the_t5s_words():
+    assert (start.shipped("shipped:tiny_decoder.safetensors")).stat().st_size < 1_000_000
+    what = config.load(Path(__file__).parent.parent / "configs" / "tiny_flamingo.py")
+    batch = example(Processor(what.data.processor))
+    layout = start.layout(what, batch, sharding.make_mesh(devices=jax.devices()[:1]))
+    never = trees.flatten(start.first_parameters(what, batch, layout)[0])
+    held = load_file(start.shipped("shipped:tiny_decoder.safetensors"))
+    words = load_file(start.shipped("shipped:tiny_t5.safetensors"))["language/embedding/table"]
+    for path, leaf in never.items():
+        if path.startswith("language/"):
+            name = path.replace("groups/block/", "blocks/")
+            wanted = words if "embedding" in path else held.pop(name)
+            np.testing.assert_array_equal(leaf, wanted.astype(np.float32), path)
+    assert not held

@@ -27,28 +27,26 @@ LATE = 240  # seconds, on a machine that does other things as well
 
 def begin(workdir, count, *fields, program=("toy.py",), **variables):
     """Processes that train the toy in a folder as one, each with one device."""
+    words = (str(HERE / program[0]), *program[1:])
+    return command(workdir, count, words, f"steps={STEPS}", *fields, **variables)
+
+
+def command(workdir, count, words, *fields, **variables):
+    """So many processes of one Python command, which know of each other; the folder is its last word."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     told = {
         "XLA_FLAGS": "",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(HERE.parent),
+        "PYTHONPATH": f"{HERE.parent}:{HERE}",
         "LIONJAX_HEARTBEAT_SECONDS": "10",
     }
     if count > 1:
         told |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
-    words = [
-        sys.executable,
-        str(HERE / program[0]),
-        *program[1:],
-        str(workdir),
-        f"steps={STEPS}",
-        *fields,
-    ]
     return [
         subprocess.Popen(
-            words,
+            [sys.executable, *words, str(workdir), *fields],
             env=os.environ
             | told
             | ({"JAX_PROCESS_ID": str(number)} if count > 1 else {})
@@ -136,6 +134,29 @@ def test_two_processes_train_as_one_does(alone, two):
     report = json.loads((two[0] / "report.json").read_text())
     assert [stage["frozen_unchanged"] for stage in report["stages"]] == [True, True]
     assert report["environment"]["processes"] == 2
+
+
+def test_a_whole_train_on_scenes_in_files_gives_one_process_s_losses_with_two(tmp_path):
+    from lionjax.data import built_writer
+    from lionjax.data.sources import Scenes
+
+    folder = built_writer.build(Scenes((12, 4, 12), pixels=56), tmp_path / "scenes")
+    words = ("-m", "lionjax.cli", "train", str(HERE / "processes_pipeline.py"), "--workdir")
+    found = {}
+    for count in (1, 2):
+        more = ("--run.features_dir", str(tmp_path / "features"))
+        ends(command(tmp_path / str(count), count, words, *more, SMALL_SCENES=str(folder)))
+        lines = [json.loads(line) for line in (tmp_path / str(count) / "metrics.jsonl").open()]
+        found[count] = [(line["stage"], line["step"], line["loss"]) for line in lines]
+        report = json.loads((tmp_path / str(count) / "report.json").read_text())
+        assert report["environment"]["processes"] == count
+        assert all(stage["frozen_unchanged"] for stage in report["stages"])
+    assert [line[:2] for line in found[1]] == [line[:2] for line in found[2]]
+    assert len(found[1]) == 4
+    np.testing.assert_allclose(
+        [line[2] for line in found[2]], [line[2] for line in found[1]], rtol=1e-4
+    )
+    assert list((tmp_path / "features").glob("*/*.array_record"))
 
 
 def test_sigterm_to_one_stops_all_at_one_step_with_0_and_any_number_goes_on(tmp_path, alone):

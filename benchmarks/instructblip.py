@@ -27,8 +27,6 @@ from lionjax.weight_rows import (
     under,
 )
 
-LEARNED = ("qformer", "qformer_projector")
-
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -55,6 +53,11 @@ class Sizes:
     def image_token(self) -> int:
         """The id in whose place transformers puts picture words."""
         return self.vocab - 1
+
+
+def learned(_: Sizes) -> tuple[str, ...]:
+    """All is frozen but the Q-Former and its projection."""
+    return "qformer", "qformer_projector"
 
 
 def torch_model(s: Sizes):
@@ -116,9 +119,9 @@ def torch_optimiser(model, rate: float, decay: float):
     return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 
-def ours_of(s: Sizes, model):
-    """Our system and its parameters, from transformers' model; what is read must be written back the same."""
-    system = Lion(
+def system_of(s: Sizes) -> Lion:
+    """Ours alone, for weights of its own."""
+    return Lion(
         ViTConfig(s.image, s.patch, s.vision_width, s.vision_depth, s.vision_width // s.head, 4 * s.vision_width),
         QFormerConfig(
             s.qformer_width, s.qformer_layers, s.qformer_width // s.head, 4 * s.qformer_width, s.queries,
@@ -132,6 +135,11 @@ def ours_of(s: Sizes, model):
         soft_prompt_token=None,
         visual_input="QFORMER",
     )  # fmt: skip
+
+
+def ours_of(s: Sizes, model):
+    """Our system and its parameters, from transformers' model; what is read must be written back the same."""
+    system = system_of(s)
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     rows = torch_rows(system)
     params = convert.params_from(rows, state)

@@ -11,8 +11,9 @@ import numpy as np
 from benchmarks.instructblip import torch_optimiser as torch_optimiser
 from lionjax import convert
 from lionjax.interfaces import IMAGE_LEVEL, Batch
-
-LEARNED = ("projector", "language")  # as in LLaVA's second stage: the tower alone is frozen
+from lionjax.language.decoder import DecoderConfig
+from lionjax.systems.prefix import Prefix
+from lionjax.vision.vit import ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Sizes:
     batch: int = 8
     prompt: int = 32
     target: int = 16
+    frozen_language: bool = False
 
     @property
     def image_token(self) -> int:
@@ -40,6 +42,11 @@ class Sizes:
     def words(self) -> int:
         """Words of a picture."""
         return (self.image // self.patch) ** 2
+
+
+def learned(s: Sizes) -> tuple[str, ...]:
+    """As in LLaVA's second stage, where the tower alone is frozen, or as in its first, the language model too."""
+    return ("projector",) if s.frozen_language else ("projector", "language")
 
 
 def torch_model(s: Sizes):
@@ -67,7 +74,8 @@ def torch_model(s: Sizes):
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.add_(0.02 * torch.randn_like(weight))  # no zero or one may hide anything
-            weight.requires_grad_("vision_tower" not in name)
+            learns = "projector" in name if s.frozen_language else "vision_tower" not in name
+            weight.requires_grad_(learns)
     return model
 
 
@@ -81,6 +89,20 @@ def see_once(model, inputs: dict) -> None:
     with torch.no_grad():
         seen = tower(inputs["pixel_values"], output_hidden_states=True, return_dict=True)
     tower.forward = lambda *_, **__: copy.copy(seen)
+
+
+def system_of(s: Sizes) -> Prefix:
+    """Ours alone, for weights of its own."""
+    vision = ViTConfig(
+        s.image, s.patch, s.vision_width, s.vision_depth, s.vision_width // s.head, 4 * s.vision_width, 1e-5,
+        "quick_gelu", biases="qkvo", patch_bias=False, norm_before=True, norm_after=True,
+    )  # fmt: skip
+    heads = s.language_width // s.head
+    language = DecoderConfig(
+        s.vocab, s.language_width, s.language_layers, heads, heads, s.head, s.language_width * 8 // 3,
+        pad_token=0, start_token=1, end_token=2,
+    )  # fmt: skip
+    return Prefix(vision, language, feature_layer=-2, image_token=s.image_token, in_front=False)
 
 
 def ours_of(s: Sizes, model):

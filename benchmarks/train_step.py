@@ -28,7 +28,11 @@ from typing import Generic, TypeVar
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import numpy as np
-import tyro
+
+try:
+    import tyro
+except ImportError:  # it reads this program's own words alone; others use the functions
+    tyro = None
 
 from benchmarks import instructblip, llava
 
@@ -88,10 +92,7 @@ def our_step(s: Sizes, known: bool) -> tuple[Callable[[], float], float]:
     """The same with lionjax, and how many seconds it took to compile."""
     import jax
 
-    from lionjax import params as trees
     from lionjax import sharding
-    from lionjax.config import Stage
-    from lionjax.training import stages
 
     # On a GPU both would otherwise round products in their own way.
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -105,8 +106,21 @@ def our_step(s: Sizes, known: bool) -> tuple[Callable[[], float], float]:
     if known:
         features = jax.jit(system.features)(params, batch)
         batch = dataclasses.replace(batch, features=features, image_BHWC=None)
+    return update_of(s, system, params, batch, mesh)
+
+
+def update_of(s: Sizes, system, params, batch, mesh) -> tuple[Callable[[], float], float]:
+    """A function that does one update with lionjax and returns the loss before it; and its seconds of compilation."""
+    import jax
+
+    from lionjax import params as trees
+    from lionjax import sharding
+    from lionjax.config import Stage
+    from lionjax.training import stages
+
+    peer = peer_of(s)
     stage = Stage(
-        "one", 10**6, peer.LEARNED, (), s.batch, learning_rate=RATE,
+        "one", 10**6, peer.learned(s), (), s.batch, learning_rate=RATE,
         warmup_steps=0, end_learning_rate=RATE, weight_decay=DECAY, clip_norm=CLIP,
     )  # fmt: skip
     trainable, frozen = trees.split(params, stage.trainable)

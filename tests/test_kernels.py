@@ -107,6 +107,15 @@ def test_splash_attention_is_the_formula_at_lengths_that_its_blocks_do_not_divid
     )
 
 
+def test_keys_in_pieces_of_which_one_is_empty_are_the_formula():
+    *given, real_BS = drawn(queries=3, keys=12, kv_heads=2)
+    query, key, value = given
+    cuts = [slice(0, 7), slice(7, 7), slice(7, 12)]
+    parts = [(key[:, cut].swapaxes(1, 2), value[:, cut].swapaxes(1, 2)) for cut in cuts]
+    made = attend_parts(query, parts, key_mask(real_BS), None, SCALE)
+    np.testing.assert_allclose(made, written_out(*given, real_BS[:, None, None, :]), 1e-5, 1e-5)
+
+
 def test_each_device_computes_its_own_rows_and_heads():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     *given, real_BS = drawn(rows=4, queries=12, keys=12, kv_heads=2)
@@ -233,12 +242,15 @@ def test_keys_in_pieces_some_shared_by_beams_are_attended_to_as_if_put_together(
         return jnp.asarray(random.standard_normal(shape), jnp.float32)
 
     pieces = [
-        (draw(rows, kv_heads, length, 4), draw(rows, kv_heads, length, 4)) for rows, length in ((3, 5), (6, 2), (6, 1))
+        (draw(rows, kv_heads, length, 4), draw(rows, kv_heads, length, 4))
+        for rows, length in ((3, 5), (6, 2), (6, 1))
     ]
     query, bias = draw(6, 1, 6, 4), draw(6, 6, 1, 8)
     real = jnp.asarray(random.random((6, 8)) < 0.6).at[:, -1].set(True)
     together = [
-        jnp.concatenate([jnp.repeat(piece[n], 6 // len(piece[n]), axis=0) for piece in pieces], axis=2).swapaxes(1, 2)
+        jnp.concatenate(
+            [jnp.repeat(piece[n], 6 // len(piece[n]), axis=0) for piece in pieces], axis=2
+        ).swapaxes(1, 2)
         for n in range(2)
     ]
     for given in (None, bias):

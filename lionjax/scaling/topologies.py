@@ -52,6 +52,8 @@ CHIPS = (
     Chip("v6e", ("trillium",), True, "chips", 32, 918, 1600, 400, 12.5),
     Chip("tpu7x", ("v7x", "ironwood"), False, "cores", 96, 1153, 3690, 600, 6.25, parts=2),
 )
+# One GPU by what it calls itself: its published dense rate in bfloat16 and its memory's, in the same units.
+GPUS = {"H200": (989, 4800), "H100 PCIe": (756, 2000), "H100": (989, 3350), "A100": (312, 2039)}
 KNOWN = "v4-32, v5e-16, v5e-256, v5p-512, v6e-64 or tpu7x-128"
 
 
@@ -85,6 +87,15 @@ class Topology:
         lies = "x".join(map(str, self.shape))
         one = f"{self.chip.name} {lies}, {self.chips // self.slices} chips"
         return one if self.slices == 1 else f"{self.slices} slices of {one}"
+
+
+def published(kind: str) -> tuple[float, float] | None:
+    """(1e12 FLOP/s in bfloat16, 1e9 bytes/s) of one device by JAX's `device_kind`; None for one that is not known."""
+    spoken = {"v5 lite": "v5e", "v6 lite": "v6e", "v5": "v5p", "v4": "v4", "7x": "tpu7x"}
+    if kind.startswith("TPU"):
+        name = next((name for word, name in spoken.items() if word in kind), None)
+        return next(((chip.tflops, chip.memory) for chip in CHIPS if chip.name == name), None)
+    return next((rates for name, rates in GPUS.items() if name in kind), None)
 
 
 def parse(name: str, slices: int = 1) -> Topology:

@@ -116,7 +116,7 @@ def _serve(pipe, said: str, work: Callable[[Job], Plan]) -> None:
     """The process: jobs in, (plan, None) or (None, exception) out, until nobody asks."""
     with open(said, "ab", buffering=0) as file:  # libtpu writes to the number, not to sys.stderr
         os.dup2(file.fileno(), 2)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("lionjax").setLevel(logging.INFO)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:

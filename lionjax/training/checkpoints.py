@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lionjax import params as trees
@@ -282,8 +283,15 @@ class Steps:
         self._collect()
         self.began = time.perf_counter()
         if all(in_host_memory(leaf) for leaf in jax.tree.leaves(items)):
-            copies = jax.tree.map(jnp.copy, items)  # the next update overwrites the state
-            self.handed = self.thread.submit(self._write, step, copies, meta)
+            leaves, structure = jax.tree.flatten(items)
+            copies = [copied(leaf) for leaf in leaves]  # the next update overwrites the state
+            where = [getattr(leaf, "sharding", None) for leaf in leaves]
+
+            def write():
+                placed = structure.unflatten(map(jax.device_put, copies, where))
+                self._write(step, placed, meta)
+
+            self.handed = self.thread.submit(write)
         else:
             self._write(step, items, meta)
 
@@ -316,6 +324,13 @@ class Steps:
         self._collect()
         self.manager.wait_until_finished()
         self.manager.check_for_errors()
+
+
+def copied(leaf: jax.Array):
+    """What an array in this process's memory holds now. By numpy, which takes a tenth of the time for small leaves."""
+    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        return jnp.copy(leaf)
+    return np.array(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
 
 
 def found_steps(folder: Path) -> list[int]:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Talks of several turns, learned and then held through `model.answer`, with each way of hearing of a picture."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+
+from lionjax.adapters import CrossConfig
+from lionjax.bridges.latents import AbstractorConfig, ResamplerConfig
+from lionjax.bridges.qformer import QFormerConfig
+from lionjax.config import Experiment
+from lionjax.data.examples import DataConfig
+from lionjax.data.processors import Input, Processor, ProcessorConfig
+from lionjax.data.sources import Scenes
+from lionjax.language.decoder import DecoderConfig
+from lionjax.language.t5 import T5Config
+from lionjax.model import of_params
+from lionjax.systems.flamingo import Flamingo
+from lionjax.systems.prefix import Prefix
+from lionjax.vision.vit import ViTConfig
+
+PICTURE = 21  # <im_patch> of the tiny tokenizer
+VIT = ViTConfig(14, 7, 16, 1, 2, 24)
+READS = DecoderConfig(1024, 32, 2, 2, 2, 16, 48, end_token=1)
+T5 = T5Config(1024, 32, 16, 2, 48, 2, 2, dropout=0.0)
+QFORMER = QFormerConfig(16, 2, 2, 24, 4, 2, 16, 1024, 64, dropout=0.0)
+LOOKS = dataclasses.replace(READS, cross=CrossConfig(1, 16, 2, 8, 48))
+OWN = {"image_token": PICTURE, "names": "original", "feature_layer": -1}
+SYSTEMS = {
+    "patches are words (LLaVA, Shikra)": Prefix(VIT, READS, **OWN),
+    "a Q-Former asks (BLIP-2, InstructBLIP, MiniGPT-4)": Prefix(VIT, T5, QFORMER, projector_depth=1, **OWN),
+    "queries look (mPLUG-Owl)": Prefix(
+        VIT, READS, latents=AbstractorConfig(16, 1, 2, 24, 4, dropout=0.0), projector_depth=1, closing=True, **OWN
+    ),
+    "layers look (Flamingo)": Flamingo(VIT, ResamplerConfig(16, 1, 2, 8, 24, 4), LOOKS, PICTURE),
+}  # fmt: skip
+WORDS = ("red", "blue")
+PICTURES = {"yes": np.full((14, 14, 3), 10, np.uint8), "no": np.full((14, 14, 3), 240, np.uint8)}
+FIRST, SECOND, THIRD = "Name one.", "Which was it?", "Is it dark?"
+
+
+def talks():
+    """(dark or not, what was said so far, the question, its answer): one needs the talk, the other the picture."""
+    for dark in PICTURES:
+        for word in WORDS:
+            so_far = ((FIRST, word),)
+            yield dark, so_far, SECOND, word
+            yield dark, (*so_far, (SECOND, word)), THIRD, dark
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_learned_talk_goes_on_by_what_was_said_and_by_what_is_seen(name):
+    system = SYSTEMS[name]
+    reads = "encoder" if isinstance(system.language, T5Config) else "decoder"
+    processor = ProcessorConfig(
+        image_size=14, prompt_length=20, question_length=12,
+        target_length=16, tags=False, reader=reads, template="{image} {question}",
+        next_turn="{question}", image_token=PICTURE,
+    )  # fmt: skip
+    rows = list(talks())
+    batch = Processor(processor).batch(
+        [Input(PICTURES[dark], question, turns=turns) for dark, turns, question, _ in rows],
+        [answer for *_, answer in rows],
+    )
+    params = nn.unbox(jax.jit(system.init)(jax.random.key(0), batch))
+    rule = optax.adam(2e-3)
+
+    @jax.jit
+    def learn(params):
+        def step(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(lambda p: system.loss(p, batch)[0])(params)
+            updates, state = rule.update(grads, state)
+            return (optax.apply_updates(params, updates), state), loss
+
+        return jax.lax.scan(step, (params, rule.init(params)), None, 400)
+
+    (params, _), _ = learn(params)
+    experiment = Experiment(
+        "talk", system, DataConfig((Scenes((2, 2, 2), pixels=14),), processor), stages=()
+    )
+    said = of_params(experiment, params).answer(
+        [PICTURES[dark] for dark, *_ in rows], [question for *_, question, _ in rows],
+        history=[turns for _, turns, *_ in rows],
+    )  # fmt: skip
+    assert [answer.text for answer in said] == [answer for *_, answer in rows]

@@ -324,7 +324,10 @@ def timed(step, repeats: int) -> dict:
 
 
 def rate(answer, asked) -> dict:
-    """Tokens a second of the words behind the first one: a long answer's time less a short one's."""
+    """Tokens a second of the words behind the first one: a long answer's time less a short one's.
+
+    None where the first word takes nearly all of the time, as on a busy machine.
+    """
     long, taken = WORDS[asked.size], {}
     for words in (1, long):
         ids = answer(words)
@@ -334,13 +337,14 @@ def rate(answer, asked) -> dict:
             answer(words)
             times.append(time.perf_counter() - begun)
         taken[words] = min(times)
-    return {"ids": ids.tolist(), "rate": (long - 1) / max(taken[long] - taken[1], 1e-9)}
+    more = taken[long] - taken[1]
+    return {"ids": ids.tolist(), "rate": (long - 1) / more if more > 0.1 * taken[long] else None}
 
 
 def said(made: dict) -> str:
-    return (
-        f"{1e3 * made['seconds']:.1f} ms" if "seconds" in made else f"{made['rate']:.1f} tokens/s"
-    )
+    if "seconds" in made:
+        return f"{1e3 * made['seconds']:.1f} ms"
+    return f"{made['rate']:.1f} tokens/s" if made["rate"] else "too short to time"
 
 
 def agree(found: dict) -> None:
@@ -393,9 +397,11 @@ def decode_cells(decode: dict, side: str, peak) -> list[str]:
     made, other = decode[side], decode.get("torch", {})
     if "failed" in made:
         return [made["failed"], "-", "-"]
+    if not made["rate"]:
+        return ["too short to time", "-", "-"]
     bytes_read = decode.get("lionjax", {}).get("bytes")
     share = f"{made['rate'] * bytes_read / (peak[1] * 1e9):.1%}" if peak and bytes_read else "-"
-    ratio = f"{made['rate'] / other['rate']:.2f}x" if "rate" in other else "-"
+    ratio = f"{made['rate'] / other['rate']:.2f}x" if other.get("rate") else "-"
     return [f"{made['rate']:.1f}", share, ratio]
 
 

@@ -77,6 +77,9 @@ def test_a_size_that_does_not_fit_is_said_and_the_rest_is_in_the_table():
     torch, ours = accelerator.tables(found)[2:]
     assert "does not fit into memory" in torch
     assert ours == "| 1b | lionjax | 2,000 | 500.0 | 40.4% | - | 100.0 | 74.6% | 2.00x |"
+    found["decode", "1b", "torch"]["rate"] = None
+    torch, ours = accelerator.tables(found)[2:]
+    assert "too short to time" in torch and ours.endswith("| 100.0 | 74.6% | - |")
 
 
 def test_other_losses_or_words_are_an_error():

@@ -382,7 +382,6 @@ NOT_YET = {
     ("blip2_opt27b", "v5e-16"),
     ("instructblip_flant5xl", "v5e-16"),
     ("instructblip_vicuna7b", "v5e-16"),
-    ("kosmos2", "v5e-16"),
     ("lion_flant5xl", "v5e-16"),
     ("lion_flant5xxl", "v5e-16"),
     ("llava15_13b", "v5e-16"),

@@ -6,7 +6,8 @@ python -m benchmarks.claims_pix2emb [--claims boxes cycles masks] [--seeds 3] [-
 boxes: the detection losses (L1 and GIoU) on embeddings against boxes written as text, in Shikra's digits and in
 Kosmos-2's location tokens: the same model, data and steps. REC by real generation in all rows; read behind the true
 words (teacher-forced) where there are embeddings, as the paper does. The shipped language model knows digits from its
-own training, so that row begins far ahead; embeddings and location tokens (256 new words) both begin with nothing.
+own training, so that row begins far ahead; of embeddings it knows the word that announces one, of location tokens (256
+new words) nothing.
 cycles: with and without the two cycle losses, on tasks that are asked with a box, at several points of the training.
 masks: after training on boxes, masks learned from 100 %, 10 % and 1 % of the training pictures; and none at all.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flagship over a language model that is a decoder alone, as Vicuna is. It is small and learned from nothing.
+"""The flagship over a language model that is a decoder alone, as Vicuna is: the small one that ships, which learns on.
 
 All else is as in configs/tiny_lionjax.py.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lionjax.adapters import AdapterConfig
 from lionjax.config import Experiment
-from lionjax.language.decoder import DecoderConfig
+from lionjax.language.decoder import TINY_DECODER
 
 WITH_T5 = runpy.run_path(str(Path(__file__).with_name("tiny_lionjax.py")))
 
@@ -18,10 +18,7 @@ WITH_T5 = runpy.run_path(str(Path(__file__).with_name("tiny_lionjax.py")))
 def get_config() -> Experiment:
     """The whole run."""
     whole = WITH_T5["get_config"]()
-    language = DecoderConfig(
-        vocab=1024, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=384, end_token=1,
-        adapters=AdapterConfig(32),
-    )  # fmt: skip
+    language = dataclasses.replace(TINY_DECODER, adapters=AdapterConfig(32))
     processor = dataclasses.replace(whole.data.processor, reader="decoder")
     stages = tuple(
         stage
@@ -38,5 +35,9 @@ def get_config() -> Experiment:
         system=dataclasses.replace(whole.system, language=language),
         data=dataclasses.replace(whole.data, processor=processor),
         stages=stages,
-        weights=tuple(pair for pair in whole.weights if pair[0] not in ("language", "locations")),
+        weights=(
+            *(pair for pair in whole.weights if pair[0] not in ("language", "locations")),
+            ("language/embedding", "shipped:tiny_t5.safetensors"),
+            ("language", "shipped:tiny_decoder.safetensors"),
+        ),
     )

@@ -124,6 +124,15 @@ def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
     assert len(np.unique(wanted)) >= 4, "a model that repeats one word shows little"
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_an_answer_may_have_room_for_one_word(twins, beams):
+    _, c, params, *_ = twins
+    batch = text_batch(*prompts((5, 2), c.vocab))
+    one, two = (GenerateConfig(max_new_tokens=n, beams=k, eos=c.end_token, pad=0) for n, k in ((1, beams), (2, 1)))
+    short, longer = (generate(TextDecoder(c), params, batch, config) for config in (one, two))
+    np.testing.assert_array_equal(short.ids_BM, longer.ids_BM[:, :1])
+
+
 @pytest.mark.parametrize("side", ["right", "left", "hole"])
 def test_cached_reading_equals_reading_the_whole_text_wherever_padding_stands(side):
     c = dataclasses.replace(LLAMA, adapters=AdapterConfig(4, 2, 2))

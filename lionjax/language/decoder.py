@@ -274,7 +274,7 @@ class Decoder(nn.Module):
         h_BLD, read, kept = self.run(
             x_BLD, counted(mask_BL), causal_mask(mask_BL), task_B, None, (), media
         )
-        room = (c.layers, len(x_BLD), c.kv_heads, cache_length, c.head)
+        room = (c.layers, len(x_BLD), c.kv_heads, max(cache_length, 1), c.head)
         written = {name: jnp.zeros(room, leaf.dtype) for name, leaf in zip("kv", read)}
         mask_BL = mask_BL.astype(bool)
         fixed = {"mask": mask_BL[None], "task": None if task_B is None else task_B[None]}

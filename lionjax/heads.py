@@ -196,7 +196,7 @@ def heard(locations: Locations, word_BD, written: dict):
 
 
 def check_boxes(system, batch: Batch) -> None:
-    """Raise UserError unless each text of a batch of numpy arrays has one box for each of its location tokens.
+    """Raise UserError unless each text of a batch of numpy arrays has one box in 0..1 for each of its location tokens.
 
     For loaders of one's own: inside a model a wrong count would go unseen. Rows that name no place may have boxes,
     which are then said in another way, as in digits.
@@ -205,8 +205,8 @@ def check_boxes(system, batch: Batch) -> None:
     if token is None or batch.boxes_BK4 is None:
         return
     named_B = (np.concatenate([batch.prompt_BL, batch.target_BM], axis=1) == token).sum(axis=1)
-    most = batch.boxes_mask_BK.shape[1]
-    for row, (named, given) in enumerate(zip(named_B, np.asarray(batch.boxes_mask_BK).sum(axis=1))):
+    real_BK, most = np.asarray(batch.boxes_mask_BK).astype(bool), batch.boxes_mask_BK.shape[1]
+    for row, (named, given) in enumerate(zip(named_B, real_BK.sum(axis=1))):
         if named > most:
             raise UserError(
                 f"the text of row {row} names {named} regions; at most {most} are allowed"
@@ -215,6 +215,13 @@ def check_boxes(system, batch: Batch) -> None:
             raise UserError(
                 f"the text of row {row} names {named} regions but has {given} boxes; give one each"
             )
+    box_RF = np.asarray(batch.boxes_BK4)[real_BK & (named_B > 0)[:, None]]
+    good_R = ((box_RF >= 0) & (box_RF <= 1)).all(1) & (box_RF[:, 2:] > box_RF[:, :2]).all(1)
+    if not good_R.all():
+        wrong = [round(float(edge), 4) for edge in box_RF[~good_R][0]]
+        raise UserError(
+            f"the box {wrong} is none; give x0, y0, x1, y1 between 0 and 1 with x0 < x1 and y0 < y1"
+        )
 
 
 def location_rows() -> tuple[Row, ...]:

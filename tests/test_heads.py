@@ -32,26 +32,33 @@ def test_marked_places_are_found_in_their_order():
     assert heads.places(HERE, 9)[0].shape == (3, 5)
 
 
+BOX = [0.1, 0.2, 0.6, 0.5]
+
+
 @pytest.mark.parametrize(
     "boxes, tokens, message",
     [
-        (1, 2, "row 1 names 2 regions but has 1 boxes; give one each"),
-        (2, 1, "row 1 names 1 regions but has 2 boxes"),
-        (1, 3, "row 1 names 3 regions; at most 2 are allowed"),
-        (2, 0, None),  # said in digits
-        (2, 2, None),
-        (0, 0, None),
+        ([BOX], 2, "row 1 names 2 regions but has 1 boxes; give one each"),
+        ([BOX, BOX], 1, "row 1 names 1 regions but has 2 boxes"),
+        ([BOX], 3, "row 1 names 3 regions; at most 2 are allowed"),
+        ([[0.6, 0.2, 0.1, 0.5]], 1, r"the box \[0.6, 0.2, 0.1, 0.5\] is none"),
+        ([[0.1, 0.2, 1.6, 0.5]], 1, "between 0 and 1"),
+        ([[-0.1, 0.2, 0.6, 0.5]], 1, "between 0 and 1"),
+        ([[0.1, float("nan"), 0.6, 0.5]], 1, "between 0 and 1"),
+        ([BOX, BOX], 0, None),  # said in digits
+        ([BOX, BOX], 2, None),
+        ([], 0, None),
     ],
 )
 def test_a_loader_whose_boxes_do_not_fit_its_texts_is_refused(boxes, tokens, message):
     ids, nothing = np.array([[5, 9, 9, 7], [5, *[9] * tokens, *[7] * (3 - tokens)]]), np.zeros((2, 1), np.int32)
+    given, real = np.zeros((2, 2, 4)), np.array([[1, 1], [0, 0]])
+    given[0], given[1, : len(boxes)], real[1, : len(boxes)] = BOX, np.reshape(boxes, (-1, 4)), 1
     batch = Batch(
-        None, ids, np.ones_like(ids), None, None, nothing, nothing, nothing, nothing[:, 0], nothing[:, 0],
-        np.zeros((2, 2, 4)), np.array([[1, 1], [1] * boxes + [0] * (2 - boxes)]),
+        None, ids, np.ones_like(ids), None, None, nothing, nothing, nothing, nothing[:, 0], nothing[:, 0], given, real
     )  # fmt: skip
-    expected = contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message)
     for system in (SimpleNamespace(location_token=9), SimpleNamespace(places=SimpleNamespace(location_token=9))):
-        with expected:
+        with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
             heads.check_boxes(system, batch)
     heads.check_boxes(SimpleNamespace(places=None), batch)  # says no places
 

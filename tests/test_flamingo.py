@@ -356,19 +356,7 @@ def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greed
     value = torch.cat(total).mean()
     value.backward()
 
-    def loss(params):
-        return system.loss(params, batch)[0], system.logits(params, batch)
-
-    (mine, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    for row, wanted in enumerate(rows):
-        assert_close(logits[row, : len(wanted)], wanted, f"logits, seed {seed}")
-    assert float(mine) == pytest.approx(value.item(), rel=1e-4), f"seed {seed}"
-    grads = convert.state_from(system.torch_rows(), jax.tree.map(np.asarray, grads))
-    for name, weight in w.items():
-        wanted = 0.0 if weight.grad is None else weight.grad.norm().item()
-        assert np.linalg.norm(grads[name]) == pytest.approx(wanted, rel=1e-3, abs=1e-5), (
-            f"{name}, seed {seed}"
-        )
+    grads = tiny.assert_learns_alike(system, params, batch, rows, value, w.items(), seed)
     assert any(np.linalg.norm(grads[name]) for name in w if name.endswith("attn_gate"))
 
     said = generate(

@@ -165,17 +165,7 @@ def test_the_whole_is_its_parts_in_torch_with_every_gradient_and_greedy_word(nam
     value = torch.cat(total).mean()
     value.backward()
 
-    def loss(params):
-        return system.loss(params, batch)[0], system.logits(params, batch)
-
-    (mine, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    for row, wanted in enumerate(rows):
-        assert_close(logits[row, : len(wanted)], wanted, f"logits, seed {seed}")
-    assert float(mine) == pytest.approx(value.item(), rel=1e-4), f"seed {seed}"
-    grads = convert.state_from(system.torch_rows(), jax.tree.map(np.asarray, grads))
-    for name, weight in w.items():
-        norm = weight.grad.norm().item() if weight.grad is not None else 0.0
-        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
+    tiny.assert_learns_alike(system, params, batch, rows, value, w.items(), seed)
 
     said = generate(system, params, batch, GenerateConfig(max_new_tokens=NEW, eos=-1, pad=0, start=None))
     for row, x in enumerate(prompts):

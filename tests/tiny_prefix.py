@@ -4,8 +4,12 @@
 import dataclasses
 import random
 
+import jax
 import numpy as np
+import pytest
+from test_golden import assert_close
 
+from lionjax import convert
 from lionjax.interfaces import Batch
 
 SYSTEMS = ("llava", "blip2_opt", "blip2_t5", "blip2_vicuna", "instructblip_t5", "instructblip_vicuna")
@@ -187,3 +191,23 @@ def without_token(batch: Batch) -> Batch:
         text = batch.prompt_BL[row][keep[row]]
         ids[row, : len(text)], mask[row, : len(text)] = text, 1
     return dataclasses.replace(batch, prompt_BL=ids, prompt_mask_BL=mask)
+
+
+def assert_learns_alike(system, params, batch, logits, value, weights, seed):
+    """The loss, each row's logits and the norm of every gradient beside torch's, whose backward pass has run.
+
+    `weights`: (name, parameter) of torch. Hands back the gradients under those names.
+    """
+
+    def loss(params):
+        return system.loss(params, batch)[0], system.logits(params, batch)
+
+    (mine, made), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    for row, wanted in enumerate(logits):
+        assert_close(made[row, : len(wanted)], wanted, f"logits, seed {seed}")
+    assert float(mine) == pytest.approx(value.item(), rel=1e-4), f"seed {seed}"
+    grads = convert.state_from(system.torch_rows(), jax.tree.map(np.asarray, grads))
+    for name, weight in weights:
+        norm = 0.0 if weight.grad is None else weight.grad.norm().item()
+        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
+    return grads

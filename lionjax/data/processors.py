@@ -35,16 +35,8 @@ class Input:
     turns: tuple[tuple[str, str], ...] = ()  # what was asked and answered before of this picture
 
 
-class Processor:
+class Processor(Texts):
     """Turns pictures, prompts and answers into the arrays of a `Batch`."""
-
-    def __init__(self, config: ProcessorConfig):
-        self.config = config
-        self.texts = texts = Texts(config)
-        self.tokenizer, self.question_tokenizer = texts.tokenizer, texts.question_tokenizer
-        self.codec, self.spell, self.rounds = texts.codec, texts.spell, texts.rounds
-        self.prompt, self.question, self.target = texts.prompt, texts.question, texts.target
-        self.decode, self.read = texts.decode, texts.read
 
     def __reduce__(self):
         return Processor, (self.config,)
@@ -119,8 +111,8 @@ class Processor:
         asked, asked_boxes = self.spell(stripped(question), boxes, square, how)
         said, said_boxes = ([], []) if answer is None else self.spell(answer, boxes, square, how)
         end = "plain" if form.kind == "plain" else "answer"
-        target = [] if answer is None else self.texts.closed(said, end)
-        prompt, target, learned = self.texts.written(question, asked, tags, target, form)
+        target = [] if answer is None else self.closed(said, end)
+        prompt, target, learned = self.written(question, asked, tags, target, form)
         pad = self.tokenizer.pad_id
         texts = {
             "prompt": _padded(prompt, c.prompt_length, pad),

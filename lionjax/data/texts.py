@@ -107,7 +107,7 @@ class ProcessorConfig:
 
 
 class Texts:
-    """The texts of a `Processor`. Raises UserError for a tokenizer that lacks what the config wants."""
+    """What a `Processor` does with words. Raises UserError for a tokenizer that lacks what the config wants."""
 
     def __init__(self, config: ProcessorConfig):
         self.config = config

@@ -149,6 +149,7 @@ def guarded(asked, what: str, shape: str, side: str) -> dict:
 
 def ours(s, same_weights: bool):
     """(system, parameters on the device): transformers' random ones, or drawn there, frozen ones in bfloat16."""
+    import flax.linen as nn
     import jax
 
     peer = train_step.peer_of(s)
@@ -164,9 +165,7 @@ def ours(s, same_weights: bool):
     learned = peer.learned(s)
 
     def drawn(key):
-        from lionjax import sharding
-
-        params = sharding.nn.unbox(system.init(key, jax.tree.map(np.zeros_like, peer.batch_of(s))))
+        params = nn.unbox(system.init(key, jax.tree.map(np.zeros_like, peer.batch_of(s))))
         if same_weights:
             return params
         trainable, frozen = trees.split(params, learned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 
 import jax
@@ -125,7 +126,7 @@ class Remembered:
             self.memory.turn(self.files.sight.name)
         records, rows = batch.record_B.tolist(), self.memory.rows
         keys, read = self.from_files(batch) if self.files else ({}, {})
-        known = rows | read
+        known = ChainMap(read, rows)  # of all records seen so far none is copied
         unknown = self.structure is None or any(record not in known for record in records)
         if not any(distributed.sum_of(unknown)):
             for record, parts in read.items():

@@ -223,12 +223,9 @@ def _read_weights(
         tensors = open_weights(index if index.is_file() and not file.exists() else file)
     except UserError as error:
         raise UserError(f"the weights {file} cannot be read: {error}") from error
-    inside = [name for name in tensors if _under(name, part or prefix)]
-    names = (
-        {prefix + name.removeprefix(part): name for name in inside}
-        if part
-        else dict(zip(inside, inside))
-    )
+    part = part or prefix
+    inside = [name for name in tensors if _under(name, part)]
+    names = {prefix + name.removeprefix(part): name for name in inside}
     names = names or {f"{prefix}/{name}": name for name in tensors}
     if unknown := sorted(names.keys() - wanted.keys()):
         raise UserError(

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds for every test; it is read before anything imports jax."""
 
+import gc
 import os
 import signal
+import sys
 from pathlib import Path
+
+import pytest
 
 # A shell that starts the tests in the background has Ctrl-C ignored, and so would everything they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,3 +27,13 @@ os.environ.setdefault(
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 if BESIDE.is_dir():
     os.environ.setdefault("LIONJAX_DATA", str(BESIDE))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_go_with_their_file():
+    """Drop what a file of tests compiled: each program holds maps of memory, of which a process may have 65,530 by
+    Linux' own limit, and a worker that keeps all programs of the suite comes near it and then crashes inside XLA."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+        gc.collect()

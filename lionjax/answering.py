@@ -187,8 +187,8 @@ class Answerer:
         if made.kept is None or batch.sam_image_BHWC is None:
             return [np.zeros((0, height, width), bool) for width, height in sizes]
         with sharding.use(self.mesh):
-            placed = sharding.put_batch(batch, self.mesh) if self.mesh.size > 1 else batch
-            logits_BKHW = jax.device_get(segment(self.system, self.params, placed, made.kept))
+            placed = sharding.put_whole(batch, self.mesh)
+            logits_BKHW = sharding.fetch(segment(self.system, self.params, placed, made.kept))
         pixels, masks = batch.sam_image_BHWC.shape[1], []
         location = self.processor.codec.location
         for number, (width, height) in enumerate(sizes):
@@ -207,8 +207,8 @@ class Answerer:
             batch = self.batch(part, least, answers=True)
             batch = blank(batch) if blind else batch
             with sharding.use(self.mesh):
-                placed = sharding.put_batch(batch, self.mesh) if self.mesh.size > 1 else batch
-                box_BK4, real_BK = jax.device_get(locate(self.system, self.params, placed))
+                placed = sharding.put_whole(batch, self.mesh)
+                box_BK4, real_BK = sharding.fetch(locate(self.system, self.params, placed))
             for row, box_K4, real_K in zip(part, box_BK4, real_BK):
                 square, box_K4 = Square(*row["size"].tolist()), np.clip(box_K4[real_K], 0, 1)
                 low_K2 = np.minimum(box_K4[:, :2], box_K4[:, 2:])
@@ -226,10 +226,9 @@ class Answerer:
             part = rows[start : start + ROWS[-1]]
             batch = self.batch(part, answers=True)
             with sharding.use(self.mesh):
-                placed = sharding.put_batch(batch, self.mesh) if self.mesh.size > 1 else batch
-                nats += jax.device_get(unlikely(self.system, self.params, placed))[
-                    : len(part)
-                ].tolist()
+                placed = sharding.put_whole(batch, self.mesh)
+                found_B = sharding.fetch(unlikely(self.system, self.params, placed))
+            nats += found_B[: len(part)].tolist()
         return np.array(nats)
 
     def batch(
@@ -256,8 +255,8 @@ class Answerer:
         shape = (config, batch.image_BHWC.shape, batch.prompt_BL.shape, batch.question_BL.shape)
         began = time.perf_counter()
         with sharding.use(self.mesh):
-            placed = sharding.put_batch(batch, self.mesh) if self.mesh.size > 1 else batch
-            made = jax.device_get(generate(self.system, self.params, placed, config, key))
+            placed = sharding.put_whole(batch, self.mesh)
+            made = sharding.fetch(generate(self.system, self.params, placed, config, key))
         if shape in self.known:
             self.tokens += int(made.length_B[:rows].sum())
             self.seconds += time.perf_counter() - began

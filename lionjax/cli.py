@@ -48,8 +48,9 @@ def train(given: argparse.Namespace, overrides: list[str]) -> None:
             asked = time.time()
             entries = model.evaluate_run(experiment, params, given.workdir)
             journal.note_evaluation(given.workdir, time.time() - asked)
-            _print_tables(entries, to_stderr=True)
         if distributed.first():
+            if experiment.run.evaluate_limit:
+                _print_tables(entries, to_stderr=True)
             done = f"{given.workdir} holds the result; `lionjax report {given.workdir}` draws it"
             print(done, file=sys.stderr)
 

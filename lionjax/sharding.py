@@ -241,3 +241,25 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
         return jax.make_array_from_process_local_data(where, x, shape)
 
     return jax.tree.map(one, batch)
+
+
+def put_whole(batch: Batch, mesh: Mesh) -> Batch:
+    """A batch of which every process has all rows onto the mesh, split along its first axis where that divides."""
+    if mesh.size == 1:
+        return batch
+
+    def one(x):
+        x = np.asarray(x)
+        where = spec(("batch",) + (None,) * (x.ndim - 1), x.shape, mesh, "batch")
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, where), x.__getitem__)
+
+    return jax.tree.map(one, batch)
+
+
+def fetch(tree):
+    """Arrays as numpy holds them, whole in every process; each must ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)

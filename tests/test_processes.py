@@ -136,21 +136,24 @@ def test_two_processes_train_as_one_does(alone, two):
     assert report["environment"]["processes"] == 2
 
 
-def test_a_whole_train_on_scenes_in_files_gives_one_process_s_losses_with_two(tmp_path):
+def test_a_whole_train_on_scenes_in_files_gives_one_process_s_losses_and_answers_with_two(tmp_path):
     from lionjax.data import built_writer
     from lionjax.data.sources import Scenes
 
     folder = built_writer.build(Scenes((12, 4, 12), pixels=56), tmp_path / "scenes")
     words = ("-m", "lionjax.cli", "train", str(HERE / "processes_pipeline.py"), "--workdir")
-    found = {}
+    found, answers = {}, {}
     for count in (1, 2):
-        more = ("--run.features_dir", str(tmp_path / "features"))
+        more = ("--run.features_dir", str(tmp_path / "features"), "--run.evaluate_limit", "7")
         ends(command(tmp_path / str(count), count, words, *more, SMALL_SCENES=str(folder)))
         lines = [json.loads(line) for line in (tmp_path / str(count) / "metrics.jsonl").open()]
         found[count] = [(line["stage"], line["step"], line["loss"]) for line in lines]
         report = json.loads((tmp_path / str(count) / "report.json").read_text())
         assert report["environment"]["processes"] == count
         assert all(stage["frozen_unchanged"] for stage in report["stages"])
+        text = (tmp_path / str(count) / "evaluation" / "vqa.jsonl").read_text()
+        answers[count] = text, report["metrics"], report["baselines"]
+    assert answers[1] == answers[2] and len(answers[1][0].splitlines()) == 7
     assert [line[:2] for line in found[1]] == [line[:2] for line in found[2]]
     assert len(found[1]) == 4
     np.testing.assert_allclose(

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from PIL import Image
 
 from lionjax import answering
@@ -80,21 +81,21 @@ def evaluate_all(
     """{name: what `evaluate` gives} of several benchmarks over the experiment's own data.
 
     Those that the folder has of the same number of updates are not asked again; one that the data does not offer is
-    passed over with a warning. Only one process may ask; with several nothing is done, which is said.
+    passed over with a warning. Several processes answer each batch together, and all must call this.
     """
-    if jax.process_count() > 1:
-        log.warning(
-            "not evaluated, as %d processes run; `lionjax evaluate` does it with one",
-            jax.process_count(),
-        )
-        return {}
+    names = list(names)
     known = (read_json(folder / "report.json") or {}).get("evaluation", {})
+    same = {"limit": limit, "split": split, "updates": updates}
+    before = [known.get(label_of(name), {}) for name in names]
+    asked_before = [
+        updates is not None and same == {key: entry.get(key) for key in same} for entry in before
+    ]
+    if jax.process_count() > 1:  # one may see the folder later than another
+        asked_before = multihost_utils.broadcast_one_to_all(np.array(asked_before, bool))
     entries = {}
-    for name in names:
-        same = {"limit": limit, "split": split, "updates": updates}
-        before = known.get(label_of(name), {})
-        if updates is not None and same == {key: before.get(key) for key in same}:
-            entries[name] = before
+    for name, there, entry in zip(names, asked_before, before):
+        if there:
+            entries[name] = entry
             continue
         try:
             data, answer = experiment.data, experiment.answer
@@ -125,6 +126,7 @@ def evaluate(
     by default after the name. Raises UserError for a benchmark that there is not, and for records that cannot be read.
     """
     task, label, began = task_of(name), label or label_of(name), time.perf_counter()
+    folder = folder if jax.process_index() == 0 else None  # what is written is written once
     examples, said, lines, truth = [], {}, [], []
     pictures_at = None if folder is None else folder / "evaluation" / "pictures"
     for samples, answers in asked(answerer, data, answer, name, limit, split, shown):

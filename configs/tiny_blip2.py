@@ -27,7 +27,7 @@ def get_config(
 ) -> Experiment:
     """The whole run."""
     system = dataclasses.replace(
-        llava["SYSTEM"], qformer=qformer, class_token=True, vision_eps=1e-5, projector_depth=1
+        llava["SYSTEM"], qformer=qformer, class_token=True, vision_eps=1e-5
     )
     return llava["experiment"](
         name, system, (llava["stage"]("between", 800, BETWEEN, llava["WORDS"]),), weights

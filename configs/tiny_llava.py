@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LLaVA that trains on a laptop in minutes, around the small frozen backbones that ship with the project.
+"""A LLaVA (v1: one linear) that trains on a laptop in minutes, around the small frozen backbones that ship here.
 
 First the projector, then projector and language model. The other tiny systems of the family share all but what stands
 between tower and language model, and what of it trains.
@@ -72,7 +72,9 @@ def experiment(
     )
 
 
-SYSTEM = Prefix(TINY_VIT, TINY_T5, feature_layer=-1, image_token=None, names="original")
+SYSTEM = Prefix(
+    TINY_VIT, TINY_T5, feature_layer=-1, projector_depth=1, image_token=None, names="original"
+)
 
 
 def get_config() -> Experiment:

@@ -26,7 +26,7 @@ def get_config() -> Experiment:
         system,
         language=dataclasses.replace(system.language, lora=LoraConfig(8, 32.0, 0.05)),
         latents=AbstractorConfig(128, 2, 4, 256, 16, dropout=0.0),
-        class_token=True, vision_eps=1e-6, projector_depth=1, closing=True,
+        class_token=True, vision_eps=1e-6, closing=True,
         image_token=IMAGE_TOKEN, in_front=False,
     )  # fmt: skip
     stages = (

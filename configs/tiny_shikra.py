@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Shikra on scenes: tiny_llava.py with one linear, trained with the language model at once; boxes are digits."""
 
-import dataclasses
 import runpy
 from pathlib import Path
 
@@ -12,7 +11,6 @@ llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 
 def get_config() -> Experiment:
     """The whole run."""
-    system = dataclasses.replace(llava["SYSTEM"], projector_depth=1)
     mixture = (("rec", 5.0), ("reg", 1.0), ("vqa", 3.0), ("caption", 1.0))
     stages = (llava["stage"]("speak", 300, ("projector", "language"), mixture, 7e-4, 24),)
-    return llava["experiment"]("tiny_shikra", system, stages, prompt_length=72)
+    return llava["experiment"]("tiny_shikra", llava["SYSTEM"], stages, prompt_length=72)

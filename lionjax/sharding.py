@@ -128,26 +128,18 @@ def rows_beside(rows: int, most: int) -> int:
     return math.gcd(most, rows // pieces) if rows % pieces == 0 else 1
 
 
-_meshes: list[Mesh] = []
+# Of the context that jit's caches look at: a program traced for one mesh is not taken for another.
+_mesh = jax.make_user_context(None)
 
 
-class use:
+def use(mesh: Mesh):
     """`with sharding.use(mesh):` makes a mesh the one that `constrain` reads while tracing."""
-
-    def __init__(self, mesh: Mesh):
-        self.mesh = mesh
-
-    def __enter__(self):
-        _meshes.append(self.mesh)
-        return self.mesh
-
-    def __exit__(self, *_):
-        _meshes.pop()
+    return _mesh(mesh)
 
 
 def current_mesh() -> Mesh | None:
     """The mesh of the innermost `use`, if any."""
-    return _meshes[-1] if _meshes else None
+    return _mesh.value
 
 
 def shardings(boxed: Params, mesh: Mesh) -> Params:

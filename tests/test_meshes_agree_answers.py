@@ -53,6 +53,25 @@ def said(name: str, mesh_name: str):
     return talks.say(rows, how, sizes=large), talks.say(rows, beams)
 
 
+def test_a_program_is_traced_anew_for_another_mesh():
+    seen = []
+
+    @jax.jit
+    def within(x):  # as `generate` is one for all models
+        seen.append(sharding.current_mesh())
+        return sharding.constrain(x, "batch", None)
+
+    for mesh in map(mesh_of, ("one", "data", "data", "all")):
+
+        def whole(x, mesh=mesh):
+            with sharding.use(mesh):
+                return within(x)
+
+        jax.jit(whole)(np.zeros((8, 2)))
+    assert seen == [mesh_of(name) for name in ("one", "data", "all")]
+    assert sharding.current_mesh() is None
+
+
 @pytest.mark.parametrize(
     "name",
     ["lion", "llava", "instructblip", "nextchat, words and boxes", "flagship, words and boxes"],

@@ -87,7 +87,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-_said: set[str] = set()
+_said: set[tuple] = set()
 
 
 def spec(
@@ -101,10 +101,10 @@ def spec(
         wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
         wanted = tuple(axis for axis in wanted if mesh.shape[axis] > 1 and axis not in used)
         while wanted and size % int(np.prod([mesh.shape[axis] for axis in wanted])):
-            text = f"{what}: axis {name!r} of {size} does not divide over {wanted}; not split there"
-            if text not in _said:
-                _said.add(text)
-                log.info(text)
+            if (name, size, wanted) not in _said:  # once, however many arrays have such an axis
+                _said.add((name, size, wanted))
+                axes_of = " x ".join(wanted)
+                log.info("%r of %d does not divide over %s: not split there (%s, ...)", name, size, axes_of, what)
             wanted = wanted[:-1]
         used |= set(wanted)
         parts.append(wanted if len(wanted) > 1 else wanted[0] if wanted else None)

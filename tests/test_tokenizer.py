@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lionjax import convert
 from lionjax.data import scenes, tasks, tiny_tokenizer, tokenizer
 from lionjax.interfaces import UserError
 
@@ -113,6 +114,18 @@ def test_a_folder_without_a_readable_tokenizer_is_one_sentence(tmp_path, files):
 
 
 @needs_real
+def test_a_folder_of_converted_weights_has_the_tokenizer_that_came_with_them(tmp_path, tiny):
+    source = tmp_path / "llama"
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64}
+    settings = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+    transformers.LlamaForCausalLM(settings).save_pretrained(source)
+    (source / "tokenizer.json").write_bytes(tokenizer.TINY.read_bytes())
+    convert.convert(source, tmp_path / "converted", "jax")
+    known = tokenizer.load(str(tmp_path / "converted"))
+    assert known.encode("a red circle") == tiny.encode("a red circle")
+
+
 def test_t5_ids_equal_transformers():
     transformers = pytest.importorskip("transformers")
     ours = tokenizer.load(str(T5))

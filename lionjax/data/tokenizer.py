@@ -93,7 +93,10 @@ class Tokenizer:
 
 @functools.cache
 def load(name: str) -> Tokenizer:
-    """The tokenizer `"tiny"`, or that of a local folder or file (tokenizer.json, spiece.model, vocab.txt)."""
+    """The tokenizer `"tiny"`, or that of a local file or folder (tokenizer.json, spiece.model, vocab.txt).
+
+    A folder of converted weights is one: what came with them is kept there.
+    """
     if name == "tiny":
         return Tokenizer(tokenizers.Tokenizer.from_file(str(TINY)), T5_NAMES, exact=True)
     path = file_of(name)
@@ -119,7 +122,9 @@ def file_of(name: str) -> Path:
 
 
 def _find(path: Path) -> Path:
-    for file in (path, *(path / name for name in FILES)):
+    # What came with converted weights lies in the folder `origin` beside them.
+    inside = [path / folder / name for folder in ("", "origin") for name in FILES]
+    for file in (path, *inside):
         if file.is_file():
             return file
     wanted = f"a folder with {', '.join(FILES[:-1])} or {FILES[-1]}"

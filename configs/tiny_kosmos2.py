@@ -23,7 +23,7 @@ def get_config() -> Experiment:
         vision_eps=1e-5, projector_depth=0, unit=True, image_token=-1, names="hugging_face",
     )  # fmt: skip
     mixture = (("rec", 3.0), ("vqa", 4.0), ("caption", 1.0))
-    stage = llava["stage"]("ground", 3000, ("language", "latents", "vision_norm"), mixture)
+    stage = llava["stage"]("ground", 1200, ("language", "latents", "vision_norm"), mixture)
     # Of length 1, what the tower saw is very quiet, and so is what a gradient says about how to look at it.
     stages = (dataclasses.replace(stage, learning_rate_scale=(("latents", 4.0),)),)
     return llava["experiment"](

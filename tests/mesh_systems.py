@@ -12,12 +12,16 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lionjax import params as trees
 from lionjax import sharding
+from lionjax.adapters import CrossConfig
+from lionjax.bridges.latents import AbstractorConfig, ProjectionConfig, ResamplerConfig
 from lionjax.bridges.qformer import QFormerConfig
 from lionjax.config import Experiment, Stage
 from lionjax.data import pipeline
 from lionjax.data.examples import DataConfig
+from lionjax.language.decoder import KOSMOS2_TEXT
 from lionjax.language.t5 import T5Config
 from lionjax.sharding import MeshConfig
+from lionjax.systems.flamingo import Flamingo
 from lionjax.systems.prefix import Prefix
 from lionjax.training import checkpoints, stages, start
 
@@ -39,10 +43,25 @@ BLIP2 = Prefix(
     projector_depth=1, image_token=21,
 )  # fmt: skip
 INSTRUCTBLIP = dataclasses.replace(BLIP2, language=T5, qformer=QFORMER, image_token=None)
+MPLUG_OWL = dataclasses.replace(
+    LLAVA, latents=AbstractorConfig(16, 2, 2, 24, 4, dropout=0.0), class_token=True, projector_depth=1, closing=True,
+    names="original",
+)  # fmt: skip
+KOSMOS2 = dataclasses.replace(
+    LLAVA, latents=ProjectionConfig(16, 32, 2, 4), class_token=True, projector_depth=0, unit=True,
+    language=dataclasses.replace(
+        KOSMOS2_TEXT, vocab=1024, width=32, layers=2, heads=2, kv_heads=2, head=16, hidden=48, dropout=0.0,
+        pad_token=0, end_token=1, position_offset=1,
+    ),
+)  # fmt: skip
+FLAMINGO = Flamingo(
+    VISION, ResamplerConfig(16, 2, 2, 8, 24, 4),
+    dataclasses.replace(DECODER, cross=CrossConfig(1, 16, 2, 8, 32)), 21,
+)  # fmt: skip
 CAPTIONS = (("caption", 1.0), ("vqa", 1.0))
 
 
-def prefix(system: Prefix, trainable: tuple[str, ...]) -> Experiment:
+def prefix(system: Prefix | Flamingo, trainable: tuple[str, ...]) -> Experiment:
     reads_on = isinstance(system.language, T5Config)
     processor = dataclasses.replace(small_lion.PROCESSOR, tags=False) if reads_on else READS_ON
     stage = Stage("one", 2, trainable, CAPTIONS, batch_size=8, learning_rate=1e-3, warmup_steps=1)
@@ -62,6 +81,9 @@ SYSTEMS = {
     "llava": (prefix(LLAVA, ("projector", "language")), 0),
     "blip2": (prefix(BLIP2, ("qformer", "projector")), 0),
     "instructblip": (prefix(INSTRUCTBLIP, ("qformer", "projector")), 0),
+    "mplug_owl": (prefix(MPLUG_OWL, ("vision", "latents", "projector", "last_word")), 0),
+    "kosmos2": (prefix(KOSMOS2, ("latents", "language")), 0),
+    "flamingo": (prefix(FLAMINGO, ("resampler", "language/groups/cross")), 0),
     "nextchat, words and boxes": (places("nextchat"), 0),
     "nextchat, masks": (places("nextchat"), 1),
     "flagship, words and boxes": (places("flagship"), 0),

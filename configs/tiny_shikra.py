@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Shikra on scenes: tiny_llava.py with one linear, trained with the language model at once; boxes are digits."""
+"""A Shikra on scenes: tiny_llava.py, whose linear is trained with the language model at once; boxes are digits."""
 
 import runpy
 from pathlib import Path

@@ -32,7 +32,7 @@ if BESIDE.is_dir():
 @pytest.fixture(scope="module", autouse=True)
 def programs_go_with_their_file():
     """Drop what a file of tests compiled: each program holds maps of memory, of which a process may have 65,530 by
-    Linux' own limit, and a worker that keeps all programs of the suite comes near it and then crashes inside XLA."""
+    Linux' own limit. A process that kept those of all files was seen with half of that, and one has crashed in XLA."""
     yield
     if jax := sys.modules.get("jax"):
         jax.clear_caches()

@@ -4,6 +4,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -141,16 +142,27 @@ def test_remat_changes_no_gradient(params):
 
 
 @pytest.mark.slow
-def test_every_gradient_is_the_same_on_a_mesh(params):  # its norm on others: test_meshes_agree_systems.py
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_loss_and_gradients_are_the_same_on_every_mesh(params, shape):
     batch = batch_of(8)
     loss, grads = loss_and_grads(params, batch)
-    mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+    mesh = sharding.make_mesh(sharding.MeshConfig(*shape))
     like = sharding.abstract(LION.init, jax.random.key(0), batch, mesh=mesh)
     with sharding.use(mesh):
         step = jax.jit(jax.value_and_grad(lambda params, batch: LION.loss(params, batch)[0]))
         loss2, grads2 = step(sharding.place(params, like), sharding.put_batch(batch, mesh))
     np.testing.assert_allclose(loss, loss2, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads, grads2)
+
+
+@pytest.mark.slow
+def test_initial_weights_do_not_depend_on_the_mesh():
+    batch = batch_of()
+    alone = sharding.init(LION.init, jax.random.key(7), batch)
+    spread = sharding.init(
+        LION.init, jax.random.key(7), batch, mesh=sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+    )
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), alone, spread))
 
 
 def test_with_a_word_scale_the_picture_begins_as_what_the_vit_says():

@@ -28,8 +28,10 @@ DECODER = BackbonesConfig(
     language=TINY_DECODER,
     scenes=20_000,
     language_schedules=(
-        LanguageSchedule(2_000, 8e-4, hinted=0.1, text=0.03, blind=0.02, words_stay=True),
-        LanguageSchedule(250, 5e-4, hinted=0.05, text=0.0, blind=0.02, words_stay=True),
+        LanguageSchedule(5_000, 4e-3, hinted=0.05, blind=0.03, words_stay=True, optimizer="muon"),
+        LanguageSchedule(
+            1_500, 2e-3, patches=0.4, hinted=0.05, blind=0.03, words_stay=True, optimizer="muon"
+        ),
     ),
 )
 

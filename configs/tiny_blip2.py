@@ -30,5 +30,8 @@ def get_config(
         llava["SYSTEM"], qformer=qformer, class_token=True, vision_eps=1e-5
     )
     return llava["experiment"](
-        name, system, (llava["stage"]("between", 800, BETWEEN, llava["WORDS"]),), weights
+        name,
+        system,
+        (llava["stage"]("between", 800, BETWEEN, llava["WORDS"], optimizer="muon"),),
+        weights,
     )

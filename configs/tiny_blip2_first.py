@@ -22,6 +22,10 @@ def get_config() -> Experiment:
         start_token=4,
         write_token=5,
     )
-    stages = (llava["stage"]("represent", 600, ("(?!vision/).*",), (("caption", 1.0),), 1.5e-3),)
+    stages = (
+        llava["stage"](
+            "represent", 600, ("(?!vision/).*",), (("caption", 1.0),), 1.5e-3, optimizer="muon"
+        ),
+    )
     weights = (llava["BACKBONES"][0], blip2["WORDS"])
     return llava["experiment"]("tiny_blip2_first", system, stages, weights)

@@ -31,7 +31,9 @@ def get_config() -> Experiment:
         part_weights=(1.0, 1.0, 0.5),
     )
     rows = (("vqa", 5.0), ("caption", 1.5), ("vqa+1", 2.0))
-    look = llava["stage"]("look", 1000, ("resampler", "language/groups/cross"), rows, 2e-3)
+    look = llava["stage"](
+        "look", 1000, ("resampler", "language/groups/cross"), rows, 2e-3, optimizer="muon"
+    )
     # Gates begin closed, and what is behind them learns as far as they are open.
     stages = (dataclasses.replace(look, learning_rate_scale=((".*/(mlp_)?gate", 5.0),)),)
     weights = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Kosmos-2 on scenes: a sub-LN decoder that learns from nothing, boxes as location tokens of a grid of 16 by 16."""
+"""A Kosmos-2 on scenes: a sub-LN decoder that learns from nothing, boxes as location tokens of a grid of 10 by 10."""
 
 import dataclasses
 import runpy
@@ -15,18 +15,18 @@ llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 def get_config() -> Experiment:
     """The whole run."""
     language = dataclasses.replace(
-        KOSMOS2_TEXT, vocab=1024 + 16 * 16, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=384, dropout=0.0,
+        KOSMOS2_TEXT, vocab=1024 + 10 * 10, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=384, dropout=0.0,
         pad_token=0, end_token=1, position_offset=1,
     )  # fmt: skip
     system = dataclasses.replace(
-        llava["SYSTEM"], language=language, latents=ProjectionConfig(128, 128, 4, 64), class_token=True,
+        llava["SYSTEM"], language=language, latents=ProjectionConfig(128, 128, 4, 64, spread=1.0), class_token=True,
         vision_eps=1e-5, projector_depth=0, unit=True, image_token=-1, names="hugging_face",
     )  # fmt: skip
-    mixture = (("rec", 3.0), ("vqa", 4.0), ("caption", 1.0))
-    stage = llava["stage"]("ground", 1200, ("language", "latents", "vision_norm"), mixture)
-    # Of length 1, what the tower saw is very quiet, and so is what a gradient says about how to look at it.
-    stages = (dataclasses.replace(stage, learning_rate_scale=(("latents", 4.0),)),)
+    mixture = (("rec", 8.0), ("vqa", 4.0), ("caption", 1.0))
+    stage = llava["stage"](
+        "ground", 2600, ("language", "latents", "vision_norm"), mixture, 3e-3, optimizer="muon"
+    )
     return llava["experiment"](
-        "tiny_kosmos2", system, stages, llava["BACKBONES"][:1], reader="decoder", template="{image} {question}",
-        image_token=-1, places="bins", bins=16,
+        "tiny_kosmos2", system, (stage,), llava["BACKBONES"][:1], reader="decoder", template="{image} {question}",
+        image_token=-1, places="bins", bins=10,
     )  # fmt: skip

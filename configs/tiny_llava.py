@@ -28,8 +28,9 @@ def stage(
     mixture=WORDS + PLACES,
     rate: float = 1e-3,
     batch_size: int = 16,
+    optimizer: str = "adamw",
 ) -> Stage:
-    """One stage at the rates that suit these sizes."""
+    """One stage at the rates that suit these sizes; what learns from nothing where to look does so by Muon."""
     return Stage(
         name,
         steps,
@@ -39,6 +40,7 @@ def stage(
         learning_rate=rate,
         warmup_steps=20,
         weight_decay=0.01,
+        optimizer=optimizer,
     )
 
 

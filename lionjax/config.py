@@ -39,6 +39,8 @@ class Stage:
     `batch_size`: examples behind one update over all devices, read in `accumulate` equal parts.
     The learning rate rises from `warmup_learning_rate` to `learning_rate` in `warmup_steps` and
     falls along a cosine to `end_learning_rate`.
+    `optimizer`: AdamW for all, or Muon for the matrices between an input and an output (arXiv 2502.16982), which finds
+    where to look in fewer updates; its updates are as large as AdamW's, so that one learning rate serves both.
     `system`: fields of the system's config replaced in this stage: ("visual_input", "QFORMER").
     `start`: begin from the previous stage's weights, or from scratch.
     """
@@ -54,7 +56,8 @@ class Stage:
     warmup_learning_rate: float = 1e-8
     end_learning_rate: float = 0.0
     weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW, also beside Muon
     clip_norm: float = 1.0
     learning_rate_scale: tuple[tuple[str, float], ...] = ()
     system: tuple[tuple[str, Scalar], ...] = ()
@@ -86,11 +89,15 @@ class RunConfig:
         False  # keep what frozen towers make of each record, so that they run once
     )
     cache_gib: float = 4.0  # memory for that, on each host
-    features_dir: str = ""  # a folder where it is kept on disk as well, for later starts and other runs
+    features_dir: str = (
+        ""  # a folder where it is kept on disk as well, for later starts and other runs
+    )
     # An update whose loss or gradient is not finite, or whose loss is a spike, changes nothing; then the run stops,
     # goes on, or goes back to the last checkpoint and on with the batches after that one.
     on_bad_update: Literal["stop", "skip", "rewind"] = "stop"
-    spike: float = 0.0  # so many deviations above the mean of the last 128 losses is a spike; 0: none
+    spike: float = (
+        0.0  # so many deviations above the mean of the last 128 losses is a spike; 0: none
+    )
     bad_updates: int = 20  # with so many in one stage the run stops all the same
     # An update that takes longer (ten times as long, where it is compiled) ends the process; 0: never.
     stuck_seconds: float = 1800.0

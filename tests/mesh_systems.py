@@ -2,6 +2,7 @@
 """Every system, small, and a stage of it on several meshes of eight virtual devices."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -18,9 +19,9 @@ from lionjax.bridges.qformer import QFormerConfig
 from lionjax.config import Experiment, Stage
 from lionjax.data import pipeline
 from lionjax.data.examples import DataConfig
-from lionjax.language.decoder import KOSMOS2_TEXT
-from lionjax.language.t5 import T5Config
+from lionjax.language.decoder import KOSMOS2_TEXT, DecoderConfig
 from lionjax.sharding import MeshConfig
+from lionjax.systems.blip2 import Blip2First
 from lionjax.systems.flamingo import Flamingo
 from lionjax.systems.prefix import Prefix
 from lionjax.training import checkpoints, stages, start
@@ -54,6 +55,8 @@ KOSMOS2 = dataclasses.replace(
         pad_token=0, end_token=1, position_offset=1,
     ),
 )  # fmt: skip
+FROZEN = dataclasses.replace(LLAVA, words=2, projector_depth=1, names="original")
+BLIP2_FIRST = Blip2First(VISION, QFORMER, shared=8, start_token=4, write_token=5)
 FLAMINGO = Flamingo(
     VISION, ResamplerConfig(16, 2, 2, 8, 24, 4),
     dataclasses.replace(DECODER, cross=CrossConfig(1, 16, 2, 8, 32)), 21,
@@ -61,8 +64,8 @@ FLAMINGO = Flamingo(
 CAPTIONS = (("caption", 1.0), ("vqa", 1.0))
 
 
-def prefix(system: Prefix | Flamingo, trainable: tuple[str, ...]) -> Experiment:
-    reads_on = isinstance(system.language, T5Config)
+def scenes(system: Prefix | Flamingo | Blip2First, trainable: tuple[str, ...]) -> Experiment:
+    reads_on = not isinstance(getattr(system, "language", None), DecoderConfig)
     processor = dataclasses.replace(small_lion.PROCESSOR, tags=False) if reads_on else READS_ON
     stage = Stage("one", 2, trainable, CAPTIONS, batch_size=8, learning_rate=1e-3, warmup_steps=1)
     what = small_lion.experiment()
@@ -78,12 +81,14 @@ def places(name: str) -> Experiment:
 # {name: (experiment, stage)}
 SYSTEMS = {
     "lion": (small_lion.experiment(), 2),
-    "llava": (prefix(LLAVA, ("projector", "language")), 0),
-    "blip2": (prefix(BLIP2, ("qformer", "projector")), 0),
-    "instructblip": (prefix(INSTRUCTBLIP, ("qformer", "projector")), 0),
-    "mplug_owl": (prefix(MPLUG_OWL, ("vision", "latents", "projector", "last_word")), 0),
-    "kosmos2": (prefix(KOSMOS2, ("latents", "language")), 0),
-    "flamingo": (prefix(FLAMINGO, ("resampler", "language/groups/cross")), 0),
+    "llava": (scenes(LLAVA, ("projector", "language")), 0),
+    "blip2": (scenes(BLIP2, ("qformer", "projector")), 0),
+    "instructblip": (scenes(INSTRUCTBLIP, ("qformer", "projector")), 0),
+    "mplug_owl": (scenes(MPLUG_OWL, ("vision", "latents", "projector", "last_word")), 0),
+    "kosmos2": (scenes(KOSMOS2, ("latents", "language")), 0),
+    "frozen": (scenes(FROZEN, ("vision", "projector")), 0),
+    "blip2's first stage": (scenes(BLIP2_FIRST, ("(?!vision/).*",)), 0),
+    "flamingo": (scenes(FLAMINGO, ("resampler", "language/groups/cross")), 0),
     "nextchat, words and boxes": (places("nextchat"), 0),
     "nextchat, masks": (places("nextchat"), 1),
     "flagship, words and boxes": (places("flagship"), 0),
@@ -124,12 +129,20 @@ def first_batch(what: Experiment, number: int):
     return batch
 
 
+@functools.cache
+def first_parameters(what: Experiment, mesh_name: str):
+    """(their layout, themselves on the host, fingerprints) of a run on a mesh; compiled once for all of its stages."""
+    mesh, batch = mesh_of(mesh_name), first_batch(what, 0)
+    layout = start.layout(what, batch, mesh)
+    parts = start.first_parameters(dataclasses.replace(what, weights=()), batch, layout)
+    return layout, jax.device_get(parts), checkpoints.fingerprints(trees.merge(*parts))
+
+
 def trained(what: Experiment, number: int, mesh_name: str, updates: int = 3):
     """(fingerprints of the first parameters, losses, gradient norms, paths that are split) of a stage on a mesh."""
     mesh, batch, stage = mesh_of(mesh_name), first_batch(what, number), what.stages[number]
-    layout = start.layout(what, batch, mesh)
-    never, learned = start.first_parameters(dataclasses.replace(what, weights=()), batch, layout)
-    first = checkpoints.fingerprints(trees.merge(never, learned))
+    layout, parts, first = first_parameters(what, mesh_name)
+    never, learned = map(sharding.place, parts, (layout.never, layout.learned))
     trainable, idle = trees.split(learned, stage.trainable)
     frozen = trees.merge(never, idle)
     where = trees.flatten(trees.merge(trainable, frozen))
@@ -141,7 +154,9 @@ def trained(what: Experiment, number: int, mesh_name: str, updates: int = 3):
     losses, norms = [], []
     for _ in range(updates):
         state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
-        jax.block_until_ready((state, metrics))  # on few cores two updates under way can wait for each other for ever
+        jax.block_until_ready(
+            (state, metrics)
+        )  # on few cores two updates under way can wait for each other for ever
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
     return first, losses, norms, split

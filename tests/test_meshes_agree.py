@@ -15,15 +15,16 @@ MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 
 BATCH = toy.batch_of(range(16))
 
 
-def run(shape, updates=2):
+def run(shape, optimizer="adamw", updates=2):
     """(first fingerprints, losses, gradient norms, parameters, shardings) of a short stage on a mesh."""
     mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
-    stage = toy.stage(batch_size=16, trainable=("blocks", "output", "words"))
+    stage = toy.stage(batch_size=16, trainable=("blocks", "output", "words"), optimizer=optimizer)
     params = sharding.init(toy.Toy().init, jax.random.key(0), BATCH, mesh=mesh)
     first = checkpoints.fingerprints(params)
     trainable, frozen = trees.split(params, stage.trainable)
     where = {path: leaf.sharding.spec for path, leaf in trees.flatten(params).items()}
-    rule = stages.optimizer(stage, trainable)
+    axes = sharding.layer_axes(jax.eval_shape(toy.Toy().init, jax.random.key(0), BATCH))
+    rule = stages.optimizer(stage, trainable, axes)
     state = stages.start(rule, trainable, mesh)
     step = stages.make_step(toy.Toy(), stage, rule, jax.random.key(1), state, mesh, [])
     losses, norms = [], []
@@ -49,3 +50,10 @@ def test_first_parameters_losses_and_gradient_norms_do_not_depend_on_the_mesh(on
         np.testing.assert_allclose(leaf, one[3][path], atol=1e-4, err_msg=path)
     split = {path for path, spec in where.items() if any(spec)}
     assert bool(split) == (name != "data")  # else nothing was tried
+
+
+def test_what_muon_makes_of_a_matrix_does_not_depend_on_how_it_is_cut():
+    one, cut = (run(MESHES[name], "muon") for name in ("one", "all"))
+    np.testing.assert_allclose(cut[1], one[1], rtol=1e-5)
+    for path, leaf in cut[3].items():
+        np.testing.assert_allclose(leaf, one[3][path], atol=1e-4, err_msg=path)

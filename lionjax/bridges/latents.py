@@ -59,12 +59,16 @@ class AbstractorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionConfig:
-    """Kosmos-2's way into its text decoder, as wide as that."""
+    """Kosmos-2's way into its text decoder, as wide as that.
+
+    `spread`: of the linear's first kernel. What it reads has length 1, so at 1.0 patches begin as loud as queries.
+    """
 
     source_width: int = 1024
     width: int = 2048
     heads: int = 32
     queries: int = 64
+    spread: float = 0.02
 
 
 def _queries(module: nn.Module, scale: float = 0.02):
@@ -159,7 +163,8 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, source_BPD, key=None):
         c = self.c
-        source_BPD = Dense(c.source_width, c.width, ("embed", None), name="dense")(source_BPD)
+        dense = Dense(c.source_width, c.width, ("embed", None), init=normal(c.spread), name="dense")
+        source_BPD = dense(source_BPD)
         query_QD = _queries(self, 1.0).astype(source_BPD.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
         own = Attention(c.width, c.heads, c.width // c.heads, name="attention")

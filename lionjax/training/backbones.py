@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import optax
 import safetensors.numpy
 
 from lionjax import params as trees
+from lionjax.config import Stage
 from lionjax.language.decoder import DecoderConfig
 from lionjax.language.t5 import T5Config
+from lionjax.training import stages
 from lionjax.vision.vit import ViTConfig
 
 
@@ -33,6 +36,7 @@ class LanguageSchedule:
     words_stay: bool = (
         False  # what the T5 is told of a thing stays as it is, for a ViT aligned with it
     )
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,12 @@ class BackbonesConfig:
     seed: int = 0
 
 
-def optimiser(rate: float, steps: int):
+def optimiser(rate: float, steps: int, optimizer: str = "adamw", params=None, layer_axes=None):
+    """Rules of an update at a rate that rises and falls; `params` and their `layer_axes` are for Muon."""
+    if optimizer == "muon":
+        names = {"mixture": (), "batch_size": 1, "weight_decay": 0.02, "optimizer": optimizer}
+        rates = {"learning_rate": rate, "end_learning_rate": rate * 0.02, "warmup_steps": 200}
+        return stages.optimizer(Stage("", steps, (".*",), **names, **rates), params, layer_axes)
     schedule = optax.warmup_cosine_decay_schedule(
         0, rate, min(200, steps // 4 + 1), steps, rate * 0.02
     )

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from lionjax import params as trees
+from lionjax import sharding
 from lionjax.data import scenes, tasks
 from lionjax.data.processors import Processor, ProcessorConfig
 from lionjax.data.tasks import box_text
@@ -278,6 +279,9 @@ def train_language(
     reader, rng = reader_of(c.language, processor), np.random.default_rng(c.seed)
     batch = functools.partial(language_batch, c, made, told, rng, processor)
     example = batch("things", "short", 2)
+    axes = sharding.layer_axes(
+        jax.eval_shape(reader.init, jax.random.key(c.seed), *example)["params"]
+    )
     params = nn.unbox(jax.jit(reader.init)(jax.random.key(c.seed), *example)["params"])
     params["language"] = looking_for_like(params["language"], c.language)
     params = trees.unflatten(trees.flatten(params) | trees.flatten(start or {}))
@@ -291,7 +295,8 @@ def train_language(
 
     for schedule in c.language_schedules[-1:] if again else c.language_schedules:
         log.info("language: %s", schedule)
-        params = learn_language(c, schedule, reader, params, batch, rng, judge)
+        rule = optimiser(schedule.rate, schedule.steps, schedule.optimizer, params, axes)
+        params = learn_language(c, schedule, rule, reader, params, batch, rng, judge)
         figures = judge(params)
     return params, figures
 
@@ -304,10 +309,9 @@ def decimal_weight(target_BM, digits_PV):
 
 
 def learn_language(
-    c: BackbonesConfig, schedule: LanguageSchedule, reader: Reader, params, batch, rng, judge
+    c: BackbonesConfig, schedule: LanguageSchedule, tx, reader: Reader, params, batch, rng, judge
 ):
     """Parameters after one schedule; `judge` is called with them every thousand steps."""
-    tx = optimiser(schedule.rate, schedule.steps)
     state = tx.init(params)
     digits_PV = np.array(reader.digits).reshape(PLACES, DIGITS)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from lionjax import params as trees
 from lionjax import sharding
@@ -103,10 +105,58 @@ def factors(stage: Stage, trainable: Params) -> Params:
     return trees.unflatten({path: one(path) for path in trees.flatten(trainable)})
 
 
+def matrix(path: str, axes: int, stacked: int) -> MuonDimensionNumbers | None:
+    """Which axes of a leaf are inputs and which outputs, behind those that stack layers; None for what is no such map.
+
+    Word tables, output heads, convolutions, vectors and LoRA's narrow pairs are none. An attention's `o` has its
+    heads in front, its other maps have them behind.
+    """
+    *_, module, name = ("", *path.split("/"))
+    inputs = axes - stacked - 1 if module == "o" else 1
+    if name != "kernel" or module == "head" or axes - stacked not in (2, 3):
+        return None
+    return MuonDimensionNumbers(
+        tuple(range(stacked, stacked + inputs)), tuple(range(stacked + inputs, axes))
+    )
+
+
+def direction(
+    stage: Stage, leaves: Mapping[str, tuple[tuple[int, ...], int]]
+) -> optax.GradientTransformation:
+    """What the stage's `optimizer` makes of a gradient, before decay and learning rate.
+
+    `leaves`: the shape of each, and how many of its axes stack layers.
+    """
+    adam = optax.scale_by_adam(*stage.betas)
+    if stage.optimizer == "adamw":
+        return adam
+    maps = {path: matrix(path, len(shape), axes) for path, (shape, axes) in leaves.items()}
+
+    def larger_side(path: str) -> int:
+        shape = leaves[path][0]
+        return max(math.prod(shape[axis] for axis in axes) for axes in maps[path])
+
+    # A matrix of orthogonal rows has a root mean square of the larger side ** -0.5, and Adam's updates one near 0.2.
+    sizes = {path: 0.2 * larger_side(path) ** 0.5 for path in maps if maps[path]}
+
+    def scaled(updates: Params, _) -> Params:
+        flat = trees.flatten(updates)
+        return trees.unflatten(
+            {path: leaf * sizes[path] if path in sizes else leaf for path, leaf in flat.items()}
+        )
+
+    dimensions = {path: found or optax.MaskedNode() for path, found in maps.items()}
+    muon = optax.chain(
+        scale_by_muon(weight_dimension_numbers=trees.unflatten(dimensions)), optax.stateless(scaled)
+    )
+    labels = {path: "muon" if found else "adamw" for path, found in maps.items()}
+    return optax.partition({"muon": muon, "adamw": adam}, trees.unflatten(labels))
+
+
 def optimizer(
     stage: Stage, trainable: Params, layer_axes: Mapping[str, int] | None = None
 ) -> optax.GradientTransformation:
-    """AdamW for the trainable half: clipping by its global norm, decay where `decays` says, warm-up and cosine.
+    """AdamW or Muon for the trainable half: clipping by its global norm, decay where `decays` says, warm-up and cosine.
 
     `layer_axes`: how many axes of a leaf stack layers (see `sharding.layer_axes`); none where a path is missing.
     """
@@ -115,7 +165,7 @@ def optimizer(
         path: decays(path, len(leaf.shape) - stacked.get(path, 0)) for path, leaf in flat.items()
     }
     parts = [
-        optax.scale_by_adam(*stage.betas),
+        direction(stage, {p: (leaf.shape, stacked.get(p, 0)) for p, leaf in flat.items()}),
         optax.add_decayed_weights(stage.weight_decay, trees.unflatten(mask)),
         optax.scale_by_learning_rate(schedule(stage)),
     ]
@@ -132,17 +182,16 @@ def abstract_optimiser(
 ) -> Any:
     """Shapes and shardings of the optimiser's state: moments lie as their parameters do, counters everywhere."""
 
-    def like(shape, where):
+    flat, everywhere = trees.flatten(trainable), NamedSharding(mesh, PartitionSpec())
+
+    def like(keys, shape):
+        names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        paths = ("/".join(names[start:]) for start in range(len(names)))
+        leaf = next((flat[path] for path in paths if path in flat), None)
+        where = everywhere if leaf is None else leaf.sharding
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return optax.tree.map_params(
-        optimiser,
-        lambda shape, leaf: like(shape, leaf.sharding),
-        jax.eval_shape(optimiser.init, trainable),
-        trainable,
-        transform_non_params=lambda shape: like(shape, everywhere),
-    )
+    return jax.tree_util.tree_map_with_path(like, jax.eval_shape(optimiser.init, trainable))
 
 
 def start(optimiser: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> State:

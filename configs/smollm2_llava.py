@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A published language model, SmolLM2-135M, under LLaVA's recipe: two linears, then a LoRA beside them.
+"""A published language model, SmolLM2-135M, under LLaVA's recipe: a linear, then a LoRA beside it.
 
 The tower is the small one that ships with the project, which has only ever seen drawings; easy-VQA and photographs with
 captions are what is learned. Its last layers speak in words of scenes, so an earlier one is read, as four words, each
@@ -30,14 +30,16 @@ IMAGE_TOKEN = SMOLLM2_135M.vocab  # behind its words, of which it needs none
 def get_config() -> Experiment:
     """The whole run."""
     language = dataclasses.replace(SMOLLM2_135M, lora=LoraConfig(16, 32.0, 0.05))
-    rates = {"batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 10, "weight_decay": 0.0}
+    rates = {"batch_size": 8, "warmup_steps": 10, "weight_decay": 0.0, "optimizer": "muon"}
+    # Questions that the words alone do not answer, unlike most of those for yes or no, show first where to look.
+    attributes = EasyVqa("attributes", ("color", "shape"))
     return Experiment(
         name="smollm2_llava",
         system=Prefix(
             TINY_VIT, language, feature_layer=-4, pool=4, image_token=IMAGE_TOKEN, names="original"
         ),
         data=DataConfig(
-            sources=(EasyVqa(), Coco("data/coco")),
+            sources=(EasyVqa(), Coco("data/coco"), attributes),
             processor=ProcessorConfig(
                 image_size=TINY_VIT.image, tokenizer="weights/smollm2_135m", question_length=1, prompt_length=28,
                 target_length=16, tags=False, reader="decoder", template="User: {image} {question} Assistant:",
@@ -45,9 +47,10 @@ def get_config() -> Experiment:
             ),
         ),
         stages=(
-            Stage("align", 40, ("projector",), (("coco/caption@plain", 1.0), ("easy_vqa/vqa", 1.0)), **rates),
+            Stage("align", 200, ("projector",), (("attributes/vqa", 1.0),), learning_rate=5e-3, **rates),
             Stage(
-                "instruct", 160, ("projector", ".*/lora_[ab]"), (("easy_vqa/vqa", 6.0), ("coco/caption", 1.0)), **rates
+                "instruct", 300, ("projector", ".*/lora_[ab]"),
+                (("easy_vqa/vqa", 5.0), ("attributes/vqa", 2.0), ("coco/caption", 1.0)), learning_rate=1e-3, **rates,
             ),
         ),
         run=RunConfig(log_every=10, save_every=40, frozen_dtype="float32", cache_features=True),

@@ -29,9 +29,12 @@ DECODER = BackbonesConfig(
     scenes=20_000,
     language_schedules=(
         LanguageSchedule(5_000, 4e-3, hinted=0.05, blind=0.03, words_stay=True, optimizer="muon"),
-        LanguageSchedule(
-            1_500, 2e-3, patches=0.4, hinted=0.05, blind=0.03, words_stay=True, optimizer="muon"
-        ),
+        *[
+            LanguageSchedule(
+                1_500, 2e-3, patches=0.4, hinted=0.05, blind=0.03, words_stay=True, optimizer="muon"
+            )
+        ]
+        * 2,
     ),
 )
 

@@ -111,9 +111,13 @@ class OpenedScenes:
 
 @dataclass(frozen=True)
 class EasyVqa:
-    """The easy-VQA package: 5,000 pictures of one shape each, and 48,248 questions. Its test set is held out."""
+    """The easy-VQA package: 5,000 pictures of one shape each, and 48,248 questions. Its test set is held out.
+
+    `kinds`: of the questions, `yesno`, `color` and `shape`.
+    """
 
     name: str = "easy_vqa"
+    kinds: tuple[str, ...] = ("yesno", "color", "shape")
 
     def open(self, split: str, max_pixels: int) -> Table:
         import importlib.util
@@ -125,15 +129,10 @@ class EasyVqa:
         reader = Reader(folder / "images")
         for question, answer, key in read_json(folder / "questions.json"):
             validation = split != "heldout" and key % 20 == 0
-            if validation == (split == "validation"):
+            kind = "color" if "color" in question else "shape"
+            kind = "yesno" if answer in ("yes", "no") else kind
+            if validation == (split == "validation") and kind in self.kinds:
                 number = reader.photo(key, Photo(f"{key}.png"))
-                kind = (
-                    "yesno"
-                    if answer in ("yes", "no")
-                    else "color"
-                    if "color" in question
-                    else "shape"
-                )
                 reader.row("vqa", Row(number, (answer,), question, kind=kind))
         return reader.table(max_pixels)
 

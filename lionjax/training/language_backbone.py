@@ -295,8 +295,7 @@ def train_language(
 
     for schedule in c.language_schedules[-1:] if again else c.language_schedules:
         log.info("language: %s", schedule)
-        rule = optimiser(schedule.rate, schedule.steps, schedule.optimizer, params, axes)
-        params = learn_language(c, schedule, rule, reader, params, batch, rng, judge)
+        params = learn_language(c, schedule, reader, params, batch, rng, judge, axes)
         figures = judge(params)
     return params, figures
 
@@ -309,9 +308,17 @@ def decimal_weight(target_BM, digits_PV):
 
 
 def learn_language(
-    c: BackbonesConfig, schedule: LanguageSchedule, tx, reader: Reader, params, batch, rng, judge
+    c: BackbonesConfig,
+    schedule: LanguageSchedule,
+    reader: Reader,
+    params,
+    batch,
+    rng,
+    judge,
+    layer_axes=None,
 ):
     """Parameters after one schedule; `judge` is called with them every thousand steps."""
+    tx = optimiser(schedule.rate, schedule.steps, schedule.optimizer, params, layer_axes)
     state = tx.init(params)
     digits_PV = np.array(reader.digits).reshape(PLACES, DIGITS)
 

@@ -35,7 +35,7 @@ DECODER = BackbonesConfig(
                 1_500, 2e-3, patches=0.4, hinted=0.05, blind=0.03, words_stay=True, optimizer="muon"
             )
         ]
-        * 2,
+        * 3,
     ),
 )
 

@@ -22,8 +22,8 @@ def get_config() -> BackbonesConfig:
     return BackbonesConfig(vision=TINY_VIT, language=TINY_T5)
 
 
-# The decoder is told as the T5 was, which is not to change: a ViT is aligned with it. Muon leaves the plateau that small
-# language models begin with where AdamW stays on it.
+# The decoder is told as the T5 was, which is not to change: a ViT is aligned with it. Muon leaves the plateau that
+# small language models begin with where AdamW stays on it.
 DECODER = BackbonesConfig(
     vision=TINY_VIT,
     language=TINY_DECODER,

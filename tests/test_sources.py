@@ -365,6 +365,16 @@ def test_a_folder_without_scenes_is_one_sentence(tmp_path):
     assert str(tmp_path) in sentence(error)
 
 
+def test_easy_vqa_gives_the_kinds_of_questions_that_are_asked_for_and_knows_no_other():
+    pytest.importorskip("easy_vqa")
+    opened = EasyVqa(kinds=("color",)).open("heldout", MAX_PIXELS)
+    photos = [(number, opened.read(number)[1]) for number in range(50)]
+    asked = [opened.ask("vqa", number, photo, np.random.default_rng(0), 0.0) for number, photo in photos]
+    assert {example.kind for example in asked} == {"color"} and "color" in asked[0].question
+    with pytest.raises(UserError, match="no kind 'colour'; there are yesno, color and shape"):
+        EasyVqa(kinds=("colour",))
+
+
 def test_easy_vqa_is_read_whole_and_its_test_set_is_held_out():
     pytest.importorskip("easy_vqa")
     opened = {split: EasyVqa().open(split, MAX_PIXELS) for split in sources.SPLITS}

@@ -119,6 +119,12 @@ class EasyVqa:
     name: str = "easy_vqa"
     kinds: tuple[str, ...] = ("yesno", "color", "shape")
 
+    def __post_init__(self):
+        if unknown := set(self.kinds) - {"yesno", "color", "shape"}:
+            raise UserError(
+                f"easy-VQA has no kind {sorted(unknown)[0]!r}; there are yesno, color and shape"
+            )
+
     def open(self, split: str, max_pixels: int) -> Table:
         import importlib.util
 

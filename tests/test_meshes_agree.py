@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mesh says where things are computed, not what comes out."""
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -57,3 +58,21 @@ def test_what_muon_makes_of_a_matrix_does_not_depend_on_how_it_is_cut():
     np.testing.assert_allclose(cut[1], one[1], rtol=1e-5)
     for path, leaf in cut[3].items():
         np.testing.assert_allclose(leaf, one[3][path], atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("optimizer, moments", [("adamw", 2), ("muon", 1)])
+def test_moments_lie_as_their_parameters_do(optimizer, moments):
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    shapes = jax.eval_shape(toy.Toy().init, jax.random.key(0), BATCH)
+    where = trees.flatten(sharding.shardings(shapes, mesh))
+    leaves = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[path])
+        for path, leaf in trees.flatten(nn.unbox(shapes)).items()
+    }
+    trainable = trees.unflatten(leaves)
+    rule = stages.optimizer(toy.stage(optimizer=optimizer), trainable, sharding.layer_axes(shapes))
+    found = [leaf.sharding for leaf in jax.tree.leaves(stages.abstract_optimiser(rule, trainable, mesh))]
+    kernel = leaves["blocks/up/kernel"].sharding
+    assert any(kernel.spec) and found.count(kernel) >= moments
+    split = sum(any(place.spec) for place in where.values())
+    assert sum(any(place.spec) for place in found) >= split  # adamw keeps two of each, muon one of a matrix

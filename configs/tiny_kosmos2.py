@@ -24,7 +24,7 @@ def get_config() -> Experiment:
     )  # fmt: skip
     mixture = (("rec", 8.0), ("vqa", 4.0), ("caption", 1.0))
     stage = llava["stage"](
-        "ground", 2600, ("language", "latents", "vision_norm"), mixture, 3e-3, optimizer="muon"
+        "ground", 4500, ("language", "latents", "vision_norm"), mixture, 3e-3, optimizer="muon"
     )
     return llava["experiment"](
         "tiny_kosmos2", system, (stage,), llava["BACKBONES"][:1], reader="decoder", template="{image} {question}",

@@ -84,9 +84,7 @@ def attend_parts(query_BLNH, parts, mask=None, bias=None, scale: float = 1.0):
         """(B, L, N, X) -> (rows of the piece, heads of the piece, queries, X)."""
         few, fewer, size = len(key_BNSH), key_BNSH.shape[1], x_BLNX.shape[-1]
         x = x_BLNX.reshape(few, rows // few * length, fewer, heads // fewer, size)
-        asked = (
-            rows // few * length * (heads // fewer)
-        )  # a piece may be empty, where -1 says nothing
+        asked = rows // few * length * (heads // fewer)  # a piece may be empty, where -1 says nothing
         return x.transpose(0, 2, 1, 3, 4).reshape(few, fewer, asked, size)
 
     def each(x, key_BNSH):

@@ -252,9 +252,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--split", default="train", help="train, validation or heldout")
     verb.add_argument("--limit", type=int, default=3, help="examples shown of each task")
     verb.add_argument("--out", metavar="PATH", type=Path, help="a PNG to draw, a folder to build")
-    verb.add_argument(
-        "--tagger", metavar="DIR", type=Path, help="build: tags by RAM in this folder"
-    )
+    verb.add_argument("--tagger", metavar="DIR", type=Path, help="build: tags by RAM in this folder")
     words = 'build: by Apache Beam, with its flags, as in --beam="--runner=DirectRunner"'
     verb.add_argument("--beam", metavar="FLAGS", nargs="?", const="", help=words)
 
@@ -364,9 +362,7 @@ def _experiment(path: Path, overrides: Sequence[str]):
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code."""
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        os.environ.setdefault(
-            "PJRT_NPROC", "32"
-        )  # with few threads virtual devices can wait for each other for ever
+        os.environ.setdefault("PJRT_NPROC", "32")  # with few threads virtual devices can wait for each other for ever
     libtpu.deepen_stack()
     try:
         run(list(sys.argv[1:] if words is None else words))

@@ -89,15 +89,11 @@ class RunConfig:
         False  # keep what frozen towers make of each record, so that they run once
     )
     cache_gib: float = 4.0  # memory for that, on each host
-    features_dir: str = (
-        ""  # a folder where it is kept on disk as well, for later starts and other runs
-    )
+    features_dir: str = ""  # a folder where it is kept on disk as well, for later starts and other runs
     # An update whose loss or gradient is not finite, or whose loss is a spike, changes nothing; then the run stops,
     # goes on, or goes back to the last checkpoint and on with the batches after that one.
     on_bad_update: Literal["stop", "skip", "rewind"] = "stop"
-    spike: float = (
-        0.0  # so many deviations above the mean of the last 128 losses is a spike; 0: none
-    )
+    spike: float = 0.0  # so many deviations above the mean of the last 128 losses is a spike; 0: none
     bad_updates: int = 20  # with so many in one stage the run stops all the same
     # An update that takes longer (ten times as long, where it is compiled) ends the process; 0: never.
     stuck_seconds: float = 1800.0

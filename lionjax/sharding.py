@@ -104,13 +104,7 @@ def spec(
             if (name, size, wanted) not in _said:  # once, however many arrays have such an axis
                 _said.add((name, size, wanted))
                 axes_of = " x ".join(wanted)
-                log.info(
-                    "%r of %d does not divide over %s: not split there (%s, ...)",
-                    name,
-                    size,
-                    axes_of,
-                    what,
-                )
+                log.info("%r of %d does not divide over %s: not split there (%s, ...)", name, size, axes_of, what)
             wanted = wanted[:-1]
         used |= set(wanted)
         parts.append(wanted if len(wanted) > 1 else wanted[0] if wanted else None)

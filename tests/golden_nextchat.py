@@ -55,9 +55,7 @@ def batch_of(arrays, config: dict) -> tuple[Batch, np.ndarray]:
     ids, labels, mask = (arrays[name] for name in ("input_ids", "labels", "attention_mask"))
     prompts, lengths = (labels >= 0).argmax(1), mask.sum(1)
     rows, L, M = len(ids), prompts.max(), (lengths - prompts).max()
-    text = {
-        name: np.zeros((rows, L if name.startswith("prompt") else M), np.int32) for name in TEXTS
-    }
+    text = {name: np.zeros((rows, L if name.startswith("prompt") else M), np.int32) for name in TEXTS}
     flat, boxes = iter(arrays["loc_inputs"]), (ids == names["location"]) & (mask == 1)
     K = boxes.sum(1).max()
     box, box_mask = np.zeros((rows, K, 4), np.float32), np.zeros((rows, K), np.int32)
@@ -65,10 +63,7 @@ def batch_of(arrays, config: dict) -> tuple[Batch, np.ndarray]:
     masks, targets = np.zeros((rows, K, side, side), bool), iter(arrays["sam_target_masks"])
     for b, (start, end) in enumerate(zip(prompts, lengths)):
         text["prompt"][b, :start], text["prompt_mask"][b, :start] = ids[b, :start], 1
-        text["target"][b, : end - start], text["target_mask"][b, : end - start] = (
-            ids[b, start:end],
-            1,
-        )
+        text["target"][b, : end - start], text["target_mask"][b, : end - start] = ids[b, start:end], 1
         text["loss_mask"][b, : end - start] = labels[b, start:end] >= 0
         for k in range(boxes[b].sum()):
             box[b, k], box_mask[b, k] = next(flat), 1
@@ -120,23 +115,14 @@ def compute(folder: Path) -> Golden:
         return loss, (metrics, NextChatModule(words).apply({"params": params}, batch, method=told))
 
     def third(params):
-        return masks.loss(params, batch)[0], NextChatModule(masks).apply(
-            {"params": params}, batch, method=shown
-        )
+        return masks.loss(params, batch)[0], NextChatModule(masks).apply({"params": params}, batch, method=shown)
 
     (loss, (metrics, said)), first_grads = jax.jit(jax.value_and_grad(first, has_aux=True))(params)
     (mask_loss, seen), third_grads = jax.jit(jax.value_and_grad(third, has_aux=True))(params)
     real = said.pop("real")
     ours = {name: np.asarray(said[name])[real] for name in ("trigger_hidden", "predicted_boxes")}
-    ours |= {
-        name: np.asarray(value)[real]
-        for name, value in seen.items()
-        if name != "sam_image_embedding"
-    }
-    ours["sam_mask_logits"], ours["sam_iou"] = (
-        ours["sam_mask_logits"][:, None],
-        ours["sam_iou"][:, None],
-    )
+    ours |= {name: np.asarray(value)[real] for name, value in seen.items() if name != "sam_image_embedding"}
+    ours["sam_mask_logits"], ours["sam_iou"] = ours["sam_mask_logits"][:, None], ours["sam_iou"][:, None]
     ours["sam_image_embedding"] = np.asarray(seen["sam_image_embedding"]).transpose(0, 3, 1, 2)
     ours["projector_output"] = said["projector_output"]
     for name in ("last_hidden", "logits"):
@@ -184,8 +170,7 @@ def in_one_row(made, batch: Batch, prompts, like):
     moved, L = like.copy(), batch.prompt_BL.shape[1]
     for b, start in enumerate(prompts):
         answer = int(batch.target_mask_BM[b].sum())
-        moved[b, :start], moved[b, start : start + answer] = (
-            made[b, :start],
-            made[b, L : L + answer],
-        )
+        moved[b, :start], moved[b, start : start + answer] = made[b, :start], made[b, L : L + answer]
     return moved
+
+

@@ -154,9 +154,7 @@ def trained(what: Experiment, number: int, mesh_name: str, updates: int = 3):
     losses, norms = [], []
     for _ in range(updates):
         state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
-        jax.block_until_ready(
-            (state, metrics)
-        )  # on few cores two updates under way can wait for each other for ever
+        jax.block_until_ready((state, metrics))  # on few cores two updates under way can wait for each other for ever
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
     return first, losses, norms, split

@@ -16,13 +16,7 @@ SIDE, PATCH_TOKEN = 28, 21  # <im_patch> of the tiny tokenizer
 
 def get_config():
     """Read by the real Grain pipeline, over as many processes as there are."""
-    text = {
-        "prompt_length": 32,
-        "question_length": 1,
-        "target_length": 8,
-        "tags": False,
-        "reader": "decoder",
-    }
+    text = {"prompt_length": 32, "question_length": 1, "target_length": 8, "tags": False, "reader": "decoder"}
     return Experiment(
         name="small",
         system=Prefix(
@@ -33,22 +27,11 @@ def get_config():
         data=DataConfig(
             sources=(Scenes((12, 4, 12), pixels=56, folder=os.environ["SMALL_SCENES"]),),
             processor=ProcessorConfig(
-                image_size=SIDE,
-                template="USER: {image} {question} ASSISTANT:",
-                image_token=PATCH_TOKEN,
-                **text,
+                image_size=SIDE, template="USER: {image} {question} ASSISTANT:", image_token=PATCH_TOKEN, **text
             ),
         ),
         stages=(
-            Stage(
-                "one",
-                4,
-                ("projector", "language"),
-                (("vqa", 1.0),),
-                8,
-                learning_rate=1e-2,
-                warmup_steps=1,
-            ),
+            Stage("one", 4, ("projector", "language"), (("vqa", 1.0),), 8, learning_rate=1e-2, warmup_steps=1),
         ),
         run=RunConfig(log_every=1, save_every=2, frozen_dtype="float32", evaluate_limit=0),
         mesh=MeshConfig(-1, 1, 1),

@@ -36,9 +36,7 @@ SYSTEM = Lion(
     ),
     soft_prompt_token=3,
 )  # fmt: skip
-PROCESSOR = ProcessorConfig(
-    image_size=SIDE, prompt_length=128, question_length=64, target_length=24
-)
+PROCESSOR = ProcessorConfig(image_size=SIDE, prompt_length=128, question_length=64, target_length=24)
 QFORMER, AGGREGATOR = ("qformer.*", "soft_prompt"), ("aggregator.*", ".*/adapter_0")
 
 
@@ -49,14 +47,10 @@ def experiment(seed: int = 0, **data) -> Experiment:
     return Experiment(
         name="small",
         system=SYSTEM,
-        data=DataConfig(
-            **{"sources": (Scenes((12, 4, 12), pixels=56),), "processor": PROCESSOR} | data
-        ),
+        data=DataConfig(**{"sources": (Scenes((12, 4, 12), pixels=56),), "processor": PROCESSOR} | data),
         stages=(
             Stage("first", 2, QFORMER, both, system=(("visual_input", "QFORMER"),), **fields),
-            Stage(
-                "second", 2, AGGREGATOR, both, system=(("visual_input", "AGGREGATOR"),), **fields
-            ),
+            Stage("second", 2, AGGREGATOR, both, system=(("visual_input", "AGGREGATOR"),), **fields),
             Stage("third", 2, (*QFORMER, *AGGREGATOR, ".*/adapters"), both, **fields),
         ),
         run=RunConfig(log_every=1, save_every=1, frozen_dtype="float32", evaluate_limit=4),
@@ -69,9 +63,7 @@ def params_of(what: Experiment):
     batch = example(Processor(what.data.processor))
     flat = trees.flatten(sharding.abstract(what.system.init, jax.random.key(0), batch))
     rng = np.random.default_rng(what.seed)
-    return trees.unflatten(
-        {path: jnp.asarray(drawn(path, leaf.shape, rng)) for path, leaf in flat.items()}
-    )
+    return trees.unflatten({path: jnp.asarray(drawn(path, leaf.shape, rng)) for path, leaf in flat.items()})
 
 
 def drawn(path: str, shape, rng) -> np.ndarray:
@@ -92,14 +84,9 @@ def put(workdir, what: Experiment, params, stage: int, step: int = 0):
     """Write where a run stands: at a stage's start, or some steps into it, with these parameters."""
     workdir.mkdir(parents=True, exist_ok=True)
     start.claim(workdir, what)
-    layout = start.layout(
-        what, example(Processor(what.data.processor)), sharding.make_mesh(devices=jax.devices()[:1])
-    )
+    layout = start.layout(what, example(Processor(what.data.processor)), sharding.make_mesh(devices=jax.devices()[:1]))
     inside = trees.flatten(layout.learned)
-    split = [
-        {p: x for p, x in trees.flatten(params).items() if (p in inside) == side}
-        for side in (False, True)
-    ]
+    split = [{p: x for p, x in trees.flatten(params).items() if (p in inside) == side} for side in (False, True)]
     never, learned = map(trees.unflatten, split)
     frozen = start._freeze(workdir, never)
     if not step:
@@ -107,9 +94,7 @@ def put(workdir, what: Experiment, params, stage: int, step: int = 0):
         return
     trainable, _ = trees.split(learned, what.stages[stage].trainable)
     update = start.updates_before(what, stage) + step
-    checkpoints.write(
-        workdir / "checkpoints" / str(update), {"trainable": trainable}, {"frozen": frozen}
-    )
+    checkpoints.write(workdir / "checkpoints" / str(update), {"trainable": trainable}, {"frozen": frozen})
 
 
 def flipped(folder) -> None:
@@ -121,8 +106,6 @@ def flipped(folder) -> None:
 
 
 # The same few programs are compiled by several test files.
-jax.config.update(
-    "jax_compilation_cache_dir", f"{tempfile.gettempdir()}/lionjax-tests-{os.getuid()}"
-)
+jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/lionjax-tests-{os.getuid()}")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 compilation_cache.reset_cache()

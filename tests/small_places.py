@@ -39,9 +39,7 @@ PROCESSOR = ProcessorConfig(
     boxes=4, sam_size=SAM.image,
 )  # fmt: skip
 IN_ONE_ROW = dataclasses.replace(PROCESSOR, reader="decoder")
-WITH_PICTURE = dataclasses.replace(
-    IN_ONE_ROW, template="{image} {question}", image_tokens=4, tags=False
-)
+WITH_PICTURE = dataclasses.replace(IN_ONE_ROW, template="{image} {question}", image_tokens=4, tags=False)
 MASKS = ("mask_prompts", "sam/decoder")
 PLACES = ("locations", ".*/adapters", "aggregator.*", "soft_prompt")
 WORDS = ("language", "projector", "locations")
@@ -54,18 +52,12 @@ def experiment(system, processor, trainable, seed: int = 0, steps: int = 2, **da
     return Experiment(
         name="small_places",
         system=system,
-        data=DataConfig(
-            **{"sources": (Scenes((12, 4, 12), pixels=56),), "processor": processor} | data
-        ),
+        data=DataConfig(**{"sources": (Scenes((12, 4, 12), pixels=56),), "processor": processor} | data),
         stages=(
             Stage("boxes", steps, trainable, boxes, **fields),
-            Stage(
-                "masks", steps, MASKS, (("res", 1.0),), system=(("objective", "masks"),), **fields
-            ),
+            Stage("masks", steps, MASKS, (("res", 1.0),), system=(("objective", "masks"),), **fields),
         ),
-        run=RunConfig(
-            log_every=1, save_every=1, frozen_dtype="float32", evaluate_limit=0, cache_features=True
-        ),
+        run=RunConfig(log_every=1, save_every=1, frozen_dtype="float32", evaluate_limit=0, cache_features=True),
         seed=seed,
     )
 

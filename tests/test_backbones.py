@@ -110,14 +110,10 @@ def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
     told = [patch_facts(scene, 4, 56) for scene in made]
     batch = functools.partial(language_batch, c, made, told, rng, processor)
     fresh = nn.unbox(jax.jit(model.init)(jax.random.key(0), *batch("things", "short", 2))["params"])
-    language = looking_for_like(fresh["language"], sizes) | {
-        "embedding": params["language"]["embedding"]
-    }
+    language = looking_for_like(fresh["language"], sizes) | {"embedding": params["language"]["embedding"]}
     begun = {"language": language, "code": params["code"], "roles": params["roles"]}
     mine = model.apply({"params": begun}, fields, code, method=model.tell)
-    np.testing.assert_array_equal(
-        mine, told_of.apply({"params": params}, fields, code, method=told_of.tell)
-    )
+    np.testing.assert_array_equal(mine, told_of.apply({"params": params}, fields, code, method=told_of.tell))
 
     fixed = batch("things", "short", 8)
     *_, target, mask = fixed
@@ -133,11 +129,7 @@ def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
     np.testing.assert_array_equal(learned["language"]["embedding"]["table"], words)
     assert float(wrong(learned)) < 0.5 * before
     # What stands behind a word cannot be known at it.
-    other = (
-        *fixed[:-2],
-        np.where(np.arange(target.shape[1]) == target.shape[1] - 1, 7, target),
-        mask,
-    )
+    other = (*fixed[:-2], np.where(np.arange(target.shape[1]) == target.shape[1] - 1, 7, target), mask)
     one, two = (np.asarray(model.apply({"params": learned}, *rows)) for rows in (fixed, other))
     np.testing.assert_array_equal(one[:, :-1], two[:, :-1])
 

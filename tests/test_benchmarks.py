@@ -33,9 +33,7 @@ def folder(tmp_path_factory):
     """The folder of a run that has ended."""
     made = tmp_path_factory.mktemp("runs") / "run"
     small_lion.finished(made, small_lion.experiment())
-    (made / "report.json").write_text(
-        json.dumps({"stages": [{"name": "kept"}], "speed": {"images_per_second": 7.0}})
-    )
+    (made / "report.json").write_text(json.dumps({"stages": [{"name": "kept"}], "speed": {"images_per_second": 7.0}}))
     return made
 
 
@@ -50,10 +48,7 @@ def entries(model, folder):
 
 
 def lines(folder, name: str) -> list[dict]:
-    return [
-        json.loads(text)
-        for text in (folder / "evaluation" / f"{name}.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(text) for text in (folder / "evaluation" / f"{name}.jsonl").read_text().splitlines()]
 
 
 # Figures
@@ -69,18 +64,14 @@ def scores_of(rows: list[dict], said: str) -> dict[str, dict[str, float]]:
     words = [[tag_words(text) for text in group] for group in (texts, [one for one, *_ in truth])]
     boxes = [metrics.parse_box(text) for text in texts]
     return {
-        "vqa": lambda: {
-            "vqa_accuracy": np.mean([answers.vqa_accuracy(*pair) for pair in zip(texts, truth)])
-        },
+        "vqa": lambda: {"vqa_accuracy": np.mean([answers.vqa_accuracy(*pair) for pair in zip(texts, truth)])},
         "existence": lambda: {
             "pope_f1": answers.pope_scores(
                 [answers.read_pope(text) for text in texts], [group[0] == "yes" for group in truth]
             )["f1"]
         },
         "relation": lambda: {
-            "vsr_accuracy": np.mean(
-                [answers.read_yes_no(t) is (g[0] == "yes") for t, g in zip(texts, truth)]
-            )
+            "vsr_accuracy": np.mean([answers.read_yes_no(t) is (g[0] == "yes") for t, g in zip(texts, truth)])
         },
         "caption": lambda: {
             "caption_cider": captions.cider_d(texts, truth).mean(),
@@ -88,9 +79,7 @@ def scores_of(rows: list[dict], said: str) -> dict[str, dict[str, float]]:
             "caption_rouge_l": captions.rouge_l(texts, truth).mean(),
         },
         "rec": lambda: {
-            "rec_accuracy_50": metrics.rec_scores(boxes, [row["truth_boxes"][0] for row in rows])[
-                "accuracy_50"
-            ]
+            "rec_accuracy_50": metrics.rec_scores(boxes, [row["truth_boxes"][0] for row in rows])["accuracy_50"]
         },
         "reg": lambda: {"reg_cider": captions.cider_d(texts, truth).mean()},
         "tags": lambda: {"tag_f1": metrics.tag_scores(*words)["f1"]},
@@ -113,30 +102,16 @@ def test_scores_by_kind_weigh_up_to_the_whole(entries, folder):
     kinds = entries["vqa"]["kinds"]
     assert sum(kind["samples"] for kind in kinds.values()) == LIMIT
     for variant, key in (("answers", "metrics"), ("majority", "majority")):
-        mean = (
-            sum(kind["samples"] * kind[variant]["vqa_accuracy"] for kind in kinds.values()) / LIMIT
-        )
+        mean = sum(kind["samples"] * kind[variant]["vqa_accuracy"] for kind in kinds.values()) / LIMIT
         assert mean == pytest.approx(entries["vqa"][key]["vqa_accuracy"])
     assert set(entries["existence"]["kinds"]) <= {"random", "popular", "adversarial"}
 
 
 def test_the_report_holds_the_figures_beside_their_baselines_and_leaves_the_rest(entries, folder):
     figures = json.loads((folder / "report.json").read_text())
-    wanted = {
-        "caption_cider",
-        "vqa_accuracy",
-        "rec_accuracy_50",
-        "reg_cider",
-        "pope_f1",
-        "tag_f1",
-        "vsr_accuracy",
-    }
-    assert wanted | {"caption_bleu4", "caption_rouge_l", "vqa_accuracy_untagged"} <= set(
-        figures["metrics"]
-    )
-    assert set(figures["metrics"]) == set(figures["baselines"]) and wanted <= set(
-        figures["majority"]
-    )
+    wanted = {"caption_cider", "vqa_accuracy", "rec_accuracy_50", "reg_cider", "pope_f1", "tag_f1", "vsr_accuracy"}
+    assert wanted | {"caption_bleu4", "caption_rouge_l", "vqa_accuracy_untagged"} <= set(figures["metrics"])
+    assert set(figures["metrics"]) == set(figures["baselines"]) and wanted <= set(figures["majority"])
     for key in wanted:
         low, high = figures["intervals"][key]
         assert low <= figures["metrics"][key] <= high
@@ -171,9 +146,7 @@ def test_the_blind_model_sees_one_blank_picture_and_no_tags(model, monkeypatch):
     sighted, blind, untagged, alone = seen
     hint = model.processor.tokenizer.soft_prompt_id
     assert not blind.image_BHWC.any() and not alone.image_BHWC.any()
-    assert np.ptp(sighted.image_BHWC[0]) > 0.5 and np.array_equal(
-        sighted.image_BHWC, untagged.image_BHWC
-    )
+    assert np.ptp(sighted.image_BHWC[0]) > 0.5 and np.array_equal(sighted.image_BHWC, untagged.image_BHWC)
     for batch, tagged in ((sighted, True), (blind, False), (untagged, False), (alone, True)):
         assert (batch.prompt_BL == hint).any() == tagged
     assert all(np.array_equal(batch.question_BL, sighted.question_BL) for batch in seen)
@@ -200,9 +173,7 @@ def test_a_smaller_limit_asks_the_first_of_the_same_questions(entries, model, fo
     assert [row["prediction"] for row in short] == [row["prediction"] for row in long][:3]
 
 
-def test_the_end_of_a_run_asks_each_benchmark_of_its_tasks_once(
-    model, tmp_path, monkeypatch, caplog
-):
+def test_the_end_of_a_run_asks_each_benchmark_of_its_tasks_once(model, tmp_path, monkeypatch, caplog):
     what = model.experiment
     assert benchmarks.names_of(what) == ["vqa", "rec"]
     given = (model.answerer, what, ("vqa", "coco/rec"), tmp_path, 3)
@@ -225,17 +196,10 @@ def test_the_constant_answer_is_the_most_common_one_of_the_questions_kind():
 
 
 def test_the_constant_box_is_the_training_box_that_hits_most():
-    boxes = [
-        (0.0, 0.0, 0.1, 0.1),
-        (0.3, 0.3, 0.7, 0.7),
-        (0.3, 0.3, 0.7, 0.8),
-        (0.28, 0.3, 0.7, 0.72),
-    ]
+    boxes = [(0.0, 0.0, 0.1, 0.1), (0.3, 0.3, 0.7, 0.7), (0.3, 0.3, 0.7, 0.8), (0.28, 0.3, 0.7, 0.72)]
     train = [example("", task="rec", boxes=(box,)) for box in boxes]
     (text,) = scoring.constants("rec", train, train[:1])
-    assert (
-        metrics.parse_box(text) == boxes[3]
-    )  # as the second it hits three, and it overlaps them more
+    assert metrics.parse_box(text) == boxes[3]  # as the second it hits three, and it overlaps them more
     assert scoring.random_box_hits(train, train[:1]) == 0.25
 
 
@@ -243,11 +207,7 @@ def test_the_constant_sentence_and_tags_are_the_best_of_the_training_ones():
     said = ["a red star and a ring", "a red star and a moon", "something else entirely"]
     train = [example(text, task="caption", answers=tuple(said[:2])) for text in said]
     assert scoring.constants("caption", train, train[:1])[0] in said[:2]
-    train = [
-        example("star, red", task="tags"),
-        example("star, blue", task="tags"),
-        example("star", task="tags"),
-    ]
+    train = [example("star, red", task="tags"), example("star, blue", task="tags"), example("star", task="tags")]
     assert scoring.constants("tags", train, train) == ["star"] * 3
 
 
@@ -265,18 +225,11 @@ def test_intervals_are_those_of_the_statistic_itself():
 # The command line
 
 
-def test_evaluate_prints_a_table_and_json_and_refuses_what_there_is_not(
-    capsys, folder, monkeypatch
-):
+def test_evaluate_prints_a_table_and_json_and_refuses_what_there_is_not(capsys, folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     assert cli.main(["evaluate", str(folder), "--benchmark", "vqa", "--limit", "2"]) == 0
     out = capsys.readouterr().out
-    assert (
-        "vqa: 2 questions of heldout" in out
-        and "vqa_accuracy" in out
-        and "blind" in out
-        and "majority" in out
-    )
+    assert "vqa: 2 questions of heldout" in out and "vqa_accuracy" in out and "blind" in out and "majority" in out
     words = ["evaluate", str(folder), "--benchmark", "all", "--limit", "2", "--json"]
     assert cli.main(words) == 0
     assert [entry["benchmark"] for entry in json.loads(capsys.readouterr().out)] == ["vqa", "rec"]
@@ -291,25 +244,14 @@ def test_evaluate_prints_a_table_and_json_and_refuses_what_there_is_not(
 
 
 @pytest.mark.slow
-def test_training_ends_with_figures_and_the_folder_answers_as_the_parameters_in_memory(
-    tmp_path, capsys
-):
+def test_training_ends_with_figures_and_the_folder_answers_as_the_parameters_in_memory(tmp_path, capsys):
     config = "import small_lion\n\n\ndef get_config():\n    return small_lion.experiment()\n"
     (tmp_path / "config.py").write_text(config)
-    words = [
-        "train",
-        str(tmp_path / "config.py"),
-        "--workdir",
-        str(tmp_path / "run"),
-        "--run.evaluate_limit",
-        "4",
-    ]
+    words = ["train", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "run"), "--run.evaluate_limit", "4"]
     assert cli.main(words) == 0
     assert "vqa: 4 questions of heldout" in capsys.readouterr().err
     figures = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert {"vqa_accuracy", "rec_accuracy_50"} <= set(figures["metrics"]) and len(
-        figures["stages"]
-    ) == 3
+    assert {"vqa_accuracy", "rec_accuracy_50"} <= set(figures["metrics"]) and len(figures["stages"]) == 3
     asked = lionjax.load(tmp_path / "run").evaluate("vqa", limit=4)
     for key in ("metrics", "blind", "untagged"):
         assert asked[key] == figures["evaluation"]["vqa"][key]
@@ -344,12 +286,7 @@ def test_evaluate_reads_questions_and_answers_in_the_format_of_vqa(capsys, folde
     said = [{"question_id": k, "answers": [{"answer": str(k)}] * 10} for k in range(2)]
     (tmp_path / "questions.json").write_text(json.dumps({"questions": asked}))
     (tmp_path / "annotations.json").write_text(json.dumps({"annotations": said}))
-    words = [
-        "--source",
-        str(tmp_path / "questions.json"),
-        "--answers",
-        str(tmp_path / "annotations.json"),
-    ]
+    words = ["--source", str(tmp_path / "questions.json"), "--answers", str(tmp_path / "annotations.json")]
     words += ["--images", str(tmp_path), "--pattern", "COCO_val2014_{:012d}.jpg", "--json"]
     assert cli.main(["evaluate", str(folder), "--benchmark", "vqa", *words]) == 0
     (entry,) = json.loads(capsys.readouterr().out)
@@ -374,9 +311,7 @@ def test_evaluate_reads_published_files_about_photographs(capsys, folder, words,
     command += ["--images", str(SHARED / "coco83" / "images")] if source.endswith("json") else []
     assert cli.main(command) == 0
     entries = json.loads(capsys.readouterr().out)
-    assert [entry["task"] for entry in entries] == [
-        task for task in scoring.SCORERS if task in tasks
-    ]
+    assert [entry["task"] for entry in entries] == [task for task in scoring.SCORERS if task in tasks]
     assert all(0 < entry["samples"] <= most for entry in entries)
     if "pope" in source:
         assert set(entries[0]["kinds"]) == {"random", "popular", "adversarial"}

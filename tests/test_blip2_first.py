@@ -33,12 +33,7 @@ CLS, DEC, SEP, ROWS = 3, 4, 2, 4
 def both(draw):
     """Their class for retrieval and ours, of the same random sizes."""
     t = tiny.tower_settings(draw)
-    heads, layers, every, queries = (
-        draw.choice([2, 3]),
-        draw.randint(2, 4),
-        draw.choice([1, 2]),
-        draw.randint(2, 4),
-    )
+    heads, layers, every, queries = draw.choice([2, 3]), draw.randint(2, 4), draw.choice([1, 2]), draw.randint(2, 4)
     q = {
         "vocab_size": 40, "hidden_size": heads * 4, "num_hidden_layers": layers, "num_attention_heads": heads,
         "intermediate_size": draw.randint(20, 30), "max_position_embeddings": 20, "cross_attention_frequency": every,
@@ -46,11 +41,7 @@ def both(draw):
         "use_qformer_text_input": True,
     }  # fmt: skip
     config = transformers.Blip2Config(
-        vision_config=t,
-        qformer_config=q,
-        num_query_tokens=queries,
-        image_text_hidden_size=6,
-        image_token_index=None,
+        vision_config=t, qformer_config=q, num_query_tokens=queries, image_text_hidden_size=6, image_token_index=None
     )
     theirs = tiny.shaken(transformers.Blip2ForImageTextRetrieval(config))
     vision = ViTConfig(
@@ -58,16 +49,7 @@ def both(draw):
         t["intermediate_size"],
     )  # fmt: skip
     bridge = QFormerConfig(
-        heads * 4,
-        layers,
-        heads,
-        q["intermediate_size"],
-        queries,
-        every,
-        t["hidden_size"],
-        40,
-        20,
-        dropout=0.0,
+        heads * 4, layers, heads, q["intermediate_size"], queries, every, t["hidden_size"], 40, 20, dropout=0.0
     )
     return theirs, Blip2First(vision, bridge, 1e-6, 6, start_token=CLS, write_token=DEC)
 
@@ -75,10 +57,7 @@ def both(draw):
 def their_names(c: Blip2First) -> tuple[Row, ...]:
     """Rows of Blip2ForImageTextRetrieval, which has no head for words."""
     bridge = under("qformer.", "qformer/", qformer.hugging_face_rows(c.qformer))
-    words = [
-        (f"qformer.embeddings.{x}_embeddings", f"embeddings.{x}_embeddings")
-        for x in ("word", "position")
-    ]
+    words = [(f"qformer.embeddings.{x}_embeddings", f"embeddings.{x}_embeddings") for x in ("word", "position")]
     return (
         *under("vision_model.", "vision/", vit.blip_rows(c.vision)),
         *norm_rows("vision_model.post_layernorm", "vision_norm"),
@@ -110,15 +89,11 @@ def pair():
     numbers = np.random.default_rng(seed)
     lengths = np.array([3, 1, 4, 2])
     mask = (np.arange(6) <= lengths[:, None]).astype(np.int32)
-    target = (
-        np.where(np.arange(6) == lengths[:, None], SEP, numbers.integers(5, 40, (ROWS, 6))) * mask
-    )
+    target = np.where(np.arange(6) == lengths[:, None], SEP, numbers.integers(5, 40, (ROWS, 6))) * mask
     side = system.vision.image
     image = numbers.standard_normal((ROWS, side, side, 3)).astype(np.float32)
     nothing, rows = np.zeros((ROWS, 1), np.int32), np.arange(ROWS, dtype=np.int32)
-    batch = Batch(
-        image, nothing, nothing, nothing, nothing, target.astype(np.int32), mask, mask, rows, rows
-    )
+    batch = Batch(image, nothing, nothing, nothing, nothing, target.astype(np.int32), mask, mask, rows, rows)
     return seed, theirs, extra, system, params, batch
 
 
@@ -134,9 +109,7 @@ def test_similarities_and_matches_are_those_of_transformers(pair):
     pixels, ids, mask = asked(batch)
     with torch.no_grad():
         alike = theirs(pixels, ids, mask).logits_per_image.numpy()
-        match = theirs(
-            pixels, ids, mask, use_image_text_matching_head=True
-        ).logits_per_image.numpy()
+        match = theirs(pixels, ids, mask, use_image_text_matching_head=True).logits_per_image.numpy()
     mine = jax.jit(lambda p: (system.similarity(p, batch), system.match(p, batch)))(params)
     assert_close(mine[0], alike, f"similarity, seed {seed}")
     assert_close(mine[1], match, f"match, seed {seed}")
@@ -150,9 +123,7 @@ def torch_losses(theirs, extra, c: Blip2First, batch: Batch):
     query = theirs.query_tokens.expand(ROWS, -1, -1)
     states = theirs.qformer(query_embeds=query, encoder_hidden_states=seen).last_hidden_state
     picture = normalize(theirs.vision_projection(states), dim=-1)
-    told = theirs.qformer(
-        query_embeds=theirs.embeddings(ids), query_length=0, attention_mask=mask
-    ).last_hidden_state
+    told = theirs.qformer(query_embeds=theirs.embeddings(ids), query_length=0, attention_mask=mask).last_hidden_state
     text = normalize(theirs.text_projection(told[:, 0]), dim=-1)
 
     def best(picture, text):
@@ -161,8 +132,7 @@ def torch_losses(theirs, extra, c: Blip2First, batch: Batch):
     to_text, to_picture = best(picture, text.detach()), best(picture.detach(), text).T
     contrast = sum(cross_entropy(x, rows, label_smoothing=0.1) for x in (to_text, to_picture)) / 2
     other_text, other_picture = (
-        x.detach().masked_fill(torch.eye(ROWS, dtype=torch.bool), -1e4).argmax(1)
-        for x in (to_text, to_picture)
+        x.detach().masked_fill(torch.eye(ROWS, dtype=torch.bool), -1e4).argmax(1) for x in (to_text, to_picture)
     )
     triple = (torch.cat([x, x, x[other_text]]) for x in (ids, mask))
     ids3, mask3 = triple
@@ -172,9 +142,7 @@ def torch_losses(theirs, extra, c: Blip2First, batch: Batch):
     states = theirs.qformer(
         query_embeds=joint, query_length=q, attention_mask=mask3, encoder_hidden_states=seen3
     ).last_hidden_state
-    matching = cross_entropy(
-        theirs.itm_head(states[:, :q]).mean(1), (torch.arange(3 * ROWS) < ROWS).long()
-    )
+    matching = cross_entropy(theirs.itm_head(states[:, :q]).mean(1), (torch.arange(3 * ROWS) < ROWS).long())
 
     # Queries see each other, text sees the queries and itself up to here: what a cache of the queries comes to.
     ids = torch.cat([torch.full((ROWS, 1), DEC), ids[:, 1:-1]], 1)
@@ -185,14 +153,8 @@ def torch_losses(theirs, extra, c: Blip2First, batch: Batch):
     may[:, :q, q:] = False
     x = theirs.qformer.layernorm(theirs.embeddings(ids, query_embeds=query))
     added = torch.zeros(may.shape).masked_fill(~may, -1e9)[:, None]
-    states = theirs.qformer.encoder(
-        x, attention_mask=added, encoder_hidden_states=seen, query_length=q
-    )
-    h = gelu(
-        linear(
-            states.last_hidden_state[:, q:], extra["word_dense.weight"], extra["word_dense.bias"]
-        )
-    )
+    states = theirs.qformer.encoder(x, attention_mask=added, encoder_hidden_states=seen, query_length=q)
+    h = gelu(linear(states.last_hidden_state[:, q:], extra["word_dense.weight"], extra["word_dense.bias"]))
     h = layer_norm(h, h.shape[-1:], extra["word_norm.weight"], extra["word_norm.bias"], 1e-12)
     logits = linear(h, theirs.embeddings.word_embeddings.weight, extra["word_bias"])
     labels = torch.tensor(np.where(batch.loss_mask_BM, batch.target_BM, -100)).long()
@@ -205,20 +167,14 @@ def test_the_three_losses_and_every_gradient_are_those_of_torch(pair):
     theirs.zero_grad()
     wanted = torch_losses(theirs, extra, system, batch)
     sum(wanted.values()).backward()
-    (value, metrics), grads = jax.jit(
-        jax.value_and_grad(lambda p: system.loss(p, batch), has_aux=True)
-    )(params)
+    (value, metrics), grads = jax.jit(jax.value_and_grad(lambda p: system.loss(p, batch), has_aux=True))(params)
     for name, loss in wanted.items():
-        assert float(metrics[f"loss_{name}"]) == pytest.approx(loss.item(), rel=1e-4), (
-            f"{name}, seed {seed}"
-        )
+        assert float(metrics[f"loss_{name}"]) == pytest.approx(loss.item(), rel=1e-4), f"{name}, seed {seed}"
     assert float(value) == pytest.approx(sum(loss.item() for loss in wanted.values()), rel=1e-4)
     grads = convert.state_from(their_names(system), jax.tree.map(np.asarray, grads))
     for name, weight in (*theirs.named_parameters(), *extra.items()):
         norm = 0.0 if weight.grad is None else weight.grad.norm().item()
-        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), (
-            f"{name}, seed {seed}"
-        )
+        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
 
 
 def test_words_written_one_by_one_are_those_written_at_once(pair):
@@ -243,9 +199,7 @@ def test_others_are_drawn_as_alike_as_they_are_and_never_the_own():
     found = np.asarray(jax.vmap(lambda key: drawn(score, key))(keys))
     assert not (found == np.arange(3)).any()
     assert (found[:, 0] == 1).mean() == pytest.approx(np.exp(2) / (1 + np.exp(2)), abs=0.06)
-    assert (found[:, 1] == 0).mean() == pytest.approx(0.5, abs=0.08) and (
-        found[:, 2] == 0
-    ).mean() > 0.98
+    assert (found[:, 1] == 0).mean() == pytest.approx(0.5, abs=0.08) and (found[:, 2] == 0).mean() > 0.98
     assert drawn(score, None).tolist() == [1, 0, 0]
 
 
@@ -264,10 +218,7 @@ def test_weights_go_out_and_come_back_under_lavis_names(pair):
     state = convert.state_from(system.torch_rows(), params)
     table = state["Qformer.bert.embeddings.word_embeddings.weight"]
     np.testing.assert_array_equal(state["Qformer.cls.predictions.decoder.weight"], table)
-    assert (
-        "Qformer.bert.encoder.layer.0.crossattention.self.query.weight" in state
-        and state["temp"].shape == ()
-    )
+    assert "Qformer.bert.encoder.layer.0.crossattention.self.query.weight" in state and state["temp"].shape == ()
     back = trees.flatten(convert.params_from(system.torch_rows(), state))
     for path, leaf in trees.flatten(params).items():
         np.testing.assert_array_equal(back[path], leaf, path)

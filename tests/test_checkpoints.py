@@ -23,10 +23,7 @@ MESHES = ((8, 1, 1), (2, 2, 2))
 def tree(seed=0):
     random = np.random.default_rng(seed)
     return {
-        "up": {
-            "kernel": jnp.asarray(random.normal(size=(64, 48)), jnp.float32),
-            "bias": jnp.ones(8, jnp.bfloat16),
-        },
+        "up": {"kernel": jnp.asarray(random.normal(size=(64, 48)), jnp.float32), "bias": jnp.ones(8, jnp.bfloat16)},
         "count": jnp.int32(7),
         "flags": jnp.asarray([True, False, True]),
     }
@@ -36,21 +33,14 @@ def laid_out(items, shape=(1, 1, 1)):
     mesh = sharding.make_mesh(sharding.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
 
     def one(leaf):
-        split = (
-            PartitionSpec(("data", "fsdp"))
-            if leaf.ndim and leaf.shape[0] % 8 == 0
-            else PartitionSpec()
-        )
+        split = PartitionSpec(("data", "fsdp")) if leaf.ndim and leaf.shape[0] % 8 == 0 else PartitionSpec()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, split))
 
     return jax.tree.map(one, items)
 
 
 def same(a, b):
-    return all(
-        (x == y).all() and x.dtype == y.dtype
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
-    )
+    return all((x == y).all() and x.dtype == y.dtype for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def on_device(items):
@@ -98,9 +88,7 @@ def test_wherever_a_byte_is_flipped_the_values_are_right_or_the_directory_is_ref
     files = sorted(path for path in (tmp_path / "a").rglob("*") if path.is_file())
     for file in files:
         whole = file.read_bytes()
-        for at in (
-            {int(share * (len(whole) - 1)) for share in (0.0, 0.3, 0.55, 0.8, 1.0)} if whole else ()
-        ):
+        for at in {int(share * (len(whole) - 1)) for share in (0.0, 0.3, 0.55, 0.8, 1.0)} if whole else ():
             file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
             try:
                 items, meta = checkpoints.read(tmp_path / "a", target)
@@ -110,9 +98,7 @@ def test_wherever_a_byte_is_flipped_the_values_are_right_or_the_directory_is_ref
                 refused.append(str(damage))
         file.write_bytes(whole)
     assert len(refused) >= 10
-    assert any(
-        "'items/up/kernel' is not what was written" in text for text in refused
-    )  # seen by nobody but us
+    assert any("'items/up/kernel' is not what was written" in text for text in refused)  # seen by nobody but us
     assert same(checkpoints.read(tmp_path / "a", target)[0]["items"], tree())
 
 
@@ -138,12 +124,8 @@ def test_a_dtype_a_shape_or_a_name_that_differs_is_refused_and_never_cast(tmp_pa
     checkpoints.write(tmp_path / "a", {"items": tree()}, {})
     kernel = tree()["up"]["kernel"]
     cases = {
-        "'items/up/kernel' was saved as float32 .* wanted as bfloat16": {
-            "kernel": kernel.astype(jnp.bfloat16)
-        },
-        r"'items/up/kernel' was saved as float32 \(64, 48\) and is wanted as float32 \(48, 64\)": {
-            "kernel": kernel.T
-        },
+        "'items/up/kernel' was saved as float32 .* wanted as bfloat16": {"kernel": kernel.astype(jnp.bfloat16)},
+        r"'items/up/kernel' was saved as float32 \(64, 48\) and is wanted as float32 \(48, 64\)": {"kernel": kernel.T},
         "has no leaf 'items/up/gate'": {"kernel": kernel, "gate": kernel},
         "holds a leaf 'items/up/kernel'": {},
     }
@@ -162,15 +144,7 @@ def test_a_directory_is_replaced_whole(tmp_path):
 
 
 def test_the_last_steps_and_the_best_of_the_running_stage_are_kept(tmp_path):
-    losses = {
-        1: (0, 0.1),
-        2: (0, 5.0),
-        3: (1, 4.0),
-        4: (1, 2.0),
-        5: (1, 3.0),
-        6: (1, 3.5),
-        7: (1, 3.6),
-    }
+    losses = {1: (0, 0.1), 2: (0, 5.0), 3: (1, 4.0), 4: (1, 2.0), 5: (1, 3.0), 6: (1, 3.5), 7: (1, 3.6)}
     with checkpoints.Steps(tmp_path, keep=2) as steps:
         for step, score in losses.items():
             steps.save(step, {"items": tree(step)}, {"score": score})

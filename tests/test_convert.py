@@ -83,22 +83,11 @@ def every_state(dtype, layers=4) -> dict[str, np.ndarray]:
             f"blocks.{i}.router2": some(2, D),
         }
         for a in range(3):
-            state |= {
-                f"blocks.{i}.adapters.{a}.down.weight": some(5, D),
-                f"blocks.{i}.adapters.{a}.scale": some(1),
-            }
-        state |= (
-            {f"blocks.{i}.cross.weight": some(D, 7)}
-            if i % 2 == 0
-            else {f"blocks.{i}.plain": some(D)}
-        )
+            state |= {f"blocks.{i}.adapters.{a}.down.weight": some(5, D), f"blocks.{i}.adapters.{a}.scale": some(1)}
+        state |= {f"blocks.{i}.cross.weight": some(D, 7)} if i % 2 == 0 else {f"blocks.{i}.plain": some(D)}
     state |= {f"sam.{i}.norm": some(D) for i in range(16)}
     state |= {"cls": some(1, 1, D), "patch.weight": some(D, 3, 2, 2), "up.weight": some(3, 5, 2, 2)}
-    state |= {
-        "c_attn": some(D, 3 * N * H),
-        "shared": some(11, D),
-        "position_ids": np.arange(5)[None],
-    }
+    state |= {"c_attn": some(D, 3 * N * H), "shared": some(11, D), "position_ids": np.arange(5)[None]}
     return state | {name: state["shared"].copy() for name in ("encoder.words", "decoder.words")}
 
 
@@ -112,9 +101,7 @@ def assert_same_bits(one: dict, other: dict):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_from_torch_and_back_is_the_same_to_the_bit(dtype):
     state = every_state(dtype)
-    assert_same_bits(
-        convert.state_from(every_rows(), convert.params_from(every_rows(), state)), state
-    )
+    assert_same_bits(convert.state_from(every_rows(), convert.params_from(every_rows(), state)), state)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,9 +113,7 @@ def test_to_torch_and_back_is_the_same_to_the_bit(dtype):
 
 
 def test_bits_that_are_no_ordinary_number_survive():
-    bits = np.array(
-        [0x7FC1, 0xFFC0, 0x8000, 0x7F80, 0x0001, 0xFF81], np.uint16
-    )  # NaNs with a payload, -0, inf
+    bits = np.array([0x7FC1, 0xFFC0, 0x8000, 0x7F80, 0x0001, 0xFF81], np.uint16)  # NaNs with a payload, -0, inf
     rows, state = (Row("w", "w", linear),), {"w": bits.view(ml_dtypes.bfloat16).reshape(2, 3)}
     there = convert.params_from(rows, state)
     assert np.array_equal(there["w"].view(np.uint16), bits.reshape(2, 3).T)
@@ -142,9 +127,7 @@ def test_layers_and_their_parts_stand_where_the_table_says():
     assert flat["blocks/router"].shape == (4, 2, 2, D)
     assert flat["blocks/adapters/scale"].shape == (4, 3)
     assert np.array_equal(flat["blocks/router"][3, 1], state["blocks.3.router2"])
-    assert np.array_equal(
-        flat["blocks/adapters/down"][1, 2], state["blocks.1.adapters.2.down.weight"].T
-    )
+    assert np.array_equal(flat["blocks/adapters/down"][1, 2], state["blocks.1.adapters.2.down.weight"].T)
     assert np.array_equal(flat["cross/kernel"][1], state["blocks.2.cross.weight"].T)
     assert np.array_equal(flat["plain/scale"][1], state["blocks.3.plain"])
     assert np.array_equal(flat["windowed/norm"][1, 6], state["sam.14.norm"])
@@ -156,12 +139,8 @@ def test_changes_of_layout_mean_what_torch_means():
     x, y = rng.standard_normal((3, D)), rng.standard_normal((3, N, H))
     into, out = rng.standard_normal((N * H, D)), rng.standard_normal((D, N * H))
     assert np.allclose(x @ linear.to_flax(into), x @ into.T)
-    assert np.allclose(
-        np.einsum("BD,DNH->BNH", x, heads_in(N, H).to_flax(into)), (x @ into.T).reshape(3, N, H)
-    )
-    assert np.allclose(
-        np.einsum("BNH,NHD->BD", y, heads_out(N, H).to_flax(out)), y.reshape(3, N * H) @ out.T
-    )
+    assert np.allclose(np.einsum("BD,DNH->BNH", x, heads_in(N, H).to_flax(into)), (x @ into.T).reshape(3, N, H))
+    assert np.allclose(np.einsum("BNH,NHD->BD", y, heads_out(N, H).to_flax(out)), y.reshape(3, N * H) @ out.T)
 
 
 def test_convolutions_mean_what_torch_means():
@@ -169,14 +148,10 @@ def test_convolutions_mean_what_torch_means():
     rng = np.random.default_rng(2)
     image, kernel = rng.standard_normal((1, 3, 4, 4)), rng.standard_normal((5, 3, 2, 2))
     theirs = torch.nn.functional.conv2d(torch.tensor(image), torch.tensor(kernel), stride=2).numpy()
-    patches = image.reshape(1, 3, 2, 2, 2, 2).transpose(
-        0, 2, 4, 3, 5, 1
-    )  # (B, y, x, high, wide, C)
+    patches = image.reshape(1, 3, 2, 2, 2, 2).transpose(0, 2, 4, 3, 5, 1)  # (B, y, x, high, wide, C)
     assert np.allclose(np.einsum("Byxhwc,hwcd->Bdyx", patches, conv.to_flax(kernel)), theirs)
     kernel = rng.standard_normal((3, 5, 2, 2))
-    theirs = torch.nn.functional.conv_transpose2d(
-        torch.tensor(image), torch.tensor(kernel), stride=2
-    ).numpy()
+    theirs = torch.nn.functional.conv_transpose2d(torch.tensor(image), torch.tensor(kernel), stride=2).numpy()
     mine = np.einsum("Bcyx,hwcd->Bdyhxw", image, conv_transpose.to_flax(kernel)).reshape(1, 5, 8, 8)
     assert np.allclose(mine, theirs)
 
@@ -212,9 +187,7 @@ def test_a_template_does_not_match_its_neighbours(text, name):
     assert Template.of(text).match(name) is None
 
 
-@pytest.mark.parametrize(
-    "text", ["h.{}", "h.{n}", "h.{i}.{i}", "h.{3}", "h.{8i+j}", "h.{8i+j<9}", "h.{i-1}"]
-)
+@pytest.mark.parametrize("text", ["h.{}", "h.{n}", "h.{i}.{i}", "h.{3}", "h.{8i+j}", "h.{8i+j<9}", "h.{i-1}"])
 def test_braces_that_cannot_be_understood_are_refused(text):
     with pytest.raises(ValueError, match="torch name"):
         Row(text, "w")
@@ -258,12 +231,7 @@ def test_numbers_that_the_table_forbids_are_said_together():
     state["decoder.words"] = state["decoder.words"] + 1
     state["position_ids"] = np.arange(5)[None] + 1
     lines = said(lambda: convert.params_from(every_rows(), state))
-    assert (
-        len(lines) == 4
-        and "must be zero" in lines[1]
-        and "'decoder.words'" in lines[2]
-        and "constant" in lines[3]
-    )
+    assert len(lines) == 4 and "must be zero" in lines[1] and "'decoder.words'" in lines[2] and "constant" in lines[3]
 
 
 def test_everything_wrong_on_the_way_out_is_said_at_once_by_name():
@@ -275,10 +243,7 @@ def test_everything_wrong_on_the_way_out_is_said_at_once_by_name():
     lines = said(lambda: convert.state_from(every_rows(), trees.unflatten(flat)))
     text = "\n".join(lines)
     assert len(lines) == 7
-    assert (
-        "row 'cls' finds no parameter 'class_token'" in text
-        and "parameter 'odd' has no row" in text
-    )
+    assert "row 'cls' finds no parameter 'class_token'" in text and "parameter 'odd' has no row" in text
     assert "('global/norm',) want the same 1 leading axes" in text and "do not fit conv" in text
     assert "differ in dtype" in text and "begins with axes (2, 5)" in text
 
@@ -293,15 +258,9 @@ def test_everything_wrong_on_the_way_out_is_said_at_once_by_name():
 )
 def test_a_table_that_names_something_twice_is_refused_both_ways(rows, problem):
     state = {"a": np.ones(2), "b": np.ones(2), "h.0": np.ones(2), "h.1": np.ones(2)}
-    state = {
-        name: w
-        for name, w in state.items()
-        if any(Template.of(r.torch).match(name) is not None for r in rows)
-    }
+    state = {name: w for name, w in state.items() if any(Template.of(r.torch).match(name) is not None for r in rows)}
     assert problem in "\n".join(said(lambda: convert.params_from(rows, state)))
-    assert problem in "\n".join(
-        said(lambda: convert.state_from(rows, {"x": np.ones((2, 2)), "y": np.ones((1, 2))}))
-    )
+    assert problem in "\n".join(said(lambda: convert.state_from(rows, {"x": np.ones((2, 2)), "y": np.ones((1, 2))})))
 
 
 def test_the_model_s_own_shapes_are_held_against_the_file():
@@ -311,27 +270,18 @@ def test_the_model_s_own_shapes_are_held_against_the_file():
     expected["patch/kernel"] = Form(expected["patch/kernel"].shape, np.dtype("int32"))
     expected["head/kernel"] = Form((D, 11), np.dtype("float32"))
     del expected["class_token"]
-    lines = said(
-        lambda: convert.params_from(
-            every_rows(), every_state(np.float32), expected=trees.unflatten(expected)
-        )
-    )
+    lines = said(lambda: convert.params_from(every_rows(), every_state(np.float32), expected=trees.unflatten(expected)))
     assert len(lines) == 5
     text = "\n".join(lines)
     assert "'head/kernel' has no row" in text and "'class_token' is not part of the model" in text
-    assert (
-        "(11, 6) where the model wants (12, 6)" in text
-        and "float32 where the model wants int32" in text
-    )
+    assert "(11, 6) where the model wants (12, 6)" in text and "float32 where the model wants int32" in text
 
 
 def test_a_run_of_layers_that_ends_too_soon_is_a_gap_where_the_model_has_more():
     rows, state = (Row("h.{i}.w", "w"),), {f"h.{i}.w": np.ones(2) for i in range(3)}
     assert convert.params_from(rows, state)["w"].shape == (3, 2)
     expected = {"w": Form((5, 2), np.dtype("float64"))}
-    assert "'h.3..4.w' (2 of them)" in "\n".join(
-        said(lambda: convert.params_from(rows, state, expected=expected))
-    )
+    assert "'h.3..4.w' (2 of them)" in "\n".join(said(lambda: convert.params_from(rows, state, expected=expected)))
 
 
 def test_a_file_in_half_precision_fits_a_model_in_full():
@@ -351,9 +301,7 @@ def test_ignored_names_are_passed_over_before_the_rows_see_them():
 def test_a_tied_tensor_may_come_under_any_of_its_names_and_goes_out_under_all():
     state = every_state(np.float32)
     only = {name: w for name, w in state.items() if name not in ("shared", "encoder.words")}
-    assert_same_bits(
-        convert.state_from(every_rows(), convert.params_from(every_rows(), only)), state
-    )
+    assert_same_bits(convert.state_from(every_rows(), convert.params_from(every_rows(), only)), state)
     del only["decoder.words"]
     with pytest.raises(UserError, match="'shared'"):
         convert.params_from(every_rows(), only)
@@ -364,9 +312,7 @@ def test_a_tied_copy_in_a_narrower_dtype_must_be_the_rounded_tensor():
     state["decoder.words"] = state["shared"].astype(ml_dtypes.bfloat16)
     assert convert.params_from(every_rows(), state)["words"]["table"].dtype == np.float32
     state["decoder.words"][3, 2] += 1
-    with pytest.raises(
-        UserError, match="tied tensors 'shared' and 'decoder.words' hold different numbers"
-    ):
+    with pytest.raises(UserError, match="tied tensors 'shared' and 'decoder.words' hold different numbers"):
         convert.params_from(every_rows(), state)
 
 
@@ -377,9 +323,7 @@ def test_a_constant_may_be_missing_and_is_written():
     assert np.array_equal(back["position_ids"], np.arange(5)[None])
 
 
-@pytest.mark.parametrize(
-    "op, shape", [(reshaped((1, 1, -1), (-1,)), (2, 6)), (squeeze, (2, 3)), (squeeze, ())]
-)
+@pytest.mark.parametrize("op, shape", [(reshaped((1, 1, -1), (-1,)), (2, 6)), (squeeze, (2, 3)), (squeeze, ())])
 def test_a_shape_from_which_there_is_no_way_back_is_refused(op, shape):
     with pytest.raises(UserError, match="does not fit"):
         convert.params_from((Row("w", "w", op),), {"w": np.ones(shape)})
@@ -388,13 +332,9 @@ def test_a_shape_from_which_there_is_no_way_back_is_refused(op, shape):
 def test_a_name_with_a_mad_number_is_refused_and_not_counted_up_to():
     start = time.perf_counter()
     with pytest.raises(UserError, match="numbered up to"):
-        convert.params_from(
-            (Row("h.{i}.w", "w"),), {"h.0.w": np.ones(1), "h.987654321.w": np.ones(1)}
-        )
+        convert.params_from((Row("h.{i}.w", "w"),), {"h.0.w": np.ones(1), "h.987654321.w": np.ones(1)})
     with pytest.raises(UserError, match="has no row"):
-        convert.params_from(
-            (Row("h.{i}.w", "w"),), {"h.0.w": np.ones(1), f"h.{'9' * 5000}.w": np.ones(1)}
-        )
+        convert.params_from((Row("h.{i}.w", "w"),), {"h.0.w": np.ones(1), f"h.{'9' * 5000}.w": np.ones(1)})
     assert time.perf_counter() - start < 5
 
 
@@ -433,18 +373,12 @@ def test_bits_do_not_change_their_dtype_on_the_way():
         copy_bits(np.zeros(3, np.float32), np.zeros(3, np.float16))
 
 
-@pytest.mark.parametrize(
-    "mesh", [{}, {"fsdp": 4, "tensor": 2, "data": 1}, {"tensor": 4, "fsdp": 1, "data": 2}]
-)
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4, "tensor": 2, "data": 1}, {"tensor": 4, "fsdp": 1, "data": 2}])
 def test_parameters_placed_on_a_mesh_are_the_same_and_lie_where_they_should(mesh):
     mesh = sharding.make_mesh(sharding.MeshConfig(**mesh))
     rows, state = every_rows(), every_state(ml_dtypes.bfloat16)
     plain = trees.flatten(convert.params_from(rows, state))
-    axes = {
-        3: ("layers", "embed", "vocab"),
-        4: ("layers", "embed", "heads", "head"),
-        2: ("vocab", "embed"),
-    }
+    axes = {3: ("layers", "embed", "vocab"), 4: ("layers", "embed", "heads", "head"), 2: ("vocab", "embed")}
 
     def like(path, leaf):
         names = axes.get(leaf.ndim, (None,) * leaf.ndim)

@@ -49,9 +49,7 @@ def test_a_kosmos_2_of_transformers_comes_in_and_goes_back(tmp_path):
     again, info = transformers.Kosmos2ForConditionalGeneration.from_pretrained(
         tmp_path / "back", output_loading_info=True
     )
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        info
-    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     for name, weight in again.state_dict().items():
         np.testing.assert_array_equal(weight, theirs.state_dict()[name], name)
     same(convert.from_torch(tmp_path / "back")[1], params)
@@ -82,21 +80,13 @@ def openflamingo(folder, spelled: bool):
     params = random_weights(system)
     state = {n: torch.tensor(w) for n, w in convert.state_from(system.torch_rows(), params).items()}
     wte = "lang_encoder.transformer.wte.weight"
-    clip = {
-        n.replace("vision_encoder.", "visual."): w
-        for n, w in state.items()
-        if n.startswith("vision_encoder.")
-    }
+    clip = {n.replace("vision_encoder.", "visual."): w for n, w in state.items() if n.startswith("vision_encoder.")}
     mpt = transformers.MptForCausalLM(transformers.MptConfig(
         d_model=64, n_heads=2, n_layers=4, vocab_size=44, layer_norm_epsilon=1e-5)).state_dict()  # fmt: skip
     old = {n.removeprefix("lang_encoder.").replace("old_decoder_blocks", "transformer.blocks"): w
            for n, w in state.items() if n.startswith("lang_encoder.") and "gated" not in n and n != wte}  # fmt: skip
-    old = {
-        name: old.get(name, weight) for name, weight in mpt.items()
-    }  # its own, shorter list of words
-    trained = {
-        n: w for n, w in state.items() if n.startswith("perceiver.") or "gated" in n or n == wte
-    }
+    old = {name: old.get(name, weight) for name, weight in mpt.items()}  # its own, shorter list of words
+    trained = {n: w for n, w in state.items() if n.startswith("perceiver.") or "gated" in n or n == wte}
     if spelled:
         trained = {
             n.replace("gated_cross_attn_layers.1.", "transformer.blocks.1.gated_cross_attn_layer.")
@@ -106,10 +96,7 @@ def openflamingo(folder, spelled: bool):
     (folder / "mpt").mkdir(parents=True)
     torch.save(trained, folder / "checkpoint.pt")
     torch.save(clip | {"visual.proj": torch.zeros(64, 8)}, folder / "clip_vit_L.pth")
-    torch.save(
-        {n: w for n, w in old.items() if n != "lm_head.weight"},
-        folder / "mpt" / "pytorch_model.bin",
-    )
+    torch.save({n: w for n, w in old.items() if n != "lm_head.weight"}, folder / "mpt" / "pytorch_model.bin")
     settings = {"model_type": "mpt", "d_model": 64, "n_heads": 2, "n_layers": 4, "vocab_size": 44}
     (folder / "mpt" / "config.json").write_text(json.dumps(settings))
     return system, params

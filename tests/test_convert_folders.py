@@ -479,9 +479,7 @@ def test_the_command_converts_a_tiny_model_in_less_than_five_seconds_of_the_proc
     for src, dst, to in (("torch", "ours", "jax"), ("ours", "back", "torch")):
         paths = [str(tmp_path / src), str(tmp_path / dst)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(
-            [sys.executable, "-m", "lionjax.cli", "convert", *paths, "--to", to], check=True
-        )
+        subprocess.run([sys.executable, "-m", "lionjax.cli", "convert", *paths, "--to", to], check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
     assert_same(open_weights(tmp_path / "back"), open_weights(tmp_path / "torch"))

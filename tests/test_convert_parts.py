@@ -36,9 +36,7 @@ def base(tmp_path_factory):
     """A LLaMA of half precision, as a folder."""
     folder = tmp_path_factory.mktemp("base") / "llama"
     torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**LLAMA | {"tie_word_embeddings": False})
-    )
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | {"tie_word_embeddings": False}))
     theirs.to(torch.float16).save_pretrained(folder)
     return folder
 
@@ -60,9 +58,7 @@ def write(folder, config, state: dict, name: str) -> None:
     convert.to_torch(config, convert.params_from(config.torch_rows(), state), whole)
     folder.mkdir()
     (folder / "config.json").write_bytes((whole / "config.json").read_bytes())
-    torch.save(
-        as_torch(torch, {n: w for n, w in state.items() if not n.startswith(TOWER)}), folder / name
-    )
+    torch.save(as_torch(torch, {n: w for n, w in state.items() if not n.startswith(TOWER)}), folder / name)
     (folder / "clip").mkdir()
     clip = {n.removeprefix(TOWER): w for n, w in state.items() if n.startswith(TOWER)}
     save_file(clip, folder / "clip" / "model.safetensors")
@@ -73,9 +69,7 @@ def write(folder, config, state: dict, name: str) -> None:
 def test_a_delta_is_added_to_its_base_as_pytorch_adds_it(base, tmp_path, words):
     config, _, state = llava(base, words)
     write(tmp_path / "llava-7b-delta-v0", config, state, "pytorch_model.bin")
-    with pytest.raises(
-        UserError, match="sounds like a difference from a LLaMA; give that as --base"
-    ):
+    with pytest.raises(UserError, match="sounds like a difference from a LLaMA; give that as --base"):
         convert.convert(tmp_path / "llava-7b-delta-v0", tmp_path / "ours", "jax")
     paths = [str(tmp_path / "llava-7b-delta-v0"), str(tmp_path / "ours")]
     cli.main(["convert", *paths, "--to", "jax", "--base", str(base)])
@@ -84,9 +78,7 @@ def test_a_delta_is_added_to_its_base_as_pytorch_adds_it(base, tmp_path, words):
     want = as_torch(torch, state)
     for name, tensor in as_torch(torch, load_file(base / "model.safetensors")).items():
         want[name][: len(tensor)] += tensor  # LLaVA's own script
-    assert_same(
-        convert.state_from(config.torch_rows(), params), {n: w.numpy() for n, w in want.items()}
-    )
+    assert_same(convert.state_from(config.torch_rows(), params), {n: w.numpy() for n, w in want.items()})
     if words:
         table = params["language"]["embedding"]["table"][-words:]
         np.testing.assert_array_equal(table, state["model.embed_tokens.weight"][-words:])
@@ -152,18 +144,11 @@ def test_a_blip2_around_openais_clip_comes_in_with_its_last_block_left(tmp_path,
     state = convert.state_from(config.torch_rows(), params)
     folder = tmp_path / "parts"
     folder.mkdir()
-    tower = {
-        n.removeprefix("visual_encoder."): w
-        for n, w in state.items()
-        if n.startswith("visual_encoder.")
-    }
+    tower = {n.removeprefix("visual_encoder."): w for n, w in state.items() if n.startswith("visual_encoder.")}
     # The file holds a last block, a norm and a matrix that nothing runs.
     last = {n.replace(".1.", ".23."): w for n, w in tower.items() if ".resblocks.1." in n}
     norms = {f"ln_post.{x}": tower[f"ln_pre.{x}"] for x in ("weight", "bias")}
-    torch.save(
-        as_torch(torch, tower | last | norms | {"proj": np.ones((3, 2), np.float32)}),
-        folder / "clip_vit_L.pth",
-    )
+    torch.save(as_torch(torch, tower | last | norms | {"proj": np.ones((3, 2), np.float32)}), folder / "clip_vit_L.pth")
     trained = {n: w for n, w in state.items() if not n.startswith(("visual_encoder.", "t5_model."))}
     torch.save({"model": as_torch(torch, trained)}, folder / "blip2_pretrained_flant5xl_vitL.pth")
     plain = dataclasses.replace(t5, activation="gelu_tanh")
@@ -192,11 +177,7 @@ def test_blip2s_first_stage_comes_in_with_its_tower_and_goes_out_as_it_came(tmp_
     state = convert.state_from(config.torch_rows(), params)
     folder = tmp_path / "parts"
     folder.mkdir()
-    eva = {
-        n.removeprefix("visual_encoder."): w
-        for n, w in state.items()
-        if n.startswith("visual_encoder.")
-    }
+    eva = {n.removeprefix("visual_encoder."): w for n, w in state.items() if n.startswith("visual_encoder.")}
     trained = {n: w for n, w in state.items() if not n.startswith("visual_encoder.")}
     torch.save(as_torch(torch, eva), folder / "eva_vit_g.pth")
     torch.save({"model": as_torch(torch, trained)}, folder / "blip2_pretrained.pth")

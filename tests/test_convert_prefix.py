@@ -28,9 +28,7 @@ BF16 = ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize("name", tiny.SYSTEMS)
-def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_the_same(
-    tmp_path, name
-):
+def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_the_same(tmp_path, name):
     seed = tiny.seed()
     draw = random.Random(seed)
     model = tiny.theirs(name, draw).to(random.Random(seed).choice([torch.float32, torch.bfloat16]))
@@ -39,18 +37,11 @@ def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_th
     assert not coverage.ignored and not coverage.nan, f"seed {seed}"
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch", shard_bytes=20_000)
     # Both are read from files, because reading keeps some parts in float32 whatever the dtype.
-    back, info = type(model).from_pretrained(
-        tmp_path / "back", output_loading_info=True, dtype=model.dtype
-    )
+    back, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True, dtype=model.dtype)
     model = type(model).from_pretrained(tmp_path / "theirs", dtype=model.dtype)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        seed,
-        info,
-    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (seed, info)
     one, other = model.state_dict(), back.state_dict()
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), (
-        f"seed {seed}"
-    )
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), f"seed {seed}"
     system, params = convert.load_params(tmp_path / "ours")
     asked = tiny.inputs(system, tiny.batch_of(system, draw))
     asked["pixel_values"] = asked["pixel_values"].to(model.dtype)
@@ -87,9 +78,7 @@ def test_every_spelling_of_a_llava_means_the_same(llava, tmp_path):
     names = load_file(saved / "model.safetensors").keys()
     assert any(name.startswith("vision_tower.embeddings.") for name in names), "of version 5"
     hub = renamed(
-        saved,
-        tmp_path / "hub",
-        lambda n: re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", n),
+        saved, tmp_path / "hub", lambda n: re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", n)
     )
     memory = tmp_path / "memory"
     shutil.copytree(saved, memory)
@@ -119,11 +108,7 @@ def test_a_llava_under_its_makers_names_comes_in_and_goes_out_as_it_came(llava, 
     own = dataclasses.replace(config, names="original", image_token=-200)
     convert.to_torch(own, params, tmp_path / "own")
     names = load_file(tmp_path / "own" / "model.safetensors")
-    assert {
-        "model.mm_projector.2.bias",
-        "model.layers.0.self_attn.q_proj.weight",
-        "lm_head.weight",
-    } <= names.keys()
+    assert {"model.mm_projector.2.bias", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"} <= names.keys()
     assert "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight" in names
     settings = json.loads((tmp_path / "own" / "config.json").read_text())
     assert settings["mm_projector_type"] == "mlp2x_gelu" and "text_config" not in settings
@@ -134,10 +119,7 @@ def test_a_llava_under_its_makers_names_comes_in_and_goes_out_as_it_came(llava, 
     # The first releases hold no tower; CLIP lies in a folder of its own.
     tower = "model.vision_tower.vision_tower."
     clip = {name.removeprefix(tower): w for name, w in names.items() if name.startswith(tower)}
-    save_file(
-        {n: w for n, w in names.items() if not n.startswith(tower)},
-        tmp_path / "own" / "model.safetensors",
-    )
+    save_file({n: w for n, w in names.items() if not n.startswith(tower)}, tmp_path / "own" / "model.safetensors")
     with pytest.raises(UserError, match="holds no vision tower"):
         convert.from_torch(tmp_path / "own")
     (tmp_path / "own" / "clip").mkdir()
@@ -148,9 +130,7 @@ def test_a_llava_under_its_makers_names_comes_in_and_goes_out_as_it_came(llava, 
 
 def test_a_llava_that_transformers_cannot_hold_is_told_so(llava, tmp_path):
     config, params = convert.from_torch(llava[0])
-    with pytest.raises(
-        UserError, match="image_token is -200; add one, or set the system's names to 'original'"
-    ):
+    with pytest.raises(UserError, match="image_token is -200; add one, or set the system's names to 'original'"):
         convert.to_torch(dataclasses.replace(config, image_token=-200), params, tmp_path / "out")
     with pytest.raises(ValueError, match="Hugging Face has no name for this projector"):
         dataclasses.replace(config, projector_depth=1)
@@ -193,9 +173,7 @@ def as_lavis(state: dict, word: str) -> dict:
     made = {}
     for name, tensor in state.items():
         if name.startswith("language_"):
-            name = name.replace("language_projection", f"{word}_proj").replace(
-                "language_model", f"{word}_model"
-            )
+            name = name.replace("language_projection", f"{word}_proj").replace("language_model", f"{word}_model")
             made[name] = tensor
             continue
         for old, new in LAVIS_NAMES:
@@ -208,18 +186,11 @@ def as_lavis(state: dict, word: str) -> dict:
     return made
 
 
-LAVIS = [
-    ("blip2_opt", "opt"),
-    ("blip2_vicuna", "llama"),
-    ("instructblip_t5", "t5"),
-    ("instructblip_vicuna", "llm"),
-]
+LAVIS = [("blip2_opt", "opt"), ("blip2_vicuna", "llama"), ("instructblip_t5", "t5"), ("instructblip_vicuna", "llm")]
 
 
 @pytest.mark.parametrize("name, word", LAVIS)
-def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(
-    tmp_path, monkeypatch, name, word
-):
+def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(tmp_path, monkeypatch, name, word):
     from lionjax.bridges import qformer
     from lionjax.vision import vit
 
@@ -232,19 +203,11 @@ def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(
     folder = tmp_path / "lavis"
     folder.mkdir()
     model.language_model.save_pretrained(folder / "language")
-    eva = {
-        n.removeprefix("visual_encoder."): w
-        for n, w in state.items()
-        if n.startswith("visual_encoder.")
-    }
-    trained = {
-        n: w for n, w in state.items() if not n.startswith(("visual_encoder.", f"{word}_model."))
-    }
+    eva = {n.removeprefix("visual_encoder."): w for n, w in state.items() if n.startswith("visual_encoder.")}
+    trained = {n: w for n, w in state.items() if not n.startswith(("visual_encoder.", f"{word}_model."))}
     trained["Qformer.bert.embeddings.position_ids"] = np.arange(config.qformer.positions)[None]
     torch.save(as_torch(torch, eva), folder / "eva_vit_g.pth")
-    torch.save(
-        {"model": as_torch(torch, trained), "optimizer": {"step": 3}}, folder / "blip2_trained.pth"
-    )
+    torch.save({"model": as_torch(torch, trained), "optimizer": {"step": 3}}, folder / "blip2_trained.pth")
     made, twice = convert.from_torch(folder)
     assert made.names == "original" and made.vision_eps == 1e-5 and made.language == config.language
     assert_same(trees.flatten(twice), trees.flatten(params))
@@ -252,12 +215,8 @@ def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(
     convert.to_torch(made, twice, tmp_path / "back")
     names = load_file(tmp_path / "back" / "model.safetensors")
     own = {n: w for n, w in names.items() if n not in state}
-    assert not state.keys() - names.keys() and all(
-        names[n].tobytes() == w.tobytes() for n, w in state.items()
-    )
-    assert all(
-        n.endswith(("position_ids", "embed_tokens.weight", "lm_head.weight")) for n in own
-    ), sorted(own)
+    assert not state.keys() - names.keys() and all(names[n].tobytes() == w.tobytes() for n, w in state.items())
+    assert all(n.endswith(("position_ids", "embed_tokens.weight", "lm_head.weight")) for n in own), sorted(own)
     assert_same(trees.flatten(convert.from_torch(tmp_path / "back")[1]), trees.flatten(params))
     (folder / "eva_vit_g.pth").unlink()
     with pytest.raises(UserError, match="wants the parts of a BLIP-2 or InstructBLIP"):
@@ -279,9 +238,7 @@ def test_a_minigpt4_comes_in_with_the_blip2_that_it_builds_on(tmp_path, monkeypa
     model.language_model.save_pretrained(folder / "vicuna")
     built = {n: w for n, w in state.items() if not n.startswith(("llama_model.", "llama_proj."))}
     built |= {"t5_proj.weight": np.ones((3, 4), np.float32)}
-    own = {n: w for n, w in state.items() if n.startswith("llama_proj.")} | {
-        "query_tokens": state["query_tokens"]
-    }
+    own = {n: w for n, w in state.items() if n.startswith("llama_proj.")} | {"query_tokens": state["query_tokens"]}
     torch.save({"model": as_torch(torch, built)}, folder / "blip2_pretrained_flant5xxl.pth")
     torch.save({"model": as_torch(torch, own)}, folder / "pretrained_minigpt4_7b.pth")
     coverage = convert.convert(folder, tmp_path / "ours", "jax")
@@ -307,38 +264,26 @@ def test_a_bias_on_the_keys_which_these_towers_never_had_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_rows_that_pad_a_vocabulary_for_a_mesh_are_zero_are_never_said_and_never_leave(
-    tmp_path, tied
-):
+def test_rows_that_pad_a_vocabulary_for_a_mesh_are_zero_are_never_said_and_never_leave(tmp_path, tied):
     from lionjax.language.decoder import Decoder, DecoderConfig
     from lionjax.systems import prefix_names
 
-    plain = DecoderConfig(
-        vocab=51, width=16, layers=1, heads=2, kv_heads=2, head=8, hidden=20, tied=tied
-    )
+    plain = DecoderConfig(vocab=51, width=16, layers=1, heads=2, kv_heads=2, head=8, hidden=20, tied=tied)
     wide = dataclasses.replace(plain, vocab_multiple=64)
     numbers = np.random.default_rng(0)
     kind = systems.of_config(plain)
     state = {
         name: numbers.standard_normal(tensor.shape).astype(BF16)
-        for name, tensor in plan_state(
-            kind.rows(plain), trees.flatten(kind.abstract(plain))
-        ).made.items()
+        for name, tensor in plan_state(kind.rows(plain), trees.flatten(kind.abstract(plain))).made.items()
     }
-    state["lm_head.weight"] = (
-        state["model.embed_tokens.weight"] if tied else state["lm_head.weight"]
-    )
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] if tied else state["lm_head.weight"]
     one, other = (convert.params_from(prefix_names.language_rows(c), state) for c in (plain, wide))
-    assert (
-        other["embedding"]["table"].shape == (64, 16) and not other["embedding"]["table"][51:].any()
-    )
+    assert other["embedding"]["table"].shape == (64, 16) and not other["embedding"]["table"][51:].any()
     assert_same(convert.state_from(prefix_names.language_rows(wide), other), state)
     ids = np.array([[3, 50, 7]])
 
     def run(c, params):
-        return Decoder(c).apply(
-            {"params": params}, ids, method=lambda m, x: m.logits(m(m.embed(x), x > 0))
-        )
+        return Decoder(c).apply({"params": params}, ids, method=lambda m, x: m.logits(m(m.embed(x), x > 0)))
 
     one, other = (jax.tree.map(lambda w: w.astype(np.float32), params) for params in (one, other))
     few, many = run(plain, one), run(wide, other)

@@ -20,14 +20,7 @@ NEW = 8
 
 
 @pytest.mark.parametrize(
-    "name, beams",
-    [
-        ("llama", 3),
-        ("opt", 1),
-        ("gpt2", 1),
-        ("t5", 1),
-        pytest.param("t5", 3, marks=pytest.mark.slow),
-    ],
+    "name, beams", [("llama", 3), ("opt", 1), ("gpt2", 1), ("t5", 1), pytest.param("t5", 3, marks=pytest.mark.slow)]
 )
 def test_a_model_says_the_same_words_before_in_jax_and_after(tmp_path, name, beams):
     torch = pytest.importorskip("torch")

@@ -177,10 +177,6 @@ def test_a_system_that_transformers_does_not_have_is_compared_part_by_part(tmp_p
     assert alone is None or any(part.startswith(alone) for part in found.left), str(found)
     # A kernel that was turned on its way would be noticed.
     flat = trees.flatten(params)
-    path = next(
-        p
-        for p in flat
-        if p.endswith("mlp/up/kernel") and not p.startswith(("queries", "aggregator"))
-    )
+    path = next(p for p in flat if p.endswith("mlp/up/kernel") and not p.startswith(("queries", "aggregator")))
     turned = trees.unflatten(flat | {path: flat[path][..., ::-1, :]})
     assert not verify.verify(system, turned, tmp_path / "torch").agree

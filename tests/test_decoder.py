@@ -18,40 +18,14 @@ from lionjax.language import decoder, decoder_names
 from lionjax.language.decoder import Decoder, DecoderConfig
 
 LLAMA = DecoderConfig(
-    vocab=50,
-    width=24,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head=6,
-    hidden=40,
-    rope_theta=500.0,
-    end_token=3,
+    vocab=50, width=24, layers=3, heads=4, kv_heads=2, head=6, hidden=40, rope_theta=500.0, end_token=3
 )
 TIED = dataclasses.replace(LLAMA, kv_heads=4, tied=True)
 OPT = dataclasses.replace(
-    decoder.OPT_2_7B,
-    vocab=50,
-    width=24,
-    layers=3,
-    heads=4,
-    kv_heads=4,
-    head=6,
-    hidden=40,
-    positions=34,
-    end_token=3,
+    decoder.OPT_2_7B, vocab=50, width=24, layers=3, heads=4, kv_heads=4, head=6, hidden=40, positions=34, end_token=3
 )
 GPT2 = dataclasses.replace(
-    decoder.GPT2,
-    vocab=50,
-    width=24,
-    layers=3,
-    heads=4,
-    kv_heads=4,
-    head=6,
-    hidden=40,
-    positions=32,
-    end_token=3,
+    decoder.GPT2, vocab=50, width=24, layers=3, heads=4, kv_heads=4, head=6, hidden=40, positions=32, end_token=3
 )
 SETTINGS = {"llama": LLAMA, "tied": TIED, "opt": OPT, "gpt2": GPT2}
 ROWS = {
@@ -66,10 +40,7 @@ NEW = 8
 def prompts(lengths, vocab, side="right"):
     """Random prompts of unequal lengths with padding on one side: ids and mask."""
     most, random = max(lengths), np.random.default_rng(1)
-    ids_BL, mask_BL = (
-        np.zeros((len(lengths), most), np.int32),
-        np.zeros((len(lengths), most), np.int32),
-    )
+    ids_BL, mask_BL = np.zeros((len(lengths), most), np.int32), np.zeros((len(lengths), most), np.int32)
     for row, length in enumerate(lengths):
         where = slice(0, length) if side == "right" else slice(most - length, most)
         ids_BL[row, where], mask_BL[row, where] = random.integers(4, vocab, length), 1
@@ -80,9 +51,7 @@ def noisy(params):
     """Parameters that are nowhere zero or one, so that every one of them counts."""
     leaves, tree = jax.tree.flatten(params)
     random = np.random.default_rng(3)
-    return tree.unflatten(
-        [leaf + 0.2 * random.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    )
+    return tree.unflatten([leaf + 0.2 * random.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
 
 
 def torch_twin(name: str):
@@ -110,9 +79,7 @@ def torch_twin(name: str):
             n_positions=c.positions, **ids,
         )  # fmt: skip
         model = transformers.GPT2LMHeadModel(config)
-    with (
-        torch.no_grad()
-    ):  # as they begin, biases are zero, norms say nothing and one word follows itself
+    with torch.no_grad():  # as they begin, biases are zero, norms say nothing and one word follows itself
         for name, weight in model.named_parameters():
             weight += 0.2 * torch.randn_like(weight)
             weight *= 0.3 if "embed_tokens" in name or "wte" in name else 1
@@ -123,13 +90,7 @@ def torch_twin(name: str):
 def twins(request):
     theirs, c = torch_twin(request.param), SETTINGS[request.param]
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    return (
-        theirs,
-        c,
-        convert.params_from(ROWS[request.param](c), state),
-        ROWS[request.param](c),
-        state,
-    )
+    return theirs, c, convert.params_from(ROWS[request.param](c), state), ROWS[request.param](c), state
 
 
 def test_a_decoder_says_what_transformers_says(twins):
@@ -138,21 +99,15 @@ def test_a_decoder_says_what_transformers_says(twins):
     theirs, c, params, rows, state = twins
     ids_BL, mask_BL = prompts((9, 5, 1), c.vocab)
     with torch.no_grad():
-        wanted = theirs(
-            torch.from_numpy(ids_BL).long(), attention_mask=torch.from_numpy(mask_BL)
-        ).logits.numpy()
+        wanted = theirs(torch.from_numpy(ids_BL).long(), attention_mask=torch.from_numpy(mask_BL)).logits.numpy()
 
     def read(model, ids, mask):
         return model.logits(model(model.embed(ids), mask))
 
-    made = jax.jit(lambda i, m: Decoder(c).apply({"params": params}, i, m, method=read))(
-        ids_BL, mask_BL
-    )
+    made = jax.jit(lambda i, m: Decoder(c).apply({"params": params}, i, m, method=read))(ids_BL, mask_BL)
     np.testing.assert_allclose(np.asarray(made)[mask_BL == 1], wanted[mask_BL == 1], atol=2e-5)
     back = convert.state_from(rows, params)
-    assert back.keys() == state.keys() and all(
-        np.array_equal(back[name], state[name]) for name in state
-    )
+    assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
 
 
 def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
@@ -163,10 +118,7 @@ def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
     made = generate(TextDecoder(c), params, text_batch(*prompts((9, 5, 2), c.vocab)), config)
     ids_BL, mask_BL = prompts((9, 5, 2), c.vocab, side="left")  # as generate of theirs wants them
     wanted = theirs.generate(
-        torch.from_numpy(ids_BL).long(),
-        attention_mask=torch.from_numpy(mask_BL),
-        max_new_tokens=NEW,
-        do_sample=False,
+        torch.from_numpy(ids_BL).long(), attention_mask=torch.from_numpy(mask_BL), max_new_tokens=NEW, do_sample=False
     )[:, ids_BL.shape[1] :]
     np.testing.assert_array_equal(np.asarray(made.ids_BM)[:, : wanted.shape[1]], wanted)
     assert len(np.unique(wanted)) >= 4, "a model that repeats one word shows little"
@@ -176,10 +128,7 @@ def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
 def test_an_answer_may_have_room_for_one_word(twins, beams):
     _, c, params, *_ = twins
     batch = text_batch(*prompts((5, 2), c.vocab))
-    one, two = (
-        GenerateConfig(max_new_tokens=n, beams=k, eos=c.end_token, pad=0)
-        for n, k in ((1, beams), (2, 1))
-    )
+    one, two = (GenerateConfig(max_new_tokens=n, beams=k, eos=c.end_token, pad=0) for n, k in ((1, beams), (2, 1)))
     short, longer = (generate(TextDecoder(c), params, batch, config) for config in (one, two))
     np.testing.assert_array_equal(short.ids_BM, longer.ids_BM[:, :1])
 
@@ -207,9 +156,7 @@ def test_cached_reading_equals_reading_the_whole_text_wherever_padding_stands(si
     long_BL = np.concatenate([ids_BL, more_BM], axis=1)
     long_mask_BL = np.concatenate([mask_BL, np.ones_like(more_BM)], axis=1)
     start = functools.partial(Decoder(c).init, method=whole)
-    params = sharding.init(
-        lambda key: start(key, long_BL, long_mask_BL)["params"], jax.random.key(0)
-    )
+    params = sharding.init(lambda key: start(key, long_BL, long_mask_BL)["params"], jax.random.key(0))
     params = noisy(params)
 
     @jax.jit

@@ -22,11 +22,7 @@ HERE = Path(__file__).resolve().parent
 
 def begin(workdir, *fields, file_bytes=None):
     """A process that trains the toy in a folder, on one device; `file_bytes`: no file may grow beyond that."""
-    environment = os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(HERE.parent),
-    }
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
     limit = (file_bytes, file_bytes)
     return subprocess.Popen(
         [sys.executable, str(HERE / "toy.py"), str(workdir), *fields],
@@ -34,9 +30,7 @@ def begin(workdir, *fields, file_bytes=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-        if file_bytes
-        else None,
+        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)) if file_bytes else None,
     )
 
 
@@ -69,9 +63,7 @@ def test_kill_9_while_saving_loses_nothing_and_changes_no_bit(tmp_path, whole):
     for update in (3, 45):  # while a step is written in each of the two stages
         process = begin(tmp_path, "steps=40")
         wait_for(process, lambda at=update: updates_in(tmp_path) >= at)
-        wait_for(
-            process, lambda: any((tmp_path / "checkpoints").glob(f"*{checkpoints.TEMPORARY}*"))
-        )
+        wait_for(process, lambda: any((tmp_path / "checkpoints").glob(f"*{checkpoints.TEMPORARY}*")))
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert end(begin(tmp_path, "steps=40")) == expected
@@ -82,11 +74,7 @@ def test_kill_9_while_saving_loses_nothing_and_changes_no_bit(tmp_path, whole):
 @pytest.mark.slow
 def test_kill_9_at_random_moments_loses_nothing_and_changes_no_bit():
     words = [sys.executable, "-m", "benchmarks.faults", "--kills", "6", "--steps", "8"]
-    environment = os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(HERE.parent),
-    }
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(words, env=environment, cwd=HERE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = r"faults: 6 kills at random moments in \d+ runs of 16 updates: 0 lost, 0 differing, "

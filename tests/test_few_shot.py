@@ -41,9 +41,7 @@ def test_the_most_similar_example_stands_last_and_random_ones_do_not_depend_on_t
     flat = np.stack([ANSWERER.processor.normalise(p).ravel() for p in (*alike.pixels, pixels)])
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     assert chosen == np.argsort(flat[:-1] @ flat[-1])[-3:].tolist()
-    np.testing.assert_array_equal(
-        alike.pixels[chosen[-1]], pixels
-    )  # the picture itself is in the pool
+    np.testing.assert_array_equal(alike.pixels[chosen[-1]], pixels)  # the picture itself is in the pool
     assert drawn.chosen(sample, pixels) == drawn.chosen(sample, pixels[::-1])
     assert len(set(drawn.chosen(sample, pixels))) == 3
 
@@ -56,11 +54,7 @@ def test_rows_hold_the_examples_in_order_with_their_pictures_and_the_question_la
         which = shown.chosen(sample, pixels)
         np.testing.assert_array_equal(row["pixels"], [*(shown.pixels[k] for k in which), pixels])
         words, end = ANSWERER.processor.tokenizer.encode, ANSWERER.processor.tokenizer.end_id
-        wanted = [
-            part
-            for k in which
-            for part in (PICTURE, *words(shown.turns[k][0]), *words(shown.turns[k][1]), end)
-        ]
+        wanted = [part for k in which for part in (PICTURE, *words(shown.turns[k][0]), *words(shown.turns[k][1]), end)]
         wanted += [PICTURE, *words(sample.example.question)]
         assert row["prompt"][row["prompt_mask"] == 1].tolist() == wanted
 

@@ -189,9 +189,7 @@ def test_a_delta_of_llava_is_whole_with_a_llama_and_a_clip(language, words):
     del base["model.norm.weight"], delta["model.layers.3.mlp.up_proj.weight"]
     with pytest.raises(UserError) as told:
         convert_delta.added(
-            Tensors(blank(delta), ("delta",)),
-            Tensors(blank(base), ("base",)),
-            KINDS["llava"].ignore,
+            Tensors(blank(delta), ("delta",)), Tensors(blank(base), ("base",)), KINDS["llava"].ignore
         )
     assert "base has no tensor 'model.norm.weight'" in str(told.value)
     assert "delta has no tensor 'model.layers.3.mlp.up_proj.weight'" in str(told.value)

@@ -19,14 +19,7 @@ from lionjax.convert.systems import of_config  # noqa: E402
 from lionjax.interfaces import UserError  # noqa: E402
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-NAMES = (
-    "llava15_7b",
-    "llava15_13b",
-    "blip2_opt27b",
-    "blip2_flant5xl",
-    "instructblip_flant5xl",
-    "kosmos2",
-)
+NAMES = ("llava15_7b", "llava15_13b", "blip2_opt27b", "blip2_flant5xl", "instructblip_flant5xl", "kosmos2")
 # Parameters, as their users have counted.
 PUBLISHED = {"llava15_7b": 7_063_427_072, "blip2_opt27b": 3_744_761_856, "kosmos2": 1_664_485_376}
 
@@ -37,9 +30,7 @@ def theirs(system) -> dict[str, np.ndarray]:
     model = getattr(transformers, settings["architectures"][0])
     with torch.device("meta"):
         state = model(model.config_class.from_dict(settings)).state_dict()
-    return {
-        name: np.broadcast_to(np.zeros((), np.float16), tuple(w.shape)) for name, w in state.items()
-    }
+    return {name: np.broadcast_to(np.zeros((), np.float16), tuple(w.shape)) for name, w in state.items()}
 
 
 def numbers(system, state: dict) -> int:
@@ -68,12 +59,8 @@ def test_the_table_of_a_full_size_config_covers_every_tensor_of_transformers_and
     state = theirs(system)
     out = check(system, state)
     kind = of_config(system)
-    nothing = (
-        system.vision.depth * system.vision.width if system.qformer else 0
-    )  # biases of EVA's keys, all zero
-    assert trees.count(kind.abstract(system)) + nothing == PUBLISHED.get(
-        name, numbers(system, state)
-    )
+    nothing = system.vision.depth * system.vision.width if system.qformer else 0  # biases of EVA's keys, all zero
+    assert trees.count(kind.abstract(system)) + nothing == PUBLISHED.get(name, numbers(system, state))
     some = next(name for name in sorted(state) if name.endswith("layers.1.layer_norm1.weight"))
     with pytest.raises(UserError, match="layers.1.layer_norm1.weight"):
         check(system, {n: w for n, w in state.items() if n != some})
@@ -90,12 +77,7 @@ def test_the_first_llavas_table_covers_its_own_file():
             for n, w in clip.items()}  # fmt: skip
     shapes = {"model.mm_projector.weight": (4096, 1024), "model.mm_projector.bias": (4096,)}
     own = {name: np.broadcast_to(np.zeros((), np.float16), shape) for name, shape in shapes.items()}
-    assert (
-        clip[
-            "model.vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"
-        ].shape[0]
-        == 257
-    )
+    assert clip["model.vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"].shape[0] == 257
     check(system, text | clip | own)
 
 

@@ -99,10 +99,7 @@ def lion_release(width: int) -> dict:
     hidden = {2048: 5120, 4096: 10240}[width]
     for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"):
         put(f"t5_model.{name}.weight", 32128, width, dtype=b)
-    for stack, attentions in (
-        ("encoder", ["SelfAttention"]),
-        ("decoder", ["SelfAttention", "EncDecAttention"]),
-    ):
+    for stack, attentions in (("encoder", ["SelfAttention"]), ("decoder", ["SelfAttention", "EncDecAttention"])):
         norm(f"t5_model.{stack}.final_layer_norm", width, bias=False, dtype=b)
         relative = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         put(f"t5_model.{stack}.{relative}", 32, width // 64, dtype=b)
@@ -126,24 +123,16 @@ def lion_release(width: int) -> dict:
 
 
 @pytest.mark.parametrize("size", ["XL", "XXL"])
-def test_the_full_size_lion_table_covers_every_tensor_of_the_release_and_every_leaf_of_the_model(
-    size,
-):
-    language = dataclasses.replace(
-        {"XL": t5.FLAN_T5_XL, "XXL": t5.FLAN_T5_XXL}[size], adapters=AdapterConfig()
-    )
+def test_the_full_size_lion_table_covers_every_tensor_of_the_release_and_every_leaf_of_the_model(size):
+    language = dataclasses.replace({"XL": t5.FLAN_T5_XL, "XXL": t5.FLAN_T5_XXL}[size], adapters=AdapterConfig())
     lion = Lion(EVA_VIT_G, QFormerConfig(), AggregatorConfig(), language)
     kind, state = of_config(lion), Blank(lion_release(language.width))
     model = kind.abstract(lion)
     plan = plan_params(kind.rows(lion), state, kind.ignore, model)
     read = {name for piece in plan.pieces for name in (*piece.tensors, *piece.tied)}
     assert read | set(plan.ignored) == set(state)
-    assert all(
-        re.match(r"visual_encoder\.(blocks\.39|fc_norm|head)\.", name) for name in plan.ignored
-    )
-    with pytest.raises(
-        UserError, match="'t5_model.decoder.block.23.layer.2.adapter.router_ratio2'"
-    ):
+    assert all(re.match(r"visual_encoder\.(blocks\.39|fc_norm|head)\.", name) for name in plan.ignored)
+    with pytest.raises(UserError, match="'t5_model.decoder.block.23.layer.2.adapter.router_ratio2'"):
         del state["t5_model.decoder.block.23.layer.2.adapter.router_ratio2"]
         plan_params(kind.rows(lion), state, kind.ignore, model)
 
@@ -180,9 +169,7 @@ def ram_release() -> dict:
             dense(block + "mlp.fc2", width, 4 * width)
         if s < 3:
             norm(f"visual_encoder.layers.{s}.downsample.norm", 4 * width)
-            dense(
-                f"visual_encoder.layers.{s}.downsample.reduction", 2 * width, 4 * width, bias=False
-            )
+            dense(f"visual_encoder.layers.{s}.downsample.reduction", 2 * width, 4 * width, bias=False)
     norm("visual_encoder.norm", 1536)
     dense("image_proj", 512, 1536)
     forms["label_embed"] = (4585, 512), f
@@ -212,9 +199,7 @@ def test_the_full_size_ram_table_covers_every_tensor_that_tags_and_every_leaf_of
     assert all(re.match(r"(tag_encoder|text_decoder)\.", name) for name in plan.ignored)
     # On the way out the names and shapes are those that came in.
     made = plan_state(kind.rows(RAM_SWIN_L), trees.flatten(model), model).made
-    assert {name: form.shape for name, form in made.items()} == {
-        name: state[name].shape for name in read
-    }
+    assert {name: form.shape for name, form in made.items()} == {name: state[name].shape for name in read}
     with pytest.raises(UserError, match="'visual_encoder.layers.2.blocks.17.attn.qkv.bias'"):
         del state["visual_encoder.layers.2.blocks.17.attn.qkv.bias"]
         plan_params(kind.rows(RAM_SWIN_L), state, kind.ignore, model)

@@ -33,9 +33,7 @@ ROOT = Path(os.environ.get("LIONJAX_GOLDEN", Path(__file__).parent / "golden"))
 def folders(system: str) -> list:
     """Folders whose config names the system; a missing root is a failure, not a silent pass."""
     found = [path.parent for path in sorted(ROOT.glob("*/config.json"))]
-    chosen = [
-        path for path in found if json.loads((path / "config.json").read_text())["system"] == system
-    ]
+    chosen = [path for path in found if json.loads((path / "config.json").read_text())["system"] == system]
     return [pytest.param(path, id=path.name) for path in chosen]
 
 
@@ -105,9 +103,7 @@ def only_used(params, lion: Lion, batch: Batch):
     """The part of a full LION that one setting of visual_input reads."""
     wanted = trees.flatten(jax.eval_shape(lion.init, jax.random.key(0), batch))
     have = trees.flatten(params)
-    return trees.unflatten(
-        {path: have[path] for path in have if any(path == w or w.startswith(path) for w in wanted)}
-    )
+    return trees.unflatten({path: have[path] for path in have if any(path == w or w.startswith(path) for w in wanted)})
 
 
 @pytest.fixture(scope="module", params=folders("lion"))
@@ -135,9 +131,7 @@ def lion_states(lion: Lion, params, batch: Batch):
             found[f"vit_intermediate_{layer}"] = seen_BTPD[:, tap]
         if lion.visual_input != "AGGREGATOR":
             normed = module.qformer_norm(seen_BTPD[:, -1])
-            found["qformer_output"] = module.qformer(
-                normed, batch.question_BL, batch.question_mask_BL
-            )
+            found["qformer_output"] = module.qformer(normed, batch.question_BL, batch.question_mask_BL)
         if lion.visual_input != "QFORMER":
             context_TBPD = seen_BTPD.transpose(1, 0, 2, 3)[:-1]
             found["vision_aggregator_output"] = module.aggregator(seen_BTPD[:, -1], context_TBPD)
@@ -204,10 +198,7 @@ def nextchat_golden(request):
 
 def test_nextchat_computes_what_the_original_computes(nextchat_golden):
     theirs, ours = nextchat_golden.theirs, nextchat_golden.ours
-    texts, places = (
-        {"input_ids", "labels", "attention_mask"},
-        {"loc_inputs", "loc_targets", "sam_target_masks"},
-    )
+    texts, places = {"input_ids", "labels", "attention_mask"}, {"loc_inputs", "loc_targets", "sam_target_masks"}
     outputs = theirs.keys() - texts - places - {"image", "sam_image"}
     assert outputs <= ours.keys()
     for name in sorted(outputs):
@@ -250,10 +241,7 @@ def ram_states(module: Ram, image_BHWC) -> dict:
 @pytest.mark.parametrize("folder", folders("ram"))
 def test_ram_computes_what_the_original_computes_and_goes_back_to_the_same_bits(folder):
     c = ram_of(json.loads((folder / "config.json").read_text()))
-    weights, arrays = (
-        load_file(folder / "weights.safetensors"),
-        dict(np.load(folder / "arrays.npz")),
-    )
+    weights, arrays = load_file(folder / "weights.safetensors"), dict(np.load(folder / "arrays.npz"))
     params = convert.params_from(ram.torch_rows(c), weights)
     run = jax.jit(lambda image: Ram(c).apply({"params": params}, image, method=ram_states))
     found = run(arrays["image"].transpose(0, 2, 3, 1))

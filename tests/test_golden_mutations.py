@@ -81,9 +81,7 @@ def test_a_mistake_is_seen(monkeypatch, mistake, folder):
             monkeypatch.setattr(golden_nextchat, name, getattr(changed, name))
     found = complaints(golden_nextchat.compute(folder))
     assert seen <= found, f"only {sorted(found)} differ"
-    assert not found & {"projector_output", "logits", "last_hidden"}, (
-        "what lies before the mistake must stay"
-    )
+    assert not found & {"projector_output", "logits", "last_hidden"}, "what lies before the mistake must stay"
 
 
 def normed_adapters(monkeypatch, system):
@@ -97,16 +95,12 @@ def normed_adapters(monkeypatch, system):
 def shifted_taps(monkeypatch, system):
     """The aggregator's layers counted from 1."""
     layers = tuple(layer - 1 for layer in system.aggregator.context_layers)
-    return dataclasses.replace(
-        system, aggregator=dataclasses.replace(system.aggregator, context_layers=layers)
-    )
+    return dataclasses.replace(system, aggregator=dataclasses.replace(system.aggregator, context_layers=layers))
 
 
 def tanh_gelu(monkeypatch, system):
     """FlanT5's own activation, which LION overrides."""
-    return dataclasses.replace(
-        system, language=dataclasses.replace(system.language, activation="gelu_tanh")
-    )
+    return dataclasses.replace(system, language=dataclasses.replace(system.language, activation="gelu_tanh"))
 
 
 @pytest.mark.slow
@@ -118,8 +112,6 @@ def test_a_mistake_in_lion_is_seen(monkeypatch, mistake, folder):
     arrays = dict(np.load(folder / "arrays.npz"))
     system = mistake(monkeypatch, right)
     batch = lion_batch(arrays, "image_level")
-    found, _ = jax.jit(lambda params: lion_states(system, params, batch))(
-        params
-    )  # traced anew, not from a cache
+    found, _ = jax.jit(lambda params: lion_states(system, params, batch))(params)  # traced anew, not from a cache
     with pytest.raises(AssertionError, match="logits: off by"):
         assert_close(found["logits"], arrays["image_level.ALL.logits"], "logits")

@@ -30,10 +30,7 @@ def test_time_before_this_process_is_lost_while_it_ran_and_away_when_nothing_did
     (tmp_path / "metrics.jsonl").write_text("")
     os.utime(tmp_path / "metrics.jsonl", (1000.0, 1300.0))  # the last sign of life
     assert missed(tmp_path, [{"clock": 1100.0}], 1500.0) == {"lost": 200.0, "away": 200.0}
-    assert missed(tmp_path, [{"clock": 1400.0}], 1500.0) == {
-        "lost": 0.0,
-        "away": 100.0,
-    }  # saved when it stopped
+    assert missed(tmp_path, [{"clock": 1400.0}], 1500.0) == {"lost": 0.0, "away": 100.0}  # saved when it stopped
     assert missed(tmp_path, [{}], 1500.0) == {}  # made by an older version
     assert missed(tmp_path, [], 1500.0) == {}
     (tmp_path / "base" / "0_one").mkdir(parents=True)
@@ -51,9 +48,7 @@ def test_all_time_of_a_run_is_in_its_report_and_its_lines(tmp_path):
     entries = [stage["seconds_by_part"] for stage in report["stages"]]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (record,) = (tmp_path / "base").glob("2_*")
-    logged = [
-        entry["logged"]["seconds"] for entry in checkpoints.read_record(record)["meta"]["history"]
-    ]
+    logged = [entry["logged"]["seconds"] for entry in checkpoints.read_record(record)["meta"]["history"]]
     for stage, parts, until in zip(("one", "two"), entries, logged):
         sums = {}
         for line in lines:
@@ -69,19 +64,9 @@ def test_all_time_of_a_run_is_in_its_report_and_its_lines(tmp_path):
     note_evaluation(tmp_path, 1.0)
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["seconds"]["evaluate"] == 3.5
-    assert (
-        json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]["evaluate"]
-        == 3.5
-    )
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]["evaluate"] == 3.5
     page = goodput.section(again, lines)
-    for words in (
-        "Where the time went",
-        "updates",
-        "saving",
-        "compiling",
-        "evaluation",
-        "afterwards",
-    ):
+    for words in ("Where the time went", "updates", "saving", "compiling", "evaluation", "afterwards"):
         assert words in page
     assert "writing checkpoints took" in page
 
@@ -94,15 +79,9 @@ def test_lost_and_away_are_no_work_of_the_stage():
 
 
 def test_a_stage_that_still_runs_is_drawn_from_its_lines():
-    lines = [
-        {"stage": "one", "seconds": {"step": 1.0}},
-        {"stage": "two", "seconds": {"step": 1.0, "data": 2.0}},
-    ] * 2
+    lines = [{"stage": "one", "seconds": {"step": 1.0}}, {"stage": "two", "seconds": {"step": 1.0, "data": 2.0}}] * 2
     figures = {"stages": [{"name": "one", "seconds_by_part": {"step": 8.0}}]}
-    assert goodput.by_stage(figures, lines) == {
-        "one": {"step": 8.0},
-        "two": {"step": 2.0, "data": 4.0},
-    }
+    assert goodput.by_stage(figures, lines) == {"one": {"step": 8.0}, "two": {"step": 2.0, "data": 4.0}}
     page = goodput.section(figures, lines)
     assert "71.4% of 14.0 s were updates" in page and "waiting for batches" in page
     assert goodput.section({}, []) == ""

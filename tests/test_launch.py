@@ -173,10 +173,7 @@ def test_a_mistake_in_the_config_is_not_tried_again(tmp_path):
 
 def test_hosts_get_the_code_and_not_what_lies_on_the_shared_disk(tmp_path):
     here, log = project(tmp_path), tmp_path / "log"
-    sent, kept = (
-        ("lionjax/data/a.py", "launch/run.sh"),
-        ("data/b", "weights/c", "runs/d", ".venv-prepare/e"),
-    )
+    sent, kept = ("lionjax/data/a.py", "launch/run.sh"), ("data/b", "weights/c", "runs/d", ".venv-prepare/e")
     for name in (*sent[:1], *kept):
         (here / name).parent.mkdir(parents=True)
         (here / name).touch()
@@ -259,9 +256,7 @@ def test_skypilot_runs_what_the_others_run():
     topologies.parse(made["resources"]["accelerators"])
     assert (ROOT / made["envs"]["CONFIG"]).is_file()
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert (
-        set(made["envs"]["EXTRAS"].split(",")) <= known.keys() and '".[$EXTRAS]"' in made["setup"]
-    )
+    assert set(made["envs"]["EXTRAS"].split(",")) <= known.keys() and '".[$EXTRAS]"' in made["setup"]
     for part in ("setup", "run"):
         said = subprocess.run(["bash", "-n", "-c", made[part]], capture_output=True, text=True)
         assert said.returncode == 0, said.stderr

@@ -167,9 +167,7 @@ def test_initial_weights_do_not_depend_on_the_mesh():
 
 def test_with_a_word_scale_the_picture_begins_as_what_the_vit_says():
     aggregator = dataclasses.replace(LION.aggregator, projector=32)
-    lion = dataclasses.replace(
-        LION, aggregator=aggregator, word_scale=2.5, visual_input="AGGREGATOR"
-    )
+    lion = dataclasses.replace(LION, aggregator=aggregator, word_scale=2.5, visual_input="AGGREGATOR")
     batch = batch_of()
     params = sharding.init(lion.init, jax.random.key(0), batch)
     said_BPD = np.asarray(lion.features(params, batch))[:, -1]

@@ -37,9 +37,7 @@ def reader(c):
 
 def having(c) -> set[str]:
     module, run = reader(c)
-    made = jax.eval_shape(
-        lambda: meta.unbox(module.init(jax.random.key(0), None, method=run)["params"])
-    )
+    made = jax.eval_shape(lambda: meta.unbox(module.init(jax.random.key(0), None, method=run)["params"]))
     return {path.split("/")[-2] for path in trees.flatten(made) if path.endswith("lora_a")}
 
 
@@ -47,18 +45,13 @@ def having(c) -> set[str]:
 def test_only_the_layers_that_are_named_get_one(name):
     c = MODELS[name]
     assert having(c) == set(TARGETS)
-    assert having(dataclasses.replace(c, lora=dataclasses.replace(LORA, targets=("q", "v")))) == {
-        "q",
-        "v",
-    }
+    assert having(dataclasses.replace(c, lora=dataclasses.replace(LORA, targets=("q", "v")))) == {"q", "v"}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_dropout_of_every_target_is_drawn_by_the_key_and_is_off_without_one(name):
     module, run = reader(MODELS[name])
-    made = jax.jit(lambda key: meta.unbox(module.init(key, None, method=run)["params"]))(
-        jax.random.key(0)
-    )
+    made = jax.jit(lambda key: meta.unbox(module.init(key, None, method=run)["params"]))(jax.random.key(0))
     read = jax.jit(lambda params, key: module.apply({"params": params}, key, method=run))
     flat, keys = trees.flatten(made), [jax.random.key(seed) for seed in (1, 2)]
 

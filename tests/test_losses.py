@@ -57,9 +57,7 @@ def test_the_originals_giou_leaves_reversed_boxes_out_and_survives_having_no_oth
     predicted, real = BOXES.copy(), np.ones((2, 2))
     predicted[0, 0] = REVERSED
     truth = BOXES[::-1, ::-1]
-    rest = [
-        1 - giou_of(a, b) for a, b in zip(predicted.reshape(-1, 4)[1:], truth.reshape(-1, 4)[1:])
-    ]
+    rest = [1 - giou_of(a, b) for a, b in zip(predicted.reshape(-1, 4)[1:], truth.reshape(-1, 4)[1:])]
     made = losses.giou_loss(predicted, truth, real, original=True)
     assert float(made) == pytest.approx(np.mean(rest), abs=1e-6)
     predicted[:] = REVERSED
@@ -68,10 +66,7 @@ def test_the_originals_giou_leaves_reversed_boxes_out_and_survives_having_no_oth
 
 def all_losses(predicted, box, real, logits, iou, mask):
     terms = losses.mask_losses(logits, iou, mask, real)
-    terms |= {
-        f"original_{name}": term
-        for name, term in losses.mask_losses(logits, iou, mask, real, True).items()
-    }
+    terms |= {f"original_{name}": term for name, term in losses.mask_losses(logits, iou, mask, real, True).items()}
     terms["giou"] = losses.giou_loss(predicted, box, real)
     terms["l1"] = losses.mean_of_real(jnp.abs(predicted - box), real)
     return terms
@@ -82,14 +77,7 @@ def example(seed=0, rows=2):
     box = np.sort(random.random((rows, 3, 2, 2)), axis=2).reshape(rows, 3, 4).astype(np.float32)
     logits = random.normal(0, 3, (rows, 3, 8, 8)).astype(np.float32)
     iou = random.random((rows, 3)).astype(np.float32)
-    return (
-        box[:, ::-1],
-        box,
-        random.random((rows, 3)) < 0.6,
-        logits,
-        iou,
-        random.random((rows, 3, 8, 8)) < 0.4,
-    )
+    return box[:, ::-1], box, random.random((rows, 3)) < 0.6, logits, iou, random.random((rows, 3, 8, 8)) < 0.4
 
 
 def test_what_is_not_real_counts_nowhere_and_gives_no_gradient():
@@ -103,9 +91,7 @@ def test_what_is_not_real_counts_nowhere_and_gives_no_gradient():
     after = all_losses(spoiled[0], box, real, spoiled[1], spoiled[2], mask)
     for name in before:
         assert float(before[name]) == pytest.approx(float(after[name]), rel=1e-6), name
-    slope = jax.grad(lambda p, x: sum(all_losses(p, box, real, x, iou, mask).values()), (0, 1))(
-        predicted, logits
-    )
+    slope = jax.grad(lambda p, x: sum(all_losses(p, box, real, x, iou, mask).values()), (0, 1))(predicted, logits)
     assert not np.asarray(slope[0])[~real].any() and np.asarray(slope[0])[real].any()
     assert not np.asarray(slope[1])[~real].any() and np.asarray(slope[1])[real].any()
 
@@ -113,12 +99,8 @@ def test_what_is_not_real_counts_nowhere_and_gives_no_gradient():
 def test_a_batch_without_a_box_or_a_mask_has_loss_zero_and_finite_gradients():
     predicted, box, real, logits, iou, mask = example()
     nothing = np.zeros_like(real)
-    assert all(
-        value == 0 for value in all_losses(predicted, box, nothing, logits, iou, mask).values()
-    )
-    slope = jax.grad(lambda p: sum(all_losses(p, box, nothing, logits, iou, mask).values()))(
-        predicted
-    )
+    assert all(value == 0 for value in all_losses(predicted, box, nothing, logits, iou, mask).values())
+    slope = jax.grad(lambda p: sum(all_losses(p, box, nothing, logits, iou, mask).values()))(predicted)
     assert not np.asarray(slope).any()
 
 

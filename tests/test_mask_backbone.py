@@ -37,21 +37,10 @@ def test_a_box_to_learn_from_lies_around_its_mask():
 def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
     """Picture, box and mask all go into the padded square and come back: a slip of some pixels would show."""
     processor = Processor(
-        ProcessorConfig(
-            SIDE,
-            prompt_length=64,
-            question_length=32,
-            padded=True,
-            boxes=4,
-            sam_size=SIDE,
-            tags=False,
-        )
+        ProcessorConfig(SIDE, prompt_length=64, question_length=32, padded=True, boxes=4, sam_size=SIDE, tags=False)
     )
     params = trees.unflatten(
-        {
-            path.removeprefix("sam/"): leaf
-            for path, leaf in load_file(shipped("shipped:tiny_sam.safetensors")).items()
-        }
+        {path.removeprefix("sam/"): leaf for path, leaf in load_file(shipped("shipped:tiny_sam.safetensors")).items()}
     )
 
     @jax.jit
@@ -74,21 +63,11 @@ def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
             true_HW = np.zeros((high, wide), bool)
             true_HW[at[0] : at[0] + 200, at[1] : at[1] + 200] = mask_HW
             x0, y0, x1, y1 = (edge * 200 for edge in scene.things[k].box)
-            box = (
-                (x0 + at[1]) / wide,
-                (y0 + at[0]) / high,
-                (x1 + at[1]) / wide,
-                (y1 + at[0]) / high,
-            )
-            row = processor.row_of(
-                Input(Image.fromarray(canvas), f"{places.box_text(box)}?", boxes=(box,))
-            )
+            box = ((x0 + at[1]) / wide, (y0 + at[0]) / high, (x1 + at[1]) / wide, (y1 + at[0]) / high)
+            row = processor.row_of(Input(Image.fromarray(canvas), f"{places.box_text(box)}?", boxes=(box,)))
             batch = processor.assemble({name: np.stack([value]) for name, value in row.items()})
             logits = np.asarray(cut(batch.sam_image_BHWC, batch.boxes_BK4[:, :1]))[0, 0]
-            found_HW = (
-                sam_masks.to_picture(logits, SIDE, Square(wide, high).inside(SIDE), (high, wide))
-                > 0
-            )
+            found_HW = sam_masks.to_picture(logits, SIDE, Square(wide, high).inside(SIDE), (high, wide)) > 0
             for number, shift in enumerate(shifts):
                 moved_HW = np.roll(found_HW, shift, (0, 1))
                 both[number] += np.sum(moved_HW & true_HW)

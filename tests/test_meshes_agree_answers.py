@@ -74,14 +74,7 @@ def test_a_program_is_traced_anew_for_another_mesh():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "lion",
-        "llava",
-        "instructblip",
-        "flamingo",
-        "nextchat, words and boxes",
-        "flagship, words and boxes",
-    ],
+    ["lion", "llava", "instructblip", "flamingo", "nextchat, words and boxes", "flagship, words and boxes"],
 )
 def test_answers_boxes_and_masks_do_not_depend_on_the_mesh(name):
     wanted = said(name, "one")

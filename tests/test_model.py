@@ -23,12 +23,7 @@ from lionjax.scores import GenerateConfig
 from lionjax.sharding import MeshConfig
 
 BOX, OTHER = (0.125, 0.25, 0.5, 0.75), (0.0, 0.0, 0.3, 0.9)
-PROMPTS = [
-    "What is in the picture?",
-    "Where is the red star?",
-    "How many are there?",
-    "What is at {box}?",
-]
+PROMPTS = ["What is in the picture?", "Where is the red star?", "How many are there?", "What is at {box}?"]
 BOXES = [None, [], None, [BOX]]
 
 
@@ -67,40 +62,19 @@ def texts(answers) -> list[str]:
 @pytest.mark.parametrize(
     ("group", "category"),
     [
-        *(
-            (group, "region_level")
-            for group in (wordings.REC, wordings.REG, wordings.RES, wordings.GROUNDED)
-        ),
+        *((group, "region_level") for group in (wordings.REC, wordings.REG, wordings.RES, wordings.GROUNDED)),
         *(
             (group, "image_level")
-            for group in (
-                wordings.CAPTION,
-                wordings.COLOR,
-                wordings.SHAPE,
-                wordings.COUNT,
-                wordings.CHECK,
-            )
+            for group in (wordings.CAPTION, wordings.COLOR, wordings.SHAPE, wordings.COUNT, wordings.CHECK)
         ),
-        *(
-            (group, "image_level")
-            for group in (wordings.MORE, wordings.RELATION, wordings.EXISTENCE, wordings.TAGS)
-        ),
+        *((group, "image_level") for group in (wordings.MORE, wordings.RELATION, wordings.EXISTENCE, wordings.TAGS)),
         (("Is there a box in the picture?", "What is the man to the left doing?"), "image_level"),
-        (
-            ("Can you locate it and let me know its coordinates?", "Give the bounding box of it."),
-            "region_level",
-        ),
+        (("Can you locate it and let me know its coordinates?", "Give the bounding box of it."), "region_level"),
     ],
 )
 def test_each_prompt_takes_the_route_that_its_task_was_trained_on(group, category):
     rng = np.random.default_rng(0)
-    words = {
-        "expr": "the red star",
-        "word": "red",
-        "nouns": "stars",
-        "noun": "a star",
-        "relation": "left of",
-    }
+    words = {"expr": "the red star", "word": "red", "nouns": "stars", "noun": "a star", "relation": "left of"}
     words |= {"first": "the star", "second": "the ring", "box": "[0.100,0.200,0.300,0.400]"}
     for wording in group:
         prompt = wordings.ask((wording,), rng, **words)
@@ -111,9 +85,7 @@ def test_boxes_are_written_where_the_prompt_has_a_place_for_them_and_else_at_its
     written = answering.with_boxes("Is {box} left of {box}?", [BOX, OTHER])
     assert written == "Is [0.125,0.250,0.500,0.750] left of [0.000,0.000,0.300,0.900]?"
     assert answering.with_boxes("What is this?", [BOX]) == "What is this? [0.125,0.250,0.500,0.750]"
-    assert answering.with_boxes("{box}: what?", [BOX, BOX]).endswith(
-        "what? [0.125,0.250,0.500,0.750]"
-    )
+    assert answering.with_boxes("{box}: what?", [BOX, BOX]).endswith("what? [0.125,0.250,0.500,0.750]")
     assert answering.with_boxes("What is this?", []) == "What is this?"
     with pytest.raises(UserError, match="has 1 {box} and 0 boxes"):
         answering.with_boxes("What is at {box}?", [])
@@ -123,9 +95,7 @@ def test_boxes_are_written_where_the_prompt_has_a_place_for_them_and_else_at_its
 
 def test_every_box_of_a_text_is_read_and_nothing_else():
     text = "A star [0.1,0.200, 0.300,0.4] and [0.5,0.5,0.4,0.9], [1,2,3] [0.9,0.9,1.7,1.000]."
-    np.testing.assert_allclose(
-        answering.boxes_in(text), [[0.1, 0.2, 0.3, 0.4], [0.9, 0.9, 1.0, 1.0]]
-    )
+    np.testing.assert_allclose(answering.boxes_in(text), [[0.1, 0.2, 0.3, 0.4], [0.9, 0.9, 1.0, 1.0]])
     assert answering.boxes_in("no box").shape == (0, 4)
 
 
@@ -190,12 +160,9 @@ def test_asking_again_compiles_nothing_for_prompts_of_any_length_up_to_a_bucket(
 def test_generation_can_be_set_and_sampling_follows_the_seed(model):
     images, prompts = some_pictures(1), ["Describe it."]
     short, long = (
-        model.answer(images, prompts, generate=GenerateConfig(max_new_tokens=most))[0].text
-        for most in (2, 8)
+        model.answer(images, prompts, generate=GenerateConfig(max_new_tokens=most))[0].text for most in (2, 8)
     )
-    assert len(short) < len(long) and long.startswith(
-        short.rstrip("\ufffd")
-    )  # half a letter may be left over
+    assert len(short) < len(long) and long.startswith(short.rstrip("\ufffd"))  # half a letter may be left over
     drawn = GenerateConfig(max_new_tokens=8, sample=True, temperature=2.0)
     said = [texts(model.answer(images, prompts, generate=drawn, seed=seed)) for seed in (0, 0, 1)]
     assert said[0] == said[1] != said[2]
@@ -226,9 +193,7 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(model, mistake, said):
 # Folders
 
 
-def test_an_exported_folder_and_one_converted_back_answer_as_the_run_does(
-    model, exported, tmp_path
-):
+def test_an_exported_folder_and_one_converted_back_answer_as_the_run_does(model, exported, tmp_path):
     convert.convert(exported, tmp_path / "ours", "jax")
     convert.convert(tmp_path / "ours", tmp_path / "theirs", "torch")
     model.export(tmp_path / "saved", to="jax")
@@ -259,15 +224,10 @@ def test_weights_with_a_systems_sizes_alone_ask_for_the_tokenizers_they_lack(mod
     files = model.companions()
     convert.to_torch(model.system, model.params, tmp_path / "whole", companions=files)
     again = lionjax.load(tmp_path / "whole")
-    assert (
-        again.experiment.answer.repetition_penalty == 1.5
-        and again.processor.config.image_size == small_lion.SIDE
-    )
+    assert again.experiment.answer.repetition_penalty == 1.5 and again.processor.config.image_size == small_lion.SIDE
     plain = GenerateConfig(max_new_tokens=24)
     asked = some_pictures(1), ["What?"]
-    assert texts(again.answer(*asked, generate=plain)) == texts(
-        model.answer(*asked, generate=plain)
-    )
+    assert texts(again.answer(*asked, generate=plain)) == texts(model.answer(*asked, generate=plain))
 
 
 def test_a_run_that_has_not_ended_answers_with_what_it_has_learned(tmp_path, caplog):

@@ -82,10 +82,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(params, beams
     """Also in beam search, where states must follow their beams; read again at once, with the boxes as inputs."""
     config = GenerateConfig(max_new_tokens=NEW, beams=beams, eos=END, pad=0, start=None)
     made = generate(TINY, params, batch_of(PROMPTS), config)
-    answers = [
-        ids[:length].tolist()
-        for ids, length in zip(np.asarray(made.ids_BM), np.asarray(made.length_B))
-    ]
+    answers = [ids[:length].tolist() for ids, length in zip(np.asarray(made.ids_BM), np.asarray(made.length_B))]
     kept = {name: np.asarray(leaf) for name, leaf in made.kept.items()}
     fed = [answer[:-1].count(TRIGGER) for answer in answers]  # at the last word nothing was read
     np.testing.assert_array_equal(kept["count"], fed)
@@ -98,12 +95,8 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(params, beams
     box_BK4, state_BKD, real_BK = jax.jit(TINY.locate)(params, spoken)
     for row, count in enumerate(fed):
         assert np.asarray(real_BK)[row, :count].all()
-        np.testing.assert_allclose(
-            kept["box"][row, :count], np.asarray(box_BK4)[row, :count], atol=1e-4
-        )
-        np.testing.assert_allclose(
-            kept["state"][row, :count], np.asarray(state_BKD)[row, :count], atol=1e-3
-        )
+        np.testing.assert_allclose(kept["box"][row, :count], np.asarray(box_BK4)[row, :count], atol=1e-4)
+        np.testing.assert_allclose(kept["state"][row, :count], np.asarray(state_BKD)[row, :count], atol=1e-3)
         assert not kept["box"][row, count:].any()
 
 
@@ -115,31 +108,20 @@ def test_an_answer_in_a_batch_of_unequal_prompts_is_the_one_given_alone(params):
         only = jax.tree.map(lambda leaf, row=row: leaf[[row]], longest)
         length = int(only.prompt_mask_BL.sum())
         short = dataclasses.replace(
-            only,
-            prompt_BL=only.prompt_BL[:, :length],
-            prompt_mask_BL=only.prompt_mask_BL[:, :length],
+            only, prompt_BL=only.prompt_BL[:, :length], prompt_mask_BL=only.prompt_mask_BL[:, :length]
         )
         alone = generate(TINY, params, short, config)
         np.testing.assert_array_equal(alone.ids_BM[0], together.ids_BM[row])
         np.testing.assert_allclose(alone.kept["box"][0], together.kept["box"][row], atol=1e-5)
 
 
-def test_a_trigger_at_the_end_of_a_prompt_is_followed_by_its_place_and_one_at_the_end_of_an_answer_by_nothing(
-    params,
-):
+def test_a_trigger_at_the_end_of_a_prompt_is_followed_by_its_place_and_one_at_the_end_of_an_answer_by_nothing(params):
     prompt = batch_of([[5, 6, TRIGGER], [7, 8]])
-    made = generate(
-        TINY, params, prompt, GenerateConfig(max_new_tokens=2, eos=END, pad=0, start=None)
-    )
+    made = generate(TINY, params, prompt, GenerateConfig(max_new_tokens=2, eos=END, pad=0, start=None))
     assert made.ids_BM[0, 0] == LOCATION and made.kept["count"][0] == 1
     read, _ = jax.jit(TINY.prefill, static_argnums=2)(params, prompt, 1)
-    assert (
-        np.asarray(read)[0].argmax() == LOCATION
-        and (np.delete(np.asarray(read)[0], LOCATION) < -1e29).all()
-    )
-    assert (np.delete(np.asarray(read)[1], LOCATION) > -1e29).all() and np.asarray(read)[
-        1, LOCATION
-    ] < -1e29
+    assert np.asarray(read)[0].argmax() == LOCATION and (np.delete(np.asarray(read)[0], LOCATION) < -1e29).all()
+    assert (np.delete(np.asarray(read)[1], LOCATION) > -1e29).all() and np.asarray(read)[1, LOCATION] < -1e29
 
 
 def test_more_places_than_are_kept_are_counted_and_do_not_disturb_the_first(params):
@@ -168,20 +150,14 @@ def test_masks_of_an_answer_come_from_its_boxes_and_states(params):
     again, _ = masks(params, batch, box, state.at[0, 1].add(1.0))
     changed = np.abs(np.asarray(logits - again)).max((2, 3)) > 1e-5
     np.testing.assert_array_equal(changed, [[False, True], [False, False]])
-    seen = dataclasses.replace(
-        batch, features=TINY.features(params, batch), image_BHWC=None, sam_image_BHWC=None
-    )
+    seen = dataclasses.replace(batch, features=TINY.features(params, batch), image_BHWC=None, sam_image_BHWC=None)
     np.testing.assert_allclose(masks(params, seen, box, state)[0], logits, atol=1e-5)
 
 
 def test_sam_sees_each_picture_once_however_many_boxes_it_has(params):
     def operations(boxes: int) -> float:
         box, state = jnp.zeros((2, boxes, 4)), jnp.zeros((2, boxes, 16))
-        return (
-            jax.jit(TINY.masks)
-            .lower(params, batch_of([[5], [6]]), box, state)
-            .cost_analysis()["flops"]
-        )
+        return jax.jit(TINY.masks).lower(params, batch_of([[5], [6]]), box, state).cost_analysis()["flops"]
 
     def seeing() -> float:
         system = dataclasses.replace(TINY)
@@ -192,9 +168,7 @@ def test_sam_sees_each_picture_once_however_many_boxes_it_has(params):
     one, three, five = map(operations, (1, 3, 5))
     each = (three - one) / 2
     assert five - three == pytest.approx(2 * each, rel=0.02)
-    assert one - each == pytest.approx(
-        seeing(), rel=0.05
-    )  # what is left when no box is asked about
+    assert one - each == pytest.approx(seeing(), rel=0.05)  # what is left when no box is asked about
 
 
 def test_the_weight_of_giou_is_the_configs(params):
@@ -208,19 +182,14 @@ def test_the_weight_of_giou_is_the_configs(params):
 
 ANSWERS = [[20, TRIGGER, LOCATION, 21, TRIGGER, LOCATION, END], [22, 23, END]]
 ASKED = [[5, TRIGGER, LOCATION, 6], [7]]
-SAID = [
-    [0.1, 0.2, 0.5, 0.7],
-    [0.3, 0.3, 0.9, 0.8],
-]  # in the answer, after one that the question asks about
+SAID = [[0.1, 0.2, 0.5, 0.7], [0.3, 0.3, 0.9, 0.8]]  # in the answer, after one that the question asks about
 GIVEN = [[[0.0, 0.0, 0.2, 0.2], *SAID], []]
 
 
 @functools.cache
 def slopes(objective: str):
     system = dataclasses.replace(TINY, objective=objective)
-    return jax.jit(
-        jax.value_and_grad(lambda params, batch: system.loss(params, batch), has_aux=True)
-    )
+    return jax.jit(jax.value_and_grad(lambda params, batch: system.loss(params, batch), has_aux=True))
 
 
 @pytest.mark.parametrize("objective", ["language", "masks"])
@@ -234,16 +203,11 @@ def test_rows_without_a_box_take_no_part_in_the_losses_of_places(params, objecti
     for name in terms:
         assert float(terms[name]) == pytest.approx(float(other[name]), rel=1e-5), name
     bare = dataclasses.replace(
-        batch_of(ASKED, [[20, 21, END, 0, 0, 0, 0], ANSWERS[1]], GIVEN),
-        boxes_mask_BK=np.zeros((2, 3), bool),
+        batch_of(ASKED, [[20, 21, END, 0, 0, 0, 0], ANSWERS[1]], GIVEN), boxes_mask_BK=np.zeros((2, 3), bool)
     )
     (loss, terms), grads = slopes(objective)(params, bare)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-    places = (
-        {"l1", "giou", "cycle_state", "cycle_box"}
-        if objective == "language"
-        else {"focal", "dice", "iou"}
-    )
+    places = {"l1", "giou", "cycle_state", "cycle_box"} if objective == "language" else {"focal", "dice", "iou"}
     assert all(terms[f"loss_{name}"] == 0 for name in places)
 
 
@@ -254,9 +218,7 @@ def test_words_boxes_and_masks_can_be_learned_at_once(params):
     (words, _), of_words = slopes("language")(params, mixed)
     (masks, told), of_masks = slopes("masks")(params, mixed)
     assert float(whole) == pytest.approx(float(words) + float(masks), rel=1e-5)
-    assert set(told) <= set(terms) and float(terms["loss_dice"]) == pytest.approx(
-        float(told["loss_dice"]), rel=1e-5
-    )
+    assert set(told) <= set(terms) and float(terms["loss_dice"]) == pytest.approx(float(told["loss_dice"]), rel=1e-5)
     for one, two, three in zip(*map(jax.tree.leaves, (grads, of_words, of_masks))):
         np.testing.assert_allclose(one, two + three, atol=1e-5, rtol=1e-4)
 
@@ -277,6 +239,4 @@ def test_the_vicuna_sizes_are_those_of_the_release():
 
 def full_batch() -> Batch:
     ids, row = np.zeros((1, 8), np.int32), np.zeros(1, np.int32)
-    return Batch(
-        np.zeros((1, 336, 336, 3), np.float32), ids, ids, None, None, ids, ids, ids, row, row
-    )
+    return Batch(np.zeros((1, 336, 336, 3), np.float32), ids, ids, None, None, ids, ids, ids, row, row)

@@ -86,9 +86,7 @@ def test_t5_gives_the_logits_and_gradients_of_transformers(draw):
     grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
     close(logits, out.logits)
     mine = convert.state_from(t5.torch_rows(c), jax.tree.map(np.asarray, grads))
-    if (
-        theirs.lm_head.weight is theirs.shared.weight
-    ):  # some versions tie them whatever the config says
+    if theirs.lm_head.weight is theirs.shared.weight:  # some versions tie them whatever the config says
         mine["shared.weight"] = mine["shared.weight"] + mine["lm_head.weight"]
     for name, parameter in theirs.named_parameters():
         assert np.linalg.norm(mine[name]) == pytest.approx(

@@ -412,11 +412,7 @@ def test_cropped_photos_reach_the_batch_with_their_boxes(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps(row))
     sources = (Lines(str(tmp_path / "r.jsonl"), str(tmp_path)),)
     data = DataConfig(
-        sources=sources,
-        processor=dataclasses.replace(SMALL, boxes=1),
-        crop=(0.5, 0.9),
-        flip=True,
-        threads=0,
+        sources=sources, processor=dataclasses.replace(SMALL, boxes=1), crop=(0.5, 0.9), flip=True, threads=0
     )
     batch = take(stream(data, of=stage(("rec", 1.0)), size=16), 1)[0]
     for image, box in zip(batch.image_BHWC, batch.boxes_BK4[:, 0]):

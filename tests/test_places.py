@@ -28,13 +28,7 @@ AT, HERE = 19, 20  # of the tiny tokenizer
 
 
 def test_a_text_is_words_and_boxes_and_known_boxes_keep_their_decimals():
-    assert places.pieces(TEXT, [BOX]) == [
-        "A red star ",
-        BOX,
-        ", a ring ",
-        OTHER,
-        " and nothing else.",
-    ]
+    assert places.pieces(TEXT, [BOX]) == ["A red star ", BOX, ", a ring ", OTHER, " and nothing else."]
     assert places.pieces(TEXT)[1] == (0.123, 0.25, 0.5, 0.75)
     assert places.joined(places.pieces(TEXT, [BOX])) == TEXT
     assert places.pieces("no box [1,2] here") == ["no box [1,2] here"]
@@ -50,9 +44,7 @@ def test_location_tokens_are_those_of_kosmos_2(side):
         bins = places.bins_of(box, side)
         assert bins == tuple(map(int, theirs.coordinate_to_patch_index(box, side)))
         np.testing.assert_allclose(
-            places.box_of_bins(*bins, side),
-            theirs.patch_index_to_coordinate(*bins, side),
-            atol=1e-12,
+            places.box_of_bins(*bins, side), theirs.patch_index_to_coordinate(*bins, side), atol=1e-12
         )
         assert np.abs(np.subtract(places.box_of_bins(*bins, side), box)).max() <= 1 / side
 
@@ -76,10 +68,7 @@ def test_digits_are_written_as_ever_and_bins_and_embeddings_as_two_tokens():
     (*words, at, here), _ = processor.spell(said, how="embeddings")
     assert (at, here) == (AT, HERE) and processor.decode(words) == "Answer:"
     (*_, low, high), _ = processor.spell(said, how="bins")
-    assert (
-        low - processor.tokenizer.size == 8 * 32 + 3
-        and high - processor.tokenizer.size == 23 * 32 + 15
-    )
+    assert low - processor.tokenizer.size == 8 * 32 + 3 and high - processor.tokenizer.size == 23 * 32 + 15
 
 
 def test_what_stands_for_no_box_is_passed_over():
@@ -87,10 +76,7 @@ def test_what_stands_for_no_box_is_passed_over():
     first = codec.first_bin
     assert codec.read([5, AT, HERE, 6, AT], [BOX]) == [[5], BOX, [6]]
     assert codec.read([AT, HERE, AT, HERE], [BOX]) == [BOX]
-    assert codec.read([5, first + 1, 6, first, first + 33]) == [
-        [5, 6],
-        (0.0 + 0.5 / 32, 0.5 / 32, 1.5 / 32, 1.5 / 32),
-    ]
+    assert codec.read([5, first + 1, 6, first, first + 33]) == [[5, 6], (0.0 + 0.5 / 32, 0.5 / 32, 1.5 / 32, 1.5 / 32)]
 
 
 def test_ids_behind_the_tokenizer_are_boxes_only_where_there_are_location_tokens():
@@ -106,10 +92,7 @@ def test_ids_behind_the_tokenizer_are_boxes_only_where_there_are_location_tokens
 
 def test_location_tokens_stand_where_the_tokenizer_has_them(tmp_path):
     """Kosmos-2's has its own among its words, and words behind them."""
-    special, own = (
-        ["<pad>", "<s>", "</s>", "<unk>"],
-        [f"<patch_index_{place:04d}>" for place in range(4)],
-    )
+    special, own = ["<pad>", "<s>", "</s>", "<unk>"], [f"<patch_index_{place:04d}>" for place in range(4)]
     words = {word: number for number, word in enumerate([*special, "star", *own, "ring"])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -126,32 +109,22 @@ def test_location_tokens_stand_where_the_tokenizer_has_them(tmp_path):
 def test_a_row_has_the_boxes_of_question_and_answer_in_the_order_of_their_tokens():
     processor = Processor(POINTING)
     pixels, question = np.zeros((28, 28, 3), np.uint8), f"What is at {box_text(OTHER)}?"
-    row = processor.row(
-        pixels, question, (), f"It is {box_text(BOX)}.", boxes=(OTHER, BOX), square=Square(40, 20)
-    )
+    row = processor.row(pixels, question, (), f"It is {box_text(BOX)}.", boxes=(OTHER, BOX), square=Square(40, 20))
     assert (row["prompt"] == HERE).sum() == (row["target"] == HERE).sum() == 1
-    np.testing.assert_allclose(
-        row["boxes"][:2], [Square(40, 20).into(OTHER), Square(40, 20).into(BOX)], atol=1e-6
-    )
+    np.testing.assert_allclose(row["boxes"][:2], [Square(40, 20).into(OTHER), Square(40, 20).into(BOX)], atol=1e-6)
     np.testing.assert_array_equal(row["boxes_mask"], [1, 1, 0])
     asked = processor.row(pixels, question, boxes=(OTHER,), how="digits")
-    assert not (asked["prompt"] == HERE).any() and "[0.000,0.100" in processor.decode(
-        asked["prompt"]
-    )
+    assert not (asked["prompt"] == HERE).any() and "[0.000,0.100" in processor.decode(asked["prompt"])
 
 
 def test_a_decoder_reads_its_template_with_the_pictures_tokens_and_no_end():
-    c = dataclasses.replace(
-        POINTING, reader="decoder", template="Look: {image} {question} Say:", image_tokens=4
-    )
+    c = dataclasses.replace(POINTING, reader="decoder", template="Look: {image} {question} Say:", image_tokens=4)
     processor = Processor(c)
     ids = processor.prompt("what is it?")
     assert ids[-1] != processor.tokenizer.end_id and ids.count(21) == 4
     start = ids.index(22)
     assert ids[start : start + 6] == [22, 21, 21, 21, 21, 23]
-    assert processor.tokenizer.decode(ids[:start]) == "Look:" and processor.decode(ids).endswith(
-        "what is it? Say:"
-    )
+    assert processor.tokenizer.decode(ids[:start]) == "Look:" and processor.decode(ids).endswith("what is it? Say:")
 
 
 @pytest.mark.parametrize(
@@ -193,11 +166,7 @@ def pictures_of_all_kinds(folder):
     array = np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8)
     plain, exif = Image.fromarray(array), Image.Exif()
     exif[0x0112] = 6
-    made = {
-        "gray.png": plain.convert("L"),
-        "palette.png": plain.convert("P"),
-        "print.jpg": plain.convert("CMYK"),
-    }
+    made = {"gray.png": plain.convert("L"), "palette.png": plain.convert("P"), "print.jpg": plain.convert("CMYK")}
     for name, picture in made.items():
         picture.save(folder / name)
         yield folder / name, (36, 24)
@@ -207,17 +176,11 @@ def pictures_of_all_kinds(folder):
     yield folder / "thin.png", (1, 36)
 
 
-def test_gray_palette_cmyk_turned_and_very_thin_pictures_are_padded_and_their_boxes_come_back(
-    tmp_path,
-):
+def test_gray_palette_cmyk_turned_and_very_thin_pictures_are_padded_and_their_boxes_come_back(tmp_path):
     processor = Processor(POINTING)
     for path, size in pictures_of_all_kinds(tmp_path):
         row = processor.row_of(Input(path, f"What is at {box_text(BOX)}?", boxes=(BOX,)))
-        assert (
-            tuple(row["size"]) == size
-            and row["pixels"].shape == (28, 28, 3)
-            and row["sam"].shape == (32, 32, 3)
-        )
+        assert tuple(row["size"]) == size and row["pixels"].shape == (28, 28, 3) and row["sam"].shape == (32, 32, 3)
         np.testing.assert_allclose(Square(*size).back(row["boxes"][0].tolist()), BOX, atol=1e-5)
         batch = processor.assemble({name: np.stack([value]) for name, value in row.items()})
         top, left, high, wide = Square(*size).inside(32)
@@ -225,9 +188,7 @@ def test_gray_palette_cmyk_turned_and_very_thin_pictures_are_padded_and_their_bo
         outside[top : top + high, left : left + wide] = False
         assert outside.any() and not batch.sam_image_BHWC[0][outside].any()
         assert np.abs(batch.sam_image_BHWC[0][~outside]).min() > 0
-        upright = np.asarray(
-            pictures.as_picture(path).resize((wide, high), Image.Resampling.BILINEAR)
-        )
+        upright = np.asarray(pictures.as_picture(path).resize((wide, high), Image.Resampling.BILINEAR))
         np.testing.assert_array_equal(row["sam"][top : top + high, left : left + wide], upright)
 
 
@@ -243,9 +204,7 @@ def test_masks_come_with_their_boxes_and_only_so_many_pictures_have_some():
     edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 32
     np.testing.assert_allclose(edges, row["boxes"][place], atol=2.5 / 32)
     (other,) = records.parts("rec")
-    assert not records.row(other, 3, rng, masks=True)[
-        "masks_mask"
-    ].any() and "sam" not in records.row(other, 3, rng)
+    assert not records.row(other, 3, rng, masks=True)["masks_mask"].any() and "sam" not in records.row(other, 3, rng)
     few = Records(dataclasses.replace(DATA, mask_share=0.1), "train")
     assert few.parts("res")[0].size == 4 and few.parts("rec")[0].size == 40
     with pytest.raises(UserError, match="move no masks"):
@@ -268,20 +227,13 @@ def test_the_tiny_nextchat_learns_and_compares_boxes_in_all_three_ways_in_one_ru
     from lionjax.evaluation import benchmarks
 
     what = config.load(Path(__file__).parent.parent / "configs" / "tiny_nextchat.py")
-    assert {"rec", "digits_rec", "bins_rec"} <= set(
-        map(benchmarks.label_of, benchmarks.names_of(what))
-    )
-    records = Records(
-        dataclasses.replace(what.data, sources=(Scenes((40, 4, 4), pixels=56),)), "train"
-    )
+    assert {"rec", "digits_rec", "bins_rec"} <= set(map(benchmarks.label_of, benchmarks.names_of(what)))
+    records = Records(dataclasses.replace(what.data, sources=(Scenes((40, 4, 4), pixels=56),)), "train")
     first, language = records.processor.codec.first_bin, what.system.language
     for name, pointed, written in (("rec", 1, 0), ("rec@digits", 0, 0), ("rec@bins", 0, 2)):
         (part,) = records.parts(name)
         ids = records.row(part, 0, np.random.default_rng(0))["target"]
-        assert ((ids == HERE).sum(), (ids >= first).sum()) == (
-            pointed,
-            written,
-        ) and ids.max() < language.vocab
+        assert ((ids == HERE).sum(), (ids >= first).sum()) == (pointed, written) and ids.max() < language.vocab
 
 
 def test_a_box_comes_back_within_half_a_step_of_its_codec():

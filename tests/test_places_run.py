@@ -33,24 +33,13 @@ def flat(params) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", small_places.SYSTEMS)
-def test_boxes_then_masks_train_what_they_say_and_a_run_that_was_stopped_ends_the_same(
-    name, tmp_path
-):
+def test_boxes_then_masks_train_what_they_say_and_a_run_that_was_stopped_ends_the_same(name, tmp_path):
     what = small_places.experiment(*small_places.SYSTEMS[name])
     params, figures = loop.train(what, tmp_path / "run", pipeline.batches)
     assert [stage["frozen_unchanged"] for stage in figures["stages"]] == [True, True]
-    lines = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first, last = lines[0], lines[-1]
-    assert {
-        "loss_text",
-        "loss_l1",
-        "loss_giou",
-        "loss_cycle_state",
-        "loss_cycle_box",
-        "box_iou",
-    } <= first.keys()
+    assert {"loss_text", "loss_l1", "loss_giou", "loss_cycle_state", "loss_cycle_box", "box_iou"} <= first.keys()
     assert {"loss_focal", "loss_dice", "loss_iou"} <= last.keys() and last["stage"] == "masks"
 
     class Enough(Exception):
@@ -67,9 +56,7 @@ def test_boxes_then_masks_train_what_they_say_and_a_run_that_was_stopped_ends_th
         loop.train(what, tmp_path / "again", broken)
     again, _ = loop.train(what, tmp_path / "again", pipeline.batches)
     one, other = flat(params), flat(again)
-    assert one.keys() == other.keys() and all(
-        one[path].tobytes() == other[path].tobytes() for path in one
-    )
+    assert one.keys() == other.keys() and all(one[path].tobytes() == other[path].tobytes() for path in one)
     start = flat(trees.merge(*first_parameters(what)))
     moved = {path for path in one if not np.array_equal(one[path], start[path])}
     trained = (*what.stages[0].trainable, *what.stages[1].trainable)
@@ -98,10 +85,7 @@ def test_weights_of_a_run_go_to_torchs_names_and_back_to_the_same_bits(name, tmp
 
 def batch_of(processor: Processor, answers=None):
     picture = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
-    asked = [
-        Input(picture, f"What is at {box_text(BOX)}?", boxes=(BOX,)),
-        Input(picture, "Where is the star?"),
-    ]
+    asked = [Input(picture, f"What is at {box_text(BOX)}?", boxes=(BOX,)), Input(picture, "Where is the star?")]
     return processor.batch(asked, answers)
 
 
@@ -109,10 +93,7 @@ def batch_of(processor: Processor, answers=None):
 def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
     """Read again at once, with the boxes as inputs; for LION over T5 and over a decoder."""
     system, config, trainable = small_places.SYSTEMS[name]
-    params, processor = (
-        small_places.talking(small_places.experiment(system, config, trainable)),
-        Processor(config),
-    )
+    params, processor = small_places.talking(small_places.experiment(system, config, trainable)), Processor(config)
     batch = batch_of(processor)
     how = GenerateConfig(max_new_tokens=8, eos=processor.tokenizer.end_id, pad=0)
     made = jax.device_get(answering.generate(system, params, batch, how))
@@ -120,27 +101,16 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
     assert count.sum() >= 1, "the model must say some places"
     np.testing.assert_array_equal(made.kept["count"], count)
     for ids in made.ids_BM.tolist():
-        assert all(
-            (a == small_places.TRIGGER) == (b == small_places.LOCATION)
-            for a, b in zip(ids, ids[1:])
-            if b
-        )
+        assert all((a == small_places.TRIGGER) == (b == small_places.LOCATION) for a, b in zip(ids, ids[1:]) if b)
     given = np.asarray(batch.boxes_mask_BK).sum(1)
     boxes, mask = np.array(batch.boxes_BK4), np.array(batch.boxes_mask_BK)
     for row, (start, number) in enumerate(zip(given, count)):
-        boxes[row, start : start + number] = made.kept["box"][row, :number][
-            : len(boxes[row]) - start
-        ]
+        boxes[row, start : start + number] = made.kept["box"][row, :number][: len(boxes[row]) - start]
         mask[row, start : start + number] = 1
     target = np.array(made.ids_BM)
     real = (np.arange(target.shape[1]) < np.asarray(made.length_B)[:, None]).astype(np.int32)
     spoken = dataclasses.replace(
-        batch,
-        target_BM=target,
-        target_mask_BM=real,
-        loss_mask_BM=real,
-        boxes_BK4=boxes,
-        boxes_mask_BK=mask,
+        batch, target_BM=target, target_mask_BM=real, loss_mask_BM=real, boxes_BK4=boxes, boxes_mask_BK=mask
     )
     found, _, known = jax.jit(system.locate)(params, spoken)
     for row, number in enumerate(np.minimum(count, 3)):
@@ -150,10 +120,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
 
 def test_an_answer_that_breaks_off_at_a_trigger_means_no_box():
     system, config, trainable = small_places.SYSTEMS["flagship"]
-    params, processor = (
-        small_lion.params_of(small_places.experiment(system, config, trainable)),
-        Processor(config),
-    )
+    params, processor = small_lion.params_of(small_places.experiment(system, config, trainable)), Processor(config)
     batch = batch_of(processor, [f"a star {box_text(OTHER)}", "a star"])
     target = np.array(batch.target_BM)
     last = np.asarray(batch.target_mask_BM).sum(1) - 1
@@ -181,9 +148,7 @@ def test_location_tokens_beyond_the_vocabulary_are_refused_before_training(tmp_p
     words = dataclasses.replace(what.data.processor, places="bins", bins=32)
     with pytest.raises(UserError, match="the language model has 1024; raise system.language.vocab"):
         loop.train(
-            dataclasses.replace(what, data=dataclasses.replace(what.data, processor=words)),
-            tmp_path,
-            pipeline.batches,
+            dataclasses.replace(what, data=dataclasses.replace(what.data, processor=words)), tmp_path, pipeline.batches
         )
 
 
@@ -220,9 +185,7 @@ def test_answers_with_any_number_of_boxes_share_one_program(pointing):
     how = answering.settings(pointing.experiment.answer, processor, "region_level")
     programs = []
     for boxes in ((BOX,), (BOX, OTHER), ()):
-        row = processor.row_of(
-            Input(picture, f"What? {''.join(map(box_text, boxes))}", boxes=boxes)
-        )
+        row = processor.row_of(Input(picture, f"What? {''.join(map(box_text, boxes))}", boxes=boxes))
         pointing.answerer.say([row], how, least=(1, 64, 64), sizes=[(40, 40)])
         programs.append((answering.generate._cache_size(), answering.segment._cache_size()))
     assert len(set(programs)) == 1
@@ -250,23 +213,12 @@ def test_places_are_asked_for_with_their_masks_and_the_page_draws_them(pointing,
     names = ("rec", "rec@digits", "res", "grounded", "box_vqa")
     entries = {name: pointing.evaluate(name, folder, LIMIT) for name in names}
     figures = json.loads((folder / "report.json").read_text())["metrics"]
-    wanted = {
-        "rec_accuracy_50",
-        "rec_accuracy_50_teacher_forced",
-        "digits_rec_accuracy_50",
-        "res_ciou",
-        "res_giou",
-    }
-    assert (
-        wanted | {"phrase_recall_1", "phrase_recall_1_teacher_forced", "box_vqa_accuracy"}
-        <= figures.keys()
-    )
+    wanted = {"rec_accuracy_50", "rec_accuracy_50_teacher_forced", "digits_rec_accuracy_50", "res_ciou", "res_giou"}
+    assert wanted | {"phrase_recall_1", "phrase_recall_1_teacher_forced", "box_vqa_accuracy"} <= figures.keys()
     assert "teacher_forced" not in entries["rec@digits"] and set(entries["box_vqa"]["kinds"]) <= {
         "color", "shape", "texture", "yesno"
     }  # fmt: skip
-    rows = [
-        json.loads(line) for line in (folder / "evaluation" / "res.jsonl").read_text().splitlines()
-    ]
+    rows = [json.loads(line) for line in (folder / "evaluation" / "res.jsonl").read_text().splitlines()]
     assert len(rows) == LIMIT and all(row["truth_masks"][0]["size"] == [56, 56] for row in rows)
     for variant, field in (("metrics", "masks"), ("majority", "majority_masks")):
         masks = [next(iter(row.get(field, [])), None) for row in rows]
@@ -283,12 +235,7 @@ def test_the_mask_of_an_answer_without_masks_is_its_box_and_none_where_it_has_se
     one = answering.Said("", np.zeros((1, 4)), np.ones((1, 10, 20), bool))
     masks = benchmarks.masks_of([filled, two, one], truth)
     mask_HW = coco.decode(masks[0])
-    assert (
-        mask_HW.sum() == 50
-        and mask_HW[:5, 10:].all()
-        and masks[1] is None
-        and coco.area(masks[2]) == 200
-    )
+    assert mask_HW.sum() == 50 and mask_HW[:5, 10:].all() and masks[1] is None and coco.area(masks[2]) == 200
 
 
 def test_phrases_are_found_by_their_words_and_each_counts_once():

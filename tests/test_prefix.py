@@ -66,9 +66,7 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(pair):
             mine["language_model.shared.weight"] + mine["language_model.lm_head.weight"]
         )
     for name, norm in theirs.items():
-        assert np.linalg.norm(mine[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), (
-            f"{name}, seed {seed}"
-        )
+        assert np.linalg.norm(mine[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
 
 
 def gradients(model) -> dict[str, float]:
@@ -85,27 +83,14 @@ def gradients(model) -> dict[str, float]:
 def test_greedy_words_are_those_of_transformers(pair):
     seed, model, system, params, batch = pair
     language = system.language
-    config = GenerateConfig(
-        max_new_tokens=NEW, eos=language.end_token, pad=0, start=0 if system.encodes else None
-    )
+    config = GenerateConfig(max_new_tokens=NEW, eos=language.end_token, pad=0, start=0 if system.encodes else None)
     made = generate(system, params, batch, config)
     asked = tiny.inputs(system, batch, answers=False, left=not system.encodes)
     told = model.generate(
-        **asked,
-        max_new_tokens=NEW,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=language.end_token,
-        pad_token_id=0,
+        **asked, max_new_tokens=NEW, do_sample=False, num_beams=1, eos_token_id=language.end_token, pad_token_id=0
     ).numpy()
     # Behind the start token of a decoder, or the prompt, where they give it back.
-    told = (
-        told[:, 1:]
-        if system.encodes
-        else told[:, asked["input_ids"].shape[1] :]
-        if told.shape[1] > NEW
-        else told
-    )
+    told = told[:, 1:] if system.encodes else told[:, asked["input_ids"].shape[1] :] if told.shape[1] > NEW else told
     for row, length in enumerate(np.asarray(made.length_B)):
         mine, theirs = np.asarray(made.ids_BM)[row, :length].tolist(), told[row, :length].tolist()
         assert mine == theirs, f"seed {seed}, row {row}"
@@ -115,13 +100,9 @@ def test_greedy_words_are_those_of_transformers(pair):
 def test_candidates_rank_by_the_loss_of_their_tokens_in_sum_as_transformers_gives_it(pair):
     seed, model, system, params, batch = pair
     with torch.no_grad():
-        logits = tiny.answer_logits(
-            system, batch, model(**tiny.inputs(system, batch)).logits.numpy()
-        )
+        logits = tiny.answer_logits(system, batch, model(**tiny.inputs(system, batch)).logits.numpy())
     wanted = [
-        torch.nn.functional.cross_entropy(
-            torch.tensor(row), torch.tensor(ids[: len(row)]).long(), reduction="sum"
-        )
+        torch.nn.functional.cross_entropy(torch.tensor(row), torch.tensor(ids[: len(row)]).long(), reduction="sum")
         for row, ids in zip(logits, batch.target_BM)
     ]
     mine = unlikely(system, params, batch)
@@ -136,21 +117,15 @@ def test_a_prompt_that_does_not_say_where_has_the_picture_in_front_or_none(pair)
     run = jax.jit(system.logits.__func__, static_argnums=0)
     plain = tiny.without_token(batch)
     in_front = dataclasses.replace(system, in_front=True)
-    first = np.concatenate(
-        [np.full((len(batch.prompt_BL), 1), tiny.IMAGE_TOKEN, np.int32), plain.prompt_BL], axis=1
-    )
+    first = np.concatenate([np.full((len(batch.prompt_BL), 1), tiny.IMAGE_TOKEN, np.int32), plain.prompt_BL], axis=1)
     mask = np.concatenate([np.ones_like(first[:, :1]), plain.prompt_mask_BL], axis=1)
-    said = run(system, params, dataclasses.replace(batch, prompt_BL=first, prompt_mask_BL=mask))[
-        real
-    ]
+    said = run(system, params, dataclasses.replace(batch, prompt_BL=first, prompt_mask_BL=mask))[real]
     close(run(in_front, params, plain)[real], said, seed)
     close(run(dataclasses.replace(in_front, image_token=None), params, plain)[real], said, seed)
     alone = dataclasses.replace(system, in_front=False)
     other = dataclasses.replace(plain, image_BHWC=batch.image_BHWC[::-1] + 1)
     np.testing.assert_array_equal(run(alone, params, plain)[real], run(alone, params, other)[real])
-    assert not np.allclose(
-        run(in_front, params, plain)[real], run(in_front, params, other)[real], atol=1e-5
-    )
+    assert not np.allclose(run(in_front, params, plain)[real], run(in_front, params, other)[real], atol=1e-5)
 
 
 @pytest.mark.parametrize("pair", ["llava"], indirect=True)
@@ -160,29 +135,16 @@ def test_two_pictures_in_a_row_and_none_are_those_of_transformers(pair):
     system = dataclasses.replace(system, in_front=False)
     token, words = tiny.IMAGE_TOKEN, system.vision.patches + system.class_token
     texts = [[1, 5, token, 6, 7, token, 8], [1, 9, 10, 11]]
-    images = (
-        np.random.default_rng(seed)
-        .standard_normal((2, 2, *batch.image_BHWC.shape[1:]))
-        .astype(np.float32)
-    )
+    images = np.random.default_rng(seed).standard_normal((2, 2, *batch.image_BHWC.shape[1:])).astype(np.float32)
     prompt, mask = np.zeros((2, 7), np.int32), np.zeros((2, 7), np.int32)
     for row, text in enumerate(texts):
         prompt[row, : len(text)], mask[row, : len(text)] = text, 1
     answer = np.array([[12, 13, 2], [14, 2, 0]], np.int32)
-    said = dict(
-        target_BM=answer,
-        target_mask_BM=answer > 0,
-        loss_mask_BM=answer > 0,
-        task_B=np.zeros(2, np.int32),
-    )
-    several = dataclasses.replace(
-        batch, image_BHWC=images, prompt_BL=prompt, prompt_mask_BL=mask, **said
-    )
+    said = dict(target_BM=answer, target_mask_BM=answer > 0, loss_mask_BM=answer > 0, task_B=np.zeros(2, np.int32))
+    several = dataclasses.replace(batch, image_BHWC=images, prompt_BL=prompt, prompt_mask_BL=mask, **said)
     mine = system.logits(params, several)
     for row, text in enumerate(texts):
-        whole = [n for t in text for n in ([t] * words if t == token else [t])] + answer[row][
-            answer[row] > 0
-        ].tolist()
+        whole = [n for t in text for n in ([t] * words if t == token else [t])] + answer[row][answer[row] > 0].tolist()
         pixels = torch.tensor(images[row].transpose(0, 3, 1, 2).copy()) if token in text else None
         with torch.no_grad():
             wanted = model(input_ids=torch.tensor([whole]), pixel_values=pixels).logits[0].numpy()
@@ -206,15 +168,11 @@ def test_a_qformer_without_text_gives_the_states_of_blip2s():
     theirs = tiny.shaken(transformers.Blip2QFormerModel(transformers.Blip2QFormerConfig(**sizes)))
     c = QFormerConfig(heads * 4, layers, heads, 22, draw.randint(2, 5), every, 10, text=False)
     queries = torch.randn(1, c.queries, c.width)
-    state = {name: w.numpy() for name, w in theirs.state_dict().items()} | {
-        "query_tokens": queries.numpy()
-    }
+    state = {name: w.numpy() for name, w in theirs.state_dict().items()} | {"query_tokens": queries.numpy()}
     params = convert.params_from((*qformer.query_rows(c), *qformer.hugging_face_rows(c)), state)
     source = torch.randn(2, 7, 10)
     with torch.no_grad():
-        wanted = theirs(
-            query_embeds=queries.expand(2, -1, -1), encoder_hidden_states=source
-        ).last_hidden_state
+        wanted = theirs(query_embeds=queries.expand(2, -1, -1), encoder_hidden_states=source).last_hidden_state
     close(QFormer(c).apply({"params": params}, source.numpy()), wanted, seed)
 
 
@@ -257,12 +215,8 @@ def test_sizes_that_make_no_sense_are_refused_in_words():
 
 
 def test_on_a_mesh_the_loss_is_the_same_and_a_padded_vocabulary_is_split_where_an_odd_one_is_not():
-    language = DecoderConfig(
-        vocab=51, width=16, layers=1, heads=2, kv_heads=2, head=8, hidden=16, end_token=2
-    )
-    tower = ViTConfig(
-        14, 7, 8, 1, 2, 8, biases="qkvo", patch_bias=False, norm_before=True, norm_after=True
-    )
+    language = DecoderConfig(vocab=51, width=16, layers=1, heads=2, kv_heads=2, head=8, hidden=16, end_token=2)
+    tower = ViTConfig(14, 7, 8, 1, 2, 8, biases="qkvo", patch_bias=False, norm_before=True, norm_after=True)
     odd = Prefix(tower, language, feature_layer=-1, image_token=tiny.IMAGE_TOKEN)
     padded = dataclasses.replace(odd, language=dataclasses.replace(language, vocab_multiple=64))
     batch = tiny.batch_of(odd, random.Random(0), rows=8)

@@ -55,11 +55,7 @@ def owl(draw) -> Prefix:
     layers, hidden, queries = draw.randint(1, 3), draw.randint(20, 30), draw.randint(2, 5)
     bridge = AbstractorConfig(seen.width, layers, seen.heads, hidden, queries, dropout=0.0)
     return dataclasses.replace(
-        MPLUG_OWL_7B,
-        vision=seen,
-        language=language(draw),
-        latents=bridge,
-        image_token=tiny.IMAGE_TOKEN,
+        MPLUG_OWL_7B, vision=seen, language=language(draw), latents=bridge, image_token=tiny.IMAGE_TOKEN
     )
 
 
@@ -89,22 +85,12 @@ def owl_sees(w, c: Prefix, image):
     def norm(x, name, eps):
         return layer_norm(x, x.shape[-1:], *of(name), eps)
 
-    x = (
-        conv2d(image, w["vision_model.embeddings.patch_embed.weight"], stride=v.patch)
-        .flatten(2)
-        .transpose(1, 2)
-    )
+    x = conv2d(image, w["vision_model.embeddings.patch_embed.weight"], stride=v.patch).flatten(2).transpose(1, 2)
     x = torch.cat([w["vision_model.embeddings.cls_token"].expand(len(x), -1, -1), x], 1)
-    x = norm(
-        x + w["vision_model.embeddings.position_embedding"],
-        "vision_model.embeddings.pre_layernorm",
-        v.eps,
-    )
+    x = norm(x + w["vision_model.embeddings.position_embedding"], "vision_model.embeddings.pre_layernorm", v.eps)
     for i in range(v.depth):
         at = f"vision_model.encoder.layers.{i}."
-        mixed = linear(
-            norm(x, at + "input_layernorm", v.eps), *of(at + "self_attn.query_key_value")
-        )
+        mixed = linear(norm(x, at + "input_layernorm", v.eps), *of(at + "self_attn.query_key_value"))
         query, key, value = mixed.unflatten(-1, (v.heads, 3, -1)).permute(3, 0, 2, 1, 4)
         own = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         x = x + linear(own, *of(at + "self_attn.dense"))
@@ -116,15 +102,10 @@ def owl_sees(w, c: Prefix, image):
         at = f"abstractor.encoder.layers.{i}.crossattention."
         query = norm(query, at + "norm1", 1e-5)
         both = torch.cat([query, norm(x, at + "normk", 1e-5)], 1)
-        asked = (
-            linear(s, *of(f"{at}attention.{n}"))
-            for n, s in (("query", query), ("key", both), ("value", both))
-        )
+        asked = (linear(s, *of(f"{at}attention.{n}")) for n, s in (("query", query), ("key", both), ("value", both)))
         query = query + linear(looked(*asked, a.heads), *of(at + "output.out_proj"))
         h, mlp = norm(query, at + "output.norm2", 1e-5), at + "output.mlp."
-        h = norm(
-            silu(linear(h, *of(mlp + "w1"))) * linear(h, *of(mlp + "w3")), mlp + "ffn_ln", 1e-6
-        )
+        h = norm(silu(linear(h, *of(mlp + "w1"))) * linear(h, *of(mlp + "w3")), mlp + "ffn_ln", 1e-6)
         query = query + linear(h, *of(mlp + "w2"))
     words = linear(query, *of("abstractor.visual_fc"))
     return torch.cat([words, w["abstractor.vit_eos"].expand(len(words), -1, -1)], 1)
@@ -140,9 +121,7 @@ def frozen_sees(w, c: Prefix, image):
     clip, at = transformers.CLIPVisionModel(config), "model.vision_tower.vision_tower.vision_model."
     own = {name.split("vision_model.")[-1]: name for name in clip.state_dict()}
     held = {own[n.removeprefix(at)]: x for n, x in w.items() if n.startswith(at)}
-    x = functional_call(
-        clip, held, (image,), {"output_hidden_states": True}, strict=False
-    ).hidden_states[-1]
+    x = functional_call(clip, held, (image,), {"output_hidden_states": True}, strict=False).hidden_states[-1]
     x = x[:, 0 if c.class_token else 1 :].mean(1)
     x = linear(x, w["model.mm_projector.weight"], w["model.mm_projector.bias"])
     return x.unflatten(-1, (c.words, -1))
@@ -167,9 +146,7 @@ def test_the_whole_is_its_parts_in_torch_with_every_gradient_and_greedy_word(nam
     batch = tiny.batch_of(system, draw, rows=2)
     numbers = np.random.default_rng(seed)
     params = sharding.abstract(system.init, jax.random.key(0), batch)
-    params = jax.tree.map(
-        lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32), params
-    )
+    params = jax.tree.map(lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32), params)
     names = convert.state_from(system.torch_rows(), params)
     w = {name: torch.tensor(value, requires_grad=True) for name, value in names.items()}
     words = sees(w, system, torch.tensor(batch.image_BHWC.transpose(0, 3, 1, 2).copy()))
@@ -184,24 +161,17 @@ def test_the_whole_is_its_parts_in_torch_with_every_gradient_and_greedy_word(nam
         x = torch.cat([prompts[-1], table[torch.tensor(answer)][None]], 1)
         logits = functional_call(model, held, (), {"inputs_embeds": x}).logits[0, len(ids) - 1 : -1]
         rows.append(logits.detach().numpy())
-        total.append(
-            torch.nn.functional.cross_entropy(logits, torch.tensor(answer).long(), reduction="none")
-        )
+        total.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer).long(), reduction="none"))
     value = torch.cat(total).mean()
     value.backward()
 
     tiny.assert_learns_alike(system, params, batch, rows, value, w.items(), seed)
 
-    said = generate(
-        system, params, batch, GenerateConfig(max_new_tokens=NEW, eos=-1, pad=0, start=None)
-    )
+    said = generate(system, params, batch, GenerateConfig(max_new_tokens=NEW, eos=-1, pad=0, start=None))
     for row, x in enumerate(prompts):
         for word in np.asarray(said.ids_BM)[row]:
             with torch.no_grad():
-                assert (
-                    word
-                    == functional_call(model, held, (), {"inputs_embeds": x}).logits[0, -1].argmax()
-                ), seed
+                assert word == functional_call(model, held, (), {"inputs_embeds": x}).logits[0, -1].argmax(), seed
             x = torch.cat([x, table[int(word)][None, None]], 1)
 
 
@@ -226,9 +196,7 @@ def test_tower_and_abstractor_compute_what_mplug_owl_does(folder):
     params = convert.params_from(rows, state)
     for name, value in convert.state_from(rows, params).items():
         np.testing.assert_array_equal(value, state[name], name)
-    batch = tiny.batch_of(
-        dataclasses.replace(system, image_token=3), random.Random(0), len(arrays["image"])
-    )
+    batch = tiny.batch_of(dataclasses.replace(system, image_token=3), random.Random(0), len(arrays["image"]))
     batch = dataclasses.replace(batch, image_BHWC=arrays["image"].transpose(0, 2, 3, 1))
 
     def looks(module, batch):
@@ -243,11 +211,7 @@ def test_tower_and_abstractor_compute_what_mplug_owl_does(folder):
 def kosmos(draw):
     """Theirs and ours of the same random sizes."""
     seen, heads = tower(draw, eps=1e-5), draw.choice([2, 4])
-    width, hidden, vocab = (
-        heads * draw.choice([4, 6]),
-        draw.randint(20, 40),
-        draw.randint(tiny.IMAGE_TOKEN + 2, 60),
-    )
+    width, hidden, vocab = heads * draw.choice([4, 6]), draw.randint(20, 40), draw.randint(tiny.IMAGE_TOKEN + 2, 60)
     text = dataclasses.replace(
         decoder.KOSMOS2_TEXT, vocab=vocab, width=width, layers=draw.randint(1, 3), heads=heads, kv_heads=heads,
         head=width // heads, hidden=hidden, dropout=0.0, pad_token=0, position_offset=1, start_token=1,
@@ -297,13 +261,9 @@ def test_kosmos_2_computes_what_transformers_does_with_every_gradient_and_greedy
     grads = convert.state_from(system.torch_rows(), jax.tree.map(np.asarray, grads))
     for name, weight in theirs.named_parameters():
         norm = weight.grad.norm().item() if weight.grad is not None else 0.0
-        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), (
-            f"{name}, seed {seed}"
-        )
+        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
 
-    said = generate(
-        system, params, batch, GenerateConfig(max_new_tokens=NEW, eos=2, pad=0, start=None)
-    )
+    said = generate(system, params, batch, GenerateConfig(max_new_tokens=NEW, eos=2, pad=0, start=None))
     for row, ids in enumerate(tiny.expanded(system, batch)):
         ids = torch.tensor([ids])
         told = theirs.generate(

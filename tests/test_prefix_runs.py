@@ -32,18 +32,7 @@ from lionjax.vision.vit import ViTConfig
 BF16 = ml_dtypes.bfloat16
 SIDE, PATCH_TOKEN = 28, 21  # <im_patch> of the tiny tokenizer
 CLIP = ViTConfig(
-    SIDE,
-    14,
-    16,
-    3,
-    2,
-    24,
-    1e-5,
-    "quick_gelu",
-    biases="qkvo",
-    patch_bias=False,
-    norm_before=True,
-    norm_after=True,
+    SIDE, 14, 16, 3, 2, 24, 1e-5, "quick_gelu", biases="qkvo", patch_bias=False, norm_before=True, norm_after=True
 )
 TEMPLATE = "USER: {image} {question} ASSISTANT:"
 LLAVA = Prefix(
@@ -58,11 +47,7 @@ INSTRUCTBLIP = Prefix(
 
 def experiment(system: Prefix) -> Experiment:
     """Two stages: two steps of what lies between, then twenty of the language model too, at a rate that shows."""
-    decoder = (
-        {}
-        if system.encodes
-        else {"reader": "decoder", "template": TEMPLATE, "image_token": PATCH_TOKEN}
-    )
+    decoder = {} if system.encodes else {"reader": "decoder", "template": TEMPLATE, "image_token": PATCH_TOKEN}
     between = ("projector",) if system.qformer is None else ("projector", "qformer", "vision_norm")
     fields = {"batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1}
     mixture = (("vqa", 1.0), ("caption", 1.0))
@@ -72,27 +57,14 @@ def experiment(system: Prefix) -> Experiment:
         data=DataConfig(
             sources=(Scenes((12, 4, 12), pixels=56),),
             processor=ProcessorConfig(
-                image_size=SIDE,
-                prompt_length=48,
-                question_length=48,
-                target_length=24,
-                tags=False,
-                **decoder,
+                image_size=SIDE, prompt_length=48, question_length=48, target_length=24, tags=False, **decoder
             ),
         ),
         stages=(
             Stage("align", 2, between, mixture, **fields),
-            Stage(
-                "instruct", 20, (*between, "language"), mixture, **fields | {"learning_rate": 1e-2}
-            ),
+            Stage("instruct", 20, (*between, "language"), mixture, **fields | {"learning_rate": 1e-2}),
         ),
-        run=RunConfig(
-            log_every=1,
-            save_every=10,
-            frozen_dtype="float32",
-            evaluate_limit=2,
-            cache_features=True,
-        ),
+        run=RunConfig(log_every=1, save_every=10, frozen_dtype="float32", evaluate_limit=2, cache_features=True),
     )
 
 
@@ -117,18 +89,12 @@ def test_a_run_changes_what_its_stages_train_and_nothing_else(trained):
     what, _, params, report = trained
     assert all(stage["frozen_unchanged"] for stage in report["stages"])
     align, instruct = (stage["loss_last"] for stage in report["stages"])
-    assert (
-        instruct < 0.9 * align
-    )  # twenty steps teach a language model of random weights which words are frequent
+    assert instruct < 0.9 * align  # twenty steps teach a language model of random weights which words are frequent
     counts = [stage["trainable_parameters"] for stage in report["stages"]]
     whole = trees.flatten(params)
-    between = sum(
-        np.size(w) for path, w in whole.items() if not path.startswith(("language", "vision/"))
-    )
+    between = sum(np.size(w) for path, w in whole.items() if not path.startswith(("language", "vision/")))
     assert counts[0] == between
-    assert counts[1] == between + sum(
-        np.size(w) for path, w in whole.items() if path.startswith("language")
-    )
+    assert counts[1] == between + sum(np.size(w) for path, w in whole.items() if path.startswith("language"))
 
 
 @pytest.mark.slow
@@ -150,42 +116,26 @@ def test_what_was_trained_here_says_the_same_in_transformers(trained, tmp_path):
     what, folder, _, _ = trained
     model = lionjax.load(folder)
     model.export(tmp_path / "torch")
-    name = (
-        "LlavaForConditionalGeneration"
-        if what.system.qformer is None
-        else "InstructBlipForConditionalGeneration"
-    )
-    theirs, info = getattr(transformers, name).from_pretrained(
-        tmp_path / "torch", output_loading_info=True
-    )
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        info
-    )
+    name = "LlavaForConditionalGeneration" if what.system.qformer is None else "InstructBlipForConditionalGeneration"
+    theirs, info = getattr(transformers, name).from_pretrained(tmp_path / "torch", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     batch = tiny.batch_of(what.system, random.Random(1), token=PATCH_TOKEN)
     out = theirs.eval()(**tiny.inputs(what.system, batch))
     mine = what.system.logits(model.params, batch)
-    for row, wanted in zip(
-        mine, tiny.answer_logits(what.system, batch, out.logits.detach().numpy())
-    ):
-        np.testing.assert_allclose(
-            row[: len(wanted)], wanted, atol=1e-4 * max(1, np.abs(wanted).max())
-        )
+    for row, wanted in zip(mine, tiny.answer_logits(what.system, batch, out.logits.detach().numpy())):
+        np.testing.assert_allclose(row[: len(wanted)], wanted, atol=1e-4 * max(1, np.abs(wanted).max()))
     assert torch.isfinite(out.loss)
 
 
 def test_a_run_begins_with_parts_that_were_converted_by_themselves(tmp_path):
     """A tower and a language model in folders of their own, one of them in shards, its vocabulary to be padded."""
     system = dataclasses.replace(LLAVA, language=dataclasses.replace(LLAVA.language, vocab=1001))
-    wide = dataclasses.replace(
-        system, language=dataclasses.replace(system.language, vocab_multiple=64)
-    )
+    wide = dataclasses.replace(system, language=dataclasses.replace(system.language, vocab_multiple=64))
     rng, made = np.random.default_rng(0), {}
     for name in ("vision", "language"):
         part = getattr(system, name)
         shapes = trees.flatten(of_config(part).abstract(part))
-        made[name] = {
-            path: rng.standard_normal(leaf.shape).astype(BF16) for path, leaf in shapes.items()
-        }
+        made[name] = {path: rng.standard_normal(leaf.shape).astype(BF16) for path, leaf in shapes.items()}
         convert.to_torch(part, trees.unflatten(made[name]), tmp_path / f"{name}_torch")
         convert.convert(tmp_path / f"{name}_torch", tmp_path / name, "jax", shard_bytes=50_000)
     assert not (tmp_path / "language" / "params.safetensors").exists()
@@ -211,18 +161,14 @@ def test_a_pictures_token_need_not_be_a_word_of_the_language_model():
     batch = processor.batch([Input(pictures(1)[0], "What?")])
     assert (batch.prompt_BL == token).any()
     start.check_words(what, batch)
-    with pytest.raises(
-        UserError, match=f"make the token {token}, but the language model has {token}"
-    ):
+    with pytest.raises(UserError, match=f"make the token {token}, but the language model has {token}"):
         start.check_words(experiment(LLAVA), batch)
 
 
 def test_a_picture_of_llava_15_lies_in_a_square_of_the_mean_color():
     wide = np.full((10, 40, 3), 255, np.uint8)
     batches = [
-        Processor(ProcessorConfig(image_size=16, tags=False, padded=True, padding=color)).batch(
-            [Input(wide, "What?")]
-        )
+        Processor(ProcessorConfig(image_size=16, tags=False, padded=True, padding=color)).batch([Input(wide, "What?")])
         for color in ("mean", "white")
     ]
     mean, white = (batch.image_BHWC[0] for batch in batches)
@@ -265,8 +211,6 @@ def test_a_llava_folder_of_transformers_is_loaded_and_answers_in_its_words(tmp_p
     assert batch.prompt_BL[0, 0] == 1 and (batch.prompt_BL == tiny.IMAGE_TOKEN).sum() == 1
     asked = tiny.inputs(model.system, batch, answers=False, left=True)
     with torch.no_grad():
-        told = theirs.generate(
-            **asked, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0
-        )
+        told = theirs.generate(**asked, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
     wanted = told[0, asked["input_ids"].shape[1] :].numpy()
     assert answer.text == model.processor.decode(wanted) and answer.text, f"seed {seed}"

@@ -66,28 +66,20 @@ def folder(tmp_path, monkeypatch):
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(images / f"{i:02d}.png")
     (images / "04.png").write_bytes(b"broken")
     (images / "07.png").unlink()
-    named = [
-        {"id": i, "file_name": f"{i:02d}.png", "width": 30, "height": 20} for i in range(COUNT)
-    ]
+    named = [{"id": i, "file_name": f"{i:02d}.png", "width": 30, "height": 20} for i in range(COUNT)]
     said = [{"image_id": i, "caption": f"picture {i}"} for i in range(COUNT)]
-    (tmp_path / "coco" / "captions.json").write_text(
-        json.dumps({"images": named, "annotations": said})
-    )
+    (tmp_path / "coco" / "captions.json").write_text(json.dumps({"images": named, "annotations": said}))
     return tmp_path / "coco"
 
 
 @pytest.fixture
 def ram(tmp_path):
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), RAM.abstract(TINY)
-    )
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), RAM.abstract(TINY))
     convert.to_torch(TINY, params, tmp_path / "ram")
     (tmp_path / "ram" / tagger.WORDS).write_text("\n".join(WORDS))
     one = tagger.load(tmp_path / "ram")
-    share_BV = one.probabilities(
-        [np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8) for i in range(9)]
-    )
+    share_BV = one.probabilities([np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8) for i in range(9)])
     middle = np.median(share_BV, axis=0)  # so that some pictures have a tag and others not
     (tmp_path / "ram" / tagger.THRESHOLDS).write_text("".join(f"{share}\n" for share in middle))
     return tmp_path / "ram"
@@ -105,9 +97,7 @@ class Numbers:
         return lambda seen: [(str(int(np.asarray(image).mean())),) for image in seen]
 
 
-def test_the_same_records_come_out_with_beam_and_without_and_what_is_bad_is_listed(
-    folder, tmp_path, beam
-):
+def test_the_same_records_come_out_with_beam_and_without_and_what_is_bad_is_listed(folder, tmp_path, beam):
     source = Coco(str(folder), share=0)
     built_writer.build(source, tmp_path / "plain", tag=Numbers())
     place = built_writer.build(source, tmp_path / "out", tag=Numbers(), beam=beam)
@@ -124,23 +114,14 @@ def test_the_same_records_come_out_with_beam_and_without_and_what_is_bad_is_list
 
 
 def test_a_killed_preparation_goes_on_and_tags_no_group_twice(folder, tmp_path, beam):
-    words = [
-        sys.executable,
-        "-c",
-        HALF,
-        str(folder),
-        str(tmp_path / "out"),
-        "beam" if beam else "alone",
-    ]
+    words = [sys.executable, "-c", HALF, str(folder), str(tmp_path / "out"), "beam" if beam else "alone"]
     variables = os.environ | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu"}
     assert subprocess.run(words, env=variables, capture_output=True).returncode == 9
     assert len(list((tmp_path / "out").glob("part.coco/*/*.json"))) == 2
     with pytest.raises(Exception, match="no data set"):
         dataset_folder(tmp_path / "out")
 
-    place = built_writer.build(
-        Coco(str(folder), share=0), tmp_path / "out", tag=Numbers(), beam=beam
-    )
+    place = built_writer.build(Coco(str(folder), share=0), tmp_path / "out", tag=Numbers(), beam=beam)
     tags = [known.photo.tags for _, known in records(place)]
     assert tags.count(("first",)) in (4, 5, 6) and len(tags) == COUNT - 2
     assert len((place / built_writer.LEFT_OUT).read_text().splitlines()) == 2
@@ -156,17 +137,7 @@ def test_pictures_of_which_none_can_be_used_are_one_sentence(folder, tmp_path, b
 
 
 def test_a_real_tagger_fills_the_records_from_the_command_line(folder, tmp_path, beam, ram):
-    words = [
-        "data",
-        "build",
-        str(folder),
-        "--share",
-        "0",
-        "--out",
-        str(tmp_path / "out"),
-        "--tagger",
-        str(ram),
-    ]
+    words = ["data", "build", str(folder), "--share", "0", "--out", str(tmp_path / "out"), "--tagger", str(ram)]
     assert cli.main([*words, f"--beam={BEAM[0]}"] if beam else words) == 0
     found = records(tmp_path / "out")
     seen = tagger.load(ram).tag([folder / "images" / known.photo.name for _, known in found])
@@ -189,17 +160,7 @@ def test_a_tagger_over_a_mesh_says_what_it_says_on_one_device(ram):
     assert all(len({str(s.index) for s in x.addressable_shards}) == mesh.size for x in seen)
 
 
-def test_a_folder_without_a_tagger_is_one_sentence_before_anything_is_read(
-    folder, tmp_path, capsys
-):
-    words = [
-        "data",
-        "build",
-        str(folder),
-        "--out",
-        str(tmp_path / "out"),
-        "--tagger",
-        str(tmp_path / "none"),
-    ]
+def test_a_folder_without_a_tagger_is_one_sentence_before_anything_is_read(folder, tmp_path, capsys):
+    words = ["data", "build", str(folder), "--out", str(tmp_path / "out"), "--tagger", str(tmp_path / "none")]
     assert cli.main(words) == 2
     assert "there is no folder" in capsys.readouterr().err and not (tmp_path / "out").exists()

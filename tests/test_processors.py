@@ -376,15 +376,8 @@ def test_examples_shown_before_a_question_bring_their_pictures_and_words_in_orde
         image_size=28, prompt_length=64, question_length=8, tags=False, reader="decoder",
         template="{image} {question}", image_token=21, shot_end="</s>",
     )  # fmt: skip
-    processor, grays = (
-        Processor(c),
-        [np.full((9, 9, 3), shade, np.uint8) for shade in (0, 100, 255)],
-    )
-    asked = Input(
-        grays[2],
-        "How many?",
-        shots=((grays[0], "Which color?", "red"), (grays[1], "Which shape?", "ring")),
-    )
+    processor, grays = Processor(c), [np.full((9, 9, 3), shade, np.uint8) for shade in (0, 100, 255)]
+    asked = Input(grays[2], "How many?", shots=((grays[0], "Which color?", "red"), (grays[1], "Which shape?", "ring")))
     batch = processor.batch([asked, asked])
     assert batch.image_BHWC.shape == (2, 3, 28, 28, 3)
     assert (np.diff(batch.image_BHWC[0].mean((1, 2, 3))) > 0).all()

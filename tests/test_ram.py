@@ -35,9 +35,7 @@ def params():
 def folder(tmp_path, params):
     """A tagger under the original's names with its list; `dog` can never be said."""
     convert.to_torch(TINY, params, tmp_path / "ram")
-    (tmp_path / "ram" / tagger.WORDS).write_text(
-        "\n".join(WORDS)
-    )  # as the release's, without a last line end
+    (tmp_path / "ram" / tagger.WORDS).write_text("\n".join(WORDS))  # as the release's, without a last line end
     (tmp_path / "ram" / tagger.THRESHOLDS).write_text("0.5\n0.01\n1.0\n0.65\n0.0\n")
     return tmp_path / "ram"
 
@@ -50,29 +48,18 @@ def picture(tmp_path):
 
 
 def test_a_tag_counts_above_its_own_threshold_never_at_it_nor_at_one_nor_when_left_out():
-    tags = TagList(
-        tuple("abcdef"), np.array([0.65, 0.65, 1.0, 0.45, 0.45, 0.9], np.float32), left_out=(4,)
-    )
-    share_BV = np.array(
-        [[0.65, 0.6500001, 1.0, 0.4500001, 0.99, 0.1], [1.0, 0.0, 1.0, 0.0, 1.0, 0.95]]
-    )
+    tags = TagList(tuple("abcdef"), np.array([0.65, 0.65, 1.0, 0.45, 0.45, 0.9], np.float32), left_out=(4,))
+    share_BV = np.array([[0.65, 0.6500001, 1.0, 0.4500001, 0.99, 0.1], [1.0, 0.0, 1.0, 0.0, 1.0, 0.95]])
     assert tags.seen(share_BV).tolist() == [[0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 1]]
 
 
-def test_the_tags_of_a_picture_are_those_whose_probability_is_above_the_threshold(
-    folder, picture, params
-):
+def test_the_tags_of_a_picture_are_those_whose_probability_is_above_the_threshold(folder, picture, params):
     (found,) = tagger.load(folder).tag([picture])
-    small = (
-        np.asarray(Image.open(picture).resize((16, 16), Image.Resampling.BILINEAR), np.float32)
-        / 255
-    )
+    small = np.asarray(Image.open(picture).resize((16, 16), Image.Resampling.BILINEAR), np.float32) / 255
     image_BHWC = (small - [0.485, 0.456, 0.406])[None] / [0.229, 0.224, 0.225]
     logits_V = Ram(TINY).apply({"params": params}, image_BHWC.astype(np.float32))[0]
     share_V = 1 / (1 + np.exp(-np.asarray(logits_V, np.float64)))
-    wanted = [
-        w for w, share, least in zip(WORDS, share_V, (0.5, 0.01, 1.0, 0.65, 0.0)) if share > least
-    ]
+    wanted = [w for w, share, least in zip(WORDS, share_V, (0.5, 0.01, 1.0, 0.65, 0.0)) if share > least]
     assert list(found.tags) == wanted and 0 < len(wanted) < 5 and "dog" not in wanted
     assert str(found) == " | ".join(wanted) and found.chinese == ()
     shares = [share_V[WORDS.index(word)] for word in wanted]
@@ -125,9 +112,7 @@ def test_the_list_of_tags_can_be_another_and_words_can_be_forbidden(folder, pict
     assert other.tag([picture])[0].tags == ("meadow", "kitten")
     same_BV = one.probabilities([picture])[:, [3, 1]]
     np.testing.assert_allclose(other.probabilities([picture]), same_BV, rtol=1e-5)
-    np.testing.assert_array_equal(
-        one.with_tags(["x", "y"], label_VC).tags.threshold_V, np.float32(0.68)
-    )
+    np.testing.assert_array_equal(one.with_tags(["x", "y"], label_VC).tags.threshold_V, np.float32(0.68))
     assert other.without(["meadow"]).tag([picture])[0].tags == ("kitten",)
     with pytest.raises(UserError, match="the list of tags has no 'sea'"):
         other.without(["sea"])
@@ -161,9 +146,7 @@ def test_a_list_that_does_not_fit_is_refused_in_words(folder, file, text, proble
         tagger.load(folder)
 
 
-def test_a_list_of_another_length_than_the_weights_and_a_folder_of_another_model_are_refused(
-    folder, tmp_path
-):
+def test_a_list_of_another_length_than_the_weights_and_a_folder_of_another_model_are_refused(folder, tmp_path):
     for name in (tagger.WORDS, tagger.THRESHOLDS):
         (folder / name).write_text("1\n" * 4)
     with pytest.raises(UserError, match="the list has 4 tags where the weights have 5"):
@@ -180,16 +163,12 @@ def test_a_list_of_another_length_than_the_weights_and_a_folder_of_another_model
 
 def test_without_thresholds_rams_own_default_holds(folder):
     (folder / tagger.THRESHOLDS).unlink()
-    np.testing.assert_array_equal(
-        tagger.load(folder).tags.threshold_V, np.full(5, np.float32(0.68))
-    )
+    np.testing.assert_array_equal(tagger.load(folder).tags.threshold_V, np.full(5, np.float32(0.68)))
 
 
 def test_dropout_needs_a_key_and_changes_what_is_seen(params):
     image_BHWC, c = np.ones((1, 16, 16, 3), np.float32), dataclasses.replace(TINY, dropout=0.5)
-    still, moved = (
-        Ram(c).apply({"params": params}, image_BHWC, key) for key in (None, jax.random.key(0))
-    )
+    still, moved = (Ram(c).apply({"params": params}, image_BHWC, key) for key in (None, jax.random.key(0)))
     np.testing.assert_array_equal(still, Ram(TINY).apply({"params": params}, image_BHWC))
     assert not np.allclose(still, moved)
 

@@ -47,15 +47,11 @@ def refusals(workdir):
 def test_skipped_updates_are_counted_and_listed_and_a_stopped_run_skips_the_same(tmp_path):
     what = experiment(on_bad_update="skip")
     expected, stage = train(tmp_path / "whole", what)
-    assert (
-        stage["steps"] == 6 and stage["skipped"] == 2 and np.isfinite(stage["loss_last"])
-    )  # two epochs of three
+    assert stage["steps"] == 6 and stage["skipped"] == 2 and np.isfinite(stage["loss_last"])  # two epochs of three
     listed = refusals(tmp_path / "whole")
     assert len(listed) == 2 and all("5 (toy/5)" in line["records"] for line in listed)
     lines = toy.lines(tmp_path / "whole")
-    assert [line["update"] for line in lines if "loss" not in line] == [
-        line["update"] for line in listed
-    ]
+    assert [line["update"] for line in lines if "loss" not in line] == [line["update"] for line in listed]
     for at in (2, 4):
         workdir = tmp_path / str(at)
         with pytest.raises(SystemExit):
@@ -82,15 +78,11 @@ def test_a_rewound_run_goes_on_behind_the_bad_batch_and_again_when_stopped(tmp_p
     expected, stage = train(tmp_path / "whole", what)
     assert stage["rewinds"] >= 2 and stage["steps"] == 6 and stage["compilations"] == 1
     lines = toy.lines(tmp_path / "whole")
-    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5, 6] and all(
-        "loss" in line for line in lines
-    )
+    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5, 6] and all("loss" in line for line in lines)
     # Each is a batch of its own: the stream went on where it was bad.
     assert len({line["loss"] for line in lines}) == 6
     listed = refusals(tmp_path / "whole")
-    assert len(listed) == stage["rewinds"] and all(
-        "5 (toy/5)" in line["records"] for line in listed
-    )
+    assert len(listed) == stage["rewinds"] and all("5 (toy/5)" in line["records"] for line in listed)
     workdir = tmp_path / "stopped"
     with pytest.raises(SystemExit):
         train(workdir, what, stopped_at(5))
@@ -112,14 +104,10 @@ def test_a_run_that_stopped_at_a_bad_update_goes_on_when_told_to_skip(tmp_path):
 
 def test_spikes_are_told_by_the_losses_before_them_and_the_same_after_a_stop(tmp_path):
     # Half a deviation above the mean is nothing odd: many are refused, which a stop must not change.
-    what = experiment(
-        26, poison=-1, on_bad_update="skip", spike=0.5, bad_updates=100, save_every=5, log_every=7
-    )
+    what = experiment(26, poison=-1, on_bad_update="skip", spike=0.5, bad_updates=100, save_every=5, log_every=7)
     expected, stage = train(tmp_path / "whole", what)
     assert 0 < stage["skipped"] < 10
-    assert all(
-        line["step"] > refused.FEWEST and line["loss"] > 0 for line in refusals(tmp_path / "whole")
-    )
+    assert all(line["step"] > refused.FEWEST and line["loss"] > 0 for line in refusals(tmp_path / "whole"))
     with pytest.raises(SystemExit):
         train(tmp_path / "stopped", what, stopped_at(19))
     assert train(tmp_path / "stopped", what)[0] == expected

@@ -64,9 +64,7 @@ def prompts() -> dict[str, dict[str, np.ndarray]]:
     """Prompts for two pictures, two things each, in pixels."""
     numbers = np.random.default_rng(0)
     corner = numbers.uniform(0, TINY.image / 2, (2, 2, 2))
-    box = np.concatenate(
-        [corner, corner + numbers.uniform(4, TINY.image / 2, (2, 2, 2))], axis=-1
-    ).astype(np.float32)
+    box = np.concatenate([corner, corner + numbers.uniform(4, TINY.image / 2, (2, 2, 2))], axis=-1).astype(np.float32)
     point = numbers.uniform(0, TINY.image, (2, 2, 3, 2)).astype(np.float32)
     label = np.array([[[1, 0, 1], [1, -10, -10]], [[0, 1, -1], [1, 1, 0]]], np.int32)
     mask = numbers.standard_normal((2, 4 * TINY.grid, 4 * TINY.grid)).astype(np.float32)
@@ -82,9 +80,7 @@ def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
     import torch
 
     theirs, params, _ = twins
-    image_BCHW = (
-        np.random.default_rng(1).standard_normal((2, 3, TINY.image, TINY.image)).astype(np.float32)
-    )
+    image_BCHW = np.random.default_rng(1).standard_normal((2, 3, TINY.image, TINY.image)).astype(np.float32)
 
     @jax.jit
     def run(image):
@@ -92,9 +88,7 @@ def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
             seen = model.encode(image)
             answers = {}
             for name, given in prompts().items():
-                arguments = [
-                    given.get(key) for key in ("point_BKT2", "label_BKT", "box_BK4", "mask_BHW")
-                ]
+                arguments = [given.get(key) for key in ("point_BKT2", "label_BKT", "box_BK4", "mask_BHW")]
                 answers[name] = model.decode(seen, *model.prompts(*arguments))
             return seen, answers
 
@@ -109,9 +103,7 @@ def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
                 "input_points": given.get("point_BKT2"), "input_labels": given.get("label_BKT"),
                 "input_boxes": given.get("box_BK4"), "input_masks": given.get("mask_BHW"),
             }  # fmt: skip
-            said = {
-                key: torch.from_numpy(value) for key, value in said.items() if value is not None
-            }
+            said = {key: torch.from_numpy(value) for key, value in said.items() if value is not None}
             if "input_masks" in said:
                 said["input_masks"] = said["input_masks"][:, None]
             for several in (False, True):
@@ -120,17 +112,11 @@ def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
                 scale = float(out.pred_masks.abs().max())
                 assert scale > 0.1 and float(out.pred_masks.std()) > 0.01 * scale
                 masks, scores = (answer[:, :, part] for answer in answers[name])
-                np.testing.assert_allclose(
-                    masks / scale, out.pred_masks / scale, atol=1e-4, err_msg=f"seed {SEED}"
-                )
-                np.testing.assert_allclose(
-                    scores, out.iou_scores, atol=1e-4, err_msg=f"seed {SEED}"
-                )
+                np.testing.assert_allclose(masks / scale, out.pred_masks / scale, atol=1e-4, err_msg=f"seed {SEED}")
+                np.testing.assert_allclose(scores, out.iou_scores, atol=1e-4, err_msg=f"seed {SEED}")
 
 
-def test_places_that_nobody_asks_about_are_left_out_and_the_others_are_as_if_all_were_decoded(
-    twins,
-):
+def test_places_that_nobody_asks_about_are_left_out_and_the_others_are_as_if_all_were_decoded(twins):
     _, params, _ = twins
     sam, rng = Sam(TINY), np.random.default_rng(1)
     asked = rng.random((6, 3)) < 0.3
@@ -152,18 +138,16 @@ def test_places_that_nobody_asks_about_are_left_out_and_the_others_are_as_if_all
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(all_grads))
     for mine, other in zip(jax.tree.leaves(grads), jax.tree.leaves(all_grads)):
         np.testing.assert_allclose(mine, other, atol=1e-5 * largest, rtol=1e-3)
-    nobody, _ = jax.jit(
-        lambda asked: sam.apply({"params": params}, seen, box, own, asked, method="point")
-    )(np.zeros_like(asked))
+    nobody, _ = jax.jit(lambda asked: sam.apply({"params": params}, seen, box, own, asked, method="point"))(
+        np.zeros_like(asked)
+    )
     assert not np.asarray(nobody).any()
 
 
 def test_weights_go_back_under_both_sorts_of_names(twins):
     _, params, state = twins
     back = convert.state_from(sam_masks.hugging_face_rows(TINY), params)
-    assert back.keys() == state.keys() and all(
-        np.array_equal(back[name], state[name]) for name in state
-    )
+    assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
     original = convert.state_from(sam_masks.torch_rows(TINY), params)
     again = convert.params_from(sam_masks.torch_rows(TINY), original)
     assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
@@ -187,8 +171,7 @@ def test_full_size_sam_has_the_released_number_of_parameters():
     image, box = np.zeros((1, 1024, 1024, 3), np.float32), np.zeros((1, 1, 4), np.float32)
     mask = np.zeros((1, 256, 256), np.float32)
     made = sharding.abstract(
-        lambda key: Sam(SAM_VIT_H).init(key, image, None, None, box, mask)["params"],
-        jax.random.key(0),
+        lambda key: Sam(SAM_VIT_H).init(key, image, None, None, box, mask)["params"], jax.random.key(0)
     )
     waves = 2 * 128  # a buffer in the original, which counts only what learns
     assert trees.count(made) - waves == 641_090_608
@@ -201,14 +184,10 @@ def test_masks_come_back_to_the_picture_as_interpolation_in_torch_brings_them():
 
     logits = np.random.default_rng(2).standard_normal((3, 32, 32)).astype(np.float32)
     top, left, high, wide, size = 14, 0, 36, 64, (45, 80)
-    whole = interpolate(
-        torch.from_numpy(logits)[None], (64, 64), mode="bilinear", align_corners=False
-    )
+    whole = interpolate(torch.from_numpy(logits)[None], (64, 64), mode="bilinear", align_corners=False)
     cut = whole[..., top : top + high, left : left + wide]
     wanted = interpolate(cut, size, mode="bilinear", align_corners=False)[0].numpy()
     made = sam_masks.to_picture(logits, 64, (top, left, high, wide), size)
     np.testing.assert_allclose(made, wanted, atol=1e-5)
-    enlarged = interpolate(
-        torch.from_numpy(logits)[None], (64, 64), mode="bilinear", align_corners=False
-    )[0]
+    enlarged = interpolate(torch.from_numpy(logits)[None], (64, 64), mode="bilinear", align_corners=False)[0]
     np.testing.assert_allclose(sam_masks.enlarge(logits, 64), enlarged, atol=1e-5)

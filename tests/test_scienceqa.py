@@ -20,21 +20,13 @@ PLANT = {
     "question": "Which one is alive?", "choices": ["a rock", "a fern"], "answer": 1, "hint": "", "image": None,
     "lecture": "Living things\ngrow.", "solution": "A fern grows.",
 }  # fmt: skip
-MAP = PLANT | {
-    "hint": "Look at  the map.",
-    "image": "image.png",
-    "answer": 0,
-    "lecture": "",
-    "solution": "",
-}
+MAP = PLANT | {"hint": "Look at  the map.", "image": "image.png", "answer": 0, "lecture": "", "solution": ""}
 
 
 def test_a_problem_is_asked_as_qcm_and_answered_as_lea():
     assert question_of(PLANT) == "Which one is alive?\nContext: N/A\nOptions: (A) a rock (B) a fern"
     assert answer_of(PLANT) == "Living things grow. A fern grows. The answer is B."
-    assert (
-        "Context: Look at the map.\n" in question_of(MAP) and answer_of(MAP) == "The answer is A."
-    )
+    assert "Context: Look at the map.\n" in question_of(MAP) and answer_of(MAP) == "The answer is A."
     with pytest.raises(UserError, match="6 options"):
         question_of(PLANT | {"choices": list("abcdef")})
 
@@ -50,29 +42,21 @@ def test_a_letter_is_read_where_llavas_evaluation_reads_one(text, letter):
     assert read_letter(text) == letter
 
 
-def test_questions_with_and_without_a_picture_are_read_counted_apart_and_shown_what_there_is(
-    tmp_path,
-):
+def test_questions_with_and_without_a_picture_are_read_counted_apart_and_shown_what_there_is(tmp_path):
     (tmp_path / "images/test/2").mkdir(parents=True)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "images/test/2/image.png")
     (tmp_path / "problems.json").write_text(json.dumps({"1": PLANT, "2": MAP}))
-    (tmp_path / "pid_splits.json").write_text(
-        json.dumps({"train": [], "val": [], "test": ["1", "2"]})
-    )
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": [], "val": [], "test": ["1", "2"]}))
     prompts = ProcessorConfig(
         image_size=28, prompt_length=96, question_length=8, target_length=32, tags=False, reader="decoder",
         template="{image} {question}", image_token=21,
     )  # fmt: skip
     data = DataConfig((ScienceQa(str(tmp_path)),), prompts, threads=0)
-    samples = sorted(
-        pipeline.examples(data, "choice", "heldout"), key=lambda sample: sample.example.kind
-    )
+    samples = sorted(pipeline.examples(data, "choice", "heldout"), key=lambda sample: sample.example.kind)
     assert [sample.example.kind for sample in samples] == ["image", "text"]
     processor = pipeline.open_records(data, "heldout").processor
     rows = [row[False] for _, row in benchmarks.prepared(processor, data, samples, False, "choice")]
     assert [(row["prompt"] == 21).any() for row in rows] == [True, False]
     assert np.ptp(rows[1]["pixels"]) == 0
-    scored = SCORERS["choice"](
-        [sample.example for sample in samples], ["The answer is A.", "who knows"]
-    )
+    scored = SCORERS["choice"]([sample.example for sample in samples], ["The answer is A.", "who knows"])
     assert scored.metrics == {"choice_accuracy": 0.5} and scored.details == {"unreadable": 0.5}

@@ -11,10 +11,7 @@ from benchmarks.text_t5 import text_batch
 from lionjax.generate import GenerateConfig, generate
 from lionjax.language.decoder import SMOLLM2_135M, Decoder
 
-QUESTIONS = (
-    "What is the capital of France?",
-    "Name three things that are red, and say where one finds each of them.",
-)
+QUESTIONS = ("What is the capital of France?", "Name three things that are red, and say where one finds each of them.")
 NEW = 16
 
 
@@ -34,28 +31,18 @@ def test_smollm2_says_what_transformers_says_to_the_word():
     for row, text in enumerate(texts):
         ids_BL[row, : len(text)], mask_BL[row, : len(text)] = text, 1
     with torch.no_grad():
-        wanted = theirs(
-            torch.from_numpy(ids_BL).long(), attention_mask=torch.from_numpy(mask_BL)
-        ).logits.numpy()
+        wanted = theirs(torch.from_numpy(ids_BL).long(), attention_mask=torch.from_numpy(mask_BL)).logits.numpy()
 
     def read(model, ids, mask):
         return model.logits(model(model.embed(ids), mask))
 
-    run = jax.jit(
-        lambda params, ids, mask: Decoder(SMOLLM2_135M).apply(
-            {"params": params}, ids, mask, method=read
-        )
-    )
+    run = jax.jit(lambda params, ids, mask: Decoder(SMOLLM2_135M).apply({"params": params}, ids, mask, method=read))
     made = np.asarray(run(params, ids_BL, mask_BL))
     scale = np.abs(wanted[mask_BL == 1]).max()
     assert np.abs(made - wanted)[mask_BL == 1].max() < 1e-4 * scale
 
-    config = GenerateConfig(
-        max_new_tokens=NEW, eos=SMOLLM2_135M.end_token, pad=SMOLLM2_135M.pad_token, start=None
-    )
-    said = np.asarray(
-        generate(TextDecoder(SMOLLM2_135M), params, text_batch(ids_BL, mask_BL), config).ids_BM
-    )
+    config = GenerateConfig(max_new_tokens=NEW, eos=SMOLLM2_135M.end_token, pad=SMOLLM2_135M.pad_token, start=None)
+    said = np.asarray(generate(TextDecoder(SMOLLM2_135M), params, text_batch(ids_BL, mask_BL), config).ids_BM)
     for row, text in enumerate(texts):  # one by one, so that they need no padding
         prompt = torch.tensor([text])
         answer = theirs.generate(

@@ -516,12 +516,8 @@ def test_83_photographs_of_coco_give_every_task_and_every_box_lies_in_its_pictur
 @needs_data
 def test_boxes_and_masks_of_photographs_lie_over_each_other_in_the_padded_square_and_come_back():
     side = 112
-    words = ProcessorConfig(
-        side, places="embeddings", boxes=4, padded=True, sam_size=side, tags=False
-    )
-    records = Records(
-        DataConfig(sources=(Coco(str(DATA / "coco83"), share=0),), processor=words), "train"
-    )
+    words = ProcessorConfig(side, places="embeddings", boxes=4, padded=True, sam_size=side, tags=False)
+    records = Records(DataConfig(sources=(Coco(str(DATA / "coco83"), share=0),), processor=words), "train")
     (part,) = records.parts("res")
     shapes = set()
     for index in range(12):
@@ -533,9 +529,7 @@ def test_boxes_and_masks_of_photographs_lie_over_each_other_in_the_padded_square
         opened, record = records.opened[0], records.opened[0].record("res", index)
         picture, truth = opened.read(record)
         (true,) = opened.ask("res", index, truth, np.random.default_rng(index), 0.0).boxes
-        np.testing.assert_allclose(
-            Square(*picture.size).back(row["boxes"][place].tolist()), true, atol=1e-5
-        )
+        np.testing.assert_allclose(Square(*picture.size).back(row["boxes"][place].tolist()), true, atol=1e-5)
         assert picture.size == tuple(row["size"])
         shapes.add(picture.size[0] > picture.size[1])
     assert shapes == {True, False}  # wide ones and tall ones

@@ -26,9 +26,7 @@ def test_a_box_on_the_padding_is_cut_to_the_picture():
     assert Square(100, 50).back((-0.2, 0.0, 0.5, 1.1)) == (0.0, 0.0, 0.5, 1.0)
 
 
-@pytest.mark.parametrize(
-    "size", [(40, 20), (20, 40), (31, 30), (1, 64), (64, 1), (1, 3000), (7, 7)]
-)
+@pytest.mark.parametrize("size", [(40, 20), (20, 40), (31, 30), (1, 64), (64, 1), (1, 3000), (7, 7)])
 def test_a_painted_box_is_found_where_its_coordinates_say(size):
     wide, high = size
     box = (0.25, 0.5, 0.75, 1.0)
@@ -56,6 +54,4 @@ def test_sam_sees_the_picture_in_the_middle_of_zeros_and_its_mask_in_the_same_pl
     top, left, high, wide = Square(*size).inside(64)
     assert (seen.any(-1) == mask).all() and mask.sum() == high * wide >= 64
     assert abs(2 * top + high - 64) <= 1 and abs(2 * left + wide - 64) <= 1
-    np.testing.assert_allclose(
-        seen[mask][0], (200 - np.array(squares.SAM_MEAN)) / squares.SAM_STD, rtol=1e-5
-    )
+    np.testing.assert_allclose(seen[mask][0], (200 - np.array(squares.SAM_MEAN)) / squares.SAM_STD, rtol=1e-5)

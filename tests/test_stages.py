@@ -39,22 +39,14 @@ def one_update(stage, params, batch=BATCH, system=None, updates=1, traces=None):
     rule = stages.optimizer(stage, trainable, layer_axes())
     state = stages.start(rule, trainable, mesh())
     traces = [] if traces is None else traces
-    step = stages.make_step(
-        system or toy.Toy(rate=0.0), stage, rule, jax.random.key(1), state, mesh(), traces
-    )
+    step = stages.make_step(system or toy.Toy(rate=0.0), stage, rule, jax.random.key(1), state, mesh(), traces)
     for _ in range(updates):
         state, metrics = step(state, frozen, sharding.put_batch(batch, mesh()))
     return state, jax.device_get(metrics)
 
 
 def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine():
-    stage = toy.stage(
-        steps=110,
-        warmup_steps=10,
-        learning_rate=1.0,
-        warmup_learning_rate=0.1,
-        end_learning_rate=0.2,
-    )
+    stage = toy.stage(steps=110, warmup_steps=10, learning_rate=1.0, warmup_learning_rate=0.1, end_learning_rate=0.2)
     rate = stages.schedule(stage)
     found = [float(rate(step)) for step in (0, 5, 10, 60, 110)]
     np.testing.assert_allclose(found, [0.1, 0.55, 1.0, 0.6, 0.2], rtol=1e-6)
@@ -62,9 +54,7 @@ def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine():
 
 def test_a_warm_up_longer_than_its_stage_is_said(caplog):
     with caplog.at_level(logging.WARNING):
-        rate = stages.schedule(
-            toy.stage(steps=20, warmup_steps=1000, learning_rate=1.0, warmup_learning_rate=0.0)
-        )
+        rate = stages.schedule(toy.stage(steps=20, warmup_steps=1000, learning_rate=1.0, warmup_learning_rate=0.0))
     assert "below the learning rate" in caplog.text
     assert float(rate(20)) == pytest.approx(0.02)
 
@@ -99,13 +89,8 @@ def test_updates_are_those_of_torch_adamw_with_clipping():
     random = np.random.default_rng(0)
     start = {"kernel": random.normal(size=(4, 3)), "bias": random.normal(size=3)}
     start = {name: value.astype(np.float32) for name, value in start.items()}
-    grads = [
-        {name: 3 * random.normal(size=x.shape).astype(np.float32) for name, x in start.items()}
-        for _ in range(5)
-    ]
-    stage = toy.stage(
-        steps=5, weight_decay=0.3, learning_rate=0.1, clip_norm=1.0, betas=(0.8, 0.95)
-    )
+    grads = [{name: 3 * random.normal(size=x.shape).astype(np.float32) for name, x in start.items()} for _ in range(5)]
+    stage = toy.stage(steps=5, weight_decay=0.3, learning_rate=0.1, clip_norm=1.0, betas=(0.8, 0.95))
 
     rule, ours = stages.optimizer(stage, start), jax.tree.map(jnp.asarray, start)
     state = rule.init(ours)
@@ -181,9 +166,7 @@ def test_a_learning_rate_is_scaled_by_the_first_pattern_that_matches(params):
     for stage in (plain, scaled):
         rule = stages.optimizer(stage, trainable)
         change[stage] = trees.flatten(rule.update(grads, rule.init(trainable), trainable)[0])
-    ratios = {
-        path: float((change[scaled][path] / leaf).mean()) for path, leaf in change[plain].items()
-    }
+    ratios = {path: float((change[scaled][path] / leaf).mean()) for path, leaf in change[plain].items()}
     factors = {"blocks/up/kernel": 5.0, "blocks/norm/scale": 0.5, "output/kernel": 1.0}
     assert {path: pytest.approx(ratios[path]) for path in factors} == factors
 
@@ -196,9 +179,7 @@ def test_pieces_of_unequal_weight_give_the_update_of_the_whole_batch(params):
     for name in metrics:
         np.testing.assert_allclose(parts[name], metrics[name], rtol=2e-6, err_msg=name)
     for path, leaf in trees.flatten(whole.trainable).items():
-        np.testing.assert_allclose(
-            trees.flatten(pieces.trainable)[path], leaf, atol=2e-5, err_msg=path
-        )
+        np.testing.assert_allclose(trees.flatten(pieces.trainable)[path], leaf, atol=2e-5, err_msg=path)
 
 
 def test_a_stage_is_compiled_once_whatever_the_batches_hold(params):
@@ -230,20 +211,13 @@ def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimiser
     state, metrics = one_update(stage, params, batch=poisoned)
     assert not metrics["accepted"] and np.isnan(metrics["loss"])
     for kept, old in ((state.trainable, params), (state.optimiser, fresh.optimiser)):
-        assert all(
-            (a == b).all() for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(old), strict=True)
-        )
+        assert all((a == b).all() for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(old), strict=True))
     assert int(state.step) == 1
 
 
 def test_dropout_follows_from_the_step_alone(params):
-    stage, system = (
-        toy.stage(trainable=["output"], learning_rate=0.0, warmup_steps=0),
-        toy.Toy(rate=0.5),
-    )
-    losses = [
-        float(one_update(stage, params, system=system, updates=n)[1]["loss"]) for n in (1, 2, 2)
-    ]
+    stage, system = toy.stage(trainable=["output"], learning_rate=0.0, warmup_steps=0), toy.Toy(rate=0.5)
+    losses = [float(one_update(stage, params, system=system, updates=n)[1]["loss"]) for n in (1, 2, 2)]
     assert losses[1] == losses[2] != losses[0]
 
 
@@ -252,12 +226,8 @@ def test_a_schedule_that_cannot_run_is_refused_in_one_sentence(params):
         "two stages are called 'one'": (toy.stage(), toy.stage()),
         "has no steps": (toy.stage(steps=0),),
         "nothing to train": (toy.stage(trainable=()),),
-        "stage 'one': pattern 'blcoks' matches none .* did you mean 'blocks'": (
-            toy.stage(trainable=("blcoks",)),
-        ),
-        "stage 'one': pattern 'hint' matches none": (
-            toy.stage(learning_rate_scale=(("hint", 2.0),)),
-        ),
+        "stage 'one': pattern 'blcoks' matches none .* did you mean 'blocks'": (toy.stage(trainable=("blcoks",)),),
+        "stage 'one': pattern 'hint' matches none": (toy.stage(learning_rate_scale=(("hint", 2.0),)),),
         "no stages": (),
     }
     for sentence, schedule in cases.items():
@@ -276,8 +246,4 @@ def test_fingerprints_see_that_training_moved_the_trainable_half_alone(params):
     before = checkpoints.fingerprints(params)
     state, _ = one_update(toy.stage(trainable=["output"]), params)
     assert checkpoints.fingerprints(params) == before
-    assert (
-        checkpoints.fingerprints({"output": state.trainable["output"]})
-        .items()
-        .isdisjoint(before.items())
-    )
+    assert checkpoints.fingerprints({"output": state.trainable["output"]}).items().isdisjoint(before.items())

@@ -42,12 +42,7 @@ def test_special_pieces_have_t5s_first_ids_and_the_soft_prompt_follows(tiny):
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.text(
-        st.characters(exclude_characters="\u2581" + PRIVATE, exclude_categories=("Cs",)),
-        max_size=60,
-    )
-)
+@given(st.text(st.characters(exclude_characters="\u2581" + PRIVATE, exclude_categories=("Cs",)), max_size=60))
 def test_any_text_comes_back_from_the_tiny_tokenizer(text):
     tiny = tokenizer.load("tiny")
     ids = tiny.encode(text)
@@ -80,9 +75,7 @@ def test_a_decimal_is_another_piece_at_every_edge_and_the_same_one_in_every_box(
     ids = np.array([tiny.encode(f"[0.{d}{d}5,0.{d}{d}5,1.{d}{d}5,0.{d}{d}5]") for d in range(10)])
     decimals = ids[:, [1, 2, 5, 6, 9, 10, 13, 14]]
     assert len(np.unique(decimals)) == decimals.size == 80
-    assert tiny.encode("The [0.345,0.345,1.345,0.345] and")[1:18] == tiny.encode(
-        "[0.345,0.345,1.345,0.345]"
-    )
+    assert tiny.encode("The [0.345,0.345,1.345,0.345] and")[1:18] == tiny.encode("[0.345,0.345,1.345,0.345]")
     assert not set(tiny.encode("0.345, 1.345; [3,4] (0.345,0.345)")) & set(decimals.flat)
 
 

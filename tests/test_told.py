@@ -24,9 +24,7 @@ def test_every_thing_speaks_from_one_patch_that_shows_it():
         # Two things may want one patch; then the one drawn later has it.
         assert len(scene.things) - 1 <= len(boxes) == len(centres) <= len(scene.things)
         for at in centres:
-            k = int(
-                np.abs(np.array([thing.box for thing in scene.things]) - box_P4[at]).sum(1).argmin()
-            )
+            k = int(np.abs(np.array([thing.box for thing in scene.things]) - box_P4[at]).sum(1).argmin())
             np.testing.assert_allclose(scene.things[k].box, box_P4[at], atol=1e-6)
             row, column = divmod(int(at), SIDE)
             cell = owner[k].reshape(SIDE, PIXELS // SIDE, SIDE, -1)[row, :, column]
@@ -38,13 +36,7 @@ def test_a_patch_with_nothing_in_it_says_so():
     for scene in SCENES:
         fields_P6, box_P4 = told.patch_facts(scene, SIDE, PIXELS)
         nothing = fields_P6[:, 4] == 0
-        seen = (
-            scene.masks(PIXELS)
-            .any(0)
-            .reshape(SIDE, PIXELS // SIDE, SIDE, -1)
-            .mean((1, 3))
-            .reshape(-1)
-        )
+        seen = scene.masks(PIXELS).any(0).reshape(SIDE, PIXELS // SIDE, SIDE, -1).mean((1, 3)).reshape(-1)
         assert seen[nothing].max(initial=0) < 0.5 and not box_P4[nothing].any()
 
 
@@ -57,11 +49,7 @@ def test_mirrored_boxes_lie_on_the_mirrored_things(way):
         seen = []
         for picture, field_P6, box_P4 in (before, after):
             centre = np.flatnonzero(field_P6[:, 4] == 2)
-            seen.append(
-                sorted(
-                    (int(field_P6[at, 1]), *(colour_at(picture, box_P4[at]) // 86)) for at in centre
-                )
-            )
+            seen.append(sorted((int(field_P6[at, 1]), *(colour_at(picture, box_P4[at]) // 86)) for at in centre))
             x = (box_P4[centre, 0] + box_P4[centre, 2]) / 2
             assert np.abs(x - (centre % SIDE + 0.5) / SIDE).mean() < 1 / SIDE
         same = sum(one == other for one, other in zip(*seen))
@@ -83,11 +71,7 @@ def test_drills_are_answered_truly():
         asked, words = example.question.split(": ")
         for word, said in zip(words.split(", "), example.answer.split(", "), strict=True):
             found = said.removeprefix(word + " ")
-            fits = [
-                t
-                for t in scene.things
-                if word in (t.shape, t.color, t.size, t.texture, f"{t.color} {t.shape}")
-            ]
+            fits = [t for t in scene.things if word in (t.shape, t.color, t.size, t.texture, f"{t.color} {t.shape}")]
             if asked == "count":
                 assert found == str(len(fits))
             elif asked == "there":

@@ -75,13 +75,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits_and_the_same_lines(tmp_p
         assert found == expected
         assert toy.lines(workdir) == toy.lines(folder)
         for old, new in zip(report["stages"], again["stages"], strict=True):
-            for name in (
-                "steps",
-                "loss_first",
-                "loss_last",
-                "trainable_parameters",
-                "frozen_unchanged",
-            ):
+            for name in ("steps", "loss_first", "loss_last", "trainable_parameters", "frozen_unchanged"):
                 assert old[name] == new[name]
 
 
@@ -107,25 +101,11 @@ def test_report_and_metrics_hold_what_is_promised(whole):
     assert one["frozen_unchanged"] is True and one["compilations"] == two["compilations"] == 1
     assert two["trainable_parameters"] == 16 + 3 * (16 * 16 + 16) + 24 * 16
     assert one["seconds"] > 0 and np.isfinite([one["loss_first"], one["loss_last"]]).all()
-    speed = {
-        "images_per_second",
-        "tokens_per_second",
-        "step_seconds",
-        "compile_seconds",
-        "peak_bytes",
-    }
+    speed = {"images_per_second", "tokens_per_second", "step_seconds", "compile_seconds", "peak_bytes"}
     assert set(report["speed"]) == speed and min(report["speed"].values()) > 0
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == list(range(1, TOTAL + 1))
-    wanted = {
-        "stage",
-        "step",
-        "loss",
-        "learning_rate",
-        "grad_norm",
-        "images_per_second",
-        "tokens_per_second",
-    }
+    wanted = {"stage", "step", "loss", "learning_rate", "grad_norm", "images_per_second", "tokens_per_second"}
     assert wanted | {"seconds"} <= set(lines[0]) and {"data", "step"} <= set(lines[0]["seconds"])
 
 
@@ -141,9 +121,7 @@ def test_a_half_written_line_and_lines_of_lost_updates_are_made_again(tmp_path, 
 def test_a_damaged_step_is_put_aside_by_name_and_the_one_before_it_is_used(tmp_path, whole, caplog):
     folder, expected, _ = whole
     workdir = copy_of(folder, tmp_path / "run", update=10)
-    files = [
-        path for path in (workdir / "checkpoints" / "10").rglob("d/*") if path.stat().st_size > 1000
-    ]
+    files = [path for path in (workdir / "checkpoints" / "10").rglob("d/*") if path.stat().st_size > 1000]
     data = max(files, key=lambda path: path.stat().st_size)
     whole_bytes = bytearray(data.read_bytes())
     whole_bytes[len(whole_bytes) // 2] ^= 1
@@ -191,13 +169,9 @@ def test_a_folder_of_another_config_is_refused_with_the_fields_that_differ(tmp_p
     what = toy.experiment()
     one = dataclasses.replace(what.stages[0], learning_rate=0.5)
     other = dataclasses.replace(what, seed=3, stages=(one, what.stages[1]))
-    with pytest.raises(
-        UserError, match=r"another config \(stages.0.learning_rate 0.01 -> 0.5; seed 0 -> 3\)"
-    ):
+    with pytest.raises(UserError, match=r"another config \(stages.0.learning_rate 0.01 -> 0.5; seed 0 -> 3\)"):
         train(whole[0], other)
-    free = dataclasses.replace(
-        what, run=dataclasses.replace(what.run, log_every=7, save_every=100, keep=1)
-    )
+    free = dataclasses.replace(what, run=dataclasses.replace(what.run, log_every=7, save_every=100, keep=1))
     workdir = copy_of(whole[0], tmp_path / "run")
     assert train(workdir, free)[0] == whole[1]
 
@@ -248,9 +222,7 @@ def test_a_stage_from_scratch_begins_with_the_first_parameters(tmp_path):
     assert train(tmp_path / "b", what)[0] == expected
     result = layout_and_read(tmp_path / "a", what)
     first = sharding.init(toy.Toy().init, jax.random.key(0), toy.batch_of(range(8)))
-    assert (
-        result["output"]["kernel"] == first["output"]["kernel"]
-    ).all()  # what stage one made of it is gone
+    assert (result["output"]["kernel"] == first["output"]["kernel"]).all()  # what stage one made of it is gone
     assert not (result["hint"] == first["hint"]).all()
 
 
@@ -268,19 +240,15 @@ def test_weight_files_are_read_by_path_and_the_rest_is_random(tmp_path):
     what = toy.experiment(weights=(("tower", str(tmp_path / "tower.safetensors")),))
     layout = loop.start.layout(what, toy.batch_of(range(8)), sharding.make_mesh(MeshConfig()))
     never, learned = loop.start.first_parameters(what, toy.batch_of(range(8)), layout)
-    np.testing.assert_array_equal(
-        never["tower"]["kernel"], tower["tower/kernel"].astype("bfloat16")
-    )
+    np.testing.assert_array_equal(never["tower"]["kernel"], tower["tower/kernel"].astype("bfloat16"))
     plain = sharding.init(toy.Toy().init, jax.random.key(0), toy.batch_of(range(8)))
     flat = trees.flatten(plain)
     assert all((leaf == flat[path]).all() for path, leaf in trees.flatten(learned).items())
 
     cases = {
         "lacks 'tower/bias', which no stage trains": {"tower/kernel": tower["tower/kernel"]},
-        "holds 'tower/gate', which this system does not have": tower
-        | {"tower/gate": tower["tower/bias"]},
-        r"'tower/bias' is \(3,\), the config wants \(16,\)": tower
-        | {"tower/bias": tower["tower/bias"][:3]},
+        "holds 'tower/gate', which this system does not have": tower | {"tower/gate": tower["tower/bias"]},
+        r"'tower/bias' is \(3,\), the config wants \(16,\)": tower | {"tower/bias": tower["tower/bias"][:3]},
     }
     for sentence, tensors in cases.items():
         save_file(tensors, tmp_path / "tower.safetensors")
@@ -291,9 +259,7 @@ def test_weight_files_are_read_by_path_and_the_rest_is_random(tmp_path):
         loop.start.first_parameters(what, toy.batch_of(range(8)), layout)
 
 
-def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_record(
-    tmp_path, monkeypatch
-):
+def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_record(tmp_path, monkeypatch):
     seen = []
     seer = loop.features.seer
 
@@ -303,24 +269,17 @@ def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_rec
 
     monkeypatch.setattr(loop.features, "seer", counting)
     stages = (toy.stage("one", 7), toy.stage("two", 5, ("hint", "words")))
-    plain, cached = (
-        toy.experiment(*stages, run={"cache_features": flag}) for flag in (False, True)
-    )
+    plain, cached = (toy.experiment(*stages, run={"cache_features": flag}) for flag in (False, True))
     train(tmp_path / "plain", plain)
     train(tmp_path / "cached", cached)
     losses = [[line["loss"] for line in toy.lines(tmp_path / name)] for name in ("plain", "cached")]
     np.testing.assert_allclose(*losses, rtol=1e-6)
-    assert (
-        len(losses[0]) == 12 and len(seen) == 3 + 1
-    )  # 24 records in batches of 8, and a look at stage two's first
+    assert len(losses[0]) == 12 and len(seen) == 3 + 1  # 24 records in batches of 8, and a look at stage two's first
     assert sorted(sum(seen[:3], [])) == list(range(24))
 
 
 def test_a_stage_that_sees_otherwise_begins_with_an_empty_memory():
-    memory, batches = (
-        loop.features.Memory(10**6),
-        toy.Batches(toy.ToyData(), toy.stage(), 0, 8, 0, 1),
-    )
+    memory, batches = loop.features.Memory(10**6), toy.Batches(toy.ToyData(), toy.stage(), 0, 8, 0, 1)
     for value, held in ((1.0, 24), (1.0, 24), (2.0, 8)):
         see = lambda batch, value=value: np.full((len(batch.record_B), 4), value)  # noqa: E731
         kept = loop.features.Remembered(batches, see, memory)

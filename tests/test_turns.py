@@ -57,22 +57,16 @@ def test_a_talk_so_far_is_the_prompt_of_the_next_question_and_its_only_picture_s
     whole = real(trained, "prompt") + real(trained, "target")
     end = len(whole) - len(processor.target("yes"))
     assert prompt[:end].tolist() == whole[:end] and not prompt[end:].any()
-    plain = Processor(
-        dataclasses.replace(CHAT, next_turn="")
-    )  # LION's way: one question that tells it all
+    plain = Processor(dataclasses.replace(CHAT, next_turn=""))  # LION's way: one question that tells it all
     one = Input(GRAY, "Is it large?", turns=TURNS[:1])
-    told = dataclasses.replace(
-        one, turns=(), question="Question: How many stars? Answer: two Question: Is it large?"
-    )
+    told = dataclasses.replace(one, turns=(), question="Question: How many stars? Answer: two Question: Is it large?")
     np.testing.assert_array_equal(plain.batch([one]).prompt_BL, plain.batch([told]).prompt_BL)
 
 
 def test_an_encoder_reads_all_rounds_but_the_last_answer():
     processor = Processor(dataclasses.replace(CHAT, reader="encoder"))
     row = processor.row(GRAY, "Is it large?", answer="yes", form=Form("", TURNS))
-    assert real(row, "target") == processor.target("yes") and row["loss_mask"].sum() == len(
-        real(row, "target")
-    )
+    assert real(row, "target") == processor.target("yes") and row["loss_mask"].sum() == len(real(row, "target"))
     assert processor.tokenizer.encode("red")[0] in real(row, "prompt")
 
 
@@ -89,9 +83,7 @@ def test_a_plain_row_is_a_picture_and_its_caption_closed_as_the_first_stage_clos
 def rows_of(mixture, **processor):
     c = dataclasses.replace(CHAT, template="{image} {question}", **processor)
     data = DataConfig((Scenes((6, 2, 2), pixels=28),), c, threads=0)
-    return next(
-        pipeline.batches(data, Stage("any", 1, ("x",), mixture, 4), seed=0, batch_size=4)
-    ), Processor(c)
+    return next(pipeline.batches(data, Stage("any", 1, ("x",), mixture, 4), seed=0, batch_size=4)), Processor(c)
 
 
 def test_scenes_told_in_words_show_no_picture_and_say_what_is_there():
@@ -108,18 +100,11 @@ def test_rows_of_several_pictures_learn_each_answer_and_stand_beside_rows_of_one
         many = 1 if part else 3
         assert (ids == PICTURE).sum() == many
         # What no token stands for is blank: a picture of the mean color.
-        assert (np.abs(batch.image_BHWC[row]).max((1, 2, 3)) > 0.1).tolist() == [
-            True,
-            not part,
-            not part,
-        ]
+        assert (np.abs(batch.image_BHWC[row]).max((1, 2, 3)) > 0.1).tolist() == [True, not part, not part]
         said = np.diff(np.concatenate([[0], batch.loss_mask_BM[row], [0]]))
         assert (said == 1).sum() == many
         ends = batch.loss_mask_BM[row] * (batch.target_BM[row] == processor.tokenizer.end_id)
-        assert (
-            ends.sum() == many
-            and not (batch.loss_mask_BM[row] * (batch.target_BM[row] == PICTURE)).any()
-        )
+        assert ends.sum() == many and not (batch.loss_mask_BM[row] * (batch.target_BM[row] == PICTURE)).any()
 
 
 def test_each_data_set_counts_by_its_weight_whatever_its_share_of_the_tokens():
@@ -127,12 +112,8 @@ def test_each_data_set_counts_by_its_weight_whatever_its_share_of_the_tokens():
     logits, target = numbers.standard_normal((5, 3, 7)), numbers.integers(0, 7, (5, 3))
     mask, part = numbers.integers(0, 2, (5, 3)), np.array([0, 1, 1, 0, 1])
     loss, metrics = losses.parts_cross_entropy(logits, target, mask, part, (1.0, 0.2, 9.0))
-    nats = (
-        np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, target[..., None], -1)[..., 0]
-    )
-    wanted = sum(
-        w * (nats * mask)[part == n].sum() / mask[part == n].sum() for n, w in enumerate((1.0, 0.2))
-    )
+    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, target[..., None], -1)[..., 0]
+    wanted = sum(w * (nats * mask)[part == n].sum() / mask[part == n].sum() for n, w in enumerate((1.0, 0.2)))
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
     assert metrics["weight"] == mask.sum()
 

@@ -36,19 +36,12 @@ def test_clip_sees_what_transformers_sees_in_every_layer(clip, tmp_path):
     from safetensors.numpy import load_file
 
     clip.save_pretrained(tmp_path)
-    saved = {
-        name.removeprefix("vision_model."): w
-        for name, w in load_file(tmp_path / "model.safetensors").items()
-    }
+    saved = {name.removeprefix("vision_model."): w for name, w in load_file(tmp_path / "model.safetensors").items()}
     params = convert.params_from(vit.clip_rows(CLIP), saved)
-    image_BCHW = (
-        np.random.default_rng(0).standard_normal((2, 3, CLIP.image, CLIP.image)).astype(np.float32)
-    )
+    image_BCHW = np.random.default_rng(0).standard_normal((2, 3, CLIP.image, CLIP.image)).astype(np.float32)
     with torch.no_grad():
         theirs = clip(torch.from_numpy(image_BCHW), output_hidden_states=True)
-    run = jax.jit(
-        lambda image: ViT(CLIP, tuple(range(CLIP.depth))).apply({"params": params}, image)
-    )
+    run = jax.jit(lambda image: ViT(CLIP, tuple(range(CLIP.depth))).apply({"params": params}, image))
     last_BPD, seen_TBPD, first_BD = run(image_BCHW.transpose(0, 2, 3, 1))
     # Theirs count the embedded patches too, so the feature of layer -2 is our tap depth - 2.
     for layer, states in enumerate(theirs.hidden_states[1:]):

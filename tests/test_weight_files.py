@@ -103,15 +103,12 @@ def test_a_folder_is_opened_by_its_index_and_safetensors_come_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["../secret.safetensors", "/etc/secret.safetensors", "a/b.safetensors", "..", "", "a\\b.bin"],
+    "name", ["../secret.safetensors", "/etc/secret.safetensors", "a/b.safetensors", "..", "", "a\\b.bin"]
 )
 def test_an_index_may_not_name_files_elsewhere(tmp_path, name):
     (tmp_path / "in").mkdir()
     save_file({"w": np.ones(1)}, tmp_path / "secret.safetensors")
-    (tmp_path / "in" / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"w": name}})
-    )
+    (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
     assert "may only name files that lie beside it" in refused(tmp_path / "in")
 
 
@@ -119,10 +116,7 @@ def test_an_index_may_not_name_files_elsewhere(tmp_path, name):
     "text, problem",
     [
         ('{"weight_map": {"w": "gone.safetensors"}}', "is missing"),
-        (
-            '{"weight_map": {"w": "m.safetensors", "x": "m.safetensors"}}',
-            "disagree on 1 tensors, for example 'x'",
-        ),
+        ('{"weight_map": {"w": "m.safetensors", "x": "m.safetensors"}}', "disagree on 1 tensors, for example 'x'"),
         ('{"weight_map": {}}', "no tensors"),
         ('{"weight_map": {"w": "m.safetensors", "w": "m.safetensors"}}', "'w' stands twice"),
         ('{"weight_map": ["w"]}', "no index"),
@@ -239,11 +233,7 @@ class Payload:
 def test_a_pickle_with_code_is_refused_in_one_sentence_and_not_run(tmp_path, modern):
     torch = pytest.importorskip("torch")
     target = tmp_path / "was-here"
-    torch.save(
-        {"w": torch.ones(2), "evil": Payload(target)},
-        tmp_path / "m.pth",
-        _use_new_zipfile_serialization=modern,
-    )
+    torch.save({"w": torch.ones(2), "evil": Payload(target)}, tmp_path / "m.pth", _use_new_zipfile_serialization=modern)
     text = refused(tmp_path / "m.pth")
     assert "it holds code (posix.system)" in text and "\n" not in text
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload(target)))
@@ -254,10 +244,7 @@ def test_a_pickle_with_code_is_refused_in_one_sentence_and_not_run(tmp_path, mod
 def test_torch_files_that_would_grow_when_read_are_refused(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"w": torch.zeros(100_000)}, tmp_path / "m.pth")
-    old, new = (
-        zipfile.ZipFile(tmp_path / "m.pth"),
-        zipfile.ZipFile(tmp_path / "p.pth", "w", zipfile.ZIP_DEFLATED),
-    )
+    old, new = zipfile.ZipFile(tmp_path / "m.pth"), zipfile.ZipFile(tmp_path / "p.pth", "w", zipfile.ZIP_DEFLATED)
     with old, new:
         for member in old.infolist():
             new.writestr(member.filename, old.read(member))
@@ -360,9 +347,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_memory_holds_a_few_tensors_and_not_the_model(tmp_path):
     rows = (Row("h.{i}.w", "w", linear),)
     shape, layers = (1000, 1500), 16
-    save_file(
-        {f"h.{i}.w": np.full(shape, i, BF16) for i in range(layers)}, tmp_path / "m.safetensors"
-    )
+    save_file({f"h.{i}.w": np.full(shape, i, BF16) for i in range(layers)}, tmp_path / "m.safetensors")
     tensors = open_weights(tmp_path)
     plan = plan_params(rows, tensors)
     (tmp_path / "out").mkdir()
@@ -383,14 +368,8 @@ def good_files(tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("good")
     save_file(some_tensors(), folder / "m.safetensors")
     torch.save(as_torch(torch, some_tensors()), folder / "m.bin")
-    torch.save(
-        {"model": as_torch(torch, some_tensors())},
-        folder / "m.pth",
-        _use_new_zipfile_serialization=False,
-    )
-    (folder / "m.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(some_tensors(), "m.safetensors")})
-    )
+    torch.save({"model": as_torch(torch, some_tensors())}, folder / "m.pth", _use_new_zipfile_serialization=False)
+    (folder / "m.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(some_tensors(), "m.safetensors")}))
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -420,13 +399,9 @@ def damaged(content: bytes, damage) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.bin", "m.pth", "m.index.json"])
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=damages)
-def test_a_damaged_file_is_read_or_refused_and_nothing_else_happens(
-    good_files, tmp_path, name, damage
-):
+def test_a_damaged_file_is_read_or_refused_and_nothing_else_happens(good_files, tmp_path, name, damage):
     for other in good_files:
         (tmp_path / other).unlink(missing_ok=True)
     if name == "m.index.json":
@@ -439,3 +414,5 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else_happens(
     else:
         assert sum(w.nbytes for w in opened.values()) < 10_000
         assert all(w.tobytes() is not None for w in opened.values())
+
+

@@ -12,14 +12,7 @@ from test_golden import assert_close
 from lionjax import convert
 from lionjax.interfaces import Batch
 
-SYSTEMS = (
-    "llava",
-    "blip2_opt",
-    "blip2_t5",
-    "blip2_vicuna",
-    "instructblip_t5",
-    "instructblip_vicuna",
-)
+SYSTEMS = ("llava", "blip2_opt", "blip2_t5", "blip2_vicuna", "instructblip_t5", "instructblip_vicuna")
 IMAGE_TOKEN, PAD, START, END = 46, 0, 1, 2
 
 
@@ -82,7 +75,9 @@ def theirs(system: str, draw: random.Random):
 
     torch.manual_seed(draw.randrange(2**30))
     name, _, language = system.partition("_")
-    text = language_settings({"": "llama", "vicuna": "llama"}.get(language, language), draw)
+    text = language_settings(
+        {"": "llama", "vicuna": "llama"}.get(language, language), draw
+    )
     tower = tower_settings(draw)
     if name == "llava":
         config = transformers.LlavaConfig(
@@ -137,9 +132,7 @@ def batch_of(system, draw: random.Random, rows: int = 3, token: int = IMAGE_TOKE
 def expanded(system, batch: Batch) -> list[list[int]]:
     """Each row's prompt as transformers wants it: an image token for each of the picture's words."""
     bridge = system.qformer or system.latents
-    words = (
-        bridge.queries + system.closing if bridge else system.vision.patches + system.class_token
-    )
+    words = bridge.queries + system.closing if bridge else system.vision.patches + system.class_token
     words = system.words or words
     texts = []
     for ids, mask in zip(batch.prompt_BL, batch.prompt_mask_BL):
@@ -154,18 +147,13 @@ def inputs(system, batch: Batch, answers: bool = True, left: bool = False) -> di
     import torch
 
     prompts = expanded(system, batch)
-    targets = [
-        ids[mask.astype(bool)].tolist() for ids, mask in zip(batch.target_BM, batch.target_mask_BM)
-    ]
+    targets = [ids[mask.astype(bool)].tolist() for ids, mask in zip(batch.target_BM, batch.target_mask_BM)]
     encodes = system.encodes
     rows = prompts if encodes or not answers else [p + t for p, t in zip(prompts, targets)]
     length = max(map(len, rows))
     fill = [[PAD] * (length - len(row)) for row in rows]
     ids = [f + row if left else row + f for row, f in zip(rows, fill)]
-    mask = [
-        [0] * len(f) + [1] * len(r) if left else [1] * len(r) + [0] * len(f)
-        for r, f in zip(rows, fill)
-    ]
+    mask = [[0] * len(f) + [1] * len(r) if left else [1] * len(r) + [0] * len(f) for r, f in zip(rows, fill)]
     made = {
         "pixel_values": torch.tensor(batch.image_BHWC.transpose(0, 3, 1, 2).copy()),
         "input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask),
@@ -221,7 +209,5 @@ def assert_learns_alike(system, params, batch, logits, value, weights, seed):
     grads = convert.state_from(system.torch_rows(), jax.tree.map(np.asarray, grads))
     for name, weight in weights:
         norm = 0.0 if weight.grad is None else weight.grad.norm().item()
-        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), (
-            f"{name}, seed {seed}"
-        )
+        assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
     return grads

@@ -30,12 +30,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BMD, key):
-        change = Dense(WIDTH, WIDTH, ("embed", "mlp"), name="up")(
-            LayerNorm(WIDTH, 1e-6, name="norm")(x_BMD)
-        )
-        return constrain(
-            x_BMD + dropout(nn.relu(change), self.rate, key), "batch", "length", "act_embed"
-        ), None
+        change = Dense(WIDTH, WIDTH, ("embed", "mlp"), name="up")(LayerNorm(WIDTH, 1e-6, name="norm")(x_BMD))
+        return constrain(x_BMD + dropout(nn.relu(change), self.rate, key), "batch", "length", "act_embed"), None
 
 
 class ToyModule(nn.Module):
@@ -110,9 +106,7 @@ class Batches:
 
     def record(self, row):
         epoch, within = divmod(int(row), self.data.records)
-        return int(
-            np.random.default_rng((*self.seed, epoch)).permutation(self.data.records)[within]
-        )
+        return int(np.random.default_rng((*self.seed, epoch)).permutation(self.data.records)[within])
 
     changing = False
 
@@ -153,16 +147,12 @@ def row_of(record, poison):
 
 
 def stage(name="one", steps=6, trainable=("blocks", "output"), **changes):
-    fields = dict(
-        batch_size=8, accumulate=2, learning_rate=1e-2, warmup_steps=2, warmup_learning_rate=1e-3
-    )
+    fields = dict(batch_size=8, accumulate=2, learning_rate=1e-2, warmup_steps=2, warmup_learning_rate=1e-3)
     return Stage(name, steps, tuple(trainable), (("toy", 1.0),), **(fields | changes))
 
 
 def experiment(*stages, run=None, **changes):
-    second = stage(
-        "two", 5, ("hint", "blocks/up", "words"), optimizer="muon", system=(("attention", 0.5),)
-    )
+    second = stage("two", 5, ("hint", "blocks/up", "words"), optimizer="muon", system=(("attention", 0.5),))
     both = (stage("one"), second)
     run = RunConfig(**(dict(log_every=1, save_every=2) | (run or {})))
     return Experiment("toy", Toy(), ToyData(), stages or both, run, **changes)
@@ -173,9 +163,7 @@ sys.modules["lionjax.toy"] = sys.modules[__name__]
 Toy.__module__ = ToyData.__module__ = "lionjax.toy"
 
 # The same few programs are compiled by many tests and by the processes that they start.
-jax.config.update(
-    "jax_compilation_cache_dir", f"{tempfile.gettempdir()}/lionjax-tests-{os.getuid()}"
-)
+jax.config.update("jax_compilation_cache_dir", f"{tempfile.gettempdir()}/lionjax-tests-{os.getuid()}")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 compilation_cache.reset_cache()
 

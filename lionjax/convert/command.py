@@ -41,9 +41,7 @@ def convert(given: argparse.Namespace) -> None:
     wanted = Wanted(words, given.vocab_multiple, given.image_size)
     more = {"adapter": given.adapter, "merge_lora": given.merge_lora, "wanted": wanted}
     if given.base and given.verify:
-        raise UserError(
-            "a difference runs nowhere; write it --to torch when it is added, and --verify that"
-        )
+        raise UserError("a difference runs nowhere; write it --to torch when it is added, and --verify that")
     more |= {"base": given.base}
     print(convert(given.src, given.dst, given.to, given.system, **more))
     if given.verify:

@@ -20,14 +20,8 @@ from lionjax.interfaces import UserError
 
 SPELLINGS = (
     (r"^module\.", ""),
-    (
-        r"^(lang_encoder\.)transformer\.blocks\.(\d+)\.gated_cross_attn_layer\.",
-        r"\1gated_cross_attn_layers.\2.",
-    ),
-    (
-        r"^(lang_encoder\.)transformer\.blocks\.(\d+)\.(?:decoder_layer\.)?",
-        r"\1old_decoder_blocks.\2.",
-    ),
+    (r"^(lang_encoder\.)transformer\.blocks\.(\d+)\.gated_cross_attn_layer\.", r"\1gated_cross_attn_layers.\2."),
+    (r"^(lang_encoder\.)transformer\.blocks\.(\d+)\.(?:decoder_layer\.)?", r"\1old_decoder_blocks.\2."),
 )
 GATE = re.compile(r"lang_encoder\.gated_cross_attn_layers\.(\d+)\.attn_gate")
 MPT_TYPES = ("mpt", "mosaic_gpt")
@@ -83,10 +77,7 @@ def _config(s: dict, first: int, tensors: Tensors) -> Any:
     def count(name: str) -> int:
         return sum(re.fullmatch(name, other) is not None for other in tensors)
 
-    words, gated = (
-        shape("lang_encoder.transformer.wte.weight")[0],
-        f"lang_encoder.gated_cross_attn_layers.{first}.",
-    )
+    words, gated = shape("lang_encoder.transformer.wte.weight")[0], f"lang_encoder.gated_cross_attn_layers.{first}."
     inside, source = shape(gated + "attn.to_q.weight")[0], shape(gated + "attn.to_kv.weight")[1]
     looks = CrossConfig(first + 1, source, inside // 64, 64, shape(gated + "ff.1.weight")[0])
     queries, inside = shape("perceiver.latents")[0], shape("perceiver.layers.0.0.to_q.weight")[0]
@@ -109,11 +100,7 @@ def _config(s: dict, first: int, tensors: Tensors) -> Any:
         cross=looks,
     )  # fmt: skip
     return dataclasses.replace(
-        OPENFLAMINGO_9B,
-        vision=vision,
-        resampler=resampler,
-        language=language,
-        image_token=words - 2,
+        OPENFLAMINGO_9B, vision=vision, resampler=resampler, language=language, image_token=words - 2
     )
 
 

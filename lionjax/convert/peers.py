@@ -158,18 +158,14 @@ def _of_lion(c: Any) -> list[Peer]:
     paths = (("vision_norm/", "qformer_norm/"), ("projector/", "qformer_projector/"), ("", ""))
     names = (*VISION, *QFORMER)
     if not c.qformer.text:
-        names = tuple(
-            (p, n.replace("qformer.embeddings.layernorm", "qformer.layernorm")) for p, n in names
-        )
+        names = tuple((p, n.replace("qformer.embeddings.layernorm", "qformer.layernorm")) for p, n in names)
     return [Peer("InstructBLIP", whole, paths, names, _with_whole_biases)]
 
 
 def _of_nextchat(c: Any) -> list[Peer]:
     from lionjax.systems.prefix import Prefix
 
-    front = Prefix(
-        c.vision, c.language, feature_layer=c.feature_layer, image_token=c.language.vocab - 1
-    )
+    front = Prefix(c.vision, c.language, feature_layer=c.feature_layer, image_token=c.language.vocab - 1)
     seeing = [Peer("LLaVA", front, (("", ""),), LLAVA)]
     return [
         *(seeing if c.projector_depth == 2 and c.vision.norm_before else []),

@@ -260,16 +260,4 @@ _LION = Published(
     abstract=abstract,
     ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*(?#heads of its first stage)"),
 )  # fmt: skip
-SYSTEMS = (
-    _LION,
-    *POINTING,
-    *PICTURE_FIRST,
-    BLIP2_FIRST,
-    OWL,
-    KOSMOS,
-    FLAMINGO,
-    *EXPERTS,
-    *TEXTS,
-    *TOWERS,
-    BERT,
-)
+SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, BLIP2_FIRST, OWL, KOSMOS, FLAMINGO, *EXPERTS, *TEXTS, *TOWERS, BERT)

@@ -102,9 +102,7 @@ def build(
     """
     if isinstance(source, Scenes):
         if tag is not None or beam is not None:
-            raise UserError(
-                "scenes are drawn with their tags; build them without --tagger or --beam"
-            )
+            raise UserError("scenes are drawn with their tags; build them without --tagger or --beam")
         with quiet():
             return scene_builder.build(out, source.sizes, source.pixels, source.seed)
     # What is not divided is written once; `OpenedBuilt` gives it for every split.
@@ -122,9 +120,7 @@ def build(
     with quiet():
         try:
             builder.download_and_prepare(download_config=_download_config(beam))
-        except (
-            Exception
-        ) as error:  # TFDS and Beam refuse a split without records, each in its words
+        except Exception as error:  # TFDS and Beam refuse a split without records, each in its words
             left_out = _left_out(groups)
             if len(left_out) >= sum(map(len, opened.values())):
                 raise UserError(

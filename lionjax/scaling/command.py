@@ -24,9 +24,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--search", action="store_true", help="try meshes, remat policies and batches"
     )
-    words = (
-        "let the compiler spend a third of the time, on a slower program that holds about as much"
-    )
+    words = "let the compiler spend a third of the time, on a slower program that holds about as much"
     verb.add_argument("--quick", action="store_true", help=words)
     verb.add_argument("--json", action="store_true", help="print the figures as JSON")
 
@@ -137,9 +135,7 @@ def text(made) -> str:
         ]
     lines += [f"  note        {note}" for note in made.notes]
     effort = " with the least effort" if made.quick else ""
-    return "\n".join(
-        [*lines, f"  compiled in {made.compile_seconds:.0f} s{effort}; nothing was run"]
-    )
+    return "\n".join([*lines, f"  compiled in {made.compile_seconds:.0f} s{effort}; nothing was run"])
 
 
 def line(made) -> str:

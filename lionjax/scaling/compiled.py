@@ -40,9 +40,7 @@ def compiled(
         return json.loads(file.read_text())
     began = time.perf_counter()
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # JAX's own cache cannot hold programs for devices that are not there
+        with warnings.catch_warnings():  # JAX's own cache cannot hold programs for devices that are not there
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
             program = lowered.compile(compiler_options=dict(options or {}))
     except Exception as error:

@@ -60,8 +60,8 @@ def test_what_muon_makes_of_a_matrix_does_not_depend_on_how_it_is_cut():
         np.testing.assert_allclose(leaf, one[3][path], atol=1e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("optimizer, moments", [("adamw", 2), ("muon", 1)])
-def test_moments_lie_as_their_parameters_do(optimizer, moments):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments_lie_as_their_parameters_do(optimizer):
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     shapes = jax.eval_shape(toy.Toy().init, jax.random.key(0), BATCH)
     where = trees.flatten(sharding.shardings(shapes, mesh))
@@ -71,8 +71,10 @@ def test_moments_lie_as_their_parameters_do(optimizer, moments):
     }
     trainable = trees.unflatten(leaves)
     rule = stages.optimizer(toy.stage(optimizer=optimizer), trainable, sharding.layer_axes(shapes))
-    found = [leaf.sharding for leaf in jax.tree.leaves(stages.abstract_optimiser(rule, trainable, mesh))]
-    kernel = leaves["blocks/up/kernel"].sharding
-    assert any(kernel.spec) and found.count(kernel) >= moments
-    split = sum(any(place.spec) for place in where.values())
-    assert sum(any(place.spec) for place in found) >= split  # adamw keeps two of each, muon one of a matrix
+    state = jax.tree.leaves(stages.abstract_optimiser(rule, trainable, mesh))
+    found = [(leaf.shape, leaf.sharding.spec) for leaf in state if any(leaf.sharding.spec)]
+    wanted = []
+    for path, leaf in leaves.items():  # AdamW keeps two moments of a parameter, Muon one of a matrix
+        moments = 1 if optimizer == "muon" and path.endswith("kernel") else 2
+        wanted += [(leaf.shape, where[path].spec)] * moments if any(where[path].spec) else []
+    assert wanted and sorted(map(str, found)) == sorted(map(str, wanted))

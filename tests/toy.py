@@ -152,8 +152,7 @@ def stage(name="one", steps=6, trainable=("blocks", "output"), **changes):
 
 
 def experiment(*stages, run=None, **changes):
-    second = stage("two", 5, ("hint", "blocks/up", "words"), optimizer="muon", system=(("attention", 0.5),))
-    both = (stage("one"), second)
+    both = (stage("one"), stage("two", 5, ("hint", "blocks/up", "words"), system=(("attention", 0.5),)))
     run = RunConfig(**(dict(log_every=1, save_every=2) | (run or {})))
     return Experiment("toy", Toy(), ToyData(), stages or both, run, **changes)
 

@@ -29,9 +29,7 @@ def get_config() -> Experiment:
         class_token=True, vision_eps=1e-6, closing=True,
         image_token=IMAGE_TOKEN, in_front=False,
     )  # fmt: skip
-    eyes = llava["stage"](
-        "eyes", 700, EYES, (*llava["WORDS"][:2], ("caption@plain", 1.5)), 1.5e-3, optimizer="muon"
-    )
+    eyes = llava["stage"]("eyes", 700, EYES, (*llava["WORDS"][:2], ("caption@plain", 1.5)), 1.5e-3)
     stages = (
         # The tower speaks in the language model's words already, which it would forget at the abstractor's rate.
         dataclasses.replace(eyes, learning_rate_scale=(("vision", 0.1),)),

@@ -364,6 +364,9 @@ def test_a_batch_that_cannot_be_is_one_sentence(processor, inputs, answers):
 def test_sizes_below_one_are_refused_when_the_config_is_made():
     with pytest.raises(UserError, match="prompt_length"):
         ProcessorConfig(prompt_length=0)
+    for field in ("template", "next_turn"):
+        with pytest.raises(UserError, match=r"says \{picture\}; only \{question\} and \{image\} are filled in"):
+            ProcessorConfig(**{field: "{picture} {question}"})
 
 
 def test_clip_statistics_are_those_of_the_original():

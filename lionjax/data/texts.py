@@ -8,6 +8,7 @@ template such as Vicuna's. Boxes in texts are written as the model knows them.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -84,6 +85,11 @@ class ProcessorConfig:
         for field in ("image_tokens", "bins", "boxes", "sam_size"):
             if getattr(self, field) < 0:
                 raise UserError(f"processor.{field} is {getattr(self, field)}; give 0 or more")
+        named = set(re.findall(r"{(\w+)}", self.template + self.next_turn))
+        if unknown := sorted(named - {"question", "image"}):
+            raise UserError(
+                f"a template of processor says {{{unknown[0]}}}; only {{question}} and {{image}} are filled in"
+            )
         if self.template.count("{question}") != 1 or self.template.count("{image}") > 1:
             raise UserError(
                 f"processor.template is {self.template!r}; it wants {{question}} once, {{image}} at most once"

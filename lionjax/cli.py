@@ -109,6 +109,13 @@ def generate(given: argparse.Namespace, _) -> None:
         plots.save(plots.draw(picture, marks), given.out)
 
 
+def demo(given: argparse.Namespace, _) -> None:
+    """Serve a web page to talk to a model: chat, point at things, see boxes and masks."""
+    from lionjax import demo
+
+    demo.serve(given.dir, given.host, given.port, given.tagger)
+
+
 def tag(given: argparse.Namespace, _) -> None:
     """Name what is on pictures with RAM, as generate --tagger tells it to a LION."""
     from lionjax import tagger
@@ -233,6 +240,13 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, for the tags")
     verb.add_argument("--json", action="store_true", help="print text, boxes and masks as JSON")
     verb.add_argument("--out", metavar="PNG", type=Path, help="draw the answer into this picture")
+
+    verb = add(verbs, demo)
+    verb.add_argument("dir", metavar="DIR", type=Path, help="a run, or a folder of weights")
+    words = "whom it answers: 127.0.0.1 this machine alone, 0.0.0.0 all that reach it"
+    verb.add_argument("--host", default="127.0.0.1", help=words)
+    verb.add_argument("--port", type=int, default=7860, help="where: http://HOST:PORT")
+    verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, for the tags")
 
     verb = add(verbs, tag)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a folder with RAM and its tag list")

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The web page: clicks that point, what the model is asked, and the page itself asked over HTTP."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import small_lion
+from PIL import Image
+
+import lionjax
+from lionjax import cli, demo, plots
+from lionjax.demo import Talk, pointed
+from lionjax.interfaces import UserError
+from lionjax.model import Answer
+
+SIZE = (200, 100)
+PICTURE = Image.new("RGB", SIZE, "white")
+
+
+class Listener:
+    """A model that keeps what it is asked, and answers with one box and one mask."""
+
+    def __init__(self):
+        self.asked = []
+
+    def answer(self, images, prompts, **given):
+        self.asked.append((prompts, given))
+        mask = np.zeros((1, SIZE[1], SIZE[0]), bool)
+        mask[:, 60:80, 120:160] = True
+        return [Answer(f"answer {len(self.asked)}", np.array([[0.1, 0.1, 0.3, 0.5]]), mask)]
+
+
+def test_two_clicks_are_opposite_corners_of_a_box_and_a_third_begins_another():
+    one = pointed(Talk(), SIZE, (150, 75))
+    assert one.box is None and one.corners == ((0.75, 0.75),)
+    two = pointed(one, SIZE, (50, 25))
+    assert two.box == (0.25, 0.25, 0.75, 0.75)
+    three = pointed(two, SIZE, (20, 10))
+    assert three.box is None and three.corners == ((0.1, 0.1),)
+
+
+def test_a_second_click_on_the_same_line_is_no_corner_and_one_outside_is_moved_to_the_edge():
+    one = pointed(Talk(), SIZE, (150, 75))
+    assert pointed(one, SIZE, (150, 20)) == one == pointed(one, SIZE, (20, 75.5))
+    assert pointed(one, SIZE, (230, 120)).box == (0.75, 0.75, 1.0, 1.0)
+
+
+def test_a_question_is_asked_with_what_was_pointed_at_and_with_what_was_said_before():
+    model, talk = Listener(), Talk(corners=((0.75, 0.75), (0.25, 0.25)))
+    talk, _ = demo.ask(model, talk, PICTURE, "What is this?", tags=("star",))
+    assert model.asked[-1] == (
+        ["What is this?"], {"boxes": [[(0.25, 0.25, 0.75, 0.75)]], "tags": [("star",)], "history": None}
+    )  # fmt: skip
+    assert talk == Talk((("What is this?", "answer 1"),))  # the next question is about the whole picture again
+    talk, _ = demo.ask(model, talk, PICTURE, "And its color?")
+    nothing = {"boxes": None, "tags": None}
+    assert model.asked[-1] == (["And its color?"], nothing | {"history": [(("What is this?", "answer 1"),)]})
+    talk, _ = demo.ask(model, talk, PICTURE, "And now?", remembers=False)
+    assert model.asked[-1] == (["And now?"], nothing | {"history": None})
+    assert [one["content"] for one in talk.messages][::2] == ["What is this?", "And its color?", "And now?"]
+    assert [one["role"] for one in talk.messages] == ["user", "assistant"] * 3
+
+
+def test_corner_box_and_mask_are_drawn_where_they_are():
+    talk, answer = demo.ask(Listener(), Talk(), PICTURE, "?")
+
+    def colored(talk, answer=None):
+        drawn = np.asarray(demo.drawn(PICTURE, talk, answer), int)
+        tall, wide, _ = drawn.shape
+        near = lambda at, colour: (  # noqa: E731
+            np.abs(drawn[round(at[1] * tall) - 6 :][:12, round(at[0] * wide) - 6 :][:, :12] - plots.rgb(colour)).sum(-1)
+            < 40
+        ).any()
+        return near
+
+    assert not colored(talk)((0.1, 0.3), plots.PREDICTED)
+    assert colored(talk, answer)((0.1, 0.3), plots.PREDICTED)  # its box's left edge
+    assert colored(talk, answer)((0.6, 0.7), plots.PREDICTED)  # the edge of its mask
+    assert colored(Talk(corners=((0.5, 0.5),)))((0.5, 0.5), plots.ASKED)
+    assert colored(Talk(corners=((0.2, 0.2), (0.8, 0.8))))((0.8, 0.5), plots.ASKED)
+
+
+def test_examples_are_what_a_run_was_asked_without_what_was_pointed_at(tmp_path):
+    assert demo.examples(tmp_path) == []
+    folder = tmp_path / "evaluation"
+    (folder / "pictures").mkdir(parents=True)
+    PICTURE.save(folder / "pictures" / "a.png")
+    seen = {"image": "pictures/a.png", "question_boxes": []}
+    lines = [{"question": f"{k}?", "prediction": "no"} | seen for k in range(5)]
+    lines[1] |= {"question_boxes": [[0, 0, 1, 1]]}
+    lines[2] |= {"image": "pictures/lost.png"}
+    del lines[3]["image"]
+    (folder / "vqa.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    picture = str(folder / "pictures" / "a.png")
+    assert demo.examples(tmp_path) == [[picture, "0?"], [picture, "4?"]]
+
+
+def test_a_taken_port_and_a_lacking_gradio_are_one_sentence(tmp_path, monkeypatch, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        words = ["demo", str(tmp_path), "--port", str(other.getsockname()[1])]
+        assert cli.main(words) == 2
+    assert "choose another --port" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert cli.main(["demo", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == 'lionjax: the page wants gradio; install it with `pip install "lionjax[demo]"`\n'
+    with pytest.raises(UserError, match="wants gradio"):
+        demo.page(Listener())
+
+
+@pytest.mark.slow
+def test_a_served_page_answers_as_the_model_does_says_what_is_wrong_and_ends_with_ctrl_c(tmp_path):
+    """Over HTTP and in a process of its own, as its users have it; clicks travel as the page sends them."""
+    client = pytest.importorskip("gradio_client")
+    import httpx
+
+    run, file = tmp_path / "run", tmp_path / "picture.png"
+    small_lion.finished(run, small_lion.experiment())
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+    model = lionjax.load(run)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "lionjax.cli", "demo", str(run), "--port", str(port)]
+    page = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    watch = threading.Timer(240, page.kill)
+    watch.start()
+    try:
+        assert f"http://127.0.0.1:{port} shows {run}" in "".join(iter_until(page.stderr, "Ctrl-C"))
+        asks = client.Client(f"http://127.0.0.1:{port}", verbose=False)
+        first, second = "What is here?", "Where is the red star?"
+        given = {"file": client.handle_file(file), "words": "red star, ring", "remembers": True, "api_name": "/ask"}
+        asks.predict(prompt=first, **given)
+        chat, drawn, emptied = asks.predict(prompt=second, **given)
+        tags = [["red star", "ring"]]
+        (one,) = model.answer([pixels], [first], tags=tags)
+        (two,) = model.answer([pixels], [second], tags=tags, history=[[(first, one.text)]])
+        assert [turn["content"][0]["text"] for turn in chat] == [first, one.text, second, two.text]
+        assert emptied == "" and max(Image.open(drawn).size) == 480
+        with pytest.raises(Exception, match="Choose a picture and write a question"):
+            asks.predict(prompt=" ", **given)
+        foreign, broken = tmp_path / "foreign.bmp", tmp_path / "broken.png"
+        Image.fromarray(pixels).save(foreign)
+        broken.write_text("no picture")
+        for bad, sentence in ((foreign, "no JPEG, PNG or WebP"), (broken, "cannot identify image")):
+            with pytest.raises(Exception, match=sentence):
+                asks.predict(prompt=first, **given | {"file": client.handle_file(bad)})
+        sent = httpx.get(f"http://127.0.0.1:{port}/config").json()["dependencies"]
+        assert ["select"] in [[event for _, event in one["targets"]] for one in sent]
+        page.send_signal(signal.SIGINT)
+        assert page.wait(60) == 0
+    finally:
+        watch.cancel()
+        page.kill()
+        page.stderr.close()
+
+
+def iter_until(stream, word):
+    """The lines of a stream as they come, up to the one that has a word."""
+    for line in stream:
+        yield line
+        if word in line:
+            return

@@ -49,7 +49,7 @@ def get_config() -> Experiment:
         stages=(
             Stage("align", 200, ("projector",), (("attributes/vqa", 1.0),), learning_rate=5e-3, **rates),
             Stage(
-                "instruct", 300, ("projector", ".*/lora_[ab]"),
+                "instruct", 1200, ("projector", ".*/lora_[ab]"),
                 (("easy_vqa/vqa", 5.0), ("attributes/vqa", 2.0), ("coco/caption", 1.0)), learning_rate=1e-3, **rates,
             ),
         ),

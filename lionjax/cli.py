@@ -92,7 +92,7 @@ def generate(given: argparse.Namespace, _) -> None:
         from lionjax import tagger
 
         tags = [found.tags for found in tagger.load(given.tagger).tag([picture])]
-    model = lionjax.load(given.dir)
+    model = lionjax.load(given.dir, prompt_length=given.prompt_length)
     boxes = None if box is None else [[box]]
     (answer,) = model.answer([picture], [given.prompt], boxes=boxes, tags=tags)
     if given.json:
@@ -113,7 +113,7 @@ def demo(given: argparse.Namespace, _) -> None:
     """Serve a web page to talk to a model: chat, point at things, see boxes and masks."""
     from lionjax import demo
 
-    demo.serve(given.dir, given.host, given.port, given.tagger)
+    demo.serve(given.dir, given.host, given.port, given.tagger, given.prompt_length)
 
 
 def tag(given: argparse.Namespace, _) -> None:
@@ -222,7 +222,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     verb = add(verbs, evaluate, rest="Any field of --source can be set: --share 0.")
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run, or a folder of weights")
-    names = "caption, vqa, relation, existence, rec, res, reg, grounded, box_vqa, tags, "
+    names = "caption, vqa, relation, existence, rec, res, reg, grounded, box_vqa, tags, choice, "
     names += "one source's as coco/vqa, another codec's as rec@digits, or all"
     verb.add_argument("--benchmark", metavar="NAME", required=True, help=names)
     verb.add_argument("--limit", type=int, help="ask only so many questions of each")
@@ -238,6 +238,8 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--prompt", metavar="TEXT", required=True, help="what to ask")
     verb.add_argument("--box", metavar="X0,Y0,X1,Y1", help="what is asked about, in 0..1")
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, for the tags")
+    words = "tokens that a prompt may have; by default as in training"
+    verb.add_argument("--prompt-length", type=int, help=words)
     verb.add_argument("--json", action="store_true", help="print text, boxes and masks as JSON")
     verb.add_argument("--out", metavar="PNG", type=Path, help="draw the answer into this picture")
 
@@ -247,6 +249,9 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--host", default="127.0.0.1", help=words)
     verb.add_argument("--port", type=int, default=7860, help="where: http://HOST:PORT")
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, for the tags")
+
+    words = "tokens that a prompt may have, with the talk before it; at least as in training"
+    verb.add_argument("--prompt-length", type=int, default=256, help=words)
 
     verb = add(verbs, tag)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a folder with RAM and its tag list")

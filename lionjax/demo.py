@@ -182,9 +182,16 @@ def page(
 
 
 def serve(
-    folder: Path, host: str = "127.0.0.1", port: int = 7860, tagger_folder: Path | None = None
+    folder: Path,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    tagger_folder: Path | None = None,
+    prompt_length: int = 256,
 ) -> None:
-    """Load a model and serve its page until Ctrl-C. Raises UserError where the port is taken."""
+    """Load a model and serve its page until Ctrl-C. Raises UserError where the port is taken.
+
+    `prompt_length`: tokens that a prompt may have with the talk before it, at least as many as in training.
+    """
     gr = _gradio()  # before a model is read for nothing
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -195,7 +202,9 @@ def serve(
                 f"no page can be served at {host}:{port} ({error.strerror}); choose another --port"
             ) from error
     names = None if tagger_folder is None else tagger.load(tagger_folder)
-    blocks = page(models.load(folder), f"lionjax: {folder.name}", examples(folder), names)
+    model = models.load(folder)
+    longest = max(prompt_length, model.processor.config.prompt_length)
+    blocks = page(models.with_prompts(model, longest), f"lionjax: {folder.name}", examples(folder), names)
     blocks.launch(
         server_name=host, server_port=port, allowed_paths=[str(folder.resolve())], footer_links=[],
         theme=gr.themes.Base(**FONTS), share=False, quiet=True, show_error=True, prevent_thread_lock=True,

@@ -221,6 +221,10 @@ def inputs(images, prompts, boxes, tags, category, history=None, shots=None) -> 
             raise UserError(
                 f"{len(values)} {name} were given for {len(prompts)} prompts; give one each"
             )
+    for name, parts in (("history", "question, answer"), ("shots", "picture, question, answer")):
+        for one in (one for some in given[name] or () for one in some or ()):
+            if not isinstance(one, tuple | list) or len(one) != len(parts.split()):
+                raise UserError(f"{name} wants for each prompt a list of ({parts})")
     if not len(prompts):
         raise UserError("there is nothing to ask; give at least one picture and one prompt")
     asked = []
@@ -248,9 +252,12 @@ def _answer(said: Said, picture) -> Answer:
 # Folders
 
 
-def load(folder: str | Path, mesh: MeshConfig | None = None) -> Model:
+def load(
+    folder: str | Path, mesh: MeshConfig | None = None, prompt_length: int | None = None
+) -> Model:
     """The model of a run's folder, or of a folder of weights, laid out on a mesh of all devices (by default on one).
 
+    `prompt_length`: tokens that a prompt may have, where talks or examples want more than in training.
     Of a run that has not ended, what it has learned so far. A checkpoint that is not what was written is passed over
     with a warning that names it. Raises UserError when there is no model in the folder.
     """
@@ -260,14 +267,25 @@ def load(folder: str | Path, mesh: MeshConfig | None = None) -> Model:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give that of a run, or of converted weights")
     if is_run(folder):
-        return of_run(folder, grid)
+        return with_prompts(of_run(folder, grid), prompt_length)
     if (folder / "config.json").is_file() and (folder / "lock").exists():
         raise UserError(
             f"the run of {folder} has saved nothing yet; `lionjax train` goes on with it"
         )
     if not convert.holds_params(folder) and not any(f.suffix in WEIGHTS for f in folder.iterdir()):
         raise UserError(f"{folder} holds no model; give the folder of a run, or one of weights")
-    return of_weights(folder, grid)
+    return with_prompts(of_weights(folder, grid), prompt_length)
+
+
+def with_prompts(model: Model, length: int | None) -> Model:
+    """The model with room for so many tokens of a prompt; None: as it was trained."""
+    if length is None:
+        return model
+    data = model.experiment.data
+    data = dataclasses.replace(data, processor=dataclasses.replace(data.processor, prompt_length=length))
+    answerer = dataclasses.replace(model.answerer, processor=Processor(data.processor))
+    experiment = dataclasses.replace(model.experiment, data=data)
+    return dataclasses.replace(model, experiment=experiment, answerer=answerer)
 
 
 def is_run(folder: Path) -> bool:

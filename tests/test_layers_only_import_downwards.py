@@ -44,7 +44,7 @@ FLOORS = (
     "evaluation.benchmarks evaluation.few_shot evaluation.goodput evaluation.report plots",
     # 5: where everything meets
     "model tagger scaling scaling.plans scaling.compiled scaling.apart scaling.search scaling.command convert.command "
-    "cli agents demo training.language_backbone training.vision_backbone training.mask_backbone "
+    "cli agents demo __main__ training.language_backbone training.vision_backbone training.mask_backbone "
     "training.place_backbone",
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

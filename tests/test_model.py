@@ -168,6 +168,15 @@ def test_generation_can_be_set_and_sampling_follows_the_seed(model):
     assert said[0] == said[1] != said[2]
 
 
+def test_a_loaded_model_takes_longer_prompts_where_it_is_told_to_and_answers_short_ones_alike(model, run):
+    images, words = some_pictures(1), "what " * 200
+    roomy = lionjax.load(run, prompt_length=300)
+    assert texts(roomy.answer(images, ["What is it?"])) == texts(model.answer(images, ["What is it?"]))
+    assert roomy.answer(images, [words])[0].text
+    with pytest.raises(UserError, match="where the model takes 128"):
+        model.answer(images, [words])
+
+
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
@@ -180,6 +189,10 @@ def test_generation_can_be_set_and_sampling_follows_the_seed(model):
         ({"boxes": [[(0, 0, 2, 1)]]}, "leaves the picture"),
         ({"category": "middle"}, "no category 'middle'"),
         ({"images": ["nothing.png"]}, "no picture nothing.png"),
+        ({"images": [some_pictures(2)]}, "the picture is a list; give a path, bytes, a PIL picture or a uint8 array"),
+        ({"history": [("Where?", "There.")]}, r"history wants for each prompt a list of \(question, answer\)"),
+        ({"shots": [[("Where?", "There.")]]}, r"shots wants for each prompt a list of \(picture, question, answer\)"),
+        ({"history": [[("?", "No.")]], "shots": [[(some_pictures(1)[0], "?", "No.")]]}, "not both"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_a_sentence(model, mistake, said):

@@ -3,6 +3,7 @@
 
 import dataclasses
 import random
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -11,7 +12,7 @@ import pytest
 import tiny_prefix as tiny
 
 import lionjax
-from lionjax import convert, sharding
+from lionjax import config, convert, sharding
 from lionjax import params as trees
 from lionjax.bridges.qformer import QFormerConfig
 from lionjax.config import Experiment, RunConfig, Stage
@@ -214,3 +215,37 @@ def test_a_llava_folder_of_transformers_is_loaded_and_answers_in_its_words(tmp_p
         told = theirs.generate(**asked, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
     wanted = told[0, asked["input_ids"].shape[1] :].numpy()
     assert answer.text == model.processor.decode(wanted) and answer.text, f"seed {seed}"
+
+
+FROZEN = Path(__file__).resolve().parent.parent / "configs" / "tiny_frozen.py"
+
+
+@pytest.mark.parametrize(
+    ("processor", "said"),
+    [
+        ({"reader": "decoder"}, "processor.reader is 'decoder', but the language model is one that wants 'encoder'"),
+        ({"image_token": 22}, "processor.image_token is 22, but system.image_token 21"),
+        ({"image_token": None}, "set processor.image_token to 21"),
+        ({"template": "{question}"}, "says nowhere {image}"),
+    ],
+)
+def test_prompts_that_are_not_written_as_the_system_reads_them_are_refused(processor, said):
+    experiment = config.load(FROZEN)
+    start.check_prompts(experiment)
+    written = dataclasses.replace(experiment.data.processor, **processor)
+    data = dataclasses.replace(experiment.data, processor=written)
+    with pytest.raises(UserError, match=said):
+        start.check_prompts(dataclasses.replace(experiment, data=data))
+
+
+def test_a_part_that_weights_name_must_exist_and_what_is_random_for_good_is_said(caplog):
+    experiment = config.load(FROZEN)
+    batch = example(Processor(experiment.data.processor))
+    layout = start.layout(experiment, batch, sharding.make_mesh(devices=jax.devices()[:1]))
+    eyes, (_, words) = experiment.weights
+    with pytest.raises(UserError, match="the part 'langage'; this system has language, projector, vision"):
+        start.first_parameters(dataclasses.replace(experiment, weights=(eyes, ("langage", words))), batch, layout)
+    start.first_parameters(experiment, batch, layout)
+    assert "random" not in caplog.text
+    start.first_parameters(dataclasses.replace(experiment, weights=(eyes,)), batch, layout)
+    assert "weights of language are random and no stage trains them" in caplog.text

@@ -115,6 +115,10 @@ def as_picture(source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Im
                 f"the picture is an array of shape {source.shape}; give (H, W, 3) or (H, W, 4)"
             )
         return _rgb(Image.fromarray(source))
+    if not isinstance(source, str | Path | bytes):
+        raise UserError(
+            f"the picture is a {type(source).__name__}; give a path, bytes, a PIL picture or a uint8 array"
+        )
     return open_picture(source, name, max_pixels)
 
 

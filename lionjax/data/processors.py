@@ -130,6 +130,8 @@ class Processor(Texts):
 
     def _boxes(self, boxes: Sequence[Box], how: str) -> dict[str, np.ndarray]:
         most = self.config.boxes
+        if how == "embeddings" and boxes and not most:
+            raise UserError("places are no embeddings in this model (processor.boxes is 0)")
         if how == "embeddings" and len(boxes) > most:
             raise UserError(
                 f"question and answer name {len(boxes)} regions where {most} are allowed; ask about fewer, "
@@ -178,12 +180,12 @@ class Processor(Texts):
         With shots its pixels are (K, H, W, 3): theirs, then its own. Turns before it are part of the prompt: by
         `processor.next_turn`, or where there is none as one question.
         """
+        if one.shots and one.turns:
+            raise UserError("a question has shots or turns before it, not both")
         if one.turns and not self.config.next_turn:
             one = replace(one, question=transcript(one.turns, one.question), turns=())
         picture = pictures.as_picture(one.image, max_pixels=self.config.max_pixels)
         words = (one.question, one.tags, answer, one.category, one.boxes, self.square(picture))
-        if one.shots and one.turns:
-            raise UserError("a question has shots or turns before it, not both")
         form = Form(
             "", tuple((asked, said) for _, asked, said in one.shots) or one.turns, bool(one.shots)
         )

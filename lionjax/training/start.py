@@ -138,6 +138,7 @@ def layout(experiment: Experiment, example: Batch, mesh: Mesh) -> Layout:
     """What the run's parameters will be; nothing is allocated. Raises UserError for a schedule that cannot run."""
     key = jax.random.key(experiment.seed)
     check_words(experiment, example)
+    check_prompts(experiment)
     whole = sharding.abstract(experiment.system.init, key, example, mesh=mesh)
     stages.check(experiment.stages, whole)
     patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
@@ -164,6 +165,32 @@ def check_words(experiment: Experiment, example: Batch) -> None:
         )
 
 
+def check_prompts(experiment: Experiment) -> None:
+    """Raises UserError where prompts are not written as the system reads them, which would train without a word."""
+    system, written = experiment.system, getattr(experiment.data, "processor", None)
+    encodes, token = getattr(system, "encodes", None), getattr(system, "image_token", None)
+    if written is None:
+        return
+    wanted = {None: written.reader, True: "encoder", False: "decoder"}[encodes]
+    if written.reader != wanted:
+        raise UserError(
+            f"processor.reader is {written.reader!r}, but the language model is one that wants {wanted!r}"
+        )
+    if hasattr(system, "image_token") and written.image_token not in (None, token):
+        raise UserError(
+            f"processor.image_token is {written.image_token}, but system.image_token {token}; give both the same"
+        )
+    said = "{image}" in written.template
+    if said and hasattr(system, "image_token") and written.image_token is None and not written.image_tokens:
+        raise UserError(
+            f"processor.template says {{image}}, but not what stands there; set processor.image_token to {token}"
+        )
+    if written.image_token is not None and not said:
+        raise UserError(
+            "processor.image_token is set, but processor.template says nowhere {image}; say where the picture stands"
+        )
+
+
 def _frozen(leaf, dtype: str):
     return dtype if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) else leaf.dtype
 
@@ -177,9 +204,18 @@ def first_parameters(
     loaded: dict[str, jax.Array] = {}
     for prefix, file in experiment.weights:
         inside = {path: leaf for path, leaf in wanted.items() if _under(path, prefix)}
+        if not inside:
+            parts = sorted({path.split("/")[0] for path in wanted})
+            raise UserError(f"weights name the part {prefix!r}; this system has {', '.join(parts)}")
         words = getattr(experiment.system, "language", None)
         file, _, part = file.partition("#")
         loaded |= _read_weights(shipped(file), part, prefix, inside, learned | loaded, words)
+
+    idle = sorted({path.split("/")[0] for path in wanted.keys() - learned.keys() - loaded.keys()})
+    if idle and experiment.weights and distributed.first():
+        log.warning(
+            "weights of %s are random and no stage trains them; name a file for them in `weights`", ", ".join(idle)
+        )
 
     def rest(key, batch):
         flat = trees.flatten(experiment.system.init(key, batch))

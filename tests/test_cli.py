@@ -246,7 +246,7 @@ class Model:
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
     Image.new("RGB", (30, 20), "#808080").save(tmp_path / "grey.png")
-    monkeypatch.setattr(model, "load", lambda folder: Model())
+    monkeypatch.setattr(model, "load", lambda folder, prompt_length: Model())
     return ["generate", str(tmp_path), "--image", str(tmp_path / "grey.png"), "--prompt", "where?"]
 
 

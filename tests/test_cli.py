@@ -209,6 +209,10 @@ def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monk
     assert cli.main([*words[:2], str(tmp_path / "other"), *words[3:]]) == 2
     said = capsys.readouterr()
     assert "they part in" in said.out and "differ by more than rounding does" in said.err
+    monkeypatch.setattr("lionjax.convert.verify.RUNS", {})
+    assert cli.main([*words[:2], str(tmp_path / "third"), *words[3:]]) == 2
+    said = f"{tmp_path / 'third'} is written, but cannot be verified: transformers has no class"
+    assert said in capsys.readouterr().err and (tmp_path / "third" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("exact", [True, False])

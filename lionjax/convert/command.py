@@ -48,7 +48,7 @@ def convert(given: argparse.Namespace) -> None:
         ours, theirs = given.src, given.dst
         if given.to == "jax":
             ours, theirs = theirs, ours
-        _verify(*load_params(ours), theirs)
+        _verify(*load_params(ours), theirs, given.dst)
 
 
 def _to_orbax(given: argparse.Namespace) -> None:
@@ -96,15 +96,18 @@ def _export(given: argparse.Namespace) -> None:
         same = "every bit is the same" if exact else "BITS DIFFER"
         print(f"written: {given.dst}; read back, {same}")
     if given.verify:
-        _verify(run.experiment, run.params, given.dst)
+        _verify(run.experiment, run.params, given.dst, given.dst)
 
 
-def _verify(config, params, folder: Path) -> None:
-    """Both models on the same inputs; their largest difference at each stage is printed."""
+def _verify(config, params, folder: Path, written: Path) -> None:
+    """Both models on the same inputs; their largest difference at each stage is printed. `written` was before."""
     from lionjax.convert.verify import verify
     from lionjax.interfaces import UserError
 
-    found = verify(config, params, folder)
+    try:
+        found = verify(config, params, folder)
+    except UserError as error:
+        raise UserError(f"{written} is written, but cannot be verified: {error}") from error
     print(found)
     if not found.agree:
         raise UserError(f"the model of {folder} and ours differ by more than rounding does")

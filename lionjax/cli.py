@@ -249,7 +249,6 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--host", default="127.0.0.1", help=words)
     verb.add_argument("--port", type=int, default=7860, help="where: http://HOST:PORT")
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, for the tags")
-
     words = "tokens that a prompt may have, with the talk before it; at least as in training"
     verb.add_argument("--prompt-length", type=int, default=256, help=words)
 

@@ -153,14 +153,33 @@ def test_a_served_page_answers_as_the_model_does_says_what_is_wrong_and_ends_wit
         for bad, sentence in ((foreign, "no JPEG, PNG or WebP"), (broken, "cannot identify image")):
             with pytest.raises(Exception, match=sentence):
                 asks.predict(prompt=first, **given | {"file": client.handle_file(bad)})
-        sent = httpx.get(f"http://127.0.0.1:{port}/config").json()["dependencies"]
-        assert ["select"] in [[event for _, event in one["targets"]] for one in sent]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as browser:
+            sent = browser.post("/gradio_api/upload", files={"files": file.read_bytes()}).json()[0]
+            seen = {"path": sent, "meta": {"_type": "gradio.FileData"}}
+            for corner in ((40, 10), (10, 30)):
+                assert called(browser, "select", [None, seen], {"index": corner, "value": None})
+            chat = called(browser, "submit", [None, seen, first, "red star, ring", False])[1]
+        (pointed_at,) = model.answer([pixels], [first], boxes=[[(0.2, 0.25, 0.8, 0.75)]], tags=tags)
+        assert chat[1]["content"][0]["text"] == pointed_at.text != one.text
         page.send_signal(signal.SIGINT)
         assert page.wait(60) == 0
     finally:
         watch.cancel()
         page.kill()
         page.stderr.close()
+
+
+def called(browser, event, data, more=None):
+    """What the page gives back for an event of one of its parts, as a browser sends it."""
+    parts = browser.get("/config").json()["dependencies"]
+    (number,) = (one["id"] for one in parts if event in [name for _, name in one["targets"]])
+    asked = {"data": data, "fn_index": number, "session_hash": "test", "event_data": more}
+    browser.post("/gradio_api/queue/join", json=asked).raise_for_status()
+    with browser.stream("GET", "/gradio_api/queue/data", params={"session_hash": "test"}) as lines:
+        done = (json.loads(line[5:]) for line in lines.iter_lines() if "process_completed" in line)
+        told = next(done)
+    assert told["success"], told
+    return told["output"]["data"]
 
 
 def iter_until(stream, word):

@@ -12,7 +12,7 @@ help:
 	@echo "make test       run every test"
 	@echo "make test-fast  run every test but the slow ones"
 	@echo "make test-prepare  the test of data preparation by Apache Beam, in .venv-prepare: its pins are older"
-	@echo "make lint       check the code's form with ruff"
+	@echo "make lint       check code and formatting with ruff"
 	@echo "Each sets up .venv the first time. PYTHON=python3.12 chooses the Python, WORKERS=4 the test processes."
 
 demo:
@@ -35,3 +35,4 @@ test-prepare:
 lint:
 	@$(PYTHON) launch/environment.py test
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .

@@ -40,32 +40,85 @@ from lionjax.scaling import programs, topologies
 
 SHAPES = {
     "lion_xl": instructblip.Sizes(
-        vision_width=1408, vision_depth=39, qformer_width=768, qformer_layers=12, language_width=2048,
-        language_layers=24, batch=16, prompt=128, target=32,
+        vision_width=1408,
+        vision_depth=39,
+        qformer_width=768,
+        qformer_layers=12,
+        language_width=2048,
+        language_layers=24,
+        batch=16,
+        prompt=128,
+        target=32,
     ),
     "nextchat_7b": llava.Sizes(
-        image=336, vision_width=1024, vision_depth=24, language_width=4096, language_layers=32, head=128, vocab=32005,
-        batch=8, prompt=128, target=64, frozen_language=True,
+        image=336,
+        vision_width=1024,
+        vision_depth=24,
+        language_width=4096,
+        language_layers=32,
+        head=128,
+        vocab=32005,
+        batch=8,
+        prompt=128,
+        target=64,
+        frozen_language=True,
     ),
     "1b": llava.Sizes(
-        image=336, vision_width=1024, vision_depth=24, language_width=2048, language_layers=22, vocab=32000, batch=8,
-        prompt=128, target=64,
+        image=336,
+        vision_width=1024,
+        vision_depth=24,
+        language_width=2048,
+        language_layers=22,
+        vocab=32000,
+        batch=8,
+        prompt=128,
+        target=64,
     ),
-}  # fmt: skip
+}
 TINY = {
     "lion_xl": instructblip.Sizes(
-        image=28, vision_width=32, vision_depth=2, qformer_width=32, qformer_layers=2, queries=4, language_width=32,
-        language_layers=2, head=16, vocab=128, question_vocab=128, batch=4, prompt=8, question=8, target=8,
+        image=28,
+        vision_width=32,
+        vision_depth=2,
+        qformer_width=32,
+        qformer_layers=2,
+        queries=4,
+        language_width=32,
+        language_layers=2,
+        head=16,
+        vocab=128,
+        question_vocab=128,
+        batch=4,
+        prompt=8,
+        question=8,
+        target=8,
     ),
     "nextchat_7b": llava.Sizes(
-        image=28, vision_width=32, vision_depth=2, language_width=32, language_layers=2, head=16, vocab=128, batch=4,
-        prompt=8, target=8, frozen_language=True,
+        image=28,
+        vision_width=32,
+        vision_depth=2,
+        language_width=32,
+        language_layers=2,
+        head=16,
+        vocab=128,
+        batch=4,
+        prompt=8,
+        target=8,
+        frozen_language=True,
     ),
     "1b": llava.Sizes(
-        image=28, vision_width=32, vision_depth=2, language_width=32, language_layers=2, head=16, vocab=128, batch=4,
-        prompt=8, target=8,
+        image=28,
+        vision_width=32,
+        vision_depth=2,
+        language_width=32,
+        language_layers=2,
+        head=16,
+        vocab=128,
+        batch=4,
+        prompt=8,
+        target=8,
     ),
-}  # fmt: skip
+}
 SIDES = ("torch", "lionjax")
 RESULTS = Path(__file__).parent / "results" / "accelerator.md"
 CLOSE = 1e-3  # how far losses may differ at tiny size
@@ -188,8 +241,11 @@ def train_ours(asked, s) -> dict:
     del params
     kind = jax.devices()[0].device_kind
     return timed(step, asked.repeats) | {
-        "compile": compiling, "flops": flops, "tokens": tokens_of(s, batch), "device": kind,
-    }  # fmt: skip
+        "compile": compiling,
+        "flops": flops,
+        "tokens": tokens_of(s, batch),
+        "device": kind,
+    }
 
 
 def flops_of(s, system, params, batch) -> float:
@@ -235,9 +291,7 @@ def decode_ours(asked, s) -> dict:
 
 def read_for_a_token(path: str) -> bool:
     """Whether each generated token reads all of a parameter: not the tower, the encoder or the table of words."""
-    return path.startswith("language/") and not path.startswith(
-        ("language/encoder/", "language/embedding/")
-    )
+    return path.startswith("language/") and not path.startswith(("language/encoder/", "language/embedding/"))
 
 
 # Theirs
@@ -292,18 +346,21 @@ def decode_torch(asked, s) -> dict:
     model, inputs, _ = theirs(s, tiny)
     model = (model if tiny else model.to(torch.bfloat16)).eval()
     if isinstance(s, llava.Sizes):
-        inputs = {
-            n: x.to(model.device) for n, x in train_step.peer_of(s).torch_batch(s, False).items()
-        }
+        inputs = {n: x.to(model.device) for n, x in train_step.peer_of(s).torch_batch(s, False).items()}
     inputs.pop("labels", None)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
 
     def answer(words: int):
         with torch.inference_mode():
             made = model.generate(
-                **inputs, do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=0, max_new_tokens=words,
+                **inputs,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=None,
+                pad_token_id=0,
+                max_new_tokens=words,
                 min_new_tokens=words,
-            )  # fmt: skip
+            )
         return made[:, -words:].cpu().numpy()
 
     return rate(answer, asked)

@@ -80,23 +80,15 @@ def experiment(run: Run, seed: int, stage: Stage, how: str = "embeddings", **pla
         soft_prompt_token=None,
         places=dataclasses.replace(system.places, **WEIGHTS | places),
     )
-    lengths = {
-        "prompt_length": 20,
-        "question_length": 1,
-        "target_length": 20 if how == "digits" else 8,
-    }
+    lengths = {"prompt_length": 20, "question_length": 1, "target_length": 20 if how == "digits" else 8}
     rest = {"tags": False, "places": how, "boxes": 6 if how == "embeddings" else 0}
     weights = tuple(pair for pair in whole.weights if pair[0] != "locations")  # nothing known
     if how == "bins":
         words = WORDS + BINS**2
-        system = dataclasses.replace(
-            system, language=dataclasses.replace(system.language, vocab=words)
-        )
+        system = dataclasses.replace(system, language=dataclasses.replace(system.language, vocab=words))
         weights = tuple((part, with_bins(run) if part == "language" else w) for part, w in weights)
         rest["bins"] = BINS
-    sources = (
-        dataclasses.replace(data.sources[0], sizes=(run.scenes, 300, 400), pixels=112, seed=seed),
-    )
+    sources = (dataclasses.replace(data.sources[0], sizes=(run.scenes, 300, 400), pixels=112, seed=seed),)
     processor = dataclasses.replace(data.processor, **lengths, **rest)
     data = dataclasses.replace(data, sources=sources, processor=processor, mask_share=1.0)
     return dataclasses.replace(
@@ -115,10 +107,7 @@ def with_bins(run: Run) -> str:
     file = run.workdir / "tiny_t5_with_bins.safetensors"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        weights, rng = (
-            load_file(start.shipped("shipped:tiny_t5.safetensors")),
-            np.random.default_rng(0),
-        )
+        weights, rng = (load_file(start.shipped("shipped:tiny_t5.safetensors")), np.random.default_rng(0))
         for name, axis in (("language/embedding/table", 0), ("language/head/kernel", 1)):
             old = weights[name]
             shape = (BINS**2, old.shape[1]) if axis == 0 else (old.shape[0], BINS**2)
@@ -130,10 +119,17 @@ def with_bins(run: Run) -> str:
 
 def stage(run: Run, mixture, how: str = "embeddings") -> Stage:
     return Stage(
-        "words_and_boxes", run.steps, (*SEEING, *NEW[how]), tuple(mixture), run.batch, learning_rate=1e-3,
-        warmup_steps=20, weight_decay=0.01, clip_norm=1.0,
+        "words_and_boxes",
+        run.steps,
+        (*SEEING, *NEW[how]),
+        tuple(mixture),
+        run.batch,
+        learning_rate=1e-3,
+        warmup_steps=20,
+        weight_decay=0.01,
+        clip_norm=1.0,
         learning_rate_scale=tuple((part, 4.0) for part in NEW[how]),
-    )  # fmt: skip
+    )
 
 
 def trained(run: Run, name: str, what: Experiment) -> Params:
@@ -146,9 +142,7 @@ def figures(run: Run, what: Experiment, params: Params, names: tuple[str, ...]) 
     answerer, found = model.of_params(what, params).answerer, {}
     for name in names:
         entry = benchmarks.evaluate(answerer, what.data, what.answer, name, limit=run.limit)
-        found |= entry["metrics"] | {
-            f"{name}_{key}": value for key, value in entry["details"].items()
-        }
+        found |= entry["metrics"] | {f"{name}_{key}": value for key, value in entry["details"].items()}
         for key, value in entry.get("teacher_forced", {}).items():
             found[f"{key}_teacher_forced"] = value
     return found
@@ -219,22 +213,13 @@ SHOWN = {
 
 def table(claim: str, rows: dict[str, list[Figures]]) -> str:
     """The rows of one claim in Markdown: mean (least to most)."""
-    shown = [
-        key for key in SHOWN[claim] if any(key in found for each in rows.values() for found in each)
-    ]
-    lines = [
-        f"| {claim} | {' | '.join(key.replace('_', ' ') for key in shown)} |",
-        "|---" * (1 + len(shown)) + "|",
-    ]
+    shown = [key for key in SHOWN[claim] if any(key in found for each in rows.values() for found in each)]
+    lines = [f"| {claim} | {' | '.join(key.replace('_', ' ') for key in shown)} |", "|---" * (1 + len(shown)) + "|"]
     for name, each in rows.items():
         cells = []
         for key in shown:
             values = [found[key] for found in each if key in found]
-            spread = (
-                f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-                if values
-                else "-"
-            )
+            spread = f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
             cells.append(spread)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -34,11 +34,7 @@ import numpy as np
 
 def held() -> tuple[int, int]:
     """Bytes this process holds now: all, and those that no file stands behind."""
-    lines = dict(
-        line.split(":", 1)
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if ":" in line
-    )
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
 
 
@@ -65,9 +61,7 @@ def t5_of(gigabytes: float):
 
     c = FLAN_T5_XL
     square, wide = c.width * c.heads * c.head, 3 * c.width * c.hidden
-    layer = 2 * (
-        4 * square + wide + 8 * square + wide
-    )  # one encoder and one decoder layer, two bytes each
+    layer = 2 * (4 * square + wide + 8 * square + wide)  # one encoder and one decoder layer, two bytes each
     layers = max(1, round((gigabytes * 1e9 - 4 * 2 * c.vocab * c.width) / layer))
     return dataclasses.replace(c, encoder_layers=layers, decoder_layers=layers)
 
@@ -163,9 +157,7 @@ def one_way(src: str, dst: str, to: str, fsdp: int, tensor: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("t5", "nextchat"), default="t5")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of the T5")
     parser.add_argument("--bin", action="store_true", help="the checkpoint as .bin shards")
@@ -201,9 +193,7 @@ def main() -> None:
                 *(["--orbax", given.orbax] if given.orbax else []),
             ]
             around = os.environ | {"XLA_FLAGS": devices}
-            said = subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env=around
-            ).stdout
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=around).stdout
             shutil.rmtree(given.folder / src)
             size, processor, clock, resident, anonymous = json.loads(said.splitlines()[-1])
             print(

@@ -40,8 +40,17 @@ from lionjax.training import loop, start
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = (
-    "llava", "shikra", "blip2_first", "blip2", "instructblip", "minigpt4", "mplug_owl", "frozen", "kosmos2", "flamingo",
-)  # fmt: skip
+    "llava",
+    "shikra",
+    "blip2_first",
+    "blip2",
+    "instructblip",
+    "minigpt4",
+    "mplug_owl",
+    "frozen",
+    "kosmos2",
+    "flamingo",
+)
 FEW_SHOT = ("frozen", "flamingo")
 SHOTS = (0, 1, 2, 4, 8)
 SHOT_LIMIT = 100  # questions behind each number of examples
@@ -52,10 +61,7 @@ SCORES = {"vqa": "vqa_accuracy", "caption": "caption_cider", "rec": "rec_accurac
 # How much better a system must be than itself blind. Frozen hears of a picture in two words made of the mean of all
 # patches, and MiniGPT-4 trains one linear: less is asked of these.
 MARGINS = {"vqa": 0.15, "caption": 0.5, "rec": 0.15}
-LESS = {
-    "frozen": {"vqa": 0.03, "caption": 0.2},
-    "minigpt4": {"vqa": 0.1, "caption": 0.3},
-}
+LESS = {"frozen": {"vqa": 0.03, "caption": 0.2}, "minigpt4": {"vqa": 0.1, "caption": 0.3}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +116,7 @@ def unchanged(experiment: Experiment, params: Params, report: dict) -> bool:
 class Spent:
     """Seconds since it was made: by the clock, and of processor time."""
 
-    begun: tuple[float, float] = dataclasses.field(
-        default_factory=lambda: (time.time(), time.process_time())
-    )
+    begun: tuple[float, float] = dataclasses.field(default_factory=lambda: (time.time(), time.process_time()))
 
     def seconds(self) -> list[int]:
         return [round(t - b) for t, b in zip((time.time(), time.process_time()), self.begun)]
@@ -199,10 +203,7 @@ def curves(run: Run, name: str) -> dict:
 
 def shot_table(rows: list[dict]) -> str:
     """One line for each system and way of choosing; the blind twin's scores in brackets."""
-    lines = [
-        "| VQA behind | " + " | ".join(map(str, SHOTS)) + " examples |",
-        "|---" * (len(SHOTS) + 1) + "|",
-    ]
+    lines = ["| VQA behind | " + " | ".join(map(str, SHOTS)) + " examples |", "|---" * (len(SHOTS) + 1) + "|"]
     for name, how in dict.fromkeys((row["system"], row["how"]) for row in rows):
         found = {r["shots"]: r["vqa"] for r in rows if (r["system"], r["how"]) == (name, how)}
         cells = [f"{found[k][0]:.2f} ({found[k][1]:.2f})" if k in found else "" for k in SHOTS]
@@ -214,10 +215,7 @@ def main(run: Run) -> int:
     logging.basicConfig(level=logging.WARNING)
     names = run.systems or SYSTEMS
     if unknown := set(names) - set(SYSTEMS):
-        print(
-            f"there is no system {sorted(unknown)[0]!r}; there are {', '.join(SYSTEMS)}",
-            file=sys.stderr,
-        )
+        print(f"there is no system {sorted(unknown)[0]!r}; there are {', '.join(SYSTEMS)}", file=sys.stderr)
         return 2
     rows, shown = [], []
     for name in names:
@@ -227,11 +225,7 @@ def main(run: Run) -> int:
         shown.append(curves(run, name))
         text = show(run, rows, shown)
     print(text)
-    print(
-        *(short := [sentence for row in rows for sentence in missed(row)]),
-        sep="\n",
-        file=sys.stderr,
-    )
+    print(*(short := [sentence for row in rows for sentence in missed(row)]), sep="\n", file=sys.stderr)
     return 1 if short else 0
 
 

@@ -62,9 +62,7 @@ def lived(context, workdir: Path, run: Run, most: float | None = None) -> bool:
         process.join()
         return False
     if process.exitcode:
-        raise SystemExit(
-            f"the run in {workdir} ended with {process.exitcode}, which nobody asked for"
-        )
+        raise SystemExit(f"the run in {workdir} ended with {process.exitcode}, which nobody asked for")
     return True
 
 
@@ -98,9 +96,7 @@ def main() -> int:
         while kills < run.kills:
             workdir, runs = Path(folder) / str(runs), runs + 1
             began, before = time.monotonic(), kills
-            while not lived(
-                context, workdir, run, moments.uniform(0, alone) if kills < run.kills else None
-            ):
+            while not lived(context, workdir, run, moments.uniform(0, alone) if kills < run.kills else None):
                 kills += 1
                 print(f"kill {kills}", end="\r", file=sys.stderr, flush=True)
             if kills == before:  # its moment never came: so much for what a life lasts
@@ -108,9 +104,7 @@ def main() -> int:
             for name, count in compare(workdir, whole).items():
                 sums[name] = sums.get(name, 0) + count
     said = ", ".join(f"{count} {name}" for name, count in sums.items())
-    print(
-        f"faults: {kills} kills at random moments in {runs} runs of {2 * run.steps} updates: {said}"
-    )
+    print(f"faults: {kills} kills at random moments in {runs} runs of {2 * run.steps} updates: {said}")
     return int(any(sums.values()))
 
 

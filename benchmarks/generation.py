@@ -28,9 +28,7 @@ from lionjax.language.t5 import TINY_T5, T5Config
 T5S = {
     # The one that ships, with the activation that Hugging Face has.
     "tiny": dataclasses.replace(TINY_T5, activation="gelu_tanh"),
-    "wide": T5Config(
-        vocab=8192, width=256, head=64, heads=4, hidden=1024, encoder_layers=4, decoder_layers=4
-    ),
+    "wide": T5Config(vocab=8192, width=256, head=64, heads=4, hidden=1024, encoder_layers=4, decoder_layers=4),
 }
 QUESTIONS = (
     "What is the capital of France?",
@@ -89,15 +87,11 @@ def pair_of(asked: argparse.Namespace, cores: int) -> Pair:
         gaps = [[0] * (max(map(len, texts)) - len(text)) for text in texts]
         pairs = [(gap, text) if front else (text, gap) for text, gap in zip(texts, gaps)]
         ids = np.array([one + other for one, other in pairs], np.int32)
-        masks = [
-            [int(part is text) for part in pair for _ in part] for pair, text in zip(pairs, texts)
-        ]
+        masks = [[int(part is text) for part in pair for _ in part] for pair, text in zip(pairs, texts)]
         sides.append((ids, np.array(masks, np.int32)))
     inputs = dict(zip(("input_ids", "attention_mask"), map(torch.tensor, sides[1])))
     inputs = {name: tensor.long() for name, tensor in inputs.items()}
-    return Pair(
-        text_decoder.TextDecoder(SMOLLM2_135M), params, text_batch(*sides[0]), theirs, inputs, None
-    )
+    return Pair(text_decoder.TextDecoder(SMOLLM2_135M), params, text_batch(*sides[0]), theirs, inputs, None)
 
 
 def main() -> None:
@@ -109,9 +103,7 @@ def main() -> None:
     params = jax.device_put(pair.params)
     for beams in asked.beams:
         # No end token, so that both do the same amount of work.
-        config = GenerateConfig(
-            max_new_tokens=asked.tokens, beams=beams, eos=-1, pad=0, start=pair.start
-        )
+        config = GenerateConfig(max_new_tokens=asked.tokens, beams=beams, eos=-1, pad=0, start=pair.start)
 
         def ours(config=config):
             return np.asarray(generate(pair.system, params, pair.batch, config).ids_BM)

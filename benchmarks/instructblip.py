@@ -16,16 +16,7 @@ from lionjax.language.t5 import T5Config
 from lionjax.layers import dense_rows, norm_rows
 from lionjax.systems.lion import PROJECTION_EPS, Lion
 from lionjax.vision.vit import ViTConfig
-from lionjax.weight_rows import (
-    Row,
-    conv,
-    fused,
-    heads_in,
-    heads_in_bias,
-    heads_out,
-    reshaped,
-    under,
-)
+from lionjax.weight_rows import Row, conv, fused, heads_in, heads_in_bias, heads_out, reshaped, under
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,24 +58,44 @@ def torch_model(s: Sizes):
 
     torch.manual_seed(0)
     text = transformers.T5Config(
-        vocab_size=s.vocab, d_model=s.language_width, d_kv=s.head, d_ff=s.language_width * 5 // 2,
-        num_layers=s.language_layers, num_decoder_layers=s.language_layers, num_heads=s.language_width // s.head,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, dropout_rate=0.0,
-    )  # fmt: skip
+        vocab_size=s.vocab,
+        d_model=s.language_width,
+        d_kv=s.head,
+        d_ff=s.language_width * 5 // 2,
+        num_layers=s.language_layers,
+        num_decoder_layers=s.language_layers,
+        num_heads=s.language_width // s.head,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
     text.dense_act_fn = "gelu"  # the erf, as InstructBLIP and LION run T5
     vision = dict(
-        hidden_size=s.vision_width, intermediate_size=4 * s.vision_width, num_hidden_layers=s.vision_depth,
-        num_attention_heads=s.vision_width // s.head, image_size=s.image, patch_size=s.patch, initializer_range=0.02,
-    )  # fmt: skip
+        hidden_size=s.vision_width,
+        intermediate_size=4 * s.vision_width,
+        num_hidden_layers=s.vision_depth,
+        num_attention_heads=s.vision_width // s.head,
+        image_size=s.image,
+        patch_size=s.patch,
+        initializer_range=0.02,
+    )
     reader = dict(
-        vocab_size=s.question_vocab, hidden_size=s.qformer_width, num_hidden_layers=s.qformer_layers,
-        num_attention_heads=s.qformer_width // s.head, intermediate_size=4 * s.qformer_width,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        vocab_size=s.question_vocab,
+        hidden_size=s.qformer_width,
+        num_hidden_layers=s.qformer_layers,
+        num_attention_heads=s.qformer_width // s.head,
+        intermediate_size=4 * s.qformer_width,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     config = transformers.InstructBlipConfig(
-        vision_config=vision, qformer_config=reader, text_config=text,
-        num_query_tokens=s.queries, image_token_index=s.image_token,
-    )  # fmt: skip
+        vision_config=vision,
+        qformer_config=reader,
+        text_config=text,
+        num_query_tokens=s.queries,
+        image_token_index=s.image_token,
+    )
     model = transformers.InstructBlipForConditionalGeneration(config).train()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -124,17 +135,30 @@ def system_of(s: Sizes) -> Lion:
     return Lion(
         ViTConfig(s.image, s.patch, s.vision_width, s.vision_depth, s.vision_width // s.head, 4 * s.vision_width),
         QFormerConfig(
-            s.qformer_width, s.qformer_layers, s.qformer_width // s.head, 4 * s.qformer_width, s.queries,
-            vision_width=s.vision_width, vocab=s.question_vocab, dropout=0.0,
+            s.qformer_width,
+            s.qformer_layers,
+            s.qformer_width // s.head,
+            4 * s.qformer_width,
+            s.queries,
+            vision_width=s.vision_width,
+            vocab=s.question_vocab,
+            dropout=0.0,
         ),
         AggregatorConfig(s.vision_depth - 1, (), s.vision_width),
         T5Config(
-            s.vocab, s.language_width, s.head, s.language_width // s.head, s.language_width * 5 // 2,
-            s.language_layers, s.language_layers, activation="gelu", dropout=0.0,
+            s.vocab,
+            s.language_width,
+            s.head,
+            s.language_width // s.head,
+            s.language_width * 5 // 2,
+            s.language_layers,
+            s.language_layers,
+            activation="gelu",
+            dropout=0.0,
         ),
         soft_prompt_token=None,
         visual_input="QFORMER",
-    )  # fmt: skip
+    )
 
 
 def ours_of(s: Sizes, model):
@@ -211,9 +235,17 @@ def batch_of(s: Sizes) -> Batch:
     target_BM, target_mask_BM = text(s.target, s.vocab)
     rows = np.arange(s.batch, dtype=np.int32)
     return Batch(
-        image_BHWC, prompt_BL, prompt_mask_BL, question_BL, question_mask_BL,
-        target_BM, target_mask_BM, target_mask_BM, np.full_like(rows, IMAGE_LEVEL), rows,
-    )  # fmt: skip
+        image_BHWC,
+        prompt_BL,
+        prompt_mask_BL,
+        question_BL,
+        question_mask_BL,
+        target_BM,
+        target_mask_BM,
+        target_mask_BM,
+        np.full_like(rows, IMAGE_LEVEL),
+        rows,
+    )
 
 
 def torch_batch(s: Sizes) -> dict:
@@ -231,6 +263,4 @@ def torch_batch(s: Sizes) -> dict:
         "qformer_attention_mask": batch.question_mask_BL,
         "labels": labels,
     }
-    return {
-        name: torch.from_numpy(x if x.dtype == np.float32 else x.astype(np.int64)) for name, x in arrays.items()
-    }
+    return {name: torch.from_numpy(x if x.dtype == np.float32 else x.astype(np.int64)) for name, x in arrays.items()}

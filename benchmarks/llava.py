@@ -56,20 +56,32 @@ def torch_model(s: Sizes):
 
     torch.manual_seed(0)
     vision = {
-        "model_type": "clip_vision_model", "hidden_size": s.vision_width, "intermediate_size": 4 * s.vision_width,
-        "num_hidden_layers": s.vision_depth, "num_attention_heads": s.vision_width // s.head, "image_size": s.image,
+        "model_type": "clip_vision_model",
+        "hidden_size": s.vision_width,
+        "intermediate_size": 4 * s.vision_width,
+        "num_hidden_layers": s.vision_depth,
+        "num_attention_heads": s.vision_width // s.head,
+        "image_size": s.image,
         "patch_size": s.patch,
-    }  # fmt: skip
+    }
     heads = s.language_width // s.head
     text = {
-        "model_type": "llama", "vocab_size": s.vocab, "hidden_size": s.language_width,
-        "intermediate_size": s.language_width * 8 // 3, "num_hidden_layers": s.language_layers,
-        "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": s.head, "rms_norm_eps": 1e-5,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": s.vocab,
+        "hidden_size": s.language_width,
+        "intermediate_size": s.language_width * 8 // 3,
+        "num_hidden_layers": s.language_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "head_dim": s.head,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=s.image_token, vision_feature_layer=-2,
-    )  # fmt: skip
+        vision_config=vision, text_config=text, image_token_index=s.image_token, vision_feature_layer=-2
+    )
     model = transformers.LlavaForConditionalGeneration(config).train()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -94,14 +106,32 @@ def see_once(model, inputs: dict) -> None:
 def system_of(s: Sizes) -> Prefix:
     """Ours alone, for weights of its own."""
     vision = ViTConfig(
-        s.image, s.patch, s.vision_width, s.vision_depth, s.vision_width // s.head, 4 * s.vision_width, 1e-5,
-        "quick_gelu", biases="qkvo", patch_bias=False, norm_before=True, norm_after=True,
-    )  # fmt: skip
+        s.image,
+        s.patch,
+        s.vision_width,
+        s.vision_depth,
+        s.vision_width // s.head,
+        4 * s.vision_width,
+        1e-5,
+        "quick_gelu",
+        biases="qkvo",
+        patch_bias=False,
+        norm_before=True,
+        norm_after=True,
+    )
     heads = s.language_width // s.head
     language = DecoderConfig(
-        s.vocab, s.language_width, s.language_layers, heads, heads, s.head, s.language_width * 8 // 3,
-        pad_token=0, start_token=1, end_token=2,
-    )  # fmt: skip
+        s.vocab,
+        s.language_width,
+        s.language_layers,
+        heads,
+        heads,
+        s.head,
+        s.language_width * 8 // 3,
+        pad_token=0,
+        start_token=1,
+        end_token=2,
+    )
     return Prefix(vision, language, feature_layer=-2, image_token=s.image_token, in_front=False)
 
 
@@ -128,9 +158,17 @@ def batch_of(s: Sizes) -> Batch:
     target_BM, target_mask_BM = text(s.target)
     rows = np.arange(s.batch, dtype=np.int32)
     return Batch(
-        image_BHWC, prompt_BL, prompt_mask_BL, None, None, target_BM, target_mask_BM, target_mask_BM,
-        np.full_like(rows, IMAGE_LEVEL), rows,
-    )  # fmt: skip
+        image_BHWC,
+        prompt_BL,
+        prompt_mask_BL,
+        None,
+        None,
+        target_BM,
+        target_mask_BM,
+        target_mask_BM,
+        np.full_like(rows, IMAGE_LEVEL),
+        rows,
+    )
 
 
 def torch_batch(s: Sizes, answers: bool = True) -> dict:
@@ -155,9 +193,7 @@ def torch_batch(s: Sizes, answers: bool = True) -> dict:
         return torch.tensor([one + gap if answers else gap + one for one, gap in zip(lists, gaps)])
 
     made = {
-        "pixel_values": torch.from_numpy(
-            np.ascontiguousarray(batch.image_BHWC.transpose(0, 3, 1, 2))
-        ),
+        "pixel_values": torch.from_numpy(np.ascontiguousarray(batch.image_BHWC.transpose(0, 3, 1, 2))),
         "input_ids": padded(rows, 0),
         "attention_mask": padded([[1] * len(row) for row in rows], 0),
     }

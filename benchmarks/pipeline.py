@@ -66,11 +66,7 @@ def make_folder(folder: Path, images: int) -> None:
 def config_of(run: Run, folder: Path, cache_mib: int) -> DataConfig:
     texts = dict.fromkeys(("prompt_length", "question_length", "target_length"), run.length)
     processor = ProcessorConfig(
-        run.size,
-        tokenizer=run.tokenizer,
-        question_tokenizer=run.question_tokenizer,
-        tags=False,
-        **texts,
+        run.size, tokenizer=run.tokenizer, question_tokenizer=run.question_tokenizer, tags=False, **texts
     )
     # No instances: captions alone make one example of each picture.
     source = Coco(str(folder), instances="", share=0.0)
@@ -125,9 +121,7 @@ class Collate:
 
     def __call__(self, rows) -> dict:
         images, questions, captions = zip(*rows)
-        padded = dict(
-            padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
+        padded = dict(padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
         return {
             "image": self.pictures(list(images), return_tensors="pt")["pixel_values"],
             "prompt": self.words(list(questions), **padded),
@@ -144,18 +138,12 @@ def hugging_face_tokenizer(name: str):
     ours = tokenizer.load(name)
     backend = Tokenizer.from_str(ours.backend.to_str())
     pieces = {"start": ours.start, "end": [ours.end_id]}
-    words = {
-        which: [backend.id_to_token(number) for number in ids] for which, ids in pieces.items()
-    }
+    words = {which: [backend.id_to_token(number) for number in ids] for which, ids in pieces.items()}
     backend.post_processor = processors.TemplateProcessing(
         single=[*words["start"], "$A", *words["end"]],
-        special_tokens=[
-            (word, backend.token_to_id(word)) for group in words.values() for word in group
-        ],
+        special_tokens=[(word, backend.token_to_id(word)) for group in words.values() for word in group],
     )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=backend.id_to_token(ours.pad_id)
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=backend.id_to_token(ours.pad_id))
 
 
 def check_same(run: Run, data: DataConfig, folder: Path) -> None:
@@ -164,9 +152,7 @@ def check_same(run: Run, data: DataConfig, folder: Path) -> None:
     batch = next(batches)
     processor = batches.records.processor
     names = [batches.name(record).partition("/")[2] for record in batch.record_B.tolist()]
-    texts = (
-        [processor.decode(ids) for ids in ids_BL] for ids_BL in (batch.prompt_BL, batch.target_BM)
-    )
+    texts = ([processor.decode(ids) for ids in ids_BL] for ids_BL in (batch.prompt_BL, batch.target_BM))
     rows = [(str(folder / "images" / name), *words) for name, *words in zip(names, *texts)]
     theirs = Collate(run)([Captioned(rows)[row] for row in range(len(rows))])
     batches.close()
@@ -188,9 +174,7 @@ def check_same(run: Run, data: DataConfig, folder: Path) -> None:
 def torch_pass(run: Run, rows: list[tuple[str, str, str]]) -> Callable[[], None]:
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(
-        Captioned(rows), run.batch, shuffle=True, collate_fn=Collate(run), drop_last=True
-    )
+    loader = DataLoader(Captioned(rows), run.batch, shuffle=True, collate_fn=Collate(run), drop_last=True)
 
     def once() -> None:
         for _ in loader:
@@ -217,11 +201,7 @@ def compare(run: Run, folder: Path) -> None:
     cold, kept = (config_of(run, folder, mib) for mib in (0, CACHE_MIB))
     check_same(run, cold, folder)
     rows = [
-        (
-            str(folder / "images" / sample.name.partition("/")[2]),
-            sample.example.question,
-            sample.example.answer,
-        )
+        (str(folder / "images" / sample.name.partition("/")[2]), sample.example.question, sample.example.answer)
         for sample in pipeline.examples(cold, "caption", "train")
     ]
     number = len(rows) // run.batch

@@ -36,20 +36,40 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "plans.md"
 PODS = ("v5e-16", "v5e-256", "v5p-512", "2xv5e-256")
 ANSWERED = PODS[:1]  # slices on which answers are planned as well as updates
-CONFIGS = tuple(
-    path.stem
-    for path in sorted((ROOT / "configs").glob("*.py"))
-    if not path.stem.startswith("tiny")
-)
+CONFIGS = tuple(path.stem for path in sorted((ROOT / "configs").glob("*.py")) if not path.stem.startswith("tiny"))
 NEARLY_FULL = 0.7  # of a chip's memory; the two efforts differ by less than the rest
 UPDATES = (
-    "config", "stage", "slice", "mesh", "rows", "fits", "GiB a chip", "trained", "frozen", "predicted s", "MFU at most",
-    "dominates", "gathered", "reduced", "effort", "compiled in",
-)  # fmt: skip
+    "config",
+    "stage",
+    "slice",
+    "mesh",
+    "rows",
+    "fits",
+    "GiB a chip",
+    "trained",
+    "frozen",
+    "predicted s",
+    "MFU at most",
+    "dominates",
+    "gathered",
+    "reduced",
+    "effort",
+    "compiled in",
+)
 ANSWERS = (
-    "config", "tokens", "slice", "mesh", "rows", "fits", "GiB a chip", "predicted s", "tokens/s at most", "dominates",
-    "effort", "compiled in",
-)  # fmt: skip
+    "config",
+    "tokens",
+    "slice",
+    "mesh",
+    "rows",
+    "fits",
+    "GiB a chip",
+    "predicted s",
+    "tokens/s at most",
+    "dominates",
+    "effort",
+    "compiled in",
+)
 BEFORE = """# Plans
 
 What `lionjax plan` says of the full-size configs, made by `python -m benchmarks.plans`: the real update, compiled for
@@ -104,9 +124,7 @@ def best(name: str, pod: str, answers: bool = False) -> scaling.Plan | None:
 
         def planned(quick: bool, mesh: MeshConfig | None = None) -> scaling.Plan | None:
             try:
-                return compiler.plan(
-                    experiment, pod_of(pod), number, mesh, generation=answers, quick=quick
-                )
+                return compiler.plan(experiment, pod_of(pod), number, mesh, generation=answers, quick=quick)
             except UserError as error:
                 print(f"{name} on {pod}, mesh {mesh}: {error}", file=sys.stderr)
                 return None
@@ -126,11 +144,7 @@ def row_of(made: scaling.Plan, pod: str, name: str) -> list[str]:
     moved = {kind: moved for kind, (_, moved, _) in made.collectives.items()}
     reduced = moved.get("all-reduce", 0) + moved.get("reduce-scatter", 0)
     peak = "more" if made.peak_gib is None else f"{made.peak_gib:.2f}"
-    mesh = " ".join(
-        f"{axis} {size}"
-        for axis, size in zip(("slices", "data", "fsdp", "tensor"), made.mesh)
-        if size > 1
-    )
+    mesh = " ".join(f"{axis} {size}" for axis, size in zip(("slices", "data", "fsdp", "tensor"), made.mesh) if size > 1)
     effort = ["least" if made.quick else "usual", f"{made.compile_seconds:.0f} s"]
     fits = [pod, mesh, str(made.rows), "yes" if made.fits else "**no**", f"{peak} of {made.hbm_gib:g}"]
     known = bool(made.step_seconds)
@@ -141,11 +155,18 @@ def row_of(made: scaling.Plan, pod: str, name: str) -> list[str]:
         rate = f"{made.speed * tokens:,.0f}" if known else ""
         return [name, str(tokens), *fits, seconds, rate, made.dominates if known else "", *effort]
     return [
-        name, made.what, *fits, f"{made.trained / 1e6:,.0f} M", f"{made.frozen / 1e6:,.0f} M", seconds,
-        f"{made.utilisation:.0%}" if known else "", made.dominates if known else "",
+        name,
+        made.what,
+        *fits,
+        f"{made.trained / 1e6:,.0f} M",
+        f"{made.frozen / 1e6:,.0f} M",
+        seconds,
+        f"{made.utilisation:.0%}" if known else "",
+        made.dominates if known else "",
         plan_command.amount(moved.get("all-gather", 0), "B") if known else "",
-        plan_command.amount(reduced, "B") if known else "", *effort,
-    ]  # fmt: skip
+        plan_command.amount(reduced, "B") if known else "",
+        *effort,
+    ]
 
 
 def known_rows(head: tuple[str, ...]) -> dict[tuple[str, str], list[str]]:
@@ -157,11 +178,7 @@ def known_rows(head: tuple[str, ...]) -> dict[tuple[str, str], list[str]]:
         for line in PAGE.read_text().splitlines()
         if line.startswith("|")
     ]
-    return {
-        (row[0], row[2]): row
-        for row in lines
-        if len(row) == len(head) and row[0] not in (head[0], "---")
-    }
+    return {(row[0], row[2]): row for row in lines if len(row) == len(head) and row[0] not in (head[0], "---")}
 
 
 def whole(head: tuple[str, ...]) -> set[tuple[str, str]]:
@@ -173,9 +190,7 @@ def whole(head: tuple[str, ...]) -> set[tuple[str, str]]:
 
 def table(head: tuple[str, ...], rows: dict[tuple[str, str], list[str]]) -> str:
     """A table in the configs' order."""
-    order = sorted(
-        rows, key=lambda key: (key[0], PODS.index(key[1]) if key[1] in PODS else 99, key[1])
-    )
+    order = sorted(rows, key=lambda key: (key[0], PODS.index(key[1]) if key[1] in PODS else 99, key[1]))
     lines = [head, ["---"] * len(head), *[[cell or " " for cell in rows[key]] for key in order]]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 

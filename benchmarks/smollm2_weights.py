@@ -28,11 +28,7 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
     # The model itself refuses to be saved, as it was read from quantised weights; the head is the word table.
-    state = {
-        name: leaf.contiguous()
-        for name, leaf in model.state_dict().items()
-        if name != "lm_head.weight"
-    }
+    state = {name: leaf.contiguous() for name, leaf in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     config = model.config
     config.quantization_config = None

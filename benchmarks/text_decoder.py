@@ -61,8 +61,5 @@ def smollm2(file: Path):
 def chats(tokenizer, questions) -> list[list[int]]:
     """Ids of questions in the words of its chat template, up to where the answer begins."""
     asked = [[{"role": "user", "content": question}] for question in questions]
-    texts = [
-        tokenizer.apply_chat_template(one, add_generation_prompt=True, tokenize=False)
-        for one in asked
-    ]
+    texts = [tokenizer.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in asked]
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -120,9 +120,17 @@ def update_of(s: Sizes, system, params, batch, mesh) -> tuple[Callable[[], float
 
     peer = peer_of(s)
     stage = Stage(
-        "one", 10**6, peer.learned(s), (), s.batch, learning_rate=RATE,
-        warmup_steps=0, end_learning_rate=RATE, weight_decay=DECAY, clip_norm=CLIP,
-    )  # fmt: skip
+        "one",
+        10**6,
+        peer.learned(s),
+        (),
+        s.batch,
+        learning_rate=RATE,
+        warmup_steps=0,
+        end_learning_rate=RATE,
+        weight_decay=DECAY,
+        clip_norm=CLIP,
+    )
     trainable, frozen = trees.split(params, stage.trainable)
     axes = sharding.layer_axes(jax.eval_shape(system.init, jax.random.key(0), peer.batch_of(s)))
     optimiser = stages.optimizer(stage, trainable, axes)
@@ -175,9 +183,7 @@ def measure_memory(name: str) -> int:
 def main() -> None:
     import torch
 
-    name, *rest = (
-        sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in PEERS else ("instructblip", *sys.argv[1:])
-    )
+    name, *rest = sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in PEERS else ("instructblip", *sys.argv[1:])
     sizes = PEERS[name].Sizes
     run = tyro.cli(Run[sizes], args=rest, default=Run(sizes()), description=__doc__)
     torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
@@ -208,9 +214,7 @@ def compare(run: Run) -> None:
         np.testing.assert_allclose(losses, losses[0], rtol=LATER, err_msg=f"losses of {NAMES}")
     middle, busy = ({n: statistics.median(x) for n, x in y.items()} for y in (clock, processor))
     print(f"{s}\nlosses {first[0]:.4f} -> {losses[0]:.4f}, the same in all four\n")
-    print(
-        "| step | examples/s | ms (fastest) | against torch | processor ms | against torch | compiled | memory |"
-    )
+    print("| step | examples/s | ms (fastest) | against torch | processor ms | against torch | compiled | memory |")
     print("|---|---|---|---|---|---|---|---|")
     for name, taken in middle.items():
         memory = f"{measure_memory(name) / 2**30:.2f} GiB" if run.memory else "-"

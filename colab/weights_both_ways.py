@@ -37,12 +37,7 @@ folder = Path("weights_both_ways")
 # %%
 torch.manual_seed(0)
 tower = transformers.CLIPVisionConfig(
-    image_size=28,
-    patch_size=7,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
+    image_size=28, patch_size=7, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
 )
 language = transformers.LlamaConfig(
     vocab_size=100,
@@ -97,17 +92,14 @@ assert found.agree
 
 # %%
 changed = jax.tree.map(np.asarray, params)
-changed["projector"]["up"]["kernel"] = changed["projector"]["up"]["kernel"] * np.asarray(
-    2, "bfloat16"
-)
+changed["projector"]["up"]["kernel"] = changed["projector"]["up"]["kernel"] * np.asarray(2, "bfloat16")
 convert.to_torch(system, changed, folder / "changed")
 back, loading = transformers.LlavaForConditionalGeneration.from_pretrained(
     folder / "changed", output_loading_info=True, dtype=torch.bfloat16
 )
 print({kind: names for kind, names in loading.items() if names} or "no key missing, none too many")
 assert torch.equal(
-    back.model.multi_modal_projector.linear_1.weight,
-    2 * theirs.model.multi_modal_projector.linear_1.weight,
+    back.model.multi_modal_projector.linear_1.weight, 2 * theirs.model.multi_modal_projector.linear_1.weight
 )
 assert verify(system, changed, folder / "changed").agree
 
@@ -118,9 +110,7 @@ assert verify(system, changed, folder / "changed").agree
 
 # %%
 convert.convert(folder / "ours", folder / "back", "torch")
-same = transformers.LlavaForConditionalGeneration.from_pretrained(
-    folder / "back", dtype=torch.bfloat16
-)
+same = transformers.LlavaForConditionalGeneration.from_pretrained(folder / "back", dtype=torch.bfloat16)
 one, other = theirs.state_dict(), same.state_dict()
 assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 print(len(one), "tensors, all the same")

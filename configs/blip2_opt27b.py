@@ -16,9 +16,18 @@ from lionjax.systems.prefix import BLIP2_OPT_2_7B, Prefix
 
 BETWEEN = ("qformer", "vision_norm", "projector")
 CAPTIONS = Stage(
-    "captions", 80_000, BETWEEN, (("caption", 1.0),), 1920, learning_rate=1e-4, warmup_steps=2000,
-    warmup_learning_rate=1e-6, end_learning_rate=5e-5, weight_decay=0.05, betas=(0.9, 0.98),
-)  # fmt: skip
+    "captions",
+    80_000,
+    BETWEEN,
+    (("caption", 1.0),),
+    1920,
+    learning_rate=1e-4,
+    warmup_steps=2000,
+    warmup_learning_rate=1e-6,
+    end_learning_rate=5e-5,
+    weight_decay=0.05,
+    betas=(0.9, 0.98),
+)
 
 CAPTION = AnswerConfig(beams=5, max_new_tokens=30)
 
@@ -32,11 +41,7 @@ def get_config(
 ) -> Experiment:
     """The whole run; another language model, or InstructBLIP's schedule, may be put in."""
     reads = {} if system.encodes else {"reader": "decoder"}
-    text = (
-        {"question_tokenizer": "weights/bert_base_uncased"}
-        if system.qformer.text
-        else {"question_length": 1}
-    )
+    text = {"question_tokenizer": "weights/bert_base_uncased"} if system.qformer.text else {"question_length": 1}
     return Experiment(
         name=name,
         system=dataclasses.replace(

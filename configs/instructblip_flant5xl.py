@@ -22,8 +22,15 @@ def get_config(
 ) -> Experiment:
     """The whole run; `system` and what goes with it may be another size."""
     stage = Stage(
-        "instruct", 60_000, blip2["BETWEEN"], INSTRUCTIONS, batch_size, learning_rate=1e-5, warmup_steps=1000,
-        warmup_learning_rate=1e-8, weight_decay=0.05,
-    )  # fmt: skip
+        "instruct",
+        60_000,
+        blip2["BETWEEN"],
+        INSTRUCTIONS,
+        batch_size,
+        learning_rate=1e-5,
+        warmup_steps=1000,
+        warmup_learning_rate=1e-8,
+        weight_decay=0.05,
+    )
     answer = AnswerConfig(beams=5, repetition_penalty=1.5, max_new_tokens=256)
     return blip2["get_config"](system, name, language, (stage,), answer)

@@ -31,18 +31,32 @@ def get_config() -> Experiment:
         data=DataConfig(
             sources=(Coco("data/coco"),),
             processor=ProcessorConfig(
-                tokenizer="weights/kosmos2", question_length=1, tags=False, reader="decoder",
-                template="{image} <grounding> {question}", image_token=system.image_token, places="bins", bins=32,
+                tokenizer="weights/kosmos2",
+                question_length=1,
+                tags=False,
+                reader="decoder",
+                template="{image} <grounding> {question}",
+                image_token=system.image_token,
+                places="bins",
+                bins=32,
             ),
         ),
         stages=(
             Stage(
-                "ground", 60_000, BETWEEN, mixture, 2048, learning_rate=2e-4, warmup_steps=375, weight_decay=0.01,
-                warmup_learning_rate=0.0, betas=(0.9, 0.98),
+                "ground",
+                60_000,
+                BETWEEN,
+                mixture,
+                2048,
+                learning_rate=2e-4,
+                warmup_steps=375,
+                weight_decay=0.01,
+                warmup_learning_rate=0.0,
+                betas=(0.9, 0.98),
             ),
         ),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16", cache_features=True),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(("vision", "weights/kosmos2/params.safetensors"),),
         answer=AnswerConfig(max_new_tokens=64),
-    )  # fmt: skip
+    )

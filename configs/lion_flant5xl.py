@@ -26,49 +26,45 @@ REGION_LEVEL = (("rec", 1.0), ("reg", 1.0))
 
 def system(language: T5Config) -> Lion:
     """A LION around a FlanT5: erf GELU and two routed adapters beside every feed-forward."""
-    language = dataclasses.replace(
-        language, activation="gelu", adapters=AdapterConfig(64), remat="dots"
-    )
+    language = dataclasses.replace(language, activation="gelu", adapters=AdapterConfig(64), remat="dots")
     return Lion(
-        dataclasses.replace(EVA_VIT_G, remat="full"),
-        QFormerConfig(),
-        AggregatorConfig(),
-        language,
-        dtype="bfloat16",
+        dataclasses.replace(EVA_VIT_G, remat="full"), QFormerConfig(), AggregatorConfig(), language, dtype="bfloat16"
     )
 
 
 def stages(batch_size: int) -> tuple[Stage, ...]:
     """LION's schedule: image level, region level, then both with the routers."""
-    shared = {
-        "batch_size": batch_size,
-        "learning_rate": 1e-5,
-        "warmup_steps": 1000,
-        "weight_decay": 0.05,
-    }
+    shared = {"batch_size": batch_size, "learning_rate": 1e-5, "warmup_steps": 1000, "weight_decay": 0.05}
     return (
         Stage(
-            "image_level", 60_000, (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), IMAGE_LEVEL,
-            system=(("visual_input", "QFORMER"),), **shared,
-        ),
-        Stage(
-            "region_level", 60_000, (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"), REGION_LEVEL,
-            system=(("visual_input", "AGGREGATOR"),), **shared,
-        ),
-        Stage(
-            "both_levels", 60_000, (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt"), IMAGE_LEVEL + REGION_LEVEL,
+            "image_level",
+            60_000,
+            (*QFORMER, IMAGE_ADAPTER, "soft_prompt"),
+            IMAGE_LEVEL,
+            system=(("visual_input", "QFORMER"),),
             **shared,
         ),
-    )  # fmt: skip
-
-
-def get_config(
-    language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_size: int = 192
-) -> Experiment:
-    """The whole run; `language` and what goes with it may be the larger FlanT5."""
-    processor = ProcessorConfig(
-        tokenizer=f"weights/{name}", question_tokenizer="weights/bert_base_uncased"
+        Stage(
+            "region_level",
+            60_000,
+            (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"),
+            REGION_LEVEL,
+            system=(("visual_input", "AGGREGATOR"),),
+            **shared,
+        ),
+        Stage(
+            "both_levels",
+            60_000,
+            (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt"),
+            IMAGE_LEVEL + REGION_LEVEL,
+            **shared,
+        ),
     )
+
+
+def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_size: int = 192) -> Experiment:
+    """The whole run; `language` and what goes with it may be the larger FlanT5."""
+    processor = ProcessorConfig(tokenizer=f"weights/{name}", question_tokenizer="weights/bert_base_uncased")
     return Experiment(
         name=f"lion_{name.replace('_', '')}",
         system=system(language),

@@ -26,9 +26,16 @@ VICUNA = (
 def stage(name: str, steps: int, batch_size: int, rate: float, trainable, mixture) -> Stage:
     """AdamW without weight decay, 3 % of warm-up, a cosine down to nothing."""
     return Stage(
-        name, steps, trainable, mixture, batch_size, learning_rate=rate, warmup_steps=round(0.03 * steps),
-        warmup_learning_rate=0.0, weight_decay=0.0,
-    )  # fmt: skip
+        name,
+        steps,
+        trainable,
+        mixture,
+        batch_size,
+        learning_rate=rate,
+        warmup_steps=round(0.03 * steps),
+        warmup_learning_rate=0.0,
+        weight_decay=0.0,
+    )
 
 
 STAGES = (
@@ -53,9 +60,18 @@ def get_config(
         data=DataConfig(
             sources=(Coco("data/coco"),),
             processor=ProcessorConfig(
-                image_size=side, tokenizer=f"weights/{vicuna}", question_length=1, prompt_length=256, tags=False,
-                padded=True, padding="mean", reader="decoder", template=VICUNA, image_token=system.image_token,
-                next_turn="USER: {question} ASSISTANT:", plain_end="\n",
+                image_size=side,
+                tokenizer=f"weights/{vicuna}",
+                question_length=1,
+                prompt_length=256,
+                tags=False,
+                padded=True,
+                padding="mean",
+                reader="decoder",
+                template=VICUNA,
+                image_token=system.image_token,
+                next_turn="USER: {question} ASSISTANT:",
+                plain_end="\n",
             ),
         ),
         stages=stages,
@@ -66,4 +82,4 @@ def get_config(
             ("language", f"weights/{vicuna}/params.safetensors"),
         ),
         answer=AnswerConfig(max_new_tokens=256),
-    )  # fmt: skip
+    )

@@ -28,9 +28,7 @@ def get_config() -> Experiment:
     system = dataclasses.replace(
         MPLUG_OWL_7B,
         vision=dataclasses.replace(MPLUG_OWL_7B.vision, remat="full"),
-        language=dataclasses.replace(
-            MPLUG_OWL_7B.language, remat="full", lora=LoraConfig(8, 32.0, 0.05)
-        ),
+        language=dataclasses.replace(MPLUG_OWL_7B.language, remat="full", lora=LoraConfig(8, 32.0, 0.05)),
         dtype="bfloat16",
     )
     schedule = {"weight_decay": 0.1, "betas": (0.9, 0.98), "warmup_learning_rate": 0.0}
@@ -41,19 +39,37 @@ def get_config() -> Experiment:
             # Talks without a picture are lines of JSON with a question and an answer (Alpaca, Vicuna, Baize).
             sources=(Coco("data/coco"), Lines("data/talks.jsonl", "data", name="talks")),
             processor=ProcessorConfig(
-                tokenizer="weights/llama_7b", question_length=1, prompt_length=256, tags=False, reader="decoder",
-                template=HUMAN, image_token=system.image_token,
+                tokenizer="weights/llama_7b",
+                question_length=1,
+                prompt_length=256,
+                tags=False,
+                reader="decoder",
+                template=HUMAN,
+                image_token=system.image_token,
                 next_turn="Human: {question} AI:",
             ),
         ),
         stages=(
             Stage(
-                "pretrain", 50_000, EYES, (("coco/caption@plain", 1.0),), 2048, learning_rate=1e-4,
-                warmup_steps=2000, **schedule,
+                "pretrain",
+                50_000,
+                EYES,
+                (("coco/caption@plain", 1.0),),
+                2048,
+                learning_rate=1e-4,
+                warmup_steps=2000,
+                **schedule,
             ),
             Stage(
-                "instruct", 2000, (".*/lora_[ab]",), TALKS, 256, learning_rate=2e-5,
-                end_learning_rate=1e-6, warmup_steps=50, **schedule,
+                "instruct",
+                2000,
+                (".*/lora_[ab]",),
+                TALKS,
+                256,
+                learning_rate=2e-5,
+                end_learning_rate=1e-6,
+                warmup_steps=50,
+                **schedule,
             ),
         ),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
@@ -63,4 +79,4 @@ def get_config() -> Experiment:
             ("language", "weights/llama_7b/params.safetensors"),
         ),
         answer=AnswerConfig(max_new_tokens=256),
-    )  # fmt: skip
+    )

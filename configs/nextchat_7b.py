@@ -23,14 +23,25 @@ from lionjax.vision.vit import CLIP_VIT_L
 WORDS_AND_BOXES = ("language", "projector", "locations")
 MASKS = ("mask_prompts", "sam/decoder")
 PRETRAIN = (
-    ("refcoco/rec", 3.0), ("refcoco/reg", 3.0), ("vqa/vqa", 4.0), ("coco/caption", 4.0), ("genome/rec", 3.5),
-    ("genome/reg", 2.0), ("flickr/grounded", 1.5), ("vcr/vqa", 2.0), ("visual7w/rec", 2.0),
-)  # fmt: skip
+    ("refcoco/rec", 3.0),
+    ("refcoco/reg", 3.0),
+    ("vqa/vqa", 4.0),
+    ("coco/caption", 4.0),
+    ("genome/rec", 3.5),
+    ("genome/reg", 2.0),
+    ("flickr/grounded", 1.5),
+    ("vcr/vqa", 2.0),
+    ("visual7w/rec", 2.0),
+)
 INSTRUCT = (
     ("instructions/conversation", 5.0),
-    ("flickr/grounded", 1.0), ("refcoco/rec", 1.0), ("vqa/vqa", 1.0), ("vcr/vqa", 1.0),
-    ("coco/caption", 0.7), ("genome/reg", 0.3),
-)  # fmt: skip
+    ("flickr/grounded", 1.0),
+    ("refcoco/rec", 1.0),
+    ("vqa/vqa", 1.0),
+    ("vcr/vqa", 1.0),
+    ("coco/caption", 0.7),
+    ("genome/reg", 0.3),
+)
 SOURCES = (
     Coco("data/coco"),
     RefCoco("data/refcoco/train.json", "data/coco/images"),
@@ -38,10 +49,14 @@ SOURCES = (
     *(
         Lines(f"data/{name}/train.jsonl", f"data/{images}/images", name=name)
         for name, images in (
-            ("genome", "genome"), ("flickr", "flickr"), ("vcr", "vcr"), ("visual7w", "coco"), ("instructions", "coco"),
+            ("genome", "genome"),
+            ("flickr", "flickr"),
+            ("vcr", "vcr"),
+            ("visual7w", "coco"),
+            ("instructions", "coco"),
         )
     ),
-)  # fmt: skip
+)
 BATCH = 64
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -52,9 +67,17 @@ VICUNA = (
 def stage(name: str, steps: int, trainable: tuple[str, ...], mixture: tuple, **more) -> Stage:
     """2e-5 with 3 % of warm-up, no weight decay."""
     return Stage(
-        name, steps, trainable, mixture, BATCH, learning_rate=2e-5, warmup_steps=round(0.03 * steps),
-        warmup_learning_rate=0.0, weight_decay=0.0, **more,
-    )  # fmt: skip
+        name,
+        steps,
+        trainable,
+        mixture,
+        BATCH,
+        learning_rate=2e-5,
+        warmup_steps=round(0.03 * steps),
+        warmup_learning_rate=0.0,
+        weight_decay=0.0,
+        **more,
+    )
 
 
 def get_config() -> Experiment:

@@ -22,9 +22,17 @@ def get_config(
 ) -> Experiment:
     """The whole run; another size may be put in."""
     pairs = Stage(
-        "pairs", 60_000, LEARNED, (("caption", 1.0), ("vqa", 1.0)), 128, learning_rate=1e-4, warmup_steps=5000,
-        warmup_learning_rate=0.0, end_learning_rate=1e-4, weight_decay=0.1,
-    )  # fmt: skip
+        "pairs",
+        60_000,
+        LEARNED,
+        (("caption", 1.0), ("vqa", 1.0)),
+        128,
+        learning_rate=1e-4,
+        warmup_steps=5000,
+        warmup_learning_rate=0.0,
+        end_learning_rate=1e-4,
+        weight_decay=0.1,
+    )
     return Experiment(
         name=name,
         system=dataclasses.replace(
@@ -37,8 +45,14 @@ def get_config(
         data=DataConfig(
             sources=(Coco("data/coco"),),
             processor=ProcessorConfig(
-                tokenizer=f"weights/{language}", question_length=1, prompt_length=256, target_length=32, tags=False,
-                reader="decoder", template="{image} {question}", image_token=system.image_token,
+                tokenizer=f"weights/{language}",
+                question_length=1,
+                prompt_length=256,
+                target_length=32,
+                tags=False,
+                reader="decoder",
+                template="{image} {question}",
+                image_token=system.image_token,
             ),
         ),
         stages=(pairs,),
@@ -49,4 +63,4 @@ def get_config(
             ("language", f"weights/{name}/params.safetensors"),
         ),
         answer=AnswerConfig(beams=3, max_new_tokens=20),
-    )  # fmt: skip
+    )

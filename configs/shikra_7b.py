@@ -26,9 +26,16 @@ VICUNA = (
 def stage(name: str, steps: int, mixture: tuple) -> Stage:
     """2e-5 with 3 % of warm-up, no weight decay."""
     return Stage(
-        name, steps, ("projector", "language"), mixture, 64, learning_rate=2e-5, warmup_steps=round(0.03 * steps),
-        warmup_learning_rate=0.0, weight_decay=0.0,
-    )  # fmt: skip
+        name,
+        steps,
+        ("projector", "language"),
+        mixture,
+        64,
+        learning_rate=2e-5,
+        warmup_steps=round(0.03 * steps),
+        warmup_learning_rate=0.0,
+        weight_decay=0.0,
+    )
 
 
 def get_config() -> Experiment:
@@ -44,8 +51,14 @@ def get_config() -> Experiment:
         data=DataConfig(
             sources=(Coco("data/coco"), RefCoco("data/refcoco/train.json", "data/coco/images")),
             processor=ProcessorConfig(
-                tokenizer="weights/vicuna_7b", question_length=1, prompt_length=512, tags=False, padded=True,
-                reader="decoder", template=VICUNA, image_tokens=1,
+                tokenizer="weights/vicuna_7b",
+                question_length=1,
+                prompt_length=512,
+                tags=False,
+                padded=True,
+                reader="decoder",
+                template=VICUNA,
+                image_tokens=1,
             ),
         ),
         stages=(stage("places", 100_000, PLACES), stage("instruct", 20_000, INSTRUCTIONS)),
@@ -56,4 +69,4 @@ def get_config() -> Experiment:
             ("language", "weights/vicuna_7b/params.safetensors"),
         ),
         answer=AnswerConfig(max_new_tokens=256),
-    )  # fmt: skip
+    )

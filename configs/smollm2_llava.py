@@ -35,28 +35,34 @@ def get_config() -> Experiment:
     attributes = EasyVqa("attributes", ("color", "shape"))
     return Experiment(
         name="smollm2_llava",
-        system=Prefix(
-            TINY_VIT, language, feature_layer=-4, pool=4, image_token=IMAGE_TOKEN, names="original"
-        ),
+        system=Prefix(TINY_VIT, language, feature_layer=-4, pool=4, image_token=IMAGE_TOKEN, names="original"),
         data=DataConfig(
             sources=(EasyVqa(), Coco("data/coco"), attributes),
             processor=ProcessorConfig(
-                image_size=TINY_VIT.image, tokenizer="weights/smollm2_135m", question_length=1, prompt_length=28,
-                target_length=16, tags=False, reader="decoder", template="User: {image} {question} Assistant:",
-                next_turn="User: {question} Assistant:", image_token=IMAGE_TOKEN,
+                image_size=TINY_VIT.image,
+                tokenizer="weights/smollm2_135m",
+                question_length=1,
+                prompt_length=28,
+                target_length=16,
+                tags=False,
+                reader="decoder",
+                template="User: {image} {question} Assistant:",
+                next_turn="User: {question} Assistant:",
+                image_token=IMAGE_TOKEN,
             ),
         ),
         stages=(
             Stage("align", 200, ("projector",), (("attributes/vqa", 1.0),), learning_rate=5e-3, **rates),
             Stage(
-                "instruct", 1200, ("projector", ".*/lora_[ab]"),
-                (("easy_vqa/vqa", 5.0), ("attributes/vqa", 2.0), ("coco/caption", 1.0)), learning_rate=1e-3, **rates,
+                "instruct",
+                1200,
+                ("projector", ".*/lora_[ab]"),
+                (("easy_vqa/vqa", 5.0), ("attributes/vqa", 2.0), ("coco/caption", 1.0)),
+                learning_rate=1e-3,
+                **rates,
             ),
         ),
         run=RunConfig(log_every=10, save_every=40, frozen_dtype="float32", cache_features=True),
-        weights=(
-            ("vision", "shipped:tiny_vit.safetensors"),
-            ("language", "weights/smollm2_135m/params.safetensors"),
-        ),
+        weights=(("vision", "shipped:tiny_vit.safetensors"), ("language", "weights/smollm2_135m/params.safetensors")),
         answer=AnswerConfig(max_new_tokens=16),
-    )  # fmt: skip
+    )

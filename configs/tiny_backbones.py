@@ -30,12 +30,7 @@ DECODER = BackbonesConfig(
     scenes=20_000,
     language_schedules=(
         LanguageSchedule(5_000, 4e-3, hinted=0.05, blind=0.03, words_stay=True, optimizer="muon"),
-        *[
-            LanguageSchedule(
-                1_500, 2e-3, patches=0.4, hinted=0.05, blind=0.03, words_stay=True, optimizer="muon"
-            )
-        ]
-        * 3,
+        *[LanguageSchedule(1_500, 2e-3, patches=0.4, hinted=0.05, blind=0.03, words_stay=True, optimizer="muon")] * 3,
     ),
 )
 
@@ -55,9 +50,7 @@ PLACES = PlaceConfig(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--part",
-        choices=("vision", "language", "alignment", "places", "decoder", "all"),
-        default="all",
+        "--part", choices=("vision", "language", "alignment", "places", "decoder", "all"), default="all"
     )
     parser.add_argument("--again", action="store_true", help="go on from the files in --out")
     parser.add_argument("--out", type=Path, default=Path("lionjax/data/assets"))
@@ -67,9 +60,7 @@ if __name__ == "__main__":
     vit, t5, told = (out / f"tiny_{name}.safetensors" for name in ("vit", "t5", "told"))
     if arguments.part in ("vision", "all"):
         start = backbones.load(vit) if arguments.again else None
-        params, figures = vision_backbone.train_vision(
-            config, processors.CLIP_MEAN, processors.CLIP_STD, start
-        )
+        params, figures = vision_backbone.train_vision(config, processors.CLIP_MEAN, processors.CLIP_STD, start)
         backbones.save(params, "vision", vit)
         (out / "tiny_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
     if arguments.part in ("language", "all"):
@@ -82,17 +73,13 @@ if __name__ == "__main__":
         (out / "tiny_t5.json").write_text(json.dumps(said, indent=1) + "\n")
     if arguments.part in ("alignment", "all"):
         before, reader = backbones.load(vit)["vision"], backbones.load(t5) | backbones.load(told)
-        params, near = vision_backbone.align_vision(
-            config, processors.CLIP_MEAN, processors.CLIP_STD, before, reader
-        )
+        params, near = vision_backbone.align_vision(config, processors.CLIP_MEAN, processors.CLIP_STD, before, reader)
         backbones.save(params, "vision", vit)
         figures = json.loads((out / "tiny_vit.json").read_text()) | near
         (out / "tiny_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
     if arguments.part in ("places", "all"):
         reader = backbones.load(t5) | backbones.load(told)
-        params, word, figures = place_backbone.train_places(
-            config, place_backbone.PlacesSchedule(), PLACES, reader
-        )
+        params, word, figures = place_backbone.train_places(config, place_backbone.PlacesSchedule(), PLACES, reader)
         backbones.save(params, "locations", out / "tiny_places.safetensors")
         language = backbones.load(t5)["language"]
         language["embedding"]["table"][PLACES.trigger_token] = word

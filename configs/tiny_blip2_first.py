@@ -16,16 +16,8 @@ blip2 = runpy.run_path(str(Path(__file__).with_name("tiny_blip2.py")))
 def get_config() -> Experiment:
     """The whole run."""
     system = Blip2First(
-        TINY_VIT,
-        dataclasses.replace(blip2["QFORMER"], text=True),
-        shared=64,
-        start_token=4,
-        write_token=5,
+        TINY_VIT, dataclasses.replace(blip2["QFORMER"], text=True), shared=64, start_token=4, write_token=5
     )
-    stages = (
-        llava["stage"](
-            "represent", 600, ("(?!vision/).*",), (("caption", 1.0),), 1.5e-3, optimizer="muon"
-        ),
-    )
+    stages = (llava["stage"]("represent", 600, ("(?!vision/).*",), (("caption", 1.0),), 1.5e-3, optimizer="muon"),)
     weights = (llava["BACKBONES"][0], blip2["WORDS"])
     return llava["experiment"]("tiny_blip2_first", system, stages, weights)

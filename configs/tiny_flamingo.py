@@ -31,9 +31,7 @@ def get_config() -> Experiment:
         part_weights=(1.0, 1.0, 0.5),
     )
     rows = (("vqa", 5.0), ("caption", 1.5), ("vqa+1", 2.0))
-    look = llava["stage"](
-        "look", 1000, ("resampler", "language/groups/cross"), rows, 2e-3, optimizer="muon"
-    )
+    look = llava["stage"]("look", 1000, ("resampler", "language/groups/cross"), rows, 2e-3, optimizer="muon")
     # Gates begin closed, and what is behind them learns as far as they are open.
     stages = (dataclasses.replace(look, learning_rate_scale=((".*/(mlp_)?gate", 5.0),)),)
     weights = (
@@ -43,8 +41,16 @@ def get_config() -> Experiment:
         ("language/groups/block", "shipped:tiny_decoder.safetensors#language/blocks"),
     )
     whole = llava["experiment"](
-        "tiny_flamingo", system, stages, weights, reader="decoder", template="{image} {question}",
-        image_token=IMAGE_TOKEN, shot_end="</s>", pictures=2, target_length=64,
-    )  # fmt: skip
+        "tiny_flamingo",
+        system,
+        stages,
+        weights,
+        reader="decoder",
+        template="{image} {question}",
+        image_token=IMAGE_TOKEN,
+        shot_end="</s>",
+        pictures=2,
+        target_length=64,
+    )
     # A row's pictures are drawn anew each time, so nothing of them can be kept.
     return dataclasses.replace(whole, run=dataclasses.replace(whole.run, cache_features=False))

@@ -15,6 +15,4 @@ def get_config() -> Experiment:
     """The whole run."""
     system = dataclasses.replace(llava["SYSTEM"], words=2, image_token=IMAGE_TOKEN)
     stages = (llava["stage"]("eyes", 900, ("vision", "projector"), llava["WORDS"], 5e-4),)
-    return llava["experiment"](
-        "tiny_frozen", system, stages, image_token=IMAGE_TOKEN, template="{image} {question}"
-    )
+    return llava["experiment"]("tiny_frozen", system, stages, image_token=IMAGE_TOKEN, template="{image} {question}")

@@ -25,24 +25,10 @@ REGION_LEVEL = (("rec", 3.0), ("reg", 1.0))
 SYSTEM = Lion(
     vision=TINY_VIT,
     qformer=QFormerConfig(
-        width=128,
-        layers=4,
-        heads=4,
-        hidden=256,
-        queries=8,
-        vision_width=128,
-        vocab=1024,
-        positions=96,
-        dropout=0.0,
+        width=128, layers=4, heads=4, hidden=256, queries=8, vision_width=128, vocab=1024, positions=96, dropout=0.0
     ),
     aggregator=AggregatorConfig(
-        query_layer=5,
-        context_layers=(3, 1),
-        width=128,
-        heads=4,
-        hidden=256,
-        dropout=0.0,
-        projector=256,
+        query_layer=5, context_layers=(3, 1), width=128, heads=4, hidden=256, dropout=0.0, projector=256
     ),
     language=dataclasses.replace(TINY_T5, adapters=AdapterConfig(32)),
     soft_prompt_token=3,
@@ -70,18 +56,29 @@ def get_config() -> Experiment:
         ),
         stages=(
             Stage(
-                "image_level", 300, (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), IMAGE_LEVEL,
-                system=(("visual_input", "QFORMER"),), **shared | {"learning_rate": 1e-3},
+                "image_level",
+                300,
+                (*QFORMER, IMAGE_ADAPTER, "soft_prompt"),
+                IMAGE_LEVEL,
+                system=(("visual_input", "QFORMER"),),
+                **shared | {"learning_rate": 1e-3},
             ),
             Stage(
-                "region_level", 400, (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"), REGION_LEVEL,
-                system=(("visual_input", "AGGREGATOR"),), **shared,
+                "region_level",
+                400,
+                (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"),
+                REGION_LEVEL,
+                system=(("visual_input", "AGGREGATOR"),),
+                **shared,
             ),
             Stage(
-                "both_levels", 400, (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt"), IMAGE_LEVEL + REGION_LEVEL,
+                "both_levels",
+                400,
+                (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt"),
+                IMAGE_LEVEL + REGION_LEVEL,
                 **shared,
             ),
         ),
         run=RunConfig(log_every=20, save_every=200, keep=2, frozen_dtype="float32", cache_features=True),
         weights=(("vision", "shipped:tiny_vit.safetensors"), ("language", "shipped:tiny_t5.safetensors")),
-    )  # fmt: skip
+    )

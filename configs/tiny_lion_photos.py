@@ -26,8 +26,7 @@ def get_config() -> Experiment:
     drawn = scenes()
     mixtures = (IMAGE_LEVEL, REGION_LEVEL, IMAGE_LEVEL + REGION_LEVEL)
     stages = tuple(
-        dataclasses.replace(stage, mixture=mixture)
-        for stage, mixture in zip(drawn.stages, mixtures, strict=True)
+        dataclasses.replace(stage, mixture=mixture) for stage, mixture in zip(drawn.stages, mixtures, strict=True)
     )
     sources = (Coco("data/coco", share=0.2), EasyVqa())
     data = dataclasses.replace(drawn.data, sources=sources, tag_noise=0.1)

@@ -30,21 +30,25 @@ REGION_LEVEL = (("rec", 3.0), ("reg", 1.0), ("box_vqa", 1.0), ("grounded", 0.5))
 SYSTEM = Lion(
     vision=TINY_VIT,
     qformer=QFormerConfig(
-        width=128, layers=4, heads=4, hidden=256, queries=8, vision_width=128, vocab=1024, positions=96, dropout=0.0,
+        width=128, layers=4, heads=4, hidden=256, queries=8, vision_width=128, vocab=1024, positions=96, dropout=0.0
     ),
     aggregator=AggregatorConfig(
-        query_layer=5, context_layers=(3, 1), width=128, heads=4, hidden=256, dropout=0.0, projector=256,
+        query_layer=5, context_layers=(3, 1), width=128, heads=4, hidden=256, dropout=0.0, projector=256
     ),
     language=dataclasses.replace(TINY_T5, adapters=AdapterConfig(32)),
     soft_prompt_token=3,
     places=PlaceConfig(
-        trigger_token=19, location_token=20, location_hidden=256, mask_tokens=2, max_boxes=6,
+        trigger_token=19,
+        location_token=20,
+        location_hidden=256,
+        mask_tokens=2,
+        max_boxes=6,
         giou_weight=0.8,  # the paper's
         cycle_weight=0.1,  # the states of a frozen T5 hardly come to meet the embeddings of boxes
     ),
     sam=TINY_SAM,
     word_scale=2.5,  # the shipped ViT speaks in the shipped T5's words
-)  # fmt: skip
+)
 PROCESSOR = ProcessorConfig(
     image_size=TINY_VIT.image,
     prompt_length=72,
@@ -79,16 +83,29 @@ def get_config() -> Experiment:
         ),
         stages=(
             Stage(
-                "image_level", 260, (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), IMAGE_LEVEL,
-                system=(("visual_input", "QFORMER"),), **shared | {"learning_rate": 1e-3},
+                "image_level",
+                260,
+                (*QFORMER, IMAGE_ADAPTER, "soft_prompt"),
+                IMAGE_LEVEL,
+                system=(("visual_input", "QFORMER"),),
+                **shared | {"learning_rate": 1e-3},
             ),
             Stage(
-                "region_level", 240, (*AGGREGATOR, REGION_ADAPTER, "soft_prompt", "locations"), REGION_LEVEL,
-                system=(("visual_input", "AGGREGATOR"),), **shared, **places,
+                "region_level",
+                240,
+                (*AGGREGATOR, REGION_ADAPTER, "soft_prompt", "locations"),
+                REGION_LEVEL,
+                system=(("visual_input", "AGGREGATOR"),),
+                **shared,
+                **places,
             ),
             Stage(
-                "both_levels", 320, (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt", "locations"),
-                IMAGE_LEVEL + REGION_LEVEL, **shared, **places,
+                "both_levels",
+                320,
+                (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt", "locations"),
+                IMAGE_LEVEL + REGION_LEVEL,
+                **shared,
+                **places,
             ),
             Stage("masks", 40, MASKS, (("res", 1.0),), system=(("objective", "masks"),), **shared),
         ),
@@ -99,4 +116,4 @@ def get_config() -> Experiment:
             ("locations", "shipped:tiny_places.safetensors"),
             ("sam", "shipped:tiny_sam.safetensors"),
         ),
-    )  # fmt: skip
+    )

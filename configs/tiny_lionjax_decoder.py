@@ -24,8 +24,7 @@ def get_config() -> Experiment:
         stage
         if stage.name == "masks"
         else dataclasses.replace(
-            stage,
-            trainable=("language", *(p for p in stage.trainable if not p.startswith(".*/adapter"))),
+            stage, trainable=("language", *(p for p in stage.trainable if not p.startswith(".*/adapter")))
         )
         for stage in whole.stages
     )

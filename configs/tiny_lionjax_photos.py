@@ -23,9 +23,7 @@ def get_config() -> Experiment:
     """The same schedule over other data, without the tasks that only scenes have."""
     drawn = scenes()
     stages = tuple(
-        dataclasses.replace(
-            stage, mixture=tuple((task, share) for task, share in stage.mixture if task in TASKS)
-        )
+        dataclasses.replace(stage, mixture=tuple((task, share) for task, share in stage.mixture if task in TASKS))
         for stage in drawn.stages
     )
     sources = (Coco("data/coco", share=0.2), EasyVqa())

@@ -15,10 +15,7 @@ from lionjax.vision.vit import TINY_VIT
 
 WORDS = (("vqa", 5.0), ("existence", 2.0), ("caption", 1.5))
 PLACES = (("rec", 6.0),)
-BACKBONES = (
-    ("vision", "shipped:tiny_vit.safetensors"),
-    ("language", "shipped:tiny_t5.safetensors"),
-)
+BACKBONES = (("vision", "shipped:tiny_vit.safetensors"), ("language", "shipped:tiny_t5.safetensors"))
 
 
 def stage(
@@ -44,16 +41,9 @@ def stage(
     )
 
 
-def experiment(
-    name: str, system: object, stages: tuple[Stage, ...], weights=BACKBONES, **processor
-) -> Experiment:
+def experiment(name: str, system: object, stages: tuple[Stage, ...], weights=BACKBONES, **processor) -> Experiment:
     """A run on the embedded scenes; `processor`: what its prompts have of their own."""
-    texts = {
-        "prompt_length": 24,
-        "question_length": 24,
-        "target_length": 40,
-        "tags": False,
-    } | processor
+    texts = {"prompt_length": 24, "question_length": 24, "target_length": 40, "tags": False} | processor
     trains_tower = any("vision" in part.trainable for part in stages)
     return Experiment(
         name=name,
@@ -63,20 +53,12 @@ def experiment(
             processor=ProcessorConfig(image_size=TINY_VIT.image, **texts),
         ),
         stages=stages,
-        run=RunConfig(
-            log_every=20,
-            save_every=200,
-            keep=2,
-            frozen_dtype="float32",
-            cache_features=not trains_tower,
-        ),
+        run=RunConfig(log_every=20, save_every=200, keep=2, frozen_dtype="float32", cache_features=not trains_tower),
         weights=weights,
     )
 
 
-SYSTEM = Prefix(
-    TINY_VIT, TINY_T5, feature_layer=-1, projector_depth=1, image_token=None, names="original"
-)
+SYSTEM = Prefix(TINY_VIT, TINY_T5, feature_layer=-1, projector_depth=1, image_token=None, names="original")
 
 
 def get_config() -> Experiment:

@@ -28,6 +28,11 @@ def get_config() -> Experiment:
     )
     weights = (*llava["BACKBONES"], ("qformer", EYES), ("vision_norm", EYES))
     return llava["experiment"](
-        "tiny_minigpt4", system, stages, weights, image_token=IMAGE_TOKEN,
-        prompt_length=48, template="###Human: <Img>{image}</Img> {question} ###Assistant:",
-    )  # fmt: skip
+        "tiny_minigpt4",
+        system,
+        stages,
+        weights,
+        image_token=IMAGE_TOKEN,
+        prompt_length=48,
+        template="###Human: <Img>{image}</Img> {question} ###Assistant:",
+    )

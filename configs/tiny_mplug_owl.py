@@ -26,9 +26,12 @@ def get_config() -> Experiment:
         system,
         language=dataclasses.replace(system.language, lora=LoraConfig(8, 32.0, 0.05)),
         latents=AbstractorConfig(128, 2, 4, 256, 16, dropout=0.0),
-        class_token=True, vision_eps=1e-6, closing=True,
-        image_token=IMAGE_TOKEN, in_front=False,
-    )  # fmt: skip
+        class_token=True,
+        vision_eps=1e-6,
+        closing=True,
+        image_token=IMAGE_TOKEN,
+        in_front=False,
+    )
     eyes = llava["stage"]("eyes", 700, EYES, (*llava["WORDS"][:2], ("caption@plain", 1.5)), 1.5e-3)
     stages = (
         # The tower speaks in the language model's words already, which it would forget at the abstractor's rate.
@@ -36,10 +39,5 @@ def get_config() -> Experiment:
         llava["stage"]("instruct", 100, (".*/lora_[ab]",), TALK),
     )
     return llava["experiment"](
-        "tiny_mplug_owl",
-        system,
-        stages,
-        prompt_length=64,
-        image_token=IMAGE_TOKEN,
-        template="{image} {question}",
+        "tiny_mplug_owl", system, stages, prompt_length=64, image_token=IMAGE_TOKEN, template="{image} {question}"
     )

@@ -18,16 +18,22 @@ from lionjax.vision.vit import TINY_VIT
 WORDS_AND_BOXES = ("language", "projector", "locations")
 MASKS = ("mask_prompts", "sam/decoder")
 PRETRAIN = (
-    ("rec", 3.0), ("rec@digits", 0.5), ("rec@bins", 0.5), ("reg", 2.0), ("box_vqa", 1.0), ("grounded", 1.0),
-    ("caption", 1.0), ("vqa", 3.0),
-)  # fmt: skip
+    ("rec", 3.0),
+    ("rec@digits", 0.5),
+    ("rec@bins", 0.5),
+    ("reg", 2.0),
+    ("box_vqa", 1.0),
+    ("grounded", 1.0),
+    ("caption", 1.0),
+    ("vqa", 3.0),
+)
 INSTRUCT = (*PRETRAIN, ("existence", 1.0), ("relation", 0.5), ("conversation", 0.5))
 WORDS, BINS = 1024, 32  # of the tiny tokenizer; a side of the location tokens, which follow them
 
 SYSTEM = NextChat(
     vision=TINY_VIT,
     language=DecoderConfig(
-        vocab=WORDS + BINS**2, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=384, end_token=1,
+        vocab=WORDS + BINS**2, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=384, end_token=1
     ),
     sam=TINY_SAM,
     feature_layer=-1,
@@ -38,18 +44,12 @@ SYSTEM = NextChat(
     trigger_token=19,
     location_token=20,
     max_boxes=6,
-)  # fmt: skip
+)
 
 
 def get_config() -> Experiment:
     """The whole run."""
-    shared = {
-        "batch_size": 32,
-        "learning_rate": 1e-3,
-        "warmup_steps": 50,
-        "weight_decay": 0.01,
-        "clip_norm": 1.0,
-    }
+    shared = {"batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 50, "weight_decay": 0.01, "clip_norm": 1.0}
     return Experiment(
         name="tiny_nextchat",
         system=SYSTEM,
@@ -76,11 +76,6 @@ def get_config() -> Experiment:
             Stage("instruct", 300, WORDS_AND_BOXES, INSTRUCT, **shared),
             Stage("masks", 200, MASKS, (("res", 1.0),), system=(("objective", "masks"),), **shared),
         ),
-        run=RunConfig(
-            log_every=20, save_every=200, keep=2, frozen_dtype="float32", cache_features=True
-        ),
-        weights=(
-            ("vision", "shipped:tiny_vit.safetensors"),
-            ("sam", "shipped:tiny_sam.safetensors"),
-        ),
+        run=RunConfig(log_every=20, save_every=200, keep=2, frozen_dtype="float32", cache_features=True),
+        weights=(("vision", "shipped:tiny_vit.safetensors"), ("sam", "shipped:tiny_sam.safetensors")),
     )

@@ -42,9 +42,7 @@ def wanted(version):
     import tomllib  # not there before Python 3.11, which has been refused by now
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    parts = [
-        project["project"][key] for key in ("dependencies", "optional-dependencies", "scripts")
-    ]
+    parts = [project["project"][key] for key in ("dependencies", "optional-dependencies", "scripts")]
     digest = hashlib.sha256(json.dumps(parts).encode())
     for pins in (lock_file(version), ROOT / "lock" / "weights.txt"):
         digest.update(pins.read_bytes())
@@ -81,10 +79,7 @@ def make_venv():
     """Make .venv where there is none that works; return the version of its Python."""
     version = version_in_venv()
     if version and version < [3, 11]:
-        stop(
-            f".venv has Python {dotted(version)} and lionjax needs 3.11 or newer; "
-            "move .venv away and run this again."
-        )
+        stop(f".venv has Python {dotted(version)} and lionjax needs 3.11 or newer; move .venv away and run this again.")
     moved = ready().get("folder", str(ROOT)) != str(ROOT)
     if version and not moved and not UNDERWAY.exists() and has_pip():
         return version
@@ -100,9 +95,7 @@ def make_venv():
 
 def install(arguments):
     """Run pip; true if all went well. A terminal sees each download, as there may be many."""
-    pip = subprocess.Popen(
-        PIP + arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pip = subprocess.Popen(PIP + arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = []
     for line in pip.stdout:
         said.append(line)

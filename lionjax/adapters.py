@@ -11,16 +11,7 @@ import jax.numpy as jnp
 
 from lionjax import attention as attentions
 from lionjax.attention import Attention
-from lionjax.layers import (
-    MLP,
-    Dense,
-    LayerNorm,
-    dense_rows,
-    kaiming_uniform,
-    norm_rows,
-    ones,
-    zeros,
-)
+from lionjax.layers import MLP, Dense, LayerNorm, dense_rows, kaiming_uniform, norm_rows, ones, zeros
 from lionjax.sharding import sharded
 from lionjax.weight_rows import Row, fused, heads_in, joined, linear, under
 
@@ -94,9 +85,7 @@ def flamingo_attention_rows(heads: int, head: int) -> tuple[Row, ...]:
     """An `Attention` under `attention` as OpenFlamingo names it: keys and values are one Linear."""
     cut, paths = heads_in(heads, head), ("attention/k/kernel", "attention/v/kernel")
     return (
-        *under(
-            "", "attention/", attentions.torch_rows({"q": "to_q", "o": "to_out"}, heads, head, "")
-        ),
+        *under("", "attention/", attentions.torch_rows({"q": "to_q", "o": "to_out"}, heads, head, "")),
         Row("to_kv.weight", paths, fused(cut, cut)),
     )
 
@@ -109,9 +98,7 @@ class Adapter(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD):
-        down = Dense(
-            self.width, self.bottleneck, ("embed", "narrow"), init=kaiming_uniform, name="down"
-        )
+        down = Dense(self.width, self.bottleneck, ("embed", "narrow"), init=kaiming_uniform, name="down")
         up = Dense(self.bottleneck, self.width, ("narrow", "embed"), init=zeros, name="up")
         scale = self.param("scale", sharded(ones, (None,)), (1,))
         return up(jax.nn.relu(down(x_BLD))) * scale.astype(x_BLD.dtype)
@@ -128,16 +115,11 @@ class RoutedAdapters(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD, task_B):
-        changes = [
-            Adapter(self.width, self.c.bottleneck, name=f"adapter_{a}")(x_BLD)
-            for a in range(self.c.count)
-        ]
+        changes = [Adapter(self.width, self.c.bottleneck, name=f"adapter_{a}")(x_BLD) for a in range(self.c.count)]
         if self.c.count == 1:
             return changes[0]
         shape = (self.c.tasks, self.c.count, self.width)
-        ratio_TAD = self.param(
-            "ratio", sharded(one_adapter_per_task, ("task", "task", "embed")), shape
-        )
+        ratio_TAD = self.param("ratio", sharded(one_adapter_per_task, ("task", "task", "embed")), shape)
         ratio_BAD = ratio_TAD[task_B].astype(x_BLD.dtype)
         return sum(change * ratio_BAD[:, None, a] for a, change in enumerate(changes))
 
@@ -161,7 +143,5 @@ def torch_rows(c: AdapterConfig) -> tuple[Row, ...]:
             Row(theirs + "scale", ours + "scale"),
         ]
     if c.count > 1:
-        rows.append(
-            Row(tuple(f"router_ratio{a + 1}" for a in range(c.count)), "ratio", joined(axis=1))
-        )
+        rows.append(Row(tuple(f"router_ratio{a + 1}" for a in range(c.count)), "ratio", joined(axis=1)))
     return tuple(rows)

@@ -58,9 +58,7 @@ def with_boxes(prompt: str, boxes: Sequence[Box]) -> str:
     words = [box_text(pictures.unit_box(box)) for box in boxes]
     places = prompt.count(PLACE)
     if places > len(words):
-        raise UserError(
-            f"the prompt has {places} {PLACE} and {len(words)} boxes were given; give one for each"
-        )
+        raise UserError(f"the prompt has {places} {PLACE} and {len(words)} boxes were given; give one for each")
     for word in words[:places]:
         prompt = prompt.replace(PLACE, word, 1)
     left = "".join(words[places:])
@@ -74,9 +72,7 @@ def boxes_in(text: str) -> np.ndarray:
     return found_K4[(found_K4[:, 2:] > found_K4[:, :2]).all(axis=1)]
 
 
-def settings(
-    answer: AnswerConfig, processor: Processor, category: str, task: str = ""
-) -> GenerateConfig:
+def settings(answer: AnswerConfig, processor: Processor, category: str, task: str = "") -> GenerateConfig:
     """How to generate the answer to one kind of prompt.
 
     LION's release punishes repetition everywhere, also of the digits and commas of a box, which repeat by right; here
@@ -231,12 +227,7 @@ class Answerer:
             nats += found_B[: len(part)].tolist()
         return np.array(nats)
 
-    def batch(
-        self,
-        rows: Sequence[Row],
-        least: tuple[int, int, int] = (1, 1, 1),
-        answers: bool = False,
-    ) -> Batch:
+    def batch(self, rows: Sequence[Row], least: tuple[int, int, int] = (1, 1, 1), answers: bool = False) -> Batch:
         """Rows as a batch of a size that few others have: the last row is repeated, and padding is added or cut."""
         missing = bucket(max(len(rows), least[0]), ROWS, ROWS[-1]) - len(rows)
         rows = [*rows, *[rows[-1]] * missing]

@@ -45,16 +45,7 @@ def causal_mask(mask_BL=None) -> Mask:
     return Mask(None if mask_BL is None else mask_BL.astype(bool), causal=True)
 
 
-def attend(
-    query_BLNH,
-    key_BSNH,
-    value_BSNH,
-    mask=None,
-    bias=None,
-    scale: float = 1.0,
-    rate: float = 0.0,
-    key=None,
-):
+def attend(query_BLNH, key_BSNH, value_BSNH, mask=None, bias=None, scale: float = 1.0, rate: float = 0.0, key=None):
     """softmax(scale * q k + bias) v, the softmax in float32: (B, L, N, H). By a kernel where one computes this.
 
     Keys may have fewer heads than queries (grouped-query attention). `mask` is a `Mask`, or booleans. `key` drives
@@ -96,13 +87,12 @@ def attend_parts(query_BLNH, parts, mask=None, bias=None, scale: float = 1.0):
     score_BLNS = scale * jnp.concatenate(
         [
             each(
-                jnp.einsum("BNLH,BNSH->BNLS", shared(query_BLNH, keys), keys, preferred_element_type=jnp.float32),
-                keys,
+                jnp.einsum("BNLH,BNSH->BNLS", shared(query_BLNH, keys), keys, preferred_element_type=jnp.float32), keys
             )
             for keys, _ in parts
         ],
         axis=-1,
-    )  # fmt: skip
+    )
     if bias is not None:
         score_BLNS = score_BLNS + bias.swapaxes(1, 2)
     if isinstance(mask, Mask):
@@ -130,9 +120,7 @@ class Attention(nn.Module):
     rate: float = 0.0
     inits: tuple = (normal(0.02),) * 4  # of q, k, v, o
     lora: LoraConfig = LoraConfig()
-    inner_eps: float | None = (
-        None  # of a norm before the output projection (sub-LN); None: there is none
-    )
+    inner_eps: float | None = None  # of a norm before the output projection (sub-LN); None: there is none
 
     def setup(self):
         source = self.source_width or self.width
@@ -145,9 +133,7 @@ class Attention(nn.Module):
         self.q = project(self.width, self.heads, "q", self.inits[0])
         self.k = project(source, kv_heads, "k", self.inits[1])
         self.v = project(source, kv_heads, "v", self.inits[2])
-        self.o = DenseFromHeads(
-            self.heads, self.head, self.width, "o" in self.biases, self.inits[3], self.lora
-        )
+        self.o = DenseFromHeads(self.heads, self.head, self.width, "o" in self.biases, self.inits[3], self.lora)
         if self.inner_eps is not None:
             self.norm = LayerNorm(self.heads * self.head, self.inner_eps)
 
@@ -181,9 +167,7 @@ def write(layers_cache, new_BLNH, layer, step):
     Only the new ones move, because a scan that carries the cache changes it in place.
     """
     start = (layer, 0, step, 0, 0)
-    return jax.lax.dynamic_update_slice(
-        layers_cache, new_BLNH[None].astype(layers_cache.dtype), start
-    )
+    return jax.lax.dynamic_update_slice(layers_cache, new_BLNH[None].astype(layers_cache.dtype), start)
 
 
 def rotations(positions_BL, head: int, theta: float):
@@ -197,9 +181,7 @@ def rotate(x_BLNH, turn):
     """Each pair (h, h + H/2) turned by its angle, in float32; LLaMA pairs halves, not neighbours."""
     cos, sin = turn
     first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x_BLNH.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLNH.dtype)
 
 
 def near(positions_BS, heads: int):
@@ -224,9 +206,7 @@ def waves(positions_BL, width: int):
     return jnp.pad(wave_BLD, ((0, 0), (0, 0), (0, width % 2)))
 
 
-def relative_buckets(
-    query_positions, key_positions, buckets: int, max_distance: int, both_ways: bool
-):
+def relative_buckets(query_positions, key_positions, buckets: int, max_distance: int, both_ways: bool):
     """T5's bucket of each (query, key) distance: exact when near, logarithmic when far (arXiv 1910.10683, 2.1).
 
     numpy or jax integer arrays (L,), (S,) -> (L, S).
@@ -258,9 +238,7 @@ class RelativeBias(nn.Module):
     def __call__(self, query_positions, key_positions):
         init = sharded(normal(self.width**-0.5), ("position", "heads"))
         table = self.param("table", init, (self.buckets, self.heads))
-        bucket_LS = relative_buckets(
-            query_positions, key_positions, self.buckets, self.max_distance, self.both_ways
-        )
+        bucket_LS = relative_buckets(query_positions, key_positions, self.buckets, self.max_distance, self.both_ways)
         return table[bucket_LS].transpose(2, 0, 1)[None].astype(jnp.float32)
 
 

@@ -215,9 +215,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verbs = whole.add_subparsers(metavar="VERB", title="verbs", dest="verb")
 
     verb = add(verbs, train, rest="Any field of the config can be set: --stages.0.steps 20.")
-    verb.add_argument(
-        "config", metavar="CONFIG", help="a Python file, such as configs/tiny_lion.py"
-    )
+    verb.add_argument("config", metavar="CONFIG", help="a Python file, such as configs/tiny_lion.py")
     verb.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="the run's folder")
 
     verb = add(verbs, evaluate, rest="Any field of --source can be set: --share 0.")
@@ -330,11 +328,7 @@ def _draw_examples(source, split: str, limit: int, path: Path) -> None:
             marks += [plots.Mark(box, colour=plots.TRUE) for box in example.boxes]
             marks += [plots.Mark(mask=mask, colour=plots.TRUE) for mask in masks]
             ink = plots.LIGHT["ink"]
-            lines = [
-                (task, plots.LIGHT["faint"]),
-                (example.question, ink),
-                (example.answer, "#00785a"),
-            ]
+            lines = [(task, plots.LIGHT["faint"]), (example.question, ink), (example.answer, "#00785a")]
             cells.append((plots.draw(pictures.as_picture(sample.picture), marks), lines))
     plots.save(plots.grid(cells), path)
 
@@ -434,9 +428,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"the disk is full ({lines[0]}); make room and give the same command again", 2
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename}", 2
-    more = (
-        "" if os.environ.get("LIONJAX_TRACEBACK") else "; set LIONJAX_TRACEBACK=1 for the traceback"
-    )
+    more = "" if os.environ.get("LIONJAX_TRACEBACK") else "; set LIONJAX_TRACEBACK=1 for the traceback"
     return f"unexpected {type(error).__name__}: {lines[0]}{more}", 1
 
 

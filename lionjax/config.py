@@ -85,9 +85,7 @@ class RunConfig:
     evaluate_limit: int = 200  # questions of each benchmark asked when all stages are done; 0: none
     keep: int = 3  # checkpoints kept, and the best one of the stage that runs
     frozen_dtype: str = "bfloat16"
-    cache_features: bool = (
-        False  # keep what frozen towers make of each record, so that they run once
-    )
+    cache_features: bool = False  # keep what frozen towers make of each record, so that they run once
     cache_gib: float = 4.0  # memory for that, on each host
     features_dir: str = ""  # a folder where it is kept on disk as well, for later starts and other runs
     # An update whose loss or gradient is not finite, or whose loss is a spike, changes nothing; then the run stops,
@@ -183,9 +181,7 @@ def _replaced(config: Any, changes: dict[str, Any], where: str) -> Any:
     """The config with {path: value} put in, all at once: some are right only together."""
     fields: dict[str, Any] = {}
     for name, value in _parts(config):
-        inside = {
-            p.removeprefix(name + "."): v for p, v in changes.items() if p.startswith(name + ".")
-        }
+        inside = {p.removeprefix(name + "."): v for p, v in changes.items() if p.startswith(name + ".")}
         value = _replaced(value, inside, f"{where}.{name}") if inside else changes.get(name, value)
         field, in_tuple, _ = name.partition(".")
         fields[field] = (*fields.get(field, ()), value) if in_tuple else value

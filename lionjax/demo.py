@@ -44,9 +44,7 @@ class Talk:
     def messages(self) -> list[dict[str, str]]:
         """The turns as gradio's chat has them."""
         return [
-            {"role": role, "content": text}
-            for turn in self.turns
-            for role, text in zip(("user", "assistant"), turn)
+            {"role": role, "content": text} for turn in self.turns for role, text in zip(("user", "assistant"), turn)
         ]
 
 
@@ -59,12 +57,7 @@ def pointed(talk: Talk, size: tuple[int, int], pixel: Sequence[float]) -> Talk:
 
 
 def ask(
-    model: Model,
-    talk: Talk,
-    picture: Image.Image,
-    prompt: str,
-    tags: Sequence[str] = (),
-    remembers: bool = True,
+    model: Model, talk: Talk, picture: Image.Image, prompt: str, tags: Sequence[str] = (), remembers: bool = True
 ) -> tuple[Talk, Answer]:
     """The model's answer about the picture and about what was pointed at, and the talk with it.
 
@@ -96,20 +89,13 @@ def examples(folder: Path) -> list[list[str]]:
     """[picture, question] that a run has been asked, some of each benchmark; none of other folders."""
     found = []
     for file in sorted((folder / "evaluation").glob("*.jsonl")):
-        lines = [
-            one for one in read_lines(file) if "image" in one and not one.get("question_boxes")
-        ]
+        lines = [one for one in read_lines(file) if "image" in one and not one.get("question_boxes")]
         lines = [one for one in lines if (file.parent / one["image"]).is_file()]
         found += [[str(file.parent / one["image"]), one["question"]] for one in lines[:EXAMPLES]]
     return found
 
 
-def page(
-    model: Model,
-    title: str = "lionjax",
-    shown: Sequence[Sequence[str]] = (),
-    names: tagger.Tagger | None = None,
-):
+def page(model: Model, title: str = "lionjax", shown: Sequence[Sequence[str]] = (), names: tagger.Tagger | None = None):
     """The page as gradio's Blocks. `shown`: examples, [picture, question] each. `names` fills in the tags.
 
     Raises UserError where gradio is not installed.
@@ -147,32 +133,23 @@ def page(
         with gr.Row():
             with gr.Column():
                 file = gr.Image(
-                    type="filepath", image_mode=None, sources=["upload", "clipboard"],
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
                     label="Picture. Two clicks on it point at a box",
-                )  # fmt: skip
-                seen = gr.Image(
-                    interactive=False, format="png", label="Blue: pointed at. Orange: answered"
                 )
+                seen = gr.Image(interactive=False, format="png", label="Blue: pointed at. Orange: answered")
             with gr.Column():
                 chat = gr.Chatbot(label="Talk", feedback_options=None, render_markdown=False)
                 prompt = gr.Textbox(label="Question", placeholder="What color is the circle?")
-                words = gr.Textbox(
-                    label="Tags, with commas between",
-                    visible=config.tags,
-                    placeholder="circle, star",
-                )
-                remembers = gr.Checkbox(
-                    bool(config.next_turn), label="Goes on from what was said before"
-                )
+                words = gr.Textbox(label="Tags, with commas between", visible=config.tags, placeholder="circle, star")
+                remembers = gr.Checkbox(bool(config.next_turn), label="Goes on from what was said before")
                 with gr.Row():
                     send = gr.Button("Ask", variant="primary")
                     clear = gr.Button("Begin anew")
         if shown:
             gr.Examples([list(one) for one in shown], [file, prompt], label="Asked before")
-        asked = {
-            "inputs": [talk, file, prompt, words, remembers],
-            "outputs": [talk, chat, seen, prompt],
-        }
+        asked = {"inputs": [talk, file, prompt, words, remembers], "outputs": [talk, chat, seen, prompt]}
         gr.on([send.click, prompt.submit], answered, **asked, api_name="ask")
         file.select(clicked, [talk, file], [talk, seen], api_visibility="private")
         begun = {"inputs": [file], "outputs": [talk, chat, seen, words]}
@@ -182,11 +159,7 @@ def page(
 
 
 def serve(
-    folder: Path,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    tagger_folder: Path | None = None,
-    prompt_length: int = 256,
+    folder: Path, host: str = "127.0.0.1", port: int = 7860, tagger_folder: Path | None = None, prompt_length: int = 256
 ) -> None:
     """Load a model and serve its page until Ctrl-C. Raises UserError where the port is taken.
 
@@ -206,9 +179,16 @@ def serve(
     longest = max(prompt_length, model.processor.config.prompt_length)
     blocks = page(models.with_prompts(model, longest), f"lionjax: {folder.name}", examples(folder), names)
     blocks.launch(
-        server_name=host, server_port=port, allowed_paths=[str(folder.resolve())], footer_links=[],
-        theme=gr.themes.Base(**FONTS), share=False, quiet=True, show_error=True, prevent_thread_lock=True,
-    )  # fmt: skip
+        server_name=host,
+        server_port=port,
+        allowed_paths=[str(folder.resolve())],
+        footer_links=[],
+        theme=gr.themes.Base(**FONTS),
+        share=False,
+        quiet=True,
+        show_error=True,
+        prevent_thread_lock=True,
+    )
     print(f"http://{host}:{port} shows {folder}; Ctrl-C ends it", file=sys.stderr)
     blocks.block_thread()
 
@@ -217,7 +197,5 @@ def _gradio():
     try:
         import gradio
     except ImportError as error:
-        raise UserError(
-            'the page wants gradio; install it with `pip install "lionjax[demo]"`'
-        ) from error
+        raise UserError('the page wants gradio; install it with `pip install "lionjax[demo]"`') from error
     return gradio

@@ -61,9 +61,7 @@ def stream(
     Raises UserError for beams, whose first words are only known at the end.
     """
     if config.beams > 1:
-        raise UserError(
-            f"{config.beams} beams cannot stream: their first word is known last; set beams to 1"
-        )
+        raise UserError(f"{config.beams} beams cannot stream: their first word is known last; set beams to 1")
     answers = first(system, params, batch, config, key)
     yield np.asarray(answers.token_B)
     for _ in range(config.max_new_tokens - 1):
@@ -73,9 +71,7 @@ def stream(
         yield np.asarray(answers.token_B)
 
 
-def begin(
-    system: System, params: Params, batch: Batch, config: GenerateConfig, key: Array | None
-) -> Answers:
+def begin(system: System, params: Params, batch: Batch, config: GenerateConfig, key: Array | None) -> Answers:
     """Read the prompts and choose the first token of each answer."""
     if config.sample and key is None:
         raise UserError("sampling needs a random key; give generate one, or set sample to false")
@@ -93,17 +89,13 @@ def begin(
     return choose(logits_BV, cache, answers, config, key)
 
 
-def advance(
-    system: System, params: Params, answers: Answers, config: GenerateConfig, key: Array | None
-) -> Answers:
+def advance(system: System, params: Params, answers: Answers, config: GenerateConfig, key: Array | None) -> Answers:
     """Read the last token and choose the next one."""
     logits_BV, cache = system.extend(params, answers.token_B, answers.cache)
     return choose(logits_BV, cache, answers, config, key)
 
 
-def choose(
-    logits_BV: Array, cache: Cache, answers: Answers, config: GenerateConfig, key: Array | None
-) -> Answers:
+def choose(logits_BV: Array, cache: Cache, answers: Answers, config: GenerateConfig, key: Array | None) -> Answers:
     """One more token per row: the likeliest or a drawn one; padding in rows that have ended."""
     step, was_done_B = answers.step, answers.done_B
     logits_BV = logits_BV.astype(jnp.float32)
@@ -134,9 +126,7 @@ def finish(answers: Answers, config: GenerateConfig) -> Generated:
     is_end_BM = (answers.ids_BM == config.eos) & (jnp.arange(config.max_new_tokens) < answers.step)
     length_B = jnp.where(answers.done_B, scoring.best(is_end_BM) + 1, answers.step)
     score_B = answers.logprob_BM.sum(axis=1) if config.logprobs else None
-    return Generated(
-        answers.ids_BM, length_B, score_B, answers.logprob_BM, scoring.kept(answers.cache)
-    )
+    return Generated(answers.ids_BM, length_B, score_B, answers.logprob_BM, scoring.kept(answers.cache))
 
 
 first = jax.jit(begin, static_argnames=("system", "config"))

@@ -124,12 +124,9 @@ def place_losses(c, locations: Locations, batch: Batch, found) -> tuple[dict, Me
     given_BK = batch.boxes_mask_BK
     terms = {
         "l1": c.l1_weight * losses.mean_of_real(jnp.abs(predicted_BK4 - box_BK4), real_BK),
-        "giou": c.giou_weight
-        * losses.giou_loss(predicted_BK4, box_BK4, real_BK, c.losses == "original"),
-        "cycle_state": c.cycle_weight
-        * losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK),
-        "cycle_box": c.cycle_weight
-        * losses.mean_of_real(jnp.abs(same_BK4 - batch.boxes_BK4), given_BK),
+        "giou": c.giou_weight * losses.giou_loss(predicted_BK4, box_BK4, real_BK, c.losses == "original"),
+        "cycle_state": c.cycle_weight * losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK),
+        "cycle_box": c.cycle_weight * losses.mean_of_real(jnp.abs(same_BK4 - batch.boxes_BK4), given_BK),
     }
     return terms, {"box_iou": losses.mean_of_real(losses.iou(predicted_BK4, box_BK4), real_BK)}
 
@@ -137,9 +134,7 @@ def place_losses(c, locations: Locations, batch: Batch, found) -> tuple[dict, Me
 def mask_side(batch: Batch) -> int:
     """Pixels a side of the true masks. Raises UserError where there are none."""
     if batch.masks_BKHW is None:
-        raise UserError(
-            "the objective has masks, but the batch has none; mix the task res, and set processor.sam_size"
-        )
+        raise UserError("the objective has masks, but the batch has none; mix the task res, and set processor.sam_size")
     return batch.masks_BKHW.shape[-1]
 
 
@@ -208,32 +203,21 @@ def check_boxes(system, batch: Batch) -> None:
     real_BK, most = np.asarray(batch.boxes_mask_BK).astype(bool), batch.boxes_mask_BK.shape[1]
     for row, (named, given) in enumerate(zip(named_B, real_BK.sum(axis=1))):
         if named > most:
-            raise UserError(
-                f"the text of row {row} names {named} regions; at most {most} are allowed"
-            )
+            raise UserError(f"the text of row {row} names {named} regions; at most {most} are allowed")
         if named and named != given:
-            raise UserError(
-                f"the text of row {row} names {named} regions but has {given} boxes; give one each"
-            )
+            raise UserError(f"the text of row {row} names {named} regions but has {given} boxes; give one each")
     box_RF = np.asarray(batch.boxes_BK4)[real_BK & (named_B > 0)[:, None]]
     good_R = ((box_RF >= 0) & (box_RF <= 1)).all(1) & (box_RF[:, 2:] > box_RF[:, :2]).all(1)
     if not good_R.all():
         wrong = [round(float(edge), 4) for edge in box_RF[~good_R][0]]
-        raise UserError(
-            f"the box {wrong} is none; give x0, y0, x1, y1 between 0 and 1 with x0 < x1 and y0 < y1"
-        )
+        raise UserError(f"the box {wrong} is none; give x0, y0, x1, y1 between 0 and 1 with x0 < x1 and y0 < y1")
 
 
 def location_rows() -> tuple[Row, ...]:
     """NExT-Chat's names of `Locations`."""
     pairs = (("loc_encoder", "encoder"), ("loc_decoder", "decoder"))
     layers = ((0, "up"), (2, "down"))
-    return tuple(
-        row
-        for theirs, ours in pairs
-        for n, x in layers
-        for row in dense_rows(f"{theirs}.{n}", f"{ours}/{x}")
-    )
+    return tuple(row for theirs, ours in pairs for n, x in layers for row in dense_rows(f"{theirs}.{n}", f"{ours}/{x}"))
 
 
 def mask_prompt_rows() -> tuple[Row, ...]:

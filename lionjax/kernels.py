@@ -69,9 +69,7 @@ def plain(query_BLNH, key_BSNH, value_BSNH, mask=None, bias=None, scale: float =
     if key_BSNH.shape[2] != query_BLNH.shape[2]:
         groups = query_BLNH.shape[2] // key_BSNH.shape[2]
         key_BSNH, value_BSNH = (jnp.repeat(x, groups, axis=2) for x in (key_BSNH, value_BSNH))
-    score_BNLS = jnp.einsum(
-        "BLNH,BSNH->BNLS", query_BLNH, key_BSNH, preferred_element_type=jnp.float32
-    )
+    score_BNLS = jnp.einsum("BLNH,BSNH->BNLS", query_BLNH, key_BSNH, preferred_element_type=jnp.float32)
     if scale != 1.0:
         score_BNLS = score_BNLS * scale
     if bias is not None:
@@ -96,16 +94,13 @@ def cudnn(query_BLNH, key_BSNH, value_BSNH, keys_BS, causal: bool, scale: float)
     """By cuDNN, in bfloat16 or float16. It reads which keys are real as a bias, of even lengths."""
     mask, length = None, query_BLNH.shape[1]
     if keys_BS is not None:
-        query_BLNH, key_BSNH, value_BSNH = (
-            lengthened(x, 2) for x in (query_BLNH, key_BSNH, value_BSNH)
-        )
+        query_BLNH, key_BSNH, value_BSNH = (lengthened(x, 2) for x in (query_BLNH, key_BSNH, value_BSNH))
         keys_BS = lengthened(keys_BS, 2)
         shape = (len(keys_BS), 1, query_BLNH.shape[1], keys_BS.shape[1])
         mask = jnp.broadcast_to(keys_BS[:, None, None, :], shape)
     out_BLNH = jax.nn.dot_product_attention(
-        query_BLNH, key_BSNH, value_BSNH, None, mask, scale=scale, is_causal=causal,
-        implementation="cudnn",
-    )  # fmt: skip
+        query_BLNH, key_BSNH, value_BSNH, None, mask, scale=scale, is_causal=causal, implementation="cudnn"
+    )
     return out_BLNH[:, :length]
 
 
@@ -116,9 +111,7 @@ def cudnn_works(dtype, query: tuple, key: tuple, masked: bool, causal: bool) -> 
     If it does not, the reason is said once.
     """
     random = np.random.default_rng(0)
-    given = [
-        random.standard_normal((2, *shape)).astype(np.float32) for shape in (query, key, key, query)
-    ]
+    given = [random.standard_normal((2, *shape)).astype(np.float32) for shape in (query, key, key, query)]
     keys_BS = (np.arange(key[0]) < key[0] * np.array([[0.5], [1.0]])) if masked else None
 
     def out_of(function):
@@ -145,9 +138,7 @@ def cudnn_works(dtype, query: tuple, key: tuple, masked: bool, causal: bool) -> 
     return True
 
 
-def splash(
-    query_BLNH, key_BSNH, value_BSNH, keys_BS, causal: bool, scale: float, interpret: bool = False
-):
+def splash(query_BLNH, key_BSNH, value_BSNH, keys_BS, causal: bool, scale: float, interpret: bool = False):
     """By JAX's splash attention for TPUs, rows lengthened to what its blocks divide."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
@@ -159,9 +150,7 @@ def splash(
     )
 
     length, known = query_BLNH.shape[1], key_BSNH.shape[1]
-    query_BLNH, key_BSNH, value_BSNH = (
-        lengthened(x, BLOCKS[-1]) for x in (query_BLNH * scale, key_BSNH, value_BSNH)
-    )
+    query_BLNH, key_BSNH, value_BSNH = (lengthened(x, BLOCKS[-1]) for x in (query_BLNH * scale, key_BSNH, value_BSNH))
     rows, queries, heads, _ = query_BLNH.shape
     keys = key_BSNH.shape[1]
     if keys != known and keys_BS is None:
@@ -169,19 +158,14 @@ def splash(
     q, k = (next(block for block in BLOCKS if n % block == 0) for n in (queries, keys))
     kernel = make_splash_mha_single_device(
         MultiHeadMask([(CausalMask if causal else FullMask)((queries, keys))] * heads),
-        block_sizes=BlockSizes(
-            block_q=q, block_kv=k, block_q_dkv=q, block_kv_dkv=k, block_q_dq=q, block_kv_dq=k
-        ),
+        block_sizes=BlockSizes(block_q=q, block_kv=k, block_q_dkv=q, block_kv_dkv=k, block_q_dq=q, block_kv_dq=k),
         interpret=interpret,
     )
     heads_first = [x.swapaxes(1, 2) for x in (query_BLNH, key_BSNH, value_BSNH)]
     if keys_BS is None:
         out_BNLH = jax.vmap(kernel)(*heads_first)
     else:  # all queries, those of padding too, look at segment 1
-        segments = SegmentIds(
-            jnp.ones((rows, queries), jnp.int32),
-            lengthened(keys_BS, BLOCKS[-1]).astype(jnp.int32),
-        )
+        segments = SegmentIds(jnp.ones((rows, queries), jnp.int32), lengthened(keys_BS, BLOCKS[-1]).astype(jnp.int32))
         out_BNLH = jax.vmap(kernel)(*heads_first, segments)
     return out_BNLH.swapaxes(1, 2)[:, :length]
 

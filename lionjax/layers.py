@@ -20,9 +20,7 @@ from lionjax.weight_rows import Row, linear
 
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
 normal = nn.initializers.normal
-kaiming_uniform = nn.initializers.variance_scaling(
-    1 / 3, "fan_in", "uniform"
-)  # torch's Linear default, a = sqrt(5)
+kaiming_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's Linear default, a = sqrt(5)
 
 
 # What a rematerialised block keeps for its backward pass.
@@ -66,9 +64,7 @@ class Dense(nn.Module):
 
     def detour(self, x, features, key):
         rank = self.lora.rank
-        a = self.param(
-            "lora_a", sharded(kaiming_uniform, (self.axes[0], "narrow")), (self.inputs, rank)
-        )
+        a = self.param("lora_a", sharded(kaiming_uniform, (self.axes[0], "narrow")), (self.inputs, rank))
         b = self.param("lora_b", sharded(zeros, ("narrow", *self.axes[1:])), (rank, *features))
         low = dropout(x, self.lora.dropout, key) @ a.astype(x.dtype)
         return jnp.tensordot(low, b.astype(x.dtype), 1) * (self.lora.alpha / rank)
@@ -88,16 +84,12 @@ class DenseFromHeads(nn.Module):
     def __call__(self, x_BLNH, key=None):
         x = x_BLNH.reshape(*x_BLNH.shape[:-2], self.heads * self.head)
         shape = (self.heads, self.head, self.features)
-        kernel = self.param(
-            "kernel", sharded(flat_in(self.init), ("heads", "head", "embed")), shape
-        )
+        kernel = self.param("kernel", sharded(flat_in(self.init), ("heads", "head", "embed")), shape)
         y = x @ kernel.reshape(-1, self.features).astype(x.dtype)
         if self.lora.rank and self.name in self.lora.targets:
             rank = self.lora.rank
             axes = ("heads", "head", "narrow")
-            a = self.param(
-                "lora_a", sharded(flat_in(kaiming_uniform), axes), (self.heads, self.head, rank)
-            )
+            a = self.param("lora_a", sharded(flat_in(kaiming_uniform), axes), (self.heads, self.head, rank))
             b = self.param("lora_b", sharded(zeros, ("narrow", "embed")), (rank, self.features))
             low = dropout(x, self.lora.dropout, key) @ a.reshape(-1, rank).astype(x.dtype)
             y = y + low @ b.astype(x.dtype) * (self.lora.alpha / rank)
@@ -127,9 +119,7 @@ class Embed(nn.Module):
     frozen: int = 0
 
     def setup(self):
-        table = self.param(
-            "table", sharded(self.init, ("vocab", "embed")), (self.vocab, self.width)
-        )
+        table = self.param("table", sharded(self.init, ("vocab", "embed")), (self.vocab, self.width))
         if self.frozen:
             learns_V1 = (jnp.arange(self.vocab) >= self.frozen)[:, None]
             table = jnp.where(learns_V1, table, jax.lax.stop_gradient(table))
@@ -173,9 +163,9 @@ class RMSNorm(nn.Module):
     def __call__(self, x):
         scale = self.param("scale", sharded(ones, ("embed",)), (self.width,))
         wide = x.astype(jnp.float32)
-        return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.eps)).astype(
+        return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.eps)).astype(x.dtype) * scale.astype(
             x.dtype
-        ) * scale.astype(x.dtype)
+        )
 
 
 @jax.custom_vjp
@@ -212,17 +202,13 @@ class MLP(nn.Module):
     bias: bool = True
     init: Callable = normal(0.02)
     zero_out: bool = False  # start with an output of zero
-    inner_eps: float | None = (
-        None  # of a norm before the second dense (sub-LN); None: there is none
-    )
+    inner_eps: float | None = None  # of a norm before the second dense (sub-LN); None: there is none
 
     @nn.compact
     def __call__(self, x):
         out = zeros if self.zero_out else self.init
         up = Dense(self.width, self.hidden, ("embed", "mlp"), self.bias, self.init, name="up")
-        down = Dense(
-            self.hidden, self.features or self.width, ("mlp", "embed"), self.bias, out, name="down"
-        )
+        down = Dense(self.hidden, self.features or self.width, ("mlp", "embed"), self.bias, out, name="down")
         h = ACTIVATIONS[self.activation](up(x))
         if self.inner_eps is not None:
             h = LayerNorm(self.hidden, self.inner_eps, name="norm")(h)
@@ -246,9 +232,9 @@ class GatedMLP(nn.Module):
             return Dense(inputs, outputs, axes, self.bias, self.init, self.lora, name=name)
 
         gate = dense(self.width, self.hidden, ("embed", "mlp"), "gate")(x, folded(key, 1))
-        hidden = ACTIVATIONS[self.activation](gate) * dense(
-            self.width, self.hidden, ("embed", "mlp"), "up"
-        )(x, folded(key, 2))
+        hidden = ACTIVATIONS[self.activation](gate) * dense(self.width, self.hidden, ("embed", "mlp"), "up")(
+            x, folded(key, 2)
+        )
         if self.inner_eps is not None:
             hidden = LayerNorm(self.hidden, self.inner_eps, name="norm")(hidden)
         return dense(self.hidden, self.width, ("mlp", "embed"), "down")(
@@ -268,18 +254,14 @@ class PatchEmbed(nn.Module):
     def __call__(self, image_BHWC):
         p, c = self.patch, self.channels
         shape = (p, p, c, self.width)
-        kernel = self.param(
-            "kernel", sharded(flat_in(normal(0.02)), ("conv", "conv", "conv", "embed")), shape
-        )
+        kernel = self.param("kernel", sharded(flat_in(normal(0.02)), ("conv", "conv", "conv", "embed")), shape)
         batch, high, wide, _ = image_BHWC.shape
         rows, columns = high // p, wide // p
         x = image_BHWC[:, : rows * p, : columns * p].reshape(batch, rows, p, columns, p, c)
         x_BPF = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * c)
         y_BPD = x_BPF @ kernel.reshape(-1, self.width).astype(x_BPF.dtype)
         if self.bias:
-            y_BPD = y_BPD + self.param("bias", sharded(zeros, ("embed",)), (self.width,)).astype(
-                y_BPD.dtype
-            )
+            y_BPD = y_BPD + self.param("bias", sharded(zeros, ("embed",)), (self.width,)).astype(y_BPD.dtype)
         return y_BPD
 
 
@@ -299,9 +281,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", init, shape).astype(x_BHWC.dtype)
         room = ((self.kernel // 2, self.kernel // 2),) * 2
         layout = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(
-            x_BHWC, kernel, (self.stride,) * 2, room, dimension_numbers=layout
-        )
+        y = jax.lax.conv_general_dilated(x_BHWC, kernel, (self.stride,) * 2, room, dimension_numbers=layout)
         if self.bias:
             y = y + self.param("bias", sharded(zeros, ("embed",)), (self.features,)).astype(y.dtype)
         return y
@@ -344,9 +324,7 @@ def split_key(key, number: int):
 
 def pick(x_BLD, place_BK):
     """Rows of x at these places: (B, L, ...) -> (B, K, ...)."""
-    return jnp.take_along_axis(
-        x_BLD, place_BK.reshape(*place_BK.shape, *(1,) * (x_BLD.ndim - 2)), axis=1
-    )
+    return jnp.take_along_axis(x_BLD, place_BK.reshape(*place_BK.shape, *(1,) * (x_BLD.ndim - 2)), axis=1)
 
 
 def dense_rows(torch: str, flax: str, bias: bool = True) -> tuple[Row, ...]:

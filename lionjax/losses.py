@@ -20,9 +20,7 @@ def token_cross_entropy(logits_BMV, target_BM, loss_mask_BM) -> tuple[jax.Array,
     return smoothed_cross_entropy(logits_BMV, target_BM, loss_mask_BM, 0.0)
 
 
-def smoothed_cross_entropy(
-    logits_BMV, target_BM, loss_mask_BM, smoothing: float
-) -> tuple[jax.Array, Metrics]:
+def smoothed_cross_entropy(logits_BMV, target_BM, loss_mask_BM, smoothing: float) -> tuple[jax.Array, Metrics]:
     """`token_cross_entropy` where a share `smoothing` of each label is spread evenly over all classes."""
     logits_BMV = logits_BMV.astype(jnp.float32)
     mask_BM = loss_mask_BM.astype(jnp.float32)
@@ -33,10 +31,7 @@ def smoothed_cross_entropy(
     tokens = mask_BM.sum()
     right_BM = (logits_BMV.argmax(-1) == target_BM) * mask_BM
     mean = 1 / jnp.maximum(tokens, 1)
-    return (nats_BM * mask_BM).sum() * mean, {
-        "weight": tokens,
-        "token_accuracy": right_BM.sum() * mean,
-    }
+    return (nats_BM * mask_BM).sum() * mean, {"weight": tokens, "token_accuracy": right_BM.sum() * mean}
 
 
 def answer_nats(logits_BMV, target_BM, loss_mask_BM) -> jax.Array:
@@ -72,9 +67,7 @@ def mean_of_real(value_BK, real_BK) -> jax.Array:
     behind = value_BK.ndim - real_BK.ndim
     real = real_BK.astype(bool).reshape(*real_BK.shape, *(1,) * behind)
     size = math.prod(value_BK.shape[real_BK.ndim :])
-    return jnp.where(real, value_BK, 0).sum() / (
-        jnp.maximum(real_BK.astype(jnp.float32).sum(), 1) * size
-    )
+    return jnp.where(real, value_BK, 0).sum() / (jnp.maximum(real_BK.astype(jnp.float32).sum(), 1) * size)
 
 
 def iou(one_BK4, other_BK4) -> jax.Array:
@@ -101,11 +94,7 @@ def _overlaps(one_BK4, other_BK4) -> tuple[jax.Array, jax.Array]:
         return side_BK2[..., 0] * side_BK2[..., 1]
 
     both = area(low[..., 2:] - high[..., :2])
-    either = (
-        area(one_BK4[..., 2:] - one_BK4[..., :2])
-        + area(other_BK4[..., 2:] - other_BK4[..., :2])
-        - both
-    )
+    either = area(one_BK4[..., 2:] - one_BK4[..., :2]) + area(other_BK4[..., 2:] - other_BK4[..., :2]) - both
     hull = area(jnp.maximum(high[..., 2:], high[..., :2]) - jnp.minimum(low[..., 2:], low[..., :2]))
     # Above the square of the smallest box that a float32 can tell in 0..1; below it a ratio says nothing.
     tiny = 1e-12

@@ -99,15 +99,10 @@ class Model:
         if tags is not None and not self.processor.config.tags:
             raise UserError("this model was trained without tags; leave them out")
         processor, seen = self.processor, [pictures.as_picture(one.image) for one in asked]
-        rows = [
-            processor.row_of(dataclasses.replace(one, image=picture))
-            for picture, one in zip(seen, asked)
-        ]
+        rows = [processor.row_of(dataclasses.replace(one, image=picture)) for picture, one in zip(seen, asked)]
         answer, said = self.experiment.answer, {}
         hows = [generate or answering.settings(answer, processor, one.category) for one in asked]
-        for how in dict.fromkeys(
-            hows
-        ):  # prompts of both categories go together where they are answered alike
+        for how in dict.fromkeys(hows):  # prompts of both categories go together where they are answered alike
             places = [place for place, other in enumerate(hows) if other == how]
             key = jax.random.key(seed) if how.sample else None
             sizes = [seen[place].size for place in places] if processor.config.sam_size else None
@@ -125,15 +120,9 @@ class Model:
         """
         asked = inputs(images, prompts, None, None, None)
         if len(candidates) != len(asked) or not all(len(some) for some in candidates):
-            raise UserError(
-                "candidates wants a list of answers for each prompt, none of them empty"
-            )
+            raise UserError("candidates wants a list of answers for each prompt, none of them empty")
         order, place = [], 0
-        rows = [
-            self.processor.row_of(one, text)
-            for one, some in zip(asked, candidates)
-            for text in some
-        ]
+        rows = [self.processor.row_of(one, text) for one, some in zip(asked, candidates) for text in some]
         nats = self.answerer.rank(rows)
         for some in candidates:
             order.append(np.argsort(nats[place : place + len(some)], kind="stable").tolist())
@@ -166,9 +155,7 @@ class Model:
             label = benchmarks.label_of(f"{source.name}_{benchmark}")
         where = None if folder is None else Path(folder)
         answer = self.experiment.answer
-        return benchmarks.evaluate(
-            self.answerer, data, answer, benchmark, where, limit, split, label, self.updates
-        )
+        return benchmarks.evaluate(self.answerer, data, answer, benchmark, where, limit, split, label, self.updates)
 
     def export(self, path: str | Path, to: str = "torch", merge_lora: bool = False) -> None:
         """Write a folder with config and tokenizers, which `load` reads back.
@@ -177,9 +164,7 @@ class Model:
         writes it, or into its matrices. Raises UserError where one stands at `path` already.
         """
         if to not in ("torch", "jax") or (merge_lora and to == "jax"):
-            raise UserError(
-                f"to is {to!r}; it can be 'torch', where a LoRA may be merged, or 'jax'"
-            )
+            raise UserError(f"to is {to!r}; it can be 'torch', where a LoRA may be merged, or 'jax'")
         given = {"companions": self.companions()}
         if to == "torch":
             convert.to_torch(self.experiment, self.params, path, merge_lora=merge_lora, **given)
@@ -200,9 +185,7 @@ class Model:
         c = self.processor.config
         folders = tokenizer_folders(self.experiment.system)
         files = {folder: tokenizer.file_of(getattr(c, field)) for field, folder in folders.items()}
-        return {
-            str(Path(folder, TOKENIZER_FILES[file.suffix])): file for folder, file in files.items()
-        }
+        return {str(Path(folder, TOKENIZER_FILES[file.suffix])): file for folder, file in files.items()}
 
 
 def inputs(images, prompts, boxes, tags, category, history=None, shots=None) -> list[Input]:
@@ -210,17 +193,11 @@ def inputs(images, prompts, boxes, tags, category, history=None, shots=None) -> 
     given = {"images": images, "prompts": prompts, "boxes": boxes, "tags": tags}
     given |= {"history": history, "shots": shots}
     for name, values in given.items():
-        if isinstance(values, str | Path) or (
-            values is not None and not hasattr(values, "__len__")
-        ):
-            raise UserError(
-                f"{name} is one {type(values).__name__}; give a list, with one entry for each prompt"
-            )
+        if isinstance(values, str | Path) or (values is not None and not hasattr(values, "__len__")):
+            raise UserError(f"{name} is one {type(values).__name__}; give a list, with one entry for each prompt")
     for name, values in given.items():
         if values is not None and len(values) != len(prompts):
-            raise UserError(
-                f"{len(values)} {name} were given for {len(prompts)} prompts; give one each"
-            )
+            raise UserError(f"{len(values)} {name} were given for {len(prompts)} prompts; give one each")
     for name, parts in (("history", "question, answer"), ("shots", "picture, question, answer")):
         for one in (one for some in given[name] or () for one in some or ()):
             if not isinstance(one, tuple | list) or len(one) != len(parts.split()):
@@ -252,9 +229,7 @@ def _answer(said: Said, picture) -> Answer:
 # Folders
 
 
-def load(
-    folder: str | Path, mesh: MeshConfig | None = None, prompt_length: int | None = None
-) -> Model:
+def load(folder: str | Path, mesh: MeshConfig | None = None, prompt_length: int | None = None) -> Model:
     """The model of a run's folder, or of a folder of weights, laid out on a mesh of all devices (by default on one).
 
     `prompt_length`: tokens that a prompt may have, where talks or examples want more than in training.
@@ -269,9 +244,7 @@ def load(
     if is_run(folder):
         return with_prompts(of_run(folder, grid), prompt_length)
     if (folder / "config.json").is_file() and (folder / "lock").exists():
-        raise UserError(
-            f"the run of {folder} has saved nothing yet; `lionjax train` goes on with it"
-        )
+        raise UserError(f"the run of {folder} has saved nothing yet; `lionjax train` goes on with it")
     if not convert.holds_params(folder) and not any(f.suffix in WEIGHTS for f in folder.iterdir()):
         raise UserError(f"{folder} holds no model; give the folder of a run, or one of weights")
     return with_prompts(of_weights(folder, grid), prompt_length)
@@ -293,16 +266,12 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file() and bool(checkpoints.found_bases(folder / "base"))
 
 
-def of_params(
-    experiment: Experiment, params: Params, updates: int | None = None, mesh: Mesh | None = None
-) -> Model:
+def of_params(experiment: Experiment, params: Params, updates: int | None = None, mesh: Mesh | None = None) -> Model:
     """A model of parameters in memory, answering as after the experiment's last stage."""
     last = experiment.stages[-1:]
     system = stages.system_of(experiment, last[0]) if last else experiment.system
     mesh = mesh or sharding.make_mesh(experiment.mesh)
-    return Model(
-        experiment, Answerer(system, params, Processor(experiment.data.processor), mesh), updates
-    )
+    return Model(experiment, Answerer(system, params, Processor(experiment.data.processor), mesh), updates)
 
 
 def evaluate_run(experiment: Experiment, params: Params, folder: Path) -> list[dict]:
@@ -310,9 +279,7 @@ def evaluate_run(experiment: Experiment, params: Params, folder: Path) -> list[d
     made = start.updates_before(experiment, len(experiment.stages))
     answerer, names = of_params(experiment, params).answerer, benchmarks.names_of(experiment)
     limit = experiment.run.evaluate_limit
-    return list(
-        benchmarks.evaluate_all(answerer, experiment, names, folder, limit, updates=made).values()
-    )
+    return list(benchmarks.evaluate_all(answerer, experiment, names, folder, limit, updates=made).values())
 
 
 def of_run(folder: Path, mesh: Mesh) -> Model:
@@ -330,22 +297,14 @@ def of_run(folder: Path, mesh: Mesh) -> Model:
         if stage < len(experiment.stages):
             part = experiment.stages[stage]
             where = f"stands at stage {part.name!r}, step {step} of {part.steps}"
-            log.warning(
-                "%s is not finished: it %s, and answers with what it has learned so far",
-                folder,
-                where,
-            )
+            log.warning("%s is not finished: it %s, and answers with what it has learned so far", folder, where)
         # What counts as the last stage is the one that made these parameters.
         made = experiment.stages[: stage + (step > 0)] or experiment.stages[:1]
         return of_params(dataclasses.replace(experiment, stages=made), params, updates, mesh)
-    raise UserError(
-        f"{folder} holds no parameters that can be trusted; `lionjax train` begins it anew"
-    )
+    raise UserError(f"{folder} holds no parameters that can be trusted; `lionjax train` begins it anew")
 
 
-def _read(
-    folder: Path, experiment: Experiment, layout: start.Layout, stage: int, step: int
-) -> Params:
+def _read(folder: Path, experiment: Experiment, layout: start.Layout, stage: int, step: int) -> Params:
     """The parameters at one place of a run. Raises Damaged, or UserError where the frozen ones are."""
     scratch = step and experiment.stages[stage].start == "scratch"
     base = start.base_folder(folder, experiment, 0 if scratch else stage)
@@ -363,9 +322,7 @@ def _read(
     try:
         never = checkpoints.read(frozen, {"never": layout.never})[0]["never"]
     except Damaged as damage:
-        raise UserError(
-            f"the frozen parameters are damaged ({damage}); `lionjax train` makes them anew"
-        ) from damage
+        raise UserError(f"the frozen parameters are damaged ({damage}); `lionjax train` makes them anew") from damage
     return trees.merge(never, learned)
 
 
@@ -374,9 +331,7 @@ def of_weights(folder: Path, mesh: Mesh) -> Model:
     ours = convert.holds_params(folder)
     source = None if ours else systems.open_source(folder)
     recorded = convert.open_params(folder)[0] if ours else source.config
-    roots = [folder, folder / convert.ORIGIN] + (
-        [source.folder] if source and source.folder else []
-    )
+    roots = [folder, folder / convert.ORIGIN] + ([source.folder] if source and source.folder else [])
     experiment = recorded if isinstance(recorded, Experiment) else released(recorded, folder)
     model = of_params(with_tokenizers(experiment, roots, recorded is experiment), {}, None, mesh)
     key = jax.random.key(0)
@@ -392,13 +347,9 @@ def of_weights(folder: Path, mesh: Mesh) -> Model:
 def released(system: System, folder: Path) -> Experiment:
     """What goes with weights that come with a system's sizes alone: its own processor, and LION's settings."""
     if not hasattr(system, "prefill"):
-        raise UserError(
-            f"{folder} holds a {type(system).__name__}, a part of a system that cannot answer alone"
-        )
+        raise UserError(f"{folder} holds a {type(system).__name__}, a part of a system that cannot answer alone")
     processor = ProcessorConfig(image_size=system.vision.image, **asked_as(system))
-    return Experiment(
-        folder.name, system, DataConfig(processor=processor), stages=(), answer=RELEASED
-    )
+    return Experiment(folder.name, system, DataConfig(processor=processor), stages=(), answer=RELEASED)
 
 
 def asked_as(system: System) -> dict:
@@ -429,21 +380,13 @@ def with_tokenizers(experiment: Experiment, roots: Sequence[Path], recorded: boo
     """The experiment with the tokenizers that lie in a model's folder, else (where `recorded`) those it names."""
     found = {}
     for field, inside in tokenizer_folders(experiment.system).items():
-        names = [
-            root / inside
-            for root in roots
-            if any((root / inside / f).is_file() for f in tokenizer.FILES)
-        ]
+        names = [root / inside for root in roots if any((root / inside / f).is_file() for f in tokenizer.FILES)]
         if not names and not recorded:
             where = f"{roots[0]}/{inside}".rstrip("/")
-            raise UserError(
-                f"{where} has no tokenizer; put one of {', '.join(tokenizer.FILES)} there"
-            )
+            raise UserError(f"{where} has no tokenizer; put one of {', '.join(tokenizer.FILES)} there")
         found |= {field: str(names[0])} if names else {}
     processor = dataclasses.replace(experiment.data.processor, **found)
-    return dataclasses.replace(
-        experiment, data=dataclasses.replace(experiment.data, processor=processor)
-    )
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, processor=processor))
 
 
 def example(processor: Processor) -> Batch:

@@ -63,9 +63,7 @@ def merge(*trees: Params) -> Params:
     for tree in trees:
         part = flatten(tree)
         if both := flat.keys() & part.keys():
-            raise ValueError(
-                f"{len(both)} parameters stand in two trees, for example {min(both)!r}"
-            )
+            raise ValueError(f"{len(both)} parameters stand in two trees, for example {min(both)!r}")
         flat |= part
     return unflatten(flat)
 
@@ -93,7 +91,5 @@ def describe(params: Params, depth: int = 2) -> str:
     lines = []
     for path, leaves in groups.items():
         scalars = sum(int(np.prod(leaf.shape)) for leaf in leaves)
-        lines.append(
-            f"{path:40} {scalars:>14,}  {' '.join(sorted({str(leaf.dtype) for leaf in leaves}))}"
-        )
+        lines.append(f"{path:40} {scalars:>14,}  {' '.join(sorted({str(leaf.dtype) for leaf in leaves}))}")
     return "\n".join(lines)

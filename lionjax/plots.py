@@ -90,12 +90,7 @@ def box_of(mask: np.ndarray | None) -> tuple[float, float, float, float]:
     if not len(rows):
         return 0.0, 0.0, 1.0, 1.0
     high, wide = mask.shape
-    return (
-        columns.min() / wide,
-        rows.min() / high,
-        (columns.max() + 1) / wide,
-        (rows.max() + 1) / high,
-    )
+    return (columns.min() / wide, rows.min() / high, (columns.max() + 1) / wide, (rows.max() + 1) / high)
 
 
 def tinted(picture: Image.Image, mask: np.ndarray, colour: str, inside: float) -> Image.Image:
@@ -209,8 +204,14 @@ def loss_curves(rows: Sequence[Mapping], dark: bool = False):
         axis.plot(step, smooth(loss), color=look["curve"], linewidth=2)
         axis.set_title(name, loc="left", fontsize=11, color=look["ink"])
         axis.set_xlabel("step")
-        axis.annotate(f"{smooth(loss)[-1]:.2f}", (step[-1], smooth(loss)[-1]), (4, 0),
-                      textcoords="offset points", va="center", color=look["ink"])  # fmt: skip
+        axis.annotate(
+            f"{smooth(loss)[-1]:.2f}",
+            (step[-1], smooth(loss)[-1]),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            color=look["ink"],
+        )
     axes[0].set_ylabel("loss")
     return figure
 
@@ -234,9 +235,7 @@ def router_ratios(ratios: Mapping[str, np.ndarray], tasks: Sequence[str], dark: 
         for (row, column), value in np.ndenumerate(flat):
             ink = contrast(to_hex(colours(shown.norm(value))))
             axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
-        words = [
-            f"{task.replace('_', ' ')}\nadapter {a}" for task in tasks for a in range(adapters)
-        ]
+        words = [f"{task.replace('_', ' ')}\nadapter {a}" for task in tasks for a in range(adapters)]
         axis.set_xticks(range(len(words)), words, fontsize=8)
         axis.set_yticks(range(layers), range(layers))
         axis.set_title(name, loc="left", fontsize=11, color=look["ink"])

@@ -41,10 +41,7 @@ class GenerateConfig:
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "beams": (self.beams >= 1, "at least 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 means none)"),
-            "temperature": (
-                self.temperature > 0,
-                "above 0 (for the likeliest words set sample to false)",
-            ),
+            "temperature": (self.temperature > 0, "above 0 (for the likeliest words set sample to false)"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
         }
@@ -52,9 +49,7 @@ class GenerateConfig:
             if not right:
                 raise UserError(f"generate.{name} is {getattr(self, name)} but must be {wish}")
         if self.sample and self.beams > 1:
-            raise UserError(
-                f"sampling with {self.beams} beams is not offered; set beams to 1 or sample to false"
-            )
+            raise UserError(f"sampling with {self.beams} beams is not offered; set beams to 1 or sample to false")
 
 
 @pytree
@@ -89,9 +84,7 @@ def see(seen_RV: Array | None, token_R: Array) -> Array | None:
     return seen_RV.at[jnp.arange(len(token_R)), token_R].set(True)
 
 
-def rule(
-    scores_RV: Array, seen_RV: Array | None, step: Array | int, config: GenerateConfig
-) -> Array:
+def rule(scores_RV: Array, seen_RV: Array | None, step: Array | int, config: GenerateConfig) -> Array:
     """Scores after the repetition penalty (arXiv 1909.05858) and the ban on an early end.
 
     `step` is the number of tokens generated so far. The penalty multiplies a negative score and divides a positive one.
@@ -132,9 +125,7 @@ def draw(scores_BV: Array, config: GenerateConfig, key: Array) -> Array:
     """One token per row, drawn from `candidates`."""
     scores_Bk, ids_Bk = candidates(scores_BV, config)
     place_B = jax.random.categorical(key, scores_Bk).astype(jnp.int32)
-    return (
-        place_B if ids_Bk is None else jnp.take_along_axis(ids_Bk, place_B[:, None], axis=1)[:, 0]
-    )
+    return place_B if ids_Bk is None else jnp.take_along_axis(ids_Bk, place_B[:, None], axis=1)[:, 0]
 
 
 def best(scores_BV: Array) -> Array:

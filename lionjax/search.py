@@ -138,9 +138,7 @@ def grow(logits_RV: Array, cache: Cache, beams: Beams, config: GenerateConfig) -
         chosen_BC = jnp.take_along_axis(logprob_RV.reshape(rows, -1), place_BC, axis=1)
         text["logprob"] = text["logprob"].at[:, :, step].set(chosen_BC)
     if (kept := scoring.kept(cache)) is not None:
-        beams_first = jax.tree.map(
-            lambda leaf: leaf.reshape(rows, config.beams, *leaf.shape[1:]), kept
-        )
+        beams_first = jax.tree.map(lambda leaf: leaf.reshape(rows, config.beams, *leaf.shape[1:]), kept)
         text["kept"] = take(beams_first, parent_BC)
     ends_BC = (token_BC == config.eos) | (step + 1 == config.max_new_tokens)
     closed = close(beams, text, score_BC, ends_BC, config)
@@ -156,9 +154,7 @@ def grow(logits_RV: Array, cache: Cache, beams: Beams, config: GenerateConfig) -
     return Beams(cache, now, closed, settled_B, step + 1)
 
 
-def close(
-    beams: Beams, text: dict, score_BC: Array, ends_BC: Array, config: GenerateConfig
-) -> Closed:
+def close(beams: Beams, text: dict, score_BC: Array, ends_BC: Array, config: GenerateConfig) -> Closed:
     """The K best of the closed hypotheses and of those that end now among the K best continuations."""
     old, k = beams.closed, config.beams
     ends_BK = ends_BC[:, :k] & ~beams.settled_B[:, None]
@@ -175,7 +171,4 @@ def close(
 
 def over(config: GenerateConfig) -> Array:
     """length ** length_penalty for the lengths 1, 2, ... max_new_tokens, rounded once."""
-    return jnp.asarray(
-        np.arange(1, config.max_new_tokens + 1, dtype=np.float64) ** config.length_penalty,
-        jnp.float32,
-    )
+    return jnp.asarray(np.arange(1, config.max_new_tokens + 1, dtype=np.float64) ** config.length_penalty, jnp.float32)

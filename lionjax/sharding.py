@@ -67,9 +67,7 @@ class MeshConfig:
         if -1 in sizes and devices % known == 0:
             sizes[sizes.index(-1)] = devices // known
         if int(np.prod(sizes)) != devices:
-            raise UserError(
-                f"mesh {self} does not fit {devices} devices; set mesh.data=-1 to take what is left"
-            )
+            raise UserError(f"mesh {self} does not fit {devices} devices; set mesh.data=-1 to take what is left")
         return tuple(sizes)
 
 
@@ -90,9 +88,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
 _said: set[tuple] = set()
 
 
-def spec(
-    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, what: str = "an array"
-) -> PartitionSpec:
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, what: str = "an array") -> PartitionSpec:
     """The mesh axes of an array with these logical axes, without those that do not divide its shape."""
     used: set[str] = set()
     parts = []
@@ -116,9 +112,7 @@ def constrain(x, *axes: str | None):
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(
-        x, NamedSharding(mesh, spec(axes, x.shape, mesh, "activation"))
-    )
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, "activation")))
 
 
 def rows_beside(rows: int, most: int) -> int:
@@ -151,9 +145,7 @@ def shardings(boxed: Params, mesh: Mesh) -> Params:
             return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh, name))
 
-    return jax.tree_util.tree_map_with_path(
-        one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
-    )
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def layer_axes(boxed: Params) -> dict[str, int]:
@@ -169,9 +161,7 @@ def abstract(init: Callable, *args, mesh: Mesh | None = None) -> Params:
     if mesh is None:
         return shapes
     return jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-        shapes,
-        shardings(boxed, mesh),
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings(boxed, mesh)
     )
 
 
@@ -184,9 +174,7 @@ def init(init: Callable, *args, mesh: Mesh | None = None) -> Params:
 def place(tree: Params, like: Params) -> Params:
     """Arrays of one tree laid out as another (of ShapeDtypeStructs with shardings, or arrays)."""
     flat, target = trees.flatten(tree), trees.flatten(like)
-    return trees.unflatten(
-        {path: jax.device_put(leaf, target[path].sharding) for path, leaf in flat.items()}
-    )
+    return trees.unflatten({path: jax.device_put(leaf, target[path].sharding) for path, leaf in flat.items()})
 
 
 @functools.lru_cache

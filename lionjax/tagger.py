@@ -127,9 +127,7 @@ class Tagger:
         picture = pictures.as_picture(image)
         return np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))
 
-    def with_tags(
-        self, words: Sequence[str], label_VC, thresholds: float | Sequence[float] = THRESHOLD
-    ) -> Tagger:
+    def with_tags(self, words: Sequence[str], label_VC, thresholds: float | Sequence[float] = THRESHOLD) -> Tagger:
         """The same eyes for other tags, each known by CLIP's embedding of its name (V, label_width).
 
         RAM's are averages over prompts such as "a photo of a ...", of length 1. Raises UserError where lengths differ.

@@ -43,14 +43,10 @@ class Row:
 
     def __post_init__(self):
         if self.also and len(self.names) != 1:
-            raise ValueError(
-                f"row {self.names} has several tensors; only a single one may have other names"
-            )
+            raise ValueError(f"row {self.names} has several tensors; only a single one may have other names")
         letters = {Template.of(name).letters for name in (*self.names, *self.also)}
         if len(letters) != 1:
-            raise ValueError(
-                f"the torch names {(*self.names, *self.also)} do not hold the same letters"
-            )
+            raise ValueError(f"the torch names {(*self.names, *self.also)} do not hold the same letters")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,10 +81,7 @@ def under(torch: str, flax: str, rows: Iterable[Row]) -> tuple[Row, ...]:
     def put(prefix, name):
         return prefix + name if isinstance(name, str) else tuple(prefix + part for part in name)
 
-    return tuple(
-        Row(put(torch, row.torch), put(flax, row.flax), row.op, put(torch, row.also))
-        for row in rows
-    )
+    return tuple(Row(put(torch, row.torch), put(flax, row.flax), row.op, put(torch, row.also)) for row in rows)
 
 
 def renamed(rows: Iterable[Row], *pairs: tuple[str, str]) -> tuple[Row, ...]:
@@ -96,11 +89,7 @@ def renamed(rows: Iterable[Row], *pairs: tuple[str, str]) -> tuple[Row, ...]:
 
     def put(name):
         for old, new in pairs:
-            name = (
-                name.replace(old, new)
-                if isinstance(name, str)
-                else tuple(part.replace(old, new) for part in name)
-            )
+            name = name.replace(old, new) if isinstance(name, str) else tuple(part.replace(old, new) for part in name)
         return name
 
     return tuple(Row(put(row.torch), row.flax, row.op, put(row.also)) for row in rows)
@@ -117,12 +106,8 @@ def permuted(name: str, *axes: int) -> Op:
 
 same = Op("same", lambda w: w, lambda w: w)
 linear = permuted("linear", 1, 0)  # (out, in) -> (in, out)
-conv = permuted(
-    "conv", 2, 3, 1, 0
-)  # (out, in, high, wide) -> (high, wide, in, out); also patch kernels
-conv_transpose = permuted(
-    "conv_transpose", 2, 3, 0, 1
-)  # (in, out, high, wide) -> (high, wide, in, out)
+conv = permuted("conv", 2, 3, 1, 0)  # (out, in, high, wide) -> (high, wide, in, out); also patch kernels
+conv_transpose = permuted("conv_transpose", 2, 3, 0, 1)  # (in, out, high, wide) -> (high, wide, in, out)
 squeeze = Op("squeeze", lambda w: w.reshape(w.shape[1:]), lambda w: w[None])  # (1, ...) -> (...)
 
 
@@ -239,9 +224,7 @@ def constant(torch: str, value) -> Row:
 
     def to_flax(w):
         if w.dtype != make().dtype or not np.array_equal(w, make()):
-            raise ValueError(
-                f"it is a constant of {make().dtype} {make().shape} and holds something else"
-            )
+            raise ValueError(f"it is a constant of {make().dtype} {make().shape} and holds something else")
         return ()
 
     return Row(torch, (), Op("constant", to_flax, make))
@@ -254,23 +237,17 @@ def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
     buffer: numpy alone would fetch a cache line for each number, and rows of 8192 bytes fight for the same lines.
     """
     if target.dtype != source.dtype or target.shape != source.shape:
-        raise ValueError(
-            f"{source.dtype} {source.shape} does not go into {target.dtype} {target.shape} as it is"
-        )
+        raise ValueError(f"{source.dtype} {source.shape} does not go into {target.dtype} {target.shape} as it is")
     if target.dtype.itemsize <= 8:
         word = np.dtype(f"u{target.dtype.itemsize}")
         target, source = target.view(word), np.asarray(source).view(word)
     shape, strides = _merged_axes(source)
-    if not (
-        len(shape) == 2 and strides[0] == source.itemsize < strides[1] and target.flags.c_contiguous
-    ):
+    if not (len(shape) == 2 and strides[0] == source.itemsize < strides[1] and target.flags.c_contiguous):
         np.copyto(target, source)
         return
     target = target.reshape(shape)
     rows = np.lib.stride_tricks.as_strided(source, shape, strides, writeable=False).T
-    buffer = np.empty(
-        (TILE, TILE + 64 // source.itemsize), source.dtype
-    )  # the odd width keeps lines apart
+    buffer = np.empty((TILE, TILE + 64 // source.itemsize), source.dtype)  # the odd width keeps lines apart
     for a in range(0, shape[1], TILE):
         for b in range(0, shape[0], TILE):
             part = rows[a : a + TILE, b : b + TILE]
@@ -322,9 +299,7 @@ class Template:
         sums = tuple(_sum(inside, text) for inside in pieces[1::2])
         letters = [letter for terms, _, _ in sums for letter, _ in terms]
         if len(set(letters)) != len(letters):
-            raise ValueError(
-                f"torch name {text!r} holds a letter twice; give each its own of i, j, k"
-            )
+            raise ValueError(f"torch name {text!r} holds a letter twice; give each its own of i, j, k")
         literal = [re.escape(piece) for piece in pieces[::2]]
         regex = re.compile("([0-9]{1,9})".join(literal))
         return Template(text, "".join(sorted(letters)), regex, sums)
@@ -336,9 +311,7 @@ class Template:
     def fill(self, index: tuple[int, ...]) -> str:
         """The torch name at these numbers (in the order of `letters`)."""
         value = dict(zip(self.letters, index, strict=True))
-        numbers = iter(
-            sum(step * value[x] for x, step in terms) + plus for terms, plus, _ in self.sums
-        )
+        numbers = iter(sum(step * value[x] for x, step in terms) + plus for terms, plus, _ in self.sums)
         return re.sub(r"\{[^{}]*\}", lambda _: str(next(numbers)), self.text)
 
     def match(self, name: str) -> tuple[int, ...] | None:
@@ -369,11 +342,7 @@ def _sum(inside: str, text: str) -> tuple:
     terms.sort(key=lambda term: -term[1])
     bound = int(parsed[2]) if parsed and parsed[2] else None
     if not terms or len(terms) > 2 or any(step < 1 for _, step in terms):
-        raise ValueError(
-            f"braces {{{inside}}} in torch name {text!r}: want a sum such as i, 2i+1 or 8i+j<7"
-        )
+        raise ValueError(f"braces {{{inside}}} in torch name {text!r}: want a sum such as i, 2i+1 or 8i+j<7")
     if len(terms) == 2 and (bound is None or terms[0][1] < bound * terms[1][1]):
-        raise ValueError(
-            f"braces {{{inside}}} in torch name {text!r}: the second letter wants a bound, as in 8i+j<7"
-        )
+        raise ValueError(f"braces {{{inside}}} in torch name {text!r}: the second letter wants a bound, as in 8i+j<7")
     return tuple(terms), offset, bound

@@ -22,19 +22,48 @@ def system_of(config: dict, objective: str = "language") -> NextChat:
     v, t, s, names = (config[name] for name in ("vision", "llama", "sam", "tokens"))
     return NextChat(
         vision=ViTConfig(
-            v["image_size"], v["patch_size"], v["width"], v["depth"], v["heads"], v["mlp_width"], v["layer_norm_eps"],
-            v["activation"], biases="qkvo", patch_bias=False, norm_before=True, norm_after=True,
+            v["image_size"],
+            v["patch_size"],
+            v["width"],
+            v["depth"],
+            v["heads"],
+            v["mlp_width"],
+            v["layer_norm_eps"],
+            v["activation"],
+            biases="qkvo",
+            patch_bias=False,
+            norm_before=True,
+            norm_after=True,
         ),
         language=DecoderConfig(
-            t["vocab_size"], t["width"], t["layers"], t["heads"], t["kv_heads"], t["width"] // t["heads"],
-            t["mlp_width"], t["rms_norm_eps"], rope_theta=t["rope_theta"], tied=t["tie_word_embeddings"],
+            t["vocab_size"],
+            t["width"],
+            t["layers"],
+            t["heads"],
+            t["kv_heads"],
+            t["width"] // t["heads"],
+            t["mlp_width"],
+            t["rms_norm_eps"],
+            rope_theta=t["rope_theta"],
+            tied=t["tie_word_embeddings"],
         ),
         sam=SamConfig(
-            s["image_size"], s["patch_size"], s["width"], s["depth"], s["heads"], s["width"] * s["mlp_ratio"],
-            s["window_size"], tuple(s["global_attention_layers"]), s["out_channels"],
-            mask_channels=s["mask_in_channels"], decoder_depth=s["decoder_layers"], decoder_heads=s["decoder_heads"],
+            s["image_size"],
+            s["patch_size"],
+            s["width"],
+            s["depth"],
+            s["heads"],
+            s["width"] * s["mlp_ratio"],
+            s["window_size"],
+            tuple(s["global_attention_layers"]),
+            s["out_channels"],
+            mask_channels=s["mask_in_channels"],
+            decoder_depth=s["decoder_layers"],
+            decoder_heads=s["decoder_heads"],
             decoder_hidden=s["decoder_mlp_width"],
-            masks=1 + s["multimask_outputs"], iou_depth=s["iou_head_depth"], iou_hidden=s["iou_head_width"],
+            masks=1 + s["multimask_outputs"],
+            iou_depth=s["iou_head_depth"],
+            iou_hidden=s["iou_head_width"],
         ),
         feature_layer=v["feature_layer"],
         projector_depth=config["projector"]["depth"],
@@ -46,7 +75,7 @@ def system_of(config: dict, objective: str = "language") -> NextChat:
         location_token=names["location"],
         objective=objective,
         losses="original",
-    )  # fmt: skip
+    )
 
 
 def batch_of(arrays, config: dict) -> tuple[Batch, np.ndarray]:
@@ -70,12 +99,21 @@ def batch_of(arrays, config: dict) -> tuple[Batch, np.ndarray]:
         for place in np.flatnonzero((ids[b] == names["trigger"]) & (labels[b] > 0)):
             masks[b, boxes[b, :place].sum()] = next(targets)[0] > 0
     batch = Batch(
-        image_BHWC=arrays["image"].transpose(0, 2, 3, 1), prompt_BL=text["prompt"], prompt_mask_BL=text["prompt_mask"],
-        question_BL=None, question_mask_BL=None, target_BM=text["target"], target_mask_BM=text["target_mask"],
-        loss_mask_BM=text["loss_mask"], task_B=np.zeros(rows, np.int32), record_B=np.arange(rows, dtype=np.int32),
-        boxes_BK4=box, boxes_mask_BK=box_mask, masks_BKHW=masks,
+        image_BHWC=arrays["image"].transpose(0, 2, 3, 1),
+        prompt_BL=text["prompt"],
+        prompt_mask_BL=text["prompt_mask"],
+        question_BL=None,
+        question_mask_BL=None,
+        target_BM=text["target"],
+        target_mask_BM=text["target_mask"],
+        loss_mask_BM=text["loss_mask"],
+        task_B=np.zeros(rows, np.int32),
+        record_B=np.arange(rows, dtype=np.int32),
+        boxes_BK4=box,
+        boxes_mask_BK=box_mask,
+        masks_BKHW=masks,
         sam_image_BHWC=arrays["sam_image"].transpose(0, 2, 3, 1),
-    )  # fmt: skip
+    )
     return batch, prompts
 
 
@@ -128,10 +166,13 @@ def compute(folder: Path) -> Golden:
     for name in ("last_hidden", "logits"):
         ours[name] = in_one_row(np.asarray(said[name]), batch, prompts, theirs[name])
     ours |= {
-        "loss_total": loss, "loss_lm": metrics["loss_text"], "loss_box": metrics["loss_l1"] + metrics["loss_giou"],
-        "loss_cycle_hidden": metrics["loss_cycle_state"], "loss_cycle_box": metrics["loss_cycle_box"],
+        "loss_total": loss,
+        "loss_lm": metrics["loss_text"],
+        "loss_box": metrics["loss_l1"] + metrics["loss_giou"],
+        "loss_cycle_hidden": metrics["loss_cycle_state"],
+        "loss_cycle_box": metrics["loss_cycle_box"],
         "stage3_loss": mask_loss,
-    }  # fmt: skip
+    }
     rows = words.torch_rows()
     gradients = {
         f"stage{number}": convert.state_from(rows, jax.tree.map(np.asarray, grads))
@@ -172,5 +213,3 @@ def in_one_row(made, batch: Batch, prompts, like):
         answer = int(batch.target_mask_BM[b].sum())
         moved[b, :start], moved[b, start : start + answer] = made[b, :start], made[b, L : L + answer]
     return moved
-
-

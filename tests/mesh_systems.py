@@ -32,35 +32,54 @@ T5 = dataclasses.replace(small_lion.SYSTEM.language, adapters=None)
 QFORMER = small_lion.SYSTEM.qformer
 DECODER = dataclasses.replace(small_places.DECODER, adapters=None)
 READS_ON = dataclasses.replace(
-    small_lion.PROCESSOR,
-    reader="decoder",
-    tags=False,
-    template="{image} {question}",
-    image_token=21,
+    small_lion.PROCESSOR, reader="decoder", tags=False, template="{image} {question}", image_token=21
 )
 LLAVA = Prefix(VISION, DECODER, image_token=21)
 BLIP2 = Prefix(
-    VISION, DECODER, dataclasses.replace(QFORMER, text=False), feature_layer=-1, class_token=True, vision_eps=1e-6,
-    projector_depth=1, image_token=21,
-)  # fmt: skip
+    VISION,
+    DECODER,
+    dataclasses.replace(QFORMER, text=False),
+    feature_layer=-1,
+    class_token=True,
+    vision_eps=1e-6,
+    projector_depth=1,
+    image_token=21,
+)
 INSTRUCTBLIP = dataclasses.replace(BLIP2, language=T5, qformer=QFORMER, image_token=None)
 MPLUG_OWL = dataclasses.replace(
-    LLAVA, latents=AbstractorConfig(16, 2, 2, 24, 4, dropout=0.0), class_token=True, projector_depth=1, closing=True,
+    LLAVA,
+    latents=AbstractorConfig(16, 2, 2, 24, 4, dropout=0.0),
+    class_token=True,
+    projector_depth=1,
+    closing=True,
     names="original",
-)  # fmt: skip
+)
 KOSMOS2 = dataclasses.replace(
-    LLAVA, latents=ProjectionConfig(16, 32, 2, 4), class_token=True, projector_depth=0, unit=True,
+    LLAVA,
+    latents=ProjectionConfig(16, 32, 2, 4),
+    class_token=True,
+    projector_depth=0,
+    unit=True,
     language=dataclasses.replace(
-        KOSMOS2_TEXT, vocab=1024, width=32, layers=2, heads=2, kv_heads=2, head=16, hidden=48, dropout=0.0,
-        pad_token=0, end_token=1, position_offset=1,
+        KOSMOS2_TEXT,
+        vocab=1024,
+        width=32,
+        layers=2,
+        heads=2,
+        kv_heads=2,
+        head=16,
+        hidden=48,
+        dropout=0.0,
+        pad_token=0,
+        end_token=1,
+        position_offset=1,
     ),
-)  # fmt: skip
+)
 FROZEN = dataclasses.replace(LLAVA, words=2, projector_depth=1, names="original")
 BLIP2_FIRST = Blip2First(VISION, QFORMER, shared=8, start_token=4, write_token=5)
 FLAMINGO = Flamingo(
-    VISION, ResamplerConfig(16, 2, 2, 8, 24, 4),
-    dataclasses.replace(DECODER, cross=CrossConfig(1, 16, 2, 8, 32)), 21,
-)  # fmt: skip
+    VISION, ResamplerConfig(16, 2, 2, 8, 24, 4), dataclasses.replace(DECODER, cross=CrossConfig(1, 16, 2, 8, 32)), 21
+)
 CAPTIONS = (("caption", 1.0), ("vqa", 1.0))
 
 

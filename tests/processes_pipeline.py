@@ -30,9 +30,7 @@ def get_config():
                 image_size=SIDE, template="USER: {image} {question} ASSISTANT:", image_token=PATCH_TOKEN, **text
             ),
         ),
-        stages=(
-            Stage("one", 4, ("projector", "language"), (("vqa", 1.0),), 8, learning_rate=1e-2, warmup_steps=1),
-        ),
+        stages=(Stage("one", 4, ("projector", "language"), (("vqa", 1.0),), 8, learning_rate=1e-2, warmup_steps=1),),
         run=RunConfig(log_every=1, save_every=2, frozen_dtype="float32", evaluate_limit=0),
         mesh=MeshConfig(-1, 1, 1),
     )

@@ -80,9 +80,7 @@ def heard(question, templates, **fields):
     for template in templates:
         pieces = re.split(r"{(\w+)}", template)
         parts = [
-            f"(?P<{part.lower()}>{patterns.get(part.lower(), '.+')})"
-            if odd % 2
-            else re.escape(part)
+            f"(?P<{part.lower()}>{patterns.get(part.lower(), '.+')})" if odd % 2 else re.escape(part)
             for odd, part in enumerate(pieces)
         ]
         found = re.fullmatch("".join(parts), question)

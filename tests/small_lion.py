@@ -31,11 +31,19 @@ SYSTEM = Lion(
     ),
     aggregator=AggregatorConfig(2, (1, 0), width=16, heads=2, hidden=24, dropout=0.0, projector=24),
     language=T5Config(
-        vocab=1024, width=32, head=8, heads=2, hidden=48, encoder_layers=2, decoder_layers=2, dropout=0.0,
-        activation="gelu", adapters=AdapterConfig(8),
+        vocab=1024,
+        width=32,
+        head=8,
+        heads=2,
+        hidden=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        dropout=0.0,
+        activation="gelu",
+        adapters=AdapterConfig(8),
     ),
     soft_prompt_token=3,
-)  # fmt: skip
+)
 PROCESSOR = ProcessorConfig(image_size=SIDE, prompt_length=128, question_length=64, target_length=24)
 QFORMER, AGGREGATOR = ("qformer.*", "soft_prompt"), ("aggregator.*", ".*/adapter_0")
 

@@ -18,26 +18,52 @@ from lionjax.vision.sam import SamConfig
 
 TRIGGER, LOCATION = 19, 20  # of the tiny tokenizer
 SAM = SamConfig(
-    image=32, patch=8, width=8, depth=2, heads=2, hidden=12, window=2, global_layers=(1,), channels=8,
-    mask_channels=4, decoder_heads=2, decoder_hidden=8, iou_hidden=8,
-)  # fmt: skip
+    image=32,
+    patch=8,
+    width=8,
+    depth=2,
+    heads=2,
+    hidden=12,
+    window=2,
+    global_layers=(1,),
+    channels=8,
+    mask_channels=4,
+    decoder_heads=2,
+    decoder_hidden=8,
+    iou_hidden=8,
+)
 DECODER = DecoderConfig(
-    vocab=1024, width=32, layers=2, heads=2, kv_heads=2, head=16, hidden=48, end_token=1, adapters=AdapterConfig(8),
-)  # fmt: skip
+    vocab=1024, width=32, layers=2, heads=2, kv_heads=2, head=16, hidden=48, end_token=1, adapters=AdapterConfig(8)
+)
 NEXTCHAT = NextChat(
-    vision=small_lion.SYSTEM.vision, language=dataclasses.replace(DECODER, adapters=None), sam=SAM, feature_layer=-1,
-    location_hidden=16, mask_tokens=2, box_scale=32.0, image_token=21, trigger_token=TRIGGER, location_token=LOCATION,
+    vision=small_lion.SYSTEM.vision,
+    language=dataclasses.replace(DECODER, adapters=None),
+    sam=SAM,
+    feature_layer=-1,
+    location_hidden=16,
+    mask_tokens=2,
+    box_scale=32.0,
+    image_token=21,
+    trigger_token=TRIGGER,
+    location_token=LOCATION,
     max_boxes=3,
-)  # fmt: skip
+)
 FLAGSHIP = dataclasses.replace(
-    small_lion.SYSTEM, sam=SAM,
+    small_lion.SYSTEM,
+    sam=SAM,
     places=PlaceConfig(trigger_token=TRIGGER, location_token=LOCATION, location_hidden=16, mask_tokens=2, max_boxes=3),
-)  # fmt: skip
+)
 ONE_ROW = dataclasses.replace(FLAGSHIP, language=DECODER)
 PROCESSOR = ProcessorConfig(
-    image_size=SIDE, prompt_length=128, question_length=64, target_length=16, padded=True, places="embeddings",
-    boxes=4, sam_size=SAM.image,
-)  # fmt: skip
+    image_size=SIDE,
+    prompt_length=128,
+    question_length=64,
+    target_length=16,
+    padded=True,
+    places="embeddings",
+    boxes=4,
+    sam_size=SAM.image,
+)
 IN_ONE_ROW = dataclasses.replace(PROCESSOR, reader="decoder")
 WITH_PICTURE = dataclasses.replace(IN_ONE_ROW, template="{image} {question}", image_tokens=4, tags=False)
 MASKS = ("mask_prompts", "sam/decoder")

@@ -18,9 +18,7 @@ def test_shapes_have_the_parameters_that_their_names_say(shape):
     peer = accelerator.train_step.peer_of(s)
     shapes = jax.eval_shape(peer.system_of(s).init, jax.random.key(0), peer.batch_of(s))
     number = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
-    low, high = {"lion_xl": (3.8e9, 4.2e9), "nextchat_7b": (6.8e9, 7.2e9), "1b": (1.2e9, 1.6e9)}[
-        shape
-    ]
+    low, high = {"lion_xl": (3.8e9, 4.2e9), "nextchat_7b": (6.8e9, 7.2e9), "1b": (1.2e9, 1.6e9)}[shape]
     assert low < number < high
 
 
@@ -44,9 +42,7 @@ def test_products_of_an_update_are_those_that_one_writes_down():
     scores = s.language_layers * 2 * length * width
     text = 3 * 2 * s.batch * (length * (weights + scores) + s.target * width * s.vocab)
     found = accelerator.flops_of(s, system, shapes, batch)
-    assert text < found < 1.35 * text, (
-        "and the tower's, which are forward alone, and the projector's"
-    )
+    assert text < found < 1.35 * text, "and the tower's, which are forward alone, and the projector's"
 
 
 def test_rates_of_devices_go_by_what_they_call_themselves():
@@ -58,13 +54,7 @@ def test_rates_of_devices_go_by_what_they_call_themselves():
 
 
 def made(seconds, **more):
-    return {
-        "seconds": seconds,
-        "losses": [1.0],
-        "tokens": 1000,
-        "flops": 2e14,
-        "device": "NVIDIA H100",
-    } | more
+    return {"seconds": seconds, "losses": [1.0], "tokens": 1000, "flops": 2e14, "device": "NVIDIA H100"} | more
 
 
 def test_a_size_that_does_not_fit_is_said_and_the_rest_is_in_the_table():
@@ -95,9 +85,7 @@ def test_memory_that_runs_out_is_a_result(monkeypatch):
 
     monkeypatch.setattr(accelerator, "train_ours", full)
     asked = accelerator.arguments(["--size", "tiny"])
-    assert accelerator.guarded(asked, "train", "1b", "lionjax") == {
-        "failed": "does not fit into memory"
-    }
+    assert accelerator.guarded(asked, "train", "1b", "lionjax") == {"failed": "does not fit into memory"}
 
 
 def test_it_works_without_torch_and_without_what_reads_data_and_words():

@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lionjax.evaluation.answers import (
-    normalise_answer,
-    pope_scores,
-    read_pope,
-    read_yes_no,
-    vqa_accuracy,
-    vsr_accuracy,
-)
+from lionjax.evaluation.answers import normalise_answer, pope_scores, read_pope, read_yes_no, vqa_accuracy, vsr_accuracy
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data beside the checkout")
@@ -69,9 +62,7 @@ def test_raw_references_miss_a_number_word_as_the_official_code_does():
 
 
 @needs_data
-@pytest.mark.parametrize(
-    ("name", "both", "raw"), [("textvqa", 0.98452, 0.93694), ("vizwiz", 0.94110, 0.94017)]
-)
+@pytest.mark.parametrize(("name", "both", "raw"), [("textvqa", 0.98452, 0.93694), ("vizwiz", 0.94110, 0.94017)])
 def test_the_majority_answer_scores_as_leaving_out_each_of_ten_people(name, both, raw):
     with gzip.open(DATA / "vqa" / f"{name}_val_annotations_vqa_format.json.gz") as file:
         notes = json.load(file)["annotations"]
@@ -137,9 +128,7 @@ def test_always_yes_on_the_real_pope_questions_has_half_accuracy_and_full_recall
     lines = (DATA / "pope" / "coco_pope_random.json").read_text().splitlines()
     labels = [json.loads(line)["label"] == "yes" for line in lines]
     scores = pope_scores([read_pope("Yes")] * len(labels), labels)
-    assert scores == pytest.approx(
-        dict(accuracy=0.5, precision=0.5, recall=1, f1=2 / 3, yes_ratio=1), abs=0.02
-    )
+    assert scores == pytest.approx(dict(accuracy=0.5, precision=0.5, recall=1, f1=2 / 3, yes_ratio=1), abs=0.02)
 
 
 def test_vsr_counts_an_unread_answer_as_wrong():

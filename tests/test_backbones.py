@@ -39,7 +39,7 @@ CONFIG = BackbonesConfig(
     vision_batch=8,
     align_steps=160,
     align_rate=5e-3,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +88,9 @@ def test_what_a_vit_was_aligned_with_can_stay_while_the_t5_learns_on(reader):
     batch = functools.partial(language_batch, CONFIG, made, told, rng, processor)
     schedule = LanguageSchedule(3, 1e-2, hinted=0.0, text=0.0, words_stay=True)
     one_length = lambda how, group, rows: batch(how, "short", rows)  # noqa: E731 compiled once
-    learned = learn_language(
-        CONFIG, schedule, model, jax.tree.map(np.copy, params), one_length, rng, judge=None
-    )
+    learned = learn_language(CONFIG, schedule, model, jax.tree.map(np.copy, params), one_length, rng, judge=None)
     told_before, told_after = (
-        np.asarray(model.apply({"params": p}, *reader[2], method=model.tell))
-        for p in (params, learned)
+        np.asarray(model.apply({"params": p}, *reader[2], method=model.tell)) for p in (params, learned)
     )
     np.testing.assert_array_equal(told_after, told_before)
     before, after = params["language"], learned["language"]

@@ -11,15 +11,20 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import convert  # noqa: E402
-from lionjax.convert.files import open_weights  # noqa: E402
-from lionjax.language import bert  # noqa: E402
-from lionjax.language.bert import Bert, BertConfig  # noqa: E402
+from lionjax import convert
+from lionjax.convert.files import open_weights
+from lionjax.language import bert
+from lionjax.language.bert import Bert, BertConfig
 
 SIZES = dict(
-    vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
-    max_position_embeddings=20, type_vocab_size=3,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=40,
+    max_position_embeddings=20,
+    type_vocab_size=3,
+)
 
 
 def shaken(module):
@@ -90,17 +95,11 @@ def test_the_encoder_inside_a_model_with_heads_is_read_and_the_heads_are_named(t
     np.testing.assert_array_equal(first, states[:, 0])
 
 
-def test_a_bert_comes_back_as_a_folder_that_transformers_loads_without_a_key_missing(
-    tiny, tmp_path
-):
+def test_a_bert_comes_back_as_a_folder_that_transformers_loads_without_a_key_missing(tiny, tmp_path):
     _, theirs, config, params = tiny
     convert.to_torch(config, params, tmp_path / "torch")
-    back, info = transformers.BertModel.from_pretrained(
-        tmp_path / "torch", output_loading_info=True
-    )
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        info
-    )
+    back, info = transformers.BertModel.from_pretrained(tmp_path / "torch", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     one, other = theirs.state_dict(), back.state_dict()
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -126,11 +125,7 @@ def test_minilm_as_published_gives_transformers_sentences_and_comes_back_to_the_
     assert coverage.system == "bert" and set(coverage.ignored) <= {"embeddings.position_ids"}
     config, params = convert.load_params(tmp_path / "ours")
     assert config == bert.MINILM_L6
-    texts = [
-        "A dog runs over the beach.",
-        "A puppy plays by the sea.",
-        "The stock market fell on Monday.",
-    ]
+    texts = ["A dog runs over the beach.", "A puppy plays by the sea.", "The stock market fell on Monday."]
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     asked = tokenizer(texts, padding=True, return_tensors="np")
     ids, mask = asked["input_ids"], asked["attention_mask"]

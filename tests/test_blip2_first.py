@@ -13,19 +13,19 @@ from test_golden import assert_close
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, normalize  # noqa: E402
+from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, normalize
 
-from lionjax import convert, sharding  # noqa: E402
-from lionjax import params as trees  # noqa: E402
-from lionjax.bridges import qformer  # noqa: E402
-from lionjax.bridges.qformer import QFormerConfig  # noqa: E402
-from lionjax.generate import GenerateConfig, generate  # noqa: E402
-from lionjax.interfaces import Batch  # noqa: E402
-from lionjax.layers import dense_rows, norm_rows  # noqa: E402
-from lionjax.systems.blip2 import Blip2First  # noqa: E402
-from lionjax.vision import vit  # noqa: E402
-from lionjax.vision.vit import ViTConfig  # noqa: E402
-from lionjax.weight_rows import Row, renamed, under  # noqa: E402
+from lionjax import convert, sharding
+from lionjax import params as trees
+from lionjax.bridges import qformer
+from lionjax.bridges.qformer import QFormerConfig
+from lionjax.generate import GenerateConfig, generate
+from lionjax.interfaces import Batch
+from lionjax.layers import dense_rows, norm_rows
+from lionjax.systems.blip2 import Blip2First
+from lionjax.vision import vit
+from lionjax.vision.vit import ViTConfig
+from lionjax.weight_rows import Row, renamed, under
 
 CLS, DEC, SEP, ROWS = 3, 4, 2, 4
 
@@ -35,19 +35,30 @@ def both(draw):
     t = tiny.tower_settings(draw)
     heads, layers, every, queries = draw.choice([2, 3]), draw.randint(2, 4), draw.choice([1, 2]), draw.randint(2, 4)
     q = {
-        "vocab_size": 40, "hidden_size": heads * 4, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "intermediate_size": draw.randint(20, 30), "max_position_embeddings": 20, "cross_attention_frequency": every,
-        "encoder_hidden_size": t["hidden_size"], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "vocab_size": 40,
+        "hidden_size": heads * 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": draw.randint(20, 30),
+        "max_position_embeddings": 20,
+        "cross_attention_frequency": every,
+        "encoder_hidden_size": t["hidden_size"],
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
         "use_qformer_text_input": True,
-    }  # fmt: skip
+    }
     config = transformers.Blip2Config(
         vision_config=t, qformer_config=q, num_query_tokens=queries, image_text_hidden_size=6, image_token_index=None
     )
     theirs = tiny.shaken(transformers.Blip2ForImageTextRetrieval(config))
     vision = ViTConfig(
-        t["image_size"], t["patch_size"], t["hidden_size"], t["num_hidden_layers"], t["num_attention_heads"],
+        t["image_size"],
+        t["patch_size"],
+        t["hidden_size"],
+        t["num_hidden_layers"],
+        t["num_attention_heads"],
         t["intermediate_size"],
-    )  # fmt: skip
+    )
     bridge = QFormerConfig(
         heads * 4, layers, heads, q["intermediate_size"], queries, every, t["hidden_size"], 40, 20, dropout=0.0
     )
@@ -80,8 +91,13 @@ def pair():
     torch.manual_seed(seed)
     theirs, system = both(draw)
     width = system.qformer.width
-    extra = {"word_dense.weight": (width, width), "word_dense.bias": (width,), "word_norm.weight": (width,),
-             "word_norm.bias": (width,), "word_bias": (40,)}  # fmt: skip
+    extra = {
+        "word_dense.weight": (width, width),
+        "word_dense.bias": (width,),
+        "word_norm.weight": (width,),
+        "word_norm.bias": (width,),
+        "word_bias": (40,),
+    }
     extra = {name: torch.randn(shape).requires_grad_() for name, shape in extra.items()}
     extra["temp"] = torch.tensor(0.3, requires_grad=True)
     state = {name: w.detach().numpy() for name, w in (theirs.state_dict() | extra).items()}

@@ -98,20 +98,19 @@ def test_words_are_those_of_the_java_tokenizer_for_999_captions_in_1000(tmp_path
     ("text", "words"),
     [
         # What Stanford's tokenizer made of each, punctuation then dropped as coco-caption does.
-        ("He can't, won't and cannot: it's John's dogs' bone;",
-         "he ca n't wo n't and can not it 's john 's dogs bone"),
+        ("He can't, won't and cannot: it's John's dogs' bone;", "he ca n't wo n't and can not it 's john 's dogs bone"),
         ("I'm, we've you'll they'd gonna wanna", "i 'm we 've you 'll they 'd gon na wan na"),
-        ("A well-known t-shirt at 10:30 a.m. for $5.99 (or 1,000 dollars)",
-         "a well-known t-shirt at 10:30 a.m. for $ 5.99 -lrb- or 1,000 dollars -rrb-"),
-        ('A sign reading "Stop!" -- with dashes - and more... end?',
-         "a sign reading stop with dashes and more end"),
+        (
+            "A well-known t-shirt at 10:30 a.m. for $5.99 (or 1,000 dollars)",
+            "a well-known t-shirt at 10:30 a.m. for $ 5.99 -lrb- or 1,000 dollars -rrb-",
+        ),
+        ('A sign reading "Stop!" -- with dashes - and more... end?', "a sign reading stop with dashes and more end"),
         ("Mr. Smith vs. Dr. Jones in St. Louis, 3rd 20's", "mr. smith vs. dr. jones in st. louis 3rd 20 's"),
-        ("cafe café naïve and/or 50% off & more x:y a;b end.",
-         "cafe café naïve and/or 50 % off & more x y a b end"),
+        ("cafe café naïve and/or 50% off & more x:y a;b end.", "cafe café naïve and/or 50 % off & more x y a b end"),
         ("", ""),
         (" .,!? ", ""),
     ],
-)  # fmt: skip
+)
 def test_words_are_the_penn_treebanks(text, words):
     assert tokenize(text) == words.split()
 

@@ -37,7 +37,7 @@ SYSTEMS = {
         VIT, READS, latents=AbstractorConfig(16, 1, 2, 24, 4, dropout=0.0), projector_depth=1, closing=True, **OWN
     ),
     "layers look (Flamingo)": Flamingo(VIT, ResamplerConfig(16, 1, 2, 8, 24, 4), LOOKS, PICTURE),
-}  # fmt: skip
+}
 WORDS = ("red", "blue")
 PICTURES = {"yes": np.full((14, 14, 3), 10, np.uint8), "no": np.full((14, 14, 3), 240, np.uint8)}
 FIRST, SECOND, THIRD = "Name one.", "Which was it?", "Is it dark?"
@@ -59,10 +59,16 @@ def test_a_learned_talk_goes_on_by_what_was_said_and_by_what_is_seen(name):
     system = SYSTEMS[name]
     reads = "encoder" if isinstance(system.language, T5Config) else "decoder"
     processor = ProcessorConfig(
-        image_size=14, prompt_length=20, question_length=12,
-        target_length=16, tags=False, reader=reads, template="{image} {question}",
-        next_turn="{question}", image_token=PICTURE,
-    )  # fmt: skip
+        image_size=14,
+        prompt_length=20,
+        question_length=12,
+        target_length=16,
+        tags=False,
+        reader=reads,
+        template="{image} {question}",
+        next_turn="{question}",
+        image_token=PICTURE,
+    )
     rows = list(talks())
     batch = Processor(processor).batch(
         [Input(PICTURES[dark], question, turns=turns) for dark, turns, question, _ in rows],
@@ -82,11 +88,10 @@ def test_a_learned_talk_goes_on_by_what_was_said_and_by_what_is_seen(name):
         return jax.lax.scan(step, (params, rule.init(params)), None, 400)
 
     (params, _), _ = learn(params)
-    experiment = Experiment(
-        "talk", system, DataConfig((Scenes((2, 2, 2), pixels=14),), processor), stages=()
-    )
+    experiment = Experiment("talk", system, DataConfig((Scenes((2, 2, 2), pixels=14),), processor), stages=())
     said = of_params(experiment, params).answer(
-        [PICTURES[dark] for dark, *_ in rows], [question for *_, question, _ in rows],
+        [PICTURES[dark] for dark, *_ in rows],
+        [question for *_, question, _ in rows],
         history=[turns for _, turns, *_ in rows],
-    )  # fmt: skip
+    )
     assert [answer.text for answer in said] == [answer for *_, answer in rows]

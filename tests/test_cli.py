@@ -43,12 +43,7 @@ def refused(capsys, *words) -> str:
     """The sentence of a command line that ends with 2."""
     assert cli.main(words) == 2
     out, err = capsys.readouterr()
-    assert (
-        out == ""
-        and err.startswith("lionjax: ")
-        and err.count("\n") == 1
-        and "Traceback" not in err
-    )
+    assert out == "" and err.startswith("lionjax: ") and err.count("\n") == 1 and "Traceback" not in err
     return err.removeprefix("lionjax: ").strip()
 
 
@@ -115,9 +110,7 @@ def test_show_prints_the_config_of_a_file_and_of_a_run(capsys, toy, tmp_path):
     assert cli.main(["show", toy, "--stages.0.steps", "20"]) == 0
     out = capsys.readouterr().out
     assert "    steps: int = 20" in out.splitlines()
-    (tmp_path / "config.json").write_text(
-        config.to_json(config.load(toy, ["--stages.0.steps", "20"]))
-    )
+    (tmp_path / "config.json").write_text(config.to_json(config.load(toy, ["--stages.0.steps", "20"])))
     assert cli.main(["show", str(tmp_path)]) == 0
     assert capsys.readouterr().out == out
     (tmp_path / "config.json").unlink()
@@ -139,9 +132,7 @@ def test_a_source_that_is_wrongly_named_or_set_is_one_sentence(capsys):
     assert refused(capsys, "data", "inspect", "cocoo").startswith("there is no source 'cocoo'")
     assert "did you mean 'pixels'?" in refused(capsys, "data", "inspect", "scenes", "--pixel", "3")
     assert refused(capsys, "data", "build", "scenes").startswith("build wants --out FOLDER")
-    assert refused(capsys, "data", "inspect", "scenes", "--split", "x").startswith(
-        "there is no split"
-    )
+    assert refused(capsys, "data", "inspect", "scenes", "--split", "x").startswith("there is no split")
     assert "choose from" in refused(capsys, "data", "incpect", "scenes")
 
 
@@ -160,9 +151,7 @@ def test_convert_says_what_went_over_and_refuses_what_it_cannot_read(capsys, tmp
     words = ["convert", str(source), str(target), "--to", "jax"]
     assert "nothing" in refused(capsys, *words)
     assert not target.exists()
-    monkeypatch.setattr(
-        convert, "convert", lambda *given, **more: seen.append((given, more)) or "table"
-    )
+    monkeypatch.setattr(convert, "convert", lambda *given, **more: seen.append((given, more)) or "table")
     assert cli.main([*words, "--system", "t5", "--add-words", "<a>,<b>", "--adapter", "lora"]) == 0
     assert capsys.readouterr().out == "table\n" and seen[0][0] == (source, target, "jax", "t5")
     wanted = convert.Wanted(("<a>", "<b>"))
@@ -174,10 +163,7 @@ def test_show_prints_the_table_of_a_config_and_of_a_folder_of_weights(capsys, tm
     from test_convert_folders import tiny_t5
 
     assert cli.main(["show", "configs/tiny_lion.py", "--weights"]) == 0
-    assert (
-        "Qformer.bert.embeddings.word_embeddings.weight  ->  qformer/words/table  (same)"
-        in capsys.readouterr().out
-    )
+    assert "Qformer.bert.embeddings.word_embeddings.weight  ->  qformer/words/table  (same)" in capsys.readouterr().out
     convert.to_torch(*tiny_t5(), tmp_path / "torch")
     convert.convert(tmp_path / "torch", tmp_path / "ours", "jax")
     tables = []
@@ -187,18 +173,14 @@ def test_show_prints_the_table_of_a_config_and_of_a_folder_of_weights(capsys, tm
     assert tables[0] == tables[1]
     tied = "shared.weight  = encoder.embed_tokens.weight  = decoder.embed_tokens.weight  ->  embedding/table  (same)"
     assert tied in tables[0].splitlines()
-    assert "no fields to set" in refused(
-        capsys, "show", str(tmp_path / "torch"), "--weights", "--a", "1"
-    )
+    assert "no fields to set" in refused(capsys, "show", str(tmp_path / "torch"), "--weights", "--a", "1")
 
 
 def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     from test_convert_folders import LLAMA
 
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained(
-        tmp_path / "theirs"
-    )
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "theirs")
     words = ["convert", str(tmp_path / "theirs"), str(tmp_path / "ours"), "--to", "jax", "--verify"]
     assert cli.main(words) == 0
     said = capsys.readouterr().out
@@ -216,23 +198,16 @@ def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monk
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(
-    capsys, tmp_path, monkeypatch, exact
-):
+def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(capsys, tmp_path, monkeypatch, exact):
     seen = []
-    loaded = types.SimpleNamespace(
-        export=lambda *given: seen.append(given), has_the_bits_of=lambda other: exact
-    )
+    loaded = types.SimpleNamespace(export=lambda *given: seen.append(given), has_the_bits_of=lambda other: exact)
     monkeypatch.setattr(model, "is_run", lambda path: path == tmp_path)
     monkeypatch.setattr(model, "load", lambda path: loaded)
     (tmp_path / "report.json").write_text('{"config": 1}')
     assert cli.main(["convert", str(tmp_path), "out", "--to", "torch"]) == 0
     said = capsys.readouterr().out
     assert seen == [(Path("out"), "torch", False)] and ("every bit is the same" in said) == exact
-    assert json.loads((tmp_path / "report.json").read_text()) == {
-        "config": 1,
-        "round_trip_exact": exact,
-    }
+    assert json.loads((tmp_path / "report.json").read_text()) == {"config": 1, "round_trip_exact": exact}
 
 
 class Model:
@@ -293,12 +268,7 @@ def test_tag_prints_a_line_for_each_picture_or_everything_as_json(capsys, asked,
     assert cli.main(["tag", "ram", "--image", file, file]) == 0
     assert capsys.readouterr().out == "cat | grey\ncat | grey\n"
     assert cli.main(["tag", "ram", "--image", file, "--json"]) == 0
-    found = {
-        "image": file,
-        "tags": ["cat", "grey"],
-        "chinese": ["猫"],
-        "probabilities": [0.75, 0.5],
-    }
+    found = {"image": file, "tags": ["cat", "grey"], "chinese": ["猫"], "probabilities": [0.75, 0.5]}
     assert json.loads(capsys.readouterr().out) == [found]
     assert "nothing.png" in refused(capsys, "tag", "ram", "--image", "nothing.png")
 
@@ -328,11 +298,7 @@ def chained(text):
         (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
         (chained("Internal: write failed: no space left on device"), 2, "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "no permission for /x"),
-        (
-            ZeroDivisionError("by\nzero"),
-            1,
-            "unexpected ZeroDivisionError: by; set LIONJAX_TRACEBACK=1",
-        ),
+        (ZeroDivisionError("by\nzero"), 1, "unexpected ZeroDivisionError: by; set LIONJAX_TRACEBACK=1"),
         (AssertionError(), 1, "unexpected AssertionError: no message"),
     ],
     ids=lambda value: type(value).__name__,

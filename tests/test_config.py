@@ -150,17 +150,11 @@ def changed(toy: Experiment, change) -> str:
 
 STRANGE = [
     (lambda t: t.update(sytem=1), "Experiment has no field 'sytem'; did you mean 'system'?"),
-    (
-        lambda t: t["stages"][1].pop("steps"),
-        "Experiment.stages.1: field 'steps' of Stage is missing",
-    ),
+    (lambda t: t["stages"][1].pop("steps"), "Experiment.stages.1: field 'steps' of Stage is missing"),
     (lambda t: t["stages"][0].update(steps="x"), "Experiment.stages.0.steps wants int, got 'x'"),
     (lambda t: t["stages"][0].update(steps=True), "Experiment.stages.0.steps wants int, got True"),
     (lambda t: t.update(run=t["mesh"]), "Experiment.run wants RunConfig, got MeshConfig("),
-    (
-        lambda t: t["system"].update({"class": "subprocess.Popen"}),
-        "'subprocess.Popen' is no config",
-    ),
+    (lambda t: t["system"].update({"class": "subprocess.Popen"}), "'subprocess.Popen' is no config"),
     (lambda t: t["system"].update({"class": "pstats.StatsProfile"}), "StatsProfile' is no config"),
     (lambda t: t["system"].update({"class": "lionjax.config.load"}), "load' is no config class"),
     (lambda t: t["system"].update({"class": "lionjax.nothing.A"}), "nothing.A' is no config class"),

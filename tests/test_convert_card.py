@@ -42,9 +42,7 @@ def test_transformers_reads_pictures_as_we_do(exported):
     theirs = transformers.AutoImageProcessor.from_pretrained(folder)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8))
     made = np.asarray(theirs(picture, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
-    assert (
-        np.abs(made - Processor(what.data.processor).image(picture)).max() < 0.02
-    )  # a step of uint8
+    assert np.abs(made - Processor(what.data.processor).image(picture)).max() < 0.02  # a step of uint8
 
 
 def test_the_card_of_a_run_says_what_it_is_and_how_it_was_trained(exported):
@@ -60,11 +58,7 @@ def test_the_card_of_a_known_model_names_its_class_and_how_peft_adds_the_lora(tm
     convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
     card = (tmp_path / "torch" / "README.md").read_text()
     assert "library_name: transformers" in card and "LlamaForCausalLM.from_pretrained(" in card
-    assert (
-        "adapter (LoRA)" in card
-        and "PeftModel.from_pretrained" in card
-        and "## Training" not in card
-    )
+    assert "adapter (LoRA)" in card and "PeftModel.from_pretrained" in card and "## Training" not in card
 
 
 def test_what_came_along_is_not_written_over(tmp_path, exported):

@@ -14,14 +14,14 @@ import tiny_prefix as tiny
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import convert  # noqa: E402
-from lionjax import params as trees  # noqa: E402
-from lionjax.adapters import CrossConfig  # noqa: E402
-from lionjax.bridges.latents import ResamplerConfig  # noqa: E402
-from lionjax.convert.systems import of_config  # noqa: E402
-from lionjax.interfaces import UserError  # noqa: E402
-from lionjax.language.decoder import MPT_7B  # noqa: E402
-from lionjax.systems.flamingo import OPENFLAMINGO_9B  # noqa: E402
+from lionjax import convert
+from lionjax import params as trees
+from lionjax.adapters import CrossConfig
+from lionjax.bridges.latents import ResamplerConfig
+from lionjax.convert.systems import of_config
+from lionjax.interfaces import UserError
+from lionjax.language.decoder import MPT_7B
+from lionjax.systems.flamingo import OPENFLAMINGO_9B
 
 
 def random_weights(system, seed: int = 0):
@@ -69,30 +69,47 @@ def test_an_mplug_owl_goes_out_and_comes_back_by_its_own_config(tmp_path):
 def openflamingo(folder, spelled: bool):
     """The parts of a tiny OpenFlamingo in a folder: what was trained, CLIP's file, MPT's folder."""
     text = dataclasses.replace(
-        MPT_7B, vocab=40, width=64, layers=4, heads=2, kv_heads=2, head=32, hidden=256, frozen_words=37, pad_token=39,
-        end_token=37, cross=CrossConfig(2, 64, 1, 64, 80),
-    )  # fmt: skip
+        MPT_7B,
+        vocab=40,
+        width=64,
+        layers=4,
+        heads=2,
+        kv_heads=2,
+        head=32,
+        hidden=256,
+        frozen_words=37,
+        pad_token=39,
+        end_token=37,
+        cross=CrossConfig(2, 64, 1, 64, 80),
+    )
     system = dataclasses.replace(
         OPENFLAMINGO_9B,
         vision=dataclasses.replace(OPENFLAMINGO_9B.vision, image=28, width=64, depth=2, heads=1, hidden=72),
-        resampler=ResamplerConfig(64, 2, 1, 64, 96, 5), language=text, image_token=38,
-    )  # fmt: skip
+        resampler=ResamplerConfig(64, 2, 1, 64, 96, 5),
+        language=text,
+        image_token=38,
+    )
     params = random_weights(system)
     state = {n: torch.tensor(w) for n, w in convert.state_from(system.torch_rows(), params).items()}
     wte = "lang_encoder.transformer.wte.weight"
     clip = {n.replace("vision_encoder.", "visual."): w for n, w in state.items() if n.startswith("vision_encoder.")}
-    mpt = transformers.MptForCausalLM(transformers.MptConfig(
-        d_model=64, n_heads=2, n_layers=4, vocab_size=44, layer_norm_epsilon=1e-5)).state_dict()  # fmt: skip
-    old = {n.removeprefix("lang_encoder.").replace("old_decoder_blocks", "transformer.blocks"): w
-           for n, w in state.items() if n.startswith("lang_encoder.") and "gated" not in n and n != wte}  # fmt: skip
+    mpt = transformers.MptForCausalLM(
+        transformers.MptConfig(d_model=64, n_heads=2, n_layers=4, vocab_size=44, layer_norm_epsilon=1e-5)
+    ).state_dict()
+    old = {
+        n.removeprefix("lang_encoder.").replace("old_decoder_blocks", "transformer.blocks"): w
+        for n, w in state.items()
+        if n.startswith("lang_encoder.") and "gated" not in n and n != wte
+    }
     old = {name: old.get(name, weight) for name, weight in mpt.items()}  # its own, shorter list of words
     trained = {n: w for n, w in state.items() if n.startswith("perceiver.") or "gated" in n or n == wte}
     if spelled:
         trained = {
-            n.replace("gated_cross_attn_layers.1.", "transformer.blocks.1.gated_cross_attn_layer.")
-            .replace("gated_cross_attn_layers.3.", "transformer.blocks.3.gated_cross_attn_layer."): w
+            n.replace("gated_cross_attn_layers.1.", "transformer.blocks.1.gated_cross_attn_layer.").replace(
+                "gated_cross_attn_layers.3.", "transformer.blocks.3.gated_cross_attn_layer."
+            ): w
             for n, w in trained.items()
-        }  # fmt: skip
+        }
     (folder / "mpt").mkdir(parents=True)
     torch.save(trained, folder / "checkpoint.pt")
     torch.save(clip | {"visual.proj": torch.zeros(64, 8)}, folder / "clip_vit_L.pth")

@@ -35,10 +35,7 @@ def tiny_t5(dtype=BF16):
 
     config = T5Config(97, 24, 8, 4, 40, 3, 2, 8)
     rng = np.random.default_rng(0)
-    made = jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape).astype(dtype),
-        of_config(config).abstract(config),
-    )
+    made = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(dtype), of_config(config).abstract(config))
     return config, made
 
 
@@ -64,9 +61,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path):
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     source = small_folder(tmp_path / "source")
-    monkeypatch.setattr(
-        write.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})
-    )
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match="0.0 GB left"):
         convert.convert(source, tmp_path / "out", "torch")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -85,9 +80,7 @@ def test_a_model_goes_to_torch_s_names_and_back_to_the_bit_by_folder_and_in_memo
     assert_same(trees.flatten(mapped), trees.flatten(params))
     convert.convert(tmp_path / "jax", tmp_path / "torch2", "torch", shard_bytes=20_000)
     assert_same(open_weights(tmp_path / "torch2"), open_weights(tmp_path / "torch"))
-    assert "tied: shared.weight = encoder.embed_tokens.weight, decoder.embed_tokens.weight" in str(
-        coverage
-    )
+    assert "tied: shared.weight = encoder.embed_tokens.weight, decoder.embed_tokens.weight" in str(coverage)
 
 
 def test_a_converted_folder_is_loaded_onto_a_mesh(tmp_path):
@@ -112,44 +105,78 @@ def test_a_converted_folder_is_loaded_onto_a_mesh(tmp_path):
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA = dict(
-    vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=6, **IDS, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-)  # fmt: skip
-VIT = dict(
-    image_size=28,
-    patch_size=14,
+    vocab_size=50,
     hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
     intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    **IDS,
+    rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+)
+VIT = dict(
+    image_size=28, patch_size=14, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40
 )
 PUBLISHED = {
-    "t5": ("T5ForConditionalGeneration", "T5Config", dict(
-        vocab_size=97, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_decoder_layers=2, num_heads=4,
-        relative_attention_num_buckets=8, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    )),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        dict(
+            vocab_size=97,
+            d_model=24,
+            d_kv=8,
+            d_ff=40,
+            num_layers=3,
+            num_decoder_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=8,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            decoder_start_token_id=0,
+        ),
+    ),
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
     "llama, tied": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"tie_word_embeddings": True}),
-    "opt": ("OPTForCausalLM", "OPTConfig", dict(
-        vocab_size=50, hidden_size=24, word_embed_proj_dim=24, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=20, **IDS,
-    )),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(
-        vocab_size=50, n_embd=24, n_layer=2, n_head=4, n_positions=20, **IDS
-    )),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        dict(
+            vocab_size=50,
+            hidden_size=24,
+            word_embed_proj_dim=24,
+            ffn_dim=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=20,
+            **IDS,
+        ),
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        dict(vocab_size=50, n_embd=24, n_layer=2, n_head=4, n_positions=20, **IDS),
+    ),
     "clip": ("CLIPVisionModel", "CLIPVisionConfig", VIT),
-    "swin": ("SwinModel", "SwinConfig", dict(
-        image_size=32, patch_size=4, embed_dim=8, depths=[2, 3], num_heads=[1, 2], window_size=3, mlp_ratio=2.0,
-        drop_path_rate=0.2,
-    )),
-}  # fmt: skip
+    "swin": (
+        "SwinModel",
+        "SwinConfig",
+        dict(
+            image_size=32,
+            patch_size=4,
+            embed_dim=8,
+            depths=[2, 3],
+            num_heads=[1, 2],
+            window_size=3,
+            mlp_ratio=2.0,
+            drop_path_rate=0.2,
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_model_of_transformers_comes_in_and_goes_out_and_loads_with_no_key_missing(
-    tmp_path, name
-):
+def test_a_model_of_transformers_comes_in_and_goes_out_and_loads_with_no_key_missing(tmp_path, name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model, settings, sizes = PUBLISHED[name]
@@ -165,13 +192,9 @@ def test_a_model_of_transformers_comes_in_and_goes_out_and_loads_with_no_key_mis
     convert.to_torch(config, params, tmp_path / "alone")  # without what came along from there
     for folder in ("back", "alone"):
         back, info = model.from_pretrained(tmp_path / folder, output_loading_info=True)
-        assert not any(
-            info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        ), info
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
         one, other = theirs.state_dict(), back.state_dict()
-        assert one.keys() == other.keys() and all(
-            torch.equal(one[name], other[name]) for name in one
-        )
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
         same = {k: v for k, v in theirs.config.to_dict().items() if k in sizes}
         assert same == {k: v for k, v in back.config.to_dict().items() if k in sizes}
 
@@ -187,19 +210,16 @@ def test_a_file_of_the_bare_model_lacks_the_prefix_and_is_read(tmp_path):
 
 def test_of_a_whole_clip_the_vision_tower_is_read_and_the_rest_reported(tmp_path):
     transformers = pytest.importorskip("transformers")
-    text = dict(
-        vocab_size=50,
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=40,
-    )
+    text = dict(vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40)
     config = transformers.CLIPConfig(vision_config=VIT, text_config=text, projection_dim=8)
     transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
     coverage = convert.convert(tmp_path / "clip", tmp_path / "ours", "jax")
     assert {name.split(".")[0] for name in coverage.ignored} == {
-        "text_model", "text_projection", "visual_projection", "logit_scale"
-    }  # fmt: skip
+        "text_model",
+        "text_projection",
+        "visual_projection",
+        "logit_scale",
+    }
     assert "left (of the comparison with texts): logit_scale, " in str(coverage)
 
 
@@ -220,10 +240,7 @@ def test_a_swin_that_knows_classes_lends_its_eyes(tmp_path):
     [
         ({"model_type": "t5", "feed_forward_proj": "relu"}, "feed_forward_proj 'relu'"),
         ({"model_type": "t5", "feed_forward_proj": "gated-gelu"}, "tie_word_embeddings true"),
-        (
-            {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2}},
-            "rotary positions of type 'linear'",
-        ),
+        ({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2}}, "rotary positions of type 'linear'"),
         ({"model_type": "llama", "attention_bias": True}, "biases"),
         ({"model_type": "opt", "hidden_size": 8, "word_embed_proj_dim": 4}, "words of width 4"),
         ({"model_type": "gpt2", "activation_function": "relu"}, "activation_function 'relu'"),
@@ -267,17 +284,13 @@ def openai_names(state: dict) -> dict:
 
 
 @pytest.mark.parametrize("post", [True, False])
-def test_clip_under_openais_names_is_known_by_its_file_and_is_the_same_tower(
-    tmp_path, monkeypatch, post
-):
+def test_clip_under_openais_names_is_known_by_its_file_and_is_the_same_tower(tmp_path, monkeypatch, post):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from lionjax.vision import vit
 
     sizes = VIT | {"image_size": 224, "patch_size": 112}  # as many patches as 28 and 14
-    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)).save_pretrained(
-        tmp_path / "clip"
-    )
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)).save_pretrained(tmp_path / "clip")
     config, params = convert.from_torch(tmp_path / "clip")
     monkeypatch.setattr(vit, "CLIP_VIT_L", dataclasses.replace(config, image=336, depth=24))
     state = load_file(tmp_path / "clip" / "model.safetensors")
@@ -286,9 +299,7 @@ def test_clip_under_openais_names_is_known_by_its_file_and_is_the_same_tower(
         state = {n: w for n, w in state.items() if "ln_post" not in n}
         config = dataclasses.replace(config, norm_after=False)
         del params["norm_after"]
-    torch.save(
-        as_torch(torch, state | {"proj": np.ones((24, 8), np.float32)}), tmp_path / "clip_vit_L.pth"
-    )
+    torch.save(as_torch(torch, state | {"proj": np.ones((24, 8), np.float32)}), tmp_path / "clip_vit_L.pth")
     coverage = convert.convert(tmp_path / "clip_vit_L.pth", tmp_path / "ours", "jax")
     assert coverage.ignored == {"proj": "of the comparison with texts"}
     again, made = convert.load_params(tmp_path / "ours")
@@ -296,9 +307,7 @@ def test_clip_under_openais_names_is_known_by_its_file_and_is_the_same_tower(
     assert_same(trees.flatten(made), trees.flatten(params))
 
 
-def test_a_tower_of_eva_is_known_by_its_file_and_the_block_that_nobody_uses_is_left(
-    tmp_path, monkeypatch
-):
+def test_a_tower_of_eva_is_known_by_its_file_and_the_block_that_nobody_uses_is_left(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     from lionjax.vision import vit
 
@@ -307,30 +316,35 @@ def test_a_tower_of_eva_is_known_by_its_file_and_the_block_that_nobody_uses_is_l
     rng, state = np.random.default_rng(0), {}
     for i in range(40):
         shapes = {
-            "norm1.weight": (24,), "norm1.bias": (24,), "norm2.weight": (24,), "norm2.bias": (24,),
-            "attn.qkv.weight": (72, 24), "attn.q_bias": (24,), "attn.v_bias": (24,), "attn.proj.weight": (24, 24),
-            "attn.proj.bias": (24,), "mlp.fc1.weight": (40, 24), "mlp.fc1.bias": (40,), "mlp.fc2.weight": (24, 40),
+            "norm1.weight": (24,),
+            "norm1.bias": (24,),
+            "norm2.weight": (24,),
+            "norm2.bias": (24,),
+            "attn.qkv.weight": (72, 24),
+            "attn.q_bias": (24,),
+            "attn.v_bias": (24,),
+            "attn.proj.weight": (24, 24),
+            "attn.proj.bias": (24,),
+            "mlp.fc1.weight": (40, 24),
+            "mlp.fc1.bias": (40,),
+            "mlp.fc2.weight": (24, 40),
             "mlp.fc2.bias": (24,),
-        }  # fmt: skip
-        state |= {
-            f"blocks.{i}.{name}": rng.standard_normal(shape).astype(np.float16)
-            for name, shape in shapes.items()
         }
+        state |= {f"blocks.{i}.{name}": rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
     shapes = {
-        "cls_token": (1, 1, 24), "pos_embed": (1, 5, 24), "patch_embed.proj.weight": (24, 3, 14, 14),
-        "patch_embed.proj.bias": (24,), "head.weight": (7, 24), "fc_norm.bias": (24,),
-    }  # fmt: skip
+        "cls_token": (1, 1, 24),
+        "pos_embed": (1, 5, 24),
+        "patch_embed.proj.weight": (24, 3, 14, 14),
+        "patch_embed.proj.bias": (24,),
+        "head.weight": (7, 24),
+        "fc_norm.bias": (24,),
+    }
     state |= {name: rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()}
     torch.save(as_torch(torch, state), tmp_path / "eva_vit_g.pth")
     coverage = convert.convert(tmp_path / "eva_vit_g.pth", tmp_path / "ours", "jax")
-    assert set(coverage.ignored) == {
-        n for n in state if n.startswith(("blocks.39.", "head.", "fc_norm."))
-    }
+    assert set(coverage.ignored) == {n for n in state if n.startswith(("blocks.39.", "head.", "fc_norm."))}
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
-    assert_same(
-        open_weights(tmp_path / "back"),
-        {n: w for n, w in state.items() if n not in coverage.ignored},
-    )
+    assert_same(open_weights(tmp_path / "back"), {n: w for n, w in state.items() if n not in coverage.ignored})
 
 
 def test_a_checkpoint_that_is_not_known_is_refused_with_what_is(tmp_path):
@@ -362,9 +376,7 @@ def test_a_source_that_does_not_fit_leaves_no_folder(tmp_path):
     config, params = tiny_t5()
     convert.to_torch(config, params, tmp_path / "torch")
     tensors = load_file(tmp_path / "torch" / "model.safetensors")
-    tensors["decoder.embed_tokens.weight"] = (
-        tensors["decoder.embed_tokens.weight"] * 2
-    )  # seen at the numbers only
+    tensors["decoder.embed_tokens.weight"] = tensors["decoder.embed_tokens.weight"] * 2  # seen at the numbers only
     save_file(tensors, tmp_path / "torch" / "model.safetensors")
     with pytest.raises(UserError, match="tied tensors"):
         convert.convert(tmp_path / "torch", tmp_path / "jax", "jax")
@@ -378,9 +390,7 @@ def tiny_lion():
     from lionjax.systems.lion import Lion
     from lionjax.vision.vit import ViTConfig
 
-    language = T5Config(
-        97, 24, 8, 4, 40, 2, 2, 8, activation="gelu", adapters=AdapterConfig(bottleneck=5)
-    )
+    language = T5Config(97, 24, 8, 4, 40, 2, 2, 8, activation="gelu", adapters=AdapterConfig(bottleneck=5))
     return Lion(
         ViTConfig(image=28, patch=14, width=24, depth=3, heads=4, hidden=40),
         QFormerConfig(16, 4, 4, 32, 8, 2, 24, 61, 40),
@@ -406,39 +416,22 @@ def released_lion(tmp_path, monkeypatch):
     shapes = of_config(lion).abstract(lion)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
     state = convert.state_from(lion.torch_rows(), params)
-    eva = {
-        n.removeprefix("visual_encoder."): w
-        for n, w in state.items()
-        if n.startswith("visual_encoder.")
-    }
-    language = {
-        n.removeprefix("t5_model."): w for n, w in state.items() if n.startswith("t5_model.")
-    }
+    eva = {n.removeprefix("visual_encoder."): w for n, w in state.items() if n.startswith("visual_encoder.")}
+    language = {n.removeprefix("t5_model."): w for n, w in state.items() if n.startswith("t5_model.")}
     tables = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-    trained = {
-        n: w
-        for n, w in state.items()
-        if not n.startswith(("visual_encoder.", "t5_model.")) or "adapter" in n
-    }
+    trained = {n: w for n, w in state.items() if not n.startswith(("visual_encoder.", "t5_model.")) or "adapter" in n}
     trained |= {f"t5_model.{n}": language[n].astype(BF16) for n in tables}
     folder.mkdir()
-    torch.save(
-        as_torch(torch, eva | {"head.weight": np.ones((3, 24), np.float32)}),
-        folder / "eva_vit_g.pth",
-    )
+    torch.save(as_torch(torch, eva | {"head.weight": np.ones((3, 24), np.float32)}), folder / "eva_vit_g.pth")
     saved = {"model": as_torch(torch, trained), "optimizer": {"state": torch.ones(9)}, "epoch": 2}
     torch.save(saved, folder / "LION-FlanT5-XL.pth")
     plain = dataclasses.replace(lion.language, adapters=None, activation="gelu_tanh")
     t5 = {n: w for n, w in language.items() if "adapter" not in n}
-    convert.to_torch(
-        plain, convert.params_from(of_config(plain).rows(plain), t5), folder / "flan-t5"
-    )
+    convert.to_torch(plain, convert.params_from(of_config(plain).rows(plain), t5), folder / "flan-t5")
     return folder, lion, params, state
 
 
-def test_the_three_parts_of_a_released_lion_become_one_and_come_back(
-    released_lion, tmp_path, monkeypatch
-):
+def test_the_three_parts_of_a_released_lion_become_one_and_come_back(released_lion, tmp_path, monkeypatch):
     folder, lion, params, state = released_lion
     config, made = convert.from_torch(folder)
     assert config == lion
@@ -493,21 +486,13 @@ def good_t5(tmp_path_factory) -> Path:
     return folder
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    damage=damages, name=st.sampled_from(["model.safetensors", "lionjax.json"]), head=st.booleans()
-)
-def test_a_damaged_folder_is_converted_whole_or_leaves_nothing(
-    good_t5, tmp_path, damage, name, head
-):
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=damages, name=st.sampled_from(["model.safetensors", "lionjax.json"]), head=st.booleans())
+def test_a_damaged_folder_is_converted_whole_or_leaves_nothing(good_t5, tmp_path, damage, name, head):
     work = Path(tempfile.mkdtemp(dir=tmp_path))
     shutil.copytree(good_t5, work / "in")
     content = (work / "in" / name).read_bytes()
-    split = (
-        9000 if head else len(content)
-    )  # most of the trouble that can be made is made in the header
+    split = 9000 if head else len(content)  # most of the trouble that can be made is made in the header
     (work / "in" / name).write_bytes(damaged(content[:split], damage) + content[split:])
     try:
         convert.convert(work / "in", work / "out", "jax")

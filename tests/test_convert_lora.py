@@ -47,10 +47,7 @@ def logits(config, params, ids):
 def test_a_lora_is_written_as_peft_lays_it_out(tmp_path):
     convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
     adapter = tmp_path / "torch" / "adapter"
-    assert sorted(file.name for file in adapter.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    assert sorted(file.name for file in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     tensors = load_file(adapter / "adapter_model.safetensors")
     layer = "base_model.model.model.layers.2."
     assert tensors[layer + "self_attn.q_proj.lora_A.weight"].shape == (3, 24)
@@ -59,12 +56,7 @@ def test_a_lora_is_written_as_peft_lays_it_out(tmp_path):
     assert tensors[layer + "mlp.up_proj.lora_B.weight"].shape == (40, 3)
     assert len(tensors) == 3 * 3 * 2
     said = json.loads((adapter / "adapter_config.json").read_text())
-    assert (said["peft_type"], said["task_type"], said["r"], said["lora_alpha"]) == (
-        "LORA",
-        "CAUSAL_LM",
-        3,
-        12,
-    )
+    assert (said["peft_type"], said["task_type"], said["r"], said["lora_alpha"]) == ("LORA", "CAUSAL_LM", 3, 12)
     assert said["target_modules"] == ["o_proj", "q_proj", "up_proj"]
     assert not any("lora" in name for name in load_file(tmp_path / "torch" / "model.safetensors"))
 
@@ -100,9 +92,7 @@ def test_names_that_other_parts_share_are_told_in_full():
         "language_model.model.layers.{}.self_attn.q_proj",
     )
     modules = [name.format(k) + ".weight" for name in (tower, language) for k in range(12)]
-    detours = [
-        f"base_model.model.{language.format(k)}.lora_{x}.weight" for k in range(12) for x in "AB"
-    ]
+    detours = [f"base_model.model.{language.format(k)}.lora_{x}.weight" for k in range(12) for x in "AB"]
     targets = loras.settings(LORA, detours, modules, "")["target_modules"]
     chosen = [name for name in modules if re.fullmatch(targets, name.removesuffix(".weight"))]
     assert chosen == [language.format(k) + ".weight" for k in range(12)]
@@ -123,13 +113,7 @@ def test_a_folder_of_peft_is_read_onto_its_base_and_gives_the_merged_model_s_log
     adapter = tmp_path / "adapter_of_somebody"
     adapter.mkdir()
     save_file(tensors, adapter / "adapter_model.safetensors")
-    said = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 8,
-        "bias": "none",
-        "target_modules": ["q_proj"],
-    }
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(said))
     convert.convert(tmp_path / "base", tmp_path / "ours", "jax", adapter=adapter)
     config, params = convert.load_params(tmp_path / "ours")
@@ -141,17 +125,10 @@ def test_a_folder_of_peft_is_read_onto_its_base_and_gives_the_merged_model_s_log
 
     convert.convert(tmp_path / "ours", tmp_path / "merged", "torch", merge_lora=True)
     assert not (tmp_path / "merged" / "adapter").exists()
-    again, info = transformers.LlamaForCausalLM.from_pretrained(
-        tmp_path / "merged", output_loading_info=True
-    )
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        info
-    )
+    again, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     with torch.no_grad():
-        assert (
-            np.abs(again.eval()(torch.tensor(ids)).logits.numpy() - want).max()
-            < 1e-4 * np.abs(want).max()
-        )
+        assert np.abs(again.eval()(torch.tensor(ids)).logits.numpy() - want).max() < 1e-4 * np.abs(want).max()
 
     convert.convert(tmp_path / "ours", tmp_path / "apart", "torch")
     assert_same(load_file(tmp_path / "apart" / "adapter" / "adapter_model.safetensors"), tensors)
@@ -176,10 +153,7 @@ def test_peft_itself_loads_what_is_written(tmp_path):
     )
     # Merged by PEFT and merged by us is the same model.
     convert.to_torch(CONFIG, params, tmp_path / "merged", merge_lora=True)
-    merged, ours = (
-        whole.merge_and_unload().state_dict(),
-        load_file(tmp_path / "merged" / "model.safetensors"),
-    )
+    merged, ours = (whole.merge_and_unload().state_dict(), load_file(tmp_path / "merged" / "model.safetensors"))
     assert merged.keys() == ours.keys()
     for name, tensor in merged.items():
         np.testing.assert_allclose(ours[name], tensor.numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
@@ -191,9 +165,7 @@ def test_a_lora_that_peft_itself_made_is_read_and_goes_out_as_it_was(tmp_path):
     peft = pytest.importorskip("peft")
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
     base.save_pretrained(tmp_path / "base")
-    asked = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]
-    )
+    asked = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
     theirs = peft.get_peft_model(base, asked).eval()
     with torch.no_grad():
         for name, weight in theirs.named_parameters():
@@ -214,13 +186,9 @@ def test_a_lora_that_peft_itself_made_is_read_and_goes_out_as_it_was(tmp_path):
 def test_a_merged_matrix_is_rounded_once_in_its_own_dtype(tmp_path):
     params = random_params(CONFIG, ml_dtypes.bfloat16)
     convert.to_torch(CONFIG, params, tmp_path / "torch", merge_lora=True)
-    layer = jax.tree.map(
-        lambda leaf: leaf[1].astype(np.float32), params["blocks"]["attention"]["o"]
-    )
+    layer = jax.tree.map(lambda leaf: leaf[1].astype(np.float32), params["blocks"]["attention"]["o"])
     want = layer["kernel"] + 4 * np.einsum("NHR,RD->NHD", layer["lora_a"], layer["lora_b"])
-    made = load_file(tmp_path / "torch" / "model.safetensors")[
-        "model.layers.1.self_attn.o_proj.weight"
-    ]
+    made = load_file(tmp_path / "torch" / "model.safetensors")["model.layers.1.self_attn.o_proj.weight"]
     assert made.dtype == ml_dtypes.bfloat16
     want = want.reshape(24, 24).T
     assert np.abs(made.astype(np.float32) - want).max() < 2**-8 * np.abs(want).max()
@@ -278,17 +246,19 @@ def good_folder(tmp_path_factory):
     return folder
 
 
-DAMAGED = ("model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json",
-           "adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # fmt: skip
-
-
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+DAMAGED = (
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "preprocessor_config.json",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
 )
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=damages, name=st.sampled_from(DAMAGED), words=st.booleans())
-def test_a_damaged_folder_goes_both_ways_whole_or_leaves_nothing(
-    good_folder, tmp_path, damage, name, words
-):
+def test_a_damaged_folder_goes_both_ways_whole_or_leaves_nothing(good_folder, tmp_path, damage, name, words):
     work = Path(tempfile.mkdtemp(dir=tmp_path))
     shutil.copytree(good_folder, work / "in")
     content = (work / "in" / name).read_bytes()

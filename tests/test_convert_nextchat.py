@@ -17,12 +17,20 @@ from lionjax.vision.sam import SAM_VIT_H
 
 SAM = {
     "vision_config": dict(
-        hidden_size=24, num_hidden_layers=4, num_attention_heads=3, image_size=64, patch_size=8, mlp_dim=48,
-        window_size=3, global_attn_indexes=[1, 3], output_channels=16, num_pos_feats=8,
+        hidden_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        image_size=64,
+        patch_size=8,
+        mlp_dim=48,
+        window_size=3,
+        global_attn_indexes=[1, 3],
+        output_channels=16,
+        num_pos_feats=8,
     ),
     "prompt_encoder_config": dict(hidden_size=16, image_size=64, patch_size=8, mask_input_channels=8),
     "mask_decoder_config": dict(hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=12),
-}  # fmt: skip
+}
 
 
 def test_a_folder_of_transformers_sam_comes_in_and_loads_there_again(tmp_path):
@@ -51,11 +59,25 @@ def test_metas_sam_is_known_by_its_file_name(tmp_path):
 
 
 RELEASE = {
-    "architectures": ["NextChatForSegLM"], "model_type": "nextchat", "vocab_size": 32005, "hidden_size": 4096,
-    "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "rms_norm_eps": 1e-05,
-    "mm_depth": 2, "mm_hidden_size": 1024, "mm_vision_select_layer": -2, "use_mm_proj": True, "torch_dtype": "float32",
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "rope_scaling": None, "tie_word_embeddings": False,
-}  # fmt: skip
+    "architectures": ["NextChatForSegLM"],
+    "model_type": "nextchat",
+    "vocab_size": 32005,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "mm_depth": 2,
+    "mm_hidden_size": 1024,
+    "mm_vision_select_layer": -2,
+    "use_mm_proj": True,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
 
 
 def test_the_releases_settings_mean_the_full_size_system():

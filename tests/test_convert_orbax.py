@@ -53,9 +53,7 @@ def test_an_orbax_checkpoint_is_written_from_files_and_orbax_restores_it_exactly
     coverage = convert_placed.save_orbax(folder, tmp_path / "orbax", mesh())
     assert coverage.bytes == sum(leaf.nbytes for leaf in trees.flatten(plain).values())
     types = jax.tree.map(lambda leaf: leaf.dtype, plain)
-    like = jax.tree.map(
-        lambda x, d: jax.ShapeDtypeStruct(x.shape, d, sharding=x.sharding), like_of(config), types
-    )
+    like = jax.tree.map(lambda x, d: jax.ShapeDtypeStruct(x.shape, d, sharding=x.sharding), like_of(config), types)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "config")) as reader:
         asked = {"params": ocp.args.StandardRestore(like), "config": ocp.args.JsonRestore()}
         found = reader.restore(tmp_path / "orbax", args=ocp.args.Composite(**asked))
@@ -73,9 +71,7 @@ def test_an_orbax_checkpoint_is_written_from_files_and_orbax_restores_it_exactly
     assert sorted(path.name for path in tmp_path.iterdir()) == ["jax", "orbax", "torch"]
 
 
-def test_an_orbax_checkpoint_is_loaded_onto_another_mesh_and_goes_out_to_torch_and_to_our_folder(
-    tmp_path,
-):
+def test_an_orbax_checkpoint_is_loaded_onto_another_mesh_and_goes_out_to_torch_and_to_our_folder(tmp_path):
     source = small_folder(tmp_path)
     config, plain = convert.load_params(source)
     (source / "origin").mkdir(exist_ok=True)
@@ -98,9 +94,7 @@ def test_an_orbax_checkpoint_is_loaded_onto_another_mesh_and_goes_out_to_torch_a
     assert convert.table_of(tmp_path / "orbax") == convert.table_of(source)
 
 
-def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(
-    tmp_path, monkeypatch
-):
+def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(tmp_path, monkeypatch):
     source = small_folder(tmp_path)
     tensors, kept = open_weights(tmp_path / "torch"), {}
     promises = promised(monkeypatch, tmp_path / "torch")
@@ -144,17 +138,13 @@ def promised(monkeypatch, folder):
 
     with monkeypatch.context() as patch:
         patch.setattr(systems, "open_source", remember)
-        patch.setattr(
-            convert_placed, "_write_whole", lambda dst, params, *rest: held.update(params=params)
-        )
+        patch.setattr(convert_placed, "_write_whole", lambda dst, params, *rest: held.update(params=params))
         convert_placed.save_orbax(folder, folder.parent / "nowhere", mesh())
     return held
 
 
 def bytes_read() -> int:
-    found = tensorstore.experimental_collect_matching_metrics(
-        "/tensorstore/kvstore/file/bytes_read"
-    )
+    found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
     return sum(value["value"] for metric in found for value in metric["values"])
 
 
@@ -162,9 +152,7 @@ def test_one_shard_is_read_from_the_disk_by_its_own_bytes(tmp_path):
     config = T5Config(512, 512, 32, 16, 2048, 2, 1, 8)
     rng = np.random.default_rng(0)
     shapes = like_of(config)
-    params = jax.tree.map(
-        lambda x: rng.integers(0, 2**16, x.shape, np.uint16).view("float16"), shapes
-    )
+    params = jax.tree.map(lambda x: rng.integers(0, 2**16, x.shape, np.uint16).view("float16"), shapes)
     convert.save(config, params, tmp_path / "ours")
     convert_placed.save_orbax(tmp_path / "ours", tmp_path / "orbax", mesh())
     stored = orbax.open_arrays(tmp_path / "orbax")
@@ -208,9 +196,7 @@ def test_only_one_layer_of_one_leaf_is_asked_for_at_a_time(tmp_path, monkeypatch
     monkeypatch.setattr(orbax.Promise, "parts", watched)
     monkeypatch.setattr(orbax, "AT_ONCE", 1)
     convert_placed.save_orbax(tmp_path / "torch", tmp_path / "orbax", mesh())
-    layers = sum(
-        int(np.prod(leaf.shape[:1])) for p, leaf in trees.flatten(params).items() if "blocks" in p
-    )
+    layers = sum(int(np.prod(leaf.shape[:1])) for p, leaf in trees.flatten(params).items() if "blocks" in p)
     assert len(asked) == len(written) > layers
     monkeypatch.undo()
     assert_same(trees.flatten(convert.load_params(tmp_path / "orbax")[1]), trees.flatten(params))
@@ -220,9 +206,7 @@ def test_what_does_not_fit_leaves_nothing_of_the_checkpoint(tmp_path):
     small_folder(tmp_path)
     file = tmp_path / "torch" / "model.safetensors"
     tensors = load_file(file)
-    save_file(
-        tensors | {"decoder.embed_tokens.weight": tensors["decoder.embed_tokens.weight"] * 2}, file
-    )
+    save_file(tensors | {"decoder.embed_tokens.weight": tensors["decoder.embed_tokens.weight"] * 2}, file)
     with pytest.raises(UserError, match="tied tensor 'decoder.embed_tokens.weight'"):
         convert_placed.save_orbax(tmp_path / "torch", tmp_path / "orbax", mesh())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["jax", "torch"]
@@ -232,9 +216,7 @@ def test_a_damaged_orbax_checkpoint_is_refused_in_words(tmp_path):
     config, params = tiny_t5()
     convert.save(config, params, tmp_path / "ours")
     convert_placed.save_orbax(tmp_path / "ours", tmp_path / "orbax", mesh())
-    files = sorted(
-        (tmp_path / "orbax" / "params").rglob("d/*"), key=lambda file: -file.stat().st_size
-    )
+    files = sorted((tmp_path / "orbax" / "params").rglob("d/*"), key=lambda file: -file.stat().st_size)
     for file in files:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError, match="damaged"):
@@ -250,10 +232,7 @@ def test_the_command_writes_it_and_refuses_what_it_would_leave_out(tmp_path, cap
     for odd in (["--verify"], ["--merge-lora"], ["--add-words", "a"], ["--image-size", "28"]):
         assert cli.main(["convert", src, dst, "--to", "orbax", *odd]) == 2
         assert f"{odd[0]} does not go with --to orbax" in capsys.readouterr().err
-    assert cli.main(["convert", src, dst, "--to", "orbax", "--mesh", "fsdp=4,tensor=2,data=1"]) in (
-        0,
-        None,
-    )
+    assert cli.main(["convert", src, dst, "--to", "orbax", "--mesh", "fsdp=4,tensor=2,data=1"]) in (0, None)
     assert "written: params, config" in capsys.readouterr().out
 
 
@@ -290,10 +269,13 @@ def test_two_processes_write_one_checkpoint_together_each_of_its_own_bytes(tmp_p
     running = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(k), str(port), str(tmp_path / "torch"), str(tmp_path / "orbax")],
-            env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for k in range(2)
-    ]  # fmt: skip
+    ]
     try:
         said = [process.communicate(timeout=240) for process in running]
     finally:
@@ -303,7 +285,6 @@ def test_two_processes_write_one_checkpoint_together_each_of_its_own_bytes(tmp_p
     (one, whole), (other, _) = (json.loads(out.splitlines()[-1]) for out, _ in said)
     assert one + other == whole and min(one, other) > whole / 4, (one, other, whole)
     assert_same(
-        trees.flatten(convert.load_params(tmp_path / "orbax")[1]),
-        trees.flatten(convert.load_params(source)[1]),
+        trees.flatten(convert.load_params(tmp_path / "orbax")[1]), trees.flatten(convert.load_params(source)[1])
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["jax", "orbax", "torch"]

@@ -15,19 +15,19 @@ from test_weight_files import as_torch, assert_same
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import cli, convert  # noqa: E402
-from lionjax import params as trees  # noqa: E402
-from lionjax.bridges import qformer  # noqa: E402
-from lionjax.interfaces import UserError  # noqa: E402
-from lionjax.language.t5 import T5Config  # noqa: E402
-from lionjax.systems.blip2 import Blip2First  # noqa: E402
-from lionjax.systems.prefix import Prefix  # noqa: E402
-from lionjax.vision import vit  # noqa: E402
-from lionjax.vision.vit import ViTConfig  # noqa: E402
+from lionjax import cli, convert
+from lionjax import params as trees
+from lionjax.bridges import qformer
+from lionjax.interfaces import UserError
+from lionjax.language.t5 import T5Config
+from lionjax.systems.blip2 import Blip2First
+from lionjax.systems.prefix import Prefix
+from lionjax.vision import vit
+from lionjax.vision.vit import ViTConfig
 
 CLIP = ViTConfig(
     14, 7, 16, 3, 2, 32, 1e-5, "quick_gelu", biases="qkvo", patch_bias=False, norm_before=True, norm_after=True
-)  # fmt: skip
+)
 TOWER = "model.vision_tower.vision_tower."
 
 
@@ -46,7 +46,7 @@ def llava(base, words: int) -> tuple[Prefix, dict, dict]:
     language = dataclasses.replace(convert.from_torch(base)[0], vocab=LLAMA["vocab_size"] + words)
     config = Prefix(
         CLIP, language, feature_layer=-2, projector_depth=1, image_token=-200, in_front=False, names="original"
-    )  # fmt: skip
+    )
     params = random_params(config, np.float16)
     state = convert.state_from(config.torch_rows(), params)
     return config, params, state
@@ -137,9 +137,16 @@ def test_a_blip2_around_openais_clip_comes_in_with_its_last_block_left(tmp_path,
     monkeypatch.setattr(vit, "CLIP_VIT_L", dataclasses.replace(clip, depth=3))
     monkeypatch.setattr(qformer, "QFormerConfig", lambda: bridge)
     config = Prefix(
-        dataclasses.replace(clip, norm_after=False), t5, bridge, feature_layer=-1, class_token=True, vision_eps=1e-5,
-        projector_depth=1, image_token=None, names="original",
-    )  # fmt: skip
+        dataclasses.replace(clip, norm_after=False),
+        t5,
+        bridge,
+        feature_layer=-1,
+        class_token=True,
+        vision_eps=1e-5,
+        projector_depth=1,
+        image_token=None,
+        names="original",
+    )
     params = random_params(config, ml_dtypes.bfloat16)
     state = convert.state_from(config.torch_rows(), params)
     folder = tmp_path / "parts"

@@ -18,11 +18,11 @@ from test_weight_files import as_torch, assert_same
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import convert  # noqa: E402
-from lionjax import params as trees  # noqa: E402
-from lionjax.convert import systems  # noqa: E402
-from lionjax.convert.plan import plan_state  # noqa: E402
-from lionjax.interfaces import UserError  # noqa: E402
+from lionjax import convert
+from lionjax import params as trees
+from lionjax.convert import systems
+from lionjax.convert.plan import plan_state
+from lionjax.interfaces import UserError
 
 BF16 = ml_dtypes.bfloat16
 
@@ -162,11 +162,14 @@ LAVIS_NAMES = (
     ("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj"),
     ("vision_model.post_layernorm", "ln_vision"),
     ("vision_model.encoder.layers", "visual_encoder.blocks"),
-    (".layer_norm", ".norm"), (".self_attn.qkv", ".attn.qkv"), (".self_attn.projection", ".attn.proj"),
+    (".layer_norm", ".norm"),
+    (".self_attn.qkv", ".attn.qkv"),
+    (".self_attn.projection", ".attn.proj"),
     ("qformer.embeddings.layernorm", "Qformer.bert.embeddings.LayerNorm"),
     ("qformer.layernorm", "Qformer.bert.embeddings.LayerNorm"),
-    ("qformer.", "Qformer.bert."), ("attention.attention.", "attention.self."),
-)  # fmt: skip
+    ("qformer.", "Qformer.bert."),
+    ("attention.attention.", "attention.self."),
+)
 
 
 def as_lavis(state: dict, word: str) -> dict:

@@ -45,14 +45,17 @@ def test_a_model_says_the_same_words_before_in_jax_and_after(tmp_path, name, bea
     start, system = (0, TextT5(config)) if name == "t5" else (None, TextDecoder(config))
     how = GenerateConfig(NEW, beams=beams, eos=-1, pad=0, start=start)
     mine = np.asarray(generate(system, params, batch, how).ids_BM)
-    before = (
-        1 if name == "t5" else ids.shape[1]
-    )  # a start token or the prompt, which they give back
+    before = 1 if name == "t5" else ids.shape[1]  # a start token or the prompt, which they give back
     for one in (theirs, again):
         said = one.generate(
-            torch.tensor(ids, dtype=torch.long), attention_mask=torch.ones(ids.shape), num_beams=beams,
-            do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            torch.tensor(ids, dtype=torch.long),
+            attention_mask=torch.ones(ids.shape),
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=NEW,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         np.testing.assert_array_equal(mine, said[:, before:].numpy())
     inputs = {"input_ids": torch.tensor(ids, dtype=torch.long)}
     inputs |= {"decoder_input_ids": inputs["input_ids"][:, :3]} if name == "t5" else {}
@@ -83,7 +86,12 @@ def test_a_model_that_sees_says_the_same_words_before_in_jax_and_after(tmp_path,
         one.generation_config.eos_token_id = one.config.text_config.eos_token_id = None
         with torch.no_grad():
             said = one.generate(
-                **asked, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, num_beams=1,
-                eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
+                **asked,
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
         np.testing.assert_array_equal(mine, said[:, -NEW:].numpy())

@@ -23,9 +23,7 @@ def test_positions_are_resampled_as_torch_does_it(old, new, corners):
     torch = pytest.importorskip("torch")
     grid = np.random.default_rng(0).standard_normal((old, old, 3)).astype(np.float32)
     planes = torch.from_numpy(grid.transpose(2, 0, 1).copy())[None]
-    want = torch.nn.functional.interpolate(
-        planes, size=(new, new), mode="bicubic", align_corners=corners
-    )
+    want = torch.nn.functional.interpolate(planes, size=(new, new), mode="bicubic", align_corners=corners)
     made = surgery.resampled(grid, new, corners)
     np.testing.assert_allclose(made, want[0].numpy().transpose(1, 2, 0), atol=1e-5)
 
@@ -39,9 +37,7 @@ def test_a_tower_gets_positions_for_larger_pictures_and_its_class_token_keeps_it
     assert made.config.image == 42 and made.shapes == {"position": (37, 5)}
     resampled = made.change["position"](table)
     planes = torch.from_numpy(table[1:].reshape(4, 4, 5).transpose(2, 0, 1).copy())[None]
-    want = torch.nn.functional.interpolate(planes, size=(6, 6), mode="bicubic", align_corners=clip)[
-        0
-    ]
+    want = torch.nn.functional.interpolate(planes, size=(6, 6), mode="bicubic", align_corners=clip)[0]
     np.testing.assert_array_equal(resampled[0], table[0])
     np.testing.assert_allclose(resampled[1:], want.numpy().reshape(5, 36).T, atol=1e-5)
 
@@ -61,9 +57,7 @@ def test_a_tagger_for_other_pictures_gets_other_windows_and_sees_with_them(tmp_p
     convert.convert(tmp_path / "small", tmp_path / "large", "jax", wanted=Wanted(image=24))
     large = tagger.load(tmp_path / "large")
     assert (large.config.swin.image, large.config.swin.window) == (24, 3)
-    planes = torch.from_numpy(
-        params["swin"]["stage_0"]["pairs"]["block_1"]["places"][0].T.reshape(1, 1, 3, 3).copy()
-    )
+    planes = torch.from_numpy(params["swin"]["stage_0"]["pairs"]["block_1"]["places"][0].T.reshape(1, 1, 3, 3).copy())
     want = torch.nn.functional.interpolate(planes, size=(5, 5), mode="bicubic").reshape(25, 1)
     got = large.params["swin"]["stage_0"]["pairs"]["block_1"]["places"]
     np.testing.assert_allclose(got[0], want, atol=1e-5)
@@ -95,22 +89,14 @@ def tokenizer_of(transformers, words: int):
 def test_new_words_stand_behind_the_old_in_table_head_and_tokenizer(tmp_path, tied):
     transformers, model = saved_llama(tmp_path / "base", tied)
     tokenizer_of(transformers, 50).save_pretrained(tmp_path / "base")
-    convert.convert(
-        tmp_path / "base", tmp_path / "ours", "jax", wanted=Wanted(WORDS, vocab_multiple=8)
-    )
+    convert.convert(tmp_path / "base", tmp_path / "ours", "jax", wanted=Wanted(WORDS, vocab_multiple=8))
     config, params = convert.load_params(tmp_path / "ours")
     assert config.vocab == 56  # 55, filled up
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
-    again, info = transformers.LlamaForCausalLM.from_pretrained(
-        tmp_path / "back", output_loading_info=True
-    )
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        info
-    )
+    again, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     for name in ("embed_tokens", "lm_head"):
-        one, other = (
-            m.lm_head if name == "lm_head" else m.model.embed_tokens for m in (model, again)
-        )
+        one, other = (m.lm_head if name == "lm_head" else m.model.embed_tokens for m in (model, again))
         one, other = one.weight.detach().numpy(), other.weight.detach().numpy()
         np.testing.assert_array_equal(other[:50], one)
         np.testing.assert_allclose(other[50:], np.broadcast_to(one.mean(0), (6, 24)), atol=1e-7)
@@ -146,11 +132,7 @@ def test_a_folder_of_clip_is_converted_for_other_pictures_with_its_processor(tmp
     transformers = pytest.importorskip("transformers")
     theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VIT))
     theirs.save_pretrained(tmp_path / "clip")
-    said = {
-        "size": {"shortest_edge": 28},
-        "crop_size": {"height": 28, "width": 28},
-        "do_resize": True,
-    }
+    said = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "do_resize": True}
     (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(said))
     convert.convert(tmp_path / "clip", tmp_path / "ours", "jax", wanted=Wanted(image=56))
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
@@ -159,10 +141,7 @@ def test_a_folder_of_clip_is_converted_for_other_pictures_with_its_processor(tmp
     with torch.no_grad():
         assert back(torch.zeros(1, 3, 56, 56)).last_hidden_state.shape == (1, 17, 24)
     said = json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())
-    assert said["size"] == {"shortest_edge": 56} and said["crop_size"] == {
-        "height": 56,
-        "width": 56,
-    }
+    assert said["size"] == {"shortest_edge": 56} and said["crop_size"] == {"height": 56, "width": 56}
 
 
 def test_rows_that_only_a_mesh_wants_disappear_on_the_way_out(tmp_path):
@@ -181,16 +160,11 @@ def test_rows_that_only_a_mesh_wants_disappear_on_the_way_out(tmp_path):
 
 @pytest.mark.parametrize(
     "wanted, problem",
-    [
-        (Wanted(image=30), "30 pixels do not make whole patches of 14"),
-        (Wanted(words=("<a>",)), "has no vocabulary"),
-    ],
+    [(Wanted(image=30), "30 pixels do not make whole patches of 14"), (Wanted(words=("<a>",)), "has no vocabulary")],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, wanted, problem):
     transformers = pytest.importorskip("transformers")
-    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VIT)).save_pretrained(
-        tmp_path / "clip"
-    )
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VIT)).save_pretrained(tmp_path / "clip")
     with pytest.raises(UserError, match=problem):
         convert.convert(tmp_path / "clip", tmp_path / "ours", "jax", wanted=wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["clip"]

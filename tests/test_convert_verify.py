@@ -14,21 +14,31 @@ from test_convert_nextchat import SAM
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import convert  # noqa: E402
-from lionjax import params as trees  # noqa: E402
-from lionjax.convert import verify  # noqa: E402
-from lionjax.interfaces import UserError  # noqa: E402
+from lionjax import convert
+from lionjax import params as trees
+from lionjax.convert import verify
+from lionjax.interfaces import UserError
 
 MODELS = PUBLISHED | {
-    "bert": ("BertModel", "BertConfig", dict(
-        vocab_size=61, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
-        max_position_embeddings=20,
-    )),
+    "bert": (
+        "BertModel",
+        "BertConfig",
+        dict(
+            vocab_size=61,
+            hidden_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=40,
+            max_position_embeddings=20,
+        ),
+    ),
     "sam": ("SamModel", "SamConfig", SAM),
-    "swin": ("SwinModel", "SwinConfig", dict(
-        image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4,
-    )),
-}  # fmt: skip
+    "swin": (
+        "SwinModel",
+        "SwinConfig",
+        dict(image_size=32, patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=4),
+    ),
+}
 STAGES = {  # some that must be among those compared, and how many layers they have
     "t5": {
         "encoder.block.{i}.layer.0.SelfAttention.q": 3,
@@ -40,15 +50,8 @@ STAGES = {  # some that must be among those compared, and how many layers they h
     "llama, tied": {"model.layers.{i}.mlp.down_proj": 3},
     "opt": {"model.decoder.layers.{i}.fc1": 2, "model.decoder.layers.{i}.final_layer_norm": 2},
     "gpt2": {"transformer.h.{i}.attn.c_attn": 2, "transformer.h.{i}.mlp.c_proj": 2},
-    "clip": {
-        "vision_model.embeddings.patch_embedding": 1,
-        "vision_model.encoder.layers.{i}.self_attn.out_proj": 2,
-    },
-    "bert": {
-        "encoder.layer.{i}.attention.self.value": 3,
-        "pooler.dense": 1,
-        "embeddings.word_embeddings": 1,
-    },
+    "clip": {"vision_model.embeddings.patch_embedding": 1, "vision_model.encoder.layers.{i}.self_attn.out_proj": 2},
+    "bert": {"encoder.layer.{i}.attention.self.value": 3, "pooler.dense": 1, "embeddings.word_embeddings": 1},
     "swin": {"swin.layernorm": 1},
     "sam": {"vision_encoder.layers.{2i+1<2}.attn.qkv": 2, "vision_encoder.neck.conv2": 1},
 }
@@ -99,10 +102,7 @@ def test_where_two_models_part_is_said_by_stage_and_layer(tmp_path):
     assert not found.agree and parted
     before = {stage.name: stage for stage in found.stages}
     assert before["model.embed_tokens"].difference == 0
-    assert before["model.layers.{i}.mlp.up_proj"].worst in (
-        "model.layers.1.mlp.up_proj",
-        "model.layers.2.mlp.up_proj",
-    )
+    assert before["model.layers.{i}.mlp.up_proj"].worst in ("model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj")
     assert "they part in model.layers." in str(found)
 
 

@@ -62,22 +62,39 @@ def torch_twin(name: str):
     torch.manual_seed(0)
     if name in ("llama", "tied"):
         config = transformers.LlamaConfig(
-            vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, rms_norm_eps=c.eps,
-            tie_word_embeddings=c.tied, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **ids,
-        )  # fmt: skip
+            vocab_size=c.vocab,
+            hidden_size=c.width,
+            intermediate_size=c.hidden,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.kv_heads,
+            rms_norm_eps=c.eps,
+            tie_word_embeddings=c.tied,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            **ids,
+        )
         model = transformers.LlamaForCausalLM(config)
     elif name == "opt":
         config = transformers.OPTConfig(
-            vocab_size=c.vocab, hidden_size=c.width, ffn_dim=c.hidden, num_hidden_layers=c.layers,
-            num_attention_heads=c.heads, max_position_embeddings=c.positions - c.position_offset, **ids,
-        )  # fmt: skip
+            vocab_size=c.vocab,
+            hidden_size=c.width,
+            ffn_dim=c.hidden,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            max_position_embeddings=c.positions - c.position_offset,
+            **ids,
+        )
         model = transformers.OPTForCausalLM(config)
     else:
         config = transformers.GPT2Config(
-            vocab_size=c.vocab, n_embd=c.width, n_inner=c.hidden, n_layer=c.layers, n_head=c.heads,
-            n_positions=c.positions, **ids,
-        )  # fmt: skip
+            vocab_size=c.vocab,
+            n_embd=c.width,
+            n_inner=c.hidden,
+            n_layer=c.layers,
+            n_head=c.heads,
+            n_positions=c.positions,
+            **ids,
+        )
         model = transformers.GPT2LMHeadModel(config)
     with torch.no_grad():  # as they begin, biases are zero, norms say nothing and one word follows itself
         for name, weight in model.named_parameters():

@@ -55,8 +55,9 @@ def test_a_question_is_asked_with_what_was_pointed_at_and_with_what_was_said_bef
     model, talk = Listener(), Talk(corners=((0.75, 0.75), (0.25, 0.25)))
     talk, _ = demo.ask(model, talk, PICTURE, "What is this?", tags=("star",))
     assert model.asked[-1] == (
-        ["What is this?"], {"boxes": [[(0.25, 0.25, 0.75, 0.75)]], "tags": [("star",)], "history": None}
-    )  # fmt: skip
+        ["What is this?"],
+        {"boxes": [[(0.25, 0.25, 0.75, 0.75)]], "tags": [("star",)], "history": None},
+    )
     assert talk == Talk((("What is this?", "answer 1"),))  # the next question is about the whole picture again
     talk, _ = demo.ask(model, talk, PICTURE, "And its color?")
     nothing = {"boxes": None, "tags": None}
@@ -73,10 +74,11 @@ def test_corner_box_and_mask_are_drawn_where_they_are():
     def colored(talk, answer=None):
         drawn = np.asarray(demo.drawn(PICTURE, talk, answer), int)
         tall, wide, _ = drawn.shape
-        near = lambda at, colour: (  # noqa: E731
-            np.abs(drawn[round(at[1] * tall) - 6 :][:12, round(at[0] * wide) - 6 :][:, :12] - plots.rgb(colour)).sum(-1)
-            < 40
-        ).any()
+
+        def near(at, colour):
+            part = drawn[round(at[1] * tall) - 6 :][:12, round(at[0] * wide) - 6 :][:, :12]
+            return (np.abs(part - plots.rgb(colour)).sum(-1) < 40).any()
+
         return near
 
     assert not colored(talk)((0.1, 0.3), plots.PREDICTED)

@@ -22,9 +22,7 @@ LARGE = 2**20
 def example(experiment, rows: int = 2) -> Batch:
     """A batch of the config's own shapes; only its shapes and dtypes are read."""
     processor, side = experiment.data.processor, experiment.data.processor.image_size
-    text = [
-        np.zeros((rows, n), np.int32) for n in (processor.prompt_length, processor.question_length)
-    ]
+    text = [np.zeros((rows, n), np.int32) for n in (processor.prompt_length, processor.question_length)]
     target, row = np.zeros((rows, processor.target_length), np.int32), np.zeros(rows, np.int32)
     image = np.zeros((rows, side, side, 3), np.float32)
     batch = Batch(image, text[0], text[0], text[1], text[1], target, target, target, row, row)
@@ -32,15 +30,16 @@ def example(experiment, rows: int = 2) -> Batch:
         return batch
     boxes, large = experiment.data.processor.boxes, (experiment.system.sam.image,) * 2
     return dataclasses.replace(
-        batch, boxes_BK4=np.zeros((rows, boxes, 4), np.float32), boxes_mask_BK=np.zeros((rows, boxes), np.int32),
-        masks_BKHW=np.zeros((rows, boxes, *large), bool), sam_image_BHWC=np.zeros((rows, *large, 3), np.float32),
-    )  # fmt: skip
+        batch,
+        boxes_BK4=np.zeros((rows, boxes, 4), np.float32),
+        boxes_mask_BK=np.zeros((rows, boxes), np.int32),
+        masks_BKHW=np.zeros((rows, boxes, *large), bool),
+        sam_image_BHWC=np.zeros((rows, *large, 3), np.float32),
+    )
 
 
 def shapes(experiment, mesh=None):
-    return sharding.abstract(
-        experiment.system.init, jax.random.key(0), example(experiment), mesh=mesh
-    )
+    return sharding.abstract(experiment.system.init, jax.random.key(0), example(experiment), mesh=mesh)
 
 
 @pytest.fixture(scope="module", params=EXPERIMENTS)
@@ -72,14 +71,15 @@ def test_the_weight_table_covers_every_leaf_and_makes_no_other(experiment):
 
 def test_every_large_weight_is_split_over_the_mesh(experiment):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
-    whole = [path for path, leaf in trees.flatten(shapes(experiment, mesh)).items()
-             if np.prod(leaf.shape) > LARGE and leaf.sharding.is_fully_replicated]  # fmt: skip
+    whole = [
+        path
+        for path, leaf in trees.flatten(shapes(experiment, mesh)).items()
+        if np.prod(leaf.shape) > LARGE and leaf.sharding.is_fully_replicated
+    ]
     assert not whole
 
 
-@pytest.mark.parametrize(
-    ("name", "wanted"), [("lion_flant5xl", 281_570_400), ("lion_flant5xxl", 320_439_392)]
-)
+@pytest.mark.parametrize(("name", "wanted"), [("lion_flant5xl", 281_570_400), ("lion_flant5xxl", 320_439_392)])
 def test_lion_trains_as_many_parameters_as_the_release(name, wanted):
     experiment = config.load(CONFIGS / f"{name}.py")
     trainable, _ = trees.split(shapes(experiment), experiment.stages[-1].trainable)

@@ -81,10 +81,7 @@ def some(dtype="bfloat16", rows=6):
         "taps": jax.ShapeDtypeStruct((5,), jnp.dtype("float32")),
     }
     made = np.random.default_rng(0)
-    parts = [
-        [made.normal(size=x.shape).astype(x.dtype) for x in jax.tree.leaves(shapes)]
-        for _ in range(rows)
-    ]
+    parts = [[made.normal(size=x.shape).astype(x.dtype) for x in jax.tree.leaves(shapes)] for _ in range(rows)]
     return Sight("way", shapes, (0,)), {bytes([n]) * 16: part for n, part in enumerate(parts)}
 
 

@@ -17,9 +17,16 @@ from lionjax.interfaces import UserError
 
 PICTURE = 21  # <im_patch> of the tiny tokenizer
 PROMPTS = ProcessorConfig(
-    image_size=28, prompt_length=96, question_length=8, target_length=16, tags=False, reader="decoder",
-    template="{image} {question}", image_token=PICTURE, shot_end="</s>",
-)  # fmt: skip
+    image_size=28,
+    prompt_length=96,
+    question_length=8,
+    target_length=16,
+    tags=False,
+    reader="decoder",
+    template="{image} {question}",
+    image_token=PICTURE,
+    shot_end="</s>",
+)
 DATA = DataConfig((Scenes((12, 2, 2), pixels=28),), PROMPTS, threads=0)
 
 

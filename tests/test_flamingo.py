@@ -33,24 +33,12 @@ def test_resampler_and_gated_blocks_compute_what_openflamingo_does(folder):
     c, arrays = json.loads((folder / "config.json").read_text()), np.load(folder / "arrays.npz")
     p, g = c["perceiver"], c["gated"]
     sizes = ResamplerConfig(
-        p["width"],
-        p["depth"],
-        p["heads"],
-        p["head_width"],
-        p["ff_mult"] * p["width"],
-        p["latents"],
-        p["max_frames"],
+        p["width"], p["depth"], p["heads"], p["head_width"], p["ff_mult"] * p["width"], p["latents"], p["max_frames"]
     )
-    looks = CrossConfig(
-        1, g["visual_width"], g["heads"], g["head_width"], g["ff_mult"] * g["width"]
-    )
+    looks = CrossConfig(1, g["visual_width"], g["heads"], g["head_width"], g["ff_mult"] * g["width"])
     rows = (
         *under("perceiver.", "resampler/", resampler_rows(sizes)),
-        *(
-            row
-            for name in ("gated", "gated_all")
-            for row in under(f"{name}.", f"{name}/", cross_rows(looks))
-        ),
+        *(row for name in ("gated", "gated_all") for row in under(f"{name}.", f"{name}/", cross_rows(looks))),
     )
     state = load_file(folder / "weights.safetensors")
     params = convert.params_from(rows, state)
@@ -76,47 +64,34 @@ def test_resampler_and_gated_blocks_compute_what_openflamingo_does(folder):
 
 def small(every: int, rule: str = "immediate", **language) -> Flamingo:
     text = DecoderConfig(
-        48, 16, 2 * every, 2, 2, 8, 24, pad_token=0, start_token=1, end_token=2,
-        cross=CrossConfig(every, 8, 2, 4, 20),
-    )  # fmt: skip
+        48, 16, 2 * every, 2, 2, 8, 24, pad_token=0, start_token=1, end_token=2, cross=CrossConfig(every, 8, 2, 4, 20)
+    )
     return Flamingo(
-        ViTConfig(14, 7, 8, 1, 2, 12), ResamplerConfig(8, 1, 2, 4, 12, 3), dataclasses.replace(text, **language),
-        IMAGE, rule,
-    )  # fmt: skip
+        ViTConfig(14, 7, 8, 1, 2, 12),
+        ResamplerConfig(8, 1, 2, 4, 12, 3),
+        dataclasses.replace(text, **language),
+        IMAGE,
+        rule,
+    )
 
 
 def batch_of(seed: int = 0, answers=(3, 2)) -> Batch:
     """Two rows with two pictures each; the first has words before its first picture."""
     numbers = np.random.default_rng(seed)
-    prompt = np.array(
-        [[1, 5, IMAGE, 6, 7, IMAGE, 8, 9], [IMAGE, 10, 11, IMAGE, 12, 0, 0, 0]], np.int32
-    )
+    prompt = np.array([[1, 5, IMAGE, 6, 7, IMAGE, 8, 9], [IMAGE, 10, 11, IMAGE, 12, 0, 0, 0]], np.int32)
     target = numbers.integers(3, IMAGE, (2, 3)).astype(np.int32)
     mask = (np.arange(3) < np.array(answers)[:, None]).astype(np.int32)
     images = numbers.standard_normal((2, 2, 14, 14, 3)).astype(np.float32)
     nothing = np.zeros((2, 1), np.int32)
     rows = np.zeros(2, np.int32)
-    return Batch(
-        images,
-        prompt,
-        (prompt > 0).astype(np.int32),
-        nothing,
-        nothing,
-        target,
-        mask,
-        mask,
-        rows,
-        rows,
-    )
+    return Batch(images, prompt, (prompt > 0).astype(np.int32), nothing, nothing, target, mask, mask, rows, rows)
 
 
 def weights(system):
     """Random ones throughout, so that the gates stand open."""
     numbers = np.random.default_rng(0)
     shapes = sharding.abstract(system.init, jax.random.key(0), batch_of())
-    return jax.tree.map(
-        lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32), shapes
-    )
+    return jax.tree.map(lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32), shapes)
 
 
 @pytest.fixture(scope="module", params=[(1, "immediate"), (2, "all_previous")], ids=str)
@@ -130,16 +105,8 @@ def test_gates_begin_closed_and_closed_gates_leave_the_language_model_as_it_was(
     batch, c = batch_of(), system.language
     first = GatedCross(4, CrossConfig(1, 4, 1, 4, 4))
     media = np.ones((1, 2, 4), np.float32), np.ones((1, 3, 2), bool), np.ones((1, 3), bool)
-    begun = trees.flatten(
-        nn.meta.unbox(
-            first.init(jax.random.key(0), np.ones((1, 3, 4), np.float32), media)["params"]
-        )
-    )
-    assert (
-        not begun["gate"].any()
-        and not begun["mlp_gate"].any()
-        and begun["attention/o/kernel"].any()
-    )
+    begun = trees.flatten(nn.meta.unbox(first.init(jax.random.key(0), np.ones((1, 3, 4), np.float32), media)["params"]))
+    assert not begun["gate"].any() and not begun["mlp_gate"].any() and begun["attention/o/kernel"].any()
     flat, every = trees.flatten(params["language"]), c.cross.every
     for name in ("gate", "mlp_gate"):
         flat[f"groups/cross/{name}"] = np.zeros_like(flat[f"groups/cross/{name}"])
@@ -148,9 +115,7 @@ def test_gates_begin_closed_and_closed_gates_leave_the_language_model_as_it_was(
     for path, last in flat.items():
         if path.startswith("groups/block/"):
             name = path.removeprefix("groups/block/")
-            parts = (
-                [last[:, None]] if every == 1 else [flat[f"groups/before/{name}"], last[:, None]]
-            )
+            parts = [last[:, None]] if every == 1 else [flat[f"groups/before/{name}"], last[:, None]]
             whole = jnp.concatenate(parts, axis=1)
             plain[f"blocks/{name}"] = whole.reshape(-1, *whole.shape[2:])
     alone = Decoder(dataclasses.replace(c, cross=None))
@@ -185,17 +150,12 @@ def test_a_token_feels_the_pictures_that_the_rule_gives_it_and_no_other(made):
         return (got[0] * (jnp.arange(8) == place)[:, None]).sum()
 
     grad = jax.jit(jax.grad(felt))
-    by_place = {
-        place: np.abs(grad(jnp.asarray(batch.image_BHWC), place)[0]).max((1, 2, 3))
-        for place in (1, 4, 7)
-    }
+    by_place = {place: np.abs(grad(jnp.asarray(batch.image_BHWC), place)[0]).max((1, 2, 3)) for place in (1, 4, 7)}
     if system.rule == "immediate":
         assert by_place[1].tolist() == [0, 0]
         assert by_place[4][0] > 0 and by_place[4][1] == 0
     else:
-        assert (
-            by_place[1] > 0
-        ).all()  # OpenFlamingo's own: a word before all pictures sees them alike
+        assert (by_place[1] > 0).all()  # OpenFlamingo's own: a word before all pictures sees them alike
     # A later word feels the first picture by way of the words between, whatever it may look at itself.
     assert (by_place[7] > 0).all()
 
@@ -207,9 +167,7 @@ def test_words_read_one_by_one_are_those_read_at_once(made):
     how = GenerateConfig(max_new_tokens=4, eos=2, pad=0, start=None, logprobs=True)
     said = generate(system, params, batch, how)
     ids = np.asarray(said.ids_BM)
-    whole = dataclasses.replace(
-        batch, target_BM=ids, target_mask_BM=np.ones_like(ids), loss_mask_BM=np.ones_like(ids)
-    )
+    whole = dataclasses.replace(batch, target_BM=ids, target_mask_BM=np.ones_like(ids), loss_mask_BM=np.ones_like(ids))
     logits = np.asarray(jax.jit(system.logits)(params, whole))
     for row, length in enumerate(np.asarray(said.length_B)):
         np.testing.assert_array_equal(logits[row, :length].argmax(-1), ids[row, :length])
@@ -226,9 +184,7 @@ def test_only_new_words_of_the_table_learn_and_pictures_are_never_a_word_to_say(
     assert not table[:IMAGE].any() and table[IMAGE] > 0
     for name in ("gate", "mlp_gate"):
         assert np.abs(grads["language"]["groups"]["cross"][name]).min() > 0
-    shown = dataclasses.replace(
-        batch, target_BM=np.where(np.arange(3) == 1, IMAGE, batch.target_BM)
-    )
+    shown = dataclasses.replace(batch, target_BM=np.where(np.arange(3) == 1, IMAGE, batch.target_BM))
     _, metrics = jax.jit(system.loss)(params, shown)
     assert metrics["weight"] == 3
 
@@ -258,17 +214,13 @@ def theirs_reads(w, c: Flamingo, ids: list[int], seen_KPD):
     def attention(at, x, source, heads, mask=None):
         query = linear(x, w[f"{at}.to_q.weight"])
         key, value = linear(source, w[f"{at}.to_kv.weight"]).chunk(2, -1)
-        query, key, value = (
-            part.unflatten(-1, (heads, -1)).transpose(-3, -2) for part in (query, key, value)
-        )
+        query, key, value = (part.unflatten(-1, (heads, -1)).transpose(-3, -2) for part in (query, key, value))
         score = query @ key.mT * query.shape[-1] ** -0.5
         if mask is not None:
             score = score.masked_fill(~mask, -1e9)
         share = score.softmax(-1)
         if mask is not None and c.rule == "immediate":
-            share = share * mask.any(
-                -1, keepdim=True
-            )  # a token before all pictures sees nothing, else all alike
+            share = share * mask.any(-1, keepdim=True)  # a token before all pictures sees nothing, else all alike
         return linear((share @ value).transpose(-3, -2).flatten(-2), w[f"{at}.to_out.weight"])
 
     def feed(at, x):
@@ -287,27 +239,30 @@ def theirs_reads(w, c: Flamingo, ids: list[int], seen_KPD):
     mask = (time == mine if c.rule == "immediate" else time >= mine)[None]
 
     d, at = c.language, "lang_encoder."
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=d.vocab, hidden_size=d.width, intermediate_size=d.hidden, num_hidden_layers=d.layers,
-        num_attention_heads=d.heads, num_key_value_heads=d.kv_heads, head_dim=d.head, rms_norm_eps=d.eps,
-    )).eval()  # fmt: skip
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=d.vocab,
+            hidden_size=d.width,
+            intermediate_size=d.hidden,
+            num_hidden_layers=d.layers,
+            num_attention_heads=d.heads,
+            num_key_value_heads=d.kv_heads,
+            head_dim=d.head,
+            rms_norm_eps=d.eps,
+        )
+    ).eval()
     for i, layer in enumerate(model.model.layers):
         if (i + 1) % d.cross.every:
             continue
 
         def look(_, args, kwargs, here=f"{at}gated_cross_attn_layers.{i}"):
             x = args[0]
-            change = attention(
-                f"{here}.attn", norm(x, f"{here}.attn.norm"), media, d.cross.heads, mask
-            )
+            change = attention(f"{here}.attn", norm(x, f"{here}.attn.norm"), media, d.cross.heads, mask)
             x = x + w[f"{here}.attn_gate"].tanh() * change
             return (x + w[f"{here}.ff_gate"].tanh() * feed(f"{here}.ff", x), *args[1:]), kwargs
 
         layer.register_forward_pre_hook(look, with_kwargs=True)
-    held = {
-        name: w[at + name.replace("model.layers.", "old_decoder_blocks.")]
-        for name in model.state_dict()
-    }
+    held = {name: w[at + name.replace("model.layers.", "old_decoder_blocks.")] for name in model.state_dict()}
     return torch.func.functional_call(model, held, (torch.tensor([ids]),)).logits[0]
 
 
@@ -317,26 +272,28 @@ def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greed
     seed = tiny.seed()
     draw, numbers = random.Random(seed), np.random.default_rng(seed)
     every, heads, head = draw.choice([1, 2]), draw.choice([2, 3]), draw.choice([4, 6])
-    tower = ViTConfig(
-        14, 7, draw.randint(6, 12) * 2, 1, 2, 12, biases="qkvo", patch_bias=False, norm_before=True
-    )
+    tower = ViTConfig(14, 7, draw.randint(6, 12) * 2, 1, 2, 12, biases="qkvo", patch_bias=False, norm_before=True)
     system = Flamingo(
         tower,
         ResamplerConfig(tower.width, draw.randint(1, 3), heads, head, draw.randint(12, 20), draw.randint(2, 5)),
         DecoderConfig(
-            draw.randint(44, 60), 4 * head, every * draw.randint(1, 2), 4, draw.choice([1, 2, 4]), head,
-            draw.randint(16, 30), cross=CrossConfig(every, tower.width, heads, head, draw.randint(12, 20)),
+            draw.randint(44, 60),
+            4 * head,
+            every * draw.randint(1, 2),
+            4,
+            draw.choice([1, 2, 4]),
+            head,
+            draw.randint(16, 30),
+            cross=CrossConfig(every, tower.width, heads, head, draw.randint(12, 20)),
         ),
         IMAGE,
         draw.choice(["immediate", "all_previous"]),
-    )  # fmt: skip
+    )
     batch = batch_of(seed)
     features = numbers.standard_normal((2, 2, 4, tower.width)).astype(np.float32)
     batch = dataclasses.replace(batch, features=features)
     shapes = jax.eval_shape(lambda: nn.meta.unbox(system.init(jax.random.key(0), batch_of())))
-    params = jax.tree.map(
-        lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32), shapes
-    )
+    params = jax.tree.map(lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32), shapes)
     w = {
         name: torch.tensor(leaf, requires_grad=True)
         for name, leaf in convert.state_from(system.torch_rows(), params).items()
@@ -345,29 +302,21 @@ def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greed
     for row in range(2):
         ids = batch.prompt_BL[row][batch.prompt_mask_BL[row] > 0].tolist()
         answer = batch.target_BM[row][batch.target_mask_BM[row] > 0].tolist()
-        logits = theirs_reads(w, system, ids + answer, torch.tensor(features[row]))[
-            len(ids) - 1 : -1
-        ]
+        logits = theirs_reads(w, system, ids + answer, torch.tensor(features[row]))[len(ids) - 1 : -1]
         prompts.append(ids)
         rows.append(logits.detach().numpy())
-        total.append(
-            torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none")
-        )
+        total.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
     value = torch.cat(total).mean()
     value.backward()
 
     grads = tiny.assert_learns_alike(system, params, batch, rows, value, w.items(), seed)
     assert any(np.linalg.norm(grads[name]) for name in w if name.endswith("attn_gate"))
 
-    said = generate(
-        system, params, batch, GenerateConfig(max_new_tokens=4, eos=-1, pad=0, start=None)
-    )
+    said = generate(system, params, batch, GenerateConfig(max_new_tokens=4, eos=-1, pad=0, start=None))
     for row, ids in enumerate(prompts):
         for word in np.asarray(said.ids_BM)[row]:
             with torch.no_grad():
-                assert (
-                    word == theirs_reads(w, system, ids, torch.tensor(features[row]))[-1].argmax()
-                ), f"seed {seed}"
+                assert word == theirs_reads(w, system, ids, torch.tensor(features[row]))[-1].argmax(), f"seed {seed}"
             ids = [*ids, int(word)]
 
 
@@ -383,23 +332,11 @@ def test_mpt_computes_what_transformers_does():
     heads, head, layers = draw.choice([2, 3, 4]), draw.choice([4, 6]), draw.randint(1, 3)
     width = heads * head
     config = transformers.MptConfig(
-        d_model=width,
-        n_heads=heads,
-        n_layers=layers,
-        vocab_size=50,
-        max_seq_len=32,
-        layer_norm_epsilon=1e-5,
+        d_model=width, n_heads=heads, n_layers=layers, vocab_size=50, max_seq_len=32, layer_norm_epsilon=1e-5
     )
     theirs = tiny.shaken(transformers.MptForCausalLM(config))
     c = dataclasses.replace(
-        decoder.MPT_7B,
-        vocab=50,
-        width=width,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head=head,
-        hidden=4 * width,
+        decoder.MPT_7B, vocab=50, width=width, layers=layers, heads=heads, kv_heads=heads, head=head, hidden=4 * width
     )
     state = {name: w.detach().numpy() for name, w in theirs.state_dict().items()}
     params = convert.params_from(mpt_rows(c), state)
@@ -421,9 +358,7 @@ def test_mpt_computes_what_transformers_does():
     mine = convert.state_from(mpt_rows(c), jax.tree.map(np.asarray, grads))
     for name, weight in theirs.named_parameters():
         wanted = weight.grad.norm().item()
-        assert np.linalg.norm(mine[name]) == pytest.approx(wanted, rel=1e-3, abs=1e-5), (
-            f"{name}, seed {seed}"
-        )
+        assert np.linalg.norm(mine[name]) == pytest.approx(wanted, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
 
     def read(module):
         state_BD, cache = module.begin(module.embed(ids[:, :6]), np.ones((2, 6)), 3)
@@ -431,8 +366,4 @@ def test_mpt_computes_what_transformers_does():
             state_BD, cache = module.extend(module.embed(ids[:, place]), cache)
         return module.logits(state_BD)
 
-    assert_close(
-        Decoder(c).apply({"params": params}, method=read),
-        np.asarray(logits[:, -1]),
-        f"cache, seed {seed}",
-    )
+    assert_close(Decoder(c).apply({"params": params}, method=read), np.asarray(logits[:, -1]), f"cache, seed {seed}")

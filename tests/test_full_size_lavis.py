@@ -20,9 +20,7 @@ from lionjax.vision import vit
 
 OPT_6_7B = dataclasses.replace(decoder.OPT_2_7B, width=4096, head=128, hidden=16384)
 VICUNAS = (decoder.VICUNA_7B, decoder.VICUNA_13B)
-PADDED = [
-    dataclasses.replace(c, vocab=32001) for c in VICUNAS
-]  # [PAD] is InstructBLIP's one new word
+PADDED = [dataclasses.replace(c, vocab=32001) for c in VICUNAS]  # [PAD] is InstructBLIP's one new word
 LAVIS = {  # file -> (its word for the language model, the language model, whether the Q-Former reads text)
     "blip2_pretrained_opt2.7b": ("opt", decoder.OPT_2_7B, False),
     "blip2_pretrained_opt6.7b": ("opt", OPT_6_7B, False),
@@ -54,9 +52,7 @@ def bridge_release(vocab: int | None, seen: int) -> dict:
     """Q-Former, queries and norm, name -> shape; `vocab`: of one that reads text; `seen`: the tower's width."""
     shapes = {n: shape for n, (shape, _) in lion_release(2048).items()}
     shapes = {n: tuple(seen if size == 1408 else size for size in s) for n, s in shapes.items()}
-    bridge = {
-        n: s for n, s in shapes.items() if n.startswith(("Qformer.", "query_tokens", "ln_vision"))
-    }
+    bridge = {n: s for n, s in shapes.items() if n.startswith(("Qformer.", "query_tokens", "ln_vision"))}
     if vocab is None:  # the second stage drops all that reads text
         text = r"Qformer\.bert\.(embeddings\.(word|position)|encoder\.layer\.\d+\.(intermediate|output)\.)"
         return {n: s for n, s in bridge.items() if not re.match(text, n)}
@@ -105,9 +101,12 @@ def first_release(clip: bool, image: int) -> dict:
     state |= {f"{head}bias": (30523,), f"{head}decoder.weight": (30523, 768)}
     state |= {f"{head}decoder.bias": (30523,), "temp": ()}
     for name, size in {
-        f"{head}transform.dense": (768, 768), f"{head}transform.LayerNorm": (768,), "vision_proj": (256, 768),
-        "text_proj": (256, 768), "itm_head": (2, 768),
-    }.items():  # fmt: skip
+        f"{head}transform.dense": (768, 768),
+        f"{head}transform.LayerNorm": (768,),
+        "vision_proj": (256, 768),
+        "text_proj": (256, 768),
+        "itm_head": (2, 768),
+    }.items():
         state |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
     return state
 
@@ -141,9 +140,7 @@ def clip_release(clip) -> dict:
 
 def llava(language, depth: int, image: int) -> Prefix:
     clip = dataclasses.replace(vit.CLIP_VIT_L, image=image)
-    return Prefix(
-        clip, language, feature_layer=-2, projector_depth=depth, in_front=False, names="original"
-    )
+    return Prefix(clip, language, feature_layer=-2, projector_depth=depth, in_front=False, names="original")
 
 
 SIZES = pytest.mark.parametrize("language", VICUNAS, ids=["7b", "13b"])
@@ -188,8 +185,6 @@ def test_a_delta_of_llava_is_whole_with_a_llama_and_a_clip(language, words):
     check(KINDS["llava"], config, dict(made) | blank(clip_release(config.vision)))
     del base["model.norm.weight"], delta["model.layers.3.mlp.up_proj.weight"]
     with pytest.raises(UserError) as told:
-        convert_delta.added(
-            Tensors(blank(delta), ("delta",)), Tensors(blank(base), ("base",)), KINDS["llava"].ignore
-        )
+        convert_delta.added(Tensors(blank(delta), ("delta",)), Tensors(blank(base), ("base",)), KINDS["llava"].ignore)
     assert "base has no tensor 'model.norm.weight'" in str(told.value)
     assert "delta has no tensor 'model.layers.3.mlp.up_proj.weight'" in str(told.value)

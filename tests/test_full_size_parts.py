@@ -93,11 +93,7 @@ def sam_release() -> dict:
     put(encoder + "neck.2.weight", 256, 256, 3, 3)
     dense(encoder + "neck.3", 256)
     put(prompts + "pe_layer.positional_encoding_gaussian_matrix", 2, 128)
-    for name in (
-        *(f"point_embeddings.{k}" for k in range(4)),
-        "not_a_point_embed",
-        "no_mask_embed",
-    ):
+    for name in (*(f"point_embeddings.{k}" for k in range(4)), "not_a_point_embed", "no_mask_embed"):
         put(f"{prompts}{name}.weight", 1, 256)
     dense(prompts + "mask_downscaling.0", 4, 1, 2, 2)
     dense(prompts + "mask_downscaling.1", 4)
@@ -107,16 +103,9 @@ def sam_release() -> dict:
     put(masks + "iou_token.weight", 1, 256)
     put(masks + "mask_tokens.weight", 4, 256)
     attentions = [
-        f"layers.{k}.{x}"
-        for k in range(2)
-        for x in ("cross_attn_token_to_image", "cross_attn_image_to_token")
+        f"layers.{k}.{x}" for k in range(2) for x in ("cross_attn_token_to_image", "cross_attn_image_to_token")
     ]
-    for name in (
-        *attentions,
-        "final_attn_token_to_image",
-        "layers.0.self_attn",
-        "layers.1.self_attn",
-    ):
+    for name in (*attentions, "final_attn_token_to_image", "layers.0.self_attn", "layers.1.self_attn"):
         inner = 256 if "self_attn" in name else 128
         for letter in "qkv":
             dense(f"{masks}transformer.{name}.{letter}_proj", inner, 256)
@@ -132,10 +121,7 @@ def sam_release() -> dict:
     dense(masks + "output_upscaling.1", 64)
     put(masks + "output_upscaling.3.weight", 64, 32, 2, 2)
     put(masks + "output_upscaling.3.bias", 32)
-    for name, out in (
-        *((f"output_hypernetworks_mlps.{k}", 32) for k in range(4)),
-        ("iou_prediction_head", 4),
-    ):
+    for name, out in (*((f"output_hypernetworks_mlps.{k}", 32) for k in range(4)), ("iou_prediction_head", 4)):
         for layer, size in enumerate((256, 256, out)):
             dense(f"{masks}{name}.layers.{layer}", size, 256)
     return forms
@@ -192,10 +178,7 @@ def test_the_full_size_nextchat_table_covers_every_tensor_of_the_release_and_eve
     kind, state = KINDS["nextchat"], blank(nextchat_release())
     check(kind, NextChat(), state)
     said = {name for name in state if name.endswith(("inv_freq", "position_ids"))}
-    assert (
-        sum(int(np.prod(state[n].shape)) for n in state if n not in said)
-        == 7_741_812_788 + GAUSSIAN
-    )
+    assert sum(int(np.prod(state[n].shape)) for n in state if n not in said) == 7_741_812_788 + GAUSSIAN
     del state["model.layers.31.mlp.down_proj.weight"]
     with pytest.raises(UserError, match="'model.layers.31.mlp.down_proj.weight'"):
         check(kind, NextChat(), state)
@@ -209,31 +192,22 @@ def test_the_full_size_table_of_metas_sam_covers_every_tensor_of_its_file():
 
 def test_the_full_size_table_of_eva_covers_every_tensor_of_its_file():
     state = lion_release(2048)
-    state = {
-        n.removeprefix("visual_encoder."): form
-        for n, form in state.items()
-        if n.startswith("visual_encoder.")
-    }
+    state = {n.removeprefix("visual_encoder."): form for n, form in state.items() if n.startswith("visual_encoder.")}
     check(KINDS["eva"], vit.EVA_VIT_G, Blank(state))
 
 
 def openai_clip_release() -> dict:
     """Every tensor of clip_vit_L.pth: name -> shape."""
-    state = {
-        "class_embedding": (1024,),
-        "positional_embedding": (257, 1024),
-        "conv1.weight": (1024, 3, 14, 14),
-    }
+    state = {"class_embedding": (1024,), "positional_embedding": (257, 1024), "conv1.weight": (1024, 3, 14, 14)}
     state |= {"proj": (1024, 768)}
     shapes = {
-        "ln_1": (1024,), "ln_2": (1024,), "attn.out_proj": (1024, 1024), "mlp.c_fc": (4096, 1024),
+        "ln_1": (1024,),
+        "ln_2": (1024,),
+        "attn.out_proj": (1024, 1024),
+        "mlp.c_fc": (4096, 1024),
         "mlp.c_proj": (1024, 4096),
-    }  # fmt: skip
-    layers = {
-        f"transformer.resblocks.{i}.{name}": shape
-        for i in range(24)
-        for name, shape in shapes.items()
     }
+    layers = {f"transformer.resblocks.{i}.{name}": shape for i in range(24) for name, shape in shapes.items()}
     for name, shape in (layers | {"ln_pre": (1024,), "ln_post": (1024,)}).items():
         state |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     for i in range(24):

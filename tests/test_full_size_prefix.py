@@ -11,12 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import config as configs  # noqa: E402
-from lionjax import params as trees  # noqa: E402
-from lionjax.convert.files import Tensors  # noqa: E402
-from lionjax.convert.plan import plan_params, plan_state  # noqa: E402
-from lionjax.convert.systems import of_config  # noqa: E402
-from lionjax.interfaces import UserError  # noqa: E402
+from lionjax import config as configs
+from lionjax import params as trees
+from lionjax.convert.files import Tensors
+from lionjax.convert.plan import plan_params, plan_state
+from lionjax.convert.systems import of_config
+from lionjax.interfaces import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = ("llava15_7b", "llava15_13b", "blip2_opt27b", "blip2_flant5xl", "instructblip_flant5xl", "kosmos2")
@@ -73,8 +73,10 @@ def test_the_first_llavas_table_covers_its_own_file():
     language = dataclasses.replace(system.language, vocab_multiple=1)
     text = theirs(language)
     clip = {f"model.vision_tower.vision_tower.{n}": w for n, w in theirs(system.vision).items()}
-    clip = {n if "vision_model." in n else n.replace("tower.vision_tower.", "tower.vision_tower.vision_model."): w
-            for n, w in clip.items()}  # fmt: skip
+    clip = {
+        n if "vision_model." in n else n.replace("tower.vision_tower.", "tower.vision_tower.vision_model."): w
+        for n, w in clip.items()
+    }
     shapes = {"model.mm_projector.weight": (4096, 1024), "model.mm_projector.bias": (4096,)}
     own = {name: np.broadcast_to(np.zeros((), np.float16), shape) for name, shape in shapes.items()}
     assert clip["model.vision_tower.vision_tower.vision_model.embeddings.position_embedding.weight"].shape[0] == 257

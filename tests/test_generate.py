@@ -16,7 +16,7 @@ from lionjax.language.t5 import T5Config
 
 TINY = T5Config(
     vocab=23, width=16, head=4, heads=3, hidden=24, encoder_layers=2, decoder_layers=2, buckets=8, max_distance=16
-)  # fmt: skip
+)
 
 
 def words(generated) -> list[list[int]]:
@@ -43,12 +43,7 @@ def words_of_hugging_face(model, ids_BL, mask_BL, config: GenerateConfig) -> lis
 
 
 @pytest.mark.parametrize(
-    "setting",
-    [
-        {},
-        {"repetition_penalty": 1.5, "min_length": 5, "eos": 17},
-        {"repetition_penalty": 0.8, "eos": 9},
-    ],
+    "setting", [{}, {"repetition_penalty": 1.5, "min_length": 5, "eos": 17}, {"repetition_penalty": 0.8, "eos": 9}]
 )
 def test_greedy_ids_are_those_of_hugging_face(setting):
     config = GenerateConfig(max_new_tokens=12, **setting)
@@ -153,14 +148,7 @@ def test_penalty_and_ban_change_scores_as_hugging_face_does():
 
 @pytest.mark.parametrize(
     "temperature, top_k, top_p",
-    [
-        (1.0, 7, 1.0),
-        (0.7, 0, 0.9),
-        (1.3, 40, 0.5),
-        (2.0, 0, 0.05),
-        (1.0, 0, 1.0),
-        (0.5, 1000, 0.99),
-    ],
+    [(1.0, 7, 1.0), (0.7, 0, 0.9), (1.3, 40, 0.5), (2.0, 0, 0.05), (1.0, 0, 1.0), (0.5, 1000, 0.99)],
 )
 def test_sampling_draws_from_the_tokens_and_chances_of_hugging_face(temperature, top_k, top_p):
     import torch
@@ -202,8 +190,7 @@ def test_the_key_decides_what_is_drawn_and_steps_differ():
     params, batch = random_params(0), batch_of(*[(3, 4)] * 64)
     config = GenerateConfig(max_new_tokens=6, sample=True, temperature=5.0, eos=-1)
     one, again, other = (
-        np.asarray(generate(Toy(), params, batch, config, jax.random.key(key)).ids_BM)
-        for key in (1, 1, 2)
+        np.asarray(generate(Toy(), params, batch, config, jax.random.key(key)).ids_BM) for key in (1, 1, 2)
     )
     np.testing.assert_array_equal(one, again)
     assert (one != other).mean() > 0.5

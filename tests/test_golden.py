@@ -60,27 +60,49 @@ def lion_of(config: dict, visual_input: str = "ALL") -> Lion:
     adapters = AdapterConfig(config["adapters"]["bottleneck"], config["adapters"]["count"])
     return Lion(
         ViTConfig(
-            v["image_size"], v["patch_size"], v["width"], v["depth"], v["heads"], v["mlp_width"],
-            v["layer_norm_eps"],
+            v["image_size"], v["patch_size"], v["width"], v["depth"], v["heads"], v["mlp_width"], v["layer_norm_eps"]
         ),
         QFormerConfig(
-            q["width"], q["layers"], q["heads"], q["mlp_width"], q["queries"], q["cross_attention_every"],
-            q["vision_width"], q["vocab_size"], q["max_positions"], q["layer_norm_eps"],
+            q["width"],
+            q["layers"],
+            q["heads"],
+            q["mlp_width"],
+            q["queries"],
+            q["cross_attention_every"],
+            q["vision_width"],
+            q["vocab_size"],
+            q["max_positions"],
+            q["layer_norm_eps"],
         ),
         AggregatorConfig(
-            a["query_layer"], tuple(a["context_layers"]), v["width"], a["heads"], a["mlp_width"],
-            a["layer_norm_eps"], projector=a["projector_width"],
+            a["query_layer"],
+            tuple(a["context_layers"]),
+            v["width"],
+            a["heads"],
+            a["mlp_width"],
+            a["layer_norm_eps"],
+            projector=a["projector_width"],
         ),
         T5Config(
-            vocab=t["vocab_size"], width=t["d_model"], head=t["d_kv"], heads=t["heads"], hidden=t["d_ff"],
-            encoder_layers=t["encoder_layers"], decoder_layers=t["decoder_layers"],
-            buckets=t["relative_attention_num_buckets"], max_distance=t["relative_attention_max_distance"],
-            eps=t["layer_norm_eps"], activation="gelu", start_token=t["decoder_start_token_id"],
-            pad_token=t["pad_token_id"], end_token=t["eos_token_id"], adapters=adapters,
+            vocab=t["vocab_size"],
+            width=t["d_model"],
+            head=t["d_kv"],
+            heads=t["heads"],
+            hidden=t["d_ff"],
+            encoder_layers=t["encoder_layers"],
+            decoder_layers=t["decoder_layers"],
+            buckets=t["relative_attention_num_buckets"],
+            max_distance=t["relative_attention_max_distance"],
+            eps=t["layer_norm_eps"],
+            activation="gelu",
+            start_token=t["decoder_start_token_id"],
+            pad_token=t["pad_token_id"],
+            end_token=t["eos_token_id"],
+            adapters=adapters,
         ),
         soft_prompt_token=config["soft_prompt"]["token_id"],
         visual_input=visual_input,
-    )  # fmt: skip
+    )
 
 
 def lion_batch(arrays, route: str) -> Batch:
@@ -173,10 +195,15 @@ def test_lion_generates_the_originals_ids(lion_golden):
     _, config, lion, params, arrays = lion_golden
     for name, setting in config["generate"].items():
         chosen = GenerateConfig(
-            max_new_tokens=setting["max_new_tokens"], min_length=setting["min_length"], beams=setting["num_beams"],
-            length_penalty=setting["length_penalty"], repetition_penalty=setting["repetition_penalty"],
-            eos=lion.language.end_token, pad=lion.language.pad_token, start=lion.language.start_token,
-        )  # fmt: skip
+            max_new_tokens=setting["max_new_tokens"],
+            min_length=setting["min_length"],
+            beams=setting["num_beams"],
+            length_penalty=setting["length_penalty"],
+            repetition_penalty=setting["repetition_penalty"],
+            eos=lion.language.end_token,
+            pad=lion.language.pad_token,
+            start=lion.language.start_token,
+        )
         made = generate(lion, params, lion_batch(arrays, setting["router"]), chosen)
         theirs = arrays[name][:, 1:]  # without the start token
         width = theirs.shape[1]
@@ -221,13 +248,25 @@ def test_nextchat_weights_go_back_to_the_same_bits(nextchat_golden):
 def ram_of(config: dict) -> RamConfig:
     s, t = config["swin"], config["tagging_head"]
     swin = SwinConfig(
-        s["image_size"], s["patch_size"], s["embed_dim"], tuple(s["depths"]), tuple(s["heads"]), s["window_size"],
-        s["mlp_ratio"], "qkvo" if s["qkv_bias"] else "o",
-    )  # fmt: skip
+        s["image_size"],
+        s["patch_size"],
+        s["embed_dim"],
+        tuple(s["depths"]),
+        tuple(s["heads"]),
+        s["window_size"],
+        s["mlp_ratio"],
+        "qkvo" if s["qkv_bias"] else "o",
+    )
     return RamConfig(
-        swin, config["tags"], config["label_dim"], t["encoder_width"], t["width"], t["heads"], t["mlp_width"],
+        swin,
+        config["tags"],
+        config["label_dim"],
+        t["encoder_width"],
+        t["width"],
+        t["heads"],
+        t["mlp_width"],
         t["layers"],
-    )  # fmt: skip
+    )
 
 
 def ram_states(module: Ram, image_BHWC) -> dict:

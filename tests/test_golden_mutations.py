@@ -20,23 +20,30 @@ from lionjax.systems import lion, nextchat
 
 MISTAKES = {
     "location tokens are learned as words": (
-        heads, "batch.loss_mask_BM * (batch.target_BM != c.location_token)", "batch.loss_mask_BM",
+        heads,
+        "batch.loss_mask_BM * (batch.target_BM != c.location_token)",
+        "batch.loss_mask_BM",
         {"loss_lm", "loss_total"},
     ),
     "F without its last bias": (
-        heads, "self.decoder(state_BKD.astype(jnp.float32))",
+        heads,
+        "self.decoder(state_BKD.astype(jnp.float32))",
         "self.decoder(state_BKD.astype(jnp.float32)) - self.decoder.variables['params']['down']['bias']",
         {"predicted_boxes", "loss_box"},
     ),
     "a stop-gradient in the cycle loss": (
-        heads, "losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK)",
+        heads,
+        "losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK)",
         "losses.mean_of_real(jnp.square(again_BKD - jax.lax.stop_gradient(trigger_BKD)), real_BK)",
         {"stage1"},
     ),
     "the box scale off by one pixel": (
-        nextchat, "box_BK4 * self.c.box_scale", "box_BK4 * (self.c.box_scale - 1)", {"sam_mask_logits"},
+        nextchat,
+        "box_BK4 * self.c.box_scale",
+        "box_BK4 * (self.c.box_scale - 1)",
+        {"sam_mask_logits"},
     ),
-}  # fmt: skip
+}
 
 
 def mutated(monkeypatch, module, old: str, new: str):

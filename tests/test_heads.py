@@ -56,9 +56,8 @@ def test_a_loader_whose_boxes_do_not_fit_its_texts_is_refused(boxes, tokens, mes
     given[0], given[1, : len(boxes)], real[1, : len(boxes)] = BOX, np.reshape(boxes, (-1, 4)), 1
     batch = Batch(
         None, ids, np.ones_like(ids), None, None, nothing, nothing, nothing, nothing[:, 0], nothing[:, 0], given, real
-    )  # fmt: skip
+    )
     for system in (SimpleNamespace(location_token=9), SimpleNamespace(places=SimpleNamespace(location_token=9))):
         with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
             heads.check_boxes(system, batch)
     heads.check_boxes(SimpleNamespace(places=None), batch)  # says no places
-

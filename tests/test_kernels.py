@@ -23,13 +23,13 @@ def drawn(rows=2, queries=160, keys=160, heads=4, kv_heads=4, head=16, dtype=jnp
         return jnp.asarray(random.standard_normal(shape), dtype)
 
     real_BS = np.arange(keys) < np.linspace(keys // 2, keys, rows).astype(int)[:, None]
-    real_BS[:, keys // 4 : keys // 3] = (
-        False  # also in the middle, as between a prompt and an answer
-    )
+    real_BS[:, keys // 4 : keys // 3] = False  # also in the middle, as between a prompt and an answer
     return (
-        of(rows, queries, heads, head), of(rows, keys, kv_heads, head), of(rows, keys, kv_heads, head),
+        of(rows, queries, heads, head),
+        of(rows, keys, kv_heads, head),
+        of(rows, keys, kv_heads, head),
         jnp.asarray(real_BS),
-    )  # fmt: skip
+    )
 
 
 def written_out(query_BLNH, key_BSNH, value_BSNH, mask=None, bias=None, scale=SCALE):
@@ -58,9 +58,7 @@ def values_and_gradients(function, query, key, value):
 
 
 def assert_same(function, other, given, tolerance=2e-5):
-    for one, another in zip(
-        values_and_gradients(function, *given), values_and_gradients(other, *given)
-    ):
+    for one, another in zip(values_and_gradients(function, *given), values_and_gradients(other, *given)):
         np.testing.assert_allclose(one, another, tolerance, tolerance)
 
 
@@ -80,23 +78,14 @@ def test_the_plain_way_is_the_formula_for_every_mask_and_for_grouped_queries(kin
         "bias": (key_mask(real_BS), keys, bias),
         "free": (free, free, None),
     }[kind]
-    assert_same(
-        lambda *x: attend(*x, ours, added, SCALE), lambda *x: written_out(*x, theirs, added), given
-    )
+    assert_same(lambda *x: attend(*x, ours, added, SCALE), lambda *x: written_out(*x, theirs, added), given)
 
 
 @pytest.mark.parametrize(
     ("kind", "kv_heads", "queries", "keys"),
-    [
-        ("causal keys", 4, 160, 160),
-        ("causal keys", 2, 128, 128),
-        ("keys", 2, 130, 200),
-        ("all", 4, 100, 130),
-    ],
+    [("causal keys", 4, 160, 160), ("causal keys", 2, 128, 128), ("keys", 2, 130, 200), ("all", 4, 100, 130)],
 )
-def test_splash_attention_is_the_formula_at_lengths_that_its_blocks_do_not_divide(
-    kind, kv_heads, queries, keys
-):
+def test_splash_attention_is_the_formula_at_lengths_that_its_blocks_do_not_divide(kind, kv_heads, queries, keys):
     *given, real_BS = drawn(queries=queries, keys=keys, kv_heads=kv_heads)
     mask = Mask(real_BS if "keys" in kind else None, causal="causal" in kind)
     assert_same(
@@ -158,9 +147,7 @@ def test_a_build_without_cudnn_is_said_once_and_the_formula_is_used(monkeypatch,
     on_a_gpu(monkeypatch, None)
     *given, real_BS = drawn(queries=12, keys=12, dtype=jnp.bfloat16)
     with caplog.at_level(logging.WARNING):
-        made = [
-            jax.jit(lambda *x: attend(*x, key_mask(real_BS), None, SCALE))(*given) for _ in range(2)
-        ]
+        made = [jax.jit(lambda *x: attend(*x, key_mask(real_BS), None, SCALE))(*given) for _ in range(2)]
     expected = kernels.plain(*given, real_BS[:, None, None, :], None, SCALE)
     np.testing.assert_array_equal(made[0], expected)
     assert [r.message for r in caplog.records if "without cuDNN" in r.message] == caplog.messages
@@ -202,17 +189,13 @@ def test_the_flops_of_a_kernel_are_counted_as_often_as_it_runs():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))
 
     def ours(*x):
-        return kernels.split(
-            lambda q, k, v, keys: kernels.splash(q, k, v, keys, False, SCALE), mesh, *x, real_BS
-        )
+        return kernels.split(lambda q, k, v, keys: kernels.splash(q, k, v, keys, False, SCALE), mesh, *x, real_BS)
 
     plain = jax.make_jaxpr(lambda *x: kernels.plain(*x))(*given)
     assert programs.products(jax.make_jaxpr(ours)(*given).jaxpr) == programs.products(plain.jaxpr)
 
 
-@pytest.mark.skipif(
-    not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed"
-)
+@pytest.mark.skipif(not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed")
 @pytest.mark.parametrize(("head", "kv_heads"), [(64, 8), (88, 8), (128, 2)])
 def test_splash_attention_and_its_gradient_compile_for_a_pod(head, kv_heads):
     mesh = sharding.make_mesh(MeshConfig(1, 4, 4), topologies.devices(topologies.parse("v5e-16")))
@@ -242,15 +225,12 @@ def test_keys_in_pieces_some_shared_by_beams_are_attended_to_as_if_put_together(
         return jnp.asarray(random.standard_normal(shape), jnp.float32)
 
     pieces = [
-        (draw(rows, kv_heads, length, 4), draw(rows, kv_heads, length, 4))
-        for rows, length in ((3, 5), (6, 2), (6, 1))
+        (draw(rows, kv_heads, length, 4), draw(rows, kv_heads, length, 4)) for rows, length in ((3, 5), (6, 2), (6, 1))
     ]
     query, bias = draw(6, 1, 6, 4), draw(6, 6, 1, 8)
     real = jnp.asarray(random.random((6, 8)) < 0.6).at[:, -1].set(True)
     together = [
-        jnp.concatenate(
-            [jnp.repeat(piece[n], 6 // len(piece[n]), axis=0) for piece in pieces], axis=2
-        ).swapaxes(1, 2)
+        jnp.concatenate([jnp.repeat(piece[n], 6 // len(piece[n]), axis=0) for piece in pieces], axis=2).swapaxes(1, 2)
         for n in range(2)
     ]
     for given in (None, bias):

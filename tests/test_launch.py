@@ -23,10 +23,18 @@ SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh"
 FLAG_FILE = (LAUNCH / "flags.sh").read_text().replace("\\\n", "")
 FLAGS = dict(re.findall(r'^((?:TPU|GPU)_\w+)="([^"]*)"', FLAG_FILE, re.MULTILINE))
 JOB = {
-    "NAME": "nextchat", "IMAGE": "here/lionjax", "CONFIG": "configs/nextchat_7b.py", "FIELDS": "--mesh.tensor 4",
-    "QUEUE": "tpus", "CLAIM": "runs", "TPU": "tpu-v5-lite-podslice", "SHAPE": "8x8", "HOSTS": "16", "SLICES": "2",
+    "NAME": "nextchat",
+    "IMAGE": "here/lionjax",
+    "CONFIG": "configs/nextchat_7b.py",
+    "FIELDS": "--mesh.tensor 4",
+    "QUEUE": "tpus",
+    "CLAIM": "runs",
+    "TPU": "tpu-v5-lite-podslice",
+    "SHAPE": "8x8",
+    "HOSTS": "16",
+    "SLICES": "2",
     "FLAGS": "overlap",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -49,9 +57,7 @@ def project(tmp_path: Path) -> Path:
 
 def run(script: Path, *words: str, bin: Path, **env: str) -> subprocess.CompletedProcess:
     env = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}"} | env
-    return subprocess.run(
-        ["bash", script, *words], env=env, capture_output=True, text=True, timeout=60
-    )
+    return subprocess.run(["bash", script, *words], env=env, capture_output=True, text=True, timeout=60)
 
 
 # What every host runs
@@ -59,21 +65,11 @@ def run(script: Path, *words: str, bin: Path, **env: str) -> subprocess.Complete
 
 @pytest.mark.parametrize(
     ("begun", "ends", "code", "wanted"),
-    [
-        (True, True, 0, 0),
-        (True, False, 0, 75),
-        (False, False, 2, 2),
-        (True, False, 2, 75),
-        (True, False, 134, 134),
-    ],
+    [(True, True, 0, 0), (True, False, 0, 75), (False, False, 2, 2), (True, False, 2, 75), (True, False, 134, 134)],
 )
 def test_the_exit_code_says_whether_to_start_again(tmp_path, begun, ends, code, wanted):
     here = project(tmp_path)
-    made = [
-        f"mkdir -p {tmp_path}/run/base/{name}"
-        for name, is_ in (("0_one", begun), ("3_final", ends))
-        if is_
-    ]
+    made = [f"mkdir -p {tmp_path}/run/base/{name}" for name, is_ in (("0_one", begun), ("3_final", ends)) if is_]
     stand_in(tmp_path / "bin", "lionjax", "\n".join([*made, f"exit {code}"]))
     said = run(here / "launch/run.sh", "configs/a.py", f"{tmp_path}/run", bin=tmp_path / "bin")
     assert said.returncode == wanted, said.stderr
@@ -85,9 +81,7 @@ def test_fields_and_flags_reach_the_program(tmp_path):
     words = ("configs/a.py", f"{tmp_path}/run", "--name", "two words")
     said = run(here / "launch/run.sh", *words, bin=tmp_path / "bin", FLAGS="vmem checks")
     assert FLAGS["TPU_VMEM"] in said.stdout and FLAGS["TPU_CHECKS"] in said.stdout
-    assert said.stdout.endswith(
-        f"<train><configs/a.py><--workdir><{tmp_path}/run><--name><two words>"
-    )
+    assert said.stdout.endswith(f"<train><configs/a.py><--workdir><{tmp_path}/run><--name><two words>")
     assert run(here / "launch/run.sh", *words, bin=tmp_path / "bin", FLAGS="fast").returncode == 2
 
 
@@ -129,12 +123,7 @@ esac
 def test_a_slice_that_is_taken_away_is_asked_for_again_until_the_run_is_done(tmp_path, slices):
     here, log = project(tmp_path), tmp_path / "log"
     stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=0))
-    slice_ = {
-        "NAME": "lion",
-        "ZONE": "here-a",
-        "ACCELERATOR": "v5litepod-64",
-        "NFS": "10.0.0.2:/runs",
-    }
+    slice_ = {"NAME": "lion", "ZONE": "here-a", "ACCELERATOR": "v5litepod-64", "NFS": "10.0.0.2:/runs"}
     more = {"PAUSE": "0", "SLICES": str(slices), "FLAGS": "overlap"}
     words = ("configs/a.py", "--name", "two words")
     said = run(here / "launch/queued_resource.sh", *words, bin=tmp_path / "bin", **slice_, **more)
@@ -144,28 +133,16 @@ def test_a_slice_that_is_taken_away_is_asked_for_again_until_the_run_is_done(tmp
     assert asked.count("queued-resources delete lion --force") == 2  # the lost one, and at the end
     nodes = ["lion"] if slices == 1 else ["lion-0", "lion-1"]
     for node in nodes:
-        (command,) = {
-            x for x in asked.splitlines() if f"ssh {node} --worker=all" in x and "run.sh" in x
-        }
-        assert (
-            r"FLAGS='overlap' launch/run.sh configs/a.py /mnt/runs/lion --name two\ words"
-            in command
-        )
+        (command,) = {x for x in asked.splitlines() if f"ssh {node} --worker=all" in x and "run.sh" in x}
+        assert r"FLAGS='overlap' launch/run.sh configs/a.py /mnt/runs/lion --name two\ words" in command
     assert ("--node-count=2 --node-prefix=lion" in asked) == (slices == 2)
 
 
 def test_a_mistake_in_the_config_is_not_tried_again(tmp_path):
     here, log = project(tmp_path), tmp_path / "log"
     stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=2))
-    slice_ = {
-        "NAME": "lion",
-        "ZONE": "here-a",
-        "ACCELERATOR": "v5litepod-64",
-        "NFS": "10.0.0.2:/runs",
-    }
-    said = run(
-        here / "launch/queued_resource.sh", "a.py", bin=tmp_path / "bin", PAUSE="0", **slice_
-    )
+    slice_ = {"NAME": "lion", "ZONE": "here-a", "ACCELERATOR": "v5litepod-64", "NFS": "10.0.0.2:/runs"}
+    said = run(here / "launch/queued_resource.sh", "a.py", bin=tmp_path / "bin", PAUSE="0", **slice_)
     assert said.returncode == 2 and "mistake" in said.stderr
     assert run(here / "launch/queued_resource.sh", "a.py", bin=tmp_path / "bin").returncode == 1
     assert log.read_text().count("run.sh") == 2
@@ -196,18 +173,12 @@ def test_slurm_queues_a_run_again_that_is_not_done(tmp_path, code, again):
     env = {"SLURM_SUBMIT_DIR": str(here), "SLURM_JOB_ID": "7"}
     said = run(here / "launch/slurm.sbatch", "configs/a.py", "runs/a", bin=tmp_path / "bin", **env)
     assert said.returncode == code
-    assert (
-        tmp_path / "srun"
-    ).read_text().strip() == "--kill-on-bad-exit=1 launch/run.sh configs/a.py runs/a"
+    assert (tmp_path / "srun").read_text().strip() == "--kill-on-bad-exit=1 launch/run.sh configs/a.py runs/a"
     assert (tmp_path / "scontrol").exists() == again
 
 
 def test_slurm_tells_the_tasks_before_the_time_is_up_and_starts_one_for_each_gpu():
-    asked = dict(
-        re.findall(
-            r"^#SBATCH --([\w-]+)(?:=(.*))?$", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE
-        )
-    )
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE))
     assert asked["ntasks-per-node"] == asked["gpus-per-node"] == "8"
     assert asked["signal"] == "TERM@300" and "requeue" in asked
 
@@ -227,10 +198,7 @@ def jobset(**changes: str) -> dict:
 
 def test_the_jobset_has_a_pod_for_each_host_and_begins_again_but_for_mistakes():
     made = jobset()
-    assert (
-        made["kind"] == "JobSet"
-        and made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "tpus"
-    )
+    assert made["kind"] == "JobSet" and made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "tpus"
     policy = made["spec"]["failurePolicy"]
     assert policy["maxRestarts"] >= 10
     mistakes = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
@@ -243,7 +211,10 @@ def test_the_jobset_has_a_pod_for_each_host_and_begins_again_but_for_mistakes():
     assert job["parallelism"] == job["completions"] == topology.hosts
     assert container["resources"]["limits"]["google.com/tpu"] * topology.hosts == topology.chips
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"] == {
-        "containerName": container["name"], "operator": "In", "values": [2]}  # fmt: skip
+        "containerName": container["name"],
+        "operator": "In",
+        "values": [2],
+    }
     (command,) = container["args"]
     assert command == "exec launch/run.sh configs/nextchat_7b.py /runs/nextchat --mesh.tensor 4"
     volumes = {volume["name"] for volume in pod["volumes"]}
@@ -270,17 +241,13 @@ def test_skypilot_tells_gpu_machines_where_the_others_are(tmp_path):
     env = {"SKYPILOT_NUM_GPUS_PER_NODE": "8", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     env |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "CONFIG": "a", "NAME": "b", "FIELDS": ""}
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")} | env
-    said = subprocess.run(
-        ["bash", "-c", command], cwd=here, env=env, capture_output=True, text=True
-    )
+    said = subprocess.run(["bash", "-c", command], cwd=here, env=env, capture_output=True, text=True)
     wanted = ["JAX_COORDINATOR_ADDRESS=10.0.0.1:8476", "JAX_NUM_PROCESSES=2", "JAX_PROCESS_ID=1"]
     assert said.stdout.split() == wanted, said.stderr
 
 
 def test_the_image_is_made_of_what_is_there():
-    lines = [
-        line for line in (LAUNCH / "Dockerfile").read_text().splitlines() if line and line[0] != "#"
-    ]
+    lines = [line for line in (LAUNCH / "Dockerfile").read_text().splitlines() if line and line[0] != "#"]
     for line in lines:
         if line.startswith("COPY "):
             assert all((ROOT / source).exists() for source in line.split()[1:-1]), line
@@ -295,15 +262,14 @@ def test_the_image_is_made_of_what_is_there():
 
 
 def test_every_set_of_flags_has_a_name():
-    names = dict(re.findall(r'^\s+(\w+)\) export \w+=".*\$((?:TPU|GPU)_\w+)"', (LAUNCH / "flags.sh").read_text(),
-                            re.MULTILINE))  # fmt: skip
+    names = dict(
+        re.findall(r'^\s+(\w+)\) export \w+=".*\$((?:TPU|GPU)_\w+)"', (LAUNCH / "flags.sh").read_text(), re.MULTILINE)
+    )
     assert set(names.values()) == FLAGS.keys()
 
 
 @pytest.mark.parametrize("name", [name for name in FLAGS if name.startswith("TPU")])
-@pytest.mark.skipif(
-    not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed"
-)
+@pytest.mark.skipif(not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed")
 def test_the_compiler_knows_every_flag_for_tpus(name):
     import jax
     import jax.numpy as jnp

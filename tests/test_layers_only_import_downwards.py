@@ -221,9 +221,7 @@ def complaints(module: str, source: str) -> list[str]:
         elif folder in KNOW_NO_SYSTEM and target.split(".")[0] == "systems":
             found.append(f"{module} imports {target}; it knows System of interfaces, no system")
         elif FLOOR[target] > floor:
-            found.append(
-                f"{module} (floor {floor}) imports {target} (floor {FLOOR[target]}) above it"
-            )
+            found.append(f"{module} (floor {floor}) imports {target} (floor {FLOOR[target]}) above it")
         elif FLOOR[target] == floor and not may_step_sideways(module, target):
             found.append(f"{module} imports {target}, its neighbour on floor {floor}")
     return found
@@ -293,10 +291,7 @@ def test_a_forbidden_import_is_seen(module, source):
         ("convert.files", "def f():\n    import torch"),
         ("convert", "def f():\n    from lionjax.convert.originals import from_torch"),
         ("convert", "from lionjax.convert.plan import Form"),
-        (
-            "training.start",
-            "from lionjax.convert.files import open_weights\nfrom lionjax import convert",
-        ),
+        ("training.start", "from lionjax.convert.files import open_weights\nfrom lionjax import convert"),
         ("sharding", "from lionjax.scaling import topologies"),
         ("cli", "from lionjax import __version__, load"),
     ],
@@ -314,10 +309,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_load_and_convert_come_with_their_first_use_and_other_names_are_refused():
-    code = (
-        "import lionjax; print(lionjax.convert.from_torch, lionjax.load, lionjax.__version__)\n"
-        "lionjax.lode"
-    )
+    code = "import lionjax; print(lionjax.convert.from_torch, lionjax.load, lionjax.__version__)\nlionjax.lode"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "from_torch" in said.stdout and "load" in said.stdout
     assert "lionjax has no attribute 'lode'" in said.stderr

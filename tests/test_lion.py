@@ -22,9 +22,7 @@ LION = Lion(
     ViTConfig(28, 7, 16, 4, 2, 24),
     QFormerConfig(16, 3, 2, 24, 3, 2, 16, 40, 16, dropout=0.0),
     AggregatorConfig(3, (2, 0), 16, 2, 24, dropout=0.0, projector=20),
-    T5Config(
-        40, 16, 8, 2, 24, 2, 2, 8, 16, activation="gelu", dropout=0.0, adapters=AdapterConfig(4)
-    ),
+    T5Config(40, 16, 8, 2, 24, 2, 2, 8, 16, activation="gelu", dropout=0.0, adapters=AdapterConfig(4)),
     soft_prompt_token=HINT,
 )
 
@@ -40,9 +38,7 @@ def batch_of(rows: int = 4, task=IMAGE_LEVEL) -> Batch:
     prompt, question, target = text(8), text(6), text(5)
     image = rng.normal(size=(rows, 28, 28, 3)).astype(np.float32)
     order = np.arange(rows, dtype=np.int32)
-    return Batch(
-        image, *prompt, *question, *target, target[1], np.full(rows, task, np.int32), order
-    )
+    return Batch(image, *prompt, *question, *target, target[1], np.full(rows, task, np.int32), order)
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +55,16 @@ loss_and_grads = jax.jit(jax.value_and_grad(lambda params, batch: LION.loss(para
 
 def test_one_batch_may_mix_tasks_and_each_row_is_routed_by_its_own(params):
     mixed = np.array([REGION_LEVEL, IMAGE_LEVEL, REGION_LEVEL, IMAGE_LEVEL], np.int32)
-    apart = [
-        np.asarray(logits_of(params, batch_of(task=task))) for task in (REGION_LEVEL, IMAGE_LEVEL)
-    ]
+    apart = [np.asarray(logits_of(params, batch_of(task=task))) for task in (REGION_LEVEL, IMAGE_LEVEL)]
     together = np.asarray(logits_of(params, dataclasses.replace(batch_of(), task_B=mixed)))
-    np.testing.assert_allclose(
-        together, np.where(mixed[:, None, None] == IMAGE_LEVEL, apart[1], apart[0]), atol=1e-5
-    )
+    np.testing.assert_allclose(together, np.where(mixed[:, None, None] == IMAGE_LEVEL, apart[1], apart[0]), atol=1e-5)
     assert np.abs(apart[0] - apart[1]).max() > 1e-2
 
 
 def test_a_new_routers_tasks_use_one_adapter_each(params):
     fresh = sharding.init(LION.init, jax.random.key(0), batch_of())
     flat = trees.flatten(params)
-    start = {
-        path: trees.flatten(fresh)[path] if path.endswith("/ratio") else leaf
-        for path, leaf in flat.items()
-    }
+    start = {path: trees.flatten(fresh)[path] if path.endswith("/ratio") else leaf for path, leaf in flat.items()}
     without = {path: leaf * (0 if "/adapter_0/up" in path else 1) for path, leaf in start.items()}
     both, one = (trees.unflatten(tree) for tree in (start, without))
     image, region = batch_of(task=IMAGE_LEVEL), batch_of(task=REGION_LEVEL)
@@ -100,9 +89,7 @@ def test_what_stands_behind_the_end_of_a_prompt_changes_nothing(params):
     other = dataclasses.replace(
         batch,
         prompt_BL=np.where(batch.prompt_mask_BL, batch.prompt_BL, noise).astype(np.int32),
-        question_BL=np.where(batch.question_mask_BL, batch.question_BL, noise[:, :6]).astype(
-            np.int32
-        ),
+        question_BL=np.where(batch.question_mask_BL, batch.question_BL, noise[:, :6]).astype(np.int32),
     )
     np.testing.assert_allclose(logits_of(params, batch), logits_of(params, other), atol=1e-6)
 
@@ -111,12 +98,9 @@ def test_the_learned_hint_stands_where_its_token_stands_and_nowhere_else(params)
     with_hint = dataclasses.replace(batch_of(), prompt_BL=batch_of().prompt_BL.copy())
     with_hint.prompt_BL[2, 0] = HINT
     changed = trees.merge(
-        {"soft_prompt": params["soft_prompt"] + 1.0},
-        {k: v for k, v in params.items() if k != "soft_prompt"},
+        {"soft_prompt": params["soft_prompt"] + 1.0}, {k: v for k, v in params.items() if k != "soft_prompt"}
     )
-    moved = np.abs(np.asarray(logits_of(params, with_hint) - logits_of(changed, with_hint))).max(
-        (1, 2)
-    )
+    moved = np.abs(np.asarray(logits_of(params, with_hint) - logits_of(changed, with_hint))).max((1, 2))
     assert moved[2] > 1e-3 and np.all(moved[[0, 1, 3]] == 0)
 
 
@@ -134,9 +118,7 @@ def test_remat_changes_no_gradient(params):
         language=dataclasses.replace(LION.language, remat="dots"),
     )
     loss, grads = loss_and_grads(params, batch_of())
-    loss2, grads2 = jax.jit(jax.value_and_grad(lambda p, b: thrifty.loss(p, b)[0]))(
-        params, batch_of()
-    )
+    loss2, grads2 = jax.jit(jax.value_and_grad(lambda p, b: thrifty.loss(p, b)[0]))(params, batch_of())
     np.testing.assert_allclose(loss, loss2, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, grads2)
 
@@ -159,9 +141,7 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(params, shape):
 def test_initial_weights_do_not_depend_on_the_mesh():
     batch = batch_of()
     alone = sharding.init(LION.init, jax.random.key(7), batch)
-    spread = sharding.init(
-        LION.init, jax.random.key(7), batch, mesh=sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
-    )
+    spread = sharding.init(LION.init, jax.random.key(7), batch, mesh=sharding.make_mesh(sharding.MeshConfig(2, 2, 2)))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), alone, spread))
 
 

@@ -58,9 +58,11 @@ def test_the_dropout_of_every_target_is_drawn_by_the_key_and_is_off_without_one(
     def opened(target):
         """The parameters with the detours of one target open, and all others as they begin."""
         return trees.unflatten(
-            {path: np.full_like(leaf, 0.3 * (path.split("/")[-2] == target)) if path.endswith("lora_b") else leaf
-             for path, leaf in flat.items()}
-        )  # fmt: skip
+            {
+                path: np.full_like(leaf, 0.3 * (path.split("/")[-2] == target)) if path.endswith("lora_b") else leaf
+                for path, leaf in flat.items()
+            }
+        )
 
     np.testing.assert_array_equal(*(read(opened(None), key) for key in keys))
     for target in TARGETS:

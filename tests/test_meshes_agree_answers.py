@@ -35,19 +35,10 @@ def said(name: str, mesh_name: str):
     talks = answerer(name, mesh_name)
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 255, (8, 40, 40, 3), np.uint8)
-    questions = [
-        "What is it?",
-        "Where is the small red circle?",
-        "How many?",
-        "Is there a dog in it?",
-    ] * 2
-    rows = [
-        talks.processor.row_of(Input(picture, text)) for picture, text in zip(pictures, questions)
-    ]
+    questions = ["What is it?", "Where is the small red circle?", "How many?", "Is there a dog in it?"] * 2
+    rows = [talks.processor.row_of(Input(picture, text)) for picture, text in zip(pictures, questions)]
     language = SYSTEMS[name][0].system.language
-    how = GenerateConfig(
-        8, eos=language.end_token, start=0 if isinstance(language, T5Config) else None
-    )
+    how = GenerateConfig(8, eos=language.end_token, start=0 if isinstance(language, T5Config) else None)
     beams = dataclasses.replace(how, beams=2)
     large = [(40, 40)] * 8 if "sam" in rows[0] else None
     return talks.say(rows, how, sizes=large), talks.say(rows, beams)
@@ -73,14 +64,11 @@ def test_a_program_is_traced_anew_for_another_mesh():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["lion", "llava", "instructblip", "flamingo", "nextchat, words and boxes", "flagship, words and boxes"],
+    "name", ["lion", "llava", "instructblip", "flamingo", "nextchat, words and boxes", "flagship, words and boxes"]
 )
 def test_answers_boxes_and_masks_do_not_depend_on_the_mesh(name):
     wanted = said(name, "one")
-    assert (
-        len({answer.text for answer in wanted[0]}) > 1
-    )  # it does not say the same whatever it sees
+    assert len({answer.text for answer in wanted[0]}) > 1  # it does not say the same whatever it sees
     for mesh in ("fsdp", "all"):
         for alone, here in zip(wanted, said(name, mesh)):
             for one, other in zip(here, alone):

@@ -33,9 +33,7 @@ def on_one_device():
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "all"])
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_first_parameters_losses_and_gradient_norms_do_not_depend_on_the_mesh(
-    on_one_device, name, mesh
-):
+def test_first_parameters_losses_and_gradient_norms_do_not_depend_on_the_mesh(on_one_device, name, mesh):
     first, losses, norms, split = trained(*SYSTEMS[name], mesh)
     wanted = on_one_device(name)
     assert first == wanted[0]

@@ -21,17 +21,42 @@ from lionjax.vision.vit import ViTConfig
 IMAGE, TRIGGER, LOCATION, END = 40, 41, 42, 2
 TINY = NextChat(
     vision=ViTConfig(
-        image=16, patch=8, width=8, depth=2, heads=2, hidden=12, eps=1e-5, biases="qkvo", patch_bias=False,
-        norm_before=True, norm_after=True,
+        image=16,
+        patch=8,
+        width=8,
+        depth=2,
+        heads=2,
+        hidden=12,
+        eps=1e-5,
+        biases="qkvo",
+        patch_bias=False,
+        norm_before=True,
+        norm_after=True,
     ),
     language=DecoderConfig(vocab=44, width=16, layers=2, heads=2, kv_heads=2, head=8, hidden=24),
     sam=SamConfig(
-        image=32, patch=8, width=8, depth=2, heads=2, hidden=12, window=2, global_layers=(1,), channels=8,
-        mask_channels=4, decoder_heads=2, decoder_hidden=8, iou_hidden=8,
+        image=32,
+        patch=8,
+        width=8,
+        depth=2,
+        heads=2,
+        hidden=12,
+        window=2,
+        global_layers=(1,),
+        channels=8,
+        mask_channels=4,
+        decoder_heads=2,
+        decoder_hidden=8,
+        iou_hidden=8,
     ),
-    location_hidden=12, mask_tokens=2, box_scale=32.0, image_token=IMAGE, trigger_token=TRIGGER,
-    location_token=LOCATION, max_boxes=5,
-)  # fmt: skip
+    location_hidden=12,
+    mask_tokens=2,
+    box_scale=32.0,
+    image_token=IMAGE,
+    trigger_token=TRIGGER,
+    location_token=LOCATION,
+    max_boxes=5,
+)
 NEW = 10
 
 
@@ -56,9 +81,22 @@ def batch_of(prompts, answers=None, boxes=None, sam=True) -> Batch:
     pictures = random.standard_normal((rows, 32, 32, 3)).astype(np.float32)
     masks = random.random((rows, box.shape[1], 32, 32)) < 0.5
     return Batch(
-        pictures[:, ::2, ::2], prompt, prompt_mask, None, None, target, target_mask, target_mask,
-        np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32), box, real, masks, None, pictures if sam else None,
-    )  # fmt: skip
+        pictures[:, ::2, ::2],
+        prompt,
+        prompt_mask,
+        None,
+        None,
+        target,
+        target_mask,
+        target_mask,
+        np.zeros(rows, np.int32),
+        np.arange(rows, dtype=np.int32),
+        box,
+        real,
+        masks,
+        None,
+        pictures if sam else None,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,10 @@ def test_there_are_notebooks():
 def test_a_notebook_says_what_its_source_says(source):
     written = jupytext.read(source)
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
-    assert [(c.cell_type, c.source) for c in notebook.cells] == [
-        (c.cell_type, c.source) for c in written.cells
-    ], f"run `jupytext --to ipynb {source.relative_to(ROOT)}`"
-    assert not any(cell.get("outputs") for cell in notebook.cells), (
-        "notebooks are kept without outputs"
+    assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in written.cells], (
+        f"run `jupytext --to ipynb {source.relative_to(ROOT)}`"
     )
+    assert not any(cell.get("outputs") for cell in notebook.cells), "notebooks are kept without outputs"
 
 
 @pytest.mark.slow

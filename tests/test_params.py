@@ -50,11 +50,7 @@ def test_a_pattern_matches_a_whole_path_or_what_lies_under_it(pattern, path, yes
 
 def test_split_and_merge_are_inverse_and_share_no_leaf():
     chosen, rest = trees.split(tree(), ("t5", "vision/.*/bias"))
-    assert set(trees.flatten(chosen)) == {
-        "t5/adapter_0/up",
-        "t5/adapter_1/up",
-        "vision/blocks/q/bias",
-    }
+    assert set(trees.flatten(chosen)) == {"t5/adapter_0/up", "t5/adapter_1/up", "vision/blocks/q/bias"}
     assert not set(trees.flatten(chosen)) & set(trees.flatten(rest))
     assert same(trees.merge(rest, chosen), tree())
 
@@ -62,9 +58,7 @@ def test_split_and_merge_are_inverse_and_share_no_leaf():
 def test_a_pattern_that_matches_nothing_is_named_with_the_nearest_path():
     with pytest.raises(UserError) as error:
         trees.split(tree(), ("t5", "visoin"))
-    assert str(error.value) == (
-        "pattern 'visoin' matches none of the 6 parameters; did you mean 'vision'?"
-    )
+    assert str(error.value) == ("pattern 'visoin' matches none of the 6 parameters; did you mean 'vision'?")
 
 
 def test_merging_trees_that_share_a_leaf_is_an_error():

@@ -11,14 +11,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import convert  # noqa: E402
-from lionjax.bridges import qformer  # noqa: E402
-from lionjax.bridges.qformer import QFormer, QFormerConfig  # noqa: E402
-from lionjax.language import t5  # noqa: E402
-from lionjax.language.t5 import T5, T5Config  # noqa: E402
-from lionjax.vision import vit  # noqa: E402
-from lionjax.vision.vit import ViT, ViTConfig  # noqa: E402
-from lionjax.weight_rows import under  # noqa: E402
+from lionjax import convert
+from lionjax.bridges import qformer
+from lionjax.bridges.qformer import QFormer, QFormerConfig
+from lionjax.language import t5
+from lionjax.language.t5 import T5, T5Config
+from lionjax.vision import vit
+from lionjax.vision.vit import ViT, ViTConfig
+from lionjax.weight_rows import under
 
 
 def numbers(module) -> dict[str, np.ndarray]:
@@ -27,9 +27,7 @@ def numbers(module) -> dict[str, np.ndarray]:
 
 def close(mine, theirs, tolerance=1e-4):
     theirs = theirs.detach().numpy()
-    np.testing.assert_allclose(
-        np.asarray(mine), theirs, atol=tolerance * np.abs(theirs).max(), rtol=0
-    )
+    np.testing.assert_allclose(np.asarray(mine), theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
 
 
 @pytest.fixture
@@ -50,21 +48,33 @@ def shaken(module):
 
 def test_t5_gives_the_logits_and_gradients_of_transformers(draw):
     heads, head = draw.randint(2, 4), draw.choice([4, 8])
-    sizes = dict(vocab_size=draw.randint(50, 90), d_model=draw.choice([16, 24]), d_kv=head, d_ff=draw.randint(20, 40),
-                 num_layers=draw.randint(1, 3), num_decoder_layers=draw.randint(1, 3), num_heads=heads,
-                 relative_attention_num_buckets=8, relative_attention_max_distance=16)  # fmt: skip
+    sizes = dict(
+        vocab_size=draw.randint(50, 90),
+        d_model=draw.choice([16, 24]),
+        d_kv=head,
+        d_ff=draw.randint(20, 40),
+        num_layers=draw.randint(1, 3),
+        num_decoder_layers=draw.randint(1, 3),
+        num_heads=heads,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=16,
+    )
     config = transformers.T5Config(
-        **sizes,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
+        **sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, dropout_rate=0.0
     )
     theirs = shaken(transformers.T5ForConditionalGeneration(config))
     c = T5Config(
-        sizes["vocab_size"], sizes["d_model"], head, heads, sizes["d_ff"], sizes["num_layers"],
-        sizes["num_decoder_layers"], 8, 16, dropout=0.0,
-    )  # fmt: skip
+        sizes["vocab_size"],
+        sizes["d_model"],
+        head,
+        heads,
+        sizes["d_ff"],
+        sizes["num_layers"],
+        sizes["num_decoder_layers"],
+        8,
+        16,
+        dropout=0.0,
+    )
     params = convert.params_from(t5.torch_rows(c), numbers(theirs))
     ids = torch.randint(2, c.vocab, (3, 11))
     mask = torch.ones_like(ids)
@@ -89,30 +99,27 @@ def test_t5_gives_the_logits_and_gradients_of_transformers(draw):
     if theirs.lm_head.weight is theirs.shared.weight:  # some versions tie them whatever the config says
         mine["shared.weight"] = mine["shared.weight"] + mine["lm_head.weight"]
     for name, parameter in theirs.named_parameters():
-        assert np.linalg.norm(mine[name]) == pytest.approx(
-            float(parameter.grad.norm()), rel=1e-3, abs=1e-6
-        ), name
+        assert np.linalg.norm(mine[name]) == pytest.approx(float(parameter.grad.norm()), rel=1e-3, abs=1e-6), name
 
 
 def test_the_qformer_gives_the_states_of_instructblips(draw):
     heads, every = draw.randint(2, 3), draw.choice([1, 2, 3])
     width, seen = heads * draw.choice([4, 6]), draw.choice([10, 14])
     config = transformers.InstructBlipQFormerConfig(
-        vocab_size=60, hidden_size=width, num_hidden_layers=draw.randint(2, 5), num_attention_heads=heads,
-        intermediate_size=draw.randint(20, 30), max_position_embeddings=20, cross_attention_frequency=every,
-        encoder_hidden_size=seen, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        vocab_size=60,
+        hidden_size=width,
+        num_hidden_layers=draw.randint(2, 5),
+        num_attention_heads=heads,
+        intermediate_size=draw.randint(20, 30),
+        max_position_embeddings=20,
+        cross_attention_frequency=every,
+        encoder_hidden_size=seen,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     theirs = shaken(transformers.InstructBlipQFormerModel(config))
     c = QFormerConfig(
-        width,
-        config.num_hidden_layers,
-        heads,
-        config.intermediate_size,
-        draw.randint(2, 5),
-        every,
-        seen,
-        60,
-        20,
+        width, config.num_hidden_layers, heads, config.intermediate_size, draw.randint(2, 5), every, seen, 60, 20
     )
     renamed = {}
     for name, value in numbers(theirs).items():
@@ -128,10 +135,7 @@ def test_the_qformer_gives_the_states_of_instructblips(draw):
     mask[1, 4:] = 0
     both = torch.cat([torch.ones(2, c.queries, dtype=torch.long), mask], 1)
     want = theirs(
-        input_ids=ids,
-        attention_mask=both,
-        query_embeds=queries.expand(2, -1, -1),
-        encoder_hidden_states=source,
+        input_ids=ids, attention_mask=both, query_embeds=queries.expand(2, -1, -1), encoder_hidden_states=source
     )
     got = QFormer(c).apply({"params": params}, source.numpy(), ids.numpy(), mask.numpy())
     close(got, want.last_hidden_state)
@@ -141,17 +145,20 @@ def test_the_vit_gives_the_states_of_blip2s(draw):
     heads, depth = draw.randint(2, 3), draw.randint(2, 4)
     width = heads * draw.choice([4, 6])
     config = transformers.Blip2VisionConfig(
-        hidden_size=width, intermediate_size=draw.randint(20, 30), num_hidden_layers=depth, num_attention_heads=heads,
-        image_size=28, patch_size=7, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=draw.randint(20, 30),
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        image_size=28,
+        patch_size=7,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+        qkv_bias=True,
+    )
     theirs = shaken(transformers.Blip2VisionModel(config))
     state = numbers(theirs)
     c = ViTConfig(28, 7, width, depth, heads, config.intermediate_size)
-    names = {
-        "self_attn.qkv.weight": "attn.qkv.weight",
-        "self_attn.projection": "attn.proj",
-        "layer_norm": "norm",
-    }
+    names = {"self_attn.qkv.weight": "attn.qkv.weight", "self_attn.projection": "attn.proj", "layer_norm": "norm"}
     renamed = {
         "cls_token": state["embeddings.class_embedding"],
         "pos_embed": state["embeddings.position_embedding"],
@@ -166,9 +173,7 @@ def test_the_vit_gives_the_states_of_blip2s(draw):
             if name.endswith("qkv.bias"):
                 for letter, part in zip("qv", (value[:width], value[2 * width :])):
                     renamed[
-                        name.replace("encoder.layers", "blocks").replace(
-                            "self_attn.qkv.bias", f"attn.{letter}_bias"
-                        )
+                        name.replace("encoder.layers", "blocks").replace("self_attn.qkv.bias", f"attn.{letter}_bias")
                     ] = part
                 continue
             for old, new in names.items():
@@ -192,8 +197,7 @@ def test_rows_may_be_put_under_prefixes_and_still_cover_everything():
     params = QFormer(c).init(jax.random.key(0), np.zeros((1, 4, 6), np.float32), ids, ids)["params"]
     params = {
         "qformer": jax.tree.map(
-            np.asarray,
-            jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "names")),
+            np.asarray, jax.tree.map(lambda x: x.value, params, is_leaf=lambda x: hasattr(x, "names"))
         )
     }
     query = params["qformer"].pop("queries")

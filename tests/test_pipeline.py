@@ -39,11 +39,7 @@ def take(batches, number: int) -> list:
 
 
 def same(one, other) -> bool:
-    pairs = [
-        (getattr(one, f.name), getattr(other, f.name))
-        for f in dataclasses.fields(one)
-        if f.name != "features"
-    ]
+    pairs = [(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one) if f.name != "features"]
     return all(np.array_equal(a, b) for a, b in pairs if a is not None or b is not None)
 
 
@@ -187,9 +183,7 @@ def test_buckets_shorten_batches_and_are_given_up_where_processes_must_agree():
     short = take(stream(data, of=stage(("vqa", 1.0))), 5)
     assert {b.target_BM.shape[1] for b in short} == {4}
     for batch, fixed in zip(short, take(stream(of=stage(("vqa", 1.0))), 5)):
-        np.testing.assert_array_equal(
-            batch.prompt_BL, fixed.prompt_BL[:, : batch.prompt_BL.shape[1]]
-        )
+        np.testing.assert_array_equal(batch.prompt_BL, fixed.prompt_BL[:, : batch.prompt_BL.shape[1]])
     shared = take(stream(data, of=stage(("vqa", 1.0)), count=2), 1)
     assert shared[0].target_BM.shape[1] == 48
 
@@ -212,11 +206,7 @@ def test_tags_are_noisy_and_sometimes_left_out():
         slot = Processor(SMALL).tokenizer.soft_prompt_id
         return (batches[0].prompt_BL == slot).any(1), batches[0].prompt_mask_BL.sum()
 
-    (all_tagged, length), (some, _), (_, noisy) = (
-        tagged(tag_noise=0.0),
-        tagged(tag_drop=0.5),
-        tagged(tag_noise=0.9),
-    )
+    (all_tagged, length), (some, _), (_, noisy) = (tagged(tag_noise=0.0), tagged(tag_drop=0.5), tagged(tag_noise=0.9))
     assert all_tagged.all() and 8 < some.sum() < 32 and noisy < 0.8 * length
 
 
@@ -230,9 +220,7 @@ def lines(tmp_path):
         Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
 
     def source(*bad: str):
-        rows = [
-            {"image": f"{i}.png", "question": f"what is {i}?", "answer": str(i)} for i in range(20)
-        ]
+        rows = [{"image": f"{i}.png", "question": f"what is {i}?", "answer": str(i)} for i in range(20)]
         if "missing" in bad:
             rows[3]["image"] = "gone.png"
         if "corrupt" in bad:
@@ -285,24 +273,20 @@ def test_bad_records_are_replaced_alike_every_time_noted_and_counted(lines, tmp_
     taken = [next(batches) for _ in range(5)]
     assert batches.bad == 6 and batches.delivered == 20
     notes = [json.loads(line) for line in note.read_text().splitlines()]
-    assert {n["index"] for n in notes} == {3, 5, 7, 9, 11, 13} and {n["source"] for n in notes} == {
-        "lines"
-    }
+    assert {n["index"] for n in notes} == {3, 5, 7, 9, 11, 13} and {n["source"] for n in notes} == {"lines"}
     for words in BAD.values():
         assert any(words in n["reason"] for n in notes)
     said = [batches.records.processor.decode(row) for b in taken for row in b.target_BM]
-    assert sorted(said) == sorted([*map(str, range(20)), "4", "6", "8", "10", "12", "14"])[
-        :0
-    ] + sorted([str(i + 1) if i in (3, 5, 7, 9, 11, 13) else str(i) for i in range(20)])
+    assert sorted(said) == sorted([*map(str, range(20)), "4", "6", "8", "10", "12", "14"])[:0] + sorted(
+        [str(i + 1) if i in (3, 5, 7, 9, 11, 13) else str(i) for i in range(20)]
+    )
     batches.close()
     again = take(stream(data, of=stage(("vqa", 1.0)), size=4), 5)
     assert all(map(same, taken, again))
 
 
 def test_too_many_bad_records_stop_the_run(lines):
-    data = DataConfig(
-        sources=(lines(*BAD),), processor=SMALL, on_bad_record="replace", bad_share=0.05, threads=0
-    )
+    data = DataConfig(sources=(lines(*BAD),), processor=SMALL, on_bad_record="replace", bad_share=0.05, threads=0)
     with pytest.raises(UserError, match="bad_share"):
         take(stream(data, of=stage(("vqa", 1.0)), size=4), 5)
 
@@ -339,13 +323,7 @@ def test_a_stage_that_cannot_be_fed_is_one_sentence(arguments, words):
 
 
 @pytest.mark.parametrize(
-    "field",
-    [
-        {"tag_noise": 2.0},
-        {"crop": (0.0, 1.0)},
-        {"threads": -1},
-        {"sources": (Scenes(), Scenes(seed=1))},
-    ],
+    "field", [{"tag_noise": 2.0}, {"crop": (0.0, 1.0)}, {"threads": -1}, {"sources": (Scenes(), Scenes(seed=1))}]
 )
 def test_a_data_config_that_means_nothing_is_one_sentence(field):
     with pytest.raises(UserError):
@@ -391,12 +369,7 @@ def test_cropping_and_mirroring_move_boxes_in_arrays_and_in_words():
 
 def test_words_for_sides_are_never_mirrored_and_scenes_never_touched():
     rng, data = np.random.default_rng(0), dataclasses.replace(DATA, crop=(0.5, 0.9), flip=True)
-    sides = region(
-        "Where is the leftmost ring?",
-        "Answer: [0.100,0.100,0.200,0.200]",
-        (),
-        ((0.1, 0.1, 0.2, 0.2),),
-    )
+    sides = region("Where is the leftmost ring?", "Answer: [0.100,0.100,0.200,0.200]", (), ((0.1, 0.1, 0.2, 0.2),))
     assert not any(changed(sides, object(), data, rng)[2] for _ in range(20))
     scene = Records(DATA, "train").seen(0, 0)[1]
     assert changed(sides, scene, data, rng) == (sides, WHOLE, False)
@@ -441,10 +414,7 @@ def test_evaluation_leaves_bad_records_out_only_when_told(lines, caplog):
 def test_stages_share_what_was_opened_until_a_file_changes(lines, tmp_path):
     data = DataConfig(sources=(lines(),), processor=SMALL)
     first = open_records(data, "train")
-    assert (
-        open_records(dataclasses.replace(data), "train") is first
-        and open_records(data, "heldout") is not first
-    )
+    assert open_records(dataclasses.replace(data), "train") is first and open_records(data, "heldout") is not first
     lines("box")
     assert open_records(data, "train") is not first
 

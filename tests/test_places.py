@@ -20,9 +20,16 @@ from lionjax.interfaces import UserError
 BOX, OTHER = (0.1234567, 0.25, 0.5, 0.75), (0.0, 0.1, 0.3, 0.9)
 TEXT = f"A red star {box_text(BOX)}, a ring {box_text(OTHER)} and nothing else."
 CONFIG = ProcessorConfig(
-    image_size=28, prompt_length=64, question_length=8, target_length=64, tags=False, padded=True, boxes=3, sam_size=32,
+    image_size=28,
+    prompt_length=64,
+    question_length=8,
+    target_length=64,
+    tags=False,
+    padded=True,
+    boxes=3,
+    sam_size=32,
     bins=32,
-)  # fmt: skip
+)
 POINTING = dataclasses.replace(CONFIG, places="embeddings")
 AT, HERE = 19, 20  # of the tiny tokenizer
 

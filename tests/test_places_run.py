@@ -216,8 +216,11 @@ def test_places_are_asked_for_with_their_masks_and_the_page_draws_them(pointing,
     wanted = {"rec_accuracy_50", "rec_accuracy_50_teacher_forced", "digits_rec_accuracy_50", "res_ciou", "res_giou"}
     assert wanted | {"phrase_recall_1", "phrase_recall_1_teacher_forced", "box_vqa_accuracy"} <= figures.keys()
     assert "teacher_forced" not in entries["rec@digits"] and set(entries["box_vqa"]["kinds"]) <= {
-        "color", "shape", "texture", "yesno"
-    }  # fmt: skip
+        "color",
+        "shape",
+        "texture",
+        "yesno",
+    }
     rows = [json.loads(line) for line in (folder / "evaluation" / "res.jsonl").read_text().splitlines()]
     assert len(rows) == LIMIT and all(row["truth_masks"][0]["size"] == [56, 56] for row in rows)
     for variant, field in (("metrics", "masks"), ("majority", "majority_masks")):

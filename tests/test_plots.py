@@ -57,9 +57,7 @@ def test_a_mask_tints_its_area_alone():
     assert outside == (128, 128, 128)
 
 
-@pytest.mark.parametrize(
-    "box", [(0, 0, 1, 1), (0.97, 0.97, 1, 1), (-1, 2, 5, 7), (0.5, 0.5, 0.5, 0.5)]
-)
+@pytest.mark.parametrize("box", [(0, 0, 1, 1), (0.97, 0.97, 1, 1), (-1, 2, 5, 7), (0.5, 0.5, 0.5, 0.5)])
 def test_a_box_at_or_past_the_edge_is_drawn_with_its_words_inside_the_picture(box):
     drawn = np.asarray(plots.draw(GREY, [Mark(box, "some words", colour="#e69f00")]))
     plate = (drawn == plots.rgb("#e69f00")).all(-1).sum()
@@ -89,9 +87,7 @@ def test_words_stand_in_black_or_white_with_a_contrast_of_at_least_4_5():
 
 
 def test_a_grid_wraps_its_rows_and_keeps_every_picture_whole():
-    cells = [
-        (Image.new("RGB", (100, 50), colour), [("words", "#000000")]) for colour in plots.PALETTE
-    ]
+    cells = [(Image.new("RGB", (100, 50), colour), [("words", "#000000")]) for colour in plots.PALETTE]
     sheet = plots.grid(cells, columns=4)
     seen = {colour for _, colour in sheet.getcolors(1 << 20)}
     assert {plots.rgb(colour) for colour in plots.PALETTE} <= seen
@@ -100,9 +96,7 @@ def test_a_grid_wraps_its_rows_and_keeps_every_picture_whole():
 
 def test_long_words_and_texts_are_wrapped_to_the_width():
     face = plots.font(16)
-    lines = plots.wrap(
-        "several words and " + "x" * 200 + " and then many more words " * 20, face, 200
-    )
+    lines = plots.wrap("several words and " + "x" * 200 + " and then many more words " * 20, face, 200)
     assert len(lines) == 6 and lines[-1].endswith("…")
     assert all(face.getlength(line) <= 201 for line in lines)
 
@@ -120,9 +114,7 @@ def curve_points(figure) -> dict:
 
 
 def test_loss_curves_have_a_panel_for_each_stage_with_its_own_points():
-    rows = [
-        dict(stage=s, step=i, loss=loss) for s, loss in (("a", 2.0), ("b", 1.0)) for i in (1, 2)
-    ]
+    rows = [dict(stage=s, step=i, loss=loss) for s, loss in (("a", 2.0), ("b", 1.0)) for i in (1, 2)]
     figure = plots.loss_curves([*rows, {"stage": "b", "step": 3, "vqa": 0.5}])
     assert curve_points(figure) == {"a": [[1, 2], [2, 2]], "b": [[1, 1], [2, 1]]}
 

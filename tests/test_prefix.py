@@ -13,14 +13,14 @@ import tiny_prefix as tiny
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import convert, sharding  # noqa: E402
-from lionjax.answering import unlikely  # noqa: E402
-from lionjax.bridges import qformer  # noqa: E402
-from lionjax.bridges.qformer import QFormer, QFormerConfig  # noqa: E402
-from lionjax.generate import GenerateConfig, generate  # noqa: E402
-from lionjax.language.decoder import DecoderConfig  # noqa: E402
-from lionjax.systems.prefix import Prefix  # noqa: E402
-from lionjax.vision.vit import ViTConfig  # noqa: E402
+from lionjax import convert, sharding
+from lionjax.answering import unlikely
+from lionjax.bridges import qformer
+from lionjax.bridges.qformer import QFormer, QFormerConfig
+from lionjax.generate import GenerateConfig, generate
+from lionjax.language.decoder import DecoderConfig
+from lionjax.systems.prefix import Prefix
+from lionjax.vision.vit import ViTConfig
 
 NEW = 7
 
@@ -151,9 +151,16 @@ def test_two_pictures_in_a_row_and_none_are_those_of_transformers(pair):
         count = int((answer[row] > 0).sum())
         close(mine[row, :count], wanted[-count - 1 : -1], seed)
     one = [n for t in texts[0][:5] for n in ([t] * words if t == token else [t])]
-    short, long = (dataclasses.replace(
-        several, image_BHWC=images[:1, 0], prompt_BL=np.array([ids]), prompt_mask_BL=np.ones((1, len(ids)), int),
-        **{name: value[:1] for name, value in said.items()}) for ids in (texts[0][:5], one))  # fmt: skip
+    short, long = (
+        dataclasses.replace(
+            several,
+            image_BHWC=images[:1, 0],
+            prompt_BL=np.array([ids]),
+            prompt_mask_BL=np.ones((1, len(ids)), int),
+            **{name: value[:1] for name, value in said.items()},
+        )
+        for ids in (texts[0][:5], one)
+    )
     close(system.logits(params, long), system.logits(params, short), seed)
 
 
@@ -162,9 +169,16 @@ def test_a_qformer_without_text_gives_the_states_of_blip2s():
     draw = random.Random(seed)
     torch.manual_seed(seed)
     heads, layers, every = draw.choice([2, 3]), draw.randint(1, 5), draw.choice([1, 2, 3])
-    sizes = dict(hidden_size=heads * 4, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=22,
-                 cross_attention_frequency=every, encoder_hidden_size=10, hidden_dropout_prob=0.0,
-                 attention_probs_dropout_prob=0.0)  # fmt: skip
+    sizes = dict(
+        hidden_size=heads * 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=22,
+        cross_attention_frequency=every,
+        encoder_hidden_size=10,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     theirs = tiny.shaken(transformers.Blip2QFormerModel(transformers.Blip2QFormerConfig(**sizes)))
     c = QFormerConfig(heads * 4, layers, heads, 22, draw.randint(2, 5), every, 10, text=False)
     queries = torch.randn(1, c.queries, c.width)

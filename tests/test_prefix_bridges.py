@@ -15,22 +15,16 @@ from test_golden import assert_close, folders
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from torch.func import functional_call  # noqa: E402
-from torch.nn.functional import (  # noqa: E402
-    conv2d,
-    layer_norm,
-    linear,
-    scaled_dot_product_attention,
-    silu,
-)
+from torch.func import functional_call
+from torch.nn.functional import conv2d, layer_norm, linear, scaled_dot_product_attention, silu
 
-from lionjax import convert, sharding  # noqa: E402
-from lionjax.bridges.latents import AbstractorConfig, ProjectionConfig  # noqa: E402
-from lionjax.generate import GenerateConfig, generate  # noqa: E402
-from lionjax.language import decoder  # noqa: E402
-from lionjax.language.decoder import DecoderConfig  # noqa: E402
-from lionjax.systems.prefix import MPLUG_OWL_7B, Prefix, PrefixModule  # noqa: E402
-from lionjax.vision.vit import ViTConfig  # noqa: E402
+from lionjax import convert, sharding
+from lionjax.bridges.latents import AbstractorConfig, ProjectionConfig
+from lionjax.generate import GenerateConfig, generate
+from lionjax.language import decoder
+from lionjax.language.decoder import DecoderConfig
+from lionjax.systems.prefix import MPLUG_OWL_7B, Prefix, PrefixModule
+from lionjax.vision.vit import ViTConfig
 
 NEW = 5
 
@@ -38,16 +32,24 @@ NEW = 5
 def tower(draw, **fields) -> ViTConfig:
     heads = draw.choice([2, 3])
     settings = dict(
-        image=draw.choice([14, 21]), patch=7, width=heads * 4, depth=draw.randint(1, 3), heads=heads,
-        hidden=draw.randint(20, 30), activation="quick_gelu", biases="qkvo", patch_bias=False, norm_before=True,
-    )  # fmt: skip
+        image=draw.choice([14, 21]),
+        patch=7,
+        width=heads * 4,
+        depth=draw.randint(1, 3),
+        heads=heads,
+        hidden=draw.randint(20, 30),
+        activation="quick_gelu",
+        biases="qkvo",
+        patch_bias=False,
+        norm_before=True,
+    )
     return ViTConfig(**settings | fields)
 
 
 def language(draw) -> DecoderConfig:
     return DecoderConfig(
-        draw.randint(tiny.IMAGE_TOKEN + 2, 60), 16, draw.randint(1, 2), 2, draw.choice([1, 2]), 8, draw.randint(20, 30),
-    )  # fmt: skip
+        draw.randint(tiny.IMAGE_TOKEN + 2, 60), 16, draw.randint(1, 2), 2, draw.choice([1, 2]), 8, draw.randint(20, 30)
+    )
 
 
 def owl(draw) -> Prefix:
@@ -61,9 +63,15 @@ def owl(draw) -> Prefix:
 
 def frozen(draw) -> Prefix:
     return Prefix(
-        tower(draw, eps=1e-5), language(draw), feature_layer=-1, class_token=draw.choice([True, False]),
-        projector_depth=1, words=draw.randint(1, 3), image_token=tiny.IMAGE_TOKEN, names="original",
-    )  # fmt: skip
+        tower(draw, eps=1e-5),
+        language(draw),
+        feature_layer=-1,
+        class_token=draw.choice([True, False]),
+        projector_depth=1,
+        words=draw.randint(1, 3),
+        image_token=tiny.IMAGE_TOKEN,
+        names="original",
+    )
 
 
 # What torch makes of the same weights, under the names of the originals
@@ -115,9 +123,15 @@ def frozen_sees(w, c: Prefix, image):
     """transformers' CLIP, the mean of what it saw, and a linear into so many words."""
     v = c.vision
     config = transformers.CLIPVisionConfig(
-        hidden_size=v.width, intermediate_size=v.hidden, num_hidden_layers=v.depth, num_attention_heads=v.heads,
-        image_size=v.image, patch_size=v.patch, layer_norm_eps=v.eps, hidden_act="quick_gelu",
-    )  # fmt: skip
+        hidden_size=v.width,
+        intermediate_size=v.hidden,
+        num_hidden_layers=v.depth,
+        num_attention_heads=v.heads,
+        image_size=v.image,
+        patch_size=v.patch,
+        layer_norm_eps=v.eps,
+        hidden_act="quick_gelu",
+    )
     clip, at = transformers.CLIPVisionModel(config), "model.vision_tower.vision_tower.vision_model."
     own = {name.split("vision_model.")[-1]: name for name in clip.state_dict()}
     held = {own[n.removeprefix(at)]: x for n, x in w.items() if n.startswith(at)}
@@ -128,10 +142,18 @@ def frozen_sees(w, c: Prefix, image):
 
 
 def llama(c: DecoderConfig):
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.hidden, num_hidden_layers=c.layers,
-        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head, rms_norm_eps=c.eps,
-    )).eval()  # fmt: skip
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=c.vocab,
+            hidden_size=c.width,
+            intermediate_size=c.hidden,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.kv_heads,
+            head_dim=c.head,
+            rms_norm_eps=c.eps,
+        )
+    ).eval()
 
 
 SYSTEMS = {"owl": (owl, owl_sees, "language_model."), "frozen": (frozen, frozen_sees, "")}
@@ -182,15 +204,24 @@ def test_tower_and_abstractor_compute_what_mplug_owl_does(folder):
     system = dataclasses.replace(
         MPLUG_OWL_7B,
         vision=ViTConfig(
-            v["image_size"], v["patch_size"], v["width"], v["depth"], v["heads"], v["mlp_width"], v["layer_norm_eps"],
-            v["activation"], "qkvo", patch_bias=False, norm_before=True,
+            v["image_size"],
+            v["patch_size"],
+            v["width"],
+            v["depth"],
+            v["heads"],
+            v["mlp_width"],
+            v["layer_norm_eps"],
+            v["activation"],
+            "qkvo",
+            patch_bias=False,
+            norm_before=True,
         ),
         latents=AbstractorConfig(
             a["width"], a["layers"], a["heads"], a["mlp_width"], a["queries"], inner_eps=a["layer_norm_eps"]
         ),
         language=DecoderConfig(8, a["language_width"], 1, 1, 1, a["language_width"], 8),
         vision_eps=v["layer_norm_eps"],
-    )  # fmt: skip
+    )
     rows = [row for row in system.torch_rows() if not row.names[0].startswith("language_model.")]
     state = load_file(folder / "weights.safetensors")
     params = convert.params_from(rows, state)
@@ -213,27 +244,58 @@ def kosmos(draw):
     seen, heads = tower(draw, eps=1e-5), draw.choice([2, 4])
     width, hidden, vocab = heads * draw.choice([4, 6]), draw.randint(20, 40), draw.randint(tiny.IMAGE_TOKEN + 2, 60)
     text = dataclasses.replace(
-        decoder.KOSMOS2_TEXT, vocab=vocab, width=width, layers=draw.randint(1, 3), heads=heads, kv_heads=heads,
-        head=width // heads, hidden=hidden, dropout=0.0, pad_token=0, position_offset=1, start_token=1,
+        decoder.KOSMOS2_TEXT,
+        vocab=vocab,
+        width=width,
+        layers=draw.randint(1, 3),
+        heads=heads,
+        kv_heads=heads,
+        head=width // heads,
+        hidden=hidden,
+        dropout=0.0,
+        pad_token=0,
+        position_offset=1,
+        start_token=1,
         end_token=2,
-    )  # fmt: skip
+    )
     queries = draw.randint(2, 4)
     system = Prefix(
-        seen, text, latents=ProjectionConfig(seen.width, width, heads, queries), feature_layer=-1, class_token=True,
-        vision_eps=1e-5, projector_depth=0, unit=True, image_token=tiny.IMAGE_TOKEN,
-    )  # fmt: skip
+        seen,
+        text,
+        latents=ProjectionConfig(seen.width, width, heads, queries),
+        feature_layer=-1,
+        class_token=True,
+        vision_eps=1e-5,
+        projector_depth=0,
+        unit=True,
+        image_token=tiny.IMAGE_TOKEN,
+    )
     config = transformers.Kosmos2Config(
         text_config={
-            "vocab_size": vocab, "embed_dim": width, "layers": text.layers, "ffn_dim": hidden, "attention_heads": heads,
-            "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0,
-            "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+            "vocab_size": vocab,
+            "embed_dim": width,
+            "layers": text.layers,
+            "ffn_dim": hidden,
+            "attention_heads": heads,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "activation_dropout": 0.0,
+            "layerdrop": 0.0,
+            "max_position_embeddings": 64,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
         },
         vision_config={
-            "hidden_size": seen.width, "intermediate_size": seen.hidden, "num_hidden_layers": seen.depth,
-            "num_attention_heads": seen.heads, "image_size": seen.image, "patch_size": seen.patch,
+            "hidden_size": seen.width,
+            "intermediate_size": seen.hidden,
+            "num_hidden_layers": seen.depth,
+            "num_attention_heads": seen.heads,
+            "image_size": seen.image,
+            "patch_size": seen.patch,
         },
         latent_query_num=queries,
-    )  # fmt: skip
+    )
     return tiny.shaken(transformers.Kosmos2ForConditionalGeneration(config)), system
 
 
@@ -267,10 +329,15 @@ def test_kosmos_2_computes_what_transformers_does_with_every_gradient_and_greedy
     for row, ids in enumerate(tiny.expanded(system, batch)):
         ids = torch.tensor([ids])
         told = theirs.generate(
-            pixel_values=asked["pixel_values"][row : row + 1], input_ids=ids,
-            image_embeds_position_mask=ids == tiny.IMAGE_TOKEN, attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW, do_sample=False, eos_token_id=2, pad_token_id=0,
-        )[0, ids.shape[1] :].tolist()  # fmt: skip
+            pixel_values=asked["pixel_values"][row : row + 1],
+            input_ids=ids,
+            image_embeds_position_mask=ids == tiny.IMAGE_TOKEN,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=2,
+            pad_token_id=0,
+        )[0, ids.shape[1] :].tolist()
         mine = np.asarray(said.ids_BM)[row, : int(said.length_B[row])].tolist()
         # Behind a padding token that was said, transformers counts positions otherwise.
         end = mine.index(0) if 0 in mine else len(mine)

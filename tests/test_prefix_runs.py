@@ -37,13 +37,18 @@ CLIP = ViTConfig(
 )
 TEMPLATE = "USER: {image} {question} ASSISTANT:"
 LLAVA = Prefix(
-    CLIP, DecoderConfig(1024, 32, 2, 2, 2, 16, 48, pad_token=0, start_token=1, end_token=1), image_token=PATCH_TOKEN,
-)  # fmt: skip
+    CLIP, DecoderConfig(1024, 32, 2, 2, 2, 16, 48, pad_token=0, start_token=1, end_token=1), image_token=PATCH_TOKEN
+)
 INSTRUCTBLIP = Prefix(
     ViTConfig(SIDE, 14, 16, 2, 2, 24),
     T5Config(1024, 32, 8, 2, 48, 2, 2, dropout=0.0, activation="gelu"),
-    QFormerConfig(16, 2, 2, 24, 4, 2, 16, 1024, 64, dropout=0.0), -1, True, 1e-5, 1, PATCH_TOKEN,
-)  # fmt: skip
+    QFormerConfig(16, 2, 2, 24, 4, 2, 16, 1024, 64, dropout=0.0),
+    -1,
+    True,
+    1e-5,
+    1,
+    PATCH_TOKEN,
+)
 
 
 def experiment(system: Prefix) -> Experiment:

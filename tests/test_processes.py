@@ -47,10 +47,7 @@ def command(workdir, count, words, *fields, **variables):
     return [
         subprocess.Popen(
             [sys.executable, *words, str(workdir), *fields],
-            env=os.environ
-            | told
-            | ({"JAX_PROCESS_ID": str(number)} if count > 1 else {})
-            | variables,
+            env=os.environ | told | ({"JAX_PROCESS_ID": str(number)} if count > 1 else {}) | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -73,9 +70,7 @@ def ends(processes, code=0):
 
 def whole_run(workdir, count):
     wrote = ends(begin(workdir, count))
-    results = [
-        [line for line in out.splitlines() if line.startswith("{")] for out, _ in wrote
-    ]  # Gloo speaks as well
+    results = [[line for line in out.splitlines() if line.startswith("{")] for out, _ in wrote]  # Gloo speaks as well
     assert [len(lines) for lines in results] == [1] + [0] * (count - 1)  # process 0 speaks for all
     return json.loads(results[0][0])
 
@@ -156,23 +151,17 @@ def test_a_whole_train_on_scenes_in_files_gives_one_process_s_losses_and_answers
     assert answers[1] == answers[2] and len(answers[1][0].splitlines()) == 7
     assert [line[:2] for line in found[1]] == [line[:2] for line in found[2]]
     assert len(found[1]) == 4
-    np.testing.assert_allclose(
-        [line[2] for line in found[2]], [line[2] for line in found[1]], rtol=1e-4
-    )
+    np.testing.assert_allclose([line[2] for line in found[2]], [line[2] for line in found[1]], rtol=1e-4)
     assert list((tmp_path / "features").glob("*/*.array_record"))
 
 
 def test_sigterm_to_one_stops_all_at_one_step_with_0_and_any_number_goes_on(tmp_path, alone):
     for count, whom, update in ((2, 1, 3), (4, 0, STEPS + 2)):
-        processes = begin(
-            tmp_path, count, "save_every=1000", "pause=0.3"
-        )  # a second passes until all have heard
+        processes = begin(tmp_path, count, "save_every=1000", "pause=0.3")  # a second passes until all have heard
         wait_for_updates(tmp_path, update, processes)
         processes[whom].send_signal(signal.SIGTERM)
         said = [error for _, error in ends(processes, 0)]
-        assert ["stopped and saved at stage" in text for text in said] == [True] + [False] * (
-            count - 1
-        )
+        assert ["stopped and saved at stage" in text for text in said] == [True] + [False] * (count - 1)
         assert update <= stands_at(tmp_path) == updates_in(tmp_path) < 2 * STEPS
     whole_run(tmp_path, 1)
     np.testing.assert_allclose(losses(tmp_path), losses(alone[0]), rtol=1e-4)
@@ -185,9 +174,7 @@ def test_kill_9_of_any_one_ends_the_others_and_the_restart_differs_in_no_bit(tmp
         wait_for_updates(tmp_path, update, processes)
         processes[whom].kill()
         ends(processes, None)
-        assert processes[whom].returncode == -signal.SIGKILL and processes[
-            1 - whom
-        ].returncode not in (0, None)
+        assert processes[whom].returncode == -signal.SIGKILL and processes[1 - whom].returncode not in (0, None)
         assert updates_in(tmp_path) < 2 * STEPS
     # And what was saved last is damaged: all put it aside and use the one before.
     newest = tmp_path / "checkpoints" / str(checkpoints.found_steps(tmp_path / "checkpoints")[0])
@@ -207,40 +194,31 @@ def test_a_process_that_hangs_ends_them_all_with_the_stacks_of_where(tmp_path):
 
 def test_a_loss_that_is_nan_is_said_by_each_and_ends_all_with_2(tmp_path):
     wrote = ends(begin(tmp_path, 2, "poison=5"), 2)
-    assert all(
-        "the loss is nan" in said and f"process {i} of 2" in said
-        for i, (_, said) in enumerate(wrote)
-    )
+    assert all("the loss is nan" in said and f"process {i} of 2" in said for i, (_, said) in enumerate(wrote))
     assert len(list(tmp_path.glob("not_finite_one_*_process*.npz"))) == 2
 
 
 def test_a_host_that_is_missing_is_said_in_one_sentence(tmp_path):
     began = time.monotonic()
-    (first,) = begin(tmp_path, 1, JAX_COORDINATOR_ADDRESS="127.0.0.1:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1",
-                     LIONJAX_JOIN_SECONDS="2")  # fmt: skip
-    ((_, said),) = ends([first], 2)
-    assert (
-        "after 2 s not all processes of this run had met at JAX_COORDINATOR_ADDRESS=127.0.0.1:1"
-        in said
+    (first,) = begin(
+        tmp_path,
+        1,
+        JAX_COORDINATOR_ADDRESS="127.0.0.1:1",
+        JAX_NUM_PROCESSES="2",
+        JAX_PROCESS_ID="1",
+        LIONJAX_JOIN_SECONDS="2",
     )
+    ((_, said),) = ends([first], 2)
+    assert "after 2 s not all processes of this run had met at JAX_COORDINATOR_ADDRESS=127.0.0.1:1" in said
     assert "every host" in said and time.monotonic() - began < LATE
 
 
 def test_variables_that_make_no_sense_are_one_sentence(monkeypatch):
     cases = (
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set"),
-        (
-            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "a:1"},
-            "must lie in 0..1",
-        ),
-        (
-            {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"},
-            "whole number",
-        ),
-        (
-            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "host"},
-            "HOST:PORT",
-        ),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}, "must lie in 0..1"),
+        ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, "whole number"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "host"}, "HOST:PORT"),
     )
     for variables, sentence in cases:
         with monkeypatch.context() as patch:
@@ -269,9 +247,7 @@ class Device:
 def test_processes_whose_devices_hold_the_same_rows_read_the_same(shape, of_process, expected):
     class Mesh:
         axis_names = sharding.MESH_AXES
-        devices = np.array([Device(of_process(i)) for i in range(int(np.prod(shape)))]).reshape(
-            shape
-        )
+        devices = np.array([Device(of_process(i)) for i in range(int(np.prod(shape)))]).reshape(shape)
 
     assert sharding.share(Mesh()) == expected
 

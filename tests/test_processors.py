@@ -89,10 +89,7 @@ def test_palettes_and_cmyk_become_rgb_and_transparency_becomes_white(tmp_path):
     Image.fromarray(RED).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
     clear = Image.fromarray(np.dstack([RED, np.zeros((20, 30), np.uint8)]))
     clear.save(tmp_path / "clear.png")
-    means = {
-        path.name: np.asarray(pictures.open_picture(path)).mean((0, 1))
-        for path in tmp_path.iterdir()
-    }
+    means = {path.name: np.asarray(pictures.open_picture(path)).mean((0, 1)) for path in tmp_path.iterdir()}
     np.testing.assert_allclose(means["palette.png"], (200, 10, 30), atol=20)
     np.testing.assert_allclose(means["print.jpg"], (200, 10, 30), atol=12)
     np.testing.assert_array_equal(means["clear.png"], 255)
@@ -112,12 +109,7 @@ def header_only_png(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("side", [20_000, 9_000, 8_001])
@@ -136,9 +128,7 @@ def test_a_real_png_of_20000_by_20000_is_refused_without_decoding_it(tmp_path):
     rows = b"".join(packed.compress(line) for _ in range(20_000)) + packed.flush()
     head = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
     chunks = [(b"IHDR", head), (b"IDAT", rows), (b"IEND", b"")]
-    data = b"".join(
-        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks
-    )
+    data = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
     tracemalloc.start()
     with pytest.raises(UserError, match=r"bomb\.png"):
@@ -156,9 +146,7 @@ def test_missing_damaged_and_foreign_files_are_one_sentence_that_names_the_file(
     saved(tmp_path / "foreign.tiff", noise)
     saved(tmp_path / "really_a_bitmap.png", noise, format="BMP")
     png = saved(tmp_path / "whole.png", noise).read_bytes()
-    (tmp_path / "flipped.png").write_bytes(
-        png[:200] + bytes(byte ^ 255 for byte in png[200:220]) + png[220:]
-    )
+    (tmp_path / "flipped.png").write_bytes(png[:200] + bytes(byte ^ 255 for byte in png[200:220]) + png[220:])
     bad = "cut.jpg text.jpg empty.png folder.png foreign.tiff really_a_bitmap.png flipped.png gone.png"
     for name in bad.split():
         with pytest.raises(UserError) as error:
@@ -179,9 +167,7 @@ def test_no_truncation_of_a_file_raises_anything_but_a_user_error(noise, cut):
             assert "damaged" in str(error)
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret.png", "/etc/hostname", "link.png", "a/../../x.png", "bad\0name"]
-)
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "link.png", "a/../../x.png", "bad\0name"])
 def test_a_path_that_leaves_its_folder_is_refused(tmp_path, name):
     root = tmp_path / "root"
     root.mkdir()
@@ -199,9 +185,7 @@ def test_paths_inside_the_folder_are_followed(tmp_path):
     assert pictures.safe_path(tmp_path, str(inside)) == inside.resolve()
 
 
-@pytest.mark.parametrize(
-    "array", [np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3))]
-)
+@pytest.mark.parametrize("array", [np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3))])
 def test_an_array_that_is_no_picture_is_one_sentence(processor, array):
     with pytest.raises(UserError) as error:
         processor.image(array)
@@ -213,9 +197,17 @@ def test_an_array_that_is_no_picture_is_one_sentence(processor, array):
 
 @pytest.mark.parametrize(
     "box",
-    [(0.1, 0.1, 1.2, 0.5), (-0.1, 0, 0.5, 0.5), (0.5, 0.1, 0.5, 0.4), (0.6, 0.1, 0.5, 0.4), (0, 0, 1),
-     (0, 0, float("nan"), 1), "abcd", None],
-)  # fmt: skip
+    [
+        (0.1, 0.1, 1.2, 0.5),
+        (-0.1, 0, 0.5, 0.5),
+        (0.5, 0.1, 0.5, 0.4),
+        (0.6, 0.1, 0.5, 0.4),
+        (0, 0, 1),
+        (0, 0, float("nan"), 1),
+        "abcd",
+        None,
+    ],
+)
 def test_a_box_outside_or_without_area_is_one_sentence(box):
     with pytest.raises(UserError) as error:
         pictures.unit_box(box)
@@ -319,10 +311,7 @@ def test_long_questions_lose_their_front_for_the_q_former_and_long_answers_their
 
 
 def test_a_batch_holds_padded_ids_masks_and_router_rows(processor):
-    inputs = [
-        Input(RED, "What is it?"),
-        Input(RED, "Where is the ring?", ("ring",), "region_level"),
-    ]
+    inputs = [Input(RED, "What is it?"), Input(RED, "Where is the ring?", ("ring",), "region_level")]
     batch = processor.batch(inputs, ["red", "Answer: [0.100,0.200,0.300,0.400]"])
     assert batch.image_BHWC.shape == (2, 32, 32, 3) and batch.image_BHWC.dtype == np.float32
     assert batch.prompt_BL.shape == (2, 64) and batch.target_BM.shape == (2, 24)
@@ -331,19 +320,14 @@ def test_a_batch_holds_padded_ids_masks_and_router_rows(processor):
     assert processor.decode(batch.target_BM[1]) == "Answer: [0.100,0.200,0.300,0.400]"
     assert (batch.target_BM[0, :2] == [*processor.tokenizer.encode("red"), 1]).all()
     assert (batch.prompt_BL[batch.prompt_mask_BL == 0] == processor.tokenizer.pad_id).all()
-    assert all(
-        a.dtype == np.int32
-        for a in (batch.prompt_BL, batch.target_BM, batch.task_B, batch.record_B)
-    )
+    assert all(a.dtype == np.int32 for a in (batch.prompt_BL, batch.target_BM, batch.task_B, batch.record_B))
 
 
 def test_buckets_choose_the_shortest_length_that_holds_every_row(processor):
     inputs = [Input(RED, "What is it?"), Input(RED, "Where is the ring?", ("ring",))]
     batch = processor.batch(inputs, buckets=(8, 32, 48))
     assert batch.prompt_BL.shape == (2, 32) and batch.question_BL.shape == (2, 8)
-    assert batch.prompt_mask_BL.sum() == sum(
-        len(processor.prompt(i.question, i.tags)) for i in inputs
-    )
+    assert batch.prompt_mask_BL.sum() == sum(len(processor.prompt(i.question, i.tags)) for i in inputs)
 
 
 def test_a_batch_without_answers_learns_nothing(processor):
@@ -352,8 +336,7 @@ def test_a_batch_without_answers_learns_nothing(processor):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "answers"),
-    [([], None), ([Input(RED, "a?")], ["x", "y"]), ([Input(RED, "a?", (), "both")], None)],
+    ("inputs", "answers"), [([], None), ([Input(RED, "a?")], ["x", "y"]), ([Input(RED, "a?", (), "both")], None)]
 )
 def test_a_batch_that_cannot_be_is_one_sentence(processor, inputs, answers):
     with pytest.raises(UserError) as error:
@@ -376,9 +359,15 @@ def test_clip_statistics_are_those_of_the_original():
 
 def test_examples_shown_before_a_question_bring_their_pictures_and_words_in_order():
     c = ProcessorConfig(
-        image_size=28, prompt_length=64, question_length=8, tags=False, reader="decoder",
-        template="{image} {question}", image_token=21, shot_end="</s>",
-    )  # fmt: skip
+        image_size=28,
+        prompt_length=64,
+        question_length=8,
+        tags=False,
+        reader="decoder",
+        template="{image} {question}",
+        image_token=21,
+        shot_end="</s>",
+    )
     processor, grays = Processor(c), [np.full((9, 9, 3), shade, np.uint8) for shade in (0, 100, 255)]
     asked = Input(grays[2], "How many?", shots=((grays[0], "Which color?", "red"), (grays[1], "Which shape?", "ring")))
     batch = processor.batch([asked, asked])

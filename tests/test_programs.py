@@ -74,9 +74,7 @@ def test_a_loops_body_runs_as_often_as_its_condition_says(program):
 
 def test_an_exchange_that_is_spread_over_pieces_of_code_counts_once_a_turn(program):
     found = {one.kind: one for one in programs.collectives(program, 8)}
-    gather, swap, mean = (
-        found[kind] for kind in ("all-gather", "collective-permute", "all-reduce")
-    )
+    gather, swap, mean = (found[kind] for kind in ("all-gather", "collective-permute", "all-reduce"))
     assert (gather.kind, gather.group, gather.runs) == ("all-gather", 4, 6)
     assert gather.largest == 64 * 128 * 2
     assert gather.moved == 6 * 3 * 64 * 32 * 2  # three parts pass by, in each of six turns
@@ -179,9 +177,7 @@ def layered(weight_LDF, x_BD):
 
 
 def shaped(mesh, shape, *axes):
-    return jax.ShapeDtypeStruct(
-        shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes))
-    )
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def test_weights_that_are_split_are_gathered_once_a_layer_in_a_program_of_this_machine():
@@ -223,9 +219,7 @@ def test_products_of_convolutions_and_of_loops_without_an_end():
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=layout)
 
-    assert (
-        programs.products(jax.make_jaxpr(convolve)(image, kernel).jaxpr) == 2 * 2 * 8 * 8 * 5 * 27
-    )
+    assert programs.products(jax.make_jaxpr(convolve)(image, kernel).jaxpr) == 2 * 2 * 8 * 8 * 5 * 27
 
     def until(x):
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)

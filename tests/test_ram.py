@@ -85,8 +85,10 @@ def test_a_released_file_is_read_with_its_first_names_and_without_what_wrote_cap
     torch = pytest.importorskip("torch")
     state = convert.state_from(ram.torch_rows(TINY), params)
     old = {name.replace("tagging_head.", "vision_multi."): tensor for name, tensor in state.items()}
-    more = {"tag_encoder.encoder.layer.0.output.dense.bias": np.ones(3, np.float32),
-            "text_decoder.bert.embeddings.position_ids": np.arange(4)}  # fmt: skip
+    more = {
+        "tag_encoder.encoder.layer.0.output.dense.bias": np.ones(3, np.float32),
+        "text_decoder.bert.embeddings.position_ids": np.arange(4),
+    }
     (tmp_path / "release").mkdir()
     file = tmp_path / "release" / "ram_swin_large_14m.pth"
     torch.save({"model": as_torch(torch, old | more), "epoch": 5}, file)

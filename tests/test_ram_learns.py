@@ -22,9 +22,7 @@ SHAPES = (
     np.abs(STEP[0]) < 2,  # bar
 )
 TAGS = len(COLOURS) * len(SHAPES)
-C = RamConfig(
-    SwinConfig(SIDE, 2, 24, (2, 2), (2, 4), 3, 2.0, drop_path=0.0), TAGS, 16, 32, 32, 2, 64, 2, dropout=0.0
-)  # fmt: skip
+C = RamConfig(SwinConfig(SIDE, 2, 24, (2, 2), (2, 4), 3, 2.0, drop_path=0.0), TAGS, 16, 32, 32, 2, 64, 2, dropout=0.0)
 
 
 def scenes(rng, number: int):
@@ -79,7 +77,5 @@ def test_a_tiny_ram_finds_what_is_there_and_nothing_in_another_picture():
         params, state = step(params, state, *scenes(rng, 48))
     image_BHWC, target_BV = scenes(np.random.default_rng(1), 500)
     score_BV = np.asarray(jax.jit(Ram(C).apply)({"params": params}, image_BHWC))
-    mine, shuffled = (
-        mean_average_precision(score, target_BV) for score in (score_BV, np.roll(score_BV, 1, 0))
-    )
+    mine, shuffled = (mean_average_precision(score, target_BV) for score in (score_BV, np.roll(score_BV, 1, 0)))
     assert mine > 0.9 and mine > 2 * shuffled, (mine, shuffled)

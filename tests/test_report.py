@@ -18,17 +18,31 @@ from lionjax.interfaces import UserError
 FIGURES = {
     "config": {"name": "toy <run>"},
     "stages": [
-        {"name": "one", "steps": 1200, "seconds": 75.0, "loss_first": 4.0, "loss_last": 0.5,
-         "trainable_parameters": 412032, "frozen_unchanged": True},
-        {"name": "two", "steps": 5, "seconds": 4000, "loss_first": 1.0, "loss_last": 0.9,
-         "trainable_parameters": 7, "frozen_unchanged": False},
+        {
+            "name": "one",
+            "steps": 1200,
+            "seconds": 75.0,
+            "loss_first": 4.0,
+            "loss_last": 0.5,
+            "trainable_parameters": 412032,
+            "frozen_unchanged": True,
+        },
+        {
+            "name": "two",
+            "steps": 5,
+            "seconds": 4000,
+            "loss_first": 1.0,
+            "loss_last": 0.9,
+            "trainable_parameters": 7,
+            "frozen_unchanged": False,
+        },
     ],
     "metrics": {"vqa_accuracy": 0.843, "caption_cider": 1.5, "brand_new": 0.25},
     "baselines": {"vqa_accuracy": {"blind": 0.51, "majority": 0.4}, "caption_cider": 0.3},
     "speed": {"images_per_second": 61.23, "peak_bytes": 2**31},
     "round_trip_exact": True,
     "environment": {"jax": "0.10.2"},
-}  # fmt: skip
+}
 
 
 class Reader(html.parser.HTMLParser):
@@ -64,9 +78,17 @@ def run(tmp_path):
     Image.new("RGB", (64, 64), "#808080").save(tmp_path / "evaluation/images/a.png")
     mask = coco.encode(np.asfortranarray(np.eye(64, dtype=np.uint8)))
     mask["counts"] = mask["counts"].decode()
-    answer = {"id": 1, "image": "images/a.png", "question": "where <is> it?", "prediction": "there",
-              "truth": ["there", "here", "there"], "score": 1.0, "boxes": [[0.1, 0.1, 0.6, 0.6]],
-              "truth_boxes": [[0.2, 0.2, 0.7, 0.7]], "masks": [mask]}  # fmt: skip
+    answer = {
+        "id": 1,
+        "image": "images/a.png",
+        "question": "where <is> it?",
+        "prediction": "there",
+        "truth": ["there", "here", "there"],
+        "score": 1.0,
+        "boxes": [[0.1, 0.1, 0.6, 0.6]],
+        "truth_boxes": [[0.2, 0.2, 0.7, 0.7]],
+        "masks": [mask],
+    }
     rows = [answer, answer | {"score": 0.0, "prediction": "nowhere"}] * 10
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "evaluation/rec.jsonl").write_text(text)
@@ -78,12 +100,22 @@ def test_the_page_says_every_figure_of_the_run(run):
     page = Reader(report(run).read_text())
     said = " ".join(page.words)
     for words in (
-        "toy <run>", "Questions, VQA accuracy 84.3% 51.0% 40.0%", "Captions, CIDEr-D 1.500",
-        "brand new 0.250", "one 1,200 1 min 15 s 4.000 0.500 412,032 bit for bit",
-        "two 5 1 h 6 min 1.000 0.900 7 no", "61.2 images/s, 2.00 GiB of memory at the peak",
-        "To PyTorch and back exact", "jax 0.10.2", "where <is> it?", "✓ there", "✗ nowhere",
-        "there · here", "The first 12 of 20", "All 1",
-    ):  # fmt: skip
+        "toy <run>",
+        "Questions, VQA accuracy 84.3% 51.0% 40.0%",
+        "Captions, CIDEr-D 1.500",
+        "brand new 0.250",
+        "one 1,200 1 min 15 s 4.000 0.500 412,032 bit for bit",
+        "two 5 1 h 6 min 1.000 0.900 7 no",
+        "61.2 images/s, 2.00 GiB of memory at the peak",
+        "To PyTorch and back exact",
+        "jax 0.10.2",
+        "where <is> it?",
+        "✓ there",
+        "✗ nowhere",
+        "there · here",
+        "The first 12 of 20",
+        "All 1",
+    ):
         assert words in said, words
 
 

@@ -21,11 +21,21 @@ def drawn(draw: random.Random) -> SamConfig:
     heads, wide, patch = draw.choice([2, 3]), draw.choice([2, 3]), draw.choice([4, 8])
     grid, period = draw.choice([6, 8, 9]), draw.choice([2, 3])
     return SamConfig(
-        image=grid * patch, patch=patch, width=heads * draw.choice([6, 8]), depth=2 * period, heads=heads,
-        hidden=draw.randint(20, 50), window=draw.choice([2, 3, 4]), global_layers=(period - 1, 2 * period - 1),
-        channels=8 * wide, mask_channels=draw.choice([4, 8]), decoder_heads=2, decoder_hidden=draw.randint(20, 40),
-        iou_depth=draw.choice([2, 3]), iou_hidden=draw.randint(8, 16),
-    )  # fmt: skip
+        image=grid * patch,
+        patch=patch,
+        width=heads * draw.choice([6, 8]),
+        depth=2 * period,
+        heads=heads,
+        hidden=draw.randint(20, 50),
+        window=draw.choice([2, 3, 4]),
+        global_layers=(period - 1, 2 * period - 1),
+        channels=8 * wide,
+        mask_channels=draw.choice([4, 8]),
+        decoder_heads=2,
+        decoder_hidden=draw.randint(20, 40),
+        iou_depth=draw.choice([2, 3]),
+        iou_hidden=draw.randint(8, 16),
+    )
 
 
 TINY = drawn(random.Random(SEED))
@@ -39,18 +49,29 @@ def twins():
     c = TINY
     config = transformers.SamConfig(
         vision_config=dict(
-            hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads, image_size=c.image,
-            patch_size=c.patch, mlp_dim=c.hidden, window_size=c.window, global_attn_indexes=list(c.global_layers),
-            output_channels=c.channels, num_pos_feats=c.channels // 2,
+            hidden_size=c.width,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.heads,
+            image_size=c.image,
+            patch_size=c.patch,
+            mlp_dim=c.hidden,
+            window_size=c.window,
+            global_attn_indexes=list(c.global_layers),
+            output_channels=c.channels,
+            num_pos_feats=c.channels // 2,
         ),
         prompt_encoder_config=dict(
             hidden_size=c.channels, image_size=c.image, patch_size=c.patch, mask_input_channels=c.mask_channels
         ),
         mask_decoder_config=dict(
-            hidden_size=c.channels, mlp_dim=c.decoder_hidden, num_attention_heads=c.decoder_heads,
-            iou_head_hidden_dim=c.iou_hidden, iou_head_depth=c.iou_depth, layer_norm_eps=c.decoder_eps,
+            hidden_size=c.channels,
+            mlp_dim=c.decoder_hidden,
+            num_attention_heads=c.decoder_heads,
+            iou_head_hidden_dim=c.iou_hidden,
+            iou_head_depth=c.iou_depth,
+            layer_norm_eps=c.decoder_eps,
         ),
-    )  # fmt: skip
+    )
     theirs = transformers.SamModel(config).eval()
     with torch.no_grad():  # as they begin, most weights are zero
         for name, weight in theirs.named_parameters():
@@ -100,9 +121,11 @@ def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
         np.testing.assert_allclose(seen, wanted_map.permute(0, 2, 3, 1), atol=1e-4)
         for name, given in prompts().items():
             said = {
-                "input_points": given.get("point_BKT2"), "input_labels": given.get("label_BKT"),
-                "input_boxes": given.get("box_BK4"), "input_masks": given.get("mask_BHW"),
-            }  # fmt: skip
+                "input_points": given.get("point_BKT2"),
+                "input_labels": given.get("label_BKT"),
+                "input_boxes": given.get("box_BK4"),
+                "input_masks": given.get("mask_BHW"),
+            }
             said = {key: torch.from_numpy(value) for key, value in said.items() if value is not None}
             if "input_masks" in said:
                 said["input_masks"] = said["input_masks"][:, None]

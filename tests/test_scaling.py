@@ -33,9 +33,7 @@ from lionjax.sharding import MeshConfig
 from lionjax.training import start
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-compiles = pytest.mark.skipif(
-    not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed"
-)
+compiles = pytest.mark.skipif(not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed")
 
 # Names
 
@@ -128,11 +126,7 @@ def shapes(batch):
 
 @pytest.mark.parametrize("name", ["lion", *small_places.SYSTEMS])
 def test_a_plan_is_made_for_batches_as_the_pipeline_makes_them(name):
-    what = (
-        small_lion.experiment()
-        if name == "lion"
-        else small_places.experiment(*small_places.SYSTEMS[name])
-    )
+    what = small_lion.experiment() if name == "lion" else small_places.experiment(*small_places.SYSTEMS[name])
     for stage in what.stages:
         stream = pipeline.batches(what.data, stage, 0, stage.batch_size, 0, 1)
         batch = next(stream)
@@ -161,9 +155,16 @@ def test_a_policy_of_remembering_reaches_every_part():
 
 LAYERS, WIDTH, HIDDEN = 6, 256, 1024
 SPEAKER = DecoderConfig(
-    vocab=512, width=WIDTH, layers=LAYERS, heads=8, kv_heads=8, head=32, hidden=HIDDEN, adapters=AdapterConfig(8),
+    vocab=512,
+    width=WIDTH,
+    layers=LAYERS,
+    heads=8,
+    kv_heads=8,
+    head=32,
+    hidden=HIDDEN,
+    adapters=AdapterConfig(8),
     remat="full",
-)  # fmt: skip
+)
 
 
 class SpeakerModule(nn.Module):
@@ -189,14 +190,10 @@ class Speaker:
         return losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
 
 
-def speaking(
-    rows: int = 32, system: Speaker = Speaker(), trainable=("language/blocks/adapters",)
-) -> Experiment:
+def speaking(rows: int = 32, system: Speaker = Speaker(), trainable=("language/blocks/adapters",)) -> Experiment:
     processor = ProcessorConfig(image_size=14, prompt_length=4, question_length=4, target_length=64)
     stage = Stage("speak", 10, trainable, (("caption", 1.0),), batch_size=rows)
-    return Experiment(
-        "speaker", system, DataConfig(processor=processor), (stage,), mesh=MeshConfig(1, -1, 1)
-    )
+    return Experiment("speaker", system, DataConfig(processor=processor), (stage,), mesh=MeshConfig(1, -1, 1))
 
 
 def exchanges(name: str, mesh: MeshConfig, what: Experiment, slices: int = 1):
@@ -222,18 +219,14 @@ def size(leaf) -> int:
 def test_a_frozen_backbone_is_gathered_a_layer_at_a_time_and_has_no_gradients(name):
     found, trained, frozen = exchanges(name, MeshConfig(1, -1, 1), speaking())
     gathers = [one for one in found if one.kind == "all-gather"]
-    stacked = {
-        path: size(leaf) for path, leaf in frozen.items() if "/blocks/" in path and leaf.ndim > 2
-    }
+    stacked = {path: size(leaf) for path, leaf in frozen.items() if "/blocks/" in path and leaf.ndim > 2}
     layer = max(stacked.values()) // LAYERS
     assert gathers and max(one.largest for one in gathers) <= layer < min(stacked.values())
     # Forward and backward need each layer's weights once, what is computed again not more than once more.
     needed = sum(stacked.values())
     inside = sum(one.largest * one.runs for one in gathers if one.runs >= LAYERS)
     assert needed <= inside <= 3.2 * needed
-    reduced = sum(
-        one.size * one.runs for one in found if one.kind in ("all-reduce", "reduce-scatter")
-    )
+    reduced = sum(one.size * one.runs for one in found if one.kind in ("all-reduce", "reduce-scatter"))
     assert 0 < reduced <= 1.5 * sum(map(size, trained.values())) + 2**14
     # Words of a table that is split by width, and the routers' ratios, change hands; no weight does.
     activation = 32 // 16 * 64 * WIDTH * 2
@@ -245,18 +238,12 @@ def test_a_frozen_backbone_is_gathered_a_layer_at_a_time_and_has_no_gradients(na
 def test_without_fsdp_nothing_is_gathered_and_with_tensor_only_activations_are_summed():
     found, trained, _ = exchanges("v5e-16", MeshConfig(16, 1, 1), speaking())
     assert {one.kind for one in found} == {"all-reduce"}
-    assert (
-        sum(one.size * one.runs for one in found) <= 1.5 * sum(map(size, trained.values())) + 2**14
-    )
+    assert sum(one.size * one.runs for one in found) <= 1.5 * sum(map(size, trained.values())) + 2**14
 
     found, _, frozen = exchanges("v5e-16", MeshConfig(4, 1, 4), speaking())
     kernels = [size(leaf) // LAYERS for path, leaf in frozen.items() if "/blocks/mlp/" in path]
     activation = 32 // 4 * 64 * WIDTH * 2
-    sums = [
-        one
-        for one in found
-        if one.kind == "all-reduce" and one.group == 4 and one.size >= activation
-    ]
+    sums = [one for one in found if one.kind == "all-reduce" and one.group == 4 and one.size >= activation]
     assert sum(one.runs for one in sums) >= 4 * LAYERS - 2  # two a layer, forward and back
     assert not any(one.kind == "all-gather" and one.largest in kernels for one in found)
 
@@ -285,9 +272,7 @@ def test_slices_may_be_cut_where_the_chips_of_one_do_not_lie_as_the_mesh_does():
 @pytest.mark.slow
 def test_what_does_not_fit_is_a_plan_that_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    wide = dataclasses.replace(
-        SPEAKER, width=4096, heads=32, kv_heads=32, head=128, hidden=16384, vocab=2**18
-    )
+    wide = dataclasses.replace(SPEAKER, width=4096, heads=32, kv_heads=32, head=128, hidden=16384, vocab=2**18)
     what = speaking(8, Speaker(wide), ("language",))
     made = scaling.plan(what, topologies.parse("v5e-1"), 0)
     assert not made.fits and made.step_seconds == 0
@@ -338,11 +323,25 @@ def faked(seconds):
         rows = experiment.stages[number].batch_size
         took = seconds(mesh, remat, rows)
         return scaling.Plan(
-            config="a", what="b", topology="c", devices=16, mesh=mesh.shape(16), rows=rows, fits=took is not None,
-            peak_gib=1.0, hbm_gib=16, trained=1, frozen=1, flops=1.0, needed_flops=1.0,
-            seconds={} if took is None else {"products": took}, collectives={}, compile_seconds=1.0, peak_tflops=1.0,
+            config="a",
+            what="b",
+            topology="c",
+            devices=16,
+            mesh=mesh.shape(16),
+            rows=rows,
+            fits=took is not None,
+            peak_gib=1.0,
+            hbm_gib=16,
+            trained=1,
+            frozen=1,
+            flops=1.0,
+            needed_flops=1.0,
+            seconds={} if took is None else {"products": took},
+            collectives={},
+            compile_seconds=1.0,
+            peak_tflops=1.0,
             remat=remat or "as the config says",
-        )  # fmt: skip
+        )
 
     return plan
 
@@ -356,14 +355,8 @@ def test_a_search_goes_on_from_the_best_and_ranks_what_fits():
     found = list(search.search(speaking(32), topologies.parse("v5e-16"), 0, make=faked(seconds)))
     found.sort(key=lambda one: (one.fits, one.speed), reverse=True)
     best = found[0]
-    assert (
-        best.mesh == (1, 1, 8, 2)
-        and best.rows == 64
-        and best.remat in ("dots", "as the config says")
-    )
-    assert not found[-1].fits and len(found) == len(
-        {(one.mesh, one.remat, one.rows) for one in found}
-    )
+    assert best.mesh == (1, 1, 8, 2) and best.rows == 64 and best.remat in ("dots", "as the config says")
+    assert not found[-1].fits and len(found) == len({(one.mesh, one.remat, one.rows) for one in found})
     words = plan_command.ranking(found).splitlines()
     assert "fsdp 8" in words[1] and "does not fit" in words[-1]
 
@@ -399,9 +392,7 @@ def breaking(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_a_compiler_that_breaks_off_is_one_sentence_that_says_where_its_last_words_are(
-    breaking, capsys
-):
+def test_a_compiler_that_breaks_off_is_one_sentence_that_says_where_its_last_words_are(breaking, capsys):
     assert cli.main(["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16"]) == 2
     said = capsys.readouterr()
     assert "the compiler broke off (SIGSEGV)" in said.err and said.err.count("\n") == 1
@@ -409,9 +400,7 @@ def test_a_compiler_that_breaks_off_is_one_sentence_that_says_where_its_last_wor
     assert str(words) in said.err and "STACK OVERFLOW" in words.read_text() and not said.out
 
 
-def test_a_search_lists_a_mesh_for_which_the_compiler_breaks_off_and_goes_on(
-    breaking, capsys, caplog
-):
+def test_a_search_lists_a_mesh_for_which_the_compiler_breaks_off_and_goes_on(breaking, capsys, caplog):
     words = ["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16", "--search"]
     assert cli.main([*words, "--stages.2.batch_size", "64"]) == 0
     said = capsys.readouterr()

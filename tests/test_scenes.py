@@ -202,9 +202,7 @@ print(json.dumps([same, untouched, kinds, "tensorflow" in sys.modules]))
 
 
 def test_records_on_disk_equal_those_made_on_the_fly_and_need_no_tensorflow(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", BUILD, str(tmp_path)], capture_output=True, text=True, check=True)
     same, untouched, kinds, tensorflow = json.loads(done.stdout.splitlines()[-1])
     assert same == {"train": True, "validation": True, "heldout": True}
     assert untouched, "building a second time wrote something"

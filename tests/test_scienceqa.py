@@ -17,9 +17,14 @@ from lionjax.evaluation.scoring import SCORERS
 from lionjax.interfaces import UserError
 
 PLANT = {
-    "question": "Which one is alive?", "choices": ["a rock", "a fern"], "answer": 1, "hint": "", "image": None,
-    "lecture": "Living things\ngrow.", "solution": "A fern grows.",
-}  # fmt: skip
+    "question": "Which one is alive?",
+    "choices": ["a rock", "a fern"],
+    "answer": 1,
+    "hint": "",
+    "image": None,
+    "lecture": "Living things\ngrow.",
+    "solution": "A fern grows.",
+}
 MAP = PLANT | {"hint": "Look at  the map.", "image": "image.png", "answer": 0, "lecture": "", "solution": ""}
 
 
@@ -34,10 +39,16 @@ def test_a_problem_is_asked_as_qcm_and_answered_as_lea():
 @pytest.mark.parametrize(
     ("text", "letter"),
     [
-        ("B", "B"), ("B. a fern", "B"), ("A fern grows. The answer is B.", "B"), ("a fern", None), ("B a fern", None),
-        ("The answer is A. No: The answer is B.", None), ("the answer is B.", None), ("", None),
+        ("B", "B"),
+        ("B. a fern", "B"),
+        ("A fern grows. The answer is B.", "B"),
+        ("a fern", None),
+        ("B a fern", None),
+        ("The answer is A. No: The answer is B.", None),
+        ("the answer is B.", None),
+        ("", None),
     ],
-)  # fmt: skip
+)
 def test_a_letter_is_read_where_llavas_evaluation_reads_one(text, letter):
     assert read_letter(text) == letter
 
@@ -48,9 +59,15 @@ def test_questions_with_and_without_a_picture_are_read_counted_apart_and_shown_w
     (tmp_path / "problems.json").write_text(json.dumps({"1": PLANT, "2": MAP}))
     (tmp_path / "pid_splits.json").write_text(json.dumps({"train": [], "val": [], "test": ["1", "2"]}))
     prompts = ProcessorConfig(
-        image_size=28, prompt_length=96, question_length=8, target_length=32, tags=False, reader="decoder",
-        template="{image} {question}", image_token=21,
-    )  # fmt: skip
+        image_size=28,
+        prompt_length=96,
+        question_length=8,
+        target_length=32,
+        tags=False,
+        reader="decoder",
+        template="{image} {question}",
+        image_token=21,
+    )
     data = DataConfig((ScienceQa(str(tmp_path)),), prompts, threads=0)
     samples = sorted(pipeline.examples(data, "choice", "heldout"), key=lambda sample: sample.example.kind)
     assert [sample.example.kind for sample in samples] == ["image", "text"]

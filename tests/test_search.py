@@ -134,10 +134,7 @@ def test_a_beam_of_one_is_greedy():
 
 
 def test_beams_of_a_batch_find_what_each_prompt_finds_alone():
-    config, params = (
-        GenerateConfig(max_new_tokens=8, beams=3, repetition_penalty=1.5),
-        random_params(3),
-    )
+    config, params = (GenerateConfig(max_new_tokens=8, beams=3, repetition_penalty=1.5), random_params(3))
     batch = batch_of(*PROMPTS)
     together = words(generate(Toy(), params, batch, config))
     for row, found in enumerate(together):

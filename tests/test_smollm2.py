@@ -46,8 +46,14 @@ def test_smollm2_says_what_transformers_says_to_the_word():
     for row, text in enumerate(texts):  # one by one, so that they need no padding
         prompt = torch.tensor([text])
         answer = theirs.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False,
-            repetition_penalty=1.0, temperature=None, top_p=None, pad_token_id=SMOLLM2_135M.pad_token,
-        )[0, len(text) :].numpy()  # fmt: skip
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW,
+            do_sample=False,
+            repetition_penalty=1.0,
+            temperature=None,
+            top_p=None,
+            pad_token_id=SMOLLM2_135M.pad_token,
+        )[0, len(text) :].numpy()
         np.testing.assert_array_equal(said[row, : len(answer)], answer)
     assert "Paris" in tokenizer.decode(said[0])

@@ -22,9 +22,7 @@ from lionjax.data.squares import Square
 from lionjax.interfaces import UserError
 
 DATA = Path(os.environ.get("LIONJAX_DATA", Path(__file__).parent / "data"))
-needs_data = pytest.mark.skipif(
-    not (DATA / "coco83").is_dir(), reason="no photographs in $LIONJAX_DATA"
-)
+needs_data = pytest.mark.skipif(not (DATA / "coco83").is_dir(), reason="no photographs in $LIONJAX_DATA")
 KINDS = ("cat", "dog", "umbrella", "kite")
 
 
@@ -53,19 +51,12 @@ def folder(tmp_path):
             outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             note = {"image_id": i, "category_id": category, "bbox": box, "segmentation": outline}
             notes.append({**note, "iscrowd": 0})
-        captions += [
-            {"image_id": i, "caption": f"  a cat and {i % 3} dogs, said {n}"} for n in "ab"
-        ]
+        captions += [{"image_id": i, "caption": f"  a cat and {i % 3} dogs, said {n}"} for n in "ab"]
         (tmp_path / "coco" / "images").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((40, 50, 3), 20 * i, np.uint8)).save(
-            tmp_path / "coco" / "images" / name
-        )
+        Image.fromarray(np.full((40, 50, 3), 20 * i, np.uint8)).save(tmp_path / "coco" / "images" / name)
     kinds = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
     write(tmp_path / "coco" / "captions.json", {"images": images, "annotations": captions})
-    write(
-        tmp_path / "coco" / "instances.json",
-        {"images": images, "annotations": notes, "categories": kinds},
-    )
+    write(tmp_path / "coco" / "instances.json", {"images": images, "annotations": notes, "categories": kinds})
     return tmp_path / "coco"
 
 
@@ -146,9 +137,7 @@ def test_splits_share_no_picture_and_stay_when_pictures_are_added(folder):
         for opened in [source.open(split, MAX_PIXELS)]
     }
     assert sum(map(len, names.values())) == 12 and len(set.union(*names.values())) == 12
-    assert all(
-        annotations.in_split(int(n[:4]), split, 0.3) for split in names for n in names[split]
-    )
+    assert all(annotations.in_split(int(n[:4]), split, 0.3) for split in names for n in names[split])
     shares = [annotations.in_split(key, "heldout", 0.3) for key in range(2000)]
     assert 0.26 < np.mean(shares) < 0.34
 
@@ -166,10 +155,7 @@ def test_splits_share_no_picture_and_stay_when_pictures_are_added(folder):
 def test_a_bad_record_is_one_sentence_when_used_or_is_left_out(folder, change, words, caplog):
     (folder / "captions.json").unlink()
     edit(folder / "instances.json", change)
-    source, task = (
-        Coco(str(folder), share=0),
-        "tags" if words not in ("leaves the picture", "no area") else "rec",
-    )
+    source, task = (Coco(str(folder), share=0), "tags" if words not in ("leaves the picture", "no area") else "rec")
     if words == "no area":  # it is too small to be pointed at in the first place
         assert "0000.png" not in {s.name.partition("/")[2] for s in all_of(source, task)}
         return
@@ -177,10 +163,7 @@ def test_a_bad_record_is_one_sentence_when_used_or_is_left_out(folder, change, w
         all_of(source, task)
     assert words in sentence(error)
     kept = all_of(source, task, on_bad_record="replace")
-    assert (
-        len(kept) == open_split(source, "train", MAX_PIXELS).sizes[task] - 1
-        and words in caplog.text
-    )
+    assert len(kept) == open_split(source, "train", MAX_PIXELS).sizes[task] - 1 and words in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -215,13 +198,7 @@ def test_a_file_that_is_not_json_is_one_sentence(tmp_path, data):
 
 
 def test_refcoco_rows_ask_for_the_box_and_for_the_expression(folder, tmp_path):
-    entry = {
-        "img_id": "0001_7",
-        "sents": " the black one ",
-        "bbox": [10, 5, 20, 10],
-        "height": 40,
-        "width": 50,
-    }
+    entry = {"img_id": "0001_7", "sents": " the black one ", "bbox": [10, 5, 20, 10], "height": 40, "width": 50}
     file = tmp_path / "refs.json.gz"
     (folder / "images" / "0001.jpg").symlink_to("0001.png")
     file.write_bytes(gzip.compress(json.dumps([entry]).encode()))
@@ -229,23 +206,15 @@ def test_refcoco_rows_ask_for_the_box_and_for_the_expression(folder, tmp_path):
     (rec,), (reg,) = all_of(source, "rec"), all_of(source, "reg")
     assert "the black one" in rec.example.question
     assert rec.example.answer == "Answer: [0.200,0.125,0.600,0.375]"
-    assert (
-        "[0.200,0.125,0.600,0.375]" in reg.example.question
-        and reg.example.answer == "the black one"
-    )
+    assert "[0.200,0.125,0.600,0.375]" in reg.example.question and reg.example.answer == "the black one"
     assert rec.example.category == reg.example.category == "region_level"
 
 
 def test_vqa_answers_are_drawn_as_often_as_people_gave_them(folder, tmp_path):
     said = [{"answer": "two"}] * 7 + [{"answer": "2"}] * 3
-    questions = [
-        {"question_id": i, "image_id": i % 12, "question": "how many?"} for i in range(200)
-    ]
+    questions = [{"question_id": i, "image_id": i % 12, "question": "how many?"} for i in range(200)]
     notes = [{"question_id": i, "answers": said} for i in range(199)]
-    q, a = (
-        write(tmp_path / "q.json", {"questions": questions}),
-        write(tmp_path / "a.json", {"annotations": notes}),
-    )
+    q, a = (write(tmp_path / "q.json", {"questions": questions}), write(tmp_path / "a.json", {"annotations": notes}))
     samples = all_of(Vqa(str(q), str(a), str(folder / "images"), "{:04d}.png"), "vqa")
     assert len(samples) == 199 and len(samples[0].example.answers) == 10
     share = np.mean([s.example.answer == "two" for s in samples])
@@ -254,27 +223,10 @@ def test_vqa_answers_are_drawn_as_often_as_people_gave_them(folder, tmp_path):
 
 LINES = [
     {"image": "0000.png", "question": "What is it?", "answer": "a square", "tags": ["x", "y"]},
-    {
-        "image": "0001.png",
-        "task": "rec",
-        "expression": "the cat",
-        "boxes": [[0.2, 0.125, 0.6, 0.375]],
-    },
-    {
-        "image": "0002.png",
-        "task": "rec",
-        "expression": "it",
-        "boxes": [[10, 5, 30, 15]],
-        "width": 50,
-        "height": 40,
-    },
+    {"image": "0001.png", "task": "rec", "expression": "the cat", "boxes": [[0.2, 0.125, 0.6, 0.375]]},
+    {"image": "0002.png", "task": "rec", "expression": "it", "boxes": [[10, 5, 30, 15]], "width": 50, "height": 40},
     {"image": "0003.png", "text": "Is there a cat?", "label": "yes", "setting": "popular"},
-    {
-        "image": "0004.png",
-        "task": "reg",
-        "question_boxes": [[0, 0, 0.5, 1]],
-        "answers": ["left", "the left"],
-    },
+    {"image": "0004.png", "task": "reg", "question_boxes": [[0, 0, 0.5, 1]], "answers": ["left", "the left"]},
 ]
 
 
@@ -284,39 +236,20 @@ def test_lines_of_json_are_read_with_their_boxes_and_popes_names(folder, tmp_pat
     text = "\n\n".join(map(json.dumps, LINES))
     file.write_text(json.dumps(LINES, indent=2) if as_list else text)
     source = Lines(str(file), str(folder / "images"))
-    assert open_split(source, "train", MAX_PIXELS).sizes == {
-        "vqa": 1,
-        "rec": 2,
-        "existence": 1,
-        "reg": 1,
-    }
+    assert open_split(source, "train", MAX_PIXELS).sizes == {"vqa": 1, "rec": 2, "existence": 1, "reg": 1}
     boxes = {s.example.boxes for s in all_of(source, "rec")}
     assert boxes == {((0.2, 0.125, 0.6, 0.375),)}
     (pope,) = all_of(source, "existence")
-    assert (pope.example.question, pope.example.answer, pope.example.kind) == (
-        "Is there a cat?",
-        "yes",
-        "popular",
-    )
+    assert (pope.example.question, pope.example.answer, pope.example.kind) == ("Is there a cat?", "yes", "popular")
     (vqa,) = all_of(source, "vqa")
     assert vqa.example.tags == ("x", "y") and vqa.example.category == "image_level"
     (reg,) = all_of(source, "reg")
-    assert (
-        "[0.000,0.000,0.500,1.000]" in reg.example.question
-        and reg.example.category == "region_level"
-    )
+    assert "[0.000,0.000,0.500,1.000]" in reg.example.question and reg.example.category == "region_level"
 
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "{",
-        "[1]",
-        '{"question": "a"}',
-        '{"image": "a.png"}',
-        '{"image": "a", "answer": "b", "width": "x"}',
-        '"x"',
-    ],
+    ["{", "[1]", '{"question": "a"}', '{"image": "a.png"}', '{"image": "a", "answer": "b", "width": "x"}', '"x"'],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path, line):
     (tmp_path / "r.jsonl").write_text(json.dumps(LINES[0]) + "\n" + line)
@@ -378,11 +311,7 @@ def test_easy_vqa_gives_the_kinds_of_questions_that_are_asked_for_and_knows_no_o
 def test_easy_vqa_is_read_whole_and_its_test_set_is_held_out():
     pytest.importorskip("easy_vqa")
     opened = {split: EasyVqa().open(split, MAX_PIXELS) for split in sources.SPLITS}
-    assert {split: len(one) for split, one in opened.items()} == {
-        "train": 3800,
-        "validation": 200,
-        "heldout": 1000,
-    }
+    assert {split: len(one) for split, one in opened.items()} == {"train": 3800, "validation": 200, "heldout": 1000}
     assert opened["heldout"].sizes == {"vqa": 9673}
     assert opened["train"].sizes["vqa"] + opened["validation"].sizes["vqa"] == 38575
     picture, photo = opened["heldout"].read(0)
@@ -417,14 +346,8 @@ def test_a_built_folder_gives_the_same_examples_as_its_source(folder, tmp_path):
     assert inspection.recognise(str(tmp_path / "out")) == Built(str(place))
     for task in open_split(source, "train", MAX_PIXELS).sizes:
         for one, other in zip(all_of(source, task), all_of(built, task), strict=True):
-            assert (one.example.question, one.example.answers) == (
-                other.example.question,
-                other.example.answers,
-            )
-            assert (one.example.boxes, one.example.tags) == (
-                other.example.boxes,
-                other.example.tags,
-            )
+            assert (one.example.question, one.example.answers) == (other.example.question, other.example.answers)
+            assert (one.example.boxes, one.example.tags) == (other.example.boxes, other.example.tags)
             assert one.name == other.name
             if task == "res":
                 np.testing.assert_array_equal(one.masks(), other.masks())
@@ -437,15 +360,9 @@ def test_building_leaves_out_what_training_would_refuse(folder, tmp_path, caplog
     (folder / "images" / "0004.png").unlink()
     edit(folder / "instances.json", lambda t: t["annotations"][0].update(bbox=[10, 5, 60, 10]))
     built_writer.build(Coco(str(folder), share=0), tmp_path / "out")
-    opened = Built(str(tmp_path / "out")).open(
-        "heldout", MAX_PIXELS
-    )  # undivided: every split is all
+    opened = Built(str(tmp_path / "out")).open("heldout", MAX_PIXELS)  # undivided: every split is all
     assert len(opened) == 10 and opened.sizes["caption"] == 10
-    assert (
-        "0003.png" in caplog.text
-        and "0004.png" in caplog.text
-        and "leaves the picture" in caplog.text
-    )
+    assert "0003.png" in caplog.text and "0004.png" in caplog.text and "leaves the picture" in caplog.text
     cats = [s for s in all_of(Built(str(tmp_path / "out")), "rec") if s.example.kind == "cat"]
     assert len(cats) == 9
 
@@ -479,9 +396,7 @@ def test_a_word_or_path_becomes_the_source_it_means(folder, tmp_path):
     assert isinstance(inspection.recognise("easy_vqa"), EasyVqa)
     assert inspection.recognise(str(folder)) == Coco(str(folder), name="coco")
     assert inspection.recognise(str(refs), "pics") == RefCoco(str(refs), "pics", name="refs")
-    assert inspection.recognise(str(quest), "pics", "a.json") == Vqa(
-        str(quest), "a.json", "pics", name="q"
-    )
+    assert inspection.recognise(str(quest), "pics", "a.json") == Vqa(str(quest), "a.json", "pics", name="q")
     assert inspection.recognise(str(pope)) == Lines(str(pope), str(tmp_path), name="pope")
     for bad in (str(tmp_path / "nothing"), str(quest), str(tmp_path)):
         with pytest.raises(UserError) as error:
@@ -537,21 +452,12 @@ def test_boxes_and_masks_of_photographs_lie_over_each_other_in_the_padded_square
 
 @needs_data
 def test_real_refcoco_vqa_and_pope_files_are_read_whole():
-    refs = RefCoco(str(DATA / "refcoco" / "refcocog_val.json.gz"), str(DATA)).open(
-        "train", MAX_PIXELS
-    )
+    refs = RefCoco(str(DATA / "refcoco" / "refcocog_val.json.gz"), str(DATA)).open("train", MAX_PIXELS)
     assert refs.sizes == {"rec": 4896, "reg": 4896}
-    vqa = [
-        str(DATA / "vqa" / f"textvqa_val_{kind}_vqa_format.json.gz")
-        for kind in ("questions", "annotations")
-    ]
+    vqa = [str(DATA / "vqa" / f"textvqa_val_{kind}_vqa_format.json.gz") for kind in ("questions", "annotations")]
     assert Vqa(*vqa, str(DATA)).open("train", MAX_PIXELS).sizes == {"vqa": 5000}
     pope = inspection.recognise(str(DATA / "pope" / "coco_pope_random.json"))
     assert pope.open("train", MAX_PIXELS).sizes == {"existence": 3000}
-    here = RefCoco(
-        str(DATA / "coco258_annotations" / "rec_on_coco258.json"), str(DATA / "coco83" / "images")
-    )
+    here = RefCoco(str(DATA / "coco258_annotations" / "rec_on_coco258.json"), str(DATA / "coco83" / "images"))
     samples = all_of(here, "rec", on_bad_record="replace")
-    assert [s.picture.size for s in samples] == [
-        (640, 480)
-    ] * 2  # the other four pictures are not free
+    assert [s.picture.size for s in samples] == [(640, 480)] * 2  # the other four pictures are not free

@@ -113,30 +113,16 @@ def test_updates_are_those_of_torch_adamw_with_clipping():
 def test_muon_moves_every_layers_matrices_as_torch_does_and_the_rest_as_adamw():
     torch = pytest.importorskip("torch")
     random = np.random.default_rng(0)
-    shapes = {
-        "q/kernel": (2, 6, 2, 4),
-        "o/kernel": (2, 2, 4, 6),
-        "up/kernel": (2, 6, 10),
-        "words/table": (9, 6),
-    }
+    shapes = {"q/kernel": (2, 6, 2, 4), "o/kernel": (2, 2, 4, 6), "up/kernel": (2, 6, 10), "words/table": (9, 6)}
     grads = {path: random.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     start = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
-    stage = toy.stage(
-        steps=5,
-        warmup_steps=0,
-        weight_decay=0.3,
-        learning_rate=0.1,
-        clip_norm=0.0,
-        optimizer="muon",
-    )
+    stage = toy.stage(steps=5, warmup_steps=0, weight_decay=0.3, learning_rate=0.1, clip_norm=0.0, optimizer="muon")
     axes = dict.fromkeys(("q/kernel", "o/kernel", "up/kernel"), 1)
 
     def moved(stage):
         tree = trees.unflatten(jax.tree.map(jnp.asarray, start))
         rule = stages.optimizer(stage, tree, axes)
-        change, _ = rule.update(
-            trees.unflatten(jax.tree.map(jnp.asarray, grads)), rule.init(tree), tree
-        )
+        change, _ = rule.update(trees.unflatten(jax.tree.map(jnp.asarray, grads)), rule.init(tree), tree)
         return trees.flatten(change)
 
     ours, adamw = moved(stage), moved(dataclasses.replace(stage, optimizer="adamw"))
@@ -146,14 +132,10 @@ def test_muon_moves_every_layers_matrices_as_torch_does_and_the_rest_as_adamw():
         for layer in range(2):
             theirs = torch.nn.Parameter(torch.ones(shape))
             theirs.grad = torch.tensor(grads[path][layer].reshape(shape))
-            torch.optim.Muon(
-                [theirs], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"
-            ).step()
+            torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw").step()
             change = theirs.detach().numpy() - 1
             # torch computes it in bfloat16
-            np.testing.assert_allclose(
-                ours[path][layer].reshape(shape), change, atol=2e-3, err_msg=path
-            )
+            np.testing.assert_allclose(ours[path][layer].reshape(shape), change, atol=2e-3, err_msg=path)
             assert np.abs(change + 0.03).max() > 0.02  # more than decay
 
 

@@ -22,13 +22,16 @@ def saved(tmp_path_factory):
     torch.manual_seed(0)
     c = TINY
     config = transformers.SwinConfig(
-        image_size=c.image, patch_size=c.patch, embed_dim=c.width, depths=c.depths, num_heads=c.heads,
-        window_size=c.window, mlp_ratio=c.ratio,
-    )  # fmt: skip
+        image_size=c.image,
+        patch_size=c.patch,
+        embed_dim=c.width,
+        depths=c.depths,
+        num_heads=c.heads,
+        window_size=c.window,
+        mlp_ratio=c.ratio,
+    )
     model = transformers.SwinModel(config).eval()
-    with (
-        torch.no_grad()
-    ):  # as they begin, biases and the numbers of places are zero and norms say nothing
+    with torch.no_grad():  # as they begin, biases and the numbers of places are zero and norms say nothing
         for weight in model.parameters():
             weight += 0.2 * torch.randn_like(weight)
     folder = tmp_path_factory.mktemp("swin")
@@ -46,9 +49,7 @@ def picture(*size) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((2, 3, *size)).astype(np.float32)
 
 
-def test_swin_sees_what_transformers_sees_at_every_stage_and_learns_as_much_in_every_weight(
-    saved, tmp_path
-):
+def test_swin_sees_what_transformers_sees_at_every_stage_and_learns_as_much_in_every_weight(saved, tmp_path):
     import copy
 
     import torch
@@ -70,9 +71,7 @@ def test_swin_sees_what_transformers_sees_at_every_stage_and_learns_as_much_in_e
     assert [m.shape[1:] for m in maps] == [(10, 10, 8), (5, 5, 16), (3, 3, 32)]
     close(maps[-1].reshape(2, 9, 32), out.hidden_states[-1].detach())
 
-    for (
-        weight
-    ) in theirs.parameters():  # gradients go out under the names that weights have in files
+    for weight in theirs.parameters():  # gradients go out under the names that weights have in files
         weight.data = weight.grad
     theirs.save_pretrained(tmp_path)
     mine = convert.state_from(rows, jax.tree.map(np.asarray, grads))
@@ -89,14 +88,14 @@ def test_a_picture_of_any_size_is_seen_as_detectors_see_it_and_every_map_is_hand
 
     theirs, c = copy.deepcopy(saved[0]), SwinConfig(None, 4, 8, (2, 3, 2), (1, 2, 4), 3, 2.0)
     params = convert.params_from(swin.hugging_face_rows(c), saved[1])
-    image_BCHW = picture(
-        30, 22
-    )  # neither side is a multiple of the patch, nor a map's of the window
+    image_BCHW = picture(30, 22)  # neither side is a multiple of the patch, nor a map's of the window
     with torch.no_grad():
         out = theirs(
-            torch.from_numpy(image_BCHW), output_hidden_states=True, always_partition=True,
+            torch.from_numpy(image_BCHW),
+            output_hidden_states=True,
+            always_partition=True,
             output_hidden_states_before_downsampling=True,
-        )  # fmt: skip
+        )
     _, maps = jax.jit(Swin(c).apply)({"params": params}, image_BCHW.transpose(0, 2, 3, 1))
     for mine, wanted in zip(maps, out.reshaped_hidden_states[1:], strict=True):
         close(mine.transpose(0, 3, 1, 2), wanted)
@@ -115,9 +114,7 @@ def test_weights_go_to_either_spelling_and_back_to_the_same_bits(saved):
 
 def test_a_file_whose_windows_are_others_is_refused_and_a_halved_one_is_read():
     c = SwinConfig(16, 4, 4, (2,), (1,), 2, 1.0)
-    shapes = jax.eval_shape(Swin(c).init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))[
-        "params"
-    ]
+    shapes = jax.eval_shape(Swin(c).init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
     leaf = dict(is_leaf=lambda x: hasattr(x, "names"))
     params = jax.tree.map(lambda x: np.ones(x.value.shape, np.float16), shapes, **leaf)
     state = convert.state_from(swin.torch_rows(c), params)

@@ -22,10 +22,7 @@ def examples(task, pool=BOTH, seed=0, **more):
 
 
 def boxes_in(text):
-    return tuple(
-        tuple(float(edge) for edge in found.split(","))
-        for found in re.findall(r"\[([\d.,]+)\]", text)
-    )
+    return tuple(tuple(float(edge) for edge in found.split(",")) for found in re.findall(r"\[([\d.,]+)\]", text))
 
 
 def rounded(boxes):
@@ -74,9 +71,7 @@ def test_res_points_at_the_mask_of_the_thing_it_asks_for():
         thing = reader.only(things, reader.heard(example.question, wordings.RES)["expr"])
         (k,) = example.targets
         y, x = np.nonzero(scene.masks(256)[k])
-        assert thing["box"] == [
-            round(edge / 256, 3) for edge in (x.min(), y.min(), x.max() + 1, y.max() + 1)
-        ]
+        assert thing["box"] == [round(edge / 256, 3) for edge in (x.min(), y.min(), x.max() + 1, y.max() + 1)]
 
 
 def test_reg_references_all_fit_the_box_in_the_question():
@@ -158,14 +153,9 @@ def test_existence_is_right_and_absent_things_are_chosen_as_the_setting_says(set
 
 def test_yes_and_no_are_equally_likely():
     for seed, (task, more) in enumerate(
-        [("vqa", {"kind": "yesno"}), ("relation", {})]
-        + [("existence", {"setting": s}) for s in tasks.SETTINGS]
+        [("vqa", {"kind": "yesno"}), ("relation", {})] + [("existence", {"setting": s}) for s in tasks.SETTINGS]
     ):
-        answers = Counter(
-            e.answer
-            for repeat in (0, 1)
-            for _, e in examples(task, seed=seed + 50 * repeat, **more)
-        )
+        answers = Counter(e.answer for repeat in (0, 1) for _, e in examples(task, seed=seed + 50 * repeat, **more))
         assert set(answers) == {"yes", "no"}
         assert_even(answers["yes"], answers.total())
 

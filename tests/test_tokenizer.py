@@ -36,9 +36,7 @@ def test_special_pieces_have_t5s_first_ids_and_the_soft_prompt_follows(tiny):
     ids = [tiny.id(piece) for piece in ("<pad>", "</s>", "<unk>", "<extra_id_0>")]
     assert ids == [0, 1, 2, 3] == [tiny.pad_id, tiny.end_id, tiny.unknown_id, tiny.soft_prompt_id]
     assert tiny.size == tokenizer.TINY_SIZE == 1024
-    assert all(
-        tiny.id(piece) < len(tokenizer.SPECIAL) for piece in ("<at>", "<boxes>", "<im_patch>")
-    )
+    assert all(tiny.id(piece) < len(tokenizer.SPECIAL) for piece in ("<at>", "<boxes>", "<im_patch>"))
 
 
 @settings(max_examples=300, deadline=None)
@@ -148,9 +146,7 @@ def test_bert_ids_equal_transformers_and_dec_comes_last():
     transformers = pytest.importorskip("transformers")
     ours = tokenizer.load(str(BERT))
     vocabulary = {word: i for i, word in enumerate(BERT.read_text("utf-8").splitlines())}
-    theirs = transformers.BertTokenizer(
-        vocab=vocabulary, do_lower_case=True, truncation_side="left"
-    )
+    theirs = transformers.BertTokenizer(vocab=vocabulary, do_lower_case=True, truncation_side="left")
     for text in TEXTS:
         assert ours.frame(ours.encode(text), 99) == theirs(text).input_ids
         cut = theirs(text, truncation=True, max_length=6).input_ids

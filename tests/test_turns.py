@@ -19,9 +19,16 @@ from lionjax.model import inputs
 PICTURE = 21  # <im_patch> of the tiny tokenizer
 GRAY = np.full((28, 28, 3), 99, np.uint8)
 CHAT = ProcessorConfig(
-    image_size=28, prompt_length=96, question_length=8, target_length=64, tags=False, reader="decoder",
-    template="USER: {image} {question} ASSISTANT:", next_turn="USER: {question} ASSISTANT:", image_token=PICTURE,
-)  # fmt: skip
+    image_size=28,
+    prompt_length=96,
+    question_length=8,
+    target_length=64,
+    tags=False,
+    reader="decoder",
+    template="USER: {image} {question} ASSISTANT:",
+    next_turn="USER: {question} ASSISTANT:",
+    image_token=PICTURE,
+)
 TURNS = (("How many stars?", "two"), ("Which color?", "red"))
 
 

@@ -10,9 +10,19 @@ from lionjax.vision import vit
 from lionjax.vision.vit import ViT, ViTConfig
 
 CLIP = ViTConfig(
-    image=24, patch=8, width=20, depth=4, heads=5, hidden=36, eps=1e-5, activation="quick_gelu",
-    biases="qkvo", patch_bias=False, norm_before=True, norm_after=True,
-)  # fmt: skip
+    image=24,
+    patch=8,
+    width=20,
+    depth=4,
+    heads=5,
+    hidden=36,
+    eps=1e-5,
+    activation="quick_gelu",
+    biases="qkvo",
+    patch_bias=False,
+    norm_before=True,
+    norm_after=True,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +31,13 @@ def clip():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.CLIPVisionConfig(
-        hidden_size=CLIP.width, intermediate_size=CLIP.hidden, num_hidden_layers=CLIP.depth,
-        num_attention_heads=CLIP.heads, image_size=CLIP.image, patch_size=CLIP.patch,
-    )  # fmt: skip
+        hidden_size=CLIP.width,
+        intermediate_size=CLIP.hidden,
+        num_hidden_layers=CLIP.depth,
+        num_attention_heads=CLIP.heads,
+        image_size=CLIP.image,
+        patch_size=CLIP.patch,
+    )
     model = transformers.CLIPVisionModel(config).eval()
     with torch.no_grad():  # as they begin, biases are zero and norms say nothing
         for weight in model.parameters():

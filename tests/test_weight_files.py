@@ -151,7 +151,7 @@ def entry(dtype="F32", shape=(8,), begin=0, end=32) -> dict:
         (header_and_data(b'{"w": %s, "w": %s}' % ((json.dumps(entry()).encode(),) * 2)), "'w' stands twice"),
         (header_and_data({"w": entry(dtype="F4", shape=(64,))}), "not known here"),
     ],
-)  # fmt: skip
+)
 def test_a_safetensors_file_that_does_not_fit_its_header_is_refused(tmp_path, content, problem):
     path = tmp_path / "m.safetensors"
     path.write_bytes(content)
@@ -414,5 +414,3 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else_happens(good_files, 
     else:
         assert sum(w.nbytes for w in opened.values()) < 10_000
         assert all(w.tobytes() is not None for w in opened.values())
-
-

@@ -39,33 +39,60 @@ def language_settings(kind: str, draw: random.Random) -> dict:
     ids = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
     if kind == "t5":
         return ids | {
-            "model_type": "t5", "vocab_size": vocab, "d_model": width, "d_kv": head, "d_ff": hidden,
-            "num_layers": layers, "num_heads": heads,
+            "model_type": "t5",
+            "vocab_size": vocab,
+            "d_model": width,
+            "d_kv": head,
+            "d_ff": hidden,
+            "num_layers": layers,
+            "num_heads": heads,
             "num_decoder_layers": draw.randint(1, layers),  # their cache is as deep as the encoder
-            "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "dropout_rate": 0.0,
-            "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "tie_word_embeddings": False,
-            "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
-        }  # fmt: skip
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 16,
+            "dropout_rate": 0.0,
+            "feed_forward_proj": "gated-gelu",
+            "dense_act_fn": "gelu",
+            "tie_word_embeddings": False,
+            "decoder_start_token_id": 0,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+        }
     if kind == "opt":
         return ids | {
-            "model_type": "opt", "vocab_size": vocab, "hidden_size": width, "word_embed_proj_dim": width,
-            "ffn_dim": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "dropout": 0.0,
-            "attention_dropout": 0.0, "max_position_embeddings": 64,
-        }  # fmt: skip
+            "model_type": "opt",
+            "vocab_size": vocab,
+            "hidden_size": width,
+            "word_embed_proj_dim": width,
+            "ffn_dim": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "max_position_embeddings": 64,
+        }
     return ids | {
-        "model_type": "llama", "vocab_size": vocab, "hidden_size": width, "intermediate_size": hidden,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": draw.choice([1, heads]),
-        "head_dim": head, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw.choice([1, heads]),
+        "head_dim": head,
+        "rms_norm_eps": 1e-5,
+    }
 
 
 def tower_settings(draw: random.Random) -> dict:
     heads = draw.choice([2, 3])
     return {
-        "hidden_size": heads * draw.choice([4, 6]), "intermediate_size": draw.randint(20, 30),
-        "num_hidden_layers": draw.randint(2, 4), "num_attention_heads": heads, "patch_size": 7,
+        "hidden_size": heads * draw.choice([4, 6]),
+        "intermediate_size": draw.randint(20, 30),
+        "num_hidden_layers": draw.randint(2, 4),
+        "num_attention_heads": heads,
+        "patch_size": 7,
         "image_size": draw.choice([14, 21]),
-    }  # fmt: skip
+    }
 
 
 def theirs(system: str, draw: random.Random):
@@ -75,28 +102,37 @@ def theirs(system: str, draw: random.Random):
 
     torch.manual_seed(draw.randrange(2**30))
     name, _, language = system.partition("_")
-    text = language_settings(
-        {"": "llama", "vicuna": "llama"}.get(language, language), draw
-    )
+    text = language_settings({"": "llama", "vicuna": "llama"}.get(language, language), draw)
     tower = tower_settings(draw)
     if name == "llava":
         config = transformers.LlavaConfig(
-            vision_config=tower | {"model_type": "clip_vision_model"}, text_config=text,
-            image_token_index=IMAGE_TOKEN, vision_feature_layer=-draw.randint(2, tower["num_hidden_layers"]),
+            vision_config=tower | {"model_type": "clip_vision_model"},
+            text_config=text,
+            image_token_index=IMAGE_TOKEN,
+            vision_feature_layer=-draw.randint(2, tower["num_hidden_layers"]),
             vision_feature_select_strategy=draw.choice(["default", "full"]),
-        )  # fmt: skip
+        )
         return shaken(transformers.LlavaForConditionalGeneration(config))
     heads = draw.choice([2, 3])
     bridge = {
-        "vocab_size": 40, "hidden_size": heads * 4, "num_hidden_layers": draw.randint(2, 4),
-        "num_attention_heads": heads, "intermediate_size": draw.randint(20, 30), "max_position_embeddings": 20,
-        "cross_attention_frequency": draw.choice([1, 2]), "encoder_hidden_size": tower["hidden_size"],
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-    }  # fmt: skip
+        "vocab_size": 40,
+        "hidden_size": heads * 4,
+        "num_hidden_layers": draw.randint(2, 4),
+        "num_attention_heads": heads,
+        "intermediate_size": draw.randint(20, 30),
+        "max_position_embeddings": 20,
+        "cross_attention_frequency": draw.choice([1, 2]),
+        "encoder_hidden_size": tower["hidden_size"],
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     settings = {
-        "vision_config": tower, "qformer_config": bridge, "text_config": text, "num_query_tokens": draw.randint(2, 4),
+        "vision_config": tower,
+        "qformer_config": bridge,
+        "text_config": text,
+        "num_query_tokens": draw.randint(2, 4),
         "image_token_index": IMAGE_TOKEN,
-    }  # fmt: skip
+    }
     prefix = "InstructBlip" if name == "instructblip" else "Blip2"
     config = getattr(transformers, f"{prefix}Config")(**settings)
     model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config)
@@ -124,9 +160,17 @@ def batch_of(system, draw: random.Random, rows: int = 3, token: int = IMAGE_TOKE
     target, target_mask = padded([[*words(5), end] for _ in range(rows)])
     image = numbers.standard_normal((rows, side, side, 3)).astype(np.float32)
     return Batch(
-        image, prompt, prompt_mask, question, question_mask, target, target_mask, target_mask,
-        np.zeros(rows, np.int32), np.arange(rows, dtype=np.int32),
-    )  # fmt: skip
+        image,
+        prompt,
+        prompt_mask,
+        question,
+        question_mask,
+        target,
+        target_mask,
+        target_mask,
+        np.zeros(rows, np.int32),
+        np.arange(rows, dtype=np.int32),
+    )
 
 
 def expanded(system, batch: Batch) -> list[list[int]]:
@@ -156,8 +200,9 @@ def inputs(system, batch: Batch, answers: bool = True, left: bool = False) -> di
     mask = [[0] * len(f) + [1] * len(r) if left else [1] * len(r) + [0] * len(f) for r, f in zip(rows, fill)]
     made = {
         "pixel_values": torch.tensor(batch.image_BHWC.transpose(0, 3, 1, 2).copy()),
-        "input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask),
-    }  # fmt: skip
+        "input_ids": torch.tensor(ids),
+        "attention_mask": torch.tensor(mask),
+    }
     if system.qformer and system.qformer.text:
         made |= {
             "qformer_input_ids": torch.tensor(batch.question_BL, dtype=torch.long),

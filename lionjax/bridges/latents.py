@@ -15,16 +15,7 @@ import jax.numpy as jnp
 from lionjax import attention as attentions
 from lionjax.adapters import flamingo_attention_rows
 from lionjax.attention import Attention
-from lionjax.layers import (
-    MLP,
-    Dense,
-    GatedMLP,
-    LayerNorm,
-    dense_rows,
-    norm_rows,
-    normal,
-    split_key,
-)
+from lionjax.layers import MLP, Dense, GatedMLP, LayerNorm, dense_rows, norm_rows, normal, split_key
 from lionjax.sharding import constrain, sharded
 from lionjax.weight_rows import Row, reshaped, under
 
@@ -202,9 +193,7 @@ def abstractor_rows(c: AbstractorConfig) -> tuple[Row, ...]:
         *norm_rows("norm1", "norm"),
         *norm_rows("normk", "source_norm"),
         *under("attention.", "attention/", attentions.torch_rows(linears, c.heads, head, "qkv")),
-        *under(
-            "output.", "attention/", attentions.torch_rows({"o": "out_proj"}, c.heads, head, "o")
-        ),
+        *under("output.", "attention/", attentions.torch_rows({"o": "out_proj"}, c.heads, head, "o")),
         *norm_rows("output.norm2", "mlp_norm"),
         *dense_rows("output.mlp.w1", "mlp/gate"),
         *dense_rows("output.mlp.w3", "mlp/up"),
@@ -221,8 +210,4 @@ def projection_rows(c: ProjectionConfig) -> tuple[Row, ...]:
     """Names under `image_to_text_projection.` in Hugging Face's Kosmos-2."""
     linears = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
     rows = attentions.torch_rows(linears, c.heads, c.width // c.heads, "qkvo")
-    return (
-        *dense_rows("dense", "dense"),
-        Row("latent_query", "queries"),
-        *under("x_attn.", "attention/", rows),
-    )
+    return (*dense_rows("dense", "dense"), Row("latent_query", "queries"), *under("x_attn.", "attention/", rows))

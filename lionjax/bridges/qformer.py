@@ -17,17 +17,7 @@ import numpy as np
 
 from lionjax import attention as attentions
 from lionjax.attention import Attention, key_mask
-from lionjax.layers import (
-    MLP,
-    Embed,
-    LayerNorm,
-    dense_rows,
-    dropout,
-    norm_rows,
-    normal,
-    split_key,
-    zeros,
-)
+from lionjax.layers import MLP, Embed, LayerNorm, dense_rows, dropout, norm_rows, normal, split_key, zeros
 from lionjax.sharding import constrain, sharded
 from lionjax.weight_rows import Row, constant, renamed, reshaped, under
 
@@ -80,9 +70,7 @@ class PostNormBlock(nn.Module):
         out = zeros if self.zero_out else normal(0.02)
         inits = (normal(0.02), normal(0.02), normal(0.02), out)
         head = self.width // self.heads
-        return Attention(
-            self.width, self.heads, head, source_width, rate=self.rate, inits=inits, name=name
-        )
+        return Attention(self.width, self.heads, head, source_width, rate=self.rate, inits=inits, name=name)
 
     def norm(self, name):
         return LayerNorm(self.width, self.eps, name=name)
@@ -91,10 +79,7 @@ class PostNormBlock(nn.Module):
     def __call__(self, asked_BQD, text_BLD, source_BPD, mask, key, earlier=None):
         """Queries, text (either may have no rows), and the keys and values of both. `earlier` ones stand before."""
         keys = split_key(key, 6)
-        x_BLD, own = (
-            jnp.concatenate([asked_BQD, text_BLD], axis=1),
-            self.attention("self_attention"),
-        )
+        x_BLD, own = (jnp.concatenate([asked_BQD, text_BLD], axis=1), self.attention("self_attention"))
         seen = new = own.keys_values(x_BLD)
         if earlier is not None:
             seen = tuple(jnp.concatenate(pair, axis=1) for pair in zip(earlier, new))
@@ -103,9 +88,7 @@ class PostNormBlock(nn.Module):
         queries = asked_BQD.shape[1]
         asked_BQD, text_BLD = x_BLD[:, :queries], x_BLD[:, queries:]
         if self.source_width is not None and queries:
-            change = self.attention("cross_attention", self.source_width)(
-                asked_BQD, source_BPD, key=keys[2]
-            )
+            change = self.attention("cross_attention", self.source_width)(asked_BQD, source_BPD, key=keys[2])
             asked_BQD = self.norm("cross_norm")(asked_BQD + dropout(change, self.rate, keys[3]))
         if queries:
             asked_BQD = self.feed("mlp", "norm", asked_BQD, keys[4])
@@ -132,11 +115,9 @@ class Group(nn.Module):
             source_width = c.vision_width if member == 0 else None
             block = PostNormBlock(
                 c.width, c.heads, c.hidden, c.eps, c.dropout, source_width, c.text, name=f"block_{member}"
-            )  # fmt: skip
-            before = None if earlier is None else earlier[member]
-            asked_BQD, text_BLD, new = block(
-                asked_BQD, text_BLD, source_BPD, mask, keys[member], before
             )
+            before = None if earlier is None else earlier[member]
+            asked_BQD, text_BLD, new = block(asked_BQD, text_BLD, source_BPD, mask, keys[member], before)
             made.append(new)
         x = (constrain(x, "batch", "length", "act_embed") for x in (asked_BQD, text_BLD))
         return tuple(x), tuple(made)
@@ -154,9 +135,7 @@ class QFormer(nn.Module):
     def setup(self):
         c = self.c
         groups, rest = divmod(c.layers, c.cross_every)
-        self.queries = self.param(
-            "queries", sharded(normal(0.02), ("position", "embed")), (c.queries, c.width)
-        )
+        self.queries = self.param("queries", sharded(normal(0.02), ("position", "embed")), (c.queries, c.width))
         if c.text:
             self.words = Embed(c.vocab, c.width)
             self.positions = Embed(c.positions, c.width)
@@ -222,9 +201,7 @@ class FusionBlock(nn.Module):
     def __call__(self, x_BPD, layer):
         c = self.c
         context_BPD, key = layer
-        block = PostNormBlock(
-            c.width, c.heads, c.hidden, c.eps, c.dropout, c.width, zero_out=True, name="block"
-        )
+        block = PostNormBlock(c.width, c.heads, c.hidden, c.eps, c.dropout, c.width, zero_out=True, name="block")
         nothing_B0D = x_BPD[:, :0]
         return block(x_BPD, nothing_B0D, context_BPD, None, key)[0], None
 
@@ -258,10 +235,7 @@ def _attention_rows(theirs: str, ours: str, heads: int, head: int) -> tuple[Row,
     """BERT's spelling of an attention and the norm behind it."""
     linears = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
     rows = attentions.torch_rows(linears, heads, head, "qkvo")
-    return (
-        *under(f"{theirs}.", f"{ours}_attention/", rows),
-        *norm_rows(f"{theirs}.output.LayerNorm", f"{ours}_norm"),
-    )
+    return (*under(f"{theirs}.", f"{ours}_attention/", rows), *norm_rows(f"{theirs}.output.LayerNorm", f"{ours}_norm"))
 
 
 def _feed_rows(suffix: str, mlp: str, norm: str) -> tuple[Row, ...]:
@@ -309,9 +283,7 @@ def hugging_face_rows(c: QFormerConfig) -> tuple[Row, ...]:
 
 def query_rows(c: QFormerConfig) -> tuple[Row, ...]:
     """The learned queries."""
-    return (
-        Row("query_tokens", "queries", reshaped((1, c.queries, c.width), (c.queries, c.width))),
-    )
+    return (Row("query_tokens", "queries", reshaped((1, c.queries, c.width), (c.queries, c.width))),)
 
 
 def aggregator_rows(c: AggregatorConfig) -> tuple[Row, ...]:

@@ -21,10 +21,18 @@ def _config(s: dict) -> Any:
     refuse_unless(where == "absolute", f"positions of type {where!r}", "absolute ones")
     refuse_unless(not s.get("is_decoder"), "a mask that hides later words", "an encoder")
     return BertConfig(
-        s["vocab_size"], s["hidden_size"], s["num_hidden_layers"], s["num_attention_heads"], s["intermediate_size"],
-        s.get("max_position_embeddings", 512), s.get("type_vocab_size", 2), s.get("layer_norm_eps", 1e-12),
-        ACTIVATIONS[act], s.get("hidden_dropout_prob", 0.1), pad_token=token(s, "pad_token_id", 0),
-    )  # fmt: skip
+        s["vocab_size"],
+        s["hidden_size"],
+        s["num_hidden_layers"],
+        s["num_attention_heads"],
+        s["intermediate_size"],
+        s.get("max_position_embeddings", 512),
+        s.get("type_vocab_size", 2),
+        s.get("layer_norm_eps", 1e-12),
+        ACTIVATIONS[act],
+        s.get("hidden_dropout_prob", 0.1),
+        pad_token=token(s, "pad_token_id", 0),
+    )
 
 
 def _told(c: Any, names: Collection[str]) -> Any:
@@ -67,14 +75,19 @@ def _abstract(c: Any, mesh: Any = None) -> Params:
 
     ids = jnp.zeros((1, 2), jnp.int32)
     return sharding.abstract(
-        lambda key: Bert(c).init(key, ids, jnp.ones_like(ids))["params"],
-        jax.random.key(0),
-        mesh=mesh,
+        lambda key: Bert(c).init(key, ids, jnp.ones_like(ids))["params"], jax.random.key(0), mesh=mesh
     )
 
 
 BERT = Published(
-    "bert", ("bert",), lambda c: type(c).__name__ == "BertConfig", _config, _settings, _rows, _abstract,
+    "bert",
+    ("bert",),
+    lambda c: type(c).__name__ == "BertConfig",
+    _config,
+    _settings,
+    _rows,
+    _abstract,
     ignore=(r"embeddings\.position_ids(?#they only count)", r"(cls|classifier|qa_outputs)\..*(?#heads)"),
-    inside="bert.", told=_told,
-)  # fmt: skip
+    inside="bert.",
+    told=_told,
+)

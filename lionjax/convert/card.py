@@ -29,9 +29,7 @@ def write_processors(config: Any, folder: Path) -> list[str]:
         made["preprocessor_config.json"] = picture_settings(processor)
     for place in ("", "qformer_tokenizer/"):
         if (folder / place / "tokenizer.json").is_file():
-            made[f"{place}tokenizer_config.json"] = token_settings(
-                folder / place / "tokenizer.json"
-            )
+            made[f"{place}tokenizer_config.json"] = token_settings(folder / place / "tokenizer.json")
     made = {name: said for name, said in made.items() if not (folder / name).exists()}
     for name, said in made.items():
         (folder / name).write_text(json.dumps(said, indent=2) + "\n")
@@ -63,16 +61,17 @@ def token_settings(file: Path) -> dict:
     """How a tokenizer.json is to be opened, with the names of its special pieces."""
     backend, said = open_tokenizer(file), {}
     pieces = {
-        "pad_token": ("<pad>", "[PAD]"), "unk_token": ("<unk>", "[UNK]"), "eos_token": ("</s>",),
-        "bos_token": ("<s>",), "sep_token": ("[SEP]",), "cls_token": ("[CLS]",),
-    }  # fmt: skip
+        "pad_token": ("<pad>", "[PAD]"),
+        "unk_token": ("<unk>", "[UNK]"),
+        "eos_token": ("</s>",),
+        "bos_token": ("<s>",),
+        "sep_token": ("[SEP]",),
+        "cls_token": ("[CLS]",),
+    }
     for name, spellings in pieces.items():
         if found := [piece for piece in spellings if backend.token_to_id(piece) is not None]:
             said[name] = found[0]
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    } | said
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | said
 
 
 def open_tokenizer(file: Path):
@@ -88,13 +87,7 @@ def open_tokenizer(file: Path):
 def card(name: str, config: Any, settings: Mapping, forms: Mapping[str, Form]) -> str:
     """README.md of a folder of weights, with the head that model hubs read."""
     architecture = (settings.get("architectures") or [""])[0]
-    theirs = architecture and settings.get("model_type") not in (
-        "lion",
-        "nextchat",
-        "lavis",
-        "ram",
-        "eva",
-    )
+    theirs = architecture and settings.get("model_type") not in ("lion", "nextchat", "lavis", "ram", "eva")
     head = ["---", f"library_name: {'transformers' if theirs else 'lionjax'}"]
     head += [f"tags: [lionjax, {name}]", f"pipeline_tag: {_pipeline(name)}", "---"]
     system = getattr(config, "system", config)
@@ -102,42 +95,33 @@ def card(name: str, config: Any, settings: Mapping, forms: Mapping[str, Form]) -
     sizes = sorted({str(form.dtype) for form in forms.values()})
     numbers = sum(int(np.prod(form.shape)) for form in forms.values())
     lines = [
-        *head, "", f"# {title}", "",
+        *head,
+        "",
+        f"# {title}",
+        "",
         f"A {type(system).__name__.removesuffix('Config')} ({name}): {numbers:,} numbers ({', '.join(sizes)}) in "
-        f"{len(forms)} tensors, under the names of the original PyTorch code, written by lionjax.", "",
-        "| part | numbers |", "|---|---|",
-        *(f"| `{part}` | {count:,} |" for part, count in _parts(forms).items()), "",
-        "## Use", "",
-    ]  # fmt: skip
+        f"{len(forms)} tensors, under the names of the original PyTorch code, written by lionjax.",
+        "",
+        "| part | numbers |",
+        "|---|---|",
+        *(f"| `{part}` | {count:,} |" for part, count in _parts(forms).items()),
+        "",
+        "## Use",
+        "",
+    ]
     if theirs:
         lines += ["In PyTorch:", "", "```python", f"from transformers import {architecture}"]
         lines += [f'model = {architecture}.from_pretrained("this folder")', "```", ""]
     else:
         lines += ["In PyTorch, with the original's code:", "", "```python"]
-        lines += [
-            "from safetensors.torch import load_file",
-            'model.load_state_dict(load_file("model.safetensors"))',
-        ]
+        lines += ["from safetensors.torch import load_file", 'model.load_state_dict(load_file("model.safetensors"))']
         lines += ["```", ""]
     if any(map(is_detour, forms)):
-        lines += [
-            "A LoRA is kept apart; PEFT puts it on the model:",
-            "",
-            "```python",
-            "from peft import PeftModel",
-        ]
+        lines += ["A LoRA is kept apart; PEFT puts it on the model:", "", "```python", "from peft import PeftModel"]
         lines += [f'model = PeftModel.from_pretrained(model, "this folder/{ADAPTER}")', "```", ""]
-    lines += [
-        "In JAX, without loss, down to the bit:",
-        "",
-        "```",
-        "lionjax convert THIS_FOLDER NEW_FOLDER --to jax",
-    ]
+    lines += ["In JAX, without loss, down to the bit:", "", "```", "lionjax convert THIS_FOLDER NEW_FOLDER --to jax"]
     lines += ["```", "", *_training(config), "## Licence", ""]
-    lines += [
-        "That of the weights and of the data from which they were made; lionjax adds none of its own.",
-        "",
-    ]
+    lines += ["That of the weights and of the data from which they were made; lionjax adds none of its own.", ""]
     return "\n".join(lines)
 
 
@@ -147,10 +131,7 @@ def _pipeline(name: str) -> str:
         "text2text-generation": ("t5",),
         "feature-extraction": ("bert",),
     }
-    tasks |= {
-        "image-feature-extraction": ("clip", "eva", "swin"),
-        "mask-generation": ("sam", "segment_anything"),
-    }
+    tasks |= {"image-feature-extraction": ("clip", "eva", "swin"), "mask-generation": ("sam", "segment_anything")}
     tasks |= {"image-classification": ("ram",)}
     return next((task for task, names in tasks.items() if name in names), "image-text-to-text")
 
@@ -169,16 +150,9 @@ def _training(config: Any) -> list[str]:
     stages = getattr(config, "stages", ())
     if not stages:
         return []
-    lines = [
-        "## Training",
-        "",
-        "| stage | steps | batch | learning rate | trained |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["## Training", "", "| stage | steps | batch | learning rate | trained |", "|---|---|---|---|---|"]
     for stage in stages:
         trained = ", ".join(f"`{pattern}`" for pattern in stage.trainable)
-        lines.append(
-            f"| {stage.name} | {stage.steps} | {stage.batch_size} | {stage.learning_rate:g} | {trained} |"
-        )
+        lines.append(f"| {stage.name} | {stage.steps} | {stage.batch_size} | {stage.learning_rate:g} | {trained} |")
     sources = [type(source).__name__ for source in config.data.sources]
     return [*lines, "", f"Data: {', '.join(sources)}. Seed {config.seed}.", ""]

@@ -11,9 +11,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     """What `lionjax convert` takes."""
     verb.add_argument("src", metavar="SRC", type=Path, help="a run, or a folder or file of weights")
     verb.add_argument("dst", metavar="DST", type=Path, help="the folder to write; it must be new")
-    verb.add_argument(
-        "--to", choices=("torch", "jax", "orbax"), required=True, help="what to write"
-    )
+    verb.add_argument("--to", choices=("torch", "jax", "orbax"), required=True, help="what to write")
     verb.add_argument("--mesh", metavar="A=N,B=N", default="", help="of orbax: fsdp=4,tensor=2")
     verb.add_argument("--system", metavar="NAME", help="the kind of model, where SRC does not say")
     verb.add_argument("--adapter", metavar="DIR", help="a LoRA for SRC, as PEFT writes it")
@@ -68,13 +66,9 @@ def _to_orbax(given: argparse.Namespace) -> None:
     }
     if model.is_run(given.src) or any(odd.values()):
         why = next((name for name, value in odd.items() if value), "a run")
-        raise UserError(
-            f"{why} does not go with --to orbax; convert --to jax first, and that to orbax"
-        )
+        raise UserError(f"{why} does not go with --to orbax; convert --to jax first, and that to orbax")
     try:
-        axes = {
-            name: int(size) for name, size in (a.split("=") for a in given.mesh.split(",") if a)
-        }
+        axes = {name: int(size) for name, size in (a.split("=") for a in given.mesh.split(",") if a)}
         wanted = sharding.MeshConfig(**axes)
     except (TypeError, ValueError) as error:
         raise UserError(f"--mesh {given.mesh!r} is no mesh; write fsdp=4,tensor=2") from error

@@ -21,13 +21,7 @@ from lionjax.convert.folders import ORIGIN, OURS, companions_of, copy_files, ope
 from lionjax.convert.originals import merged, plan_in, plan_out, with_system, write_out
 from lionjax.convert.plan import plan_state
 from lionjax.convert.published import read_settings
-from lionjax.convert.surgery import (
-    Surgery,
-    add_to_tokenizer,
-    added_words,
-    picture_size,
-    said_of_pictures,
-)
+from lionjax.convert.surgery import Surgery, add_to_tokenizer, added_words, picture_size, said_of_pictures
 from lionjax.convert.systems import CONFIG_FILE
 from lionjax.convert.tables import leaf_parts, tensor_parts
 from lionjax.convert.write import SHARD_BYTES, whole_folder, write_safetensors
@@ -76,14 +70,10 @@ def convert(
         orbax.return_freed_memory()
     if to == "jax" and stored:
         if extra:
-            raise UserError(
-                "bases, adapters, words and picture sizes go with an original's weights"
-            )
+            raise UserError("bases, adapters, words and picture sizes go with an original's weights")
         coverage = _convert_stored(Path(src), Path(dst), shard_bytes)
     elif to == "jax":
-        source = systems.open_source(
-            Path(src), system, adapter and Path(adapter), base and Path(base)
-        )
+        source = systems.open_source(Path(src), system, adapter and Path(adapter), base and Path(base))
         coverage = _convert_in(source, Path(dst), shard_bytes, wanted)
     else:
         coverage = _convert_out(Path(src), Path(dst), shard_bytes, merge_lora)
@@ -134,9 +124,7 @@ def _convert_stored(src: Path, dst: Path, shard_bytes: int) -> Coverage:
     return coverage
 
 
-def _surgery(
-    system: Any, wanted: Wanted, beside: Mapping[str, Path]
-) -> tuple[Surgery, dict[str, bytes]]:
+def _surgery(system: Any, wanted: Wanted, beside: Mapping[str, Path]) -> tuple[Surgery, dict[str, bytes]]:
     """The tables that change, and what they change in the files that come along."""
     made, texts, known = Surgery(system), {}, None
     if wanted.words and (file := beside.get("tokenizer.json")) is not None:

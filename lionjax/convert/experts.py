@@ -19,18 +19,20 @@ def _swin_config(s: dict) -> Any:
 
     act, sizes = s.get("hidden_act", "gelu"), (s.get("image_size", 224), s.get("patch_size", 4))
     refuse_unless(act in ("gelu", "relu"), f"hidden_act {act!r}", "gelu or relu")
-    refuse_unless(
-        all(type(size) is int for size in sizes), f"image and patch sizes {sizes}", "squares"
-    )
-    refuse_unless(
-        not s.get("use_absolute_embeddings"), "absolute positions", "a Swin with relative ones"
-    )
+    refuse_unless(all(type(size) is int for size in sizes), f"image and patch sizes {sizes}", "squares")
+    refuse_unless(not s.get("use_absolute_embeddings"), "absolute positions", "a Swin with relative ones")
     return SwinConfig(
-        *sizes, s.get("embed_dim", 96), tuple(s.get("depths", (2, 2, 6, 2))),
-        tuple(s.get("num_heads", (3, 6, 12, 24))), s.get("window_size", 7), float(s.get("mlp_ratio", 4.0)),
-        "qkvo" if s.get("qkv_bias", True) else "o", s.get("layer_norm_eps", 1e-5), act,
+        *sizes,
+        s.get("embed_dim", 96),
+        tuple(s.get("depths", (2, 2, 6, 2))),
+        tuple(s.get("num_heads", (3, 6, 12, 24))),
+        s.get("window_size", 7),
+        float(s.get("mlp_ratio", 4.0)),
+        "qkvo" if s.get("qkv_bias", True) else "o",
+        s.get("layer_norm_eps", 1e-5),
+        act,
         float(s.get("drop_path_rate", 0.1)),
-    )  # fmt: skip
+    )
 
 
 def _swin_settings(c: Any) -> dict:
@@ -84,8 +86,13 @@ def _ram_abstract(c: Any, mesh: Any = None) -> Params:
 
 
 SWIN = Published(
-    "swin", ("swin",), lambda c: type(c).__name__ == "SwinConfig",
-    _swin_config, _swin_settings, _swin_rows, _swin_abstract,
+    "swin",
+    ("swin",),
+    lambda c: type(c).__name__ == "SwinConfig",
+    _swin_config,
+    _swin_settings,
+    _swin_rows,
+    _swin_abstract,
     # Older files hold the index of places, many a head for ImageNet's classes or for hidden patches.
     ignore=(
         r"swin\.encoder\..*\.relative_position_index(?#it is computed)",
@@ -93,15 +100,20 @@ SWIN = Published(
         r"(classifier|decoder)\..*(?#heads)",
     ),
     base="swin.",
-)  # fmt: skip
+)
 RAM = Published(
-    "ram", ("ram",), lambda c: type(c).__name__ == "RamConfig", _ram_config,
-    lambda c: {"model_type": "ram", "system": json.loads(configs.to_json(c))}, _ram_rows, _ram_abstract,
+    "ram",
+    ("ram",),
+    lambda c: type(c).__name__ == "RamConfig",
+    _ram_config,
+    lambda c: {"model_type": "ram", "system": json.loads(configs.to_json(c))},
+    _ram_rows,
+    _ram_abstract,
     # What wrote captions while it was trained.
     ignore=(
         r"(?!visual_encoder\.|image_proj\.|label_embed$|wordvec_proj\.|tagging_head\.|fc\.).*(?#it writes captions)",
     ),
     # Its first name.
     complete=lambda config, tensors, folder: tensors.respelled((r"^vision_multi\.", "tagging_head.")),
-)  # fmt: skip
+)
 EXPERTS = (SWIN, RAM)

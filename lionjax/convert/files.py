@@ -141,9 +141,7 @@ def open_weights(path: str | Path, key: str | None = None) -> Tensors:
             return open_torch(path, key)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    raise UserError(
-        f"{path} is no weight file; wanted .safetensors, .bin, .pth, .pt, an .index.json or a folder"
-    )
+    raise UserError(f"{path} is no weight file; wanted .safetensors, .bin, .pth, .pt, an .index.json or a folder")
 
 
 def open_safetensors(path: Path) -> Tensors:
@@ -157,33 +155,23 @@ def open_safetensors(path: Path) -> Tensors:
         if len(start) < 8 or length > size - 8:
             raise UserError(f"{path} is cut short: its header does not fit into {size} bytes")
         if length > HEADER_LIMIT:
-            raise UserError(
-                f"{path} has a header of {length:,} bytes; more than {HEADER_LIMIT:,} is refused"
-            )
+            raise UserError(f"{path} has a header of {length:,} bytes; more than {HEADER_LIMIT:,} is refused")
         header = file.read(length)
         try:  # the library holds offsets, shapes and sizes against each other
             with safetensors.safe_open(path, framework="numpy"):
                 pass
             entries = json.loads(header, object_pairs_hook=_distinct)
         except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path} is damaged or no safetensors file: {_first_line(error)}"
-            ) from error
+            raise UserError(f"{path} is damaged or no safetensors file: {_first_line(error)}") from error
         space = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     entries.pop("__metadata__", None)
     arrays = {}
     for name, entry in entries.items():
         if entry["dtype"] not in DTYPES:
-            raise UserError(
-                f"tensor {name!r} of {path} has dtype {entry['dtype']}, which is not known here"
-            )
+            raise UserError(f"tensor {name!r} of {path} has dtype {entry['dtype']}, which is not known here")
         dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        flat = (
-            np.frombuffer(space, dtype, (end - begin) // dtype.itemsize, 8 + length + begin)
-            if end > begin
-            else []
-        )
+        flat = np.frombuffer(space, dtype, (end - begin) // dtype.itemsize, 8 + length + begin) if end > begin else []
         arrays[name] = np.asarray(flat, dtype).reshape(shape)
     return Tensors(arrays, (path,))
 
@@ -195,9 +183,7 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
     if mapped:
         _check_zip(path)
     else:
-        log.warning(
-            "%s has torch's old format, which cannot be mapped: it is read into memory whole", path
-        )
+        log.warning("%s has torch's old format, which cannot be mapped: it is read into memory whole", path)
     try:
         with warnings.catch_warnings():  # of odd pickles torch asks people to file an issue
             warnings.simplefilter("ignore")
@@ -207,9 +193,7 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
         if found := re.search(r"GLOBAL ([\w.]+)", text):
             reason = f"it holds code ({found[1]}), which could do anything; ask its makers for .safetensors"
         else:
-            reason = (
-                f"it is damaged or no PyTorch file ({type(error).__name__}: {_first_line(error)})"
-            )
+            reason = f"it is damaged or no PyTorch file ({type(error).__name__}: {_first_line(error)})"
         raise UserError(f"{path} is refused: {reason}") from error
     state, left = _inner(loaded, key, path, torch.Tensor)
     arrays = {}
@@ -217,14 +201,10 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
         if not isinstance(tensor, torch.Tensor):
             left[str(name)] = f"not a tensor but a {type(tensor).__name__}"
         elif tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise UserError(
-                f"tensor {name!r} of {path} is {tensor.layout} {tensor.dtype}; only plain tensors are read"
-            )
+            raise UserError(f"tensor {name!r} of {path} is {tensor.layout} {tensor.dtype}; only plain tensors are read")
         else:
             arrays[str(name)] = _as_numpy(tensor, torch)
-    if arrays and all(
-        name.startswith("module.") for name in arrays
-    ):  # what DistributedDataParallel adds
+    if arrays and all(name.startswith("module.") for name in arrays):  # what DistributedDataParallel adds
         arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
     return Tensors(arrays, (path,), left, mapped)
 
@@ -249,9 +229,7 @@ _INFINITY = {
 def _open_folder(path: Path, key: str | None) -> Tensors:
     """The weights of a folder: safetensors before pickles, an index before single files, never a guess between two."""
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
-        files = sorted(
-            file for file in path.iterdir() if file.suffix in suffixes and file.is_file()
-        )
+        files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
         indexes = [f for s in suffixes for f in sorted(path.glob(f"*{s}.index.json"))]
         if len(indexes) == 1:
             return _open_index(indexes[0], key)
@@ -260,16 +238,12 @@ def _open_folder(path: Path, key: str | None) -> Tensors:
         if files or indexes:
             names = ", ".join(file.name for file in (indexes or files)[:5])
             raise UserError(f"{path} holds several weight files ({names}); name the one to read")
-    raise UserError(
-        f"{path} holds no weights: no .safetensors, .bin, .pth or .pt file and no index of them"
-    )
+    raise UserError(f"{path} holds no weights: no .safetensors, .bin, .pth or .pt file and no index of them")
 
 
 def _open_index(path: Path, key: str | None) -> Tensors:
     if path.stat().st_size > HEADER_LIMIT:
-        raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes; an index of more than {HEADER_LIMIT:,} is refused"
-        )
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes; an index of more than {HEADER_LIMIT:,} is refused")
     try:
         index = json.loads(path.read_bytes(), object_pairs_hook=_distinct)
         files: dict[str, set[str]] = {}
@@ -282,9 +256,7 @@ def _open_index(path: Path, key: str | None) -> Tensors:
     tensors = Tensors({}, ())
     for file, names in files.items():
         if Path(file).name != file or file in ("", ".", "..") or "\\" in file:
-            raise UserError(
-                f"{path} names the file {file!r}; an index may only name files that lie beside it"
-            )
+            raise UserError(f"{path} names the file {file!r}; an index may only name files that lie beside it")
         if not file.endswith((".safetensors", *TORCH_SUFFIXES)):
             raise UserError(f"{path} names the file {file!r}, which is no weight file")
         if not (path.parent / file).is_file():
@@ -292,9 +264,7 @@ def _open_index(path: Path, key: str | None) -> Tensors:
         part = open_weights(path.parent / file, key)
         if names != part.keys():
             odd = sorted(names ^ part.keys())
-            raise UserError(
-                f"{path} and {file} disagree on {len(odd)} tensors, for example {odd[0]!r}"
-            )
+            raise UserError(f"{path} and {file} disagree on {len(odd)} tensors, for example {odd[0]!r}")
         tensors = tensors | part if tensors.sources else part
     return tensors
 
@@ -302,17 +272,13 @@ def _open_index(path: Path, key: str | None) -> Tensors:
 def _torch(path: Path):
     """The torch module, if it is there and young enough to be safe with strangers' files."""
     if importlib.util.find_spec("torch") is None:
-        raise UserError(
-            f"{path} needs PyTorch to be read; install lionjax[torch], or use .safetensors files"
-        )
+        raise UserError(f"{path} needs PyTorch to be read; install lionjax[torch], or use .safetensors files")
     import torch
 
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < OLDEST_TORCH:
         wanted = ".".join(map(str, OLDEST_TORCH))
-        raise UserError(
-            f"torch {torch.__version__} can run code hidden in {path}; install torch {wanted} or newer"
-        )
+        raise UserError(f"torch {torch.__version__} can run code hidden in {path}; install torch {wanted} or newer")
     return torch
 
 
@@ -324,20 +290,13 @@ def _check_zip(path: Path) -> None:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, UnicodeError) as error:
         raise UserError(f"{path} is damaged: {_first_line(error)}") from error
     size = path.stat().st_size
-    if (
-        any(m.compress_type != zipfile.ZIP_STORED for m in members)
-        or sum(m.file_size for m in members) > size
-    ):
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
         raise UserError(f"{path} is refused: its parts are packed, or larger than the file")
     if any(m.filename.endswith(".pkl") and m.file_size > PICKLE_LIMIT for m in members):
-        raise UserError(
-            f"{path} is refused: its table of contents is larger than {PICKLE_LIMIT:,} bytes"
-        )
+        raise UserError(f"{path} is refused: its table of contents is larger than {PICKLE_LIMIT:,} bytes")
 
 
-def _inner(
-    loaded, key: str | None, path: Path, tensor_type: type
-) -> tuple[Mapping, dict[str, str]]:
+def _inner(loaded, key: str | None, path: Path, tensor_type: type) -> tuple[Mapping, dict[str, str]]:
     """The dictionary of tensors inside what torch loaded, and what else lies beside it."""
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
@@ -345,13 +304,9 @@ def _inner(
     inner = next((k for k in keys if isinstance(loaded.get(k), Mapping)), None)
     if inner is None:
         if key is not None:
-            raise UserError(
-                f"{path} holds no dictionary {key!r}; it has {', '.join(map(str, list(loaded)[:8]))}"
-            )
+            raise UserError(f"{path} holds no dictionary {key!r}; it has {', '.join(map(str, list(loaded)[:8]))}")
         if not any(isinstance(value, tensor_type) for value in loaded.values()):
-            raise UserError(
-                f"{path} holds no tensors; it has {', '.join(map(str, list(loaded)[:8])) or 'nothing'}"
-            )
+            raise UserError(f"{path} holds no tensors; it has {', '.join(map(str, list(loaded)[:8])) or 'nothing'}")
         return loaded, {}
     left = {str(name): f"lies beside {inner!r}" for name in loaded if name != inner}
     return loaded[inner], left

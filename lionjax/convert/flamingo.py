@@ -33,8 +33,7 @@ def open_flamingo(folder: Path) -> tuple[Published, Any, Tensors, Path]:
     Raises UserError where a part is missing.
     """
     trained = [f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES and f.name != CLIP_FILE]
-    texts = [f.parent for f in sorted(folder.glob("*/config.json"))
-             if read_settings(f).get("model_type") in MPT_TYPES]  # fmt: skip
+    texts = [f.parent for f in sorted(folder.glob("*/config.json")) if read_settings(f).get("model_type") in MPT_TYPES]
     if len(trained) != 1 or len(texts) != 1 or not (folder / CLIP_FILE).is_file():
         raise UserError(
             f"{folder} wants the parts of an OpenFlamingo: the trained file, {CLIP_FILE}, and the folder of its MPT"
@@ -49,9 +48,10 @@ def open_flamingo(folder: Path) -> tuple[Published, Any, Tensors, Path]:
     text = text.under("lang_encoder.").respelled(*SPELLINGS)
     own = {name for name in tensors if name in text}
     text = Tensors(
-        {n: w for n, w in text.items() if n not in own}, text.sources,
+        {n: w for n, w in text.items() if n not in own},
+        text.sources,
         text.left | {n: f"{trained[0].name} has its own" for n in own},
-    )  # fmt: skip
+    )
     clip = open_weights(folder / CLIP_FILE)
     clip = clip.without("visual.").under("vision_encoder.")
     tensors = tensors | text | clip
@@ -82,35 +82,52 @@ def _config(s: dict, first: int, tensors: Tensors) -> Any:
     looks = CrossConfig(first + 1, source, inside // 64, 64, shape(gated + "ff.1.weight")[0])
     queries, inside = shape("perceiver.latents")[0], shape("perceiver.layers.0.0.to_q.weight")[0]
     resampler = ResamplerConfig(
-        source, count(r"perceiver\.layers\.\d+\.0\.to_q\.weight"), inside // 64, 64,
-        shape("perceiver.layers.0.1.1.weight")[0], queries,
-    )  # fmt: skip
+        source,
+        count(r"perceiver\.layers\.\d+\.0\.to_q\.weight"),
+        inside // 64,
+        64,
+        shape("perceiver.layers.0.1.1.weight")[0],
+        queries,
+    )
     seen, _, patch, _ = shape("vision_encoder.conv1.weight")
     side = round((shape("vision_encoder.positional_embedding")[0] - 1) ** 0.5)
     vision = dataclasses.replace(
-        OPENFLAMINGO_9B.vision, image=side * patch, patch=patch, width=seen, heads=seen // 64,
+        OPENFLAMINGO_9B.vision,
+        image=side * patch,
+        patch=patch,
+        width=seen,
+        heads=seen // 64,
         depth=count(r"vision_encoder\.transformer\.resblocks\.\d+\.ln_1\.weight"),
         hidden=shape("vision_encoder.transformer.resblocks.0.mlp.c_fc.weight")[0],
-    )  # fmt: skip
+    )
     language = dataclasses.replace(
-        MPT_7B, vocab=words, frozen_words=words - 3, pad_token=words - 1, end_token=words - 3, width=width,
-        layers=s["n_layers"], heads=heads, kv_heads=heads, head=width // heads,
-        hidden=width * s.get("expansion_ratio", s.get("mlp_ratio", 4)), eps=s.get("layer_norm_epsilon", 1e-5),
+        MPT_7B,
+        vocab=words,
+        frozen_words=words - 3,
+        pad_token=words - 1,
+        end_token=words - 3,
+        width=width,
+        layers=s["n_layers"],
+        heads=heads,
+        kv_heads=heads,
+        head=width // heads,
+        hidden=width * s.get("expansion_ratio", s.get("mlp_ratio", 4)),
+        eps=s.get("layer_norm_epsilon", 1e-5),
         qk_norms=bool(more.get("qk_ln", s.get("attn_qk_ln", False))),
         cross=looks,
-    )  # fmt: skip
+    )
     return dataclasses.replace(
         OPENFLAMINGO_9B, vision=vision, resampler=resampler, language=language, image_token=words - 2
     )
 
 
 FLAMINGO = Published(
-    "flamingo", ("flamingo",), lambda c: type(c).__name__ == "Flamingo",
+    "flamingo",
+    ("flamingo",),
+    lambda c: type(c).__name__ == "Flamingo",
     config=lambda settings: configs.from_json(json.dumps(settings["system"])),
     settings=lambda c: {"model_type": "flamingo", "system": json.loads(configs.to_json(c))},
     rows=lambda c: c.torch_rows(),
     abstract=abstract,
-    ignore=(
-        r"vision_encoder\.proj(?#behind the features that are used)",
-    ),
-)  # fmt: skip
+    ignore=(r"vision_encoder\.proj(?#behind the features that are used)",),
+)

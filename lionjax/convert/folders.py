@@ -28,12 +28,28 @@ from lionjax.weight_rows import Row
 OURS = "params"  # first word of its weight files
 ORIGIN = "origin"
 COMPANIONS = (  # what belongs to a model besides its weights and is handed on as it is
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "spiece.model", "vocab.txt", "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja",
-    "qformer_tokenizer/tokenizer.json", "qformer_tokenizer/spiece.model", "qformer_tokenizer/vocab.txt",
-    "ram_tag_list.txt", "ram_tag_list_chinese.txt", "ram_tag_list_threshold.txt",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "qformer_tokenizer/tokenizer.json",
+    "qformer_tokenizer/spiece.model",
+    "qformer_tokenizer/vocab.txt",
+    "ram_tag_list.txt",
+    "ram_tag_list_chinese.txt",
+    "ram_tag_list_threshold.txt",
+)
 
 
 def save(
@@ -75,9 +91,7 @@ def open_params(path: str | Path) -> tuple[Any, Tensors]:
         return orbax.read_config(path), orbax.open_arrays(path)
     found = _our_file(path)
     if found is None or not (path / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{path} holds no converted model; wanted {CONFIG_FILE} and {OURS}.safetensors"
-        )
+        raise UserError(f"{path} holds no converted model; wanted {CONFIG_FILE} and {OURS}.safetensors")
     return systems.read_config(path), open_weights(found)
 
 

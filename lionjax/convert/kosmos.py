@@ -24,11 +24,21 @@ def _config(s: dict) -> Any:
     width, heads = t.get("embed_dim", 2048), t.get("attention_heads", 32)
     pad = token(t, "pad_token_id", 1)
     language = dataclasses.replace(
-        KOSMOS2_TEXT, vocab=t.get("vocab_size", 65037), width=width, layers=t.get("layers", 24), heads=heads,
-        kv_heads=heads, head=width // heads, hidden=t.get("ffn_dim", 8192), eps=t.get("layer_norm_eps", 1e-5),
-        dropout=t.get("dropout", 0.1), pad_token=pad, position_offset=pad + 1,
-        start_token=token(t, "bos_token_id", 0), end_token=token(t, "eos_token_id", 2),
-    )  # fmt: skip
+        KOSMOS2_TEXT,
+        vocab=t.get("vocab_size", 65037),
+        width=width,
+        layers=t.get("layers", 24),
+        heads=heads,
+        kv_heads=heads,
+        head=width // heads,
+        hidden=t.get("ffn_dim", 8192),
+        eps=t.get("layer_norm_eps", 1e-5),
+        dropout=t.get("dropout", 0.1),
+        pad_token=pad,
+        position_offset=pad + 1,
+        start_token=token(t, "bos_token_id", 0),
+        end_token=token(t, "eos_token_id", 2),
+    )
     return dataclasses.replace(
         KOSMOS2,
         vision=dataclasses.replace(vision, norm_after=False),
@@ -72,9 +82,15 @@ def _describes(c: Any) -> bool:
 
 
 KOSMOS = Published(
-    "kosmos2", ("kosmos-2",), _describes, _config, _settings, lambda c: c.torch_rows(), abstract,
+    "kosmos2",
+    ("kosmos-2",),
+    _describes,
+    _config,
+    _settings,
+    lambda c: c.torch_rows(),
+    abstract,
     ignore=(
         r"text_model\.model\.embed_positions\.weights(?#computed)",
         r"vision_model\.model\.embeddings\.position_ids(?#they only count)",
     ),
-)  # fmt: skip
+)

@@ -18,12 +18,7 @@ from lionjax.interfaces import UserError
 
 EVA_FILE = "eva_vit_g.pth"
 LAVIS_FILE = re.compile(r"(blip2|instruct_?blip|.*minigpt4).*", re.IGNORECASE)
-LAVIS_WORDS = {
-    "t5": "t5",
-    "opt": "opt",
-    "llm": "llama",
-    "llama": "llama",
-}  # its word -> the language model's type
+LAVIS_WORDS = {"t5": "t5", "opt": "opt", "llm": "llama", "llama": "llama"}  # its word -> the language model's type
 
 
 def lavis_files(folder: Path) -> list[Path]:
@@ -40,9 +35,7 @@ def _trained(files: list[Path]) -> Tensors:
     for file in files[1:]:
         base = open_weights(file)
         other = re.compile(rf"({'|'.join(LAVIS_WORDS)})_(proj|model)\..*")
-        unused = {
-            n: "of the language model that it was trained with" for n in base if other.match(n)
-        }
+        unused = {n: "of the language model that it was trained with" for n in base if other.match(n)}
         unused |= {n: f"{files[0].name} has its own" for n in base if n in trained}
         kept = {n: w for n, w in base.items() if n not in unused}
         trained = trained | Tensors(kept, base.sources, base.left | unused)
@@ -85,9 +78,16 @@ def config_of(language: Any, tensors: Tensors) -> Any:
         language = dataclasses.replace(language, activation="gelu")
     tower, bridge = _tower_and_bridge(tensors)
     return Prefix(
-        tower, language, bridge, feature_layer=-1, class_token=True, vision_eps=1e-5, projector_depth=1,
-        image_token=None, names="original",
-    )  # fmt: skip
+        tower,
+        language,
+        bridge,
+        feature_layer=-1,
+        class_token=True,
+        vision_eps=1e-5,
+        projector_depth=1,
+        image_token=None,
+        names="original",
+    )
 
 
 def first_config_of(tensors: Tensors) -> Any:
@@ -119,8 +119,12 @@ def _tower_and_bridge(tensors: Tensors) -> tuple[Any, Any]:
 
 
 BLIP2_FIRST = Published(
-    "blip2_first", ("blip2_first",), lambda c: type(c).__name__ == "Blip2First",
+    "blip2_first",
+    ("blip2_first",),
+    lambda c: type(c).__name__ == "Blip2First",
     lambda s: configs.from_json(json.dumps(s["system"])),
     lambda c: {"model_type": "blip2_first", "system": json.loads(configs.to_json(c))},
-    lambda c: c.torch_rows(), abstract, ignore=(LAVIS_IGNORES,),
-)  # fmt: skip
+    lambda c: c.torch_rows(),
+    abstract,
+    ignore=(LAVIS_IGNORES,),
+)

@@ -26,11 +26,19 @@ from lionjax.weight_rows import Row, Template, linear
 FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model"
 PREFIX = "base_model.model."  # PEFT's, before the names of the model's modules
 PLAIN = {  # what the matrices around which we know a detour may ask of PEFT
-    "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None), "lora_bias": (False, None),
-    "use_qalora": (False, None), "fan_in_fan_out": (False, None), "modules_to_save": (None, []),
-    "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "layer_replication": (None,),
-    "trainable_token_indices": (None,), "target_parameters": (None, []),
-}  # fmt: skip
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+}
 
 
 def of(config: Any) -> Any:
@@ -137,9 +145,7 @@ def settings(lora: Any, names: Iterable[str], modules: Iterable[str], architectu
     else:
         targets = sorted(short)
     if clash:
-        raise UserError(
-            f"the LoRA leaves out {min(clash)!r}, which PEFT's file cannot say; merge it"
-        )
+        raise UserError(f"the LoRA leaves out {min(clash)!r}, which PEFT's file cannot say; merge it")
     causal = architecture.endswith("ForCausalLM")
     task = "CAUSAL_LM" if causal else "SEQ_2_SEQ_LM" if architecture.startswith("T5For") else None
     return {
@@ -177,9 +183,7 @@ def opened(folder: Path, config: Any, rows: Iterable[Row]) -> tuple[Any, Mapping
         raise UserError(f"{file} describes no LoRA: {type(error).__name__} {error}") from error
     for name, known in PLAIN.items():
         if name in said and said[name] not in known:
-            raise UserError(
-                f"the adapter of {folder} has {name} {said[name]!r}; only plain LoRA is known"
-            )
+            raise UserError(f"the adapter of {folder} has {name} {said[name]!r}; only plain LoRA is known")
     if said.get("use_rslora"):  # it divides by the root of the rank
         alpha *= math.sqrt(rank)
     tensors = open_weights(folder)
@@ -202,9 +206,6 @@ def _path_of(name: str, rows: Iterable[Row]) -> str | None:
     """Our path of the matrix around which one of PEFT's tensors goes."""
     module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
     for row in rows:
-        if (
-            row.names[0].endswith(".weight")
-            and Template.of(row.names[0]).match(f"{module}.weight") is not None
-        ):
+        if row.names[0].endswith(".weight") and Template.of(row.names[0]).match(f"{module}.weight") is not None:
             return row.paths[0]
     return None

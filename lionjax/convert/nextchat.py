@@ -18,26 +18,31 @@ def _sam_config(s: dict) -> Any:
     """Where a setting is missing transformers means that of the small SAM."""
     from lionjax.vision.sam import SAM_VIT_B, SamConfig
 
-    v, p, d = (
-        s.get(f"{part}_config") or {} for part in ("vision", "prompt_encoder", "mask_decoder")
-    )
+    v, p, d = (s.get(f"{part}_config") or {} for part in ("vision", "prompt_encoder", "mask_decoder"))
     kept = v.get("use_abs_pos", True) and v.get("use_rel_pos", True) and v.get("qkv_bias", True)
     refuse_unless(kept, "no positions or no biases in its image encoder", "a SAM with them")
-    refuse_unless(
-        d.get("attention_downsample_rate", 2) == 2,
-        "another inner width of its decoder's attention",
-        "half",
-    )
+    refuse_unless(d.get("attention_downsample_rate", 2) == 2, "another inner width of its decoder's attention", "half")
     width, small = v.get("hidden_size", SAM_VIT_B.width), SAM_VIT_B
     return SamConfig(
-        v.get("image_size", 1024), v.get("patch_size", 16), width, v.get("num_hidden_layers", small.depth),
-        v.get("num_attention_heads", small.heads), v.get("mlp_dim") or int(width * v.get("mlp_ratio", 4.0)),
-        v.get("window_size", 14), tuple(v.get("global_attn_indexes", small.global_layers)),
-        v.get("output_channels", 256), v.get("layer_norm_eps", 1e-6), p.get("mask_input_channels", 16),
-        d.get("num_hidden_layers", 2), d.get("num_attention_heads", 8), d.get("mlp_dim", 2048),
-        d.get("layer_norm_eps", 1e-6), 1 + d.get("num_multimask_outputs", 3), d.get("iou_head_depth", 3),
+        v.get("image_size", 1024),
+        v.get("patch_size", 16),
+        width,
+        v.get("num_hidden_layers", small.depth),
+        v.get("num_attention_heads", small.heads),
+        v.get("mlp_dim") or int(width * v.get("mlp_ratio", 4.0)),
+        v.get("window_size", 14),
+        tuple(v.get("global_attn_indexes", small.global_layers)),
+        v.get("output_channels", 256),
+        v.get("layer_norm_eps", 1e-6),
+        p.get("mask_input_channels", 16),
+        d.get("num_hidden_layers", 2),
+        d.get("num_attention_heads", 8),
+        d.get("mlp_dim", 2048),
+        d.get("layer_norm_eps", 1e-6),
+        1 + d.get("num_multimask_outputs", 3),
+        d.get("iou_head_depth", 3),
         d.get("iou_head_hidden_dim", 256),
-    )  # fmt: skip
+    )
 
 
 def _sam_settings(c: Any) -> dict:
@@ -120,13 +125,16 @@ def _nextchat_config(s: dict) -> Any:
     if "system" in s:
         return configs.from_json(json.dumps(s["system"]))
     language = LLAMA.config(s)
-    patch, _, _, trigger, location = range(
-        language.vocab - 5, language.vocab
-    )  # added last, in this order
+    patch, _, _, trigger, location = range(language.vocab - 5, language.vocab)  # added last, in this order
     return dataclasses.replace(
-        NextChat(), language=language, feature_layer=s.get("mm_vision_select_layer", -2),
-        projector_depth=s.get("mm_depth", 1), image_token=patch, trigger_token=trigger, location_token=location,
-    )  # fmt: skip
+        NextChat(),
+        language=language,
+        feature_layer=s.get("mm_vision_select_layer", -2),
+        projector_depth=s.get("mm_depth", 1),
+        image_token=patch,
+        trigger_token=trigger,
+        location_token=location,
+    )
 
 
 def _nextchat_settings(c: Any) -> dict:
@@ -142,19 +150,31 @@ def _nextchat_settings(c: Any) -> dict:
 
 
 NEXTCHAT = Published(
-    "nextchat", ("nextchat",), lambda c: type(c).__name__ == "NextChat",
-    _nextchat_config, _nextchat_settings, lambda c: c.torch_rows(), abstract,
+    "nextchat",
+    ("nextchat",),
+    lambda c: type(c).__name__ == "NextChat",
+    _nextchat_config,
+    _nextchat_settings,
+    lambda c: c.torch_rows(),
+    abstract,
     ignore=(
-        *LLAMA.ignore, r"model\.vision_tower\.vision_model\.embeddings\.position_ids(?#they only count)",
+        *LLAMA.ignore,
+        r"model\.vision_tower\.vision_model\.embeddings\.position_ids(?#they only count)",
         r"sam\.model\.pixel_(mean|std)(?#those of all pictures)",
     ),
-)  # fmt: skip
+)
 SAM = Published(
-    "sam", ("sam",), lambda c: type(c).__name__ == "SamConfig", _sam_config, _sam_settings, _sam_rows, _sam_abstract,
-)  # fmt: skip
+    "sam", ("sam",), lambda c: type(c).__name__ == "SamConfig", _sam_config, _sam_settings, _sam_rows, _sam_abstract
+)
 # Written again as Hugging Face's.
 SEGMENT_ANYTHING = Published(
-    "segment_anything", (), lambda c: False, _meta_sam_config, _sam_settings, _meta_sam_rows, _sam_abstract,
+    "segment_anything",
+    (),
+    lambda c: False,
+    _meta_sam_config,
+    _sam_settings,
+    _meta_sam_rows,
+    _sam_abstract,
     ignore=(r"pixel_(mean|std)(?#those of all pictures)",),
-)  # fmt: skip
+)
 POINTING = (NEXTCHAT, SAM, SEGMENT_ANYTHING)

@@ -34,9 +34,7 @@ MANIFEST = "manifest.ocdbt"  # what a folder of arrays begins with
 
 CHUNK = 2**22  # bytes of what is packed and unpacked as a whole; a layer of a shard is several
 AT_ONCE = 2**24  # bytes on their way to the disk, unless a single layer is more
-M_MMAP_THRESHOLD = (
-    -3
-)  # glibc's name for the size from which blocks go back to the system when they are freed
+M_MMAP_THRESHOLD = -3  # glibc's name for the size from which blocks go back to the system when they are freed
 
 Where = tuple[slice, ...]
 
@@ -57,13 +55,9 @@ class Promise:
     leaf: Computed
     depth: int
     sharding: jax.sharding.Sharding
-    twins: Callable[[tuple[int, ...]], tuple] = (
-        lambda index: ()
-    )  # (name, layer) that must hold the same
+    twins: Callable[[tuple[int, ...]], tuple] = lambda index: ()  # (name, layer) that must hold the same
     seen: Callable[[np.ndarray], None] = lambda array: None  # told each part before it is written
-    done: Callable[[tuple[int, ...]], None] = lambda index: (
-        None
-    )  # told each layer that has been copied
+    done: Callable[[tuple[int, ...]], None] = lambda index: None  # told each layer that has been copied
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,9 +119,7 @@ def write(path: Path, promises: Params, config: dict) -> None:
     import orbax.checkpoint as ocp
 
     handler = _handler()
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, handler), (Promise, handler)
-    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler), (Promise, handler))
     # Trained weights hardly become smaller, and packing them takes longer than all the rest.
     items = {
         PARAMS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False),
@@ -153,12 +145,8 @@ def _handler():
             for promise, info in zip(values, infos):
                 await info.await_path_creation()
                 form = (promise.shape, promise.part, promise.dtype)
-                spec = ocp.type_handlers.get_json_tspec_write(
-                    info, True, *form, jax.process_index(), arg=small
-                )
-                opening.append(
-                    tensorstore.open(spec, create=True, open=True, context=info.ts_context)
-                )
+                spec = ocp.type_handlers.get_json_tspec_write(info, True, *form, jax.process_index(), arg=small)
+                opening.append(tensorstore.open(spec, create=True, open=True, context=info.ts_context))
             await _write_parts(zip(await asyncio.gather(*opening), values))
             if jax.process_index() == 0:
                 said = {info.name: promise.sharding for promise, info in zip(values, infos)}
@@ -175,9 +163,7 @@ async def _write_parts(leaves) -> None:
         for store, promise in leaves:
             for where, part in itertools.chain.from_iterable(promise.parts()):
                 for there, here in _spans(store[where]):
-                    waiting.append(
-                        there.write(part[here], can_reference_source_data_indefinitely=True)
-                    )
+                    waiting.append(there.write(part[here], can_reference_source_data_indefinitely=True))
                     size += part[here].nbytes
                     if size >= AT_ONCE:
                         await asyncio.gather(*waiting)
@@ -267,11 +253,7 @@ def open_arrays(path: Path) -> Tensors:
         names = [key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")]
         opened = {
             name: tensorstore.open(
-                {
-                    "driver": "zarr",
-                    "kvstore": where | {"path": f"{name}/"},
-                    "fill_missing_data_reads": False,
-                },
+                {"driver": "zarr", "kvstore": where | {"path": f"{name}/"}, "fill_missing_data_reads": False},
                 open=True,
                 read=True,
                 context=context,

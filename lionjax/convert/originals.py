@@ -97,22 +97,10 @@ def merged(config: Any, flat: Mapping) -> tuple[Any, Mapping]:
 
 def with_system(config: Any, system: Any) -> Any:
     """The config, or the whole experiment that it is, with another system's config."""
-    return (
-        system
-        if systems.system_in(config) is config
-        else dataclasses.replace(config, system=system)
-    )
+    return system if systems.system_in(config) is config else dataclasses.replace(config, system=system)
 
 
-def write_out(
-    config,
-    kind: Published,
-    plan: Plan,
-    parts,
-    dst: Path,
-    shard_bytes: int,
-    beside: Mapping[str, Path],
-):
+def write_out(config, kind: Published, plan: Plan, parts, dst: Path, shard_bytes: int, beside: Mapping[str, Path]):
     """The folder for torch's side, with what belongs beside the weights: what came along from there, tokenizers."""
     files: list[str] = []
     with whole_folder(dst) as folder:
@@ -129,9 +117,7 @@ def write_out(
                 files += write_safetensors(where, THEIRS, forms, group, shard_bytes)
         copy_files(beside, folder)
         settings = read_settings(folder / "config.json")
-        dtype = max(
-            (form.dtype for form in plan.made.values()), key=lambda d: (d.itemsize <= 4, d.itemsize)
-        ).name
+        dtype = max((form.dtype for form in plan.made.values()), key=lambda d: (d.itemsize <= 4, d.itemsize)).name
         known = kind.settings(systems.system_in(config)) | {"dtype": dtype}
         settings = _over(settings, known)
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -155,9 +141,5 @@ def _write_adapter(config: Any, plan: Plan, settings: dict, folder: Path) -> Non
 
 def _over(old: dict, new: dict) -> dict:
     """Settings with new ones over them, part by part."""
-    parts = {
-        key
-        for key in old.keys() & new.keys()
-        if isinstance(old[key], dict) and isinstance(new[key], dict)
-    }
+    parts = {key for key in old.keys() & new.keys() if isinstance(old[key], dict) and isinstance(new[key], dict)}
     return old | new | {key: _over(old[key], new[key]) for key in parts}

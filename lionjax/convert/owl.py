@@ -10,9 +10,12 @@ from lionjax.convert.prefix import own_settings
 from lionjax.convert.published import LLAMA, Published, abstract, refuse_unless
 
 LLAMA_7B = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
     "num_attention_heads": 32,
-}  # fmt: skip
+}
 
 
 def _config(s: dict) -> Any:
@@ -29,17 +32,30 @@ def _config(s: dict) -> Any:
     return dataclasses.replace(
         MPLUG_OWL_7B,
         vision=ViTConfig(
-            v.get("image_size", 224), v.get("patch_size", 14), width, v.get("num_hidden_layers", 24),
-            v.get("num_attention_heads", 16), v.get("intermediate_size", 4096), eps, act, "qkvo", False, True,
+            v.get("image_size", 224),
+            v.get("patch_size", 14),
+            width,
+            v.get("num_hidden_layers", 24),
+            v.get("num_attention_heads", 16),
+            v.get("intermediate_size", 4096),
+            eps,
+            act,
+            "qkvo",
+            False,
+            True,
         ),
         latents=AbstractorConfig(
-            width, a.get("num_hidden_layers", 6), a.get("num_attention_heads", 16), a.get("intermediate_size", 4096),
-            s.get("num_query_tokens", 64), inner_eps=a.get("layer_norm_eps", 1e-6),
+            width,
+            a.get("num_hidden_layers", 6),
+            a.get("num_attention_heads", 16),
+            a.get("intermediate_size", 4096),
+            s.get("num_query_tokens", 64),
+            inner_eps=a.get("layer_norm_eps", 1e-6),
             dropout=a.get("attention_probs_dropout_prob", 0.1),
         ),
         language=LLAMA.config(LLAMA_7B | (s.get("text_config") or {})),
         vision_eps=eps,
-    )  # fmt: skip
+    )
 
 
 def _settings(c: Any) -> dict:
@@ -80,9 +96,15 @@ def _describes(c: Any) -> bool:
 
 
 OWL = Published(
-    "mplug_owl", ("mplug-owl",), _describes, _config, _settings, lambda c: c.torch_rows(), abstract,
+    "mplug_owl",
+    ("mplug-owl",),
+    _describes,
+    _config,
+    _settings,
+    lambda c: c.torch_rows(),
+    abstract,
     ignore=(
         r"language_model\.model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq(?#computed)",
         r"vision_model\.embeddings\.position_ids(?#they only count)",
     ),
-)  # fmt: skip
+)

@@ -64,7 +64,7 @@ VISION = (
     (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
     (r"^visual_encoder\.blocks\.(\d+)\.attn\.", r"vision_model.encoder.layers.\1.self_attn."),
     (r"^visual_encoder\.blocks\.", "vision_model.encoder.layers."),
-)  # fmt: skip
+)
 QFORMER = (
     (r"^ln_vision\.", "vision_model.post_layernorm."),
     (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.embeddings.layernorm."),
@@ -89,8 +89,7 @@ SAM = (
     (r"^image_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_encoder.layers.\1.layer_norm\2."),
     (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
     (r"^image_encoder\.", "vision_encoder."),
-    (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
-     "shared_image_embedding.positional_embedding"),
+    (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$", "shared_image_embedding.positional_embedding"),
     (r"\.point_embeddings\.", ".point_embed."),
     (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
     (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
@@ -105,7 +104,7 @@ SAM = (
     (r"\.output_upscaling\.3\.", ".upscale_conv2."),
     (r"\.transformer\.layers\.(\d+)\.norm(\d)\.", r".transformer.layers.\1.layer_norm\2."),
     (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
-)  # fmt: skip
+)
 SWIN = (
     (r"^visual_encoder\.patch_embed\.proj\.", "swin.embeddings.patch_embeddings.projection."),
     (r"^visual_encoder\.patch_embed\.norm\.", "swin.embeddings.norm."),
@@ -152,9 +151,15 @@ def _of_lion(c: Any) -> list[Peer]:
     language = dataclasses.replace(c.language, adapters=None)
     # transformers has one epsilon for the tower and the norm behind it.
     whole = Prefix(
-        c.vision, language, c.qformer, feature_layer=-1, class_token=True, vision_eps=c.vision.eps, projector_depth=1,
+        c.vision,
+        language,
+        c.qformer,
+        feature_layer=-1,
+        class_token=True,
+        vision_eps=c.vision.eps,
+        projector_depth=1,
         image_token=language.vocab - 1,
-    )  # fmt: skip
+    )
     paths = (("vision_norm/", "qformer_norm/"), ("projector/", "qformer_projector/"), ("", ""))
     names = (*VISION, *QFORMER)
     if not c.qformer.text:
@@ -186,7 +191,7 @@ def _of_eva(c: Any) -> list[Peer]:
     bridge = QFormerConfig(8, 2, 2, 8, 2, 2, c.width, text=False)
     whole = Prefix(
         c, language, bridge, feature_layer=-1, class_token=True, vision_eps=c.eps, projector_depth=1, image_token=31
-    )  # fmt: skip
+    )
 
     def taken(tensors):
         return _with_whole_biases({f"visual_encoder.{name}": w for name, w in tensors.items()})
@@ -196,5 +201,8 @@ def _of_eva(c: Any) -> list[Peer]:
 
 
 PEERS: dict[str, Callable[[Any], list[Peer]]] = {
-    "lion": _of_lion, "nextchat": _of_nextchat, "ram": _of_ram, "eva": _of_eva,
-}  # fmt: skip
+    "lion": _of_lion,
+    "nextchat": _of_nextchat,
+    "ram": _of_ram,
+    "eva": _of_eva,
+}

@@ -20,15 +20,7 @@ from lionjax import params as trees
 from lionjax.convert import orbax, systems
 from lionjax.convert.coverage import Coverage, coverage_of
 from lionjax.convert.files import Tensors, has_nan
-from lionjax.convert.folders import (
-    ORIGIN,
-    companions_of,
-    copy_files,
-    holds_params,
-    load_params,
-    open_params,
-    origin_of,
-)
+from lionjax.convert.folders import ORIGIN, companions_of, copy_files, holds_params, load_params, open_params, origin_of
 from lionjax.convert.orbax import Promise
 from lionjax.convert.plan import Piece, Plan, plan_params, refuse
 from lionjax.convert.tables import THE_NUMBERS, Computed, leaves_of, placed_from
@@ -91,9 +83,7 @@ def save_orbax(src: str | Path, dst: str | Path, mesh: Mesh, system: str | None 
         leaf, twins, done = (_mapped if ours else _made)(plan, tensors, path, pieces[path])
         return Promise(leaf, depth[path], sharding, twins, _warn_of(coverage, path), done)
 
-    promises = {
-        path: promise(path, target.sharding) for path, target in trees.flatten(like).items()
-    }
+    promises = {path: promise(path, target.sharding) for path, target in trees.flatten(like).items()}
     _write_whole(dst, trees.unflatten(promises), json.loads(configs.to_json(config)), beside)
     coverage.files = (orbax.PARAMS, orbax.CONFIG)
     coverage.seconds = time.perf_counter() - start
@@ -126,11 +116,7 @@ def _mapped(plan: Plan, tensors: Tensors, path: str, pieces: dict) -> tuple:
     def done(index):
         tensors.forget(path)
 
-    return (
-        Computed(leaf.shape, leaf.dtype, lambda index: leaf[(*index, ...)]),
-        lambda index: (),
-        done,
-    )
+    return (Computed(leaf.shape, leaf.dtype, lambda index: leaf[(*index, ...)]), lambda index: (), done)
 
 
 def _made(plan: Plan, tensors: Tensors, path: str, pieces: dict) -> tuple:
@@ -161,9 +147,7 @@ def _write_whole(dst: Path, promises: Params, config: dict, beside: dict[str, Pa
     from jax.experimental import multihost_utils
 
     partial, first = dst.parent / f".{dst.name}.partial", jax.process_index() == 0
-    needed = sum(
-        int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(promises)
-    )
+    needed = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(promises))
     try:
         if first:
             _remove(partial)

@@ -49,9 +49,7 @@ class Piece:
     row: Row
     index: tuple[int, ...]  # of the leading axes of the row's leaves
     tensors: tuple[str, ...]  # in the order of the row's names
-    tied: tuple[
-        str, ...
-    ] = ()  # further names of the single tensor (on the way in, those that are there)
+    tied: tuple[str, ...] = ()  # further names of the single tensor (on the way in, those that are there)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +61,7 @@ class Plan:
     ignored: dict[str, str]  # torch name -> the pattern that let it pass
 
 
-def plan_params(
-    rows: Iterable[Row], state: Mapping, ignore=(), expected: Params | None = None
-) -> Plan:
+def plan_params(rows: Iterable[Row], state: Mapping, ignore=(), expected: Params | None = None) -> Plan:
     """The way in: what becomes of the tensors in `state`, whose values need only have a shape and a dtype.
 
     `ignore`: regular expressions of names that are passed over, matched whole, before any row is. `expected`: a tree of
@@ -121,9 +117,7 @@ def plan_state(rows: Iterable[Row], flat: Mapping, expected: Params | None = Non
     known = {path for row in rows for path in row.paths}
     problems += [f"parameter {path!r} has no row" for path in flat if path not in known]
     if expected is not None:
-        problems += _unlike(
-            {path: Form.of(leaf) for path, leaf in flat.items()}, trees.flatten(expected), known
-        )
+        problems += _unlike({path: Form.of(leaf) for path, leaf in flat.items()}, trees.flatten(expected), known)
     refuse(problems, "the parameters")
     return Plan(tuple(pieces), made, {})
 
@@ -133,9 +127,7 @@ def refuse(problems: list[str], what: str) -> None:
     problems = list(dict.fromkeys(problems))
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:SAID_AT_ONCE])
-        more = (
-            f"\n  and {len(problems) - SAID_AT_ONCE} more" if len(problems) > SAID_AT_ONCE else ""
-        )
+        more = f"\n  and {len(problems) - SAID_AT_ONCE} more" if len(problems) > SAID_AT_ONCE else ""
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{count} between the weight table and {what}:{shown}{more}")
 
@@ -170,9 +162,7 @@ def _distinct_paths(rows: Iterable[Row], problems: list[str]) -> tuple[Row, ...]
     for row in rows:
         for path in row.paths:
             if path in seen:
-                problems.append(
-                    f"parameter {path!r} has two rows: {seen[path]!r} and {row.names[0]!r}"
-                )
+                problems.append(f"parameter {path!r} has two rows: {seen[path]!r} and {row.names[0]!r}")
             seen[path] = row.names[0]
     return rows
 
@@ -183,18 +173,14 @@ def _find(row: Row, forms: dict[str, Form], wanted, problems: list[str]) -> list
     found = set().union(*columns)
     if not found and not row.paths:
         return []  # a constant may be missing
-    sizes = [
-        1 + max((index[axis] for index in found), default=0) for axis in range(len(row.letters))
-    ]
+    sizes = [1 + max((index[axis] for index in found), default=0) for axis in range(len(row.letters))]
     if wanted is not None and row.paths and row.paths[0] in wanted:
         given = tuple(wanted[row.paths[0]].shape)
         sizes = [max(size, least) for size, least in zip(sizes, (*given, *sizes[len(given) :]))]
     bounds = [Template.of(row.names[0]).bound(letter) or 0 for letter in row.letters]
     sizes = [max(size, bound) for size, bound in zip(sizes, bounds)]
     if math.prod(sizes) > MOST_LAYERS:
-        problems.append(
-            f"row for {row.flax} finds {len(found)} layers, numbered up to {[size - 1 for size in sizes]}"
-        )
+        problems.append(f"row for {row.flax} finds {len(found)} layers, numbered up to {[size - 1 for size in sizes]}")
         return []
     pieces, absent = [], []
     for index in np.ndindex(*sizes):
@@ -203,11 +189,7 @@ def _find(row: Row, forms: dict[str, Form], wanted, problems: list[str]) -> list
         if len(there) >= count:
             pieces.append(Piece(row, index, tuple(there[:count]), tuple(there[count:])))
         else:
-            absent += [
-                Template.of(name).fill(index)
-                for name, c in zip(row.names, columns)
-                if index not in c
-            ]
+            absent += [Template.of(name).fill(index) for name, c in zip(row.names, columns) if index not in c]
     problems += [f"row for {row.flax} finds no tensor {text}" for text in grouped(absent)]
     return pieces
 
@@ -220,37 +202,26 @@ def _matches(text: str, forms: dict[str, Form]) -> dict[tuple[int, ...], str]:
     return {index: name for index, name in found if index is not None}
 
 
-def _leaf_forms(
-    row: Row, pieces: list[Piece], forms: dict[str, Form], problems: list[str]
-) -> dict[str, Form]:
+def _leaf_forms(row: Row, pieces: list[Piece], forms: dict[str, Form], problems: list[str]) -> dict[str, Form]:
     """The form of the row's leaves, with the run of layers in front; layers that are not alike become problems."""
     kinds: dict[tuple[Form, ...], list[str]] = {}
     for piece in pieces:
         kinds.setdefault(tuple(forms[name] for name in piece.tensors), []).append(piece.tensors[0])
     if len(kinds) > 1:
-        sorts = "; ".join(
-            f"{', '.join(map(str, kind))} in {grouped(names)[0]}" for kind, names in kinds.items()
-        )
+        sorts = "; ".join(f"{', '.join(map(str, kind))} in {grouped(names)[0]}" for kind, names in kinds.items())
         problems.append(f"the layers for {row.flax} differ: {sorts}")
     if len(kinds) != 1 or not row.paths:
         return {}
     ((kind, (first, *_)),) = kinds.items()
     if len({form.dtype for form in kind}) > 1:
-        problems.append(
-            f"the tensors of row {row.names} differ in dtype: {', '.join(map(str, kind))}"
-        )
+        problems.append(f"the tensors of row {row.names} differ in dtype: {', '.join(map(str, kind))}")
         return {}
     parts = _through(row.to_flax, row.to_torch, kind)
     if isinstance(parts, str):
-        problems.append(
-            f"tensor {first!r}, {', '.join(map(str, kind))}, does not fit {row.op.name}: {parts}"
-        )
+        problems.append(f"tensor {first!r}, {', '.join(map(str, kind))}, does not fit {row.op.name}: {parts}")
         return {}
     sizes = tuple(1 + size for size in pieces[-1].index)
-    return {
-        path: Form(sizes + part.shape, part.dtype)
-        for path, part in zip(row.paths, parts, strict=True)
-    }
+    return {path: Form(sizes + part.shape, part.dtype) for path, part in zip(row.paths, parts, strict=True)}
 
 
 def _layers(row: Row, leaves: list, problems: list[str]) -> tuple[int, ...] | None:
@@ -260,13 +231,9 @@ def _layers(row: Row, leaves: list, problems: list[str]) -> tuple[int, ...] | No
     size = next(iter(sizes))
     bounds = [Template.of(names[0]).bound(letter) for letter in row.letters]
     if len(sizes) > 1 or len(size) < depth:
-        problems.append(
-            f"parameters {row.paths} want the same {depth} leading axes, for row {names[0]!r}"
-        )
+        problems.append(f"parameters {row.paths} want the same {depth} leading axes, for row {names[0]!r}")
     elif any(bound not in (None, length) for bound, length in zip(bounds, size)):
-        problems.append(
-            f"parameter {row.paths[0]!r} begins with axes {size} where row {names[0]!r} wants {bounds}"
-        )
+        problems.append(f"parameter {row.paths[0]!r} begins with axes {size} where row {names[0]!r} wants {bounds}")
     else:
         return size
     return None
@@ -281,9 +248,7 @@ def _tensor_forms(row: Row, leaves: list, problems: list[str]) -> tuple[Form, ..
         return ()
     parts = _through(row.to_torch, row.to_flax, kind)
     if isinstance(parts, str):
-        problems.append(
-            f"parameters {row.paths}, a layer of {text}, do not fit {row.op.name}: {parts}"
-        )
+        problems.append(f"parameters {row.paths}, a layer of {text}, do not fit {row.op.name}: {parts}")
         return ()
     return parts
 
@@ -306,22 +271,14 @@ def _through(there, back, forms: Iterable[Form]) -> tuple[Form, ...] | str:
 
 def _unlike(made: Mapping[str, Form], wanted: Mapping, known: set[str]) -> list[str]:
     """How the leaves differ from what was expected: shapes, integers for floats, paths that only one side has."""
-    problems = [
-        f"parameter {path!r} has no row"
-        for path in wanted
-        if path not in made and path not in known
-    ]
+    problems = [f"parameter {path!r} has no row" for path in wanted if path not in made and path not in known]
     for path, form in made.items():
         if path not in wanted:
             problems.append(f"parameter {path!r} is not part of the model")
             continue
         like = Form.of(wanted[path])
         if like.shape != form.shape:
-            problems.append(
-                f"parameter {path!r} is {form.shape} where the model wants {like.shape}"
-            )
+            problems.append(f"parameter {path!r} is {form.shape} where the model wants {like.shape}")
         if is_float(like.dtype) != is_float(form.dtype):
-            problems.append(
-                f"parameter {path!r} is {form.dtype} where the model wants {like.dtype}"
-            )
+            problems.append(f"parameter {path!r} is {form.dtype} where the model wants {like.dtype}")
     return problems

@@ -12,36 +12,43 @@ import numpy as np
 
 from lionjax import config as configs
 from lionjax.convert.files import Tensors, open_weights
-from lionjax.convert.published import (
-    LLAMA,
-    OPT,
-    T5,
-    Published,
-    abstract,
-    read_settings,
-    refuse_unless,
-)
+from lionjax.convert.published import LLAMA, OPT, T5, Published, abstract, read_settings, refuse_unless
 from lionjax.convert.towers import CLIP, LAVIS_IGNORES
 from lionjax.interfaces import UserError
 
 # What transformers means where a folder's config.json says nothing of its language model's sizes.
 LANGUAGES = {
-    "llama": (LLAMA, {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    }),
-    "opt": (OPT, {
-        "vocab_size": 50272, "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "max_position_embeddings": 2048,
-    }),
-    "t5": (T5, {
-        "vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8,
-    }),
-}  # fmt: skip
+    "llama": (
+        LLAMA,
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+    ),
+    "opt": (
+        OPT,
+        {
+            "vocab_size": 50272,
+            "hidden_size": 768,
+            "ffn_dim": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 2048,
+        },
+    ),
+    "t5": (T5, {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}),
+}
 CLIP_336 = {  # LLaVA's tower where it says nothing
-    "image_size": 336, "patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
     "intermediate_size": 4096,
-}  # fmt: skip
+}
 CLIP_224 = CLIP_336 | {"image_size": 224}
 TOWERS = {"openai/clip-vit-large-patch14-336": CLIP_336, "openai/clip-vit-large-patch14": CLIP_224}
 LLAVA_SPELLINGS = (  # in the memory of newer versions, in files they write, in files as published
@@ -78,17 +85,17 @@ def _llava_config(s: dict) -> Any:
         return _own_llava_config(s)
     act, layer = s.get("projector_hidden_act", "gelu"), s.get("vision_feature_layer", -2)
     refuse_unless(act == "gelu", f"projector_hidden_act {act!r}", "gelu")
-    refuse_unless(
-        s.get("multimodal_projector_bias", True), "no biases in its projector", "one with"
-    )
+    refuse_unless(s.get("multimodal_projector_bias", True), "no biases in its projector", "one with")
     refuse_unless(isinstance(layer, int), f"vision_feature_layer {layer}", "a single layer")
     vision = CLIP.config(s.get("vision_config") or CLIP_336)
     return Prefix(
-        vision, language_in(s["text_config"], "llama"),
+        vision,
+        language_in(s["text_config"], "llama"),
         feature_layer=layer if layer < 0 else layer - vision.depth - 1,
         class_token=s.get("vision_feature_select_strategy", "default") == "full",
-        image_token=s.get("image_token_index", s.get("image_token_id", 32000)), in_front=False,
-    )  # fmt: skip
+        image_token=s.get("image_token_index", s.get("image_token_id", 32000)),
+        in_front=False,
+    )
 
 
 def _own_llava_config(s: dict) -> Any:
@@ -101,10 +108,15 @@ def _own_llava_config(s: dict) -> Any:
     depths = {"linear": 1, "mlp1x_gelu": 1, "mlp2x_gelu": 2}
     refuse_unless(kind in depths, f"mm_projector_type {kind!r}", "linear or mlp2x_gelu")
     return Prefix(
-        CLIP.config(vision), LLAMA.config(s), feature_layer=s.get("mm_vision_select_layer", -2),
-        class_token=s.get("mm_vision_select_feature", "patch") == "cls_patch", projector_depth=depths[kind],
-        image_token=s.get("image_token_index", OWN_IMAGE_TOKEN), in_front=False, names="original",
-    )  # fmt: skip
+        CLIP.config(vision),
+        LLAMA.config(s),
+        feature_layer=s.get("mm_vision_select_layer", -2),
+        class_token=s.get("mm_vision_select_feature", "patch") == "cls_patch",
+        projector_depth=depths[kind],
+        image_token=s.get("image_token_index", OWN_IMAGE_TOKEN),
+        in_front=False,
+        names="original",
+    )
 
 
 # What LLaVA's code writes into a prompt for a picture; no word of any vocabulary.
@@ -180,8 +192,9 @@ def _llava_tensors(c: Any, tensors: Tensors, folder: Path) -> Tensors:
 
 def _beside(folder: Path, kind: Published, what: str) -> Path:
     """The one folder of a kind inside another."""
-    found = [f.parent for f in sorted(folder.glob("*/config.json"))
-             if read_settings(f).get("model_type") in kind.model_types]  # fmt: skip
+    found = [
+        f.parent for f in sorted(folder.glob("*/config.json")) if read_settings(f).get("model_type") in kind.model_types
+    ]
     if len(found) != 1:
         raise UserError(
             f"{folder} holds no {what}; put the folder of its {kind.name} (config.json and weights) inside it"
@@ -225,19 +238,36 @@ def _blip_config(s: dict, text: bool) -> Any:
     width, eps = v.get("hidden_size", 1408), v.get("layer_norm_eps", 1e-6)
     return Prefix(
         ViTConfig(
-            v.get("image_size", 224), v.get("patch_size", 14), width, v.get("num_hidden_layers", 39),
-            v.get("num_attention_heads", 16), v.get("intermediate_size", 6144), eps, act,
+            v.get("image_size", 224),
+            v.get("patch_size", 14),
+            width,
+            v.get("num_hidden_layers", 39),
+            v.get("num_attention_heads", 16),
+            v.get("intermediate_size", 6144),
+            eps,
+            act,
         ),
         language_in(s.get("text_config") or {}, "opt"),
         QFormerConfig(
-            q.get("hidden_size", 768), q.get("num_hidden_layers", 12), q.get("num_attention_heads", 12),
-            q.get("intermediate_size", 3072), s.get("num_query_tokens", 32), q.get("cross_attention_frequency", 2),
-            width, q.get("vocab_size", 30522), q.get("max_position_embeddings", 512), q.get("layer_norm_eps", 1e-12),
-            q.get("hidden_dropout_prob", 0.1), text,
+            q.get("hidden_size", 768),
+            q.get("num_hidden_layers", 12),
+            q.get("num_attention_heads", 12),
+            q.get("intermediate_size", 3072),
+            s.get("num_query_tokens", 32),
+            q.get("cross_attention_frequency", 2),
+            width,
+            q.get("vocab_size", 30522),
+            q.get("max_position_embeddings", 512),
+            q.get("layer_norm_eps", 1e-12),
+            q.get("hidden_dropout_prob", 0.1),
+            text,
         ),
-        feature_layer=-1, class_token=True, vision_eps=eps, projector_depth=1,
+        feature_layer=-1,
+        class_token=True,
+        vision_eps=eps,
+        projector_depth=1,
         image_token=s.get("image_token_index", s.get("image_token_id")),
-    )  # fmt: skip
+    )
 
 
 def _blip_settings(c: Any) -> dict:
@@ -295,23 +325,39 @@ _TURNS = r".*model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq(?#computed)"
 _UNUSED = r"(language_model|t5_model)\." + T5.ignore[0]
 _STAGE_1 = r"Qformer\.cls\..*|(vision_proj|text_proj|itm_head)\..*|temp(?#heads of its first stage)"
 _BLIP_IGNORES = (_IDS, _TURNS, _UNUSED, _STAGE_1, LAVIS_IGNORES)
-_COPIES = tuple(
-    (f"{x}_model.lm_head.weight", f"{x}_model.shared.weight") for x in ("language", "t5")
-)
+_COPIES = tuple((f"{x}_model.lm_head.weight", f"{x}_model.shared.weight") for x in ("language", "t5"))
 
 LLAVA = Published(
-    "llava", ("llava", "llava_llama"), lambda c: _is(c, lambda q: q is None),
-    _llava_config, _llava_settings, lambda c: c.torch_rows(), abstract, ignore=(_IDS, _TURNS),
+    "llava",
+    ("llava", "llava_llama"),
+    lambda c: _is(c, lambda q: q is None),
+    _llava_config,
+    _llava_settings,
+    lambda c: c.torch_rows(),
+    abstract,
+    ignore=(_IDS, _TURNS),
     complete=_llava_tensors,
-)  # fmt: skip
+)
 BLIP2 = Published(
-    "blip2", ("blip-2",), lambda c: _is(c, lambda q: q is not None and not q.text),
-    lambda s: _blip_config(s, False), _whole_settings(_blip_settings), lambda c: c.torch_rows(), abstract,
-    ignore=_BLIP_IGNORES, copies=_COPIES,
-)  # fmt: skip
+    "blip2",
+    ("blip-2",),
+    lambda c: _is(c, lambda q: q is not None and not q.text),
+    lambda s: _blip_config(s, False),
+    _whole_settings(_blip_settings),
+    lambda c: c.torch_rows(),
+    abstract,
+    ignore=_BLIP_IGNORES,
+    copies=_COPIES,
+)
 INSTRUCTBLIP = Published(
-    "instructblip", ("instructblip",), lambda c: _is(c, lambda q: q is not None and q.text),
-    lambda s: _blip_config(s, True), _whole_settings(_blip_settings), lambda c: c.torch_rows(), abstract,
-    ignore=_BLIP_IGNORES, copies=_COPIES,
-)  # fmt: skip
+    "instructblip",
+    ("instructblip",),
+    lambda c: _is(c, lambda q: q is not None and q.text),
+    lambda s: _blip_config(s, True),
+    _whole_settings(_blip_settings),
+    lambda c: c.torch_rows(),
+    abstract,
+    ignore=_BLIP_IGNORES,
+    copies=_COPIES,
+)
 PICTURE_FIRST = (LLAVA, BLIP2, INSTRUCTBLIP)

@@ -27,9 +27,7 @@ class Published:
     config: Callable[[dict], Any]
     settings: Callable[[Any], dict]
     rows: Callable[[Any], tuple]
-    abstract: Callable[
-        ..., Params
-    ]  # (config, mesh=None): shapes of the whole tree, and where it lies
+    abstract: Callable[..., Params]  # (config, mesh=None): shapes of the whole tree, and where it lies
     # Names that say nothing: patterns, matched whole, with the reason in a comment of theirs, (?#...).
     ignore: tuple[str, ...] = ()
     # (name, name of the tensor it equals where it is missing)
@@ -90,9 +88,7 @@ def abstract_of_picture(module: Any, side: int, mesh: Any) -> Params:
     from lionjax import sharding
 
     image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
-    return sharding.abstract(
-        lambda key, x: module.init(key, x)["params"], jax.random.key(0), image, mesh=mesh
-    )
+    return sharding.abstract(lambda key, x: module.init(key, x)["params"], jax.random.key(0), image, mesh=mesh)
 
 
 # T5 v1.1 and FlanT5
@@ -107,21 +103,25 @@ def _t5_config(s: dict) -> Any:
     activations = {"gated-gelu": "gelu_tanh", "gated-silu": "silu"}
     if s.get("dense_act_fn") == "gelu":  # as BLIP-2 runs it
         activations["gated-gelu"] = "gelu"
-    refuse_unless(
-        form in activations,
-        f"feed_forward_proj {form!r}",
-        "T5 v1.1 and FlanT5, gated-gelu or gated-silu,",
-    )
-    refuse_unless(
-        not scaled, "tie_word_embeddings true", "T5 v1.1 and FlanT5, with an unscaled head,"
-    )
+    refuse_unless(form in activations, f"feed_forward_proj {form!r}", "T5 v1.1 and FlanT5, gated-gelu or gated-silu,")
+    refuse_unless(not scaled, "tie_word_embeddings true", "T5 v1.1 and FlanT5, with an unscaled head,")
     return T5Config(
-        s["vocab_size"], s["d_model"], s["d_kv"], s["num_heads"], s["d_ff"],
-        s["num_layers"], s.get("num_decoder_layers") or s["num_layers"],
-        s.get("relative_attention_num_buckets", 32), s.get("relative_attention_max_distance", 128),
-        s.get("layer_norm_epsilon", 1e-6), activations[form], s.get("dropout_rate", 0.1),
-        token(s, "decoder_start_token_id", 0), token(s, "pad_token_id", 0), token(s, "eos_token_id", 1),
-    )  # fmt: skip
+        s["vocab_size"],
+        s["d_model"],
+        s["d_kv"],
+        s["num_heads"],
+        s["d_ff"],
+        s["num_layers"],
+        s.get("num_decoder_layers") or s["num_layers"],
+        s.get("relative_attention_num_buckets", 32),
+        s.get("relative_attention_max_distance", 128),
+        s.get("layer_norm_epsilon", 1e-6),
+        activations[form],
+        s.get("dropout_rate", 0.1),
+        token(s, "decoder_start_token_id", 0),
+        token(s, "pad_token_id", 0),
+        token(s, "eos_token_id", 1),
+    )
 
 
 def _t5_settings(c: Any) -> dict:
@@ -167,9 +167,7 @@ def _t5_abstract(c: Any, mesh: Any = None) -> Params:
         return module.decode(ids, ids, encoded, ids)
 
     ids = jnp.zeros((1, 2), jnp.int32)
-    return sharding.abstract(
-        lambda key: T5(c).init(key, ids, method=run)["params"], jax.random.key(0), mesh=mesh
-    )
+    return sharding.abstract(lambda key: T5(c).init(key, ids, method=run)["params"], jax.random.key(0), mesh=mesh)
 
 
 # Decoders
@@ -177,9 +175,7 @@ def _t5_abstract(c: Any, mesh: Any = None) -> Params:
 
 def _of_decoder(c: Any, learned: bool, offset: bool) -> bool:
     shape = (
-        (c.positions > 0, c.position_offset > 0)
-        if type(c).__name__ == "DecoderConfig" and c.where == "turns"
-        else None
+        (c.positions > 0, c.position_offset > 0) if type(c).__name__ == "DecoderConfig" and c.where == "turns" else None
     )
     return shape == (learned, offset)
 
@@ -195,9 +191,7 @@ def _decoder_abstract(c: Any, mesh: Any = None) -> Params:
         return module.logits(module(module.embed(ids), ids))
 
     ids = jnp.zeros((1, 2), jnp.int32)
-    return sharding.abstract(
-        lambda key: Decoder(c).init(key, ids, method=run)["params"], jax.random.key(0), mesh=mesh
-    )
+    return sharding.abstract(lambda key: Decoder(c).init(key, ids, method=run)["params"], jax.random.key(0), mesh=mesh)
 
 
 def _llama_config(s: dict) -> Any:
@@ -206,20 +200,26 @@ def _llama_config(s: dict) -> Any:
     rope = s.get("rope_parameters") or s.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     refuse_unless(kind == "default", f"rotary positions of type {kind!r}", "plain rotary positions")
-    refuse_unless(
-        s.get("hidden_act", "silu") == "silu", f"hidden_act {s.get('hidden_act')!r}", "silu"
-    )
+    refuse_unless(s.get("hidden_act", "silu") == "silu", f"hidden_act {s.get('hidden_act')!r}", "silu")
     biased = s.get("attention_bias") or s.get("mlp_bias")
     refuse_unless(not biased, "biases in its attention or feed-forward", "a LLaMA without them")
     heads = s["num_attention_heads"]
     return DecoderConfig(
-        s["vocab_size"], s["hidden_size"], s["num_hidden_layers"], heads, s.get("num_key_value_heads") or heads,
-        s.get("head_dim") or s["hidden_size"] // heads, s["intermediate_size"], s.get("rms_norm_eps", 1e-6),
+        s["vocab_size"],
+        s["hidden_size"],
+        s["num_hidden_layers"],
+        heads,
+        s.get("num_key_value_heads") or heads,
+        s.get("head_dim") or s["hidden_size"] // heads,
+        s["intermediate_size"],
+        s.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta", s.get("rope_theta", 10000.0))),
-        tied=s.get("tie_word_embeddings", False), dropout=s.get("attention_dropout", 0.0),
-        pad_token=token(s, "pad_token_id", 0), start_token=token(s, "bos_token_id", 1),
+        tied=s.get("tie_word_embeddings", False),
+        dropout=s.get("attention_dropout", 0.0),
+        pad_token=token(s, "pad_token_id", 0),
+        start_token=token(s, "bos_token_id", 1),
         end_token=token(s, "eos_token_id", 2),
-    )  # fmt: skip
+    )
 
 
 def _llama_settings(c: Any) -> dict:
@@ -255,26 +255,27 @@ def _opt_config(s: dict) -> Any:
     from lionjax.language.decoder import OPT_2_7B
 
     wide = s.get("word_embed_proj_dim") or s["hidden_size"]
-    refuse_unless(
-        wide == s["hidden_size"],
-        f"words of width {wide}",
-        "an OPT whose words are as wide as its layers",
-    )
-    refuse_unless(
-        s.get("do_layer_norm_before", True),
-        "norms behind its layers",
-        "an OPT with norms before them",
-    )
+    refuse_unless(wide == s["hidden_size"], f"words of width {wide}", "an OPT whose words are as wide as its layers")
+    refuse_unless(s.get("do_layer_norm_before", True), "norms behind its layers", "an OPT with norms before them")
     act = s.get("activation_function", "relu")
     refuse_unless(act == "relu", f"activation_function {act!r}", "relu")
     heads = s["num_attention_heads"]
     return dataclasses.replace(
-        OPT_2_7B, vocab=s["vocab_size"], width=s["hidden_size"], layers=s["num_hidden_layers"], heads=heads,
-        kv_heads=heads, head=s["hidden_size"] // heads, hidden=s["ffn_dim"], tied=s.get("tie_word_embeddings", True),
-        positions=s["max_position_embeddings"] + OPT_2_7B.position_offset, dropout=s.get("dropout", 0.1),
-        pad_token=token(s, "pad_token_id", 1), start_token=token(s, "bos_token_id", 2),
+        OPT_2_7B,
+        vocab=s["vocab_size"],
+        width=s["hidden_size"],
+        layers=s["num_hidden_layers"],
+        heads=heads,
+        kv_heads=heads,
+        head=s["hidden_size"] // heads,
+        hidden=s["ffn_dim"],
+        tied=s.get("tie_word_embeddings", True),
+        positions=s["max_position_embeddings"] + OPT_2_7B.position_offset,
+        dropout=s.get("dropout", 0.1),
+        pad_token=token(s, "pad_token_id", 1),
+        start_token=token(s, "bos_token_id", 2),
         end_token=token(s, "eos_token_id", 2),
-    )  # fmt: skip
+    )
 
 
 def _opt_settings(c: Any) -> dict:
@@ -311,12 +312,22 @@ def _gpt2_config(s: dict) -> Any:
     refuse_unless(act == "gelu_new", f"activation_function {act!r}", "gelu_new")
     heads, end = s["n_head"], token(s, "eos_token_id", GPT2.end_token)
     return dataclasses.replace(
-        GPT2, vocab=s["vocab_size"], width=s["n_embd"], layers=s["n_layer"], heads=heads, kv_heads=heads,
-        head=s["n_embd"] // heads, hidden=s.get("n_inner") or 4 * s["n_embd"], positions=s["n_positions"],
-        eps=s.get("layer_norm_epsilon", 1e-5), tied=s.get("tie_word_embeddings", True),
-        dropout=s.get("resid_pdrop", 0.1), pad_token=token(s, "pad_token_id", end),
-        start_token=token(s, "bos_token_id", end), end_token=end,
-    )  # fmt: skip
+        GPT2,
+        vocab=s["vocab_size"],
+        width=s["n_embd"],
+        layers=s["n_layer"],
+        heads=heads,
+        kv_heads=heads,
+        head=s["n_embd"] // heads,
+        hidden=s.get("n_inner") or 4 * s["n_embd"],
+        positions=s["n_positions"],
+        eps=s.get("layer_norm_epsilon", 1e-5),
+        tied=s.get("tie_word_embeddings", True),
+        dropout=s.get("resid_pdrop", 0.1),
+        pad_token=token(s, "pad_token_id", end),
+        start_token=token(s, "bos_token_id", end),
+        end_token=end,
+    )
 
 
 def _gpt2_settings(c: Any) -> dict:
@@ -348,23 +359,47 @@ def _gpt2_rows(c: Any) -> tuple:
 
 
 T5 = Published(
-    "t5", ("t5",), lambda c: type(c).__name__ == "T5Config", _t5_config, _t5_settings, _t5_rows, _t5_abstract,
+    "t5",
+    ("t5",),
+    lambda c: type(c).__name__ == "T5Config",
+    _t5_config,
+    _t5_settings,
+    _t5_rows,
+    _t5_abstract,
     # A table that the first releases saved and no code has ever used.
     ignore=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight(?#no code uses it)",),
     copies=(("lm_head.weight", "shared.weight"),),
-)  # fmt: skip
+)
 LLAMA = Published(
-    "llama", ("llama",), lambda c: _of_decoder(c, False, False),
-    _llama_config, _llama_settings, _llama_rows, _decoder_abstract,
-    ignore=(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq(?#computed)",), base="model.",
-)  # fmt: skip
+    "llama",
+    ("llama",),
+    lambda c: _of_decoder(c, False, False),
+    _llama_config,
+    _llama_settings,
+    _llama_rows,
+    _decoder_abstract,
+    ignore=(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq(?#computed)",),
+    base="model.",
+)
 OPT = Published(
-    "opt", ("opt",), lambda c: _of_decoder(c, True, True),
-    _opt_config, _opt_settings, _opt_rows, _decoder_abstract, base="model.",
-)  # fmt: skip
+    "opt",
+    ("opt",),
+    lambda c: _of_decoder(c, True, True),
+    _opt_config,
+    _opt_settings,
+    _opt_rows,
+    _decoder_abstract,
+    base="model.",
+)
 GPT2 = Published(
-    "gpt2", ("gpt2",), lambda c: _of_decoder(c, True, False),
-    _gpt2_config, _gpt2_settings, _gpt2_rows, _decoder_abstract,
-    ignore=(r"transformer\.h\.[0-9]+\.attn\.(masked_)?bias(?#a mask)",), base="transformer.",
-)  # fmt: skip
+    "gpt2",
+    ("gpt2",),
+    lambda c: _of_decoder(c, True, False),
+    _gpt2_config,
+    _gpt2_settings,
+    _gpt2_rows,
+    _decoder_abstract,
+    ignore=(r"transformer\.h\.[0-9]+\.attn\.(masked_)?bias(?#a mask)",),
+    base="transformer.",
+)
 TEXTS = (T5, LLAMA, OPT, GPT2)

@@ -95,9 +95,7 @@ def _swin_run(c: Any, rng) -> Run:
 
     image = _picture(rng, c.image)
     given = {"pixel_values": image.transpose(0, 3, 1, 2).copy()}
-    return Run(
-        Swin(c), lambda module, image: {"last_hidden_state": module(image)[0]}, (image,), given
-    )
+    return Run(Swin(c), lambda module, image: {"last_hidden_state": module(image)[0]}, (image,), given)
 
 
 def _prefix_run(c: Any, rng) -> Run:
@@ -108,10 +106,7 @@ def _prefix_run(c: Any, rng) -> Run:
         raise UserError("this model has no image token, without which transformers does not run it")
     words = c.qformer.queries if c.qformer else c.vision.patches + c.class_token
     text = _words(rng, min(c.language.vocab, c.image_token))[:1]
-    question, answer = (
-        text[:, :5] % (c.qformer.vocab if c.qformer else c.language.vocab),
-        text[:, 5:9],
-    )
+    question, answer = (text[:, :5] % (c.qformer.vocab if c.qformer else c.language.vocab), text[:, 5:9])
     ids = np.insert(text, 1, c.image_token, axis=1)
     image = _picture(rng, c.vision.image)
 
@@ -138,7 +133,15 @@ def _prefix_run(c: Any, rng) -> Run:
 
 
 RUNS: dict[str, Callable[[Any, Any], Run]] = {
-    "llama": _decoder_run, "opt": _decoder_run, "gpt2": _decoder_run, "t5": _t5_run, "bert": _bert_run,
-    "clip": _clip_run, "sam": _sam_run, "swin": _swin_run,
-    "llava": _prefix_run, "blip2": _prefix_run, "instructblip": _prefix_run,
-}  # fmt: skip
+    "llama": _decoder_run,
+    "opt": _decoder_run,
+    "gpt2": _decoder_run,
+    "t5": _t5_run,
+    "bert": _bert_run,
+    "clip": _clip_run,
+    "sam": _sam_run,
+    "swin": _swin_run,
+    "llava": _prefix_run,
+    "blip2": _prefix_run,
+    "instructblip": _prefix_run,
+}

@@ -30,9 +30,7 @@ class Surgery:
 
     config: Any
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    change: Mapping[str, Callable[[np.ndarray], np.ndarray]] = dataclasses.field(
-        default_factory=dict
-    )
+    change: Mapping[str, Callable[[np.ndarray], np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def forms(self, made: Mapping[str, Form]) -> dict[str, Form]:
         """Forms of all leaves after it."""
@@ -45,9 +43,7 @@ class Surgery:
 
     def then(self, other: Surgery) -> Surgery:
         """Both, of which the second was planned on the config of the first, about other leaves."""
-        return Surgery(
-            other.config, {**self.shapes, **other.shapes}, {**self.change, **other.change}
-        )
+        return Surgery(other.config, {**self.shapes, **other.shapes}, {**self.change, **other.change})
 
 
 def _language(system: Any) -> tuple[str, Any]:
@@ -80,9 +76,7 @@ def added_words(system: Any, count: int, known: int | None = None, multiple: int
     def grown(axis):
         def change(table):
             old = np.moveaxis(table, axis, 0)
-            whole = np.zeros(
-                [rows if k == axis else n for k, n in enumerate(table.shape)], table.dtype
-            )
+            whole = np.zeros([rows if k == axis else n for k, n in enumerate(table.shape)], table.dtype)
             target, mean = np.moveaxis(whole, axis, 0), old[:known].mean(0, dtype=np.float32)
             target[: language.vocab] = old[: language.vocab]
             target[known : known + count] = mean.astype(table.dtype)
@@ -107,9 +101,7 @@ def picture_size(system: Any, image: int) -> Surgery:
     """
     if hasattr(getattr(system, "swin", system), "window_of"):
         return _windows(system, image)
-    prefix, vision = (
-        ("", system) if hasattr(system, "patch") else ("vision/", getattr(system, "vision", None))
-    )
+    prefix, vision = ("", system) if hasattr(system, "patch") else ("vision/", getattr(system, "vision", None))
     if not hasattr(vision, "norm_before"):
         raise UserError(f"a {type(system).__name__} has no ViT whose positions could be resampled")
     if image % vision.patch or image < vision.patch:
@@ -139,9 +131,7 @@ def _windows(system: Any, image: int) -> Surgery:
     larger = dataclasses.replace(swin, image=image, window=window)
     config = dataclasses.replace(system, swin=larger) if prefix else larger
     leaves = trees.flatten(SWIN.abstract(larger))
-    shapes = {
-        prefix + path: leaf.shape for path, leaf in leaves.items() if path.endswith("/places")
-    }
+    shapes = {prefix + path: leaf.shape for path, leaf in leaves.items() if path.endswith("/places")}
 
     def change(shape):
         def resample(table_RN):
@@ -187,9 +177,7 @@ def bicubic(old: int, new: int, corners: bool) -> np.ndarray:
         far = np.abs(at - (first + tap))
         near = ((BICUBIC + 2) * far - (BICUBIC + 3)) * far**2 + 1
         outer = ((far - 5) * far + 8) * far * BICUBIC - 4 * BICUBIC
-        np.add.at(
-            matrix, (places, np.clip(first + tap, 0, old - 1)), np.where(far <= 1, near, outer)
-        )
+        np.add.at(matrix, (places, np.clip(first + tap, 0, old - 1)), np.where(far <= 1, near, outer))
     return matrix.astype(np.float32)
 
 
@@ -201,11 +189,7 @@ def add_to_tokenizer(file: Path, words: Iterable[str]) -> tuple[int, bytes]:
     if there := [word for word in words if tokenizer.token_to_id(word) is not None]:
         raise UserError(f"{file} knows {there[0]!r} already")
     known = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-    tokenizer.add_special_tokens(
-        [AddedToken(word, special=True, normalized=False) for word in words]
-    )
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words])
     if [tokenizer.token_to_id(word) for word in words] != list(range(known, known + len(words))):
-        raise UserError(
-            f"{file} has gaps in its ids, so that new words would not stand behind the others"
-        )
+        raise UserError(f"{file} has gaps in its ids, so that new words would not stand behind the others")
     return known, json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1).encode()

@@ -41,14 +41,10 @@ class Source:
     config: Any
     tensors: Tensors
     folder: Path | None  # where its tokenizer and settings lie
-    copied: dict[str, tuple[str, ...]] = dataclasses.field(
-        default_factory=dict
-    )  # tensor -> those made from it
+    copied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # tensor -> those made from it
 
 
-def open_source(
-    path: Path, system: str | None = None, adapter: Path | None = None, base: Path | None = None
-) -> Source:
+def open_source(path: Path, system: str | None = None, adapter: Path | None = None, base: Path | None = None) -> Source:
     """Recognise and open a checkpoint with the original's names.
 
     By `system`, by our own config beside it, by the names of LION's files, or by config.json. `adapter`: the folder of
@@ -59,9 +55,7 @@ def open_source(
         raise UserError(f"there is no {path}")
     folder = path if path.is_dir() else path.parent
     if (folder / loras.CONFIG).is_file():
-        raise UserError(
-            f"{folder} holds a LoRA alone; give the folder of its base model, and this one as --adapter"
-        )
+        raise UserError(f"{folder} holds a LoRA alone; give the folder of its base model, and this one as --adapter")
     source = _recognised(path, folder, system, base)
     beside = (source.folder or folder) / loras.FOLDER
     if adapter is None and not beside.is_dir():
@@ -76,9 +70,7 @@ def _recognised(path: Path, folder: Path, system: str | None, added_to: Path | N
     if system is not None and system not in (known := [kind.name for kind in SYSTEMS]):
         raise UserError(f"system {system!r} is not known; it can be {', '.join(known)}")
     if (folder / CONFIG_FILE).is_file():
-        if (folder / "params.safetensors").is_file() or (
-            folder / "params.safetensors.index.json"
-        ).is_file():
+        if (folder / "params.safetensors").is_file() or (folder / "params.safetensors.index.json").is_file():
             raise UserError(f"{folder} is in lionjax's own names already")
         config = read_config(folder)
         return Source(of_config(config), config, open_weights(path), folder)
@@ -94,15 +86,9 @@ def _recognised(path: Path, folder: Path, system: str | None, added_to: Path | N
         return _with_copies(*open_flamingo(path))
     settings = read_settings(folder / "config.json")
     model_type = settings.get("model_type")
-    kinds = [
-        k for k in SYSTEMS if k.name == system or (system is None and model_type in k.model_types)
-    ]
+    kinds = [k for k in SYSTEMS if k.name == system or (system is None and model_type in k.model_types)]
     if not kinds:
-        found = (
-            "no config.json that names a model_type"
-            if model_type is None
-            else f"model_type {model_type!r}"
-        )
+        found = "no config.json that names a model_type" if model_type is None else f"model_type {model_type!r}"
         known = ", ".join(kind.name for kind in SYSTEMS)
         raise UserError(f"{folder} has {found}; known are {known}, which --system can name")
     try:
@@ -187,9 +173,7 @@ def system_in(config: Any) -> Any:
 
 # LION: eva_vit_g.pth, the folder of a FlanT5, and LION-*.pth with what was trained
 
-LION_FILE = re.compile(
-    r"(?i)lion|xx?l_stage3_learnable\."
-)  # the second is what its makers called it
+LION_FILE = re.compile(r"(?i)lion|xx?l_stage3_learnable\.")  # the second is what its makers called it
 
 
 def _lion_file(folder: Path) -> Path | None:
@@ -201,9 +185,7 @@ def _open_lion(path: Path) -> Source:
     """LION's three parts in one folder. The trained part alone does not make a model."""
     folder = path if path.is_dir() else path.parent
     trained, eva = _lion_file(folder), folder / EVA_FILE
-    towers = [
-        f.parent for f in folder.glob("*/config.json") if read_settings(f).get("model_type") == "t5"
-    ]
+    towers = [f.parent for f in folder.glob("*/config.json") if read_settings(f).get("model_type") == "t5"]
     if trained is None or not eva.is_file() or len(towers) != 1:
         raise UserError(
             f"{folder} wants the three parts of a LION: LION-FlanT5-XL.pth (or XXL), eva_vit_g.pth, and one "
@@ -212,23 +194,16 @@ def _open_lion(path: Path) -> Source:
     vision = open_weights(eva).under("visual_encoder.")
     language = open_weights(towers[0]).under("t5_model.")
     tensors = _without_copies(open_weights(trained), language) | vision | language
-    return Source(
-        _LION, _lion_config(read_settings(towers[0] / "config.json"), tensors), tensors, towers[0]
-    )
+    return Source(_LION, _lion_config(read_settings(towers[0] / "config.json"), tensors), tensors, towers[0])
 
 
 def _without_copies(trained: Tensors, language: Tensors) -> Tensors:
     """The trained part without its copies of T5's word table, which its saver left in by mistake, as bfloat16."""
     table, kept, left = language.get("t5_model.shared.weight"), {}, dict(trained.left)
     for name, array in trained.items():
-        if (
-            re.fullmatch(r"t5_model\.(encoder|decoder)\.embed_tokens\.weight", name)
-            and table is not None
-        ):
+        if re.fullmatch(r"t5_model\.(encoder|decoder)\.embed_tokens\.weight", name) and table is not None:
             if not same_numbers(table, array):
-                raise UserError(
-                    f"{name!r} of {trained.sources[0]} is not the word table of this FlanT5"
-                )
+                raise UserError(f"{name!r} of {trained.sources[0]} is not the word table of this FlanT5")
             left[name] = "a copy of t5_model.shared.weight"
         else:
             kept[name] = array
@@ -253,11 +228,13 @@ def _lion_config(t5_settings: dict, tensors: Tensors) -> Any:
 
 # LION first: a folder with its files also holds a T5.
 _LION = Published(
-    "lion", ("lion",), lambda c: type(c).__name__ == "Lion",
+    "lion",
+    ("lion",),
+    lambda c: type(c).__name__ == "Lion",
     config=lambda settings: configs.from_json(json.dumps(settings["system"])),
     settings=lambda c: {"model_type": "lion", "system": json.loads(configs.to_json(c))},
     rows=lambda c: c.torch_rows(),
     abstract=abstract,
     ignore=(r"visual_encoder\." + EVA_IGNORES, r"Qformer\.cls\..*(?#heads of its first stage)"),
-)  # fmt: skip
+)
 SYSTEMS = (_LION, *POINTING, *PICTURE_FIRST, BLIP2_FIRST, OWL, KOSMOS, FLAMINGO, *EXPERTS, *TEXTS, *TOWERS, BERT)

@@ -18,9 +18,7 @@ from lionjax.convert.plan import Piece, Plan, plan_params, plan_state, refuse
 from lionjax.interfaces import Params
 from lionjax.weight_rows import Row, copy_bits, same_numbers
 
-Parts = Iterator[
-    tuple[str, tuple[int, ...], np.ndarray]
-]  # (name, index, array): the array is name's [index]
+Parts = Iterator[tuple[str, tuple[int, ...], np.ndarray]]  # (name, index, array): the array is name's [index]
 THE_NUMBERS = "the numbers in the torch tensors"
 
 
@@ -33,9 +31,7 @@ class Computed:
     layer: Callable[[tuple[int, ...]], np.ndarray]
 
 
-def params_from(
-    rows: Iterable[Row], state: Mapping, ignore=(), expected: Params | None = None
-) -> Params:
+def params_from(rows: Iterable[Row], state: Mapping, ignore=(), expected: Params | None = None) -> Params:
     """Torch's tensors -> our tree, bit for bit.
 
     `state` maps torch names to numpy arrays, which may be memory maps. `ignore` and `expected` are those of
@@ -48,9 +44,7 @@ def params_from(
     return trees.unflatten(flat)
 
 
-def state_from(
-    rows: Iterable[Row], params: Params, expected: Params | None = None
-) -> dict[str, np.ndarray]:
+def state_from(rows: Iterable[Row], params: Params, expected: Params | None = None) -> dict[str, np.ndarray]:
     """Our tree -> torch's tensors, bit for bit; the inverse of `params_from`. Raises UserError with all problems."""
     flat = trees.flatten(params)
     plan = plan_state(rows, flat, expected)
@@ -125,9 +119,7 @@ def leaves_of(piece: Piece, state: Mapping, problems: list[str]) -> tuple[np.nda
         return ()
 
 
-def _compare(
-    piece: Piece, name: str, one: np.ndarray, other: np.ndarray, problems: list[str]
-) -> None:
+def _compare(piece: Piece, name: str, one: np.ndarray, other: np.ndarray, problems: list[str]) -> None:
     if not same_numbers(np.asarray(one), np.asarray(other)):
         problems.append(f"tied tensors {piece.tensors[0]!r} and {name!r} hold different numbers")
 
@@ -138,9 +130,7 @@ def tensor_parts(plan: Plan, flat: Mapping, done: Callable = lambda path, array:
     `flat` holds leaves by path; they may be on devices. `done` gets the path and the part of a leaf that is not
     needed any more.
     """
-    for _, pieces in itertools.groupby(
-        plan.pieces, key=lambda piece: piece.row.paths or piece.row.names
-    ):
+    for _, pieces in itertools.groupby(plan.pieces, key=lambda piece: piece.row.paths or piece.row.names):
         pieces = list(pieces)
         leaves = {path: flat[path] for path in pieces[0].row.paths}
         leaves = {p: x if isinstance(x, Computed) else np.asarray(x) for p, x in leaves.items()}

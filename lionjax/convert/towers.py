@@ -31,10 +31,19 @@ def _clip_config(s: dict) -> Any:
     act = s.get("hidden_act", "quick_gelu")
     refuse_unless(act in ("quick_gelu", "gelu"), f"hidden_act {act!r}", "quick_gelu or gelu")
     return ViTConfig(
-        s.get("image_size", 224), s.get("patch_size", 32), s.get("hidden_size", 768), s.get("num_hidden_layers", 12),
-        s.get("num_attention_heads", 12), s.get("intermediate_size", 3072), s.get("layer_norm_eps", 1e-5), act,
-        biases="qkvo", patch_bias=False, norm_before=True, norm_after=True,
-    )  # fmt: skip
+        s.get("image_size", 224),
+        s.get("patch_size", 32),
+        s.get("hidden_size", 768),
+        s.get("num_hidden_layers", 12),
+        s.get("num_attention_heads", 12),
+        s.get("intermediate_size", 3072),
+        s.get("layer_norm_eps", 1e-5),
+        act,
+        biases="qkvo",
+        patch_bias=False,
+        norm_before=True,
+        norm_after=True,
+    )
 
 
 def _clip_settings(c: Any) -> dict:
@@ -80,9 +89,7 @@ def _openai_config(s: dict) -> Any:
 def _openai_told(c: Any, names: Collection[str]) -> Any:
     """How many layers there are, and whether the norm behind them is: LAVIS runs one less, without."""
     block = re.compile(r"transformer\.resblocks\.([0-9]{1,3})\..*")
-    depth = 1 + max(
-        (int(found[1]) for name in names if (found := block.fullmatch(name))), default=0
-    )
+    depth = 1 + max((int(found[1]) for name in names if (found := block.fullmatch(name))), default=0)
     return dataclasses.replace(c, depth=depth, norm_after="ln_post.weight" in names)
 
 
@@ -92,9 +99,7 @@ def _openai_rows(c: Any) -> tuple:
     return vit.openai_rows(c)
 
 
-EVA_IGNORES = (
-    r"(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*(?#a 40th block and heads)"
-)
+EVA_IGNORES = r"(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*(?#a 40th block and heads)"
 # LAVIS runs either tower without its last block and what is behind it.
 LAVIS_IGNORES = (
     r"visual_encoder\.(blocks\.39\.|transformer\.resblocks\.23\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.|"
@@ -102,23 +107,41 @@ LAVIS_IGNORES = (
 )
 
 CLIP = Published(
-    "clip", ("clip", "clip_vision_model"), lambda c: _of_vit(c, True),
-    _clip_config, _clip_settings, _clip_rows, _vit_abstract,
+    "clip",
+    ("clip", "clip_vision_model"),
+    lambda c: _of_vit(c, True),
+    _clip_config,
+    _clip_settings,
+    _clip_rows,
+    _vit_abstract,
     # Of a whole CLIP the vision tower is read.
     ignore=(
         r"vision_model\.embeddings\.position_ids(?#they only count)",
         r"((text_model|(text|visual)_projection)\..*|logit_scale)(?#of the comparison with texts)",
     ),
     base="vision_model.",
-)  # fmt: skip
+)
 # Written again as Hugging Face's.
 OPENAI_CLIP = Published(
-    "openai_clip", (), lambda c: False, _openai_config, _clip_settings, _openai_rows, _vit_abstract,
-    ignore=(r"proj(?#of the comparison with texts)",), inside="visual.",
+    "openai_clip",
+    (),
+    lambda c: False,
+    _openai_config,
+    _clip_settings,
+    _openai_rows,
+    _vit_abstract,
+    ignore=(r"proj(?#of the comparison with texts)",),
+    inside="visual.",
     told=_openai_told,
-)  # fmt: skip
+)
 EVA = Published(
-    "eva", (), lambda c: _of_vit(c, False),
-    _eva_config, lambda c: {"model_type": "eva"}, _eva_rows, _vit_abstract, ignore=(EVA_IGNORES,),
-)  # fmt: skip
+    "eva",
+    (),
+    lambda c: _of_vit(c, False),
+    _eva_config,
+    lambda c: {"model_type": "eva"},
+    _eva_rows,
+    _vit_abstract,
+    ignore=(EVA_IGNORES,),
+)
 TOWERS = (CLIP, OPENAI_CLIP, EVA)

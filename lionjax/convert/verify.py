@@ -65,9 +65,7 @@ class Verified:
         lines = [f"{'stage':{wide}}  layers  largest difference  largest number"]
         for s in self.stages:
             mark = "" if s.relative <= AGREE else f"  <- they part in {s.worst}"
-            lines.append(
-                f"{s.name:{wide}}  {s.layers:6}  {s.difference:18.2e}  {s.largest:14.3g}{mark}"
-            )
+            lines.append(f"{s.name:{wide}}  {s.layers:6}  {s.difference:18.2e}  {s.largest:14.3g}{mark}")
         if self.left:
             lines.append(f"not compared: {', '.join(grouped(self.left))}")
         return "\n".join(lines)
@@ -94,7 +92,7 @@ def verify(config: Any, params: Params, folder: str | Path) -> Verified:
     def forward(params, *inputs):
         return run.module.apply(
             {"params": params}, *inputs, method=run.method, capture_intermediates=True, mutable="intermediates"
-        )  # fmt: skip
+        )
 
     made, seen = jax.jit(forward)(params, *run.inputs)
     calls = _calls(seen["intermediates"])
@@ -118,18 +116,12 @@ def _by_parts(peers: list[Peer], flat: Mapping, tensors: Mapping) -> Verified:
         shapes = trees.flatten(model)
         # What the system does not have (all of it, but for a tower alone) is random.
         rng = np.random.default_rng(0)
-        random = {
-            p: 0.1 * rng.standard_normal(x.shape).astype(np.float32) for p, x in shapes.items()
-        }
+        random = {p: 0.1 * rng.standard_normal(x.shape).astype(np.float32) for p, x in shapes.items()}
         state = state_from(rows, trees.unflatten(random))
         found, taken = peer.tensors(tensors, state)
         ours = peer.params(flat, shapes)
-        if not peer.only and (
-            missing := sorted(state.keys() - found.keys()) or sorted(shapes.keys() - ours.keys())
-        ):
-            raise UserError(
-                f"the part {peer.name!r} lacks {len(missing)} weights, such as {missing[0]!r}"
-            )
+        if not peer.only and (missing := sorted(state.keys() - found.keys()) or sorted(shapes.keys() - ours.keys())):
+            raise UserError(f"the part {peer.name!r} lacks {len(missing)} weights, such as {missing[0]!r}")
         state |= {name: array.astype(np.float32) for name, array in found.items()}
         used |= taken
         with tempfile.TemporaryDirectory() as folder:
@@ -155,9 +147,7 @@ def _load(kind: Published, system: Any, folder: Path):
         import torch
         import transformers
     except ImportError as error:
-        raise UserError(
-            f"verifying runs the original beside ours and needs {error.name}"
-        ) from error
+        raise UserError(f"verifying runs the original beside ours and needs {error.name}") from error
     known = getattr(transformers, architecture, None)
     if kind.name not in RUNS or known is None:
         raise UserError(f"transformers has no class to run a {kind.name} of ours beside it")
@@ -166,13 +156,9 @@ def _load(kind: Published, system: Any, folder: Path):
     try:
         model, told = known.from_pretrained(folder, **loaded)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"transformers cannot load {folder}: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
     if missing := sorted(told["missing_keys"]):
-        raise UserError(
-            f"{folder} lacks {len(missing)} weights for transformers, such as {missing[0]!r}"
-        )
+        raise UserError(f"{folder} lacks {len(missing)} weights for transformers, such as {missing[0]!r}")
     return model.eval()
 
 
@@ -205,9 +191,7 @@ def _listen(model, given: Mapping[str, np.ndarray]) -> tuple[Any, dict[str, list
             module.register_forward_hook(listener(name))
     with torch.no_grad():
         results = model(**{name: torch.from_numpy(value) for name, value in given.items()})
-    return {
-        name: value.numpy() for name, value in results.items() if hasattr(value, "numpy")
-    }, heard
+    return {name: value.numpy() for name, value in results.items() if hasattr(value, "numpy")}, heard
 
 
 def _names(model, heard: Mapping, kind: Published, folder: Path) -> dict[str, str]:
@@ -221,13 +205,9 @@ def _names(model, heard: Mapping, kind: Published, folder: Path) -> dict[str, st
     rest = {name: array for name, array in tensors.items() if name not in taken}
     for module in (module for module, name in names.items() if not name):
         weight = modules[module].weight.detach().numpy()
-        alike = [
-            n for n, array in rest.items() if array.shape == weight.shape and _same(array, weight)
-        ]
+        alike = [n for n, array in rest.items() if array.shape == weight.shape and _same(array, weight)]
         if alike:
-            names[module] = max(
-                alike, key=lambda n: difflib.SequenceMatcher(None, n, module).ratio()
-            )
+            names[module] = max(alike, key=lambda n: difflib.SequenceMatcher(None, n, module).ratio())
             del rest[names[module]]
     return {module: name for module, name in names.items() if name}
 
@@ -236,9 +216,7 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
     return np.array_equal(one.reshape(-1)[:4096].astype(np.float32), other.reshape(-1)[:4096])
 
 
-def _stages(
-    rows, shapes: Mapping, calls: Mapping, heard: Mapping, names: Mapping
-) -> tuple[list, list]:
+def _stages(rows, shapes: Mapping, calls: Mapping, heard: Mapping, names: Mapping) -> tuple[list, list]:
     """Every row whose modules both sides have, and the modules that no row could compare."""
     found: dict[str, list] = {}
     left = []
@@ -253,9 +231,7 @@ def _stages(
     return [_difference(name, pairs) for name, pairs in found.items()], left
 
 
-def _row_pairs(
-    module: str, row: Row, index, shapes: Mapping, calls: Mapping, theirs: list
-) -> list[tuple]:
+def _row_pairs(module: str, row: Row, index, shapes: Mapping, calls: Mapping, theirs: list) -> list[tuple]:
     """Both sides of one module, call by call; nothing where ours does not stack its layers as the weights are."""
     pairs, depth = [], len(index)
     for number, their in enumerate(theirs):

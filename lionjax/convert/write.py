@@ -41,9 +41,7 @@ class Shard:
     size: int
 
 
-def shards(
-    made: Mapping[str, Form], stem: str, shard_bytes: int, metadata: Mapping[str, str]
-) -> list[Shard]:
+def shards(made: Mapping[str, Form], stem: str, shard_bytes: int, metadata: Mapping[str, str]) -> list[Shard]:
     """Files of at most `shard_bytes` of tensors, in the given order: STEM.safetensors, or STEM-00001-of-00003.…"""
     groups: list[dict[str, Form]] = [{}]
     filled = 0
@@ -55,9 +53,7 @@ def shards(
         filled += form.nbytes
     total = len(groups)
     endings = [f"-{k:05}-of-{total:05}" for k in range(1, total + 1)] if total > 1 else [""]
-    return [
-        _shard(f"{stem}{end}.safetensors", group, metadata) for end, group in zip(endings, groups)
-    ]
+    return [_shard(f"{stem}{end}.safetensors", group, metadata) for end, group in zip(endings, groups)]
 
 
 def _shard(name: str, forms: Mapping[str, Form], metadata: Mapping[str, str]) -> Shard:
@@ -66,25 +62,14 @@ def _shard(name: str, forms: Mapping[str, Form], metadata: Mapping[str, str]) ->
     # Wide numbers first, so that every tensor begins at a multiple of its number's size.
     for tensor, form in sorted(forms.items(), key=lambda item: -item[1].dtype.itemsize):
         if form.dtype not in NAMES:
-            raise UserError(
-                f"tensor {tensor!r} is {form.dtype}, which safetensors files cannot hold"
-            )
+            raise UserError(f"tensor {tensor!r} is {form.dtype}, which safetensors files cannot hold")
         offsets = [at, at + form.nbytes]
-        entries[tensor] = {
-            "dtype": NAMES[form.dtype],
-            "shape": list(form.shape),
-            "data_offsets": offsets,
-        }
+        entries[tensor] = {"dtype": NAMES[form.dtype], "shape": list(form.shape), "data_offsets": offsets}
         begins[tensor], at = offsets
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
-    return Shard(
-        name,
-        header,
-        {tensor: len(header) + begin for tensor, begin in begins.items()},
-        len(header) + at,
-    )
+    return Shard(name, header, {tensor: len(header) + begin for tensor, begin in begins.items()}, len(header) + at)
 
 
 def write_safetensors(
@@ -103,20 +88,12 @@ def write_safetensors(
     files = shards(made, stem, shard_bytes, {"format": "pt"} if metadata is None else metadata)
     needed, free = sum(file.size for file in files), shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            f"{folder.parent} has {free / 1e9:.1f} GB left and {needed / 1e9:.1f} GB are to be written"
-        )
-    place = {
-        tensor: (number, begin)
-        for number, file in enumerate(files)
-        for tensor, begin in file.begins.items()
-    }
+        raise UserError(f"{folder.parent} has {free / 1e9:.1f} GB left and {needed / 1e9:.1f} GB are to be written")
+    place = {tensor: (number, begin) for number, file in enumerate(files) for tensor, begin in file.begins.items()}
     written = 0
     scratch = np.empty(0, np.uint8)
     with contextlib.ExitStack() as stack:
-        open_files = [
-            stack.enter_context(open(folder / file.name, "wb", buffering=0)) for file in files
-        ]
+        open_files = [stack.enter_context(open(folder / file.name, "wb", buffering=0)) for file in files]
         for file, shard in zip(open_files, files):
             _write_at(file.fileno(), 0, shard.header)
         for name, index, array in parts:
@@ -135,9 +112,7 @@ def write_safetensors(
             written += array.nbytes
             del array  # it may be made anew for each part, and the next one is made now
         if written != sum(form.nbytes for form in made.values()):
-            raise ValueError(
-                f"{written} bytes came of {sum(form.nbytes for form in made.values())}"
-            )
+            raise ValueError(f"{written} bytes came of {sum(form.nbytes for form in made.values())}")
         for file in open_files:
             os.fsync(file.fileno())
     names = [file.name for file in files]
@@ -150,9 +125,7 @@ def write_safetensors(
 
 
 def _write_at(descriptor: int, at: int, data) -> None:
-    flat = memoryview(
-        data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    )
+    flat = memoryview(data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8))
     done = 0
     while done < len(flat):
         done += os.pwrite(descriptor, flat[done : done + AT_ONCE], at + done)
@@ -177,8 +150,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
         os.rename(partial, path)
     except OSError as error:
         reason = "the disk is full" if error.errno in FULL else error.strerror or str(error)
-        raise UserError(
-            f"{path} could not be written: {reason}; nothing was left behind"
-        ) from error
+        raise UserError(f"{path} could not be written: {reason}; nothing was left behind") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

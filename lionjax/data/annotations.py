@@ -43,9 +43,7 @@ def well_formed(path: Path) -> Iterator[None]:
         yield
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         said = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"an entry of {path} is not of the format it is said to have ({said})"
-        ) from error
+        raise UserError(f"an entry of {path} is not of the format it is said to have ({said})") from error
 
 
 class Reader:
@@ -78,9 +76,7 @@ def entries(path: Path, tree: object, name: str, fields: tuple[str, ...]) -> lis
     """The list under `name`, each of whose entries has the fields."""
     rows = tree.get(name) if isinstance(tree, dict) else None
     if not isinstance(rows, list):
-        raise UserError(
-            f"{path} has no list {name!r}; give a file of the format it is said to have"
-        )
+        raise UserError(f"{path} has no list {name!r}; give a file of the format it is said to have")
     for number, row in enumerate(rows):
         missing = [key for key in fields if not isinstance(row, dict) or key not in row]
         if missing:
@@ -173,9 +169,7 @@ class Lines:
                     raise UserError(f"{where} is no object with a picture's path as its 'image'")
                 entry.setdefault("image", "")
                 if isinstance(entry.get("file_name"), str):
-                    entry["image"] = entry[
-                        "file_name"
-                    ]  # as RefCOCO rows say where their picture lies
+                    entry["image"] = entry["file_name"]  # as RefCOCO rows say where their picture lies
                 if in_split(entry["image"] or line, split, self.share):
                     _line(reader, entry, where)
         return reader.table(max_pixels)
@@ -201,9 +195,7 @@ def _line(reader: Reader, entry: dict, where: str) -> None:
     if not texts and not boxes:
         raise UserError(f"{where} has neither an answer nor boxes")
     size = [float(entry.get(key) or 1) for key in ("width", "height")]
-    number = reader.photo(
-        entry["image"], Photo(entry["image"], *size, tuple(entry.get("tags") or ()))
-    )
+    number = reader.photo(entry["image"], Photo(entry["image"], *size, tuple(entry.get("tags") or ())))
     row = Row(
         number,
         tuple(texts),

@@ -32,8 +32,6 @@ class Prepare(beam.DoFn):
 def records(config, split: str, size: int, at_once: int) -> beam.PTransform:
     """All records of a split of `size` pictures; `config` as `built_writer.PicturesConfig` has it."""
     starts = list(range(0, size, at_once))
-    work = Prepare(
-        config.source, split, config.max_pixels, config.tag, config.groups / split, at_once
-    )
+    work = Prepare(config.source, split, config.max_pixels, config.tag, config.groups / split, at_once)
     # Groups go to whoever is free, not all to the worker that listed them.
     return beam.Create(starts) | beam.Reshuffle() | beam.ParDo(work)

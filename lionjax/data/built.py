@@ -74,9 +74,7 @@ class OpenedBuilt:
             self.names = self.index.pop("").tolist() if self.index else []
             self.vocabulary = tuple(arrays["vocabulary"].tolist())
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{folder / INDEX} cannot be read ({error}); build the data again"
-            ) from error
+            raise UserError(f"{folder / INDEX} cannot be read ({error}); build the data again") from error
         self.sizes = {task: len(rows) for task, rows in self.index.items()}
         if self.names:
             self._open()
@@ -89,9 +87,7 @@ class OpenedBuilt:
         try:
             self.records = builder.as_data_source(split=self.split, decoders=raw)
         except Exception as error:  # a cut-off file is reported in many ways
-            raise UserError(
-                f"{self.folder} cannot be read ({error}); build the data again"
-            ) from error
+            raise UserError(f"{self.folder} cannot be read ({error}); build the data again") from error
 
     def __len__(self) -> int:
         return len(self.names)
@@ -106,9 +102,7 @@ class OpenedBuilt:
         try:
             stored = self.records[record]
         except Exception as error:  # ArrayRecord's checksums speak up as RuntimeError
-            raise UserError(
-                f"record {self.names[record]} of {self.folder} is damaged ({error})"
-            ) from error
+            raise UserError(f"record {self.names[record]} of {self.folder} is damaged ({error})") from error
         return stored["image"], Known.from_json(stored["truth"].decode())
 
     def ask(self, task: str, index: int, truth: Known, rng: np.random.Generator, tag_noise: float):
@@ -123,14 +117,10 @@ class OpenedBuilt:
 
 def dataset_folder(root: Path) -> Path:
     """The one folder under `root` that holds a written data set."""
-    found = (
-        sorted(path.parent for path in root.glob("**/dataset_info.json")) if root.is_dir() else []
-    )
+    found = sorted(path.parent for path in root.glob("**/dataset_info.json")) if root.is_dir() else []
     if len(found) != 1:
         many = f"{len(found)} data sets" if found else "no data set"
-        raise UserError(
-            f"{root} holds {many}; give the folder of one that `lionjax data build` wrote"
-        )
+        raise UserError(f"{root} holds {many}; give the folder of one that `lionjax data build` wrote")
     return found[0]
 
 

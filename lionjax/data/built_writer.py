@@ -51,9 +51,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
             "image": tfds.features.Image(shape=(None, None, 3)),
             "truth": tfds.features.Text(),
         }
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
         opened = self.builder_config.opened
@@ -112,9 +110,14 @@ def build(
         raise UserError(f"the source {source.name!r} has no records; there is nothing to write")
     groups = Path(out) / f"part.{source.name}"
     config = PicturesConfig(
-        name=source.name, source=source, opened=opened, max_pixels=max_pixels, tag=tag,
-        groups=groups, beam=beam is not None,
-    )  # fmt: skip
+        name=source.name,
+        source=source,
+        opened=opened,
+        max_pixels=max_pixels,
+        tag=tag,
+        groups=groups,
+        beam=beam is not None,
+    )
     builder = Pictures(data_dir=out, config=config, file_format="array_record")
     folder = Path(builder.data_path)
     with quiet():
@@ -146,9 +149,7 @@ def _download_config(beam: Sequence[str] | None):
 
 def _left_out(groups: Path) -> list[str]:
     """Why pictures and rows were left out, in the order of the pictures."""
-    files = sorted(
-        groups.glob("*/*.json"), key=lambda file: (file.parent.name, int(file.stem.split("-")[0]))
-    )
+    files = sorted(groups.glob("*/*.json"), key=lambda file: (file.parent.name, int(file.stem.split("-")[0])))
     return [reason for file in files for reason in json.loads(file.read_text())["left_out"]]
 
 
@@ -165,9 +166,7 @@ def write_index(builder, folder: Path) -> None:
             for task, rows in known.rows.items():
                 places.setdefault(task, []).extend((number, row) for row in range(len(rows)))
         arrays[f"{split}/"] = np.array(names)
-        arrays |= {
-            f"{split}/{task}": np.array(rows, np.int32) for task, rows in places.items() if rows
-        }
+        arrays |= {f"{split}/{task}": np.array(rows, np.int32) for task, rows in places.items() if rows}
     part = folder / f"part.{INDEX}"
     np.savez(part, vocabulary=np.array(sorted(tags), dtype="U"), **arrays)
     part.replace(folder / INDEX)

@@ -38,9 +38,7 @@ class Coco:
         folder = Path(self.folder)
         said, shown = (folder / name for name in (self.captions, self.instances))
         if not (said.is_file() or shown.is_file()):
-            raise UserError(
-                f"{folder} has neither {self.captions} nor {self.instances}; give a COCO folder"
-            )
+            raise UserError(f"{folder} has neither {self.captions} nor {self.instances}; give a COCO folder")
         reader = Reader(folder / self.images)
         if shown.is_file():
             with well_formed(shown):

@@ -83,9 +83,7 @@ def window(thing, pixels: int) -> tuple[slice, slice]:
     """Rows and columns of the picture that a thing can touch."""
     reach = 0.56 * thing.extent
     edges = [(c - reach, c + reach) for c in (thing.y, thing.x)]
-    return tuple(
-        slice(max(0, int(low * pixels)), min(pixels, int(high * pixels) + 2)) for low, high in edges
-    )
+    return tuple(slice(max(0, int(low * pixels)), min(pixels, int(high * pixels) + 2)) for low, high in edges)
 
 
 def _local(thing, pixels: int):

@@ -63,16 +63,12 @@ class DataConfig:
     def __post_init__(self):
         for field in ("tag_noise", "tag_drop", "mask_share", "bad_share"):
             if not 0 <= getattr(self, field) <= 1:
-                raise UserError(
-                    f"data.{field} is {getattr(self, field)}; give a share between 0 and 1"
-                )
+                raise UserError(f"data.{field} is {getattr(self, field)}; give a share between 0 and 1")
         for field in ("cache_mib", "threads", "buffer", "workers"):
             if getattr(self, field) < 0:
                 raise UserError(f"data.{field} is {getattr(self, field)}; give 0 or more")
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
-            raise UserError(
-                f"data.crop is {self.crop}; give least and most area, such as (0.5, 1.0)"
-            )
+            raise UserError(f"data.crop is {self.crop}; give least and most area, such as (0.5, 1.0)")
         if self.processor.sam_size and (self.flip or self.crop != (1.0, 1.0)):
             raise UserError("data.crop and data.flip move no masks; leave them off with sam_size")
         names = [source.name for source in self.sources]
@@ -110,9 +106,7 @@ class Records:
     def __init__(self, data: DataConfig, split: str):
         self.data, self.split = data, split
         self.processor = Processor(data.processor)
-        self.opened: list[Opened] = [
-            open_split(source, split, data.processor.max_pixels) for source in data.sources
-        ]
+        self.opened: list[Opened] = [open_split(source, split, data.processor.max_pixels) for source in data.sources]
         # Numbers of records run through all sources, so that one number names one picture.
         self.offsets = np.cumsum([0, *map(len, self.opened)])
         self.kept: dict[int, tuple[np.ndarray, Any, Square]] = {}
@@ -173,9 +167,7 @@ class Records:
             self.kept[number] = pixels, truth, square
         return self.kept[number]
 
-    def row(
-        self, part: Part, index: int, rng: np.random.Generator, masks: bool = False
-    ) -> dict[str, np.ndarray]:
+    def row(self, part: Part, index: int, rng: np.random.Generator, masks: bool = False) -> dict[str, np.ndarray]:
         """One example as arrays, with masks if asked for. Raises UserError when its record is bad."""
         opened, data = self.opened[part.source], self.data
         record = opened.record(part.task, index)
@@ -197,9 +189,7 @@ class Records:
             form, pixels = Form("", turns, True), self.processor.filled([*seen, pixels])
         else:
             pixels = self.processor.filled([pixels])
-        untagged = (
-            rng.random() < data.tag_drop or part.task == "tags"
-        )  # or they would be the answer
+        untagged = rng.random() < data.tag_drop or part.task == "tags"  # or they would be the answer
         tags = () if untagged else example.tags
         words = (example.question, tags, example.answer, example.category)
         boxes = (*example.question_boxes, *example.boxes)
@@ -298,9 +288,7 @@ def changed(
         for text in (example.question, example.answer)
     )
     words = {"question": question, "answer": answer}
-    asked, said = (
-        tuple(moved[box] for box in group) for group in (example.question_boxes, example.boxes)
-    )
+    asked, said = (tuple(moved[box] for box in group) for group in (example.question_boxes, example.boxes))
     return replace(example, question_boxes=asked, boxes=said, **words), window, mirrored
 
 
@@ -354,6 +342,4 @@ def examples(
             log.warning("left out: %s", error)
             left_out.add(record)
             continue
-        yield Sample(
-            example, picture, record, records.name(record), opened, place, part.places, form
-        )
+        yield Sample(example, picture, record, records.name(record), opened, place, part.places, form)

@@ -87,11 +87,7 @@ def holds(first: Thing, relation: str, second: Thing, margin: float = MARGIN) ->
 def fitting(scene: Scene, k: int, attributes) -> list[int]:
     """Indices of the things that share these attributes with thing k, itself included."""
     values = [getattr(scene.things[k], word) for word in attributes]
-    return [
-        j
-        for j, other in enumerate(scene.things)
-        if [getattr(other, word) for word in attributes] == values
-    ]
+    return [j for j, other in enumerate(scene.things) if [getattr(other, word) for word in attributes] == values]
 
 
 def descriptions(scene: Scene, k: int, without: tuple[str, ...] = ()) -> list[str]:
@@ -133,11 +129,7 @@ def comparisons(scene: Scene, k: int, without: tuple[str, ...] = ()) -> list[str
 
 def expressions(scene: Scene, k: int, without: tuple[str, ...] = ()) -> list[str]:
     """Every expression here that fits thing k and no other, the most natural first; may be empty."""
-    return (
-        descriptions(scene, k, without)
-        + superlatives(scene, k, without)
-        + comparisons(scene, k, without)
-    )
+    return descriptions(scene, k, without) + superlatives(scene, k, without) + comparisons(scene, k, without)
 
 
 def refer(scene: Scene, k: int, rng, without: tuple[str, ...] = ()) -> str | None:

@@ -35,9 +35,7 @@ def safe_path(root: str | Path, name: str) -> Path:
     return path
 
 
-def open_picture(
-    file: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS
-) -> Image.Image:
+def open_picture(file: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An upright RGB picture from a path or from the bytes of a file.
 
     Turned as its EXIF note says; transparency becomes white; 16-bit gray keeps its upper 8 bits; of an animation the
@@ -47,9 +45,7 @@ def open_picture(
     if not isinstance(file, bytes):
         _check_file(Path(file), name)
     try:
-        with Image.open(
-            io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS
-        ) as opened:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as opened:
             width, height = opened.size
             if width * height > max_pixels:
                 raise _too_large(name, f"{width} x {height}", max_pixels)
@@ -60,12 +56,8 @@ def open_picture(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(name, "far too many", max_pixels) from error
     except Exception as error:  # decoders of damaged files raise nearly anything
-        reason = (
-            "no JPEG, PNG or WebP" if isinstance(error, Image.UnidentifiedImageError) else error
-        )
-        raise UserError(
-            f"{name} cannot be read as a picture ({reason}); replace or remove it"
-        ) from error
+        reason = "no JPEG, PNG or WebP" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UserError(f"{name} cannot be read as a picture ({reason}); replace or remove it") from error
 
 
 def _check_file(path: Path, name: str) -> None:
@@ -77,9 +69,7 @@ def _check_file(path: Path, name: str) -> None:
 
 def _too_large(name: str, size: str, max_pixels: int) -> UserError:
     millions = max_pixels / 1e6
-    return UserError(
-        f"{name} has {size} pixels, more than the {millions:g} million allowed; shrink it first"
-    )
+    return UserError(f"{name} has {size} pixels, more than the {millions:g} million allowed; shrink it first")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -111,14 +101,10 @@ def as_picture(source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Im
             wanted = "uint8 (H, W), (H, W, 3) or (H, W, 4)"
             raise UserError(f"the picture is an array {source.dtype} {source.shape}; give {wanted}")
         if source.ndim == 3 and source.shape[2] not in (3, 4):
-            raise UserError(
-                f"the picture is an array of shape {source.shape}; give (H, W, 3) or (H, W, 4)"
-            )
+            raise UserError(f"the picture is an array of shape {source.shape}; give (H, W, 3) or (H, W, 4)")
         return _rgb(Image.fromarray(source))
     if not isinstance(source, str | Path | bytes):
-        raise UserError(
-            f"the picture is a {type(source).__name__}; give a path, bytes, a PIL picture or a uint8 array"
-        )
+        raise UserError(f"the picture is a {type(source).__name__}; give a path, bytes, a PIL picture or a uint8 array")
     return open_picture(source, name, max_pixels)
 
 
@@ -135,9 +121,7 @@ def resize(picture: Image.Image, pixels: int, window: Box = WHOLE) -> np.ndarray
     return np.asarray(picture.resize((pixels, pixels), Image.Resampling.BICUBIC, box=edges))
 
 
-def unit_box(
-    box, size: tuple[float, float] = (1.0, 1.0), slack: float = 1e-3, name: str = "the box"
-) -> Box:
+def unit_box(box, size: tuple[float, float] = (1.0, 1.0), slack: float = 1e-3, name: str = "the box") -> Box:
     """A box x0 y0 x1 y1, given in units of `size` (width, height), as fractions of the picture.
 
     Annotators go over the edge by a hair: up to `slack` (in the given units) is cut off. Raises UserError for what is
@@ -172,9 +156,7 @@ def window_around(boxes, rng: np.random.Generator, scale: tuple[float, float]) -
             continue
         x0, y0 = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
         window = (x0, y0, x0 + width, y0 + height)
-        if all(
-            x0 <= b[0] and y0 <= b[1] and b[2] <= window[2] and b[3] <= window[3] for b in boxes
-        ):
+        if all(x0 <= b[0] and y0 <= b[1] and b[2] <= window[2] and b[3] <= window[3] for b in boxes):
             return window
     return WHOLE
 

@@ -47,15 +47,11 @@ class Maker:
             except UserError as error:
                 if self.records.data.on_bad_record == "raise":
                     raise
-                bad.append(
-                    {"source": part.source, "task": part.task, "index": at, "reason": str(error)}
-                )
+                bad.append({"source": part.source, "task": part.task, "index": at, "reason": str(error)})
             else:
                 seconds = np.array(time.perf_counter() - began)
                 return row | {"bad": np.array(json.dumps(bad) if bad else ""), "seconds": seconds}
-        raise UserError(
-            f"{TRIES} records of {part.task!r} in a row are bad; the first: {bad[0]['reason']}"
-        )
+        raise UserError(f"{TRIES} records of {part.task!r} in a row are bad; the first: {bad[0]['reason']}")
 
 
 class Batches:
@@ -137,12 +133,7 @@ class Batches:
 
 
 def batches(
-    data: DataConfig,
-    stage: Any,
-    seed: int,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    data: DataConfig, stage: Any, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Batches:
     """Training batches of a stage: `stage.mixture` holds (task, weight) pairs, `stage.name` sets streams apart.
 
@@ -152,16 +143,10 @@ def batches(
     import grain
 
     if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"a batch of {batch_size} does not divide over {process_count} processes; change batch_size"
-        )
+        raise UserError(f"a batch of {batch_size} does not divide over {process_count} processes; change batch_size")
     records = open_records(data, "train")
-    if any(weight < 0 for _, weight in stage.mixture) or not any(
-        weight for _, weight in stage.mixture
-    ):
-        raise UserError(
-            f"the mixture of stage {stage.name!r} is {stage.mixture}; give weights above 0"
-        )
+    if any(weight < 0 for _, weight in stage.mixture) or not any(weight for _, weight in stage.mixture):
+        raise UserError(f"the mixture of stage {stage.name!r} is {stage.mixture}; give weights above 0")
     parts = [
         dataclasses.replace(part, entry=entry)
         for entry, (name, weight) in enumerate(stage.mixture)
@@ -182,9 +167,7 @@ def batches(
 
     def rows(first: int) -> Any:
         return grain.experimental.ElasticIterator(
-            grain.MapDataset.range(len(mixed)).map(
-                Share(mixed, maker, batch_size, process_count, first)
-            ),
+            grain.MapDataset.range(len(mixed)).map(Share(mixed, maker, batch_size, process_count, first)),
             batch_size,
             grain.sharding.ShardOptions(process_index, process_count),
             read_options=grain.ReadOptions(data.threads, data.buffer if data.threads else 0),

@@ -96,8 +96,7 @@ class Codec:
             return [self.first_bin + place for place in bins_of(box, self.bins)]
         if self.trigger is None or self.location is None:
             raise UserError(
-                "the tokenizer has no pieces for places as embeddings; add them, or choose other "
-                "processor.places"
+                "the tokenizer has no pieces for places as embeddings; add them, or choose other processor.places"
             )
         return [self.trigger, self.location]
 

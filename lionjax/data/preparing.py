@@ -68,8 +68,7 @@ def usable(
         try:
             picture, _ = opened.read(number)
             rows = {
-                task: [row for row in rows if _good(task, row, one.photo, left_out)]
-                for task, rows in one.rows.items()
+                task: [row for row in rows if _good(task, row, one.photo, left_out)] for task, rows in one.rows.items()
             }
             found[number] = opened.path(number).read_bytes(), Known(one.photo, rows, one.outlines)
             seen += [picture] if tag else []

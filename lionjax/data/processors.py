@@ -76,9 +76,7 @@ class Processor(Texts):
         image = pixels.astype(np.float32)
         # A row of pixels at a time: three numbers at a time keep numpy busy with its own loop.
         rows = image.reshape(*pixels.shape[:-2], -1)
-        mean, std = (
-            np.tile(np.float32(c), pixels.shape[-2]) for c in (self.config.mean, self.config.std)
-        )
+        mean, std = (np.tile(np.float32(c), pixels.shape[-2]) for c in (self.config.mean, self.config.std))
         rows /= np.float32(255)
         rows -= mean
         rows /= std
@@ -116,9 +114,7 @@ class Processor(Texts):
         pad = self.tokenizer.pad_id
         texts = {
             "prompt": _padded(prompt, c.prompt_length, pad),
-            "question": _padded(
-                self.question(question), c.question_length, self.question_tokenizer.pad_id
-            ),
+            "question": _padded(self.question(question), c.question_length, self.question_tokenizer.pad_id),
             "target": _padded(target, c.target_length, pad),
         }
         masks = {f"{name}_mask": mask for name, (_, mask) in texts.items()}
@@ -169,9 +165,7 @@ class Processor(Texts):
             masks_BKHW=rows.get("masks"),
             masks_mask_BK=rows.get("masks_mask"),
             part_B=rows.get("part"),
-            sam_image_BHWC=(
-                squares.sam_normalised(rows["sam"], rows["size"]) if "sam" in rows else None
-            ),
+            sam_image_BHWC=(squares.sam_normalised(rows["sam"], rows["size"]) if "sam" in rows else None),
         )
 
     def row_of(self, one: Input, answer: str | None = None) -> dict[str, np.ndarray]:
@@ -186,9 +180,7 @@ class Processor(Texts):
             one = replace(one, question=transcript(one.turns, one.question), turns=())
         picture = pictures.as_picture(one.image, max_pixels=self.config.max_pixels)
         words = (one.question, one.tags, answer, one.category, one.boxes, self.square(picture))
-        form = Form(
-            "", tuple((asked, said) for _, asked, said in one.shots) or one.turns, bool(one.shots)
-        )
+        form = Form("", tuple((asked, said) for _, asked, said in one.shots) or one.turns, bool(one.shots))
         pixels = [self.pixels(source) for source, *_ in (*one.shots, (picture,))]
         pixels = self.filled(pixels)
         return self.row(pixels, *words, form=form) | self.large(picture)
@@ -202,27 +194,18 @@ class Processor(Texts):
         return np.stack([*pixels, *[blank] * (many - len(pixels))])
 
     def batch(
-        self,
-        inputs: Sequence[Input],
-        answers: Sequence[str] | None = None,
-        buckets: Sequence[int] = (),
+        self, inputs: Sequence[Input], answers: Sequence[str] | None = None, buckets: Sequence[int] = ()
     ) -> Batch:
         """A `Batch` of questions, with their answers when a loss is wanted."""
         if not inputs:
             raise UserError("there is nothing to ask; give at least one picture and one question")
         said = [None] * len(inputs) if answers is None else list(answers)
         if len(said) != len(inputs):
-            raise UserError(
-                f"{len(said)} answers were given for {len(inputs)} questions; give one each"
-            )
+            raise UserError(f"{len(said)} answers were given for {len(inputs)} questions; give one each")
         if len(counts := {len(one.shots) for one in inputs}) > 1:
-            raise UserError(
-                f"questions of one batch have {sorted(counts)} shots; give each as many"
-            )
+            raise UserError(f"questions of one batch have {sorted(counts)} shots; give each as many")
         rows = [self.row_of(one, answer) for one, answer in zip(inputs, said)]
-        return self.assemble(
-            {key: np.stack([row[key] for row in rows]) for key in rows[0]}, buckets
-        )
+        return self.assemble({key: np.stack([row[key] for row in rows]) for key in rows[0]}, buckets)
 
 
 def _task(category: str) -> int:

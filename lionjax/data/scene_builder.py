@@ -40,9 +40,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
             "truth": tfds.features.Text(),
         }
         # In order, so that record i on disk is record i of SceneSource; readers shuffle for themselves.
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
         c = self.builder_config

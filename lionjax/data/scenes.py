@@ -29,9 +29,7 @@ SPLITS = ("train", "validation", "heldout")
 COLOR_ODDS = np.array([2, 2, 2, 1, 1, 1, 1, 1]) / 11
 SHAPE_ODDS = np.array([2, 2, 2, 1, 1, 1, 1, 1]) / 11
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
-HELD_OUT = frozenset(
-    (c, s) for i, c in enumerate(COLORS) for j, s in enumerate(SHAPES) if (i + j) % 6 == 4
-)
+HELD_OUT = frozenset((c, s) for i, c in enumerate(COLORS) for j, s in enumerate(SHAPES) if (i + j) % 6 == 4)
 TRUTH_PIXELS = 256
 CLEARLY_HIDDEN = 0.06
 TRIES = 100
@@ -83,9 +81,7 @@ class World:
 
     def __post_init__(self):
         if not 3 <= self.fewest <= self.most <= 10:
-            raise UserError(
-                f"a world has 3 to 10 things a scene, but fewest={self.fewest} and most={self.most}"
-            )
+            raise UserError(f"a world has 3 to 10 things a scene, but fewest={self.fewest} and most={self.most}")
 
 
 @dataclass(frozen=True)
@@ -117,8 +113,7 @@ class Scene:
     def from_json(text: str | bytes) -> Scene:
         raw = json.loads(text)
         things = tuple(
-            Thing(**{**thing, "box": tuple(thing["box"]), "covers": tuple(thing["covers"])})
-            for thing in raw["things"]
+            Thing(**{**thing, "box": tuple(thing["box"]), "covers": tuple(thing["covers"])}) for thing in raw["things"]
         )
         ground = {**raw["background"]}
         ground["first"], ground["second"] = tuple(ground["first"]), tuple(ground["second"])

@@ -26,9 +26,7 @@ class ScienceQa:
 
     def open(self, split: str, max_pixels: int) -> Table:
         folder, there = Path(self.folder), SPLIT_NAMES[split]
-        problems, numbers = (
-            read_json(folder / f"{name}.json") for name in ("problems", "pid_splits")
-        )
+        problems, numbers = (read_json(folder / f"{name}.json") for name in ("problems", "pid_splits"))
         reader = Reader(folder / "images" / there)
         with well_formed(folder / "problems.json"):
             for number in numbers[there]:
@@ -43,9 +41,7 @@ class ScienceQa:
 
 def question_of(problem: dict) -> str:
     """The question, what is given beside it, and its options by their letters."""
-    options = " ".join(
-        f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"])
-    )
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
     if len(problem["choices"]) > len(LETTERS):
         raise UserError(f"a question has {len(problem['choices'])} options; at most 5 have letters")
     context = " ".join((problem.get("hint") or "").split()) or "N/A"

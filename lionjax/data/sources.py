@@ -37,9 +37,7 @@ class Opened(Protocol):
     def read(self, record: int) -> tuple[Any, Any]:
         """A record's picture (anything that `Processor.pixels` takes) and its truth. The slow part."""
 
-    def ask(
-        self, task: str, index: int, truth: Any, rng: np.random.Generator, tag_noise: float
-    ) -> tasks.Example:
+    def ask(self, task: str, index: int, truth: Any, rng: np.random.Generator, tag_noise: float) -> tasks.Example:
         """An example in words, with a wording drawn."""
 
     def masks(self, record: int, regions: tuple[int, ...]) -> np.ndarray:
@@ -75,9 +73,7 @@ class OpenedScenes:
 
             try:
                 self.built = BuiltScenes(config.folder, split)
-            except (
-                Exception
-            ) as error:  # TFDS has many ways to say that a folder is not one of its own
+            except Exception as error:  # TFDS has many ways to say that a folder is not one of its own
                 raise UserError(
                     f"{config.folder} holds no scenes that can be read ({error}); "
                     "write them with `lionjax data build scenes`"
@@ -121,9 +117,7 @@ class EasyVqa:
 
     def __post_init__(self):
         if unknown := set(self.kinds) - {"yesno", "color", "shape"}:
-            raise UserError(
-                f"easy-VQA has no kind {sorted(unknown)[0]!r}; there are yesno, color and shape"
-            )
+            raise UserError(f"easy-VQA has no kind {sorted(unknown)[0]!r}; there are yesno, color and shape")
 
     def open(self, split: str, max_pixels: int) -> Table:
         import importlib.util
@@ -149,7 +143,5 @@ def open_split(source: Any, split: str, max_pixels: int) -> Opened:
         raise UserError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}")
     opened = source.open(split, max_pixels)
     if not len(opened) or not opened.sizes:
-        raise UserError(
-            f"the source {source.name!r} has no records in its split {split!r}; give it some"
-        )
+        raise UserError(f"the source {source.name!r} has no records in its split {split!r}; give it some")
     return opened

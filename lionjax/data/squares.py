@@ -59,9 +59,7 @@ class Square:
 
     def inside(self, pixels: int) -> tuple[int, int, int, int]:
         """Where the picture lies in a square of `pixels` a side: top, left, high, wide in whole pixels, at least 1."""
-        high, wide = (
-            max(1, int(edge * pixels / self.side + 0.5)) for edge in (self.height, self.width)
-        )
+        high, wide = (max(1, int(edge * pixels / self.side + 0.5)) for edge in (self.height, self.width))
         return (pixels - high) // 2, (pixels - wide) // 2, high, wide
 
 
@@ -99,9 +97,7 @@ def sam_image(picture: Image.Image, pixels: int = 1024) -> np.ndarray:
 def sam_mask(mask_HW: np.ndarray, pixels: int) -> np.ndarray:
     """A mask of the picture as bool (pixels, pixels) in SAM's square, for training."""
     top, left, high, wide = Square(mask_HW.shape[1], mask_HW.shape[0]).inside(pixels)
-    small = Image.fromarray(mask_HW.astype(np.uint8) * 255).resize(
-        (wide, high), Image.Resampling.BILINEAR
-    )
+    small = Image.fromarray(mask_HW.astype(np.uint8) * 255).resize((wide, high), Image.Resampling.BILINEAR)
     whole = np.zeros((pixels, pixels), bool)
     whole[top : top + high, left : left + wide] = np.asarray(small) >= 128
     return whole

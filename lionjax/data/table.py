@@ -48,9 +48,7 @@ class Photo:
 
     def __post_init__(self):
         if not (self.width > 0 and self.height > 0):
-            raise UserError(
-                f"{self.name} is said to be {self.width} x {self.height}; correct its size"
-            )
+            raise UserError(f"{self.name} is said to be {self.width} x {self.height}; correct its size")
 
 
 @dataclass(frozen=True)
@@ -113,9 +111,7 @@ class Table:
         check_size(picture, photo)
         return picture, photo
 
-    def ask(
-        self, task: str, index: int, truth: Photo, rng: np.random.Generator, tag_noise: float
-    ) -> Example:
+    def ask(self, task: str, index: int, truth: Photo, rng: np.random.Generator, tag_noise: float) -> Example:
         """An example in words, with a wording and one of several answers drawn."""
         return ask(task, self.rows[task][index], truth, rng, tag_noise, self.vocabulary)
 
@@ -203,8 +199,6 @@ def noisy(photo: Photo, vocabulary: tuple[str, ...], noise: float) -> tuple[str,
     rng = np.random.default_rng(zlib.crc32(photo.name.encode()))
     kept = [tag for tag in photo.tags if rng.random() >= noise]
     false = [tag for tag in vocabulary if tag not in photo.tags]
-    wrong = rng.choice(
-        false, min(len(false), rng.binomial(len(photo.tags), noise / 4)), replace=False
-    )
+    wrong = rng.choice(false, min(len(false), rng.binomial(len(photo.tags), noise / 4)), replace=False)
     # In alphabetic order, so that place does not tell right from wrong.
     return tuple(sorted({*kept, *wrong.tolist()}))

@@ -90,9 +90,7 @@ def tags_of(scene: Scene, noise: float = 0.0, seed: int = 0) -> tuple[str, ...]:
     rng = np.random.default_rng([seed, scenes.SPLITS.index(scene.split), scene.seed, scene.index])
     chance = rng.random(len(VOCABULARY))
     return tuple(
-        word
-        for word, draw in zip(VOCABULARY, chance)
-        if (draw >= noise if word in true else draw < noise / 4)
+        word for word, draw in zip(VOCABULARY, chance) if (draw >= noise if word in true else draw < noise / 4)
     )
 
 
@@ -127,9 +125,7 @@ def caption(scene: Scene, rng) -> Example:
     """One sentence about the whole picture; every caption of the scene is a reference."""
     texts = captions(scene)
     answer = _pick(rng, texts)
-    return Example(
-        "caption", "short", ask(wordings.CAPTION, rng), answer, tuple(texts), "image_level"
-    )
+    return Example("caption", "short", ask(wordings.CAPTION, rng), answer, tuple(texts), "image_level")
 
 
 def vqa(scene: Scene, rng, kind: str | None = None) -> Example:
@@ -158,9 +154,7 @@ def _shape(scene: Scene, rng) -> Example:
 
 def _countable(scene: Scene, rng) -> dict[str, list[int]]:
     """Names of one sort ('red objects', 'stars', ...) and the things each fits, perhaps none."""
-    sort = rng.choice(
-        ("object", "color", "shape", "texture", "pair"), p=(0.1, 0.25, 0.25, 0.1, 0.3)
-    )
+    sort = rng.choice(("object", "color", "shape", "texture", "pair"), p=(0.1, 0.25, 0.25, 0.1, 0.3))
     if sort == "object":
         words = {"object": ()}
     elif sort == "pair":
@@ -203,9 +197,7 @@ def _check(scene: Scene, rng, attribute: str, truth: bool) -> Example | None:
         for k in things:
             fits = getattr(scene.things[k], attribute) == word
             if fits or attribute != "color" or (word, scene.things[k].shape) in spoken:
-                said[fits] += [
-                    (k, expr) for expr in [says.refer(scene, k, rng, (attribute,))] if expr
-                ]
+                said[fits] += [(k, expr) for expr in [says.refer(scene, k, rng, (attribute,))] if expr]
         if said[True] and said[False]:
             k, expr = said[truth][0]
             question = ask(wordings.CHECK, rng, expr=expr, word=word)
@@ -328,9 +320,7 @@ def box_vqa(scene: Scene, rng, kind: str | None = None) -> Example:
     words = {"box": box_text(box)}
     if kind == "yesno":
         spoken = scenes.pairs_of(scene.split)
-        others = [
-            word for word in scenes.COLORS if word != thing.color and (word, thing.shape) in spoken
-        ]
+        others = [word for word in scenes.COLORS if word != thing.color and (word, thing.shape) in spoken]
         truth = bool(rng.random() < 0.5)
         words["word"] = thing.color if truth else _pick(rng, others)
     answer = _yes(truth) if kind == "yesno" else getattr(thing, kind)
@@ -351,9 +341,7 @@ def grounded(scene: Scene, rng, most: int = 4) -> Example:
     text = says.listing([f"{says.article(says.name(t))} {box_text(t.box)}" for t in things])
     boxes = tuple(t.box for t in things)
     question = ask(wordings.GROUNDED, rng)
-    return _short(
-        "grounded", "boxes", question, f"{text[0].upper()}{text[1:]}.", boxes=boxes, targets=order
-    )
+    return _short("grounded", "boxes", question, f"{text[0].upper()}{text[1:]}.", boxes=boxes, targets=order)
 
 
 def conversation(scene: Scene, rng) -> Example:

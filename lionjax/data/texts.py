@@ -75,10 +75,7 @@ class ProcessorConfig:
     sam_size: int = 0
 
     def __post_init__(self):
-        lengths = (
-            *("image_size", "prompt_length", "question_length", "target_length", "max_pixels"),
-            "pictures",
-        )
+        lengths = (*("image_size", "prompt_length", "question_length", "target_length", "max_pixels"), "pictures")
         for field in lengths:
             if getattr(self, field) < 1:
                 raise UserError(f"processor.{field} is {getattr(self, field)}; give at least 1")
@@ -94,22 +91,14 @@ class ProcessorConfig:
             raise UserError(
                 f"processor.template is {self.template!r}; it wants {{question}} once, {{image}} at most once"
             )
-        if self.next_turn and (
-            self.next_turn.count("{question}") != 1 or "{image}" in self.next_turn
-        ):
-            raise UserError(
-                f"processor.next_turn is {self.next_turn!r}; it wants {{question}} once, and no {{image}}"
-            )
+        if self.next_turn and (self.next_turn.count("{question}") != 1 or "{image}" in self.next_turn):
+            raise UserError(f"processor.next_turn is {self.next_turn!r}; it wants {{question}} once, and no {{image}}")
         if self.places == "embeddings" and not self.boxes:
             raise UserError("places are embeddings, but processor.boxes is 0; say how many at most")
         if self.places == "bins" and not self.bins:
-            raise UserError(
-                "places are location tokens, but processor.bins is 0; say how many a side (Kosmos-2: 32)"
-            )
+            raise UserError("places are location tokens, but processor.bins is 0; say how many a side (Kosmos-2: 32)")
         if self.sam_size and not self.padded:
-            raise UserError(
-                "processor.sam_size wants processor.padded, so that a box is the same place to SAM"
-            )
+            raise UserError("processor.sam_size wants processor.padded, so that a box is the same place to SAM")
 
 
 class Texts:
@@ -129,17 +118,11 @@ class Texts:
         self._sides = self._both(config.template)
         self._sides_told = self._both(config.template.replace("{image}", ""))
         self._sides_next = self._both(config.next_turn or "{question}")
-        ends = {
-            "shot": config.shot_end or None,
-            "answer": config.answer_end,
-            "plain": config.plain_end,
-        }
+        ends = {"shot": config.shot_end or None, "answer": config.answer_end, "plain": config.plain_end}
         self._ends = {name: self._end(text) for name, text in ends.items()}
         # Questions repeat: the same wordings, the same words. Bounded, and shared by all threads.
         self._ids = functools.lru_cache(50_000)(lambda text: tuple(self.tokenizer.encode(text)))
-        self._question_ids = functools.lru_cache(50_000)(
-            lambda text: tuple(self.question_tokenizer.encode(text))
-        )
+        self._question_ids = functools.lru_cache(50_000)(lambda text: tuple(self.question_tokenizer.encode(text)))
 
     def _both(self, template: str) -> tuple[list[int], list[int]]:
         """Ids of both sides of a question."""
@@ -169,11 +152,7 @@ class Texts:
         return [self.tokenizer.id(name) for name in names]
 
     def spell(
-        self,
-        text: str,
-        known: Iterable[Box] = (),
-        square: Square = STRETCHED,
-        how: str | None = None,
+        self, text: str, known: Iterable[Box] = (), square: Square = STRETCHED, how: str | None = None
     ) -> tuple[list[int], list[Box]]:
         """Ids of a text with its boxes written as the model writes them, and those boxes within its square.
 
@@ -275,9 +254,7 @@ class Texts:
         """The text of generated ids, up to the end token."""
         return self.tokenizer.decode(ids).strip()
 
-    def read(
-        self, ids: Iterable[int], boxes: Iterable[Box] = (), square: Square = STRETCHED
-    ) -> tuple[str, list[Box]]:
+    def read(self, ids: Iterable[int], boxes: Iterable[Box] = (), square: Square = STRETCHED) -> tuple[str, list[Box]]:
         """The text of generated ids with its boxes in digits, and those boxes, both in 0..1 of the picture.
 
         `boxes` are those of the location tokens, as the model has them. Of digits, the text stays as it is where the
@@ -291,11 +268,7 @@ class Texts:
         if all(isinstance(part, str) for part in parts) and square.width == square.height:
             text = "".join(parts)
             return text, [box for box in places.pieces(text) if not isinstance(box, str)]
-        whole = [
-            piece
-            for part in parts
-            for piece in (places.pieces(part) if isinstance(part, str) else [part])
-        ]
+        whole = [piece for part in parts for piece in (places.pieces(part) if isinstance(part, str) else [part])]
         back = [piece if isinstance(piece, str) else square.back(piece) for piece in whole]
         return places.joined(back), [piece for piece in back if not isinstance(piece, str)]
 

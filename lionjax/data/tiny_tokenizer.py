@@ -27,9 +27,7 @@ DECIMALS = tuple(
     for digit in range(10)
 )
 JOINTS = tuple(
-    (edge, f",{whole}.", chr(FIRST_PRIVATE + 128 + 2 * edge + whole))
-    for edge in range(1, 4)
-    for whole in range(2)
+    (edge, f",{whole}.", chr(FIRST_PRIVATE + 128 + 2 * edge + whole)) for edge in range(1, 4) for whole in range(2)
 )
 PRIVATE = f"{chr(FIRST_PRIVATE)}-{chr(FIRST_PRIVATE + 0xFF)}"
 
@@ -74,9 +72,7 @@ def by_place() -> tuple[list, list]:
     before = {edge: rf"{box(edge)},[01]\." if edge else r"\[[01]\." for edge in range(4)}
     steps = []
     for edge, decimal, digit, private in reversed(DECIMALS):
-        steps.append(
-            (edge, 1 - decimal, rf"(?<={before[edge]}{'[0-9]' * decimal}){digit}", private)
-        )
+        steps.append((edge, 1 - decimal, rf"(?<={before[edge]}{'[0-9]' * decimal}){digit}", private))
     for edge, joint, private in JOINTS:
         steps.append((edge, 2, rf"(?<={box(edge)}){joint[:2]}\.", private))
     steps.sort(key=lambda step: (-step[0], step[1]))
@@ -101,13 +97,7 @@ def train(path: Path = TINY) -> None:
     )
     written, read = by_place()
     backend.decoder = decoders.Sequence(
-        [
-            *read,
-            decoders.Replace(SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
+        [*read, decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     # Printable ASCII has pieces of its own, so those bytes never occur.
     raw = [f"<0x{byte:02X}>" for byte in range(256) if chr(byte) not in f" {PRINTABLE}"]

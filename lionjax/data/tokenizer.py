@@ -73,9 +73,7 @@ class Tokenizer:
         backend = self.backend if special else self._plain
         return backend.encode(text, add_special_tokens=False).ids
 
-    def frame(
-        self, ids: list[int], length: int, keep: Literal["front", "back"] = "front"
-    ) -> list[int]:
+    def frame(self, ids: list[int], length: int, keep: Literal["front", "back"] = "front") -> list[int]:
         """At most `length` ids between the start (BERT's `[CLS]`, LLaMA's `<s>`, T5 has none) and the end piece."""
         room = max(length - len(self.start) - 1, 0)
         kept = ids[:room] if keep == "front" else ids[max(len(ids) - room, 0) :]

@@ -8,12 +8,7 @@ import numpy as np
 from lionjax.data import drawing, scenes
 from lionjax.data.tasks import Example, box_text
 
-ATTRIBUTES = {
-    "shape": scenes.SHAPES,
-    "color": scenes.COLORS,
-    "size": scenes.SIZES,
-    "texture": scenes.TEXTURES,
-}
+ATTRIBUTES = {"shape": scenes.SHAPES, "color": scenes.COLORS, "size": scenes.SIZES, "texture": scenes.TEXTURES}
 ROLES = ("nothing", "part", "centre")
 FIELDS = {**ATTRIBUTES, "role": ROLES, "ground": scenes.BACKGROUNDS}
 WAVES = (1, 2)
@@ -78,9 +73,7 @@ def mirrored(image_BHWC, fields_BP6, box_BP4, way: int):
     fields = fields_BP6.reshape(-1, side, side, fields_BP6.shape[-1])
     box = box_BP4.reshape(-1, side, side, 4)
     if way & 4:
-        image_BHWC, fields, box = (
-            x.swapaxes(1, 2) for x in (image_BHWC, fields, box[..., [1, 0, 3, 2]])
-        )
+        image_BHWC, fields, box = (x.swapaxes(1, 2) for x in (image_BHWC, fields, box[..., [1, 0, 3, 2]]))
     for bit, axis, (low, high) in ((1, 2, (0, 2)), (2, 1, (1, 3))):
         if way & bit:
             image_BHWC, fields, box = (np.flip(x, axis) for x in (image_BHWC, fields, box))
@@ -100,9 +93,7 @@ def few_things(fields_P6, box_P4, rng, room: int = 14):
 
 def drill(scene, rng) -> Example:
     """Several look-ups at once: 'color: star, ring' -> 'star red, ring blue'. Many a line teach looking up sooner."""
-    given, asked = (
-        rng.choice(list(DRILLS)[:-1], 2, replace=False) if rng.random() < 0.6 else ("pair", "there")
-    )
+    given, asked = rng.choice(list(DRILLS)[:-1], 2, replace=False) if rng.random() < 0.6 else ("pair", "there")
     if given == "pair":
         pairs = [DRILLS["pair"](thing) for thing in scene.things]
         others = [f"{c} {s}" for c, s in scenes.pairs_of(scene.split) if f"{c} {s}" not in pairs]
@@ -114,9 +105,7 @@ def drill(scene, rng) -> Example:
     else:
         look = {name: [DRILLS[name](thing) for thing in scene.things] for name in (given, asked)}
         words = sorted(set(look[given]))
-        answers = {
-            word: {a for g, a in zip(look[given], look[asked]) if g == word} for word in words
-        }
+        answers = {word: {a for g, a in zip(look[given], look[asked]) if g == word} for word in words}
         chosen = [str(word) for word in rng.permutation(words) if len(answers[word]) == 1]
         said = [next(iter(answers[word])) for word in chosen]
         if not chosen or rng.random() < 0.2:
@@ -212,9 +201,7 @@ def compare(scene, rng) -> Example:
 
 def _compared(scene, asked: str, pairs: list[str], said) -> Example:
     answer = ", ".join("yes" if right else "no" for right in said)
-    return Example(
-        "compare", asked, f"{asked}: {', '.join(pairs)}", answer, (answer,), "image_level"
-    )
+    return Example("compare", asked, f"{asked}: {', '.join(pairs)}", answer, (answer,), "image_level")
 
 
 def fits(thing, name: str) -> bool:

@@ -37,9 +37,7 @@ class Form:
 AS_ASKED = Form()
 
 
-def spread(
-    asked: Sequence[list[int]], said: Sequence[list[int]]
-) -> tuple[list[int], list[int], list[int]]:
+def spread(asked: Sequence[list[int]], said: Sequence[list[int]]) -> tuple[list[int], list[int], list[int]]:
     """(prompt, target, learned) of rounds: the first question is the prompt, all that follows is the target.
 
     `learned` is 1 at the tokens of answers, their end tokens among them, and 0 at those of later questions.

@@ -116,18 +116,8 @@ GROUNDED = (
     "Name the main objects together with their positions.",
     "Write a caption that says where each main object is.",
 )
-COREFERENCE_COLOR = (
-    "What color is it?",
-    "And its color?",
-    "Which color does it have?",
-    "Tell me its color.",
-)
-COREFERENCE_CHECK = (
-    "Is it {word}?",
-    "And is it {word}?",
-    "Would you call it {word}?",
-    "Is that one {word}?",
-)
+COREFERENCE_COLOR = ("What color is it?", "And its color?", "Which color does it have?", "Tell me its color.")
+COREFERENCE_CHECK = ("Is it {word}?", "And is it {word}?", "Would you call it {word}?", "Is that one {word}?")
 SAME_COLOR = (
     "How many objects have that color?",
     "How many objects share this color, that one included?",

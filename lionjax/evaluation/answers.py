@@ -13,10 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 ARTICLES = frozenset(("a", "an", "the"))
-NUMBERS = dict(
-    none="0", zero="0", one="1", two="2", three="3", four="4", five="5",
-    six="6", seven="7", eight="8", nine="9", ten="10",
-)  # fmt: skip
+DIGITS = "none:0 zero:0 one:1 two:2 three:3 four:4 five:5 six:6 seven:7 eight:8 nine:9 ten:10"
+NUMBERS = dict(pair.split(":") for pair in DIGITS.split())
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 CONTRACTED = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
@@ -30,10 +28,7 @@ won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you
 """.split()
 # A contraction is mended where exactly one of its apostrophes is missing.
 CONTRACTIONS = {
-    form[:i] + form[i + 1 :]: form
-    for form in CONTRACTED
-    for i, letter in enumerate(form)
-    if letter == "'"
+    form[:i] + form[i + 1 :]: form for form in CONTRACTED for i, letter in enumerate(form) if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the official table has this one the wrong way round
 
 
@@ -132,17 +127,13 @@ def vsr_accuracy(answers: Sequence[bool | None], labels: Sequence[bool]) -> floa
     Source: Liu et al. 2023, Visual Spatial Reasoning.
     """
     paired(answers, labels)
-    return sum(
-        said is not None and said == true for said, true in zip(answers, labels, strict=True)
-    ) / len(labels)
+    return sum(said is not None and said == true for said, true in zip(answers, labels, strict=True)) / len(labels)
 
 
 def paired(answers: Sequence[bool | None], labels: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
     """Both as bool arrays of the same length; ValueError if the lengths differ or are zero."""
     if len(answers) != len(labels) or not len(labels):
-        raise ValueError(
-            f"{len(answers)} answers for {len(labels)} labels; give one a question, at least one"
-        )
+        raise ValueError(f"{len(answers)} answers for {len(labels)} labels; give one a question, at least one")
     return np.array(answers, dtype=bool), np.array(labels, dtype=bool)
 
 

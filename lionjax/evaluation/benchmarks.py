@@ -51,12 +51,7 @@ POINTED = ("rec", "grounded")  # also read behind the true words, where the mode
 
 def names_of(experiment: Experiment) -> list[str]:
     """The benchmarks of the tasks that some stage of an experiment trains."""
-    trained = [
-        name.rpartition("/")[2]
-        for stage in experiment.stages
-        for name, weight in stage.mixture
-        if weight
-    ]
+    trained = [name.rpartition("/")[2] for stage in experiment.stages for name, weight in stage.mixture if weight]
     # What was trained in another form, or behind examples, is asked as it stands in the template.
     trained = [re.sub(r"@(plain|told)$", "", re.sub(r"\+\d+", "", name)) for name in trained]
     names = dict.fromkeys(sorted(trained))
@@ -87,9 +82,7 @@ def evaluate_all(
     known = (read_json(folder / "report.json") or {}).get("evaluation", {})
     same = {"limit": limit, "split": split, "updates": updates}
     before = [known.get(label_of(name), {}) for name in names]
-    asked_before = [
-        updates is not None and same == {key: entry.get(key) for key in same} for entry in before
-    ]
+    asked_before = [updates is not None and same == {key: entry.get(key) for key in same} for entry in before]
     if jax.process_count() > 1:  # one may see the folder later than another
         asked_before = multihost_utils.broadcast_one_to_all(np.array(asked_before, bool))
     entries = {}
@@ -99,9 +92,7 @@ def evaluate_all(
             continue
         try:
             data, answer = experiment.data, experiment.answer
-            entries[name] = evaluate(
-                answerer, data, answer, name, folder, limit, split, updates=updates
-            )
+            entries[name] = evaluate(answerer, data, answer, name, folder, limit, split, updates=updates)
         except UserError as error:
             log.warning("benchmark %s is left out: %s", name, error)
     return entries
@@ -139,9 +130,7 @@ def evaluate(
             examples.append(sample.example)
             truth += [rle(sample.masks().any(axis=0))] if task == "res" else []
     if not examples:
-        raise UserError(
-            f"no question of {name!r} could be asked; look at the warnings above and at the data"
-        )
+        raise UserError(f"no question of {name!r} could be asked; look at the warnings above and at the data")
     log.info("%s: %d questions", label, len(examples))
     train = training(data, name)
     if train:
@@ -211,9 +200,7 @@ def asked(
         rows = {kind: [row[kind] for _, row in batch] for kind in batch[0][1]}
         if tagged and task in WITHOUT_TAGS and any(sample.example.tags for sample in kept):
             variants |= {"untagged": (False, False), "tags_alone": (True, True)}
-        least = tuple(
-            map(max, least, (len(kept), *answering.lengths(rows[True] + rows[False])))
-        )  # never less again
+        least = tuple(map(max, least, (len(kept), *answering.lengths(rows[True] + rows[False]))))  # never less again
         how = answering.settings(answer, processor, kept[0].example.category, task)
         sizes = [size_of(sample) for sample in kept] if segments else None
         answers = {
@@ -222,19 +209,12 @@ def asked(
         }
         if "forced" in rows:
             found = answerer.locate(rows["forced"], least)
-            answers["teacher_forced"] = [
-                forced(sample, boxes_K4) for sample, boxes_K4 in zip(kept, found)
-            ]
+            answers["teacher_forced"] = [forced(sample, boxes_K4) for sample, boxes_K4 in zip(kept, found)]
         yield kept, answers
 
 
 def prepared(
-    processor: Processor,
-    data: DataConfig,
-    samples: Iterable[Sample],
-    tagged: bool,
-    task: str,
-    shown: Any = None,
+    processor: Processor, data: DataConfig, samples: Iterable[Sample], tagged: bool, task: str, shown: Any = None
 ) -> Iterator[tuple[Sample, dict[Any, answering.Row]]]:
     """Each sample with its rows: with tags (where the benchmark has them), without, and with its answer.
 
@@ -256,9 +236,7 @@ def prepared(
                 for with_tags, words in ((True, tags), (False, ()))
             }
             if task in POINTED and how == "embeddings":
-                rows["forced"] = processor.row(
-                    pixels, example.question, tags, example.answer, *given
-                )
+                rows["forced"] = processor.row(pixels, example.question, tags, example.answer, *given)
         except UserError as error:
             if data.on_bad_record == "raise":
                 raise
@@ -359,12 +337,7 @@ def keep(sample: Sample, folder: Path) -> str:
 def record(folder: Path, entry: Mapping[str, Any], answerer: Answerer) -> None:
     """Enter a benchmark's figures into report.json; what others wrote there stays."""
     report = read_json(folder / "report.json") or {}
-    shown = {
-        "metrics": "metrics",
-        "intervals": "intervals",
-        "baselines": "blind",
-        "majority": "majority",
-    }
+    shown = {"metrics": "metrics", "intervals": "intervals", "baselines": "blind", "majority": "majority"}
     for ours, theirs in shown.items():
         report.setdefault(ours, {}).update(entry.get(theirs, {}))
     for variant in ("untagged", "teacher_forced"):
@@ -401,26 +374,19 @@ def figures(prefix: str, scored: Mapping[str, Scored]) -> dict[str, Any]:
         return {prefix + key: value for key, value in values.items()}
 
     main = scored["answers"]
-    entry = {
-        "metrics": named(main.metrics),
-        "intervals": named(main.intervals()),
-        "details": main.details,
-    }
+    entry = {"metrics": named(main.metrics), "intervals": named(main.intervals()), "details": main.details}
     others = {variant: named(s.metrics) for variant, s in scored.items() if variant != "answers"}
     return entry | others
 
 
-def by_kind(
-    task: str, examples: Sequence[Any], said: Mapping[str, Sequence[str]]
-) -> dict[str, dict]:
+def by_kind(task: str, examples: Sequence[Any], said: Mapping[str, Sequence[str]]) -> dict[str, dict]:
     """{kind: {"samples": how many, variant: metrics}}: of colors, counts, ..., of POPE's three settings."""
     kinds = {}
     for kind in dict.fromkeys(example.kind for example in examples):
         places = [place for place, example in enumerate(examples) if example.kind == kind]
         group = [examples[place] for place in places]
         each = {
-            variant: SCORERS[task](group, [texts[place] for place in places]).metrics
-            for variant, texts in said.items()
+            variant: SCORERS[task](group, [texts[place] for place in places]).metrics for variant, texts in said.items()
         }
         kinds[kind] = {"samples": len(places), **each}
     return kinds

@@ -108,9 +108,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> n
 
 
 def cider_d(
-    candidates: Sequence[str],
-    references: Sequence[Sequence[str]],
-    corpus: Sequence[Sequence[str]] | None = None,
+    candidates: Sequence[str], references: Sequence[Sequence[str]], corpus: Sequence[Sequence[str]] | None = None
 ) -> np.ndarray:
     """CIDEr-D of each sample, array (B,) in 0..10; the set's score is its mean.
 
@@ -167,9 +165,7 @@ def clipped_cosine(candidate: Weighed, reference: Weighed) -> float:
     return total / 4 * math.exp(-(gap**2) / (2 * 6.0**2))
 
 
-def caption_scores(
-    candidates: Sequence[str], references: Sequence[Sequence[str]]
-) -> dict[str, float]:
+def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """BLEU-1..4, ROUGE-L (0..1) and CIDEr-D (0..10, see `cider_d`) of a set, by name."""
     scores = {f"bleu_{n}": float(v) for n, v in enumerate(bleu(candidates, references), start=1)}
     scores["rouge_l"] = float(rouge_l(candidates, references).mean())
@@ -198,13 +194,10 @@ def check_pairs(candidates: Sequence[str], references: Sequence[Sequence[str]]) 
     """Raises ValueError unless there is one candidate, and a list of references, a sample."""
     if len(candidates) != len(references):
         raise ValueError(
-            f"{len(candidates)} sentences but references for {len(references)} samples; "
-            "give one sentence a sample"
+            f"{len(candidates)} sentences but references for {len(references)} samples; give one sentence a sample"
         )
     if not candidates:
         raise ValueError("no sentences to score; give at least one sample")
     for i, texts in enumerate(references):
         if isinstance(texts, str) or not texts:
-            raise ValueError(
-                f"references of sample {i} are {texts!r}; give a list of at least one sentence"
-            )
+            raise ValueError(f"references of sample {i} are {texts!r}; give a list of at least one sentence")

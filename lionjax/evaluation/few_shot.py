@@ -57,9 +57,7 @@ class Shown:
             part = pixels[start : start + 32]
             rows = [*part, *[part[-1]] * (32 - len(part))]
             batch = self.answerer.processor.batch([Input(image, "?") for image in rows])
-            batch = dataclasses.replace(
-                batch, image_BHWC=batch.image_BHWC.reshape(32, -1, *part[0].shape)[:, 0]
-            )
+            batch = dataclasses.replace(batch, image_BHWC=batch.image_BHWC.reshape(32, -1, *part[0].shape)[:, 0])
             seen.append(np.asarray(see(params, batch))[: len(part)])
         seen_SD = np.concatenate(seen)
         return seen_SD / np.linalg.norm(seen_SD, axis=1, keepdims=True)

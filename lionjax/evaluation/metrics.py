@@ -34,9 +34,7 @@ def iou(boxes_B4: np.ndarray, others_B4: np.ndarray) -> np.ndarray:
     """
     boxes_B4, others_B4 = as_boxes(boxes_B4), as_boxes(others_B4)
     if boxes_B4.shape != others_B4.shape:
-        raise ValueError(
-            f"{len(boxes_B4)} boxes against {len(others_B4)}; give one a sample, or use iou_matrix"
-        )
+        raise ValueError(f"{len(boxes_B4)} boxes against {len(others_B4)}; give one a sample, or use iou_matrix")
     return overlap(boxes_B4, others_B4)
 
 
@@ -109,9 +107,7 @@ def rec_scores(boxes: Sequence[Box | None], truth_B4: np.ndarray) -> dict[str, f
     }
 
 
-def phrase_hits(
-    boxes: Sequence[Box | None], truth: Sequence[np.ndarray], merged: bool = False
-) -> np.ndarray:
+def phrase_hits(boxes: Sequence[Box | None], truth: Sequence[np.ndarray], merged: bool = False) -> np.ndarray:
     """Whether each phrase's first box finds it, bool array (B,); the mean is recall@1.
 
     A phrase may name several regions, `truth[i]` being (K, 4). A hit is IoU >= 0.5 with any of
@@ -147,8 +143,7 @@ def mask_overlaps(masks: Sequence[Mask], truth: Sequence[Mask]) -> np.ndarray:
         mask_HW = np.zeros_like(true_HW) if mask is None else as_mask(mask)
         if mask_HW.shape != true_HW.shape:
             raise ValueError(
-                f"mask {i} is {mask_HW.shape} but its truth is {true_HW.shape}; "
-                "resize it to the original picture"
+                f"mask {i} is {mask_HW.shape} but its truth is {true_HW.shape}; resize it to the original picture"
             )
         counts.append((np.sum(mask_HW & true_HW), np.sum(mask_HW | true_HW)))
     return np.array(counts, dtype=np.int64).reshape(-1, 2)
@@ -165,9 +160,7 @@ def as_mask(mask: Mask) -> np.ndarray:
         return coco.decode(rle).astype(bool)
     array = np.asarray(mask)
     if array.dtype != bool or array.ndim != 2:
-        raise ValueError(
-            f"mask is {array.dtype} of shape {array.shape}; give a bool array (H, W) or an RLE"
-        )
+        raise ValueError(f"mask is {array.dtype} of shape {array.shape}; give a bool array (H, W) or an RLE")
     return array
 
 
@@ -237,9 +230,7 @@ def mean_average_precision(scores_BV: np.ndarray, truth_BV: np.ndarray) -> float
     """Mean over tags of `average_precision`, 0..1; tags that are nowhere true are left out."""
     scores_BV, truth_BV = np.asarray(scores_BV), np.asarray(truth_BV, dtype=bool)
     if scores_BV.shape != truth_BV.shape or scores_BV.ndim != 2:
-        raise ValueError(
-            f"scores are {scores_BV.shape}, truth {truth_BV.shape}; give both as (pictures, tags)"
-        )
+        raise ValueError(f"scores are {scores_BV.shape}, truth {truth_BV.shape}; give both as (pictures, tags)")
     present = np.flatnonzero(truth_BV.any(axis=0))
     if not len(present):
         raise ValueError("no tag is true in any picture; give a set with at least one")
@@ -277,8 +268,6 @@ def interval(
     if not len(values):
         raise ValueError("no values to draw from; give at least one sample")
     random = np.random.default_rng(seed)
-    draws = [
-        statistic(values[random.integers(len(values), size=len(values))]) for _ in range(rounds)
-    ]
+    draws = [statistic(values[random.integers(len(values), size=len(values))]) for _ in range(rounds)]
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -80,13 +80,25 @@ def report(workdir: Path | str) -> Path:
         raise UserError(f"{workdir} holds no report.json, metrics.jsonl or evaluation/*.jsonl")
     sections = [results(figures), stages(figures)]
     if losses:
-        sections.append(drawn("loss", lambda dark: plots.loss_curves(losses, dark), workdir,
-                              "Loss at each logged step, faint, and its running mean."))  # fmt: skip
+        sections.append(
+            drawn(
+                "loss",
+                lambda dark: plots.loss_curves(losses, dark),
+                workdir,
+                "Loss at each logged step, faint, and its running mean.",
+            )
+        )
     if routers := read_json(workdir / "routers.json"):
         ratios = {name: np.asarray(ratio, float) for name, ratio in routers.items()}
-        sections += ["<h2>Whom each layer listens to</h2>", drawn(
-            "routers", lambda dark: plots.router_ratios(ratios, CATEGORIES, dark), workdir,
-            "Mean over the channels of the ratio that the router gives each adapter.")]  # fmt: skip
+        sections += [
+            "<h2>Whom each layer listens to</h2>",
+            drawn(
+                "routers",
+                lambda dark: plots.router_ratios(ratios, CATEGORIES, dark),
+                workdir,
+                "Mean over the channels of the ratio that the router gives each adapter.",
+            ),
+        ]
     if answers:
         sections.append(legend())
         sections += [gallery(name, rows, workdir) for name, rows in answers.items()]
@@ -100,9 +112,7 @@ def write_routers(workdir: Path | str, params: Params) -> None:
     """Keep the mean ratio of every router in `routers.json`: {where: (layers, tasks, adapters)}."""
     ratios = [(path.split("/"), leaf) for path, leaf in trees.flatten(params).items()]
     ratios = [(parts[:-1], leaf) for parts, leaf in ratios if parts[-1] == "ratio"]
-    everywhere = (
-        set.intersection(*(set(parts) for parts, _ in ratios)) if len(ratios) > 1 else set()
-    )
+    everywhere = set.intersection(*(set(parts) for parts, _ in ratios)) if len(ratios) > 1 else set()
     means = {
         " ".join(part for part in parts if part not in everywhere): np.asarray(
             multihost_utils.process_allgather(jnp.mean(leaf, -1), tiled=True)
@@ -214,10 +224,7 @@ def stages(figures: Mapping) -> str:
     rows = []
     for stage in figures.get("stages") or ():
         frozen = stage.get("frozen_unchanged")
-        said = {
-            True: '<span class="right">bit for bit</span>',
-            False: '<span class="wrong">no</span>',
-        }
+        said = {True: '<span class="right">bit for bit</span>', False: '<span class="wrong">no</span>'}
         rows.append(
             [
                 escape(str(stage.get("name", ""))),
@@ -251,14 +258,9 @@ def drawn(name: str, plot, workdir: Path, caption: str) -> str:
 
 def legend() -> str:
     """What the colours of the boxes mean."""
-    keys = (
-        (plots.PREDICTED, "", "answered"),
-        (plots.TRUE, "dashed", "true"),
-        (plots.ASKED, "", "asked about"),
-    )
+    keys = ((plots.PREDICTED, "", "answered"), (plots.TRUE, "dashed", "true"), (plots.ASKED, "", "asked about"))
     marks = "".join(
-        f'<span class="key {style}" style="border-color:{colour}"></span>{words}'
-        for colour, style, words in keys
+        f'<span class="key {style}" style="border-color:{colour}"></span>{words}' for colour, style, words in keys
     )
     return f'<h2>Answers</h2><p class="faint">Boxes:{marks}</p>'
 
@@ -279,9 +281,7 @@ def gallery(name: str, rows: Sequence[Mapping], workdir: Path) -> str:
             cells.append((picture, [*lines, (truth, "#656d76")]))
     if cells:
         write(workdir / f"answers_{name}.png", png(plots.grid(cells)))
-    shown = (
-        f"The first {len(cards)} of {len(rows):,}" if len(rows) > len(cards) else f"All {len(rows)}"
-    )
+    shown = f"The first {len(cards)} of {len(rows):,}" if len(rows) > len(cards) else f"All {len(rows)}"
     return (
         f"<h3>{escape(name.replace('_', ' '))}</h3>"
         f'<p class="faint">{shown}, as they came.</p><div class="answers">{"".join(cards)}</div>'
@@ -289,17 +289,9 @@ def gallery(name: str, rows: Sequence[Mapping], workdir: Path) -> str:
 
 
 def card(picture: Image.Image | None, question: str, said: str, mark: str, truth: str) -> str:
-    image = (
-        ""
-        if picture is None
-        else f'<img src="{data_url(jpeg(picture), "jpeg")}" alt="" loading="lazy">'
-    )
+    image = "" if picture is None else f'<img src="{data_url(jpeg(picture), "jpeg")}" alt="" loading="lazy">'
     parts = [("question", question, ""), ("answer", said, mark), ("truth", truth, "")]
-    words = "".join(
-        f'<dt>{name}</dt><dd class="{style}">{escape(text)}</dd>'
-        for name, text, style in parts
-        if text
-    )
+    words = "".join(f'<dt>{name}</dt><dd class="{style}">{escape(text)}</dd>' for name, text, style in parts if text)
     return f'<div class="answer">{image}<dl>{words}</dl></div>'
 
 
@@ -338,9 +330,7 @@ def decoded(masks: Iterable[Mapping]) -> list[np.ndarray]:
     """Masks (H, W) from COCO's compressed run lengths {"size": [H, W], "counts": text}."""
     from pycocotools import mask as coco
 
-    return [
-        coco.decode({**mask, "counts": str(mask["counts"]).encode()}).astype(bool) for mask in masks
-    ]
+    return [coco.decode({**mask, "counts": str(mask["counts"]).encode()}).astype(bool) for mask in masks]
 
 
 def speed(figures: Mapping) -> str:
@@ -360,19 +350,14 @@ def environment(figures: Mapping) -> str:
     rows += [[escape(str(key)), escape(str(value))] for key, value in where.items()]
     config = figures.get("config")
     text = config if isinstance(config, str) else json.dumps(config, indent=1) if config else ""
-    folded = (
-        f"<details><summary>Config</summary><pre>{escape(text)}</pre></details>" if text else ""
-    )
+    folded = f"<details><summary>Config</summary><pre>{escape(text)}</pre></details>" if text else ""
     return f"<h2>Where and with what</h2>{table([], rows)}{folded}" if rows or folded else ""
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; a cell that is not yet one becomes a plain one."""
     top = "".join(cell if cell.startswith("<th") else f"<th>{cell}</th>" for cell in heads)
-    body = "".join(
-        f"<tr>{''.join(c if c.startswith('<td') else f'<td>{c}</td>' for c in row)}</tr>"
-        for row in rows
-    )
+    body = "".join(f"<tr>{''.join(c if c.startswith('<td') else f'<td>{c}</td>' for c in row)}</tr>" for row in rows)
     head = f"<thead><tr>{top}</tr></thead>" if top else ""
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>' if rows else ""
 

@@ -40,9 +40,7 @@ class Scored:
 
     def intervals(self, seed: int = 0) -> dict[str, list[float]]:
         """95 % bootstrap intervals [low, high] over the samples, of the metrics that have single values."""
-        return {
-            key: list(metrics.interval(rows, seed, how)) for key, (rows, how) in self.each.items()
-        }
+        return {key: list(metrics.interval(rows, seed, how)) for key, (rows, how) in self.each.items()}
 
 
 def caption(examples: Examples, texts: Sequence[str]) -> Scored:
@@ -53,9 +51,7 @@ def caption(examples: Examples, texts: Sequence[str]) -> Scored:
         "caption_bleu4": float(captions.bleu(texts, references)[3]),
         "caption_rouge_l": float(rouge_B.mean()),
     }
-    return Scored(
-        scores, {}, {"caption_cider": (cider_B, np.mean), "caption_rouge_l": (rouge_B, np.mean)}
-    )
+    return Scored(scores, {}, {"caption_cider": (cider_B, np.mean), "caption_rouge_l": (rouge_B, np.mean)})
 
 
 def reg(examples: Examples, texts: Sequence[str]) -> Scored:
@@ -64,13 +60,8 @@ def reg(examples: Examples, texts: Sequence[str]) -> Scored:
     cider_B = captions.cider_d(texts, references)
     wanted = [{answers.normalise_answer(text) for text in texts} for texts in references]
     exact = [float(answers.normalise_answer(text) in fits) for text, fits in zip(texts, wanted)]
-    details = {
-        "rouge_l": float(captions.rouge_l(texts, references).mean()),
-        "exact": float(np.mean(exact)),
-    }
-    return Scored(
-        {"reg_cider": float(cider_B.mean())}, details, {"reg_cider": (cider_B, np.mean)}, exact
-    )
+    details = {"rouge_l": float(captions.rouge_l(texts, references).mean()), "exact": float(np.mean(exact))}
+    return Scored({"reg_cider": float(cider_B.mean())}, details, {"reg_cider": (cider_B, np.mean)}, exact)
 
 
 def vqa(examples: Examples, texts: Sequence[str]) -> Scored:
@@ -106,17 +97,12 @@ def labels(examples: Examples) -> list[bool]:
 
 
 def rec(examples: Examples, texts: Sequence[str]) -> Scored:
-    boxes, truth_B4 = (
-        [metrics.parse_box(text) for text in texts],
-        [example.boxes[0] for example in examples],
-    )
+    boxes, truth_B4 = ([metrics.parse_box(text) for text in texts], [example.boxes[0] for example in examples])
     scores = metrics.rec_scores(boxes, truth_B4)
     right_B = metrics.rec_ious(boxes, truth_B4) > 0.5
     each = {"rec_accuracy_50": (right_B, np.mean)}
     details = {key: scores[key] for key in ("mean_iou", "unparsable")}
-    return Scored(
-        {"rec_accuracy_50": scores["accuracy_50"]}, details, each, right_B.astype(float).tolist()
-    )
+    return Scored({"rec_accuracy_50": scores["accuracy_50"]}, details, each, right_B.astype(float).tolist())
 
 
 def choice(examples: Examples, texts: Sequence[str]) -> Scored:
@@ -143,9 +129,7 @@ def res(truth: Sequence[metrics.Mask], masks: Sequence[metrics.Mask]) -> Scored:
     scores = metrics.res_scores(masks, truth)
     each = {"res_ciou": (overlaps_B2, metrics.ciou), "res_giou": (iou_B, np.mean)}
     details = {"no_mask": float(np.mean([mask is None for mask in masks]))}
-    return Scored(
-        {"res_ciou": scores["ciou"], "res_giou": scores["giou"]}, details, each, iou_B.tolist()
-    )
+    return Scored({"res_ciou": scores["ciou"], "res_giou": scores["giou"]}, details, each, iou_B.tolist())
 
 
 def grounded(examples: Examples, texts: Sequence[str]) -> Scored:
@@ -187,9 +171,7 @@ def phrases(text: str) -> list[tuple[str, metrics.Box]]:
 def tags(examples: Examples, texts: Sequence[str]) -> Scored:
     said, truth = [words(text) for text in texts], [words(example.answer) for example in examples]
     scores = metrics.tag_scores(said, truth)
-    rows_B3 = np.array(
-        [(len(mine & true), len(mine), len(true)) for mine, true in zip(said, truth)]
-    )
+    rows_B3 = np.array([(len(mine & true), len(mine), len(true)) for mine, true in zip(said, truth)])
 
     def f1(rows_B3: np.ndarray) -> float:
         hits, mine, true = rows_B3.sum(axis=0)
@@ -218,12 +200,7 @@ SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], Scored]] = {
     "tags": tags,
     "choice": choice,
 }
-BY_KIND = (
-    "vqa",
-    "existence",
-    "box_vqa",
-    "choice",
-)  # scored apart by `Example.kind` too; POPE's settings are kinds
+BY_KIND = ("vqa", "existence", "box_vqa", "choice")  # scored apart by `Example.kind` too; POPE's settings are kinds
 
 
 # The best constant answer
@@ -236,18 +213,12 @@ def constants(task: str, train: Examples, asked: Examples) -> list[str]:
     Boxes, sentences and tags: the one that fares best on the training examples.
     """
     if task in ("vqa", "relation", "box_vqa", "choice"):
-        common = {
-            kind: most_common(e for e in train if e.kind == kind)
-            for kind in {e.kind for e in train}
-        }
+        common = {kind: most_common(e for e in train if e.kind == kind) for kind in {e.kind for e in train}}
         other = most_common(train)
         return [common.get(example.kind, other) for example in asked]
-    best = {
-        "existence": lambda train: "yes",
-        "rec": best_box,
-        "res": best_box,
-        "tags": best_tags,
-    }.get(task, best_sentence)
+    best = {"existence": lambda train: "yes", "rec": best_box, "res": best_box, "tags": best_tags}.get(
+        task, best_sentence
+    )
     return [best(train)] * len(asked)
 
 
@@ -274,13 +245,9 @@ def best_sentence(train: Examples) -> str:
 def best_tags(train: Examples) -> str:
     """The set of the most frequent tags, as many of them as give the best F1."""
     truth = [words(example.answer) for example in train]
-    order = [
-        word for word, _ in Counter(word for names in truth for word in sorted(names)).most_common()
-    ]
+    order = [word for word, _ in Counter(word for names in truth for word in sorted(names)).most_common()]
     sets = [order[:size] for size in range(1, len(order) + 1)]
-    return ", ".join(
-        max(sets, key=lambda said: metrics.tag_scores([said] * len(truth), truth)["f1"])
-    )
+    return ", ".join(max(sets, key=lambda said: metrics.tag_scores([said] * len(truth), truth)["f1"]))
 
 
 def random_box_hits(train: Examples, asked: Examples) -> float:

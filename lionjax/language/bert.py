@@ -13,16 +13,7 @@ import jax.numpy as jnp
 
 from lionjax import attention as attentions
 from lionjax.attention import Attention, key_mask
-from lionjax.layers import (
-    MLP,
-    Dense,
-    Embed,
-    LayerNorm,
-    dense_rows,
-    dropout,
-    norm_rows,
-    split_key,
-)
+from lionjax.layers import MLP, Dense, Embed, LayerNorm, dense_rows, dropout, norm_rows, split_key
 from lionjax.sharding import constrain
 from lionjax.weight_rows import Row, under
 
@@ -106,15 +97,9 @@ def torch_rows(c: BertConfig) -> tuple[Row, ...]:
     """Names of Hugging Face's BertModel."""
     names = {"q": "query", "k": "key", "v": "value"}
     block = (
+        *under("attention.self.", "attention/", attentions.torch_rows(names, c.heads, c.width // c.heads, "qkv")),
         *under(
-            "attention.self.",
-            "attention/",
-            attentions.torch_rows(names, c.heads, c.width // c.heads, "qkv"),
-        ),
-        *under(
-            "attention.output.",
-            "attention/",
-            attentions.torch_rows({"o": "dense"}, c.heads, c.width // c.heads, "o"),
+            "attention.output.", "attention/", attentions.torch_rows({"o": "dense"}, c.heads, c.width // c.heads, "o")
         ),
         *norm_rows("attention.output.LayerNorm", "norm1"),
         *dense_rows("intermediate.dense", "mlp/up"),

@@ -17,18 +17,7 @@ from lionjax.adapters import AdapterConfig, CrossConfig, GatedCross, RoutedAdapt
 from lionjax.attention import Attention, causal_mask, key_mask, near, rotate, rotations, waves
 from lionjax.interfaces import Cache
 from lionjax.kernels import MASKED
-from lionjax.layers import (
-    MLP,
-    REMAT,
-    Dense,
-    Embed,
-    GatedMLP,
-    LayerNorm,
-    LoraConfig,
-    RMSNorm,
-    dropout,
-    split_key,
-)
+from lionjax.layers import MLP, REMAT, Dense, Embed, GatedMLP, LayerNorm, LoraConfig, RMSNorm, dropout, split_key
 from lionjax.sharding import constrain
 
 WHERE = ("turns", "near", "waves")
@@ -97,36 +86,83 @@ class DecoderConfig:
 VICUNA_7B = DecoderConfig()
 VICUNA_13B = DecoderConfig(width=5120, layers=40, heads=40, kv_heads=40, hidden=13824)
 SMOLLM2_135M = DecoderConfig(
-    vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head=64, hidden=1536, rope_theta=100000.0, tied=True,
-    pad_token=2, start_token=1, end_token=2,
-)  # fmt: skip
-_BEFORE_LLAMA = DecoderConfig(
-    activation="relu", gated=False, centred=True, biases="qkvo", tied=True, dropout=0.1
+    vocab=49152,
+    width=576,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head=64,
+    hidden=1536,
+    rope_theta=100000.0,
+    tied=True,
+    pad_token=2,
+    start_token=1,
+    end_token=2,
 )
+_BEFORE_LLAMA = DecoderConfig(activation="relu", gated=False, centred=True, biases="qkvo", tied=True, dropout=0.1)
 OPT_2_7B = dataclasses.replace(
-    _BEFORE_LLAMA, vocab=50272, width=2560, head=80, hidden=10240, positions=2050, position_offset=2,
-    pad_token=1, start_token=2, end_token=2,
-)  # fmt: skip
+    _BEFORE_LLAMA,
+    vocab=50272,
+    width=2560,
+    head=80,
+    hidden=10240,
+    positions=2050,
+    position_offset=2,
+    pad_token=1,
+    start_token=2,
+    end_token=2,
+)
 GPT2 = dataclasses.replace(
-    _BEFORE_LLAMA, vocab=50257, width=768, layers=12, heads=12, kv_heads=12, head=64, hidden=3072,
-    activation="gelu_tanh", positions=1024, pad_token=50256, start_token=50256, end_token=50256,
-)  # fmt: skip
+    _BEFORE_LLAMA,
+    vocab=50257,
+    width=768,
+    layers=12,
+    heads=12,
+    kv_heads=12,
+    head=64,
+    hidden=3072,
+    activation="gelu_tanh",
+    positions=1024,
+    pad_token=50256,
+    start_token=50256,
+    end_token=50256,
+)
 MPT_7B = dataclasses.replace(
-    _BEFORE_LLAMA, activation="gelu", biases="", dropout=0.0, where="near", vocab=50432, hidden=16384,
-    pad_token=1, start_token=0, end_token=0,
-)  # fmt: skip
+    _BEFORE_LLAMA,
+    activation="gelu",
+    biases="",
+    dropout=0.0,
+    where="near",
+    vocab=50432,
+    hidden=16384,
+    pad_token=1,
+    start_token=0,
+    end_token=0,
+)
 MPT_1B = dataclasses.replace(
     MPT_7B, vocab=50368, width=2048, layers=24, heads=16, kv_heads=16, hidden=8192, qk_norms=True
 )
 KOSMOS2_TEXT = dataclasses.replace(
-    _BEFORE_LLAMA, activation="gelu", where="waves", position_offset=2, inner_norms=True, scaled=True, vocab=65037,
-    width=2048, layers=24, head=64, hidden=8192, pad_token=1, start_token=0, end_token=2,
-)  # fmt: skip
+    _BEFORE_LLAMA,
+    activation="gelu",
+    where="waves",
+    position_offset=2,
+    inner_norms=True,
+    scaled=True,
+    vocab=65037,
+    width=2048,
+    layers=24,
+    head=64,
+    hidden=8192,
+    pad_token=1,
+    start_token=0,
+    end_token=2,
+)
 
 # `configs/tiny_backbones.py --part decoder` makes it. Its words are the small T5's, so that one ViT speaks to both.
 TINY_DECODER = DecoderConfig(
-    vocab=1024, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=128, rope_theta=1e6, tied=True, end_token=1,
-)  # fmt: skip
+    vocab=1024, width=128, layers=4, heads=4, kv_heads=4, head=32, hidden=128, rope_theta=1e6, tied=True, end_token=1
+)
 
 
 class Block(nn.Module):
@@ -145,9 +181,16 @@ class Block(nn.Module):
         keys = split_key(key, 3)
         inner = c.eps if c.inner_norms else None
         own = Attention(
-            c.width, c.heads, c.head, kv_heads=c.kv_heads, biases=c.biases, rate=c.dropout, lora=c.lora,
-            inner_eps=inner, name="attention",
-        )  # fmt: skip
+            c.width,
+            c.heads,
+            c.head,
+            kv_heads=c.kv_heads,
+            biases=c.biases,
+            rate=c.dropout,
+            lora=c.lora,
+            inner_eps=inner,
+            name="attention",
+        )
         h_BLD = norm(c, name="norm1")(x_BLD)
         query, (new_k, new_v) = own.queries(h_BLD, keys[0]), own.keys_values(h_BLD, keys[0])
         if c.qk_norms:
@@ -161,9 +204,7 @@ class Block(nn.Module):
             gated = GatedMLP(c.width, c.hidden, c.activation, lora=c.lora, name="mlp")
             change_BLD = gated(h_BLD, 0.0, keys[2])
         else:
-            mlp = MLP(
-                c.width, c.hidden, c.activation, bias=bool(c.biases), inner_eps=inner, name="mlp"
-            )
+            mlp = MLP(c.width, c.hidden, c.activation, bias=bool(c.biases), inner_eps=inner, name="mlp")
             change_BLD = mlp(h_BLD)
         out_BLD = x_BLD + dropout(change_BLD, c.dropout, keys[2])
         if c.adapters is not None:
@@ -194,9 +235,7 @@ class Group(nn.Module):
 
         made = ()
         if last:
-            x_BLD, new = stacked(Block, c, last)(c, name="before")(
-                x_BLD, part(slice(last)), mask, turn, bias, task_B
-            )
+            x_BLD, new = stacked(Block, c, last)(c, name="before")(x_BLD, part(slice(last)), mask, turn, bias, task_B)
             made = (new,)
         x_BLD, kept = GatedCross(c.width, c.cross, name="cross")(x_BLD, media, kept)
         x_BLD, new = Block(c, name="block")(x_BLD, part(last), mask, turn, bias, task_B)
@@ -271,9 +310,7 @@ class Decoder(nn.Module):
         """
         c = self.c
         self.check_length(x_BLD.shape[1] + cache_length)
-        h_BLD, read, kept = self.run(
-            x_BLD, counted(mask_BL), causal_mask(mask_BL), task_B, None, (), media
-        )
+        h_BLD, read, kept = self.run(x_BLD, counted(mask_BL), causal_mask(mask_BL), task_B, None, (), media)
         room = (c.layers, len(x_BLD), c.kv_heads, max(cache_length, 1), c.head)
         written = {name: jnp.zeros(room, leaf.dtype) for name, leaf in zip("kv", read)}
         mask_BL = mask_BL.astype(bool)
@@ -293,9 +330,7 @@ class Decoder(nn.Module):
         written_BS = jnp.broadcast_to(place_S < step, (rows, len(place_S)))
         seen_BS = jnp.concatenate([mask_BL, written_BS, jnp.ones((rows, 1), bool)], axis=1)
         count_B1 = mask_BL.sum(axis=1, keepdims=True)
-        position_BS = jnp.concatenate(
-            [counted(mask_BL), count_B1 + place_S, count_B1 + step], axis=1
-        )
+        position_BS = jnp.concatenate([counted(mask_BL), count_B1 + place_S, count_B1 + step], axis=1)
         written = (cache.written["k"], cache.written["v"])
         media = kept = None
         if self.c.cross is not None:
@@ -318,9 +353,7 @@ class Decoder(nn.Module):
         }
         return h_B1D[:, 0], Cache(cache.written | written, cache.fixed, step + 1, cache.read)
 
-    def run(
-        self, x_BLD, position_BL, mask, task_B, key, earlier=None, media=None, kept=None, key_position_BS=None
-    ):  # fmt: skip
+    def run(self, x_BLD, position_BL, mask, task_B, key, earlier=None, media=None, kept=None, key_position_BS=None):
         """States, and where `earlier` is given the new keys and values of all layers, and those of the pictures."""
         c = self.c
         keys = split_key(key, c.layers + 1)
@@ -352,9 +385,7 @@ class Decoder(nn.Module):
     def check_length(self, length: int):
         room = self.c.positions - self.c.position_offset
         if self.c.positions and length > room:
-            raise ValueError(
-                f"{length} tokens do not fit the {room} learned positions; shorten the text"
-            )
+            raise ValueError(f"{length} tokens do not fit the {room} learned positions; shorten the text")
 
 
 def counted(mask_BL):

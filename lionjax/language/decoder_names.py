@@ -7,18 +7,7 @@ from lionjax import adapters
 from lionjax import attention as attentions
 from lionjax.language.decoder import DecoderConfig
 from lionjax.layers import dense_rows, norm_rows
-from lionjax.weight_rows import (
-    Row,
-    fused,
-    heads_in,
-    heads_in_bias,
-    heads_out,
-    linear,
-    padded,
-    reshaped,
-    same,
-    under,
-)
+from lionjax.weight_rows import Row, fused, heads_in, heads_in_bias, heads_out, linear, padded, reshaped, same, under
 
 
 def llama_rows(c: DecoderConfig) -> tuple[Row, ...]:
@@ -27,11 +16,7 @@ def llama_rows(c: DecoderConfig) -> tuple[Row, ...]:
         *under("self_attn.", "attention/", _attention_rows(c, "o_proj")),
         *norm_rows("input_layernorm", "norm1", bias=False),
         *norm_rows("post_attention_layernorm", "norm2", bias=False),
-        *(
-            row
-            for x in ("gate", "up", "down")
-            for row in dense_rows(f"mlp.{x}_proj", f"mlp/{x}", bias=False)
-        ),
+        *(row for x in ("gate", "up", "down") for row in dense_rows(f"mlp.{x}_proj", f"mlp/{x}", bias=False)),
     )
     if c.adapters is not None:
         block = (*block, *under("adapter.", "adapters/", adapters.torch_rows(c.adapters)))
@@ -64,11 +49,7 @@ def gpt2_rows(c: DecoderConfig) -> tuple[Row, ...]:
     cut = heads_in_bias(c.heads, c.head)
     back = reshaped((c.heads * c.head, c.width), (c.heads, c.head, c.width))
     block = (
-        Row(
-            "attn.c_attn.weight",
-            tuple(f"attention/{x}/kernel" for x in "qkv"),
-            fused(cut, cut, cut, axis=1),
-        ),
+        Row("attn.c_attn.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), fused(cut, cut, cut, axis=1)),
         Row("attn.c_attn.bias", tuple(f"attention/{x}/bias" for x in "qkv"), fused(cut, cut, cut)),
         Row("attn.c_proj.weight", "attention/o/kernel", back),
         Row("attn.c_proj.bias", "attention/o/bias"),

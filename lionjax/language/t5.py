@@ -61,30 +61,24 @@ class T5Config:
 FLAN_T5_XL = T5Config()
 FLAN_T5_XXL = T5Config(width=4096, heads=64, hidden=10240)
 TINY_T5 = T5Config(  # ships with the project
-    vocab=1024, width=128, head=32, heads=4, hidden=384, encoder_layers=4, decoder_layers=3, dropout=0.0,
+    vocab=1024,
+    width=128,
+    head=32,
+    heads=4,
+    hidden=384,
+    encoder_layers=4,
+    decoder_layers=3,
+    dropout=0.0,
     activation="gelu",
-)  # fmt: skip
+)
 
 
 def attention(c: T5Config, name: str) -> Attention:
     """T5's initial scales: queries are small because scores are not divided by sqrt(head)."""
     inner = c.heads * c.head
-    inits = (
-        normal((c.width * c.head) ** -0.5),
-        normal(c.width**-0.5),
-        normal(c.width**-0.5),
-        normal(inner**-0.5),
-    )
+    inits = (normal((c.width * c.head) ** -0.5), normal(c.width**-0.5), normal(c.width**-0.5), normal(inner**-0.5))
     return Attention(
-        c.width,
-        c.heads,
-        c.head,
-        biases="",
-        scale=1.0,
-        rate=c.dropout,
-        inits=inits,
-        lora=c.lora,
-        name=name,
+        c.width, c.heads, c.head, biases="", scale=1.0, rate=c.dropout, inits=inits, lora=c.lora, name=name
     )
 
 
@@ -138,9 +132,7 @@ class DecoderBlock(nn.Module):
         x_BMD = RMSNorm(c.width, c.eps, name="self_norm")(h_BMD)
         keys_values = own.keys_values(x_BMD, keys[0])
         if cache is not None:
-            cache = tuple(
-                write(old, new, number, step) for old, new in zip(cache, keys_values, strict=True)
-            )
+            cache = tuple(write(old, new, number, step) for old, new in zip(cache, keys_values, strict=True))
             keys_values = tuple(layers[number] for layers in cache)
         change = own.look(own.queries(x_BMD, keys[0]), keys_values, mask, bias, keys[0])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[1])
@@ -178,9 +170,7 @@ class Encoder(nn.Module):
         keys = split_key(key, c.encoder_layers + 2)
         layer_keys = None if key is None else jnp.stack(keys[2:])
         positions = jnp.arange(x_BLD.shape[1])
-        bias = RelativeBias(c.heads, c.buckets, c.max_distance, True, c.width, name="relative")(
-            positions, positions
-        )
+        bias = RelativeBias(c.heads, c.buckets, c.max_distance, True, c.width, name="relative")(positions, positions)
         h_BLD = dropout(x_BLD, c.dropout, keys[0])
         blocks = scanned(EncoderBlock, c, c.encoder_layers, 3)
         h_BLD, _ = blocks(h_BLD, layer_keys, key_mask(mask_BL), bias, task_B)
@@ -191,9 +181,7 @@ class Decoder(nn.Module):
     c: T5Config
 
     @nn.compact
-    def __call__(
-        self, x_BMD, encoded_BLD, encoded_mask_BL, task_B, key, cache=None, step=0, mask_BM=None
-    ):
+    def __call__(self, x_BMD, encoded_BLD, encoded_mask_BL, task_B, key, cache=None, step=0, mask_BM=None):
         c = self.c
         keys = split_key(key, c.decoder_layers + 2)
         layer_keys = None if key is None else jnp.stack(keys[2:])
@@ -201,11 +189,7 @@ class Decoder(nn.Module):
         query_positions, key_positions = step + jnp.arange(x_BMD.shape[1]), jnp.arange(length)
         relative = RelativeBias(c.heads, c.buckets, c.max_distance, False, c.width, name="relative")
         bias = relative(query_positions, key_positions)
-        mask = (
-            (key_positions[None, :] <= query_positions[:, None])[None, None]
-            if cache
-            else causal_mask(mask_BM)
-        )
+        mask = (key_positions[None, :] <= query_positions[:, None])[None, None] if cache else causal_mask(mask_BM)
         h_BMD = dropout(x_BMD, c.dropout, keys[0])
         blocks = scanned(DecoderBlock, c, c.decoder_layers, 6)
         own = crossed = None
@@ -285,9 +269,7 @@ class T5(nn.Module):
         fixed, x_B1D = cache.fixed, x_BD[:, None]
         crossed = {"cross_k": fixed["cross_k"], "cross_v": fixed["cross_v"]}
         task_B = None if fixed["task"] is None else fixed["task"][0]
-        h_B1D, (own, _) = self.decoder(
-            x_B1D, None, fixed["mask"][0], task_B, None, cache.written | crossed, cache.step
-        )
+        h_B1D, (own, _) = self.decoder(x_B1D, None, fixed["mask"][0], task_B, None, cache.written | crossed, cache.step)
         written = cache.written | {"self_k": own[0], "self_v": own[1]}
         return h_B1D[:, 0], Cache(written, fixed, cache.step + 1)
 
@@ -309,9 +291,7 @@ def torch_rows(c: T5Config) -> tuple[Row, ...]:
         *norm_rows("encoder.final_layer_norm", "encoder/norm", bias=False),
         *norm_rows("decoder.final_layer_norm", "decoder/norm", bias=False),
         *under(
-            "encoder.block.{i}.layer.0.",
-            "encoder/blocks/",
-            _attention_rows(c, "SelfAttention", "attention", "norm"),
+            "encoder.block.{i}.layer.0.", "encoder/blocks/", _attention_rows(c, "SelfAttention", "attention", "norm")
         ),
         *under("encoder.block.{i}.layer.1.", "encoder/blocks/feed_forward/", _feed_forward_rows(c)),
         *under(

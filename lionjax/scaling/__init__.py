@@ -4,17 +4,7 @@
 Every module of the package loads this file, so it loads none: a name comes with its first use.
 """
 
-__all__ = [
-    "GENERATION",
-    "Plan",
-    "blank",
-    "generating",
-    "mesh_for",
-    "plan",
-    "stage_number",
-    "training",
-    "with_remat",
-]
+__all__ = ["GENERATION", "Plan", "blank", "generating", "mesh_for", "plan", "stage_number", "training", "with_remat"]
 
 
 def __getattr__(name: str):

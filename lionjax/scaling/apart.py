@@ -44,9 +44,7 @@ class Job:
 def work(job: Job) -> Plan:
     """The plan of a job."""
     experiment = config.from_json(job.experiment)
-    return plans.plan(
-        experiment, job.topology, job.number, job.mesh, job.remat, job.generation, quick=job.quick
-    )
+    return plans.plan(experiment, job.topology, job.number, job.mesh, job.remat, job.generation, quick=job.quick)
 
 
 class Apart:
@@ -148,13 +146,7 @@ def last_words(code: int | None, said: Path) -> str:
 
 
 def unplanned(
-    experiment: Experiment,
-    topology: Topology,
-    number: int,
-    mesh: MeshConfig,
-    remat: str | None,
-    quick: bool,
-    why: str,
+    experiment: Experiment, topology: Topology, number: int, mesh: MeshConfig, remat: str | None, quick: bool, why: str
 ) -> Plan:
     """What is known of a plan for which the compiler broke off: what was asked."""
     stage, chip = experiment.stages[number], topology.chip

@@ -12,18 +12,14 @@ import sys
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """What `lionjax plan` takes."""
-    verb.add_argument(
-        "config", metavar="CONFIG", help="a Python file, such as configs/nextchat_7b.py"
-    )
+    verb.add_argument("config", metavar="CONFIG", help="a Python file, such as configs/nextchat_7b.py")
     names = "v4-32, v5e-16, v5e-256, v5p-512, v6e-64, tpu7x-128, or by shape as v5e:4x8"
     verb.add_argument("--topology", metavar="NAME", required=True, help=names)
     verb.add_argument("--slices", metavar="N", type=int, default=1, help="so many of them")
     verb.add_argument("--mesh", metavar="F,T", help="FSDP, FSDP,TENSOR or DATA,FSDP,TENSOR")
     words = "a stage's number or name, all, or generation; by default the one that trains most"
     verb.add_argument("--stage", metavar="N", help=words)
-    verb.add_argument(
-        "--search", action="store_true", help="try meshes, remat policies and batches"
-    )
+    verb.add_argument("--search", action="store_true", help="try meshes, remat policies and batches")
     words = "let the compiler spend a third of the time, on a slower program that holds about as much"
     verb.add_argument("--quick", action="store_true", help=words)
     verb.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -45,16 +41,12 @@ def plan(given: argparse.Namespace, overrides: list[str]) -> None:
         with Apart() as compiler:
             found = list(_searched(experiment, topology, given.stage, given.quick, compiler.plan))
         found.sort(key=lambda one: (one.fits, one.speed), reverse=True)
-        print(
-            json.dumps([as_json(one) for one in found], indent=1) if given.json else ranking(found)
-        )
+        print(json.dumps([as_json(one) for one in found], indent=1) if given.json else ranking(found))
         return
     made, quick = [], given.quick
     with Apart() as compiler:
         for number, asked in wanted(experiment, given.stage):
-            made.append(
-                compiler.plan(experiment, topology, number, mesh, generation=asked, quick=quick)
-            )
+            made.append(compiler.plan(experiment, topology, number, mesh, generation=asked, quick=quick))
             if not given.json:
                 print(text(made[-1]), flush=True)
     if given.json:
@@ -92,9 +84,7 @@ def mesh_of(words: str, slices: int = 1):
         if any("=" in part for part in parts):
             sizes = {name.strip(): int(size) for name, size in (part.split("=") for part in parts)}
         else:
-            names = (
-                ("data", "fsdp", "tensor") if len(parts) == 3 else ("fsdp", "tensor")[: len(parts)]
-            )
+            names = ("data", "fsdp", "tensor") if len(parts) == 3 else ("fsdp", "tensor")[: len(parts)]
             sizes = {"data": 1} | dict(zip(names, map(int, parts), strict=True))
         return MeshConfig(**({"slices": slices} | sizes))
     except (TypeError, ValueError) as error:
@@ -121,9 +111,7 @@ def text(made) -> str:
         f"  parameters  {made.trained:,} trained, {made.frozen:,} frozen",
         f"  products    {amount(made.flops, 'FLOP')} a run, {amount(made.needed_flops, 'FLOP')} of them needed once",
     ]
-    for kind, (count, moved, largest) in sorted(
-        made.collectives.items(), key=lambda kind: -kind[1][1]
-    ):
+    for kind, (count, moved, largest) in sorted(made.collectives.items(), key=lambda kind: -kind[1][1]):
         sent = f"{amount(moved, 'B')} sent by each device, largest array {amount(largest, 'B')}"
         lines.append(f"  {kind:18} {count:>6} x  {sent}")
     if made.seconds:
@@ -143,9 +131,7 @@ def line(made) -> str:
     peak = "?" if made.peak_gib is None else f"{made.peak_gib:.1f}"
     fit = "broke off" if made.broke_off else "fits" if made.fits else "does not fit"
     rate = f"{made.speed:9.4g} rows/s" if made.speed else " " * 16
-    return (
-        f"{rate}  {fit:12} {peak:>6} GiB  {mesh_words(made)}, {made.rows} rows, remat {made.remat}"
-    )
+    return f"{rate}  {fit:12} {peak:>6} GiB  {mesh_words(made)}, {made.rows} rows, remat {made.remat}"
 
 
 def ranking(found) -> str:
@@ -156,11 +142,7 @@ def ranking(found) -> str:
 def mesh_words(made) -> str:
     """The axes that have more than one device, as one writes them for `lionjax train`."""
     names = ("slices", "data", "fsdp", "tensor")
-    return " ".join(
-        f"--mesh.{name} {size}"
-        for name, size in zip(names, made.mesh)
-        if name != "slices" or size > 1
-    )
+    return " ".join(f"--mesh.{name} {size}" for name, size in zip(names, made.mesh) if name != "slices" or size > 1)
 
 
 def amount(value: float, unit: str) -> str:

@@ -20,9 +20,7 @@ from lionjax.scaling import programs
 READER = Path(programs.__file__).read_text()  # another reader sees other things in the same program
 
 
-def compiled(
-    lowered, topology: str, slice_devices: int = 0, options: Mapping[str, str] | None = None
-) -> dict:
+def compiled(lowered, topology: str, slice_devices: int = 0, options: Mapping[str, str] | None = None) -> dict:
     """What the compiler says of a program; remembered on disk, because it takes minutes.
 
     {"fits", "peak" bytes, "traffic", "near", "far" bytes a device moves, "collectives", "seconds"}.
@@ -46,14 +44,7 @@ def compiled(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        seen = {
-            "fits": False,
-            "peak": wanted_bytes(str(error)),
-            "traffic": 0,
-            "near": 0,
-            "far": 0,
-            "collectives": {},
-        }
+        seen = {"fits": False, "peak": wanted_bytes(str(error)), "traffic": 0, "near": 0, "far": 0, "collectives": {}}
     else:
         seen = read(program, slice_devices)
     seen["seconds"] = round(time.perf_counter() - began, 1)

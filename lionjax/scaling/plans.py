@@ -108,29 +108,20 @@ def stage_number(experiment: Experiment, text: str | None) -> int:
     """Which stage is meant: by number from 1 on, by name, or (None) the one that trains most. Raises UserError."""
     names = [stage.name for stage in experiment.stages]
     if text is None:
-        layout = start.layout(
-            experiment, blank(experiment), sharding.make_mesh(devices=jax.devices()[:1])
-        )
-        counts = [
-            trees.count(trees.split(layout.learned, stage.trainable)[0])
-            for stage in experiment.stages
-        ]
+        layout = start.layout(experiment, blank(experiment), sharding.make_mesh(devices=jax.devices()[:1]))
+        counts = [trees.count(trees.split(layout.learned, stage.trainable)[0]) for stage in experiment.stages]
         return max(range(len(counts)), key=lambda number: (counts[number], number))
     if text in names:
         return names.index(text)
     if text.isdigit() and 1 <= int(text) <= len(names):
         return int(text) - 1
-    raise UserError(
-        f"there is no stage {text!r}; there are {', '.join(names)}, or 1 to {len(names)}"
-    )
+    raise UserError(f"there is no stage {text!r}; there are {', '.join(names)}, or 1 to {len(names)}")
 
 
 def blank(experiment: Experiment, stage: Stage | None = None, rows: int = 2) -> Batch:
     """A batch of zeros as the pipeline makes it for a stage; None: one for all stages, of which shapes follow."""
     processor = experiment.data.processor
-    text = [
-        np.zeros((rows, n), np.int32) for n in (processor.prompt_length, processor.question_length)
-    ]
+    text = [np.zeros((rows, n), np.int32) for n in (processor.prompt_length, processor.question_length)]
     target, row = np.zeros((rows, processor.target_length), np.int32), np.zeros(rows, np.int32)
     several = (processor.pictures,) if processor.pictures > 1 else ()
     image = np.zeros((rows, *several, *(processor.image_size,) * 2, 3), np.float32)
@@ -163,9 +154,7 @@ def cast(tree, dtype: str):
 
     def one(leaf):
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(
-            leaf.shape, dtype if floating else leaf.dtype, sharding=leaf.sharding
-        )
+        return jax.ShapeDtypeStruct(leaf.shape, dtype if floating else leaf.dtype, sharding=leaf.sharding)
 
     return jax.tree.map(one, tree)
 
@@ -184,10 +173,7 @@ def training(experiment: Experiment, number: int, layout: Layout) -> Work:
     if run.cache_features:
         seen = jax.eval_shape(system.features, trees.merge(trainable, frozen), batch)
         batch = dataclasses.replace(
-            batch,
-            features=spread(seen, stage.batch_size, mesh),
-            image_BHWC=None,
-            sam_image_BHWC=None,
+            batch, features=spread(seen, stage.batch_size, mesh), image_BHWC=None, sam_image_BHWC=None
         )
     key = jax.random.key(0)
     update = stages.make_step(system, stage, rule, key, state, mesh, [])
@@ -197,9 +183,7 @@ def training(experiment: Experiment, number: int, layout: Layout) -> Work:
 def generating(experiment: Experiment, number: int, layout: Layout, rows: int) -> Work:
     """Answers to so many prompts, as the model gives them after a stage."""
     stage, answer, mesh = experiment.stages[number], experiment.answer, layout.mesh
-    batch = dataclasses.replace(
-        blank(experiment, stage), sam_image_BHWC=None, masks_BKHW=None, masks_mask_BK=None
-    )
+    batch = dataclasses.replace(blank(experiment, stage), sam_image_BHWC=None, masks_BKHW=None, masks_mask_BK=None)
     batch = spread(batch, rows, mesh)
     end = getattr(getattr(experiment.system, "language", None), "end_token", 1)
     how = GenerateConfig(
@@ -232,9 +216,7 @@ def mesh_for(experiment: Experiment, stage: Stage, topology: Topology) -> tuple[
     if rows % (slices * data * fsdp) == 0:
         return own, ""
     each = topology.devices // slices
-    parts = max(
-        (n for n in range(1, each + 1) if each % n == 0 and rows % (n * slices) == 0), default=1
-    )
+    parts = max((n for n in range(1, each + 1) if each % n == 0 and rows % (n * slices) == 0), default=1)
     why = (
         f"{rows} rows do not divide over the config's mesh of {slices * data * fsdp} parts, so each would be computed "
         f"many times; planned for --mesh.fsdp {parts} --mesh.tensor {each // parts}"

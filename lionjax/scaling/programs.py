@@ -16,19 +16,54 @@ import numpy as np
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 BYTES = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
-    "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1,
-}  # fmt: skip
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "s32": 4,
+    "u32": 4,
+    "s64": 8,
+    "u64": 8,
+    "bf16": 2,
+    "f16": 2,
+    "f32": 4,
+    "f64": 8,
+    "c64": 8,
+    "c128": 16,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+}
 ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 NAME = re.compile(r"%[\w.\-]+")
 HEAD = re.compile(r"^(ENTRY )?(%[\w.\-]+) \(")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = ")
 # These move nothing: they name, group or wait, or what they do is counted inside.
 FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "iota", "opt-barrier", "copy-done", "async-done", "async-update", "all-gather-done",
-    "all-reduce-done", "collective-permute-done", "recv-done", "send-done",
-}  # fmt: skip
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "opt-barrier",
+    "copy-done",
+    "async-done",
+    "async-update",
+    "all-gather-done",
+    "all-reduce-done",
+    "collective-permute-done",
+    "recv-done",
+    "send-done",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +240,7 @@ def group(rest: str) -> list[int]:
     if plain := re.search(r"replica_groups=\{\{([0-9,]*)\}", rest):
         return [int(n) for n in plain[1].split(",")]
     if table := re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", rest):
-        groups, sizes, order = (
-            [int(n) for n in (part or "").split(",") if n] for part in table.groups()
-        )
+        groups, sizes, order = ([int(n) for n in (part or "").split(",") if n] for part in table.groups())
         numbers = np.arange(math.prod(sizes)).reshape(sizes)
         numbers = numbers.transpose(order) if order else numbers
         return numbers.reshape(groups)[0].tolist()
@@ -245,9 +278,7 @@ def memory_traffic(program: Program) -> int:
     for name, times in program.runs.items():
         if name not in inner:
             computation = program.computations[name]
-            total += times * sum(
-                _moved(program, computation, made) for made in computation.values()
-            )
+            total += times * sum(_moved(program, computation, made) for made in computation.values())
     return total
 
 
@@ -264,9 +295,7 @@ def _moved(program: Program, computation: Computation, made: Instruction) -> int
         return size_of(made.shape, outside=True) + sum(size_of(s, outside=True) for s in shapes)
     inside = program.computations[called[0]]
     read_ = sum(
-        _read(program, inside, one)
-        for one, shape in zip(_parameters(inside), shapes)
-        if size_of(shape, outside=True)
+        _read(program, inside, one) for one, shape in zip(_parameters(inside), shapes) if size_of(shape, outside=True)
     )
     root = next(one for one in inside.values() if one.is_root)
     return read_ + (_written(program, inside, root) if size_of(made.shape, outside=True) else 0)

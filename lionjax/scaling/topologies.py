@@ -146,9 +146,7 @@ def _shape(chip: Chip, text: str, name: str) -> tuple[int, ...]:
     wanted = 2 if chip.flat else 3
     if len(shape) != wanted or min(shape) < 1 or _product(shape) > chip.most:
         example = "v5e:4x8" if chip.flat else "v5p:4x4x8"
-        raise UserError(
-            f"{name!r} wants {wanted} sizes of at most {chip.most} chips, as in {example}"
-        )
+        raise UserError(f"{name!r} wants {wanted} sizes of at most {chip.most} chips, as in {example}")
     return shape
 
 
@@ -203,6 +201,4 @@ def has_libtpu() -> bool:
 def check() -> None:
     """Raise UserError where programs for TPUs cannot be compiled."""
     if not has_libtpu():
-        raise UserError(
-            "a plan wants libtpu, which compiles without a TPU: pip install 'lionjax[tpu]'"
-        )
+        raise UserError("a plan wants libtpu, which compiles without a TPU: pip install 'lionjax[tpu]'")

@@ -84,12 +84,7 @@ class Blip2First:
             *under("visual_encoder.", "vision/", vit.lavis_rows(self.vision)),
             *norm_rows("ln_vision", "vision_norm"),
             *under("", "qformer/", qformer.query_rows(self.qformer)),
-            *(
-                dataclasses.replace(row, also=(f"{head}decoder.weight",))
-                if row.torch == words
-                else row
-                for row in rows
-            ),
+            *(dataclasses.replace(row, also=(f"{head}decoder.weight",)) if row.torch == words else row for row in rows),
             *dense_rows(f"{head}transform.dense", "word_dense"),
             *norm_rows(f"{head}transform.LayerNorm", "word_norm"),
             Row(f"{head}bias", "word_bias", also=(f"{head}decoder.bias",)),
@@ -114,9 +109,7 @@ class Blip2FirstModule(nn.Module):
         self.match_head = Dense(width, 2, ("embed", None))
         self.word_dense = Dense(width, width, ("embed", None))
         self.word_norm = LayerNorm(width, c.qformer.eps)
-        self.word_bias = self.param(
-            "word_bias", sharded(nn.initializers.zeros, ("vocab",)), (c.qformer.vocab,)
-        )
+        self.word_bias = self.param("word_bias", sharded(nn.initializers.zeros, ("vocab",)), (c.qformer.vocab,))
         start = nn.initializers.constant(c.temperature)
         self.temperature = self.param("temperature", sharded(start, ()), ())
 
@@ -155,9 +148,7 @@ class Blip2FirstModule(nn.Module):
     def pairs(self, seen_BPD, ids_BL, mask_BL, key=None):
         """Picture and text read together: logits (B, 2), the mean over all queries."""
         state_BLD = self.qformer(self.vision_norm(seen_BPD), ids_BL, mask_BL, key)
-        return (
-            self.match_head(state_BLD[:, : self.c.qformer.queries]).mean(axis=1).astype(jnp.float32)
-        )
+        return self.match_head(state_BLD[:, : self.c.qformer.queries]).mean(axis=1).astype(jnp.float32)
 
     def __call__(self, batch: Batch, key):
         c, keys = self.c, split_key(key, 6)
@@ -228,9 +219,7 @@ class Blip2FirstModule(nn.Module):
         text_B1D = self.qformer.embed(token_B[:, None], some.dtype, cache.step)
         _, text_B1D, new = self.qformer.run(None, text_B1D, seen_S[None, None, None], None, earlier)
         written = jax.tree.map(
-            lambda old, leaf: jax.lax.dynamic_update_slice(old, leaf, (0, 0, end, 0, 0)),
-            earlier,
-            new,
+            lambda old, leaf: jax.lax.dynamic_update_slice(old, leaf, (0, 0, end, 0, 0)), earlier, new
         )
         return self.say(text_B1D[:, 0]), Cache(written, cache.fixed, cache.step + 1)
 

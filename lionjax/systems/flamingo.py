@@ -39,12 +39,7 @@ class Flamingo:
     vision: ViTConfig = dataclasses.replace(CLIP_VIT_L, image=224)
     resampler: ResamplerConfig = ResamplerConfig()
     language: DecoderConfig = dataclasses.replace(
-        MPT_7B,
-        vocab=50280,
-        frozen_words=50277,
-        pad_token=50279,
-        end_token=50277,
-        cross=CrossConfig(),
+        MPT_7B, vocab=50280, frozen_words=50277, pad_token=50279, end_token=50277, cross=CrossConfig()
     )
     image_token: int = 50278
     rule: str = "immediate"
@@ -74,9 +69,7 @@ class Flamingo:
         logits_BMV = self.logits(params, batch, key)
         if self.part_weights and batch.part_B is not None:
             weights = self.part_weights
-            return losses.parts_cross_entropy(
-                logits_BMV, batch.target_BM, learned_BM, batch.part_B, weights
-            )
+            return losses.parts_cross_entropy(logits_BMV, batch.target_BM, learned_BM, batch.part_B, weights)
         return losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
 
     def logits(self, params: Params, batch: Batch, key=None):
@@ -95,15 +88,9 @@ class Flamingo:
         """Names of OpenFlamingo's code: its decoder's layers beside the gated ones, the tower as CLIP's own code."""
         c, every = self.language, self.language.cross.every
         layers = ("model.decoder.layers.", "model.layers.", "transformer.blocks.", "transformer.h.")
-        language = renamed(
-            decoder_names.torch_rows(c), *((name, "old_decoder_blocks.") for name in layers)
-        )
+        language = renamed(decoder_names.torch_rows(c), *((name, "old_decoder_blocks.") for name in layers))
         place = f"{{{every}i+{every - 1}}}" if every > 1 else "{i}"
-        gated = under(
-            f"lang_encoder.gated_cross_attn_layers.{place}.",
-            "language/groups/cross/",
-            cross_rows(c.cross),
-        )
+        gated = under(f"lang_encoder.gated_cross_attn_layers.{place}.", "language/groups/cross/", cross_rows(c.cross))
         return (
             *under("vision_encoder.", "vision/", vit.tower_rows(self.vision, vit.openai_rows)),
             *under("perceiver.", "resampler/", resampler_rows(self.resampler)),
@@ -115,10 +102,14 @@ class Flamingo:
 OPENFLAMINGO_9B = Flamingo()
 OPENFLAMINGO_3B = Flamingo(
     language=dataclasses.replace(
-        MPT_1B, vocab=50280, frozen_words=50277, pad_token=50279, end_token=50277,
+        MPT_1B,
+        vocab=50280,
+        frozen_words=50277,
+        pad_token=50279,
+        end_token=50277,
         cross=CrossConfig(every=1, hidden=8192),
     )
-)  # fmt: skip
+)
 
 
 class FlamingoModule(nn.Module):

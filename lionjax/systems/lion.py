@@ -71,9 +71,7 @@ class Lion:
                 "word_scale wants a ViT as wide as the language model and a projector of twice that, "
                 f"not {self.vision.width}, {self.language.width} and {self.aggregator.projector}"
             )
-        if (self.sam is not None and self.places is None) or (
-            self.objective != "language" and self.sam is None
-        ):
+        if (self.sam is not None and self.places is None) or (self.objective != "language" and self.sam is None):
             raise ValueError("masks want both places and sam; give the config the one it lacks")
 
     @property
@@ -161,9 +159,7 @@ class LionModule(nn.Module):
             self.aggregator = Aggregator(c.aggregator)
             self.aggregator_norm = LayerNorm(c.vision.width, PROJECTION_EPS)
             init = normal(0.02) if c.word_scale is None else handing_on(c.word_scale)
-            self.aggregator_projector = MLP(
-                c.vision.width, c.aggregator.projector, features=width, init=init
-            )
+            self.aggregator_projector = MLP(c.vision.width, c.aggregator.projector, features=width, init=init)
         if c.soft_prompt_token is not None:
             self.soft_prompt = self.param("soft_prompt", sharded(normal(1.0), ("embed",)), (width,))
         self.language = T5(c.language) if c.encodes else Decoder(c.language)
@@ -248,9 +244,7 @@ class LionModule(nn.Module):
             x_BMD = jnp.concatenate([start_B1D, self.said(batch, encoded_BLD.dtype)], axis=1)
             real_B1 = jnp.ones_like(batch.target_mask_BM[:, :1])
             real_BM = jnp.concatenate([real_B1, batch.target_mask_BM], axis=1)
-            state_BMD = self.language.states(
-                x_BMD, real_BM, encoded_BLD, mask_BL, batch.task_B, keys[1]
-            )
+            state_BMD = self.language.states(x_BMD, real_BM, encoded_BLD, mask_BL, batch.task_B, keys[1])
             return state_BMD[:, :-1], state_BMD[:, 1:]
         x_BLD, mask_BL = self.embed(batch, keys[0])
         length, said_BMD = x_BLD.shape[1], self.said(batch, x_BLD.dtype)
@@ -267,9 +261,7 @@ class LionModule(nn.Module):
         keys = split_key(key, 2)
         encoded_BLD, mask_BL = self.encode(batch, keys[0])
         inputs_BM = t5.shift_right(batch.target_BM, self.c.language.start_token)
-        return self.language.decode(
-            inputs_BM, batch.target_mask_BM, encoded_BLD, mask_BL, batch.task_B, keys[1]
-        )
+        return self.language.decode(inputs_BM, batch.target_mask_BM, encoded_BLD, mask_BL, batch.task_B, keys[1])
 
     def places_loss(self, batch: Batch, key):
         c = self.c.places
@@ -328,9 +320,7 @@ class LionModule(nn.Module):
         if c.places is not None:
             triggered_B = (token_B == c.places.trigger_token) & ~written["triggered"][0]
             x_BD = heads.heard(self.locations, x_BD, written)
-        state_BD, cache = (self.language.extend_state if c.encodes else self.language.extend)(
-            x_BD, cache
-        )
+        state_BD, cache = (self.language.extend_state if c.encodes else self.language.extend)(x_BD, cache)
         if c.places is None:
             return self.language.logits(state_BD), cache
         return self.say(state_BD, triggered_B, written["kept"], cache)
@@ -350,9 +340,7 @@ class LionModule(nn.Module):
             image = jnp.zeros((1, c.sam.image, c.sam.image, 3))
             given = self.sam.prompts.mask(jnp.zeros((1, 4 * c.sam.grid, 4 * c.sam.grid)))
             state_B1D = jnp.zeros((1, 1, c.language.width))
-            prompt = jnp.concatenate(
-                [self.mask_prompts(state_B1D), self.sam.prompts.boxes(box_B14)], axis=2
-            )
+            prompt = jnp.concatenate([self.mask_prompts(state_B1D), self.sam.prompts.boxes(box_B14)], axis=2)
             made.append(self.sam.decode(self.sam.encode(image), prompt, given))
         return made
 

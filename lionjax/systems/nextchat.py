@@ -81,9 +81,7 @@ class NextChat:
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
         """Words, boxes and both cycles, or masks, or all, as `objective` says."""
-        return self._apply(
-            params, "masks_loss" if self.objective == "masks" else "places_loss", batch, key
-        )
+        return self._apply(params, "masks_loss" if self.objective == "masks" else "places_loss", batch, key)
 
     def locate(self, params: Params, batch: Batch):
         """The boxes (B, K, 4) read at the triggers of the given answers, their states (B, K, D), and which are real."""
@@ -201,9 +199,7 @@ class NextChatModule(nn.Module):
     def begin(self, batch: Batch, cache_length: int):
         c = self.c
         x_BLD = self.embed(batch, batch.prompt_BL)
-        state_BD, cache = self.language.begin(
-            x_BLD, batch.prompt_mask_BL, cache_length, batch.task_B
-        )
+        state_BD, cache = self.language.begin(x_BLD, batch.prompt_mask_BL, cache_length, batch.task_B)
         last_B = decoder.last(batch.prompt_BL[..., None], batch.prompt_mask_BL)[:, 0]
         kept = heads.nothing_said(c, *state_BD.shape, state_BD.dtype)
         return self.say(state_BD, last_B == c.trigger_token, kept, cache)
@@ -225,17 +221,11 @@ class NextChatModule(nn.Module):
         c = self.c
         x_BLD = self.embed(batch, batch.prompt_BL)
         state_BLD = self.language(x_BLD, batch.prompt_mask_BL, batch.task_B)
-        box_B14 = self.locations.decode(
-            self.locations.encode(self.locations.decode(state_BLD[:, :1]))
-        )
+        box_B14 = self.locations.decode(self.locations.encode(self.locations.decode(state_BLD[:, :1])))
         image = jnp.zeros((1, c.sam.image, c.sam.image, 3))
         given = self.sam.prompts.mask(jnp.zeros((1, 4 * c.sam.grid, 4 * c.sam.grid)))
-        prompt = jnp.concatenate(
-            [self.mask_prompts(state_BLD[:1, :1]), self.sam.prompts.boxes(box_B14[:1])], axis=2
-        )
-        return self.language.logits(state_BLD), self.sam.decode(
-            self.sam.encode(image), prompt, given
-        )
+        prompt = jnp.concatenate([self.mask_prompts(state_BLD[:1, :1]), self.sam.prompts.boxes(box_B14[:1])], axis=2)
+        return self.language.logits(state_BLD), self.sam.decode(self.sam.encode(image), prompt, given)
 
 
 def torch_rows(c: NextChat) -> tuple[Row, ...]:

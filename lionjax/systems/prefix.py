@@ -83,10 +83,7 @@ class Prefix:
             raise ValueError("image_token is None, so the picture can only stand in front")
         named = ((False, 2), (True, 1)) if self.latents is None else ((False, 0),)
         named = named if self.pool == 1 else ()
-        if (
-            self.names == "hugging_face"
-            and (self.qformer is not None, self.projector_depth) not in named
-        ):
+        if self.names == "hugging_face" and (self.qformer is not None, self.projector_depth) not in named:
             raise ValueError(
                 "Hugging Face has no name for this projector (two linears behind patches, one behind a Q-Former, none "
                 "behind Kosmos-2's), nor for pooled patches; set names to 'original'"
@@ -132,25 +129,29 @@ class Prefix:
 
     def torch_rows(self) -> tuple[Row, ...]:
         """Names of Hugging Face's class, or of the code that the weights were first published with."""
-        rows = (
-            prefix_names.hugging_face_rows
-            if self.names == "hugging_face"
-            else prefix_names.original_rows
-        )
+        rows = prefix_names.hugging_face_rows if self.names == "hugging_face" else prefix_names.original_rows
         return rows(self)
 
 
 LLAVA_15_7B = Prefix()
 LLAVA_15_13B = Prefix(language=dataclasses.replace(VICUNA_13B, vocab=32064))
 LLAVA_7B = Prefix(  # the first one: half the pixels, one linear, and a picture of no token of its own
-    vision=dataclasses.replace(CLIP_VIT_L, image=224), language=VICUNA_7B, projector_depth=1, image_token=-200,
+    vision=dataclasses.replace(CLIP_VIT_L, image=224),
+    language=VICUNA_7B,
+    projector_depth=1,
+    image_token=-200,
     names="original",
-)  # fmt: skip
+)
 BLIP2_OPT_2_7B = Prefix(
-    vision=EVA_VIT_G, language=dataclasses.replace(decoder.OPT_2_7B, vocab=50304, end_token=50118),
-    qformer=QFormerConfig(text=False), feature_layer=-1, class_token=True, vision_eps=1e-6,
-    projector_depth=1, image_token=50265,
-)  # fmt: skip
+    vision=EVA_VIT_G,
+    language=dataclasses.replace(decoder.OPT_2_7B, vocab=50304, end_token=50118),
+    qformer=QFormerConfig(text=False),
+    feature_layer=-1,
+    class_token=True,
+    vision_eps=1e-6,
+    projector_depth=1,
+    image_token=50265,
+)
 BLIP2_FLAN_T5_XL = dataclasses.replace(
     BLIP2_OPT_2_7B, language=dataclasses.replace(FLAN_T5_XL, activation="gelu"), image_token=32100
 )
@@ -159,27 +160,38 @@ INSTRUCTBLIP_VICUNA_7B = dataclasses.replace(
     INSTRUCTBLIP_FLAN_T5_XL,
     language=dataclasses.replace(VICUNA_7B, vocab=32001, pad_token=32000, start_token=2, vocab_multiple=128),
     image_token=None,
-)  # fmt: skip
+)
 # Only its projector is ever trained.
 MINIGPT4_7B = dataclasses.replace(
     BLIP2_OPT_2_7B, language=VICUNA_7B, vision_eps=1e-5, image_token=VICUNA_7B.vocab, names="original"
-)  # fmt: skip
-# Boxes are digits of its answers; three tokens stand around and for the picture.
-SHIKRA_7B = dataclasses.replace(
-    LLAVA_7B, language=dataclasses.replace(VICUNA_7B, vocab=32003), image_token=32000
 )
+# Boxes are digits of its answers; three tokens stand around and for the picture.
+SHIKRA_7B = dataclasses.replace(LLAVA_7B, language=dataclasses.replace(VICUNA_7B, vocab=32003), image_token=32000)
 
 
 MPLUG_OWL_7B = Prefix(
     vision=dataclasses.replace(CLIP_VIT_L, image=224, eps=1e-6, norm_after=False),
-    language=dataclasses.replace(VICUNA_7B, eps=1e-6), latents=AbstractorConfig(), feature_layer=-1, class_token=True,
-    vision_eps=1e-6, projector_depth=1, closing=True, image_token=-1, names="original",
-)  # fmt: skip
-KOSMOS2 = Prefix(
-    vision=dataclasses.replace(CLIP_VIT_L, image=224, norm_after=False), language=decoder.KOSMOS2_TEXT,
-    latents=ProjectionConfig(), feature_layer=-1, class_token=True, vision_eps=1e-5, projector_depth=0, unit=True,
+    language=dataclasses.replace(VICUNA_7B, eps=1e-6),
+    latents=AbstractorConfig(),
+    feature_layer=-1,
+    class_token=True,
+    vision_eps=1e-6,
+    projector_depth=1,
+    closing=True,
     image_token=-1,
-)  # fmt: skip
+    names="original",
+)
+KOSMOS2 = Prefix(
+    vision=dataclasses.replace(CLIP_VIT_L, image=224, norm_after=False),
+    language=decoder.KOSMOS2_TEXT,
+    latents=ProjectionConfig(),
+    feature_layer=-1,
+    class_token=True,
+    vision_eps=1e-5,
+    projector_depth=0,
+    unit=True,
+    image_token=-1,
+)
 
 
 class PrefixModule(nn.Module):
@@ -213,9 +225,7 @@ class PrefixModule(nn.Module):
         _, seen_TBPD, _ = self.vision(image.reshape(-1, *image.shape[-3:]).astype(c.dtype))
         seen_BPD = seen_TBPD[0] if c.class_token else seen_TBPD[0, :, 1:]
         if c.pool > 1:
-            grid = seen_BPD.reshape(
-                len(seen_BPD), c.side // c.pool, c.pool, -1, c.pool, seen_BPD.shape[-1]
-            )
+            grid = seen_BPD.reshape(len(seen_BPD), c.side // c.pool, c.pool, -1, c.pool, seen_BPD.shape[-1])
             seen_BPD = grid.mean(axis=(2, 4)).reshape(len(seen_BPD), -1, seen_BPD.shape[-1])
         return seen_BPD.reshape(*image.shape[:-3], *seen_BPD.shape[1:])
 
@@ -241,9 +251,7 @@ class PrefixModule(nn.Module):
             x_BPD = self.projector(x_BPD)
         x_BPD = x_BPD.reshape(rows, many, -1, c.language.width)
         if c.closing:
-            end = jnp.broadcast_to(
-                self.last_word.astype(x_BPD.dtype), (rows, many, 1, c.language.width)
-            )
+            end = jnp.broadcast_to(self.last_word.astype(x_BPD.dtype), (rows, many, 1, c.language.width))
             x_BPD = jnp.concatenate([x_BPD, end], axis=2)
         return x_BPD
 
@@ -267,9 +275,7 @@ class PrefixModule(nn.Module):
         if self.c.encodes:
             encoded_BLD = self.language.encode(x_BLD, mask_BL, batch.task_B, keys[1])
             inputs_BM = t5.shift_right(batch.target_BM, self.c.language.start_token)
-            return self.language.decode(
-                inputs_BM, batch.target_mask_BM, encoded_BLD, mask_BL, batch.task_B, keys[2]
-            )
+            return self.language.decode(inputs_BM, batch.target_mask_BM, encoded_BLD, mask_BL, batch.task_B, keys[2])
         target_BMD = self.language.embed(batch.target_BM, x_BLD.dtype)
         row_BLD = jnp.concatenate([x_BLD, target_BMD], axis=1)
         row_mask_BL = jnp.concatenate([mask_BL, batch.target_mask_BM.astype(bool)], axis=1)

@@ -22,10 +22,7 @@ def language_rows(c: DecoderConfig | T5Config) -> tuple[Row, ...]:
 
 
 def _two_layers(torch: str, first: str, second: str) -> tuple[Row, ...]:
-    return (
-        *dense_rows(torch + first, "projector/up"),
-        *dense_rows(torch + second, "projector/down"),
-    )
+    return (*dense_rows(torch + first, "projector/up"), *dense_rows(torch + second, "projector/down"))
 
 
 def hugging_face_rows(c: Any) -> tuple[Row, ...]:

@@ -33,9 +33,7 @@ class LanguageSchedule:
     hinted: float = 0.2  # as things, behind LION's sentence about tags; if there are patches, as many by patches
     text: float = 0.02  # in words
     blind: float = 0.0  # not told at all
-    words_stay: bool = (
-        False  # what the T5 is told of a thing stays as it is, for a ViT aligned with it
-    )
+    words_stay: bool = False  # what the T5 is told of a thing stays as it is, for a ViT aligned with it
     optimizer: Literal["adamw", "muon"] = "adamw"
 
 
@@ -47,9 +45,7 @@ class BackbonesConfig:
     language: T5Config | DecoderConfig
     scenes: int = 40_000
     vision_steps: int = 4_000
-    mirrored_steps: int = (
-        7_000  # then as many with pictures mirrored and turned, which are as good as new ones
-    )
+    mirrored_steps: int = 7_000  # then as many with pictures mirrored and turned, which are as good as new ones
     align_steps: int = 7_000  # see `align_vision`
     align_rate: float = 8e-4
     vision_batch: int = 64
@@ -69,9 +65,7 @@ def optimiser(rate: float, steps: int, optimizer: str = "adamw", params=None, la
         names = {"mixture": (), "batch_size": 1, "weight_decay": 0.02, "optimizer": optimizer}
         rates = {"learning_rate": rate, "end_learning_rate": rate * 0.02, "warmup_steps": 200}
         return stages.optimizer(Stage("", steps, (".*",), **names, **rates), params, layer_axes)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0, rate, min(200, steps // 4 + 1), steps, rate * 0.02
-    )
+    schedule = optax.warmup_cosine_decay_schedule(0, rate, min(200, steps // 4 + 1), steps, rate * 0.02)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.02))
 
 
@@ -84,9 +78,7 @@ def load(file: Path) -> dict:
 
 def save(params: dict, prefix: str, file: Path, dtype: type = np.float32) -> None:
     """One part of a system as safetensors, by our paths."""
-    flat = {
-        f"{prefix}/{path}": np.asarray(leaf, dtype) for path, leaf in trees.flatten(params).items()
-    }
+    flat = {f"{prefix}/{path}": np.asarray(leaf, dtype) for path, leaf in trees.flatten(params).items()}
     partial = file.with_suffix(".partial")
     safetensors.numpy.save_file(flat, partial)
     partial.rename(file)

@@ -58,9 +58,7 @@ sys.unraisablehook = _not_of_a_closed_loop
 # Copies of a parameter on several devices are saved each by a slice of its own, which has to be compiled for every
 # shape; that pays for large ones alone.
 ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20),
-    override=True,
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20), override=True
 )
 
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -112,9 +110,7 @@ def read_record(path: Path) -> dict:
     """{"leaves": manifest, "meta": ...} of a directory. Raises Damaged when it is not what was written."""
     args = ocp.args.Composite(record=ocp.args.JsonRestore())
     record = _restored(path, args, "its record")["record"]
-    body = (
-        {name: record.get(name) for name in ("leaves", "meta")} if isinstance(record, dict) else {}
-    )
+    body = {name: record.get(name) for name in ("leaves", "meta")} if isinstance(record, dict) else {}
     if not body or digest(body) != record.get("sha256"):
         raise Damaged(path, "its record is not what was written")
     return body
@@ -127,14 +123,10 @@ def read(path: Path, targets: dict[str, Params]) -> tuple[dict[str, Params], dic
     """
     record = agreed(path, lambda: read_record(path))
     wanted = trees.flatten(targets)
-    leaves = {
-        name: leaf for name, leaf in record["leaves"].items() if name.split("/")[0] in targets
-    }
+    leaves = {name: leaf for name, leaf in record["leaves"].items() if name.split("/")[0] in targets}
     if odd := sorted(leaves.keys() ^ wanted.keys()):
         side = "has no" if odd[0] in wanted else "holds a"
-        raise UserError(
-            f"{path} {side} leaf {odd[0]!r}, unlike the config; it was made by another version"
-        )
+        raise UserError(f"{path} {side} leaf {odd[0]!r}, unlike the config; it was made by another version")
     for name, (dtype, shape, _) in leaves.items():
         want = wanted[name]
         if (dtype, tuple(shape)) != (str(want.dtype), tuple(want.shape)):
@@ -146,9 +138,7 @@ def read(path: Path, targets: dict[str, Params]) -> tuple[dict[str, Params], dic
     restored = agreed(path, lambda: _restored(path, ocp.args.Composite(**args), "an array"))
     items = {name: restored[name] for name in targets}
     found = fingerprints(items)
-    if wrong := [
-        name for name, (_, _, fingerprint) in leaves.items() if found[name] != fingerprint
-    ]:
+    if wrong := [name for name, (_, _, fingerprint) in leaves.items() if found[name] != fingerprint]:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise Damaged(path, f"{wrong[0]!r}{more} is not what was written")
     return items, record["meta"]
@@ -177,9 +167,7 @@ def _restored(path: Path, args: ocp.args.Composite, what: str):
         while first.__cause__:  # Orbax's own text need not say which array it was
             first = first.__cause__
         said = " ".join(str(first).split())
-        raise Damaged(
-            path, f"{what} cannot be read ({type(first).__name__}: {said[:300]})"
-        ) from error
+        raise Damaged(path, f"{what} cannot be read ({type(first).__name__}: {said[:300]})") from error
 
 
 def quarantine(workdir: Path, path: Path, why: str) -> Path:
@@ -230,11 +218,7 @@ class Keep:
         steps = [checkpoint.step for checkpoint in checkpoints]
         scores = {step: self.scores[step] for step in steps if step in self.scores}
         stage = max((stage for stage, _ in scores.values()), default=0)
-        best = (
-            min((loss, step) for step, (s, loss) in scores.items() if s == stage)[1]
-            if scores
-            else None
-        )
+        best = min((loss, step) for step, (s, loss) in scores.items() if s == stage)[1] if scores else None
         return [step in steps[-self.last :] or step == best for step in steps]
 
 
@@ -379,11 +363,7 @@ def disk_errors(workdir: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 clean(workdir)
         last = next(iter(found_steps(workdir / "checkpoints")), None)
-        good = (
-            f"the checkpoint of update {last} is whole"
-            if last
-            else "what was saved before is whole"
-        )
+        good = f"the checkpoint of update {last} is whole" if last else "what was saved before is whole"
         raise UserError(
             f"the disk is full while writing in {workdir}; {good}: free some space and start the same command again"
         ) from error

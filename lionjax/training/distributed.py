@@ -63,8 +63,14 @@ def join() -> None:
     if jax.process_index():
         logging.getLogger("lionjax").setLevel(logging.WARNING)
     devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
-    log.info("process %d of %d on %s: %s (%s)", jax.process_index(), jax.process_count(),
-             socket.gethostname(), devices, jax.devices()[0].device_kind)  # fmt: skip
+    log.info(
+        "process %d of %d on %s: %s (%s)",
+        jax.process_index(),
+        jax.process_count(),
+        socket.gethostname(),
+        devices,
+        jax.devices()[0].device_kind,
+    )
 
 
 def given_place() -> dict[str, Any]:

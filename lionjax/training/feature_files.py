@@ -109,9 +109,7 @@ class Files:
         try:
             from array_record.python import array_record_module
         except ImportError as error:
-            raise UserError(
-                "run.features_dir needs array_record; run `pip install 'lionjax[data]'`"
-            ) from error
+            raise UserError("run.features_dir needs array_record; run `pip install 'lionjax[data]'`") from error
         self.module, self.sight, self.folder = array_record_module, sight, Path(folder) / sight.name
         self.leaves = jax.tree.leaves(sight.shapes)
         self.sizes = [int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in self.leaves]

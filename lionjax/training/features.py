@@ -28,9 +28,7 @@ def seer(system: System, never: Params, learned: Params, mesh: Mesh) -> Callable
     to stage. Raises UserError otherwise, and for a system that has no `features`.
     """
     if not hasattr(system, "features"):
-        raise UserError(
-            f"run.cache_features is set, but a {type(system).__name__} has no features to keep"
-        )
+        raise UserError(f"run.cache_features is set, but a {type(system).__name__} has no features to keep")
     shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in trees.flatten(learned).items()}
     checked = []
 
@@ -137,9 +135,7 @@ class Remembered:
             features = self.see(batch)
             leaves, structure = jax.tree.flatten(features)
             seen = {record: [leaf[row] for leaf in leaves] for row, record in enumerate(records)}
-            if self.structure is None and not all(
-                same(rows[r], seen[r]) for r in records if r in rows
-            ):
+            if self.structure is None and not all(same(rows[r], seen[r]) for r in records if r in rows):
                 self.memory.clear()
             self.structure = structure
             for record, parts in seen.items():
@@ -150,11 +146,7 @@ class Remembered:
 
     def from_files(self, batch: Batch) -> tuple[dict[int, bytes], dict[int, list[np.ndarray]]]:
         """Of the records that memory lacks: what each goes by in the files, and those that are there."""
-        lacking = {
-            record: row
-            for row, record in enumerate(batch.record_B.tolist())
-            if record not in self.memory.rows
-        }
+        lacking = {record: row for row, record in enumerate(batch.record_B.tolist()) if record not in self.memory.rows}
         if not lacking:
             return {}, {}
         rows = self.files.sight.keys(batch, lacking.values())
@@ -168,6 +160,4 @@ class Remembered:
 
 def same(old: list[np.ndarray], new: list[np.ndarray]) -> bool:
     pairs = zip(old, new)
-    return len(old) == len(new) and all(
-        a.shape == b.shape and np.allclose(a, b, 1e-4, 1e-4) for a, b in pairs
-    )
+    return len(old) == len(new) and all(a.shape == b.shape and np.allclose(a, b, 1e-4, 1e-4) for a, b in pairs)

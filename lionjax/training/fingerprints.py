@@ -53,18 +53,14 @@ def _sum_on_host(x: np.ndarray) -> np.ndarray:
     total, chunk = np.zeros(2, np.uint32), 1 << 18  # as much as stays in a core's cache
     for start in range(0, words.size, chunk):
         part = words[start : start + chunk].astype(np.uint32)
-        total += _mixed(
-            part, np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32), np
-        )
+        total += _mixed(part, np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32), np)
     return total
 
 
 def _sum(x: jax.Array) -> jax.Array:
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
-    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(
-        jnp.uint32
-    )
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
     positions, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
         iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)

@@ -60,11 +60,7 @@ class Entry:
 
     def add(self, loss: float, images: int, tokens: int) -> None:
         """Count one update."""
-        self.updates, self.images, self.tokens = (
-            self.updates + 1,
-            self.images + images,
-            self.tokens + tokens,
-        )
+        self.updates, self.images, self.tokens = (self.updates + 1, self.images + images, self.tokens + tokens)
         self.first = (self.first + [loss])[:FEW]
         self.last = (self.last + [loss])[-FEW:]
         self.recent = (self.recent + [loss])[-RECENT:]
@@ -131,9 +127,7 @@ def missed(workdir: Path, history: Sequence[dict], began: float) -> dict[str, fl
     """Seconds {lost, away} between the checkpoint that a run goes on from and the start of this process."""
     saved = history[-1].get("clock", 0.0) if history else 0.0
     first = workdir / "base"
-    if (
-        not saved and not history and first.is_dir()
-    ):  # it began, and was ended before the first checkpoint
+    if not saved and not history and first.is_dir():  # it began, and was ended before the first checkpoint
         saved = min((path.stat().st_mtime for path in first.iterdir()), default=0.0)
     if not 0 < saved < began:
         return {}
@@ -150,11 +144,7 @@ class Journal:
     """
 
     def __init__(self, workdir: Path, experiment: Experiment, update: int):
-        self.path, self.experiment, self.writes = (
-            workdir / "metrics.jsonl",
-            experiment,
-            jax.process_index() == 0,
-        )
+        self.path, self.experiment, self.writes = (workdir / "metrics.jsonl", experiment, jax.process_index() == 0)
         self.board = self.bar = self.task = None
         if not self.writes:
             return
@@ -229,22 +219,10 @@ class Journal:
 
 def _bar():
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     said = TextColumn("{task.fields[said]}")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        said,
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said)
     return Progress(*columns, console=Console(stderr=True))
 
 
@@ -347,9 +325,7 @@ def speed(entries: list[Entry]) -> dict[str, float]:
 
 def peak_bytes() -> int:
     """The most memory that was in use: of a device, or of this process where the device is the CPU."""
-    peaks = [
-        (device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()
-    ]
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     unit = 1 if sys.platform == "darwin" else 1024
     return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

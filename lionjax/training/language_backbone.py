@@ -57,10 +57,7 @@ SHARPNESS = 1.0  # of the first attention, see `looking_for_like`
 GROUPS = {
     "drill": (("drill", 3), ("edge", 1), ("compare", 3)),
     "places": (("places", 1),),
-    "short": (
-        *(("vqa", 4), ("count", 4), ("yesno", 3), ("relation", 2), ("existence", 1)),
-        ("one_edge", 1),
-    ),
+    "short": (*(("vqa", 4), ("count", 4), ("yesno", 3), ("relation", 2), ("existence", 1)), ("one_edge", 1)),
     "box": (("rec", 3), ("res", 1), ("place", 1)),
     "middle": (("reg", 1), ("tags", 1), ("conversation", 2), ("whose", 1)),
     "long": (("caption", 2), ("grounded", 1)),
@@ -98,10 +95,7 @@ class Reader(nn.Module):
 
     def tell(self, fields_BS6, box_code_BSC):
         """Facts as vectors: (B, S, D). A thing speaks once, where its centre is, so that it can be counted."""
-        said = [
-            self.language.embed(np.array(ids))[fields_BS6[..., k]]
-            for k, ids in enumerate(self.words)
-        ]
+        said = [self.language.embed(np.array(ids))[fields_BS6[..., k]] for k, ids in enumerate(self.words)]
         digits_CD = self.language.embed(np.array(self.digits))
         loud = np.tile(np.repeat([1.0, 0.5], DIGITS), PLACES // 2)  # first and second decimals
         spelled_BSD = box_code_BSC[..., : len(loud)] * loud @ digits_CD
@@ -109,16 +103,7 @@ class Reader(nn.Module):
         centre_BS1 = (fields_BS6[..., 4] == 2)[..., None]
         return jnp.where(centre_BS1, thing_BSD, said[5]) + self.roles[fields_BS6[..., 4]]
 
-    def __call__(
-        self,
-        fields_BS6,
-        box_code_BSC,
-        blur_BSD,
-        prompt_BL,
-        prompt_mask_BL,
-        target_BM,
-        target_mask_BM,
-    ):
+    def __call__(self, fields_BS6, box_code_BSC, blur_BSD, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM):
         words_BLD, mask_BL = self.language.embed(prompt_BL), prompt_mask_BL
         if fields_BS6 is not None:
             told_BSD = self.tell(fields_BS6, box_code_BSC)
@@ -154,9 +139,7 @@ def word_ids(processor: Processor) -> tuple[tuple[int, ...], ...]:
 
 def digit_ids(processor: Processor) -> np.ndarray:
     """Ids of the pieces for every decimal of every edge: (PLACES, DIGITS)."""
-    boxes = [
-        processor.target(f"[{','.join([f'0.{digit}{digit}0'] * 4)}]") for digit in range(DIGITS)
-    ]
+    boxes = [processor.target(f"[{','.join([f'0.{digit}{digit}0'] * 4)}]") for digit in range(DIGITS)]
     at = [1 + 4 * (place // 2) + place % 2 for place in range(PLACES)]
     return np.array(boxes)[:, at].T
 
@@ -172,31 +155,17 @@ def edge_ids(processor: Processor, example) -> list[int]:
     return [*found[:-1], end]
 
 
-def language_batch(
-    c: BackbonesConfig, made, told, rng, processor: Processor, how: str, group: str, rows: int
-):
+def language_batch(c: BackbonesConfig, made, told, rng, processor: Processor, how: str, group: str, rows: int):
     """One batch of scenes told as `things`, `patches`, `text` or not (`blind`); `hinted` ones come with tags."""
     names, odds = zip(*GROUPS[group], strict=True)
     prompts, answers, facts_of = [], [], []
     for index in rng.integers(0, len(made), rows):
         task = str(rng.choice(names, p=np.array(odds) / sum(odds)))
         noise = rng.choice([0.0, 0.1, 0.3])
-        example = (
-            DRILLS[task](made[index], rng)
-            if task in DRILLS
-            else tasks.converse(task, made[index], rng, noise)
-        )
-        question = (
-            f"{tasks.describe(made[index], rng)}. {example.question}"
-            if how == "text"
-            else example.question
-        )
+        example = DRILLS[task](made[index], rng) if task in DRILLS else tasks.converse(task, made[index], rng, noise)
+        question = f"{tasks.describe(made[index], rng)}. {example.question}" if how == "text" else example.question
         hinted = "hinted" in how and task != "tags"
-        answer = (
-            edge_ids(processor, example)
-            if example.task == "edge"
-            else processor.target(example.answer)
-        )
+        answer = edge_ids(processor, example) if example.task == "edge" else processor.target(example.answer)
         prompts.append(processor.prompt(question, example.tags if hinted else ()))
         answers.append(answer)
         facts_of.append(told[index])
@@ -210,9 +179,7 @@ def language_batch(
         code = box_code(np.clip(boxes + blur * rng.normal(size=boxes.shape), 0, 1))
         share = rng.choice([0.0, 0.15, 0.3], (rows, 1, 1)).astype(np.float32)
         blurs = share * rng.standard_normal((*boxes.shape[:2], c.language.width), np.float32)
-    prompt_BL, prompt_mask_BL = padded(
-        prompts, PROMPTS[group] + SCENE * (how == "text") + TAGS * ("hinted" in how)
-    )
+    prompt_BL, prompt_mask_BL = padded(prompts, PROMPTS[group] + SCENE * (how == "text") + TAGS * ("hinted" in how))
     target_BM, target_mask_BM = padded(answers, LENGTHS[group])
     return fields, code, blurs, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM
 
@@ -237,15 +204,11 @@ def looking_for_like(language: dict, c: T5Config | DecoderConfig) -> dict:
 
     def begin(node):
         if "q" not in node:
-            return {
-                name: begin(part) if isinstance(part, dict) else part for name, part in node.items()
-            }
+            return {name: begin(part) if isinstance(part, dict) else part for name, part in node.items()}
         shape = node["k"]["kernel"].shape  # (layers, D, N, H)
         square = jax.nn.initializers.orthogonal(column_axis=-1)
         like, copied = (
-            jnp.stack(
-                [square(next(keys), (shape[1], shape[2] * shape[3])) for _ in range(shape[0])]
-            ).reshape(shape)
+            jnp.stack([square(next(keys), (shape[1], shape[2] * shape[3])) for _ in range(shape[0])]).reshape(shape)
             for _ in range(2)
         )
         like = like * (c.head**-0.25 if isinstance(c, T5Config) else 1.0) * SHARPNESS**0.5
@@ -268,9 +231,7 @@ def train_language(
     Every thousand steps everything under training is written to `keep`.
     """
     reads = "encoder" if isinstance(c.language, T5Config) else "decoder"
-    processor = Processor(
-        ProcessorConfig(c.vision.image, prompt_length=PROMPTS["middle"] + SCENE, reader=reads)
-    )
+    processor = Processor(ProcessorConfig(c.vision.image, prompt_length=PROMPTS["middle"] + SCENE, reader=reads))
     side, pixels = c.vision.image // c.vision.patch, c.vision.image
     made = [scenes.sample("train", index, c.seed) for index in range(c.scenes)]
     told = [patch_facts(scene, side, pixels) for scene in made]
@@ -279,9 +240,7 @@ def train_language(
     reader, rng = reader_of(c.language, processor), np.random.default_rng(c.seed)
     batch = functools.partial(language_batch, c, made, told, rng, processor)
     example = batch("things", "short", 2)
-    axes = sharding.layer_axes(
-        jax.eval_shape(reader.init, jax.random.key(c.seed), *example)["params"]
-    )
+    axes = sharding.layer_axes(jax.eval_shape(reader.init, jax.random.key(c.seed), *example)["params"])
     params = nn.unbox(jax.jit(reader.init)(jax.random.key(c.seed), *example)["params"])
     params["language"] = looking_for_like(params["language"], c.language)
     params = trees.unflatten(trees.flatten(params) | trees.flatten(start or {}))
@@ -308,14 +267,7 @@ def decimal_weight(target_BM, digits_PV):
 
 
 def learn_language(
-    c: BackbonesConfig,
-    schedule: LanguageSchedule,
-    reader: Reader,
-    params,
-    batch,
-    rng,
-    judge,
-    layer_axes=None,
+    c: BackbonesConfig, schedule: LanguageSchedule, reader: Reader, params, batch, rng, judge, layer_axes=None
 ):
     """Parameters after one schedule; `judge` is called with them every thousand steps."""
     tx = optimiser(schedule.rate, schedule.steps, schedule.optimizer, params, layer_axes)
@@ -361,10 +313,7 @@ def learn_language(
             params, state, loss, right = step(params, state, arrays)
             sums.setdefault(f"{how} {group}", []).append((loss, right))
             if number % 200 == 199:
-                text = ", ".join(
-                    f"{name} {np.mean(jax.device_get(v), 0).round(3)}"
-                    for name, v in sorted(sums.items())
-                )
+                text = ", ".join(f"{name} {np.mean(jax.device_get(v), 0).round(3)}" for name, v in sorted(sums.items()))
                 log.info("language step %d %.0f s: %s", number, time.time() - begun, text)
                 sums = {}
             if number % 1000 == 999:
@@ -387,9 +336,7 @@ def judge_language(c: BackbonesConfig, params, reader, test, told, processor: Pr
             part = test[at : at + 100]
             make = tasks.TASKS.get(kind) or functools.partial(tasks.vqa, kind=kind)
             examples = [make(scene, rng) for scene in part]
-            prompt, prompt_mask = padded(
-                [processor.prompt(e.question) for e in examples], PROMPTS["short"]
-            )
+            prompt, prompt_mask = padded([processor.prompt(e.question) for e in examples], PROMPTS["short"])
             answers = [processor.target(e.answer) for e in examples]
             target, mask = padded(answers, LENGTHS["box"])
             fields = np.stack([pair[0] for pair in told[at : at + 100]])

@@ -24,15 +24,7 @@ from lionjax import heads, sharding
 from lionjax import params as trees
 from lionjax.config import Experiment, Stage
 from lionjax.interfaces import Batch, Params, UserError
-from lionjax.training import (
-    checkpoints,
-    distributed,
-    feature_files,
-    features,
-    refused,
-    stages,
-    start,
-)
+from lionjax.training import checkpoints, distributed, feature_files, features, refused, stages, start
 from lionjax.training.journal import Clock, Entry, Journal, missed, write_report
 from lionjax.training.start import Layout, Place
 
@@ -83,9 +75,7 @@ def train(
     ):
         start.claim(workdir, experiment)
         mesh = sharding.make_mesh(experiment.mesh)
-        with contextlib.closing(
-            _batches(experiment, experiment.stages[0], batches, workdir, mesh)
-        ) as stream:
+        with contextlib.closing(_batches(experiment, experiment.stages[0], batches, workdir, mesh)) as stream:
             example = next(stream)
         heads.check_boxes(experiment.system, example)
         layout = start.layout(experiment, example, mesh)
@@ -98,10 +88,7 @@ def train(
             Journal(workdir, experiment, update) as journal,
         ):
             memory = features.Memory(int(experiment.run.cache_gib * 2**30))
-            run = Run(
-                *(experiment, workdir, batches, example, layout, steps),
-                *(journal, stop, watch, clock, memory),
-            )
+            run = Run(*(experiment, workdir, batches, example, layout, steps), *(journal, stop, watch, clock, memory))
             rest: dict[str, float] = {}
             while place.stage < len(experiment.stages):
                 place = run_stage(run, place)
@@ -130,10 +117,7 @@ def run_stage(run: Run, place: Place) -> Place:
             learned = start.first_base(run.workdir, run.experiment, run.layout)
         trainable, idle = trees.split(learned, stage.trainable)
         frozen = trees.merge(place.never, trees.cast(idle, run.experiment.run.frozen_dtype))
-        before, entry.trainable_parameters = (
-            checkpoints.fingerprints(frozen),
-            trees.count(trainable),
-        )
+        before, entry.trainable_parameters = (checkpoints.fingerprints(frozen), trees.count(trainable))
         work = prepare(run, place, trainable, frozen, work)
         try:
             with contextlib.closing(work.stream):
@@ -167,9 +151,7 @@ def rewound(run: Run, place: Place, entry: Entry, bad: refused.Rewind) -> tuple[
     run.steps.wait()
     back = start.find(run.workdir, run.experiment, run.example, run.layout)
     if back.stage != place.stage:
-        raise UserError(
-            f"no checkpoint of stage {entry.name!r} can be trusted any more; start the same command again"
-        )
+        raise UserError(f"no checkpoint of stage {entry.name!r} can be trusted any more; start the same command again")
     update = start.updates_before(run.experiment, back.stage) + back.step
     run.journal.drop_after(update)
     known = Entry(**back.history[-1]) if back.step else Entry(entry.name, 0)
@@ -197,9 +179,7 @@ class Work:
     traces: list
 
 
-def prepare(
-    run: Run, place: Place, trainable: Params, frozen: Params, before: Work | None = None
-) -> Work:
+def prepare(run: Run, place: Place, trainable: Params, frozen: Params, before: Work | None = None) -> Work:
     """All that a stage needs, where `place` says that it stands; `before`: what it had there, already compiled."""
     experiment, mesh, traces = run.experiment, run.mesh, before.traces if before else []
     stage = experiment.stages[place.stage]
@@ -223,9 +203,7 @@ def prepare(
 def remembered(run: Run, place: Place, system: Any, stream: Any) -> features.Remembered:
     """The stream with features, in memory and, where the config names a folder, in files."""
     if stream.changing:
-        raise UserError(
-            "run.cache_features is set, but a record's picture changes; set one of the two off"
-        )
+        raise UserError("run.cache_features is set, but a record's picture changes; set one of the two off")
     see = features.seer(system, place.never, place.learned, run.mesh)
     folder = run.experiment.run.features_dir
 
@@ -344,17 +322,13 @@ def line(run: Run, work: Work, entry: Entry, done: int, metrics: dict) -> dict[s
     An update that was not accepted has none of the system's metrics.
     """
     last = entry.logged or {"seconds": {}, "images": 0, "tokens": 0}
-    seconds = {
-        part: value - last["seconds"].get(part, 0.0) for part, value in entry.seconds.items()
-    }
+    seconds = {part: value - last["seconds"].get(part, 0.0) for part, value in entry.seconds.items()}
     busy = max(seconds.get("step", 0.0) + seconds.get("data", 0.0), 1e-9)
     values = jax.device_get(metrics)
     accepted = values.pop("accepted")
     counts = {name: getattr(entry, name) for name in ("skipped", "rewinds", "bad_records")}
     images, tokens = entry.images - last["images"], entry.tokens - last["tokens"]
-    entry.logged = {
-        "seconds": dict(entry.seconds), "images": entry.images, "tokens": entry.tokens
-    }  # fmt: skip
+    entry.logged = {"seconds": dict(entry.seconds), "images": entry.images, "tokens": entry.tokens}
     return {
         "stage": entry.name,
         "step": done,

@@ -114,9 +114,14 @@ def train_places(
     `reader` is all that `train_language` keeps; nothing of it changes.
     """
     config = ProcessorConfig(
-        c.vision.image, prompt_length=72, question_length=28, target_length=40, padded=True,
-        places="embeddings", boxes=schedule.boxes,
-    )  # fmt: skip
+        c.vision.image,
+        prompt_length=72,
+        question_length=28,
+        target_length=40,
+        padded=True,
+        places="embeddings",
+        boxes=schedule.boxes,
+    )
     processor, rng = Processor(config), np.random.default_rng(c.seed)
     side, pixels = c.vision.image // c.vision.patch, c.vision.image
 
@@ -156,13 +161,7 @@ def train_places(
             sums.append(said)
             if number % 100 == 99 or number == schedule.steps - 1:
                 loss, iou = np.mean(jax.device_get(sums), axis=0)
-                log.info(
-                    "places step %d loss %.4f IoU %.3f %.0f s",
-                    number,
-                    loss,
-                    iou,
-                    time.time() - begun,
-                )
+                log.info("places step %d loss %.4f IoU %.3f %.0f s", number, loss, iou, time.time() - begun)
                 sums = []
         waiting.cancel()
     see, rng = jax.jit(loss_of), np.random.default_rng(1)

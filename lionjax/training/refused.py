@@ -52,18 +52,14 @@ def most(entry: Entry, run: RunConfig, number: int) -> np.float32:
     return np.float32(statistics.fmean(usual) + run.spike * statistics.pstdev(usual))
 
 
-def met(
-    workdir: Path, run: RunConfig, entry: Entry, update, name, loss: float, norm: float
-) -> None:
+def met(workdir: Path, run: RunConfig, entry: Entry, update, name, loss: float, norm: float) -> None:
     """Note an update that was not accepted, in `entry` and in refused.jsonl, and do as `run.on_bad_update` says.
 
     `update`: its `number` in the stage, `count` from the first stage on, `batch` and `position` behind it; `name`
     says what a record is called. Returns for "skip", raises Rewind for "rewind", and UserError, with the batch kept
     in the folder, for "stop" and where there were `run.bad_updates` before.
     """
-    records = [
-        f"{record} ({name(record)})" for record in sorted(set(update.batch.record_B.tolist()))
-    ]
+    records = [f"{record} ({name(record)})" for record in sorted(set(update.batch.record_B.tolist()))]
     finite = math.isfinite(loss) and math.isfinite(norm)
     above = ", far above the usual" if finite else ""
     said = f"the loss is {loss:g}{above} and the norm of its gradient {norm:g}"
@@ -91,9 +87,7 @@ def keep_batch(workdir: Path, stage: str, number: int, batch: Batch) -> Path:
     whose = f"_process{jax.process_index()}" if jax.process_count() > 1 else ""
     path = workdir / f"not_finite_{file_name(stage)}_{number}{whose}.npz"
     pairs = jax.tree_util.tree_flatten_with_path(batch)[0]
-    arrays = {
-        jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in pairs
-    }
+    arrays = {jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in pairs}
     with path.with_suffix(".tmp").open("wb") as file:
         np.savez(file, **arrays)
     path.with_suffix(".tmp").replace(path)

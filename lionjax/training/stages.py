@@ -115,14 +115,10 @@ def matrix(path: str, axes: int, stacked: int) -> MuonDimensionNumbers | None:
     inputs = axes - stacked - 1 if module == "o" else 1
     if name != "kernel" or module == "head" or axes - stacked not in (2, 3):
         return None
-    return MuonDimensionNumbers(
-        tuple(range(stacked, stacked + inputs)), tuple(range(stacked + inputs, axes))
-    )
+    return MuonDimensionNumbers(tuple(range(stacked, stacked + inputs)), tuple(range(stacked + inputs, axes)))
 
 
-def direction(
-    stage: Stage, leaves: Mapping[str, tuple[tuple[int, ...], int]]
-) -> optax.GradientTransformation:
+def direction(stage: Stage, leaves: Mapping[str, tuple[tuple[int, ...], int]]) -> optax.GradientTransformation:
     """What the stage's `optimizer` makes of a gradient, before decay and learning rate.
 
     `leaves`: the shape of each, and how many of its axes stack layers.
@@ -141,14 +137,10 @@ def direction(
 
     def scaled(updates: Params, _) -> Params:
         flat = trees.flatten(updates)
-        return trees.unflatten(
-            {path: leaf * sizes[path] if path in sizes else leaf for path, leaf in flat.items()}
-        )
+        return trees.unflatten({path: leaf * sizes[path] if path in sizes else leaf for path, leaf in flat.items()})
 
     dimensions = {path: found or optax.MaskedNode() for path, found in maps.items()}
-    muon = optax.chain(
-        scale_by_muon(weight_dimension_numbers=trees.unflatten(dimensions)), optax.stateless(scaled)
-    )
+    muon = optax.chain(scale_by_muon(weight_dimension_numbers=trees.unflatten(dimensions)), optax.stateless(scaled))
     labels = {path: "muon" if found else "adamw" for path, found in maps.items()}
     return optax.partition({"muon": muon, "adamw": adam}, trees.unflatten(labels))
 
@@ -161,9 +153,7 @@ def optimizer(
     `layer_axes`: how many axes of a leaf stack layers (see `sharding.layer_axes`); none where a path is missing.
     """
     stacked, flat = layer_axes or {}, trees.flatten(trainable)
-    mask = {
-        path: decays(path, len(leaf.shape) - stacked.get(path, 0)) for path, leaf in flat.items()
-    }
+    mask = {path: decays(path, len(leaf.shape) - stacked.get(path, 0)) for path, leaf in flat.items()}
     parts = [
         direction(stage, {p: (leaf.shape, stacked.get(p, 0)) for p, leaf in flat.items()}),
         optax.add_decayed_weights(stage.weight_decay, trees.unflatten(mask)),
@@ -177,9 +167,7 @@ def optimizer(
     return optax.chain(*parts)
 
 
-def abstract_optimiser(
-    optimiser: optax.GradientTransformation, trainable: Params, mesh: Mesh
-) -> Any:
+def abstract_optimiser(optimiser: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> Any:
     """Shapes and shardings of the optimiser's state: moments lie as their parameters do, counters everywhere."""
 
     flat, everywhere = trees.flatten(trainable), NamedSharding(mesh, PartitionSpec())
@@ -274,12 +262,7 @@ def make_step(
         old = dataclasses.replace(state, step=new.step)
         kept = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
         learning_rate = jnp.asarray(rate(state.step), jnp.float32)
-        return kept, {
-            **metrics,
-            "grad_norm": norm,
-            "learning_rate": learning_rate,
-            "accepted": accepted,
-        }
+        return kept, {**metrics, "grad_norm": norm, "learning_rate": learning_rate, "accepted": accepted}
 
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -79,17 +79,13 @@ def alone(workdir: Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / "lock").open("w")
     except OSError as error:
-        raise UserError(
-            f"cannot write in {workdir}: {error.strerror}; name another folder"
-        ) from error
+        raise UserError(f"cannot write in {workdir}: {error.strerror}; name another folder") from error
     with file:
         try:
             if distributed.first():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"another process is training in {workdir}; stop it or name another folder"
-            ) from error
+            raise UserError(f"another process is training in {workdir}; stop it or name another folder") from error
         yield
 
 
@@ -112,9 +108,7 @@ def claim(workdir: Path, experiment: Experiment) -> None:
             raise UserError(f"{path} cannot be read: {error}") from error
         changes = config.difference(old, experiment)
         free = {name for name in changes if any(re.fullmatch(pattern, name) for pattern in FREE)}
-        if fixed := [
-            f"{name} {a!r} -> {b!r}" for name, (a, b) in changes.items() if name not in free
-        ]:
+        if fixed := [f"{name} {a!r} -> {b!r}" for name, (a, b) in changes.items() if name not in free]:
             raise UserError(
                 f"{workdir} was made by another config ({'; '.join(fixed)}); set these back or name another folder"
             )
@@ -145,8 +139,7 @@ def layout(experiment: Experiment, example: Batch, mesh: Mesh) -> Layout:
     learned, never = trees.split(whole, patterns)
     dtype = experiment.run.frozen_dtype
     never = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _frozen(leaf, dtype), sharding=leaf.sharding),
-        never,
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _frozen(leaf, dtype), sharding=leaf.sharding), never
     )
     axes = sharding.layer_axes(jax.eval_shape(experiment.system.init, key, example))
     return Layout(never, learned, axes, mesh)
@@ -173,9 +166,7 @@ def check_prompts(experiment: Experiment) -> None:
         return
     wanted = {None: written.reader, True: "encoder", False: "decoder"}[encodes]
     if written.reader != wanted:
-        raise UserError(
-            f"processor.reader is {written.reader!r}, but the language model is one that wants {wanted!r}"
-        )
+        raise UserError(f"processor.reader is {written.reader!r}, but the language model is one that wants {wanted!r}")
     if hasattr(system, "image_token") and written.image_token not in (None, token):
         raise UserError(
             f"processor.image_token is {written.image_token}, but system.image_token {token}; give both the same"
@@ -195,9 +186,7 @@ def _frozen(leaf, dtype: str):
     return dtype if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) else leaf.dtype
 
 
-def first_parameters(
-    experiment: Experiment, example: Batch, layout: Layout
-) -> tuple[Params, Params]:
+def first_parameters(experiment: Experiment, example: Batch, layout: Layout) -> tuple[Params, Params]:
     """(never, learned): from the experiment's weight files where they reach, else random from its seed."""
     wanted = trees.flatten(trees.merge(layout.never, layout.learned))
     learned = trees.flatten(layout.learned)
@@ -224,13 +213,8 @@ def first_parameters(
     key = jax.random.key(experiment.seed)
     example = jax.tree.map(np.zeros_like, example)  # every process has rows of its own
     fresh = trees.flatten(sharding.init(rest, key, example, mesh=layout.mesh))
-    flat = {
-        path: loaded.get(path, fresh.get(path)).astype(leaf.dtype) for path, leaf in wanted.items()
-    }
-    split = [
-        {path: leaf for path, leaf in flat.items() if (path in learned) == side}
-        for side in (False, True)
-    ]
+    flat = {path: loaded.get(path, fresh.get(path)).astype(leaf.dtype) for path, leaf in wanted.items()}
+    split = [{path: leaf for path, leaf in flat.items() if (path in learned) == side} for side in (False, True)]
     return trees.unflatten(split[0]), trees.unflatten(split[1])
 
 
@@ -264,17 +248,11 @@ def _read_weights(
     names = {prefix + name.removeprefix(part): name for name in inside}
     names = names or {f"{prefix}/{name}": name for name in tensors}
     if unknown := sorted(names.keys() - wanted.keys()):
-        raise UserError(
-            f"{file} holds {unknown[0]!r}, which this system does not have under {prefix!r}"
-        )
+        raise UserError(f"{file} holds {unknown[0]!r}, which this system does not have under {prefix!r}")
     if missing := sorted(wanted.keys() - names.keys() - may_be_new.keys()):
-        raise UserError(
-            f"{file} lacks {missing[0]!r}, which no stage trains; use weights of the config's sizes"
-        )
+        raise UserError(f"{file} lacks {missing[0]!r}, which no stage trains; use weights of the config's sizes")
     return {
-        path: _placed(
-            _filled(tensors[name], wanted[path], language), wanted[path], f"{file}: {path!r}"
-        )
+        path: _placed(_filled(tensors[name], wanted[path], language), wanted[path], f"{file}: {path!r}")
         for path, name in sorted(names.items())
     }
 
@@ -308,9 +286,7 @@ def find(workdir: Path, experiment: Experiment, example: Batch, layout: Layout) 
         except Damaged as damage:
             checkpoints.quarantine(workdir, damage.path, str(damage))
             newest = _newest(workdir, experiment)
-            log.warning(
-                "going back to %s", words(experiment, *newest) if newest else "the beginning"
-            )
+            log.warning("going back to %s", words(experiment, *newest) if newest else "the beginning")
     return _begin(workdir, experiment, example, layout)
 
 
@@ -341,9 +317,7 @@ def places(workdir: Path, experiment: Experiment) -> list[tuple[int, int]]:
     """(stage, updates into it) of all that a folder holds, newest first."""
     found = [(stage, 0) for stage in checkpoints.found_bases(workdir / "base")]
     for update in checkpoints.found_steps(workdir / "checkpoints"):
-        stage = max(
-            s for s in range(len(experiment.stages)) if updates_before(experiment, s) < update
-        )
+        stage = max(s for s in range(len(experiment.stages)) if updates_before(experiment, s) < update)
         found.append((stage, update - updates_before(experiment, stage)))
     return sorted(found, reverse=True)
 
@@ -413,24 +387,18 @@ def _begin(workdir, experiment, example, layout) -> Place:
 def write_base(workdir: Path, experiment: Experiment, place: Place) -> None:
     """Keep the parameters with which a stage begins, or the result after the last stage."""
     meta = {"frozen": place.frozen, "history": list(place.history)}
-    checkpoints.write(
-        base_folder(workdir, experiment, place.stage), {"learned": place.learned}, meta
-    )
+    checkpoints.write(base_folder(workdir, experiment, place.stage), {"learned": place.learned}, meta)
 
 
 def first_base(workdir: Path, experiment: Experiment, layout: Layout) -> Params:
     """The trained parameters as the first stage found them."""
-    return checkpoints.read(base_folder(workdir, experiment, 0), {"learned": layout.learned})[0][
-        "learned"
-    ]
+    return checkpoints.read(base_folder(workdir, experiment, 0), {"learned": layout.learned})[0]["learned"]
 
 
 def as_dict(tree: Any) -> Params:
     """Any tree as nested dicts with text keys, as files want it. Nodes without leaves vanish."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return trees.unflatten(
-        {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs}
-    )
+    return trees.unflatten({jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs})
 
 
 def from_dict(flat: Params, like: Any) -> Any:

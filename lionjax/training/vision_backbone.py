@@ -15,14 +15,7 @@ import optax
 
 from lionjax.data import scenes
 from lionjax.data.processors import Processor, ProcessorConfig
-from lionjax.data.told import (
-    ATTRIBUTES,
-    CODE,
-    FIELDS,
-    box_code,
-    mirrored,
-    patch_facts,
-)
+from lionjax.data.told import ATTRIBUTES, CODE, FIELDS, box_code, mirrored, patch_facts
 from lionjax.layers import LayerNorm
 from lionjax.training.backbones import BackbonesConfig, optimiser
 from lionjax.training.language_backbone import reader_of
@@ -89,11 +82,7 @@ def train_vision(c: BackbonesConfig, mean, std, start: dict | None = None) -> tu
     image_NHWC, fields_NP6, box_NP4 = seen(made, side, pixels)
     test = seen([scenes.sample("heldout", index, c.seed) for index in range(500)], side, pixels)
     painter = Painter(c.vision)
-    params = nn.unbox(
-        jax.jit(painter.init)(jax.random.key(c.seed), normalise(image_NHWC[:1], mean, std))[
-            "params"
-        ]
-    )
+    params = nn.unbox(jax.jit(painter.init)(jax.random.key(c.seed), normalise(image_NHWC[:1], mean, std))["params"])
     if start is not None:
         params |= start
     steps = (0 if start is not None else c.vision_steps, c.mirrored_steps)
@@ -118,9 +107,7 @@ def train_vision(c: BackbonesConfig, mean, std, start: dict | None = None) -> tu
         # Exchanged red, green and blue teach shapes that no color gives away.
         tinted = at >= steps[0] and rng.random() < 0.4
         image = image[..., rng.permutation(3)] if tinted else image
-        params, state, loss = step(
-            params, state, tx, image, fields, box_code(box), np.float32(tinted)
-        )
+        params, state, loss = step(params, state, tx, image, fields, box_code(box), np.float32(tinted))
         if at % 200 == 0:
             log.info("vision step %d loss %.4f %.0f s", at, float(loss), time.time() - begun)
         if at % 1000 == 999 or at == sum(steps) - 1:
@@ -132,14 +119,9 @@ def train_vision(c: BackbonesConfig, mean, std, start: dict | None = None) -> tu
 def judge_vision(params, painter, test, mean, std) -> dict:
     """Accuracy of each field at centre patches, of roles everywhere, and the mean error of an edge."""
     image_NHWC, fields_NP6, box_NP4 = test
-    run = jax.jit(
-        lambda params, image: painter.apply({"params": params}, normalise(image, mean, std))
-    )
+    run = jax.jit(lambda params, image: painter.apply({"params": params}, normalise(image, mean, std)))
     parts = [run(params, image_NHWC[at : at + 100]) for at in range(0, len(image_NHWC), 100)]
-    outs = [
-        np.concatenate([np.asarray(part[number]) for part in parts])
-        for number in range(len(FIELDS) + 1)
-    ]
+    outs = [np.concatenate([np.asarray(part[number]) for part in parts]) for number in range(len(FIELDS) + 1)]
     centre_NP = fields_NP6[..., 4] == 2
     right = {
         name: float((outs[number].argmax(-1) == fields_NP6[..., number])[centre_NP].mean())
@@ -172,9 +154,7 @@ def align_vision(c: BackbonesConfig, mean, std, vision: dict, reader: dict) -> t
     """
     processor = Processor(ProcessorConfig(c.vision.image))
     side, pixels = c.vision.image // c.vision.patch, c.vision.image
-    images, fields, boxes = seen(
-        [scenes.sample("train", index, c.seed) for index in range(c.scenes)], side, pixels
-    )
+    images, fields, boxes = seen([scenes.sample("train", index, c.seed) for index in range(c.scenes)], side, pixels)
     model = reader_of(c.language, processor)
     vit, vision, reader = ViT(c.vision), *(jax.tree.map(jnp.array, x) for x in (vision, reader))
     tx = optimiser(c.align_rate, c.align_steps)
@@ -215,9 +195,7 @@ def align_vision(c: BackbonesConfig, mean, std, vision: dict, reader: dict) -> t
         vision, state, loss = step(vision, state, image, field, box_code(box), *how)
         if number % 100 == 99:
             log.info("align step %d loss %.4f %.0f s", number, loss, time.time() - begun)
-    image, field, box = seen(
-        [scenes.sample("heldout", index, c.seed) for index in range(300)], side, pixels
-    )
+    image, field, box = seen([scenes.sample("heldout", index, c.seed) for index in range(300)], side, pixels)
     square_BP = np.square(jax.jit(errors)(vision, image, field, box_code(box))).mean(-1)
     centre_BP = field[..., 4] == 2
     figures = {

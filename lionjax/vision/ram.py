@@ -49,9 +49,7 @@ class Query(nn.Module):
     @nn.compact
     def __call__(self, x_BVD, key, image_BPC):
         c, keys = self.c, split_key(key, 3)
-        look = Attention(
-            c.width, c.heads, c.width // c.heads, c.image_width, rate=c.dropout, name="attention"
-        )
+        look = Attention(c.width, c.heads, c.width // c.heads, c.image_width, rate=c.dropout, name="attention")
         change_BVD = dropout(look(x_BVD, image_BPC, key=keys[0]), c.dropout, keys[1])
         x_BVD = LayerNorm(c.width, c.eps, name="norm1")(x_BVD + change_BVD)
         change_BVD = dropout(MLP(c.width, c.hidden, name="mlp")(x_BVD), c.dropout, keys[2])

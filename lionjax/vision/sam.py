@@ -28,17 +28,7 @@ from lionjax.layers import (
     zeros,
 )
 from lionjax.sharding import constrain, sharded
-from lionjax.weight_rows import (
-    Op,
-    Row,
-    conv,
-    fused,
-    heads_in,
-    heads_in_bias,
-    heads_out,
-    squeeze,
-    under,
-)
+from lionjax.weight_rows import Op, Row, conv, fused, heads_in, heads_in_bias, heads_out, squeeze, under
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +71,21 @@ class SamConfig:
 SAM_VIT_H = SamConfig()
 SAM_VIT_L = SamConfig(width=1024, depth=24, hidden=4096, global_layers=(5, 11, 17, 23))
 TINY_SAM = SamConfig(  # ships with the project
-    image=112, patch=8, width=64, depth=4, heads=4, hidden=128, window=7, global_layers=(1, 3), channels=64,
-    mask_channels=8, decoder_heads=4, decoder_hidden=128, masks=4, iou_hidden=64,
-)  # fmt: skip
+    image=112,
+    patch=8,
+    width=64,
+    depth=4,
+    heads=4,
+    hidden=128,
+    window=7,
+    global_layers=(1, 3),
+    channels=64,
+    mask_channels=8,
+    decoder_heads=4,
+    decoder_hidden=128,
+    masks=4,
+    iou_hidden=64,
+)
 SAM_VIT_B = SamConfig(width=768, depth=12, heads=12, hidden=3072, global_layers=(2, 5, 8, 11))
 
 
@@ -105,9 +107,7 @@ class Block(nn.Module):
         bias = relative_bias(query_BLNH, rows_RH, columns_RH)
         change_BLD = own.look(query_BLNH, own.keys_values(h_BLD), None, bias)
         x_BHWD = x_BHWD + from_squares(change_BLD, self.side, x_BHWD.shape)
-        x_BHWD = x_BHWD + MLP(c.width, c.hidden, name="mlp")(
-            LayerNorm(c.width, c.eps, name="norm2")(x_BHWD)
-        )
+        x_BHWD = x_BHWD + MLP(c.width, c.hidden, name="mlp")(LayerNorm(c.width, c.eps, name="norm2")(x_BHWD))
         return constrain(x_BHWD, "batch", "length", "length", "act_embed")
 
 
@@ -118,11 +118,7 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWD, _):
-        block = (
-            Block
-            if self.c.remat == "none"
-            else nn.remat(Block, prevent_cse=False, policy=REMAT[self.c.remat])
-        )
+        block = Block if self.c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.c.remat])
         for n, side in enumerate(self.c.sides):
             x_BHWD = block(self.c, side, name=f"block_{n}")(x_BHWD)
         return x_BHWD, None
@@ -138,15 +134,11 @@ class ImageEncoder(nn.Module):
         c = self.c
         if image_BHWC.shape[1:3] != (c.image, c.image):
             size = f"{image_BHWC.shape[1]} x {image_BHWC.shape[2]}"
-            raise ValueError(
-                f"the image is {size} px but SAM reads {c.image} x {c.image}; resize and pad it to that"
-            )
+            raise ValueError(f"the image is {size} px but SAM reads {c.image} x {c.image}; resize and pad it to that")
         x_BPD = PatchEmbed(c.patch, c.width, name="patch")(image_BHWC)
         x_BHWD = x_BPD.reshape(-1, c.grid, c.grid, c.width)
         init = sharded(zeros, ("position", "position", "embed"))
-        x_BHWD = x_BHWD + self.param("position", init, (c.grid, c.grid, c.width)).astype(
-            x_BHWD.dtype
-        )
+        x_BHWD = x_BHWD + self.param("position", init, (c.grid, c.grid, c.width)).astype(x_BHWD.dtype)
         periods = nn.scan(
             Period,
             variable_axes={"params": 0, "intermediates": 0},
@@ -173,19 +165,27 @@ def relative_bias(query_BLNH, rows_RH, columns_RH):
     return (down[..., :, None] + across[..., None, :]).reshape(batch, heads, length, length)
 
 
-pointwise = Op(
-    "pointwise", lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None]
-)  # a 1x1 convolution as a Dense
+pointwise = Op("pointwise", lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None])  # a 1x1 convolution as a Dense
 
 # The same layers in the original's words and in Hugging Face's.
 SEGMENT_ANYTHING = {
-    "patch": "patch_embed.proj", "blocks": "blocks", "norm": "norm", "narrow": "neck.0", "narrow_norm": "neck.1",
-    "conv": "neck.2", "conv_norm": "neck.3",
-}  # fmt: skip
+    "patch": "patch_embed.proj",
+    "blocks": "blocks",
+    "norm": "norm",
+    "narrow": "neck.0",
+    "narrow_norm": "neck.1",
+    "conv": "neck.2",
+    "conv_norm": "neck.3",
+}
 HUGGING_FACE = {
-    "patch": "patch_embed.projection", "blocks": "layers", "norm": "layer_norm", "narrow": "neck.conv1",
-    "narrow_norm": "neck.layer_norm1", "conv": "neck.conv2", "conv_norm": "neck.layer_norm2",
-}  # fmt: skip
+    "patch": "patch_embed.projection",
+    "blocks": "layers",
+    "norm": "layer_norm",
+    "narrow": "neck.conv1",
+    "narrow_norm": "neck.layer_norm1",
+    "conv": "neck.conv2",
+    "conv_norm": "neck.layer_norm2",
+}
 
 
 def encoder_rows(c: SamConfig, words: dict[str, str] = SEGMENT_ANYTHING) -> tuple[Row, ...]:
@@ -193,11 +193,7 @@ def encoder_rows(c: SamConfig, words: dict[str, str] = SEGMENT_ANYTHING) -> tupl
     head = c.width // c.heads
     into, cut = heads_in(c.heads, head), heads_in_bias(c.heads, head)
     block = (
-        Row(
-            "attn.qkv.weight",
-            tuple(f"attention/{x}/kernel" for x in "qkv"),
-            fused(into, into, into),
-        ),
+        Row("attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), fused(into, into, into)),
         Row("attn.qkv.bias", tuple(f"attention/{x}/bias" for x in "qkv"), fused(cut, cut, cut)),
         Row("attn.proj.weight", "attention/o/kernel", heads_out(c.heads, head)),
         Row("attn.proj.bias", "attention/o/bias"),

@@ -51,10 +51,7 @@ class Prompts(nn.Module):
         self.no_mask = self.param("no_mask", sharded(normal(1.0), ("embed",)), (c.channels,))
         narrow = c.mask_channels // 4
         self.mask_1, self.mask_norm_1 = PatchEmbed(2, narrow, 1), LayerNorm(narrow, c.eps)
-        self.mask_2, self.mask_norm_2 = (
-            PatchEmbed(2, c.mask_channels, narrow),
-            LayerNorm(c.mask_channels, c.eps),
-        )
+        self.mask_2, self.mask_norm_2 = (PatchEmbed(2, c.mask_channels, narrow), LayerNorm(c.mask_channels, c.eps))
         self.mask_3 = Dense(c.mask_channels, c.channels, ("embed", None))
 
     def place(self, point_2):
@@ -87,10 +84,7 @@ class Prompts(nn.Module):
         if mask_BHW is None:
             return jnp.broadcast_to(self.no_mask, (1, self.c.grid, self.c.grid, self.c.channels))
         x, side = mask_BHW[..., None], self.c.grid
-        for scale, embed, norm in (
-            (2, self.mask_1, self.mask_norm_1),
-            (1, self.mask_2, self.mask_norm_2),
-        ):
+        for scale, embed, norm in ((2, self.mask_1, self.mask_norm_1), (1, self.mask_2, self.mask_norm_2)):
             x = embed(x)
             x = gelu(norm(x.reshape(len(x), side * scale, side * scale, x.shape[-1])))
         return self.mask_3(x)
@@ -131,14 +125,10 @@ class TwoWay(nn.Module):
             asking = token_BTC + prompt_BTC
             token_BTC = token_BTC + own.look(own.queries(asking), (own.k(asking), own.v(token_BTC)))
         token_BTC = norm("norm1", token_BTC)
-        token_BTC = norm(
-            "norm2", token_BTC + between(c, "to_map", token_BTC, prompt_BTC, map_BPC, grid_PC)
-        )
+        token_BTC = norm("norm2", token_BTC + between(c, "to_map", token_BTC, prompt_BTC, map_BPC, grid_PC))
         change = MLP(c.channels, c.decoder_hidden, "relu", name="mlp")(token_BTC)
         token_BTC = norm("norm3", token_BTC + change)
-        map_BPC = norm(
-            "norm4", map_BPC + between(c, "to_tokens", map_BPC, grid_PC, token_BTC, prompt_BTC)
-        )
+        map_BPC = norm("norm4", map_BPC + between(c, "to_tokens", map_BPC, grid_PC, token_BTC, prompt_BTC))
         return token_BTC, map_BPC
 
 
@@ -164,13 +154,9 @@ class Perceptron(nn.Module):
         lead = () if self.stack is None else (self.stack,)
         for n, (inputs, features) in enumerate(zip(self.widths, self.widths[1:])):
             axes = (None,) * len(lead)
-            init = sharded(
-                flat_in(kaiming_uniform) if lead else kaiming_uniform, (*axes, "embed", "mlp")
-            )
+            init = sharded(flat_in(kaiming_uniform) if lead else kaiming_uniform, (*axes, "embed", "mlp"))
             kernel = self.param(f"kernel_{n}", init, (*lead, inputs, features)).astype(x.dtype)
-            bias = self.param(
-                f"bias_{n}", sharded(zeros, (*axes, "mlp")), (*lead, features)
-            ).astype(x.dtype)
+            bias = self.param(f"bias_{n}", sharded(zeros, (*axes, "mlp")), (*lead, features)).astype(x.dtype)
             x = jnp.einsum("...SI,SIO->...SO" if lead else "...I,IO->...O", x, kernel) + bias
             x = nn.relu(x) if n < len(self.widths) - 2 else x
         return x
@@ -212,9 +198,7 @@ class MaskDecoder(nn.Module):
         token = token + between(c, "last", token, prompt, seen, grid_PC)
         token = LayerNorm(c.channels, FINAL_EPS, name="norm")(token)
 
-        seen = Upscale(c.channels, c.channels // 4, name="up_1")(
-            seen.reshape(-1, c.grid, c.grid, c.channels)
-        )
+        seen = Upscale(c.channels, c.channels // 4, name="up_1")(seen.reshape(-1, c.grid, c.grid, c.channels))
         seen = gelu(LayerNorm(c.channels // 4, c.eps, name="up_norm")(seen))
         seen = gelu(Upscale(c.channels // 4, c.channels // 8, name="up_2")(seen))
         widths = (c.channels, c.channels, c.channels, c.channels // 8)
@@ -222,9 +206,7 @@ class MaskDecoder(nn.Module):
         logits = jnp.einsum("RMC,RHWC->RMHW", filter_RMC, seen, preferred_element_type=jnp.float32)
         widths = (c.channels, *(c.iou_hidden,) * (c.iou_depth - 1), c.masks)
         iou = Perceptron(widths, name="iou")(token[:, 0]).astype(jnp.float32)
-        return logits.reshape(batch, prompts, *logits.shape[1:]), iou.reshape(
-            batch, prompts, c.masks
-        )
+        return logits.reshape(batch, prompts, *logits.shape[1:]), iou.reshape(batch, prompts, c.masks)
 
 
 class Sam(nn.Module):
@@ -233,11 +215,7 @@ class Sam(nn.Module):
     c: SamConfig
 
     def setup(self):
-        self.encoder, self.prompts, self.decoder = (
-            ImageEncoder(self.c),
-            Prompts(self.c),
-            MaskDecoder(self.c),
-        )
+        self.encoder, self.prompts, self.decoder = (ImageEncoder(self.c), Prompts(self.c), MaskDecoder(self.c))
 
     def encode(self, image_BHWC):
         """(B, S, S, 3), normalised -> the map (B, h, w, C)."""
@@ -246,9 +224,7 @@ class Sam(nn.Module):
     def decode(self, map_BHWC, prompt_BKTC, added_BHWC=None):
         """Mask logits (B, K, M, 4h, 4w) and IoUs (B, K, M); mask 0 is for clear prompts, the others for vague ones."""
         added_BHWC = self.prompts.mask() if added_BHWC is None else added_BHWC
-        return self.decoder(
-            map_BHWC + added_BHWC.astype(map_BHWC.dtype), prompt_BKTC, self.prompts.grid()
-        )
+        return self.decoder(map_BHWC + added_BHWC.astype(map_BHWC.dtype), prompt_BKTC, self.prompts.grid())
 
     def point(self, map_BHWC, box_BK4, own_BKTC, asked_BK=None):
         """Mask logits (B, K, 4h, 4w) and IoUs (B, K) of boxes in pixels, with further tokens before them.
@@ -287,9 +263,7 @@ class Sam(nn.Module):
         return logits_GNHW.reshape(batch, count, side, side), iou_GN.reshape(batch, count)
 
     def __call__(self, image_BHWC, point_BKT2=None, label_BKT=None, box_BK4=None, mask_BHW=None):
-        return self.decode(
-            self.encode(image_BHWC), *self.prompts(point_BKT2, label_BKT, box_BK4, mask_BHW)
-        )
+        return self.decode(self.encode(image_BHWC), *self.prompts(point_BKT2, label_BKT, box_BK4, mask_BHW))
 
 
 def bilinear(outputs: int, inputs: int) -> np.ndarray:
@@ -304,9 +278,7 @@ def enlarge(logits_HW, pixels: int):
     return jnp.einsum("Yy,...yx,Xx->...YX", matrix, logits_HW, matrix)
 
 
-def to_picture(
-    logits_HW, image: int, inside: tuple[int, int, int, int], size: tuple[int, int]
-) -> np.ndarray:
+def to_picture(logits_HW, image: int, inside: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
     """Mask logits (..., h, w) of a square of `image` pixels -> logits (..., high, wide) on the picture within it.
 
     `inside`: where the picture lies in the square, as top, left, high, wide in pixels; `size`: its own high and wide. A
@@ -327,9 +299,7 @@ def torch_rows(c: SamConfig) -> tuple[Row, ...]:
         Row(names, "kinds", joined(squeeze)),
         *_prompt_rows(*(f"mask_downscaling.{n}" for n in (0, 1, 3, 4, 6))),
     )
-    decoder = _decoder_rows(
-        c, "norm", "norm_final_attn", tuple(f"output_upscaling.{n}" for n in (0, 1, 3)), _numbered
-    )
+    decoder = _decoder_rows(c, "norm", "norm_final_attn", tuple(f"output_upscaling.{n}" for n in (0, 1, 3)), _numbered)
     return (
         *under("image_encoder.", "encoder/", encoder_rows(c)),
         *under("prompt_encoder.", "prompts/", prompts),
@@ -341,10 +311,7 @@ def hugging_face_rows(c: SamConfig) -> tuple[Row, ...]:
     """Names of Hugging Face's SamModel."""
     shared, names = "positional_embedding", tuple(f"point_embed.{n}.weight" for n in range(4))
     steps = ("conv1", "layer_norm1", "conv2", "layer_norm2", "conv3")
-    prompts = (
-        Row(names, "kinds", joined(squeeze)),
-        *_prompt_rows(*(f"mask_embed.{step}" for step in steps)),
-    )
+    prompts = (Row(names, "kinds", joined(squeeze)), *_prompt_rows(*(f"mask_embed.{step}" for step in steps)))
     ups = ("upscale_conv1", "upscale_layer_norm", "upscale_conv2")
     decoder = _decoder_rows(c, "layer_norm", "layer_norm_final_attn", ups, _in_and_out)
     also = (f"prompt_encoder.shared_embedding.{shared}",)
@@ -364,9 +331,7 @@ def _in_and_out(n: int, layers: int) -> str:
     return "proj_in" if n == 0 else "proj_out" if n == layers - 1 else f"layers.{n - 1}"
 
 
-def _prompt_rows(
-    conv_1: str, norm_1: str, conv_2: str, norm_2: str, conv_3: str
-) -> tuple[Row, ...]:
+def _prompt_rows(conv_1: str, norm_1: str, conv_2: str, norm_2: str, conv_3: str) -> tuple[Row, ...]:
     return (
         Row("not_a_point_embed.weight", "no_point", squeeze),
         Row("no_mask_embed.weight", "no_mask", squeeze),
@@ -381,17 +346,13 @@ def _prompt_rows(
     )
 
 
-def _decoder_rows(
-    c: SamConfig, norm: str, last_norm: str, ups: tuple[str, ...], layer
-) -> tuple[Row, ...]:
+def _decoder_rows(c: SamConfig, norm: str, last_norm: str, ups: tuple[str, ...], layer) -> tuple[Row, ...]:
     def attention(theirs, ours, inner):
         names = {x: f"{theirs}.{'out' if x == 'o' else x}_proj" for x in "qkvo"}
         rows = attentions.torch_rows(names, c.decoder_heads, inner // c.decoder_heads, "qkvo")
         return under("", f"{ours}/", rows)
 
-    one_above_others = Op(
-        "one above others", lambda a, b: np.concatenate([a, b]), lambda w: (w[:1], w[1:])
-    )
+    one_above_others = Op("one above others", lambda a, b: np.concatenate([a, b]), lambda w: (w[:1], w[1:]))
     rows = [Row(("iou_token.weight", "mask_tokens.weight"), "tokens", one_above_others)]
     for n in range(c.decoder_depth):
         block = (
@@ -403,15 +364,10 @@ def _decoder_rows(
             *dense_rows("mlp.lin2", "mlp/down"),
         )
         rows += under(f"transformer.layers.{n}.", f"block_{n}/", block)
-    rows += under(
-        "transformer.", "", attention("final_attn_token_to_image", "last", c.channels // 2)
-    )
+    rows += under("transformer.", "", attention("final_attn_token_to_image", "last", c.channels // 2))
     rows += norm_rows(f"transformer.{last_norm}", "norm")
     for name, theirs in (("up_1", ups[0]), ("up_2", ups[2])):
-        rows += [
-            Row(f"{theirs}.weight", f"{name}/kernel", conv_transpose),
-            Row(f"{theirs}.bias", f"{name}/bias"),
-        ]
+        rows += [Row(f"{theirs}.weight", f"{name}/kernel", conv_transpose), Row(f"{theirs}.bias", f"{name}/bias")]
     rows += norm_rows(ups[1], "up_norm")
     for theirs, ours, layers in (
         ("output_hypernetworks_mlps.{i}", "filters", 3),
@@ -419,8 +375,5 @@ def _decoder_rows(
     ):
         for n in range(layers):
             name = f"{theirs}.{layer(n, layers)}"
-            rows += [
-                Row(f"{name}.weight", f"{ours}/kernel_{n}", linear),
-                Row(f"{name}.bias", f"{ours}/bias_{n}"),
-            ]
+            rows += [Row(f"{name}.weight", f"{ours}/kernel_{n}", linear), Row(f"{name}.bias", f"{ours}/bias_{n}")]
     return tuple(rows)

@@ -30,17 +30,7 @@ from lionjax.layers import (
     split_key,
 )
 from lionjax.sharding import constrain, sharded
-from lionjax.weight_rows import (
-    Op,
-    Row,
-    constant,
-    conv,
-    fused,
-    heads_in,
-    heads_in_bias,
-    heads_out,
-    under,
-)
+from lionjax.weight_rows import Op, Row, constant, conv, fused, heads_in, heads_in_bias, heads_out, under
 
 BETWEEN_EPS = 1e-5  # of the norms before and between stages, whatever `eps` says of the others
 
@@ -80,9 +70,7 @@ class SwinConfig:
 
 
 SWIN_T_DETECTOR = SwinConfig(image=None)
-SWIN_L_384 = SwinConfig(
-    image=384, width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12
-)
+SWIN_L_384 = SwinConfig(image=384, width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12)
 
 
 def places_apart(side: int) -> np.ndarray:
@@ -168,9 +156,7 @@ class Pair(nn.Module):
         rates, key = layer
         keys = split_key(key, 2)
         for n in range(2):
-            x_BHWD = _block(self.c)(self.c, self.stage, n == 1, name=f"block_{n}")(
-                x_BHWD, rates[n], keys[n]
-            )
+            x_BHWD = _block(self.c)(self.c, self.stage, n == 1, name=f"block_{n}")(x_BHWD, rates[n], keys[n])
         return x_BHWD, None
 
 
@@ -221,9 +207,7 @@ class Merge(nn.Module):
         x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, high % 2), (0, wide % 2), (0, 0)))
         four = [x_BHWD[:, row::2, column::2] for column in range(2) for row in range(2)]
         x_BHWD = LayerNorm(4 * self.width, BETWEEN_EPS, name="norm")(jnp.concatenate(four, -1))
-        return Dense(4 * self.width, 2 * self.width, ("embed", None), bias=False, name="narrow")(
-            x_BHWD
-        )
+        return Dense(4 * self.width, 2 * self.width, ("embed", None), bias=False, name="narrow")(x_BHWD)
 
 
 class Swin(nn.Module):
@@ -304,17 +288,11 @@ def hugging_face_rows(c: SwinConfig) -> tuple[Row, ...]:
                 rows.append(Row(f"{theirs}.bias", f"{ours}/bias", heads_in_bias(heads, head)))
         return rows
 
-    words = {
-        "patch": "embeddings.patch_embeddings.projection",
-        "patch_norm": "embeddings.norm",
-        "norm": "layernorm",
-    }
+    words = {"patch": "embeddings.patch_embeddings.projection", "patch_norm": "embeddings.norm", "norm": "layernorm"}
     return _rows(c, words, "encoder.layers.{}.", block)
 
 
-def _rows(
-    c: SwinConfig, words: dict[str, str], layers: str, block: Callable[[int], list[Row]]
-) -> tuple[Row, ...]:
+def _rows(c: SwinConfig, words: dict[str, str], layers: str, block: Callable[[int], list[Row]]) -> tuple[Row, ...]:
     """The rows around the layers, and the layers' own at their places in each stage."""
     rows = [
         Row(f"{words['patch']}.weight", "patch/kernel", conv),

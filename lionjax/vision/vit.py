@@ -16,18 +16,7 @@ from lionjax import attention as attentions
 from lionjax.attention import Attention
 from lionjax.layers import MLP, REMAT, LayerNorm, PatchEmbed, dense_rows, norm_rows, normal
 from lionjax.sharding import constrain, sharded
-from lionjax.weight_rows import (
-    Row,
-    by_head,
-    conv,
-    fused,
-    heads_in,
-    heads_in_bias,
-    heads_out,
-    renamed,
-    reshaped,
-    under,
-)
+from lionjax.weight_rows import Row, by_head, conv, fused, heads_in, heads_in_bias, heads_out, renamed, reshaped, under
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +45,21 @@ class ViTConfig:
 
 EVA_VIT_G = ViTConfig(image=224, patch=14, width=1408, depth=39, heads=16, hidden=6144)
 CLIP_VIT_L = ViTConfig(
-    image=336, patch=14, width=1024, depth=24, heads=16, hidden=4096, eps=1e-5, activation="quick_gelu",
-    biases="qkvo", patch_bias=False, norm_before=True, norm_after=True,
-)  # fmt: skip
+    image=336,
+    patch=14,
+    width=1024,
+    depth=24,
+    heads=16,
+    hidden=4096,
+    eps=1e-5,
+    activation="quick_gelu",
+    biases="qkvo",
+    patch_bias=False,
+    norm_before=True,
+    norm_after=True,
+)
 
-TINY_VIT = ViTConfig(
-    image=112, patch=14, width=128, depth=6, heads=4, hidden=384
-)  # ships with the project
+TINY_VIT = ViTConfig(image=112, patch=14, width=128, depth=6, heads=4, hidden=384)  # ships with the project
 
 
 class Block(nn.Module):
@@ -75,13 +72,9 @@ class Block(nn.Module):
     def __call__(self, carry, index):
         c = self.c
         x_BPD, seen_TBPD = carry
-        attention = Attention(
-            c.width, c.heads, c.width // c.heads, biases=c.biases, name="attention"
-        )
+        attention = Attention(c.width, c.heads, c.width // c.heads, biases=c.biases, name="attention")
         x_BPD = x_BPD + attention(LayerNorm(c.width, c.eps, name="norm1")(x_BPD))
-        x_BPD = x_BPD + MLP(c.width, c.hidden, c.activation, name="mlp")(
-            LayerNorm(c.width, c.eps, name="norm2")(x_BPD)
-        )
+        x_BPD = x_BPD + MLP(c.width, c.hidden, c.activation, name="mlp")(LayerNorm(c.width, c.eps, name="norm2")(x_BPD))
         x_BPD = constrain(x_BPD, "batch", "length", "act_embed")
         if self.taps:
             here = (jnp.asarray(self.taps) == index)[:, None, None, None]
@@ -110,12 +103,8 @@ class ViT(nn.Module):
         first_D = self.param("class_token", sharded(normal(0.02), ("embed",)), (c.width,))
         shape = (1 + c.patches, c.width)
         position_PD = self.param("position", sharded(normal(0.02), ("position", "embed")), shape)
-        first_B1D = jnp.broadcast_to(
-            first_D.astype(patch_BPD.dtype), (patch_BPD.shape[0], 1, c.width)
-        )
-        x_BPD = jnp.concatenate([first_B1D, patch_BPD], axis=1) + position_PD.astype(
-            patch_BPD.dtype
-        )
+        first_B1D = jnp.broadcast_to(first_D.astype(patch_BPD.dtype), (patch_BPD.shape[0], 1, c.width))
+        x_BPD = jnp.concatenate([first_B1D, patch_BPD], axis=1) + position_PD.astype(patch_BPD.dtype)
         if c.norm_before:
             x_BPD = LayerNorm(c.width, c.eps, name="norm_before")(x_BPD)
         block = Block
@@ -142,11 +131,7 @@ def eva_rows(c: ViTConfig) -> tuple[Row, ...]:
     head = c.width // c.heads
     into = heads_in(c.heads, head)
     block = (
-        Row(
-            "attn.qkv.weight",
-            tuple(f"attention/{x}/kernel" for x in "qkv"),
-            fused(into, into, into),
-        ),
+        Row("attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), fused(into, into, into)),
         Row("attn.q_bias", "attention/q/bias", heads_in_bias(c.heads, head)),
         Row("attn.v_bias", "attention/v/bias", heads_in_bias(c.heads, head)),
         Row("attn.proj.weight", "attention/o/kernel", heads_out(c.heads, head)),
@@ -192,11 +177,7 @@ def owl_rows(c: ViTConfig) -> tuple[Row, ...]:
     """Names under `vision_model.` in mPLUG-Owl, which keeps q, k and v of each head beside each other."""
     block = (
         *(
-            Row(
-                f"self_attn.query_key_value.{theirs}",
-                tuple(f"attention/{x}/{ours}" for x in "qkv"),
-                by_head(c.heads),
-            )
+            Row(f"self_attn.query_key_value.{theirs}", tuple(f"attention/{x}/{ours}" for x in "qkv"), by_head(c.heads))
             for theirs, ours in (("weight", "kernel"), ("bias", "bias"))
         ),
         Row("self_attn.dense.weight", "attention/o/kernel", heads_out(c.heads, c.width // c.heads)),
@@ -220,11 +201,7 @@ def openai_rows(c: ViTConfig) -> tuple[Row, ...]:
     head = c.width // c.heads
     into, cut = heads_in(c.heads, head), heads_in_bias(c.heads, head)
     block = (
-        Row(
-            "attn.in_proj_weight",
-            tuple(f"attention/{x}/kernel" for x in "qkv"),
-            fused(into, into, into),
-        ),
+        Row("attn.in_proj_weight", tuple(f"attention/{x}/kernel" for x in "qkv"), fused(into, into, into)),
         Row("attn.in_proj_bias", tuple(f"attention/{x}/bias" for x in "qkv"), fused(cut, cut, cut)),
         Row("attn.out_proj.weight", "attention/o/kernel", heads_out(c.heads, head)),
         Row("attn.out_proj.bias", "attention/o/bias"),
@@ -252,11 +229,7 @@ def clip_rows(c: ViTConfig) -> tuple[Row, ...]:
     """Names of Hugging Face's CLIPVisionModel, without the `vision_model.` before them in files."""
     letters = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
     block = (
-        *under(
-            "self_attn.",
-            "attention/",
-            attentions.torch_rows(letters, c.heads, c.width // c.heads, "qkvo"),
-        ),
+        *under("self_attn.", "attention/", attentions.torch_rows(letters, c.heads, c.width // c.heads, "qkvo")),
         *norm_rows("layer_norm1", "norm1"),
         *norm_rows("layer_norm2", "norm2"),
         *dense_rows("mlp.fc1", "mlp/up"),

@@ -21,10 +21,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lionjax import class_tags
 from lionjax.interfaces import UserError
 from lionjax.sharding import MeshConfig
 
 log = logging.getLogger(__name__)
+
+TAG_OF = {home: tag for tag, home in class_tags.HOMES.items()}
 
 Scalar = bool | int | float | str | None
 
@@ -277,16 +280,17 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def to_json(config: Any) -> str:
-    """A config as JSON text; each dataclass is written with its class, for `from_json`."""
+    """A config as JSON text for `from_json`; each dataclass carries its class tag (see `class_tags`)."""
     return json.dumps(_plain(config, type(config).__name__), indent=1)
 
 
 def _plain(value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        if not name.startswith("lionjax."):
+        home = f"{kind.__module__}:{kind.__qualname__}"
+        if not home.startswith("lionjax."):
             raise UserError(f"{where} is a {kind.__name__}; it wants a dataclass of lionjax's own")
+        name = TAG_OF.get(home, home)
         names = [field.name for field in dataclasses.fields(value)]
         return {"class": name} | {n: _plain(getattr(value, n), f"{where}.{n}") for n in names}
     if isinstance(value, list | tuple):
@@ -331,7 +335,8 @@ def _build(tree: dict[str, Any], where: str) -> Any:
 
 
 def _class(name: Any, where: str) -> type:
-    module, _, last = str(name).rpartition(".")
+    home = class_tags.HOMES.get(class_tags.EARLIER.get(str(name), str(name)), str(name))
+    module, _, last = home.partition(":")
     kind = None
     if module.split(".")[0] == "lionjax":
         with contextlib.suppress(ImportError):

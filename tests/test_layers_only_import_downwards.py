@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lionjax"
 
 FLOORS = (
     # 0: what all agree on
-    "interfaces params sharding config weight_rows scaling.libtpu scaling.topologies scaling.programs "
+    "class_tags interfaces params sharding config weight_rows scaling.libtpu scaling.topologies scaling.programs "
     "convert.plan convert.tables convert.files convert.write",
     # 1: made in this order, each may use those before it
     "losses layers kernels attention adapters",

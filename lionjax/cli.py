@@ -37,16 +37,18 @@ def train(given: argparse.Namespace, overrides: list[str]) -> None:
 
     from lionjax.data import pipeline
     from lionjax.evaluation.report import write_routers
-    from lionjax.training import distributed, journal, loop
+    from lionjax.training import distributed, journal, loop, start
 
     with distributed.together(explain):
         params, _ = loop.train(experiment, given.workdir, pipeline.batches, began)
         write_routers(given.workdir, params)
         if experiment.run.evaluate_limit:
             from lionjax import model
+            from lionjax.evaluation import benchmarks
 
-            asked = time.time()
-            entries = model.evaluate_run(experiment, params, given.workdir)
+            asked, made = time.time(), start.updates_before(experiment, len(experiment.stages))
+            answerer = model.of_params(experiment, params).answerer
+            entries = benchmarks.evaluate_run(answerer, experiment, given.workdir, made)
             journal.note_evaluation(given.workdir, time.time() - asked)
         if distributed.first():
             if experiment.run.evaluate_limit:
@@ -71,8 +73,8 @@ def evaluate(given: argparse.Namespace, fields: list[str]) -> None:
     elif fields:
         raise Usage(f"unknown argument {fields[0]!r}; see `lionjax evaluate --help`")
     model = lionjax.load(given.dir)
-    names = model.benchmark_names(given.split, source) if everything else [given.benchmark]
-    entries = [model.evaluate(name, given.dir, given.limit, given.split, source) for name in names]
+    names = benchmarks.names_for(model, given.split, source) if everything else [given.benchmark]
+    entries = [benchmarks.evaluate_model(model, name, given.dir, given.limit, given.split, source) for name in names]
     if given.json:
         print(json.dumps(entries, indent=1))
     else:

@@ -24,7 +24,6 @@ from lionjax.convert import systems
 from lionjax.data import pictures, tokenizer
 from lionjax.data.examples import DataConfig
 from lionjax.data.processors import Input, Processor, ProcessorConfig
-from lionjax.evaluation import benchmarks
 from lionjax.interfaces import Batch, Params, System, UserError
 from lionjax.scores import GenerateConfig
 from lionjax.sharding import MeshConfig
@@ -128,34 +127,6 @@ class Model:
             order.append(np.argsort(nats[place : place + len(some)], kind="stable").tolist())
             place += len(some)
         return order
-
-    def benchmark_names(self, split: str = "heldout", source: object | None = None) -> list[str]:
-        """The benchmarks that a source offers; by default the model's own data, of which it was trained on some."""
-        sources = self.experiment.data.sources if source is None else (source,)
-        offered = benchmarks.offered(sources, split)
-        trained = benchmarks.names_of(self.experiment) if source is None else []
-        return [name for name in trained if benchmarks.task_of(name) in offered] or offered
-
-    def evaluate(
-        self,
-        benchmark: str,
-        folder: str | Path | None = None,
-        limit: int | None = None,
-        split: str = "heldout",
-        source: object | None = None,
-    ) -> dict:
-        """The figures of one benchmark beside their baselines; see `evaluation.benchmarks.evaluate`.
-
-        Over the data that the model was trained with, or over another `source`. With a `folder` every answer is kept
-        there.
-        """
-        data, label = self.experiment.data, ""
-        if source is not None:  # files of others, of which some pictures may not be there
-            data = dataclasses.replace(data, sources=(source,), on_bad_record="replace")
-            label = benchmarks.label_of(f"{source.name}_{benchmark}")
-        where = None if folder is None else Path(folder)
-        answer = self.experiment.answer
-        return benchmarks.evaluate(self.answerer, data, answer, benchmark, where, limit, split, label, self.updates)
 
     def export(self, path: str | Path, to: str = "torch", merge_lora: bool = False) -> None:
         """Write a folder with config and tokenizers, which `load` reads back.
@@ -272,14 +243,6 @@ def of_params(experiment: Experiment, params: Params, updates: int | None = None
     system = stages.system_of(experiment, last[0]) if last else experiment.system
     mesh = mesh or sharding.make_mesh(experiment.mesh)
     return Model(experiment, Answerer(system, params, Processor(experiment.data.processor), mesh), updates)
-
-
-def evaluate_run(experiment: Experiment, params: Params, folder: Path) -> list[dict]:
-    """Ask the benchmarks of an experiment's tasks at the end of its run; what was asked before is not asked again."""
-    made = start.updates_before(experiment, len(experiment.stages))
-    answerer, names = of_params(experiment, params).answerer, benchmarks.names_of(experiment)
-    limit = experiment.run.evaluate_limit
-    return list(benchmarks.evaluate_all(answerer, experiment, names, folder, limit, updates=made).values())
 
 
 def of_run(folder: Path, mesh: Mesh) -> Model:

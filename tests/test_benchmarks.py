@@ -44,7 +44,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def entries(model, folder):
-    return {task: model.evaluate(task, folder, LIMIT) for task in TASKS}
+    return {task: benchmarks.evaluate_model(model, task, folder, LIMIT) for task in TASKS}
 
 
 def lines(folder, name: str) -> list[dict]:
@@ -142,7 +142,7 @@ def test_the_blind_model_sees_one_blank_picture_and_no_tags(model, monkeypatch):
         return real(system, params, batch, config, key)
 
     monkeypatch.setattr(answering, "generate", watched)
-    model.evaluate("vqa", limit=LIMIT)
+    benchmarks.evaluate_model(model, "vqa", limit=LIMIT)
     sighted, blind, untagged, alone = seen
     hint = model.processor.tokenizer.soft_prompt_id
     assert not blind.image_BHWC.any() and not alone.image_BHWC.any()
@@ -162,12 +162,12 @@ def test_many_batches_and_all_benchmarks_of_long_answers_share_one_program(model
     monkeypatch.setattr(benchmarks, "AT_ONCE", 4)
     before = answering.generate._cache_size()
     for task in ("rec", "reg", "tags", "caption"):
-        assert model.evaluate(task, limit=10)["samples"] == 10
+        assert benchmarks.evaluate_model(model, task, limit=10)["samples"] == 10
     assert answering.generate._cache_size() == before + 1
 
 
 def test_a_smaller_limit_asks_the_first_of_the_same_questions(entries, model, folder, tmp_path):
-    model.evaluate("vqa", tmp_path, 3)
+    benchmarks.evaluate_model(model, "vqa", tmp_path, 3)
     short, long = lines(tmp_path, "vqa"), lines(folder, "vqa")
     assert [row["question"] for row in short] == [row["question"] for row in long][:3]
     assert [row["prediction"] for row in short] == [row["prediction"] for row in long][:3]
@@ -252,7 +252,7 @@ def test_training_ends_with_figures_and_the_folder_answers_as_the_parameters_in_
     assert "vqa: 4 questions of heldout" in capsys.readouterr().err
     figures = json.loads((tmp_path / "run" / "report.json").read_text())
     assert {"vqa_accuracy", "rec_accuracy_50"} <= set(figures["metrics"]) and len(figures["stages"]) == 3
-    asked = lionjax.load(tmp_path / "run").evaluate("vqa", limit=4)
+    asked = benchmarks.evaluate_model(lionjax.load(tmp_path / "run"), "vqa", limit=4)
     for key in ("metrics", "blind", "untagged"):
         assert asked[key] == figures["evaluation"]["vqa"][key]
     assert "Questions, VQA accuracy" in report(tmp_path / "run").read_text()
@@ -270,14 +270,14 @@ def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp
     ]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Lines(str(tmp_path / "lines.jsonl"), str(tmp_path), name="mine")
-    entry = model.evaluate("vqa", tmp_path, source=source)
+    entry = benchmarks.evaluate_model(model, "vqa", tmp_path, source=source)
     assert entry["samples"] == 1 and entry["benchmark"] == "mine_vqa"
     assert "missing.png" in caplog.text and "takes" in caplog.text
     assert "mine_vqa_accuracy" in json.loads((tmp_path / "report.json").read_text())["metrics"]
     only_bad = dataclasses.replace(source, file=str(tmp_path / "bad.jsonl"))
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(UserError, match="no question of 'vqa' could be asked"):
-        model.evaluate("vqa", tmp_path, source=only_bad)
+        benchmarks.evaluate_model(model, "vqa", tmp_path, source=only_bad)
 
 
 def test_evaluate_reads_questions_and_answers_in_the_format_of_vqa(capsys, folder, tmp_path):

@@ -211,7 +211,7 @@ LIMIT = 4
 @pytest.mark.slow
 def test_places_are_asked_for_with_their_masks_and_the_page_draws_them(pointing, folder):
     names = ("rec", "rec@digits", "res", "grounded", "box_vqa")
-    entries = {name: pointing.evaluate(name, folder, LIMIT) for name in names}
+    entries = {name: benchmarks.evaluate_model(pointing, name, folder, LIMIT) for name in names}
     figures = json.loads((folder / "report.json").read_text())["metrics"]
     wanted = {"rec_accuracy_50", "rec_accuracy_50_teacher_forced", "digits_rec_accuracy_50", "res_ciou", "res_giou"}
     assert wanted | {"phrase_recall_1", "phrase_recall_1_teacher_forced", "box_vqa_accuracy"} <= figures.keys()

@@ -64,6 +64,43 @@ def offered(sources: Iterable[Any], split: str) -> list[str]:
     return [task for task in SCORERS if any(task in tasks for tasks in sizes)]
 
 
+def names_for(model: Any, split: str = "heldout", source: Any = None) -> list[str]:
+    """The benchmarks that a source offers; by default the data of a `model.Model`, of which it was trained on some."""
+    sources = model.experiment.data.sources if source is None else (source,)
+    found = offered(sources, split)
+    trained = names_of(model.experiment) if source is None else []
+    return [name for name in trained if task_of(name) in found] or found
+
+
+def evaluate_model(
+    model: Any,
+    benchmark: str,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    split: str = "heldout",
+    source: Any = None,
+) -> dict[str, Any]:
+    """The figures of one benchmark for a `model.Model`, beside their baselines; see `evaluate`.
+
+    Over the data that the model was trained with, or over another `source`. With a `folder` every answer is kept
+    there.
+    """
+    data, label = model.experiment.data, ""
+    if source is not None:  # files of others, of which some pictures may not be there
+        data = dataclasses.replace(data, sources=(source,), on_bad_record="replace")
+        label = label_of(f"{source.name}_{benchmark}")
+    where = None if folder is None else Path(folder)
+    answer = model.experiment.answer
+    return evaluate(model.answerer, data, answer, benchmark, where, limit, split, label, model.updates)
+
+
+def evaluate_run(answerer: Answerer, experiment: Experiment, folder: Path, updates: int) -> list[dict]:
+    """The benchmarks of an experiment's tasks at the end of its run; those that its folder has are not run again."""
+    limit = experiment.run.evaluate_limit
+    entries = evaluate_all(answerer, experiment, names_of(experiment), folder, limit, updates=updates)
+    return list(entries.values())
+
+
 def evaluate_all(
     answerer: Answerer,
     experiment: Experiment,

@@ -35,8 +35,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import numpy as np
 
 from benchmarks import instructblip, llava, train_step
-from lionjax import params as trees
-from lionjax.scaling import programs, topologies
+from lionjax.core import params as trees
+from lionjax.planner import hlo_analysis, topologies
 
 SHAPES = {
     "lion_xl": instructblip.Sizes(
@@ -230,7 +230,7 @@ def ours(s, same_weights: bool):
 def train_ours(asked, s) -> dict:
     import jax
 
-    from lionjax import sharding
+    from lionjax.core import sharding
 
     system, params = ours(s, asked.size == "tiny")
     batch = train_step.peer_of(s).batch_of(s)
@@ -260,7 +260,7 @@ def flops_of(s, system, params, batch) -> float:
         loss = lambda t: plain.loss(trees.merge(t, frozen), batch)[0]  # noqa: E731
         return jax.grad(loss)(trainable)
 
-    return programs.products(jax.make_jaxpr(gradients)(trainable, frozen, batch).jaxpr)
+    return hlo_analysis.products(jax.make_jaxpr(gradients)(trainable, frozen, batch).jaxpr)
 
 
 def tokens_of(s, batch) -> int:
@@ -272,7 +272,7 @@ def tokens_of(s, batch) -> int:
 def decode_ours(asked, s) -> dict:
     import jax
 
-    from lionjax.generate import GenerateConfig, generate
+    from lionjax.inference.generate import GenerateConfig, generate
 
     system, params = ours(s, asked.size == "tiny")
     params = trees.cast(params, system.dtype)

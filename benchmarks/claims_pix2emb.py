@@ -32,13 +32,16 @@ import numpy as np
 import tyro
 from safetensors.numpy import load_file, save_file
 
-from lionjax import config, convert, model, sharding
-from lionjax import params as trees
-from lionjax.config import Experiment, Stage
+from lionjax import convert
+from lionjax.core import config, sharding
+from lionjax.core import params as trees
+from lionjax.core.experiment import Experiment, Stage
+from lionjax.core.types import Params
 from lionjax.data import pipeline
-from lionjax.evaluation import benchmarks
-from lionjax.interfaces import Params
-from lionjax.training import checkpoints, loop, start
+from lionjax.evaluation import runner
+from lionjax.inference.loading import example, of_params
+from lionjax.training import checkpoint, loop
+from lionjax.training.init import layout, shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEING = ("aggregator", "aggregator_norm", "aggregator_projector", ".*/adapters")
@@ -107,7 +110,7 @@ def with_bins(run: Run) -> str:
     file = run.workdir / "tiny_t5_with_bins.safetensors"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        weights, rng = (load_file(start.shipped("shipped:tiny_t5.safetensors")), np.random.default_rng(0))
+        weights, rng = (load_file(shipped("shipped:tiny_t5.safetensors")), np.random.default_rng(0))
         for name, axis in (("language/embedding/table", 0), ("language/head/kernel", 1)):
             old = weights[name]
             shape = (BINS**2, old.shape[1]) if axis == 0 else (old.shape[0], BINS**2)
@@ -139,9 +142,9 @@ def trained(run: Run, name: str, what: Experiment) -> Params:
 
 def figures(run: Run, what: Experiment, params: Params, names: tuple[str, ...]) -> Figures:
     """Metrics of some benchmarks on held-out scenes, those read behind the true words among them."""
-    answerer, found = model.of_params(what, params).answerer, {}
+    answerer, found = of_params(what, params).answerer, {}
     for name in names:
-        entry = benchmarks.evaluate(answerer, what.data, what.answer, name, limit=run.limit)
+        entry = runner.evaluate(answerer, what.data, what.answer, name, limit=run.limit)
         found |= entry["metrics"] | {f"{name}_{key}": value for key, value in entry["details"].items()}
         for key, value in entry.get("teacher_forced", {}).items():
             found[f"{key}_teacher_forced"] = value
@@ -172,9 +175,9 @@ def cycles(run: Run, seed: int) -> Iterator[tuple[str, Figures]]:
 def at(folder: Path, what: Experiment, last: Params, step: int) -> Params:
     """The parameters at a step that was saved: what no step changes is as at the end."""
     mesh = sharding.make_mesh(what.mesh)
-    first = model.example(model.of_params(what, last, mesh=mesh).processor)
-    like = {"trainable": start.layout(what, first, mesh).learned}
-    items, _ = checkpoints.read(folder / "checkpoints" / str(step), like)
+    first = example(of_params(what, last, mesh=mesh).processor)
+    like = {"trainable": layout(what, first, mesh).learned}
+    items, _ = checkpoint.read(folder / "checkpoints" / str(step), like)
     _, never = trees.split(last, what.stages[0].trainable)
     return trees.merge(items["trainable"], never)
 

@@ -57,7 +57,7 @@ class Peak(threading.Thread):
 
 
 def t5_of(gigabytes: float):
-    from lionjax.language.t5 import FLAN_T5_XL
+    from lionjax.models.language.t5 import FLAN_T5_XL
 
     c = FLAN_T5_XL
     square, wide = c.width * c.heads * c.head, 3 * c.width * c.hidden
@@ -70,11 +70,11 @@ def make(folder: Path, config) -> tuple[int, dict[str, int]]:
     """Write the checkpoint; bytes of its largest tensor, and a checksum of each."""
     import ml_dtypes
 
-    from lionjax import config as configs
-    from lionjax import params as trees
-    from lionjax.convert.plan import Form, plan_state
-    from lionjax.convert.systems import CONFIG_FILE, of_config
-    from lionjax.convert.write import whole_folder, write_safetensors
+    from lionjax.convert.formats.detect import CONFIG_FILE, of_config
+    from lionjax.convert.io.safetensors_writer import whole_folder, write_safetensors
+    from lionjax.convert.mapping.plan import Form, plan_state
+    from lionjax.core import config as configs
+    from lionjax.core import params as trees
 
     kind, sums = of_config(config), {}
     shapes, half = trees.flatten(kind.abstract(config)), np.dtype(ml_dtypes.bfloat16)
@@ -126,17 +126,19 @@ def checksum(tensor: np.ndarray) -> int:
 
 def one_way(src: str, dst: str, to: str, fsdp: int, tensor: int) -> None:
     """In its own process: convert, and print what it took."""
-    from lionjax import convert, sharding
-    from lionjax.convert import placed, systems
+    from lionjax import convert
+    from lionjax.convert import orbax_folder
+    from lionjax.convert.formats import detect
+    from lionjax.core import sharding
 
     if convert.holds_params(Path(src)):
         config, tensors = convert.open_params(src)
     else:
-        source = systems.open_source(Path(src))
+        source = detect.open_source(Path(src))
         config, tensors = source.config, source.tensors
-    kind = systems.of_config(config)
+    kind = detect.of_config(config)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=fsdp, tensor=tensor))
-    systems.table_and_model(kind, config)  # tracing is not what is measured
+    detect.table_and_model(kind, config)  # tracing is not what is measured
     for name in tensors.mapped:  # warm the page cache
         tensors[name].reshape(-1).view(np.uint8)[::4096].max()
         tensors.forget(name)
@@ -148,7 +150,7 @@ def one_way(src: str, dst: str, to: str, fsdp: int, tensor: int) -> None:
     watch.start()
     processor, clock = time.process_time(), time.perf_counter()
     if to == "orbax":
-        coverage = placed.save_orbax(src, dst, mesh)
+        coverage = orbax_folder.save_orbax(src, dst, mesh)
     else:
         coverage = convert.convert(src, dst, to)
     processor, clock = time.process_time() - processor, time.perf_counter() - clock
@@ -169,8 +171,8 @@ def main() -> None:
     if given.one_way:
         one_way(*given.one_way, *axes)
         return
-    from lionjax.convert.files import open_weights
-    from lionjax.systems.nextchat import NextChat
+    from lionjax.convert.io.reader import open_weights
+    from lionjax.models.vlm.nextchat import NextChat
 
     shutil.rmtree(given.folder, ignore_errors=True)
     given.folder.mkdir(parents=True)

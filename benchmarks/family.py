@@ -29,14 +29,19 @@ import safetensors.numpy
 import tyro
 
 import lionjax
-from lionjax import config, model
-from lionjax import params as trees
-from lionjax.config import Experiment
+from lionjax.core import config, sharding
+from lionjax.core import params as trees
+from lionjax.core.experiment import Experiment
+from lionjax.core.types import Params
 from lionjax.data import pipeline
-from lionjax.data.processors import Processor
-from lionjax.evaluation import benchmarks, few_shot
-from lionjax.interfaces import Params
-from lionjax.training import loop, start
+from lionjax.data.processor import Processor
+from lionjax.evaluation import few_shot, runner
+from lionjax.inference import model
+from lionjax.inference.loading import example as loading_example
+from lionjax.inference.loading import of_params
+from lionjax.training import loop
+from lionjax.training.init import layout as init_layout
+from lionjax.training.init import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = (
@@ -90,8 +95,8 @@ def hand_on(params: Params, workdir: Path, name: str) -> None:
     flat = trees.flatten(params)
     for after in (after for after, before in GOES_ON.items() if before == name):
         experiment = config.load(ROOT / "configs" / f"tiny_{after}.py")
-        example = model.example(model.Processor(experiment.data.processor))
-        layout = start.layout(experiment, example, model.sharding.make_mesh(experiment.mesh))
+        example = loading_example(model.Processor(experiment.data.processor))
+        layout = init_layout(experiment, example, sharding.make_mesh(experiment.mesh))
         wanted = trees.flatten(trees.merge(layout.never, layout.learned))
         part = {path: np.asarray(flat[path]) for path in wanted if path.split("/")[0] in BRIDGE}
         safetensors.numpy.save_file(part, workdir / name / f"bridge_for_{after}.safetensors")
@@ -104,7 +109,7 @@ def unchanged(experiment: Experiment, params: Params, report: dict) -> bool:
     never, same = trees.flatten(never), all(stage["frozen_unchanged"] for stage in report["stages"])
     for prefix, file in experiment.weights:
         file, _, part = file.partition("#")
-        held = safetensors.numpy.load_file(start.shipped(file))
+        held = safetensors.numpy.load_file(shipped(file))
         for path, leaf in never.items():
             name = (part or prefix) + path.removeprefix(prefix)
             if f"{path}/".startswith(f"{prefix}/") and name in held:
@@ -132,9 +137,9 @@ def trained(run: Run, name: str) -> dict:
     params, report = loop.train(experiment, folder, pipeline.batches)
     hand_on(params, run.workdir, name)
     training, spent = spent.seconds(), Spent()
-    asked = [task for task in benchmarks.names_of(experiment) if task in SCORES]
-    answerer = model.of_params(experiment, params).answerer
-    entries = benchmarks.evaluate_all(answerer, experiment, asked, folder, run.limit)
+    asked = [task for task in runner.names_of(experiment) if task in SCORES]
+    answerer = of_params(experiment, params).answerer
+    entries = runner.evaluate_all(answerer, experiment, asked, folder, run.limit)
     patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
     row = {
         "system": name,
@@ -193,7 +198,7 @@ def curves(run: Run, name: str) -> dict:
         for shots in SHOTS if how == few_shot.HOW[0] else SHOTS[1:]:  # of none, none are chosen
             words = name == "flamingo"
             shown = few_shot.Shown(answerer, data, "vqa", shots, how, in_words=words)
-            entry = benchmarks.evaluate(answerer, data, answer, "vqa", None, limit, shown=shown)
+            entry = runner.evaluate(answerer, data, answer, "vqa", None, limit, shown=shown)
             scores = [round(entry[what]["vqa_accuracy"], 3) for what in ("metrics", "blind")]
             rows.append({"system": name, "how": how, "shots": shots, "vqa": scores})
     found = {"rows": rows, "seconds": spent.seconds()}

@@ -20,10 +20,10 @@ import numpy as np
 
 from benchmarks import llava, text_decoder
 from benchmarks.text_t5 import random_prompts, text_batch, twins
-from lionjax.generate import GenerateConfig, generate
-from lionjax.interfaces import Batch
-from lionjax.language.decoder import SMOLLM2_135M
-from lionjax.language.t5 import TINY_T5, T5Config
+from lionjax.core.types import Batch
+from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.models.language.decoder import SMOLLM2_135M
+from lionjax.models.language.t5 import TINY_T5, T5Config
 
 T5S = {
     # The one that ships, with the activation that Hugging Face has.

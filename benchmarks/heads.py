@@ -20,12 +20,14 @@ from pathlib import Path
 import jax
 import tyro
 
-from lionjax import config, sharding
-from lionjax import params as trees
-from lionjax.config import Experiment
+from lionjax.core import config, sharding
+from lionjax.core import params as trees
+from lionjax.core.experiment import Experiment
+from lionjax.core.types import Batch
 from lionjax.data import pipeline
-from lionjax.interfaces import Batch
-from lionjax.training import stages, start
+from lionjax.training import step as stages
+from lionjax.training.init import first_parameters, layout
+from lionjax.training.optimizer import optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOAL = 0.15
@@ -56,7 +58,7 @@ def step_of(what: Experiment, system, trainable: tuple[str, ...], batch: Batch, 
     """A function that does one update with these parts learning."""
     stage = dataclasses.replace(what.stages[-2], trainable=trainable, learning_rate_scale=())
     learned, frozen = trees.split(params, stage.trainable)
-    rule = stages.optimizer(stage, learned)
+    rule = optimizer(stage, learned)
     held = [stages.start(rule, jax.tree.map(lambda x: x.copy(), learned), mesh)]
     update = stages.make_step(system, stage, rule, jax.random.key(0), held[0], mesh, [])
 
@@ -71,7 +73,7 @@ def main() -> None:
     run = tyro.cli(Run, description=__doc__)
     what, batch = prepared(run)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    params = trees.merge(*start.first_parameters(what, batch, start.layout(what, batch, mesh)))
+    params = trees.merge(*first_parameters(what, batch, layout(what, batch, mesh)))
     words = what.system
     plain = dataclasses.replace(words, places=None, sam=None)
     learned, mask_parts = what.stages[-2].trainable, what.stages[-1].trainable

@@ -8,15 +8,15 @@ import dataclasses
 import numpy as np
 
 from lionjax import convert
-from lionjax.bridges import qformer
-from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
-from lionjax.interfaces import IMAGE_LEVEL, Batch
-from lionjax.language import t5
-from lionjax.language.t5 import T5Config
-from lionjax.layers import dense_rows, norm_rows
-from lionjax.systems.lion import PROJECTION_EPS, Lion
-from lionjax.vision.vit import ViTConfig
-from lionjax.weight_rows import Row, conv, fused, heads_in, heads_in_bias, heads_out, reshaped, under
+from lionjax.core.types import IMAGE_LEVEL, Batch
+from lionjax.core.weight_map import Row, conv, fused, heads_in, heads_in_bias, heads_out, reshaped, under
+from lionjax.models.connectors import qformer
+from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
+from lionjax.models.language import t5
+from lionjax.models.language.t5 import T5Config
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.lion import PROJECTION_EPS, Lion
+from lionjax.nn.layers import dense_rows, norm_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ import numpy as np
 
 from benchmarks.instructblip import torch_optimiser as torch_optimiser
 from lionjax import convert
-from lionjax.interfaces import IMAGE_LEVEL, Batch
-from lionjax.language.decoder import DecoderConfig
-from lionjax.systems.prefix import Prefix
-from lionjax.vision.vit import ViTConfig
+from lionjax.core.types import IMAGE_LEVEL, Batch
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.visual_prefix import Prefix
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,11 +26,13 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from lionjax.config import Stage
-from lionjax.data import pipeline, processors, scenes, tasks, tokenizer
-from lionjax.data.coco import Coco
-from lionjax.data.examples import DataConfig
-from lionjax.data.processors import ProcessorConfig
+from lionjax.core.experiment import Stage
+from lionjax.data import pipeline, tokenizer
+from lionjax.data import processor as processors
+from lionjax.data.config import DataConfig
+from lionjax.data.datasets.coco import Coco
+from lionjax.data.processor import ProcessorConfig
+from lionjax.data.scenes import tasks, world
 
 CACHE_MIB = 8192
 CLOSE = 1e-5
@@ -56,7 +58,7 @@ def make_folder(folder: Path, images: int) -> None:
     (folder / "images").mkdir()
     photos, notes = [], []
     for number in range(images):
-        scene, name = scenes.sample("train", number), f"{number:06d}.jpg"
+        scene, name = world.sample("train", number), f"{number:06d}.jpg"
         Image.fromarray(scene.render(640)[80:560]).save(folder / "images" / name, quality=90)
         photos.append({"id": number, "file_name": name, "width": 640, "height": 480})
         notes += [{"image_id": number, "caption": text} for text in tasks.captions(scene)]

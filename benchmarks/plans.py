@@ -25,12 +25,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import tyro
 
-from lionjax import config, scaling
-from lionjax.interfaces import UserError
-from lionjax.scaling import command as plan_command
-from lionjax.scaling import search, topologies
-from lionjax.scaling.apart import Apart
-from lionjax.sharding import MeshConfig
+from lionjax import planner
+from lionjax.cli import plan as plan_command
+from lionjax.core import config
+from lionjax.core.sharding import MeshConfig
+from lionjax.core.types import UserError
+from lionjax.planner import mesh_search, topologies
+from lionjax.planner.worker import Apart
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "plans.md"
@@ -111,18 +112,18 @@ def pod_of(text: str) -> topologies.Topology:
 def other_meshes(name: str, pod: str) -> list[MeshConfig]:
     """Meshes that split the batch of that stage over the slices, those nearest to the config's own first."""
     experiment = config.load(ROOT / "configs" / f"{name}.py")
-    stage = experiment.stages[scaling.stage_number(experiment, None)]
-    return search.meshes(stage, pod_of(pod))
+    stage = experiment.stages[planner.stage_number(experiment, None)]
+    return mesh_search.meshes(stage, pod_of(pod))
 
 
-def best(name: str, pod: str, answers: bool = False) -> scaling.Plan | None:
+def best(name: str, pod: str, answers: bool = False) -> planner.Plan | None:
     """The plan with the least effort; with the usual one where memory is nearly full, on another mesh where there is
     none or it does not fit."""
     experiment = config.load(ROOT / "configs" / f"{name}.py")
-    number = scaling.stage_number(experiment, None)
+    number = planner.stage_number(experiment, None)
     with Apart() as compiler:
 
-        def planned(quick: bool, mesh: MeshConfig | None = None) -> scaling.Plan | None:
+        def planned(quick: bool, mesh: MeshConfig | None = None) -> planner.Plan | None:
             try:
                 return compiler.plan(experiment, pod_of(pod), number, mesh, generation=answers, quick=quick)
             except UserError as error:
@@ -139,7 +140,7 @@ def best(name: str, pod: str, answers: bool = False) -> scaling.Plan | None:
         return made
 
 
-def row_of(made: scaling.Plan, pod: str, name: str) -> list[str]:
+def row_of(made: planner.Plan, pod: str, name: str) -> list[str]:
     """One line of a table, of an update or of answers."""
     moved = {kind: moved for kind, (_, moved, _) in made.collectives.items()}
     reduced = moved.get("all-reduce", 0) + moved.get("reduce-scatter", 0)
@@ -149,7 +150,7 @@ def row_of(made: scaling.Plan, pod: str, name: str) -> list[str]:
     fits = [pod, mesh, str(made.rows), "yes" if made.fits else "**no**", f"{peak} of {made.hbm_gib:g}"]
     known = bool(made.step_seconds)
     seconds = f"{made.step_seconds:.3g}" if known else ""
-    if made.what == scaling.GENERATION:
+    if made.what == planner.GENERATION:
         experiment = config.load(ROOT / "configs" / f"{name}.py")
         tokens = experiment.answer.max_new_tokens or experiment.data.processor.target_length
         rate = f"{made.speed * tokens:,.0f}" if known else ""

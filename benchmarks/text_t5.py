@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lionjax import convert
-from lionjax.interfaces import Batch
-from lionjax.language import t5
-from lionjax.language.t5 import T5, T5Config
+from lionjax.core.types import Batch
+from lionjax.models.language import t5
+from lionjax.models.language.t5 import T5, T5Config
 
 
 @dataclasses.dataclass(frozen=True)

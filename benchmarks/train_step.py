@@ -35,6 +35,7 @@ except ImportError:  # it reads this program's own words alone; others use the f
     tyro = None
 
 from benchmarks import instructblip, llava
+from lionjax.training.optimizer import optimizer
 
 Sizes = TypeVar("Sizes", instructblip.Sizes, llava.Sizes)
 PEERS = {"instructblip": instructblip, "llava": llava}
@@ -92,7 +93,7 @@ def our_step(s: Sizes, known: bool) -> tuple[Callable[[], float], float]:
     """The same with lionjax, and how many seconds it took to compile."""
     import jax
 
-    from lionjax import sharding
+    from lionjax.core import sharding
 
     # On a GPU both would otherwise round products in their own way.
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -113,10 +114,10 @@ def update_of(s: Sizes, system, params, batch, mesh) -> tuple[Callable[[], float
     """A function that does one update with lionjax and returns the loss before it; and its seconds of compilation."""
     import jax
 
-    from lionjax import params as trees
-    from lionjax import sharding
-    from lionjax.config import Stage
-    from lionjax.training import stages
+    from lionjax.core import params as trees
+    from lionjax.core import sharding
+    from lionjax.core.experiment import Stage
+    from lionjax.training import step as stages
 
     peer = peer_of(s)
     stage = Stage(
@@ -133,7 +134,7 @@ def update_of(s: Sizes, system, params, batch, mesh) -> tuple[Callable[[], float
     )
     trainable, frozen = trees.split(params, stage.trainable)
     axes = sharding.layer_axes(jax.eval_shape(system.init, jax.random.key(0), peer.batch_of(s)))
-    optimiser = stages.optimizer(stage, trainable, axes)
+    optimiser = optimizer(stage, trainable, axes)
     state = stages.start(optimiser, trainable, mesh)
     make = stages.make_step(system, stage, optimiser, jax.random.key(0), state, mesh, [])
     begun = time.perf_counter()

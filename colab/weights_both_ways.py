@@ -79,7 +79,7 @@ for row in system.torch_rows()[:8]:
 # Both run on the same picture and text, and every module with a weight is compared.
 
 # %%
-from lionjax.convert.verify import verify
+from lionjax.convert.verify.compare import verify
 
 print(found := verify(system, params, folder / "theirs"))
 assert found.agree
@@ -124,7 +124,7 @@ print(len(one), "tensors, all the same")
 # %%
 import dataclasses
 
-from lionjax.layers import LoraConfig
+from lionjax.nn.lora import LoraConfig
 
 lora = LoraConfig(rank=4, alpha=8.0, targets=("q", "v"))
 tuned = dataclasses.replace(system, language=dataclasses.replace(system.language, lora=lora))

@@ -5,8 +5,8 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
-from lionjax.systems.prefix import BLIP2_FLAN_T5_XL
+from lionjax.core.experiment import Experiment
+from lionjax.models.vlm.visual_prefix import BLIP2_FLAN_T5_XL
 
 other = runpy.run_path(str(Path(__file__).with_name("blip2_opt27b.py")))
 

@@ -8,11 +8,12 @@ paper's.
 
 import dataclasses
 
-from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
-from lionjax.data.coco import Coco
+from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.sharding import MeshConfig
+from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.systems.prefix import BLIP2_OPT_2_7B, Prefix
+from lionjax.data.processor import ProcessorConfig
+from lionjax.models.vlm.visual_prefix import BLIP2_OPT_2_7B, Prefix
 
 BETWEEN = ("qformer", "vision_norm", "projector")
 CAPTIONS = Stage(

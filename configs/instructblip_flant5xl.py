@@ -7,8 +7,8 @@ blip2_flant5xl.py's parts with a stage of its own, in which everything between t
 import runpy
 from pathlib import Path
 
-from lionjax.config import AnswerConfig, Experiment, Stage
-from lionjax.systems.prefix import INSTRUCTBLIP_FLAN_T5_XL, Prefix
+from lionjax.core.experiment import AnswerConfig, Experiment, Stage
+from lionjax.models.vlm.visual_prefix import INSTRUCTBLIP_FLAN_T5_XL, Prefix
 
 blip2 = runpy.run_path(str(Path(__file__).with_name("blip2_opt27b.py")))
 INSTRUCTIONS = (("caption", 1.0), ("vqa", 2.0), ("existence", 0.5))

@@ -4,8 +4,8 @@
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
-from lionjax.systems.prefix import INSTRUCTBLIP_VICUNA_7B
+from lionjax.core.experiment import Experiment
+from lionjax.models.vlm.visual_prefix import INSTRUCTBLIP_VICUNA_7B
 
 smaller = runpy.run_path(str(Path(__file__).with_name("instructblip_flant5xl.py")))["get_config"]
 

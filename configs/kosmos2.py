@@ -7,11 +7,12 @@ convert`. Rates, warm-up and steps are the paper's; for its web pages and phrase
 
 import dataclasses
 
-from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
-from lionjax.data.coco import Coco
+from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.sharding import MeshConfig
+from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.systems.prefix import KOSMOS2
+from lionjax.data.processor import ProcessorConfig
+from lionjax.models.vlm.visual_prefix import KOSMOS2
 
 BETWEEN = ("language", "latents", "vision_norm")
 

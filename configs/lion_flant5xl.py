@@ -7,15 +7,16 @@ Rates, batch and steps are InstructBLIP's: the paper and its release do not give
 
 import dataclasses
 
-from lionjax.adapters import AdapterConfig
-from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
-from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
-from lionjax.data.coco import Coco
+from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.sharding import MeshConfig
+from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.language.t5 import FLAN_T5_XL, T5Config
-from lionjax.systems.lion import Lion
-from lionjax.vision.vit import EVA_VIT_G
+from lionjax.data.processor import ProcessorConfig
+from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
+from lionjax.models.language.t5 import FLAN_T5_XL, T5Config
+from lionjax.models.vision.vit import EVA_VIT_G
+from lionjax.models.vlm.lion import Lion
+from lionjax.nn.adapters import AdapterConfig
 
 QFORMER = ("qformer", "qformer_norm", "qformer_projector")
 AGGREGATOR = ("aggregator", "aggregator_norm", "aggregator_projector")

@@ -4,8 +4,8 @@
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
-from lionjax.language.t5 import FLAN_T5_XXL
+from lionjax.core.experiment import Experiment
+from lionjax.models.language.t5 import FLAN_T5_XXL
 
 smaller = runpy.run_path(str(Path(__file__).with_name("lion_flant5xl.py")))["get_config"]
 

@@ -4,8 +4,8 @@
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
-from lionjax.systems.prefix import LLAVA_15_13B
+from lionjax.core.experiment import Experiment
+from lionjax.models.vlm.visual_prefix import LLAVA_15_13B
 
 smaller = runpy.run_path(str(Path(__file__).with_name("llava15_7b.py")))["get_config"]
 

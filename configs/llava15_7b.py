@@ -9,11 +9,12 @@ own JSON files, and here stand the tasks that they come to.
 
 import dataclasses
 
-from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
-from lionjax.data.coco import Coco
+from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.sharding import MeshConfig
+from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.systems.prefix import LLAVA_15_7B, Prefix
+from lionjax.data.processor import ProcessorConfig
+from lionjax.models.vlm.visual_prefix import LLAVA_15_7B, Prefix
 
 CAPTIONS = (("caption@plain", 1.0),)  # the picture and its caption, closed by a line's end
 INSTRUCTIONS = (("vqa", 3.0), ("caption", 1.0), ("existence", 0.5), ("rec", 0.5), ("reg", 0.5))

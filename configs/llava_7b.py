@@ -8,8 +8,8 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
-from lionjax.systems.prefix import LLAVA_7B
+from lionjax.core.experiment import Experiment
+from lionjax.models.vlm.visual_prefix import LLAVA_7B
 
 later = runpy.run_path(str(Path(__file__).with_name("llava15_7b.py")))
 stage = later["stage"]

@@ -7,11 +7,12 @@ tower, Q-Former and its norm are those of BLIP-2. Rates, batches and steps are t
 
 import dataclasses
 
-from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
-from lionjax.data.coco import Coco
+from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.sharding import MeshConfig
+from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.systems.prefix import MINIGPT4_7B
+from lionjax.data.processor import ProcessorConfig
+from lionjax.models.vlm.visual_prefix import MINIGPT4_7B
 
 CAPTIONS = (("caption", 1.0),)
 ALONE = (("caption@plain", 1.0),)

@@ -7,13 +7,14 @@ Wants the public weights, converted once with `lionjax convert`. Rates, batches 
 
 import dataclasses
 
-from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
-from lionjax.data.annotations import Lines
-from lionjax.data.coco import Coco
+from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.sharding import MeshConfig
+from lionjax.data.datasets.coco import Coco
+from lionjax.data.datasets.jsonl import Lines
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.layers import LoraConfig
-from lionjax.systems.prefix import MPLUG_OWL_7B
+from lionjax.data.processor import ProcessorConfig
+from lionjax.models.vlm.visual_prefix import MPLUG_OWL_7B
+from lionjax.nn.lora import LoraConfig
 
 EYES = ("vision", "vision_norm", "latents", "projector", "last_word")
 TALKS = (("coco/caption", 1.0), ("talks/vqa", 1.6))

@@ -10,15 +10,18 @@ half instructions (`conversation`: Shikra-RD's and LLaVA's) and half five equal 
 
 import dataclasses
 
-from lionjax.config import Experiment, MeshConfig, RunConfig, Stage
-from lionjax.data.annotations import Lines, RefCoco, Vqa
-from lionjax.data.coco import Coco
+from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.sharding import MeshConfig
+from lionjax.data.datasets.coco import Coco
+from lionjax.data.datasets.jsonl import Lines
+from lionjax.data.datasets.refcoco import RefCoco
+from lionjax.data.datasets.vqa import Vqa
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.language.decoder import VICUNA_7B
-from lionjax.systems.nextchat import NextChat
-from lionjax.vision.sam import SAM_VIT_H
-from lionjax.vision.vit import CLIP_VIT_L
+from lionjax.data.processor import ProcessorConfig
+from lionjax.models.language.decoder import VICUNA_7B
+from lionjax.models.vision.sam_encoder import SAM_VIT_H
+from lionjax.models.vision.vit import CLIP_VIT_L
+from lionjax.models.vlm.nextchat import NextChat
 
 WORDS_AND_BOXES = ("language", "projector", "locations")
 MASKS = ("mask_prompts", "sam/decoder")

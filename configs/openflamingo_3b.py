@@ -4,8 +4,8 @@
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
-from lionjax.systems.flamingo import OPENFLAMINGO_3B
+from lionjax.core.experiment import Experiment
+from lionjax.models.vlm.flamingo import OPENFLAMINGO_3B
 
 larger = runpy.run_path(str(Path(__file__).with_name("openflamingo_9b.py")))
 

@@ -8,11 +8,12 @@ task stands for each of them. LAION's loss counts a fifth of MMC4's, as in the t
 
 import dataclasses
 
-from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
-from lionjax.data.coco import Coco
+from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.sharding import MeshConfig
+from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.systems.flamingo import OPENFLAMINGO_9B, Flamingo
+from lionjax.data.processor import ProcessorConfig
+from lionjax.models.vlm.flamingo import OPENFLAMINGO_9B, Flamingo
 
 LEARNED = ("resampler", "language/groups/cross", "language/embedding")
 

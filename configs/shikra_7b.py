@@ -8,12 +8,13 @@ are its own annotation files, and here stand the tasks that they come to.
 
 import dataclasses
 
-from lionjax.config import AnswerConfig, Experiment, MeshConfig, RunConfig, Stage
-from lionjax.data.annotations import RefCoco
-from lionjax.data.coco import Coco
+from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.sharding import MeshConfig
+from lionjax.data.datasets.coco import Coco
+from lionjax.data.datasets.refcoco import RefCoco
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.systems.prefix import SHIKRA_7B
+from lionjax.data.processor import ProcessorConfig
+from lionjax.models.vlm.visual_prefix import SHIKRA_7B
 
 PLACES = (("rec", 3.0), ("reg", 2.0), ("caption", 2.0), ("vqa", 2.0))
 INSTRUCTIONS = (("vqa", 2.0), ("caption", 1.0), ("existence", 0.5), ("rec", 1.0), ("reg", 0.5))

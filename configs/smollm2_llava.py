@@ -14,15 +14,15 @@ as it is, but for a LoRA on its queries and values.
 
 import dataclasses
 
-from lionjax.config import AnswerConfig, Experiment, RunConfig, Stage
-from lionjax.data.coco import Coco
+from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.data.datasets.coco import Coco
+from lionjax.data.datasets.easy_vqa import EasyVqa
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.data.sources import EasyVqa
-from lionjax.language.decoder import SMOLLM2_135M
-from lionjax.layers import LoraConfig
-from lionjax.systems.prefix import Prefix
-from lionjax.vision.vit import TINY_VIT
+from lionjax.data.processor import ProcessorConfig
+from lionjax.models.language.decoder import SMOLLM2_135M
+from lionjax.models.vision.vit import TINY_VIT
+from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.nn.lora import LoraConfig
 
 IMAGE_TOKEN = SMOLLM2_135M.vocab  # behind its words, of which it needs none
 

@@ -8,8 +8,8 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.bridges.qformer import QFormerConfig
-from lionjax.config import Experiment
+from lionjax.core.experiment import Experiment
+from lionjax.models.connectors.qformer import QFormerConfig
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 BETWEEN = ("qformer", "vision_norm", "projector")

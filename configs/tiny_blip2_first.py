@@ -5,9 +5,9 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
-from lionjax.systems.blip2 import Blip2First
-from lionjax.vision.vit import TINY_VIT
+from lionjax.core.experiment import Experiment
+from lionjax.models.vision.vit import TINY_VIT
+from lionjax.models.vlm.blip2_stage1 import Blip2First
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 blip2 = runpy.run_path(str(Path(__file__).with_name("tiny_blip2.py")))

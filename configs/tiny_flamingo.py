@@ -9,12 +9,12 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.adapters import CrossConfig
-from lionjax.bridges.latents import ResamplerConfig
-from lionjax.config import Experiment
-from lionjax.language.decoder import TINY_DECODER
-from lionjax.systems.flamingo import Flamingo
-from lionjax.vision.vit import TINY_VIT
+from lionjax.core.experiment import Experiment
+from lionjax.models.connectors.perceiver import ResamplerConfig
+from lionjax.models.language.decoder import TINY_DECODER
+from lionjax.models.vision.vit import TINY_VIT
+from lionjax.models.vlm.flamingo import Flamingo
+from lionjax.nn.adapters import CrossConfig
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer

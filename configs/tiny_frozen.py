@@ -5,7 +5,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
+from lionjax.core.experiment import Experiment
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer

@@ -5,7 +5,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
+from lionjax.core.experiment import Experiment
 
 blip2 = runpy.run_path(str(Path(__file__).with_name("tiny_blip2.py")))
 

@@ -5,9 +5,9 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.bridges.latents import ProjectionConfig
-from lionjax.config import Experiment
-from lionjax.language.decoder import KOSMOS2_TEXT
+from lionjax.core.experiment import Experiment
+from lionjax.models.connectors.perceiver import ProjectionConfig
+from lionjax.models.language.decoder import KOSMOS2_TEXT
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 

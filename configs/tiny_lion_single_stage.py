@@ -8,7 +8,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
+from lionjax.core.experiment import Experiment
 
 staged = runpy.run_path(str(Path(__file__).with_name("tiny_lion.py")))["get_config"]
 

@@ -8,17 +8,17 @@ begins as it was learned with the T5 (docs/backbones.md).
 
 import dataclasses
 
-from lionjax.adapters import AdapterConfig
-from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
-from lionjax.config import Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.heads import PlaceConfig
-from lionjax.language.t5 import TINY_T5
-from lionjax.systems.lion import Lion
-from lionjax.vision.sam import TINY_SAM
-from lionjax.vision.vit import TINY_VIT
+from lionjax.data.processor import ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
+from lionjax.models.heads.region import PlaceConfig
+from lionjax.models.language.t5 import TINY_T5
+from lionjax.models.vision.sam_encoder import TINY_SAM
+from lionjax.models.vision.vit import TINY_VIT
+from lionjax.models.vlm.lion import Lion
+from lionjax.nn.adapters import AdapterConfig
 
 QFORMER = ("qformer", "qformer_norm", "qformer_projector")
 AGGREGATOR = ("aggregator", "aggregator_norm", "aggregator_projector")

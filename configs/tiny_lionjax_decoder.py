@@ -8,9 +8,9 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.adapters import AdapterConfig
-from lionjax.config import Experiment
-from lionjax.language.decoder import TINY_DECODER
+from lionjax.core.experiment import Experiment
+from lionjax.models.language.decoder import TINY_DECODER
+from lionjax.nn.adapters import AdapterConfig
 
 WITH_T5 = runpy.run_path(str(Path(__file__).with_name("tiny_lionjax.py")))
 

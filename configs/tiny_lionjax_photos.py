@@ -10,9 +10,9 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
-from lionjax.data.coco import Coco
-from lionjax.data.sources import EasyVqa
+from lionjax.core.experiment import Experiment
+from lionjax.data.datasets.coco import Coco
+from lionjax.data.datasets.easy_vqa import EasyVqa
 
 scenes = runpy.run_path(str(Path(__file__).with_name("tiny_lionjax.py")))["get_config"]
 

@@ -5,13 +5,13 @@ First the projector, then projector and language model. The other tiny systems o
 between tower and language model, and what of it trains.
 """
 
-from lionjax.config import Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.language.t5 import TINY_T5
-from lionjax.systems.prefix import Prefix
-from lionjax.vision.vit import TINY_VIT
+from lionjax.data.processor import ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.models.language.t5 import TINY_T5
+from lionjax.models.vision.vit import TINY_VIT
+from lionjax.models.vlm.visual_prefix import Prefix
 
 WORDS = (("vqa", 5.0), ("existence", 2.0), ("caption", 1.5))
 PLACES = (("rec", 6.0),)

@@ -9,9 +9,9 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.bridges.latents import AbstractorConfig
-from lionjax.config import Experiment
-from lionjax.layers import LoraConfig
+from lionjax.core.experiment import Experiment
+from lionjax.models.connectors.perceiver import AbstractorConfig
+from lionjax.nn.lora import LoraConfig
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer

@@ -6,14 +6,14 @@ The same three stages as configs/nextchat_7b.py, on the embedded scenes. With `-
 the mixtures `rec@digits` and `rec@bins` do so for one task beside the others: one run compares all three.
 """
 
-from lionjax.config import Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.language.decoder import DecoderConfig
-from lionjax.systems.nextchat import NextChat
-from lionjax.vision.sam import TINY_SAM
-from lionjax.vision.vit import TINY_VIT
+from lionjax.data.processor import ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.vision.sam_encoder import TINY_SAM
+from lionjax.models.vision.vit import TINY_VIT
+from lionjax.models.vlm.nextchat import NextChat
 
 WORDS_AND_BOXES = ("language", "projector", "locations")
 MASKS = ("mask_prompts", "sam/decoder")

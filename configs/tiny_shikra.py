@@ -4,7 +4,7 @@
 import runpy
 from pathlib import Path
 
-from lionjax.config import Experiment
+from lionjax.core.experiment import Experiment
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 

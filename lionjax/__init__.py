@@ -12,7 +12,7 @@ __all__ = ["__version__", "convert", "load"]
 
 def __getattr__(name: str):
     if name == "load":
-        return importlib.import_module("lionjax.model").load
+        return importlib.import_module("lionjax.inference.loading").load
     if name == "convert":
         return importlib.import_module("lionjax.convert")
     raise AttributeError(f"lionjax has no attribute {name!r}; it has {', '.join(__all__)}")

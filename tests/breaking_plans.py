@@ -5,10 +5,10 @@ import os
 import signal
 import sys
 
-from lionjax import config
-from lionjax.interfaces import UserError
-from lionjax.scaling.apart import Job, unplanned
-from lionjax.scaling.plans import Plan
+from lionjax.core import config
+from lionjax.core.types import UserError
+from lionjax.planner.plans import Plan
+from lionjax.planner.worker import Job, unplanned
 
 
 def work(job: Job) -> Plan:

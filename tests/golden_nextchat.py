@@ -10,12 +10,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from lionjax import convert
-from lionjax.interfaces import Batch
-from lionjax.language.decoder import DecoderConfig
-from lionjax.systems.nextchat import NextChat, NextChatModule
-from lionjax.vision import sam_masks
-from lionjax.vision.sam import SamConfig
-from lionjax.vision.vit import ViTConfig
+from lionjax.core.types import Batch
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.vision import sam_decoder
+from lionjax.models.vision.sam_encoder import SamConfig
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.nextchat import NextChat, NextChatModule
 
 
 def system_of(config: dict, objective: str = "language") -> NextChat:
@@ -200,7 +200,7 @@ def shown(module: NextChatModule, batch: Batch):
     return {
         "sam_boxes_times_1024": box_BK4 * module.c.box_scale,
         "sam_sparse_prompts": module.mask_prompts(trigger_BKD),
-        "sam_mask_logits": sam_masks.enlarge(logits_BKHW, module.c.sam.image),
+        "sam_mask_logits": sam_decoder.enlarge(logits_BKHW, module.c.sam.image),
         "sam_iou": iou_BK,
         "sam_image_embedding": module.see(batch)["map"],
     }

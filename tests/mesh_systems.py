@@ -11,20 +11,24 @@ import small_lion
 import small_places
 from jax.experimental.compilation_cache import compilation_cache
 
-from lionjax import params as trees
-from lionjax import sharding
-from lionjax.adapters import CrossConfig
-from lionjax.bridges.latents import AbstractorConfig, ProjectionConfig, ResamplerConfig
-from lionjax.bridges.qformer import QFormerConfig
-from lionjax.config import Experiment, Stage
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.experiment import Experiment, Stage
+from lionjax.core.sharding import MeshConfig
 from lionjax.data import pipeline
-from lionjax.data.examples import DataConfig
-from lionjax.language.decoder import KOSMOS2_TEXT, DecoderConfig
-from lionjax.sharding import MeshConfig
-from lionjax.systems.blip2 import Blip2First
-from lionjax.systems.flamingo import Flamingo
-from lionjax.systems.prefix import Prefix
-from lionjax.training import checkpoints, stages, start
+from lionjax.data.config import DataConfig
+from lionjax.models.connectors.perceiver import AbstractorConfig, ProjectionConfig, ResamplerConfig
+from lionjax.models.connectors.qformer import QFormerConfig
+from lionjax.models.language.decoder import KOSMOS2_TEXT, DecoderConfig
+from lionjax.models.vlm.blip2_stage1 import Blip2First
+from lionjax.models.vlm.flamingo import Flamingo
+from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.nn.adapters import CrossConfig
+from lionjax.training import checkpoint
+from lionjax.training import step as stages
+from lionjax.training.init import first_parameters as init_first_parameters
+from lionjax.training.init import layout as init_layout
+from lionjax.training.optimizer import optimizer
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 VISION = small_lion.SYSTEM.vision
@@ -152,9 +156,9 @@ def first_batch(what: Experiment, number: int):
 def first_parameters(what: Experiment, mesh_name: str):
     """(their layout, themselves on the host, fingerprints) of a run on a mesh; compiled once for all of its stages."""
     mesh, batch = mesh_of(mesh_name), first_batch(what, 0)
-    layout = start.layout(what, batch, mesh)
-    parts = start.first_parameters(dataclasses.replace(what, weights=()), batch, layout)
-    return layout, jax.device_get(parts), checkpoints.fingerprints(trees.merge(*parts))
+    layout = init_layout(what, batch, mesh)
+    parts = init_first_parameters(dataclasses.replace(what, weights=()), batch, layout)
+    return layout, jax.device_get(parts), checkpoint.fingerprints(trees.merge(*parts))
 
 
 def trained(what: Experiment, number: int, mesh_name: str, updates: int = 3):
@@ -166,7 +170,7 @@ def trained(what: Experiment, number: int, mesh_name: str, updates: int = 3):
     frozen = trees.merge(never, idle)
     where = trees.flatten(trees.merge(trainable, frozen))
     split = {path for path, leaf in where.items() if not leaf.sharding.is_fully_replicated}
-    rule = stages.optimizer(stage, trainable, layout.layer_axes)
+    rule = optimizer(stage, trainable, layout.layer_axes)
     state = stages.start(rule, trainable, mesh)
     system = stages.system_of(what, stage)
     step = stages.make_step(system, stage, rule, jax.random.key(1), state, mesh, [])

@@ -3,13 +3,14 @@
 
 import os
 
-from lionjax.config import Experiment, MeshConfig, RunConfig, Stage
-from lionjax.data.examples import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.language.decoder import DecoderConfig
-from lionjax.systems.prefix import Prefix
-from lionjax.vision.vit import ViTConfig
+from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.sharding import MeshConfig
+from lionjax.data.config import DataConfig
+from lionjax.data.processor import ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.visual_prefix import Prefix
 
 SIDE, PATCH_TOKEN = 28, 21  # <im_patch> of the tiny tokenizer
 

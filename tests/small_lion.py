@@ -9,19 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from lionjax import params as trees
-from lionjax import sharding
-from lionjax.adapters import AdapterConfig
-from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
-from lionjax.config import Experiment, RunConfig, Stage
-from lionjax.data.examples import DataConfig
-from lionjax.data.processors import Processor, ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.language.t5 import T5Config
-from lionjax.model import example
-from lionjax.systems.lion import Lion
-from lionjax.training import checkpoints, start
-from lionjax.vision.vit import ViTConfig
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.data.config import DataConfig
+from lionjax.data.processor import Processor, ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.inference.loading import example
+from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
+from lionjax.models.language.t5 import T5Config
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.lion import Lion
+from lionjax.nn.adapters import AdapterConfig
+from lionjax.training import checkpoint, resume
+from lionjax.training.init import layout as init_layout
+from lionjax.training.run_folder import claim, updates_before
 
 SIDE = 28
 SYSTEM = Lion(
@@ -91,18 +93,18 @@ def finished(workdir, what: Experiment):
 def put(workdir, what: Experiment, params, stage: int, step: int = 0):
     """Write where a run stands: at a stage's start, or some steps into it, with these parameters."""
     workdir.mkdir(parents=True, exist_ok=True)
-    start.claim(workdir, what)
-    layout = start.layout(what, example(Processor(what.data.processor)), sharding.make_mesh(devices=jax.devices()[:1]))
+    claim(workdir, what)
+    layout = init_layout(what, example(Processor(what.data.processor)), sharding.make_mesh(devices=jax.devices()[:1]))
     inside = trees.flatten(layout.learned)
     split = [{p: x for p, x in trees.flatten(params).items() if (p in inside) == side} for side in (False, True)]
     never, learned = map(trees.unflatten, split)
-    frozen = start._freeze(workdir, never)
+    frozen = resume._freeze(workdir, never)
     if not step:
-        start.write_base(workdir, what, start.Place(stage, 0, never, learned, frozen))
+        resume.write_base(workdir, what, resume.Place(stage, 0, never, learned, frozen))
         return
     trainable, _ = trees.split(learned, what.stages[stage].trainable)
-    update = start.updates_before(what, stage) + step
-    checkpoints.write(workdir / "checkpoints" / str(update), {"trainable": trainable}, {"frozen": frozen})
+    update = updates_before(what, stage) + step
+    checkpoint.write(workdir / "checkpoints" / str(update), {"trainable": trainable}, {"frozen": frozen})
 
 
 def flipped(folder) -> None:

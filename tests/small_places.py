@@ -6,15 +6,15 @@ import dataclasses
 import small_lion
 from small_lion import SIDE
 
-from lionjax.adapters import AdapterConfig
-from lionjax.config import Experiment, RunConfig, Stage
-from lionjax.data.examples import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.heads import PlaceConfig
-from lionjax.language.decoder import DecoderConfig
-from lionjax.systems.nextchat import NextChat
-from lionjax.vision.sam import SamConfig
+from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.data.config import DataConfig
+from lionjax.data.processor import ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.models.heads.region import PlaceConfig
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.vision.sam_encoder import SamConfig
+from lionjax.models.vlm.nextchat import NextChat
+from lionjax.nn.adapters import AdapterConfig
 
 TRIGGER, LOCATION = 19, 20  # of the tiny tokenizer
 SAM = SamConfig(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accelerator, instructblip, llava
-from lionjax.scaling import topologies
+from lionjax.planner import topologies
 
 
 @pytest.mark.parametrize("shape", accelerator.SHAPES)

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from lionjax.evaluation.answers import normalise_answer, pope_scores, read_pope, read_yes_no, vqa_accuracy, vsr_accuracy
+from lionjax.evaluation.metrics.vqa import (
+    normalise_answer,
+    pope_scores,
+    read_pope,
+    read_yes_no,
+    vqa_accuracy,
+    vsr_accuracy,
+)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data beside the checkout")

@@ -11,26 +11,21 @@ import pytest
 from flax import linen as nn
 from safetensors.numpy import load_file
 
-from lionjax import config, sharding
-from lionjax import params as trees
-from lionjax.data import processors, scenes
-from lionjax.data.processors import Processor, ProcessorConfig
-from lionjax.data.told import PLACES, box_code, patch_facts
-from lionjax.language.decoder import DecoderConfig
-from lionjax.language.t5 import T5Config
-from lionjax.model import example
-from lionjax.training import start
-from lionjax.training.backbones import BackbonesConfig, LanguageSchedule
-from lionjax.training.language_backbone import (
-    decimal_weight,
-    digit_ids,
-    language_batch,
-    learn_language,
-    looking_for_like,
-    reader_of,
-)
-from lionjax.training.vision_backbone import align_vision
-from lionjax.vision.vit import ViT, ViTConfig
+from lionjax.core import config, sharding
+from lionjax.core import params as trees
+from lionjax.data import processor as processors
+from lionjax.data.processor import Processor, ProcessorConfig
+from lionjax.data.scenes import world
+from lionjax.inference.loading import example
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.language.t5 import T5Config
+from lionjax.models.vision.vit import ViT, ViTConfig
+from lionjax.tiny.exercises import PLACES, box_code, patch_facts
+from lionjax.tiny.language import decimal_weight, digit_ids, language_batch, learn_language, looking_for_like, reader_of
+from lionjax.tiny.schedules import BackbonesConfig, LanguageSchedule
+from lionjax.tiny.vision import align_vision
+from lionjax.training.init import first_parameters, shipped
+from lionjax.training.init import layout as init_layout
 
 CONFIG = BackbonesConfig(
     vision=ViTConfig(image=56, patch=14, width=16, depth=2, heads=2, hidden=32),
@@ -47,7 +42,7 @@ def reader():
     """The T5 under training, its parameters, and what it is told of a scene."""
     processor = Processor(ProcessorConfig(56))
     model = reader_of(CONFIG.language, processor)
-    fields, box = patch_facts(scenes.sample("train", 0), 4, 56)
+    fields, box = patch_facts(world.sample("train", 0), 4, 56)
     told = fields[None], box_code(box)[None]
     text = np.ones((1, 4), np.int32), np.ones((1, 4), bool)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), *told, 0.0, *text, *text)["params"])
@@ -83,7 +78,7 @@ def test_alignment_brings_a_vits_features_near_the_words_of_each_patch(reader):
 def test_what_a_vit_was_aligned_with_can_stay_while_the_t5_learns_on(reader):
     model, params, *_ = reader
     processor, rng = Processor(ProcessorConfig(56)), np.random.default_rng(0)
-    made = [scenes.sample("train", index) for index in range(4)]
+    made = [world.sample("train", index) for index in range(4)]
     told = [patch_facts(scene, 4, 56) for scene in made]
     batch = functools.partial(language_batch, CONFIG, made, told, rng, processor)
     schedule = LanguageSchedule(3, 1e-2, hinted=0.0, text=0.0, words_stay=True)
@@ -103,7 +98,7 @@ def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
     c = dataclasses.replace(CONFIG, language=sizes)
     processor = Processor(ProcessorConfig(56, reader="decoder"))
     model, rng = reader_of(sizes, processor), np.random.default_rng(0)
-    made = [scenes.sample("train", index) for index in range(4)]
+    made = [world.sample("train", index) for index in range(4)]
     told = [patch_facts(scene, 4, 56) for scene in made]
     batch = functools.partial(language_batch, c, made, told, rng, processor)
     fresh = nn.unbox(jax.jit(model.init)(jax.random.key(0), *batch("things", "short", 2))["params"])
@@ -132,13 +127,13 @@ def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
 
 
 def test_the_shipped_decoder_is_small_and_stands_between_a_flamingos_looks_with_the_t5s_words():
-    assert (start.shipped("shipped:tiny_decoder.safetensors")).stat().st_size < 1_000_000
+    assert (shipped("shipped:tiny_decoder.safetensors")).stat().st_size < 1_000_000
     what = config.load(Path(__file__).parent.parent / "configs" / "tiny_flamingo.py")
     batch = example(Processor(what.data.processor))
-    layout = start.layout(what, batch, sharding.make_mesh(devices=jax.devices()[:1]))
-    never = trees.flatten(start.first_parameters(what, batch, layout)[0])
-    held = load_file(start.shipped("shipped:tiny_decoder.safetensors"))
-    words = load_file(start.shipped("shipped:tiny_t5.safetensors"))["language/embedding/table"]
+    layout = init_layout(what, batch, sharding.make_mesh(devices=jax.devices()[:1]))
+    never = trees.flatten(first_parameters(what, batch, layout)[0])
+    held = load_file(shipped("shipped:tiny_decoder.safetensors"))
+    words = load_file(shipped("shipped:tiny_t5.safetensors"))["language/embedding/table"]
     for path, leaf in never.items():
         if path.startswith("language/"):
             name = path.replace("groups/block/", "blocks/")

@@ -12,12 +12,15 @@ import small_lion
 from PIL import Image
 
 import lionjax
-from lionjax import answering, cli
-from lionjax.data.annotations import Lines
-from lionjax.data.tasks import Example
-from lionjax.evaluation import answers, benchmarks, captions, metrics, scoring
-from lionjax.evaluation.report import report
-from lionjax.interfaces import UserError
+from lionjax import cli
+from lionjax.core.types import UserError
+from lionjax.data.datasets.jsonl import Lines
+from lionjax.data.scenes.tasks import Example
+from lionjax.evaluation import runner
+from lionjax.evaluation import tasks as scoring
+from lionjax.evaluation.metrics import captions, regions, vqa
+from lionjax.evaluation.report.html import report
+from lionjax.inference import engine
 
 LIMIT = 6
 TASKS = ("vqa", "existence", "relation", "caption", "rec", "reg", "tags")
@@ -44,7 +47,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def entries(model, folder):
-    return {task: benchmarks.evaluate_model(model, task, folder, LIMIT) for task in TASKS}
+    return {task: runner.evaluate_model(model, task, folder, LIMIT) for task in TASKS}
 
 
 def lines(folder, name: str) -> list[dict]:
@@ -62,16 +65,16 @@ def scores_of(rows: list[dict], said: str) -> dict[str, dict[str, float]]:
     """The main figure of each task, made again from the lines of its file."""
     texts, truth = [row.get(said, "") for row in rows], [row["truth"] for row in rows]
     words = [[tag_words(text) for text in group] for group in (texts, [one for one, *_ in truth])]
-    boxes = [metrics.parse_box(text) for text in texts]
+    boxes = [regions.parse_box(text) for text in texts]
     return {
-        "vqa": lambda: {"vqa_accuracy": np.mean([answers.vqa_accuracy(*pair) for pair in zip(texts, truth)])},
+        "vqa": lambda: {"vqa_accuracy": np.mean([vqa.vqa_accuracy(*pair) for pair in zip(texts, truth)])},
         "existence": lambda: {
-            "pope_f1": answers.pope_scores(
-                [answers.read_pope(text) for text in texts], [group[0] == "yes" for group in truth]
-            )["f1"]
+            "pope_f1": vqa.pope_scores([vqa.read_pope(text) for text in texts], [group[0] == "yes" for group in truth])[
+                "f1"
+            ]
         },
         "relation": lambda: {
-            "vsr_accuracy": np.mean([answers.read_yes_no(t) is (g[0] == "yes") for t, g in zip(texts, truth)])
+            "vsr_accuracy": np.mean([vqa.read_yes_no(t) is (g[0] == "yes") for t, g in zip(texts, truth)])
         },
         "caption": lambda: {
             "caption_cider": captions.cider_d(texts, truth).mean(),
@@ -79,10 +82,10 @@ def scores_of(rows: list[dict], said: str) -> dict[str, dict[str, float]]:
             "caption_rouge_l": captions.rouge_l(texts, truth).mean(),
         },
         "rec": lambda: {
-            "rec_accuracy_50": metrics.rec_scores(boxes, [row["truth_boxes"][0] for row in rows])["accuracy_50"]
+            "rec_accuracy_50": regions.rec_scores(boxes, [row["truth_boxes"][0] for row in rows])["accuracy_50"]
         },
         "reg": lambda: {"reg_cider": captions.cider_d(texts, truth).mean()},
-        "tags": lambda: {"tag_f1": metrics.tag_scores(*words)["f1"]},
+        "tags": lambda: {"tag_f1": regions.tag_scores(*words)["f1"]},
     }
 
 
@@ -95,7 +98,7 @@ def test_every_figure_can_be_made_again_from_the_answers_kept(entries, folder, t
             said = "prediction" if variant == "metrics" else variant
             for key, value in scores_of(rows, said)[task]().items():
                 assert entry[variant][key] == pytest.approx(float(value), abs=1e-9), (variant, key)
-    assert ("untagged" in entry) == ("tags_alone" in entry) == (task in benchmarks.WITHOUT_TAGS)
+    assert ("untagged" in entry) == ("tags_alone" in entry) == (task in runner.WITHOUT_TAGS)
 
 
 def test_scores_by_kind_weigh_up_to_the_whole(entries, folder):
@@ -135,14 +138,14 @@ def test_lines_carry_what_the_report_draws(entries, folder):
 
 def test_the_blind_model_sees_one_blank_picture_and_no_tags(model, monkeypatch):
     seen = []
-    real = answering.generate
+    real = engine.generate
 
     def watched(system, params, batch, config, key):
         seen.append(batch)
         return real(system, params, batch, config, key)
 
-    monkeypatch.setattr(answering, "generate", watched)
-    benchmarks.evaluate_model(model, "vqa", limit=LIMIT)
+    monkeypatch.setattr(engine, "generate", watched)
+    runner.evaluate_model(model, "vqa", limit=LIMIT)
     sighted, blind, untagged, alone = seen
     hint = model.processor.tokenizer.soft_prompt_id
     assert not blind.image_BHWC.any() and not alone.image_BHWC.any()
@@ -159,15 +162,15 @@ def test_blind_answers_differ_from_sighted_ones(entries, folder):
 
 
 def test_many_batches_and_all_benchmarks_of_long_answers_share_one_program(model, monkeypatch):
-    monkeypatch.setattr(benchmarks, "AT_ONCE", 4)
-    before = answering.generate._cache_size()
+    monkeypatch.setattr(runner, "AT_ONCE", 4)
+    before = engine.generate._cache_size()
     for task in ("rec", "reg", "tags", "caption"):
-        assert benchmarks.evaluate_model(model, task, limit=10)["samples"] == 10
-    assert answering.generate._cache_size() == before + 1
+        assert runner.evaluate_model(model, task, limit=10)["samples"] == 10
+    assert engine.generate._cache_size() == before + 1
 
 
 def test_a_smaller_limit_asks_the_first_of_the_same_questions(entries, model, folder, tmp_path):
-    benchmarks.evaluate_model(model, "vqa", tmp_path, 3)
+    runner.evaluate_model(model, "vqa", tmp_path, 3)
     short, long = lines(tmp_path, "vqa"), lines(folder, "vqa")
     assert [row["question"] for row in short] == [row["question"] for row in long][:3]
     assert [row["prediction"] for row in short] == [row["prediction"] for row in long][:3]
@@ -175,14 +178,14 @@ def test_a_smaller_limit_asks_the_first_of_the_same_questions(entries, model, fo
 
 def test_the_end_of_a_run_asks_each_benchmark_of_its_tasks_once(model, tmp_path, monkeypatch, caplog):
     what = model.experiment
-    assert benchmarks.names_of(what) == ["vqa", "rec"]
+    assert runner.names_of(what) == ["vqa", "rec"]
     given = (model.answerer, what, ("vqa", "coco/rec"), tmp_path, 3)
-    first = benchmarks.evaluate_all(*given, updates=6)
+    first = runner.evaluate_all(*given, updates=6)
     assert list(first) == ["vqa"] and "benchmark coco/rec is left out" in caplog.text
-    monkeypatch.setattr(benchmarks, "evaluate", lambda *args, **more: pytest.fail("asked again"))
-    assert benchmarks.evaluate_all(model.answerer, what, ("vqa",), tmp_path, 3, updates=6) == first
+    monkeypatch.setattr(runner, "evaluate", lambda *args, **more: pytest.fail("asked again"))
+    assert runner.evaluate_all(model.answerer, what, ("vqa",), tmp_path, 3, updates=6) == first
     with pytest.raises(pytest.fail.Exception):
-        benchmarks.evaluate_all(model.answerer, what, ("vqa",), tmp_path, 3, updates=7)
+        runner.evaluate_all(model.answerer, what, ("vqa",), tmp_path, 3, updates=7)
 
 
 # Constant answers
@@ -199,7 +202,7 @@ def test_the_constant_box_is_the_training_box_that_hits_most():
     boxes = [(0.0, 0.0, 0.1, 0.1), (0.3, 0.3, 0.7, 0.7), (0.3, 0.3, 0.7, 0.8), (0.28, 0.3, 0.7, 0.72)]
     train = [example("", task="rec", boxes=(box,)) for box in boxes]
     (text,) = scoring.constants("rec", train, train[:1])
-    assert metrics.parse_box(text) == boxes[3]  # as the second it hits three, and it overlaps them more
+    assert regions.parse_box(text) == boxes[3]  # as the second it hits three, and it overlaps them more
     assert scoring.random_box_hits(train, train[:1]) == 0.25
 
 
@@ -252,7 +255,7 @@ def test_training_ends_with_figures_and_the_folder_answers_as_the_parameters_in_
     assert "vqa: 4 questions of heldout" in capsys.readouterr().err
     figures = json.loads((tmp_path / "run" / "report.json").read_text())
     assert {"vqa_accuracy", "rec_accuracy_50"} <= set(figures["metrics"]) and len(figures["stages"]) == 3
-    asked = benchmarks.evaluate_model(lionjax.load(tmp_path / "run"), "vqa", limit=4)
+    asked = runner.evaluate_model(lionjax.load(tmp_path / "run"), "vqa", limit=4)
     for key in ("metrics", "blind", "untagged"):
         assert asked[key] == figures["evaluation"]["vqa"][key]
     assert "Questions, VQA accuracy" in report(tmp_path / "run").read_text()
@@ -270,14 +273,14 @@ def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp
     ]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Lines(str(tmp_path / "lines.jsonl"), str(tmp_path), name="mine")
-    entry = benchmarks.evaluate_model(model, "vqa", tmp_path, source=source)
+    entry = runner.evaluate_model(model, "vqa", tmp_path, source=source)
     assert entry["samples"] == 1 and entry["benchmark"] == "mine_vqa"
     assert "missing.png" in caplog.text and "takes" in caplog.text
     assert "mine_vqa_accuracy" in json.loads((tmp_path / "report.json").read_text())["metrics"]
     only_bad = dataclasses.replace(source, file=str(tmp_path / "bad.jsonl"))
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(UserError, match="no question of 'vqa' could be asked"):
-        benchmarks.evaluate_model(model, "vqa", tmp_path, source=only_bad)
+        runner.evaluate_model(model, "vqa", tmp_path, source=only_bad)
 
 
 def test_evaluate_reads_questions_and_answers_in_the_format_of_vqa(capsys, folder, tmp_path):

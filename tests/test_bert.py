@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lionjax import convert
-from lionjax.convert.files import open_weights
-from lionjax.language import bert
-from lionjax.language.bert import Bert, BertConfig
+from lionjax.convert.io.reader import open_weights
+from lionjax.models.language import bert
+from lionjax.models.language.bert import Bert, BertConfig
 
 SIZES = dict(
     vocab_size=61,

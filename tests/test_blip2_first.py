@@ -15,17 +15,18 @@ transformers = pytest.importorskip("transformers")
 
 from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, normalize
 
-from lionjax import convert, sharding
-from lionjax import params as trees
-from lionjax.bridges import qformer
-from lionjax.bridges.qformer import QFormerConfig
-from lionjax.generate import GenerateConfig, generate
-from lionjax.interfaces import Batch
-from lionjax.layers import dense_rows, norm_rows
-from lionjax.systems.blip2 import Blip2First
-from lionjax.vision import vit
-from lionjax.vision.vit import ViTConfig
-from lionjax.weight_rows import Row, renamed, under
+from lionjax import convert
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.types import Batch
+from lionjax.core.weight_map import Row, renamed, under
+from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.models.connectors import qformer
+from lionjax.models.connectors.qformer import QFormerConfig
+from lionjax.models.vision import vit
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.blip2_stage1 import Blip2First
+from lionjax.nn.layers import dense_rows, norm_rows
 
 CLS, DEC, SEP, ROWS = 3, 4, 2, 4
 
@@ -197,7 +198,7 @@ def test_words_written_one_by_one_are_those_written_at_once(pair):
     seed, _, _, system, params, batch = pair
     how = GenerateConfig(max_new_tokens=4, eos=-1, pad=0, start=None)
     ids = np.asarray(generate(system, params, batch, how).ids_BM)
-    from lionjax.systems.blip2 import Blip2FirstModule
+    from lionjax.models.vlm.blip2_stage1 import Blip2FirstModule
 
     def at_once(module, batch):
         return module.written(batch, module.asked(module.see(batch))[1])
@@ -208,7 +209,7 @@ def test_words_written_one_by_one_are_those_written_at_once(pair):
 
 
 def test_others_are_drawn_as_alike_as_they_are_and_never_the_own():
-    from lionjax.systems.blip2 import FAR, drawn
+    from lionjax.models.vlm.blip2_stage1 import FAR, drawn
 
     score = np.array([[FAR, 2.0, 0.0], [0.0, FAR, 0.0], [9.0, 0.0, FAR]], np.float32)
     keys = jax.random.split(jax.random.key(0), 500)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lionjax.evaluation.captions import bleu, caption_scores, cider_d, rouge_l, tokenize
+from lionjax.evaluation.metrics.captions import bleu, caption_scores, cider_d, rouge_l, tokenize
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data beside the checkout")

@@ -9,19 +9,19 @@ import numpy as np
 import optax
 import pytest
 
-from lionjax.adapters import CrossConfig
-from lionjax.bridges.latents import AbstractorConfig, ResamplerConfig
-from lionjax.bridges.qformer import QFormerConfig
-from lionjax.config import Experiment
-from lionjax.data.examples import DataConfig
-from lionjax.data.processors import Input, Processor, ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.language.decoder import DecoderConfig
-from lionjax.language.t5 import T5Config
-from lionjax.model import of_params
-from lionjax.systems.flamingo import Flamingo
-from lionjax.systems.prefix import Prefix
-from lionjax.vision.vit import ViTConfig
+from lionjax.core.experiment import Experiment
+from lionjax.data.config import DataConfig
+from lionjax.data.processor import Input, Processor, ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.inference.loading import of_params
+from lionjax.models.connectors.perceiver import AbstractorConfig, ResamplerConfig
+from lionjax.models.connectors.qformer import QFormerConfig
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.language.t5 import T5Config
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.flamingo import Flamingo
+from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.nn.adapters import CrossConfig
 
 PICTURE = 21  # <im_patch> of the tiny tokenizer
 VIT = ViTConfig(14, 7, 16, 1, 2, 24)

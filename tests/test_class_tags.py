@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lionjax import class_tags, config
+from lionjax.core import class_tags, config
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 CONFIGS = [path for path in sorted(FOLDER.glob("*.py")) if "-> Experiment" in path.read_text()]
@@ -32,8 +32,8 @@ def test_every_tag_names_a_config_class(tag):
 
 def test_every_name_of_version_0_1_leads_to_a_tag():
     assert set(class_tags.EARLIER.values()) <= class_tags.HOMES.keys()
-    assert class_tags.EARLIER["lionjax.systems.prefix.Prefix"] == "VisualPrefixLM"
-    assert class_tags.EARLIER["lionjax.data.sources.Scenes"] == "Scenes"
+    assert class_tags.EARLIER["lionjax.models.vlm.visual_prefix.Prefix"] == "VisualPrefixLM"
+    assert class_tags.EARLIER["lionjax.data.scenes.dataset.Scenes"] == "Scenes"
     assert len(class_tags.EARLIER) == 40
 
 
@@ -56,4 +56,4 @@ def test_a_config_written_by_version_0_1_is_read():
         return {name: as_then(value) for name, value in tree.items()} | {"class": old[tree["class"]]}
 
     text = json.dumps(as_then(json.loads(config.to_json(experiment))))
-    assert "lionjax.systems.lion.Lion" in text and config.from_json(text) == experiment
+    assert "lionjax.models.vlm.lion.Lion" in text and config.from_json(text) == experiment

@@ -13,17 +13,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lionjax import cli, config, convert, model, tagger
-from lionjax.data import pipeline, tasks
-from lionjax.interfaces import UserError
+from lionjax import cli, convert
+from lionjax.cli import entry
+from lionjax.core import config
+from lionjax.core.types import UserError
+from lionjax.data import pipeline
+from lionjax.data.scenes import tasks
+from lionjax.inference import loading, tagger
 from lionjax.training import loop
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = list(cli.parsers()[1])
+VERBS = list(entry.parsers()[1])
 TOY = """
-from lionjax.config import Experiment, Stage
-from lionjax.layers import LoraConfig
-from lionjax.sharding import MeshConfig
+from lionjax.core.experiment import Experiment, Stage
+from lionjax.nn.lora import LoraConfig
+from lionjax.core.sharding import MeshConfig
 
 
 def get_config():
@@ -64,7 +68,7 @@ def test_help_loads_nothing_heavy(words):
 def test_help_names_every_verb_and_what_it_does(capsys):
     assert cli.main([]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for name, verb in cli.parsers()[1].items():
+    for name, verb in entry.parsers()[1].items():
         assert verb.get_default("run").__doc__ in out and f" {name} " in out
 
 
@@ -187,11 +191,11 @@ def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monk
     assert "model.layers.{i}.self_attn.q_proj" in said and "logits" in said
     words = ["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "torch", "--verify"]
     assert cli.main(words) == 0
-    monkeypatch.setattr("lionjax.convert.verify.AGREE", 0.0)
+    monkeypatch.setattr("lionjax.convert.verify.compare.AGREE", 0.0)
     assert cli.main([*words[:2], str(tmp_path / "other"), *words[3:]]) == 2
     said = capsys.readouterr()
     assert "they part in" in said.out and "differ by more than rounding does" in said.err
-    monkeypatch.setattr("lionjax.convert.verify.RUNS", {})
+    monkeypatch.setattr("lionjax.convert.verify.compare.RUNS", {})
     assert cli.main([*words[:2], str(tmp_path / "third"), *words[3:]]) == 2
     said = f"{tmp_path / 'third'} is written, but cannot be verified: transformers has no class"
     assert said in capsys.readouterr().err and (tmp_path / "third" / "model.safetensors").is_file()
@@ -201,8 +205,8 @@ def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monk
 def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(capsys, tmp_path, monkeypatch, exact):
     seen = []
     loaded = types.SimpleNamespace(export=lambda *given: seen.append(given), has_the_bits_of=lambda other: exact)
-    monkeypatch.setattr(model, "is_run", lambda path: path == tmp_path)
-    monkeypatch.setattr(model, "load", lambda path: loaded)
+    monkeypatch.setattr(loading, "is_run", lambda path: path == tmp_path)
+    monkeypatch.setattr(loading, "load", lambda path: loaded)
     (tmp_path / "report.json").write_text('{"config": 1}')
     assert cli.main(["convert", str(tmp_path), "out", "--to", "torch"]) == 0
     said = capsys.readouterr().out
@@ -225,7 +229,7 @@ class Model:
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
     Image.new("RGB", (30, 20), "#808080").save(tmp_path / "grey.png")
-    monkeypatch.setattr(model, "load", lambda folder, prompt_length: Model())
+    monkeypatch.setattr(loading, "load", lambda folder, prompt_length: Model())
     return ["generate", str(tmp_path), "--image", str(tmp_path / "grey.png"), "--prompt", "where?"]
 
 
@@ -279,7 +283,7 @@ def test_generate_refuses_a_box_that_is_none(capsys, asked, box):
 
 
 def test_generate_refuses_a_missing_picture_before_it_loads_the_model(capsys, asked, monkeypatch):
-    monkeypatch.setattr(model, "load", lambda folder: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda folder: pytest.fail("the model was loaded"))
     asked[asked.index("--image") + 1] = "nothing.png"
     assert "nothing.png" in refused(capsys, *asked)
 
@@ -309,7 +313,7 @@ def test_every_error_is_one_sentence_with_its_exit_code(capsys, monkeypatch, err
     def run(words):
         raise error
 
-    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(entry, "run", run)
     assert cli.main([]) == code
     err = capsys.readouterr().err
     assert err.startswith(f"lionjax: {said}") and err.count("\n") == 1

@@ -7,15 +7,15 @@ import logging
 
 import pytest
 
-from lionjax import config
-from lionjax.config import Experiment, RunConfig, Stage
-from lionjax.interfaces import UserError
-from lionjax.systems.lion import AggregatorConfig, Lion, QFormerConfig, T5Config, ViTConfig
+from lionjax.core import config
+from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.types import UserError
+from lionjax.models.vlm.lion import AggregatorConfig, Lion, QFormerConfig, T5Config, ViTConfig
 
 FILE = """
-from lionjax.config import Experiment, Stage
-from lionjax.layers import LoraConfig
-from lionjax.sharding import MeshConfig
+from lionjax.core.experiment import Experiment, Stage
+from lionjax.nn.lora import LoraConfig
+from lionjax.core.sharding import MeshConfig
 
 
 def get_config():
@@ -156,7 +156,7 @@ STRANGE = [
     (lambda t: t.update(run=t["mesh"]), "Experiment.run wants RunConfig, got MeshConfig("),
     (lambda t: t["system"].update({"class": "subprocess.Popen"}), "'subprocess.Popen' is no config"),
     (lambda t: t["system"].update({"class": "pstats.StatsProfile"}), "StatsProfile' is no config"),
-    (lambda t: t["system"].update({"class": "lionjax.config.load"}), "load' is no config class"),
+    (lambda t: t["system"].update({"class": "lionjax.core.config.load"}), "load' is no config class"),
     (lambda t: t["system"].update({"class": "lionjax.nothing.A"}), "nothing.A' is no config class"),
     (lambda t: t["system"].pop("class"), "None is no config class"),
     (lambda t: t.pop("class"), "wants a JSON object with the key 'class'"),

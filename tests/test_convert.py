@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lionjax import convert, sharding
-from lionjax import params as trees
-from lionjax.convert.plan import Form, grouped
-from lionjax.interfaces import UserError
-from lionjax.weight_rows import (
+from lionjax import convert
+from lionjax.convert.mapping.plan import Form, grouped
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.types import UserError
+from lionjax.core.weight_map import (
     Row,
     Template,
     constant,

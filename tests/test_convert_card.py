@@ -10,8 +10,8 @@ from small_lion import experiment, params_of
 from test_convert_lora import CONFIG, random_params
 
 from lionjax import convert
-from lionjax.data.processors import Processor
-from lionjax.model import of_params
+from lionjax.data.processor import Processor
+from lionjax.inference.loading import of_params
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lionjax import convert
-from lionjax import params as trees
-from lionjax.adapters import CrossConfig
-from lionjax.bridges.latents import ResamplerConfig
-from lionjax.convert.systems import of_config
-from lionjax.interfaces import UserError
-from lionjax.language.decoder import MPT_7B
-from lionjax.systems.flamingo import OPENFLAMINGO_9B
+from lionjax.convert.formats.detect import of_config
+from lionjax.core import params as trees
+from lionjax.core.types import UserError
+from lionjax.models.connectors.perceiver import ResamplerConfig
+from lionjax.models.language.decoder import MPT_7B
+from lionjax.models.vlm.flamingo import OPENFLAMINGO_9B
+from lionjax.nn.adapters import CrossConfig
 
 
 def random_weights(system, seed: int = 0):

@@ -19,10 +19,10 @@ from safetensors.numpy import load_file, save_file
 from test_weight_files import as_torch, assert_same, damaged, damages
 
 from lionjax import convert
-from lionjax import params as trees
-from lionjax.convert import write
-from lionjax.convert.files import open_weights
-from lionjax.interfaces import UserError
+from lionjax.convert.io import safetensors_writer
+from lionjax.convert.io.reader import open_weights
+from lionjax.core import params as trees
+from lionjax.core.types import UserError
 
 BF16 = ml_dtypes.bfloat16
 
@@ -30,8 +30,8 @@ BF16 = ml_dtypes.bfloat16
 def tiny_t5(dtype=BF16):
     import jax
 
-    from lionjax.convert.systems import of_config
-    from lionjax.language.t5 import T5Config
+    from lionjax.convert.formats.detect import of_config
+    from lionjax.models.language.t5 import T5Config
 
     config = T5Config(97, 24, 8, 4, 40, 3, 2, 8)
     rng = np.random.default_rng(0)
@@ -61,7 +61,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path):
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     source = small_folder(tmp_path / "source")
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(safetensors_writer.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match="0.0 GB left"):
         convert.convert(source, tmp_path / "out", "torch")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -86,8 +86,8 @@ def test_a_model_goes_to_torch_s_names_and_back_to_the_bit_by_folder_and_in_memo
 def test_a_converted_folder_is_loaded_onto_a_mesh(tmp_path):
     import jax
 
-    from lionjax import sharding
-    from lionjax.convert.published import T5
+    from lionjax.convert.formats.hf_language import T5
+    from lionjax.core import sharding
 
     source = small_folder(tmp_path)
     config, plain = convert.load_params(source)
@@ -287,7 +287,7 @@ def openai_names(state: dict) -> dict:
 def test_clip_under_openais_names_is_known_by_its_file_and_is_the_same_tower(tmp_path, monkeypatch, post):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from lionjax.vision import vit
+    from lionjax.models.vision import vit
 
     sizes = VIT | {"image_size": 224, "patch_size": 112}  # as many patches as 28 and 14
     transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)).save_pretrained(tmp_path / "clip")
@@ -309,7 +309,7 @@ def test_clip_under_openais_names_is_known_by_its_file_and_is_the_same_tower(tmp
 
 def test_a_tower_of_eva_is_known_by_its_file_and_the_block_that_nobody_uses_is_left(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
-    from lionjax.vision import vit
+    from lionjax.models.vision import vit
 
     tiny = vit.ViTConfig(image=28, patch=14, width=24, depth=39, heads=4, hidden=40)
     monkeypatch.setattr(vit, "EVA_VIT_G", tiny)
@@ -384,11 +384,11 @@ def test_a_source_that_does_not_fit_leaves_no_folder(tmp_path):
 
 
 def tiny_lion():
-    from lionjax.adapters import AdapterConfig
-    from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
-    from lionjax.language.t5 import T5Config
-    from lionjax.systems.lion import Lion
-    from lionjax.vision.vit import ViTConfig
+    from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
+    from lionjax.models.language.t5 import T5Config
+    from lionjax.models.vision.vit import ViTConfig
+    from lionjax.models.vlm.lion import Lion
+    from lionjax.nn.adapters import AdapterConfig
 
     language = T5Config(97, 24, 8, 4, 40, 2, 2, 8, activation="gelu", adapters=AdapterConfig(bottleneck=5))
     return Lion(
@@ -404,9 +404,9 @@ def released_lion(tmp_path, monkeypatch):
     """A LION as it is published: what was trained, with the optimiser; the tower; a folder with the FlanT5."""
     import jax
 
-    from lionjax.bridges import qformer
-    from lionjax.convert.systems import of_config
-    from lionjax.vision import vit
+    from lionjax.convert.formats.detect import of_config
+    from lionjax.models.connectors import qformer
+    from lionjax.models.vision import vit
 
     torch = pytest.importorskip("torch")
     lion, rng, folder = tiny_lion(), np.random.default_rng(0), tmp_path / "release"

@@ -19,13 +19,13 @@ from test_convert_folders import LLAMA, tiny_lion
 from test_weight_files import assert_same, damaged, damages
 
 from lionjax import convert
-from lionjax import params as trees
-from lionjax.convert import lora as loras
-from lionjax.convert.systems import of_config
+from lionjax.convert.formats import peft as loras
+from lionjax.convert.formats.detect import of_config
+from lionjax.core import params as trees
+from lionjax.core.types import UserError
 from lionjax.data.tokenizer import TINY
-from lionjax.interfaces import UserError
-from lionjax.language.decoder import Decoder, DecoderConfig
-from lionjax.layers import LoraConfig
+from lionjax.models.language.decoder import Decoder, DecoderConfig
+from lionjax.nn.lora import LoraConfig
 
 LORA = LoraConfig(rank=3, alpha=12.0, targets=("q", "o", "up"))
 CONFIG = DecoderConfig(50, 24, 3, 4, 2, 6, 40, 1e-6, rope_theta=5e5, lora=LORA)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lionjax import convert, sharding
-from lionjax import params as trees
-from lionjax.convert import systems
-from lionjax.interfaces import UserError
-from lionjax.systems.nextchat import NextChat
-from lionjax.vision.sam import SAM_VIT_H
+from lionjax import convert
+from lionjax.convert.formats import detect
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.types import UserError
+from lionjax.models.vision.sam_encoder import SAM_VIT_H
+from lionjax.models.vlm.nextchat import NextChat
 
 SAM = {
     "vision_config": dict(
@@ -52,7 +53,7 @@ def test_a_folder_of_transformers_sam_comes_in_and_loads_there_again(tmp_path):
 def test_metas_sam_is_known_by_its_file_name(tmp_path):
     save_file({"image_encoder.pos_embed": np.zeros((1, 64, 64, 1280), np.float32)}, tmp_path / "weights.safetensors")
     (tmp_path / "weights.safetensors").rename(tmp_path / "sam_vit_h_4b8939.pth")
-    kinds = {kind.name: kind for kind in systems.SYSTEMS}
+    kinds = {kind.name: kind for kind in detect.SYSTEMS}
     assert kinds["segment_anything"].config({}) == SAM_VIT_H
     with pytest.raises(UserError):  # found and opened as SAM; the rest of it is not there
         convert.from_torch(tmp_path / "sam_vit_h_4b8939.pth")
@@ -81,7 +82,7 @@ RELEASE = {
 
 
 def test_the_releases_settings_mean_the_full_size_system():
-    kind = next(kind for kind in systems.SYSTEMS if kind.name == "nextchat")
+    kind = next(kind for kind in detect.SYSTEMS if kind.name == "nextchat")
     assert kind.config(RELEASE) == NextChat()
     said = kind.settings(NextChat())
     assert {key: said[key] for key in RELEASE if key in said} == {key: RELEASE[key] for key in RELEASE if key in said}
@@ -98,7 +99,7 @@ def test_a_nextchat_goes_out_and_comes_back_to_the_bit(tmp_path):
     convert.to_torch(TINY, params, tmp_path / "torch")
     names = load_file(tmp_path / "torch" / "model.safetensors")
     assert {"loc_encoder.0.weight", "seg_prompt_mlp.2.bias", "model.mm_projector.2.weight"} <= names.keys()
-    (tmp_path / "torch" / systems.CONFIG_FILE).unlink()  # as where only the original's files are
+    (tmp_path / "torch" / detect.CONFIG_FILE).unlink()  # as where only the original's files are
     config, back = convert.from_torch(tmp_path / "torch")
     one, other = trees.flatten(params), trees.flatten(back)
     assert config == TINY and one.keys() == other.keys()

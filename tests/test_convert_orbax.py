@@ -19,16 +19,18 @@ from safetensors.numpy import load_file, save_file
 from test_convert_folders import small_folder, tiny_t5
 from test_weight_files import assert_same
 
-from lionjax import cli, convert, sharding
-from lionjax import config as configs
-from lionjax import params as trees
-from lionjax.convert import orbax, systems
-from lionjax.convert import placed as convert_placed
-from lionjax.convert.files import open_weights
-from lionjax.convert.tables import Computed
-from lionjax.interfaces import UserError
-from lionjax.language.t5 import T5Config
-from lionjax.sharding import MeshConfig
+from lionjax import cli, convert
+from lionjax.convert import orbax_folder as convert_placed
+from lionjax.convert.formats import detect
+from lionjax.convert.io import orbax
+from lionjax.convert.io.reader import open_weights
+from lionjax.convert.mapping.apply import Computed
+from lionjax.core import config as configs
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.sharding import MeshConfig
+from lionjax.core.types import UserError
+from lionjax.models.language.t5 import T5Config
 
 MESH = MeshConfig(fsdp=4, tensor=2, data=1)
 
@@ -38,7 +40,7 @@ def mesh():
 
 
 def like_of(config, where=None):
-    return systems.of_config(config).abstract(config, where or mesh())
+    return detect.of_config(config).abstract(config, where or mesh())
 
 
 def flat_arrays(params) -> dict:
@@ -129,7 +131,7 @@ def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(
 def promised(monkeypatch, folder):
     """What `save_orbax` would write of a folder, kept from being written."""
     held = {}
-    opening = systems.open_source
+    opening = detect.open_source
 
     def remember(*args):
         source = opening(*args)
@@ -137,7 +139,7 @@ def promised(monkeypatch, folder):
         return source
 
     with monkeypatch.context() as patch:
-        patch.setattr(systems, "open_source", remember)
+        patch.setattr(detect, "open_source", remember)
         patch.setattr(convert_placed, "_write_whole", lambda dst, params, *rest: held.update(params=params))
         convert_placed.save_orbax(folder, folder.parent / "nowhere", mesh())
     return held
@@ -241,16 +243,16 @@ import json, sys
 import jax
 number, port, src, dst = int(sys.argv[1]), *sys.argv[2:]
 jax.distributed.initialize(f"localhost:{port}", 2, number)
-from lionjax import sharding
-from lionjax.convert import orbax
-from lionjax.convert import placed as convert_placed
+from lionjax.convert import orbax_folder
+from lionjax.convert.io import orbax
+from lionjax.core import sharding
 copied, copy_bits = [], orbax.copy_bits
 def counted(target, array):
     copied.append(array.nbytes)
     copy_bits(target, array)
 orbax.copy_bits = counted
 mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2, data=1))
-coverage = convert_placed.save_orbax(src, dst, mesh)
+coverage = orbax_folder.save_orbax(src, dst, mesh)
 print(json.dumps([sum(copied), coverage.bytes]))
 """
 

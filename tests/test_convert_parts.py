@@ -16,14 +16,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lionjax import cli, convert
-from lionjax import params as trees
-from lionjax.bridges import qformer
-from lionjax.interfaces import UserError
-from lionjax.language.t5 import T5Config
-from lionjax.systems.blip2 import Blip2First
-from lionjax.systems.prefix import Prefix
-from lionjax.vision import vit
-from lionjax.vision.vit import ViTConfig
+from lionjax.core import params as trees
+from lionjax.core.types import UserError
+from lionjax.models.connectors import qformer
+from lionjax.models.language.t5 import T5Config
+from lionjax.models.vision import vit
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.blip2_stage1 import Blip2First
+from lionjax.models.vlm.visual_prefix import Prefix
 
 CLIP = ViTConfig(
     14, 7, 16, 3, 2, 32, 1e-5, "quick_gelu", biases="qkvo", patch_bias=False, norm_before=True, norm_after=True

@@ -19,10 +19,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lionjax import convert
-from lionjax import params as trees
-from lionjax.convert import systems
-from lionjax.convert.plan import plan_state
-from lionjax.interfaces import UserError
+from lionjax.convert.formats import detect
+from lionjax.convert.mapping.plan import plan_state
+from lionjax.core import params as trees
+from lionjax.core.types import UserError
 
 BF16 = ml_dtypes.bfloat16
 
@@ -52,7 +52,7 @@ def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_th
         assert again == system, f"seed {seed}"
         assert_same(trees.flatten(twice), trees.flatten(params))
         if known:
-            (tmp_path / "back" / systems.CONFIG_FILE).unlink()
+            (tmp_path / "back" / detect.CONFIG_FILE).unlink()
 
 
 def renamed(folder, into, spell):
@@ -112,7 +112,7 @@ def test_a_llava_under_its_makers_names_comes_in_and_goes_out_as_it_came(llava, 
     assert "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight" in names
     settings = json.loads((tmp_path / "own" / "config.json").read_text())
     assert settings["mm_projector_type"] == "mlp2x_gelu" and "text_config" not in settings
-    (tmp_path / "own" / systems.CONFIG_FILE).unlink()
+    (tmp_path / "own" / detect.CONFIG_FILE).unlink()
     again, twice = convert.from_torch(tmp_path / "own")
     assert again == own
     assert_same(trees.flatten(twice), trees.flatten(params))
@@ -194,8 +194,8 @@ LAVIS = [("blip2_opt", "opt"), ("blip2_vicuna", "llama"), ("instructblip_t5", "t
 
 @pytest.mark.parametrize("name, word", LAVIS)
 def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(tmp_path, monkeypatch, name, word):
-    from lionjax.bridges import qformer
-    from lionjax.vision import vit
+    from lionjax.models.connectors import qformer
+    from lionjax.models.vision import vit
 
     model = tiny.theirs(name, random.Random(5))
     model.save_pretrained(tmp_path / "theirs")
@@ -227,8 +227,8 @@ def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(tmp_p
 
 
 def test_a_minigpt4_comes_in_with_the_blip2_that_it_builds_on(tmp_path, monkeypatch):
-    from lionjax.bridges import qformer
-    from lionjax.vision import vit
+    from lionjax.models.connectors import qformer
+    from lionjax.models.vision import vit
 
     model = tiny.theirs("blip2_vicuna", random.Random(5))
     model.save_pretrained(tmp_path / "theirs")
@@ -268,21 +268,21 @@ def test_a_bias_on_the_keys_which_these_towers_never_had_is_refused(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_that_pad_a_vocabulary_for_a_mesh_are_zero_are_never_said_and_never_leave(tmp_path, tied):
-    from lionjax.language.decoder import Decoder, DecoderConfig
-    from lionjax.systems import prefix_names
+    from lionjax.models.language.decoder import Decoder, DecoderConfig
+    from lionjax.models.vlm import visual_prefix_weights
 
     plain = DecoderConfig(vocab=51, width=16, layers=1, heads=2, kv_heads=2, head=8, hidden=20, tied=tied)
     wide = dataclasses.replace(plain, vocab_multiple=64)
     numbers = np.random.default_rng(0)
-    kind = systems.of_config(plain)
+    kind = detect.of_config(plain)
     state = {
         name: numbers.standard_normal(tensor.shape).astype(BF16)
         for name, tensor in plan_state(kind.rows(plain), trees.flatten(kind.abstract(plain))).made.items()
     }
     state["lm_head.weight"] = state["model.embed_tokens.weight"] if tied else state["lm_head.weight"]
-    one, other = (convert.params_from(prefix_names.language_rows(c), state) for c in (plain, wide))
+    one, other = (convert.params_from(visual_prefix_weights.language_rows(c), state) for c in (plain, wide))
     assert other["embedding"]["table"].shape == (64, 16) and not other["embedding"]["table"][51:].any()
-    assert_same(convert.state_from(prefix_names.language_rows(wide), other), state)
+    assert_same(convert.state_from(visual_prefix_weights.language_rows(wide), other), state)
     ids = np.array([[3, 50, 7]])
 
     def run(c, params):

@@ -13,8 +13,8 @@ from test_convert_folders import PUBLISHED
 from benchmarks.text_decoder import TextDecoder
 from benchmarks.text_t5 import TextT5, text_batch
 from lionjax import convert
-from lionjax.generate import generate
-from lionjax.scores import GenerateConfig
+from lionjax.inference.generate import generate
+from lionjax.inference.sampling import GenerateConfig
 
 NEW = 8
 

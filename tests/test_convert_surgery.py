@@ -9,10 +9,10 @@ from safetensors.numpy import load_file
 from test_convert_folders import LLAMA, VIT, tiny_t5
 
 from lionjax import convert
-from lionjax.convert import Wanted, surgery
-from lionjax.interfaces import UserError
-from lionjax.language.decoder import DecoderConfig
-from lionjax.vision.vit import ViTConfig
+from lionjax.convert import Wanted, resize
+from lionjax.core.types import UserError
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.vision.vit import ViTConfig
 
 WORDS = ("<im_patch>", "<im_start>", "<im_end>", "<at>", "<boxes>")  # NExT-Chat's, in its order
 
@@ -24,7 +24,7 @@ def test_positions_are_resampled_as_torch_does_it(old, new, corners):
     grid = np.random.default_rng(0).standard_normal((old, old, 3)).astype(np.float32)
     planes = torch.from_numpy(grid.transpose(2, 0, 1).copy())[None]
     want = torch.nn.functional.interpolate(planes, size=(new, new), mode="bicubic", align_corners=corners)
-    made = surgery.resampled(grid, new, corners)
+    made = resize.resampled(grid, new, corners)
     np.testing.assert_allclose(made, want[0].numpy().transpose(1, 2, 0), atol=1e-5)
 
 
@@ -33,7 +33,7 @@ def test_a_tower_gets_positions_for_larger_pictures_and_its_class_token_keeps_it
     torch = pytest.importorskip("torch")
     vision = ViTConfig(image=28, patch=7, width=5, norm_before=clip)
     table = np.random.default_rng(0).standard_normal((17, 5)).astype(np.float32)
-    made = surgery.picture_size(vision, 42)
+    made = resize.picture_size(vision, 42)
     assert made.config.image == 42 and made.shapes == {"position": (37, 5)}
     resampled = made.change["position"](table)
     planes = torch.from_numpy(table[1:].reshape(4, 4, 5).transpose(2, 0, 1).copy())[None]
@@ -47,8 +47,8 @@ def test_a_tagger_for_other_pictures_gets_other_windows_and_sees_with_them(tmp_p
     import jax
     from test_ram import TINY, WORDS
 
-    from lionjax import tagger
-    from lionjax.convert.experts import RAM
+    from lionjax.convert.formats.ram import RAM
+    from lionjax.inference import tagger
 
     rng, shapes = np.random.default_rng(0), RAM.abstract(TINY)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
@@ -63,7 +63,7 @@ def test_a_tagger_for_other_pictures_gets_other_windows_and_sees_with_them(tmp_p
     np.testing.assert_allclose(got[0], want, atol=1e-5)
     assert large.probabilities([np.zeros((9, 9, 3), np.uint8)]).shape == (1, 5)
     with pytest.raises(UserError, match="pictures of 20 pixels do not make whole windows"):
-        surgery.picture_size(TINY, 20)
+        resize.picture_size(TINY, 20)
 
 
 def saved_llama(folder, tied=False):

@@ -15,9 +15,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lionjax import convert
-from lionjax import params as trees
-from lionjax.convert import verify
-from lionjax.interfaces import UserError
+from lionjax.convert.verify import compare
+from lionjax.core import params as trees
+from lionjax.core.types import UserError
 
 MODELS = PUBLISHED | {
     "bert": (
@@ -71,7 +71,7 @@ def saved(name: str, folder):
 @pytest.mark.parametrize("name", MODELS)
 def test_both_models_agree_at_every_stage_and_most_stages_are_compared(tmp_path, name):
     folder = saved(name, tmp_path / "theirs")
-    found = verify.verify(*convert.from_torch(folder), folder)
+    found = compare.verify(*convert.from_torch(folder), folder)
     assert found.agree, str(found)
     assert max(stage.relative for stage in found.stages) < 1e-4, str(found)
     layers = {stage.name: stage.layers for stage in found.stages}
@@ -84,7 +84,7 @@ def test_both_models_agree_at_every_stage_and_most_stages_are_compared(tmp_path,
 def test_a_system_that_sees_agrees_at_every_stage(tmp_path, name):
     seed = tiny_prefix.seed()
     tiny_prefix.theirs(name, random.Random(seed)).save_pretrained(tmp_path)
-    found = verify.verify(*convert.from_torch(tmp_path), tmp_path)
+    found = compare.verify(*convert.from_torch(tmp_path), tmp_path)
     assert found.agree, f"seed {seed}\n{found}"
     parts = {stage.name.split(".")[0] for stage in found.stages}
     assert {"language_model", "logits"} < parts and len(found.stages) > 20, f"seed {seed}\n{found}"
@@ -97,8 +97,8 @@ def test_where_two_models_part_is_said_by_stage_and_layer(tmp_path):
     kernel = params["blocks"]["mlp"]["up"]["kernel"].copy()
     kernel[1, 3, 4] += 1
     params["blocks"]["mlp"]["up"]["kernel"] = kernel
-    found = verify.verify(config, params, folder)
-    parted = [stage for stage in found.stages if stage.relative > verify.AGREE]
+    found = compare.verify(config, params, folder)
+    parted = [stage for stage in found.stages if stage.relative > compare.AGREE]
     assert not found.agree and parted
     before = {stage.name: stage for stage in found.stages}
     assert before["model.embed_tokens"].difference == 0
@@ -111,11 +111,11 @@ def test_a_merged_lora_is_held_against_the_model_that_runs_it_apart(tmp_path):
 
     params = random_params(CONFIG)
     convert.to_torch(CONFIG, params, tmp_path / "merged", merge_lora=True)
-    found = verify.verify(CONFIG, params, tmp_path / "merged")
+    found = compare.verify(CONFIG, params, tmp_path / "merged")
     assert found.agree, str(found)
     convert.to_torch(CONFIG, params, tmp_path / "apart")
     with pytest.raises(UserError, match="would leave out the LoRA"):
-        verify.verify(CONFIG, params, tmp_path / "apart")
+        compare.verify(CONFIG, params, tmp_path / "apart")
 
 
 def test_what_transformers_does_not_have_is_said(tmp_path):
@@ -126,7 +126,7 @@ def test_what_transformers_does_not_have_is_said(tmp_path):
     params = jax.tree.map(np.asarray, random_params(lion))
     convert.to_torch(lion, params, tmp_path / "torch")
     with pytest.raises(UserError, match="transformers has no class to run a lion"):
-        verify.verify(lion, params, tmp_path / "torch")
+        compare.verify(lion, params, tmp_path / "torch")
 
 
 def systems_without_a_class() -> dict:
@@ -169,7 +169,7 @@ def test_a_system_that_transformers_does_not_have_is_compared_part_by_part(tmp_p
     system = systems_without_a_class()[name]
     params = random_params(system)
     convert.to_torch(system, params, tmp_path / "torch")
-    found = verify.verify(system, params, tmp_path / "torch")
+    found = compare.verify(system, params, tmp_path / "torch")
     assert found.agree, str(found)
     layers = {stage.name.partition(": ")[2]: stage.layers for stage in found.stages}
     wanted, alone = PARTS[name]
@@ -179,4 +179,4 @@ def test_a_system_that_transformers_does_not_have_is_compared_part_by_part(tmp_p
     flat = trees.flatten(params)
     path = next(p for p in flat if p.endswith("mlp/up/kernel") and not p.startswith(("queries", "aggregator")))
     turned = trees.unflatten(flat | {path: flat[path][..., ::-1, :]})
-    assert not verify.verify(system, turned, tmp_path / "torch").agree
+    assert not compare.verify(system, turned, tmp_path / "torch").agree

@@ -11,11 +11,12 @@ import pytest
 
 from benchmarks.text_decoder import TextDecoder
 from benchmarks.text_t5 import text_batch
-from lionjax import convert, sharding
-from lionjax.adapters import AdapterConfig
-from lionjax.generate import GenerateConfig, generate
-from lionjax.language import decoder, decoder_names
-from lionjax.language.decoder import Decoder, DecoderConfig
+from lionjax import convert
+from lionjax.core import sharding
+from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.models.language import decoder, decoder_weights
+from lionjax.models.language.decoder import Decoder, DecoderConfig
+from lionjax.nn.adapters import AdapterConfig
 
 LLAMA = DecoderConfig(
     vocab=50, width=24, layers=3, heads=4, kv_heads=2, head=6, hidden=40, rope_theta=500.0, end_token=3
@@ -29,10 +30,10 @@ GPT2 = dataclasses.replace(
 )
 SETTINGS = {"llama": LLAMA, "tied": TIED, "opt": OPT, "gpt2": GPT2}
 ROWS = {
-    "llama": decoder_names.llama_rows,
-    "tied": decoder_names.llama_rows,
-    "opt": decoder_names.opt_rows,
-    "gpt2": decoder_names.gpt2_rows,
+    "llama": decoder_weights.llama_rows,
+    "tied": decoder_weights.llama_rows,
+    "opt": decoder_weights.opt_rows,
+    "gpt2": decoder_weights.gpt2_rows,
 }
 NEW = 8
 

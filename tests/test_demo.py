@@ -14,10 +14,12 @@ import small_lion
 from PIL import Image
 
 import lionjax
-from lionjax import cli, demo, plots
-from lionjax.demo import Talk, pointed
-from lionjax.interfaces import UserError
-from lionjax.model import Answer
+from lionjax import cli
+from lionjax.core.types import UserError
+from lionjax.evaluation.report import plots
+from lionjax.inference.model import Answer
+from lionjax.serving import web_demo
+from lionjax.serving.web_demo import Talk, pointed
 
 SIZE = (200, 100)
 PICTURE = Image.new("RGB", SIZE, "white")
@@ -53,26 +55,26 @@ def test_a_second_click_on_the_same_line_is_no_corner_and_one_outside_is_moved_t
 
 def test_a_question_is_asked_with_what_was_pointed_at_and_with_what_was_said_before():
     model, talk = Listener(), Talk(corners=((0.75, 0.75), (0.25, 0.25)))
-    talk, _ = demo.ask(model, talk, PICTURE, "What is this?", tags=("star",))
+    talk, _ = web_demo.ask(model, talk, PICTURE, "What is this?", tags=("star",))
     assert model.asked[-1] == (
         ["What is this?"],
         {"boxes": [[(0.25, 0.25, 0.75, 0.75)]], "tags": [("star",)], "history": None},
     )
     assert talk == Talk((("What is this?", "answer 1"),))  # the next question is about the whole picture again
-    talk, _ = demo.ask(model, talk, PICTURE, "And its color?")
+    talk, _ = web_demo.ask(model, talk, PICTURE, "And its color?")
     nothing = {"boxes": None, "tags": None}
     assert model.asked[-1] == (["And its color?"], nothing | {"history": [(("What is this?", "answer 1"),)]})
-    talk, _ = demo.ask(model, talk, PICTURE, "And now?", remembers=False)
+    talk, _ = web_demo.ask(model, talk, PICTURE, "And now?", remembers=False)
     assert model.asked[-1] == (["And now?"], nothing | {"history": None})
     assert [one["content"] for one in talk.messages][::2] == ["What is this?", "And its color?", "And now?"]
     assert [one["role"] for one in talk.messages] == ["user", "assistant"] * 3
 
 
 def test_corner_box_and_mask_are_drawn_where_they_are():
-    talk, answer = demo.ask(Listener(), Talk(), PICTURE, "?")
+    talk, answer = web_demo.ask(Listener(), Talk(), PICTURE, "?")
 
     def colored(talk, answer=None):
-        drawn = np.asarray(demo.drawn(PICTURE, talk, answer), int)
+        drawn = np.asarray(web_demo.drawn(PICTURE, talk, answer), int)
         tall, wide, _ = drawn.shape
 
         def near(at, colour):
@@ -89,7 +91,7 @@ def test_corner_box_and_mask_are_drawn_where_they_are():
 
 
 def test_examples_are_what_a_run_was_asked_without_what_was_pointed_at(tmp_path):
-    assert demo.examples(tmp_path) == []
+    assert web_demo.examples(tmp_path) == []
     folder = tmp_path / "evaluation"
     (folder / "pictures").mkdir(parents=True)
     PICTURE.save(folder / "pictures" / "a.png")
@@ -100,7 +102,7 @@ def test_examples_are_what_a_run_was_asked_without_what_was_pointed_at(tmp_path)
     del lines[3]["image"]
     (folder / "vqa.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     picture = str(folder / "pictures" / "a.png")
-    assert demo.examples(tmp_path) == [[picture, "0?"], [picture, "4?"]]
+    assert web_demo.examples(tmp_path) == [[picture, "0?"], [picture, "4?"]]
 
 
 def test_a_taken_port_and_a_lacking_gradio_are_one_sentence(tmp_path, monkeypatch, capsys):
@@ -114,7 +116,7 @@ def test_a_taken_port_and_a_lacking_gradio_are_one_sentence(tmp_path, monkeypatc
     assert cli.main(["demo", str(tmp_path)]) == 2
     assert capsys.readouterr().err == 'lionjax: the page wants gradio; install it with `pip install "lionjax[demo]"`\n'
     with pytest.raises(UserError, match="wants gradio"):
-        demo.page(Listener())
+        web_demo.page(Listener())
 
 
 @pytest.mark.slow

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from lionjax import config, convert, sharding
-from lionjax import params as trees
-from lionjax.convert import lora as loras
-from lionjax.interfaces import Batch
-from lionjax.training import stages
+from lionjax import convert
+from lionjax.convert.formats import peft as loras
+from lionjax.core import config, sharding
+from lionjax.core import params as trees
+from lionjax.core.types import Batch
+from lionjax.training import step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py") if "Experiment" in path.read_text())
@@ -49,11 +50,11 @@ def experiment(request):
 
 def test_it_builds_and_every_stage_pattern_matches(experiment):
     whole = shapes(experiment)
-    stages.check(experiment.stages, whole)
+    step.check(experiment.stages, whole)
     for stage in experiment.stages:
         trainable, frozen = trees.split(whole, stage.trainable)
         assert trees.count(trainable) and trees.count(frozen)
-        system = stages.system_of(experiment, stage)
+        system = step.system_of(experiment, stage)
         loss, _ = jax.eval_shape(system.loss, whole, example(experiment), None)
         assert loss.shape == () and loss.dtype == np.float32
 

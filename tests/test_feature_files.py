@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import toy
 
-from lionjax.interfaces import UserError
-from lionjax.sharding import init
-from lionjax.training import feature_files, features, loop
-from lionjax.training.feature_files import Files, Sight, sight
+from lionjax.core.sharding import init
+from lionjax.core.types import UserError
+from lionjax.training import feature_cache as features
+from lionjax.training import feature_store, loop
+from lionjax.training.feature_store import Files, Sight, sight
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_a_tower_that_some_stage_trains_is_refused(towers):
 
 def test_files_are_finished_while_a_run_goes_on(tmp_path, monkeypatch):
     made, rows = some()
-    monkeypatch.setattr(feature_files, "LARGE", 80)
+    monkeypatch.setattr(feature_store, "LARGE", 80)
     files = Files(tmp_path, made)
     for key, parts in rows.items():
         files.put(key, parts)

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from lionjax.core.types import UserError
 from lionjax.data import pipeline
-from lionjax.data.examples import DataConfig
-from lionjax.data.processors import Processor, ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.evaluation import benchmarks
+from lionjax.data.config import DataConfig
+from lionjax.data.processor import Processor, ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.evaluation import runner
 from lionjax.evaluation.few_shot import Shown
-from lionjax.interfaces import UserError
 
 PICTURE = 21  # <im_patch> of the tiny tokenizer
 PROMPTS = ProcessorConfig(
@@ -56,7 +56,7 @@ def test_the_most_similar_example_stands_last_and_random_ones_do_not_depend_on_t
 def test_rows_hold_the_examples_in_order_with_their_pictures_and_the_question_last():
     shown = Shown(ANSWERER, DATA, "vqa", 2, "alike", pool=12)
     samples = list(pipeline.examples(DATA, "vqa", "heldout", 2))
-    for sample, rows in benchmarks.prepared(ANSWERER.processor, DATA, samples, False, "vqa", shown):
+    for sample, rows in runner.prepared(ANSWERER.processor, DATA, samples, False, "vqa", shown):
         pixels, row = ANSWERER.processor.pixels(sample.picture), rows[False]
         which = shown.chosen(sample, pixels)
         np.testing.assert_array_equal(row["pixels"], [*(shown.pixels[k] for k in which), pixels])
@@ -69,12 +69,12 @@ def test_rows_hold_the_examples_in_order_with_their_pictures_and_the_question_la
 def test_without_examples_two_are_told_in_words_where_that_is_asked_for():
     shown = Shown(ANSWERER, DATA, "vqa", 0, in_words=True, pool=12)
     (sample,) = pipeline.examples(DATA, "vqa", "heldout", 1)
-    ((_, rows),) = benchmarks.prepared(ANSWERER.processor, DATA, [sample], False, "vqa", shown)
+    ((_, rows),) = runner.prepared(ANSWERER.processor, DATA, [sample], False, "vqa", shown)
     row = rows[False]
     assert row["pixels"].shape == (28, 28, 3) and (row["prompt"] == PICTURE).sum() == 1
     assert (row["prompt"] == ANSWERER.processor.tokenizer.end_id).sum() == 2
     bare = dataclasses.replace(shown, in_words=False)
-    ((_, rows),) = benchmarks.prepared(ANSWERER.processor, DATA, [sample], False, "vqa", bare)
+    ((_, rows),) = runner.prepared(ANSWERER.processor, DATA, [sample], False, "vqa", bare)
     assert not (rows[False]["prompt"] == ANSWERER.processor.tokenizer.end_id).any()
 
 

@@ -14,16 +14,17 @@ import tiny_prefix as tiny
 from safetensors.numpy import load_file
 from test_golden import assert_close, folders
 
-from lionjax import convert, sharding
-from lionjax import params as trees
-from lionjax.adapters import CrossConfig, GatedCross, cross_rows
-from lionjax.bridges.latents import Resampler, ResamplerConfig, resampler_rows
-from lionjax.generate import GenerateConfig, generate
-from lionjax.interfaces import Batch
-from lionjax.language.decoder import Decoder, DecoderConfig
-from lionjax.systems.flamingo import Flamingo, FlamingoModule
-from lionjax.vision.vit import ViTConfig
-from lionjax.weight_rows import under
+from lionjax import convert
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.types import Batch
+from lionjax.core.weight_map import under
+from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.models.connectors.perceiver import Resampler, ResamplerConfig, resampler_rows
+from lionjax.models.language.decoder import Decoder, DecoderConfig
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.flamingo import Flamingo, FlamingoModule
+from lionjax.nn.adapters import CrossConfig, GatedCross, cross_rows
 
 IMAGE = 40
 
@@ -323,8 +324,8 @@ def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greed
 def test_mpt_computes_what_transformers_does():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from lionjax.language import decoder
-    from lionjax.language.decoder_names import mpt_rows
+    from lionjax.models.language import decoder
+    from lionjax.models.language.decoder_weights import mpt_rows
 
     seed = tiny.seed()
     draw = random.Random(seed)

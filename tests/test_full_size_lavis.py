@@ -9,14 +9,14 @@ import pytest
 from test_full_size_parts import KINDS, blank, check, openai_clip_release
 from test_full_size_weights import lion_release
 
-from lionjax.convert import delta as convert_delta
-from lionjax.convert import lavis, prefix
-from lionjax.convert.files import Tensors
-from lionjax.convert.systems import of_config
-from lionjax.interfaces import UserError
-from lionjax.language import decoder, t5
-from lionjax.systems.prefix import Prefix
-from lionjax.vision import vit
+from lionjax.convert.formats import delta as convert_delta
+from lionjax.convert.formats import hf_vlm, lavis
+from lionjax.convert.formats.detect import of_config
+from lionjax.convert.io.reader import Tensors
+from lionjax.core.types import UserError
+from lionjax.models.language import decoder, t5
+from lionjax.models.vision import vit
+from lionjax.models.vlm.visual_prefix import Prefix
 
 OPT_6_7B = dataclasses.replace(decoder.OPT_2_7B, width=4096, head=128, hidden=16384)
 VICUNAS = (decoder.VICUNA_7B, decoder.VICUNA_13B)
@@ -135,7 +135,7 @@ def projector_release(width: int, depth: int) -> dict:
 def clip_release(clip) -> dict:
     """CLIP's tower under LLaVA's names for it."""
     names = {n.removeprefix("vision_model."): s for n, s in language_release(clip).items()}
-    return {f"{prefix.OWN_TOWER}vision_model.{n}": shape for n, shape in names.items()}
+    return {f"{hf_vlm.OWN_TOWER}vision_model.{n}": shape for n, shape in names.items()}
 
 
 def llava(language, depth: int, image: int) -> Prefix:
@@ -163,7 +163,7 @@ def test_llavas_projector_alone_is_whole_with_a_llama_and_a_clip(language, depth
     config = llava(language, depth, image)
     text = Tensors(blank(language_release(language)), ("language",))
     trained = Tensors(blank(projector_release(language.width, depth)), ("mm_projector.bin",))
-    whole = prefix.projector_on(trained, text)
+    whole = hf_vlm.projector_on(trained, text)
     check(KINDS["llava"], config, dict(whole) | blank(clip_release(config.vision)))
     with pytest.raises(UserError, match="model.mm_projector"):
         check(KINDS["llava"], config, dict(text) | blank(clip_release(config.vision)))

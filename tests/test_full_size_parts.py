@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from test_full_size_weights import Blank, lion_release
 
-from lionjax import params as trees
-from lionjax.convert.plan import plan_params, plan_state
-from lionjax.convert.systems import SYSTEMS, of_config
-from lionjax.interfaces import UserError
-from lionjax.language import bert, decoder, t5
-from lionjax.systems.nextchat import NextChat
-from lionjax.vision import sam, vit
+from lionjax.convert.formats.detect import SYSTEMS, of_config
+from lionjax.convert.mapping.plan import plan_params, plan_state
+from lionjax.core import params as trees
+from lionjax.core.types import UserError
+from lionjax.models.language import bert, decoder, t5
+from lionjax.models.vision import sam_encoder, vit
+from lionjax.models.vlm.nextchat import NextChat
 
 GAUSSIAN = 2 * 128  # SAM's random matrix, which its users do not count because it does not learn
 KINDS = {kind.name: kind for kind in SYSTEMS}
@@ -29,8 +29,8 @@ PARTS = {  # config, numbers as counted by those who use it (None: not looked up
     "all-MiniLM-L6-v2": (bert.MINILM_L6, 22_713_216),
     "clip-vit-large-patch14-336": (vit.CLIP_VIT_L, 303_507_456),
     "clip-vit-large-patch14": (dataclasses.replace(vit.CLIP_VIT_L, image=224), 303_179_776),
-    "sam-vit-huge": (sam.SAM_VIT_H, 641_090_608 + GAUSSIAN),
-    "sam-vit-base": (sam.SAM_VIT_B, None),
+    "sam-vit-huge": (sam_encoder.SAM_VIT_H, 641_090_608 + GAUSSIAN),
+    "sam-vit-base": (sam_encoder.SAM_VIT_B, None),
 }
 
 
@@ -186,7 +186,7 @@ def test_the_full_size_nextchat_table_covers_every_tensor_of_the_release_and_eve
 
 def test_the_full_size_table_of_metas_sam_covers_every_tensor_of_its_file():
     forms = sam_release() | {"pixel_mean": (3, 1, 1), "pixel_std": (3, 1, 1)}
-    check(KINDS["segment_anything"], sam.SAM_VIT_H, blank(forms))
+    check(KINDS["segment_anything"], sam_encoder.SAM_VIT_H, blank(forms))
     assert sum(int(np.prod(shape)) for shape in sam_release().values()) == 641_090_608 + GAUSSIAN
 
 

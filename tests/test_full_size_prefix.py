@@ -11,12 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import config as configs
-from lionjax import params as trees
-from lionjax.convert.files import Tensors
-from lionjax.convert.plan import plan_params, plan_state
-from lionjax.convert.systems import of_config
-from lionjax.interfaces import UserError
+from lionjax.convert.formats.detect import of_config
+from lionjax.convert.io.reader import Tensors
+from lionjax.convert.mapping.plan import plan_params, plan_state
+from lionjax.core import config as configs
+from lionjax.core import params as trees
+from lionjax.core.types import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = ("llava15_7b", "llava15_13b", "blip2_opt27b", "blip2_flant5xl", "instructblip_flant5xl", "kosmos2")

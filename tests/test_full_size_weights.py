@@ -8,16 +8,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lionjax import params as trees
-from lionjax.adapters import AdapterConfig
-from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
-from lionjax.convert.plan import plan_params, plan_state
-from lionjax.convert.systems import of_config
-from lionjax.interfaces import UserError
-from lionjax.language import t5
-from lionjax.systems.lion import Lion
-from lionjax.vision.ram import RAM_SWIN_L
-from lionjax.vision.vit import EVA_VIT_G
+from lionjax.convert.formats.detect import of_config
+from lionjax.convert.mapping.plan import plan_params, plan_state
+from lionjax.core import params as trees
+from lionjax.core.types import UserError
+from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
+from lionjax.models.language import t5
+from lionjax.models.vision.ram import RAM_SWIN_L
+from lionjax.models.vision.vit import EVA_VIT_G
+from lionjax.models.vlm.lion import Lion
+from lionjax.nn.adapters import AdapterConfig
 
 
 class Blank(dict):

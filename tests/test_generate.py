@@ -9,10 +9,10 @@ import toy_system
 from toy_system import PROMPTS, VOCAB, Toy, batch_of, logits_in_numpy, random_params
 
 from benchmarks.text_t5 import random_prompts, text_batch, twins
-from lionjax import scores
-from lionjax.generate import GenerateConfig, generate, stream
-from lionjax.interfaces import UserError
-from lionjax.language.t5 import T5Config
+from lionjax.core.types import UserError
+from lionjax.inference import sampling
+from lionjax.inference.generate import GenerateConfig, generate, stream
+from lionjax.models.language.t5 import T5Config
 
 TINY = T5Config(
     vocab=23, width=16, head=4, heads=3, hidden=24, encoder_layers=2, decoder_layers=2, buckets=8, max_distance=16
@@ -135,14 +135,14 @@ def test_penalty_and_ban_change_scores_as_hugging_face_does():
 
     given_BV, said = some_scores(), np.array([[0, 4, 4], [0, 1, 7]] * 3)
     config = GenerateConfig(repetition_penalty=1.7, min_length=4, eos=9)
-    seen_RV = scores.nothing_seen(6, 300, config)
+    seen_RV = sampling.nothing_seen(6, 300, config)
     for token_R in said.T[1:]:
-        seen_RV = scores.see(seen_RV, token_R)
+        seen_RV = sampling.see(seen_RV, token_R)
     ids = torch.tensor(said)
     expected = RepetitionPenaltyLogitsProcessor(1.7)(ids, torch.tensor(given_BV))
     expected = MinLengthLogitsProcessor(4, 9)(ids, expected).numpy()
-    np.testing.assert_allclose(scores.rule(given_BV, seen_RV, 2, config), expected, rtol=1e-6)
-    later = scores.rule(given_BV, seen_RV, 3, config)
+    np.testing.assert_allclose(sampling.rule(given_BV, seen_RV, 2, config), expected, rtol=1e-6)
+    later = sampling.rule(given_BV, seen_RV, 3, config)
     assert np.isfinite(later).all()
 
 
@@ -162,7 +162,7 @@ def test_sampling_draws_from_the_tokens_and_chances_of_hugging_face(temperature,
         expected = TopPLogitsWarper(top_p)(None, expected)
     expected = torch.softmax(expected, -1).numpy()
     config = GenerateConfig(sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
-    left_Bk, ids_Bk = scores.candidates(jnp.asarray(given_BV), config)
+    left_Bk, ids_Bk = sampling.candidates(jnp.asarray(given_BV), config)
     ids_Bk = np.tile(np.arange(300), (6, 1)) if ids_Bk is None else np.asarray(ids_Bk)
     made = np.zeros_like(expected)
     np.put_along_axis(made, ids_Bk, np.asarray(jax.nn.softmax(left_Bk, -1)), axis=1)
@@ -173,8 +173,8 @@ def test_sampling_draws_from_the_tokens_and_chances_of_hugging_face(temperature,
 def test_draws_are_as_frequent_as_their_chances():
     draws, config = 20_000, GenerateConfig(sample=True, temperature=1.5, top_k=20, top_p=0.9)
     given_1V = some_scores(1, 50, seed=5)
-    token_B = scores.draw(jnp.tile(given_1V, (draws, 1)), config, jax.random.key(0))
-    left_1k, ids_1k = scores.candidates(jnp.asarray(given_1V), config)
+    token_B = sampling.draw(jnp.tile(given_1V, (draws, 1)), config, jax.random.key(0))
+    left_1k, ids_1k = sampling.candidates(jnp.asarray(given_1V), config)
     chance_V = np.zeros(50)
     chance_V[np.asarray(ids_1k)] = np.asarray(jax.nn.softmax(left_1k, -1))
     count_V = np.bincount(np.asarray(token_B), minlength=50)
@@ -204,9 +204,9 @@ def test_the_best_scores_are_found_as_argmax_and_top_k_find_them(length):
     given[1] = np.round(given[1])  # many ties
     given[2, 3:] = -np.inf
     given[3] = 0.0
-    np.testing.assert_array_equal(scores.best(jnp.asarray(given)), given.argmax(-1))
+    np.testing.assert_array_equal(sampling.best(jnp.asarray(given)), given.argmax(-1))
     for k in (1, 4, 5):
-        top, place = scores.top_k(jnp.asarray(given), k)
+        top, place = sampling.top_k(jnp.asarray(given), k)
         expected, expected_place = jax.lax.top_k(given, k)
         np.testing.assert_array_equal(top, expected)
         np.testing.assert_array_equal(place, expected_place)

@@ -15,17 +15,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from lionjax import convert
-from lionjax import params as trees
-from lionjax.adapters import AdapterConfig
-from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
-from lionjax.generate import GenerateConfig, generate
-from lionjax.interfaces import CATEGORIES, Batch
-from lionjax.language.t5 import T5Config
-from lionjax.systems.lion import Lion, LionModule
-from lionjax.vision import ram
-from lionjax.vision.ram import Ram, RamConfig
-from lionjax.vision.swin import SwinConfig
-from lionjax.vision.vit import ViTConfig
+from lionjax.core import params as trees
+from lionjax.core.types import CATEGORIES, Batch
+from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
+from lionjax.models.language.t5 import T5Config
+from lionjax.models.vision import ram
+from lionjax.models.vision.ram import Ram, RamConfig
+from lionjax.models.vision.swin import SwinConfig
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.lion import Lion, LionModule
+from lionjax.nn.adapters import AdapterConfig
 
 ROOT = Path(os.environ.get("LIONJAX_GOLDEN", Path(__file__).parent / "golden"))
 

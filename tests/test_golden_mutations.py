@@ -14,25 +14,26 @@ import pytest
 from safetensors.numpy import load_file
 from test_golden import assert_close, assert_same_norms, folders, lion_batch, lion_of, lion_states
 
-from lionjax import convert, heads
-from lionjax.language import t5
-from lionjax.systems import lion, nextchat
+from lionjax import convert
+from lionjax.models.heads import region
+from lionjax.models.language import t5
+from lionjax.models.vlm import lion, nextchat
 
 MISTAKES = {
     "location tokens are learned as words": (
-        heads,
+        region,
         "batch.loss_mask_BM * (batch.target_BM != c.location_token)",
         "batch.loss_mask_BM",
         {"loss_lm", "loss_total"},
     ),
     "F without its last bias": (
-        heads,
+        region,
         "self.decoder(state_BKD.astype(jnp.float32))",
         "self.decoder(state_BKD.astype(jnp.float32)) - self.decoder.variables['params']['down']['bias']",
         {"predicted_boxes", "loss_box"},
     ),
     "a stop-gradient in the cycle loss": (
-        heads,
+        region,
         "losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK)",
         "losses.mean_of_real(jnp.square(again_BKD - jax.lax.stop_gradient(trigger_BKD)), real_BK)",
         {"stage1"},
@@ -80,7 +81,7 @@ def complaints(golden) -> set[str]:
 def test_a_mistake_is_seen(monkeypatch, mistake, folder):
     module, old, new, seen = MISTAKES[mistake]
     changed = mutated(monkeypatch, module, old, new)
-    if module is heads:
+    if module is region:
         monkeypatch.setattr(nextchat, "heads", changed)
         monkeypatch.setattr(nextchat, "Locations", changed.Locations)
     else:

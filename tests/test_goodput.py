@@ -8,9 +8,9 @@ import time
 import pytest
 import toy
 
-from lionjax.evaluation import goodput
-from lionjax.training import checkpoints, loop
-from lionjax.training.journal import Clock, Entry, missed, note_evaluation, seconds_of
+from lionjax.evaluation.report import goodput
+from lionjax.training import checkpoint, loop
+from lionjax.training.run_log import Clock, Entry, missed, note_evaluation, seconds_of
 
 
 def test_a_clock_has_no_gaps():
@@ -48,7 +48,7 @@ def test_all_time_of_a_run_is_in_its_report_and_its_lines(tmp_path):
     entries = [stage["seconds_by_part"] for stage in report["stages"]]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (record,) = (tmp_path / "base").glob("2_*")
-    logged = [entry["logged"]["seconds"] for entry in checkpoints.read_record(record)["meta"]["history"]]
+    logged = [entry["logged"]["seconds"] for entry in checkpoint.read_record(record)["meta"]["history"]]
     for stage, parts, until in zip(("one", "two"), entries, logged):
         sums = {}
         for line in lines:

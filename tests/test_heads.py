@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lionjax import heads
-from lionjax.interfaces import Batch, UserError
+from lionjax.core.types import Batch, UserError
+from lionjax.models.heads import region
+from lionjax.training.validate import check_boxes
 
 HERE = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]], bool)
 
@@ -16,20 +17,20 @@ HERE = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]], bool)
 def test_the_kth_piece_of_a_row_stands_at_its_kth_marked_place_and_all_else_stays():
     x = np.arange(15.0).reshape(3, 5, 1)
     pieces = np.array([[[100.0], [101]], [[200], [201]], [[300], [301]]])
-    made = np.asarray(heads.put(x, HERE, pieces))[..., 0]
+    made = np.asarray(region.put(x, HERE, pieces))[..., 0]
     np.testing.assert_array_equal(made[0], [0, 100, 2, 101, 4])
     np.testing.assert_array_equal(made[1], x[1, :, 0])
     np.testing.assert_array_equal(made[2, :2], [300, 301])
 
 
 def test_marked_places_are_found_in_their_order():
-    place, real = heads.places(HERE, 2)
+    place, real = region.places(HERE, 2)
     np.testing.assert_array_equal(real, [[1, 1], [0, 0], [1, 1]])
     np.testing.assert_array_equal(np.asarray(place)[[0, 2]], [[1, 3], [0, 1]])
     x = np.arange(15).reshape(3, 5)
-    np.testing.assert_array_equal(heads.pick(x, place)[0], [1, 3])
-    np.testing.assert_array_equal(heads.pick(x[..., None], place)[2, :, 0], [10, 11])
-    assert heads.places(HERE, 9)[0].shape == (3, 5)
+    np.testing.assert_array_equal(region.pick(x, place)[0], [1, 3])
+    np.testing.assert_array_equal(region.pick(x[..., None], place)[2, :, 0], [10, 11])
+    assert region.places(HERE, 9)[0].shape == (3, 5)
 
 
 BOX = [0.1, 0.2, 0.6, 0.5]
@@ -59,5 +60,5 @@ def test_a_loader_whose_boxes_do_not_fit_its_texts_is_refused(boxes, tokens, mes
     )
     for system in (SimpleNamespace(location_token=9), SimpleNamespace(places=SimpleNamespace(location_token=9))):
         with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
-            heads.check_boxes(system, batch)
-    heads.check_boxes(SimpleNamespace(places=None), batch)  # says no places
+            check_boxes(system, batch)
+    check_boxes(SimpleNamespace(places=None), batch)  # says no places

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lionjax import kernels, sharding
-from lionjax.attention import Mask, attend, attend_parts, causal_mask, key_mask
-from lionjax.scaling import programs, topologies
-from lionjax.sharding import MeshConfig
+from lionjax.core import sharding
+from lionjax.core.sharding import MeshConfig
+from lionjax.nn import flash_attention
+from lionjax.nn.attention import Mask, attend, attend_parts, causal_mask, key_mask
+from lionjax.planner import hlo_analysis, topologies
 
 SCALE = 0.3
 
@@ -89,7 +90,7 @@ def test_splash_attention_is_the_formula_at_lengths_that_its_blocks_do_not_divid
     *given, real_BS = drawn(queries=queries, keys=keys, kv_heads=kv_heads)
     mask = Mask(real_BS if "keys" in kind else None, causal="causal" in kind)
     assert_same(
-        lambda *x: kernels.splash(*x, mask.keys_BS, mask.causal, SCALE, interpret=True),
+        lambda *x: flash_attention.splash(*x, mask.keys_BS, mask.causal, SCALE, interpret=True),
         lambda *x: written_out(*x, mask.dense(queries)),
         given,
         2e-4,
@@ -112,10 +113,10 @@ def test_each_device_computes_its_own_rows_and_heads():
     def function(q, k, v, keys_BS):
         assert q.shape == (1, 12, 2, 16)
         assert k.shape == (1, 12, 1, 16)
-        return kernels.plain(q, k, v, keys_BS[:, None, None, :], None, SCALE)
+        return flash_attention.plain(q, k, v, keys_BS[:, None, None, :], None, SCALE)
 
     assert_same(
-        lambda *x: kernels.split(function, mesh, *x, real_BS),
+        lambda *x: flash_attention.split(function, mesh, *x, real_BS),
         lambda *x: written_out(*x, real_BS[:, None, None, :]),
         given,
     )
@@ -124,7 +125,7 @@ def test_each_device_computes_its_own_rows_and_heads():
 def test_what_runs_follows_device_dtype_and_length():
     def choice(platform, length, dtype, causal=True, keys=None):
         query, key, *_ = drawn(1, length, keys or length, dtype=dtype)
-        return kernels.choice(platform, query, key, causal)
+        return flash_attention.choice(platform, query, key, causal)
 
     assert choice("cpu", 1024, jnp.bfloat16) == "xla"
     assert choice("gpu", 1024, jnp.bfloat16) == choice("gpu", 256, jnp.float16) == "cudnn"
@@ -136,10 +137,10 @@ def test_what_runs_follows_device_dtype_and_length():
 
 
 def on_a_gpu(monkeypatch, kernel):
-    monkeypatch.setattr(kernels, "choice", lambda *_: "cudnn")
+    monkeypatch.setattr(flash_attention, "choice", lambda *_: "cudnn")
     if kernel is not None:
-        monkeypatch.setattr(kernels, "cudnn", kernel)
-    kernels.cudnn_works.cache_clear()
+        monkeypatch.setattr(flash_attention, "cudnn", kernel)
+    flash_attention.cudnn_works.cache_clear()
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
@@ -148,7 +149,7 @@ def test_a_build_without_cudnn_is_said_once_and_the_formula_is_used(monkeypatch,
     *given, real_BS = drawn(queries=12, keys=12, dtype=jnp.bfloat16)
     with caplog.at_level(logging.WARNING):
         made = [jax.jit(lambda *x: attend(*x, key_mask(real_BS), None, SCALE))(*given) for _ in range(2)]
-    expected = kernels.plain(*given, real_BS[:, None, None, :], None, SCALE)
+    expected = flash_attention.plain(*given, real_BS[:, None, None, :], None, SCALE)
     np.testing.assert_array_equal(made[0], expected)
     assert [r.message for r in caplog.records if "without cuDNN" in r.message] == caplog.messages
     assert len(caplog.messages) == 1
@@ -156,7 +157,7 @@ def test_a_build_without_cudnn_is_said_once_and_the_formula_is_used(monkeypatch,
 
 def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
     def wrong(query, key, value, keys_BS, causal, scale):
-        return kernels.plain(query, key, value, None, None, scale)  # forgets the mask
+        return flash_attention.plain(query, key, value, None, None, scale)  # forgets the mask
 
     on_a_gpu(monkeypatch, wrong)
     *given, real_BS = drawn(queries=12, keys=12)
@@ -170,8 +171,8 @@ def test_a_kernel_that_computes_the_same_is_used_within_a_compiled_layer(monkeyp
 
     def right(query, key, value, keys_BS, causal, scale):
         used.append(causal)
-        mask = kernels.dense(keys_BS, causal, query.shape[1])
-        return kernels.plain(query, key, value, mask, None, scale)
+        mask = flash_attention.dense(keys_BS, causal, query.shape[1])
+        return flash_attention.plain(query, key, value, mask, None, scale)
 
     on_a_gpu(monkeypatch, right)
     *given, real_BS = drawn(queries=12, keys=12)
@@ -189,10 +190,12 @@ def test_the_flops_of_a_kernel_are_counted_as_often_as_it_runs():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))
 
     def ours(*x):
-        return kernels.split(lambda q, k, v, keys: kernels.splash(q, k, v, keys, False, SCALE), mesh, *x, real_BS)
+        return flash_attention.split(
+            lambda q, k, v, keys: flash_attention.splash(q, k, v, keys, False, SCALE), mesh, *x, real_BS
+        )
 
-    plain = jax.make_jaxpr(lambda *x: kernels.plain(*x))(*given)
-    assert programs.products(jax.make_jaxpr(ours)(*given).jaxpr) == programs.products(plain.jaxpr)
+    plain = jax.make_jaxpr(lambda *x: flash_attention.plain(*x))(*given)
+    assert hlo_analysis.products(jax.make_jaxpr(ours)(*given).jaxpr) == hlo_analysis.products(plain.jaxpr)
 
 
 @pytest.mark.skipif(not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed")

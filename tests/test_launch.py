@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lionjax.scaling import topologies
+from lionjax.planner import topologies
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lionjax import params as trees
-from lionjax import sharding
-from lionjax.adapters import AdapterConfig
-from lionjax.bridges.qformer import AggregatorConfig, QFormerConfig
-from lionjax.interfaces import IMAGE_LEVEL, REGION_LEVEL, Batch
-from lionjax.language.t5 import T5Config
-from lionjax.systems.lion import Lion
-from lionjax.vision.vit import ViTConfig
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, Batch
+from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
+from lionjax.models.language.t5 import T5Config
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.lion import Lion
+from lionjax.nn.adapters import AdapterConfig
 
 HINT = 3
 LION = Lion(

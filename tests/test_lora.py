@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from lionjax import params as trees
-from lionjax.language.decoder import Decoder, DecoderConfig
-from lionjax.language.t5 import T5, T5Config
-from lionjax.layers import LoraConfig
+from lionjax.core import params as trees
+from lionjax.models.language.decoder import Decoder, DecoderConfig
+from lionjax.models.language.t5 import T5, T5Config
+from lionjax.nn.lora import LoraConfig
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 LORA = LoraConfig(2, 4.0, 0.5, TARGETS)

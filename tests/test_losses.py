@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lionjax import losses
-from lionjax.sharding import MeshConfig, make_mesh
+from lionjax.core.sharding import MeshConfig, make_mesh
+from lionjax.nn import losses
 
 FLAT = [0.4, 0.2, 0.4, 0.6]
 POINT = [0.5, 0.5, 0.5, 0.5]

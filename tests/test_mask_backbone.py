@@ -7,16 +7,17 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
-from lionjax import params as trees
-from lionjax.data import places, scenes
-from lionjax.data.processors import Input, Processor, ProcessorConfig
-from lionjax.data.squares import Square
-from lionjax.training import mask_backbone
-from lionjax.training.mask_backbone import MasksConfig
-from lionjax.training.start import shipped
-from lionjax.vision import sam_masks
-from lionjax.vision.sam import TINY_SAM
-from lionjax.vision.sam_masks import Sam
+from lionjax.core import params as trees
+from lionjax.data import boxes
+from lionjax.data.letterbox import Square
+from lionjax.data.processor import Input, Processor, ProcessorConfig
+from lionjax.data.scenes import world
+from lionjax.models.vision import sam_decoder
+from lionjax.models.vision.sam_decoder import Sam
+from lionjax.models.vision.sam_encoder import TINY_SAM
+from lionjax.tiny import sam as mask_backbone
+from lionjax.tiny.sam import MasksConfig
+from lionjax.training.init import shipped
 
 SIDE = TINY_SAM.image
 
@@ -54,7 +55,7 @@ def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
     shifts = ((0, 0), (0, 6), (0, -6), (6, 0), (-6, 0))
     both, either = np.zeros(5), np.zeros(5)
     for index in range(6):
-        scene = scenes.sample("heldout", index)
+        scene = world.sample("heldout", index)
         high, wide = (250, 200) if index % 2 else (200, 250)
         at = (40, 0) if index % 2 else (0, 10)
         canvas = np.full((high, wide, 3), 190, np.uint8)
@@ -64,10 +65,10 @@ def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
             true_HW[at[0] : at[0] + 200, at[1] : at[1] + 200] = mask_HW
             x0, y0, x1, y1 = (edge * 200 for edge in scene.things[k].box)
             box = ((x0 + at[1]) / wide, (y0 + at[0]) / high, (x1 + at[1]) / wide, (y1 + at[0]) / high)
-            row = processor.row_of(Input(Image.fromarray(canvas), f"{places.box_text(box)}?", boxes=(box,)))
+            row = processor.row_of(Input(Image.fromarray(canvas), f"{boxes.box_text(box)}?", boxes=(box,)))
             batch = processor.assemble({name: np.stack([value]) for name, value in row.items()})
             logits = np.asarray(cut(batch.sam_image_BHWC, batch.boxes_BK4[:, :1]))[0, 0]
-            found_HW = sam_masks.to_picture(logits, SIDE, Square(wide, high).inside(SIDE), (high, wide)) > 0
+            found_HW = sam_decoder.to_picture(logits, SIDE, Square(wide, high).inside(SIDE), (high, wide)) > 0
             for number, shift in enumerate(shifts):
                 moved_HW = np.roll(found_HW, shift, (0, 1))
                 both[number] += np.sum(moved_HW & true_HW)

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import toy
 
-from lionjax import params as trees
-from lionjax import sharding
-from lionjax.sharding import MeshConfig
-from lionjax.training import checkpoints, stages
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.sharding import MeshConfig
+from lionjax.training import checkpoint
+from lionjax.training import step as stages
+from lionjax.training.optimizer import abstract_optimiser
+from lionjax.training.optimizer import optimizer as optimizer_optimizer
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 BATCH = toy.batch_of(range(16))
@@ -21,11 +24,11 @@ def run(shape, optimizer="adamw", updates=2):
     mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
     stage = toy.stage(batch_size=16, trainable=("blocks", "output", "words"), optimizer=optimizer)
     params = sharding.init(toy.Toy().init, jax.random.key(0), BATCH, mesh=mesh)
-    first = checkpoints.fingerprints(params)
+    first = checkpoint.fingerprints(params)
     trainable, frozen = trees.split(params, stage.trainable)
     where = {path: leaf.sharding.spec for path, leaf in trees.flatten(params).items()}
     axes = sharding.layer_axes(jax.eval_shape(toy.Toy().init, jax.random.key(0), BATCH))
-    rule = stages.optimizer(stage, trainable, axes)
+    rule = optimizer_optimizer(stage, trainable, axes)
     state = stages.start(rule, trainable, mesh)
     step = stages.make_step(toy.Toy(), stage, rule, jax.random.key(1), state, mesh, [])
     losses, norms = [], []
@@ -70,8 +73,8 @@ def test_moments_lie_as_their_parameters_do(optimizer):
         for path, leaf in trees.flatten(nn.unbox(shapes)).items()
     }
     trainable = trees.unflatten(leaves)
-    rule = stages.optimizer(toy.stage(optimizer=optimizer), trainable, sharding.layer_axes(shapes))
-    state = jax.tree.leaves(stages.abstract_optimiser(rule, trainable, mesh))
+    rule = optimizer_optimizer(toy.stage(optimizer=optimizer), trainable, sharding.layer_axes(shapes))
+    state = jax.tree.leaves(abstract_optimiser(rule, trainable, mesh))
     found = [(leaf.shape, leaf.sharding.spec) for leaf in state if any(leaf.sharding.spec)]
     wanted = []
     for path, leaf in leaves.items():  # AdamW keeps two moments of a parameter, Muon one of a matrix

@@ -11,11 +11,12 @@ import small_lion
 import small_places
 from mesh_systems import SYSTEMS, compiled_anew, mesh_of, programs_are_let_go  # noqa: F401
 
-from lionjax import scaling, sharding
-from lionjax.answering import Answerer
-from lionjax.data.processors import Input, Processor
-from lionjax.language.t5 import T5Config
-from lionjax.scores import GenerateConfig
+from lionjax import planner
+from lionjax.core import sharding
+from lionjax.data.processor import Input, Processor
+from lionjax.inference.engine import Answerer
+from lionjax.inference.sampling import GenerateConfig
+from lionjax.models.language.t5 import T5Config
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ FRACTION = re.compile(r"[01]\.\d{3}")
 def answerer(name: str, mesh_name: str) -> Answerer:
     what, number = SYSTEMS[name]
     mesh = mesh_of(mesh_name)
-    like = sharding.abstract(what.system.init, jax.random.key(0), scaling.blank(what), mesh=mesh)
+    like = sharding.abstract(what.system.init, jax.random.key(0), planner.blank(what), mesh=mesh)
     make = small_places.talking if getattr(what.system, "sam", None) else small_lion.params_of
     params = sharding.place(make(what), like)
     return Answerer(what.system, params, Processor(what.data.processor), mesh)

@@ -4,17 +4,9 @@
 import jax
 import numpy as np
 import pytest
-from mesh_systems import (  # noqa: F401
-    MESHES,
-    SYSTEMS,
-    compiled_anew,
-    first_batch,
-    mesh_of,
-    programs_are_let_go,
-    trained,
-)
+from mesh_systems import MESHES, SYSTEMS, compiled_anew, first_batch, mesh_of, programs_are_let_go, trained  # noqa: F401
 
-from lionjax import sharding
+from lionjax.core import sharding
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from lionjax.evaluation.metrics import (
+from lionjax.evaluation.metrics.regions import (
     average_precision,
     ciou,
     interval,

@@ -12,15 +12,17 @@ import small_lion
 from PIL import Image
 
 import lionjax
-from lionjax import answering, convert, sharding
-from lionjax import params as trees
-from lionjax.config import AnswerConfig
-from lionjax.convert import placed
-from lionjax.data import wordings
-from lionjax.data.processors import Processor
-from lionjax.interfaces import UserError
-from lionjax.scores import GenerateConfig
-from lionjax.sharding import MeshConfig
+from lionjax import convert
+from lionjax.convert import orbax_folder
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.experiment import AnswerConfig
+from lionjax.core.sharding import MeshConfig
+from lionjax.core.types import UserError
+from lionjax.data import templates
+from lionjax.data.processor import Processor
+from lionjax.inference import engine
+from lionjax.inference.sampling import GenerateConfig
 
 BOX, OTHER = (0.125, 0.25, 0.5, 0.75), (0.0, 0.0, 0.3, 0.9)
 PROMPTS = ["What is in the picture?", "Where is the red star?", "How many are there?", "What is at {box}?"]
@@ -62,12 +64,15 @@ def texts(answers) -> list[str]:
 @pytest.mark.parametrize(
     ("group", "category"),
     [
-        *((group, "region_level") for group in (wordings.REC, wordings.REG, wordings.RES, wordings.GROUNDED)),
+        *((group, "region_level") for group in (templates.REC, templates.REG, templates.RES, templates.GROUNDED)),
         *(
             (group, "image_level")
-            for group in (wordings.CAPTION, wordings.COLOR, wordings.SHAPE, wordings.COUNT, wordings.CHECK)
+            for group in (templates.CAPTION, templates.COLOR, templates.SHAPE, templates.COUNT, templates.CHECK)
         ),
-        *((group, "image_level") for group in (wordings.MORE, wordings.RELATION, wordings.EXISTENCE, wordings.TAGS)),
+        *(
+            (group, "image_level")
+            for group in (templates.MORE, templates.RELATION, templates.EXISTENCE, templates.TAGS)
+        ),
         (("Is there a box in the picture?", "What is the man to the left doing?"), "image_level"),
         (("Can you locate it and let me know its coordinates?", "Give the bounding box of it."), "region_level"),
     ],
@@ -77,32 +82,32 @@ def test_each_prompt_takes_the_route_that_its_task_was_trained_on(group, categor
     words = {"expr": "the red star", "word": "red", "nouns": "stars", "noun": "a star", "relation": "left of"}
     words |= {"first": "the star", "second": "the ring", "box": "[0.100,0.200,0.300,0.400]"}
     for wording in group:
-        prompt = wordings.ask((wording,), rng, **words)
-        assert answering.category_of(prompt) == category, prompt
+        prompt = templates.ask((wording,), rng, **words)
+        assert engine.category_of(prompt) == category, prompt
 
 
 def test_boxes_are_written_where_the_prompt_has_a_place_for_them_and_else_at_its_end():
-    written = answering.with_boxes("Is {box} left of {box}?", [BOX, OTHER])
+    written = engine.with_boxes("Is {box} left of {box}?", [BOX, OTHER])
     assert written == "Is [0.125,0.250,0.500,0.750] left of [0.000,0.000,0.300,0.900]?"
-    assert answering.with_boxes("What is this?", [BOX]) == "What is this? [0.125,0.250,0.500,0.750]"
-    assert answering.with_boxes("{box}: what?", [BOX, BOX]).endswith("what? [0.125,0.250,0.500,0.750]")
-    assert answering.with_boxes("What is this?", []) == "What is this?"
+    assert engine.with_boxes("What is this?", [BOX]) == "What is this? [0.125,0.250,0.500,0.750]"
+    assert engine.with_boxes("{box}: what?", [BOX, BOX]).endswith("what? [0.125,0.250,0.500,0.750]")
+    assert engine.with_boxes("What is this?", []) == "What is this?"
     with pytest.raises(UserError, match="has 1 {box} and 0 boxes"):
-        answering.with_boxes("What is at {box}?", [])
+        engine.with_boxes("What is at {box}?", [])
     with pytest.raises(UserError, match="the box"):
-        answering.with_boxes("What?", [(0.5, 0.5, 0.5, 0.9)])
+        engine.with_boxes("What?", [(0.5, 0.5, 0.5, 0.9)])
 
 
 def test_every_box_of_a_text_is_read_and_nothing_else():
     text = "A star [0.1,0.200, 0.300,0.4] and [0.5,0.5,0.4,0.9], [1,2,3] [0.9,0.9,1.7,1.000]."
-    np.testing.assert_allclose(answering.boxes_in(text), [[0.1, 0.2, 0.3, 0.4], [0.9, 0.9, 1.0, 1.0]])
-    assert answering.boxes_in("no box").shape == (0, 4)
+    np.testing.assert_allclose(engine.boxes_in(text), [[0.1, 0.2, 0.3, 0.4], [0.9, 0.9, 1.0, 1.0]])
+    assert engine.boxes_in("no box").shape == (0, 4)
 
 
 def test_boxes_are_answered_without_the_penalty_on_repetition_and_short_tasks_stop_early(model):
     answer = AnswerConfig(beams=3, repetition_penalty=1.5)
     region, image, vqa = (
-        answering.settings(answer, model.processor, *given)
+        engine.settings(answer, model.processor, *given)
         for given in (("region_level",), ("image_level",), ("image_level", "vqa"))
     )
     assert (region.repetition_penalty, image.repetition_penalty) == (1.0, 1.5)
@@ -210,7 +215,7 @@ def test_an_exported_folder_and_one_converted_back_answer_as_the_run_does(model,
     convert.convert(exported, tmp_path / "ours", "jax")
     convert.convert(tmp_path / "ours", tmp_path / "theirs", "torch")
     model.export(tmp_path / "saved", to="jax")
-    placed.save_orbax(exported, tmp_path / "orbax", sharding.make_mesh(MeshConfig(fsdp=8, data=1)))
+    orbax_folder.save_orbax(exported, tmp_path / "orbax", sharding.make_mesh(MeshConfig(fsdp=8, data=1)))
     wanted = texts(model.answer(some_pictures(4), PROMPTS, BOXES))
     for folder in (exported, *(tmp_path / name for name in ("ours", "theirs", "saved", "orbax"))):
         again = lionjax.load(folder)
@@ -285,7 +290,7 @@ def test_a_folder_without_a_model_is_refused_in_a_sentence(tmp_path):
         lionjax.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="holds no model"):
         lionjax.load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"class": "lionjax.config.Experiment"}))
+    (tmp_path / "config.json").write_text(json.dumps({"class": "lionjax.core.experiment.Experiment"}))
     (tmp_path / "lock").touch()
     with pytest.raises(UserError, match="has saved nothing yet"):
         lionjax.load(tmp_path)

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lionjax import params as trees
-from lionjax import sharding
-from lionjax.generate import GenerateConfig, generate
-from lionjax.interfaces import Batch
-from lionjax.language.decoder import DecoderConfig
-from lionjax.systems.nextchat import NextChat
-from lionjax.vision.sam import SamConfig
-from lionjax.vision.vit import ViTConfig
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.types import Batch
+from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.vision.sam_encoder import SamConfig
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.nextchat import NextChat
 
 IMAGE, TRIGGER, LOCATION, END = 40, 41, 42, 2
 TINY = NextChat(

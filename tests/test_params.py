@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lionjax import params as trees
-from lionjax.interfaces import UserError
+from lionjax.core import params as trees
+from lionjax.core.types import UserError
 
 
 def tree() -> dict:

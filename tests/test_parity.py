@@ -12,13 +12,13 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lionjax import convert
-from lionjax.bridges import qformer
-from lionjax.bridges.qformer import QFormer, QFormerConfig
-from lionjax.language import t5
-from lionjax.language.t5 import T5, T5Config
-from lionjax.vision import vit
-from lionjax.vision.vit import ViT, ViTConfig
-from lionjax.weight_rows import under
+from lionjax.core.weight_map import under
+from lionjax.models.connectors import qformer
+from lionjax.models.connectors.qformer import QFormer, QFormerConfig
+from lionjax.models.language import t5
+from lionjax.models.language.t5 import T5, T5Config
+from lionjax.models.vision import vit
+from lionjax.models.vision.vit import ViT, ViTConfig
 
 
 def numbers(module) -> dict[str, np.ndarray]:

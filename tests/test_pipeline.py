@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, UserError
 from lionjax.data import pipeline
-from lionjax.data.annotations import Lines
-from lionjax.data.examples import DataConfig, Records, changed, examples, open_records
-from lionjax.data.pictures import WHOLE
-from lionjax.data.processors import Processor, ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.data.tasks import Example, box_text
-from lionjax.interfaces import IMAGE_LEVEL, REGION_LEVEL, UserError
+from lionjax.data.config import DataConfig
+from lionjax.data.datasets.jsonl import Lines
+from lionjax.data.images import WHOLE
+from lionjax.data.mixture import Records, changed, examples, open_records
+from lionjax.data.processor import Processor, ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.data.scenes.tasks import Example, box_text
 
 SMALL = ProcessorConfig(image_size=32, prompt_length=96, question_length=64, target_length=48)
 DATA = DataConfig(sources=(Scenes(sizes=(40, 4, 6), pixels=32),), processor=SMALL, threads=0)

@@ -8,15 +8,15 @@ from flax import linen as nn
 from safetensors.numpy import load_file
 from test_backbones import CONFIG
 
-from lionjax import params as trees
-from lionjax.data import scenes
-from lionjax.data.processors import Processor, ProcessorConfig
-from lionjax.data.told import box_code, patch_facts
-from lionjax.heads import Locations, PlaceConfig
-from lionjax.training import place_backbone
-from lionjax.training.language_backbone import reader_of
-from lionjax.training.place_backbone import PlacesSchedule
-from lionjax.training.start import shipped
+from lionjax.core import params as trees
+from lionjax.data.processor import Processor, ProcessorConfig
+from lionjax.data.scenes import world
+from lionjax.models.heads.region import Locations, PlaceConfig
+from lionjax.tiny import boxes
+from lionjax.tiny.boxes import PlacesSchedule
+from lionjax.tiny.exercises import box_code, patch_facts
+from lionjax.tiny.language import reader_of
+from lionjax.training.init import shipped
 
 PLACES = PlaceConfig(trigger_token=19, location_token=20, location_hidden=16)
 
@@ -24,13 +24,13 @@ PLACES = PlaceConfig(trigger_token=19, location_token=20, location_hidden=16)
 @pytest.mark.slow
 def test_the_way_to_boxes_is_learned_and_the_t5_stays():
     model = reader_of(CONFIG.language, Processor(ProcessorConfig(56)))
-    fields, box = patch_facts(scenes.sample("train", 0), 4, 56)
+    fields, box = patch_facts(world.sample("train", 0), 4, 56)
     text = np.ones((1, 4), np.int32), np.ones((1, 4), bool)
     told = fields[None], box_code(box)[None], 0.0
     reader = nn.unbox(jax.jit(model.init)(jax.random.key(0), *told, *text, *text)["params"])
     before = jax.tree.map(np.copy, reader)
     schedule = PlacesSchedule(steps=40, batch=4, scenes=8, rate=1e-2)
-    params, word, figures = place_backbone.train_places(CONFIG, schedule, PLACES, reader)
+    params, word, figures = boxes.train_places(CONFIG, schedule, PLACES, reader)
     assert figures["loss"] > 0 and off(Locations(16, 16), params) < 0.4  # 0.55 where they say 0
     table = reader["language"]["embedding"]["table"]
     assert np.abs(np.asarray(table) - word).max(axis=1).min() > 0.01, "the word is none of the old"

@@ -9,13 +9,15 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from lionjax.data import pictures, places
-from lionjax.data.examples import DataConfig, Records
-from lionjax.data.processors import Input, Processor, ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.data.squares import Square
-from lionjax.data.tasks import box_text
-from lionjax.interfaces import UserError
+from lionjax.core.types import UserError
+from lionjax.data import boxes as places
+from lionjax.data import images
+from lionjax.data.config import DataConfig
+from lionjax.data.letterbox import Square
+from lionjax.data.mixture import Records
+from lionjax.data.processor import Input, Processor, ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.data.scenes.tasks import box_text
 
 BOX, OTHER = (0.1234567, 0.25, 0.5, 0.75), (0.0, 0.1, 0.3, 0.9)
 TEXT = f"A red star {box_text(BOX)}, a ring {box_text(OTHER)} and nothing else."
@@ -195,7 +197,7 @@ def test_gray_palette_cmyk_turned_and_very_thin_pictures_are_padded_and_their_bo
         outside[top : top + high, left : left + wide] = False
         assert outside.any() and not batch.sam_image_BHWC[0][outside].any()
         assert np.abs(batch.sam_image_BHWC[0][~outside]).min() > 0
-        upright = np.asarray(pictures.as_picture(path).resize((wide, high), Image.Resampling.BILINEAR))
+        upright = np.asarray(images.as_picture(path).resize((wide, high), Image.Resampling.BILINEAR))
         np.testing.assert_array_equal(row["sam"][top : top + high, left : left + wide], upright)
 
 
@@ -230,11 +232,11 @@ def test_one_task_of_a_mixture_may_write_its_boxes_otherwise_and_says_so():
 
 
 def test_the_tiny_nextchat_learns_and_compares_boxes_in_all_three_ways_in_one_run():
-    from lionjax import config
-    from lionjax.evaluation import benchmarks
+    from lionjax.core import config
+    from lionjax.evaluation import runner
 
     what = config.load(Path(__file__).parent.parent / "configs" / "tiny_nextchat.py")
-    assert {"rec", "digits_rec", "bins_rec"} <= set(map(benchmarks.label_of, benchmarks.names_of(what)))
+    assert {"rec", "digits_rec", "bins_rec"} <= set(map(runner.label_of, runner.names_of(what)))
     records = Records(dataclasses.replace(what.data, sources=(Scenes((40, 4, 4), pixels=56),)), "train")
     first, language = records.processor.codec.first_bin, what.system.language
     for name, pointed, written in (("rec", 1, 0), ("rec@digits", 0, 0), ("rec@bins", 0, 2)):

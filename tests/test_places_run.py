@@ -13,15 +13,17 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import lionjax
-from lionjax import answering, model, sharding
-from lionjax import params as trees
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.types import UserError
 from lionjax.data import pipeline
-from lionjax.data.places import box_text
-from lionjax.data.processors import Input, Processor
-from lionjax.evaluation import benchmarks, scoring
-from lionjax.evaluation.report import report
-from lionjax.interfaces import UserError
-from lionjax.scores import GenerateConfig
+from lionjax.data.boxes import box_text
+from lionjax.data.processor import Input, Processor
+from lionjax.evaluation import runner, tasks
+from lionjax.evaluation.report.html import report
+from lionjax.inference import engine
+from lionjax.inference.loading import of_params
+from lionjax.inference.sampling import GenerateConfig
 from lionjax.training import loop
 
 BOX, OTHER = (0.1, 0.2, 0.6, 0.7), (0.3, 0.0, 0.9, 0.5)
@@ -66,17 +68,17 @@ def test_boxes_then_masks_train_what_they_say_and_a_run_that_was_stopped_ends_th
 
 
 def first_parameters(what):
-    from lionjax.training import start
+    from lionjax.training import init
 
     mesh = sharding.make_mesh(what.mesh)
     example = next(pipeline.batches(what.data, what.stages[0], what.seed, 8))
-    return start.first_parameters(what, example, start.layout(what, example, mesh))
+    return init.first_parameters(what, example, init.layout(what, example, mesh))
 
 
 @pytest.mark.parametrize("name", small_places.SYSTEMS)
 def test_weights_of_a_run_go_to_torchs_names_and_back_to_the_same_bits(name, tmp_path):
     what = small_places.experiment(*small_places.SYSTEMS[name])
-    made = model.of_params(what, small_lion.params_of(what))
+    made = of_params(what, small_lion.params_of(what))
     made.export(tmp_path / "torch")
     again = lionjax.load(tmp_path / "torch")
     assert again.has_the_bits_of(made) and again.system == made.system
@@ -96,7 +98,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
     params, processor = small_places.talking(small_places.experiment(system, config, trainable)), Processor(config)
     batch = batch_of(processor)
     how = GenerateConfig(max_new_tokens=8, eos=processor.tokenizer.end_id, pad=0)
-    made = jax.device_get(answering.generate(system, params, batch, how))
+    made = jax.device_get(engine.generate(system, params, batch, how))
     count = (made.ids_BM[:, :-1] == small_places.TRIGGER).sum(1)
     assert count.sum() >= 1, "the model must say some places"
     np.testing.assert_array_equal(made.kept["count"], count)
@@ -182,12 +184,12 @@ def test_an_answer_has_its_boxes_and_masks_on_the_picture_in_its_own_size(pointi
 
 def test_answers_with_any_number_of_boxes_share_one_program(pointing):
     processor, picture = pointing.processor, np.full((40, 40, 3), 90, np.uint8)
-    how = answering.settings(pointing.experiment.answer, processor, "region_level")
+    how = engine.settings(pointing.experiment.answer, processor, "region_level")
     programs = []
     for boxes in ((BOX,), (BOX, OTHER), ()):
         row = processor.row_of(Input(picture, f"What? {''.join(map(box_text, boxes))}", boxes=boxes))
         pointing.answerer.say([row], how, least=(1, 64, 64), sizes=[(40, 40)])
-        programs.append((answering.generate._cache_size(), answering.segment._cache_size()))
+        programs.append((engine.generate._cache_size(), engine.segment._cache_size()))
     assert len(set(programs)) == 1
 
 
@@ -211,7 +213,7 @@ LIMIT = 4
 @pytest.mark.slow
 def test_places_are_asked_for_with_their_masks_and_the_page_draws_them(pointing, folder):
     names = ("rec", "rec@digits", "res", "grounded", "box_vqa")
-    entries = {name: benchmarks.evaluate_model(pointing, name, folder, LIMIT) for name in names}
+    entries = {name: runner.evaluate_model(pointing, name, folder, LIMIT) for name in names}
     figures = json.loads((folder / "report.json").read_text())["metrics"]
     wanted = {"rec_accuracy_50", "rec_accuracy_50_teacher_forced", "digits_rec_accuracy_50", "res_ciou", "res_giou"}
     assert wanted | {"phrase_recall_1", "phrase_recall_1_teacher_forced", "box_vqa_accuracy"} <= figures.keys()
@@ -225,7 +227,7 @@ def test_places_are_asked_for_with_their_masks_and_the_page_draws_them(pointing,
     assert len(rows) == LIMIT and all(row["truth_masks"][0]["size"] == [56, 56] for row in rows)
     for variant, field in (("metrics", "masks"), ("majority", "majority_masks")):
         masks = [next(iter(row.get(field, [])), None) for row in rows]
-        again = scoring.res([row["truth_masks"][0] for row in rows], masks).metrics
+        again = tasks.res([row["truth_masks"][0] for row in rows], masks).metrics
         assert entries["res"][variant] == pytest.approx(again)
     assert "Expression to mask, cumulative IoU" in report(folder).read_text()
     assert (folder / "answers_res.png").is_file()
@@ -233,23 +235,23 @@ def test_places_are_asked_for_with_their_masks_and_the_page_draws_them(pointing,
 
 def test_the_mask_of_an_answer_without_masks_is_its_box_and_none_where_it_has_several():
     truth = [{"size": [10, 20]}] * 3
-    filled = answering.Said("", np.array([[0.5, 0.0, 1.0, 0.5]]))
-    two = answering.Said("", np.zeros((2, 4)), np.ones((2, 10, 20), bool))
-    one = answering.Said("", np.zeros((1, 4)), np.ones((1, 10, 20), bool))
-    masks = benchmarks.masks_of([filled, two, one], truth)
+    filled = engine.Said("", np.array([[0.5, 0.0, 1.0, 0.5]]))
+    two = engine.Said("", np.zeros((2, 4)), np.ones((2, 10, 20), bool))
+    one = engine.Said("", np.zeros((1, 4)), np.ones((1, 10, 20), bool))
+    masks = runner.masks_of([filled, two, one], truth)
     mask_HW = coco.decode(masks[0])
     assert mask_HW.sum() == 50 and mask_HW[:5, 10:].all() and masks[1] is None and coco.area(masks[2]) == 200
 
 
 def test_phrases_are_found_by_their_words_and_each_counts_once():
-    from lionjax.data.tasks import Example
+    from lionjax.data.scenes.tasks import Example
 
     true = f"A red star {box_text(BOX)}, a ring {box_text(OTHER)} and a red star {box_text((0.7, 0.7, 0.9, 0.9))}."
     example = Example("grounded", "boxes", "?", true, (true,), "region_level")
-    assert [phrase for phrase, _ in scoring.phrases(true)] == ["a red star", "a ring", "a red star"]
+    assert [phrase for phrase, _ in tasks.phrases(true)] == ["a red star", "a ring", "a red star"]
     said = f"A ring {box_text(OTHER)} and a red star {box_text((0.7, 0.7, 0.9, 0.88))}."
-    assert scoring.grounded([example], [said]).metrics == {"phrase_recall_1": 1.0}
+    assert tasks.grounded([example], [said]).metrics == {"phrase_recall_1": 1.0}
     said = f"A red star {box_text(OTHER)} and a blue ring {box_text(OTHER)}."
-    scored = scoring.grounded([example], [said])
+    scored = tasks.grounded([example], [said])
     assert scored.metrics == {"phrase_recall_1": 0.0} and scored.details == {"mentioned": 0.5}
-    assert scoring.grounded([example], ["nothing"]).right == [0.0]
+    assert tasks.grounded([example], ["nothing"]).right == [0.0]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lionjax import plots
-from lionjax.plots import Mark
+from lionjax.evaluation.report import plots
+from lionjax.evaluation.report.plots import Mark
 
 GREY = np.full((40, 60, 3), 128, np.uint8)
 

@@ -13,14 +13,15 @@ import tiny_prefix as tiny
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from lionjax import convert, sharding
-from lionjax.answering import unlikely
-from lionjax.bridges import qformer
-from lionjax.bridges.qformer import QFormer, QFormerConfig
-from lionjax.generate import GenerateConfig, generate
-from lionjax.language.decoder import DecoderConfig
-from lionjax.systems.prefix import Prefix
-from lionjax.vision.vit import ViTConfig
+from lionjax import convert
+from lionjax.core import sharding
+from lionjax.inference.engine import unlikely
+from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.models.connectors import qformer
+from lionjax.models.connectors.qformer import QFormer, QFormerConfig
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.visual_prefix import Prefix
 
 NEW = 7
 
@@ -71,8 +72,8 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(pair):
 
 def gradients(model) -> dict[str, float]:
     """Norms of their gradients by the names that weights have in files; the bias of EVA's keys has one of nothing."""
-    from lionjax.convert.files import Tensors
-    from lionjax.convert.prefix import LLAVA_SPELLINGS
+    from lionjax.convert.formats.hf_vlm import LLAVA_SPELLINGS
+    from lionjax.convert.io.reader import Tensors
 
     named = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     if type(model).__name__.startswith("Llava"):

@@ -18,13 +18,14 @@ transformers = pytest.importorskip("transformers")
 from torch.func import functional_call
 from torch.nn.functional import conv2d, layer_norm, linear, scaled_dot_product_attention, silu
 
-from lionjax import convert, sharding
-from lionjax.bridges.latents import AbstractorConfig, ProjectionConfig
-from lionjax.generate import GenerateConfig, generate
-from lionjax.language import decoder
-from lionjax.language.decoder import DecoderConfig
-from lionjax.systems.prefix import MPLUG_OWL_7B, Prefix, PrefixModule
-from lionjax.vision.vit import ViTConfig
+from lionjax import convert
+from lionjax.core import sharding
+from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.models.connectors.perceiver import AbstractorConfig, ProjectionConfig
+from lionjax.models.language import decoder
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.visual_prefix import MPLUG_OWL_7B, Prefix, PrefixModule
 
 NEW = 5
 

@@ -12,23 +12,28 @@ import pytest
 import tiny_prefix as tiny
 
 import lionjax
-from lionjax import config, convert, sharding
-from lionjax import params as trees
-from lionjax.bridges.qformer import QFormerConfig
-from lionjax.config import Experiment, RunConfig, Stage
-from lionjax.convert.systems import of_config
+from lionjax import convert
+from lionjax.convert.formats.detect import of_config
+from lionjax.core import config, sharding
+from lionjax.core import params as trees
+from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.types import UserError
 from lionjax.data import pipeline
-from lionjax.data.examples import DataConfig
-from lionjax.data.processors import Input, Processor, ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.interfaces import UserError
-from lionjax.language.decoder import DecoderConfig
-from lionjax.language.t5 import T5Config
-from lionjax.model import Model, example
-from lionjax.scores import GenerateConfig
-from lionjax.systems.prefix import Prefix
-from lionjax.training import loop, start
-from lionjax.vision.vit import ViTConfig
+from lionjax.data.config import DataConfig
+from lionjax.data.processor import Input, Processor, ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.inference.loading import example
+from lionjax.inference.model import Model
+from lionjax.inference.sampling import GenerateConfig
+from lionjax.models.connectors.qformer import QFormerConfig
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.language.t5 import T5Config
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.training import loop
+from lionjax.training.init import first_parameters
+from lionjax.training.init import layout as init_layout
+from lionjax.training.validate import check_prompts, check_words
 
 BF16 = ml_dtypes.bfloat16
 SIDE, PATCH_TOKEN = 28, 21  # <im_patch> of the tiny tokenizer
@@ -148,8 +153,8 @@ def test_a_run_begins_with_parts_that_were_converted_by_themselves(tmp_path):
     weights = tuple((name, str(tmp_path / name / "params.safetensors")) for name in made)
     what = dataclasses.replace(experiment(wide), weights=weights)
     batch = example(Processor(what.data.processor))
-    layout = start.layout(what, batch, sharding.make_mesh(devices=jax.devices()[:1]))
-    parts = start.first_parameters(what, batch, layout)
+    layout = init_layout(what, batch, sharding.make_mesh(devices=jax.devices()[:1]))
+    parts = first_parameters(what, batch, layout)
     flat = trees.flatten(trees.merge(*parts))
     for name, leaves in made.items():
         for path, leaf in leaves.items():
@@ -166,9 +171,9 @@ def test_a_pictures_token_need_not_be_a_word_of_the_language_model():
     processor = Processor(dataclasses.replace(what.data.processor, image_token=token))
     batch = processor.batch([Input(pictures(1)[0], "What?")])
     assert (batch.prompt_BL == token).any()
-    start.check_words(what, batch)
+    check_words(what, batch)
     with pytest.raises(UserError, match=f"make the token {token}, but the language model has {token}"):
-        start.check_words(experiment(LLAVA), batch)
+        check_words(experiment(LLAVA), batch)
 
 
 def test_a_picture_of_llava_15_lies_in_a_square_of_the_mean_color():
@@ -236,21 +241,21 @@ FROZEN = Path(__file__).resolve().parent.parent / "configs" / "tiny_frozen.py"
 )
 def test_prompts_that_are_not_written_as_the_system_reads_them_are_refused(processor, said):
     experiment = config.load(FROZEN)
-    start.check_prompts(experiment)
+    check_prompts(experiment)
     written = dataclasses.replace(experiment.data.processor, **processor)
     data = dataclasses.replace(experiment.data, processor=written)
     with pytest.raises(UserError, match=said):
-        start.check_prompts(dataclasses.replace(experiment, data=data))
+        check_prompts(dataclasses.replace(experiment, data=data))
 
 
 def test_a_part_that_weights_name_must_exist_and_what_is_random_for_good_is_said(caplog):
     experiment = config.load(FROZEN)
     batch = example(Processor(experiment.data.processor))
-    layout = start.layout(experiment, batch, sharding.make_mesh(devices=jax.devices()[:1]))
+    layout = init_layout(experiment, batch, sharding.make_mesh(devices=jax.devices()[:1]))
     eyes, (_, words) = experiment.weights
     with pytest.raises(UserError, match="the part 'langage'; this system has language, projector, vision"):
-        start.first_parameters(dataclasses.replace(experiment, weights=(eyes, ("langage", words))), batch, layout)
-    start.first_parameters(experiment, batch, layout)
+        first_parameters(dataclasses.replace(experiment, weights=(eyes, ("langage", words))), batch, layout)
+    first_parameters(experiment, batch, layout)
     assert "random" not in caplog.text
-    start.first_parameters(dataclasses.replace(experiment, weights=(eyes,)), batch, layout)
+    first_parameters(dataclasses.replace(experiment, weights=(eyes,)), batch, layout)
     assert "weights of language are random and no stage trains them" in caplog.text

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lionjax import cli, convert, sharding, tagger
-from lionjax.convert.experts import RAM
-from lionjax.data import built_writer
-from lionjax.data.built import Built, dataset_folder
-from lionjax.data.coco import Coco
-from lionjax.data.pictures import MAX_PIXELS
-from lionjax.vision.ram import RamConfig
-from lionjax.vision.swin import SwinConfig
+from lionjax import cli, convert
+from lionjax.convert.formats.ram import RAM
+from lionjax.core import sharding
+from lionjax.data.datasets.array_record import Built, dataset_folder
+from lionjax.data.datasets.coco import Coco
+from lionjax.data.images import MAX_PIXELS
+from lionjax.data.prepare import array_record_writer
+from lionjax.inference import tagger
+from lionjax.models.vision.ram import RamConfig
+from lionjax.models.vision.swin import SwinConfig
 
 HERE = Path(__file__).resolve().parent
 COUNT, GROUP = 11, 3
@@ -28,8 +30,8 @@ TINY = RamConfig(SwinConfig(16, 4, 4, (2,), (1,), 2, 1.0), 5, 6, 6, 8, 2, 8)
 WORDS = ("abacus", "cat", "dog", "grass", "zoo")
 HALF = """
 import os, sys
-from lionjax.data import built_writer
-from lionjax.data.coco import Coco
+from lionjax.data.prepare import array_record_writer
+from lionjax.data.datasets.coco import Coco
 
 class Dies:  # at the third group
     def __call__(self):
@@ -41,9 +43,9 @@ class Dies:  # at the third group
             return [("first",)] * len(seen)
         return tag
 
-built_writer.AT_ONCE = 3
+array_record_writer.AT_ONCE = 3
 beam = ["--runner=DirectRunner"] if sys.argv[3] == "beam" else None
-built_writer.build(Coco(sys.argv[1], share=0), sys.argv[2], tag=Dies(), beam=beam)
+array_record_writer.build(Coco(sys.argv[1], share=0), sys.argv[2], tag=Dies(), beam=beam)
 """
 
 
@@ -59,7 +61,7 @@ def beam(request):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A COCO folder of small pictures, of which one is broken and one is missing."""
-    monkeypatch.setattr(built_writer, "AT_ONCE", GROUP)
+    monkeypatch.setattr(array_record_writer, "AT_ONCE", GROUP)
     rng, images = np.random.default_rng(0), tmp_path / "coco" / "images"
     images.mkdir(parents=True)
     for i in range(COUNT):
@@ -99,8 +101,8 @@ class Numbers:
 
 def test_the_same_records_come_out_with_beam_and_without_and_what_is_bad_is_listed(folder, tmp_path, beam):
     source = Coco(str(folder), share=0)
-    built_writer.build(source, tmp_path / "plain", tag=Numbers())
-    place = built_writer.build(source, tmp_path / "out", tag=Numbers(), beam=beam)
+    array_record_writer.build(source, tmp_path / "plain", tag=Numbers())
+    place = array_record_writer.build(source, tmp_path / "out", tag=Numbers(), beam=beam)
     assert records(tmp_path / "out") == records(tmp_path / "plain")
     names = [known.photo.name for _, known in records(place)]
     assert names == [f"{i:02d}.png" for i in range(COUNT) if i not in (4, 7)]
@@ -108,7 +110,7 @@ def test_the_same_records_come_out_with_beam_and_without_and_what_is_bad_is_list
         pixels = np.asarray(Image.open(folder / "images" / known.photo.name))
         assert known.photo.tags == (str(int(pixels.mean())),) and known.rows["caption"]
         assert image == (folder / "images" / known.photo.name).read_bytes()
-    listed = (place / built_writer.LEFT_OUT).read_text().splitlines()
+    listed = (place / array_record_writer.LEFT_OUT).read_text().splitlines()
     assert len(listed) == 2 and "04.png" in listed[0] and "07.png" in listed[1]
     assert not list((tmp_path / "out").glob("part.*"))
 
@@ -121,10 +123,10 @@ def test_a_killed_preparation_goes_on_and_tags_no_group_twice(folder, tmp_path, 
     with pytest.raises(Exception, match="no data set"):
         dataset_folder(tmp_path / "out")
 
-    place = built_writer.build(Coco(str(folder), share=0), tmp_path / "out", tag=Numbers(), beam=beam)
+    place = array_record_writer.build(Coco(str(folder), share=0), tmp_path / "out", tag=Numbers(), beam=beam)
     tags = [known.photo.tags for _, known in records(place)]
     assert tags.count(("first",)) in (4, 5, 6) and len(tags) == COUNT - 2
-    assert len((place / built_writer.LEFT_OUT).read_text().splitlines()) == 2
+    assert len((place / array_record_writer.LEFT_OUT).read_text().splitlines()) == 2
 
 
 def test_pictures_of_which_none_can_be_used_are_one_sentence(folder, tmp_path, beam, capsys):

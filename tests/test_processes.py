@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import toy
 
-from lionjax import sharding
-from lionjax.interfaces import UserError
-from lionjax.training import checkpoints, distributed
+from lionjax.core import sharding
+from lionjax.core.types import UserError
+from lionjax.training import checkpoint, distributed
 
 pytestmark = pytest.mark.slow
 
@@ -101,8 +101,8 @@ def wait_for_updates(workdir, number, processes):
 
 def stands_at(workdir):
     """The update at which the newest checkpoint, or beginning of a stage, was saved."""
-    begun = [stage * STEPS for stage in checkpoints.found_bases(workdir / "base")]
-    return max(begun + checkpoints.found_steps(workdir / "checkpoints"))
+    begun = [stage * STEPS for stage in checkpoint.found_bases(workdir / "base")]
+    return max(begun + checkpoint.found_steps(workdir / "checkpoints"))
 
 
 def losses(workdir):
@@ -132,10 +132,10 @@ def test_two_processes_train_as_one_does(alone, two):
 
 
 def test_a_whole_train_on_scenes_in_files_gives_one_process_s_losses_and_answers_with_two(tmp_path):
-    from lionjax.data import built_writer
-    from lionjax.data.sources import Scenes
+    from lionjax.data.prepare import array_record_writer
+    from lionjax.data.scenes.dataset import Scenes
 
-    folder = built_writer.build(Scenes((12, 4, 12), pixels=56), tmp_path / "scenes")
+    folder = array_record_writer.build(Scenes((12, 4, 12), pixels=56), tmp_path / "scenes")
     words = ("-m", "lionjax.cli", "train", str(HERE / "processes_pipeline.py"), "--workdir")
     found, answers = {}, {}
     for count in (1, 2):
@@ -177,7 +177,7 @@ def test_kill_9_of_any_one_ends_the_others_and_the_restart_differs_in_no_bit(tmp
         assert processes[whom].returncode == -signal.SIGKILL and processes[1 - whom].returncode not in (0, None)
         assert updates_in(tmp_path) < 2 * STEPS
     # And what was saved last is damaged: all put it aside and use the one before.
-    newest = tmp_path / "checkpoints" / str(checkpoints.found_steps(tmp_path / "checkpoints")[0])
+    newest = tmp_path / "checkpoints" / str(checkpoint.found_steps(tmp_path / "checkpoints")[0])
     for file in (newest / "trainable").rglob("d/*"):
         file.write_bytes(bytes(255 - byte for byte in file.read_bytes()))
     assert whole_run(tmp_path, 2) == two[1]

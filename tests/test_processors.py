@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lionjax.data import pictures, processors
-from lionjax.data.processors import Input, Processor, ProcessorConfig
-from lionjax.interfaces import IMAGE_LEVEL, REGION_LEVEL, UserError
+from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, UserError
+from lionjax.data import images
+from lionjax.data import processor as processors
+from lionjax.data.processor import Input, Processor, ProcessorConfig
 
 SMALL = ProcessorConfig(image_size=32, prompt_length=64, question_length=24, target_length=24)
 RED = np.full((20, 30, 3), (200, 10, 30), np.uint8)
@@ -77,7 +78,7 @@ def test_all_kinds_of_files_give_upright_rgb(tmp_path, noise):
         "lossless.webp": (noise, {"lossless": True}),
     }
     for name, (array, options) in files.items():
-        picture = pictures.open_picture(saved(tmp_path / name, array, **options))
+        picture = images.open_picture(saved(tmp_path / name, array, **options))
         assert picture.mode == "RGB" and picture.size == (61, 45)
         exact = np.stack([gray] * 3, -1) if array.ndim == 2 else noise
         tolerance = 6 if name.endswith("jpg") else 0
@@ -89,7 +90,7 @@ def test_palettes_and_cmyk_become_rgb_and_transparency_becomes_white(tmp_path):
     Image.fromarray(RED).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
     clear = Image.fromarray(np.dstack([RED, np.zeros((20, 30), np.uint8)]))
     clear.save(tmp_path / "clear.png")
-    means = {path.name: np.asarray(pictures.open_picture(path)).mean((0, 1)) for path in tmp_path.iterdir()}
+    means = {path.name: np.asarray(images.open_picture(path)).mean((0, 1)) for path in tmp_path.iterdir()}
     np.testing.assert_allclose(means["palette.png"], (200, 10, 30), atol=20)
     np.testing.assert_allclose(means["print.jpg"], (200, 10, 30), atol=12)
     np.testing.assert_array_equal(means["clear.png"], 255)
@@ -99,7 +100,7 @@ def test_a_picture_turned_by_its_exif_note_is_upright(tmp_path, noise):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
     path = saved(tmp_path / "turned.png", noise, exif=exif)
-    upright = np.asarray(pictures.open_picture(path))
+    upright = np.asarray(images.open_picture(path))
     np.testing.assert_array_equal(upright, np.rot90(noise, -1))
 
 
@@ -117,7 +118,7 @@ def test_a_huge_png_is_refused_by_its_header(tmp_path, side):
     path = tmp_path / "huge.png"
     path.write_bytes(header_only_png(side, side))
     with pytest.raises(UserError) as error:
-        pictures.open_picture(path)
+        images.open_picture(path)
     assert "huge.png" in sentence(error) and "64 million" in sentence(error)
 
 
@@ -132,7 +133,7 @@ def test_a_real_png_of_20000_by_20000_is_refused_without_decoding_it(tmp_path):
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
     tracemalloc.start()
     with pytest.raises(UserError, match=r"bomb\.png"):
-        pictures.open_picture(tmp_path / "bomb.png")
+        images.open_picture(tmp_path / "bomb.png")
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
 
@@ -150,7 +151,7 @@ def test_missing_damaged_and_foreign_files_are_one_sentence_that_names_the_file(
     bad = "cut.jpg text.jpg empty.png folder.png foreign.tiff really_a_bitmap.png flipped.png gone.png"
     for name in bad.split():
         with pytest.raises(UserError) as error:
-            pictures.open_picture(tmp_path / name)
+            images.open_picture(tmp_path / name)
         assert name in sentence(error)
 
 
@@ -162,7 +163,7 @@ def test_no_truncation_of_a_file_raises_anything_but_a_user_error(noise, cut):
         data = bytearray(file.getvalue()[: len(file.getvalue()) - 1 - cut])
         data[cut % len(data)] ^= 0x5A
         try:
-            pictures.open_picture(bytes(data), "damaged")
+            images.open_picture(bytes(data), "damaged")
         except UserError as error:
             assert "damaged" in str(error)
 
@@ -174,15 +175,15 @@ def test_a_path_that_leaves_its_folder_is_refused(tmp_path, name):
     saved(tmp_path / "secret.png", RED)
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(UserError) as error:
-        pictures.safe_path(root, name)
+        images.safe_path(root, name)
     sentence(error)
 
 
 def test_paths_inside_the_folder_are_followed(tmp_path):
     inside = saved(tmp_path / "inside.png", RED)
     (tmp_path / "link.png").symlink_to(inside)
-    assert pictures.safe_path(tmp_path, "link.png") == inside.resolve()
-    assert pictures.safe_path(tmp_path, str(inside)) == inside.resolve()
+    assert images.safe_path(tmp_path, "link.png") == inside.resolve()
+    assert images.safe_path(tmp_path, str(inside)) == inside.resolve()
 
 
 @pytest.mark.parametrize("array", [np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3))])
@@ -210,12 +211,12 @@ def test_an_array_that_is_no_picture_is_one_sentence(processor, array):
 )
 def test_a_box_outside_or_without_area_is_one_sentence(box):
     with pytest.raises(UserError) as error:
-        pictures.unit_box(box)
+        images.unit_box(box)
     assert "box" in sentence(error)
 
 
 def test_boxes_in_pixels_become_fractions_and_lose_the_hair_over_the_edge():
-    assert pictures.unit_box((10, 20, 50.4, 80), size=(50, 80), slack=1) == (0.2, 0.25, 1.0, 1.0)
+    assert images.unit_box((10, 20, 50.4, 80), size=(50, 80), slack=1) == (0.2, 0.25, 1.0, 1.0)
 
 
 def test_a_window_keeps_every_box_whole_and_boxes_move_with_the_pixels():
@@ -224,12 +225,12 @@ def test_a_window_keeps_every_box_whole_and_boxes_move_with_the_pixels():
     canvas[30:50, 20:60] = 255
     box, windows = (0.2, 0.3, 0.6, 0.5), set()
     for _ in range(30):
-        window = pictures.window_around([box], rng, (0.5, 1.0))
+        window = images.window_around([box], rng, (0.5, 1.0))
         windows.add(window)
         for mirrored in (False, True):
-            seen = pictures.resize(Image.fromarray(canvas), 64, window)
+            seen = images.resize(Image.fromarray(canvas), 64, window)
             seen = seen[:, ::-1] if mirrored else seen
-            x0, y0, x1, y1 = pictures.seen_from(box, window, mirrored)
+            x0, y0, x1, y1 = images.seen_from(box, window, mirrored)
             rows, columns = np.nonzero(seen[..., 0] > 127)
             edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 64
             np.testing.assert_allclose(edges, (x0, y0, x1, y1), atol=1 / 64)

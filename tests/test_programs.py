@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lionjax.scaling import programs
+from lionjax.planner import hlo_analysis
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
 
@@ -64,7 +64,7 @@ ENTRY %main (weights: bf16[6,64,32], gradient: f32[100]) -> f32[100] {
 
 @pytest.fixture(scope="module")
 def program():
-    return programs.read(TEXT)
+    return hlo_analysis.read(TEXT)
 
 
 def test_a_loops_body_runs_as_often_as_its_condition_says(program):
@@ -73,7 +73,7 @@ def test_a_loops_body_runs_as_often_as_its_condition_says(program):
 
 
 def test_an_exchange_that_is_spread_over_pieces_of_code_counts_once_a_turn(program):
-    found = {one.kind: one for one in programs.collectives(program, 8)}
+    found = {one.kind: one for one in hlo_analysis.collectives(program, 8)}
     gather, swap, mean = (found[kind] for kind in ("all-gather", "collective-permute", "all-reduce"))
     assert (gather.kind, gather.group, gather.runs) == ("all-gather", 4, 6)
     assert gather.largest == 64 * 128 * 2
@@ -82,7 +82,7 @@ def test_an_exchange_that_is_spread_over_pieces_of_code_counts_once_a_turn(progr
     assert mean.moved == 400 and mean.far  # a ring of two: 2 x 400 x 1/2, between devices 0 and 8
     assert swap.moved == 400 and not swap.far
     assert gather.far  # devices 0, 4, 8 and 12
-    assert not any(one.far for one in programs.collectives(program))  # of one slice
+    assert not any(one.far for one in hlo_analysis.collectives(program))  # of one slice
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_an_exchange_that_is_spread_over_pieces_of_code_counts_once_a_turn(progr
     ],
 )
 def test_the_members_of_a_group_are_read_however_they_are_written(rest, members):
-    assert programs.group(rest) == members
+    assert hlo_analysis.group(rest) == members
 
 
 def test_a_slice_of_a_stack_moves_as_much_as_the_slice(program):
@@ -110,7 +110,7 @@ def test_a_slice_of_a_stack_moves_as_much_as_the_slice(program):
     # Each turn: a piece is read by a number of four bytes, written, and read twice; one whole is written, the other
     # stays on the chip; two numbers are compared into one byte. At the end 100 floats are read and written twice.
     turn = (piece + 4 + piece) + piece + (piece + whole) + (4 + 4 + 1)
-    assert programs.memory_traffic(program) == 6 * turn + 2 * 2 * 400
+    assert hlo_analysis.memory_traffic(program) == 6 * turn + 2 * 2 * 400
 
 
 NESTED = """
@@ -149,7 +149,7 @@ def test_a_slice_that_is_cut_inside_a_product_moves_as_much_as_the_slice():
     """The weight of one layer is cut inside the fusion of its product, and the result put into a stack in place; what
     is given stands in another order than it is numbered in."""
     row, weight, out, number = 8 * 64 * 4, 64 * 32 * 4, 8 * 32 * 4, 4
-    assert programs.memory_traffic(programs.read(NESTED)) == row + number + weight + 2 * out
+    assert hlo_analysis.memory_traffic(hlo_analysis.read(NESTED)) == row + number + weight + 2 * out
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_a_slice_that_is_cut_inside_a_product_moves_as_much_as_the_slice():
     ],
 )
 def test_sizes_of_arrays_and_of_those_in_the_large_memory(shape, whole, outside):
-    assert programs.size_of(shape) == whole
-    assert programs.size_of(shape, outside=True) == outside
+    assert hlo_analysis.size_of(shape) == whole
+    assert hlo_analysis.size_of(shape, outside=True) == outside
 
 
 # Programs that are compiled here
@@ -184,8 +184,8 @@ def test_weights_that_are_split_are_gathered_once_a_layer_in_a_program_of_this_m
     mesh = Mesh(np.array(jax.devices()[:8]), "x")
     weights = shaped(mesh, (LAYERS, WIDTH, WIDTH), None, "x")
     rows = shaped(mesh, (ROWS, WIDTH), "x")
-    program = programs.read(jax.jit(layered).lower(weights, rows).compile().as_text())
-    gathers = [one for one in programs.collectives(program) if one.kind == "all-gather"]
+    program = hlo_analysis.read(jax.jit(layered).lower(weights, rows).compile().as_text())
+    gathers = [one for one in hlo_analysis.collectives(program) if one.kind == "all-gather"]
     assert sum(one.runs for one in gathers) == LAYERS
     assert {one.largest for one in gathers} == {WIDTH * WIDTH * 4}
     assert sum(one.moved for one in gathers) == LAYERS * WIDTH * WIDTH * 4 * 7 / 8
@@ -196,7 +196,7 @@ def test_products_count_every_turn_of_a_loop_and_what_is_computed_again():
     rows = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
 
     def count(function, *given):
-        return programs.products(jax.make_jaxpr(function)(*given).jaxpr)
+        return hlo_analysis.products(jax.make_jaxpr(function)(*given).jaxpr)
 
     once = 2 * LAYERS * ROWS * WIDTH * WIDTH
     assert count(layered, weights, rows) == once
@@ -219,10 +219,10 @@ def test_products_of_convolutions_and_of_loops_without_an_end():
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=layout)
 
-    assert programs.products(jax.make_jaxpr(convolve)(image, kernel).jaxpr) == 2 * 2 * 8 * 8 * 5 * 27
+    assert hlo_analysis.products(jax.make_jaxpr(convolve)(image, kernel).jaxpr) == 2 * 2 * 8 * 8 * 5 * 27
 
     def until(x):
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)
 
     jaxpr = jax.make_jaxpr(until)(jnp.eye(4)).jaxpr
-    assert programs.products(jaxpr, loop_turns=10) == 10 * 2 * 4**3
+    assert hlo_analysis.products(jaxpr, loop_turns=10) == 10 * 2 * 4**3

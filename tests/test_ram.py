@@ -10,16 +10,18 @@ import pytest
 from PIL import Image
 from test_weight_files import as_torch, assert_same
 
-from lionjax import convert, losses, tagger
-from lionjax import params as trees
-from lionjax.convert.experts import RAM
-from lionjax.convert.files import open_weights
-from lionjax.data.processors import Processor, ProcessorConfig
-from lionjax.interfaces import UserError
-from lionjax.tagger import TagList
-from lionjax.vision import ram
-from lionjax.vision.ram import Ram, RamConfig
-from lionjax.vision.swin import SwinConfig
+from lionjax import convert
+from lionjax.convert.formats.ram import RAM
+from lionjax.convert.io.reader import open_weights
+from lionjax.core import params as trees
+from lionjax.core.types import UserError
+from lionjax.data.processor import Processor, ProcessorConfig
+from lionjax.inference import tagger
+from lionjax.inference.tagger import TagList
+from lionjax.models.vision import ram
+from lionjax.models.vision.ram import Ram, RamConfig
+from lionjax.models.vision.swin import SwinConfig
+from lionjax.nn import losses
 
 TINY = RamConfig(SwinConfig(16, 4, 4, (2,), (1,), 2, 1.0), 5, 6, 6, 8, 2, 8)
 WORDS = ("abacus", "cat", "dog", "grass", "zoo")

@@ -7,10 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from lionjax import losses, sharding
-from lionjax import params as trees
-from lionjax.vision.ram import Ram, RamConfig
-from lionjax.vision.swin import SwinConfig
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.models.vision.ram import Ram, RamConfig
+from lionjax.models.vision.swin import SwinConfig
+from lionjax.nn import losses
 
 SIDE, CELL = 24, 12
 COLOURS = np.float32([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1]])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import toy
 
-from lionjax.config import RunConfig
-from lionjax.interfaces import UserError
-from lionjax.training import checkpoints, loop, refused
-from lionjax.training.journal import Entry
+from lionjax.core.experiment import RunConfig
+from lionjax.core.types import UserError
+from lionjax.training import bad_steps, checkpoint, loop
+from lionjax.training.run_log import Entry
 
 
 def experiment(steps=6, poison=5, **run):
@@ -23,7 +23,7 @@ def experiment(steps=6, poison=5, **run):
 
 def train(workdir, what, batches=toy.Batches):
     params, report = loop.train(what, workdir, batches)
-    return checkpoints.fingerprints(params), report["stages"][0]
+    return checkpoint.fingerprints(params), report["stages"][0]
 
 
 def stopped_at(number):
@@ -67,7 +67,7 @@ def test_a_skipped_update_changes_no_parameter(tmp_path):
             return 5
 
     what = experiment(3, on_bad_update="skip")
-    expected = checkpoints.read_record
+    expected = checkpoint.read_record
     train(tmp_path, what, Poisoned)
     first, last = (expected(tmp_path / "base" / name)["leaves"] for name in ("0_one", "1_final"))
     assert first == last
@@ -107,7 +107,7 @@ def test_spikes_are_told_by_the_losses_before_them_and_the_same_after_a_stop(tmp
     what = experiment(26, poison=-1, on_bad_update="skip", spike=0.5, bad_updates=100, save_every=5, log_every=7)
     expected, stage = train(tmp_path / "whole", what)
     assert 0 < stage["skipped"] < 10
-    assert all(line["step"] > refused.FEWEST and line["loss"] > 0 for line in refusals(tmp_path / "whole"))
+    assert all(line["step"] > bad_steps.FEWEST and line["loss"] > 0 for line in refusals(tmp_path / "whole"))
     with pytest.raises(SystemExit):
         train(tmp_path / "stopped", what, stopped_at(19))
     assert train(tmp_path / "stopped", what)[0] == expected
@@ -119,14 +119,14 @@ def test_a_spike_is_measured_by_the_updates_that_are_sure_to_be_known():
     entry = Entry("one", 0)
     for loss in losses[:18]:
         entry.add(loss, 1, 1)
-    at = refused.most(entry, run, 20)  # the nineteenth is on its way
+    at = bad_steps.most(entry, run, 20)  # the nineteenth is on its way
     assert at == np.float32(0.5 + 2 * 0.5)
     entry.add(1000.0, 1, 1)  # it came back, which must make no difference
-    assert refused.most(entry, run, 20) == at
-    assert refused.most(entry, run, 21) > at
-    assert refused.most(entry, RunConfig(), 21) == np.inf
+    assert bad_steps.most(entry, run, 20) == at
+    assert bad_steps.most(entry, run, 21) > at
+    assert bad_steps.most(entry, RunConfig(), 21) == np.inf
     short = Entry("one", 0)
     short.add(1.0, 1, 1)
-    assert refused.most(short, run, 3) == np.inf
+    assert bad_steps.most(short, run, 3) == np.inf
     entry.skip()
-    assert entry.recent[-1] is None and refused.most(entry, run, 22) == refused.most(entry, run, 21)
+    assert entry.recent[-1] is None and bad_steps.most(entry, run, 22) == bad_steps.most(entry, run, 21)

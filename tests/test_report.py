@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from lionjax import plots
-from lionjax.evaluation import report as report_of
-from lionjax.evaluation.report import report
-from lionjax.interfaces import UserError
+from lionjax.core.types import UserError
+from lionjax.evaluation.report import html as report_of
+from lionjax.evaluation.report import plots
+from lionjax.evaluation.report.html import report
 
 FIGURES = {
     "config": {"name": "toy <run>"},

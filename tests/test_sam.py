@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lionjax import convert
-from lionjax.vision import sam_masks
-from lionjax.vision.sam import SAM_VIT_B, SAM_VIT_H, SamConfig
-from lionjax.vision.sam_masks import Sam
+from lionjax.models.vision import sam_decoder
+from lionjax.models.vision.sam_decoder import Sam
+from lionjax.models.vision.sam_encoder import SAM_VIT_B, SAM_VIT_H, SamConfig
 
 SEED = random.SystemRandom().randrange(10**6)
 
@@ -78,7 +78,7 @@ def twins():
             weight += (0.4 if name.startswith("mask_decoder") else 0.3) * torch.randn_like(weight)
             weight *= 0.1 if "positional_embedding" in name else 1
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    return theirs, convert.params_from(sam_masks.hugging_face_rows(c), state), state
+    return theirs, convert.params_from(sam_decoder.hugging_face_rows(c), state), state
 
 
 def prompts() -> dict[str, dict[str, np.ndarray]]:
@@ -169,10 +169,10 @@ def test_places_that_nobody_asks_about_are_left_out_and_the_others_are_as_if_all
 
 def test_weights_go_back_under_both_sorts_of_names(twins):
     _, params, state = twins
-    back = convert.state_from(sam_masks.hugging_face_rows(TINY), params)
+    back = convert.state_from(sam_decoder.hugging_face_rows(TINY), params)
     assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
-    original = convert.state_from(sam_masks.torch_rows(TINY), params)
-    again = convert.params_from(sam_masks.torch_rows(TINY), original)
+    original = convert.state_from(sam_decoder.torch_rows(TINY), params)
+    again = convert.params_from(sam_decoder.torch_rows(TINY), original)
     assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
     for layer in range(TINY.depth):
         side = TINY.grid if layer in TINY.global_layers else TINY.window
@@ -188,8 +188,8 @@ def test_the_released_sizes_repeat_in_periods_of_one_global_layer():
 
 
 def test_full_size_sam_has_the_released_number_of_parameters():
-    from lionjax import params as trees
-    from lionjax import sharding
+    from lionjax.core import params as trees
+    from lionjax.core import sharding
 
     image, box = np.zeros((1, 1024, 1024, 3), np.float32), np.zeros((1, 1, 4), np.float32)
     mask = np.zeros((1, 256, 256), np.float32)
@@ -210,7 +210,7 @@ def test_masks_come_back_to_the_picture_as_interpolation_in_torch_brings_them():
     whole = interpolate(torch.from_numpy(logits)[None], (64, 64), mode="bilinear", align_corners=False)
     cut = whole[..., top : top + high, left : left + wide]
     wanted = interpolate(cut, size, mode="bilinear", align_corners=False)[0].numpy()
-    made = sam_masks.to_picture(logits, 64, (top, left, high, wide), size)
+    made = sam_decoder.to_picture(logits, 64, (top, left, high, wide), size)
     np.testing.assert_allclose(made, wanted, atol=1e-5)
     enlarged = interpolate(torch.from_numpy(logits)[None], (64, 64), mode="bilinear", align_corners=False)[0]
-    np.testing.assert_allclose(sam_masks.enlarge(logits, 64), enlarged, atol=1e-5)
+    np.testing.assert_allclose(sam_decoder.enlarge(logits, 64), enlarged, atol=1e-5)

@@ -17,20 +17,22 @@ import pytest
 import small_lion
 import small_places
 
-from lionjax import cli, losses, scaling, sharding
-from lionjax import params as trees
-from lionjax.adapters import AdapterConfig
-from lionjax.config import Experiment, Stage
+from lionjax import cli, planner
+from lionjax.cli import plan as plan_command
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.experiment import Experiment, Stage
+from lionjax.core.sharding import MeshConfig
+from lionjax.core.types import UserError
 from lionjax.data import pipeline
-from lionjax.data.examples import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.interfaces import UserError
-from lionjax.language.decoder import Decoder, DecoderConfig
-from lionjax.scaling import apart, libtpu, programs, search, topologies
-from lionjax.scaling import command as plan_command
-from lionjax.scaling import compiled as scaling_compiled
-from lionjax.sharding import MeshConfig
-from lionjax.training import start
+from lionjax.data.config import DataConfig
+from lionjax.data.processor import ProcessorConfig
+from lionjax.models.language.decoder import Decoder, DecoderConfig
+from lionjax.nn import losses
+from lionjax.nn.adapters import AdapterConfig
+from lionjax.planner import compile_cache as scaling_compiled
+from lionjax.planner import hlo_analysis, libtpu, mesh_search, topologies, worker
+from lionjax.training.init import layout as init_layout
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 compiles = pytest.mark.skipif(not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed")
@@ -111,10 +113,10 @@ def test_a_mesh_that_is_none_gets_a_sentence(words):
 
 def test_the_stage_that_trains_most_is_planned_where_none_is_named():
     what = small_lion.experiment()
-    assert scaling.stage_number(what, None) == 2
-    assert scaling.stage_number(what, "1") == scaling.stage_number(what, "first") == 0
+    assert planner.stage_number(what, None) == 2
+    assert planner.stage_number(what, "1") == planner.stage_number(what, "first") == 0
     with pytest.raises(UserError, match="there are first, second, third"):
-        scaling.stage_number(what, "4")
+        planner.stage_number(what, "4")
 
 
 # What is compiled
@@ -131,22 +133,22 @@ def test_a_plan_is_made_for_batches_as_the_pipeline_makes_them(name):
         stream = pipeline.batches(what.data, stage, 0, stage.batch_size, 0, 1)
         batch = next(stream)
         stream.close()
-        assert shapes(scaling.blank(what, stage, stage.batch_size)) == shapes(batch)
+        assert shapes(planner.blank(what, stage, stage.batch_size)) == shapes(batch)
 
 
 def test_a_batch_that_the_configs_mesh_does_not_split_gets_the_nearest_mesh_that_does():
     what, pod = small_lion.experiment(), topologies.parse("v5e-16")
     what = dataclasses.replace(what, mesh=MeshConfig(1, -1, 1))
     wide = dataclasses.replace(what.stages[0], batch_size=32)
-    assert scaling.mesh_for(what, wide, pod) == (MeshConfig(1, -1, 1), "")
-    mesh, why = scaling.mesh_for(what, what.stages[0], pod)  # of 8
+    assert planner.mesh_for(what, wide, pod) == (MeshConfig(1, -1, 1), "")
+    mesh, why = planner.mesh_for(what, what.stages[0], pod)  # of 8
     assert mesh == MeshConfig(1, 8, 2) and "--mesh.fsdp 8 --mesh.tensor 2" in why
-    mesh, _ = scaling.mesh_for(what, wide, topologies.parse("v5e-16", 4))
+    mesh, _ = planner.mesh_for(what, wide, topologies.parse("v5e-16", 4))
     assert mesh == MeshConfig(1, 8, 2, 4)
 
 
 def test_a_policy_of_remembering_reaches_every_part():
-    system = scaling.with_remat(small_lion.SYSTEM, "full")
+    system = planner.with_remat(small_lion.SYSTEM, "full")
     assert system.vision.remat == system.language.remat == "full"
     assert small_lion.SYSTEM.vision.remat == "none"
 
@@ -200,12 +202,12 @@ def exchanges(name: str, mesh: MeshConfig, what: Experiment, slices: int = 1):
     """(the exchanges of an update, trained, frozen parameters as shapes) on a slice."""
     pod = topologies.parse(name, slices)
     grid = sharding.make_mesh(mesh, topologies.devices(pod))
-    layout = start.layout(what, scaling.blank(what), grid)
-    work = scaling.training(what, 0, layout)
+    layout = init_layout(what, planner.blank(what), grid)
+    work = planner.training(what, 0, layout)
     compiled = work.function.lower(*work.arguments).compile()
-    program = programs.read(compiled.as_text())
+    program = hlo_analysis.read(compiled.as_text())
     state, frozen, _ = work.arguments
-    found = programs.collectives(program, pod.devices // slices if slices > 1 else 0)
+    found = hlo_analysis.collectives(program, pod.devices // slices if slices > 1 else 0)
     return found, trees.flatten(state.trainable), trees.flatten(frozen)
 
 
@@ -274,7 +276,7 @@ def test_what_does_not_fit_is_a_plan_that_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     wide = dataclasses.replace(SPEAKER, width=4096, heads=32, kv_heads=32, head=128, hidden=16384, vocab=2**18)
     what = speaking(8, Speaker(wide), ("language",))
-    made = scaling.plan(what, topologies.parse("v5e-1"), 0)
+    made = planner.plan(what, topologies.parse("v5e-1"), 0)
     assert not made.fits and made.step_seconds == 0
     assert made.peak_gib is None or made.peak_gib > made.hbm_gib
     assert "DOES NOT FIT" in plan_command.text(made)
@@ -285,8 +287,8 @@ def test_what_does_not_fit_is_a_plan_that_says_so(tmp_path, monkeypatch):
 def test_a_plan_counts_what_is_trained_predicts_and_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     what, pod = speaking(), topologies.parse("v5e-4")
-    made = scaling.plan(what, pod, 0)
-    whole = trees.flatten(start.layout(what, scaling.blank(what), sharding.make_mesh()).never)
+    made = planner.plan(what, pod, 0)
+    whole = trees.flatten(init_layout(what, planner.blank(what), sharding.make_mesh()).never)
     assert made.fits and made.frozen == sum(int(np.prod(leaf.shape)) for leaf in whole.values())
     assert made.trained == LAYERS * (2 * (2 * WIDTH * 8 + 8 + WIDTH + 1) + 2 * 2 * WIDTH)
     assert made.mesh == (1, 1, 4, 1) and 0 < made.peak_gib < 1
@@ -300,7 +302,7 @@ def test_a_plan_counts_what_is_trained_predicts_and_is_remembered(tmp_path, monk
         raise AssertionError("compiled again")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", never)
-    assert scaling.plan(what, pod, 0) == made
+    assert planner.plan(what, pod, 0) == made
     words = plan_command.text(made)
     assert "prediction" in words and "fits" in words and f"{made.trained:,} trained" in words
     assert json.loads(json.dumps(plan_command.as_json(made)))["dominates"] == made.dominates
@@ -311,7 +313,7 @@ def test_a_plan_counts_what_is_trained_predicts_and_is_remembered(tmp_path, monk
 def test_generation_is_planned_too(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     what = small_lion.experiment()
-    made = scaling.plan(what, topologies.parse("v5e-4"), 2, MeshConfig(2, 1, 2), generation=True)
+    made = planner.plan(what, topologies.parse("v5e-4"), 2, MeshConfig(2, 1, 2), generation=True)
     assert made.what == "generation" and made.fits and made.trained == 0
     assert made.rows == 32 and made.flops > 0
 
@@ -322,7 +324,7 @@ def faked(seconds):
     def plan(experiment, topology, number, mesh, remat, quick):
         rows = experiment.stages[number].batch_size
         took = seconds(mesh, remat, rows)
-        return scaling.Plan(
+        return planner.Plan(
             config="a",
             what="b",
             topology="c",
@@ -352,7 +354,7 @@ def test_a_search_goes_on_from_the_best_and_ranks_what_fits():
             return None
         return rows**0.9 * (2 if remat == "full" else 1) * (1 + abs(mesh.tensor - 2))
 
-    found = list(search.search(speaking(32), topologies.parse("v5e-16"), 0, make=faked(seconds)))
+    found = list(mesh_search.search(speaking(32), topologies.parse("v5e-16"), 0, make=faked(seconds)))
     found.sort(key=lambda one: (one.fits, one.speed), reverse=True)
     best = found[0]
     assert best.mesh == (1, 1, 8, 2) and best.rows == 64 and best.remat in ("dots", "as the config says")
@@ -363,7 +365,7 @@ def test_a_search_goes_on_from_the_best_and_ranks_what_fits():
 
 def test_a_search_ends_where_nothing_fits():
     make = faked(lambda *_: None)
-    found = list(search.search(speaking(32), topologies.parse("v5e-16"), 0, make=make))
+    found = list(mesh_search.search(speaking(32), topologies.parse("v5e-16"), 0, make=make))
     assert found and not any(one.fits for one in found)
 
 
@@ -387,7 +389,7 @@ def test_every_full_size_config_is_planned_for_four_slices():
 def breaking(monkeypatch, tmp_path):
     """The command, with a compiler that ends its process for some meshes."""
     monkeypatch.setattr(topologies, "check", lambda: None)
-    monkeypatch.setattr(apart.Apart.__init__, "__defaults__", (breaking_plans.work,))
+    monkeypatch.setattr(worker.Apart.__init__, "__defaults__", (breaking_plans.work,))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
@@ -420,8 +422,8 @@ def test_what_else_goes_wrong_in_the_other_process_is_said_here(breaking, capsys
 
 
 def test_a_compiler_that_was_killed_most_likely_lacked_memory():
-    assert "memory ran out" in apart.last_words(-signal.SIGKILL, Path("a.log"))
-    assert "(code 134), and left its last words in a.log" in apart.last_words(134, Path("a.log"))
+    assert "memory ran out" in worker.last_words(-signal.SIGKILL, Path("a.log"))
+    assert "(code 134), and left its last words in a.log" in worker.last_words(134, Path("a.log"))
 
 
 def test_the_compilers_threads_get_a_deeper_stack_unless_one_is_given(monkeypatch):

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lionjax.data import drawing, scenes
-from lionjax.data.scene_source import SceneSource
-from lionjax.data.scenes import Scene, World, sample
-from lionjax.interfaces import UserError
+from lionjax.core.types import UserError
+from lionjax.data.scenes import render
+from lionjax.data.scenes import world as scenes
+from lionjax.data.scenes.source import SceneSource
+from lionjax.data.scenes.world import Scene, World, sample
 
 # The digest of nine scenes. It may only change together with everything trained on the old ones.
 GOLDEN_TRUTH = "837ae17972aa50de429fd49f2e3dc856ba6ac8faad56b6ad402559c9162ce7cc"
@@ -48,7 +49,7 @@ def test_boxes_are_tight_around_what_is_seen():
             seen = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / scenes.TRUTH_PIXELS
             np.testing.assert_array_equal(thing.box, seen)
         for thing, mask in zip(scene.things, scene.masks(64)):
-            assert np.abs(np.subtract(drawing.tight_box(mask), thing.box)).max() <= 1.5 / 64
+            assert np.abs(np.subtract(render.tight_box(mask), thing.box)).max() <= 1.5 / 64
 
 
 def test_masks_never_overlap_and_the_picture_changes_only_where_they_lie():
@@ -71,7 +72,7 @@ def test_every_thing_keeps_the_promised_share_in_view():
     for scene, least in [(s, World().min_visible) for s in SOME] + [(s, 0.75) for s in crowded]:
         seen = scene.masks(scenes.TRUTH_PIXELS).sum((1, 2))
         for thing, area in zip(scene.things, seen):
-            _, whole = drawing.silhouette(thing, scenes.TRUTH_PIXELS)
+            _, whole = render.silhouette(thing, scenes.TRUTH_PIXELS)
             assert area >= least * whole.sum()
             assert abs(area / whole.sum() - thing.visible) < 1e-3
             x0, y0, x1, y1 = thing.box
@@ -84,7 +85,7 @@ def test_covers_names_exactly_the_things_that_are_clearly_hidden_by_one():
     for scene in SOME:
         masks = scene.masks(pixels)
         for j, thing in enumerate(scene.things):
-            place, inside = drawing.silhouette(thing, pixels)
+            place, inside = render.silhouette(thing, pixels)
             hidden = [masks[k][place][inside].mean() for k in range(len(scene.things))]
             for k in set(range(len(scene.things))) - {j}:
                 assert (j in scene.things[k].covers) == (hidden[k] > scenes.CLEARLY_HIDDEN)
@@ -98,7 +99,7 @@ def test_things_of_one_color_never_overlap():
             alike = [thing for thing in scene.things if thing.color == color]
             total = np.zeros((128, 128), int)
             for thing in alike:
-                place, inside = drawing.silhouette(thing, 128)
+                place, inside = render.silhouette(thing, 128)
                 total[place] += inside
             assert total.max() == 1
 
@@ -145,7 +146,7 @@ def test_plain_things_show_their_own_color():
         for thing, mask in zip(scene.things, masks):
             if thing.texture == "plain":
                 middle = np.median(image[mask], axis=0)
-                nearest = min(scenes.COLORS, key=lambda c: np.abs(drawing.RGB[c] - middle).sum())
+                nearest = min(scenes.COLORS, key=lambda c: np.abs(render.RGB[c] - middle).sum())
                 assert nearest == thing.color
 
 
@@ -185,8 +186,8 @@ def test_a_world_too_full_to_fill_says_so_and_stops(monkeypatch):
 
 BUILD = """
 import json, sys
-from lionjax.data.scene_builder import BuiltScenes, build
-from lionjax.data.scene_source import SceneSource
+from lionjax.data.scenes.tfds_builder import BuiltScenes, build
+from lionjax.data.scenes.source import SceneSource
 folder = build(sys.argv[1], sizes=(6, 3, 4), pixels=32, seed=7)
 written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 again = build(sys.argv[1], sizes=(6, 3, 4), pixels=32, seed=7)
@@ -211,18 +212,18 @@ def test_records_on_disk_equal_those_made_on_the_fly_and_need_no_tensorflow(tmp_
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_whole(tmp_path):
-    from lionjax.data import scene_builder
+    from lionjax.data.scenes import tfds_builder
 
     class Broken(SceneSource):
         def __getitem__(self, index):
             raise OSError("disk full")
 
-    good = scene_builder.SceneSource
-    scene_builder.SceneSource = Broken
+    good = tfds_builder.SceneSource
+    tfds_builder.SceneSource = Broken
     try:
         with pytest.raises(Exception):  # noqa: B017 - TFDS wraps errors as it likes
-            scene_builder.build(tmp_path, sizes=(2, 1, 1), pixels=32)
+            tfds_builder.build(tmp_path, sizes=(2, 1, 1), pixels=32)
     finally:
-        scene_builder.SceneSource = good
-    folder = scene_builder.build(tmp_path, sizes=(2, 1, 1), pixels=32)
-    assert len(scene_builder.BuiltScenes(folder, "train")) == 2
+        tfds_builder.SceneSource = good
+    folder = tfds_builder.build(tmp_path, sizes=(2, 1, 1), pixels=32)
+    assert len(tfds_builder.BuiltScenes(folder, "train")) == 2

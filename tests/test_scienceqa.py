@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lionjax.core.types import UserError
 from lionjax.data import pipeline
-from lionjax.data.examples import DataConfig
-from lionjax.data.processors import ProcessorConfig
-from lionjax.data.scienceqa import ScienceQa, answer_of, question_of
-from lionjax.evaluation import benchmarks
-from lionjax.evaluation.answers import read_letter
-from lionjax.evaluation.scoring import SCORERS
-from lionjax.interfaces import UserError
+from lionjax.data.config import DataConfig
+from lionjax.data.datasets.scienceqa import ScienceQa, answer_of, question_of
+from lionjax.data.processor import ProcessorConfig
+from lionjax.evaluation import runner
+from lionjax.evaluation.metrics.vqa import read_letter
+from lionjax.evaluation.tasks import SCORERS
 
 PLANT = {
     "question": "Which one is alive?",
@@ -72,7 +72,7 @@ def test_questions_with_and_without_a_picture_are_read_counted_apart_and_shown_w
     samples = sorted(pipeline.examples(data, "choice", "heldout"), key=lambda sample: sample.example.kind)
     assert [sample.example.kind for sample in samples] == ["image", "text"]
     processor = pipeline.open_records(data, "heldout").processor
-    rows = [row[False] for _, row in benchmarks.prepared(processor, data, samples, False, "choice")]
+    rows = [row[False] for _, row in runner.prepared(processor, data, samples, False, "choice")]
     assert [(row["prompt"] == 21).any() for row in rows] == [True, False]
     assert np.ptp(rows[1]["pixels"]) == 0
     scored = SCORERS["choice"]([sample.example for sample in samples], ["The answer is A.", "who knows"])

@@ -12,8 +12,8 @@ from test_generate import TINY, words
 from toy_system import PROMPTS, VOCAB, Toy, batch_of, logits_in_numpy, random_params
 
 from benchmarks.text_t5 import random_prompts, text_batch, twins
-from lionjax.generate import GenerateConfig, generate
-from lionjax.search import beam_search
+from lionjax.inference.beam_search import beam_search
+from lionjax.inference.generate import GenerateConfig, generate
 
 searched = jax.jit(beam_search, static_argnames=("system", "config"))
 

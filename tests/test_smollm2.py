@@ -8,8 +8,8 @@ import pytest
 from benchmarks import text_decoder
 from benchmarks.text_decoder import TextDecoder
 from benchmarks.text_t5 import text_batch
-from lionjax.generate import GenerateConfig, generate
-from lionjax.language.decoder import SMOLLM2_135M, Decoder
+from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.models.language.decoder import SMOLLM2_135M, Decoder
 
 QUESTIONS = ("What is the capital of France?", "Name three things that are red, and say where one finds each of them.")
 NEW = 16

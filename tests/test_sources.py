@@ -10,16 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lionjax.data import annotations, inspection, sources, table
-from lionjax.data.annotations import Lines, RefCoco, Vqa
-from lionjax.data.built import Built
-from lionjax.data.coco import Coco
-from lionjax.data.examples import DataConfig, Records, examples
-from lionjax.data.pictures import MAX_PIXELS
-from lionjax.data.processors import ProcessorConfig
-from lionjax.data.sources import EasyVqa, Scenes, open_split
-from lionjax.data.squares import Square
-from lionjax.interfaces import UserError
+from lionjax.core.types import UserError
+from lionjax.data.config import DataConfig
+from lionjax.data.datasets import annotated_images, annotation_files, detect
+from lionjax.data.datasets import source as sources
+from lionjax.data.datasets.array_record import Built
+from lionjax.data.datasets.coco import Coco
+from lionjax.data.datasets.easy_vqa import EasyVqa
+from lionjax.data.datasets.jsonl import Lines
+from lionjax.data.datasets.refcoco import RefCoco
+from lionjax.data.datasets.source import open_split
+from lionjax.data.datasets.vqa import Vqa
+from lionjax.data.images import MAX_PIXELS
+from lionjax.data.letterbox import Square
+from lionjax.data.mixture import Records, examples
+from lionjax.data.processor import ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
 
 DATA = Path(os.environ.get("LIONJAX_DATA", Path(__file__).parent / "data"))
 needs_data = pytest.mark.skipif(not (DATA / "coco83").is_dir(), reason="no photographs in $LIONJAX_DATA")
@@ -137,8 +143,8 @@ def test_splits_share_no_picture_and_stay_when_pictures_are_added(folder):
         for opened in [source.open(split, MAX_PIXELS)]
     }
     assert sum(map(len, names.values())) == 12 and len(set.union(*names.values())) == 12
-    assert all(annotations.in_split(int(n[:4]), split, 0.3) for split in names for n in names[split])
-    shares = [annotations.in_split(key, "heldout", 0.3) for key in range(2000)]
+    assert all(annotation_files.in_split(int(n[:4]), split, 0.3) for split in names for n in names[split])
+    shares = [annotation_files.in_split(key, "heldout", 0.3) for key in range(2000)]
     assert 0.26 < np.mean(shares) < 0.34
 
 
@@ -265,28 +271,28 @@ def test_a_record_without_a_question_for_a_task_without_wordings_is_one_sentence
 
 def test_noisy_tags_miss_and_invent_and_are_the_same_every_time():
     vocabulary = tuple(f"tag{i:02d}" for i in range(40))
-    photos = [table.Photo(f"{i}.jpg", tags=vocabulary[i % 30 : i % 30 + 8]) for i in range(300)]
-    said = [table.noisy(photo, vocabulary, 0.2) for photo in photos]
+    photos = [annotated_images.Photo(f"{i}.jpg", tags=vocabulary[i % 30 : i % 30 + 8]) for i in range(300)]
+    said = [annotated_images.noisy(photo, vocabulary, 0.2) for photo in photos]
     kept = np.mean([len(set(tags) & set(p.tags)) / 8 for tags, p in zip(said, photos)])
     wrong = np.mean([len(set(tags) - set(p.tags)) / 8 for tags, p in zip(said, photos)])
     assert 0.76 < kept < 0.84 and 0.03 < wrong < 0.07
-    assert said == [table.noisy(photo, vocabulary, 0.2) for photo in photos]
-    assert all(table.noisy(photo, vocabulary, 0.0) == photo.tags for photo in photos)
+    assert said == [annotated_images.noisy(photo, vocabulary, 0.2) for photo in photos]
+    assert all(annotated_images.noisy(photo, vocabulary, 0.0) == photo.tags for photo in photos)
 
 
 # ---------------------------------------------------------------------- scenes and easy-VQA
 
 
 def test_scenes_drawn_and_scenes_read_from_files_are_the_same_examples(tmp_path):
-    from lionjax.data import built_writer
+    from lionjax.data.prepare import array_record_writer
 
     drawn = Scenes(sizes=(6, 2, 4), pixels=48)
-    written = Scenes(sizes=(6, 2, 4), pixels=48, folder=str(built_writer.build(drawn, tmp_path)))
+    written = Scenes(sizes=(6, 2, 4), pixels=48, folder=str(array_record_writer.build(drawn, tmp_path)))
     for task in ("vqa", "rec", "caption"):
         pairs = zip(all_of(drawn, task, "heldout"), all_of(written, task, "heldout"), strict=True)
         for one, other in pairs:
             assert one.example == other.example and one.name == other.name
-            picture = np.asarray(inspection.as_picture(other.picture))
+            picture = np.asarray(detect.as_picture(other.picture))
             np.testing.assert_array_equal(one.picture, picture)
     res = all_of(drawn, "res", "heldout")[0]
     assert res.masks().shape == (1, 48, 48) and res.masks().any()
@@ -338,12 +344,12 @@ def test_an_unknown_split_and_an_empty_one_are_one_sentence(folder):
 
 
 def test_a_built_folder_gives_the_same_examples_as_its_source(folder, tmp_path):
-    from lionjax.data import built_writer
+    from lionjax.data.prepare import array_record_writer
 
     source = Coco(str(folder), share=0.2, name="pets")
-    place = built_writer.build(source, tmp_path / "out")
+    place = array_record_writer.build(source, tmp_path / "out")
     built = Built(str(tmp_path / "out"), name="pets")
-    assert inspection.recognise(str(tmp_path / "out")) == Built(str(place))
+    assert detect.recognise(str(tmp_path / "out")) == Built(str(place))
     for task in open_split(source, "train", MAX_PIXELS).sizes:
         for one, other in zip(all_of(source, task), all_of(built, task), strict=True):
             assert (one.example.question, one.example.answers) == (other.example.question, other.example.answers)
@@ -354,12 +360,12 @@ def test_a_built_folder_gives_the_same_examples_as_its_source(folder, tmp_path):
 
 
 def test_building_leaves_out_what_training_would_refuse(folder, tmp_path, caplog):
-    from lionjax.data import built_writer
+    from lionjax.data.prepare import array_record_writer
 
     (folder / "images" / "0003.png").write_bytes(b"broken")
     (folder / "images" / "0004.png").unlink()
     edit(folder / "instances.json", lambda t: t["annotations"][0].update(bbox=[10, 5, 60, 10]))
-    built_writer.build(Coco(str(folder), share=0), tmp_path / "out")
+    array_record_writer.build(Coco(str(folder), share=0), tmp_path / "out")
     opened = Built(str(tmp_path / "out")).open("heldout", MAX_PIXELS)  # undivided: every split is all
     assert len(opened) == 10 and opened.sizes["caption"] == 10
     assert "0003.png" in caplog.text and "0004.png" in caplog.text and "leaves the picture" in caplog.text
@@ -368,9 +374,9 @@ def test_building_leaves_out_what_training_would_refuse(folder, tmp_path, caplog
 
 
 def test_a_damaged_record_of_a_built_folder_is_one_sentence(folder, tmp_path):
-    from lionjax.data import built_writer
+    from lionjax.data.prepare import array_record_writer
 
-    place = built_writer.build(Coco(str(folder), share=0), tmp_path / "out")
+    place = array_record_writer.build(Coco(str(folder), share=0), tmp_path / "out")
     (file,) = place.glob("*.array_record*")
     data = bytearray(file.read_bytes())
     for place_of_bit in range(2000, len(data), 400):
@@ -392,20 +398,20 @@ def test_a_word_or_path_becomes_the_source_it_means(folder, tmp_path):
     quest = write(tmp_path / "q.json", {"questions": []})
     pope = tmp_path / "pope.json"
     pope.write_text("\n".join(json.dumps(LINES[3]) for _ in range(3)))
-    assert inspection.recognise("scenes") == Scenes()
-    assert isinstance(inspection.recognise("easy_vqa"), EasyVqa)
-    assert inspection.recognise(str(folder)) == Coco(str(folder), name="coco")
-    assert inspection.recognise(str(refs), "pics") == RefCoco(str(refs), "pics", name="refs")
-    assert inspection.recognise(str(quest), "pics", "a.json") == Vqa(str(quest), "a.json", "pics", name="q")
-    assert inspection.recognise(str(pope)) == Lines(str(pope), str(tmp_path), name="pope")
+    assert detect.recognise("scenes") == Scenes()
+    assert isinstance(detect.recognise("easy_vqa"), EasyVqa)
+    assert detect.recognise(str(folder)) == Coco(str(folder), name="coco")
+    assert detect.recognise(str(refs), "pics") == RefCoco(str(refs), "pics", name="refs")
+    assert detect.recognise(str(quest), "pics", "a.json") == Vqa(str(quest), "a.json", "pics", name="q")
+    assert detect.recognise(str(pope)) == Lines(str(pope), str(tmp_path), name="pope")
     for bad in (str(tmp_path / "nothing"), str(quest), str(tmp_path)):
         with pytest.raises(UserError) as error:
-            inspection.recognise(bad)
+            detect.recognise(bad)
         sentence(error)
 
 
 def test_inspecting_prints_questions_and_answers(folder, capsys):
-    inspection.inspect(Coco(str(folder), share=0), "train", 1)
+    detect.inspect(Coco(str(folder), share=0), "train", 1)
     printed = capsys.readouterr().out
     assert "12 records" in printed and "caption" in printed and "Answer" in printed
 
@@ -456,7 +462,7 @@ def test_real_refcoco_vqa_and_pope_files_are_read_whole():
     assert refs.sizes == {"rec": 4896, "reg": 4896}
     vqa = [str(DATA / "vqa" / f"textvqa_val_{kind}_vqa_format.json.gz") for kind in ("questions", "annotations")]
     assert Vqa(*vqa, str(DATA)).open("train", MAX_PIXELS).sizes == {"vqa": 5000}
-    pope = inspection.recognise(str(DATA / "pope" / "coco_pope_random.json"))
+    pope = detect.recognise(str(DATA / "pope" / "coco_pope_random.json"))
     assert pope.open("train", MAX_PIXELS).sizes == {"existence": 3000}
     here = RefCoco(str(DATA / "coco258_annotations" / "rec_on_coco258.json"), str(DATA / "coco83" / "images"))
     samples = all_of(here, "rec", on_bad_record="replace")

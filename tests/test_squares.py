@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lionjax.data import squares
-from lionjax.data.squares import Square
+from lionjax.data import letterbox
+from lionjax.data.letterbox import Square
 
 sizes = st.integers(1, 3000)
 edges = st.floats(0, 1)
@@ -34,7 +34,7 @@ def test_a_painted_box_is_found_where_its_coordinates_say(size):
     edges = [int(round(edge * length)) for edge, length in zip(box, (wide, high, wide, high))]
     x0, y0, x1, y1 = edges[0], edges[1], max(edges[2], edges[0] + 1), max(edges[3], edges[1] + 1)
     pixels[y0:y1, x0:x1] = (255, 0, 0)
-    seen = squares.padded(Image.fromarray(pixels), 336)
+    seen = letterbox.padded(Image.fromarray(pixels), 336)
     red = (seen[..., 0] > 200) & (seen[..., 1] < 60)
     where = Square(wide, high).into((x0 / wide, y0 / high, x1 / wide, y1 / high))
     if red.any():  # a line of one pixel in 3000 is thinner than a pixel here
@@ -49,9 +49,9 @@ def test_a_painted_box_is_found_where_its_coordinates_say(size):
 @pytest.mark.parametrize("size", [(40, 20), (20, 41), (1, 3000), (9, 9)])
 def test_sam_sees_the_picture_in_the_middle_of_zeros_and_its_mask_in_the_same_place(size):
     pixels = np.full((size[1], size[0], 3), 200, np.uint8)
-    seen = squares.sam_image(Image.fromarray(pixels), 64)
-    mask = squares.sam_mask(np.ones((size[1], size[0]), bool), 64)
+    seen = letterbox.sam_image(Image.fromarray(pixels), 64)
+    mask = letterbox.sam_mask(np.ones((size[1], size[0]), bool), 64)
     top, left, high, wide = Square(*size).inside(64)
     assert (seen.any(-1) == mask).all() and mask.sum() == high * wide >= 64
     assert abs(2 * top + high - 64) <= 1 and abs(2 * left + wide - 64) <= 1
-    np.testing.assert_allclose(seen[mask][0], (200 - np.array(squares.SAM_MEAN)) / squares.SAM_STD, rtol=1e-5)
+    np.testing.assert_allclose(seen[mask][0], (200 - np.array(letterbox.SAM_MEAN)) / letterbox.SAM_STD, rtol=1e-5)

@@ -12,10 +12,14 @@ import pytest
 import toy
 from jax.sharding import Mesh
 
-from lionjax import params as trees
-from lionjax import sharding
-from lionjax.interfaces import UserError
-from lionjax.training import checkpoints, stages
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.types import UserError
+from lionjax.training import checkpoint
+from lionjax.training import step as stages
+from lionjax.training.optimizer import decays as optimizer_decays
+from lionjax.training.optimizer import optimizer
+from lionjax.training.optimizer import schedule as optimizer_schedule
 
 BATCH = toy.batch_of(range(8))
 
@@ -36,7 +40,7 @@ def layer_axes():
 def one_update(stage, params, batch=BATCH, system=None, updates=1, traces=None):
     """State and metrics after some updates on the same batch; the parameters given survive."""
     trainable, frozen = trees.split(jax.tree.map(jnp.copy, params), stage.trainable)
-    rule = stages.optimizer(stage, trainable, layer_axes())
+    rule = optimizer(stage, trainable, layer_axes())
     state = stages.start(rule, trainable, mesh())
     traces = [] if traces is None else traces
     step = stages.make_step(system or toy.Toy(rate=0.0), stage, rule, jax.random.key(1), state, mesh(), traces)
@@ -47,14 +51,14 @@ def one_update(stage, params, batch=BATCH, system=None, updates=1, traces=None):
 
 def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine():
     stage = toy.stage(steps=110, warmup_steps=10, learning_rate=1.0, warmup_learning_rate=0.1, end_learning_rate=0.2)
-    rate = stages.schedule(stage)
+    rate = optimizer_schedule(stage)
     found = [float(rate(step)) for step in (0, 5, 10, 60, 110)]
     np.testing.assert_allclose(found, [0.1, 0.55, 1.0, 0.6, 0.2], rtol=1e-6)
 
 
 def test_a_warm_up_longer_than_its_stage_is_said(caplog):
     with caplog.at_level(logging.WARNING):
-        rate = stages.schedule(toy.stage(steps=20, warmup_steps=1000, learning_rate=1.0, warmup_learning_rate=0.0))
+        rate = optimizer_schedule(toy.stage(steps=20, warmup_steps=1000, learning_rate=1.0, warmup_learning_rate=0.0))
     assert "below the learning rate" in caplog.text
     assert float(rate(20)) == pytest.approx(0.02)
 
@@ -69,13 +73,13 @@ def test_biases_norms_scales_and_vectors_do_not_decay_and_a_stack_of_layers_coun
         "qformer/groups/block_0/self_attention/q/bias": (2, False),
         "qformer_norm/scale": (1, False),
     }
-    assert {path: stages.decays(path, axes) for path, (axes, _) in decays.items()} == {
+    assert {path: optimizer_decays(path, axes) for path, (axes, _) in decays.items()} == {
         path: wanted for path, (_, wanted) in decays.items()
     }
     gate = {"blocks": {"gate": jnp.ones((3, 16))}}  # a vector for each of three layers
     stage = toy.stage(weight_decay=1.0, learning_rate=1.0, warmup_steps=0, clip_norm=0.0)
     for axes, moves in (({"blocks/gate": 1}, False), ({}, True)):
-        rule = stages.optimizer(stage, gate, axes)
+        rule = optimizer(stage, gate, axes)
         change, _ = rule.update(jax.tree.map(jnp.zeros_like, gate), rule.init(gate), gate)
         assert bool((change["blocks"]["gate"] != 0).all()) == moves
 
@@ -92,7 +96,7 @@ def test_updates_are_those_of_torch_adamw_with_clipping():
     grads = [{name: 3 * random.normal(size=x.shape).astype(np.float32) for name, x in start.items()} for _ in range(5)]
     stage = toy.stage(steps=5, weight_decay=0.3, learning_rate=0.1, clip_norm=1.0, betas=(0.8, 0.95))
 
-    rule, ours = stages.optimizer(stage, start), jax.tree.map(jnp.asarray, start)
+    rule, ours = optimizer(stage, start), jax.tree.map(jnp.asarray, start)
     state = rule.init(ours)
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
     groups = [{"params": [theirs["kernel"]]}, {"params": [theirs["bias"]], "weight_decay": 0.0}]
@@ -104,7 +108,7 @@ def test_updates_are_those_of_torch_adamw_with_clipping():
             value.grad = torch.tensor(grad[name])
         torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
         for group in adamw.param_groups:
-            group["lr"] = float(stages.schedule(stage)(number))
+            group["lr"] = float(optimizer_schedule(stage)(number))
         adamw.step()
     for name in start:
         np.testing.assert_allclose(ours[name], theirs[name].detach().numpy(), atol=2e-6)
@@ -121,7 +125,7 @@ def test_muon_moves_every_layers_matrices_as_torch_does_and_the_rest_as_adamw():
 
     def moved(stage):
         tree = trees.unflatten(jax.tree.map(jnp.asarray, start))
-        rule = stages.optimizer(stage, tree, axes)
+        rule = optimizer(stage, tree, axes)
         change, _ = rule.update(trees.unflatten(jax.tree.map(jnp.asarray, grads)), rule.init(tree), tree)
         return trees.flatten(change)
 
@@ -146,7 +150,7 @@ def test_a_learning_rate_is_scaled_by_the_first_pattern_that_matches(params):
     scaled = dataclasses.replace(plain, learning_rate_scale=(("blocks/up", 5.0), ("blocks", 0.5)))
     change = {}
     for stage in (plain, scaled):
-        rule = stages.optimizer(stage, trainable)
+        rule = optimizer(stage, trainable)
         change[stage] = trees.flatten(rule.update(grads, rule.init(trainable), trainable)[0])
     ratios = {path: float((change[scaled][path] / leaf).mean()) for path, leaf in change[plain].items()}
     factors = {"blocks/up/kernel": 5.0, "blocks/norm/scale": 0.5, "output/kernel": 1.0}
@@ -189,7 +193,7 @@ def test_the_loss_comes_in_float32_and_frozen_bfloat16_changes_it_little(params)
 def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimiser(params):
     stage, poisoned = toy.stage(trainable=[".*"]), toy.batch_of(range(8), poison=3)
     trainable, _ = trees.split(params, stage.trainable)
-    fresh = stages.start(stages.optimizer(stage, trainable), trainable, mesh())
+    fresh = stages.start(optimizer(stage, trainable), trainable, mesh())
     state, metrics = one_update(stage, params, batch=poisoned)
     assert not metrics["accepted"] and np.isnan(metrics["loss"])
     for kept, old in ((state.trainable, params), (state.optimiser, fresh.optimiser)):
@@ -225,7 +229,7 @@ def test_a_stage_replaces_fields_of_the_system_and_of_no_other():
 
 
 def test_fingerprints_see_that_training_moved_the_trainable_half_alone(params):
-    before = checkpoints.fingerprints(params)
+    before = checkpoint.fingerprints(params)
     state, _ = one_update(toy.stage(trainable=["output"]), params)
-    assert checkpoints.fingerprints(params) == before
-    assert checkpoints.fingerprints({"output": state.trainable["output"]}).items().isdisjoint(before.items())
+    assert checkpoint.fingerprints(params) == before
+    assert checkpoint.fingerprints({"output": state.trainable["output"]}).items().isdisjoint(before.items())

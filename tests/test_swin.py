@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from lionjax import convert
-from lionjax.vision import swin
-from lionjax.vision.swin import Swin, SwinConfig
+from lionjax.models.vision import swin
+from lionjax.models.vision.swin import Swin, SwinConfig
 
 # Maps of 10, 5 and 3 places a side: padded to 12 and 6, shifted there, and one whole window in the end.
 TINY = SwinConfig(image=40, width=8, depths=(2, 3, 2), heads=(1, 2, 4), window=3, ratio=2.0)

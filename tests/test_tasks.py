@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import scene_reader as reader
 
-from lionjax.data import expressions as says
-from lionjax.data import scenes, tasks, wordings
-from lionjax.interfaces import CATEGORIES, UserError
+from lionjax.core.types import CATEGORIES, UserError
+from lionjax.data import templates as wordings
+from lionjax.data.scenes import referring as says
+from lionjax.data.scenes import tasks, world
 
-SCENES = {split: [scenes.sample(split, i) for i in range(250)] for split in ("train", "heldout")}
+SCENES = {split: [world.sample(split, i) for i in range(250)] for split in ("train", "heldout")}
 BOTH = SCENES["train"] + SCENES["heldout"]
 
 
@@ -146,7 +147,7 @@ def test_existence_is_right_and_absent_things_are_chosen_as_the_setting_says(set
         if example.answer == "no" and setting == "adversarial":
             apart = [color in {c for c, _ in present}, shape in {s for _, s in present}]
             alternatives = {(c, s) for c, _ in present for _, s in present} - present
-            assert all(apart) or not alternatives & set(scenes.pairs_of(scene.split))
+            assert all(apart) or not alternatives & set(world.pairs_of(scene.split))
         if example.answer == "no" and setting == "popular":
             assert (color, shape) in tasks.POPULAR or not tasks.POPULAR - present
 
@@ -200,7 +201,7 @@ def test_training_never_speaks_of_held_out_pairs():
             example = tasks.converse(task, scene, rng)
             said = " ".join([example.question, *example.answers]).lower()
             said = re.sub(r" (plain|striped|dotted)(?= \w)", "", said)
-            for color, shape in scenes.HELD_OUT:
+            for color, shape in world.HELD_OUT:
                 assert f"{color} {shape}" not in said, said
 
 
@@ -210,8 +211,8 @@ def test_training_never_asks_whether_a_thing_has_its_held_out_color():
         said = reader.heard(example.question, wordings.CHECK)
         if said and not reader.heard(example.question, wordings.MORE):
             shape = scene.things[example.targets[0]].shape
-            assert (said["word"], shape) not in scenes.HELD_OUT
-            asked += said["word"] in scenes.COLORS
+            assert (said["word"], shape) not in world.HELD_OUT
+            asked += said["word"] in world.COLORS
     assert asked > 300
 
 

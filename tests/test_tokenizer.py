@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lionjax import convert
-from lionjax.data import scenes, tasks, tiny_tokenizer, tokenizer
-from lionjax.interfaces import UserError
+from lionjax.core.types import UserError
+from lionjax.data import tokenizer
+from lionjax.data.scenes import tasks, world
+from lionjax.tiny import tokenizer as tiny_tokenizer
 
 REAL = Path(os.environ.get("LIONJAX_DATA", Path(__file__).parent / "data")) / "tokenizers"
 T5, BERT = REAL / "t5_cc_all.32000.100extra.model", REAL / "bert_uncased_vocab.txt"
@@ -50,7 +52,7 @@ def test_any_text_comes_back_from_the_tiny_tokenizer(text):
 def test_every_text_of_the_scenes_comes_back_and_its_words_are_mostly_whole(tiny):
     rng, pieces, words = np.random.default_rng(0), 0, 0
     for index in range(40):
-        scene = scenes.sample("train", index)
+        scene = world.sample("train", index)
         for task in tasks.TASKS:
             example = tasks.converse(task, scene, rng)
             for text in (example.question, *example.answers):

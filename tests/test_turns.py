@@ -6,15 +6,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lionjax import losses
-from lionjax.config import Stage
+from lionjax.core.experiment import Stage
+from lionjax.core.types import UserError
 from lionjax.data import pipeline
-from lionjax.data.examples import DataConfig
-from lionjax.data.processors import Input, Processor, ProcessorConfig
-from lionjax.data.sources import Scenes
-from lionjax.data.turns import Form
-from lionjax.interfaces import UserError
-from lionjax.model import inputs
+from lionjax.data.chat import Form
+from lionjax.data.config import DataConfig
+from lionjax.data.processor import Input, Processor, ProcessorConfig
+from lionjax.data.scenes.dataset import Scenes
+from lionjax.inference.model import inputs
+from lionjax.nn import losses
 
 PICTURE = 21  # <im_patch> of the tiny tokenizer
 GRAY = np.full((28, 28, 3), 99, np.uint8)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lionjax import convert
-from lionjax.vision import vit
-from lionjax.vision.vit import ViT, ViTConfig
+from lionjax.models.vision import vit
+from lionjax.models.vision.vit import ViT, ViTConfig
 
 CLIP = ViTConfig(
     image=24,

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lionjax.convert.files import has_nan, open_weights
-from lionjax.convert.plan import Form, plan_params
-from lionjax.convert.tables import leaf_parts
-from lionjax.convert.write import whole_folder, write_safetensors
-from lionjax.interfaces import UserError
-from lionjax.weight_rows import Row, linear
+from lionjax.convert.io.reader import has_nan, open_weights
+from lionjax.convert.io.safetensors_writer import whole_folder, write_safetensors
+from lionjax.convert.mapping.apply import leaf_parts
+from lionjax.convert.mapping.plan import Form, plan_params
+from lionjax.core.types import UserError
+from lionjax.core.weight_map import Row, linear
 
 BF16 = ml_dtypes.bfloat16
 

@@ -10,7 +10,7 @@ import pytest
 from test_golden import assert_close
 
 from lionjax import convert
-from lionjax.interfaces import Batch
+from lionjax.core.types import Batch
 
 SYSTEMS = ("llava", "blip2_opt", "blip2_t5", "blip2_vicuna", "instructblip_t5", "instructblip_vicuna")
 IMAGE_TOKEN, PAD, START, END = 46, 0, 1, 2

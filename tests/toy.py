@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from lionjax import losses
-from lionjax.config import Experiment, RunConfig, Stage
-from lionjax.interfaces import Batch
-from lionjax.layers import Dense, Embed, LayerNorm, dropout
-from lionjax.sharding import MeshConfig, constrain, sharded
+from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.sharding import MeshConfig, constrain, sharded
+from lionjax.core.types import Batch
+from lionjax.nn import losses
+from lionjax.nn.layers import Dense, Embed, LayerNorm, dropout
 
 WIDTH, VOCAB, LENGTH, PIXELS = 16, 24, 4, 8
 
@@ -185,7 +185,7 @@ def witnessed(workdir, hang, pause):
             time.sleep(pause)
             batch = super().__next__()
             line = [stage, place + self.shard * self.size, batch.record_B.tolist()]
-            journal.append_line(Path(workdir) / "seen.jsonl", line)
+            run_log.append_line(Path(workdir) / "seen.jsonl", line)
             return batch
 
     return Witnessed
@@ -204,15 +204,15 @@ def main():
     what = experiment(*stages, run=run, mesh=mesh)
     batches = witnessed(workdir, int(fields.get("hang", -1)), float(fields.get("pause", 0)))
     params, report = loop.train(dataclasses.replace(what, data=data), workdir, batches)
-    found = {"params": checkpoints.fingerprints(params), "scalars": trees.count(params)}
+    found = {"params": checkpoint.fingerprints(params), "scalars": trees.count(params)}
     if distributed.first():
         print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    from lionjax import params as trees
-    from lionjax.cli import explain
-    from lionjax.training import checkpoints, distributed, journal, loop
+    from lionjax.cli.errors import explain
+    from lionjax.core import params as trees
+    from lionjax.training import checkpoint, distributed, loop, run_log
 
     try:
         with distributed.together(explain):

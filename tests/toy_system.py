@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.text_t5 import text_batch
-from lionjax.interfaces import Cache
+from lionjax.core.types import Cache
 
 VOCAB, WIDTH = 11, 6
 

@@ -33,9 +33,10 @@ __all__ = [
 def __getattr__(name: str):
     if name not in __all__:
         raise AttributeError(f"lionjax.convert has no attribute {name!r}")
-    from lionjax.convert import conversion, coverage, folders, originals, plan, tables
+    from lionjax.convert import conversion, coverage, jax_folder, torch_folder
+    from lionjax.convert.mapping import apply, plan
 
-    for home in (coverage, conversion, folders, originals, plan, tables):
+    for home in (coverage, conversion, jax_folder, torch_folder, plan, apply):
         if name in vars(home):
             return vars(home)[name]
     raise AttributeError(f"lionjax.convert offers {name!r} and no module of it has it")

@@ -13,19 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from lionjax import config as configs
-from lionjax.convert import orbax, systems
 from lionjax.convert.coverage import Coverage, coverage_of
-from lionjax.convert.files import has_nan
-from lionjax.convert.folders import ORIGIN, OURS, companions_of, copy_files, open_params, origin_of
-from lionjax.convert.originals import merged, plan_in, plan_out, with_system, write_out
-from lionjax.convert.plan import plan_state
-from lionjax.convert.published import read_settings
-from lionjax.convert.surgery import Surgery, add_to_tokenizer, added_words, picture_size, said_of_pictures
-from lionjax.convert.systems import CONFIG_FILE
-from lionjax.convert.tables import leaf_parts, tensor_parts
-from lionjax.convert.write import SHARD_BYTES, whole_folder, write_safetensors
-from lionjax.interfaces import UserError
+from lionjax.convert.formats import detect
+from lionjax.convert.formats.checkpoint_format import Source, read_settings
+from lionjax.convert.formats.detect import CONFIG_FILE
+from lionjax.convert.io import orbax
+from lionjax.convert.io.reader import has_nan
+from lionjax.convert.io.safetensors_writer import SHARD_BYTES, whole_folder, write_safetensors
+from lionjax.convert.jax_folder import ORIGIN, OURS, companions_of, copy_files, open_params, origin_of
+from lionjax.convert.mapping.apply import leaf_parts, tensor_parts
+from lionjax.convert.mapping.plan import plan_state
+from lionjax.convert.resize import Surgery, add_to_tokenizer, added_words, picture_size, said_of_pictures
+from lionjax.convert.torch_folder import merged, plan_in, plan_out, with_system, write_out
+from lionjax.core import config as configs
+from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def convert(
             raise UserError("bases, adapters, words and picture sizes go with an original's weights")
         coverage = _convert_stored(Path(src), Path(dst), shard_bytes)
     elif to == "jax":
-        source = systems.open_source(Path(src), system, adapter and Path(adapter), base and Path(base))
+        source = detect.open_source(Path(src), system, adapter and Path(adapter), base and Path(base))
         coverage = _convert_in(source, Path(dst), shard_bytes, wanted)
     else:
         coverage = _convert_out(Path(src), Path(dst), shard_bytes, merge_lora)
@@ -83,13 +84,13 @@ def convert(
     return coverage
 
 
-def _convert_in(source: systems.Source, dst: Path, shard_bytes: int, wanted: Wanted) -> Coverage:
+def _convert_in(source: Source, dst: Path, shard_bytes: int, wanted: Wanted) -> Coverage:
     plan = plan_in(source)
     coverage = coverage_of(source.kind, plan, source.tensors)
     for name, others in source.copied.items():
         coverage.tied[name] = (*coverage.tied.get(name, ()), *others)
     beside = companions_of(source.folder)
-    surgery, texts = _surgery(systems.system_in(source.config), wanted, beside)
+    surgery, texts = _surgery(detect.system_in(source.config), wanted, beside)
     config = with_system(source.config, surgery.config)
 
     def done(name, array):
@@ -111,8 +112,8 @@ def _convert_in(source: systems.Source, dst: Path, shard_bytes: int, wanted: Wan
 def _convert_stored(src: Path, dst: Path, shard_bytes: int) -> Coverage:
     """An Orbax checkpoint into a folder in our own names."""
     config, tensors = open_params(src)
-    kind = systems.of_config(config)
-    rows, model = systems.table_and_model(kind, config)
+    kind = detect.of_config(config)
+    rows, model = detect.table_and_model(kind, config)
     plan = plan_state(rows, tensors, model)  # refuses what is no parameter of this model
     forms, parts = orbax.layers(tensors, rows)
     with whole_folder(dst) as folder:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from lionjax.convert.files import Tensors
-from lionjax.convert.plan import Plan
-from lionjax.convert.published import Published
+from lionjax.convert.formats.checkpoint_format import Published
+from lionjax.convert.io.reader import Tensors
+from lionjax.convert.mapping.plan import Plan
 
 
 @dataclasses.dataclass

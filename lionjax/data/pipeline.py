@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from lionjax.data.examples import DataConfig, Part, Records, Sample, examples, open_records
-from lionjax.interfaces import Batch, UserError
+from lionjax.core.types import Batch, UserError
+from lionjax.data.config import DataConfig
+from lionjax.data.mixture import Part, Records, Sample, examples, open_records
 
 __all__ = ["Batches", "DataConfig", "Sample", "batches", "examples"]
 

@@ -17,7 +17,7 @@ from typing import Literal
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from lionjax.interfaces import UserError
+from lionjax.core.types import UserError
 
 TINY = Path(__file__).parent / "assets" / "tokenizer.json"
 TINY_SIZE = 1024

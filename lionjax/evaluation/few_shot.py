@@ -12,12 +12,13 @@ import dataclasses
 import jax
 import numpy as np
 
-from lionjax.answering import Answerer
+from lionjax.core.types import UserError
 from lionjax.data import pipeline
-from lionjax.data.examples import DataConfig, Sample
-from lionjax.data.processors import Input
-from lionjax.data.turns import Form
-from lionjax.interfaces import UserError
+from lionjax.data.chat import Form
+from lionjax.data.config import DataConfig
+from lionjax.data.mixture import Sample
+from lionjax.data.processor import Input
+from lionjax.inference.engine import Answerer
 
 HOW = ("random", "alike")
 IN_WORDS = 2  # examples without pictures before a question that has no others

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lionjax.interfaces import UserError
+from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
 

@@ -20,13 +20,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lionjax import heads, sharding
-from lionjax import params as trees
-from lionjax.config import Experiment, Stage
-from lionjax.interfaces import Batch, Params, UserError
-from lionjax.training import checkpoints, distributed, feature_files, features, refused, stages, start
-from lionjax.training.journal import Clock, Entry, Journal, missed, write_report
-from lionjax.training.start import Layout, Place
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.experiment import Experiment, Stage
+from lionjax.core.types import Batch, Params, UserError
+from lionjax.training import bad_steps, checkpoint, distributed, feature_cache, feature_store, resume
+from lionjax.training import step as stages
+from lionjax.training.init import Layout
+from lionjax.training.init import layout as init_layout
+from lionjax.training.optimizer import optimizer
+from lionjax.training.resume import Place
+from lionjax.training.run_folder import alone, as_dict, claim, updates_before, words
+from lionjax.training.run_log import Clock, Entry, Journal, missed, write_report
+from lionjax.training.validate import check_boxes
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +46,12 @@ class Run:
     batches: Callable
     example: Batch
     layout: Layout
-    steps: checkpoints.Steps
+    steps: checkpoint.Steps
     journal: Journal
     stop: distributed.Stop
     watch: distributed.Watch
     clock: Clock
-    memory: features.Memory
+    memory: feature_cache.Memory
 
     @property
     def mesh(self) -> Mesh:
@@ -68,26 +74,26 @@ def train(
     workdir, began = Path(workdir), time.time() if began is None else began
     clock = Clock(began)
     with (
-        start.alone(workdir),
-        checkpoints.disk_errors(workdir),
+        alone(workdir),
+        checkpoint.disk_errors(workdir),
         distributed.Stop() as stop,
         distributed.Watch(experiment.run.stuck_seconds) as watch,
     ):
-        start.claim(workdir, experiment)
+        claim(workdir, experiment)
         mesh = sharding.make_mesh(experiment.mesh)
         with contextlib.closing(_batches(experiment, experiment.stages[0], batches, workdir, mesh)) as stream:
             example = next(stream)
-        heads.check_boxes(experiment.system, example)
-        layout = start.layout(experiment, example, mesh)
-        place = start.find(workdir, experiment, example, layout)
+        check_boxes(experiment.system, example)
+        layout = init_layout(experiment, example, mesh)
+        place = resume.find(workdir, experiment, example, layout)
         for part, seconds in missed(workdir, place.history, began).items():
             clock.add(part, seconds)
-        update = start.updates_before(experiment, place.stage) + place.step
+        update = updates_before(experiment, place.stage) + place.step
         with (
-            checkpoints.Steps(workdir / "checkpoints", experiment.run.keep) as steps,
+            checkpoint.Steps(workdir / "checkpoints", experiment.run.keep) as steps,
             Journal(workdir, experiment, update) as journal,
         ):
-            memory = features.Memory(int(experiment.run.cache_gib * 2**30))
+            memory = feature_cache.Memory(int(experiment.run.cache_gib * 2**30))
             run = Run(*(experiment, workdir, batches, example, layout, steps), *(journal, stop, watch, clock, memory))
             rest: dict[str, float] = {}
             while place.stage < len(experiment.stages):
@@ -114,19 +120,19 @@ def run_stage(run: Run, place: Place) -> Place:
         clock.into(entry.seconds)
         learned = place.learned
         if stage.start == "scratch" and not place.step:
-            learned = start.first_base(run.workdir, run.experiment, run.layout)
+            learned = resume.first_base(run.workdir, run.experiment, run.layout)
         trainable, idle = trees.split(learned, stage.trainable)
         frozen = trees.merge(place.never, trees.cast(idle, run.experiment.run.frozen_dtype))
-        before, entry.trainable_parameters = (checkpoints.fingerprints(frozen), trees.count(trainable))
+        before, entry.trainable_parameters = (checkpoint.fingerprints(frozen), trees.count(trainable))
         work = prepare(run, place, trainable, frozen, work)
         try:
             with contextlib.closing(work.stream):
                 state = updates(run, work, entry)
             break
-        except refused.Rewind as bad:
+        except bad_steps.Rewind as bad:
             place, entry = rewound(run, place, entry, bad)
     run.watch.alive()
-    entry.frozen_unchanged = checkpoints.fingerprints(frozen) == before
+    entry.frozen_unchanged = checkpoint.fingerprints(frozen) == before
     if not entry.frozen_unchanged:
         raise RuntimeError(f"stage {stage.name!r} changed frozen parameters")
     learned = trees.merge(state.trainable, idle)
@@ -137,22 +143,22 @@ def run_stage(run: Run, place: Place) -> Place:
     history = (*place.history[: place.stage], dataclasses.asdict(entry))
     clock.seconds = {}  # what is still to be written counts with what comes after
     done = Place(place.stage + 1, 0, place.never, learned, place.frozen, history=history)
-    start.write_base(run.workdir, run.experiment, done)
+    resume.write_base(run.workdir, run.experiment, done)
     clock.turn("start")
     write_report(run.workdir, run.experiment, history, clock.seconds)
     return done
 
 
-def rewound(run: Run, place: Place, entry: Entry, bad: refused.Rewind) -> tuple[Place, Entry]:
+def rewound(run: Run, place: Place, entry: Entry, bad: bad_steps.Rewind) -> tuple[Place, Entry]:
     """Where the last checkpoint stands, but for the data, which goes on behind the bad batch; and its entry.
 
     Time and rewinds are counted on. What is done anew after a kill comes to the same bad batch, and back to here.
     """
     run.steps.wait()
-    back = start.find(run.workdir, run.experiment, run.example, run.layout)
+    back = resume.find(run.workdir, run.experiment, run.example, run.layout)
     if back.stage != place.stage:
         raise UserError(f"no checkpoint of stage {entry.name!r} can be trusted any more; start the same command again")
-    update = start.updates_before(run.experiment, back.stage) + back.step
+    update = updates_before(run.experiment, back.stage) + back.step
     run.journal.drop_after(update)
     known = Entry(**back.history[-1]) if back.step else Entry(entry.name, 0)
     run.clock.turn("start")
@@ -184,7 +190,7 @@ def prepare(run: Run, place: Place, trainable: Params, frozen: Params, before: W
     experiment, mesh, traces = run.experiment, run.mesh, before.traces if before else []
     stage = experiment.stages[place.stage]
     system = stages.system_of(experiment, stage)
-    rule = stages.optimizer(stage, trainable, run.layout.layer_axes)
+    rule = optimizer(stage, trainable, run.layout.layer_axes)
     state = stages.start(rule, trainable, mesh)
     if place.step:
         step = jax.device_put(np.int32(place.step), state.step.sharding)
@@ -200,18 +206,18 @@ def prepare(run: Run, place: Place, trainable: Params, frozen: Params, before: W
     return Work(place, stage, state, frozen, step, stream, traces)
 
 
-def remembered(run: Run, place: Place, system: Any, stream: Any) -> features.Remembered:
+def remembered(run: Run, place: Place, system: Any, stream: Any) -> feature_cache.Remembered:
     """The stream with features, in memory and, where the config names a folder, in files."""
     if stream.changing:
         raise UserError("run.cache_features is set, but a record's picture changes; set one of the two off")
-    see = features.seer(system, place.never, place.learned, run.mesh)
+    see = feature_cache.seer(system, place.never, place.learned, run.mesh)
     folder = run.experiment.run.features_dir
 
-    def files_for(batch: Batch) -> feature_files.Files:
-        sight = feature_files.sight(system, place.never, place.learned, batch)
-        return feature_files.Files(Path(folder), sight)
+    def files_for(batch: Batch) -> feature_store.Files:
+        sight = feature_store.sight(system, place.never, place.learned, batch)
+        return feature_store.Files(Path(folder), sight)
 
-    return features.Remembered(stream, see, run.memory, files_for if folder else None)
+    return feature_cache.Remembered(stream, see, run.memory, files_for if folder else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +238,7 @@ class Update:
 def updates(run: Run, work: Work, entry: Entry) -> stages.State:
     """The updates of a stage that are left, counted in `entry`."""
     every, stage, state, clock = run.experiment.run, work.stage, work.state, run.clock
-    earlier = start.updates_before(run.experiment, work.place.stage)
+    earlier = updates_before(run.experiment, work.place.stage)
     run.journal.begin(stage.name, stage.steps, work.place.step)
     sent: collections.deque = collections.deque()
     done = saved = work.place.step
@@ -242,7 +248,7 @@ def updates(run: Run, work: Work, entry: Entry) -> stages.State:
         clock.turn("data")
         batch = next(work.stream)
         clock.turn("step")
-        most, known = refused.most(entry, every, done + 1), len(work.traces)
+        most, known = bad_steps.most(entry, every, done + 1), len(work.traces)
         state, metrics = work.step(state, work.frozen, sharding.put_batch(batch, run.mesh), most)
         if len(work.traces) > known:
             clock.turn("step", was="compile")
@@ -272,7 +278,7 @@ def updates(run: Run, work: Work, entry: Entry) -> stages.State:
         if done > saved:
             save(run, work, done, state, entry)
         run.steps.wait()
-        where = start.words(run.experiment, work.place.stage, done)
+        where = words(run.experiment, work.place.stage, done)
         run.journal.say(f"stopped and saved at {where}; the same command goes on from there")
         run.stop.leave()
     return state
@@ -288,7 +294,7 @@ class Told:
     def __init__(self):
         self.made = self.bad = 0.0
 
-    def count(self, entry: Entry, stream: Any, steps: checkpoints.Steps) -> None:
+    def count(self, entry: Entry, stream: Any, steps: checkpoint.Steps) -> None:
         made = getattr(stream, "made_seconds", 0.0)
         for part, seconds in (("data", made - self.made), ("save", steps.finished())):
             entry.behind[part] = entry.behind.get(part, 0.0) + seconds
@@ -309,7 +315,7 @@ def settle(run: Run, work: Work, sent: collections.deque, entry: Entry, leave: i
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if not metrics["accepted"]:
             every, name = run.experiment.run, work.stream.name
-            refused.met(run.workdir, every, entry, update, name, loss, norm)
+            bad_steps.met(run.workdir, every, entry, update, name, loss, norm)
             continue
         batch, shares = update.batch, sharding.share(run.mesh)[1]
         tokens = int(np.sum(batch.prompt_mask_BL) + np.sum(batch.target_mask_BM))
@@ -332,7 +338,7 @@ def line(run: Run, work: Work, entry: Entry, done: int, metrics: dict) -> dict[s
     return {
         "stage": entry.name,
         "step": done,
-        "update": start.updates_before(run.experiment, work.place.stage) + done,
+        "update": updates_before(run.experiment, work.place.stage) + done,
         **({name: float(value) for name, value in values.items()} if accepted else {}),
         "learning_rate": float(values["learning_rate"]),
         **{name: count for name, count in counts.items() if count},
@@ -355,5 +361,5 @@ def save(run: Run, work: Work, done: int, state: stages.State, entry: Entry) -> 
         "history": [*place.history[: place.stage], dataclasses.asdict(entry)],
         "score": [place.stage, entry.loss],
     }
-    items = {"trainable": state.trainable, "optimiser": start.as_dict(state.optimiser)}
-    run.steps.save(start.updates_before(run.experiment, place.stage) + done, items, meta)
+    items = {"trainable": state.trainable, "optimiser": as_dict(state.optimiser)}
+    run.steps.save(updates_before(run.experiment, place.stage) + done, items, meta)

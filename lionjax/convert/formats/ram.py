@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published models that tell a system what they see: Swin as a folder of Hugging Face, and the tagger RAM."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lionjax.convert.formats.checkpoint_format import Published, abstract_of_picture
+from lionjax.convert.formats.hf_vision import SWIN
+from lionjax.core import config as configs
+from lionjax.core.types import Params
+
+RAM_FILE = "ram_swin_large_14m.pth"  # as everybody calls it; it tells nothing of itself
+
+
+def _ram_config(s: dict) -> Any:
+    """The released file says nothing of its sizes. Our own files say everything."""
+    from lionjax.models.vision import ram
+
+    return configs.from_json(json.dumps(s["system"])) if "system" in s else ram.RAM_SWIN_L
+
+
+def _ram_rows(c: Any) -> tuple:
+    from lionjax.models.vision import ram
+
+    return ram.torch_rows(c)
+
+
+def _ram_abstract(c: Any, mesh: Any = None) -> Params:
+    from lionjax.models.vision.ram import Ram
+
+    return abstract_of_picture(Ram(c), c.swin.image, mesh)
+
+
+RAM = Published(
+    "ram",
+    ("ram",),
+    lambda c: type(c).__name__ == "RamConfig",
+    _ram_config,
+    lambda c: {"model_type": "ram", "system": json.loads(configs.to_json(c))},
+    _ram_rows,
+    _ram_abstract,
+    # What wrote captions while it was trained.
+    ignore=(
+        r"(?!visual_encoder\.|image_proj\.|label_embed$|wordvec_proj\.|tagging_head\.|fc\.).*(?#it writes captions)",
+    ),
+    # Its first name.
+    complete=lambda config, tensors, folder: tensors.respelled((r"^vision_multi\.", "tagging_head.")),
+)
+EXPERTS = (SWIN, RAM)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands beside exported weights so that others can use them: a model card, and how words and pictures come in.
+
+Settings are read off what the config has, by the names of its fields; files that came along from elsewhere stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lionjax.convert.formats.peft import FOLDER as ADAPTER
+from lionjax.convert.formats.peft import is_detour
+from lionjax.convert.mapping.plan import Form
+from lionjax.core.types import UserError
+
+BICUBIC = 3  # Pillow's number of it
+
+
+def write_processors(config: Any, folder: Path) -> list[str]:
+    """preprocessor_config.json and tokenizer_config.json where a run's own data say what is in them; what was made."""
+    made: dict[str, dict] = {}
+    processor = getattr(getattr(config, "data", None), "processor", None)
+    if processor is not None:
+        made["preprocessor_config.json"] = picture_settings(processor)
+    for place in ("", "qformer_tokenizer/"):
+        if (folder / place / "tokenizer.json").is_file():
+            made[f"{place}tokenizer_config.json"] = token_settings(folder / place / "tokenizer.json")
+    made = {name: said for name, said in made.items() if not (folder / name).exists()}
+    for name, said in made.items():
+        (folder / name).write_text(json.dumps(said, indent=2) + "\n")
+    return list(made)
+
+
+def picture_settings(processor: Any) -> dict:
+    """How pictures come in, as transformers' image processors say it.
+
+    LION stretches a picture to a square. NExT-Chat puts it into a white one first and LLaVA-1.5 into one of the mean
+    color, which this image processor does not, so whoever uses it must.
+    """
+    said = {
+        "image_processor_type": "BlipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": processor.image_size, "width": processor.image_size},
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(processor.mean),
+        "image_std": list(processor.std),
+    }
+    return said | ({f"{processor.padding}_square_first": True} if processor.padded else {})
+
+
+def token_settings(file: Path) -> dict:
+    """How a tokenizer.json is to be opened, with the names of its special pieces."""
+    backend, said = open_tokenizer(file), {}
+    pieces = {
+        "pad_token": ("<pad>", "[PAD]"),
+        "unk_token": ("<unk>", "[UNK]"),
+        "eos_token": ("</s>",),
+        "bos_token": ("<s>",),
+        "sep_token": ("[SEP]",),
+        "cls_token": ("[CLS]",),
+    }
+    for name, spellings in pieces.items():
+        if found := [piece for piece in spellings if backend.token_to_id(piece) is not None]:
+            said[name] = found[0]
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | said
+
+
+def open_tokenizer(file: Path):
+    """The tokenizer of a tokenizer.json. Raises UserError where it is none."""
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # its reader is not in Python and has one kind of exception for all
+        raise UserError(f"{file} is no tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def card(name: str, config: Any, settings: Mapping, forms: Mapping[str, Form]) -> str:
+    """README.md of a folder of weights, with the head that model hubs read."""
+    architecture = (settings.get("architectures") or [""])[0]
+    theirs = architecture and settings.get("model_type") not in ("lion", "nextchat", "lavis", "ram", "eva")
+    head = ["---", f"library_name: {'transformers' if theirs else 'lionjax'}"]
+    head += [f"tags: [lionjax, {name}]", f"pipeline_tag: {_pipeline(name)}", "---"]
+    system = getattr(config, "system", config)
+    title = getattr(config, "name", None) or name
+    sizes = sorted({str(form.dtype) for form in forms.values()})
+    numbers = sum(int(np.prod(form.shape)) for form in forms.values())
+    lines = [
+        *head,
+        "",
+        f"# {title}",
+        "",
+        f"A {type(system).__name__.removesuffix('Config')} ({name}): {numbers:,} numbers ({', '.join(sizes)}) in "
+        f"{len(forms)} tensors, under the names of the original PyTorch code, written by lionjax.",
+        "",
+        "| part | numbers |",
+        "|---|---|",
+        *(f"| `{part}` | {count:,} |" for part, count in _parts(forms).items()),
+        "",
+        "## Use",
+        "",
+    ]
+    if theirs:
+        lines += ["In PyTorch:", "", "```python", f"from transformers import {architecture}"]
+        lines += [f'model = {architecture}.from_pretrained("this folder")', "```", ""]
+    else:
+        lines += ["In PyTorch, with the original's code:", "", "```python"]
+        lines += ["from safetensors.torch import load_file", 'model.load_state_dict(load_file("model.safetensors"))']
+        lines += ["```", ""]
+    if any(map(is_detour, forms)):
+        lines += ["A LoRA is kept apart; PEFT puts it on the model:", "", "```python", "from peft import PeftModel"]
+        lines += [f'model = PeftModel.from_pretrained(model, "this folder/{ADAPTER}")', "```", ""]
+    lines += ["In JAX, without loss, down to the bit:", "", "```", "lionjax convert THIS_FOLDER NEW_FOLDER --to jax"]
+    lines += ["```", "", *_training(config), "## Licence", ""]
+    lines += ["That of the weights and of the data from which they were made; lionjax adds none of its own.", ""]
+    return "\n".join(lines)
+
+
+def _pipeline(name: str) -> str:
+    tasks = {
+        "text-generation": ("llama", "opt", "gpt2"),
+        "text2text-generation": ("t5",),
+        "feature-extraction": ("bert",),
+    }
+    tasks |= {"image-feature-extraction": ("clip", "eva", "swin"), "mask-generation": ("sam", "segment_anything")}
+    tasks |= {"image-classification": ("ram",)}
+    return next((task for task, names in tasks.items() if name in names), "image-text-to-text")
+
+
+def _parts(forms: Mapping[str, Form]) -> dict[str, int]:
+    """Numbers by the first word of the tensors' names."""
+    counts: dict[str, int] = {}
+    for name, form in forms.items():
+        part = f"{ADAPTER} (LoRA)" if is_detour(name) else name.partition(".")[0]
+        counts[part] = counts.get(part, 0) + int(np.prod(form.shape))
+    return counts
+
+
+def _training(config: Any) -> list[str]:
+    """What a run did, where the config is that of one."""
+    stages = getattr(config, "stages", ())
+    if not stages:
+        return []
+    lines = ["## Training", "", "| stage | steps | batch | learning rate | trained |", "|---|---|---|---|---|"]
+    for stage in stages:
+        trained = ", ".join(f"`{pattern}`" for pattern in stage.trainable)
+        lines.append(f"| {stage.name} | {stage.steps} | {stage.batch_size} | {stage.learning_rate:g} | {trained} |")
+    sources = [type(source).__name__ for source in config.data.sources]
+    return [*lines, "", f"Data: {', '.join(sources)}. Seed {config.seed}.", ""]

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same inputs for our model and for transformers' class of it, for each kind of which there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lionjax.core.types import Batch, UserError
+
+LENGTH = 13  # words of the text that is read
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One pass: `ours` on parameters gives results by the names that theirs has; `theirs` are its arguments."""
+
+    module: Any
+    method: Callable
+    inputs: tuple
+    theirs: dict[str, np.ndarray]
+
+
+def _words(rng, vocab: int, rows: int = 2) -> np.ndarray:
+    return rng.integers(3, vocab, (rows, LENGTH))
+
+
+def _decoder_run(c: Any, rng) -> Run:
+    from lionjax.models.language.decoder import Decoder
+
+    def read(module, ids):
+        return {"logits": module.logits(module(module.embed(ids), np.ones(ids.shape, bool)))}
+
+    ids = _words(rng, c.vocab)
+    return Run(Decoder(c), read, (ids,), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+
+
+def _t5_run(c: Any, rng) -> Run:
+    from lionjax.models.language.t5 import T5
+
+    def read(module, ids, answer):
+        encoded = module.encode(module.embed(ids), np.ones(ids.shape, bool))
+        real = np.ones(answer.shape, bool)
+        return {"logits": module.decode(answer, real, encoded, np.ones(ids.shape, bool))}
+
+    ids, answer = _words(rng, c.vocab), _words(rng, c.vocab)[:, :7]
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "decoder_input_ids": answer}
+    return Run(T5(c), read, (ids, answer), given)
+
+
+def _bert_run(c: Any, rng) -> Run:
+    from lionjax.models.language.bert import Bert
+
+    def read(module, ids):
+        states, first = module(ids, np.ones(ids.shape, bool))
+        return {"last_hidden_state": states} | ({"pooler_output": first} if c.pooler else {})
+
+    ids = _words(rng, c.vocab)
+    return Run(Bert(c), read, (ids,), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+
+
+def _picture(rng, side: int) -> np.ndarray:
+    return rng.standard_normal((1, side, side, 3)).astype(np.float32)
+
+
+def _clip_run(c: Any, rng) -> Run:
+    from lionjax.models.vision.vit import ViT
+
+    def read(module, image):
+        states, _, first = module(image)
+        return {"last_hidden_state": states, "pooler_output": first}
+
+    image = _picture(rng, c.image)
+    return Run(ViT(c), read, (image,), {"pixel_values": image.transpose(0, 3, 1, 2).copy()})
+
+
+def _sam_run(c: Any, rng) -> Run:
+    from lionjax.models.vision.sam_decoder import Sam
+
+    def read(module, image, box):
+        masks, scores = module.decode(module.encode(image), *module.prompts(None, None, box, None))
+        return {"pred_masks": masks[:, :, 1:], "iou_scores": scores[:, :, 1:]}
+
+    image = _picture(rng, c.image)
+    box = np.array([[[0.1, 0.2, 0.6, 0.9]]], np.float32) * c.image
+    given = {"pixel_values": image.transpose(0, 3, 1, 2).copy(), "input_boxes": box}
+    return Run(Sam(c), read, (image, box), given)
+
+
+def _swin_run(c: Any, rng) -> Run:
+    from lionjax.models.vision.swin import Swin
+
+    image = _picture(rng, c.image)
+    given = {"pixel_values": image.transpose(0, 3, 1, 2).copy()}
+    return Run(Swin(c), lambda module, image: {"last_hidden_state": module(image)[0]}, (image,), given)
+
+
+def _prefix_run(c: Any, rng) -> Run:
+    """A text with a picture in it; theirs wants as many image tokens as the picture has words."""
+    from lionjax.models.vlm.visual_prefix import PrefixModule
+
+    if c.image_token is None:
+        raise UserError("this model has no image token, without which transformers does not run it")
+    words = c.qformer.queries if c.qformer else c.vision.patches + c.class_token
+    text = _words(rng, min(c.language.vocab, c.image_token))[:1]
+    question, answer = (text[:, :5] % (c.qformer.vocab if c.qformer else c.language.vocab), text[:, 5:9])
+    ids = np.insert(text, 1, c.image_token, axis=1)
+    image = _picture(rng, c.vision.image)
+
+    def read(module, image, ids, question, answer):
+        one, real = np.zeros(1, np.int32), np.ones(ids.shape, bool)
+        asked = (question, np.ones(question.shape, bool))
+        batch = Batch(image, ids, real, *asked, answer, None, None, one, one)
+        # The picture's words stand for the token, so the last place is padding.
+        x_BLD, mask_BL = (part[:, :-1] for part in module.embed(batch, None))
+        if not c.encodes:
+            return {"logits": module.language.logits(module.language(x_BLD, mask_BL))}
+        encoded_BLD = module.language.encode(x_BLD, mask_BL)
+        said = np.ones(answer.shape, bool)
+        return {"logits": module.language.decode(answer, said, encoded_BLD, mask_BL)}
+
+    wide = np.concatenate([ids[:, :1], np.full((1, words), c.image_token), ids[:, 2:]], axis=1)
+    given = {"pixel_values": image.transpose(0, 3, 1, 2).copy(), "input_ids": wide}
+    given["attention_mask"] = np.ones_like(wide)
+    if c.qformer and c.qformer.text:
+        given |= {"qformer_input_ids": question, "qformer_attention_mask": np.ones_like(question)}
+    if c.encodes:
+        given["decoder_input_ids"] = answer
+    return Run(PrefixModule(c), read, (image, ids, question, answer), given)
+
+
+RUNS: dict[str, Callable[[Any, Any], Run]] = {
+    "llama": _decoder_run,
+    "opt": _decoder_run,
+    "gpt2": _decoder_run,
+    "t5": _t5_run,
+    "bert": _bert_run,
+    "clip": _clip_run,
+    "sam": _sam_run,
+    "swin": _swin_run,
+    "llava": _prefix_run,
+    "blip2": _prefix_run,
+    "instructblip": _prefix_run,
+}

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names under which config classes are written to JSON, and the names that earlier versions wrote.
+
+A tag never changes: runs, exported folders and Orbax folders hold it. Where a class lies, and what it is called in the
+code, may change; then only `HOMES` does. This file holds data and imports nothing.
+"""
+
+# {tag: "module:class" of today}
+HOMES = {
+    "Experiment": "lionjax.core.experiment:Experiment",
+    "Stage": "lionjax.core.experiment:Stage",
+    "RunConfig": "lionjax.core.experiment:RunConfig",
+    "GenerationDefaults": "lionjax.core.experiment:AnswerConfig",
+    "MeshConfig": "lionjax.core.sharding:MeshConfig",
+    "LoraConfig": "lionjax.nn.lora:LoraConfig",
+    "AdapterConfig": "lionjax.nn.adapters:AdapterConfig",
+    "GatedCrossAttentionConfig": "lionjax.nn.adapters:CrossConfig",
+    "ViTConfig": "lionjax.models.vision.vit:ViTConfig",
+    "SwinConfig": "lionjax.models.vision.swin:SwinConfig",
+    "SamConfig": "lionjax.models.vision.sam_encoder:SamConfig",
+    "RamConfig": "lionjax.models.vision.ram:RamConfig",
+    "T5Config": "lionjax.models.language.t5:T5Config",
+    "DecoderConfig": "lionjax.models.language.decoder:DecoderConfig",
+    "BertConfig": "lionjax.models.language.bert:BertConfig",
+    "QFormerConfig": "lionjax.models.connectors.qformer:QFormerConfig",
+    "AggregatorConfig": "lionjax.models.connectors.qformer:AggregatorConfig",
+    "ResamplerConfig": "lionjax.models.connectors.perceiver:ResamplerConfig",
+    "AbstractorConfig": "lionjax.models.connectors.perceiver:AbstractorConfig",
+    "ProjectionConfig": "lionjax.models.connectors.perceiver:ProjectionConfig",
+    "RegionHeadConfig": "lionjax.models.heads.region:PlaceConfig",
+    "VisualPrefixLM": "lionjax.models.vlm.visual_prefix:Prefix",
+    "Flamingo": "lionjax.models.vlm.flamingo:Flamingo",
+    "Blip2Stage1": "lionjax.models.vlm.blip2_stage1:Blip2First",
+    "Lion": "lionjax.models.vlm.lion:Lion",
+    "NextChat": "lionjax.models.vlm.nextchat:NextChat",
+    "DataConfig": "lionjax.data.config:DataConfig",
+    "ProcessorConfig": "lionjax.data.prompt:ProcessorConfig",
+    "Scenes": "lionjax.data.scenes.dataset:Scenes",
+    "EasyVqa": "lionjax.data.datasets.easy_vqa:EasyVqa",
+    "Coco": "lionjax.data.datasets.coco:Coco",
+    "RefCoco": "lionjax.data.datasets.refcoco:RefCoco",
+    "Vqa": "lionjax.data.datasets.vqa:Vqa",
+    "JsonLines": "lionjax.data.datasets.jsonl:Lines",
+    "ScienceQa": "lionjax.data.datasets.scienceqa:ScienceQa",
+    "ArrayRecordDataset": "lionjax.data.datasets.array_record:Built",
+    "BackbonesConfig": "lionjax.tiny.schedules:BackbonesConfig",
+    "LanguageSchedule": "lionjax.tiny.schedules:LanguageSchedule",
+    "BoxHeadsSchedule": "lionjax.tiny.boxes:PlacesSchedule",
+    "MasksConfig": "lionjax.tiny.sam:MasksConfig",
+}
+
+# {what version 0.1 wrote behind "lionjax.": tag}. In this order: module, class = tag (where it has another name).
+_WRITTEN_BY_0_1 = """
+config                  Experiment Stage RunConfig AnswerConfig=GenerationDefaults
+sharding                MeshConfig
+layers                  LoraConfig
+adapters                AdapterConfig CrossConfig=GatedCrossAttentionConfig
+vision.vit              ViTConfig
+vision.swin             SwinConfig
+vision.sam              SamConfig
+vision.ram              RamConfig
+language.t5             T5Config
+language.decoder        DecoderConfig
+language.bert           BertConfig
+bridges.qformer         QFormerConfig AggregatorConfig
+bridges.latents         ResamplerConfig AbstractorConfig ProjectionConfig
+heads                   PlaceConfig=RegionHeadConfig
+systems.prefix          Prefix=VisualPrefixLM
+systems.flamingo        Flamingo
+systems.blip2           Blip2First=Blip2Stage1
+systems.lion            Lion
+systems.nextchat        NextChat
+data.examples           DataConfig
+data.texts              ProcessorConfig
+data.sources            Scenes EasyVqa
+data.coco               Coco
+data.annotations        RefCoco Vqa Lines=JsonLines
+data.scienceqa          ScienceQa
+data.built              Built=ArrayRecordDataset
+training.backbones      BackbonesConfig LanguageSchedule
+training.place_backbone PlacesSchedule=BoxHeadsSchedule
+training.mask_backbone  MasksConfig
+"""
+EARLIER = {
+    f"lionjax.{line.split()[0]}.{item.partition('=')[0]}": item.partition("=")[2] or item
+    for line in _WRITTEN_BY_0_1.strip().splitlines()
+    for item in line.split()[1:]
+}

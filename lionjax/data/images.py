@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures from files nobody vouches for: opened with care, cut and shrunk so that boxes stay true.
+
+Only JPEG, PNG and WebP are read. The size in the header is looked at before a single pixel is decoded, paths must stay
+in the folder they were promised to be in, and every failure is one sentence that names the file.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lionjax.core.types import UserError
+
+Box = tuple[float, float, float, float]
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 256 * 2**20
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+def safe_path(root: str | Path, name: str) -> Path:
+    """The file `name` under `root`; UserError when it lies elsewhere, also by way of a symbolic link."""
+    try:
+        base = Path(root).resolve()
+        path = (base / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name!r} is not a path that can be followed ({error})") from error
+    if not path.is_relative_to(base):
+        raise UserError(f"the path {name!r} leaves the data folder {root}; keep pictures inside it")
+    return path
+
+
+def open_picture(file: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An upright RGB picture from a path or from the bytes of a file.
+
+    Turned as its EXIF note says; transparency becomes white; 16-bit gray keeps its upper 8 bits; of an animation the
+    first frame. Raises UserError for a missing, foreign, damaged or too large file.
+    """
+    name = name or (str(file) if not isinstance(file, bytes) else "picture")
+    if not isinstance(file, bytes):
+        _check_file(Path(file), name)
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as opened:
+            width, height = opened.size
+            if width * height > max_pixels:
+                raise _too_large(name, f"{width} x {height}", max_pixels)
+            opened.load()
+            return _rgb(_upright(opened))
+    except UserError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(name, "far too many", max_pixels) from error
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        reason = "no JPEG, PNG or WebP" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UserError(f"{name} cannot be read as a picture ({reason}); replace or remove it") from error
+
+
+def _check_file(path: Path, name: str) -> None:
+    if not path.is_file():
+        raise UserError(f"there is no picture {name}; check the path")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{name} is larger than {MAX_BYTES >> 20} MiB; shrink the picture first")
+
+
+def _too_large(name: str, size: str, max_pixels: int) -> UserError:
+    millions = max_pixels / 1e6
+    return UserError(f"{name} has {size} pixels, more than the {millions:g} million allowed; shrink it first")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    orientation = picture.getexif().get(0x0112, 1)
+    return picture if orientation == 1 else ImageOps.exif_transpose(picture)
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode in ("I", "I;16", "I;16B", "I;16L"):
+        # Pillow's own way from 16 bits clips everything above 255 to white.
+        gray = np.clip(np.asarray(picture).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        picture = Image.fromarray(gray)
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def as_picture(source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An RGB picture from a path, bytes, a PIL picture or a uint8 array (H, W), (H, W, 3) or (H, W, 4)."""
+    if isinstance(source, Image.Image):
+        width, height = source.size
+        if width * height > max_pixels:
+            raise _too_large(name or "the picture", f"{width} x {height}", max_pixels)
+        return _rgb(_upright(source))
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or 0 in source.shape:
+            wanted = "uint8 (H, W), (H, W, 3) or (H, W, 4)"
+            raise UserError(f"the picture is an array {source.dtype} {source.shape}; give {wanted}")
+        if source.ndim == 3 and source.shape[2] not in (3, 4):
+            raise UserError(f"the picture is an array of shape {source.shape}; give (H, W, 3) or (H, W, 4)")
+        return _rgb(Image.fromarray(source))
+    if not isinstance(source, str | Path | bytes):
+        raise UserError(f"the picture is a {type(source).__name__}; give a path, bytes, a PIL picture or a uint8 array")
+    return open_picture(source, name, max_pixels)
+
+
+def resize(picture: Image.Image, pixels: int, window: Box = WHOLE) -> np.ndarray:
+    """The window of a picture as uint8 (pixels, pixels, 3): bicubic with antialiasing, aspect not kept.
+
+    As torchvision's Resize does for a PIL picture, and so LION. `window` is in 0..1.
+    """
+    if window == WHOLE:
+        return np.asarray(picture.resize((pixels, pixels), Image.Resampling.BICUBIC))
+    width, height = picture.size
+    x0, y0, x1, y1 = window
+    edges = (x0 * width, y0 * height, x1 * width, y1 * height)
+    return np.asarray(picture.resize((pixels, pixels), Image.Resampling.BICUBIC, box=edges))
+
+
+def unit_box(box, size: tuple[float, float] = (1.0, 1.0), slack: float = 1e-3, name: str = "the box") -> Box:
+    """A box x0 y0 x1 y1, given in units of `size` (width, height), as fractions of the picture.
+
+    Annotators go over the edge by a hair: up to `slack` (in the given units) is cut off. Raises UserError for what is
+    no box, lies outside or has no area.
+    """
+    try:
+        numbers = [float(edge) for edge in box]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
+        raise UserError(f"{name} is {box!r}; give four numbers x0, y0, x1, y1")
+    ends = (*size, *size)
+    if any(edge < -slack or edge > end + slack for edge, end in zip(numbers, ends)):
+        raise UserError(
+            f"{name} {tuple(numbers)} leaves the picture of {size[0]:g} x {size[1]:g}; give a box inside it"
+        )
+    x0, y0, x1, y1 = (min(max(edge, 0.0), end) / end for edge, end in zip(numbers, ends))
+    if x1 <= x0 or y1 <= y0:
+        raise UserError(f"{name} {tuple(numbers)} has no area; give x0 < x1 and y0 < y1")
+    return x0, y0, x1, y1
+
+
+def window_around(boxes, rng: np.random.Generator, scale: tuple[float, float]) -> Box:
+    """A random window with `scale` (least, most) of the picture's area that holds every box whole.
+
+    Torchvision's RandomResizedCrop with that one more wish; the whole picture when ten tries fail.
+    """
+    for _ in range(10):
+        area, ratio = rng.uniform(*scale), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if width > 1 or height > 1:
+            continue
+        x0, y0 = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+        window = (x0, y0, x0 + width, y0 + height)
+        if all(x0 <= b[0] and y0 <= b[1] and b[2] <= window[2] and b[3] <= window[3] for b in boxes):
+            return window
+    return WHOLE
+
+
+def seen_from(box: Box, window: Box, mirrored: bool = False) -> Box:
+    """Where a box of the picture lies in a window of it, mirrored left to right or not."""
+    width, height = window[2] - window[0], window[3] - window[1]
+    x0, x1 = ((edge - window[0]) / width for edge in (box[0], box[2]))
+    y0, y1 = ((edge - window[1]) / height for edge in (box[1], box[3]))
+    x0, x1 = (1 - x1, 1 - x0) if mirrored else (x0, x1)
+    return tuple(min(max(edge, 0.0), 1.0) for edge in (x0, y0, x1, y1))

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenes on disk: a TFDS builder that writes ArrayRecord files and needs no TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from lionjax.data.scenes.source import SceneSource
+from lionjax.data.scenes.world import SPLITS
+
+
+@dataclasses.dataclass(eq=False)
+class ScenesConfig(tfds.core.BuilderConfig):
+    """How many scenes of each split, how large, and from which seed. The name tells all of it."""
+
+    name: str = ""
+    sizes: tuple[int, int, int] = (3000, 500, 500)
+    pixels: int = 128
+    seed: int = 0
+
+    def __post_init__(self):
+        counts = "-".join(str(size) for size in self.sizes)
+        self.name = f"pixels{self.pixels}-seed{self.seed}-{counts}"
+
+
+class Scenes(tfds.core.GeneratorBasedBuilder):
+    """Pictures of colored shapes with exact truth."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [ScenesConfig()]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        pixels = self.builder_config.pixels
+        features = {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(pixels, pixels, 3), encoding_format="png"),
+            "truth": tfds.features.Text(),
+        }
+        # In order, so that record i on disk is record i of SceneSource; readers shuffle for themselves.
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        c = self.builder_config
+        return {
+            split: self._generate_examples(SceneSource(split, size, c.seed, c.pixels))
+            for split, size in zip(SPLITS, c.sizes)
+        }
+
+    def _generate_examples(self, source: SceneSource):
+        # Encoded bytes, not arrays: TFDS would call TensorFlow to encode an array.
+        yield from enumerate(source)
+
+
+def build(folder, sizes=(3000, 500, 500), pixels: int = 128, seed: int = 0) -> Path:
+    """Write the three splits under `folder` and return where they lie; what is complete already stays.
+
+    TFDS writes beside the place and renames at the end, so a folder that exists is whole.
+    """
+    config = ScenesConfig(sizes=tuple(sizes), pixels=pixels, seed=seed)
+    builder = Scenes(data_dir=folder, config=config, file_format="array_record")
+    builder.download_and_prepare()
+    return Path(builder.data_path)
+
+
+class BuiltScenes:
+    """Random access to a split that `build` wrote: the same records as SceneSource gives."""
+
+    def __init__(self, folder, split: str):
+        builder = tfds.builder_from_directory(str(folder))
+        raw = {"image": tfds.decode.SkipDecoding()}
+        self._records = builder.as_data_source(split=split, decoders=raw)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, str | bytes]:
+        stored = self._records[index]
+        texts = {key: stored[key].decode() for key in ("id", "truth")}
+        return {"id": texts["id"], "image": stored["image"], "truth": texts["truth"]}

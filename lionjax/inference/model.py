@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model to talk to: `load` a folder, `answer` prompts about pictures.
+
+A folder is a run's, one that `lionjax convert` wrote in our names or in the original's, or an original release.
+System, processor and tokenizers are rebuilt from what is recorded there. Nothing in the folder is changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lionjax import convert
+from lionjax.core import params as trees
+from lionjax.core.experiment import Experiment
+from lionjax.core.types import Params, System, UserError
+from lionjax.data import images as pictures
+from lionjax.data import tokenizer
+from lionjax.data.processor import Input, Processor
+from lionjax.inference import engine
+from lionjax.inference.engine import Answerer, Said
+from lionjax.inference.sampling import GenerateConfig
+
+log = logging.getLogger(__name__)
+
+QFORMER_TOKENIZER = "qformer_tokenizer"  # the folder of it within a model's; the language model's lies by the weights
+TOKENIZER_FILES = {".json": "tokenizer.json", ".model": "spiece.model", ".txt": "vocab.txt"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model says: text, the boxes in it (K, 4) as x0 y0 x1 y1 in 0..1, masks (K, H, W) bool of the picture."""
+
+    text: str
+    boxes: np.ndarray
+    masks: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A system with its parameters, ready to answer. `updates` were made in training, None where nobody counted."""
+
+    experiment: Experiment
+    answerer: Answerer
+    updates: int | None = None
+
+    @property
+    def system(self) -> System:
+        return self.answerer.system
+
+    @property
+    def params(self) -> Params:
+        return self.answerer.params
+
+    @property
+    def processor(self) -> Processor:
+        return self.answerer.processor
+
+    def answer(
+        self,
+        images: Sequence[object],
+        prompts: Sequence[str],
+        boxes: Sequence | None = None,
+        tags: Sequence[Sequence[str]] | None = None,
+        category: str | None = None,
+        generate: GenerateConfig | None = None,
+        seed: int = 0,
+        history: Sequence[Sequence[tuple[str, str]]] | None = None,
+        shots: Sequence[Sequence[tuple[object, str, str]]] | None = None,
+    ) -> list[Answer]:
+        """Answers to prompts about pictures (paths, PIL pictures or uint8 arrays), one each.
+
+        `boxes`: for each prompt those asked about, x0 y0 x1 y1 in 0..1; they stand where the prompt says `{box}`, or
+        at its end. `tags`: for each prompt the words of a tagger. `category` is "region_level" or "image_level", by
+        default decided from each prompt. `generate` replaces the settings that the model comes with; `seed` decides
+        what is drawn where it samples. `history`: for each prompt the (question, answer) pairs before it, of the same
+        picture. `shots`: for each prompt as many (picture, question, answer) examples, shown before it.
+        Raises UserError for what cannot be asked.
+        """
+        asked = inputs(images, prompts, boxes, tags, category, history, shots)
+        if tags is not None and not self.processor.config.tags:
+            raise UserError("this model was trained without tags; leave them out")
+        processor, seen = self.processor, [pictures.as_picture(one.image) for one in asked]
+        rows = [processor.row_of(dataclasses.replace(one, image=picture)) for picture, one in zip(seen, asked)]
+        answer, said = self.experiment.answer, {}
+        hows = [generate or engine.settings(answer, processor, one.category) for one in asked]
+        for how in dict.fromkeys(hows):  # prompts of both categories go together where they are answered alike
+            places = [place for place, other in enumerate(hows) if other == how]
+            key = jax.random.key(seed) if how.sample else None
+            sizes = [seen[place].size for place in places] if processor.config.sam_size else None
+            group = [rows[place] for place in places]
+            said |= dict(zip(places, self.answerer.say(group, how, key=key, sizes=sizes)))
+        return [_answer(said[place], picture) for place, picture in enumerate(seen)]
+
+    def rank(
+        self, images: Sequence[object], prompts: Sequence[str], candidates: Sequence[Sequence[str]]
+    ) -> list[list[int]]:
+        """For each prompt the places of its candidate answers, the likeliest first.
+
+        By the loss of each, summed over its tokens, as BLIP-2's code ranks (`predict_class`). Raises UserError where
+        the lists are not of one length.
+        """
+        asked = inputs(images, prompts, None, None, None)
+        if len(candidates) != len(asked) or not all(len(some) for some in candidates):
+            raise UserError("candidates wants a list of answers for each prompt, none of them empty")
+        order, place = [], 0
+        rows = [self.processor.row_of(one, text) for one, some in zip(asked, candidates) for text in some]
+        nats = self.answerer.rank(rows)
+        for some in candidates:
+            order.append(np.argsort(nats[place : place + len(some)], kind="stable").tolist())
+            place += len(some)
+        return order
+
+    def export(self, path: str | Path, to: str = "torch", merge_lora: bool = False) -> None:
+        """Write a folder with config and tokenizers, which `load` reads back.
+
+        `to`: "torch" for the original's names, "jax" for ours. For torch a LoRA goes into a folder `adapter` as PEFT
+        writes it, or into its matrices. Raises UserError where one stands at `path` already.
+        """
+        if to not in ("torch", "jax") or (merge_lora and to == "jax"):
+            raise UserError(f"to is {to!r}; it can be 'torch', where a LoRA may be merged, or 'jax'")
+        given = {"companions": self.companions()}
+        if to == "torch":
+            convert.to_torch(self.experiment, self.params, path, merge_lora=merge_lora, **given)
+        else:
+            convert.save(self.experiment, self.params, path, **given)
+
+    def has_the_bits_of(self, other: Model) -> bool:
+        """Whether another model has the same parameters, bit for bit."""
+        mine, theirs = trees.flatten(self.params), trees.flatten(other.params)
+        return mine.keys() == theirs.keys() and all(
+            mine[path].dtype == theirs[path].dtype
+            and np.asarray(mine[path]).tobytes() == np.asarray(theirs[path]).tobytes()
+            for path in mine
+        )
+
+    def companions(self) -> dict[str, Path]:
+        """{name in a model's folder: file} of the tokenizers."""
+        c = self.processor.config
+        folders = tokenizer_folders(self.experiment.system)
+        files = {folder: tokenizer.file_of(getattr(c, field)) for field, folder in folders.items()}
+        return {str(Path(folder, TOKENIZER_FILES[file.suffix])): file for folder, file in files.items()}
+
+
+def inputs(images, prompts, boxes, tags, category, history=None, shots=None) -> list[Input]:
+    """What is asked, one `Input` each; UserError where the lists are not of one length."""
+    given = {"images": images, "prompts": prompts, "boxes": boxes, "tags": tags}
+    given |= {"history": history, "shots": shots}
+    for name, values in given.items():
+        if isinstance(values, str | Path) or (values is not None and not hasattr(values, "__len__")):
+            raise UserError(f"{name} is one {type(values).__name__}; give a list, with one entry for each prompt")
+    for name, values in given.items():
+        if values is not None and len(values) != len(prompts):
+            raise UserError(f"{len(values)} {name} were given for {len(prompts)} prompts; give one each")
+    for name, parts in (("history", "question, answer"), ("shots", "picture, question, answer")):
+        for one in (one for some in given[name] or () for one in some or ()):
+            if not isinstance(one, tuple | list) or len(one) != len(parts.split()):
+                raise UserError(f"{name} wants for each prompt a list of ({parts})")
+    if not len(prompts):
+        raise UserError("there is nothing to ask; give at least one picture and one prompt")
+    asked = []
+    for place, (image, prompt) in enumerate(zip(images, prompts)):
+        given = () if boxes is None or boxes[place] is None else boxes[place]
+        prompt = engine.with_boxes(prompt, given)
+        words = tuple(tags[place] or ()) if tags is not None else ()
+        kind = category or engine.category_of(prompt)
+        before = {
+            name: tuple(map(tuple, lists[place] or ()))
+            for name, lists in (("turns", history), ("shots", shots))
+            if lists is not None
+        }
+        asked.append(Input(image, prompt, words, kind, tuple(map(tuple, given)), **before))
+    if len(counts := {len(one.shots) for one in asked}) > 1:
+        raise UserError(f"the prompts have {sorted(counts)} shots; give each as many")
+    return asked
+
+
+def _answer(said: Said, picture) -> Answer:
+    none = np.zeros((0, picture.height, picture.width), bool)
+    return Answer(said.text, said.boxes, none if said.masks is None else said.masks)
+
+
+# Folders
+
+
+def tokenizer_folders(system: System) -> dict[str, str]:
+    """{field of the processor: folder of that tokenizer within a model's}; the second where a Q-Former reads text."""
+    bridge = getattr(system, "qformer", None)
+    asked_twice = {"question_tokenizer": QFORMER_TOKENIZER} if bridge and bridge.text else {}
+    return {"tokenizer": ""} | asked_twice

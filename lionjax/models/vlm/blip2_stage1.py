@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BLIP-2's first stage: a Q-Former learns what of a picture belongs to a text, without any language model (2301.12597).
+
+Three losses in one pass: pictures find their texts among those of the whole batch (contrast), a true pair is told from
+one that looks alike (matching), and the text is written from what the queries saw (captioning).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lionjax.core.sharding import sharded
+from lionjax.core.types import Batch, Cache, Metrics, Params
+from lionjax.core.weight_map import Row, under
+from lionjax.models.connectors import qformer
+from lionjax.models.connectors.qformer import QFormer, QFormerConfig
+from lionjax.models.vision import vit
+from lionjax.models.vision.vit import EVA_VIT_G, ViT, ViTConfig
+from lionjax.nn.attention import causal_mask, key_mask
+from lionjax.nn.layers import Dense, LayerNorm, dense_rows, gelu, norm_rows, split_key
+from lionjax.nn.losses import smoothed_cross_entropy
+
+FAR = -10000.0  # what a pair's own place in the batch scores where others are drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Blip2First:
+    """The stage by its parts' sizes; the defaults are the released ones.
+
+    Texts are the batch's targets in BERT's words, closed by `[SEP]`; `start_token` (`[CLS]`) is put before them, and
+    `write_token` (`[DEC]`) where they are to be written. `smoothing`: of the contrast's and the captions' labels.
+    """
+
+    vision: ViTConfig = EVA_VIT_G
+    qformer: QFormerConfig = QFormerConfig()
+    vision_eps: float = 1e-5
+    shared: int = 256  # width in which pictures and texts are compared
+    temperature: float = 0.07
+    smoothing: float = 0.1
+    start_token: int = 101
+    write_token: int = 30522
+    dtype: str = "float32"  # of the computation
+
+    def init(self, key, batch: Batch) -> Params:
+        """Random parameters of every part."""
+        return Blip2FirstModule(self).init(key, batch, None)["params"]
+
+    def _apply(self, params: Params, method: str, *args):
+        return Blip2FirstModule(self).apply({"params": params}, *args, method=method)
+
+    def features(self, params: Params, batch: Batch):
+        """What the frozen tower makes of the pictures: may be kept and put into `Batch.features`."""
+        return self._apply(params, "see", batch)
+
+    def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
+        """The sum of the three losses. Without a key the pairs that look most alike are those to be told apart."""
+        return self._apply(params, "__call__", batch, key)
+
+    def similarity(self, params: Params, batch: Batch):
+        """How alike each picture and each text are, the best of all queries: (B, B), pictures by texts, in -1..1."""
+        return self._apply(params, "compare", batch)
+
+    def match(self, params: Params, batch: Batch):
+        """Whether each picture and its text belong together: logits (B, 2), the second for yes."""
+        return self._apply(params, "judge", batch)
+
+    def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
+        """Read the pictures; what is written then sees the queries' keys and values. There is no prompt."""
+        return self._apply(params, "begin", batch, cache_length)
+
+    def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Read one more token per row."""
+        return self._apply(params, "extend", token_B, cache)
+
+    def torch_rows(self) -> tuple[Row, ...]:
+        """Names of LAVIS's blip2_pretrained.pth."""
+        words, head = "Qformer.bert.embeddings.word_embeddings.weight", "Qformer.cls.predictions."
+        rows = under("Qformer.bert.", "qformer/", qformer.torch_rows(self.qformer))
+        return (
+            *under("visual_encoder.", "vision/", vit.lavis_rows(self.vision)),
+            *norm_rows("ln_vision", "vision_norm"),
+            *under("", "qformer/", qformer.query_rows(self.qformer)),
+            *(dataclasses.replace(row, also=(f"{head}decoder.weight",)) if row.torch == words else row for row in rows),
+            *dense_rows(f"{head}transform.dense", "word_dense"),
+            *norm_rows(f"{head}transform.LayerNorm", "word_norm"),
+            Row(f"{head}bias", "word_bias", also=(f"{head}decoder.bias",)),
+            *dense_rows("vision_proj", "picture_projection"),
+            *dense_rows("text_proj", "text_projection"),
+            *dense_rows("itm_head", "match_head"),
+            Row("temp", "temperature"),
+        )
+
+
+class Blip2FirstModule(nn.Module):
+    c: Blip2First
+
+    def setup(self):
+        c = self.c
+        width = c.qformer.width
+        self.vision = ViT(c.vision)
+        self.vision_norm = LayerNorm(c.vision.width, c.vision_eps)
+        self.qformer = QFormer(c.qformer)
+        self.picture_projection = Dense(width, c.shared, ("embed", None))
+        self.text_projection = Dense(width, c.shared, ("embed", None))
+        self.match_head = Dense(width, 2, ("embed", None))
+        self.word_dense = Dense(width, width, ("embed", None))
+        self.word_norm = LayerNorm(width, c.qformer.eps)
+        self.word_bias = self.param("word_bias", sharded(nn.initializers.zeros, ("vocab",)), (c.qformer.vocab,))
+        start = nn.initializers.constant(c.temperature)
+        self.temperature = self.param("temperature", sharded(start, ()), ())
+
+    def see(self, batch: Batch):
+        """What the tower makes of the pictures, the class token too: (B, P, D)."""
+        if batch.features is not None:
+            return batch.features.astype(self.c.dtype)
+        return self.vision(batch.image_BHWC.astype(self.c.dtype))[0]
+
+    def text(self, batch: Batch, first: int):
+        """Ids (B, 1 + M) of the texts behind this token, and which are real."""
+        first_B1 = jnp.full_like(batch.target_BM[:, :1], first)
+        ids_BL = jnp.concatenate([first_B1, batch.target_BM], axis=1)
+        real_BM = batch.target_mask_BM.astype(bool)
+        return ids_BL, jnp.concatenate([jnp.ones_like(real_BM[:, :1]), real_BM], axis=1)
+
+    def asked(self, seen_BPD, key=None):
+        """The queries' states and keys and values, from the pictures alone; of unit length, to be compared, too."""
+        asked_BQD, _, kept = self.qformer.run(self.vision_norm(seen_BPD), None, None, key)
+        return unit(self.picture_projection(asked_BQD)), kept
+
+    def told(self, batch: Batch, dtype, key=None):
+        """The texts alone, of unit length (B, E)."""
+        ids_BL, mask_BL = self.text(batch, self.c.start_token)
+        text_BLD = self.qformer.embed(ids_BL, dtype)
+        _, text_BLD, _ = self.qformer.run(None, text_BLD, key_mask(mask_BL), key)
+        return unit(self.text_projection(text_BLD[:, 0]))
+
+    def compare(self, batch: Batch):
+        asked_BQE, _ = self.asked(self.see(batch))
+        return alike(asked_BQE, self.told(batch, asked_BQE.dtype))
+
+    def judge(self, batch: Batch):
+        return self.pairs(self.see(batch), *self.text(batch, self.c.start_token))
+
+    def pairs(self, seen_BPD, ids_BL, mask_BL, key=None):
+        """Picture and text read together: logits (B, 2), the mean over all queries."""
+        state_BLD = self.qformer(self.vision_norm(seen_BPD), ids_BL, mask_BL, key)
+        return self.match_head(state_BLD[:, : self.c.qformer.queries]).mean(axis=1).astype(jnp.float32)
+
+    def __call__(self, batch: Batch, key):
+        c, keys = self.c, split_key(key, 6)
+        seen_BPD = self.see(batch)
+        asked_BQE, kept = self.asked(seen_BPD, keys[0])
+        told_BE = self.told(batch, seen_BPD.dtype, keys[1])
+        rows = jnp.arange(len(told_BE))
+        # Each side learns from its own row; what it is compared with stands still, as where it was gathered.
+        still = jax.lax.stop_gradient
+        to_text_BB = alike(asked_BQE, still(told_BE)) / self.temperature
+        to_picture_BB = alike(still(asked_BQE), told_BE).T / self.temperature
+        contrast = sum(
+            smoothed_cross_entropy(x, rows, jnp.ones_like(rows), c.smoothing)[0] / 2
+            for x in (to_text_BB, to_picture_BB)
+        )
+        own_BB = jnp.eye(len(rows)) * FAR
+        other_text_B = drawn(still(to_text_BB) * (own_BB == 0) + own_BB, keys[2])
+        other_picture_B = drawn(still(to_picture_BB) * (own_BB == 0) + own_BB, keys[3])
+        ids_BL, mask_BL = self.text(batch, c.start_token)
+        logits_B2 = self.pairs(
+            jnp.concatenate([seen_BPD, seen_BPD[other_picture_B], seen_BPD]),
+            jnp.concatenate([ids_BL, ids_BL, ids_BL[other_text_B]]),
+            jnp.concatenate([mask_BL, mask_BL, mask_BL[other_text_B]]),
+            keys[4],
+        )
+        true_B = (jnp.arange(len(logits_B2)) < len(rows)).astype(jnp.int32)
+        matching, matched = smoothed_cross_entropy(logits_B2, true_B, jnp.ones_like(true_B), 0.0)
+        captions, words = smoothed_cross_entropy(
+            self.written(batch, kept, keys[5]), batch.target_BM, batch.loss_mask_BM, c.smoothing
+        )
+        return contrast + matching + captions, {
+            "weight": jnp.asarray(len(rows), jnp.float32),
+            "loss_contrast": contrast,
+            "loss_matching": matching,
+            "loss_captions": captions,
+            "match_accuracy": matched["token_accuracy"],
+            "token_accuracy": words["token_accuracy"],
+        }
+
+    def written(self, batch: Batch, kept, key=None):
+        """Logits (B, M, V) of the texts, which see the queries' keys and values, and themselves up to each word."""
+        ids_BL, mask_BL = self.text(batch, self.c.write_token)
+        ids_BM, mask_BM = ids_BL[:, :-1], mask_BL[:, :-1]
+        rows, length = ids_BM.shape
+        before_BM = causal_mask(mask_BM).dense(length)
+        queries_BQ = jnp.ones((rows, 1, length, self.c.qformer.queries), bool)
+        mask = jnp.concatenate([queries_BQ, before_BM], axis=-1)
+        text_BMD = self.qformer.embed(ids_BM, self.c.dtype)
+        _, text_BMD, _ = self.qformer.run(None, text_BMD, mask, key, kept)
+        return self.say(text_BMD)
+
+    def say(self, text_BMD):
+        """(..., D) -> (..., V) in float32."""
+        h_BMD = self.word_norm(gelu(self.word_dense(text_BMD)))
+        return self.qformer.words.attend(h_BMD).astype(jnp.float32) + self.word_bias
+
+    def begin(self, batch: Batch, cache_length: int):
+        _, kept = self.asked(self.see(batch))
+        room = ((0, 0), (0, 0), (0, cache_length + 1), (0, 0), (0, 0))
+        written = jax.tree.map(lambda leaf: jnp.pad(leaf, room), kept)
+        first_B = jnp.full(len(batch.target_BM), self.c.write_token, jnp.int32)
+        return self.extend(first_B, Cache(written, {}, jnp.zeros((), jnp.int32)))
+
+    def extend(self, token_B, cache: Cache):
+        earlier, end = cache.written, self.c.qformer.queries + cache.step
+        some = jax.tree.leaves(earlier)[0]
+        seen_S = (jnp.arange(some.shape[2] + 1) < end).at[-1].set(True)
+        text_B1D = self.qformer.embed(token_B[:, None], some.dtype, cache.step)
+        _, text_B1D, new = self.qformer.run(None, text_B1D, seen_S[None, None, None], None, earlier)
+        written = jax.tree.map(
+            lambda old, leaf: jax.lax.dynamic_update_slice(old, leaf, (0, 0, end, 0, 0)), earlier, new
+        )
+        return self.say(text_B1D[:, 0]), Cache(written, cache.fixed, cache.step + 1)
+
+
+def unit(x):
+    """Vectors of length 1, in float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def alike(asked_BQE, told_BE):
+    """The best that any query of a picture finds in a text: (B, B), pictures by texts."""
+    return jnp.einsum("iqe,je->ijq", asked_BQE, told_BE).max(axis=-1)
+
+
+def drawn(score_BB, key):
+    """One column per row, drawn by its score's exponential; the highest without a key."""
+    return score_BB.argmax(axis=1) if key is None else jax.random.categorical(key, score_BB)

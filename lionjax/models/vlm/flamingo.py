@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flamingo: pictures are read between the layers of a language model that stays as it was (arXiv 2204.14198).
+
+A frozen tower sees each picture, a resampler makes a few words of it, and before every n-th layer the text may look at
+them through gates that begin closed. Where a picture belongs in the text, its token stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lionjax.core.types import Batch, Cache, Metrics, Params
+from lionjax.core.weight_map import Row, renamed, under
+from lionjax.models.connectors.perceiver import Resampler, ResamplerConfig, resampler_rows
+from lionjax.models.language import decoder, decoder_weights
+from lionjax.models.language.decoder import MPT_1B, MPT_7B, Decoder, DecoderConfig
+from lionjax.models.vision import vit
+from lionjax.models.vision.vit import CLIP_VIT_L, ViT, ViTConfig
+from lionjax.nn import losses
+from lionjax.nn.adapters import CrossConfig, cross_rows
+
+RULES = ("immediate", "all_previous")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flamingo:
+    """A Flamingo by its parts' sizes; the defaults are those of OpenFlamingo 9B (arXiv 2308.01390).
+
+    `rule`: a token sees the last picture before it, or all of them. By the first, one before any picture sees none; by
+    the second such a token sees, as in OpenFlamingo, all pictures of its row alike, later ones too.
+    A row may have several pictures, (B, K, H, W, C); the k-th `image_token` is the k-th of them, and is never learned.
+    `part_weights`: how much the mean loss of each entry of a stage's mixture counts; empty: all tokens count alike.
+    """
+
+    vision: ViTConfig = dataclasses.replace(CLIP_VIT_L, image=224)
+    resampler: ResamplerConfig = ResamplerConfig()
+    language: DecoderConfig = dataclasses.replace(
+        MPT_7B, vocab=50280, frozen_words=50277, pad_token=50279, end_token=50277, cross=CrossConfig()
+    )
+    image_token: int = 50278
+    rule: str = "immediate"
+    dtype: str = "float32"  # of the computation
+    part_weights: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.rule not in RULES:
+            raise ValueError(f"rule is {self.rule!r}; it can be one of {', '.join(RULES)}")
+        if self.language.cross is None:
+            raise ValueError("language.cross is None, so nothing would look at the pictures")
+
+    def init(self, key, batch: Batch) -> Params:
+        """Random parameters of every part."""
+        return FlamingoModule(self).init(key, batch, None)["params"]
+
+    def _apply(self, params: Params, method: str, *args):
+        return FlamingoModule(self).apply({"params": params}, *args, method=method)
+
+    def features(self, params: Params, batch: Batch):
+        """What the frozen tower makes of the pictures: may be kept and put into `Batch.features`."""
+        return self._apply(params, "see", batch)
+
+    def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
+        """Mean cross entropy of the answer's tokens but the pictures', or the weighted sum of each data set's."""
+        learned_BM = batch.loss_mask_BM * (batch.target_BM != self.image_token)
+        logits_BMV = self.logits(params, batch, key)
+        if self.part_weights and batch.part_B is not None:
+            weights = self.part_weights
+            return losses.parts_cross_entropy(logits_BMV, batch.target_BM, learned_BM, batch.part_B, weights)
+        return losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
+
+    def logits(self, params: Params, batch: Batch, key=None):
+        """(B, M, V) in float32, row m predicting target m."""
+        return self._apply(params, "__call__", batch, key)
+
+    def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
+        """Read pictures and prompt. What follows looks at the pictures as the prompt's last token does."""
+        return self._apply(params, "begin", batch, cache_length)
+
+    def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Read one more token per row."""
+        return self._apply(params, "extend", token_B, cache)
+
+    def torch_rows(self) -> tuple[Row, ...]:
+        """Names of OpenFlamingo's code: its decoder's layers beside the gated ones, the tower as CLIP's own code."""
+        c, every = self.language, self.language.cross.every
+        layers = ("model.decoder.layers.", "model.layers.", "transformer.blocks.", "transformer.h.")
+        language = renamed(decoder_weights.torch_rows(c), *((name, "old_decoder_blocks.") for name in layers))
+        place = f"{{{every}i+{every - 1}}}" if every > 1 else "{i}"
+        gated = under(f"lang_encoder.gated_cross_attn_layers.{place}.", "language/groups/cross/", cross_rows(c.cross))
+        return (
+            *under("vision_encoder.", "vision/", vit.tower_rows(self.vision, vit.openai_rows)),
+            *under("perceiver.", "resampler/", resampler_rows(self.resampler)),
+            *under("lang_encoder.", "language/", language),
+            *gated,
+        )
+
+
+OPENFLAMINGO_9B = Flamingo()
+OPENFLAMINGO_3B = Flamingo(
+    language=dataclasses.replace(
+        MPT_1B,
+        vocab=50280,
+        frozen_words=50277,
+        pad_token=50279,
+        end_token=50277,
+        cross=CrossConfig(every=1, hidden=8192),
+    )
+)
+
+
+class FlamingoModule(nn.Module):
+    c: Flamingo
+
+    def setup(self):
+        self.vision = ViT(self.c.vision)
+        self.resampler = Resampler(self.c.resampler)
+        self.language = Decoder(self.c.language)
+
+    def see(self, batch: Batch):
+        """The tower's patches, without the class token: (B, K, P, D), or (B, P, D) where rows have one picture."""
+        image = batch.image_BHWC
+        if batch.features is not None:
+            return batch.features.astype(self.c.dtype)
+        seen_BPD, _, _ = self.vision(image.reshape(-1, *image.shape[-3:]).astype(self.c.dtype))
+        return seen_BPD[:, 1:].reshape(*image.shape[:-3], -1, seen_BPD.shape[-1])
+
+    def media(self, batch: Batch, ids_BL, mask_BL):
+        """What the text looks at, as `GatedCross` has it."""
+        seen = self.see(batch)
+        seen_BKFPD = seen.reshape(len(seen), -1, 1, *seen.shape[-2:])
+        word_BKQD = self.resampler(seen_BKFPD)
+        rows, pictures, words, _ = word_BKQD.shape
+        time_BL1 = jnp.cumsum((ids_BL == self.c.image_token) & mask_BL, axis=1)[..., None]
+        time_S = jnp.arange(pictures * words) // words + 1
+        if self.c.rule == "immediate":
+            seen_BLS = time_BL1 == time_S
+            real_BL = seen_BLS.any(axis=-1)
+        else:
+            seen_BLS, real_BL = time_BL1 >= time_S, jnp.ones(ids_BL.shape, bool)
+        return word_BKQD.reshape(rows, pictures * words, -1), seen_BLS, real_BL
+
+    def read(self, batch: Batch, ids_BL, mask_BL):
+        media = self.media(batch, ids_BL, mask_BL)
+        return self.language.embed(ids_BL, media[0].dtype), media
+
+    def __call__(self, batch: Batch, key):
+        mask_BL = batch.prompt_mask_BL.astype(bool)
+        ids_BL = jnp.concatenate([batch.prompt_BL, batch.target_BM], axis=1)
+        row_mask_BL = jnp.concatenate([mask_BL, batch.target_mask_BM.astype(bool)], axis=1)
+        row_BLD, media = self.read(batch, ids_BL, row_mask_BL)
+        state_BLD = self.language(row_BLD, row_mask_BL, batch.task_B, key, media)
+        length = mask_BL.shape[1]
+        first_BD = decoder.last(state_BLD[:, :length], mask_BL)
+        before_BMD = jnp.concatenate([first_BD[:, None], state_BLD[:, length:-1]], axis=1)
+        return self.language.logits(before_BMD)
+
+    def begin(self, batch: Batch, cache_length: int):
+        mask_BL = batch.prompt_mask_BL.astype(bool)
+        x_BLD, media = self.read(batch, batch.prompt_BL, mask_BL)
+        state_BD, cache = self.language.begin(x_BLD, mask_BL, cache_length, batch.task_B, media)
+        return self.language.logits(state_BD), cache
+
+    def extend(self, token_B, cache: Cache):
+        word_BD = self.language.embed(token_B, cache.written["k"].dtype)
+        state_BD, cache = self.language.extend(word_BD, cache)
+        return self.language.logits(state_BD), cache

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA settings (arXiv 2106.09685): rank, scale, dropout and which matrices get a low-rank update."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """A low-rank detour on dense layers (LoRA, arXiv 2106.09685): y = Wx + (alpha / rank) B A x. Rank 0 means none."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q", "v")  # names of the dense layers that get one

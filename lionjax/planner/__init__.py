@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans for pods that are not there: what fits, how long a step would take, and on which mesh.
+
+Every module of the package loads this file, so it loads none: a name comes with its first use.
+"""
+
+__all__ = ["GENERATION", "Plan", "blank", "generating", "mesh_for", "plan", "stage_number", "training", "with_remat"]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"lionjax.planner has no attribute {name!r}")
+    from lionjax.planner import plans
+
+    return getattr(plans, name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

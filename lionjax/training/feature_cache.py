@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a frozen tower makes of a picture, computed once for each record and kept in memory, and in files if asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import ChainMap
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.types import Batch, Params, System, UserError
+from lionjax.training import distributed, feature_store
+
+log = logging.getLogger(__name__)
+
+
+def seer(system: System, never: Params, learned: Params, mesh: Mesh) -> Callable:
+    """`see(batch) -> features`, as the rows of this process in numpy, by the parameters that no stage trains.
+
+    All others are replaced by NaN: features that hold none cannot depend on them, and so stay the same from stage
+    to stage. Raises UserError otherwise, and for a system that has no `features`.
+    """
+    if not hasattr(system, "features"):
+        raise UserError(f"run.cache_features is set, but a {type(system).__name__} has no features to keep")
+    shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in trees.flatten(learned).items()}
+    checked = []
+
+    @jax.jit
+    def features(never: Params, batch: Batch):
+        unknown = {path: jnp.full(shape, jnp.nan, dtype) for path, (shape, dtype) in shapes.items()}
+        with sharding.use(mesh):
+            return system.features(trees.merge(trees.unflatten(unknown), never), batch)
+
+    def see(batch: Batch):
+        seen = jax.tree.map(local_rows, features(never, sharding.put_batch(batch, mesh)))
+        if not checked and any(np.isnan(leaf).any() for leaf in jax.tree.leaves(seen)):
+            raise UserError(
+                "some stage trains a part that makes the features (or a picture makes NaN); "
+                "set run.cache_features to false"
+            )
+        checked.append(True)
+        return seen
+
+    return see
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """The rows of a batch-split array that lie on this process's devices, in order."""
+    rows = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(rows[start].data) for start in sorted(rows)])
+
+
+class Memory:
+    """Features by record, until `limit` bytes are held; what comes later is not kept. Lasts through all stages."""
+
+    def __init__(self, limit: int):
+        self.limit, self.held, self.rows, self.sight = limit, 0, {}, ""
+
+    def turn(self, sight: str) -> None:
+        """What is kept from now on was seen in this way; what was seen in another is forgotten."""
+        if sight != self.sight:
+            self.clear()
+        self.sight = sight
+
+    def keep(self, record: int, parts: list[np.ndarray]) -> None:
+        size = sum(part.nbytes for part in parts)
+        if record in self.rows or self.held + size > self.limit:
+            return
+        self.rows[record] = [part.copy() for part in parts]  # a view would hold its whole batch
+        self.held += size
+
+    def clear(self) -> None:
+        self.held, self.rows = 0, {}
+
+
+class Remembered:
+    """The batches of a stage with features instead of pictures, computed when a record first comes by.
+
+    A batch is seen whole, so that there is one shape to compile, and by all processes where one needs it. The first
+    one is seen in any case: a stage whose system sees otherwise than the one before begins with an empty memory. With
+    files, which know how the system sees such batches, that takes no look; and what they hold is not computed.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        see: Callable,
+        memory: Memory,
+        files_for: Callable[[Batch], feature_store.Files] | None = None,
+    ):
+        self.batches, self.see, self.memory = batches, see, memory
+        self.files_for, self.files, self.structure = files_for, None, None
+        self.position, self.name = batches.position, batches.name
+
+    def close(self) -> None:
+        """Stop reading ahead, and finish what is being written."""
+        self.batches.close()
+        if self.files:
+            self.files.close()
+
+    def __iter__(self):
+        return self
+
+    @property
+    def bad(self) -> int:
+        return getattr(self.batches, "bad", 0)
+
+    @property
+    def made_seconds(self) -> float:
+        return getattr(self.batches, "made_seconds", 0.0)
+
+    def __next__(self) -> Batch:
+        batch = next(self.batches)
+        if self.files_for and self.files is None:
+            self.files = self.files_for(batch)
+            self.structure = jax.tree.structure(self.files.sight.shapes)
+            self.memory.turn(self.files.sight.name)
+        records, rows = batch.record_B.tolist(), self.memory.rows
+        keys, read = self.from_files(batch) if self.files else ({}, {})
+        known = ChainMap(read, rows)  # of all records seen so far none is copied
+        unknown = self.structure is None or any(record not in known for record in records)
+        if not any(distributed.sum_of(unknown)):
+            for record, parts in read.items():
+                self.memory.keep(record, parts)
+            leaves = [np.stack(parts) for parts in zip(*(known[record] for record in records))]
+            features = jax.tree.unflatten(self.structure, leaves)
+        else:
+            features = self.see(batch)
+            leaves, structure = jax.tree.flatten(features)
+            seen = {record: [leaf[row] for leaf in leaves] for row, record in enumerate(records)}
+            if self.structure is None and not all(same(rows[r], seen[r]) for r in records if r in rows):
+                self.memory.clear()
+            self.structure = structure
+            for record, parts in seen.items():
+                self.memory.keep(record, parts)
+                if record in keys:
+                    self.files.put(keys[record], parts)
+        return dataclasses.replace(batch, features=features, image_BHWC=None, sam_image_BHWC=None)
+
+    def from_files(self, batch: Batch) -> tuple[dict[int, bytes], dict[int, list[np.ndarray]]]:
+        """Of the records that memory lacks: what each goes by in the files, and those that are there."""
+        lacking = {record: row for row, record in enumerate(batch.record_B.tolist()) if record not in self.memory.rows}
+        if not lacking:
+            return {}, {}
+        rows = self.files.sight.keys(batch, lacking.values())
+        keys = dict(zip(lacking, rows))
+        found = {record: self.files.get(key) for record, key in keys.items()}
+        if None in found.values():
+            self.files.refresh()  # another process may have it by now
+            found = {r: self.files.get(keys[r]) if x is None else x for r, x in found.items()}
+        return keys, {record: parts for record, parts in found.items() if parts is not None}
+
+
+def same(old: list[np.ndarray], new: list[np.ndarray]) -> bool:
+    pairs = zip(old, new)
+    return len(old) == len(new) and all(a.shape == b.shape and np.allclose(a, b, 1e-4, 1e-4) for a, b in pairs)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First parameters of a run: their shapes and shardings, and values from weight files or the seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lionjax.convert.io.reader import open_weights
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.experiment import Experiment
+from lionjax.core.types import Batch, Params, UserError
+from lionjax.training import distributed, step
+from lionjax.training.validate import check_prompts, check_words
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Shapes, dtypes and places of the parameters: those that no stage trains, and those that some stage does.
+
+    `layer_axes`: how many axes of each leaf stack layers.
+    """
+
+    never: Params
+    learned: Params
+    layer_axes: dict[str, int]
+    mesh: Mesh
+
+
+def layout(experiment: Experiment, example: Batch, mesh: Mesh) -> Layout:
+    """What the run's parameters will be; nothing is allocated. Raises UserError for a schedule that cannot run."""
+    key = jax.random.key(experiment.seed)
+    check_words(experiment, example)
+    check_prompts(experiment)
+    whole = sharding.abstract(experiment.system.init, key, example, mesh=mesh)
+    step.check(experiment.stages, whole)
+    patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
+    learned, never = trees.split(whole, patterns)
+    dtype = experiment.run.frozen_dtype
+    never = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _frozen(leaf, dtype), sharding=leaf.sharding), never
+    )
+    axes = sharding.layer_axes(jax.eval_shape(experiment.system.init, key, example))
+    return Layout(never, learned, axes, mesh)
+
+
+def _frozen(leaf, dtype: str):
+    return dtype if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) else leaf.dtype
+
+
+def first_parameters(experiment: Experiment, example: Batch, layout: Layout) -> tuple[Params, Params]:
+    """(never, learned): from the experiment's weight files where they reach, else random from its seed."""
+    wanted = trees.flatten(trees.merge(layout.never, layout.learned))
+    learned = trees.flatten(layout.learned)
+    loaded: dict[str, jax.Array] = {}
+    for prefix, file in experiment.weights:
+        inside = {path: leaf for path, leaf in wanted.items() if _under(path, prefix)}
+        if not inside:
+            parts = sorted({path.split("/")[0] for path in wanted})
+            raise UserError(f"weights name the part {prefix!r}; this system has {', '.join(parts)}")
+        words = getattr(experiment.system, "language", None)
+        file, _, part = file.partition("#")
+        loaded |= _read_weights(shipped(file), part, prefix, inside, learned | loaded, words)
+
+    idle = sorted({path.split("/")[0] for path in wanted.keys() - learned.keys() - loaded.keys()})
+    if idle and experiment.weights and distributed.first():
+        log.warning(
+            "weights of %s are random and no stage trains them; name a file for them in `weights`", ", ".join(idle)
+        )
+
+    def rest(key, batch):
+        flat = trees.flatten(experiment.system.init(key, batch))
+        return trees.unflatten({path: leaf for path, leaf in flat.items() if path not in loaded})
+
+    key = jax.random.key(experiment.seed)
+    example = jax.tree.map(np.zeros_like, example)  # every process has rows of its own
+    fresh = trees.flatten(sharding.init(rest, key, example, mesh=layout.mesh))
+    flat = {path: loaded.get(path, fresh.get(path)).astype(leaf.dtype) for path, leaf in wanted.items()}
+    split = [{path: leaf for path, leaf in flat.items() if (path in learned) == side} for side in (False, True)]
+    return trees.unflatten(split[0]), trees.unflatten(split[1])
+
+
+def shipped(file: str) -> Path:
+    """The path of a weight file: `shipped:tiny_vit.safetensors` comes with the package, others are as they stand."""
+    name = file.removeprefix("shipped:")
+    return Path(file) if name == file else Path(__file__).parent.parent / "data" / "assets" / name
+
+
+def _under(path: str, prefix: str) -> bool:
+    return f"{path}/".startswith(f"{prefix}/" if prefix else "")
+
+
+def _read_weights(
+    file: Path, part: str, prefix: str, wanted: dict, may_be_new: dict, language: Any
+) -> dict[str, jax.Array]:
+    """The leaves under a prefix from a file (or the shards of one) in our names, each process its own part.
+
+    The names may be those of the part alone, as of a tower that was converted by itself, or `part` is where they stand
+    in the file. A leaf that the file lacks starts at random if some stage trains it, and is another file's if that
+    came before. Raises UserError for any other that is missing, for one that is unknown
+    and for one of another shape.
+    """
+    index = file.with_name(file.name + ".index.json")
+    try:
+        tensors = open_weights(index if index.is_file() and not file.exists() else file)
+    except UserError as error:
+        raise UserError(f"the weights {file} cannot be read: {error}") from error
+    part = part or prefix
+    inside = [name for name in tensors if _under(name, part)]
+    names = {prefix + name.removeprefix(part): name for name in inside}
+    names = names or {f"{prefix}/{name}": name for name in tensors}
+    if unknown := sorted(names.keys() - wanted.keys()):
+        raise UserError(f"{file} holds {unknown[0]!r}, which this system does not have under {prefix!r}")
+    if missing := sorted(wanted.keys() - names.keys() - may_be_new.keys()):
+        raise UserError(f"{file} lacks {missing[0]!r}, which no stage trains; use weights of the config's sizes")
+    return {
+        path: _placed(_filled(tensors[name], wanted[path], language), wanted[path], f"{file}: {path!r}")
+        for path, name in sorted(names.items())
+    }
+
+
+def _filled(table: np.ndarray, want: jax.ShapeDtypeStruct, language: Any) -> np.ndarray:
+    """A table of words with the rows of zeros that the config has behind it for a mesh's sake; others as they are."""
+    words, rows = getattr(language, "vocab", 0), getattr(language, "rows", 0)
+    if rows == words or table.shape != tuple(words if n == rows else n for n in want.shape):
+        return table
+    whole = np.zeros(want.shape, table.dtype)
+    whole[tuple(map(slice, table.shape))] = table
+    return whole
+
+
+def _placed(part: np.ndarray, want: jax.ShapeDtypeStruct, what: str) -> jax.Array:
+    if part.shape != want.shape:
+        raise UserError(f"{what} is {part.shape}, the config wants {want.shape}")
+    return jax.make_array_from_callback(
+        want.shape, want.sharding, lambda index: np.asarray(part[index]).astype(want.dtype)
+    )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: its lock, its config check, and which saved positions it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lionjax.core import config
+from lionjax.core import params as trees
+from lionjax.core.experiment import Experiment
+from lionjax.core.types import Params, UserError
+from lionjax.training import checkpoint, distributed, run_log
+
+log = logging.getLogger(__name__)
+
+
+# Fields that say how a run goes about it, not what it computes: a folder may be continued with others.
+FREE = (
+    r"name",
+    r"mesh\..*",
+    r"run\.(log_every|save_every|evaluate_every|evaluate_limit|keep|cache_features|cache_gib|features_dir)",
+    # One who meets a bad update may mend the run by these.
+    r"run\.(on_bad_update|spike|bad_updates|stuck_seconds)",
+    r"answer\..*",
+    r"data\.(threads|workers|buffer|cache_mib|quarantine)",
+)
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """The folder, made if need be, for this run only. Raises UserError while another process trains in it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write in {workdir}: {error.strerror}; name another folder") from error
+    with file:
+        try:
+            if distributed.first():
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {workdir}; stop it or name another folder") from error
+        yield
+
+
+def claim(workdir: Path, experiment: Experiment) -> None:
+    """Write the config into a folder without weights, or check that the folder was made by the same one.
+
+    What a killed run left half-written is removed.
+
+    Fields that do not change what is computed (`FREE`) may differ, so that a run can go on, say, on another mesh.
+    Raises UserError that lists the others that differ.
+    """
+    path, text = workdir / "config.json", config.to_json(experiment)
+    begun = any((workdir / name).exists() for name in ("base", "checkpoints"))
+    if begun and not path.is_file():
+        raise UserError(f"{workdir} holds checkpoints but no config.json; name another folder")
+    if begun:  # else a first start failed before there were weights, and may be mended
+        try:
+            old = config.from_json(path.read_text())
+        except UserError as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        changes = config.difference(old, experiment)
+        free = {name for name in changes if any(re.fullmatch(pattern, name) for pattern in FREE)}
+        if fixed := [f"{name} {a!r} -> {b!r}" for name, (a, b) in changes.items() if name not in free]:
+            raise UserError(
+                f"{workdir} was made by another config ({'; '.join(fixed)}); set these back or name another folder"
+            )
+        for name in sorted(free):
+            log.info("%s goes on with %s %r -> %r", workdir, name, *changes[name])
+    if distributed.first():
+        run_log.replace_text(path, text)
+        checkpoint.clean(workdir)
+    distributed.meet("claimed")
+    if not path.is_file() or path.read_text() != text:
+        raise UserError(
+            f"process {jax.process_index()} does not see in {workdir} what process 0 wrote there; all processes need "
+            "the same config and one folder that all hosts share"
+        )
+
+
+def words(experiment: Experiment, stage: int, step: int) -> str:
+    """A place in words: "stage 'two', step 5"."""
+    if stage == len(experiment.stages):
+        return "the end of the last stage"
+    return f"stage {experiment.stages[stage].name!r}, step {step}"
+
+
+def updates_before(experiment: Experiment, stage: int) -> int:
+    """How many updates the stages before one make; a step on disk is named by the count from the first stage on."""
+    return sum(stage.steps for stage in experiment.stages[:stage])
+
+
+def base_folder(workdir: Path, experiment: Experiment, stage: int) -> Path:
+    """Where the trained parameters stand as a stage finds them; after the last stage: the result."""
+    last = stage == len(experiment.stages)
+    name = "final" if last else file_name(experiment.stages[stage].name)
+    return workdir / "base" / f"{stage}_{name}"
+
+
+def file_name(text: str) -> str:
+    return re.sub(r"\W+", "_", text)
+
+
+def places(workdir: Path, experiment: Experiment) -> list[tuple[int, int]]:
+    """(stage, updates into it) of all that a folder holds, newest first."""
+    found = [(stage, 0) for stage in checkpoint.found_bases(workdir / "base")]
+    for update in checkpoint.found_steps(workdir / "checkpoints"):
+        stage = max(s for s in range(len(experiment.stages)) if updates_before(experiment, s) < update)
+        found.append((stage, update - updates_before(experiment, stage)))
+    return sorted(found, reverse=True)
+
+
+def _newest(workdir: Path, experiment: Experiment) -> tuple[int, int] | None:
+    return next(iter(places(workdir, experiment)), None)
+
+
+def as_dict(tree: Any) -> Params:
+    """Any tree as nested dicts with text keys, as files want it. Nodes without leaves vanish."""
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return trees.unflatten({jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs})
+
+
+def from_dict(flat: Params, like: Any) -> Any:
+    """The inverse of `as_dict` for a tree of the same structure as `like`."""
+    leaves = trees.flatten(flat)
+    pairs, structure = jax.tree_util.tree_flatten_with_path(like)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
+    return jax.tree_util.tree_unflatten(structure, [leaves[name] for name in names])

@@ -24,7 +24,7 @@ class TextDecoder:
     def prefill(self, params, batch: Batch, cache_length: int):
         def read(model: Decoder):
             embedded_BLD = model.embed(batch.prompt_BL)
-            state_BD, cache = model.begin(embedded_BLD, batch.prompt_mask_BL, cache_length)
+            state_BD, cache = model.prefill(embedded_BLD, batch.prompt_mask_BL, cache_length)
             return model.logits(state_BD), cache
 
         return Decoder(self.c).apply({"params": params}, method=read)

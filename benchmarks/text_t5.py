@@ -23,12 +23,17 @@ class TextT5:
     def prefill(self, params, batch: Batch, cache_length: int):
         def read(model: T5):
             encoded_BLD = model.encode(model.embed(batch.prompt_BL), batch.prompt_mask_BL)
-            return model.begin(encoded_BLD, batch.prompt_mask_BL, None, cache_length)
+            state_BD, cache = model.prefill_encoded(encoded_BLD, batch.prompt_mask_BL, cache_length)
+            return model.logits(state_BD), cache
 
         return T5(self.c).apply({"params": params}, method=read)
 
     def extend(self, params, token_B, cache):
-        return T5(self.c).apply({"params": params}, token_B, cache, method="extend")
+        def read(model: T5):
+            state_BD, new = model.extend(model.embed_next(token_B, cache), cache)
+            return model.logits(state_BD), new
+
+        return T5(self.c).apply({"params": params}, method=read)
 
 
 def text_batch(prompt_BL, mask_BL) -> Batch:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -182,10 +183,13 @@ def compute(folder: Path) -> Golden:
 
 
 def told(module: NextChatModule, batch: Batch):
-    state_BLD = module.read(batch, None)
-    trigger_BKD, _, real_BK = module.triggers(batch, state_BLD)
+    x_BLD, mask_BL = module.embed_inputs(batch, None)
+    row_BLD = jnp.concatenate([x_BLD, module.embed_target(batch, x_BLD.dtype)], axis=1)
+    mask_BL = jnp.concatenate([mask_BL, batch.target_mask_BM], axis=1)
+    state_BLD = module.language(row_BLD, mask_BL, batch.task_B)
+    _, trigger_BKD, real_BK = module.predict_boxes(batch)
     return {
-        "projector_output": module.projector(module.see(batch)["patches"]),
+        "projector_output": module.projector(module.encode_image(batch)["patches"]),
         "last_hidden": state_BLD,
         "logits": module.language.logits(state_BLD),
         "trigger_hidden": trigger_BKD,
@@ -195,14 +199,14 @@ def told(module: NextChatModule, batch: Batch):
 
 
 def shown(module: NextChatModule, batch: Batch):
-    box_BK4, trigger_BKD, _ = module.locate(batch)
-    logits_BKHW, iou_BK = module.segment(batch, box_BK4, trigger_BKD)
+    box_BK4, trigger_BKD, _ = module.predict_boxes(batch)
+    logits_BKHW, iou_BK = module.predict_masks(batch, box_BK4, trigger_BKD)
     return {
         "sam_boxes_times_1024": box_BK4 * module.c.box_scale,
         "sam_sparse_prompts": module.mask_prompts(trigger_BKD),
         "sam_mask_logits": sam_decoder.enlarge(logits_BKHW, module.c.sam.image),
         "sam_iou": iou_BK,
-        "sam_image_embedding": module.see(batch)["map"],
+        "sam_image_embedding": module.encode_sam_image(batch),
     }
 
 

@@ -127,7 +127,7 @@ def test_similarities_and_matches_are_those_of_transformers(pair):
     with torch.no_grad():
         alike = theirs(pixels, ids, mask).logits_per_image.numpy()
         match = theirs(pixels, ids, mask, use_image_text_matching_head=True).logits_per_image.numpy()
-    mine = jax.jit(lambda p: (system.similarity(p, batch), system.match(p, batch)))(params)
+    mine = jax.jit(lambda p: (system.similarity(p, batch), system.itm_logits(p, batch)))(params)
     assert_close(mine[0], alike, f"similarity, seed {seed}")
     assert_close(mine[1], match, f"match, seed {seed}")
 
@@ -201,7 +201,7 @@ def test_words_written_one_by_one_are_those_written_at_once(pair):
     from lionjax.models.vlm.blip2_stage1 import Blip2FirstModule
 
     def at_once(module, batch):
-        return module.written(batch, module.asked(module.see(batch))[1])
+        return module.caption_logits(batch, module.encode_queries(module.encode_image(batch))[1])
 
     said = dataclasses.replace(batch, target_BM=ids, target_mask_BM=np.ones_like(ids))
     logits = Blip2FirstModule(system).apply({"params": params}, said, method=at_once)
@@ -209,15 +209,15 @@ def test_words_written_one_by_one_are_those_written_at_once(pair):
 
 
 def test_others_are_drawn_as_alike_as_they_are_and_never_the_own():
-    from lionjax.models.vlm.blip2_stage1 import FAR, drawn
+    from lionjax.models.vlm.blip2_stage1 import FAR, sample_hard_negative
 
     score = np.array([[FAR, 2.0, 0.0], [0.0, FAR, 0.0], [9.0, 0.0, FAR]], np.float32)
     keys = jax.random.split(jax.random.key(0), 500)
-    found = np.asarray(jax.vmap(lambda key: drawn(score, key))(keys))
+    found = np.asarray(jax.vmap(lambda key: sample_hard_negative(score, key))(keys))
     assert not (found == np.arange(3)).any()
     assert (found[:, 0] == 1).mean() == pytest.approx(np.exp(2) / (1 + np.exp(2)), abs=0.06)
     assert (found[:, 1] == 0).mean() == pytest.approx(0.5, abs=0.08) and (found[:, 2] == 0).mean() > 0.98
-    assert drawn(score, None).tolist() == [1, 0, 0]
+    assert sample_hard_negative(score, None).tolist() == [1, 0, 0]
 
 
 def test_on_a_mesh_the_loss_is_that_of_the_whole_batch(pair):

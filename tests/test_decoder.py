@@ -164,7 +164,7 @@ def test_cached_reading_equals_reading_the_whole_text_wherever_padding_stands(si
         return model.logits(model(model.embed(ids_BL), mask_BL, task_B))
 
     def stepwise(model):
-        state_BD, cache = model.begin(model.embed(ids_BL), mask_BL, 3, task_B)
+        state_BD, cache = model.prefill(model.embed(ids_BL), mask_BL, 3, task_B)
         said = [model.logits(state_BD)]
         for m in range(3):
             state_BD, cache = model.extend(model.embed(more_BM[:, m]), cache)
@@ -192,6 +192,6 @@ def test_cached_reading_equals_reading_the_whole_text_wherever_padding_stands(si
 def test_a_text_longer_than_the_learned_positions_is_refused():
     x_BLD, mask_BL = jnp.zeros((1, 31, GPT2.width)), jnp.ones((1, 31))
     start = functools.partial(Decoder(GPT2).init, jax.random.key(0), x_BLD, mask_BL)
-    jax.eval_shape(lambda: start(1, method="begin"))
+    jax.eval_shape(lambda: start(1, method="prefill"))
     with pytest.raises(ValueError, match="33 tokens do not fit the 32 learned positions"):
-        jax.eval_shape(lambda: start(2, method="begin"))
+        jax.eval_shape(lambda: start(2, method="prefill"))

@@ -174,8 +174,8 @@ def test_a_way_of_seeing_is_named_by_weights_and_computation_and_by_nothing_else
     moved = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-6), never)
 
     class Otherwise(toy.Toy):
-        def features(self, params, batch):
-            return super().features(params, batch) * 1.5
+        def extract_features(self, params, batch):
+            return super().extract_features(params, batch) * 1.5
 
     for another in (
         sight(toy.Toy(), moved, learned, batch),

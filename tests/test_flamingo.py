@@ -362,7 +362,7 @@ def test_mpt_computes_what_transformers_does():
         assert np.linalg.norm(mine[name]) == pytest.approx(wanted, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
 
     def read(module):
-        state_BD, cache = module.begin(module.embed(ids[:, :6]), np.ones((2, 6)), 3)
+        state_BD, cache = module.prefill(module.embed(ids[:, :6]), np.ones((2, 6)), 3)
         for place in range(6, 9):
             state_BD, cache = module.extend(module.embed(ids[:, place]), cache)
         return module.logits(state_BD)

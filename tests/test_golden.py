@@ -145,10 +145,10 @@ def lion_states(lion: Lion, params, batch: Batch):
     """({name in arrays.npz: value}, loss) of one forward pass."""
 
     def everything(module, batch):
-        seen_BTPD = module.see(batch)
-        encoded_BLD, _ = module.encode(batch, None)
+        seen_BTPD = module.encode_image(batch)
+        encoded_BLD = module.language.encode(*module.embed_inputs(batch, None), batch.task_B)
         found = {"vit_output": seen_BTPD[:, -1], "t5_encoder_output": encoded_BLD}
-        found["logits"] = module(batch, None)
+        found["logits"] = module.logits(batch)
         for tap, layer in enumerate(lion.taps):
             found[f"vit_intermediate_{layer}"] = seen_BTPD[:, tap]
         if lion.visual_input != "AGGREGATOR":

@@ -16,8 +16,8 @@ from test_golden import assert_close, assert_same_norms, folders, lion_batch, li
 
 from lionjax import convert
 from lionjax.models.heads import region
-from lionjax.models.language import t5
-from lionjax.models.vlm import lion, nextchat
+from lionjax.models.language import backend, t5
+from lionjax.models.vlm import region_lm
 
 MISTAKES = {
     "location tokens are learned as words": (
@@ -39,7 +39,7 @@ MISTAKES = {
         {"stage1"},
     ),
     "the box scale off by one pixel": (
-        nextchat,
+        region_lm,
         "box_BK4 * self.c.box_scale",
         "box_BK4 * (self.c.box_scale - 1)",
         {"sam_mask_logits"},
@@ -82,11 +82,10 @@ def test_a_mistake_is_seen(monkeypatch, mistake, folder):
     module, old, new, seen = MISTAKES[mistake]
     changed = mutated(monkeypatch, module, old, new)
     if module is region:
-        monkeypatch.setattr(nextchat, "heads", changed)
-        monkeypatch.setattr(nextchat, "Locations", changed.Locations)
+        monkeypatch.setattr(region_lm, "region", changed)
+        monkeypatch.setattr(region_lm, "Locations", changed.Locations)
     else:
-        for name in ("NextChat", "NextChatModule"):
-            monkeypatch.setattr(golden_nextchat, name, getattr(changed, name))
+        monkeypatch.setattr(region_lm.RegionModule, "predict_masks", changed.RegionModule.predict_masks)
     found = complaints(golden_nextchat.compute(folder))
     assert seen <= found, f"only {sorted(found)} differ"
     assert not found & {"projector_output", "logits", "last_hidden"}, "what lies before the mistake must stay"
@@ -96,7 +95,7 @@ def normed_adapters(monkeypatch, system):
     """The adapters read the normed stream, as LoRA-like adapters elsewhere do."""
     fed = 'name="adapters")(h_BLD, task_B)'
     normed = 'name="adapters")(h_BLD / jnp.sqrt((h_BLD**2).mean(-1, keepdims=True)), task_B)'
-    monkeypatch.setattr(lion, "T5", mutated(monkeypatch, t5, fed, normed).T5)
+    monkeypatch.setattr(backend, "T5", mutated(monkeypatch, t5, fed, normed).T5)
     return system
 
 

@@ -14,7 +14,7 @@ from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, Batch
 from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision.vit import ViTConfig
-from lionjax.models.vlm.lion import Lion
+from lionjax.models.vlm.lion import Lion, LionModule
 from lionjax.nn.adapters import AdapterConfig
 
 HINT = 3
@@ -150,8 +150,10 @@ def test_with_a_word_scale_the_picture_begins_as_what_the_vit_says():
     lion = dataclasses.replace(LION, aggregator=aggregator, word_scale=2.5, visual_input="AGGREGATOR")
     batch = batch_of()
     params = sharding.init(lion.init, jax.random.key(0), batch)
-    said_BPD = np.asarray(lion.features(params, batch))[:, -1]
-    words_BPD = jax.jit(lambda p, b: lion._apply(p, "look", b, None))(params, batch)
+    said_BPD = np.asarray(lion.extract_features(params, batch))[:, -1]
+    words_BPD = jax.jit(lambda p, b: LionModule(lion).apply({"params": p}, b, None, method=LionModule.embed_image))(
+        params, batch
+    )
     normed = (said_BPD - said_BPD.mean(-1, keepdims=True)) / said_BPD.std(-1, keepdims=True)
     np.testing.assert_allclose(words_BPD, 2.5 * normed, atol=2e-3)
     with pytest.raises(ValueError, match="word_scale wants a ViT as wide as the language model"):

@@ -202,16 +202,16 @@ def test_pooled_patches_are_the_means_of_their_squares():
         lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32),
         nn.unbox(jax.eval_shape(whole.init, jax.random.key(0), batch)),
     )
-    seen = torch.tensor(np.asarray(whole.features(params, batch))).mT.unflatten(-1, (side, side))
+    seen = torch.tensor(np.asarray(whole.extract_features(params, batch))).mT.unflatten(-1, (side, side))
     for pool in (2, side):
-        mine = dataclasses.replace(whole, pool=pool).features(params, batch)
+        mine = dataclasses.replace(whole, pool=pool).extract_features(params, batch)
         close(mine, torch.nn.functional.avg_pool2d(seen, pool).flatten(2).mT.numpy(), seed)
 
 
 @pytest.mark.parametrize("pair", ["instructblip_vicuna"], indirect=True)
 def test_features_that_were_kept_give_the_same_loss(pair):
     _, _, system, params, batch = pair
-    kept = dataclasses.replace(batch, image_BHWC=None, features=system.features(params, batch))
+    kept = dataclasses.replace(batch, image_BHWC=None, features=system.extract_features(params, batch))
     one, other = (jax.jit(system.loss)(params, b)[0] for b in (batch, kept))
     assert float(one) == pytest.approx(float(other), abs=1e-5)
 

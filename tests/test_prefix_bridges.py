@@ -232,8 +232,8 @@ def test_tower_and_abstractor_compute_what_mplug_owl_does(folder):
     batch = dataclasses.replace(batch, image_BHWC=arrays["image"].transpose(0, 2, 3, 1))
 
     def looks(module, batch):
-        seen = module.see(batch)
-        return module.vision_norm(seen), module.look(batch, None)[:, 0]
+        seen = module.encode_image(batch)
+        return module.vision_norm(seen), module.embed_image(batch, None)[:, 0]
 
     seen, words = PrefixModule(system).apply({"params": params}, batch, method=looks)
     assert_close(seen, arrays["vision_output"], "vision")

@@ -230,22 +230,29 @@ def test_a_llava_folder_of_transformers_is_loaded_and_answers_in_its_words(tmp_p
 FROZEN = Path(__file__).resolve().parent.parent / "configs" / "tiny_frozen.py"
 
 
-@pytest.mark.parametrize(
-    ("processor", "said"),
-    [
-        ({"reader": "decoder"}, "processor.reader is 'decoder', but the language model is one that wants 'encoder'"),
-        ({"image_token": 22}, "processor.image_token is 22, but system.image_token 21"),
-        ({"image_token": None}, "set processor.image_token to 21"),
-        ({"template": "{question}"}, "says nowhere {image}"),
-    ],
-)
-def test_prompts_that_are_not_written_as_the_system_reads_them_are_refused(processor, said):
+@pytest.mark.parametrize("processor", [{"reader": "decoder"}, {"image_token": 22}, {"image_token": None}])
+def test_reader_and_image_token_follow_from_the_model(processor):
+    experiment = config.load(FROZEN)
+    wrong = dataclasses.replace(experiment.data.processor, **processor)
+    again = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, processor=wrong))
+    assert again == experiment and again.data.processor.reader == "encoder"
+    assert again.data.processor.image_token == experiment.system.image_token == 21
+    assert config.override(experiment, ["--system.image_token", "22"]).data.processor.image_token == 22
+
+
+def test_a_template_without_a_place_for_the_image_has_no_image_token():
+    experiment = config.load(FROZEN)
+    bare = dataclasses.replace(experiment.data.processor, template="{question}")
+    data = dataclasses.replace(experiment.data, processor=bare)
+    assert dataclasses.replace(experiment, data=data).data.processor.image_token is None
+
+
+def test_a_template_with_an_image_that_nothing_fills_is_refused():
     experiment = config.load(FROZEN)
     check_prompts(experiment)
-    written = dataclasses.replace(experiment.data.processor, **processor)
-    data = dataclasses.replace(experiment.data, processor=written)
-    with pytest.raises(UserError, match=said):
-        check_prompts(dataclasses.replace(experiment, data=data))
+    system = dataclasses.replace(experiment.system, image_token=None)
+    with pytest.raises(UserError, match="this model has no image token"):
+        check_prompts(dataclasses.replace(experiment, system=system))
 
 
 def test_a_part_that_weights_name_must_exist_and_what_is_random_for_good_is_said(caplog):

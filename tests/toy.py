@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig, constrain, sharded
-from lionjax.core.types import Batch
+from lionjax.core.types import VLM, Batch, ModelInfo
 from lionjax.nn import losses
 from lionjax.nn.layers import Dense, Embed, LayerNorm, dropout
 
@@ -67,15 +67,19 @@ class ToyModule(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Toy:
+class Toy(VLM):
     rate: float = 0.1
     attention: float = 1.0
+
+    @property
+    def info(self):
+        return ModelInfo()
 
     def init(self, key, batch):
         return ToyModule(self).init(key, batch, None)["params"]
 
-    def features(self, params, batch):
-        return ToyModule(self).apply({"params": params}, batch, method="see")
+    def extract_features(self, params, batch):
+        return ToyModule(self).apply({"params": params}, batch, method=ToyModule.see)
 
     def loss(self, params, batch, key=None):
         logits_BMV = ToyModule(self).apply({"params": params}, batch, key)

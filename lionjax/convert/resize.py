@@ -20,6 +20,7 @@ from lionjax.convert.formats.hf_vision import SWIN
 from lionjax.convert.mapping.plan import Form
 from lionjax.core import params as trees
 from lionjax.core.types import UserError
+from lionjax.models import parts
 
 BICUBIC = -0.75  # torch's; the pictures' programs use -0.5
 
@@ -46,32 +47,21 @@ class Surgery:
         return Surgery(other.config, {**self.shapes, **other.shapes}, {**self.change, **other.change})
 
 
-def _language(system: Any) -> tuple[str, Any]:
-    """(where its parameters lie, its config) of what has a vocabulary in a system."""
-    for prefix, config in (("language/", getattr(system, "language", None)), ("", system)):
-        if hasattr(config, "vocab"):
-            return prefix, config
-    raise UserError(f"a {type(system).__name__} has no vocabulary to which words could be added")
-
-
 def added_words(system: Any, count: int, known: int | None = None, multiple: int = 1) -> Surgery:
     """`count` words after the `known` ones (by default all rows), the table then filled to a multiple.
 
     The rows of new words, and those that fill up, are the mean of the known ones, in the word table and in the head;
     so the first answer does not prefer them. LLaVA fills to a multiple of 64.
     """
-    prefix, language = _language(system)
+    prefix, language = parts.language_of(system)
     known = language.vocab if known is None else known
     if count < 0 or not 0 < known <= language.vocab:
         raise UserError(f"{count} words cannot follow {known} of a vocabulary of {language.vocab}")
     vocab = max(language.vocab, known + count)
     vocab += -vocab % multiple
     larger = dataclasses.replace(language, vocab=vocab)
-    config = larger if prefix == "" else dataclasses.replace(system, language=larger)
-    tables = {"words/table": 0} if hasattr(language, "kinds") else {"embedding/table": 0}
-    if "embedding/table" in tables and not getattr(language, "tied", False):
-        tables["head/kernel"] = 1
-    rows = getattr(larger, "rows", vocab)  # rows beyond the vocabulary, where a mesh wants them
+    config, tables = parts.replace_part(system, prefix, larger), parts.token_tables(language)
+    rows = parts.table_rows(larger)
 
     def grown(axis):
         def change(table):
@@ -99,15 +89,13 @@ def picture_size(system: Any, image: int) -> Surgery:
     Bicubic; CLIP's corners stay corners, EVA's grid covers the same picture (LAVIS's two towers). A Swin's windows
     change with the picture, and with them its tables.
     """
-    if hasattr(getattr(system, "swin", system), "window_of"):
+    if parts.swin_of(system) is not None:
         return _windows(system, image)
-    prefix, vision = ("", system) if hasattr(system, "patch") else ("vision/", getattr(system, "vision", None))
-    if not hasattr(vision, "norm_before"):
-        raise UserError(f"a {type(system).__name__} has no ViT whose positions could be resampled")
+    prefix, vision = parts.vit_of(system)
     if image % vision.patch or image < vision.patch:
         raise UserError(f"pictures of {image} pixels do not make whole patches of {vision.patch}")
     larger = dataclasses.replace(vision, image=image)
-    config = larger if prefix == "" else dataclasses.replace(system, vision=larger)
+    config = parts.replace_part(system, prefix, larger)
     old, new = vision.image // vision.patch, image // vision.patch
 
     def change(position_PD):
@@ -121,7 +109,7 @@ def picture_size(system: Any, image: int) -> Surgery:
 
 def _windows(system: Any, image: int) -> Surgery:
     """A Swin, or what sees with one, with windows that cover the same share of another picture, as its makers did."""
-    prefix, swin = ("swin/", system.swin) if hasattr(system, "swin") else ("", system)
+    prefix, swin = parts.swin_of(system)
     window, rest = divmod(swin.window * image, swin.image or 1)
     if swin.image is None or rest or image % swin.patch or not window:
         raise UserError(
@@ -129,7 +117,7 @@ def _windows(system: Any, image: int) -> Surgery:
             f"{swin.window} places a side"
         )
     larger = dataclasses.replace(swin, image=image, window=window)
-    config = dataclasses.replace(system, swin=larger) if prefix else larger
+    config = parts.replace_part(system, prefix, larger)
     leaves = trees.flatten(SWIN.abstract(larger))
     shapes = {prefix + path: leaf.shape for path, leaf in leaves.items() if path.endswith("/places")}
 

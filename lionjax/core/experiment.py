@@ -111,3 +111,9 @@ class Experiment:
     seed: int = 0
     weights: tuple[tuple[str, str], ...] = ()
     answer: AnswerConfig = AnswerConfig()
+
+    def __post_init__(self):
+        # What the data's processor needs to know of the model comes from the model, and is set in one place.
+        for_model = getattr(self.data, "for_model", None)
+        if for_model is not None:
+            object.__setattr__(self, "data", for_model(self.system.info))

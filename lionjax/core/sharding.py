@@ -137,7 +137,7 @@ def current_mesh() -> Mesh | None:
 
 
 def shardings(boxed: Params, mesh: Mesh) -> Params:
-    """NamedSharding per leaf, from leaves that carry logical axes (as `System.init` makes them)."""
+    """NamedSharding per leaf, from leaves that carry logical axes (as `VLM.init` makes them)."""
 
     def one(path, leaf):
         name = "/".join(str(part.key) for part in path)

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from lionjax.core.types import UserError
+from lionjax.core.types import ModelInfo, UserError
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 
@@ -40,6 +40,16 @@ class DataConfig:
     threads: int = 2
     buffer: int = 4
     workers: int = 0
+
+    def for_model(self, info: ModelInfo) -> DataConfig:
+        """This config with what the processor needs to know of the model: how it reads prompts, its image token."""
+        processor = self.processor
+        if info.is_encoder_decoder is not None:
+            processor = replace(processor, reader="encoder" if info.is_encoder_decoder else "decoder")
+        if info.splices_images:
+            spliced = "{image}" in processor.template and not processor.image_tokens
+            processor = replace(processor, image_token=info.image_token if spliced else None)
+        return self if processor == self.processor else replace(self, processor=processor)
 
     def __post_init__(self):
         for field in ("tag_noise", "tag_drop", "mask_share", "bad_share"):

@@ -52,7 +52,7 @@ class Shown:
     def look(self, pixels: list[np.ndarray]) -> np.ndarray:
         """What the tower sees of pictures, the mean of their patches, of length 1: (S, D)."""
         system, params = self.answerer.system, self.answerer.params
-        see = jax.jit(lambda params, batch: system.features(params, batch).mean(axis=1))
+        see = jax.jit(lambda params, batch: system.extract_features(params, batch).mean(axis=1))
         seen = []
         for start in range(0, len(pixels), 32):
             part = pixels[start : start + 32]

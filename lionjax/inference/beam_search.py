@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax.core.types import Array, Batch, Cache, Params, System, pytree
+from lionjax.core.types import VLM, Array, Batch, Cache, Params, pytree
 from lionjax.inference import sampling as scoring
 from lionjax.inference.sampling import GenerateConfig, Generated, take
 
@@ -51,7 +51,7 @@ class Beams:
     step: Array  # tokens chosen so far
 
 
-def beam_search(system: System, params: Params, batch: Batch, config: GenerateConfig) -> Generated:
+def beam_search(system: VLM, params: Params, batch: Batch, config: GenerateConfig) -> Generated:
     """The best answer to each prompt among `config.beams` hypotheses.
 
     The repetition penalty acts on log-probabilities, the start token counts as generated, and `score_B` is the sum of
@@ -72,7 +72,7 @@ def beam_search(system: System, params: Params, batch: Batch, config: GenerateCo
     return Generated(ids_BM, length_B, closed.score_BK[:, 0], logprob_BM, kept)
 
 
-def start(system: System, params: Params, batch: Batch, config: GenerateConfig) -> Beams:
+def start(system: VLM, params: Params, batch: Batch, config: GenerateConfig) -> Beams:
     """Read each prompt once and open its first K hypotheses."""
     logits_BV, cache = system.prefill(params, batch, config.max_new_tokens - 1)
     rows, vocab = logits_BV.shape
@@ -103,7 +103,7 @@ def start(system: System, params: Params, batch: Batch, config: GenerateConfig) 
     return grow(jnp.repeat(logits_BV, beams, axis=0), cache, nobody, config)
 
 
-def advance(system: System, params: Params, beams: Beams, config: GenerateConfig) -> Beams:
+def advance(system: VLM, params: Params, beams: Beams, config: GenerateConfig) -> Beams:
     """Give each open hypothesis its parent's cache, read its last token, and grow."""
     written = follow(beams.cache.written, beams.open.parent_BK)
     cache = dataclasses.replace(beams.cache, written=written)

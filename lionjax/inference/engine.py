@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from lionjax.core import sharding
 from lionjax.core.experiment import AnswerConfig
-from lionjax.core.types import Batch, Params, System, UserError
+from lionjax.core.types import VLM, Batch, Params, UserError
 from lionjax.data import images
 from lionjax.data.boxes import BOX, Box, box_text
 from lionjax.data.letterbox import Square
@@ -109,21 +109,21 @@ class Said:
 
 
 @functools.partial(jax.jit, static_argnames=("system",))
-def locate(system: System, params: Params, batch: Batch):
+def locate(system: VLM, params: Params, batch: Batch):
     """Boxes (B, K, 4) at the triggers of the given answers, and which are real."""
-    box_BK4, _, real_BK = system.locate(params, batch)
+    box_BK4, _, real_BK = system.predict_boxes(params, batch)
     return box_BK4, real_BK
 
 
 @functools.partial(jax.jit, static_argnames=("system",))
-def segment(system: System, params: Params, batch: Batch, kept):
+def segment(system: VLM, params: Params, batch: Batch, kept):
     """Mask logits (B, K, h, w) of the places that answers kept."""
     asked_BK = jnp.arange(kept["box"].shape[1]) < kept["count"][:, None]
-    return system.masks(params, batch, kept["box"], kept["state"], asked_BK)[0]
+    return system.predict_masks(params, batch, kept["box"], kept["state"], asked_BK)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("system",))
-def unlikely(system: System, params: Params, batch: Batch):
+def unlikely(system: VLM, params: Params, batch: Batch):
     """-log p of the given answers, summed over their tokens: (B,)."""
     return answer_nats(system.logits(params, batch), batch.target_BM, batch.loss_mask_BM)
 
@@ -135,7 +135,7 @@ class Answerer:
     `tokens` were generated in `seconds`, counting the calls that compiled nothing.
     """
 
-    system: System
+    system: VLM
     params: Params
     processor: Processor
     mesh: Mesh
@@ -214,9 +214,6 @@ class Answerer:
 
     def rank(self, rows: Sequence[Row]) -> np.ndarray:
         """How unlikely each row's own answer is, in nats summed over its tokens: (rows,)."""
-        if not hasattr(self.system, "logits"):
-            kind = type(self.system).__name__
-            raise UserError(f"a {kind} gives no likelihood of a given answer")
         nats = []
         for start in range(0, len(rows), ROWS[-1]):
             part = rows[start : start + ROWS[-1]]

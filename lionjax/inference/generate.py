@@ -2,7 +2,7 @@
 """From a prompt to words: read it once, then one token at a time until every row has ended.
 
 `generate` runs as one compiled loop; `stream` runs the same step from Python and hands out each token as it comes.
-Any `System` will do: only its `prefill` and `extend` are called.
+Any `VLM` will do: only its `prefill` and `extend` are called.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax.core.types import Array, Batch, Cache, Params, System, UserError, pytree
+from lionjax.core.types import VLM, Array, Batch, Cache, Params, UserError, pytree
 from lionjax.inference import sampling as scoring
 from lionjax.inference.beam_search import beam_search
 from lionjax.inference.sampling import GenerateConfig, Generated
@@ -34,9 +34,7 @@ class Answers:
 
 
 @functools.partial(jax.jit, static_argnames=("system", "config"))
-def generate(
-    system: System, params: Params, batch: Batch, config: GenerateConfig, key: Array | None = None
-) -> Generated:
+def generate(system: VLM, params: Params, batch: Batch, config: GenerateConfig, key: Array | None = None) -> Generated:
     """Answers to a batch of prompts: greedy, sampled with `key`, or by beam search, as the config says.
 
     Compiled once for each system, config and shape of batch; the loop stops when all rows have ended. Raises UserError
@@ -54,7 +52,7 @@ def generate(
 
 
 def stream(
-    system: System, params: Params, batch: Batch, config: GenerateConfig, key: Array | None = None
+    system: VLM, params: Params, batch: Batch, config: GenerateConfig, key: Array | None = None
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate`, one (B,) row of ids per step, as soon as each is known; padding after a row's end.
 
@@ -71,7 +69,7 @@ def stream(
         yield np.asarray(answers.token_B)
 
 
-def begin(system: System, params: Params, batch: Batch, config: GenerateConfig, key: Array | None) -> Answers:
+def begin(system: VLM, params: Params, batch: Batch, config: GenerateConfig, key: Array | None) -> Answers:
     """Read the prompts and choose the first token of each answer."""
     if config.sample and key is None:
         raise UserError("sampling needs a random key; give generate one, or set sample to false")
@@ -89,7 +87,7 @@ def begin(system: System, params: Params, batch: Batch, config: GenerateConfig, 
     return choose(logits_BV, cache, answers, config, key)
 
 
-def advance(system: System, params: Params, answers: Answers, config: GenerateConfig, key: Array | None) -> Answers:
+def advance(system: VLM, params: Params, answers: Answers, config: GenerateConfig, key: Array | None) -> Answers:
     """Read the last token and choose the next one."""
     logits_BV, cache = system.extend(params, answers.token_B, answers.cache)
     return choose(logits_BV, cache, answers, config, key)

@@ -18,13 +18,13 @@ from lionjax.core import config, sharding
 from lionjax.core import params as trees
 from lionjax.core.experiment import AnswerConfig, Experiment
 from lionjax.core.sharding import MeshConfig
-from lionjax.core.types import Batch, Params, System, UserError
+from lionjax.core.types import VLM, Batch, Params, UserError
 from lionjax.data import tokenizer
 from lionjax.data.config import DataConfig
 from lionjax.data.processor import Input, Processor, ProcessorConfig
 from lionjax.inference.engine import Answerer
 from lionjax.inference.model import Model, tokenizer_folders
-from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.models import parts
 from lionjax.training import checkpoint
 from lionjax.training import step as stages
 from lionjax.training.checkpoint import Damaged
@@ -36,15 +36,6 @@ log = logging.getLogger(__name__)
 
 
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
-
-
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
-)
-
-
-VICUNA_NEXT = "USER: {question} ASSISTANT:"
 
 
 RELEASED = AnswerConfig(beams=5, repetition_penalty=1.5, max_new_tokens=256)  # LION's own settings
@@ -157,29 +148,12 @@ def of_weights(folder: Path, mesh: Mesh) -> Model:
     return dataclasses.replace(model, answerer=dataclasses.replace(model.answerer, params=params))
 
 
-def released(system: System, folder: Path) -> Experiment:
-    """What goes with weights that come with a system's sizes alone: its own processor, and LION's settings."""
-    if not hasattr(system, "prefill"):
+def released(system: VLM, folder: Path) -> Experiment:
+    """What goes with weights that come with a model's sizes alone: its own processor, and LION's settings."""
+    if not parts.can_generate(system):
         raise UserError(f"{folder} holds a {type(system).__name__}, a part of a system that cannot answer alone")
-    processor = ProcessorConfig(image_size=system.vision.image, **asked_as(system))
+    processor = ProcessorConfig(image_size=system.info.image_size, **system.info.default_processor)
     return Experiment(folder.name, system, DataConfig(processor=processor), stages=(), answer=RELEASED)
-
-
-def asked_as(system: System) -> dict:
-    """How a released system is asked, where that is not as LION is: Vicuna's words around LLaVA's questions."""
-    if not isinstance(system, Prefix):
-        return {}
-    asked = {"tags": False} | ({} if system.encodes else {"reader": "decoder"})
-    if system.qformer is not None:
-        return asked
-    return asked | {
-        "template": VICUNA,
-        "next_turn": VICUNA_NEXT,
-        "image_token": system.image_token,
-        "prompt_length": 512,
-        "padded": system.projector_depth == 2,  # since LLaVA-1.5
-        "padding": "mean",
-    }
 
 
 def with_tokenizers(experiment: Experiment, roots: Sequence[Path], recorded: bool) -> Experiment:

@@ -2,7 +2,7 @@
 """A trained model to talk to: `load` a folder, `answer` prompts about pictures.
 
 A folder is a run's, one that `lionjax convert` wrote in our names or in the original's, or an original release.
-System, processor and tokenizers are rebuilt from what is recorded there. Nothing in the folder is changed.
+VLM, processor and tokenizers are rebuilt from what is recorded there. Nothing in the folder is changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from lionjax import convert
 from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment
-from lionjax.core.types import Params, System, UserError
+from lionjax.core.types import VLM, Params, UserError
 from lionjax.data import images as pictures
 from lionjax.data import tokenizer
 from lionjax.data.processor import Input, Processor
@@ -50,7 +50,7 @@ class Model:
     updates: int | None = None
 
     @property
-    def system(self) -> System:
+    def system(self) -> VLM:
         return self.answerer.system
 
     @property
@@ -188,8 +188,7 @@ def _answer(said: Said, picture) -> Answer:
 # Folders
 
 
-def tokenizer_folders(system: System) -> dict[str, str]:
+def tokenizer_folders(system: VLM) -> dict[str, str]:
     """{field of the processor: folder of that tokenizer within a model's}; the second where a Q-Former reads text."""
-    bridge = getattr(system, "qformer", None)
-    asked_twice = {"question_tokenizer": QFORMER_TOKENIZER} if bridge and bridge.text else {}
+    asked_twice = {"question_tokenizer": QFORMER_TOKENIZER} if system.info.reads_question else {}
     return {"tokenizer": ""} | asked_twice

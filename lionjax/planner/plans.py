@@ -173,7 +173,7 @@ def training(experiment: Experiment, number: int, layout: Layout) -> Work:
     system = stages.system_of(experiment, stage)
     batch = spread(blank(experiment, stage), stage.batch_size, mesh)
     if run.cache_features:
-        seen = jax.eval_shape(system.features, trees.merge(trainable, frozen), batch)
+        seen = jax.eval_shape(system.extract_features, trees.merge(trainable, frozen), batch)
         batch = dataclasses.replace(
             batch, features=spread(seen, stage.batch_size, mesh), image_BHWC=None, sam_image_BHWC=None
         )
@@ -187,7 +187,7 @@ def generating(experiment: Experiment, number: int, layout: Layout, rows: int) -
     stage, answer, mesh = experiment.stages[number], experiment.answer, layout.mesh
     batch = dataclasses.replace(blank(experiment, stage), sam_image_BHWC=None, masks_BKHW=None, masks_mask_BK=None)
     batch = spread(batch, rows, mesh)
-    end = getattr(getattr(experiment.system, "language", None), "end_token", 1)
+    end = experiment.system.info.end_token
     how = GenerateConfig(
         max_new_tokens=answer.max_new_tokens or experiment.data.processor.target_length,
         beams=answer.beams,

@@ -15,19 +15,19 @@ from jax.sharding import Mesh
 
 from lionjax.core import params as trees
 from lionjax.core import sharding
-from lionjax.core.types import Batch, Params, System, UserError
+from lionjax.core.types import VLM, Batch, Params, UserError
 from lionjax.training import distributed, feature_store
 
 log = logging.getLogger(__name__)
 
 
-def seer(system: System, never: Params, learned: Params, mesh: Mesh) -> Callable:
+def seer(system: VLM, never: Params, learned: Params, mesh: Mesh) -> Callable:
     """`see(batch) -> features`, as the rows of this process in numpy, by the parameters that no stage trains.
 
     All others are replaced by NaN: features that hold none cannot depend on them, and so stay the same from stage
     to stage. Raises UserError otherwise, and for a system that has no `features`.
     """
-    if not hasattr(system, "features"):
+    if not system.info.has_features:
         raise UserError(f"run.cache_features is set, but a {type(system).__name__} has no features to keep")
     shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in trees.flatten(learned).items()}
     checked = []
@@ -36,7 +36,7 @@ def seer(system: System, never: Params, learned: Params, mesh: Mesh) -> Callable
     def features(never: Params, batch: Batch):
         unknown = {path: jnp.full(shape, jnp.nan, dtype) for path, (shape, dtype) in shapes.items()}
         with sharding.use(mesh):
-            return system.features(trees.merge(trees.unflatten(unknown), never), batch)
+            return system.extract_features(trees.merge(trees.unflatten(unknown), never), batch)
 
     def see(batch: Batch):
         seen = jax.tree.map(local_rows, features(never, sharding.put_batch(batch, mesh)))

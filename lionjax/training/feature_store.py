@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from lionjax.core import params as trees
-from lionjax.core.types import Batch, Params, System, UserError
+from lionjax.core.types import VLM, Batch, Params, UserError
 from lionjax.training import checksum
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Sight:
         return digests
 
 
-def sight(system: System, never: Params, learned: Params, batch: Batch) -> Sight:
+def sight(system: VLM, never: Params, learned: Params, batch: Batch) -> Sight:
     """How a system sees such batches by the parameters that no stage trains. Raises UserError where it needs others."""
     weights = trees.flatten(trees.merge(never, learned))  # in the order in which jax has them
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), x.dtype), batch)
@@ -71,7 +71,7 @@ def sight(system: System, never: Params, learned: Params, batch: Batch) -> Sight
     def features(given: dict[int, jax.Array]):
         leaves = [given.get(number, x) for number, x in enumerate(empty)]
         params = trees.unflatten(dict(zip(weights, leaves)))
-        return system.features(params, jax.tree.unflatten(structure, leaves[len(weights) :]))
+        return system.extract_features(params, jax.tree.unflatten(structure, leaves[len(weights) :]))
 
     shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in enumerate(empty)}
     flags = used(jax.make_jaxpr(features)(shapes).jaxpr)

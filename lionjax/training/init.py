@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -67,9 +66,9 @@ def first_parameters(experiment: Experiment, example: Batch, layout: Layout) -> 
         if not inside:
             parts = sorted({path.split("/")[0] for path in wanted})
             raise UserError(f"weights name the part {prefix!r}; this system has {', '.join(parts)}")
-        words = getattr(experiment.system, "language", None)
+        sizes = (experiment.system.info.vocab_size, experiment.system.info.embedding_rows)
         file, _, part = file.partition("#")
-        loaded |= _read_weights(shipped(file), part, prefix, inside, learned | loaded, words)
+        loaded |= _read_weights(shipped(file), part, prefix, inside, learned | loaded, sizes)
 
     idle = sorted({path.split("/")[0] for path in wanted.keys() - learned.keys() - loaded.keys()})
     if idle and experiment.weights and distributed.first():
@@ -100,7 +99,7 @@ def _under(path: str, prefix: str) -> bool:
 
 
 def _read_weights(
-    file: Path, part: str, prefix: str, wanted: dict, may_be_new: dict, language: Any
+    file: Path, part: str, prefix: str, wanted: dict, may_be_new: dict, sizes: tuple[int | None, int | None]
 ) -> dict[str, jax.Array]:
     """The leaves under a prefix from a file (or the shards of one) in our names, each process its own part.
 
@@ -123,14 +122,13 @@ def _read_weights(
     if missing := sorted(wanted.keys() - names.keys() - may_be_new.keys()):
         raise UserError(f"{file} lacks {missing[0]!r}, which no stage trains; use weights of the config's sizes")
     return {
-        path: _placed(_filled(tensors[name], wanted[path], language), wanted[path], f"{file}: {path!r}")
+        path: _placed(_filled(tensors[name], wanted[path], *sizes), wanted[path], f"{file}: {path!r}")
         for path, name in sorted(names.items())
     }
 
 
-def _filled(table: np.ndarray, want: jax.ShapeDtypeStruct, language: Any) -> np.ndarray:
+def _filled(table: np.ndarray, want: jax.ShapeDtypeStruct, words: int | None, rows: int | None) -> np.ndarray:
     """A table of words with the rows of zeros that the config has behind it for a mesh's sake; others as they are."""
-    words, rows = getattr(language, "vocab", 0), getattr(language, "rows", 0)
     if rows == words or table.shape != tuple(words if n == rows else n for n in want.shape):
         return table
     whole = np.zeros(want.shape, table.dtype)

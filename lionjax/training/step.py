@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.experiment import Experiment, Stage
-from lionjax.core.types import Array, Batch, Params, System, UserError, pytree
+from lionjax.core.types import VLM, Array, Batch, Params, UserError, pytree
 from lionjax.training.optimizer import abstract_optimiser, factors, schedule
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class State:
     optimiser: Any
 
 
-def system_of(experiment: Experiment, stage: Stage) -> System:
+def system_of(experiment: Experiment, stage: Stage) -> VLM:
     """The experiment's system with the fields that the stage replaces.
 
     Raises UserError when the system has no such field.
@@ -113,7 +113,7 @@ def gradients(loss: Callable, trainable: Params, batch: Batch, key: Array, parts
 
 
 def make_step(
-    system: System,
+    system: VLM,
     stage: Stage,
     optimiser: optax.GradientTransformation,
     key: Array,

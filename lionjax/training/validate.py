@@ -15,7 +15,7 @@ def check_boxes(system, batch: Batch) -> None:
     For loaders of one's own: inside a model a wrong count would go unseen. Rows that name no place may have boxes,
     which are then said in another way, as in digits.
     """
-    token = getattr(getattr(system, "places", None) or system, "location_token", None)
+    token = system.info.box_token
     if token is None or batch.boxes_BK4 is None:
         return
     named_B = (np.concatenate([batch.prompt_BL, batch.target_BM], axis=1) == token).sum(axis=1)
@@ -34,8 +34,7 @@ def check_boxes(system, batch: Batch) -> None:
 
 def check_words(experiment: Experiment, example: Batch) -> None:
     """Raises UserError where the data make words that the language model does not have, such as location tokens."""
-    vocab = getattr(getattr(experiment.system, "language", None), "vocab", None)
-    picture = getattr(experiment.system, "image_token", None)  # it need not be a word
+    vocab, picture = experiment.system.info.vocab_size, experiment.system.info.image_token  # need not be a word
     written = (example.prompt_BL, example.target_BM)
     most = int(max(ids[ids != picture].max(initial=0) for ids in written))
     if vocab is not None and most >= vocab:
@@ -46,24 +45,12 @@ def check_words(experiment: Experiment, example: Batch) -> None:
 
 
 def check_prompts(experiment: Experiment) -> None:
-    """Raises UserError where prompts are not written as the system reads them, which would train without a word."""
-    system, written = experiment.system, getattr(experiment.data, "processor", None)
-    encodes, token = getattr(system, "encodes", None), getattr(system, "image_token", None)
-    if written is None:
+    """Raises UserError where the prompt template has a place for the image that nothing fills."""
+    info, processor = experiment.system.info, getattr(experiment.data, "processor", None)
+    if processor is None or not info.splices_images or "{image}" not in processor.template:
         return
-    wanted = {None: written.reader, True: "encoder", False: "decoder"}[encodes]
-    if written.reader != wanted:
-        raise UserError(f"processor.reader is {written.reader!r}, but the language model is one that wants {wanted!r}")
-    if hasattr(system, "image_token") and written.image_token not in (None, token):
+    if processor.image_token is None and not processor.image_tokens:
         raise UserError(
-            f"processor.image_token is {written.image_token}, but system.image_token {token}; give both the same"
-        )
-    said = "{image}" in written.template
-    if said and hasattr(system, "image_token") and written.image_token is None and not written.image_tokens:
-        raise UserError(
-            f"processor.template says {{image}}, but not what stands there; set processor.image_token to {token}"
-        )
-    if written.image_token is not None and not said:
-        raise UserError(
-            "processor.image_token is set, but processor.template says nowhere {image}; say where the picture stands"
+            "processor.template has {image}, but this model has no image token and puts images before the text; "
+            "remove {image} from the template, or set system.image_token"
         )

@@ -115,7 +115,7 @@ def _prefix_run(c: Any, rng) -> Run:
         asked = (question, np.ones(question.shape, bool))
         batch = Batch(image, ids, real, *asked, answer, None, None, one, one)
         # The picture's words stand for the token, so the last place is padding.
-        x_BLD, mask_BL = (part[:, :-1] for part in module.embed(batch, None))
+        x_BLD, mask_BL = (part[:, :-1] for part in module.embed_inputs(batch, None))
         if not c.encodes:
             return {"logits": module.language.logits(module.language(x_BLD, mask_BL))}
         encoded_BLD = module.language.encode(x_BLD, mask_BL)

@@ -73,7 +73,7 @@ class MaskPrompts(nn.Module):
         return mlp(state_BKD).reshape(*state_BKD.shape[:-1], self.tokens, self.channels)
 
 
-def put(x_BLD, here_BL, piece_BKD, first_B=0):
+def scatter_embeddings(x_BLD, here_BL, piece_BKD, first_B=0):
     """x with the k-th piece of a row at the k-th marked place of that row; `first_B` pieces stand elsewhere before."""
     place_BL = jnp.cumsum(here_BL, axis=1) - 1 + jnp.reshape(first_B, (-1, 1))
     place_BL = jnp.clip(place_BL, 0, piece_BKD.shape[1] - 1)
@@ -81,14 +81,14 @@ def put(x_BLD, here_BL, piece_BKD, first_B=0):
     return jnp.where(here_BL[..., None], spread_BLD, x_BLD)
 
 
-def places(here_BL, count: int):
+def first_k_positions(here_BL, count: int):
     """The first `count` marked places of each row: indices (B, K), and which of them are real (B, K)."""
     count = min(count, here_BL.shape[1])
     place_BK = jnp.argsort(~here_BL.astype(bool), axis=1, stable=True)[:, :count]
     return place_BK, jnp.take_along_axis(here_BL.astype(bool), place_BK, axis=1)
 
 
-def triggers(c, batch: Batch, state_BMD):
+def gather_region_queries(c, batch: Batch, state_BMD):
     """States at the answer's triggers (B, K, D), which box each of them means (B, K), and which are real (B, K).
 
     `state_BMD` are the states that have read each word of the answer. Triggers in what the other side says are not
@@ -96,7 +96,7 @@ def triggers(c, batch: Batch, state_BMD):
     """
     count = batch.boxes_BK4.shape[1]
     said_BM = (batch.target_BM == c.trigger_token) & batch.loss_mask_BM.astype(bool)
-    place_BK, real_BK = places(said_BM, count)
+    place_BK, real_BK = first_k_positions(said_BM, count)
     before_B1 = (batch.prompt_BL == c.location_token).sum(axis=1, keepdims=True)
     which_BM = before_B1 + jnp.cumsum(batch.target_BM == c.location_token, axis=1)
     which_BK = pick(which_BM, place_BK)
@@ -106,14 +106,14 @@ def triggers(c, batch: Batch, state_BMD):
     return pick(state_BMD, place_BK), jnp.minimum(which_BK, count - 1), real_BK
 
 
-def words_loss(c, logits_BMV, batch: Batch) -> tuple[jax.Array, Metrics]:
+def text_loss(c, logits_BMV, batch: Batch) -> tuple[jax.Array, Metrics]:
     """Cross entropy of an answer. The model says where a place begins; what stands there is no word to choose."""
     learned_BM = batch.loss_mask_BM * (batch.target_BM != c.location_token)
     return losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
 
 
-def place_losses(c, locations: Locations, batch: Batch, found) -> tuple[dict, Metrics]:
-    """Weighted terms of the boxes read at triggers (`found`, see `triggers`) and of both cycles, and their IoU."""
+def box_losses(c, locations: Locations, batch: Batch, found) -> tuple[dict, Metrics]:
+    """Weighted L1, GIoU and cycle terms of the boxes at region queries (see `gather_region_queries`), and their IoU."""
     trigger_BKD, which_BK, real_BK = found
     trigger_BKD = trigger_BKD.astype(jnp.float32)
     box_BK4 = pick(batch.boxes_BK4, which_BK)
@@ -137,7 +137,7 @@ def mask_side(batch: Batch) -> int:
     return batch.masks_BKHW.shape[-1]
 
 
-def masked(batch: Batch, found):
+def has_mask(batch: Batch, found):
     """At which of the triggers (`found`) a true mask is known: (B, K)."""
     _, which_BK, real_BK = found
     if batch.masks_mask_BK is None:
@@ -145,9 +145,9 @@ def masked(batch: Batch, found):
     return real_BK & pick(batch.masks_mask_BK, which_BK).astype(bool)
 
 
-def masks_loss(c, batch: Batch, found, logits_BKhw, iou_BK, enlarge) -> tuple[jax.Array, Metrics]:
+def mask_loss(c, batch: Batch, found, logits_BKhw, iou_BK, enlarge) -> tuple[jax.Array, Metrics]:
     """Focal, dice and IoU losses of the masks at triggers (`found`); `enlarge` gives logits the true masks' size."""
-    mask_BKHW, real_BK = pick(batch.masks_BKHW, found[1]), masked(batch, found)
+    mask_BKHW, real_BK = pick(batch.masks_BKHW, found[1]), has_mask(batch, found)
     original = c.losses == "original"
     terms = losses.mask_losses(logits_BKhw, iou_BK, mask_BKHW, real_BK, original, enlarge)
     terms["focal"] = c.focal_weight * terms["focal"]
@@ -155,7 +155,7 @@ def masks_loss(c, batch: Batch, found, logits_BKhw, iou_BK, enlarge) -> tuple[ja
     return sum(terms.values()), metrics | {"weight": real_BK.astype(jnp.float32).sum()}
 
 
-def nothing_said(c, rows: int, width: int, dtype) -> dict:
+def init_region_state(c, rows: int, width: int, dtype) -> dict:
     """What is kept of answers that have just begun: boxes, the states they were read from, and how many there are."""
     return {
         "box": jnp.zeros((1, rows, c.max_boxes, 4)),
@@ -164,7 +164,7 @@ def nothing_said(c, rows: int, width: int, dtype) -> dict:
     }
 
 
-def say(c, locations: Locations, state_BD, word_BV, triggered_B, kept: dict):
+def constrain_logits(c, locations: Locations, state_BD, word_BV, triggered_B, kept: dict):
     """(logits (B, V), what a cache remembers) of the state behind a word, which may be a trigger.
 
     A location token can follow a trigger only, and must. `place` is what the next word is where `triggered`.
@@ -183,7 +183,7 @@ def say(c, locations: Locations, state_BD, word_BV, triggered_B, kept: dict):
     return logits_BV, {"kept": kept, "place": place_B4[None], "triggered": triggered_B[None]}
 
 
-def heard(locations: Locations, word_BD, written: dict):
+def next_embedding(locations: Locations, word_BD, written: dict):
     """The next input (B, D): the word that was chosen, or the place where one was said."""
     place_BD = locations.encode(written["place"][0]).astype(word_BD.dtype)
     return jnp.where(written["triggered"][0][:, None], place_BD, word_BD)

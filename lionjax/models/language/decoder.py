@@ -306,7 +306,21 @@ class Decoder(nn.Module):
         """States of a whole row; those of padding mean nothing. `media` as `GatedCross` has it."""
         return self.run(x_BLD, counted(mask_BL), causal_mask(mask_BL), task_B, key, media=media)[0]
 
-    def begin(self, x_BLD, mask_BL, cache_length: int, task_B=None, media=None):
+    def forward(self, x_BLD, mask_BL, target_BMD, target_mask_BM, task_B=None, keys=(None, None), media=None):
+        """See `backend.LanguageBackend`: input and target are one row."""
+        length = x_BLD.shape[1]
+        row_BLD = jnp.concatenate([x_BLD, target_BMD], axis=1)
+        row_mask_BL = jnp.concatenate([mask_BL.astype(bool), target_mask_BM.astype(bool)], axis=1)
+        state_BLD = self(row_BLD, row_mask_BL, task_B, keys[0], media)
+        first_BD = last(state_BLD[:, :length], mask_BL)
+        before_BMD = jnp.concatenate([first_BD[:, None], state_BLD[:, length:-1]], axis=1)
+        return before_BMD, state_BLD[:, length:]
+
+    def embed_next(self, token_B, cache: Cache):
+        """Embeddings (B, D) of tokens in the cache's dtype."""
+        return self.embed(token_B, cache.written["k"].dtype)
+
+    def prefill(self, x_BLD, mask_BL, cache_length: int, task_B=None, media=None):
         """Read a prompt: the state (B, D) of its last real token, and a cache with room for `cache_length` more.
 
         What is read later looks at the same pictures as that token.

@@ -47,6 +47,11 @@ class T5Config:
     lora: LoraConfig = LoraConfig()
     remat: str = "none"
 
+    @property
+    def rows(self) -> int:
+        """Rows of the word table and of the head."""
+        return self.vocab
+
 
 FLAN_T5_XL = T5Config()
 FLAN_T5_XXL = T5Config(width=4096, heads=64, hidden=10240)
@@ -224,13 +229,25 @@ class T5(nn.Module):
         """(..., D) -> (..., V) in float32."""
         return self.head(state_BMD).astype(jnp.float32)
 
-    def begin(self, encoded_BLD, encoded_mask_BL, task_B, cache_length: int):
-        """Read the start token: logits (B, V) and a cache with room for `cache_length` tokens more."""
-        state_BD, cache = self.begin_state(encoded_BLD, encoded_mask_BL, task_B, cache_length)
-        return self.logits(state_BD), cache
+    def forward(self, x_BLD, mask_BL, target_BMD, target_mask_BM, task_B=None, keys=(None, None), after: bool = False):
+        """See `backend.LanguageBackend`. `after`: also compute the states that have read each target token."""
+        encoded_BLD = self.encode(x_BLD, mask_BL, task_B, keys[0])
+        start_B1 = jnp.full((len(target_BMD), 1), self.c.start_token, jnp.int32)
+        start_B1D = self.embed(start_B1, encoded_BLD.dtype)
+        if not after:
+            x_BMD = jnp.concatenate([start_B1D, target_BMD[:, :-1]], axis=1)
+            return self.states(x_BMD, target_mask_BM, encoded_BLD, mask_BL, task_B, keys[1]), None
+        x_BMD = jnp.concatenate([start_B1D, target_BMD], axis=1)
+        mask_BM = jnp.concatenate([jnp.ones_like(target_mask_BM[:, :1]), target_mask_BM], axis=1)
+        state_BMD = self.states(x_BMD, mask_BM, encoded_BLD, mask_BL, task_B, keys[1])
+        return state_BMD[:, :-1], state_BMD[:, 1:]
 
-    def begin_state(self, encoded_BLD, encoded_mask_BL, task_B, cache_length: int):
-        """As `begin`, with the state (B, D) instead of what it says."""
+    def prefill(self, x_BLD, mask_BL, cache_length: int, task_B=None):
+        """Encode the input and read the start token: its state (B, D), and a cache for `cache_length` tokens more."""
+        return self.prefill_encoded(self.encode(x_BLD, mask_BL, task_B), mask_BL, cache_length, task_B)
+
+    def prefill_encoded(self, encoded_BLD, encoded_mask_BL, cache_length: int, task_B=None):
+        """As `prefill`, of an input that is encoded already."""
         c = self.c
         batch, dtype = encoded_BLD.shape[0], encoded_BLD.dtype
         shape = (c.decoder_layers, batch, 1 + cache_length, c.heads, c.head)
@@ -248,13 +265,11 @@ class T5(nn.Module):
         cache = Cache({"self_k": own[0], "self_v": own[1]}, fixed, jnp.ones((), jnp.int32))
         return h_B1D[:, 0], cache
 
-    def extend(self, token_B, cache: Cache):
-        """Read one token per row."""
-        x_BD = self.embed(token_B, cache.written["self_k"].dtype)
-        state_BD, cache = self.extend_state(x_BD, cache)
-        return self.logits(state_BD), cache
+    def embed_next(self, token_B, cache: Cache):
+        """Embeddings (B, D) of tokens in the cache's dtype."""
+        return self.embed(token_B, cache.written["self_k"].dtype)
 
-    def extend_state(self, x_BD, cache: Cache):
+    def extend(self, x_BD, cache: Cache):
         """Read one more embedding per row: its state (B, D)."""
         fixed, x_B1D = cache.fixed, x_BD[:, None]
         crossed = {"cross_k": fixed["cross_k"], "cross_v": fixed["cross_v"]}

@@ -8,13 +8,14 @@ one that looks alike (matching), and the text is written from what the queries s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lionjax.core.sharding import sharded
-from lionjax.core.types import Batch, Cache, Metrics, Params
+from lionjax.core.types import VLM, Batch, Cache, Metrics, ModelInfo, Params
 from lionjax.core.weight_map import Row, under
 from lionjax.models.connectors import qformer
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
@@ -28,7 +29,7 @@ FAR = -10000.0  # what a pair's own place in the batch scores where others are d
 
 
 @dataclasses.dataclass(frozen=True)
-class Blip2First:
+class Blip2First(VLM):
     """The stage by its parts' sizes; the defaults are the released ones.
 
     Texts are the batch's targets in BERT's words, closed by `[SEP]`; `start_token` (`[CLS]`) is put before them, and
@@ -45,36 +46,40 @@ class Blip2First:
     write_token: int = 30522
     dtype: str = "float32"  # of the computation
 
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(end_token=102, image_size=self.vision.image)
+
     def init(self, key, batch: Batch) -> Params:
         """Random parameters of every part."""
         return Blip2FirstModule(self).init(key, batch, None)["params"]
 
-    def _apply(self, params: Params, method: str, *args):
+    def _apply(self, params: Params, method: Callable, *args):
         return Blip2FirstModule(self).apply({"params": params}, *args, method=method)
 
-    def features(self, params: Params, batch: Batch):
-        """What the frozen tower makes of the pictures: may be kept and put into `Batch.features`."""
-        return self._apply(params, "see", batch)
+    def extract_features(self, params: Params, batch: Batch):
+        """The frozen tower's output (B, 1 + P, D), with the class token."""
+        return self._apply(params, Blip2FirstModule.encode_image, batch)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
         """The sum of the three losses. Without a key the pairs that look most alike are those to be told apart."""
-        return self._apply(params, "__call__", batch, key)
+        return self._apply(params, Blip2FirstModule.__call__, batch, key)
 
     def similarity(self, params: Params, batch: Batch):
         """How alike each picture and each text are, the best of all queries: (B, B), pictures by texts, in -1..1."""
-        return self._apply(params, "compare", batch)
+        return self._apply(params, Blip2FirstModule.similarity, batch)
 
-    def match(self, params: Params, batch: Batch):
+    def itm_logits(self, params: Params, batch: Batch):
         """Whether each picture and its text belong together: logits (B, 2), the second for yes."""
-        return self._apply(params, "judge", batch)
+        return self._apply(params, Blip2FirstModule.itm_logits, batch)
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
         """Read the pictures; what is written then sees the queries' keys and values. There is no prompt."""
-        return self._apply(params, "begin", batch, cache_length)
+        return self._apply(params, Blip2FirstModule.prefill, batch, cache_length)
 
     def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
         """Read one more token per row."""
-        return self._apply(params, "extend", token_B, cache)
+        return self._apply(params, Blip2FirstModule.extend, token_B, cache)
 
     def torch_rows(self) -> tuple[Row, ...]:
         """Names of LAVIS's blip2_pretrained.pth."""
@@ -113,7 +118,7 @@ class Blip2FirstModule(nn.Module):
         start = nn.initializers.constant(c.temperature)
         self.temperature = self.param("temperature", sharded(start, ()), ())
 
-    def see(self, batch: Batch):
+    def encode_image(self, batch: Batch):
         """What the tower makes of the pictures, the class token too: (B, P, D)."""
         if batch.features is not None:
             return batch.features.astype(self.c.dtype)
@@ -126,49 +131,49 @@ class Blip2FirstModule(nn.Module):
         real_BM = batch.target_mask_BM.astype(bool)
         return ids_BL, jnp.concatenate([jnp.ones_like(real_BM[:, :1]), real_BM], axis=1)
 
-    def asked(self, seen_BPD, key=None):
+    def encode_queries(self, seen_BPD, key=None):
         """The queries' states and keys and values, from the pictures alone; of unit length, to be compared, too."""
         asked_BQD, _, kept = self.qformer.run(self.vision_norm(seen_BPD), None, None, key)
-        return unit(self.picture_projection(asked_BQD)), kept
+        return normalize(self.picture_projection(asked_BQD)), kept
 
-    def told(self, batch: Batch, dtype, key=None):
+    def encode_text(self, batch: Batch, dtype, key=None):
         """The texts alone, of unit length (B, E)."""
         ids_BL, mask_BL = self.text(batch, self.c.start_token)
         text_BLD = self.qformer.embed(ids_BL, dtype)
         _, text_BLD, _ = self.qformer.run(None, text_BLD, key_mask(mask_BL), key)
-        return unit(self.text_projection(text_BLD[:, 0]))
+        return normalize(self.text_projection(text_BLD[:, 0]))
 
-    def compare(self, batch: Batch):
-        asked_BQE, _ = self.asked(self.see(batch))
-        return alike(asked_BQE, self.told(batch, asked_BQE.dtype))
+    def similarity(self, batch: Batch):
+        asked_BQE, _ = self.encode_queries(self.encode_image(batch))
+        return max_similarity(asked_BQE, self.encode_text(batch, asked_BQE.dtype))
 
-    def judge(self, batch: Batch):
-        return self.pairs(self.see(batch), *self.text(batch, self.c.start_token))
+    def itm_logits(self, batch: Batch):
+        return self.match_logits(self.encode_image(batch), *self.text(batch, self.c.start_token))
 
-    def pairs(self, seen_BPD, ids_BL, mask_BL, key=None):
+    def match_logits(self, seen_BPD, ids_BL, mask_BL, key=None):
         """Picture and text read together: logits (B, 2), the mean over all queries."""
         state_BLD = self.qformer(self.vision_norm(seen_BPD), ids_BL, mask_BL, key)
         return self.match_head(state_BLD[:, : self.c.qformer.queries]).mean(axis=1).astype(jnp.float32)
 
     def __call__(self, batch: Batch, key):
         c, keys = self.c, split_key(key, 6)
-        seen_BPD = self.see(batch)
-        asked_BQE, kept = self.asked(seen_BPD, keys[0])
-        told_BE = self.told(batch, seen_BPD.dtype, keys[1])
+        seen_BPD = self.encode_image(batch)
+        asked_BQE, kept = self.encode_queries(seen_BPD, keys[0])
+        told_BE = self.encode_text(batch, seen_BPD.dtype, keys[1])
         rows = jnp.arange(len(told_BE))
         # Each side learns from its own row; what it is compared with stands still, as where it was gathered.
         still = jax.lax.stop_gradient
-        to_text_BB = alike(asked_BQE, still(told_BE)) / self.temperature
-        to_picture_BB = alike(still(asked_BQE), told_BE).T / self.temperature
+        to_text_BB = max_similarity(asked_BQE, still(told_BE)) / self.temperature
+        to_picture_BB = max_similarity(still(asked_BQE), told_BE).T / self.temperature
         contrast = sum(
             smoothed_cross_entropy(x, rows, jnp.ones_like(rows), c.smoothing)[0] / 2
             for x in (to_text_BB, to_picture_BB)
         )
         own_BB = jnp.eye(len(rows)) * FAR
-        other_text_B = drawn(still(to_text_BB) * (own_BB == 0) + own_BB, keys[2])
-        other_picture_B = drawn(still(to_picture_BB) * (own_BB == 0) + own_BB, keys[3])
+        other_text_B = sample_hard_negative(still(to_text_BB) * (own_BB == 0) + own_BB, keys[2])
+        other_picture_B = sample_hard_negative(still(to_picture_BB) * (own_BB == 0) + own_BB, keys[3])
         ids_BL, mask_BL = self.text(batch, c.start_token)
-        logits_B2 = self.pairs(
+        logits_B2 = self.match_logits(
             jnp.concatenate([seen_BPD, seen_BPD[other_picture_B], seen_BPD]),
             jnp.concatenate([ids_BL, ids_BL, ids_BL[other_text_B]]),
             jnp.concatenate([mask_BL, mask_BL, mask_BL[other_text_B]]),
@@ -177,7 +182,7 @@ class Blip2FirstModule(nn.Module):
         true_B = (jnp.arange(len(logits_B2)) < len(rows)).astype(jnp.int32)
         matching, matched = smoothed_cross_entropy(logits_B2, true_B, jnp.ones_like(true_B), 0.0)
         captions, words = smoothed_cross_entropy(
-            self.written(batch, kept, keys[5]), batch.target_BM, batch.loss_mask_BM, c.smoothing
+            self.caption_logits(batch, kept, keys[5]), batch.target_BM, batch.loss_mask_BM, c.smoothing
         )
         return contrast + matching + captions, {
             "weight": jnp.asarray(len(rows), jnp.float32),
@@ -188,7 +193,7 @@ class Blip2FirstModule(nn.Module):
             "token_accuracy": words["token_accuracy"],
         }
 
-    def written(self, batch: Batch, kept, key=None):
+    def caption_logits(self, batch: Batch, kept, key=None):
         """Logits (B, M, V) of the texts, which see the queries' keys and values, and themselves up to each word."""
         ids_BL, mask_BL = self.text(batch, self.c.write_token)
         ids_BM, mask_BM = ids_BL[:, :-1], mask_BL[:, :-1]
@@ -198,15 +203,15 @@ class Blip2FirstModule(nn.Module):
         mask = jnp.concatenate([queries_BQ, before_BM], axis=-1)
         text_BMD = self.qformer.embed(ids_BM, self.c.dtype)
         _, text_BMD, _ = self.qformer.run(None, text_BMD, mask, key, kept)
-        return self.say(text_BMD)
+        return self.lm_logits(text_BMD)
 
-    def say(self, text_BMD):
+    def lm_logits(self, text_BMD):
         """(..., D) -> (..., V) in float32."""
         h_BMD = self.word_norm(gelu(self.word_dense(text_BMD)))
         return self.qformer.words.attend(h_BMD).astype(jnp.float32) + self.word_bias
 
-    def begin(self, batch: Batch, cache_length: int):
-        _, kept = self.asked(self.see(batch))
+    def prefill(self, batch: Batch, cache_length: int):
+        _, kept = self.encode_queries(self.encode_image(batch))
         room = ((0, 0), (0, 0), (0, cache_length + 1), (0, 0), (0, 0))
         written = jax.tree.map(lambda leaf: jnp.pad(leaf, room), kept)
         first_B = jnp.full(len(batch.target_BM), self.c.write_token, jnp.int32)
@@ -221,20 +226,20 @@ class Blip2FirstModule(nn.Module):
         written = jax.tree.map(
             lambda old, leaf: jax.lax.dynamic_update_slice(old, leaf, (0, 0, end, 0, 0)), earlier, new
         )
-        return self.say(text_B1D[:, 0]), Cache(written, cache.fixed, cache.step + 1)
+        return self.lm_logits(text_B1D[:, 0]), Cache(written, cache.fixed, cache.step + 1)
 
 
-def unit(x):
+def normalize(x):
     """Vectors of length 1, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def alike(asked_BQE, told_BE):
+def max_similarity(asked_BQE, told_BE):
     """The best that any query of a picture finds in a text: (B, B), pictures by texts."""
     return jnp.einsum("iqe,je->ijq", asked_BQE, told_BE).max(axis=-1)
 
 
-def drawn(score_BB, key):
+def sample_hard_negative(score_BB, key):
     """One column per row, drawn by its score's exponential; the highest without a key."""
     return score_BB.argmax(axis=1) if key is None else jax.random.categorical(key, score_BB)

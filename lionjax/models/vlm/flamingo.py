@@ -8,15 +8,16 @@ them through gates that begin closed. Where a picture belongs in the text, its t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lionjax.core.types import Batch, Cache, Metrics, Params
+from lionjax.core.types import VLM, Batch, Cache, Metrics, ModelInfo, Params
 from lionjax.core.weight_map import Row, renamed, under
 from lionjax.models.connectors.perceiver import Resampler, ResamplerConfig, resampler_rows
-from lionjax.models.language import decoder, decoder_weights
+from lionjax.models.language import decoder_weights
 from lionjax.models.language.decoder import MPT_1B, MPT_7B, Decoder, DecoderConfig
 from lionjax.models.vision import vit
 from lionjax.models.vision.vit import CLIP_VIT_L, ViT, ViTConfig
@@ -27,7 +28,7 @@ RULES = ("immediate", "all_previous")
 
 
 @dataclasses.dataclass(frozen=True)
-class Flamingo:
+class Flamingo(VLM):
     """A Flamingo by its parts' sizes; the defaults are those of OpenFlamingo 9B (arXiv 2308.01390).
 
     `rule`: a token sees the last picture before it, or all of them. By the first, one before any picture sees none; by
@@ -52,19 +53,31 @@ class Flamingo:
         if self.language.cross is None:
             raise ValueError("language.cross is None, so nothing would look at the pictures")
 
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(
+            vocab_size=self.language.vocab,
+            embedding_rows=self.language.rows,
+            end_token=self.language.end_token,
+            is_encoder_decoder=False,
+            image_token=self.image_token,
+            splices_images=True,
+            image_size=self.vision.image,
+        )
+
     def init(self, key, batch: Batch) -> Params:
         """Random parameters of every part."""
         return FlamingoModule(self).init(key, batch, None)["params"]
 
-    def _apply(self, params: Params, method: str, *args):
+    def _apply(self, params: Params, method: Callable, *args):
         return FlamingoModule(self).apply({"params": params}, *args, method=method)
 
-    def features(self, params: Params, batch: Batch):
-        """What the frozen tower makes of the pictures: may be kept and put into `Batch.features`."""
-        return self._apply(params, "see", batch)
+    def extract_features(self, params: Params, batch: Batch):
+        """The frozen tower's patches (B, P, D), or (B, K, P, D) where rows have several images."""
+        return self._apply(params, FlamingoModule.encode_image, batch)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
-        """Mean cross entropy of the answer's tokens but the pictures', or the weighted sum of each data set's."""
+        """Mean cross entropy of the answer's tokens but the images', or the weighted sum of each data set's."""
         learned_BM = batch.loss_mask_BM * (batch.target_BM != self.image_token)
         logits_BMV = self.logits(params, batch, key)
         if self.part_weights and batch.part_B is not None:
@@ -74,15 +87,15 @@ class Flamingo:
 
     def logits(self, params: Params, batch: Batch, key=None):
         """(B, M, V) in float32, row m predicting target m."""
-        return self._apply(params, "__call__", batch, key)
+        return self._apply(params, FlamingoModule.__call__, batch, key)
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
-        """Read pictures and prompt. What follows looks at the pictures as the prompt's last token does."""
-        return self._apply(params, "begin", batch, cache_length)
+        """Read images and prompt. What follows attends to the images as the prompt's last token does."""
+        return self._apply(params, FlamingoModule.prefill, batch, cache_length)
 
     def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
         """Read one more token per row."""
-        return self._apply(params, "extend", token_B, cache)
+        return self._apply(params, FlamingoModule.extend, token_B, cache)
 
     def torch_rows(self) -> tuple[Row, ...]:
         """Names of OpenFlamingo's code: its decoder's layers beside the gated ones, the tower as CLIP's own code."""
@@ -120,7 +133,7 @@ class FlamingoModule(nn.Module):
         self.resampler = Resampler(self.c.resampler)
         self.language = Decoder(self.c.language)
 
-    def see(self, batch: Batch):
+    def encode_image(self, batch: Batch):
         """The tower's patches, without the class token: (B, K, P, D), or (B, P, D) where rows have one picture."""
         image = batch.image_BHWC
         if batch.features is not None:
@@ -128,9 +141,9 @@ class FlamingoModule(nn.Module):
         seen_BPD, _, _ = self.vision(image.reshape(-1, *image.shape[-3:]).astype(self.c.dtype))
         return seen_BPD[:, 1:].reshape(*image.shape[:-3], -1, seen_BPD.shape[-1])
 
-    def media(self, batch: Batch, ids_BL, mask_BL):
-        """What the text looks at, as `GatedCross` has it."""
-        seen = self.see(batch)
+    def resample_images(self, batch: Batch, ids_BL, mask_BL):
+        """Image tokens, which of them each text token attends to, and whether it attends to any: see `GatedCross`."""
+        seen = self.encode_image(batch)
         seen_BKFPD = seen.reshape(len(seen), -1, 1, *seen.shape[-2:])
         word_BKQD = self.resampler(seen_BKFPD)
         rows, pictures, words, _ = word_BKQD.shape
@@ -143,28 +156,26 @@ class FlamingoModule(nn.Module):
             seen_BLS, real_BL = time_BL1 >= time_S, jnp.ones(ids_BL.shape, bool)
         return word_BKQD.reshape(rows, pictures * words, -1), seen_BLS, real_BL
 
-    def read(self, batch: Batch, ids_BL, mask_BL):
-        media = self.media(batch, ids_BL, mask_BL)
-        return self.language.embed(ids_BL, media[0].dtype), media
-
     def __call__(self, batch: Batch, key):
-        mask_BL = batch.prompt_mask_BL.astype(bool)
+        """Logits (B, M, V) in float32, row m predicting target m."""
         ids_BL = jnp.concatenate([batch.prompt_BL, batch.target_BM], axis=1)
-        row_mask_BL = jnp.concatenate([mask_BL, batch.target_mask_BM.astype(bool)], axis=1)
-        row_BLD, media = self.read(batch, ids_BL, row_mask_BL)
-        state_BLD = self.language(row_BLD, row_mask_BL, batch.task_B, key, media)
-        length = mask_BL.shape[1]
-        first_BD = decoder.last(state_BLD[:, :length], mask_BL)
-        before_BMD = jnp.concatenate([first_BD[:, None], state_BLD[:, length:-1]], axis=1)
-        return self.language.logits(before_BMD)
+        mask_BL = jnp.concatenate([batch.prompt_mask_BL, batch.target_mask_BM], axis=1).astype(bool)
+        media = self.resample_images(batch, ids_BL, mask_BL)
+        dtype = media[0].dtype
+        prompt_BLD, target_BMD = (
+            self.language.embed(batch.prompt_BL, dtype),
+            self.language.embed(batch.target_BM, dtype),
+        )
+        given = (prompt_BLD, batch.prompt_mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, (key, None), media)
+        return self.language.logits(self.language.forward(*given)[0])
 
-    def begin(self, batch: Batch, cache_length: int):
+    def prefill(self, batch: Batch, cache_length: int):
         mask_BL = batch.prompt_mask_BL.astype(bool)
-        x_BLD, media = self.read(batch, batch.prompt_BL, mask_BL)
-        state_BD, cache = self.language.begin(x_BLD, mask_BL, cache_length, batch.task_B, media)
+        media = self.resample_images(batch, batch.prompt_BL, mask_BL)
+        x_BLD = self.language.embed(batch.prompt_BL, media[0].dtype)
+        state_BD, cache = self.language.prefill(x_BLD, mask_BL, cache_length, batch.task_B, media)
         return self.language.logits(state_BD), cache
 
     def extend(self, token_B, cache: Cache):
-        word_BD = self.language.embed(token_B, cache.written["k"].dtype)
-        state_BD, cache = self.language.extend(word_BD, cache)
+        state_BD, cache = self.language.extend(self.language.embed_next(token_B, cache), cache)
         return self.language.logits(state_BD), cache

@@ -13,27 +13,24 @@ embeddings and masks follow from them. The language model may then also be a dec
 from __future__ import annotations
 
 import dataclasses
-import functools
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from lionjax.core.sharding import sharded
-from lionjax.core.types import Batch, Cache, Metrics, Params
+from lionjax.core.types import Batch, ModelInfo
 from lionjax.core.weight_map import Row, under
 from lionjax.models.connectors import qformer
 from lionjax.models.connectors.qformer import Aggregator, AggregatorConfig, QFormer, QFormerConfig
 from lionjax.models.heads import region
-from lionjax.models.heads.region import OBJECTIVES, Locations, MaskPrompts, PlaceConfig
-from lionjax.models.language import decoder, decoder_weights, t5
-from lionjax.models.language.decoder import Decoder, DecoderConfig
-from lionjax.models.language.t5 import T5, T5Config
+from lionjax.models.heads.region import OBJECTIVES, PlaceConfig
+from lionjax.models.language import decoder_weights, t5
+from lionjax.models.language.backend import is_encoder_decoder
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import sam_decoder, vit
-from lionjax.models.vision.sam_decoder import Sam
 from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.models.vision.vit import ViT, ViTConfig
-from lionjax.nn import losses
+from lionjax.models.vlm.region_lm import RegionLM, RegionModule
 from lionjax.nn.layers import MLP, Dense, LayerNorm, dense_rows, norm_rows, normal, split_key
 
 VISUAL_INPUTS = ("ALL", "QFORMER", "AGGREGATOR")
@@ -41,7 +38,7 @@ PROJECTION_EPS = 1e-5  # torch's default, unlike the ViT's 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class Lion:
+class Lion(RegionLM):
     """A LION by its parts' sizes. `visual_input`: the streams that run; stage 1 QFORMER, 2 AGGREGATOR, then ALL.
 
     `word_scale`: for a ViT aligned with the language model's words, how large these are: the aggregator's projector
@@ -76,57 +73,38 @@ class Lion:
             raise ValueError("masks want both places and sam; give the config the one it lacks")
 
     @property
-    def encodes(self) -> bool:
+    def is_encoder_decoder(self) -> bool:
         """Whether the language model reads the prompt in an encoder."""
-        return isinstance(self.language, T5Config)
+        return is_encoder_decoder(self.language)
 
     @property
     def taps(self) -> tuple[int, ...]:
         """ViT layers whose output is used: the aggregator's contexts, then its query."""
         return (*self.aggregator.context_layers, self.aggregator.query_layer)
 
-    def init(self, key, batch: Batch) -> Params:
-        """Random parameters of every part that `visual_input` uses, and of all heads."""
-        return LionModule(self).init(key, batch, method="everything")["params"]
+    @property
+    def region_head(self) -> PlaceConfig | None:
+        return self.places
 
-    def _apply(self, params: Params, method: str, *args):
-        return LionModule(self).apply({"params": params}, *args, method=method)
+    @property
+    def box_scale(self) -> float:
+        """Pixels of SAM's input that 1 of a box is."""
+        return float(self.sam.image)
 
-    def features(self, params: Params, batch: Batch):
-        """What the frozen towers make of the pictures, to be kept and put into `Batch.features`.
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(
+            vocab_size=self.language.vocab,
+            embedding_rows=self.language.rows,
+            end_token=self.language.end_token,
+            is_encoder_decoder=self.is_encoder_decoder,
+            box_token=None if self.places is None else self.places.location_token,
+            image_size=self.vision.image,
+            reads_question=self.qformer.text,
+        )
 
-        The ViT's taps (B, T, 1 + P, D); where the batch has pictures for SAM, {"taps": ..., "map": ...}.
-        """
-        return self._apply(params, "keep", batch)
-
-    def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
-        """Mean cross entropy of the answer's tokens; with places also their terms, or those of masks, or all."""
-        if self.objective == "masks":
-            return self._apply(params, "masks_loss", batch, key)
-        if self.places is not None:
-            return self._apply(params, "places_loss", batch, key)
-        logits_BMV = self.logits(params, batch, key)
-        return losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
-
-    def logits(self, params: Params, batch: Batch, key=None):
-        """(B, M, V) in float32, row m predicting target m."""
-        return self._apply(params, "__call__", batch, key)
-
-    def locate(self, params: Params, batch: Batch):
-        """The boxes (B, K, 4) read at the triggers of the given answers, their states (B, K, D), and which are real."""
-        return self._apply(params, "locate", batch)
-
-    def masks(self, params: Params, batch: Batch, box_BK4, state_BKD, asked_BK=None):
-        """Mask logits (B, K, h, w) and expected IoUs (B, K) of boxes and the states that they were read from."""
-        return self._apply(params, "segment", batch, box_BK4, state_BKD, asked_BK)
-
-    def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
-        """Read picture and prompt, and what an answer begins with."""
-        return self._apply(params, "begin", batch, cache_length)
-
-    def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Read one more token per row. With places see `NextChat.extend`."""
-        return self._apply(params, "extend", token_B, cache)
+    def module(self) -> LionModule:
+        return LionModule(self)
 
     def torch_rows(self) -> tuple[Row, ...]:
         """Names of the LION release; the ViT and T5 rows are those of eva_vit_g.pth and Hugging Face's T5."""
@@ -144,7 +122,7 @@ def handing_on(scale: float):
     return init
 
 
-class LionModule(nn.Module):
+class LionModule(RegionModule):
     c: Lion
 
     def setup(self):
@@ -163,36 +141,20 @@ class LionModule(nn.Module):
             self.aggregator_projector = MLP(c.vision.width, c.aggregator.projector, features=width, init=init)
         if c.soft_prompt_token is not None:
             self.soft_prompt = self.param("soft_prompt", sharded(normal(1.0), ("embed",)), (width,))
-        self.language = T5(c.language) if c.encodes else Decoder(c.language)
-        if c.places is not None:
-            self.locations = Locations(width, c.places.location_hidden)
-        if c.sam is not None:
-            self.mask_prompts = MaskPrompts(width, c.places.mask_tokens, c.sam.channels)
-            self.sam = Sam(c.sam)
+        self.setup_language()
 
-    def see(self, batch: Batch):
+    def encode_image(self, batch: Batch):
+        """The ViT's tapped layers (B, T, 1 + P, D)."""
         if batch.features is not None:
             kept = batch.features
             return (kept["taps"] if isinstance(kept, dict) else kept).astype(self.c.dtype)
         _, seen_TBPD, _ = self.vision(batch.image_BHWC.astype(self.c.dtype))
         return seen_TBPD.transpose(1, 0, 2, 3)
 
-    def map(self, batch: Batch):
-        """What SAM's encoder makes of each picture, once for all its boxes."""
-        if batch.features is not None:
-            return batch.features["map"].astype(self.c.dtype)
-        return self.sam.encode(batch.sam_image_BHWC.astype(self.c.dtype))
-
-    def keep(self, batch: Batch):
-        taps_BTPD = self.see(batch)
-        if batch.sam_image_BHWC is None or self.c.sam is None:
-            return taps_BTPD
-        return {"taps": taps_BTPD, "map": self.map(batch)}
-
-    def look(self, batch: Batch, key):
-        """Picture words (B, P', D): the Q-Former's first, then the aggregator's."""
+    def embed_image(self, batch: Batch, key):
+        """Image tokens (B, P', D) of the language model's width: the Q-Former's first, then the aggregator's."""
         c, keys = self.c, split_key(key, 2)
-        seen_TBPD = self.see(batch).transpose(1, 0, 2, 3)
+        seen_TBPD = self.encode_image(batch).transpose(1, 0, 2, 3)
         words = []
         if c.visual_input != "AGGREGATOR":
             normed_BPD = self.qformer_norm(seen_TBPD[-1])
@@ -203,147 +165,28 @@ class LionModule(nn.Module):
             words.append(self.aggregator_projector(self.aggregator_norm(gathered_BPD)))
         return jnp.concatenate(words, axis=1)
 
-    def words(self, ids_BL, batch: Batch, dtype, first_B=0):
-        """Embeddings (B, L, D), the hint at its token and boxes at theirs; `first_B` boxes stand in words before."""
+    def embed_text(self, ids_BL, batch: Batch, dtype, first_B=0):
+        """As in `RegionModule`; the learned soft prompt stands at its token."""
         c = self.c
         x_BLD = self.language.embed(ids_BL, dtype)
         if c.soft_prompt_token is not None:
-            here_BL1 = (ids_BL == c.soft_prompt_token)[..., None]
-            x_BLD = jnp.where(here_BL1, self.soft_prompt.astype(x_BLD.dtype), x_BLD)
-        if c.places is None or batch.boxes_BK4 is None:
-            return x_BLD
-        place_BKD = self.locations.encode(batch.boxes_BK4)
-        return region.put(x_BLD, ids_BL == c.places.location_token, place_BKD, first_B)
+            is_hint_BL1 = (ids_BL == c.soft_prompt_token)[..., None]
+            x_BLD = jnp.where(is_hint_BL1, self.soft_prompt.astype(x_BLD.dtype), x_BLD)
+        return self.embed_boxes(x_BLD, ids_BL, batch, first_B)
 
-    def embed(self, batch: Batch, key):
-        """What is read before the answer: picture words and prompt words (B, L', D), and which are real (B, L')."""
-        picture_BPD = self.look(batch, key)
-        prompt_BLD = self.words(batch.prompt_BL, batch, picture_BPD.dtype)
-        seen_BP = jnp.ones(picture_BPD.shape[:2], bool)
-        mask_BL = jnp.concatenate([seen_BP, batch.prompt_mask_BL.astype(bool)], axis=1)
-        return jnp.concatenate([picture_BPD, prompt_BLD], axis=1), mask_BL
+    def embed_inputs(self, batch: Batch, key):
+        """Image tokens, then the prompt (B, L', D), and their mask (B, L')."""
+        image_BPD = self.embed_image(batch, key)
+        prompt_BLD = self.embed_text(batch.prompt_BL, batch, image_BPD.dtype)
+        mask_BP = jnp.ones(image_BPD.shape[:2], bool)
+        mask_BL = jnp.concatenate([mask_BP, batch.prompt_mask_BL.astype(bool)], axis=1)
+        return jnp.concatenate([image_BPD, prompt_BLD], axis=1), mask_BL
 
-    def encode(self, batch: Batch, key):
-        keys = split_key(key, 2)
-        x_BLD, mask_BL = self.embed(batch, keys[0])
-        return self.language.encode(x_BLD, mask_BL, batch.task_B, keys[1]), mask_BL
-
-    def said(self, batch: Batch, dtype):
-        """The answer's words (B, M, D), which may be boxes."""
-        first_B = 0
-        if self.c.places is not None:
-            first_B = (batch.prompt_BL == self.c.places.location_token).sum(axis=1)
-        return self.words(batch.target_BM, batch, dtype, first_B)
-
-    def read(self, batch: Batch, key):
-        """States (B, M, D) before each word of the answer, and behind each."""
-        keys = split_key(key, 2)
-        if self.c.encodes:
-            encoded_BLD, mask_BL = self.encode(batch, keys[0])
-            start_B1 = jnp.full_like(batch.target_BM[:, :1], self.c.language.start_token)
-            start_B1D = self.language.embed(start_B1, encoded_BLD.dtype)
-            x_BMD = jnp.concatenate([start_B1D, self.said(batch, encoded_BLD.dtype)], axis=1)
-            real_B1 = jnp.ones_like(batch.target_mask_BM[:, :1])
-            real_BM = jnp.concatenate([real_B1, batch.target_mask_BM], axis=1)
-            state_BMD = self.language.states(x_BMD, real_BM, encoded_BLD, mask_BL, batch.task_B, keys[1])
-            return state_BMD[:, :-1], state_BMD[:, 1:]
-        x_BLD, mask_BL = self.embed(batch, keys[0])
-        length, said_BMD = x_BLD.shape[1], self.said(batch, x_BLD.dtype)
-        whole_BL = jnp.concatenate([mask_BL, batch.target_mask_BM.astype(bool)], axis=1)
-        x_BLD = jnp.concatenate([x_BLD, said_BMD], axis=1)
-        state_BLD = self.language(x_BLD, whole_BL, batch.task_B, keys[1])
-        first_BD = decoder.last(state_BLD[:, :length], mask_BL)
-        before_BMD = jnp.concatenate([first_BD[:, None], state_BLD[:, length:-1]], axis=1)
-        return before_BMD, state_BLD[:, length:]
-
-    def __call__(self, batch: Batch, key):
-        if self.c.places is not None or not self.c.encodes:
-            return self.language.logits(self.read(batch, key)[0])
-        keys = split_key(key, 2)
-        encoded_BLD, mask_BL = self.encode(batch, keys[0])
-        inputs_BM = t5.shift_right(batch.target_BM, self.c.language.start_token)
-        return self.language.decode(inputs_BM, batch.target_mask_BM, encoded_BLD, mask_BL, batch.task_B, keys[1])
-
-    def places_loss(self, batch: Batch, key):
-        c = self.c.places
-        before_BMD, behind_BMD = self.read(batch, key)
-        loss, metrics = region.words_loss(c, self.language.logits(before_BMD), batch)
-        if batch.boxes_BK4 is None:
-            return loss, metrics
-        found = region.triggers(c, batch, behind_BMD)
-        terms, more = region.place_losses(c, self.locations, batch, found)
-        terms = {"text": loss} | terms
-        metrics |= {f"loss_{name}": term for name, term in terms.items()} | more
-        if self.c.objective == "all":
-            terms["masks"], more = self.masks_loss(batch, key, found)
-            metrics = more | metrics
-        return sum(terms.values()), metrics
-
-    def masks_loss(self, batch: Batch, key, found=None):
-        """Of the states at triggers, which are `found` where the answer was read already."""
-        c, side = self.c.places, region.mask_side(batch)
-        found = found or region.triggers(c, batch, self.read(batch, key)[1])
-        trigger_BKD = found[0]
-        box_BK4, asked_BK = self.locations.decode(trigger_BKD), region.masked(batch, found)
-        logits_BKHW, iou_BK = self.segment(batch, box_BK4, trigger_BKD, asked_BK)
-        enlarge = functools.partial(sam_decoder.enlarge, pixels=side)
-        return region.masks_loss(c, batch, found, logits_BKHW, iou_BK, enlarge)
-
-    def segment(self, batch: Batch, box_BK4, state_BKD, asked_BK=None):
-        """The mask tokens of the states, then two of the boxes, ask SAM's decoder; its first mask answers."""
-        own_BKTC = self.mask_prompts(state_BKD.astype(jnp.float32))
-        return self.sam.point(self.map(batch), box_BK4 * self.c.sam.image, own_BKTC, asked_BK)
-
-    def locate(self, batch: Batch):
-        behind_BMD = self.read(batch, None)[1]
-        trigger_BKD, _, real_BK = region.triggers(self.c.places, batch, behind_BMD)
-        return self.locations.decode(trigger_BKD), trigger_BKD, real_BK
-
-    def begin(self, batch: Batch, cache_length: int):
-        c = self.c
-        if c.encodes:
-            encoded_BLD, mask_BL = self.encode(batch, None)
-            given = (encoded_BLD, mask_BL, batch.task_B, cache_length)
-            state_BD, cache = self.language.begin_state(*given)
-        else:
-            x_BLD, mask_BL = self.embed(batch, None)
-            state_BD, cache = self.language.begin(x_BLD, mask_BL, cache_length, batch.task_B)
-        if c.places is None:
-            return self.language.logits(state_BD), cache
-        last_B = decoder.last(batch.prompt_BL[..., None], batch.prompt_mask_BL)[:, 0]
-        triggered_B = (last_B == c.places.trigger_token) & (not c.encodes)
-        kept = region.nothing_said(c.places, *state_BD.shape, state_BD.dtype)
-        return self.say(state_BD, triggered_B, kept, cache)
-
-    def extend(self, token_B, cache: Cache):
-        c, written = self.c, cache.written
-        x_BD = self.language.embed(token_B, written["self_k" if c.encodes else "k"].dtype)
-        if c.places is not None:
-            triggered_B = (token_B == c.places.trigger_token) & ~written["triggered"][0]
-            x_BD = region.heard(self.locations, x_BD, written)
-        state_BD, cache = (self.language.extend_state if c.encodes else self.language.extend)(x_BD, cache)
-        if c.places is None:
-            return self.language.logits(state_BD), cache
-        return self.say(state_BD, triggered_B, written["kept"], cache)
-
-    def say(self, state_BD, triggered_B, kept, cache: Cache):
-        word_BV, c = self.language.logits(state_BD), self.c.places
-        logits_BV, told = region.say(c, self.locations, state_BD, word_BV, triggered_B, kept)
-        return logits_BV, Cache(cache.written | told, cache.fixed, cache.step, cache.read)
-
-    def everything(self, batch: Batch):
-        """Runs every part once, to make its parameters."""
-        c, made = self.c, [self(batch, None)]
-        box_B14 = jnp.zeros((1, 1, 4))
-        if c.places is not None:
-            made.append(self.locations.decode(self.locations.encode(box_B14)))
-        if c.sam is not None:
-            image = jnp.zeros((1, c.sam.image, c.sam.image, 3))
-            given = self.sam.prompts.mask(jnp.zeros((1, 4 * c.sam.grid, 4 * c.sam.grid)))
-            state_B1D = jnp.zeros((1, 1, c.language.width))
-            prompt = jnp.concatenate([self.mask_prompts(state_B1D), self.sam.prompts.boxes(box_B14)], axis=2)
-            made.append(self.sam.decode(self.sam.encode(image), prompt, given))
-        return made
+    def split_keys(self, key):
+        first, second = split_key(key, 2)
+        if not self.c.is_encoder_decoder:
+            return first, second, None
+        return *split_key(first, 2), second
 
 
 def torch_rows(c: Lion) -> tuple[Row, ...]:
@@ -373,6 +216,6 @@ def torch_rows(c: Lion) -> tuple[Row, ...]:
     if c.sam is not None:
         rows += under("", "mask_prompts/", region.mask_prompt_rows())
         rows += under("sam.model.", "sam/", sam_decoder.torch_rows(c.sam))
-    if not c.encodes:
+    if not c.is_encoder_decoder:
         return (*rows, *under("llm_model.", "language/", decoder_weights.llama_rows(c.language)))
     return (*rows, *under("t5_model.", "language/", t5.torch_rows(c.language)))

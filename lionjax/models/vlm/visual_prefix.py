@@ -9,30 +9,37 @@ there. Which tower, bridge and language model is all that the systems differ in.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lionjax.core.sharding import sharded
-from lionjax.core.types import Batch, Cache, Metrics, Params
+from lionjax.core.types import VLM, Batch, Cache, Metrics, ModelInfo, Params
 from lionjax.core.weight_map import Row
 from lionjax.models.connectors import perceiver as latents
 from lionjax.models.connectors.perceiver import AbstractorConfig, ProjectionConfig
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
-from lionjax.models.language import decoder, t5
-from lionjax.models.language.decoder import VICUNA_7B, VICUNA_13B, Decoder, DecoderConfig
-from lionjax.models.language.t5 import FLAN_T5_XL, T5, T5Config
+from lionjax.models.language import decoder
+from lionjax.models.language.backend import is_encoder_decoder, language_model
+from lionjax.models.language.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
+from lionjax.models.language.t5 import FLAN_T5_XL, T5Config
 from lionjax.models.vision.vit import CLIP_VIT_L, EVA_VIT_G, ViT, ViTConfig
 from lionjax.models.vlm import visual_prefix_weights
 from lionjax.nn import losses
 from lionjax.nn.layers import MLP, Dense, LayerNorm, normal, split_key
 
 NAMES = ("hugging_face", "original")
+VICUNA_TEMPLATE = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
+)
+VICUNA_TURN = "USER: {question} ASSISTANT:"
 
 
 @dataclasses.dataclass(frozen=True)
-class Prefix:
+class Prefix(VLM):
     """A system by its parts' sizes; the defaults are those of LLaVA-1.5 7B as Hugging Face holds it.
 
     `feature_layer` counts the tower's hidden states as transformers does: -1 is the last block's output, before any
@@ -96,19 +103,46 @@ class Prefix:
 
     @property
     def encodes(self) -> bool:
-        """Whether the language model reads the prompt in an encoder."""
-        return isinstance(self.language, T5Config)
+        """Whether the language model is an encoder-decoder."""
+        return is_encoder_decoder(self.language)
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(
+            vocab_size=self.language.vocab,
+            embedding_rows=self.language.rows,
+            end_token=self.language.end_token,
+            is_encoder_decoder=self.encodes,
+            splices_images=True,
+            image_token=self.image_token,
+            image_size=self.vision.image,
+            reads_question=self.qformer is not None and self.qformer.text,
+            default_processor=self._default_processor(),
+        )
+
+    def _default_processor(self) -> dict:
+        """Vicuna's template around LLaVA's questions; a bare question for BLIP-2 and its kin."""
+        if self.qformer is not None:
+            return {"tags": False}
+        return {
+            "tags": False,
+            "template": VICUNA_TEMPLATE,
+            "next_turn": VICUNA_TURN,
+            "prompt_length": 512,
+            "padded": self.projector_depth == 2,  # since LLaVA-1.5
+            "padding": "mean",
+        }
 
     def init(self, key, batch: Batch) -> Params:
         """Random parameters of every part."""
         return PrefixModule(self).init(key, batch, None)["params"]
 
-    def _apply(self, params: Params, method: str, *args):
+    def _apply(self, params: Params, method: Callable, *args):
         return PrefixModule(self).apply({"params": params}, *args, method=method)
 
-    def features(self, params: Params, batch: Batch):
-        """What the frozen tower makes of the pictures: may be kept and put into `Batch.features`."""
-        return self._apply(params, "see", batch)
+    def extract_features(self, params: Params, batch: Batch):
+        """The frozen tower's patches (B, P, D), or (B, K, P, D) where rows have several images."""
+        return self._apply(params, PrefixModule.encode_image, batch)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
         """Mean cross entropy of the answer's tokens."""
@@ -117,24 +151,21 @@ class Prefix:
 
     def logits(self, params: Params, batch: Batch, key=None):
         """(B, M, V) in float32, row m predicting target m."""
-        return self._apply(params, "__call__", batch, key)
+        return self._apply(params, PrefixModule.__call__, batch, key)
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
-        """Read picture and prompt."""
-        return self._apply(params, "begin", batch, cache_length)
+        """Read image and prompt."""
+        return self._apply(params, PrefixModule.prefill, batch, cache_length)
 
     def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
         """Read one more token per row."""
-        return self._apply(params, "extend", token_B, cache)
+        return self._apply(params, PrefixModule.extend, token_B, cache)
 
     def torch_rows(self) -> tuple[Row, ...]:
         """Names of Hugging Face's class, or of the code that the weights were first published with."""
-        rows = (
-            visual_prefix_weights.hugging_face_rows
-            if self.names == "hugging_face"
-            else visual_prefix_weights.original_rows
-        )
-        return rows(self)
+        if self.names == "hugging_face":
+            return visual_prefix_weights.hugging_face_rows(self)
+        return visual_prefix_weights.original_rows(self)
 
 
 LLAVA_15_7B = Prefix()
@@ -219,9 +250,9 @@ class PrefixModule(nn.Module):
             self.projector = MLP(seen, width, "gelu", features=width)
         if c.closing:
             self.last_word = self.param("last_word", sharded(normal(0.02), ("embed",)), (width,))
-        self.language = T5(c.language) if c.encodes else Decoder(c.language)
+        self.language = language_model(c.language)
 
-    def see(self, batch: Batch):
+    def encode_image(self, batch: Batch):
         """What the tower makes of the pictures: (B, P, D), or (B, K, P, D) where rows have several."""
         c, image = self.c, batch.image_BHWC
         if batch.features is not None:
@@ -233,9 +264,9 @@ class PrefixModule(nn.Module):
             seen_BPD = grid.mean(axis=(2, 4)).reshape(len(seen_BPD), -1, seen_BPD.shape[-1])
         return seen_BPD.reshape(*image.shape[:-3], *seen_BPD.shape[1:])
 
-    def look(self, batch: Batch, key):
-        """Picture words (B, K, P, D)."""
-        c, seen = self.c, self.see(batch)
+    def embed_image(self, batch: Batch, key):
+        """Image tokens (B, K, P, D) of the language model's width."""
+        c, seen = self.c, self.encode_image(batch)
         rows, many = seen.shape[0], seen.shape[1] if seen.ndim == 4 else 1
         x_BPD = seen.reshape(-1, *seen.shape[-2:])
         if c.vision_eps is not None:
@@ -259,10 +290,10 @@ class PrefixModule(nn.Module):
             x_BPD = jnp.concatenate([x_BPD, end], axis=2)
         return x_BPD
 
-    def embed(self, batch: Batch, key):
-        """What the language model reads of picture and prompt, (B, L', D), and which of it is real (B, L')."""
+    def embed_inputs(self, batch: Batch, key):
+        """Image and text embeddings in the prompt's order (B, L', D), and which of them are real (B, L')."""
         c, ids_BL, mask_BL = self.c, batch.prompt_BL, batch.prompt_mask_BL.astype(bool)
-        picture_BKPD = self.look(batch, key)
+        picture_BKPD = self.embed_image(batch, key)
         here_BL = mask_BL & (False if c.image_token is None else ids_BL == c.image_token)
         # The token need not be a word of the table.
         text_BLD = self.language.embed(jnp.where(here_BL, 0, ids_BL), picture_BKPD.dtype)
@@ -274,34 +305,20 @@ class PrefixModule(nn.Module):
         return x_BLD, jnp.concatenate([seen_BP, mask_BL], axis=1)
 
     def __call__(self, batch: Batch, key):
+        """Logits (B, M, V) in float32, row m predicting target m."""
         keys = split_key(key, 3)
-        x_BLD, mask_BL = self.embed(batch, keys[0])
-        if self.c.encodes:
-            encoded_BLD = self.language.encode(x_BLD, mask_BL, batch.task_B, keys[1])
-            inputs_BM = t5.shift_right(batch.target_BM, self.c.language.start_token)
-            return self.language.decode(inputs_BM, batch.target_mask_BM, encoded_BLD, mask_BL, batch.task_B, keys[2])
+        x_BLD, mask_BL = self.embed_inputs(batch, keys[0])
         target_BMD = self.language.embed(batch.target_BM, x_BLD.dtype)
-        row_BLD = jnp.concatenate([x_BLD, target_BMD], axis=1)
-        row_mask_BL = jnp.concatenate([mask_BL, batch.target_mask_BM.astype(bool)], axis=1)
-        state_BLD = self.language(row_BLD, row_mask_BL, batch.task_B, keys[1])
-        length = x_BLD.shape[1]
-        first_BD = decoder.last(state_BLD[:, :length], mask_BL)
-        before_BMD = jnp.concatenate([first_BD[:, None], state_BLD[:, length:-1]], axis=1)
+        before_BMD, _ = self.language.forward(x_BLD, mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, keys[1:])
         return self.language.logits(before_BMD)
 
-    def begin(self, batch: Batch, cache_length: int):
-        x_BLD, mask_BL = self.embed(batch, None)
-        if self.c.encodes:
-            encoded_BLD = self.language.encode(x_BLD, mask_BL, batch.task_B, None)
-            return self.language.begin(encoded_BLD, mask_BL, batch.task_B, cache_length)
-        state_BD, cache = self.language.begin(x_BLD, mask_BL, cache_length, batch.task_B)
+    def prefill(self, batch: Batch, cache_length: int):
+        x_BLD, mask_BL = self.embed_inputs(batch, None)
+        state_BD, cache = self.language.prefill(x_BLD, mask_BL, cache_length, batch.task_B)
         return self.language.logits(state_BD), cache
 
     def extend(self, token_B, cache: Cache):
-        if self.c.encodes:
-            return self.language.extend(token_B, cache)
-        word_BD = self.language.embed(token_B, cache.written["k"].dtype)
-        state_BD, cache = self.language.extend(word_BD, cache)
+        state_BD, cache = self.language.extend(self.language.embed_next(token_B, cache), cache)
         return self.language.logits(state_BD), cache
 
 

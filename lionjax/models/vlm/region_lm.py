@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language model with box and mask heads (pix2emb, arXiv 2311.04498): what NExT-Chat and the flagship share.
+
+A model supplies how its inputs are embedded; this file decodes boxes at region query tokens, prompts SAM with their
+hidden states, adds the losses of both, and keeps the boxes of an answer while it is generated.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lionjax.core.types import VLM, Batch, Cache, Metrics, Params
+from lionjax.models.heads import region
+from lionjax.models.heads.region import Locations, MaskPrompts
+from lionjax.models.language.backend import language_model
+from lionjax.models.language.decoder import last
+from lionjax.models.vision import sam_decoder
+from lionjax.models.vision.sam_decoder import Sam
+from lionjax.nn import losses
+
+
+class RegionLM(VLM):
+    """The pure functions of such a model. A subclass is a frozen dataclass and names its flax module in `module`.
+
+    It has `language`, `sam`, `objective` and `region_head` (see `heads.region`; None: a language model alone).
+    """
+
+    def module(self) -> RegionModule:
+        raise NotImplementedError
+
+    def init(self, key, batch: Batch) -> Params:
+        """Random parameters of every part and of all heads, whatever the objective."""
+        return self.module().init(key, batch, method=RegionModule.init_all)["params"]
+
+    def _apply(self, params: Params, method: Callable, *args):
+        return self.module().apply({"params": params}, *args, method=method)
+
+    def extract_features(self, params: Params, batch: Batch):
+        """Outputs of the frozen towers; where the batch has images for SAM, its embedding too, under "map"."""
+        return self._apply(params, RegionModule.extract_features, batch)
+
+    def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
+        """Cross entropy of the answer; with region heads also their terms, or those of masks alone: see `objective`."""
+        return self._apply(params, RegionModule.loss, batch, key)
+
+    def logits(self, params: Params, batch: Batch, key=None):
+        """(B, M, V) in float32, row m predicting target m."""
+        return self._apply(params, RegionModule.logits, batch, key)
+
+    def predict_boxes(self, params: Params, batch: Batch):
+        """Boxes (B, K, 4) at the region queries of the given answers, their states (B, K, D), and which are real."""
+        return self._apply(params, RegionModule.predict_boxes, batch)
+
+    def predict_masks(self, params: Params, batch: Batch, box_BK4, state_BKD, valid_BK=None):
+        """Mask logits (B, K, h, w) and predicted IoUs (B, K) of boxes and the states that they were decoded from."""
+        return self._apply(params, RegionModule.predict_masks, batch, box_BK4, state_BKD, valid_BK)
+
+    def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
+        """Read image and prompt."""
+        return self._apply(params, RegionModule.prefill, batch, cache_length)
+
+    def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Read one more token per row. A box token must follow a region query, and is read as the box's embedding.
+
+        `cache.written["kept"]` holds the answer's boxes so far, their states and how many there are.
+        """
+        return self._apply(params, RegionModule.extend, token_B, cache)
+
+
+class RegionModule(nn.Module):
+    """The flax module of a `RegionLM`; subclasses implement the three methods that raise here."""
+
+    c: RegionLM
+
+    def setup_language(self):
+        """The language model and its heads, as the config says."""
+        c = self.c
+        width = c.language.width
+        self.language = language_model(c.language)
+        if c.region_head is not None:
+            self.locations = Locations(width, c.region_head.location_hidden)
+        if c.sam is not None:
+            self.mask_prompts = MaskPrompts(width, c.region_head.mask_tokens, c.sam.channels)
+            self.sam = Sam(c.sam)
+
+    # What a model supplies
+
+    def encode_image(self, batch: Batch):
+        """The frozen tower's output, from `Batch.features` where it is kept there."""
+        raise NotImplementedError
+
+    def embed_inputs(self, batch: Batch, key):
+        """Image and prompt embeddings (B, L', D) and their mask (B, L')."""
+        raise NotImplementedError
+
+    def split_keys(self, key):
+        """Dropout keys of (inputs, what reads the inputs, what reads the target)."""
+        raise NotImplementedError
+
+    # Embeddings
+
+    def embed_text(self, ids_BL, batch: Batch, dtype, first_B=0):
+        """Token embeddings (B, L, D), box embeddings at box tokens; `first_B` boxes stand in text before this one."""
+        return self.embed_boxes(self.language.embed(ids_BL, dtype), ids_BL, batch, first_B)
+
+    def embed_boxes(self, x_BLD, ids_BL, batch: Batch, first_B=0):
+        """x with box embeddings at the box tokens of the ids."""
+        head = self.c.region_head
+        if head is None or batch.boxes_BK4 is None:
+            return x_BLD
+        box_BKD = self.locations.encode(batch.boxes_BK4)
+        return region.scatter_embeddings(x_BLD, ids_BL == head.location_token, box_BKD, first_B)
+
+    def embed_target(self, batch: Batch, dtype):
+        """The answer's embeddings (B, M, D); its boxes follow those of the prompt."""
+        first_B = 0
+        if self.c.region_head is not None:
+            first_B = (batch.prompt_BL == self.c.region_head.location_token).sum(axis=1)
+        return self.embed_text(batch.target_BM, batch, dtype, first_B)
+
+    def encode_sam_image(self, batch: Batch):
+        """SAM's image embedding, once for all boxes of an image."""
+        if batch.features is not None:
+            return batch.features["map"].astype(self.c.dtype)
+        return self.sam.encode(batch.sam_image_BHWC.astype(self.c.dtype))
+
+    # Training
+
+    def hidden_states(self, batch: Batch, key):
+        """States (B, M, D) that predict each answer token, and those that have read it."""
+        input_key, *keys = self.split_keys(key)
+        x_BLD, mask_BL = self.embed_inputs(batch, input_key)
+        after = {"after": self.c.region_head is not None} if self.c.is_encoder_decoder else {}
+        target_BMD = self.embed_target(batch, x_BLD.dtype)
+        return self.language.forward(x_BLD, mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, keys, **after)
+
+    def logits(self, batch: Batch, key=None):
+        return self.language.logits(self.hidden_states(batch, key)[0])
+
+    def loss(self, batch: Batch, key):
+        head = self.c.region_head
+        if self.c.objective == "masks":
+            return self.mask_loss(batch, key)
+        before_BMD, after_BMD = self.hidden_states(batch, key)
+        logits_BMV = self.language.logits(before_BMD)
+        if head is None:
+            return losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
+        loss, metrics = region.text_loss(head, logits_BMV, batch)
+        if batch.boxes_BK4 is None:
+            return loss, metrics
+        queries = region.gather_region_queries(head, batch, after_BMD)
+        terms, more = region.box_losses(head, self.locations, batch, queries)
+        terms = {"text": loss} | terms
+        metrics |= {f"loss_{name}": term for name, term in terms.items()} | more
+        if self.c.objective == "all":
+            terms["masks"], more = self.mask_loss(batch, key, queries)
+            metrics = more | metrics
+        return sum(terms.values()), metrics
+
+    def mask_loss(self, batch: Batch, key, queries=None):
+        """Focal, Dice and IoU losses at the region `queries`, gathered here where they are not given."""
+        head, side = self.c.region_head, region.mask_side(batch)
+        if queries is None:
+            queries = region.gather_region_queries(head, batch, self.hidden_states(batch, key)[1])
+        state_BKD = queries[0]
+        box_BK4, valid_BK = self.locations.decode(state_BKD), region.has_mask(batch, queries)
+        logits_BKHW, iou_BK = self.predict_masks(batch, box_BK4, state_BKD, valid_BK)
+        enlarge = functools.partial(sam_decoder.enlarge, pixels=side)
+        return region.mask_loss(head, batch, queries, logits_BKHW, iou_BK, enlarge)
+
+    # Prediction
+
+    def extract_features(self, batch: Batch):
+        features = self.encode_image(batch)
+        if batch.sam_image_BHWC is None or self.c.sam is None:
+            return features
+        named = features if isinstance(features, dict) else {"taps": features}
+        return named | {"map": self.encode_sam_image(batch)}
+
+    def predict_boxes(self, batch: Batch):
+        after_BMD = self.hidden_states(batch, None)[1]
+        state_BKD, _, valid_BK = region.gather_region_queries(self.c.region_head, batch, after_BMD)
+        return self.locations.decode(state_BKD), state_BKD, valid_BK
+
+    def predict_masks(self, batch: Batch, box_BK4, state_BKD, valid_BK=None):
+        """SAM's decoder prompted with mask tokens from the states and the corners of the boxes; its first mask."""
+        prompt_BKTC = self.mask_prompts(state_BKD.astype(jnp.float32))
+        return self.sam.point(self.encode_sam_image(batch), box_BK4 * self.c.box_scale, prompt_BKTC, valid_BK)
+
+    # Generation
+
+    def prefill(self, batch: Batch, cache_length: int):
+        c = self.c
+        x_BLD, mask_BL = self.embed_inputs(batch, None)
+        state_BD, cache = self.language.prefill(x_BLD, mask_BL, cache_length, batch.task_B)
+        if c.region_head is None:
+            return self.language.logits(state_BD), cache
+        last_B = last(batch.prompt_BL[..., None], batch.prompt_mask_BL)[:, 0]
+        is_query_B = (last_B == c.region_head.trigger_token) & (not c.is_encoder_decoder)
+        regions = region.init_region_state(c.region_head, *state_BD.shape, state_BD.dtype)
+        return self._region_logits(state_BD, is_query_B, regions, cache)
+
+    def extend(self, token_B, cache: Cache):
+        head, written = self.c.region_head, cache.written
+        x_BD = self.language.embed_next(token_B, cache)
+        if head is None:
+            state_BD, cache = self.language.extend(x_BD, cache)
+            return self.language.logits(state_BD), cache
+        is_query_B = (token_B == head.trigger_token) & ~written["triggered"][0]
+        state_BD, cache = self.language.extend(region.next_embedding(self.locations, x_BD, written), cache)
+        return self._region_logits(state_BD, is_query_B, written["kept"], cache)
+
+    def _region_logits(self, state_BD, is_query_B, regions: dict, cache: Cache):
+        logits_BV = self.language.logits(state_BD)
+        head = self.c.region_head
+        logits_BV, new = region.constrain_logits(head, self.locations, state_BD, logits_BV, is_query_B, regions)
+        return logits_BV, Cache(cache.written | new, cache.fixed, cache.step, cache.read)
+
+    def init_all(self, batch: Batch):
+        """Runs every part once, to make its parameters."""
+        c, outputs = self.c, [self.logits(batch, None)]
+        box_B14 = jnp.zeros((1, 1, 4))
+        if c.region_head is not None:
+            outputs.append(self.locations.decode(self.locations.encode(box_B14)))
+        if c.sam is not None:
+            image = jnp.zeros((1, c.sam.image, c.sam.image, 3))
+            dense = self.sam.prompts.mask(jnp.zeros((1, 4 * c.sam.grid, 4 * c.sam.grid)))
+            state_B1D = jnp.zeros((1, 1, c.language.width))
+            sparse = jnp.concatenate([self.mask_prompts(state_B1D), self.sam.prompts.boxes(box_B14)], axis=2)
+            outputs.append(self.sam.decode(self.sam.encode(image), sparse, dense))
+        return outputs

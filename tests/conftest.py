@@ -3,6 +3,7 @@
 
 import gc
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -36,3 +37,43 @@ def programs_go_with_their_file():
     if jax := sys.modules.get("jax"):
         jax.clear_caches()
         gc.collect()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say at the end what did not run for want of what is no part of the project.
+
+    Reports of worker processes arrive here as well, so it is the same under pytest-xdist.
+    """
+    skipped = terminalreporter.stats.get("skipped", [])
+    peers, data = without_peers(skipped), without_data(skipped)
+    if not peers and not data:
+        return
+    terminalreporter.section("not compared")
+    if peers:
+        terminalreporter.line(peers)
+    if data:
+        terminalreporter.line(f"{len(data)} skipped for want of shared data ($LIONJAX_DATA):")
+        for name in data:
+            terminalreporter.line(f"  {name}")
+
+
+def reason_of(report) -> str:
+    """Why a test, or a whole file of tests, was skipped."""
+    return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+
+
+def without_peers(skipped) -> str:
+    """One line about what was skipped because torch or transformers is missing, or ""."""
+    lacking = re.compile(r"could not import '(torch|transformers)\b")
+    found = [report for report in skipped if lacking.search(reason_of(report))]
+    files = sorted({report.nodeid for report in found if "::" not in report.nodeid})
+    tests = sum("::" in report.nodeid for report in found)
+    if not found:
+        return ""
+    whole = f" and {len(files)} whole files ({', '.join(files)})" if files else ""
+    return f"{tests} tests{whole} skipped for want of torch or transformers"
+
+
+def without_data(skipped) -> list[str]:
+    """Names of the tests that were skipped because shared data is missing."""
+    return sorted({r.nodeid for r in skipped if "$LIONJAX_DATA" in reason_of(r)})

@@ -5,9 +5,11 @@ import dataclasses
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_prefix as tiny
+from test_convert_prefix import as_lavis
 from test_golden import assert_close
 
 torch = pytest.importorskip("torch")
@@ -203,9 +205,25 @@ def test_words_written_one_by_one_are_those_written_at_once(pair):
     def at_once(module, batch):
         return module.caption_logits(batch, module.encode_queries(module.encode_image(batch))[1])
 
-    said = dataclasses.replace(batch, target_BM=ids, target_mask_BM=np.ones_like(ids))
-    logits = Blip2FirstModule(system).apply({"params": params}, said, method=at_once)
-    np.testing.assert_array_equal(np.asarray(logits).argmax(-1), ids, f"seed {seed}")
+    @jax.jit
+    def logits_of(params, ids):
+        """Logits (B, M, V) of these words, read at once and one by one."""
+        said = dataclasses.replace(batch, target_BM=ids, target_mask_BM=jnp.ones_like(ids))
+        whole = Blip2FirstModule(system).apply({"params": params}, said, method=at_once)
+        first, cache = system.prefill(params, batch, ids.shape[1])
+        each = [first]
+        for place in range(ids.shape[1] - 1):
+            logits, cache = system.extend(params, ids[:, place], cache)
+            each.append(logits)
+        return whole, jnp.stack(each, axis=1)
+
+    whole, each = map(np.asarray, logits_of(params, ids))
+    np.testing.assert_array_equal(whole.argmax(-1), ids, f"seed {seed}")
+    # Whatever is said, a word's place counts: the same word at each of them.
+    for text in (ids, np.full_like(ids, 7)):
+        whole, each = map(np.asarray, logits_of(params, text))
+        assert_close(each, whole, f"logits, seed {seed}", 1e-5)
+        assert np.abs(np.diff(whole, axis=1)).max() > 1e-3 * np.abs(whole).max()
 
 
 def test_others_are_drawn_as_alike_as_they_are_and_never_the_own():
@@ -227,6 +245,29 @@ def test_on_a_mesh_the_loss_is_that_of_the_whole_batch(pair):
         whole = jax.jit(system.loss)(params, sharding.put_batch(batch, mesh))[0]
     alone = jax.jit(system.loss)(params, batch)[0]
     assert float(whole) == pytest.approx(float(alone), rel=1e-5)
+
+
+LAVIS_HEADS = (  # what transformers names otherwise or lacks, written down from LAVIS's code
+    ("embeddings.", "Qformer.bert.embeddings."),
+    ("vision_projection.", "vision_proj."),
+    ("text_projection.", "text_proj."),
+    ("word_dense.", "Qformer.cls.predictions.transform.dense."),
+    ("word_norm.", "Qformer.cls.predictions.transform.LayerNorm."),
+    ("word_bias", "Qformer.cls.predictions.bias"),
+)
+
+
+def test_lavis_names_mean_the_tensors_that_transformers_computes_with(pair):
+    """Tensors of transformers' class under LAVIS's names give the parameters proven equal to it."""
+    _, theirs, extra, system, params, _ = pair
+    state = {n: w.detach().numpy() for n, w in (theirs.state_dict() | extra).items()}
+    own = {}
+    for name, tensor in as_lavis(state, "no language model").items():
+        old, new = next((pair for pair in LAVIS_HEADS if name.startswith(pair[0])), (name, name))
+        own[name.replace(old, new, 1)] = tensor
+    made = trees.flatten(convert.params_from(system.torch_rows(), own))
+    for path, leaf in trees.flatten(params).items():
+        np.testing.assert_array_equal(made[path], leaf, path)
 
 
 def test_weights_go_out_and_come_back_under_lavis_names(pair):

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lionjax.evaluation.metrics.captions import bleu, caption_scores, cider_d, rouge_l, tokenize
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no shared/data beside the checkout")
+DATA = shared_data.ROOT
+needs_captions = shared_data.needs("captions_val2017.json.gz", "captions_pred")
 
 CAPTIONS = ["A dog runs on the beach.", "Two men riding horses, quickly!", "a red bus", "A cat"]
 REFERENCES = [
@@ -54,13 +55,13 @@ def test_tiny_set_scores_as_pycocoevalcap():
     check_against_pycocoevalcap(CAPTIONS, REFERENCES)
 
 
-@needs_data
+@needs_captions
 def test_real_captions_against_the_other_four_score_as_pycocoevalcap():
     captions = list(real_captions(1000).values())
     check_against_pycocoevalcap([five[0] for five in captions], [five[1:] for five in captions])
 
 
-@needs_data
+@needs_captions
 def test_real_predictions_score_as_pycocoevalcap():
     references, captions = real_captions(5000), {}
     with gzip.open(DATA / "captions_pred" / "VinVL_base_test_karpathy5k.tsv.gz", "rt") as file:
@@ -74,7 +75,7 @@ def test_real_predictions_score_as_pycocoevalcap():
     assert caption_scores(*pair)["cider"] == pytest.approx(1.358, abs=2e-3)
 
 
-@needs_data
+@needs_captions
 @pytest.mark.skipif(shutil.which("java") is None, reason="the original tokenizer needs Java")
 def test_words_are_those_of_the_java_tokenizer_for_999_captions_in_1000(tmp_path):
     from pycocoevalcap.tokenizer import ptbtokenizer

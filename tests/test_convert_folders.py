@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_weight_files import as_torch, assert_same, damaged, damages
+from tiny_prefix import shaken
 
 from lionjax import convert
 from lionjax.convert.io import safetensors_writer
@@ -181,7 +182,7 @@ def test_a_model_of_transformers_comes_in_and_goes_out_and_loads_with_no_key_mis
     transformers = pytest.importorskip("transformers")
     model, settings, sizes = PUBLISHED[name]
     model = getattr(transformers, model)
-    theirs = model(getattr(transformers, settings)(**sizes)).to(torch.bfloat16)
+    theirs = shaken(model(getattr(transformers, settings)(**sizes))).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path / "theirs")
     coverage = convert.convert(tmp_path / "theirs", tmp_path / "ours", "jax")
     assert not coverage.ignored and not coverage.nan
@@ -201,7 +202,7 @@ def test_a_model_of_transformers_comes_in_and_goes_out_and_loads_with_no_key_mis
 
 def test_a_file_of_the_bare_model_lacks_the_prefix_and_is_read(tmp_path):
     transformers = pytest.importorskip("transformers")
-    whole = transformers.GPT2LMHeadModel(transformers.GPT2Config(**PUBLISHED["gpt2"][2]))
+    whole = shaken(transformers.GPT2LMHeadModel(transformers.GPT2Config(**PUBLISHED["gpt2"][2])))
     whole.save_pretrained(tmp_path / "whole")
     whole.transformer.save_pretrained(tmp_path / "bare")
     (_, one), (_, other) = (convert.from_torch(tmp_path / kind) for kind in ("whole", "bare"))
@@ -226,7 +227,8 @@ def test_of_a_whole_clip_the_vision_tower_is_read_and_the_rest_reported(tmp_path
 def test_a_swin_that_knows_classes_lends_its_eyes(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = PUBLISHED["swin"][2]
-    whole = transformers.SwinForImageClassification(transformers.SwinConfig(**sizes, num_labels=3))
+    config = transformers.SwinConfig(**sizes, num_labels=3)
+    whole = shaken(transformers.SwinForImageClassification(config))
     whole.save_pretrained(tmp_path / "whole")
     whole.swin.save_pretrained(tmp_path / "bare")
     coverage = convert.convert(tmp_path / "whole", tmp_path / "ours", "jax")
@@ -290,7 +292,8 @@ def test_clip_under_openais_names_is_known_by_its_file_and_is_the_same_tower(tmp
     from lionjax.models.vision import vit
 
     sizes = VIT | {"image_size": 224, "patch_size": 112}  # as many patches as 28 and 14
-    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)).save_pretrained(tmp_path / "clip")
+    theirs = shaken(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)))
+    theirs.save_pretrained(tmp_path / "clip")
     config, params = convert.from_torch(tmp_path / "clip")
     monkeypatch.setattr(vit, "CLIP_VIT_L", dataclasses.replace(config, image=336, depth=24))
     state = load_file(tmp_path / "clip" / "model.safetensors")

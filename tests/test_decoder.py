@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from benchmarks.text_decoder import TextDecoder
 from benchmarks.text_t5 import text_batch
@@ -16,7 +17,10 @@ from lionjax.core import sharding
 from lionjax.inference.generate import GenerateConfig, generate
 from lionjax.models.language import decoder, decoder_weights
 from lionjax.models.language.decoder import Decoder, DecoderConfig
-from lionjax.nn.adapters import AdapterConfig
+from lionjax.nn.adapters import AdapterConfig, RoutedAdapters
+from lionjax.nn.attention import causal_mask
+from lionjax.nn.layers import GatedMLP, RMSNorm, dropout
+from lionjax.nn.positions import near
 
 LLAMA = DecoderConfig(
     vocab=50, width=24, layers=3, heads=4, kv_heads=2, head=6, hidden=40, rope_theta=500.0, end_token=3
@@ -187,6 +191,70 @@ def test_cached_reading_equals_reading_the_whole_text_wherever_padding_stands(si
     for row in range(3):
         place = np.flatnonzero(mask_BL[row])[-1]
         np.testing.assert_allclose(one_by_one[row, 0], at_once[row, place], atol=2e-5)
+
+
+def test_adapters_read_what_the_feed_forward_reads_and_stand_beside_it():
+    """One block by hand, whose attention adds nothing: x + feed-forward(norm x) + adapters(x)."""
+    c = dataclasses.replace(LLAMA, adapters=AdapterConfig(4, 2, 2))
+    x_BLD = np.random.default_rng(0).standard_normal((2, 3, c.width)).astype(np.float32)
+    task_B, layer = np.array([0, 1], np.int32), (None, None)
+    given = x_BLD, layer, causal_mask(np.ones((2, 3), np.int32)), None, None, task_B
+    shapes = nn.unbox(jax.eval_shape(decoder.Block(c).init, jax.random.key(0), *given))["params"]
+    params = noisy(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes))
+    params["attention"]["o"]["kernel"] *= 0
+
+    @jax.jit
+    def whole_and_parts(params):
+        def part(module, name, *inputs):
+            return module.apply({"params": params[name]}, *inputs)
+
+        whole, _ = decoder.Block(c).apply({"params": params}, *given)
+        normed = part(RMSNorm(c.width, c.eps), "norm2", x_BLD)
+        fed = part(GatedMLP(c.width, c.hidden, c.activation), "mlp", normed, 0.0, None)
+        return whole, fed, part(RoutedAdapters(c.width, c.adapters), "adapters", x_BLD, task_B)
+
+    got, fed, adapted = map(np.asarray, whole_and_parts(params))
+    for change in (fed, adapted):
+        assert np.abs(change).max() > 0.01, "a change of nothing shows nothing"
+    np.testing.assert_allclose(got, x_BLD + fed + adapted, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_zeroes_a_share_and_scales_the_rest_up(rate):
+    x = np.ones((100, 200), np.float32)
+    made = np.asarray(dropout(x, rate, jax.random.key(0)))
+    assert np.mean(made == 0) == pytest.approx(rate, abs=0.012)
+    np.testing.assert_allclose(made[made != 0], 1 / (1 - rate), rtol=1e-6)
+    assert made.mean() == pytest.approx(1, abs=0.05)
+    assert dropout(x.astype(jnp.bfloat16), rate, jax.random.key(0)).dtype == jnp.bfloat16
+    assert dropout(x, rate, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def slopes(heads: int) -> np.ndarray:
+    """What a head's score grows by from one place to the next."""
+    bias_BN1S = np.asarray(near(np.arange(3)[None], heads))
+    assert bias_BN1S.shape == (1, heads, 1, 3) and not bias_BN1S[..., 0].any()
+    steps = np.diff(bias_BN1S[0, :, 0], axis=-1)
+    np.testing.assert_allclose(steps[:, 0], steps[:, 1], rtol=1e-6)
+    return steps[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("heads", "powers"), [(1, [8]), (2, [4, 8]), (3, [4, 8, 2]), (4, [2, 4, 6, 8]), (5, [2, 4, 6, 8, 1])]
+)
+def test_alibi_slopes_of_few_heads_by_hand(heads, powers):
+    np.testing.assert_allclose(slopes(heads), 2.0 ** -np.array(powers, np.float32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 6, 7, 8, 12, 14, 16, 20, 32])
+def test_alibi_slopes_are_those_of_mpt_and_bloom_in_transformers(heads):
+    torch = pytest.importorskip("torch")
+    mpt = pytest.importorskip("transformers.models.mpt.modeling_mpt")
+    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
+    from_end = mpt.build_mpt_alibi_tensor(heads, 3).numpy().reshape(heads, 3)
+    np.testing.assert_allclose(slopes(heads), from_end[:, 2] - from_end[:, 1], rtol=1e-6)
+    alibi = bloom.build_alibi_tensor(torch.ones(1, 3), heads, torch.float32).numpy()
+    np.testing.assert_allclose(slopes(heads), alibi.reshape(heads, 3)[:, 1], rtol=1e-6)
 
 
 def test_a_text_longer_than_the_learned_positions_is_refused():

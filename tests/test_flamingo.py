@@ -134,11 +134,19 @@ def test_gates_begin_closed_and_closed_gates_leave_the_language_model_as_it_was(
 
 
 def test_a_token_feels_the_pictures_that_the_rule_gives_it_and_no_other(made):
-    """By gradients: words before the first picture feel none; by the immediate rule the second hides the first."""
+    """By gradients: words before the first picture feel none; by the immediate rule the second
+    hides the first. Words that look at each other pass on what they felt; where they do not,
+    each feels its own pictures alone.
+    """
     system, params = made
     batch = batch_of()
+    alone = trees.flatten(params)
+    for path, leaf in alone.items():
+        if path.endswith("attention/o/kernel") and path.startswith("language/groups/"):
+            alone[path] = leaf * ("/cross/" in path)
+    alone = trees.unflatten(alone)
 
-    def felt(image, place):
+    def felt(image, place, params):
         """States at one place of row 0 by pixels of each picture."""
 
         def states(module, batch):
@@ -151,14 +159,21 @@ def test_a_token_feels_the_pictures_that_the_rule_gives_it_and_no_other(made):
         return (got[0] * (jnp.arange(8) == place)[:, None]).sum()
 
     grad = jax.jit(jax.grad(felt))
-    by_place = {place: np.abs(grad(jnp.asarray(batch.image_BHWC), place)[0]).max((1, 2, 3)) for place in (1, 4, 7)}
+
+    def feels(params) -> dict[int, list[bool]]:
+        """Which of the two pictures the word at a place feels."""
+        image = jnp.asarray(batch.image_BHWC)
+        return {place: (np.abs(grad(image, place, params)[0]).max((1, 2, 3)) > 0).tolist() for place in (1, 2, 4, 5, 7)}
+
+    first, second, both, none = [True, False], [False, True], [True, True], [False, False]
     if system.rule == "immediate":
-        assert by_place[1].tolist() == [0, 0]
-        assert by_place[4][0] > 0 and by_place[4][1] == 0
+        assert feels(alone) == {1: none, 2: first, 4: first, 5: second, 7: second}
+        # A later word feels the first picture by way of the words between.
+        assert feels(params) == {1: none, 2: first, 4: first, 5: both, 7: both}
     else:
-        assert (by_place[1] > 0).all()  # OpenFlamingo's own: a word before all pictures sees them alike
-    # A later word feels the first picture by way of the words between, whatever it may look at itself.
-    assert (by_place[7] > 0).all()
+        # OpenFlamingo's own: a word before all pictures sees them alike.
+        assert feels(alone) == {1: both, 2: first, 4: first, 5: both, 7: both}
+        assert feels(params) == {1: both, 2: both, 4: both, 5: both, 7: both}
 
 
 def test_words_read_one_by_one_are_those_read_at_once(made):
@@ -267,12 +282,13 @@ def theirs_reads(w, c: Flamingo, ids: list[int], seen_KPD):
     return torch.func.functional_call(model, held, (torch.tensor([ids]),)).logits[0]
 
 
-def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greedy_word():
+@pytest.mark.parametrize(("every", "rule"), [(2, "immediate"), (1, "all_previous")])
+def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greedy_word(every, rule):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     seed = tiny.seed()
     draw, numbers = random.Random(seed), np.random.default_rng(seed)
-    every, heads, head = draw.choice([1, 2]), draw.choice([2, 3]), draw.choice([4, 6])
+    heads, head = draw.choice([2, 3]), draw.choice([4, 6])
     tower = ViTConfig(14, 7, draw.randint(6, 12) * 2, 1, 2, 12, biases="qkvo", patch_bias=False, norm_before=True)
     system = Flamingo(
         tower,
@@ -288,7 +304,7 @@ def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greed
             cross=CrossConfig(every, tower.width, heads, head, draw.randint(12, 20)),
         ),
         IMAGE,
-        draw.choice(["immediate", "all_previous"]),
+        rule,
     )
     batch = batch_of(seed)
     features = numbers.standard_normal((2, 2, 4, tower.width)).astype(np.float32)
@@ -330,7 +346,8 @@ def test_mpt_computes_what_transformers_does():
     seed = tiny.seed()
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    heads, head, layers = draw.choice([2, 3, 4]), draw.choice([4, 6]), draw.randint(1, 3)
+    heads = 3  # no power of two, whose slopes are those that are easily wrong
+    head, layers = draw.choice([4, 6]), draw.randint(1, 3)
     width = heads * head
     config = transformers.MptConfig(
         d_model=width, n_heads=heads, n_layers=layers, vocab_size=50, max_seq_len=32, layer_norm_epsilon=1e-5

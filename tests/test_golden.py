@@ -33,8 +33,15 @@ ROOT = Path(os.environ.get("LIONJAX_GOLDEN", Path(__file__).parent / "golden"))
 def folders(system: str) -> list:
     """Folders whose config names the system; a missing root is a failure, not a silent pass."""
     found = [path.parent for path in sorted(ROOT.glob("*/config.json"))]
+    assert found, f"$LIONJAX_GOLDEN is {ROOT}, where no folder holds a config.json"
     chosen = [path for path in found if json.loads((path / "config.json").read_text())["system"] == system]
     return [pytest.param(path, id=path.name) for path in chosen]
+
+
+def test_a_golden_root_that_is_missing_fails(monkeypatch, tmp_path):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path / "gone")
+    with pytest.raises(AssertionError, match="gone, where no folder holds a config.json"):
+        folders("lion")
 
 
 def assert_close(mine, theirs, what: str, tolerance=1e-4):

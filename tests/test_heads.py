@@ -62,3 +62,70 @@ def test_a_loader_whose_boxes_do_not_fit_its_texts_is_refused(boxes, tokens, mes
         with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
             check_boxes(system, batch)
     check_boxes(SimpleNamespace(places=None), batch)  # says no places
+
+
+TRIGGER, LOCATION = 8, 9
+SYSTEM = SimpleNamespace(trigger_token=TRIGGER, location_token=LOCATION, focal_weight=20.0, losses="intended")
+
+
+def answered(target, learned, masks_known=None) -> Batch:
+    """One row without a prompt that says these words, with two boxes and the masks of both."""
+    target_BM, learned_BM = np.array([target]), np.array([learned])
+    nothing, row = np.zeros((1, 1), np.int32), np.zeros(1, np.int32)
+    masks_BKHW = np.zeros((1, 2, 4, 4), bool)
+    masks_BKHW[0, :, :2] = True
+    return Batch(
+        None,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        target_BM,
+        np.ones_like(target_BM),
+        learned_BM,
+        row,
+        row,
+        np.array([[BOX, BOX]], np.float32),
+        np.ones((1, 2), np.int32),
+        masks_BKHW=masks_BKHW,
+        masks_mask_BK=None if masks_known is None else np.array([masks_known]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("learned", "places", "boxes"),
+    [
+        ([1, 1, 1, 1, 1, 1], [0, 3], [0, 1]),
+        ([0, 0, 0, 1, 1, 1], [3], [1]),  # the first was said by the other side
+        ([1, 1, 1, 0, 0, 0], [0], [0]),
+        ([0, 0, 0, 0, 0, 0], [], []),
+    ],
+)
+def test_triggers_in_words_of_the_other_side_are_not_learned(learned, places, boxes):
+    batch = answered([TRIGGER, LOCATION, 5, TRIGGER, LOCATION, 6], learned)
+    states_BMD = np.arange(6.0).reshape(1, 6, 1)
+    state_BKD, which_BK, real_BK = map(np.asarray, region.triggers(SYSTEM, batch, states_BMD))
+    assert state_BKD[0, real_BK[0], 0].tolist() == places
+    assert which_BK[0, real_BK[0]].tolist() == boxes
+
+
+def test_an_unknown_true_mask_is_not_learned_and_not_counted():
+    """Of two boxes one has no true mask: what is drawn there changes nothing."""
+    words = [TRIGGER, LOCATION, TRIGGER, LOCATION]
+    rng = np.random.default_rng(0)
+    logits_BKhw = rng.standard_normal((1, 2, 4, 4)).astype(np.float32)
+    other_BKhw = logits_BKhw.copy()
+    other_BKhw[0, 1] += 3
+    iou_BK = np.array([[0.3, 0.6]], np.float32)
+
+    def loss(logits, masks_known, real=(1, 1)):
+        batch = answered(words, [1] * 4, masks_known)
+        found = np.zeros((1, 2, 1)), np.array([[0, 1]]), np.array([real], bool)
+        value, metrics = region.masks_loss(SYSTEM, batch, found, logits, iou_BK, lambda x: x)
+        return float(value), float(metrics["weight"])
+
+    first_alone = loss(logits_BKhw, (1, 1), real=(1, 0))
+    assert loss(logits_BKhw, (1, 0)) == loss(other_BKhw, (1, 0)) == first_alone
+    assert first_alone[1] == 1
+    assert loss(logits_BKhw, (1, 1)) == loss(logits_BKhw, None) != first_alone
+    assert loss(logits_BKhw, (1, 1)) != loss(other_BKhw, (1, 1))

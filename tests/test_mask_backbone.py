@@ -8,8 +8,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from lionjax.core import params as trees
-from lionjax.data import boxes
-from lionjax.data.letterbox import Square
+from lionjax.data import boxes as places
+from lionjax.data.letterbox import SAM_MEAN, SAM_STD, Square
 from lionjax.data.processor import Input, Processor, ProcessorConfig
 from lionjax.data.scenes import world
 from lionjax.models.vision import sam_decoder
@@ -33,6 +33,35 @@ def test_a_box_to_learn_from_lies_around_its_mask():
         np.testing.assert_allclose(edges, box, atol=2)
     _, shaken, _ = mask_backbone.batch_of(c, data, [0, 1, 2, 3], np.random.default_rng(0), 0.1)
     assert 0.5 < np.abs(shaken - box_BK4).mean() < 10
+
+
+def test_boxes_and_masks_to_learn_from_are_those_of_the_same_thing_by_hand():
+    """Two things in a picture of 8 pixels: boxes in pixels, and the pixels that each owns."""
+    owner_NHW = np.full((1, 8, 8), -1, np.int8)
+    owner_NHW[0, 2:4, 1:5], owner_NHW[0, 5:8, 5:8] = 0, 1
+    boxes = [np.array([[1, 2, 5, 4], [5, 5, 8, 8]], np.float32) / 8]
+    data = np.full((1, 8, 8, 3), 200, np.uint8), owner_NHW, boxes
+    c, rng = MasksConfig(TINY_SAM, boxes=6), np.random.default_rng(0)
+    image_BHWC, box_BK4, mask_BKHW = mask_backbone.batch_of(c, data, [0], rng, 0.0)
+    np.testing.assert_allclose(image_BHWC[0, 0, 0], (200 - np.array(SAM_MEAN)) / SAM_STD, rtol=1e-5)
+    found = set()
+    for box, mask_HW in zip(box_BK4[0], mask_BKHW[0]):
+        which = int(box[0] == 5)
+        found.add(which)
+        np.testing.assert_array_equal(box, [[1, 2, 5, 4], [5, 5, 8, 8]][which])
+        wanted_HW = np.zeros((8, 8), bool)
+        wanted_HW[[np.s_[2:4, 1:5], np.s_[5:8, 5:8]][which]] = True
+        np.testing.assert_array_equal(mask_HW, wanted_HW)
+    assert found == {0, 1}
+
+
+def test_a_mask_of_a_square_comes_back_to_its_picture_by_hand():
+    """A picture of 4 x 2 pixels lies in rows 1 and 2 of a square of 4."""
+    logits_HW = np.arange(16.0).reshape(4, 4)
+    made = sam_decoder.to_picture(logits_HW, 4, (1, 0, 2, 4), (2, 4))
+    np.testing.assert_allclose(made, [[4, 5, 6, 7], [8, 9, 10, 11]], atol=1e-6)
+    made = sam_decoder.to_picture(logits_HW, 4, (0, 1, 4, 2), (4, 2))
+    np.testing.assert_allclose(made, logits_HW[:, 1:3], atol=1e-6)
 
 
 def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
@@ -65,7 +94,7 @@ def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
             true_HW[at[0] : at[0] + 200, at[1] : at[1] + 200] = mask_HW
             x0, y0, x1, y1 = (edge * 200 for edge in scene.things[k].box)
             box = ((x0 + at[1]) / wide, (y0 + at[0]) / high, (x1 + at[1]) / wide, (y1 + at[0]) / high)
-            row = processor.row_of(Input(Image.fromarray(canvas), f"{boxes.box_text(box)}?", boxes=(box,)))
+            row = processor.row_of(Input(Image.fromarray(canvas), f"{places.box_text(box)}?", boxes=(box,)))
             batch = processor.assemble({name: np.stack([value]) for name, value in row.items()})
             logits = np.asarray(cut(batch.sam_image_BHWC, batch.boxes_BK4[:, :1]))[0, 0]
             found_HW = sam_decoder.to_picture(logits, SIDE, Square(wide, high).inside(SIDE), (high, wide)) > 0

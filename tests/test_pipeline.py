@@ -129,6 +129,7 @@ def test_a_run_goes_on_with_another_number_of_processes():
     [
         {"seed": 5},
         {"of": stage(("vqa", 1.0), ("rec", 1.0), name="both")},
+        {"of": stage(("vqa", 1.0), ("rec", 1.0), ("caption", 1.0), name="both")},  # weights alone
         {"data": dataclasses.replace(DATA, sources=(Scenes(sizes=(41, 4, 6), pixels=32),))},
     ],
 )

@@ -58,12 +58,19 @@ def test_location_tokens_are_those_of_kosmos_2(side):
         assert np.abs(np.subtract(places.box_of_bins(*bins, side), box)).max() <= 1 / side
 
 
+IN_SQUARE = {  # BOX and OTHER in the square around a picture of this size, by hand
+    (1, 1): [BOX, OTHER],
+    (60, 20): [(0.1234567, 25 / 60, 0.5, 35 / 60), (0.0, 22 / 60, 0.3, 38 / 60)],
+    (20, 60): [(22.469134 / 60, 0.25, 30 / 60, 0.75), (20 / 60, 0.1, 26 / 60, 0.9)],
+}
+
+
 @pytest.mark.parametrize("how", places.CODECS)
 @pytest.mark.parametrize("size", [(1, 1), (60, 20), (20, 60)])
 def test_an_answer_comes_back_with_its_boxes_on_the_picture(how, size):
     processor, square = Processor(CONFIG), Square(*size)
     ids, inside = processor.spell(TEXT, [BOX, OTHER], square, how)
-    np.testing.assert_allclose(inside, [square.into(BOX), square.into(OTHER)])
+    np.testing.assert_allclose(inside, IN_SQUARE[size])
     text, boxes = processor.read([*ids, 1, 7, 7], inside, square)
     assert places.pieces(text)[0] == "A red star " and text.endswith("] and nothing else.")
     worst = {"digits": 2e-3, "bins": 1 / 32 + 1e-3, "embeddings": 1e-6}[how] * max(size) / min(size)
@@ -120,7 +127,8 @@ def test_a_row_has_the_boxes_of_question_and_answer_in_the_order_of_their_tokens
     pixels, question = np.zeros((28, 28, 3), np.uint8), f"What is at {box_text(OTHER)}?"
     row = processor.row(pixels, question, (), f"It is {box_text(BOX)}.", boxes=(OTHER, BOX), square=Square(40, 20))
     assert (row["prompt"] == HERE).sum() == (row["target"] == HERE).sum() == 1
-    np.testing.assert_allclose(row["boxes"][:2], [Square(40, 20).into(OTHER), Square(40, 20).into(BOX)], atol=1e-6)
+    wanted = [(0.0, 0.3, 0.3, 0.7), (0.1234567, 0.375, 0.5, 0.625)]  # ten rows above, ten below
+    np.testing.assert_allclose(row["boxes"][:2], wanted, atol=1e-6)
     np.testing.assert_array_equal(row["boxes_mask"], [1, 1, 0])
     asked = processor.row(pixels, question, boxes=(OTHER,), how="digits")
     assert not (asked["prompt"] == HERE).any() and "[0.000,0.100" in processor.decode(asked["prompt"])
@@ -172,27 +180,30 @@ def test_an_answer_cut_off_behind_a_trigger_loses_it():
 
 
 def pictures_of_all_kinds(folder):
+    """Paths, sizes, where BOX lies in the square, and where the picture in SAM's of 32, by hand."""
+    wide = (0.1234567, 1 / 3, 0.5, 2 / 3), (5, 0, 21, 32)
+    tall = ((6 + 0.1234567 * 24) / 36, 0.25, 0.5, 0.75), (0, 5, 32, 21)
+    thin = ((17 + 0.1234567) / 36, 0.25, 17.5 / 36, 0.75), (0, 15, 32, 1)
     array = np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8)
     plain, exif = Image.fromarray(array), Image.Exif()
     exif[0x0112] = 6
     made = {"gray.png": plain.convert("L"), "palette.png": plain.convert("P"), "print.jpg": plain.convert("CMYK")}
     for name, picture in made.items():
         picture.save(folder / name)
-        yield folder / name, (36, 24)
+        yield folder / name, (36, 24), *wide
     plain.save(folder / "turned.jpg", exif=exif)
-    yield folder / "turned.jpg", (24, 36)
+    yield folder / "turned.jpg", (24, 36), *tall
     plain.resize((1, 36)).save(folder / "thin.png")
-    yield folder / "thin.png", (1, 36)
+    yield folder / "thin.png", (1, 36), *thin
 
 
 def test_gray_palette_cmyk_turned_and_very_thin_pictures_are_padded_and_their_boxes_come_back(tmp_path):
     processor = Processor(POINTING)
-    for path, size in pictures_of_all_kinds(tmp_path):
+    for path, size, inside, (top, left, high, wide) in pictures_of_all_kinds(tmp_path):
         row = processor.row_of(Input(path, f"What is at {box_text(BOX)}?", boxes=(BOX,)))
         assert tuple(row["size"]) == size and row["pixels"].shape == (28, 28, 3) and row["sam"].shape == (32, 32, 3)
-        np.testing.assert_allclose(Square(*size).back(row["boxes"][0].tolist()), BOX, atol=1e-5)
+        np.testing.assert_allclose(row["boxes"][0], inside, atol=1e-6)
         batch = processor.assemble({name: np.stack([value]) for name, value in row.items()})
-        top, left, high, wide = Square(*size).inside(32)
         outside = np.ones((32, 32), bool)
         outside[top : top + high, left : left + wide] = False
         assert outside.any() and not batch.sam_image_BHWC[0][outside].any()

@@ -20,7 +20,7 @@ from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
-from lionjax.data.processor import Input, Processor, ProcessorConfig
+from lionjax.data.processor import CLIP_MEAN, CLIP_STD, Input, Processor, ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.inference.loading import example
 from lionjax.inference.model import Model
@@ -100,7 +100,8 @@ def test_a_run_changes_what_its_stages_train_and_nothing_else(trained):
     what, _, params, report = trained
     assert all(stage["frozen_unchanged"] for stage in report["stages"])
     align, instruct = (stage["loss_last"] for stage in report["stages"])
-    assert instruct < 0.9 * align  # twenty steps teach a language model of random weights which words are frequent
+    # Twenty steps teach a language model of random weights which words are frequent.
+    assert instruct < 0.7 * align
     counts = [stage["trainable_parameters"] for stage in report["stages"]]
     whole = trees.flatten(params)
     between = sum(np.size(w) for path, w in whole.items() if not path.startswith(("language", "vision/")))
@@ -183,8 +184,11 @@ def test_a_picture_of_llava_15_lies_in_a_square_of_the_mean_color():
         for color in ("mean", "white")
     ]
     mean, white = (batch.image_BHWC[0] for batch in batches)
-    assert np.abs(mean[0]).max() < 0.02 and (white[0] > 1.5).all()
-    np.testing.assert_allclose(mean[8], white[8], atol=0.05)
+    mu, sigma = np.array(CLIP_MEAN), np.array(CLIP_STD)
+    border = (np.floor(255 * mu) / 255 - mu) / sigma  # in whole steps, as LLaVA's code has it
+    np.testing.assert_allclose(mean[:3], np.broadcast_to(border, (3, 16, 3)), atol=1e-6)
+    np.testing.assert_allclose(white[0], np.broadcast_to((1 - mu) / sigma, (16, 3)), atol=1e-6)
+    np.testing.assert_allclose(mean[7:9], white[7:9], atol=1e-6)  # the picture itself
 
 
 def word_tokenizer(words: list[str], first: list[str]):

@@ -3,13 +3,13 @@
 
 import dataclasses
 import io
-import os
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import shared_data
 from PIL import Image
 
 from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, UserError
@@ -19,7 +19,7 @@ from lionjax.data.processor import Input, Processor, ProcessorConfig
 
 SMALL = ProcessorConfig(image_size=32, prompt_length=64, question_length=24, target_length=24)
 RED = np.full((20, 30, 3), (200, 10, 30), np.uint8)
-PHOTOS = Path(os.environ.get("LIONJAX_DATA", Path(__file__).parent / "data")) / "coco83" / "images"
+PHOTOS = shared_data.ROOT / "coco83" / "images"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,20 @@ def test_pictures_are_resized_and_normalised_as_the_original_does(processor, noi
     np.testing.assert_allclose(ours, theirs(Image.fromarray(noise), 32), atol=1e-6)
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="photographs are not in $LIONJAX_DATA")
+@pytest.mark.parametrize("size", [(61, 45), (60, 45), (45, 60), (45, 45), (100, 1)], ids=str)
+def test_padded_pictures_are_those_of_llavas_processor(size):
+    """Also where the border is odd, and its larger half lies behind; resized bicubically."""
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(SMALL, padded=True, padding="mean")
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    side = {"height": 32, "width": 32}
+    processor = transformers.LlavaImageProcessorPil(do_pad=True, size=side, crop_size=side)
+    wanted = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
+    made = Processor(config).image(pixels)
+    np.testing.assert_allclose(made, wanted.transpose(1, 2, 0), atol=1e-6)
+
+
+@shared_data.needs("coco83/images")
 def test_a_photograph_is_read_as_the_original_reads_it():
     processor = Processor(ProcessorConfig())
     path = sorted(PHOTOS.glob("*.jpg"))[0]

@@ -147,6 +147,16 @@ def test_a_batch_that_the_configs_mesh_does_not_split_gets_the_nearest_mesh_that
     assert mesh == MeshConfig(1, 8, 2, 4)
 
 
+def test_a_mesh_is_planned_for_the_rows_of_one_piece_of_an_accumulated_batch():
+    what, pod = small_lion.experiment(), topologies.parse("v5e-16")
+    what = dataclasses.replace(what, mesh=MeshConfig(1, -1, 1))
+    stage = dataclasses.replace(what.stages[0], batch_size=32, accumulate=4)
+    mesh, why = planner.mesh_for(what, stage, pod)
+    assert mesh == MeshConfig(1, 8, 2) and why.startswith("8 rows do not divide over")
+    wide = dataclasses.replace(stage, batch_size=64)
+    assert planner.mesh_for(what, wide, pod) == (MeshConfig(1, -1, 1), "")
+
+
 def test_a_policy_of_remembering_reaches_every_part():
     system = planner.with_remat(small_lion.SYSTEM, "full")
     assert system.vision.remat == system.language.remat == "full"
@@ -282,6 +292,52 @@ def test_what_does_not_fit_is_a_plan_that_says_so(tmp_path, monkeypatch):
     assert "DOES NOT FIT" in plan_command.text(made)
 
 
+@pytest.fixture
+def without_libtpu(monkeypatch, tmp_path):
+    """Plans for the eight devices of the CPU that stand in for a slice; nothing is remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(topologies, "devices", lambda pod: jax.devices()[: pod.devices])
+    monkeypatch.setattr(scaling_compiled.metadata, "version", lambda name: f"no {name}")
+    return tmp_path
+
+
+REFUSAL = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in space hbm. Used 69.55G of 15.75G"
+
+
+def test_a_program_that_the_compiler_refuses_for_memory_is_a_plan_that_does_not_fit(without_libtpu, monkeypatch):
+    asked = []
+
+    def full(lowered, compiler_options):
+        asked.append(compiler_options)
+        raise RuntimeError(REFUSAL)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", full)
+    what, pod = speaking(), topologies.parse("v5e-8")
+    made = planner.plan(what, pod, 0)
+    assert (made.fits, made.peak_gib, made.hbm_gib) == (False, 69.55, 16)
+    assert made.seconds == {} and made.step_seconds == made.speed == made.utilisation == 0
+    assert made.mesh == (1, 1, 8, 1) and made.trained > 0 and made.flops > 0
+    words = plan_command.text(made)
+    assert "DOES NOT FIT, 69.55 of 16 GiB a device" in words and "prediction" not in words
+    assert plan_command.as_json(made)["fits"] is False and made.dominates == "nothing"
+    # It is remembered: the compiler is not asked again for the same program, and is for another.
+    assert planner.plan(what, pod, 0) == made and len(asked) == 1
+    assert not planner.plan(what, pod, 0, quick=True).fits
+    assert asked == [{}, {"exec_time_optimization_effort": -1.0}]
+
+
+def test_another_error_of_the_compiler_is_no_plan_and_is_not_remembered(without_libtpu, monkeypatch):
+    def broken(lowered, compiler_options):
+        raise RuntimeError("INTERNAL: a fault of its own")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", broken)
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a fault of its own"):
+            scaling_compiled.compiled(lowered, "v5e-8")
+    assert not list(without_libtpu.rglob("*.json"))
+
+
 @compiles
 @pytest.mark.slow
 def test_a_plan_counts_what_is_trained_predicts_and_is_remembered(tmp_path, monkeypatch):
@@ -346,6 +402,23 @@ def faked(seconds):
         )
 
     return plan
+
+
+@pytest.mark.parametrize(
+    ("fits", "peak", "said"),
+    [
+        (True, 12.5, ": fits, 12.50 of 16 GiB"),
+        (True, None, ": fits, unknown of 16 GiB"),
+        (False, 69.55, ": DOES NOT FIT, 69.55 of 16 GiB"),
+        (False, None, ": DOES NOT FIT, unknown of 16 GiB"),
+    ],
+)
+def test_the_verdict_of_a_plan_is_whether_it_fits_and_not_whether_its_peak_is_known(fits, peak, said):
+    seconds = (lambda *_: 1.0) if fits else (lambda *_: None)
+    made = faked(seconds)(speaking(), None, 0, MeshConfig(1, 16, 1), None, False)
+    made = dataclasses.replace(made, peak_gib=peak)
+    assert said in plan_command.text(made)
+    assert ("  fits " if fits else "  does not fit ") in plan_command.line(made)
 
 
 def test_a_search_goes_on_from_the_best_and_ranks_what_fits():

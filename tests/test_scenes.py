@@ -4,6 +4,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -17,10 +18,18 @@ from lionjax.core.types import UserError
 from lionjax.data.scenes import render
 from lionjax.data.scenes import world as scenes
 from lionjax.data.scenes.source import SceneSource
-from lionjax.data.scenes.world import Scene, World, sample
+from lionjax.data.scenes.world import Scene, Thing, World, sample
 
 # The digest of nine scenes. It may only change together with everything trained on the old ones.
 GOLDEN_TRUTH = "837ae17972aa50de429fd49f2e3dc856ba6ac8faad56b6ad402559c9162ce7cc"
+
+
+def digest_of_nine() -> str:
+    nine = [sample(split, index) for split in scenes.SPLITS for index in (0, 1, 977)]
+    truth = "\n".join(scene.to_json() for scene in nine)
+    return hashlib.sha256(truth.encode()).hexdigest()
+
+
 SOME = [sample(split, index) for split in scenes.SPLITS for index in range(80)]
 
 
@@ -30,16 +39,50 @@ def test_equal_arguments_give_equal_scenes_and_other_arguments_others():
     assert all(other.things != sample("train", 5, 1).things for other in others)
 
 
+def test_another_process_with_other_hashes_makes_the_same_scenes():
+    code = "import test_scenes as t; print(t.digest_of_nine())"
+    variables = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=variables)
+    assert done.stdout.split() == [GOLDEN_TRUTH]
+
+
+# Two squares of half the picture's side, the second over the right half of the first. A square's
+# sides lie at 0.86 of its extent: from 0.285 to 0.715, and from 0.535 to 0.965.
+TWO = tuple(
+    Thing("square", color, "large", "plain", x, 0.5, 0.5, 0.0, 1.0) for color, x in (("red", 0.5), ("blue", 0.75))
+)
+
+
+def test_masks_boxes_and_what_hides_what_of_two_squares_by_hand():
+    things = scenes._with_truth(TWO)
+    # Of 256 pixels the first holds 73 to 182 across and down, the second 137 to 246 across.
+    assert things[0].box == (73 / 256, 73 / 256, 137 / 256, 183 / 256)
+    assert things[1].box == (137 / 256, 73 / 256, 247 / 256, 183 / 256)
+    assert (things[0].visible, things[1].visible) == (round(64 / 110, 3), 1.0)
+    assert (things[0].covers, things[1].covers) == ((), (0,))
+    ground = scenes.Background("plain", (150, 160, 170), (0, 0, 0), 0.0, 6, 0)
+    scene = Scene("train", 0, 0, ground, things)
+    wanted = np.zeros((2, 20, 20), bool)
+    wanted[0, 6:14, 6:11] = wanted[1, 6:14, 11:19] = True
+    np.testing.assert_array_equal(scene.masks(20), wanted)
+    picture = scene.render(20)
+    for at, color in (((10, 8), "red"), ((10, 15), "blue")):
+        np.testing.assert_array_equal(picture[at], render.RGB[color])
+    np.testing.assert_array_equal(picture[0, 0], (150, 160, 170))
+
+
 def test_the_truth_of_scenes_is_the_one_the_shipped_backbones_were_trained_on():
-    nine = [sample(split, index) for split in scenes.SPLITS for index in (0, 1, 977)]
-    truth = "\n".join(scene.to_json() for scene in nine)
-    assert hashlib.sha256(truth.encode()).hexdigest() == GOLDEN_TRUTH
+    assert digest_of_nine() == GOLDEN_TRUTH
 
 
 def test_a_scene_survives_json():
     for scene in SOME[:20]:
         assert Scene.from_json(scene.to_json()) == scene
         assert Scene.from_json(scene.to_json().encode()) == scene
+        said = json.loads(scene.to_json())
+        assert said["things"][0]["box"] == list(scene.things[0].box)
+        assert [thing["color"] for thing in said["things"]] == [t.color for t in scene.things]
+        assert (said["split"], said["index"]) == (scene.split, scene.index)
 
 
 def test_boxes_are_tight_around_what_is_seen():

@@ -3,11 +3,11 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import shared_data
 from PIL import Image
 
 from lionjax.core.types import UserError
@@ -27,8 +27,8 @@ from lionjax.data.mixture import Records, examples
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 
-DATA = Path(os.environ.get("LIONJAX_DATA", Path(__file__).parent / "data"))
-needs_data = pytest.mark.skipif(not (DATA / "coco83").is_dir(), reason="no photographs in $LIONJAX_DATA")
+DATA = shared_data.ROOT
+needs_photographs = shared_data.needs("coco83")
 KINDS = ("cat", "dog", "umbrella", "kite")
 
 
@@ -419,7 +419,7 @@ def test_inspecting_prints_questions_and_answers(folder, capsys):
 # ---------------------------------------------------------------------- the real thing
 
 
-@needs_data
+@needs_photographs
 def test_83_photographs_of_coco_give_every_task_and_every_box_lies_in_its_picture():
     source = Coco(str(DATA / "coco83"), share=0)
     opened = open_split(source, "train", MAX_PIXELS)
@@ -434,7 +434,7 @@ def test_83_photographs_of_coco_give_every_task_and_every_box_lies_in_its_pictur
         np.testing.assert_allclose(edges, np.array(box) * (width, height, width, height), atol=4)
 
 
-@needs_data
+@needs_photographs
 def test_boxes_and_masks_of_photographs_lie_over_each_other_in_the_padded_square_and_come_back():
     side = 112
     words = ProcessorConfig(side, places="embeddings", boxes=4, padded=True, sam_size=side, tags=False)
@@ -456,7 +456,7 @@ def test_boxes_and_masks_of_photographs_lie_over_each_other_in_the_padded_square
     assert shapes == {True, False}  # wide ones and tall ones
 
 
-@needs_data
+@shared_data.needs("coco83", "refcoco", "vqa", "pope", "coco258_annotations")
 def test_real_refcoco_vqa_and_pope_files_are_read_whole():
     refs = RefCoco(str(DATA / "refcoco" / "refcocog_val.json.gz"), str(DATA)).open("train", MAX_PIXELS)
     assert refs.sizes == {"rec": 4896, "reg": 4896}

@@ -51,7 +51,70 @@ def test_sam_sees_the_picture_in_the_middle_of_zeros_and_its_mask_in_the_same_pl
     pixels = np.full((size[1], size[0], 3), 200, np.uint8)
     seen = letterbox.sam_image(Image.fromarray(pixels), 64)
     mask = letterbox.sam_mask(np.ones((size[1], size[0]), bool), 64)
-    top, left, high, wide = Square(*size).inside(64)
-    assert (seen.any(-1) == mask).all() and mask.sum() == high * wide >= 64
-    assert abs(2 * top + high - 64) <= 1 and abs(2 * left + wide - 64) <= 1
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    assert (seen.any(-1) == mask).all() and mask.sum() == len(rows) * len(columns)
+    for found, length in ((rows, size[1]), (columns, size[0])):
+        assert len(found) == max(1, round(64 * length / max(size)))
+        assert 63 - found[-1] - found[0] in (0, 1)  # the larger border lies behind
     np.testing.assert_allclose(seen[mask][0], (200 - np.array(letterbox.SAM_MEAN)) / letterbox.SAM_STD, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "corner"), [((7, 7), (0, 0)), ((4, 2), (0, 1)), ((5, 2), (0, 1)), ((2, 5), (1, 0)), ((4, 7), (1, 0))]
+)
+def test_the_corner_of_a_picture_in_its_square_is_rounded_down(size, corner):
+    assert Square(*size).corner == corner
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "inside"),
+    [
+        ((4, 2), (0.25, 0.5, 0.75, 1.0), (0.25, 0.5, 0.75, 0.75)),
+        ((2, 4), (0.5, 0.25, 1.0, 0.75), (0.5, 0.25, 0.75, 0.75)),
+        ((2, 5), (0.5, 0.2, 1.0, 0.8), (0.4, 0.2, 0.6, 0.8)),  # one column before it, two behind
+        ((5, 2), (0.2, 0.0, 0.8, 0.5), (0.2, 0.2, 0.8, 0.4)),
+        ((3, 3), (0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4)),
+    ],
+)
+def test_boxes_in_the_square_and_back_by_hand(size, box, inside):
+    assert Square(*size).into(box) == pytest.approx(inside)
+    assert Square(*size).back(inside) == pytest.approx(box)
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "inside"),
+    [
+        ((40, 20), 64, (16, 0, 32, 64)),
+        ((3, 2), 64, (10, 0, 43, 64)),  # 42.7 pixels high
+        ((2, 3), 64, (0, 10, 64, 43)),
+        ((20, 41), 64, (0, 16, 64, 31)),  # 31.2 wide, 16 columns before it and 17 behind
+        ((4, 1), 10, (3, 0, 3, 10)),  # 2.5 becomes 3
+        ((1000, 1), 64, (31, 0, 1, 64)),  # never nothing
+        ((640, 480), 1024, (128, 0, 768, 1024)),
+    ],
+)
+def test_where_a_picture_lies_in_sams_square_by_hand(size, pixels, inside):
+    assert Square(*size).inside(pixels) == inside
+    top, left, high, wide = inside
+    picture = Image.new("RGB", size, (200, 200, 200))
+    seen = letterbox.sam_pixels(picture, pixels)
+    wanted = np.zeros((pixels, pixels, 3), np.uint8)
+    wanted[top : top + high, left : left + wide] = 200
+    np.testing.assert_array_equal(seen, wanted)
+    mask = letterbox.sam_mask(np.ones(size[::-1], bool), pixels)
+    np.testing.assert_array_equal(mask, wanted[..., 0] > 0)
+
+
+@pytest.mark.parametrize(("size", "where"), [((2, 5), np.s_[:, 1:3]), ((5, 2), np.s_[1:3])])
+def test_a_picture_that_keeps_its_size_is_pasted_as_it_is(size, where):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    wanted = np.full((5, 5, 3), 255, np.uint8)
+    wanted[where] = pixels
+    np.testing.assert_array_equal(letterbox.padded(Image.fromarray(pixels), 5), wanted)
+
+
+def test_sam_sees_a_picture_that_is_enlarged_between_its_pixels_on_a_line():
+    """Bilinear: a step of 200 over two pixels, at a quarter and at three quarters of the way."""
+    step = np.array([[[0] * 3, [200] * 3]] * 2, np.uint8)
+    seen = letterbox.sam_pixels(Image.fromarray(step), 4)
+    np.testing.assert_array_equal(seen[..., 0], [[0, 50, 150, 200]] * 4)

@@ -201,6 +201,27 @@ def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimiser
     assert int(state.step) == 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Steep(toy.Toy):
+    """The toy plus the root of 0: its loss is finite, its slope is not."""
+
+    def loss(self, params, batch, key=None):
+        value, metrics = super().loss(params, batch, key)
+        bias = params["output"]["bias"]
+        return value + jnp.sqrt((bias - jax.lax.stop_gradient(bias)).sum()), metrics
+
+
+def test_infinite_gradient_with_finite_loss_is_rejected(params):
+    stage = toy.stage(trainable=[".*"])
+    trainable, _ = trees.split(params, stage.trainable)
+    fresh = stages.start(optimizer(stage, trainable), trainable, mesh())
+    state, metrics = one_update(stage, params, system=Steep(rate=0.0))
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+    assert not metrics["accepted"] and int(state.step) == 1
+    for kept, old in ((state.trainable, params), (state.optimiser, fresh.optimiser)):
+        jax.tree.map(np.testing.assert_array_equal, kept, old)
+
+
 def test_dropout_follows_from_the_step_alone(params):
     stage, system = toy.stage(trainable=["output"], learning_rate=0.0, warmup_steps=0), toy.Toy(rate=0.5)
     losses = [float(one_update(stage, params, system=system, updates=n)[1]["loss"]) for n in (1, 2, 2)]

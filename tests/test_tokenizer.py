@@ -2,12 +2,11 @@
 """Words to numbers and back, for the tokenizer shipped here and for T5's and BERT's own files."""
 
 import json
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +16,10 @@ from lionjax.data import tokenizer
 from lionjax.data.scenes import tasks, world
 from lionjax.tiny import tokenizer as tiny_tokenizer
 
-REAL = Path(os.environ.get("LIONJAX_DATA", Path(__file__).parent / "data")) / "tokenizers"
+REAL = shared_data.ROOT / "tokenizers"
 T5, BERT = REAL / "t5_cc_all.32000.100extra.model", REAL / "bert_uncased_vocab.txt"
-needs_real = pytest.mark.skipif(not T5.is_file(), reason="real tokenizers are not in $LIONJAX_DATA")
+needs_t5 = shared_data.needs(f"tokenizers/{T5.name}")
+needs_bert = shared_data.needs(f"tokenizers/{BERT.name}")
 PRIVATE = "".join(private for *_, private in (*tiny_tokenizer.DECIMALS, *tiny_tokenizer.JOINTS))
 TEXTS = (
     "translate English to German: The house is wonderful.",
@@ -47,6 +47,40 @@ def test_any_text_comes_back_from_the_tiny_tokenizer(text):
     tiny = tokenizer.load("tiny")
     ids = tiny.encode(text)
     assert tiny.decode(ids) == text and tiny.unknown_id not in ids
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a",
+        " a",
+        "  a",
+        "   a",
+        "a ",
+        " a ",
+        " ",
+        "  ",
+        "\ta",
+        " \ta",
+        "\n a",
+        " [0.123,0.456,0.789,1.000]",
+        " </s>",
+        "a  b",
+        " \u00e9",
+    ],
+)
+def test_spaces_before_between_and_behind_words_come_back(tiny, text):
+    ids = tiny.encode(text)
+    assert tiny.decode(ids) == text and tiny.unknown_id not in ids
+
+
+def test_a_leading_space_is_a_piece_of_its_own_before_the_word_that_has_one(tiny):
+    space, red = tiny.id(tokenizer.SPACE), tiny.id(f"{tokenizer.SPACE}red")
+    assert tiny.encode("red") == [red]
+    assert tiny.encode(" red") == [space, red]
+    assert tiny.encode("red red") == [red, red]
+    assert tiny.encode("") == [] and tiny.encode(" ") == [space, space]
 
 
 def test_every_text_of_the_scenes_comes_back_and_its_words_are_mostly_whole(tiny):
@@ -113,7 +147,6 @@ def test_a_folder_without_a_readable_tokenizer_is_one_sentence(tmp_path, files):
     assert "\n" not in str(error.value)
 
 
-@needs_real
 def test_a_folder_of_converted_weights_has_the_tokenizer_that_came_with_them(tmp_path, tiny):
     source = tmp_path / "llama"
     transformers = pytest.importorskip("transformers")
@@ -126,6 +159,7 @@ def test_a_folder_of_converted_weights_has_the_tokenizer_that_came_with_them(tmp
     assert known.encode("a red circle") == tiny.encode("a red circle")
 
 
+@needs_t5
 def test_t5_ids_equal_transformers():
     transformers = pytest.importorskip("transformers")
     ours = tokenizer.load(str(T5))
@@ -143,7 +177,7 @@ def test_t5_ids_equal_transformers():
     assert ours.id("<extra_id_99>") == 32000
 
 
-@needs_real
+@needs_bert
 def test_bert_ids_equal_transformers_and_dec_comes_last():
     transformers = pytest.importorskip("transformers")
     ours = tokenizer.load(str(BERT))
@@ -157,7 +191,7 @@ def test_bert_ids_equal_transformers_and_dec_comes_last():
     assert ours.decode(ours.frame(ours.encode("Where is it?"), 9)) == "where is it?"
 
 
-@needs_real
+@needs_t5
 def test_a_row_for_the_start_piece_shifts_no_id():
     pieces, charsmap = tokenizer.read_sentencepiece(T5.read_bytes())
     assert "<s>" in [piece for piece, _ in pieces] and charsmap

@@ -19,7 +19,8 @@ from lionjax.core import config, sharding
 from lionjax.core import params as trees
 from lionjax.core.sharding import MeshConfig
 from lionjax.core.types import UserError
-from lionjax.training import checkpoint, feature_cache, init, loop, resume, run_folder
+from lionjax.training import checkpoint, distributed, feature_cache, init, loop, resume, run_folder
+from lionjax.training import step as stages
 
 TOTAL = 11  # updates of the toy's two stages, 6 and 5
 
@@ -320,3 +321,44 @@ def test_kept_features_take_no_more_memory_than_allowed():
     for _ in range(6):
         assert next(kept).features.shape == (8, 100)
     assert len(memory.rows) == 5 and memory.held == 2000
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_second_signal_acts_at_once_as_it_would_without_us(number):
+    class Acted(Exception):
+        pass
+
+    def act(*_):
+        raise Acted
+
+    before = signal.signal(number, act)
+    try:
+        with distributed.Stop() as stop:
+            assert not stop.asked()
+            os.kill(os.getpid(), number)
+            assert stop.asked() and stop.heard == number
+            with pytest.raises(Acted):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is act
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_step_that_changes_a_frozen_parameter_ends_the_run(tmp_path, monkeypatch):
+    make_step = stages.make_step
+
+    def changing(*args):
+        step = make_step(*args)
+
+        def run(state, frozen, *rest):
+            made = step(state, frozen, *rest)
+            frozen["hint"] = frozen["hint"].at[0].add(1.0)
+            return made
+
+        return run
+
+    monkeypatch.setattr(stages, "make_step", changing)
+    what = toy.experiment(toy.stage("one", 2))
+    with pytest.raises(RuntimeError, match="stage 'one' changed frozen parameters"):
+        loop.train(what, tmp_path, toy.Batches)
+    assert list(checkpoint.found_bases(tmp_path / "base")) == [0]  # the stage is not taken as done

@@ -131,6 +131,13 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, text, problem):
     assert problem in refused(tmp_path)
 
 
+def test_a_tensor_of_a_shard_that_the_index_lacks_is_refused(tmp_path):
+    save_file({"w": np.ones(1), "x": np.ones(1)}, tmp_path / "m.safetensors")
+    index = {"weight_map": {"w": "m.safetensors"}}
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
+    assert "disagree on 1 tensors, for example 'x'" in refused(tmp_path)
+
+
 def entry(dtype="F32", shape=(8,), begin=0, end=32) -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 

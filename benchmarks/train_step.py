@@ -105,7 +105,7 @@ def our_step(s: Sizes, known: bool) -> tuple[Callable[[], float], float]:
     params = jax.device_put(params, everywhere)
     batch = sharding.put_batch(batch, mesh)
     if known:
-        features = jax.jit(system.features)(params, batch)
+        features = jax.jit(system.extract_features)(params, batch)
         batch = dataclasses.replace(batch, features=features, image_BHWC=None)
     return update_of(s, system, params, batch, mesh)
 

@@ -5,9 +5,15 @@ Importing this package costs nothing: JAX and the rest come with the first thing
 """
 
 import importlib
+import sys
+
+from lionjax.core import moved
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "convert", "load"]
+
+
+sys.meta_path.append(moved.Finder())
 
 
 def __getattr__(name: str):

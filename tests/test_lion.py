@@ -106,7 +106,7 @@ def test_the_learned_hint_stands_where_its_token_stands_and_nowhere_else(params)
 
 def test_features_kept_from_the_frozen_vit_give_the_same_loss(params):
     batch = batch_of()
-    features = jax.jit(LION.features)(params, batch)
+    features = jax.jit(LION.extract_features)(params, batch)
     kept = dataclasses.replace(batch, image_BHWC=None, features=features)
     np.testing.assert_allclose(LION.loss(params, kept)[0], LION.loss(params, batch)[0], rtol=1e-6)
 

@@ -130,7 +130,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(params, beams
         for place, token in enumerate(answer[:-1]):
             assert (token == TRIGGER) == (answer[place + 1] == LOCATION)
     spoken = batch_of(PROMPTS, answers, [row[:count] for row, count in zip(kept["box"], fed)])
-    box_BK4, state_BKD, real_BK = jax.jit(TINY.locate)(params, spoken)
+    box_BK4, state_BKD, real_BK = jax.jit(TINY.predict_boxes)(params, spoken)
     for row, count in enumerate(fed):
         assert np.asarray(real_BK)[row, :count].all()
         np.testing.assert_allclose(kept["box"][row, :count], np.asarray(box_BK4)[row, :count], atol=1e-4)
@@ -182,7 +182,7 @@ def test_masks_of_an_answer_come_from_its_boxes_and_states(params):
     batch = batch_of([[5], [6]])
     box = jnp.asarray([[[0.1, 0.1, 0.6, 0.9], [0.5, 0.5, 0.9, 0.9]]] * 2)
     state = jax.random.normal(jax.random.key(1), (2, 2, 16))
-    masks = jax.jit(TINY.masks)
+    masks = jax.jit(TINY.predict_masks)
     logits, iou = masks(params, batch, box, state)
     assert logits.shape == (2, 2, 16, 16) and iou.shape == (2, 2) and np.isfinite(logits).all()
     again, _ = masks(params, batch, box, state.at[0, 1].add(1.0))
@@ -197,13 +197,13 @@ def test_masks_of_an_answer_come_from_its_boxes_and_states(params):
 def test_sam_sees_each_picture_once_however_many_boxes_it_has(params):
     def operations(boxes: int) -> float:
         box, state = jnp.zeros((2, boxes, 4)), jnp.zeros((2, boxes, 16))
-        return jax.jit(TINY.masks).lower(params, batch_of([[5], [6]]), box, state).cost_analysis()["flops"]
+        return jax.jit(TINY.predict_masks).lower(params, batch_of([[5], [6]]), box, state).cost_analysis()["flops"]
 
     def seeing() -> float:
         system = dataclasses.replace(TINY)
         bare = dataclasses.replace(batch_of([[5], [6]], sam=False), boxes_BK4=None)
-        both = jax.jit(system.features).lower(params, batch_of([[5], [6]])).cost_analysis()["flops"]
-        return both - jax.jit(system.features).lower(params, bare).cost_analysis()["flops"]
+        both = jax.jit(system.extract_features).lower(params, batch_of([[5], [6]])).cost_analysis()["flops"]
+        return both - jax.jit(system.extract_features).lower(params, bare).cost_analysis()["flops"]
 
     one, three, five = map(operations, (1, 3, 5))
     each = (three - one) / 2
@@ -266,7 +266,7 @@ def test_words_boxes_and_masks_can_be_learned_at_once(params):
 def test_the_second_trigger_of_an_answer_means_the_second_box(params):
     batch = batch_of(ASKED, ANSWERS, GIVEN)
     (_, terms), _ = slopes("language")(params, batch)
-    box_BK4, _, real_BK = jax.jit(TINY.locate)(params, batch)
+    box_BK4, _, real_BK = jax.jit(TINY.predict_boxes)(params, batch)
     assert np.asarray(real_BK).tolist() == [[True, True, False], [False] * 3]
     wanted = 2 * np.abs(np.asarray(box_BK4)[0, :2] - np.float32(SAID)).mean()
     assert float(terms["loss_l1"]) == pytest.approx(wanted, rel=1e-5)

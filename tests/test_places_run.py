@@ -114,7 +114,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
     spoken = dataclasses.replace(
         batch, target_BM=target, target_mask_BM=real, loss_mask_BM=real, boxes_BK4=boxes, boxes_mask_BK=mask
     )
-    found, _, known = jax.jit(system.locate)(params, spoken)
+    found, _, known = jax.jit(system.predict_boxes)(params, spoken)
     for row, number in enumerate(np.minimum(count, 3)):
         np.testing.assert_allclose(found[row, :number], made.kept["box"][row, :number], atol=1e-4)
         assert np.asarray(known)[row, :number].all()
@@ -128,7 +128,7 @@ def test_an_answer_that_breaks_off_at_a_trigger_means_no_box():
     last = np.asarray(batch.target_mask_BM).sum(1) - 1
     target[np.arange(2), last] = small_places.TRIGGER  # instead of the end
     cut = dataclasses.replace(batch, target_BM=target)
-    _, _, real_BK = jax.jit(system.locate)(params, cut)
+    _, _, real_BK = jax.jit(system.predict_boxes)(params, cut)
     assert np.asarray(real_BK).sum(1).tolist() == [1, 0]
     loss, metrics = jax.jit(system.loss)(params, cut)
     assert np.isfinite(loss) and np.isfinite(metrics["loss_l1"])

@@ -9,6 +9,16 @@ and `origin/`, what came along from elsewhere.
 Every module of the package loads this file, so it loads none: a name comes with its first use.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers: where each name lies
+    from lionjax.convert.conversion import Wanted, convert
+    from lionjax.convert.coverage import Coverage
+    from lionjax.convert.jax_folder import ORIGIN, copy_files, holds_params, load_params, open_params, save
+    from lionjax.convert.mapping.apply import params_from, placed_from, state_from
+    from lionjax.convert.mapping.plan import plan_params, plan_state
+    from lionjax.convert.torch_folder import from_torch, table_of, to_torch
+
 __all__ = [
     "ORIGIN",
     "Coverage",

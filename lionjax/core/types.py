@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
+T = TypeVar("T")
 Array = Any  # a numpy or jax array; shapes stand in the names
 Params = dict[str, Any]  # nested dict of arrays; a leaf's path is its name, joined by "/"
 Metrics = dict[str, Any]
@@ -27,7 +28,8 @@ class UserError(Exception):
     """A mistake of the person at the keyboard: one clear sentence, shown without a traceback, exit code 2."""
 
 
-def pytree(cls: type) -> type:
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type[T]) -> type[T]:
     """A frozen dataclass whose fields are arrays or trees of arrays."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 

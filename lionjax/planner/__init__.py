@@ -4,6 +4,21 @@
 Every module of the package loads this file, so it loads none: a name comes with its first use.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers: where each name lies
+    from lionjax.planner.plans import (
+        GENERATION,
+        Plan,
+        blank,
+        generating,
+        mesh_for,
+        plan,
+        stage_number,
+        training,
+        with_remat,
+    )
+
 __all__ = ["GENERATION", "Plan", "blank", "generating", "mesh_for", "plan", "stage_number", "training", "with_remat"]
 
 

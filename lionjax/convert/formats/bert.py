@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lionjax.convert.formats.checkpoint_format import Published, refuse_unless, token
 from lionjax.core.types import Params
+
+if TYPE_CHECKING:
+    from lionjax.models.language.bert import BertConfig
 
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "gelu_new": "gelu_tanh"}
 
@@ -35,12 +38,12 @@ def _config(s: dict) -> Any:
     )
 
 
-def _told(c: Any, names: Collection[str]) -> Any:
+def _told(c: BertConfig, names: Collection[str]) -> Any:
     """Whether there is a pooler only the weights say."""
     return dataclasses.replace(c, pooler="pooler.dense.weight" in names)
 
 
-def _settings(c: Any) -> dict:
+def _settings(c: BertConfig) -> dict:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
         "architectures": ["BertModel"],
@@ -60,13 +63,13 @@ def _settings(c: Any) -> dict:
     }
 
 
-def _rows(c: Any) -> tuple:
+def _rows(c: BertConfig) -> tuple:
     from lionjax.models.language import bert
 
     return bert.torch_rows(c)
 
 
-def _abstract(c: Any, mesh: Any = None) -> Params:
+def _abstract(c: BertConfig, mesh: Any = None) -> Params:
     import jax
     import jax.numpy as jnp
 

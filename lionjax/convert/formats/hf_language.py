@@ -8,10 +8,14 @@ Model files are imported when one of theirs is met.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lionjax.convert.formats.checkpoint_format import Published, refuse_unless, token
 from lionjax.core.types import Params
+
+if TYPE_CHECKING:
+    from lionjax.models.language.decoder import DecoderConfig
+    from lionjax.models.language.t5 import T5Config
 
 # T5 v1.1 and FlanT5
 
@@ -46,7 +50,7 @@ def _t5_config(s: dict) -> Any:
     )
 
 
-def _t5_settings(c: Any) -> dict:
+def _t5_settings(c: T5Config) -> dict:
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
@@ -71,13 +75,13 @@ def _t5_settings(c: Any) -> dict:
     }
 
 
-def _t5_rows(c: Any) -> tuple:
+def _t5_rows(c: T5Config) -> tuple:
     from lionjax.models.language import t5
 
     return t5.torch_rows(c)
 
 
-def _t5_abstract(c: Any, mesh: Any = None) -> Params:
+def _t5_abstract(c: T5Config, mesh: Any = None) -> Params:
     import jax
     import jax.numpy as jnp
 
@@ -95,14 +99,14 @@ def _t5_abstract(c: Any, mesh: Any = None) -> Params:
 # Decoders
 
 
-def _of_decoder(c: Any, learned: bool, offset: bool) -> bool:
+def _of_decoder(c: DecoderConfig, learned: bool, offset: bool) -> bool:
     shape = (
         (c.positions > 0, c.position_offset > 0) if type(c).__name__ == "DecoderConfig" and c.where == "turns" else None
     )
     return shape == (learned, offset)
 
 
-def _decoder_abstract(c: Any, mesh: Any = None) -> Params:
+def _decoder_abstract(c: DecoderConfig, mesh: Any = None) -> Params:
     import jax
     import jax.numpy as jnp
 
@@ -144,7 +148,7 @@ def _llama_config(s: dict) -> Any:
     )
 
 
-def _llama_settings(c: Any) -> dict:
+def _llama_settings(c: DecoderConfig) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -167,7 +171,7 @@ def _llama_settings(c: Any) -> dict:
     }
 
 
-def _llama_rows(c: Any) -> tuple:
+def _llama_rows(c: DecoderConfig) -> tuple:
     from lionjax.models.language import decoder_weights
 
     return decoder_weights.llama_rows(c)
@@ -200,7 +204,7 @@ def _opt_config(s: dict) -> Any:
     )
 
 
-def _opt_settings(c: Any) -> dict:
+def _opt_settings(c: DecoderConfig) -> dict:
     return {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
@@ -221,7 +225,7 @@ def _opt_settings(c: Any) -> dict:
     }
 
 
-def _opt_rows(c: Any) -> tuple:
+def _opt_rows(c: DecoderConfig) -> tuple:
     from lionjax.models.language import decoder_weights
 
     return decoder_weights.opt_rows(c)
@@ -252,7 +256,7 @@ def _gpt2_config(s: dict) -> Any:
     )
 
 
-def _gpt2_settings(c: Any) -> dict:
+def _gpt2_settings(c: DecoderConfig) -> dict:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -274,7 +278,7 @@ def _gpt2_settings(c: Any) -> dict:
     }
 
 
-def _gpt2_rows(c: Any) -> tuple:
+def _gpt2_rows(c: DecoderConfig) -> tuple:
     from lionjax.models.language import decoder_weights
 
     return decoder_weights.gpt2_rows(c)

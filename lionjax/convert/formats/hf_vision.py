@@ -6,19 +6,23 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lionjax.convert.formats.checkpoint_format import Published, abstract_of_picture, refuse_unless
 from lionjax.core.types import Params
 
+if TYPE_CHECKING:
+    from lionjax.models.vision.swin import SwinConfig
+    from lionjax.models.vision.vit import ViTConfig
+
 CLIP_FILE = "clip_vit_L.pth"  # LAVIS's, with OpenAI's names; it tells nothing of itself
 
 
-def _of_vit(c: Any, clip: bool) -> bool:
+def _of_vit(c: ViTConfig, clip: bool) -> bool:
     return type(c).__name__ == "ViTConfig" and c.norm_before == clip
 
 
-def _vit_abstract(c: Any, mesh: Any = None) -> Params:
+def _vit_abstract(c: ViTConfig, mesh: Any = None) -> Params:
     from lionjax.models.vision.vit import ViT
 
     return abstract_of_picture(ViT(c), c.image, mesh)
@@ -46,7 +50,7 @@ def _clip_config(s: dict) -> Any:
     )
 
 
-def _clip_settings(c: Any) -> dict:
+def _clip_settings(c: ViTConfig) -> dict:
     return {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
@@ -61,7 +65,7 @@ def _clip_settings(c: Any) -> dict:
     }
 
 
-def _clip_rows(c: Any) -> tuple:
+def _clip_rows(c: ViTConfig) -> tuple:
     from lionjax.core.weight_map import under
     from lionjax.models.vision import vit
 
@@ -74,7 +78,7 @@ def _eva_config(s: dict) -> Any:
     return EVA_VIT_G
 
 
-def _eva_rows(c: Any) -> tuple:
+def _eva_rows(c: ViTConfig) -> tuple:
     from lionjax.models.vision import vit
 
     return vit.eva_rows(c)
@@ -86,14 +90,14 @@ def _openai_config(s: dict) -> Any:
     return dataclasses.replace(CLIP_VIT_L, image=224)
 
 
-def _openai_told(c: Any, names: Collection[str]) -> Any:
+def _openai_told(c: ViTConfig, names: Collection[str]) -> Any:
     """How many layers there are, and whether the norm behind them is: LAVIS runs one less, without."""
     block = re.compile(r"transformer\.resblocks\.([0-9]{1,3})\..*")
     depth = 1 + max((int(found[1]) for name in names if (found := block.fullmatch(name))), default=0)
     return dataclasses.replace(c, depth=depth, norm_after="ln_post.weight" in names)
 
 
-def _openai_rows(c: Any) -> tuple:
+def _openai_rows(c: ViTConfig) -> tuple:
     from lionjax.models.vision import vit
 
     return vit.openai_rows(c)
@@ -169,7 +173,7 @@ def _swin_config(s: dict) -> Any:
     )
 
 
-def _swin_settings(c: Any) -> dict:
+def _swin_settings(c: SwinConfig) -> dict:
     return {
         "architectures": ["SwinModel"],
         "model_type": "swin",
@@ -187,14 +191,14 @@ def _swin_settings(c: Any) -> dict:
     }
 
 
-def _swin_rows(c: Any) -> tuple:
+def _swin_rows(c: SwinConfig) -> tuple:
     from lionjax.core.weight_map import under
     from lionjax.models.vision import swin
 
     return under("swin.", "", swin.hugging_face_rows(c))
 
 
-def _swin_abstract(c: Any, mesh: Any = None) -> Params:
+def _swin_abstract(c: SwinConfig, mesh: Any = None) -> Params:
     from lionjax.models.vision.swin import Swin
 
     return abstract_of_picture(Swin(c), c.image, mesh)

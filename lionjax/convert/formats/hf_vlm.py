@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,11 @@ from lionjax.convert.formats.hf_vision import CLIP, LAVIS_IGNORES
 from lionjax.convert.io.reader import Tensors, open_weights
 from lionjax.core import config as configs
 from lionjax.core.types import UserError
+
+if TYPE_CHECKING:
+    from lionjax.models.language.decoder import DecoderConfig
+    from lionjax.models.language.t5 import T5Config
+    from lionjax.models.vlm.visual_prefix import Prefix
 
 # What transformers means where a folder's config.json says nothing of its language model's sizes.
 LANGUAGES = {
@@ -67,12 +72,12 @@ def language_in(s: dict, default: str) -> Any:
     return published.config(sizes | s)
 
 
-def _language_settings(c: Any) -> dict:
+def _language_settings(c: DecoderConfig | T5Config) -> dict:
     kind = next(kind for kind, _ in LANGUAGES.values() if kind.describes(c))
     return kind.settings(c)
 
 
-def _is(c: Any, fits: Callable[[Any], bool]) -> bool:
+def _is(c: DecoderConfig | T5Config, fits: Callable[[Any], bool]) -> bool:
     return type(c).__name__ == "Prefix" and c.latents is None and fits(c.qformer)
 
 
@@ -125,12 +130,12 @@ OWN_IMAGE_TOKEN = -200
 WORDS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def own_settings(c: Any, model_type: str) -> dict:
+def own_settings(c: Prefix, model_type: str) -> dict:
     """A config.json of our own for what no published one can say."""
     return {"model_type": model_type, "system": json.loads(configs.to_json(c))}
 
 
-def _llava_settings(c: Any) -> dict:
+def _llava_settings(c: Prefix) -> dict:
     if c.names == "original" and (c.encodes or c.words or not c.vision.norm_before):
         return own_settings(c, "llava")
     if c.names == "original":
@@ -156,7 +161,7 @@ def _llava_settings(c: Any) -> dict:
     }
 
 
-def _own_llava_settings(c: Any) -> dict:
+def _own_llava_settings(c: Prefix) -> dict:
     vision = CLIP.settings(c.vision)
     known = [name for name, sizes in TOWERS.items() if CLIP.config(sizes) == c.vision]
     own = {
@@ -177,7 +182,7 @@ def _own_llava_settings(c: Any) -> dict:
 OWN_TOWER = "model.vision_tower.vision_tower."
 
 
-def _llava_tensors(c: Any, tensors: Tensors, folder: Path) -> Tensors:
+def _llava_tensors(c: Prefix, tensors: Tensors, folder: Path) -> Tensors:
     """One spelling of many; and what the file leaves to others, as it holds only what was trained: CLIP, and LLaMA."""
     if c.names == "hugging_face":
         return tensors.respelled(*LLAVA_SPELLINGS)
@@ -271,7 +276,7 @@ def _blip_config(s: dict, text: bool) -> Any:
     )
 
 
-def _blip_settings(c: Any) -> dict:
+def _blip_settings(c: Prefix) -> dict:
     """Hugging Face has one epsilon for the tower's norms and the one behind it, where LAVIS has 1e-6 and 1e-5."""
     text, q = c.qformer.text, c.qformer
     settings = {
@@ -313,7 +318,7 @@ def _blip_settings(c: Any) -> dict:
 def _whole_settings(settings: Callable[[Any], dict]) -> Callable[[Any], dict]:
     """Settings as Hugging Face's where the names are; else our own config, as nobody else has one."""
 
-    def made(c: Any) -> dict:
+    def made(c: Prefix) -> dict:
         if c.names == "hugging_face":
             return settings(c)
         return own_settings(c, "lavis")

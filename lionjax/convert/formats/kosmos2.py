@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lionjax.convert.formats.checkpoint_format import Published, abstract, refuse_unless, token
 from lionjax.convert.formats.hf_vision import CLIP
 from lionjax.convert.formats.hf_vlm import CLIP_224, own_settings
+
+if TYPE_CHECKING:
+    from lionjax.models.vlm.visual_prefix import Prefix
 
 
 def _config(s: dict) -> Any:
@@ -48,7 +51,7 @@ def _config(s: dict) -> Any:
     )
 
 
-def _settings(c: Any) -> dict:
+def _settings(c: Prefix) -> dict:
     t = c.language
     if not c.vision.norm_before:
         return own_settings(c, "kosmos-2")
@@ -77,7 +80,7 @@ def _settings(c: Any) -> dict:
     }
 
 
-def _describes(c: Any) -> bool:
+def _describes(c: Prefix) -> bool:
     return type(c).__name__ == "Prefix" and type(c.latents).__name__ == "ProjectionConfig"
 
 

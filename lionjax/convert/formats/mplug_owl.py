@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lionjax.convert.formats.checkpoint_format import Published, abstract, refuse_unless
 from lionjax.convert.formats.hf_language import LLAMA
 from lionjax.convert.formats.hf_vlm import own_settings
+
+if TYPE_CHECKING:
+    from lionjax.models.vlm.visual_prefix import Prefix
 
 LLAMA_7B = {
     "vocab_size": 32000,
@@ -59,7 +62,7 @@ def _config(s: dict) -> Any:
     )
 
 
-def _settings(c: Any) -> dict:
+def _settings(c: Prefix) -> dict:
     v, a = c.vision, c.latents
     if c.encodes or not v.norm_before:
         return own_settings(c, "mplug-owl")
@@ -92,7 +95,7 @@ def _settings(c: Any) -> dict:
     }
 
 
-def _describes(c: Any) -> bool:
+def _describes(c: Prefix) -> bool:
     return type(c).__name__ == "Prefix" and type(c.latents).__name__ == "AbstractorConfig"
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lionjax.convert.formats.checkpoint_format import Published, abstract
 from lionjax.convert.formats.hf_language import LLAMA
 from lionjax.convert.formats.sam import SAM, SEGMENT_ANYTHING
 from lionjax.core import config as configs
+
+if TYPE_CHECKING:
+    from lionjax.models.vlm.nextchat import NextChat
 
 
 def _nextchat_config(s: dict) -> Any:
@@ -32,7 +35,7 @@ def _nextchat_config(s: dict) -> Any:
     )
 
 
-def _nextchat_settings(c: Any) -> dict:
+def _nextchat_settings(c: NextChat) -> dict:
     own = {
         "architectures": ["NextChatForSegLM"],
         "model_type": "nextchat",

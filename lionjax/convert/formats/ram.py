@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lionjax.convert.formats.checkpoint_format import Published, abstract_of_picture
 from lionjax.convert.formats.hf_vision import SWIN
 from lionjax.core import config as configs
 from lionjax.core.types import Params
+
+if TYPE_CHECKING:
+    from lionjax.models.vision.ram import RamConfig
 
 RAM_FILE = "ram_swin_large_14m.pth"  # as everybody calls it; it tells nothing of itself
 
@@ -21,13 +24,13 @@ def _ram_config(s: dict) -> Any:
     return configs.from_json(json.dumps(s["system"])) if "system" in s else ram.RAM_SWIN_L
 
 
-def _ram_rows(c: Any) -> tuple:
+def _ram_rows(c: RamConfig) -> tuple:
     from lionjax.models.vision import ram
 
     return ram.torch_rows(c)
 
 
-def _ram_abstract(c: Any, mesh: Any = None) -> Params:
+def _ram_abstract(c: RamConfig, mesh: Any = None) -> Params:
     from lionjax.models.vision.ram import Ram
 
     return abstract_of_picture(Ram(c), c.swin.image, mesh)

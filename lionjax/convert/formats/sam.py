@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lionjax.convert.formats.checkpoint_format import Published, refuse_unless
 from lionjax.core.types import Params
+
+if TYPE_CHECKING:
+    from lionjax.models.vision.sam_encoder import SamConfig
 
 META_SAM = "sam_vit_h_4b8939.pth"  # as everybody calls it; it tells nothing of itself
 
@@ -42,7 +45,7 @@ def _sam_config(s: dict) -> Any:
     )
 
 
-def _sam_settings(c: Any) -> dict:
+def _sam_settings(c: SamConfig) -> dict:
     return {
         "architectures": ["SamModel"],
         "model_type": "sam",
@@ -79,13 +82,13 @@ def _sam_settings(c: Any) -> dict:
     }
 
 
-def _sam_rows(c: Any) -> tuple:
+def _sam_rows(c: SamConfig) -> tuple:
     from lionjax.models.vision import sam_decoder
 
     return sam_decoder.hugging_face_rows(c)
 
 
-def _sam_abstract(c: Any, mesh: Any = None) -> Params:
+def _sam_abstract(c: SamConfig, mesh: Any = None) -> Params:
     import jax
 
     from lionjax.core import sharding
@@ -109,7 +112,7 @@ def _meta_sam_config(s: dict) -> Any:
     return SAM_VIT_H
 
 
-def _meta_sam_rows(c: Any) -> tuple:
+def _meta_sam_rows(c: SamConfig) -> tuple:
     from lionjax.models.vision import sam_decoder
 
     return sam_decoder.torch_rows(c)

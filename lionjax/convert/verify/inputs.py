@@ -5,11 +5,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lionjax.core.types import Batch, UserError
+
+if TYPE_CHECKING:
+    from lionjax.models.language.bert import BertConfig
+    from lionjax.models.language.decoder import DecoderConfig
+    from lionjax.models.language.t5 import T5Config
+    from lionjax.models.vision.sam_encoder import SamConfig
+    from lionjax.models.vision.swin import SwinConfig
+    from lionjax.models.vision.vit import ViTConfig
+    from lionjax.models.vlm.visual_prefix import Prefix
 
 LENGTH = 13  # words of the text that is read
 
@@ -28,7 +37,7 @@ def _words(rng, vocab: int, rows: int = 2) -> np.ndarray:
     return rng.integers(3, vocab, (rows, LENGTH))
 
 
-def _decoder_run(c: Any, rng) -> Run:
+def _decoder_run(c: DecoderConfig, rng) -> Run:
     from lionjax.models.language.decoder import Decoder
 
     def read(module, ids):
@@ -38,7 +47,7 @@ def _decoder_run(c: Any, rng) -> Run:
     return Run(Decoder(c), read, (ids,), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
 
 
-def _t5_run(c: Any, rng) -> Run:
+def _t5_run(c: T5Config, rng) -> Run:
     from lionjax.models.language.t5 import T5
 
     def read(module, ids, answer):
@@ -51,7 +60,7 @@ def _t5_run(c: Any, rng) -> Run:
     return Run(T5(c), read, (ids, answer), given)
 
 
-def _bert_run(c: Any, rng) -> Run:
+def _bert_run(c: BertConfig, rng) -> Run:
     from lionjax.models.language.bert import Bert
 
     def read(module, ids):
@@ -66,7 +75,7 @@ def _picture(rng, side: int) -> np.ndarray:
     return rng.standard_normal((1, side, side, 3)).astype(np.float32)
 
 
-def _clip_run(c: Any, rng) -> Run:
+def _clip_run(c: ViTConfig, rng) -> Run:
     from lionjax.models.vision.vit import ViT
 
     def read(module, image):
@@ -77,7 +86,7 @@ def _clip_run(c: Any, rng) -> Run:
     return Run(ViT(c), read, (image,), {"pixel_values": image.transpose(0, 3, 1, 2).copy()})
 
 
-def _sam_run(c: Any, rng) -> Run:
+def _sam_run(c: SamConfig, rng) -> Run:
     from lionjax.models.vision.sam_decoder import Sam
 
     def read(module, image, box):
@@ -90,7 +99,7 @@ def _sam_run(c: Any, rng) -> Run:
     return Run(Sam(c), read, (image, box), given)
 
 
-def _swin_run(c: Any, rng) -> Run:
+def _swin_run(c: SwinConfig, rng) -> Run:
     from lionjax.models.vision.swin import Swin
 
     image = _picture(rng, c.image)
@@ -98,7 +107,7 @@ def _swin_run(c: Any, rng) -> Run:
     return Run(Swin(c), lambda module, image: {"last_hidden_state": module(image)[0]}, (image,), given)
 
 
-def _prefix_run(c: Any, rng) -> Run:
+def _prefix_run(c: Prefix, rng) -> Run:
     """A text with a picture in it; theirs wants as many image tokens as the picture has words."""
     from lionjax.models.vlm.visual_prefix import PrefixModule
 

@@ -88,7 +88,7 @@ def first_k_positions(here_BL, count: int):
     return place_BK, jnp.take_along_axis(here_BL.astype(bool), place_BK, axis=1)
 
 
-def gather_region_queries(c, batch: Batch, state_BMD):
+def gather_region_queries(c: PlaceConfig, batch: Batch, state_BMD):
     """States at the answer's triggers (B, K, D), which box each of them means (B, K), and which are real (B, K).
 
     `state_BMD` are the states that have read each word of the answer. Triggers in what the other side says are not
@@ -106,13 +106,13 @@ def gather_region_queries(c, batch: Batch, state_BMD):
     return pick(state_BMD, place_BK), jnp.minimum(which_BK, count - 1), real_BK
 
 
-def text_loss(c, logits_BMV, batch: Batch) -> tuple[jax.Array, Metrics]:
+def text_loss(c: PlaceConfig, logits_BMV, batch: Batch) -> tuple[jax.Array, Metrics]:
     """Cross entropy of an answer. The model says where a place begins; what stands there is no word to choose."""
     learned_BM = batch.loss_mask_BM * (batch.target_BM != c.location_token)
     return losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
 
 
-def box_losses(c, locations: Locations, batch: Batch, found) -> tuple[dict, Metrics]:
+def box_losses(c: PlaceConfig, locations: Locations, batch: Batch, found) -> tuple[dict, Metrics]:
     """Weighted L1, GIoU and cycle terms of the boxes at region queries (see `gather_region_queries`), and their IoU."""
     trigger_BKD, which_BK, real_BK = found
     trigger_BKD = trigger_BKD.astype(jnp.float32)
@@ -145,7 +145,7 @@ def has_mask(batch: Batch, found):
     return real_BK & pick(batch.masks_mask_BK, which_BK).astype(bool)
 
 
-def mask_loss(c, batch: Batch, found, logits_BKhw, iou_BK, enlarge) -> tuple[jax.Array, Metrics]:
+def mask_loss(c: PlaceConfig, batch: Batch, found, logits_BKhw, iou_BK, enlarge) -> tuple[jax.Array, Metrics]:
     """Focal, dice and IoU losses of the masks at triggers (`found`); `enlarge` gives logits the true masks' size."""
     mask_BKHW, real_BK = pick(batch.masks_BKHW, found[1]), has_mask(batch, found)
     original = c.losses == "original"
@@ -155,7 +155,7 @@ def mask_loss(c, batch: Batch, found, logits_BKhw, iou_BK, enlarge) -> tuple[jax
     return sum(terms.values()), metrics | {"weight": real_BK.astype(jnp.float32).sum()}
 
 
-def init_region_state(c, rows: int, width: int, dtype) -> dict:
+def init_region_state(c: PlaceConfig, rows: int, width: int, dtype) -> dict:
     """What is kept of answers that have just begun: boxes, the states they were read from, and how many there are."""
     return {
         "box": jnp.zeros((1, rows, c.max_boxes, 4)),
@@ -164,7 +164,7 @@ def init_region_state(c, rows: int, width: int, dtype) -> dict:
     }
 
 
-def constrain_logits(c, locations: Locations, state_BD, word_BV, triggered_B, kept: dict):
+def constrain_logits(c: PlaceConfig, locations: Locations, state_BD, word_BV, triggered_B, kept: dict):
     """(logits (B, V), what a cache remembers) of the state behind a word, which may be a trigger.
 
     A location token can follow a trigger only, and must. `place` is what the next word is where `triggered`.

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 
 from lionjax.core.types import VLM, Batch, Cache, Metrics, Params
 from lionjax.models.heads import region
-from lionjax.models.heads.region import Locations, MaskPrompts
+from lionjax.models.heads.region import Locations, MaskPrompts, PlaceConfig
 from lionjax.models.language.backend import language_model
-from lionjax.models.language.decoder import last
+from lionjax.models.language.decoder import DecoderConfig, last
+from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import sam_decoder
 from lionjax.models.vision.sam_decoder import Sam
+from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.nn import losses
 
 
@@ -29,6 +31,14 @@ class RegionLM(VLM):
 
     It has `language`, `sam`, `objective` and `region_head` (see `heads.region`; None: a language model alone).
     """
+
+    language: T5Config | DecoderConfig
+    sam: SamConfig | None
+    objective: str
+    dtype: str
+    region_head: PlaceConfig | None
+    box_scale: float
+    is_encoder_decoder: bool
 
     def module(self) -> RegionModule:
         raise NotImplementedError

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lionjax.core.weight_map import Row, reshaped, under
 from lionjax.models.connectors import perceiver, qformer
@@ -12,6 +12,9 @@ from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import vit
 from lionjax.nn.layers import dense_rows, norm_rows
+
+if TYPE_CHECKING:
+    from lionjax.models.vlm.visual_prefix import Prefix
 
 
 def language_rows(c: DecoderConfig | T5Config) -> tuple[Row, ...]:
@@ -25,7 +28,7 @@ def _two_layers(torch: str, first: str, second: str) -> tuple[Row, ...]:
     return (*dense_rows(torch + first, "projector/up"), *dense_rows(torch + second, "projector/down"))
 
 
-def hugging_face_rows(c: Any) -> tuple[Row, ...]:
+def hugging_face_rows(c: Prefix) -> tuple[Row, ...]:
     """LlavaForConditionalGeneration, or with a Q-Former Blip2- and InstructBlipForConditionalGeneration, as published.
 
     Newer versions of transformers call LLaVA's parts otherwise in memory, and read these names all the same.
@@ -49,7 +52,7 @@ def hugging_face_rows(c: Any) -> tuple[Row, ...]:
     )
 
 
-def original_rows(c: Any) -> tuple[Row, ...]:
+def original_rows(c: Prefix) -> tuple[Row, ...]:
     """LLaVA's own code, or with a Q-Former LAVIS (BLIP-2, InstructBLIP) and MiniGPT-4."""
     if c.latents is not None:
         return owl_rows(c)
@@ -74,7 +77,7 @@ def original_rows(c: Any) -> tuple[Row, ...]:
     )
 
 
-def original_word(c: Any) -> str:
+def original_word(c: Prefix) -> str:
     """What LAVIS calls the language model; MiniGPT-4, whose Q-Former reads no text, says llama."""
     if isinstance(c.language, T5Config):
         return "t5"
@@ -83,7 +86,7 @@ def original_word(c: Any) -> str:
     return "llm" if c.qformer.text else "llama"
 
 
-def owl_rows(c: Any) -> tuple[Row, ...]:
+def owl_rows(c: Prefix) -> tuple[Row, ...]:
     """mPLUG-Owl's own code."""
     return (
         *under("vision_model.", "vision/", vit.tower_rows(c.vision, vit.owl_rows)),
@@ -95,7 +98,7 @@ def owl_rows(c: Any) -> tuple[Row, ...]:
     )
 
 
-def kosmos_rows(c: Any) -> tuple[Row, ...]:
+def kosmos_rows(c: Prefix) -> tuple[Row, ...]:
     """Kosmos2ForConditionalGeneration."""
     return (
         *under("vision_model.model.", "vision/", vit.tower_rows(c.vision, vit.clip_rows)),

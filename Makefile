@@ -5,13 +5,14 @@ PYTHON ?= python3
 WORKERS ?= 2
 PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
-.PHONY: help demo test test-fast test-prepare lint
+.PHONY: help demo test test-fast test-prepare docs lint
 
 help:
 	@echo "make demo       train the tiny flagship in stages, evaluate it, write runs/demo/report.html"
 	@echo "make test       run every test"
 	@echo "make test-fast  run every test but the slow ones"
 	@echo "make test-prepare  the test of data preparation by Apache Beam, in .venv-prepare: its pins are older"
+	@echo "make docs       build the documentation and the API reference into site/; a broken link fails"
 	@echo "make lint       check code and formatting with ruff"
 	@echo "Each sets up .venv the first time. PYTHON=python3.12 chooses the Python, WORKERS=4 the test processes."
 
@@ -31,6 +32,13 @@ test-prepare:
 	@test -x .venv-prepare/bin/python || $(PYTHON) -m venv .venv-prepare
 	@.venv-prepare/bin/python -m pip install --quiet -c lock/prepare.txt -e ".[prepare]" pytest pytest-timeout
 	JAX_PLATFORMS=cpu .venv-prepare/bin/python -m pytest tests/test_preparing.py $(ARGS)
+
+docs:
+	@$(PYTHON) launch/environment.py demo
+	@.venv/bin/python -c "import material, mkdocstrings_handlers.python, ruff" 2>/dev/null || \
+		.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" \
+		-c lock/$$(.venv/bin/python -c "import sys; print('py311' if sys.version_info < (3, 12) else 'py312')").txt
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
 lint:
 	@$(PYTHON) launch/environment.py test

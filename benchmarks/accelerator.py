@@ -237,7 +237,7 @@ def train_ours(asked, s) -> dict:
     flops = flops_of(s, system, params, batch)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     params = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    step, compiling = train_step.update_of(s, system, params, sharding.put_batch(batch, mesh), mesh)
+    step, compiling = train_step.update_of(s, system, params, sharding.shard_batch(batch, mesh), mesh)
     del params
     kind = jax.devices()[0].device_kind
     return timed(step, asked.repeats) | {
@@ -260,7 +260,7 @@ def flops_of(s, system, params, batch) -> float:
         loss = lambda t: plain.loss(trees.merge(t, frozen), batch)[0]  # noqa: E731
         return jax.grad(loss)(trainable)
 
-    return hlo_analysis.products(jax.make_jaxpr(gradients)(trainable, frozen, batch).jaxpr)
+    return hlo_analysis.jaxpr_flops(jax.make_jaxpr(gradients)(trainable, frozen, batch).jaxpr)
 
 
 def tokens_of(s, batch) -> int:
@@ -272,7 +272,7 @@ def tokens_of(s, batch) -> int:
 def decode_ours(asked, s) -> dict:
     import jax
 
-    from lionjax.inference.generate import GenerateConfig, generate
+    from lionjax.inference.generate import GenerationConfig, generate
 
     system, params = ours(s, asked.size == "tiny")
     params = trees.cast(params, system.dtype)
@@ -280,7 +280,7 @@ def decode_ours(asked, s) -> dict:
     batch = jax.device_put(train_step.peer_of(s).batch_of(s))
 
     def answer(words: int):
-        config = GenerateConfig(max_new_tokens=words, eos=-1, pad=0, start=start)
+        config = GenerationConfig(max_new_tokens=words, eos_token_id=-1, pad_token_id=0, decoder_start_token_id=start)
         return np.asarray(generate(system, params, batch, config).ids_BM)
 
     made = rate(answer, asked)
@@ -418,7 +418,7 @@ def agree(found: dict) -> None:
 def tables(found: dict) -> list[str]:
     """All figures as one table of markdown."""
     kind = next((made["device"] for made in found.values() if "device" in made), "unknown")
-    peak = topologies.published(kind)
+    peak = topologies.peak_rates(kind)
     lines = [
         "| shape | side | train, tokens/s | ms | MFU | against torch "
         "| decode, tokens/s | of the limit | against torch |",

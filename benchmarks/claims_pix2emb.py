@@ -39,9 +39,9 @@ from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.types import Params
 from lionjax.data import pipeline
 from lionjax.evaluation import runner
-from lionjax.inference.loading import example, of_params
+from lionjax.inference.loading import dummy_batch, from_params
 from lionjax.training import checkpoint, loop
-from lionjax.training.init import layout, shipped
+from lionjax.training.init import make_param_specs, resolve_weights_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEING = ("aggregator", "aggregator_norm", "aggregator_projector", ".*/adapters")
@@ -76,11 +76,11 @@ class Run:
 def experiment(run: Run, seed: int, stage: Stage, how: str = "embeddings", **places) -> Experiment:
     """The small flagship with one stage, which says boxes in one way; `places` replace fields of its config's."""
     whole = config.load(ROOT / "configs" / "tiny_lionjax.py")
-    system, data = whole.system, whole.data
+    system, data = whole.model, whole.data
     system = dataclasses.replace(
         system,
         visual_input="AGGREGATOR",
-        soft_prompt_token=None,
+        soft_prompt_token_id=None,
         places=dataclasses.replace(system.places, **WEIGHTS | places),
     )
     lengths = {"prompt_length": 20, "question_length": 1, "target_length": 20 if how == "digits" else 8}
@@ -93,7 +93,7 @@ def experiment(run: Run, seed: int, stage: Stage, how: str = "embeddings", **pla
         rest["bins"] = BINS
     sources = (dataclasses.replace(data.sources[0], sizes=(run.scenes, 300, 400), pixels=112, seed=seed),)
     processor = dataclasses.replace(data.processor, **lengths, **rest)
-    data = dataclasses.replace(data, sources=sources, processor=processor, mask_share=1.0)
+    data = dataclasses.replace(data, sources=sources, processor=processor, mask_fraction=1.0)
     return dataclasses.replace(
         whole,
         seed=seed,
@@ -110,7 +110,7 @@ def with_bins(run: Run) -> str:
     file = run.workdir / "tiny_t5_with_bins.safetensors"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        weights, rng = (load_file(shipped("shipped:tiny_t5.safetensors")), np.random.default_rng(0))
+        weights, rng = (load_file(resolve_weights_file("shipped:tiny_t5.safetensors")), np.random.default_rng(0))
         for name, axis in (("language/embedding/table", 0), ("language/head/kernel", 1)):
             old = weights[name]
             shape = (BINS**2, old.shape[1]) if axis == 0 else (old.shape[0], BINS**2)
@@ -131,7 +131,7 @@ def stage(run: Run, mixture, how: str = "embeddings") -> Stage:
         warmup_steps=20,
         weight_decay=0.01,
         clip_norm=1.0,
-        learning_rate_scale=tuple((part, 4.0) for part in NEW[how]),
+        lr_multipliers=tuple((part, 4.0) for part in NEW[how]),
     )
 
 
@@ -142,9 +142,9 @@ def trained(run: Run, name: str, what: Experiment) -> Params:
 
 def figures(run: Run, what: Experiment, params: Params, names: tuple[str, ...]) -> Figures:
     """Metrics of some benchmarks on held-out scenes, those read behind the true words among them."""
-    answerer, found = of_params(what, params).answerer, {}
+    answerer, found = from_params(what, params).engine, {}
     for name in names:
-        entry = runner.evaluate(answerer, what.data, what.answer, name, limit=run.limit)
+        entry = runner.evaluate(answerer, what.data, what.generation, name, limit=run.limit)
         found |= entry["metrics"] | {f"{name}_{key}": value for key, value in entry["details"].items()}
         for key, value in entry.get("teacher_forced", {}).items():
             found[f"{key}_teacher_forced"] = value
@@ -175,9 +175,9 @@ def cycles(run: Run, seed: int) -> Iterator[tuple[str, Figures]]:
 def at(folder: Path, what: Experiment, last: Params, step: int) -> Params:
     """The parameters at a step that was saved: what no step changes is as at the end."""
     mesh = sharding.make_mesh(what.mesh)
-    first = example(of_params(what, last, mesh=mesh).processor)
-    like = {"trainable": layout(what, first, mesh).learned}
-    items, _ = checkpoint.read(folder / "checkpoints" / str(step), like)
+    first = dummy_batch(from_params(what, last, mesh=mesh).processor)
+    like = {"trainable": make_param_specs(what, first, mesh).trainable}
+    items, _ = checkpoint.restore_tree(folder / "checkpoints" / str(step), like)
     _, never = trees.split(last, what.stages[0].trainable)
     return trees.merge(items["trainable"], never)
 
@@ -195,11 +195,11 @@ def masks(run: Run, seed: int) -> Iterator[tuple[str, Figures]]:
         name="masks",
         steps=run.mask_steps,
         trainable=("mask_prompts", "sam/decoder"),
-        learning_rate_scale=(),
+        lr_multipliers=(),
         system=(("objective", "masks"),),
     )
     for share in SHARES:
-        data = dataclasses.replace(what.data, mask_share=share)
+        data = dataclasses.replace(what.data, mask_fraction=share)
         weights = (("", str(kept / "params.safetensors")),)
         more = dataclasses.replace(what, data=data, stages=(last,), weights=weights)
         params = trained(run, f"masks_{share:g}_{seed}", more)

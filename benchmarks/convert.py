@@ -60,28 +60,28 @@ def t5_of(gigabytes: float):
     from lionjax.models.language.t5 import FLAN_T5_XL
 
     c = FLAN_T5_XL
-    square, wide = c.width * c.heads * c.head, 3 * c.width * c.hidden
+    square, wide = c.width * c.num_heads * c.head_dim, 3 * c.width * c.mlp_dim
     layer = 2 * (4 * square + wide + 8 * square + wide)  # one encoder and one decoder layer, two bytes each
-    layers = max(1, round((gigabytes * 1e9 - 4 * 2 * c.vocab * c.width) / layer))
-    return dataclasses.replace(c, encoder_layers=layers, decoder_layers=layers)
+    layers = max(1, round((gigabytes * 1e9 - 4 * 2 * c.vocab_size * c.width) / layer))
+    return dataclasses.replace(c, encoder_depth=layers, decoder_depth=layers)
 
 
 def make(folder: Path, config) -> tuple[int, dict[str, int]]:
     """Write the checkpoint; bytes of its largest tensor, and a checksum of each."""
     import ml_dtypes
 
-    from lionjax.convert.formats.detect import CONFIG_FILE, of_config
-    from lionjax.convert.io.safetensors_writer import whole_folder, write_safetensors
-    from lionjax.convert.mapping.plan import Form, plan_state
+    from lionjax.convert.formats.detect import CONFIG_FILE, format_of_config
+    from lionjax.convert.io.safetensors_writer import atomic_folder, write_safetensors
+    from lionjax.convert.mapping.plan import TensorSpec, plan_state_dict
     from lionjax.core import config as configs
     from lionjax.core import params as trees
 
-    kind, sums = of_config(config), {}
-    shapes, half = trees.flatten(kind.abstract(config)), np.dtype(ml_dtypes.bfloat16)
-    leaves = {path: Form(shape.shape, half) for path, shape in shapes.items()}
-    plan = plan_state(kind.rows(config), leaves)
-    made = plan.made
-    first = {name: piece.tensors[0] for piece in plan.pieces for name in piece.tied}
+    kind, sums = format_of_config(config), {}
+    shapes, half = trees.flatten(kind.abstract_params(config)), np.dtype(ml_dtypes.bfloat16)
+    leaves = {path: TensorSpec(shape.shape, half) for path, shape in shapes.items()}
+    plan = plan_state_dict(kind.weight_map(config), leaves)
+    made = plan.output_specs
+    first = {name: piece.torch_keys[0] for piece in plan.mapped_tensors for name in piece.tied_keys}
     numbers = {name: number for number, name in enumerate(made)}
     noise = np.random.default_rng(0).standard_normal(2**22, np.float32).astype(half)
 
@@ -96,8 +96,8 @@ def make(folder: Path, config) -> tuple[int, dict[str, int]]:
             sums[name] = checksum(tensor)
             yield name, (), tensor
 
-    constants = {row.names[0]: row.op.to_torch() for row in kind.rows(config) if not row.paths}
-    with whole_folder(folder) as partial:
+    constants = {row.torch_keys[0]: row.transform.to_torch() for row in kind.weight_map(config) if not row.flax_paths}
+    with atomic_folder(folder) as partial:
         write_safetensors(partial, "model", made, parts())
         (partial / CONFIG_FILE).write_text(configs.to_json(config))
     return max(form.nbytes for form in made.values()), sums
@@ -134,18 +134,18 @@ def one_way(src: str, dst: str, to: str, fsdp: int, tensor: int) -> None:
     if convert.holds_params(Path(src)):
         config, tensors = convert.open_params(src)
     else:
-        source = detect.open_source(Path(src))
+        source = detect.open_checkpoint(Path(src))
         config, tensors = source.config, source.tensors
-    kind = detect.of_config(config)
+    kind = detect.format_of_config(config)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=fsdp, tensor=tensor))
-    detect.table_and_model(kind, config)  # tracing is not what is measured
-    for name in tensors.mapped:  # warm the page cache
+    detect.weight_map_and_abstract_params(kind, config)  # tracing is not what is measured
+    for name in tensors.memory_mapped:  # warm the page cache
         tensors[name].reshape(-1).view(np.uint8)[::4096].max()
-        tensors.forget(name)
+        tensors.release(name)
     if to == "orbax":
         import orbax.checkpoint  # noqa: F401
 
-        kind.abstract(config, mesh)
+        kind.abstract_params(config, mesh)
     watch = Peak()
     watch.start()
     processor, clock = time.process_time(), time.perf_counter()
@@ -208,7 +208,7 @@ def main() -> None:
         same = back.keys() == sums.keys()
         for name, tensor in back.items():
             same = same and checksum(tensor) == sums[name]
-            back.forget(name)
+            back.release(name)
         print(f"all {len(sums)} tensors that came back are those that went in, to the bit: {same}")
     finally:
         shutil.rmtree(given.folder, ignore_errors=True)

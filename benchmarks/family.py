@@ -37,11 +37,11 @@ from lionjax.data import pipeline
 from lionjax.data.processor import Processor
 from lionjax.evaluation import few_shot, runner
 from lionjax.inference import model
-from lionjax.inference.loading import example as loading_example
-from lionjax.inference.loading import of_params
+from lionjax.inference.loading import dummy_batch as loading_example
+from lionjax.inference.loading import from_params
 from lionjax.training import loop
-from lionjax.training.init import layout as init_layout
-from lionjax.training.init import shipped
+from lionjax.training.init import make_param_specs as init_layout
+from lionjax.training.init import resolve_weights_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = (
@@ -97,7 +97,7 @@ def hand_on(params: Params, workdir: Path, name: str) -> None:
         experiment = config.load(ROOT / "configs" / f"tiny_{after}.py")
         example = loading_example(model.Processor(experiment.data.processor))
         layout = init_layout(experiment, example, sharding.make_mesh(experiment.mesh))
-        wanted = trees.flatten(trees.merge(layout.never, layout.learned))
+        wanted = trees.flatten(trees.merge(layout.frozen, layout.trainable))
         part = {path: np.asarray(flat[path]) for path in wanted if path.split("/")[0] in BRIDGE}
         safetensors.numpy.save_file(part, workdir / name / f"bridge_for_{after}.safetensors")
 
@@ -109,7 +109,7 @@ def unchanged(experiment: Experiment, params: Params, report: dict) -> bool:
     never, same = trees.flatten(never), all(stage["frozen_unchanged"] for stage in report["stages"])
     for prefix, file in experiment.weights:
         file, _, part = file.partition("#")
-        held = safetensors.numpy.load_file(shipped(file))
+        held = safetensors.numpy.load_file(resolve_weights_file(file))
         for path, leaf in never.items():
             name = (part or prefix) + path.removeprefix(prefix)
             if f"{path}/".startswith(f"{prefix}/") and name in held:
@@ -137,13 +137,13 @@ def trained(run: Run, name: str) -> dict:
     params, report = loop.train(experiment, folder, pipeline.batches)
     hand_on(params, run.workdir, name)
     training, spent = spent.seconds(), Spent()
-    asked = [task for task in runner.names_of(experiment) if task in SCORES]
-    answerer = of_params(experiment, params).answerer
+    asked = [task for task in runner.trained_benchmarks(experiment) if task in SCORES]
+    answerer = from_params(experiment, params).engine
     entries = runner.evaluate_all(answerer, experiment, asked, folder, run.limit)
     patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
     row = {
         "system": name,
-        "trainable": trees.count(trees.split(params, patterns)[0]),
+        "trainable": trees.count_params(trees.split(params, patterns)[0]),
         "steps": sum(stage.steps for stage in experiment.stages),
         "unchanged": unchanged(experiment, params, report),
         "seconds": [training, spent.seconds()],  # each by the clock, and of processor time
@@ -190,15 +190,15 @@ def curves(run: Run, name: str) -> dict:
         return json.loads(file.read_text())
     known = lionjax.load(run.workdir / name)
     prompts = dataclasses.replace(known.processor.config, prompt_length=SHOT_PROMPT, pictures=1)
-    answerer = dataclasses.replace(known.answerer, processor=Processor(prompts))
+    answerer = dataclasses.replace(known.engine, processor=Processor(prompts))
     data = dataclasses.replace(known.experiment.data, processor=prompts)
     answer, limit = known.experiment.answer, min(run.limit, SHOT_LIMIT)
     rows = []
-    for how in few_shot.HOW:
-        for shots in SHOTS if how == few_shot.HOW[0] else SHOTS[1:]:  # of none, none are chosen
+    for how in few_shot.SELECTION_METHODS:
+        for shots in SHOTS if how == few_shot.SELECTION_METHODS[0] else SHOTS[1:]:  # of none, none are chosen
             words = name == "flamingo"
-            shown = few_shot.Shown(answerer, data, "vqa", shots, how, in_words=words)
-            entry = runner.evaluate(answerer, data, answer, "vqa", None, limit, shown=shown)
+            shown = few_shot.FewShot(answerer, data, "vqa", shots, how, use_text_examples=words)
+            entry = runner.evaluate(answerer, data, answer, "vqa", None, limit, few_shot=shown)
             scores = [round(entry[what]["vqa_accuracy"], 3) for what in ("metrics", "blind")]
             rows.append({"system": name, "how": how, "shots": shots, "vqa": scores})
     found = {"rows": rows, "seconds": spent.seconds()}

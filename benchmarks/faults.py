@@ -48,8 +48,8 @@ def train(workdir: str, steps: int, save_every: int) -> None:
     what = toy.experiment(*stages, run={"save_every": save_every})
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     params, _ = loop.train(what, workdir, toy.Batches)
-    bits = checkpoint.digest(checkpoint.fingerprints(params))
-    run_log.replace_text(Path(workdir) / "bits", bits)
+    bits = checkpoint.sha256_of_json(checkpoint.leaf_checksums(params))
+    run_log.write_text_atomic(Path(workdir) / "bits", bits)
 
 
 def lived(context, workdir: Path, run: Run, most: float | None = None) -> bool:

@@ -21,14 +21,16 @@ import numpy as np
 from benchmarks import llava, text_decoder
 from benchmarks.text_t5 import random_prompts, text_batch, twins
 from lionjax.core.types import Batch
-from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.language.decoder import SMOLLM2_135M
 from lionjax.models.language.t5 import TINY_T5, T5Config
 
 T5S = {
     # The one that ships, with the activation that Hugging Face has.
     "tiny": dataclasses.replace(TINY_T5, activation="gelu_tanh"),
-    "wide": T5Config(vocab=8192, width=256, head=64, heads=4, hidden=1024, encoder_layers=4, decoder_layers=4),
+    "wide": T5Config(
+        vocab_size=8192, width=256, head_dim=64, num_heads=4, mlp_dim=1024, encoder_depth=4, decoder_depth=4
+    ),
 }
 QUESTIONS = (
     "What is the capital of France?",
@@ -69,7 +71,7 @@ def pair_of(asked: argparse.Namespace, cores: int) -> Pair:
         c = T5S[asked.size]
         theirs, system, params = twins(0, c, threads=cores)
         lengths = tuple(np.linspace(asked.prompt // 4, asked.prompt, asked.rows).astype(int))
-        ids_BL, mask_BL = random_prompts(0, c.vocab, lengths)
+        ids_BL, mask_BL = random_prompts(0, c.vocab_size, lengths)
         inputs = {"input_ids": torch.tensor(ids_BL), "attention_mask": torch.tensor(mask_BL)}
         return Pair(system, params, text_batch(ids_BL, mask_BL), theirs, inputs, 0)
     if asked.size == "llava":
@@ -103,7 +105,13 @@ def main() -> None:
     params = jax.device_put(pair.params)
     for beams in asked.beams:
         # No end token, so that both do the same amount of work.
-        config = GenerateConfig(max_new_tokens=asked.tokens, beams=beams, eos=-1, pad=0, start=pair.start)
+        config = GenerationConfig(
+            max_new_tokens=asked.tokens,
+            num_beams=beams,
+            eos_token_id=-1,
+            pad_token_id=0,
+            decoder_start_token_id=pair.start,
+        )
 
         def ours(config=config):
             return np.asarray(generate(pair.system, params, pair.batch, config).ids_BM)
@@ -112,7 +120,7 @@ def main() -> None:
             with torch.inference_mode():
                 made = pair.theirs.generate(
                     **pair.inputs,
-                    num_beams=config.beams,
+                    num_beams=config.num_beams,
                     do_sample=False,
                     repetition_penalty=1.0,
                     eos_token_id=None,

@@ -26,8 +26,8 @@ from lionjax.core.experiment import Experiment
 from lionjax.core.types import Batch
 from lionjax.data import pipeline
 from lionjax.training import step as stages
-from lionjax.training.init import first_parameters, layout
-from lionjax.training.optimizer import optimizer
+from lionjax.training.init import init_params, make_param_specs
+from lionjax.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOAL = 0.15
@@ -56,11 +56,11 @@ def prepared(run: Run) -> tuple[Experiment, Batch]:
 
 def step_of(what: Experiment, system, trainable: tuple[str, ...], batch: Batch, params, mesh):
     """A function that does one update with these parts learning."""
-    stage = dataclasses.replace(what.stages[-2], trainable=trainable, learning_rate_scale=())
+    stage = dataclasses.replace(what.stages[-2], trainable=trainable, lr_multipliers=())
     learned, frozen = trees.split(params, stage.trainable)
-    rule = optimizer(stage, learned)
-    held = [stages.start(rule, jax.tree.map(lambda x: x.copy(), learned), mesh)]
-    update = stages.make_step(system, stage, rule, jax.random.key(0), held[0], mesh, [])
+    rule = make_optimizer(stage, learned)
+    held = [stages.init_train_state(rule, jax.tree.map(lambda x: x.copy(), learned), mesh)]
+    update = stages.make_train_step(system, stage, rule, jax.random.key(0), held[0], mesh, [])
 
     def step() -> None:
         held[0], metrics = update(held[0], frozen, batch)
@@ -73,15 +73,15 @@ def main() -> None:
     run = tyro.cli(Run, description=__doc__)
     what, batch = prepared(run)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    params = trees.merge(*first_parameters(what, batch, layout(what, batch, mesh)))
-    words = what.system
+    params = trees.merge(*init_params(what, batch, make_param_specs(what, batch, mesh)))
+    words = what.model
     plain = dataclasses.replace(words, places=None, sam=None)
     learned, mask_parts = what.stages[-2].trainable, what.stages[-1].trainable
     bare = tuple(part for part in learned if part != "locations")
     if not run.pictures:
         seen = jax.jit(words.features)(params, batch)
         batch = dataclasses.replace(batch, features=seen, image_BHWC=None, sam_image_BHWC=None)
-    batch = sharding.put_batch(batch, mesh)
+    batch = sharding.shard_batch(batch, mesh)
     only, both = (dataclasses.replace(words, objective=objective) for objective in ("masks", "all"))
     steps = {
         "words": step_of(what, plain, bare, without_masks(batch), params, mesh),

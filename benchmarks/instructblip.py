@@ -9,14 +9,23 @@ import numpy as np
 
 from lionjax import convert
 from lionjax.core.types import IMAGE_LEVEL, Batch
-from lionjax.core.weight_map import Row, conv, fused, heads_in, heads_in_bias, heads_out, reshaped, under
+from lionjax.core.weight_map import (
+    WeightMapping,
+    conv,
+    merge_heads_kernel,
+    reshape,
+    split_fused,
+    split_heads,
+    split_heads_kernel,
+    with_prefix,
+)
 from lionjax.models.connectors import qformer
 from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
 from lionjax.models.language import t5
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision.vit import ViTConfig
 from lionjax.models.vlm.lion import PROJECTION_EPS, Lion
-from lionjax.nn.layers import dense_rows, norm_rows
+from lionjax.nn.layers import dense_weight_map, norm_weight_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +150,7 @@ def system_of(s: Sizes) -> Lion:
             4 * s.qformer_width,
             s.queries,
             vision_width=s.vision_width,
-            vocab=s.question_vocab,
+            vocab_size=s.question_vocab,
             dropout=0.0,
         ),
         AggregatorConfig(s.vision_depth - 1, (), s.vision_width),
@@ -156,7 +165,7 @@ def system_of(s: Sizes) -> Lion:
             activation="gelu",
             dropout=0.0,
         ),
-        soft_prompt_token=None,
+        soft_prompt_token_id=None,
         visual_input="QFORMER",
     )
 
@@ -166,13 +175,13 @@ def ours_of(s: Sizes, model):
     system = system_of(s)
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
     rows = torch_rows(system)
-    params = convert.params_from(rows, state)
-    back = convert.state_from(rows, params)
+    params = convert.params_from_state_dict(rows, state)
+    back = convert.state_dict_from_params(rows, params)
     assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
     return system, params
 
 
-def torch_rows(c: Lion) -> tuple[Row, ...]:
+def torch_rows(c: Lion) -> tuple[WeightMapping, ...]:
     """transformers' names of an InstructBLIP over a T5."""
     renamed = (
         ("Qformer.bert.", "qformer."),
@@ -180,43 +189,45 @@ def torch_rows(c: Lion) -> tuple[Row, ...]:
         ("attention.self.", "attention.attention."),
     )
     rows = []
-    for row in under("Qformer.bert.", "qformer/", qformer.torch_rows(c.qformer)):
-        if "position_ids" in row.names[0]:
+    for row in with_prefix("Qformer.bert.", "qformer/", qformer.lavis_weight_map(c.qformer)):
+        if "position_ids" in row.torch_keys[0]:
             continue
         name = row.torch
         for theirs, here in renamed:
             name = name.replace(theirs, here)
         rows.append(dataclasses.replace(row, torch=name))
     return (
-        *under("vision_model.", "vision/", vision_rows(c.vision)),
-        *norm_rows("vision_model.post_layernorm", "qformer_norm"),
-        *under("", "qformer/", qformer.query_rows(c.qformer)),
+        *with_prefix("vision_model.", "vision/", vision_rows(c.vision)),
+        *norm_weight_map("vision_model.post_layernorm", "qformer_norm"),
+        *with_prefix("", "qformer/", qformer.query_tokens_weight_map(c.qformer)),
         *rows,
-        *dense_rows("language_projection", "qformer_projector"),
-        *under("language_model.", "language/", t5.torch_rows(c.language)),
+        *dense_weight_map("language_projection", "qformer_projector"),
+        *with_prefix("language_model.", "language/", t5.weight_map(c.language)),
     )
 
 
-def vision_rows(c: ViTConfig) -> tuple[Row, ...]:
+def vision_rows(c: ViTConfig) -> tuple[WeightMapping, ...]:
     """transformers' names of InstructBLIP's EVA."""
-    head = c.width // c.heads
-    into, bias = heads_in(c.heads, head), heads_in_bias(c.heads, head)
+    head = c.width // c.num_heads
+    into, bias = split_heads_kernel(c.num_heads, head), split_heads(c.num_heads, head)
     block = (
-        Row("self_attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), fused(into, into, into)),
-        Row("self_attn.qkv.bias", tuple(f"attention/{x}/bias" for x in "qv"), fused(bias, None, bias)),
-        Row("self_attn.projection.weight", "attention/o/kernel", heads_out(c.heads, head)),
-        Row("self_attn.projection.bias", "attention/o/bias"),
-        *norm_rows("layer_norm1", "norm1"),
-        *norm_rows("layer_norm2", "norm2"),
-        *dense_rows("mlp.fc1", "mlp/up"),
-        *dense_rows("mlp.fc2", "mlp/down"),
+        WeightMapping(
+            "self_attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(into, into, into)
+        ),
+        WeightMapping("self_attn.qkv.bias", tuple(f"attention/{x}/bias" for x in "qv"), split_fused(bias, None, bias)),
+        WeightMapping("self_attn.projection.weight", "attention/o/kernel", merge_heads_kernel(c.num_heads, head)),
+        WeightMapping("self_attn.projection.bias", "attention/o/bias"),
+        *norm_weight_map("layer_norm1", "norm1"),
+        *norm_weight_map("layer_norm2", "norm2"),
+        *dense_weight_map("mlp.fc1", "mlp/up"),
+        *dense_weight_map("mlp.fc2", "mlp/down"),
     )
     return (
-        Row("embeddings.class_embedding", "class_token", reshaped((1, 1, -1), (-1,))),
-        Row("embeddings.position_embedding", "position", reshaped((1, -1, c.width), (-1, c.width))),
-        Row("embeddings.patch_embedding.weight", "patch/kernel", conv),
-        Row("embeddings.patch_embedding.bias", "patch/bias"),
-        *under("encoder.layers.{i}.", "blocks/", block),
+        WeightMapping("embeddings.class_embedding", "class_token", reshape((1, 1, -1), (-1,))),
+        WeightMapping("embeddings.position_embedding", "position", reshape((1, -1, c.width), (-1, c.width))),
+        WeightMapping("embeddings.patch_embedding.weight", "patch/kernel", conv),
+        WeightMapping("embeddings.patch_embedding.bias", "patch/bias"),
+        *with_prefix("encoder.layers.{i}.", "blocks/", block),
     )
 
 

@@ -13,7 +13,7 @@ from lionjax import convert
 from lionjax.core.types import IMAGE_LEVEL, Batch
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.vit import ViTConfig
-from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def see_once(model, inputs: dict) -> None:
     tower.forward = lambda *_, **__: copy.copy(seen)
 
 
-def system_of(s: Sizes) -> Prefix:
+def system_of(s: Sizes) -> VisualPrefixLM:
     """Ours alone, for weights of its own."""
     vision = ViTConfig(
         s.image,
@@ -114,10 +114,10 @@ def system_of(s: Sizes) -> Prefix:
         4 * s.vision_width,
         1e-5,
         "quick_gelu",
-        biases="qkvo",
+        attention_biases="qkvo",
         patch_bias=False,
-        norm_before=True,
-        norm_after=True,
+        pre_layernorm=True,
+        post_layernorm=True,
     )
     heads = s.language_width // s.head
     language = DecoderConfig(
@@ -128,11 +128,11 @@ def system_of(s: Sizes) -> Prefix:
         heads,
         s.head,
         s.language_width * 8 // 3,
-        pad_token=0,
-        start_token=1,
-        end_token=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
-    return Prefix(vision, language, feature_layer=-2, image_token=s.image_token, in_front=False)
+    return VisualPrefixLM(vision, language, feature_layer=-2, image_token_id=s.image_token, prepend_image=False)
 
 
 def ours_of(s: Sizes, model):

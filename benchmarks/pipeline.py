@@ -58,24 +58,24 @@ def make_folder(folder: Path, images: int) -> None:
     (folder / "images").mkdir()
     photos, notes = [], []
     for number in range(images):
-        scene, name = world.sample("train", number), f"{number:06d}.jpg"
+        scene, name = world.sample_scene("train", number), f"{number:06d}.jpg"
         Image.fromarray(scene.render(640)[80:560]).save(folder / "images" / name, quality=90)
         photos.append({"id": number, "file_name": name, "width": 640, "height": 480})
-        notes += [{"image_id": number, "caption": text} for text in tasks.captions(scene)]
+        notes += [{"image_id": number, "caption": text} for text in tasks.scene_captions(scene)]
     (folder / "captions.json").write_text(json.dumps({"images": photos, "annotations": notes}))
 
 
 def config_of(run: Run, folder: Path, cache_mib: int) -> DataConfig:
     texts = dict.fromkeys(("prompt_length", "question_length", "target_length"), run.length)
     processor = ProcessorConfig(
-        run.size, tokenizer=run.tokenizer, question_tokenizer=run.question_tokenizer, tags=False, **texts
+        run.size, tokenizer=run.tokenizer, question_tokenizer=run.question_tokenizer, use_tags=False, **texts
     )
     # No instances: captions alone make one example of each picture.
-    source = Coco(str(folder), instances="", share=0.0)
-    return DataConfig((source,), processor, cache_mib=cache_mib, threads=1)
+    source = Coco(str(folder), instances_file="", heldout_fraction=0.0)
+    return DataConfig((source,), processor, image_cache_mib=cache_mib, num_threads=1)
 
 
-def our_batches(run: Run, data: DataConfig) -> pipeline.Batches:
+def our_batches(run: Run, data: DataConfig) -> pipeline.BatchIterator:
     stage = Stage("benchmark", 1, (".*",), (("caption", 1.0),), run.batch)
     return pipeline.batches(data, stage, 0, run.batch)
 
@@ -139,20 +139,20 @@ def hugging_face_tokenizer(name: str):
 
     ours = tokenizer.load(name)
     backend = Tokenizer.from_str(ours.backend.to_str())
-    pieces = {"start": ours.start, "end": [ours.end_id]}
+    pieces = {"start": ours.bos_ids, "end": [ours.eos_id]}
     words = {which: [backend.id_to_token(number) for number in ids] for which, ids in pieces.items()}
     backend.post_processor = processors.TemplateProcessing(
         single=[*words["start"], "$A", *words["end"]],
         special_tokens=[(word, backend.token_to_id(word)) for group in words.values() for word in group],
     )
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=backend.id_to_token(ours.pad_id))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token_id=backend.id_to_token(ours.pad_id))
 
 
 def check_same(run: Run, data: DataConfig, folder: Path) -> None:
     """AssertionError unless one of our batches, put together anew from its files and words, is the same."""
     batches = our_batches(run, data)
     batch = next(batches)
-    processor = batches.records.processor
+    processor = batches.dataset.processor
     names = [batches.name(record).partition("/")[2] for record in batch.record_B.tolist()]
     texts = ([processor.decode(ids) for ids in ids_BL] for ids_BL in (batch.prompt_BL, batch.target_BM))
     rows = [(str(folder / "images" / name), *words) for name, *words in zip(names, *texts)]

@@ -31,7 +31,7 @@ from lionjax.core import config
 from lionjax.core.sharding import MeshConfig
 from lionjax.core.types import UserError
 from lionjax.planner import mesh_search, topologies
-from lionjax.planner.worker import Apart
+from lionjax.planner.worker import PlanWorker
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "plans.md"
@@ -105,23 +105,23 @@ def pod_of(text: str) -> topologies.Topology:
     """The slices that a word such as 2xv5e-256 means."""
     number, times, name = text.partition("x")
     if times and number.isdigit():
-        return topologies.parse(name, int(number))
-    return topologies.parse(text)
+        return topologies.parse_topology(name, int(number))
+    return topologies.parse_topology(text)
 
 
 def other_meshes(name: str, pod: str) -> list[MeshConfig]:
     """Meshes that split the batch of that stage over the slices, those nearest to the config's own first."""
     experiment = config.load(ROOT / "configs" / f"{name}.py")
-    stage = experiment.stages[planner.stage_number(experiment, None)]
-    return mesh_search.meshes(stage, pod_of(pod))
+    stage = experiment.stages[planner.find_stage_index(experiment, None)]
+    return mesh_search.candidate_meshes(stage, pod_of(pod))
 
 
 def best(name: str, pod: str, answers: bool = False) -> planner.Plan | None:
     """The plan with the least effort; with the usual one where memory is nearly full, on another mesh where there is
     none or it does not fit."""
     experiment = config.load(ROOT / "configs" / f"{name}.py")
-    number = planner.stage_number(experiment, None)
-    with Apart() as compiler:
+    number = planner.find_stage_index(experiment, None)
+    with PlanWorker() as compiler:
 
         def planned(quick: bool, mesh: MeshConfig | None = None) -> planner.Plan | None:
             try:
@@ -152,9 +152,9 @@ def row_of(made: planner.Plan, pod: str, name: str) -> list[str]:
     seconds = f"{made.step_seconds:.3g}" if known else ""
     if made.what == planner.GENERATION:
         experiment = config.load(ROOT / "configs" / f"{name}.py")
-        tokens = experiment.answer.max_new_tokens or experiment.data.processor.target_length
-        rate = f"{made.speed * tokens:,.0f}" if known else ""
-        return [name, str(tokens), *fits, seconds, rate, made.dominates if known else "", *effort]
+        tokens = experiment.generation.max_new_tokens or experiment.data.processor.max_target_tokens
+        rate = f"{made.examples_per_second * tokens:,.0f}" if known else ""
+        return [name, str(tokens), *fits, seconds, rate, made.bottleneck if known else "", *effort]
     return [
         name,
         made.what,
@@ -162,10 +162,10 @@ def row_of(made: planner.Plan, pod: str, name: str) -> list[str]:
         f"{made.trained / 1e6:,.0f} M",
         f"{made.frozen / 1e6:,.0f} M",
         seconds,
-        f"{made.utilisation:.0%}" if known else "",
-        made.dominates if known else "",
-        plan_command.amount(moved.get("all-gather", 0), "B") if known else "",
-        plan_command.amount(reduced, "B") if known else "",
+        f"{made.mfu:.0%}" if known else "",
+        made.bottleneck if known else "",
+        plan_command.format_amount(moved.get("all-gather", 0), "B") if known else "",
+        plan_command.format_amount(reduced, "B") if known else "",
         *effort,
     ]
 
@@ -212,7 +212,7 @@ def write(updates: dict[tuple[str, str], list[str]], answers: dict[tuple[str, st
 def main() -> None:
     """Fill the tables."""
     run = tyro.cli(Run, description=__doc__)
-    topologies.check()
+    topologies.require_libtpu()
     failed = 0
     wanted = [(name, pod, False) for pod in run.pods for name in run.configs]
     wanted += [(name, pod, True) for pod in run.pods if pod in ANSWERED for name in run.configs]
@@ -227,7 +227,7 @@ def main() -> None:
         rows = {head: known_rows(head) for head in (UPDATES, ANSWERS)}
         rows[head][name, pod] = row_of(made, pod, name)
         write(rows[UPDATES], rows[ANSWERS])
-        print(plan_command.text(made), flush=True)
+        print(plan_command.format_plan(made), flush=True)
     print(f"{len(known_rows(UPDATES))} rows in {PAGE}; {failed} failed", file=sys.stderr)
 
 

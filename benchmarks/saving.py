@@ -42,7 +42,7 @@ def trained(run: Run, workdir: str) -> list[dict]:
     often = dataclasses.replace(what.run, log_every=1, save_every=run.save_every)
     what = dataclasses.replace(what, stages=(stage,), run=often)
     loop.train(what, workdir, pipeline.batches)
-    return run_log.read_lines(Path(workdir) / "metrics.jsonl")
+    return run_log.read_jsonl(Path(workdir) / "metrics.jsonl")
 
 
 def figures(lines: list[dict], save_every: int, megabytes: float) -> str:

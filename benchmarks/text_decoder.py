@@ -8,7 +8,7 @@ import importlib.util
 from pathlib import Path
 
 from lionjax import convert
-from lionjax.core.types import Batch
+from lionjax.core.types import VLM, Batch
 from lionjax.models.language import decoder_weights
 from lionjax.models.language.decoder import SMOLLM2_135M, Decoder, DecoderConfig
 
@@ -16,7 +16,7 @@ NEEDED = ("torch", "transformers", "gguf", "accelerate", "jinja2")
 
 
 @dataclasses.dataclass(frozen=True)
-class TextDecoder:
+class TextDecoder(VLM):
     """A decoder that reads `prompt_BL`: as much of a `System` as generation asks for."""
 
     c: DecoderConfig
@@ -54,7 +54,7 @@ def smollm2(file: Path):
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     theirs = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    params = convert.params_from(decoder_weights.llama_rows(SMOLLM2_135M), state)
+    params = convert.params_from_state_dict(decoder_weights.llama_weight_map(SMOLLM2_135M), state)
     return theirs, AutoTokenizer.from_pretrained(**where), params
 
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lionjax import convert
-from lionjax.core.types import Batch
+from lionjax.core.types import VLM, Batch
 from lionjax.models.language import t5
 from lionjax.models.language.t5 import T5, T5Config
 
 
 @dataclasses.dataclass(frozen=True)
-class TextT5:
+class TextT5(VLM):
     """A T5 that reads `prompt_BL`: as much of a `System` as generation asks for."""
 
     c: T5Config
@@ -58,20 +58,20 @@ def twins(seed: int, c: T5Config, threads: int = 1):
     torch.set_num_threads(threads)  # more only get in each other's way in tests
     torch.manual_seed(seed)
     config = transformers.T5Config(
-        vocab_size=c.vocab,
+        vocab_size=c.vocab_size,
         d_model=c.width,
-        d_kv=c.head,
-        d_ff=c.hidden,
-        num_layers=c.encoder_layers,
-        num_decoder_layers=c.decoder_layers,
-        num_heads=c.heads,
-        relative_attention_num_buckets=c.buckets,
+        d_kv=c.head_dim,
+        d_ff=c.mlp_dim,
+        num_layers=c.encoder_depth,
+        num_decoder_layers=c.decoder_depth,
+        num_heads=c.num_heads,
+        relative_attention_num_buckets=c.num_buckets,
         relative_attention_max_distance=c.max_distance,
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
-        decoder_start_token_id=c.start_token,
-        pad_token_id=c.pad_token,
-        eos_token_id=c.end_token,
+        decoder_start_token_id=c.decoder_start_token_id,
+        pad_token_id=c.pad_token_id,
+        eos_token_id=c.eos_token_id,
     )
     theirs = transformers.T5ForConditionalGeneration(config).eval()
     # As T5 begins, it says one word for ever; larger changes and positions make it ramble, and sometimes stop.
@@ -81,4 +81,4 @@ def twins(seed: int, c: T5Config, threads: int = 1):
             for part, factor in larger.items():
                 weight *= factor if part in name else 1
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    return theirs, TextT5(c), convert.params_from(t5.torch_rows(c), state)
+    return theirs, TextT5(c), convert.params_from_state_dict(t5.weight_map(c), state)

@@ -35,7 +35,7 @@ except ImportError:  # it reads this program's own words alone; others use the f
     tyro = None
 
 from benchmarks import instructblip, llava
-from lionjax.training.optimizer import optimizer
+from lionjax.training.optimizer import make_optimizer
 
 Sizes = TypeVar("Sizes", instructblip.Sizes, llava.Sizes)
 PEERS = {"instructblip": instructblip, "llava": llava}
@@ -103,7 +103,7 @@ def our_step(s: Sizes, known: bool) -> tuple[Callable[[], float], float]:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = jax.device_put(params, everywhere)
-    batch = sharding.put_batch(batch, mesh)
+    batch = sharding.shard_batch(batch, mesh)
     if known:
         features = jax.jit(system.extract_features)(params, batch)
         batch = dataclasses.replace(batch, features=features, image_BHWC=None)
@@ -134,9 +134,9 @@ def update_of(s: Sizes, system, params, batch, mesh) -> tuple[Callable[[], float
     )
     trainable, frozen = trees.split(params, stage.trainable)
     axes = sharding.layer_axes(jax.eval_shape(system.init, jax.random.key(0), peer.batch_of(s)))
-    optimiser = optimizer(stage, trainable, axes)
-    state = stages.start(optimiser, trainable, mesh)
-    make = stages.make_step(system, stage, optimiser, jax.random.key(0), state, mesh, [])
+    optimiser = make_optimizer(stage, trainable, axes)
+    state = stages.init_train_state(optimiser, trainable, mesh)
+    make = stages.make_train_step(system, stage, optimiser, jax.random.key(0), state, mesh, [])
     begun = time.perf_counter()
     update = make.lower(state, frozen, batch).compile()
     compiling = time.perf_counter() - begun

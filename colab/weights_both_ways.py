@@ -70,8 +70,8 @@ jax.tree.map(lambda leaf: f"{leaf.dtype} {leaf.shape}", params["projector"])
 # The table that was read: torch's name, our path, and how the layout changes between them.
 
 # %%
-for row in system.torch_rows()[:8]:
-    print(*row.names, "->", *row.paths, f"({row.op.name})")
+for row in system.weight_map()[:8]:
+    print(*row.torch_keys, "->", *row.flax_paths, f"({row.transform.name})")
 
 # %% [markdown]
 # ## Is it the same model?
@@ -82,7 +82,7 @@ for row in system.torch_rows()[:8]:
 from lionjax.convert.verify.compare import verify
 
 print(found := verify(system, params, folder / "theirs"))
-assert found.agree
+assert found.all_close
 
 # %% [markdown]
 # ## Out
@@ -101,7 +101,7 @@ print({kind: names for kind, names in loading.items() if names} or "no key missi
 assert torch.equal(
     back.model.multi_modal_projector.linear_1.weight, 2 * theirs.model.multi_modal_projector.linear_1.weight
 )
-assert verify(system, changed, folder / "changed").agree
+assert verify(system, changed, folder / "changed").all_close
 
 # %% [markdown]
 # ## To the bit
@@ -126,7 +126,7 @@ import dataclasses
 
 from lionjax.nn.lora import LoraConfig
 
-lora = LoraConfig(rank=4, alpha=8.0, targets=("q", "v"))
+lora = LoraConfig(rank=4, alpha=8.0, target_modules=("q", "v"))
 tuned = dataclasses.replace(system, language=dataclasses.replace(system.language, lora=lora))
 rng = np.random.default_rng(0)
 wide = jax.tree.map(lambda leaf: leaf.astype(np.float32), changed)
@@ -139,4 +139,4 @@ for letter, heads in (("q", system.language.heads), ("v", system.language.kv_hea
 convert.to_torch(tuned, wide, folder / "apart")
 convert.to_torch(tuned, wide, folder / "merged", merge_lora=True)
 print(*sorted(str(file.relative_to(folder)) for file in folder.glob("*/adapter/*")), sep="\n")
-assert verify(tuned, wide, folder / "merged").agree
+assert verify(tuned, wide, folder / "merged").all_close

@@ -8,12 +8,12 @@ paper's.
 
 import dataclasses
 
-from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
-from lionjax.models.vlm.visual_prefix import BLIP2_OPT_2_7B, Prefix
+from lionjax.models.vlm.visual_prefix import BLIP2_OPT_2_7B, VisualPrefixLM
 
 BETWEEN = ("qformer", "vision_norm", "projector")
 CAPTIONS = Stage(
@@ -30,22 +30,24 @@ CAPTIONS = Stage(
     betas=(0.9, 0.98),
 )
 
-CAPTION = AnswerConfig(beams=5, max_new_tokens=30)
+CAPTION = GenerationDefaults(num_beams=5, max_new_tokens=30)
 
 
 def get_config(
-    system: Prefix = BLIP2_OPT_2_7B,
+    system: VisualPrefixLM = BLIP2_OPT_2_7B,
     name: str = "blip2_opt27b",
     language: str = "opt_2_7b",
     stages: tuple[Stage, ...] = (CAPTIONS,),
-    answer: AnswerConfig = CAPTION,
+    answer: GenerationDefaults = CAPTION,
 ) -> Experiment:
     """The whole run; another language model, or InstructBLIP's schedule, may be put in."""
     reads = {} if system.encodes else {"reader": "decoder"}
-    text = {"question_tokenizer": "weights/bert_base_uncased"} if system.qformer.text else {"question_length": 1}
+    text = (
+        {"question_tokenizer": "weights/bert_base_uncased"} if system.qformer.use_text_input else {"question_length": 1}
+    )
     return Experiment(
         name=name,
-        system=dataclasses.replace(
+        model=dataclasses.replace(
             system,
             vision=dataclasses.replace(system.vision, remat="full"),
             language=dataclasses.replace(system.language, remat="full"),
@@ -53,7 +55,7 @@ def get_config(
         ),
         data=DataConfig(
             sources=(Coco("data/coco"),),
-            processor=ProcessorConfig(tokenizer=f"weights/{language}", tags=False, **reads, **text),
+            processor=ProcessorConfig(tokenizer=f"weights/{language}", use_tags=False, **reads, **text),
         ),
         stages=stages,
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
@@ -62,5 +64,5 @@ def get_config(
             ("vision", "weights/eva_vit_g/params.safetensors"),
             ("language", f"weights/{language}/params.safetensors"),
         ),
-        answer=answer,
+        generation=answer,
     )

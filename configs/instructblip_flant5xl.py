@@ -7,15 +7,15 @@ blip2_flant5xl.py's parts with a stage of its own, in which everything between t
 import runpy
 from pathlib import Path
 
-from lionjax.core.experiment import AnswerConfig, Experiment, Stage
-from lionjax.models.vlm.visual_prefix import INSTRUCTBLIP_FLAN_T5_XL, Prefix
+from lionjax.core.experiment import Experiment, GenerationDefaults, Stage
+from lionjax.models.vlm.visual_prefix import INSTRUCTBLIP_FLAN_T5_XL, VisualPrefixLM
 
 blip2 = runpy.run_path(str(Path(__file__).with_name("blip2_opt27b.py")))
 INSTRUCTIONS = (("caption", 1.0), ("vqa", 2.0), ("existence", 0.5))
 
 
 def get_config(
-    system: Prefix = INSTRUCTBLIP_FLAN_T5_XL,
+    system: VisualPrefixLM = INSTRUCTBLIP_FLAN_T5_XL,
     name: str = "instructblip_flant5xl",
     language: str = "flan_t5_xl",
     batch_size: int = 192,
@@ -32,5 +32,5 @@ def get_config(
         warmup_learning_rate=1e-8,
         weight_decay=0.05,
     )
-    answer = AnswerConfig(beams=5, repetition_penalty=1.5, max_new_tokens=256)
+    answer = GenerationDefaults(num_beams=5, repetition_penalty=1.5, max_new_tokens=256)
     return blip2["get_config"](system, name, language, (stage,), answer)

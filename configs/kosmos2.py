@@ -7,7 +7,7 @@ convert`. Rates, warm-up and steps are the paper's; for its web pages and phrase
 
 import dataclasses
 
-from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
@@ -28,18 +28,18 @@ def get_config() -> Experiment:
     mixture = (("caption", 1.0), ("rec", 1.0), ("reg", 1.0))
     return Experiment(
         name="kosmos2",
-        system=system,
+        model=system,
         data=DataConfig(
             sources=(Coco("data/coco"),),
             processor=ProcessorConfig(
                 tokenizer="weights/kosmos2",
-                question_length=1,
-                tags=False,
+                max_question_tokens=1,
+                use_tags=False,
                 reader="decoder",
-                template="{image} <grounding> {question}",
-                image_token=system.image_token,
-                places="bins",
-                bins=32,
+                prompt_template="{image} <grounding> {question}",
+                image_token=system.image_token_id,
+                box_format="bins",
+                location_bins_per_side=32,
             ),
         ),
         stages=(
@@ -59,5 +59,5 @@ def get_config() -> Experiment:
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16", cache_features=True),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(("vision", "weights/kosmos2/params.safetensors"),),
-        answer=AnswerConfig(max_new_tokens=64),
+        generation=GenerationDefaults(max_new_tokens=64),
     )

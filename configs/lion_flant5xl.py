@@ -7,7 +7,7 @@ Rates, batch and steps are InstructBLIP's: the paper and its release do not give
 
 import dataclasses
 
-from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
@@ -42,7 +42,7 @@ def stages(batch_size: int) -> tuple[Stage, ...]:
             60_000,
             (*QFORMER, IMAGE_ADAPTER, "soft_prompt"),
             IMAGE_LEVEL,
-            system=(("visual_input", "QFORMER"),),
+            model_overrides=(("visual_input", "QFORMER"),),
             **shared,
         ),
         Stage(
@@ -50,7 +50,7 @@ def stages(batch_size: int) -> tuple[Stage, ...]:
             60_000,
             (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"),
             REGION_LEVEL,
-            system=(("visual_input", "AGGREGATOR"),),
+            model_overrides=(("visual_input", "AGGREGATOR"),),
             **shared,
         ),
         Stage(
@@ -68,7 +68,7 @@ def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_
     processor = ProcessorConfig(tokenizer=f"weights/{name}", question_tokenizer="weights/bert_base_uncased")
     return Experiment(
         name=f"lion_{name.replace('_', '')}",
-        system=system(language),
+        model=system(language),
         data=DataConfig(sources=(Coco("data/coco"),), processor=processor),
         stages=stages(batch_size),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
@@ -77,5 +77,5 @@ def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_
             ("vision", "weights/eva_vit_g/params.safetensors"),
             ("language", f"weights/{name}/params.safetensors"),
         ),
-        answer=AnswerConfig(beams=5, repetition_penalty=1.5),  # as the release answers
+        generation=GenerationDefaults(num_beams=5, repetition_penalty=1.5),  # as the release answers
     )

@@ -9,12 +9,12 @@ own JSON files, and here stand the tasks that they come to.
 
 import dataclasses
 
-from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
-from lionjax.models.vlm.visual_prefix import LLAVA_15_7B, Prefix
+from lionjax.models.vlm.visual_prefix import LLAVA_15_7B, VisualPrefixLM
 
 CAPTIONS = (("caption@plain", 1.0),)  # the picture and its caption, closed by a line's end
 INSTRUCTIONS = (("vqa", 3.0), ("caption", 1.0), ("existence", 0.5), ("rec", 0.5), ("reg", 0.5))
@@ -46,13 +46,13 @@ STAGES = (
 
 
 def get_config(
-    system: Prefix = LLAVA_15_7B, name: str = "llava15_7b", vicuna: str = "vicuna_7b", stages=STAGES
+    system: VisualPrefixLM = LLAVA_15_7B, name: str = "llava15_7b", vicuna: str = "vicuna_7b", stages=STAGES
 ) -> Experiment:
     """The whole run; another size, or the first LLaVA's schedule, may be put in."""
-    side = system.vision.image
+    side = system.vision.image_size
     return Experiment(
         name=name,
-        system=dataclasses.replace(
+        model=dataclasses.replace(
             system,
             vision=dataclasses.replace(system.vision, remat="full"),
             language=dataclasses.replace(system.language, remat="full"),
@@ -63,16 +63,16 @@ def get_config(
             processor=ProcessorConfig(
                 image_size=side,
                 tokenizer=f"weights/{vicuna}",
-                question_length=1,
-                prompt_length=256,
-                tags=False,
-                padded=True,
-                padding="mean",
+                max_question_tokens=1,
+                max_prompt_tokens=256,
+                use_tags=False,
+                pad_to_square=True,
+                pad_color="mean",
                 reader="decoder",
-                template=VICUNA,
-                image_token=system.image_token,
-                next_turn="USER: {question} ASSISTANT:",
-                plain_end="\n",
+                prompt_template=VICUNA,
+                image_token=system.image_token_id,
+                followup_template="USER: {question} ASSISTANT:",
+                caption_end="\n",
             ),
         ),
         stages=stages,
@@ -82,5 +82,5 @@ def get_config(
             ("vision", f"weights/clip_vit_l_{side}/params.safetensors"),
             ("language", f"weights/{vicuna}/params.safetensors"),
         ),
-        answer=AnswerConfig(max_new_tokens=256),
+        generation=GenerationDefaults(max_new_tokens=256),
     )

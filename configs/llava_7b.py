@@ -21,5 +21,5 @@ def get_config() -> Experiment:
         stage("align", 4_650, 128, 2e-3, ("projector",), later["CAPTIONS"]),
         stage("instruct", 3_700, 128, 2e-5, ("projector", "language"), later["INSTRUCTIONS"]),
     )
-    system = dataclasses.replace(LLAVA_7B, image_token=LLAVA_7B.language.vocab)
+    system = dataclasses.replace(LLAVA_7B, image_token_id=LLAVA_7B.language.vocab_size)
     return later["get_config"](system, "llava_7b", "vicuna_7b", stages)

@@ -7,7 +7,7 @@ tower, Q-Former and its norm are those of BLIP-2. Rates, batches and steps are t
 
 import dataclasses
 
-from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
@@ -23,7 +23,7 @@ def get_config() -> Experiment:
     """The whole run."""
     return Experiment(
         name="minigpt4_7b",
-        system=dataclasses.replace(
+        model=dataclasses.replace(
             MINIGPT4_7B,
             vision=dataclasses.replace(MINIGPT4_7B.vision, remat="full"),
             language=dataclasses.replace(MINIGPT4_7B.language, remat="full"),
@@ -33,14 +33,14 @@ def get_config() -> Experiment:
             sources=(Coco("data/coco"),),
             processor=ProcessorConfig(
                 tokenizer="weights/vicuna_7b",
-                question_length=1,
-                target_length=160,
-                tags=False,
+                max_question_tokens=1,
+                max_target_tokens=160,
+                use_tags=False,
                 reader="decoder",
-                template="###Human: <Img>{image}</Img> {question} ###Assistant:",
-                image_token=MINIGPT4_7B.image_token,
-                next_turn="###Human: {question} ###Assistant:",
-                plain_end="\n",
+                prompt_template="###Human: <Img>{image}</Img> {question} ###Assistant:",
+                image_token=MINIGPT4_7B.image_token_id,
+                followup_template="###Human: {question} ###Assistant:",
+                caption_end="\n",
                 answer_end="###",
             ),
         ),
@@ -78,5 +78,5 @@ def get_config() -> Experiment:
             ("qformer", BLIP2),
             ("language", "weights/vicuna_7b/params.safetensors"),
         ),
-        answer=AnswerConfig(repetition_penalty=1.05, max_new_tokens=300),
+        generation=GenerationDefaults(repetition_penalty=1.05, max_new_tokens=300),
     )

@@ -7,10 +7,10 @@ Wants the public weights, converted once with `lionjax convert`. Rates, batches 
 
 import dataclasses
 
-from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
-from lionjax.data.datasets.jsonl import Lines
+from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import MPLUG_OWL_7B
@@ -35,19 +35,19 @@ def get_config() -> Experiment:
     schedule = {"weight_decay": 0.1, "betas": (0.9, 0.98), "warmup_learning_rate": 0.0}
     return Experiment(
         name="mplug_owl_7b",
-        system=system,
+        model=system,
         data=DataConfig(
             # Talks without a picture are lines of JSON with a question and an answer (Alpaca, Vicuna, Baize).
-            sources=(Coco("data/coco"), Lines("data/talks.jsonl", "data", name="talks")),
+            sources=(Coco("data/coco"), JsonLines("data/talks.jsonl", "data", name="talks")),
             processor=ProcessorConfig(
                 tokenizer="weights/llama_7b",
-                question_length=1,
-                prompt_length=256,
-                tags=False,
+                max_question_tokens=1,
+                max_prompt_tokens=256,
+                use_tags=False,
                 reader="decoder",
-                template=HUMAN,
-                image_token=system.image_token,
-                next_turn="Human: {question} AI:",
+                prompt_template=HUMAN,
+                image_token=system.image_token_id,
+                followup_template="Human: {question} AI:",
             ),
         ),
         stages=(
@@ -79,5 +79,5 @@ def get_config() -> Experiment:
             ("vision", "weights/mplug_owl_7b/params.safetensors"),
             ("language", "weights/llama_7b/params.safetensors"),
         ),
-        answer=AnswerConfig(max_new_tokens=256),
+        generation=GenerationDefaults(max_new_tokens=256),
     )

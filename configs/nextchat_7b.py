@@ -13,7 +13,7 @@ import dataclasses
 from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
-from lionjax.data.datasets.jsonl import Lines
+from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.datasets.refcoco import RefCoco
 from lionjax.data.datasets.vqa import Vqa
 from lionjax.data.pipeline import DataConfig
@@ -50,7 +50,7 @@ SOURCES = (
     RefCoco("data/refcoco/train.json", "data/coco/images"),
     Vqa("data/vqa/questions.json", "data/vqa/annotations.json", "data/coco/images", "{:012d}.jpg"),
     *(
-        Lines(f"data/{name}/train.jsonl", f"data/{images}/images", name=name)
+        JsonLines(f"data/{name}/train.jsonl", f"data/{images}/images", name=name)
         for name, images in (
             ("genome", "genome"),
             ("flickr", "flickr"),
@@ -87,9 +87,9 @@ def get_config() -> Experiment:
     """The whole run."""
     return Experiment(
         name="nextchat_7b",
-        system=NextChat(
+        model=NextChat(
             vision=dataclasses.replace(CLIP_VIT_L, remat="full"),
-            language=dataclasses.replace(VICUNA_7B, vocab=32005, remat="full"),
+            language=dataclasses.replace(VICUNA_7B, vocab_size=32005, remat="full"),
             sam=dataclasses.replace(SAM_VIT_H, remat="full"),
             dtype="bfloat16",
         ),
@@ -98,16 +98,16 @@ def get_config() -> Experiment:
             processor=ProcessorConfig(
                 image_size=336,
                 tokenizer="weights/vicuna_7b",
-                question_length=1,
-                prompt_length=768,
-                tags=False,
-                padded=True,
+                max_question_tokens=1,
+                max_prompt_tokens=768,
+                use_tags=False,
+                pad_to_square=True,
                 reader="decoder",
-                template=VICUNA,
-                image_tokens=CLIP_VIT_L.patches,
-                places="embeddings",
-                boxes=8,
-                sam_size=SAM_VIT_H.image,
+                prompt_template=VICUNA,
+                num_image_tokens=CLIP_VIT_L.num_patches,
+                box_format="embeddings",
+                max_boxes=8,
+                sam_image_size=SAM_VIT_H.image_size,
             ),
         ),
         stages=(

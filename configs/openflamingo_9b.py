@@ -8,7 +8,7 @@ task stands for each of them. LAION's loss counts a fifth of MMC4's, as in the t
 
 import dataclasses
 
-from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
@@ -36,9 +36,9 @@ def get_config(
     )
     return Experiment(
         name=name,
-        system=dataclasses.replace(
+        model=dataclasses.replace(
             system,
-            part_weights=(0.2, 1.0),
+            dataset_loss_weights=(0.2, 1.0),
             vision=dataclasses.replace(system.vision, remat="full"),
             language=dataclasses.replace(system.language, remat="full"),
             dtype="bfloat16",
@@ -47,13 +47,13 @@ def get_config(
             sources=(Coco("data/coco"),),
             processor=ProcessorConfig(
                 tokenizer=f"weights/{language}",
-                question_length=1,
-                prompt_length=256,
-                target_length=32,
-                tags=False,
+                max_question_tokens=1,
+                max_prompt_tokens=256,
+                max_target_tokens=32,
+                use_tags=False,
                 reader="decoder",
-                template="{image} {question}",
-                image_token=system.image_token,
+                prompt_template="{image} {question}",
+                image_token=system.image_token_id,
             ),
         ),
         stages=(pairs,),
@@ -63,5 +63,5 @@ def get_config(
             ("vision", "weights/clip_vit_l_224/params.safetensors"),
             ("language", f"weights/{name}/params.safetensors"),
         ),
-        answer=AnswerConfig(beams=3, max_new_tokens=20),
+        generation=GenerationDefaults(num_beams=3, max_new_tokens=20),
     )

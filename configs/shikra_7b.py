@@ -8,7 +8,7 @@ are its own annotation files, and here stand the tasks that they come to.
 
 import dataclasses
 
-from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.datasets.refcoco import RefCoco
@@ -43,7 +43,7 @@ def get_config() -> Experiment:
     """The whole run."""
     return Experiment(
         name="shikra_7b",
-        system=dataclasses.replace(
+        model=dataclasses.replace(
             SHIKRA_7B,
             vision=dataclasses.replace(SHIKRA_7B.vision, remat="full"),
             language=dataclasses.replace(SHIKRA_7B.language, remat="full"),
@@ -53,13 +53,13 @@ def get_config() -> Experiment:
             sources=(Coco("data/coco"), RefCoco("data/refcoco/train.json", "data/coco/images")),
             processor=ProcessorConfig(
                 tokenizer="weights/vicuna_7b",
-                question_length=1,
-                prompt_length=512,
-                tags=False,
-                padded=True,
+                max_question_tokens=1,
+                max_prompt_tokens=512,
+                use_tags=False,
+                pad_to_square=True,
                 reader="decoder",
-                template=VICUNA,
-                image_tokens=1,
+                prompt_template=VICUNA,
+                num_image_tokens=1,
             ),
         ),
         stages=(stage("places", 100_000, PLACES), stage("instruct", 20_000, INSTRUCTIONS)),
@@ -69,5 +69,5 @@ def get_config() -> Experiment:
             ("vision", "weights/clip_vit_l_224/params.safetensors"),
             ("language", "weights/vicuna_7b/params.safetensors"),
         ),
-        answer=AnswerConfig(max_new_tokens=256),
+        generation=GenerationDefaults(max_new_tokens=256),
     )

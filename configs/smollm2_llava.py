@@ -14,17 +14,17 @@ as it is, but for a LoRA on its queries and values.
 
 import dataclasses
 
-from lionjax.core.experiment import AnswerConfig, Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.datasets.easy_vqa import EasyVqa
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.language.decoder import SMOLLM2_135M
 from lionjax.models.vision.vit import TINY_VIT
-from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 from lionjax.nn.lora import LoraConfig
 
-IMAGE_TOKEN = SMOLLM2_135M.vocab  # behind its words, of which it needs none
+IMAGE_TOKEN = SMOLLM2_135M.vocab_size  # behind its words, of which it needs none
 
 
 def get_config() -> Experiment:
@@ -35,19 +35,21 @@ def get_config() -> Experiment:
     attributes = EasyVqa("attributes", ("color", "shape"))
     return Experiment(
         name="smollm2_llava",
-        system=Prefix(TINY_VIT, language, feature_layer=-4, pool=4, image_token=IMAGE_TOKEN, names="original"),
+        model=VisualPrefixLM(
+            TINY_VIT, language, feature_layer=-4, pool_stride=4, image_token_id=IMAGE_TOKEN, torch_names="original"
+        ),
         data=DataConfig(
             sources=(EasyVqa(), Coco("data/coco"), attributes),
             processor=ProcessorConfig(
-                image_size=TINY_VIT.image,
+                image_size=TINY_VIT.image_size,
                 tokenizer="weights/smollm2_135m",
-                question_length=1,
-                prompt_length=28,
-                target_length=16,
-                tags=False,
+                max_question_tokens=1,
+                max_prompt_tokens=28,
+                max_target_tokens=16,
+                use_tags=False,
                 reader="decoder",
-                template="User: {image} {question} Assistant:",
-                next_turn="User: {question} Assistant:",
+                prompt_template="User: {image} {question} Assistant:",
+                followup_template="User: {question} Assistant:",
                 image_token=IMAGE_TOKEN,
             ),
         ),
@@ -64,5 +66,5 @@ def get_config() -> Experiment:
         ),
         run=RunConfig(log_every=10, save_every=40, frozen_dtype="float32", cache_features=True),
         weights=(("vision", "shipped:tiny_vit.safetensors"), ("language", "weights/smollm2_135m/params.safetensors")),
-        answer=AnswerConfig(max_new_tokens=16),
+        generation=GenerationDefaults(max_new_tokens=16),
     )

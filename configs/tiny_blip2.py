@@ -15,15 +15,15 @@ llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 BETWEEN = ("qformer", "vision_norm", "projector")
 QFORMER = QFormerConfig(
     width=128,
-    layers=4,
-    heads=4,
-    hidden=256,
-    queries=16,
+    depth=4,
+    num_heads=4,
+    mlp_dim=256,
+    num_query_tokens=16,
     vision_width=128,
-    vocab=1024,
-    positions=96,
+    vocab_size=1024,
+    max_positions=96,
     dropout=0.0,
-    text=False,
+    use_text_input=False,
 )
 
 # The original's Q-Former begins as BERT. This one begins with the words of the small T5.
@@ -32,7 +32,7 @@ WORDS = ("qformer/words", "shipped:tiny_t5.safetensors#language/embedding")
 
 def get_config(name: str = "tiny_blip2", qformer: QFormerConfig = QFORMER, weights=llava["BACKBONES"]) -> Experiment:
     """The whole run."""
-    system = dataclasses.replace(llava["SYSTEM"], qformer=qformer, class_token=True, vision_eps=1e-5)
+    system = dataclasses.replace(llava["SYSTEM"], qformer=qformer, keep_class_token=True, vision_norm_eps=1e-5)
     return llava["experiment"](
         name, system, (llava["stage"]("between", 800, BETWEEN, llava["WORDS"], optimizer="muon"),), weights
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lionjax.core.experiment import Experiment
 from lionjax.models.vision.vit import TINY_VIT
-from lionjax.models.vlm.blip2_stage1 import Blip2First
+from lionjax.models.vlm.blip2_stage1 import Blip2Stage1
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 blip2 = runpy.run_path(str(Path(__file__).with_name("tiny_blip2.py")))
@@ -15,8 +15,12 @@ blip2 = runpy.run_path(str(Path(__file__).with_name("tiny_blip2.py")))
 
 def get_config() -> Experiment:
     """The whole run."""
-    system = Blip2First(
-        TINY_VIT, dataclasses.replace(blip2["QFORMER"], text=True), shared=64, start_token=4, write_token=5
+    system = Blip2Stage1(
+        TINY_VIT,
+        dataclasses.replace(blip2["QFORMER"], use_text_input=True),
+        embed_dim=64,
+        cls_token_id=4,
+        decoder_start_token_id=5,
     )
     stages = (llava["stage"]("represent", 600, ("(?!vision/).*",), (("caption", 1.0),), 1.5e-3, optimizer="muon"),)
     weights = (llava["BACKBONES"][0], blip2["WORDS"])

@@ -14,7 +14,7 @@ from lionjax.models.connectors.perceiver import ResamplerConfig
 from lionjax.models.language.decoder import TINY_DECODER
 from lionjax.models.vision.vit import TINY_VIT
 from lionjax.models.vlm.flamingo import Flamingo
-from lionjax.nn.adapters import CrossConfig
+from lionjax.nn.adapters import GatedCrossAttentionConfig
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer
@@ -22,18 +22,18 @@ IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer
 
 def get_config() -> Experiment:
     """The whole run."""
-    looks = CrossConfig(every=1, source_width=128, heads=4, head=32, hidden=512)
+    looks = GatedCrossAttentionConfig(every_n_layers=1, vision_width=128, num_heads=4, head_dim=32, mlp_dim=512)
     system = Flamingo(
         TINY_VIT,
         ResamplerConfig(128, 2, 4, 32, 512, 16),
-        dataclasses.replace(TINY_DECODER, cross=looks),
+        dataclasses.replace(TINY_DECODER, cross_attention=looks),
         IMAGE_TOKEN,
-        part_weights=(1.0, 1.0, 0.5),
+        dataset_loss_weights=(1.0, 1.0, 0.5),
     )
     rows = (("vqa", 5.0), ("caption", 1.5), ("vqa+1", 2.0))
     look = llava["stage"]("look", 1000, ("resampler", "language/groups/cross"), rows, 2e-3, optimizer="muon")
     # Gates begin closed, and what is behind them learns as far as they are open.
-    stages = (dataclasses.replace(look, learning_rate_scale=((".*/(mlp_)?gate", 5.0),)),)
+    stages = (dataclasses.replace(look, lr_multipliers=((".*/(mlp_)?gate", 5.0),)),)
     weights = (
         llava["BACKBONES"][0],
         ("language/embedding", "shipped:tiny_t5.safetensors"),
@@ -50,7 +50,7 @@ def get_config() -> Experiment:
         image_token=IMAGE_TOKEN,
         shot_end="</s>",
         pictures=2,
-        target_length=64,
+        max_target_tokens=64,
     )
     # A row's pictures are drawn anew each time, so nothing of them can be kept.
     return dataclasses.replace(whole, run=dataclasses.replace(whole.run, cache_features=False))

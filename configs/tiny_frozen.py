@@ -13,6 +13,6 @@ IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer
 
 def get_config() -> Experiment:
     """The whole run."""
-    system = dataclasses.replace(llava["SYSTEM"], words=2, image_token=IMAGE_TOKEN)
+    system = dataclasses.replace(llava["SYSTEM"], num_prefix_tokens=2, image_token_id=IMAGE_TOKEN)
     stages = (llava["stage"]("eyes", 900, ("vision", "projector"), llava["WORDS"], 5e-4),)
     return llava["experiment"]("tiny_frozen", system, stages, image_token=IMAGE_TOKEN, template="{image} {question}")

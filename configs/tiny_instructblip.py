@@ -14,6 +14,6 @@ def get_config() -> Experiment:
     """The whole run."""
     return blip2["get_config"](
         "tiny_instructblip",
-        dataclasses.replace(blip2["QFORMER"], text=True),
+        dataclasses.replace(blip2["QFORMER"], use_text_input=True),
         (*blip2["llava"]["BACKBONES"], blip2["WORDS"]),
     )

@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 
 from lionjax.core.experiment import Experiment
-from lionjax.models.connectors.perceiver import ProjectionConfig
+from lionjax.models.connectors.perceiver import ImageToTextProjectionConfig
 from lionjax.models.language.decoder import KOSMOS2_TEXT
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
@@ -16,28 +16,28 @@ def get_config() -> Experiment:
     """The whole run."""
     language = dataclasses.replace(
         KOSMOS2_TEXT,
-        vocab=1024 + 10 * 10,
+        vocab_size=1024 + 10 * 10,
         width=128,
-        layers=4,
-        heads=4,
-        kv_heads=4,
-        head=32,
-        hidden=384,
+        depth=4,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        mlp_dim=384,
         dropout=0.0,
-        pad_token=0,
-        end_token=1,
+        pad_token_id=0,
+        eos_token_id=1,
         position_offset=1,
     )
     system = dataclasses.replace(
         llava["SYSTEM"],
         language=language,
-        latents=ProjectionConfig(128, 128, 4, 64, spread=1.0),
-        class_token=True,
-        vision_eps=1e-5,
+        resampler=ImageToTextProjectionConfig(128, 128, 4, 64, init_std=1.0),
+        keep_class_token=True,
+        vision_norm_eps=1e-5,
         projector_depth=0,
-        unit=True,
-        image_token=-1,
-        names="hugging_face",
+        normalize_features=True,
+        image_token_id=-1,
+        torch_names="hugging_face",
     )
     mixture = (("rec", 8.0), ("vqa", 4.0), ("caption", 1.0))
     stage = llava["stage"]("ground", 4500, ("language", "latents", "vision_norm"), mixture, 3e-3, optimizer="muon")
@@ -50,5 +50,5 @@ def get_config() -> Experiment:
         template="{image} {question}",
         image_token=-1,
         places="bins",
-        bins=10,
+        location_bins_per_side=10,
     )

@@ -25,14 +25,22 @@ REGION_LEVEL = (("rec", 3.0), ("reg", 1.0))
 SYSTEM = Lion(
     vision=TINY_VIT,
     qformer=QFormerConfig(
-        width=128, layers=4, heads=4, hidden=256, queries=8, vision_width=128, vocab=1024, positions=96, dropout=0.0
+        width=128,
+        depth=4,
+        num_heads=4,
+        mlp_dim=256,
+        num_query_tokens=8,
+        vision_width=128,
+        vocab_size=1024,
+        max_positions=96,
+        dropout=0.0,
     ),
     aggregator=AggregatorConfig(
-        query_layer=5, context_layers=(3, 1), width=128, heads=4, hidden=256, dropout=0.0, projector=256
+        query_layer=5, context_layers=(3, 1), width=128, num_heads=4, mlp_dim=256, dropout=0.0, projector_mlp_dim=256
     ),
     language=dataclasses.replace(TINY_T5, adapters=AdapterConfig(32)),
-    soft_prompt_token=3,
-    word_scale=2.5,  # the shipped ViT speaks in the shipped T5's words
+    soft_prompt_token_id=3,
+    identity_init_scale=2.5,  # the shipped ViT speaks in the shipped T5's words
 )
 
 
@@ -47,12 +55,14 @@ def get_config() -> Experiment:
     }
     return Experiment(
         name="tiny_lion",
-        system=SYSTEM,
+        model=SYSTEM,
         data=DataConfig(
-            sources=(Scenes(sizes=(3000, 300, 400), pixels=192),),
-            processor=ProcessorConfig(image_size=112, prompt_length=72, question_length=28, target_length=40),
+            sources=(Scenes(sizes=(3000, 300, 400), image_size=192),),
+            processor=ProcessorConfig(
+                image_size=112, max_prompt_tokens=72, max_question_tokens=28, max_target_tokens=40
+            ),
             tag_noise=0.1,
-            tag_drop=0.5,
+            tag_dropout=0.5,
         ),
         stages=(
             Stage(
@@ -60,7 +70,7 @@ def get_config() -> Experiment:
                 300,
                 (*QFORMER, IMAGE_ADAPTER, "soft_prompt"),
                 IMAGE_LEVEL,
-                system=(("visual_input", "QFORMER"),),
+                model_overrides=(("visual_input", "QFORMER"),),
                 **shared | {"learning_rate": 1e-3},
             ),
             Stage(
@@ -68,7 +78,7 @@ def get_config() -> Experiment:
                 400,
                 (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"),
                 REGION_LEVEL,
-                system=(("visual_input", "AGGREGATOR"),),
+                model_overrides=(("visual_input", "AGGREGATOR"),),
                 **shared,
             ),
             Stage(
@@ -79,6 +89,6 @@ def get_config() -> Experiment:
                 **shared,
             ),
         ),
-        run=RunConfig(log_every=20, save_every=200, keep=2, frozen_dtype="float32", cache_features=True),
+        run=RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32", cache_features=True),
         weights=(("vision", "shipped:tiny_vit.safetensors"), ("language", "shipped:tiny_t5.safetensors")),
     )

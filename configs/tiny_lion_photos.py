@@ -28,6 +28,6 @@ def get_config() -> Experiment:
     stages = tuple(
         dataclasses.replace(stage, mixture=mixture) for stage, mixture in zip(drawn.stages, mixtures, strict=True)
     )
-    sources = (Coco("data/coco", share=0.2), EasyVqa())
+    sources = (Coco("data/coco", heldout_fraction=0.2), EasyVqa())
     data = dataclasses.replace(drawn.data, sources=sources, tag_noise=0.1)
     return dataclasses.replace(drawn, name="tiny_lion_photos", data=data, stages=stages)

@@ -13,7 +13,7 @@ from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
-from lionjax.models.heads.region import PlaceConfig
+from lionjax.models.heads.region import RegionHeadConfig
 from lionjax.models.language.t5 import TINY_T5
 from lionjax.models.vision.sam_encoder import TINY_SAM
 from lionjax.models.vision.vit import TINY_VIT
@@ -30,34 +30,42 @@ REGION_LEVEL = (("rec", 3.0), ("reg", 1.0), ("box_vqa", 1.0), ("grounded", 0.5))
 SYSTEM = Lion(
     vision=TINY_VIT,
     qformer=QFormerConfig(
-        width=128, layers=4, heads=4, hidden=256, queries=8, vision_width=128, vocab=1024, positions=96, dropout=0.0
+        width=128,
+        depth=4,
+        num_heads=4,
+        mlp_dim=256,
+        num_query_tokens=8,
+        vision_width=128,
+        vocab_size=1024,
+        max_positions=96,
+        dropout=0.0,
     ),
     aggregator=AggregatorConfig(
-        query_layer=5, context_layers=(3, 1), width=128, heads=4, hidden=256, dropout=0.0, projector=256
+        query_layer=5, context_layers=(3, 1), width=128, num_heads=4, mlp_dim=256, dropout=0.0, projector_mlp_dim=256
     ),
     language=dataclasses.replace(TINY_T5, adapters=AdapterConfig(32)),
-    soft_prompt_token=3,
-    places=PlaceConfig(
-        trigger_token=19,
-        location_token=20,
-        location_hidden=256,
-        mask_tokens=2,
+    soft_prompt_token_id=3,
+    region_head=RegionHeadConfig(
+        trigger_token_id=19,
+        box_token_id=20,
+        box_mlp_dim=256,
+        num_mask_prompt_tokens=2,
         max_boxes=6,
         giou_weight=0.8,  # the paper's
         cycle_weight=0.1,  # the states of a frozen T5 hardly come to meet the embeddings of boxes
     ),
     sam=TINY_SAM,
-    word_scale=2.5,  # the shipped ViT speaks in the shipped T5's words
+    identity_init_scale=2.5,  # the shipped ViT speaks in the shipped T5's words
 )
 PROCESSOR = ProcessorConfig(
-    image_size=TINY_VIT.image,
-    prompt_length=72,
-    question_length=28,
-    target_length=40,
-    padded=True,
-    places="embeddings",
-    boxes=6,
-    sam_size=TINY_SAM.image,
+    image_size=TINY_VIT.image_size,
+    max_prompt_tokens=72,
+    max_question_tokens=28,
+    max_target_tokens=40,
+    pad_to_square=True,
+    box_format="embeddings",
+    max_boxes=6,
+    sam_image_size=TINY_SAM.image_size,
 )
 
 
@@ -73,13 +81,13 @@ def get_config() -> Experiment:
     places = {"learning_rate_scale": (("locations", 2.0),)}
     return Experiment(
         name="tiny_lionjax",
-        system=SYSTEM,
+        model=SYSTEM,
         data=DataConfig(
-            sources=(Scenes(sizes=(3000, 300, 400), pixels=192),),
+            sources=(Scenes(sizes=(3000, 300, 400), image_size=192),),
             processor=PROCESSOR,
             tag_noise=0.1,
-            tag_drop=0.5,
-            mask_share=0.1,
+            tag_dropout=0.5,
+            mask_fraction=0.1,
         ),
         stages=(
             Stage(
@@ -87,7 +95,7 @@ def get_config() -> Experiment:
                 260,
                 (*QFORMER, IMAGE_ADAPTER, "soft_prompt"),
                 IMAGE_LEVEL,
-                system=(("visual_input", "QFORMER"),),
+                model_overrides=(("visual_input", "QFORMER"),),
                 **shared | {"learning_rate": 1e-3},
             ),
             Stage(
@@ -95,7 +103,7 @@ def get_config() -> Experiment:
                 240,
                 (*AGGREGATOR, REGION_ADAPTER, "soft_prompt", "locations"),
                 REGION_LEVEL,
-                system=(("visual_input", "AGGREGATOR"),),
+                model_overrides=(("visual_input", "AGGREGATOR"),),
                 **shared,
                 **places,
             ),
@@ -107,9 +115,9 @@ def get_config() -> Experiment:
                 **shared,
                 **places,
             ),
-            Stage("masks", 40, MASKS, (("res", 1.0),), system=(("objective", "masks"),), **shared),
+            Stage("masks", 40, MASKS, (("res", 1.0),), model_overrides=(("objective", "masks"),), **shared),
         ),
-        run=RunConfig(log_every=20, save_every=200, keep=2, frozen_dtype="float32", cache_features=True),
+        run=RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32", cache_features=True),
         weights=(
             ("vision", "shipped:tiny_vit.safetensors"),
             ("language", "shipped:tiny_t5.safetensors"),

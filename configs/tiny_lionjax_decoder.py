@@ -31,7 +31,7 @@ def get_config() -> Experiment:
     return dataclasses.replace(
         whole,
         name="tiny_lionjax_decoder",
-        system=dataclasses.replace(whole.system, language=language),
+        model=dataclasses.replace(whole.system, language=language),
         data=dataclasses.replace(whole.data, processor=processor),
         stages=stages,
         weights=(

@@ -26,6 +26,6 @@ def get_config() -> Experiment:
         dataclasses.replace(stage, mixture=tuple((task, share) for task, share in stage.mixture if task in TASKS))
         for stage in drawn.stages
     )
-    sources = (Coco("data/coco", share=0.2), EasyVqa())
-    data = dataclasses.replace(drawn.data, sources=sources, tag_noise=0.1, mask_share=1.0)
+    sources = (Coco("data/coco", heldout_fraction=0.2), EasyVqa())
+    data = dataclasses.replace(drawn.data, sources=sources, tag_noise=0.1, mask_fraction=1.0)
     return dataclasses.replace(drawn, name="tiny_lionjax_photos", data=data, stages=stages)

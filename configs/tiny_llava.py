@@ -11,7 +11,7 @@ from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.models.language.t5 import TINY_T5
 from lionjax.models.vision.vit import TINY_VIT
-from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 WORDS = (("vqa", 5.0), ("existence", 2.0), ("caption", 1.5))
 PLACES = (("rec", 6.0),)
@@ -47,18 +47,22 @@ def experiment(name: str, system: object, stages: tuple[Stage, ...], weights=BAC
     trains_tower = any("vision" in part.trainable for part in stages)
     return Experiment(
         name=name,
-        system=system,
+        model=system,
         data=DataConfig(
-            sources=(Scenes(sizes=(3000, 300, 400), pixels=TINY_VIT.image),),
-            processor=ProcessorConfig(image_size=TINY_VIT.image, **texts),
+            sources=(Scenes(sizes=(3000, 300, 400), image_size=TINY_VIT.image_size),),
+            processor=ProcessorConfig(image_size=TINY_VIT.image_size, **texts),
         ),
         stages=stages,
-        run=RunConfig(log_every=20, save_every=200, keep=2, frozen_dtype="float32", cache_features=not trains_tower),
+        run=RunConfig(
+            log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32", cache_features=not trains_tower
+        ),
         weights=weights,
     )
 
 
-SYSTEM = Prefix(TINY_VIT, TINY_T5, feature_layer=-1, projector_depth=1, image_token=None, names="original")
+SYSTEM = VisualPrefixLM(
+    TINY_VIT, TINY_T5, feature_layer=-1, projector_depth=1, image_token_id=None, torch_names="original"
+)
 
 
 def get_config() -> Experiment:

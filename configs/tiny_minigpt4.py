@@ -21,7 +21,7 @@ IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer
 
 def get_config() -> Experiment:
     """The whole run."""
-    system = dataclasses.replace(blip2["get_config"]().system, image_token=IMAGE_TOKEN)
+    system = dataclasses.replace(blip2["get_config"]().system, image_token_id=IMAGE_TOKEN)
     stages = (
         llava["stage"]("align", 150, ("projector",), (("caption@plain", 1.0),), 3e-3),
         llava["stage"]("describe", 150, ("projector",), llava["WORDS"], 1e-3),

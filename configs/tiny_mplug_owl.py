@@ -25,17 +25,17 @@ def get_config() -> Experiment:
     system = dataclasses.replace(
         system,
         language=dataclasses.replace(system.language, lora=LoraConfig(8, 32.0, 0.05)),
-        latents=AbstractorConfig(128, 2, 4, 256, 16, dropout=0.0),
-        class_token=True,
-        vision_eps=1e-6,
-        closing=True,
-        image_token=IMAGE_TOKEN,
-        in_front=False,
+        resampler=AbstractorConfig(128, 2, 4, 256, 16, dropout=0.0),
+        keep_class_token=True,
+        vision_norm_eps=1e-6,
+        add_image_end_token=True,
+        image_token_id=IMAGE_TOKEN,
+        prepend_image=False,
     )
     eyes = llava["stage"]("eyes", 700, EYES, (*llava["WORDS"][:2], ("caption@plain", 1.5)), 1.5e-3)
     stages = (
         # The tower speaks in the language model's words already, which it would forget at the abstractor's rate.
-        dataclasses.replace(eyes, learning_rate_scale=(("vision", 0.1),)),
+        dataclasses.replace(eyes, lr_multipliers=(("vision", 0.1),)),
         llava["stage"]("instruct", 100, (".*/lora_[ab]",), TALK),
     )
     return llava["experiment"](

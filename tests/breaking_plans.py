@@ -8,7 +8,7 @@ import sys
 from lionjax.core import config
 from lionjax.core.types import UserError
 from lionjax.planner.plans import Plan
-from lionjax.planner.worker import Job, unplanned
+from lionjax.planner.worker import Job, failed_plan
 
 
 def work(job: Job) -> Plan:
@@ -20,7 +20,7 @@ def work(job: Job) -> Plan:
         raise ValueError("of libtpu")
     if job.mesh.tensor == 4:
         raise UserError("no such mesh")
-    experiment = config.from_json(job.experiment)
-    asked = (experiment, job.topology, job.number, job.mesh, job.remat, job.quick, "")
+    experiment = config.from_json(job.experiment_json)
+    asked = (experiment, job.topology, job.stage_index, job.mesh, job.remat, job.quick, "")
     fitting = {"fits": True, "broke_off": False, "notes": (), "seconds": {"products": 1.0}}
-    return Plan(**vars(unplanned(*asked)) | fitting)
+    return Plan(**vars(failed_plan(*asked)) | fitting)

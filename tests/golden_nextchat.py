@@ -31,10 +31,10 @@ def system_of(config: dict, objective: str = "language") -> NextChat:
             v["mlp_width"],
             v["layer_norm_eps"],
             v["activation"],
-            biases="qkvo",
+            attention_biases="qkvo",
             patch_bias=False,
-            norm_before=True,
-            norm_after=True,
+            pre_layernorm=True,
+            post_layernorm=True,
         ),
         language=DecoderConfig(
             t["vocab_size"],
@@ -46,7 +46,7 @@ def system_of(config: dict, objective: str = "language") -> NextChat:
             t["mlp_width"],
             t["rms_norm_eps"],
             rope_theta=t["rope_theta"],
-            tied=t["tie_word_embeddings"],
+            tie_embeddings=t["tie_word_embeddings"],
         ),
         sam=SamConfig(
             s["image_size"],
@@ -58,24 +58,24 @@ def system_of(config: dict, objective: str = "language") -> NextChat:
             s["window_size"],
             tuple(s["global_attention_layers"]),
             s["out_channels"],
-            mask_channels=s["mask_in_channels"],
+            mask_input_channels=s["mask_in_channels"],
             decoder_depth=s["decoder_layers"],
-            decoder_heads=s["decoder_heads"],
-            decoder_hidden=s["decoder_mlp_width"],
-            masks=1 + s["multimask_outputs"],
-            iou_depth=s["iou_head_depth"],
-            iou_hidden=s["iou_head_width"],
+            decoder_num_heads=s["decoder_heads"],
+            decoder_mlp_dim=s["decoder_mlp_width"],
+            num_mask_tokens=1 + s["multimask_outputs"],
+            iou_head_depth=s["iou_head_depth"],
+            iou_head_mlp_dim=s["iou_head_width"],
         ),
         feature_layer=v["feature_layer"],
         projector_depth=config["projector"]["depth"],
-        location_hidden=config["location_encoder"][1],
-        mask_tokens=s["prompts_per_trigger"],
+        box_mlp_dim=config["location_encoder"][1],
+        num_mask_prompt_tokens=s["prompts_per_trigger"],
         box_scale=s["box_scale"],
-        image_token=names["image_patch"],
-        trigger_token=names["trigger"],
-        location_token=names["location"],
+        image_token_id=names["image_patch"],
+        trigger_token_id=names["trigger"],
+        box_token_id=names["location"],
         objective=objective,
-        losses="original",
+        loss_variant="released_code",
     )
 
 
@@ -145,7 +145,7 @@ def compute(folder: Path) -> Golden:
     config = json.loads((folder / "config.json").read_text())
     theirs = dict(np.load(folder / "arrays.npz"))
     words, masks = system_of(config), system_of(config, "masks")
-    params = convert.params_from(words.torch_rows(), load_file(folder / "weights.safetensors"))
+    params = convert.params_from_state_dict(words.weight_map(), load_file(folder / "weights.safetensors"))
     batch, prompts = batch_of(theirs, config)
     counted = without_the_dummy(batch)
 
@@ -174,9 +174,9 @@ def compute(folder: Path) -> Golden:
         "loss_cycle_box": metrics["loss_cycle_box"],
         "stage3_loss": mask_loss,
     }
-    rows = words.torch_rows()
+    rows = words.weight_map()
     gradients = {
-        f"stage{number}": convert.state_from(rows, jax.tree.map(np.asarray, grads))
+        f"stage{number}": convert.state_dict_from_params(rows, jax.tree.map(np.asarray, grads))
         for number, grads in ((1, first_grads), (3, third_grads))
     }
     return Golden(folder, words, params, theirs, ours, gradients)
@@ -204,7 +204,7 @@ def shown(module: NextChatModule, batch: Batch):
     return {
         "sam_boxes_times_1024": box_BK4 * module.c.box_scale,
         "sam_sparse_prompts": module.mask_prompts(trigger_BKD),
-        "sam_mask_logits": sam_decoder.enlarge(logits_BKHW, module.c.sam.image),
+        "sam_mask_logits": sam_decoder.resize_mask_logits(logits_BKHW, module.c.sam.image_size),
         "sam_iou": iou_BK,
         "sam_image_embedding": module.encode_sam_image(batch),
     }

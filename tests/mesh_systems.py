@@ -17,18 +17,18 @@ from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
-from lionjax.models.connectors.perceiver import AbstractorConfig, ProjectionConfig, ResamplerConfig
+from lionjax.models.connectors.perceiver import AbstractorConfig, ImageToTextProjectionConfig, ResamplerConfig
 from lionjax.models.connectors.qformer import QFormerConfig
 from lionjax.models.language.decoder import KOSMOS2_TEXT, DecoderConfig
-from lionjax.models.vlm.blip2_stage1 import Blip2First
+from lionjax.models.vlm.blip2_stage1 import Blip2Stage1
 from lionjax.models.vlm.flamingo import Flamingo
-from lionjax.models.vlm.visual_prefix import Prefix
-from lionjax.nn.adapters import CrossConfig
+from lionjax.models.vlm.visual_prefix import VisualPrefixLM
+from lionjax.nn.adapters import GatedCrossAttentionConfig
 from lionjax.training import checkpoint
 from lionjax.training import step as stages
-from lionjax.training.init import first_parameters as init_first_parameters
-from lionjax.training.init import layout as init_layout
-from lionjax.training.optimizer import optimizer
+from lionjax.training.init import init_params as init_first_parameters
+from lionjax.training.init import make_param_specs as init_layout
+from lionjax.training.optimizer import make_optimizer
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 VISION = small_lion.SYSTEM.vision
@@ -36,64 +36,67 @@ T5 = dataclasses.replace(small_lion.SYSTEM.language, adapters=None)
 QFORMER = small_lion.SYSTEM.qformer
 DECODER = dataclasses.replace(small_places.DECODER, adapters=None)
 READS_ON = dataclasses.replace(
-    small_lion.PROCESSOR, reader="decoder", tags=False, template="{image} {question}", image_token=21
+    small_lion.PROCESSOR, reader="decoder", use_tags=False, prompt_template="{image} {question}", image_token=21
 )
-LLAVA = Prefix(VISION, DECODER, image_token=21)
-BLIP2 = Prefix(
+LLAVA = VisualPrefixLM(VISION, DECODER, image_token_id=21)
+BLIP2 = VisualPrefixLM(
     VISION,
     DECODER,
-    dataclasses.replace(QFORMER, text=False),
+    dataclasses.replace(QFORMER, use_text_input=False),
     feature_layer=-1,
-    class_token=True,
-    vision_eps=1e-6,
+    keep_class_token=True,
+    vision_norm_eps=1e-6,
     projector_depth=1,
-    image_token=21,
+    image_token_id=21,
 )
-INSTRUCTBLIP = dataclasses.replace(BLIP2, language=T5, qformer=QFORMER, image_token=None)
+INSTRUCTBLIP = dataclasses.replace(BLIP2, language=T5, qformer=QFORMER, image_token_id=None)
 MPLUG_OWL = dataclasses.replace(
     LLAVA,
-    latents=AbstractorConfig(16, 2, 2, 24, 4, dropout=0.0),
-    class_token=True,
+    resampler=AbstractorConfig(16, 2, 2, 24, 4, dropout=0.0),
+    keep_class_token=True,
     projector_depth=1,
-    closing=True,
-    names="original",
+    add_image_end_token=True,
+    torch_names="original",
 )
 KOSMOS2 = dataclasses.replace(
     LLAVA,
-    latents=ProjectionConfig(16, 32, 2, 4),
-    class_token=True,
+    resampler=ImageToTextProjectionConfig(16, 32, 2, 4),
+    keep_class_token=True,
     projector_depth=0,
-    unit=True,
+    normalize_features=True,
     language=dataclasses.replace(
         KOSMOS2_TEXT,
-        vocab=1024,
+        vocab_size=1024,
         width=32,
-        layers=2,
-        heads=2,
-        kv_heads=2,
-        head=16,
-        hidden=48,
+        depth=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_dim=48,
         dropout=0.0,
-        pad_token=0,
-        end_token=1,
+        pad_token_id=0,
+        eos_token_id=1,
         position_offset=1,
     ),
 )
-FROZEN = dataclasses.replace(LLAVA, words=2, projector_depth=1, names="original")
-BLIP2_FIRST = Blip2First(VISION, QFORMER, shared=8, start_token=4, write_token=5)
+FROZEN = dataclasses.replace(LLAVA, num_prefix_tokens=2, projector_depth=1, torch_names="original")
+BLIP2_FIRST = Blip2Stage1(VISION, QFORMER, embed_dim=8, cls_token_id=4, decoder_start_token_id=5)
 FLAMINGO = Flamingo(
-    VISION, ResamplerConfig(16, 2, 2, 8, 24, 4), dataclasses.replace(DECODER, cross=CrossConfig(1, 16, 2, 8, 32)), 21
+    VISION,
+    ResamplerConfig(16, 2, 2, 8, 24, 4),
+    dataclasses.replace(DECODER, cross_attention=GatedCrossAttentionConfig(1, 16, 2, 8, 32)),
+    21,
 )
 CAPTIONS = (("caption", 1.0), ("vqa", 1.0))
 
 
-def scenes(system: Prefix | Flamingo | Blip2First, trainable: tuple[str, ...]) -> Experiment:
+def scenes(system: VisualPrefixLM | Flamingo | Blip2Stage1, trainable: tuple[str, ...]) -> Experiment:
     reads_on = not isinstance(getattr(system, "language", None), DecoderConfig)
-    processor = dataclasses.replace(small_lion.PROCESSOR, tags=False) if reads_on else READS_ON
+    processor = dataclasses.replace(small_lion.PROCESSOR, use_tags=False) if reads_on else READS_ON
     stage = Stage("one", 2, trainable, CAPTIONS, batch_size=8, learning_rate=1e-3, warmup_steps=1)
     what = small_lion.experiment()
     data = DataConfig(sources=what.data.sources, processor=processor)
-    return dataclasses.replace(what, system=system, data=data, stages=(stage,))
+    return dataclasses.replace(what, model=system, data=data, stages=(stage,))
 
 
 def places(name: str) -> Experiment:
@@ -158,25 +161,25 @@ def first_parameters(what: Experiment, mesh_name: str):
     mesh, batch = mesh_of(mesh_name), first_batch(what, 0)
     layout = init_layout(what, batch, mesh)
     parts = init_first_parameters(dataclasses.replace(what, weights=()), batch, layout)
-    return layout, jax.device_get(parts), checkpoint.fingerprints(trees.merge(*parts))
+    return layout, jax.device_get(parts), checkpoint.leaf_checksums(trees.merge(*parts))
 
 
 def trained(what: Experiment, number: int, mesh_name: str, updates: int = 3):
     """(fingerprints of the first parameters, losses, gradient norms, paths that are split) of a stage on a mesh."""
     mesh, batch, stage = mesh_of(mesh_name), first_batch(what, number), what.stages[number]
     layout, parts, first = first_parameters(what, mesh_name)
-    never, learned = map(sharding.place, parts, (layout.never, layout.learned))
+    never, learned = map(sharding.reshard_like, parts, (layout.frozen, layout.trainable))
     trainable, idle = trees.split(learned, stage.trainable)
     frozen = trees.merge(never, idle)
     where = trees.flatten(trees.merge(trainable, frozen))
     split = {path for path, leaf in where.items() if not leaf.sharding.is_fully_replicated}
-    rule = optimizer(stage, trainable, layout.layer_axes)
-    state = stages.start(rule, trainable, mesh)
-    system = stages.system_of(what, stage)
-    step = stages.make_step(system, stage, rule, jax.random.key(1), state, mesh, [])
+    rule = make_optimizer(stage, trainable, layout.layer_axes)
+    state = stages.init_train_state(rule, trainable, mesh)
+    system = stages.model_for_stage(what, stage)
+    step = stages.make_train_step(system, stage, rule, jax.random.key(1), state, mesh, [])
     losses, norms = [], []
     for _ in range(updates):
-        state, metrics = step(state, frozen, sharding.put_batch(batch, mesh))
+        state, metrics = step(state, frozen, sharding.shard_batch(batch, mesh))
         jax.block_until_ready((state, metrics))  # on few cores two updates under way can wait for each other for ever
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))

@@ -10,7 +10,7 @@ from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.vit import ViTConfig
-from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 SIDE, PATCH_TOKEN = 28, 21  # <im_patch> of the tiny tokenizer
 
@@ -20,15 +20,15 @@ def get_config():
     text = {"prompt_length": 32, "question_length": 1, "target_length": 8, "tags": False, "reader": "decoder"}
     return Experiment(
         name="small",
-        system=Prefix(
+        model=VisualPrefixLM(
             ViTConfig(SIDE, 14, 16, 2, 2, 24),
-            DecoderConfig(1024, 16, 1, 2, 2, 8, 24, pad_token=0, start_token=1, end_token=1),
-            image_token=PATCH_TOKEN,
+            DecoderConfig(1024, 16, 1, 2, 2, 8, 24, pad_token_id=0, bos_token_id=1, eos_token_id=1),
+            image_token_id=PATCH_TOKEN,
         ),
         data=DataConfig(
-            sources=(Scenes((12, 4, 12), pixels=56, folder=os.environ["SMALL_SCENES"]),),
+            sources=(Scenes((12, 4, 12), image_size=56, folder=os.environ["SMALL_SCENES"]),),
             processor=ProcessorConfig(
-                image_size=SIDE, template="USER: {image} {question} ASSISTANT:", image_token=PATCH_TOKEN, **text
+                image_size=SIDE, prompt_template="USER: {image} {question} ASSISTANT:", image_token=PATCH_TOKEN, **text
             ),
         ),
         stages=(Stage("one", 4, ("projector", "language"), (("vqa", 1.0),), 8, learning_rate=1e-2, warmup_steps=1),),

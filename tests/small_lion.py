@@ -15,38 +15,46 @@ from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.data.config import DataConfig
 from lionjax.data.processor import Processor, ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
-from lionjax.inference.loading import example
+from lionjax.inference.loading import dummy_batch
 from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision.vit import ViTConfig
 from lionjax.models.vlm.lion import Lion
 from lionjax.nn.adapters import AdapterConfig
 from lionjax.training import checkpoint, resume
-from lionjax.training.init import layout as init_layout
-from lionjax.training.run_folder import claim, updates_before
+from lionjax.training.init import make_param_specs as init_layout
+from lionjax.training.run_folder import check_or_write_config, updates_before
 
 SIDE = 28
 SYSTEM = Lion(
-    vision=ViTConfig(image=SIDE, patch=14, width=16, depth=3, heads=2, hidden=24),
+    vision=ViTConfig(image_size=SIDE, patch_size=14, width=16, depth=3, num_heads=2, mlp_dim=24),
     qformer=QFormerConfig(
-        width=16, layers=2, heads=2, hidden=24, queries=4, vision_width=16, vocab=1024, positions=96, dropout=0.0
+        width=16,
+        depth=2,
+        num_heads=2,
+        mlp_dim=24,
+        num_query_tokens=4,
+        vision_width=16,
+        vocab_size=1024,
+        max_positions=96,
+        dropout=0.0,
     ),
-    aggregator=AggregatorConfig(2, (1, 0), width=16, heads=2, hidden=24, dropout=0.0, projector=24),
+    aggregator=AggregatorConfig(2, (1, 0), width=16, num_heads=2, mlp_dim=24, dropout=0.0, projector_mlp_dim=24),
     language=T5Config(
-        vocab=1024,
+        vocab_size=1024,
         width=32,
-        head=8,
-        heads=2,
-        hidden=48,
-        encoder_layers=2,
-        decoder_layers=2,
+        head_dim=8,
+        num_heads=2,
+        mlp_dim=48,
+        encoder_depth=2,
+        decoder_depth=2,
         dropout=0.0,
         activation="gelu",
         adapters=AdapterConfig(8),
     ),
-    soft_prompt_token=3,
+    soft_prompt_token_id=3,
 )
-PROCESSOR = ProcessorConfig(image_size=SIDE, prompt_length=128, question_length=64, target_length=24)
+PROCESSOR = ProcessorConfig(image_size=SIDE, max_prompt_tokens=128, max_question_tokens=64, max_target_tokens=24)
 QFORMER, AGGREGATOR = ("qformer.*", "soft_prompt"), ("aggregator.*", ".*/adapter_0")
 
 
@@ -56,11 +64,11 @@ def experiment(seed: int = 0, **data) -> Experiment:
     both = (("vqa", 1.0), ("rec", 1.0))
     return Experiment(
         name="small",
-        system=SYSTEM,
-        data=DataConfig(**{"sources": (Scenes((12, 4, 12), pixels=56),), "processor": PROCESSOR} | data),
+        model=SYSTEM,
+        data=DataConfig(**{"sources": (Scenes((12, 4, 12), image_size=56),), "processor": PROCESSOR} | data),
         stages=(
-            Stage("first", 2, QFORMER, both, system=(("visual_input", "QFORMER"),), **fields),
-            Stage("second", 2, AGGREGATOR, both, system=(("visual_input", "AGGREGATOR"),), **fields),
+            Stage("first", 2, QFORMER, both, model_overrides=(("visual_input", "QFORMER"),), **fields),
+            Stage("second", 2, AGGREGATOR, both, model_overrides=(("visual_input", "AGGREGATOR"),), **fields),
             Stage("third", 2, (*QFORMER, *AGGREGATOR, ".*/adapters"), both, **fields),
         ),
         run=RunConfig(log_every=1, save_every=1, frozen_dtype="float32", evaluate_limit=4),
@@ -70,8 +78,8 @@ def experiment(seed: int = 0, **data) -> Experiment:
 
 def params_of(what: Experiment):
     """Random parameters, drawn by numpy, which compiles nothing. Large enough that picture and prompt matter."""
-    batch = example(Processor(what.data.processor))
-    flat = trees.flatten(sharding.abstract(what.system.init, jax.random.key(0), batch))
+    batch = dummy_batch(Processor(what.data.processor))
+    flat = trees.flatten(sharding.abstract_params(what.model.init, jax.random.key(0), batch))
     rng = np.random.default_rng(what.seed)
     return trees.unflatten({path: jnp.asarray(drawn(path, leaf.shape, rng)) for path, leaf in flat.items()})
 
@@ -93,18 +101,20 @@ def finished(workdir, what: Experiment):
 def put(workdir, what: Experiment, params, stage: int, step: int = 0):
     """Write where a run stands: at a stage's start, or some steps into it, with these parameters."""
     workdir.mkdir(parents=True, exist_ok=True)
-    claim(workdir, what)
-    layout = init_layout(what, example(Processor(what.data.processor)), sharding.make_mesh(devices=jax.devices()[:1]))
-    inside = trees.flatten(layout.learned)
+    check_or_write_config(workdir, what)
+    layout = init_layout(
+        what, dummy_batch(Processor(what.data.processor)), sharding.make_mesh(devices=jax.devices()[:1])
+    )
+    inside = trees.flatten(layout.trainable)
     split = [{p: x for p, x in trees.flatten(params).items() if (p in inside) == side} for side in (False, True)]
     never, learned = map(trees.unflatten, split)
-    frozen = resume._freeze(workdir, never)
+    frozen = resume._save_frozen(workdir, never)
     if not step:
-        resume.write_base(workdir, what, resume.Place(stage, 0, never, learned, frozen))
+        resume.save_base(workdir, what, resume.Position(stage, 0, never, learned, frozen))
         return
     trainable, _ = trees.split(learned, what.stages[stage].trainable)
     update = updates_before(what, stage) + step
-    checkpoint.write(workdir / "checkpoints" / str(update), {"trainable": trainable}, {"frozen": frozen})
+    checkpoint.save_tree(workdir / "checkpoints" / str(update), {"trainable": trainable}, {"frozen": frozen})
 
 
 def flipped(folder) -> None:

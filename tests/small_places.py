@@ -10,7 +10,7 @@ from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.data.config import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
-from lionjax.models.heads.region import PlaceConfig
+from lionjax.models.heads.region import RegionHeadConfig
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.models.vlm.nextchat import NextChat
@@ -18,54 +18,64 @@ from lionjax.nn.adapters import AdapterConfig
 
 TRIGGER, LOCATION = 19, 20  # of the tiny tokenizer
 SAM = SamConfig(
-    image=32,
-    patch=8,
+    image_size=32,
+    patch_size=8,
     width=8,
     depth=2,
-    heads=2,
-    hidden=12,
-    window=2,
-    global_layers=(1,),
-    channels=8,
-    mask_channels=4,
-    decoder_heads=2,
-    decoder_hidden=8,
-    iou_hidden=8,
+    num_heads=2,
+    mlp_dim=12,
+    window_size=2,
+    global_attn_indexes=(1,),
+    prompt_embed_dim=8,
+    mask_input_channels=4,
+    decoder_num_heads=2,
+    decoder_mlp_dim=8,
+    iou_head_mlp_dim=8,
 )
 DECODER = DecoderConfig(
-    vocab=1024, width=32, layers=2, heads=2, kv_heads=2, head=16, hidden=48, end_token=1, adapters=AdapterConfig(8)
+    vocab_size=1024,
+    width=32,
+    depth=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    mlp_dim=48,
+    eos_token_id=1,
+    adapters=AdapterConfig(8),
 )
 NEXTCHAT = NextChat(
     vision=small_lion.SYSTEM.vision,
     language=dataclasses.replace(DECODER, adapters=None),
     sam=SAM,
     feature_layer=-1,
-    location_hidden=16,
-    mask_tokens=2,
+    box_mlp_dim=16,
+    num_mask_prompt_tokens=2,
     box_scale=32.0,
-    image_token=21,
-    trigger_token=TRIGGER,
-    location_token=LOCATION,
+    image_token_id=21,
+    trigger_token_id=TRIGGER,
+    box_token_id=LOCATION,
     max_boxes=3,
 )
 FLAGSHIP = dataclasses.replace(
     small_lion.SYSTEM,
     sam=SAM,
-    places=PlaceConfig(trigger_token=TRIGGER, location_token=LOCATION, location_hidden=16, mask_tokens=2, max_boxes=3),
+    region_head=RegionHeadConfig(
+        trigger_token_id=TRIGGER, box_token_id=LOCATION, box_mlp_dim=16, num_mask_prompt_tokens=2, max_boxes=3
+    ),
 )
 ONE_ROW = dataclasses.replace(FLAGSHIP, language=DECODER)
 PROCESSOR = ProcessorConfig(
     image_size=SIDE,
-    prompt_length=128,
-    question_length=64,
-    target_length=16,
-    padded=True,
-    places="embeddings",
-    boxes=4,
-    sam_size=SAM.image,
+    max_prompt_tokens=128,
+    max_question_tokens=64,
+    max_target_tokens=16,
+    pad_to_square=True,
+    box_format="embeddings",
+    max_boxes=4,
+    sam_image_size=SAM.image_size,
 )
 IN_ONE_ROW = dataclasses.replace(PROCESSOR, reader="decoder")
-WITH_PICTURE = dataclasses.replace(IN_ONE_ROW, template="{image} {question}", image_tokens=4, tags=False)
+WITH_PICTURE = dataclasses.replace(IN_ONE_ROW, prompt_template="{image} {question}", num_image_tokens=4, use_tags=False)
 MASKS = ("mask_prompts", "sam/decoder")
 PLACES = ("locations", ".*/adapters", "aggregator.*", "soft_prompt")
 WORDS = ("language", "projector", "locations")
@@ -77,11 +87,11 @@ def experiment(system, processor, trainable, seed: int = 0, steps: int = 2, **da
     boxes = (("rec", 1.0), ("rec@digits", 1.0), ("box_vqa", 1.0))
     return Experiment(
         name="small_places",
-        system=system,
-        data=DataConfig(**{"sources": (Scenes((12, 4, 12), pixels=56),), "processor": processor} | data),
+        model=system,
+        data=DataConfig(**{"sources": (Scenes((12, 4, 12), image_size=56),), "processor": processor} | data),
         stages=(
             Stage("boxes", steps, trainable, boxes, **fields),
-            Stage("masks", steps, MASKS, (("res", 1.0),), system=(("objective", "masks"),), **fields),
+            Stage("masks", steps, MASKS, (("res", 1.0),), model_overrides=(("objective", "masks"),), **fields),
         ),
         run=RunConfig(log_every=1, save_every=1, frozen_dtype="float32", evaluate_limit=0, cache_features=True),
         seed=seed,

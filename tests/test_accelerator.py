@@ -51,11 +51,11 @@ def test_products_of_an_update_are_those_that_one_writes_down():
 
 
 def test_rates_of_devices_go_by_what_they_call_themselves():
-    assert topologies.published("NVIDIA H100 80GB HBM3") == (989, 3350)
-    assert topologies.published("NVIDIA H200") == (989, 4800)
-    assert topologies.published("TPU v5 lite") == (197, 819)
-    assert topologies.published("TPU v5p") == topologies.published("TPU v5")
-    assert topologies.published("cpu") is None
+    assert topologies.peak_rates("NVIDIA H100 80GB HBM3") == (989, 3350)
+    assert topologies.peak_rates("NVIDIA H200") == (989, 4800)
+    assert topologies.peak_rates("TPU v5 lite") == (197, 819)
+    assert topologies.peak_rates("TPU v5p") == topologies.peak_rates("TPU v5")
+    assert topologies.peak_rates("cpu") is None
 
 
 def made(seconds, **more):

@@ -10,10 +10,10 @@ import pytest
 import shared_data
 
 from lionjax.evaluation.metrics.vqa import (
-    normalise_answer,
+    normalize_answer,
+    parse_pope_answer,
+    parse_yes_no,
     pope_scores,
-    read_pope,
-    read_yes_no,
     vqa_accuracy,
     vsr_accuracy,
 )
@@ -44,7 +44,7 @@ DATA = shared_data.ROOT
     ],
 )
 def test_the_normaliser_follows_the_official_rules(text, answer):
-    assert normalise_answer(text) == answer
+    assert normalize_answer(text) == answer
 
 
 @pytest.mark.parametrize(("matches", "accuracy"), list(enumerate([0, 0.3, 0.6, 0.9] + [1] * 7)))
@@ -77,9 +77,9 @@ def test_the_majority_answer_scores_as_leaving_out_each_of_ten_people(name, both
         references = [answer["answer"] for answer in note["answers"]]
         majority = Counter(references).most_common(1)[0][0]
         score = vqa_accuracy(majority, references)
-        normal = [normalise_answer(text) for text in references]
+        normal = [normalize_answer(text) for text in references]
         nines = itertools.combinations(normal, len(normal) - 1)
-        by_hand = [min(1, nine.count(normalise_answer(majority)) / 3) for nine in nines]
+        by_hand = [min(1, nine.count(normalize_answer(majority)) / 3) for nine in nines]
         assert score == pytest.approx(sum(by_hand) / 10)
         scores["both"] += score / len(notes)
         scores["raw"] += vqa_accuracy(majority, references, raw_references=True) / len(notes)
@@ -107,12 +107,12 @@ def test_no_reference_is_refused_in_a_sentence(references):
     ],
 )
 def test_pope_reads_everything_but_a_plain_no_as_yes(text, said):
-    assert read_pope(text) is said
+    assert parse_pope_answer(text) is said
 
 
 def test_yes_or_no_is_read_from_the_first_word_or_not_at_all():
-    assert [read_yes_no(text) for text in ("Yes.", "TRUE", " no, it is", "False")] == [1, 1, 0, 0]
-    assert [read_yes_no(text) for text in ("", "maybe no", "nothing", "yesterday")] == [None] * 4
+    assert [parse_yes_no(text) for text in ("Yes.", "TRUE", " no, it is", "False")] == [1, 1, 0, 0]
+    assert [parse_yes_no(text) for text in ("", "maybe no", "nothing", "yesterday")] == [None] * 4
 
 
 def test_pope_scores_of_a_small_confusion_table():
@@ -133,7 +133,7 @@ def test_pope_scores_stay_finite_when_one_side_is_empty():
 def test_always_yes_on_the_real_pope_questions_has_half_accuracy_and_full_recall():
     lines = (DATA / "pope" / "coco_pope_random.json").read_text().splitlines()
     labels = [json.loads(line)["label"] == "yes" for line in lines]
-    scores = pope_scores([read_pope("Yes")] * len(labels), labels)
+    scores = pope_scores([parse_pope_answer("Yes")] * len(labels), labels)
     assert (len(labels), sum(labels)) == (3000, 1500)
     expected = dict(accuracy=0.5, precision=0.5, recall=1, f1=2 / 3, yes_ratio=1)
     assert scores == pytest.approx(expected)

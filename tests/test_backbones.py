@@ -16,24 +16,31 @@ from lionjax.core import params as trees
 from lionjax.data import processor as processors
 from lionjax.data.processor import Processor, ProcessorConfig
 from lionjax.data.scenes import world
-from lionjax.inference.loading import example
+from lionjax.inference.loading import dummy_batch
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision.vit import ViT, ViTConfig
-from lionjax.tiny.exercises import PLACES, box_code, patch_facts
-from lionjax.tiny.language import decimal_weight, digit_ids, language_batch, learn_language, looking_for_like, reader_of
+from lionjax.tiny.exercises import NUM_DIGIT_POSITIONS, encode_box, patch_labels
+from lionjax.tiny.language import (
+    copy_attention_init,
+    digit_loss_weight,
+    digit_token_ids,
+    make_language_batch,
+    make_scene_model,
+    run_language_schedule,
+)
 from lionjax.tiny.schedules import BackbonesConfig, LanguageSchedule
 from lionjax.tiny.vision import align_vision
-from lionjax.training.init import first_parameters, shipped
-from lionjax.training.init import layout as init_layout
+from lionjax.training.init import init_params, resolve_weights_file
+from lionjax.training.init import make_param_specs as init_layout
 
 CONFIG = BackbonesConfig(
-    vision=ViTConfig(image=56, patch=14, width=16, depth=2, heads=2, hidden=32),
-    language=T5Config(vocab=1024, width=16, head=8, heads=2, hidden=24, encoder_layers=1, decoder_layers=1),
-    scenes=24,
-    vision_batch=8,
+    vision=ViTConfig(image_size=56, patch_size=14, width=16, depth=2, num_heads=2, mlp_dim=32),
+    language=T5Config(vocab_size=1024, width=16, head_dim=8, num_heads=2, mlp_dim=24, encoder_depth=1, decoder_depth=1),
+    num_scenes=24,
+    vision_batch_size=8,
     align_steps=160,
-    align_rate=5e-3,
+    align_learning_rate=5e-3,
 )
 
 
@@ -41,17 +48,17 @@ CONFIG = BackbonesConfig(
 def reader():
     """The T5 under training, its parameters, and what it is told of a scene."""
     processor = Processor(ProcessorConfig(56))
-    model = reader_of(CONFIG.language, processor)
-    fields, box = patch_facts(world.sample("train", 0), 4, 56)
-    told = fields[None], box_code(box)[None]
+    model = make_scene_model(CONFIG.language, processor)
+    fields, box = patch_labels(world.sample_scene("train", 0), 4, 56)
+    told = fields[None], encode_box(box)[None]
     text = np.ones((1, 4), np.int32), np.ones((1, 4), bool)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), *told, 0.0, *text, *text)["params"])
-    return model, params, told, digit_ids(processor)
+    return model, params, told, digit_token_ids(processor)
 
 
 def test_a_thing_is_told_once_and_every_decimal_has_a_word_of_its_own(reader):
     model, params, (fields, code), digits = reader
-    assert digits.shape == (PLACES, 10) and len(np.unique(digits)) == digits.size
+    assert digits.shape == (NUM_DIGIT_POSITIONS, 10) and len(np.unique(digits)) == digits.size
     tell = jax.jit(lambda code: model.apply({"params": params}, fields, code, method=model.tell))
     moved = np.abs(np.asarray(tell(code) - tell(code[:, ::-1]))).max(-1)
     assert (moved[fields[..., 4] == 2] > 0).any() and (moved[fields[..., 4] != 2] == 0).all()
@@ -59,8 +66,8 @@ def test_a_thing_is_told_once_and_every_decimal_has_a_word_of_its_own(reader):
 
 def test_third_decimals_hardly_count_and_first_ones_count_most(reader):
     *_, digits = reader
-    target = np.array(Processor(ProcessorConfig(56)).target("[0.123,0.456,0.789,0.321]"))[None]
-    weight = np.asarray(decimal_weight(target, digits))[0]
+    target = np.array(Processor(ProcessorConfig(56)).encode_target("[0.123,0.456,0.789,0.321]"))[None]
+    weight = np.asarray(digit_loss_weight(target, digits))[0]
     np.testing.assert_allclose(weight, [*([1, 2, 1, 0.15] * 4), 1, 1], rtol=1e-6)
 
 
@@ -78,12 +85,14 @@ def test_alignment_brings_a_vits_features_near_the_words_of_each_patch(reader):
 def test_what_a_vit_was_aligned_with_can_stay_while_the_t5_learns_on(reader):
     model, params, *_ = reader
     processor, rng = Processor(ProcessorConfig(56)), np.random.default_rng(0)
-    made = [world.sample("train", index) for index in range(4)]
-    told = [patch_facts(scene, 4, 56) for scene in made]
-    batch = functools.partial(language_batch, CONFIG, made, told, rng, processor)
-    schedule = LanguageSchedule(3, 1e-2, hinted=0.0, text=0.0, words_stay=True)
+    made = [world.sample_scene("train", index) for index in range(4)]
+    told = [patch_labels(scene, 4, 56) for scene in made]
+    batch = functools.partial(make_language_batch, CONFIG, made, told, rng, processor)
+    schedule = LanguageSchedule(3, 1e-2, tag_fraction=0.0, text_fraction=0.0, freeze_embeddings=True)
     one_length = lambda how, group, rows: batch(how, "short", rows)  # noqa: E731 compiled once
-    learned = learn_language(CONFIG, schedule, model, jax.tree.map(np.copy, params), one_length, rng, judge=None)
+    learned = run_language_schedule(
+        CONFIG, schedule, model, jax.tree.map(np.copy, params), one_length, rng, eval_fn=None
+    )
     told_before, told_after = (
         np.asarray(model.apply({"params": p}, *reader[2], method=model.tell)) for p in (params, learned)
     )
@@ -94,17 +103,17 @@ def test_what_a_vit_was_aligned_with_can_stay_while_the_t5_learns_on(reader):
 
 def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
     told_of, params, (fields, code), _ = reader
-    sizes = DecoderConfig(1024, 16, 1, 2, 2, 8, 24, tied=True, end_token=1)
+    sizes = DecoderConfig(1024, 16, 1, 2, 2, 8, 24, tie_embeddings=True, eos_token_id=1)
     c = dataclasses.replace(CONFIG, language=sizes)
     processor = Processor(ProcessorConfig(56, reader="decoder"))
-    model, rng = reader_of(sizes, processor), np.random.default_rng(0)
-    made = [world.sample("train", index) for index in range(4)]
-    told = [patch_facts(scene, 4, 56) for scene in made]
-    batch = functools.partial(language_batch, c, made, told, rng, processor)
+    model, rng = make_scene_model(sizes, processor), np.random.default_rng(0)
+    made = [world.sample_scene("train", index) for index in range(4)]
+    told = [patch_labels(scene, 4, 56) for scene in made]
+    batch = functools.partial(make_language_batch, c, made, told, rng, processor)
     fresh = nn.unbox(jax.jit(model.init)(jax.random.key(0), *batch("things", "short", 2))["params"])
-    language = looking_for_like(fresh["language"], sizes) | {"embedding": params["language"]["embedding"]}
+    language = copy_attention_init(fresh["language"], sizes) | {"embedding": params["language"]["embedding"]}
     begun = {"language": language, "code": params["code"], "roles": params["roles"]}
-    mine = model.apply({"params": begun}, fields, code, method=model.tell)
+    mine = model.apply({"params": begun}, fields, code, method=model.embed_objects)
     np.testing.assert_array_equal(mine, told_of.apply({"params": params}, fields, code, method=told_of.tell))
 
     fixed = batch("things", "short", 8)
@@ -116,8 +125,8 @@ def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
         return -(jax.nn.log_softmax(logits) * jax.nn.one_hot(target, 1024)).sum(-1)[mask].mean()
 
     before, words = float(wrong(begun)), np.array(language["embedding"]["table"])
-    schedule = LanguageSchedule(60, 2e-2, hinted=0.0, text=0.0, words_stay=True)
-    learned = learn_language(c, schedule, model, begun, lambda *_: fixed, rng, judge=None)
+    schedule = LanguageSchedule(60, 2e-2, tag_fraction=0.0, text_fraction=0.0, freeze_embeddings=True)
+    learned = run_language_schedule(c, schedule, model, begun, lambda *_: fixed, rng, eval_fn=None)
     np.testing.assert_array_equal(learned["language"]["embedding"]["table"], words)
     assert float(wrong(learned)) < 0.5 * before
     # What stands behind a word cannot be known at it.
@@ -127,13 +136,13 @@ def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
 
 
 def test_the_shipped_decoder_is_small_and_stands_between_a_flamingos_looks_with_the_t5s_words():
-    assert (shipped("shipped:tiny_decoder.safetensors")).stat().st_size < 1_000_000
+    assert (resolve_weights_file("shipped:tiny_decoder.safetensors")).stat().st_size < 1_000_000
     what = config.load(Path(__file__).parent.parent / "configs" / "tiny_flamingo.py")
-    batch = example(Processor(what.data.processor))
+    batch = dummy_batch(Processor(what.data.processor))
     layout = init_layout(what, batch, sharding.make_mesh(devices=jax.devices()[:1]))
-    never = trees.flatten(first_parameters(what, batch, layout)[0])
-    held = load_file(shipped("shipped:tiny_decoder.safetensors"))
-    words = load_file(shipped("shipped:tiny_t5.safetensors"))["language/embedding/table"]
+    never = trees.flatten(init_params(what, batch, layout)[0])
+    held = load_file(resolve_weights_file("shipped:tiny_decoder.safetensors"))
+    words = load_file(resolve_weights_file("shipped:tiny_t5.safetensors"))["language/embedding/table"]
     for path, leaf in never.items():
         if path.startswith("language/"):
             name = path.replace("groups/block/", "blocks/")

@@ -14,12 +14,12 @@ from PIL import Image
 import lionjax
 from lionjax import cli
 from lionjax.core.types import UserError
-from lionjax.data.datasets.jsonl import Lines
+from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.scenes.tasks import Example
 from lionjax.evaluation import runner
 from lionjax.evaluation import tasks as scoring
 from lionjax.evaluation.metrics import captions, regions, vqa
-from lionjax.evaluation.report.html import report
+from lionjax.evaluation.report.html import write_report
 from lionjax.inference import engine
 
 LIMIT = 6
@@ -69,12 +69,12 @@ def scores_of(rows: list[dict], said: str) -> dict[str, dict[str, float]]:
     return {
         "vqa": lambda: {"vqa_accuracy": np.mean([vqa.vqa_accuracy(*pair) for pair in zip(texts, truth)])},
         "existence": lambda: {
-            "pope_f1": vqa.pope_scores([vqa.read_pope(text) for text in texts], [group[0] == "yes" for group in truth])[
-                "f1"
-            ]
+            "pope_f1": vqa.pope_scores(
+                [vqa.parse_pope_answer(text) for text in texts], [group[0] == "yes" for group in truth]
+            )["f1"]
         },
         "relation": lambda: {
-            "vsr_accuracy": np.mean([vqa.read_yes_no(t) is (g[0] == "yes") for t, g in zip(texts, truth)])
+            "vsr_accuracy": np.mean([vqa.parse_yes_no(t) is (g[0] == "yes") for t, g in zip(texts, truth)])
         },
         "caption": lambda: {
             "caption_cider": captions.cider_d(texts, truth).mean(),
@@ -98,7 +98,7 @@ def test_every_figure_can_be_made_again_from_the_answers_kept(entries, folder, t
             said = "prediction" if variant == "metrics" else variant
             for key, value in scores_of(rows, said)[task]().items():
                 assert entry[variant][key] == pytest.approx(float(value), abs=1e-9), (variant, key)
-    assert ("untagged" in entry) == ("tags_alone" in entry) == (task in runner.WITHOUT_TAGS)
+    assert ("untagged" in entry) == ("tags_alone" in entry) == (task in runner.TAG_ABLATION_TASKS)
 
 
 def test_scores_by_kind_weigh_up_to_the_whole(entries, folder):
@@ -120,7 +120,7 @@ def test_the_report_holds_the_figures_beside_their_baselines_and_leaves_the_rest
         assert low <= figures["metrics"][key] <= high
     assert figures["baselines"]["vqa_accuracy"] == entries["vqa"]["blind"]["vqa_accuracy"]
     assert figures["stages"] == [{"name": "kept"}] and figures["speed"]["images_per_second"] == 7.0
-    page = report(folder).read_text()
+    page = write_report(folder).read_text()
     for words in ("VQA accuracy", "blind", "majority", "Is it there?", entries["vqa"]["benchmark"]):
         assert words in page
 
@@ -164,7 +164,7 @@ def test_blind_answers_differ_from_sighted_ones(entries, folder):
 
 
 def test_many_batches_and_all_benchmarks_of_long_answers_share_one_program(model, monkeypatch):
-    monkeypatch.setattr(runner, "AT_ONCE", 4)
+    monkeypatch.setattr(runner, "BATCH_SIZE", 4)
     before = engine.generate._cache_size()
     for task in ("rec", "reg", "tags", "caption"):
         assert runner.evaluate_model(model, task, limit=10)["samples"] == 10
@@ -180,14 +180,14 @@ def test_a_smaller_limit_asks_the_first_of_the_same_questions(entries, model, fo
 
 def test_the_end_of_a_run_asks_each_benchmark_of_its_tasks_once(model, tmp_path, monkeypatch, caplog):
     what = model.experiment
-    assert runner.names_of(what) == ["vqa", "rec"]
-    given = (model.answerer, what, ("vqa", "coco/rec"), tmp_path, 3)
+    assert runner.trained_benchmarks(what) == ["vqa", "rec"]
+    given = (model.engine, what, ("vqa", "coco/rec"), tmp_path, 3)
     first = runner.evaluate_all(*given, updates=6)
     assert list(first) == ["vqa"] and "benchmark coco/rec is left out" in caplog.text
     monkeypatch.setattr(runner, "evaluate", lambda *args, **more: pytest.fail("asked again"))
-    assert runner.evaluate_all(model.answerer, what, ("vqa",), tmp_path, 3, updates=6) == first
+    assert runner.evaluate_all(model.engine, what, ("vqa",), tmp_path, 3, updates=6) == first
     with pytest.raises(pytest.fail.Exception):
-        runner.evaluate_all(model.answerer, what, ("vqa",), tmp_path, 3, updates=7)
+        runner.evaluate_all(model.engine, what, ("vqa",), tmp_path, 3, updates=7)
 
 
 # Constant answers
@@ -196,35 +196,35 @@ def test_the_end_of_a_run_asks_each_benchmark_of_its_tasks_once(model, tmp_path,
 def test_the_constant_answer_is_the_most_common_one_of_the_questions_kind():
     train = [example(a, "color") for a in ("red", "blue", "red")] + [example("3", "count")]
     asked = [example("blue", "color"), example("2", "count"), example("?", "new")]
-    assert scoring.constants("vqa", train, asked) == ["red", "3", "red"]
-    assert scoring.constants("existence", [example("no")] * 3, asked) == ["yes"] * 3
+    assert scoring.constant_answers("vqa", train, asked) == ["red", "3", "red"]
+    assert scoring.constant_answers("existence", [example("no")] * 3, asked) == ["yes"] * 3
 
 
 def test_the_constant_box_is_the_training_box_that_hits_most():
     boxes = [(0.0, 0.0, 0.1, 0.1), (0.3, 0.3, 0.7, 0.7), (0.3, 0.3, 0.7, 0.8), (0.28, 0.3, 0.7, 0.72)]
     train = [example("", task="rec", boxes=(box,)) for box in boxes]
-    (text,) = scoring.constants("rec", train, train[:1])
+    (text,) = scoring.constant_answers("rec", train, train[:1])
     assert regions.parse_box(text) == boxes[3]  # as the second it hits three, and it overlaps them more
-    assert scoring.random_box_hits(train, train[:1]) == 0.25
+    assert scoring.random_box_accuracy(train, train[:1]) == 0.25
 
 
 def test_the_constant_sentence_and_tags_are_the_best_of_the_training_ones():
     said = ["a red star and a ring", "a red star and a moon", "something else entirely"]
     train = [example(text, task="caption", answers=tuple(said[:2])) for text in said]
-    assert scoring.constants("caption", train, train[:1])[0] in said[:2]
+    assert scoring.constant_answers("caption", train, train[:1])[0] in said[:2]
     train = [example("star, red", task="tags"), example("star, blue", task="tags"), example("star", task="tags")]
-    assert scoring.constants("tags", train, train) == ["star"] * 3
+    assert scoring.constant_answers("tags", train, train) == ["star"] * 3
 
 
 def test_intervals_are_those_of_the_statistic_itself():
     asked = [example("yes"), example("yes"), example("no"), example("no")] * 10
     texts = ["yes", "no", "yes", "no"] * 10
-    scored = scoring.existence(asked, texts)
+    scored = scoring.score_existence(asked, texts)
     assert scored.metrics == {"pope_f1": 0.5, "pope_accuracy": 0.5}
-    low, high = scored.intervals()["pope_f1"]
+    low, high = scored.bootstrap_intervals()["pope_f1"]
     assert (low, high) == pytest.approx((0.27, 0.68), abs=0.02)
-    rows, statistic = scoring.tags(asked, ["yes"] * 40).each["tag_f1"]
-    assert statistic(rows) == scoring.tags(asked, ["yes"] * 40).metrics["tag_f1"] == 0.5
+    rows, statistic = scoring.score_tags(asked, ["yes"] * 40).per_sample["tag_f1"]
+    assert statistic(rows) == scoring.score_tags(asked, ["yes"] * 40).metrics["tag_f1"] == 0.5
 
 
 # The command line
@@ -260,7 +260,7 @@ def test_training_ends_with_figures_and_the_folder_answers_as_the_parameters_in_
     asked = runner.evaluate_model(lionjax.load(tmp_path / "run"), "vqa", limit=4)
     for key in ("metrics", "blind", "untagged"):
         assert asked[key] == figures["evaluation"]["vqa"][key]
-    assert "Questions, VQA accuracy" in report(tmp_path / "run").read_text()
+    assert "Questions, VQA accuracy" in write_report(tmp_path / "run").read_text()
     assert cli.main(words) == 0  # all is done, and nothing is asked again
     again = json.loads((tmp_path / "run" / "report.json").read_text())
     assert again["evaluation"] == figures["evaluation"] and again["metrics"] == figures["metrics"]
@@ -274,7 +274,7 @@ def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp
         {"image": "a.png", "question": "what " * 300, "answer": "red"},
     ]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = Lines(str(tmp_path / "lines.jsonl"), str(tmp_path), name="mine")
+    source = JsonLines(str(tmp_path / "lines.jsonl"), str(tmp_path), name="mine")
     entry = runner.evaluate_model(model, "vqa", tmp_path, source=source)
     assert entry["samples"] == 1 and entry["benchmark"] == "mine_vqa"
     assert "missing.png" in caplog.text and "takes" in caplog.text

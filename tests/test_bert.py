@@ -122,7 +122,7 @@ def test_minilm_as_published_gives_transformers_sentences_and_comes_back_to_the_
     source = minilm()
     theirs = transformers.BertModel.from_pretrained(source).eval()
     coverage = convert.convert(source, tmp_path / "ours", "jax")
-    assert coverage.system == "bert" and set(coverage.ignored) <= {"embeddings.position_ids"}
+    assert coverage.format_name == "bert" and set(coverage.ignored) <= {"embeddings.position_ids"}
     config, params = convert.load_params(tmp_path / "ours")
     assert config == bert.MINILM_L6
     texts = ["A dog runs over the beach.", "A puppy plays by the sea.", "The stock market fell on Monday."]

@@ -21,14 +21,14 @@ from lionjax import convert
 from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.types import Batch
-from lionjax.core.weight_map import Row, renamed, under
-from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.core.weight_map import WeightMapping, rename_torch_keys, with_prefix
+from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.connectors import qformer
 from lionjax.models.connectors.qformer import QFormerConfig
 from lionjax.models.vision import vit
 from lionjax.models.vision.vit import ViTConfig
-from lionjax.models.vlm.blip2_stage1 import Blip2First
-from lionjax.nn.layers import dense_rows, norm_rows
+from lionjax.models.vlm.blip2_stage1 import Blip2Stage1
+from lionjax.nn.layers import dense_weight_map, norm_weight_map
 
 CLS, DEC, SEP, ROWS = 3, 4, 2, 4
 
@@ -65,25 +65,25 @@ def both(draw):
     bridge = QFormerConfig(
         heads * 4, layers, heads, q["intermediate_size"], queries, every, t["hidden_size"], 40, 20, dropout=0.0
     )
-    return theirs, Blip2First(vision, bridge, 1e-6, 6, start_token=CLS, write_token=DEC)
+    return theirs, Blip2Stage1(vision, bridge, 1e-6, 6, cls_token_id=CLS, decoder_start_token_id=DEC)
 
 
-def their_names(c: Blip2First) -> tuple[Row, ...]:
+def their_names(c: Blip2Stage1) -> tuple[WeightMapping, ...]:
     """Rows of Blip2ForImageTextRetrieval, which has no head for words."""
-    bridge = under("qformer.", "qformer/", qformer.hugging_face_rows(c.qformer))
+    bridge = with_prefix("qformer.", "qformer/", qformer.hf_weight_map(c.qformer))
     words = [(f"qformer.embeddings.{x}_embeddings", f"embeddings.{x}_embeddings") for x in ("word", "position")]
     return (
-        *under("vision_model.", "vision/", vit.blip_rows(c.vision)),
-        *norm_rows("vision_model.post_layernorm", "vision_norm"),
-        *under("", "qformer/", qformer.query_rows(c.qformer)),
-        *renamed(bridge, *words, ("qformer.embeddings.layernorm", "qformer.layernorm")),
-        *dense_rows("vision_projection", "picture_projection"),
-        *dense_rows("text_projection", "text_projection"),
-        *dense_rows("itm_head", "match_head"),
-        *dense_rows("word_dense", "word_dense"),
-        *norm_rows("word_norm", "word_norm"),
-        Row("word_bias", "word_bias"),
-        Row("temp", "temperature"),
+        *with_prefix("vision_model.", "vision/", vit.blip2_weight_map(c.vision)),
+        *norm_weight_map("vision_model.post_layernorm", "vision_norm"),
+        *with_prefix("", "qformer/", qformer.query_tokens_weight_map(c.qformer)),
+        *rename_torch_keys(bridge, *words, ("qformer.embeddings.layernorm", "qformer.layernorm")),
+        *dense_weight_map("vision_projection", "picture_projection"),
+        *dense_weight_map("text_projection", "text_projection"),
+        *dense_weight_map("itm_head", "match_head"),
+        *dense_weight_map("word_dense", "word_dense"),
+        *norm_weight_map("word_norm", "word_norm"),
+        WeightMapping("word_bias", "word_bias"),
+        WeightMapping("temp", "temperature"),
     )
 
 
@@ -104,12 +104,12 @@ def pair():
     extra = {name: torch.randn(shape).requires_grad_() for name, shape in extra.items()}
     extra["temp"] = torch.tensor(0.3, requires_grad=True)
     state = {name: w.detach().numpy() for name, w in (theirs.state_dict() | extra).items()}
-    params = convert.params_from(their_names(system), state)
+    params = convert.params_from_state_dict(their_names(system), state)
     numbers = np.random.default_rng(seed)
     lengths = np.array([3, 1, 4, 2])
     mask = (np.arange(6) <= lengths[:, None]).astype(np.int32)
     target = np.where(np.arange(6) == lengths[:, None], SEP, numbers.integers(5, 40, (ROWS, 6))) * mask
-    side = system.vision.image
+    side = system.vision.image_size
     image = numbers.standard_normal((ROWS, side, side, 3)).astype(np.float32)
     nothing, rows = np.zeros((ROWS, 1), np.int32), np.arange(ROWS, dtype=np.int32)
     batch = Batch(image, nothing, nothing, nothing, nothing, target.astype(np.int32), mask, mask, rows, rows)
@@ -134,10 +134,10 @@ def test_similarities_and_matches_are_those_of_transformers(pair):
     assert_close(mine[1], match, f"match, seed {seed}")
 
 
-def torch_losses(theirs, extra, c: Blip2First, batch: Batch):
+def torch_losses(theirs, extra, c: Blip2Stage1, batch: Batch):
     """The stage as LAVIS trains it, on the modules of transformers, with the likeliest other picture and text."""
     pixels, ids, mask = asked(batch)
-    q, rows = c.qformer.queries, torch.arange(ROWS)
+    q, rows = c.qformer.num_query_tokens, torch.arange(ROWS)
     seen = theirs.vision_model(pixels)[0]
     query = theirs.query_tokens.expand(ROWS, -1, -1)
     states = theirs.qformer(query_embeds=query, encoder_hidden_states=seen).last_hidden_state
@@ -190,7 +190,7 @@ def test_the_three_losses_and_every_gradient_are_those_of_torch(pair):
     for name, loss in wanted.items():
         assert float(metrics[f"loss_{name}"]) == pytest.approx(loss.item(), rel=1e-4), f"{name}, seed {seed}"
     assert float(value) == pytest.approx(sum(loss.item() for loss in wanted.values()), rel=1e-4)
-    grads = convert.state_from(their_names(system), jax.tree.map(np.asarray, grads))
+    grads = convert.state_dict_from_params(their_names(system), jax.tree.map(np.asarray, grads))
     for name, weight in (*theirs.named_parameters(), *extra.items()):
         norm = 0.0 if weight.grad is None else weight.grad.norm().item()
         assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
@@ -198,9 +198,9 @@ def test_the_three_losses_and_every_gradient_are_those_of_torch(pair):
 
 def test_words_written_one_by_one_are_those_written_at_once(pair):
     seed, _, _, system, params, batch = pair
-    how = GenerateConfig(max_new_tokens=4, eos=-1, pad=0, start=None)
+    how = GenerationConfig(max_new_tokens=4, eos_token_id=-1, pad_token_id=0, decoder_start_token_id=None)
     ids = np.asarray(generate(system, params, batch, how).ids_BM)
-    from lionjax.models.vlm.blip2_stage1 import Blip2FirstModule
+    from lionjax.models.vlm.blip2_stage1 import Blip2Stage1Module
 
     def at_once(module, batch):
         return module.caption_logits(batch, module.encode_queries(module.encode_image(batch))[1])
@@ -209,7 +209,7 @@ def test_words_written_one_by_one_are_those_written_at_once(pair):
     def logits_of(params, ids):
         """Logits (B, M, V) of these words, read at once and one by one."""
         said = dataclasses.replace(batch, target_BM=ids, target_mask_BM=jnp.ones_like(ids))
-        whole = Blip2FirstModule(system).apply({"params": params}, said, method=at_once)
+        whole = Blip2Stage1Module(system).apply({"params": params}, said, method=at_once)
         first, cache = system.prefill(params, batch, ids.shape[1])
         each = [first]
         for place in range(ids.shape[1] - 1):
@@ -227,9 +227,11 @@ def test_words_written_one_by_one_are_those_written_at_once(pair):
 
 
 def test_others_are_drawn_as_alike_as_they_are_and_never_the_own():
-    from lionjax.models.vlm.blip2_stage1 import FAR, sample_hard_negative
+    from lionjax.models.vlm.blip2_stage1 import SELF_PAIR_LOGIT, sample_hard_negative
 
-    score = np.array([[FAR, 2.0, 0.0], [0.0, FAR, 0.0], [9.0, 0.0, FAR]], np.float32)
+    score = np.array(
+        [[SELF_PAIR_LOGIT, 2.0, 0.0], [0.0, SELF_PAIR_LOGIT, 0.0], [9.0, 0.0, SELF_PAIR_LOGIT]], np.float32
+    )
     keys = jax.random.split(jax.random.key(0), 500)
     found = np.asarray(jax.vmap(lambda key: sample_hard_negative(score, key))(keys))
     assert not (found == np.arange(3)).any()
@@ -241,8 +243,8 @@ def test_others_are_drawn_as_alike_as_they_are_and_never_the_own():
 def test_on_a_mesh_the_loss_is_that_of_the_whole_batch(pair):
     _, _, _, system, params, batch = pair
     mesh = sharding.make_mesh(sharding.MeshConfig(data=4), devices=jax.devices()[:4])
-    with sharding.use(mesh):
-        whole = jax.jit(system.loss)(params, sharding.put_batch(batch, mesh))[0]
+    with sharding.use_mesh(mesh):
+        whole = jax.jit(system.loss)(params, sharding.shard_batch(batch, mesh))[0]
     alone = jax.jit(system.loss)(params, batch)[0]
     assert float(whole) == pytest.approx(float(alone), rel=1e-5)
 
@@ -265,7 +267,7 @@ def test_lavis_names_mean_the_tensors_that_transformers_computes_with(pair):
     for name, tensor in as_lavis(state, "no language model").items():
         old, new = next((pair for pair in LAVIS_HEADS if name.startswith(pair[0])), (name, name))
         own[name.replace(old, new, 1)] = tensor
-    made = trees.flatten(convert.params_from(system.torch_rows(), own))
+    made = trees.flatten(convert.params_from_state_dict(system.weight_map(), own))
     for path, leaf in trees.flatten(params).items():
         np.testing.assert_array_equal(made[path], leaf, path)
 
@@ -273,10 +275,10 @@ def test_lavis_names_mean_the_tensors_that_transformers_computes_with(pair):
 def test_weights_go_out_and_come_back_under_lavis_names(pair):
     _, _, _, system, params, _ = pair
     params = jax.tree.map(np.asarray, params)
-    state = convert.state_from(system.torch_rows(), params)
+    state = convert.state_dict_from_params(system.weight_map(), params)
     table = state["Qformer.bert.embeddings.word_embeddings.weight"]
     np.testing.assert_array_equal(state["Qformer.cls.predictions.decoder.weight"], table)
     assert "Qformer.bert.encoder.layer.0.crossattention.self.query.weight" in state and state["temp"].shape == ()
-    back = trees.flatten(convert.params_from(system.torch_rows(), state))
+    back = trees.flatten(convert.params_from_state_dict(system.weight_map(), state))
     for path, leaf in trees.flatten(params).items():
         np.testing.assert_array_equal(back[path], leaf, path)

@@ -11,30 +11,35 @@ import pytest
 
 from lionjax.core.experiment import Experiment
 from lionjax.data.config import DataConfig
-from lionjax.data.processor import Input, Processor, ProcessorConfig
+from lionjax.data.processor import ImageTextInput, Processor, ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
-from lionjax.inference.loading import of_params
+from lionjax.inference.loading import from_params
 from lionjax.models.connectors.perceiver import AbstractorConfig, ResamplerConfig
 from lionjax.models.connectors.qformer import QFormerConfig
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision.vit import ViTConfig
 from lionjax.models.vlm.flamingo import Flamingo
-from lionjax.models.vlm.visual_prefix import Prefix
-from lionjax.nn.adapters import CrossConfig
+from lionjax.models.vlm.visual_prefix import VisualPrefixLM
+from lionjax.nn.adapters import GatedCrossAttentionConfig
 
 PICTURE = 21  # <im_patch> of the tiny tokenizer
 VIT = ViTConfig(14, 7, 16, 1, 2, 24)
-READS = DecoderConfig(1024, 32, 2, 2, 2, 16, 48, end_token=1)
+READS = DecoderConfig(1024, 32, 2, 2, 2, 16, 48, eos_token_id=1)
 T5 = T5Config(1024, 32, 16, 2, 48, 2, 2, dropout=0.0)
 QFORMER = QFormerConfig(16, 2, 2, 24, 4, 2, 16, 1024, 64, dropout=0.0)
-LOOKS = dataclasses.replace(READS, cross=CrossConfig(1, 16, 2, 8, 48))
-OWN = {"image_token": PICTURE, "names": "original", "feature_layer": -1}
+LOOKS = dataclasses.replace(READS, cross_attention=GatedCrossAttentionConfig(1, 16, 2, 8, 48))
+OWN = {"image_token_id": PICTURE, "torch_names": "original", "feature_layer": -1}
 SYSTEMS = {
-    "patches are words (LLaVA, Shikra)": Prefix(VIT, READS, **OWN),
-    "a Q-Former asks (BLIP-2, InstructBLIP, MiniGPT-4)": Prefix(VIT, T5, QFORMER, projector_depth=1, **OWN),
-    "queries look (mPLUG-Owl)": Prefix(
-        VIT, READS, latents=AbstractorConfig(16, 1, 2, 24, 4, dropout=0.0), projector_depth=1, closing=True, **OWN
+    "patches are words (LLaVA, Shikra)": VisualPrefixLM(VIT, READS, **OWN),
+    "a Q-Former asks (BLIP-2, InstructBLIP, MiniGPT-4)": VisualPrefixLM(VIT, T5, QFORMER, projector_depth=1, **OWN),
+    "queries look (mPLUG-Owl)": VisualPrefixLM(
+        VIT,
+        READS,
+        resampler=AbstractorConfig(16, 1, 2, 24, 4, dropout=0.0),
+        projector_depth=1,
+        add_image_end_token=True,
+        **OWN,
     ),
     "layers look (Flamingo)": Flamingo(VIT, ResamplerConfig(16, 1, 2, 8, 24, 4), LOOKS, PICTURE),
 }
@@ -60,18 +65,18 @@ def test_a_learned_talk_goes_on_by_what_was_said_and_by_what_is_seen(name):
     reads = "encoder" if isinstance(system.language, T5Config) else "decoder"
     processor = ProcessorConfig(
         image_size=14,
-        prompt_length=20,
-        question_length=12,
-        target_length=16,
-        tags=False,
+        max_prompt_tokens=20,
+        max_question_tokens=12,
+        max_target_tokens=16,
+        use_tags=False,
         reader=reads,
-        template="{image} {question}",
-        next_turn="{question}",
+        prompt_template="{image} {question}",
+        followup_template="{question}",
         image_token=PICTURE,
     )
     rows = list(talks())
     batch = Processor(processor).batch(
-        [Input(PICTURES[dark], question, turns=turns) for dark, turns, question, _ in rows],
+        [ImageTextInput(PICTURES[dark], question, turns=turns) for dark, turns, question, _ in rows],
         [answer for *_, answer in rows],
     )
     params = nn.unbox(jax.jit(system.init)(jax.random.key(0), batch))
@@ -88,8 +93,8 @@ def test_a_learned_talk_goes_on_by_what_was_said_and_by_what_is_seen(name):
         return jax.lax.scan(step, (params, rule.init(params)), None, 400)
 
     (params, _), _ = learn(params)
-    experiment = Experiment("talk", system, DataConfig((Scenes((2, 2, 2), pixels=14),), processor), stages=())
-    said = of_params(experiment, params).answer(
+    experiment = Experiment("talk", system, DataConfig((Scenes((2, 2, 2), image_size=14),), processor), stages=())
+    said = from_params(experiment, params).answer(
         [PICTURES[dark] for dark, *_ in rows],
         [question for *_, question, _ in rows],
         history=[turns for _, turns, *_ in rows],

@@ -15,7 +15,7 @@ from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.types import UserError
 from lionjax.training import checkpoint, checksum
-from lionjax.training.checkpoint import Damaged
+from lionjax.training.checkpoint import CorruptCheckpointError
 
 MESHES = ((8, 1, 1), (2, 2, 2))
 
@@ -44,46 +44,46 @@ def same(a, b):
 
 
 def on_device(items):
-    sums = checksum._sums(trees.flatten(items))
+    sums = checksum._checksums_jax(trees.flatten(items))
     return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in sums.items()}
 
 
 def test_a_fingerprint_is_the_same_on_the_host_on_devices_and_on_every_mesh():
-    found = checkpoint.fingerprints(tree())
+    found = checkpoint.leaf_checksums(tree())
     assert on_device(tree()) == found
     for shape in MESHES:
-        placed = sharding.place(tree(), laid_out(tree(), shape))
-        assert checkpoint.fingerprints(placed) == found == on_device(placed)
+        placed = sharding.reshard_like(tree(), laid_out(tree(), shape))
+        assert checkpoint.leaf_checksums(placed) == found == on_device(placed)
 
 
 def test_a_fingerprint_spans_chunks_and_does_not_depend_on_their_size():
     big = np.random.default_rng(0).normal(size=(700, 1000)).astype(np.float32)
-    assert checkpoint.fingerprints({"x": jnp.asarray(big)}) == on_device({"x": jnp.asarray(big)})
+    assert checkpoint.leaf_checksums({"x": jnp.asarray(big)}) == on_device({"x": jnp.asarray(big)})
     swapped = big.copy()
     swapped[0, 0], swapped[500, 0] = big[500, 0], big[0, 0]
-    assert checkpoint.fingerprints({"x": swapped}) != checkpoint.fingerprints({"x": big})
+    assert checkpoint.leaf_checksums({"x": swapped}) != checkpoint.leaf_checksums({"x": big})
 
 
 def test_every_single_flipped_bit_changes_the_fingerprint():
     x = np.random.default_rng(0).normal(size=64).astype(np.float32)
-    found = {checkpoint.fingerprints({"x": x})["x"]}
+    found = {checkpoint.leaf_checksums({"x": x})["x"]}
     for bit in range(64 * 32):
         flipped = x.view(np.uint32).copy()
         flipped[bit // 32] ^= np.uint32(1 << bit % 32)
-        found.add(checkpoint.fingerprints({"x": flipped.view(np.float32)})["x"])
+        found.add(checkpoint.leaf_checksums({"x": flipped.view(np.float32)})["x"])
     assert len(found) == 64 * 32 + 1
 
 
 def test_a_directory_gives_back_bits_and_record_on_any_mesh(tmp_path):
-    checkpoint.write(tmp_path / "a", {"items": tree(), "more": tree(1)}, {"position": [1, 2]})
+    checkpoint.save_tree(tmp_path / "a", {"items": tree(), "more": tree(1)}, {"position": [1, 2]})
     for shape in MESHES:
-        items, meta = checkpoint.read(tmp_path / "a", {"items": laid_out(tree(), shape)})
+        items, meta = checkpoint.restore_tree(tmp_path / "a", {"items": laid_out(tree(), shape)})
         assert same(items["items"], tree()) and meta == {"position": [1, 2]}
         assert items["items"]["up"]["kernel"].sharding.mesh.shape["data"] == shape[0]
 
 
 def test_wherever_a_byte_is_flipped_the_values_are_right_or_the_directory_is_refused(tmp_path):
-    checkpoint.write(tmp_path / "a", {"items": tree()}, {"position": 1234})
+    checkpoint.save_tree(tmp_path / "a", {"items": tree()}, {"position": 1234})
     target, refused = {"items": laid_out(tree())}, []
     files = sorted(path for path in (tmp_path / "a").rglob("*") if path.is_file())
     for file in files:
@@ -91,37 +91,37 @@ def test_wherever_a_byte_is_flipped_the_values_are_right_or_the_directory_is_ref
         for at in {int(share * (len(whole) - 1)) for share in (0.0, 0.3, 0.55, 0.8, 1.0)} if whole else ():
             file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
             try:
-                items, meta = checkpoint.read(tmp_path / "a", target)
+                items, meta = checkpoint.restore_tree(tmp_path / "a", target)
                 assert same(items["items"], tree()) and meta == {"position": 1234}
-            except Damaged as damage:
+            except CorruptCheckpointError as damage:
                 assert damage.path == tmp_path / "a"
                 refused.append(str(damage))
         file.write_bytes(whole)
     assert len(refused) >= 10
     assert any("'items/up/kernel' is not what was written" in text for text in refused)  # seen by nobody but us
-    assert same(checkpoint.read(tmp_path / "a", target)[0]["items"], tree())
+    assert same(checkpoint.restore_tree(tmp_path / "a", target)[0]["items"], tree())
 
 
 def test_a_leaf_that_is_not_what_was_written_is_named(tmp_path):
     other = tree() | {"up": tree()["up"] | {"kernel": tree()["up"]["kernel"].at[3, 3].add(1e-6)}}
-    checkpoint.write(tmp_path / "a", {"items": tree()}, {})
-    checkpoint.write(tmp_path / "b", {"items": other}, {})
+    checkpoint.save_tree(tmp_path / "a", {"items": tree()}, {})
+    checkpoint.save_tree(tmp_path / "b", {"items": other}, {})
     shutil.rmtree(tmp_path / "a" / "items")
     shutil.copytree(tmp_path / "b" / "items", tmp_path / "a" / "items")
-    with pytest.raises(Damaged, match="'items/up/kernel' is not what was written"):
-        checkpoint.read(tmp_path / "a", {"items": laid_out(tree())})
+    with pytest.raises(CorruptCheckpointError, match="'items/up/kernel' is not what was written"):
+        checkpoint.restore_tree(tmp_path / "a", {"items": laid_out(tree())})
 
 
 def test_a_record_that_was_changed_is_refused(tmp_path):
-    checkpoint.write(tmp_path / "a", {"items": tree()}, {"next": 40})
+    checkpoint.save_tree(tmp_path / "a", {"items": tree()}, {"next": 40})
     file = tmp_path / "a" / "record" / "metadata"
     file.write_text(file.read_text().replace('"next": 40', '"next": 41'))
-    with pytest.raises(Damaged, match="its record is not what was written"):
-        checkpoint.read(tmp_path / "a", {"items": laid_out(tree())})
+    with pytest.raises(CorruptCheckpointError, match="its record is not what was written"):
+        checkpoint.restore_tree(tmp_path / "a", {"items": laid_out(tree())})
 
 
 def test_a_dtype_a_shape_or_a_name_that_differs_is_refused_and_never_cast(tmp_path):
-    checkpoint.write(tmp_path / "a", {"items": tree()}, {})
+    checkpoint.save_tree(tmp_path / "a", {"items": tree()}, {})
     kernel = tree()["up"]["kernel"]
     cases = {
         "'items/up/kernel' was saved as float32 .* wanted as bfloat16": {"kernel": kernel.astype(jnp.bfloat16)},
@@ -132,55 +132,55 @@ def test_a_dtype_a_shape_or_a_name_that_differs_is_refused_and_never_cast(tmp_pa
     for sentence, up in cases.items():
         wanted = tree() | {"up": {"bias": tree()["up"]["bias"]} | up}
         with pytest.raises(UserError, match=sentence):
-            checkpoint.read(tmp_path / "a", {"items": laid_out(wanted)})
+            checkpoint.restore_tree(tmp_path / "a", {"items": laid_out(wanted)})
 
 
 def test_a_directory_is_replaced_whole(tmp_path):
     for seed in (0, 1):
-        checkpoint.write(tmp_path / "a", {"items": tree(seed)}, {"seed": seed})
-    items, meta = checkpoint.read(tmp_path / "a", {"items": laid_out(tree())})
+        checkpoint.save_tree(tmp_path / "a", {"items": tree(seed)}, {"seed": seed})
+    items, meta = checkpoint.restore_tree(tmp_path / "a", {"items": laid_out(tree())})
     assert meta == {"seed": 1} and same(items["items"], tree(1))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_the_last_steps_and_the_best_of_the_running_stage_are_kept(tmp_path):
     losses = {1: (0, 0.1), 2: (0, 5.0), 3: (1, 4.0), 4: (1, 2.0), 5: (1, 3.0), 6: (1, 3.5), 7: (1, 3.6)}
-    with checkpoint.Steps(tmp_path, keep=2) as steps:
+    with checkpoint.AsyncCheckpointManager(tmp_path, max_to_keep=2) as steps:
         for step, score in losses.items():
             steps.save(step, {"items": tree(step)}, {"score": score})
-    assert checkpoint.found_steps(tmp_path) == [7, 6, 4]
-    with checkpoint.Steps(tmp_path, keep=2) as steps:  # the scores are known after a restart
+    assert checkpoint.all_steps(tmp_path) == [7, 6, 4]
+    with checkpoint.AsyncCheckpointManager(tmp_path, max_to_keep=2) as steps:  # the scores are known after a restart
         steps.save(8, {"items": tree(8)}, {"score": (1, 3.0)})
-    assert checkpoint.found_steps(tmp_path) == [8, 7, 4]
+    assert checkpoint.all_steps(tmp_path) == [8, 7, 4]
 
 
 def test_a_save_holds_the_values_of_its_moment_though_training_goes_on(tmp_path):
     bump = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)
     state = {"x": jnp.zeros((512, 512)), "y": jnp.ones(3)}
-    with checkpoint.Steps(tmp_path, keep=5) as steps:
+    with checkpoint.AsyncCheckpointManager(tmp_path, max_to_keep=5) as steps:
         for step in range(1, 6):
             state = bump(state)
             steps.save(step, {"items": state}, {"score": (0, 1.0)})
     for step in range(1, 6):
-        items, _ = checkpoint.read(tmp_path / str(step), {"items": laid_out(state)})
+        items, _ = checkpoint.restore_tree(tmp_path / str(step), {"items": laid_out(state)})
         assert float(items["items"]["x"].min()) == float(items["items"]["x"].max()) == step
 
 
 def test_an_error_of_a_save_under_way_is_raised_and_not_swallowed(tmp_path):
     (tmp_path / "steps").mkdir()
     with pytest.raises(OSError):
-        with checkpoint.Steps(tmp_path / "steps", keep=2) as steps:
+        with checkpoint.AsyncCheckpointManager(tmp_path / "steps", max_to_keep=2) as steps:
             shutil.rmtree(tmp_path / "steps")
             (tmp_path / "steps").write_text("a file where the folder was")
             steps.save(1, {"items": tree()}, {"score": (0, 1.0)})
 
 
 def test_a_full_disk_is_recognised_through_the_errors_that_it_comes_wrapped_in():
-    assert checkpoint.disk_is_full(OSError(28, "No space left on device"))
+    assert checkpoint.is_disk_full_error(OSError(28, "No space left on device"))
     outer = ValueError("save failed")
     outer.__cause__ = RuntimeError("RESOURCE_EXHAUSTED: write: No space left on device [errno 28]")
-    assert checkpoint.disk_is_full(outer)
-    assert not checkpoint.disk_is_full(ValueError("no such file"))
+    assert checkpoint.is_disk_full_error(outer)
+    assert not checkpoint.is_disk_full_error(ValueError("no such file"))
 
 
 def test_of_what_asyncio_says_only_full_disks_are_kept_from_the_log(tmp_path, caplog):
@@ -190,7 +190,7 @@ def test_of_what_asyncio_says_only_full_disks_are_kept_from_the_log(tmp_path, ca
         except Exception:
             logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=True)
 
-    with pytest.raises(UserError, match="the disk is full"), checkpoint.disk_errors(tmp_path):
+    with pytest.raises(UserError, match="the disk is full"), checkpoint.explain_disk_full(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     caplog.clear()
     failed(OSError(errno.ENOSPC, "No space left on device"))
@@ -206,6 +206,6 @@ def test_of_what_asyncio_says_only_full_disks_are_kept_from_the_log(tmp_path, ca
 def test_half_written_directories_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / "base" / "0_one.orbax-checkpoint-tmp" / "learned").mkdir(parents=True)
     (tmp_path / "base" / "0_one").mkdir()
-    checkpoint.clean(tmp_path)
-    assert checkpoint.found_bases(tmp_path / "base") == {0: tmp_path / "base" / "0_one"}
+    checkpoint.remove_tmp_directories(tmp_path)
+    assert checkpoint.all_bases(tmp_path / "base") == {0: tmp_path / "base" / "0_one"}
     assert len(list((tmp_path / "base").iterdir())) == 1

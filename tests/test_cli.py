@@ -23,7 +23,7 @@ from lionjax.inference import loading, tagger
 from lionjax.training import loop
 
 ROOT = Path(__file__).resolve().parent.parent
-VERBS = list(entry.parsers()[1])
+VERBS = list(entry.build_parsers()[1])
 TOY = """
 from lionjax.core.experiment import Experiment, Stage
 from lionjax.nn.lora import LoraConfig
@@ -68,7 +68,7 @@ def test_help_loads_nothing_heavy(words):
 def test_help_names_every_verb_and_what_it_does(capsys):
     assert cli.main([]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for name, verb in entry.parsers()[1].items():
+    for name, verb in entry.build_parsers()[1].items():
         assert verb.get_default("run").__doc__ in out and f" {name} " in out
 
 
@@ -134,7 +134,7 @@ def test_inspect_says_what_a_source_holds_and_draws_it(capsys, tmp_path, monkeyp
 
 def test_a_source_that_is_wrongly_named_or_set_is_one_sentence(capsys):
     assert refused(capsys, "data", "inspect", "cocoo").startswith("there is no source 'cocoo'")
-    assert "did you mean 'pixels'?" in refused(capsys, "data", "inspect", "scenes", "--pixel", "3")
+    assert "did you mean 'image_size'?" in refused(capsys, "data", "inspect", "scenes", "--image_siz", "3")
     assert refused(capsys, "data", "build", "scenes").startswith("build wants --out FOLDER")
     assert refused(capsys, "data", "inspect", "scenes", "--split", "x").startswith("there is no split")
     assert "choose from" in refused(capsys, "data", "incpect", "scenes")
@@ -158,8 +158,8 @@ def test_convert_says_what_went_over_and_refuses_what_it_cannot_read(capsys, tmp
     monkeypatch.setattr(convert, "convert", lambda *given, **more: seen.append((given, more)) or "table")
     assert cli.main([*words, "--system", "t5", "--add-words", "<a>,<b>", "--adapter", "lora"]) == 0
     assert capsys.readouterr().out == "table\n" and seen[0][0] == (source, target, "jax", "t5")
-    wanted = convert.Wanted(("<a>", "<b>"))
-    more = {"adapter": "lora", "merge_lora": False, "wanted": wanted, "base": None}
+    wanted = convert.ResizeOptions(("<a>", "<b>"))
+    more = {"adapter": "lora", "merge_lora": False, "resize_options": wanted, "base": None}
     assert seen[0][1] == more
 
 
@@ -191,11 +191,11 @@ def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monk
     assert "model.layers.{i}.self_attn.q_proj" in said and "logits" in said
     words = ["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "torch", "--verify"]
     assert cli.main(words) == 0
-    monkeypatch.setattr("lionjax.convert.verify.compare.AGREE", 0.0)
+    monkeypatch.setattr("lionjax.convert.verify.compare.RELATIVE_TOLERANCE", 0.0)
     assert cli.main([*words[:2], str(tmp_path / "other"), *words[3:]]) == 2
     said = capsys.readouterr()
     assert "they part in" in said.out and "differ by more than rounding does" in said.err
-    monkeypatch.setattr("lionjax.convert.verify.compare.RUNS", {})
+    monkeypatch.setattr("lionjax.convert.verify.compare.COMPARISON_RUNS", {})
     assert cli.main([*words[:2], str(tmp_path / "third"), *words[3:]]) == 2
     said = f"{tmp_path / 'third'} is written, but cannot be verified: transformers has no class"
     assert said in capsys.readouterr().err and (tmp_path / "third" / "model.safetensors").is_file()
@@ -204,7 +204,7 @@ def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monk
 @pytest.mark.parametrize("exact", [True, False])
 def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(capsys, tmp_path, monkeypatch, exact):
     seen = []
-    loaded = types.SimpleNamespace(export=lambda *given: seen.append(given), has_the_bits_of=lambda other: exact)
+    loaded = types.SimpleNamespace(export=lambda *given: seen.append(given), equals_bitwise=lambda other: exact)
     monkeypatch.setattr(loading, "is_run", lambda path: path == tmp_path)
     monkeypatch.setattr(loading, "load", lambda path: loaded)
     (tmp_path / "report.json").write_text('{"config": 1}')
@@ -255,7 +255,7 @@ class Tagger:
     """Sees a cat wherever it looks."""
 
     def tag(self, images):
-        return [tagger.Found(("cat", "grey"), ("猫",), (0.75, 0.5)) for _ in images]
+        return [tagger.TagResult(("cat", "grey"), ("猫",), (0.75, 0.5)) for _ in images]
 
 
 def test_generate_tells_the_model_what_a_tagger_sees(capsys, asked, monkeypatch):

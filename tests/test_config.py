@@ -42,7 +42,7 @@ def sentence(error) -> str:
 
 def test_a_python_file_becomes_a_hashable_experiment_held_to_its_types(path):
     toy = config.load(path)
-    assert toy.name == "toy" and toy.stages[1].accumulate == 2
+    assert toy.name == "toy" and toy.stages[1].grad_accum_steps == 2
     assert toy.stages[0].trainable == ("qformer",)
     assert toy.stages[0].mixture == (("vqa", 1.0),)
     assert isinstance(toy.stages[0].mixture[0][1], float)
@@ -52,15 +52,15 @@ def test_a_python_file_becomes_a_hashable_experiment_held_to_its_types(path):
 SET = [
     ("--stages.0.steps 20", "stages.0.steps", 20),
     ("--stages.1.steps=7", "stages.1.steps", 7),
-    ("--system.rank 64", "system.rank", 64),
+    ("--model.rank 64", "model.rank", 64),
     ("--mesh.fsdp -1", "mesh.fsdp", -1),
     ("--stages.0.learning-rate 3e-4", "stages.0.learning_rate", 3e-4),
     ("--stages.0.learning_rate 1", "stages.0.learning_rate", 1.0),
     ("--stages.0.trainable a/.* b", "stages.0.trainable", ("a/.*", "b")),
     ("--stages.0.mixture vqa 1 rec 2", "stages.0.mixture", (("vqa", 1.0), ("rec", 2.0))),
-    ("--stages.1.system visual_input ALL", "stages.1.system", (("visual_input", "ALL"),)),
-    ("--stages.0.system layers 3", "stages.0.system", (("layers", 3),)),
-    ("--stages.0.start scratch", "stages.0.start", "scratch"),
+    ("--stages.1.model_overrides visual_input ALL", "stages.1.model_overrides", (("visual_input", "ALL"),)),
+    ("--stages.0.model_overrides layers 3", "stages.0.model_overrides", (("layers", 3),)),
+    ("--stages.0.init_from scratch", "stages.0.init_from", "scratch"),
     ("--stages.0.betas 0.9 0.95", "stages.0.betas", (0.9, 0.95)),
 ]
 
@@ -68,38 +68,38 @@ SET = [
 @pytest.mark.parametrize(("words", "field", "wanted"), SET)
 def test_the_command_line_sets_one_typed_field_and_no_other(path, words, field, wanted):
     changed = config.load(path, words.split())
-    values = {name: value for name, _, value in config.leaves(changed)}
+    values = {name: value for name, _, value in config.leaf_fields(changed)}
     assert repr(values[field]) == repr(wanted)
-    assert set(config.difference(config.load(path), changed)) == {field}
+    assert set(config.diff_configs(config.load(path), changed)) == {field}
 
 
 def test_a_config_that_refuses_a_value_says_why():
     lion = Lion(ViTConfig(), QFormerConfig(), AggregatorConfig(), T5Config())
-    assert config.override(lion, ["--vision.depth", "2", "--qformer.layers", "4"]).vision.depth == 2
+    assert config.apply_overrides(lion, ["--vision.depth", "2", "--qformer.layers", "4"]).vision.depth == 2
     with pytest.raises(UserError) as error:
-        config.override(lion, ["--vision.depth", "2", "--visual_input", "NONE"])
+        config.apply_overrides(lion, ["--vision.depth", "2", "--visual_input", "NONE"])
     assert sentence(error).startswith("Lion: visual_input is 'NONE'; it can be one of ALL")
 
 
 def test_fields_that_are_right_only_together_are_set_together(path):
-    words = "--stages.1.batch_size 9 --stages.1.accumulate 3 --mesh.fsdp 8".split()
+    words = "--stages.1.batch_size 9 --stages.1.grad_accum_steps 3 --mesh.fsdp 8".split()
     toy = config.load(path, words)
-    assert (toy.stages[1].batch_size, toy.stages[1].accumulate, toy.mesh.fsdp) == (9, 3, 8)
+    assert (toy.stages[1].batch_size, toy.stages[1].grad_accum_steps, toy.mesh.fsdp) == (9, 3, 8)
 
 
 WRONG = {
     "--stages.0.stepz 20": "Experiment has no field 'stages.0.stepz'; did you mean 'stages.0.steps'?",
-    "--rank 20": "Experiment has no field 'rank'; did you mean 'system.rank'?",
+    "--rank 20": "Experiment has no field 'rank'; did you mean 'model.rank'?",
     "--zzz 20": "Experiment has no field 'zzz'; `lionjax show CONFIG` prints all fields",
-    "--system 20": "system holds several fields; set one of them, such as --system.rank",
+    "--model 20": "model holds several fields; set one of them, such as --model.rank",
     "--stages.0.steps many": "stages.0.steps wants int, got 'many'",
     "--mesh.fsdp 2 --stages.0.steps 1.5": "stages.0.steps wants int, got '1.5'",
     "--stages.0.steps": "stages.0.steps wants int, got ''",
     "--stages.0.steps 1 2": "stages.0.steps wants int, got '1 2'",
     "--stages.0.betas 1": "stages.0.betas wants tuple[float, float], got '1'",
-    "--stages.0.start up": "stages.0.start wants Literal['previous', 'scratch'], got 'up'",
+    "--stages.0.init_from up": "stages.0.init_from wants Literal['previous', 'scratch'], got 'up'",
     "--stages.0.batch_size 0": "stage 'one': batch_size is 0 and must be at least 1",
-    "--stages.1.batch_size 7": "stage 'two': batch_size 7 does not divide into accumulate=2",
+    "--stages.1.batch_size 7": "stage 'two': batch_size 7 does not divide into grad_accum_steps=2",
     "steps 3": "'steps' stands alone; fields are set as in --stages.0.steps 20",
 }
 
@@ -120,8 +120,8 @@ def test_a_wrong_override_is_one_sentence_and_prints_nothing(path, words, capfd)
         ("import nothing_of_this_name", "fails with ModuleNotFoundError"),
         ("def get_config(:", "fails with SyntaxError"),
         (FILE.replace("steps=10", "steps='10'"), "Experiment.stages.0.steps wants int, got '10'"),
-        (FILE.replace("LoraConfig(rank=2)", "{1: 2}"), "Experiment.system holds a dict"),
-        (FILE.replace("LoraConfig(rank=2)", "print"), "Experiment.system holds a builtin_function"),
+        (FILE.replace("LoraConfig(rank=2)", "{1: 2}"), "Experiment.model holds a dict"),
+        (FILE.replace("LoraConfig(rank=2)", "print"), "Experiment.model holds a builtin_function"),
     ],
 )
 def test_a_wrong_config_file_is_one_sentence(path, text, wanted):
@@ -149,16 +149,16 @@ def changed(toy: Experiment, change) -> str:
 
 
 STRANGE = [
-    (lambda t: t.update(sytem=1), "Experiment has no field 'sytem'; did you mean 'system'?"),
+    (lambda t: t.update(modle=1), "Experiment has no field 'modle'; did you mean 'model'?"),
     (lambda t: t["stages"][1].pop("steps"), "Experiment.stages.1: field 'steps' of Stage is missing"),
     (lambda t: t["stages"][0].update(steps="x"), "Experiment.stages.0.steps wants int, got 'x'"),
     (lambda t: t["stages"][0].update(steps=True), "Experiment.stages.0.steps wants int, got True"),
     (lambda t: t.update(run=t["mesh"]), "Experiment.run wants RunConfig, got MeshConfig("),
-    (lambda t: t["system"].update({"class": "subprocess.Popen"}), "'subprocess.Popen' is no config"),
-    (lambda t: t["system"].update({"class": "pstats.StatsProfile"}), "StatsProfile' is no config"),
-    (lambda t: t["system"].update({"class": "lionjax.core.config.load"}), "load' is no config class"),
-    (lambda t: t["system"].update({"class": "lionjax.nothing.A"}), "nothing.A' is no config class"),
-    (lambda t: t["system"].pop("class"), "None is no config class"),
+    (lambda t: t["model"].update({"class": "subprocess.Popen"}), "'subprocess.Popen' is no config"),
+    (lambda t: t["model"].update({"class": "pstats.StatsProfile"}), "StatsProfile' is no config"),
+    (lambda t: t["model"].update({"class": "lionjax.core.config.load"}), "load' is no config class"),
+    (lambda t: t["model"].update({"class": "lionjax.nothing.A"}), "nothing.A' is no config class"),
+    (lambda t: t["model"].pop("class"), "None is no config class"),
     (lambda t: t.pop("class"), "wants a JSON object with the key 'class'"),
 ]
 
@@ -184,23 +184,23 @@ def test_a_field_that_an_older_file_lacks_takes_its_default_and_is_said(path, ca
 
 def test_show_prints_every_field_with_its_type(path):
     toy = config.load(path)
-    text = config.show(toy)
+    text = config.format_config(toy)
     assert "  stages.1: Stage" in text.splitlines()
-    assert "    accumulate: int = 2" in text.splitlines()
-    assert text.count(" = ") == len(list(config.leaves(toy)))
+    assert "    grad_accum_steps: int = 2" in text.splitlines()
+    assert text.count(" = ") == len(list(config.leaf_fields(toy)))
 
 
 def test_difference_names_the_fields_that_differ(path):
     toy = config.load(path)
-    assert config.difference(toy, toy) == {}
-    other = config.load(path, ["--stages.1.steps", "6", "--system.rank", "3"])
-    assert config.difference(toy, other) == {"system.rank": (2, 3), "stages.1.steps": (5, 6)}
+    assert config.diff_configs(toy, toy) == {}
+    other = config.load(path, ["--stages.1.steps", "6", "--model.rank", "3"])
+    assert config.diff_configs(toy, other) == {"model.rank": (2, 3), "stages.1.steps": (5, 6)}
     shorter = dataclasses.replace(toy, stages=toy.stages[:1])
-    assert "stages.1.steps" in config.difference(toy, shorter)
+    assert "stages.1.steps" in config.diff_configs(toy, shorter)
     swapped = dataclasses.replace(toy, system=RunConfig())
-    assert config.difference(toy, swapped)["system.class"] == ("LoraConfig", "RunConfig")
+    assert config.diff_configs(toy, swapped)["model.class"] == ("LoraConfig", "RunConfig")
 
 
 def test_a_stage_wants_a_batch_that_divides():
     with pytest.raises(UserError, match="does not divide"):
-        Stage("s", 1, ("a",), (("vqa", 1.0),), batch_size=5, accumulate=2)
+        Stage("s", 1, ("a",), (("vqa", 1.0),), batch_size=5, grad_accum_steps=2)

@@ -11,57 +11,57 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lionjax import convert
-from lionjax.convert.mapping.plan import Form, grouped
+from lionjax.convert.mapping.plan import TensorSpec, group_numbered_names
 from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.types import UserError
 from lionjax.core.weight_map import (
-    Row,
-    Template,
+    KeyTemplate,
+    WeightMapping,
     constant,
     conv,
     conv_transpose,
     copy_bits,
-    fused,
-    heads_in,
-    heads_in_bias,
-    heads_out,
-    joined,
     linear,
-    reshaped,
+    merge_heads_kernel,
+    reshape,
+    split_fused,
+    split_heads,
+    split_heads_kernel,
     squeeze,
-    under,
+    stack_tensors,
+    with_prefix,
 )
 
 N, H, D = 2, 4, 6  # heads, head size, width; all different, so that a confused axis shows
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 
 
-def block_rows() -> tuple[Row, ...]:
-    heads = heads_in(N, H)
-    cut = heads_in_bias(N, H)
+def block_rows() -> tuple[WeightMapping, ...]:
+    heads = split_heads_kernel(N, H)
+    cut = split_heads(N, H)
     return (
-        Row("qkv.weight", ("q/kernel", "k/kernel", "v/kernel"), fused(heads, heads, heads)),
-        Row("qkv.bias", ("q/bias", "v/bias"), fused(cut, None, cut)),
-        Row("proj.weight", "o/kernel", heads_out(N, H)),
-        Row(("router1", "router2"), "router", joined()),
-        Row("adapters.{j}.down.weight", "adapters/down", linear),
-        Row("adapters.{j}.scale", "adapters/scale", squeeze),
+        WeightMapping("qkv.weight", ("q/kernel", "k/kernel", "v/kernel"), split_fused(heads, heads, heads)),
+        WeightMapping("qkv.bias", ("q/bias", "v/bias"), split_fused(cut, None, cut)),
+        WeightMapping("proj.weight", "o/kernel", merge_heads_kernel(N, H)),
+        WeightMapping(("router1", "router2"), "router", stack_tensors()),
+        WeightMapping("adapters.{j}.down.weight", "adapters/down", linear),
+        WeightMapping("adapters.{j}.scale", "adapters/scale", squeeze),
     )
 
 
-def every_rows() -> tuple[Row, ...]:
+def every_rows() -> tuple[WeightMapping, ...]:
     return (
-        *under("blocks.{i}.", "blocks/", block_rows()),
-        Row("blocks.{2i}.cross.weight", "cross/kernel", linear),
-        Row("blocks.{2i+1}.plain", "plain/scale"),
-        Row("sam.{8i+j<7}.norm", "windowed/norm"),
-        Row("sam.{8i+7}.norm", "global/norm"),
-        Row("cls", "class_token", reshaped((1, 1, -1), (-1,))),
-        Row("patch.weight", "patch/kernel", conv),
-        Row("up.weight", "up/kernel", conv_transpose),
-        Row("c_attn", ("c/q", "c/k", "c/v"), fused(*[heads_in_bias(N, H)] * 3, axis=1)),
-        Row("shared", "words/table", also=("encoder.words", "decoder.words")),
+        *with_prefix("blocks.{i}.", "blocks/", block_rows()),
+        WeightMapping("blocks.{2i}.cross.weight", "cross/kernel", linear),
+        WeightMapping("blocks.{2i+1}.plain", "plain/scale"),
+        WeightMapping("sam.{8i+j<7}.norm", "windowed/norm"),
+        WeightMapping("sam.{8i+7}.norm", "global/norm"),
+        WeightMapping("cls", "class_token", reshape((1, 1, -1), (-1,))),
+        WeightMapping("patch.weight", "patch/kernel", conv),
+        WeightMapping("up.weight", "up/kernel", conv_transpose),
+        WeightMapping("c_attn", ("c/q", "c/k", "c/v"), split_fused(*[split_heads(N, H)] * 3, axis=1)),
+        WeightMapping("shared", "words/table", tied_keys=("encoder.words", "decoder.words")),
         constant("position_ids", lambda: np.arange(5)[None]),
     )
 
@@ -102,28 +102,30 @@ def assert_same_bits(one: dict, other: dict):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_from_torch_and_back_is_the_same_to_the_bit(dtype):
     state = every_state(dtype)
-    assert_same_bits(convert.state_from(every_rows(), convert.params_from(every_rows(), state)), state)
+    assert_same_bits(
+        convert.state_dict_from_params(every_rows(), convert.params_from_state_dict(every_rows(), state)), state
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_to_torch_and_back_is_the_same_to_the_bit(dtype):
-    params = convert.params_from(every_rows(), every_state(dtype))
+    params = convert.params_from_state_dict(every_rows(), every_state(dtype))
     on_device = jax.tree.map(jax.numpy.asarray, params)
-    back = convert.params_from(every_rows(), convert.state_from(every_rows(), on_device))
+    back = convert.params_from_state_dict(every_rows(), convert.state_dict_from_params(every_rows(), on_device))
     assert_same_bits(trees.flatten(back), trees.flatten(params))
 
 
 def test_bits_that_are_no_ordinary_number_survive():
     bits = np.array([0x7FC1, 0xFFC0, 0x8000, 0x7F80, 0x0001, 0xFF81], np.uint16)  # NaNs with a payload, -0, inf
-    rows, state = (Row("w", "w", linear),), {"w": bits.view(ml_dtypes.bfloat16).reshape(2, 3)}
-    there = convert.params_from(rows, state)
+    rows, state = (WeightMapping("w", "w", linear),), {"w": bits.view(ml_dtypes.bfloat16).reshape(2, 3)}
+    there = convert.params_from_state_dict(rows, state)
     assert np.array_equal(there["w"].view(np.uint16), bits.reshape(2, 3).T)
-    assert_same_bits(convert.state_from(rows, there), state)
+    assert_same_bits(convert.state_dict_from_params(rows, there), state)
 
 
 def test_layers_and_their_parts_stand_where_the_table_says():
     state = every_state(np.float32)
-    flat = trees.flatten(convert.params_from(every_rows(), state))
+    flat = trees.flatten(convert.params_from_state_dict(every_rows(), state))
     assert flat["blocks/q/kernel"].shape == (4, D, N, H)
     assert flat["blocks/router"].shape == (4, 2, 2, D)
     assert flat["blocks/adapters/scale"].shape == (4, 3)
@@ -140,8 +142,10 @@ def test_changes_of_layout_mean_what_torch_means():
     x, y = rng.standard_normal((3, D)), rng.standard_normal((3, N, H))
     into, out = rng.standard_normal((N * H, D)), rng.standard_normal((D, N * H))
     assert np.allclose(x @ linear.to_flax(into), x @ into.T)
-    assert np.allclose(np.einsum("BD,DNH->BNH", x, heads_in(N, H).to_flax(into)), (x @ into.T).reshape(3, N, H))
-    assert np.allclose(np.einsum("BNH,NHD->BD", y, heads_out(N, H).to_flax(out)), y.reshape(3, N * H) @ out.T)
+    assert np.allclose(
+        np.einsum("BD,DNH->BNH", x, split_heads_kernel(N, H).to_flax(into)), (x @ into.T).reshape(3, N, H)
+    )
+    assert np.allclose(np.einsum("BNH,NHD->BD", y, merge_heads_kernel(N, H).to_flax(out)), y.reshape(3, N * H) @ out.T)
 
 
 def test_convolutions_mean_what_torch_means():
@@ -168,8 +172,8 @@ def test_convolutions_mean_what_torch_means():
     ],
 )
 def test_a_template_is_filled_and_matched(text, index, name):
-    assert Template.of(text).fill(index) == name
-    assert Template.of(text).match(name) == index
+    assert KeyTemplate.parse(text).fill(index) == name
+    assert KeyTemplate.parse(text).match(name) == index
 
 
 @pytest.mark.parametrize(
@@ -185,21 +189,21 @@ def test_a_template_is_filled_and_matched(text, index, name):
     ],
 )
 def test_a_template_does_not_match_its_neighbours(text, name):
-    assert Template.of(text).match(name) is None
+    assert KeyTemplate.parse(text).match(name) is None
 
 
 @pytest.mark.parametrize("text", ["h.{}", "h.{n}", "h.{i}.{i}", "h.{3}", "h.{8i+j}", "h.{8i+j<9}", "h.{i-1}"])
 def test_braces_that_cannot_be_understood_are_refused(text):
     with pytest.raises(ValueError, match="torch name"):
-        Row(text, "w")
+        WeightMapping(text, "w")
 
 
 def test_rows_under_a_prefix_are_the_rows_of_a_model_inside_another():
     state = {f"visual.{name}": w for name, w in every_state(np.float32).items()}
-    rows = under("visual.", "vision/", every_rows())
-    params = convert.params_from(rows, state)
+    rows = with_prefix("visual.", "vision/", every_rows())
+    params = convert.params_from_state_dict(rows, state)
     assert list(params) == ["vision"]
-    assert_same_bits(convert.state_from(rows, params), state)
+    assert_same_bits(convert.state_dict_from_params(rows, params), state)
 
 
 def said(call) -> list[str]:
@@ -216,7 +220,7 @@ def test_everything_wrong_on_the_way_in_is_said_at_once_by_name():
     state["patch.weight"] = np.ones((D, 3, 2), np.float32)
     state["blocks.1.router1"] = np.ones((3, D), np.float32)
     state["blocks.0.adapters.0.scale"] = state["blocks.0.adapters.0.scale"].astype(np.float16)
-    lines = said(lambda: convert.params_from(every_rows(), state))
+    lines = said(lambda: convert.params_from_state_dict(every_rows(), state))
     text = "\n".join(lines)
     assert len(lines) == 8 and "7 problems" in lines[0]
     assert "'blocks.2.proj.weight'" in text and "'cls'" in text and "'sam.3.norm'" in text
@@ -231,17 +235,17 @@ def test_numbers_that_the_table_forbids_are_said_together():
     state["blocks.1.qkv.bias"] = np.ones(3 * N * H, np.float32)
     state["decoder.words"] = state["decoder.words"] + 1
     state["position_ids"] = np.arange(5)[None] + 1
-    lines = said(lambda: convert.params_from(every_rows(), state))
+    lines = said(lambda: convert.params_from_state_dict(every_rows(), state))
     assert len(lines) == 4 and "must be zero" in lines[1] and "'decoder.words'" in lines[2] and "constant" in lines[3]
 
 
 def test_everything_wrong_on_the_way_out_is_said_at_once_by_name():
-    flat = trees.flatten(convert.params_from(every_rows(), every_state(np.float32)))
+    flat = trees.flatten(convert.params_from_state_dict(every_rows(), every_state(np.float32)))
     del flat["class_token"]
     flat |= {"odd": np.ones(1), "global/norm": np.ones(()), "patch/kernel": np.ones((2, 2, 3))}
     flat["blocks/q/bias"] = flat["blocks/q/bias"].astype(np.float16)
     flat["windowed/norm"] = flat["windowed/norm"][:, :5]
-    lines = said(lambda: convert.state_from(every_rows(), trees.unflatten(flat)))
+    lines = said(lambda: convert.state_dict_from_params(every_rows(), trees.unflatten(flat)))
     text = "\n".join(lines)
     assert len(lines) == 7
     assert "row 'cls' finds no parameter 'class_token'" in text and "parameter 'odd' has no row" in text
@@ -252,26 +256,34 @@ def test_everything_wrong_on_the_way_out_is_said_at_once_by_name():
 @pytest.mark.parametrize(
     "rows, problem",
     [
-        ((Row("a", "x"), Row("a", "y")), "tensor 'a' has two rows"),
-        ((Row("h.{i}", "x"), Row("h.{2i}", "y")), "tensor 'h.0' has two rows"),
-        ((Row("a", "x"), Row("b", "x")), "parameter 'x' has two rows"),
+        ((WeightMapping("a", "x"), WeightMapping("a", "y")), "tensor 'a' has two rows"),
+        ((WeightMapping("h.{i}", "x"), WeightMapping("h.{2i}", "y")), "tensor 'h.0' has two rows"),
+        ((WeightMapping("a", "x"), WeightMapping("b", "x")), "parameter 'x' has two rows"),
     ],
 )
 def test_a_table_that_names_something_twice_is_refused_both_ways(rows, problem):
     state = {"a": np.ones(2), "b": np.ones(2), "h.0": np.ones(2), "h.1": np.ones(2)}
-    state = {name: w for name, w in state.items() if any(Template.of(r.torch).match(name) is not None for r in rows)}
-    assert problem in "\n".join(said(lambda: convert.params_from(rows, state)))
-    assert problem in "\n".join(said(lambda: convert.state_from(rows, {"x": np.ones((2, 2)), "y": np.ones((1, 2))})))
+    state = {
+        name: w for name, w in state.items() if any(KeyTemplate.parse(r.torch).match(name) is not None for r in rows)
+    }
+    assert problem in "\n".join(said(lambda: convert.params_from_state_dict(rows, state)))
+    assert problem in "\n".join(
+        said(lambda: convert.state_dict_from_params(rows, {"x": np.ones((2, 2)), "y": np.ones((1, 2))}))
+    )
 
 
 def test_the_model_s_own_shapes_are_held_against_the_file():
-    params = convert.params_from(every_rows(), every_state(np.float32))
+    params = convert.params_from_state_dict(every_rows(), every_state(np.float32))
     expected = trees.flatten(params)
-    expected["words/table"] = Form((12, D), np.dtype("float32"))
-    expected["patch/kernel"] = Form(expected["patch/kernel"].shape, np.dtype("int32"))
-    expected["head/kernel"] = Form((D, 11), np.dtype("float32"))
+    expected["words/table"] = TensorSpec((12, D), np.dtype("float32"))
+    expected["patch/kernel"] = TensorSpec(expected["patch/kernel"].shape, np.dtype("int32"))
+    expected["head/kernel"] = TensorSpec((D, 11), np.dtype("float32"))
     del expected["class_token"]
-    lines = said(lambda: convert.params_from(every_rows(), every_state(np.float32), expected=trees.unflatten(expected)))
+    lines = said(
+        lambda: convert.params_from_state_dict(
+            every_rows(), every_state(np.float32), expected=trees.unflatten(expected)
+        )
+    )
     assert len(lines) == 5
     text = "\n".join(lines)
     assert "'head/kernel' has no row" in text and "'class_token' is not part of the model" in text
@@ -279,69 +291,77 @@ def test_the_model_s_own_shapes_are_held_against_the_file():
 
 
 def test_a_run_of_layers_that_ends_too_soon_is_a_gap_where_the_model_has_more():
-    rows, state = (Row("h.{i}.w", "w"),), {f"h.{i}.w": np.ones(2) for i in range(3)}
-    assert convert.params_from(rows, state)["w"].shape == (3, 2)
-    expected = {"w": Form((5, 2), np.dtype("float64"))}
-    assert "'h.3..4.w' (2 of them)" in "\n".join(said(lambda: convert.params_from(rows, state, expected=expected)))
+    rows, state = (WeightMapping("h.{i}.w", "w"),), {f"h.{i}.w": np.ones(2) for i in range(3)}
+    assert convert.params_from_state_dict(rows, state)["w"].shape == (3, 2)
+    expected = {"w": TensorSpec((5, 2), np.dtype("float64"))}
+    assert "'h.3..4.w' (2 of them)" in "\n".join(
+        said(lambda: convert.params_from_state_dict(rows, state, expected=expected))
+    )
 
 
 def test_a_file_in_half_precision_fits_a_model_in_full():
-    expected = convert.params_from(every_rows(), every_state(np.float32))
-    params = convert.params_from(every_rows(), every_state(ml_dtypes.bfloat16), expected=expected)
+    expected = convert.params_from_state_dict(every_rows(), every_state(np.float32))
+    params = convert.params_from_state_dict(every_rows(), every_state(ml_dtypes.bfloat16), expected=expected)
     assert params["words"]["table"].dtype == ml_dtypes.bfloat16
 
 
 def test_ignored_names_are_passed_over_before_the_rows_see_them():
-    rows = (Row("h.{i}.w", "w"),)
+    rows = (WeightMapping("h.{i}.w", "w"),)
     state = {f"h.{i}.w": np.ones(2) for i in range(4)} | {"head.weight": np.ones(1)}
-    assert convert.params_from(rows, state, ignore=(r"h\.3\..*", "head.*"))["w"].shape == (3, 2)
+    assert convert.params_from_state_dict(rows, state, ignore=(r"h\.3\..*", "head.*"))["w"].shape == (3, 2)
     with pytest.raises(UserError, match="head.weight"):
-        convert.params_from(rows, state, ignore=("head",))  # patterns are matched whole
+        convert.params_from_state_dict(rows, state, ignore=("head",))  # patterns are matched whole
 
 
 def test_a_tied_tensor_may_come_under_any_of_its_names_and_goes_out_under_all():
     state = every_state(np.float32)
     only = {name: w for name, w in state.items() if name not in ("shared", "encoder.words")}
-    assert_same_bits(convert.state_from(every_rows(), convert.params_from(every_rows(), only)), state)
+    assert_same_bits(
+        convert.state_dict_from_params(every_rows(), convert.params_from_state_dict(every_rows(), only)), state
+    )
     del only["decoder.words"]
     with pytest.raises(UserError, match="'shared'"):
-        convert.params_from(every_rows(), only)
+        convert.params_from_state_dict(every_rows(), only)
 
 
 def test_a_tied_copy_in_a_narrower_dtype_must_be_the_rounded_tensor():
     state = every_state(np.float32)
     state["decoder.words"] = state["shared"].astype(ml_dtypes.bfloat16)
-    assert convert.params_from(every_rows(), state)["words"]["table"].dtype == np.float32
+    assert convert.params_from_state_dict(every_rows(), state)["words"]["table"].dtype == np.float32
     state["decoder.words"][3, 2] += 1
     with pytest.raises(UserError, match="tied tensors 'shared' and 'decoder.words' hold different numbers"):
-        convert.params_from(every_rows(), state)
+        convert.params_from_state_dict(every_rows(), state)
 
 
 def test_a_constant_may_be_missing_and_is_written():
     state = every_state(np.float32)
     del state["position_ids"]
-    back = convert.state_from(every_rows(), convert.params_from(every_rows(), state))
+    back = convert.state_dict_from_params(every_rows(), convert.params_from_state_dict(every_rows(), state))
     assert np.array_equal(back["position_ids"], np.arange(5)[None])
 
 
-@pytest.mark.parametrize("op, shape", [(reshaped((1, 1, -1), (-1,)), (2, 6)), (squeeze, (2, 3)), (squeeze, ())])
+@pytest.mark.parametrize("op, shape", [(reshape((1, 1, -1), (-1,)), (2, 6)), (squeeze, (2, 3)), (squeeze, ())])
 def test_a_shape_from_which_there_is_no_way_back_is_refused(op, shape):
     with pytest.raises(UserError, match="does not fit"):
-        convert.params_from((Row("w", "w", op),), {"w": np.ones(shape)})
+        convert.params_from_state_dict((WeightMapping("w", "w", op),), {"w": np.ones(shape)})
 
 
 def test_a_name_with_a_mad_number_is_refused_and_not_counted_up_to():
     start = time.perf_counter()
     with pytest.raises(UserError, match="numbered up to"):
-        convert.params_from((Row("h.{i}.w", "w"),), {"h.0.w": np.ones(1), "h.987654321.w": np.ones(1)})
+        convert.params_from_state_dict(
+            (WeightMapping("h.{i}.w", "w"),), {"h.0.w": np.ones(1), "h.987654321.w": np.ones(1)}
+        )
     with pytest.raises(UserError, match="has no row"):
-        convert.params_from((Row("h.{i}.w", "w"),), {"h.0.w": np.ones(1), f"h.{'9' * 5000}.w": np.ones(1)})
+        convert.params_from_state_dict(
+            (WeightMapping("h.{i}.w", "w"),), {"h.0.w": np.ones(1), f"h.{'9' * 5000}.w": np.ones(1)}
+        )
     assert time.perf_counter() - start < 5
 
 
 def test_names_are_grouped_by_their_numbers():
-    assert grouped(["b.1.w", "b.0.w", "b.2.w", "a"]) == ["'a'", "'b.0..2.w' (3 of them)"]
-    assert grouped(["b.10.w", "b.9.w"]) == ["'b.9..10.w' (2 of them)"]
+    assert group_numbered_names(["b.1.w", "b.0.w", "b.2.w", "a"]) == ["'a'", "'b.0..2.w' (3 of them)"]
+    assert group_numbered_names(["b.10.w", "b.9.w"]) == ["'b.9..10.w' (2 of them)"]
 
 
 @settings(deadline=None)
@@ -378,15 +398,15 @@ def test_bits_do_not_change_their_dtype_on_the_way():
 def test_parameters_placed_on_a_mesh_are_the_same_and_lie_where_they_should(mesh):
     mesh = sharding.make_mesh(sharding.MeshConfig(**mesh))
     rows, state = every_rows(), every_state(ml_dtypes.bfloat16)
-    plain = trees.flatten(convert.params_from(rows, state))
+    plain = trees.flatten(convert.params_from_state_dict(rows, state))
     axes = {3: ("layers", "embed", "vocab"), 4: ("layers", "embed", "heads", "head"), 2: ("vocab", "embed")}
 
     def like(path, leaf):
         names = axes.get(leaf.ndim, (None,) * leaf.ndim)
-        where = jax.sharding.NamedSharding(mesh, sharding.spec(names, leaf.shape, mesh, path))
+        where = jax.sharding.NamedSharding(mesh, sharding.partition_spec(names, leaf.shape, mesh, path))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     wanted = {path: like(path, leaf) for path, leaf in plain.items()}
-    placed = trees.flatten(convert.placed_from(rows, state, trees.unflatten(wanted)))
+    placed = trees.flatten(convert.sharded_params_from_state_dict(rows, state, trees.unflatten(wanted)))
     assert_same_bits({path: np.asarray(leaf) for path, leaf in placed.items()}, plain)
     assert all(placed[path].sharding == wanted[path].sharding for path in wanted)

@@ -11,14 +11,14 @@ from test_convert_lora import CONFIG, random_params
 
 from lionjax import convert
 from lionjax.data.processor import Processor
-from lionjax.inference.loading import of_params
+from lionjax.inference.loading import from_params
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     what = experiment()
     folder = tmp_path_factory.mktemp("out") / "lion"
-    of_params(what, params_of(what)).export(folder)
+    from_params(what, params_of(what)).export(folder)
     return what, folder
 
 
@@ -42,7 +42,7 @@ def test_transformers_reads_pictures_as_we_do(exported):
     theirs = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), np.uint8))
     made = np.asarray(theirs(picture, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
-    wanted = Processor(what.data.processor).image(picture)
+    wanted = Processor(what.data.processor).preprocess_image(picture)
     np.testing.assert_allclose(made, wanted, atol=1e-6)
 
 

@@ -15,18 +15,18 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lionjax import convert
-from lionjax.convert.formats.detect import of_config
+from lionjax.convert.formats.detect import format_of_config
 from lionjax.core import params as trees
 from lionjax.core.types import UserError
 from lionjax.models.connectors.perceiver import ResamplerConfig
 from lionjax.models.language.decoder import MPT_7B
 from lionjax.models.vlm.flamingo import OPENFLAMINGO_9B
-from lionjax.nn.adapters import CrossConfig
+from lionjax.nn.adapters import GatedCrossAttentionConfig
 
 
 def random_weights(system, seed: int = 0):
     numbers = np.random.default_rng(seed)
-    shapes = of_config(system).abstract(system)
+    shapes = format_of_config(system).abstract_params(system)
     return jax.tree.map(lambda leaf: numbers.standard_normal(leaf.shape).astype(np.float32), shapes)
 
 
@@ -76,21 +76,21 @@ def openflamingo(folder, spelled: bool):
         heads=2,
         kv_heads=2,
         head=32,
-        hidden=256,
-        frozen_words=37,
-        pad_token=39,
+        mlp_dim=256,
+        num_frozen_embeddings=37,
+        pad_token_id=39,
         end_token=37,
-        cross=CrossConfig(2, 64, 1, 64, 80),
+        cross_attention=GatedCrossAttentionConfig(2, 64, 1, 64, 80),
     )
     system = dataclasses.replace(
         OPENFLAMINGO_9B,
-        vision=dataclasses.replace(OPENFLAMINGO_9B.vision, image=28, width=64, depth=2, heads=1, hidden=72),
+        vision=dataclasses.replace(OPENFLAMINGO_9B.vision, image=28, width=64, depth=2, heads=1, mlp_dim=72),
         resampler=ResamplerConfig(64, 2, 1, 64, 96, 5),
         language=text,
         image_token=38,
     )
     params = random_weights(system)
-    state = {n: torch.tensor(w) for n, w in convert.state_from(system.torch_rows(), params).items()}
+    state = {n: torch.tensor(w) for n, w in convert.state_dict_from_params(system.weight_map(), params).items()}
     wte = "lang_encoder.transformer.wte.weight"
     clip = {n.replace("vision_encoder.", "visual."): w for n, w in state.items() if n.startswith("vision_encoder.")}
     mpt = transformers.MptForCausalLM(

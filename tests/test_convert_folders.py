@@ -31,12 +31,14 @@ BF16 = ml_dtypes.bfloat16
 def tiny_t5(dtype=BF16):
     import jax
 
-    from lionjax.convert.formats.detect import of_config
+    from lionjax.convert.formats.detect import format_of_config
     from lionjax.models.language.t5 import T5Config
 
     config = T5Config(97, 24, 8, 4, 40, 3, 2, 8)
     rng = np.random.default_rng(0)
-    made = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(dtype), of_config(config).abstract(config))
+    made = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(dtype), format_of_config(config).abstract_params(config)
+    )
     return config, made
 
 
@@ -95,10 +97,10 @@ def test_a_converted_folder_is_loaded_onto_a_mesh(tmp_path):
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2, data=1))
 
     def put(leaf):
-        where = sharding.spec(("embed",) + (None,) * (leaf.ndim - 1), leaf.shape, mesh)
+        where = sharding.partition_spec(("embed",) + (None,) * (leaf.ndim - 1), leaf.shape, mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, where))
 
-    like = jax.tree.map(put, T5.abstract(config))
+    like = jax.tree.map(put, T5.abstract_params(config))
     _, placed = convert.load_params(source, like)
     assert_same(trees.flatten(jax.tree.map(np.asarray, placed)), trees.flatten(plain))
     assert placed["encoder"]["blocks"]["norm"]["scale"].sharding.mesh == mesh
@@ -185,7 +187,7 @@ def test_a_model_of_transformers_comes_in_and_goes_out_and_loads_with_no_key_mis
     theirs = shaken(model(getattr(transformers, settings)(**sizes))).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path / "theirs")
     coverage = convert.convert(tmp_path / "theirs", tmp_path / "ours", "jax")
-    assert not coverage.ignored and not coverage.nan
+    assert not coverage.ignored and not coverage.nan_tensors
     for file in (tmp_path / "theirs").glob("*.json"):
         assert (tmp_path / "ours" / "origin" / file.name).read_bytes() == file.read_bytes()
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch", shard_bytes=20_000)
@@ -300,7 +302,7 @@ def test_clip_under_openais_names_is_known_by_its_file_and_is_the_same_tower(tmp
     state = openai_names({n.removeprefix("vision_model."): w for n, w in state.items()})
     if not post:
         state = {n: w for n, w in state.items() if "ln_post" not in n}
-        config = dataclasses.replace(config, norm_after=False)
+        config = dataclasses.replace(config, post_layernorm=False)
         del params["norm_after"]
     torch.save(as_torch(torch, state | {"proj": np.ones((24, 8), np.float32)}), tmp_path / "clip_vit_L.pth")
     coverage = convert.convert(tmp_path / "clip_vit_L.pth", tmp_path / "ours", "jax")
@@ -314,7 +316,7 @@ def test_a_tower_of_eva_is_known_by_its_file_and_the_block_that_nobody_uses_is_l
     torch = pytest.importorskip("torch")
     from lionjax.models.vision import vit
 
-    tiny = vit.ViTConfig(image=28, patch=14, width=24, depth=39, heads=4, hidden=40)
+    tiny = vit.ViTConfig(image_size=28, patch_size=14, width=24, depth=39, num_heads=4, mlp_dim=40)
     monkeypatch.setattr(vit, "EVA_VIT_G", tiny)
     rng, state = np.random.default_rng(0), {}
     for i in range(40):
@@ -371,7 +373,7 @@ def test_numbers_gone_bad_are_warned_of_and_kept(tmp_path):
     params["head"]["kernel"][3, 4] = np.nan
     convert.to_torch(config, params, tmp_path / "torch")
     coverage = convert.convert(tmp_path / "torch", tmp_path / "jax", "jax")
-    assert coverage.nan == ["lm_head.weight"] and "lm_head.weight holds NaN" in str(coverage)
+    assert coverage.nan_tensors == ["lm_head.weight"] and "lm_head.weight holds NaN" in str(coverage)
     assert_same(trees.flatten(convert.load_params(tmp_path / "jax")[1]), trees.flatten(params))
 
 
@@ -393,11 +395,11 @@ def tiny_lion():
     from lionjax.models.vlm.lion import Lion
     from lionjax.nn.adapters import AdapterConfig
 
-    language = T5Config(97, 24, 8, 4, 40, 2, 2, 8, activation="gelu", adapters=AdapterConfig(bottleneck=5))
+    language = T5Config(97, 24, 8, 4, 40, 2, 2, 8, activation="gelu", adapters=AdapterConfig(bottleneck_dim=5))
     return Lion(
-        ViTConfig(image=28, patch=14, width=24, depth=3, heads=4, hidden=40),
+        ViTConfig(image_size=28, patch_size=14, width=24, depth=3, num_heads=4, mlp_dim=40),
         QFormerConfig(16, 4, 4, 32, 8, 2, 24, 61, 40),
-        AggregatorConfig(2, (1, 0), 24, 4, 32, projector=20),
+        AggregatorConfig(2, (1, 0), 24, 4, 32, projector_mlp_dim=20),
         language,
     )
 
@@ -407,7 +409,7 @@ def released_lion(tmp_path, monkeypatch):
     """A LION as it is published: what was trained, with the optimiser; the tower; a folder with the FlanT5."""
     import jax
 
-    from lionjax.convert.formats.detect import of_config
+    from lionjax.convert.formats.detect import format_of_config
     from lionjax.models.connectors import qformer
     from lionjax.models.vision import vit
 
@@ -416,9 +418,9 @@ def released_lion(tmp_path, monkeypatch):
     monkeypatch.setattr(vit, "EVA_VIT_G", lion.vision)
     monkeypatch.setattr(qformer, "QFormerConfig", lambda: lion.qformer)
     monkeypatch.setattr(qformer, "AggregatorConfig", lambda: lion.aggregator)
-    shapes = of_config(lion).abstract(lion)
+    shapes = format_of_config(lion).abstract_params(lion)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
-    state = convert.state_from(lion.torch_rows(), params)
+    state = convert.state_dict_from_params(lion.weight_map(), params)
     eva = {n.removeprefix("visual_encoder."): w for n, w in state.items() if n.startswith("visual_encoder.")}
     language = {n.removeprefix("t5_model."): w for n, w in state.items() if n.startswith("t5_model.")}
     tables = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -430,7 +432,9 @@ def released_lion(tmp_path, monkeypatch):
     torch.save(saved, folder / "LION-FlanT5-XL.pth")
     plain = dataclasses.replace(lion.language, adapters=None, activation="gelu_tanh")
     t5 = {n: w for n, w in language.items() if "adapter" not in n}
-    convert.to_torch(plain, convert.params_from(of_config(plain).rows(plain), t5), folder / "flan-t5")
+    convert.to_torch(
+        plain, convert.params_from_state_dict(format_of_config(plain).weight_map(plain), t5), folder / "flan-t5"
+    )
     return folder, lion, params, state
 
 

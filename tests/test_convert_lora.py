@@ -20,20 +20,20 @@ from test_weight_files import assert_same, damaged, damages
 
 from lionjax import convert
 from lionjax.convert.formats import peft as loras
-from lionjax.convert.formats.detect import of_config
+from lionjax.convert.formats.detect import format_of_config
 from lionjax.core import params as trees
 from lionjax.core.types import UserError
-from lionjax.data.tokenizer import TINY
+from lionjax.data.tokenizer import TINY_TOKENIZER_FILE
 from lionjax.models.language.decoder import Decoder, DecoderConfig
 from lionjax.nn.lora import LoraConfig
 
-LORA = LoraConfig(rank=3, alpha=12.0, targets=("q", "o", "up"))
+LORA = LoraConfig(rank=3, alpha=12.0, target_modules=("q", "o", "up"))
 CONFIG = DecoderConfig(50, 24, 3, 4, 2, 6, 40, 1e-6, rope_theta=5e5, lora=LORA)
 
 
 def random_params(config, dtype=np.float32):
     rng = np.random.default_rng(0)
-    shapes = of_config(config).abstract(config)
+    shapes = format_of_config(config).abstract_params(config)
     return jax.tree.map(lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(dtype), shapes)
 
 
@@ -75,7 +75,7 @@ def test_a_model_with_lora_goes_out_and_comes_back_to_the_bit(tmp_path, dtype):
 
 def test_a_system_s_lora_is_kept_apart_too(tmp_path):
     lion = tiny_lion()
-    lora = LoraConfig(2, 4.0, targets=("q", "v"))
+    lora = LoraConfig(2, 4.0, target_modules=("q", "v"))
     lion = dataclasses.replace(lion, language=dataclasses.replace(lion.language, lora=lora))
     params = random_params(lion)
     convert.to_torch(lion, params, tmp_path / "torch")
@@ -93,7 +93,7 @@ def test_names_that_other_parts_share_are_told_in_full():
     )
     modules = [name.format(k) + ".weight" for name in (tower, language) for k in range(12)]
     detours = [f"base_model.model.{language.format(k)}.lora_{x}.weight" for k in range(12) for x in "AB"]
-    targets = loras.settings(LORA, detours, modules, "")["target_modules"]
+    targets = loras.adapter_config(LORA, detours, modules, "")["target_modules"]
     chosen = [name for name in modules if re.fullmatch(targets, name.removesuffix(".weight"))]
     assert chosen == [language.format(k) + ".weight" for k in range(12)]
 
@@ -241,7 +241,7 @@ def good_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "torch"
     convert.to_torch(CONFIG, random_params(CONFIG), folder)
     (folder / "lionjax.json").unlink()
-    (folder / "tokenizer.json").write_bytes(TINY.read_bytes())
+    (folder / "tokenizer.json").write_bytes(TINY_TOKENIZER_FILE.read_bytes())
     (folder / "preprocessor_config.json").write_text('{"size": 28}')
     return folder
 
@@ -264,10 +264,10 @@ def test_a_damaged_folder_goes_both_ways_whole_or_leaves_nothing(good_folder, tm
     content = (work / "in" / name).read_bytes()
     head = min(len(content), 4000)  # most of the trouble that can be made is made there
     (work / "in" / name).write_bytes(damaged(content[:head], damage) + content[head:])
-    wanted = convert.Wanted(("<new>",)) if words else convert.Wanted()
+    wanted = convert.ResizeOptions(("<new>",)) if words else convert.ResizeOptions()
     there = ["in"]
     try:
-        convert.convert(work / "in", work / "ours", "jax", wanted=wanted)
+        convert.convert(work / "in", work / "ours", "jax", resize_options=wanted)
         there.append("ours")
         convert.convert(work / "ours", work / "back", "torch")
         there.append("back")

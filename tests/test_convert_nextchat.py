@@ -40,9 +40,9 @@ def test_a_folder_of_transformers_sam_comes_in_and_loads_there_again(tmp_path):
     theirs = transformers.SamModel(transformers.SamConfig(**SAM))
     theirs.save_pretrained(tmp_path / "theirs")
     coverage = convert.convert(tmp_path / "theirs", tmp_path / "ours", "jax")
-    assert coverage.system == "sam" and not coverage.ignored
+    assert coverage.format_name == "sam" and not coverage.ignored
     config, params = convert.load_params(tmp_path / "ours")
-    assert (config.depth, config.global_layers, config.decoder_eps, config.masks) == (4, (1, 3), 1e-6, 4)
+    assert (config.depth, config.global_attn_indexes, config.decoder_norm_eps, config.masks) == (4, (1, 3), 1e-6, 4)
     convert.to_torch(config, params, tmp_path / "back")
     back, info = transformers.SamModel.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -53,8 +53,8 @@ def test_a_folder_of_transformers_sam_comes_in_and_loads_there_again(tmp_path):
 def test_metas_sam_is_known_by_its_file_name(tmp_path):
     save_file({"image_encoder.pos_embed": np.zeros((1, 64, 64, 1280), np.float32)}, tmp_path / "weights.safetensors")
     (tmp_path / "weights.safetensors").rename(tmp_path / "sam_vit_h_4b8939.pth")
-    kinds = {kind.name: kind for kind in detect.SYSTEMS}
-    assert kinds["segment_anything"].config({}) == SAM_VIT_H
+    kinds = {kind.name: kind for kind in detect.FORMATS}
+    assert kinds["segment_anything"].config_from_hf({}) == SAM_VIT_H
     with pytest.raises(UserError):  # found and opened as SAM; the rest of it is not there
         convert.from_torch(tmp_path / "sam_vit_h_4b8939.pth")
 
@@ -82,18 +82,18 @@ RELEASE = {
 
 
 def test_the_releases_settings_mean_the_full_size_system():
-    kind = next(kind for kind in detect.SYSTEMS if kind.name == "nextchat")
-    assert kind.config(RELEASE) == NextChat()
-    said = kind.settings(NextChat())
+    kind = next(kind for kind in detect.FORMATS if kind.name == "nextchat")
+    assert kind.config_from_hf(RELEASE) == NextChat()
+    said = kind.config_to_hf(NextChat())
     assert {key: said[key] for key in RELEASE if key in said} == {key: RELEASE[key] for key in RELEASE if key in said}
-    assert kind.config(json.loads(json.dumps(said))) == NextChat()
-    assert kind.config(RELEASE | {"mm_depth": 1}).projector_depth == 1
+    assert kind.config_from_hf(json.loads(json.dumps(said))) == NextChat()
+    assert kind.config_from_hf(RELEASE | {"mm_depth": 1}).projector_depth == 1
 
 
 def test_a_nextchat_goes_out_and_comes_back_to_the_bit(tmp_path):
     from test_nextchat import TINY, batch_of
 
-    shapes = sharding.abstract(TINY.init, jax.random.key(0), batch_of([[5]]))
+    shapes = sharding.abstract_params(TINY.init, jax.random.key(0), batch_of([[5]]))
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(np.float16), shapes)
     convert.to_torch(TINY, params, tmp_path / "torch")

@@ -24,7 +24,7 @@ from lionjax.convert import orbax_folder as convert_placed
 from lionjax.convert.formats import detect
 from lionjax.convert.io import orbax
 from lionjax.convert.io.reader import open_weights
-from lionjax.convert.mapping.apply import Computed
+from lionjax.convert.mapping.apply import LazyTensor
 from lionjax.core import config as configs
 from lionjax.core import params as trees
 from lionjax.core import sharding
@@ -40,7 +40,7 @@ def mesh():
 
 
 def like_of(config, where=None):
-    return detect.of_config(config).abstract(config, where or mesh())
+    return detect.format_of_config(config).abstract_params(config, where or mesh())
 
 
 def flat_arrays(params) -> dict:
@@ -93,7 +93,7 @@ def test_an_orbax_checkpoint_is_loaded_onto_another_mesh_and_goes_out_to_torch_a
     assert_same(open_weights(tmp_path / "ours"), open_weights(source))
     for folder in ("back", "ours/origin", "orbax/origin"):
         assert (tmp_path / folder / "vocab.txt").read_text() == "a"
-    assert convert.table_of(tmp_path / "orbax") == convert.table_of(source)
+    assert convert.weight_map_of(tmp_path / "orbax") == convert.weight_map_of(source)
 
 
 def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(
 def promised(monkeypatch, folder):
     """What `save_orbax` would write of a folder, kept from being written."""
     held = {}
-    opening = detect.open_source
+    opening = detect.open_checkpoint
 
     def remember(*args):
         source = opening(*args)
@@ -139,7 +139,7 @@ def promised(monkeypatch, folder):
         return source
 
     with monkeypatch.context() as patch:
-        patch.setattr(detect, "open_source", remember)
+        patch.setattr(detect, "open_checkpoint", remember)
         patch.setattr(convert_placed, "_write_whole", lambda dst, params, *rest: held.update(params=params))
         convert_placed.save_orbax(folder, folder.parent / "nowhere", mesh())
     return held
@@ -174,7 +174,7 @@ def test_only_one_layer_of_one_leaf_is_asked_for_at_a_time(tmp_path, monkeypatch
     """Of a leaf whose layers are made when asked for, none is asked for before the one before it is written."""
     config = T5Config(97, 24, 8, 4, 40, 3, 2, 8)
     asked, written = [], []
-    make = Computed.__init__
+    make = LazyTensor.__init__
 
     def counting(self, shape, dtype, layer, *rest):
         def one(index):
@@ -187,16 +187,16 @@ def test_only_one_layer_of_one_leaf_is_asked_for_at_a_time(tmp_path, monkeypatch
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype("float32"), like_of(config))
     convert.to_torch(config, params, tmp_path / "torch")
-    monkeypatch.setattr(Computed, "__init__", counting)
-    parts = orbax.Promise.parts
+    monkeypatch.setattr(LazyTensor, "__init__", counting)
+    parts = orbax.LazyShardedArray.iter_layers
 
     def watched(self, owned=None):
         for group in parts(self, owned):
             yield group
             written.append(self)
 
-    monkeypatch.setattr(orbax.Promise, "parts", watched)
-    monkeypatch.setattr(orbax, "AT_ONCE", 1)
+    monkeypatch.setattr(orbax.LazyShardedArray, "iter_layers", watched)
+    monkeypatch.setattr(orbax, "MAX_PENDING_BYTES", 1)
     convert_placed.save_orbax(tmp_path / "torch", tmp_path / "orbax", mesh())
     layers = sum(int(np.prod(leaf.shape[:1])) for p, leaf in trees.flatten(params).items() if "blocks" in p)
     assert len(asked) == len(written) > layers

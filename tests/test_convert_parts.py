@@ -22,11 +22,22 @@ from lionjax.models.connectors import qformer
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import vit
 from lionjax.models.vision.vit import ViTConfig
-from lionjax.models.vlm.blip2_stage1 import Blip2First
-from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.models.vlm.blip2_stage1 import Blip2Stage1
+from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 CLIP = ViTConfig(
-    14, 7, 16, 3, 2, 32, 1e-5, "quick_gelu", biases="qkvo", patch_bias=False, norm_before=True, norm_after=True
+    14,
+    7,
+    16,
+    3,
+    2,
+    32,
+    1e-5,
+    "quick_gelu",
+    attention_biases="qkvo",
+    patch_bias=False,
+    pre_layernorm=True,
+    post_layernorm=True,
 )
 TOWER = "model.vision_tower.vision_tower."
 
@@ -41,21 +52,27 @@ def base(tmp_path_factory):
     return folder
 
 
-def llava(base, words: int) -> tuple[Prefix, dict, dict]:
+def llava(base, words: int) -> tuple[VisualPrefixLM, dict, dict]:
     """(config, params, torch tensors) of a LLaVA on that LLaMA with so many new words; in half precision."""
     language = dataclasses.replace(convert.from_torch(base)[0], vocab=LLAMA["vocab_size"] + words)
-    config = Prefix(
-        CLIP, language, feature_layer=-2, projector_depth=1, image_token=-200, in_front=False, names="original"
+    config = VisualPrefixLM(
+        CLIP,
+        language,
+        feature_layer=-2,
+        projector_depth=1,
+        image_token_id=-200,
+        prepend_image=False,
+        torch_names="original",
     )
     params = random_params(config, np.float16)
-    state = convert.state_from(config.torch_rows(), params)
+    state = convert.state_dict_from_params(config.weight_map(), params)
     return config, params, state
 
 
 def write(folder, config, state: dict, name: str) -> None:
     """LLaVA's config.json, a weight file, and CLIP's folder where the state has no tower."""
     whole = folder.with_name(folder.name + "_whole")
-    convert.to_torch(config, convert.params_from(config.torch_rows(), state), whole)
+    convert.to_torch(config, convert.params_from_state_dict(config.weight_map(), state), whole)
     folder.mkdir()
     (folder / "config.json").write_bytes((whole / "config.json").read_bytes())
     torch.save(as_torch(torch, {n: w for n, w in state.items() if not n.startswith(TOWER)}), folder / name)
@@ -78,7 +95,7 @@ def test_a_delta_is_added_to_its_base_as_pytorch_adds_it(base, tmp_path, words):
     want = as_torch(torch, state)
     for name, tensor in as_torch(torch, load_file(base / "model.safetensors")).items():
         want[name][: len(tensor)] += tensor  # LLaVA's own script
-    assert_same(convert.state_from(config.torch_rows(), params), {n: w.numpy() for n, w in want.items()})
+    assert_same(convert.state_dict_from_params(config.weight_map(), params), {n: w.numpy() for n, w in want.items()})
     if words:
         table = params["language"]["embedding"]["table"][-words:]
         np.testing.assert_array_equal(table, state["model.embed_tokens.weight"][-words:])
@@ -127,28 +144,28 @@ def test_a_projector_alone_stands_on_the_llama_and_the_clip_beside_it(base, tmp_
         (tmp_path / "pretrained" / "vicuna" / file).write_bytes((base / file).read_bytes())
     made, params = convert.from_torch(tmp_path / "pretrained")
     assert made == config
-    assert_same(convert.state_from(config.torch_rows(), params), state)
+    assert_same(convert.state_dict_from_params(config.weight_map(), params), state)
 
 
 def test_a_blip2_around_openais_clip_comes_in_with_its_last_block_left(tmp_path, monkeypatch):
     t5 = T5Config(40, 24, 6, 4, 20, 2, 2, 8, activation="gelu")
-    bridge = qformer.QFormerConfig(16, 2, 2, 24, 4, 2, 1024, 30, 12, text=False)
-    clip = dataclasses.replace(CLIP, width=1024, heads=16, hidden=8, depth=2)
+    bridge = qformer.QFormerConfig(16, 2, 2, 24, 4, 2, 1024, 30, 12, use_text_input=False)
+    clip = dataclasses.replace(CLIP, width=1024, heads=16, mlp_dim=8, depth=2)
     monkeypatch.setattr(vit, "CLIP_VIT_L", dataclasses.replace(clip, depth=3))
     monkeypatch.setattr(qformer, "QFormerConfig", lambda: bridge)
-    config = Prefix(
-        dataclasses.replace(clip, norm_after=False),
+    config = VisualPrefixLM(
+        dataclasses.replace(clip, post_layernorm=False),
         t5,
         bridge,
         feature_layer=-1,
-        class_token=True,
-        vision_eps=1e-5,
+        keep_class_token=True,
+        vision_norm_eps=1e-5,
         projector_depth=1,
-        image_token=None,
-        names="original",
+        image_token_id=None,
+        torch_names="original",
     )
     params = random_params(config, ml_dtypes.bfloat16)
-    state = convert.state_from(config.torch_rows(), params)
+    state = convert.state_dict_from_params(config.weight_map(), params)
     folder = tmp_path / "parts"
     folder.mkdir()
     tower = {n.removeprefix("visual_encoder."): w for n, w in state.items() if n.startswith("visual_encoder.")}
@@ -178,10 +195,10 @@ def test_a_blip2_around_openais_clip_comes_in_with_its_last_block_left(tmp_path,
 
 def test_blip2s_first_stage_comes_in_with_its_tower_and_goes_out_as_it_came(tmp_path, monkeypatch):
     bridge = qformer.QFormerConfig(16, 2, 2, 24, 4, 2, 24, 30, 12)
-    tower = ViTConfig(image=28, patch=14, width=24, depth=3, heads=4, hidden=40)
-    config = Blip2First(tower, bridge)
+    tower = ViTConfig(image_size=28, patch_size=14, width=24, depth=3, num_heads=4, mlp_dim=40)
+    config = Blip2Stage1(tower, bridge)
     params = random_params(config, np.float16)
-    state = convert.state_from(config.torch_rows(), params)
+    state = convert.state_dict_from_params(config.weight_map(), params)
     folder = tmp_path / "parts"
     folder.mkdir()
     eva = {n.removeprefix("visual_encoder."): w for n, w in state.items() if n.startswith("visual_encoder.")}

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 from lionjax import convert
 from lionjax.convert.formats import detect
-from lionjax.convert.mapping.plan import plan_state
+from lionjax.convert.mapping.plan import plan_state_dict
 from lionjax.core import params as trees
 from lionjax.core.types import UserError
 
@@ -34,7 +34,7 @@ def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_th
     model = tiny.theirs(name, draw).to(random.Random(seed).choice([torch.float32, torch.bfloat16]))
     model.save_pretrained(tmp_path / "theirs")
     coverage = convert.convert(tmp_path / "theirs", tmp_path / "ours", "jax")
-    assert not coverage.ignored and not coverage.nan, f"seed {seed}"
+    assert not coverage.ignored and not coverage.nan_tensors, f"seed {seed}"
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch", shard_bytes=20_000)
     # Both are read from files, because reading keeps some parts in float32 whatever the dtype.
     back, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True, dtype=model.dtype)
@@ -229,7 +229,7 @@ def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(tmp_p
     torch.save(as_torch(torch, eva), folder / "eva_vit_g.pth")
     torch.save({"model": as_torch(torch, trained), "optimizer": {"step": 3}}, folder / "blip2_trained.pth")
     made, twice = convert.from_torch(folder)
-    assert made.names == "original" and made.vision_eps == 1e-5 and made.language == config.language
+    assert made.names == "original" and made.vision_norm_eps == 1e-5 and made.language == config.language
     assert_same(trees.flatten(twice), trees.flatten(params))
     monkeypatch.undo()
     convert.to_torch(made, twice, tmp_path / "back")
@@ -288,18 +288,24 @@ def test_rows_that_pad_a_vocabulary_for_a_mesh_are_zero_are_never_said_and_never
     from lionjax.models.language.decoder import Decoder, DecoderConfig
     from lionjax.models.vlm import visual_prefix_weights
 
-    plain = DecoderConfig(vocab=51, width=16, layers=1, heads=2, kv_heads=2, head=8, hidden=20, tied=tied)
-    wide = dataclasses.replace(plain, vocab_multiple=64)
+    plain = DecoderConfig(
+        vocab_size=51, width=16, depth=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=20, tie_embeddings=tied
+    )
+    wide = dataclasses.replace(plain, pad_vocab_to_multiple_of=64)
     numbers = np.random.default_rng(0)
-    kind = detect.of_config(plain)
+    kind = detect.format_of_config(plain)
     state = {
         name: numbers.standard_normal(tensor.shape).astype(BF16)
-        for name, tensor in plan_state(kind.rows(plain), trees.flatten(kind.abstract(plain))).made.items()
+        for name, tensor in plan_state_dict(
+            kind.weight_map(plain), trees.flatten(kind.abstract_params(plain))
+        ).output_specs.items()
     }
     state["lm_head.weight"] = state["model.embed_tokens.weight"] if tied else state["lm_head.weight"]
-    one, other = (convert.params_from(visual_prefix_weights.language_rows(c), state) for c in (plain, wide))
+    one, other = (
+        convert.params_from_state_dict(visual_prefix_weights.language_weight_map(c), state) for c in (plain, wide)
+    )
     assert other["embedding"]["table"].shape == (64, 16) and not other["embedding"]["table"][51:].any()
-    assert_same(convert.state_from(visual_prefix_weights.language_rows(wide), other), state)
+    assert_same(convert.state_dict_from_params(visual_prefix_weights.language_weight_map(wide), other), state)
     ids = np.array([[3, 50, 7]])
 
     def run(c, params):

@@ -14,7 +14,7 @@ from benchmarks.text_decoder import TextDecoder
 from benchmarks.text_t5 import TextT5, text_batch
 from lionjax import convert
 from lionjax.inference.generate import generate
-from lionjax.inference.sampling import GenerateConfig
+from lionjax.inference.sampling import GenerationConfig
 
 NEW = 8
 
@@ -43,7 +43,7 @@ def test_a_model_says_the_same_words_before_in_jax_and_after(tmp_path, name, bea
     ids = np.random.default_rng(0).integers(3, 50, (2, 6)).astype(np.int32)
     batch = text_batch(ids, np.ones_like(ids))
     start, system = (0, TextT5(config)) if name == "t5" else (None, TextDecoder(config))
-    how = GenerateConfig(NEW, beams=beams, eos=-1, pad=0, start=start)
+    how = GenerationConfig(NEW, num_beams=beams, eos_token_id=-1, pad_token_id=0, decoder_start_token_id=start)
     mine = np.asarray(generate(system, params, batch, how).ids_BM)
     before = 1 if name == "t5" else ids.shape[1]  # a start token or the prompt, which they give back
     for one in (theirs, again):
@@ -78,7 +78,7 @@ def test_a_model_that_sees_says_the_same_words_before_in_jax_and_after(tmp_path,
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
     again = type(theirs).from_pretrained(tmp_path / "back").eval()
     batch = tiny.batch_of(system, draw)
-    how = GenerateConfig(NEW, eos=-1, pad=0, start=0 if system.encodes else None)
+    how = GenerationConfig(NEW, eos_token_id=-1, pad_token_id=0, decoder_start_token_id=0 if system.encodes else None)
     mine = np.asarray(generate(system, params, batch, how).ids_BM)
     asked = tiny.inputs(system, batch, answers=False, left=not system.encodes)
     for one in (theirs, again):

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from test_convert_folders import LLAMA, VIT, tiny_t5
 
 from lionjax import convert
-from lionjax.convert import Wanted, resize
+from lionjax.convert import ResizeOptions, resize
 from lionjax.core.types import UserError
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.vit import ViTConfig
@@ -24,18 +24,18 @@ def test_positions_are_resampled_as_torch_does_it(old, new, corners):
     grid = np.random.default_rng(0).standard_normal((old, old, 3)).astype(np.float32)
     planes = torch.from_numpy(grid.transpose(2, 0, 1).copy())[None]
     want = torch.nn.functional.interpolate(planes, size=(new, new), mode="bicubic", align_corners=corners)
-    made = resize.resampled(grid, new, corners)
+    made = resize.interpolate_grid(grid, new, corners)
     np.testing.assert_allclose(made, want[0].numpy().transpose(1, 2, 0), atol=1e-5)
 
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_tower_gets_positions_for_larger_pictures_and_its_class_token_keeps_its_own(clip):
     torch = pytest.importorskip("torch")
-    vision = ViTConfig(image=28, patch=7, width=5, norm_before=clip)
+    vision = ViTConfig(image_size=28, patch_size=7, width=5, pre_layernorm=clip)
     table = np.random.default_rng(0).standard_normal((17, 5)).astype(np.float32)
-    made = resize.picture_size(vision, 42)
+    made = resize.interpolate_position_embeddings(vision, 42)
     assert made.config.image == 42 and made.shapes == {"position": (37, 5)}
-    resampled = made.change["position"](table)
+    resampled = made.transforms["position"](table)
     planes = torch.from_numpy(table[1:].reshape(4, 4, 5).transpose(2, 0, 1).copy())[None]
     want = torch.nn.functional.interpolate(planes, size=(6, 6), mode="bicubic", align_corners=clip)[0]
     np.testing.assert_array_equal(resampled[0], table[0])
@@ -50,20 +50,20 @@ def test_a_tagger_for_other_pictures_gets_other_windows_and_sees_with_them(tmp_p
     from lionjax.convert.formats.ram import RAM
     from lionjax.inference import tagger
 
-    rng, shapes = np.random.default_rng(0), RAM.abstract(TINY)
+    rng, shapes = np.random.default_rng(0), RAM.abstract_params(TINY)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
     convert.to_torch(TINY, params, tmp_path / "small")
-    (tmp_path / "small" / tagger.WORDS).write_text("\n".join(WORDS))
-    convert.convert(tmp_path / "small", tmp_path / "large", "jax", wanted=Wanted(image=24))
+    (tmp_path / "small" / tagger.TAG_LIST_FILE).write_text("\n".join(WORDS))
+    convert.convert(tmp_path / "small", tmp_path / "large", "jax", resize_options=ResizeOptions(image_size=24))
     large = tagger.load(tmp_path / "large")
-    assert (large.config.swin.image, large.config.swin.window) == (24, 3)
+    assert (large.config.swin.image_size, large.config.swin.window_size) == (24, 3)
     planes = torch.from_numpy(params["swin"]["stage_0"]["pairs"]["block_1"]["places"][0].T.reshape(1, 1, 3, 3).copy())
     want = torch.nn.functional.interpolate(planes, size=(5, 5), mode="bicubic").reshape(25, 1)
     got = large.params["swin"]["stage_0"]["pairs"]["block_1"]["places"]
     np.testing.assert_allclose(got[0], want, atol=1e-5)
     assert large.probabilities([np.zeros((9, 9, 3), np.uint8)]).shape == (1, 5)
     with pytest.raises(UserError, match="pictures of 20 pixels do not make whole windows"):
-        resize.picture_size(TINY, 20)
+        resize.interpolate_position_embeddings(TINY, 20)
 
 
 def saved_llama(folder, tied=False):
@@ -89,7 +89,9 @@ def tokenizer_of(transformers, words: int):
 def test_new_words_stand_behind_the_old_in_table_head_and_tokenizer(tmp_path, tied):
     transformers, model = saved_llama(tmp_path / "base", tied)
     tokenizer_of(transformers, 50).save_pretrained(tmp_path / "base")
-    convert.convert(tmp_path / "base", tmp_path / "ours", "jax", wanted=Wanted(WORDS, vocab_multiple=8))
+    convert.convert(
+        tmp_path / "base", tmp_path / "ours", "jax", resize_options=ResizeOptions(WORDS, pad_vocab_to_multiple_of=8)
+    )
     config, params = convert.load_params(tmp_path / "ours")
     assert config.vocab == 56  # 55, filled up
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
@@ -108,7 +110,7 @@ def test_new_words_stand_behind_the_old_in_table_head_and_tokenizer(tmp_path, ti
 def test_words_take_the_spare_rows_of_a_padded_vocabulary_first(tmp_path):
     transformers, model = saved_llama(tmp_path / "base")
     tokenizer_of(transformers, 47).save_pretrained(tmp_path / "base")
-    convert.convert(tmp_path / "base", tmp_path / "ours", "jax", wanted=Wanted(("<a>", "<b>")))
+    convert.convert(tmp_path / "base", tmp_path / "ours", "jax", resize_options=ResizeOptions(("<a>", "<b>")))
     config, params = convert.load_params(tmp_path / "ours")
     old = model.model.embed_tokens.weight.detach().numpy()
     table = params["embedding"]["table"]
@@ -120,7 +122,9 @@ def test_words_take_the_spare_rows_of_a_padded_vocabulary_first(tmp_path):
 def test_only_filling_up_changes_no_row(tmp_path):
     config, params = tiny_t5()
     convert.to_torch(config, params, tmp_path / "torch")
-    convert.convert(tmp_path / "torch", tmp_path / "ours", "jax", wanted=Wanted(vocab_multiple=64))
+    convert.convert(
+        tmp_path / "torch", tmp_path / "ours", "jax", resize_options=ResizeOptions(pad_vocab_to_multiple_of=64)
+    )
     config, filled = convert.load_params(tmp_path / "ours")
     assert config.vocab == 128 and filled["head"]["kernel"].shape == (24, 128)
     assert filled["embedding"]["table"][:97].tobytes() == params["embedding"]["table"].tobytes()
@@ -134,7 +138,7 @@ def test_a_folder_of_clip_is_converted_for_other_pictures_with_its_processor(tmp
     theirs.save_pretrained(tmp_path / "clip")
     said = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "do_resize": True}
     (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(said))
-    convert.convert(tmp_path / "clip", tmp_path / "ours", "jax", wanted=Wanted(image=56))
+    convert.convert(tmp_path / "clip", tmp_path / "ours", "jax", resize_options=ResizeOptions(image_size=56))
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
     back = transformers.CLIPVisionModel.from_pretrained(tmp_path / "back")
     assert back.config.image_size == 56
@@ -147,7 +151,7 @@ def test_a_folder_of_clip_is_converted_for_other_pictures_with_its_processor(tmp
 def test_rows_that_only_a_mesh_wants_disappear_on_the_way_out(tmp_path):
     from test_convert_lora import random_params
 
-    split = DecoderConfig(50, 24, 2, 4, 2, 6, 40, vocab_multiple=8)
+    split = DecoderConfig(50, 24, 2, 4, 2, 6, 40, pad_vocab_to_multiple_of=8)
     params = random_params(split)
     assert params["embedding"]["table"].shape == (56, 24)
     convert.to_torch(split, params, tmp_path / "torch")
@@ -160,13 +164,16 @@ def test_rows_that_only_a_mesh_wants_disappear_on_the_way_out(tmp_path):
 
 @pytest.mark.parametrize(
     "wanted, problem",
-    [(Wanted(image=30), "30 pixels do not make whole patches of 14"), (Wanted(words=("<a>",)), "has no vocabulary")],
+    [
+        (ResizeOptions(image_size=30), "30 pixels do not make whole patches of 14"),
+        (ResizeOptions(added_tokens=("<a>",)), "has no vocabulary"),
+    ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, wanted, problem):
     transformers = pytest.importorskip("transformers")
     transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VIT)).save_pretrained(tmp_path / "clip")
     with pytest.raises(UserError, match=problem):
-        convert.convert(tmp_path / "clip", tmp_path / "ours", "jax", wanted=wanted)
+        convert.convert(tmp_path / "clip", tmp_path / "ours", "jax", resize_options=wanted)
     assert [path.name for path in tmp_path.iterdir()] == ["clip"]
 
 
@@ -174,4 +181,4 @@ def test_a_word_that_is_known_already_is_refused(tmp_path):
     transformers, _ = saved_llama(tmp_path / "base")
     tokenizer_of(transformers, 50).save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="knows 'w7' already"):
-        convert.convert(tmp_path / "base", tmp_path / "ours", "jax", wanted=Wanted(("w7",)))
+        convert.convert(tmp_path / "base", tmp_path / "ours", "jax", resize_options=ResizeOptions(("w7",)))

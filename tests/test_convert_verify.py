@@ -72,11 +72,11 @@ def saved(name: str, folder):
 def test_both_models_agree_at_every_stage_and_most_stages_are_compared(tmp_path, name):
     folder = saved(name, tmp_path / "theirs")
     found = compare.verify(*convert.from_torch(folder), folder)
-    assert found.agree, str(found)
-    assert max(stage.relative for stage in found.stages) < 1e-4, str(found)
-    layers = {stage.name: stage.layers for stage in found.stages}
+    assert found.all_close, str(found)
+    assert max(stage.relative_diff for stage in found.module_diffs) < 1e-4, str(found)
+    layers = {stage.name: stage.num_layers for stage in found.module_diffs}
     assert STAGES[name].items() <= layers.items(), str(found)
-    assert len(found.left) < len(found.stages) / 2, str(found)
+    assert len(found.not_compared) < len(found.module_diffs) / 2, str(found)
 
 
 @pytest.mark.slow
@@ -85,10 +85,10 @@ def test_a_system_that_sees_agrees_at_every_stage(tmp_path, name):
     seed = tiny_prefix.seed()
     tiny_prefix.theirs(name, random.Random(seed)).save_pretrained(tmp_path)
     found = compare.verify(*convert.from_torch(tmp_path), tmp_path)
-    assert found.agree, f"seed {seed}\n{found}"
-    parts = {stage.name.split(".")[0] for stage in found.stages}
-    assert {"language_model", "logits"} < parts and len(found.stages) > 20, f"seed {seed}\n{found}"
-    assert len(found.left) < len(found.stages) / 2, f"seed {seed}\n{found}"
+    assert found.all_close, f"seed {seed}\n{found}"
+    parts = {stage.name.split(".")[0] for stage in found.module_diffs}
+    assert {"language_model", "logits"} < parts and len(found.module_diffs) > 20, f"seed {seed}\n{found}"
+    assert len(found.not_compared) < len(found.module_diffs) / 2, f"seed {seed}\n{found}"
 
 
 def test_where_two_models_part_is_said_by_stage_and_layer(tmp_path):
@@ -98,11 +98,14 @@ def test_where_two_models_part_is_said_by_stage_and_layer(tmp_path):
     kernel[1, 3, 4] += 1
     params["blocks"]["mlp"]["up"]["kernel"] = kernel
     found = compare.verify(config, params, folder)
-    parted = [stage for stage in found.stages if stage.relative > compare.AGREE]
-    assert not found.agree and parted
-    before = {stage.name: stage for stage in found.stages}
-    assert before["model.embed_tokens"].difference == 0
-    assert before["model.layers.{i}.mlp.up_proj"].worst in ("model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj")
+    parted = [stage for stage in found.module_diffs if stage.relative_diff > compare.RELATIVE_TOLERANCE]
+    assert not found.all_close and parted
+    before = {stage.name: stage for stage in found.module_diffs}
+    assert before["model.embed_tokens"].max_abs_diff == 0
+    assert before["model.layers.{i}.mlp.up_proj"].worst_module in (
+        "model.layers.1.mlp.up_proj",
+        "model.layers.2.mlp.up_proj",
+    )
     assert "they part in model.layers." in str(found)
 
 
@@ -112,7 +115,7 @@ def test_a_merged_lora_is_held_against_the_model_that_runs_it_apart(tmp_path):
     params = random_params(CONFIG)
     convert.to_torch(CONFIG, params, tmp_path / "merged", merge_lora=True)
     found = compare.verify(CONFIG, params, tmp_path / "merged")
-    assert found.agree, str(found)
+    assert found.all_close, str(found)
     convert.to_torch(CONFIG, params, tmp_path / "apart")
     with pytest.raises(UserError, match="would leave out the LoRA"):
         compare.verify(CONFIG, params, tmp_path / "apart")
@@ -170,13 +173,13 @@ def test_a_system_that_transformers_does_not_have_is_compared_part_by_part(tmp_p
     params = random_params(system)
     convert.to_torch(system, params, tmp_path / "torch")
     found = compare.verify(system, params, tmp_path / "torch")
-    assert found.agree, str(found)
-    layers = {stage.name.partition(": ")[2]: stage.layers for stage in found.stages}
+    assert found.all_close, str(found)
+    layers = {stage.name.partition(": ")[2]: stage.num_layers for stage in found.module_diffs}
     wanted, alone = PARTS[name]
     assert wanted.items() <= layers.items(), str(found)
-    assert alone is None or any(part.startswith(alone) for part in found.left), str(found)
+    assert alone is None or any(part.startswith(alone) for part in found.not_compared), str(found)
     # A kernel that was turned on its way would be noticed.
     flat = trees.flatten(params)
     path = next(p for p in flat if p.endswith("mlp/up/kernel") and not p.startswith(("queries", "aggregator")))
     turned = trees.unflatten(flat | {path: flat[path][..., ::-1, :]})
-    assert not compare.verify(system, turned, tmp_path / "torch").agree
+    assert not compare.verify(system, turned, tmp_path / "torch").all_close

@@ -14,30 +14,56 @@ from benchmarks.text_decoder import TextDecoder
 from benchmarks.text_t5 import text_batch
 from lionjax import convert
 from lionjax.core import sharding
-from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.language import decoder, decoder_weights
 from lionjax.models.language.decoder import Decoder, DecoderConfig
 from lionjax.nn.adapters import AdapterConfig, RoutedAdapters
 from lionjax.nn.attention import causal_mask
 from lionjax.nn.layers import GatedMLP, RMSNorm, dropout
-from lionjax.nn.positions import near
+from lionjax.nn.positions import alibi_bias
 
 LLAMA = DecoderConfig(
-    vocab=50, width=24, layers=3, heads=4, kv_heads=2, head=6, hidden=40, rope_theta=500.0, end_token=3
+    vocab_size=50,
+    width=24,
+    depth=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=40,
+    rope_theta=500.0,
+    eos_token_id=3,
 )
-TIED = dataclasses.replace(LLAMA, kv_heads=4, tied=True)
+TIED = dataclasses.replace(LLAMA, num_kv_heads=4, tie_embeddings=True)
 OPT = dataclasses.replace(
-    decoder.OPT_2_7B, vocab=50, width=24, layers=3, heads=4, kv_heads=4, head=6, hidden=40, positions=34, end_token=3
+    decoder.OPT_2_7B,
+    vocab_size=50,
+    width=24,
+    depth=3,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=6,
+    mlp_dim=40,
+    max_positions=34,
+    eos_token_id=3,
 )
 GPT2 = dataclasses.replace(
-    decoder.GPT2, vocab=50, width=24, layers=3, heads=4, kv_heads=4, head=6, hidden=40, positions=32, end_token=3
+    decoder.GPT2,
+    vocab_size=50,
+    width=24,
+    depth=3,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=6,
+    mlp_dim=40,
+    max_positions=32,
+    eos_token_id=3,
 )
 SETTINGS = {"llama": LLAMA, "tied": TIED, "opt": OPT, "gpt2": GPT2}
 ROWS = {
-    "llama": decoder_weights.llama_rows,
-    "tied": decoder_weights.llama_rows,
-    "opt": decoder_weights.opt_rows,
-    "gpt2": decoder_weights.gpt2_rows,
+    "llama": decoder_weights.llama_weight_map,
+    "tied": decoder_weights.llama_weight_map,
+    "opt": decoder_weights.opt_weight_map,
+    "gpt2": decoder_weights.gpt2_weight_map,
 }
 NEW = 8
 
@@ -63,41 +89,41 @@ def torch_twin(name: str):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     c = SETTINGS[name]
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": c.end_token}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": c.eos_token_id}
     torch.manual_seed(0)
     if name in ("llama", "tied"):
         config = transformers.LlamaConfig(
-            vocab_size=c.vocab,
+            vocab_size=c.vocab_size,
             hidden_size=c.width,
-            intermediate_size=c.hidden,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads,
-            rms_norm_eps=c.eps,
-            tie_word_embeddings=c.tied,
+            intermediate_size=c.mlp_dim,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.num_heads,
+            num_key_value_heads=c.num_kv_heads,
+            rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=c.tie_embeddings,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
             **ids,
         )
         model = transformers.LlamaForCausalLM(config)
     elif name == "opt":
         config = transformers.OPTConfig(
-            vocab_size=c.vocab,
+            vocab_size=c.vocab_size,
             hidden_size=c.width,
-            ffn_dim=c.hidden,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            max_position_embeddings=c.positions - c.position_offset,
+            ffn_dim=c.mlp_dim,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.num_heads,
+            max_position_embeddings=c.max_positions - c.position_offset,
             **ids,
         )
         model = transformers.OPTForCausalLM(config)
     else:
         config = transformers.GPT2Config(
-            vocab_size=c.vocab,
+            vocab_size=c.vocab_size,
             n_embd=c.width,
-            n_inner=c.hidden,
-            n_layer=c.layers,
-            n_head=c.heads,
-            n_positions=c.positions,
+            n_inner=c.mlp_dim,
+            n_layer=c.depth,
+            n_head=c.num_heads,
+            n_positions=c.max_positions,
             **ids,
         )
         model = transformers.GPT2LMHeadModel(config)
@@ -112,7 +138,7 @@ def torch_twin(name: str):
 def twins(request):
     theirs, c = torch_twin(request.param), SETTINGS[request.param]
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    return theirs, c, convert.params_from(ROWS[request.param](c), state), ROWS[request.param](c), state
+    return theirs, c, convert.params_from_state_dict(ROWS[request.param](c), state), ROWS[request.param](c), state
 
 
 def test_a_decoder_says_what_transformers_says(twins):
@@ -128,7 +154,7 @@ def test_a_decoder_says_what_transformers_says(twins):
 
     made = jax.jit(lambda i, m: Decoder(c).apply({"params": params}, i, m, method=read))(ids_BL, mask_BL)
     np.testing.assert_allclose(np.asarray(made)[mask_BL == 1], wanted[mask_BL == 1], atol=2e-5)
-    back = convert.state_from(rows, params)
+    back = convert.state_dict_from_params(rows, params)
     assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
 
 
@@ -136,7 +162,7 @@ def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
     import torch
 
     theirs, c, params, *_ = twins
-    config = GenerateConfig(max_new_tokens=NEW, eos=c.end_token, pad=0, start=None)
+    config = GenerationConfig(max_new_tokens=NEW, eos_token_id=c.end_token, pad_token_id=0, decoder_start_token_id=None)
     made = generate(TextDecoder(c), params, text_batch(*prompts((9, 5, 2), c.vocab)), config)
     ids_BL, mask_BL = prompts((9, 5, 2), c.vocab, side="left")  # as generate of theirs wants them
     wanted = theirs.generate(
@@ -150,7 +176,10 @@ def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
 def test_an_answer_may_have_room_for_one_word(twins, beams):
     _, c, params, *_ = twins
     batch = text_batch(*prompts((5, 2), c.vocab))
-    one, two = (GenerateConfig(max_new_tokens=n, beams=k, eos=c.end_token, pad=0) for n, k in ((1, beams), (2, 1)))
+    one, two = (
+        GenerationConfig(max_new_tokens=n, num_beams=k, eos_token_id=c.end_token, pad_token_id=0)
+        for n, k in ((1, beams), (2, 1))
+    )
     short, longer = (generate(TextDecoder(c), params, batch, config) for config in (one, two))
     np.testing.assert_array_equal(short.ids_BM, longer.ids_BM[:, :1])
 
@@ -158,10 +187,10 @@ def test_an_answer_may_have_room_for_one_word(twins, beams):
 @pytest.mark.parametrize("side", ["right", "left", "hole"])
 def test_cached_reading_equals_reading_the_whole_text_wherever_padding_stands(side):
     c = dataclasses.replace(LLAMA, adapters=AdapterConfig(4, 2, 2))
-    ids_BL, mask_BL = prompts((6, 3, 4), c.vocab, "left" if side == "left" else "right")
+    ids_BL, mask_BL = prompts((6, 3, 4), c.vocab_size, "left" if side == "left" else "right")
     if side == "hole":
         mask_BL[0, 2:4] = 0
-    more_BM = np.random.default_rng(2).integers(4, c.vocab, (3, 3)).astype(np.int32)
+    more_BM = np.random.default_rng(2).integers(4, c.vocab_size, (3, 3)).astype(np.int32)
     task_B = np.array([0, 1, 1], np.int32)
 
     def whole(model, ids_BL, mask_BL):
@@ -178,7 +207,7 @@ def test_cached_reading_equals_reading_the_whole_text_wherever_padding_stands(si
     long_BL = np.concatenate([ids_BL, more_BM], axis=1)
     long_mask_BL = np.concatenate([mask_BL, np.ones_like(more_BM)], axis=1)
     start = functools.partial(Decoder(c).init, method=whole)
-    params = sharding.init(lambda key: start(key, long_BL, long_mask_BL)["params"], jax.random.key(0))
+    params = sharding.init_sharded(lambda key: start(key, long_BL, long_mask_BL)["params"], jax.random.key(0))
     params = noisy(params)
 
     @jax.jit
@@ -209,8 +238,8 @@ def test_adapters_read_what_the_feed_forward_reads_and_stand_beside_it():
             return module.apply({"params": params[name]}, *inputs)
 
         whole, _ = decoder.Block(c).apply({"params": params}, *given)
-        normed = part(RMSNorm(c.width, c.eps), "norm2", x_BLD)
-        fed = part(GatedMLP(c.width, c.hidden, c.activation), "mlp", normed, 0.0, None)
+        normed = part(RMSNorm(c.width, c.norm_eps), "norm2", x_BLD)
+        fed = part(GatedMLP(c.width, c.mlp_dim, c.activation), "mlp", normed, 0.0, None)
         return whole, fed, part(RoutedAdapters(c.width, c.adapters), "adapters", x_BLD, task_B)
 
     got, fed, adapted = map(np.asarray, whole_and_parts(params))
@@ -232,7 +261,7 @@ def test_dropout_zeroes_a_share_and_scales_the_rest_up(rate):
 
 def slopes(heads: int) -> np.ndarray:
     """What a head's score grows by from one place to the next."""
-    bias_BN1S = np.asarray(near(np.arange(3)[None], heads))
+    bias_BN1S = np.asarray(alibi_bias(np.arange(3)[None], heads))
     assert bias_BN1S.shape == (1, heads, 1, 3) and not bias_BN1S[..., 0].any()
     steps = np.diff(bias_BN1S[0, :, 0], axis=-1)
     np.testing.assert_allclose(steps[:, 0], steps[:, 1], rtol=1e-6)

@@ -19,7 +19,7 @@ from lionjax.core.types import UserError
 from lionjax.evaluation.report import plots
 from lionjax.inference.model import Answer
 from lionjax.serving import web_demo
-from lionjax.serving.web_demo import Talk, pointed
+from lionjax.serving.web_demo import Conversation, add_click
 
 SIZE = (200, 100)
 PICTURE = Image.new("RGB", SIZE, "white")
@@ -39,59 +39,59 @@ class Listener:
 
 
 def test_two_clicks_are_opposite_corners_of_a_box_and_a_third_begins_another():
-    one = pointed(Talk(), SIZE, (150, 75))
+    one = add_click(Conversation(), SIZE, (150, 75))
     assert one.box is None and one.corners == ((0.75, 0.75),)
-    two = pointed(one, SIZE, (50, 25))
+    two = add_click(one, SIZE, (50, 25))
     assert two.box == (0.25, 0.25, 0.75, 0.75)
-    three = pointed(two, SIZE, (20, 10))
+    three = add_click(two, SIZE, (20, 10))
     assert three.box is None and three.corners == ((0.1, 0.1),)
 
 
 def test_a_second_click_on_the_same_line_is_no_corner_and_one_outside_is_moved_to_the_edge():
-    one = pointed(Talk(), SIZE, (150, 75))
-    assert pointed(one, SIZE, (150, 20)) == one == pointed(one, SIZE, (20, 75.5))
-    assert pointed(one, SIZE, (230, 120)).box == (0.75, 0.75, 1.0, 1.0)
+    one = add_click(Conversation(), SIZE, (150, 75))
+    assert add_click(one, SIZE, (150, 20)) == one == add_click(one, SIZE, (20, 75.5))
+    assert add_click(one, SIZE, (230, 120)).box == (0.75, 0.75, 1.0, 1.0)
 
 
 def test_a_question_is_asked_with_what_was_pointed_at_and_with_what_was_said_before():
-    model, talk = Listener(), Talk(corners=((0.75, 0.75), (0.25, 0.25)))
-    talk, _ = web_demo.ask(model, talk, PICTURE, "What is this?", tags=("star",))
+    model, talk = Listener(), Conversation(corners=((0.75, 0.75), (0.25, 0.25)))
+    talk, _ = web_demo.respond(model, talk, PICTURE, "What is this?", tags=("star",))
     assert model.asked[-1] == (
         ["What is this?"],
         {"boxes": [[(0.25, 0.25, 0.75, 0.75)]], "tags": [("star",)], "history": None},
     )
-    assert talk == Talk((("What is this?", "answer 1"),))  # the next question is about the whole picture again
-    talk, _ = web_demo.ask(model, talk, PICTURE, "And its color?")
+    assert talk == Conversation((("What is this?", "answer 1"),))  # the next question is about the whole picture again
+    talk, _ = web_demo.respond(model, talk, PICTURE, "And its color?")
     nothing = {"boxes": None, "tags": None}
     assert model.asked[-1] == (["And its color?"], nothing | {"history": [(("What is this?", "answer 1"),)]})
-    talk, _ = web_demo.ask(model, talk, PICTURE, "And now?", remembers=False)
+    talk, _ = web_demo.respond(model, talk, PICTURE, "And now?", use_history=False)
     assert model.asked[-1] == (["And now?"], nothing | {"history": None})
     assert [one["content"] for one in talk.messages][::2] == ["What is this?", "And its color?", "And now?"]
     assert [one["role"] for one in talk.messages] == ["user", "assistant"] * 3
 
 
 def test_corner_box_and_mask_are_drawn_where_they_are():
-    talk, answer = web_demo.ask(Listener(), Talk(), PICTURE, "?")
+    talk, answer = web_demo.respond(Listener(), Conversation(), PICTURE, "?")
 
     def colored(talk, answer=None):
-        drawn = np.asarray(web_demo.drawn(PICTURE, talk, answer), int)
+        drawn = np.asarray(web_demo.render_image(PICTURE, talk, answer), int)
         tall, wide, _ = drawn.shape
 
         def near(at, colour):
             part = drawn[round(at[1] * tall) - 6 :][:12, round(at[0] * wide) - 6 :][:, :12]
-            return (np.abs(part - plots.rgb(colour)).sum(-1) < 40).any()
+            return (np.abs(part - plots.hex_to_rgb(colour)).sum(-1) < 40).any()
 
         return near
 
-    assert not colored(talk)((0.1, 0.3), plots.PREDICTED)
-    assert colored(talk, answer)((0.1, 0.3), plots.PREDICTED)  # its box's left edge
-    assert colored(talk, answer)((0.6, 0.7), plots.PREDICTED)  # the edge of its mask
-    assert colored(Talk(corners=((0.5, 0.5),)))((0.5, 0.5), plots.ASKED)
-    assert colored(Talk(corners=((0.2, 0.2), (0.8, 0.8))))((0.8, 0.5), plots.ASKED)
+    assert not colored(talk)((0.1, 0.3), plots.PREDICTION_COLOR)
+    assert colored(talk, answer)((0.1, 0.3), plots.PREDICTION_COLOR)  # its box's left edge
+    assert colored(talk, answer)((0.6, 0.7), plots.PREDICTION_COLOR)  # the edge of its mask
+    assert colored(Conversation(corners=((0.5, 0.5),)))((0.5, 0.5), plots.QUERY_COLOR)
+    assert colored(Conversation(corners=((0.2, 0.2), (0.8, 0.8))))((0.8, 0.5), plots.QUERY_COLOR)
 
 
 def test_examples_are_what_a_run_was_asked_without_what_was_pointed_at(tmp_path):
-    assert web_demo.examples(tmp_path) == []
+    assert web_demo.run_examples(tmp_path) == []
     folder = tmp_path / "evaluation"
     (folder / "pictures").mkdir(parents=True)
     PICTURE.save(folder / "pictures" / "a.png")
@@ -102,7 +102,7 @@ def test_examples_are_what_a_run_was_asked_without_what_was_pointed_at(tmp_path)
     del lines[3]["image"]
     (folder / "vqa.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     picture = str(folder / "pictures" / "a.png")
-    assert web_demo.examples(tmp_path) == [[picture, "0?"], [picture, "4?"]]
+    assert web_demo.run_examples(tmp_path) == [[picture, "0?"], [picture, "4?"]]
 
 
 def test_a_taken_port_and_a_lacking_gradio_are_one_sentence(tmp_path, monkeypatch, capsys):
@@ -116,7 +116,7 @@ def test_a_taken_port_and_a_lacking_gradio_are_one_sentence(tmp_path, monkeypatc
     assert cli.main(["demo", str(tmp_path)]) == 2
     assert capsys.readouterr().err == 'lionjax: the page wants gradio; install it with `pip install "lionjax[demo]"`\n'
     with pytest.raises(UserError, match="wants gradio"):
-        web_demo.page(Listener())
+        web_demo.build_demo(Listener())
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ LARGE = 2**20
 def example(experiment, rows: int = 2) -> Batch:
     """A batch of the config's own shapes; only its shapes and dtypes are read."""
     processor, side = experiment.data.processor, experiment.data.processor.image_size
-    text = [np.zeros((rows, n), np.int32) for n in (processor.prompt_length, processor.question_length)]
-    target, row = np.zeros((rows, processor.target_length), np.int32), np.zeros(rows, np.int32)
+    text = [np.zeros((rows, n), np.int32) for n in (processor.prompt_length, processor.max_question_tokens)]
+    target, row = np.zeros((rows, processor.max_target_tokens), np.int32), np.zeros(rows, np.int32)
     image = np.zeros((rows, side, side, 3), np.float32)
     batch = Batch(image, text[0], text[0], text[1], text[1], target, target, target, row, row)
     if getattr(experiment.system, "sam", None) is None:
@@ -40,7 +40,7 @@ def example(experiment, rows: int = 2) -> Batch:
 
 
 def shapes(experiment, mesh=None):
-    return sharding.abstract(experiment.system.init, jax.random.key(0), example(experiment), mesh=mesh)
+    return sharding.abstract_params(experiment.system.init, jax.random.key(0), example(experiment), mesh=mesh)
 
 
 @pytest.fixture(scope="module", params=EXPERIMENTS)
@@ -50,24 +50,24 @@ def experiment(request):
 
 def test_it_builds_and_every_stage_pattern_matches(experiment):
     whole = shapes(experiment)
-    step.check(experiment.stages, whole)
+    step.validate_stages(experiment.stages, whole)
     for stage in experiment.stages:
         trainable, frozen = trees.split(whole, stage.trainable)
-        assert trees.count(trainable) and trees.count(frozen)
-        system = step.system_of(experiment, stage)
+        assert trees.count_params(trainable) and trees.count_params(frozen)
+        system = step.model_for_stage(experiment, stage)
         loss, _ = jax.eval_shape(system.loss, whole, example(experiment), None)
         assert loss.shape == () and loss.dtype == np.float32
 
 
 def test_the_weight_table_covers_every_leaf_and_makes_no_other(experiment):
     whole = shapes(experiment)
-    rows = experiment.system.torch_rows()
-    rows = (*rows, *loras.rows_of(rows, whole))
-    tensors = convert.plan_state(rows, trees.flatten(whole)).made
+    rows = experiment.system.weight_map()
+    rows = (*rows, *loras.lora_weight_map(rows, whole))
+    tensors = convert.plan_state_dict(rows, trees.flatten(whole)).output_specs
     plan = convert.plan_params(rows, tensors, expected=whole)
     want = {path: leaf.shape for path, leaf in trees.flatten(whole).items()}
-    assert {path: form.shape for path, form in plan.made.items()} == want
-    assert {path for piece in plan.pieces for path in piece.row.paths} == want.keys()
+    assert {path: form.shape for path, form in plan.output_specs.items()} == want
+    assert {path for piece in plan.mapped_tensors for path in piece.mapping.flax_paths} == want.keys()
 
 
 def test_every_large_weight_is_split_over_the_mesh(experiment):
@@ -84,7 +84,7 @@ def test_every_large_weight_is_split_over_the_mesh(experiment):
 def test_lion_trains_as_many_parameters_as_the_release(name, wanted):
     experiment = config.load(CONFIGS / f"{name}.py")
     trainable, _ = trees.split(shapes(experiment), experiment.stages[-1].trainable)
-    assert trees.count(trainable) == wanted
+    assert trees.count_params(trainable) == wanted
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

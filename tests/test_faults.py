@@ -63,12 +63,12 @@ def test_kill_9_while_saving_loses_nothing_and_changes_no_bit(tmp_path, whole):
     for update in (3, 45):  # while a step is written in each of the two stages
         process = begin(tmp_path, "steps=40")
         wait_for(process, lambda at=update: updates_in(tmp_path) >= at)
-        wait_for(process, lambda: any((tmp_path / "checkpoints").glob(f"*{checkpoint.TEMPORARY}*")))
+        wait_for(process, lambda: any((tmp_path / "checkpoints").glob(f"*{checkpoint.ORBAX_TMP_SUFFIX}*")))
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert end(begin(tmp_path, "steps=40")) == expected
     assert toy.lines(tmp_path) == toy.lines(folder)
-    assert not list(tmp_path.rglob(f"*{checkpoint.TEMPORARY}*"))
+    assert not list(tmp_path.rglob(f"*{checkpoint.ORBAX_TMP_SUFFIX}*"))
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_sigterm_saves_and_ends_with_0_and_ctrl_c_with_130(tmp_path, whole):
         wait_for(process, lambda at=update: updates_in(tmp_path) >= at)
         process.send_signal(kind)
         assert "stopped and saved at stage" in end(process, code)
-        assert checkpoint.found_steps(tmp_path / "checkpoints")[0] == updates_in(tmp_path)
+        assert checkpoint.all_steps(tmp_path / "checkpoints")[0] == updates_in(tmp_path)
     assert end(begin(tmp_path, "steps=40", "save_every=1000")) == expected
     assert toy.lines(tmp_path) == toy.lines(folder)
 
@@ -99,14 +99,14 @@ def test_a_full_disk_ends_with_2_and_one_sentence_and_what_was_saved_stays_good(
     wait_for(process, lambda: updates_in(tmp_path) >= 10)
     process.send_signal(signal.SIGTERM)
     end(process)
-    before = checkpoint.found_steps(tmp_path / "checkpoints")[0]
+    before = checkpoint.all_steps(tmp_path / "checkpoints")[0]
     # From here on no file can grow beyond a few bytes, which a process meets as it meets a full disk.
     said = end(begin(tmp_path, "steps=40", file_bytes=6000), code=2)
     assert "the disk is full while writing in" in said.splitlines()[-1]
     named = int(re.search(r"the checkpoint of update (\d+) is whole", said.splitlines()[-1])[1])
     assert named >= before  # a small save may still have fitted
-    assert named == checkpoint.found_steps(tmp_path / "checkpoints")[0]
-    assert not list(tmp_path.rglob(f"*{checkpoint.TEMPORARY}*"))
+    assert named == checkpoint.all_steps(tmp_path / "checkpoints")[0]
+    assert not list(tmp_path.rglob(f"*{checkpoint.ORBAX_TMP_SUFFIX}*"))
     assert end(begin(tmp_path, "steps=40")) == expected
     assert toy.lines(tmp_path) == toy.lines(folder)
 
@@ -119,5 +119,5 @@ def test_a_loss_that_is_not_finite_ends_with_2_names_its_records_and_keeps_the_b
     assert 5 in records and all(f"{record} (toy/{record})" in said for record in records)
     assert "stage 'one'" in said and f"step {step}: the loss is nan" in said and str(kept) in said
     assert np.isnan(arrays["image_BHWC"][records.index(5)]).all()
-    assert all(found < step for found in checkpoint.found_steps(tmp_path / "checkpoints"))
+    assert all(found < step for found in checkpoint.all_steps(tmp_path / "checkpoints"))
     assert updates_in(tmp_path) == step - 1

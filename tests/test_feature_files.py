@@ -13,30 +13,30 @@ import numpy as np
 import pytest
 import toy
 
-from lionjax.core.sharding import init
+from lionjax.core.sharding import init_sharded
 from lionjax.core.types import UserError
 from lionjax.training import feature_cache as features
 from lionjax.training import feature_store, loop
-from lionjax.training.feature_store import Files, Sight, sight
+from lionjax.training.feature_store import FeatureSpec, FeatureStore, make_feature_spec
 
 
 @pytest.fixture(scope="module")
 def towers():
     """(never, learned) of the toy, in which the tower alone is frozen."""
-    params = init(toy.Toy().init, jax.random.key(0), toy.batch_of(range(8)))
+    params = init_sharded(toy.Toy().init, jax.random.key(0), toy.batch_of(range(8)))
     return {"tower": params.pop("tower")}, params
 
 
 @pytest.fixture
 def looks(monkeypatch):
     """The records of each batch that a tower looked at."""
-    seen, seer = [], features.seer
+    seen, seer = [], features.make_feature_fn
 
     def counting(*args):
         see = seer(*args)
         return lambda batch: seen.append(batch.record_B.tolist()) or see(batch)
 
-    monkeypatch.setattr(features, "seer", counting)
+    monkeypatch.setattr(features, "make_feature_fn", counting)
     return seen
 
 
@@ -57,10 +57,10 @@ def same(one, other):
 
 def test_training_from_files_has_the_same_bits_and_no_tower_runs(tmp_path, looks, expected):
     store = str(tmp_path / "features")
-    assert same(train(tmp_path / "first", features_dir=store), expected[1])
+    assert same(train(tmp_path / "first", feature_cache_dir=store), expected[1])
     assert sorted(sum(looks, [])) == list(range(24)), "each record once"
     looks.clear()
-    assert same(train(tmp_path / "second", features_dir=store, cache_gib=0.0), expected[1])
+    assert same(train(tmp_path / "second", feature_cache_dir=store, feature_cache_gib=0.0), expected[1])
     assert looks == []
     assert toy.lines(tmp_path / "second") == toy.lines(expected[0])
 
@@ -70,10 +70,10 @@ def test_an_unfinished_file_counts_for_nothing_and_one_without_its_end_neither(t
     written(tmp_path, made, rows)
     (whole,) = tmp_path.glob("*/*.array_record")
     (whole.parent / "host-1-2-3.part").write_bytes(whole.read_bytes()[:100])
-    assert len(Files(tmp_path, made).places) == len(rows)
+    assert len(FeatureStore(tmp_path, made).index) == len(rows)
     whole.write_bytes(whole.read_bytes()[:-100])  # and with it its index
-    assert written(tmp_path, made, rows).full is False
-    assert len(Files(tmp_path, made).places) == len(rows), "made again"
+    assert written(tmp_path, made, rows).disabled is False
+    assert len(FeatureStore(tmp_path, made).index) == len(rows), "made again"
 
 
 def some(dtype="bfloat16", rows=6):
@@ -83,13 +83,13 @@ def some(dtype="bfloat16", rows=6):
     }
     made = np.random.default_rng(0)
     parts = [[made.normal(size=x.shape).astype(x.dtype) for x in jax.tree.leaves(shapes)] for _ in range(rows)]
-    return Sight("way", shapes, (0,)), {bytes([n]) * 16: part for n, part in enumerate(parts)}
+    return FeatureSpec("way", shapes, (0,)), {bytes([n]) * 16: part for n, part in enumerate(parts)}
 
 
 def written(folder, made, rows):
-    files = Files(folder, made)
+    files = FeatureStore(folder, made)
     for key, parts in rows.items():
-        files.put(key, parts)
+        files.add(key, parts)
     files.close()
     return files
 
@@ -98,7 +98,7 @@ def written(folder, made, rows):
 def test_dtypes_come_back_as_they_were(tmp_path, dtype):
     made, rows = some(dtype)
     written(tmp_path, made, rows)
-    files = Files(tmp_path, made)
+    files = FeatureStore(tmp_path, made)
     for key, parts in rows.items():
         for was, now in zip(parts, files.get(key), strict=True):
             assert was.dtype == now.dtype
@@ -117,7 +117,7 @@ def test_a_flipped_byte_anywhere_is_noticed(tmp_path):
         hurt = bytearray(content)
         hurt[place] ^= 1 << drawn.randrange(8)
         (tmp_path / "hurt" / "way" / path.name).write_bytes(hurt)
-        files = Files(tmp_path / "hurt", made)
+        files = FeatureStore(tmp_path / "hurt", made)
         for key, parts in rows.items():
             found = files.get(key)
             lost += found is None
@@ -127,26 +127,26 @@ def test_a_flipped_byte_anywhere_is_noticed(tmp_path):
 
 def test_two_processes_write_side_by_side_and_find_what_the_other_has_finished(tmp_path):
     made, rows = some()
-    one, other = Files(tmp_path, made), Files(tmp_path, made)
+    one, other = FeatureStore(tmp_path, made), FeatureStore(tmp_path, made)
     first, second = list(rows)[:3], list(rows)[2:]
     for files, keys in ((one, first), (other, second)):
         for key in keys:
-            files.put(key, rows[key])
+            files.add(key, rows[key])
     assert one.get(second[-1]) is None
     other.close()
     one.refresh()
     np.testing.assert_array_equal(one.get(second[-1])[0], rows[second[-1]][0])
     one.close()
-    assert len(Files(tmp_path, made).places) == len(rows)
+    assert len(FeatureStore(tmp_path, made).index) == len(rows)
 
 
 def test_a_full_disk_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, caplog, expected):
     def no_room(self):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Files, "_begin", no_room)
+    monkeypatch.setattr(FeatureStore, "_open_file", no_room)
     with caplog.at_level(logging.WARNING):
-        made = train(tmp_path / "run", features_dir=str(tmp_path / "features"))
+        made = train(tmp_path / "run", feature_cache_dir=str(tmp_path / "features"))
     assert same(made, expected[1])
     (said,) = (text for text in caplog.messages if "no more features are kept" in text)
     assert "No space left on device" in said
@@ -154,21 +154,21 @@ def test_a_full_disk_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, cap
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="name another run.features_dir"):
-        train(tmp_path / "run", features_dir=str(tmp_path / "file"))
+    with pytest.raises(UserError, match="name another run.feature_cache_dir"):
+        train(tmp_path / "run", feature_cache_dir=str(tmp_path / "file"))
 
 
 def test_a_way_of_seeing_is_named_by_weights_and_computation_and_by_nothing_else(towers):
     never, learned = towers
     batch = toy.batch_of(range(8))
-    name = sight(toy.Toy(), never, learned, batch).name
+    name = make_feature_spec(toy.Toy(), never, learned, batch).name
     longer = dataclasses.replace(batch, prompt_BL=np.tile(batch.prompt_BL, 2))
     other = jax.tree.map(lambda x: x + 1, learned)
     for same in (
-        sight(toy.Toy(), never, learned, toy.batch_of(range(4))),
-        sight(toy.Toy(), never, learned, longer),
-        sight(toy.Toy(), never, other, batch),
-        sight(toy.Toy(rate=0.5, attention=0.1), never, learned, batch),
+        make_feature_spec(toy.Toy(), never, learned, toy.batch_of(range(4))),
+        make_feature_spec(toy.Toy(), never, learned, longer),
+        make_feature_spec(toy.Toy(), never, other, batch),
+        make_feature_spec(toy.Toy(rate=0.5, attention=0.1), never, learned, batch),
     ):
         assert same.name == name
     moved = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-6), never)
@@ -178,16 +178,16 @@ def test_a_way_of_seeing_is_named_by_weights_and_computation_and_by_nothing_else
             return super().extract_features(params, batch) * 1.5
 
     for another in (
-        sight(toy.Toy(), moved, learned, batch),
-        sight(toy.Toy(), jax.tree.map(lambda x: x.astype("bfloat16"), never), learned, batch),
-        sight(Otherwise(), never, learned, batch),
+        make_feature_spec(toy.Toy(), moved, learned, batch),
+        make_feature_spec(toy.Toy(), jax.tree.map(lambda x: x.astype("bfloat16"), never), learned, batch),
+        make_feature_spec(Otherwise(), never, learned, batch),
     ):
         assert another.name != name
 
 
 def test_records_go_by_what_is_seen(towers):
     batch = toy.batch_of(range(8))
-    made = sight(toy.Toy(), *towers, batch)
+    made = make_feature_spec(toy.Toy(), *towers, batch)
     keys = made.keys(batch, range(8))
     assert len(set(keys)) == 8
     said = dataclasses.replace(batch, prompt_BL=batch.prompt_BL + 1, record_B=batch.record_B + 5)
@@ -200,13 +200,13 @@ def test_records_go_by_what_is_seen(towers):
 
 def test_a_tower_that_some_stage_trains_is_refused(towers):
     with pytest.raises(UserError, match=r"trains a part that makes the features \(tower/"):
-        sight(toy.Toy(), {}, towers[0] | towers[1], toy.batch_of(range(8)))
+        make_feature_spec(toy.Toy(), {}, towers[0] | towers[1], toy.batch_of(range(8)))
 
 
 def test_files_are_finished_while_a_run_goes_on(tmp_path, monkeypatch):
     made, rows = some()
-    monkeypatch.setattr(feature_store, "LARGE", 80)
-    files = Files(tmp_path, made)
+    monkeypatch.setattr(feature_store, "MAX_FILE_BYTES", 80)
+    files = FeatureStore(tmp_path, made)
     for key, parts in rows.items():
-        files.put(key, parts)
-    assert len(Files(tmp_path, made).places) >= 4, "what a kill leaves"
+        files.add(key, parts)
+    assert len(FeatureStore(tmp_path, made).index) >= 4, "what a kill leaves"

@@ -13,73 +13,77 @@ from lionjax.data.config import DataConfig
 from lionjax.data.processor import Processor, ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.evaluation import runner
-from lionjax.evaluation.few_shot import Shown
+from lionjax.evaluation.few_shot import FewShot
 
 PICTURE = 21  # <im_patch> of the tiny tokenizer
 PROMPTS = ProcessorConfig(
     image_size=28,
-    prompt_length=96,
-    question_length=8,
-    target_length=16,
-    tags=False,
+    max_prompt_tokens=96,
+    max_question_tokens=8,
+    max_target_tokens=16,
+    use_tags=False,
     reader="decoder",
-    template="{image} {question}",
+    prompt_template="{image} {question}",
     image_token=PICTURE,
     shot_end="</s>",
 )
-DATA = DataConfig((Scenes((12, 2, 2), pixels=28),), PROMPTS, threads=0)
+DATA = DataConfig((Scenes((12, 2, 2), image_size=28),), PROMPTS, num_threads=0)
 
 
 class Sees:
     """A tower that sees the pixels themselves."""
 
-    def features(self, params, batch):
+    def extract_features(self, params, batch):
         return batch.image_BHWC.reshape(len(batch.image_BHWC), 1, -1)
 
 
-ANSWERER = SimpleNamespace(system=Sees(), params={}, processor=Processor(PROMPTS))
+ANSWERER = SimpleNamespace(model=Sees(), params={}, processor=Processor(PROMPTS))
 
 
 def test_the_most_similar_example_stands_last_and_random_ones_do_not_depend_on_the_picture():
-    alike, drawn = (Shown(ANSWERER, DATA, "vqa", 3, how, pool=12) for how in ("alike", "random"))
+    alike, drawn = (FewShot(ANSWERER, DATA, "vqa", 3, how, pool_size=12) for how in ("alike", "random"))
     sample = next(pipeline.examples(DATA, "vqa", "train", 1))
-    pixels = ANSWERER.processor.pixels(sample.picture)
-    chosen = alike.chosen(sample, pixels)
-    flat = np.stack([ANSWERER.processor.normalise(p).ravel() for p in (*alike.pixels, pixels)])
+    pixels = ANSWERER.processor.load_pixels(sample.image)
+    chosen = alike.select(sample, pixels)
+    flat = np.stack([ANSWERER.processor.normalize(p).ravel() for p in (*alike.pool_pixels, pixels)])
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     assert chosen == np.argsort(flat[:-1] @ flat[-1])[-3:].tolist()
-    np.testing.assert_array_equal(alike.pixels[chosen[-1]], pixels)  # the picture itself is in the pool
-    assert drawn.chosen(sample, pixels) == drawn.chosen(sample, pixels[::-1])
-    assert len(set(drawn.chosen(sample, pixels))) == 3
+    np.testing.assert_array_equal(alike.pool_pixels[chosen[-1]], pixels)  # the picture itself is in the pool
+    assert drawn.select(sample, pixels) == drawn.select(sample, pixels[::-1])
+    assert len(set(drawn.select(sample, pixels))) == 3
 
 
 def test_rows_hold_the_examples_in_order_with_their_pictures_and_the_question_last():
-    shown = Shown(ANSWERER, DATA, "vqa", 2, "alike", pool=12)
+    shown = FewShot(ANSWERER, DATA, "vqa", 2, "alike", pool_size=12)
     samples = list(pipeline.examples(DATA, "vqa", "heldout", 2))
-    for sample, rows in runner.prepared(ANSWERER.processor, DATA, samples, False, "vqa", shown):
-        pixels, row = ANSWERER.processor.pixels(sample.picture), rows[False]
-        which = shown.chosen(sample, pixels)
-        np.testing.assert_array_equal(row["pixels"], [*(shown.pixels[k] for k in which), pixels])
-        words, end = ANSWERER.processor.tokenizer.encode, ANSWERER.processor.tokenizer.end_id
-        wanted = [part for k in which for part in (PICTURE, *words(shown.turns[k][0]), *words(shown.turns[k][1]), end)]
+    for sample, rows in runner.encode_samples(ANSWERER.processor, DATA, samples, False, "vqa", shown):
+        pixels, row = ANSWERER.processor.load_pixels(sample.image), rows[False]
+        which = shown.select(sample, pixels)
+        np.testing.assert_array_equal(row["pixels"], [*(shown.pool_pixels[k] for k in which), pixels])
+        words, end = ANSWERER.processor.tokenizer.encode, ANSWERER.processor.tokenizer.eos_id
+        wanted = [
+            part
+            for k in which
+            for part in (PICTURE, *words(shown.pool_turns[k][0]), *words(shown.pool_turns[k][1]), end)
+        ]
         wanted += [PICTURE, *words(sample.example.question)]
         assert row["prompt"][row["prompt_mask"] == 1].tolist() == wanted
 
 
 def test_without_examples_two_are_told_in_words_where_that_is_asked_for():
-    shown = Shown(ANSWERER, DATA, "vqa", 0, in_words=True, pool=12)
+    shown = FewShot(ANSWERER, DATA, "vqa", 0, use_text_examples=True, pool_size=12)
     (sample,) = pipeline.examples(DATA, "vqa", "heldout", 1)
-    ((_, rows),) = runner.prepared(ANSWERER.processor, DATA, [sample], False, "vqa", shown)
+    ((_, rows),) = runner.encode_samples(ANSWERER.processor, DATA, [sample], False, "vqa", shown)
     row = rows[False]
     assert row["pixels"].shape == (28, 28, 3) and (row["prompt"] == PICTURE).sum() == 1
-    assert (row["prompt"] == ANSWERER.processor.tokenizer.end_id).sum() == 2
+    assert (row["prompt"] == ANSWERER.processor.tokenizer.eos_id).sum() == 2
     bare = dataclasses.replace(shown, in_words=False)
-    ((_, rows),) = runner.prepared(ANSWERER.processor, DATA, [sample], False, "vqa", bare)
-    assert not (rows[False]["prompt"] == ANSWERER.processor.tokenizer.end_id).any()
+    ((_, rows),) = runner.encode_samples(ANSWERER.processor, DATA, [sample], False, "vqa", bare)
+    assert not (rows[False]["prompt"] == ANSWERER.processor.tokenizer.eos_id).any()
 
 
 def test_what_cannot_be_chosen_is_one_sentence():
     with pytest.raises(UserError, match="random or alike"):
-        Shown(ANSWERER, DATA, "vqa", 1, "best")
+        FewShot(ANSWERER, DATA, "vqa", 1, "best")
     with pytest.raises(UserError, match="13 examples are wanted of 12"):
-        Shown(ANSWERER, DATA, "vqa", 13, pool=12)
+        FewShot(ANSWERER, DATA, "vqa", 13, pool_size=12)

@@ -18,13 +18,13 @@ from lionjax import convert
 from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.types import Batch
-from lionjax.core.weight_map import under
-from lionjax.inference.generate import GenerateConfig, generate
-from lionjax.models.connectors.perceiver import Resampler, ResamplerConfig, resampler_rows
+from lionjax.core.weight_map import with_prefix
+from lionjax.inference.generate import GenerationConfig, generate
+from lionjax.models.connectors.perceiver import Resampler, ResamplerConfig, resampler_weight_map
 from lionjax.models.language.decoder import Decoder, DecoderConfig
 from lionjax.models.vision.vit import ViTConfig
 from lionjax.models.vlm.flamingo import Flamingo, FlamingoModule
-from lionjax.nn.adapters import CrossConfig, GatedCross, cross_rows
+from lionjax.nn.adapters import GatedCrossAttentionBlock, GatedCrossAttentionConfig, gated_cross_attention_weight_map
 
 IMAGE = 40
 
@@ -36,14 +36,18 @@ def test_resampler_and_gated_blocks_compute_what_openflamingo_does(folder):
     sizes = ResamplerConfig(
         p["width"], p["depth"], p["heads"], p["head_width"], p["ff_mult"] * p["width"], p["latents"], p["max_frames"]
     )
-    looks = CrossConfig(1, g["visual_width"], g["heads"], g["head_width"], g["ff_mult"] * g["width"])
+    looks = GatedCrossAttentionConfig(1, g["visual_width"], g["heads"], g["head_width"], g["ff_mult"] * g["width"])
     rows = (
-        *under("perceiver.", "resampler/", resampler_rows(sizes)),
-        *(row for name in ("gated", "gated_all") for row in under(f"{name}.", f"{name}/", cross_rows(looks))),
+        *with_prefix("perceiver.", "resampler/", resampler_weight_map(sizes)),
+        *(
+            row
+            for name in ("gated", "gated_all")
+            for row in with_prefix(f"{name}.", f"{name}/", gated_cross_attention_weight_map(looks))
+        ),
     )
     state = load_file(folder / "weights.safetensors")
-    params = convert.params_from(rows, state)
-    for name, value in convert.state_from(rows, params).items():
+    params = convert.params_from_state_dict(rows, state)
+    for name, value in convert.state_dict_from_params(rows, params).items():
         np.testing.assert_array_equal(value, state[name], name)
     words = Resampler(sizes).apply({"params": params["resampler"]}, arrays["media_BTFPD"])
     assert_close(words, arrays["resampler_output"], "resampler")
@@ -58,14 +62,24 @@ def test_resampler_and_gated_blocks_compute_what_openflamingo_does(folder):
         ("gated_all_previous", "gated_all", time_BL1 >= time_S, np.ones(time_BL1.shape[:2], bool)),
         ("gated_immediate_cached_media", "gated", last_BL1 == time_S, last_BL1[..., 0] > 0),
     ):
-        block = GatedCross(g["width"], looks)
+        block = GatedCrossAttentionBlock(g["width"], looks)
         made, _ = block.apply({"params": params[name]}, arrays["text_hidden"], (source, seen, real))
         assert_close(made, arrays[what], what)
 
 
 def small(every: int, rule: str = "immediate", **language) -> Flamingo:
     text = DecoderConfig(
-        48, 16, 2 * every, 2, 2, 8, 24, pad_token=0, start_token=1, end_token=2, cross=CrossConfig(every, 8, 2, 4, 20)
+        48,
+        16,
+        2 * every,
+        2,
+        2,
+        8,
+        24,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cross_attention=GatedCrossAttentionConfig(every, 8, 2, 4, 20),
     )
     return Flamingo(
         ViTConfig(14, 7, 8, 1, 2, 12),
@@ -91,7 +105,7 @@ def batch_of(seed: int = 0, answers=(3, 2)) -> Batch:
 def weights(system):
     """Random ones throughout, so that the gates stand open."""
     numbers = np.random.default_rng(0)
-    shapes = sharding.abstract(system.init, jax.random.key(0), batch_of())
+    shapes = sharding.abstract_params(system.init, jax.random.key(0), batch_of())
     return jax.tree.map(lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32), shapes)
 
 
@@ -104,7 +118,7 @@ def made(request):
 def test_gates_begin_closed_and_closed_gates_leave_the_language_model_as_it_was(made):
     system, params = made
     batch, c = batch_of(), system.language
-    first = GatedCross(4, CrossConfig(1, 4, 1, 4, 4))
+    first = GatedCrossAttentionBlock(4, GatedCrossAttentionConfig(1, 4, 1, 4, 4))
     media = np.ones((1, 2, 4), np.float32), np.ones((1, 3, 2), bool), np.ones((1, 3), bool)
     begun = trees.flatten(nn.meta.unbox(first.init(jax.random.key(0), np.ones((1, 3, 4), np.float32), media)["params"]))
     assert not begun["gate"].any() and not begun["mlp_gate"].any() and begun["attention/o/kernel"].any()
@@ -119,7 +133,7 @@ def test_gates_begin_closed_and_closed_gates_leave_the_language_model_as_it_was(
             parts = [last[:, None]] if every == 1 else [flat[f"groups/before/{name}"], last[:, None]]
             whole = jnp.concatenate(parts, axis=1)
             plain[f"blocks/{name}"] = whole.reshape(-1, *whole.shape[2:])
-    alone = Decoder(dataclasses.replace(c, cross=None))
+    alone = Decoder(dataclasses.replace(c, cross_attention=None))
     ids = np.concatenate([batch.prompt_BL, batch.target_BM], axis=1)
     mask = np.concatenate([batch.prompt_mask_BL, batch.target_mask_BM], axis=1)
 
@@ -180,7 +194,9 @@ def test_words_read_one_by_one_are_those_read_at_once(made):
     """Pictures are looked at once, their keys and values kept."""
     system, params = made
     batch = batch_of()
-    how = GenerateConfig(max_new_tokens=4, eos=2, pad=0, start=None, logprobs=True)
+    how = GenerationConfig(
+        max_new_tokens=4, eos_token_id=2, pad_token_id=0, decoder_start_token_id=None, output_logprobs=True
+    )
     said = generate(system, params, batch, how)
     ids = np.asarray(said.ids_BM)
     whole = dataclasses.replace(batch, target_BM=ids, target_mask_BM=np.ones_like(ids), loss_mask_BM=np.ones_like(ids))
@@ -192,7 +208,7 @@ def test_words_read_one_by_one_are_those_read_at_once(made):
 
 
 def test_only_new_words_of_the_table_learn_and_pictures_are_never_a_word_to_say():
-    system = small(1, frozen_words=IMAGE, tied=True)
+    system = small(1, num_frozen_embeddings=IMAGE, tied=True)
     batch = batch_of()
     params = weights(system)
     grads = jax.jit(jax.grad(lambda p, b: system.loss(p, b)[0]))(params, batch)
@@ -206,14 +222,14 @@ def test_only_new_words_of_the_table_learn_and_pictures_are_never_a_word_to_say(
 
 
 def test_weights_go_out_and_come_back_under_openflamingos_names():
-    tower = ViTConfig(14, 7, 8, 1, 2, 12, biases="qkvo", patch_bias=False, norm_before=True)
+    tower = ViTConfig(14, 7, 8, 1, 2, 12, attention_biases="qkvo", patch_bias=False, pre_layernorm=True)
     system = dataclasses.replace(small(2), vision=tower)
     params = weights(system)
-    state = convert.state_from(system.torch_rows(), params)
+    state = convert.state_dict_from_params(system.weight_map(), params)
     assert "lang_encoder.old_decoder_blocks.2.self_attn.q_proj.weight" in state
     assert "lang_encoder.gated_cross_attn_layers.3.attn_gate" in state
     assert "lang_encoder.gated_cross_attn_layers.2.attn_gate" not in state
-    back = trees.flatten(convert.params_from(system.torch_rows(), state))
+    back = trees.flatten(convert.params_from_state_dict(system.weight_map(), state))
     for path, leaf in trees.flatten(params).items():
         np.testing.assert_array_equal(back[path], leaf, path)
 
@@ -235,7 +251,7 @@ def theirs_reads(w, c: Flamingo, ids: list[int], seen_KPD):
         if mask is not None:
             score = score.masked_fill(~mask, -1e9)
         share = score.softmax(-1)
-        if mask is not None and c.rule == "immediate":
+        if mask is not None and c.media_attention == "immediate":
             share = share * mask.any(-1, keepdim=True)  # a token before all pictures sees nothing, else all alike
         return linear((share @ value).transpose(-3, -2).flatten(-2), w[f"{at}.to_out.weight"])
 
@@ -243,37 +259,37 @@ def theirs_reads(w, c: Flamingo, ids: list[int], seen_KPD):
         return linear(gelu(linear(norm(x, f"{at}.0"), w[f"{at}.1.weight"])), w[f"{at}.3.weight"])
 
     words = w["perceiver.latents"].expand(len(seen_KPD), -1, -1)
-    for i in range(c.resampler.layers):
+    for i in range(c.resampler.depth):
         at = f"perceiver.layers.{i}"
         own = norm(words, f"{at}.0.norm_latents")
         both = torch.cat([norm(seen_KPD, f"{at}.0.norm_media"), own], 1)
-        words = words + attention(f"{at}.0", own, both, c.resampler.heads)
+        words = words + attention(f"{at}.0", own, both, c.resampler.num_heads)
         words = words + feed(f"{at}.1", words)
     media = norm(words, "perceiver.norm").flatten(0, 1)[None]
     time = torch.tensor([token == IMAGE for token in ids]).cumsum(0)[:, None]
-    mine = torch.arange(media.shape[1])[None] // c.resampler.queries + 1
-    mask = (time == mine if c.rule == "immediate" else time >= mine)[None]
+    mine = torch.arange(media.shape[1])[None] // c.resampler.num_query_tokens + 1
+    mask = (time == mine if c.media_attention == "immediate" else time >= mine)[None]
 
     d, at = c.language, "lang_encoder."
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=d.vocab,
+            vocab_size=d.vocab_size,
             hidden_size=d.width,
-            intermediate_size=d.hidden,
-            num_hidden_layers=d.layers,
-            num_attention_heads=d.heads,
-            num_key_value_heads=d.kv_heads,
-            head_dim=d.head,
-            rms_norm_eps=d.eps,
+            intermediate_size=d.mlp_dim,
+            num_hidden_layers=d.depth,
+            num_attention_heads=d.num_heads,
+            num_key_value_heads=d.num_kv_heads,
+            head_dim=d.head_dim,
+            rms_norm_eps=d.norm_eps,
         )
     ).eval()
     for i, layer in enumerate(model.model.layers):
-        if (i + 1) % d.cross.every:
+        if (i + 1) % d.cross_attention.every_n_layers:
             continue
 
         def look(_, args, kwargs, here=f"{at}gated_cross_attn_layers.{i}"):
             x = args[0]
-            change = attention(f"{here}.attn", norm(x, f"{here}.attn.norm"), media, d.cross.heads, mask)
+            change = attention(f"{here}.attn", norm(x, f"{here}.attn.norm"), media, d.cross_attention.num_heads, mask)
             x = x + w[f"{here}.attn_gate"].tanh() * change
             return (x + w[f"{here}.ff_gate"].tanh() * feed(f"{here}.ff", x), *args[1:]), kwargs
 
@@ -289,7 +305,9 @@ def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greed
     seed = tiny.seed()
     draw, numbers = random.Random(seed), np.random.default_rng(seed)
     heads, head = draw.choice([2, 3]), draw.choice([4, 6])
-    tower = ViTConfig(14, 7, draw.randint(6, 12) * 2, 1, 2, 12, biases="qkvo", patch_bias=False, norm_before=True)
+    tower = ViTConfig(
+        14, 7, draw.randint(6, 12) * 2, 1, 2, 12, attention_biases="qkvo", patch_bias=False, pre_layernorm=True
+    )
     system = Flamingo(
         tower,
         ResamplerConfig(tower.width, draw.randint(1, 3), heads, head, draw.randint(12, 20), draw.randint(2, 5)),
@@ -301,7 +319,7 @@ def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greed
             draw.choice([1, 2, 4]),
             head,
             draw.randint(16, 30),
-            cross=CrossConfig(every, tower.width, heads, head, draw.randint(12, 20)),
+            cross_attention=GatedCrossAttentionConfig(every, tower.width, heads, head, draw.randint(12, 20)),
         ),
         IMAGE,
         rule,
@@ -313,7 +331,7 @@ def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greed
     params = jax.tree.map(lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32), shapes)
     w = {
         name: torch.tensor(leaf, requires_grad=True)
-        for name, leaf in convert.state_from(system.torch_rows(), params).items()
+        for name, leaf in convert.state_dict_from_params(system.weight_map(), params).items()
     }
     total, rows, prompts = [], [], []
     for row in range(2):
@@ -329,7 +347,12 @@ def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greed
     grads = tiny.assert_learns_alike(system, params, batch, rows, value, w.items(), seed)
     assert any(np.linalg.norm(grads[name]) for name in w if name.endswith("attn_gate"))
 
-    said = generate(system, params, batch, GenerateConfig(max_new_tokens=4, eos=-1, pad=0, start=None))
+    said = generate(
+        system,
+        params,
+        batch,
+        GenerationConfig(max_new_tokens=4, eos_token_id=-1, pad_token_id=0, decoder_start_token_id=None),
+    )
     for row, ids in enumerate(prompts):
         for word in np.asarray(said.ids_BM)[row]:
             with torch.no_grad():
@@ -341,7 +364,7 @@ def test_mpt_computes_what_transformers_does():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from lionjax.models.language import decoder
-    from lionjax.models.language.decoder_weights import mpt_rows
+    from lionjax.models.language.decoder_weights import mpt_weight_map
 
     seed = tiny.seed()
     draw = random.Random(seed)
@@ -354,10 +377,10 @@ def test_mpt_computes_what_transformers_does():
     )
     theirs = tiny.shaken(transformers.MptForCausalLM(config))
     c = dataclasses.replace(
-        decoder.MPT_7B, vocab=50, width=width, layers=layers, heads=heads, kv_heads=heads, head=head, hidden=4 * width
+        decoder.MPT_7B, vocab=50, width=width, layers=layers, heads=heads, kv_heads=heads, head=head, mlp_dim=4 * width
     )
     state = {name: w.detach().numpy() for name, w in theirs.state_dict().items()}
-    params = convert.params_from(mpt_rows(c), state)
+    params = convert.params_from_state_dict(mpt_weight_map(c), state)
     ids = np.random.default_rng(seed).integers(2, 50, (2, 9))
     out = theirs(input_ids=torch.tensor(ids), labels=torch.tensor(ids))
     out.loss.backward()
@@ -373,7 +396,7 @@ def test_mpt_computes_what_transformers_does():
     (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert_close(logits, out.logits.detach().numpy(), f"logits, seed {seed}")
     assert float(value) == pytest.approx(out.loss.item(), abs=1e-5)
-    mine = convert.state_from(mpt_rows(c), jax.tree.map(np.asarray, grads))
+    mine = convert.state_dict_from_params(mpt_weight_map(c), jax.tree.map(np.asarray, grads))
     for name, weight in theirs.named_parameters():
         wanted = weight.grad.norm().item()
         assert np.linalg.norm(mine[name]) == pytest.approx(wanted, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"

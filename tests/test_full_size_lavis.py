@@ -11,16 +11,16 @@ from test_full_size_weights import lion_release
 
 from lionjax.convert.formats import delta as convert_delta
 from lionjax.convert.formats import hf_vlm, lavis
-from lionjax.convert.formats.detect import of_config
-from lionjax.convert.io.reader import Tensors
+from lionjax.convert.formats.detect import format_of_config
+from lionjax.convert.io.reader import CheckpointTensors
 from lionjax.core.types import UserError
 from lionjax.models.language import decoder, t5
 from lionjax.models.vision import vit
-from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
-OPT_6_7B = dataclasses.replace(decoder.OPT_2_7B, width=4096, head=128, hidden=16384)
+OPT_6_7B = dataclasses.replace(decoder.OPT_2_7B, width=4096, head_dim=128, mlp_dim=16384)
 VICUNAS = (decoder.VICUNA_7B, decoder.VICUNA_13B)
-PADDED = [dataclasses.replace(c, vocab=32001) for c in VICUNAS]  # [PAD] is InstructBLIP's one new word
+PADDED = [dataclasses.replace(c, vocab_size=32001) for c in VICUNAS]  # [PAD] is InstructBLIP's one new word
 LAVIS = {  # file -> (its word for the language model, the language model, whether the Q-Former reads text)
     "blip2_pretrained_opt2.7b": ("opt", decoder.OPT_2_7B, False),
     "blip2_pretrained_opt6.7b": ("opt", OPT_6_7B, False),
@@ -40,8 +40,8 @@ def language_release(language) -> dict:
     """Every tensor of a language model, name -> shape, from transformers' class of it."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    kind = of_config(language)
-    settings = kind.settings(language)
+    kind = format_of_config(language)
+    settings = kind.config_to_hf(language)
     model = getattr(transformers, settings["architectures"][0])
     with torch.device("meta"):
         state = model(model.config_class.from_dict(settings)).state_dict()
@@ -75,9 +75,9 @@ def test_the_full_size_table_of_what_lavis_published_covers_its_files(name):
     state |= {f"{word}_proj.weight": (width, 768), f"{word}_proj.bias": (width,)}
     state |= {f"{word}_model.{n}": shape for n, shape in language_release(language).items()}
     state = blank(state)
-    config = lavis.config_of(language, Tensors(state, (name,)))
+    config = lavis.config_from_tensors(language, CheckpointTensors(state, (name,)))
     kind = KINDS["instructblip" if text else "blip2"]
-    assert of_config(config) is kind and config.qformer.text == text
+    assert format_of_config(config) is kind and config.qformer.text == text
     assert (config.vision.depth, config.vision.width) == ((23, 1024) if clip else (39, 1408))
     check(kind, config, state)
     missing = "Qformer.bert.encoder.layer.11.attention.self.query.weight"
@@ -115,8 +115,8 @@ def first_release(clip: bool, image: int) -> dict:
 def test_the_full_size_table_of_blip2s_first_stage_covers_its_files(name):
     clip, image = FIRST[name]
     state = blank(first_release(clip, image))
-    config = lavis.first_config_of(Tensors(state, (name,)))
-    assert of_config(config) is KINDS["blip2_first"]
+    config = lavis.stage1_config_from_tensors(CheckpointTensors(state, (name,)))
+    assert format_of_config(config) is KINDS["blip2_first"]
     assert (config.vision.image, config.vision.width) == (image, 1024 if clip else 1408)
     check(KINDS["blip2_first"], config, state)
     missing = "itm_head.bias"
@@ -135,12 +135,14 @@ def projector_release(width: int, depth: int) -> dict:
 def clip_release(clip) -> dict:
     """CLIP's tower under LLaVA's names for it."""
     names = {n.removeprefix("vision_model."): s for n, s in language_release(clip).items()}
-    return {f"{hf_vlm.OWN_TOWER}vision_model.{n}": shape for n, shape in names.items()}
+    return {f"{hf_vlm.LLAVA_TOWER_PREFIX}vision_model.{n}": shape for n, shape in names.items()}
 
 
-def llava(language, depth: int, image: int) -> Prefix:
-    clip = dataclasses.replace(vit.CLIP_VIT_L, image=image)
-    return Prefix(clip, language, feature_layer=-2, projector_depth=depth, in_front=False, names="original")
+def llava(language, depth: int, image: int) -> VisualPrefixLM:
+    clip = dataclasses.replace(vit.CLIP_VIT_L, image_size=image)
+    return VisualPrefixLM(
+        clip, language, feature_layer=-2, projector_depth=depth, prepend_image=False, torch_names="original"
+    )
 
 
 SIZES = pytest.mark.parametrize("language", VICUNAS, ids=["7b", "13b"])
@@ -161,9 +163,9 @@ def test_the_full_size_table_of_llavas_own_release_covers_its_files(language, de
 @VERSIONS
 def test_llavas_projector_alone_is_whole_with_a_llama_and_a_clip(language, depth, image):
     config = llava(language, depth, image)
-    text = Tensors(blank(language_release(language)), ("language",))
-    trained = Tensors(blank(projector_release(language.width, depth)), ("mm_projector.bin",))
-    whole = hf_vlm.projector_on(trained, text)
+    text = CheckpointTensors(blank(language_release(language)), ("language",))
+    trained = CheckpointTensors(blank(projector_release(language.width, depth)), ("mm_projector.bin",))
+    whole = hf_vlm.add_mm_projector(trained, text)
     check(KINDS["llava"], config, dict(whole) | blank(clip_release(config.vision)))
     with pytest.raises(UserError, match="model.mm_projector"):
         check(KINDS["llava"], config, dict(text) | blank(clip_release(config.vision)))
@@ -173,18 +175,24 @@ def test_llavas_projector_alone_is_whole_with_a_llama_and_a_clip(language, depth
 @pytest.mark.parametrize("words", [32000, 32003], ids=["no new words", "three new words"])
 def test_a_delta_of_llava_is_whole_with_a_llama_and_a_clip(language, words):
     """v0 and v1.1: all of the language model and one linear; the tower was never saved."""
-    config = llava(dataclasses.replace(language, vocab=words), 1, 224)
+    config = llava(dataclasses.replace(language, vocab_size=words), 1, 224)
     delta = language_release(config.language) | projector_release(language.width, 1)
     base, turns = language_release(language), "model.layers.0.self_attn.rotary_emb.inv_freq"
     delta[turns] = (64,)  # saved by the version of transformers of that time
-    made = convert_delta.added(
-        Tensors(blank(delta), ("delta",)), Tensors(blank(base), ("base",)), KINDS["llava"].ignore
+    made = convert_delta.add_delta(
+        CheckpointTensors(blank(delta), ("delta",)),
+        CheckpointTensors(blank(base), ("base",)),
+        KINDS["llava"].ignore_patterns,
     )
-    summed = {name for name, array in made.items() if isinstance(array, convert_delta.Sum)}
+    summed = {name for name, array in made.items() if isinstance(array, convert_delta.LazySum)}
     assert summed == base.keys()
     check(KINDS["llava"], config, dict(made) | blank(clip_release(config.vision)))
     del base["model.norm.weight"], delta["model.layers.3.mlp.up_proj.weight"]
     with pytest.raises(UserError) as told:
-        convert_delta.added(Tensors(blank(delta), ("delta",)), Tensors(blank(base), ("base",)), KINDS["llava"].ignore)
+        convert_delta.add_delta(
+            CheckpointTensors(blank(delta), ("delta",)),
+            CheckpointTensors(blank(base), ("base",)),
+            KINDS["llava"].ignore_patterns,
+        )
     assert "base has no tensor 'model.norm.weight'" in str(told.value)
     assert "delta has no tensor 'model.layers.3.mlp.up_proj.weight'" in str(told.value)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from test_full_size_weights import Blank, lion_release
 
-from lionjax.convert.formats.detect import SYSTEMS, of_config
-from lionjax.convert.mapping.plan import plan_params, plan_state
+from lionjax.convert.formats.detect import FORMATS, format_of_config
+from lionjax.convert.mapping.plan import plan_params, plan_state_dict
 from lionjax.core import params as trees
 from lionjax.core.types import UserError
 from lionjax.models.language import bert, decoder, t5
@@ -16,7 +16,7 @@ from lionjax.models.vision import sam_encoder, vit
 from lionjax.models.vlm.nextchat import NextChat
 
 GAUSSIAN = 2 * 128  # SAM's random matrix, which its users do not count because it does not learn
-KINDS = {kind.name: kind for kind in SYSTEMS}
+KINDS = {kind.name: kind for kind in FORMATS}
 PARTS = {  # config, numbers as counted by those who use it (None: not looked up)
     "flan-t5-xl": (t5.FLAN_T5_XL, 2_849_757_184),
     "flan-t5-xxl": (t5.FLAN_T5_XXL, 11_135_332_352),
@@ -28,7 +28,7 @@ PARTS = {  # config, numbers as counted by those who use it (None: not looked up
     "bert-base-uncased": (bert.BERT_BASE, 109_482_240),
     "all-MiniLM-L6-v2": (bert.MINILM_L6, 22_713_216),
     "clip-vit-large-patch14-336": (vit.CLIP_VIT_L, 303_507_456),
-    "clip-vit-large-patch14": (dataclasses.replace(vit.CLIP_VIT_L, image=224), 303_179_776),
+    "clip-vit-large-patch14": (dataclasses.replace(vit.CLIP_VIT_L, image_size=224), 303_179_776),
     "sam-vit-huge": (sam_encoder.SAM_VIT_H, 641_090_608 + GAUSSIAN),
     "sam-vit-base": (sam_encoder.SAM_VIT_B, None),
 }
@@ -36,11 +36,11 @@ PARTS = {  # config, numbers as counted by those who use it (None: not looked up
 
 def check(kind, config, state) -> None:
     """Both ways, strictly: no gap, nothing left over but what is known to say nothing, every shape right."""
-    rows, model = kind.rows(config), kind.abstract(config)
+    rows, model = kind.weight_map(config), kind.abstract_params(config)
     plan = plan_params(rows, state, kind.ignore, model)
-    read = {name for piece in plan.pieces for name in (*piece.tensors, *piece.tied)}
+    read = {name for piece in plan.mapped_tensors for name in (*piece.torch_keys, *piece.tied_keys)}
     assert read | set(plan.ignored) == set(state)
-    out = plan_state(rows, trees.flatten(model)).made
+    out = plan_state_dict(rows, trees.flatten(model)).output_specs
     assert {n: out[n].shape for n in read} == {n: state[n].shape for n in read}
 
 
@@ -49,16 +49,20 @@ def test_the_full_size_table_of_a_part_covers_every_tensor_of_transformers_and_e
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config, published = PARTS[name]
-    kind = of_config(config)
-    settings = kind.settings(config)
+    kind = format_of_config(config)
+    settings = kind.config_to_hf(config)
     model = getattr(transformers, settings["architectures"][0])
     with torch.device("meta"):
         theirs = model(model.config_class.from_dict(settings)).state_dict()
-    front = kind.base if kind.base and not any(n.startswith(kind.base) for n in theirs) else ""
+    front = (
+        kind.base_model_prefix
+        if kind.base_model_prefix and not any(n.startswith(kind.base_model_prefix) for n in theirs)
+        else ""
+    )
     state = Blank({front + n: (tuple(w.shape), np.float16) for n, w in theirs.items()})
     check(kind, config, state)
-    assert published is None or trees.count(kind.abstract(config)) == published
-    tied = {n for row in kind.rows(config) if row.also for n in (*row.names, *row.also)}
+    assert published is None or trees.count_params(kind.abstract_params(config)) == published
+    tied = {n for row in kind.weight_map(config) if row.tied_keys for n in (*row.torch_keys, *row.tied_keys)}
     missing = next(n for n in sorted(state) if n.endswith(".weight") and n not in tied)
     with pytest.raises(UserError, match="finds no tensor"):
         check(kind, config, {n: w for n, w in state.items() if n != missing})
@@ -218,4 +222,4 @@ def openai_clip_release() -> dict:
 
 def test_the_full_size_table_of_clip_under_openais_names_covers_every_tensor():
     kind, state = KINDS["openai_clip"], blank(openai_clip_release())
-    check(kind, kind.told(kind.config({}), state.keys()), state)
+    check(kind, kind.infer_from_keys(kind.config_from_hf({}), state.keys()), state)

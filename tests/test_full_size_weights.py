@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lionjax.convert.formats.detect import of_config
-from lionjax.convert.mapping.plan import plan_params, plan_state
+from lionjax.convert.formats.detect import format_of_config
+from lionjax.convert.mapping.plan import plan_params, plan_state_dict
 from lionjax.core import params as trees
 from lionjax.core.types import UserError
 from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
@@ -126,15 +126,15 @@ def lion_release(width: int) -> dict:
 def test_the_full_size_lion_table_covers_every_tensor_of_the_release_and_every_leaf_of_the_model(size):
     language = dataclasses.replace({"XL": t5.FLAN_T5_XL, "XXL": t5.FLAN_T5_XXL}[size], adapters=AdapterConfig())
     lion = Lion(EVA_VIT_G, QFormerConfig(), AggregatorConfig(), language)
-    kind, state = of_config(lion), Blank(lion_release(language.width))
-    model = kind.abstract(lion)
-    plan = plan_params(kind.rows(lion), state, kind.ignore, model)
-    read = {name for piece in plan.pieces for name in (*piece.tensors, *piece.tied)}
+    kind, state = format_of_config(lion), Blank(lion_release(language.width))
+    model = kind.abstract_params(lion)
+    plan = plan_params(kind.weight_map(lion), state, kind.ignore_patterns, model)
+    read = {name for piece in plan.mapped_tensors for name in (*piece.torch_keys, *piece.tied_keys)}
     assert read | set(plan.ignored) == set(state)
     assert all(re.match(r"visual_encoder\.(blocks\.39|fc_norm|head)\.", name) for name in plan.ignored)
     with pytest.raises(UserError, match="'t5_model.decoder.block.23.layer.2.adapter.router_ratio2'"):
         del state["t5_model.decoder.block.23.layer.2.adapter.router_ratio2"]
-        plan_params(kind.rows(lion), state, kind.ignore, model)
+        plan_params(kind.weight_map(lion), state, kind.ignore_patterns, model)
 
 
 def ram_release() -> dict:
@@ -191,15 +191,15 @@ def ram_release() -> dict:
 
 
 def test_the_full_size_ram_table_covers_every_tensor_that_tags_and_every_leaf_of_the_model():
-    kind, state = of_config(RAM_SWIN_L), Blank(ram_release())
-    model = kind.abstract(RAM_SWIN_L)
-    plan = plan_params(kind.rows(RAM_SWIN_L), state, kind.ignore, model)
-    read = {name for piece in plan.pieces for name in (*piece.tensors, *piece.tied)}
+    kind, state = format_of_config(RAM_SWIN_L), Blank(ram_release())
+    model = kind.abstract_params(RAM_SWIN_L)
+    plan = plan_params(kind.weight_map(RAM_SWIN_L), state, kind.ignore_patterns, model)
+    read = {name for piece in plan.mapped_tensors for name in (*piece.torch_keys, *piece.tied_keys)}
     assert read | set(plan.ignored) == set(state)
     assert all(re.match(r"(tag_encoder|text_decoder)\.", name) for name in plan.ignored)
     # On the way out the names and shapes are those that came in.
-    made = plan_state(kind.rows(RAM_SWIN_L), trees.flatten(model), model).made
+    made = plan_state_dict(kind.weight_map(RAM_SWIN_L), trees.flatten(model), model).output_specs
     assert {name: form.shape for name, form in made.items()} == {name: state[name].shape for name in read}
     with pytest.raises(UserError, match="'visual_encoder.layers.2.blocks.17.attn.qkv.bias'"):
         del state["visual_encoder.layers.2.blocks.17.attn.qkv.bias"]
-        plan_params(kind.rows(RAM_SWIN_L), state, kind.ignore, model)
+        plan_params(kind.weight_map(RAM_SWIN_L), state, kind.ignore_patterns, model)

@@ -11,11 +11,19 @@ from toy_system import PROMPTS, VOCAB, Toy, batch_of, logits_in_numpy, random_pa
 from benchmarks.text_t5 import random_prompts, text_batch, twins
 from lionjax.core.types import UserError
 from lionjax.inference import sampling
-from lionjax.inference.generate import GenerateConfig, generate, stream
+from lionjax.inference.generate import GenerationConfig, generate, stream
 from lionjax.models.language.t5 import T5Config
 
 TINY = T5Config(
-    vocab=23, width=16, head=4, heads=3, hidden=24, encoder_layers=2, decoder_layers=2, buckets=8, max_distance=16
+    vocab_size=23,
+    width=16,
+    head_dim=4,
+    num_heads=3,
+    mlp_dim=24,
+    encoder_depth=2,
+    decoder_depth=2,
+    num_buckets=8,
+    max_distance=16,
 )
 
 
@@ -25,7 +33,7 @@ def words(generated) -> list[list[int]]:
     return [ids[:length].tolist() for ids, length in zip(ids_BM, length_B)]
 
 
-def words_of_hugging_face(model, ids_BL, mask_BL, config: GenerateConfig) -> list[list[int]]:
+def words_of_hugging_face(model, ids_BL, mask_BL, config: GenerationConfig) -> list[list[int]]:
     import torch
 
     ids, mask = torch.tensor(ids_BL), torch.tensor(mask_BL)
@@ -33,24 +41,24 @@ def words_of_hugging_face(model, ids_BL, mask_BL, config: GenerateConfig) -> lis
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,
-        eos_token_id=config.eos,
+        eos_token_id=config.eos_token_id,
         max_new_tokens=config.max_new_tokens,
         min_length=config.min_length,
         repetition_penalty=config.repetition_penalty,
     )
     rows = made[:, 1:].tolist()
-    return [row[: row.index(config.eos) + 1] if config.eos in row else row for row in rows]
+    return [row[: row.index(config.eos_token_id) + 1] if config.eos_token_id in row else row for row in rows]
 
 
 @pytest.mark.parametrize(
     "setting", [{}, {"repetition_penalty": 1.5, "min_length": 5, "eos": 17}, {"repetition_penalty": 0.8, "eos": 9}]
 )
 def test_greedy_ids_are_those_of_hugging_face(setting):
-    config = GenerateConfig(max_new_tokens=12, **setting)
+    config = GenerationConfig(max_new_tokens=12, **setting)
     lengths = set()
     for seed in range(3):
         theirs, system, params = twins(seed, TINY)
-        ids_BL, mask_BL = random_prompts(seed, TINY.vocab, (5, 9, 2, 7))
+        ids_BL, mask_BL = random_prompts(seed, TINY.vocab_size, (5, 9, 2, 7))
         made = words(generate(system, params, text_batch(ids_BL, mask_BL), config))
         assert made == words_of_hugging_face(theirs, ids_BL, mask_BL, config)
         lengths |= {len(row) for row in made}
@@ -59,8 +67,8 @@ def test_greedy_ids_are_those_of_hugging_face(setting):
 
 def test_a_batch_of_unequal_prompts_gives_what_each_prompt_gives_alone():
     _, system, params = twins(3, TINY)
-    ids_BL, mask_BL = random_prompts(3, TINY.vocab, (9, 4))
-    config = GenerateConfig(max_new_tokens=8)
+    ids_BL, mask_BL = random_prompts(3, TINY.vocab_size, (9, 4))
+    config = GenerationConfig(max_new_tokens=8)
     together = words(generate(system, params, text_batch(ids_BL, mask_BL), config))
     alone = [
         words(generate(system, params, text_batch(ids[None, :n], mask[None, :n]), config))[0]
@@ -69,32 +77,32 @@ def test_a_batch_of_unequal_prompts_gives_what_each_prompt_gives_alone():
     assert together == alone and together[0] != together[1]
 
 
-@pytest.mark.parametrize("setting", [{}, {"sample": True, "top_k": 5}])
+@pytest.mark.parametrize("setting", [{}, {"do_sample": True, "top_k": 5}])
 def test_a_stream_gives_the_tokens_of_the_loop_as_they_come(setting):
     params, batch = random_params(1), batch_of(*PROMPTS)
-    config = GenerateConfig(max_new_tokens=9, repetition_penalty=1.2, **setting)
+    config = GenerationConfig(max_new_tokens=9, repetition_penalty=1.2, **setting)
     key = jax.random.key(2)
     whole = np.asarray(generate(Toy(), params, batch, config, key).ids_BM)
     pieces = stream(Toy(), params, batch, config, key)
     np.testing.assert_array_equal(next(pieces), whole[:, 0])
     rest = np.stack(list(pieces), axis=1)
     np.testing.assert_array_equal(rest, whole[:, 1 : 1 + rest.shape[1]])
-    assert (whole[:, 1 + rest.shape[1] :] == config.pad).all()
+    assert (whole[:, 1 + rest.shape[1] :] == config.pad_token_id).all()
 
 
 def test_the_loop_stops_when_every_row_has_ended():
     params, batch = random_params(7), batch_of(*PROMPTS)
-    made = generate(Toy(), params, batch, GenerateConfig(max_new_tokens=50))
+    made = generate(Toy(), params, batch, GenerationConfig(max_new_tokens=50))
     longest = int(made.length_B.max())
     assert 1 < longest < 50 and (np.asarray(made.ids_BM)[:, longest:] == 0).all()
     toy_system.steps.clear()
-    jax.block_until_ready(generate(Toy(True), params, batch, GenerateConfig(max_new_tokens=50)))
+    jax.block_until_ready(generate(Toy(True), params, batch, GenerationConfig(max_new_tokens=50)))
     jax.effects_barrier()
     assert len(toy_system.steps) == longest - 1  # the first token needs none, the last is not read
 
 
 def test_one_compilation_serves_every_batch_of_a_shape():
-    config = GenerateConfig(max_new_tokens=3)
+    config = GenerationConfig(max_new_tokens=3)
     toy_system.read.clear()
     for seed, prompts in enumerate([PROMPTS, PROMPTS[::-1], PROMPTS]):
         generate(Toy(), random_params(seed), batch_of(*prompts), config)
@@ -104,14 +112,14 @@ def test_one_compilation_serves_every_batch_of_a_shape():
 
 
 def test_a_model_without_an_end_speaks_to_the_last_token():
-    config = GenerateConfig(max_new_tokens=7, eos=-1)
+    config = GenerationConfig(max_new_tokens=7, eos_token_id=-1)
     made = generate(Toy(), random_params(0), batch_of(*PROMPTS), config)
     assert made.length_B.tolist() == [7] * len(PROMPTS)
 
 
 def test_log_probabilities_are_the_models_own_and_zero_after_the_end():
     params = random_params(4)
-    config = GenerateConfig(max_new_tokens=10, repetition_penalty=1.5, logprobs=True)
+    config = GenerationConfig(max_new_tokens=10, repetition_penalty=1.5, output_logprobs=True)
     made = generate(Toy(), params, batch_of(*PROMPTS), config)
     assert len(set(made.length_B.tolist())) > 1
     for row, (prompt, answer) in enumerate(zip(PROMPTS, words(made))):
@@ -134,15 +142,15 @@ def test_penalty_and_ban_change_scores_as_hugging_face_does():
     from transformers import MinLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
     given_BV, said = some_scores(), np.array([[0, 4, 4], [0, 1, 7]] * 3)
-    config = GenerateConfig(repetition_penalty=1.7, min_length=4, eos=9)
-    seen_RV = sampling.nothing_seen(6, 300, config)
+    config = GenerationConfig(repetition_penalty=1.7, min_length=4, eos_token_id=9)
+    seen_RV = sampling.init_seen(6, 300, config)
     for token_R in said.T[1:]:
-        seen_RV = sampling.see(seen_RV, token_R)
+        seen_RV = sampling.mark_seen(seen_RV, token_R)
     ids = torch.tensor(said)
     expected = RepetitionPenaltyLogitsProcessor(1.7)(ids, torch.tensor(given_BV))
     expected = MinLengthLogitsProcessor(4, 9)(ids, expected).numpy()
-    np.testing.assert_allclose(sampling.rule(given_BV, seen_RV, 2, config), expected, rtol=1e-6)
-    later = sampling.rule(given_BV, seen_RV, 3, config)
+    np.testing.assert_allclose(sampling.process_logits(given_BV, seen_RV, 2, config), expected, rtol=1e-6)
+    later = sampling.process_logits(given_BV, seen_RV, 3, config)
     assert np.isfinite(later).all()
 
 
@@ -161,8 +169,8 @@ def test_sampling_draws_from_the_tokens_and_chances_of_hugging_face(temperature,
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
     expected = torch.softmax(expected, -1).numpy()
-    config = GenerateConfig(sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
-    left_Bk, ids_Bk = sampling.candidates(jnp.asarray(given_BV), config)
+    config = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+    left_Bk, ids_Bk = sampling.top_k_top_p_filtering(jnp.asarray(given_BV), config)
     ids_Bk = np.tile(np.arange(300), (6, 1)) if ids_Bk is None else np.asarray(ids_Bk)
     made = np.zeros_like(expected)
     np.put_along_axis(made, ids_Bk, np.asarray(jax.nn.softmax(left_Bk, -1)), axis=1)
@@ -171,10 +179,10 @@ def test_sampling_draws_from_the_tokens_and_chances_of_hugging_face(temperature,
 
 
 def test_draws_are_as_frequent_as_their_chances():
-    draws, config = 20_000, GenerateConfig(sample=True, temperature=1.5, top_k=20, top_p=0.9)
+    draws, config = 20_000, GenerationConfig(do_sample=True, temperature=1.5, top_k=20, top_p=0.9)
     given_1V = some_scores(1, 50, seed=5)
-    token_B = sampling.draw(jnp.tile(given_1V, (draws, 1)), config, jax.random.key(0))
-    left_1k, ids_1k = sampling.candidates(jnp.asarray(given_1V), config)
+    token_B = sampling.sample_token(jnp.tile(given_1V, (draws, 1)), config, jax.random.key(0))
+    left_1k, ids_1k = sampling.top_k_top_p_filtering(jnp.asarray(given_1V), config)
     chance_V = np.zeros(50)
     chance_V[np.asarray(ids_1k)] = np.asarray(jax.nn.softmax(left_1k, -1))
     count_V = np.bincount(np.asarray(token_B), minlength=50)
@@ -188,7 +196,7 @@ def test_draws_are_as_frequent_as_their_chances():
 
 def test_the_key_decides_what_is_drawn_and_steps_differ():
     params, batch = random_params(0), batch_of(*[(3, 4)] * 64)
-    config = GenerateConfig(max_new_tokens=6, sample=True, temperature=5.0, eos=-1)
+    config = GenerationConfig(max_new_tokens=6, do_sample=True, temperature=5.0, eos_token_id=-1)
     one, again, other = (
         np.asarray(generate(Toy(), params, batch, config, jax.random.key(key)).ids_BM) for key in (1, 1, 2)
     )
@@ -204,7 +212,7 @@ def test_the_best_scores_are_found_as_argmax_and_top_k_find_them(length):
     given[1] = np.round(given[1])  # many ties
     given[2, 3:] = -np.inf
     given[3] = 0.0
-    np.testing.assert_array_equal(sampling.best(jnp.asarray(given)), given.argmax(-1))
+    np.testing.assert_array_equal(sampling.argmax(jnp.asarray(given)), given.argmax(-1))
     for k in (1, 4, 5):
         top, place = sampling.top_k(jnp.asarray(given), k)
         expected, expected_place = jax.lax.top_k(given, k)
@@ -216,23 +224,23 @@ def test_the_best_scores_are_found_as_argmax_and_top_k_find_them(length):
     "mistake",
     [
         {"max_new_tokens": 0},
-        {"beams": 0},
+        {"num_beams": 0},
         {"temperature": 0.0},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"top_k": -1},
         {"repetition_penalty": 0.0},
-        {"sample": True, "beams": 2},
+        {"do_sample": True, "num_beams": 2},
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_in_a_sentence(mistake):
     with pytest.raises(UserError, match=str(next(iter(mistake)))):
-        GenerateConfig(**mistake)
+        GenerationConfig(**mistake)
 
 
 def test_what_generation_lacks_is_said():
     params, batch = random_params(0), batch_of(*PROMPTS)
     with pytest.raises(UserError, match="needs a random key"):
-        generate(Toy(), params, batch, GenerateConfig(sample=True))
+        generate(Toy(), params, batch, GenerationConfig(do_sample=True))
     with pytest.raises(UserError, match="3 beams cannot stream"):
-        next(stream(Toy(), params, batch, GenerateConfig(beams=3)))
+        next(stream(Toy(), params, batch, GenerationConfig(num_beams=3)))

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from lionjax import convert
 from lionjax.core import params as trees
 from lionjax.core.types import CATEGORIES, Batch
-from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import ram
@@ -88,26 +88,26 @@ def lion_of(config: dict, visual_input: str = "ALL") -> Lion:
             a["heads"],
             a["mlp_width"],
             a["layer_norm_eps"],
-            projector=a["projector_width"],
+            projector_mlp_dim=a["projector_width"],
         ),
         T5Config(
-            vocab=t["vocab_size"],
+            vocab_size=t["vocab_size"],
             width=t["d_model"],
-            head=t["d_kv"],
-            heads=t["heads"],
-            hidden=t["d_ff"],
-            encoder_layers=t["encoder_layers"],
-            decoder_layers=t["decoder_layers"],
-            buckets=t["relative_attention_num_buckets"],
+            head_dim=t["d_kv"],
+            num_heads=t["heads"],
+            mlp_dim=t["d_ff"],
+            encoder_depth=t["encoder_layers"],
+            decoder_depth=t["decoder_layers"],
+            num_buckets=t["relative_attention_num_buckets"],
             max_distance=t["relative_attention_max_distance"],
-            eps=t["layer_norm_eps"],
+            norm_eps=t["layer_norm_eps"],
             activation="gelu",
-            start_token=t["decoder_start_token_id"],
-            pad_token=t["pad_token_id"],
-            end_token=t["eos_token_id"],
+            decoder_start_token_id=t["decoder_start_token_id"],
+            pad_token_id=t["pad_token_id"],
+            eos_token_id=t["eos_token_id"],
             adapters=adapters,
         ),
-        soft_prompt_token=config["soft_prompt"]["token_id"],
+        soft_prompt_token_id=config["soft_prompt"]["token_id"],
         visual_input=visual_input,
     )
 
@@ -140,7 +140,7 @@ def lion_golden(request):
     folder = request.param
     config = json.loads((folder / "config.json").read_text())
     lion = lion_of(config)
-    params = convert.params_from(lion.torch_rows(), load_file(folder / "weights.safetensors"))
+    params = convert.params_from_state_dict(lion.weight_map(), load_file(folder / "weights.safetensors"))
     return folder, config, lion, params, dict(np.load(folder / "arrays.npz"))
 
 
@@ -194,22 +194,22 @@ def test_lion_has_the_originals_gradient_norm_for_every_weight(lion_golden, rout
         pytest.skip(f"{folder.name} has no {file.name}")
     batch = lion_batch(arrays, route)
     grads = jax.jit(jax.grad(lambda params: lion.loss(params, batch)[0]))(params)
-    mine = convert.state_from(lion.torch_rows(), jax.tree.map(np.asarray, grads))
+    mine = convert.state_dict_from_params(lion.weight_map(), jax.tree.map(np.asarray, grads))
     assert_same_norms(mine, json.loads(file.read_text()))
 
 
 def test_lion_generates_the_originals_ids(lion_golden):
     _, config, lion, params, arrays = lion_golden
     for name, setting in config["generate"].items():
-        chosen = GenerateConfig(
+        chosen = GenerationConfig(
             max_new_tokens=setting["max_new_tokens"],
             min_length=setting["min_length"],
-            beams=setting["num_beams"],
+            num_beams=setting["num_beams"],
             length_penalty=setting["length_penalty"],
             repetition_penalty=setting["repetition_penalty"],
-            eos=lion.language.end_token,
-            pad=lion.language.pad_token,
-            start=lion.language.start_token,
+            eos_token_id=lion.language.end_token,
+            pad_token_id=lion.language.pad_token,
+            decoder_start_token_id=lion.language.start_token,
         )
         made = generate(lion, params, lion_batch(arrays, setting["router"]), chosen)
         theirs = arrays[name][:, 1:]  # without the start token
@@ -220,7 +220,7 @@ def test_lion_generates_the_originals_ids(lion_golden):
 def test_lion_weights_go_back_to_the_same_bits(lion_golden):
     folder, _, lion, params, _ = lion_golden
     theirs = load_file(folder / "weights.safetensors")
-    back = convert.state_from(lion.torch_rows(), params)
+    back = convert.state_dict_from_params(lion.weight_map(), params)
     assert back.keys() == theirs.keys()
     assert all(back[name].tobytes() == theirs[name].tobytes() for name in theirs)
 
@@ -247,7 +247,7 @@ def test_nextchat_has_the_originals_gradient_norm_for_every_weight(nextchat_gold
 
 def test_nextchat_weights_go_back_to_the_same_bits(nextchat_golden):
     theirs = load_file(nextchat_golden.folder / "weights.safetensors")
-    back = convert.state_from(nextchat_golden.system.torch_rows(), nextchat_golden.params)
+    back = convert.state_dict_from_params(nextchat_golden.system.weight_map(), nextchat_golden.params)
     assert back.keys() == theirs.keys()
     assert all(back[name].tobytes() == theirs[name].tobytes() for name in theirs)
 
@@ -277,9 +277,9 @@ def ram_of(config: dict) -> RamConfig:
 
 
 def ram_states(module: Ram, image_BHWC) -> dict:
-    seen_BPD = module.see(image_BHWC)
+    seen_BPD = module.encode_image(image_BHWC)
     image_BPC = module.image(seen_BPD)
-    states_BVD = module.ask(image_BPC)
+    states_BVD = module.decode_tags(image_BPC)
     found = {"swin_output": seen_BPD, "image_embeds": image_BPC, "tagging_output": states_BVD}
     return found | {"logits": module(image_BHWC)}
 
@@ -288,12 +288,12 @@ def ram_states(module: Ram, image_BHWC) -> dict:
 def test_ram_computes_what_the_original_computes_and_goes_back_to_the_same_bits(folder):
     c = ram_of(json.loads((folder / "config.json").read_text()))
     weights, arrays = load_file(folder / "weights.safetensors"), dict(np.load(folder / "arrays.npz"))
-    params = convert.params_from(ram.torch_rows(c), weights)
+    params = convert.params_from_state_dict(ram.weight_map(c), weights)
     run = jax.jit(lambda image: Ram(c).apply({"params": params}, image, method=ram_states))
     found = run(arrays["image"].transpose(0, 2, 3, 1))
     assert found.keys() == arrays.keys() - {"image"}
     for name, value in found.items():
         assert_close(value, arrays[name], name)
-    back = convert.state_from(ram.torch_rows(c), params)
+    back = convert.state_dict_from_params(ram.weight_map(c), params)
     assert back.keys() == weights.keys()
     assert all(back[name].tobytes() == weights[name].tobytes() for name in weights)

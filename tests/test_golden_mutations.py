@@ -115,7 +115,7 @@ def tanh_gelu(monkeypatch, system):
 @pytest.mark.parametrize("mistake", [normed_adapters, shifted_taps, tanh_gelu])
 def test_a_mistake_in_lion_is_seen(monkeypatch, mistake, folder):
     right = lion_of(json.loads((folder / "config.json").read_text()))
-    params = convert.params_from(right.torch_rows(), load_file(folder / "weights.safetensors"))
+    params = convert.params_from_state_dict(right.weight_map(), load_file(folder / "weights.safetensors"))
     arrays = dict(np.load(folder / "arrays.npz"))
     system = mistake(monkeypatch, right)
     batch = lion_batch(arrays, "image_level")

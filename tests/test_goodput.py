@@ -10,18 +10,18 @@ import toy
 
 from lionjax.evaluation.report import goodput
 from lionjax.training import checkpoint, loop
-from lionjax.training.run_log import Clock, Entry, missed, note_evaluation, seconds_of
+from lionjax.training.run_log import PhaseTimer, StageStats, add_evaluation_seconds, downtime, total_seconds
 
 
 def test_a_clock_has_no_gaps():
     began = time.time() - 5.0
-    clock = Clock(began)
-    clock.turn("data")
+    clock = PhaseTimer(began)
+    clock.switch("data")
     time.sleep(0.02)
-    clock.turn("step", was="compile")
+    clock.switch("step", relabel_as="compile")
     seconds = {"step": 100.0}
-    clock.into(seconds)
-    clock.turn("save")
+    clock.rebind(seconds)
+    clock.switch("save")
     assert seconds["start"] >= 5.0 and seconds["compile"] >= 0.02 and "data" not in seconds
     assert sum(seconds.values()) - 100.0 == pytest.approx(time.time() - began, abs=0.02)
 
@@ -29,13 +29,13 @@ def test_a_clock_has_no_gaps():
 def test_time_before_this_process_is_lost_while_it_ran_and_away_when_nothing_did(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     os.utime(tmp_path / "metrics.jsonl", (1000.0, 1300.0))  # the last sign of life
-    assert missed(tmp_path, [{"clock": 1100.0}], 1500.0) == {"lost": 200.0, "away": 200.0}
-    assert missed(tmp_path, [{"clock": 1400.0}], 1500.0) == {"lost": 0.0, "away": 100.0}  # saved when it stopped
-    assert missed(tmp_path, [{}], 1500.0) == {}  # made by an older version
-    assert missed(tmp_path, [], 1500.0) == {}
+    assert downtime(tmp_path, [{"clock": 1100.0}], 1500.0) == {"lost": 200.0, "away": 200.0}
+    assert downtime(tmp_path, [{"clock": 1400.0}], 1500.0) == {"lost": 0.0, "away": 100.0}  # saved when it stopped
+    assert downtime(tmp_path, [{}], 1500.0) == {}  # made by an older version
+    assert downtime(tmp_path, [], 1500.0) == {}
     (tmp_path / "base" / "0_one").mkdir(parents=True)
     os.utime(tmp_path / "base" / "0_one", (1000.0, 1200.0))
-    assert missed(tmp_path, [], 1500.0) == {"lost": 100.0, "away": 200.0}
+    assert downtime(tmp_path, [], 1500.0) == {"lost": 100.0, "away": 200.0}
 
 
 def test_all_time_of_a_run_is_in_its_report_and_its_lines(tmp_path):
@@ -48,7 +48,7 @@ def test_all_time_of_a_run_is_in_its_report_and_its_lines(tmp_path):
     entries = [stage["seconds_by_part"] for stage in report["stages"]]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (record,) = (tmp_path / "base").glob("2_*")
-    logged = [entry["logged"]["seconds"] for entry in checkpoint.read_record(record)["meta"]["history"]]
+    logged = [entry["logged"]["seconds"] for entry in checkpoint.restore_record(record)["meta"]["history"]]
     for stage, parts, until in zip(("one", "two"), entries, logged):
         sums = {}
         for line in lines:
@@ -60,28 +60,28 @@ def test_all_time_of_a_run_is_in_its_report_and_its_lines(tmp_path):
             assert seconds <= parts[part] + 1e-3, (stage, part)
     assert sum(stage["seconds_behind"]["save"] for stage in report["stages"]) > 0
     assert report["stages"][0]["seconds"] == pytest.approx(sum(entries[0].values()), abs=0.01)
-    note_evaluation(tmp_path, 2.5)
-    note_evaluation(tmp_path, 1.0)
+    add_evaluation_seconds(tmp_path, 2.5)
+    add_evaluation_seconds(tmp_path, 1.0)
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["seconds"]["evaluate"] == 3.5
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]["evaluate"] == 3.5
-    page = goodput.section(again, lines)
+    page = goodput.render_section(again, lines)
     for words in ("Where the time went", "updates", "saving", "compiling", "evaluation", "afterwards"):
         assert words in page
     assert "writing checkpoints took" in page
 
 
 def test_lost_and_away_are_no_work_of_the_stage():
-    entry = Entry("one", 3, seconds={"step": 4.0, "lost": 50.0, "away": 900.0})
+    entry = StageStats("one", 3, seconds={"step": 4.0, "lost": 50.0, "away": 900.0})
     assert entry.report()["seconds"] == 4.0
     sums = {"evaluate": 7.0, "step": 8.0, "lost": 100.0, "away": 1800.0, "save": 1.0}
-    assert seconds_of([entry, entry], {"save": 1.0}, 7.0) == sums
+    assert total_seconds([entry, entry], {"save": 1.0}, 7.0) == sums
 
 
 def test_a_stage_that_still_runs_is_drawn_from_its_lines():
     lines = [{"stage": "one", "seconds": {"step": 1.0}}, {"stage": "two", "seconds": {"step": 1.0, "data": 2.0}}] * 2
     figures = {"stages": [{"name": "one", "seconds_by_part": {"step": 8.0}}]}
-    assert goodput.by_stage(figures, lines) == {"one": {"step": 8.0}, "two": {"step": 2.0, "data": 4.0}}
-    page = goodput.section(figures, lines)
+    assert goodput.seconds_by_stage(figures, lines) == {"one": {"step": 8.0}, "two": {"step": 2.0, "data": 4.0}}
+    page = goodput.render_section(figures, lines)
     assert "71.4% of 14.0 s were updates" in page and "waiting for batches" in page
-    assert goodput.section({}, []) == ""
+    assert goodput.render_section({}, []) == ""

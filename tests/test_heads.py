@@ -17,20 +17,20 @@ HERE = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]], bool)
 def test_the_kth_piece_of_a_row_stands_at_its_kth_marked_place_and_all_else_stays():
     x = np.arange(15.0).reshape(3, 5, 1)
     pieces = np.array([[[100.0], [101]], [[200], [201]], [[300], [301]]])
-    made = np.asarray(region.put(x, HERE, pieces))[..., 0]
+    made = np.asarray(region.scatter_embeddings(x, HERE, pieces))[..., 0]
     np.testing.assert_array_equal(made[0], [0, 100, 2, 101, 4])
     np.testing.assert_array_equal(made[1], x[1, :, 0])
     np.testing.assert_array_equal(made[2, :2], [300, 301])
 
 
 def test_marked_places_are_found_in_their_order():
-    place, real = region.places(HERE, 2)
+    place, real = region.first_k_positions(HERE, 2)
     np.testing.assert_array_equal(real, [[1, 1], [0, 0], [1, 1]])
     np.testing.assert_array_equal(np.asarray(place)[[0, 2]], [[1, 3], [0, 1]])
     x = np.arange(15).reshape(3, 5)
-    np.testing.assert_array_equal(region.pick(x, place)[0], [1, 3])
-    np.testing.assert_array_equal(region.pick(x[..., None], place)[2, :, 0], [10, 11])
-    assert region.places(HERE, 9)[0].shape == (3, 5)
+    np.testing.assert_array_equal(region.take_positions(x, place)[0], [1, 3])
+    np.testing.assert_array_equal(region.take_positions(x[..., None], place)[2, :, 0], [10, 11])
+    assert region.first_k_positions(HERE, 9)[0].shape == (3, 5)
 
 
 BOX = [0.1, 0.2, 0.6, 0.5]
@@ -58,14 +58,14 @@ def test_a_loader_whose_boxes_do_not_fit_its_texts_is_refused(boxes, tokens, mes
     batch = Batch(
         None, ids, np.ones_like(ids), None, None, nothing, nothing, nothing, nothing[:, 0], nothing[:, 0], given, real
     )
-    for system in (SimpleNamespace(location_token=9), SimpleNamespace(places=SimpleNamespace(location_token=9))):
+    for system in (SimpleNamespace(box_token_id=9), SimpleNamespace(places=SimpleNamespace(box_token_id=9))):
         with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
             check_boxes(system, batch)
     check_boxes(SimpleNamespace(places=None), batch)  # says no places
 
 
 TRIGGER, LOCATION = 8, 9
-SYSTEM = SimpleNamespace(trigger_token=TRIGGER, location_token=LOCATION, focal_weight=20.0, losses="intended")
+SYSTEM = SimpleNamespace(trigger_token_id=TRIGGER, box_token_id=LOCATION, focal_weight=20.0, losses="intended")
 
 
 def answered(target, learned, masks_known=None) -> Batch:
@@ -104,7 +104,7 @@ def answered(target, learned, masks_known=None) -> Batch:
 def test_triggers_in_words_of_the_other_side_are_not_learned(learned, places, boxes):
     batch = answered([TRIGGER, LOCATION, 5, TRIGGER, LOCATION, 6], learned)
     states_BMD = np.arange(6.0).reshape(1, 6, 1)
-    state_BKD, which_BK, real_BK = map(np.asarray, region.triggers(SYSTEM, batch, states_BMD))
+    state_BKD, which_BK, real_BK = map(np.asarray, region.gather_region_queries(SYSTEM, batch, states_BMD))
     assert state_BKD[0, real_BK[0], 0].tolist() == places
     assert which_BK[0, real_BK[0]].tolist() == boxes
 
@@ -121,7 +121,7 @@ def test_an_unknown_true_mask_is_not_learned_and_not_counted():
     def loss(logits, masks_known, real=(1, 1)):
         batch = answered(words, [1] * 4, masks_known)
         found = np.zeros((1, 2, 1)), np.array([[0, 1]]), np.array([real], bool)
-        value, metrics = region.masks_loss(SYSTEM, batch, found, logits, iou_BK, lambda x: x)
+        value, metrics = region.mask_loss(SYSTEM, batch, found, logits, iou_BK, lambda x: x)
         return float(value), float(metrics["weight"])
 
     first_alone = loss(logits_BKhw, (1, 1), real=(1, 0))

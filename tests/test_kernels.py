@@ -11,7 +11,13 @@ import pytest
 from lionjax.core import sharding
 from lionjax.core.sharding import MeshConfig
 from lionjax.nn import flash_attention
-from lionjax.nn.attention import Mask, attend, attend_parts, causal_mask, key_mask
+from lionjax.nn.attention import (
+    AttentionMask,
+    causal_mask,
+    dot_product_attention,
+    key_padding_mask,
+    segmented_attention,
+)
 from lionjax.planner import hlo_analysis, topologies
 
 SCALE = 0.3
@@ -73,13 +79,15 @@ def test_the_plain_way_is_the_formula_for_every_mask_and_for_grouped_queries(kin
     bias = jnp.cos(jnp.arange(4 * 12 * 12.0)).reshape(1, 4, 12, 12)
     ours, theirs, added = {
         "all": (None, None, None),
-        "keys": (key_mask(real_BS), keys, None),
+        "keys": (key_padding_mask(real_BS), keys, None),
         "causal": (causal_mask(), before, None),
         "causal keys": (causal_mask(real_BS), before & keys, None),
-        "bias": (key_mask(real_BS), keys, bias),
+        "bias": (key_padding_mask(real_BS), keys, bias),
         "free": (free, free, None),
     }[kind]
-    assert_same(lambda *x: attend(*x, ours, added, SCALE), lambda *x: written_out(*x, theirs, added), given)
+    assert_same(
+        lambda *x: dot_product_attention(*x, ours, added, SCALE), lambda *x: written_out(*x, theirs, added), given
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,10 +96,10 @@ def test_the_plain_way_is_the_formula_for_every_mask_and_for_grouped_queries(kin
 )
 def test_splash_attention_is_the_formula_at_lengths_that_its_blocks_do_not_divide(kind, kv_heads, queries, keys):
     *given, real_BS = drawn(queries=queries, keys=keys, kv_heads=kv_heads)
-    mask = Mask(real_BS if "keys" in kind else None, causal="causal" in kind)
+    mask = AttentionMask(real_BS if "keys" in kind else None, causal="causal" in kind)
     assert_same(
-        lambda *x: flash_attention.splash(*x, mask.keys_BS, mask.causal, SCALE, interpret=True),
-        lambda *x: written_out(*x, mask.dense(queries)),
+        lambda *x: flash_attention.splash_attention(*x, mask.key_valid_BS, mask.causal, SCALE, interpret=True),
+        lambda *x: written_out(*x, mask.to_dense(queries)),
         given,
         2e-4,
     )
@@ -102,7 +110,7 @@ def test_keys_in_pieces_of_which_one_is_empty_are_the_formula():
     query, key, value = given
     cuts = [slice(0, 7), slice(7, 7), slice(7, 12)]
     parts = [(key[:, cut].swapaxes(1, 2), value[:, cut].swapaxes(1, 2)) for cut in cuts]
-    made = attend_parts(query, parts, key_mask(real_BS), None, SCALE)
+    made = segmented_attention(query, parts, key_padding_mask(real_BS), None, SCALE)
     np.testing.assert_allclose(made, written_out(*given, real_BS[:, None, None, :]), 1e-5, 1e-5)
 
 
@@ -113,10 +121,10 @@ def test_each_device_computes_its_own_rows_and_heads():
     def function(q, k, v, keys_BS):
         assert q.shape == (1, 12, 2, 16)
         assert k.shape == (1, 12, 1, 16)
-        return flash_attention.plain(q, k, v, keys_BS[:, None, None, :], None, SCALE)
+        return flash_attention.reference_attention(q, k, v, keys_BS[:, None, None, :], None, SCALE)
 
     assert_same(
-        lambda *x: flash_attention.split(function, mesh, *x, real_BS),
+        lambda *x: flash_attention.shard_attention(function, mesh, *x, real_BS),
         lambda *x: written_out(*x, real_BS[:, None, None, :]),
         given,
     )
@@ -125,7 +133,7 @@ def test_each_device_computes_its_own_rows_and_heads():
 def test_what_runs_follows_device_dtype_and_length():
     def choice(platform, length, dtype, causal=True, keys=None):
         query, key, *_ = drawn(1, length, keys or length, dtype=dtype)
-        return flash_attention.choice(platform, query, key, causal)
+        return flash_attention.select_backend(platform, query, key, causal)
 
     assert choice("cpu", 1024, jnp.bfloat16) == "xla"
     assert choice("gpu", 1024, jnp.bfloat16) == choice("gpu", 256, jnp.float16) == "cudnn"
@@ -137,10 +145,10 @@ def test_what_runs_follows_device_dtype_and_length():
 
 
 def on_a_gpu(monkeypatch, kernel):
-    monkeypatch.setattr(flash_attention, "choice", lambda *_: "cudnn")
+    monkeypatch.setattr(flash_attention, "select_backend", lambda *_: "cudnn")
     if kernel is not None:
-        monkeypatch.setattr(flash_attention, "cudnn", kernel)
-    flash_attention.cudnn_works.cache_clear()
+        monkeypatch.setattr(flash_attention, "cudnn_attention", kernel)
+    flash_attention.cudnn_attention_works.cache_clear()
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
@@ -148,8 +156,11 @@ def test_a_build_without_cudnn_is_said_once_and_the_formula_is_used(monkeypatch,
     on_a_gpu(monkeypatch, None)
     *given, real_BS = drawn(queries=12, keys=12, dtype=jnp.bfloat16)
     with caplog.at_level(logging.WARNING):
-        made = [jax.jit(lambda *x: attend(*x, key_mask(real_BS), None, SCALE))(*given) for _ in range(2)]
-    expected = flash_attention.plain(*given, real_BS[:, None, None, :], None, SCALE)
+        made = [
+            jax.jit(lambda *x: dot_product_attention(*x, key_padding_mask(real_BS), None, SCALE))(*given)
+            for _ in range(2)
+        ]
+    expected = flash_attention.reference_attention(*given, real_BS[:, None, None, :], None, SCALE)
     np.testing.assert_array_equal(made[0], expected)
     assert [r.message for r in caplog.records if "without cuDNN" in r.message] == caplog.messages
     assert len(caplog.messages) == 1
@@ -157,11 +168,11 @@ def test_a_build_without_cudnn_is_said_once_and_the_formula_is_used(monkeypatch,
 
 def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
     def wrong(query, key, value, keys_BS, causal, scale):
-        return flash_attention.plain(query, key, value, None, None, scale)  # forgets the mask
+        return flash_attention.reference_attention(query, key, value, None, None, scale)  # forgets the mask
 
     on_a_gpu(monkeypatch, wrong)
     *given, real_BS = drawn(queries=12, keys=12)
-    made = attend(*given, key_mask(real_BS), None, SCALE)
+    made = dot_product_attention(*given, key_padding_mask(real_BS), None, SCALE)
     np.testing.assert_allclose(made, written_out(*given, real_BS[:, None, None, :]), 1e-5, 1e-5)
     assert "from the formula's" in caplog.text
 
@@ -171,17 +182,17 @@ def test_a_kernel_that_computes_the_same_is_used_within_a_compiled_layer(monkeyp
 
     def right(query, key, value, keys_BS, causal, scale):
         used.append(causal)
-        mask = flash_attention.dense(keys_BS, causal, query.shape[1])
-        return flash_attention.plain(query, key, value, mask, None, scale)
+        mask = flash_attention.dense_mask(keys_BS, causal, query.shape[1])
+        return flash_attention.reference_attention(query, key, value, mask, None, scale)
 
     on_a_gpu(monkeypatch, right)
     *given, real_BS = drawn(queries=12, keys=12)
-    made = jax.jit(lambda *x: attend(*x, causal_mask(real_BS), None, SCALE))(*given)
-    mask = causal_mask(real_BS).dense(12)
+    made = jax.jit(lambda *x: dot_product_attention(*x, causal_mask(real_BS), None, SCALE))(*given)
+    mask = causal_mask(real_BS).to_dense(12)
     np.testing.assert_allclose(made, written_out(*given, mask), 1e-5, 1e-5)
     before = len(used)
-    attend(*given, causal_mask(real_BS), jnp.zeros((1, 4, 12, 12)), SCALE)
-    attend(*given, causal_mask(real_BS), None, SCALE, 0.1, jax.random.key(0))
+    dot_product_attention(*given, causal_mask(real_BS), jnp.zeros((1, 4, 12, 12)), SCALE)
+    dot_product_attention(*given, causal_mask(real_BS), None, SCALE, 0.1, jax.random.key(0))
     assert before and len(used) == before, "biases and dropout are not the kernel's"
 
 
@@ -190,18 +201,18 @@ def test_the_flops_of_a_kernel_are_counted_as_often_as_it_runs():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=4))
 
     def ours(*x):
-        return flash_attention.split(
-            lambda q, k, v, keys: flash_attention.splash(q, k, v, keys, False, SCALE), mesh, *x, real_BS
+        return flash_attention.shard_attention(
+            lambda q, k, v, keys: flash_attention.splash_attention(q, k, v, keys, False, SCALE), mesh, *x, real_BS
         )
 
-    plain = jax.make_jaxpr(lambda *x: flash_attention.plain(*x))(*given)
-    assert hlo_analysis.products(jax.make_jaxpr(ours)(*given).jaxpr) == hlo_analysis.products(plain.jaxpr)
+    plain = jax.make_jaxpr(lambda *x: flash_attention.reference_attention(*x))(*given)
+    assert hlo_analysis.jaxpr_flops(jax.make_jaxpr(ours)(*given).jaxpr) == hlo_analysis.jaxpr_flops(plain.jaxpr)
 
 
 @pytest.mark.skipif(not topologies.has_libtpu(), reason="libtpu, of the extra tpu, is not installed")
 @pytest.mark.parametrize(("head", "kv_heads"), [(64, 8), (88, 8), (128, 2)])
 def test_splash_attention_and_its_gradient_compile_for_a_pod(head, kv_heads):
-    mesh = sharding.make_mesh(MeshConfig(1, 4, 4), topologies.devices(topologies.parse("v5e-16")))
+    mesh = sharding.make_mesh(MeshConfig(1, 4, 4), topologies.topology_devices(topologies.parse_topology("v5e-16")))
     over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
 
     def array(shape, dtype=jnp.bfloat16):
@@ -210,8 +221,8 @@ def test_splash_attention_and_its_gradient_compile_for_a_pod(head, kv_heads):
     query, keys = array((4, 700, 8, head)), array((4, 700, kv_heads, head))
 
     def total(query, key, value, real_BS):
-        with sharding.use(mesh):
-            return attend(query, key, value, causal_mask(real_BS)).astype(jnp.float32).sum()
+        with sharding.use_mesh(mesh):
+            return dot_product_attention(query, key, value, causal_mask(real_BS)).astype(jnp.float32).sum()
 
     traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(query, keys, keys, array((4, 700), bool))
     made = traced.lower().compile()
@@ -237,6 +248,6 @@ def test_keys_in_pieces_some_shared_by_beams_are_attended_to_as_if_put_together(
         for n in range(2)
     ]
     for given in (None, bias):
-        wanted = attend(query, *together, key_mask(real), given, 0.5)
-        found = attend_parts(query, pieces, key_mask(real), given, 0.5)
+        wanted = dot_product_attention(query, *together, key_padding_mask(real), given, 0.5)
+        found = segmented_attention(query, pieces, key_padding_mask(real), given, 0.5)
         np.testing.assert_allclose(found, wanted, atol=1e-6)

@@ -207,7 +207,7 @@ def test_the_jobset_has_a_pod_for_each_host_and_begins_again_but_for_mistakes():
     job = replicated["template"]["spec"]
     pod, (container,) = job["template"]["spec"], job["template"]["spec"]["containers"]
     assert replicated["replicas"] == 2
-    topology = topologies.parse(f"v5e:{pod['nodeSelector']['cloud.google.com/gke-tpu-topology']}")
+    topology = topologies.parse_topology(f"v5e:{pod['nodeSelector']['cloud.google.com/gke-tpu-topology']}")
     assert job["parallelism"] == job["completions"] == topology.hosts
     assert container["resources"]["limits"]["google.com/tpu"] * topology.hosts == topology.chips
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"] == {
@@ -224,7 +224,7 @@ def test_the_jobset_has_a_pod_for_each_host_and_begins_again_but_for_mistakes():
 
 def test_skypilot_runs_what_the_others_run():
     made = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
-    topologies.parse(made["resources"]["accelerators"])
+    topologies.parse_topology(made["resources"]["accelerators"])
     assert (ROOT / made["envs"]["CONFIG"]).is_file()
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(made["envs"]["EXTRAS"].split(",")) <= known.keys() and '".[$EXTRAS]"' in made["setup"]
@@ -276,7 +276,7 @@ def test_the_compiler_knows_every_flag_for_tpus(name):
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     def compiled(kind, flags):
-        devices = topologies.devices(topologies.parse(f"{kind}-8"))
+        devices = topologies.topology_devices(topologies.parse_topology(f"{kind}-8"))
         where = NamedSharding(Mesh(devices, "x"), PartitionSpec("x"))
         shape = jax.ShapeDtypeStruct((16, 128), jnp.float32, sharding=where)
         return jax.jit(lambda x: x @ x.T).lower(shape).compile(compiler_options=flags)

@@ -21,9 +21,9 @@ HINT = 3
 LION = Lion(
     ViTConfig(28, 7, 16, 4, 2, 24),
     QFormerConfig(16, 3, 2, 24, 3, 2, 16, 40, 16, dropout=0.0),
-    AggregatorConfig(3, (2, 0), 16, 2, 24, dropout=0.0, projector=20),
+    AggregatorConfig(3, (2, 0), 16, 2, 24, dropout=0.0, projector_mlp_dim=20),
     T5Config(40, 16, 8, 2, 24, 2, 2, 8, 16, activation="gelu", dropout=0.0, adapters=AdapterConfig(4)),
-    soft_prompt_token=HINT,
+    soft_prompt_token_id=HINT,
 )
 
 
@@ -44,7 +44,7 @@ def batch_of(rows: int = 4, task=IMAGE_LEVEL) -> Batch:
 @pytest.fixture(scope="module")
 def params():
     """Random weights, every leaf moved so that nothing starts as a no-op."""
-    params = sharding.init(LION.init, jax.random.key(0), batch_of())
+    params = sharding.init_sharded(LION.init, jax.random.key(0), batch_of())
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
 
@@ -62,7 +62,7 @@ def test_one_batch_may_mix_tasks_and_each_row_is_routed_by_its_own(params):
 
 
 def test_a_new_routers_tasks_use_one_adapter_each(params):
-    fresh = sharding.init(LION.init, jax.random.key(0), batch_of())
+    fresh = sharding.init_sharded(LION.init, jax.random.key(0), batch_of())
     flat = trees.flatten(params)
     start = {path: trees.flatten(fresh)[path] if path.endswith("/ratio") else leaf for path, leaf in flat.items()}
     without = {path: leaf * (0 if "/adapter_0/up" in path else 1) for path, leaf in start.items()}
@@ -129,10 +129,10 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(params, shape):
     batch = batch_of(8)
     loss, grads = loss_and_grads(params, batch)
     mesh = sharding.make_mesh(sharding.MeshConfig(*shape))
-    like = sharding.abstract(LION.init, jax.random.key(0), batch, mesh=mesh)
-    with sharding.use(mesh):
+    like = sharding.abstract_params(LION.init, jax.random.key(0), batch, mesh=mesh)
+    with sharding.use_mesh(mesh):
         step = jax.jit(jax.value_and_grad(lambda params, batch: LION.loss(params, batch)[0]))
-        loss2, grads2 = step(sharding.place(params, like), sharding.put_batch(batch, mesh))
+        loss2, grads2 = step(sharding.reshard_like(params, like), sharding.shard_batch(batch, mesh))
     np.testing.assert_allclose(loss, loss2, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads, grads2)
 
@@ -140,16 +140,18 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(params, shape):
 @pytest.mark.slow
 def test_initial_weights_do_not_depend_on_the_mesh():
     batch = batch_of()
-    alone = sharding.init(LION.init, jax.random.key(7), batch)
-    spread = sharding.init(LION.init, jax.random.key(7), batch, mesh=sharding.make_mesh(sharding.MeshConfig(2, 2, 2)))
+    alone = sharding.init_sharded(LION.init, jax.random.key(7), batch)
+    spread = sharding.init_sharded(
+        LION.init, jax.random.key(7), batch, mesh=sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+    )
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), alone, spread))
 
 
 def test_with_a_word_scale_the_picture_begins_as_what_the_vit_says():
-    aggregator = dataclasses.replace(LION.aggregator, projector=32)
-    lion = dataclasses.replace(LION, aggregator=aggregator, word_scale=2.5, visual_input="AGGREGATOR")
+    aggregator = dataclasses.replace(LION.aggregator, projector_mlp_dim=32)
+    lion = dataclasses.replace(LION, aggregator=aggregator, identity_init_scale=2.5, visual_input="AGGREGATOR")
     batch = batch_of()
-    params = sharding.init(lion.init, jax.random.key(0), batch)
+    params = sharding.init_sharded(lion.init, jax.random.key(0), batch)
     said_BPD = np.asarray(lion.extract_features(params, batch))[:, -1]
     words_BPD = jax.jit(lambda p, b: LionModule(lion).apply({"params": p}, b, None, method=LionModule.embed_image))(
         params, batch
@@ -157,7 +159,7 @@ def test_with_a_word_scale_the_picture_begins_as_what_the_vit_says():
     normed = (said_BPD - said_BPD.mean(-1, keepdims=True)) / said_BPD.std(-1, keepdims=True)
     np.testing.assert_allclose(words_BPD, 2.5 * normed, atol=2e-3)
     with pytest.raises(ValueError, match="word_scale wants a ViT as wide as the language model"):
-        dataclasses.replace(LION, word_scale=2.5)
+        dataclasses.replace(LION, identity_init_scale=2.5)
 
 
 def test_an_unknown_visual_input_is_one_sentence():

@@ -57,17 +57,17 @@ def test_the_originals_giou_leaves_reversed_boxes_out_and_survives_having_no_oth
     predicted[0, 0] = REVERSED
     truth = BOXES[::-1, ::-1]
     rest = [1 - giou_of(a, b) for a, b in zip(predicted.reshape(-1, 4)[1:], truth.reshape(-1, 4)[1:])]
-    made = losses.giou_loss(predicted, truth, real, original=True)
+    made = losses.giou_loss(predicted, truth, real, released_code=True)
     assert float(made) == pytest.approx(np.mean(rest), abs=1e-6)
     predicted[:] = REVERSED
-    assert losses.giou_loss(predicted, truth, real, original=True) == 0
+    assert losses.giou_loss(predicted, truth, real, released_code=True) == 0
 
 
 def all_losses(predicted, box, real, logits, iou, mask):
     terms = losses.mask_losses(logits, iou, mask, real)
     terms |= {f"original_{name}": term for name, term in losses.mask_losses(logits, iou, mask, real, True).items()}
     terms["giou"] = losses.giou_loss(predicted, box, real)
-    terms["l1"] = losses.mean_of_real(jnp.abs(predicted - box), real)
+    terms["l1"] = losses.masked_mean(jnp.abs(predicted - box), real)
     return terms
 
 

@@ -9,29 +9,29 @@ from safetensors.numpy import load_file
 
 from lionjax.core import params as trees
 from lionjax.data import boxes as places
-from lionjax.data.letterbox import SAM_MEAN, SAM_STD, Square
-from lionjax.data.processor import Input, Processor, ProcessorConfig
+from lionjax.data.letterbox import SAM_MEAN, SAM_STD, Letterbox
+from lionjax.data.processor import ImageTextInput, Processor, ProcessorConfig
 from lionjax.data.scenes import world
 from lionjax.models.vision import sam_decoder
 from lionjax.models.vision.sam_decoder import Sam
 from lionjax.models.vision.sam_encoder import TINY_SAM
 from lionjax.tiny import sam as mask_backbone
 from lionjax.tiny.sam import MasksConfig
-from lionjax.training.init import shipped
+from lionjax.training.init import resolve_weights_file
 
-SIDE = TINY_SAM.image
+SIDE = TINY_SAM.image_size
 
 
 def test_a_box_to_learn_from_lies_around_its_mask():
-    c, rng = MasksConfig(TINY_SAM, boxes=3), np.random.default_rng(0)
-    data = mask_backbone.drawn("train", 4, SIDE, 0)
-    image_BHWC, box_BK4, mask_BKHW = mask_backbone.batch_of(c, data, [0, 1, 2, 3], rng, 0.0)
+    c, rng = MasksConfig(TINY_SAM, num_boxes=3), np.random.default_rng(0)
+    data = mask_backbone.render_split("train", 4, SIDE, 0)
+    image_BHWC, box_BK4, mask_BKHW = mask_backbone.make_mask_batch(c, data, [0, 1, 2, 3], rng, 0.0)
     assert image_BHWC.shape == (4, SIDE, SIDE, 3) and mask_BKHW.any((2, 3)).all()
     for box, mask in zip(box_BK4.reshape(-1, 4), mask_BKHW.reshape(-1, SIDE, SIDE)):
         rows, columns = np.nonzero(mask)
         edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         np.testing.assert_allclose(edges, box, atol=2)
-    _, shaken, _ = mask_backbone.batch_of(c, data, [0, 1, 2, 3], np.random.default_rng(0), 0.1)
+    _, shaken, _ = mask_backbone.make_mask_batch(c, data, [0, 1, 2, 3], np.random.default_rng(0), 0.1)
     assert 0.5 < np.abs(shaken - box_BK4).mean() < 10
 
 
@@ -41,8 +41,8 @@ def test_boxes_and_masks_to_learn_from_are_those_of_the_same_thing_by_hand():
     owner_NHW[0, 2:4, 1:5], owner_NHW[0, 5:8, 5:8] = 0, 1
     boxes = [np.array([[1, 2, 5, 4], [5, 5, 8, 8]], np.float32) / 8]
     data = np.full((1, 8, 8, 3), 200, np.uint8), owner_NHW, boxes
-    c, rng = MasksConfig(TINY_SAM, boxes=6), np.random.default_rng(0)
-    image_BHWC, box_BK4, mask_BKHW = mask_backbone.batch_of(c, data, [0], rng, 0.0)
+    c, rng = MasksConfig(TINY_SAM, num_boxes=6), np.random.default_rng(0)
+    image_BHWC, box_BK4, mask_BKHW = mask_backbone.make_mask_batch(c, data, [0], rng, 0.0)
     np.testing.assert_allclose(image_BHWC[0, 0, 0], (200 - np.array(SAM_MEAN)) / SAM_STD, rtol=1e-5)
     found = set()
     for box, mask_HW in zip(box_BK4[0], mask_BKHW[0]):
@@ -58,25 +58,36 @@ def test_boxes_and_masks_to_learn_from_are_those_of_the_same_thing_by_hand():
 def test_a_mask_of_a_square_comes_back_to_its_picture_by_hand():
     """A picture of 4 x 2 pixels lies in rows 1 and 2 of a square of 4."""
     logits_HW = np.arange(16.0).reshape(4, 4)
-    made = sam_decoder.to_picture(logits_HW, 4, (1, 0, 2, 4), (2, 4))
+    made = sam_decoder.postprocess_masks(logits_HW, 4, (1, 0, 2, 4), (2, 4))
     np.testing.assert_allclose(made, [[4, 5, 6, 7], [8, 9, 10, 11]], atol=1e-6)
-    made = sam_decoder.to_picture(logits_HW, 4, (0, 1, 4, 2), (4, 2))
+    made = sam_decoder.postprocess_masks(logits_HW, 4, (0, 1, 4, 2), (4, 2))
     np.testing.assert_allclose(made, logits_HW[:, 1:3], atol=1e-6)
 
 
 def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
     """Picture, box and mask all go into the padded square and come back: a slip of some pixels would show."""
     processor = Processor(
-        ProcessorConfig(SIDE, prompt_length=64, question_length=32, padded=True, boxes=4, sam_size=SIDE, tags=False)
+        ProcessorConfig(
+            SIDE,
+            max_prompt_tokens=64,
+            max_question_tokens=32,
+            pad_to_square=True,
+            max_boxes=4,
+            sam_image_size=SIDE,
+            use_tags=False,
+        )
     )
     params = trees.unflatten(
-        {path.removeprefix("sam/"): leaf for path, leaf in load_file(shipped("shipped:tiny_sam.safetensors")).items()}
+        {
+            path.removeprefix("sam/"): leaf
+            for path, leaf in load_file(resolve_weights_file("shipped:tiny_sam.safetensors")).items()
+        }
     )
 
     @jax.jit
     def cut(image_BHWC, box_BK4):
         def masks(sam, image_BHWC, box_BK4):
-            none = jnp.zeros((1, box_BK4.shape[1], 0, TINY_SAM.channels))
+            none = jnp.zeros((1, box_BK4.shape[1], 0, TINY_SAM.prompt_embed_dim))
             return sam.point(sam.encode(image_BHWC), box_BK4 * SIDE, none)[0]
 
         return Sam(TINY_SAM).apply({"params": params}, image_BHWC, box_BK4, method=masks)
@@ -84,7 +95,7 @@ def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
     shifts = ((0, 0), (0, 6), (0, -6), (6, 0), (-6, 0))
     both, either = np.zeros(5), np.zeros(5)
     for index in range(6):
-        scene = world.sample("heldout", index)
+        scene = world.sample_scene("heldout", index)
         high, wide = (250, 200) if index % 2 else (200, 250)
         at = (40, 0) if index % 2 else (0, 10)
         canvas = np.full((high, wide, 3), 190, np.uint8)
@@ -94,10 +105,14 @@ def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
             true_HW[at[0] : at[0] + 200, at[1] : at[1] + 200] = mask_HW
             x0, y0, x1, y1 = (edge * 200 for edge in scene.things[k].box)
             box = ((x0 + at[1]) / wide, (y0 + at[0]) / high, (x1 + at[1]) / wide, (y1 + at[0]) / high)
-            row = processor.row_of(Input(Image.fromarray(canvas), f"{places.box_text(box)}?", boxes=(box,)))
-            batch = processor.assemble({name: np.stack([value]) for name, value in row.items()})
+            row = processor.encode_input(
+                ImageTextInput(Image.fromarray(canvas), f"{places.box_to_text(box)}?", boxes=(box,))
+            )
+            batch = processor.collate({name: np.stack([value]) for name, value in row.items()})
             logits = np.asarray(cut(batch.sam_image_BHWC, batch.boxes_BK4[:, :1]))[0, 0]
-            found_HW = sam_decoder.to_picture(logits, SIDE, Square(wide, high).inside(SIDE), (high, wide)) > 0
+            found_HW = (
+                sam_decoder.postprocess_masks(logits, SIDE, Letterbox(wide, high).pixel_rect(SIDE), (high, wide)) > 0
+            )
             for number, shift in enumerate(shifts):
                 moved_HW = np.roll(found_HW, shift, (0, 1))
                 both[number] += np.sum(moved_HW & true_HW)

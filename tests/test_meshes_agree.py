@@ -12,8 +12,8 @@ from lionjax.core import sharding
 from lionjax.core.sharding import MeshConfig
 from lionjax.training import checkpoint
 from lionjax.training import step as stages
-from lionjax.training.optimizer import abstract_optimiser
-from lionjax.training.optimizer import optimizer as optimizer_optimizer
+from lionjax.training.optimizer import abstract_opt_state
+from lionjax.training.optimizer import make_optimizer as optimizer_optimizer
 
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 BATCH = toy.batch_of(range(16))
@@ -23,17 +23,17 @@ def run(shape, optimizer="adamw", updates=2):
     """(first fingerprints, losses, gradient norms, parameters, shardings) of a short stage on a mesh."""
     mesh = sharding.make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
     stage = toy.stage(batch_size=16, trainable=("blocks", "output", "words"), optimizer=optimizer)
-    params = sharding.init(toy.Toy().init, jax.random.key(0), BATCH, mesh=mesh)
-    first = checkpoint.fingerprints(params)
+    params = sharding.init_sharded(toy.Toy().init, jax.random.key(0), BATCH, mesh=mesh)
+    first = checkpoint.leaf_checksums(params)
     trainable, frozen = trees.split(params, stage.trainable)
     where = {path: leaf.sharding.spec for path, leaf in trees.flatten(params).items()}
     axes = sharding.layer_axes(jax.eval_shape(toy.Toy().init, jax.random.key(0), BATCH))
     rule = optimizer_optimizer(stage, trainable, axes)
-    state = stages.start(rule, trainable, mesh)
-    step = stages.make_step(toy.Toy(), stage, rule, jax.random.key(1), state, mesh, [])
+    state = stages.init_train_state(rule, trainable, mesh)
+    step = stages.make_train_step(toy.Toy(), stage, rule, jax.random.key(1), state, mesh, [])
     losses, norms = [], []
     for _ in range(updates):
-        state, metrics = step(state, frozen, sharding.put_batch(BATCH, mesh))
+        state, metrics = step(state, frozen, sharding.shard_batch(BATCH, mesh))
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
     return first, losses, norms, jax.device_get(trees.flatten(state.trainable)), where
@@ -67,14 +67,14 @@ def test_what_muon_makes_of_a_matrix_does_not_depend_on_how_it_is_cut():
 def test_moments_lie_as_their_parameters_do(optimizer):
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     shapes = jax.eval_shape(toy.Toy().init, jax.random.key(0), BATCH)
-    where = trees.flatten(sharding.shardings(shapes, mesh))
+    where = trees.flatten(sharding.named_shardings(shapes, mesh))
     leaves = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where[path])
         for path, leaf in trees.flatten(nn.unbox(shapes)).items()
     }
     trainable = trees.unflatten(leaves)
     rule = optimizer_optimizer(toy.stage(optimizer=optimizer), trainable, sharding.layer_axes(shapes))
-    state = jax.tree.leaves(abstract_optimiser(rule, trainable, mesh))
+    state = jax.tree.leaves(abstract_opt_state(rule, trainable, mesh))
     found = [(leaf.shape, leaf.sharding.spec) for leaf in state if any(leaf.sharding.spec)]
     wanted = []
     for path, leaf in leaves.items():  # AdamW keeps two moments of a parameter, Muon one of a matrix

@@ -13,9 +13,9 @@ from mesh_systems import SYSTEMS, compiled_anew, mesh_of, programs_are_let_go  #
 
 from lionjax import planner
 from lionjax.core import sharding
-from lionjax.data.processor import Input, Processor
-from lionjax.inference.engine import Answerer
-from lionjax.inference.sampling import GenerateConfig
+from lionjax.data.processor import ImageTextInput, Processor
+from lionjax.inference.engine import InferenceEngine
+from lionjax.inference.sampling import GenerationConfig
 from lionjax.models.language.t5 import T5Config
 
 pytestmark = pytest.mark.slow
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.slow
 FRACTION = re.compile(r"[01]\.\d{3}")
 
 
-def answerer(name: str, mesh_name: str) -> Answerer:
+def answerer(name: str, mesh_name: str) -> InferenceEngine:
     what, number = SYSTEMS[name]
     mesh = mesh_of(mesh_name)
-    like = sharding.abstract(what.system.init, jax.random.key(0), planner.blank(what), mesh=mesh)
-    make = small_places.talking if getattr(what.system, "sam", None) else small_lion.params_of
-    params = sharding.place(make(what), like)
-    return Answerer(what.system, params, Processor(what.data.processor), mesh)
+    like = sharding.abstract_params(what.model.init, jax.random.key(0), planner.dummy_batch(what), mesh=mesh)
+    make = small_places.talking if getattr(what.model, "sam", None) else small_lion.params_of
+    params = sharding.reshard_like(make(what), like)
+    return InferenceEngine(what.model, params, Processor(what.data.processor), mesh)
 
 
 def said(name: str, mesh_name: str):
@@ -37,12 +37,14 @@ def said(name: str, mesh_name: str):
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 255, (8, 40, 40, 3), np.uint8)
     questions = ["What is it?", "Where is the small red circle?", "How many?", "Is there a dog in it?"] * 2
-    rows = [talks.processor.row_of(Input(picture, text)) for picture, text in zip(pictures, questions)]
-    language = SYSTEMS[name][0].system.language
-    how = GenerateConfig(8, eos=language.end_token, start=0 if isinstance(language, T5Config) else None)
+    rows = [talks.processor.encode_input(ImageTextInput(picture, text)) for picture, text in zip(pictures, questions)]
+    language = SYSTEMS[name][0].model.language
+    how = GenerationConfig(
+        8, eos_token_id=language.end_token, decoder_start_token_id=0 if isinstance(language, T5Config) else None
+    )
     beams = dataclasses.replace(how, beams=2)
     large = [(40, 40)] * 8 if "sam" in rows[0] else None
-    return talks.say(rows, how, sizes=large), talks.say(rows, beams)
+    return talks.generate(rows, how, image_sizes=large), talks.generate(rows, beams)
 
 
 def test_a_program_is_traced_anew_for_another_mesh():
@@ -51,12 +53,12 @@ def test_a_program_is_traced_anew_for_another_mesh():
     @jax.jit
     def within(x):  # as `generate` is one for all models
         seen.append(sharding.current_mesh())
-        return sharding.constrain(x, "batch", None)
+        return sharding.with_logical_constraint(x, "batch", None)
 
     for mesh in map(mesh_of, ("one", "data", "data", "all")):
 
         def whole(x, mesh=mesh):
-            with sharding.use(mesh):
+            with sharding.use_mesh(mesh):
                 return within(x)
 
         jax.jit(whole)(np.zeros((8, 2)))

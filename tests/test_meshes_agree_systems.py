@@ -40,6 +40,6 @@ def test_a_batch_lies_on_every_mesh_in_its_own_order(name):
     what, number = SYSTEMS[name]
     batch = first_batch(what, number)
     for mesh in map(mesh_of, MESHES):
-        assert sharding.share(mesh) == (0, 1)  # one process reads all rows, whatever the mesh
-        placed = sharding.put_batch(batch, mesh)
+        assert sharding.process_shard(mesh) == (0, 1)  # one process reads all rows, whatever the mesh
+        placed = sharding.shard_batch(batch, mesh)
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), batch)

@@ -13,8 +13,8 @@ from pycocotools import mask as coco
 
 from lionjax.evaluation.metrics.regions import (
     average_precision,
+    bootstrap_interval,
     ciou,
-    interval,
     iou,
     iou_matrix,
     mask_overlaps,
@@ -233,33 +233,33 @@ def test_an_interval_holds_the_true_mean_about_as_often_as_it_says():
     random = np.random.default_rng(0)
     held = 0
     for seed in range(200):
-        low, high = interval(random.random(100) < 0.3, seed, rounds=200)
+        low, high = bootstrap_interval(random.random(100) < 0.3, seed, num_resamples=200)
         held += low <= 0.3 <= high
     assert 0.93 <= held / 200 <= 0.98  # of 95 in 100
 
 
 def test_an_interval_of_a_mean_is_about_1_96_standard_errors_to_each_side():
     values = np.arange(400.0)
-    low, high = interval(values, 0, rounds=4000)
+    low, high = bootstrap_interval(values, 0, num_resamples=4000)
     side = 1.96 * values.std() / 20
     assert (values.mean() - low, high - values.mean()) == pytest.approx((side, side), rel=0.03)
 
 
 def test_an_interval_is_fixed_by_its_seed_and_narrows_with_more_samples():
     values = np.arange(50) / 49
-    assert interval(values, 1) == interval(values, 1) != interval(values, 2)
-    low, high = interval(values, 1)
-    more_low, more_high = interval(np.tile(values, 16), 1)
+    assert bootstrap_interval(values, 1) == bootstrap_interval(values, 1) != bootstrap_interval(values, 2)
+    low, high = bootstrap_interval(values, 1)
+    more_low, more_high = bootstrap_interval(np.tile(values, 16), 1)
     assert (more_high - more_low) == pytest.approx((high - low) / 4, rel=0.05)
-    assert interval(np.ones(5), 0) == (1, 1)
+    assert bootstrap_interval(np.ones(5), 0) == (1, 1)
 
 
 def test_an_interval_of_ciou_resamples_whole_masks():
     overlaps_B2 = np.array([[25, 100], [1, 1]])
-    low, high = interval(overlaps_B2, 0, ciou)
+    low, high = bootstrap_interval(overlaps_B2, 0, ciou)
     assert (low, high) == (pytest.approx(0.25), 1)
 
 
 def test_an_interval_of_nothing_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match="at least one sample"):
-        interval(np.array([]), 0)
+        bootstrap_interval(np.array([]), 0)

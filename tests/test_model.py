@@ -16,13 +16,13 @@ from lionjax import convert
 from lionjax.convert import orbax_folder
 from lionjax.core import params as trees
 from lionjax.core import sharding
-from lionjax.core.experiment import AnswerConfig
+from lionjax.core.experiment import GenerationDefaults
 from lionjax.core.sharding import MeshConfig
 from lionjax.core.types import UserError
 from lionjax.data import templates
 from lionjax.data.processor import Processor
 from lionjax.inference import engine
-from lionjax.inference.sampling import GenerateConfig
+from lionjax.inference.sampling import GenerationConfig
 
 BOX, OTHER = (0.125, 0.25, 0.5, 0.75), (0.0, 0.0, 0.3, 0.9)
 PROMPTS = ["What is in the picture?", "Where is the red star?", "How many are there?", "What is at {box}?"]
@@ -64,14 +64,23 @@ def texts(answers) -> list[str]:
 @pytest.mark.parametrize(
     ("group", "category"),
     [
-        *((group, "region_level") for group in (templates.REC, templates.REG, templates.RES, templates.GROUNDED)),
         *(
-            (group, "image_level")
-            for group in (templates.CAPTION, templates.COLOR, templates.SHAPE, templates.COUNT, templates.CHECK)
+            (group, "region_level")
+            for group in (templates.REC, templates.REG, templates.RES, templates.GROUNDED_CAPTION)
         ),
         *(
             (group, "image_level")
-            for group in (templates.MORE, templates.RELATION, templates.EXISTENCE, templates.TAGS)
+            for group in (
+                templates.CAPTION,
+                templates.COLOR,
+                templates.SHAPE,
+                templates.COUNT,
+                templates.ATTRIBUTE_YESNO,
+            )
+        ),
+        *(
+            (group, "image_level")
+            for group in (templates.COUNT_COMPARISON, templates.RELATION, templates.EXISTENCE, templates.TAGS)
         ),
         (("Is there a box in the picture?", "What is the man to the left doing?"), "image_level"),
         (("Can you locate it and let me know its coordinates?", "Give the bounding box of it."), "region_level"),
@@ -82,36 +91,36 @@ def test_each_prompt_takes_the_route_that_its_task_was_trained_on(group, categor
     words = {"expr": "the red star", "word": "red", "nouns": "stars", "noun": "a star", "relation": "left of"}
     words |= {"first": "the star", "second": "the ring", "box": "[0.100,0.200,0.300,0.400]"}
     for wording in group:
-        prompt = templates.ask((wording,), rng, **words)
-        assert engine.category_of(prompt) == category, prompt
+        prompt = templates.sample_question((wording,), rng, **words)
+        assert engine.prompt_category(prompt) == category, prompt
 
 
 def test_boxes_are_written_where_the_prompt_has_a_place_for_them_and_else_at_its_end():
-    written = engine.with_boxes("Is {box} left of {box}?", [BOX, OTHER])
+    written = engine.insert_boxes("Is {box} left of {box}?", [BOX, OTHER])
     assert written == "Is [0.125,0.250,0.500,0.750] left of [0.000,0.000,0.300,0.900]?"
-    assert engine.with_boxes("What is this?", [BOX]) == "What is this? [0.125,0.250,0.500,0.750]"
-    assert engine.with_boxes("{box}: what?", [BOX, BOX]).endswith("what? [0.125,0.250,0.500,0.750]")
-    assert engine.with_boxes("What is this?", []) == "What is this?"
+    assert engine.insert_boxes("What is this?", [BOX]) == "What is this? [0.125,0.250,0.500,0.750]"
+    assert engine.insert_boxes("{box}: what?", [BOX, BOX]).endswith("what? [0.125,0.250,0.500,0.750]")
+    assert engine.insert_boxes("What is this?", []) == "What is this?"
     with pytest.raises(UserError, match="has 1 {box} and 0 boxes"):
-        engine.with_boxes("What is at {box}?", [])
+        engine.insert_boxes("What is at {box}?", [])
     with pytest.raises(UserError, match="the box"):
-        engine.with_boxes("What?", [(0.5, 0.5, 0.5, 0.9)])
+        engine.insert_boxes("What?", [(0.5, 0.5, 0.5, 0.9)])
 
 
 def test_every_box_of_a_text_is_read_and_nothing_else():
     text = "A star [0.1,0.200, 0.300,0.4] and [0.5,0.5,0.4,0.9], [1,2,3] [0.9,0.9,1.7,1.000]."
-    np.testing.assert_allclose(engine.boxes_in(text), [[0.1, 0.2, 0.3, 0.4], [0.9, 0.9, 1.0, 1.0]])
-    assert engine.boxes_in("no box").shape == (0, 4)
+    np.testing.assert_allclose(engine.extract_boxes(text), [[0.1, 0.2, 0.3, 0.4], [0.9, 0.9, 1.0, 1.0]])
+    assert engine.extract_boxes("no box").shape == (0, 4)
 
 
 def test_boxes_are_answered_without_the_penalty_on_repetition_and_short_tasks_stop_early(model):
-    answer = AnswerConfig(beams=3, repetition_penalty=1.5)
+    answer = GenerationDefaults(num_beams=3, repetition_penalty=1.5)
     region, image, vqa = (
-        engine.settings(answer, model.processor, *given)
+        engine.make_generation_config(answer, model.processor, *given)
         for given in (("region_level",), ("image_level",), ("image_level", "vqa"))
     )
     assert (region.repetition_penalty, image.repetition_penalty) == (1.0, 1.5)
-    assert (region.max_new_tokens, vqa.max_new_tokens) == (24, 16) and region.beams == 3
+    assert (region.max_new_tokens, vqa.max_new_tokens) == (24, 16) and region.num_beams == 3
 
 
 # Answers
@@ -157,19 +166,20 @@ def test_paths_and_pil_pictures_are_the_same_as_arrays(model, tmp_path):
 def test_asking_again_compiles_nothing_for_prompts_of_any_length_up_to_a_bucket(model):
     images = some_pictures(2)
     model.answer(images, ["What?", "What is it, and what color has it?"])
-    known = set(model.answerer.known)
+    known = set(model.engine.compiled_shapes)
     model.answer(images[::-1], ["What color?", "Is it red, or is it blue?"])
-    assert model.answerer.known == known and known
+    assert model.engine.known == known and known
 
 
 def test_generation_can_be_set_and_sampling_follows_the_seed(model):
     images, prompts = some_pictures(1), ["Describe it."]
     short, long = (
-        model.answer(images, prompts, generate=GenerateConfig(max_new_tokens=most))[0].text for most in (2, 8)
+        model.answer(images, prompts, generation_config=GenerationConfig(max_new_tokens=most))[0].text
+        for most in (2, 8)
     )
     assert len(short) < len(long) and long.startswith(short.rstrip("\ufffd"))  # half a letter may be left over
-    drawn = GenerateConfig(max_new_tokens=8, sample=True, temperature=2.0)
-    said = [texts(model.answer(images, prompts, generate=drawn, seed=seed)) for seed in (0, 0, 1)]
+    drawn = GenerationConfig(max_new_tokens=8, do_sample=True, temperature=2.0)
+    said = [texts(model.answer(images, prompts, generation_config=drawn, seed=seed)) for seed in (0, 0, 1)]
     assert said[0] == said[1] != said[2]
 
 
@@ -232,18 +242,18 @@ def test_an_exported_folder_brings_its_own_tokenizers(exported, tmp_path):
     assert again.processor.config.tokenizer == str(exported)
     assert again.processor.config.question_tokenizer == str(exported / "qformer_tokenizer")
     asked = ("Is it red?", ["star"])
-    assert again.processor.prompt(*asked) == Processor(small_lion.PROCESSOR).prompt(*asked)
+    assert again.processor.prompt(*asked) == Processor(small_lion.PROCESSOR).encode_prompt(*asked)
 
 
 def test_weights_with_a_systems_sizes_alone_ask_for_the_tokenizers_they_lack(model, tmp_path):
-    convert.to_torch(model.system, model.params, tmp_path / "bare")
+    convert.to_torch(model.vlm, model.params, tmp_path / "bare")
     with pytest.raises(UserError, match="bare has no tokenizer; put one of tokenizer.json"):
         lionjax.load(tmp_path / "bare")
     files = model.companions()
-    convert.to_torch(model.system, model.params, tmp_path / "whole", companions=files)
+    convert.to_torch(model.vlm, model.params, tmp_path / "whole", companions=files)
     again = lionjax.load(tmp_path / "whole")
     assert again.experiment.answer.repetition_penalty == 1.5 and again.processor.config.image_size == small_lion.SIDE
-    plain = GenerateConfig(max_new_tokens=24)
+    plain = GenerationConfig(max_new_tokens=24)
     asked = some_pictures(1), ["What?"]
     assert texts(again.answer(*asked, generate=plain)) == texts(model.answer(*asked, generate=plain))
 
@@ -260,11 +270,11 @@ def test_a_run_that_has_not_ended_answers_with_what_it_has_learned(tmp_path, cap
     with caplog.at_level(logging.WARNING):
         half = lionjax.load(tmp_path)
     assert "stands at stage 'second', step 1 of 2" in caplog.text
-    assert half.system.visual_input == "AGGREGATOR" and half.updates == 3
+    assert half.vlm.visual_input == "AGGREGATOR" and half.updates == 3
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), half.params, newest)
     assert all(jax.tree.leaves(same))
     shutil.rmtree(tmp_path / "checkpoints")
-    assert lionjax.load(tmp_path).system.visual_input == "QFORMER"  # what the first stage made
+    assert lionjax.load(tmp_path).vlm.visual_input == "QFORMER"  # what the first stage made
 
 
 def test_a_checkpoint_with_a_flipped_byte_is_named_and_the_one_before_it_used(tmp_path, caplog):

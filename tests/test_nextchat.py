@@ -12,7 +12,7 @@ import pytest
 from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.types import Batch
-from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.models.vision.vit import ViTConfig
@@ -21,40 +21,40 @@ from lionjax.models.vlm.nextchat import NextChat
 IMAGE, TRIGGER, LOCATION, END = 40, 41, 42, 2
 TINY = NextChat(
     vision=ViTConfig(
-        image=16,
-        patch=8,
+        image_size=16,
+        patch_size=8,
         width=8,
         depth=2,
-        heads=2,
-        hidden=12,
-        eps=1e-5,
-        biases="qkvo",
+        num_heads=2,
+        mlp_dim=12,
+        norm_eps=1e-5,
+        attention_biases="qkvo",
         patch_bias=False,
-        norm_before=True,
-        norm_after=True,
+        pre_layernorm=True,
+        post_layernorm=True,
     ),
-    language=DecoderConfig(vocab=44, width=16, layers=2, heads=2, kv_heads=2, head=8, hidden=24),
+    language=DecoderConfig(vocab_size=44, width=16, depth=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=24),
     sam=SamConfig(
-        image=32,
-        patch=8,
+        image_size=32,
+        patch_size=8,
         width=8,
         depth=2,
-        heads=2,
-        hidden=12,
-        window=2,
-        global_layers=(1,),
-        channels=8,
-        mask_channels=4,
-        decoder_heads=2,
-        decoder_hidden=8,
-        iou_hidden=8,
+        num_heads=2,
+        mlp_dim=12,
+        window_size=2,
+        global_attn_indexes=(1,),
+        prompt_embed_dim=8,
+        mask_input_channels=4,
+        decoder_num_heads=2,
+        decoder_mlp_dim=8,
+        iou_head_mlp_dim=8,
     ),
-    location_hidden=12,
-    mask_tokens=2,
+    box_mlp_dim=12,
+    num_mask_prompt_tokens=2,
     box_scale=32.0,
-    image_token=IMAGE,
-    trigger_token=TRIGGER,
-    location_token=LOCATION,
+    image_token_id=IMAGE,
+    trigger_token_id=TRIGGER,
+    box_token_id=LOCATION,
     max_boxes=5,
 )
 NEW = 10
@@ -102,7 +102,7 @@ def batch_of(prompts, answers=None, boxes=None, sam=True) -> Batch:
 @pytest.fixture(scope="module")
 def params():
     """Random ones, made to talk: body and head are larger, and triggers likelier, than training would begin with."""
-    made = sharding.init(TINY.init, jax.random.key(0), batch_of([[5]]))
+    made = sharding.init_sharded(TINY.init, jax.random.key(0), batch_of([[5]]))
     random = np.random.default_rng(10)
     flat = {
         path: np.asarray(leaf) + 0.3 * random.standard_normal(leaf.shape).astype(np.float32)
@@ -118,7 +118,9 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 @pytest.mark.parametrize("beams", [1, 3])
 def test_every_box_kept_is_the_one_that_the_answers_own_words_give(params, beams):
     """Also in beam search, where states must follow their beams; read again at once, with the boxes as inputs."""
-    config = GenerateConfig(max_new_tokens=NEW, beams=beams, eos=END, pad=0, start=None)
+    config = GenerationConfig(
+        max_new_tokens=NEW, num_beams=beams, eos_token_id=END, pad_token_id=0, decoder_start_token_id=None
+    )
     made = generate(TINY, params, batch_of(PROMPTS), config)
     answers = [ids[:length].tolist() for ids, length in zip(np.asarray(made.ids_BM), np.asarray(made.length_B))]
     kept = {name: np.asarray(leaf) for name, leaf in made.kept.items()}
@@ -139,7 +141,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(params, beams
 
 
 def test_an_answer_in_a_batch_of_unequal_prompts_is_the_one_given_alone(params):
-    config = GenerateConfig(max_new_tokens=NEW, eos=END, pad=0, start=None)
+    config = GenerationConfig(max_new_tokens=NEW, eos_token_id=END, pad_token_id=0, decoder_start_token_id=None)
     together = generate(TINY, params, batch_of(PROMPTS), config)
     longest = batch_of(PROMPTS)
     for row in (0, 1):
@@ -155,7 +157,12 @@ def test_an_answer_in_a_batch_of_unequal_prompts_is_the_one_given_alone(params):
 
 def test_a_trigger_at_the_end_of_a_prompt_is_followed_by_its_place_and_one_at_the_end_of_an_answer_by_nothing(params):
     prompt = batch_of([[5, 6, TRIGGER], [7, 8]])
-    made = generate(TINY, params, prompt, GenerateConfig(max_new_tokens=2, eos=END, pad=0, start=None))
+    made = generate(
+        TINY,
+        params,
+        prompt,
+        GenerationConfig(max_new_tokens=2, eos_token_id=END, pad_token_id=0, decoder_start_token_id=None),
+    )
     assert made.ids_BM[0, 0] == LOCATION and made.kept["count"][0] == 1
     read, _ = jax.jit(TINY.prefill, static_argnums=2)(params, prompt, 1)
     assert np.asarray(read)[0].argmax() == LOCATION and (np.delete(np.asarray(read)[0], LOCATION) < -1e29).all()
@@ -273,8 +280,8 @@ def test_the_second_trigger_of_an_answer_means_the_second_box(params):
 
 
 def test_the_vicuna_sizes_are_those_of_the_release():
-    made = sharding.abstract(NextChat().init, jax.random.key(0), full_batch())
-    assert trees.count(made) - 2 * 128 == 7_741_812_788
+    made = sharding.abstract_params(NextChat().init, jax.random.key(0), full_batch())
+    assert trees.count_params(made) - 2 * 128 == 7_741_812_788
 
 
 def full_batch() -> Batch:

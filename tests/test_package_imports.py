@@ -46,6 +46,12 @@ FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 def imports(module: str, source: str):
     """Each import of a source text: (full dotted name, whether it stands inside a function)."""
     tree = ast.parse(source)
+    for_editors = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     inside = {
         id(node)
         for function in ast.walk(tree)
@@ -53,6 +59,8 @@ def imports(module: str, source: str):
         for node in ast.walk(function)
     }
     for node in ast.walk(tree):
+        if id(node) in for_editors:  # never executed
+            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) in inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -80,7 +80,7 @@ def test_a_gradient_through_merge_touches_the_trainable_half_alone():
 
 def test_count_takes_shapes_as_well_as_arrays():
     scalars = 24 + 8 + 3 + 3 + 5 + 1
-    assert trees.count(tree()) == trees.count(jax.eval_shape(tree)) == scalars
+    assert trees.count_params(tree()) == trees.count_params(jax.eval_shape(tree)) == scalars
 
 
 def test_cast_changes_floating_leaves_and_leaves_integers():
@@ -90,7 +90,7 @@ def test_cast_changes_floating_leaves_and_leaves_integers():
 
 
 def test_describe_adds_up_subtrees_down_to_a_depth():
-    lines = trees.describe(tree(), depth=1).splitlines()
+    lines = trees.parameter_overview(tree(), depth=1).splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     assert rows == {
         "step": ["1", "int32"],
@@ -98,4 +98,4 @@ def test_describe_adds_up_subtrees_down_to_a_depth():
         "t5_tail": ["5", "float32"],
         "vision": ["32", "float32"],
     }
-    assert len(trees.describe(tree(), depth=2).splitlines()) == 5
+    assert len(trees.parameter_overview(tree(), depth=2).splitlines()) == 5

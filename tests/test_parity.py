@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from lionjax import convert
-from lionjax.core.weight_map import under
+from lionjax.core.weight_map import with_prefix
 from lionjax.models.connectors import qformer
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
 from lionjax.models.language import t5
@@ -75,18 +75,18 @@ def test_t5_gives_the_logits_and_gradients_of_transformers(draw):
         16,
         dropout=0.0,
     )
-    params = convert.params_from(t5.torch_rows(c), numbers(theirs))
-    ids = torch.randint(2, c.vocab, (3, 11))
+    params = convert.params_from_state_dict(t5.weight_map(c), numbers(theirs))
+    ids = torch.randint(2, c.vocab_size, (3, 11))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    target = torch.randint(2, c.vocab, (3, 5))
+    target = torch.randint(2, c.vocab_size, (3, 5))
     out = theirs(input_ids=ids, attention_mask=mask, labels=target)
     out.loss.backward()
 
     def loss(params):
         def run(module):
             encoded = module.encode(module.embed(ids.numpy()), mask.numpy())
-            inputs = t5.shift_right(jnp.asarray(target.numpy()), c.start_token)
+            inputs = t5.shift_right(jnp.asarray(target.numpy()), c.decoder_start_token_id)
             return module.decode(inputs, jnp.ones(target.shape), encoded, mask.numpy())
 
         logits = T5(c).apply({"params": params}, method=run)
@@ -95,7 +95,7 @@ def test_t5_gives_the_logits_and_gradients_of_transformers(draw):
 
     grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
     close(logits, out.logits)
-    mine = convert.state_from(t5.torch_rows(c), jax.tree.map(np.asarray, grads))
+    mine = convert.state_dict_from_params(t5.weight_map(c), jax.tree.map(np.asarray, grads))
     if theirs.lm_head.weight is theirs.shared.weight:  # some versions tie them whatever the config says
         mine["shared.weight"] = mine["shared.weight"] + mine["lm_head.weight"]
     for name, parameter in theirs.named_parameters():
@@ -127,13 +127,13 @@ def test_the_qformer_gives_the_states_of_instructblips(draw):
             "embeddings.layernorm", "embeddings.LayerNorm"
         )
         renamed[name] = value
-    queries = torch.randn(1, c.queries, width)
-    rows = (*qformer.query_rows(c), *qformer.torch_rows(c))
-    params = convert.params_from(rows, renamed | {"query_tokens": queries.numpy()})
+    queries = torch.randn(1, c.num_query_tokens, width)
+    rows = (*qformer.query_tokens_weight_map(c), *qformer.lavis_weight_map(c))
+    params = convert.params_from_state_dict(rows, renamed | {"query_tokens": queries.numpy()})
     ids, source = torch.randint(2, 60, (2, 7)), torch.randn(2, 9, seen)
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[1, 4:] = 0
-    both = torch.cat([torch.ones(2, c.queries, dtype=torch.long), mask], 1)
+    both = torch.cat([torch.ones(2, c.num_query_tokens, dtype=torch.long), mask], 1)
     want = theirs(
         input_ids=ids, attention_mask=both, query_embeds=queries.expand(2, -1, -1), encoder_hidden_states=source
     )
@@ -179,7 +179,7 @@ def test_the_vit_gives_the_states_of_blip2s(draw):
             for old, new in names.items():
                 name = name.replace(old, new)
             renamed[name.replace("encoder.layers", "blocks")] = value
-    params = convert.params_from(vit.eva_rows(c), renamed)
+    params = convert.params_from_state_dict(vit.eva_weight_map(c), renamed)
     image = torch.randn(2, 3, 28, 28)
     want = theirs(pixel_values=image, output_hidden_states=True)
     taps = (depth - 1, 0)
@@ -192,7 +192,7 @@ def test_the_vit_gives_the_states_of_blip2s(draw):
 @pytest.mark.slow
 def test_rows_may_be_put_under_prefixes_and_still_cover_everything():
     c = QFormerConfig(8, 5, 2, 12, 2, 2, 6, 30, 10)  # an odd number of layers leaves a tail
-    rows = under("Qformer.bert.", "qformer/", qformer.torch_rows(c))
+    rows = with_prefix("Qformer.bert.", "qformer/", qformer.lavis_weight_map(c))
     ids, params = np.zeros((1, 3), np.int32), None
     params = QFormer(c).init(jax.random.key(0), np.zeros((1, 4, 6), np.float32), ids, ids)["params"]
     params = {
@@ -202,7 +202,7 @@ def test_rows_may_be_put_under_prefixes_and_still_cover_everything():
     }
     query = params["qformer"].pop("queries")
     assert query.shape == (2, 8)
-    state = convert.state_from(rows, params)
+    state = convert.state_dict_from_params(rows, params)
     assert sum("crossattention.self.query.weight" in name for name in state) == 3
-    back = convert.params_from(rows, state)
+    back = convert.params_from_state_dict(rows, state)
     assert jax.tree.all(jax.tree.map(np.array_equal, back, params))

@@ -13,15 +13,15 @@ from PIL import Image
 from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, UserError
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
-from lionjax.data.datasets.jsonl import Lines
-from lionjax.data.images import WHOLE
-from lionjax.data.mixture import Records, changed, examples, open_records
+from lionjax.data.datasets.jsonl import JsonLines
+from lionjax.data.images import FULL_IMAGE
+from lionjax.data.mixture import MixtureDataset, augment, examples, open_mixture
 from lionjax.data.processor import Processor, ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
-from lionjax.data.scenes.tasks import Example, box_text
+from lionjax.data.scenes.tasks import Example, box_to_text
 
-SMALL = ProcessorConfig(image_size=32, prompt_length=96, question_length=64, target_length=48)
-DATA = DataConfig(sources=(Scenes(sizes=(40, 4, 6), pixels=32),), processor=SMALL, threads=0)
+SMALL = ProcessorConfig(image_size=32, max_prompt_tokens=96, max_question_tokens=64, max_target_tokens=48)
+DATA = DataConfig(sources=(Scenes(sizes=(40, 4, 6), image_size=32),), processor=SMALL, num_threads=0)
 STAGE = SimpleNamespace(name="both", mixture=(("vqa", 1.0), ("rec", 2.0), ("caption", 1.0)))
 
 
@@ -63,18 +63,18 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_or_stage_does_not
 
 @pytest.mark.parametrize(("threads", "buffer", "cache"), [(1, 2, 512), (3, 5, 512), (2, 2, 0)])
 def test_threads_buffers_and_memory_change_nothing(threads, buffer, cache):
-    data = dataclasses.replace(DATA, threads=threads, buffer=buffer, cache_mib=cache)
+    data = dataclasses.replace(DATA, num_threads=threads, prefetch_buffer_size=buffer, image_cache_mib=cache)
     assert all(map(same, take(stream(), 12), take(stream(data), 12)))
 
 
 @pytest.mark.slow
 def test_worker_processes_change_nothing():
-    data = dataclasses.replace(DATA, workers=2)
+    data = dataclasses.replace(DATA, num_workers=2)
     assert all(map(same, take(stream(), 5), take(stream(data), 5)))
 
 
 def test_a_restored_position_goes_on_as_if_nothing_had_happened():
-    data = dataclasses.replace(DATA, threads=2, buffer=4)
+    data = dataclasses.replace(DATA, num_threads=2, prefetch_buffer_size=4)
     whole = take(stream(data), 9)
     first = stream(data)
     for _ in range(4):
@@ -88,7 +88,7 @@ def test_a_restored_position_goes_on_as_if_nothing_had_happened():
 
 
 def test_a_position_counts_what_was_delivered_and_not_what_was_read_ahead():
-    data = dataclasses.replace(DATA, threads=2, buffer=8)
+    data = dataclasses.replace(DATA, num_threads=2, prefetch_buffer_size=8)
     batches = stream(data)
     assert batches.position()["next"] == 0
     take(batches, 3)
@@ -130,7 +130,7 @@ def test_a_run_goes_on_with_another_number_of_processes():
         {"seed": 5},
         {"of": stage(("vqa", 1.0), ("rec", 1.0), name="both")},
         {"of": stage(("vqa", 1.0), ("rec", 1.0), ("caption", 1.0), name="both")},  # weights alone
-        {"data": dataclasses.replace(DATA, sources=(Scenes(sizes=(41, 4, 6), pixels=32),))},
+        {"data": dataclasses.replace(DATA, sources=(Scenes(sizes=(41, 4, 6), image_size=32),))},
     ],
 )
 def test_a_position_in_other_data_is_refused(changed_stream):
@@ -163,12 +163,12 @@ def test_a_scene_is_asked_about_differently_each_time_it_comes_by():
 def test_rows_hold_what_their_record_shows():
     batches = stream(of=stage(("rec", 1.0)))
     batch = take(batches, 1)[0]
-    records, processor = Records(DATA, "train"), Processor(SMALL)
+    records, processor = MixtureDataset(DATA, "train"), Processor(SMALL)
     for row in range(4):
-        pixels, scene, _ = records.seen(0, int(batch.record_B[row]))
-        np.testing.assert_array_equal(batch.image_BHWC[row], processor.normalise(pixels))
+        pixels, scene, _ = records.load_cached(0, int(batch.record_B[row]))
+        np.testing.assert_array_equal(batch.image_BHWC[row], processor.normalize(pixels))
         answer = processor.decode(batch.target_BM[row])
-        assert answer in {f"Answer: {box_text(thing.box)}" for thing in scene.things}
+        assert answer in {f"Answer: {box_to_text(thing.box)}" for thing in scene.things}
     assert batches.name(int(batch.record_B[0])) == f"scenes/train-0-{batch.record_B[0]:06d}"
     assert batch.task_B.tolist() == [REGION_LEVEL] * 8 and IMAGE_LEVEL != REGION_LEVEL
 
@@ -181,7 +181,7 @@ def test_all_batches_have_one_shape():
 
 
 def test_buckets_shorten_batches_and_are_given_up_where_processes_must_agree():
-    data = dataclasses.replace(DATA, buckets=(4, 16, 64))
+    data = dataclasses.replace(DATA, length_buckets=(4, 16, 64))
     short = take(stream(data, of=stage(("vqa", 1.0))), 5)
     assert {b.target_BM.shape[1] for b in short} == {4}
     for batch, fixed in zip(short, take(stream(of=stage(("vqa", 1.0))), 5)):
@@ -191,14 +191,14 @@ def test_buckets_shorten_batches_and_are_given_up_where_processes_must_agree():
 
 
 def test_boxes_come_as_arrays_when_asked_for():
-    data = dataclasses.replace(DATA, processor=dataclasses.replace(SMALL, boxes=2))
+    data = dataclasses.replace(DATA, processor=dataclasses.replace(SMALL, max_boxes=2))
     batch = take(stream(data, of=stage(("rec", 1.0), ("vqa", 1.0))), 1)[0]
     for row in range(8):
         answer = Processor(SMALL).decode(batch.target_BM[row])
         count = answer.count("[")
         assert batch.boxes_mask_BK[row].sum() == count
         if count:
-            assert box_text(batch.boxes_BK4[row, 0].tolist()) in answer
+            assert box_to_text(batch.boxes_BK4[row, 0].tolist()) in answer
 
 
 def test_tags_are_noisy_and_sometimes_left_out():
@@ -208,7 +208,11 @@ def test_tags_are_noisy_and_sometimes_left_out():
         slot = Processor(SMALL).tokenizer.soft_prompt_id
         return (batches[0].prompt_BL == slot).any(1), batches[0].prompt_mask_BL.sum()
 
-    (all_tagged, length), (some, _), (_, noisy) = (tagged(tag_noise=0.0), tagged(tag_drop=0.5), tagged(tag_noise=0.9))
+    (all_tagged, length), (some, _), (_, noisy) = (
+        tagged(tag_noise=0.0),
+        tagged(tag_dropout=0.5),
+        tagged(tag_noise=0.9),
+    )
     assert all_tagged.all() and 8 < some.sum() < 32 and noisy < 0.8 * length
 
 
@@ -236,7 +240,7 @@ def lines(tmp_path):
         if "long" in bad:
             rows[13]["question"] = "what " * 200
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        return Lines(str(tmp_path / "rows.jsonl"), str(tmp_path))
+        return JsonLines(str(tmp_path / "rows.jsonl"), str(tmp_path))
 
     return source
 
@@ -254,7 +258,7 @@ BAD = {
 @pytest.mark.parametrize(("kind", "words"), BAD.items())
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_bad_record_stops_the_run_with_one_sentence(lines, kind, words, threads):
-    data = DataConfig(sources=(lines(kind),), processor=SMALL, threads=threads)
+    data = DataConfig(sources=(lines(kind),), processor=SMALL, num_threads=threads)
     with pytest.raises(UserError) as error:
         take(stream(data, of=stage(("vqa", 1.0)), size=4), 6)
     assert words in str(error.value) and "\n" not in str(error.value)
@@ -267,18 +271,18 @@ def test_bad_records_are_replaced_alike_every_time_noted_and_counted(lines, tmp_
         sources=(lines(*BAD),),
         processor=SMALL,
         on_bad_record="replace",
-        bad_share=0.4,
-        quarantine=str(note),
-        threads=threads,
+        max_bad_fraction=0.4,
+        bad_records_path=str(note),
+        num_threads=threads,
     )
     batches = stream(data, of=stage(("vqa", 1.0)), size=4)
     taken = [next(batches) for _ in range(5)]
-    assert batches.bad == 6 and batches.delivered == 20
+    assert batches.num_bad_records == 6 and batches.num_rows == 20
     notes = [json.loads(line) for line in note.read_text().splitlines()]
     assert {n["index"] for n in notes} == {3, 5, 7, 9, 11, 13} and {n["source"] for n in notes} == {"lines"}
     for words in BAD.values():
         assert any(words in n["reason"] for n in notes)
-    said = [batches.records.processor.decode(row) for b in taken for row in b.target_BM]
+    said = [batches.dataset.processor.decode(row) for b in taken for row in b.target_BM]
     assert sorted(said) == sorted([*map(str, range(20)), "4", "6", "8", "10", "12", "14"])[:0] + sorted(
         [str(i + 1) if i in (3, 5, 7, 9, 11, 13) else str(i) for i in range(20)]
     )
@@ -288,7 +292,9 @@ def test_bad_records_are_replaced_alike_every_time_noted_and_counted(lines, tmp_
 
 
 def test_too_many_bad_records_stop_the_run(lines):
-    data = DataConfig(sources=(lines(*BAD),), processor=SMALL, on_bad_record="replace", bad_share=0.05, threads=0)
+    data = DataConfig(
+        sources=(lines(*BAD),), processor=SMALL, on_bad_record="replace", max_bad_fraction=0.05, num_threads=0
+    )
     with pytest.raises(UserError, match="bad_share"):
         take(stream(data, of=stage(("vqa", 1.0)), size=4), 5)
 
@@ -297,10 +303,10 @@ def test_a_source_of_nothing_but_bad_records_stops_at_once(tmp_path):
     rows = [{"image": f"{i}.png", "question": "a?", "answer": "b"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = DataConfig(
-        sources=(Lines(str(tmp_path / "rows.jsonl"), str(tmp_path)),),
+        sources=(JsonLines(str(tmp_path / "rows.jsonl"), str(tmp_path)),),
         processor=SMALL,
         on_bad_record="replace",
-        bad_share=1.0,
+        max_bad_fraction=1.0,
     )
     with pytest.raises(UserError, match="in a row"):
         next(stream(data, of=stage(("vqa", 1.0)), size=4))
@@ -353,15 +359,15 @@ def region(question, answer, asked=(), said=()) -> Example:
 
 def test_cropping_and_mirroring_move_boxes_in_arrays_and_in_words():
     a, b = (0.2, 0.4, 0.5, 0.6), (0.6, 0.3, 0.8, 0.7)
-    example = region(f"What is in {box_text(a)}?", f"Answer: {box_text(b)}", (a,), (b,))
-    data = dataclasses.replace(DATA, crop=(0.5, 0.9), flip=True)
+    example = region(f"What is in {box_to_text(a)}?", f"Answer: {box_to_text(b)}", (a,), (b,))
+    data = dataclasses.replace(DATA, crop_scale=(0.5, 0.9), hflip=True)
     seen, mirrors = set(), 0
     for seed in range(30):
-        moved, window, mirrored = changed(example, object(), data, np.random.default_rng(seed))
+        moved, window, mirrored = augment(example, object(), data, np.random.default_rng(seed))
         seen.add(window)
         mirrors += mirrored
-        assert moved.question == f"What is in {box_text(moved.question_boxes[0])}?"
-        assert moved.answer == f"Answer: {box_text(moved.boxes[0])}"
+        assert moved.question == f"What is in {box_to_text(moved.question_boxes[0])}?"
+        assert moved.answer == f"Answer: {box_to_text(moved.boxes[0])}"
         width = window[2] - window[0]
         x0, x1 = ((edge - window[0]) / width for edge in (a[0], a[2]))
         wanted = (1 - x1, 1 - x0) if mirrored else (x0, x1)
@@ -370,13 +376,13 @@ def test_cropping_and_mirroring_move_boxes_in_arrays_and_in_words():
 
 
 def test_words_for_sides_are_never_mirrored_and_scenes_never_touched():
-    rng, data = np.random.default_rng(0), dataclasses.replace(DATA, crop=(0.5, 0.9), flip=True)
+    rng, data = np.random.default_rng(0), dataclasses.replace(DATA, crop_scale=(0.5, 0.9), hflip=True)
     sides = region("Where is the leftmost ring?", "Answer: [0.100,0.100,0.200,0.200]", (), ((0.1, 0.1, 0.2, 0.2),))
-    assert not any(changed(sides, object(), data, rng)[2] for _ in range(20))
-    scene = Records(DATA, "train").seen(0, 0)[1]
-    assert changed(sides, scene, data, rng) == (sides, WHOLE, False)
+    assert not any(augment(sides, object(), data, rng)[2] for _ in range(20))
+    scene = MixtureDataset(DATA, "train").load_cached(0, 0)[1]
+    assert augment(sides, scene, data, rng) == (sides, FULL_IMAGE, False)
     question = dataclasses.replace(region("How many?", "2"), task="vqa")
-    assert changed(question, object(), data, rng)[1] == WHOLE
+    assert augment(question, object(), data, rng)[1] == FULL_IMAGE
 
 
 def test_cropped_photos_reach_the_batch_with_their_boxes(tmp_path):
@@ -385,9 +391,13 @@ def test_cropped_photos_reach_the_batch_with_their_boxes(tmp_path):
     Image.fromarray(canvas).save(tmp_path / "a.png")
     row = {"image": "a.png", "task": "rec", "expression": "it", "boxes": [[0.25, 0.25, 0.75, 0.5]]}
     (tmp_path / "r.jsonl").write_text(json.dumps(row))
-    sources = (Lines(str(tmp_path / "r.jsonl"), str(tmp_path)),)
+    sources = (JsonLines(str(tmp_path / "r.jsonl"), str(tmp_path)),)
     data = DataConfig(
-        sources=sources, processor=dataclasses.replace(SMALL, boxes=1), crop=(0.5, 0.9), flip=True, threads=0
+        sources=sources,
+        processor=dataclasses.replace(SMALL, max_boxes=1),
+        crop_scale=(0.5, 0.9),
+        hflip=True,
+        num_threads=0,
     )
     batch = take(stream(data, of=stage(("rec", 1.0)), size=16), 1)[0]
     for image, box in zip(batch.image_BHWC, batch.boxes_BK4[:, 0]):
@@ -415,14 +425,14 @@ def test_evaluation_leaves_bad_records_out_only_when_told(lines, caplog):
 
 def test_stages_share_what_was_opened_until_a_file_changes(lines, tmp_path):
     data = DataConfig(sources=(lines(),), processor=SMALL)
-    first = open_records(data, "train")
-    assert open_records(dataclasses.replace(data), "train") is first and open_records(data, "heldout") is not first
+    first = open_mixture(data, "train")
+    assert open_mixture(dataclasses.replace(data), "train") is first and open_mixture(data, "heldout") is not first
     lines("box")
-    assert open_records(data, "train") is not first
+    assert open_mixture(data, "train") is not first
 
 
 @pytest.mark.slow
 def test_a_bad_record_in_a_worker_process_is_the_same_sentence(lines):
-    data = DataConfig(sources=(lines("missing"),), processor=SMALL, workers=1)
+    data = DataConfig(sources=(lines("missing"),), processor=SMALL, num_workers=1)
     with pytest.raises(UserError, match=r"gone\.png"):
         take(stream(data, of=stage(("vqa", 1.0)), size=4), 6)

@@ -17,13 +17,13 @@ from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.types import UserError
 from lionjax.data import pipeline
-from lionjax.data.boxes import box_text
-from lionjax.data.processor import Input, Processor
+from lionjax.data.boxes import box_to_text
+from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.evaluation import runner, tasks
-from lionjax.evaluation.report.html import report
+from lionjax.evaluation.report.html import write_report
 from lionjax.inference import engine
-from lionjax.inference.loading import of_params
-from lionjax.inference.sampling import GenerateConfig
+from lionjax.inference.loading import from_params
+from lionjax.inference.sampling import GenerationConfig
 from lionjax.training import loop
 
 BOX, OTHER = (0.1, 0.2, 0.6, 0.7), (0.3, 0.0, 0.9, 0.5)
@@ -72,22 +72,25 @@ def first_parameters(what):
 
     mesh = sharding.make_mesh(what.mesh)
     example = next(pipeline.batches(what.data, what.stages[0], what.seed, 8))
-    return init.first_parameters(what, example, init.layout(what, example, mesh))
+    return init.init_params(what, example, init.make_param_specs(what, example, mesh))
 
 
 @pytest.mark.parametrize("name", small_places.SYSTEMS)
 def test_weights_of_a_run_go_to_torchs_names_and_back_to_the_same_bits(name, tmp_path):
     what = small_places.experiment(*small_places.SYSTEMS[name])
-    made = of_params(what, small_lion.params_of(what))
+    made = from_params(what, small_lion.params_of(what))
     made.export(tmp_path / "torch")
     again = lionjax.load(tmp_path / "torch")
-    assert again.has_the_bits_of(made) and again.system == made.system
+    assert again.equals_bitwise(made) and again.vlm == made.vlm
     assert again.processor.config.places == "embeddings"
 
 
 def batch_of(processor: Processor, answers=None):
     picture = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
-    asked = [Input(picture, f"What is at {box_text(BOX)}?", boxes=(BOX,)), Input(picture, "Where is the star?")]
+    asked = [
+        ImageTextInput(picture, f"What is at {box_to_text(BOX)}?", boxes=(BOX,)),
+        ImageTextInput(picture, "Where is the star?"),
+    ]
     return processor.batch(asked, answers)
 
 
@@ -97,7 +100,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
     system, config, trainable = small_places.SYSTEMS[name]
     params, processor = small_places.talking(small_places.experiment(system, config, trainable)), Processor(config)
     batch = batch_of(processor)
-    how = GenerateConfig(max_new_tokens=8, eos=processor.tokenizer.end_id, pad=0)
+    how = GenerationConfig(max_new_tokens=8, eos_token_id=processor.tokenizer.eos_id, pad_token_id=0)
     made = jax.device_get(engine.generate(system, params, batch, how))
     count = (made.ids_BM[:, :-1] == small_places.TRIGGER).sum(1)
     assert count.sum() >= 1, "the model must say some places"
@@ -123,7 +126,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
 def test_an_answer_that_breaks_off_at_a_trigger_means_no_box():
     system, config, trainable = small_places.SYSTEMS["flagship"]
     params, processor = small_lion.params_of(small_places.experiment(system, config, trainable)), Processor(config)
-    batch = batch_of(processor, [f"a star {box_text(OTHER)}", "a star"])
+    batch = batch_of(processor, [f"a star {box_to_text(OTHER)}", "a star"])
     target = np.array(batch.target_BM)
     last = np.asarray(batch.target_mask_BM).sum(1) - 1
     target[np.arange(2), last] = small_places.TRIGGER  # instead of the end
@@ -139,7 +142,7 @@ def test_masks_without_any_in_the_batch_are_one_sentence():
     with pytest.raises(UserError, match="mix the task res"):
         batch = batch_of(Processor(config), ["a", "b"])
         masks = dataclasses.replace(system, objective="masks")
-        params = sharding.abstract(masks.init, jax.random.key(0), batch)
+        params = sharding.abstract_params(masks.init, jax.random.key(0), batch)
         jax.eval_shape(masks.loss, params, batch)
     with pytest.raises(ValueError, match="want both places and sam"):
         dataclasses.replace(system, places=None)
@@ -147,8 +150,8 @@ def test_masks_without_any_in_the_batch_are_one_sentence():
 
 def test_location_tokens_beyond_the_vocabulary_are_refused_before_training(tmp_path):
     what = small_places.experiment(*small_places.SYSTEMS["nextchat"])
-    words = dataclasses.replace(what.data.processor, places="bins", bins=32)
-    with pytest.raises(UserError, match="the language model has 1024; raise system.language.vocab"):
+    words = dataclasses.replace(what.data.processor, places="bins", location_bins_per_side=32)
+    with pytest.raises(UserError, match="the language model has 1024; raise model.language.vocab"):
         loop.train(
             dataclasses.replace(what, data=dataclasses.replace(what.data, processor=words)), tmp_path, pipeline.batches
         )
@@ -177,19 +180,19 @@ def test_an_answer_has_its_boxes_and_masks_on_the_picture_in_its_own_size(pointi
     (answer,) = pointing.answer([tall], ["Where is the star {box}?"], [[BOX]])
     assert len(answer.boxes) >= 1 and answer.masks.shape == (len(answer.boxes), 50, 20)
     assert ((answer.boxes >= 0) & (answer.boxes <= 1)).all() and answer.masks.dtype == bool
-    assert all(box_text(box) in answer.text for box in answer.boxes.tolist())
+    assert all(box_to_text(box) in answer.text for box in answer.boxes.tolist())
     (other,) = pointing.answer([tall], ["Where is the star {box}?"], [[OTHER]])
     assert other.boxes.shape != answer.boxes.shape or not np.allclose(other.boxes, answer.boxes)
 
 
 def test_answers_with_any_number_of_boxes_share_one_program(pointing):
     processor, picture = pointing.processor, np.full((40, 40, 3), 90, np.uint8)
-    how = engine.settings(pointing.experiment.answer, processor, "region_level")
+    how = engine.make_generation_config(pointing.experiment.answer, processor, "region_level")
     programs = []
     for boxes in ((BOX,), (BOX, OTHER), ()):
-        row = processor.row_of(Input(picture, f"What? {''.join(map(box_text, boxes))}", boxes=boxes))
-        pointing.answerer.say([row], how, least=(1, 64, 64), sizes=[(40, 40)])
-        programs.append((engine.generate._cache_size(), engine.segment._cache_size()))
+        row = processor.row_of(ImageTextInput(picture, f"What? {''.join(map(box_to_text, boxes))}", boxes=boxes))
+        pointing.engine.generate([row], how, min_shape=(1, 64, 64), sizes=[(40, 40)])
+        programs.append((engine.generate._cache_size(), engine.predict_mask_logits._cache_size()))
     assert len(set(programs)) == 1
 
 
@@ -227,18 +230,18 @@ def test_places_are_asked_for_with_their_masks_and_the_page_draws_them(pointing,
     assert len(rows) == LIMIT and all(row["truth_masks"][0]["size"] == [56, 56] for row in rows)
     for variant, field in (("metrics", "masks"), ("majority", "majority_masks")):
         masks = [next(iter(row.get(field, [])), None) for row in rows]
-        again = tasks.res([row["truth_masks"][0] for row in rows], masks).metrics
+        again = tasks.score_res([row["truth_masks"][0] for row in rows], masks).metrics
         assert entries["res"][variant] == pytest.approx(again)
-    assert "Expression to mask, cumulative IoU" in report(folder).read_text()
+    assert "Expression to mask, cumulative IoU" in write_report(folder).read_text()
     assert (folder / "answers_res.png").is_file()
 
 
 def test_the_mask_of_an_answer_without_masks_is_its_box_and_none_where_it_has_several():
     truth = [{"size": [10, 20]}] * 3
-    filled = engine.Said("", np.array([[0.5, 0.0, 1.0, 0.5]]))
-    two = engine.Said("", np.zeros((2, 4)), np.ones((2, 10, 20), bool))
-    one = engine.Said("", np.zeros((1, 4)), np.ones((1, 10, 20), bool))
-    masks = runner.masks_of([filled, two, one], truth)
+    filled = engine.Prediction("", np.array([[0.5, 0.0, 1.0, 0.5]]))
+    two = engine.Prediction("", np.zeros((2, 4)), np.ones((2, 10, 20), bool))
+    one = engine.Prediction("", np.zeros((1, 4)), np.ones((1, 10, 20), bool))
+    masks = runner.predicted_masks([filled, two, one], truth)
     mask_HW = coco.decode(masks[0])
     assert mask_HW.sum() == 50 and mask_HW[:5, 10:].all() and masks[1] is None and coco.area(masks[2]) == 200
 
@@ -246,12 +249,12 @@ def test_the_mask_of_an_answer_without_masks_is_its_box_and_none_where_it_has_se
 def test_phrases_are_found_by_their_words_and_each_counts_once():
     from lionjax.data.scenes.tasks import Example
 
-    true = f"A red star {box_text(BOX)}, a ring {box_text(OTHER)} and a red star {box_text((0.7, 0.7, 0.9, 0.9))}."
+    true = f"A red star {box_to_text(BOX)}, a ring {box_to_text(OTHER)} and a red star {box_to_text((0.7, 0.7, 0.9, 0.9))}."
     example = Example("grounded", "boxes", "?", true, (true,), "region_level")
-    assert [phrase for phrase, _ in tasks.phrases(true)] == ["a red star", "a ring", "a red star"]
-    said = f"A ring {box_text(OTHER)} and a red star {box_text((0.7, 0.7, 0.9, 0.88))}."
-    assert tasks.grounded([example], [said]).metrics == {"phrase_recall_1": 1.0}
-    said = f"A red star {box_text(OTHER)} and a blue ring {box_text(OTHER)}."
-    scored = tasks.grounded([example], [said])
+    assert [phrase for phrase, _ in tasks.parse_grounded_phrases(true)] == ["a red star", "a ring", "a red star"]
+    said = f"A ring {box_to_text(OTHER)} and a red star {box_to_text((0.7, 0.7, 0.9, 0.88))}."
+    assert tasks.score_grounded([example], [said]).metrics == {"phrase_recall_1": 1.0}
+    said = f"A red star {box_to_text(OTHER)} and a blue ring {box_to_text(OTHER)}."
+    scored = tasks.score_grounded([example], [said])
     assert scored.metrics == {"phrase_recall_1": 0.0} and scored.details == {"mentioned": 0.5}
-    assert tasks.grounded([example], ["nothing"]).right == [0.0]
+    assert tasks.score_grounded([example], ["nothing"]).sample_scores == [0.0]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lionjax.evaluation.report import plots
-from lionjax.evaluation.report.plots import Mark
+from lionjax.evaluation.report.plots import Overlay
 
 GREY = np.full((40, 60, 3), 128, np.uint8)
 
@@ -19,48 +19,48 @@ def at(picture: Image.Image, x: float, y: float) -> tuple[int, ...]:
 
 
 def test_a_small_picture_is_enlarged_with_its_shape_kept_and_a_large_one_is_left():
-    assert plots.draw(GREY, [], side=480).size == (480, 320)
-    assert plots.draw(np.zeros((500, 600, 3), np.uint8), [], side=480).size == (600, 500)
+    assert plots.draw_overlays(GREY, [], min_side=480).size == (480, 320)
+    assert plots.draw_overlays(np.zeros((500, 600, 3), np.uint8), [], min_side=480).size == (600, 500)
 
 
 def test_a_box_is_drawn_in_its_colour_where_it_is_and_nowhere_else():
-    drawn = plots.draw(GREY, [Mark((0.25, 0.25, 0.75, 0.75), colour="#e69f00")])
+    drawn = plots.draw_overlays(GREY, [Overlay((0.25, 0.25, 0.75, 0.75), color="#e69f00")])
     for x, y in ((0.252, 0.5), (0.748, 0.5), (0.5, 0.253), (0.5, 0.747)):
-        assert at(drawn, x, y) == plots.rgb("#e69f00")
+        assert at(drawn, x, y) == plots.hex_to_rgb("#e69f00")
     for x, y in ((0.5, 0.5), (0.1, 0.5), (0.9, 0.9)):
         assert at(drawn, x, y) == (128, 128, 128)
 
 
 def test_a_box_is_edged_in_black_or_white_so_that_it_shows_on_its_own_colour():
-    ground = np.full((480, 480, 3), plots.rgb("#e69f00"), np.uint8)
-    drawn = np.asarray(plots.draw(ground, [Mark((0.2, 0.2, 0.8, 0.8), colour="#e69f00")]))
-    assert (drawn == plots.rgb(plots.contrast("#e69f00"))).all(-1).sum() > 1000
+    ground = np.full((480, 480, 3), plots.hex_to_rgb("#e69f00"), np.uint8)
+    drawn = np.asarray(plots.draw_overlays(ground, [Overlay((0.2, 0.2, 0.8, 0.8), color="#e69f00")]))
+    assert (drawn == plots.hex_to_rgb(plots.contrast_color("#e69f00"))).all(-1).sum() > 1000
 
 
 def test_a_dashed_box_has_gaps():
-    line = Mark((0.1, 0.5, 0.9, 0.9), colour="#e69f00")
+    line = Overlay((0.1, 0.5, 0.9, 0.9), color="#e69f00")
     rows = []
     for dashed in (False, True):
-        drawn = np.asarray(plots.draw(GREY, [Mark(line.box, colour=line.colour, dashed=dashed)]))
+        drawn = np.asarray(plots.draw_overlays(GREY, [Overlay(line.box, color=line.color, dashed=dashed)]))
         y = round(0.5 * (drawn.shape[0] - 1)) + 1
-        rows.append((drawn[y] == plots.rgb("#e69f00")).all(-1).sum())
+        rows.append((drawn[y] == plots.hex_to_rgb("#e69f00")).all(-1).sum())
     assert 0.4 * rows[0] < rows[1] < 0.8 * rows[0]
 
 
 def test_a_mask_tints_its_area_alone():
     mask = np.zeros((40, 60), bool)
     mask[10:30, 20:40] = True
-    drawn = plots.draw(GREY, [Mark(mask=mask, colour="#0072b2")])
+    drawn = plots.draw_overlays(GREY, [Overlay(mask=mask, color="#0072b2")])
     inside, outside = at(drawn, 0.5, 0.5), at(drawn, 0.1, 0.1)
-    wanted = np.round(0.55 * 128 + 0.45 * np.array(plots.rgb("#0072b2")))
+    wanted = np.round(0.55 * 128 + 0.45 * np.array(plots.hex_to_rgb("#0072b2")))
     assert np.abs(np.array(inside) - wanted).max() <= 1
     assert outside == (128, 128, 128)
 
 
 @pytest.mark.parametrize("box", [(0, 0, 1, 1), (0.97, 0.97, 1, 1), (-1, 2, 5, 7), (0.5, 0.5, 0.5, 0.5)])
 def test_a_box_at_or_past_the_edge_is_drawn_with_its_words_inside_the_picture(box):
-    drawn = np.asarray(plots.draw(GREY, [Mark(box, "some words", colour="#e69f00")]))
-    plate = (drawn == plots.rgb("#e69f00")).all(-1).sum()
+    drawn = np.asarray(plots.draw_overlays(GREY, [Overlay(box, "some words", color="#e69f00")]))
+    plate = (drawn == plots.hex_to_rgb("#e69f00")).all(-1).sum()
     assert plate > 1000  # the plate of the words is there, not cut away
 
 
@@ -69,42 +69,42 @@ def test_plates_of_words_do_not_cover_each_other():
     pen = __import__("PIL.ImageDraw").ImageDraw.Draw(Image.new("RGB", (480, 480)))
     for index in range(8):
         box = (100, 100, 300, 300 + index)
-        taken.append(plots.plate(pen, f"thing {index}", box, "#e69f00", (480, 480), taken))
+        taken.append(plots.draw_label(pen, f"thing {index}", box, "#e69f00", (480, 480), taken))
     for (l, t, r, b), (x, y, u, v) in itertools.combinations(taken, 2):
         assert r <= x or u <= l or b <= y or v <= t
 
 
 def test_words_stand_in_black_or_white_with_a_contrast_of_at_least_4_5():
     def light(colour):
-        parts = [c / 255 for c in plots.rgb(colour)]
+        parts = [c / 255 for c in plots.hex_to_rgb(colour)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return np.dot((0.2126, 0.7152, 0.0722), linear)
 
-    assert plots.contrast("#ffffff") == "#000000" and plots.contrast("#000000") == "#ffffff"
+    assert plots.contrast_color("#ffffff") == "#000000" and plots.contrast_color("#000000") == "#ffffff"
     for colour in plots.PALETTE:
-        low, high = sorted((light(colour), light(plots.contrast(colour))))
+        low, high = sorted((light(colour), light(plots.contrast_color(colour))))
         assert (high + 0.05) / (low + 0.05) >= 4.5, colour
 
 
 def test_a_grid_wraps_its_rows_and_keeps_every_picture_whole():
     cells = [(Image.new("RGB", (100, 50), colour), [("words", "#000000")]) for colour in plots.PALETTE]
-    sheet = plots.grid(cells, columns=4)
+    sheet = plots.image_grid(cells, columns=4)
     seen = {colour for _, colour in sheet.getcolors(1 << 20)}
-    assert {plots.rgb(colour) for colour in plots.PALETTE} <= seen
+    assert {plots.hex_to_rgb(colour) for colour in plots.PALETTE} <= seen
     assert sheet.width == 4 * (320 + 16) + 16 and sheet.height > 2 * 320
 
 
 def test_long_words_and_texts_are_wrapped_to_the_width():
-    face = plots.font(16)
-    lines = plots.wrap("several words and " + "x" * 200 + " and then many more words " * 20, face, 200)
+    face = plots.load_font(16)
+    lines = plots.wrap_text("several words and " + "x" * 200 + " and then many more words " * 20, face, 200)
     assert len(lines) == 6 and lines[-1].endswith("…")
     assert all(face.getlength(line) <= 201 for line in lines)
 
 
 def test_smoothing_keeps_a_line_straight_and_a_mean_the_same():
-    assert np.allclose(plots.smooth(np.full(50, 3.0)), 3)
+    assert np.allclose(plots.running_mean(np.full(50, 3.0)), 3)
     values = np.random.default_rng(0).normal(size=200)
-    smoothed = plots.smooth(values, 0.1)
+    smoothed = plots.running_mean(values, 0.1)
     assert smoothed.std() < 0.5 * values.std()
     assert np.isclose(smoothed[100], values[90:111].mean())
 
@@ -115,13 +115,13 @@ def curve_points(figure) -> dict:
 
 def test_loss_curves_have_a_panel_for_each_stage_with_its_own_points():
     rows = [dict(stage=s, step=i, loss=loss) for s, loss in (("a", 2.0), ("b", 1.0)) for i in (1, 2)]
-    figure = plots.loss_curves([*rows, {"stage": "b", "step": 3, "vqa": 0.5}])
+    figure = plots.plot_loss_curves([*rows, {"stage": "b", "step": 3, "vqa": 0.5}])
     assert curve_points(figure) == {"a": [[1, 2], [2, 2]], "b": [[1, 1], [2, 1]]}
 
 
 def test_router_ratios_are_shown_layer_by_layer_with_their_numbers():
     ratio_LTA = np.arange(12).reshape(3, 2, 2) / 10
-    figure = plots.router_ratios({"encoder": ratio_LTA, "decoder": ratio_LTA[:2]}, ("one", "two"))
+    figure = plots.plot_router_ratios({"encoder": ratio_LTA, "decoder": ratio_LTA[:2]}, ("one", "two"))
     encoder, decoder = figure.axes
     assert np.array_equal(encoder.images[0].get_array(), ratio_LTA.reshape(3, 4))
     assert [text.get_text() for text in decoder.texts] == [f"{i / 10:.2f}" for i in range(8)]
@@ -131,7 +131,7 @@ def test_router_ratios_are_shown_layer_by_layer_with_their_numbers():
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_figures_have_the_colour_of_their_page(dark, tmp_path):
-    figure = plots.loss_curves([dict(stage="a", step=1, loss=1.0)], dark)
+    figure = plots.plot_loss_curves([dict(stage="a", step=1, loss=1.0)], dark)
     figure.savefig(tmp_path / "loss.png")
     corner = Image.open(tmp_path / "loss.png").convert("RGB").getpixel((1, 1))
-    assert corner == plots.rgb((plots.DARK if dark else plots.LIGHT)["page"])
+    assert corner == plots.hex_to_rgb((plots.DARK_THEME if dark else plots.LIGHT_THEME)["page"])

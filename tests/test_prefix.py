@@ -15,13 +15,13 @@ transformers = pytest.importorskip("transformers")
 
 from lionjax import convert
 from lionjax.core import sharding
-from lionjax.inference.engine import unlikely
-from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.inference.engine import target_nll
+from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.connectors import qformer
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.vit import ViTConfig
-from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 NEW = 7
 
@@ -59,7 +59,7 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(pair):
     for mine, theirs in zip(logits, wanted):
         close(mine[: len(theirs)], theirs, seed)
     assert float(value) == pytest.approx(out.loss.item(), abs=1e-4), f"seed {seed}"
-    mine = convert.state_from(system.torch_rows(), jax.tree.map(np.asarray, grads))
+    mine = convert.state_dict_from_params(system.weight_map(), jax.tree.map(np.asarray, grads))
     theirs = gradients(model)
     if "language_model.shared.weight" in theirs and "language_model.lm_head.weight" not in theirs:
         # This version ties the two, whatever the config says.
@@ -72,19 +72,24 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(pair):
 
 def gradients(model) -> dict[str, float]:
     """Norms of their gradients by the names that weights have in files; the bias of EVA's keys has one of nothing."""
-    from lionjax.convert.formats.hf_vlm import LLAVA_SPELLINGS
-    from lionjax.convert.io.reader import Tensors
+    from lionjax.convert.formats.hf_vlm import LLAVA_KEY_PATTERNS
+    from lionjax.convert.io.reader import CheckpointTensors
 
     named = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     if type(model).__name__.startswith("Llava"):
-        named = Tensors(named, ("gradients",)).respelled(*LLAVA_SPELLINGS)
+        named = CheckpointTensors(named, ("gradients",)).rename_keys(*LLAVA_KEY_PATTERNS)
     return {name: float(np.linalg.norm(grad)) for name, grad in named.items()}
 
 
 def test_greedy_words_are_those_of_transformers(pair):
     seed, model, system, params, batch = pair
     language = system.language
-    config = GenerateConfig(max_new_tokens=NEW, eos=language.end_token, pad=0, start=0 if system.encodes else None)
+    config = GenerationConfig(
+        max_new_tokens=NEW,
+        eos_token_id=language.end_token,
+        pad_token_id=0,
+        decoder_start_token_id=0 if system.encodes else None,
+    )
     made = generate(system, params, batch, config)
     asked = tiny.inputs(system, batch, answers=False, left=not system.encodes)
     told = model.generate(
@@ -106,7 +111,7 @@ def test_candidates_rank_by_the_loss_of_their_tokens_in_sum_as_transformers_give
         torch.nn.functional.cross_entropy(torch.tensor(row), torch.tensor(ids[: len(row)]).long(), reduction="sum")
         for row, ids in zip(logits, batch.target_BM)
     ]
-    mine = unlikely(system, params, batch)
+    mine = target_nll(system, params, batch)
     close(mine, wanted, seed)
     assert np.argsort(mine).tolist() == np.argsort(wanted).tolist()
 
@@ -134,7 +139,7 @@ def test_two_pictures_in_a_row_and_none_are_those_of_transformers(pair):
     """And a token for each of a picture's words, as transformers writes them, means the same as one token."""
     seed, model, system, params, batch = pair
     system = dataclasses.replace(system, in_front=False)
-    token, words = tiny.IMAGE_TOKEN, system.vision.patches + system.class_token
+    token, words = tiny.IMAGE_TOKEN, system.vision.patches + system.keep_class_token
     texts = [[1, 5, token, 6, 7, token, 8], [1, 9, 10, 11]]
     images = np.random.default_rng(seed).standard_normal((2, 2, *batch.image_BHWC.shape[1:])).astype(np.float32)
     prompt, mask = np.zeros((2, 7), np.int32), np.zeros((2, 7), np.int32)
@@ -181,10 +186,10 @@ def test_a_qformer_without_text_gives_the_states_of_blip2s():
         attention_probs_dropout_prob=0.0,
     )
     theirs = tiny.shaken(transformers.Blip2QFormerModel(transformers.Blip2QFormerConfig(**sizes)))
-    c = QFormerConfig(heads * 4, layers, heads, 22, draw.randint(2, 5), every, 10, text=False)
-    queries = torch.randn(1, c.queries, c.width)
+    c = QFormerConfig(heads * 4, layers, heads, 22, draw.randint(2, 5), every, 10, use_text_input=False)
+    queries = torch.randn(1, c.num_query_tokens, c.width)
     state = {name: w.numpy() for name, w in theirs.state_dict().items()} | {"query_tokens": queries.numpy()}
-    params = convert.params_from((*qformer.query_rows(c), *qformer.hugging_face_rows(c)), state)
+    params = convert.params_from_state_dict((*qformer.query_tokens_weight_map(c), *qformer.hf_weight_map(c)), state)
     source = torch.randn(2, 7, 10)
     with torch.no_grad():
         wanted = theirs(query_embeds=queries.expand(2, -1, -1), encoder_hidden_states=source).last_hidden_state
@@ -196,7 +201,7 @@ def test_pooled_patches_are_the_means_of_their_squares():
     draw, numbers = random.Random(seed), np.random.default_rng(seed)
     side = draw.choice([4, 6])
     tower = ViTConfig(7 * side, 7, 2 * draw.randint(3, 5), draw.randint(2, 3), 2, 12)
-    whole = Prefix(tower, DecoderConfig(48, 16, 1, 2, 2, 8, 24), image_token=None, names="original")
+    whole = VisualPrefixLM(tower, DecoderConfig(48, 16, 1, 2, 2, 8, 24), image_token_id=None, torch_names="original")
     batch = tiny.batch_of(whole, draw, rows=2)
     params = jax.tree.map(
         lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32),
@@ -218,29 +223,33 @@ def test_features_that_were_kept_give_the_same_loss(pair):
 
 def test_sizes_that_make_no_sense_are_refused_in_words():
     with pytest.raises(ValueError, match="projector_depth is 3; it can be one of 0, 1, 2"):
-        Prefix(projector_depth=3)
+        VisualPrefixLM(projector_depth=3)
     with pytest.raises(ValueError, match="feature_layer is 0; a tower of 24 blocks has -1 to -24"):
-        Prefix(feature_layer=0)
+        VisualPrefixLM(feature_layer=0)
     with pytest.raises(ValueError, match="the picture can only stand in front"):
-        Prefix(image_token=None, in_front=False)
+        VisualPrefixLM(image_token_id=None, prepend_image=False)
     with pytest.raises(ValueError, match="pool is 5; it divides the 24 patches a side"):
-        Prefix(pool=5, names="original")
+        VisualPrefixLM(pool_stride=5, torch_names="original")
     with pytest.raises(ValueError, match="nor for pooled patches; set names"):
-        Prefix(pool=2)
+        VisualPrefixLM(pool_stride=2)
 
 
 def test_on_a_mesh_the_loss_is_the_same_and_a_padded_vocabulary_is_split_where_an_odd_one_is_not():
-    language = DecoderConfig(vocab=51, width=16, layers=1, heads=2, kv_heads=2, head=8, hidden=16, end_token=2)
-    tower = ViTConfig(14, 7, 8, 1, 2, 8, biases="qkvo", patch_bias=False, norm_before=True, norm_after=True)
-    odd = Prefix(tower, language, feature_layer=-1, image_token=tiny.IMAGE_TOKEN)
-    padded = dataclasses.replace(odd, language=dataclasses.replace(language, vocab_multiple=64))
+    language = DecoderConfig(
+        vocab_size=51, width=16, depth=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16, eos_token_id=2
+    )
+    tower = ViTConfig(
+        14, 7, 8, 1, 2, 8, attention_biases="qkvo", patch_bias=False, pre_layernorm=True, post_layernorm=True
+    )
+    odd = VisualPrefixLM(tower, language, feature_layer=-1, image_token_id=tiny.IMAGE_TOKEN)
+    padded = dataclasses.replace(odd, language=dataclasses.replace(language, pad_vocab_to_multiple_of=64))
     batch = tiny.batch_of(odd, random.Random(0), rows=8)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
-    shapes = sharding.abstract(odd.init, jax.random.key(0), batch, mesh=mesh)
+    shapes = sharding.abstract_params(odd.init, jax.random.key(0), batch, mesh=mesh)
     assert "tensor" not in shapes["language"]["head"]["kernel"].sharding.spec
-    params = sharding.init(padded.init, jax.random.key(0), batch, mesh=mesh)
+    params = sharding.init_sharded(padded.init, jax.random.key(0), batch, mesh=mesh)
     assert "tensor" in params["language"]["head"]["kernel"].sharding.spec
-    with sharding.use(mesh):
-        whole = jax.jit(padded.loss)(params, sharding.put_batch(batch, mesh))[0]
+    with sharding.use_mesh(mesh):
+        whole = jax.jit(padded.loss)(params, sharding.shard_batch(batch, mesh))[0]
     alone = jax.jit(padded.loss)(jax.device_get(params), batch)[0]
     assert float(whole) == pytest.approx(float(alone), rel=1e-5)

@@ -20,12 +20,12 @@ from torch.nn.functional import conv2d, layer_norm, linear, scaled_dot_product_a
 
 from lionjax import convert
 from lionjax.core import sharding
-from lionjax.inference.generate import GenerateConfig, generate
-from lionjax.models.connectors.perceiver import AbstractorConfig, ProjectionConfig
+from lionjax.inference.generate import GenerationConfig, generate
+from lionjax.models.connectors.perceiver import AbstractorConfig, ImageToTextProjectionConfig
 from lionjax.models.language import decoder
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.vit import ViTConfig
-from lionjax.models.vlm.visual_prefix import MPLUG_OWL_7B, Prefix, PrefixModule
+from lionjax.models.vlm.visual_prefix import MPLUG_OWL_7B, VisualPrefixLM, VisualPrefixLMModule
 
 NEW = 5
 
@@ -38,11 +38,11 @@ def tower(draw, **fields) -> ViTConfig:
         width=heads * 4,
         depth=draw.randint(1, 3),
         heads=heads,
-        hidden=draw.randint(20, 30),
+        mlp_dim=draw.randint(20, 30),
         activation="quick_gelu",
         biases="qkvo",
         patch_bias=False,
-        norm_before=True,
+        pre_layernorm=True,
     )
     return ViTConfig(**settings | fields)
 
@@ -53,25 +53,25 @@ def language(draw) -> DecoderConfig:
     )
 
 
-def owl(draw) -> Prefix:
+def owl(draw) -> VisualPrefixLM:
     seen = tower(draw, eps=1e-6)
     layers, hidden, queries = draw.randint(1, 3), draw.randint(20, 30), draw.randint(2, 5)
-    bridge = AbstractorConfig(seen.width, layers, seen.heads, hidden, queries, dropout=0.0)
+    bridge = AbstractorConfig(seen.width, layers, seen.num_heads, hidden, queries, dropout=0.0)
     return dataclasses.replace(
-        MPLUG_OWL_7B, vision=seen, language=language(draw), latents=bridge, image_token=tiny.IMAGE_TOKEN
+        MPLUG_OWL_7B, vision=seen, language=language(draw), resampler=bridge, image_token=tiny.IMAGE_TOKEN
     )
 
 
-def frozen(draw) -> Prefix:
-    return Prefix(
+def frozen(draw) -> VisualPrefixLM:
+    return VisualPrefixLM(
         tower(draw, eps=1e-5),
         language(draw),
         feature_layer=-1,
-        class_token=draw.choice([True, False]),
+        keep_class_token=draw.choice([True, False]),
         projector_depth=1,
-        words=draw.randint(1, 3),
-        image_token=tiny.IMAGE_TOKEN,
-        names="original",
+        num_prefix_tokens=draw.randint(1, 3),
+        image_token_id=tiny.IMAGE_TOKEN,
+        torch_names="original",
     )
 
 
@@ -84,9 +84,9 @@ def looked(query, key, value, heads):
     return scaled_dot_product_attention(*cut).transpose(1, 2).flatten(2)
 
 
-def owl_sees(w, c: Prefix, image):
+def owl_sees(w, c: VisualPrefixLM, image):
     """mPLUG-Owl up to its language model, from the description of its code: (B, Q + 1, D)."""
-    v, a = c.vision, c.latents
+    v, a = c.vision, c.resampler
 
     def of(name):
         return w[f"{name}.weight"], w[f"{name}.bias"]
@@ -94,25 +94,25 @@ def owl_sees(w, c: Prefix, image):
     def norm(x, name, eps):
         return layer_norm(x, x.shape[-1:], *of(name), eps)
 
-    x = conv2d(image, w["vision_model.embeddings.patch_embed.weight"], stride=v.patch).flatten(2).transpose(1, 2)
+    x = conv2d(image, w["vision_model.embeddings.patch_embed.weight"], stride=v.patch_size).flatten(2).transpose(1, 2)
     x = torch.cat([w["vision_model.embeddings.cls_token"].expand(len(x), -1, -1), x], 1)
-    x = norm(x + w["vision_model.embeddings.position_embedding"], "vision_model.embeddings.pre_layernorm", v.eps)
+    x = norm(x + w["vision_model.embeddings.position_embedding"], "vision_model.embeddings.pre_layernorm", v.norm_eps)
     for i in range(v.depth):
         at = f"vision_model.encoder.layers.{i}."
-        mixed = linear(norm(x, at + "input_layernorm", v.eps), *of(at + "self_attn.query_key_value"))
-        query, key, value = mixed.unflatten(-1, (v.heads, 3, -1)).permute(3, 0, 2, 1, 4)
+        mixed = linear(norm(x, at + "input_layernorm", v.norm_eps), *of(at + "self_attn.query_key_value"))
+        query, key, value = mixed.unflatten(-1, (v.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
         own = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         x = x + linear(own, *of(at + "self_attn.dense"))
-        h = linear(norm(x, at + "post_attention_layernorm", v.eps), *of(at + "mlp.fc1"))
+        h = linear(norm(x, at + "post_attention_layernorm", v.norm_eps), *of(at + "mlp.fc1"))
         x = x + linear(h * torch.sigmoid(1.702 * h), *of(at + "mlp.fc2"))
-    x = norm(x, "vision_model.post_layernorm", c.vision_eps)
+    x = norm(x, "vision_model.post_layernorm", c.vision_norm_eps)
     query = w["query_tokens"].expand(len(x), -1, -1)
-    for i in range(a.layers):
+    for i in range(a.depth):
         at = f"abstractor.encoder.layers.{i}.crossattention."
         query = norm(query, at + "norm1", 1e-5)
         both = torch.cat([query, norm(x, at + "normk", 1e-5)], 1)
         asked = (linear(s, *of(f"{at}attention.{n}")) for n, s in (("query", query), ("key", both), ("value", both)))
-        query = query + linear(looked(*asked, a.heads), *of(at + "output.out_proj"))
+        query = query + linear(looked(*asked, a.num_heads), *of(at + "output.out_proj"))
         h, mlp = norm(query, at + "output.norm2", 1e-5), at + "output.mlp."
         h = norm(silu(linear(h, *of(mlp + "w1"))) * linear(h, *of(mlp + "w3")), mlp + "ffn_ln", 1e-6)
         query = query + linear(h, *of(mlp + "w2"))
@@ -120,39 +120,39 @@ def owl_sees(w, c: Prefix, image):
     return torch.cat([words, w["abstractor.vit_eos"].expand(len(words), -1, -1)], 1)
 
 
-def frozen_sees(w, c: Prefix, image):
+def frozen_sees(w, c: VisualPrefixLM, image):
     """transformers' CLIP, the mean of what it saw, and a linear into so many words."""
     v = c.vision
     config = transformers.CLIPVisionConfig(
         hidden_size=v.width,
-        intermediate_size=v.hidden,
+        intermediate_size=v.mlp_dim,
         num_hidden_layers=v.depth,
-        num_attention_heads=v.heads,
-        image_size=v.image,
-        patch_size=v.patch,
-        layer_norm_eps=v.eps,
+        num_attention_heads=v.num_heads,
+        image_size=v.image_size,
+        patch_size=v.patch_size,
+        layer_norm_eps=v.norm_eps,
         hidden_act="quick_gelu",
     )
     clip, at = transformers.CLIPVisionModel(config), "model.vision_tower.vision_tower.vision_model."
     own = {name.split("vision_model.")[-1]: name for name in clip.state_dict()}
     held = {own[n.removeprefix(at)]: x for n, x in w.items() if n.startswith(at)}
     x = functional_call(clip, held, (image,), {"output_hidden_states": True}, strict=False).hidden_states[-1]
-    x = x[:, 0 if c.class_token else 1 :].mean(1)
+    x = x[:, 0 if c.keep_class_token else 1 :].mean(1)
     x = linear(x, w["model.mm_projector.weight"], w["model.mm_projector.bias"])
-    return x.unflatten(-1, (c.words, -1))
+    return x.unflatten(-1, (c.num_prefix_tokens, -1))
 
 
 def llama(c: DecoderConfig):
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=c.vocab,
+            vocab_size=c.vocab_size,
             hidden_size=c.width,
-            intermediate_size=c.hidden,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads,
-            head_dim=c.head,
-            rms_norm_eps=c.eps,
+            intermediate_size=c.mlp_dim,
+            num_hidden_layers=c.depth,
+            num_attention_heads=c.num_heads,
+            num_key_value_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            rms_norm_eps=c.norm_eps,
         )
     ).eval()
 
@@ -168,9 +168,9 @@ def test_the_whole_is_its_parts_in_torch_with_every_gradient_and_greedy_word(nam
     system = make(draw)
     batch = tiny.batch_of(system, draw, rows=2)
     numbers = np.random.default_rng(seed)
-    params = sharding.abstract(system.init, jax.random.key(0), batch)
+    params = sharding.abstract_params(system.init, jax.random.key(0), batch)
     params = jax.tree.map(lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32), params)
-    names = convert.state_from(system.torch_rows(), params)
+    names = convert.state_dict_from_params(system.weight_map(), params)
     w = {name: torch.tensor(value, requires_grad=True) for name, value in names.items()}
     words = sees(w, system, torch.tensor(batch.image_BHWC.transpose(0, 3, 1, 2).copy()))
     model = llama(system.language)
@@ -190,7 +190,12 @@ def test_the_whole_is_its_parts_in_torch_with_every_gradient_and_greedy_word(nam
 
     tiny.assert_learns_alike(system, params, batch, rows, value, w.items(), seed)
 
-    said = generate(system, params, batch, GenerateConfig(max_new_tokens=NEW, eos=-1, pad=0, start=None))
+    said = generate(
+        system,
+        params,
+        batch,
+        GenerationConfig(max_new_tokens=NEW, eos_token_id=-1, pad_token_id=0, decoder_start_token_id=None),
+    )
     for row, x in enumerate(prompts):
         for word in np.asarray(said.ids_BM)[row]:
             with torch.no_grad():
@@ -215,18 +220,18 @@ def test_tower_and_abstractor_compute_what_mplug_owl_does(folder):
             v["activation"],
             "qkvo",
             patch_bias=False,
-            norm_before=True,
+            pre_layernorm=True,
         ),
-        latents=AbstractorConfig(
-            a["width"], a["layers"], a["heads"], a["mlp_width"], a["queries"], inner_eps=a["layer_norm_eps"]
+        resampler=AbstractorConfig(
+            a["width"], a["layers"], a["heads"], a["mlp_width"], a["queries"], sub_ln_eps=a["layer_norm_eps"]
         ),
         language=DecoderConfig(8, a["language_width"], 1, 1, 1, a["language_width"], 8),
-        vision_eps=v["layer_norm_eps"],
+        vision_norm_eps=v["layer_norm_eps"],
     )
-    rows = [row for row in system.torch_rows() if not row.names[0].startswith("language_model.")]
+    rows = [row for row in system.weight_map() if not row.torch_keys[0].startswith("language_model.")]
     state = load_file(folder / "weights.safetensors")
-    params = convert.params_from(rows, state)
-    for name, value in convert.state_from(rows, params).items():
+    params = convert.params_from_state_dict(rows, state)
+    for name, value in convert.state_dict_from_params(rows, params).items():
         np.testing.assert_array_equal(value, state[name], name)
     batch = tiny.batch_of(dataclasses.replace(system, image_token=3), random.Random(0), len(arrays["image"]))
     batch = dataclasses.replace(batch, image_BHWC=arrays["image"].transpose(0, 2, 3, 1))
@@ -235,7 +240,7 @@ def test_tower_and_abstractor_compute_what_mplug_owl_does(folder):
         seen = module.encode_image(batch)
         return module.vision_norm(seen), module.embed_image(batch, None)[:, 0]
 
-    seen, words = PrefixModule(system).apply({"params": params}, batch, method=looks)
+    seen, words = VisualPrefixLMModule(system).apply({"params": params}, batch, method=looks)
     assert_close(seen, arrays["vision_output"], "vision")
     assert_close(words, arrays["abstractor_output"], "abstractor")
 
@@ -252,30 +257,30 @@ def kosmos(draw):
         heads=heads,
         kv_heads=heads,
         head=width // heads,
-        hidden=hidden,
+        mlp_dim=hidden,
         dropout=0.0,
-        pad_token=0,
+        pad_token_id=0,
         position_offset=1,
         start_token=1,
         end_token=2,
     )
     queries = draw.randint(2, 4)
-    system = Prefix(
+    system = VisualPrefixLM(
         seen,
         text,
-        latents=ProjectionConfig(seen.width, width, heads, queries),
+        resampler=ImageToTextProjectionConfig(seen.width, width, heads, queries),
         feature_layer=-1,
-        class_token=True,
-        vision_eps=1e-5,
+        keep_class_token=True,
+        vision_norm_eps=1e-5,
         projector_depth=0,
-        unit=True,
-        image_token=tiny.IMAGE_TOKEN,
+        normalize_features=True,
+        image_token_id=tiny.IMAGE_TOKEN,
     )
     config = transformers.Kosmos2Config(
         text_config={
             "vocab_size": vocab,
             "embed_dim": width,
-            "layers": text.layers,
+            "layers": text.depth,
             "ffn_dim": hidden,
             "attention_heads": heads,
             "dropout": 0.0,
@@ -289,11 +294,11 @@ def kosmos(draw):
         },
         vision_config={
             "hidden_size": seen.width,
-            "intermediate_size": seen.hidden,
+            "intermediate_size": seen.mlp_dim,
             "num_hidden_layers": seen.depth,
-            "num_attention_heads": seen.heads,
-            "image_size": seen.image,
-            "patch_size": seen.patch,
+            "num_attention_heads": seen.num_heads,
+            "image_size": seen.image_size,
+            "patch_size": seen.patch_size,
         },
         latent_query_num=queries,
     )
@@ -306,7 +311,7 @@ def test_kosmos_2_computes_what_transformers_does_with_every_gradient_and_greedy
     torch.manual_seed(seed)
     theirs, system = kosmos(draw)
     state = {name: weight.detach().numpy() for name, weight in theirs.state_dict().items()}
-    params = convert.params_from(system.torch_rows(), state)
+    params = convert.params_from_state_dict(system.weight_map(), state)
     batch = tiny.batch_of(system, draw)
     asked = tiny.inputs(system, batch)
     places = asked["input_ids"] == tiny.IMAGE_TOKEN
@@ -321,12 +326,17 @@ def test_kosmos_2_computes_what_transformers_does_with_every_gradient_and_greedy
     for row, told in enumerate(wanted):
         assert_close(logits[row, : len(told)], told, f"logits, seed {seed}")
     assert float(value) == pytest.approx(out.loss.item(), abs=1e-4), f"seed {seed}"
-    grads = convert.state_from(system.torch_rows(), jax.tree.map(np.asarray, grads))
+    grads = convert.state_dict_from_params(system.weight_map(), jax.tree.map(np.asarray, grads))
     for name, weight in theirs.named_parameters():
         norm = weight.grad.norm().item() if weight.grad is not None else 0.0
         assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
 
-    said = generate(system, params, batch, GenerateConfig(max_new_tokens=NEW, eos=2, pad=0, start=None))
+    said = generate(
+        system,
+        params,
+        batch,
+        GenerationConfig(max_new_tokens=NEW, eos_token_id=2, pad_token_id=0, decoder_start_token_id=None),
+    )
     for row, ids in enumerate(tiny.expanded(system, batch)):
         ids = torch.tensor([ids])
         told = theirs.generate(

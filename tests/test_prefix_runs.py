@@ -13,38 +13,51 @@ import tiny_prefix as tiny
 
 import lionjax
 from lionjax import convert
-from lionjax.convert.formats.detect import of_config
+from lionjax.convert.formats.detect import format_of_config
 from lionjax.core import config, sharding
 from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
-from lionjax.data.processor import CLIP_MEAN, CLIP_STD, Input, Processor, ProcessorConfig
+from lionjax.data.processor import CLIP_MEAN, CLIP_STD, ImageTextInput, Processor, ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
-from lionjax.inference.loading import example
+from lionjax.inference.loading import dummy_batch
 from lionjax.inference.model import Model
-from lionjax.inference.sampling import GenerateConfig
+from lionjax.inference.sampling import GenerationConfig
 from lionjax.models.connectors.qformer import QFormerConfig
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision.vit import ViTConfig
-from lionjax.models.vlm.visual_prefix import Prefix
+from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 from lionjax.training import loop
-from lionjax.training.init import first_parameters
-from lionjax.training.init import layout as init_layout
-from lionjax.training.validate import check_prompts, check_words
+from lionjax.training.init import init_params
+from lionjax.training.init import make_param_specs as init_layout
+from lionjax.training.validate import check_prompt_format, check_token_ids
 
 BF16 = ml_dtypes.bfloat16
 SIDE, PATCH_TOKEN = 28, 21  # <im_patch> of the tiny tokenizer
 CLIP = ViTConfig(
-    SIDE, 14, 16, 3, 2, 24, 1e-5, "quick_gelu", biases="qkvo", patch_bias=False, norm_before=True, norm_after=True
+    SIDE,
+    14,
+    16,
+    3,
+    2,
+    24,
+    1e-5,
+    "quick_gelu",
+    attention_biases="qkvo",
+    patch_bias=False,
+    pre_layernorm=True,
+    post_layernorm=True,
 )
 TEMPLATE = "USER: {image} {question} ASSISTANT:"
-LLAVA = Prefix(
-    CLIP, DecoderConfig(1024, 32, 2, 2, 2, 16, 48, pad_token=0, start_token=1, end_token=1), image_token=PATCH_TOKEN
+LLAVA = VisualPrefixLM(
+    CLIP,
+    DecoderConfig(1024, 32, 2, 2, 2, 16, 48, pad_token_id=0, bos_token_id=1, eos_token_id=1),
+    image_token_id=PATCH_TOKEN,
 )
-INSTRUCTBLIP = Prefix(
+INSTRUCTBLIP = VisualPrefixLM(
     ViTConfig(SIDE, 14, 16, 2, 2, 24),
     T5Config(1024, 32, 8, 2, 48, 2, 2, dropout=0.0, activation="gelu"),
     QFormerConfig(16, 2, 2, 24, 4, 2, 16, 1024, 64, dropout=0.0),
@@ -56,7 +69,7 @@ INSTRUCTBLIP = Prefix(
 )
 
 
-def experiment(system: Prefix) -> Experiment:
+def experiment(system: VisualPrefixLM) -> Experiment:
     """Two stages: two steps of what lies between, then twenty of the language model too, at a rate that shows."""
     decoder = {} if system.encodes else {"reader": "decoder", "template": TEMPLATE, "image_token": PATCH_TOKEN}
     between = ("projector",) if system.qformer is None else ("projector", "qformer", "vision_norm")
@@ -64,11 +77,16 @@ def experiment(system: Prefix) -> Experiment:
     mixture = (("vqa", 1.0), ("caption", 1.0))
     return Experiment(
         name="small",
-        system=system,
+        model=system,
         data=DataConfig(
-            sources=(Scenes((12, 4, 12), pixels=56),),
+            sources=(Scenes((12, 4, 12), image_size=56),),
             processor=ProcessorConfig(
-                image_size=SIDE, prompt_length=48, question_length=48, target_length=24, tags=False, **decoder
+                image_size=SIDE,
+                max_prompt_tokens=48,
+                max_question_tokens=48,
+                max_target_tokens=24,
+                use_tags=False,
+                **decoder,
             ),
         ),
         stages=(
@@ -117,7 +135,7 @@ def test_a_trained_model_answers_is_exported_and_comes_back_to_the_bit(trained, 
     for kind in ("torch", "jax"):
         model.export(tmp_path / kind, kind)
         again: Model = lionjax.load(tmp_path / kind)
-        assert again.has_the_bits_of(model)
+        assert again.equals_bitwise(model)
         assert [answer.text for answer in again.answer(pictures(3), PROMPTS)] == said
 
 
@@ -142,20 +160,20 @@ def test_what_was_trained_here_says_the_same_in_transformers(trained, tmp_path):
 def test_a_run_begins_with_parts_that_were_converted_by_themselves(tmp_path):
     """A tower and a language model in folders of their own, one of them in shards, its vocabulary to be padded."""
     system = dataclasses.replace(LLAVA, language=dataclasses.replace(LLAVA.language, vocab=1001))
-    wide = dataclasses.replace(system, language=dataclasses.replace(system.language, vocab_multiple=64))
+    wide = dataclasses.replace(system, language=dataclasses.replace(system.language, pad_vocab_to_multiple_of=64))
     rng, made = np.random.default_rng(0), {}
     for name in ("vision", "language"):
         part = getattr(system, name)
-        shapes = trees.flatten(of_config(part).abstract(part))
+        shapes = trees.flatten(format_of_config(part).abstract_params(part))
         made[name] = {path: rng.standard_normal(leaf.shape).astype(BF16) for path, leaf in shapes.items()}
         convert.to_torch(part, trees.unflatten(made[name]), tmp_path / f"{name}_torch")
         convert.convert(tmp_path / f"{name}_torch", tmp_path / name, "jax", shard_bytes=50_000)
     assert not (tmp_path / "language" / "params.safetensors").exists()
     weights = tuple((name, str(tmp_path / name / "params.safetensors")) for name in made)
     what = dataclasses.replace(experiment(wide), weights=weights)
-    batch = example(Processor(what.data.processor))
+    batch = dummy_batch(Processor(what.data.processor))
     layout = init_layout(what, batch, sharding.make_mesh(devices=jax.devices()[:1]))
-    parts = first_parameters(what, batch, layout)
+    parts = init_params(what, batch, layout)
     flat = trees.flatten(trees.merge(*parts))
     for name, leaves in made.items():
         for path, leaf in leaves.items():
@@ -167,20 +185,22 @@ def test_a_run_begins_with_parts_that_were_converted_by_themselves(tmp_path):
 
 
 def test_a_pictures_token_need_not_be_a_word_of_the_language_model():
-    token = LLAVA.language.vocab
+    token = LLAVA.language.vocab_size
     what = experiment(dataclasses.replace(LLAVA, image_token=token))
     processor = Processor(dataclasses.replace(what.data.processor, image_token=token))
-    batch = processor.batch([Input(pictures(1)[0], "What?")])
+    batch = processor.batch([ImageTextInput(pictures(1)[0], "What?")])
     assert (batch.prompt_BL == token).any()
-    check_words(what, batch)
+    check_token_ids(what, batch)
     with pytest.raises(UserError, match=f"make the token {token}, but the language model has {token}"):
-        check_words(experiment(LLAVA), batch)
+        check_token_ids(experiment(LLAVA), batch)
 
 
 def test_a_picture_of_llava_15_lies_in_a_square_of_the_mean_color():
     wide = np.full((10, 40, 3), 255, np.uint8)
     batches = [
-        Processor(ProcessorConfig(image_size=16, tags=False, padded=True, padding=color)).batch([Input(wide, "What?")])
+        Processor(ProcessorConfig(image_size=16, use_tags=False, pad_to_square=True, pad_color=color)).batch(
+            [ImageTextInput(wide, "What?")]
+        )
         for color in ("mean", "white")
     ]
     mean, white = (batch.image_BHWC[0] for batch in batches)
@@ -219,12 +239,12 @@ def test_a_llava_folder_of_transformers_is_loaded_and_answers_in_its_words(tmp_p
     model = lionjax.load(tmp_path)
     c = model.processor.config
     assert (c.reader, c.image_token, c.padded) == ("decoder", tiny.IMAGE_TOKEN, True)
-    how = GenerateConfig(max_new_tokens=6, eos=2, pad=0, start=None)
+    how = GenerationConfig(max_new_tokens=6, eos_token_id=2, pad_token_id=0, decoder_start_token_id=None)
     picture = pictures(1)[0]
     answer = model.answer([picture], ["What is this ?"], generate=how)[0]
-    batch = model.processor.batch([Input(picture, "What is this ?")])
+    batch = model.processor.batch([ImageTextInput(picture, "What is this ?")])
     assert batch.prompt_BL[0, 0] == 1 and (batch.prompt_BL == tiny.IMAGE_TOKEN).sum() == 1
-    asked = tiny.inputs(model.system, batch, answers=False, left=True)
+    asked = tiny.inputs(model.vlm, batch, answers=False, left=True)
     with torch.no_grad():
         told = theirs.generate(**asked, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
     wanted = told[0, asked["input_ids"].shape[1] :].numpy()
@@ -240,8 +260,8 @@ def test_reader_and_image_token_follow_from_the_model(processor):
     wrong = dataclasses.replace(experiment.data.processor, **processor)
     again = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, processor=wrong))
     assert again == experiment and again.data.processor.reader == "encoder"
-    assert again.data.processor.image_token == experiment.system.image_token == 21
-    assert config.override(experiment, ["--system.image_token", "22"]).data.processor.image_token == 22
+    assert again.data.processor.image_token == experiment.model.image_token == 21
+    assert config.apply_overrides(experiment, ["--model.image_token_id", "22"]).data.processor.image_token == 22
 
 
 def test_a_template_without_a_place_for_the_image_has_no_image_token():
@@ -253,20 +273,20 @@ def test_a_template_without_a_place_for_the_image_has_no_image_token():
 
 def test_a_template_with_an_image_that_nothing_fills_is_refused():
     experiment = config.load(FROZEN)
-    check_prompts(experiment)
-    system = dataclasses.replace(experiment.system, image_token=None)
+    check_prompt_format(experiment)
+    system = dataclasses.replace(experiment.model, image_token=None)
     with pytest.raises(UserError, match="this model has no image token"):
-        check_prompts(dataclasses.replace(experiment, system=system))
+        check_prompt_format(dataclasses.replace(experiment, system=system))
 
 
 def test_a_part_that_weights_name_must_exist_and_what_is_random_for_good_is_said(caplog):
     experiment = config.load(FROZEN)
-    batch = example(Processor(experiment.data.processor))
+    batch = dummy_batch(Processor(experiment.data.processor))
     layout = init_layout(experiment, batch, sharding.make_mesh(devices=jax.devices()[:1]))
     eyes, (_, words) = experiment.weights
     with pytest.raises(UserError, match="the part 'langage'; this system has language, projector, vision"):
-        first_parameters(dataclasses.replace(experiment, weights=(eyes, ("langage", words))), batch, layout)
-    first_parameters(experiment, batch, layout)
+        init_params(dataclasses.replace(experiment, weights=(eyes, ("langage", words))), batch, layout)
+    init_params(experiment, batch, layout)
     assert "random" not in caplog.text
-    first_parameters(dataclasses.replace(experiment, weights=(eyes,)), batch, layout)
+    init_params(dataclasses.replace(experiment, weights=(eyes,)), batch, layout)
     assert "weights of language are random and no stage trains them" in caplog.text

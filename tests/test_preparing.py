@@ -15,7 +15,7 @@ from PIL import Image
 from lionjax import cli, convert
 from lionjax.convert.formats.ram import RAM
 from lionjax.core import sharding
-from lionjax.data.datasets.array_record import Built, dataset_folder
+from lionjax.data.datasets.array_record import ArrayRecordDataset, find_dataset_folder
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.images import MAX_PIXELS
 from lionjax.data.prepare import array_record_writer
@@ -61,7 +61,7 @@ def beam(request):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A COCO folder of small pictures, of which one is broken and one is missing."""
-    monkeypatch.setattr(array_record_writer, "AT_ONCE", GROUP)
+    monkeypatch.setattr(array_record_writer, "GROUP_SIZE", GROUP)
     rng, images = np.random.default_rng(0), tmp_path / "coco" / "images"
     images.mkdir(parents=True)
     for i in range(COUNT):
@@ -77,19 +77,19 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def ram(tmp_path):
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), RAM.abstract(TINY))
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), RAM.abstract_params(TINY))
     convert.to_torch(TINY, params, tmp_path / "ram")
-    (tmp_path / "ram" / tagger.WORDS).write_text("\n".join(WORDS))
+    (tmp_path / "ram" / tagger.TAG_LIST_FILE).write_text("\n".join(WORDS))
     one = tagger.load(tmp_path / "ram")
     share_BV = one.probabilities([np.random.default_rng(i).integers(0, 256, (20, 30, 3), np.uint8) for i in range(9)])
     middle = np.median(share_BV, axis=0)  # so that some pictures have a tag and others not
-    (tmp_path / "ram" / tagger.THRESHOLDS).write_text("".join(f"{share}\n" for share in middle))
+    (tmp_path / "ram" / tagger.THRESHOLD_FILE).write_text("".join(f"{share}\n" for share in middle))
     return tmp_path / "ram"
 
 
 def records(out):
-    opened = Built(str(out)).open("train", MAX_PIXELS)
-    return [opened.read(number) for number in range(len(opened))]
+    opened = ArrayRecordDataset(str(out)).open("train", MAX_PIXELS)
+    return [opened.load_record(number) for number in range(len(opened))]
 
 
 class Numbers:
@@ -100,17 +100,17 @@ class Numbers:
 
 
 def test_the_same_records_come_out_with_beam_and_without_and_what_is_bad_is_listed(folder, tmp_path, beam):
-    source = Coco(str(folder), share=0)
-    array_record_writer.build(source, tmp_path / "plain", tag=Numbers())
-    place = array_record_writer.build(source, tmp_path / "out", tag=Numbers(), beam=beam)
+    source = Coco(str(folder), heldout_fraction=0)
+    array_record_writer.build(source, tmp_path / "plain", make_tagger=Numbers())
+    place = array_record_writer.build(source, tmp_path / "out", make_tagger=Numbers(), beam_flags=beam)
     assert records(tmp_path / "out") == records(tmp_path / "plain")
-    names = [known.photo.name for _, known in records(place)]
+    names = [known.image_info.name for _, known in records(place)]
     assert names == [f"{i:02d}.png" for i in range(COUNT) if i not in (4, 7)]
     for image, known in records(place):
-        pixels = np.asarray(Image.open(folder / "images" / known.photo.name))
-        assert known.photo.tags == (str(int(pixels.mean())),) and known.rows["caption"]
-        assert image == (folder / "images" / known.photo.name).read_bytes()
-    listed = (place / array_record_writer.LEFT_OUT).read_text().splitlines()
+        pixels = np.asarray(Image.open(folder / "images" / known.image_info.name))
+        assert known.image_info.tags == (str(int(pixels.mean())),) and known.annotations["caption"]
+        assert image == (folder / "images" / known.image_info.name).read_bytes()
+    listed = (place / array_record_writer.SKIPPED_FILE).read_text().splitlines()
     assert len(listed) == 2 and "04.png" in listed[0] and "07.png" in listed[1]
     assert not list((tmp_path / "out").glob("part.*"))
 
@@ -121,12 +121,14 @@ def test_a_killed_preparation_goes_on_and_tags_no_group_twice(folder, tmp_path, 
     assert subprocess.run(words, env=variables, capture_output=True).returncode == 9
     assert len(list((tmp_path / "out").glob("part.coco/*/*.json"))) == 2
     with pytest.raises(Exception, match="no data set"):
-        dataset_folder(tmp_path / "out")
+        find_dataset_folder(tmp_path / "out")
 
-    place = array_record_writer.build(Coco(str(folder), share=0), tmp_path / "out", tag=Numbers(), beam=beam)
-    tags = [known.photo.tags for _, known in records(place)]
+    place = array_record_writer.build(
+        Coco(str(folder), heldout_fraction=0), tmp_path / "out", make_tagger=Numbers(), beam_flags=beam
+    )
+    tags = [known.image_info.tags for _, known in records(place)]
     assert tags.count(("first",)) in (4, 5, 6) and len(tags) == COUNT - 2
-    assert len((place / array_record_writer.LEFT_OUT).read_text().splitlines()) == 2
+    assert len((place / array_record_writer.SKIPPED_FILE).read_text().splitlines()) == 2
 
 
 def test_pictures_of_which_none_can_be_used_are_one_sentence(folder, tmp_path, beam, capsys):
@@ -142,8 +144,8 @@ def test_a_real_tagger_fills_the_records_from_the_command_line(folder, tmp_path,
     words = ["data", "build", str(folder), "--share", "0", "--out", str(tmp_path / "out"), "--tagger", str(ram)]
     assert cli.main([*words, f"--beam={BEAM[0]}"] if beam else words) == 0
     found = records(tmp_path / "out")
-    seen = tagger.load(ram).tag([folder / "images" / known.photo.name for _, known in found])
-    assert [known.photo.tags for _, known in found] == [one.tags for one in seen]
+    seen = tagger.load(ram).tag([folder / "images" / known.image_info.name for _, known in found])
+    assert [known.image_info.tags for _, known in found] == [one.tags for one in seen]
     assert len({one.tags for one in seen}) > 1
 
 
@@ -151,7 +153,7 @@ def test_a_tagger_over_a_mesh_says_what_it_says_on_one_device(ram):
     mesh = sharding.make_mesh()
     rng = np.random.default_rng(2)
     images = [rng.integers(0, 256, (9, 12, 3), np.uint8) for _ in range(19)]
-    alone, spread = tagger.load(ram), tagger.load(ram).over(mesh)
+    alone, spread = tagger.load(ram), tagger.load(ram).replicate(mesh)
     np.testing.assert_allclose(spread.probabilities(images), alone.probabilities(images), rtol=1e-5)
     assert [one.tags for one in spread.tag(images)] == [one.tags for one in alone.tag(images)]
     seen = []

@@ -101,8 +101,8 @@ def wait_for_updates(workdir, number, processes):
 
 def stands_at(workdir):
     """The update at which the newest checkpoint, or beginning of a stage, was saved."""
-    begun = [stage * STEPS for stage in checkpoint.found_bases(workdir / "base")]
-    return max(begun + checkpoint.found_steps(workdir / "checkpoints"))
+    begun = [stage * STEPS for stage in checkpoint.all_bases(workdir / "base")]
+    return max(begun + checkpoint.all_steps(workdir / "checkpoints"))
 
 
 def losses(workdir):
@@ -135,11 +135,11 @@ def test_a_whole_train_on_scenes_in_files_gives_one_process_s_losses_and_answers
     from lionjax.data.prepare import array_record_writer
     from lionjax.data.scenes.dataset import Scenes
 
-    folder = array_record_writer.build(Scenes((12, 4, 12), pixels=56), tmp_path / "scenes")
+    folder = array_record_writer.build(Scenes((12, 4, 12), image_size=56), tmp_path / "scenes")
     words = ("-m", "lionjax.cli", "train", str(HERE / "processes_pipeline.py"), "--workdir")
     found, answers = {}, {}
     for count in (1, 2):
-        more = ("--run.features_dir", str(tmp_path / "features"), "--run.evaluate_limit", "7")
+        more = ("--run.feature_cache_dir", str(tmp_path / "features"), "--run.evaluate_limit", "7")
         ends(command(tmp_path / str(count), count, words, *more, SMALL_SCENES=str(folder)))
         lines = [json.loads(line) for line in (tmp_path / str(count) / "metrics.jsonl").open()]
         found[count] = [(line["stage"], line["step"], line["loss"]) for line in lines]
@@ -177,7 +177,7 @@ def test_kill_9_of_any_one_ends_the_others_and_the_restart_differs_in_no_bit(tmp
         assert processes[whom].returncode == -signal.SIGKILL and processes[1 - whom].returncode not in (0, None)
         assert updates_in(tmp_path) < 2 * STEPS
     # And what was saved last is damaged: all put it aside and use the one before.
-    newest = tmp_path / "checkpoints" / str(checkpoint.found_steps(tmp_path / "checkpoints")[0])
+    newest = tmp_path / "checkpoints" / str(checkpoint.all_steps(tmp_path / "checkpoints")[0])
     for file in (newest / "trainable").rglob("d/*"):
         file.write_bytes(bytes(255 - byte for byte in file.read_bytes()))
     assert whole_run(tmp_path, 2) == two[1]
@@ -225,7 +225,7 @@ def test_variables_that_make_no_sense_are_one_sentence(monkeypatch):
             for name, value in variables.items():
                 patch.setenv(name, value)
             with pytest.raises(UserError, match=sentence):
-                distributed.given_place()
+                distributed.cluster_from_env()
 
 
 class Device:
@@ -249,7 +249,7 @@ def test_processes_whose_devices_hold_the_same_rows_read_the_same(shape, of_proc
         axis_names = sharding.MESH_AXES
         devices = np.array([Device(of_process(i)) for i in range(int(np.prod(shape)))]).reshape(shape)
 
-    assert sharding.share(Mesh()) == expected
+    assert sharding.process_shard(Mesh()) == expected
 
 
 def test_a_mesh_that_cuts_a_batch_unevenly_is_refused():
@@ -259,4 +259,4 @@ def test_a_mesh_that_cuts_a_batch_unevenly_is_refused():
         devices = np.array([Device(i) for i in (0, 0, 0, 1)]).reshape(1, 4, 1, 1)
 
     with pytest.raises(UserError, match="unevenly among 2 processes"):
-        sharding.share(Mesh())
+        sharding.process_shard(Mesh())

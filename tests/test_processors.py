@@ -15,9 +15,9 @@ from PIL import Image
 from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, UserError
 from lionjax.data import images
 from lionjax.data import processor as processors
-from lionjax.data.processor import Input, Processor, ProcessorConfig
+from lionjax.data.processor import ImageTextInput, Processor, ProcessorConfig
 
-SMALL = ProcessorConfig(image_size=32, prompt_length=64, question_length=24, target_length=24)
+SMALL = ProcessorConfig(image_size=32, max_prompt_tokens=64, max_question_tokens=24, max_target_tokens=24)
 RED = np.full((20, 30, 3), (200, 10, 30), np.uint8)
 PHOTOS = shared_data.ROOT / "coco83" / "images"
 
@@ -55,7 +55,7 @@ def theirs(picture, pixels):
 
 
 def test_pictures_are_resized_and_normalised_as_the_original_does(processor, noise):
-    ours = processor.image(noise)
+    ours = processor.preprocess_image(noise)
     assert ours.dtype == np.float32 and ours.shape == (32, 32, 3)
     np.testing.assert_allclose(ours, theirs(Image.fromarray(noise), 32), atol=1e-6)
 
@@ -64,12 +64,12 @@ def test_pictures_are_resized_and_normalised_as_the_original_does(processor, noi
 def test_padded_pictures_are_those_of_llavas_processor(size):
     """Also where the border is odd, and its larger half lies behind; resized bicubically."""
     transformers = pytest.importorskip("transformers")
-    config = dataclasses.replace(SMALL, padded=True, padding="mean")
+    config = dataclasses.replace(SMALL, pad_to_square=True, pad_color="mean")
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     side = {"height": 32, "width": 32}
     processor = transformers.LlavaImageProcessorPil(do_pad=True, size=side, crop_size=side)
     wanted = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
-    made = Processor(config).image(pixels)
+    made = Processor(config).preprocess_image(pixels)
     np.testing.assert_allclose(made, wanted.transpose(1, 2, 0), atol=1e-6)
 
 
@@ -78,7 +78,7 @@ def test_a_photograph_is_read_as_the_original_reads_it():
     processor = Processor(ProcessorConfig())
     path = sorted(PHOTOS.glob("*.jpg"))[0]
     wanted = theirs(Image.open(path).convert("RGB"), 224)
-    np.testing.assert_allclose(processor.image(str(path)), wanted, atol=1e-6)
+    np.testing.assert_allclose(processor.preprocess_image(str(path)), wanted, atol=1e-6)
 
 
 def test_all_kinds_of_files_give_upright_rgb(tmp_path, noise):
@@ -91,7 +91,7 @@ def test_all_kinds_of_files_give_upright_rgb(tmp_path, noise):
         "lossless.webp": (noise, {"lossless": True}),
     }
     for name, (array, options) in files.items():
-        picture = images.open_picture(saved(tmp_path / name, array, **options))
+        picture = images.open_image(saved(tmp_path / name, array, **options))
         assert picture.mode == "RGB" and picture.size == (61, 45)
         exact = np.stack([gray] * 3, -1) if array.ndim == 2 else noise
         tolerance = 6 if name.endswith("jpg") else 0
@@ -103,7 +103,7 @@ def test_palettes_and_cmyk_become_rgb_and_transparency_becomes_white(tmp_path):
     Image.fromarray(RED).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
     clear = Image.fromarray(np.dstack([RED, np.zeros((20, 30), np.uint8)]))
     clear.save(tmp_path / "clear.png")
-    means = {path.name: np.asarray(images.open_picture(path)).mean((0, 1)) for path in tmp_path.iterdir()}
+    means = {path.name: np.asarray(images.open_image(path)).mean((0, 1)) for path in tmp_path.iterdir()}
     np.testing.assert_allclose(means["palette.png"], (200, 10, 30), atol=20)
     np.testing.assert_allclose(means["print.jpg"], (200, 10, 30), atol=12)
     np.testing.assert_array_equal(means["clear.png"], 255)
@@ -113,7 +113,7 @@ def test_a_picture_turned_by_its_exif_note_is_upright(tmp_path, noise):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
     path = saved(tmp_path / "turned.png", noise, exif=exif)
-    upright = np.asarray(images.open_picture(path))
+    upright = np.asarray(images.open_image(path))
     np.testing.assert_array_equal(upright, np.rot90(noise, -1))
 
 
@@ -131,7 +131,7 @@ def test_a_huge_png_is_refused_by_its_header(tmp_path, side):
     path = tmp_path / "huge.png"
     path.write_bytes(header_only_png(side, side))
     with pytest.raises(UserError) as error:
-        images.open_picture(path)
+        images.open_image(path)
     assert "huge.png" in sentence(error) and "64 million" in sentence(error)
 
 
@@ -146,7 +146,7 @@ def test_a_real_png_of_20000_by_20000_is_refused_without_decoding_it(tmp_path):
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
     tracemalloc.start()
     with pytest.raises(UserError, match=r"bomb\.png"):
-        images.open_picture(tmp_path / "bomb.png")
+        images.open_image(tmp_path / "bomb.png")
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
 
@@ -164,7 +164,7 @@ def test_missing_damaged_and_foreign_files_are_one_sentence_that_names_the_file(
     bad = "cut.jpg text.jpg empty.png folder.png foreign.tiff really_a_bitmap.png flipped.png gone.png"
     for name in bad.split():
         with pytest.raises(UserError) as error:
-            images.open_picture(tmp_path / name)
+            images.open_image(tmp_path / name)
         assert name in sentence(error)
 
 
@@ -176,7 +176,7 @@ def test_no_truncation_of_a_file_raises_anything_but_a_user_error(noise, cut):
         data = bytearray(file.getvalue()[: len(file.getvalue()) - 1 - cut])
         data[cut % len(data)] ^= 0x5A
         try:
-            images.open_picture(bytes(data), "damaged")
+            images.open_image(bytes(data), "damaged")
         except UserError as error:
             assert "damaged" in str(error)
 
@@ -202,7 +202,7 @@ def test_paths_inside_the_folder_are_followed(tmp_path):
 @pytest.mark.parametrize("array", [np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3))])
 def test_an_array_that_is_no_picture_is_one_sentence(processor, array):
     with pytest.raises(UserError) as error:
-        processor.image(array)
+        processor.preprocess_image(array)
     assert str(array.shape) in sentence(error)
 
 
@@ -224,12 +224,12 @@ def test_an_array_that_is_no_picture_is_one_sentence(processor, array):
 )
 def test_a_box_outside_or_without_area_is_one_sentence(box):
     with pytest.raises(UserError) as error:
-        images.unit_box(box)
+        images.normalize_box(box)
     assert "box" in sentence(error)
 
 
 def test_boxes_in_pixels_become_fractions_and_lose_the_hair_over_the_edge():
-    assert images.unit_box((10, 20, 50.4, 80), size=(50, 80), slack=1) == (0.2, 0.25, 1.0, 1.0)
+    assert images.normalize_box((10, 20, 50.4, 80), size=(50, 80), tolerance=1) == (0.2, 0.25, 1.0, 1.0)
 
 
 def test_a_window_keeps_every_box_whole_and_boxes_move_with_the_pixels():
@@ -238,12 +238,12 @@ def test_a_window_keeps_every_box_whole_and_boxes_move_with_the_pixels():
     canvas[30:50, 20:60] = 255
     box, windows = (0.2, 0.3, 0.6, 0.5), set()
     for _ in range(30):
-        window = images.window_around([box], rng, (0.5, 1.0))
+        window = images.bbox_safe_random_crop([box], rng, (0.5, 1.0))
         windows.add(window)
         for mirrored in (False, True):
             seen = images.resize(Image.fromarray(canvas), 64, window)
             seen = seen[:, ::-1] if mirrored else seen
-            x0, y0, x1, y1 = images.seen_from(box, window, mirrored)
+            x0, y0, x1, y1 = images.crop_and_flip_box(box, window, mirrored)
             rows, columns = np.nonzero(seen[..., 0] > 127)
             edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / 64
             np.testing.assert_allclose(edges, (x0, y0, x1, y1), atol=1 / 64)
@@ -259,21 +259,21 @@ def test_the_prompt_is_lions_sentence_about_tags_then_the_question(processor):
         "According to <extra_id_0>, you are allowed to use or partially use the following tags: "
         "[red ring, star]. What color is it?"
     )
-    ids = processor.prompt("What color is it?", ("red ring", "star"))
-    assert ids == [*tokenizer.encode(words, special=True), tokenizer.end_id]
+    ids = processor.encode_prompt("What color is it?", ("red ring", "star"))
+    assert ids == [*tokenizer.encode(words, parse_special=True), tokenizer.eos_id]
     assert ids.count(tokenizer.soft_prompt_id) == 1
 
 
 def test_no_tags_or_tags_turned_off_leave_the_bare_question(processor):
-    bare = [*processor.tokenizer.encode("What is it?"), processor.tokenizer.end_id]
-    assert processor.prompt("What is it?") == bare
-    without = Processor(ProcessorConfig(tags=False))
-    assert without.prompt("What is it?", ("red",)) == bare
-    assert processor.question(" What is it? ") == bare
+    bare = [*processor.tokenizer.encode("What is it?"), processor.tokenizer.eos_id]
+    assert processor.encode_prompt("What is it?") == bare
+    without = Processor(ProcessorConfig(use_tags=False))
+    assert without.encode_prompt("What is it?", ("red",)) == bare
+    assert processor.encode_question(" What is it? ") == bare
 
 
 def test_the_q_former_never_sees_the_tags(processor):
-    batch = processor.batch([Input(RED, "What is it?", ("red", "ring"))])
+    batch = processor.batch([ImageTextInput(RED, "What is it?", ("red", "ring"))])
     said = processor.tokenizer.decode(batch.question_BL[0])
     assert said == "What is it?" and "ring" in processor.tokenizer.decode(batch.prompt_BL[0])
 
@@ -281,8 +281,8 @@ def test_the_q_former_never_sees_the_tags(processor):
 def test_too_many_tags_are_cut_from_the_back_and_nothing_else_is(processor):
     tags = tuple(f"tag{i}" for i in range(60))
     question = "How many large red circles are there in the picture?"
-    ids = processor.prompt(question, tags)
-    text = processor.tokenizer.decode(ids, special=True)
+    ids = processor.encode_prompt(question, tags)
+    text = processor.tokenizer.decode(ids, keep_special=True)
     assert len(ids) <= 64 and len(ids) > 58
     assert ids.count(processor.tokenizer.soft_prompt_id) == 1
     assert "[tag0, tag1" in text and "tag59" not in text and text.endswith(f"]. {question}</s>")
@@ -290,32 +290,32 @@ def test_too_many_tags_are_cut_from_the_back_and_nothing_else_is(processor):
 
 def test_a_question_that_leaves_no_room_for_tags_keeps_the_soft_prompt(processor):
     question = "what " * 40 + "is it?"
-    text = processor.tokenizer.decode(processor.prompt(question, ("red", "ring")), special=True)
+    text = processor.tokenizer.decode(processor.encode_prompt(question, ("red", "ring")), keep_special=True)
     assert "<extra_id_0>" in text and "[]." in text and text.count("what") == 40
 
 
 @pytest.mark.parametrize("tags", [(), ("red",)])
 def test_a_prompt_longer_than_the_model_takes_is_one_sentence(processor, tags):
     with pytest.raises(UserError) as error:
-        processor.prompt("what " * 80, tags)
-    assert "64" in sentence(error) and "prompt_length" in sentence(error)
+        processor.encode_prompt("what " * 80, tags)
+    assert "64" in sentence(error) and "max_prompt_tokens" in sentence(error)
 
 
 @pytest.mark.parametrize("question", ["", "  \n "])
 def test_an_empty_prompt_is_one_sentence(processor, question):
     with pytest.raises(UserError, match="empty"):
-        processor.batch([Input(RED, question)])
+        processor.batch([ImageTextInput(RED, question)])
 
 
 def test_a_question_that_spells_the_soft_prompt_does_not_get_one(processor):
-    ids = processor.prompt("what is <extra_id_0>?", ("<extra_id_0>", "red"))
+    ids = processor.encode_prompt("what is <extra_id_0>?", ("<extra_id_0>", "red"))
     assert ids.count(processor.tokenizer.soft_prompt_id) == 1
 
 
 def test_long_questions_lose_their_front_for_the_q_former_and_long_answers_their_back(processor):
     words = [*"abcdefghijklmnopqrstuvwxyz"]
-    question = processor.question(" ".join(words))
-    answer = processor.target(" ".join(words))
+    question = processor.encode_question(" ".join(words))
+    answer = processor.encode_target(" ".join(words))
     assert len(question) == len(answer) == 24 and question[-1] == answer[-1] == 1
     assert processor.decode(question).endswith("x y z")
     assert processor.decode(answer).startswith("a b c")
@@ -325,7 +325,7 @@ def test_long_questions_lose_their_front_for_the_q_former_and_long_answers_their
 
 
 def test_a_batch_holds_padded_ids_masks_and_router_rows(processor):
-    inputs = [Input(RED, "What is it?"), Input(RED, "Where is the ring?", ("ring",), "region_level")]
+    inputs = [ImageTextInput(RED, "What is it?"), ImageTextInput(RED, "Where is the ring?", ("ring",), "region_level")]
     batch = processor.batch(inputs, ["red", "Answer: [0.100,0.200,0.300,0.400]"])
     assert batch.image_BHWC.shape == (2, 32, 32, 3) and batch.image_BHWC.dtype == np.float32
     assert batch.prompt_BL.shape == (2, 64) and batch.target_BM.shape == (2, 24)
@@ -338,19 +338,20 @@ def test_a_batch_holds_padded_ids_masks_and_router_rows(processor):
 
 
 def test_buckets_choose_the_shortest_length_that_holds_every_row(processor):
-    inputs = [Input(RED, "What is it?"), Input(RED, "Where is the ring?", ("ring",))]
-    batch = processor.batch(inputs, buckets=(8, 32, 48))
+    inputs = [ImageTextInput(RED, "What is it?"), ImageTextInput(RED, "Where is the ring?", ("ring",))]
+    batch = processor.batch(inputs, length_buckets=(8, 32, 48))
     assert batch.prompt_BL.shape == (2, 32) and batch.question_BL.shape == (2, 8)
-    assert batch.prompt_mask_BL.sum() == sum(len(processor.prompt(i.question, i.tags)) for i in inputs)
+    assert batch.prompt_mask_BL.sum() == sum(len(processor.encode_prompt(i.question, i.tags)) for i in inputs)
 
 
 def test_a_batch_without_answers_learns_nothing(processor):
-    batch = processor.batch([Input(RED, "What is it?")])
+    batch = processor.batch([ImageTextInput(RED, "What is it?")])
     assert batch.loss_mask_BM.sum() == 0
 
 
 @pytest.mark.parametrize(
-    ("inputs", "answers"), [([], None), ([Input(RED, "a?")], ["x", "y"]), ([Input(RED, "a?", (), "both")], None)]
+    ("inputs", "answers"),
+    [([], None), ([ImageTextInput(RED, "a?")], ["x", "y"]), ([ImageTextInput(RED, "a?", (), "both")], None)],
 )
 def test_a_batch_that_cannot_be_is_one_sentence(processor, inputs, answers):
     with pytest.raises(UserError) as error:
@@ -359,9 +360,9 @@ def test_a_batch_that_cannot_be_is_one_sentence(processor, inputs, answers):
 
 
 def test_sizes_below_one_are_refused_when_the_config_is_made():
-    with pytest.raises(UserError, match="prompt_length"):
-        ProcessorConfig(prompt_length=0)
-    for field in ("template", "next_turn"):
+    with pytest.raises(UserError, match="max_prompt_tokens"):
+        ProcessorConfig(max_prompt_tokens=0)
+    for field in ("prompt_template", "followup_template"):
         with pytest.raises(UserError, match=r"says \{picture\}; only \{question\} and \{image\} are filled in"):
             ProcessorConfig(**{field: "{picture} {question}"})
 
@@ -374,24 +375,26 @@ def test_clip_statistics_are_those_of_the_original():
 def test_examples_shown_before_a_question_bring_their_pictures_and_words_in_order():
     c = ProcessorConfig(
         image_size=28,
-        prompt_length=64,
-        question_length=8,
-        tags=False,
+        max_prompt_tokens=64,
+        max_question_tokens=8,
+        use_tags=False,
         reader="decoder",
-        template="{image} {question}",
+        prompt_template="{image} {question}",
         image_token=21,
         shot_end="</s>",
     )
     processor, grays = Processor(c), [np.full((9, 9, 3), shade, np.uint8) for shade in (0, 100, 255)]
-    asked = Input(grays[2], "How many?", shots=((grays[0], "Which color?", "red"), (grays[1], "Which shape?", "ring")))
+    asked = ImageTextInput(
+        grays[2], "How many?", shots=((grays[0], "Which color?", "red"), (grays[1], "Which shape?", "ring"))
+    )
     batch = processor.batch([asked, asked])
     assert batch.image_BHWC.shape == (2, 3, 28, 28, 3)
     assert (np.diff(batch.image_BHWC[0].mean((1, 2, 3))) > 0).all()
-    end, words = processor.tokenizer.end_id, processor.tokenizer.encode
-    wanted = [*processor.tokenizer.start, 21, *words("Which color?"), *words("red"), end]
+    end, words = processor.tokenizer.eos_id, processor.tokenizer.encode
+    wanted = [*processor.tokenizer.bos_ids, 21, *words("Which color?"), *words("red"), end]
     wanted += [21, *words("Which shape?"), *words("ring"), end, 21, *words("How many?")]
     assert batch.prompt_BL[0, : batch.prompt_mask_BL[0].sum()].tolist() == wanted
     with pytest.raises(UserError, match=r"have \[0, 2\] shots; give each as many"):
         processor.batch([asked, dataclasses.replace(asked, shots=())])
     with pytest.raises(UserError, match="says where {image} stands"):
-        Processor(dataclasses.replace(c, template="{question}")).batch([asked])
+        Processor(dataclasses.replace(c, prompt_template="{question}")).batch([asked])

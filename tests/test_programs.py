@@ -64,7 +64,7 @@ ENTRY %main (weights: bf16[6,64,32], gradient: f32[100]) -> f32[100] {
 
 @pytest.fixture(scope="module")
 def program():
-    return hlo_analysis.read(TEXT)
+    return hlo_analysis.parse_hlo(TEXT)
 
 
 def test_a_loops_body_runs_as_often_as_its_condition_says(program):
@@ -73,16 +73,16 @@ def test_a_loops_body_runs_as_often_as_its_condition_says(program):
 
 
 def test_an_exchange_that_is_spread_over_pieces_of_code_counts_once_a_turn(program):
-    found = {one.kind: one for one in hlo_analysis.collectives(program, 8)}
+    found = {one.opcode: one for one in hlo_analysis.collectives(program, 8)}
     gather, swap, mean = (found[kind] for kind in ("all-gather", "collective-permute", "all-reduce"))
-    assert (gather.kind, gather.group, gather.runs) == ("all-gather", 4, 6)
-    assert gather.largest == 64 * 128 * 2
-    assert gather.moved == 6 * 3 * 64 * 32 * 2  # three parts pass by, in each of six turns
-    assert gather.path == "vision/dot"
-    assert mean.moved == 400 and mean.far  # a ring of two: 2 x 400 x 1/2, between devices 0 and 8
-    assert swap.moved == 400 and not swap.far
-    assert gather.far  # devices 0, 4, 8 and 12
-    assert not any(one.far for one in hlo_analysis.collectives(program))  # of one slice
+    assert (gather.opcode, gather.group_size, gather.count) == ("all-gather", 4, 6)
+    assert gather.output_bytes == 64 * 128 * 2
+    assert gather.bytes_sent == 6 * 3 * 64 * 32 * 2  # three parts pass by, in each of six turns
+    assert gather.op_name == "vision/dot"
+    assert mean.bytes_sent == 400 and mean.cross_slice  # a ring of two: 2 x 400 x 1/2, between devices 0 and 8
+    assert swap.bytes_sent == 400 and not swap.cross_slice
+    assert gather.cross_slice  # devices 0, 4, 8 and 12
+    assert not any(one.cross_slice for one in hlo_analysis.collectives(program))  # of one slice
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_an_exchange_that_is_spread_over_pieces_of_code_counts_once_a_turn(progr
     ],
 )
 def test_the_members_of_a_group_are_read_however_they_are_written(rest, members):
-    assert hlo_analysis.group(rest) == members
+    assert hlo_analysis.replica_group(rest) == members
 
 
 def test_a_slice_of_a_stack_moves_as_much_as_the_slice(program):
@@ -110,7 +110,7 @@ def test_a_slice_of_a_stack_moves_as_much_as_the_slice(program):
     # Each turn: a piece is read by a number of four bytes, written, and read twice; one whole is written, the other
     # stays on the chip; two numbers are compared into one byte. At the end 100 floats are read and written twice.
     turn = (piece + 4 + piece) + piece + (piece + whole) + (4 + 4 + 1)
-    assert hlo_analysis.memory_traffic(program) == 6 * turn + 2 * 2 * 400
+    assert hlo_analysis.hbm_bytes_accessed(program) == 6 * turn + 2 * 2 * 400
 
 
 NESTED = """
@@ -149,7 +149,7 @@ def test_a_slice_that_is_cut_inside_a_product_moves_as_much_as_the_slice():
     """The weight of one layer is cut inside the fusion of its product, and the result put into a stack in place; what
     is given stands in another order than it is numbered in."""
     row, weight, out, number = 8 * 64 * 4, 64 * 32 * 4, 8 * 32 * 4, 4
-    assert hlo_analysis.memory_traffic(hlo_analysis.read(NESTED)) == row + number + weight + 2 * out
+    assert hlo_analysis.hbm_bytes_accessed(hlo_analysis.parse_hlo(NESTED)) == row + number + weight + 2 * out
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_a_slice_that_is_cut_inside_a_product_moves_as_much_as_the_slice():
     ],
 )
 def test_sizes_of_arrays_and_of_those_in_the_large_memory(shape, whole, outside):
-    assert hlo_analysis.size_of(shape) == whole
-    assert hlo_analysis.size_of(shape, outside=True) == outside
+    assert hlo_analysis.shape_bytes(shape) == whole
+    assert hlo_analysis.shape_bytes(shape, hbm_only=True) == outside
 
 
 # Programs that are compiled here
@@ -184,11 +184,11 @@ def test_weights_that_are_split_are_gathered_once_a_layer_in_a_program_of_this_m
     mesh = Mesh(np.array(jax.devices()[:8]), "x")
     weights = shaped(mesh, (LAYERS, WIDTH, WIDTH), None, "x")
     rows = shaped(mesh, (ROWS, WIDTH), "x")
-    program = hlo_analysis.read(jax.jit(layered).lower(weights, rows).compile().as_text())
-    gathers = [one for one in hlo_analysis.collectives(program) if one.kind == "all-gather"]
-    assert sum(one.runs for one in gathers) == LAYERS
-    assert {one.largest for one in gathers} == {WIDTH * WIDTH * 4}
-    assert sum(one.moved for one in gathers) == LAYERS * WIDTH * WIDTH * 4 * 7 / 8
+    program = hlo_analysis.parse_hlo(jax.jit(layered).lower(weights, rows).compile().as_text())
+    gathers = [one for one in hlo_analysis.collectives(program) if one.opcode == "all-gather"]
+    assert sum(one.count for one in gathers) == LAYERS
+    assert {one.output_bytes for one in gathers} == {WIDTH * WIDTH * 4}
+    assert sum(one.bytes_sent for one in gathers) == LAYERS * WIDTH * WIDTH * 4 * 7 / 8
 
 
 def test_products_count_every_turn_of_a_loop_and_what_is_computed_again():
@@ -196,7 +196,7 @@ def test_products_count_every_turn_of_a_loop_and_what_is_computed_again():
     rows = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
 
     def count(function, *given):
-        return hlo_analysis.products(jax.make_jaxpr(function)(*given).jaxpr)
+        return hlo_analysis.jaxpr_flops(jax.make_jaxpr(function)(*given).jaxpr)
 
     once = 2 * LAYERS * ROWS * WIDTH * WIDTH
     assert count(layered, weights, rows) == once
@@ -219,10 +219,10 @@ def test_products_of_convolutions_and_of_loops_without_an_end():
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=layout)
 
-    assert hlo_analysis.products(jax.make_jaxpr(convolve)(image, kernel).jaxpr) == 2 * 2 * 8 * 8 * 5 * 27
+    assert hlo_analysis.jaxpr_flops(jax.make_jaxpr(convolve)(image, kernel).jaxpr) == 2 * 2 * 8 * 8 * 5 * 27
 
     def until(x):
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ x, x)
 
     jaxpr = jax.make_jaxpr(until)(jnp.eye(4)).jaxpr
-    assert hlo_analysis.products(jaxpr, loop_turns=10) == 10 * 2 * 4**3
+    assert hlo_analysis.jaxpr_flops(jaxpr, while_trip_count=10) == 10 * 2 * 4**3

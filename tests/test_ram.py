@@ -17,7 +17,7 @@ from lionjax.core import params as trees
 from lionjax.core.types import UserError
 from lionjax.data.processor import Processor, ProcessorConfig
 from lionjax.inference import tagger
-from lionjax.inference.tagger import TagList
+from lionjax.inference.tagger import TagVocabulary
 from lionjax.models.vision import ram
 from lionjax.models.vision.ram import Ram, RamConfig
 from lionjax.models.vision.swin import SwinConfig
@@ -29,7 +29,7 @@ WORDS = ("abacus", "cat", "dog", "grass", "zoo")
 
 @pytest.fixture(scope="module")
 def params():
-    rng, shapes = np.random.default_rng(0), RAM.abstract(TINY)
+    rng, shapes = np.random.default_rng(0), RAM.abstract_params(TINY)
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
 
 
@@ -37,8 +37,8 @@ def params():
 def folder(tmp_path, params):
     """A tagger under the original's names with its list; `dog` can never be said."""
     convert.to_torch(TINY, params, tmp_path / "ram")
-    (tmp_path / "ram" / tagger.WORDS).write_text("\n".join(WORDS))  # as the release's, without a last line end
-    (tmp_path / "ram" / tagger.THRESHOLDS).write_text("0.5\n0.01\n1.0\n0.65\n0.0\n")
+    (tmp_path / "ram" / tagger.TAG_LIST_FILE).write_text("\n".join(WORDS))  # as the release's, without a last line end
+    (tmp_path / "ram" / tagger.THRESHOLD_FILE).write_text("0.5\n0.01\n1.0\n0.65\n0.0\n")
     return tmp_path / "ram"
 
 
@@ -50,9 +50,9 @@ def picture(tmp_path):
 
 
 def test_a_tag_counts_above_its_own_threshold_never_at_it_nor_at_one_nor_when_left_out():
-    tags = TagList(tuple("abcdef"), np.array([0.65, 0.65, 1.0, 0.45, 0.45, 0.9], np.float32), left_out=(4,))
+    tags = TagVocabulary(tuple("abcdef"), np.array([0.65, 0.65, 1.0, 0.45, 0.45, 0.9], np.float32), excluded=(4,))
     share_BV = np.array([[0.65, 0.6500001, 1.0, 0.4500001, 0.99, 0.1], [1.0, 0.0, 1.0, 0.0, 1.0, 0.95]])
-    assert tags.seen(share_BV).tolist() == [[0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 1]]
+    assert tags.above_threshold(share_BV).tolist() == [[0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 1]]
 
 
 def test_the_tags_of_a_picture_are_those_whose_probability_is_above_the_threshold(folder, picture, params):
@@ -85,7 +85,7 @@ def test_a_released_file_is_read_with_its_first_names_and_without_what_wrote_cap
     tmp_path, folder, picture, params, monkeypatch
 ):
     torch = pytest.importorskip("torch")
-    state = convert.state_from(ram.torch_rows(TINY), params)
+    state = convert.state_dict_from_params(ram.weight_map(TINY), params)
     old = {name.replace("tagging_head.", "vision_multi."): tensor for name, tensor in state.items()}
     more = {
         "tag_encoder.encoder.layer.0.output.dense.bias": np.ones(3, np.float32),
@@ -94,7 +94,7 @@ def test_a_released_file_is_read_with_its_first_names_and_without_what_wrote_cap
     (tmp_path / "release").mkdir()
     file = tmp_path / "release" / "ram_swin_large_14m.pth"
     torch.save({"model": as_torch(torch, old | more), "epoch": 5}, file)
-    for name in (tagger.WORDS, tagger.THRESHOLDS):
+    for name in (tagger.TAG_LIST_FILE, tagger.THRESHOLD_FILE):
         shutil.copy(folder / name, file.parent)
     monkeypatch.setattr(ram, "RAM_SWIN_L", TINY)
     assert tagger.load(file.parent).tag([picture]) == tagger.load(folder).tag([picture])
@@ -105,7 +105,7 @@ def test_a_released_file_is_read_with_its_first_names_and_without_what_wrote_cap
     assert tagger.load(tmp_path / "ours").tag([picture]) == tagger.load(folder).tag([picture])
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
     assert_same(open_weights(tmp_path / "back"), state)
-    assert (tmp_path / "back" / tagger.WORDS).read_text() == "\n".join(WORDS)
+    assert (tmp_path / "back" / tagger.TAG_LIST_FILE).read_text() == "\n".join(WORDS)
     assert_same(trees.flatten(convert.from_torch(tmp_path / "back")[1]), trees.flatten(params))
 
 
@@ -116,7 +116,7 @@ def test_the_list_of_tags_can_be_another_and_words_can_be_forbidden(folder, pict
     assert other.tag([picture])[0].tags == ("meadow", "kitten")
     same_BV = one.probabilities([picture])[:, [3, 1]]
     np.testing.assert_allclose(other.probabilities([picture]), same_BV, rtol=1e-5)
-    np.testing.assert_array_equal(one.with_tags(["x", "y"], label_VC).tags.threshold_V, np.float32(0.68))
+    np.testing.assert_array_equal(one.with_tags(["x", "y"], label_VC).vocabulary.threshold_V, np.float32(0.68))
     assert other.without(["meadow"]).tag([picture])[0].tags == ("kitten",)
     with pytest.raises(UserError, match="the list of tags has no 'sea'"):
         other.without(["sea"])
@@ -125,7 +125,7 @@ def test_the_list_of_tags_can_be_another_and_words_can_be_forbidden(folder, pict
 
 
 def test_chinese_tags_come_with_the_english_ones(folder, picture):
-    (folder / tagger.CHINESE).write_text("\n".join("算猫狗草园"), encoding="utf-8")
+    (folder / tagger.CHINESE_TAG_LIST_FILE).write_text("\n".join("算猫狗草园"), encoding="utf-8")
     (found,) = tagger.load(folder).tag([picture])
     assert found.chinese == tuple("算猫狗草园"[WORDS.index(word)] for word in found.tags)
 
@@ -133,13 +133,13 @@ def test_chinese_tags_come_with_the_english_ones(folder, picture):
 @pytest.mark.parametrize(
     "file, text, problem",
     [
-        (tagger.WORDS, None, "has no ram_tag_list.txt; put the list there"),
-        (tagger.WORDS, "a\nb\nc\nd\ne\nf", "5 thresholds for 6 tags"),
-        (tagger.THRESHOLDS, "1\n1\n1\nhigh\n1\n", "wants a number on each line"),
-        (tagger.THRESHOLDS, "1\n1\nnan\n1\n1\n", "not finite"),
-        (tagger.THRESHOLDS, "0.5\n", "1 thresholds for 5 tags"),
-        (tagger.CHINESE, "猫\n", "1 Chinese tags for 5 tags"),
-        (tagger.WORDS, "a\nb\nc\nd\n\x00\udcff", "cannot be read as text"),
+        (tagger.TAG_LIST_FILE, None, "has no ram_tag_list.txt; put the list there"),
+        (tagger.TAG_LIST_FILE, "a\nb\nc\nd\ne\nf", "5 thresholds for 6 tags"),
+        (tagger.THRESHOLD_FILE, "1\n1\n1\nhigh\n1\n", "wants a number on each line"),
+        (tagger.THRESHOLD_FILE, "1\n1\nnan\n1\n1\n", "not finite"),
+        (tagger.THRESHOLD_FILE, "0.5\n", "1 thresholds for 5 tags"),
+        (tagger.CHINESE_TAG_LIST_FILE, "猫\n", "1 Chinese tags for 5 tags"),
+        (tagger.TAG_LIST_FILE, "a\nb\nc\nd\n\x00\udcff", "cannot be read as text"),
     ],
 )
 def test_a_list_that_does_not_fit_is_refused_in_words(folder, file, text, problem):
@@ -151,14 +151,14 @@ def test_a_list_that_does_not_fit_is_refused_in_words(folder, file, text, proble
 
 
 def test_a_list_of_another_length_than_the_weights_and_a_folder_of_another_model_are_refused(folder, tmp_path):
-    for name in (tagger.WORDS, tagger.THRESHOLDS):
+    for name in (tagger.TAG_LIST_FILE, tagger.THRESHOLD_FILE):
         (folder / name).write_text("1\n" * 4)
     with pytest.raises(UserError, match="the list has 4 tags where the weights have 5"):
         tagger.load(folder)
     from test_convert_folders import small_folder
 
     other = small_folder(tmp_path)
-    (other / tagger.WORDS).write_text("a")
+    (other / tagger.TAG_LIST_FILE).write_text("a")
     with pytest.raises(UserError, match="holds a T5Config, which is no tagger"):
         tagger.load(other)
     with pytest.raises(UserError, match="there is no folder"):
@@ -166,8 +166,8 @@ def test_a_list_of_another_length_than_the_weights_and_a_folder_of_another_model
 
 
 def test_without_thresholds_rams_own_default_holds(folder):
-    (folder / tagger.THRESHOLDS).unlink()
-    np.testing.assert_array_equal(tagger.load(folder).tags.threshold_V, np.full(5, np.float32(0.68)))
+    (folder / tagger.THRESHOLD_FILE).unlink()
+    np.testing.assert_array_equal(tagger.load(folder).vocabulary.threshold_V, np.full(5, np.float32(0.68)))
 
 
 def test_dropout_needs_a_key_and_changes_what_is_seen(params):
@@ -188,7 +188,7 @@ def test_the_asymmetric_loss_and_its_gradient_are_the_formulas():
     weight = (1 - there * y - absent * (1 - y)).pow(7 * (1 - y)).detach()
     loss = -(weight * total).sum()
     loss.backward()
-    mine, gradient = jax.value_and_grad(losses.asymmetric)(logits, target)
+    mine, gradient = jax.value_and_grad(losses.asymmetric_loss)(logits, target)
     np.testing.assert_allclose(mine, loss.item(), rtol=1e-5)
     np.testing.assert_allclose(gradient, x.grad, rtol=1e-4, atol=1e-7)
 
@@ -196,5 +196,5 @@ def test_the_asymmetric_loss_and_its_gradient_are_the_formulas():
 def test_what_a_tagger_finds_stands_before_the_question_that_a_lion_reads(folder, picture):
     (found,) = tagger.load(folder).tag([picture])
     processor = Processor(ProcessorConfig(image_size=28))
-    words = processor.decode(processor.prompt("What is it?", found.tags))
+    words = processor.decode(processor.encode_prompt("What is it?", found.tags))
     assert f"following tags: [{', '.join(found.tags)}]. What is it?" in words

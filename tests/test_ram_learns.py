@@ -23,7 +23,9 @@ SHAPES = (
     np.abs(STEP[0]) < 2,  # bar
 )
 TAGS = len(COLOURS) * len(SHAPES)
-C = RamConfig(SwinConfig(SIDE, 2, 24, (2, 2), (2, 4), 3, 2.0, drop_path=0.0), TAGS, 16, 32, 32, 2, 64, 2, dropout=0.0)
+C = RamConfig(
+    SwinConfig(SIDE, 2, 24, (2, 2), (2, 4), 3, 2.0, drop_path_rate=0.0), TAGS, 16, 32, 32, 2, 64, 2, dropout=0.0
+)
 
 
 def scenes(rng, number: int):
@@ -53,10 +55,10 @@ def mean_average_precision(score_BV, target_BV) -> float:
 
 def beginning(key):
     """First weights: kernels as wide as narrow layers want them, and names that differ, as CLIP's embeddings do."""
-    made = sharding.init(lambda key: Ram(C).init(key, jnp.zeros((1, SIDE, SIDE, 3)))["params"], key)
+    made = sharding.init_sharded(lambda key: Ram(C).init(key, jnp.zeros((1, SIDE, SIDE, 3)))["params"], key)
     flat = trees.flatten(made)
     flat |= {path: 7 * leaf for path, leaf in flat.items() if path.endswith("kernel")}
-    return trees.unflatten(flat | {"labels": jax.random.normal(key, (TAGS, C.label_width))})
+    return trees.unflatten(flat | {"labels": jax.random.normal(key, (TAGS, C.label_embed_dim))})
 
 
 @pytest.mark.slow
@@ -65,7 +67,7 @@ def test_a_tiny_ram_finds_what_is_there_and_nothing_in_another_picture():
     adam = optax.adam(optax.linear_schedule(0, 3e-3, 50))
 
     def loss(params, image_BHWC, target_BV):
-        return losses.asymmetric(Ram(C).apply({"params": params}, image_BHWC), target_BV)
+        return losses.asymmetric_loss(Ram(C).apply({"params": params}, image_BHWC), target_BV)
 
     @jax.jit
     def step(params, state, image_BHWC, target_BV):

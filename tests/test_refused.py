@@ -13,7 +13,7 @@ import toy
 from lionjax.core.experiment import RunConfig
 from lionjax.core.types import UserError
 from lionjax.training import bad_steps, checkpoint, loop
-from lionjax.training.run_log import Entry
+from lionjax.training.run_log import StageStats
 
 
 def experiment(steps=6, poison=5, **run):
@@ -23,7 +23,7 @@ def experiment(steps=6, poison=5, **run):
 
 def train(workdir, what, batches=toy.Batches):
     params, report = loop.train(what, workdir, batches)
-    return checkpoint.fingerprints(params), report["stages"][0]
+    return checkpoint.leaf_checksums(params), report["stages"][0]
 
 
 def stopped_at(number):
@@ -45,7 +45,7 @@ def refusals(workdir):
 
 
 def test_skipped_updates_are_counted_and_listed_and_a_stopped_run_skips_the_same(tmp_path):
-    what = experiment(on_bad_update="skip")
+    what = experiment(on_bad_step="skip")
     expected, stage = train(tmp_path / "whole", what)
     assert stage["steps"] == 6 and stage["skipped"] == 2 and np.isfinite(stage["loss_last"])  # two epochs of three
     listed = refusals(tmp_path / "whole")
@@ -66,15 +66,15 @@ def test_a_skipped_update_changes_no_parameter(tmp_path):
         def record(self, row):
             return 5
 
-    what = experiment(3, on_bad_update="skip")
-    expected = checkpoint.read_record
+    what = experiment(3, on_bad_step="skip")
+    expected = checkpoint.restore_record
     train(tmp_path, what, Poisoned)
     first, last = (expected(tmp_path / "base" / name)["leaves"] for name in ("0_one", "1_final"))
     assert first == last
 
 
 def test_a_rewound_run_goes_on_behind_the_bad_batch_and_again_when_stopped(tmp_path):
-    what = experiment(on_bad_update="rewind", save_every=2)
+    what = experiment(on_bad_step="rewind", save_every=2)
     expected, stage = train(tmp_path / "whole", what)
     assert stage["rewinds"] >= 2 and stage["steps"] == 6 and stage["compilations"] == 1
     lines = toy.lines(tmp_path / "whole")
@@ -92,22 +92,24 @@ def test_a_rewound_run_goes_on_behind_the_bad_batch_and_again_when_stopped(tmp_p
 
 def test_too_many_bad_updates_stop_the_run_whatever_the_policy(tmp_path):
     for policy in ("skip", "rewind"):
-        with pytest.raises(UserError, match="the loss is nan.*1 bad updates came before it"):
-            train(tmp_path / policy, experiment(9, on_bad_update=policy, bad_updates=1))
+        with pytest.raises(UserError, match="the loss is nan.*after 1 earlier bad steps"):
+            train(tmp_path / policy, experiment(9, on_bad_step=policy, max_bad_steps=1))
 
 
 def test_a_run_that_stopped_at_a_bad_update_goes_on_when_told_to_skip(tmp_path):
-    with pytest.raises(UserError, match="set run.on_bad_update to skip or rewind"):
+    with pytest.raises(UserError, match="set run.on_bad_step to skip or rewind"):
         train(tmp_path, experiment())
-    assert train(tmp_path, experiment(on_bad_update="skip"))[1]["skipped"] == 2
+    assert train(tmp_path, experiment(on_bad_step="skip"))[1]["skipped"] == 2
 
 
 def test_spikes_are_told_by_the_losses_before_them_and_the_same_after_a_stop(tmp_path):
     # Half a deviation above the mean is nothing odd: many are refused, which a stop must not change.
-    what = experiment(26, poison=-1, on_bad_update="skip", spike=0.5, bad_updates=100, save_every=5, log_every=7)
+    what = experiment(
+        26, poison=-1, on_bad_step="skip", loss_spike_sigmas=0.5, max_bad_steps=100, save_every=5, log_every=7
+    )
     expected, stage = train(tmp_path / "whole", what)
     assert 0 < stage["skipped"] < 10
-    assert all(line["step"] > bad_steps.FEWEST and line["loss"] > 0 for line in refusals(tmp_path / "whole"))
+    assert all(line["step"] > bad_steps.MIN_LOSSES and line["loss"] > 0 for line in refusals(tmp_path / "whole"))
     with pytest.raises(SystemExit):
         train(tmp_path / "stopped", what, stopped_at(19))
     assert train(tmp_path / "stopped", what)[0] == expected
@@ -115,18 +117,20 @@ def test_spikes_are_told_by_the_losses_before_them_and_the_same_after_a_stop(tmp
 
 
 def test_a_spike_is_measured_by_the_updates_that_are_sure_to_be_known():
-    run, losses = RunConfig(spike=2.0), [float(i % 2) for i in range(20)]
-    entry = Entry("one", 0)
+    run, losses = RunConfig(loss_spike_sigmas=2.0), [float(i % 2) for i in range(20)]
+    entry = StageStats("one", 0)
     for loss in losses[:18]:
-        entry.add(loss, 1, 1)
-    at = bad_steps.most(entry, run, 20)  # the nineteenth is on its way
+        entry.add_update(loss, 1, 1)
+    at = bad_steps.loss_threshold(entry, run, 20)  # the nineteenth is on its way
     assert at == np.float32(0.5 + 2 * 0.5)
-    entry.add(1000.0, 1, 1)  # it came back, which must make no difference
-    assert bad_steps.most(entry, run, 20) == at
-    assert bad_steps.most(entry, run, 21) > at
-    assert bad_steps.most(entry, RunConfig(), 21) == np.inf
-    short = Entry("one", 0)
-    short.add(1.0, 1, 1)
-    assert bad_steps.most(short, run, 3) == np.inf
-    entry.skip()
-    assert entry.recent[-1] is None and bad_steps.most(entry, run, 22) == bad_steps.most(entry, run, 21)
+    entry.add_update(1000.0, 1, 1)  # it came back, which must make no difference
+    assert bad_steps.loss_threshold(entry, run, 20) == at
+    assert bad_steps.loss_threshold(entry, run, 21) > at
+    assert bad_steps.loss_threshold(entry, RunConfig(), 21) == np.inf
+    short = StageStats("one", 0)
+    short.add_update(1.0, 1, 1)
+    assert bad_steps.loss_threshold(short, run, 3) == np.inf
+    entry.add_skipped_update()
+    assert entry.recent[-1] is None and bad_steps.loss_threshold(entry, run, 22) == bad_steps.loss_threshold(
+        entry, run, 21
+    )

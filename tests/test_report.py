@@ -13,7 +13,7 @@ from pycocotools import mask as coco
 from lionjax.core.types import UserError
 from lionjax.evaluation.report import html as report_of
 from lionjax.evaluation.report import plots
-from lionjax.evaluation.report.html import report
+from lionjax.evaluation.report.html import write_report
 
 FIGURES = {
     "config": {"name": "toy <run>"},
@@ -97,7 +97,7 @@ def run(tmp_path):
 
 
 def test_the_page_says_every_figure_of_the_run(run):
-    page = Reader(report(run).read_text())
+    page = Reader(write_report(run).read_text())
     said = " ".join(page.words)
     for words in (
         "toy <run>",
@@ -120,7 +120,7 @@ def test_the_page_says_every_figure_of_the_run(run):
 
 
 def test_the_page_is_whole_html_and_needs_nothing_but_itself(run):
-    text = report(run).read_text()
+    text = write_report(run).read_text()
     page = Reader(text)
     assert page.open == []
     assert page.addresses and all(a.startswith("data:image/") for a in page.addresses)
@@ -128,19 +128,19 @@ def test_the_page_is_whole_html_and_needs_nothing_but_itself(run):
 
 
 def test_pictures_lie_beside_the_page_and_nothing_half_written(run):
-    report(run)
+    write_report(run)
     names = {path.name for path in run.iterdir()}
     assert {"loss.png", "loss-dark.png", "routers.png", "answers_rec.png", "report.html"} <= names
     assert not [name for name in names if name.endswith(".part")]
     assert "answers_blind.png" not in names  # it has no pictures
     pixels = np.asarray(Image.open(run / "answers_rec.png")).reshape(-1, 3).astype(int)
-    for colour in (plots.PREDICTED, plots.TRUE):
-        assert np.abs(pixels - plots.rgb(colour)).sum(-1).min() < 30
+    for colour in (plots.PREDICTION_COLOR, plots.TRUTH_COLOR):
+        assert np.abs(pixels - plots.hex_to_rgb(colour)).sum(-1).min() < 30
 
 
 def test_what_a_run_does_not_have_gets_no_section(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "one", "loss": 2.0}\n')
-    said = " ".join(Reader(report(tmp_path).read_text()).words)
+    said = " ".join(Reader(write_report(tmp_path).read_text()).words)
     assert "Loss at each logged step" in said
     for words in ("How well", "Answers", "How fast", "Whom each", "None", "nan"):
         assert words not in said
@@ -148,30 +148,30 @@ def test_what_a_run_does_not_have_gets_no_section(tmp_path):
 
 def test_a_missing_picture_leaves_its_answer_on_the_page(run):
     (run / "evaluation/images/a.png").unlink()
-    assert "✓ there" in " ".join(Reader(report(run).read_text()).words)
+    assert "✓ there" in " ".join(Reader(write_report(run).read_text()).words)
 
 
 def test_an_empty_folder_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="holds no report.json"):
-        report(tmp_path)
+        write_report(tmp_path)
 
 
 def test_a_broken_file_is_named_with_its_line(run):
     (run / "evaluation/rec.jsonl").write_text("{}\n{oops\n{}\n")
     with pytest.raises(UserError, match="rec.jsonl: line 2 is no JSON"):
-        report(run)
+        write_report(run)
     (run / "report.json").write_text("{oops")
     with pytest.raises(UserError, match="report.json is no JSON"):
-        report(run)
+        write_report(run)
 
 
 def test_mean_router_ratios_are_kept_under_the_part_of_their_path_that_differs(tmp_path):
     ratio_LTAD = np.arange(24.0).reshape(2, 2, 2, 3)
     blocks = {"blocks": {"adapters": {"ratio": ratio_LTAD, "adapter_0": {"scale": np.ones(2)}}}}
-    report_of.write_routers(tmp_path, {"language": {"encoder": blocks, "decoder": blocks}})
+    report_of.write_router_ratios(tmp_path, {"language": {"encoder": blocks, "decoder": blocks}})
     kept = json.loads((tmp_path / "routers.json").read_text())
     assert list(kept) == ["decoder", "encoder"]
     assert kept["encoder"] == ratio_LTAD.mean(-1).tolist()
     (tmp_path / "routers.json").unlink()
-    report_of.write_routers(tmp_path, {"language": {"scale": np.ones(2)}})
+    report_of.write_router_ratios(tmp_path, {"language": {"scale": np.ones(2)}})
     assert not (tmp_path / "routers.json").exists()

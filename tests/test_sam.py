@@ -21,20 +21,20 @@ def drawn(draw: random.Random) -> SamConfig:
     heads, wide, patch = draw.choice([2, 3]), draw.choice([2, 3]), draw.choice([4, 8])
     grid, period = draw.choice([6, 8, 9]), draw.choice([2, 3])
     return SamConfig(
-        image=grid * patch,
-        patch=patch,
+        image_size=grid * patch,
+        patch_size=patch,
         width=heads * draw.choice([6, 8]),
         depth=2 * period,
-        heads=heads,
-        hidden=draw.randint(20, 50),
-        window=draw.choice([2, 3, 4]),
-        global_layers=(period - 1, 2 * period - 1),
-        channels=8 * wide,
-        mask_channels=draw.choice([4, 8]),
-        decoder_heads=2,
-        decoder_hidden=draw.randint(20, 40),
-        iou_depth=draw.choice([2, 3]),
-        iou_hidden=draw.randint(8, 16),
+        num_heads=heads,
+        mlp_dim=draw.randint(20, 50),
+        window_size=draw.choice([2, 3, 4]),
+        global_attn_indexes=(period - 1, 2 * period - 1),
+        prompt_embed_dim=8 * wide,
+        mask_input_channels=draw.choice([4, 8]),
+        decoder_num_heads=2,
+        decoder_mlp_dim=draw.randint(20, 40),
+        iou_head_depth=draw.choice([2, 3]),
+        iou_head_mlp_dim=draw.randint(8, 16),
     )
 
 
@@ -51,25 +51,28 @@ def twins():
         vision_config=dict(
             hidden_size=c.width,
             num_hidden_layers=c.depth,
-            num_attention_heads=c.heads,
-            image_size=c.image,
-            patch_size=c.patch,
-            mlp_dim=c.hidden,
-            window_size=c.window,
-            global_attn_indexes=list(c.global_layers),
-            output_channels=c.channels,
-            num_pos_feats=c.channels // 2,
+            num_attention_heads=c.num_heads,
+            image_size=c.image_size,
+            patch_size=c.patch_size,
+            mlp_dim=c.mlp_dim,
+            window_size=c.window_size,
+            global_attn_indexes=list(c.global_attn_indexes),
+            output_channels=c.prompt_embed_dim,
+            num_pos_feats=c.prompt_embed_dim // 2,
         ),
         prompt_encoder_config=dict(
-            hidden_size=c.channels, image_size=c.image, patch_size=c.patch, mask_input_channels=c.mask_channels
+            hidden_size=c.prompt_embed_dim,
+            image_size=c.image_size,
+            patch_size=c.patch_size,
+            mask_input_channels=c.mask_input_channels,
         ),
         mask_decoder_config=dict(
-            hidden_size=c.channels,
-            mlp_dim=c.decoder_hidden,
-            num_attention_heads=c.decoder_heads,
-            iou_head_hidden_dim=c.iou_hidden,
-            iou_head_depth=c.iou_depth,
-            layer_norm_eps=c.decoder_eps,
+            hidden_size=c.prompt_embed_dim,
+            mlp_dim=c.decoder_mlp_dim,
+            num_attention_heads=c.decoder_num_heads,
+            iou_head_hidden_dim=c.iou_head_mlp_dim,
+            iou_head_depth=c.iou_head_depth,
+            layer_norm_eps=c.decoder_norm_eps,
         ),
     )
     theirs = transformers.SamModel(config).eval()
@@ -78,17 +81,19 @@ def twins():
             weight += (0.4 if name.startswith("mask_decoder") else 0.3) * torch.randn_like(weight)
             weight *= 0.1 if "positional_embedding" in name else 1
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    return theirs, convert.params_from(sam_decoder.hugging_face_rows(c), state), state
+    return theirs, convert.params_from_state_dict(sam_decoder.hf_weight_map(c), state), state
 
 
 def prompts() -> dict[str, dict[str, np.ndarray]]:
     """Prompts for two pictures, two things each, in pixels."""
     numbers = np.random.default_rng(0)
-    corner = numbers.uniform(0, TINY.image / 2, (2, 2, 2))
-    box = np.concatenate([corner, corner + numbers.uniform(4, TINY.image / 2, (2, 2, 2))], axis=-1).astype(np.float32)
-    point = numbers.uniform(0, TINY.image, (2, 2, 3, 2)).astype(np.float32)
+    corner = numbers.uniform(0, TINY.image_size / 2, (2, 2, 2))
+    box = np.concatenate([corner, corner + numbers.uniform(4, TINY.image_size / 2, (2, 2, 2))], axis=-1).astype(
+        np.float32
+    )
+    point = numbers.uniform(0, TINY.image_size, (2, 2, 3, 2)).astype(np.float32)
     label = np.array([[[1, 0, 1], [1, -10, -10]], [[0, 1, -1], [1, 1, 0]]], np.int32)
-    mask = numbers.standard_normal((2, 4 * TINY.grid, 4 * TINY.grid)).astype(np.float32)
+    mask = numbers.standard_normal((2, 4 * TINY.grid_size, 4 * TINY.grid_size)).astype(np.float32)
     return {
         "points": {"point_BKT2": point, "label_BKT": label},
         "box": {"box_BK4": box},
@@ -101,7 +106,7 @@ def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
     import torch
 
     theirs, params, _ = twins
-    image_BCHW = np.random.default_rng(1).standard_normal((2, 3, TINY.image, TINY.image)).astype(np.float32)
+    image_BCHW = np.random.default_rng(1).standard_normal((2, 3, TINY.image_size, TINY.image_size)).astype(np.float32)
 
     @jax.jit
     def run(image):
@@ -144,9 +149,9 @@ def test_places_that_nobody_asks_about_are_left_out_and_the_others_are_as_if_all
     sam, rng = Sam(TINY), np.random.default_rng(1)
     asked = rng.random((6, 3)) < 0.3
     asked[4, 2] = True
-    seen = rng.standard_normal((6, TINY.grid, TINY.grid, TINY.channels)).astype(np.float32)
-    box = rng.uniform(0, TINY.image, (6, 3, 4)).astype(np.float32)
-    own = rng.standard_normal((6, 3, 2, TINY.channels)).astype(np.float32)
+    seen = rng.standard_normal((6, TINY.grid_size, TINY.grid_size, TINY.prompt_embed_dim)).astype(np.float32)
+    box = rng.uniform(0, TINY.image_size, (6, 3, 4)).astype(np.float32)
+    own = rng.standard_normal((6, 3, 2, TINY.prompt_embed_dim)).astype(np.float32)
 
     def heard(params, own, given):
         logits, iou = sam.apply({"params": params}, seen, box, own, given, method="point")
@@ -169,22 +174,22 @@ def test_places_that_nobody_asks_about_are_left_out_and_the_others_are_as_if_all
 
 def test_weights_go_back_under_both_sorts_of_names(twins):
     _, params, state = twins
-    back = convert.state_from(sam_decoder.hugging_face_rows(TINY), params)
+    back = convert.state_dict_from_params(sam_decoder.hf_weight_map(TINY), params)
     assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
-    original = convert.state_from(sam_decoder.torch_rows(TINY), params)
-    again = convert.params_from(sam_decoder.torch_rows(TINY), original)
+    original = convert.state_dict_from_params(sam_decoder.original_weight_map(TINY), params)
+    again = convert.params_from_state_dict(sam_decoder.original_weight_map(TINY), original)
     assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
     for layer in range(TINY.depth):
-        side = TINY.grid if layer in TINY.global_layers else TINY.window
+        side = TINY.grid_size if layer in TINY.global_attn_indexes else TINY.window_size
         shape = original[f"image_encoder.blocks.{layer}.attn.rel_pos_h"].shape
-        assert shape == (2 * side - 1, TINY.width // TINY.heads)
+        assert shape == (2 * side - 1, TINY.width // TINY.num_heads)
 
 
 def test_the_released_sizes_repeat_in_periods_of_one_global_layer():
-    assert SAM_VIT_H.sides == (14,) * 7 + (64,)
-    assert SAM_VIT_B.sides == (14, 14, 64)
-    irregular = SamConfig(image=64, patch=8, depth=3, window=3, global_layers=(1, 2))
-    assert irregular.sides == (3, 8, 8)
+    assert SAM_VIT_H.window_sizes == (14,) * 7 + (64,)
+    assert SAM_VIT_B.window_sizes == (14, 14, 64)
+    irregular = SamConfig(image_size=64, patch_size=8, depth=3, window_size=3, global_attn_indexes=(1, 2))
+    assert irregular.window_sizes == (3, 8, 8)
 
 
 def test_full_size_sam_has_the_released_number_of_parameters():
@@ -193,12 +198,12 @@ def test_full_size_sam_has_the_released_number_of_parameters():
 
     image, box = np.zeros((1, 1024, 1024, 3), np.float32), np.zeros((1, 1, 4), np.float32)
     mask = np.zeros((1, 256, 256), np.float32)
-    made = sharding.abstract(
+    made = sharding.abstract_params(
         lambda key: Sam(SAM_VIT_H).init(key, image, None, None, box, mask)["params"], jax.random.key(0)
     )
     waves = 2 * 128  # a buffer in the original, which counts only what learns
-    assert trees.count(made) - waves == 641_090_608
-    assert trees.count(made["decoder"]) == 4_058_340
+    assert trees.count_params(made) - waves == 641_090_608
+    assert trees.count_params(made["decoder"]) == 4_058_340
 
 
 def test_masks_come_back_to_the_picture_as_interpolation_in_torch_brings_them():
@@ -210,7 +215,7 @@ def test_masks_come_back_to_the_picture_as_interpolation_in_torch_brings_them():
     whole = interpolate(torch.from_numpy(logits)[None], (64, 64), mode="bilinear", align_corners=False)
     cut = whole[..., top : top + high, left : left + wide]
     wanted = interpolate(cut, size, mode="bilinear", align_corners=False)[0].numpy()
-    made = sam_decoder.to_picture(logits, 64, (top, left, high, wide), size)
+    made = sam_decoder.postprocess_masks(logits, 64, (top, left, high, wide), size)
     np.testing.assert_allclose(made, wanted, atol=1e-5)
     enlarged = interpolate(torch.from_numpy(logits)[None], (64, 64), mode="bilinear", align_corners=False)[0]
-    np.testing.assert_allclose(sam_decoder.enlarge(logits, 64), enlarged, atol=1e-5)
+    np.testing.assert_allclose(sam_decoder.resize_mask_logits(logits, 64), enlarged, atol=1e-5)

@@ -18,25 +18,25 @@ from lionjax.core.types import UserError
 from lionjax.data.scenes import render
 from lionjax.data.scenes import world as scenes
 from lionjax.data.scenes.source import SceneSource
-from lionjax.data.scenes.world import Scene, Thing, World, sample
+from lionjax.data.scenes.world import Scene, Thing, WorldConfig, sample_scene
 
 # The digest of nine scenes. It may only change together with everything trained on the old ones.
 GOLDEN_TRUTH = "837ae17972aa50de429fd49f2e3dc856ba6ac8faad56b6ad402559c9162ce7cc"
 
 
 def digest_of_nine() -> str:
-    nine = [sample(split, index) for split in scenes.SPLITS for index in (0, 1, 977)]
+    nine = [sample_scene(split, index) for split in scenes.SPLITS for index in (0, 1, 977)]
     truth = "\n".join(scene.to_json() for scene in nine)
     return hashlib.sha256(truth.encode()).hexdigest()
 
 
-SOME = [sample(split, index) for split in scenes.SPLITS for index in range(80)]
+SOME = [sample_scene(split, index) for split in scenes.SPLITS for index in range(80)]
 
 
 def test_equal_arguments_give_equal_scenes_and_other_arguments_others():
-    assert sample("train", 5, seed=1) == sample("train", 5, seed=1)
-    others = [sample("train", 6, 1), sample("train", 5, 2), sample("validation", 5, 1)]
-    assert all(other.things != sample("train", 5, 1).things for other in others)
+    assert sample_scene("train", 5, seed=1) == sample_scene("train", 5, seed=1)
+    others = [sample_scene("train", 6, 1), sample_scene("train", 5, 2), sample_scene("validation", 5, 1)]
+    assert all(other.things != sample_scene("train", 5, 1).things for other in others)
 
 
 def test_another_process_with_other_hashes_makes_the_same_scenes():
@@ -54,7 +54,7 @@ TWO = tuple(
 
 
 def test_masks_boxes_and_what_hides_what_of_two_squares_by_hand():
-    things = scenes._with_truth(TWO)
+    things = scenes._with_visibility(TWO)
     # Of 256 pixels the first holds 73 to 182 across and down, the second 137 to 246 across.
     assert things[0].box == (73 / 256, 73 / 256, 137 / 256, 183 / 256)
     assert things[1].box == (137 / 256, 73 / 256, 247 / 256, 183 / 256)
@@ -87,12 +87,12 @@ def test_a_scene_survives_json():
 
 def test_boxes_are_tight_around_what_is_seen():
     for scene in SOME:
-        for thing, mask in zip(scene.things, scene.masks(scenes.TRUTH_PIXELS)):
+        for thing, mask in zip(scene.things, scene.masks(scenes.TRUTH_IMAGE_SIZE)):
             y, x = np.nonzero(mask)
-            seen = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / scenes.TRUTH_PIXELS
+            seen = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / scenes.TRUTH_IMAGE_SIZE
             np.testing.assert_array_equal(thing.box, seen)
         for thing, mask in zip(scene.things, scene.masks(64)):
-            assert np.abs(np.subtract(render.tight_box(mask), thing.box)).max() <= 1.5 / 64
+            assert np.abs(np.subtract(render.mask_to_box(mask), thing.box)).max() <= 1.5 / 64
 
 
 def test_masks_never_overlap_and_the_picture_changes_only_where_they_lie():
@@ -110,28 +110,28 @@ def test_masks_never_overlap_and_the_picture_changes_only_where_they_lie():
 
 
 def test_every_thing_keeps_the_promised_share_in_view():
-    world = World(min_visible=0.75)
-    crowded = [sample("train", index, seed=3, world=world) for index in range(60)]
-    for scene, least in [(s, World().min_visible) for s in SOME] + [(s, 0.75) for s in crowded]:
-        seen = scene.masks(scenes.TRUTH_PIXELS).sum((1, 2))
+    world = WorldConfig(min_visible_fraction=0.75)
+    crowded = [sample_scene("train", index, seed=3, world=world) for index in range(60)]
+    for scene, least in [(s, WorldConfig().min_visible_fraction) for s in SOME] + [(s, 0.75) for s in crowded]:
+        seen = scene.masks(scenes.TRUTH_IMAGE_SIZE).sum((1, 2))
         for thing, area in zip(scene.things, seen):
-            _, whole = render.silhouette(thing, scenes.TRUTH_PIXELS)
+            _, whole = render.amodal_mask(thing, scenes.TRUTH_IMAGE_SIZE)
             assert area >= least * whole.sum()
             assert abs(area / whole.sum() - thing.visible) < 1e-3
             x0, y0, x1, y1 = thing.box
-            assert min(x1 - x0, y1 - y0) >= World().min_side - 1e-9
+            assert min(x1 - x0, y1 - y0) >= WorldConfig().min_box_side - 1e-9
     assert min(thing.visible for scene in SOME for thing in scene.things) < 0.8
 
 
 def test_covers_names_exactly_the_things_that_are_clearly_hidden_by_one():
-    pixels, pairs = scenes.TRUTH_PIXELS, 0
+    pixels, pairs = scenes.TRUTH_IMAGE_SIZE, 0
     for scene in SOME:
         masks = scene.masks(pixels)
         for j, thing in enumerate(scene.things):
-            place, inside = render.silhouette(thing, pixels)
+            place, inside = render.amodal_mask(thing, pixels)
             hidden = [masks[k][place][inside].mean() for k in range(len(scene.things))]
             for k in set(range(len(scene.things))) - {j}:
-                assert (j in scene.things[k].covers) == (hidden[k] > scenes.CLEARLY_HIDDEN)
+                assert (j in scene.things[k].covers) == (hidden[k] > scenes.MIN_OCCLUSION)
                 pairs += j in scene.things[k].covers
     assert pairs > 20
 
@@ -142,7 +142,7 @@ def test_things_of_one_color_never_overlap():
             alike = [thing for thing in scene.things if thing.color == color]
             total = np.zeros((128, 128), int)
             for thing in alike:
-                place, inside = render.silhouette(thing, 128)
+                place, inside = render.amodal_mask(thing, 128)
                 total[place] += inside
             assert total.max() == 1
 
@@ -150,20 +150,20 @@ def test_things_of_one_color_never_overlap():
 def test_held_out_pairs_are_never_in_training_and_always_in_the_test():
     for scene in SOME:
         pairs = {(thing.color, thing.shape) for thing in scene.things}
-        assert bool(pairs & scenes.HELD_OUT) == (scene.split == "heldout")
-    assert 9 <= len(scenes.HELD_OUT) <= 12
-    trained = scenes.pairs_of("train")
+        assert bool(pairs & scenes.HELD_OUT_PAIRS) == (scene.split == "heldout")
+    assert 9 <= len(scenes.HELD_OUT_PAIRS) <= 12
+    trained = scenes.allowed_pairs("train")
     assert {color for color, _ in trained} == set(scenes.COLORS)
     assert {shape for _, shape in trained} == set(scenes.SHAPES)
 
 
 def test_training_shows_every_other_pair_and_every_word():
-    things = [t for index in range(600) for t in sample("train", index).things]
-    assert {(t.color, t.shape) for t in things} == set(scenes.pairs_of("train"))
+    things = [t for index in range(600) for t in sample_scene("train", index).things]
+    assert {(t.color, t.shape) for t in things} == set(scenes.allowed_pairs("train"))
     assert {t.size for t in things} == set(scenes.SIZES)
     assert {t.texture for t in things} == set(scenes.TEXTURES)
     counts = {len(scene.things) for scene in SOME}
-    assert counts == set(range(World().fewest, World().most + 1))
+    assert counts == set(range(WorldConfig().min_things, WorldConfig().max_things + 1))
 
 
 def test_sizes_are_told_apart_by_their_extent():
@@ -194,11 +194,11 @@ def test_plain_things_show_their_own_color():
 
 
 def test_a_source_gives_records_by_index_and_travels_to_other_processes():
-    source = SceneSource("heldout", 5, seed=2, pixels=48)
+    source = SceneSource("heldout", 5, seed=2, image_size=48)
     record = source[3]
     assert len(source) == 5 and record["id"] == "heldout-2-000003"
     image = np.asarray(Image.open(io.BytesIO(record["image"])))
-    np.testing.assert_array_equal(image, sample("heldout", 3, 2).render(48))
+    np.testing.assert_array_equal(image, sample_scene("heldout", 3, 2).render(48))
     assert Scene.from_json(record["truth"]) == source.scene(3)
     assert pickle.loads(pickle.dumps(source))[3] == record
     assert source[np.int64(3)] == record
@@ -209,11 +209,11 @@ def test_a_source_gives_records_by_index_and_travels_to_other_processes():
 @pytest.mark.parametrize(
     "wrong, word",
     [
-        (lambda: sample("test", 0), "'test'"),
+        (lambda: sample_scene("test", 0), "'test'"),
         (lambda: SceneSource("trian", 3), "'trian'"),
         (lambda: SceneSource("train", 0), "size"),
-        (lambda: SceneSource("train", 3, pixels=4), "pixels"),
-        (lambda: World(fewest=1), "fewest=1"),
+        (lambda: SceneSource("train", 3, image_size=4), "pixels"),
+        (lambda: WorldConfig(min_things=1), "fewest=1"),
     ],
 )
 def test_wrong_arguments_are_one_clear_sentence(wrong, word):
@@ -222,9 +222,9 @@ def test_wrong_arguments_are_one_clear_sentence(wrong, word):
 
 
 def test_a_world_too_full_to_fill_says_so_and_stops(monkeypatch):
-    monkeypatch.setattr(scenes, "_place", lambda *_: False)
+    monkeypatch.setattr(scenes, "_try_place_thing", lambda *_: False)
     with pytest.raises(UserError, match="ask for fewer"):
-        sample("train", 0)
+        sample_scene("train", 0)
 
 
 BUILD = """
@@ -265,8 +265,8 @@ def test_an_interrupted_build_leaves_nothing_that_looks_whole(tmp_path):
     tfds_builder.SceneSource = Broken
     try:
         with pytest.raises(Exception):  # noqa: B017 - TFDS wraps errors as it likes
-            tfds_builder.build(tmp_path, sizes=(2, 1, 1), pixels=32)
+            tfds_builder.build(tmp_path, sizes=(2, 1, 1), image_size=32)
     finally:
         tfds_builder.SceneSource = good
-    folder = tfds_builder.build(tmp_path, sizes=(2, 1, 1), pixels=32)
-    assert len(tfds_builder.BuiltScenes(folder, "train")) == 2
+    folder = tfds_builder.build(tmp_path, sizes=(2, 1, 1), image_size=32)
+    assert len(tfds_builder.StoredScenes(folder, "train")) == 2

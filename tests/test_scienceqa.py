@@ -10,10 +10,10 @@ from PIL import Image
 from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
-from lionjax.data.datasets.scienceqa import ScienceQa, answer_of, question_of
+from lionjax.data.datasets.scienceqa import ScienceQa, format_answer, format_question
 from lionjax.data.processor import ProcessorConfig
 from lionjax.evaluation import runner
-from lionjax.evaluation.metrics.vqa import read_letter
+from lionjax.evaluation.metrics.vqa import parse_choice
 from lionjax.evaluation.tasks import SCORERS
 
 PLANT = {
@@ -29,11 +29,11 @@ MAP = PLANT | {"hint": "Look at  the map.", "image": "image.png", "answer": 0, "
 
 
 def test_a_problem_is_asked_as_qcm_and_answered_as_lea():
-    assert question_of(PLANT) == "Which one is alive?\nContext: N/A\nOptions: (A) a rock (B) a fern"
-    assert answer_of(PLANT) == "Living things grow. A fern grows. The answer is B."
-    assert "Context: Look at the map.\n" in question_of(MAP) and answer_of(MAP) == "The answer is A."
+    assert format_question(PLANT) == "Which one is alive?\nContext: N/A\nOptions: (A) a rock (B) a fern"
+    assert format_answer(PLANT) == "Living things grow. A fern grows. The answer is B."
+    assert "Context: Look at the map.\n" in format_question(MAP) and format_answer(MAP) == "The answer is A."
     with pytest.raises(UserError, match="6 options"):
-        question_of(PLANT | {"choices": list("abcdef")})
+        format_question(PLANT | {"choices": list("abcdef")})
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_problem_is_asked_as_qcm_and_answered_as_lea():
     ],
 )
 def test_a_letter_is_read_where_llavas_evaluation_reads_one(text, letter):
-    assert read_letter(text) == letter
+    assert parse_choice(text) == letter
 
 
 def test_questions_with_and_without_a_picture_are_read_counted_apart_and_shown_what_there_is(tmp_path):
@@ -60,19 +60,19 @@ def test_questions_with_and_without_a_picture_are_read_counted_apart_and_shown_w
     (tmp_path / "pid_splits.json").write_text(json.dumps({"train": [], "val": [], "test": ["1", "2"]}))
     prompts = ProcessorConfig(
         image_size=28,
-        prompt_length=96,
-        question_length=8,
-        target_length=32,
-        tags=False,
+        max_prompt_tokens=96,
+        max_question_tokens=8,
+        max_target_tokens=32,
+        use_tags=False,
         reader="decoder",
-        template="{image} {question}",
+        prompt_template="{image} {question}",
         image_token=21,
     )
-    data = DataConfig((ScienceQa(str(tmp_path)),), prompts, threads=0)
+    data = DataConfig((ScienceQa(str(tmp_path)),), prompts, num_threads=0)
     samples = sorted(pipeline.examples(data, "choice", "heldout"), key=lambda sample: sample.example.kind)
     assert [sample.example.kind for sample in samples] == ["image", "text"]
-    processor = pipeline.open_records(data, "heldout").processor
-    rows = [row[False] for _, row in runner.prepared(processor, data, samples, False, "choice")]
+    processor = pipeline.open_mixture(data, "heldout").processor
+    rows = [row[False] for _, row in runner.encode_samples(processor, data, samples, False, "choice")]
     assert [(row["prompt"] == 21).any() for row in rows] == [True, False]
     assert np.ptp(rows[1]["pixels"]) == 0
     scored = SCORERS["choice"]([sample.example for sample in samples], ["The answer is A.", "who knows"])

@@ -13,36 +13,36 @@ from toy_system import PROMPTS, VOCAB, Toy, batch_of, logits_in_numpy, random_pa
 
 from benchmarks.text_t5 import random_prompts, text_batch, twins
 from lionjax.inference.beam_search import beam_search
-from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.inference.generate import GenerationConfig, generate
 
-searched = jax.jit(beam_search, static_argnames=("system", "config"))
+searched = jax.jit(beam_search, static_argnames=("model", "config"))
 
 
 @pytest.mark.parametrize(
     "setting",
     [
-        {"beams": 2},
-        {"beams": 3, "length_penalty": 2.0},
-        {"beams": 4, "length_penalty": 0.5, "repetition_penalty": 1.5},
-        {"beams": 5, "repetition_penalty": 1.5},
-        {"beams": 5, "length_penalty": -1.0, "min_length": 5, "eos": 18},
+        {"num_beams": 2},
+        {"num_beams": 3, "length_penalty": 2.0},
+        {"num_beams": 4, "length_penalty": 0.5, "repetition_penalty": 1.5},
+        {"num_beams": 5, "repetition_penalty": 1.5},
+        {"num_beams": 5, "length_penalty": -1.0, "min_length": 5, "eos_token_id": 18},
     ],
 )
 def test_beams_find_the_ids_and_scores_of_hugging_face(setting):
     import torch
 
-    config = GenerateConfig(max_new_tokens=10, **setting)
+    config = GenerationConfig(max_new_tokens=10, **setting)
     early = 0
     for seed in range(3):
         theirs, system, params = twins(seed, TINY)
-        ids_BL, mask_BL = random_prompts(seed, TINY.vocab, (5, 9, 2, 7))
+        ids_BL, mask_BL = random_prompts(seed, TINY.vocab_size, (5, 9, 2, 7))
         made = generate(system, params, text_batch(ids_BL, mask_BL), config)
         expected = theirs.generate(
             input_ids=torch.tensor(ids_BL),
             attention_mask=torch.tensor(mask_BL),
             do_sample=False,
-            num_beams=config.beams,
-            eos_token_id=config.eos,
+            num_beams=config.num_beams,
+            eos_token_id=config.eos_token_id,
             max_new_tokens=config.max_new_tokens,
             min_length=config.min_length,
             length_penalty=config.length_penalty,
@@ -51,16 +51,16 @@ def test_beams_find_the_ids_and_scores_of_hugging_face(setting):
             output_scores=True,
         )
         rows = expected.sequences[:, 1:].tolist()
-        ended = [row[: row.index(config.eos) + 1] if config.eos in row else row for row in rows]
+        ended = [row[: row.index(config.eos_token_id) + 1] if config.eos_token_id in row else row for row in rows]
         assert words(made) == ended
         np.testing.assert_allclose(made.score_B, expected.sequences_scores, rtol=1e-4, atol=1e-5)
         early += sum(length < config.max_new_tokens for length in made.length_B.tolist())
     assert early, "some answers should end before the last token"
 
 
-def plain_search(params, prompt, config: GenerateConfig) -> tuple[list[int], float]:
+def plain_search(params, prompt, config: GenerationConfig) -> tuple[list[int], float]:
     """Beam search with lists, reading everything again for every hypothesis."""
-    k, limit = config.beams, config.max_new_tokens
+    k, limit = config.num_beams, config.max_new_tokens
     running, finished = [(0.0, [])], []
     for length in range(1, limit + 1):
         options = []
@@ -70,14 +70,14 @@ def plain_search(params, prompt, config: GenerateConfig) -> tuple[list[int], flo
             for token in {0, *answer}:
                 chances[token] *= config.repetition_penalty
             if length < config.min_length:
-                chances[config.eos] = -np.inf
+                chances[config.eos_token_id] = -np.inf
             options += [(total + chances[token], [*answer, token]) for token in range(VOCAB)]
         options = sorted(options, key=lambda option: -option[0])[: 2 * k]
         for rank, (total, answer) in enumerate(options):
-            if rank < k and (answer[-1] == config.eos or length == limit):
+            if rank < k and (answer[-1] == config.eos_token_id or length == limit):
                 finished.append((total / length**config.length_penalty, answer))
         finished = sorted(finished, key=lambda one: -one[0])[:k]
-        running = [option for option in options if option[1][-1] != config.eos][:k]
+        running = [option for option in options if option[1][-1] != config.eos_token_id][:k]
         hope = running[0][0] / length**config.length_penalty
         if len(finished) == k and hope <= finished[-1][0]:
             break
@@ -87,13 +87,13 @@ def plain_search(params, prompt, config: GenerateConfig) -> tuple[list[int], flo
 @pytest.mark.parametrize(
     "setting",
     [
-        {"beams": 4},
-        {"beams": 3, "repetition_penalty": 1.5, "length_penalty": 2.0},
-        {"beams": 5, "length_penalty": 0.0, "min_length": 4},
+        {"num_beams": 4},
+        {"num_beams": 3, "repetition_penalty": 1.5, "length_penalty": 2.0},
+        {"num_beams": 5, "length_penalty": 0.0, "min_length": 4},
     ],
 )
 def test_beams_find_what_a_plain_search_without_a_cache_finds(setting):
-    config = GenerateConfig(max_new_tokens=8, **setting)
+    config = GenerationConfig(max_new_tokens=8, **setting)
     lengths = set()
     for seed in range(12):
         params = random_params(seed)
@@ -107,18 +107,18 @@ def test_beams_find_what_a_plain_search_without_a_cache_finds(setting):
 
 def test_enough_beams_find_the_likeliest_of_all_answers():
     params, prompt, limit = random_params(7), PROMPTS[1], 3
-    config = GenerateConfig(max_new_tokens=limit, beams=VOCAB**2, length_penalty=0.0)
+    config = GenerationConfig(max_new_tokens=limit, num_beams=VOCAB**2, length_penalty=0.0)
 
     def chance(answer):
         logits = [logits_in_numpy(params, prompt, answer[:n]) for n in range(len(answer))]
         return sum(row[t] - np.log(np.exp(row).sum()) for row, t in zip(logits, answer))
 
-    others = [token for token in range(VOCAB) if token != config.eos]
+    others = [token for token in range(VOCAB) if token != config.eos_token_id]
     whole = [
         [*body, end]
         for n in range(limit)
         for body in itertools.product(others, repeat=n)
-        for end in (range(VOCAB) if n == limit - 1 else [config.eos])
+        for end in (range(VOCAB) if n == limit - 1 else [config.eos_token_id])
     ]
     best = max(whole, key=chance)
     made = generate(Toy(), params, batch_of(prompt), config)
@@ -126,7 +126,7 @@ def test_enough_beams_find_the_likeliest_of_all_answers():
 
 
 def test_a_beam_of_one_is_greedy():
-    config = GenerateConfig(max_new_tokens=9)
+    config = GenerationConfig(max_new_tokens=9)
     for seed in range(5):
         params, batch = random_params(seed), batch_of(*PROMPTS)
         greedy = generate(Toy(), params, batch, config)
@@ -134,7 +134,7 @@ def test_a_beam_of_one_is_greedy():
 
 
 def test_beams_of_a_batch_find_what_each_prompt_finds_alone():
-    config, params = (GenerateConfig(max_new_tokens=8, beams=3, repetition_penalty=1.5), random_params(3))
+    config, params = (GenerationConfig(max_new_tokens=8, num_beams=3, repetition_penalty=1.5), random_params(3))
     batch = batch_of(*PROMPTS)
     together = words(generate(Toy(), params, batch, config))
     for row, found in enumerate(together):
@@ -144,7 +144,7 @@ def test_beams_of_a_batch_find_what_each_prompt_finds_alone():
 
 def test_the_search_stops_when_every_prompt_is_settled():
     params = random_params(7)
-    config = GenerateConfig(max_new_tokens=50, beams=2)
+    config = GenerationConfig(max_new_tokens=50, num_beams=2)
     toy_system.steps.clear()
     made = generate(Toy(True), params, batch_of(*PROMPTS), config)
     assert made.length_B.max() < 40
@@ -154,7 +154,7 @@ def test_the_search_stops_when_every_prompt_is_settled():
 
 
 def test_log_probabilities_follow_their_beam():
-    config = GenerateConfig(max_new_tokens=8, beams=4, logprobs=True)
+    config = GenerationConfig(max_new_tokens=8, num_beams=4, output_logprobs=True)
     for seed in range(4):
         made = generate(Toy(), random_params(seed), batch_of(*PROMPTS), config)
         total_B = np.asarray(made.logprob_BM).sum(axis=1)
@@ -164,7 +164,7 @@ def test_log_probabilities_follow_their_beam():
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_batch_split_over_devices_gives_the_same_words(beams):
     params, batch = random_params(2), batch_of(*PROMPTS, *PROMPTS)
-    config = GenerateConfig(max_new_tokens=6, beams=beams, repetition_penalty=1.3)
+    config = GenerationConfig(max_new_tokens=6, num_beams=beams, repetition_penalty=1.3)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.NamedSharding(mesh, jax.P("data"))
     spread = dataclasses.replace(

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import text_decoder
 from benchmarks.text_decoder import TextDecoder
 from benchmarks.text_t5 import text_batch
-from lionjax.inference.generate import GenerateConfig, generate
+from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.language.decoder import SMOLLM2_135M, Decoder
 
 QUESTIONS = ("What is the capital of France?", "Name three things that are red, and say where one finds each of them.")
@@ -41,7 +41,12 @@ def test_smollm2_says_what_transformers_says_to_the_word():
     scale = np.abs(wanted[mask_BL == 1]).max()
     assert np.abs(made - wanted)[mask_BL == 1].max() < 1e-4 * scale
 
-    config = GenerateConfig(max_new_tokens=NEW, eos=SMOLLM2_135M.end_token, pad=SMOLLM2_135M.pad_token, start=None)
+    config = GenerationConfig(
+        max_new_tokens=NEW,
+        eos_token_id=SMOLLM2_135M.eos_token_id,
+        pad_token_id=SMOLLM2_135M.pad_token_id,
+        decoder_start_token_id=None,
+    )
     said = np.asarray(generate(TextDecoder(SMOLLM2_135M), params, text_batch(ids_BL, mask_BL), config).ids_BM)
     for row, text in enumerate(texts):  # one by one, so that they need no padding
         prompt = torch.tensor([text])
@@ -53,7 +58,7 @@ def test_smollm2_says_what_transformers_says_to_the_word():
             repetition_penalty=1.0,
             temperature=None,
             top_p=None,
-            pad_token_id=SMOLLM2_135M.pad_token,
+            pad_token_id=SMOLLM2_135M.pad_token_id,
         )[0, len(text) :].numpy()
         np.testing.assert_array_equal(said[row, : len(answer)], answer)
     assert "Paris" in tokenizer.decode(said[0])

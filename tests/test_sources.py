@@ -14,16 +14,16 @@ from lionjax.core.types import UserError
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets import annotated_images, annotation_files, detect
 from lionjax.data.datasets import source as sources
-from lionjax.data.datasets.array_record import Built
+from lionjax.data.datasets.array_record import ArrayRecordDataset
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.datasets.easy_vqa import EasyVqa
-from lionjax.data.datasets.jsonl import Lines
+from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.datasets.refcoco import RefCoco
 from lionjax.data.datasets.source import open_split
 from lionjax.data.datasets.vqa import Vqa
 from lionjax.data.images import MAX_PIXELS
-from lionjax.data.letterbox import Square
-from lionjax.data.mixture import Records, examples
+from lionjax.data.letterbox import Letterbox
+from lionjax.data.mixture import MixtureDataset, examples
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 
@@ -81,15 +81,15 @@ def all_of(source, task: str, split="train", **config) -> list:
 
 
 def test_a_coco_folder_gives_captions_tags_existence_boxes_and_masks(folder):
-    opened = open_split(Coco(str(folder), share=0), "train", MAX_PIXELS)
+    opened = open_split(Coco(str(folder), heldout_fraction=0), "train", MAX_PIXELS)
     assert len(opened) == 12
     # Dogs are pointed at only in the four pictures that show exactly one.
     lone = {"rec": 16, "res": 16, "reg": 16}
-    assert opened.sizes == {"caption": 12, "tags": 12, "existence": 12 * 2 + 8 * 2, **lone}
+    assert opened.task_sizes == {"caption": 12, "tags": 12, "existence": 12 * 2 + 8 * 2, **lone}
 
 
 def test_captions_are_drawn_from_all_references(folder):
-    samples = all_of(Coco(str(folder), share=0), "caption")
+    samples = all_of(Coco(str(folder), heldout_fraction=0), "caption")
     for sample in samples:
         assert sample.example.answer in sample.example.answers and len(sample.example.answers) == 2
         assert sample.example.answer.startswith("a cat and")
@@ -97,7 +97,7 @@ def test_captions_are_drawn_from_all_references(folder):
 
 
 def test_lone_things_are_pointed_at_in_fractions_with_their_masks(folder):
-    samples = all_of(Coco(str(folder), share=0), "res")
+    samples = all_of(Coco(str(folder), heldout_fraction=0), "res")
     cats = [s for s in samples if s.example.kind == "cat"]
     assert len(cats) == 12
     for sample in cats:
@@ -111,7 +111,7 @@ def test_lone_things_are_pointed_at_in_fractions_with_their_masks(folder):
 
 
 def test_existence_asks_as_often_of_what_is_there_as_of_what_is_not(folder):
-    samples = all_of(Coco(str(folder), share=0), "existence")
+    samples = all_of(Coco(str(folder), heldout_fraction=0), "existence")
     answers = [s.example.answer for s in samples]
     assert answers.count("yes") == answers.count("no") == 20
     for sample in samples:
@@ -129,16 +129,16 @@ def test_crowds_small_things_and_kinds_that_repeat_are_never_pointed_at(folder):
                 note["bbox"] = [10, 5, 2, 2]
 
     edit(folder / "instances.json", change)
-    samples = all_of(Coco(str(folder), share=0), "rec")
+    samples = all_of(Coco(str(folder), heldout_fraction=0), "rec")
     assert {s.name for s in samples if s.example.kind == "cat"} == {
         f"coco/{i:04d}.png" for i in range(12) if i not in (0, 3)
     }
 
 
 def test_splits_share_no_picture_and_stay_when_pictures_are_added(folder):
-    source = Coco(str(folder), share=0.3)
+    source = Coco(str(folder), heldout_fraction=0.3)
     names = {
-        split: {opened.name(i) for i in range(len(opened))}
+        split: {opened.record_name(i) for i in range(len(opened))}
         for split in sources.SPLITS
         for opened in [source.open(split, MAX_PIXELS)]
     }
@@ -161,7 +161,10 @@ def test_splits_share_no_picture_and_stay_when_pictures_are_added(folder):
 def test_a_bad_record_is_one_sentence_when_used_or_is_left_out(folder, change, words, caplog):
     (folder / "captions.json").unlink()
     edit(folder / "instances.json", change)
-    source, task = (Coco(str(folder), share=0), "tags" if words not in ("leaves the picture", "no area") else "rec")
+    source, task = (
+        Coco(str(folder), heldout_fraction=0),
+        "tags" if words not in ("leaves the picture", "no area") else "rec",
+    )
     if words == "no area":  # it is too small to be pointed at in the first place
         assert "0000.png" not in {s.name.partition("/")[2] for s in all_of(source, task)}
         return
@@ -169,7 +172,7 @@ def test_a_bad_record_is_one_sentence_when_used_or_is_left_out(folder, change, w
         all_of(source, task)
     assert words in sentence(error)
     kept = all_of(source, task, on_bad_record="replace")
-    assert len(kept) == open_split(source, "train", MAX_PIXELS).sizes[task] - 1 and words in caplog.text
+    assert len(kept) == open_split(source, "train", MAX_PIXELS).task_sizes[task] - 1 and words in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -241,8 +244,8 @@ def test_lines_of_json_are_read_with_their_boxes_and_popes_names(folder, tmp_pat
     file = tmp_path / "records.jsonl"
     text = "\n\n".join(map(json.dumps, LINES))
     file.write_text(json.dumps(LINES, indent=2) if as_list else text)
-    source = Lines(str(file), str(folder / "images"))
-    assert open_split(source, "train", MAX_PIXELS).sizes == {"vqa": 1, "rec": 2, "existence": 1, "reg": 1}
+    source = JsonLines(str(file), str(folder / "images"))
+    assert open_split(source, "train", MAX_PIXELS).task_sizes == {"vqa": 1, "rec": 2, "existence": 1, "reg": 1}
     boxes = {s.example.boxes for s in all_of(source, "rec")}
     assert boxes == {((0.2, 0.125, 0.6, 0.375),)}
     (pope,) = all_of(source, "existence")
@@ -260,24 +263,24 @@ def test_lines_of_json_are_read_with_their_boxes_and_popes_names(folder, tmp_pat
 def test_a_bad_line_is_named_by_its_number(tmp_path, line):
     (tmp_path / "r.jsonl").write_text(json.dumps(LINES[0]) + "\n" + line)
     with pytest.raises(UserError, match=r"r\.jsonl, line 2"):
-        Lines(str(tmp_path / "r.jsonl"), str(tmp_path)).open("train", MAX_PIXELS)
+        JsonLines(str(tmp_path / "r.jsonl"), str(tmp_path)).open("train", MAX_PIXELS)
 
 
 def test_a_record_without_a_question_for_a_task_without_wordings_is_one_sentence(folder, tmp_path):
     write(tmp_path / "r.jsonl", {"image": "0000.png", "answer": "red"})
     with pytest.raises(UserError, match="no question"):
-        all_of(Lines(str(tmp_path / "r.jsonl"), str(folder / "images")), "vqa")
+        all_of(JsonLines(str(tmp_path / "r.jsonl"), str(folder / "images")), "vqa")
 
 
 def test_noisy_tags_miss_and_invent_and_are_the_same_every_time():
     vocabulary = tuple(f"tag{i:02d}" for i in range(40))
-    photos = [annotated_images.Photo(f"{i}.jpg", tags=vocabulary[i % 30 : i % 30 + 8]) for i in range(300)]
-    said = [annotated_images.noisy(photo, vocabulary, 0.2) for photo in photos]
+    photos = [annotated_images.ImageInfo(f"{i}.jpg", tags=vocabulary[i % 30 : i % 30 + 8]) for i in range(300)]
+    said = [annotated_images.noisy_tags(photo, vocabulary, 0.2) for photo in photos]
     kept = np.mean([len(set(tags) & set(p.tags)) / 8 for tags, p in zip(said, photos)])
     wrong = np.mean([len(set(tags) - set(p.tags)) / 8 for tags, p in zip(said, photos)])
     assert 0.76 < kept < 0.84 and 0.03 < wrong < 0.07
-    assert said == [annotated_images.noisy(photo, vocabulary, 0.2) for photo in photos]
-    assert all(annotated_images.noisy(photo, vocabulary, 0.0) == photo.tags for photo in photos)
+    assert said == [annotated_images.noisy_tags(photo, vocabulary, 0.2) for photo in photos]
+    assert all(annotated_images.noisy_tags(photo, vocabulary, 0.0) == photo.tags for photo in photos)
 
 
 # ---------------------------------------------------------------------- scenes and easy-VQA
@@ -286,13 +289,13 @@ def test_noisy_tags_miss_and_invent_and_are_the_same_every_time():
 def test_scenes_drawn_and_scenes_read_from_files_are_the_same_examples(tmp_path):
     from lionjax.data.prepare import array_record_writer
 
-    drawn = Scenes(sizes=(6, 2, 4), pixels=48)
-    written = Scenes(sizes=(6, 2, 4), pixels=48, folder=str(array_record_writer.build(drawn, tmp_path)))
+    drawn = Scenes(sizes=(6, 2, 4), image_size=48)
+    written = Scenes(sizes=(6, 2, 4), image_size=48, folder=str(array_record_writer.build(drawn, tmp_path)))
     for task in ("vqa", "rec", "caption"):
         pairs = zip(all_of(drawn, task, "heldout"), all_of(written, task, "heldout"), strict=True)
         for one, other in pairs:
             assert one.example == other.example and one.name == other.name
-            picture = np.asarray(detect.as_picture(other.picture))
+            picture = np.asarray(detect.to_pil_image(other.image))
             np.testing.assert_array_equal(one.picture, picture)
     res = all_of(drawn, "res", "heldout")[0]
     assert res.masks().shape == (1, 48, 48) and res.masks().any()
@@ -307,8 +310,8 @@ def test_a_folder_without_scenes_is_one_sentence(tmp_path):
 def test_easy_vqa_gives_the_kinds_of_questions_that_are_asked_for_and_knows_no_other():
     pytest.importorskip("easy_vqa")
     opened = EasyVqa(kinds=("color",)).open("heldout", MAX_PIXELS)
-    photos = [(number, opened.read(number)[1]) for number in range(50)]
-    asked = [opened.ask("vqa", number, photo, np.random.default_rng(0), 0.0) for number, photo in photos]
+    photos = [(number, opened.load_record(number)[1]) for number in range(50)]
+    asked = [opened.make_example("vqa", number, photo, np.random.default_rng(0), 0.0) for number, photo in photos]
     assert {example.kind for example in asked} == {"color"} and "color" in asked[0].question
     with pytest.raises(UserError, match="no kind 'colour'; there are yesno, color and shape"):
         EasyVqa(kinds=("colour",))
@@ -318,10 +321,10 @@ def test_easy_vqa_is_read_whole_and_its_test_set_is_held_out():
     pytest.importorskip("easy_vqa")
     opened = {split: EasyVqa().open(split, MAX_PIXELS) for split in sources.SPLITS}
     assert {split: len(one) for split, one in opened.items()} == {"train": 3800, "validation": 200, "heldout": 1000}
-    assert opened["heldout"].sizes == {"vqa": 9673}
-    assert opened["train"].sizes["vqa"] + opened["validation"].sizes["vqa"] == 38575
-    picture, photo = opened["heldout"].read(0)
-    example = opened["heldout"].ask("vqa", 0, photo, np.random.default_rng(0), 0.0)
+    assert opened["heldout"].task_sizes == {"vqa": 9673}
+    assert opened["train"].task_sizes["vqa"] + opened["validation"].task_sizes["vqa"] == 38575
+    picture, photo = opened["heldout"].load_record(0)
+    example = opened["heldout"].make_example("vqa", 0, photo, np.random.default_rng(0), 0.0)
     assert picture.size == (64, 64) and example.answer in (
         "yes",
         "no",
@@ -337,7 +340,7 @@ def test_an_unknown_split_and_an_empty_one_are_one_sentence(folder):
     with pytest.raises(UserError, match="split"):
         open_split(Scenes(), "test", MAX_PIXELS)
     with pytest.raises(UserError, match="no records"):
-        open_split(Coco(str(folder), share=1e-9), "heldout", MAX_PIXELS)
+        open_split(Coco(str(folder), heldout_fraction=1e-9), "heldout", MAX_PIXELS)
 
 
 # ---------------------------------------------------------------------- written once, read back
@@ -346,11 +349,11 @@ def test_an_unknown_split_and_an_empty_one_are_one_sentence(folder):
 def test_a_built_folder_gives_the_same_examples_as_its_source(folder, tmp_path):
     from lionjax.data.prepare import array_record_writer
 
-    source = Coco(str(folder), share=0.2, name="pets")
+    source = Coco(str(folder), heldout_fraction=0.2, name="pets")
     place = array_record_writer.build(source, tmp_path / "out")
-    built = Built(str(tmp_path / "out"), name="pets")
-    assert detect.recognise(str(tmp_path / "out")) == Built(str(place))
-    for task in open_split(source, "train", MAX_PIXELS).sizes:
+    built = ArrayRecordDataset(str(tmp_path / "out"), name="pets")
+    assert detect.detect_source(str(tmp_path / "out")) == ArrayRecordDataset(str(place))
+    for task in open_split(source, "train", MAX_PIXELS).task_sizes:
         for one, other in zip(all_of(source, task), all_of(built, task), strict=True):
             assert (one.example.question, one.example.answers) == (other.example.question, other.example.answers)
             assert (one.example.boxes, one.example.tags) == (other.example.boxes, other.example.tags)
@@ -365,29 +368,29 @@ def test_building_leaves_out_what_training_would_refuse(folder, tmp_path, caplog
     (folder / "images" / "0003.png").write_bytes(b"broken")
     (folder / "images" / "0004.png").unlink()
     edit(folder / "instances.json", lambda t: t["annotations"][0].update(bbox=[10, 5, 60, 10]))
-    array_record_writer.build(Coco(str(folder), share=0), tmp_path / "out")
-    opened = Built(str(tmp_path / "out")).open("heldout", MAX_PIXELS)  # undivided: every split is all
-    assert len(opened) == 10 and opened.sizes["caption"] == 10
+    array_record_writer.build(Coco(str(folder), heldout_fraction=0), tmp_path / "out")
+    opened = ArrayRecordDataset(str(tmp_path / "out")).open("heldout", MAX_PIXELS)  # undivided: every split is all
+    assert len(opened) == 10 and opened.task_sizes["caption"] == 10
     assert "0003.png" in caplog.text and "0004.png" in caplog.text and "leaves the picture" in caplog.text
-    cats = [s for s in all_of(Built(str(tmp_path / "out")), "rec") if s.example.kind == "cat"]
+    cats = [s for s in all_of(ArrayRecordDataset(str(tmp_path / "out")), "rec") if s.example.kind == "cat"]
     assert len(cats) == 9
 
 
 def test_a_damaged_record_of_a_built_folder_is_one_sentence(folder, tmp_path):
     from lionjax.data.prepare import array_record_writer
 
-    place = array_record_writer.build(Coco(str(folder), share=0), tmp_path / "out")
+    place = array_record_writer.build(Coco(str(folder), heldout_fraction=0), tmp_path / "out")
     (file,) = place.glob("*.array_record*")
     data = bytearray(file.read_bytes())
     for place_of_bit in range(2000, len(data), 400):
         data[place_of_bit] ^= 4
     file.write_bytes(data)
     with pytest.raises(UserError) as error:
-        all_of(Built(str(place)), "caption")
+        all_of(ArrayRecordDataset(str(place)), "caption")
     sentence(error)
     (place / "index.npz").write_bytes(b"PK broken")
     with pytest.raises(UserError, match="build the data again"):
-        Built(str(place)).open("train", MAX_PIXELS)
+        ArrayRecordDataset(str(place)).open("train", MAX_PIXELS)
 
 
 # ---------------------------------------------------------------------- from a word or path
@@ -398,20 +401,20 @@ def test_a_word_or_path_becomes_the_source_it_means(folder, tmp_path):
     quest = write(tmp_path / "q.json", {"questions": []})
     pope = tmp_path / "pope.json"
     pope.write_text("\n".join(json.dumps(LINES[3]) for _ in range(3)))
-    assert detect.recognise("scenes") == Scenes()
-    assert isinstance(detect.recognise("easy_vqa"), EasyVqa)
-    assert detect.recognise(str(folder)) == Coco(str(folder), name="coco")
-    assert detect.recognise(str(refs), "pics") == RefCoco(str(refs), "pics", name="refs")
-    assert detect.recognise(str(quest), "pics", "a.json") == Vqa(str(quest), "a.json", "pics", name="q")
-    assert detect.recognise(str(pope)) == Lines(str(pope), str(tmp_path), name="pope")
+    assert detect.detect_source("scenes") == Scenes()
+    assert isinstance(detect.detect_source("easy_vqa"), EasyVqa)
+    assert detect.detect_source(str(folder)) == Coco(str(folder), name="coco")
+    assert detect.detect_source(str(refs), "pics") == RefCoco(str(refs), "pics", name="refs")
+    assert detect.detect_source(str(quest), "pics", "a.json") == Vqa(str(quest), "a.json", "pics", name="q")
+    assert detect.detect_source(str(pope)) == JsonLines(str(pope), str(tmp_path), name="pope")
     for bad in (str(tmp_path / "nothing"), str(quest), str(tmp_path)):
         with pytest.raises(UserError) as error:
-            detect.recognise(bad)
+            detect.detect_source(bad)
         sentence(error)
 
 
 def test_inspecting_prints_questions_and_answers(folder, capsys):
-    detect.inspect(Coco(str(folder), share=0), "train", 1)
+    detect.inspect(Coco(str(folder), heldout_fraction=0), "train", 1)
     printed = capsys.readouterr().out
     assert "12 records" in printed and "caption" in printed and "Answer" in printed
 
@@ -421,36 +424,40 @@ def test_inspecting_prints_questions_and_answers(folder, capsys):
 
 @needs_photographs
 def test_83_photographs_of_coco_give_every_task_and_every_box_lies_in_its_picture():
-    source = Coco(str(DATA / "coco83"), share=0)
+    source = Coco(str(DATA / "coco83"), heldout_fraction=0)
     opened = open_split(source, "train", MAX_PIXELS)
-    assert len(opened) == 83 and opened.sizes["caption"] == 83
-    assert opened.sizes["rec"] == opened.sizes["reg"] > 100
+    assert len(opened) == 83 and opened.task_sizes["caption"] == 83
+    assert opened.task_sizes["rec"] == opened.task_sizes["reg"] > 100
     data = DataConfig(sources=(source,), tag_noise=0.0)
     for sample in examples(data, "res", "train", limit=25):
         (mask,), (box,) = sample.masks(), sample.example.boxes
         rows, columns = np.nonzero(mask)
         edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-        width, height = sample.picture.size
+        width, height = sample.image.size
         np.testing.assert_allclose(edges, np.array(box) * (width, height, width, height), atol=4)
 
 
 @needs_photographs
 def test_boxes_and_masks_of_photographs_lie_over_each_other_in_the_padded_square_and_come_back():
     side = 112
-    words = ProcessorConfig(side, places="embeddings", boxes=4, padded=True, sam_size=side, tags=False)
-    records = Records(DataConfig(sources=(Coco(str(DATA / "coco83"), share=0),), processor=words), "train")
-    (part,) = records.parts("res")
+    words = ProcessorConfig(
+        side, box_format="embeddings", max_boxes=4, pad_to_square=True, sam_image_size=side, use_tags=False
+    )
+    records = MixtureDataset(
+        DataConfig(sources=(Coco(str(DATA / "coco83"), heldout_fraction=0),), processor=words), "train"
+    )
+    (part,) = records.components("res")
     shapes = set()
     for index in range(12):
-        row = records.row(part, index, np.random.default_rng(index), masks=True)
+        row = records.encode_example(part, index, np.random.default_rng(index), with_masks=True)
         (place,) = np.flatnonzero(row["masks_mask"])
         rows, columns = np.nonzero(row["masks"][place])
         edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / side
         np.testing.assert_allclose(edges, row["boxes"][place], atol=3 / side)
-        opened, record = records.opened[0], records.opened[0].record("res", index)
-        picture, truth = opened.read(record)
-        (true,) = opened.ask("res", index, truth, np.random.default_rng(index), 0.0).boxes
-        np.testing.assert_allclose(Square(*picture.size).back(row["boxes"][place].tolist()), true, atol=1e-5)
+        opened, record = records.datasets[0], records.datasets[0].record_index("res", index)
+        picture, truth = opened.load_record(record)
+        (true,) = opened.make_example("res", index, truth, np.random.default_rng(index), 0.0).boxes
+        np.testing.assert_allclose(Letterbox(*picture.size).from_padded(row["boxes"][place].tolist()), true, atol=1e-5)
         assert picture.size == tuple(row["size"])
         shapes.add(picture.size[0] > picture.size[1])
     assert shapes == {True, False}  # wide ones and tall ones
@@ -459,11 +466,11 @@ def test_boxes_and_masks_of_photographs_lie_over_each_other_in_the_padded_square
 @shared_data.needs("coco83", "refcoco", "vqa", "pope", "coco258_annotations")
 def test_real_refcoco_vqa_and_pope_files_are_read_whole():
     refs = RefCoco(str(DATA / "refcoco" / "refcocog_val.json.gz"), str(DATA)).open("train", MAX_PIXELS)
-    assert refs.sizes == {"rec": 4896, "reg": 4896}
+    assert refs.task_sizes == {"rec": 4896, "reg": 4896}
     vqa = [str(DATA / "vqa" / f"textvqa_val_{kind}_vqa_format.json.gz") for kind in ("questions", "annotations")]
-    assert Vqa(*vqa, str(DATA)).open("train", MAX_PIXELS).sizes == {"vqa": 5000}
-    pope = detect.recognise(str(DATA / "pope" / "coco_pope_random.json"))
-    assert pope.open("train", MAX_PIXELS).sizes == {"existence": 3000}
+    assert Vqa(*vqa, str(DATA)).open("train", MAX_PIXELS).task_sizes == {"vqa": 5000}
+    pope = detect.detect_source(str(DATA / "pope" / "coco_pope_random.json"))
+    assert pope.open("train", MAX_PIXELS).task_sizes == {"existence": 3000}
     here = RefCoco(str(DATA / "coco258_annotations" / "rec_on_coco258.json"), str(DATA / "coco83" / "images"))
     samples = all_of(here, "rec", on_bad_record="replace")
-    assert [s.picture.size for s in samples] == [(640, 480)] * 2  # the other four pictures are not free
+    assert [s.image.size for s in samples] == [(640, 480)] * 2  # the other four pictures are not free

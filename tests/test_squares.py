@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lionjax.data import letterbox
-from lionjax.data.letterbox import Square
+from lionjax.data.letterbox import Letterbox
 
 sizes = st.integers(1, 3000)
 edges = st.floats(0, 1)
@@ -16,14 +16,14 @@ edges = st.floats(0, 1)
 
 @given(sizes, sizes, st.tuples(edges, edges, edges, edges))
 def test_a_box_comes_back_from_the_square_as_it_went_in(width, height, box):
-    square = Square(width, height)
-    inside = square.into(box)
+    square = Letterbox(width, height)
+    inside = square.to_padded(box)
     assert all(-1e-9 <= edge <= 1 + 1e-9 for edge in inside)
-    assert square.back(inside) == pytest.approx(box, abs=1e-6)
+    assert square.from_padded(inside) == pytest.approx(box, abs=1e-6)
 
 
 def test_a_box_on_the_padding_is_cut_to_the_picture():
-    assert Square(100, 50).back((-0.2, 0.0, 0.5, 1.1)) == (0.0, 0.0, 0.5, 1.0)
+    assert Letterbox(100, 50).from_padded((-0.2, 0.0, 0.5, 1.1)) == (0.0, 0.0, 0.5, 1.0)
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (31, 30), (1, 64), (64, 1), (1, 3000), (7, 7)])
@@ -34,9 +34,9 @@ def test_a_painted_box_is_found_where_its_coordinates_say(size):
     edges = [int(round(edge * length)) for edge, length in zip(box, (wide, high, wide, high))]
     x0, y0, x1, y1 = edges[0], edges[1], max(edges[2], edges[0] + 1), max(edges[3], edges[1] + 1)
     pixels[y0:y1, x0:x1] = (255, 0, 0)
-    seen = letterbox.padded(Image.fromarray(pixels), 336)
+    seen = letterbox.letterbox_image(Image.fromarray(pixels), 336)
     red = (seen[..., 0] > 200) & (seen[..., 1] < 60)
-    where = Square(wide, high).into((x0 / wide, y0 / high, x1 / wide, y1 / high))
+    where = Letterbox(wide, high).to_padded((x0 / wide, y0 / high, x1 / wide, y1 / high))
     if red.any():  # a line of one pixel in 3000 is thinner than a pixel here
         rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
         found = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) / 336
@@ -49,8 +49,8 @@ def test_a_painted_box_is_found_where_its_coordinates_say(size):
 @pytest.mark.parametrize("size", [(40, 20), (20, 41), (1, 3000), (9, 9)])
 def test_sam_sees_the_picture_in_the_middle_of_zeros_and_its_mask_in_the_same_place(size):
     pixels = np.full((size[1], size[0], 3), 200, np.uint8)
-    seen = letterbox.sam_image(Image.fromarray(pixels), 64)
-    mask = letterbox.sam_mask(np.ones((size[1], size[0]), bool), 64)
+    seen = letterbox.preprocess_sam_image(Image.fromarray(pixels), 64)
+    mask = letterbox.letterbox_mask(np.ones((size[1], size[0]), bool), 64)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     assert (seen.any(-1) == mask).all() and mask.sum() == len(rows) * len(columns)
     for found, length in ((rows, size[1]), (columns, size[0])):
@@ -63,7 +63,7 @@ def test_sam_sees_the_picture_in_the_middle_of_zeros_and_its_mask_in_the_same_pl
     ("size", "corner"), [((7, 7), (0, 0)), ((4, 2), (0, 1)), ((5, 2), (0, 1)), ((2, 5), (1, 0)), ((4, 7), (1, 0))]
 )
 def test_the_corner_of_a_picture_in_its_square_is_rounded_down(size, corner):
-    assert Square(*size).corner == corner
+    assert Letterbox(*size).offset == corner
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_the_corner_of_a_picture_in_its_square_is_rounded_down(size, corner):
     ],
 )
 def test_boxes_in_the_square_and_back_by_hand(size, box, inside):
-    assert Square(*size).into(box) == pytest.approx(inside)
-    assert Square(*size).back(inside) == pytest.approx(box)
+    assert Letterbox(*size).to_padded(box) == pytest.approx(inside)
+    assert Letterbox(*size).from_padded(inside) == pytest.approx(box)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,14 @@ def test_boxes_in_the_square_and_back_by_hand(size, box, inside):
     ],
 )
 def test_where_a_picture_lies_in_sams_square_by_hand(size, pixels, inside):
-    assert Square(*size).inside(pixels) == inside
+    assert Letterbox(*size).pixel_rect(pixels) == inside
     top, left, high, wide = inside
     picture = Image.new("RGB", size, (200, 200, 200))
-    seen = letterbox.sam_pixels(picture, pixels)
+    seen = letterbox.letterbox_sam_image(picture, pixels)
     wanted = np.zeros((pixels, pixels, 3), np.uint8)
     wanted[top : top + high, left : left + wide] = 200
     np.testing.assert_array_equal(seen, wanted)
-    mask = letterbox.sam_mask(np.ones(size[::-1], bool), pixels)
+    mask = letterbox.letterbox_mask(np.ones(size[::-1], bool), pixels)
     np.testing.assert_array_equal(mask, wanted[..., 0] > 0)
 
 
@@ -110,11 +110,11 @@ def test_a_picture_that_keeps_its_size_is_pasted_as_it_is(size, where):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     wanted = np.full((5, 5, 3), 255, np.uint8)
     wanted[where] = pixels
-    np.testing.assert_array_equal(letterbox.padded(Image.fromarray(pixels), 5), wanted)
+    np.testing.assert_array_equal(letterbox.letterbox_image(Image.fromarray(pixels), 5), wanted)
 
 
 def test_sam_sees_a_picture_that_is_enlarged_between_its_pixels_on_a_line():
     """Bilinear: a step of 200 over two pixels, at a quarter and at three quarters of the way."""
     step = np.array([[[0] * 3, [200] * 3]] * 2, np.uint8)
-    seen = letterbox.sam_pixels(Image.fromarray(step), 4)
+    seen = letterbox.letterbox_sam_image(Image.fromarray(step), 4)
     np.testing.assert_array_equal(seen[..., 0], [[0, 50, 150, 200]] * 4)

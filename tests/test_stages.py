@@ -17,9 +17,9 @@ from lionjax.core import sharding
 from lionjax.core.types import UserError
 from lionjax.training import checkpoint
 from lionjax.training import step as stages
-from lionjax.training.optimizer import decays as optimizer_decays
-from lionjax.training.optimizer import optimizer
-from lionjax.training.optimizer import schedule as optimizer_schedule
+from lionjax.training.optimizer import learning_rate_schedule as optimizer_schedule
+from lionjax.training.optimizer import make_optimizer
+from lionjax.training.optimizer import use_weight_decay as optimizer_decays
 
 BATCH = toy.batch_of(range(8))
 
@@ -30,7 +30,7 @@ def mesh() -> Mesh:
 
 @pytest.fixture(scope="module")
 def params():
-    return sharding.init(toy.Toy().init, jax.random.key(0), BATCH, mesh=mesh())
+    return sharding.init_sharded(toy.Toy().init, jax.random.key(0), BATCH, mesh=mesh())
 
 
 def layer_axes():
@@ -40,12 +40,12 @@ def layer_axes():
 def one_update(stage, params, batch=BATCH, system=None, updates=1, traces=None):
     """State and metrics after some updates on the same batch; the parameters given survive."""
     trainable, frozen = trees.split(jax.tree.map(jnp.copy, params), stage.trainable)
-    rule = optimizer(stage, trainable, layer_axes())
-    state = stages.start(rule, trainable, mesh())
+    rule = make_optimizer(stage, trainable, layer_axes())
+    state = stages.init_train_state(rule, trainable, mesh())
     traces = [] if traces is None else traces
-    step = stages.make_step(system or toy.Toy(rate=0.0), stage, rule, jax.random.key(1), state, mesh(), traces)
+    step = stages.make_train_step(system or toy.Toy(rate=0.0), stage, rule, jax.random.key(1), state, mesh(), traces)
     for _ in range(updates):
-        state, metrics = step(state, frozen, sharding.put_batch(batch, mesh()))
+        state, metrics = step(state, frozen, sharding.shard_batch(batch, mesh()))
     return state, jax.device_get(metrics)
 
 
@@ -79,7 +79,7 @@ def test_biases_norms_scales_and_vectors_do_not_decay_and_a_stack_of_layers_coun
     gate = {"blocks": {"gate": jnp.ones((3, 16))}}  # a vector for each of three layers
     stage = toy.stage(weight_decay=1.0, learning_rate=1.0, warmup_steps=0, clip_norm=0.0)
     for axes, moves in (({"blocks/gate": 1}, False), ({}, True)):
-        rule = optimizer(stage, gate, axes)
+        rule = make_optimizer(stage, gate, axes)
         change, _ = rule.update(jax.tree.map(jnp.zeros_like, gate), rule.init(gate), gate)
         assert bool((change["blocks"]["gate"] != 0).all()) == moves
 
@@ -96,7 +96,7 @@ def test_updates_are_those_of_torch_adamw_with_clipping():
     grads = [{name: 3 * random.normal(size=x.shape).astype(np.float32) for name, x in start.items()} for _ in range(5)]
     stage = toy.stage(steps=5, weight_decay=0.3, learning_rate=0.1, clip_norm=1.0, betas=(0.8, 0.95))
 
-    rule, ours = optimizer(stage, start), jax.tree.map(jnp.asarray, start)
+    rule, ours = make_optimizer(stage, start), jax.tree.map(jnp.asarray, start)
     state = rule.init(ours)
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
     groups = [{"params": [theirs["kernel"]]}, {"params": [theirs["bias"]], "weight_decay": 0.0}]
@@ -125,7 +125,7 @@ def test_muon_moves_every_layers_matrices_as_torch_does_and_the_rest_as_adamw():
 
     def moved(stage):
         tree = trees.unflatten(jax.tree.map(jnp.asarray, start))
-        rule = optimizer(stage, tree, axes)
+        rule = make_optimizer(stage, tree, axes)
         change, _ = rule.update(trees.unflatten(jax.tree.map(jnp.asarray, grads)), rule.init(tree), tree)
         return trees.flatten(change)
 
@@ -147,10 +147,10 @@ def test_a_learning_rate_is_scaled_by_the_first_pattern_that_matches(params):
     trainable, _ = trees.split(params, ["blocks", "output"])
     grads = jax.tree.map(jnp.ones_like, trainable)
     plain = toy.stage(warmup_steps=0, weight_decay=0.0)
-    scaled = dataclasses.replace(plain, learning_rate_scale=(("blocks/up", 5.0), ("blocks", 0.5)))
+    scaled = dataclasses.replace(plain, lr_multipliers=(("blocks/up", 5.0), ("blocks", 0.5)))
     change = {}
     for stage in (plain, scaled):
-        rule = optimizer(stage, trainable)
+        rule = make_optimizer(stage, trainable)
         change[stage] = trees.flatten(rule.update(grads, rule.init(trainable), trainable)[0])
     ratios = {path: float((change[scaled][path] / leaf).mean()) for path, leaf in change[plain].items()}
     factors = {"blocks/up/kernel": 5.0, "blocks/norm/scale": 0.5, "output/kernel": 1.0}
@@ -158,8 +158,8 @@ def test_a_learning_rate_is_scaled_by_the_first_pattern_that_matches(params):
 
 
 def test_pieces_of_unequal_weight_give_the_update_of_the_whole_batch(params):
-    whole, metrics = one_update(toy.stage(accumulate=1, trainable=[".*"]), params)
-    pieces, parts = one_update(toy.stage(accumulate=4, trainable=[".*"]), params)
+    whole, metrics = one_update(toy.stage(grad_accum_steps=1, trainable=[".*"]), params)
+    pieces, parts = one_update(toy.stage(grad_accum_steps=4, trainable=[".*"]), params)
     weights = [toy.batch_of([row, row + 4]).loss_mask_BM.sum() for row in range(4)]
     assert len(set(weights)) > 1  # else a plain mean over the pieces would do
     for name in metrics:
@@ -177,8 +177,8 @@ def test_a_stage_is_compiled_once_whatever_the_batches_hold(params):
 def test_the_state_holds_nothing_of_the_frozen_half(params):
     state, _ = one_update(toy.stage(trainable=["output"]), params)
     assert set(state.trainable) == {"output"}
-    moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimiser) if leaf.ndim)
-    assert moments == 2 * trees.count(state.trainable)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * trees.count_params(state.trainable)
 
 
 def test_the_loss_comes_in_float32_and_frozen_bfloat16_changes_it_little(params):
@@ -193,10 +193,10 @@ def test_the_loss_comes_in_float32_and_frozen_bfloat16_changes_it_little(params)
 def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimiser(params):
     stage, poisoned = toy.stage(trainable=[".*"]), toy.batch_of(range(8), poison=3)
     trainable, _ = trees.split(params, stage.trainable)
-    fresh = stages.start(optimizer(stage, trainable), trainable, mesh())
+    fresh = stages.init_train_state(make_optimizer(stage, trainable), trainable, mesh())
     state, metrics = one_update(stage, params, batch=poisoned)
     assert not metrics["accepted"] and np.isnan(metrics["loss"])
-    for kept, old in ((state.trainable, params), (state.optimiser, fresh.optimiser)):
+    for kept, old in ((state.trainable, params), (state.opt_state, fresh.opt_state)):
         assert all((a == b).all() for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(old), strict=True))
     assert int(state.step) == 1
 
@@ -214,11 +214,11 @@ class Steep(toy.Toy):
 def test_infinite_gradient_with_finite_loss_is_rejected(params):
     stage = toy.stage(trainable=[".*"])
     trainable, _ = trees.split(params, stage.trainable)
-    fresh = stages.start(optimizer(stage, trainable), trainable, mesh())
+    fresh = stages.init_train_state(make_optimizer(stage, trainable), trainable, mesh())
     state, metrics = one_update(stage, params, system=Steep(rate=0.0))
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
     assert not metrics["accepted"] and int(state.step) == 1
-    for kept, old in ((state.trainable, params), (state.optimiser, fresh.optimiser)):
+    for kept, old in ((state.trainable, params), (state.opt_state, fresh.opt_state)):
         jax.tree.map(np.testing.assert_array_equal, kept, old)
 
 
@@ -234,23 +234,23 @@ def test_a_schedule_that_cannot_run_is_refused_in_one_sentence(params):
         "has no steps": (toy.stage(steps=0),),
         "nothing to train": (toy.stage(trainable=()),),
         "stage 'one': pattern 'blcoks' matches none .* did you mean 'blocks'": (toy.stage(trainable=("blcoks",)),),
-        "stage 'one': pattern 'hint' matches none": (toy.stage(learning_rate_scale=(("hint", 2.0),)),),
+        "stage 'one': pattern 'hint' matches none": (toy.stage(lr_multipliers=(("hint", 2.0),)),),
         "no stages": (),
     }
     for sentence, schedule in cases.items():
         with pytest.raises(UserError, match=sentence):
-            stages.check(schedule, params)
+            stages.validate_stages(schedule, params)
 
 
 def test_a_stage_replaces_fields_of_the_system_and_of_no_other():
     what = toy.experiment(toy.stage(system=(("attention", 0.25),)))
-    assert stages.system_of(what, what.stages[0]) == toy.Toy(attention=0.25)
+    assert stages.model_for_stage(what, what.stages[0]) == toy.Toy(attention=0.25)
     with pytest.raises(UserError, match="'depth', which is no field of Toy"):
-        stages.system_of(what, toy.stage(system=(("depth", 2),)))
+        stages.model_for_stage(what, toy.stage(system=(("depth", 2),)))
 
 
 def test_fingerprints_see_that_training_moved_the_trainable_half_alone(params):
-    before = checkpoint.fingerprints(params)
+    before = checkpoint.leaf_checksums(params)
     state, _ = one_update(toy.stage(trainable=["output"]), params)
-    assert checkpoint.fingerprints(params) == before
-    assert checkpoint.fingerprints({"output": state.trainable["output"]}).items().isdisjoint(before.items())
+    assert checkpoint.leaf_checksums(params) == before
+    assert checkpoint.leaf_checksums({"output": state.trainable["output"]}).items().isdisjoint(before.items())

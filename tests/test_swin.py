@@ -11,7 +11,7 @@ from lionjax.models.vision import swin
 from lionjax.models.vision.swin import Swin, SwinConfig
 
 # Maps of 10, 5 and 3 places a side: padded to 12 and 6, shifted there, and one whole window in the end.
-TINY = SwinConfig(image=40, width=8, depths=(2, 3, 2), heads=(1, 2, 4), window=3, ratio=2.0)
+TINY = SwinConfig(image_size=40, width=8, depths=(2, 3, 2), num_heads=(1, 2, 4), window_size=3, mlp_ratio=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +22,13 @@ def saved(tmp_path_factory):
     torch.manual_seed(0)
     c = TINY
     config = transformers.SwinConfig(
-        image_size=c.image,
-        patch_size=c.patch,
+        image_size=c.image_size,
+        patch_size=c.patch_size,
         embed_dim=c.width,
         depths=c.depths,
-        num_heads=c.heads,
-        window_size=c.window,
-        mlp_ratio=c.ratio,
+        num_heads=c.num_heads,
+        window_size=c.window_size,
+        mlp_ratio=c.mlp_ratio,
     )
     model = transformers.SwinModel(config).eval()
     with torch.no_grad():  # as they begin, biases and the numbers of places are zero and norms say nothing
@@ -54,8 +54,8 @@ def test_swin_sees_what_transformers_sees_at_every_stage_and_learns_as_much_in_e
 
     import torch
 
-    theirs, rows = copy.deepcopy(saved[0]), swin.hugging_face_rows(TINY)
-    params = convert.params_from(rows, saved[1])
+    theirs, rows = copy.deepcopy(saved[0]), swin.hf_weight_map(TINY)
+    params = convert.params_from_state_dict(rows, saved[1])
     image_BCHW = picture(40, 40)
     out = theirs(torch.from_numpy(image_BCHW), output_hidden_states=True)
     close_to_BPD = torch.randn(out.last_hidden_state.shape)
@@ -74,7 +74,7 @@ def test_swin_sees_what_transformers_sees_at_every_stage_and_learns_as_much_in_e
     for weight in theirs.parameters():  # gradients go out under the names that weights have in files
         weight.data = weight.grad
     theirs.save_pretrained(tmp_path)
-    mine = convert.state_from(rows, jax.tree.map(np.asarray, grads))
+    mine = convert.state_dict_from_params(rows, jax.tree.map(np.asarray, grads))
     wanted = load_file(tmp_path / "model.safetensors")
     assert mine.keys() == wanted.keys()
     for name, gradient in wanted.items():
@@ -87,7 +87,7 @@ def test_a_picture_of_any_size_is_seen_as_detectors_see_it_and_every_map_is_hand
     import torch
 
     theirs, c = copy.deepcopy(saved[0]), SwinConfig(None, 4, 8, (2, 3, 2), (1, 2, 4), 3, 2.0)
-    params = convert.params_from(swin.hugging_face_rows(c), saved[1])
+    params = convert.params_from_state_dict(swin.hf_weight_map(c), saved[1])
     image_BCHW = picture(30, 22)  # neither side is a multiple of the patch, nor a map's of the window
     with torch.no_grad():
         out = theirs(
@@ -102,12 +102,12 @@ def test_a_picture_of_any_size_is_seen_as_detectors_see_it_and_every_map_is_hand
 
 
 def test_weights_go_to_either_spelling_and_back_to_the_same_bits(saved):
-    ours = convert.params_from(swin.hugging_face_rows(TINY), saved[1])
-    back = convert.state_from(swin.hugging_face_rows(TINY), ours)
+    ours = convert.params_from_state_dict(swin.hf_weight_map(TINY), saved[1])
+    back = convert.state_dict_from_params(swin.hf_weight_map(TINY), ours)
     assert back.keys() == saved[1].keys()
     assert all(back[name].tobytes() == saved[1][name].tobytes() for name in back)
-    original = convert.state_from(swin.torch_rows(TINY), ours)
-    again = convert.params_from(swin.torch_rows(TINY), original)
+    original = convert.state_dict_from_params(swin.original_weight_map(TINY), ours)
+    again = convert.params_from_state_dict(swin.original_weight_map(TINY), original)
     assert jax.tree.all(jax.tree.map(np.array_equal, ours, again))
     assert original["layers.1.blocks.2.attn.qkv.weight"].shape == (48, 16)
 
@@ -117,31 +117,31 @@ def test_a_file_whose_windows_are_others_is_refused_and_a_halved_one_is_read():
     shapes = jax.eval_shape(Swin(c).init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
     leaf = dict(is_leaf=lambda x: hasattr(x, "names"))
     params = jax.tree.map(lambda x: np.ones(x.value.shape, np.float16), shapes, **leaf)
-    state = convert.state_from(swin.torch_rows(c), params)
+    state = convert.state_dict_from_params(swin.original_weight_map(c), params)
     mask = state["layers.0.blocks.1.attn_mask"]
     assert mask.shape == (4, 4, 4) and set(np.unique(mask)) == {-100, 0}
     state["layers.0.blocks.1.attn_mask"] = mask.astype(np.float16)
-    convert.params_from(swin.torch_rows(c), state)
+    convert.params_from_state_dict(swin.original_weight_map(c), state)
     state["layers.0.blocks.1.attn_mask"] = np.zeros_like(mask)
     with pytest.raises(Exception, match="no mask of windows of 2 shifted by 1 on 4"):
-        convert.params_from(swin.torch_rows(c), state)
+        convert.params_from_state_dict(swin.original_weight_map(c), state)
 
 
 def test_in_training_a_sample_is_passed_over_or_changed_the_more_and_never_in_evaluation():
     change = np.ones((4000, 1, 1, 2), np.float32)
-    assert swin.pass_over(change, 0.25, None) is change
-    made = np.asarray(swin.pass_over(change, 0.25, jax.random.key(0)))
+    assert swin.drop_path(change, 0.25, None) is change
+    made = np.asarray(swin.drop_path(change, 0.25, jax.random.key(0)))
     assert set(np.unique(made)) == {0, np.float32(4 / 3)}
     assert np.array_equal(made[..., 0], made[..., 1]) and abs(made.mean() - 1) < 0.03
 
 
 def test_stochastic_depth_grows_with_depth_from_none():
-    c = SwinConfig(8, 4, 4, (1,), (1,), 2, 1.0, drop_path=0.9)
+    c = SwinConfig(8, 4, 4, (1,), (1,), 2, 1.0, drop_path_rate=0.9)
     image = np.ones((3, 8, 8, 3), np.float32)
     params = Swin(c).init(jax.random.key(0), image)
     still, moved = (Swin(c).apply(params, image, key)[0] for key in (None, jax.random.key(1)))
     np.testing.assert_array_equal(still, moved)  # a first layer alone is never passed over
-    deep = SwinConfig(8, 4, 4, (2,), (1,), 2, 1.0, drop_path=0.9)
+    deep = SwinConfig(8, 4, 4, (2,), (1,), 2, 1.0, drop_path_rate=0.9)
     params = Swin(deep).init(jax.random.key(0), image)
     still, moved = (Swin(deep).apply(params, image, key)[0] for key in (None, jax.random.key(1)))
     assert not np.allclose(still, moved)

@@ -13,7 +13,7 @@ from lionjax.data import templates as wordings
 from lionjax.data.scenes import referring as says
 from lionjax.data.scenes import tasks, world
 
-SCENES = {split: [world.sample(split, i) for i in range(250)] for split in ("train", "heldout")}
+SCENES = {split: [world.sample_scene(split, i) for i in range(250)] for split in ("train", "heldout")}
 BOTH = SCENES["train"] + SCENES["heldout"]
 
 
@@ -38,10 +38,10 @@ def assert_even(yes, count):
 def test_every_expression_fits_exactly_one_thing_for_an_independent_reader():
     checked = Counter()
     for scene in BOTH:
-        things, _ = reader.read(tasks.describe(scene))
+        things, _ = reader.read(tasks.scene_to_text(scene))
         order = says.left_to_right(scene)
         for seen, k in zip(things, order):
-            for kind in (says.descriptions, says.superlatives, says.comparisons):
+            for kind in (says.attribute_expressions, says.superlative_expressions, says.relational_expressions):
                 for expression in kind(scene, k):
                     assert reader.resolve(things, expression) == [seen], expression
                     checked[kind.__name__] += 1
@@ -51,15 +51,15 @@ def test_every_expression_fits_exactly_one_thing_for_an_independent_reader():
 def test_unsaid_attributes_stay_unsaid():
     for scene in BOTH[:60]:
         for k, thing in enumerate(scene.things):
-            for expression in says.descriptions(scene, k, without=("color",)):
+            for expression in says.attribute_expressions(scene, k, excluded=("color",)):
                 assert thing.color not in expression
-            for expression in says.superlatives(scene, k, without=("shape",)):
+            for expression in says.superlative_expressions(scene, k, excluded=("shape",)):
                 assert thing.shape not in expression
 
 
 def test_rec_answers_with_the_box_of_the_thing_it_asks_for():
     for scene, example in examples("rec"):
-        things, _ = reader.read(tasks.describe(scene))
+        things, _ = reader.read(tasks.scene_to_text(scene))
         thing = reader.only(things, reader.heard(example.question, wordings.REC)["expr"])
         assert example.answer.startswith("Answer: [")
         assert boxes_in(example.answer) == (tuple(thing["box"]),) == rounded(example.boxes)
@@ -68,7 +68,7 @@ def test_rec_answers_with_the_box_of_the_thing_it_asks_for():
 
 def test_res_points_at_the_mask_of_the_thing_it_asks_for():
     for scene, example in examples("res", BOTH[::4]):
-        things, _ = reader.read(tasks.describe(scene))
+        things, _ = reader.read(tasks.scene_to_text(scene))
         thing = reader.only(things, reader.heard(example.question, wordings.RES)["expr"])
         (k,) = example.targets
         y, x = np.nonzero(scene.masks(256)[k])
@@ -77,7 +77,7 @@ def test_res_points_at_the_mask_of_the_thing_it_asks_for():
 
 def test_reg_references_all_fit_the_box_in_the_question():
     for scene, example in examples("reg"):
-        things, _ = reader.read(tasks.describe(scene))
+        things, _ = reader.read(tasks.scene_to_text(scene))
         (asked,) = boxes_in(example.question)
         assert (asked,) == rounded(example.question_boxes) and example.answer in example.answers
         for answer in example.answers:
@@ -88,7 +88,7 @@ def test_reg_references_all_fit_the_box_in_the_question():
 def test_color_and_shape_answers_are_what_is_seen(kind, templates):
     for scene, example in examples("vqa", kind=kind):
         if example.kind == kind:
-            things, _ = reader.read(tasks.describe(scene))
+            things, _ = reader.read(tasks.scene_to_text(scene))
             expression = reader.heard(example.question, templates)["expr"]
             assert reader.only(things, expression)[kind] == example.answer
             own_words = re.split(" (?:left of|right of|above|below) ", expression)[0]
@@ -97,7 +97,7 @@ def test_color_and_shape_answers_are_what_is_seen(kind, templates):
 
 def test_counts_are_right():
     for scene, example in examples("vqa", kind="count"):
-        things, _ = reader.read(tasks.describe(scene))
+        things, _ = reader.read(tasks.scene_to_text(scene))
         nouns = reader.heard(example.question, wordings.COUNT)["nouns"]
         assert str(reader.how_many(things, nouns)) == example.answer
         assert len(example.targets) == int(example.answer)
@@ -106,14 +106,14 @@ def test_counts_are_right():
 def test_yes_and_no_are_right():
     forms = Counter()
     for scene, example in examples("vqa", kind="yesno"):
-        things, _ = reader.read(tasks.describe(scene))
-        said = reader.heard(example.question, wordings.MORE)
+        things, _ = reader.read(tasks.scene_to_text(scene))
+        said = reader.heard(example.question, wordings.COUNT_COMPARISON)
         if said:
             counts = [reader.how_many(things, said[which]) for which in ("first", "second")]
             truth = counts[0] > counts[1]
             assert counts[0] != counts[1] and min(counts) > 0
         else:
-            said = reader.heard(example.question, wordings.CHECK)
+            said = reader.heard(example.question, wordings.ATTRIBUTE_YESNO)
             if not said:  # a scene too uniform for either form is asked for a thing's existence
                 assert example.question.startswith(("Is there", "Does", "Can you", "Do you"))
                 forms["existence"] += 1
@@ -128,17 +128,17 @@ def test_yes_and_no_are_right():
 def test_relations_are_right_and_use_every_word():
     words = Counter()
     for scene, example in examples("relation"):
-        things, hides = reader.read(tasks.describe(scene))
+        things, hides = reader.read(tasks.scene_to_text(scene))
         ends = {"first": "[Tt]he .+", "second": "the .+"}
         said = reader.heard(example.question, wordings.RELATION, **ends)
         relation = said["relation"]
         truth = reader.is_so(things, hides, said["first"], relation, said["second"])
         assert example.answer == ("yes" if truth else "no"), example.question
         words[relation] += 1
-    assert set(words) == set(says.OPPOSITE)
+    assert set(words) == set(says.OPPOSITE_RELATION)
 
 
-@pytest.mark.parametrize("setting", tasks.SETTINGS)
+@pytest.mark.parametrize("setting", tasks.POPE_SETTINGS)
 def test_existence_is_right_and_absent_things_are_chosen_as_the_setting_says(setting):
     for scene, example in examples("existence", setting=setting):
         color, shape = reader.heard(example.question, wordings.EXISTENCE)["noun"].split()[-2:]
@@ -147,14 +147,14 @@ def test_existence_is_right_and_absent_things_are_chosen_as_the_setting_says(set
         if example.answer == "no" and setting == "adversarial":
             apart = [color in {c for c, _ in present}, shape in {s for _, s in present}]
             alternatives = {(c, s) for c, _ in present for _, s in present} - present
-            assert all(apart) or not alternatives & set(world.pairs_of(scene.split))
+            assert all(apart) or not alternatives & set(world.allowed_pairs(scene.split))
         if example.answer == "no" and setting == "popular":
-            assert (color, shape) in tasks.POPULAR or not tasks.POPULAR - present
+            assert (color, shape) in tasks.POPULAR_PAIRS or not tasks.POPULAR_PAIRS - present
 
 
 def test_yes_and_no_are_equally_likely():
     for seed, (task, more) in enumerate(
-        [("vqa", {"kind": "yesno"}), ("relation", {})] + [("existence", {"setting": s}) for s in tasks.SETTINGS]
+        [("vqa", {"kind": "yesno"}), ("relation", {})] + [("existence", {"setting": s}) for s in tasks.POPE_SETTINGS]
     ):
         answers = Counter(e.answer for repeat in (0, 1) for _, e in examples(task, seed=seed + 50 * repeat, **more))
         assert set(answers) == {"yes", "no"}
@@ -198,20 +198,20 @@ def test_training_never_speaks_of_held_out_pairs():
     rng = np.random.default_rng(0)
     for scene in SCENES["train"]:
         for task in tasks.TASKS:
-            example = tasks.converse(task, scene, rng)
+            example = tasks.make_example(task, scene, rng)
             said = " ".join([example.question, *example.answers]).lower()
             said = re.sub(r" (plain|striped|dotted)(?= \w)", "", said)
-            for color, shape in world.HELD_OUT:
+            for color, shape in world.HELD_OUT_PAIRS:
                 assert f"{color} {shape}" not in said, said
 
 
 def test_training_never_asks_whether_a_thing_has_its_held_out_color():
     asked = 0
     for scene, example in examples("vqa", SCENES["train"] * 4, kind="yesno"):
-        said = reader.heard(example.question, wordings.CHECK)
-        if said and not reader.heard(example.question, wordings.MORE):
+        said = reader.heard(example.question, wordings.ATTRIBUTE_YESNO)
+        if said and not reader.heard(example.question, wordings.COUNT_COMPARISON):
             shape = scene.things[example.targets[0]].shape
-            assert (said["word"], shape) not in world.HELD_OUT
+            assert (said["word"], shape) not in world.HELD_OUT_PAIRS
             asked += said["word"] in world.COLORS
     assert asked > 300
 
@@ -219,14 +219,14 @@ def test_training_never_asks_whether_a_thing_has_its_held_out_color():
 def test_captions_name_every_thing_of_the_scene():
     for scene in BOTH:
         expected = Counter((t.color, t.shape) for t in scene.things)
-        for text in tasks.captions(scene):
+        for text in tasks.scene_captions(scene):
             listed = text.rstrip(".").split(": ")[-1].split(" on a ")[0].lower()
             found = Counter()
             for count, color, shape in re.findall(r"(\w+) (\w+) (\w+?s?)(?=,| and|$)", listed):
-                number = 1 if count in ("a", "an") else says.NUMBERS.index(count)
+                number = 1 if count in ("a", "an") else says.NUMBER_WORDS.index(count)
                 found[color, reader.singular(shape) if number > 1 else shape] += number
             assert found == expected, text
-    assert len(set(tasks.captions(BOTH[0]))) == 5
+    assert len(set(tasks.scene_captions(BOTH[0]))) == 5
 
 
 def test_grounded_captions_put_each_box_after_its_thing():
@@ -234,14 +234,14 @@ def test_grounded_captions_put_each_box_after_its_thing():
         parts = re.findall(r"(?:an?|An?) (\w+ \w+) \[([\d.,]+)\]", example.answer)
         assert len(parts) == len(example.targets) == min(4, len(scene.things))
         for (noun, box), k in zip(parts, example.targets):
-            assert noun == says.name(scene.things[k])
-            assert f"[{box}]" == tasks.box_text(scene.things[k].box)
+            assert noun == says.noun_phrase(scene.things[k])
+            assert f"[{box}]" == tasks.box_to_text(scene.things[k].box)
 
 
 def test_conversations_answer_about_the_thing_they_found_first():
     lengths = Counter()
     for scene, example in examples("conversation"):
-        things, _ = reader.read(tasks.describe(scene))
+        things, _ = reader.read(tasks.scene_to_text(scene))
         (question, _), *later = example.turns
         thing = reader.only(things, reader.heard(question, wordings.REC)["expr"])
         for asked, answer in later:
@@ -250,7 +250,7 @@ def test_conversations_answer_about_the_thing_they_found_first():
             elif asked in wordings.SAME_COLOR:
                 assert answer == str(reader.how_many(things, f"{thing['color']} objects"))
             else:
-                word = reader.heard(asked, wordings.COREFERENCE_CHECK)["word"]
+                word = reader.heard(asked, wordings.COREFERENCE_ATTRIBUTE_YESNO)["word"]
                 assert answer == ("yes" if word == thing["texture"] else "no")
         assert example.question.count("Question: ") == len(example.turns)
         assert example.question.endswith(later[-1][0]) and example.answer == later[-1][1]
@@ -262,13 +262,13 @@ def test_tags_without_noise_are_the_truth_and_noise_drops_and_adds_at_its_rate()
     missing = wrong = true_count = false_count = 0
     for scene in BOTH:
         truth = {w for t in scene.things for w in (t.color, t.shape, t.texture)} - {"plain"}
-        assert set(tasks.tags_of(scene)) == truth
-        noisy = tasks.tags_of(scene, 0.2)
-        assert noisy == tasks.tags_of(scene, 0.2) != tasks.tags_of(scene, 0.9)
+        assert set(tasks.scene_tags(scene)) == truth
+        noisy = tasks.scene_tags(scene, 0.2)
+        assert noisy == tasks.scene_tags(scene, 0.2) != tasks.scene_tags(scene, 0.9)
         missing += len(truth - set(noisy))
         wrong += len(set(noisy) - truth)
         true_count += len(truth)
-        false_count += len(tasks.VOCABULARY) - len(truth)
+        false_count += len(tasks.TAG_VOCABULARY) - len(truth)
     assert abs(missing / true_count - 0.2) < 0.03
     assert abs(wrong / false_count - 0.05) < 0.02
 
@@ -279,27 +279,27 @@ def test_every_task_has_several_wordings_and_uses_them_all():
     rng = np.random.default_rng(0)
     words = {key: f"<{key}>" for key in "expr nouns word first second relation noun box".split()}
     for group in groups:
-        asked = {wordings.ask(group, rng, **words) for _ in range(200)}
+        asked = {wordings.sample_question(group, rng, **words) for _ in range(200)}
         assert len(asked) == len(group) and not any("{" in text for text in asked)
 
 
 def test_converse_fills_in_scene_tags_and_category_and_is_repeatable():
     for task in tasks.TASKS:
         scene = BOTH[3]
-        example = tasks.converse(task, scene, np.random.default_rng(4), tag_noise=0.1)
-        assert example == tasks.converse(task, scene, np.random.default_rng(4), tag_noise=0.1)
+        example = tasks.make_example(task, scene, np.random.default_rng(4), tag_noise=0.1)
+        assert example == tasks.make_example(task, scene, np.random.default_rng(4), tag_noise=0.1)
         assert example.task == task and example.scene == scene.id
-        assert example.tags == tasks.tags_of(scene, 0.1)
+        assert example.tags == tasks.scene_tags(scene, 0.1)
         assert example.category in CATEGORIES and example.answer in example.answers
         assert bool(example.boxes or example.question_boxes) <= (example.category == "region_level")
     with pytest.raises(UserError, match="'capton'"):
-        tasks.converse("capton", BOTH[0], np.random.default_rng(0))
+        tasks.make_example("capton", BOTH[0], np.random.default_rng(0))
 
 
 def test_no_scene_is_without_a_question_of_each_task():
     rng = np.random.default_rng(1)
     for scene in BOTH:
         for task in tasks.TASKS:
-            assert tasks.converse(task, scene, rng).task == task
+            assert tasks.make_example(task, scene, rng).task == task
         for kind in ("count", "yesno"):
             assert tasks.vqa(scene, rng, kind).kind == kind

@@ -20,7 +20,7 @@ REAL = shared_data.ROOT / "tokenizers"
 T5, BERT = REAL / "t5_cc_all.32000.100extra.model", REAL / "bert_uncased_vocab.txt"
 needs_t5 = shared_data.needs(f"tokenizers/{T5.name}")
 needs_bert = shared_data.needs(f"tokenizers/{BERT.name}")
-PRIVATE = "".join(private for *_, private in (*tiny_tokenizer.DECIMALS, *tiny_tokenizer.JOINTS))
+PRIVATE = "".join(private for *_, private in (*tiny_tokenizer.BOX_DECIMALS, *tiny_tokenizer.BOX_SEPARATORS))
 TEXTS = (
     "translate English to German: The house is wonderful.",
     "Where is the red circle? Answer: [0.440,0.060,0.650,0.367]",
@@ -35,10 +35,10 @@ def tiny():
 
 
 def test_special_pieces_have_t5s_first_ids_and_the_soft_prompt_follows(tiny):
-    ids = [tiny.id(piece) for piece in ("<pad>", "</s>", "<unk>", "<extra_id_0>")]
-    assert ids == [0, 1, 2, 3] == [tiny.pad_id, tiny.end_id, tiny.unknown_id, tiny.soft_prompt_id]
-    assert tiny.size == tokenizer.TINY_SIZE == 1024
-    assert all(tiny.id(piece) < len(tokenizer.SPECIAL) for piece in ("<at>", "<boxes>", "<im_patch>"))
+    ids = [tiny.token_to_id(piece) for piece in ("<pad>", "</s>", "<unk>", "<extra_id_0>")]
+    assert ids == [0, 1, 2, 3] == [tiny.pad_id, tiny.eos_id, tiny.unk_id, tiny.soft_prompt_id]
+    assert tiny.size == tokenizer.TINY_VOCAB_SIZE == 1024
+    assert all(tiny.id(piece) < len(tokenizer.SPECIAL_TOKENS) for piece in ("<at>", "<boxes>", "<im_patch>"))
 
 
 @settings(max_examples=300, deadline=None)
@@ -46,7 +46,7 @@ def test_special_pieces_have_t5s_first_ids_and_the_soft_prompt_follows(tiny):
 def test_any_text_comes_back_from_the_tiny_tokenizer(text):
     tiny = tokenizer.load("tiny")
     ids = tiny.encode(text)
-    assert tiny.decode(ids) == text and tiny.unknown_id not in ids
+    assert tiny.decode(ids) == text and tiny.unk_id not in ids
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def test_any_text_comes_back_from_the_tiny_tokenizer(text):
 )
 def test_spaces_before_between_and_behind_words_come_back(tiny, text):
     ids = tiny.encode(text)
-    assert tiny.decode(ids) == text and tiny.unknown_id not in ids
+    assert tiny.decode(ids) == text and tiny.unk_id not in ids
 
 
 def test_a_leading_space_is_a_piece_of_its_own_before_the_word_that_has_one(tiny):
-    space, red = tiny.id(tokenizer.SPACE), tiny.id(f"{tokenizer.SPACE}red")
+    space, red = tiny.token_to_id(tokenizer.SPIECE_UNDERLINE), tiny.token_to_id(f"{tokenizer.SPIECE_UNDERLINE}red")
     assert tiny.encode("red") == [red]
     assert tiny.encode(" red") == [space, red]
     assert tiny.encode("red red") == [red, red]
@@ -86,9 +86,9 @@ def test_a_leading_space_is_a_piece_of_its_own_before_the_word_that_has_one(tiny
 def test_every_text_of_the_scenes_comes_back_and_its_words_are_mostly_whole(tiny):
     rng, pieces, words = np.random.default_rng(0), 0, 0
     for index in range(40):
-        scene = world.sample("train", index)
+        scene = world.sample_scene("train", index)
         for task in tasks.TASKS:
-            example = tasks.converse(task, scene, rng)
+            example = tasks.make_example(task, scene, rng)
             for text in (example.question, *example.answers):
                 assert tiny.decode(tiny.encode(text)) == text
                 for word in re.findall("[A-Za-z]+", text):
@@ -101,7 +101,7 @@ def test_a_box_is_seventeen_pieces_wherever_it_stands(tiny):
     assert box == 17
     assert len(tiny.encode("at [0.123,0.456,0.789,1.000]")) == 1 + box
     assert len(tiny.encode("[1.000,0.456,0.789,1.000][0.123,0.456,0.789,0.912]")) == 2 * box
-    digits = {tiny.id(digit) for digit in "0123456789"}
+    digits = {tiny.token_to_id(digit) for digit in "0123456789"}
     assert sum(i in digits for i in tiny.encode("[0.123,0.456,0.789,1.000]")) == 4
 
 
@@ -117,24 +117,24 @@ def test_a_user_who_spells_a_special_piece_writes_plain_text(tiny):
     text = "is </s> or <extra_id_0> here <pad>?"
     ids = tiny.encode(text)
     assert not set(ids) & {0, 1, 2, 3} and tiny.decode(ids) == text
-    assert {1, 3, 0} <= set(tiny.encode(text, special=True))
+    assert {1, 3, 0} <= set(tiny.encode(text, parse_special=True))
 
 
 def test_decoding_stops_at_the_end_piece_and_leaves_special_pieces_out(tiny):
-    ids = [tiny.pad_id, *tiny.encode("a red ring"), tiny.end_id, *tiny.encode("more"), 0, 0]
+    ids = [tiny.pad_id, *tiny.encode("a red ring"), tiny.eos_id, *tiny.encode("more"), 0, 0]
     assert tiny.decode(np.array(ids)) == "a red ring"
-    assert "more" in tiny.decode(ids, special=True)
+    assert "more" in tiny.decode(ids, keep_special=True)
 
 
 def test_frames_keep_the_end_piece_and_cut_the_side_asked_for(tiny):
-    assert tiny.frame([10, 11, 12], 3) == [10, 11, 1]
+    assert tiny.truncate_and_add_special([10, 11, 12], 3) == [10, 11, 1]
     assert tiny.frame([10, 11, 12], 3, keep="back") == [11, 12, 1]
     assert tiny.frame([10, 11, 12], 9) == [10, 11, 12, 1]
 
 
 def test_training_again_gives_the_shipped_file_byte_for_byte(tmp_path):
-    tiny_tokenizer.train(tmp_path / "tokenizer.json")
-    assert (tmp_path / "tokenizer.json").read_bytes() == tokenizer.TINY.read_bytes()
+    tiny_tokenizer.train_tokenizer(tmp_path / "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").read_bytes() == tokenizer.TINY_TOKENIZER_FILE.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
@@ -153,7 +153,7 @@ def test_a_folder_of_converted_weights_has_the_tokenizer_that_came_with_them(tmp
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64}
     settings = transformers.LlamaConfig(**sizes, num_attention_heads=2)
     transformers.LlamaForCausalLM(settings).save_pretrained(source)
-    (source / "tokenizer.json").write_bytes(tokenizer.TINY.read_bytes())
+    (source / "tokenizer.json").write_bytes(tokenizer.TINY_TOKENIZER_FILE.read_bytes())
     convert.convert(source, tmp_path / "converted", "jax")
     known = tokenizer.load(str(tmp_path / "converted"))
     assert known.encode("a red circle") == tiny.encode("a red circle")
@@ -163,18 +163,18 @@ def test_a_folder_of_converted_weights_has_the_tokenizer_that_came_with_them(tmp
 def test_t5_ids_equal_transformers():
     transformers = pytest.importorskip("transformers")
     ours = tokenizer.load(str(T5))
-    pieces, charsmap = tokenizer.read_sentencepiece(T5.read_bytes())
+    pieces, charsmap = tokenizer.parse_sentencepiece_model(T5.read_bytes())
     drop = ("<pad>", "</s>", "<unk>", "<s>")
     words = [p for p in pieces if p[0] not in drop and "<extra_id_" not in p[0]]
     head = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     vocabulary, table = (head + words)[:32000], {"_spm_precompiled_charsmap": charsmap}
     theirs = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=100, **table)
     for text in TEXTS:
-        ids = ours.frame(ours.encode(text), 99)
+        ids = ours.truncate_and_add_special(ours.encode(text), 99)
         assert ids == theirs(text).input_ids
     assert ours.encode(TEXTS[0]) == [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5]
-    assert (ours.pad_id, ours.end_id, ours.soft_prompt_id, ours.size) == (0, 1, 32099, 32100)
-    assert ours.id("<extra_id_99>") == 32000
+    assert (ours.pad_id, ours.eos_id, ours.soft_prompt_id, ours.vocab_size) == (0, 1, 32099, 32100)
+    assert ours.token_to_id("<extra_id_99>") == 32000
 
 
 @needs_bert
@@ -184,23 +184,23 @@ def test_bert_ids_equal_transformers_and_dec_comes_last():
     vocabulary = {word: i for i, word in enumerate(BERT.read_text("utf-8").splitlines())}
     theirs = transformers.BertTokenizer(vocab=vocabulary, do_lower_case=True, truncation_side="left")
     for text in TEXTS:
-        assert ours.frame(ours.encode(text), 99) == theirs(text).input_ids
+        assert ours.truncate_and_add_special(ours.encode(text), 99) == theirs(text).input_ids
         cut = theirs(text, truncation=True, max_length=6).input_ids
-        assert ours.frame(ours.encode(text), 6, keep="back") == cut
-    assert ours.id("[DEC]") == 30522 and ours.size == 30523
-    assert ours.decode(ours.frame(ours.encode("Where is it?"), 9)) == "where is it?"
+        assert ours.truncate_and_add_special(ours.encode(text), 6, keep="back") == cut
+    assert ours.token_to_id("[DEC]") == 30522 and ours.vocab_size == 30523
+    assert ours.decode(ours.truncate_and_add_special(ours.encode("Where is it?"), 9)) == "where is it?"
 
 
 @needs_t5
 def test_a_row_for_the_start_piece_shifts_no_id():
-    pieces, charsmap = tokenizer.read_sentencepiece(T5.read_bytes())
+    pieces, charsmap = tokenizer.parse_sentencepiece_model(T5.read_bytes())
     assert "<s>" in [piece for piece, _ in pieces] and charsmap
     assert tokenizer.load(str(T5)).backend.token_to_id("<s>") is None
 
 
 def test_hugging_face_reads_the_shipped_file_alike(tiny):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.TINY))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.TINY_TOKENIZER_FILE))
     text = "What color is the star? [0.120,0.500,1.000,0.750]"
     assert theirs(text, add_special_tokens=False).input_ids == tiny.encode(text)
-    assert json.loads(tokenizer.TINY.read_text())["model"]["byte_fallback"] is True
+    assert json.loads(tokenizer.TINY_TOKENIZER_FILE.read_text())["model"]["byte_fallback"] is True

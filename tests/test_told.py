@@ -8,7 +8,7 @@ from lionjax.data.scenes import world
 from lionjax.tiny import exercises
 
 SIDE, PIXELS = 8, 112
-SCENES = [world.sample("train", index) for index in range(12)]
+SCENES = [world.sample_scene("train", index) for index in range(12)]
 
 
 def colour_at(image_HWC, box) -> np.ndarray:
@@ -18,7 +18,7 @@ def colour_at(image_HWC, box) -> np.ndarray:
 
 def test_every_thing_speaks_from_one_patch_that_shows_it():
     for scene in SCENES:
-        fields_P6, box_P4 = exercises.patch_facts(scene, SIDE, PIXELS)
+        fields_P6, box_P4 = exercises.patch_labels(scene, SIDE, PIXELS)
         owner = scene.masks(PIXELS)
         centres = np.flatnonzero(fields_P6[:, 4] == 2)
         boxes = {tuple(np.round(box_P4[at], 4)) for at in centres}
@@ -35,7 +35,7 @@ def test_every_thing_speaks_from_one_patch_that_shows_it():
 
 def test_a_patch_with_nothing_in_it_says_so():
     for scene in SCENES:
-        fields_P6, box_P4 = exercises.patch_facts(scene, SIDE, PIXELS)
+        fields_P6, box_P4 = exercises.patch_labels(scene, SIDE, PIXELS)
         nothing = fields_P6[:, 4] == 0
         seen = scene.masks(PIXELS).any(0).reshape(SIDE, PIXELS // SIDE, SIDE, -1).mean((1, 3)).reshape(-1)
         assert seen[nothing].max(initial=0) < 0.5 and not box_P4[nothing].any()
@@ -44,8 +44,8 @@ def test_a_patch_with_nothing_in_it_says_so():
 @pytest.mark.parametrize("way", range(8))
 def test_mirrored_boxes_lie_on_the_mirrored_things(way):
     image = np.stack([scene.render(PIXELS) for scene in SCENES])
-    fields, boxes = map(np.stack, zip(*(exercises.patch_facts(scene, SIDE, PIXELS) for scene in SCENES)))
-    turned = exercises.mirrored(image, fields, boxes, way)
+    fields, boxes = map(np.stack, zip(*(exercises.patch_labels(scene, SIDE, PIXELS) for scene in SCENES)))
+    turned = exercises.dihedral_augment(image, fields, boxes, way)
     for before, after in zip(zip(image, fields, boxes), zip(*turned)):
         seen = []
         for picture, field_P6, box_P4 in (before, after):
@@ -59,8 +59,8 @@ def test_mirrored_boxes_lie_on_the_mirrored_things(way):
 
 def test_box_codes_differ_for_boxes_a_hundredth_apart():
     box = np.array([0.1, 0.2, 0.5, 0.6])
-    code, other = exercises.box_code(box), exercises.box_code(box + 0.01)
-    assert code.shape == (exercises.CODE,) and code.dtype == np.float32
+    code, other = exercises.encode_box(box), exercises.encode_box(box + 0.01)
+    assert code.shape == (exercises.BOX_CODE_DIM,) and code.dtype == np.float32
     assert np.linalg.norm(code - other) > 0.3
 
 
@@ -68,7 +68,7 @@ def test_drills_are_answered_truly():
     rng = np.random.default_rng(0)
     for index in range(300):
         scene = SCENES[index % len(SCENES)]
-        example = exercises.drill(scene, rng)
+        example = exercises.lookup_exercise(scene, rng)
         asked, words = example.question.split(": ")
         for word, said in zip(words.split(", "), example.answer.split(", "), strict=True):
             found = said.removeprefix(word + " ")

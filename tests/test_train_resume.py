@@ -30,18 +30,18 @@ def whole(tmp_path_factory):
     """A run that nothing disturbed: its folder, parameters and report."""
     workdir = tmp_path_factory.mktemp("whole")
     params, report = loop.train(toy.experiment(), workdir, toy.Batches)
-    return workdir, checkpoint.fingerprints(params), report
+    return workdir, checkpoint.leaf_checksums(params), report
 
 
 def copy_of(workdir, target, update=TOTAL):
     """A folder as the run had left it when it was killed after some updates."""
     shutil.copytree(workdir, target)
-    for step in checkpoint.found_steps(target / "checkpoints"):
+    for step in checkpoint.all_steps(target / "checkpoints"):
         if step > update:
             shutil.rmtree(target / "checkpoints" / str(step))
     for stage, starts in ((1, 6), (2, TOTAL)):
         if update < starts:
-            shutil.rmtree(checkpoint.found_bases(target / "base")[stage])
+            shutil.rmtree(checkpoint.all_bases(target / "base")[stage])
     return target
 
 
@@ -62,7 +62,7 @@ def stopping(number, kind=signal.SIGTERM):
 
 def train(workdir, what=None, batches=toy.Batches):
     params, report = loop.train(what or toy.experiment(), workdir, batches)
-    return checkpoint.fingerprints(params), report
+    return checkpoint.leaf_checksums(params), report
 
 
 def test_a_run_stopped_anywhere_ends_with_the_same_bits_and_the_same_lines(tmp_path, whole):
@@ -83,7 +83,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits_and_the_same_lines(tmp_p
 def test_ctrl_c_saves_the_update_it_interrupts_and_says_so(tmp_path, capfd):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, batches=stopping(3, signal.SIGINT))
-    assert checkpoint.found_steps(tmp_path / "checkpoints")[0] == 3
+    assert checkpoint.all_steps(tmp_path / "checkpoints")[0] == 3
     assert "stopped and saved at stage 'one', step 3" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -150,9 +150,9 @@ def test_damage_to_what_a_stage_began_with_is_mended(tmp_path, whole, caplog, pa
 def test_frozen_parameters_that_cannot_be_mended_are_an_error(tmp_path, whole, monkeypatch):
     workdir = copy_of(whole[0], tmp_path / "run", update=8)
     shutil.rmtree(workdir / "frozen")
-    start = init.first_parameters
+    start = init.init_params
     other = lambda what, *rest: start(dataclasses.replace(what, seed=5), *rest)  # noqa: E731
-    monkeypatch.setattr(resume, "first_parameters", other)
+    monkeypatch.setattr(resume, "init_params", other)
     with pytest.raises(UserError, match="its config no longer makes the same ones"):
         train(workdir)
 
@@ -172,14 +172,14 @@ def test_a_folder_of_another_config_is_refused_with_the_fields_that_differ(tmp_p
     other = dataclasses.replace(what, seed=3, stages=(one, what.stages[1]))
     with pytest.raises(UserError, match=r"another config \(stages.0.learning_rate 0.01 -> 0.5; seed 0 -> 3\)"):
         train(whole[0], other)
-    free = dataclasses.replace(what, run=dataclasses.replace(what.run, log_every=7, save_every=100, keep=1))
+    free = dataclasses.replace(what, run=dataclasses.replace(what.run, log_every=7, save_every=100, max_to_keep=1))
     workdir = copy_of(whole[0], tmp_path / "run")
     assert train(workdir, free)[0] == whole[1]
 
 
 def test_a_first_start_that_failed_before_it_had_weights_may_be_mended(tmp_path):
-    run_folder.claim(tmp_path, toy.experiment(weights=(("tower", "missing.safetensors"),)))
-    run_folder.claim(tmp_path, toy.experiment())
+    run_folder.check_or_write_config(tmp_path, toy.experiment(weights=(("tower", "missing.safetensors"),)))
+    run_folder.check_or_write_config(tmp_path, toy.experiment())
     assert config.from_json((tmp_path / "config.json").read_text()) == toy.experiment()
 
 
@@ -199,7 +199,7 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, whole
 
 def test_a_dtype_that_the_config_does_not_want_is_refused(tmp_path, whole, monkeypatch):
     workdir = copy_of(whole[0], tmp_path / "run", update=8)
-    monkeypatch.setattr(run_folder, "FREE", (*run_folder.FREE, r"run\.frozen_dtype"))
+    monkeypatch.setattr(run_folder, "MUTABLE_FIELDS", (*run_folder.MUTABLE_FIELDS, r"run\.frozen_dtype"))
     what = toy.experiment(run={"frozen_dtype": "float32"})
     with pytest.raises(UserError, match="'never/.* was saved as bfloat16 .* wanted as float32"):
         train(workdir, what)
@@ -208,7 +208,7 @@ def test_a_dtype_that_the_config_does_not_want_is_refused(tmp_path, whole, monke
 def test_frozen_parameters_stand_on_disk_once_and_steps_do_not_hold_them(whole):
     folder = whole[0]
     assert len(list((folder / "frozen").iterdir())) == 1
-    leaves = checkpoint.read_record(folder / "checkpoints" / "10")["leaves"]
+    leaves = checkpoint.restore_record(folder / "checkpoints" / "10")["leaves"]
     trained = ("hint", "blocks/up", "words")
     assert all(any(name in leaf for name in trained) or "count" in leaf for leaf in leaves)
 
@@ -221,15 +221,15 @@ def test_a_stage_from_scratch_begins_with_the_first_parameters(tmp_path):
         train(tmp_path / "b", what, batches=stopping(5))
     assert train(tmp_path / "b", what)[0] == expected
     result = layout_and_read(tmp_path / "a", what)
-    first = sharding.init(toy.Toy().init, jax.random.key(0), toy.batch_of(range(8)))
+    first = sharding.init_sharded(toy.Toy().init, jax.random.key(0), toy.batch_of(range(8)))
     assert (result["output"]["kernel"] == first["output"]["kernel"]).all()  # what stage one made of it is gone
     assert not (result["hint"] == first["hint"]).all()
 
 
 def layout_and_read(workdir, what):
     mesh = sharding.make_mesh(what.mesh)
-    layout = init.layout(what, toy.batch_of(range(8)), mesh)
-    return checkpoint.read(workdir / "base" / "2_final", {"learned": layout.learned})[0]["learned"]
+    layout = init.make_param_specs(what, toy.batch_of(range(8)), mesh)
+    return checkpoint.restore_tree(workdir / "base" / "2_final", {"learned": layout.trainable})[0]["learned"]
 
 
 def test_weight_files_are_read_by_path_and_the_rest_is_random(tmp_path):
@@ -238,10 +238,10 @@ def test_weight_files_are_read_by_path_and_the_rest_is_random(tmp_path):
     tower = {name: value.astype(np.float32) for name, value in tower.items()}
     save_file(tower, tmp_path / "tower.safetensors")
     what = toy.experiment(weights=(("tower", str(tmp_path / "tower.safetensors")),))
-    layout = init.layout(what, toy.batch_of(range(8)), sharding.make_mesh(MeshConfig()))
-    never, learned = init.first_parameters(what, toy.batch_of(range(8)), layout)
+    layout = init.make_param_specs(what, toy.batch_of(range(8)), sharding.make_mesh(MeshConfig()))
+    never, learned = init.init_params(what, toy.batch_of(range(8)), layout)
     np.testing.assert_array_equal(never["tower"]["kernel"], tower["tower/kernel"].astype("bfloat16"))
-    plain = sharding.init(toy.Toy().init, jax.random.key(0), toy.batch_of(range(8)))
+    plain = sharding.init_sharded(toy.Toy().init, jax.random.key(0), toy.batch_of(range(8)))
     flat = trees.flatten(plain)
     assert all((leaf == flat[path]).all() for path, leaf in trees.flatten(learned).items())
 
@@ -253,21 +253,21 @@ def test_weight_files_are_read_by_path_and_the_rest_is_random(tmp_path):
     for sentence, tensors in cases.items():
         save_file(tensors, tmp_path / "tower.safetensors")
         with pytest.raises(UserError, match=sentence):
-            init.first_parameters(what, toy.batch_of(range(8)), layout)
+            init.init_params(what, toy.batch_of(range(8)), layout)
     (tmp_path / "tower.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="cannot be read"):
-        init.first_parameters(what, toy.batch_of(range(8)), layout)
+        init.init_params(what, toy.batch_of(range(8)), layout)
 
 
 def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_record(tmp_path, monkeypatch):
     seen = []
-    seer = feature_cache.seer
+    seer = feature_cache.make_feature_fn
 
     def counting(*args):
         see = seer(*args)
         return lambda batch: seen.append(batch.record_B.tolist()) or see(batch)
 
-    monkeypatch.setattr(feature_cache, "seer", counting)
+    monkeypatch.setattr(feature_cache, "make_feature_fn", counting)
     stages = (toy.stage("one", 7), toy.stage("two", 5, ("hint", "words")))
     plain, cached = (toy.experiment(*stages, run={"cache_features": flag}) for flag in (False, True))
     train(tmp_path / "plain", plain)
@@ -279,10 +279,10 @@ def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_rec
 
 
 def test_a_stage_that_sees_otherwise_begins_with_an_empty_memory():
-    memory, batches = feature_cache.Memory(10**6), toy.Batches(toy.ToyData(), toy.stage(), 0, 8, 0, 1)
+    memory, batches = feature_cache.FeatureCache(10**6), toy.Batches(toy.ToyData(), toy.stage(), 0, 8, 0, 1)
     for value, held in ((1.0, 24), (1.0, 24), (2.0, 8)):
         see = lambda batch, value=value: np.full((len(batch.record_B), 4), value)  # noqa: E731
-        kept = feature_cache.Remembered(batches, see, memory)
+        kept = feature_cache.CachedBatches(batches, see, memory)
         for _ in range(3 if value == 1.0 else 1):
             assert (next(kept).features == value).all()
         assert len(memory.rows) == held
@@ -316,11 +316,11 @@ def test_features_of_a_part_that_trains_are_refused(tmp_path):
 def test_kept_features_take_no_more_memory_than_allowed():
     batches = toy.Batches(toy.ToyData(), toy.stage(), 0, 8, 0, 1)
     see = lambda batch: np.ones((len(batch.record_B), 100), np.float32)  # noqa: E731
-    memory = feature_cache.Memory(5 * 400)
-    kept = feature_cache.Remembered(batches, see, memory)
+    memory = feature_cache.FeatureCache(5 * 400)
+    kept = feature_cache.CachedBatches(batches, see, memory)
     for _ in range(6):
         assert next(kept).features.shape == (8, 100)
-    assert len(memory.rows) == 5 and memory.held == 2000
+    assert len(memory.rows) == 5 and memory.num_bytes == 2000
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
@@ -333,10 +333,10 @@ def test_a_second_signal_acts_at_once_as_it_would_without_us(number):
 
     before = signal.signal(number, act)
     try:
-        with distributed.Stop() as stop:
-            assert not stop.asked()
+        with distributed.PreemptionHandler() as stop:
+            assert not stop.should_stop()
             os.kill(os.getpid(), number)
-            assert stop.asked() and stop.heard == number
+            assert stop.should_stop() and stop.received_signal == number
             with pytest.raises(Acted):
                 os.kill(os.getpid(), number)
         assert signal.getsignal(number) is act
@@ -345,7 +345,7 @@ def test_a_second_signal_acts_at_once_as_it_would_without_us(number):
 
 
 def test_a_step_that_changes_a_frozen_parameter_ends_the_run(tmp_path, monkeypatch):
-    make_step = stages.make_step
+    make_step = stages.make_train_step
 
     def changing(*args):
         step = make_step(*args)
@@ -357,8 +357,8 @@ def test_a_step_that_changes_a_frozen_parameter_ends_the_run(tmp_path, monkeypat
 
         return run
 
-    monkeypatch.setattr(stages, "make_step", changing)
+    monkeypatch.setattr(stages, "make_train_step", changing)
     what = toy.experiment(toy.stage("one", 2))
     with pytest.raises(RuntimeError, match="stage 'one' changed frozen parameters"):
         loop.train(what, tmp_path, toy.Batches)
-    assert list(checkpoint.found_bases(tmp_path / "base")) == [0]  # the stage is not taken as done
+    assert list(checkpoint.all_bases(tmp_path / "base")) == [0]  # the stage is not taken as done

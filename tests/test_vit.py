@@ -10,18 +10,18 @@ from lionjax.models.vision import vit
 from lionjax.models.vision.vit import ViT, ViTConfig
 
 CLIP = ViTConfig(
-    image=24,
-    patch=8,
+    image_size=24,
+    patch_size=8,
     width=20,
     depth=4,
-    heads=5,
-    hidden=36,
-    eps=1e-5,
+    num_heads=5,
+    mlp_dim=36,
+    norm_eps=1e-5,
     activation="quick_gelu",
-    biases="qkvo",
+    attention_biases="qkvo",
     patch_bias=False,
-    norm_before=True,
-    norm_after=True,
+    pre_layernorm=True,
+    post_layernorm=True,
 )
 
 
@@ -32,11 +32,11 @@ def clip():
     torch.manual_seed(0)
     config = transformers.CLIPVisionConfig(
         hidden_size=CLIP.width,
-        intermediate_size=CLIP.hidden,
+        intermediate_size=CLIP.mlp_dim,
         num_hidden_layers=CLIP.depth,
-        num_attention_heads=CLIP.heads,
-        image_size=CLIP.image,
-        patch_size=CLIP.patch,
+        num_attention_heads=CLIP.num_heads,
+        image_size=CLIP.image_size,
+        patch_size=CLIP.patch_size,
     )
     model = transformers.CLIPVisionModel(config).eval()
     with torch.no_grad():  # as they begin, biases are zero and norms say nothing
@@ -51,8 +51,8 @@ def test_clip_sees_what_transformers_sees_in_every_layer(clip, tmp_path):
 
     clip.save_pretrained(tmp_path)
     saved = {name.removeprefix("vision_model."): w for name, w in load_file(tmp_path / "model.safetensors").items()}
-    params = convert.params_from(vit.clip_rows(CLIP), saved)
-    image_BCHW = np.random.default_rng(0).standard_normal((2, 3, CLIP.image, CLIP.image)).astype(np.float32)
+    params = convert.params_from_state_dict(vit.clip_weight_map(CLIP), saved)
+    image_BCHW = np.random.default_rng(0).standard_normal((2, 3, CLIP.image_size, CLIP.image_size)).astype(np.float32)
     with torch.no_grad():
         theirs = clip(torch.from_numpy(image_BCHW), output_hidden_states=True)
     run = jax.jit(lambda image: ViT(CLIP, tuple(range(CLIP.depth))).apply({"params": params}, image))
@@ -62,6 +62,6 @@ def test_clip_sees_what_transformers_sees_in_every_layer(clip, tmp_path):
         np.testing.assert_allclose(seen_TBPD[layer], states, atol=1e-5)
     np.testing.assert_allclose(last_BPD, theirs.last_hidden_state, atol=1e-5)
     np.testing.assert_allclose(first_BD, theirs.pooler_output, atol=1e-5)
-    back = convert.state_from(vit.clip_rows(CLIP), params)
+    back = convert.state_dict_from_params(vit.clip_weight_map(CLIP), params)
     assert back.keys() == saved.keys()
     assert all(np.array_equal(back[name], saved[name]) for name in saved)

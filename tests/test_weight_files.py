@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lionjax.convert.io.reader import has_nan, open_weights
-from lionjax.convert.io.safetensors_writer import whole_folder, write_safetensors
-from lionjax.convert.mapping.apply import leaf_parts
-from lionjax.convert.mapping.plan import Form, plan_params
+from lionjax.convert.io.safetensors_writer import atomic_folder, write_safetensors
+from lionjax.convert.mapping.apply import iter_param_slices
+from lionjax.convert.mapping.plan import TensorSpec, plan_params
 from lionjax.core.types import UserError
-from lionjax.core.weight_map import Row, linear
+from lionjax.core.weight_map import WeightMapping, linear
 
 BF16 = ml_dtypes.bfloat16
 
@@ -82,7 +82,7 @@ def test_forgetting_a_tensor_gives_its_memory_back_and_it_can_still_be_read(tmp_
 
     assert opened["w"].sum() == 30_000_000
     before = resident()
-    opened.forget("w")
+    opened.release("w")
     assert before - resident() > 100_000_000
     assert opened["w"][-1] == 1
 
@@ -206,10 +206,10 @@ def test_a_pth_is_read_and_the_optimiser_beside_the_weights_is_left(tmp_path, wr
     torch.save(state, tmp_path / "m.pth", _use_new_zipfile_serialization=modern)
     opened = open_weights(tmp_path / "m.pth")
     assert_same(opened, tensors)
-    assert set(opened.left) == ({"optimizer", "epoch"} if wrap else set())
-    assert bool(opened.mapped) == modern
+    assert set(opened.skipped) == ({"optimizer", "epoch"} if wrap else set())
+    assert bool(opened.memory_mapped) == modern
     for name in opened:
-        opened.forget(name)
+        opened.release(name)
     assert_same(opened, tensors)
 
 
@@ -302,7 +302,7 @@ def parts_of(tensors):
 
 
 def forms_of(tensors):
-    return {name: Form.of(w) for name, w in tensors.items()}
+    return {name: TensorSpec.from_array(w) for name, w in tensors.items()}
 
 
 @pytest.mark.parametrize("shard_bytes, files", [(10**9, 1), (40, 4), (1, 5)])
@@ -337,29 +337,29 @@ def test_a_part_that_is_missing_or_of_another_form_is_a_fault_of_ours(tmp_path):
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with whole_folder(tmp_path / "good") as folder:
+    with atomic_folder(tmp_path / "good") as folder:
         (folder / "a").write_text("a")
         assert not (tmp_path / "good").exists()
     assert (tmp_path / "good" / "a").read_text() == "a"
     for error in (KeyboardInterrupt, ValueError):
-        with pytest.raises(error), whole_folder(tmp_path / "bad") as folder:
+        with pytest.raises(error), atomic_folder(tmp_path / "bad") as folder:
             (folder / "a").write_text("a")
             raise error
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
-    with pytest.raises(UserError, match="is there already"), whole_folder(tmp_path / "good"):
+    with pytest.raises(UserError, match="is there already"), atomic_folder(tmp_path / "good"):
         pass
     assert (tmp_path / "good" / "a").read_text() == "a"
 
 
 def test_memory_holds_a_few_tensors_and_not_the_model(tmp_path):
-    rows = (Row("h.{i}.w", "w", linear),)
+    rows = (WeightMapping("h.{i}.w", "w", linear),)
     shape, layers = (1000, 1500), 16
     save_file({f"h.{i}.w": np.full(shape, i, BF16) for i in range(layers)}, tmp_path / "m.safetensors")
     tensors = open_weights(tmp_path)
     plan = plan_params(rows, tensors)
     (tmp_path / "out").mkdir()
     tracemalloc.start()
-    write_safetensors(tmp_path / "out", "m", plan.made, leaf_parts(plan, tensors, tensors.forget))
+    write_safetensors(tmp_path / "out", "m", plan.output_specs, iter_param_slices(plan, tensors, tensors.release))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.2 * 1000 * 1500 * 2

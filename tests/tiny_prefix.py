@@ -176,7 +176,7 @@ def batch_of(system, draw: random.Random, rows: int = 3, token: int = IMAGE_TOKE
 def expanded(system, batch: Batch) -> list[list[int]]:
     """Each row's prompt as transformers wants it: an image token for each of the picture's words."""
     bridge = system.qformer or system.latents
-    words = bridge.queries + system.closing if bridge else system.vision.patches + system.class_token
+    words = bridge.queries + system.add_image_end_token if bridge else system.vision.patches + system.keep_class_token
     words = system.words or words
     texts = []
     for ids, mask in zip(batch.prompt_BL, batch.prompt_mask_BL):
@@ -251,7 +251,7 @@ def assert_learns_alike(system, params, batch, logits, value, weights, seed):
     for row, wanted in enumerate(logits):
         assert_close(made[row, : len(wanted)], wanted, f"logits, seed {seed}")
     assert float(mine) == pytest.approx(value.item(), rel=1e-4), f"seed {seed}"
-    grads = convert.state_from(system.torch_rows(), jax.tree.map(np.asarray, grads))
+    grads = convert.state_dict_from_params(system.weight_map(), jax.tree.map(np.asarray, grads))
     for name, weight in weights:
         norm = 0.0 if weight.grad is None else weight.grad.norm().item()
         assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from lionjax.core.experiment import Experiment, RunConfig, Stage
-from lionjax.core.sharding import MeshConfig, constrain, sharded
+from lionjax.core.sharding import MeshConfig, with_logical_constraint, with_logical_partitioning
 from lionjax.core.types import VLM, Batch, ModelInfo
 from lionjax.nn import losses
 from lionjax.nn.layers import Dense, Embed, LayerNorm, dropout
@@ -31,7 +31,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BMD, key):
         change = Dense(WIDTH, WIDTH, ("embed", "mlp"), name="up")(LayerNorm(WIDTH, 1e-6, name="norm")(x_BMD))
-        return constrain(x_BMD + dropout(nn.relu(change), self.rate, key), "batch", "length", "act_embed"), None
+        return with_logical_constraint(
+            x_BMD + dropout(nn.relu(change), self.rate, key), "batch", "length", "act_embed"
+        ), None
 
 
 class ToyModule(nn.Module):
@@ -40,7 +42,7 @@ class ToyModule(nn.Module):
     def setup(self):
         self.tower = Dense(PIXELS * PIXELS * 3, WIDTH, ("conv", "embed"))
         self.words = Embed(VOCAB, WIDTH)
-        self.hint = self.param("hint", sharded(nn.initializers.normal(1.0), ("embed",)), (WIDTH,))
+        self.hint = self.param("hint", with_logical_partitioning(nn.initializers.normal(1.0), ("embed",)), (WIDTH,))
         scan = nn.scan(
             Block,
             variable_axes={"params": 0},
@@ -112,7 +114,7 @@ class Batches:
         epoch, within = divmod(int(row), self.data.records)
         return int(np.random.default_rng((*self.seed, epoch)).permutation(self.data.records)[within])
 
-    changing = False
+    random_augmentation = False
 
     def name(self, record):
         return f"toy/{record}"
@@ -151,7 +153,7 @@ def row_of(record, poison):
 
 
 def stage(name="one", steps=6, trainable=("blocks", "output"), **changes):
-    fields = dict(batch_size=8, accumulate=2, learning_rate=1e-2, warmup_steps=2, warmup_learning_rate=1e-3)
+    fields = dict(batch_size=8, grad_accum_steps=2, learning_rate=1e-2, warmup_steps=2, warmup_learning_rate=1e-3)
     return Stage(name, steps, tuple(trainable), (("toy", 1.0),), **(fields | changes))
 
 
@@ -189,7 +191,7 @@ def witnessed(workdir, hang, pause):
             time.sleep(pause)
             batch = super().__next__()
             line = [stage, place + self.shard * self.size, batch.record_B.tolist()]
-            run_log.append_line(Path(workdir) / "seen.jsonl", line)
+            run_log.append_jsonl(Path(workdir) / "seen.jsonl", line)
             return batch
 
     return Witnessed
@@ -208,20 +210,20 @@ def main():
     what = experiment(*stages, run=run, mesh=mesh)
     batches = witnessed(workdir, int(fields.get("hang", -1)), float(fields.get("pause", 0)))
     params, report = loop.train(dataclasses.replace(what, data=data), workdir, batches)
-    found = {"params": checkpoint.fingerprints(params), "scalars": trees.count(params)}
-    if distributed.first():
+    found = {"params": checkpoint.leaf_checksums(params), "scalars": trees.count_params(params)}
+    if distributed.is_main_process():
         print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    from lionjax.cli.errors import explain
+    from lionjax.cli.errors import describe_error
     from lionjax.core import params as trees
     from lionjax.training import checkpoint, distributed, loop, run_log
 
     try:
-        with distributed.together(explain):
+        with distributed.distributed_session(describe_error):
             main()
     except (Exception, KeyboardInterrupt) as error:
-        sentence, code = explain(error)
+        sentence, code = describe_error(error)
         print(sentence, file=sys.stderr)
         sys.exit(code)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.text_t5 import text_batch
-from lionjax.core.types import Cache
+from lionjax.core.types import VLM, Cache
 
 VOCAB, WIDTH = 11, 6
 
@@ -17,7 +17,7 @@ steps = []  # one entry each time a token is read, at run time
 
 
 @dataclasses.dataclass(frozen=True)
-class Toy:
+class Toy(VLM):
     """`counts_steps` writes to `steps` as the compiled loop runs."""
 
     counts_steps: bool = False
@@ -39,12 +39,12 @@ class Toy:
     def extend(self, params, token_B, cache):
         if self.counts_steps:
             jax.debug.callback(lambda: steps.append(1))
-        state_BD = cache.written["state"][0]
-        state_BD = params["token"][token_B] + state_BD @ params["again"] + cache.fixed["context"][0]
+        state_BD = cache.generated["state"][0]
+        state_BD = params["token"][token_B] + state_BD @ params["again"] + cache.static["context"][0]
         state_BD = jnp.tanh(state_BD)
-        said_BV = cache.written["nested"]["said"][1].at[jnp.arange(len(token_B)), token_B].add(1)
+        said_BV = cache.generated["nested"]["said"][1].at[jnp.arange(len(token_B)), token_B].add(1)
         written = {"state": state_BD[None], "nested": {"said": jnp.tile(said_BV, (2, 1, 1))}}
-        return logits_of(params, state_BD, said_BV), Cache(written, cache.fixed, cache.step + 1)
+        return logits_of(params, state_BD, said_BV), Cache(written, cache.static, cache.step + 1)
 
 
 def logits_of(params, state_D, said_V):

@@ -4,8 +4,8 @@
 from collections.abc import Sequence
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code."""
     from lionjax.cli import entry
 
-    return entry.main(words)
+    return entry.main(argv)

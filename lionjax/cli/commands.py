@@ -14,192 +14,192 @@ from pathlib import Path
 
 from lionjax.cli import convert as weights_command
 from lionjax.cli import plan as plan_command
-from lionjax.cli.errors import Usage, explain
+from lionjax.cli.errors import UsageError, describe_error
 
 
-def train(given: argparse.Namespace, overrides: list[str]) -> None:
+def train(args: argparse.Namespace, overrides: list[str]) -> None:
     """Train all stages of a config, or what is left of them: a folder goes on where it stands."""
     began = time.time()
     from lionjax.core import config
 
-    experiment = config.load(given.config, overrides)  # before what takes seconds to import
+    experiment = config.load(args.config, overrides)  # before what takes seconds to import
 
     from lionjax.data import pipeline
-    from lionjax.evaluation.report.html import write_routers
+    from lionjax.evaluation.report.html import write_router_ratios
     from lionjax.training import distributed, loop, run_folder, run_log
 
-    with distributed.together(explain):
-        params, _ = loop.train(experiment, given.workdir, pipeline.batches, began)
-        write_routers(given.workdir, params)
+    with distributed.distributed_session(describe_error):
+        params, _ = loop.train(experiment, args.workdir, pipeline.batches, began)
+        write_router_ratios(args.workdir, params)
         if experiment.run.evaluate_limit:
             from lionjax.evaluation import runner
             from lionjax.inference import loading
 
             asked, made = time.time(), run_folder.updates_before(experiment, len(experiment.stages))
-            answerer = loading.of_params(experiment, params).answerer
-            entries = runner.evaluate_run(answerer, experiment, given.workdir, made)
-            run_log.note_evaluation(given.workdir, time.time() - asked)
-        if distributed.first():
+            answerer = loading.from_params(experiment, params).engine
+            entries = runner.evaluate_run(answerer, experiment, args.workdir, made)
+            run_log.add_evaluation_seconds(args.workdir, time.time() - asked)
+        if distributed.is_main_process():
             if experiment.run.evaluate_limit:
-                _print_tables(entries, to_stderr=True)
-            done = f"{given.workdir} holds the result; `lionjax report {given.workdir}` draws it"
+                _print_metrics(entries, to_stderr=True)
+            done = f"{args.workdir} holds the result; `lionjax report {args.workdir}` draws it"
             print(done, file=sys.stderr)
 
 
-def evaluate(given: argparse.Namespace, fields: list[str]) -> None:
+def evaluate(args: argparse.Namespace, fields: list[str]) -> None:
     """Ask a model the questions of a benchmark; figures beside what it would reach without looking."""
     import lionjax
     from lionjax.core import config
     from lionjax.data.datasets import detect
     from lionjax.evaluation import runner
 
-    source, everything = None, given.benchmark == "all"
+    source, everything = None, args.benchmark == "all"
     if not everything:
-        runner.task_of(given.benchmark)  # a wrong name is said before the model is read
-    if given.source is not None:
-        source = detect.recognise(given.source, given.images, given.answers)
-        source = config.override(source, fields)
+        runner.benchmark_task(args.benchmark)  # a wrong name is said before the model is read
+    if args.source is not None:
+        source = detect.detect_source(args.source, args.images, args.answers)
+        source = config.apply_overrides(source, fields)
     elif fields:
-        raise Usage(f"unknown argument {fields[0]!r}; see `lionjax evaluate --help`")
-    model = lionjax.load(given.dir)
-    names = runner.names_for(model, given.split, source) if everything else [given.benchmark]
-    entries = [runner.evaluate_model(model, name, given.dir, given.limit, given.split, source) for name in names]
-    if given.json:
+        raise UsageError(f"unknown argument {fields[0]!r}; see `lionjax evaluate --help`")
+    model = lionjax.load(args.dir)
+    names = runner.model_benchmarks(model, args.split, source) if everything else [args.benchmark]
+    entries = [runner.evaluate_model(model, name, args.dir, args.limit, args.split, source) for name in names]
+    if args.json:
         print(json.dumps(entries, indent=1))
     else:
-        _print_tables(entries)
+        _print_metrics(entries)
 
 
-def generate(given: argparse.Namespace, _) -> None:
+def generate(args: argparse.Namespace, _) -> None:
     """Answer a prompt about a picture; boxes and masks are printed and can be drawn."""
     import lionjax
     from lionjax.data import images
     from lionjax.evaluation.report import plots
 
-    picture = images.open_picture(given.image)
-    box = None if given.box is None else _box(given.box)
+    picture = images.open_image(args.image)
+    box = None if args.box is None else _parse_box(args.box)
     tags = None
-    if given.tagger is not None:
+    if args.tagger is not None:
         from lionjax.inference import tagger
 
-        tags = [found.tags for found in tagger.load(given.tagger).tag([picture])]
-    model = lionjax.load(given.dir, prompt_length=given.prompt_length)
+        tags = [found.tags for found in tagger.load(args.tagger).tag([picture])]
+    model = lionjax.load(args.dir, prompt_length=args.prompt_length)
     boxes = None if box is None else [[box]]
-    (answer,) = model.answer([picture], [given.prompt], boxes=boxes, tags=tags)
-    if given.json:
+    (answer,) = model.answer([picture], [args.prompt], boxes=boxes, tags=tags)
+    if args.json:
         seen = {} if tags is None else {"tags": list(tags[0])}
-        print(json.dumps(_plain(answer) | seen))
+        print(json.dumps(_answer_to_json(answer) | seen))
     else:
         print(answer.text)
         for found in answer.boxes:
             print("box " + " ".join(f"{edge:.3f}" for edge in found))
-    if given.out is not None:
-        marks = [] if box is None else [plots.Mark(box, colour=plots.ASKED)]
-        marks += [plots.Mark(found, colour=plots.PREDICTED) for found in answer.boxes]
-        marks += [plots.Mark(mask=mask, colour=plots.PREDICTED) for mask in answer.masks]
-        plots.save(plots.draw(picture, marks), given.out)
+    if args.out is not None:
+        marks = [] if box is None else [plots.Overlay(box, color=plots.QUERY_COLOR)]
+        marks += [plots.Overlay(found, color=plots.PREDICTION_COLOR) for found in answer.boxes]
+        marks += [plots.Overlay(mask=mask, color=plots.PREDICTION_COLOR) for mask in answer.masks]
+        plots.save_png(plots.draw_overlays(picture, marks), args.out)
 
 
-def demo(given: argparse.Namespace, _) -> None:
+def demo(args: argparse.Namespace, _) -> None:
     """Serve a web page to talk to a model: chat, point at things, see boxes and masks."""
     from lionjax.serving import web_demo as demo
 
-    demo.serve(given.dir, given.host, given.port, given.tagger, given.prompt_length)
+    demo.serve(args.dir, args.host, args.port, args.tagger, args.prompt_length)
 
 
-def tag(given: argparse.Namespace, _) -> None:
+def tag(args: argparse.Namespace, _) -> None:
     """Name what is on pictures with RAM, as generate --tagger tells it to a LION."""
     from lionjax.data import images
     from lionjax.inference import tagger
 
-    seen = [images.open_picture(file) for file in given.image]
-    found = tagger.load(given.dir).tag(seen)
-    if given.json:
-        entries = zip(given.image, map(dataclasses.asdict, found))
+    seen = [images.open_image(file) for file in args.image]
+    found = tagger.load(args.dir).tag(seen)
+    if args.json:
+        entries = zip(args.image, map(dataclasses.asdict, found))
         print(json.dumps([{"image": file} | entry for file, entry in entries], ensure_ascii=False))
     else:
         for one in found:
             print(one)
 
 
-def show(given: argparse.Namespace, overrides: list[str]) -> None:
+def show(args: argparse.Namespace, overrides: list[str]) -> None:
     """Print the resolved config, typed; with --weights the table of its torch names."""
     from lionjax.core import config
 
-    path = Path(given.config)
-    if given.weights and path.exists() and weights_command.holds_weights(path):
+    path = Path(args.config)
+    if args.weights and path.exists() and weights_command.is_weights_path(path):
         if overrides:
-            raise Usage(f"unknown argument {overrides[0]!r}; weights have no fields to set")
-        weights_command.show(path)
+            raise UsageError(f"unknown argument {overrides[0]!r}; weights have no fields to set")
+        weights_command.print_weight_map(path)
         return
-    experiment = _experiment(path, overrides)
-    if given.weights:
-        weights_command.print_rows(experiment.system.torch_rows())
+    experiment = _load_experiment(path, overrides)
+    if args.weights:
+        weights_command.print_weight_mappings(experiment.model.weight_map())
     else:
-        print(config.show(experiment))
+        print(config.format_config(experiment))
 
 
-def data(given: argparse.Namespace, fields: list[str]) -> None:
+def data(args: argparse.Namespace, fields: list[str]) -> None:
     """Look at the records of a source (inspect), or write them as ArrayRecord files (build)."""
     from lionjax.core import config
     from lionjax.core.types import UserError
     from lionjax.data.datasets import detect
 
-    source = detect.recognise(given.source, given.images, given.answers)
-    source = config.override(source, fields)
-    if given.action == "build":
-        if given.out is None:
+    source = detect.detect_source(args.source, args.images, args.answers)
+    source = config.apply_overrides(source, fields)
+    if args.action == "build":
+        if args.out is None:
             raise UserError("build wants --out FOLDER, where the files go")
         from lionjax.data.prepare import array_record_writer
 
         tag = None
-        if given.tagger is not None:
+        if args.tagger is not None:
             from lionjax.inference import tagger
 
-            tag = tagger.teller(given.tagger)
-        flags = None if given.beam is None else given.beam.split()
-        print(array_record_writer.build(source, given.out, tag=tag, beam=flags))
+            tag = tagger.tagger_factory(args.tagger)
+        flags = None if args.beam is None else args.beam.split()
+        print(array_record_writer.build(source, args.out, make_tagger=tag, beam_flags=flags))
         return
-    detect.inspect(source, given.split, given.limit)
-    if given.out is not None:
-        _draw_examples(source, given.split, given.limit, given.out)
+    detect.inspect(source, args.split, args.limit)
+    if args.out is not None:
+        _draw_examples(source, args.split, args.limit, args.out)
 
 
-def convert(given: argparse.Namespace, _) -> None:
+def convert(args: argparse.Namespace, _) -> None:
     """Write a run or a folder of weights under the original's names (torch), or under ours (jax)."""
-    weights_command.convert(given)
+    weights_command.convert(args)
 
 
-def plan(given: argparse.Namespace, overrides: list[str]) -> None:
+def plan(args: argparse.Namespace, overrides: list[str]) -> None:
     """Compile a config for a TPU pod on this machine: does it fit, what does it cost."""
-    plan_command.plan(given, overrides)
+    plan_command.plan(args, overrides)
 
 
-def report(given: argparse.Namespace, _) -> None:
+def report(args: argparse.Namespace, _) -> None:
     """Draw the curves, tables and answers of a run into DIR/report.html."""
-    from lionjax.evaluation.report.html import report
+    from lionjax.evaluation.report.html import write_report
 
-    print(report(given.dir))
+    print(write_report(args.dir))
 
 
-def benchmark(given: argparse.Namespace, words: list[str]) -> None:
+def benchmark(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure one of the README's numbers on this machine; needs a clone of the project."""
     from lionjax.core.types import UserError
 
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
     files = {path.stem: path for path in folder.glob("*.py") if "__main__" in path.read_text()}
-    if given.name not in files:
+    if args.name not in files:
         known = ", ".join(sorted(files)) or "none here: they come with a clone of the project"
-        raise UserError(f"there is no benchmark {given.name!r}; there are {known}")
-    sys.argv = [str(files[given.name]), *words]
+        raise UserError(f"there is no benchmark {args.name!r}; there are {known}")
+    sys.argv = [str(files[args.name]), *argv]
     sys.path.insert(0, str(folder))  # as if run by its path, so that it finds its neighbours
-    runpy.run_path(str(files[given.name]), run_name="__main__")
+    runpy.run_path(str(files[args.name]), run_name="__main__")
 
 
-def _box(text: str) -> tuple[float, float, float, float]:
+def _parse_box(text: str) -> tuple[float, float, float, float]:
     from lionjax.data import images
 
-    return images.unit_box(text.split(","), name="--box")
+    return images.normalize_box(text.split(","), name="--box")
 
 
 def _draw_examples(source, split: str, limit: int, path: Path) -> None:
@@ -211,30 +211,30 @@ def _draw_examples(source, split: str, limit: int, path: Path) -> None:
 
     data = DataConfig(sources=(source,), on_bad_record="replace")
     cells = []
-    for task in sources.open_split(source, split, data.processor.max_pixels).sizes:
+    for task in sources.open_split(source, split, data.processor.max_pixels).task_sizes:
         for sample in mixture.examples(data, task, split, limit):
             example = sample.example
             masks = sample.masks() if task == "res" else ()
-            marks = [plots.Mark(box, colour=plots.ASKED) for box in example.question_boxes]
-            marks += [plots.Mark(box, colour=plots.TRUE) for box in example.boxes]
-            marks += [plots.Mark(mask=mask, colour=plots.TRUE) for mask in masks]
-            ink = plots.LIGHT["ink"]
-            lines = [(task, plots.LIGHT["faint"]), (example.question, ink), (example.answer, "#00785a")]
-            cells.append((plots.draw(images.as_picture(sample.picture), marks), lines))
-    plots.save(plots.grid(cells), path)
+            marks = [plots.Overlay(box, color=plots.QUERY_COLOR) for box in example.question_boxes]
+            marks += [plots.Overlay(box, color=plots.TRUTH_COLOR) for box in example.boxes]
+            marks += [plots.Overlay(mask=mask, color=plots.TRUTH_COLOR) for mask in masks]
+            ink = plots.LIGHT_THEME["ink"]
+            lines = [(task, plots.LIGHT_THEME["faint"]), (example.question, ink), (example.answer, "#00785a")]
+            cells.append((plots.draw_overlays(images.to_pil_image(sample.image), marks), lines))
+    plots.save_png(plots.image_grid(cells), path)
 
 
-def _print_tables(entries, to_stderr: bool = False) -> None:
+def _print_metrics(entries, to_stderr: bool = False) -> None:
     from rich.console import Console
 
     from lionjax.evaluation import runner
 
     console = Console(stderr=to_stderr)
     for entry in entries:
-        console.print(runner.table(entry))
+        console.print(runner.metrics_table(entry))
 
 
-def _plain(answer) -> dict:
+def _answer_to_json(answer) -> dict:
     """An answer for JSON: masks as COCO's compressed run lengths."""
     import numpy as np
     from pycocotools import mask as coco
@@ -247,7 +247,7 @@ def _plain(answer) -> dict:
     }
 
 
-def _experiment(path: Path, overrides: Sequence[str]):
+def _load_experiment(path: Path, overrides: Sequence[str]):
     from lionjax.core import config
     from lionjax.core.types import UserError
 
@@ -256,4 +256,4 @@ def _experiment(path: Path, overrides: Sequence[str]):
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} holds no config.json; give a config file or the folder of a run")
-    return config.override(config.from_json(file.read_text()), overrides)
+    return config.apply_overrides(config.from_json(file.read_text()), overrides)

@@ -19,7 +19,7 @@ from pathlib import Path
 from lionjax.cli import convert as weights_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli.commands import benchmark, convert, data, demo, evaluate, generate, plan, report, show, tag, train
-from lionjax.cli.errors import Parser, Usage, explain
+from lionjax.cli.errors import StrictParser, UsageError, describe_error
 from lionjax.planner import libtpu
 
 # Verbs
@@ -28,17 +28,17 @@ from lionjax.planner import libtpu
 # Their arguments
 
 
-def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """The whole command line, and its verbs by name. Cheap: nothing of the package is imported."""
-    whole = Parser(prog="lionjax", description="Region-aware multimodal language models in JAX.")
+    whole = StrictParser(prog="lionjax", description="Region-aware multimodal language models in JAX.")
     whole.add_argument("--version", action="store_true", help="print the version and stop")
     verbs = whole.add_subparsers(metavar="VERB", title="verbs", dest="verb")
 
-    verb = add(verbs, train, rest="Any field of the config can be set: --stages.0.steps 20.")
+    verb = add_verb(verbs, train, extra_args_help="Any field of the config can be set: --stages.0.steps 20.")
     verb.add_argument("config", metavar="CONFIG", help="a Python file, such as configs/tiny_lion.py")
     verb.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="the run's folder")
 
-    verb = add(verbs, evaluate, rest="Any field of --source can be set: --share 0.")
+    verb = add_verb(verbs, evaluate, extra_args_help="Any field of --source can be set: --share 0.")
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run, or a folder of weights")
     names = "caption, vqa, relation, existence, rec, res, reg, grounded, box_vqa, tags, choice, "
     names += "one source's as coco/vqa, another codec's as rec@digits, or all"
@@ -50,7 +50,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--answers", metavar="FILE", default="", help="the answers to VQA questions")
     verb.add_argument("--json", action="store_true", help="print the figures as JSON")
 
-    verb = add(verbs, generate)
+    verb = add_verb(verbs, generate)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run, or a folder of weights")
     verb.add_argument("--image", metavar="FILE", required=True, help="a JPEG, PNG or WebP picture")
     verb.add_argument("--prompt", metavar="TEXT", required=True, help="what to ask")
@@ -61,7 +61,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     verb.add_argument("--json", action="store_true", help="print text, boxes and masks as JSON")
     verb.add_argument("--out", metavar="PNG", type=Path, help="draw the answer into this picture")
 
-    verb = add(verbs, demo)
+    verb = add_verb(verbs, demo)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run, or a folder of weights")
     words = "whom it answers: 127.0.0.1 this machine alone, 0.0.0.0 all that reach it"
     verb.add_argument("--host", default="127.0.0.1", help=words)
@@ -70,17 +70,17 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     words = "tokens that a prompt may have, with the talk before it; at least as in training"
     verb.add_argument("--prompt-length", type=int, default=256, help=words)
 
-    verb = add(verbs, tag)
+    verb = add_verb(verbs, tag)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a folder with RAM and its tag list")
     verb.add_argument("--image", metavar="FILE", nargs="+", required=True, help="pictures")
     verb.add_argument("--json", action="store_true", help="print probabilities as well, as JSON")
 
-    verb = add(verbs, show, rest="Any field of the config can be set: --stages.0.steps 20.")
+    verb = add_verb(verbs, show, extra_args_help="Any field of the config can be set: --stages.0.steps 20.")
     verb.add_argument("config", metavar="CONFIG", help="a Python file, or the folder of a run")
     words = "print the torch-name table instead, also of a folder or file of weights"
     verb.add_argument("--weights", action="store_true", help=words)
 
-    verb = add(verbs, data, rest="Any field of the source can be set: --share 0.2.")
+    verb = add_verb(verbs, data, extra_args_help="Any field of the source can be set: --share 0.2.")
     verb.add_argument("action", metavar="ACTION", choices=("inspect", "build"), help="what to do")
     verb.add_argument("source", metavar="SOURCE", help="scenes, easy_vqa, or a folder or file")
     verb.add_argument("--images", metavar="DIR", default="", help="where a file's pictures lie")
@@ -92,37 +92,39 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     words = 'build: by Apache Beam, with its flags, as in --beam="--runner=DirectRunner"'
     verb.add_argument("--beam", metavar="FLAGS", nargs="?", const="", help=words)
 
-    verb = add(verbs, convert)
+    verb = add_verb(verbs, convert)
     weights_command.add_arguments(verb)
 
-    verb = add(verbs, plan, rest="Any field of the config can be set: --stages.0.batch_size 64.")
+    verb = add_verb(verbs, plan, extra_args_help="Any field of the config can be set: --stages.0.batch_size 64.")
     plan_command.add_arguments(verb)
 
-    verb = add(verbs, report)
+    verb = add_verb(verbs, report)
     verb.add_argument("dir", metavar="DIR", type=Path, help="the folder of a run")
 
-    verb = add(verbs, benchmark, rest="Further arguments are the benchmark's own.")
+    verb = add_verb(verbs, benchmark, extra_args_help="Further arguments are the benchmark's own.")
     verb.add_argument("name", metavar="NAME", help="a file of benchmarks/, without .py")
     return whole, verbs.choices
 
 
-def add(verbs, run: Callable, rest: str = "") -> argparse.ArgumentParser:
+def add_verb(subparsers, command: Callable, extra_args_help: str = "") -> argparse.ArgumentParser:
     """A verb named and described by its function; `rest` says what it does with unknown arguments."""
-    verb = verbs.add_parser(run.__name__, help=run.__doc__, description=f"{run.__doc__} {rest}")
-    verb.set_defaults(run=run, takes_rest=bool(rest))
+    verb = subparsers.add_parser(
+        command.__name__, help=command.__doc__, description=f"{command.__doc__} {extra_args_help}"
+    )
+    verb.set_defaults(run=command, takes_rest=bool(extra_args_help))
     return verb
 
 
 # Running one
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns its exit code."""
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         os.environ.setdefault("PJRT_NPROC", "32")  # with few threads virtual devices can wait for each other for ever
-    libtpu.deepen_stack()
+    libtpu.enlarge_thread_stack()
     try:
-        run(list(sys.argv[1:] if words is None else words))
+        run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
@@ -131,18 +133,18 @@ def main(words: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("LIONJAX_TRACEBACK"):
             traceback.print_exception(error)
-        sentence, code = explain(error)
+        sentence, code = describe_error(error)
         print(f"lionjax: {sentence}", file=sys.stderr)
         return code
 
 
-def run(words: list[str]) -> None:
+def run(argv: list[str]) -> None:
     """Run one command line. Raises Usage for one that cannot be read, and what the verb raises."""
-    whole, verbs = parsers()
-    if words and not words[0].startswith("-") and words[0] not in verbs:
-        near = difflib.get_close_matches(words[0], verbs, n=1) or ["--help"]
-        raise Usage(f"there is no verb {words[0]!r}; did you mean `lionjax {near[0]}`?")
-    given, rest = whole.parse_known_args(words)
+    whole, verbs = build_parsers()
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+        near = difflib.get_close_matches(argv[0], verbs, n=1) or ["--help"]
+        raise UsageError(f"there is no verb {argv[0]!r}; did you mean `lionjax {near[0]}`?")
+    given, rest = whole.parse_known_args(argv)
     if given.version:
         import lionjax
 
@@ -150,7 +152,7 @@ def run(words: list[str]) -> None:
     elif given.verb is None:
         whole.print_help()
     elif rest and not given.takes_rest:
-        raise Usage(f"unknown argument {rest[0]!r}; see `lionjax {given.verb} --help`")
+        raise UsageError(f"unknown argument {rest[0]!r}; see `lionjax {given.verb} --help`")
     else:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("lionjax").setLevel(logging.INFO)

@@ -8,23 +8,23 @@ import errno
 import os
 
 
-class Usage(Exception):
+class UsageError(Exception):
     """A command line that cannot be read. UserError's module imports JAX, too slow for --help."""
 
 
-class Parser(argparse.ArgumentParser):
+class StrictParser(argparse.ArgumentParser):
     """argparse that raises its errors and takes no abbreviations, which could hide a field."""
 
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str):
-        raise Usage(f"{message}; see `{self.prog} --help`")
+        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
-def explain(error: BaseException) -> tuple[str, int]:
+def describe_error(error: BaseException) -> tuple[str, int]:
     """(what to say, exit code) of an exception."""
-    if isinstance(error, Usage):
+    if isinstance(error, UsageError):
         return str(error), 2
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C", 130

@@ -6,16 +6,16 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from lionjax.convert.formats.checkpoint_format import Published
-from lionjax.convert.io.reader import Tensors
-from lionjax.convert.mapping.plan import Plan
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat
+from lionjax.convert.io.reader import CheckpointTensors
+from lionjax.convert.mapping.plan import ConversionPlan
 
 
 @dataclasses.dataclass
-class Coverage:
+class ConversionReport:
     """What a conversion read and wrote, and what it left and why."""
 
-    system: str
+    format_name: str
     tensors: int = 0
     parameters: int = 0
     bytes: int = 0
@@ -23,12 +23,12 @@ class Coverage:
     files: tuple[str, ...] = ()
     ignored: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> reason
     tied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    nan: list[str] = dataclasses.field(default_factory=list)
+    nan_tensors: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         rate = self.bytes / max(self.seconds, 1e-9) / 1e9
         lines = [
-            f"{self.system}: {self.tensors} torch tensors, {self.parameters} parameters, "
+            f"{self.format_name}: {self.tensors} torch tensors, {self.parameters} parameters, "
             f"{self.bytes / 1e9:.3f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)",
             f"written: {', '.join(self.files)}",
         ]
@@ -39,20 +39,22 @@ class Coverage:
         for reason, names in reasons.items():
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             lines.append(f"left ({reason}): {', '.join(names[:4])}{more}")
-        lines += [f"warning: {name} holds NaN" for name in self.nan]
+        lines += [f"warning: {name} holds NaN" for name in self.nan_tensors]
         return "\n".join(lines)
 
 
-def coverage_of(kind: Published, plan: Plan, tensors: Tensors) -> Coverage:
-    tied = {piece.tensors[0]: piece.tied for piece in plan.pieces if piece.tied}
-    ignored = tensors.left | {name: _reason(pattern) for name, pattern in plan.ignored.items()}
-    count = sum(len(piece.tensors) + len(piece.tied) for piece in plan.pieces)
-    paths = {path for piece in plan.pieces for path in piece.row.paths}
-    size = sum(form.nbytes for form in plan.made.values())
-    return Coverage(kind.name, count, len(paths), size, ignored=ignored, tied=tied)
+def make_report(
+    checkpoint_format: CheckpointFormat, plan: ConversionPlan, tensors: CheckpointTensors
+) -> ConversionReport:
+    tied = {piece.torch_keys[0]: piece.tied_keys for piece in plan.mapped_tensors if piece.tied_keys}
+    ignored = tensors.skipped | {name: _ignore_reason(pattern) for name, pattern in plan.ignored.items()}
+    count = sum(len(piece.torch_keys) + len(piece.tied_keys) for piece in plan.mapped_tensors)
+    paths = {path for piece in plan.mapped_tensors for path in piece.mapping.flax_paths}
+    size = sum(form.nbytes for form in plan.output_specs.values())
+    return ConversionReport(checkpoint_format.name, count, len(paths), size, ignored=ignored, tied=tied)
 
 
-def _reason(pattern: str) -> str:
+def _ignore_reason(pattern: str) -> str:
     """Why names of a pattern are passed over: what it says in a comment, else the pattern itself."""
     comments = re.findall(r"\(\?#([^)]*)\)", pattern)
     return comments[-1] if comments else f"matches {pattern}"

@@ -13,30 +13,30 @@ from typing import Any
 
 import numpy as np
 
-from lionjax.convert.formats.peft import FOLDER as ADAPTER
-from lionjax.convert.formats.peft import is_detour
-from lionjax.convert.mapping.plan import Form
+from lionjax.convert.formats.peft import ADAPTER_FOLDER as ADAPTER
+from lionjax.convert.formats.peft import is_lora_key
+from lionjax.convert.mapping.plan import TensorSpec
 from lionjax.core.types import UserError
 
-BICUBIC = 3  # Pillow's number of it
+PIL_BICUBIC = 3  # Pillow's number of it
 
 
-def write_processors(config: Any, folder: Path) -> list[str]:
+def write_processor_configs(config: Any, folder: Path) -> list[str]:
     """preprocessor_config.json and tokenizer_config.json where a run's own data say what is in them; what was made."""
     made: dict[str, dict] = {}
     processor = getattr(getattr(config, "data", None), "processor", None)
     if processor is not None:
-        made["preprocessor_config.json"] = picture_settings(processor)
+        made["preprocessor_config.json"] = preprocessor_config(processor)
     for place in ("", "qformer_tokenizer/"):
         if (folder / place / "tokenizer.json").is_file():
-            made[f"{place}tokenizer_config.json"] = token_settings(folder / place / "tokenizer.json")
+            made[f"{place}tokenizer_config.json"] = tokenizer_config(folder / place / "tokenizer.json")
     made = {name: said for name, said in made.items() if not (folder / name).exists()}
     for name, said in made.items():
         (folder / name).write_text(json.dumps(said, indent=2) + "\n")
     return list(made)
 
 
-def picture_settings(processor: Any) -> dict:
+def preprocessor_config(processor: Any) -> dict:
     """How pictures come in, as transformers' image processors say it.
 
     LION stretches a picture to a square. NExT-Chat puts it into a white one first and LLaVA-1.5 into one of the mean
@@ -47,17 +47,17 @@ def picture_settings(processor: Any) -> dict:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": processor.image_size, "width": processor.image_size},
-        "resample": BICUBIC,
+        "resample": PIL_BICUBIC,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(processor.mean),
         "image_std": list(processor.std),
     }
-    return said | ({f"{processor.padding}_square_first": True} if processor.padded else {})
+    return said | ({f"{processor.pad_color}_square_first": True} if processor.padded else {})
 
 
-def token_settings(file: Path) -> dict:
+def tokenizer_config(file: Path) -> dict:
     """How a tokenizer.json is to be opened, with the names of its special pieces."""
     backend, said = open_tokenizer(file), {}
     pieces = {
@@ -84,27 +84,27 @@ def open_tokenizer(file: Path):
         raise UserError(f"{file} is no tokenizer: {str(error).splitlines()[0]}") from error
 
 
-def card(name: str, config: Any, settings: Mapping, forms: Mapping[str, Form]) -> str:
+def render_model_card(format_name: str, config: Any, hf_config: Mapping, specs: Mapping[str, TensorSpec]) -> str:
     """README.md of a folder of weights, with the head that model hubs read."""
-    architecture = (settings.get("architectures") or [""])[0]
-    theirs = architecture and settings.get("model_type") not in ("lion", "nextchat", "lavis", "ram", "eva")
+    architecture = (hf_config.get("architectures") or [""])[0]
+    theirs = architecture and hf_config.get("model_type") not in ("lion", "nextchat", "lavis", "ram", "eva")
     head = ["---", f"library_name: {'transformers' if theirs else 'lionjax'}"]
-    head += [f"tags: [lionjax, {name}]", f"pipeline_tag: {_pipeline(name)}", "---"]
+    head += [f"tags: [lionjax, {format_name}]", f"pipeline_tag: {_pipeline_tag(format_name)}", "---"]
     system = getattr(config, "system", config)
-    title = getattr(config, "name", None) or name
-    sizes = sorted({str(form.dtype) for form in forms.values()})
-    numbers = sum(int(np.prod(form.shape)) for form in forms.values())
+    title = getattr(config, "name", None) or format_name
+    sizes = sorted({str(form.dtype) for form in specs.values()})
+    numbers = sum(int(np.prod(form.shape)) for form in specs.values())
     lines = [
         *head,
         "",
         f"# {title}",
         "",
-        f"A {type(system).__name__.removesuffix('Config')} ({name}): {numbers:,} numbers ({', '.join(sizes)}) in "
-        f"{len(forms)} tensors, under the names of the original PyTorch code, written by lionjax.",
+        f"A {type(system).__name__.removesuffix('Config')} ({format_name}): {numbers:,} numbers ({', '.join(sizes)}) in "
+        f"{len(specs)} tensors, under the names of the original PyTorch code, written by lionjax.",
         "",
         "| part | numbers |",
         "|---|---|",
-        *(f"| `{part}` | {count:,} |" for part, count in _parts(forms).items()),
+        *(f"| `{part}` | {count:,} |" for part, count in _parameter_counts(specs).items()),
         "",
         "## Use",
         "",
@@ -116,16 +116,16 @@ def card(name: str, config: Any, settings: Mapping, forms: Mapping[str, Form]) -
         lines += ["In PyTorch, with the original's code:", "", "```python"]
         lines += ["from safetensors.torch import load_file", 'model.load_state_dict(load_file("model.safetensors"))']
         lines += ["```", ""]
-    if any(map(is_detour, forms)):
+    if any(map(is_lora_key, specs)):
         lines += ["A LoRA is kept apart; PEFT puts it on the model:", "", "```python", "from peft import PeftModel"]
         lines += [f'model = PeftModel.from_pretrained(model, "this folder/{ADAPTER}")', "```", ""]
     lines += ["In JAX, without loss, down to the bit:", "", "```", "lionjax convert THIS_FOLDER NEW_FOLDER --to jax"]
-    lines += ["```", "", *_training(config), "## Licence", ""]
+    lines += ["```", "", *_training_section(config), "## Licence", ""]
     lines += ["That of the weights and of the data from which they were made; lionjax adds none of its own.", ""]
     return "\n".join(lines)
 
 
-def _pipeline(name: str) -> str:
+def _pipeline_tag(format_name: str) -> str:
     tasks = {
         "text-generation": ("llama", "opt", "gpt2"),
         "text2text-generation": ("t5",),
@@ -133,19 +133,19 @@ def _pipeline(name: str) -> str:
     }
     tasks |= {"image-feature-extraction": ("clip", "eva", "swin"), "mask-generation": ("sam", "segment_anything")}
     tasks |= {"image-classification": ("ram",)}
-    return next((task for task, names in tasks.items() if name in names), "image-text-to-text")
+    return next((task for task, names in tasks.items() if format_name in names), "image-text-to-text")
 
 
-def _parts(forms: Mapping[str, Form]) -> dict[str, int]:
+def _parameter_counts(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
     """Numbers by the first word of the tensors' names."""
     counts: dict[str, int] = {}
-    for name, form in forms.items():
-        part = f"{ADAPTER} (LoRA)" if is_detour(name) else name.partition(".")[0]
+    for name, form in specs.items():
+        part = f"{ADAPTER} (LoRA)" if is_lora_key(name) else name.partition(".")[0]
         counts[part] = counts.get(part, 0) + int(np.prod(form.shape))
     return counts
 
 
-def _training(config: Any) -> list[str]:
+def _training_section(config: Any) -> list[str]:
     """What a run did, where the config is that of one."""
     stages = getattr(config, "stages", ())
     if not stages:

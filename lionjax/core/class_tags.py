@@ -2,19 +2,19 @@
 """The names under which config classes are written to JSON, and the names that earlier versions wrote.
 
 A tag never changes: runs, exported folders and Orbax folders hold it. Where a class lies, and what it is called in the
-code, may change; then only `HOMES` does. This file holds data and imports nothing.
+code, may change; then only `TAG_TO_CLASS` does. This file holds data and imports nothing.
 """
 
 # {tag: "module:class" of today}
-HOMES = {
+TAG_TO_CLASS = {
     "Experiment": "lionjax.core.experiment:Experiment",
     "Stage": "lionjax.core.experiment:Stage",
     "RunConfig": "lionjax.core.experiment:RunConfig",
-    "GenerationDefaults": "lionjax.core.experiment:AnswerConfig",
+    "GenerationDefaults": "lionjax.core.experiment:GenerationDefaults",
     "MeshConfig": "lionjax.core.sharding:MeshConfig",
     "LoraConfig": "lionjax.nn.lora:LoraConfig",
     "AdapterConfig": "lionjax.nn.adapters:AdapterConfig",
-    "GatedCrossAttentionConfig": "lionjax.nn.adapters:CrossConfig",
+    "GatedCrossAttentionConfig": "lionjax.nn.adapters:GatedCrossAttentionConfig",
     "ViTConfig": "lionjax.models.vision.vit:ViTConfig",
     "SwinConfig": "lionjax.models.vision.swin:SwinConfig",
     "SamConfig": "lionjax.models.vision.sam_encoder:SamConfig",
@@ -26,11 +26,11 @@ HOMES = {
     "AggregatorConfig": "lionjax.models.connectors.qformer:AggregatorConfig",
     "ResamplerConfig": "lionjax.models.connectors.perceiver:ResamplerConfig",
     "AbstractorConfig": "lionjax.models.connectors.perceiver:AbstractorConfig",
-    "ProjectionConfig": "lionjax.models.connectors.perceiver:ProjectionConfig",
-    "RegionHeadConfig": "lionjax.models.heads.region:PlaceConfig",
-    "VisualPrefixLM": "lionjax.models.vlm.visual_prefix:Prefix",
+    "ProjectionConfig": "lionjax.models.connectors.perceiver:ImageToTextProjectionConfig",
+    "RegionHeadConfig": "lionjax.models.heads.region:RegionHeadConfig",
+    "VisualPrefixLM": "lionjax.models.vlm.visual_prefix:VisualPrefixLM",
     "Flamingo": "lionjax.models.vlm.flamingo:Flamingo",
-    "Blip2Stage1": "lionjax.models.vlm.blip2_stage1:Blip2First",
+    "Blip2Stage1": "lionjax.models.vlm.blip2_stage1:Blip2Stage1",
     "Lion": "lionjax.models.vlm.lion:Lion",
     "NextChat": "lionjax.models.vlm.nextchat:NextChat",
     "DataConfig": "lionjax.data.config:DataConfig",
@@ -40,17 +40,17 @@ HOMES = {
     "Coco": "lionjax.data.datasets.coco:Coco",
     "RefCoco": "lionjax.data.datasets.refcoco:RefCoco",
     "Vqa": "lionjax.data.datasets.vqa:Vqa",
-    "JsonLines": "lionjax.data.datasets.jsonl:Lines",
+    "JsonLines": "lionjax.data.datasets.jsonl:JsonLines",
     "ScienceQa": "lionjax.data.datasets.scienceqa:ScienceQa",
-    "ArrayRecordDataset": "lionjax.data.datasets.array_record:Built",
+    "ArrayRecordDataset": "lionjax.data.datasets.array_record:ArrayRecordDataset",
     "BackbonesConfig": "lionjax.tiny.schedules:BackbonesConfig",
     "LanguageSchedule": "lionjax.tiny.schedules:LanguageSchedule",
-    "BoxHeadsSchedule": "lionjax.tiny.boxes:PlacesSchedule",
+    "BoxHeadsSchedule": "lionjax.tiny.boxes:BoxHeadsSchedule",
     "MasksConfig": "lionjax.tiny.sam:MasksConfig",
 }
 
 # {what version 0.1 wrote behind "lionjax.": tag}. In this order: module, class = tag (where it has another name).
-_WRITTEN_BY_0_1 = """
+_V0_1_CLASSES = """
 config                  Experiment Stage RunConfig AnswerConfig=GenerationDefaults
 sharding                MeshConfig
 layers                  LoraConfig
@@ -81,8 +81,8 @@ training.backbones      BackbonesConfig LanguageSchedule
 training.place_backbone PlacesSchedule=BoxHeadsSchedule
 training.mask_backbone  MasksConfig
 """
-EARLIER = {
+LEGACY_CLASS_TO_TAG = {
     f"lionjax.{line.split()[0]}.{item.partition('=')[0]}": item.partition("=")[2] or item
-    for line in _WRITTEN_BY_0_1.strip().splitlines()
+    for line in _V0_1_CLASSES.strip().splitlines()
     for item in line.split()[1:]
 }

@@ -68,7 +68,7 @@ def merge(*trees: Params) -> Params:
     return unflatten(flat)
 
 
-def count(params: Params) -> int:
+def count_params(params: Params) -> int:
     """Number of scalars in the tree (also of shapes made by eval_shape)."""
     return sum(int(np.prod(leaf.shape)) for leaf in flatten(params).values())
 
@@ -83,7 +83,7 @@ def cast(params: Params, dtype: str) -> Params:
     return jax.tree.map(one, params)
 
 
-def describe(params: Params, depth: int = 2) -> str:
+def parameter_overview(params: Params, depth: int = 2) -> str:
     """A table of subtrees down to `depth`: path, scalars, dtypes. For people and logs."""
     groups: dict[str, list] = {}
     for path, leaf in flatten(params).items():

@@ -29,12 +29,12 @@ class UserError(Exception):
 
 
 @dataclass_transform(frozen_default=True)
-def pytree(cls: type[T]) -> type[T]:
+def pytree_dataclass(cls: type[T]) -> type[T]:
     """A frozen dataclass whose fields are arrays or trees of arrays."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
-@pytree
+@pytree_dataclass
 class Batch:
     """What data makes and models read. Text is padded on the right; masks are 1 on real tokens.
 
@@ -59,10 +59,10 @@ class Batch:
     features: Any = None
     sam_image_BHWC: Array = None  # float32, the same pictures at SAM's size, mean and deviation
     masks_mask_BK: Array = None  # which of the masks are known; None: those of all real boxes
-    part_B: Array = None  # int32, which entry of the stage's mixture each row came from
+    dataset_B: Array = None  # int32, which entry of the stage's mixture each row came from
 
 
-@pytree
+@pytree_dataclass
 class Cache:
     """What decoding remembers. Every leaf has layers on axis 0 and the batch on axis 1.
 
@@ -70,10 +70,10 @@ class Cache:
     for all beams of one prompt; `read` too, and has one row for all of them. `step` counts the tokens read so far.
     """
 
-    written: Any
-    fixed: Any
+    generated: Any
+    static: Any
     step: Array  # int32 scalar
-    read: Any = None
+    prompt: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ class VLM:
         """Mask logits (B, K, h, w) and predicted IoUs (B, K) of boxes and the states that they were decoded from."""
         raise self._lacks("mask head")
 
-    def torch_rows(self) -> tuple[Any, ...]:
+    def weight_map(self) -> tuple[Any, ...]:
         """The table of the original's tensor names (see `weight_map.Row`)."""
         raise self._lacks("table of torch names")
 

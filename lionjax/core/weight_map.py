@@ -20,7 +20,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Op:
+class Transform:
     """An invertible change of layout: one array for each name in the row goes in, one for each path comes out."""
 
     name: str  # how it prints
@@ -29,7 +29,7 @@ class Op:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class WeightMapping:
     """torch name(s), our path(s), and the change of layout between them.
 
     `also` holds other torch names of the same tensor (tied weights). On the way in one of the names must be there and
@@ -38,41 +38,41 @@ class Row:
 
     torch: str | tuple[str, ...]
     flax: str | tuple[str, ...]
-    op: Op = dataclasses.field(default_factory=lambda: same)
-    also: tuple[str, ...] = ()
+    transform: Transform = dataclasses.field(default_factory=lambda: identity)
+    tied_keys: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.also and len(self.names) != 1:
-            raise ValueError(f"row {self.names} has several tensors; only a single one may have other names")
-        letters = {Template.of(name).letters for name in (*self.names, *self.also)}
+        if self.tied_keys and len(self.torch_keys) != 1:
+            raise ValueError(f"row {self.torch_keys} has several tensors; only a single one may have other names")
+        letters = {KeyTemplate.parse(name).index_letters for name in (*self.torch_keys, *self.tied_keys)}
         if len(letters) != 1:
-            raise ValueError(f"the torch names {(*self.names, *self.also)} do not hold the same letters")
+            raise ValueError(f"the torch names {(*self.torch_keys, *self.tied_keys)} do not hold the same letters")
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def torch_keys(self) -> tuple[str, ...]:
         return (self.torch,) if isinstance(self.torch, str) else self.torch
 
     @property
-    def paths(self) -> tuple[str, ...]:
+    def flax_paths(self) -> tuple[str, ...]:
         return (self.flax,) if isinstance(self.flax, str) else self.flax
 
     @property
-    def letters(self) -> str:
+    def index_letters(self) -> str:
         """The letters of its names in axis order: "" for one tensor, "i" for a run of layers, "ij" for a grid."""
-        return Template.of(self.names[0]).letters
+        return KeyTemplate.parse(self.torch_keys[0]).index_letters
 
     def to_flax(self, *tensors) -> tuple:
         """One layer's tensors -> that layer's part of each leaf."""
-        made = self.op.to_flax(*tensors)
+        made = self.transform.to_flax(*tensors)
         return (made,) if isinstance(self.flax, str) else made
 
     def to_torch(self, *leaves) -> tuple:
         """One layer's part of each leaf -> that layer's tensors."""
-        made = self.op.to_torch(*leaves)
+        made = self.transform.to_torch(*leaves)
         return (made,) if isinstance(self.torch, str) else made
 
 
-def under(torch: str, flax: str, rows: Iterable[Row]) -> tuple[Row, ...]:
+def with_prefix(torch_prefix: str, flax_prefix: str, weight_map: Iterable[WeightMapping]) -> tuple[WeightMapping, ...]:
     """The same rows for a model that sits inside another: its torch names and its paths behind prefixes.
 
     The torch prefix may hold a letter that the rows do not use, when a whole model is stacked.
@@ -81,83 +81,94 @@ def under(torch: str, flax: str, rows: Iterable[Row]) -> tuple[Row, ...]:
     def put(prefix, name):
         return prefix + name if isinstance(name, str) else tuple(prefix + part for part in name)
 
-    return tuple(Row(put(torch, row.torch), put(flax, row.flax), row.op, put(torch, row.also)) for row in rows)
+    return tuple(
+        WeightMapping(
+            put(torch_prefix, row.torch), put(flax_prefix, row.flax), row.transform, put(torch_prefix, row.tied_keys)
+        )
+        for row in weight_map
+    )
 
 
-def renamed(rows: Iterable[Row], *pairs: tuple[str, str]) -> tuple[Row, ...]:
+def rename_torch_keys(weight_map: Iterable[WeightMapping], *replacements: tuple[str, str]) -> tuple[WeightMapping, ...]:
     """The same rows where the other side says something else: (old, new) pieces of torch names, replaced in turn."""
 
     def put(name):
-        for old, new in pairs:
+        for old, new in replacements:
             name = name.replace(old, new) if isinstance(name, str) else tuple(part.replace(old, new) for part in name)
         return name
 
-    return tuple(Row(put(row.torch), row.flax, row.op, put(row.also)) for row in rows)
+    return tuple(WeightMapping(put(row.torch), row.flax, row.transform, put(row.tied_keys)) for row in weight_map)
 
 
 # Changes of layout. Going in they are views (the one copy is into the leaf), so they cost nothing by themselves.
 
 
-def permuted(name: str, *axes: int) -> Op:
+def permute(name: str, *axes: int) -> Transform:
     """An op that reorders axes: `axes` are torch's axes in our order."""
     back = tuple(np.argsort(axes))
-    return Op(name, lambda w: w.transpose(axes), lambda w: w.transpose(back))
+    return Transform(name, lambda w: w.transpose(axes), lambda w: w.transpose(back))
 
 
-same = Op("same", lambda w: w, lambda w: w)
-linear = permuted("linear", 1, 0)  # (out, in) -> (in, out)
-conv = permuted("conv", 2, 3, 1, 0)  # (out, in, high, wide) -> (high, wide, in, out); also patch kernels
-conv_transpose = permuted("conv_transpose", 2, 3, 0, 1)  # (in, out, high, wide) -> (high, wide, in, out)
-squeeze = Op("squeeze", lambda w: w.reshape(w.shape[1:]), lambda w: w[None])  # (1, ...) -> (...)
+identity = Transform("same", lambda w: w, lambda w: w)
+linear = permute("linear", 1, 0)  # (out, in) -> (in, out)
+conv = permute("conv", 2, 3, 1, 0)  # (out, in, high, wide) -> (high, wide, in, out); also patch kernels
+conv_transpose = permute("conv_transpose", 2, 3, 0, 1)  # (in, out, high, wide) -> (high, wide, in, out)
+squeeze = Transform("squeeze", lambda w: w.reshape(w.shape[1:]), lambda w: w[None])  # (1, ...) -> (...)
 
 
-def reshaped(torch: tuple[int, ...], flax: tuple[int, ...]) -> Op:
+def reshape(torch_shape: tuple[int, ...], flax_shape: tuple[int, ...]) -> Transform:
     """Another shape with the same order of numbers; one -1 in each stands for what is left."""
-    return Op(f"{torch} to {flax}", lambda w: w.reshape(flax), lambda w: w.reshape(torch))
+    return Transform(
+        f"{torch_shape} to {flax_shape}", lambda w: w.reshape(flax_shape), lambda w: w.reshape(torch_shape)
+    )
 
 
-def padded(rows: int, whole: int, op: Op = same) -> Op:
+def pad_rows(num_rows: int, num_padded_rows: int, transform: Transform = identity) -> Transform:
     """`op` on a table of `rows` that has `whole` rows on our side: zeros behind it, cut off again on the way out.
 
     A mesh splits a table evenly only where its size divides.
     """
 
     def to_flax(w):
-        if w.shape[0] != rows:
-            raise ValueError(f"it has {w.shape[0]} rows where {rows} are wanted")
-        return op.to_flax(np.concatenate([w, np.zeros((whole - rows, *w.shape[1:]), w.dtype)]))
+        if w.shape[0] != num_rows:
+            raise ValueError(f"it has {w.shape[0]} rows where {num_rows} are wanted")
+        return transform.to_flax(np.concatenate([w, np.zeros((num_padded_rows - num_rows, *w.shape[1:]), w.dtype)]))
 
-    return Op(f"padded({op.name}; {rows} to {whole})", to_flax, lambda w: op.to_torch(w)[:rows])
+    return Transform(
+        f"padded({transform.name}; {num_rows} to {num_padded_rows})",
+        to_flax,
+        lambda w: transform.to_torch(w)[:num_rows],
+    )
 
 
-def heads_in(heads: int, head: int) -> Op:
+def split_heads_kernel(num_heads: int, head_dim: int) -> Transform:
     """A projection into heads: (heads * head, D) -> (D, heads, head)."""
-    return Op(
-        f"heads_in({heads}, {head})",
-        lambda w: w.reshape(heads, head, w.shape[1]).transpose(2, 0, 1),
-        lambda w: w.transpose(1, 2, 0).reshape(heads * head, w.shape[0]),
+    return Transform(
+        f"heads_in({num_heads}, {head_dim})",
+        lambda w: w.reshape(num_heads, head_dim, w.shape[1]).transpose(2, 0, 1),
+        lambda w: w.transpose(1, 2, 0).reshape(num_heads * head_dim, w.shape[0]),
     )
 
 
-def heads_in_bias(heads: int, head: int) -> Op:
+def split_heads(num_heads: int, head_dim: int) -> Transform:
     """The last axis cut into heads: (..., heads * head) -> (..., heads, head). Also kernels of (in, out)."""
-    return Op(
-        f"heads_in_bias({heads}, {head})",
-        lambda w: w.reshape(*w.shape[:-1], heads, head),
-        lambda w: w.reshape(*w.shape[:-2], heads * head),
+    return Transform(
+        f"heads_in_bias({num_heads}, {head_dim})",
+        lambda w: w.reshape(*w.shape[:-1], num_heads, head_dim),
+        lambda w: w.reshape(*w.shape[:-2], num_heads * head_dim),
     )
 
 
-def heads_out(heads: int, head: int) -> Op:
+def merge_heads_kernel(num_heads: int, head_dim: int) -> Transform:
     """A projection out of heads: (D, heads * head) -> (heads, head, D)."""
-    return Op(
-        f"heads_out({heads}, {head})",
-        lambda w: w.reshape(w.shape[0], heads, head).transpose(1, 2, 0),
-        lambda w: w.transpose(2, 0, 1).reshape(w.shape[2], heads * head),
+    return Transform(
+        f"heads_out({num_heads}, {head_dim})",
+        lambda w: w.reshape(w.shape[0], num_heads, head_dim).transpose(1, 2, 0),
+        lambda w: w.transpose(2, 0, 1).reshape(w.shape[2], num_heads * head_dim),
     )
 
 
-def fused(*parts: Op | None, axis: int = 0) -> Op:
+def split_fused(*parts: Transform | None, axis: int = 0) -> Transform:
     """One torch tensor cut into equal parts along `axis`, each part one of our leaves (the row has a tuple of paths).
 
     None is a part that must be zero on the way in, has no leaf, and is written as zeros: the keys' third of EVA's bias.
@@ -183,36 +194,36 @@ def fused(*parts: Op | None, axis: int = 0) -> Op:
         return whole
 
     names = ", ".join("zero" if part is None else part.name for part in parts)
-    return Op(f"fused({names}; axis {axis})", to_flax, to_torch)
+    return Transform(f"fused({names}; axis {axis})", to_flax, to_torch)
 
 
-def by_head(heads: int, parts: int = 3) -> Op:
+def split_interleaved_heads(num_heads: int, num_parts: int = 3) -> Transform:
     """Several projections into heads that are one torch Linear, ordered by head: q, k, v of head 0 first.
 
     (heads * parts * head, D) -> as many leaves (D, heads, head); of a bias without the D.
     """
 
     def to_flax(w):
-        cut = w.reshape(heads, parts, -1, *w.shape[1:])
-        return tuple(np.moveaxis(cut[:, part], (0, 1), (-2, -1)) for part in range(parts))
+        cut = w.reshape(num_heads, num_parts, -1, *w.shape[1:])
+        return tuple(np.moveaxis(cut[:, part], (0, 1), (-2, -1)) for part in range(num_parts))
 
     def to_torch(*leaves):
         back = np.stack([np.moveaxis(leaf, (-2, -1), (0, 1)) for leaf in leaves], axis=1)
         return back.reshape(-1, *back.shape[3:])
 
-    return Op(f"by_head({heads}, {parts})", to_flax, to_torch)
+    return Transform(f"by_head({num_heads}, {num_parts})", to_flax, to_torch)
 
 
-def joined(op: Op = same, axis: int = 0) -> Op:
+def stack_tensors(transform: Transform = identity, axis: int = 0) -> Transform:
     """Several torch tensors (the row has a tuple of names), each through `op`, stacked on a new axis of one leaf."""
-    return Op(
-        f"joined({op.name}; axis {axis})",
-        lambda *tensors: np.stack([op.to_flax(w) for w in tensors], axis),
-        lambda leaf: tuple(op.to_torch(w) for w in np.moveaxis(leaf, axis, 0)),
+    return Transform(
+        f"joined({transform.name}; axis {axis})",
+        lambda *tensors: np.stack([transform.to_flax(w) for w in tensors], axis),
+        lambda leaf: tuple(transform.to_torch(w) for w in np.moveaxis(leaf, axis, 0)),
     )
 
 
-def constant(torch: str, value) -> Row:
+def constant(torch_key: str, value) -> WeightMapping:
     """A row for a tensor that says nothing new, such as position ids.
 
     It may be missing on the way in, must hold `value` if it is there, and is written on the way out. `value` is an
@@ -227,7 +238,7 @@ def constant(torch: str, value) -> Row:
             raise ValueError(f"it is a constant of {make().dtype} {make().shape} and holds something else")
         return ()
 
-    return Row(torch, (), Op("constant", to_flax, make))
+    return WeightMapping(torch_key, (), Transform("constant", to_flax, make))
 
 
 def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
@@ -241,35 +252,35 @@ def copy_bits(target: np.ndarray, source: np.ndarray) -> None:
     if target.dtype.itemsize <= 8:
         word = np.dtype(f"u{target.dtype.itemsize}")
         target, source = target.view(word), np.asarray(source).view(word)
-    shape, strides = _merged_axes(source)
+    shape, strides = _coalesce_axes(source)
     if not (len(shape) == 2 and strides[0] == source.itemsize < strides[1] and target.flags.c_contiguous):
         np.copyto(target, source)
         return
     target = target.reshape(shape)
     rows = np.lib.stride_tricks.as_strided(source, shape, strides, writeable=False).T
-    buffer = np.empty((TILE, TILE + 64 // source.itemsize), source.dtype)  # the odd width keeps lines apart
-    for a in range(0, shape[1], TILE):
-        for b in range(0, shape[0], TILE):
-            part = rows[a : a + TILE, b : b + TILE]
+    buffer = np.empty((COPY_TILE, COPY_TILE + 64 // source.itemsize), source.dtype)  # the odd width keeps lines apart
+    for a in range(0, shape[1], COPY_TILE):
+        for b in range(0, shape[0], COPY_TILE):
+            part = rows[a : a + COPY_TILE, b : b + COPY_TILE]
             tile = buffer[: part.shape[0], : part.shape[1]]
             tile[...] = part
-            target[b : b + TILE, a : a + TILE] = tile.T
+            target[b : b + COPY_TILE, a : a + COPY_TILE] = tile.T
 
 
-def same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
+def bitwise_equal(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two tied tensors agree, bit for bit; if their dtypes differ, after rounding the wider to the narrower."""
-    if one.dtype.itemsize > other.dtype.itemsize:
-        one, other = other, one
-    if one.dtype != other.dtype:
-        other = other.astype(one.dtype)
-    word = np.dtype(f"u{one.dtype.itemsize}")
-    return one.shape == other.shape and np.array_equal(one.view(word), other.view(word))
+    if a.dtype.itemsize > b.dtype.itemsize:
+        a, b = b, a
+    if a.dtype != b.dtype:
+        b = b.astype(a.dtype)
+    word = np.dtype(f"u{a.dtype.itemsize}")
+    return a.shape == b.shape and np.array_equal(a.view(word), b.view(word))
 
 
-TILE = 256  # numbers a side; 5 GB/s a core where plain numpy makes 0.3
+COPY_TILE = 256  # numbers a side; 5 GB/s a core where plain numpy makes 0.3
 
 
-def _merged_axes(array: np.ndarray) -> tuple[list[int], list[int]]:
+def _coalesce_axes(array: np.ndarray) -> tuple[list[int], list[int]]:
     """Shape and strides with neighbouring axes joined wherever they lie evenly in memory."""
     shape, strides = [], []
     for size, stride in zip(array.shape, array.strides):
@@ -283,35 +294,35 @@ def _merged_axes(array: np.ndarray) -> tuple[list[int], list[int]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Template:
+class KeyTemplate:
     """A torch name with letters in it, taken apart so that it can be matched and filled."""
 
     text: str
-    letters: str  # sorted
+    index_letters: str  # sorted
     regex: re.Pattern
-    sums: tuple  # one for each pair of braces: (((letter, step), ...) largest step first, offset, bound or None)
+    index_sums: tuple  # one for each pair of braces: (((letter, step), ...) largest step first, offset, bound or None)
 
     @staticmethod
     @functools.cache
-    def of(text: str) -> Template:
+    def parse(text: str) -> KeyTemplate:
         """Parse a template. Raises ValueError when its braces cannot be understood."""
         pieces = re.split(r"\{([^{}]*)\}", text)
-        sums = tuple(_sum(inside, text) for inside in pieces[1::2])
+        sums = tuple(_parse_index_sum(inside, text) for inside in pieces[1::2])
         letters = [letter for terms, _, _ in sums for letter, _ in terms]
         if len(set(letters)) != len(letters):
             raise ValueError(f"torch name {text!r} holds a letter twice; give each its own of i, j, k")
         literal = [re.escape(piece) for piece in pieces[::2]]
         regex = re.compile("([0-9]{1,9})".join(literal))
-        return Template(text, "".join(sorted(letters)), regex, sums)
+        return KeyTemplate(text, "".join(sorted(letters)), regex, sums)
 
     def bound(self, letter: str) -> int | None:
         """How far the letter runs, where the template says so (`<`)."""
-        return next((bound for terms, _, bound in self.sums if terms[-1][0] == letter), None)
+        return next((bound for terms, _, bound in self.index_sums if terms[-1][0] == letter), None)
 
     def fill(self, index: tuple[int, ...]) -> str:
         """The torch name at these numbers (in the order of `letters`)."""
-        value = dict(zip(self.letters, index, strict=True))
-        numbers = iter(sum(step * value[x] for x, step in terms) + plus for terms, plus, _ in self.sums)
+        value = dict(zip(self.index_letters, index, strict=True))
+        numbers = iter(sum(step * value[x] for x, step in terms) + plus for terms, plus, _ in self.index_sums)
         return re.sub(r"\{[^{}]*\}", lambda _: str(next(numbers)), self.text)
 
     def match(self, name: str) -> tuple[int, ...] | None:
@@ -319,20 +330,20 @@ class Template:
         if (found := self.regex.fullmatch(name)) is None:
             return None
         value = {}
-        for number, (terms, offset, bound) in zip(found.groups(), self.sums):
+        for number, (terms, offset, bound) in zip(found.groups(), self.index_sums):
             rest = int(number) - offset
             for letter, step in terms:
                 value[letter], rest = divmod(rest, step)
             if rest or (bound is not None and value[terms[-1][0]] >= bound):
                 return None
-        index = tuple(value[letter] for letter in self.letters)
+        index = tuple(value[letter] for letter in self.index_letters)
         # Negative numbers and leading zeros do not come back as the same name.
         return index if min(index, default=0) >= 0 and self.fill(index) == name else None
 
 
-def _sum(inside: str, text: str) -> tuple:
+def _parse_index_sum(expression: str, template: str) -> tuple:
     """What stands between braces: terms such as 8i and j, an offset, and the bound behind `<`."""
-    parsed = re.fullmatch(r"((?:\d*[ijk]|\d+)(?:\+(?:\d*[ijk]|\d+))*)(?:<(\d+))?", inside)
+    parsed = re.fullmatch(r"((?:\d*[ijk]|\d+)(?:\+(?:\d*[ijk]|\d+))*)(?:<(\d+))?", expression)
     terms, offset = [], 0
     for part in parsed[1].split("+") if parsed else ():
         if part[-1] in "ijk":
@@ -342,7 +353,9 @@ def _sum(inside: str, text: str) -> tuple:
     terms.sort(key=lambda term: -term[1])
     bound = int(parsed[2]) if parsed and parsed[2] else None
     if not terms or len(terms) > 2 or any(step < 1 for _, step in terms):
-        raise ValueError(f"braces {{{inside}}} in torch name {text!r}: want a sum such as i, 2i+1 or 8i+j<7")
+        raise ValueError(f"braces {{{expression}}} in torch name {template!r}: want a sum such as i, 2i+1 or 8i+j<7")
     if len(terms) == 2 and (bound is None or terms[0][1] < bound * terms[1][1]):
-        raise ValueError(f"braces {{{inside}}} in torch name {text!r}: the second letter wants a bound, as in 8i+j<7")
+        raise ValueError(
+            f"braces {{{expression}}} in torch name {template!r}: the second letter wants a bound, as in 8i+j<7"
+        )
     return tuple(terms), offset, bound

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from lionjax.core.types import UserError
 
-FORMS = ("plain", "told")
+TEMPLATE_KINDS = ("plain", "told")
 
 
 @dataclass(frozen=True)
-class Form:
+class PromptFormat:
     """How a row is written. `kind` "plain": a picture and what is said of it, no question (LLaVA's first stage);
     "told": no picture, the prompt is words alone; "": as the template says.
 
@@ -27,30 +27,32 @@ class Form:
 
     kind: str = ""
     turns: tuple[tuple[str, str], ...] = ()
-    pictured: bool = False
+    image_per_turn: bool = False
 
     def __post_init__(self):
-        if self.kind not in ("", *FORMS):
-            raise UserError(f"a row is written as {self.kind!r}; choose {' or '.join(FORMS)}")
+        if self.kind not in ("", *TEMPLATE_KINDS):
+            raise UserError(f"a row is written as {self.kind!r}; choose {' or '.join(TEMPLATE_KINDS)}")
 
 
-AS_ASKED = Form()
+DEFAULT_FORMAT = PromptFormat()
 
 
-def spread(asked: Sequence[list[int]], said: Sequence[list[int]]) -> tuple[list[int], list[int], list[int]]:
+def flatten_turns(
+    question_ids: Sequence[list[int]], answer_ids: Sequence[list[int]]
+) -> tuple[list[int], list[int], list[int]]:
     """(prompt, target, learned) of rounds: the first question is the prompt, all that follows is the target.
 
     `learned` is 1 at the tokens of answers, their end tokens among them, and 0 at those of later questions.
     """
     target, learned = [], []
-    for number, (question, answer) in enumerate(zip(asked, said, strict=True)):
+    for number, (question, answer) in enumerate(zip(question_ids, answer_ids, strict=True)):
         between = question if number else []
         target += [*between, *answer]
         learned += [0] * len(between) + [1] * len(answer)
-    return list(asked[0]), target, learned
+    return list(question_ids[0]), target, learned
 
 
-def transcript(turns: Sequence[tuple[str, str]], question: str) -> str:
+def render_history(turns: Sequence[tuple[str, str]], question: str) -> str:
     """What was said before, and the question that is open now, as one prompt."""
     plain = [(asked, answer.removeprefix("Answer: ")) for asked, answer in turns]
     said = "".join(f"Question: {asked} Answer: {answer} " for asked, answer in plain)

@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 from lionjax.core.types import UserError
 
 Box = tuple[float, float, float, float]
-FORMATS = ("JPEG", "PNG", "WEBP")
+ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 64_000_000
-MAX_BYTES = 256 * 2**20
-WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+MAX_FILE_BYTES = 256 * 2**20
+FULL_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 def safe_path(root: str | Path, name: str) -> Path:
@@ -35,7 +35,7 @@ def safe_path(root: str | Path, name: str) -> Path:
     return path
 
 
-def open_picture(file: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(file: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An upright RGB picture from a path or from the bytes of a file.
 
     Turned as its EXIF note says; transparency becomes white; 16-bit gray keeps its upper 8 bits; of an animation the
@@ -43,85 +43,85 @@ def open_picture(file: str | Path | bytes, name: str = "", max_pixels: int = MAX
     """
     name = name or (str(file) if not isinstance(file, bytes) else "picture")
     if not isinstance(file, bytes):
-        _check_file(Path(file), name)
+        _check_image_file(Path(file), name)
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=ALLOWED_FORMATS) as opened:
             width, height = opened.size
             if width * height > max_pixels:
-                raise _too_large(name, f"{width} x {height}", max_pixels)
+                raise _too_large_error(name, f"{width} x {height}", max_pixels)
             opened.load()
-            return _rgb(_upright(opened))
+            return _to_rgb(_apply_exif_orientation(opened))
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(name, "far too many", max_pixels) from error
+        raise _too_large_error(name, "far too many", max_pixels) from error
     except Exception as error:  # decoders of damaged files raise nearly anything
         reason = "no JPEG, PNG or WebP" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UserError(f"{name} cannot be read as a picture ({reason}); replace or remove it") from error
 
 
-def _check_file(path: Path, name: str) -> None:
+def _check_image_file(path: Path, name: str) -> None:
     if not path.is_file():
         raise UserError(f"there is no picture {name}; check the path")
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{name} is larger than {MAX_BYTES >> 20} MiB; shrink the picture first")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise UserError(f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB; shrink the picture first")
 
 
-def _too_large(name: str, size: str, max_pixels: int) -> UserError:
+def _too_large_error(name: str, size: str, max_pixels: int) -> UserError:
     millions = max_pixels / 1e6
     return UserError(f"{name} has {size} pixels, more than the {millions:g} million allowed; shrink it first")
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    orientation = picture.getexif().get(0x0112, 1)
-    return picture if orientation == 1 else ImageOps.exif_transpose(picture)
+def _apply_exif_orientation(image: Image.Image) -> Image.Image:
+    orientation = image.getexif().get(0x0112, 1)
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("I", "I;16", "I;16B", "I;16L"):
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         # Pillow's own way from 16 bits clips everything above 255 to white.
-        gray = np.clip(np.asarray(picture).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-        picture = Image.fromarray(gray)
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(ground, picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+        gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+        image = Image.fromarray(gray)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def as_picture(source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def to_pil_image(source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An RGB picture from a path, bytes, a PIL picture or a uint8 array (H, W), (H, W, 3) or (H, W, 4)."""
     if isinstance(source, Image.Image):
         width, height = source.size
         if width * height > max_pixels:
-            raise _too_large(name or "the picture", f"{width} x {height}", max_pixels)
-        return _rgb(_upright(source))
+            raise _too_large_error(name or "the picture", f"{width} x {height}", max_pixels)
+        return _to_rgb(_apply_exif_orientation(source))
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or 0 in source.shape:
             wanted = "uint8 (H, W), (H, W, 3) or (H, W, 4)"
             raise UserError(f"the picture is an array {source.dtype} {source.shape}; give {wanted}")
         if source.ndim == 3 and source.shape[2] not in (3, 4):
             raise UserError(f"the picture is an array of shape {source.shape}; give (H, W, 3) or (H, W, 4)")
-        return _rgb(Image.fromarray(source))
+        return _to_rgb(Image.fromarray(source))
     if not isinstance(source, str | Path | bytes):
         raise UserError(f"the picture is a {type(source).__name__}; give a path, bytes, a PIL picture or a uint8 array")
-    return open_picture(source, name, max_pixels)
+    return open_image(source, name, max_pixels)
 
 
-def resize(picture: Image.Image, pixels: int, window: Box = WHOLE) -> np.ndarray:
+def resize(image: Image.Image, size: int, crop: Box = FULL_IMAGE) -> np.ndarray:
     """The window of a picture as uint8 (pixels, pixels, 3): bicubic with antialiasing, aspect not kept.
 
     As torchvision's Resize does for a PIL picture, and so LION. `window` is in 0..1.
     """
-    if window == WHOLE:
-        return np.asarray(picture.resize((pixels, pixels), Image.Resampling.BICUBIC))
-    width, height = picture.size
-    x0, y0, x1, y1 = window
+    if crop == FULL_IMAGE:
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    width, height = image.size
+    x0, y0, x1, y1 = crop
     edges = (x0 * width, y0 * height, x1 * width, y1 * height)
-    return np.asarray(picture.resize((pixels, pixels), Image.Resampling.BICUBIC, box=edges))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=edges))
 
 
-def unit_box(box, size: tuple[float, float] = (1.0, 1.0), slack: float = 1e-3, name: str = "the box") -> Box:
+def normalize_box(box, size: tuple[float, float] = (1.0, 1.0), tolerance: float = 1e-3, name: str = "the box") -> Box:
     """A box x0 y0 x1 y1, given in units of `size` (width, height), as fractions of the picture.
 
     Annotators go over the edge by a hair: up to `slack` (in the given units) is cut off. Raises UserError for what is
@@ -134,7 +134,7 @@ def unit_box(box, size: tuple[float, float] = (1.0, 1.0), slack: float = 1e-3, n
     if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
         raise UserError(f"{name} is {box!r}; give four numbers x0, y0, x1, y1")
     ends = (*size, *size)
-    if any(edge < -slack or edge > end + slack for edge, end in zip(numbers, ends)):
+    if any(edge < -tolerance or edge > end + tolerance for edge, end in zip(numbers, ends)):
         raise UserError(
             f"{name} {tuple(numbers)} leaves the picture of {size[0]:g} x {size[1]:g}; give a box inside it"
         )
@@ -144,7 +144,7 @@ def unit_box(box, size: tuple[float, float] = (1.0, 1.0), slack: float = 1e-3, n
     return x0, y0, x1, y1
 
 
-def window_around(boxes, rng: np.random.Generator, scale: tuple[float, float]) -> Box:
+def bbox_safe_random_crop(boxes, rng: np.random.Generator, scale: tuple[float, float]) -> Box:
     """A random window with `scale` (least, most) of the picture's area that holds every box whole.
 
     Torchvision's RandomResizedCrop with that one more wish; the whole picture when ten tries fail.
@@ -158,13 +158,13 @@ def window_around(boxes, rng: np.random.Generator, scale: tuple[float, float]) -
         window = (x0, y0, x0 + width, y0 + height)
         if all(x0 <= b[0] and y0 <= b[1] and b[2] <= window[2] and b[3] <= window[3] for b in boxes):
             return window
-    return WHOLE
+    return FULL_IMAGE
 
 
-def seen_from(box: Box, window: Box, mirrored: bool = False) -> Box:
+def crop_and_flip_box(box: Box, crop: Box, hflip: bool = False) -> Box:
     """Where a box of the picture lies in a window of it, mirrored left to right or not."""
-    width, height = window[2] - window[0], window[3] - window[1]
-    x0, x1 = ((edge - window[0]) / width for edge in (box[0], box[2]))
-    y0, y1 = ((edge - window[1]) / height for edge in (box[1], box[3]))
-    x0, x1 = (1 - x1, 1 - x0) if mirrored else (x0, x1)
+    width, height = crop[2] - crop[0], crop[3] - crop[1]
+    x0, x1 = ((edge - crop[0]) / width for edge in (box[0], box[2]))
+    y0, y1 = ((edge - crop[1]) / height for edge in (box[1], box[3]))
+    x0, x1 = (1 - x1, 1 - x0) if hflip else (x0, x1)
     return tuple(min(max(edge, 0.0), 1.0) for edge in (x0, y0, x1, y1))

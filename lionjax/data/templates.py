@@ -30,13 +30,13 @@ COUNT = (
     "How many {nouns} can you see?",
     "Count the {nouns}.",
 )
-CHECK = (
+ATTRIBUTE_YESNO = (
     "Is {expr} {word}?",
     "Would you call {expr} {word}?",
     "Is it true that {expr} is {word}?",
     "{Expr}: is it {word}?",
 )
-MORE = (
+COUNT_COMPARISON = (
     "Are there more {first} than {second}?",
     "Does the image show more {first} than {second}?",
     "Do the {first} outnumber the {second}?",
@@ -103,13 +103,13 @@ BOX_TEXTURE = (
     "Tell me the pattern of what lies in {box}.",
     "The object in the region {box} has what pattern?",
 )
-BOX_CHECK = (
+BOX_ATTRIBUTE_YESNO = (
     "Is the object at {box} {word}?",
     "Would you call the thing in {box} {word}?",
     "What lies in {box}: is it {word}?",
     "Is it true that the object in the region {box} is {word}?",
 )
-GROUNDED = (
+GROUNDED_CAPTION = (
     "Describe the main objects and give the box of each.",
     "Caption the image with a box after each object.",
     "Which main objects are in the image, and where?",
@@ -117,7 +117,7 @@ GROUNDED = (
     "Write a caption that says where each main object is.",
 )
 COREFERENCE_COLOR = ("What color is it?", "And its color?", "Which color does it have?", "Tell me its color.")
-COREFERENCE_CHECK = ("Is it {word}?", "And is it {word}?", "Would you call it {word}?", "Is that one {word}?")
+COREFERENCE_ATTRIBUTE_YESNO = ("Is it {word}?", "And is it {word}?", "Would you call it {word}?", "Is that one {word}?")
 SAME_COLOR = (
     "How many objects have that color?",
     "How many objects share this color, that one included?",
@@ -126,7 +126,7 @@ SAME_COLOR = (
 )
 
 
-def ask(templates: tuple[str, ...], rng, **words: str) -> str:
+def sample_question(templates: tuple[str, ...], rng, **words: str) -> str:
     """One of the templates with its words filled in; {Expr} is {expr} with a capital letter."""
     capital = {key.capitalize(): word[:1].upper() + word[1:] for key, word in words.items()}
     return templates[rng.integers(len(templates))].format(**words, **capital)

@@ -19,74 +19,76 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lionjax.core.types import UserError
 
-TINY = Path(__file__).parent / "assets" / "tokenizer.json"
-TINY_SIZE = 1024
-SOFT_PROMPT = "<extra_id_0>"
+TINY_TOKENIZER_FILE = Path(__file__).parent / "assets" / "tokenizer.json"
+TINY_VOCAB_SIZE = 1024
+SOFT_PROMPT_TOKEN = "<extra_id_0>"
 # T5 puts its sentinels last; the tiny one puts everything special first, in this order, so that ids are easy to know.
-SPECIAL = (
+SPECIAL_TOKENS = (
     *("<pad>", "</s>", "<unk>"),
     *(f"<extra_id_{i}>" for i in range(16)),
     *("<at>", "<boxes>", "<im_patch>", "<im_start>", "<im_end>"),
 )
-FILES = ("tokenizer.json", "spiece.model", "vocab.txt")
-Names = tuple[str, str, str, str | None]  # what pads, ends, is unknown, and starts
-T5_NAMES: Names = ("<pad>", "</s>", "<unk>", None)
+FILE_NAMES = ("tokenizer.json", "spiece.model", "vocab.txt")
+SpecialTokens = tuple[str, str, str, str | None]  # what pads, ends, is unknown, and starts
+T5_SPECIAL_TOKENS: SpecialTokens = ("<pad>", "</s>", "<unk>", None)
 # LLaMA's with a piece that pads, T5's, BERT's, LLaMA's as it was published, and SmolLM2's.
-NAMES: tuple[Names, ...] = (
+KNOWN_SPECIAL_TOKENS: tuple[SpecialTokens, ...] = (
     ("<pad>", "</s>", "<unk>", "<s>"),
-    T5_NAMES,
+    T5_SPECIAL_TOKENS,
     ("[PAD]", "[SEP]", "[UNK]", "[CLS]"),
     ("<unk>", "</s>", "<unk>", "<s>"),
     ("<|im_end|>", "<|im_end|>", "<|endoftext|>", "<|im_start|>"),
 )
-SPACE = "\u2581"  # what SentencePiece writes for a space
+SPIECE_UNDERLINE = "\u2581"  # what SentencePiece writes for a space
 
 
 class Tokenizer:
     """Text to ids and back, with the few ids that a model must know."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, names: Names, exact: bool = False):
-        self.backend, self.exact = backend, exact
-        self.pad_id, self.end_id, self.unknown_id = (self.id(piece) for piece in names[:3])
-        self.start = [self.id(names[3])] if names[3] else []
-        self.size = backend.get_vocab_size()
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: SpecialTokens, keep_leading_space: bool = False):
+        self.backend, self.keep_leading_space = backend, keep_leading_space
+        self.pad_id, self.eos_id, self.unk_id = (self.token_to_id(piece) for piece in special_tokens[:3])
+        self.bos_ids = [self.token_to_id(special_tokens[3])] if special_tokens[3] else []
+        self.vocab_size = backend.get_vocab_size()
         # What users write is only ever text, even where it spells a special piece.
-        self._plain = tokenizers.Tokenizer.from_str(backend.to_str())
-        self._plain.encode_special_tokens = True
+        self._text_only_backend = tokenizers.Tokenizer.from_str(backend.to_str())
+        self._text_only_backend.encode_special_tokens = True
 
-    def id(self, piece: str) -> int:
+    def token_to_id(self, token: str) -> int:
         """The id of one piece, spelled as in the vocabulary."""
-        number = self.backend.token_to_id(piece)
+        number = self.backend.token_to_id(token)
         if number is None:
-            raise UserError(f"the tokenizer has no piece {piece!r}; use one that has it")
+            raise UserError(f"the tokenizer has no piece {token!r}; use one that has it")
         return number
 
     @property
     def soft_prompt_id(self) -> int | None:
         """The id of `<extra_id_0>`, for which LION puts a learned vector; None where there is none."""
-        return self.backend.token_to_id(SOFT_PROMPT)
+        return self.backend.token_to_id(SOFT_PROMPT_TOKEN)
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of a text. Special pieces such as `</s>` are read as such only when asked for."""
         # The first word gets the space that other words have; a text that brings its own keeps both.
-        text = f" {text}" if self.exact and text.startswith(" ") else text
-        backend = self.backend if special else self._plain
+        text = f" {text}" if self.keep_leading_space and text.startswith(" ") else text
+        backend = self.backend if parse_special else self._text_only_backend
         return backend.encode(text, add_special_tokens=False).ids
 
-    def frame(self, ids: list[int], length: int, keep: Literal["front", "back"] = "front") -> list[int]:
+    def truncate_and_add_special(
+        self, ids: list[int], max_length: int, keep: Literal["front", "back"] = "front"
+    ) -> list[int]:
         """At most `length` ids between the start (BERT's `[CLS]`, LLaMA's `<s>`, T5 has none) and the end piece."""
-        room = max(length - len(self.start) - 1, 0)
+        room = max(max_length - len(self.bos_ids) - 1, 0)
         kept = ids[:room] if keep == "front" else ids[max(len(ids) - room, 0) :]
-        return [*self.start, *kept, self.end_id]
+        return [*self.bos_ids, *kept, self.eos_id]
 
-    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+    def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """The text up to the first end token; special pieces are left out unless asked for."""
         kept = []
         for number in ids:
-            if int(number) == self.end_id and not special:
+            if int(number) == self.eos_id and not keep_special:
                 break
             kept.append(int(number))
-        return self.backend.decode(kept, skip_special_tokens=not special)
+        return self.backend.decode(kept, skip_special_tokens=not keep_special)
 
 
 @functools.cache
@@ -96,16 +98,18 @@ def load(name: str) -> Tokenizer:
     A folder of converted weights is one: what came with them is kept there.
     """
     if name == "tiny":
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(TINY)), T5_NAMES, exact=True)
-    path = file_of(name)
+        return Tokenizer(
+            tokenizers.Tokenizer.from_file(str(TINY_TOKENIZER_FILE)), T5_SPECIAL_TOKENS, keep_leading_space=True
+        )
+    path = tokenizer_file(name)
     try:
         if path.suffix == ".json":
             backend = tokenizers.Tokenizer.from_file(str(path))
         else:
-            backend = _bert(path) if path.suffix == ".txt" else _t5(path)
+            backend = _load_bert(path) if path.suffix == ".txt" else _load_t5(path)
     except Exception as error:  # the library raises bare Exception for files it cannot read
         raise UserError(f"{path} is not a tokenizer that can be read ({error})") from error
-    for names in NAMES:
+    for names in KNOWN_SPECIAL_TOKENS:
         if all(backend.token_to_id(piece) is not None for piece in names if piece):
             return Tokenizer(backend, names)
     raise UserError(
@@ -114,22 +118,22 @@ def load(name: str) -> Tokenizer:
     )
 
 
-def file_of(name: str) -> Path:
+def tokenizer_file(name: str) -> Path:
     """The file behind a name that `load` takes; UserError when there is none."""
-    return TINY if name == "tiny" else _find(Path(name))
+    return TINY_TOKENIZER_FILE if name == "tiny" else _find_tokenizer_file(Path(name))
 
 
-def _find(path: Path) -> Path:
+def _find_tokenizer_file(path: Path) -> Path:
     # What came with converted weights lies in the folder `origin` beside them.
-    inside = [path / folder / name for folder in ("", "origin") for name in FILES]
+    inside = [path / folder / name for folder in ("", "origin") for name in FILE_NAMES]
     for file in (path, *inside):
         if file.is_file():
             return file
-    wanted = f"a folder with {', '.join(FILES[:-1])} or {FILES[-1]}"
+    wanted = f"a folder with {', '.join(FILE_NAMES[:-1])} or {FILE_NAMES[-1]}"
     raise UserError(f"there is no tokenizer at {str(path)!r}; give 'tiny' or {wanted}")
 
 
-def _bert(path: Path) -> tokenizers.Tokenizer:
+def _load_bert(path: Path) -> tokenizers.Tokenizer:
     """BERT uncased, with the piece `[DEC]` that LAVIS adds (id 30522 in the real one)."""
     words = path.read_text(encoding="utf-8").splitlines()
     vocabulary = {word: i for i, word in enumerate(words)}
@@ -144,9 +148,9 @@ def _bert(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _t5(path: Path) -> tokenizers.Tokenizer:
+def _load_t5(path: Path) -> tokenizers.Tokenizer:
     """T5's SentencePiece file, with the hundred sentinels counted down from the last id as T5 has them."""
-    pieces, charsmap = read_sentencepiece(path.read_bytes())
+    pieces, charsmap = parse_sentencepiece_model(path.read_bytes())
     # Some copies of the file carry a row for <s> or the sentinels themselves, which would shift every id.
     skip = {"<pad>", "</s>", "<unk>", "<s>"}
     words = [p for p in pieces if p[0] not in skip and not p[0].startswith("<extra_id_")][:31997]
@@ -164,40 +168,40 @@ def _t5(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def read_sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], bytes]:
+def parse_sentencepiece_model(data: bytes) -> tuple[list[tuple[str, float]], bytes]:
     """The (piece, score) rows and the normaliser's table of a SentencePiece model, read straight from its protobuf."""
     pieces, charsmap = [], b""
-    for field, value in _fields(data):
+    for field, value in _protobuf_fields(data):
         if field == 1:
-            row = dict(_fields(value))
+            row = dict(_protobuf_fields(value))
             score = struct.unpack("<f", row[2])[0] if 2 in row else 0.0
             pieces.append((row[1].decode("utf-8"), score))
         elif field == 3:
-            charsmap = dict(_fields(value)).get(2, b"")
+            charsmap = dict(_protobuf_fields(value)).get(2, b"")
     return pieces, charsmap
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
+def _protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Field numbers and raw values of one protobuf message; numbers of varying length come back empty."""
     at = 0
     while at < len(data):
-        key, at = _varint(data, at)
+        key, at = _read_varint(data, at)
         kind = key & 7
         if kind == 0:
-            _, at = _varint(data, at)
+            _, at = _read_varint(data, at)
             yield key >> 3, b""
             continue
-        length, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
+        length, at = _read_varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
         if at + length > len(data):
             raise UserError("it ends in the middle of a piece")
         yield key >> 3, data[at : at + length]
         at += length
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes, offset: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        value |= (data[at] & 127) << shift
-        shift, at = shift + 7, at + 1
-        if data[at - 1] < 128:
-            return value, at
+        value |= (data[offset] & 127) << shift
+        shift, offset = shift + 7, offset + 1
+        if data[offset - 1] < 128:
+            return value, offset

@@ -16,19 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from lionjax.data.boxes import pieces
+from lionjax.data.boxes import split_text_and_boxes
 from lionjax.evaluation.metrics import captions
 from lionjax.evaluation.metrics import regions as metrics
 from lionjax.evaluation.metrics import vqa as answers
 
 Examples = Sequence[Any]  # data.tasks.Example
-CANDIDATES = 20  # constant sentences that are tried
-COMPARED = 80  # training examples that each is compared with
-REFERENCES = 5  # accepted sentences of each, of which a box may have dozens
+MAX_CANDIDATES = 20  # constant sentences that are tried
+MAX_COMPARED_EXAMPLES = 80  # training examples that each is compared with
+MAX_REFERENCES = 5  # accepted sentences of each, of which a box may have dozens
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class TaskScores:
     """Scores of a set. `metrics`: by their keys in report.json; `details`: what else is worth a line in a table.
 
     `each`: by metric, one row a sample and the statistic that makes the metric of them, from which an interval can
@@ -37,15 +37,15 @@ class Scored:
 
     metrics: dict[str, float]
     details: dict[str, float]
-    each: dict[str, tuple[np.ndarray, Callable]]
-    right: list[float] | None = None
+    per_sample: dict[str, tuple[np.ndarray, Callable]]
+    sample_scores: list[float] | None = None
 
-    def intervals(self, seed: int = 0) -> dict[str, list[float]]:
+    def bootstrap_intervals(self, seed: int = 0) -> dict[str, list[float]]:
         """95 % bootstrap intervals [low, high] over the samples, of the metrics that have single values."""
-        return {key: list(metrics.interval(rows, seed, how)) for key, (rows, how) in self.each.items()}
+        return {key: list(metrics.bootstrap_interval(rows, seed, how)) for key, (rows, how) in self.per_sample.items()}
 
 
-def caption(examples: Examples, texts: Sequence[str]) -> Scored:
+def score_caption(examples: Examples, texts: Sequence[str]) -> TaskScores:
     references = [list(example.answers) for example in examples]
     cider_B, rouge_B = captions.cider_d(texts, references), captions.rouge_l(texts, references)
     scores = {
@@ -53,35 +53,35 @@ def caption(examples: Examples, texts: Sequence[str]) -> Scored:
         "caption_bleu4": float(captions.bleu(texts, references)[3]),
         "caption_rouge_l": float(rouge_B.mean()),
     }
-    return Scored(scores, {}, {"caption_cider": (cider_B, np.mean), "caption_rouge_l": (rouge_B, np.mean)})
+    return TaskScores(scores, {}, {"caption_cider": (cider_B, np.mean), "caption_rouge_l": (rouge_B, np.mean)})
 
 
-def reg(examples: Examples, texts: Sequence[str]) -> Scored:
+def score_reg(examples: Examples, texts: Sequence[str]) -> TaskScores:
     """Expressions against all that fit the thing in the box; `exact` counts those that are one of them."""
     references = [list(example.answers) for example in examples]
     cider_B = captions.cider_d(texts, references)
-    wanted = [{answers.normalise_answer(text) for text in texts} for texts in references]
-    exact = [float(answers.normalise_answer(text) in fits) for text, fits in zip(texts, wanted)]
+    wanted = [{answers.normalize_answer(text) for text in texts} for texts in references]
+    exact = [float(answers.normalize_answer(text) in fits) for text, fits in zip(texts, wanted)]
     details = {"rouge_l": float(captions.rouge_l(texts, references).mean()), "exact": float(np.mean(exact))}
-    return Scored({"reg_cider": float(cider_B.mean())}, details, {"reg_cider": (cider_B, np.mean)}, exact)
+    return TaskScores({"reg_cider": float(cider_B.mean())}, details, {"reg_cider": (cider_B, np.mean)}, exact)
 
 
-def vqa(examples: Examples, texts: Sequence[str]) -> Scored:
+def score_vqa(examples: Examples, texts: Sequence[str]) -> TaskScores:
     right = [answers.vqa_accuracy(text, example.answers) for text, example in zip(texts, examples)]
     each = {"vqa_accuracy": (np.array(right), np.mean)}
-    return Scored({"vqa_accuracy": float(np.mean(right))}, {}, each, right)
+    return TaskScores({"vqa_accuracy": float(np.mean(right))}, {}, each, right)
 
 
-def relation(examples: Examples, texts: Sequence[str]) -> Scored:
-    said, truth = [answers.read_yes_no(text) for text in texts], labels(examples)
+def score_relation(examples: Examples, texts: Sequence[str]) -> TaskScores:
+    said, truth = [answers.parse_yes_no(text) for text in texts], yes_no_labels(examples)
     right = [float(mine is not None and mine == true) for mine, true in zip(said, truth)]
     details = {"unreadable": float(np.mean([mine is None for mine in said]))}
     each = {"vsr_accuracy": (np.array(right), np.mean)}
-    return Scored({"vsr_accuracy": answers.vsr_accuracy(said, truth)}, details, each, right)
+    return TaskScores({"vsr_accuracy": answers.vsr_accuracy(said, truth)}, details, each, right)
 
 
-def existence(examples: Examples, texts: Sequence[str]) -> Scored:
-    said, truth = [answers.read_pope(text) for text in texts], labels(examples)
+def score_existence(examples: Examples, texts: Sequence[str]) -> TaskScores:
+    said, truth = [answers.parse_pope_answer(text) for text in texts], yes_no_labels(examples)
     scores = answers.pope_scores(said, truth)
 
     def f1(pairs_B2: np.ndarray) -> float:
@@ -91,50 +91,50 @@ def existence(examples: Examples, texts: Sequence[str]) -> Scored:
     details = {key: scores[key] for key in ("precision", "recall", "yes_ratio")}
     each = {"pope_f1": (np.array([said, truth]).T, f1)}
     main = {"pope_f1": scores["f1"], "pope_accuracy": scores["accuracy"]}
-    return Scored(main, details, each, [float(mine == true) for mine, true in zip(said, truth)])
+    return TaskScores(main, details, each, [float(mine == true) for mine, true in zip(said, truth)])
 
 
-def labels(examples: Examples) -> list[bool]:
-    return [answers.read_yes_no(example.answer) is True for example in examples]
+def yes_no_labels(examples: Examples) -> list[bool]:
+    return [answers.parse_yes_no(example.answer) is True for example in examples]
 
 
-def rec(examples: Examples, texts: Sequence[str]) -> Scored:
+def score_rec(examples: Examples, texts: Sequence[str]) -> TaskScores:
     boxes, truth_B4 = ([metrics.parse_box(text) for text in texts], [example.boxes[0] for example in examples])
     scores = metrics.rec_scores(boxes, truth_B4)
     right_B = metrics.rec_ious(boxes, truth_B4) > 0.5
     each = {"rec_accuracy_50": (right_B, np.mean)}
     details = {key: scores[key] for key in ("mean_iou", "unparsable")}
-    return Scored({"rec_accuracy_50": scores["accuracy_50"]}, details, each, right_B.astype(float).tolist())
+    return TaskScores({"rec_accuracy_50": scores["accuracy_50"]}, details, each, right_B.astype(float).tolist())
 
 
-def choice(examples: Examples, texts: Sequence[str]) -> Scored:
+def score_choice(examples: Examples, texts: Sequence[str]) -> TaskScores:
     """ScienceQA's letters; an answer in which none can be found is wrong."""
-    said = [answers.read_letter(text) for text in texts]
-    truth = [answers.read_letter(example.answer) for example in examples]
+    said = [answers.parse_choice(text) for text in texts]
+    truth = [answers.parse_choice(example.answer) for example in examples]
     right = [float(mine is not None and mine == true) for mine, true in zip(said, truth)]
     details = {"unreadable": float(np.mean([mine is None for mine in said]))}
     each = {"choice_accuracy": (np.array(right), np.mean)}
-    return Scored({"choice_accuracy": float(np.mean(right))}, details, each, right)
+    return TaskScores({"choice_accuracy": float(np.mean(right))}, details, each, right)
 
 
-def box_vqa(examples: Examples, texts: Sequence[str]) -> Scored:
-    scored = vqa(examples, texts)
-    each = {"box_vqa_accuracy": scored.each["vqa_accuracy"]}
-    return Scored({"box_vqa_accuracy": scored.metrics["vqa_accuracy"]}, {}, each, scored.right)
+def score_box_vqa(examples: Examples, texts: Sequence[str]) -> TaskScores:
+    scored = score_vqa(examples, texts)
+    each = {"box_vqa_accuracy": scored.per_sample["vqa_accuracy"]}
+    return TaskScores({"box_vqa_accuracy": scored.metrics["vqa_accuracy"]}, {}, each, scored.sample_scores)
 
 
-def res(truth: Sequence[metrics.Mask], masks: Sequence[metrics.Mask]) -> Scored:
+def score_res(true_masks: Sequence[metrics.Mask], masks: Sequence[metrics.Mask]) -> TaskScores:
     """Masks against true ones, both of the original picture's size; None is an empty one."""
-    overlaps_B2 = metrics.mask_overlaps(masks, truth)
+    overlaps_B2 = metrics.mask_overlaps(masks, true_masks)
     shared_B, union_B = overlaps_B2.T
     iou_B = np.where(union_B == 0, 1.0, shared_B / np.maximum(union_B, 1))
-    scores = metrics.res_scores(masks, truth)
+    scores = metrics.res_scores(masks, true_masks)
     each = {"res_ciou": (overlaps_B2, metrics.ciou), "res_giou": (iou_B, np.mean)}
     details = {"no_mask": float(np.mean([mask is None for mask in masks]))}
-    return Scored({"res_ciou": scores["ciou"], "res_giou": scores["giou"]}, details, each, iou_B.tolist())
+    return TaskScores({"res_ciou": scores["ciou"], "res_giou": scores["giou"]}, details, each, iou_B.tolist())
 
 
-def grounded(examples: Examples, texts: Sequence[str]) -> Scored:
+def score_grounded(examples: Examples, texts: Sequence[str]) -> TaskScores:
     """Phrases of the true captions, each found in the answer with a box; recall@1 counts IoU >= 0.5 with any of its.
 
     A phrase that the answer does not have counts as missed; `mentioned` is the share of those that it has.
@@ -142,9 +142,9 @@ def grounded(examples: Examples, texts: Sequence[str]) -> Scored:
     rows = []
     for example, text in zip(examples, texts):
         said, true = {}, {}
-        for phrase, box in phrases(text):
+        for phrase, box in parse_grounded_phrases(text):
             said.setdefault(phrase, box)
-        for phrase, box in phrases(example.answer):
+        for phrase, box in parse_grounded_phrases(example.answer):
             true.setdefault(phrase, []).append(box)
         hits = metrics.phrase_hits([said.get(phrase) for phrase in true], list(true.values()))
         rows.append((int(hits.sum()), len(true), sum(phrase in said for phrase in true)))
@@ -156,13 +156,13 @@ def grounded(examples: Examples, texts: Sequence[str]) -> Scored:
     mentioned = float(rows_B3[:, 2].sum() / max(rows_B3[:, 1].sum(), 1))
     right = [recall(row[None]) for row in rows_B3]
     each = {"phrase_recall_1": (rows_B3, recall)}
-    return Scored({"phrase_recall_1": recall(rows_B3)}, {"mentioned": mentioned}, each, right)
+    return TaskScores({"phrase_recall_1": recall(rows_B3)}, {"mentioned": mentioned}, each, right)
 
 
-def phrases(text: str) -> list[tuple[str, metrics.Box]]:
+def parse_grounded_phrases(text: str) -> list[tuple[str, metrics.Box]]:
     """(words before a box, box) of a caption, without what joins them: "A star [...] and a ring [...]." has two."""
     found, words = [], ""
-    for piece in pieces(text):
+    for piece in split_text_and_boxes(text):
         if isinstance(piece, str):
             words = re.sub(r"^[\s,.;]*(and\s)?\s*", "", piece.lower()).strip()
         else:
@@ -170,8 +170,8 @@ def phrases(text: str) -> list[tuple[str, metrics.Box]]:
     return found
 
 
-def tags(examples: Examples, texts: Sequence[str]) -> Scored:
-    said, truth = [words(text) for text in texts], [words(example.answer) for example in examples]
+def score_tags(examples: Examples, texts: Sequence[str]) -> TaskScores:
+    said, truth = [parse_tags(text) for text in texts], [parse_tags(example.answer) for example in examples]
     scores = metrics.tag_scores(said, truth)
     rows_B3 = np.array([(len(mine & true), len(mine), len(true)) for mine, true in zip(said, truth)])
 
@@ -181,54 +181,62 @@ def tags(examples: Examples, texts: Sequence[str]) -> Scored:
 
     right = [f1(row[None]) for row in rows_B3]
     details = {key: scores[key] for key in ("precision", "recall", "macro_f1")}
-    return Scored({"tag_f1": scores["f1"]}, details, {"tag_f1": (rows_B3, f1)}, right)
+    return TaskScores({"tag_f1": scores["f1"]}, details, {"tag_f1": (rows_B3, f1)}, right)
 
 
-def words(text: str) -> set[str]:
+def parse_tags(text: str) -> set[str]:
     """The tags of a list with commas."""
     return {word.strip(" .").lower() for word in text.split(",")} - {""}
 
 
-SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], Scored]] = {
-    "caption": caption,
-    "vqa": vqa,
-    "relation": relation,
-    "existence": existence,
-    "rec": rec,
-    "res": res,
-    "reg": reg,
-    "grounded": grounded,
-    "box_vqa": box_vqa,
-    "tags": tags,
-    "choice": choice,
+SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], TaskScores]] = {
+    "caption": score_caption,
+    "vqa": score_vqa,
+    "relation": score_relation,
+    "existence": score_existence,
+    "rec": score_rec,
+    "res": score_res,
+    "reg": score_reg,
+    "grounded": score_grounded,
+    "box_vqa": score_box_vqa,
+    "tags": score_tags,
+    "choice": score_choice,
 }
-BY_KIND = ("vqa", "existence", "box_vqa", "choice")  # scored apart by `Example.kind` too; POPE's settings are kinds
+PER_KIND_TASKS = (
+    "vqa",
+    "existence",
+    "box_vqa",
+    "choice",
+)  # scored apart by `Example.kind` too; POPE's settings are kinds
 
 
 # The best constant answer
 
 
-def constants(task: str, train: Examples, asked: Examples) -> list[str]:
+def constant_answers(task: str, train: Examples, questions: Examples) -> list[str]:
     """What is answered to each example without looking at picture or question, learned from training examples.
 
     One-word questions: the most common answer of their kind. Existence: "yes", since never saying it has an F1 of 0.
     Boxes, sentences and tags: the one that fares best on the training examples.
     """
     if task in ("vqa", "relation", "box_vqa", "choice"):
-        common = {kind: most_common(e for e in train if e.kind == kind) for kind in {e.kind for e in train}}
-        other = most_common(train)
-        return [common.get(example.kind, other) for example in asked]
-    best = {"existence": lambda train: "yes", "rec": best_box, "res": best_box, "tags": best_tags}.get(
-        task, best_sentence
-    )
-    return [best(train)] * len(asked)
+        common = {kind: most_common_answer(e for e in train if e.kind == kind) for kind in {e.kind for e in train}}
+        other = most_common_answer(train)
+        return [common.get(example.kind, other) for example in questions]
+    best = {
+        "existence": lambda train: "yes",
+        "rec": best_constant_box,
+        "res": best_constant_box,
+        "tags": best_constant_tags,
+    }.get(task, best_constant_sentence)
+    return [best(train)] * len(questions)
 
 
-def most_common(examples) -> str:
+def most_common_answer(examples) -> str:
     return Counter(example.answer for example in examples).most_common(1)[0][0]
 
 
-def best_box(train: Examples) -> str:
+def best_constant_box(train: Examples) -> str:
     """The training box that hits the most others; of equals the one that overlaps them most."""
     boxes_K4 = np.array([example.boxes[0] for example in train])
     iou_KK = metrics.iou_matrix(boxes_K4, boxes_K4)
@@ -236,23 +244,23 @@ def best_box(train: Examples) -> str:
     return "[" + ",".join(f"{edge:.3f}" for edge in boxes_K4[best]) + "]"
 
 
-def best_sentence(train: Examples) -> str:
+def best_constant_sentence(train: Examples) -> str:
     """The training answer with the highest CIDEr-D against the others' references, of a few that are tried."""
-    train = train[:COMPARED]
-    references = [list(example.answers[:REFERENCES]) for example in train]
-    tried = list(dict.fromkeys(example.answer for example in train))[:CANDIDATES]
+    train = train[:MAX_COMPARED_EXAMPLES]
+    references = [list(example.answers[:MAX_REFERENCES]) for example in train]
+    tried = list(dict.fromkeys(example.answer for example in train))[:MAX_CANDIDATES]
     return max(tried, key=lambda text: captions.cider_d([text] * len(train), references).mean())
 
 
-def best_tags(train: Examples) -> str:
+def best_constant_tags(train: Examples) -> str:
     """The set of the most frequent tags, as many of them as give the best F1."""
-    truth = [words(example.answer) for example in train]
+    truth = [parse_tags(example.answer) for example in train]
     order = [word for word, _ in Counter(word for names in truth for word in sorted(names)).most_common()]
     sets = [order[:size] for size in range(1, len(order) + 1)]
     return ", ".join(max(sets, key=lambda said: metrics.tag_scores([said] * len(truth), truth)["f1"]))
 
 
-def random_box_hits(train: Examples, asked: Examples) -> float:
+def random_box_accuracy(train: Examples, questions: Examples) -> float:
     """The share of hits when a box drawn from the training examples is answered."""
-    ours, theirs = (np.array([example.boxes[0] for example in group]) for group in (train, asked))
+    ours, theirs = (np.array([example.boxes[0] for example in group]) for group in (train, questions))
     return float(np.mean(metrics.iou_matrix(ours, theirs) > 0.5))

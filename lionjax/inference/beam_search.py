@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search: the likeliest whole answer instead of the likeliest next word, as Hugging Face does it.
+"""Beam search with the semantics of Hugging Face `generate(num_beams=K)`.
 
-Each prompt keeps K open hypotheses, which grow, and K closed ones, which have ended. A step takes the 2K best
-continuations of the open ones: those that end may close, and the K best of the rest stay open. A prompt is settled when
-its best open hypothesis could not beat its worst closed one if it ended now.
+Each prompt has K live beams (not yet ended) and K finished ones. A step takes the 2K best continuations of the live
+beams: those that end compete for the finished slots, and the K best of the others stay live. A prompt is done when its
+best live beam would not beat its worst finished beam if it ended now.
 """
 
 from __future__ import annotations
@@ -14,161 +14,165 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax.core.types import VLM, Array, Batch, Cache, Params, pytree
-from lionjax.inference import sampling as scoring
-from lionjax.inference.sampling import GenerateConfig, Generated, take
+from lionjax.core.types import VLM, Array, Batch, Cache, Params, pytree_dataclass
+from lionjax.inference import sampling
+from lionjax.inference.sampling import GenerateOutput, GenerationConfig, gather_rows
 
-LOW = -1e9  # below every real score; finite, so that a sum with it still orders
+LARGE_NEGATIVE = -1e9  # below every real score, but finite: sums with it keep their order
 
 
-@pytree
-class Open:
-    """Hypotheses that grow."""
+@pytree_dataclass
+class LiveBeams:
+    """Beams that have not ended."""
 
-    text: dict  # ids (B, K, M), and logprob (B, K, M) when asked for
+    sequences: dict  # ids (B, K, M); logprob (B, K, M) with config.output_logprobs; kept: the model's aux outputs
     score_BK: Array  # sum of log-probabilities
-    token_BK: Array  # the last token, not yet read by the model
-    parent_BK: Array  # the beam each of them grew from, whose cache it needs
-    seen_RV: Array | None  # R = B K rows
+    token_BK: Array  # the last token, not yet fed to the model
+    parent_BK: Array  # the beam that each was expanded from; its cache rows are needed
+    seen_RV: Array | None  # tokens generated so far, R = B K rows; None without a repetition penalty
 
 
-@pytree
-class Closed:
-    """Hypotheses that have ended, best first. Places not yet taken have a score of about LOW."""
+@pytree_dataclass
+class FinishedBeams:
+    """Beams that have ended, best first. Empty slots have a score of about LARGE_NEGATIVE."""
 
-    text: dict
+    sequences: dict
     score_BK: Array  # sum of log-probabilities / length ** length_penalty
     length_BK: Array
-    taken_BK: Array
+    is_finished_BK: Array
 
 
-@pytree
-class Beams:
-    cache: Cache  # of B K rows, in the order before `open.parent_BK`
-    open: Open
-    closed: Closed
-    settled_B: Array
-    step: Array  # tokens chosen so far
+@pytree_dataclass
+class BeamState:
+    """The loop state of a beam search."""
+
+    cache: Cache  # B K rows, not yet reordered by `live.parent_BK`
+    live: LiveBeams
+    finished: FinishedBeams
+    done_B: Array
+    step: Array  # int32 scalar: tokens generated so far
 
 
-def beam_search(system: VLM, params: Params, batch: Batch, config: GenerateConfig) -> Generated:
-    """The best answer to each prompt among `config.beams` hypotheses.
+def beam_search(model: VLM, params: Params, batch: Batch, config: GenerationConfig) -> GenerateOutput:
+    """The best of `config.num_beams` beams for each prompt, as a GenerateOutput. Call it inside `jax.jit`.
 
     The repetition penalty acts on log-probabilities, the start token counts as generated, and `score_B` is the sum of
-    the penalised log-probabilities over length ** length_penalty. To be called inside `jax.jit`.
+    the penalized log-probabilities divided by length ** length_penalty.
     """
-    beams = start(system, params, batch, config)
-    beams = jax.lax.while_loop(
-        lambda beams: (beams.step < config.max_new_tokens) & ~beams.settled_B.all(),
-        lambda beams: advance(system, params, beams, config),
-        beams,
+    state = prefill(model, params, batch, config)
+    state = jax.lax.while_loop(
+        lambda state: (state.step < config.max_new_tokens) & ~state.done_B.all(),
+        lambda state: decode_step(model, params, state, config),
+        state,
     )
-    closed = beams.closed
-    length_B = closed.length_BK[:, 0]
-    inside_BM = jnp.arange(config.max_new_tokens) < length_B[:, None]
-    ids_BM = jnp.where(inside_BM, closed.text["ids"][:, 0], config.pad)
-    logprob_BM = jnp.where(inside_BM, closed.text["logprob"][:, 0], 0) if config.logprobs else None
-    kept = jax.tree.map(lambda leaf: leaf[:, 0], closed.text.get("kept"))
-    return Generated(ids_BM, length_B, closed.score_BK[:, 0], logprob_BM, kept)
+    finished = state.finished
+    length_B = finished.length_BK[:, 0]
+    is_token_BM = jnp.arange(config.max_new_tokens) < length_B[:, None]
+    ids_BM = jnp.where(is_token_BM, finished.sequences["ids"][:, 0], config.pad_token_id)
+    logprob_BM = jnp.where(is_token_BM, finished.sequences["logprob"][:, 0], 0) if config.output_logprobs else None
+    aux = jax.tree.map(lambda leaf: leaf[:, 0], finished.sequences.get("kept"))
+    return GenerateOutput(ids_BM, length_B, finished.score_BK[:, 0], logprob_BM, aux)
 
 
-def start(system: VLM, params: Params, batch: Batch, config: GenerateConfig) -> Beams:
-    """Read each prompt once and open its first K hypotheses."""
-    logits_BV, cache = system.prefill(params, batch, config.max_new_tokens - 1)
-    rows, vocab = logits_BV.shape
-    beams = config.beams
-    text = {"ids": jnp.full((rows, beams, config.max_new_tokens), config.pad, jnp.int32)}
-    if config.logprobs:
-        text["logprob"] = jnp.zeros((rows, beams, config.max_new_tokens))
-    if (kept := scoring.kept(cache)) is not None:
-        text["kept"] = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], beams, axis=1), kept)
-    zeros_BK = jnp.zeros((rows, beams), jnp.int32)
-    low_BK = jnp.full((rows, beams), LOW)
-    # Only the first beam counts in the first step, or all beams would say the same.
-    empty = Open(
-        text=text,
+def prefill(model: VLM, params: Params, batch: Batch, config: GenerationConfig) -> BeamState:
+    """Run each prompt through the model once and take its first K beams."""
+    logits_BV, cache = model.prefill(params, batch, config.max_new_tokens - 1)
+    num_prompts, vocab_size = logits_BV.shape
+    num_beams = config.num_beams
+    sequences = {"ids": jnp.full((num_prompts, num_beams, config.max_new_tokens), config.pad_token_id, jnp.int32)}
+    if config.output_logprobs:
+        sequences["logprob"] = jnp.zeros((num_prompts, num_beams, config.max_new_tokens))
+    if (aux := sampling.aux_outputs(cache)) is not None:
+        sequences["kept"] = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], num_beams, axis=1), aux)
+    zeros_BK = jnp.zeros((num_prompts, num_beams), jnp.int32)
+    low_BK = jnp.full((num_prompts, num_beams), LARGE_NEGATIVE)
+    # Only the first beam counts in the first step; otherwise all beams would be equal.
+    live = LiveBeams(
+        sequences=sequences,
         score_BK=low_BK.at[:, 0].set(0.0),
         token_BK=zeros_BK,
         parent_BK=zeros_BK,
-        seen_RV=scoring.nothing_seen(rows * beams, vocab, config),
+        seen_RV=sampling.init_seen(num_prompts * num_beams, vocab_size, config),
     )
-    closed = Closed(text, low_BK, zeros_BK, jnp.zeros((rows, beams), bool))
+    finished = FinishedBeams(sequences, low_BK, zeros_BK, jnp.zeros((num_prompts, num_beams), bool))
 
     def repeat(leaf):
-        return jnp.repeat(leaf, beams, axis=1)
+        return jnp.repeat(leaf, num_beams, axis=1)
 
-    written, fixed = (jax.tree.map(repeat, part) for part in (cache.written, cache.fixed))
-    cache = Cache(written, fixed, cache.step, cache.read)
-    nobody = Beams(cache, empty, closed, jnp.zeros(rows, bool), jnp.zeros((), jnp.int32))
-    return grow(jnp.repeat(logits_BV, beams, axis=0), cache, nobody, config)
-
-
-def advance(system: VLM, params: Params, beams: Beams, config: GenerateConfig) -> Beams:
-    """Give each open hypothesis its parent's cache, read its last token, and grow."""
-    written = follow(beams.cache.written, beams.open.parent_BK)
-    cache = dataclasses.replace(beams.cache, written=written)
-    logits_RV, cache = system.extend(params, beams.open.token_BK.reshape(-1), cache)
-    return grow(logits_RV, cache, beams, config)
+    generated, static = (jax.tree.map(repeat, part) for part in (cache.generated, cache.static))
+    cache = Cache(generated, static, cache.step, cache.prompt)
+    state = BeamState(cache, live, finished, jnp.zeros(num_prompts, bool), jnp.zeros((), jnp.int32))
+    return expand_beams(jnp.repeat(logits_BV, num_beams, axis=0), cache, state, config)
 
 
-def follow(written, parent_BK: Array):
-    """Rows of the cache (layers, B K, ...) in the order of their beams' parents."""
-    rows, beams = parent_BK.shape
-
-    def one(leaf):
-        split = jnp.moveaxis(leaf.reshape(leaf.shape[0], rows, beams, *leaf.shape[2:]), 0, 2)
-        return jnp.moveaxis(take(split, parent_BK), 2, 0).reshape(leaf.shape)
-
-    return jax.tree.map(one, written)
+def decode_step(model: VLM, params: Params, state: BeamState, config: GenerationConfig) -> BeamState:
+    """One step: reorder the cache by `parent_BK`, feed each live beam's last token, expand the beams."""
+    generated = reorder_cache(state.cache.generated, state.live.parent_BK)
+    cache = dataclasses.replace(state.cache, generated=generated)
+    logits_RV, cache = model.extend(params, state.live.token_BK.reshape(-1), cache)
+    return expand_beams(logits_RV, cache, state, config)
 
 
-def grow(logits_RV: Array, cache: Cache, beams: Beams, config: GenerateConfig) -> Beams:
-    """One more token: the 2K best continuations of each prompt, sorted into open and closed."""
-    was, step = beams.open, beams.step
-    rows, vocab = len(beams.settled_B), logits_RV.shape[-1]
+def reorder_cache(generated, parent_BK: Array):
+    """The cache with leaves (layers, B K, ...) reordered so that each beam has its parent's rows."""
+    num_prompts, num_beams = parent_BK.shape
+
+    def reorder(leaf):
+        split = jnp.moveaxis(leaf.reshape(leaf.shape[0], num_prompts, num_beams, *leaf.shape[2:]), 0, 2)
+        return jnp.moveaxis(gather_rows(split, parent_BK), 2, 0).reshape(leaf.shape)
+
+    return jax.tree.map(reorder, generated)
+
+
+def expand_beams(logits_RV: Array, cache: Cache, state: BeamState, config: GenerationConfig) -> BeamState:
+    """Add one token: take the 2K best continuations of each prompt and update live and finished beams."""
+    live, step = state.live, state.step
+    num_prompts, vocab_size = len(state.done_B), logits_RV.shape[-1]
     logprob_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1)
-    scores_RV = scoring.rule(logprob_RV, was.seen_RV, step, config)
-    total_BJ = (scores_RV + was.score_BK.reshape(-1, 1)).reshape(rows, -1)
-    # 2K, because at most K of them end and K must stay open.
-    score_BC, place_BC = scoring.top_k(total_BJ, 2 * config.beams)
-    parent_BC, token_BC = place_BC // vocab, place_BC % vocab
-    text = take(was.text, parent_BC)
-    text["ids"] = text["ids"].at[:, :, step].set(token_BC)
-    if config.logprobs:
-        chosen_BC = jnp.take_along_axis(logprob_RV.reshape(rows, -1), place_BC, axis=1)
-        text["logprob"] = text["logprob"].at[:, :, step].set(chosen_BC)
-    if (kept := scoring.kept(cache)) is not None:
-        beams_first = jax.tree.map(lambda leaf: leaf.reshape(rows, config.beams, *leaf.shape[1:]), kept)
-        text["kept"] = take(beams_first, parent_BC)
-    ends_BC = (token_BC == config.eos) | (step + 1 == config.max_new_tokens)
-    closed = close(beams, text, score_BC, ends_BC, config)
-    score_BK, order_BK = jax.lax.top_k(jnp.where(ends_BC, score_BC + LOW, score_BC), config.beams)
-    chosen = take({"text": text, "token": token_BC, "parent": parent_BC}, order_BK)
-    seen_RV = was.seen_RV
+    scores_RV = sampling.process_logits(logprob_RV, live.seen_RV, step, config)
+    total_BJ = (scores_RV + live.score_BK.reshape(-1, 1)).reshape(num_prompts, -1)
+    # 2K, because at most K of them end and K must stay live.
+    score_BC, index_BC = sampling.top_k(total_BJ, 2 * config.num_beams)
+    parent_BC, token_BC = index_BC // vocab_size, index_BC % vocab_size
+    sequences = gather_rows(live.sequences, parent_BC)
+    sequences["ids"] = sequences["ids"].at[:, :, step].set(token_BC)
+    if config.output_logprobs:
+        chosen_BC = jnp.take_along_axis(logprob_RV.reshape(num_prompts, -1), index_BC, axis=1)
+        sequences["logprob"] = sequences["logprob"].at[:, :, step].set(chosen_BC)
+    if (aux := sampling.aux_outputs(cache)) is not None:
+        aux_BK = jax.tree.map(lambda leaf: leaf.reshape(num_prompts, config.num_beams, *leaf.shape[1:]), aux)
+        sequences["kept"] = gather_rows(aux_BK, parent_BC)
+    ends_BC = (token_BC == config.eos_token_id) | (step + 1 == config.max_new_tokens)
+    finished = update_finished(state, sequences, score_BC, ends_BC, config)
+    score_BK, order_BK = jax.lax.top_k(jnp.where(ends_BC, score_BC + LARGE_NEGATIVE, score_BC), config.num_beams)
+    chosen = gather_rows({"text": sequences, "token": token_BC, "parent": parent_BC}, order_BK)
+    seen_RV = live.seen_RV
     if seen_RV is not None:
-        seen_BKV = take(seen_RV.reshape(rows, config.beams, vocab), chosen["parent"])
-        seen_RV = scoring.see(seen_BKV.reshape(-1, vocab), chosen["token"].reshape(-1))
-    now = Open(chosen["text"], score_BK, chosen["token"], chosen["parent"], seen_RV)
-    hope_B = score_BK[:, 0] / over(config)[step]
-    settled_B = beams.settled_B | (closed.taken_BK.all(axis=1) & (hope_B <= closed.score_BK[:, -1]))
-    return Beams(cache, now, closed, settled_B, step + 1)
+        seen_BKV = gather_rows(seen_RV.reshape(num_prompts, config.num_beams, vocab_size), chosen["parent"])
+        seen_RV = sampling.mark_seen(seen_BKV.reshape(-1, vocab_size), chosen["token"].reshape(-1))
+    next_live = LiveBeams(chosen["text"], score_BK, chosen["token"], chosen["parent"], seen_RV)
+    best_possible_B = score_BK[:, 0] / length_norm(config)[step]
+    done_B = state.done_B | (finished.is_finished_BK.all(axis=1) & (best_possible_B <= finished.score_BK[:, -1]))
+    return BeamState(cache, next_live, finished, done_B, step + 1)
 
 
-def close(beams: Beams, text: dict, score_BC: Array, ends_BC: Array, config: GenerateConfig) -> Closed:
-    """The K best of the closed hypotheses and of those that end now among the K best continuations."""
-    old, k = beams.closed, config.beams
-    ends_BK = ends_BC[:, :k] & ~beams.settled_B[:, None]
-    score_BK = jnp.where(ends_BK, score_BC[:, :k] / over(config)[beams.step], LOW)
-    new = Closed(
-        text=jax.tree.map(lambda leaf: leaf[:, :k], text),
+def update_finished(
+    state: BeamState, sequences: dict, score_BC: Array, ends_BC: Array, config: GenerationConfig
+) -> FinishedBeams:
+    """The K best of the finished beams and of those that end now among the K best continuations."""
+    old, num_beams = state.finished, config.num_beams
+    ends_BK = ends_BC[:, :num_beams] & ~state.done_B[:, None]
+    score_BK = jnp.where(ends_BK, score_BC[:, :num_beams] / length_norm(config)[state.step], LARGE_NEGATIVE)
+    new = FinishedBeams(
+        sequences=jax.tree.map(lambda leaf: leaf[:, :num_beams], sequences),
         score_BK=score_BK,
-        length_BK=jnp.full_like(old.length_BK, beams.step + 1),
-        taken_BK=ends_BK,
+        length_BK=jnp.full_like(old.length_BK, state.step + 1),
+        is_finished_BK=ends_BK,
     )
-    both = jax.tree.map(lambda one, other: jnp.concatenate([one, other], axis=1), old, new)
-    return take(both, jax.lax.top_k(both.score_BK, k)[1])
+    both = jax.tree.map(lambda left, right: jnp.concatenate([left, right], axis=1), old, new)
+    return gather_rows(both, jax.lax.top_k(both.score_BK, num_beams)[1])
 
 
-def over(config: GenerateConfig) -> Array:
-    """length ** length_penalty for the lengths 1, 2, ... max_new_tokens, rounded once."""
+def length_norm(config: GenerationConfig) -> Array:
+    """length ** length_penalty for lengths 1 to max_new_tokens, float32 (max_new_tokens,), computed in float64."""
     return jnp.asarray(np.arange(1, config.max_new_tokens + 1, dtype=np.float64) ** config.length_penalty, jnp.float32)

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax.core.types import VLM, Array, Batch, Cache, Params, UserError, pytree
+from lionjax.core.types import VLM, Array, Batch, Cache, Params, UserError, pytree_dataclass
 from lionjax.inference import sampling as scoring
 from lionjax.inference.beam_search import beam_search
-from lionjax.inference.sampling import GenerateConfig, Generated
+from lionjax.inference.sampling import GenerateOutput, GenerationConfig
 
 
-@pytree
-class Answers:
+@pytree_dataclass
+class DecodeState:
     """Answers under way: `step` tokens are chosen; the model has read all of them but the last."""
 
     cache: Cache | None
@@ -33,99 +33,105 @@ class Answers:
     step: Array
 
 
-@functools.partial(jax.jit, static_argnames=("system", "config"))
-def generate(system: VLM, params: Params, batch: Batch, config: GenerateConfig, key: Array | None = None) -> Generated:
+@functools.partial(jax.jit, static_argnames=("model", "config"))
+def generate(
+    model: VLM, params: Params, batch: Batch, config: GenerationConfig, key: Array | None = None
+) -> GenerateOutput:
     """Answers to a batch of prompts: greedy, sampled with `key`, or by beam search, as the config says.
 
     Compiled once for each system, config and shape of batch; the loop stops when all rows have ended. Raises UserError
     when the config samples and no key is given.
     """
-    if config.beams > 1:
-        return beam_search(system, params, batch, config)
-    answers = begin(system, params, batch, config, key)
+    if config.num_beams > 1:
+        return beam_search(model, params, batch, config)
+    answers = prefill(model, params, batch, config, key)
     answers = jax.lax.while_loop(
         lambda answers: (answers.step < config.max_new_tokens) & ~answers.done_B.all(),
-        lambda answers: advance(system, params, answers, config, key),
+        lambda answers: decode_step(model, params, answers, config, key),
         answers,
     )
-    return finish(answers, config)
+    return finalize(answers, config)
 
 
 def stream(
-    system: VLM, params: Params, batch: Batch, config: GenerateConfig, key: Array | None = None
+    model: VLM, params: Params, batch: Batch, config: GenerationConfig, key: Array | None = None
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate`, one (B,) row of ids per step, as soon as each is known; padding after a row's end.
 
     Raises UserError for beams, whose first words are only known at the end.
     """
-    if config.beams > 1:
-        raise UserError(f"{config.beams} beams cannot stream: their first word is known last; set beams to 1")
-    answers = first(system, params, batch, config, key)
+    if config.num_beams > 1:
+        raise UserError(f"{config.num_beams} beams cannot stream: their first word is known last; set beams to 1")
+    answers = jit_prefill(model, params, batch, config, key)
     yield np.asarray(answers.token_B)
     for _ in range(config.max_new_tokens - 1):
         if answers.done_B.all():
             return
-        answers = following(system, params, answers, config, key)
+        answers = jit_decode_step(model, params, answers, config, key)
         yield np.asarray(answers.token_B)
 
 
-def begin(system: VLM, params: Params, batch: Batch, config: GenerateConfig, key: Array | None) -> Answers:
+def prefill(model: VLM, params: Params, batch: Batch, config: GenerationConfig, key: Array | None) -> DecodeState:
     """Read the prompts and choose the first token of each answer."""
-    if config.sample and key is None:
+    if config.do_sample and key is None:
         raise UserError("sampling needs a random key; give generate one, or set sample to false")
-    logits_BV, cache = system.prefill(params, batch, config.max_new_tokens - 1)
+    logits_BV, cache = model.prefill(params, batch, config.max_new_tokens - 1)
     rows, vocab = logits_BV.shape
-    answers = Answers(
+    answers = DecodeState(
         cache=None,
-        token_B=jnp.full(rows, config.pad, jnp.int32),
+        token_B=jnp.full(rows, config.pad_token_id, jnp.int32),
         done_B=jnp.zeros(rows, bool),
-        ids_BM=jnp.full((rows, config.max_new_tokens), config.pad, jnp.int32),
-        logprob_BM=jnp.zeros((rows, config.max_new_tokens)) if config.logprobs else None,
-        seen_BV=scoring.nothing_seen(rows, vocab, config),
+        ids_BM=jnp.full((rows, config.max_new_tokens), config.pad_token_id, jnp.int32),
+        logprob_BM=jnp.zeros((rows, config.max_new_tokens)) if config.output_logprobs else None,
+        seen_BV=scoring.init_seen(rows, vocab, config),
         step=jnp.zeros((), jnp.int32),
     )
-    return choose(logits_BV, cache, answers, config, key)
+    return select_next_token(logits_BV, cache, answers, config, key)
 
 
-def advance(system: VLM, params: Params, answers: Answers, config: GenerateConfig, key: Array | None) -> Answers:
+def decode_step(
+    model: VLM, params: Params, state: DecodeState, config: GenerationConfig, key: Array | None
+) -> DecodeState:
     """Read the last token and choose the next one."""
-    logits_BV, cache = system.extend(params, answers.token_B, answers.cache)
-    return choose(logits_BV, cache, answers, config, key)
+    logits_BV, cache = model.extend(params, state.token_B, state.cache)
+    return select_next_token(logits_BV, cache, state, config, key)
 
 
-def choose(logits_BV: Array, cache: Cache, answers: Answers, config: GenerateConfig, key: Array | None) -> Answers:
+def select_next_token(
+    logits_BV: Array, cache: Cache, state: DecodeState, config: GenerationConfig, key: Array | None
+) -> DecodeState:
     """One more token per row: the likeliest or a drawn one; padding in rows that have ended."""
-    step, was_done_B = answers.step, answers.done_B
+    step, was_done_B = state.step, state.done_B
     logits_BV = logits_BV.astype(jnp.float32)
-    scores_BV = scoring.rule(logits_BV, answers.seen_BV, step, config)
-    if config.sample:
-        token_B = scoring.draw(scores_BV, config, jax.random.fold_in(key, step))
+    scores_BV = scoring.process_logits(logits_BV, state.seen_BV, step, config)
+    if config.do_sample:
+        token_B = scoring.sample_token(scores_BV, config, jax.random.fold_in(key, step))
     else:
-        token_B = scoring.best(scores_BV)
-    token_B = jnp.where(was_done_B, config.pad, token_B)
-    logprob_BM = answers.logprob_BM
-    if config.logprobs:
+        token_B = scoring.argmax(scores_BV)
+    token_B = jnp.where(was_done_B, config.pad_token_id, token_B)
+    logprob_BM = state.logprob_BM
+    if config.output_logprobs:
         chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
         logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
         logprob_BM = logprob_BM.at[:, step].set(jnp.where(was_done_B, 0.0, logprob_B))
-    return Answers(
+    return DecodeState(
         cache=cache,
         token_B=token_B,
-        done_B=was_done_B | (token_B == config.eos),
-        ids_BM=answers.ids_BM.at[:, step].set(token_B),
+        done_B=was_done_B | (token_B == config.eos_token_id),
+        ids_BM=state.ids_BM.at[:, step].set(token_B),
         logprob_BM=logprob_BM,
-        seen_BV=scoring.see(answers.seen_BV, token_B),
+        seen_BV=scoring.mark_seen(state.seen_BV, token_B),
         step=step + 1,
     )
 
 
-def finish(answers: Answers, config: GenerateConfig) -> Generated:
+def finalize(state: DecodeState, config: GenerationConfig) -> GenerateOutput:
     """The answers with their lengths."""
-    is_end_BM = (answers.ids_BM == config.eos) & (jnp.arange(config.max_new_tokens) < answers.step)
-    length_B = jnp.where(answers.done_B, scoring.best(is_end_BM) + 1, answers.step)
-    score_B = answers.logprob_BM.sum(axis=1) if config.logprobs else None
-    return Generated(answers.ids_BM, length_B, score_B, answers.logprob_BM, scoring.kept(answers.cache))
+    is_end_BM = (state.ids_BM == config.eos_token_id) & (jnp.arange(config.max_new_tokens) < state.step)
+    length_B = jnp.where(state.done_B, scoring.argmax(is_end_BM) + 1, state.step)
+    score_B = state.logprob_BM.sum(axis=1) if config.output_logprobs else None
+    return GenerateOutput(state.ids_BM, length_B, score_B, state.logprob_BM, scoring.aux_outputs(state.cache))
 
 
-first = jax.jit(begin, static_argnames=("system", "config"))
-following = jax.jit(advance, static_argnames=("system", "config"), donate_argnames=("answers",))
+jit_prefill = jax.jit(prefill, static_argnames=("model", "config"))
+jit_decode_step = jax.jit(decode_step, static_argnames=("model", "config"), donate_argnames=("state",))

@@ -18,18 +18,22 @@ import numpy as np
 from lionjax import convert
 from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment
+from lionjax.core.renamed import report
 from lionjax.core.types import VLM, Params, UserError
 from lionjax.data import images as pictures
 from lionjax.data import tokenizer
-from lionjax.data.processor import Input, Processor
+from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.inference import engine
-from lionjax.inference.engine import Answerer, Said
-from lionjax.inference.sampling import GenerateConfig
+from lionjax.inference.engine import InferenceEngine, Prediction
+from lionjax.inference.sampling import GenerationConfig
 
+RENAMED = {"answerer": "engine", "has_the_bits_of": "equals_bitwise", "rank": "rank_candidates", "system": "vlm"}
 log = logging.getLogger(__name__)
 
-QFORMER_TOKENIZER = "qformer_tokenizer"  # the folder of it within a model's; the language model's lies by the weights
-TOKENIZER_FILES = {".json": "tokenizer.json", ".model": "spiece.model", ".txt": "vocab.txt"}
+QFORMER_TOKENIZER_FOLDER = (
+    "qformer_tokenizer"  # the folder of it within a model's; the language model's lies by the weights
+)
+TOKENIZER_FILE_NAMES = {".json": "tokenizer.json", ".model": "spiece.model", ".txt": "vocab.txt"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +50,27 @@ class Model:
     """A system with its parameters, ready to answer. `updates` were made in training, None where nobody counted."""
 
     experiment: Experiment
-    answerer: Answerer
+    engine: InferenceEngine
     updates: int | None = None
 
     @property
-    def system(self) -> VLM:
-        return self.answerer.system
+    def vlm(self) -> VLM:
+        return self.engine.model
 
     @property
     def params(self) -> Params:
-        return self.answerer.params
+        return self.engine.params
 
     @property
     def processor(self) -> Processor:
-        return self.answerer.processor
+        return self.engine.processor
+
+    def __getattr__(self, name: str):
+        """Attributes under the names of version 0.1."""
+        if name not in RENAMED:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        report(type(self).__name__, name, RENAMED[name])
+        return getattr(self, RENAMED[name])
 
     def answer(
         self,
@@ -68,7 +79,7 @@ class Model:
         boxes: Sequence | None = None,
         tags: Sequence[Sequence[str]] | None = None,
         category: str | None = None,
-        generate: GenerateConfig | None = None,
+        generation_config: GenerationConfig | None = None,
         seed: int = 0,
         history: Sequence[Sequence[tuple[str, str]]] | None = None,
         shots: Sequence[Sequence[tuple[object, str, str]]] | None = None,
@@ -82,22 +93,22 @@ class Model:
         picture. `shots`: for each prompt as many (picture, question, answer) examples, shown before it.
         Raises UserError for what cannot be asked.
         """
-        asked = inputs(images, prompts, boxes, tags, category, history, shots)
-        if tags is not None and not self.processor.config.tags:
+        asked = build_inputs(images, prompts, boxes, tags, category, history, shots)
+        if tags is not None and not self.processor.config.use_tags:
             raise UserError("this model was trained without tags; leave them out")
-        processor, seen = self.processor, [pictures.as_picture(one.image) for one in asked]
-        rows = [processor.row_of(dataclasses.replace(one, image=picture)) for picture, one in zip(seen, asked)]
-        answer, said = self.experiment.answer, {}
-        hows = [generate or engine.settings(answer, processor, one.category) for one in asked]
+        processor, seen = self.processor, [pictures.to_pil_image(one.image) for one in asked]
+        rows = [processor.encode_input(dataclasses.replace(one, image=picture)) for picture, one in zip(seen, asked)]
+        answer, said = self.experiment.generation, {}
+        hows = [generation_config or engine.make_generation_config(answer, processor, one.category) for one in asked]
         for how in dict.fromkeys(hows):  # prompts of both categories go together where they are answered alike
             places = [place for place, other in enumerate(hows) if other == how]
-            key = jax.random.key(seed) if how.sample else None
-            sizes = [seen[place].size for place in places] if processor.config.sam_size else None
+            key = jax.random.key(seed) if how.do_sample else None
+            sizes = [seen[place].size for place in places] if processor.config.sam_image_size else None
             group = [rows[place] for place in places]
-            said |= dict(zip(places, self.answerer.say(group, how, key=key, sizes=sizes)))
-        return [_answer(said[place], picture) for place, picture in enumerate(seen)]
+            said |= dict(zip(places, self.engine.generate(group, how, key=key, image_sizes=sizes)))
+        return [_to_answer(said[place], picture) for place, picture in enumerate(seen)]
 
-    def rank(
+    def rank_candidates(
         self, images: Sequence[object], prompts: Sequence[str], candidates: Sequence[Sequence[str]]
     ) -> list[list[int]]:
         """For each prompt the places of its candidate answers, the likeliest first.
@@ -105,12 +116,12 @@ class Model:
         By the loss of each, summed over its tokens, as BLIP-2's code ranks (`predict_class`). Raises UserError where
         the lists are not of one length.
         """
-        asked = inputs(images, prompts, None, None, None)
+        asked = build_inputs(images, prompts, None, None, None)
         if len(candidates) != len(asked) or not all(len(some) for some in candidates):
             raise UserError("candidates wants a list of answers for each prompt, none of them empty")
         order, place = [], 0
-        rows = [self.processor.row_of(one, text) for one, some in zip(asked, candidates) for text in some]
-        nats = self.answerer.rank(rows)
+        rows = [self.processor.encode_input(one, text) for one, some in zip(asked, candidates) for text in some]
+        nats = self.engine.answer_nll(rows)
         for some in candidates:
             order.append(np.argsort(nats[place : place + len(some)], kind="stable").tolist())
             place += len(some)
@@ -124,13 +135,13 @@ class Model:
         """
         if to not in ("torch", "jax") or (merge_lora and to == "jax"):
             raise UserError(f"to is {to!r}; it can be 'torch', where a LoRA may be merged, or 'jax'")
-        given = {"companions": self.companions()}
+        given = {"companions": self.tokenizer_files()}
         if to == "torch":
             convert.to_torch(self.experiment, self.params, path, merge_lora=merge_lora, **given)
         else:
             convert.save(self.experiment, self.params, path, **given)
 
-    def has_the_bits_of(self, other: Model) -> bool:
+    def equals_bitwise(self, other: Model) -> bool:
         """Whether another model has the same parameters, bit for bit."""
         mine, theirs = trees.flatten(self.params), trees.flatten(other.params)
         return mine.keys() == theirs.keys() and all(
@@ -139,15 +150,15 @@ class Model:
             for path in mine
         )
 
-    def companions(self) -> dict[str, Path]:
+    def tokenizer_files(self) -> dict[str, Path]:
         """{name in a model's folder: file} of the tokenizers."""
         c = self.processor.config
-        folders = tokenizer_folders(self.experiment.system)
-        files = {folder: tokenizer.file_of(getattr(c, field)) for field, folder in folders.items()}
-        return {str(Path(folder, TOKENIZER_FILES[file.suffix])): file for folder, file in files.items()}
+        folders = tokenizer_folders(self.experiment.model)
+        files = {folder: tokenizer.tokenizer_file(getattr(c, field)) for field, folder in folders.items()}
+        return {str(Path(folder, TOKENIZER_FILE_NAMES[file.suffix])): file for folder, file in files.items()}
 
 
-def inputs(images, prompts, boxes, tags, category, history=None, shots=None) -> list[Input]:
+def build_inputs(images, prompts, boxes, tags, category, history=None, shots=None) -> list[ImageTextInput]:
     """What is asked, one `Input` each; UserError where the lists are not of one length."""
     given = {"images": images, "prompts": prompts, "boxes": boxes, "tags": tags}
     given |= {"history": history, "shots": shots}
@@ -166,29 +177,29 @@ def inputs(images, prompts, boxes, tags, category, history=None, shots=None) -> 
     asked = []
     for place, (image, prompt) in enumerate(zip(images, prompts)):
         given = () if boxes is None or boxes[place] is None else boxes[place]
-        prompt = engine.with_boxes(prompt, given)
+        prompt = engine.insert_boxes(prompt, given)
         words = tuple(tags[place] or ()) if tags is not None else ()
-        kind = category or engine.category_of(prompt)
+        kind = category or engine.prompt_category(prompt)
         before = {
             name: tuple(map(tuple, lists[place] or ()))
             for name, lists in (("turns", history), ("shots", shots))
             if lists is not None
         }
-        asked.append(Input(image, prompt, words, kind, tuple(map(tuple, given)), **before))
+        asked.append(ImageTextInput(image, prompt, words, kind, tuple(map(tuple, given)), **before))
     if len(counts := {len(one.shots) for one in asked}) > 1:
         raise UserError(f"the prompts have {sorted(counts)} shots; give each as many")
     return asked
 
 
-def _answer(said: Said, picture) -> Answer:
-    none = np.zeros((0, picture.height, picture.width), bool)
-    return Answer(said.text, said.boxes, none if said.masks is None else said.masks)
+def _to_answer(prediction: Prediction, image) -> Answer:
+    none = np.zeros((0, image.height, image.width), bool)
+    return Answer(prediction.text, prediction.boxes, none if prediction.masks is None else prediction.masks)
 
 
 # Folders
 
 
-def tokenizer_folders(system: VLM) -> dict[str, str]:
+def tokenizer_folders(model: VLM) -> dict[str, str]:
     """{field of the processor: folder of that tokenizer within a model's}; the second where a Q-Former reads text."""
-    asked_twice = {"question_tokenizer": QFORMER_TOKENIZER} if system.info.reads_question else {}
+    asked_twice = {"question_tokenizer": QFORMER_TOKENIZER_FOLDER} if model.info.reads_question else {}
     return {"tokenizer": ""} | asked_twice

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to ask of generation, what it gives back, and what happens to a row of scores before a token is taken.
+"""Generation settings and output, logits processors, and sampling of tokens.
 
-Everything here follows Hugging Face `generate`, so that the same weights give the same words. Scores are float32.
+Everything follows Hugging Face `generate`, so that the same weights give the same tokens. Scores are float32.
 """
 
 from __future__ import annotations
@@ -12,154 +12,156 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lionjax.core.types import Array, Cache, UserError, pytree
+from lionjax.core.types import Array, Cache, UserError, pytree_dataclass
 
-IMPOSSIBLE = -jnp.inf
-BLOCK = 128  # scores a maximum is kept for in `top_k`
+NEG_INF = -jnp.inf
+TOP_K_BLOCK_SIZE = 128  # scores per block in `top_k`
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
-    """How to generate. The three ids are T5's unless said otherwise."""
+class GenerationConfig:
+    """Generation settings, named as in Hugging Face's GenerationConfig. The three token ids default to T5's."""
 
     max_new_tokens: int = 64
-    min_length: int = 0  # no end token before so many, the start token among them
-    beams: int = 1
-    length_penalty: float = 1.0  # a beam counts score / length ** this; above 0 favours long ones
+    min_length: int = 0  # tokens before the end token is allowed, the start token included
+    num_beams: int = 1
+    length_penalty: float = 1.0  # beams are ranked by score / length ** length_penalty; above 0 favors long ones
     repetition_penalty: float = 1.0  # above 1 makes tokens already generated less likely
-    sample: bool = False  # draw instead of taking the best; the next three apply only then
+    do_sample: bool = False  # sample instead of argmax; temperature, top_k and top_p apply only then
     temperature: float = 1.0
-    top_k: int = 0  # 0 means all
+    top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
-    eos: int = 1  # -1 for a model without one
-    pad: int = 0
-    start: int | None = 0  # the decoder's first token, which counts as generated; None: has none
-    logprobs: bool = False  # also give the model's log-probability of each token
+    eos_token_id: int = 1  # -1 for a model without one
+    pad_token_id: int = 0
+    decoder_start_token_id: int | None = 0  # the decoder's first token, counted as generated; None: decoder-only model
+    output_logprobs: bool = False  # also return the model's log-probability of each token
 
     def __post_init__(self):
-        wanted = {
+        checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "beams": (self.beams >= 1, "at least 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 means none)"),
-            "temperature": (self.temperature > 0, "above 0 (for the likeliest words set sample to false)"),
+            "num_beams": (self.num_beams >= 1, "at least 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 disables it)"),
+            "temperature": (self.temperature > 0, "above 0 (for greedy decoding set do_sample to false)"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
         }
-        for name, (right, wish) in wanted.items():
-            if not right:
-                raise UserError(f"generate.{name} is {getattr(self, name)} but must be {wish}")
-        if self.sample and self.beams > 1:
-            raise UserError(f"sampling with {self.beams} beams is not offered; set beams to 1 or sample to false")
+        for name, (valid, allowed) in checks.items():
+            if not valid:
+                raise UserError(f"generation.{name} is {getattr(self, name)} but must be {allowed}")
+        if self.do_sample and self.num_beams > 1:
+            raise UserError(
+                f"sampling with {self.num_beams} beams is not supported; set num_beams to 1 or do_sample to false"
+            )
 
 
-@pytree
-class Generated:
-    """What came out: one row per prompt."""
+@pytree_dataclass
+class GenerateOutput:
+    """Generated tokens and their scores, one row per prompt."""
 
     ids_BM: Array  # int32 (B, max_new_tokens): new tokens, the end token, then padding
-    length_B: Array  # tokens up to and with the end token
-    score_B: Array = None  # log-probability; of beams over length ** length_penalty
-    logprob_BM: Array = None  # the model's own of each token, 0 after the end; with config.logprobs
-    kept: Any = None  # what the system kept of each answer beside its words, from the cache's `written["kept"]`
+    length_B: Array  # tokens up to and including the end token
+    score_B: Array = None  # sum of log-probabilities; with beams divided by length ** length_penalty
+    logprob_BM: Array = None  # the model's log-probability of each token, 0 after the end; with output_logprobs
+    aux_outputs: Any = None  # outputs of the model besides tokens (`generated["kept"]` of the cache), e.g. boxes
 
 
-def kept(cache: Cache) -> Any:
-    """What a system keeps of its answers beside their words, such as boxes: `written["kept"]`, one row per answer."""
-    found = cache.written.get("kept") if isinstance(cache.written, dict) else None
-    return jax.tree.map(lambda leaf: leaf[0], found)
+def aux_outputs(cache: Cache) -> Any:
+    """Outputs that a model collects besides tokens, such as boxes: `cache.generated["kept"]`, one row per sequence."""
+    aux = cache.generated.get("kept") if isinstance(cache.generated, dict) else None
+    return jax.tree.map(lambda leaf: leaf[0], aux)
 
 
-def nothing_seen(rows: int, vocab: int, config: GenerateConfig) -> Array | None:
-    """A (rows, V) table of the tokens generated so far, or None when no penalty asks for it."""
+def init_seen(num_rows: int, vocab_size: int, config: GenerationConfig) -> Array | None:
+    """Bool (num_rows, vocab_size), True for tokens generated so far; None without a repetition penalty."""
     if config.repetition_penalty == 1.0:
         return None
-    seen_RV = jnp.zeros((rows, vocab), bool)
-    return seen_RV if config.start is None else seen_RV.at[:, config.start].set(True)
+    seen_RV = jnp.zeros((num_rows, vocab_size), bool)
+    return seen_RV if config.decoder_start_token_id is None else seen_RV.at[:, config.decoder_start_token_id].set(True)
 
 
-def see(seen_RV: Array | None, token_R: Array) -> Array | None:
-    """The table with one more token per row."""
+def mark_seen(seen_RV: Array | None, token_R: Array) -> Array | None:
+    """`seen_RV` with one more token per row marked."""
     if seen_RV is None:
         return None
     return seen_RV.at[jnp.arange(len(token_R)), token_R].set(True)
 
 
-def rule(scores_RV: Array, seen_RV: Array | None, step: Array | int, config: GenerateConfig) -> Array:
-    """Scores after the repetition penalty (arXiv 1909.05858) and the ban on an early end.
+def process_logits(scores_RV: Array, seen_RV: Array | None, step: Array | int, config: GenerationConfig) -> Array:
+    """Scores (R, V) after the repetition penalty (arXiv 1909.05858) and the minimum length (end token at -inf).
 
-    `step` is the number of tokens generated so far. The penalty multiplies a negative score and divides a positive one.
+    `step` is the number of tokens generated so far. The penalty multiplies negative scores and divides positive ones.
     """
     if seen_RV is not None:
-        strength = config.repetition_penalty
-        punished_RV = jnp.where(scores_RV < 0, scores_RV * strength, scores_RV / strength)
-        scores_RV = jnp.where(seen_RV, punished_RV, scores_RV)
-    least = config.min_length - (config.start is not None)
-    if least > 0:
-        is_end_V = jnp.arange(scores_RV.shape[-1]) == config.eos
-        scores_RV = jnp.where(is_end_V & (step < least), IMPOSSIBLE, scores_RV)
+        penalty = config.repetition_penalty
+        penalized_RV = jnp.where(scores_RV < 0, scores_RV * penalty, scores_RV / penalty)
+        scores_RV = jnp.where(seen_RV, penalized_RV, scores_RV)
+    min_new_tokens = config.min_length - (config.decoder_start_token_id is not None)
+    if min_new_tokens > 0:
+        is_end_V = jnp.arange(scores_RV.shape[-1]) == config.eos_token_id
+        scores_RV = jnp.where(is_end_V & (step < min_new_tokens), NEG_INF, scores_RV)
     return scores_RV
 
 
-def candidates(scores_BV: Array, config: GenerateConfig) -> tuple[Array, Array | None]:
-    """What sampling draws from: scores (B, k) in falling order and their ids, impossible ones at -inf.
+def top_k_top_p_filtering(scores_BV: Array, config: GenerationConfig) -> tuple[Array, Array | None]:
+    """Scores (B, k) in descending order with excluded tokens at -inf, and their token ids (B, k).
 
-    Temperature first, then the `top_k` best, then the fewest of these whose probabilities reach `top_p` (nucleus
-    sampling, arXiv 1904.09751). Without either cut all scores come back as they stand and the ids are None.
+    Temperature first, then the `top_k` best, then the smallest set of these whose probabilities sum to `top_p` (nucleus
+    sampling, arXiv 1904.09751). Without top_k and top_p, all scores in vocabulary order, and None for the ids.
     """
     scores_BV = scores_BV / config.temperature
-    vocab = scores_BV.shape[-1]
-    kept = min(config.top_k or vocab, vocab)
-    if kept == vocab and config.top_p == 1.0:
+    vocab_size = scores_BV.shape[-1]
+    k = min(config.top_k or vocab_size, vocab_size)
+    if k == vocab_size and config.top_p == 1.0:
         return scores_BV, None
-    scores_Bk, ids_Bk = top_k(scores_BV, kept)
+    scores_Bk, ids_Bk = top_k(scores_BV, k)
     if config.top_p < 1.0:
         probability_Bk = jax.nn.softmax(scores_Bk, axis=-1)
-        better_Bk = jnp.cumsum(probability_Bk, axis=-1) - probability_Bk
-        # The first is always kept: a rounding error must not leave an empty set.
-        inside_Bk = (better_Bk < config.top_p) | (jnp.arange(kept) == 0)
-        scores_Bk = jnp.where(inside_Bk, scores_Bk, IMPOSSIBLE)
+        mass_before_Bk = jnp.cumsum(probability_Bk, axis=-1) - probability_Bk
+        # Always keep the first: a rounding error must not leave an empty set.
+        in_nucleus_Bk = (mass_before_Bk < config.top_p) | (jnp.arange(k) == 0)
+        scores_Bk = jnp.where(in_nucleus_Bk, scores_Bk, NEG_INF)
     return scores_Bk, ids_Bk
 
 
-def draw(scores_BV: Array, config: GenerateConfig, key: Array) -> Array:
-    """One token per row, drawn from `candidates`."""
-    scores_Bk, ids_Bk = candidates(scores_BV, config)
-    place_B = jax.random.categorical(key, scores_Bk).astype(jnp.int32)
-    return place_B if ids_Bk is None else jnp.take_along_axis(ids_Bk, place_B[:, None], axis=1)[:, 0]
+def sample_token(scores_BV: Array, config: GenerationConfig, key: Array) -> Array:
+    """int32 (B,): one token per row, sampled after `top_k_top_p_filtering`."""
+    scores_Bk, ids_Bk = top_k_top_p_filtering(scores_BV, config)
+    index_B = jax.random.categorical(key, scores_Bk).astype(jnp.int32)
+    return index_B if ids_Bk is None else jnp.take_along_axis(ids_Bk, index_B[:, None], axis=1)[:, 0]
 
 
-def best(scores_BV: Array) -> Array:
-    """The first highest score of each row: argmax, as two reductions that a CPU runs in vectors (6 times faster)."""
+def argmax(scores_BV: Array) -> Array:
+    """Index of the first highest score of each row, as two reductions that XLA vectorizes on CPUs (6 times faster)."""
     ids_V = jnp.arange(scores_BV.shape[-1], dtype=jnp.int32)
     highest_B1 = scores_BV.max(axis=-1, keepdims=True)
     return jnp.where(scores_BV >= highest_B1, ids_V, ids_V[-1]).min(axis=-1)
 
 
 def top_k(scores_BV: Array, k: int) -> tuple[Array, Array]:
-    """The k highest scores of each row in falling order and their places: `jax.lax.top_k`, faster on long rows.
+    """The k highest scores of each row, descending, and their indices: equals `jax.lax.top_k`, faster on long rows.
 
-    The k best stand in the k blocks with the highest maxima, so only these blocks are searched. Equal scores come in
-    the order of their places, as there.
+    The k best are in the k blocks with the highest maxima, so only these blocks are searched. Equal scores are ordered
+    by index, as in `jax.lax.top_k`.
     """
     rows, length = scores_BV.shape
-    if length < 4 * BLOCK * k:
-        top_Bk, place_Bk = jax.lax.top_k(scores_BV, k)
+    if length < 4 * TOP_K_BLOCK_SIZE * k:
+        top_Bk, index_Bk = jax.lax.top_k(scores_BV, k)
     else:
-        padding = ((0, 0), (0, -length % BLOCK))
-        blocks_BRC = jnp.pad(scores_BV, padding, constant_values=IMPOSSIBLE)
-        blocks_BRC = blocks_BRC.reshape(rows, -1, BLOCK)
-        chosen_Bk = jnp.sort(jax.lax.top_k(blocks_BRC.max(axis=-1), k)[1], axis=-1)
-        few_BC = take(blocks_BRC, chosen_Bk).reshape(rows, k * BLOCK)
-        top_Bk, place_Bk = jax.lax.top_k(few_BC, k)
-        place_Bk = take(chosen_Bk, place_Bk // BLOCK) * BLOCK + place_Bk % BLOCK
-    # XLA turns a slice of a top-k back into a full sort (50 times slower on a CPU), unless it cannot see it.
-    return jax.lax.optimization_barrier((top_Bk, place_Bk))
+        padding = ((0, 0), (0, -length % TOP_K_BLOCK_SIZE))
+        blocks_BRC = jnp.pad(scores_BV, padding, constant_values=NEG_INF)
+        blocks_BRC = blocks_BRC.reshape(rows, -1, TOP_K_BLOCK_SIZE)
+        block_Bk = jnp.sort(jax.lax.top_k(blocks_BRC.max(axis=-1), k)[1], axis=-1)
+        candidate_BC = gather_rows(blocks_BRC, block_Bk).reshape(rows, k * TOP_K_BLOCK_SIZE)
+        top_Bk, index_Bk = jax.lax.top_k(candidate_BC, k)
+        index_Bk = gather_rows(block_Bk, index_Bk // TOP_K_BLOCK_SIZE) * TOP_K_BLOCK_SIZE + index_Bk % TOP_K_BLOCK_SIZE
+    # The barrier stops XLA from turning a sliced top-k into a full sort (50 times slower on a CPU).
+    return jax.lax.optimization_barrier((top_Bk, index_Bk))
 
 
-def take(tree, index_BK: Array):
-    """For every leaf (B, J, ...) of a tree: rows `index_BK` of axis 1, prompt by prompt."""
+def gather_rows(tree, indices_BK: Array):
+    """For every leaf (B, J, ...) of a tree: the entries `indices_BK` of axis 1, per prompt, as (B, K, ...)."""
 
     def row(leaf_J, index_K):
         return jnp.take(leaf_J, index_K, axis=0, mode="clip")
 
-    return jax.tree.map(lambda leaf: jax.vmap(row)(leaf, index_BK), tree)
+    return jax.tree.map(lambda leaf: jax.vmap(row)(leaf, indices_BK), tree)

@@ -51,13 +51,13 @@ def token_tables(language: Any) -> dict[str, int]:
     """{path: axis of the vocabulary} of the parameters with one row per token."""
     if isinstance(language, BertConfig):
         return {"words/table": 0}
-    tied = isinstance(language, DecoderConfig) and language.tied
+    tied = isinstance(language, DecoderConfig) and language.tie_embeddings
     return {"embedding/table": 0} | ({} if tied else {"head/kernel": 1})
 
 
 def table_rows(language: Any) -> int:
     """Rows of those tables, with the ones that pad them for a mesh."""
-    return language.rows if isinstance(language, T5Config | DecoderConfig) else language.vocab
+    return language.padded_vocab_size if isinstance(language, T5Config | DecoderConfig) else language.vocab
 
 
 def vit_of(model: Any) -> tuple[str, ViTConfig]:

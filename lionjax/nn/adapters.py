@@ -9,37 +9,42 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lionjax.core.sharding import sharded
-from lionjax.core.weight_map import Row, fused, heads_in, joined, linear, under
+from lionjax.core.renamed import renamed_fields
+from lionjax.core.sharding import with_logical_partitioning
+from lionjax.core.weight_map import WeightMapping, linear, split_fused, split_heads_kernel, stack_tensors, with_prefix
 from lionjax.nn import attention as attentions
 from lionjax.nn.attention import Attention
-from lionjax.nn.layers import MLP, Dense, LayerNorm, dense_rows, kaiming_uniform, norm_rows, ones, zeros
+from lionjax.nn.layers import MLP, Dense, LayerNorm, dense_weight_map, kaiming_uniform, norm_weight_map, ones, zeros
 
 
+@renamed_fields(bottleneck="bottleneck_dim", count="num_adapters", tasks="num_tasks")
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """LION, section 3.2: how narrow, how many, and for how many tasks they are mixed. One adapter needs no router."""
 
-    bottleneck: int = 64
-    count: int = 2
-    tasks: int = 2
+    bottleneck_dim: int = 64
+    num_adapters: int = 2
+    num_tasks: int = 2
 
 
+@renamed_fields(
+    every="every_n_layers", source_width="vision_width", heads="num_heads", head="head_dim", hidden="mlp_dim"
+)
 @dataclasses.dataclass(frozen=True)
-class CrossConfig:
+class GatedCrossAttentionConfig:
     """Flamingo, section 2.2: a look at the pictures before each n-th layer of a frozen language model.
 
     `source_width`: of the pictures' words. `hidden`: of its feed-forward, 4 times the language model's width.
     """
 
-    every: int = 4
-    source_width: int = 1024
-    heads: int = 8
-    head: int = 64
-    hidden: int = 16384
+    every_n_layers: int = 4
+    vision_width: int = 1024
+    num_heads: int = 8
+    head_dim: int = 64
+    mlp_dim: int = 16384
 
 
-class GatedCross(nn.Module):
+class GatedCrossAttentionBlock(nn.Module):
     """x += tanh(gate) attention(norm x, pictures); x += tanh(mlp_gate) mlp(norm x). Both gates begin at zero.
 
     `media`: the words of a row's pictures (B, S, D), who looks at which (B, L, S), and whose look counts (B, L).
@@ -47,46 +52,46 @@ class GatedCross(nn.Module):
     """
 
     width: int
-    c: CrossConfig
+    c: GatedCrossAttentionConfig
 
     @nn.compact
-    def __call__(self, x_BLD, media, kept=None):
+    def __call__(self, x_BLD, media, media_kv=None):
         c = self.c
         source_BSD, seen_BLS, real_BL = media
 
         def gate(name):
-            return jnp.tanh(self.param(name, sharded(zeros, (None,)), (1,))).astype(x_BLD.dtype)
+            return jnp.tanh(self.param(name, with_logical_partitioning(zeros, (None,)), (1,))).astype(x_BLD.dtype)
 
-        own = Attention(self.width, c.heads, c.head, c.source_width, biases="", name="attention")
-        kept = own.keys_values(source_BSD) if kept is None else kept
-        query = own.queries(LayerNorm(self.width, 1e-5, name="norm")(x_BLD))
-        change_BLD = own.look(query, kept, seen_BLS[:, None])
+        own = Attention(self.width, c.num_heads, c.head_dim, c.vision_width, biases="", name="attention")
+        media_kv = own.project_key_value(source_BSD) if media_kv is None else media_kv
+        query = own.project_query(LayerNorm(self.width, 1e-5, name="norm")(x_BLD))
+        change_BLD = own.attend(query, media_kv, seen_BLS[:, None])
         change_BLD = jnp.where(real_BL[..., None], change_BLD, 0)
         x_BLD = x_BLD + gate("gate") * change_BLD
-        mlp = MLP(self.width, c.hidden, bias=False, name="mlp")
+        mlp = MLP(self.width, c.mlp_dim, use_bias=False, name="mlp")
         change_BLD = mlp(LayerNorm(self.width, 1e-5, name="mlp_norm")(x_BLD))
-        return x_BLD + gate("mlp_gate") * change_BLD, kept
+        return x_BLD + gate("mlp_gate") * change_BLD, media_kv
 
 
-def cross_rows(c: CrossConfig) -> tuple[Row, ...]:
+def gated_cross_attention_weight_map(c: GatedCrossAttentionConfig) -> tuple[WeightMapping, ...]:
     """Names of one gated block in OpenFlamingo."""
     return (
-        *under("attn.", "", flamingo_attention_rows(c.heads, c.head)),
-        *norm_rows("attn.norm", "norm"),
-        Row("attn_gate", "gate"),
-        *norm_rows("ff.0", "mlp_norm"),
-        *dense_rows("ff.1", "mlp/up", bias=False),
-        *dense_rows("ff.3", "mlp/down", bias=False),
-        Row("ff_gate", "mlp_gate"),
+        *with_prefix("attn.", "", flamingo_attention_weight_map(c.num_heads, c.head_dim)),
+        *norm_weight_map("attn.norm", "norm"),
+        WeightMapping("attn_gate", "gate"),
+        *norm_weight_map("ff.0", "mlp_norm"),
+        *dense_weight_map("ff.1", "mlp/up", bias=False),
+        *dense_weight_map("ff.3", "mlp/down", bias=False),
+        WeightMapping("ff_gate", "mlp_gate"),
     )
 
 
-def flamingo_attention_rows(heads: int, head: int) -> tuple[Row, ...]:
+def flamingo_attention_weight_map(num_heads: int, head_dim: int) -> tuple[WeightMapping, ...]:
     """An `Attention` under `attention` as OpenFlamingo names it: keys and values are one Linear."""
-    cut, paths = heads_in(heads, head), ("attention/k/kernel", "attention/v/kernel")
+    cut, paths = split_heads_kernel(num_heads, head_dim), ("attention/k/kernel", "attention/v/kernel")
     return (
-        *under("", "attention/", attentions.torch_rows({"q": "to_q", "o": "to_out"}, heads, head, "")),
-        Row("to_kv.weight", paths, fused(cut, cut)),
+        *with_prefix("", "attention/", attentions.weight_map({"q": "to_q", "o": "to_out"}, num_heads, head_dim, "")),
+        WeightMapping("to_kv.weight", paths, split_fused(cut, cut)),
     )
 
 
@@ -94,13 +99,13 @@ class Adapter(nn.Module):
     """A narrow detour around a frozen layer; it starts by adding nothing."""
 
     width: int
-    bottleneck: int
+    bottleneck_dim: int
 
     @nn.compact
     def __call__(self, x_BLD):
-        down = Dense(self.width, self.bottleneck, ("embed", "narrow"), init=kaiming_uniform, name="down")
-        up = Dense(self.bottleneck, self.width, ("narrow", "embed"), init=zeros, name="up")
-        scale = self.param("scale", sharded(ones, (None,)), (1,))
+        down = Dense(self.width, self.bottleneck_dim, ("embed", "narrow"), kernel_init=kaiming_uniform, name="down")
+        up = Dense(self.bottleneck_dim, self.width, ("narrow", "embed"), kernel_init=zeros, name="up")
+        scale = self.param("scale", with_logical_partitioning(ones, (None,)), (1,))
         return up(jax.nn.relu(down(x_BLD))) * scale.astype(x_BLD.dtype)
 
 
@@ -115,33 +120,39 @@ class RoutedAdapters(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD, task_B):
-        changes = [Adapter(self.width, self.c.bottleneck, name=f"adapter_{a}")(x_BLD) for a in range(self.c.count)]
-        if self.c.count == 1:
+        changes = [
+            Adapter(self.width, self.c.bottleneck_dim, name=f"adapter_{a}")(x_BLD) for a in range(self.c.num_adapters)
+        ]
+        if self.c.num_adapters == 1:
             return changes[0]
-        shape = (self.c.tasks, self.c.count, self.width)
-        ratio_TAD = self.param("ratio", sharded(one_adapter_per_task, ("task", "task", "embed")), shape)
+        shape = (self.c.num_tasks, self.c.num_adapters, self.width)
+        ratio_TAD = self.param(
+            "ratio", with_logical_partitioning(one_adapter_per_task_init, ("task", "task", "embed")), shape
+        )
         ratio_BAD = ratio_TAD[task_B].astype(x_BLD.dtype)
         return sum(change * ratio_BAD[:, None, a] for a, change in enumerate(changes))
 
 
-def one_adapter_per_task(key, shape, dtype=jnp.float32):
+def one_adapter_per_task_init(key, shape, dtype=jnp.float32):
     """Task t starts with adapter t alone."""
     del key
     return jnp.broadcast_to(jnp.eye(shape[0], shape[1], dtype=dtype)[:, :, None], shape)
 
 
-def torch_rows(c: AdapterConfig) -> tuple[Row, ...]:
+def adapter_weight_map(c: AdapterConfig) -> tuple[WeightMapping, ...]:
     """LION's names under `...layer.N.adapter.`; the two router matrices become one (task, adapter, D) array."""
     rows = []
-    for a in range(c.count):
+    for a in range(c.num_adapters):
         theirs, ours = f"adapters.{a}.", f"adapter_{a}/"
         rows += [
-            Row(theirs + "down_proj.weight", ours + "down/kernel", linear),
-            Row(theirs + "down_proj.bias", ours + "down/bias"),
-            Row(theirs + "up_proj.weight", ours + "up/kernel", linear),
-            Row(theirs + "up_proj.bias", ours + "up/bias"),
-            Row(theirs + "scale", ours + "scale"),
+            WeightMapping(theirs + "down_proj.weight", ours + "down/kernel", linear),
+            WeightMapping(theirs + "down_proj.bias", ours + "down/bias"),
+            WeightMapping(theirs + "up_proj.weight", ours + "up/kernel", linear),
+            WeightMapping(theirs + "up_proj.bias", ours + "up/bias"),
+            WeightMapping(theirs + "scale", ours + "scale"),
         ]
-    if c.count > 1:
-        rows.append(Row(tuple(f"router_ratio{a + 1}" for a in range(c.count)), "ratio", joined(axis=1)))
+    if c.num_adapters > 1:
+        rows.append(
+            WeightMapping(tuple(f"router_ratio{a + 1}" for a in range(c.num_adapters)), "ratio", stack_tensors(axis=1))
+        )
     return tuple(rows)

@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lionjax.core.sharding import sharded
-from lionjax.core.weight_map import Row, linear
+from lionjax.core.sharding import with_logical_partitioning
+from lionjax.core.weight_map import WeightMapping, linear
 from lionjax.nn.lora import LoraConfig
 
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
@@ -24,7 +24,7 @@ kaiming_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  
 
 
 # What a rematerialised block keeps for its backward pass.
-REMAT = {
+REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -34,28 +34,34 @@ REMAT = {
 class Dense(nn.Module):
     """y = x W + b over the last axis of x. `features` may have two axes (heads, head size)."""
 
-    inputs: int
+    in_features: int
     features: int | tuple[int, ...]
-    axes: tuple[str, ...]  # of the kernel: (input, *features)
-    bias: bool = True
-    init: Callable = normal(0.02)
+    kernel_axes: tuple[str, ...]  # of the kernel: (input, *features)
+    use_bias: bool = True
+    kernel_init: Callable = normal(0.02)
     lora: LoraConfig = LoraConfig()
 
     @nn.compact
     def __call__(self, x, key=None):
         features = (self.features,) if isinstance(self.features, int) else self.features
-        kernel = self.param("kernel", sharded(self.init, self.axes), (self.inputs, *features))
+        kernel = self.param(
+            "kernel", with_logical_partitioning(self.kernel_init, self.kernel_axes), (self.in_features, *features)
+        )
         y = jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-        if self.lora.rank and self.name in self.lora.targets:
-            y = y + self.detour(x, features, key)
-        if self.bias:
-            y = y + self.param("bias", sharded(zeros, self.axes[1:]), features).astype(x.dtype)
+        if self.lora.rank and self.name in self.lora.target_modules:
+            y = y + self.lora_delta(x, features, key)
+        if self.use_bias:
+            y = y + self.param("bias", with_logical_partitioning(zeros, self.kernel_axes[1:]), features).astype(x.dtype)
         return y
 
-    def detour(self, x, features, key):
+    def lora_delta(self, x, features, key):
         rank = self.lora.rank
-        a = self.param("lora_a", sharded(kaiming_uniform, (self.axes[0], "narrow")), (self.inputs, rank))
-        b = self.param("lora_b", sharded(zeros, ("narrow", *self.axes[1:])), (rank, *features))
+        a = self.param(
+            "lora_a",
+            with_logical_partitioning(kaiming_uniform, (self.kernel_axes[0], "narrow")),
+            (self.in_features, rank),
+        )
+        b = self.param("lora_b", with_logical_partitioning(zeros, ("narrow", *self.kernel_axes[1:])), (rank, *features))
         low = dropout(x, self.lora.dropout, key) @ a.astype(x.dtype)
         return jnp.tensordot(low, b.astype(x.dtype), 1) * (self.lora.alpha / rank)
 
@@ -63,32 +69,38 @@ class Dense(nn.Module):
 class DenseFromHeads(nn.Module):
     """(…, N, H) -> (…, D): an attention's output projection."""
 
-    heads: int
-    head: int
+    num_heads: int
+    head_dim: int
     features: int
-    bias: bool = True
-    init: Callable = normal(0.02)
+    use_bias: bool = True
+    kernel_init: Callable = normal(0.02)
     lora: LoraConfig = LoraConfig()
 
     @nn.compact
     def __call__(self, x_BLNH, key=None):
-        x = x_BLNH.reshape(*x_BLNH.shape[:-2], self.heads * self.head)
-        shape = (self.heads, self.head, self.features)
-        kernel = self.param("kernel", sharded(flat_in(self.init), ("heads", "head", "embed")), shape)
+        x = x_BLNH.reshape(*x_BLNH.shape[:-2], self.num_heads * self.head_dim)
+        shape = (self.num_heads, self.head_dim, self.features)
+        kernel = self.param(
+            "kernel", with_logical_partitioning(flatten_fan_in(self.kernel_init), ("heads", "head", "embed")), shape
+        )
         y = x @ kernel.reshape(-1, self.features).astype(x.dtype)
-        if self.lora.rank and self.name in self.lora.targets:
+        if self.lora.rank and self.name in self.lora.target_modules:
             rank = self.lora.rank
             axes = ("heads", "head", "narrow")
-            a = self.param("lora_a", sharded(flat_in(kaiming_uniform), axes), (self.heads, self.head, rank))
-            b = self.param("lora_b", sharded(zeros, ("narrow", "embed")), (rank, self.features))
+            a = self.param(
+                "lora_a",
+                with_logical_partitioning(flatten_fan_in(kaiming_uniform), axes),
+                (self.num_heads, self.head_dim, rank),
+            )
+            b = self.param("lora_b", with_logical_partitioning(zeros, ("narrow", "embed")), (rank, self.features))
             low = dropout(x, self.lora.dropout, key) @ a.reshape(-1, rank).astype(x.dtype)
             y = y + low @ b.astype(x.dtype) * (self.lora.alpha / rank)
-        if self.bias:
-            y = y + self.param("bias", sharded(zeros, ("embed",)), (self.features,)).astype(x.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", with_logical_partitioning(zeros, ("embed",)), (self.features,)).astype(x.dtype)
         return y
 
 
-def flat_in(init: Callable) -> Callable:
+def flatten_fan_in(init: Callable) -> Callable:
     """An initialiser that sees all axes but the last as one (its fan-in)."""
 
     def wrapped(key, shape, dtype=jnp.float32):
@@ -103,15 +115,19 @@ def flat_in(init: Callable) -> Callable:
 class Embed(nn.Module):
     """Rows of a table by id: (B, L) -> (B, L, D). The first `frozen` rows get no gradient."""
 
-    vocab: int
+    num_embeddings: int
     width: int
-    init: Callable = normal(0.02)
-    frozen: int = 0
+    embedding_init: Callable = normal(0.02)
+    num_frozen: int = 0
 
     def setup(self):
-        table = self.param("table", sharded(self.init, ("vocab", "embed")), (self.vocab, self.width))
-        if self.frozen:
-            learns_V1 = (jnp.arange(self.vocab) >= self.frozen)[:, None]
+        table = self.param(
+            "table",
+            with_logical_partitioning(self.embedding_init, ("vocab", "embed")),
+            (self.num_embeddings, self.width),
+        )
+        if self.num_frozen:
+            learns_V1 = (jnp.arange(self.num_embeddings) >= self.num_frozen)[:, None]
             table = jnp.where(learns_V1, table, jax.lax.stop_gradient(table))
         self.table = table
 
@@ -128,18 +144,18 @@ class LayerNorm(nn.Module):
 
     width: int
     eps: float
-    bias: bool = True
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", sharded(ones, ("embed",)), (self.width,))
+        scale = self.param("scale", with_logical_partitioning(ones, ("embed",)), (self.width,))
         wide = x.astype(jnp.float32)
         mean = wide.mean(-1, keepdims=True)
         centred = wide - mean
         variance = (centred * centred).mean(-1, keepdims=True)
         y = centred * (jax.lax.rsqrt(variance + self.eps) * scale)
-        if self.bias:
-            y = y + self.param("bias", sharded(zeros, ("embed",)), (self.width,))
+        if self.use_bias:
+            y = y + self.param("bias", with_logical_partitioning(zeros, ("embed",)), (self.width,))
         return y.astype(x.dtype)
 
 
@@ -151,7 +167,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", sharded(ones, ("embed",)), (self.width,))
+        scale = self.param("scale", with_logical_partitioning(ones, ("embed",)), (self.width,))
         wide = x.astype(jnp.float32)
         return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.eps)).astype(x.dtype) * scale.astype(
             x.dtype
@@ -186,22 +202,22 @@ class MLP(nn.Module):
     """Dense, activation, dense."""
 
     width: int
-    hidden: int
+    mlp_dim: int
     activation: str = "gelu"
-    features: int | None = None
-    bias: bool = True
-    init: Callable = normal(0.02)
-    zero_out: bool = False  # start with an output of zero
-    inner_eps: float | None = None  # of a norm before the second dense (sub-LN); None: there is none
+    out_features: int | None = None
+    use_bias: bool = True
+    kernel_init: Callable = normal(0.02)
+    zero_init_output: bool = False  # start with an output of zero
+    sub_ln_eps: float | None = None  # of a norm before the second dense (sub-LN); None: there is none
 
     @nn.compact
     def __call__(self, x):
-        out = zeros if self.zero_out else self.init
-        up = Dense(self.width, self.hidden, ("embed", "mlp"), self.bias, self.init, name="up")
-        down = Dense(self.hidden, self.features or self.width, ("mlp", "embed"), self.bias, out, name="down")
+        out = zeros if self.zero_init_output else self.kernel_init
+        up = Dense(self.width, self.mlp_dim, ("embed", "mlp"), self.use_bias, self.kernel_init, name="up")
+        down = Dense(self.mlp_dim, self.out_features or self.width, ("mlp", "embed"), self.use_bias, out, name="down")
         h = ACTIVATIONS[self.activation](up(x))
-        if self.inner_eps is not None:
-            h = LayerNorm(self.hidden, self.inner_eps, name="norm")(h)
+        if self.sub_ln_eps is not None:
+            h = LayerNorm(self.mlp_dim, self.sub_ln_eps, name="norm")(h)
         return down(h)
 
 
@@ -209,89 +225,93 @@ class GatedMLP(nn.Module):
     """down(act(gate x) * up x): T5 v1.1's (wi_0 gate, wi_1 up) and LLaMA's feed-forward."""
 
     width: int
-    hidden: int
+    mlp_dim: int
     activation: str
-    init: Callable = normal(0.02)
+    kernel_init: Callable = normal(0.02)
     lora: LoraConfig = LoraConfig()
-    bias: bool = False
-    inner_eps: float | None = None  # of a norm before the last dense; None: there is none
+    use_bias: bool = False
+    sub_ln_eps: float | None = None  # of a norm before the last dense; None: there is none
 
     @nn.compact
     def __call__(self, x, dropout_rate: float = 0.0, key=None):
         def dense(inputs, outputs, axes, name):
-            return Dense(inputs, outputs, axes, self.bias, self.init, self.lora, name=name)
+            return Dense(inputs, outputs, axes, self.use_bias, self.kernel_init, self.lora, name=name)
 
-        gate = dense(self.width, self.hidden, ("embed", "mlp"), "gate")(x, folded(key, 1))
-        hidden = ACTIVATIONS[self.activation](gate) * dense(self.width, self.hidden, ("embed", "mlp"), "up")(
-            x, folded(key, 2)
+        gate = dense(self.width, self.mlp_dim, ("embed", "mlp"), "gate")(x, fold_in(key, 1))
+        hidden = ACTIVATIONS[self.activation](gate) * dense(self.width, self.mlp_dim, ("embed", "mlp"), "up")(
+            x, fold_in(key, 2)
         )
-        if self.inner_eps is not None:
-            hidden = LayerNorm(self.hidden, self.inner_eps, name="norm")(hidden)
-        return dense(self.hidden, self.width, ("mlp", "embed"), "down")(
-            dropout(hidden, dropout_rate, key), folded(key, 3)
+        if self.sub_ln_eps is not None:
+            hidden = LayerNorm(self.mlp_dim, self.sub_ln_eps, name="norm")(hidden)
+        return dense(self.mlp_dim, self.width, ("mlp", "embed"), "down")(
+            dropout(hidden, dropout_rate, key), fold_in(key, 3)
         )
 
 
 class PatchEmbed(nn.Module):
     """(B, H, W, C) -> (B, P, D): a convolution whose stride is its kernel, as one product; patches row by row."""
 
-    patch: int
+    patch_size: int
     width: int
-    channels: int = 3
-    bias: bool = True
+    in_channels: int = 3
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, image_BHWC):
-        p, c = self.patch, self.channels
+        p, c = self.patch_size, self.in_channels
         shape = (p, p, c, self.width)
-        kernel = self.param("kernel", sharded(flat_in(normal(0.02)), ("conv", "conv", "conv", "embed")), shape)
+        kernel = self.param(
+            "kernel", with_logical_partitioning(flatten_fan_in(normal(0.02)), ("conv", "conv", "conv", "embed")), shape
+        )
         batch, high, wide, _ = image_BHWC.shape
         rows, columns = high // p, wide // p
         x = image_BHWC[:, : rows * p, : columns * p].reshape(batch, rows, p, columns, p, c)
         x_BPF = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * c)
         y_BPD = x_BPF @ kernel.reshape(-1, self.width).astype(x_BPF.dtype)
-        if self.bias:
-            y_BPD = y_BPD + self.param("bias", sharded(zeros, ("embed",)), (self.width,)).astype(y_BPD.dtype)
+        if self.use_bias:
+            y_BPD = y_BPD + self.param("bias", with_logical_partitioning(zeros, ("embed",)), (self.width,)).astype(
+                y_BPD.dtype
+            )
         return y_BPD
 
 
 class Conv(nn.Module):
     """(B, H, W, C) -> (B, H', W', D): a square kernel at every `stride`-th pixel, zeros around the picture."""
 
-    inputs: int
+    in_features: int
     features: int
-    kernel: int = 3
+    kernel_size: int = 3
     stride: int = 1
-    bias: bool = True
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x_BHWC):
-        shape = (self.kernel, self.kernel, self.inputs, self.features)
-        init = sharded(flat_in(normal(0.02)), ("conv", "conv", None, "embed"))
+        shape = (self.kernel_size, self.kernel_size, self.in_features, self.features)
+        init = with_logical_partitioning(flatten_fan_in(normal(0.02)), ("conv", "conv", None, "embed"))
         kernel = self.param("kernel", init, shape).astype(x_BHWC.dtype)
-        room = ((self.kernel // 2, self.kernel // 2),) * 2
+        room = ((self.kernel_size // 2, self.kernel_size // 2),) * 2
         layout = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(x_BHWC, kernel, (self.stride,) * 2, room, dimension_numbers=layout)
-        if self.bias:
-            y = y + self.param("bias", sharded(zeros, ("embed",)), (self.features,)).astype(y.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", with_logical_partitioning(zeros, ("embed",)), (self.features,)).astype(y.dtype)
         return y
 
 
-def into_squares(x_BHWD, side: int):
+def window_partition(x_BHWD, window_size: int):
     """(B, H, W, D) -> (B', side * side, D): squares row by row, zeros beyond the right and lower edge."""
     batch, high, wide, width = x_BHWD.shape
-    x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, -high % side), (0, -wide % side), (0, 0)))
-    down, across = x_BHWD.shape[1] // side, x_BHWD.shape[2] // side
-    x = x_BHWD.reshape(batch, down, side, across, side, width).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch * down * across, side * side, width)
+    x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, -high % window_size), (0, -wide % window_size), (0, 0)))
+    down, across = x_BHWD.shape[1] // window_size, x_BHWD.shape[2] // window_size
+    x = x_BHWD.reshape(batch, down, window_size, across, window_size, width).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch * down * across, window_size * window_size, width)
 
 
-def from_squares(x_BLD, side: int, shape: tuple[int, ...]):
+def window_reverse(windows_BLD, window_size: int, shape: tuple[int, ...]):
     """The inverse of `into_squares` for what had this shape."""
     batch, high, wide, width = shape
-    down, across = -(-high // side), -(-wide // side)
-    x = x_BLD.reshape(batch, down, across, side, side, width).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, down * side, across * side, width)[:, :high, :wide]
+    down, across = -(-high // window_size), -(-wide // window_size)
+    x = windows_BLD.reshape(batch, down, across, window_size, window_size, width).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, down * window_size, across * window_size, width)[:, :high, :wide]
 
 
 def dropout(x, rate: float, key):
@@ -302,28 +322,28 @@ def dropout(x, rate: float, key):
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def folded(key, number: int):
+def fold_in(key, data: int):
     """A key of its own for one of several that share one, which stays as it was; None from None."""
-    return None if key is None else jax.random.fold_in(key, number)
+    return None if key is None else jax.random.fold_in(key, data)
 
 
-def split_key(key, number: int):
+def split_key(key, num: int):
     """`number` keys from one; Nones from None, so that evaluation needs no branch."""
-    return [None] * number if key is None else jax.random.split(key, number)
+    return [None] * num if key is None else jax.random.split(key, num)
 
 
-def pick(x_BLD, place_BK):
+def take_positions(x_BLD, position_BK):
     """Rows of x at these places: (B, L, ...) -> (B, K, ...)."""
-    return jnp.take_along_axis(x_BLD, place_BK.reshape(*place_BK.shape, *(1,) * (x_BLD.ndim - 2)), axis=1)
+    return jnp.take_along_axis(x_BLD, position_BK.reshape(*position_BK.shape, *(1,) * (x_BLD.ndim - 2)), axis=1)
 
 
-def dense_rows(torch: str, flax: str, bias: bool = True) -> tuple[Row, ...]:
+def dense_weight_map(torch_module: str, flax_module: str, bias: bool = True) -> tuple[WeightMapping, ...]:
     """Rows of a `Dense` that is a torch Linear."""
-    rows = (Row(f"{torch}.weight", f"{flax}/kernel", linear),)
-    return (*rows, Row(f"{torch}.bias", f"{flax}/bias")) if bias else rows
+    rows = (WeightMapping(f"{torch_module}.weight", f"{flax_module}/kernel", linear),)
+    return (*rows, WeightMapping(f"{torch_module}.bias", f"{flax_module}/bias")) if bias else rows
 
 
-def norm_rows(torch: str, flax: str, bias: bool = True) -> tuple[Row, ...]:
+def norm_weight_map(torch_module: str, flax_module: str, bias: bool = True) -> tuple[WeightMapping, ...]:
     """Rows of a norm: torch's weight is our scale."""
-    rows = (Row(f"{torch}.weight", f"{flax}/scale"),)
-    return (*rows, Row(f"{torch}.bias", f"{flax}/bias")) if bias else rows
+    rows = (WeightMapping(f"{torch_module}.weight", f"{flax_module}/scale"),)
+    return (*rows, WeightMapping(f"{torch_module}.bias", f"{flax_module}/bias")) if bias else rows

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from lionjax.core.renamed import renamed_fields
 
+
+@renamed_fields(targets="target_modules")
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """A low-rank detour on dense layers (LoRA, arXiv 2106.09685): y = Wx + (alpha / rank) B A x. Rank 0 means none."""
@@ -13,4 +16,4 @@ class LoraConfig:
     rank: int = 0
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("q", "v")  # names of the dense layers that get one
+    target_modules: tuple[str, ...] = ("q", "v")  # names of the dense layers that get one

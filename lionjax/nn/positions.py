@@ -9,38 +9,38 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax.core.sharding import sharded
+from lionjax.core.sharding import with_logical_partitioning
 from lionjax.nn.layers import normal
 
 
-def rotations(positions_BL, head: int, theta: float):
+def rope_cos_sin(positions_BL, head_dim: int, theta: float):
     """Cosine and sine (B, L, 1, H/2) by which `rotate` turns queries and keys at these positions (arXiv 2104.09864)."""
-    speed_H = theta ** (-np.arange(0, head, 2, dtype=np.float32) / head)
+    speed_H = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     angle_BLNH = positions_BL.astype(jnp.float32)[:, :, None, None] * speed_H
     return jnp.cos(angle_BLNH), jnp.sin(angle_BLNH)
 
 
-def rotate(x_BLNH, turn):
+def apply_rope(x_BLNH, cos_sin):
     """Each pair (h, h + H/2) turned by its angle, in float32; LLaMA pairs halves, not neighbours."""
-    cos, sin = turn
+    cos, sin = cos_sin
     first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLNH.dtype)
 
 
-def near(positions_BS, heads: int):
+def alibi_bias(positions_BS, num_heads: int):
     """A bias (B, N, 1, S) that prefers what is near, each head by a slope of its own (ALiBi, arXiv 2108.12409).
 
     It counts from the row's start, not from who looks: what is added to all of a row's scores changes no softmax. The
     slopes are MPT's, also where the heads are no power of two.
     """
-    power = 2 ** math.ceil(math.log2(heads))
+    power = 2 ** math.ceil(math.log2(num_heads))
     slope_N = 2.0 ** -(np.arange(1, power + 1, dtype=np.float32) * (8 / power))
-    if power != heads:
-        slope_N = np.concatenate([slope_N[1::2], slope_N[::2]])[:heads]
+    if power != num_heads:
+        slope_N = np.concatenate([slope_N[1::2], slope_N[::2]])[:num_heads]
     return positions_BS.astype(jnp.float32)[:, None, None, :] * slope_N[:, None, None]
 
 
-def waves(positions_BL, width: int):
+def sinusoidal_positions(positions_BL, width: int):
     """Sines, then cosines of positions (B, L, D), as fairseq and Kosmos-2 have them."""
     half = width // 2
     speed_D = np.exp(np.arange(half, dtype=np.float32) * -(math.log(10000) / (half - 1)))
@@ -49,37 +49,39 @@ def waves(positions_BL, width: int):
     return jnp.pad(wave_BLD, ((0, 0), (0, 0), (0, width % 2)))
 
 
-def relative_buckets(query_positions, key_positions, buckets: int, max_distance: int, both_ways: bool):
+def relative_position_bucket(query_positions, key_positions, num_buckets: int, max_distance: int, bidirectional: bool):
     """T5's bucket of each (query, key) distance: exact when near, logarithmic when far (arXiv 1910.10683, 2.1).
 
     numpy or jax integer arrays (L,), (S,) -> (L, S).
     """
     distance_LS = key_positions[None, :] - query_positions[:, None]
     bucket_LS = jnp.zeros_like(distance_LS)
-    if both_ways:
-        buckets //= 2
-        bucket_LS = (distance_LS > 0) * buckets
+    if bidirectional:
+        num_buckets //= 2
+        bucket_LS = (distance_LS > 0) * num_buckets
         distance_LS = jnp.abs(distance_LS)
     else:
         distance_LS = jnp.maximum(-distance_LS, 0)
-    exact = buckets // 2
+    exact = num_buckets // 2
     far_LS = jnp.log(jnp.maximum(distance_LS, 1).astype(jnp.float32) / exact)
-    far_LS = exact + (far_LS / np.log(max_distance / exact) * (buckets - exact)).astype(jnp.int32)
-    return bucket_LS + jnp.where(distance_LS < exact, distance_LS, jnp.minimum(far_LS, buckets - 1))
+    far_LS = exact + (far_LS / np.log(max_distance / exact) * (num_buckets - exact)).astype(jnp.int32)
+    return bucket_LS + jnp.where(distance_LS < exact, distance_LS, jnp.minimum(far_LS, num_buckets - 1))
 
 
-class RelativeBias(nn.Module):
+class RelativePositionBias(nn.Module):
     """A learned number per head and bucket of distance, added to the scores of every layer: (1, N, L, S)."""
 
-    heads: int
-    buckets: int
+    num_heads: int
+    num_buckets: int
     max_distance: int
-    both_ways: bool
+    bidirectional: bool
     width: int  # of the model, for the initial scale
 
     @nn.compact
     def __call__(self, query_positions, key_positions):
-        init = sharded(normal(self.width**-0.5), ("position", "heads"))
-        table = self.param("table", init, (self.buckets, self.heads))
-        bucket_LS = relative_buckets(query_positions, key_positions, self.buckets, self.max_distance, self.both_ways)
+        init = with_logical_partitioning(normal(self.width**-0.5), ("position", "heads"))
+        table = self.param("table", init, (self.num_buckets, self.num_heads))
+        bucket_LS = relative_position_bucket(
+            query_positions, key_positions, self.num_buckets, self.max_distance, self.bidirectional
+        )
         return table[bucket_LS].transpose(2, 0, 1)[None].astype(jnp.float32)

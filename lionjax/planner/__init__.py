@@ -10,16 +10,26 @@ if TYPE_CHECKING:  # for editors and type checkers: where each name lies
     from lionjax.planner.plans import (
         GENERATION,
         Plan,
-        blank,
-        generating,
-        mesh_for,
+        dummy_batch,
+        find_stage_index,
+        fit_mesh,
+        generation_target,
         plan,
-        stage_number,
-        training,
+        train_step_target,
         with_remat,
     )
 
-__all__ = ["GENERATION", "Plan", "blank", "generating", "mesh_for", "plan", "stage_number", "training", "with_remat"]
+__all__ = [
+    "GENERATION",
+    "Plan",
+    "dummy_batch",
+    "generation_target",
+    "fit_mesh",
+    "plan",
+    "find_stage_index",
+    "train_step_target",
+    "with_remat",
+]
 
 
 def __getattr__(name: str):

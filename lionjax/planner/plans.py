@@ -21,20 +21,20 @@ from lionjax.core import sharding
 from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.core.types import Batch, UserError
-from lionjax.inference.engine import ROWS
+from lionjax.inference.engine import BATCH_SIZE_BUCKETS
 from lionjax.inference.generate import generate
-from lionjax.inference.sampling import GenerateConfig
+from lionjax.inference.sampling import GenerationConfig
 from lionjax.planner import hlo_analysis, topologies
-from lionjax.planner.compile_cache import compiled
+from lionjax.planner.compile_cache import compile_and_analyze
 from lionjax.planner.topologies import GIB, Chip, Topology
 from lionjax.training import step as stages
-from lionjax.training.init import Layout
-from lionjax.training.init import layout as init_layout
-from lionjax.training.optimizer import abstract_optimiser, optimizer
+from lionjax.training.init import ParamSpecs
+from lionjax.training.init import make_param_specs as init_layout
+from lionjax.training.optimizer import abstract_opt_state, make_optimizer
 
 GENERATION = "generation"
-QUICK = {"exec_time_optimization_effort": -1.0}  # of -1..1; JAX's default is 0
-LIMITS = ("products", "memory", "links", "network")
+QUICK_COMPILER_OPTIONS = {"exec_time_optimization_effort": -1.0}  # of -1..1; JAX's default is 0
+ROOFLINE_TERMS = ("products", "memory", "links", "network")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,82 +76,82 @@ class Plan:
         return max(self.seconds.values(), default=0.0)
 
     @property
-    def speed(self) -> float:
+    def examples_per_second(self) -> float:
         """Predicted rows a second."""
         return self.rows / self.step_seconds if self.step_seconds else 0.0
 
     @property
-    def dominates(self) -> str:
+    def bottleneck(self) -> str:
         """Which of `LIMITS` that is."""
         return max(self.seconds, key=self.seconds.get, default="nothing")
 
     @property
-    def utilisation(self) -> float:
+    def mfu(self) -> float:
         """Predicted share of the chips' peak that is spent on what the model needs (MFU)."""
         most = self.devices * self.peak_tflops * 1e12 * self.step_seconds
         return self.needed_flops / most if most else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class CompileTarget:
     """A function to compile and the shapes to compile it for; `turns` of a loop whose end is not known before."""
 
     function: object
     arguments: tuple
-    trained: int
-    frozen: int
-    turns: int = 1
+    num_trainable: int
+    num_frozen: int
+    while_trip_count: int = 1
 
 
 # What is planned
 
 
-def stage_number(experiment: Experiment, text: str | None) -> int:
+def find_stage_index(experiment: Experiment, name: str | None) -> int:
     """Which stage is meant: by number from 1 on, by name, or (None) the one that trains most. Raises UserError."""
     names = [stage.name for stage in experiment.stages]
-    if text is None:
-        layout = init_layout(experiment, blank(experiment), sharding.make_mesh(devices=jax.devices()[:1]))
-        counts = [trees.count(trees.split(layout.learned, stage.trainable)[0]) for stage in experiment.stages]
+    if name is None:
+        layout = init_layout(experiment, dummy_batch(experiment), sharding.make_mesh(devices=jax.devices()[:1]))
+        counts = [trees.count_params(trees.split(layout.trainable, stage.trainable)[0]) for stage in experiment.stages]
         return max(range(len(counts)), key=lambda number: (counts[number], number))
-    if text in names:
-        return names.index(text)
-    if text.isdigit() and 1 <= int(text) <= len(names):
-        return int(text) - 1
-    raise UserError(f"there is no stage {text!r}; there are {', '.join(names)}, or 1 to {len(names)}")
+    if name in names:
+        return names.index(name)
+    if name.isdigit() and 1 <= int(name) <= len(names):
+        return int(name) - 1
+    raise UserError(f"there is no stage {name!r}; there are {', '.join(names)}, or 1 to {len(names)}")
 
 
-def blank(experiment: Experiment, stage: Stage | None = None, rows: int = 2) -> Batch:
+def dummy_batch(experiment: Experiment, stage: Stage | None = None, batch_size: int = 2) -> Batch:
     """A batch of zeros as the pipeline makes it for a stage; None: one for all stages, of which shapes follow."""
     processor = experiment.data.processor
-    text = [np.zeros((rows, n), np.int32) for n in (processor.prompt_length, processor.question_length)]
-    target, row = np.zeros((rows, processor.target_length), np.int32), np.zeros(rows, np.int32)
+    text = [np.zeros((batch_size, n), np.int32) for n in (processor.prompt_length, processor.max_question_tokens)]
+    target, row = np.zeros((batch_size, processor.max_target_tokens), np.int32), np.zeros(batch_size, np.int32)
     several = (processor.pictures,) if processor.pictures > 1 else ()
-    image = np.zeros((rows, *several, *(processor.image_size,) * 2, 3), np.float32)
+    image = np.zeros((batch_size, *several, *(processor.image_size,) * 2, 3), np.float32)
     batch = Batch(image, text[0], text[0], text[1], text[1], target, target, target, row, row)
     if stage is not None:
-        batch = dataclasses.replace(batch, part_B=row)
-    count, sides = processor.boxes, (processor.sam_size,) * 2
+        batch = dataclasses.replace(batch, dataset_B=row)
+    count, sides = processor.boxes, (processor.sam_image_size,) * 2
     if count:
-        box, real = np.zeros((rows, count, 4), np.float32), np.zeros((rows, count), np.int32)
+        box, real = np.zeros((batch_size, count, 4), np.float32), np.zeros((batch_size, count), np.int32)
         batch = dataclasses.replace(batch, boxes_BK4=box, boxes_mask_BK=real)
-    if not processor.sam_size or (stage and "res" not in dict(stage.mixture)):
+    if not processor.sam_image_size or (stage and "res" not in dict(stage.mixture)):
         return batch
-    large, mask = np.zeros((rows, *sides, 3), np.float32), np.zeros((rows, count, *sides), bool)
+    large, mask = np.zeros((batch_size, *sides, 3), np.float32), np.zeros((batch_size, count, *sides), bool)
     return dataclasses.replace(batch, masks_BKHW=mask, masks_mask_BK=real, sam_image_BHWC=large)
 
 
-def spread(batch: Batch, rows: int, mesh: Mesh) -> Batch:
+def abstract_batch(batch: Batch, batch_size: int, mesh: Mesh) -> Batch:
     """Shapes of a batch of so many rows, laid over a mesh as `sharding.put_batch` lays it."""
 
     def one(x):
-        shape = (rows, *x.shape[1:])
-        where = sharding.spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh, "batch")
+        shape = (batch_size, *x.shape[1:])
+        where = sharding.partition_spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh, "batch")
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, where))
 
     return jax.tree.map(one, batch)
 
 
-def cast(tree, dtype: str):
+def cast_specs(tree, dtype: str):
     """Shapes of a tree whose floating leaves are held in another dtype."""
 
     def one(leaf):
@@ -161,60 +161,62 @@ def cast(tree, dtype: str):
     return jax.tree.map(one, tree)
 
 
-def training(experiment: Experiment, number: int, layout: Layout) -> Work:
+def train_step_target(experiment: Experiment, stage_index: int, specs: ParamSpecs) -> CompileTarget:
     """The update of a stage, as `training.loop` compiles it."""
-    stage, mesh, run = experiment.stages[number], layout.mesh, experiment.run
-    trainable, idle = trees.split(layout.learned, stage.trainable)
-    frozen = trees.merge(layout.never, cast(idle, run.frozen_dtype))
-    rule = optimizer(stage, trainable, layout.layer_axes)
+    stage, mesh, run = experiment.stages[stage_index], specs.mesh, experiment.run
+    trainable, idle = trees.split(specs.trainable, stage.trainable)
+    frozen = trees.merge(specs.frozen, cast_specs(idle, run.frozen_dtype))
+    rule = make_optimizer(stage, trainable, specs.layer_axes)
     everywhere = NamedSharding(mesh, PartitionSpec())
     step = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
-    state = stages.State(step, trainable, abstract_optimiser(rule, trainable, mesh))
-    system = stages.system_of(experiment, stage)
-    batch = spread(blank(experiment, stage), stage.batch_size, mesh)
+    state = stages.TrainState(step, trainable, abstract_opt_state(rule, trainable, mesh))
+    system = stages.model_for_stage(experiment, stage)
+    batch = abstract_batch(dummy_batch(experiment, stage), stage.batch_size, mesh)
     if run.cache_features:
         seen = jax.eval_shape(system.extract_features, trees.merge(trainable, frozen), batch)
         batch = dataclasses.replace(
-            batch, features=spread(seen, stage.batch_size, mesh), image_BHWC=None, sam_image_BHWC=None
+            batch, features=abstract_batch(seen, stage.batch_size, mesh), image_BHWC=None, sam_image_BHWC=None
         )
     key = jax.random.key(0)
-    update = stages.make_step(system, stage, rule, key, state, mesh, [])
-    return Work(update, (state, frozen, batch), trees.count(trainable), trees.count(frozen))
+    update = stages.make_train_step(system, stage, rule, key, state, mesh, [])
+    return CompileTarget(update, (state, frozen, batch), trees.count_params(trainable), trees.count_params(frozen))
 
 
-def generating(experiment: Experiment, number: int, layout: Layout, rows: int) -> Work:
+def generation_target(experiment: Experiment, stage_index: int, specs: ParamSpecs, batch_size: int) -> CompileTarget:
     """Answers to so many prompts, as the model gives them after a stage."""
-    stage, answer, mesh = experiment.stages[number], experiment.answer, layout.mesh
-    batch = dataclasses.replace(blank(experiment, stage), sam_image_BHWC=None, masks_BKHW=None, masks_mask_BK=None)
-    batch = spread(batch, rows, mesh)
-    end = experiment.system.info.end_token
-    how = GenerateConfig(
-        max_new_tokens=answer.max_new_tokens or experiment.data.processor.target_length,
-        beams=answer.beams,
+    stage, answer, mesh = experiment.stages[stage_index], experiment.generation, specs.mesh
+    batch = dataclasses.replace(
+        dummy_batch(experiment, stage), sam_image_BHWC=None, masks_BKHW=None, masks_mask_BK=None
+    )
+    batch = abstract_batch(batch, batch_size, mesh)
+    end = experiment.model.info.end_token
+    how = GenerationConfig(
+        max_new_tokens=answer.max_new_tokens or experiment.data.processor.max_target_tokens,
+        num_beams=answer.num_beams,
         length_penalty=answer.length_penalty,
         repetition_penalty=answer.repetition_penalty,
-        eos=end,
-        start=0 if experiment.data.processor.reader == "encoder" else None,
+        eos_token_id=end,
+        decoder_start_token_id=0 if experiment.data.processor.reader == "encoder" else None,
     )
-    whole = trees.merge(layout.never, layout.learned)
-    system = stages.system_of(experiment, stage)
+    whole = trees.merge(specs.frozen, specs.trainable)
+    system = stages.model_for_stage(experiment, stage)
 
     def answers(params, batch):
-        with sharding.use(mesh):
+        with sharding.use_mesh(mesh):
             return generate(system, params, batch, how)
 
     turns = how.max_new_tokens - 1
-    return Work(jax.jit(answers), (whole, batch), 0, trees.count(whole), turns)
+    return CompileTarget(jax.jit(answers), (whole, batch), 0, trees.count_params(whole), turns)
 
 
 # Meshes and policies
 
 
-def mesh_for(experiment: Experiment, stage: Stage, topology: Topology) -> tuple[MeshConfig, str]:
+def fit_mesh(experiment: Experiment, stage: Stage, topology: Topology) -> tuple[MeshConfig, str]:
     """The config's own mesh where it splits the stage's batch over all of the pod; else the nearest, and why."""
     own = dataclasses.replace(experiment.mesh, slices=topology.slices)
     slices, data, fsdp, _ = own.shape(topology.devices)
-    rows = stage.batch_size // stage.accumulate
+    rows = stage.batch_size // stage.grad_accum_steps
     if rows % (slices * data * fsdp) == 0:
         return own, ""
     each = topology.devices // slices
@@ -244,11 +246,11 @@ def with_remat(config, policy: str):
 def plan(
     experiment: Experiment,
     topology: Topology,
-    number: int,
+    stage_index: int,
     mesh: MeshConfig | None = None,
     remat: str | None = None,
     generation: bool = False,
-    options: Mapping[str, str] | None = None,
+    compiler_options: Mapping[str, str] | None = None,
     quick: bool = False,
 ) -> Plan:
     """Compile the update of a stage (or the generation behind it) for a pod, and read what came out.
@@ -257,31 +259,31 @@ def plan(
     much. Raises UserError where libtpu is missing or the mesh does not fit the pod; a
     program that needs more memory than there is makes a plan that does not fit.
     """
-    stage, note = experiment.stages[number], ""
+    stage, note = experiment.stages[stage_index], ""
     if mesh is None:
-        mesh, note = mesh_for(experiment, stage, topology)
+        mesh, note = fit_mesh(experiment, stage, topology)
     if remat is not None:
-        experiment = dataclasses.replace(experiment, system=with_remat(experiment.system, remat))
-    grid = sharding.make_mesh(mesh, topologies.devices(topology))
-    layout = init_layout(experiment, blank(experiment), grid)
-    rows = ROWS[-1] * topology.hosts if generation else stage.batch_size
+        experiment = dataclasses.replace(experiment, system=with_remat(experiment.model, remat))
+    grid = sharding.make_mesh(mesh, topologies.topology_devices(topology))
+    layout = init_layout(experiment, dummy_batch(experiment), grid)
+    rows = BATCH_SIZE_BUCKETS[-1] * topology.hosts if generation else stage.batch_size
     if generation:
-        work = generating(experiment, number, layout, rows)
+        work = generation_target(experiment, stage_index, layout, rows)
     else:
-        work = training(experiment, number, layout)
+        work = train_step_target(experiment, stage_index, layout)
     traced = work.function.trace(*work.arguments)
-    flops = needed = hlo_analysis.products(traced.jaxpr.jaxpr, work.turns)
+    flops = needed = hlo_analysis.jaxpr_flops(traced.jaxpr.jaxpr, work.while_trip_count)
     if not generation:
-        plain = dataclasses.replace(experiment, system=with_remat(experiment.system, "none"))
-        once = training(plain, number, layout)
-        needed = hlo_analysis.products(once.function.trace(*once.arguments).jaxpr.jaxpr)
+        plain = dataclasses.replace(experiment, model=with_remat(experiment.model, "none"))
+        once = train_step_target(plain, stage_index, layout)
+        needed = hlo_analysis.jaxpr_flops(once.function.trace(*once.arguments).jaxpr.jaxpr)
     across = topology.devices // topology.slices if topology.slices > 1 else 0
-    given = dict(options or {}) | (QUICK if quick else {})
-    seen = compiled(traced.lower(), str(topology), across, given)
-    chip, parts = topology.chip, _parts(rows // (1 if generation else stage.accumulate), grid)
+    given = dict(compiler_options or {}) | (QUICK_COMPILER_OPTIONS if quick else {})
+    seen = compile_and_analyze(traced.lower(), str(topology), across, given)
+    chip, parts = topology.chip, _num_batch_shards(rows // (1 if generation else stage.grad_accum_steps), grid)
     seconds = {}
     if seen["fits"]:
-        seconds = predicted(chip, flops / (parts * grid.shape["tensor"]), seen)
+        seconds = roofline_seconds(chip, flops / (parts * grid.shape["tensor"]), seen)
     return Plan(
         config=experiment.name,
         what=GENERATION if generation else stage.name,
@@ -292,31 +294,31 @@ def plan(
         fits=seen["fits"],
         peak_gib=None if seen["peak"] is None else seen["peak"] / GIB,
         hbm_gib=chip.hbm_gib,
-        trained=work.trained,
-        frozen=work.frozen,
+        trained=work.num_trainable,
+        frozen=work.num_frozen,
         flops=flops,
         needed_flops=needed,
         seconds=seconds,
         collectives=seen["collectives"],
         compile_seconds=seen["seconds"],
-        peak_tflops=chip.tflops,
+        peak_tflops=chip.peak_tflops,
         remat=remat or "as the config says",
         quick=quick,
         notes=(note,) if note else (),
     )
 
 
-def predicted(chip: Chip, flops: float, seen: Mapping) -> dict[str, float]:
+def roofline_seconds(chip: Chip, flops: float, analysis: Mapping) -> dict[str, float]:
     """Seconds that each of `LIMITS` takes at a chip's published peak, for its part of the products and bytes."""
     return {
-        "products": flops / (chip.tflops * 1e12),
-        "memory": seen["traffic"] / (chip.memory * 1e9),
-        "links": seen["near"] / (chip.links * 1e9),
-        "network": seen["far"] / (chip.network * 1e9),
+        "products": flops / (chip.peak_tflops * 1e12),
+        "memory": analysis["traffic"] / (chip.hbm_gb_per_s * 1e9),
+        "links": analysis["near"] / (chip.ici_gb_per_s * 1e9),
+        "network": analysis["far"] / (chip.dcn_gb_per_s * 1e9),
     }
 
 
-def _parts(rows: int, mesh: Mesh) -> int:
+def _num_batch_shards(batch_size: int, mesh: Mesh) -> int:
     """Over how many devices a batch is really split."""
-    axes = sharding.spec(("batch",), (rows,), mesh, "batch")[0] or ()
+    axes = sharding.partition_spec(("batch",), (batch_size,), mesh, "batch")[0] or ()
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))

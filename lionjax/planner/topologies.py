@@ -28,33 +28,33 @@ class Chip:
     """
 
     name: str
-    others: tuple[str, ...]
-    flat: bool
-    counts: str
+    aliases: tuple[str, ...]
+    is_2d: bool
+    size_unit: str
     hbm_gib: float
-    tflops: float
-    memory: float
-    links: float
-    network: float
-    parts: int = 1
-    settings: str = "default"  # libtpu's word for how the cores of a chip go together
+    peak_tflops: float
+    hbm_gb_per_s: float
+    ici_gb_per_s: float
+    dcn_gb_per_s: float
+    devices_per_chip: int = 1
+    chip_config_name: str = "default"  # libtpu's word for how the cores of a chip go together
 
     @property
-    def most(self) -> int:
+    def max_chips(self) -> int:
         """Chips of the largest slice."""
-        return 256 if self.flat else 4096
+        return 256 if self.is_2d else 4096
 
 
 CHIPS = (
-    Chip("v4", (), False, "cores", 32, 275, 1228, 300, 6.25, settings="megacore"),
+    Chip("v4", (), False, "cores", 32, 275, 1228, 300, 6.25, chip_config_name="megacore"),
     Chip("v5e", ("v5litepod", "v5lite"), True, "chips", 16, 197, 819, 200, 3.125),
-    Chip("v5p", (), False, "cores", 95, 459, 2765, 600, 6.25, settings="megacore"),
+    Chip("v5p", (), False, "cores", 95, 459, 2765, 600, 6.25, chip_config_name="megacore"),
     Chip("v6e", ("trillium",), True, "chips", 32, 918, 1600, 400, 12.5),
-    Chip("tpu7x", ("v7x", "ironwood"), False, "cores", 96, 1153, 3690, 600, 6.25, parts=2),
+    Chip("tpu7x", ("v7x", "ironwood"), False, "cores", 96, 1153, 3690, 600, 6.25, devices_per_chip=2),
 )
 # One GPU by what it calls itself: its published dense rate in bfloat16 and its memory's, in the same units.
 GPUS = {"H200": (989, 4800), "H100 PCIe": (756, 2000), "H100": (989, 3350), "A100": (312, 2039)}
-KNOWN = "v4-32, v5e-16, v5e-256, v5p-512, v6e-64 or tpu7x-128"
+EXAMPLE_NAMES = "v4-32, v5e-16, v5e-256, v5p-512, v6e-64 or tpu7x-128"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Topology:
     @property
     def devices(self) -> int:
         """What JAX counts."""
-        return self.chips * self.chip.parts
+        return self.chips * self.chip.devices_per_chip
 
     @property
     def hosts(self) -> int:
@@ -89,16 +89,16 @@ class Topology:
         return one if self.slices == 1 else f"{self.slices} slices of {one}"
 
 
-def published(kind: str) -> tuple[float, float] | None:
+def peak_rates(device_kind: str) -> tuple[float, float] | None:
     """(1e12 FLOP/s in bfloat16, 1e9 bytes/s) of one device by JAX's `device_kind`; None for one that is not known."""
     spoken = {"v5 lite": "v5e", "v6 lite": "v6e", "v5": "v5p", "v4": "v4", "7x": "tpu7x"}
-    if kind.startswith("TPU"):
-        name = next((name for word, name in spoken.items() if word in kind), None)
-        return next(((chip.tflops, chip.memory) for chip in CHIPS if chip.name == name), None)
-    return next((rates for name, rates in GPUS.items() if name in kind), None)
+    if device_kind.startswith("TPU"):
+        name = next((name for word, name in spoken.items() if word in device_kind), None)
+        return next(((chip.peak_tflops, chip.hbm_gb_per_s) for chip in CHIPS if chip.name == name), None)
+    return next((rates for name, rates in GPUS.items() if name in device_kind), None)
 
 
-def parse(name: str, slices: int = 1) -> Topology:
+def parse_topology(name: str, slices: int = 1) -> Topology:
     """A slice by name (v5e-16, v5litepod-256, tpu-v5p-512) or by shape (v5p:4x8x8); see `KNOWN`.
 
     The number counts TensorCores for v4, v5p and tpu7x, two a chip, and chips for v5e and v6e, as in the names that
@@ -106,30 +106,30 @@ def parse(name: str, slices: int = 1) -> Topology:
     """
     words = re.fullmatch(r"(?:tpu-)?([a-z0-9]+?)(?:[-:=_])([0-9x]+)", name.strip().lower())
     if words is None:
-        raise UserError(f"{name!r} is no topology; write for example {KNOWN}")
+        raise UserError(f"{name!r} is no topology; write for example {EXAMPLE_NAMES}")
     kind, rest = words.groups()
-    chip = next((chip for chip in CHIPS if kind in (chip.name, *chip.others)), None)
+    chip = next((chip for chip in CHIPS if kind in (chip.name, *chip.aliases)), None)
     if chip is None:
-        names = [name for chip in CHIPS for name in (chip.name, *chip.others)]
+        names = [name for chip in CHIPS for name in (chip.name, *chip.aliases)]
         near = difflib.get_close_matches(kind, names, n=1) or ["v5e"]
         raise UserError(f"there is no TPU {kind!r}; did you mean {near[0]}-{rest}?")
     if slices < 1:
         raise UserError(f"--slices is {slices}; give at least 1")
     if "x" in rest:
-        return Topology(chip, _shape(chip, rest, name), slices)
-    cores = 2 if chip.counts == "cores" else 1
-    known = {_product(shape) * cores: shape for shape in shapes(chip)}
+        return Topology(chip, _parse_shape(chip, rest, name), slices)
+    cores = 2 if chip.size_unit == "cores" else 1
+    known = {_product(shape) * cores: shape for shape in slice_shapes(chip)}
     if int(rest) not in known:
         near = min(known, key=lambda number: abs(number - int(rest)))
-        what = f"number counts {chip.counts}, and there is no {name}"
+        what = f"number counts {chip.size_unit}, and there is no {name}"
         raise UserError(f"the {what}; did you mean {chip.name}-{near}?")
     return Topology(chip, known[int(rest)], slices)
 
 
-def shapes(chip: Chip) -> list[tuple[int, ...]]:
+def slice_shapes(chip: Chip) -> list[tuple[int, ...]]:
     """How slices of each size lie: powers of two, as near to a square or a cube as they can be."""
-    made, shape = [(1, 1)] if chip.flat else [], [2, 2] if chip.flat else [2, 2, 1]
-    while _product(shape) <= chip.most:
+    made, shape = [(1, 1)] if chip.is_2d else [], [2, 2] if chip.is_2d else [2, 2, 1]
+    while _product(shape) <= chip.max_chips:
         made.append(tuple(shape))
         # The last of the smallest axes grows: 2x2, 2x4, 4x4, ... and 2x2x1, 2x2x2, 2x2x4, ...
         place = max(range(len(shape)), key=lambda axis: (-shape[axis], axis))
@@ -138,15 +138,15 @@ def shapes(chip: Chip) -> list[tuple[int, ...]]:
     return made
 
 
-def _shape(chip: Chip, text: str, name: str) -> tuple[int, ...]:
+def _parse_shape(chip: Chip, text: str, name: str) -> tuple[int, ...]:
     try:
         shape = tuple(int(size) for size in text.split("x"))
     except ValueError:
         shape = ()
-    wanted = 2 if chip.flat else 3
-    if len(shape) != wanted or min(shape) < 1 or _product(shape) > chip.most:
-        example = "v5e:4x8" if chip.flat else "v5p:4x4x8"
-        raise UserError(f"{name!r} wants {wanted} sizes of at most {chip.most} chips, as in {example}")
+    wanted = 2 if chip.is_2d else 3
+    if len(shape) != wanted or min(shape) < 1 or _product(shape) > chip.max_chips:
+        example = "v5e:4x8" if chip.is_2d else "v5p:4x4x8"
+        raise UserError(f"{name!r} wants {wanted} sizes of at most {chip.max_chips} chips, as in {example}")
     return shape
 
 
@@ -157,15 +157,15 @@ def _product(sizes) -> int:
     return total
 
 
-def devices(topology: Topology) -> list:
+def topology_devices(topology: Topology) -> list:
     """The slice's devices, for which one can compile. Needs libtpu and no TPU.
 
     Raises UserError where libtpu is missing, or does not know of such a slice.
     """
-    check()
-    for name, value in libtpu.BESIDE_NO_TPU.items():
+    require_libtpu()
+    for name, value in libtpu.COMPILE_ONLY_ENV.items():
         os.environ.setdefault(name, value)
-    libtpu.deepen_stack()
+    libtpu.enlarge_thread_stack()
     from jax.experimental import topologies
 
     chip, shape = topology.chip, topology.shape
@@ -175,9 +175,9 @@ def devices(topology: Topology) -> list:
         made = topologies.get_topology_desc(
             topology_name=f"{chip.name}:{'x'.join(map(str, shape))}",
             platform="tpu",
-            chip_config_name=chip.settings,
+            chip_config_name=chip.chip_config_name,
             chips_per_host_bounds=tuple(min(2, size) for size in whole[:2]) + (1,),
-            wrap=wraps(chip, whole),
+            wrap=torus_wraparound(chip, whole),
             **more,
         )
     except Exception as error:
@@ -186,9 +186,9 @@ def devices(topology: Topology) -> list:
     return list(made.devices)
 
 
-def wraps(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
+def torus_wraparound(chip: Chip, shape: tuple[int, ...]) -> tuple[bool, ...]:
     """Along which axes the links close to a ring: all of a cuboid of whole 4x4x4 cubes, a plane's of 16 chips."""
-    if chip.flat:
+    if chip.is_2d:
         return tuple(size == 16 for size in shape)
     return (all(size % 4 == 0 for size in shape),) * 3
 
@@ -198,7 +198,7 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def check() -> None:
+def require_libtpu() -> None:
     """Raise UserError where programs for TPUs cannot be compiled."""
     if not has_libtpu():
         raise UserError("a plan wants libtpu, which compiles without a TPU: pip install 'lionjax[tpu]'")

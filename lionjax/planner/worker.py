@@ -24,7 +24,7 @@ from lionjax.planner.plans import Plan
 from lionjax.planner.topologies import Topology
 
 
-class BrokeOff(UserError):
+class CompilerCrashed(UserError):
     """The compiler ended its process; says how, and where its last words are."""
 
 
@@ -32,44 +32,44 @@ class BrokeOff(UserError):
 class Job:
     """What `plans.plan` takes, so that another process can read it: the experiment is the text of `config.to_json`."""
 
-    experiment: str
+    experiment_json: str
     topology: Topology
-    number: int
+    stage_index: int
     mesh: MeshConfig | None
     remat: str | None
     generation: bool
     quick: bool
 
 
-def work(job: Job) -> Plan:
+def run_job(job: Job) -> Plan:
     """The plan of a job."""
-    experiment = config.from_json(job.experiment)
-    return plans.plan(experiment, job.topology, job.number, job.mesh, job.remat, job.generation, quick=job.quick)
+    experiment = config.from_json(job.experiment_json)
+    return plans.plan(experiment, job.topology, job.stage_index, job.mesh, job.remat, job.generation, quick=job.quick)
 
 
-class Apart:
+class PlanWorker:
     """A process that makes plans, one after the other, and a new one after each that broke off. For `with`.
 
     `work`: what it does with a job; a function of a module, which the process imports.
     """
 
-    def __init__(self, work: Callable[[Job], Plan] = work):
-        self.work, self.process = work, None
+    def __init__(self, job_fn: Callable[[Job], Plan] = run_job):
+        self.job_fn, self.process = job_fn, None
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> PlanWorker:
         return self
 
     def __exit__(self, *_) -> None:
         if self.process is not None:
             self.process.kill()
             self._end()
-            self.said.unlink(missing_ok=True)
+            self.stderr_path.unlink(missing_ok=True)
 
     def plan(
         self,
         experiment: Experiment,
         topology: Topology,
-        number: int,
+        stage_index: int,
         mesh: MeshConfig | None = None,
         remat: str | None = None,
         generation: bool = False,
@@ -79,16 +79,16 @@ class Apart:
         if self.process is None:
             self._start()
         text = config.to_json(experiment)
-        self.pipe.send(Job(text, topology, number, mesh, remat, generation, quick))
+        self.pipe.send(Job(text, topology, stage_index, mesh, remat, generation, quick))
         try:
             made, error = self.pipe.recv()
         except (EOFError, ConnectionError):
             self._end()
-            raise BrokeOff(last_words(self.code, self.said)) from None
-        with self.said.open(errors="replace") as lines:
-            lines.seek(self.read)
+            raise CompilerCrashed(crash_message(self.exit_code, self.stderr_path)) from None
+        with self.stderr_path.open(errors="replace") as lines:
+            lines.seek(self.stderr_offset)
             sys.stderr.write(lines.read())
-            self.read = lines.tell()
+            self.stderr_offset = lines.tell()
         if error is not None:
             raise error
         return made
@@ -96,23 +96,23 @@ class Apart:
     def _start(self) -> None:
         number, name = tempfile.mkstemp(prefix="lionjax-plan-", suffix=".log")
         os.close(number)
-        self.said, self.read = Path(name), 0
+        self.stderr_path, self.stderr_offset = Path(name), 0
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        given = (theirs, name, self.work)
+        given = (theirs, name, self.job_fn)
         self.process = context.Process(target=_serve, args=given, daemon=True)
         self.process.start()
         theirs.close()
 
     def _end(self) -> None:
         self.process.join()
-        self.code, self.process = self.process.exitcode, None
+        self.exit_code, self.process = self.process.exitcode, None
         self.pipe.close()
 
 
-def _serve(pipe, said: str, work: Callable[[Job], Plan]) -> None:
+def _serve(pipe, stderr_path: str, job_fn: Callable[[Job], Plan]) -> None:
     """The process: jobs in, (plan, None) or (None, exception) out, until nobody asks."""
-    with open(said, "ab", buffering=0) as file:  # libtpu writes to the number, not to sys.stderr
+    with open(stderr_path, "ab", buffering=0) as file:  # libtpu writes to the number, not to sys.stderr
         os.dup2(file.fileno(), 2)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("lionjax").setLevel(logging.INFO)
@@ -120,7 +120,7 @@ def _serve(pipe, said: str, work: Callable[[Job], Plan]) -> None:
         while True:
             job = pipe.recv()
             try:
-                answer = work(job), None
+                answer = job_fn(job), None
             except UserError as error:
                 answer = None, error
             except Exception as error:
@@ -131,25 +131,31 @@ def _serve(pipe, said: str, work: Callable[[Job], Plan]) -> None:
             pipe.send(answer)
 
 
-def last_words(code: int | None, said: Path) -> str:
+def crash_message(exit_code: int | None, stderr_path: Path) -> str:
     """The sentence for a compiler that ended with an exit code, or with a signal as a negative one."""
-    if code == -signal.SIGKILL:
+    if exit_code == -signal.SIGKILL:
         return (
             "the process that compiled was killed, most likely because memory ran out (a plan of a model of 7 billion "
             "parameters wants about 3 GB, of 13 billion 5 GB); close other programs and try again"
         )
     names = {-one: one.name for one in signal.Signals}
     return (
-        f"the compiler broke off ({names.get(code, f'code {code}')}), and left its last words in {said}; try another "
+        f"the compiler broke off ({names.get(exit_code, f'code {exit_code}')}), and left its last words in {stderr_path}; try another "
         "--mesh, --quick or its opposite, or --search, which passes over what breaks"
     )
 
 
-def unplanned(
-    experiment: Experiment, topology: Topology, number: int, mesh: MeshConfig, remat: str | None, quick: bool, why: str
+def failed_plan(
+    experiment: Experiment,
+    topology: Topology,
+    stage_index: int,
+    mesh: MeshConfig,
+    remat: str | None,
+    quick: bool,
+    reason: str,
 ) -> Plan:
     """What is known of a plan for which the compiler broke off: what was asked."""
-    stage, chip = experiment.stages[number], topology.chip
+    stage, chip = experiment.stages[stage_index], topology.chip
     return Plan(
         config=experiment.name,
         what=stage.name,
@@ -167,9 +173,9 @@ def unplanned(
         seconds={},
         collectives={},
         compile_seconds=0.0,
-        peak_tflops=chip.tflops,
+        peak_tflops=chip.peak_tflops,
         remat=remat or "as the config says",
         quick=quick,
-        notes=(why,),
+        notes=(reason,),
         broke_off=True,
     )

@@ -15,19 +15,19 @@ from PIL import Image
 from lionjax.core.types import UserError
 from lionjax.data import images
 from lionjax.evaluation.report import plots
-from lionjax.evaluation.report.html import read_lines
+from lionjax.evaluation.report.html import read_jsonl
 from lionjax.inference import tagger
-from lionjax.inference.loading import load, with_prompts
+from lionjax.inference.loading import load, with_prompt_length
 from lionjax.inference.model import Answer, Model
 
-EXAMPLES = 3  # shown of each benchmark that a run has answered
+EXAMPLES_PER_BENCHMARK = 3  # shown of each benchmark that a run has answered
 # Fonts of the reader's own machine, so that the page loads nothing from elsewhere.
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+THEME_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 Point = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Talk:
+class Conversation:
     """What was said of a picture, (question, answer) each, and the corners pointed at for the next, x y in 0..1."""
 
     turns: tuple[tuple[str, str], ...] = ()
@@ -49,59 +49,69 @@ class Talk:
         ]
 
 
-def pointed(talk: Talk, size: tuple[int, int], pixel: Sequence[float]) -> Talk:
+def add_click(conversation: Conversation, size: tuple[int, int], click: Sequence[float]) -> Conversation:
     """The talk after a click at a pixel of a picture (width, height): a first corner, or the one opposite to it."""
-    corner = tuple(min(max(at / edge, 0.0), 1.0) for at, edge in zip(pixel, size))
-    first = talk.corners if len(talk.corners) == 1 else ()
+    corner = tuple(min(max(at / edge, 0.0), 1.0) for at, edge in zip(click, size))
+    first = conversation.corners if len(conversation.corners) == 1 else ()
     flat = any(abs(a - b) * edge < 1 for other in first for a, b, edge in zip(corner, other, size))
-    return dataclasses.replace(talk, corners=first if flat else (*first, corner))
+    return dataclasses.replace(conversation, corners=first if flat else (*first, corner))
 
 
-def ask(
-    model: Model, talk: Talk, picture: Image.Image, prompt: str, tags: Sequence[str] = (), remembers: bool = True
-) -> tuple[Talk, Answer]:
+def respond(
+    model: Model,
+    conversation: Conversation,
+    image: Image.Image,
+    prompt: str,
+    tags: Sequence[str] = (),
+    use_history: bool = True,
+) -> tuple[Conversation, Answer]:
     """The model's answer about the picture and about what was pointed at, and the talk with it.
 
     `remembers`: what was said before is part of the prompt. Raises UserError for what cannot be asked.
     """
     (answer,) = model.answer(
-        [picture],
+        [image],
         [prompt],
-        boxes=[[talk.box]] if talk.box else None,
+        boxes=[[conversation.box]] if conversation.box else None,
         tags=[tags] if tags else None,
-        history=[talk.turns] if remembers and talk.turns else None,
+        history=[conversation.turns] if use_history and conversation.turns else None,
     )
-    return Talk((*talk.turns, (prompt, answer.text))), answer
+    return Conversation((*conversation.turns, (prompt, answer.text))), answer
 
 
-def drawn(picture: Image.Image, talk: Talk, answer: Answer | None = None) -> Image.Image:
+def render_image(image: Image.Image, conversation: Conversation, answer: Answer | None = None) -> Image.Image:
     """The picture with what was pointed at, and with the answer's boxes and masks."""
-    marks = [plots.Mark(talk.box, colour=plots.ASKED)] if talk.box else []
-    if len(talk.corners) == 1:
-        ((x, y),) = talk.corners
-        marks = [plots.Mark((x - 0.01, y - 0.01, x + 0.01, y + 0.01), colour=plots.ASKED)]
+    marks = [plots.Overlay(conversation.box, color=plots.QUERY_COLOR)] if conversation.box else []
+    if len(conversation.corners) == 1:
+        ((x, y),) = conversation.corners
+        marks = [plots.Overlay((x - 0.01, y - 0.01, x + 0.01, y + 0.01), color=plots.QUERY_COLOR)]
     if answer is not None:
-        marks += [plots.Mark(box, colour=plots.PREDICTED) for box in answer.boxes]
-        marks += [plots.Mark(mask=mask, colour=plots.PREDICTED) for mask in answer.masks]
-    return plots.draw(picture, marks)
+        marks += [plots.Overlay(box, color=plots.PREDICTION_COLOR) for box in answer.boxes]
+        marks += [plots.Overlay(mask=mask, color=plots.PREDICTION_COLOR) for mask in answer.masks]
+    return plots.draw_overlays(image, marks)
 
 
-def examples(folder: Path) -> list[list[str]]:
+def run_examples(folder: Path) -> list[list[str]]:
     """[picture, question] that a run has been asked, some of each benchmark; none of other folders."""
     found = []
     for file in sorted((folder / "evaluation").glob("*.jsonl")):
-        lines = [one for one in read_lines(file) if "image" in one and not one.get("question_boxes")]
+        lines = [one for one in read_jsonl(file) if "image" in one and not one.get("question_boxes")]
         lines = [one for one in lines if (file.parent / one["image"]).is_file()]
-        found += [[str(file.parent / one["image"]), one["question"]] for one in lines[:EXAMPLES]]
+        found += [[str(file.parent / one["image"]), one["question"]] for one in lines[:EXAMPLES_PER_BENCHMARK]]
     return found
 
 
-def page(model: Model, title: str = "lionjax", shown: Sequence[Sequence[str]] = (), names: tagger.Tagger | None = None):
+def build_demo(
+    model: Model,
+    title: str = "lionjax",
+    examples: Sequence[Sequence[str]] = (),
+    image_tagger: tagger.Tagger | None = None,
+):
     """The page as gradio's Blocks. `shown`: examples, [picture, question] each. `names` fills in the tags.
 
     Raises UserError where gradio is not installed.
     """
-    gr = _gradio()
+    gr = _import_gradio()
     config = model.processor.config
 
     def answered(talk, file, prompt, words, remembers):
@@ -109,28 +119,28 @@ def page(model: Model, title: str = "lionjax", shown: Sequence[Sequence[str]] = 
             raise gr.Error("Choose a picture and write a question.", print_exception=False)
         words = [word.strip() for word in words.split(",") if word.strip()]
         try:
-            picture = images.open_picture(file)
-            after, answer = ask(model, talk, picture, prompt.strip(), words, remembers)
+            picture = images.open_image(file)
+            after, answer = respond(model, talk, picture, prompt.strip(), words, remembers)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return after, after.messages, drawn(picture, talk, answer), ""
+        return after, after.messages, render_image(picture, talk, answer), ""
 
     def clicked(talk, file, event: gr.SelectData):
-        picture = images.open_picture(file)
-        talk = pointed(talk, picture.size, event.index)
-        return talk, drawn(picture, talk)
+        picture = images.open_image(file)
+        talk = add_click(talk, picture.size, event.index)
+        return talk, render_image(picture, talk)
 
     def changed(file):
         """Another picture begins another talk."""
         try:
-            named = names.tag([images.open_picture(file)])[0].tags if names and file else ()
+            named = image_tagger.tag([images.open_image(file)])[0].tags if image_tagger and file else ()
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return Talk(), [], file, ", ".join(named)
+        return Conversation(), [], file, ", ".join(named)
 
     with gr.Blocks(analytics_enabled=False, title=title) as blocks:
         gr.Markdown(f"# {title}")
-        talk = gr.State(Talk())
+        talk = gr.State(Conversation())
         with gr.Row():
             with gr.Column():
                 file = gr.Image(
@@ -143,13 +153,15 @@ def page(model: Model, title: str = "lionjax", shown: Sequence[Sequence[str]] = 
             with gr.Column():
                 chat = gr.Chatbot(label="Talk", feedback_options=None, render_markdown=False)
                 prompt = gr.Textbox(label="Question", placeholder="What color is the circle?")
-                words = gr.Textbox(label="Tags, with commas between", visible=config.tags, placeholder="circle, star")
-                remembers = gr.Checkbox(bool(config.next_turn), label="Goes on from what was said before")
+                words = gr.Textbox(
+                    label="Tags, with commas between", visible=config.use_tags, placeholder="circle, star"
+                )
+                remembers = gr.Checkbox(bool(config.followup_template), label="Goes on from what was said before")
                 with gr.Row():
                     send = gr.Button("Ask", variant="primary")
                     clear = gr.Button("Begin anew")
-        if shown:
-            gr.Examples([list(one) for one in shown], [file, prompt], label="Asked before")
+        if examples:
+            gr.Examples([list(one) for one in examples], [file, prompt], label="Asked before")
         asked = {"inputs": [talk, file, prompt, words, remembers], "outputs": [talk, chat, seen, prompt]}
         gr.on([send.click, prompt.submit], answered, **asked, api_name="ask")
         file.select(clicked, [talk, file], [talk, seen], api_visibility="private")
@@ -166,7 +178,7 @@ def serve(
 
     `prompt_length`: tokens that a prompt may have with the talk before it, at least as many as in training.
     """
-    gr = _gradio()  # before a model is read for nothing
+    gr = _import_gradio()  # before a model is read for nothing
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -177,14 +189,14 @@ def serve(
             ) from error
     names = None if tagger_folder is None else tagger.load(tagger_folder)
     model = load(folder)
-    longest = max(prompt_length, model.processor.config.prompt_length)
-    blocks = page(with_prompts(model, longest), f"lionjax: {folder.name}", examples(folder), names)
+    longest = max(prompt_length, model.processor.config.max_prompt_tokens)
+    blocks = build_demo(with_prompt_length(model, longest), f"lionjax: {folder.name}", run_examples(folder), names)
     blocks.launch(
         server_name=host,
         server_port=port,
         allowed_paths=[str(folder.resolve())],
         footer_links=[],
-        theme=gr.themes.Base(**FONTS),
+        theme=gr.themes.Base(**THEME_FONTS),
         share=False,
         quiet=True,
         show_error=True,
@@ -194,7 +206,7 @@ def serve(
     blocks.block_thread()
 
 
-def _gradio():
+def _import_gradio():
     try:
         import gradio
     except ImportError as error:

@@ -20,68 +20,70 @@ import numpy as np
 import optax
 
 from lionjax.core import params as trees
+from lionjax.core.renamed import renamed_fields
 from lionjax.data.processor import Processor, ProcessorConfig
 from lionjax.data.scenes import tasks
 from lionjax.data.scenes import world as scenes
 from lionjax.models.heads import region
-from lionjax.models.heads.region import Locations, PlaceConfig
-from lionjax.tiny.exercises import box_code, patch_facts
-from lionjax.tiny.language import Reader, reader_of
-from lionjax.tiny.schedules import BackbonesConfig, optimiser
+from lionjax.models.heads.region import BoxEncoderDecoder, RegionHeadConfig
+from lionjax.tiny.exercises import encode_box, patch_labels
+from lionjax.tiny.language import SceneLanguageModel, make_scene_model
+from lionjax.tiny.schedules import BackbonesConfig, make_optimizer
 
 log = logging.getLogger(__name__)
 
 TASKS = (("rec", 0.5), ("grounded", 0.1), ("reg", 0.2), ("box_vqa", 0.2))
-BLUR = (0.0, 0.15, 0.3)  # of what is told, in shares of its deviation
+NOISE_LEVELS = (0.0, 0.15, 0.3)  # of what is told, in shares of its deviation
 
 
+@renamed_fields(rate="learning_rate", batch="batch_size", scenes="num_scenes", boxes="max_boxes")
 @dataclasses.dataclass(frozen=True)
-class PlacesSchedule:
+class BoxHeadsSchedule:
     """Steps of the trigger's word and of both ways; half of the questions come with tags."""
 
     steps: int = 700
-    rate: float = 3e-3
-    batch: int = 32
-    scenes: int = 8_000
-    boxes: int = 6
+    learning_rate: float = 3e-3
+    batch_size: int = 32
+    num_scenes: int = 8_000
+    max_boxes: int = 6
 
 
-class Pointer(nn.Module):
+class SceneRegionModel(nn.Module):
     """A reader that reads and writes places as embeddings; `trigger` is its word for one."""
 
-    reader: Reader
-    places: PlaceConfig
+    reader: SceneLanguageModel
+    region_config: RegionHeadConfig
 
     def setup(self):
         width = self.reader.c.width
         self.told = self.reader.copy(name="told")
-        self.locations = Locations(width, self.places.location_hidden)
+        self.locations = BoxEncoderDecoder(width, self.region_config.box_mlp_dim)
         self.trigger = self.param("trigger", nn.initializers.normal(1.0), (width,))
 
-    def words(self, ids_BL, batch, first_B=0):
-        c = self.places
+    def embed_text(self, ids_BL, batch, first_B=0):
+        c = self.region_config
         x_BLD = self.told.language.embed(ids_BL)
-        x_BLD = jnp.where((ids_BL == c.trigger_token)[..., None], self.trigger, x_BLD)
+        x_BLD = jnp.where((ids_BL == c.trigger_token_id)[..., None], self.trigger, x_BLD)
         place_BKD = self.locations.encode(batch.boxes_BK4)
-        return region.put(x_BLD, ids_BL == c.location_token, place_BKD, first_B)
+        return region.put(x_BLD, ids_BL == c.box_token_id, place_BKD, first_B)
 
     def __call__(self, batch, fields_BP6, code_BPC, blur_BPD):
         """The loss, and the mean IoU of the boxes read at triggers."""
-        c, language = self.places, self.told.language
-        told_BPD = self.told.tell(fields_BP6, code_BPC)
+        c, language = self.region_config, self.told.language
+        told_BPD = self.told.embed_objects(fields_BP6, code_BPC)
         told_BPD += blur_BPD * told_BPD.std(-1, keepdims=True)
-        words_BLD = jnp.concatenate([told_BPD, self.words(batch.prompt_BL, batch)], axis=1)
+        words_BLD = jnp.concatenate([told_BPD, self.embed_text(batch.prompt_BL, batch)], axis=1)
         seen_BP = jnp.ones(told_BPD.shape[:2], bool)
         mask_BL = jnp.concatenate([seen_BP, batch.prompt_mask_BL.astype(bool)], axis=1)
         encoded_BLD = language.encode(words_BLD, mask_BL)
-        first_B = (batch.prompt_BL == c.location_token).sum(axis=1)
-        start_B1 = jnp.full_like(batch.target_BM[:, :1], self.reader.c.start_token)
-        said_BMD = self.words(batch.target_BM, batch, first_B)
+        first_B = (batch.prompt_BL == c.box_token_id).sum(axis=1)
+        start_B1 = jnp.full_like(batch.target_BM[:, :1], self.reader.c.decoder_start_token_id)
+        said_BMD = self.embed_text(batch.target_BM, batch, first_B)
         x_BMD = jnp.concatenate([language.embed(start_B1), said_BMD], axis=1)
         real_BM = jnp.pad(batch.target_mask_BM, ((0, 0), (1, 0)), constant_values=1)
-        state_BMD = language.states(x_BMD, real_BM, encoded_BLD, mask_BL)
+        state_BMD = language.hidden_states(x_BMD, real_BM, encoded_BLD, mask_BL)
         # The head is frozen and never says the trigger.
-        learned_BM = batch.loss_mask_BM * (batch.target_BM != c.trigger_token)
+        learned_BM = batch.loss_mask_BM * (batch.target_BM != c.trigger_token_id)
         heard = dataclasses.replace(batch, loss_mask_BM=learned_BM)
         loss, _ = region.words_loss(c, language.logits(state_BMD[:, :-1]), heard)
         found = region.triggers(c, batch, state_BMD[:, 1:])
@@ -89,58 +91,58 @@ class Pointer(nn.Module):
         return loss + sum(terms.values()), metrics["box_iou"]
 
 
-def places_batch(made, told, rows: int, rng, processor: Processor, width: int):
+def make_box_batch(sampled_scenes, labels, batch_size: int, rng, processor: Processor, width: int):
     """Questions with boxes about scenes that are told: a `Batch` without pictures, and what the reader is told."""
     names, odds = zip(*TASKS, strict=True)
     asked, facts, nothing = [], [], np.zeros((1, 1, 3), np.uint8)
-    for index in rng.integers(0, len(made), rows):
-        example = tasks.converse(str(rng.choice(names, p=odds)), made[index], rng, 0.1)
+    for index in rng.integers(0, len(sampled_scenes), batch_size):
+        example = tasks.make_example(str(rng.choice(names, p=odds)), sampled_scenes[index], rng, 0.1)
         tags = example.tags if rng.random() < 0.5 else ()
         boxes = (*example.question_boxes, *example.boxes)
         row = (nothing, example.question, tags, example.answer, example.category, boxes)
-        asked.append(processor.row(*row))
-        facts.append(told[index])
-    batch = processor.assemble({name: np.stack([row[name] for row in asked]) for name in asked[0]})
+        asked.append(processor.encode_example(*row))
+        facts.append(labels[index])
+    batch = processor.collate({name: np.stack([row[name] for row in asked]) for name in asked[0]})
     fields, boxes = (np.stack(parts) for parts in zip(*facts, strict=True))
-    share = rng.choice(BLUR, (rows, 1, 1)).astype(np.float32)
+    share = rng.choice(NOISE_LEVELS, (batch_size, 1, 1)).astype(np.float32)
     blur = share * rng.standard_normal((*boxes.shape[:2], width), np.float32)
-    return batch, fields, box_code(boxes), blur
+    return batch, fields, encode_box(boxes), blur
 
 
-def train_places(
-    c: BackbonesConfig, schedule: PlacesSchedule, places: PlaceConfig, reader: dict
+def train_box_heads(
+    c: BackbonesConfig, schedule: BoxHeadsSchedule, region_config: RegionHeadConfig, reader_params: dict
 ) -> tuple[dict, np.ndarray, dict]:
     """Parameters of the `Locations`, the trigger's embedding, and figures on held-out scenes that are told.
 
     `reader` is all that `train_language` keeps; nothing of it changes.
     """
     config = ProcessorConfig(
-        c.vision.image,
-        prompt_length=72,
-        question_length=28,
-        target_length=40,
-        padded=True,
-        places="embeddings",
-        boxes=schedule.boxes,
+        c.vision.image_size,
+        max_prompt_tokens=72,
+        max_question_tokens=28,
+        max_target_tokens=40,
+        pad_to_square=True,
+        box_format="embeddings",
+        max_boxes=schedule.max_boxes,
     )
     processor, rng = Processor(config), np.random.default_rng(c.seed)
-    side, pixels = c.vision.image // c.vision.patch, c.vision.image
+    side, pixels = c.vision.image_size // c.vision.patch_size, c.vision.image_size
 
     def drawn(split: str, count: int):
-        made = [scenes.sample(split, index, c.seed) for index in range(count)]
-        return made, [patch_facts(scene, side, pixels) for scene in made]
+        made = [scenes.sample_scene(split, index, c.seed) for index in range(count)]
+        return made, [patch_labels(scene, side, pixels) for scene in made]
 
-    digits = Processor(ProcessorConfig(c.vision.image))
-    model = Pointer(reader_of(c.language, digits), places)
-    make = functools.partial(places_batch, processor=processor, width=c.language.width)
-    train, test = drawn("train", schedule.scenes), drawn("heldout", min(200, schedule.scenes))
+    digits = Processor(ProcessorConfig(c.vision.image_size))
+    model = SceneRegionModel(make_scene_model(c.language, digits), region_config)
+    make = functools.partial(make_box_batch, processor=processor, width=c.language.width)
+    train, test = drawn("train", schedule.num_scenes), drawn("heldout", min(200, schedule.num_scenes))
     example = make(*train, 2, rng)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(c.seed), *example)["params"])
-    mine, frozen = trees.split(params | {"told": reader}, ("locations", "trigger"))
+    mine, frozen = trees.split(params | {"told": reader_params}, ("locations", "trigger"))
     # It begins as the word with which a box in digits begins.
-    opens = digits.target("[0.123,0.234,0.345,0.456]")[0]
-    mine["trigger"] = jnp.array(reader["language"]["embedding"]["table"][opens])
-    tx = optimiser(schedule.rate, schedule.steps)
+    opens = digits.encode_target("[0.123,0.234,0.345,0.456]")[0]
+    mine["trigger"] = jnp.array(reader_params["language"]["embedding"]["table"][opens])
+    tx = make_optimizer(schedule.learning_rate, schedule.steps)
     state = tx.init(mine)
 
     def loss_of(mine, frozen, arrays):
@@ -154,10 +156,10 @@ def train_places(
 
     begun, sums = time.time(), []
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        waiting = ahead.submit(make, *train, schedule.batch, rng)
+        waiting = ahead.submit(make, *train, schedule.batch_size, rng)
         for number in range(schedule.steps):
             arrays = waiting.result()
-            waiting = ahead.submit(make, *train, schedule.batch, rng)
+            waiting = ahead.submit(make, *train, schedule.batch_size, rng)
             mine, state, *said = step(mine, state, frozen, arrays)
             sums.append(said)
             if number % 100 == 99 or number == schedule.steps - 1:
@@ -166,7 +168,7 @@ def train_places(
                 sums = []
         waiting.cancel()
     see, rng = jax.jit(loss_of), np.random.default_rng(1)
-    seen = [see(mine, frozen, make(*test, schedule.batch, rng)) for _ in range(8)]
+    seen = [see(mine, frozen, make(*test, schedule.batch_size, rng)) for _ in range(8)]
     loss, iou = np.mean(jax.device_get(seen), axis=0)
     figures = {"loss": round(float(loss), 4), "box_iou": round(float(iou), 4)}
     return mine["locations"], np.asarray(mine["trigger"]), figures

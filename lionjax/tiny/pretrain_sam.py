@@ -21,6 +21,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("lionjax/data/assets"))
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    params, figures = sam.train_masks(get_config())
-    schedules.save(params, "sam", arguments.out / "tiny_sam.safetensors")
+    params, figures = sam.train_sam(get_config())
+    schedules.save_params(params, "sam", arguments.out / "tiny_sam.safetensors")
     (arguments.out / "tiny_sam.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run keeps on disk, and how it knows that what it reads is what it wrote.
+"""Checkpoints with Orbax: atomic writes, a checksum for each array, asynchronous saving, and the retention policy.
 
-A run's folder holds, each an Orbax directory that appears whole or not at all:
+A run folder holds Orbax directories, each written atomically:
 
     frozen/HASH           the parameters that no stage trains, written once
-    base/0_NAME ...       the parameters that some stage trains, as each stage found them; the last one is the result
-    checkpoints/STEP      the trainable half, the optimiser and a record: where the run stands. STEP counts updates
-                          from the first stage on
-    quarantined/          what could not be trusted
+    base/0_NAME ...       the parameters that some stage trains, at the start of each stage; the last one is the result
+    checkpoints/STEP      trainable parameters, optimizer state and a record of the position; STEP counts updates from
+                          the first stage on
+    quarantined/          directories that failed a check
 
-Orbax restores a flipped byte without a word, and casts dtypes as silently. So every directory carries a record
-with a fingerprint of each leaf, and nothing is used before it has been checked.
+Orbax restores corrupted bytes and casts dtypes without an error. Each directory therefore holds a record with the
+dtype, shape and checksum of every leaf, and these are checked before any parameter is used.
 """
 
 from __future__ import annotations
@@ -37,180 +37,181 @@ import orbax.checkpoint as ocp
 from lionjax.core import params as trees
 from lionjax.core.types import Params, UserError
 from lionjax.training import distributed
-from lionjax.training.checksum import digest, fingerprints, in_host_memory, manifest
+from lionjax.training.checksum import in_host_memory, leaf_checksums, manifest, sha256_of_json
 
 log = logging.getLogger(__name__)
 
-# Orbax logs a traceback for each of its threads; what goes wrong there comes back as an exception anyway.
+# Orbax logs a traceback for each of its threads; the same errors are also raised as exceptions.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
-_unraisable = sys.unraisablehook
+_default_unraisablehook = sys.unraisablehook
 
 
-def _not_of_a_closed_loop(what) -> None:
-    """After one file failed, TensorStore's other files report to an event loop that is gone, each with a traceback."""
-    if str(what.exc_value) != "Event loop is closed":
-        _unraisable(what)
+def _ignore_closed_event_loop(unraisable) -> None:
+    """After one write failed, TensorStore's other writes report to a closed event loop, each with a traceback."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _default_unraisablehook(unraisable)
 
 
-sys.unraisablehook = _not_of_a_closed_loop
+sys.unraisablehook = _ignore_closed_event_loop
 
-# Copies of a parameter on several devices are saved each by a slice of its own, which has to be compiled for every
-# shape; that pays for large ones alone.
+# Orbax saves a replicated array as one slice per replica, and compiles the slicing for each shape; this is faster only
+# for large arrays.
 ocp.type_handlers.register_type_handler(
     jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20), override=True
 )
 
-TEMPORARY = ".orbax-checkpoint-tmp"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_WORDS = ("no space left", "file too large", "disk quota")
+ORBAX_TMP_SUFFIX = ".orbax-checkpoint-tmp"
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_MESSAGES = ("no space left", "file too large", "disk quota")
 
 
-class Damaged(Exception):
-    """What was read is not what was written: `path` is the directory, the text says what is wrong."""
+class CorruptCheckpointError(Exception):
+    """The content of the directory `path` differs from what was written; the message gives the difference."""
 
     def __init__(self, path: Path, text: str):
         super().__init__(f"{path}: {text}")
         self.path = path
 
 
-# Directories
-
-
 def _async_options() -> ocp.AsyncOptions:
-    # Where a folder cannot be made by another thread, on a full disk, the threads that wait for it do so for minutes.
+    # On a full disk, directory creation in another thread fails and the threads that wait for it hang for minutes.
     return ocp.AsyncOptions(create_directories_asynchronously=False)
 
 
-def _checkpointer(alone: bool = False) -> ocp.Checkpointer:
-    """`alone`: this process waits for no other, as one that meets damage does not come to where they would meet."""
-    me = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(me, {me}) if alone else None
+def _checkpointer(single_process: bool = False) -> ocp.Checkpointer:
+    """With `single_process`, Orbax uses no barrier: a process that finds corruption would never reach it."""
+    process = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(process, {process}) if single_process else None
     options = options or ocp.options.MultiprocessingOptions()
-    inside = ocp.CompositeOptions(multiprocessing_options=options, async_options=_async_options())
-    handler = ocp.CompositeCheckpointHandler(composite_options=inside)
+    composite_options = ocp.CompositeOptions(multiprocessing_options=options, async_options=_async_options())
+    handler = ocp.CompositeCheckpointHandler(composite_options=composite_options)
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def _args(items: dict[str, Params], meta: dict) -> ocp.args.Composite:
+def _save_args(items: dict[str, Params], meta: dict) -> ocp.args.Composite:
     body = {"leaves": manifest(items), "meta": meta}
-    record = ocp.args.JsonSave({**body, "sha256": digest(body)})
+    record = ocp.args.JsonSave({**body, "sha256": sha256_of_json(body)})
     saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     return ocp.args.Composite(record=record, **saved)
 
 
-def write(path: Path, items: dict[str, Params], meta: dict) -> None:
-    """Trees and a JSON-able value as one directory, which appears whole; what stood there is replaced."""
+def save_tree(path: Path, items: dict[str, Params], meta: dict) -> None:
+    """Write pytrees and JSON-serializable `meta` atomically as one directory; replaces an existing directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _checkpointer() as checkpointer:
-        checkpointer.save(path.absolute(), _args(items, meta), force=True)
+        checkpointer.save(path.absolute(), _save_args(items, meta), force=True)
 
 
-def read_record(path: Path) -> dict:
-    """{"leaves": manifest, "meta": ...} of a directory. Raises Damaged when it is not what was written."""
+def restore_record(path: Path) -> dict:
+    """{"leaves": manifest, "meta": ...} of a directory. Raises CorruptCheckpointError if the checksum differs."""
     args = ocp.args.Composite(record=ocp.args.JsonRestore())
-    record = _restored(path, args, "its record")["record"]
+    record = _orbax_restore(path, args, "the record")["record"]
     body = {name: record.get(name) for name in ("leaves", "meta")} if isinstance(record, dict) else {}
-    if not body or digest(body) != record.get("sha256"):
-        raise Damaged(path, "its record is not what was written")
+    if not body or sha256_of_json(body) != record.get("sha256"):
+        raise CorruptCheckpointError(path, "the record differs from what was written (checksum mismatch)")
     return body
 
 
-def read(path: Path, targets: dict[str, Params]) -> tuple[dict[str, Params], dict]:
-    """The trees of a directory, laid out as `targets` (ShapeDtypeStructs with shardings), and its meta.
+def restore_tree(path: Path, targets: dict[str, Params]) -> tuple[dict[str, Params], dict]:
+    """The pytrees of a directory, with the shardings of `targets` (ShapeDtypeStructs), and its `meta`.
 
-    Raises Damaged when a leaf is not what was written, UserError when it was written for other parameters.
+    Raises CorruptCheckpointError if the checksum of a leaf differs from the record, and UserError if the directory
+    holds other leaves, shapes or dtypes than `targets`.
     """
-    record = agreed(path, lambda: read_record(path))
-    wanted = trees.flatten(targets)
+    record = restore_on_all_processes(path, lambda: restore_record(path))
+    specs = trees.flatten(targets)
     leaves = {name: leaf for name, leaf in record["leaves"].items() if name.split("/")[0] in targets}
-    if odd := sorted(leaves.keys() ^ wanted.keys()):
-        side = "has no" if odd[0] in wanted else "holds a"
-        raise UserError(f"{path} {side} leaf {odd[0]!r}, unlike the config; it was made by another version")
+    if mismatched := sorted(leaves.keys() ^ specs.keys()):
+        side = "has no leaf" if mismatched[0] in specs else "has an additional leaf"
+        raise UserError(
+            f"{path} {side} {mismatched[0]!r}; it was written by another config or version: use the config.json beside "
+            "it, or another folder"
+        )
     for name, (dtype, shape, _) in leaves.items():
-        want = wanted[name]
-        if (dtype, tuple(shape)) != (str(want.dtype), tuple(want.shape)):
+        spec = specs[name]
+        if (dtype, tuple(shape)) != (str(spec.dtype), tuple(spec.shape)):
             raise UserError(
-                f"{path}: {name!r} was saved as {dtype} {tuple(shape)} and is wanted as {want.dtype} "
-                f"{tuple(want.shape)}; nothing is cast in silence, so set the config back to what made it"
+                f"{path}: {name!r} was saved as {dtype} {tuple(shape)}, but the config needs {spec.dtype} "
+                f"{tuple(spec.shape)}; restore the config that wrote it (checkpoints are not cast)"
             )
     args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-    restored = agreed(path, lambda: _restored(path, ocp.args.Composite(**args), "an array"))
+    restored = restore_on_all_processes(path, lambda: _orbax_restore(path, ocp.args.Composite(**args), "an array"))
     items = {name: restored[name] for name in targets}
-    found = fingerprints(items)
-    if wrong := [name for name, (_, _, fingerprint) in leaves.items() if found[name] != fingerprint]:
+    checksums = leaf_checksums(items)
+    if wrong := [name for name, (_, _, checksum) in leaves.items() if checksums[name] != checksum]:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise Damaged(path, f"{wrong[0]!r}{more} is not what was written")
+        raise CorruptCheckpointError(path, f"{wrong[0]!r}{more} differs from what was written (checksum mismatch)")
     return items, record["meta"]
 
 
-def agreed(path: Path, attempt: Callable[[], Any]) -> Any:
-    """What an attempt to read gives; where it meets damage in one process, it is Damaged in all."""
-    value = damage = None
+def restore_on_all_processes(path: Path, restore_fn: Callable[[], Any]) -> Any:
+    """The value of `restore_fn()`. If it fails in one process, raises CorruptCheckpointError in all processes."""
+    value = corruption = None
     try:
-        value = attempt()
-    except Damaged as error:
-        damage = error
-    if any(distributed.sum_of(damage is not None)):
-        raise damage or Damaged(path, "another process cannot read it")
+        value = restore_fn()
+    except CorruptCheckpointError as error:
+        corruption = error
+    if any(distributed.sum_across_processes(corruption is not None)):
+        raise corruption or CorruptCheckpointError(path, "another process cannot read it")
     return value
 
 
-def _restored(path: Path, args: ocp.args.Composite, what: str):
+def _orbax_restore(path: Path, args: ocp.args.Composite, description: str):
     try:
-        with _checkpointer(alone=True) as checkpointer:
+        with _checkpointer(single_process=True) as checkpointer:
             return checkpointer.restore(path.absolute(), args)
     except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        raise  # these say nothing about the files
-    except Exception as error:  # Orbax and TensorStore meet damage with errors of any type
-        first = error
-        while first.__cause__:  # Orbax's own text need not say which array it was
-            first = first.__cause__
-        said = " ".join(str(first).split())
-        raise Damaged(path, f"{what} cannot be read ({type(first).__name__}: {said[:300]})") from error
+        raise  # not caused by the files' content
+    except Exception as error:  # Orbax and TensorStore raise errors of many types for corrupt files
+        cause = error
+        while cause.__cause__:  # only the innermost error names the array
+            cause = cause.__cause__
+        message = " ".join(str(cause).split())
+        raise CorruptCheckpointError(
+            path, f"{description} cannot be read ({type(cause).__name__}: {message[:300]})"
+        ) from error
 
 
-def quarantine(workdir: Path, path: Path, why: str) -> Path:
-    """Move a directory out of the way, never to be read again, and say so. All processes must call it."""
+def quarantine(workdir: Path, path: Path, reason: str) -> Path:
+    """Move a directory to `workdir`/quarantined and log a warning; returns its new path. All processes must call it."""
     target = workdir / "quarantined" / f"{path.parent.name}_{path.name}_{time.time_ns()}"
-    if distributed.first():
+    if distributed.is_main_process():
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
-        (target.parent / f"{target.name}.txt").write_text(why + "\n")
-        log.warning("%s is put aside in %s: %s", path, target, why)
-    distributed.meet("put aside")
+        (target.parent / f"{target.name}.txt").write_text(reason + "\n")
+        log.warning("moved %s to %s: %s", path, target, reason)
+    distributed.barrier("quarantine")
     return target
 
 
-def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that no more can be written."""
+def is_disk_full_error(error: BaseException | None) -> bool:
+    """Whether an error, its cause or its context reports a full disk, an exceeded quota or file-size limit."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
             return True
-        if any(words in str(error).lower() for words in FULL_WORDS):
+        if any(message in str(error).lower() for message in DISK_FULL_MESSAGES):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def _no_full_disk(record: logging.LogRecord) -> bool:
-    """Writes that failed beside the first one, whose error is raised, have nothing to add when they are collected."""
-    return not (record.exc_info and disk_is_full(record.exc_info[1]))
+def _drop_disk_full_records(record: logging.LogRecord) -> bool:
+    """Logging filter for further failed writes: the error of the first one is raised."""
+    return not (record.exc_info and is_disk_full_error(record.exc_info[1]))
 
 
-logging.getLogger("asyncio").addFilter(_no_full_disk)
-
-# Steps
+logging.getLogger("asyncio").addFilter(_drop_disk_full_records)
 
 
 @dataclasses.dataclass(frozen=True)
-class Keep:
-    """Orbax's preservation policy: the last so many steps, and the best one of the stage that runs.
+class LatestAndBest:
+    """Orbax preservation policy: the latest `num_latest` steps, and the step with the lowest loss in the newest stage.
 
-    `scores`: {step: (stage number, loss)}; steps without one are never the best.
+    `scores`: {step: (stage index, mean recent loss)}; a step without a score cannot be the best.
     """
 
-    last: int
+    num_latest: int
     scores: dict[int, tuple[int, float]]
 
     def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
@@ -219,10 +220,10 @@ class Keep:
         scores = {step: self.scores[step] for step in steps if step in self.scores}
         stage = max((stage for stage, _ in scores.values()), default=0)
         best = min((loss, step) for step, (s, loss) in scores.items() if s == stage)[1] if scores else None
-        return [step in steps[-self.last :] or step == best for step in steps]
+        return [step in steps[-self.num_latest :] or step == best for step in steps]
 
 
-class Steps:
+class AsyncCheckpointManager:
     """The steps of a run, saved while it goes on: `with Steps(folder, keep) as steps: steps.save(...)`.
 
     An error of a save that was under way is raised by the next `save`, by `check` or on leaving. Orbax copies what it
@@ -231,16 +232,16 @@ class Steps:
     The room of a copy that is written serves for the next: memory that is new to a process costs more than the copying.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, max_to_keep: int):
         self.scores: dict[int, tuple[int, float]] = {}
-        self.began: float | None = None  # the save under way
-        self.thread = concurrent.futures.ThreadPoolExecutor(1, "save")
-        self.handed: concurrent.futures.Future | None = None
-        self.copies: list = []  # of the newest step
-        for step in found_steps(folder):
-            with contextlib.suppress(Damaged):
-                self.scores[step] = tuple(read_record(folder / str(step))["meta"]["score"])
-        policy = Keep(max(keep, 1), self.scores)
+        self.save_started: float | None = None  # the save under way
+        self.executor = concurrent.futures.ThreadPoolExecutor(1, "save")
+        self.pending_save: concurrent.futures.Future | None = None
+        self.host_buffers: list = []  # of the newest step
+        for step in all_steps(folder):
+            with contextlib.suppress(CorruptCheckpointError):
+                self.scores[step] = tuple(restore_record(folder / str(step))["meta"]["score"])
+        policy = LatestAndBest(max(max_to_keep, 1), self.scores)
         options = ocp.CheckpointManagerOptions(
             cleanup_tmp_directories=True, preservation_policy=policy, async_options=_async_options()
         )
@@ -251,73 +252,73 @@ class Steps:
 
     def __exit__(self, kind, error, trace):
         if error is None:
-            self.wait()
+            self.wait_until_finished()
             self.manager.close()
-            self.thread.shutdown()
+            self.executor.shutdown()
             return
         meant = isinstance(error, UserError | SystemExit | KeyboardInterrupt)
         if jax.process_count() > 1 and not meant:
             return  # the others may not be there to finish with
         try:
-            self._collect()
+            self._join_pending_save()
             self.manager.close()
         except Exception as second:
             log.error("the last checkpoint was not saved: %s", second)
-        self.thread.shutdown()
+        self.executor.shutdown()
 
     def save(self, step: int, items: dict[str, Params], meta: dict) -> None:
         """Begin to write a step; training may go on at once. `meta["score"]` is (stage number, loss)."""
-        self._collect()
-        self.began = time.perf_counter()
+        self._join_pending_save()
+        self.save_started = time.perf_counter()
         if all(in_host_memory(leaf) for leaf in jax.tree.leaves(items)):
             leaves, structure = jax.tree.flatten(items)
             if self.manager.is_saving_in_progress():
-                self.copies = []  # they are being written still
-            room = itertools.chain(self.copies, itertools.repeat(None))
+                self.host_buffers = []  # they are being written still
+            room = itertools.chain(self.host_buffers, itertools.repeat(None))
             # The next update overwrites the state.
-            self.copies = copies = [copied(leaf, into) for leaf, into in zip(leaves, room)]
+            self.host_buffers = copies = [copy_leaf(leaf, into) for leaf, into in zip(leaves, room)]
             where = [getattr(leaf, "sharding", None) for leaf in leaves]
 
             def write():
                 placed = structure.unflatten(map(jax.device_put, copies, where))
-                self._write(step, placed, meta)
+                self._save_step(step, placed, meta)
 
-            self.handed = self.thread.submit(write)
+            self.pending_save = self.executor.submit(write)
         else:
-            self._write(step, items, meta)
+            self._save_step(step, items, meta)
 
-    def _write(self, step: int, items: dict[str, Params], meta: dict) -> None:
+    def _save_step(self, step: int, items: dict[str, Params], meta: dict) -> None:
         self.scores[step] = tuple(meta["score"])
-        self.manager.save(step, args=_args(items, meta))
+        self.manager.save(step, args=_save_args(items, meta))
 
-    def _collect(self) -> None:
+    def _join_pending_save(self) -> None:
         """Until the thread has handed the last step to Orbax. Raises what went wrong there."""
-        if self.handed is not None:
-            handed, self.handed = self.handed, None
+        if self.pending_save is not None:
+            handed, self.pending_save = self.pending_save, None
             handed.result()
 
-    def finished(self) -> float:
+    def pop_save_seconds(self) -> float:
         """Seconds that a save took which has ended since this was asked last; 0 where there is none."""
-        handing = self.handed is not None and not self.handed.done()
-        if self.began is None or handing or self.manager.is_saving_in_progress():
+        handing = self.pending_save is not None and not self.pending_save.done()
+        if self.save_started is None or handing or self.manager.is_saving_in_progress():
             return 0.0
-        began, self.began = self.began, None
+        began, self.save_started = self.save_started, None
         return time.perf_counter() - began
 
-    def check(self) -> None:
+    def check_for_errors(self) -> None:
         """Raise what went wrong in a save under way, without waiting for it."""
-        if self.handed is not None and self.handed.done():
-            self._collect()
+        if self.pending_save is not None and self.pending_save.done():
+            self._join_pending_save()
         self.manager.check_for_errors()
 
-    def wait(self) -> None:
+    def wait_until_finished(self) -> None:
         """Until all is on disk."""
-        self._collect()
+        self._join_pending_save()
         self.manager.wait_until_finished()
         self.manager.check_for_errors()
 
 
-def copied(leaf: jax.Array, into: np.ndarray | None = None):
+def copy_leaf(leaf: jax.Array, out: np.ndarray | None = None):
     """What an array in this process's memory holds now, in `into` where it fits there.
 
     By numpy, which takes a tenth of the time for small leaves.
@@ -325,44 +326,44 @@ def copied(leaf: jax.Array, into: np.ndarray | None = None):
     if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
         return jnp.copy(leaf)
     held = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
-    fits = isinstance(into, np.ndarray) and (into.shape, into.dtype) == (held.shape, held.dtype)
+    fits = isinstance(out, np.ndarray) and (out.shape, out.dtype) == (held.shape, held.dtype)
     if not fits:
         return np.array(held)
-    np.copyto(into, held)
-    return into
+    np.copyto(out, held)
+    return out
 
 
-def found_steps(folder: Path) -> list[int]:
+def all_steps(folder: Path) -> list[int]:
     """The steps that stand complete in a folder, newest first."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
-def found_bases(folder: Path) -> dict[int, Path]:
+def all_bases(folder: Path) -> dict[int, Path]:
     """{stage number: directory} of the bases in a folder."""
     names = {path: re.fullmatch(r"(\d+)_\w+", path.name) for path in folder.glob("*")}
     return {int(match[1]): path for path, match in names.items() if match}
 
 
-def clean(workdir: Path) -> None:
+def remove_tmp_directories(workdir: Path) -> None:
     """Remove what a killed run left half-written. For one process alone."""
     for folder in ("frozen", "base", "checkpoints"):
-        for path in (workdir / folder).glob(f"*{TEMPORARY}*"):
+        for path in (workdir / folder).glob(f"*{ORBAX_TMP_SUFFIX}*"):
             shutil.rmtree(path)
 
 
 @contextlib.contextmanager
-def disk_errors(workdir: Path) -> Iterator[None]:
+def explain_disk_full(workdir: Path) -> Iterator[None]:
     """Turn "the disk is full", whoever says it, into one sentence that names what is still good."""
     try:
         yield
     except Exception as error:
-        if not disk_is_full(error):
+        if not is_disk_full_error(error):
             raise
-        if distributed.first():
+        if distributed.is_main_process():
             with contextlib.suppress(OSError):
-                clean(workdir)
-        last = next(iter(found_steps(workdir / "checkpoints")), None)
+                remove_tmp_directories(workdir)
+        last = next(iter(all_steps(workdir / "checkpoints")), None)
         good = f"the checkpoint of update {last} is whole" if last else "what was saved before is whole"
         raise UserError(
             f"the disk is full while writing in {workdir}; {good}: free some space and start the same command again"

@@ -15,7 +15,7 @@ from lionjax.core import params as trees
 from lionjax.core.types import Params
 
 
-def fingerprints(tree: Params) -> dict[str, str]:
+def leaf_checksums(tree: Params) -> dict[str, str]:
     """{path: 64 bits of each leaf's content in hex}. The mesh that the leaves lie on makes no difference.
 
     A sum over the leaf's words, each mixed with its position: any single change shows, and the sum can be made
@@ -23,9 +23,9 @@ def fingerprints(tree: Params) -> dict[str, str]:
     """
     flat = trees.flatten(tree)
     if all(in_host_memory(leaf) for leaf in flat.values()):
-        sums = {path: _sum_on_host(np.asarray(leaf)) for path, leaf in flat.items()}
+        sums = {path: _checksum_numpy(np.asarray(leaf)) for path, leaf in flat.items()}
     else:
-        sums = jax.device_get(_sums(flat))
+        sums = jax.device_get(_checksums_jax(flat))
     return {path: f"{int(high):08x}{int(low):08x}" for path, (high, low) in sums.items()}
 
 
@@ -36,28 +36,28 @@ def in_host_memory(leaf) -> bool:
     return leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.sharding.device_set)
 
 
-def _mix(word):
+def _fmix32(word):
     """The finaliser of MurmurHash3 (public domain): every bit in changes about half of the bits out."""
     word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
     return word ^ (word >> 16)
 
 
-def _mixed(words, positions, xp):
+def _hash_words(words, positions, xp):
     salts = (np.uint32(0x9E3779B9), np.uint32(0x7F4A7C15))
-    return xp.stack([_mix(words ^ _mix(positions + salt)).sum(dtype=np.uint32) for salt in salts])
+    return xp.stack([_fmix32(words ^ _fmix32(positions + salt)).sum(dtype=np.uint32) for salt in salts])
 
 
-def _sum_on_host(x: np.ndarray) -> np.ndarray:
+def _checksum_numpy(x: np.ndarray) -> np.ndarray:
     words = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * min(x.dtype.itemsize, 4)}")
     total, chunk = np.zeros(2, np.uint32), 1 << 18  # as much as stays in a core's cache
     for start in range(0, words.size, chunk):
         part = words[start : start + chunk].astype(np.uint32)
-        total += _mixed(part, np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32), np)
+        total += _hash_words(part, np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32), np)
     return total
 
 
-def _sum(x: jax.Array) -> jax.Array:
+def _checksum_jax(x: jax.Array) -> jax.Array:
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
@@ -65,21 +65,21 @@ def _sum(x: jax.Array) -> jax.Array:
     for axis in reversed(range(words.ndim)):
         iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         positions, stride = positions + iota * np.uint32(stride % 2**32), stride * words.shape[axis]
-    return _mixed(words, positions, jnp)
+    return _hash_words(words, positions, jnp)
 
 
 @jax.jit
-def _sums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: _sum(x) for path, x in flat.items()}
+def _checksums_jax(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: _checksum_jax(x) for path, x in flat.items()}
 
 
 def manifest(items: dict[str, Params]) -> dict[str, list]:
     """{"item/path": [dtype, shape, fingerprint]} of some trees."""
     flat = trees.flatten(items)
-    sums = fingerprints(items)
+    sums = leaf_checksums(items)
     return {path: [str(leaf.dtype), list(leaf.shape), sums[path]] for path, leaf in flat.items()}
 
 
-def digest(value: Any) -> str:
+def sha256_of_json(value: Any) -> str:
     """SHA-256 of a JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -31,28 +31,28 @@ from lionjax.training import checksum
 
 log = logging.getLogger(__name__)
 
-ENDING, UNFINISHED = ".array_record", ".part"
-LARGE, OLD = 128 * 2**20, 30.0  # bytes and seconds after which a file is finished
-ABANDONED = 24 * 3600.0  # seconds without a write after which nobody works on an unfinished file
-CHECK, KEY = 4, 16  # bytes in front of a record: of its checksum, and of what was seen
-WAYS = "uncompressed,group_size:1"
+FILE_SUFFIX, PARTIAL_SUFFIX = ".array_record", ".part"
+MAX_FILE_BYTES, MAX_FILE_SECONDS = 128 * 2**20, 30.0  # bytes and seconds after which a file is finished
+STALE_SECONDS = 24 * 3600.0  # seconds without a write after which nobody works on an unfinished file
+CHECKSUM_BYTES, KEY_BYTES = 4, 16  # bytes in front of a record: of its checksum, and of what was seen
+WRITER_OPTIONS = "uncompressed,group_size:1"
 
 
 @dataclasses.dataclass(frozen=True)
-class Sight:
+class FeatureSpec:
     """How a system sees. `shapes`: of one row of its features. `inputs`: which leaves of a batch it looks at."""
 
     name: str
     shapes: Any
-    inputs: tuple[int, ...]
+    input_leaves: tuple[int, ...]
 
     def keys(self, batch: Batch, rows: Iterable[int]) -> list[bytes]:
         """For each of these rows a digest of what is looked at."""
         leaves = jax.tree.leaves(batch)
-        seen = [np.ascontiguousarray(leaves[number]) for number in self.inputs]
+        seen = [np.ascontiguousarray(leaves[number]) for number in self.input_leaves]
         digests = []
         for row in rows:
-            digest = hashlib.blake2b(digest_size=KEY)
+            digest = hashlib.blake2b(digest_size=KEY_BYTES)
             for leaf in seen:
                 digest.update(f"{leaf.dtype}{leaf.shape[1:]}".encode())
                 digest.update(memoryview(leaf[row]).cast("B") if leaf[row].size else b"")
@@ -60,9 +60,9 @@ class Sight:
         return digests
 
 
-def sight(system: VLM, never: Params, learned: Params, batch: Batch) -> Sight:
+def make_feature_spec(model: VLM, frozen: Params, trainable: Params, batch: Batch) -> FeatureSpec:
     """How a system sees such batches by the parameters that no stage trains. Raises UserError where it needs others."""
-    weights = trees.flatten(trees.merge(never, learned))  # in the order in which jax has them
+    weights = trees.flatten(trees.merge(frozen, trainable))  # in the order in which jax has them
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), x.dtype), batch)
     rows, structure = jax.tree.flatten(one)
     # What is not looked at has no part in the name, not even its shape.
@@ -71,17 +71,17 @@ def sight(system: VLM, never: Params, learned: Params, batch: Batch) -> Sight:
     def features(given: dict[int, jax.Array]):
         leaves = [given.get(number, x) for number, x in enumerate(empty)]
         params = trees.unflatten(dict(zip(weights, leaves)))
-        return system.extract_features(params, jax.tree.unflatten(structure, leaves[len(weights) :]))
+        return model.extract_features(params, jax.tree.unflatten(structure, leaves[len(weights) :]))
 
     shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in enumerate(empty)}
-    flags = used(jax.make_jaxpr(features)(shapes).jaxpr)
+    flags = used_inputs(jax.make_jaxpr(features)(shapes).jaxpr)
     shapes = {number: shape for number, shape in shapes.items() if flags[number]}
     traced, made = jax.make_jaxpr(features, return_shape=True)(shapes)
     read = {path: leaf for (path, leaf), flag in zip(weights.items(), flags) if flag}
-    if trained := sorted(read.keys() & trees.flatten(learned).keys()):
+    if trained := sorted(read.keys() & trees.flatten(trainable).keys()):
         raise UserError(
             f"some stage trains a part that makes the features ({trained[0]}); set run.cache_features to false and "
-            "run.features_dir to nothing"
+            "run.feature_cache_dir to nothing"
         )
     said = {
         "computation": re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr)),
@@ -90,10 +90,10 @@ def sight(system: VLM, never: Params, learned: Params, batch: Batch) -> Sight:
     }
     inputs = tuple(number for number in range(len(rows)) if flags[len(weights) + number])
     row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), made)
-    return Sight(checksum.digest(said)[:16], row, inputs)
+    return FeatureSpec(checksum.sha256_of_json(said)[:16], row, inputs)
 
 
-def used(jaxpr) -> list[bool]:
+def used_inputs(jaxpr) -> list[bool]:
     """For each input of a traced function whether an output can depend on it."""
     needed = {var for var in jaxpr.outvars if not hasattr(var, "val")}
     for equation in reversed(jaxpr.eqns):
@@ -102,36 +102,36 @@ def used(jaxpr) -> list[bool]:
     return [var in needed for var in jaxpr.invars]
 
 
-class Files:
+class FeatureStore:
     """The features of one `Sight` under a folder: `get` what is there, `put` what is not, `close` at the end."""
 
-    def __init__(self, folder: Path, sight: Sight):
+    def __init__(self, folder: Path, spec: FeatureSpec):
         try:
             from array_record.python import array_record_module
         except ImportError as error:
-            raise UserError("run.features_dir needs array_record; run `pip install 'lionjax[data]'`") from error
-        self.module, self.sight, self.folder = array_record_module, sight, Path(folder) / sight.name
-        self.leaves = jax.tree.leaves(sight.shapes)
+            raise UserError("run.feature_cache_dir needs array_record; run `pip install 'lionjax[data]'`") from error
+        self.module, self.spec, self.folder = array_record_module, spec, Path(folder) / spec.name
+        self.leaves = jax.tree.leaves(spec.shapes)
         self.sizes = [int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in self.leaves]
-        self.places: dict[bytes, tuple[str, int]] = {}
+        self.index: dict[bytes, tuple[str, int]] = {}
         self.readers: dict[str, Any] = {}
-        self.writer = self.part = None
-        self.full, self.number = False, 0
-        self.written: list[bytes] = []
+        self.writer = self.partial_path = None
+        self.disabled, self.file_count = False, 0
+        self.written_keys: list[bytes] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob("*" + UNFINISHED):
-                if time.time() - path.stat().st_mtime > ABANDONED:
+            for path in self.folder.glob("*" + PARTIAL_SUFFIX):
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"cannot write in {self.folder}: {error.strerror}; name another run.features_dir"
+                f"cannot write in {self.folder}: {error.strerror}; name another run.feature_cache_dir"
             ) from error
         self.refresh()
 
     def refresh(self) -> None:
         """Learn of the files that were finished since, also by other processes."""
-        for path in sorted(self.folder.glob("*" + ENDING)):
+        for path in sorted(self.folder.glob("*" + FILE_SUFFIX)):
             if path.name in self.readers:
                 continue
             try:
@@ -142,76 +142,76 @@ class Files:
                 log.warning("%s cannot be read (%s); its features are made again", path, error)
                 reader, places = None, {}
             self.readers[path.name] = reader
-            self.places |= places
+            self.index |= places
 
     def get(self, key: bytes) -> list[np.ndarray] | None:
         """The leaves of a row, or None where they are missing or damaged."""
-        if key not in self.places:
+        if key not in self.index:
             return None
-        name, number = self.places[key]
+        name, number = self.index[key]
         try:
             stored = self.readers[name].read([number])[0]
         except Exception:  # whatever is wrong with it, it can be made again
             stored = b""
-        content = stored[CHECK:]
-        whole = len(content) == KEY + sum(self.sizes) and content[:KEY] == key
-        if not whole or zlib.crc32(content).to_bytes(CHECK, "big") != stored[:CHECK]:
+        content = stored[CHECKSUM_BYTES:]
+        whole = len(content) == KEY_BYTES + sum(self.sizes) and content[:KEY_BYTES] == key
+        if not whole or zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big") != stored[:CHECKSUM_BYTES]:
             log.warning("a record of %s is damaged; its features are made again", name)
-            del self.places[key]
+            del self.index[key]
             return None
-        parts, start = [], KEY
+        parts, start = [], KEY_BYTES
         for leaf, size in zip(self.leaves, self.sizes):
             values = np.frombuffer(content, leaf.dtype, size // leaf.dtype.itemsize, start)
             parts.append(values.reshape(leaf.shape))
             start += size
         return parts
 
-    def put(self, key: bytes, parts: list[np.ndarray]) -> None:
+    def add(self, key: bytes, parts: list[np.ndarray]) -> None:
         """Write a row unless it is there. Where the disk is full nothing more is written, which is said once."""
-        if self.full or key in self.places or key in self.written:
+        if self.disabled or key in self.index or key in self.written_keys:
             return
         content = key + b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
         try:
             if self.writer is None:
-                self._begin()
-            self.writer.write(zlib.crc32(content).to_bytes(CHECK, "big") + content)
-            self.written.append(key)
-            self.size += len(content)
-            if self.size > LARGE or time.monotonic() - self.since > OLD:
-                self.finish()
+                self._open_file()
+            self.writer.write(zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big") + content)
+            self.written_keys.append(key)
+            self.file_bytes += len(content)
+            if self.file_bytes > MAX_FILE_BYTES or time.monotonic() - self.file_opened_at > MAX_FILE_SECONDS:
+                self.finish_file()
         except Exception as error:
-            self._give_up(error)
+            self._disable(error)
 
-    def _begin(self) -> None:
-        self.number += 1
-        name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}-{self.number}"
-        self.part = self.folder / (name + UNFINISHED)
-        self.writer = self.module.ArrayRecordWriter(str(self.part), WAYS)
-        self.size, self.since = 0, time.monotonic()
+    def _open_file(self) -> None:
+        self.file_count += 1
+        name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}-{self.file_count}"
+        self.partial_path = self.folder / (name + PARTIAL_SUFFIX)
+        self.writer = self.module.ArrayRecordWriter(str(self.partial_path), WRITER_OPTIONS)
+        self.file_bytes, self.file_opened_at = 0, time.monotonic()
 
-    def finish(self) -> None:
+    def finish_file(self) -> None:
         """Give the file that is being written its index and its name."""
-        writer, part = self.writer, self.part
+        writer, part = self.writer, self.partial_path
         if writer is None:
             return
-        writer.write(json.dumps([key.hex() for key in self.written]).encode())
+        writer.write(json.dumps([key.hex() for key in self.written_keys]).encode())
         writer.close()
-        self.writer, self.written = None, []
-        part.replace(part.with_suffix(ENDING))
+        self.writer, self.written_keys = None, []
+        part.replace(part.with_suffix(FILE_SUFFIX))
         self.refresh()
 
-    def _give_up(self, error: Exception) -> None:
+    def _disable(self, error: Exception) -> None:
         log.warning(
             "no more features are kept in %s (%s); the run goes on and makes them as it needs them",
             *(self.folder, (str(error).strip().splitlines() or [type(error).__name__])[0]),
         )
-        self.full, self.writer, self.written = True, None, []
-        if self.part is not None:
-            self.part.unlink(missing_ok=True)
+        self.disabled, self.writer, self.written_keys = True, None, []
+        if self.partial_path is not None:
+            self.partial_path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Finish what is being written."""
         try:
-            self.finish()
+            self.finish_file()
         except Exception as error:
-            self._give_up(error)
+            self._disable(error)

@@ -21,7 +21,7 @@ from lionjax.core.types import Params
 log = logging.getLogger(__name__)
 
 
-def schedule(stage: Stage) -> optax.Schedule:
+def learning_rate_schedule(stage: Stage) -> optax.Schedule:
     """Learning rate by update: a line up to `learning_rate`, then a cosine down to `end_learning_rate`."""
     rest = stage.steps - stage.warmup_steps
     if rest < 1:
@@ -35,41 +35,43 @@ def schedule(stage: Stage) -> optax.Schedule:
     return optax.join_schedules([up, down], [stage.warmup_steps]) if stage.warmup_steps else down
 
 
-def decays(path: str, axes: int) -> bool:
+def use_weight_decay(path: str, ndim: int) -> bool:
     """Whether weight decay applies to a leaf that has so many axes within one layer.
 
     LION's rule: not to vectors and scalars, and not to biases and the scales of norms and adapters whatever their
     shape. A stack of layers has an axis that does not count. Queries and router ratios have two axes or more and do
     decay, as in the original.
     """
-    return axes >= 2 and path.split("/")[-1] not in ("bias", "scale")
+    return ndim >= 2 and path.split("/")[-1] not in ("bias", "scale")
 
 
-def factors(stage: Stage, trainable: Params) -> Params:
+def lr_multipliers(stage: Stage, trainable: Params) -> Params:
     """What the learning rate of each leaf is multiplied by: the factor of the first pattern that matches it."""
-    trees.split(trainable, [pattern for pattern, _ in stage.learning_rate_scale])
+    trees.split(trainable, [pattern for pattern, _ in stage.lr_multipliers])
 
     def one(path: str) -> float:
-        pairs = stage.learning_rate_scale
+        pairs = stage.lr_multipliers
         return next((factor for pattern, factor in pairs if trees.matches(path, [pattern])), 1.0)
 
     return trees.unflatten({path: one(path) for path in trees.flatten(trainable)})
 
 
-def matrix(path: str, axes: int, stacked: int) -> MuonDimensionNumbers | None:
+def muon_dimension_numbers(path: str, ndim: int, num_layer_axes: int) -> MuonDimensionNumbers | None:
     """Which axes of a leaf are inputs and which outputs, behind those that stack layers; None for what is no such map.
 
     Word tables, output heads, convolutions, vectors and LoRA's narrow pairs are none. An attention's `o` has its
     heads in front, its other maps have them behind.
     """
     *_, module, name = ("", *path.split("/"))
-    inputs = axes - stacked - 1 if module == "o" else 1
-    if name != "kernel" or module == "head" or axes - stacked not in (2, 3):
+    inputs = ndim - num_layer_axes - 1 if module == "o" else 1
+    if name != "kernel" or module == "head" or ndim - num_layer_axes not in (2, 3):
         return None
-    return MuonDimensionNumbers(tuple(range(stacked, stacked + inputs)), tuple(range(stacked + inputs, axes)))
+    return MuonDimensionNumbers(
+        tuple(range(num_layer_axes, num_layer_axes + inputs)), tuple(range(num_layer_axes + inputs, ndim))
+    )
 
 
-def direction(stage: Stage, leaves: Mapping[str, tuple[tuple[int, ...], int]]) -> optax.GradientTransformation:
+def scale_by_optimizer(stage: Stage, leaves: Mapping[str, tuple[tuple[int, ...], int]]) -> optax.GradientTransformation:
     """What the stage's `optimizer` makes of a gradient, before decay and learning rate.
 
     `leaves`: the shape of each, and how many of its axes stack layers.
@@ -77,7 +79,7 @@ def direction(stage: Stage, leaves: Mapping[str, tuple[tuple[int, ...], int]]) -
     adam = optax.scale_by_adam(*stage.betas)
     if stage.optimizer == "adamw":
         return adam
-    maps = {path: matrix(path, len(shape), axes) for path, (shape, axes) in leaves.items()}
+    maps = {path: muon_dimension_numbers(path, len(shape), axes) for path, (shape, axes) in leaves.items()}
 
     def larger_side(path: str) -> int:
         shape = leaves[path][0]
@@ -96,7 +98,7 @@ def direction(stage: Stage, leaves: Mapping[str, tuple[tuple[int, ...], int]]) -
     return optax.partition({"muon": muon, "adamw": adam}, trees.unflatten(labels))
 
 
-def optimizer(
+def make_optimizer(
     stage: Stage, trainable: Params, layer_axes: Mapping[str, int] | None = None
 ) -> optax.GradientTransformation:
     """AdamW or Muon for the trainable half: clipping by its global norm, decay where `decays` says, warm-up and cosine.
@@ -104,21 +106,21 @@ def optimizer(
     `layer_axes`: how many axes of a leaf stack layers (see `sharding.layer_axes`); none where a path is missing.
     """
     stacked, flat = layer_axes or {}, trees.flatten(trainable)
-    mask = {path: decays(path, len(leaf.shape) - stacked.get(path, 0)) for path, leaf in flat.items()}
+    mask = {path: use_weight_decay(path, len(leaf.shape) - stacked.get(path, 0)) for path, leaf in flat.items()}
     parts = [
-        direction(stage, {p: (leaf.shape, stacked.get(p, 0)) for p, leaf in flat.items()}),
+        scale_by_optimizer(stage, {p: (leaf.shape, stacked.get(p, 0)) for p, leaf in flat.items()}),
         optax.add_decayed_weights(stage.weight_decay, trees.unflatten(mask)),
-        optax.scale_by_learning_rate(schedule(stage)),
+        optax.scale_by_learning_rate(learning_rate_schedule(stage)),
     ]
     if stage.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(stage.clip_norm))
-    if stage.learning_rate_scale:
-        scale = factors(stage, trainable)
+    if stage.lr_multipliers:
+        scale = lr_multipliers(stage, trainable)
         parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scale)))
     return optax.chain(*parts)
 
 
-def abstract_optimiser(optimiser: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> Any:
+def abstract_opt_state(tx: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> Any:
     """Shapes and shardings of the optimiser's state: moments lie as their parameters do, counters everywhere."""
 
     flat, everywhere = trees.flatten(trainable), NamedSharding(mesh, PartitionSpec())
@@ -130,4 +132,4 @@ def abstract_optimiser(optimiser: optax.GradientTransformation, trainable: Param
         where = everywhere if leaf is None else leaf.sharding
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
-    return jax.tree_util.tree_map_with_path(like, jax.eval_shape(optimiser.init, trainable))
+    return jax.tree_util.tree_map_with_path(like, jax.eval_shape(tx.init, trainable))

@@ -23,19 +23,20 @@ log = logging.getLogger(__name__)
 
 
 # Fields that say how a run goes about it, not what it computes: a folder may be continued with others.
-FREE = (
+MUTABLE_FIELDS = (
     r"name",
     r"mesh\..*",
-    r"run\.(log_every|save_every|evaluate_every|evaluate_limit|keep|cache_features|cache_gib|features_dir)",
+    r"run\.(log_every|save_every|evaluate_every|evaluate_limit|max_to_keep|cache_features)",
+    r"run\.(feature_cache_gib|feature_cache_dir)",
     # One who meets a bad update may mend the run by these.
-    r"run\.(on_bad_update|spike|bad_updates|stuck_seconds)",
-    r"answer\..*",
-    r"data\.(threads|workers|buffer|cache_mib|quarantine)",
+    r"run\.(on_bad_step|loss_spike_sigmas|max_bad_steps|watchdog_seconds)",
+    r"generation\..*",
+    r"data\.(num_threads|num_workers|prefetch_buffer_size|image_cache_mib|bad_records_path)",
 )
 
 
 @contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[None]:
+def lock_workdir(workdir: Path) -> Iterator[None]:
     """The folder, made if need be, for this run only. Raises UserError while another process trains in it."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -44,19 +45,19 @@ def alone(workdir: Path) -> Iterator[None]:
         raise UserError(f"cannot write in {workdir}: {error.strerror}; name another folder") from error
     with file:
         try:
-            if distributed.first():
+            if distributed.is_main_process():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another process is training in {workdir}; stop it or name another folder") from error
         yield
 
 
-def claim(workdir: Path, experiment: Experiment) -> None:
+def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
     """Write the config into a folder without weights, or check that the folder was made by the same one.
 
     What a killed run left half-written is removed.
 
-    Fields that do not change what is computed (`FREE`) may differ, so that a run can go on, say, on another mesh.
+    Fields that do not change what is computed (`MUTABLE_FIELDS`) may differ, so that a run can go on, say, on another mesh.
     Raises UserError that lists the others that differ.
     """
     path, text = workdir / "config.json", config.to_json(experiment)
@@ -68,18 +69,18 @@ def claim(workdir: Path, experiment: Experiment) -> None:
             old = config.from_json(path.read_text())
         except UserError as error:
             raise UserError(f"{path} cannot be read: {error}") from error
-        changes = config.difference(old, experiment)
-        free = {name for name in changes if any(re.fullmatch(pattern, name) for pattern in FREE)}
+        changes = config.diff_configs(old, experiment)
+        free = {name for name in changes if any(re.fullmatch(pattern, name) for pattern in MUTABLE_FIELDS)}
         if fixed := [f"{name} {a!r} -> {b!r}" for name, (a, b) in changes.items() if name not in free]:
             raise UserError(
                 f"{workdir} was made by another config ({'; '.join(fixed)}); set these back or name another folder"
             )
         for name in sorted(free):
             log.info("%s goes on with %s %r -> %r", workdir, name, *changes[name])
-    if distributed.first():
-        run_log.replace_text(path, text)
-        checkpoint.clean(workdir)
-    distributed.meet("claimed")
+    if distributed.is_main_process():
+        run_log.write_text_atomic(path, text)
+        checkpoint.remove_tmp_directories(workdir)
+    distributed.barrier("claimed")
     if not path.is_file() or path.read_text() != text:
         raise UserError(
             f"process {jax.process_index()} does not see in {workdir} what process 0 wrote there; all processes need "
@@ -87,7 +88,7 @@ def claim(workdir: Path, experiment: Experiment) -> None:
         )
 
 
-def words(experiment: Experiment, stage: int, step: int) -> str:
+def describe_position(experiment: Experiment, stage: int, step: int) -> str:
     """A place in words: "stage 'two', step 5"."""
     if stage == len(experiment.stages):
         return "the end of the last stage"
@@ -102,36 +103,36 @@ def updates_before(experiment: Experiment, stage: int) -> int:
 def base_folder(workdir: Path, experiment: Experiment, stage: int) -> Path:
     """Where the trained parameters stand as a stage finds them; after the last stage: the result."""
     last = stage == len(experiment.stages)
-    name = "final" if last else file_name(experiment.stages[stage].name)
+    name = "final" if last else safe_file_name(experiment.stages[stage].name)
     return workdir / "base" / f"{stage}_{name}"
 
 
-def file_name(text: str) -> str:
+def safe_file_name(text: str) -> str:
     return re.sub(r"\W+", "_", text)
 
 
-def places(workdir: Path, experiment: Experiment) -> list[tuple[int, int]]:
+def saved_positions(workdir: Path, experiment: Experiment) -> list[tuple[int, int]]:
     """(stage, updates into it) of all that a folder holds, newest first."""
-    found = [(stage, 0) for stage in checkpoint.found_bases(workdir / "base")]
-    for update in checkpoint.found_steps(workdir / "checkpoints"):
+    found = [(stage, 0) for stage in checkpoint.all_bases(workdir / "base")]
+    for update in checkpoint.all_steps(workdir / "checkpoints"):
         stage = max(s for s in range(len(experiment.stages)) if updates_before(experiment, s) < update)
         found.append((stage, update - updates_before(experiment, stage)))
     return sorted(found, reverse=True)
 
 
-def _newest(workdir: Path, experiment: Experiment) -> tuple[int, int] | None:
-    return next(iter(places(workdir, experiment)), None)
+def latest_position(workdir: Path, experiment: Experiment) -> tuple[int, int] | None:
+    return next(iter(saved_positions(workdir, experiment)), None)
 
 
-def as_dict(tree: Any) -> Params:
+def to_state_dict(tree: Any) -> Params:
     """Any tree as nested dicts with text keys, as files want it. Nodes without leaves vanish."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     return trees.unflatten({jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs})
 
 
-def from_dict(flat: Params, like: Any) -> Any:
+def from_state_dict(state_dict: Params, target: Any) -> Any:
     """The inverse of `as_dict` for a tree of the same structure as `like`."""
-    leaves = trees.flatten(flat)
-    pairs, structure = jax.tree_util.tree_flatten_with_path(like)
+    leaves = trees.flatten(state_dict)
+    pairs, structure = jax.tree_util.tree_flatten_with_path(target)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
     return jax.tree_util.tree_unflatten(structure, [leaves[name] for name in names])

@@ -27,13 +27,13 @@ import jax
 from lionjax.core.config import to_json
 from lionjax.core.experiment import Experiment
 
-FEW = 10  # losses behind loss_first and loss_last, so that one odd batch does not decide them
-RECENT = 130  # losses remembered to tell a spike by; a few more than `refused.WINDOW`
-MISSED = ("lost", "away")  # parts of the time in which this run did nothing that lasts
+REPORTED_LOSSES = 10  # losses behind loss_first and loss_last, so that one odd batch does not decide them
+RECENT_LOSSES = 130  # losses remembered to tell a spike by; a few more than `refused.WINDOW`
+DOWNTIME_PHASES = ("lost", "away")  # parts of the time in which this run did nothing that lasts
 
 
 @dataclasses.dataclass
-class Entry:
+class StageStats:
     """What is remembered of a stage across restarts.
 
     `seconds`: where time went, by the names of `Clock`. `behind`: seconds of work that was done while the devices
@@ -59,25 +59,25 @@ class Entry:
     logged: dict[str, Any] = dataclasses.field(default_factory=dict)
     clock: float = 0.0
 
-    def add(self, loss: float, images: int, tokens: int) -> None:
+    def add_update(self, loss: float, images: int, tokens: int) -> None:
         """Count one update."""
         self.updates, self.images, self.tokens = (self.updates + 1, self.images + images, self.tokens + tokens)
-        self.first = (self.first + [loss])[:FEW]
-        self.last = (self.last + [loss])[-FEW:]
-        self.recent = (self.recent + [loss])[-RECENT:]
+        self.first = (self.first + [loss])[:REPORTED_LOSSES]
+        self.last = (self.last + [loss])[-REPORTED_LOSSES:]
+        self.recent = (self.recent + [loss])[-RECENT_LOSSES:]
 
-    def skip(self) -> None:
+    def add_skipped_update(self) -> None:
         """Count one update that was not accepted."""
         self.updates, self.skipped = self.updates + 1, self.skipped + 1
-        self.recent = (self.recent + [None])[-RECENT:]
+        self.recent = (self.recent + [None])[-RECENT_LOSSES:]
 
     @property
-    def loss(self) -> float:
+    def recent_mean_loss(self) -> float:
         return sum(self.last) / len(self.last) if self.last else math.inf
 
     def report(self) -> dict[str, Any]:
         """The stage's entry in report.json. `seconds` counts the time in which the run was at work on it."""
-        worked = sum(value for part, value in self.seconds.items() if part not in MISSED)
+        worked = sum(value for part, value in self.seconds.items() if part not in DOWNTIME_PHASES)
         return {
             "name": self.name,
             "steps": self.updates,
@@ -88,14 +88,14 @@ class Entry:
             "rewinds": self.rewinds,
             "bad_records": self.bad_records,
             "loss_first": sum(self.first) / len(self.first) if self.first else None,
-            "loss_last": self.loss if self.last else None,
+            "loss_last": self.recent_mean_loss if self.last else None,
             "trainable_parameters": self.trainable_parameters,
             "compilations": self.compilations,
             "frozen_unchanged": self.frozen_unchanged,
         }
 
 
-class Clock:
+class PhaseTimer:
     """Where time goes, without a gap: from `turn("data")` to the next `turn` all of it is counted under "data".
 
     Parts: start (until a stage can begin), compile, data (waiting for a batch), step, save, log, evaluate; and, from
@@ -103,122 +103,124 @@ class Clock:
     The sums lie in `seconds`. `began`: the time of day from which on this process counts.
     """
 
-    def __init__(self, began: float):
+    def __init__(self, start_time: float):
         self.seconds: dict[str, float] = {}
-        self.part, self.since = "start", time.perf_counter() - (time.time() - began)
+        self.phase, self.phase_start = "start", time.perf_counter() - (time.time() - start_time)
 
-    def add(self, part: str, seconds: float) -> None:
-        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+    def add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
-    def turn(self, part: str, was: str | None = None) -> None:
+    def switch(self, phase: str, relabel_as: str | None = None) -> None:
         """From now on time goes to `part`. What went before turns out to have been `was`."""
         now = time.perf_counter()
-        self.add(was or self.part, now - self.since)
-        self.part, self.since = part, now
+        self.add(relabel_as or self.phase, now - self.phase_start)
+        self.phase, self.phase_start = phase, now
 
-    def into(self, seconds: dict[str, float]) -> None:
+    def rebind(self, seconds: dict[str, float]) -> None:
         """From now on the sums lie in `seconds`, which takes over those up to here."""
-        self.turn(self.part)
+        self.switch(self.phase)
         earlier, self.seconds = self.seconds, seconds
         for part, value in earlier.items():
             self.add(part, value)
 
 
-def missed(workdir: Path, history: Sequence[dict], began: float) -> dict[str, float]:
+def downtime(workdir: Path, history: Sequence[dict], start_time: float) -> dict[str, float]:
     """Seconds {lost, away} between the checkpoint that a run goes on from and the start of this process."""
     saved = history[-1].get("clock", 0.0) if history else 0.0
     first = workdir / "base"
     if not saved and not history and first.is_dir():  # it began, and was ended before the first checkpoint
         saved = min((path.stat().st_mtime for path in first.iterdir()), default=0.0)
-    if not 0 < saved < began:
+    if not 0 < saved < start_time:
         return {}
     lines = workdir / "metrics.jsonl"
     seen = lines.stat().st_mtime if lines.is_file() else saved
-    seen = min(max(seen, saved), began)
-    return {"lost": seen - saved, "away": began - seen}
+    seen = min(max(seen, saved), start_time)
+    return {"lost": seen - saved, "away": start_time - seen}
 
 
-class Journal:
+class RunLogger:
     """The lines of a run, to files and to the terminal: `with Journal(workdir, experiment, update) as journal: ...`.
 
     `update` is where the run goes on, counted from the first stage; later lines of an earlier try are dropped.
     """
 
     def __init__(self, workdir: Path, experiment: Experiment, update: int):
-        self.path, self.experiment, self.writes = (workdir / "metrics.jsonl", experiment, jax.process_index() == 0)
-        self.board = self.bar = self.task = None
-        if not self.writes:
+        self.path, self.experiment, self.is_writer = (workdir / "metrics.jsonl", experiment, jax.process_index() == 0)
+        self.tensorboard = self.progress_bar = self.progress_task = None
+        if not self.is_writer:
             return
-        self.drop_after(update)
-        keep_lines(workdir / "refused.jsonl", update)
+        self.truncate_after(update)
+        truncate_jsonl(workdir / "refused.jsonl", update)
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
-            self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=update + 1)
+            self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=update + 1)
         if sys.stderr.isatty():
-            self.bar = _bar()
+            self.progress_bar = _make_progress_bar()
 
     def __enter__(self):
-        if self.bar:
-            self.bar.start()
+        if self.progress_bar:
+            self.progress_bar.start()
         return self
 
     def __exit__(self, *_):
-        if self.bar:
-            self.bar.stop()
-        if self.board:
-            self.board.close()
+        if self.progress_bar:
+            self.progress_bar.stop()
+        if self.tensorboard:
+            self.tensorboard.close()
 
-    def drop_after(self, update: int) -> None:
+    def truncate_after(self, update: int) -> None:
         """Forget the lines of updates after this one: the run will make them again."""
-        if self.writes:
-            keep_lines(self.path, update)
+        if self.is_writer:
+            truncate_jsonl(self.path, update)
 
-    def begin(self, stage: str, steps: int, done: int) -> None:
+    def start_stage(self, stage: str, steps: int, done: int) -> None:
         """A stage begins or goes on after `done` updates."""
-        if self.bar:
-            self.task = self.bar.add_task(stage, total=steps, completed=done, said="compiling")
-        elif self.writes:
+        if self.progress_bar:
+            self.progress_task = self.progress_bar.add_task(stage, total=steps, completed=done, said="compiling")
+        elif self.is_writer:
             where = f" after {done}" if done else ""
             print(f"stage {stage}: {steps} steps{where}", file=sys.stderr, flush=True)
 
-    def advance(self, done: int) -> None:
+    def update_progress(self, done: int) -> None:
         """So many updates of the stage are done."""
-        if self.bar:
-            self.bar.update(self.task, completed=done)
+        if self.progress_bar:
+            self.progress_bar.update(self.progress_task, completed=done)
 
-    def line(self, line: dict[str, Any], steps: int) -> None:
+    def write_metrics(self, metrics: dict[str, Any], steps: int) -> None:
         """One line of metrics: `stage`, `step`, `update`, `loss` and others; `steps` is the stage's length."""
-        if not self.writes:
+        if not self.is_writer:
             return
-        append_line(self.path, line)
-        if self.board:
-            for name, value in line.items():
+        append_jsonl(self.path, metrics)
+        if self.tensorboard:
+            for name, value in metrics.items():
                 if isinstance(value, int | float) and name not in ("step", "update"):
-                    self.board.add_scalar(f"{line['stage']}/{name}", value, line["update"])
-        rate = line.get("images_per_second")
-        loss = f"loss {line['loss']:.4f}" if "loss" in line else "not accepted"
+                    self.tensorboard.add_scalar(f"{metrics['stage']}/{name}", value, metrics["update"])
+        rate = metrics.get("images_per_second")
+        loss = f"loss {metrics['loss']:.4f}" if "loss" in metrics else "not accepted"
         said = loss + (f"  {rate:.1f} images/s" if rate else "")
-        if self.bar:
-            self.bar.update(self.task, completed=line["step"], said=said)
+        if self.progress_bar:
+            self.progress_bar.update(self.progress_task, completed=metrics["step"], said=said)
             return
-        rest = (steps - line["step"]) * self.batch_size(line["stage"]) / rate if rate else None
+        rest = (steps - metrics["step"]) * self.batch_size(metrics["stage"]) / rate if rate else None
         left = "" if rest is None else f"  {rest / 60:.1f} min left"
-        text = f"stage {line['stage']}  step {line['step']}/{steps}  {said}  lr {line['learning_rate']:.2e}{left}"
+        text = (
+            f"stage {metrics['stage']}  step {metrics['step']}/{steps}  {said}  lr {metrics['learning_rate']:.2e}{left}"
+        )
         print(text, file=sys.stderr, flush=True)
 
     def batch_size(self, stage: str) -> int:
         return next(s.batch_size for s in self.experiment.stages if s.name == stage)
 
-    def say(self, text: str) -> None:
+    def print_message(self, text: str) -> None:
         """A sentence for the person at the terminal."""
-        if self.bar:
-            self.bar.console.print(text)
-        elif self.writes:
+        if self.progress_bar:
+            self.progress_bar.console.print(text)
+        elif self.is_writer:
             print(text, file=sys.stderr, flush=True)
 
 
-def _bar():
+def _make_progress_bar():
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -227,16 +229,16 @@ def _bar():
     return Progress(*columns, console=Console(stderr=True))
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Add one JSON object to a file of lines, in one write."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(file, (json.dumps(line) + "\n").encode())
+        os.write(file, (json.dumps(record) + "\n").encode())
     finally:
         os.close(file)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of lines; a line that a killed run left half-written is passed over."""
     found = []
     for text in path.read_text().splitlines() if path.is_file() else []:
@@ -245,15 +247,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def keep_lines(path: Path, update: int) -> None:
+def truncate_jsonl(path: Path, update: int) -> None:
     """Drop the lines of updates after this one from a file, if there is one."""
     if not path.is_file():
         return
-    lines = [line for line in read_lines(path) if line["update"] <= update]
-    replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    lines = [line for line in read_jsonl(path) if line["update"] <= update]
+    write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def replace_text(path: Path, text: str) -> None:
+def write_text_atomic(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
@@ -264,7 +266,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_report(
-    workdir: Path, experiment: Experiment, history: Sequence[dict], rest: dict[str, float]
+    workdir: Path, experiment: Experiment, history: Sequence[dict], unattributed_seconds: dict[str, float]
 ) -> dict[str, Any]:
     """Put the training's part into report.json and return the whole; what others wrote there stays.
 
@@ -272,59 +274,61 @@ def write_report(
     """
     path = workdir / "report.json"
     report = json.loads(path.read_text()) if path.is_file() else {}
-    entries = [Entry(**entry) for entry in history]
+    entries = [StageStats(**entry) for entry in history]
     report |= {
         "config": json.loads(to_json(experiment)),
         "stages": [entry.report() for entry in entries],
-        "speed": report.get("speed", {}) | speed(entries),
-        "seconds": seconds_of(entries, rest, report.get("seconds", {}).get("evaluate", 0.0)),
+        "speed": report.get("speed", {}) | throughput(entries),
+        "seconds": total_seconds(entries, unattributed_seconds, report.get("seconds", {}).get("evaluate", 0.0)),
         "environment": environment(),
     }
     if jax.process_index() == 0:
-        replace_text(path, json.dumps(report, indent=1) + "\n")
+        write_text_atomic(path, json.dumps(report, indent=1) + "\n")
     return report
 
 
-def note_evaluation(workdir: Path, seconds: float) -> None:
+def add_evaluation_seconds(workdir: Path, seconds: float) -> None:
     """Count time in which a run's model was asked questions: in report.json, and in the last line of metrics."""
     if jax.process_index():
         return
-    path, lines = workdir / "report.json", read_lines(workdir / "metrics.jsonl")
+    path, lines = workdir / "report.json", read_jsonl(workdir / "metrics.jsonl")
     report = json.loads(path.read_text())
     parts = report.setdefault("seconds", {})
     parts["evaluate"] = round(parts.get("evaluate", 0.0) + seconds, 3)
-    replace_text(path, json.dumps(report, indent=1) + "\n")
+    write_text_atomic(path, json.dumps(report, indent=1) + "\n")
     if lines:
         parts = lines[-1].setdefault("seconds", {})
         parts["evaluate"] = round(parts.get("evaluate", 0.0) + seconds, 6)
-        replace_text(workdir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_text_atomic(workdir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def seconds_of(
-    entries: list[Entry], rest: Mapping[str, float] = MappingProxyType({}), evaluate: float = 0.0
+def total_seconds(
+    entries: list[StageStats],
+    unattributed_seconds: Mapping[str, float] = MappingProxyType({}),
+    evaluation_seconds: float = 0.0,
 ) -> dict[str, float]:
     """Where the time of all stages went, by part; `rest` is not of a stage."""
-    sums = {"evaluate": evaluate} if evaluate else {}
-    for seconds_by_part in (*(entry.seconds for entry in entries), rest):
+    sums = {"evaluate": evaluation_seconds} if evaluation_seconds else {}
+    for seconds_by_part in (*(entry.seconds for entry in entries), unattributed_seconds):
         for part, seconds in seconds_by_part.items():
             sums[part] = sums.get(part, 0.0) + seconds
     return {part: round(seconds, 3) for part, seconds in sums.items()}
 
 
-def speed(entries: list[Entry]) -> dict[str, float]:
+def throughput(entries: list[StageStats]) -> dict[str, float]:
     """Rates over all updates, compilation apart: a step's seconds are those of waiting for data and computing."""
-    sums = seconds_of(entries)
+    sums = total_seconds(entries)
     busy = max(sums.get("step", 0.0) + sums.get("data", 0.0), 1e-9)
     return {
         "images_per_second": sum(entry.images for entry in entries) / busy,
         "tokens_per_second": sum(entry.tokens for entry in entries) / busy,
         "step_seconds": busy / max(sum(entry.updates for entry in entries), 1),
         "compile_seconds": sums.get("compile", 0.0),
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_memory_bytes(),
     }
 
 
-def peak_bytes() -> int:
+def peak_memory_bytes() -> int:
     """The most memory that was in use: of a device, or of this process where the device is the CPU."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     unit = 1 if sys.platform == "darwin" else 1024

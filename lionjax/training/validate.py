@@ -9,13 +9,13 @@ from lionjax.core.experiment import Experiment
 from lionjax.core.types import Batch, UserError
 
 
-def check_boxes(system, batch: Batch) -> None:
+def check_boxes(model, batch: Batch) -> None:
     """Raise UserError unless each text of a batch of numpy arrays has one box in 0..1 for each of its location tokens.
 
     For loaders of one's own: inside a model a wrong count would go unseen. Rows that name no place may have boxes,
     which are then said in another way, as in digits.
     """
-    token = system.info.box_token
+    token = model.info.box_token
     if token is None or batch.boxes_BK4 is None:
         return
     named_B = (np.concatenate([batch.prompt_BL, batch.target_BM], axis=1) == token).sum(axis=1)
@@ -32,25 +32,25 @@ def check_boxes(system, batch: Batch) -> None:
         raise UserError(f"the box {wrong} is none; give x0, y0, x1, y1 between 0 and 1 with x0 < x1 and y0 < y1")
 
 
-def check_words(experiment: Experiment, example: Batch) -> None:
+def check_token_ids(experiment: Experiment, example: Batch) -> None:
     """Raises UserError where the data make words that the language model does not have, such as location tokens."""
-    vocab, picture = experiment.system.info.vocab_size, experiment.system.info.image_token  # need not be a word
+    vocab, picture = experiment.model.info.vocab_size, experiment.model.info.image_token  # need not be a word
     written = (example.prompt_BL, example.target_BM)
     most = int(max(ids[ids != picture].max(initial=0) for ids in written))
     if vocab is not None and most >= vocab:
         raise UserError(
-            f"the data make the token {most}, but the language model has {vocab}; raise system.language.vocab, "
+            f"the data make the token {most}, but the language model has {vocab}; raise model.language.vocab_size, "
             "or write places otherwise (data.processor.places)"
         )
 
 
-def check_prompts(experiment: Experiment) -> None:
+def check_prompt_format(experiment: Experiment) -> None:
     """Raises UserError where the prompt template has a place for the image that nothing fills."""
-    info, processor = experiment.system.info, getattr(experiment.data, "processor", None)
+    info, processor = experiment.model.info, getattr(experiment.data, "processor", None)
     if processor is None or not info.splices_images or "{image}" not in processor.template:
         return
-    if processor.image_token is None and not processor.image_tokens:
+    if processor.image_token is None and not processor.num_image_tokens:
         raise UserError(
-            "processor.template has {image}, but this model has no image token and puts images before the text; "
-            "remove {image} from the template, or set system.image_token"
+            "processor.prompt_template has {image}, but this model has no image token and puts images before the text; "
+            "remove {image} from the template, or set model.image_token_id"
         )

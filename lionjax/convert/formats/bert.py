@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import Published, refuse_unless, token
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, require_supported, token_id
 from lionjax.core.types import Params
 
 if TYPE_CHECKING:
@@ -16,60 +16,60 @@ if TYPE_CHECKING:
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "gelu_new": "gelu_tanh"}
 
 
-def _config(s: dict) -> Any:
+def _config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.language.bert import BertConfig
 
-    act, where = s.get("hidden_act", "gelu"), s.get("position_embedding_type", "absolute")
-    refuse_unless(act in ACTIVATIONS, f"hidden_act {act!r}", ", ".join(ACTIVATIONS))
-    refuse_unless(where == "absolute", f"positions of type {where!r}", "absolute ones")
-    refuse_unless(not s.get("is_decoder"), "a mask that hides later words", "an encoder")
+    act, where = hf_config.get("hidden_act", "gelu"), hf_config.get("position_embedding_type", "absolute")
+    require_supported(act in ACTIVATIONS, f"hidden_act {act!r}", ", ".join(ACTIVATIONS))
+    require_supported(where == "absolute", f"positions of type {where!r}", "absolute ones")
+    require_supported(not hf_config.get("is_decoder"), "a mask that hides later words", "an encoder")
     return BertConfig(
-        s["vocab_size"],
-        s["hidden_size"],
-        s["num_hidden_layers"],
-        s["num_attention_heads"],
-        s["intermediate_size"],
-        s.get("max_position_embeddings", 512),
-        s.get("type_vocab_size", 2),
-        s.get("layer_norm_eps", 1e-12),
+        hf_config["vocab_size"],
+        hf_config["hidden_size"],
+        hf_config["num_hidden_layers"],
+        hf_config["num_attention_heads"],
+        hf_config["intermediate_size"],
+        hf_config.get("max_position_embeddings", 512),
+        hf_config.get("type_vocab_size", 2),
+        hf_config.get("layer_norm_eps", 1e-12),
         ACTIVATIONS[act],
-        s.get("hidden_dropout_prob", 0.1),
-        pad_token=token(s, "pad_token_id", 0),
+        hf_config.get("hidden_dropout_prob", 0.1),
+        pad_token_id=token_id(hf_config, "pad_token_id", 0),
     )
 
 
-def _told(c: BertConfig, names: Collection[str]) -> Any:
+def _infer_pooler(c: BertConfig, names: Collection[str]) -> Any:
     """Whether there is a pooler only the weights say."""
     return dataclasses.replace(c, pooler="pooler.dense.weight" in names)
 
 
-def _settings(c: BertConfig) -> dict:
+def _config_to_hf(c: BertConfig) -> dict:
     theirs = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
         "architectures": ["BertModel"],
         "model_type": "bert",
-        "vocab_size": c.vocab,
+        "vocab_size": c.vocab_size,
         "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "intermediate_size": c.hidden,
-        "max_position_embeddings": c.positions,
-        "type_vocab_size": c.kinds,
-        "layer_norm_eps": c.eps,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.num_heads,
+        "intermediate_size": c.mlp_dim,
+        "max_position_embeddings": c.max_positions,
+        "type_vocab_size": c.type_vocab_size,
+        "layer_norm_eps": c.norm_eps,
         "hidden_act": theirs[c.activation],
         "hidden_dropout_prob": c.dropout,
         "attention_probs_dropout_prob": c.dropout,
-        "pad_token_id": c.pad_token,
+        "pad_token_id": c.pad_token_id,
     }
 
 
-def _rows(c: BertConfig) -> tuple:
+def _weight_map(c: BertConfig) -> tuple:
     from lionjax.models.language import bert
 
-    return bert.torch_rows(c)
+    return bert.weight_map(c)
 
 
-def _abstract(c: BertConfig, mesh: Any = None) -> Params:
+def _abstract_params(c: BertConfig, mesh: Any = None) -> Params:
     import jax
     import jax.numpy as jnp
 
@@ -77,20 +77,20 @@ def _abstract(c: BertConfig, mesh: Any = None) -> Params:
     from lionjax.models.language.bert import Bert
 
     ids = jnp.zeros((1, 2), jnp.int32)
-    return sharding.abstract(
+    return sharding.abstract_params(
         lambda key: Bert(c).init(key, ids, jnp.ones_like(ids))["params"], jax.random.key(0), mesh=mesh
     )
 
 
-BERT = Published(
+BERT = CheckpointFormat(
     "bert",
     ("bert",),
     lambda c: type(c).__name__ == "BertConfig",
-    _config,
-    _settings,
-    _rows,
-    _abstract,
-    ignore=(r"embeddings\.position_ids(?#they only count)", r"(cls|classifier|qa_outputs)\..*(?#heads)"),
-    inside="bert.",
-    told=_told,
+    _config_from_hf,
+    _config_to_hf,
+    _weight_map,
+    _abstract_params,
+    ignore_patterns=(r"embeddings\.position_ids(?#they only count)", r"(cls|classifier|qa_outputs)\..*(?#heads)"),
+    inner_prefix="bert.",
+    infer_from_keys=_infer_pooler,
 )

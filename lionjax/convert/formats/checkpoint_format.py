@@ -9,45 +9,47 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from lionjax.convert.io.reader import HEADER_LIMIT, Tensors
+from lionjax.convert.io.reader import MAX_HEADER_BYTES, CheckpointTensors
 from lionjax.core.types import Batch, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class CheckpointFormat:
     """One kind of checkpoint. `config` and `settings` go from the original's config.json to ours and back."""
 
     name: str
     model_types: tuple[str, ...]  # in config.json
-    describes: Callable[[Any], bool]  # whether one of our configs is of this kind
-    config: Callable[[dict], Any]
-    settings: Callable[[Any], dict]
-    rows: Callable[[Any], tuple]
-    abstract: Callable[..., Params]  # (config, mesh=None): shapes of the whole tree, and where it lies
+    matches: Callable[[Any], bool]  # whether one of our configs is of this kind
+    config_from_hf: Callable[[dict], Any]
+    config_to_hf: Callable[[Any], dict]
+    weight_map: Callable[[Any], tuple]
+    abstract_params: Callable[..., Params]  # (config, mesh=None): shapes of the whole tree, and where it lies
     # Names that say nothing: patterns, matched whole, with the reason in a comment of theirs, (?#...).
-    ignore: tuple[str, ...] = ()
+    ignore_patterns: tuple[str, ...] = ()
     # (name, name of the tensor it equals where it is missing)
-    copies: tuple[tuple[str, str], ...] = ()
-    base: str = ""  # stands before all names, and is left away in files of the bare model
-    inside: str = ""  # stands before the names in files where more lies around the model
+    tied_keys: tuple[tuple[str, str], ...] = ()
+    base_model_prefix: str = ""  # stands before all names, and is left away in files of the bare model
+    inner_prefix: str = ""  # stands before the names in files where more lies around the model
     # What the names in a file say of the config.
-    told: Callable[[Any, Collection[str]], Any] = lambda config, names: config
+    infer_from_keys: Callable[[Any, Collection[str]], Any] = lambda config, names: config
     # The tensors under the table's names, with parts that lie in other files: (config, tensors, folder) -> tensors.
-    complete: Callable[[Any, Tensors, Path], Tensors] = lambda config, tensors, folder: tensors
+    prepare_tensors: Callable[[Any, CheckpointTensors, Path], CheckpointTensors] = lambda config, tensors, folder: (
+        tensors
+    )
 
 
-def refuse_unless(fits: bool, what: str, wanted: str) -> None:
+def require_supported(supported: bool, found: str, allowed: str) -> None:
     """Raise UserError for a model with settings that the code here does not compute."""
-    if not fits:
-        raise UserError(f"this model has {what}; only {wanted} is known")
+    if not supported:
+        raise UserError(f"this model has {found}; only {allowed} is known")
 
 
-def read_settings(path: Path) -> dict:
+def read_hf_config(path: Path) -> dict:
     """A config.json; nothing where there is none. Raises UserError when it cannot be read."""
     if not path.is_file():
         return {}
     try:
-        if path.stat().st_size > HEADER_LIMIT:
+        if path.stat().st_size > MAX_HEADER_BYTES:
             raise ValueError("it is too large")
         settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -57,14 +59,14 @@ def read_settings(path: Path) -> dict:
     return settings
 
 
-def token(s: dict, name: str, default: int) -> int:
+def token_id(hf_config: dict, name: str, default: int) -> int:
     """A token id of config.json, which may be missing, null or a list."""
-    value = s.get(name)
+    value = hf_config.get(name)
     value = value[0] if isinstance(value, list) and value else value
     return default if value is None else int(value)
 
 
-def abstract(c: Any, mesh: Any = None) -> Params:
+def abstract_params(c: Any, mesh: Any = None) -> Params:
     """Shapes of the whole tree of a system that reads pictures and texts, and where they lie on a mesh."""
     import jax
 
@@ -74,25 +76,25 @@ def abstract(c: Any, mesh: Any = None) -> Params:
     image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
     ids, row = jax.ShapeDtypeStruct((1, 2), "int32"), jax.ShapeDtypeStruct((1,), "int32")
     batch = Batch(image, ids, ids, ids, ids, ids, ids, ids, row, row)
-    return sharding.abstract(c.init, jax.random.key(0), batch, mesh=mesh)
+    return sharding.abstract_params(c.init, jax.random.key(0), batch, mesh=mesh)
 
 
-def abstract_of_picture(module: Any, side: int, mesh: Any) -> Params:
+def abstract_vision_params(module: Any, image_size: int, mesh: Any) -> Params:
     """Shapes of the tree of a flax module that sees one picture of so many pixels a side, and where they lie."""
     import jax
 
     from lionjax.core import sharding
 
-    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
-    return sharding.abstract(lambda key, x: module.init(key, x)["params"], jax.random.key(0), image, mesh=mesh)
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32")
+    return sharding.abstract_params(lambda key, x: module.init(key, x)["params"], jax.random.key(0), image, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """A checkpoint that has been recognised and opened, not read."""
 
-    kind: Published
+    checkpoint_format: CheckpointFormat
     config: Any
-    tensors: Tensors
+    tensors: CheckpointTensors
     folder: Path | None  # where its tokenizer and settings lie
-    copied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # tensor -> those made from it
+    tied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # tensor -> those made from it

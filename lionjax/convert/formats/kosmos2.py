@@ -6,26 +6,29 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import Published, abstract, refuse_unless, token
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_params, require_supported, token_id
 from lionjax.convert.formats.hf_vision import CLIP
-from lionjax.convert.formats.hf_vlm import CLIP_224, own_settings
+from lionjax.convert.formats.hf_vlm import CLIP_224, lionjax_hf_config
 
 if TYPE_CHECKING:
-    from lionjax.models.vlm.visual_prefix import Prefix
+    from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 
-def _config(s: dict) -> Any:
-    from lionjax.models.connectors.perceiver import ProjectionConfig
+def _config_from_hf(hf_config: dict) -> Any:
+    from lionjax.models.connectors.perceiver import ImageToTextProjectionConfig
     from lionjax.models.language.decoder import KOSMOS2_TEXT
     from lionjax.models.vlm.visual_prefix import KOSMOS2
 
-    t, vision = s.get("text_config") or {}, CLIP.config(CLIP_224 | (s.get("vision_config") or {}))
+    t, vision = (
+        hf_config.get("text_config") or {},
+        CLIP.config_from_hf(CLIP_224 | (hf_config.get("vision_config") or {})),
+    )
     act = t.get("activation_function", "gelu")
-    refuse_unless(act == "gelu", f"activation_function {act!r}", "gelu")
-    refuse_unless(t.get("scale_embedding", True), "words as they are", "one that scales its words")
-    refuse_unless(not t.get("add_cross_attention"), "attention to an encoder", "one without")
+    require_supported(act == "gelu", f"activation_function {act!r}", "gelu")
+    require_supported(t.get("scale_embedding", True), "words as they are", "one that scales its words")
+    require_supported(not t.get("add_cross_attention"), "attention to an encoder", "one without")
     width, heads = t.get("embed_dim", 2048), t.get("attention_heads", 32)
-    pad = token(t, "pad_token_id", 1)
+    pad = token_id(t, "pad_token_id", 1)
     language = dataclasses.replace(
         KOSMOS2_TEXT,
         vocab=t.get("vocab_size", 65037),
@@ -34,65 +37,65 @@ def _config(s: dict) -> Any:
         heads=heads,
         kv_heads=heads,
         head=width // heads,
-        hidden=t.get("ffn_dim", 8192),
+        mlp_dim=t.get("ffn_dim", 8192),
         eps=t.get("layer_norm_eps", 1e-5),
         dropout=t.get("dropout", 0.1),
-        pad_token=pad,
+        pad_token_id=pad,
         position_offset=pad + 1,
-        start_token=token(t, "bos_token_id", 0),
-        end_token=token(t, "eos_token_id", 2),
+        start_token=token_id(t, "bos_token_id", 0),
+        end_token=token_id(t, "eos_token_id", 2),
     )
     return dataclasses.replace(
         KOSMOS2,
-        vision=dataclasses.replace(vision, norm_after=False),
+        vision=dataclasses.replace(vision, post_layernorm=False),
         language=language,
-        latents=ProjectionConfig(vision.width, width, heads, s.get("latent_query_num", 64)),
-        vision_eps=vision.eps,
+        resampler=ImageToTextProjectionConfig(vision.width, width, heads, hf_config.get("latent_query_num", 64)),
+        vision_norm_eps=vision.eps,
     )
 
 
-def _settings(c: Prefix) -> dict:
+def _config_to_hf(c: VisualPrefixLM) -> dict:
     t = c.language
-    if not c.vision.norm_before:
-        return own_settings(c, "kosmos-2")
+    if not c.vision.pre_layernorm:
+        return lionjax_hf_config(c, "kosmos-2")
     return {
         "architectures": ["Kosmos2ForConditionalGeneration"],
         "model_type": "kosmos-2",
-        "latent_query_num": c.latents.queries,
+        "latent_query_num": c.resampler.num_query_tokens,
         "tie_word_embeddings": True,
-        "vision_config": CLIP.settings(c.vision) | {"model_type": "kosmos_2_vision_model"},
+        "vision_config": CLIP.config_to_hf(c.vision) | {"model_type": "kosmos_2_vision_model"},
         "text_config": {
             "model_type": "kosmos_2_text_model",
-            "vocab_size": t.vocab,
+            "vocab_size": t.vocab_size,
             "embed_dim": t.width,
-            "layers": t.layers,
-            "ffn_dim": t.hidden,
-            "attention_heads": t.heads,
+            "layers": t.depth,
+            "ffn_dim": t.mlp_dim,
+            "attention_heads": t.num_heads,
             "activation_function": "gelu",
-            "layer_norm_eps": t.eps,
+            "layer_norm_eps": t.norm_eps,
             "dropout": t.dropout,
             "attention_dropout": t.dropout,
             "scale_embedding": True,
-            "pad_token_id": t.pad_token,
-            "bos_token_id": t.start_token,
-            "eos_token_id": t.end_token,
+            "pad_token_id": t.pad_token_id,
+            "bos_token_id": t.decoder_start_token_id,
+            "eos_token_id": t.eos_token_id,
         },
     }
 
 
-def _describes(c: Prefix) -> bool:
-    return type(c).__name__ == "Prefix" and type(c.latents).__name__ == "ProjectionConfig"
+def _matches(c: VisualPrefixLM) -> bool:
+    return type(c).__name__ == "VisualPrefixLM" and type(c.resampler).__name__ == "ImageToTextProjectionConfig"
 
 
-KOSMOS = Published(
+KOSMOS_2 = CheckpointFormat(
     "kosmos2",
     ("kosmos-2",),
-    _describes,
-    _config,
-    _settings,
-    lambda c: c.torch_rows(),
-    abstract,
-    ignore=(
+    _matches,
+    _config_from_hf,
+    _config_to_hf,
+    lambda c: c.weight_map(),
+    abstract_params,
+    ignore_patterns=(
         r"text_model\.model\.embed_positions\.weights(?#computed)",
         r"vision_model\.model\.embeddings\.position_ids(?#they only count)",
     ),

@@ -9,19 +9,24 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lionjax.convert.formats.checkpoint_format import Published, abstract, read_settings
-from lionjax.convert.formats.hf_vision import CLIP_FILE, LAVIS_IGNORES
-from lionjax.convert.formats.hf_vlm import BLIP2, INSTRUCTBLIP, language_in
-from lionjax.convert.io.reader import TORCH_SUFFIXES, Tensors, open_weights
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_params, read_hf_config
+from lionjax.convert.formats.hf_vision import CLIP_FILE, LAVIS_IGNORE_PATTERN
+from lionjax.convert.formats.hf_vlm import BLIP2, INSTRUCTBLIP, language_config_from_hf
+from lionjax.convert.io.reader import TORCH_SUFFIXES, CheckpointTensors, open_weights
 from lionjax.core import config as configs
 from lionjax.core.types import UserError
 
 EVA_FILE = "eva_vit_g.pth"
 LAVIS_FILE = re.compile(r"(blip2|instruct_?blip|.*minigpt4).*", re.IGNORECASE)
-LAVIS_WORDS = {"t5": "t5", "opt": "opt", "llm": "llama", "llama": "llama"}  # its word -> the language model's type
+LAVIS_LANGUAGE_TYPES = {
+    "t5": "t5",
+    "opt": "opt",
+    "llm": "llama",
+    "llama": "llama",
+}  # its word -> the language model's type
 
 
-def lavis_files(folder: Path) -> list[Path]:
+def find_lavis_files(folder: Path) -> list[Path]:
     """What LAVIS has trained in a folder: one file, or MiniGPT-4's and behind it the BLIP-2 that it builds on."""
     files = [f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES and LAVIS_FILE.match(f.name)]
     files.sort(key=lambda file: "minigpt4" not in file.name.lower())
@@ -29,25 +34,25 @@ def lavis_files(folder: Path) -> list[Path]:
     return files if len(files) == 1 or built_on else []
 
 
-def _trained(files: list[Path]) -> Tensors:
+def _open_trained(files: list[Path]) -> CheckpointTensors:
     """The trained tensors; of a BLIP-2 that another file builds on, its Q-Former without its language model."""
     trained = open_weights(files[0])
     for file in files[1:]:
         base = open_weights(file)
-        other = re.compile(rf"({'|'.join(LAVIS_WORDS)})_(proj|model)\..*")
+        other = re.compile(rf"({'|'.join(LAVIS_LANGUAGE_TYPES)})_(proj|model)\..*")
         unused = {n: "of the language model that it was trained with" for n in base if other.match(n)}
         unused |= {n: f"{files[0].name} has its own" for n in base if n in trained}
         kept = {n: w for n, w in base.items() if n not in unused}
-        trained = trained | Tensors(kept, base.sources, base.left | unused)
+        trained = trained | CheckpointTensors(kept, base.files, base.skipped | unused)
     return trained
 
 
-def open_lavis(folder: Path) -> tuple[Published, Any, Tensors, Path]:
+def open_lavis(folder: Path) -> tuple[CheckpointFormat, Any, CheckpointTensors, Path]:
     """(kind, config, tensors, folder of its tokenizer) of LAVIS's parts in one folder."""
-    trained = _trained(lavis_files(folder))
-    word = next((w for w in LAVIS_WORDS if f"{w}_proj.weight" in trained), None)
-    settings = {f.parent: read_settings(f) for f in sorted(folder.glob("*/config.json"))}
-    towers = [f for f, s in settings.items() if s.get("model_type") == LAVIS_WORDS.get(word)]
+    trained = _open_trained(find_lavis_files(folder))
+    word = next((w for w in LAVIS_LANGUAGE_TYPES if f"{w}_proj.weight" in trained), None)
+    settings = {f.parent: read_hf_config(f) for f in sorted(folder.glob("*/config.json"))}
+    towers = [f for f, s in settings.items() if s.get("model_type") == LAVIS_LANGUAGE_TYPES.get(word)]
     seen = any(name.startswith("visual_encoder.") for name in trained)
     # The norm behind the tower is as wide as the tower, which has not been trained.
     norm = trained.get("ln_vision.weight")
@@ -61,70 +66,70 @@ def open_lavis(folder: Path) -> tuple[Published, Any, Tensors, Path]:
         )
     tensors = trained
     if word and not any(name.startswith(f"{word}_model.") for name in trained):
-        tensors = tensors | open_weights(towers[0]).under(f"{word}_model.")
+        tensors = tensors | open_weights(towers[0]).with_prefix(f"{word}_model.")
     if not seen:
-        tensors = tensors | open_weights(tower).without("visual.").under("visual_encoder.")
+        tensors = tensors | open_weights(tower).without_prefix("visual.").with_prefix("visual_encoder.")
     if first:
-        return BLIP2_FIRST, first_config_of(tensors), tensors, folder
-    config = config_of(language_in(settings[towers[0]], word), tensors)
+        return BLIP2_STAGE1, stage1_config_from_tensors(tensors), tensors, folder
+    config = config_from_tensors(language_config_from_hf(settings[towers[0]], word), tensors)
     return (INSTRUCTBLIP if config.qformer.text else BLIP2), config, tensors, towers[0]
 
 
-def config_of(language: Any, tensors: Tensors) -> Any:
+def config_from_tensors(language: Any, tensors: CheckpointTensors) -> Any:
     """The released sizes around this language model, and the pixels that the file's positions are for."""
-    from lionjax.models.vlm.visual_prefix import Prefix
+    from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
     if type(language).__name__ == "T5Config":
         language = dataclasses.replace(language, activation="gelu")
-    tower, bridge = _tower_and_bridge(tensors)
-    return Prefix(
+    tower, bridge = _vision_and_qformer_configs(tensors)
+    return VisualPrefixLM(
         tower,
         language,
         bridge,
         feature_layer=-1,
-        class_token=True,
-        vision_eps=1e-5,
+        keep_class_token=True,
+        vision_norm_eps=1e-5,
         projector_depth=1,
-        image_token=None,
-        names="original",
+        image_token_id=None,
+        torch_names="original",
     )
 
 
-def first_config_of(tensors: Tensors) -> Any:
+def stage1_config_from_tensors(tensors: CheckpointTensors) -> Any:
     """The first stage at the released sizes, and the pixels that the file's positions are for."""
-    from lionjax.models.vlm.blip2_stage1 import Blip2First
+    from lionjax.models.vlm.blip2_stage1 import Blip2Stage1
 
-    return Blip2First(*_tower_and_bridge(tensors))
+    return Blip2Stage1(*_vision_and_qformer_configs(tensors))
 
 
-def _tower_and_bridge(tensors: Tensors) -> tuple[Any, Any]:
+def _vision_and_qformer_configs(tensors: CheckpointTensors) -> tuple[Any, Any]:
     from lionjax.models.connectors import qformer
     from lionjax.models.vision import vit
 
     words = tensors.get("Qformer.bert.embeddings.word_embeddings.weight")
-    bridge = dataclasses.replace(qformer.QFormerConfig(), text=words is not None)
+    bridge = dataclasses.replace(qformer.QFormerConfig(), use_text_input=words is not None)
     if words is not None:
-        bridge = dataclasses.replace(bridge, vocab=words.shape[0])
+        bridge = dataclasses.replace(bridge, vocab_size=words.shape[0])
     tower, places = vit.EVA_VIT_G, tensors.get("visual_encoder.pos_embed")
     if "visual_encoder.conv1.weight" in tensors:
         # All but the last layer of OpenAI's CLIP.
         depth = vit.CLIP_VIT_L.depth - 1
-        tower = dataclasses.replace(vit.CLIP_VIT_L, image=224, depth=depth, norm_after=False)
+        tower = dataclasses.replace(vit.CLIP_VIT_L, image_size=224, depth=depth, post_layernorm=False)
         places = tensors.get("visual_encoder.positional_embedding")
         bridge = dataclasses.replace(bridge, vision_width=tower.width)
     if places is not None and places.ndim > 1:
         side = round((places.shape[-2] - 1) ** 0.5)
-        tower = dataclasses.replace(tower, image=tower.patch * side)
+        tower = dataclasses.replace(tower, image_size=tower.patch_size * side)
     return tower, bridge
 
 
-BLIP2_FIRST = Published(
+BLIP2_STAGE1 = CheckpointFormat(
     "blip2_first",
     ("blip2_first",),
-    lambda c: type(c).__name__ == "Blip2First",
+    lambda c: type(c).__name__ == "Blip2Stage1",
     lambda s: configs.from_json(json.dumps(s["system"])),
     lambda c: {"model_type": "blip2_first", "system": json.loads(configs.to_json(c))},
-    lambda c: c.torch_rows(),
-    abstract,
-    ignore=(LAVIS_IGNORES,),
+    lambda c: c.weight_map(),
+    abstract_params,
+    ignore_patterns=(LAVIS_IGNORE_PATTERN,),
 )

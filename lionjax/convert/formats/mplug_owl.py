@@ -6,12 +6,12 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import Published, abstract, refuse_unless
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_params, require_supported
 from lionjax.convert.formats.hf_language import LLAMA
-from lionjax.convert.formats.hf_vlm import own_settings
+from lionjax.convert.formats.hf_vlm import lionjax_hf_config
 
 if TYPE_CHECKING:
-    from lionjax.models.vlm.visual_prefix import Prefix
+    from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 LLAMA_7B = {
     "vocab_size": 32000,
@@ -22,16 +22,16 @@ LLAMA_7B = {
 }
 
 
-def _config(s: dict) -> Any:
+def _config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.connectors.perceiver import AbstractorConfig
     from lionjax.models.vision.vit import ViTConfig
     from lionjax.models.vlm.visual_prefix import MPLUG_OWL_7B
 
-    v, a = s.get("vision_config") or {}, s.get("visual_abstractor_config") or {}
+    v, a = hf_config.get("vision_config") or {}, hf_config.get("visual_abstractor_config") or {}
     act, width = v.get("hidden_act", "quick_gelu"), v.get("hidden_size", 1024)
-    refuse_unless(act in ("gelu", "quick_gelu"), f"hidden_act {act!r}", "gelu or quick_gelu")
+    require_supported(act in ("gelu", "quick_gelu"), f"hidden_act {act!r}", "gelu or quick_gelu")
     same = a.get("hidden_size", 1024) == a.get("encoder_hidden_size", 1024) == width
-    refuse_unless(same, "an abstractor of another width than its tower", "one as wide")
+    require_supported(same, "an abstractor of another width than its tower", "one as wide")
     eps = v.get("layer_norm_eps", 1e-6)
     return dataclasses.replace(
         MPLUG_OWL_7B,
@@ -48,66 +48,66 @@ def _config(s: dict) -> Any:
             False,
             True,
         ),
-        latents=AbstractorConfig(
+        resampler=AbstractorConfig(
             width,
             a.get("num_hidden_layers", 6),
             a.get("num_attention_heads", 16),
             a.get("intermediate_size", 4096),
-            s.get("num_query_tokens", 64),
-            inner_eps=a.get("layer_norm_eps", 1e-6),
+            hf_config.get("num_query_tokens", 64),
+            sub_ln_eps=a.get("layer_norm_eps", 1e-6),
             dropout=a.get("attention_probs_dropout_prob", 0.1),
         ),
-        language=LLAMA.config(LLAMA_7B | (s.get("text_config") or {})),
-        vision_eps=eps,
+        language=LLAMA.config_from_hf(LLAMA_7B | (hf_config.get("text_config") or {})),
+        vision_norm_eps=eps,
     )
 
 
-def _settings(c: Prefix) -> dict:
-    v, a = c.vision, c.latents
-    if c.encodes or not v.norm_before:
-        return own_settings(c, "mplug-owl")
+def _config_to_hf(c: VisualPrefixLM) -> dict:
+    v, a = c.vision, c.resampler
+    if c.encodes or not v.pre_layernorm:
+        return lionjax_hf_config(c, "mplug-owl")
     return {
         "architectures": ["MplugOwlForConditionalGeneration"],
         "model_type": "mplug-owl",
-        "num_query_tokens": a.queries,
-        "text_config": LLAMA.settings(c.language),
+        "num_query_tokens": a.num_query_tokens,
+        "text_config": LLAMA.config_to_hf(c.language),
         "vision_config": {
             "model_type": "mplug_owl_vision_model",
-            "image_size": v.image,
-            "patch_size": v.patch,
+            "image_size": v.image_size,
+            "patch_size": v.patch_size,
             "hidden_size": v.width,
             "num_hidden_layers": v.depth,
-            "num_attention_heads": v.heads,
-            "intermediate_size": v.hidden,
+            "num_attention_heads": v.num_heads,
+            "intermediate_size": v.mlp_dim,
             "hidden_act": v.activation,
-            "layer_norm_eps": v.eps,
+            "layer_norm_eps": v.norm_eps,
         },
         "visual_abstractor_config": {
             "model_type": "mplug_owl_visual_abstract",
             "hidden_size": a.width,
             "encoder_hidden_size": a.width,
-            "num_hidden_layers": a.layers,
-            "num_attention_heads": a.heads,
-            "intermediate_size": a.hidden,
-            "layer_norm_eps": a.inner_eps,
+            "num_hidden_layers": a.depth,
+            "num_attention_heads": a.num_heads,
+            "intermediate_size": a.mlp_dim,
+            "layer_norm_eps": a.sub_ln_eps,
             "attention_probs_dropout_prob": a.dropout,
         },
     }
 
 
-def _describes(c: Prefix) -> bool:
-    return type(c).__name__ == "Prefix" and type(c.latents).__name__ == "AbstractorConfig"
+def _matches(c: VisualPrefixLM) -> bool:
+    return type(c).__name__ == "VisualPrefixLM" and type(c.resampler).__name__ == "AbstractorConfig"
 
 
-OWL = Published(
+MPLUG_OWL = CheckpointFormat(
     "mplug_owl",
     ("mplug-owl",),
-    _describes,
-    _config,
-    _settings,
-    lambda c: c.torch_rows(),
-    abstract,
-    ignore=(
+    _matches,
+    _config_from_hf,
+    _config_to_hf,
+    lambda c: c.weight_map(),
+    abstract_params,
+    ignore_patterns=(
         r"language_model\.model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq(?#computed)",
         r"vision_model\.embeddings\.position_ids(?#they only count)",
     ),

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import Published, abstract
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_params
 from lionjax.convert.formats.hf_language import LLAMA
 from lionjax.convert.formats.sam import SAM, SEGMENT_ANYTHING
 from lionjax.core import config as configs
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from lionjax.models.vlm.nextchat import NextChat
 
 
-def _nextchat_config(s: dict) -> Any:
+def _nextchat_config_from_hf(hf_config: dict) -> Any:
     """The release says what its language model is; its CLIP and SAM are known. Our own files say everything."""
     from lionjax.models.vlm.nextchat import NextChat
 
-    if "system" in s:
-        return configs.from_json(json.dumps(s["system"]))
-    language = LLAMA.config(s)
+    if "system" in hf_config:
+        return configs.from_json(json.dumps(hf_config["system"]))
+    language = LLAMA.config_from_hf(hf_config)
     patch, _, _, trigger, location = range(language.vocab - 5, language.vocab)  # added last, in this order
     return dataclasses.replace(
         NextChat(),
         language=language,
-        feature_layer=s.get("mm_vision_select_layer", -2),
-        projector_depth=s.get("mm_depth", 1),
+        feature_layer=hf_config.get("mm_vision_select_layer", -2),
+        projector_depth=hf_config.get("mm_depth", 1),
         image_token=patch,
-        trigger_token=trigger,
-        location_token=location,
+        trigger_token_id=trigger,
+        box_token_id=location,
     )
 
 
-def _nextchat_settings(c: NextChat) -> dict:
+def _nextchat_config_to_hf(c: NextChat) -> dict:
     own = {
         "architectures": ["NextChatForSegLM"],
         "model_type": "nextchat",
@@ -44,21 +44,21 @@ def _nextchat_settings(c: NextChat) -> dict:
         "mm_vision_select_layer": c.feature_layer,
         "use_mm_proj": True,
     }
-    return LLAMA.settings(c.language) | own | {"system": json.loads(configs.to_json(c))}
+    return LLAMA.config_to_hf(c.language) | own | {"system": json.loads(configs.to_json(c))}
 
 
-NEXTCHAT = Published(
+NEXTCHAT = CheckpointFormat(
     "nextchat",
     ("nextchat",),
     lambda c: type(c).__name__ == "NextChat",
-    _nextchat_config,
-    _nextchat_settings,
-    lambda c: c.torch_rows(),
-    abstract,
-    ignore=(
-        *LLAMA.ignore,
+    _nextchat_config_from_hf,
+    _nextchat_config_to_hf,
+    lambda c: c.weight_map(),
+    abstract_params,
+    ignore_patterns=(
+        *LLAMA.ignore_patterns,
         r"model\.vision_tower\.vision_model\.embeddings\.position_ids(?#they only count)",
         r"sam\.model\.pixel_(mean|std)(?#those of all pictures)",
     ),
 )
-POINTING = (NEXTCHAT, SAM, SEGMENT_ANYTHING)
+REGION_FORMATS = (NEXTCHAT, SAM, SEGMENT_ANYTHING)

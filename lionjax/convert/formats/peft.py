@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from lionjax.convert.io.reader import HEADER_LIMIT, open_weights
-from lionjax.convert.mapping.apply import Computed
+from lionjax.convert.io.reader import MAX_HEADER_BYTES, open_weights
+from lionjax.convert.mapping.apply import LazyTensor
 from lionjax.core import params as trees
 from lionjax.core.types import Params, UserError
-from lionjax.core.weight_map import Row, Template, linear
+from lionjax.core.weight_map import KeyTemplate, WeightMapping, linear
 
-FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model"
-PREFIX = "base_model.model."  # PEFT's, before the names of the model's modules
-PLAIN = {  # what the matrices around which we know a detour may ask of PEFT
+ADAPTER_FOLDER, ADAPTER_CONFIG_FILE, ADAPTER_STEM = "adapter", "adapter_config.json", "adapter_model"
+PEFT_PREFIX = "base_model.model."  # PEFT's, before the names of the model's modules
+SUPPORTED_OPTIONS = {  # what the matrices around which we know a detour may ask of PEFT
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_dora": (False, None),
@@ -41,28 +41,28 @@ PLAIN = {  # what the matrices around which we know a detour may ask of PEFT
 }
 
 
-def of(config: Any) -> Any:
+def find_lora_config(config: Any) -> Any:
     """The one LoRA of a system's config, None where there is none. Raises UserError for two that differ."""
-    found = {getattr(config, name) for name in _fields(config) if name == "lora"}
-    found |= {of(getattr(config, name)) for name in _fields(config) if name != "lora"}
+    found = {getattr(config, name) for name in _config_fields(config) if name == "lora"}
+    found |= {find_lora_config(getattr(config, name)) for name in _config_fields(config) if name != "lora"}
     found = {lora for lora in found if lora is not None and lora.rank}
     if len({(lora.rank, lora.alpha, lora.dropout) for lora in found}) > 1:
         raise UserError("the parts of this model have LoRAs that differ; PEFT's file holds one")
     return next(iter(found), None)
 
 
-def with_lora(config: Any, lora: Any, where: Callable[[str], bool] = lambda part: True) -> Any:
+def with_lora(config: Any, lora: Any, part_filter: Callable[[str], bool] = lambda part: True) -> Any:
     """The config with another LoRA in those of its parts (fields such as "language") that `where` chooses."""
     changes = {}
-    for name in _fields(config):
+    for name in _config_fields(config):
         if name == "lora":
             changes[name] = lora
-        elif where(name):
+        elif part_filter(name):
             changes[name] = with_lora(getattr(config, name), lora)
     return dataclasses.replace(config, **changes)
 
 
-def _fields(config: Any) -> list[str]:
+def _config_fields(config: Any) -> list[str]:
     names = [field.name for field in dataclasses.fields(config)]
     return [name for name in names if dataclasses.is_dataclass(getattr(config, name))]
 
@@ -70,77 +70,77 @@ def _fields(config: Any) -> list[str]:
 # The table
 
 
-def rows_of(rows: Iterable[Row], model: Params) -> tuple[Row, ...]:
+def lora_weight_map(weight_map: Iterable[WeightMapping], abstract_params: Params) -> tuple[WeightMapping, ...]:
     """Rows of all detours in a model (a tree of shapes), made from the rows of their matrices.
 
     PEFT's A (rank, in) and B (out, rank) change their layout as the matrix does on that side; the rank's side is plain.
     """
-    matrices = {row.paths[0]: row for row in rows if len(row.paths) == len(row.names) == 1}
+    matrices = {row.flax_paths[0]: row for row in weight_map if len(row.flax_paths) == len(row.torch_keys) == 1}
     made = []
-    for path in trees.flatten(model):
+    for path in trees.flatten(abstract_params):
         if not path.endswith("/lora_a"):
             continue
         layer = path.removesuffix("lora_a")
         row = matrices.get(layer + "kernel")
-        kind = None if row is None else row.op.name.partition("(")[0]
+        kind = None if row is None else row.transform.name.partition("(")[0]
         if kind not in ("linear", "heads_in", "heads_out"):
             raise UserError(
                 f"the LoRA of {layer[:-1]!r} has no place in PEFT's file, because there its matrix is "
                 "a part of a larger one; merge it"
             )
-        name = PREFIX + row.names[0].removesuffix("weight")
-        ops = (row.op, linear) if kind == "heads_out" else (linear, row.op)
+        name = PEFT_PREFIX + row.torch_keys[0].removesuffix("weight")
+        ops = (row.transform, linear) if kind == "heads_out" else (linear, row.transform)
         for letter, op in zip("AB", ops):
-            made.append(Row(f"{name}lora_{letter}.weight", f"{layer}lora_{letter.lower()}", op))
+            made.append(WeightMapping(f"{name}lora_{letter}.weight", f"{layer}lora_{letter.lower()}", op))
     return tuple(made)
 
 
-def is_detour(name: str) -> bool:
+def is_lora_key(key: str) -> bool:
     """Whether a torch name is one of PEFT's."""
-    return name.startswith(PREFIX)
+    return key.startswith(PEFT_PREFIX)
 
 
 # Merged
 
 
-def merged(flat: Mapping, lora: Any) -> dict:
+def merge_lora(flat_params: Mapping, lora: Any) -> dict:
     """Parameters by path with W + (alpha / rank) A B for every W that has a detour, one layer at a time.
 
     The sum is made in float32 and rounded once to the dtype of W.
     """
-    made = {path: leaf for path, leaf in flat.items() if not path.endswith(("/lora_a", "/lora_b"))}
-    for path in flat:
+    made = {path: leaf for path, leaf in flat_params.items() if not path.endswith(("/lora_a", "/lora_b"))}
+    for path in flat_params:
         if path.endswith("/lora_a"):
             layer, letters = path.removesuffix("lora_a"), ("kernel", "lora_a", "lora_b")
-            made[layer + "kernel"] = _sum(*(flat[layer + x] for x in letters), lora)
+            made[layer + "kernel"] = _merged_kernel(*(flat_params[layer + x] for x in letters), lora)
     return made
 
 
-def _sum(kernel, a, b, lora: Any) -> Computed:
+def _merged_kernel(kernel, lora_a, lora_b, lora: Any) -> LazyTensor:
     def layer(index):
-        w, down, up = (np.asarray(leaf[(*index, ...)]) for leaf in (kernel, a, b))
-        change = _flat(down, (-1, lora.rank)) @ _flat(up, (lora.rank, -1))
+        w, down, up = (np.asarray(leaf[(*index, ...)]) for leaf in (kernel, lora_a, lora_b))
+        change = _as_matrix(down, (-1, lora.rank)) @ _as_matrix(up, (lora.rank, -1))
         whole = w.astype(np.float32) + change.reshape(w.shape) * (lora.alpha / lora.rank)
         return whole.astype(w.dtype)
 
-    return Computed(tuple(kernel.shape), np.dtype(kernel.dtype), layer)
+    return LazyTensor(tuple(kernel.shape), np.dtype(kernel.dtype), layer)
 
 
-def _flat(array, shape) -> np.ndarray:
+def _as_matrix(array, shape) -> np.ndarray:
     return array.astype(np.float32).reshape(shape)
 
 
 # PEFT's folder
 
 
-def settings(lora: Any, names: Iterable[str], modules: Iterable[str], architecture: str) -> dict:
+def adapter_config(lora: Any, lora_keys: Iterable[str], matrix_keys: Iterable[str], architecture: str) -> dict:
     """adapter_config.json: `names` of the adapter's tensors, `modules` that are all of the model's matrices."""
-    around = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in names}
+    around = {name.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0] for name in lora_keys}
     short = {name.rpartition(".")[2] for name in around}
-    others = {name.removesuffix(".weight") for name in modules} - around
+    others = {name.removesuffix(".weight") for name in matrix_keys} - around
     if clash := {name for name in others if name.rpartition(".")[2] in short}:
         # Other parts of the model have matrices of these names, so the whole names are told.
-        targets: object = "|".join(sorted({_pattern(name) for name in around}))
+        targets: object = "|".join(sorted({_target_module_pattern(name) for name in around}))
         clash = {name for name in clash if re.fullmatch(targets, name)}
     else:
         targets = sorted(short)
@@ -163,16 +163,16 @@ def settings(lora: Any, names: Iterable[str], modules: Iterable[str], architectu
     }
 
 
-def _pattern(name: str) -> str:
+def _target_module_pattern(name: str) -> str:
     parts = name.split(".")
     return r"\.".join("[0-9]+" if part.isdigit() else re.escape(part) for part in parts)
 
 
-def opened(folder: Path, config: Any, rows: Iterable[Row]) -> tuple[Any, Mapping]:
+def open_adapter(folder: Path, config: Any, weight_map: Iterable[WeightMapping]) -> tuple[Any, Mapping]:
     """(the config with PEFT's LoRA in it, the adapter's tensors) of a folder. Raises UserError for another method."""
-    file = folder / CONFIG
+    file = folder / ADAPTER_CONFIG_FILE
     try:
-        if file.stat().st_size > HEADER_LIMIT:
+        if file.stat().st_size > MAX_HEADER_BYTES:
             raise ValueError("it is too large")
         said = json.loads(file.read_bytes())
         rank, alpha = int(said["r"]), float(said.get("lora_alpha", 8))
@@ -181,16 +181,16 @@ def opened(folder: Path, config: Any, rows: Iterable[Row]) -> tuple[Any, Mapping
             raise ValueError(f"r is {rank}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} describes no LoRA: {type(error).__name__} {error}") from error
-    for name, known in PLAIN.items():
+    for name, known in SUPPORTED_OPTIONS.items():
         if name in said and said[name] not in known:
             raise UserError(f"the adapter of {folder} has {name} {said[name]!r}; only plain LoRA is known")
     if said.get("use_rslora"):  # it divides by the root of the rank
         alpha *= math.sqrt(rank)
     tensors = open_weights(folder)
-    paths = [path for name in tensors if (path := _path_of(name, rows)) is not None]
+    paths = [path for name in tensors if (path := _kernel_path(name, weight_map)) is not None]
     if not paths:
         raise UserError(f"the adapter of {folder} belongs to another model: no name of it is known")
-    if (lora := of(config)) is None:
+    if (lora := find_lora_config(config)) is None:
         from lionjax.nn.lora import LoraConfig
 
         lora = LoraConfig(rank, alpha, rate, tuple(sorted({path.split("/")[-2] for path in paths})))
@@ -202,10 +202,13 @@ def opened(folder: Path, config: Any, rows: Iterable[Row]) -> tuple[Any, Mapping
     return config, tensors
 
 
-def _path_of(name: str, rows: Iterable[Row]) -> str | None:
+def _kernel_path(lora_key: str, weight_map: Iterable[WeightMapping]) -> str | None:
     """Our path of the matrix around which one of PEFT's tensors goes."""
-    module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
-    for row in rows:
-        if row.names[0].endswith(".weight") and Template.of(row.names[0]).match(f"{module}.weight") is not None:
-            return row.paths[0]
+    module = lora_key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0]
+    for row in weight_map:
+        if (
+            row.torch_keys[0].endswith(".weight")
+            and KeyTemplate.parse(row.torch_keys[0]).match(f"{module}.weight") is not None
+        ):
+            return row.flax_paths[0]
     return None

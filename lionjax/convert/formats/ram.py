@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import Published, abstract_of_picture
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_vision_params
 from lionjax.convert.formats.hf_vision import SWIN
 from lionjax.core import config as configs
 from lionjax.core.types import Params
@@ -17,38 +17,38 @@ if TYPE_CHECKING:
 RAM_FILE = "ram_swin_large_14m.pth"  # as everybody calls it; it tells nothing of itself
 
 
-def _ram_config(s: dict) -> Any:
+def _ram_config_from_hf(hf_config: dict) -> Any:
     """The released file says nothing of its sizes. Our own files say everything."""
     from lionjax.models.vision import ram
 
-    return configs.from_json(json.dumps(s["system"])) if "system" in s else ram.RAM_SWIN_L
+    return configs.from_json(json.dumps(hf_config["system"])) if "system" in hf_config else ram.RAM_SWIN_L
 
 
-def _ram_rows(c: RamConfig) -> tuple:
+def _ram_weight_map(c: RamConfig) -> tuple:
     from lionjax.models.vision import ram
 
-    return ram.torch_rows(c)
+    return ram.weight_map(c)
 
 
-def _ram_abstract(c: RamConfig, mesh: Any = None) -> Params:
+def _ram_abstract_params(c: RamConfig, mesh: Any = None) -> Params:
     from lionjax.models.vision.ram import Ram
 
-    return abstract_of_picture(Ram(c), c.swin.image, mesh)
+    return abstract_vision_params(Ram(c), c.swin.image_size, mesh)
 
 
-RAM = Published(
+RAM = CheckpointFormat(
     "ram",
     ("ram",),
     lambda c: type(c).__name__ == "RamConfig",
-    _ram_config,
+    _ram_config_from_hf,
     lambda c: {"model_type": "ram", "system": json.loads(configs.to_json(c))},
-    _ram_rows,
-    _ram_abstract,
+    _ram_weight_map,
+    _ram_abstract_params,
     # What wrote captions while it was trained.
-    ignore=(
+    ignore_patterns=(
         r"(?!visual_encoder\.|image_proj\.|label_embed$|wordvec_proj\.|tagging_head\.|fc\.).*(?#it writes captions)",
     ),
     # Its first name.
-    complete=lambda config, tensors, folder: tensors.respelled((r"^vision_multi\.", "tagging_head.")),
+    prepare_tensors=lambda config, tensors, folder: tensors.rename_keys((r"^vision_multi\.", "tagging_head.")),
 )
-EXPERTS = (SWIN, RAM)
+TAGGING_FORMATS = (SWIN, RAM)

@@ -21,22 +21,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from lionjax.convert.io.reader import HEADER_LIMIT, Tensors
-from lionjax.convert.mapping.apply import Computed, Parts
-from lionjax.convert.mapping.plan import Form, plan_params
+from lionjax.convert.io.reader import MAX_HEADER_BYTES, CheckpointTensors
+from lionjax.convert.mapping.apply import LazyTensor, TensorSlices
+from lionjax.convert.mapping.plan import TensorSpec, plan_params
 from lionjax.core import config as configs
 from lionjax.core import params as trees
 from lionjax.core.types import Params, UserError
-from lionjax.core.weight_map import Row, copy_bits, same_numbers
+from lionjax.core.weight_map import WeightMapping, bitwise_equal, copy_bits
 
-PARAMS, CONFIG = "params", "config"  # its items
-MANIFEST = "manifest.ocdbt"  # what a folder of arrays begins with
+PARAMS_ITEM, CONFIG_ITEM = "params", "config"  # its items
+OCDBT_MANIFEST = "manifest.ocdbt"  # what a folder of arrays begins with
 
-CHUNK = 2**22  # bytes of what is packed and unpacked as a whole; a layer of a shard is several
-AT_ONCE = 2**24  # bytes on their way to the disk, unless a single layer is more
+CHUNK_BYTES = 2**22  # bytes of what is packed and unpacked as a whole; a layer of a shard is several
+MAX_PENDING_BYTES = 2**24  # bytes on their way to the disk, unless a single layer is more
 M_MMAP_THRESHOLD = -3  # glibc's name for the size from which blocks go back to the system when they are freed
 
-Where = tuple[slice, ...]
+ShardIndex = tuple[slice, ...]
 
 
 def return_freed_memory() -> None:
@@ -49,15 +49,15 @@ def return_freed_memory() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Promise:
+class LazyShardedArray:
     """A leaf that is written layer by layer: `depth` leading axes count layers, `sharding` says who owns what."""
 
-    leaf: Computed
-    depth: int
+    leaf: LazyTensor
+    num_layer_axes: int
     sharding: jax.sharding.Sharding
-    twins: Callable[[tuple[int, ...]], tuple] = lambda index: ()  # (name, layer) that must hold the same
-    seen: Callable[[np.ndarray], None] = lambda array: None  # told each part before it is written
-    done: Callable[[tuple[int, ...]], None] = lambda index: None  # told each layer that has been copied
+    tied_layers: Callable[[tuple[int, ...]], tuple] = lambda index: ()  # (name, layer) that must hold the same
+    on_part: Callable[[np.ndarray], None] = lambda array: None  # told each part before it is written
+    on_layer_done: Callable[[tuple[int, ...]], None] = lambda index: None  # told each layer that has been copied
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,64 +68,64 @@ class Promise:
         return self.leaf.dtype
 
     @property
-    def part(self) -> tuple[int, ...]:
+    def part_shape(self) -> tuple[int, ...]:
         """The shape of one layer of one shard, which is written at once."""
-        return (1,) * self.depth + self.sharding.shard_shape(self.shape)[self.depth :]
+        return (1,) * self.num_layer_axes + self.sharding.shard_shape(self.shape)[self.num_layer_axes :]
 
-    def parts(self, owned: Callable | None = None) -> Iterator[list[tuple[Where, np.ndarray]]]:
+    def iter_layers(self, is_owned: Callable | None = None) -> Iterator[list[tuple[ShardIndex, np.ndarray]]]:
         """For each layer what belongs to this process: where it stands in the leaf, and its numbers.
 
         Of copies on several devices the first device's process writes. `owned` says of a device whether it counts, by
         default whether it is this process's.
         """
-        shards = owned_shards(self.sharding, self.shape, owned or _is_mine)
-        for index in np.ndindex(*self.shape[: self.depth]):
-            here = [where for where in shards if _holds(where, index)]
-            layer = self.leaf.layer(index) if here else None
-            twins = self.twins(index) if here else ()
+        shards = owned_shards(self.sharding, self.shape, is_owned or _is_local)
+        for index in np.ndindex(*self.shape[: self.num_layer_axes]):
+            here = [where for where in shards if _contains_layer(where, index)]
+            layer = self.leaf.get_layer(index) if here else None
+            twins = self.tied_layers(index) if here else ()
             found = []
             for where in here:
-                part = layer[where[self.depth :]]
-                copy = np.empty((1,) * self.depth + part.shape, part.dtype)
+                part = layer[where[self.num_layer_axes :]]
+                copy = np.empty((1,) * self.num_layer_axes + part.shape, part.dtype)
                 copy_bits(copy.reshape(part.shape), part)
                 for name, twin in twins:
-                    if not same_numbers(copy.reshape(part.shape), twin[where[self.depth :]]):
+                    if not bitwise_equal(copy.reshape(part.shape), twin[where[self.num_layer_axes :]]):
                         raise UserError(f"tied tensor {name!r} holds other numbers than its twin")
-                self.seen(copy)
-                found.append(((*(slice(i, i + 1) for i in index), *where[self.depth :]), copy))
-            self.done(index)
+                self.on_part(copy)
+                found.append(((*(slice(i, i + 1) for i in index), *where[self.num_layer_axes :]), copy))
+            self.on_layer_done(index)
             yield found
 
 
-def owned_shards(sharding, shape: tuple[int, ...], owned: Callable) -> list[Where]:
+def owned_shards(sharding, shape: tuple[int, ...], is_owned: Callable) -> list[ShardIndex]:
     """The distinct shards of an array whose first device is `owned`, as slices with both ends said."""
     first: dict[tuple, Any] = {}
     for device, where in sharding.devices_indices_map(shape).items():
         ends = tuple(part.indices(size)[:2] for part, size in zip(where, shape))
         first[ends] = min(first.get(ends, device), device, key=lambda one: one.id)
-    return [tuple(slice(*end) for end in ends) for ends, one in first.items() if owned(one)]
+    return [tuple(slice(*end) for end in ends) for ends, one in first.items() if is_owned(one)]
 
 
-def _is_mine(device) -> bool:
+def _is_local(device) -> bool:
     return device.process_index == jax.process_index()
 
 
-def _holds(where: Where, index: tuple[int, ...]) -> bool:
-    return all(part.start <= i < part.stop for part, i in zip(where, index))
+def _contains_layer(shard_index: ShardIndex, index: tuple[int, ...]) -> bool:
+    return all(part.start <= i < part.stop for part, i in zip(shard_index, index))
 
 
-def write(path: Path, promises: Params, config: dict) -> None:
+def write_checkpoint(path: Path, arrays: Params, config: dict) -> None:
     """Write a tree of promises and our config as an Orbax checkpoint; all processes together. It appears by rename."""
     import orbax.checkpoint as ocp
 
-    handler = _handler()
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler), (Promise, handler))
+    handler = _make_array_handler()
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler), (LazyShardedArray, handler))
     # Trained weights hardly become smaller, and packing them takes longer than all the rest.
     items = {
-        PARAMS: ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False),
-        CONFIG: ocp.JsonCheckpointHandler(),
+        PARAMS_ITEM: ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False),
+        CONFIG_ITEM: ocp.JsonCheckpointHandler(),
     }
-    given = {PARAMS: ocp.args.PyTreeSave(promises), CONFIG: ocp.args.JsonSave(config)}
+    given = {PARAMS_ITEM: ocp.args.PyTreeSave(arrays), CONFIG_ITEM: ocp.args.JsonSave(config)}
     # The writer begins at once, so the folders have to be there by then.
     there = ocp.AsyncOptions(create_directories_asynchronously=False)
     options = ocp.CompositeOptions(async_options=there)
@@ -134,23 +134,23 @@ def write(path: Path, promises: Params, config: dict) -> None:
         writer.save(path, args=ocp.args.Composite(**given))
 
 
-def _handler():
+def _make_array_handler():
     """Orbax's writer of arrays, which takes promises: the same files, in the same places, one layer after the other."""
     import orbax.checkpoint as ocp
     import tensorstore
 
     class Handler(ocp.type_handlers.ArrayHandler):
         async def serialize(self, values, infos, args=None):
-            opening, small = [], ocp.SaveArgs(chunk_byte_size=CHUNK)
+            opening, small = [], ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
             for promise, info in zip(values, infos):
                 await info.await_path_creation()
-                form = (promise.shape, promise.part, promise.dtype)
+                form = (promise.shape, promise.part_shape, promise.dtype)
                 spec = ocp.type_handlers.get_json_tspec_write(info, True, *form, jax.process_index(), arg=small)
                 opening.append(tensorstore.open(spec, create=True, open=True, context=info.ts_context))
             await _write_parts(zip(await asyncio.gather(*opening), values))
             if jax.process_index() == 0:
                 said = {info.name: promise.sharding for promise, info in zip(values, infos)}
-                (infos[0].parent_dir / "_sharding").write_text(_layouts(said))
+                (infos[0].parent_dir / "_sharding").write_text(_sharding_json(said))
             return []
 
     return Handler()
@@ -161,11 +161,11 @@ async def _write_parts(leaves) -> None:
     waiting, size = [], 0
     try:
         for store, promise in leaves:
-            for where, part in itertools.chain.from_iterable(promise.parts()):
-                for there, here in _spans(store[where]):
+            for where, part in itertools.chain.from_iterable(promise.iter_layers()):
+                for there, here in _chunk_spans(store[where]):
                     waiting.append(there.write(part[here], can_reference_source_data_indefinitely=True))
                     size += part[here].nbytes
-                    if size >= AT_ONCE:
+                    if size >= MAX_PENDING_BYTES:
                         await asyncio.gather(*waiting)
                         waiting, size = [], 0
         await asyncio.gather(*waiting)
@@ -173,7 +173,7 @@ async def _write_parts(leaves) -> None:
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-def _spans(view) -> Iterator[tuple[Any, Any]]:
+def _chunk_spans(view) -> Iterator[tuple[Any, Any]]:
     """Runs of rows of an array on the disk, of about `AT_ONCE` bytes each: (the rows there, where they are here)."""
     chunk = view.chunk_layout.read_chunk.shape
     axis = next((k for k, size in enumerate(view.shape) if size > chunk[k]), None)
@@ -183,13 +183,13 @@ def _spans(view) -> Iterator[tuple[Any, Any]]:
     low, high = view.domain[axis].inclusive_min, view.domain[axis].exclusive_max
     rows = chunk[axis]
     size = math.prod(view.shape) // (high - low) * view.dtype.numpy_dtype.itemsize  # of one row
-    step, before = rows * max(1, AT_ONCE // max(1, rows * size)), (slice(None),) * axis
+    step, before = rows * max(1, MAX_PENDING_BYTES // max(1, rows * size)), (slice(None),) * axis
     for begin in range(low // rows * rows, high, step):
         span = max(begin, low), min(begin + step, high)
         yield view[(*before, slice(*span))], (*before, slice(span[0] - low, span[1] - low))
 
 
-def _layouts(shardings: Mapping[str, Any]) -> str:
+def _sharding_json(shardings: Mapping[str, Any]) -> str:
     """The file in which Orbax keeps how each array was laid out."""
     import orbax.checkpoint as ocp
 
@@ -206,7 +206,7 @@ def _layouts(shardings: Mapping[str, Any]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored(Computed):
+class StoredTensor(LazyTensor):
     """A leaf on the disk, of which only those chunks are read that hold what is asked for."""
 
     store: Any = None
@@ -215,7 +215,7 @@ class Stored(Computed):
         try:
             view = self.store[where]
             made = np.empty(view.shape, self.dtype)
-            for there, here in _spans(view):
+            for there, here in _chunk_spans(view):
                 made[here] = there.read().result()
             return made
         except ValueError as error:
@@ -226,27 +226,27 @@ class Stored(Computed):
         return np.asarray(self[...], dtype)
 
 
-def holds_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
     """Whether a folder is an Orbax checkpoint as `write` makes them."""
-    return (path / PARAMS / MANIFEST).is_file() and (path / CONFIG / "metadata").is_file()
+    return (path / PARAMS_ITEM / OCDBT_MANIFEST).is_file() and (path / CONFIG_ITEM / "metadata").is_file()
 
 
 def read_config(path: Path) -> Any:
     """Our config in such a folder. Raises UserError where it cannot be read."""
-    file = path / CONFIG / "metadata"
+    file = path / CONFIG_ITEM / "metadata"
     try:
-        if file.stat().st_size > HEADER_LIMIT:
+        if file.stat().st_size > MAX_HEADER_BYTES:
             raise ValueError("it is too large")
         return configs.from_json(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {error}") from error
 
 
-def open_arrays(path: Path) -> Tensors:
+def open_arrays(path: Path) -> CheckpointTensors:
     """The parameters of such a folder by path; nothing of them is read yet. Raises UserError."""
     import tensorstore
 
-    where = {"driver": "ocdbt", "base": f"file://{path.absolute()}/{PARAMS}/"}
+    where = {"driver": "ocdbt", "base": f"file://{path.absolute()}/{PARAMS_ITEM}/"}
     context = tensorstore.Context()
     try:
         keys = tensorstore.KvStore.open(where, context=context).result().list().result()
@@ -260,21 +260,21 @@ def open_arrays(path: Path) -> Tensors:
             )
             for name in sorted(names)
         }
-        arrays = {name.replace(".", "/"): _stored(store.result()) for name, store in opened.items()}
+        arrays = {name.replace(".", "/"): _stored_tensor(store.result()) for name, store in opened.items()}
     except ValueError as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"{path} is a damaged Orbax checkpoint: {reason}") from error
-    return Tensors(arrays, (path,), mapped=False)
+    return CheckpointTensors(arrays, (path,), memory_mapped=False)
 
 
-def _stored(store) -> Stored:
-    made = Stored(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), lambda index: None, store)
-    return dataclasses.replace(made, layer=lambda index: made[(*index, ...)])
+def _stored_tensor(store) -> StoredTensor:
+    made = StoredTensor(tuple(store.shape), np.dtype(store.dtype.numpy_dtype), lambda index: None, store)
+    return dataclasses.replace(made, get_layer=lambda index: made[(*index, ...)])
 
 
-def placed(tensors: Mapping, like: Params) -> Params:
+def load_sharded(tensors: Mapping, like: Params) -> Params:
     """The parameters laid out as `like`; each process reads the chunks of its own shards."""
-    plan_params([Row(path, path) for path in tensors], tensors, (), like)
+    plan_params([WeightMapping(path, path) for path in tensors], tensors, (), like)
 
     def place(path, target):
         leaf = tensors[path]
@@ -283,12 +283,12 @@ def placed(tensors: Mapping, like: Params) -> Params:
     return trees.unflatten({path: place(path, t) for path, t in trees.flatten(like).items()})
 
 
-def layers(tensors: Mapping, rows) -> tuple[dict[str, Form], Parts]:
+def specs_and_layers(tensors: Mapping, weight_map) -> tuple[dict[str, TensorSpec], TensorSlices]:
     """The form of every parameter, and all of them layer by layer."""
-    depth = {path: len(row.letters) for row in rows for path in row.paths}
-    forms = {path: Form.of(leaf) for path, leaf in tensors.items()}
+    depth = {path: len(row.index_letters) for row in weight_map for path in row.flax_paths}
+    forms = {path: TensorSpec.from_array(leaf) for path, leaf in tensors.items()}
     return forms, (
-        (path, index, tensors[path].layer(index))
+        (path, index, tensors[path].get_layer(index))
         for path, form in forms.items()
         for index in np.ndindex(*form.shape[: depth[path]])
     )

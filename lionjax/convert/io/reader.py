@@ -28,7 +28,7 @@ from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "BOOL": np.bool_,
     "U8": np.uint8,
     "I8": np.int8,
@@ -45,24 +45,24 @@ DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
-HEADER_LIMIT = 32 * 2**20  # bytes; the largest published models stay under one MiB
-PICKLE_LIMIT = 64 * 2**20  # bytes of the pickle inside a .bin or .pth, which holds names and shapes
+MAX_HEADER_BYTES = 32 * 2**20  # bytes; the largest published models stay under one MiB
+MAX_PICKLE_BYTES = 64 * 2**20  # bytes of the pickle inside a .bin or .pth, which holds names and shapes
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
-INNER_KEYS = ("model", "state_dict", "model_state_dict", "module")  # where runners keep the weights
-OLDEST_TORCH = (2, 10)
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "module")  # where runners keep the weights
+MIN_TORCH_VERSION = (2, 10)
 
 
-class Tensors(Mapping):
+class CheckpointTensors(Mapping):
     """Tensors by name, as read-only numpy arrays that come from the disk when they are used.
 
     `left` says what the files hold besides and is not read: name -> reason. `sources` are the files.
     """
 
-    def __init__(self, arrays: Mapping, sources: tuple[Path, ...], left=None, mapped=True):
+    def __init__(self, arrays: Mapping, files: tuple[Path, ...], skipped=None, memory_mapped=True):
         self.arrays = dict(arrays)
-        self.sources = sources
-        self.left = dict(left or {})
-        self.mapped = set(self.arrays) if mapped else set()
+        self.files = files
+        self.skipped = dict(skipped or {})
+        self.memory_mapped = set(self.arrays) if memory_mapped else set()
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
@@ -73,49 +73,49 @@ class Tensors(Mapping):
     def __len__(self) -> int:
         return len(self.arrays)
 
-    def under(self, prefix: str) -> Tensors:
+    def with_prefix(self, prefix: str) -> CheckpointTensors:
         """The same tensors with a prefix before their names."""
-        return self._renamed(lambda name: prefix + name)
+        return self._map_keys(lambda name: prefix + name)
 
-    def without(self, prefix: str) -> Tensors:
+    def without_prefix(self, prefix: str) -> CheckpointTensors:
         """The same tensors, a prefix taken away where it stands before a name."""
-        return self._renamed(lambda name: name.removeprefix(prefix))
+        return self._map_keys(lambda name: name.removeprefix(prefix))
 
-    def respelled(self, *pairs: tuple[str, str]) -> Tensors:
+    def rename_keys(self, *replacements: tuple[str, str]) -> CheckpointTensors:
         """The same tensors under names in which regular expressions, each in turn, are replaced once."""
 
         def rename(name: str) -> str:
-            for pattern, new in pairs:
+            for pattern, new in replacements:
                 name = re.sub(pattern, new, name, count=1)
             return name
 
-        return self._renamed(rename)
+        return self._map_keys(rename)
 
-    def _renamed(self, rename: Callable[[str], str]) -> Tensors:
-        arrays = {rename(name): array for name, array in self.arrays.items()}
+    def _map_keys(self, rename_key: Callable[[str], str]) -> CheckpointTensors:
+        arrays = {rename_key(name): array for name, array in self.arrays.items()}
         if len(arrays) < len(self.arrays):
-            raise UserError(f"two tensors of {self.sources[0]} mean the same one")
-        made = Tensors(arrays, self.sources, {rename(n): why for n, why in self.left.items()})
-        made.mapped = {rename(name) for name in self.mapped}
+            raise UserError(f"two tensors of {self.files[0]} mean the same one")
+        made = CheckpointTensors(arrays, self.files, {rename_key(n): why for n, why in self.skipped.items()})
+        made.memory_mapped = {rename_key(name) for name in self.memory_mapped}
         return made
 
-    def __or__(self, other: Tensors) -> Tensors:
+    def __or__(self, other: CheckpointTensors) -> CheckpointTensors:
         """Both together. Raises UserError when a name stands in both."""
         if both := sorted(self.arrays.keys() & other.arrays.keys()):
-            files = " and ".join(str(part.sources[0]) for part in (self, other))
+            files = " and ".join(str(part.files[0]) for part in (self, other))
             raise UserError(f"{len(both)} tensors stand in both {files}, for example {both[0]!r}")
         arrays = self.arrays | other.arrays
-        made = Tensors(arrays, self.sources + other.sources, self.left | other.left)
-        made.mapped = self.mapped | other.mapped
+        made = CheckpointTensors(arrays, self.files + other.files, self.skipped | other.skipped)
+        made.memory_mapped = self.memory_mapped | other.memory_mapped
         return made
 
-    def forget(self, name: str, array: np.ndarray | None = None) -> None:
+    def release(self, name: str, array: np.ndarray | None = None) -> None:
         """Let the system drop the pages of a tensor, or of a part of it, that has been read; they stay in its cache.
 
         Without this a conversion seems to hold every byte it has read.
         """
         array = self.arrays[name] if array is None else array
-        if name not in self.mapped or not array.nbytes or not hasattr(mmap, "MADV_DONTNEED"):
+        if name not in self.memory_mapped or not array.nbytes or not hasattr(mmap, "MADV_DONTNEED"):
             return
         for part in getattr(array, "parts", (array,)):
             address = part.__array_interface__["data"][0]
@@ -124,7 +124,7 @@ class Tensors(Mapping):
             ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), size, mmap.MADV_DONTNEED)
 
 
-def open_weights(path: str | Path, key: str | None = None) -> Tensors:
+def open_weights(path: str | Path, key: str | None = None) -> CheckpointTensors:
     """The tensors of a file, an index or a folder. `key` names the inner dictionary of a .pth, where it is unusual.
 
     Raises UserError, in one sentence, for anything that is missing, damaged, too large to be true or unsafe.
@@ -144,7 +144,7 @@ def open_weights(path: str | Path, key: str | None = None) -> Tensors:
     raise UserError(f"{path} is no weight file; wanted .safetensors, .bin, .pth, .pt, an .index.json or a folder")
 
 
-def open_safetensors(path: Path) -> Tensors:
+def open_safetensors(path: Path) -> CheckpointTensors:
     """A safetensors file. The header is held against the file's size before anything else is read."""
     import safetensors
 
@@ -154,31 +154,31 @@ def open_safetensors(path: Path) -> Tensors:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if len(start) < 8 or length > size - 8:
             raise UserError(f"{path} is cut short: its header does not fit into {size} bytes")
-        if length > HEADER_LIMIT:
-            raise UserError(f"{path} has a header of {length:,} bytes; more than {HEADER_LIMIT:,} is refused")
+        if length > MAX_HEADER_BYTES:
+            raise UserError(f"{path} has a header of {length:,} bytes; more than {MAX_HEADER_BYTES:,} is refused")
         header = file.read(length)
         try:  # the library holds offsets, shapes and sizes against each other
             with safetensors.safe_open(path, framework="numpy"):
                 pass
-            entries = json.loads(header, object_pairs_hook=_distinct)
+            entries = json.loads(header, object_pairs_hook=_reject_duplicate_keys)
         except (safetensors.SafetensorError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged or no safetensors file: {_first_line(error)}") from error
         space = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     entries.pop("__metadata__", None)
     arrays = {}
     for name, entry in entries.items():
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise UserError(f"tensor {name!r} of {path} has dtype {entry['dtype']}, which is not known here")
-        dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
+        dtype, shape = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         flat = np.frombuffer(space, dtype, (end - begin) // dtype.itemsize, 8 + length + begin) if end > begin else []
         arrays[name] = np.asarray(flat, dtype).reshape(shape)
-    return Tensors(arrays, (path,))
+    return CheckpointTensors(arrays, (path,))
 
 
-def open_torch(path: Path, key: str | None = None) -> Tensors:
+def open_torch(path: Path, key: str | None = None) -> CheckpointTensors:
     """A .bin, .pth or .pt file: tensors only, mapped from the disk, so that an optimiser beside them stays there."""
-    torch = _torch(path)
+    torch = _import_torch(path)
     mapped = zipfile.is_zipfile(path)
     if mapped:
         _check_zip(path)
@@ -195,7 +195,7 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
         else:
             reason = f"it is damaged or no PyTorch file ({type(error).__name__}: {_first_line(error)})"
         raise UserError(f"{path} is refused: {reason}") from error
-    state, left = _inner(loaded, key, path, torch.Tensor)
+    state, left = _find_state_dict(loaded, key, path, torch.Tensor)
     arrays = {}
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
@@ -206,27 +206,27 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
             arrays[str(name)] = _as_numpy(tensor, torch)
     if arrays and all(name.startswith("module.") for name in arrays):  # what DistributedDataParallel adds
         arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
-    return Tensors(arrays, (path,), left, mapped)
+    return CheckpointTensors(arrays, (path,), left, mapped)
 
 
 def has_nan(array: np.ndarray) -> bool:
     """Whether a floating array holds a NaN, from its bits, a cache's worth at a time."""
     kind = np.dtype(array.dtype)
-    if kind not in _INFINITY:
+    if kind not in _INFINITY_BITS:
         return False
     word = np.dtype(f"u{kind.itemsize}")
-    flat, limit = array.reshape(-1).view(word), _INFINITY[kind]
+    flat, limit = array.reshape(-1).view(word), _INFINITY_BITS[kind]
     mask = word.type(np.iinfo(word).max >> 1)  # all but the sign
     return any((flat[at : at + 2**17] & mask).max() > limit for at in range(0, flat.size, 2**17))
 
 
-_INFINITY = {
+_INFINITY_BITS = {
     np.dtype(dtype): np.asarray(np.inf, dtype).view(f"u{np.dtype(dtype).itemsize}")[()]
     for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 }
 
 
-def _open_folder(path: Path, key: str | None) -> Tensors:
+def _open_folder(path: Path, key: str | None) -> CheckpointTensors:
     """The weights of a folder: safetensors before pickles, an index before single files, never a guess between two."""
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
         files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
@@ -241,11 +241,13 @@ def _open_folder(path: Path, key: str | None) -> Tensors:
     raise UserError(f"{path} holds no weights: no .safetensors, .bin, .pth or .pt file and no index of them")
 
 
-def _open_index(path: Path, key: str | None) -> Tensors:
-    if path.stat().st_size > HEADER_LIMIT:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes; an index of more than {HEADER_LIMIT:,} is refused")
+def _open_index(path: Path, key: str | None) -> CheckpointTensors:
+    if path.stat().st_size > MAX_HEADER_BYTES:
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes; an index of more than {MAX_HEADER_BYTES:,} is refused"
+        )
     try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=_distinct)
+        index = json.loads(path.read_bytes(), object_pairs_hook=_reject_duplicate_keys)
         files: dict[str, set[str]] = {}
         for name, file in index["weight_map"].items():
             files.setdefault(str(file), set()).add(name)
@@ -253,7 +255,7 @@ def _open_index(path: Path, key: str | None) -> Tensors:
         raise UserError(f"{path} is no index of weight files: {_first_line(error)}") from error
     if not files:
         raise UserError(f"{path} names no tensors")
-    tensors = Tensors({}, ())
+    tensors = CheckpointTensors({}, ())
     for file, names in files.items():
         if Path(file).name != file or file in ("", ".", "..") or "\\" in file:
             raise UserError(f"{path} names the file {file!r}; an index may only name files that lie beside it")
@@ -265,19 +267,19 @@ def _open_index(path: Path, key: str | None) -> Tensors:
         if names != part.keys():
             odd = sorted(names ^ part.keys())
             raise UserError(f"{path} and {file} disagree on {len(odd)} tensors, for example {odd[0]!r}")
-        tensors = tensors | part if tensors.sources else part
+        tensors = tensors | part if tensors.files else part
     return tensors
 
 
-def _torch(path: Path):
+def _import_torch(path: Path):
     """The torch module, if it is there and young enough to be safe with strangers' files."""
     if importlib.util.find_spec("torch") is None:
         raise UserError(f"{path} needs PyTorch to be read; install lionjax[torch], or use .safetensors files")
     import torch
 
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if version < OLDEST_TORCH:
-        wanted = ".".join(map(str, OLDEST_TORCH))
+    if version < MIN_TORCH_VERSION:
+        wanted = ".".join(map(str, MIN_TORCH_VERSION))
         raise UserError(f"torch {torch.__version__} can run code hidden in {path}; install torch {wanted} or newer")
     return torch
 
@@ -292,15 +294,15 @@ def _check_zip(path: Path) -> None:
     size = path.stat().st_size
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
         raise UserError(f"{path} is refused: its parts are packed, or larger than the file")
-    if any(m.filename.endswith(".pkl") and m.file_size > PICKLE_LIMIT for m in members):
-        raise UserError(f"{path} is refused: its table of contents is larger than {PICKLE_LIMIT:,} bytes")
+    if any(m.filename.endswith(".pkl") and m.file_size > MAX_PICKLE_BYTES for m in members):
+        raise UserError(f"{path} is refused: its table of contents is larger than {MAX_PICKLE_BYTES:,} bytes")
 
 
-def _inner(loaded, key: str | None, path: Path, tensor_type: type) -> tuple[Mapping, dict[str, str]]:
+def _find_state_dict(loaded, key: str | None, path: Path, tensor_type: type) -> tuple[Mapping, dict[str, str]]:
     """The dictionary of tensors inside what torch loaded, and what else lies beside it."""
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
-    keys = (key,) if key is not None else INNER_KEYS
+    keys = (key,) if key is not None else STATE_DICT_KEYS
     inner = next((k for k in keys if isinstance(loaded.get(k), Mapping)), None)
     if inner is None:
         if key is not None:
@@ -324,7 +326,7 @@ def _as_numpy(tensor, torch) -> np.ndarray:
     return tensor.numpy() if word is None else tensor.view(word).numpy().view(dtype)
 
 
-def _distinct(pairs: list[tuple[str, object]]) -> dict:
+def _reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

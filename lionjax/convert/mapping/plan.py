@@ -17,22 +17,22 @@ import numpy as np
 
 from lionjax.core import params as trees
 from lionjax.core.types import Params, UserError
-from lionjax.core.weight_map import Row, Template
+from lionjax.core.weight_map import KeyTemplate, WeightMapping
 
-SAID_AT_ONCE = 60  # problems named in one message; the rest are counted
-MOST_LAYERS = 100_000  # of one row; a name with a larger number in it is no layer's
+MAX_LISTED_PROBLEMS = 60  # problems named in one message; the rest are counted
+MAX_LAYERS = 100_000  # of one row; a name with a larger number in it is no layer's
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class TensorSpec:
     """Shape and dtype of an array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
     @staticmethod
-    def of(array) -> Form:
-        return Form(tuple(array.shape), np.dtype(array.dtype))
+    def from_array(array) -> TensorSpec:
+        return TensorSpec(tuple(array.shape), np.dtype(array.dtype))
 
     @property
     def nbytes(self) -> int:
@@ -43,104 +43,110 @@ class Form:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class MappedTensor:
     """One row at one layer: the torch tensors, and where in the row's leaves their numbers stand."""
 
-    row: Row
+    mapping: WeightMapping
     index: tuple[int, ...]  # of the leading axes of the row's leaves
-    tensors: tuple[str, ...]  # in the order of the row's names
-    tied: tuple[str, ...] = ()  # further names of the single tensor (on the way in, those that are there)
+    torch_keys: tuple[str, ...]  # in the order of the row's names
+    tied_keys: tuple[str, ...] = ()  # further names of the single tensor (on the way in, those that are there)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """All pieces in the order of the table, and the form of every leaf (way in) or tensor (way out) they make."""
 
-    pieces: tuple[Piece, ...]
-    made: dict[str, Form]
+    mapped_tensors: tuple[MappedTensor, ...]
+    output_specs: dict[str, TensorSpec]
     ignored: dict[str, str]  # torch name -> the pattern that let it pass
 
 
-def plan_params(rows: Iterable[Row], state: Mapping, ignore=(), expected: Params | None = None) -> Plan:
+def plan_params(
+    weight_map: Iterable[WeightMapping], state_dict: Mapping, ignore=(), expected: Params | None = None
+) -> ConversionPlan:
     """The way in: what becomes of the tensors in `state`, whose values need only have a shape and a dtype.
 
     `ignore`: regular expressions of names that are passed over, matched whole, before any row is. `expected`: a tree of
     anything with shapes and dtypes, such as `sharding.abstract` makes. Raises UserError with all problems.
     """
     wanted = None if expected is None else trees.flatten(expected)
-    ignored = {name: pattern for name in state for pattern in ignore if re.fullmatch(pattern, name)}
-    forms = {name: Form.of(array) for name, array in state.items() if name not in ignored}
+    ignored = {name: pattern for name in state_dict for pattern in ignore if re.fullmatch(pattern, name)}
+    forms = {name: TensorSpec.from_array(array) for name, array in state_dict.items() if name not in ignored}
     problems: list[str] = []
-    owner: dict[str, Row] = {}
+    owner: dict[str, WeightMapping] = {}
     pieces, made = [], {}
-    rows = _distinct_paths(rows, problems)
-    for row in rows:
-        found = _find(row, forms, wanted, problems)
-        for name in (name for piece in found for name in (*piece.tensors, *piece.tied)):
+    weight_map = _check_distinct_paths(weight_map, problems)
+    for row in weight_map:
+        found = _match_tensors(row, forms, wanted, problems)
+        for name in (name for piece in found for name in (*piece.torch_keys, *piece.tied_keys)):
             if name in owner:
                 problems.append(f"tensor {name!r} has two rows: {owner[name].flax} and {row.flax}")
             owner[name] = row
         pieces += found
-        made |= _leaf_forms(row, found, forms, problems)
-    problems += [f"tensor {text} has no row" for text in grouped(forms.keys() - owner.keys())]
+        made |= _leaf_specs(row, found, forms, problems)
+    problems += [f"tensor {text} has no row" for text in group_numbered_names(forms.keys() - owner.keys())]
     if wanted is not None:
-        problems += _unlike(made, wanted, {path for row in rows for path in row.paths})
-    refuse(problems, "the torch tensors")
-    return Plan(tuple(pieces), made, ignored)
+        problems += _compare_with_expected(made, wanted, {path for row in weight_map for path in row.flax_paths})
+    raise_problems(problems, "the torch tensors")
+    return ConversionPlan(tuple(pieces), made, ignored)
 
 
-def plan_state(rows: Iterable[Row], flat: Mapping, expected: Params | None = None) -> Plan:
+def plan_state_dict(
+    weight_map: Iterable[WeightMapping], flat_params: Mapping, expected: Params | None = None
+) -> ConversionPlan:
     """The way out: what becomes of the leaves in `flat` (by path), whose values need only have a shape and a dtype.
 
     Raises UserError with all problems.
     """
     problems: list[str] = []
     pieces, made = [], {}
-    rows = _distinct_paths(rows, problems)
-    for row in rows:
-        if missing := [path for path in row.paths if path not in flat]:
-            problems += [f"row {row.names[0]!r} finds no parameter {path!r}" for path in missing]
+    weight_map = _check_distinct_paths(weight_map, problems)
+    for row in weight_map:
+        if missing := [path for path in row.flax_paths if path not in flat_params]:
+            problems += [f"row {row.torch_keys[0]!r} finds no parameter {path!r}" for path in missing]
             continue
-        leaves = [flat[path] for path in row.paths]
-        sizes = _layers(row, leaves, problems)
-        forms = () if sizes is None else _tensor_forms(row, leaves, problems)
+        leaves = [flat_params[path] for path in row.flax_paths]
+        sizes = _stacked_axis_sizes(row, leaves, problems)
+        forms = () if sizes is None else _tensor_specs(row, leaves, problems)
         if not forms:
             continue
         for index in np.ndindex(*sizes):
-            names = tuple(Template.of(name).fill(index) for name in row.names)
-            tied = tuple(Template.of(name).fill(index) for name in row.also)
-            pieces.append(Piece(row, index, names, tied))
+            names = tuple(KeyTemplate.parse(name).fill(index) for name in row.torch_keys)
+            tied = tuple(KeyTemplate.parse(name).fill(index) for name in row.tied_keys)
+            pieces.append(MappedTensor(row, index, names, tied))
             for name, form in zip((*names, *tied), (*forms, *forms * len(tied))):
                 if name in made:
                     problems.append(f"tensor {name!r} has two rows, one of them for {row.flax}")
                 made[name] = form
-    known = {path for row in rows for path in row.paths}
-    problems += [f"parameter {path!r} has no row" for path in flat if path not in known]
+    known = {path for row in weight_map for path in row.flax_paths}
+    problems += [f"parameter {path!r} has no row" for path in flat_params if path not in known]
     if expected is not None:
-        problems += _unlike({path: Form.of(leaf) for path, leaf in flat.items()}, trees.flatten(expected), known)
-    refuse(problems, "the parameters")
-    return Plan(tuple(pieces), made, {})
+        problems += _compare_with_expected(
+            {path: TensorSpec.from_array(leaf) for path, leaf in flat_params.items()}, trees.flatten(expected), known
+        )
+    raise_problems(problems, "the parameters")
+    return ConversionPlan(tuple(pieces), made, {})
 
 
-def refuse(problems: list[str], what: str) -> None:
+def raise_problems(problems: list[str], subject: str) -> None:
     """Raise one UserError that lists all problems between a table and `what`; nothing when there are none."""
     problems = list(dict.fromkeys(problems))
     if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:SAID_AT_ONCE])
-        more = f"\n  and {len(problems) - SAID_AT_ONCE} more" if len(problems) > SAID_AT_ONCE else ""
+        shown = "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS])
+        more = f"\n  and {len(problems) - MAX_LISTED_PROBLEMS} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{count} between the weight table and {what}:{shown}{more}")
+        raise UserError(f"{count} between the weight table and {subject}:{shown}{more}")
 
 
-def grouped(names: Iterable[str]) -> list[str]:
+def group_numbered_names(names: Iterable[str]) -> list[str]:
     """Names that differ only in their numbers as one line: 'blocks.0..38.attn.qkv.bias' (39 of them)."""
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         groups.setdefault(re.sub(r"[0-9]+", "#", name), []).append(name)
-    return [_one_line(members) for members in groups.values()]
+    return [_format_name_group(members) for members in groups.values()]
 
 
-def _one_line(names: list[str]) -> str:
+def _format_name_group(names: list[str]) -> str:
     spans = []
     for column in zip(*(re.findall(r"[0-9]+", name) for name in names)):
         numbers = sorted(set(column), key=lambda text: (len(text), text))
@@ -157,126 +163,144 @@ def is_float(dtype) -> bool:
     return jax.dtypes.issubdtype(dtype, np.floating)
 
 
-def _distinct_paths(rows: Iterable[Row], problems: list[str]) -> tuple[Row, ...]:
-    rows, seen = tuple(rows), {}
-    for row in rows:
-        for path in row.paths:
+def _check_distinct_paths(weight_map: Iterable[WeightMapping], problems: list[str]) -> tuple[WeightMapping, ...]:
+    weight_map, seen = tuple(weight_map), {}
+    for row in weight_map:
+        for path in row.flax_paths:
             if path in seen:
-                problems.append(f"parameter {path!r} has two rows: {seen[path]!r} and {row.names[0]!r}")
-            seen[path] = row.names[0]
-    return rows
+                problems.append(f"parameter {path!r} has two rows: {seen[path]!r} and {row.torch_keys[0]!r}")
+            seen[path] = row.torch_keys[0]
+    return weight_map
 
 
-def _find(row: Row, forms: dict[str, Form], wanted, problems: list[str]) -> list[Piece]:
+def _match_tensors(
+    mapping: WeightMapping, specs: dict[str, TensorSpec], expected, problems: list[str]
+) -> list[MappedTensor]:
     """The pieces of a row among the names that are there; gaps and absences become problems."""
-    columns = [_matches(name, forms) for name in (*row.names, *row.also)]
+    columns = [_match_keys(name, specs) for name in (*mapping.torch_keys, *mapping.tied_keys)]
     found = set().union(*columns)
-    if not found and not row.paths:
+    if not found and not mapping.flax_paths:
         return []  # a constant may be missing
-    sizes = [1 + max((index[axis] for index in found), default=0) for axis in range(len(row.letters))]
-    if wanted is not None and row.paths and row.paths[0] in wanted:
-        given = tuple(wanted[row.paths[0]].shape)
+    sizes = [1 + max((index[axis] for index in found), default=0) for axis in range(len(mapping.index_letters))]
+    if expected is not None and mapping.flax_paths and mapping.flax_paths[0] in expected:
+        given = tuple(expected[mapping.flax_paths[0]].shape)
         sizes = [max(size, least) for size, least in zip(sizes, (*given, *sizes[len(given) :]))]
-    bounds = [Template.of(row.names[0]).bound(letter) or 0 for letter in row.letters]
+    bounds = [KeyTemplate.parse(mapping.torch_keys[0]).bound(letter) or 0 for letter in mapping.index_letters]
     sizes = [max(size, bound) for size, bound in zip(sizes, bounds)]
-    if math.prod(sizes) > MOST_LAYERS:
-        problems.append(f"row for {row.flax} finds {len(found)} layers, numbered up to {[size - 1 for size in sizes]}")
+    if math.prod(sizes) > MAX_LAYERS:
+        problems.append(
+            f"row for {mapping.flax} finds {len(found)} layers, numbered up to {[size - 1 for size in sizes]}"
+        )
         return []
     pieces, absent = [], []
     for index in np.ndindex(*sizes):
         there = [column[index] for column in columns if index in column]
-        count = 1 if row.also else len(row.names)
+        count = 1 if mapping.tied_keys else len(mapping.torch_keys)
         if len(there) >= count:
-            pieces.append(Piece(row, index, tuple(there[:count]), tuple(there[count:])))
+            pieces.append(MappedTensor(mapping, index, tuple(there[:count]), tuple(there[count:])))
         else:
-            absent += [Template.of(name).fill(index) for name, c in zip(row.names, columns) if index not in c]
-    problems += [f"row for {row.flax} finds no tensor {text}" for text in grouped(absent)]
+            absent += [
+                KeyTemplate.parse(name).fill(index) for name, c in zip(mapping.torch_keys, columns) if index not in c
+            ]
+    problems += [f"row for {mapping.flax} finds no tensor {text}" for text in group_numbered_names(absent)]
     return pieces
 
 
-def _matches(text: str, forms: dict[str, Form]) -> dict[tuple[int, ...], str]:
-    template = Template.of(text)
-    if not template.letters:
-        return {(): text} if text in forms else {}
-    found = ((template.match(name), name) for name in forms)
+def _match_keys(key_template: str, specs: dict[str, TensorSpec]) -> dict[tuple[int, ...], str]:
+    template = KeyTemplate.parse(key_template)
+    if not template.index_letters:
+        return {(): key_template} if key_template in specs else {}
+    found = ((template.match(name), name) for name in specs)
     return {index: name for index, name in found if index is not None}
 
 
-def _leaf_forms(row: Row, pieces: list[Piece], forms: dict[str, Form], problems: list[str]) -> dict[str, Form]:
+def _leaf_specs(
+    mapping: WeightMapping, mapped_tensors: list[MappedTensor], specs: dict[str, TensorSpec], problems: list[str]
+) -> dict[str, TensorSpec]:
     """The form of the row's leaves, with the run of layers in front; layers that are not alike become problems."""
-    kinds: dict[tuple[Form, ...], list[str]] = {}
-    for piece in pieces:
-        kinds.setdefault(tuple(forms[name] for name in piece.tensors), []).append(piece.tensors[0])
+    kinds: dict[tuple[TensorSpec, ...], list[str]] = {}
+    for piece in mapped_tensors:
+        kinds.setdefault(tuple(specs[name] for name in piece.torch_keys), []).append(piece.torch_keys[0])
     if len(kinds) > 1:
-        sorts = "; ".join(f"{', '.join(map(str, kind))} in {grouped(names)[0]}" for kind, names in kinds.items())
-        problems.append(f"the layers for {row.flax} differ: {sorts}")
-    if len(kinds) != 1 or not row.paths:
+        sorts = "; ".join(
+            f"{', '.join(map(str, kind))} in {group_numbered_names(names)[0]}" for kind, names in kinds.items()
+        )
+        problems.append(f"the layers for {mapping.flax} differ: {sorts}")
+    if len(kinds) != 1 or not mapping.flax_paths:
         return {}
     ((kind, (first, *_)),) = kinds.items()
     if len({form.dtype for form in kind}) > 1:
-        problems.append(f"the tensors of row {row.names} differ in dtype: {', '.join(map(str, kind))}")
+        problems.append(f"the tensors of row {mapping.torch_keys} differ in dtype: {', '.join(map(str, kind))}")
         return {}
-    parts = _through(row.to_flax, row.to_torch, kind)
+    parts = _eval_transform(mapping.to_flax, mapping.to_torch, kind)
     if isinstance(parts, str):
-        problems.append(f"tensor {first!r}, {', '.join(map(str, kind))}, does not fit {row.op.name}: {parts}")
+        problems.append(
+            f"tensor {first!r}, {', '.join(map(str, kind))}, does not fit {mapping.transform.name}: {parts}"
+        )
         return {}
-    sizes = tuple(1 + size for size in pieces[-1].index)
-    return {path: Form(sizes + part.shape, part.dtype) for path, part in zip(row.paths, parts, strict=True)}
+    sizes = tuple(1 + size for size in mapped_tensors[-1].index)
+    return {
+        path: TensorSpec(sizes + part.shape, part.dtype) for path, part in zip(mapping.flax_paths, parts, strict=True)
+    }
 
 
-def _layers(row: Row, leaves: list, problems: list[str]) -> tuple[int, ...] | None:
+def _stacked_axis_sizes(mapping: WeightMapping, leaves: list, problems: list[str]) -> tuple[int, ...] | None:
     """How many layers the row's leaves hold along each leading axis, or None with the problem said."""
-    depth, names = len(row.letters), row.names
+    depth, names = len(mapping.index_letters), mapping.torch_keys
     sizes = {tuple(leaf.shape[:depth]) for leaf in leaves} or {()}
     size = next(iter(sizes))
-    bounds = [Template.of(names[0]).bound(letter) for letter in row.letters]
+    bounds = [KeyTemplate.parse(names[0]).bound(letter) for letter in mapping.index_letters]
     if len(sizes) > 1 or len(size) < depth:
-        problems.append(f"parameters {row.paths} want the same {depth} leading axes, for row {names[0]!r}")
+        problems.append(f"parameters {mapping.flax_paths} want the same {depth} leading axes, for row {names[0]!r}")
     elif any(bound not in (None, length) for bound, length in zip(bounds, size)):
-        problems.append(f"parameter {row.paths[0]!r} begins with axes {size} where row {names[0]!r} wants {bounds}")
+        problems.append(
+            f"parameter {mapping.flax_paths[0]!r} begins with axes {size} where row {names[0]!r} wants {bounds}"
+        )
     else:
         return size
     return None
 
 
-def _tensor_forms(row: Row, leaves: list, problems: list[str]) -> tuple[Form, ...]:
+def _tensor_specs(mapping: WeightMapping, leaves: list, problems: list[str]) -> tuple[TensorSpec, ...]:
     """The form of each tensor that the row makes from one layer of its leaves; () with the problem said."""
-    kind = [Form(tuple(leaf.shape[len(row.letters) :]), np.dtype(leaf.dtype)) for leaf in leaves]
+    kind = [TensorSpec(tuple(leaf.shape[len(mapping.index_letters) :]), np.dtype(leaf.dtype)) for leaf in leaves]
     text = ", ".join(map(str, kind))
     if len({form.dtype for form in kind}) > 1:
-        problems.append(f"parameters {row.paths} of one row differ in dtype: {text}")
+        problems.append(f"parameters {mapping.flax_paths} of one row differ in dtype: {text}")
         return ()
-    parts = _through(row.to_torch, row.to_flax, kind)
+    parts = _eval_transform(mapping.to_torch, mapping.to_flax, kind)
     if isinstance(parts, str):
-        problems.append(f"parameters {row.paths}, a layer of {text}, do not fit {row.op.name}: {parts}")
+        problems.append(
+            f"parameters {mapping.flax_paths}, a layer of {text}, do not fit {mapping.transform.name}: {parts}"
+        )
         return ()
     return parts
 
 
-def _through(there, back, forms: Iterable[Form]) -> tuple[Form, ...] | str:
+def _eval_transform(forward, inverse, specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...] | str:
     """The forms that a change of layout gives, or why it gives none. It must lead back to where it came from.
 
     It is tried on arrays of zeros that take no memory, because all their strides are zero.
     """
-    blanks = [np.broadcast_to(np.zeros((), form.dtype), form.shape) for form in forms]
+    blanks = [np.broadcast_to(np.zeros((), form.dtype), form.shape) for form in specs]
     try:
-        made = there(*blanks)
-        returned = tuple(map(Form.of, back(*made)))
+        made = forward(*blanks)
+        returned = tuple(map(TensorSpec.from_array, inverse(*made)))
     except (ValueError, IndexError) as error:
         return str(error)
-    if returned != tuple(forms):
+    if returned != tuple(specs):
         return f"the way back gives {', '.join(map(str, returned))}"
-    return tuple(map(Form.of, made))
+    return tuple(map(TensorSpec.from_array, made))
 
 
-def _unlike(made: Mapping[str, Form], wanted: Mapping, known: set[str]) -> list[str]:
+def _compare_with_expected(specs: Mapping[str, TensorSpec], expected: Mapping, known_paths: set[str]) -> list[str]:
     """How the leaves differ from what was expected: shapes, integers for floats, paths that only one side has."""
-    problems = [f"parameter {path!r} has no row" for path in wanted if path not in made and path not in known]
-    for path, form in made.items():
-        if path not in wanted:
+    problems = [f"parameter {path!r} has no row" for path in expected if path not in specs and path not in known_paths]
+    for path, form in specs.items():
+        if path not in expected:
             problems.append(f"parameter {path!r} is not part of the model")
             continue
-        like = Form.of(wanted[path])
+        like = TensorSpec.from_array(expected[path])
         if like.shape != form.shape:
             problems.append(f"parameter {path!r} is {form.shape} where the model wants {like.shape}")
         if is_float(like.dtype) != is_float(form.dtype):

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-Pairs = tuple[tuple[str, str], ...]
+StringPairs = tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Peer:
+class HFPart:
     """A part of a system as a model by itself.
 
     `paths`: (prefix of its paths, prefix of the system's). `names`: patterns of the system's torch names and what
@@ -29,34 +29,34 @@ class Peer:
 
     name: str
     config: Any
-    paths: Pairs
-    names: Pairs
-    taken: Callable[[Mapping], Mapping] = lambda tensors: tensors
-    only: str = ""
+    path_prefixes: StringPairs
+    key_patterns: StringPairs
+    prepare_tensors: Callable[[Mapping], Mapping] = lambda tensors: tensors
+    compared_prefix: str = ""
 
-    def tensors(self, tensors: Mapping, wanted: Mapping) -> tuple[dict, set[str]]:
+    def to_hf_tensors(self, tensors: Mapping, expected_keys: Mapping) -> tuple[dict, set[str]]:
         """The file's tensors under transformers' names, those that are `wanted`; and which of the file's went in."""
         made, used = {}, set()
-        for name, array in self.taken(tensors).items():
+        for name, array in self.prepare_tensors(tensors).items():
             spelled = name
-            for pattern, new in self.names:
+            for pattern, new in self.key_patterns:
                 spelled = re.sub(pattern, new, spelled)
-            if spelled in wanted:
+            if spelled in expected_keys:
                 made[spelled] = np.asarray(array)
                 used.add(name)
         return made, used
 
-    def params(self, flat: Mapping, wanted: Mapping) -> dict:
+    def select_params(self, flat_params: Mapping, expected_paths: Mapping) -> dict:
         """Our parameters by the paths of the part, those that are `wanted` and there."""
         made = {}
-        for path in wanted:
-            front, ours = next(pair for pair in self.paths if path.startswith(pair[0]))
-            if ours + path.removeprefix(front) in flat:
-                made[path] = flat[ours + path.removeprefix(front)]
+        for path in expected_paths:
+            front, ours = next(pair for pair in self.path_prefixes if path.startswith(pair[0]))
+            if ours + path.removeprefix(front) in flat_params:
+                made[path] = flat_params[ours + path.removeprefix(front)]
         return made
 
 
-VISION = (
+EVA_KEY_PATTERNS = (
     (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
     (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
@@ -65,7 +65,7 @@ VISION = (
     (r"^visual_encoder\.blocks\.(\d+)\.attn\.", r"vision_model.encoder.layers.\1.self_attn."),
     (r"^visual_encoder\.blocks\.", "vision_model.encoder.layers."),
 )
-QFORMER = (
+QFORMER_KEY_PATTERNS = (
     (r"^ln_vision\.", "vision_model.post_layernorm."),
     (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.embeddings.layernorm."),
     (r"^Qformer\.bert\.", "qformer."),
@@ -73,13 +73,13 @@ QFORMER = (
     (r"^t5_proj\.", "language_projection."),
     (r"^t5_model\.", "language_model."),
 )
-LLAVA = (
+LLAVA_KEY_PATTERNS = (
     (r"^model\.vision_tower\.", "vision_tower."),
     (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
     (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^(model\.(embed_tokens|layers|norm)\.|lm_head\.)", r"language_model.\1"),
 )
-SAM = (
+SAM_KEY_PATTERNS = (
     (r"^sam\.model\.", ""),
     (r"^image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."),
     (r"^image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."),
@@ -105,7 +105,7 @@ SAM = (
     (r"\.transformer\.layers\.(\d+)\.norm(\d)\.", r".transformer.layers.\1.layer_norm\2."),
     (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
 )
-SWIN = (
+SWIN_KEY_PATTERNS = (
     (r"^visual_encoder\.patch_embed\.proj\.", "swin.embeddings.patch_embeddings.projection."),
     (r"^visual_encoder\.patch_embed\.norm\.", "swin.embeddings.norm."),
     (r"^visual_encoder\.norm\.", "swin.layernorm."),
@@ -119,7 +119,7 @@ SWIN = (
 )
 
 
-def _with_whole_biases(tensors: Mapping) -> dict:
+def _merge_qkv_bias(tensors: Mapping) -> dict:
     """EVA's biases of queries and values as one with that of the keys, which is zero."""
     made = dict(tensors)
     for name in [name for name in tensors if name.endswith(".attn.q_bias")]:
@@ -128,7 +128,7 @@ def _with_whole_biases(tensors: Mapping) -> dict:
     return made
 
 
-def _with_three_of_one(tensors: Mapping) -> dict:
+def _split_qkv(tensors: Mapping) -> dict:
     """A Swin's queries, keys and values each by itself."""
     made = dict(tensors)
     for name in [name for name in tensors if ".attn.qkv." in name]:
@@ -137,72 +137,79 @@ def _with_three_of_one(tensors: Mapping) -> dict:
     return made
 
 
-def _with_two_matrices(tensors: Mapping) -> dict:
+def _duplicate_positional_matrix(tensors: Mapping) -> dict:
     """SAM's random matrix, which transformers' files hold twice."""
     matrix = "sam.model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
     return {**tensors, "prompt_encoder.shared_embedding.positional_embedding": tensors[matrix]}
 
 
-def _of_lion(c: Any) -> list[Peer]:
-    from lionjax.models.vlm.visual_prefix import Prefix
+def _lion_parts(c: Any) -> list[HFPart]:
+    from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
     if not c.encodes or c.visual_input == "AGGREGATOR":
         return []
     language = dataclasses.replace(c.language, adapters=None)
     # transformers has one epsilon for the tower and the norm behind it.
-    whole = Prefix(
+    whole = VisualPrefixLM(
         c.vision,
         language,
         c.qformer,
         feature_layer=-1,
-        class_token=True,
-        vision_eps=c.vision.eps,
+        keep_class_token=True,
+        vision_norm_eps=c.vision.eps,
         projector_depth=1,
-        image_token=language.vocab - 1,
+        image_token_id=language.vocab - 1,
     )
     paths = (("vision_norm/", "qformer_norm/"), ("projector/", "qformer_projector/"), ("", ""))
-    names = (*VISION, *QFORMER)
+    names = (*EVA_KEY_PATTERNS, *QFORMER_KEY_PATTERNS)
     if not c.qformer.text:
         names = tuple((p, n.replace("qformer.embeddings.layernorm", "qformer.layernorm")) for p, n in names)
-    return [Peer("InstructBLIP", whole, paths, names, _with_whole_biases)]
+    return [HFPart("InstructBLIP", whole, paths, names, _merge_qkv_bias)]
 
 
-def _of_nextchat(c: Any) -> list[Peer]:
-    from lionjax.models.vlm.visual_prefix import Prefix
+def _nextchat_parts(c: Any) -> list[HFPart]:
+    from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
-    front = Prefix(c.vision, c.language, feature_layer=c.feature_layer, image_token=c.language.vocab - 1)
-    seeing = [Peer("LLaVA", front, (("", ""),), LLAVA)]
+    front = VisualPrefixLM(c.vision, c.language, feature_layer=c.feature_layer, image_token_id=c.language.vocab - 1)
+    seeing = [HFPart("LLaVA", front, (("", ""),), LLAVA_KEY_PATTERNS)]
     return [
-        *(seeing if c.projector_depth == 2 and c.vision.norm_before else []),
-        Peer("SAM", c.sam, (("", "sam/"),), SAM, _with_two_matrices),
+        *(seeing if c.projector_depth == 2 and c.vision.pre_layernorm else []),
+        HFPart("SAM", c.sam, (("", "sam/"),), SAM_KEY_PATTERNS, _duplicate_positional_matrix),
     ]
 
 
-def _of_ram(c: Any) -> list[Peer]:
-    return [Peer("Swin", c.swin, (("", "swin/"),), SWIN, _with_three_of_one)]
+def _ram_parts(c: Any) -> list[HFPart]:
+    return [HFPart("Swin", c.swin, (("", "swin/"),), SWIN_KEY_PATTERNS, _split_qkv)]
 
 
-def _of_eva(c: Any) -> list[Peer]:
+def _eva_parts(c: Any) -> list[HFPart]:
     from lionjax.models.connectors.qformer import QFormerConfig
     from lionjax.models.language.t5 import T5Config
-    from lionjax.models.vlm.visual_prefix import Prefix
+    from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
     language = T5Config(32, 8, 4, 2, 8, 1, 1, 4, activation="gelu")
-    bridge = QFormerConfig(8, 2, 2, 8, 2, 2, c.width, text=False)
-    whole = Prefix(
-        c, language, bridge, feature_layer=-1, class_token=True, vision_eps=c.eps, projector_depth=1, image_token=31
+    bridge = QFormerConfig(8, 2, 2, 8, 2, 2, c.width, use_text_input=False)
+    whole = VisualPrefixLM(
+        c,
+        language,
+        bridge,
+        feature_layer=-1,
+        keep_class_token=True,
+        vision_norm_eps=c.eps,
+        projector_depth=1,
+        image_token_id=31,
     )
 
     def taken(tensors):
-        return _with_whole_biases({f"visual_encoder.{name}": w for name, w in tensors.items()})
+        return _merge_qkv_bias({f"visual_encoder.{name}": w for name, w in tensors.items()})
 
     paths = (("vision/", ""), ("", "random/"))
-    return [Peer("BLIP-2", whole, paths, VISION, taken, "vision_model.e")]
+    return [HFPart("BLIP-2", whole, paths, EVA_KEY_PATTERNS, taken, "vision_model.e")]
 
 
-PEERS: dict[str, Callable[[Any], list[Peer]]] = {
-    "lion": _of_lion,
-    "nextchat": _of_nextchat,
-    "ram": _of_ram,
-    "eva": _of_eva,
+HF_PARTS: dict[str, Callable[[Any], list[HFPart]]] = {
+    "lion": _lion_parts,
+    "nextchat": _nextchat_parts,
+    "ram": _ram_parts,
+    "eva": _eva_parts,
 }

@@ -18,36 +18,36 @@ if TYPE_CHECKING:
     from lionjax.models.vision.sam_encoder import SamConfig
     from lionjax.models.vision.swin import SwinConfig
     from lionjax.models.vision.vit import ViTConfig
-    from lionjax.models.vlm.visual_prefix import Prefix
+    from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
-LENGTH = 13  # words of the text that is read
+TEXT_LENGTH = 13  # words of the text that is read
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ComparisonRun:
     """One pass: `ours` on parameters gives results by the names that theirs has; `theirs` are its arguments."""
 
     module: Any
     method: Callable
-    inputs: tuple
-    theirs: dict[str, np.ndarray]
+    flax_inputs: tuple
+    torch_inputs: dict[str, np.ndarray]
 
 
-def _words(rng, vocab: int, rows: int = 2) -> np.ndarray:
-    return rng.integers(3, vocab, (rows, LENGTH))
+def _random_tokens(rng, vocab_size: int, batch_size: int = 2) -> np.ndarray:
+    return rng.integers(3, vocab_size, (batch_size, TEXT_LENGTH))
 
 
-def _decoder_run(c: DecoderConfig, rng) -> Run:
+def _decoder_run(c: DecoderConfig, rng) -> ComparisonRun:
     from lionjax.models.language.decoder import Decoder
 
     def read(module, ids):
         return {"logits": module.logits(module(module.embed(ids), np.ones(ids.shape, bool)))}
 
-    ids = _words(rng, c.vocab)
-    return Run(Decoder(c), read, (ids,), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    ids = _random_tokens(rng, c.vocab_size)
+    return ComparisonRun(Decoder(c), read, (ids,), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
 
 
-def _t5_run(c: T5Config, rng) -> Run:
+def _t5_run(c: T5Config, rng) -> ComparisonRun:
     from lionjax.models.language.t5 import T5
 
     def read(module, ids, answer):
@@ -55,69 +55,69 @@ def _t5_run(c: T5Config, rng) -> Run:
         real = np.ones(answer.shape, bool)
         return {"logits": module.decode(answer, real, encoded, np.ones(ids.shape, bool))}
 
-    ids, answer = _words(rng, c.vocab), _words(rng, c.vocab)[:, :7]
+    ids, answer = _random_tokens(rng, c.vocab_size), _random_tokens(rng, c.vocab_size)[:, :7]
     given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "decoder_input_ids": answer}
-    return Run(T5(c), read, (ids, answer), given)
+    return ComparisonRun(T5(c), read, (ids, answer), given)
 
 
-def _bert_run(c: BertConfig, rng) -> Run:
+def _bert_run(c: BertConfig, rng) -> ComparisonRun:
     from lionjax.models.language.bert import Bert
 
     def read(module, ids):
         states, first = module(ids, np.ones(ids.shape, bool))
         return {"last_hidden_state": states} | ({"pooler_output": first} if c.pooler else {})
 
-    ids = _words(rng, c.vocab)
-    return Run(Bert(c), read, (ids,), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    ids = _random_tokens(rng, c.vocab_size)
+    return ComparisonRun(Bert(c), read, (ids,), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
 
 
-def _picture(rng, side: int) -> np.ndarray:
-    return rng.standard_normal((1, side, side, 3)).astype(np.float32)
+def _random_image(rng, image_size: int) -> np.ndarray:
+    return rng.standard_normal((1, image_size, image_size, 3)).astype(np.float32)
 
 
-def _clip_run(c: ViTConfig, rng) -> Run:
+def _clip_run(c: ViTConfig, rng) -> ComparisonRun:
     from lionjax.models.vision.vit import ViT
 
     def read(module, image):
         states, _, first = module(image)
         return {"last_hidden_state": states, "pooler_output": first}
 
-    image = _picture(rng, c.image)
-    return Run(ViT(c), read, (image,), {"pixel_values": image.transpose(0, 3, 1, 2).copy()})
+    image = _random_image(rng, c.image_size)
+    return ComparisonRun(ViT(c), read, (image,), {"pixel_values": image.transpose(0, 3, 1, 2).copy()})
 
 
-def _sam_run(c: SamConfig, rng) -> Run:
+def _sam_run(c: SamConfig, rng) -> ComparisonRun:
     from lionjax.models.vision.sam_decoder import Sam
 
     def read(module, image, box):
         masks, scores = module.decode(module.encode(image), *module.prompts(None, None, box, None))
         return {"pred_masks": masks[:, :, 1:], "iou_scores": scores[:, :, 1:]}
 
-    image = _picture(rng, c.image)
-    box = np.array([[[0.1, 0.2, 0.6, 0.9]]], np.float32) * c.image
+    image = _random_image(rng, c.image_size)
+    box = np.array([[[0.1, 0.2, 0.6, 0.9]]], np.float32) * c.image_size
     given = {"pixel_values": image.transpose(0, 3, 1, 2).copy(), "input_boxes": box}
-    return Run(Sam(c), read, (image, box), given)
+    return ComparisonRun(Sam(c), read, (image, box), given)
 
 
-def _swin_run(c: SwinConfig, rng) -> Run:
+def _swin_run(c: SwinConfig, rng) -> ComparisonRun:
     from lionjax.models.vision.swin import Swin
 
-    image = _picture(rng, c.image)
+    image = _random_image(rng, c.image_size)
     given = {"pixel_values": image.transpose(0, 3, 1, 2).copy()}
-    return Run(Swin(c), lambda module, image: {"last_hidden_state": module(image)[0]}, (image,), given)
+    return ComparisonRun(Swin(c), lambda module, image: {"last_hidden_state": module(image)[0]}, (image,), given)
 
 
-def _prefix_run(c: Prefix, rng) -> Run:
+def _prefix_run(c: VisualPrefixLM, rng) -> ComparisonRun:
     """A text with a picture in it; theirs wants as many image tokens as the picture has words."""
-    from lionjax.models.vlm.visual_prefix import PrefixModule
+    from lionjax.models.vlm.visual_prefix import VisualPrefixLMModule
 
-    if c.image_token is None:
+    if c.image_token_id is None:
         raise UserError("this model has no image token, without which transformers does not run it")
-    words = c.qformer.queries if c.qformer else c.vision.patches + c.class_token
-    text = _words(rng, min(c.language.vocab, c.image_token))[:1]
-    question, answer = (text[:, :5] % (c.qformer.vocab if c.qformer else c.language.vocab), text[:, 5:9])
-    ids = np.insert(text, 1, c.image_token, axis=1)
-    image = _picture(rng, c.vision.image)
+    words = c.qformer.num_query_tokens if c.qformer else c.vision.num_patches + c.keep_class_token
+    text = _random_tokens(rng, min(c.language.vocab_size, c.image_token_id))[:1]
+    question, answer = (text[:, :5] % (c.qformer.vocab_size if c.qformer else c.language.vocab_size), text[:, 5:9])
+    ids = np.insert(text, 1, c.image_token_id, axis=1)
+    image = _random_image(rng, c.vision.image_size)
 
     def read(module, image, ids, question, answer):
         one, real = np.zeros(1, np.int32), np.ones(ids.shape, bool)
@@ -131,17 +131,17 @@ def _prefix_run(c: Prefix, rng) -> Run:
         said = np.ones(answer.shape, bool)
         return {"logits": module.language.decode(answer, said, encoded_BLD, mask_BL)}
 
-    wide = np.concatenate([ids[:, :1], np.full((1, words), c.image_token), ids[:, 2:]], axis=1)
+    wide = np.concatenate([ids[:, :1], np.full((1, words), c.image_token_id), ids[:, 2:]], axis=1)
     given = {"pixel_values": image.transpose(0, 3, 1, 2).copy(), "input_ids": wide}
     given["attention_mask"] = np.ones_like(wide)
-    if c.qformer and c.qformer.text:
+    if c.qformer and c.qformer.use_text_input:
         given |= {"qformer_input_ids": question, "qformer_attention_mask": np.ones_like(question)}
     if c.encodes:
         given["decoder_input_ids"] = answer
-    return Run(PrefixModule(c), read, (image, ids, question, answer), given)
+    return ComparisonRun(VisualPrefixLMModule(c), read, (image, ids, question, answer), given)
 
 
-RUNS: dict[str, Callable[[Any, Any], Run]] = {
+COMPARISON_RUNS: dict[str, Callable[[Any, Any], ComparisonRun]] = {
     "llama": _decoder_run,
     "opt": _decoder_run,
     "gpt2": _decoder_run,

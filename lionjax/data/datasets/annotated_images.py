@@ -16,10 +16,10 @@ from PIL import Image
 
 from lionjax.core.types import UserError
 from lionjax.data import images, templates
-from lionjax.data.scenes.tasks import CATEGORY, Box, Example, box_text
+from lionjax.data.scenes.tasks import TASK_CATEGORY, Box, Example, box_to_text
 
-PIXEL_SLACK = 1.0
-TEMPLATES = {
+PIXEL_TOLERANCE = 1.0
+QUESTION_TEMPLATES = {
     "caption": templates.CAPTION,
     "existence": templates.EXISTENCE,
     "rec": templates.REC,
@@ -35,7 +35,7 @@ TEMPLATES = {
 
 
 @dataclass(frozen=True)
-class Photo:
+class ImageInfo:
     """A picture by its path under the root. `width`, `height`: the unit of its boxes; 1 for fractions.
 
     Without a name there is no picture: what is asked then is words alone, beside a blank one.
@@ -52,7 +52,7 @@ class Photo:
 
 
 @dataclass(frozen=True)
-class Row:
+class Annotation:
     """What is asked of one picture. `photo` is its number.
 
     `words` fills a template where there is no `question`: a noun or an expression. `boxes` answer, `question_boxes`
@@ -70,135 +70,137 @@ class Row:
 
 
 @dataclass
-class Table:
+class AnnotatedImages:
     """Pictures under one folder, and rows by task. `outlines`: polygons or run lengths, for masks."""
 
     root: Path
-    photos: list[Photo]
-    rows: dict[str, list[Row]]
-    outlines: list = field(default_factory=list)
+    image_infos: list[ImageInfo]
+    annotations: dict[str, list[Annotation]]
+    segmentations: list = field(default_factory=list)
     max_pixels: int = images.MAX_PIXELS
 
     def __post_init__(self):
-        self.rows = {task: rows for task, rows in self.rows.items() if rows}
-        self.vocabulary = tuple(sorted({tag for photo in self.photos for tag in photo.tags}))
+        self.annotations = {task: rows for task, rows in self.annotations.items() if rows}
+        self.tag_vocabulary = tuple(sorted({tag for photo in self.image_infos for tag in photo.tags}))
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def task_sizes(self) -> dict[str, int]:
         """How many examples there are of each task."""
-        return {task: len(rows) for task, rows in self.rows.items()}
+        return {task: len(rows) for task, rows in self.annotations.items()}
 
-    def record(self, task: str, index: int) -> int:
+    def record_index(self, task: str, index: int) -> int:
         """The number of the picture that an example is about."""
-        return self.rows[task][index].photo
+        return self.annotations[task][index].photo
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return len(self.image_infos)
 
-    def name(self, record: int) -> str:
-        return self.photos[record].name or "no picture"
+    def record_name(self, record_index: int) -> str:
+        return self.image_infos[record_index].name or "no picture"
 
-    def path(self, record: int) -> Path:
+    def image_path(self, record_index: int) -> Path:
         """The picture's file; UserError when it lies outside the root."""
-        return images.safe_path(self.root, self.photos[record].name)
+        return images.safe_path(self.root, self.image_infos[record_index].name)
 
-    def read(self, record: int) -> tuple[Image.Image, Photo]:
+    def load_record(self, record_index: int) -> tuple[Image.Image, ImageInfo]:
         """The picture, whose size must be the annotated one, and what is known of it."""
-        photo = self.photos[record]
+        photo = self.image_infos[record_index]
         if not photo.name:
             return Image.new("RGB", (1, 1)), photo
-        picture = images.open_picture(self.path(record), photo.name, self.max_pixels)
-        check_size(picture, photo)
+        picture = images.open_image(self.image_path(record_index), photo.name, self.max_pixels)
+        check_image_size(picture, photo)
         return picture, photo
 
-    def ask(self, task: str, index: int, truth: Photo, rng: np.random.Generator, tag_noise: float) -> Example:
+    def make_example(
+        self, task: str, index: int, truth: ImageInfo, rng: np.random.Generator, tag_noise: float
+    ) -> Example:
         """An example in words, with a wording and one of several answers drawn."""
-        return ask(task, self.rows[task][index], truth, rng, tag_noise, self.vocabulary)
+        return make_example(task, self.annotations[task][index], truth, rng, tag_noise, self.tag_vocabulary)
 
-    def masks(self, record: int, regions: tuple[int, ...]) -> np.ndarray:
+    def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
         """(K, height, width) bool of annotations by number, in the photo's own pixels."""
-        photo = self.photos[record]
+        photo = self.image_infos[record_index]
         size = (int(photo.height), int(photo.width))
-        return np.stack([mask(self.outlines[region], size) for region in regions])
+        return np.stack([segmentation_to_mask(self.segmentations[region], size) for region in regions])
 
 
-def check_size(picture: Image.Image, photo: Photo) -> None:
+def check_image_size(image: Image.Image, image_info: ImageInfo) -> None:
     """UserError when a picture is not as large as its annotations say: its boxes would be somewhere else."""
-    said = (photo.width, photo.height)
-    if said != (1.0, 1.0) and picture.size != said:
-        width, height = picture.size
+    said = (image_info.width, image_info.height)
+    if said != (1.0, 1.0) and image.size != said:
+        width, height = image.size
         raise UserError(
-            f"{photo.name} is {width} x {height} but its annotations speak of {said[0]:g} x {said[1]:g}; "
+            f"{image_info.name} is {width} x {height} but its annotations speak of {said[0]:g} x {said[1]:g}; "
             "bring the picture they were made for"
         )
 
 
-def mask(outline, size: tuple[int, int]) -> np.ndarray:
+def segmentation_to_mask(segmentation, size: tuple[int, int]) -> np.ndarray:
     """(height, width) bool of COCO polygons or run lengths."""
     from pycocotools import mask as runs
 
     height, width = size
-    if isinstance(outline, list):
-        coded = runs.merge(runs.frPyObjects(outline, height, width))
-    elif isinstance(outline["counts"], list):
-        coded = runs.frPyObjects(outline, height, width)
+    if isinstance(segmentation, list):
+        coded = runs.merge(runs.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        coded = runs.frPyObjects(segmentation, height, width)
     else:
-        coded = outline
+        coded = segmentation
     return runs.decode(coded).astype(bool)
 
 
-def ask(
+def make_example(
     task: str,
-    row: Row,
-    photo: Photo,
+    annotation: Annotation,
+    image_info: ImageInfo,
     rng: np.random.Generator,
     tag_noise: float = 0.0,
-    vocabulary: tuple[str, ...] = (),
+    tag_vocabulary: tuple[str, ...] = (),
 ) -> Example:
     """A row in words. Raises UserError for a box outside the picture or without area, and for an empty row."""
-    boxes, asked = (_fractions(group, photo) for group in (row.boxes, row.question_boxes))
-    answers = row.answers or (f"Answer: {''.join(map(box_text, boxes))}",)
-    question = row.question or _worded(task, row, asked, rng)
+    boxes, asked = (_normalize_boxes(group, image_info) for group in (annotation.boxes, annotation.question_boxes))
+    answers = annotation.answers or (f"Answer: {''.join(map(box_to_text, boxes))}",)
+    question = annotation.question or _question_from_template(task, annotation, asked, rng)
     if not question.strip():
-        raise UserError(f"a {task} record of {photo.name} has no question; give it one")
+        raise UserError(f"a {task} record of {image_info.name} has no question; give it one")
     return Example(
         task=task,
-        kind=row.kind or task,
+        kind=annotation.kind or task,
         question=question,
         answer=answers[rng.integers(len(answers))],
         answers=answers,
-        category=CATEGORY.get(task, "region_level" if boxes or asked else "image_level"),
+        category=TASK_CATEGORY.get(task, "region_level" if boxes or asked else "image_level"),
         question_boxes=asked,
         boxes=boxes,
-        targets=row.regions,
-        tags=noisy(photo, vocabulary, tag_noise),
-        scene=photo.name,
+        targets=annotation.regions,
+        tags=noisy_tags(image_info, tag_vocabulary, tag_noise),
+        scene=image_info.name,
     )
 
 
-def _worded(task: str, row: Row, asked: tuple[Box, ...], rng) -> str:
-    if task not in TEMPLATES:
+def _question_from_template(task: str, annotation: Annotation, question_boxes: tuple[Box, ...], rng) -> str:
+    if task not in QUESTION_TEMPLATES:
         return ""
-    words = {"expr": row.words, "noun": row.words, "box": "".join(map(box_text, asked))}
-    return templates.ask(TEMPLATES[task], rng, **words)
+    words = {"expr": annotation.words, "noun": annotation.words, "box": "".join(map(box_to_text, question_boxes))}
+    return templates.sample_question(QUESTION_TEMPLATES[task], rng, **words)
 
 
-def _fractions(boxes: tuple[Box, ...], photo: Photo) -> tuple[Box, ...]:
-    size = (photo.width, photo.height)
-    slack = PIXEL_SLACK if size != (1.0, 1.0) else 1e-3
-    return tuple(images.unit_box(box, size, slack, f"a box of {photo.name},") for box in boxes)
+def _normalize_boxes(boxes: tuple[Box, ...], image_info: ImageInfo) -> tuple[Box, ...]:
+    size = (image_info.width, image_info.height)
+    slack = PIXEL_TOLERANCE if size != (1.0, 1.0) else 1e-3
+    return tuple(images.normalize_box(box, size, slack, f"a box of {image_info.name},") for box in boxes)
 
 
-def noisy(photo: Photo, vocabulary: tuple[str, ...], noise: float) -> tuple[str, ...]:
+def noisy_tags(image_info: ImageInfo, tag_vocabulary: tuple[str, ...], noise: float) -> tuple[str, ...]:
     """Tags as a tagger says them: each missing with probability `noise`, and a quarter as many wrong ones.
 
     The same photo and noise give the same tags.
     """
-    if not noise or not photo.tags:
-        return photo.tags
-    rng = np.random.default_rng(zlib.crc32(photo.name.encode()))
-    kept = [tag for tag in photo.tags if rng.random() >= noise]
-    false = [tag for tag in vocabulary if tag not in photo.tags]
-    wrong = rng.choice(false, min(len(false), rng.binomial(len(photo.tags), noise / 4)), replace=False)
+    if not noise or not image_info.tags:
+        return image_info.tags
+    rng = np.random.default_rng(zlib.crc32(image_info.name.encode()))
+    kept = [tag for tag in image_info.tags if rng.random() >= noise]
+    false = [tag for tag in tag_vocabulary if tag not in image_info.tags]
+    wrong = rng.choice(false, min(len(false), rng.binomial(len(image_info.tags), noise / 4)), replace=False)
     # In alphabetic order, so that place does not tell right from wrong.
     return tuple(sorted({*kept, *wrong.tolist()}))

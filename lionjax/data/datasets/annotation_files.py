@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lionjax.core.types import UserError
-from lionjax.data.datasets.annotated_images import Photo, Row, Table
+from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
 
 
 def read_json(path: Path) -> object:
@@ -25,18 +25,18 @@ def read_json(path: Path) -> object:
         raise UserError(f"{path} is not JSON that can be read ({error}); replace it") from error
 
 
-def in_split(key: object, split: str, share: float) -> bool:
+def in_split(key: object, split: str, heldout_fraction: float) -> bool:
     """Whether a picture belongs to a split: `share` of all are held out, as many are for validation.
 
     By a checksum of its key, so that it stays where it is when others come and go. With share 0 all belong to all.
     """
     place = zlib.crc32(str(key).encode()) / 2**32
-    which = "heldout" if place < share else "validation" if place < 2 * share else "train"
-    return share == 0 or which == split
+    which = "heldout" if place < heldout_fraction else "validation" if place < 2 * heldout_fraction else "train"
+    return heldout_fraction == 0 or which == split
 
 
 @contextlib.contextmanager
-def well_formed(path: Path) -> Iterator[None]:
+def convert_format_errors(path: Path) -> Iterator[None]:
     """Turns what goes wrong on oddly shaped entries into one sentence that names the file."""
     try:
         yield
@@ -45,39 +45,39 @@ def well_formed(path: Path) -> Iterator[None]:
         raise UserError(f"an entry of {path} is not of the format it is said to have ({said})") from error
 
 
-class Reader:
+class AnnotatedImagesBuilder:
     """Collects photos and rows while a file is read, so that each photo is entered once."""
 
     def __init__(self, root: Path):
-        self.root, self.photos, self.rows, self.outlines = root, [], {}, []
-        self.numbers: dict[object, int] = {}
+        self.root, self.image_infos, self.annotations, self.segmentations = root, [], {}, []
+        self.index_by_key: dict[object, int] = {}
 
-    def photo(self, key: object, photo: Photo) -> int:
-        if key not in self.numbers:
-            self.numbers[key] = len(self.photos)
-            self.photos.append(photo)
-        return self.numbers[key]
+    def add_image(self, key: object, image_info: ImageInfo) -> int:
+        if key not in self.index_by_key:
+            self.index_by_key[key] = len(self.image_infos)
+            self.image_infos.append(image_info)
+        return self.index_by_key[key]
 
-    def row(self, task: str, row: Row) -> None:
-        self.rows.setdefault(task, []).append(row)
+    def add_annotation(self, task: str, annotation: Annotation) -> None:
+        self.annotations.setdefault(task, []).append(annotation)
 
-    def table(self, max_pixels: int) -> Table:
-        return Table(self.root, self.photos, self.rows, self.outlines, max_pixels)
+    def build(self, max_pixels: int) -> AnnotatedImages:
+        return AnnotatedImages(self.root, self.image_infos, self.annotations, self.segmentations, max_pixels)
 
 
-def corners(bbox) -> tuple[float, float, float, float]:
+def xywh_to_xyxy(bbox) -> tuple[float, float, float, float]:
     """COCO's x, y, width, height as x0, y0, x1, y1."""
     x, y, width, height = map(float, bbox)
     return x, y, x + width, y + height
 
 
-def entries(path: Path, tree: object, name: str, fields: tuple[str, ...]) -> list[dict]:
+def validated_entries(path: Path, tree: object, list_name: str, required: tuple[str, ...]) -> list[dict]:
     """The list under `name`, each of whose entries has the fields."""
-    rows = tree.get(name) if isinstance(tree, dict) else None
+    rows = tree.get(list_name) if isinstance(tree, dict) else None
     if not isinstance(rows, list):
-        raise UserError(f"{path} has no list {name!r}; give a file of the format it is said to have")
+        raise UserError(f"{path} has no list {list_name!r}; give a file of the format it is said to have")
     for number, row in enumerate(rows):
-        missing = [key for key in fields if not isinstance(row, dict) or key not in row]
+        missing = [key for key in required if not isinstance(row, dict) or key not in row]
         if missing:
-            raise UserError(f"{path}: entry {number} of {name!r} has no {missing[0]!r}")
+            raise UserError(f"{path}: entry {number} of {list_name!r} has no {missing[0]!r}")
     return rows

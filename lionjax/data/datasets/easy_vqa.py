@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lionjax.core.types import UserError
-from lionjax.data.datasets.annotated_images import Photo, Row, Table
-from lionjax.data.datasets.annotation_files import Reader, read_json
+from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
+from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, read_json
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,19 @@ class EasyVqa:
         if unknown := set(self.kinds) - {"yesno", "color", "shape"}:
             raise UserError(f"easy-VQA has no kind {sorted(unknown)[0]!r}; there are yesno, color and shape")
 
-    def open(self, split: str, max_pixels: int) -> Table:
+    def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         import importlib.util
 
         found = importlib.util.find_spec("easy_vqa")
         if found is None or not found.origin:
             raise UserError("easy-VQA is not installed; run `pip install easy-vqa`")
         folder = Path(found.origin).parent / "data" / ("test" if split == "heldout" else "train")
-        reader = Reader(folder / "images")
+        reader = AnnotatedImagesBuilder(folder / "images")
         for question, answer, key in read_json(folder / "questions.json"):
             validation = split != "heldout" and key % 20 == 0
             kind = "color" if "color" in question else "shape"
             kind = "yesno" if answer in ("yes", "no") else kind
             if validation == (split == "validation") and kind in self.kinds:
-                number = reader.photo(key, Photo(f"{key}.png"))
-                reader.row("vqa", Row(number, (answer,), question, kind=kind))
-        return reader.table(max_pixels)
+                number = reader.add_image(key, ImageInfo(f"{key}.png"))
+                reader.add_annotation("vqa", Annotation(number, (answer,), question, kind=kind))
+        return reader.build(max_pixels)

@@ -7,13 +7,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
-from lionjax.data.datasets.annotated_images import Photo, Row, Table
-from lionjax.data.datasets.annotation_files import Reader, in_split, read_json, well_formed
+from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
+from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, convert_format_errors, in_split, read_json
 
 
+@renamed_fields(images="image_dir", share="heldout_fraction")
 @dataclass(frozen=True)
-class Lines:
+class JsonLines:
     """Lines of JSON: {"image", "question", "answer" or "answers", "task", "kind", "expression", "boxes",
     "question_boxes", "tags", "width", "height"}; only an answer or boxes are needed. A line without an image is text
     alone, such as an instruction that mPLUG-Owl's second stage mixes in.
@@ -23,27 +25,27 @@ class Lines:
     """
 
     file: str
-    images: str
-    share: float = 0.0
+    image_dir: str
+    heldout_fraction: float = 0.0
     name: str = "lines"
 
-    def open(self, split: str, max_pixels: int) -> Table:
-        file, reader = Path(self.file), Reader(Path(self.images))
-        for number, line in enumerate(_lines(file), 1):
+    def open(self, split: str, max_pixels: int) -> AnnotatedImages:
+        file, reader = Path(self.file), AnnotatedImagesBuilder(Path(self.image_dir))
+        for number, line in enumerate(_read_lines(file), 1):
             where = f"{file}, line {number},"
-            with well_formed(Path(where)):
+            with convert_format_errors(Path(where)):
                 entry = json.loads(line)
                 if not isinstance(entry, dict) or not isinstance(entry.get("image", ""), str):
                     raise UserError(f"{where} is no object with a picture's path as its 'image'")
                 entry.setdefault("image", "")
                 if isinstance(entry.get("file_name"), str):
                     entry["image"] = entry["file_name"]  # as RefCOCO rows say where their picture lies
-                if in_split(entry["image"] or line, split, self.share):
-                    _line(reader, entry, where)
-        return reader.table(max_pixels)
+                if in_split(entry["image"] or line, split, self.heldout_fraction):
+                    _add_line(reader, entry, where)
+        return reader.build(max_pixels)
 
 
-def _lines(file: Path) -> list[str]:
+def _read_lines(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -54,17 +56,17 @@ def _lines(file: Path) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _line(reader: Reader, entry: dict, where: str) -> None:
+def _add_line(builder: AnnotatedImagesBuilder, entry: dict, location: str) -> None:
     pope = "label" in entry and "text" in entry
     task = entry.get("task") or ("existence" if pope else "vqa")
     answers = entry.get("answers") or [entry.get("label" if pope else "answer")]
     boxes, asked = (entry.get(key) or [] for key in ("boxes", "question_boxes"))
     texts = [answer for answer in answers if isinstance(answer, str) and answer.strip()]
     if not texts and not boxes:
-        raise UserError(f"{where} has neither an answer nor boxes")
+        raise UserError(f"{location} has neither an answer nor boxes")
     size = [float(entry.get(key) or 1) for key in ("width", "height")]
-    number = reader.photo(entry["image"], Photo(entry["image"], *size, tuple(entry.get("tags") or ())))
-    row = Row(
+    number = builder.add_image(entry["image"], ImageInfo(entry["image"], *size, tuple(entry.get("tags") or ())))
+    row = Annotation(
         number,
         tuple(texts),
         entry.get("text" if pope else "question") or "",
@@ -73,4 +75,4 @@ def _line(reader: Reader, entry: dict, where: str) -> None:
         tuple(map(tuple, boxes)),
         tuple(map(tuple, asked)),
     )
-    reader.row(task, row)
+    builder.add_annotation(task, row)

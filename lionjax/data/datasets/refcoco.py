@@ -6,10 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lionjax.data.datasets.annotated_images import Photo, Row, Table
-from lionjax.data.datasets.annotation_files import Reader, corners, entries, in_split, read_json, well_formed
+from lionjax.core.renamed import renamed_fields
+from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
+from lionjax.data.datasets.annotation_files import (
+    AnnotatedImagesBuilder,
+    convert_format_errors,
+    in_split,
+    read_json,
+    validated_entries,
+    xywh_to_xyxy,
+)
 
 
+@renamed_fields(images="image_dir", share="heldout_fraction")
 @dataclass(frozen=True)
 class RefCoco:
     """RefCOCO, RefCOCO+ or RefCOCOg: a list of {img_id, sents, bbox (x, y, width, height), height, width}.
@@ -19,21 +28,21 @@ class RefCoco:
     """
 
     file: str
-    images: str
-    share: float = 0.0
+    image_dir: str
+    heldout_fraction: float = 0.0
     name: str = "refcoco"
 
-    def open(self, split: str, max_pixels: int) -> Table:
-        file, reader = Path(self.file), Reader(Path(self.images))
+    def open(self, split: str, max_pixels: int) -> AnnotatedImages:
+        file, reader = Path(self.file), AnnotatedImagesBuilder(Path(self.image_dir))
         fields = ("img_id", "sents", "bbox", "height", "width")
-        with well_formed(file):
-            for entry in entries(file, {"refs": read_json(file)}, "refs", fields):
+        with convert_format_errors(file):
+            for entry in validated_entries(file, {"refs": read_json(file)}, "refs", fields):
                 stem = str(entry["img_id"]).rpartition("_")[0]
                 name = entry.get("file_name") or f"{stem}.jpg"
-                if in_split(name, split, self.share):
+                if in_split(name, split, self.heldout_fraction):
                     size = float(entry["width"]), float(entry["height"])
-                    number = reader.photo(name, Photo(name, *size))
-                    box, words = corners(entry["bbox"]), entry["sents"].strip()
-                    reader.row("rec", Row(number, words=words, boxes=(box,)))
-                    reader.row("reg", Row(number, (words,), question_boxes=(box,)))
-        return reader.table(max_pixels)
+                    number = reader.add_image(name, ImageInfo(name, *size))
+                    box, words = xywh_to_xyxy(entry["bbox"]), entry["sents"].strip()
+                    reader.add_annotation("rec", Annotation(number, words=words, boxes=(box,)))
+                    reader.add_annotation("reg", Annotation(number, (words,), question_boxes=(box,)))
+        return reader.build(max_pixels)

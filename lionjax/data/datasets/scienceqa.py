@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lionjax.core.types import UserError
-from lionjax.data.datasets.annotated_images import Photo, Row, Table
-from lionjax.data.datasets.annotation_files import Reader, read_json, well_formed
+from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
+from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, convert_format_errors, read_json
 
-LETTERS = "ABCDE"
+OPTION_LETTERS = "ABCDE"
 SPLIT_NAMES = {"train": "train", "validation": "val", "heldout": "test"}
 
 
@@ -24,32 +24,32 @@ class ScienceQa:
     folder: str
     name: str = "scienceqa"
 
-    def open(self, split: str, max_pixels: int) -> Table:
+    def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         folder, there = Path(self.folder), SPLIT_NAMES[split]
         problems, numbers = (read_json(folder / f"{name}.json") for name in ("problems", "pid_splits"))
-        reader = Reader(folder / "images" / there)
-        with well_formed(folder / "problems.json"):
+        reader = AnnotatedImagesBuilder(folder / "images" / there)
+        with convert_format_errors(folder / "problems.json"):
             for number in numbers[there]:
                 problem = problems[number]
                 seen = f"{number}/{problem['image']}" if problem.get("image") else ""
-                photo = reader.photo(seen, Photo(seen))
+                photo = reader.add_image(seen, ImageInfo(seen))
                 kind = "image" if seen else "text"
-                row = Row(photo, (answer_of(problem),), question_of(problem), kind=kind)
-                reader.row("choice", row)
-        return reader.table(max_pixels)
+                row = Annotation(photo, (format_answer(problem),), format_question(problem), kind=kind)
+                reader.add_annotation("choice", row)
+        return reader.build(max_pixels)
 
 
-def question_of(problem: dict) -> str:
+def format_question(problem: dict) -> str:
     """The question, what is given beside it, and its options by their letters."""
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
-    if len(problem["choices"]) > len(LETTERS):
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(OPTION_LETTERS, problem["choices"]))
+    if len(problem["choices"]) > len(OPTION_LETTERS):
         raise UserError(f"a question has {len(problem['choices'])} options; at most 5 have letters")
     context = " ".join((problem.get("hint") or "").split()) or "N/A"
     return f"{problem['question']}\nContext: {context}\nOptions: {options}"
 
 
-def answer_of(problem: dict) -> str:
+def format_answer(problem: dict) -> str:
     """Lecture, solution, and the letter in the sentence that is looked for."""
     parts = (problem.get("lecture"), problem.get("solution"))
-    said = f"The answer is {LETTERS[problem['answer']]}."
+    said = f"The answer is {OPTION_LETTERS[problem['answer']]}."
     return " ".join(" ".join(filter(None, (*parts, said))).split())

@@ -19,32 +19,33 @@ from absl import logging
 
 from lionjax.core.types import UserError
 from lionjax.data import images
-from lionjax.data.datasets.annotated_images import Table
-from lionjax.data.datasets.array_record import INDEX, Known, Tag
+from lionjax.data.datasets.annotated_images import AnnotatedImages
+from lionjax.data.datasets.array_record import INDEX_FILE, RecordTruth, Tagger
 from lionjax.data.datasets.source import SPLITS
-from lionjax.data.prepare.worker import Worker
+from lionjax.data.prepare.worker import RecordPreparer
 from lionjax.data.scenes import tfds_builder
 from lionjax.data.scenes.dataset import Scenes
 
-LEFT_OUT = "left_out.txt"
-AT_ONCE = 256  # pictures that are looked at, tagged and remembered together
+SKIPPED_FILE = "left_out.txt"
+GROUP_SIZE = 256  # pictures that are looked at, tagged and remembered together
 
 
 @dataclasses.dataclass(eq=False)
-class PicturesConfig(tfds.core.BuilderConfig):
+class ArrayRecordBuilderConfig(tfds.core.BuilderConfig):
     """The source, its opened splits to write, and how: `tag` makes the function that names what is on pictures."""
 
     source: Any = dataclasses.field(default=None, repr=False)
-    opened: dict[str, Table] = dataclasses.field(default_factory=dict, repr=False)
+    datasets: dict[str, AnnotatedImages] = dataclasses.field(default_factory=dict, repr=False)
     max_pixels: int = images.MAX_PIXELS
-    tag: Callable[[], Tag] | None = dataclasses.field(default=None, repr=False)
-    groups: Path | None = None  # where groups that are done are remembered
-    beam: bool = False
+    make_tagger: Callable[[], Tagger] | None = dataclasses.field(default=None, repr=False)
+    group_folder: Path | None = None  # where groups that are done are remembered
+    use_beam: bool = False
 
 
-class Pictures(tfds.core.GeneratorBasedBuilder):
+class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder):
     """Pictures as their files were, each with its questions, answers, boxes, outlines and tags as JSON."""
 
+    name = "pictures"  # of the folder that it writes
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -56,25 +57,25 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
-        opened = self.builder_config.opened
-        return {split: self._generate_examples(split) for split, one in opened.items() if len(one)}
+        datasets = self.builder_config.datasets
+        return {split: self._generate_examples(split) for split, records in datasets.items() if len(records)}
 
     def _generate_examples(self, split: str):
         c = self.builder_config
-        if c.beam:
+        if c.use_beam:
             from lionjax.data.prepare import beam as beam_writer
 
-            return beam_writer.records(c, split, len(c.opened[split]), AT_ONCE)
-        return self._one_by_one(c, split)
+            return beam_writer.records_transform(c, split, len(c.datasets[split]), GROUP_SIZE)
+        return self._generate_sequentially(c, split)
 
-    def _one_by_one(self, c: PicturesConfig, split: str):
-        worker = Worker(c.opened[split], c.tag, c.groups / split)
-        for start in range(0, len(c.opened[split]), AT_ONCE):
-            yield from worker.records(range(start, start + AT_ONCE))
+    def _generate_sequentially(self, config: ArrayRecordBuilderConfig, split: str):
+        worker = RecordPreparer(config.datasets[split], config.make_tagger, config.group_folder / split)
+        for start in range(0, len(config.datasets[split]), GROUP_SIZE):
+            yield from worker.prepare(range(start, start + GROUP_SIZE))
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet_tfds() -> Iterator[None]:
     """Without TFDS's talk of downloads, of which there are none; its progress bars stay, on a terminal."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
@@ -91,8 +92,8 @@ def build(
     source: Any,
     out: str | Path,
     max_pixels: int = images.MAX_PIXELS,
-    tag: Callable[[], Tag] | None = None,
-    beam: Sequence[str] | None = None,
+    make_tagger: Callable[[], Tagger] | None = None,
+    beam_flags: Sequence[str] | None = None,
 ) -> Path:
     """Write all splits of a source under `out` as ArrayRecord and return the folder of the data set.
 
@@ -101,57 +102,57 @@ def build(
     work; the records are the same. What was left out is listed in left_out.txt there.
     """
     if isinstance(source, Scenes):
-        if tag is not None or beam is not None:
+        if make_tagger is not None or beam_flags is not None:
             raise UserError("scenes are drawn with their tags; build them without --tagger or --beam")
-        with quiet():
-            return tfds_builder.build(out, source.sizes, source.pixels, source.seed)
+        with quiet_tfds():
+            return tfds_builder.build(out, source.sizes, source.image_size, source.seed)
     # What is not divided is written once; `OpenedBuilt` gives it for every split.
-    splits = SPLITS if getattr(source, "share", 1) else SPLITS[:1]
+    splits = SPLITS if getattr(source, "heldout_fraction", 1) else SPLITS[:1]
     opened = {split: source.open(split, max_pixels) for split in splits}
     if not any(len(one) for one in opened.values()):
         raise UserError(f"the source {source.name!r} has no records; there is nothing to write")
     groups = Path(out) / f"part.{source.name}"
-    config = PicturesConfig(
+    config = ArrayRecordBuilderConfig(
         name=source.name,
         source=source,
-        opened=opened,
+        datasets=opened,
         max_pixels=max_pixels,
-        tag=tag,
-        groups=groups,
-        beam=beam is not None,
+        make_tagger=make_tagger,
+        group_folder=groups,
+        use_beam=beam_flags is not None,
     )
-    builder = Pictures(data_dir=out, config=config, file_format="array_record")
+    builder = ArrayRecordBuilder(data_dir=out, config=config, file_format="array_record")
     folder = Path(builder.data_path)
-    with quiet():
+    with quiet_tfds():
         try:
-            builder.download_and_prepare(download_config=_download_config(beam))
+            builder.download_and_prepare(download_config=_download_config(beam_flags))
         except Exception as error:  # TFDS and Beam refuse a split without records, each in its words
-            left_out = _left_out(groups)
+            left_out = _skip_reasons(groups)
             if len(left_out) >= sum(map(len, opened.values())):
                 raise UserError(
                     f"none of the {len(left_out)} pictures of {source.name!r} can be used; first: {left_out[0]}"
                 ) from error
             raise
-    if not (folder / INDEX).is_file():
-        (folder / LEFT_OUT).write_text("".join(f"{reason}\n" for reason in _left_out(groups)))
+    if not (folder / INDEX_FILE).is_file():
+        (folder / SKIPPED_FILE).write_text("".join(f"{reason}\n" for reason in _skip_reasons(groups)))
         write_index(builder, folder)
     shutil.rmtree(groups, ignore_errors=True)
     return folder
 
 
-def _download_config(beam: Sequence[str] | None):
-    if beam is None:
+def _download_config(beam_flags: Sequence[str] | None):
+    if beam_flags is None:
         return None
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
         raise UserError("--beam needs Apache Beam; run `pip install 'lionjax[prepare]'`") from error
-    return tfds.download.DownloadConfig(beam_options=PipelineOptions(list(beam)))
+    return tfds.download.DownloadConfig(beam_options=PipelineOptions(list(beam_flags)))
 
 
-def _left_out(groups: Path) -> list[str]:
+def _skip_reasons(group_folder: Path) -> list[str]:
     """Why pictures and rows were left out, in the order of the pictures."""
-    files = sorted(groups.glob("*/*.json"), key=lambda file: (file.parent.name, int(file.stem.split("-")[0])))
+    files = sorted(group_folder.glob("*/*.json"), key=lambda file: (file.parent.name, int(file.stem.split("-")[0])))
     return [reason for file in files for reason in json.loads(file.read_text())["left_out"]]
 
 
@@ -162,13 +163,13 @@ def write_index(builder, folder: Path) -> None:
         raw = {"image": tfds.decode.SkipDecoding()}
         names, places = [], {}
         for number, stored in enumerate(builder.as_data_source(split=split, decoders=raw)):
-            known = Known.from_json(stored["truth"].decode())
-            names.append(known.photo.name)
-            tags.update(known.photo.tags)
-            for task, rows in known.rows.items():
+            known = RecordTruth.from_json(stored["truth"].decode())
+            names.append(known.image_info.name)
+            tags.update(known.image_info.tags)
+            for task, rows in known.annotations.items():
                 places.setdefault(task, []).extend((number, row) for row in range(len(rows)))
         arrays[f"{split}/"] = np.array(names)
         arrays |= {f"{split}/{task}": np.array(rows, np.int32) for task, rows in places.items() if rows}
-    part = folder / f"part.{INDEX}"
+    part = folder / f"part.{INDEX_FILE}"
     np.savez(part, vocabulary=np.array(sorted(tags), dtype="U"), **arrays)
-    part.replace(folder / INDEX)
+    part.replace(folder / INDEX_FILE)

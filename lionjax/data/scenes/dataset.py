@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
 from lionjax.data.datasets.source import SPLITS
 from lionjax.data.scenes import tasks, world
 from lionjax.data.scenes.source import SceneSource
 
 
+@renamed_fields(pixels="image_size")
 @dataclass(frozen=True)
 class Scenes:
     """The embedded scenes: `sizes` of train, validation and held-out ones, drawn when first asked for.
@@ -21,54 +23,54 @@ class Scenes:
     """
 
     sizes: tuple[int, int, int] = (3000, 500, 500)
-    pixels: int = 128
+    image_size: int = 128
     seed: int = 0
     folder: str = ""
     name: str = "scenes"
 
-    def open(self, split: str, max_pixels: int) -> OpenedScenes:
-        return OpenedScenes(self, split)
+    def open(self, split: str, max_pixels: int) -> OpenScenes:
+        return OpenScenes(self, split)
 
 
-class OpenedScenes:
+class OpenScenes:
     """One split of the scenes; every scene gives one example of every task, and another at every visit."""
 
     def __init__(self, config: Scenes, split: str):
         size = config.sizes[SPLITS.index(split)]
-        self.source = SceneSource(split, max(size, 1), config.seed, config.pixels)
-        self.built = None
+        self.source = SceneSource(split, max(size, 1), config.seed, config.image_size)
+        self.stored_scenes = None
         if config.folder:
-            from lionjax.data.scenes.tfds_builder import BuiltScenes
+            from lionjax.data.scenes.tfds_builder import StoredScenes
 
             try:
-                self.built = BuiltScenes(config.folder, split)
+                self.stored_scenes = StoredScenes(config.folder, split)
             except Exception as error:  # TFDS has many ways to say that a folder is not one of its own
                 raise UserError(
                     f"{config.folder} holds no scenes that can be read ({error}); "
                     "write them with `lionjax data build scenes`"
                 ) from error
-        self.count = size if self.built is None else len(self.built)
-        self.sizes = dict.fromkeys(tasks.TASKS, self.count)
+        self.num_scenes = size if self.stored_scenes is None else len(self.stored_scenes)
+        self.task_sizes = dict.fromkeys(tasks.TASKS, self.num_scenes)
 
     def __len__(self) -> int:
-        return self.count
+        return self.num_scenes
 
-    def record(self, task: str, index: int) -> int:
+    def record_index(self, task: str, index: int) -> int:
         return index
 
-    def name(self, record: int) -> str:
-        return f"{self.source.split}-{self.source.seed}-{record:06d}"
+    def record_name(self, record_index: int) -> str:
+        return f"{self.source.split}-{self.source.seed}-{record_index:06d}"
 
-    def read(self, record: int):
-        if self.built is None:
-            scene = self.source.scene(record)
-            return scene.render(self.source.pixels), scene
-        stored = self.built[record]
+    def load_record(self, record_index: int):
+        if self.stored_scenes is None:
+            scene = self.source.scene(record_index)
+            return scene.render(self.source.image_size), scene
+        stored = self.stored_scenes[record_index]
         return stored["image"], world.Scene.from_json(stored["truth"])
 
-    def ask(self, task: str, index: int, truth, rng, tag_noise: float) -> tasks.Example:
-        return tasks.converse(task, truth, rng, tag_noise)
+    def make_example(self, task: str, index: int, truth, rng, tag_noise: float) -> tasks.Example:
+        return tasks.make_example(task, truth, rng, tag_noise)
 
-    def masks(self, record: int, regions: tuple[int, ...]) -> np.ndarray:
-        scene = self.source.scene(record) if self.built is None else self.read(record)[1]
-        return scene.masks(self.source.pixels)[list(regions)]
+    def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
+        scene = self.source.scene(record_index) if self.stored_scenes is None else self.load_record(record_index)[1]
+        return scene.masks(self.source.image_size)[list(regions)]

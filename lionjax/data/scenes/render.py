@@ -19,9 +19,9 @@ RGB = {
     "pink": (252, 132, 190),
     "cyan": (64, 208, 226),
 }
-STRIPE, DOT, DOT_RADIUS, OUTLINE = 0.062, 0.052, 0.016, 0.007
+STRIPE_PERIOD, DOT_PERIOD, DOT_RADIUS, OUTLINE_WIDTH = 0.062, 0.052, 0.016, 0.007
 LIGHT_INK, DARK_INK = (246, 246, 242), (40, 38, 46)
-SPECKS = 48
+SPECKLE_CELLS = 48
 
 
 def _circle(u, v):
@@ -67,7 +67,7 @@ def _heart(u, v):
     return np.minimum((a + np.abs(w) - side) / np.sqrt(2), discs)
 
 
-DISTANCE = {
+SIGNED_DISTANCE = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,
@@ -79,39 +79,41 @@ DISTANCE = {
 }
 
 
-def window(thing, pixels: int) -> tuple[slice, slice]:
+def bounding_slices(thing, image_size: int) -> tuple[slice, slice]:
     """Rows and columns of the picture that a thing can touch."""
     reach = 0.56 * thing.extent
     edges = [(c - reach, c + reach) for c in (thing.y, thing.x)]
-    return tuple(slice(max(0, int(low * pixels)), min(pixels, int(high * pixels) + 2)) for low, high in edges)
+    return tuple(
+        slice(max(0, int(low * image_size)), min(image_size, int(high * image_size) + 2)) for low, high in edges
+    )
 
 
-def _local(thing, pixels: int):
+def _local_coordinates(thing, image_size: int):
     """The window, and its pixel centres in the thing's own turned coordinates, where the thing spans -1..1."""
-    rows, columns = window(thing, pixels)
-    y = (np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5) / pixels - thing.y
-    x = (np.arange(columns.start, columns.stop, dtype=np.float32)[None] + 0.5) / pixels - thing.x
+    rows, columns = bounding_slices(thing, image_size)
+    y = (np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5) / image_size - thing.y
+    x = (np.arange(columns.start, columns.stop, dtype=np.float32)[None] + 0.5) / image_size - thing.x
     turn, half = np.deg2rad(thing.angle), thing.extent / 2
     cos, sin = np.float32(np.cos(turn) / half), np.float32(np.sin(turn) / half)
     return (rows, columns), x * cos + y * sin, y * cos - x * sin
 
 
-def silhouette(thing, pixels: int):
+def amodal_mask(thing, image_size: int):
     """(rows, columns), mask: which pixel centres of that window lie inside the whole, unhidden thing."""
-    place, u, v = _local(thing, pixels)
-    return place, DISTANCE[thing.shape](u, v) < 0
+    place, u, v = _local_coordinates(thing, image_size)
+    return place, SIGNED_DISTANCE[thing.shape](u, v) < 0
 
 
-def owners(things, pixels: int) -> np.ndarray:
+def instance_id_map(things, image_size: int) -> np.ndarray:
     """(pixels, pixels) int8: index of the thing seen at each pixel centre, -1 for background."""
-    owner = np.full((pixels, pixels), -1, np.int8)
+    owner = np.full((image_size, image_size), -1, np.int8)
     for k, thing in enumerate(things):
-        place, inside = silhouette(thing, pixels)
+        place, inside = amodal_mask(thing, image_size)
         owner[place][inside] = k
     return owner
 
 
-def tight_box(mask) -> tuple[float, float, float, float]:
+def mask_to_box(mask) -> tuple[float, float, float, float]:
     """The smallest xyxy box in 0..1 that holds every set pixel of a square mask; empty masks are an error."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
@@ -121,51 +123,51 @@ def tight_box(mask) -> tuple[float, float, float, float]:
     return tuple(float(edge) / pixels for edge in (x0, y0, x1, y1))
 
 
-def _ink(thing, u, v, pixels: int):
+def _texture_coverage(thing, u, v, image_size: int):
     """How much of each pixel is covered by the second colour of the texture; None for plain things."""
     half = thing.extent / 2
     if thing.texture == "striped":
-        across = (u + v) * (half / np.sqrt(2) / STRIPE)
-        distance = (np.abs(np.mod(across, 1.0) - 0.5) - 0.21) * STRIPE
+        across = (u + v) * (half / np.sqrt(2) / STRIPE_PERIOD)
+        distance = (np.abs(np.mod(across, 1.0) - 0.5) - 0.21) * STRIPE_PERIOD
     elif thing.texture == "dotted":
-        du, dv = (np.mod(w * (half / DOT) + 0.5, 1.0) - 0.5 for w in (u, v))
-        distance = np.hypot(du, dv) * DOT - DOT_RADIUS
+        du, dv = (np.mod(w * (half / DOT_PERIOD) + 0.5, 1.0) - 0.5 for w in (u, v))
+        distance = np.hypot(du, dv) * DOT_PERIOD - DOT_RADIUS
     else:
         return None
-    return np.clip(0.5 - distance * pixels, 0.0, 1.0)[..., None]
+    return np.clip(0.5 - distance * image_size, 0.0, 1.0)[..., None]
 
 
-def _draw(canvas, thing):
+def _draw_thing(canvas, thing):
     """Paint one thing over the float canvas (pixels, pixels, 3)."""
     pixels = len(canvas)
-    place, u, v = _local(thing, pixels)
-    distance = DISTANCE[thing.shape](u, v) * np.float32(thing.extent / 2)
+    place, u, v = _local_coordinates(thing, pixels)
+    distance = SIGNED_DISTANCE[thing.shape](u, v) * np.float32(thing.extent / 2)
     alpha = np.clip(0.5 - distance * pixels, 0.0, 1.0)[..., None]
     color = np.float32(RGB[thing.color]) * np.float32(thing.shade)
     paint = color
-    ink = _ink(thing, u, v, pixels)
+    ink = _texture_coverage(thing, u, v, pixels)
     if ink is not None:
         bright = float(np.dot(RGB[thing.color], (0.299, 0.587, 0.114))) > 135
         paint = color + ink * (np.float32(DARK_INK if bright else LIGHT_INK) - color)
     # A darker rim keeps a thing apart from what it lies on, at any background.
-    rim = np.clip(0.5 + (distance + OUTLINE) * pixels, 0.0, 1.0)[..., None]
+    rim = np.clip(0.5 + (distance + OUTLINE_WIDTH) * pixels, 0.0, 1.0)[..., None]
     paint = paint + rim * (color * np.float32(0.45) - paint)
     canvas[place] += alpha * (paint - canvas[place])
 
 
-def background(ground, pixels: int) -> np.ndarray:
+def render_background(ground, image_size: int) -> np.ndarray:
     """(pixels, pixels, 3) float32 of a scene's background alone."""
     first, second = np.float32(ground.first), np.float32(ground.second)
-    at = (np.arange(pixels, dtype=np.float32) + 0.5) / pixels
+    at = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
     if ground.kind == "plain":
-        mix = np.zeros((pixels, pixels), np.float32)
+        mix = np.zeros((image_size, image_size), np.float32)
     elif ground.kind == "shaded":
         turn = np.deg2rad(ground.angle)
         mix = (at[None] - 0.5) * np.cos(turn) + (at[:, None] - 0.5) * np.sin(turn)
         mix = np.clip(0.5 + mix / (abs(np.cos(turn)) + abs(np.sin(turn))), 0, 1)
     elif ground.kind == "speckled":
-        grain = np.random.default_rng(ground.grain).random((SPECKS, SPECKS), np.float32)
-        cell = (at * SPECKS).astype(int)
+        grain = np.random.default_rng(ground.grain).random((SPECKLE_CELLS, SPECKLE_CELLS), np.float32)
+        cell = (at * SPECKLE_CELLS).astype(int)
         mix = grain[cell[:, None], cell]
     else:
         cell = (at * ground.cells).astype(int)
@@ -173,9 +175,9 @@ def background(ground, pixels: int) -> np.ndarray:
     return first + mix[..., None].astype(np.float32) * (second - first)
 
 
-def render(scene, pixels: int) -> np.ndarray:
+def render_scene(scene, image_size: int) -> np.ndarray:
     """A scene as a uint8 RGB picture (pixels, pixels, 3); things are painted back to front."""
-    canvas = background(scene.background, pixels)
+    canvas = render_background(scene.background, image_size)
     for thing in scene.things:
-        _draw(canvas, thing)
+        _draw_thing(canvas, thing)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)

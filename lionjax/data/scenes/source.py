@@ -16,7 +16,7 @@ from lionjax.data.scenes import world
 from lionjax.data.scenes.world import Scene
 
 
-def png(image) -> bytes:
+def encode_png(image) -> bytes:
     """A uint8 RGB picture (H, W, 3) as PNG; compressed little, as it is read far more often than sent."""
     from PIL import Image
 
@@ -25,8 +25,8 @@ def png(image) -> bytes:
     return file.getvalue()
 
 
-def record(scene: Scene, pixels: int) -> dict[str, str | bytes]:
-    return {"id": scene.id, "image": png(scene.render(pixels)), "truth": scene.to_json()}
+def scene_record(scene: Scene, image_size: int) -> dict[str, str | bytes]:
+    return {"id": scene.id, "image": encode_png(scene.render(image_size)), "truth": scene.to_json()}
 
 
 @dataclass(frozen=True)
@@ -34,28 +34,28 @@ class SceneSource:
     """The first `size` scenes of a split, each rendered anew at every access; fits Grain and pickles small."""
 
     split: str
-    size: int
+    num_scenes: int
     seed: int = 0
-    pixels: int = 128
+    image_size: int = 128
 
     def __post_init__(self):
-        if self.size < 1 or self.pixels < 16:
+        if self.num_scenes < 1 or self.image_size < 16:
             raise UserError(
-                f"scenes need size >= 1 and pixels >= 16, but size is {self.size} and pixels "
-                f"{self.pixels}; change the data section of the config"
+                f"scenes need size >= 1 and pixels >= 16, but size is {self.num_scenes} and pixels "
+                f"{self.image_size}; change the data section of the config"
             )
         if self.split not in world.SPLITS:
-            raise UserError(world.unknown_split(self.split))
+            raise UserError(world.unknown_split_message(self.split))
 
     def __len__(self) -> int:
-        return self.size
+        return self.num_scenes
 
     def __getitem__(self, index: int) -> dict[str, str | bytes]:
         place = operator.index(index)
-        if not 0 <= place < self.size:
-            raise IndexError(f"there are scenes 0 to {self.size - 1}, not {place}")
-        return record(self.scene(place), self.pixels)
+        if not 0 <= place < self.num_scenes:
+            raise IndexError(f"there are scenes 0 to {self.num_scenes - 1}, not {place}")
+        return scene_record(self.scene(place), self.image_size)
 
     def scene(self, index: int) -> Scene:
         """The scene alone, without its picture."""
-        return world.sample(self.split, index, self.seed)
+        return world.sample_scene(self.split, index, self.seed)

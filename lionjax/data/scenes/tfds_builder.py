@@ -13,27 +13,28 @@ from lionjax.data.scenes.world import SPLITS
 
 
 @dataclasses.dataclass(eq=False)
-class ScenesConfig(tfds.core.BuilderConfig):
+class ScenesBuilderConfig(tfds.core.BuilderConfig):
     """How many scenes of each split, how large, and from which seed. The name tells all of it."""
 
     name: str = ""
     sizes: tuple[int, int, int] = (3000, 500, 500)
-    pixels: int = 128
+    image_size: int = 128
     seed: int = 0
 
     def __post_init__(self):
         counts = "-".join(str(size) for size in self.sizes)
-        self.name = f"pixels{self.pixels}-seed{self.seed}-{counts}"
+        self.name = f"pixels{self.image_size}-seed{self.seed}-{counts}"
 
 
-class Scenes(tfds.core.GeneratorBasedBuilder):
+class ScenesBuilder(tfds.core.GeneratorBasedBuilder):
     """Pictures of colored shapes with exact truth."""
 
+    name = "scenes"  # of the folder that it writes
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [ScenesConfig()]
+    BUILDER_CONFIGS = [ScenesBuilderConfig()]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        pixels = self.builder_config.pixels
+        pixels = self.builder_config.image_size
         features = {
             "id": tfds.features.Text(),
             "image": tfds.features.Image(shape=(pixels, pixels, 3), encoding_format="png"),
@@ -45,7 +46,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         c = self.builder_config
         return {
-            split: self._generate_examples(SceneSource(split, size, c.seed, c.pixels))
+            split: self._generate_examples(SceneSource(split, size, c.seed, c.image_size))
             for split, size in zip(SPLITS, c.sizes)
         }
 
@@ -54,18 +55,18 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(source)
 
 
-def build(folder, sizes=(3000, 500, 500), pixels: int = 128, seed: int = 0) -> Path:
+def build(folder, sizes=(3000, 500, 500), image_size: int = 128, seed: int = 0) -> Path:
     """Write the three splits under `folder` and return where they lie; what is complete already stays.
 
     TFDS writes beside the place and renames at the end, so a folder that exists is whole.
     """
-    config = ScenesConfig(sizes=tuple(sizes), pixels=pixels, seed=seed)
-    builder = Scenes(data_dir=folder, config=config, file_format="array_record")
+    config = ScenesBuilderConfig(sizes=tuple(sizes), image_size=image_size, seed=seed)
+    builder = ScenesBuilder(data_dir=folder, config=config, file_format="array_record")
     builder.download_and_prepare()
     return Path(builder.data_path)
 
 
-class BuiltScenes:
+class StoredScenes:
     """Random access to a split that `build` wrote: the same records as SceneSource gives."""
 
     def __init__(self, folder, split: str):

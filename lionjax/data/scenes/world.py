@@ -18,7 +18,7 @@ from lionjax.core.types import UserError
 from lionjax.data.scenes import render as drawing
 
 COLORS = tuple(drawing.RGB)
-SHAPES = tuple(drawing.DISTANCE)
+SHAPES = tuple(drawing.SIGNED_DISTANCE)
 TEXTURES = ("plain", "striped", "dotted")
 EXTENTS = {"small": (0.15, 0.18), "medium": (0.22, 0.27), "large": (0.32, 0.40)}
 SIZES = tuple(EXTENTS)
@@ -26,13 +26,13 @@ BACKGROUNDS = ("plain", "shaded", "speckled", "checkered")
 SPLITS = ("train", "validation", "heldout")
 
 # The first three colors and shapes are drawn more often, so that "popular" means something in the existence task.
-COLOR_ODDS = np.array([2, 2, 2, 1, 1, 1, 1, 1]) / 11
-SHAPE_ODDS = np.array([2, 2, 2, 1, 1, 1, 1, 1]) / 11
-PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
-HELD_OUT = frozenset((c, s) for i, c in enumerate(COLORS) for j, s in enumerate(SHAPES) if (i + j) % 6 == 4)
-TRUTH_PIXELS = 256
-CLEARLY_HIDDEN = 0.06
-TRIES = 100
+COLOR_PROBS = np.array([2, 2, 2, 1, 1, 1, 1, 1]) / 11
+SHAPE_PROBS = np.array([2, 2, 2, 1, 1, 1, 1, 1]) / 11
+COLOR_SHAPE_PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
+HELD_OUT_PAIRS = frozenset((c, s) for i, c in enumerate(COLORS) for j, s in enumerate(SHAPES) if (i + j) % 6 == 4)
+TRUTH_IMAGE_SIZE = 256
+MIN_OCCLUSION = 0.06
+MAX_TRIES = 100
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,20 @@ class Background:
 
 
 @dataclass(frozen=True)
-class World:
+class WorldConfig:
     """What scenes may be like; changing a number here gives another world, not the same one again."""
 
-    fewest: int = 3
-    most: int = 8
-    min_visible: float = 0.55
-    min_side: float = 0.10
-    spacing: float = 0.11
+    min_things: int = 3
+    max_things: int = 8
+    min_visible_fraction: float = 0.55
+    min_box_side: float = 0.10
+    min_center_distance: float = 0.11
 
     def __post_init__(self):
-        if not 3 <= self.fewest <= self.most <= 10:
-            raise UserError(f"a world has 3 to 10 things a scene, but fewest={self.fewest} and most={self.most}")
+        if not 3 <= self.min_things <= self.max_things <= 10:
+            raise UserError(
+                f"a world has 3 to 10 things a scene, but fewest={self.min_things} and most={self.max_things}"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,13 @@ class Scene:
     def id(self) -> str:
         return f"{self.split}-{self.seed}-{self.index:06d}"
 
-    def render(self, pixels: int = 192) -> np.ndarray:
+    def render(self, image_size: int = 192) -> np.ndarray:
         """The picture, uint8 RGB (pixels, pixels, 3)."""
-        return drawing.render(self, pixels)
+        return drawing.render_scene(self, image_size)
 
-    def masks(self, pixels: int = 192) -> np.ndarray:
+    def masks(self, image_size: int = 192) -> np.ndarray:
         """(K, pixels, pixels) bool: what is seen of each thing, in the order of `things`."""
-        return drawing.owners(self.things, pixels) == np.arange(len(self.things))[:, None, None]
+        return drawing.instance_id_map(self.things, image_size) == np.arange(len(self.things))[:, None, None]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
@@ -120,37 +122,41 @@ class Scene:
         return Scene(raw["split"], raw["seed"], raw["index"], Background(**ground), things)
 
 
-def pairs_of(split: str) -> tuple[tuple[str, str], ...]:
+def allowed_pairs(split: str) -> tuple[tuple[str, str], ...]:
     """The (color, shape) pairs that may be shown, or spoken of, in a split."""
-    return PAIRS if split == "heldout" else tuple(pair for pair in PAIRS if pair not in HELD_OUT)
-
-
-def unknown_split(split: str) -> str:
-    return f"there is no split {split!r} of scenes; choose one of {', '.join(SPLITS)}"
-
-
-def odds(color: str, shape: str) -> float:
-    """How often the world shows a pair, up to a factor."""
-    return float(COLOR_ODDS[COLORS.index(color)] * SHAPE_ODDS[SHAPES.index(shape)])
-
-
-def sample(split: str, index: int, seed: int = 0, world: World = World()) -> Scene:
-    """The scene number `index` of a split. Equal arguments give equal scenes, on any machine and in any order."""
-    if split not in SPLITS:
-        raise UserError(unknown_split(split))
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    ground = _background(rng)
-    for _ in range(TRIES):
-        things = _populate(split, world, rng)
-        if len(things) >= world.fewest:
-            return Scene(split, seed, index, ground, _with_truth(things))
-    raise UserError(
-        f"no scene with {world.fewest} things came out of {TRIES} tries; "
-        f"ask for fewer, or for a smaller min_visible than {world.min_visible}"
+    return (
+        COLOR_SHAPE_PAIRS
+        if split == "heldout"
+        else tuple(pair for pair in COLOR_SHAPE_PAIRS if pair not in HELD_OUT_PAIRS)
     )
 
 
-def _background(rng) -> Background:
+def unknown_split_message(split: str) -> str:
+    return f"there is no split {split!r} of scenes; choose one of {', '.join(SPLITS)}"
+
+
+def pair_weight(color: str, shape: str) -> float:
+    """How often the world shows a pair, up to a factor."""
+    return float(COLOR_PROBS[COLORS.index(color)] * SHAPE_PROBS[SHAPES.index(shape)])
+
+
+def sample_scene(split: str, index: int, seed: int = 0, world: WorldConfig = WorldConfig()) -> Scene:
+    """The scene number `index` of a split. Equal arguments give equal scenes, on any machine and in any order."""
+    if split not in SPLITS:
+        raise UserError(unknown_split_message(split))
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    ground = _sample_background(rng)
+    for _ in range(MAX_TRIES):
+        things = _sample_things(split, world, rng)
+        if len(things) >= world.min_things:
+            return Scene(split, seed, index, ground, _with_visibility(things))
+    raise UserError(
+        f"no scene with {world.min_things} things came out of {MAX_TRIES} tries; "
+        f"ask for fewer, or for a smaller min_visible than {world.min_visible_fraction}"
+    )
+
+
+def _sample_background(rng) -> Background:
     kind = str(rng.choice(BACKGROUNDS))
     light = rng.uniform(125, 225)
     # Two tones far enough apart to be told from a plain ground, and no more colorful than paper.
@@ -168,36 +174,36 @@ def _background(rng) -> Background:
     )
 
 
-def _populate(split: str, world: World, rng) -> list[Thing]:
+def _sample_things(split: str, world: WorldConfig, rng) -> list[Thing]:
     """Things with words and places but without truth; fewer than wanted where the picture is too full."""
-    wanted = int(rng.integers(world.fewest, world.most + 1))
-    allowed = set(pairs_of(split))
-    forced = sorted(HELD_OUT)[rng.integers(len(HELD_OUT))] if split == "heldout" else None
+    wanted = int(rng.integers(world.min_things, world.max_things + 1))
+    allowed = set(allowed_pairs(split))
+    forced = sorted(HELD_OUT_PAIRS)[rng.integers(len(HELD_OUT_PAIRS))] if split == "heldout" else None
     # Few colors and shapes a scene, so that things share them and must be told apart by more than one word.
-    colors = rng.choice(COLORS, rng.integers(3, 6), replace=False, p=COLOR_ODDS).tolist()
-    shapes = rng.choice(SHAPES, rng.integers(3, 6), replace=False, p=SHAPE_ODDS).tolist()
+    colors = rng.choice(COLORS, rng.integers(3, 6), replace=False, p=COLOR_PROBS).tolist()
+    shapes = rng.choice(SHAPES, rng.integers(3, 6), replace=False, p=SHAPE_PROBS).tolist()
     choices = [(c, s) for c in colors for s in shapes if (c, s) in allowed]
     if not choices:
         return []
     first = int(rng.integers(wanted))
     size_odds = (0.35, 0.40, 0.25) if wanted <= 5 else (0.50, 0.38, 0.12)
     things: list[Thing] = []
-    owner = np.full((TRUTH_PIXELS, TRUTH_PIXELS), -1, np.int8)
+    owner = np.full((TRUTH_IMAGE_SIZE, TRUTH_IMAGE_SIZE), -1, np.int8)
     areas: list[int] = []
     for k in range(wanted):
         pair = choices[rng.integers(len(choices))]
         color, shape = forced if forced and k == first else pair
         size = str(rng.choice(SIZES, p=size_odds))
         texture = str(rng.choice(TEXTURES, p=(0.5, 0.25, 0.25)))
-        placed = _place(things, owner, areas, (shape, color, size, texture), world, rng)
+        placed = _try_place_thing(things, owner, areas, (shape, color, size, texture), world, rng)
         if not placed and forced and k == first:
             return []
     return things
 
 
-def _place(things, owner, areas, words, world: World, rng) -> bool:
+def _try_place_thing(things, instance_ids, areas, attributes, world: WorldConfig, rng) -> bool:
     """Try places for one more thing; append it and paint it over `owner` where everything stays visible enough."""
-    shape, color, size, texture = words
+    shape, color, size, texture = attributes
     low, high = EXTENTS[size]
     for attempt in range(30):
         extent = rng.uniform(low, high)
@@ -206,36 +212,36 @@ def _place(things, owner, areas, words, world: World, rng) -> bool:
         reach = [0.54 * (t.extent + extent) for t in things]
         near = [t for t, r in zip(things, reach) if max(abs(t.x - x), abs(t.y - y)) < r]
         # Like colors never overlap, and the first tries look for free ground: hiding should be the exception.
-        if any(t.color == color or np.hypot(t.x - x, t.y - y) < world.spacing for t in near):
+        if any(t.color == color or np.hypot(t.x - x, t.y - y) < world.min_center_distance for t in near):
             continue
         if near and attempt < 6:
             continue
         numbers = (round(float(n), 4) for n in (x, y, extent, angle, shade))
         thing = Thing(shape, color, size, texture, *numbers)
-        place, inside = drawing.silhouette(thing, TRUTH_PIXELS)
-        trial = owner.copy()
+        place, inside = drawing.amodal_mask(thing, TRUTH_IMAGE_SIZE)
+        trial = instance_ids.copy()
         trial[place][inside] = len(things)
         if not near or _all_visible(trial, [*areas, int(inside.sum())], world):
-            owner[:] = trial
+            instance_ids[:] = trial
             areas.append(int(inside.sum()))
             things.append(thing)
             return True
     return False
 
 
-def _all_visible(owner, areas, world: World) -> bool:
-    seen = np.bincount(owner.ravel() + 1, minlength=len(areas) + 1)[1:]
-    if (seen < world.min_visible * np.array(areas)).any():
+def _all_visible(instance_ids, areas, world: WorldConfig) -> bool:
+    seen = np.bincount(instance_ids.ravel() + 1, minlength=len(areas) + 1)[1:]
+    if (seen < world.min_visible_fraction * np.array(areas)).any():
         return False
     hidden = np.flatnonzero(seen < areas)
-    boxes = [drawing.tight_box(owner == k) for k in hidden]
-    return all(min(x1 - x0, y1 - y0) >= world.min_side for x0, y0, x1, y1 in boxes)
+    boxes = [drawing.mask_to_box(instance_ids == k) for k in hidden]
+    return all(min(x1 - x0, y1 - y0) >= world.min_box_side for x0, y0, x1, y1 in boxes)
 
 
-def _with_truth(things) -> tuple[Thing, ...]:
+def _with_visibility(things) -> tuple[Thing, ...]:
     """The same things knowing their visible box and share, and which things they clearly hide a part of."""
-    owner = drawing.owners(things, TRUTH_PIXELS)
-    wholes = [drawing.silhouette(thing, TRUTH_PIXELS) for thing in things]
+    owner = drawing.instance_id_map(things, TRUTH_IMAGE_SIZE)
+    wholes = [drawing.amodal_mask(thing, TRUTH_IMAGE_SIZE) for thing in things]
     hides = np.zeros((len(things), len(things)))
     for j, (place, inside) in enumerate(wholes):
         seen = owner[place][inside]
@@ -243,9 +249,9 @@ def _with_truth(things) -> tuple[Thing, ...]:
     return tuple(
         dataclasses.replace(
             thing,
-            box=drawing.tight_box(owner == k),
+            box=drawing.mask_to_box(owner == k),
             visible=round(float(hides[k, k]), 3),
-            covers=tuple(j for j in range(len(things)) if j != k and hides[k, j] > CLEARLY_HIDDEN),
+            covers=tuple(j for j in range(len(things)) if j != k and hides[k, j] > MIN_OCCLUSION),
         )
         for k, thing in enumerate(things)
     )

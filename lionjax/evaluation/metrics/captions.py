@@ -34,8 +34,8 @@ TOKEN = re.compile(
     re.VERBOSE,
 )
 # coco-caption lower-cases before it looks for "-LRB-", so its brackets survive as words.
-RENAMED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-SPLIT = {
+PTB_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+PTB_CONTRACTIONS = {
     "cannot": ("can", "not"),
     "gonna": ("gon", "na"),
     "wanna": ("wan", "na"),
@@ -43,7 +43,7 @@ SPLIT = {
     "gimme": ("gim", "me"),
     "lemme": ("lem", "me"),
 }
-DROPPED = frozenset("'`\"“”‘’.?!,:;-–—…")
+PUNCTUATION = frozenset("'`\"“”‘’.?!,:;-–—…")
 
 
 def tokenize(text: str) -> list[str]:
@@ -55,8 +55,8 @@ def tokenize(text: str) -> list[str]:
     """
     words: list[str] = []
     for token in TOKEN.findall(text.lower().replace("’", "'")):
-        if token not in DROPPED:
-            words.extend(SPLIT.get(token) or (RENAMED.get(token, token),))
+        if token not in PUNCTUATION:
+            words.extend(PTB_CONTRACTIONS.get(token) or (PTB_BRACKETS.get(token, token),))
     return words
 
 
@@ -134,34 +134,34 @@ def cider_d(
 
 
 @dataclass(frozen=True)
-class Weighed:
+class TfIdfVector:
     """A sentence as four tf-idf vectors (orders 1 to 4), their lengths, and its word count."""
 
-    orders: tuple[dict[tuple[str, ...], float], ...]
+    vectors: tuple[dict[tuple[str, ...], float], ...]
     norms: tuple[float, ...]
-    words: int
+    length: int
 
 
-def tf_idf(counts: Ngrams, frequency: Ngrams, documents: int) -> Weighed:
+def tf_idf(counts: Ngrams, document_frequency: Ngrams, num_documents: int) -> TfIdfVector:
     """Each count times log(documents / documents that hold the n-gram)."""
     orders: tuple[dict[tuple[str, ...], float], ...] = ({}, {}, {}, {})
     for ngram, count in counts.items():
-        idf = math.log(max(1, documents)) - math.log(max(1, frequency[ngram]))
+        idf = math.log(max(1, num_documents)) - math.log(max(1, document_frequency[ngram]))
         orders[len(ngram) - 1][ngram] = count * idf
     norms = tuple(math.sqrt(sum(w * w for w in order.values())) for order in orders)
-    return Weighed(orders, norms, sum(c for ngram, c in counts.items() if len(ngram) == 1))
+    return TfIdfVector(orders, norms, sum(c for ngram, c in counts.items() if len(ngram) == 1))
 
 
-def clipped_cosine(candidate: Weighed, reference: Weighed) -> float:
+def clipped_cosine(candidate: TfIdfVector, reference: TfIdfVector) -> float:
     """Mean over the orders of the cosine with weights clipped to the reference's, in 0..1."""
     total = 0.0
     for order in range(4):
-        theirs = reference.orders[order]
+        theirs = reference.vectors[order]
         norm = candidate.norms[order] * reference.norms[order]
-        shared = [(w, theirs[g]) for g, w in candidate.orders[order].items() if g in theirs]
+        shared = [(w, theirs[g]) for g, w in candidate.vectors[order].items() if g in theirs]
         if norm:
             total += sum(min(mine, other) * other for mine, other in shared) / norm
-    gap = candidate.words - reference.words
+    gap = candidate.length - reference.length
     return total / 4 * math.exp(-(gap**2) / (2 * 6.0**2))
 
 

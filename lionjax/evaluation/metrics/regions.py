@@ -35,24 +35,24 @@ def iou(boxes_B4: np.ndarray, others_B4: np.ndarray) -> np.ndarray:
     boxes_B4, others_B4 = as_boxes(boxes_B4), as_boxes(others_B4)
     if boxes_B4.shape != others_B4.shape:
         raise ValueError(f"{len(boxes_B4)} boxes against {len(others_B4)}; give one a sample, or use iou_matrix")
-    return overlap(boxes_B4, others_B4)
+    return broadcast_iou(boxes_B4, others_B4)
 
 
 def iou_matrix(boxes_K4: np.ndarray, others_J4: np.ndarray) -> np.ndarray:
     """Intersection over union of every box with every other, array (K, J); see `iou`."""
-    return overlap(as_boxes(boxes_K4)[:, None], as_boxes(others_J4)[None])
+    return broadcast_iou(as_boxes(boxes_K4)[:, None], as_boxes(others_J4)[None])
 
 
-def overlap(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def broadcast_iou(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """IoU over the last axis; the rest broadcasts."""
     low = np.maximum(left[..., :2], right[..., :2])
     high = np.minimum(left[..., 2:], right[..., 2:])
     shared = np.prod(np.clip(high - low, 0, None), axis=-1)
-    union = area(left) + area(right) - shared
+    union = box_area(left) + box_area(right) - shared
     return np.divide(shared, union, out=np.zeros_like(union), where=shared > 0)
 
 
-def area(boxes: np.ndarray) -> np.ndarray:
+def box_area(boxes: np.ndarray) -> np.ndarray:
     return np.prod(np.clip(boxes[..., 2:] - boxes[..., :2], 0, None), axis=-1)
 
 
@@ -252,12 +252,12 @@ def reciprocal_ranks(scores_BS: np.ndarray, answers_B: np.ndarray) -> np.ndarray
 # --------------------------------------------------------------------------------------- interval
 
 
-def interval(
+def bootstrap_interval(
     values: np.ndarray,
     seed: int,
     statistic: Callable[[np.ndarray], float] = np.mean,
-    level: float = 0.95,
-    rounds: int = 1000,
+    confidence_level: float = 0.95,
+    num_resamples: int = 1000,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic over samples, as low and high.
 
@@ -268,6 +268,6 @@ def interval(
     if not len(values):
         raise ValueError("no values to draw from; give at least one sample")
     random = np.random.default_rng(seed)
-    draws = [statistic(values[random.integers(len(values), size=len(values))]) for _ in range(rounds)]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    draws = [statistic(values[random.integers(len(values), size=len(values))]) for _ in range(num_resamples)]
+    low, high = np.quantile(draws, [(1 - confidence_level) / 2, (1 + confidence_level) / 2])
     return float(low), float(high)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 
 ARTICLES = frozenset(("a", "an", "the"))
-DIGITS = "none:0 zero:0 one:1 two:2 three:3 four:4 five:5 six:6 seven:7 eight:8 nine:9 ten:10"
-NUMBERS = dict(pair.split(":") for pair in DIGITS.split())
+NUMBER_WORDS = "none:0 zero:0 one:1 two:2 three:3 four:4 five:5 six:6 seven:7 eight:8 nine:9 ten:10"
+NUMBERS = dict(pair.split(":") for pair in NUMBER_WORDS.split())
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-CONTRACTED = """
+CONTRACTION_LIST = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've
 might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
@@ -28,11 +28,11 @@ won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you
 """.split()
 # A contraction is mended where exactly one of its apostrophes is missing.
 CONTRACTIONS = {
-    form[:i] + form[i + 1 :]: form for form in CONTRACTED for i, letter in enumerate(form) if letter == "'"
+    form[:i] + form[i + 1 :]: form for form in CONTRACTION_LIST for i, letter in enumerate(form) if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the official table has this one the wrong way round
 
 
-def normalise_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """The official VQA form of an answer: lower case, no punctuation, articles or number words.
 
     "It's the Two dogs!" becomes "it's 2 dogs", "dont" becomes "don't", "1,000" becomes "1000".
@@ -73,9 +73,9 @@ def vqa_accuracy(answer: str, references: Sequence[str], raw_references: bool = 
     """
     if isinstance(references, str) or not references:
         raise ValueError(f"references are {references!r}; give a list of at least one answer")
-    answer = normalise_answer(answer)
+    answer = normalize_answer(answer)
     if not raw_references:
-        references = [normalise_answer(text) for text in references]
+        references = [normalize_answer(text) for text in references]
     elif len(set(references)) > 1:
         references = [strip_punctuation(text) for text in references]
     if len(references) == 1:
@@ -86,7 +86,7 @@ def vqa_accuracy(answer: str, references: Sequence[str], raw_references: bool = 
     return sum(left_out) / len(left_out)
 
 
-def read_pope(text: str) -> bool:
+def parse_pope_answer(text: str) -> bool:
     """True for yes, as POPE's own script reads an answer: yes unless its first sentence says no.
 
     "No", "no" or "not" must stand as a word before the first period (commas ignored); everything
@@ -96,7 +96,7 @@ def read_pope(text: str) -> bool:
     return not {"No", "no", "not"} & set(words)
 
 
-def read_yes_no(text: str) -> bool | None:
+def parse_yes_no(text: str) -> bool | None:
     """True or False by the first word (yes/true or no/false, any case), None for anything else."""
     word = re.match(r"\W*(yes|true|no|false)\b", text, re.IGNORECASE)
     return None if word is None else word.group(1).lower() in ("yes", "true")
@@ -108,7 +108,7 @@ def pope_scores(answers: Sequence[bool], labels: Sequence[bool]) -> dict[str, fl
     `answers` as `read_pope` gives them. A ratio whose denominator is zero is 0: a model that
     never says yes has precision, recall and F1 of 0. Source: Li et al. 2023 (POPE), section 5.
     """
-    said, true = paired(answers, labels)
+    said, true = as_bool_arrays(answers, labels)
     hits = int(np.sum(said & true))
     precision = hits / said.sum() if said.any() else 0.0
     recall = hits / true.sum() if true.any() else 0.0
@@ -126,18 +126,18 @@ def vsr_accuracy(answers: Sequence[bool | None], labels: Sequence[bool]) -> floa
 
     Source: Liu et al. 2023, Visual Spatial Reasoning.
     """
-    paired(answers, labels)
+    as_bool_arrays(answers, labels)
     return sum(said is not None and said == true for said, true in zip(answers, labels, strict=True)) / len(labels)
 
 
-def paired(answers: Sequence[bool | None], labels: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+def as_bool_arrays(answers: Sequence[bool | None], labels: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
     """Both as bool arrays of the same length; ValueError if the lengths differ or are zero."""
     if len(answers) != len(labels) or not len(labels):
         raise ValueError(f"{len(answers)} answers for {len(labels)} labels; give one a question, at least one")
     return np.array(answers, dtype=bool), np.array(labels, dtype=bool)
 
 
-def read_letter(text: str) -> str | None:
+def parse_choice(text: str) -> str | None:
     """The option that an answer to ScienceQA names, as LLaVA's evaluation reads it; None where it names none.
 
     A letter alone, a letter before ". ", or the one sentence "The answer is X."; two such sentences are none.

@@ -5,6 +5,6 @@
 def __getattr__(name: str):
     if name != "report":
         raise AttributeError(f"lionjax.evaluation.report has no attribute {name!r}")
-    from lionjax.evaluation.report.html import report
+    from lionjax.evaluation.report.html import write_report
 
-    return report
+    return write_report

@@ -7,7 +7,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 
 # The parts of `training.journal.Clock` in the order in which they are drawn: (words, colour).
-PARTS = {
+TIME_PARTS = {
     "step": ("updates", "#0072b2"),
     "data": ("waiting for batches", "#e69f00"),
     "save": ("saving", "#009e73"),
@@ -20,7 +20,7 @@ PARTS = {
 }
 
 
-def by_stage(figures: Mapping, lines: Iterable[Mapping]) -> dict[str, dict[str, float]]:
+def seconds_by_stage(figures: Mapping, lines: Iterable[Mapping]) -> dict[str, dict[str, float]]:
     """{stage: {part: seconds}}: of finished stages from report.json, of the one that runs from its lines of metrics."""
     found = {
         str(stage.get("name")): dict(stage["seconds_by_part"])
@@ -38,9 +38,9 @@ def by_stage(figures: Mapping, lines: Iterable[Mapping]) -> dict[str, dict[str, 
     return found | {name: sums for name, sums in running.items() if sums}
 
 
-def section(figures: Mapping, lines: Sequence[Mapping]) -> str:
+def render_section(figures: Mapping, lines: Sequence[Mapping]) -> str:
     """The part of the page; empty where nothing was measured."""
-    stages = by_stage(figures, lines)
+    stages = seconds_by_stage(figures, lines)
     if asked := (figures.get("seconds") or {}).get("evaluate"):
         stages["afterwards"] = {"evaluate": asked}
     total: dict[str, float] = {}
@@ -51,8 +51,8 @@ def section(figures: Mapping, lines: Sequence[Mapping]) -> str:
     if everything <= 0:
         return ""
     rows = []
-    for part in [*(p for p in PARTS if p in total), *(p for p in total if p not in PARTS)]:
-        words, colour = PARTS.get(part, (part, "#8b949e"))
+    for part in [*(p for p in TIME_PARTS if p in total), *(p for p in total if p not in TIME_PARTS)]:
+        words, colour = TIME_PARTS.get(part, (part, "#8b949e"))
         key = f'<span class="key" style="border-color:{colour};background:{colour}"></span>'
         share = total[part] / everything
         rows.append(
@@ -61,23 +61,23 @@ def section(figures: Mapping, lines: Sequence[Mapping]) -> str:
         )
     longest = max(sum(seconds.values()) for seconds in stages.values())
     bars = "".join(
-        f'<tr><td>{html.escape(name)}</td><td style="width:80%">{bar(seconds, longest)}</td></tr>'
+        f'<tr><td>{html.escape(name)}</td><td style="width:80%">{render_bar(seconds, longest)}</td></tr>'
         for name, seconds in stages.items()
     )
     good = total.get("step", 0.0) / everything
     return (
-        f"<h2>Where the time went</h2><p>{good:.1%} of {everything:,.1f} s were updates.{behind(figures, total)}</p>"
+        f"<h2>Where the time went</h2><p>{good:.1%} of {everything:,.1f} s were updates.{describe_background(figures, total)}</p>"
         f'<div class="scroll"><table><tbody>{bars}</tbody></table></div>'
         f'<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
-def bar(seconds: Mapping[str, float], longest: float) -> str:
+def render_bar(seconds: Mapping[str, float], max_seconds: float) -> str:
     """The parts of a stage side by side; the longest stage fills the width."""
     pieces = []
-    for part in [*(p for p in PARTS if p in seconds), *(p for p in seconds if p not in PARTS)]:
-        words, colour = PARTS.get(part, (part, "#8b949e"))
-        width = 100 * seconds[part] / longest if longest else 0.0
+    for part in [*(p for p in TIME_PARTS if p in seconds), *(p for p in seconds if p not in TIME_PARTS)]:
+        words, colour = TIME_PARTS.get(part, (part, "#8b949e"))
+        width = 100 * seconds[part] / max_seconds if max_seconds else 0.0
         pieces.append(
             f'<span title="{html.escape(words)}: {seconds[part]:,.1f} s" style="display:inline-block;height:1rem;'
             f'width:{width:.2f}%;background:{colour}"></span>'
@@ -85,7 +85,7 @@ def bar(seconds: Mapping[str, float], longest: float) -> str:
     return f'<div style="white-space:nowrap;font-size:0">{"".join(pieces)}</div>'
 
 
-def behind(figures: Mapping, total: Mapping[str, float]) -> str:
+def describe_background(figures: Mapping, total: Mapping[str, float]) -> str:
     """In words: how long batches and checkpoints took to make, and how much of that the updates waited for."""
     done: dict[str, float] = {}
     for stage in figures.get("stages") or ():

@@ -31,10 +31,10 @@ from PIL import Image
 from lionjax.core import params as trees
 from lionjax.core.types import CATEGORIES, Params, UserError
 from lionjax.evaluation.report import goodput, plots
-from lionjax.evaluation.report.plots import Mark
+from lionjax.evaluation.report.plots import Overlay
 
-SHOWN = 12  # answers of each benchmark on the page: its first ones, not chosen
-METRICS = {  # key in report.json: what it is, how it prints
+GALLERY_SIZE = 12  # answers of each benchmark on the page: its first ones, not chosen
+METRIC_LABELS = {  # key in report.json: what it is, how it prints
     "caption_cider": ("Captions, CIDEr-D", "{:.3f}"),
     "vqa_accuracy": ("Questions, VQA accuracy", "{:.1%}"),
     "rec_accuracy_50": ("Expression to box, IoU ≥ 0.5", "{:.1%}"),
@@ -55,7 +55,7 @@ METRICS = {  # key in report.json: what it is, how it prints
     "pope_f1_untagged": ("Is it there? Without tags, F1", "{:.1%}"),
     "pope_accuracy": ("Is it there? Accuracy", "{:.1%}"),
 }
-SPEED = {
+SPEED_FORMATS = {
     "images_per_second": "{:,.1f} images/s",
     "tokens_per_second": "{:,.0f} tokens/s",
     "generated_tokens_per_second": "{:,.0f} tokens/s generated",
@@ -65,24 +65,24 @@ SPEED = {
 }
 
 
-def report(workdir: Path | str) -> Path:
+def write_report(workdir: Path | str) -> Path:
     """Write report.html and its PNGs into the folder of a run; returns the page's path.
 
     Raises UserError when the folder holds nothing to show.
     """
     workdir = Path(workdir)
     figures = read_json(workdir / "report.json") or {}
-    metrics = read_lines(workdir / "metrics.jsonl")
+    metrics = read_jsonl(workdir / "metrics.jsonl")
     losses = [row for row in metrics if "loss" in row]
-    answers = {p.stem: read_lines(p) for p in sorted((workdir / "evaluation").glob("*.jsonl"))}
+    answers = {p.stem: read_jsonl(p) for p in sorted((workdir / "evaluation").glob("*.jsonl"))}
     if not (figures or losses or answers):
         raise UserError(f"{workdir} holds no report.json, metrics.jsonl or evaluation/*.jsonl")
-    sections = [results(figures), stages(figures)]
+    sections = [metrics_section(figures), stages_section(figures)]
     if losses:
         sections.append(
-            drawn(
+            render_figure(
                 "loss",
-                lambda dark: plots.loss_curves(losses, dark),
+                lambda dark: plots.plot_loss_curves(losses, dark),
                 workdir,
                 "Loss at each logged step, faint, and its running mean.",
             )
@@ -91,23 +91,23 @@ def report(workdir: Path | str) -> Path:
         ratios = {name: np.asarray(ratio, float) for name, ratio in routers.items()}
         sections += [
             "<h2>Whom each layer listens to</h2>",
-            drawn(
+            render_figure(
                 "routers",
-                lambda dark: plots.router_ratios(ratios, CATEGORIES, dark),
+                lambda dark: plots.plot_router_ratios(ratios, CATEGORIES, dark),
                 workdir,
                 "Mean over the channels of the ratio that the router gives each adapter.",
             ),
         ]
     if answers:
-        sections.append(legend())
-        sections += [gallery(name, rows, workdir) for name, rows in answers.items()]
-    sections += [goodput.section(figures, metrics), speed(figures), environment(figures)]
+        sections.append(render_legend())
+        sections += [render_gallery(name, rows, workdir) for name, rows in answers.items()]
+    sections += [goodput.render_section(figures, metrics), speed_section(figures), environment_section(figures)]
     path = workdir / "report.html"
-    write(path, page(title(figures, workdir), "\n".join(filter(None, sections))).encode())
+    write_atomic(path, render_page(report_title(figures, workdir), "\n".join(filter(None, sections))).encode())
     return path
 
 
-def write_routers(workdir: Path | str, params: Params) -> None:
+def write_router_ratios(workdir: Path | str, params: Params) -> None:
     """Keep the mean ratio of every router in `routers.json`: {where: (layers, tasks, adapters)}."""
     ratios = [(path.split("/"), leaf) for path, leaf in trees.flatten(params).items()]
     ratios = [(parts[:-1], leaf) for parts, leaf in ratios if parts[-1] == "ratio"]
@@ -120,7 +120,7 @@ def write_routers(workdir: Path | str, params: Params) -> None:
     }
     if means and jax.process_index() == 0:
         text = json.dumps({name: mean.tolist() for name, mean in means.items()})
-        write(Path(workdir) / "routers.json", text.encode())
+        write_atomic(Path(workdir) / "routers.json", text.encode())
 
 
 def read_json(path: Path) -> Any:
@@ -133,13 +133,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is no JSON: {error}") from error
 
 
-def note(folder: Path, figures: dict[str, Any]) -> None:
+def update_report(folder: Path, figures: dict[str, Any]) -> None:
     """Put figures into a run's report.json; what stands there otherwise stays."""
     path = folder / "report.json"
-    write(path, (json.dumps((read_json(path) or {}) | figures, indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps((read_json(path) or {}) | figures, indent=1) + "\n").encode())
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict]:
     """The objects of a JSON-lines file. A last line cut short, as a killed run leaves it, is passed over."""
     lines = path.read_text().splitlines() if path.is_file() else []
     rows = []
@@ -152,14 +152,14 @@ def read_lines(path: Path) -> list[dict]:
     return rows
 
 
-def write(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """A whole file or none: written beside its place and renamed."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     os.replace(part, path)
 
 
-def page(name: str, body: str) -> str:
+def render_page(heading: str, body: str) -> str:
     """The HTML document."""
     style = importlib.resources.files("lionjax.evaluation.report").joinpath("report.css").read_text()
     return f"""<!doctype html>
@@ -167,49 +167,49 @@ def page(name: str, body: str) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title>
+<title>{heading}</title>
 <style>
 {style}</style>
 </head>
 <body>
-<h1>{name}</h1>
+<h1>{heading}</h1>
 {body}
 </body>
 </html>
 """
 
 
-def title(figures: Mapping, workdir: Path) -> str:
+def report_title(figures: Mapping, workdir: Path) -> str:
     config = figures.get("config")
     name = config.get("name") if isinstance(config, Mapping) else None
     return escape(name or workdir.resolve().name)
 
 
-def results(figures: Mapping) -> str:
+def metrics_section(figures: Mapping) -> str:
     """The table of metrics beside their baselines, with 95 % intervals where they were drawn."""
     metrics, between = figures.get("metrics") or {}, figures.get("intervals") or {}
-    baselines = baselines_of(figures)
+    baselines = baselines_by_metric(figures)
     columns = list(dict.fromkeys(name for values in baselines.values() for name in values))
     rows = []
-    for key in [*(k for k in METRICS if k in metrics), *(k for k in metrics if k not in METRICS)]:
-        words, form = METRICS.get(key, (key.replace("_", " "), "{:.3f}"))
+    for key in [*(k for k in METRIC_LABELS if k in metrics), *(k for k in metrics if k not in METRIC_LABELS)]:
+        words, form = METRIC_LABELS.get(key, (key.replace("_", " "), "{:.3f}"))
         others = [baselines.get(key, {}).get(column) for column in columns]
         numbers = [metrics[key], *(value for value in others if value is not None)]
         most = max(1.0, *numbers) if "%" in form else max(*numbers, 1e-9, 0)
         drawn = "–".join(form.format(edge) for edge in between.get(key) or ())
         said = f'{form.format(metrics[key])}<br><span class="faint">{drawn}</span>' if drawn else ""
         cells = [f'<td class="number">{said or form.format(metrics[key])}</td>']
-        cells += [number("–" if value is None else form.format(value)) for value in others]
+        cells += [number_cell("–" if value is None else form.format(value)) for value in others]
         bars = "".join(
             f'<div class="bar{" model" if i == 0 else ""}" style="width:{100 * max(n, 0) / most:.1f}%"></div>'
             for i, n in enumerate(numbers)
         )
         rows.append([escape(words), *cells, f'<td class="bars">{bars}</td>'])
-    heads = ["", number("this run", "th"), *(number(column, "th") for column in columns), ""]
-    return f"<h2>How well</h2>{table(heads, rows)}" if rows else ""
+    heads = ["", number_cell("this run", "th"), *(number_cell(column, "th") for column in columns), ""]
+    return f"<h2>How well</h2>{render_table(heads, rows)}" if rows else ""
 
 
-def baselines_of(figures: Mapping) -> dict[str, dict[str, float]]:
+def baselines_by_metric(figures: Mapping) -> dict[str, dict[str, float]]:
     """{metric: {name: value}}. In `baselines` a metric has one number, the blind model's, or several with names."""
     found: dict[str, dict[str, float]] = {}
     for name, group in (("blind", figures.get("baselines")), ("majority", figures.get("majority"))):
@@ -218,7 +218,7 @@ def baselines_of(figures: Mapping) -> dict[str, dict[str, float]]:
     return found
 
 
-def stages(figures: Mapping) -> str:
+def stages_section(figures: Mapping) -> str:
     """The table of stages: how long, from which loss to which, what trained, what stayed."""
     rows = []
     for stage in figures.get("stages") or ():
@@ -227,26 +227,26 @@ def stages(figures: Mapping) -> str:
         rows.append(
             [
                 escape(str(stage.get("name", ""))),
-                number(form("{:,}", stage.get("steps"))),
-                number(duration(stage.get("seconds"))),
-                number(form("{:.3f}", stage.get("loss_first"))),
-                number(form("{:.3f}", stage.get("loss_last"))),
-                number(form("{:,}", stage.get("trainable_parameters"))),
+                number_cell(format_value("{:,}", stage.get("steps"))),
+                number_cell(format_duration(stage.get("seconds"))),
+                number_cell(format_value("{:.3f}", stage.get("loss_first"))),
+                number_cell(format_value("{:.3f}", stage.get("loss_last"))),
+                number_cell(format_value("{:,}", stage.get("trainable_parameters"))),
                 said.get(frozen, "–"),
             ]
         )
-    heads = ["stage", *(number(n, "th") for n in ("steps", "time", "first loss", "last loss"))]
-    heads += [number("parameters trained", "th"), "frozen half unchanged"]
-    return f"<h2>Training</h2>{table(heads, rows)}" if rows else ""
+    heads = ["stage", *(number_cell(n, "th") for n in ("steps", "time", "first loss", "last loss"))]
+    heads += [number_cell("parameters trained", "th"), "frozen half unchanged"]
+    return f"<h2>Training</h2>{render_table(heads, rows)}" if rows else ""
 
 
-def drawn(name: str, plot, workdir: Path, caption: str) -> str:
+def render_figure(name: str, plot_fn, workdir: Path, caption: str) -> str:
     """A figure, light and dark, as PNG files and as a picture of the page."""
     sources = {}
     for look, dark in (("", False), ("-dark", True)):
         buffer = io.BytesIO()
-        plot(dark).savefig(buffer, format="png")
-        write(workdir / f"{name}{look}.png", buffer.getvalue())
+        plot_fn(dark).savefig(buffer, format="png")
+        write_atomic(workdir / f"{name}{look}.png", buffer.getvalue())
         sources[look] = data_url(buffer.getvalue(), "png")
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{sources["-dark"]}">'
@@ -255,31 +255,35 @@ def drawn(name: str, plot, workdir: Path, caption: str) -> str:
     )
 
 
-def legend() -> str:
+def render_legend() -> str:
     """What the colours of the boxes mean."""
-    keys = ((plots.PREDICTED, "", "answered"), (plots.TRUE, "dashed", "true"), (plots.ASKED, "", "asked about"))
+    keys = (
+        (plots.PREDICTION_COLOR, "", "answered"),
+        (plots.TRUTH_COLOR, "dashed", "true"),
+        (plots.QUERY_COLOR, "", "asked about"),
+    )
     marks = "".join(
         f'<span class="key {style}" style="border-color:{colour}"></span>{words}' for colour, style, words in keys
     )
     return f'<h2>Answers</h2><p class="faint">Boxes:{marks}</p>'
 
 
-def gallery(name: str, rows: Sequence[Mapping], workdir: Path) -> str:
+def render_gallery(name: str, rows: Sequence[Mapping], workdir: Path) -> str:
     """The first answers of a benchmark as cards, and the same as one PNG."""
     cards, cells = [], []
-    for row in rows[:SHOWN]:
-        picture = illustrated(row, workdir)
-        truth = several(row.get("truth", ""))
+    for row in rows[:GALLERY_SIZE]:
+        picture = annotated_image(row, workdir)
+        truth = join_references(row.get("truth", ""))
         score, said = row.get("score"), str(row.get("prediction", ""))
         mark = "" if score is None else "right" if score >= 0.5 else "wrong"
         sign = {"right": "✓ ", "wrong": "✗ "}.get(mark, "")
-        cards.append(card(picture, str(row.get("question", "")), sign + said, mark, truth))
+        cards.append(render_card(picture, str(row.get("question", "")), sign + said, mark, truth))
         if picture is not None:
-            ink = {"right": "#00785a", "wrong": "#b4430a"}.get(mark, plots.LIGHT["ink"])
-            lines = [(str(row.get("question", "")), plots.LIGHT["ink"]), (sign + said, ink)]
+            ink = {"right": "#00785a", "wrong": "#b4430a"}.get(mark, plots.LIGHT_THEME["ink"])
+            lines = [(str(row.get("question", "")), plots.LIGHT_THEME["ink"]), (sign + said, ink)]
             cells.append((picture, [*lines, (truth, "#656d76")]))
     if cells:
-        write(workdir / f"answers_{name}.png", png(plots.grid(cells)))
+        write_atomic(workdir / f"answers_{name}.png", encode_png(plots.image_grid(cells)))
     shown = f"The first {len(cards)} of {len(rows):,}" if len(rows) > len(cards) else f"All {len(rows)}"
     return (
         f"<h3>{escape(name.replace('_', ' '))}</h3>"
@@ -287,26 +291,26 @@ def gallery(name: str, rows: Sequence[Mapping], workdir: Path) -> str:
     )
 
 
-def card(picture: Image.Image | None, question: str, said: str, mark: str, truth: str) -> str:
-    image = "" if picture is None else f'<img src="{data_url(jpeg(picture), "jpeg")}" alt="" loading="lazy">'
-    parts = [("question", question, ""), ("answer", said, mark), ("truth", truth, "")]
+def render_card(picture: Image.Image | None, question: str, prediction: str, mark: str, truth: str) -> str:
+    image = "" if picture is None else f'<img src="{data_url(encode_jpeg(picture), "jpeg")}" alt="" loading="lazy">'
+    parts = [("question", question, ""), ("answer", prediction, mark), ("truth", truth, "")]
     words = "".join(f'<dt>{name}</dt><dd class="{style}">{escape(text)}</dd>' for name, text, style in parts if text)
     return f'<div class="answer">{image}<dl>{words}</dl></div>'
 
 
-def several(truths: str | Sequence[str], most: int = 80) -> str:
+def join_references(references: str | Sequence[str], max_chars: int = 80) -> str:
     """The first of several accepted answers, further ones while there is room, how many are left."""
-    truths = [truths] if isinstance(truths, str) else list(dict.fromkeys(map(str, truths)))
-    shown = truths[:1]
-    for truth in truths[1:]:
-        if sum(map(len, shown)) + len(truth) > most:
+    references = [references] if isinstance(references, str) else list(dict.fromkeys(map(str, references)))
+    shown = references[:1]
+    for truth in references[1:]:
+        if sum(map(len, shown)) + len(truth) > max_chars:
             break
         shown.append(truth)
-    left = len(truths) - len(shown)
+    left = len(references) - len(shown)
     return " · ".join(shown) + (f" (and {left} more)" if left else "")
 
 
-def illustrated(row: Mapping, workdir: Path) -> Image.Image | None:
+def annotated_image(row: Mapping, workdir: Path) -> Image.Image | None:
     """The picture of one answer with what was asked about, answered and true marked on it."""
     name = row.get("image")
     folders = (workdir / "evaluation", workdir)
@@ -315,32 +319,32 @@ def illustrated(row: Mapping, workdir: Path) -> Image.Image | None:
         return None
     marks = []
     for kind, colour, dashed in (
-        ("question_", plots.ASKED, False),
-        ("truth_", plots.TRUE, True),
-        ("", plots.PREDICTED, False),
+        ("question_", plots.QUERY_COLOR, False),
+        ("truth_", plots.TRUTH_COLOR, True),
+        ("", plots.PREDICTION_COLOR, False),
     ):
-        marks += [Mark(box, colour=colour, dashed=dashed) for box in row.get(kind + "boxes") or ()]
-        masks = decoded(row.get(kind + "masks") or ())
-        marks += [Mark(colour=colour, dashed=dashed, mask=mask) for mask in masks]
-    return plots.draw(path, marks)
+        marks += [Overlay(box, color=colour, dashed=dashed) for box in row.get(kind + "boxes") or ()]
+        masks = decode_rles(row.get(kind + "masks") or ())
+        marks += [Overlay(color=colour, dashed=dashed, mask=mask) for mask in masks]
+    return plots.draw_overlays(path, marks)
 
 
-def decoded(masks: Iterable[Mapping]) -> list[np.ndarray]:
+def decode_rles(masks: Iterable[Mapping]) -> list[np.ndarray]:
     """Masks (H, W) from COCO's compressed run lengths {"size": [H, W], "counts": text}."""
     from pycocotools import mask as coco
 
     return [coco.decode({**mask, "counts": str(mask["counts"]).encode()}).astype(bool) for mask in masks]
 
 
-def speed(figures: Mapping) -> str:
+def speed_section(figures: Mapping) -> str:
     given = figures.get("speed") or {}
     units = {"peak_bytes": 2**30}
-    known = [(key, given[key] / units.get(key, 1)) for key in SPEED if given.get(key) is not None]
-    words = [SPEED[key].format(value) for key, value in known]
+    known = [(key, given[key] / units.get(key, 1)) for key in SPEED_FORMATS if given.get(key) is not None]
+    words = [SPEED_FORMATS[key].format(value) for key, value in known]
     return f"<h2>How fast</h2><p>{escape(', '.join(words))}.</p>" if words else ""
 
 
-def environment(figures: Mapping) -> str:
+def environment_section(figures: Mapping) -> str:
     """What else the report says: round trip, environment, config."""
     exact = figures.get("round_trip_exact")
     rows = [] if exact is None else [["To PyTorch and back", "exact" if exact else "not exact"]]
@@ -350,10 +354,10 @@ def environment(figures: Mapping) -> str:
     config = figures.get("config")
     text = config if isinstance(config, str) else json.dumps(config, indent=1) if config else ""
     folded = f"<details><summary>Config</summary><pre>{escape(text)}</pre></details>" if text else ""
-    return f"<h2>Where and with what</h2>{table([], rows)}{folded}" if rows or folded else ""
+    return f"<h2>Where and with what</h2>{render_table([], rows)}{folded}" if rows or folded else ""
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def render_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; a cell that is not yet one becomes a plain one."""
     top = "".join(cell if cell.startswith("<th") else f"<th>{cell}</th>" for cell in heads)
     body = "".join(f"<tr>{''.join(c if c.startswith('<td') else f'<td>{c}</td>' for c in row)}</tr>" for row in rows)
@@ -361,15 +365,15 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>' if rows else ""
 
 
-def number(text: str, kind: str = "td") -> str:
-    return f'<{kind} class="number">{escape(text)}</{kind}>'
+def number_cell(text: str, tag: str = "td") -> str:
+    return f'<{tag} class="number">{escape(text)}</{tag}>'
 
 
-def form(template: str, value: Any) -> str:
+def format_value(template: str, value: Any) -> str:
     return "–" if value is None else template.format(value)
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """90 -> "1 min 30 s"."""
     if seconds is None:
         return "–"
@@ -387,13 +391,13 @@ def data_url(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def png(picture: Image.Image) -> bytes:
+def encode_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def jpeg(picture: Image.Image) -> bytes:
+def encode_jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
+    image.save(buffer, "JPEG", quality=88)
     return buffer.getvalue()

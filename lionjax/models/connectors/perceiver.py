@@ -12,62 +12,81 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lionjax.core.sharding import constrain, sharded
-from lionjax.core.weight_map import Row, reshaped, under
+from lionjax.core.renamed import renamed_fields
+from lionjax.core.sharding import with_logical_constraint, with_logical_partitioning
+from lionjax.core.weight_map import WeightMapping, reshape, with_prefix
 from lionjax.nn import attention as attentions
-from lionjax.nn.adapters import flamingo_attention_rows
+from lionjax.nn.adapters import flamingo_attention_weight_map
 from lionjax.nn.attention import Attention
-from lionjax.nn.layers import MLP, Dense, GatedMLP, LayerNorm, dense_rows, norm_rows, normal, split_key
+from lionjax.nn.layers import MLP, Dense, GatedMLP, LayerNorm, dense_weight_map, norm_weight_map, normal, split_key
 
 
+@renamed_fields(
+    layers="depth",
+    heads="num_heads",
+    head="head_dim",
+    hidden="mlp_dim",
+    queries="num_query_tokens",
+    frames="max_frames",
+    eps="norm_eps",
+)
 @dataclasses.dataclass(frozen=True)
 class ResamplerConfig:
     """Flamingo, section 2.1. `frames`: the most that a film may have, each with a learned mark; 0: no marks."""
 
     width: int = 1024
-    layers: int = 6
-    heads: int = 8
-    head: int = 64
-    hidden: int = 4096
-    queries: int = 64
-    frames: int = 0
-    eps: float = 1e-5
+    depth: int = 6
+    num_heads: int = 8
+    head_dim: int = 64
+    mlp_dim: int = 4096
+    num_query_tokens: int = 64
+    max_frames: int = 0
+    norm_eps: float = 1e-5
 
 
+@renamed_fields(
+    layers="depth",
+    heads="num_heads",
+    hidden="mlp_dim",
+    queries="num_query_tokens",
+    eps="norm_eps",
+    inner_eps="sub_ln_eps",
+)
 @dataclasses.dataclass(frozen=True)
 class AbstractorConfig:
     """mPLUG-Owl's visual abstractor, as wide as the tower. `inner_eps`: of the norm inside its feed-forward."""
 
     width: int = 1024
-    layers: int = 6
-    heads: int = 16
-    hidden: int = 4096
-    queries: int = 64
-    eps: float = 1e-5
-    inner_eps: float = 1e-6
+    depth: int = 6
+    num_heads: int = 16
+    mlp_dim: int = 4096
+    num_query_tokens: int = 64
+    norm_eps: float = 1e-5
+    sub_ln_eps: float = 1e-6
     dropout: float = 0.1  # on the attention's shares
 
 
+@renamed_fields(source_width="vision_width", heads="num_heads", queries="num_query_tokens", spread="init_std")
 @dataclasses.dataclass(frozen=True)
-class ProjectionConfig:
+class ImageToTextProjectionConfig:
     """Kosmos-2's way into its text decoder, as wide as that.
 
     `spread`: of the linear's first kernel. What it reads has length 1, so at 1.0 patches begin as loud as queries.
     """
 
-    source_width: int = 1024
+    vision_width: int = 1024
     width: int = 2048
-    heads: int = 32
-    queries: int = 64
-    spread: float = 0.02
+    num_heads: int = 32
+    num_query_tokens: int = 64
+    init_std: float = 0.02
 
 
-def _queries(module: nn.Module, scale: float = 0.02):
+def _query_tokens(module: nn.Module, init_std: float = 0.02):
     shape = (module.c.queries, module.c.width)
-    return module.param("queries", sharded(normal(scale), ("position", "embed")), shape)
+    return module.param("queries", with_logical_partitioning(normal(init_std), ("position", "embed")), shape)
 
 
-def _scanned(block, length: int):
+def _scan_blocks(block, length: int):
     return nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
@@ -86,13 +105,13 @@ class ResamplerBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BQD, key, source_BPD):
         c = self.c
-        own = Attention(c.width, c.heads, c.head, biases="", name="attention")
-        h_BQD = LayerNorm(c.width, c.eps, name="norm")(x_BQD)
-        seen_BPD = LayerNorm(c.width, c.eps, name="source_norm")(source_BPD)
+        own = Attention(c.width, c.num_heads, c.head_dim, biases="", name="attention")
+        h_BQD = LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD)
+        seen_BPD = LayerNorm(c.width, c.norm_eps, name="source_norm")(source_BPD)
         x_BQD = x_BQD + own(h_BQD, jnp.concatenate([seen_BPD, h_BQD], axis=1))
-        mlp = MLP(c.width, c.hidden, bias=False, name="mlp")
-        x_BQD = x_BQD + mlp(LayerNorm(c.width, c.eps, name="mlp_norm")(x_BQD))
-        return constrain(x_BQD, "batch", "length", "act_embed"), None
+        mlp = MLP(c.width, c.mlp_dim, use_bias=False, name="mlp")
+        x_BQD = x_BQD + mlp(LayerNorm(c.width, c.norm_eps, name="mlp_norm")(x_BQD))
+        return with_logical_constraint(x_BQD, "batch", "length", "act_embed"), None
 
 
 class Resampler(nn.Module):
@@ -104,15 +123,15 @@ class Resampler(nn.Module):
     def __call__(self, source):
         c = self.c
         *before, frames, patches, width = source.shape
-        if c.frames:
-            shape = (c.frames, c.width)
-            mark_FD = self.param("frames", sharded(normal(1.0), (None, "embed")), shape)
+        if c.max_frames:
+            shape = (c.max_frames, c.width)
+            mark_FD = self.param("frames", with_logical_partitioning(normal(1.0), (None, "embed")), shape)
             source = source + mark_FD[:frames, None].astype(source.dtype)
         source_BPD = source.reshape(-1, frames * patches, width)
-        query_QD = _queries(self, 1.0).astype(source.dtype)
+        query_QD = _query_tokens(self, 1.0).astype(source.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
-        x_BQD, _ = _scanned(ResamplerBlock, c.layers)(c, name="blocks")(x_BQD, None, source_BPD)
-        return LayerNorm(c.width, c.eps, name="norm")(x_BQD).reshape(*before, *query_QD.shape)
+        x_BQD, _ = _scan_blocks(ResamplerBlock, c.depth)(c, name="blocks")(x_BQD, None, source_BPD)
+        return LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD).reshape(*before, *query_QD.shape)
 
 
 class AbstractorBlock(nn.Module):
@@ -123,13 +142,13 @@ class AbstractorBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BQD, key, source_BPD):
         c = self.c
-        own = Attention(c.width, c.heads, c.width // c.heads, rate=c.dropout, name="attention")
-        h_BQD = LayerNorm(c.width, c.eps, name="norm")(x_BQD)
-        seen_BPD = LayerNorm(c.width, c.eps, name="source_norm")(source_BPD)
+        own = Attention(c.width, c.num_heads, c.width // c.num_heads, dropout_rate=c.dropout, name="attention")
+        h_BQD = LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD)
+        seen_BPD = LayerNorm(c.width, c.norm_eps, name="source_norm")(source_BPD)
         x_BQD = h_BQD + own(h_BQD, jnp.concatenate([h_BQD, seen_BPD], axis=1), key=key)
-        mlp = GatedMLP(c.width, c.hidden, "silu", bias=True, inner_eps=c.inner_eps, name="mlp")
-        x_BQD = x_BQD + mlp(LayerNorm(c.width, c.eps, name="mlp_norm")(x_BQD))
-        return constrain(x_BQD, "batch", "length", "act_embed"), None
+        mlp = GatedMLP(c.width, c.mlp_dim, "silu", use_bias=True, sub_ln_eps=c.sub_ln_eps, name="mlp")
+        x_BQD = x_BQD + mlp(LayerNorm(c.width, c.norm_eps, name="mlp_norm")(x_BQD))
+        return with_logical_constraint(x_BQD, "batch", "length", "act_embed"), None
 
 
 class Abstractor(nn.Module):
@@ -140,74 +159,80 @@ class Abstractor(nn.Module):
     @nn.compact
     def __call__(self, source_BPD, key=None):
         c = self.c
-        query_QD = _queries(self).astype(source_BPD.dtype)
+        query_QD = _query_tokens(self).astype(source_BPD.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
-        keys = None if key is None else jnp.stack(split_key(key, c.layers))
-        return _scanned(AbstractorBlock, c.layers)(c, name="blocks")(x_BQD, keys, source_BPD)[0]
+        keys = None if key is None else jnp.stack(split_key(key, c.depth))
+        return _scan_blocks(AbstractorBlock, c.depth)(c, name="blocks")(x_BQD, keys, source_BPD)[0]
 
 
-class Projection(nn.Module):
+class ImageToTextProjection(nn.Module):
     """One linear, then one look without norms or residual: (B, P, D) -> (B, Q, width)."""
 
-    c: ProjectionConfig
+    c: ImageToTextProjectionConfig
 
     @nn.compact
     def __call__(self, source_BPD, key=None):
         c = self.c
-        dense = Dense(c.source_width, c.width, ("embed", None), init=normal(c.spread), name="dense")
+        dense = Dense(c.vision_width, c.width, ("embed", None), kernel_init=normal(c.init_std), name="dense")
         source_BPD = dense(source_BPD)
-        query_QD = _queries(self, 1.0).astype(source_BPD.dtype)
+        query_QD = _query_tokens(self, 1.0).astype(source_BPD.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
-        own = Attention(c.width, c.heads, c.width // c.heads, name="attention")
+        own = Attention(c.width, c.num_heads, c.width // c.num_heads, name="attention")
         return own(x_BQD, jnp.concatenate([source_BPD, x_BQD], axis=1))
 
 
-def of_config(c: AbstractorConfig | ProjectionConfig) -> nn.Module:
+def build_connector(c: AbstractorConfig | ImageToTextProjectionConfig) -> nn.Module:
     """The bridge of these sizes."""
-    return Abstractor(c) if isinstance(c, AbstractorConfig) else Projection(c)
+    return Abstractor(c) if isinstance(c, AbstractorConfig) else ImageToTextProjection(c)
 
 
-def resampler_rows(c: ResamplerConfig) -> tuple[Row, ...]:
+def resampler_weight_map(c: ResamplerConfig) -> tuple[WeightMapping, ...]:
     """Names under `perceiver.` in OpenFlamingo."""
     block = (
-        *under("0.", "", flamingo_attention_rows(c.heads, c.head)),
-        *norm_rows("0.norm_media", "source_norm"),
-        *norm_rows("0.norm_latents", "norm"),
-        *norm_rows("1.0", "mlp_norm"),
-        *dense_rows("1.1", "mlp/up", bias=False),
-        *dense_rows("1.3", "mlp/down", bias=False),
+        *with_prefix("0.", "", flamingo_attention_weight_map(c.num_heads, c.head_dim)),
+        *norm_weight_map("0.norm_media", "source_norm"),
+        *norm_weight_map("0.norm_latents", "norm"),
+        *norm_weight_map("1.0", "mlp_norm"),
+        *dense_weight_map("1.1", "mlp/up", bias=False),
+        *dense_weight_map("1.3", "mlp/down", bias=False),
     )
     return (
-        Row("latents", "queries"),
-        *((Row("frame_embs", "frames"),) if c.frames else ()),
-        *norm_rows("norm", "norm"),
-        *under("layers.{i}.", "blocks/", block),
+        WeightMapping("latents", "queries"),
+        *((WeightMapping("frame_embs", "frames"),) if c.max_frames else ()),
+        *norm_weight_map("norm", "norm"),
+        *with_prefix("layers.{i}.", "blocks/", block),
     )
 
 
-def abstractor_rows(c: AbstractorConfig) -> tuple[Row, ...]:
+def abstractor_weight_map(c: AbstractorConfig) -> tuple[WeightMapping, ...]:
     """Names in mPLUG-Owl: `query_tokens`, and the layers under `abstractor.encoder.layers.`."""
     linears = {"q": "query", "k": "key", "v": "value"}
-    head = c.width // c.heads
+    head = c.width // c.num_heads
     block = (
-        *norm_rows("norm1", "norm"),
-        *norm_rows("normk", "source_norm"),
-        *under("attention.", "attention/", attentions.torch_rows(linears, c.heads, head, "qkv")),
-        *under("output.", "attention/", attentions.torch_rows({"o": "out_proj"}, c.heads, head, "o")),
-        *norm_rows("output.norm2", "mlp_norm"),
-        *dense_rows("output.mlp.w1", "mlp/gate"),
-        *dense_rows("output.mlp.w3", "mlp/up"),
-        *dense_rows("output.mlp.w2", "mlp/down"),
-        *norm_rows("output.mlp.ffn_ln", "mlp/norm"),
+        *norm_weight_map("norm1", "norm"),
+        *norm_weight_map("normk", "source_norm"),
+        *with_prefix("attention.", "attention/", attentions.weight_map(linears, c.num_heads, head, "qkv")),
+        *with_prefix("output.", "attention/", attentions.weight_map({"o": "out_proj"}, c.num_heads, head, "o")),
+        *norm_weight_map("output.norm2", "mlp_norm"),
+        *dense_weight_map("output.mlp.w1", "mlp/gate"),
+        *dense_weight_map("output.mlp.w3", "mlp/up"),
+        *dense_weight_map("output.mlp.w2", "mlp/down"),
+        *norm_weight_map("output.mlp.ffn_ln", "mlp/norm"),
     )
     return (
-        Row("query_tokens", "queries", reshaped((1, c.queries, c.width), (c.queries, c.width))),
-        *under("abstractor.encoder.layers.{i}.crossattention.", "blocks/", block),
+        WeightMapping(
+            "query_tokens", "queries", reshape((1, c.num_query_tokens, c.width), (c.num_query_tokens, c.width))
+        ),
+        *with_prefix("abstractor.encoder.layers.{i}.crossattention.", "blocks/", block),
     )
 
 
-def projection_rows(c: ProjectionConfig) -> tuple[Row, ...]:
+def projection_weight_map(c: ImageToTextProjectionConfig) -> tuple[WeightMapping, ...]:
     """Names under `image_to_text_projection.` in Hugging Face's Kosmos-2."""
     linears = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
-    rows = attentions.torch_rows(linears, c.heads, c.width // c.heads, "qkvo")
-    return (*dense_rows("dense", "dense"), Row("latent_query", "queries"), *under("x_attn.", "attention/", rows))
+    rows = attentions.weight_map(linears, c.num_heads, c.width // c.num_heads, "qkvo")
+    return (
+        *dense_weight_map("dense", "dense"),
+        WeightMapping("latent_query", "queries"),
+        *with_prefix("x_attn.", "attention/", rows),
+    )

@@ -15,31 +15,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax.core.sharding import constrain, sharded
-from lionjax.core.weight_map import Row, constant, renamed, reshaped, under
+from lionjax.core.renamed import renamed_fields
+from lionjax.core.sharding import with_logical_constraint, with_logical_partitioning
+from lionjax.core.weight_map import WeightMapping, constant, rename_torch_keys, reshape, with_prefix
 from lionjax.nn import attention as attentions
-from lionjax.nn.attention import Attention, key_mask
-from lionjax.nn.layers import MLP, Embed, LayerNorm, dense_rows, dropout, norm_rows, normal, split_key, zeros
+from lionjax.nn.attention import Attention, key_padding_mask
+from lionjax.nn.layers import (
+    MLP,
+    Embed,
+    LayerNorm,
+    dense_weight_map,
+    dropout,
+    norm_weight_map,
+    normal,
+    split_key,
+    zeros,
+)
 
 
+@renamed_fields(
+    layers="depth",
+    heads="num_heads",
+    hidden="mlp_dim",
+    queries="num_query_tokens",
+    cross_every="cross_attention_frequency",
+    vocab="vocab_size",
+    positions="max_positions",
+    eps="norm_eps",
+    text="use_text_input",
+)
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
     """BERT-base by default; `vocab` 30523 is bert-base-uncased with `[DEC]`. `text`: it reads an instruction too."""
 
     width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    queries: int = 32
-    cross_every: int = 2
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    num_query_tokens: int = 32
+    cross_attention_frequency: int = 2
     vision_width: int = 1408
-    vocab: int = 30523
-    positions: int = 512
-    eps: float = 1e-12
+    vocab_size: int = 30523
+    max_positions: int = 512
+    norm_eps: float = 1e-12
     dropout: float = 0.1
-    text: bool = True  # False: BLIP-2 behind its first stage, queries alone
+    use_text_input: bool = True  # False: BLIP-2 behind its first stage, queries alone
 
 
+@renamed_fields(heads="num_heads", hidden="mlp_dim", eps="norm_eps", projector="projector_mlp_dim")
 @dataclasses.dataclass(frozen=True)
 class AggregatorConfig:
     """LION's vision aggregator: which layers of the ViT ask and answer, and the projector behind it."""
@@ -47,79 +70,94 @@ class AggregatorConfig:
     query_layer: int = 38
     context_layers: tuple[int, ...] = (28, 18)
     width: int = 1408
-    heads: int = 16
-    hidden: int = 3072  # BERT's default, not four times the width
-    eps: float = 1e-12
+    num_heads: int = 16
+    mlp_dim: int = 3072  # BERT's default, not four times the width
+    norm_eps: float = 1e-12
     dropout: float = 0.1
-    projector: int = 5632  # hidden width of the MLP into the language model
+    projector_mlp_dim: int = 5632  # hidden width of the MLP into the language model
 
 
 class PostNormBlock(nn.Module):
     """norm(x + f(x)) for self-attention, cross-attention (the queries only) and feed-forward(s)."""
 
     width: int
-    heads: int
-    hidden: int
-    eps: float
-    rate: float
+    num_heads: int
+    mlp_dim: int
+    norm_eps: float
+    dropout_rate: float
     source_width: int | None = None  # of the picture features; None: no cross-attention
-    text: bool = False  # text has its own feed-forward
-    zero_out: bool = False  # LION's aggregator starts with zeroed output projections
+    separate_text_mlp: bool = False  # text has its own feed-forward
+    zero_init_output: bool = False  # LION's aggregator starts with zeroed output projections
 
-    def attention(self, name, source_width=None):
-        out = zeros if self.zero_out else normal(0.02)
+    def make_attention(self, name, source_width=None):
+        out = zeros if self.zero_init_output else normal(0.02)
         inits = (normal(0.02), normal(0.02), normal(0.02), out)
-        head = self.width // self.heads
-        return Attention(self.width, self.heads, head, source_width, rate=self.rate, inits=inits, name=name)
+        head = self.width // self.num_heads
+        return Attention(
+            self.width,
+            self.num_heads,
+            head,
+            source_width,
+            dropout_rate=self.dropout_rate,
+            kernel_inits=inits,
+            name=name,
+        )
 
-    def norm(self, name):
-        return LayerNorm(self.width, self.eps, name=name)
+    def make_norm(self, name):
+        return LayerNorm(self.width, self.norm_eps, name=name)
 
     @nn.compact
-    def __call__(self, asked_BQD, text_BLD, source_BPD, mask, key, earlier=None):
+    def __call__(self, query_BQD, text_BLD, source_BPD, mask, key, past_kv=None):
         """Queries, text (either may have no rows), and the keys and values of both. `earlier` ones stand before."""
         keys = split_key(key, 6)
-        x_BLD, own = (jnp.concatenate([asked_BQD, text_BLD], axis=1), self.attention("self_attention"))
-        seen = new = own.keys_values(x_BLD)
-        if earlier is not None:
-            seen = tuple(jnp.concatenate(pair, axis=1) for pair in zip(earlier, new))
-        change = own.look(own.queries(x_BLD), seen, mask, None, keys[0])
-        x_BLD = self.norm("self_norm")(x_BLD + dropout(change, self.rate, keys[1]))
-        queries = asked_BQD.shape[1]
-        asked_BQD, text_BLD = x_BLD[:, :queries], x_BLD[:, queries:]
+        x_BLD, own = (jnp.concatenate([query_BQD, text_BLD], axis=1), self.make_attention("self_attention"))
+        seen = new = own.project_key_value(x_BLD)
+        if past_kv is not None:
+            seen = tuple(jnp.concatenate(pair, axis=1) for pair in zip(past_kv, new))
+        change = own.attend(own.project_query(x_BLD), seen, mask, None, keys[0])
+        x_BLD = self.make_norm("self_norm")(x_BLD + dropout(change, self.dropout_rate, keys[1]))
+        queries = query_BQD.shape[1]
+        query_BQD, text_BLD = x_BLD[:, :queries], x_BLD[:, queries:]
         if self.source_width is not None and queries:
-            change = self.attention("cross_attention", self.source_width)(asked_BQD, source_BPD, key=keys[2])
-            asked_BQD = self.norm("cross_norm")(asked_BQD + dropout(change, self.rate, keys[3]))
+            change = self.make_attention("cross_attention", self.source_width)(query_BQD, source_BPD, key=keys[2])
+            query_BQD = self.make_norm("cross_norm")(query_BQD + dropout(change, self.dropout_rate, keys[3]))
         if queries:
-            asked_BQD = self.feed("mlp", "norm", asked_BQD, keys[4])
-        if self.text and text_BLD.shape[1]:
-            text_BLD = self.feed("text_mlp", "text_norm", text_BLD, keys[5])
-        return asked_BQD, text_BLD, new
+            query_BQD = self.feed_forward("mlp", "norm", query_BQD, keys[4])
+        if self.separate_text_mlp and text_BLD.shape[1]:
+            text_BLD = self.feed_forward("text_mlp", "text_norm", text_BLD, keys[5])
+        return query_BQD, text_BLD, new
 
-    def feed(self, mlp, norm, x_BLD, key):
-        change = MLP(self.width, self.hidden, zero_out=self.zero_out, name=mlp)(x_BLD)
-        return self.norm(norm)(x_BLD + dropout(change, self.rate, key))
+    def feed_forward(self, mlp_name, norm_name, x_BLD, key):
+        change = MLP(self.width, self.mlp_dim, zero_init_output=self.zero_init_output, name=mlp_name)(x_BLD)
+        return self.make_norm(norm_name)(x_BLD + dropout(change, self.dropout_rate, key))
 
 
-class Group(nn.Module):
+class CrossAttentionGroup(nn.Module):
     """One block that looks at the picture, then the ones that do not."""
 
     c: QFormerConfig
-    members: int
+    num_blocks: int
 
     @nn.compact
     def __call__(self, x, layer, source_BPD, mask):
         c, (asked_BQD, text_BLD), (key, earlier) = self.c, x, layer
-        keys, made = split_key(key, self.members), []
-        for member in range(self.members):
+        keys, made = split_key(key, self.num_blocks), []
+        for member in range(self.num_blocks):
             source_width = c.vision_width if member == 0 else None
             block = PostNormBlock(
-                c.width, c.heads, c.hidden, c.eps, c.dropout, source_width, c.text, name=f"block_{member}"
+                c.width,
+                c.num_heads,
+                c.mlp_dim,
+                c.norm_eps,
+                c.dropout,
+                source_width,
+                c.use_text_input,
+                name=f"block_{member}",
             )
             before = None if earlier is None else earlier[member]
             asked_BQD, text_BLD, new = block(asked_BQD, text_BLD, source_BPD, mask, keys[member], before)
             made.append(new)
-        x = (constrain(x, "batch", "length", "act_embed") for x in (asked_BQD, text_BLD))
+        x = (with_logical_constraint(x, "batch", "length", "act_embed") for x in (asked_BQD, text_BLD))
         return tuple(x), tuple(made)
 
 
@@ -134,59 +172,61 @@ class QFormer(nn.Module):
 
     def setup(self):
         c = self.c
-        groups, rest = divmod(c.layers, c.cross_every)
-        self.queries = self.param("queries", sharded(normal(0.02), ("position", "embed")), (c.queries, c.width))
-        if c.text:
-            self.words = Embed(c.vocab, c.width)
-            self.positions = Embed(c.positions, c.width)
-        self.norm = LayerNorm(c.width, c.eps)
+        groups, rest = divmod(c.depth, c.cross_attention_frequency)
+        self.queries = self.param(
+            "queries", with_logical_partitioning(normal(0.02), ("position", "embed")), (c.num_query_tokens, c.width)
+        )
+        if c.use_text_input:
+            self.words = Embed(c.vocab_size, c.width)
+            self.positions = Embed(c.max_positions, c.width)
+        self.norm = LayerNorm(c.width, c.norm_eps)
         if groups:
             self.groups = nn.scan(
-                Group,
+                CrossAttentionGroup,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast, nn.broadcast),
                 length=groups,
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, c.cross_every)
+            )(c, c.cross_attention_frequency)
         if rest:
-            self.tail = Group(c, rest)
+            self.tail = CrossAttentionGroup(c, rest)
 
     def __call__(self, source_BPD, ids_BL=None, mask_BL=None, key=None):
         text_BLD = mask = None
-        if self.c.text:
-            text_BLD = self.embed(ids_BL, source_BPD.dtype)
-            seen_BQ = jnp.ones((len(source_BPD), self.c.queries), bool)
-            mask = key_mask(jnp.concatenate([seen_BQ, mask_BL.astype(bool)], axis=1))
-        asked_BQD, text_BLD, _ = self.run(source_BPD, text_BLD, mask, key)
+        if self.c.use_text_input:
+            text_BLD = self.embed_text(ids_BL, source_BPD.dtype)
+            seen_BQ = jnp.ones((len(source_BPD), self.c.num_query_tokens), bool)
+            mask = key_padding_mask(jnp.concatenate([seen_BQ, mask_BL.astype(bool)], axis=1))
+        asked_BQD, text_BLD, _ = self.run_blocks(source_BPD, text_BLD, mask, key)
         return jnp.concatenate([asked_BQD, text_BLD], axis=1)
 
-    def embed(self, ids_BL, dtype, start=0):
+    def embed_text(self, ids_BL, dtype, position_offset=0):
         """Words of a text whose first stands at position `start`."""
-        positions = start + jnp.arange(ids_BL.shape[1])
+        positions = position_offset + jnp.arange(ids_BL.shape[1])
         return self.words(ids_BL, dtype) + self.positions(positions, dtype)
 
-    def run(self, source_BPD, text_BLD, mask, key, earlier=None):
+    def run_blocks(self, source_BPD, text_BLD, mask, key, past_kv=None):
         """Queries (B, Q, D), text (B, L, D) and the keys and values of all layers, layers on axis 0.
 
         No queries where there is no picture, no text where there is none. `earlier` keys and values are seen too.
         """
         c = self.c
-        groups, rest = divmod(c.layers, c.cross_every)
+        groups, rest = divmod(c.depth, c.cross_attention_frequency)
         keys = split_key(key, groups + 3)
         some = text_BLD if source_BPD is None else source_BPD
         asked_BQD = text = jnp.zeros((len(some), 0, c.width), some.dtype)
         if source_BPD is not None:
-            shape = (len(source_BPD), c.queries, c.width)
+            shape = (len(source_BPD), c.num_query_tokens, c.width)
             asked_BQD = jnp.broadcast_to(self.queries.astype(source_BPD.dtype), shape)
         text = text if text_BLD is None else text_BLD
         x = tuple(dropout(self.norm(x), c.dropout, k) for x, k in zip((asked_BQD, text), keys))
-        earlier, made = earlier or {"groups": None, "tail": None}, {"groups": None, "tail": None}
+        past_kv, made = past_kv or {"groups": None, "tail": None}, {"groups": None, "tail": None}
         if groups:
             group_keys = None if key is None else jnp.stack(keys[3:])
-            x, made["groups"] = self.groups(x, (group_keys, earlier["groups"]), source_BPD, mask)
+            x, made["groups"] = self.groups(x, (group_keys, past_kv["groups"]), source_BPD, mask)
         if rest:
-            before = jax.tree.map(lambda leaf: leaf[0], earlier["tail"])
+            before = jax.tree.map(lambda leaf: leaf[0], past_kv["tail"])
             x, new = self.tail(x, (keys[2], before), source_BPD, mask)
             made["tail"] = jax.tree.map(lambda leaf: leaf[None], new)
         return *x, made
@@ -201,7 +241,9 @@ class FusionBlock(nn.Module):
     def __call__(self, x_BPD, layer):
         c = self.c
         context_BPD, key = layer
-        block = PostNormBlock(c.width, c.heads, c.hidden, c.eps, c.dropout, c.width, zero_out=True, name="block")
+        block = PostNormBlock(
+            c.width, c.num_heads, c.mlp_dim, c.norm_eps, c.dropout, c.width, zero_init_output=True, name="block"
+        )
         nothing_B0D = x_BPD[:, :0]
         return block(x_BPD, nothing_B0D, context_BPD, None, key)[0], None
 
@@ -231,67 +273,76 @@ class Aggregator(nn.Module):
         return x_BPD
 
 
-def _attention_rows(theirs: str, ours: str, heads: int, head: int) -> tuple[Row, ...]:
+def _attention_weight_map(
+    torch_module: str, flax_name: str, num_heads: int, head_dim: int
+) -> tuple[WeightMapping, ...]:
     """BERT's spelling of an attention and the norm behind it."""
     linears = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
-    rows = attentions.torch_rows(linears, heads, head, "qkvo")
-    return (*under(f"{theirs}.", f"{ours}_attention/", rows), *norm_rows(f"{theirs}.output.LayerNorm", f"{ours}_norm"))
-
-
-def _feed_rows(suffix: str, mlp: str, norm: str) -> tuple[Row, ...]:
+    rows = attentions.weight_map(linears, num_heads, head_dim, "qkvo")
     return (
-        *dense_rows(f"intermediate{suffix}.dense", f"{mlp}/up"),
-        *dense_rows(f"output{suffix}.dense", f"{mlp}/down"),
-        *norm_rows(f"output{suffix}.LayerNorm", norm),
+        *with_prefix(f"{torch_module}.", f"{flax_name}_attention/", rows),
+        *norm_weight_map(f"{torch_module}.output.LayerNorm", f"{flax_name}_norm"),
     )
 
 
-def torch_rows(c: QFormerConfig) -> tuple[Row, ...]:
+def _feed_forward_weight_map(suffix: str, mlp: str, norm: str) -> tuple[WeightMapping, ...]:
+    return (
+        *dense_weight_map(f"intermediate{suffix}.dense", f"{mlp}/up"),
+        *dense_weight_map(f"output{suffix}.dense", f"{mlp}/down"),
+        *norm_weight_map(f"output{suffix}.LayerNorm", norm),
+    )
+
+
+def lavis_weight_map(c: QFormerConfig) -> tuple[WeightMapping, ...]:
     """Names under `Qformer.bert.` in LAVIS and LION; the queries are `query_tokens` beside it (see `query_rows`)."""
-    head = c.width // c.heads
+    head = c.width // c.num_heads
     plain = (
-        *_attention_rows("attention", "self", c.heads, head),
-        *_feed_rows("_query", "mlp", "norm"),
-        *(_feed_rows("", "text_mlp", "text_norm") if c.text else ()),
+        *_attention_weight_map("attention", "self", c.num_heads, head),
+        *_feed_forward_weight_map("_query", "mlp", "norm"),
+        *(_feed_forward_weight_map("", "text_mlp", "text_norm") if c.use_text_input else ()),
     )
-    looking = (*plain, *_attention_rows("crossattention", "cross", c.heads, head))
-    groups, rest = divmod(c.layers, c.cross_every)
+    looking = (*plain, *_attention_weight_map("crossattention", "cross", c.num_heads, head))
+    groups, rest = divmod(c.depth, c.cross_attention_frequency)
     rows = [
-        constant("embeddings.position_ids", lambda: np.arange(c.positions)[None]),
-        *norm_rows("embeddings.LayerNorm", "norm"),
+        constant("embeddings.position_ids", lambda: np.arange(c.max_positions)[None]),
+        *norm_weight_map("embeddings.LayerNorm", "norm"),
     ]
-    if c.text:
+    if c.use_text_input:
         rows += [
-            Row("embeddings.word_embeddings.weight", "words/table"),
-            Row("embeddings.position_embeddings.weight", "positions/table"),
+            WeightMapping("embeddings.word_embeddings.weight", "words/table"),
+            WeightMapping("embeddings.position_embeddings.weight", "positions/table"),
         ]
-    for member in range(c.cross_every if groups else 0):
-        layer = f"encoder.layer.{{{c.cross_every}i+{member}<{groups}}}."
-        rows += under(layer, f"groups/block_{member}/", plain if member else looking)
+    for member in range(c.cross_attention_frequency if groups else 0):
+        layer = f"encoder.layer.{{{c.cross_attention_frequency}i+{member}<{groups}}}."
+        rows += with_prefix(layer, f"groups/block_{member}/", plain if member else looking)
     for member in range(rest):
-        layer = f"encoder.layer.{groups * c.cross_every + member}."
-        rows += under(layer, f"tail/block_{member}/", plain if member else looking)
+        layer = f"encoder.layer.{groups * c.cross_attention_frequency + member}."
+        rows += with_prefix(layer, f"tail/block_{member}/", plain if member else looking)
     return tuple(rows)
 
 
-def hugging_face_rows(c: QFormerConfig) -> tuple[Row, ...]:
+def hf_weight_map(c: QFormerConfig) -> tuple[WeightMapping, ...]:
     """Names under `qformer.` in Hugging Face's InstructBLIP, and in its BLIP-2 where there is no text."""
-    norm = "embeddings.layernorm" if c.text else "layernorm"
+    norm = "embeddings.layernorm" if c.use_text_input else "layernorm"
     pairs = (("attention.self.", "attention.attention."), ("embeddings.LayerNorm", norm))
-    return renamed((row for row in torch_rows(c) if row.paths), *pairs)
+    return rename_torch_keys((row for row in lavis_weight_map(c) if row.flax_paths), *pairs)
 
 
-def query_rows(c: QFormerConfig) -> tuple[Row, ...]:
+def query_tokens_weight_map(c: QFormerConfig) -> tuple[WeightMapping, ...]:
     """The learned queries."""
-    return (Row("query_tokens", "queries", reshaped((1, c.queries, c.width), (c.queries, c.width))),)
-
-
-def aggregator_rows(c: AggregatorConfig) -> tuple[Row, ...]:
-    """Names under `fusion_adapter.` in LION."""
-    head = c.width // c.heads
-    block = (
-        *_attention_rows("attention", "self", c.heads, head),
-        *_attention_rows("crossattention", "cross", c.heads, head),
-        *_feed_rows("", "mlp", "norm"),
+    return (
+        WeightMapping(
+            "query_tokens", "queries", reshape((1, c.num_query_tokens, c.width), (c.num_query_tokens, c.width))
+        ),
     )
-    return under("blocks.{i}.", "blocks/block/", block)
+
+
+def aggregator_weight_map(c: AggregatorConfig) -> tuple[WeightMapping, ...]:
+    """Names under `fusion_adapter.` in LION."""
+    head = c.width // c.num_heads
+    block = (
+        *_attention_weight_map("attention", "self", c.num_heads, head),
+        *_attention_weight_map("crossattention", "cross", c.num_heads, head),
+        *_feed_forward_weight_map("", "mlp", "norm"),
+    )
+    return with_prefix("blocks.{i}.", "blocks/block/", block)

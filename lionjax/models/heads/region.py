@@ -13,43 +13,51 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lionjax.core.renamed import Renamed, renamed_fields
 from lionjax.core.types import Batch, Metrics, UserError
-from lionjax.core.weight_map import Row
+from lionjax.core.weight_map import WeightMapping
 from lionjax.nn import losses
-from lionjax.nn.layers import MLP, dense_rows, pick
+from lionjax.nn.layers import MLP, dense_weight_map, take_positions
 
 OBJECTIVES = ("language", "masks", "all")
-NEVER = -1e30  # a logit that is never chosen, and finite
+MASK_VALUE = -1e30  # a logit that is never chosen, and finite
 
 
+@renamed_fields(
+    trigger_token="trigger_token_id",
+    location_token="box_token_id",
+    location_hidden="box_mlp_dim",
+    mask_tokens="num_mask_prompt_tokens",
+    losses=Renamed("loss_variant", {"intended": "paper", "original": "released_code"}),
+)
 @dataclasses.dataclass(frozen=True)
-class PlaceConfig:
+class RegionHeadConfig:
     """Boxes and masks as embeddings beside any language model; NExT-Chat's sizes and weights.
 
-    `losses` "original" has the constants that its code has by mistake. `max_boxes` are kept of an answer.
+    `loss_variant` "released_code" has the constants that its code has by mistake. `max_boxes` are kept of an answer.
     """
 
-    trigger_token: int = 32003
-    location_token: int = 32004
-    location_hidden: int = 2048
-    mask_tokens: int = 4
+    trigger_token_id: int = 32003
+    box_token_id: int = 32004
+    box_mlp_dim: int = 2048
+    num_mask_prompt_tokens: int = 4
     max_boxes: int = 8
     l1_weight: float = 2.0
     giou_weight: float = 0.2
     cycle_weight: float = 1.0
     focal_weight: float = 20.0
-    losses: str = "intended"
+    loss_variant: str = "paper"
 
 
-class Locations(nn.Module):
+class BoxEncoderDecoder(nn.Module):
     """Boxes x0 y0 x1 y1 in 0..1 <-> the language model's space, in float32: a thousandth of a picture counts."""
 
     width: int
-    hidden: int
+    mlp_dim: int
 
     def setup(self):
-        self.encoder = MLP(4, self.hidden, "relu", features=self.width)
-        self.decoder = MLP(self.width, self.hidden, "relu", features=4)
+        self.encoder = MLP(4, self.mlp_dim, "relu", out_features=self.width)
+        self.decoder = MLP(self.width, self.mlp_dim, "relu", out_features=4)
 
     def encode(self, box_BK4):
         """(..., 4) -> (..., D): the original's G."""
@@ -60,17 +68,17 @@ class Locations(nn.Module):
         return self.decoder(state_BKD.astype(jnp.float32))
 
 
-class MaskPrompts(nn.Module):
+class MaskPromptProjector(nn.Module):
     """A trigger's state as tokens for SAM's mask decoder: (..., D) -> (..., T, C)."""
 
     width: int
-    tokens: int
-    channels: int
+    num_tokens: int
+    prompt_embed_dim: int
 
     @nn.compact
     def __call__(self, state_BKD):
-        mlp = MLP(self.width, self.width, "relu", features=self.tokens * self.channels, name="mlp")
-        return mlp(state_BKD).reshape(*state_BKD.shape[:-1], self.tokens, self.channels)
+        mlp = MLP(self.width, self.width, "relu", out_features=self.num_tokens * self.prompt_embed_dim, name="mlp")
+        return mlp(state_BKD).reshape(*state_BKD.shape[:-1], self.num_tokens, self.prompt_embed_dim)
 
 
 def scatter_embeddings(x_BLD, here_BL, piece_BKD, first_B=0):
@@ -88,52 +96,54 @@ def first_k_positions(here_BL, count: int):
     return place_BK, jnp.take_along_axis(here_BL.astype(bool), place_BK, axis=1)
 
 
-def gather_region_queries(c: PlaceConfig, batch: Batch, state_BMD):
+def gather_region_queries(c: RegionHeadConfig, batch: Batch, state_BMD):
     """States at the answer's triggers (B, K, D), which box each of them means (B, K), and which are real (B, K).
 
     `state_BMD` are the states that have read each word of the answer. Triggers in what the other side says are not
     learned. A trigger means the box of the location token behind it.
     """
     count = batch.boxes_BK4.shape[1]
-    said_BM = (batch.target_BM == c.trigger_token) & batch.loss_mask_BM.astype(bool)
+    said_BM = (batch.target_BM == c.trigger_token_id) & batch.loss_mask_BM.astype(bool)
     place_BK, real_BK = first_k_positions(said_BM, count)
-    before_B1 = (batch.prompt_BL == c.location_token).sum(axis=1, keepdims=True)
-    which_BM = before_B1 + jnp.cumsum(batch.target_BM == c.location_token, axis=1)
-    which_BK = pick(which_BM, place_BK)
+    before_B1 = (batch.prompt_BL == c.box_token_id).sum(axis=1, keepdims=True)
+    which_BM = before_B1 + jnp.cumsum(batch.target_BM == c.box_token_id, axis=1)
+    which_BK = take_positions(which_BM, place_BK)
     # A trigger with which an answer breaks off means no box.
-    given_BK = pick(batch.boxes_mask_BK.astype(bool), jnp.minimum(which_BK, count - 1))
+    given_BK = take_positions(batch.boxes_mask_BK.astype(bool), jnp.minimum(which_BK, count - 1))
     real_BK = real_BK & (which_BK < count) & given_BK
-    return pick(state_BMD, place_BK), jnp.minimum(which_BK, count - 1), real_BK
+    return take_positions(state_BMD, place_BK), jnp.minimum(which_BK, count - 1), real_BK
 
 
-def text_loss(c: PlaceConfig, logits_BMV, batch: Batch) -> tuple[jax.Array, Metrics]:
+def text_loss(c: RegionHeadConfig, logits_BMV, batch: Batch) -> tuple[jax.Array, Metrics]:
     """Cross entropy of an answer. The model says where a place begins; what stands there is no word to choose."""
-    learned_BM = batch.loss_mask_BM * (batch.target_BM != c.location_token)
+    learned_BM = batch.loss_mask_BM * (batch.target_BM != c.box_token_id)
     return losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
 
 
-def box_losses(c: PlaceConfig, locations: Locations, batch: Batch, found) -> tuple[dict, Metrics]:
+def box_losses(c: RegionHeadConfig, locations: BoxEncoderDecoder, batch: Batch, found) -> tuple[dict, Metrics]:
     """Weighted L1, GIoU and cycle terms of the boxes at region queries (see `gather_region_queries`), and their IoU."""
     trigger_BKD, which_BK, real_BK = found
     trigger_BKD = trigger_BKD.astype(jnp.float32)
-    box_BK4 = pick(batch.boxes_BK4, which_BK)
+    box_BK4 = take_positions(batch.boxes_BK4, which_BK)
     predicted_BK4 = locations.decode(trigger_BKD)
     again_BKD = locations.encode(predicted_BK4)
     same_BK4 = locations.decode(locations.encode(batch.boxes_BK4))
     given_BK = batch.boxes_mask_BK
     terms = {
-        "l1": c.l1_weight * losses.mean_of_real(jnp.abs(predicted_BK4 - box_BK4), real_BK),
-        "giou": c.giou_weight * losses.giou_loss(predicted_BK4, box_BK4, real_BK, c.losses == "original"),
-        "cycle_state": c.cycle_weight * losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK),
-        "cycle_box": c.cycle_weight * losses.mean_of_real(jnp.abs(same_BK4 - batch.boxes_BK4), given_BK),
+        "l1": c.l1_weight * losses.masked_mean(jnp.abs(predicted_BK4 - box_BK4), real_BK),
+        "giou": c.giou_weight * losses.giou_loss(predicted_BK4, box_BK4, real_BK, c.loss_variant == "released_code"),
+        "cycle_state": c.cycle_weight * losses.masked_mean(jnp.square(again_BKD - trigger_BKD), real_BK),
+        "cycle_box": c.cycle_weight * losses.masked_mean(jnp.abs(same_BK4 - batch.boxes_BK4), given_BK),
     }
-    return terms, {"box_iou": losses.mean_of_real(losses.iou(predicted_BK4, box_BK4), real_BK)}
+    return terms, {"box_iou": losses.masked_mean(losses.iou(predicted_BK4, box_BK4), real_BK)}
 
 
 def mask_side(batch: Batch) -> int:
     """Pixels a side of the true masks. Raises UserError where there are none."""
     if batch.masks_BKHW is None:
-        raise UserError("the objective has masks, but the batch has none; mix the task res, and set processor.sam_size")
+        raise UserError(
+            "the objective has masks, but the batch has none; mix the task res, and set processor.sam_image_size"
+        )
     return batch.masks_BKHW.shape[-1]
 
 
@@ -142,20 +152,20 @@ def has_mask(batch: Batch, found):
     _, which_BK, real_BK = found
     if batch.masks_mask_BK is None:
         return real_BK
-    return real_BK & pick(batch.masks_mask_BK, which_BK).astype(bool)
+    return real_BK & take_positions(batch.masks_mask_BK, which_BK).astype(bool)
 
 
-def mask_loss(c: PlaceConfig, batch: Batch, found, logits_BKhw, iou_BK, enlarge) -> tuple[jax.Array, Metrics]:
+def mask_loss(c: RegionHeadConfig, batch: Batch, found, logits_BKhw, iou_BK, enlarge) -> tuple[jax.Array, Metrics]:
     """Focal, dice and IoU losses of the masks at triggers (`found`); `enlarge` gives logits the true masks' size."""
-    mask_BKHW, real_BK = pick(batch.masks_BKHW, found[1]), has_mask(batch, found)
-    original = c.losses == "original"
+    mask_BKHW, real_BK = take_positions(batch.masks_BKHW, found[1]), has_mask(batch, found)
+    original = c.loss_variant == "released_code"
     terms = losses.mask_losses(logits_BKhw, iou_BK, mask_BKHW, real_BK, original, enlarge)
     terms["focal"] = c.focal_weight * terms["focal"]
     metrics = {f"loss_{name}": term for name, term in terms.items()}
     return sum(terms.values()), metrics | {"weight": real_BK.astype(jnp.float32).sum()}
 
 
-def init_region_state(c: PlaceConfig, rows: int, width: int, dtype) -> dict:
+def init_region_state(c: RegionHeadConfig, rows: int, width: int, dtype) -> dict:
     """What is kept of answers that have just begun: boxes, the states they were read from, and how many there are."""
     return {
         "box": jnp.zeros((1, rows, c.max_boxes, 4)),
@@ -164,7 +174,7 @@ def init_region_state(c: PlaceConfig, rows: int, width: int, dtype) -> dict:
     }
 
 
-def constrain_logits(c: PlaceConfig, locations: Locations, state_BD, word_BV, triggered_B, kept: dict):
+def constrain_logits(c: RegionHeadConfig, locations: BoxEncoderDecoder, state_BD, word_BV, triggered_B, kept: dict):
     """(logits (B, V), what a cache remembers) of the state behind a word, which may be a trigger.
 
     A location token can follow a trigger only, and must. `place` is what the next word is where `triggered`.
@@ -176,26 +186,28 @@ def constrain_logits(c: PlaceConfig, locations: Locations, state_BD, word_BV, tr
         "state": jnp.where(here_BK[None, ..., None], state_BD[None, :, None], kept["state"]),
         "count": kept["count"] + triggered_B,
     }
-    is_location_V = jnp.arange(word_BV.shape[-1]) == c.location_token
-    word_BV = jnp.where(is_location_V, NEVER, word_BV)
-    place_V = jnp.where(is_location_V, 0.0, NEVER)
+    is_location_V = jnp.arange(word_BV.shape[-1]) == c.box_token_id
+    word_BV = jnp.where(is_location_V, MASK_VALUE, word_BV)
+    place_V = jnp.where(is_location_V, 0.0, MASK_VALUE)
     logits_BV = jnp.where(triggered_B[:, None], place_V, word_BV)
     return logits_BV, {"kept": kept, "place": place_B4[None], "triggered": triggered_B[None]}
 
 
-def next_embedding(locations: Locations, word_BD, written: dict):
+def next_embedding(locations: BoxEncoderDecoder, word_BD, written: dict):
     """The next input (B, D): the word that was chosen, or the place where one was said."""
     place_BD = locations.encode(written["place"][0]).astype(word_BD.dtype)
     return jnp.where(written["triggered"][0][:, None], place_BD, word_BD)
 
 
-def location_rows() -> tuple[Row, ...]:
+def box_coder_weight_map() -> tuple[WeightMapping, ...]:
     """NExT-Chat's names of `Locations`."""
     pairs = (("loc_encoder", "encoder"), ("loc_decoder", "decoder"))
     layers = ((0, "up"), (2, "down"))
-    return tuple(row for theirs, ours in pairs for n, x in layers for row in dense_rows(f"{theirs}.{n}", f"{ours}/{x}"))
+    return tuple(
+        row for theirs, ours in pairs for n, x in layers for row in dense_weight_map(f"{theirs}.{n}", f"{ours}/{x}")
+    )
 
 
-def mask_prompt_rows() -> tuple[Row, ...]:
+def mask_prompt_weight_map() -> tuple[WeightMapping, ...]:
     """NExT-Chat's names of `MaskPrompts`."""
-    return (*dense_rows("seg_prompt_mlp.0", "mlp/up"), *dense_rows("seg_prompt_mlp.2", "mlp/down"))
+    return (*dense_weight_map("seg_prompt_mlp.0", "mlp/up"), *dense_weight_map("seg_prompt_mlp.2", "mlp/down"))

@@ -11,33 +11,44 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lionjax.core.sharding import constrain
-from lionjax.core.weight_map import Row, under
+from lionjax.core.renamed import renamed_fields
+from lionjax.core.sharding import with_logical_constraint
+from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.nn import attention as attentions
-from lionjax.nn.attention import Attention, key_mask
-from lionjax.nn.layers import MLP, Dense, Embed, LayerNorm, dense_rows, dropout, norm_rows, split_key
+from lionjax.nn.attention import Attention, key_padding_mask
+from lionjax.nn.layers import MLP, Dense, Embed, LayerNorm, dense_weight_map, dropout, norm_weight_map, split_key
 
 
+@renamed_fields(
+    vocab="vocab_size",
+    layers="depth",
+    heads="num_heads",
+    hidden="mlp_dim",
+    positions="max_positions",
+    kinds="type_vocab_size",
+    eps="norm_eps",
+    pad_token="pad_token_id",
+)
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
     """Sizes; the defaults are those of bert-base-uncased. `pooler`: a dense layer with tanh reads the first word."""
 
-    vocab: int = 30522
+    vocab_size: int = 30522
     width: int = 768
-    layers: int = 12
-    heads: int = 12
-    hidden: int = 3072
-    positions: int = 512
-    kinds: int = 2  # of sentences: rows of the token type table
-    eps: float = 1e-12
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    max_positions: int = 512
+    type_vocab_size: int = 2  # of sentences: rows of the token type table
+    norm_eps: float = 1e-12
     activation: str = "gelu"
     dropout: float = 0.1
     pooler: bool = True
-    pad_token: int = 0
+    pad_token_id: int = 0
 
 
 BERT_BASE = BertConfig()
-MINILM_L6 = BertConfig(width=384, layers=6, hidden=1536)  # all-MiniLM-L6-v2
+MINILM_L6 = BertConfig(width=384, depth=6, mlp_dim=1536)  # all-MiniLM-L6-v2
 
 
 class Block(nn.Module):
@@ -48,13 +59,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, key, mask):
         c, keys = self.c, split_key(key, 3)
-        own = Attention(c.width, c.heads, c.width // c.heads, rate=c.dropout, name="attention")
+        own = Attention(c.width, c.num_heads, c.width // c.num_heads, dropout_rate=c.dropout, name="attention")
         change_BLD = dropout(own(x_BLD, mask=mask, key=keys[0]), c.dropout, keys[1])
-        x_BLD = LayerNorm(c.width, c.eps, name="norm1")(x_BLD + change_BLD)
-        change_BLD = MLP(c.width, c.hidden, c.activation, name="mlp")(x_BLD)
+        x_BLD = LayerNorm(c.width, c.norm_eps, name="norm1")(x_BLD + change_BLD)
+        change_BLD = MLP(c.width, c.mlp_dim, c.activation, name="mlp")(x_BLD)
         change_BLD = dropout(change_BLD, c.dropout, keys[2])
-        x_BLD = LayerNorm(c.width, c.eps, name="norm2")(x_BLD + change_BLD)
-        return constrain(x_BLD, "batch", "length", "act_embed"), None
+        x_BLD = LayerNorm(c.width, c.norm_eps, name="norm2")(x_BLD + change_BLD)
+        return with_logical_constraint(x_BLD, "batch", "length", "act_embed"), None
 
 
 class Bert(nn.Module):
@@ -63,26 +74,26 @@ class Bert(nn.Module):
     c: BertConfig
 
     @nn.compact
-    def __call__(self, ids_BL, mask, positions_BL=None, kinds_BL=None, key=None, dtype=jnp.float32):
+    def __call__(self, ids_BL, mask, position_ids_BL=None, token_type_ids_BL=None, key=None, dtype=jnp.float32):
         """`mask`: which words are real (B, L), or who sees whom (B, L, L). Positions count from 0 unless given."""
-        c, keys = self.c, split_key(key, 1 + self.c.layers)
+        c, keys = self.c, split_key(key, 1 + self.c.depth)
         length = ids_BL.shape[1]
-        if positions_BL is None:
-            if length > c.positions:
-                raise ValueError(f"{length} tokens do not fit {c.positions} positions; shorten it")
-            positions_BL = jnp.arange(length)[None]
-        kinds_BL = jnp.zeros_like(ids_BL) if kinds_BL is None else kinds_BL
-        x_BLD = Embed(c.vocab, c.width, name="words")(ids_BL, dtype)
-        x_BLD = x_BLD + Embed(c.kinds, c.width, name="kinds")(kinds_BL, dtype)
-        x_BLD = x_BLD + Embed(c.positions, c.width, name="positions")(positions_BL, dtype)
-        x_BLD = dropout(LayerNorm(c.width, c.eps, name="norm")(x_BLD), c.dropout, keys[0])
-        seen = key_mask(mask) if mask.ndim == 2 else mask.astype(bool)[:, None]
+        if position_ids_BL is None:
+            if length > c.max_positions:
+                raise ValueError(f"{length} tokens do not fit {c.max_positions} positions; shorten it")
+            position_ids_BL = jnp.arange(length)[None]
+        token_type_ids_BL = jnp.zeros_like(ids_BL) if token_type_ids_BL is None else token_type_ids_BL
+        x_BLD = Embed(c.vocab_size, c.width, name="words")(ids_BL, dtype)
+        x_BLD = x_BLD + Embed(c.type_vocab_size, c.width, name="kinds")(token_type_ids_BL, dtype)
+        x_BLD = x_BLD + Embed(c.max_positions, c.width, name="positions")(position_ids_BL, dtype)
+        x_BLD = dropout(LayerNorm(c.width, c.norm_eps, name="norm")(x_BLD), c.dropout, keys[0])
+        seen = key_padding_mask(mask) if mask.ndim == 2 else mask.astype(bool)[:, None]
         scan = nn.scan(
             Block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
-            length=c.layers,
+            length=c.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layer_keys = None if key is None else jnp.stack(keys[1:])
@@ -93,24 +104,28 @@ class Bert(nn.Module):
         return x_BLD, first_BD
 
 
-def torch_rows(c: BertConfig) -> tuple[Row, ...]:
+def weight_map(c: BertConfig) -> tuple[WeightMapping, ...]:
     """Names of Hugging Face's BertModel."""
     names = {"q": "query", "k": "key", "v": "value"}
     block = (
-        *under("attention.self.", "attention/", attentions.torch_rows(names, c.heads, c.width // c.heads, "qkv")),
-        *under(
-            "attention.output.", "attention/", attentions.torch_rows({"o": "dense"}, c.heads, c.width // c.heads, "o")
+        *with_prefix(
+            "attention.self.", "attention/", attentions.weight_map(names, c.num_heads, c.width // c.num_heads, "qkv")
         ),
-        *norm_rows("attention.output.LayerNorm", "norm1"),
-        *dense_rows("intermediate.dense", "mlp/up"),
-        *dense_rows("output.dense", "mlp/down"),
-        *norm_rows("output.LayerNorm", "norm2"),
+        *with_prefix(
+            "attention.output.",
+            "attention/",
+            attentions.weight_map({"o": "dense"}, c.num_heads, c.width // c.num_heads, "o"),
+        ),
+        *norm_weight_map("attention.output.LayerNorm", "norm1"),
+        *dense_weight_map("intermediate.dense", "mlp/up"),
+        *dense_weight_map("output.dense", "mlp/down"),
+        *norm_weight_map("output.LayerNorm", "norm2"),
     )
     return (
-        Row("embeddings.word_embeddings.weight", "words/table"),
-        Row("embeddings.token_type_embeddings.weight", "kinds/table"),
-        Row("embeddings.position_embeddings.weight", "positions/table"),
-        *norm_rows("embeddings.LayerNorm", "norm"),
-        *under("encoder.layer.{i}.", "blocks/", block),
-        *(dense_rows("pooler.dense", "pooler") if c.pooler else ()),
+        WeightMapping("embeddings.word_embeddings.weight", "words/table"),
+        WeightMapping("embeddings.token_type_embeddings.weight", "kinds/table"),
+        WeightMapping("embeddings.position_embeddings.weight", "positions/table"),
+        *norm_weight_map("embeddings.LayerNorm", "norm"),
+        *with_prefix("encoder.layer.{i}.", "blocks/", block),
+        *(dense_weight_map("pooler.dense", "pooler") if c.pooler else ()),
     )

@@ -12,68 +12,101 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lionjax.core.sharding import constrain
+from lionjax.core.renamed import renamed_fields
+from lionjax.core.sharding import with_logical_constraint
 from lionjax.core.types import Cache
-from lionjax.core.weight_map import Row, under
+from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.nn import adapters
 from lionjax.nn import attention as attentions
 from lionjax.nn.adapters import AdapterConfig, RoutedAdapters
-from lionjax.nn.attention import Attention, causal_mask, key_mask, write
-from lionjax.nn.layers import REMAT, Dense, Embed, GatedMLP, RMSNorm, dense_rows, dropout, norm_rows, normal, split_key
+from lionjax.nn.attention import Attention, causal_mask, key_padding_mask, update_kv_cache
+from lionjax.nn.layers import (
+    REMAT_POLICIES,
+    Dense,
+    Embed,
+    GatedMLP,
+    RMSNorm,
+    dense_weight_map,
+    dropout,
+    norm_weight_map,
+    normal,
+    split_key,
+)
 from lionjax.nn.lora import LoraConfig
-from lionjax.nn.positions import RelativeBias
+from lionjax.nn.positions import RelativePositionBias
 
 
+@renamed_fields(
+    vocab="vocab_size",
+    head="head_dim",
+    heads="num_heads",
+    hidden="mlp_dim",
+    encoder_layers="encoder_depth",
+    decoder_layers="decoder_depth",
+    buckets="num_buckets",
+    eps="norm_eps",
+    start_token="decoder_start_token_id",
+    pad_token="pad_token_id",
+    end_token="eos_token_id",
+)
 @dataclasses.dataclass(frozen=True)
 class T5Config:
     """Sizes of a T5 v1.1; `activation` is gelu_tanh for FlanT5 as released, gelu (erf) as LION runs it."""
 
-    vocab: int = 32128
+    vocab_size: int = 32128
     width: int = 2048
-    head: int = 64
-    heads: int = 32
-    hidden: int = 5120
-    encoder_layers: int = 24
-    decoder_layers: int = 24
-    buckets: int = 32
+    head_dim: int = 64
+    num_heads: int = 32
+    mlp_dim: int = 5120
+    encoder_depth: int = 24
+    decoder_depth: int = 24
+    num_buckets: int = 32
     max_distance: int = 128
-    eps: float = 1e-6
+    norm_eps: float = 1e-6
     activation: str = "gelu_tanh"
     dropout: float = 0.1
-    start_token: int = 0
-    pad_token: int = 0
-    end_token: int = 1
+    decoder_start_token_id: int = 0
+    pad_token_id: int = 0
+    eos_token_id: int = 1
     adapters: AdapterConfig | None = None
     lora: LoraConfig = LoraConfig()
     remat: str = "none"
 
     @property
-    def rows(self) -> int:
+    def padded_vocab_size(self) -> int:
         """Rows of the word table and of the head."""
-        return self.vocab
+        return self.vocab_size
 
 
 FLAN_T5_XL = T5Config()
-FLAN_T5_XXL = T5Config(width=4096, heads=64, hidden=10240)
+FLAN_T5_XXL = T5Config(width=4096, num_heads=64, mlp_dim=10240)
 TINY_T5 = T5Config(  # ships with the project
-    vocab=1024,
+    vocab_size=1024,
     width=128,
-    head=32,
-    heads=4,
-    hidden=384,
-    encoder_layers=4,
-    decoder_layers=3,
+    head_dim=32,
+    num_heads=4,
+    mlp_dim=384,
+    encoder_depth=4,
+    decoder_depth=3,
     dropout=0.0,
     activation="gelu",
 )
 
 
-def attention(c: T5Config, name: str) -> Attention:
+def make_attention(c: T5Config, name: str) -> Attention:
     """T5's initial scales: queries are small because scores are not divided by sqrt(head)."""
-    inner = c.heads * c.head
-    inits = (normal((c.width * c.head) ** -0.5), normal(c.width**-0.5), normal(c.width**-0.5), normal(inner**-0.5))
+    inner = c.num_heads * c.head_dim
+    inits = (normal((c.width * c.head_dim) ** -0.5), normal(c.width**-0.5), normal(c.width**-0.5), normal(inner**-0.5))
     return Attention(
-        c.width, c.heads, c.head, biases="", scale=1.0, rate=c.dropout, inits=inits, lora=c.lora, name=name
+        c.width,
+        c.num_heads,
+        c.head_dim,
+        biases="",
+        scale=1.0,
+        dropout_rate=c.dropout,
+        kernel_inits=inits,
+        lora=c.lora,
+        name=name,
     )
 
 
@@ -86,12 +119,12 @@ class FeedForward(nn.Module):
     def __call__(self, h_BLD, task_B, key):
         c = self.c
         keys = split_key(key, 2)
-        mlp = GatedMLP(c.width, c.hidden, c.activation, normal(c.width**-0.5), c.lora, name="mlp")
-        change_BLD = mlp(RMSNorm(c.width, c.eps, name="norm")(h_BLD), c.dropout, keys[0])
+        mlp = GatedMLP(c.width, c.mlp_dim, c.activation, normal(c.width**-0.5), c.lora, name="mlp")
+        change_BLD = mlp(RMSNorm(c.width, c.norm_eps, name="norm")(h_BLD), c.dropout, keys[0])
         out_BLD = h_BLD + dropout(change_BLD, c.dropout, keys[1])
         if c.adapters is not None:
             out_BLD = out_BLD + RoutedAdapters(c.width, c.adapters, name="adapters")(h_BLD, task_B)
-        return constrain(out_BLD, "batch", "length", "act_embed")
+        return with_logical_constraint(out_BLD, "batch", "length", "act_embed")
 
 
 class EncoderBlock(nn.Module):
@@ -101,8 +134,8 @@ class EncoderBlock(nn.Module):
     def __call__(self, h_BLD, key, mask, bias, task_B):
         c = self.c
         keys = split_key(key, 3)
-        change = attention(c, "attention")(
-            RMSNorm(c.width, c.eps, name="norm")(h_BLD), mask=mask, bias=bias, key=keys[0]
+        change = make_attention(c, "attention")(
+            RMSNorm(c.width, c.norm_eps, name="norm")(h_BLD), mask=mask, bias=bias, key=keys[0]
         )
         h_BLD = h_BLD + dropout(change, c.dropout, keys[1])
         return FeedForward(c, name="feed_forward")(h_BLD, task_B, keys[2]), None
@@ -123,34 +156,34 @@ class DecoderBlock(nn.Module):
         h_BMD, cache = carry
         number, key, crossed = layer
         keys = split_key(key, 5)
-        own = attention(c, "self_attention")
-        x_BMD = RMSNorm(c.width, c.eps, name="self_norm")(h_BMD)
-        keys_values = own.keys_values(x_BMD, keys[0])
+        own = make_attention(c, "self_attention")
+        x_BMD = RMSNorm(c.width, c.norm_eps, name="self_norm")(h_BMD)
+        keys_values = own.project_key_value(x_BMD, keys[0])
         if cache is not None:
-            cache = tuple(write(old, new, number, step) for old, new in zip(cache, keys_values, strict=True))
+            cache = tuple(update_kv_cache(old, new, number, step) for old, new in zip(cache, keys_values, strict=True))
             keys_values = tuple(layers[number] for layers in cache)
-        change = own.look(own.queries(x_BMD, keys[0]), keys_values, mask, bias, keys[0])
+        change = own.attend(own.project_query(x_BMD, keys[0]), keys_values, mask, bias, keys[0])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[1])
 
-        cross = attention(c, "cross_attention")
-        x_BMD = RMSNorm(c.width, c.eps, name="cross_norm")(h_BMD)
+        cross = make_attention(c, "cross_attention")
+        x_BMD = RMSNorm(c.width, c.norm_eps, name="cross_norm")(h_BMD)
         made = None
         if crossed is None:
-            made = crossed = cross.keys_values(encoded_BLD, keys[2])
-        change = cross.look(cross.queries(x_BMD, keys[2]), crossed, encoded_mask, None, keys[2])
+            made = crossed = cross.project_key_value(encoded_BLD, keys[2])
+        change = cross.attend(cross.project_query(x_BMD, keys[2]), crossed, encoded_mask, None, keys[2])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[3])
         h_BMD = FeedForward(c, name="feed_forward")(h_BMD, task_B, keys[4])
         return (h_BMD, cache), None if cache is None else made
 
 
-def scanned(block, c: T5Config, length: int, broadcasts: int):
+def scan_blocks(block, c: T5Config, length: int, num_broadcast: int):
     if c.remat != "none":
-        block = nn.remat(block, prevent_cse=False, policy=REMAT[c.remat])
+        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
     return nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=(0,) + (nn.broadcast,) * broadcasts,
+        in_axes=(0,) + (nn.broadcast,) * num_broadcast,
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )(c, name="blocks")
@@ -162,14 +195,16 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, mask_BL, task_B, key):
         c = self.c
-        keys = split_key(key, c.encoder_layers + 2)
+        keys = split_key(key, c.encoder_depth + 2)
         layer_keys = None if key is None else jnp.stack(keys[2:])
         positions = jnp.arange(x_BLD.shape[1])
-        bias = RelativeBias(c.heads, c.buckets, c.max_distance, True, c.width, name="relative")(positions, positions)
+        bias = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, True, c.width, name="relative")(
+            positions, positions
+        )
         h_BLD = dropout(x_BLD, c.dropout, keys[0])
-        blocks = scanned(EncoderBlock, c, c.encoder_layers, 3)
-        h_BLD, _ = blocks(h_BLD, layer_keys, key_mask(mask_BL), bias, task_B)
-        return dropout(RMSNorm(c.width, c.eps, name="norm")(h_BLD), c.dropout, keys[1])
+        blocks = scan_blocks(EncoderBlock, c, c.encoder_depth, 3)
+        h_BLD, _ = blocks(h_BLD, layer_keys, key_padding_mask(mask_BL), bias, task_B)
+        return dropout(RMSNorm(c.width, c.norm_eps, name="norm")(h_BLD), c.dropout, keys[1])
 
 
 class Decoder(nn.Module):
@@ -178,23 +213,23 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x_BMD, encoded_BLD, encoded_mask_BL, task_B, key, cache=None, step=0, mask_BM=None):
         c = self.c
-        keys = split_key(key, c.decoder_layers + 2)
+        keys = split_key(key, c.decoder_depth + 2)
         layer_keys = None if key is None else jnp.stack(keys[2:])
         length = x_BMD.shape[1] if cache is None else cache["self_k"].shape[2]
         query_positions, key_positions = step + jnp.arange(x_BMD.shape[1]), jnp.arange(length)
-        relative = RelativeBias(c.heads, c.buckets, c.max_distance, False, c.width, name="relative")
+        relative = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, False, c.width, name="relative")
         bias = relative(query_positions, key_positions)
         mask = (key_positions[None, :] <= query_positions[:, None])[None, None] if cache else causal_mask(mask_BM)
         h_BMD = dropout(x_BMD, c.dropout, keys[0])
-        blocks = scanned(DecoderBlock, c, c.decoder_layers, 6)
+        blocks = scan_blocks(DecoderBlock, c, c.decoder_depth, 6)
         own = crossed = None
         if cache is not None:
             own = (cache["self_k"], cache["self_v"])
             crossed = (cache["cross_k"], cache["cross_v"]) if encoded_BLD is None else None
-        layers = (jnp.arange(c.decoder_layers), layer_keys, crossed)
-        known = (mask, bias, encoded_BLD, key_mask(encoded_mask_BL), task_B, step)
+        layers = (jnp.arange(c.decoder_depth), layer_keys, crossed)
+        known = (mask, bias, encoded_BLD, key_padding_mask(encoded_mask_BL), task_B, step)
         (h_BMD, own), made = blocks((h_BMD, own), layers, *known)
-        return dropout(RMSNorm(c.width, c.eps, name="norm")(h_BMD), c.dropout, keys[1]), (own, made)
+        return dropout(RMSNorm(c.width, c.norm_eps, name="norm")(h_BMD), c.dropout, keys[1]), (own, made)
 
 
 class T5(nn.Module):
@@ -204,10 +239,10 @@ class T5(nn.Module):
 
     def setup(self):
         c = self.c
-        self.embedding = Embed(c.vocab, c.width, normal(1.0))
+        self.embedding = Embed(c.vocab_size, c.width, normal(1.0))
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
-        self.head = Dense(c.width, c.vocab, ("embed", "vocab"), False, normal(c.width**-0.5))
+        self.head = Dense(c.width, c.vocab_size, ("embed", "vocab"), False, normal(c.width**-0.5))
 
     def embed(self, ids_BL, dtype=jnp.float32):
         return self.embedding(ids_BL, dtype)
@@ -219,9 +254,9 @@ class T5(nn.Module):
     def decode(self, ids_BM, mask_BM, encoded_BLD, encoded_mask_BL, task_B=None, key=None):
         """Logits (B, M, V) in float32 of the token after each of `ids_BM`, which begin with the start token."""
         x_BMD = self.embed(ids_BM, encoded_BLD.dtype)
-        return self.logits(self.states(x_BMD, mask_BM, encoded_BLD, encoded_mask_BL, task_B, key))
+        return self.logits(self.hidden_states(x_BMD, mask_BM, encoded_BLD, encoded_mask_BL, task_B, key))
 
-    def states(self, x_BMD, mask_BM, encoded_BLD, encoded_mask_BL, task_B=None, key=None):
+    def hidden_states(self, x_BMD, mask_BM, encoded_BLD, encoded_mask_BL, task_B=None, key=None):
         """States (B, M, D) of a whole answer's embeddings."""
         return self.decoder(x_BMD, encoded_BLD, encoded_mask_BL, task_B, key, mask_BM=mask_BM)[0]
 
@@ -232,14 +267,14 @@ class T5(nn.Module):
     def forward(self, x_BLD, mask_BL, target_BMD, target_mask_BM, task_B=None, keys=(None, None), after: bool = False):
         """See `backend.LanguageBackend`. `after`: also compute the states that have read each target token."""
         encoded_BLD = self.encode(x_BLD, mask_BL, task_B, keys[0])
-        start_B1 = jnp.full((len(target_BMD), 1), self.c.start_token, jnp.int32)
+        start_B1 = jnp.full((len(target_BMD), 1), self.c.decoder_start_token_id, jnp.int32)
         start_B1D = self.embed(start_B1, encoded_BLD.dtype)
         if not after:
             x_BMD = jnp.concatenate([start_B1D, target_BMD[:, :-1]], axis=1)
-            return self.states(x_BMD, target_mask_BM, encoded_BLD, mask_BL, task_B, keys[1]), None
+            return self.hidden_states(x_BMD, target_mask_BM, encoded_BLD, mask_BL, task_B, keys[1]), None
         x_BMD = jnp.concatenate([start_B1D, target_BMD], axis=1)
         mask_BM = jnp.concatenate([jnp.ones_like(target_mask_BM[:, :1]), target_mask_BM], axis=1)
-        state_BMD = self.states(x_BMD, mask_BM, encoded_BLD, mask_BL, task_B, keys[1])
+        state_BMD = self.hidden_states(x_BMD, mask_BM, encoded_BLD, mask_BL, task_B, keys[1])
         return state_BMD[:, :-1], state_BMD[:, 1:]
 
     def prefill(self, x_BLD, mask_BL, cache_length: int, task_B=None):
@@ -250,9 +285,9 @@ class T5(nn.Module):
         """As `prefill`, of an input that is encoded already."""
         c = self.c
         batch, dtype = encoded_BLD.shape[0], encoded_BLD.dtype
-        shape = (c.decoder_layers, batch, 1 + cache_length, c.heads, c.head)
+        shape = (c.decoder_depth, batch, 1 + cache_length, c.num_heads, c.head_dim)
         empty = {"self_k": jnp.zeros(shape, dtype), "self_v": jnp.zeros(shape, dtype)}
-        start_B1 = jnp.full((batch, 1), c.start_token, jnp.int32)
+        start_B1 = jnp.full((batch, 1), c.decoder_start_token_id, jnp.int32)
         h_B1D, (own, crossed) = self.decoder(
             self.embed(start_B1, dtype), encoded_BLD, encoded_mask_BL, task_B, None, empty
         )
@@ -267,65 +302,71 @@ class T5(nn.Module):
 
     def embed_next(self, token_B, cache: Cache):
         """Embeddings (B, D) of tokens in the cache's dtype."""
-        return self.embed(token_B, cache.written["self_k"].dtype)
+        return self.embed(token_B, cache.generated["self_k"].dtype)
 
     def extend(self, x_BD, cache: Cache):
         """Read one more embedding per row: its state (B, D)."""
-        fixed, x_B1D = cache.fixed, x_BD[:, None]
+        fixed, x_B1D = cache.static, x_BD[:, None]
         crossed = {"cross_k": fixed["cross_k"], "cross_v": fixed["cross_v"]}
         task_B = None if fixed["task"] is None else fixed["task"][0]
-        h_B1D, (own, _) = self.decoder(x_B1D, None, fixed["mask"][0], task_B, None, cache.written | crossed, cache.step)
-        written = cache.written | {"self_k": own[0], "self_v": own[1]}
+        h_B1D, (own, _) = self.decoder(
+            x_B1D, None, fixed["mask"][0], task_B, None, cache.generated | crossed, cache.step
+        )
+        written = cache.generated | {"self_k": own[0], "self_v": own[1]}
         return h_B1D[:, 0], Cache(written, fixed, cache.step + 1)
 
 
-def shift_right(target_BM, start_token: int):
+def shift_right(target_BM, decoder_start_token_id: int):
     """The decoder's input: the start token, then the target without its last token."""
-    start_B1 = jnp.full_like(target_BM[:, :1], start_token)
+    start_B1 = jnp.full_like(target_BM[:, :1], decoder_start_token_id)
     return jnp.concatenate([start_B1, target_BM[:, :-1]], axis=1)
 
 
-def torch_rows(c: T5Config) -> tuple[Row, ...]:
+def weight_map(c: T5Config) -> tuple[WeightMapping, ...]:
     """Names of Hugging Face's T5ForConditionalGeneration with an untied head; adapters under LION's names."""
     relative = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"  # only the first layer stores it
     aliases = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     return (
-        Row("shared.weight", "embedding/table", also=aliases),
-        Row("encoder." + relative, "encoder/relative/table"),
-        Row("decoder." + relative, "decoder/relative/table"),
-        *norm_rows("encoder.final_layer_norm", "encoder/norm", bias=False),
-        *norm_rows("decoder.final_layer_norm", "decoder/norm", bias=False),
-        *under(
-            "encoder.block.{i}.layer.0.", "encoder/blocks/", _attention_rows(c, "SelfAttention", "attention", "norm")
+        WeightMapping("shared.weight", "embedding/table", tied_keys=aliases),
+        WeightMapping("encoder." + relative, "encoder/relative/table"),
+        WeightMapping("decoder." + relative, "decoder/relative/table"),
+        *norm_weight_map("encoder.final_layer_norm", "encoder/norm", bias=False),
+        *norm_weight_map("decoder.final_layer_norm", "decoder/norm", bias=False),
+        *with_prefix(
+            "encoder.block.{i}.layer.0.",
+            "encoder/blocks/",
+            _attention_weight_map(c, "SelfAttention", "attention", "norm"),
         ),
-        *under("encoder.block.{i}.layer.1.", "encoder/blocks/feed_forward/", _feed_forward_rows(c)),
-        *under(
+        *with_prefix("encoder.block.{i}.layer.1.", "encoder/blocks/feed_forward/", _feed_forward_weight_map(c)),
+        *with_prefix(
             "decoder.block.{i}.layer.0.",
             "decoder/blocks/",
-            _attention_rows(c, "SelfAttention", "self_attention", "self_norm"),
+            _attention_weight_map(c, "SelfAttention", "self_attention", "self_norm"),
         ),
-        *under(
+        *with_prefix(
             "decoder.block.{i}.layer.1.",
             "decoder/blocks/",
-            _attention_rows(c, "EncDecAttention", "cross_attention", "cross_norm"),
+            _attention_weight_map(c, "EncDecAttention", "cross_attention", "cross_norm"),
         ),
-        *under("decoder.block.{i}.layer.2.", "decoder/blocks/feed_forward/", _feed_forward_rows(c)),
-        *dense_rows("lm_head", "head", bias=False),
+        *with_prefix("decoder.block.{i}.layer.2.", "decoder/blocks/feed_forward/", _feed_forward_weight_map(c)),
+        *dense_weight_map("lm_head", "head", bias=False),
     )
 
 
-def _attention_rows(c: T5Config, theirs: str, ours: str, norm: str) -> tuple[Row, ...]:
-    rows = attentions.torch_rows({x: f"{theirs}.{x}" for x in "qkvo"}, c.heads, c.head, "")
-    return (*under("", f"{ours}/", rows), *norm_rows("layer_norm", norm, bias=False))
+def _attention_weight_map(
+    c: T5Config, torch_module: str, flax_module: str, flax_norm: str
+) -> tuple[WeightMapping, ...]:
+    rows = attentions.weight_map({x: f"{torch_module}.{x}" for x in "qkvo"}, c.num_heads, c.head_dim, "")
+    return (*with_prefix("", f"{flax_module}/", rows), *norm_weight_map("layer_norm", flax_norm, bias=False))
 
 
-def _feed_forward_rows(c: T5Config) -> tuple[Row, ...]:
+def _feed_forward_weight_map(c: T5Config) -> tuple[WeightMapping, ...]:
     rows = (
-        *norm_rows("layer_norm", "norm", bias=False),
-        *dense_rows("DenseReluDense.wi_0", "mlp/gate", bias=False),
-        *dense_rows("DenseReluDense.wi_1", "mlp/up", bias=False),
-        *dense_rows("DenseReluDense.wo", "mlp/down", bias=False),
+        *norm_weight_map("layer_norm", "norm", bias=False),
+        *dense_weight_map("DenseReluDense.wi_0", "mlp/gate", bias=False),
+        *dense_weight_map("DenseReluDense.wi_1", "mlp/up", bias=False),
+        *dense_weight_map("DenseReluDense.wo", "mlp/down", bias=False),
     )
     if c.adapters is None:
         return rows
-    return (*rows, *under("adapter.", "adapters/", adapters.torch_rows(c.adapters)))
+    return (*rows, *with_prefix("adapter.", "adapters/", adapters.adapter_weight_map(c.adapters)))

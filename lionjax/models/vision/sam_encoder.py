@@ -13,102 +13,130 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax.core.sharding import constrain, sharded
-from lionjax.core.weight_map import Op, Row, conv, fused, heads_in, heads_in_bias, heads_out, squeeze, under
+from lionjax.core.renamed import renamed_fields
+from lionjax.core.sharding import with_logical_constraint, with_logical_partitioning
+from lionjax.core.weight_map import (
+    Transform,
+    WeightMapping,
+    conv,
+    merge_heads_kernel,
+    split_fused,
+    split_heads,
+    split_heads_kernel,
+    squeeze,
+    with_prefix,
+)
 from lionjax.nn.attention import Attention
 from lionjax.nn.layers import (
     MLP,
-    REMAT,
+    REMAT_POLICIES,
     Conv,
     Dense,
     LayerNorm,
     PatchEmbed,
-    dense_rows,
-    from_squares,
-    into_squares,
-    norm_rows,
+    dense_weight_map,
+    norm_weight_map,
+    window_partition,
+    window_reverse,
     zeros,
 )
 
 
+@renamed_fields(
+    image="image_size",
+    patch="patch_size",
+    heads="num_heads",
+    hidden="mlp_dim",
+    window="window_size",
+    global_layers="global_attn_indexes",
+    channels="prompt_embed_dim",
+    eps="norm_eps",
+    mask_channels="mask_input_channels",
+    decoder_heads="decoder_num_heads",
+    decoder_hidden="decoder_mlp_dim",
+    decoder_eps="decoder_norm_eps",
+    masks="num_mask_tokens",
+    iou_depth="iou_head_depth",
+    iou_hidden="iou_head_mlp_dim",
+)
 @dataclasses.dataclass(frozen=True)
 class SamConfig:
     """Sizes of the image encoder, and behind it those of the prompt encoder and the mask decoder."""
 
-    image: int = 1024  # pixels a side
-    patch: int = 16
+    image_size: int = 1024  # pixels a side
+    patch_size: int = 16
     width: int = 1280
     depth: int = 32
-    heads: int = 16
-    hidden: int = 5120
-    window: int = 14  # tokens a side
-    global_layers: tuple[int, ...] = (7, 15, 23, 31)
-    channels: int = 256  # of the map, of prompts and of the decoder
-    eps: float = 1e-6
-    mask_channels: int = 16  # of a mask given as a prompt, on its way to the map
+    num_heads: int = 16
+    mlp_dim: int = 5120
+    window_size: int = 14  # tokens a side
+    global_attn_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    prompt_embed_dim: int = 256  # of the map, of prompts and of the decoder
+    norm_eps: float = 1e-6
+    mask_input_channels: int = 16  # of a mask given as a prompt, on its way to the map
     decoder_depth: int = 2
-    decoder_heads: int = 8
-    decoder_hidden: int = 2048
-    decoder_eps: float = 1e-5
-    masks: int = 4  # the best one, then three alternatives for a vague prompt
-    iou_depth: int = 3
-    iou_hidden: int = 256
+    decoder_num_heads: int = 8
+    decoder_mlp_dim: int = 2048
+    decoder_norm_eps: float = 1e-5
+    num_mask_tokens: int = 4  # the best one, then three alternatives for a vague prompt
+    iou_head_depth: int = 3
+    iou_head_mlp_dim: int = 256
     remat: str = "none"
 
     @property
-    def grid(self) -> int:
+    def grid_size(self) -> int:
         """Tokens a side."""
-        return self.image // self.patch
+        return self.image_size // self.patch_size
 
     @property
-    def sides(self) -> tuple[int, ...]:
+    def window_sizes(self) -> tuple[int, ...]:
         """Tokens a side of what each layer of a period sees; the periods, which are scanned, make up the depth."""
-        whole = [self.grid if n in self.global_layers else self.window for n in range(self.depth)]
+        whole = [self.grid_size if n in self.global_attn_indexes else self.window_size for n in range(self.depth)]
         periods = (p for p in range(1, self.depth + 1) if self.depth % p == 0)
         return next(tuple(whole[:p]) for p in periods if whole[:p] * (self.depth // p) == whole)
 
 
 SAM_VIT_H = SamConfig()
-SAM_VIT_L = SamConfig(width=1024, depth=24, hidden=4096, global_layers=(5, 11, 17, 23))
+SAM_VIT_L = SamConfig(width=1024, depth=24, mlp_dim=4096, global_attn_indexes=(5, 11, 17, 23))
 TINY_SAM = SamConfig(  # ships with the project
-    image=112,
-    patch=8,
+    image_size=112,
+    patch_size=8,
     width=64,
     depth=4,
-    heads=4,
-    hidden=128,
-    window=7,
-    global_layers=(1, 3),
-    channels=64,
-    mask_channels=8,
-    decoder_heads=4,
-    decoder_hidden=128,
-    masks=4,
-    iou_hidden=64,
+    num_heads=4,
+    mlp_dim=128,
+    window_size=7,
+    global_attn_indexes=(1, 3),
+    prompt_embed_dim=64,
+    mask_input_channels=8,
+    decoder_num_heads=4,
+    decoder_mlp_dim=128,
+    num_mask_tokens=4,
+    iou_head_mlp_dim=64,
 )
-SAM_VIT_B = SamConfig(width=768, depth=12, heads=12, hidden=3072, global_layers=(2, 5, 8, 11))
+SAM_VIT_B = SamConfig(width=768, depth=12, num_heads=12, mlp_dim=3072, global_attn_indexes=(2, 5, 8, 11))
 
 
 class Block(nn.Module):
     """x += attention(norm x) within squares of `side` tokens; x += mlp(norm x)."""
 
     c: SamConfig
-    side: int
+    window_size: int
 
     @nn.compact
     def __call__(self, x_BHWD):
-        c, head = self.c, self.c.width // self.c.heads
-        init, shape = sharded(zeros, ("position", "head")), (2 * self.side - 1, head)
+        c, head = self.c, self.c.width // self.c.num_heads
+        init, shape = with_logical_partitioning(zeros, ("position", "head")), (2 * self.window_size - 1, head)
         rows_RH, columns_RH = self.param("rows", init, shape), self.param("columns", init, shape)
-        own = Attention(c.width, c.heads, head, name="attention")
+        own = Attention(c.width, c.num_heads, head, name="attention")
         # Zeros beside the picture are keys as well: the original does not mask them.
-        h_BLD = into_squares(LayerNorm(c.width, c.eps, name="norm1")(x_BHWD), self.side)
-        query_BLNH = own.queries(h_BLD)
-        bias = relative_bias(query_BLNH, rows_RH, columns_RH)
-        change_BLD = own.look(query_BLNH, own.keys_values(h_BLD), None, bias)
-        x_BHWD = x_BHWD + from_squares(change_BLD, self.side, x_BHWD.shape)
-        x_BHWD = x_BHWD + MLP(c.width, c.hidden, name="mlp")(LayerNorm(c.width, c.eps, name="norm2")(x_BHWD))
-        return constrain(x_BHWD, "batch", "length", "length", "act_embed")
+        h_BLD = window_partition(LayerNorm(c.width, c.norm_eps, name="norm1")(x_BHWD), self.window_size)
+        query_BLNH = own.project_query(h_BLD)
+        bias = decomposed_rel_pos_bias(query_BLNH, rows_RH, columns_RH)
+        change_BLD = own.attend(query_BLNH, own.project_key_value(h_BLD), None, bias)
+        x_BHWD = x_BHWD + window_reverse(change_BLD, self.window_size, x_BHWD.shape)
+        x_BHWD = x_BHWD + MLP(c.width, c.mlp_dim, name="mlp")(LayerNorm(c.width, c.norm_eps, name="norm2")(x_BHWD))
+        return with_logical_constraint(x_BHWD, "batch", "length", "length", "act_embed")
 
 
 class Period(nn.Module):
@@ -118,8 +146,10 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWD, _):
-        block = Block if self.c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.c.remat])
-        for n, side in enumerate(self.c.sides):
+        block = (
+            Block if self.c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.c.remat])
+        )
+        for n, side in enumerate(self.c.window_sizes):
             x_BHWD = block(self.c, side, name=f"block_{n}")(x_BHWD)
         return x_BHWD, None
 
@@ -132,43 +162,47 @@ class ImageEncoder(nn.Module):
     @nn.compact
     def __call__(self, image_BHWC):
         c = self.c
-        if image_BHWC.shape[1:3] != (c.image, c.image):
+        if image_BHWC.shape[1:3] != (c.image_size, c.image_size):
             size = f"{image_BHWC.shape[1]} x {image_BHWC.shape[2]}"
-            raise ValueError(f"the image is {size} px but SAM reads {c.image} x {c.image}; resize and pad it to that")
-        x_BPD = PatchEmbed(c.patch, c.width, name="patch")(image_BHWC)
-        x_BHWD = x_BPD.reshape(-1, c.grid, c.grid, c.width)
-        init = sharded(zeros, ("position", "position", "embed"))
-        x_BHWD = x_BHWD + self.param("position", init, (c.grid, c.grid, c.width)).astype(x_BHWD.dtype)
+            raise ValueError(
+                f"the image is {size} px but SAM reads {c.image_size} x {c.image_size}; resize and pad it to that"
+            )
+        x_BPD = PatchEmbed(c.patch_size, c.width, name="patch")(image_BHWC)
+        x_BHWD = x_BPD.reshape(-1, c.grid_size, c.grid_size, c.width)
+        init = with_logical_partitioning(zeros, ("position", "position", "embed"))
+        x_BHWD = x_BHWD + self.param("position", init, (c.grid_size, c.grid_size, c.width)).astype(x_BHWD.dtype)
         periods = nn.scan(
             Period,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            length=c.depth // len(c.sides),
+            length=c.depth // len(c.window_sizes),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x_BHWD, _ = periods(c, name="periods")(x_BHWD, None)
-        x_BHWC = Dense(c.width, c.channels, ("embed", None), bias=False, name="narrow")(x_BHWD)
-        x_BHWC = LayerNorm(c.channels, c.eps, name="narrow_norm")(x_BHWC)
-        x_BHWC = Conv(c.channels, c.channels, bias=False, name="conv")(x_BHWC)
-        return LayerNorm(c.channels, c.eps, name="conv_norm")(x_BHWC)
+        x_BHWC = Dense(c.width, c.prompt_embed_dim, ("embed", None), use_bias=False, name="narrow")(x_BHWD)
+        x_BHWC = LayerNorm(c.prompt_embed_dim, c.norm_eps, name="narrow_norm")(x_BHWC)
+        x_BHWC = Conv(c.prompt_embed_dim, c.prompt_embed_dim, use_bias=False, name="conv")(x_BHWC)
+        return LayerNorm(c.prompt_embed_dim, c.norm_eps, name="conv_norm")(x_BHWC)
 
 
-def relative_bias(query_BLNH, rows_RH, columns_RH):
+def decomposed_rel_pos_bias(query_BLNH, rel_pos_h_RH, rel_pos_w_RH):
     """What is added to the scores within a square: (B, N, L, L) in float32, from the unscaled queries."""
     batch, length, heads, head = query_BLNH.shape
-    side = (len(rows_RH) + 1) // 2
+    side = (len(rel_pos_h_RH) + 1) // 2
     query = query_BLNH.reshape(batch, side, side, heads, head)
     away = np.arange(side)[:, None] - np.arange(side)[None, :] + side - 1
-    rows_YSH, columns_XSH = rows_RH[away].astype(query.dtype), columns_RH[away].astype(query.dtype)
+    rows_YSH, columns_XSH = rel_pos_h_RH[away].astype(query.dtype), rel_pos_w_RH[away].astype(query.dtype)
     down = jnp.einsum("BYXNH,YSH->BNYXS", query, rows_YSH, preferred_element_type=jnp.float32)
     across = jnp.einsum("BYXNH,XSH->BNYXS", query, columns_XSH, preferred_element_type=jnp.float32)
     return (down[..., :, None] + across[..., None, :]).reshape(batch, heads, length, length)
 
 
-pointwise = Op("pointwise", lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None])  # a 1x1 convolution as a Dense
+pointwise_conv = Transform(
+    "pointwise", lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None]
+)  # a 1x1 convolution as a Dense
 
 # The same layers in the original's words and in Hugging Face's.
-SEGMENT_ANYTHING = {
+ORIGINAL_NAMES = {
     "patch": "patch_embed.proj",
     "blocks": "blocks",
     "norm": "norm",
@@ -177,7 +211,7 @@ SEGMENT_ANYTHING = {
     "conv": "neck.2",
     "conv_norm": "neck.3",
 }
-HUGGING_FACE = {
+HF_NAMES = {
     "patch": "patch_embed.projection",
     "blocks": "layers",
     "norm": "layer_norm",
@@ -188,33 +222,33 @@ HUGGING_FACE = {
 }
 
 
-def encoder_rows(c: SamConfig, words: dict[str, str] = SEGMENT_ANYTHING) -> tuple[Row, ...]:
+def encoder_weight_map(c: SamConfig, torch_names: dict[str, str] = ORIGINAL_NAMES) -> tuple[WeightMapping, ...]:
     """Names under `image_encoder.` of the original, or `vision_encoder.` of Hugging Face's SamModel."""
-    head = c.width // c.heads
-    into, cut = heads_in(c.heads, head), heads_in_bias(c.heads, head)
+    head = c.width // c.num_heads
+    into, cut = split_heads_kernel(c.num_heads, head), split_heads(c.num_heads, head)
     block = (
-        Row("attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), fused(into, into, into)),
-        Row("attn.qkv.bias", tuple(f"attention/{x}/bias" for x in "qkv"), fused(cut, cut, cut)),
-        Row("attn.proj.weight", "attention/o/kernel", heads_out(c.heads, head)),
-        Row("attn.proj.bias", "attention/o/bias"),
-        Row("attn.rel_pos_h", "rows"),
-        Row("attn.rel_pos_w", "columns"),
-        *norm_rows(f"{words['norm']}1", "norm1"),
-        *norm_rows(f"{words['norm']}2", "norm2"),
-        *dense_rows("mlp.lin1", "mlp/up"),
-        *dense_rows("mlp.lin2", "mlp/down"),
+        WeightMapping("attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(into, into, into)),
+        WeightMapping("attn.qkv.bias", tuple(f"attention/{x}/bias" for x in "qkv"), split_fused(cut, cut, cut)),
+        WeightMapping("attn.proj.weight", "attention/o/kernel", merge_heads_kernel(c.num_heads, head)),
+        WeightMapping("attn.proj.bias", "attention/o/bias"),
+        WeightMapping("attn.rel_pos_h", "rows"),
+        WeightMapping("attn.rel_pos_w", "columns"),
+        *norm_weight_map(f"{torch_names['norm']}1", "norm1"),
+        *norm_weight_map(f"{torch_names['norm']}2", "norm2"),
+        *dense_weight_map("mlp.lin1", "mlp/up"),
+        *dense_weight_map("mlp.lin2", "mlp/down"),
     )
-    period = len(c.sides)
+    period = len(c.window_sizes)
     rows = [
-        Row("pos_embed", "position", squeeze),
-        Row(f"{words['patch']}.weight", "patch/kernel", conv),
-        Row(f"{words['patch']}.bias", "patch/bias"),
-        Row(f"{words['narrow']}.weight", "narrow/kernel", pointwise),
-        *norm_rows(words["narrow_norm"], "narrow_norm"),
-        Row(f"{words['conv']}.weight", "conv/kernel", conv),
-        *norm_rows(words["conv_norm"], "conv_norm"),
+        WeightMapping("pos_embed", "position", squeeze),
+        WeightMapping(f"{torch_names['patch']}.weight", "patch/kernel", conv),
+        WeightMapping(f"{torch_names['patch']}.bias", "patch/bias"),
+        WeightMapping(f"{torch_names['narrow']}.weight", "narrow/kernel", pointwise_conv),
+        *norm_weight_map(torch_names["narrow_norm"], "narrow_norm"),
+        WeightMapping(f"{torch_names['conv']}.weight", "conv/kernel", conv),
+        *norm_weight_map(torch_names["conv_norm"], "conv_norm"),
     ]
     for n in range(period):
-        layer = f"{words['blocks']}.{{{period}i+{n}<{c.depth // period}}}."
-        rows += under(layer, f"periods/block_{n}/", block)
+        layer = f"{torch_names['blocks']}.{{{period}i+{n}<{c.depth // period}}}."
+        rows += with_prefix(layer, f"periods/block_{n}/", block)
     return tuple(rows)

@@ -15,41 +15,62 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax.core.sharding import constrain, sharded
-from lionjax.core.weight_map import Op, Row, constant, conv, fused, heads_in, heads_in_bias, heads_out, under
+from lionjax.core.renamed import renamed_fields
+from lionjax.core.sharding import with_logical_constraint, with_logical_partitioning
+from lionjax.core.weight_map import (
+    Transform,
+    WeightMapping,
+    constant,
+    conv,
+    merge_heads_kernel,
+    split_fused,
+    split_heads,
+    split_heads_kernel,
+    with_prefix,
+)
 from lionjax.nn.attention import Attention
 from lionjax.nn.layers import (
     MLP,
-    REMAT,
+    REMAT_POLICIES,
     Dense,
     LayerNorm,
     PatchEmbed,
-    dense_rows,
-    from_squares,
-    into_squares,
-    norm_rows,
+    dense_weight_map,
+    norm_weight_map,
     normal,
     split_key,
+    window_partition,
+    window_reverse,
 )
 
-BETWEEN_EPS = 1e-5  # of the norms before and between stages, whatever `eps` says of the others
+PATCH_NORM_EPS = 1e-5  # of the norms before and between stages, whatever `eps` says of the others
 
 
+@renamed_fields(
+    image="image_size",
+    patch="patch_size",
+    heads="num_heads",
+    window="window_size",
+    ratio="mlp_ratio",
+    biases="attention_biases",
+    eps="norm_eps",
+    drop_path="drop_path_rate",
+)
 @dataclasses.dataclass(frozen=True)
 class SwinConfig:
     """Sizes. Each stage after the first has half the side and twice the width of the one before."""
 
-    image: int | None = 224  # pixels a side; None: pictures of any size, as detectors take them
-    patch: int = 4
+    image_size: int | None = 224  # pixels a side; None: pictures of any size, as detectors take them
+    patch_size: int = 4
     width: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
-    heads: tuple[int, ...] = (3, 6, 12, 24)
-    window: int = 7  # places a side
-    ratio: float = 4.0  # of the feed-forward's hidden width to the width
-    biases: str = "qkvo"
-    eps: float = 1e-5
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 7  # places a side
+    mlp_ratio: float = 4.0  # of the feed-forward's hidden width to the width
+    attention_biases: str = "qkvo"
+    norm_eps: float = 1e-5
     activation: str = "gelu"
-    drop_path: float = 0.1  # share of samples that the last layer passes over in training
+    drop_path_rate: float = 0.1  # share of samples that the last layer passes over in training
     remat: str = "none"
 
     @property
@@ -57,30 +78,30 @@ class SwinConfig:
         """The width of each stage."""
         return tuple(self.width << stage for stage in range(len(self.depths)))
 
-    def grid(self, stage: int) -> int | None:
+    def grid_size(self, stage: int) -> int | None:
         """Places a side at a stage, or None where that depends on the picture."""
-        return None if self.image is None else -(-self.image // (self.patch << stage))
+        return None if self.image_size is None else -(-self.image_size // (self.patch_size << stage))
 
-    def window_of(self, stage: int) -> tuple[int, int]:
+    def window_and_shift(self, stage: int) -> tuple[int, int]:
         """(side, shift) of a stage's windows; a map that fits into one window is one, and nothing is shifted."""
-        grid = self.grid(stage)
-        if grid is not None and grid <= self.window:
+        grid = self.grid_size(stage)
+        if grid is not None and grid <= self.window_size:
             return grid, 0
-        return self.window, self.window // 2
+        return self.window_size, self.window_size // 2
 
 
-SWIN_T_DETECTOR = SwinConfig(image=None)
-SWIN_L_384 = SwinConfig(image=384, width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12)
+SWIN_T_DETECTOR = SwinConfig(image_size=None)
+SWIN_L_384 = SwinConfig(image_size=384, width=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12)
 
 
-def places_apart(side: int) -> np.ndarray:
+def relative_position_index(window_size: int) -> np.ndarray:
     """Which row of the table of numbers a query (L) and a key (L) of a window share: (L, L) int64."""
-    row_L, column_L = np.divmod(np.arange(side * side), side)
-    down_LL, across_LL = (x[:, None] - x[None, :] + side - 1 for x in (row_L, column_L))
-    return down_LL * (2 * side - 1) + across_LL
+    row_L, column_L = np.divmod(np.arange(window_size * window_size), window_size)
+    down_LL, across_LL = (x[:, None] - x[None, :] + window_size - 1 for x in (row_L, column_L))
+    return down_LL * (2 * window_size - 1) + across_LL
 
 
-def neighbours(high: int, wide: int, side: int, shift: int) -> np.ndarray:
+def shifted_window_mask(height: int, width: int, window_size: int, shift_size: int) -> np.ndarray:
     """Who may look at whom in the windows of a shifted map: (windows, L, L) bool.
 
     What was rolled in from the opposite edge lies in one window with what it is no neighbour of.
@@ -88,20 +109,22 @@ def neighbours(high: int, wide: int, side: int, shift: int) -> np.ndarray:
 
     def part(size):
         place = np.arange(size)
-        return (place >= size - side).astype(int) + (place >= size - shift)
+        return (place >= size - window_size).astype(int) + (place >= size - shift_size)
 
-    part_HW = part(high)[:, None] * 3 + part(wide)[None, :]
-    squares = part_HW.reshape(high // side, side, wide // side, side).transpose(0, 2, 1, 3)
-    part_WL = squares.reshape(-1, side * side)
+    part_HW = part(height)[:, None] * 3 + part(width)[None, :]
+    squares = part_HW.reshape(height // window_size, window_size, width // window_size, window_size).transpose(
+        0, 2, 1, 3
+    )
+    part_WL = squares.reshape(-1, window_size * window_size)
     return part_WL[:, :, None] == part_WL[:, None, :]
 
 
-def pass_over(change_BHWD, rate, key):
+def drop_path(residual_BHWD, rate, key):
     """Stochastic depth (arXiv 1603.09382): a share of the samples go without the change, the others get more of it."""
     if key is None:
-        return change_BHWD
-    keep = jax.random.bernoulli(key, 1 - rate, (len(change_BHWD), 1, 1, 1))
-    return jnp.where(keep, change_BHWD / (1 - rate), 0).astype(change_BHWD.dtype)
+        return residual_BHWD
+    keep = jax.random.bernoulli(key, 1 - rate, (len(residual_BHWD), 1, 1, 1))
+    return jnp.where(keep, residual_BHWD / (1 - rate), 0).astype(residual_BHWD.dtype)
 
 
 class Block(nn.Module):
@@ -113,18 +136,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWD, rate, key):
-        c, width, heads = self.c, self.c.widths[self.stage], self.c.heads[self.stage]
+        c, width, heads = self.c, self.c.widths[self.stage], self.c.num_heads[self.stage]
         keys = split_key(key, 2)
-        change = self.look(LayerNorm(width, c.eps, name="norm1")(x_BHWD), width, heads)
-        x_BHWD = x_BHWD + pass_over(change, rate, keys[0])
-        change = MLP(width, int(width * c.ratio), c.activation, name="mlp")(
-            LayerNorm(width, c.eps, name="norm2")(x_BHWD)
+        change = self.window_attention(LayerNorm(width, c.norm_eps, name="norm1")(x_BHWD), width, heads)
+        x_BHWD = x_BHWD + drop_path(change, rate, keys[0])
+        change = MLP(width, int(width * c.mlp_ratio), c.activation, name="mlp")(
+            LayerNorm(width, c.norm_eps, name="norm2")(x_BHWD)
         )
-        x_BHWD = x_BHWD + pass_over(change, rate, keys[1])
-        return constrain(x_BHWD, "batch", "length", "length", "act_embed")
+        x_BHWD = x_BHWD + drop_path(change, rate, keys[1])
+        return with_logical_constraint(x_BHWD, "batch", "length", "length", "act_embed")
 
-    def look(self, x_BHWD, width: int, heads: int):
-        side, shift = self.c.window_of(self.stage)
+    def window_attention(self, x_BHWD, width: int, num_heads: int):
+        side, shift = self.c.window_and_shift(self.stage)
         shift *= self.shifted
         batch, high, wide, _ = x_BHWD.shape
         # Zeros beside the picture are keys as well: the original does not mask them.
@@ -132,20 +155,20 @@ class Block(nn.Module):
         shape, mask = x_BHWD.shape, None
         if shift:
             x_BHWD = jnp.roll(x_BHWD, (-shift, -shift), (1, 2))
-            mask_WLL = neighbours(*shape[1:3], side, shift)
+            mask_WLL = shifted_window_mask(*shape[1:3], side, shift)
             mask = jnp.tile(mask_WLL, (batch, 1, 1))[:, None]
-        init = sharded(normal(0.02), ("position", "heads"))
-        table_RN = self.param("places", init, ((2 * side - 1) ** 2, heads))
-        bias_NLL = table_RN[places_apart(side)].transpose(2, 0, 1).astype(jnp.float32)
-        attention = Attention(width, heads, width // heads, biases=self.c.biases, name="attention")
-        change_BLD = attention(into_squares(x_BHWD, side), mask=mask, bias=bias_NLL[None])
-        change_BHWD = from_squares(change_BLD, side, shape)
+        init = with_logical_partitioning(normal(0.02), ("position", "heads"))
+        table_RN = self.param("places", init, ((2 * side - 1) ** 2, num_heads))
+        bias_NLL = table_RN[relative_position_index(side)].transpose(2, 0, 1).astype(jnp.float32)
+        attention = Attention(width, num_heads, width // num_heads, biases=self.c.attention_biases, name="attention")
+        change_BLD = attention(window_partition(x_BHWD, side), mask=mask, bias=bias_NLL[None])
+        change_BHWD = window_reverse(change_BLD, side, shape)
         if shift:
             change_BHWD = jnp.roll(change_BHWD, (shift, shift), (1, 2))
         return change_BHWD[:, :high, :wide]
 
 
-class Pair(nn.Module):
+class ShiftedPair(nn.Module):
     """A layer that looks into windows, then one that looks into shifted ones."""
 
     c: SwinConfig
@@ -156,17 +179,17 @@ class Pair(nn.Module):
         rates, key = layer
         keys = split_key(key, 2)
         for n in range(2):
-            x_BHWD = _block(self.c)(self.c, self.stage, n == 1, name=f"block_{n}")(x_BHWD, rates[n], keys[n])
+            x_BHWD = _block_class(self.c)(self.c, self.stage, n == 1, name=f"block_{n}")(x_BHWD, rates[n], keys[n])
         return x_BHWD, None
 
 
-def _block(c: SwinConfig) -> Callable:
+def _block_class(c: SwinConfig) -> Callable:
     if c.remat == "none":
         return Block
-    return nn.remat(Block, prevent_cse=False, policy=REMAT[c.remat])
+    return nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
 
 
-class Stage(nn.Module):
+class SwinStage(nn.Module):
     """All layers of one width: pairs, which are scanned, and what is left over."""
 
     c: SwinConfig
@@ -177,12 +200,12 @@ class Stage(nn.Module):
         c, depths = self.c, self.c.depths
         pairs, rest = divmod(depths[self.stage], 2)
         first = sum(depths[: self.stage])
-        rates = np.linspace(0, c.drop_path, sum(depths), dtype=np.float32)
+        rates = np.linspace(0, c.drop_path_rate, sum(depths), dtype=np.float32)
         rates = rates[first : first + depths[self.stage]]
         keys = split_key(key, pairs + rest)
         if pairs:
             scan = nn.scan(
-                Pair,
+                ShiftedPair,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 length=pairs,
@@ -192,11 +215,11 @@ class Stage(nn.Module):
             layers = (jnp.asarray(rates[: 2 * pairs].reshape(pairs, 2)), pair_keys)
             x_BHWD, _ = scan(c, self.stage, name="pairs")(x_BHWD, layers)
         if rest:
-            x_BHWD = _block(c)(c, self.stage, False, name="tail")(x_BHWD, rates[-1], keys[-1])
+            x_BHWD = _block_class(c)(c, self.stage, False, name="tail")(x_BHWD, rates[-1], keys[-1])
         return x_BHWD
 
 
-class Merge(nn.Module):
+class PatchMerging(nn.Module):
     """Four places become one: (B, H, W, D) -> (B, H/2, W/2, 2D)."""
 
     width: int
@@ -206,8 +229,8 @@ class Merge(nn.Module):
         high, wide = x_BHWD.shape[1:3]
         x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, high % 2), (0, wide % 2), (0, 0)))
         four = [x_BHWD[:, row::2, column::2] for column in range(2) for row in range(2)]
-        x_BHWD = LayerNorm(4 * self.width, BETWEEN_EPS, name="norm")(jnp.concatenate(four, -1))
-        return Dense(4 * self.width, 2 * self.width, ("embed", None), bias=False, name="narrow")(x_BHWD)
+        x_BHWD = LayerNorm(4 * self.width, PATCH_NORM_EPS, name="norm")(jnp.concatenate(four, -1))
+        return Dense(4 * self.width, 2 * self.width, ("embed", None), use_bias=False, name="narrow")(x_BHWD)
 
 
 class Swin(nn.Module):
@@ -222,120 +245,125 @@ class Swin(nn.Module):
     def __call__(self, image_BHWC, key=None):
         c = self.c
         high, wide = image_BHWC.shape[1:3]
-        if c.image is not None and (high, wide) != (c.image, c.image):
+        if c.image_size is not None and (high, wide) != (c.image_size, c.image_size):
             raise ValueError(
-                f"the image is {high} x {wide} px but this Swin's windows are made for {c.image} x {c.image}; "
+                f"the image is {high} x {wide} px but this Swin's windows are made for {c.image_size} x {c.image_size}; "
                 "resize it, or set image=None for pictures of any size"
             )
         keys = split_key(key, len(c.depths))
-        room = ((0, 0), (0, -high % c.patch), (0, -wide % c.patch), (0, 0))
-        x_BPD = PatchEmbed(c.patch, c.width, name="patch")(jnp.pad(image_BHWC, room))
-        x_BPD = LayerNorm(c.width, BETWEEN_EPS, name="patch_norm")(x_BPD)
-        x_BHWD = x_BPD.reshape(-1, -(-high // c.patch), -(-wide // c.patch), c.width)
+        room = ((0, 0), (0, -high % c.patch_size), (0, -wide % c.patch_size), (0, 0))
+        x_BPD = PatchEmbed(c.patch_size, c.width, name="patch")(jnp.pad(image_BHWC, room))
+        x_BPD = LayerNorm(c.width, PATCH_NORM_EPS, name="patch_norm")(x_BPD)
+        x_BHWD = x_BPD.reshape(-1, -(-high // c.patch_size), -(-wide // c.patch_size), c.width)
         maps = []
         for stage in range(len(c.depths)):
             if stage:
-                x_BHWD = Merge(c.widths[stage - 1], name=f"merge_{stage - 1}")(x_BHWD)
-            x_BHWD = Stage(c, stage, name=f"stage_{stage}")(x_BHWD, keys[stage])
+                x_BHWD = PatchMerging(c.widths[stage - 1], name=f"merge_{stage - 1}")(x_BHWD)
+            x_BHWD = SwinStage(c, stage, name=f"stage_{stage}")(x_BHWD, keys[stage])
             maps.append(x_BHWD)
         last_BPD = x_BHWD.reshape(len(x_BHWD), -1, c.widths[-1])
-        return LayerNorm(c.widths[-1], c.eps, name="norm")(last_BPD), tuple(maps)
+        return LayerNorm(c.widths[-1], c.norm_eps, name="norm")(last_BPD), tuple(maps)
 
 
-def torch_rows(c: SwinConfig) -> tuple[Row, ...]:
+def original_weight_map(c: SwinConfig) -> tuple[WeightMapping, ...]:
     """Names of the original code, which RAM and Grounding DINO kept; what it computes from sizes alone included."""
 
     def block(stage):
-        heads, head = c.heads[stage], c.widths[stage] // c.heads[stage]
-        into, cut = heads_in(heads, head), heads_in_bias(heads, head)
+        heads, head = c.num_heads[stage], c.widths[stage] // c.num_heads[stage]
+        into, cut = split_heads_kernel(heads, head), split_heads(heads, head)
         kernels, biases = (tuple(f"attention/{x}/{w}" for x in "qkv") for w in ("kernel", "bias"))
         rows = [
-            Row("attn.relative_position_bias_table", "places"),
-            Row("attn.qkv.weight", kernels, fused(into, into, into)),
-            Row("attn.proj.weight", "attention/o/kernel", heads_out(heads, head)),
-            Row("attn.proj.bias", "attention/o/bias"),
-            *norm_rows("norm1", "norm1"),
-            *norm_rows("norm2", "norm2"),
-            *dense_rows("mlp.fc1", "mlp/up"),
-            *dense_rows("mlp.fc2", "mlp/down"),
+            WeightMapping("attn.relative_position_bias_table", "places"),
+            WeightMapping("attn.qkv.weight", kernels, split_fused(into, into, into)),
+            WeightMapping("attn.proj.weight", "attention/o/kernel", merge_heads_kernel(heads, head)),
+            WeightMapping("attn.proj.bias", "attention/o/bias"),
+            *norm_weight_map("norm1", "norm1"),
+            *norm_weight_map("norm2", "norm2"),
+            *dense_weight_map("mlp.fc1", "mlp/up"),
+            *dense_weight_map("mlp.fc2", "mlp/down"),
         ]
-        if "q" in c.biases:
-            rows.append(Row("attn.qkv.bias", biases, fused(cut, cut, cut)))
+        if "q" in c.attention_biases:
+            rows.append(WeightMapping("attn.qkv.bias", biases, split_fused(cut, cut, cut)))
         return rows
 
     words = {"patch": "patch_embed.proj", "patch_norm": "patch_embed.norm", "norm": "norm"}
-    return (*_rows(c, words, "layers.{}.", block), *_known_from_sizes(c))
+    return (*_weight_map(c, words, "layers.{}.", block), *_buffer_weight_map(c))
 
 
-def hugging_face_rows(c: SwinConfig) -> tuple[Row, ...]:
+def hf_weight_map(c: SwinConfig) -> tuple[WeightMapping, ...]:
     """Names in files of Hugging Face's SwinModel."""
 
     def block(stage):
-        heads, head = c.heads[stage], c.widths[stage] // c.heads[stage]
+        heads, head = c.num_heads[stage], c.widths[stage] // c.num_heads[stage]
         rows = [
-            Row("attention.self.relative_position_bias_table", "places"),
-            Row("attention.output.dense.weight", "attention/o/kernel", heads_out(heads, head)),
-            Row("attention.output.dense.bias", "attention/o/bias"),
-            *norm_rows("layernorm_before", "norm1"),
-            *norm_rows("layernorm_after", "norm2"),
-            *dense_rows("intermediate.dense", "mlp/up"),
-            *dense_rows("output.dense", "mlp/down"),
+            WeightMapping("attention.self.relative_position_bias_table", "places"),
+            WeightMapping("attention.output.dense.weight", "attention/o/kernel", merge_heads_kernel(heads, head)),
+            WeightMapping("attention.output.dense.bias", "attention/o/bias"),
+            *norm_weight_map("layernorm_before", "norm1"),
+            *norm_weight_map("layernorm_after", "norm2"),
+            *dense_weight_map("intermediate.dense", "mlp/up"),
+            *dense_weight_map("output.dense", "mlp/down"),
         ]
         for x, name in (("q", "query"), ("k", "key"), ("v", "value")):
             theirs, ours = f"attention.self.{name}", f"attention/{x}"
-            rows.append(Row(f"{theirs}.weight", f"{ours}/kernel", heads_in(heads, head)))
-            if x in c.biases:
-                rows.append(Row(f"{theirs}.bias", f"{ours}/bias", heads_in_bias(heads, head)))
+            rows.append(WeightMapping(f"{theirs}.weight", f"{ours}/kernel", split_heads_kernel(heads, head)))
+            if x in c.attention_biases:
+                rows.append(WeightMapping(f"{theirs}.bias", f"{ours}/bias", split_heads(heads, head)))
         return rows
 
     words = {"patch": "embeddings.patch_embeddings.projection", "patch_norm": "embeddings.norm", "norm": "layernorm"}
-    return _rows(c, words, "encoder.layers.{}.", block)
+    return _weight_map(c, words, "encoder.layers.{}.", block)
 
 
-def _rows(c: SwinConfig, words: dict[str, str], layers: str, block: Callable[[int], list[Row]]) -> tuple[Row, ...]:
+def _weight_map(
+    c: SwinConfig,
+    torch_names: dict[str, str],
+    layer_prefix: str,
+    block_weight_map: Callable[[int], list[WeightMapping]],
+) -> tuple[WeightMapping, ...]:
     """The rows around the layers, and the layers' own at their places in each stage."""
     rows = [
-        Row(f"{words['patch']}.weight", "patch/kernel", conv),
-        Row(f"{words['patch']}.bias", "patch/bias"),
-        *norm_rows(words["patch_norm"], "patch_norm"),
+        WeightMapping(f"{torch_names['patch']}.weight", "patch/kernel", conv),
+        WeightMapping(f"{torch_names['patch']}.bias", "patch/bias"),
+        *norm_weight_map(torch_names["patch_norm"], "patch_norm"),
     ]
     for stage, depth in enumerate(c.depths):
-        theirs, (pairs, rest) = layers.format(stage), divmod(depth, 2)
+        theirs, (pairs, rest) = layer_prefix.format(stage), divmod(depth, 2)
         for n in range(2 if pairs else 0):
             name = f"{theirs}blocks.{{2i+{n}<{pairs}}}."
-            rows += under(name, f"stage_{stage}/pairs/block_{n}/", block(stage))
+            rows += with_prefix(name, f"stage_{stage}/pairs/block_{n}/", block_weight_map(stage))
         if rest:
-            rows += under(f"{theirs}blocks.{depth - 1}.", f"stage_{stage}/tail/", block(stage))
+            rows += with_prefix(f"{theirs}blocks.{depth - 1}.", f"stage_{stage}/tail/", block_weight_map(stage))
         if stage + 1 < len(c.depths):
-            rows += norm_rows(f"{theirs}downsample.norm", f"merge_{stage}/norm")
-            rows += dense_rows(f"{theirs}downsample.reduction", f"merge_{stage}/narrow", bias=False)
-    return (*rows, *norm_rows(words["norm"], "norm"))
+            rows += norm_weight_map(f"{theirs}downsample.norm", f"merge_{stage}/norm")
+            rows += dense_weight_map(f"{theirs}downsample.reduction", f"merge_{stage}/narrow", bias=False)
+    return (*rows, *norm_weight_map(torch_names["norm"], "norm"))
 
 
-def _known_from_sizes(c: SwinConfig) -> list[Row]:
+def _buffer_weight_map(c: SwinConfig) -> list[WeightMapping]:
     """Rows of the original's index of places and of its mask, which its files hold beside the weights."""
     rows = []
     for stage, depth in enumerate(c.depths):
-        side, shift = c.window_of(stage)
-        grid = c.grid(stage)
+        side, shift = c.window_and_shift(stage)
+        grid = c.grid_size(stage)
         for n in range(depth):
             attention = f"layers.{stage}.blocks.{n}.attn"
             index = f"{attention}.relative_position_index"
-            rows.append(constant(index, lambda side=side: places_apart(side)))
+            rows.append(constant(index, lambda side=side: relative_position_index(side)))
             if n % 2 and shift and grid is not None and grid % side == 0:
-                rows.append(Row(f"{attention}_mask", (), _mask(grid, side, shift)))
+                rows.append(WeightMapping(f"{attention}_mask", (), _shifted_mask_transform(grid, side, shift)))
     return rows
 
 
-def _mask(grid: int, side: int, shift: int) -> Op:
+def _shifted_mask_transform(grid: int, side: int, shift: int) -> Transform:
     """The mask as the original adds it to the scores; of a halved file it is half as wide."""
 
     def make():
-        return np.where(neighbours(grid, grid, side, shift), np.float32(0), np.float32(-100))
+        return np.where(shifted_window_mask(grid, grid, side, shift), np.float32(0), np.float32(-100))
 
     def to_flax(w):
         if not np.array_equal(w.astype(np.float32), make()):
             raise ValueError(f"it is no mask of windows of {side} shifted by {shift} on {grid}")
         return ()
 
-    return Op("mask of shifted windows", to_flax, make)
+    return Transform("mask of shifted windows", to_flax, make)

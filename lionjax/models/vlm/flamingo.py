@@ -14,19 +14,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import VLM, Batch, Cache, Metrics, ModelInfo, Params
-from lionjax.core.weight_map import Row, renamed, under
-from lionjax.models.connectors.perceiver import Resampler, ResamplerConfig, resampler_rows
+from lionjax.core.weight_map import WeightMapping, rename_torch_keys, with_prefix
+from lionjax.models.connectors.perceiver import Resampler, ResamplerConfig, resampler_weight_map
 from lionjax.models.language import decoder_weights
 from lionjax.models.language.decoder import MPT_1B, MPT_7B, Decoder, DecoderConfig
 from lionjax.models.vision import vit
 from lionjax.models.vision.vit import CLIP_VIT_L, ViT, ViTConfig
 from lionjax.nn import losses
-from lionjax.nn.adapters import CrossConfig, cross_rows
+from lionjax.nn.adapters import GatedCrossAttentionConfig, gated_cross_attention_weight_map
 
-RULES = ("immediate", "all_previous")
+MEDIA_ATTENTION = ("immediate", "all_previous")
 
 
+@renamed_fields(image_token="image_token_id", rule="media_attention", part_weights="dataset_loss_weights")
 @dataclasses.dataclass(frozen=True)
 class Flamingo(VLM):
     """A Flamingo by its parts' sizes; the defaults are those of OpenFlamingo 9B (arXiv 2308.01390).
@@ -37,32 +39,37 @@ class Flamingo(VLM):
     `part_weights`: how much the mean loss of each entry of a stage's mixture counts; empty: all tokens count alike.
     """
 
-    vision: ViTConfig = dataclasses.replace(CLIP_VIT_L, image=224)
+    vision: ViTConfig = dataclasses.replace(CLIP_VIT_L, image_size=224)
     resampler: ResamplerConfig = ResamplerConfig()
     language: DecoderConfig = dataclasses.replace(
-        MPT_7B, vocab=50280, frozen_words=50277, pad_token=50279, end_token=50277, cross=CrossConfig()
+        MPT_7B,
+        vocab_size=50280,
+        num_frozen_embeddings=50277,
+        pad_token_id=50279,
+        eos_token_id=50277,
+        cross_attention=GatedCrossAttentionConfig(),
     )
-    image_token: int = 50278
-    rule: str = "immediate"
+    image_token_id: int = 50278
+    media_attention: str = "immediate"
     dtype: str = "float32"  # of the computation
-    part_weights: tuple[float, ...] = ()
+    dataset_loss_weights: tuple[float, ...] = ()
 
     def __post_init__(self):
-        if self.rule not in RULES:
-            raise ValueError(f"rule is {self.rule!r}; it can be one of {', '.join(RULES)}")
-        if self.language.cross is None:
+        if self.media_attention not in MEDIA_ATTENTION:
+            raise ValueError(f"rule is {self.media_attention!r}; it can be one of {', '.join(MEDIA_ATTENTION)}")
+        if self.language.cross_attention is None:
             raise ValueError("language.cross is None, so nothing would look at the pictures")
 
     @property
     def info(self) -> ModelInfo:
         return ModelInfo(
-            vocab_size=self.language.vocab,
-            embedding_rows=self.language.rows,
-            end_token=self.language.end_token,
+            vocab_size=self.language.vocab_size,
+            embedding_rows=self.language.padded_vocab_size,
+            end_token=self.language.eos_token_id,
             is_encoder_decoder=False,
-            image_token=self.image_token,
+            image_token=self.image_token_id,
             splices_images=True,
-            image_size=self.vision.image,
+            image_size=self.vision.image_size,
         )
 
     def init(self, key, batch: Batch) -> Params:
@@ -78,11 +85,11 @@ class Flamingo(VLM):
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
         """Mean cross entropy of the answer's tokens but the images', or the weighted sum of each data set's."""
-        learned_BM = batch.loss_mask_BM * (batch.target_BM != self.image_token)
+        learned_BM = batch.loss_mask_BM * (batch.target_BM != self.image_token_id)
         logits_BMV = self.logits(params, batch, key)
-        if self.part_weights and batch.part_B is not None:
-            weights = self.part_weights
-            return losses.parts_cross_entropy(logits_BMV, batch.target_BM, learned_BM, batch.part_B, weights)
+        if self.dataset_loss_weights and batch.dataset_B is not None:
+            weights = self.dataset_loss_weights
+            return losses.per_dataset_cross_entropy(logits_BMV, batch.target_BM, learned_BM, batch.dataset_B, weights)
         return losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
 
     def logits(self, params: Params, batch: Batch, key=None):
@@ -97,17 +104,21 @@ class Flamingo(VLM):
         """Read one more token per row."""
         return self._apply(params, FlamingoModule.extend, token_B, cache)
 
-    def torch_rows(self) -> tuple[Row, ...]:
+    def weight_map(self) -> tuple[WeightMapping, ...]:
         """Names of OpenFlamingo's code: its decoder's layers beside the gated ones, the tower as CLIP's own code."""
-        c, every = self.language, self.language.cross.every
+        c, every = self.language, self.language.cross_attention.every_n_layers
         layers = ("model.decoder.layers.", "model.layers.", "transformer.blocks.", "transformer.h.")
-        language = renamed(decoder_weights.torch_rows(c), *((name, "old_decoder_blocks.") for name in layers))
+        language = rename_torch_keys(decoder_weights.weight_map(c), *((name, "old_decoder_blocks.") for name in layers))
         place = f"{{{every}i+{every - 1}}}" if every > 1 else "{i}"
-        gated = under(f"lang_encoder.gated_cross_attn_layers.{place}.", "language/groups/cross/", cross_rows(c.cross))
+        gated = with_prefix(
+            f"lang_encoder.gated_cross_attn_layers.{place}.",
+            "language/groups/cross/",
+            gated_cross_attention_weight_map(c.cross_attention),
+        )
         return (
-            *under("vision_encoder.", "vision/", vit.tower_rows(self.vision, vit.openai_rows)),
-            *under("perceiver.", "resampler/", resampler_rows(self.resampler)),
-            *under("lang_encoder.", "language/", language),
+            *with_prefix("vision_encoder.", "vision/", vit.tower_weight_map(self.vision, vit.openai_clip_weight_map)),
+            *with_prefix("perceiver.", "resampler/", resampler_weight_map(self.resampler)),
+            *with_prefix("lang_encoder.", "language/", language),
             *gated,
         )
 
@@ -116,11 +127,11 @@ OPENFLAMINGO_9B = Flamingo()
 OPENFLAMINGO_3B = Flamingo(
     language=dataclasses.replace(
         MPT_1B,
-        vocab=50280,
-        frozen_words=50277,
-        pad_token=50279,
-        end_token=50277,
-        cross=CrossConfig(every=1, hidden=8192),
+        vocab_size=50280,
+        num_frozen_embeddings=50277,
+        pad_token_id=50279,
+        eos_token_id=50277,
+        cross_attention=GatedCrossAttentionConfig(every_n_layers=1, mlp_dim=8192),
     )
 )
 
@@ -147,9 +158,9 @@ class FlamingoModule(nn.Module):
         seen_BKFPD = seen.reshape(len(seen), -1, 1, *seen.shape[-2:])
         word_BKQD = self.resampler(seen_BKFPD)
         rows, pictures, words, _ = word_BKQD.shape
-        time_BL1 = jnp.cumsum((ids_BL == self.c.image_token) & mask_BL, axis=1)[..., None]
+        time_BL1 = jnp.cumsum((ids_BL == self.c.image_token_id) & mask_BL, axis=1)[..., None]
         time_S = jnp.arange(pictures * words) // words + 1
-        if self.c.rule == "immediate":
+        if self.c.media_attention == "immediate":
             seen_BLS = time_BL1 == time_S
             real_BL = seen_BLS.any(axis=-1)
         else:

@@ -12,54 +12,63 @@ import dataclasses
 
 import jax
 
+from lionjax.core.renamed import Renamed, renamed_fields
 from lionjax.core.types import Batch, ModelInfo
-from lionjax.core.weight_map import Row, under
+from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.models.heads import region
-from lionjax.models.heads.region import OBJECTIVES, PlaceConfig
+from lionjax.models.heads.region import OBJECTIVES, RegionHeadConfig
 from lionjax.models.language import decoder_weights
 from lionjax.models.language.decoder import VICUNA_7B, DecoderConfig
 from lionjax.models.vision import sam_decoder, vit
 from lionjax.models.vision.sam_encoder import SAM_VIT_H, SamConfig
 from lionjax.models.vision.vit import CLIP_VIT_L, ViT, ViTConfig
 from lionjax.models.vlm.region_lm import RegionLM, RegionModule
-from lionjax.nn.layers import MLP, Dense, dense_rows
+from lionjax.nn.layers import MLP, Dense, dense_weight_map
 
-LOSSES = ("intended", "original")
+LOSS_VARIANTS = ("paper", "released_code")
 
 
+@renamed_fields(
+    location_hidden="box_mlp_dim",
+    mask_tokens="num_mask_prompt_tokens",
+    image_token="image_token_id",
+    trigger_token="trigger_token_id",
+    location_token="box_token_id",
+    losses=Renamed("loss_variant", {"intended": "paper", "original": "released_code"}),
+)
 @dataclasses.dataclass(frozen=True)
 class NextChat(RegionLM):
     """A NExT-Chat by its parts' sizes; the defaults are those of the 7B release.
 
     `feature_layer` counts CLIP's hidden states as transformers does: -2 is the output of the last block but one.
     `objective` is "language" in stages 1 and 2 (words and boxes) and "masks" in stage 3; "all" learns both at once, as
-    LISA does (arXiv 2308.00692), from one reading. `losses`: "original" has the
+    LISA does (arXiv 2308.00692), from one reading. `loss_variant`: "released_code" has the
     constants that the released code has by mistake (see `losses.mask_losses`, `losses.giou_loss`). The paper's
     `giou_weight` is 0.8, the code's 0.2. `box_scale`: what 1 of a box is in the pixels that SAM's prompts are told in.
     """
 
     vision: ViTConfig = CLIP_VIT_L
-    language: DecoderConfig = dataclasses.replace(VICUNA_7B, vocab=32005)
+    language: DecoderConfig = dataclasses.replace(VICUNA_7B, vocab_size=32005)
     sam: SamConfig = SAM_VIT_H
     feature_layer: int = -2
     projector_depth: int = 2
-    location_hidden: int = 2048
-    mask_tokens: int = 4
+    box_mlp_dim: int = 2048
+    num_mask_prompt_tokens: int = 4
     box_scale: float = 1024.0
-    image_token: int = 32000
-    trigger_token: int = 32003
-    location_token: int = 32004
+    image_token_id: int = 32000
+    trigger_token_id: int = 32003
+    box_token_id: int = 32004
     max_boxes: int = 8  # kept of an answer
     l1_weight: float = 2.0
     giou_weight: float = 0.2
     cycle_weight: float = 1.0
     focal_weight: float = 20.0
     objective: str = "language"
-    losses: str = "intended"
+    loss_variant: str = "paper"
     dtype: str = "float32"  # of the computation
 
     def __post_init__(self):
-        known = {"objective": OBJECTIVES, "losses": LOSSES, "projector_depth": (1, 2)}
+        known = {"objective": OBJECTIVES, "loss_variant": LOSS_VARIANTS, "projector_depth": (1, 2)}
         for field, values in known.items():
             if getattr(self, field) not in values:
                 text = ", ".join(map(str, values))
@@ -70,29 +79,29 @@ class NextChat(RegionLM):
         return False
 
     @property
-    def region_head(self) -> PlaceConfig:
-        names = {field.name for field in dataclasses.fields(PlaceConfig)}
-        return PlaceConfig(**{name: getattr(self, name) for name in names})
+    def region_head(self) -> RegionHeadConfig:
+        names = {field.name for field in dataclasses.fields(RegionHeadConfig)}
+        return RegionHeadConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def info(self) -> ModelInfo:
         return ModelInfo(
-            vocab_size=self.language.vocab,
-            embedding_rows=self.language.rows,
-            end_token=self.language.end_token,
+            vocab_size=self.language.vocab_size,
+            embedding_rows=self.language.padded_vocab_size,
+            end_token=self.language.eos_token_id,
             is_encoder_decoder=False,
             splices_images=True,
-            image_token=self.image_token,
-            box_token=self.location_token,
-            image_size=self.vision.image,
+            image_token=self.image_token_id,
+            box_token=self.box_token_id,
+            image_size=self.vision.image_size,
         )
 
     def module(self) -> NextChatModule:
         return NextChatModule(self)
 
-    def torch_rows(self) -> tuple[Row, ...]:
+    def weight_map(self) -> tuple[WeightMapping, ...]:
         """Names of the NExT-Chat release."""
-        return torch_rows(self)
+        return weight_map(self)
 
 
 class NextChatModule(RegionModule):
@@ -104,7 +113,7 @@ class NextChatModule(RegionModule):
         if c.projector_depth == 1:
             self.projector = Dense(c.vision.width, width, ("embed", None))
         else:
-            self.projector = MLP(c.vision.width, width, "gelu", features=width)
+            self.projector = MLP(c.vision.width, width, "gelu", out_features=width)
         self.setup_language()
 
     def encode_image(self, batch: Batch):
@@ -118,29 +127,29 @@ class NextChatModule(RegionModule):
         """The prompt (B, L, D) with image tokens and boxes at their places, and its mask."""
         image_BPD = self.projector(self.encode_image(batch)["patches"])
         x_BLD = self.language.embed(batch.prompt_BL, image_BPD.dtype)
-        x_BLD = region.scatter_embeddings(x_BLD, batch.prompt_BL == self.c.image_token, image_BPD)
+        x_BLD = region.scatter_embeddings(x_BLD, batch.prompt_BL == self.c.image_token_id, image_BPD)
         return self.embed_boxes(x_BLD, batch.prompt_BL, batch), batch.prompt_mask_BL
 
     def split_keys(self, key):
         return None, key, None
 
 
-def torch_rows(c: NextChat) -> tuple[Row, ...]:
+def weight_map(c: NextChat) -> tuple[WeightMapping, ...]:
     """The release's state dict, with CLIP and SAM inside."""
     if c.projector_depth == 1:
-        projector = dense_rows("model.mm_projector", "projector")
+        projector = dense_weight_map("model.mm_projector", "projector")
     else:
         projector = (
-            *dense_rows("model.mm_projector.0", "projector/up"),
-            *dense_rows("model.mm_projector.2", "projector/down"),
+            *dense_weight_map("model.mm_projector.0", "projector/up"),
+            *dense_weight_map("model.mm_projector.2", "projector/down"),
         )
     # A tower that is no CLIP keeps its own names within.
-    vision = vit.clip_rows(c.vision) if c.vision.norm_before else vit.eva_rows(c.vision)
+    vision = vit.clip_weight_map(c.vision) if c.vision.pre_layernorm else vit.eva_weight_map(c.vision)
     return (
-        *under("model.vision_tower.vision_model.", "vision/", vision),
+        *with_prefix("model.vision_tower.vision_model.", "vision/", vision),
         *projector,
-        *under("", "language/", decoder_weights.llama_rows(c.language)),
-        *under("", "locations/", region.location_rows()),
-        *under("", "mask_prompts/", region.mask_prompt_rows()),
-        *under("sam.model.", "sam/", sam_decoder.torch_rows(c.sam)),
+        *with_prefix("", "language/", decoder_weights.llama_weight_map(c.language)),
+        *with_prefix("", "locations/", region.box_coder_weight_map()),
+        *with_prefix("", "mask_prompts/", region.mask_prompt_weight_map()),
+        *with_prefix("sam.model.", "sam/", sam_decoder.original_weight_map(c.sam)),
     )

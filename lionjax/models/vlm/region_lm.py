@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from lionjax.core.types import VLM, Batch, Cache, Metrics, Params
 from lionjax.models.heads import region
-from lionjax.models.heads.region import Locations, MaskPrompts, PlaceConfig
+from lionjax.models.heads.region import BoxEncoderDecoder, MaskPromptProjector, RegionHeadConfig
 from lionjax.models.language.backend import language_model
-from lionjax.models.language.decoder import DecoderConfig, last
+from lionjax.models.language.decoder import DecoderConfig, last_token
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import sam_decoder
 from lionjax.models.vision.sam_decoder import Sam
@@ -36,7 +36,7 @@ class RegionLM(VLM):
     sam: SamConfig | None
     objective: str
     dtype: str
-    region_head: PlaceConfig | None
+    region_head: RegionHeadConfig | None
     box_scale: float
     is_encoder_decoder: bool
 
@@ -93,9 +93,9 @@ class RegionModule(nn.Module):
         width = c.language.width
         self.language = language_model(c.language)
         if c.region_head is not None:
-            self.locations = Locations(width, c.region_head.location_hidden)
+            self.locations = BoxEncoderDecoder(width, c.region_head.box_mlp_dim)
         if c.sam is not None:
-            self.mask_prompts = MaskPrompts(width, c.region_head.mask_tokens, c.sam.channels)
+            self.mask_prompts = MaskPromptProjector(width, c.region_head.num_mask_prompt_tokens, c.sam.prompt_embed_dim)
             self.sam = Sam(c.sam)
 
     # What a model supplies
@@ -124,13 +124,13 @@ class RegionModule(nn.Module):
         if head is None or batch.boxes_BK4 is None:
             return x_BLD
         box_BKD = self.locations.encode(batch.boxes_BK4)
-        return region.scatter_embeddings(x_BLD, ids_BL == head.location_token, box_BKD, first_B)
+        return region.scatter_embeddings(x_BLD, ids_BL == head.box_token_id, box_BKD, first_B)
 
     def embed_target(self, batch: Batch, dtype):
         """The answer's embeddings (B, M, D); its boxes follow those of the prompt."""
         first_B = 0
         if self.c.region_head is not None:
-            first_B = (batch.prompt_BL == self.c.region_head.location_token).sum(axis=1)
+            first_B = (batch.prompt_BL == self.c.region_head.box_token_id).sum(axis=1)
         return self.embed_text(batch.target_BM, batch, dtype, first_B)
 
     def encode_sam_image(self, batch: Batch):
@@ -180,7 +180,7 @@ class RegionModule(nn.Module):
         state_BKD = queries[0]
         box_BK4, valid_BK = self.locations.decode(state_BKD), region.has_mask(batch, queries)
         logits_BKHW, iou_BK = self.predict_masks(batch, box_BK4, state_BKD, valid_BK)
-        enlarge = functools.partial(sam_decoder.enlarge, pixels=side)
+        enlarge = functools.partial(sam_decoder.resize_mask_logits, size=side)
         return region.mask_loss(head, batch, queries, logits_BKHW, iou_BK, enlarge)
 
     # Prediction
@@ -200,7 +200,7 @@ class RegionModule(nn.Module):
     def predict_masks(self, batch: Batch, box_BK4, state_BKD, valid_BK=None):
         """SAM's decoder prompted with mask tokens from the states and the corners of the boxes; its first mask."""
         prompt_BKTC = self.mask_prompts(state_BKD.astype(jnp.float32))
-        return self.sam.point(self.encode_sam_image(batch), box_BK4 * self.c.box_scale, prompt_BKTC, valid_BK)
+        return self.sam.decode_boxes(self.encode_sam_image(batch), box_BK4 * self.c.box_scale, prompt_BKTC, valid_BK)
 
     # Generation
 
@@ -210,18 +210,18 @@ class RegionModule(nn.Module):
         state_BD, cache = self.language.prefill(x_BLD, mask_BL, cache_length, batch.task_B)
         if c.region_head is None:
             return self.language.logits(state_BD), cache
-        last_B = last(batch.prompt_BL[..., None], batch.prompt_mask_BL)[:, 0]
-        is_query_B = (last_B == c.region_head.trigger_token) & (not c.is_encoder_decoder)
+        last_B = last_token(batch.prompt_BL[..., None], batch.prompt_mask_BL)[:, 0]
+        is_query_B = (last_B == c.region_head.trigger_token_id) & (not c.is_encoder_decoder)
         regions = region.init_region_state(c.region_head, *state_BD.shape, state_BD.dtype)
         return self._region_logits(state_BD, is_query_B, regions, cache)
 
     def extend(self, token_B, cache: Cache):
-        head, written = self.c.region_head, cache.written
+        head, written = self.c.region_head, cache.generated
         x_BD = self.language.embed_next(token_B, cache)
         if head is None:
             state_BD, cache = self.language.extend(x_BD, cache)
             return self.language.logits(state_BD), cache
-        is_query_B = (token_B == head.trigger_token) & ~written["triggered"][0]
+        is_query_B = (token_B == head.trigger_token_id) & ~written["triggered"][0]
         state_BD, cache = self.language.extend(region.next_embedding(self.locations, x_BD, written), cache)
         return self._region_logits(state_BD, is_query_B, written["kept"], cache)
 
@@ -229,7 +229,7 @@ class RegionModule(nn.Module):
         logits_BV = self.language.logits(state_BD)
         head = self.c.region_head
         logits_BV, new = region.constrain_logits(head, self.locations, state_BD, logits_BV, is_query_B, regions)
-        return logits_BV, Cache(cache.written | new, cache.fixed, cache.step, cache.read)
+        return logits_BV, Cache(cache.generated | new, cache.static, cache.step, cache.prompt)
 
     def init_all(self, batch: Batch):
         """Runs every part once, to make its parameters."""
@@ -238,9 +238,9 @@ class RegionModule(nn.Module):
         if c.region_head is not None:
             outputs.append(self.locations.decode(self.locations.encode(box_B14)))
         if c.sam is not None:
-            image = jnp.zeros((1, c.sam.image, c.sam.image, 3))
-            dense = self.sam.prompts.mask(jnp.zeros((1, 4 * c.sam.grid, 4 * c.sam.grid)))
+            image = jnp.zeros((1, c.sam.image_size, c.sam.image_size, 3))
+            dense = self.sam.prompts.embed_mask(jnp.zeros((1, 4 * c.sam.grid_size, 4 * c.sam.grid_size)))
             state_B1D = jnp.zeros((1, 1, c.language.width))
-            sparse = jnp.concatenate([self.mask_prompts(state_B1D), self.sam.prompts.boxes(box_B14)], axis=2)
+            sparse = jnp.concatenate([self.mask_prompts(state_B1D), self.sam.prompts.embed_boxes(box_B14)], axis=2)
             outputs.append(self.sam.decode(self.sam.encode(image), sparse, dense))
         return outputs

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture words before text words: LLaVA, BLIP-2, InstructBLIP, MiniGPT-4, mPLUG-Owl, Shikra, Kosmos-2 and Frozen.
+"""Image tokens prepended to or spliced into the text: LLaVA, BLIP-2, InstructBLIP, MiniGPT-4, mPLUG-Owl, Kosmos-2.
 
-They are settings of one model. A tower sees the picture, a bridge turns what it saw into words of the language model's
-width (each patch a word, or a few learned queries, which may read the instruction), and a language model reads on from
-there. Which tower, bridge and language model is all that the systems differ in.
+Shikra and Frozen belong here too. All are configs of one model: a vision tower, a connector (a linear or MLP projector
+for each patch, or a Q-Former or resampler with learned queries), and a language model that reads image and text
+embeddings as one sequence. The papers differ only in which tower, connector and language model they use.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lionjax.core.sharding import sharded
+from lionjax.core.renamed import renamed_fields
+from lionjax.core.sharding import with_logical_partitioning
 from lionjax.core.types import VLM, Batch, Cache, Metrics, ModelInfo, Params
-from lionjax.core.weight_map import Row
-from lionjax.models.connectors import perceiver as latents
-from lionjax.models.connectors.perceiver import AbstractorConfig, ProjectionConfig
+from lionjax.core.weight_map import WeightMapping
+from lionjax.models.connectors import perceiver
+from lionjax.models.connectors.perceiver import AbstractorConfig, ImageToTextProjectionConfig
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
 from lionjax.models.language import decoder
 from lionjax.models.language.backend import is_encoder_decoder, language_model
@@ -30,7 +31,7 @@ from lionjax.models.vlm import visual_prefix_weights
 from lionjax.nn import losses
 from lionjax.nn.layers import MLP, Dense, LayerNorm, normal, split_key
 
-NAMES = ("hugging_face", "original")
+TORCH_NAMES = ("hugging_face", "original")
 VICUNA_TEMPLATE = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
@@ -38,68 +39,86 @@ VICUNA_TEMPLATE = (
 VICUNA_TURN = "USER: {question} ASSISTANT:"
 
 
+@renamed_fields(
+    class_token="keep_class_token",
+    vision_eps="vision_norm_eps",
+    image_token="image_token_id",
+    in_front="prepend_image",
+    names="torch_names",
+    latents="resampler",
+    unit="normalize_features",
+    words="num_prefix_tokens",
+    closing="add_image_end_token",
+    pool="pool_stride",
+)
 @dataclasses.dataclass(frozen=True)
-class Prefix(VLM):
-    """A system by its parts' sizes; the defaults are those of LLaVA-1.5 7B as Hugging Face holds it.
+class VisualPrefixLM(VLM):
+    """Config of the model; the defaults are those of LLaVA-1.5 7B (arXiv 2310.03744) as Hugging Face publishes it.
 
-    `feature_layer` counts the tower's hidden states as transformers does: -1 is the last block's output, before any
-    norm. `class_token`: whether its word is kept. `vision_eps`: of a norm behind the tower; None: there is none.
-    `pool`: squares of so many patches a side become one, their mean, which no original does.
-    `qformer` and `latents` None: each patch becomes a word. `projector_depth`: linears into the language model, with a
-    GELU between. `unit`: what the tower saw is made of length 1. `words`: so many are made of the mean of all patches
-    (Frozen). `closing`: a learned word stands behind each picture's (mPLUG-Owl).
-    `image_token` stands in a prompt where a picture's words come; a prompt without it has its pictures in front of it,
-    or none at all where `in_front` is false. A row may have several pictures, (B, K, H, W, C). `names`: which code's
-    names the weights have in torch.
+    - `feature_layer`: index of the tower's hidden state, as in transformers: -1 is the output of the last block,
+      before any norm.
+    - `keep_class_token`: keep the class token beside the patches.
+    - `vision_norm_eps`: epsilon of a LayerNorm after the tower; None: no such norm.
+    - `pool_stride`: mean-pool squares of this many patches a side; no published model does.
+    - `qformer`, `resampler`: at most one of them; both None: one image token for each patch.
+    - `projector_depth`: number of linear layers into the language model, with a GELU between two.
+    - `normalize_features`: L2-normalize the tower's output (Kosmos-2).
+    - `num_prefix_tokens`: this many image tokens from the mean of all patches (Frozen, arXiv 2106.13884); 0: off.
+    - `add_image_end_token`: a learned embedding after the tokens of each image (mPLUG-Owl).
+    - `image_token_id`: id in the prompt that the tokens of one image replace. A prompt without it has its images
+      prepended if `prepend_image`, else it has no image. A row may have several images (B, K, H, W, C).
+    - `torch_names`: names of the weights in torch, those of Hugging Face or of the original code.
     """
 
     vision: ViTConfig = CLIP_VIT_L
-    language: DecoderConfig | T5Config = dataclasses.replace(VICUNA_7B, vocab=32064)
+    language: DecoderConfig | T5Config = dataclasses.replace(VICUNA_7B, vocab_size=32064)
     qformer: QFormerConfig | None = None
     feature_layer: int = -2
-    class_token: bool = False
-    vision_eps: float | None = None
+    keep_class_token: bool = False
+    vision_norm_eps: float | None = None
     projector_depth: int = 2
-    image_token: int | None = 32000
-    in_front: bool = True
-    names: str = "hugging_face"
+    image_token_id: int | None = 32000
+    prepend_image: bool = True
+    torch_names: str = "hugging_face"
     dtype: str = "float32"  # of the computation
-    latents: AbstractorConfig | ProjectionConfig | None = None
-    unit: bool = False
-    words: int = 0
-    closing: bool = False
-    pool: int = 1
+    resampler: AbstractorConfig | ImageToTextProjectionConfig | None = None
+    normalize_features: bool = False
+    num_prefix_tokens: int = 0
+    add_image_end_token: bool = False
+    pool_stride: int = 1
 
     def __post_init__(self):
-        for field, values in {"names": NAMES, "projector_depth": (0, 1, 2)}.items():
+        for field, values in {"torch_names": TORCH_NAMES, "projector_depth": (0, 1, 2)}.items():
             if getattr(self, field) not in values:
                 text = ", ".join(map(str, values))
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {text}")
-        if self.qformer is not None and self.latents is not None:
-            raise ValueError("qformer and latents are both given; a picture has one bridge")
+        if self.qformer is not None and self.resampler is not None:
+            raise ValueError("both qformer and resampler are set; set at most one of them")
         if not -self.vision.depth <= self.feature_layer <= -1:
             raise ValueError(
-                f"feature_layer is {self.feature_layer}; a tower of {self.vision.depth} blocks has -1 to "
-                f"-{self.vision.depth}"
+                f"feature_layer is {self.feature_layer}; it must be in -{self.vision.depth}..-1 for a tower of "
+                f"{self.vision.depth} blocks"
             )
-        if self.pool < 1 or self.class_token * (self.pool > 1) or self.side % self.pool:
+        if self.pool_stride < 1 or self.keep_class_token * (self.pool_stride > 1) or self.side % self.pool_stride:
             raise ValueError(
-                f"pool is {self.pool}; it divides the {self.side} patches a side, and the class token is none of them"
+                f"pool_stride is {self.pool_stride}; it must divide the {self.side} patches a side, and a stride "
+                "above 1 needs keep_class_token=False"
             )
-        if self.image_token is None and not self.in_front:
-            raise ValueError("image_token is None, so the picture can only stand in front")
-        named = ((False, 2), (True, 1)) if self.latents is None else ((False, 0),)
-        named = named if self.pool == 1 else ()
-        if self.names == "hugging_face" and (self.qformer is not None, self.projector_depth) not in named:
+        if self.image_token_id is None and not self.prepend_image:
+            raise ValueError("image_token_id is None and prepend_image is False; set one of them")
+        projectors = ((False, 2), (True, 1)) if self.resampler is None else ((False, 0),)
+        projectors = projectors if self.pool_stride == 1 else ()
+        if self.torch_names == "hugging_face" and (self.qformer is not None, self.projector_depth) not in projectors:
             raise ValueError(
-                "Hugging Face has no name for this projector (two linears behind patches, one behind a Q-Former, none "
-                "behind Kosmos-2's), nor for pooled patches; set names to 'original'"
+                f"projector_depth is {self.projector_depth} and pool_stride {self.pool_stride}; Hugging Face's classes "
+                "have 2 linears after patches, 1 after a Q-Former, 0 after Kosmos-2's resampler and no pooling; set "
+                "torch_names to 'original'"
             )
 
     @property
     def side(self) -> int:
-        """Patches that the tower has a side."""
-        return self.vision.image // self.vision.patch
+        """Number of patches along one side of the image."""
+        return self.vision.image_size // self.vision.patch_size
 
     @property
     def encodes(self) -> bool:
@@ -109,19 +128,19 @@ class Prefix(VLM):
     @property
     def info(self) -> ModelInfo:
         return ModelInfo(
-            vocab_size=self.language.vocab,
-            embedding_rows=self.language.rows,
-            end_token=self.language.end_token,
+            vocab_size=self.language.vocab_size,
+            embedding_rows=self.language.padded_vocab_size,
+            end_token=self.language.eos_token_id,
             is_encoder_decoder=self.encodes,
             splices_images=True,
-            image_token=self.image_token,
-            image_size=self.vision.image,
-            reads_question=self.qformer is not None and self.qformer.text,
+            image_token=self.image_token_id,
+            image_size=self.vision.image_size,
+            reads_question=self.qformer is not None and self.qformer.use_text_input,
             default_processor=self._default_processor(),
         )
 
     def _default_processor(self) -> dict:
-        """Vicuna's template around LLaVA's questions; a bare question for BLIP-2 and its kin."""
+        """Fields of ProcessorConfig: Vicuna's chat template, or with a Q-Former (BLIP-2) the question alone."""
         if self.qformer is not None:
             return {"tags": False}
         return {
@@ -134,178 +153,190 @@ class Prefix(VLM):
         }
 
     def init(self, key, batch: Batch) -> Params:
-        """Random parameters of every part."""
-        return PrefixModule(self).init(key, batch, None)["params"]
+        """Random parameters of all submodules."""
+        return VisualPrefixLMModule(self).init(key, batch, None)["params"]
 
     def _apply(self, params: Params, method: Callable, *args):
-        return PrefixModule(self).apply({"params": params}, *args, method=method)
+        return VisualPrefixLMModule(self).apply({"params": params}, *args, method=method)
 
     def extract_features(self, params: Params, batch: Batch):
-        """The frozen tower's patches (B, P, D), or (B, K, P, D) where rows have several images."""
-        return self._apply(params, PrefixModule.encode_image, batch)
+        """Patches (B, P, D) from the frozen tower, or (B, K, P, D) for rows with several images."""
+        return self._apply(params, VisualPrefixLMModule.encode_image, batch)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
-        """Mean cross entropy of the answer's tokens."""
+        """Mean cross entropy of the answer tokens, and metrics."""
         logits_BMV = self.logits(params, batch, key)
         return losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
 
     def logits(self, params: Params, batch: Batch, key=None):
-        """(B, M, V) in float32, row m predicting target m."""
-        return self._apply(params, PrefixModule.__call__, batch, key)
+        """Logits (B, M, V) in float32; position m predicts target token m."""
+        return self._apply(params, VisualPrefixLMModule.__call__, batch, key)
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
-        """Read image and prompt."""
-        return self._apply(params, PrefixModule.prefill, batch, cache_length)
+        """Logits (B, V) of the first answer token, and a cache of image and prompt with `cache_length` free slots."""
+        return self._apply(params, VisualPrefixLMModule.prefill, batch, cache_length)
 
     def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Read one more token per row."""
-        return self._apply(params, PrefixModule.extend, token_B, cache)
+        """Logits (B, V) of the token after `token_B`, and the cache with that token."""
+        return self._apply(params, VisualPrefixLMModule.extend, token_B, cache)
 
-    def torch_rows(self) -> tuple[Row, ...]:
-        """Names of Hugging Face's class, or of the code that the weights were first published with."""
-        if self.names == "hugging_face":
-            return visual_prefix_weights.hugging_face_rows(self)
-        return visual_prefix_weights.original_rows(self)
+    def weight_map(self) -> tuple[WeightMapping, ...]:
+        """Names of Hugging Face's class or of the original code, as `torch_names` selects."""
+        if self.torch_names == "hugging_face":
+            return visual_prefix_weights.hf_weight_map(self)
+        return visual_prefix_weights.original_weight_map(self)
 
 
-LLAVA_15_7B = Prefix()
-LLAVA_15_13B = Prefix(language=dataclasses.replace(VICUNA_13B, vocab=32064))
-LLAVA_7B = Prefix(  # the first one: half the pixels, one linear, and a picture of no token of its own
-    vision=dataclasses.replace(CLIP_VIT_L, image=224),
-    language=VICUNA_7B,
-    projector_depth=1,
-    image_token=-200,
-    names="original",
+LLAVA_15_7B = VisualPrefixLM()
+LLAVA_15_13B = VisualPrefixLM(language=dataclasses.replace(VICUNA_13B, vocab_size=32064))
+LLAVA_7B = (
+    VisualPrefixLM(  # LLaVA v1 (arXiv 2304.08485): 224 pixels, a linear projector, no image token in the vocabulary
+        vision=dataclasses.replace(CLIP_VIT_L, image_size=224),
+        language=VICUNA_7B,
+        projector_depth=1,
+        image_token_id=-200,
+        torch_names="original",
+    )
 )
-BLIP2_OPT_2_7B = Prefix(
+BLIP2_OPT_2_7B = VisualPrefixLM(
     vision=EVA_VIT_G,
-    language=dataclasses.replace(decoder.OPT_2_7B, vocab=50304, end_token=50118),
-    qformer=QFormerConfig(text=False),
+    language=dataclasses.replace(decoder.OPT_2_7B, vocab_size=50304, eos_token_id=50118),
+    qformer=QFormerConfig(use_text_input=False),
     feature_layer=-1,
-    class_token=True,
-    vision_eps=1e-6,
+    keep_class_token=True,
+    vision_norm_eps=1e-6,
     projector_depth=1,
-    image_token=50265,
+    image_token_id=50265,
 )
 BLIP2_FLAN_T5_XL = dataclasses.replace(
-    BLIP2_OPT_2_7B, language=dataclasses.replace(FLAN_T5_XL, activation="gelu"), image_token=32100
+    BLIP2_OPT_2_7B, language=dataclasses.replace(FLAN_T5_XL, activation="gelu"), image_token_id=32100
 )
 INSTRUCTBLIP_FLAN_T5_XL = dataclasses.replace(BLIP2_FLAN_T5_XL, qformer=QFormerConfig())
 INSTRUCTBLIP_VICUNA_7B = dataclasses.replace(
     INSTRUCTBLIP_FLAN_T5_XL,
-    language=dataclasses.replace(VICUNA_7B, vocab=32001, pad_token=32000, start_token=2, vocab_multiple=128),
-    image_token=None,
+    language=dataclasses.replace(
+        VICUNA_7B, vocab_size=32001, pad_token_id=32000, bos_token_id=2, pad_vocab_to_multiple_of=128
+    ),
+    image_token_id=None,
 )
-# Only its projector is ever trained.
+# Only the projector is trained (arXiv 2304.10592).
 MINIGPT4_7B = dataclasses.replace(
-    BLIP2_OPT_2_7B, language=VICUNA_7B, vision_eps=1e-5, image_token=VICUNA_7B.vocab, names="original"
+    BLIP2_OPT_2_7B,
+    language=VICUNA_7B,
+    vision_norm_eps=1e-5,
+    image_token_id=VICUNA_7B.vocab_size,
+    torch_names="original",
 )
-# Boxes are digits of its answers; three tokens stand around and for the picture.
-SHIKRA_7B = dataclasses.replace(LLAVA_7B, language=dataclasses.replace(VICUNA_7B, vocab=32003), image_token=32000)
+# Boxes are written as digits (arXiv 2306.15195); the three added tokens are image start, image patch and image end.
+SHIKRA_7B = dataclasses.replace(
+    LLAVA_7B, language=dataclasses.replace(VICUNA_7B, vocab_size=32003), image_token_id=32000
+)
 
 
-MPLUG_OWL_7B = Prefix(
-    vision=dataclasses.replace(CLIP_VIT_L, image=224, eps=1e-6, norm_after=False),
-    language=dataclasses.replace(VICUNA_7B, eps=1e-6),
-    latents=AbstractorConfig(),
+MPLUG_OWL_7B = VisualPrefixLM(
+    vision=dataclasses.replace(CLIP_VIT_L, image_size=224, norm_eps=1e-6, post_layernorm=False),
+    language=dataclasses.replace(VICUNA_7B, norm_eps=1e-6),
+    resampler=AbstractorConfig(),
     feature_layer=-1,
-    class_token=True,
-    vision_eps=1e-6,
+    keep_class_token=True,
+    vision_norm_eps=1e-6,
     projector_depth=1,
-    closing=True,
-    image_token=-1,
-    names="original",
+    add_image_end_token=True,
+    image_token_id=-1,
+    torch_names="original",
 )
-KOSMOS2 = Prefix(
-    vision=dataclasses.replace(CLIP_VIT_L, image=224, norm_after=False),
+KOSMOS2 = VisualPrefixLM(
+    vision=dataclasses.replace(CLIP_VIT_L, image_size=224, post_layernorm=False),
     language=decoder.KOSMOS2_TEXT,
-    latents=ProjectionConfig(),
+    resampler=ImageToTextProjectionConfig(),
     feature_layer=-1,
-    class_token=True,
-    vision_eps=1e-5,
+    keep_class_token=True,
+    vision_norm_eps=1e-5,
     projector_depth=0,
-    unit=True,
-    image_token=-1,
+    normalize_features=True,
+    image_token_id=-1,
 )
 
 
-class PrefixModule(nn.Module):
-    c: Prefix
+class VisualPrefixLMModule(nn.Module):
+    c: VisualPrefixLM
 
     def setup(self):
         c, width = self.c, self.c.language.width
         self.vision = ViT(c.vision, (c.vision.depth + c.feature_layer,))
-        seen = c.vision.width
-        if c.vision_eps is not None:
-            self.vision_norm = LayerNorm(seen, c.vision_eps)
+        image_width = c.vision.width
+        if c.vision_norm_eps is not None:
+            self.vision_norm = LayerNorm(image_width, c.vision_norm_eps)
         if c.qformer is not None:
             self.qformer = QFormer(c.qformer)
-            seen = c.qformer.width
-        if c.latents is not None:
-            self.latents = latents.of_config(c.latents)
-            seen = c.latents.width
+            image_width = c.qformer.width
+        if c.resampler is not None:
+            self.latents = perceiver.build_connector(c.resampler)
+            image_width = c.resampler.width
         if c.projector_depth == 1:
-            self.projector = Dense(seen, width * max(1, c.words), ("embed", None))
+            self.projector = Dense(image_width, width * max(1, c.num_prefix_tokens), ("embed", None))
         elif c.projector_depth == 2:
-            self.projector = MLP(seen, width, "gelu", features=width)
-        if c.closing:
-            self.last_word = self.param("last_word", sharded(normal(0.02), ("embed",)), (width,))
+            self.projector = MLP(image_width, width, "gelu", out_features=width)
+        if c.add_image_end_token:
+            self.last_word = self.param("last_word", with_logical_partitioning(normal(0.02), ("embed",)), (width,))
         self.language = language_model(c.language)
 
     def encode_image(self, batch: Batch):
-        """What the tower makes of the pictures: (B, P, D), or (B, K, P, D) where rows have several."""
+        """The tower's patches (B, P, D), or (B, K, P, D) for rows with several images; `batch.features` if present."""
         c, image = self.c, batch.image_BHWC
         if batch.features is not None:
             return batch.features.astype(c.dtype)
-        _, seen_TBPD, _ = self.vision(image.reshape(-1, *image.shape[-3:]).astype(c.dtype))
-        seen_BPD = seen_TBPD[0] if c.class_token else seen_TBPD[0, :, 1:]
-        if c.pool > 1:
-            grid = seen_BPD.reshape(len(seen_BPD), c.side // c.pool, c.pool, -1, c.pool, seen_BPD.shape[-1])
-            seen_BPD = grid.mean(axis=(2, 4)).reshape(len(seen_BPD), -1, seen_BPD.shape[-1])
-        return seen_BPD.reshape(*image.shape[:-3], *seen_BPD.shape[1:])
+        _, image_TBPD, _ = self.vision(image.reshape(-1, *image.shape[-3:]).astype(c.dtype))
+        image_BPD = image_TBPD[0] if c.keep_class_token else image_TBPD[0, :, 1:]
+        if c.pool_stride > 1:
+            grid = image_BPD.reshape(
+                len(image_BPD), c.side // c.pool_stride, c.pool_stride, -1, c.pool_stride, image_BPD.shape[-1]
+            )
+            image_BPD = grid.mean(axis=(2, 4)).reshape(len(image_BPD), -1, image_BPD.shape[-1])
+        return image_BPD.reshape(*image.shape[:-3], *image_BPD.shape[1:])
 
     def embed_image(self, batch: Batch, key):
-        """Image tokens (B, K, P, D) of the language model's width."""
-        c, seen = self.c, self.encode_image(batch)
-        rows, many = seen.shape[0], seen.shape[1] if seen.ndim == 4 else 1
-        x_BPD = seen.reshape(-1, *seen.shape[-2:])
-        if c.vision_eps is not None:
+        """Image tokens (B, K, P, D) of the language model's width; K images a row."""
+        c, features = self.c, self.encode_image(batch)
+        rows, num_images = features.shape[0], features.shape[1] if features.ndim == 4 else 1
+        x_BPD = features.reshape(-1, *features.shape[-2:])
+        if c.vision_norm_eps is not None:
             x_BPD = self.vision_norm(x_BPD)
         if c.qformer is not None:
-            asked = (batch.question_BL, batch.question_mask_BL) if c.qformer.text else (None, None)
-            asked = (x if x is None or many == 1 else jnp.repeat(x, many, axis=0) for x in asked)
-            x_BPD = self.qformer(x_BPD, *asked, key)[:, : c.qformer.queries]
-        if c.unit:
-            length_BP1 = jnp.linalg.norm(x_BPD.astype(jnp.float32), axis=-1, keepdims=True)
-            x_BPD = x_BPD / jnp.maximum(length_BP1, 1e-12).astype(x_BPD.dtype)
-        if c.latents is not None:
+            question = (batch.question_BL, batch.question_mask_BL) if c.qformer.use_text_input else (None, None)
+            question = (x if x is None or num_images == 1 else jnp.repeat(x, num_images, axis=0) for x in question)
+            x_BPD = self.qformer(x_BPD, *question, key)[:, : c.qformer.num_query_tokens]
+        if c.normalize_features:
+            norm_BP1 = jnp.linalg.norm(x_BPD.astype(jnp.float32), axis=-1, keepdims=True)
+            x_BPD = x_BPD / jnp.maximum(norm_BP1, 1e-12).astype(x_BPD.dtype)
+        if c.resampler is not None:
             x_BPD = self.latents(x_BPD, key)
-        if c.words:
+        if c.num_prefix_tokens:
             x_BPD = x_BPD.mean(axis=1, keepdims=True)
         if c.projector_depth:
             x_BPD = self.projector(x_BPD)
-        x_BPD = x_BPD.reshape(rows, many, -1, c.language.width)
-        if c.closing:
-            end = jnp.broadcast_to(self.last_word.astype(x_BPD.dtype), (rows, many, 1, c.language.width))
+        x_BPD = x_BPD.reshape(rows, num_images, -1, c.language.width)
+        if c.add_image_end_token:
+            end = jnp.broadcast_to(self.last_word.astype(x_BPD.dtype), (rows, num_images, 1, c.language.width))
             x_BPD = jnp.concatenate([x_BPD, end], axis=2)
         return x_BPD
 
     def embed_inputs(self, batch: Batch, key):
-        """Image and text embeddings in the prompt's order (B, L', D), and which of them are real (B, L')."""
+        """Image and text embeddings in the order of the prompt (B, L', D), and their mask (B, L')."""
         c, ids_BL, mask_BL = self.c, batch.prompt_BL, batch.prompt_mask_BL.astype(bool)
-        picture_BKPD = self.embed_image(batch, key)
-        here_BL = mask_BL & (False if c.image_token is None else ids_BL == c.image_token)
-        # The token need not be a word of the table.
-        text_BLD = self.language.embed(jnp.where(here_BL, 0, ids_BL), picture_BKPD.dtype)
-        if c.image_token is not None:
-            return splice(text_BLD, mask_BL, here_BL, picture_BKPD, c.in_front)
-        picture_BPD = picture_BKPD.reshape(len(ids_BL), -1, text_BLD.shape[-1])
-        x_BLD = jnp.concatenate([picture_BPD, text_BLD], axis=1)
-        seen_BP = jnp.ones(picture_BPD.shape[:2], bool)
-        return x_BLD, jnp.concatenate([seen_BP, mask_BL], axis=1)
+        image_BKPD = self.embed_image(batch, key)
+        is_image_token_BL = mask_BL & (False if c.image_token_id is None else ids_BL == c.image_token_id)
+        # The image token may lie outside the vocabulary, so look up id 0 in its place.
+        text_BLD = self.language.embed(jnp.where(is_image_token_BL, 0, ids_BL), image_BKPD.dtype)
+        if c.image_token_id is not None:
+            return splice(text_BLD, mask_BL, is_image_token_BL, image_BKPD, c.prepend_image)
+        image_BPD = image_BKPD.reshape(len(ids_BL), -1, text_BLD.shape[-1])
+        x_BLD = jnp.concatenate([image_BPD, text_BLD], axis=1)
+        image_mask_BP = jnp.ones(image_BPD.shape[:2], bool)
+        return x_BLD, jnp.concatenate([image_mask_BP, mask_BL], axis=1)
 
     def __call__(self, batch: Batch, key):
-        """Logits (B, M, V) in float32, row m predicting target m."""
+        """Logits (B, M, V) in float32; position m predicts target token m."""
         keys = split_key(key, 3)
         x_BLD, mask_BL = self.embed_inputs(batch, keys[0])
         target_BMD = self.language.embed(batch.target_BM, x_BLD.dtype)
@@ -323,33 +354,33 @@ class PrefixModule(nn.Module):
 
 
 def splice(text_BLD, mask_BL, here_BL, picture_BKPD, in_front: bool):
-    """Each row's k-th picture where its k-th marked token stands: (B, L + K P, D) and what is real, padding behind.
+    """Text with the k-th image of each row in place of its k-th image token.
 
-    A row without a marked token has its pictures before all else where `in_front` says so, else nowhere. A mark that
-    no picture is left for disappears.
+    Returns embeddings (B, L + K P, D), right-padded, and their mask. `here_BL` marks the image tokens. A row without
+    one has its images prepended if `in_front`, else it has none. Image tokens in excess of the images are dropped.
     """
-    rows, pictures, patches, width = picture_BKPD.shape
-    before_B1 = ~here_BL.any(axis=1, keepdims=True) & in_front
-    here_BL = jnp.concatenate([before_B1, here_BL], axis=1)
-    real_BL = jnp.concatenate([before_B1, mask_BL], axis=1)
+    rows, num_images, patches, width = picture_BKPD.shape
+    prepend_B1 = ~here_BL.any(axis=1, keepdims=True) & in_front
+    here_BL = jnp.concatenate([prepend_B1, here_BL], axis=1)
+    valid_BL = jnp.concatenate([prepend_B1, mask_BL], axis=1)
     text_BLD = jnp.pad(text_BLD, ((0, 0), (1, 0), (0, 0)))
-    which_BL = jnp.cumsum(here_BL, axis=1) - 1
-    shown_BL = jnp.where(here_BL, patches * (which_BL < pictures), 1)
-    shown_BL = shown_BL.at[:, 0].set(pictures * patches) * real_BL  # words that each token becomes
-    end_BL = jnp.cumsum(shown_BL, axis=1)
-    place_S = jnp.arange(mask_BL.shape[1] + pictures * patches)
-    token_BS = jax.vmap(lambda end_L: jnp.searchsorted(end_L, place_S, side="right"))(end_BL)
+    image_index_BL = jnp.cumsum(here_BL, axis=1) - 1
+    span_BL = jnp.where(here_BL, patches * (image_index_BL < num_images), 1)
+    span_BL = span_BL.at[:, 0].set(num_images * patches) * valid_BL  # output positions that each input token takes
+    end_BL = jnp.cumsum(span_BL, axis=1)
+    position_S = jnp.arange(mask_BL.shape[1] + num_images * patches)
+    token_BS = jax.vmap(lambda end_L: jnp.searchsorted(end_L, position_S, side="right"))(end_BL)
     token_BS = jnp.minimum(token_BS, end_BL.shape[1] - 1)
 
     def of_token(x_BL):
         return jnp.take_along_axis(x_BL, token_BS, axis=1)
 
-    patch_BS = of_token(which_BL) * patches + place_S - of_token(end_BL - shown_BL)
-    patch_BS = jnp.clip(patch_BS, 0, pictures * patches - 1)
-    picture_BPD = picture_BKPD.reshape(rows, -1, width)
+    patch_BS = of_token(image_index_BL) * patches + position_S - of_token(end_BL - span_BL)
+    patch_BS = jnp.clip(patch_BS, 0, num_images * patches - 1)
+    image_BPD = picture_BKPD.reshape(rows, -1, width)
     x_BSD = jnp.where(
         of_token(here_BL)[..., None],
-        jnp.take_along_axis(picture_BPD, patch_BS[..., None], axis=1),
+        jnp.take_along_axis(image_BPD, patch_BS[..., None], axis=1),
         jnp.take_along_axis(text_BLD, token_BS[..., None], axis=1),
     )
-    return x_BSD, place_S < end_BL[:, -1:]
+    return x_BSD, position_S < end_BL[:, -1:]

@@ -5,104 +5,107 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lionjax.core.weight_map import Row, reshaped, under
+from lionjax.core.weight_map import WeightMapping, reshape, with_prefix
 from lionjax.models.connectors import perceiver, qformer
 from lionjax.models.language import decoder_weights, t5
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import vit
-from lionjax.nn.layers import dense_rows, norm_rows
+from lionjax.nn.layers import dense_weight_map, norm_weight_map
 
 if TYPE_CHECKING:
-    from lionjax.models.vlm.visual_prefix import Prefix
+    from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 
-def language_rows(c: DecoderConfig | T5Config) -> tuple[Row, ...]:
+def language_weight_map(c: DecoderConfig | T5Config) -> tuple[WeightMapping, ...]:
     """Names of Hugging Face's class of the language model alone."""
     if isinstance(c, T5Config):
-        return t5.torch_rows(c)
-    return decoder_weights.torch_rows(c)
+        return t5.weight_map(c)
+    return decoder_weights.weight_map(c)
 
 
-def _two_layers(torch: str, first: str, second: str) -> tuple[Row, ...]:
-    return (*dense_rows(torch + first, "projector/up"), *dense_rows(torch + second, "projector/down"))
+def _mlp_projector_weight_map(torch_prefix: str, up_name: str, down_name: str) -> tuple[WeightMapping, ...]:
+    return (
+        *dense_weight_map(torch_prefix + up_name, "projector/up"),
+        *dense_weight_map(torch_prefix + down_name, "projector/down"),
+    )
 
 
-def hugging_face_rows(c: Prefix) -> tuple[Row, ...]:
+def hf_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
     """LlavaForConditionalGeneration, or with a Q-Former Blip2- and InstructBlipForConditionalGeneration, as published.
 
     Newer versions of transformers call LLaVA's parts otherwise in memory, and read these names all the same.
     """
-    if c.latents is not None:
-        return kosmos_rows(c)
-    language = under("language_model.", "language/", language_rows(c.language))
+    if c.resampler is not None:
+        return kosmos2_weight_map(c)
+    language = with_prefix("language_model.", "language/", language_weight_map(c.language))
     if c.qformer is None:
         return (
-            *under("vision_tower.vision_model.", "vision/", vit.clip_rows(c.vision)),
-            *_two_layers("multi_modal_projector.", "linear_1", "linear_2"),
+            *with_prefix("vision_tower.vision_model.", "vision/", vit.clip_weight_map(c.vision)),
+            *_mlp_projector_weight_map("multi_modal_projector.", "linear_1", "linear_2"),
             *language,
         )
     return (
-        *under("vision_model.", "vision/", vit.blip_rows(c.vision)),
-        *norm_rows("vision_model.post_layernorm", "vision_norm"),
-        *under("", "qformer/", qformer.query_rows(c.qformer)),
-        *under("qformer.", "qformer/", qformer.hugging_face_rows(c.qformer)),
-        *dense_rows("language_projection", "projector"),
+        *with_prefix("vision_model.", "vision/", vit.blip2_weight_map(c.vision)),
+        *norm_weight_map("vision_model.post_layernorm", "vision_norm"),
+        *with_prefix("", "qformer/", qformer.query_tokens_weight_map(c.qformer)),
+        *with_prefix("qformer.", "qformer/", qformer.hf_weight_map(c.qformer)),
+        *dense_weight_map("language_projection", "projector"),
         *language,
     )
 
 
-def original_rows(c: Prefix) -> tuple[Row, ...]:
+def original_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
     """LLaVA's own code, or with a Q-Former LAVIS (BLIP-2, InstructBLIP) and MiniGPT-4."""
-    if c.latents is not None:
-        return owl_rows(c)
+    if c.resampler is not None:
+        return mplug_owl_weight_map(c)
     if c.qformer is None:
-        projector = _two_layers("model.mm_projector.", "0", "2")
+        projector = _mlp_projector_weight_map("model.mm_projector.", "0", "2")
         if c.projector_depth == 1:
-            projector = dense_rows("model.mm_projector", "projector")
+            projector = dense_weight_map("model.mm_projector", "projector")
         tower = "model.vision_tower.vision_tower.vision_model."
         return (
-            *under(tower, "vision/", vit.tower_rows(c.vision, vit.clip_rows)),
+            *with_prefix(tower, "vision/", vit.tower_weight_map(c.vision, vit.clip_weight_map)),
             *projector,
-            *under("", "language/", language_rows(c.language)),
+            *with_prefix("", "language/", language_weight_map(c.language)),
         )
-    word = original_word(c)
+    word = lavis_language_name(c)
     return (
-        *under("visual_encoder.", "vision/", vit.lavis_rows(c.vision)),
-        *norm_rows("ln_vision", "vision_norm"),
-        *under("", "qformer/", qformer.query_rows(c.qformer)),
-        *under("Qformer.bert.", "qformer/", qformer.torch_rows(c.qformer)),
-        *dense_rows(f"{word}_proj", "projector"),
-        *under(f"{word}_model.", "language/", language_rows(c.language)),
+        *with_prefix("visual_encoder.", "vision/", vit.lavis_weight_map(c.vision)),
+        *norm_weight_map("ln_vision", "vision_norm"),
+        *with_prefix("", "qformer/", qformer.query_tokens_weight_map(c.qformer)),
+        *with_prefix("Qformer.bert.", "qformer/", qformer.lavis_weight_map(c.qformer)),
+        *dense_weight_map(f"{word}_proj", "projector"),
+        *with_prefix(f"{word}_model.", "language/", language_weight_map(c.language)),
     )
 
 
-def original_word(c: Prefix) -> str:
+def lavis_language_name(c: VisualPrefixLM) -> str:
     """What LAVIS calls the language model; MiniGPT-4, whose Q-Former reads no text, says llama."""
     if isinstance(c.language, T5Config):
         return "t5"
-    if c.language.positions:
+    if c.language.max_positions:
         return "opt"
-    return "llm" if c.qformer.text else "llama"
+    return "llm" if c.qformer.use_text_input else "llama"
 
 
-def owl_rows(c: Prefix) -> tuple[Row, ...]:
+def mplug_owl_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
     """mPLUG-Owl's own code."""
     return (
-        *under("vision_model.", "vision/", vit.tower_rows(c.vision, vit.owl_rows)),
-        *norm_rows("vision_model.post_layernorm", "vision_norm"),
-        *under("", "latents/", perceiver.abstractor_rows(c.latents)),
-        *dense_rows("abstractor.visual_fc", "projector"),
-        Row("abstractor.vit_eos", "last_word", reshaped((1, 1, -1), (-1,))),
-        *under("language_model.", "language/", language_rows(c.language)),
+        *with_prefix("vision_model.", "vision/", vit.tower_weight_map(c.vision, vit.mplug_owl_weight_map)),
+        *norm_weight_map("vision_model.post_layernorm", "vision_norm"),
+        *with_prefix("", "latents/", perceiver.abstractor_weight_map(c.resampler)),
+        *dense_weight_map("abstractor.visual_fc", "projector"),
+        WeightMapping("abstractor.vit_eos", "last_word", reshape((1, 1, -1), (-1,))),
+        *with_prefix("language_model.", "language/", language_weight_map(c.language)),
     )
 
 
-def kosmos_rows(c: Prefix) -> tuple[Row, ...]:
+def kosmos2_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
     """Kosmos2ForConditionalGeneration."""
     return (
-        *under("vision_model.model.", "vision/", vit.tower_rows(c.vision, vit.clip_rows)),
-        *norm_rows("vision_model.model.post_layernorm", "vision_norm"),
-        *under("image_to_text_projection.", "latents/", perceiver.projection_rows(c.latents)),
-        *under("text_model.", "language/", language_rows(c.language)),
+        *with_prefix("vision_model.model.", "vision/", vit.tower_weight_map(c.vision, vit.clip_weight_map)),
+        *norm_weight_map("vision_model.model.post_layernorm", "vision_norm"),
+        *with_prefix("image_to_text_projection.", "latents/", perceiver.projection_weight_map(c.resampler)),
+        *with_prefix("text_model.", "language/", language_weight_map(c.language)),
     )

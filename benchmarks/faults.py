@@ -42,14 +42,15 @@ def train(workdir: str, steps: int, save_every: int) -> None:
     """The run, in a process of its own, until it ends or is ended."""
     import toy
 
-    from lionjax.training import checkpoint, loop, run_log
+    from lionjax.core import files
+    from lionjax.training import checkpoint, loop
 
     stages = (toy.stage("one", steps), toy.stage("two", steps, ("hint", "blocks/up", "words")))
     what = toy.experiment(*stages, run={"save_every": save_every})
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     params, _ = loop.train(what, workdir, toy.Batches)
     bits = checkpoint.sha256_of_json(checkpoint.leaf_checksums(params))
-    run_log.write_text_atomic(Path(workdir) / "bits", bits)
+    files.write_atomic(Path(workdir) / "bits", bits)
 
 
 def lived(context, workdir: Path, run: Run, most: float | None = None) -> bool:

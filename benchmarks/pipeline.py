@@ -154,7 +154,7 @@ def check_same(run: Run, data: DataConfig, folder: Path) -> None:
     batch = next(batches)
     processor = batches.dataset.processor
     names = [batches.name(record).partition("/")[2] for record in batch.record_B.tolist()]
-    texts = ([processor.decode(ids) for ids in ids_BL] for ids_BL in (batch.prompt_BL, batch.target_BM))
+    texts = ([processor.prompt.decode(ids) for ids in ids_BL] for ids_BL in (batch.prompt_BL, batch.target_BM))
     rows = [(str(folder / "images" / name), *words) for name, *words in zip(names, *texts)]
     theirs = Collate(run)([Captioned(rows)[row] for row in range(len(rows))])
     batches.close()

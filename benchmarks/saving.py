@@ -33,16 +33,16 @@ class Run:
 
 def trained(run: Run, workdir: str) -> list[dict]:
     """The lines of metrics of a run that logs every update."""
-    from lionjax.core import config
+    from lionjax.core import config, files
     from lionjax.data import pipeline
-    from lionjax.training import loop, run_log
+    from lionjax.training import loop
 
     what = config.load(run.config)
     stage = dataclasses.replace(what.stages[run.stage], steps=run.updates)
     often = dataclasses.replace(what.run, log_every=1, save_every=run.save_every)
     what = dataclasses.replace(what, stages=(stage,), run=often)
     loop.train(what, workdir, pipeline.batches)
-    return run_log.read_jsonl(Path(workdir) / "metrics.jsonl")
+    return files.read_jsonl(Path(workdir) / "metrics.jsonl")
 
 
 def figures(lines: list[dict], save_every: int, megabytes: float) -> str:

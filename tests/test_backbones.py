@@ -66,7 +66,7 @@ def test_a_thing_is_told_once_and_every_decimal_has_a_word_of_its_own(reader):
 
 def test_third_decimals_hardly_count_and_first_ones_count_most(reader):
     *_, digits = reader
-    target = np.array(Processor(ProcessorConfig(56)).encode_target("[0.123,0.456,0.789,0.321]"))[None]
+    target = np.array(Processor(ProcessorConfig(56)).prompt.encode_target("[0.123,0.456,0.789,0.321]"))[None]
     weight = np.asarray(digit_loss_weight(target, digits))[0]
     np.testing.assert_allclose(weight, [*([1, 2, 1, 0.15] * 4), 1, 1], rtol=1e-6)
 

@@ -121,7 +121,7 @@ def test_the_report_holds_the_figures_beside_their_baselines_and_leaves_the_rest
     assert figures["baselines"]["vqa_accuracy"] == entries["vqa"]["blind"]["vqa_accuracy"]
     assert figures["stages"] == [{"name": "kept"}] and figures["speed"]["images_per_second"] == 7.0
     page = write_report(folder).read_text()
-    for words in ("VQA accuracy", "blind", "majority", "Is it there?", entries["vqa"]["benchmark"]):
+    for words in ("VQA, accuracy", "blind", "majority", "POPE", entries["vqa"]["benchmark"]):
         assert words in page
 
 
@@ -183,7 +183,7 @@ def test_the_end_of_a_run_asks_each_benchmark_of_its_tasks_once(model, tmp_path,
     assert runner.trained_benchmarks(what) == ["vqa", "rec"]
     given = (model.engine, what, ("vqa", "coco/rec"), tmp_path, 3)
     first = runner.evaluate_all(*given, updates=6)
-    assert list(first) == ["vqa"] and "benchmark coco/rec is left out" in caplog.text
+    assert list(first) == ["vqa"] and "benchmark coco/rec is skipped" in caplog.text
     monkeypatch.setattr(runner, "evaluate", lambda *args, **more: pytest.fail("asked again"))
     assert runner.evaluate_all(model.engine, what, ("vqa",), tmp_path, 3, updates=6) == first
     with pytest.raises(pytest.fail.Exception):
@@ -239,7 +239,7 @@ def test_evaluate_prints_a_table_and_json_and_refuses_what_there_is_not(capsys, 
     assert cli.main(words) == 0
     assert [entry["benchmark"] for entry in json.loads(capsys.readouterr().out)] == ["vqa", "rec"]
     for words, said in (
-        (["--benchmark", "vqaa"], "there is no benchmark 'vqaa'; there are caption, vqa"),
+        (["--benchmark", "vqaa"], "there is no benchmark 'vqaa'; choose caption, vqa"),
         (["--benchmark", "coco/vqa"], "no data source has the task 'coco/vqa'"),
         (["--benchmark", "vqa", "--split", "middle"], "there is no split 'middle'"),
         (["--benchmark", "vqa", "--share", "0"], "unknown argument '--share'"),
@@ -260,7 +260,7 @@ def test_training_ends_with_figures_and_the_folder_answers_as_the_parameters_in_
     asked = runner.evaluate_model(lionjax.load(tmp_path / "run"), "vqa", limit=4)
     for key in ("metrics", "blind", "untagged"):
         assert asked[key] == figures["evaluation"]["vqa"][key]
-    assert "Questions, VQA accuracy" in write_report(tmp_path / "run").read_text()
+    assert "VQA, accuracy" in write_report(tmp_path / "run").read_text()
     assert cli.main(words) == 0  # all is done, and nothing is asked again
     again = json.loads((tmp_path / "run" / "report.json").read_text())
     assert again["evaluation"] == figures["evaluation"] and again["metrics"] == figures["metrics"]
@@ -281,7 +281,7 @@ def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp
     assert "mine_vqa_accuracy" in json.loads((tmp_path / "report.json").read_text())["metrics"]
     only_bad = dataclasses.replace(source, file=str(tmp_path / "bad.jsonl"))
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[1]) + "\n")
-    with pytest.raises(UserError, match="no question of 'vqa' could be asked"):
+    with pytest.raises(UserError, match="'vqa' has no usable question"):
         runner.evaluate_model(model, "vqa", tmp_path, source=only_bad)
 
 

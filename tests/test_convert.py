@@ -224,8 +224,8 @@ def test_everything_wrong_on_the_way_in_is_said_at_once_by_name():
     text = "\n".join(lines)
     assert len(lines) == 8 and "7 problems" in lines[0]
     assert "'blocks.2.proj.weight'" in text and "'cls'" in text and "'sam.3.norm'" in text
-    assert "tensor 'blocks.1,3.extra' (2 of them) has no row" in text
-    assert "the layers for blocks/router differ" in text and "'blocks.1.router1'" in text
+    assert "tensor 'blocks.1,3.extra' (2 of them) has no mapping" in text
+    assert "the layers of blocks/router differ" in text and "'blocks.1.router1'" in text
     assert "float16 (1,) in 'blocks.0.adapters.0.scale'" in text
     assert "tensor 'patch.weight', float32 (6, 3, 2), does not fit conv" in text
 
@@ -248,17 +248,17 @@ def test_everything_wrong_on_the_way_out_is_said_at_once_by_name():
     lines = said(lambda: convert.state_dict_from_params(every_rows(), trees.unflatten(flat)))
     text = "\n".join(lines)
     assert len(lines) == 7
-    assert "row 'cls' finds no parameter 'class_token'" in text and "parameter 'odd' has no row" in text
-    assert "('global/norm',) want the same 1 leading axes" in text and "do not fit conv" in text
-    assert "differ in dtype" in text and "begins with axes (2, 5)" in text
+    assert "the mapping of 'cls' finds no parameter 'class_token'" in text and "parameter 'odd' has no mapping" in text
+    assert "('global/norm',) must have the same 1 leading axes" in text and "do not fit conv" in text
+    assert "differ in dtype" in text and "has leading axes (2, 5)" in text
 
 
 @pytest.mark.parametrize(
     "rows, problem",
     [
-        ((WeightMapping("a", "x"), WeightMapping("a", "y")), "tensor 'a' has two rows"),
-        ((WeightMapping("h.{i}", "x"), WeightMapping("h.{2i}", "y")), "tensor 'h.0' has two rows"),
-        ((WeightMapping("a", "x"), WeightMapping("b", "x")), "parameter 'x' has two rows"),
+        ((WeightMapping("a", "x"), WeightMapping("a", "y")), "tensor 'a' has two mappings"),
+        ((WeightMapping("h.{i}", "x"), WeightMapping("h.{2i}", "y")), "tensor 'h.0' has two mappings"),
+        ((WeightMapping("a", "x"), WeightMapping("b", "x")), "parameter 'x' has two mappings"),
     ],
 )
 def test_a_table_that_names_something_twice_is_refused_both_ways(rows, problem):
@@ -286,8 +286,8 @@ def test_the_model_s_own_shapes_are_held_against_the_file():
     )
     assert len(lines) == 5
     text = "\n".join(lines)
-    assert "'head/kernel' has no row" in text and "'class_token' is not part of the model" in text
-    assert "(11, 6) where the model wants (12, 6)" in text and "float32 where the model wants int32" in text
+    assert "'head/kernel' has no mapping" in text and "'class_token' is not part of the model" in text
+    assert "(11, 6) where the model has (12, 6)" in text and "float32 where the model has int32" in text
 
 
 def test_a_run_of_layers_that_ends_too_soon_is_a_gap_where_the_model_has_more():
@@ -329,7 +329,7 @@ def test_a_tied_copy_in_a_narrower_dtype_must_be_the_rounded_tensor():
     state["decoder.words"] = state["shared"].astype(ml_dtypes.bfloat16)
     assert convert.params_from_state_dict(every_rows(), state)["words"]["table"].dtype == np.float32
     state["decoder.words"][3, 2] += 1
-    with pytest.raises(UserError, match="tied tensors 'shared' and 'decoder.words' hold different numbers"):
+    with pytest.raises(UserError, match="tied tensors 'shared' and 'decoder.words' hold different values"):
         convert.params_from_state_dict(every_rows(), state)
 
 
@@ -352,7 +352,7 @@ def test_a_name_with_a_mad_number_is_refused_and_not_counted_up_to():
         convert.params_from_state_dict(
             (WeightMapping("h.{i}.w", "w"),), {"h.0.w": np.ones(1), "h.987654321.w": np.ones(1)}
         )
-    with pytest.raises(UserError, match="has no row"):
+    with pytest.raises(UserError, match="has no mapping"):
         convert.params_from_state_dict(
             (WeightMapping("h.{i}.w", "w"),), {"h.0.w": np.ones(1), f"h.{'9' * 5000}.w": np.ones(1)}
         )

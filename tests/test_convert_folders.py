@@ -223,7 +223,7 @@ def test_of_a_whole_clip_the_vision_tower_is_read_and_the_rest_reported(tmp_path
         "visual_projection",
         "logit_scale",
     }
-    assert "left (of the comparison with texts): logit_scale, " in str(coverage)
+    assert "skipped (text tower and contrastive projections): logit_scale, " in str(coverage)
 
 
 def test_a_swin_that_knows_classes_lends_its_eyes(tmp_path):
@@ -251,8 +251,8 @@ def test_a_swin_that_knows_classes_lends_its_eyes(tmp_path):
         ({"model_type": "clip_vision_model", "hidden_act": "silu"}, "hidden_act 'silu'"),
         ({"model_type": "swin", "image_size": [224, 196]}, r"sizes \(\[224, 196\], 4\)"),
         ({"model_type": "swin", "use_absolute_embeddings": True}, "absolute positions"),
-        ({"model_type": "llama", "vocab_size": "many"}, "describes no llama"),
-        ({"model_type": ["llama"]}, "known are lion, "),
+        ({"model_type": "llama", "vocab_size": "many"}, "is no valid config of a llama"),
+        ({"model_type": ["llama"]}, "--system, one of lion, "),
     ],
 )
 def test_settings_that_are_computed_otherwise_are_refused(tmp_path, settings, problem):
@@ -354,14 +354,14 @@ def test_a_tower_of_eva_is_known_by_its_file_and_the_block_that_nobody_uses_is_l
 
 def test_a_checkpoint_that_is_not_known_is_refused_with_what_is(tmp_path):
     save_file({"w": np.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="no config.json that names a model_type; known are lion, "):
+    with pytest.raises(UserError, match="no config.json with a model_type; name the format with --system, one of lion, "):
         convert.from_torch(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(UserError, match="model_type 'mamba'"):
         convert.from_torch(tmp_path)
-    with pytest.raises(UserError, match="system 't6' is not known"):
+    with pytest.raises(UserError, match="--system is 't6'; it can be one of lion, "):
         convert.from_torch(tmp_path, system="t6")
-    with pytest.raises(UserError, match="describes no t5: KeyError 'vocab_size'"):
+    with pytest.raises(UserError, match="is no valid config of a t5: KeyError 'vocab_size'"):
         (tmp_path / "config.json").write_text(
             '{"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": false}'
         )
@@ -445,8 +445,8 @@ def test_the_three_parts_of_a_released_lion_become_one_and_come_back(released_li
     assert_same(trees.flatten(made), trees.flatten(params))
     coverage = convert.convert(folder, tmp_path / "ours", "jax")
     text = str(coverage)
-    assert "left (lies beside 'model'): optimizer, epoch" in text
-    assert "left (a copy of t5_model.shared.weight): t5_model.encoder.embed_tokens.weight" in text
+    assert "skipped (outside of 'model'): optimizer, epoch" in text
+    assert "skipped (a copy of t5_model.shared.weight): t5_model.encoder.embed_tokens.weight" in text
     assert "visual_encoder.head.weight" in coverage.ignored
     # Its makers' own name for the file.
     (folder / "LION-FlanT5-XL.pth").rename(folder / "XL_stage3_Learnable.pth")

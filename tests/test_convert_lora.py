@@ -204,8 +204,8 @@ def test_a_merged_matrix_is_rounded_once_in_its_own_dtype(tmp_path):
         ({"rank_pattern": {"q_proj": 8}}, "has rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
         ({"r": 5}, "has rank 5 and alpha 12, the model 3 and 12"),
-        ({"r": "many"}, "describes no LoRA"),
-        ({"r": 0}, "describes no LoRA"),
+        ({"r": "many"}, "is no valid LoRA config"),
+        ({"r": 0}, "is no valid LoRA config"),
     ],
 )
 def test_an_adapter_that_is_computed_otherwise_is_refused(tmp_path, change, problem):
@@ -218,7 +218,7 @@ def test_an_adapter_that_is_computed_otherwise_is_refused(tmp_path, change, prob
 
 def test_an_adapter_without_its_base_or_for_another_model_is_refused(tmp_path):
     convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
-    with pytest.raises(UserError, match="holds a LoRA alone"):
+    with pytest.raises(UserError, match="holds only a LoRA"):
         convert.from_torch(tmp_path / "torch" / "adapter")
     file = tmp_path / "torch" / "adapter" / "adapter_model.safetensors"
     save_file({"base_model.model.other.lora_A.weight": np.ones((3, 2), np.float32)}, file)

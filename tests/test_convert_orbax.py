@@ -66,7 +66,7 @@ def test_an_orbax_checkpoint_is_written_from_files_and_orbax_restores_it_exactly
         found = reader.restore(tmp_path / "orbax", args=ocp.args.Composite(**asked))["params"]
     kernel = found["encoder"]["blocks"]["attention"]["q"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 8
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         convert_placed.save_orbax(folder, tmp_path / "orbax", mesh())
     with pytest.raises(UserError, match="is an Orbax checkpoint already"):
         convert_placed.save_orbax(tmp_path / "orbax", tmp_path / "again", mesh())

@@ -154,7 +154,7 @@ def test_a_served_page_answers_as_the_model_does_says_what_is_wrong_and_ends_wit
         foreign, broken = tmp_path / "foreign.bmp", tmp_path / "broken.png"
         Image.fromarray(pixels).save(foreign)
         broken.write_text("no picture")
-        for bad, sentence in ((foreign, "no JPEG, PNG or WebP"), (broken, "cannot identify image")):
+        for bad, sentence in ((foreign, "not JPEG, PNG or WebP"), (broken, "cannot identify image")):
             with pytest.raises(Exception, match=sentence):
                 asks.predict(prompt=first, **given | {"file": client.handle_file(bad)})
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as browser:

@@ -103,7 +103,7 @@ def test_a_full_disk_ends_with_2_and_one_sentence_and_what_was_saved_stays_good(
     # From here on no file can grow beyond a few bytes, which a process meets as it meets a full disk.
     said = end(begin(tmp_path, "steps=40", file_bytes=6000), code=2)
     assert "the disk is full while writing in" in said.splitlines()[-1]
-    named = int(re.search(r"the checkpoint of update (\d+) is whole", said.splitlines()[-1])[1])
+    named = int(re.search(r"the checkpoint of update (\d+) is complete", said.splitlines()[-1])[1])
     assert named >= before  # a small save may still have fitted
     assert named == checkpoint.all_steps(tmp_path / "checkpoints")[0]
     assert not list(tmp_path.rglob(f"*{checkpoint.ORBAX_TMP_SUFFIX}*"))

@@ -77,7 +77,7 @@ def test_without_examples_two_are_told_in_words_where_that_is_asked_for():
     row = rows[False]
     assert row["pixels"].shape == (28, 28, 3) and (row["prompt"] == PICTURE).sum() == 1
     assert (row["prompt"] == ANSWERER.processor.tokenizer.eos_id).sum() == 2
-    bare = dataclasses.replace(shown, in_words=False)
+    bare = dataclasses.replace(shown, use_text_examples=False)
     ((_, rows),) = runner.encode_samples(ANSWERER.processor, DATA, [sample], False, "vqa", bare)
     assert not (rows[False]["prompt"] == ANSWERER.processor.tokenizer.eos_id).any()
 
@@ -85,5 +85,5 @@ def test_without_examples_two_are_told_in_words_where_that_is_asked_for():
 def test_what_cannot_be_chosen_is_one_sentence():
     with pytest.raises(UserError, match="random or alike"):
         FewShot(ANSWERER, DATA, "vqa", 1, "best")
-    with pytest.raises(UserError, match="13 examples are wanted of 12"):
+    with pytest.raises(UserError, match="num_shots is 13 but the pool has 12"):
         FewShot(ANSWERER, DATA, "vqa", 13, pool_size=12)

@@ -66,7 +66,7 @@ def test_all_time_of_a_run_is_in_its_report_and_its_lines(tmp_path):
     assert again["seconds"]["evaluate"] == 3.5
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]["evaluate"] == 3.5
     page = goodput.render_section(again, lines)
-    for words in ("Where the time went", "updates", "saving", "compiling", "evaluation", "afterwards"):
+    for words in ("<h2>Time</h2>", "updates", "saving", "compiling", "evaluation", "afterwards"):
         assert words in page
     assert "writing checkpoints took" in page
 
@@ -83,5 +83,5 @@ def test_a_stage_that_still_runs_is_drawn_from_its_lines():
     figures = {"stages": [{"name": "one", "seconds_by_part": {"step": 8.0}}]}
     assert goodput.seconds_by_stage(figures, lines) == {"one": {"step": 8.0}, "two": {"step": 2.0, "data": 4.0}}
     page = goodput.render_section(figures, lines)
-    assert "71.4% of 14.0 s were updates" in page and "waiting for batches" in page
+    assert "71.4% of 14.0 s were training updates" in page and "waiting for data" in page
     assert goodput.render_section({}, []) == ""

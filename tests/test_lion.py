@@ -158,7 +158,7 @@ def test_with_a_word_scale_the_picture_begins_as_what_the_vit_says():
     )
     normed = (said_BPD - said_BPD.mean(-1, keepdims=True)) / said_BPD.std(-1, keepdims=True)
     np.testing.assert_allclose(words_BPD, 2.5 * normed, atol=2e-3)
-    with pytest.raises(ValueError, match="word_scale wants a ViT as wide as the language model"):
+    with pytest.raises(ValueError, match="identity_init_scale needs vision.width .* equal to language.width"):
         dataclasses.replace(LION, identity_init_scale=2.5)
 
 

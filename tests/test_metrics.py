@@ -215,7 +215,7 @@ def test_average_precision_of_a_known_ranking_and_of_ties():
 def test_mean_average_precision_leaves_out_tags_that_are_nowhere_true():
     scores = np.array([[0.9, 0.1, 0.5], [0.1, 0.9, 0.5]])
     assert mean_average_precision(scores, [[1, 1, 0], [0, 0, 0]]) == pytest.approx((1 + 1 / 2) / 2)
-    with pytest.raises(ValueError, match="no tag is true"):
+    with pytest.raises(ValueError, match="no image has a true tag"):
         mean_average_precision(scores, np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"scores are \(2, 3\), truth \(2, 2\)"):
         mean_average_precision(scores, np.zeros((2, 2)))

@@ -150,7 +150,7 @@ def test_the_picture_the_box_the_tags_and_the_category_all_reach_the_answer(mode
 
 def test_boxes_in_the_answer_come_as_numbers(model, monkeypatch):
     said = "Answer: [0.100,0.200,0.300,0.400]"
-    monkeypatch.setattr(type(model.processor), "decode", lambda self, ids: said)
+    monkeypatch.setattr(type(model.processor.prompt), "decode", lambda self, ids: said)
     (answer,) = model.answer(some_pictures(1), ["Where is it?"])
     np.testing.assert_allclose(answer.boxes, [[0.1, 0.2, 0.3, 0.4]])
 
@@ -188,7 +188,7 @@ def test_a_loaded_model_takes_longer_prompts_where_it_is_told_to_and_answers_sho
     roomy = lionjax.load(run, prompt_length=300)
     assert texts(roomy.answer(images, ["What is it?"])) == texts(model.answer(images, ["What is it?"]))
     assert roomy.answer(images, [words])[0].text
-    with pytest.raises(UserError, match="where the model takes 128"):
+    with pytest.raises(UserError, match="but at most 128 are allowed"):
         model.answer(images, [words])
 
 
@@ -199,12 +199,12 @@ def test_a_loaded_model_takes_longer_prompts_where_it_is_told_to_and_answers_sho
         ({"prompts": "what?"}, "prompts is one str"),
         ({"prompts": ["a", "b"]}, "1 images were given for 2 prompts"),
         ({"prompts": [" "]}, "prompt is empty"),
-        ({"prompts": ["what " * 200]}, "takes .* tokens where the model takes 128"),
+        ({"prompts": ["what " * 200]}, "takes .* tokens, but at most 128 are allowed"),
         ({"boxes": [[BOX], [BOX]]}, "2 boxes were given for 1 prompts"),
-        ({"boxes": [[(0, 0, 2, 1)]]}, "leaves the picture"),
+        ({"boxes": [[(0, 0, 2, 1)]]}, "leaves the image"),
         ({"category": "middle"}, "no category 'middle'"),
-        ({"images": ["nothing.png"]}, "no picture nothing.png"),
-        ({"images": [some_pictures(2)]}, "the picture is a list; give a path, bytes, a PIL picture or a uint8 array"),
+        ({"images": ["nothing.png"]}, "no image nothing.png"),
+        ({"images": [some_pictures(2)]}, "the image is a list; give a path, bytes, a PIL image or a uint8 array"),
         ({"history": [("Where?", "There.")]}, r"history wants for each prompt a list of \(question, answer\)"),
         ({"shots": [[("Where?", "There.")]]}, r"shots wants for each prompt a list of \(picture, question, answer\)"),
         ({"history": [[("?", "No.")]], "shots": [[(some_pictures(1)[0], "?", "No.")]]}, "not both"),
@@ -242,7 +242,7 @@ def test_an_exported_folder_brings_its_own_tokenizers(exported, tmp_path):
     assert again.processor.config.tokenizer == str(exported)
     assert again.processor.config.question_tokenizer == str(exported / "qformer_tokenizer")
     asked = ("Is it red?", ["star"])
-    assert again.processor.prompt(*asked) == Processor(small_lion.PROCESSOR).encode_prompt(*asked)
+    assert again.processor.prompt.encode_prompt(*asked) == Processor(small_lion.PROCESSOR).prompt.encode_prompt(*asked)
 
 
 def test_weights_with_a_systems_sizes_alone_ask_for_the_tokenizers_they_lack(model, tmp_path):
@@ -269,7 +269,7 @@ def test_a_run_that_has_not_ended_answers_with_what_it_has_learned(tmp_path, cap
     small_lion.put(tmp_path, what, newest, 1, step=1)
     with caplog.at_level(logging.WARNING):
         half = lionjax.load(tmp_path)
-    assert "stands at stage 'second', step 1 of 2" in caplog.text
+    assert "the parameters are those of stage 'second', step 1 of 2" in caplog.text
     assert half.vlm.visual_input == "AGGREGATOR" and half.updates == 3
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), half.params, newest)
     assert all(jax.tree.leaves(same))
@@ -287,7 +287,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_named_and_the_one_before_it_used(tm
     before = sorted(tmp_path.rglob("*"))
     with caplog.at_level(logging.WARNING):
         model = lionjax.load(tmp_path)
-    assert "3_final" in caplog.text and "what was saved before it is used" in caplog.text
+    assert "3_final" in caplog.text and "the previous checkpoint is used" in caplog.text
     np.testing.assert_array_equal(model.params["soft_prompt"], old["soft_prompt"])
     assert sorted(tmp_path.rglob("*")) == before, "loading changes nothing"
     small_lion.flipped(tmp_path / "frozen")
@@ -302,7 +302,7 @@ def test_a_folder_without_a_model_is_refused_in_a_sentence(tmp_path):
         lionjax.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"class": "lionjax.core.experiment.Experiment"}))
     (tmp_path / "lock").touch()
-    with pytest.raises(UserError, match="has saved nothing yet"):
+    with pytest.raises(UserError, match="has no checkpoint yet"):
         lionjax.load(tmp_path)
 
 

@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_another_number_of_processes():
 )
 def test_a_position_in_other_data_is_refused(changed_stream):
     position = stream().position()
-    with pytest.raises(UserError, match="other data"):
+    with pytest.raises(UserError, match="belongs to other data"):
         stream(**changed_stream).restore(position)
 
 
@@ -167,7 +167,7 @@ def test_rows_hold_what_their_record_shows():
     for row in range(4):
         pixels, scene, _ = records.load_cached(0, int(batch.record_B[row]))
         np.testing.assert_array_equal(batch.image_BHWC[row], processor.normalize(pixels))
-        answer = processor.decode(batch.target_BM[row])
+        answer = processor.prompt.decode(batch.target_BM[row])
         assert answer in {f"Answer: {box_to_text(thing.box)}" for thing in scene.things}
     assert batches.name(int(batch.record_B[0])) == f"scenes/train-0-{batch.record_B[0]:06d}"
     assert batch.task_B.tolist() == [REGION_LEVEL] * 8 and IMAGE_LEVEL != REGION_LEVEL
@@ -194,7 +194,7 @@ def test_boxes_come_as_arrays_when_asked_for():
     data = dataclasses.replace(DATA, processor=dataclasses.replace(SMALL, max_boxes=2))
     batch = take(stream(data, of=stage(("rec", 1.0), ("vqa", 1.0))), 1)[0]
     for row in range(8):
-        answer = Processor(SMALL).decode(batch.target_BM[row])
+        answer = Processor(SMALL).prompt.decode(batch.target_BM[row])
         count = answer.count("[")
         assert batch.boxes_mask_BK[row].sum() == count
         if count:
@@ -251,7 +251,7 @@ BAD = {
     "outside": "leaves",
     "box": "no area",
     "empty": "no question",
-    "long": "prompt_length",
+    "long": "max_prompt_tokens",
 }
 
 
@@ -282,7 +282,7 @@ def test_bad_records_are_replaced_alike_every_time_noted_and_counted(lines, tmp_
     assert {n["index"] for n in notes} == {3, 5, 7, 9, 11, 13} and {n["source"] for n in notes} == {"lines"}
     for words in BAD.values():
         assert any(words in n["reason"] for n in notes)
-    said = [batches.dataset.processor.decode(row) for b in taken for row in b.target_BM]
+    said = [batches.dataset.processor.prompt.decode(row) for b in taken for row in b.target_BM]
     assert sorted(said) == sorted([*map(str, range(20)), "4", "6", "8", "10", "12", "14"])[:0] + sorted(
         [str(i + 1) if i in (3, 5, 7, 9, 11, 13) else str(i) for i in range(20)]
     )
@@ -295,7 +295,7 @@ def test_too_many_bad_records_stop_the_run(lines):
     data = DataConfig(
         sources=(lines(*BAD),), processor=SMALL, on_bad_record="replace", max_bad_fraction=0.05, num_threads=0
     )
-    with pytest.raises(UserError, match="bad_share"):
+    with pytest.raises(UserError, match="max_bad_fraction"):
         take(stream(data, of=stage(("vqa", 1.0)), size=4), 5)
 
 

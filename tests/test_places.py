@@ -69,9 +69,9 @@ IN_SQUARE = {  # BOX and OTHER in the square around a picture of this size, by h
 @pytest.mark.parametrize("size", [(1, 1), (60, 20), (20, 60)])
 def test_an_answer_comes_back_with_its_boxes_on_the_picture(how, size):
     processor, square = Processor(CONFIG), Letterbox(*size)
-    ids, inside = processor.encode_with_boxes(TEXT, [BOX, OTHER], square, how)
+    ids, inside = processor.prompt.encode_with_boxes(TEXT, [BOX, OTHER], square, how)
     np.testing.assert_allclose(inside, IN_SQUARE[size])
-    text, boxes = processor.decode_with_boxes([*ids, 1, 7, 7], inside, square)
+    text, boxes = processor.prompt.decode_with_boxes([*ids, 1, 7, 7], inside, square)
     assert places.split_text_and_boxes(text)[0] == "A red star " and text.endswith("] and nothing else.")
     worst = {"digits": 2e-3, "bins": 1 / 32 + 1e-3, "embeddings": 1e-6}[how] * max(size) / min(size)
     np.testing.assert_allclose(boxes, [BOX, OTHER], atol=worst)
@@ -79,16 +79,16 @@ def test_an_answer_comes_back_with_its_boxes_on_the_picture(how, size):
 
 def test_digits_are_written_as_ever_and_bins_and_embeddings_as_two_tokens():
     processor = Processor(CONFIG)
-    assert processor.encode_with_boxes(TEXT)[0] == processor.tokenizer.encode(TEXT)
+    assert processor.prompt.encode_with_boxes(TEXT)[0] == processor.tokenizer.encode(TEXT)
     said = f"Answer: {box_to_text(BOX)}"
-    (*words, at, here), _ = processor.encode_with_boxes(said, box_format="embeddings")
-    assert (at, here) == (AT, HERE) and processor.decode(words) == "Answer:"
-    (*_, low, high), _ = processor.encode_with_boxes(said, box_format="bins")
+    (*words, at, here), _ = processor.prompt.encode_with_boxes(said, box_format="embeddings")
+    assert (at, here) == (AT, HERE) and processor.prompt.decode(words) == "Answer:"
+    (*_, low, high), _ = processor.prompt.encode_with_boxes(said, box_format="bins")
     assert low - processor.tokenizer.vocab_size == 8 * 32 + 3 and high - processor.tokenizer.vocab_size == 23 * 32 + 15
 
 
 def test_what_stands_for_no_box_is_passed_over():
-    codec = Processor(CONFIG).box_codec
+    codec = Processor(CONFIG).prompt.box_codec
     first = codec.first_location_token_id
     assert codec.decode([5, AT, HERE, 6, AT], [BOX]) == [[5], BOX, [6]]
     assert codec.decode([AT, HERE, AT, HERE], [BOX]) == [BOX]
@@ -100,10 +100,10 @@ def test_what_stands_for_no_box_is_passed_over():
 
 def test_ids_behind_the_tokenizer_are_boxes_only_where_there_are_location_tokens():
     """A LLaVA has rows of words that its tokenizer lacks; nor is a box what lies behind the last location token."""
-    codec = Processor(dataclasses.replace(CONFIG, location_bins_per_side=0)).box_codec
+    codec = Processor(dataclasses.replace(CONFIG, location_bins_per_side=0)).prompt.box_codec
     beyond = [codec.first_location_token_id, codec.first_location_token_id + 40]
     assert codec.decode([5, *beyond, 6]) == [[5, *beyond, 6]]
-    codec = Processor(CONFIG).box_codec
+    codec = Processor(CONFIG).prompt.box_codec
     last = codec.first_location_token_id + 32 * 32 - 1
     assert codec.decode([5, codec.first_location_token_id, last]) == [[5], places.box_from_bins(0, 1023, 32)]
     assert codec.decode([5, codec.first_location_token_id, last + 1]) == [[5, last + 1]]
@@ -119,9 +119,9 @@ def test_location_tokens_stand_where_the_tokenizer_has_them(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     c = dataclasses.replace(CONFIG, tokenizer=str(tmp_path), box_format="bins", location_bins_per_side=2)
     processor = Processor(c)
-    ids, _ = processor.encode_with_boxes(f"star {box_to_text((0.1, 0.1, 0.9, 0.9))} ring")
+    ids, _ = processor.prompt.encode_with_boxes(f"star {box_to_text((0.1, 0.1, 0.9, 0.9))} ring")
     assert ids == [4, 5, 8, 9]
-    text, boxes = processor.decode_with_boxes(ids)
+    text, boxes = processor.prompt.decode_with_boxes(ids)
     assert text == "star [0.250,0.250,0.750,0.750] ring" and boxes == [(0.25, 0.25, 0.75, 0.75)]
 
 
@@ -136,7 +136,7 @@ def test_a_row_has_the_boxes_of_question_and_answer_in_the_order_of_their_tokens
     np.testing.assert_allclose(row["boxes"][:2], wanted, atol=1e-6)
     np.testing.assert_array_equal(row["boxes_mask"], [1, 1, 0])
     asked = processor.encode_example(pixels, question, boxes=(OTHER,), box_format="digits")
-    assert not (asked["prompt"] == HERE).any() and "[0.000,0.100" in processor.decode(asked["prompt"])
+    assert not (asked["prompt"] == HERE).any() and "[0.000,0.100" in processor.prompt.decode(asked["prompt"])
 
 
 def test_a_decoder_reads_its_template_with_the_pictures_tokens_and_no_end():
@@ -144,20 +144,20 @@ def test_a_decoder_reads_its_template_with_the_pictures_tokens_and_no_end():
         POINTING, reader="decoder", prompt_template="Look: {image} {question} Say:", num_image_tokens=4
     )
     processor = Processor(c)
-    ids = processor.encode_prompt("what is it?")
+    ids = processor.prompt.encode_prompt("what is it?")
     assert ids[-1] != processor.tokenizer.eos_id and ids.count(21) == 4
     start = ids.index(22)
     assert ids[start : start + 6] == [22, 21, 21, 21, 21, 23]
-    assert processor.tokenizer.decode(ids[:start]) == "Look:" and processor.decode(ids).endswith("what is it? Say:")
+    assert processor.tokenizer.decode(ids[:start]) == "Look:" and processor.prompt.decode(ids).endswith("what is it? Say:")
 
 
 @pytest.mark.parametrize(
     ("question", "answer", "message"),
     [
         ("What is at [0.6,0.2,0.1,0.5]?", None, "has no area"),
-        ("What is at [0.1,0.2,1.6,0.5]?", None, "leaves the picture"),
+        ("What is at [0.1,0.2,1.6,0.5]?", None, "leaves the image"),
         ("Where?", "Answer: [0.100,0.500,0.200,0.500]", "has no area"),
-        ("Compare [0.1,0.1,0.2,0.2][0.1,0.1,0.2,0.2]", TEXT, "name 4 regions where 3 are allowed"),
+        ("Compare [0.1,0.1,0.2,0.2][0.1,0.1,0.2,0.2]", TEXT, "contain 4 boxes, but at most 3 are allowed"),
     ],
 )
 def test_boxes_that_cannot_be_pointed_at_are_refused(question, answer, message):
@@ -169,12 +169,12 @@ def test_boxes_that_cannot_be_pointed_at_are_refused(question, answer, message):
     ("change", "message"),
     [
         ({"max_boxes": 0}, "processor.max_boxes is 0"),
-        ({"pad_to_square": False}, "wants processor.pad_to_square"),
-        ({"prompt_template": "no question"}, "wants {question} once"),
+        ({"pad_to_square": False}, "needs processor.pad_to_square"),
+        ({"prompt_template": "no question"}, "needs {question} once"),
         ({"location_bins_per_side": -1}, "location_bins_per_side is -1"),
         (
             {"box_format": "bins", "location_bins_per_side": 0},
-            "processor.location_bins_per_side is 0; say how many a side",
+            "processor.location_bins_per_side is 0; set it to at least 1",
         ),
     ],
 )
@@ -185,7 +185,7 @@ def test_settings_that_do_not_fit_each_other_are_refused(change, message):
 
 def test_an_answer_cut_off_behind_a_trigger_loses_it():
     processor = Processor(dataclasses.replace(POINTING, max_target_tokens=4))
-    ids = processor.encode_target(f"star {box_to_text(BOX)}")
+    ids = processor.prompt.encode_target(f"star {box_to_text(BOX)}")
     assert ids[-1] == processor.tokenizer.eos_id and AT not in ids[-2:]
 
 
@@ -239,7 +239,7 @@ def test_masks_come_with_their_boxes_and_only_so_many_pictures_have_some():
     ].any() and "sam" not in records.encode_example(other, 3, rng)
     few = MixtureDataset(dataclasses.replace(DATA, mask_fraction=0.1), "train")
     assert few.components("res")[0].num_examples == 4 and few.components("rec")[0].num_examples == 40
-    with pytest.raises(UserError, match="move no masks"):
+    with pytest.raises(UserError, match="do not transform masks"):
         dataclasses.replace(DATA, hflip=True)
 
 
@@ -248,8 +248,8 @@ def test_one_task_of_a_mixture_may_write_its_boxes_otherwise_and_says_so():
     (plain,), (digits,) = records.components("rec"), records.components("scenes/rec@digits")
     rows = [records.encode_example(part, 0, np.random.default_rng(0)) for part in (plain, digits)]
     assert [(row["target"] == HERE).any() for row in rows] == [True, False]
-    assert "[0." in records.processor.decode(rows[1]["target"])
-    assert records.processor.decode(rows[1]["prompt"]).endswith("Write places in digits.")
+    assert "[0." in records.processor.prompt.decode(rows[1]["target"])
+    assert records.processor.prompt.decode(rows[1]["prompt"]).endswith("Write places in digits.")
     with pytest.raises(UserError, match="'words'; choose one of digits"):
         records.components("rec@words")
 
@@ -261,7 +261,7 @@ def test_the_tiny_nextchat_learns_and_compares_boxes_in_all_three_ways_in_one_ru
     what = config.load(Path(__file__).parent.parent / "configs" / "tiny_nextchat.py")
     assert {"rec", "digits_rec", "bins_rec"} <= set(map(runner.benchmark_label, runner.trained_benchmarks(what)))
     records = MixtureDataset(dataclasses.replace(what.data, sources=(Scenes((40, 4, 4), image_size=56),)), "train")
-    first, language = records.processor.box_codec.first_location_token_id, what.model.language
+    first, language = records.processor.prompt.box_codec.first_location_token_id, what.model.language
     for name, pointed, written in (("rec", 1, 0), ("rec@digits", 0, 0), ("rec@bins", 0, 2)):
         (part,) = records.components(name)
         ids = records.encode_example(part, 0, np.random.default_rng(0))["target"]

@@ -144,7 +144,7 @@ def test_masks_without_any_in_the_batch_are_one_sentence():
         masks = dataclasses.replace(system, objective="masks")
         params = sharding.abstract_params(masks.init, jax.random.key(0), batch)
         jax.eval_shape(masks.loss, params, batch)
-    with pytest.raises(ValueError, match="want both places and sam"):
+    with pytest.raises(ValueError, match="region_head is None, but masks need both region_head and sam"):
         dataclasses.replace(system, places=None)
 
 
@@ -201,8 +201,8 @@ def test_answers_with_any_number_of_boxes_share_one_program(pointing):
     [
         ("What is at {box} and {box}?", [BOX], "has 2 {box} and 1 boxes"),
         ("What is at {box}?", [(0.6, 0.2, 0.1, 0.5)], "has no area"),
-        ("What is at {box}?", [(0.1, 0.2, 1.6, 0.5)], "leaves the picture"),
-        ("What are these?", [BOX] * 5, "name 5 regions where 4 are allowed"),
+        ("What is at {box}?", [(0.1, 0.2, 1.6, 0.5)], "leaves the image"),
+        ("What are these?", [BOX] * 5, "contain 5 boxes, but at most 4 are allowed"),
     ],
 )
 def test_boxes_that_do_not_fit_the_prompt_are_refused(pointing, prompt, boxes, message):
@@ -232,15 +232,15 @@ def test_places_are_asked_for_with_their_masks_and_the_page_draws_them(pointing,
         masks = [next(iter(row.get(field, [])), None) for row in rows]
         again = tasks.score_res([row["truth_masks"][0] for row in rows], masks).metrics
         assert entries["res"][variant] == pytest.approx(again)
-    assert "Expression to mask, cumulative IoU" in write_report(folder).read_text()
+    assert "RES (expression to mask), cIoU" in write_report(folder).read_text()
     assert (folder / "answers_res.png").is_file()
 
 
 def test_the_mask_of_an_answer_without_masks_is_its_box_and_none_where_it_has_several():
     truth = [{"size": [10, 20]}] * 3
-    filled = engine.Prediction("", np.array([[0.5, 0.0, 1.0, 0.5]]))
-    two = engine.Prediction("", np.zeros((2, 4)), np.ones((2, 10, 20), bool))
-    one = engine.Prediction("", np.zeros((1, 4)), np.ones((1, 10, 20), bool))
+    filled = engine.Answer("", np.array([[0.5, 0.0, 1.0, 0.5]]))
+    two = engine.Answer("", np.zeros((2, 4)), np.ones((2, 10, 20), bool))
+    one = engine.Answer("", np.zeros((1, 4)), np.ones((1, 10, 20), bool))
     masks = runner.predicted_masks([filled, two, one], truth)
     mask_HW = coco.decode(masks[0])
     assert mask_HW.sum() == 50 and mask_HW[:5, 10:].all() and masks[1] is None and coco.area(masks[2]) == 200

@@ -224,13 +224,13 @@ def test_features_that_were_kept_give_the_same_loss(pair):
 def test_sizes_that_make_no_sense_are_refused_in_words():
     with pytest.raises(ValueError, match="projector_depth is 3; it can be one of 0, 1, 2"):
         VisualPrefixLM(projector_depth=3)
-    with pytest.raises(ValueError, match="feature_layer is 0; a tower of 24 blocks has -1 to -24"):
+    with pytest.raises(ValueError, match="feature_layer is 0; it must be in -24..-1 for a tower of 24 blocks"):
         VisualPrefixLM(feature_layer=0)
-    with pytest.raises(ValueError, match="the picture can only stand in front"):
+    with pytest.raises(ValueError, match="image_token_id is None and prepend_image is False"):
         VisualPrefixLM(image_token_id=None, prepend_image=False)
-    with pytest.raises(ValueError, match="pool is 5; it divides the 24 patches a side"):
+    with pytest.raises(ValueError, match="pool_stride is 5; it must divide the 24 patches a side"):
         VisualPrefixLM(pool_stride=5, torch_names="original")
-    with pytest.raises(ValueError, match="nor for pooled patches; set names"):
+    with pytest.raises(ValueError, match="pool_stride 2; .* and no pooling; set torch_names"):
         VisualPrefixLM(pool_stride=2)
 
 

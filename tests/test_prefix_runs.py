@@ -248,7 +248,7 @@ def test_a_llava_folder_of_transformers_is_loaded_and_answers_in_its_words(tmp_p
     with torch.no_grad():
         told = theirs.generate(**asked, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
     wanted = told[0, asked["input_ids"].shape[1] :].numpy()
-    assert answer.text == model.processor.decode(wanted) and answer.text, f"seed {seed}"
+    assert answer.text == model.processor.prompt.decode(wanted) and answer.text, f"seed {seed}"
 
 
 FROZEN = Path(__file__).resolve().parent.parent / "configs" / "tiny_frozen.py"
@@ -284,9 +284,9 @@ def test_a_part_that_weights_name_must_exist_and_what_is_random_for_good_is_said
     batch = dummy_batch(Processor(experiment.data.processor))
     layout = init_layout(experiment, batch, sharding.make_mesh(devices=jax.devices()[:1]))
     eyes, (_, words) = experiment.weights
-    with pytest.raises(UserError, match="the part 'langage'; this system has language, projector, vision"):
+    with pytest.raises(UserError, match="the part 'langage'; this model has language, projector, vision"):
         init_params(dataclasses.replace(experiment, weights=(eyes, ("langage", words))), batch, layout)
     init_params(experiment, batch, layout)
     assert "random" not in caplog.text
     init_params(dataclasses.replace(experiment, weights=(eyes,)), batch, layout)
-    assert "weights of language are random and no stage trains them" in caplog.text
+    assert "the parameters of language are random and no stage trains them" in caplog.text

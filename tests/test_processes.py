@@ -209,15 +209,15 @@ def test_a_host_that_is_missing_is_said_in_one_sentence(tmp_path):
         LIONJAX_JOIN_SECONDS="2",
     )
     ((_, said),) = ends([first], 2)
-    assert "after 2 s not all processes of this run had met at JAX_COORDINATOR_ADDRESS=127.0.0.1:1" in said
+    assert "after 2 s not all processes of this run had connected to JAX_COORDINATOR_ADDRESS=127.0.0.1:1" in said
     assert "every host" in said and time.monotonic() - began < LATE
 
 
 def test_variables_that_make_no_sense_are_one_sentence(monkeypatch):
     cases = (
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set"),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}, "must lie in 0..1"),
-        ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, "whole number"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}, "must be in 0..1"),
+        ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, "non-negative integer"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "host"}, "HOST:PORT"),
     )
     for variables, sentence in cases:

@@ -259,17 +259,17 @@ def test_the_prompt_is_lions_sentence_about_tags_then_the_question(processor):
         "According to <extra_id_0>, you are allowed to use or partially use the following tags: "
         "[red ring, star]. What color is it?"
     )
-    ids = processor.encode_prompt("What color is it?", ("red ring", "star"))
+    ids = processor.prompt.encode_prompt("What color is it?", ("red ring", "star"))
     assert ids == [*tokenizer.encode(words, parse_special=True), tokenizer.eos_id]
     assert ids.count(tokenizer.soft_prompt_id) == 1
 
 
 def test_no_tags_or_tags_turned_off_leave_the_bare_question(processor):
     bare = [*processor.tokenizer.encode("What is it?"), processor.tokenizer.eos_id]
-    assert processor.encode_prompt("What is it?") == bare
+    assert processor.prompt.encode_prompt("What is it?") == bare
     without = Processor(ProcessorConfig(use_tags=False))
-    assert without.encode_prompt("What is it?", ("red",)) == bare
-    assert processor.encode_question(" What is it? ") == bare
+    assert without.prompt.encode_prompt("What is it?", ("red",)) == bare
+    assert processor.prompt.encode_question(" What is it? ") == bare
 
 
 def test_the_q_former_never_sees_the_tags(processor):
@@ -281,7 +281,7 @@ def test_the_q_former_never_sees_the_tags(processor):
 def test_too_many_tags_are_cut_from_the_back_and_nothing_else_is(processor):
     tags = tuple(f"tag{i}" for i in range(60))
     question = "How many large red circles are there in the picture?"
-    ids = processor.encode_prompt(question, tags)
+    ids = processor.prompt.encode_prompt(question, tags)
     text = processor.tokenizer.decode(ids, keep_special=True)
     assert len(ids) <= 64 and len(ids) > 58
     assert ids.count(processor.tokenizer.soft_prompt_id) == 1
@@ -290,14 +290,14 @@ def test_too_many_tags_are_cut_from_the_back_and_nothing_else_is(processor):
 
 def test_a_question_that_leaves_no_room_for_tags_keeps_the_soft_prompt(processor):
     question = "what " * 40 + "is it?"
-    text = processor.tokenizer.decode(processor.encode_prompt(question, ("red", "ring")), keep_special=True)
+    text = processor.tokenizer.decode(processor.prompt.encode_prompt(question, ("red", "ring")), keep_special=True)
     assert "<extra_id_0>" in text and "[]." in text and text.count("what") == 40
 
 
 @pytest.mark.parametrize("tags", [(), ("red",)])
 def test_a_prompt_longer_than_the_model_takes_is_one_sentence(processor, tags):
     with pytest.raises(UserError) as error:
-        processor.encode_prompt("what " * 80, tags)
+        processor.prompt.encode_prompt("what " * 80, tags)
     assert "64" in sentence(error) and "max_prompt_tokens" in sentence(error)
 
 
@@ -308,17 +308,17 @@ def test_an_empty_prompt_is_one_sentence(processor, question):
 
 
 def test_a_question_that_spells_the_soft_prompt_does_not_get_one(processor):
-    ids = processor.encode_prompt("what is <extra_id_0>?", ("<extra_id_0>", "red"))
+    ids = processor.prompt.encode_prompt("what is <extra_id_0>?", ("<extra_id_0>", "red"))
     assert ids.count(processor.tokenizer.soft_prompt_id) == 1
 
 
 def test_long_questions_lose_their_front_for_the_q_former_and_long_answers_their_back(processor):
     words = [*"abcdefghijklmnopqrstuvwxyz"]
-    question = processor.encode_question(" ".join(words))
-    answer = processor.encode_target(" ".join(words))
+    question = processor.prompt.encode_question(" ".join(words))
+    answer = processor.prompt.encode_target(" ".join(words))
     assert len(question) == len(answer) == 24 and question[-1] == answer[-1] == 1
-    assert processor.decode(question).endswith("x y z")
-    assert processor.decode(answer).startswith("a b c")
+    assert processor.prompt.decode(question).endswith("x y z")
+    assert processor.prompt.decode(answer).startswith("a b c")
 
 
 # ---------------------------------------------------------------------- batches
@@ -331,7 +331,7 @@ def test_a_batch_holds_padded_ids_masks_and_router_rows(processor):
     assert batch.prompt_BL.shape == (2, 64) and batch.target_BM.shape == (2, 24)
     assert batch.task_B.tolist() == [IMAGE_LEVEL, REGION_LEVEL]
     assert batch.target_mask_BM.sum(1).tolist() == [2, 20] == batch.loss_mask_BM.sum(1).tolist()
-    assert processor.decode(batch.target_BM[1]) == "Answer: [0.100,0.200,0.300,0.400]"
+    assert processor.prompt.decode(batch.target_BM[1]) == "Answer: [0.100,0.200,0.300,0.400]"
     assert (batch.target_BM[0, :2] == [*processor.tokenizer.encode("red"), 1]).all()
     assert (batch.prompt_BL[batch.prompt_mask_BL == 0] == processor.tokenizer.pad_id).all()
     assert all(a.dtype == np.int32 for a in (batch.prompt_BL, batch.target_BM, batch.task_B, batch.record_B))
@@ -341,7 +341,7 @@ def test_buckets_choose_the_shortest_length_that_holds_every_row(processor):
     inputs = [ImageTextInput(RED, "What is it?"), ImageTextInput(RED, "Where is the ring?", ("ring",))]
     batch = processor.batch(inputs, length_buckets=(8, 32, 48))
     assert batch.prompt_BL.shape == (2, 32) and batch.question_BL.shape == (2, 8)
-    assert batch.prompt_mask_BL.sum() == sum(len(processor.encode_prompt(i.question, i.tags)) for i in inputs)
+    assert batch.prompt_mask_BL.sum() == sum(len(processor.prompt.encode_prompt(i.question, i.tags)) for i in inputs)
 
 
 def test_a_batch_without_answers_learns_nothing(processor):
@@ -363,7 +363,7 @@ def test_sizes_below_one_are_refused_when_the_config_is_made():
     with pytest.raises(UserError, match="max_prompt_tokens"):
         ProcessorConfig(max_prompt_tokens=0)
     for field in ("prompt_template", "followup_template"):
-        with pytest.raises(UserError, match=r"says \{picture\}; only \{question\} and \{image\} are filled in"):
+        with pytest.raises(UserError, match=r"contains \{picture\}; only \{question\} and \{image\} are allowed"):
             ProcessorConfig(**{field: "{picture} {question}"})
 
 
@@ -394,7 +394,7 @@ def test_examples_shown_before_a_question_bring_their_pictures_and_words_in_orde
     wanted = [*processor.tokenizer.bos_ids, 21, *words("Which color?"), *words("red"), end]
     wanted += [21, *words("Which shape?"), *words("ring"), end, 21, *words("How many?")]
     assert batch.prompt_BL[0, : batch.prompt_mask_BL[0].sum()].tolist() == wanted
-    with pytest.raises(UserError, match=r"have \[0, 2\] shots; give each as many"):
+    with pytest.raises(UserError, match=r"have \[0, 2\] shots; give all the same number"):
         processor.batch([asked, dataclasses.replace(asked, shots=())])
-    with pytest.raises(UserError, match="says where {image} stands"):
+    with pytest.raises(UserError, match="need {image} in processor.prompt_template"):
         Processor(dataclasses.replace(c, prompt_template="{question}")).batch([asked])

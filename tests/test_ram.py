@@ -75,9 +75,9 @@ def test_many_pictures_are_answered_as_each_alone(folder, picture):
     assert share_BV.shape == (18, 5) and one.tag([]) == []
     for image, share_V in zip(given[:3], share_BV[15:]):
         np.testing.assert_allclose(one.probabilities([image])[0], share_V, rtol=1e-5)
-    with pytest.raises(UserError, match="images is one PosixPath; give a list"):
+    with pytest.raises(UserError, match="images is a single PosixPath; give a list"):
         one.tag(picture)
-    with pytest.raises(UserError, match="images is one ndarray"):
+    with pytest.raises(UserError, match="images is a single ndarray"):
         one.tag(given[2])
 
 
@@ -118,9 +118,9 @@ def test_the_list_of_tags_can_be_another_and_words_can_be_forbidden(folder, pict
     np.testing.assert_allclose(other.probabilities([picture]), same_BV, rtol=1e-5)
     np.testing.assert_array_equal(one.with_tags(["x", "y"], label_VC).vocabulary.threshold_V, np.float32(0.68))
     assert other.without(["meadow"]).tag([picture])[0].tags == ("kitten",)
-    with pytest.raises(UserError, match="the list of tags has no 'sea'"):
+    with pytest.raises(UserError, match="the tag list has no 'sea'"):
         other.without(["sea"])
-    with pytest.raises(UserError, match=r"the embeddings are \(2, 6\) where \(3, 6\) are wanted"):
+    with pytest.raises(UserError, match=r"label_embed_VC has shape \(2, 6\); give \(3, 6\)"):
         one.with_tags(["a", "b", "c"], label_VC)
 
 
@@ -133,10 +133,10 @@ def test_chinese_tags_come_with_the_english_ones(folder, picture):
 @pytest.mark.parametrize(
     "file, text, problem",
     [
-        (tagger.TAG_LIST_FILE, None, "has no ram_tag_list.txt; put the list there"),
+        (tagger.TAG_LIST_FILE, None, "has no ram_tag_list.txt; copy the list"),
         (tagger.TAG_LIST_FILE, "a\nb\nc\nd\ne\nf", "5 thresholds for 6 tags"),
-        (tagger.THRESHOLD_FILE, "1\n1\n1\nhigh\n1\n", "wants a number on each line"),
-        (tagger.THRESHOLD_FILE, "1\n1\nnan\n1\n1\n", "not finite"),
+        (tagger.THRESHOLD_FILE, "1\n1\n1\nhigh\n1\n", "must have one number per line"),
+        (tagger.THRESHOLD_FILE, "1\n1\nnan\n1\n1\n", "non-finite"),
         (tagger.THRESHOLD_FILE, "0.5\n", "1 thresholds for 5 tags"),
         (tagger.CHINESE_TAG_LIST_FILE, "猫\n", "1 Chinese tags for 5 tags"),
         (tagger.TAG_LIST_FILE, "a\nb\nc\nd\n\x00\udcff", "cannot be read as text"),
@@ -153,13 +153,13 @@ def test_a_list_that_does_not_fit_is_refused_in_words(folder, file, text, proble
 def test_a_list_of_another_length_than_the_weights_and_a_folder_of_another_model_are_refused(folder, tmp_path):
     for name in (tagger.TAG_LIST_FILE, tagger.THRESHOLD_FILE):
         (folder / name).write_text("1\n" * 4)
-    with pytest.raises(UserError, match="the list has 4 tags where the weights have 5"):
+    with pytest.raises(UserError, match="the tag list has 4 tags but the weights have 5"):
         tagger.load(folder)
     from test_convert_folders import small_folder
 
     other = small_folder(tmp_path)
     (other / tagger.TAG_LIST_FILE).write_text("a")
-    with pytest.raises(UserError, match="holds a T5Config, which is no tagger"):
+    with pytest.raises(UserError, match="holds a T5Config, not a tagger"):
         tagger.load(other)
     with pytest.raises(UserError, match="there is no folder"):
         tagger.load(tmp_path / "nothing")
@@ -196,5 +196,5 @@ def test_the_asymmetric_loss_and_its_gradient_are_the_formulas():
 def test_what_a_tagger_finds_stands_before_the_question_that_a_lion_reads(folder, picture):
     (found,) = tagger.load(folder).tag([picture])
     processor = Processor(ProcessorConfig(image_size=28))
-    words = processor.decode(processor.encode_prompt("What is it?", found.tags))
+    words = processor.prompt.decode(processor.prompt.encode_prompt("What is it?", found.tags))
     assert f"following tags: [{', '.join(found.tags)}]. What is it?" in words

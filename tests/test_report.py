@@ -101,13 +101,13 @@ def test_the_page_says_every_figure_of_the_run(run):
     said = " ".join(page.words)
     for words in (
         "toy <run>",
-        "Questions, VQA accuracy 84.3% 51.0% 40.0%",
-        "Captions, CIDEr-D 1.500",
+        "VQA, accuracy 84.3% 51.0% 40.0%",
+        "Captioning, CIDEr-D 1.500",
         "brand new 0.250",
         "one 1,200 1 min 15 s 4.000 0.500 412,032 bit for bit",
         "two 5 1 h 6 min 1.000 0.900 7 no",
-        "61.2 images/s, 2.00 GiB of memory at the peak",
-        "To PyTorch and back exact",
+        "61.2 images/s, 2.00 GiB peak memory",
+        "PyTorch round trip exact",
         "jax 0.10.2",
         "where <is> it?",
         "✓ there",
@@ -142,7 +142,7 @@ def test_what_a_run_does_not_have_gets_no_section(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "one", "loss": 2.0}\n')
     said = " ".join(Reader(write_report(tmp_path).read_text()).words)
     assert "Loss at each logged step" in said
-    for words in ("How well", "Answers", "How fast", "Whom each", "None", "nan"):
+    for words in ("Metrics", "Answers", "Speed and memory", "Adapter router", "None", "nan"):
         assert words not in said
 
 
@@ -158,10 +158,10 @@ def test_an_empty_folder_is_one_sentence(tmp_path):
 
 def test_a_broken_file_is_named_with_its_line(run):
     (run / "evaluation/rec.jsonl").write_text("{}\n{oops\n{}\n")
-    with pytest.raises(UserError, match="rec.jsonl: line 2 is no JSON"):
+    with pytest.raises(UserError, match="rec.jsonl: line 2 is not valid JSON"):
         write_report(run)
     (run / "report.json").write_text("{oops")
-    with pytest.raises(UserError, match="report.json is no JSON"):
+    with pytest.raises(UserError, match="report.json is not valid JSON"):
         write_report(run)
 
 

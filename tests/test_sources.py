@@ -151,7 +151,7 @@ def test_splits_share_no_picture_and_stay_when_pictures_are_added(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t["annotations"][0].update(bbox=[10, 5, 60, 10]), "leaves the picture"),
+        (lambda t: t["annotations"][0].update(bbox=[10, 5, 60, 10]), "leaves the image"),
         (lambda t: t["annotations"][0].update(bbox=[30, 5, 0, 10]), "no area"),
         (lambda t: t["images"][0].update(width=500), "500"),
         (lambda t: t["images"][0].update(file_name="gone.png"), "gone.png"),
@@ -163,7 +163,7 @@ def test_a_bad_record_is_one_sentence_when_used_or_is_left_out(folder, change, w
     edit(folder / "instances.json", change)
     source, task = (
         Coco(str(folder), heldout_fraction=0),
-        "tags" if words not in ("leaves the picture", "no area") else "rec",
+        "tags" if words not in ("leaves the image", "no area") else "rec",
     )
     if words == "no area":  # it is too small to be pointed at in the first place
         assert "0000.png" not in {s.name.partition("/")[2] for s in all_of(source, task)}
@@ -313,7 +313,7 @@ def test_easy_vqa_gives_the_kinds_of_questions_that_are_asked_for_and_knows_no_o
     photos = [(number, opened.load_record(number)[1]) for number in range(50)]
     asked = [opened.make_example("vqa", number, photo, np.random.default_rng(0), 0.0) for number, photo in photos]
     assert {example.kind for example in asked} == {"color"} and "color" in asked[0].question
-    with pytest.raises(UserError, match="no kind 'colour'; there are yesno, color and shape"):
+    with pytest.raises(UserError, match="no kind 'colour'; choose from yesno, color and shape"):
         EasyVqa(kinds=("colour",))
 
 
@@ -371,7 +371,7 @@ def test_building_leaves_out_what_training_would_refuse(folder, tmp_path, caplog
     array_record_writer.build(Coco(str(folder), heldout_fraction=0), tmp_path / "out")
     opened = ArrayRecordDataset(str(tmp_path / "out")).open("heldout", MAX_PIXELS)  # undivided: every split is all
     assert len(opened) == 10 and opened.task_sizes["caption"] == 10
-    assert "0003.png" in caplog.text and "0004.png" in caplog.text and "leaves the picture" in caplog.text
+    assert "0003.png" in caplog.text and "0004.png" in caplog.text and "leaves the image" in caplog.text
     cats = [s for s in all_of(ArrayRecordDataset(str(tmp_path / "out")), "rec") if s.example.kind == "cat"]
     assert len(cats) == 9
 

@@ -37,8 +37,8 @@ def tiny():
 def test_special_pieces_have_t5s_first_ids_and_the_soft_prompt_follows(tiny):
     ids = [tiny.token_to_id(piece) for piece in ("<pad>", "</s>", "<unk>", "<extra_id_0>")]
     assert ids == [0, 1, 2, 3] == [tiny.pad_id, tiny.eos_id, tiny.unk_id, tiny.soft_prompt_id]
-    assert tiny.size == tokenizer.TINY_VOCAB_SIZE == 1024
-    assert all(tiny.id(piece) < len(tokenizer.SPECIAL_TOKENS) for piece in ("<at>", "<boxes>", "<im_patch>"))
+    assert tiny.vocab_size == tokenizer.TINY_VOCAB_SIZE == 1024
+    assert all(tiny.token_to_id(piece) < len(tokenizer.SPECIAL_TOKENS) for piece in ("<at>", "<boxes>", "<im_patch>"))
 
 
 @settings(max_examples=300, deadline=None)
@@ -128,8 +128,8 @@ def test_decoding_stops_at_the_end_piece_and_leaves_special_pieces_out(tiny):
 
 def test_frames_keep_the_end_piece_and_cut_the_side_asked_for(tiny):
     assert tiny.truncate_and_add_special([10, 11, 12], 3) == [10, 11, 1]
-    assert tiny.frame([10, 11, 12], 3, keep="back") == [11, 12, 1]
-    assert tiny.frame([10, 11, 12], 9) == [10, 11, 12, 1]
+    assert tiny.truncate_and_add_special([10, 11, 12], 3, keep="back") == [11, 12, 1]
+    assert tiny.truncate_and_add_special([10, 11, 12], 9) == [10, 11, 12, 1]
 
 
 def test_training_again_gives_the_shipped_file_byte_for_byte(tmp_path):

@@ -144,7 +144,7 @@ def test_damage_to_what_a_stage_began_with_is_mended(tmp_path, whole, caplog, pa
             data.write_bytes(bytes(255 - byte for byte in data.read_bytes()))
     with caplog.at_level(logging.WARNING):
         assert train(workdir)[0] == expected
-    assert "is put aside" in caplog.text
+    assert f"moved {tmp_path}" in caplog.text
 
 
 def test_frozen_parameters_that_cannot_be_mended_are_an_error(tmp_path, whole, monkeypatch):
@@ -153,7 +153,7 @@ def test_frozen_parameters_that_cannot_be_mended_are_an_error(tmp_path, whole, m
     start = init.init_params
     other = lambda what, *rest: start(dataclasses.replace(what, seed=5), *rest)  # noqa: E731
     monkeypatch.setattr(resume, "init_params", other)
-    with pytest.raises(UserError, match="its config no longer makes the same ones"):
+    with pytest.raises(UserError, match="its config no longer gives the same ones"):
         train(workdir)
 
 
@@ -201,7 +201,7 @@ def test_a_dtype_that_the_config_does_not_want_is_refused(tmp_path, whole, monke
     workdir = copy_of(whole[0], tmp_path / "run", update=8)
     monkeypatch.setattr(run_folder, "MUTABLE_FIELDS", (*run_folder.MUTABLE_FIELDS, r"run\.frozen_dtype"))
     what = toy.experiment(run={"frozen_dtype": "float32"})
-    with pytest.raises(UserError, match="'never/.* was saved as bfloat16 .* wanted as float32"):
+    with pytest.raises(UserError, match="'never/.* was saved as bfloat16 .* needs float32"):
         train(workdir, what)
 
 
@@ -247,8 +247,8 @@ def test_weight_files_are_read_by_path_and_the_rest_is_random(tmp_path):
 
     cases = {
         "lacks 'tower/bias', which no stage trains": {"tower/kernel": tower["tower/kernel"]},
-        "holds 'tower/gate', which this system does not have": tower | {"tower/gate": tower["tower/bias"]},
-        r"'tower/bias' is \(3,\), the config wants \(16,\)": tower | {"tower/bias": tower["tower/bias"][:3]},
+        "holds 'tower/gate', which this model does not have": tower | {"tower/gate": tower["tower/bias"]},
+        r"'tower/bias' has shape \(3,\), but the config needs \(16,\)": tower | {"tower/bias": tower["tower/bias"][:3]},
     }
     for sentence, tensors in cases.items():
         save_file(tensors, tmp_path / "tower.safetensors")
@@ -306,10 +306,10 @@ def test_a_run_with_muon_goes_on_with_the_same_bits(tmp_path):
 
 def test_features_of_a_part_that_trains_are_refused(tmp_path):
     what = toy.experiment(toy.stage(trainable=("tower", "output")), run={"cache_features": True})
-    with pytest.raises(UserError, match="some stage trains a part that makes the features"):
+    with pytest.raises(UserError, match="features depend on a parameter that some stage trains"):
         train(tmp_path / "trained", what)
-    changing = type("Changing", (toy.Batches,), {"changing": True})
-    with pytest.raises(UserError, match="a record's picture changes"):
+    changing = type("Changing", (toy.Batches,), {"random_augmentation": True})
+    with pytest.raises(UserError, match="the data augment images at random"):
         train(tmp_path / "changing", toy.experiment(run={"cache_features": True}), changing)
 
 

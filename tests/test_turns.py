@@ -62,7 +62,7 @@ def test_a_talk_so_far_is_the_prompt_of_the_next_question_and_its_only_picture_s
     trained = processor.encode_example(GRAY, "Is it large?", answer="yes", prompt_format=PromptFormat("", TURNS))
     (prompt,) = processor.batch([ImageTextInput(GRAY, "Is it large?", turns=TURNS)]).prompt_BL
     whole = real(trained, "prompt") + real(trained, "target")
-    end = len(whole) - len(processor.encode_target("yes"))
+    end = len(whole) - len(processor.prompt.encode_target("yes"))
     assert prompt[:end].tolist() == whole[:end] and not prompt[end:].any()
     plain = Processor(dataclasses.replace(CHAT, followup_template=""))  # LION's way: one question that tells it all
     one = ImageTextInput(GRAY, "Is it large?", turns=TURNS[:1])
@@ -73,7 +73,7 @@ def test_a_talk_so_far_is_the_prompt_of_the_next_question_and_its_only_picture_s
 def test_an_encoder_reads_all_rounds_but_the_last_answer():
     processor = Processor(dataclasses.replace(CHAT, reader="encoder"))
     row = processor.encode_example(GRAY, "Is it large?", answer="yes", prompt_format=PromptFormat("", TURNS))
-    assert real(row, "target") == processor.encode_target("yes") and row["loss_mask"].sum() == len(real(row, "target"))
+    assert real(row, "target") == processor.prompt.encode_target("yes") and row["loss_mask"].sum() == len(real(row, "target"))
     assert processor.tokenizer.encode("red")[0] in real(row, "prompt")
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from lionjax.core import files
 from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.core.sharding import MeshConfig, with_logical_constraint, with_logical_partitioning
 from lionjax.core.types import VLM, Batch, ModelInfo
@@ -191,7 +192,7 @@ def witnessed(workdir, hang, pause):
             time.sleep(pause)
             batch = super().__next__()
             line = [stage, place + self.shard * self.size, batch.record_B.tolist()]
-            run_log.append_jsonl(Path(workdir) / "seen.jsonl", line)
+            files.append_jsonl(Path(workdir) / "seen.jsonl", line)
             return batch
 
     return Witnessed
@@ -218,7 +219,7 @@ def main():
 if __name__ == "__main__":
     from lionjax.cli.errors import describe_error
     from lionjax.core import params as trees
-    from lionjax.training import checkpoint, distributed, loop, run_log
+    from lionjax.training import checkpoint, distributed, loop
 
     try:
         with distributed.distributed_session(describe_error):

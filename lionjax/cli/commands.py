@@ -237,13 +237,13 @@ def _print_metrics(entries, to_stderr: bool = False) -> None:
 def _answer_to_json(answer) -> dict:
     """An answer for JSON: masks as COCO's compressed run lengths."""
     import numpy as np
-    from pycocotools import mask as coco
 
-    masks = [coco.encode(np.asfortranarray(mask, np.uint8)) for mask in answer.masks]
+    from lionjax.data.rle import encode_rle
+
     return {
         "text": answer.text,
         "boxes": np.asarray(answer.boxes, float).reshape(-1, 4).tolist(),
-        "masks": [{"size": mask["size"], "counts": mask["counts"].decode()} for mask in masks],
+        "masks": [encode_rle(mask) for mask in answer.masks],
     }
 
 

@@ -35,13 +35,13 @@ def convert(args: argparse.Namespace) -> None:
     if loading.is_run(args.src):
         _export_run(args)
         return
-    words = tuple(word for word in args.add_words.split(",") if word)
-    wanted = ResizeOptions(words, args.vocab_multiple, args.image_size)
-    more = {"adapter": args.adapter, "merge_lora": args.merge_lora, "resize_options": wanted}
+    added_tokens = tuple(token for token in args.add_words.split(",") if token)
+    resize_options = ResizeOptions(added_tokens, args.vocab_multiple, args.image_size)
+    options = {"adapter": args.adapter, "merge_lora": args.merge_lora, "resize_options": resize_options}
     if args.base and args.verify:
         raise UserError("a difference runs nowhere; write it --to torch when it is added, and --verify that")
-    more |= {"base": args.base}
-    print(convert(args.src, args.dst, args.to, args.system, **more))
+    options |= {"base": args.base}
+    print(convert(args.src, args.dst, args.to, args.system, **options))
     if args.verify:
         ours, theirs = args.src, args.dst
         if args.to == "jax":
@@ -56,7 +56,7 @@ def _convert_to_orbax(args: argparse.Namespace) -> None:
     from lionjax.core.types import UserError
     from lionjax.inference import loading
 
-    odd = {
+    unsupported = {
         "--adapter": args.adapter,
         "--base": args.base,
         "--add-words": args.add_words,
@@ -65,20 +65,20 @@ def _convert_to_orbax(args: argparse.Namespace) -> None:
         "--merge-lora": args.merge_lora,
         "--verify": args.verify,
     }
-    if loading.is_run(args.src) or any(odd.values()):
-        why = next((name for name, value in odd.items() if value), "a run")
-        raise UserError(f"{why} does not go with --to orbax; convert --to jax first, and that to orbax")
+    if loading.is_run(args.src) or any(unsupported.values()):
+        option = next((name for name, value in unsupported.items() if value), "a run")
+        raise UserError(f"{option} does not go with --to orbax; convert --to jax first, and that to orbax")
     try:
         axes = {name: int(size) for name, size in (a.split("=") for a in args.mesh.split(",") if a)}
-        wanted = sharding.MeshConfig(**axes)
+        mesh_config = sharding.MeshConfig(**axes)
     except (TypeError, ValueError) as error:
         raise UserError(f"--mesh {args.mesh!r} is no mesh; write fsdp=4,tensor=2") from error
-    print(save_orbax(args.src, args.dst, sharding.make_mesh(wanted), args.system))
+    print(save_orbax(args.src, args.dst, sharding.make_mesh(mesh_config), args.system))
 
 
 def _export_run(args: argparse.Namespace) -> None:
     """A run written out, and read back to see whether every bit is the same."""
-    from lionjax.evaluation.report.html import update_report
+    from lionjax.core.files import update_json
     from lionjax.inference import loading
 
     run = loading.load(args.src)
@@ -87,7 +87,7 @@ def _export_run(args: argparse.Namespace) -> None:
         print(f"written: {args.dst}, with its LoRA merged")
     else:
         exact = run.equals_bitwise(loading.load(args.dst))
-        update_report(args.src, {"round_trip_exact": exact})
+        update_json(args.src / "report.json", {"round_trip_exact": exact})
         same = "every bit is the same" if exact else "BITS DIFFER"
         print(f"written: {args.dst}; read back, {same}")
     if args.verify:
@@ -100,11 +100,11 @@ def _verify(config, params, folder: Path, output_folder: Path) -> None:
     from lionjax.core.types import UserError
 
     try:
-        found = verify(config, params, folder)
+        report = verify(config, params, folder)
     except UserError as error:
         raise UserError(f"{output_folder} is written, but cannot be verified: {error}") from error
-    print(found)
-    if not found.all_close:
+    print(report)
+    if not report.all_close:
         raise UserError(f"the model of {folder} and ours differ by more than rounding does")
 
 
@@ -125,6 +125,6 @@ def print_weight_map(path: Path) -> None:
 
 def print_weight_mappings(mappings) -> None:
     """One line a row: torch's names, those tied to it, our paths, and the change of layout."""
-    for row in mappings:
-        tied = "".join(f"  = {name}" for name in row.tied_keys)
-        print(f"{', '.join(row.torch_keys)}{tied}  ->  {', '.join(row.flax_paths)}  ({row.transform.name})")
+    for mapping in mappings:
+        tied = "".join(f"  = {name}" for name in mapping.tied_keys)
+        print(f"{', '.join(mapping.torch_keys)}{tied}  ->  {', '.join(mapping.flax_paths)}  ({mapping.transform.name})")

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
+
+from lionjax.core.errors import UserError
+from lionjax.core.files import is_disk_full
 
 
 class UsageError(Exception):
@@ -28,8 +30,6 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C", 130
-    from lionjax.core.types import UserError
-
     if isinstance(error, UserError):
         return str(error), 2
     lines = str(error).strip().splitlines() or ["no message"]
@@ -39,14 +39,3 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return f"no permission for {error.filename}", 2
     more = "" if os.environ.get("LIONJAX_TRACEBACK") else "; set LIONJAX_TRACEBACK=1 for the traceback"
     return f"unexpected {type(error).__name__}: {lines[0]}{more}", 1
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or what caused it, says that no space is left, by its number or its text."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if os.strerror(errno.ENOSPC).lower() in str(error).lower():
-            return True
-        error = error.__cause__ or error.__context__
-    return False

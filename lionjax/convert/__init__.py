@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights both ways: a table of rows is read from torch names to our paths, and the same table back.
+"""Convert checkpoints between PyTorch state dicts (Hugging Face safetensors) and Flax parameters, in both directions.
 
-In memory: `params_from_state_dict`, `state_dict_from_params`, and `sharded_params_from_state_dict` onto a mesh. Folders as a whole: `from_torch`,
-`to_torch`. From folder to folder, a tensor at a time: `convert`. Numbers keep their exact bits and their
-dtype. A folder in our own names holds `lionjax.json` (the config), `params.safetensors` (or shards of it)
-and `origin/`, what came along from elsewhere.
+One weight map (a tuple of `WeightMapping`) serves both directions; values keep their bits and their dtype.
+In memory: `params_from_state_dict`, `state_dict_from_params`, `sharded_params_from_state_dict` (onto a mesh).
+A folder into memory and back: `from_torch`, `to_torch`. A folder into a folder, one tensor at a time: `convert`.
+A lionjax folder holds `lionjax.json` (the config), `params.safetensors` (or its shards) and `origin/` (tokenizer and
+settings files copied from the source).
 
-Every module of the package loads this file, so it loads none: a name comes with its first use.
+Names are imported lazily, because every module of the package imports this file first.
 """
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # for editors and type checkers: where each name lies
+if TYPE_CHECKING:  # for editors and type checkers: the module of each name
     from lionjax.convert.conversion import ResizeOptions, convert
     from lionjax.convert.coverage import ConversionReport
     from lionjax.convert.jax_folder import ORIGIN, copy_files, holds_params, load_params, open_params, save
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 
-# {name of version 0.1: today's}
+# {name in version 0.1: name of today}
 RENAMED = {
     "Coverage": "ConversionReport",
     "Wanted": "ResizeOptions",
@@ -66,7 +67,7 @@ def __getattr__(name: str):
     for home in (coverage, conversion, jax_folder, torch_folder, plan, apply):
         if name in vars(home):
             return vars(home)[name]
-    raise AttributeError(f"lionjax.convert offers {name!r} and no module of it has it")
+    raise AttributeError(f"lionjax.convert lists {name!r} in __all__, but none of its modules defines it")
 
 
 def __dir__():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From folder to folder, a tensor at a time: `convert`, and what may change on the way in."""
+"""Checkpoint conversion from folder to folder, one tensor at a time: `convert`, with optional resizing."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ResizeOptions:
-    """Tables to be changed on the way in: new words behind the vocabulary, a multiple to fill it to, a picture size."""
+    """Resizing applied by `convert(..., to="jax")`."""
 
-    added_tokens: tuple[str, ...] = ()
-    pad_vocab_to_multiple_of: int = 1
-    image_size: int | None = None
+    added_tokens: tuple[str, ...] = ()  # appended to the vocabulary and to tokenizer.json
+    pad_vocab_to_multiple_of: int = 1  # rows of the token embeddings
+    image_size: int | None = None  # pixels a side; position embeddings are interpolated
 
 
 def convert(
@@ -70,105 +70,112 @@ def convert(
     resize_options: ResizeOptions = ResizeOptions(),
     base: str | Path | None = None,
 ) -> ConversionReport:
-    """A folder into a folder, a tensor at a time: `to` "jax" (our names) or "torch" (the original's).
+    """Convert the checkpoint `src` into the new folder `dst`; returns the report of what was read, written and skipped.
 
-    `system` names the kind of model where the source does not say it; `adapter` is a folder of PEFT's with a LoRA for
-    it; `base` is the model from which the source is a difference; `wanted` changes tables; all four on the way in. On
-    the way to torch a LoRA is written into a folder `adapter`, or merged into its matrices. The new folder appears when
-    it is complete. Raises UserError, in words, for everything that does not fit.
+    `to` is "jax" (parameter paths, `params.safetensors`) or "torch" (the original's keys, `model.safetensors`).
+    `shard_bytes` is the largest size of one file. Only with `to="jax"`: `system` names the checkpoint format where
+    config.json does not, `adapter` is a PEFT folder with a LoRA for `src`, `base` is the model that `src` is a delta
+    of, and `resize_options` changes vocabulary and image size. Only with `to="torch"`: `merge_lora` merges a LoRA into
+    its kernels; without it the LoRA is written to a subfolder `adapter`. `dst` is renamed into place when it is
+    complete. Raises UserError for wrong options and for every problem between checkpoint and model.
     """
     start = time.perf_counter()
     if to not in ("jax", "torch"):
         raise UserError(f"to is {to!r}; it can be 'jax' or 'torch'")
     if merge_lora and to == "jax":
-        raise UserError("a LoRA is merged on the way to torch; here it stays beside its matrices")
-    extra = adapter is not None or base is not None or resize_options != ResizeOptions()
-    if to == "torch" and extra:
-        raise UserError("bases, adapters, words and picture sizes are added on the way to jax")
-    stored = orbax.is_checkpoint(Path(src))
-    if stored:
+        raise UserError("merge_lora works with --to torch only; with --to jax a LoRA stays separate, so leave it out")
+    has_options = adapter is not None or base is not None or resize_options != ResizeOptions()
+    if to == "torch" and has_options:
+        raise UserError("base, adapter, added tokens and image_size work with --to jax only; convert --to jax first")
+    is_orbax = orbax.is_checkpoint(Path(src))
+    if is_orbax:
         orbax.return_freed_memory()
-    if to == "jax" and stored:
-        if extra:
-            raise UserError("bases, adapters, words and picture sizes go with an original's weights")
-        coverage = _convert_orbax_to_jax(Path(src), Path(dst), shard_bytes)
+    if to == "jax" and is_orbax:
+        if has_options:
+            raise UserError(
+                f"{src} is an Orbax checkpoint; base, adapter, added tokens and image_size need a torch checkpoint"
+            )
+        report = _convert_orbax_to_jax(Path(src), Path(dst), shard_bytes)
     elif to == "jax":
         source = detect.open_checkpoint(Path(src), system, adapter and Path(adapter), base and Path(base))
-        coverage = _convert_torch_to_jax(source, Path(dst), shard_bytes, resize_options)
+        report = _convert_torch_to_jax(source, Path(dst), shard_bytes, resize_options)
     else:
-        coverage = _convert_jax_to_torch(Path(src), Path(dst), shard_bytes, merge_lora)
-    coverage.seconds = time.perf_counter() - start
-    for name in coverage.nan_tensors:
+        report = _convert_jax_to_torch(Path(src), Path(dst), shard_bytes, merge_lora)
+    report.seconds = time.perf_counter() - start
+    for name in report.nan_tensors:
         log.warning("tensor %r holds NaN", name)
-    return coverage
+    return report
 
 
 def _convert_torch_to_jax(
     source: CheckpointSource, dst: Path, shard_bytes: int, resize_options: ResizeOptions
 ) -> ConversionReport:
     plan = plan_from_torch(source)
-    coverage = make_report(source.checkpoint_format, plan, source.tensors)
-    for name, others in source.tied.items():
-        coverage.tied[name] = (*coverage.tied.get(name, ()), *others)
-    beside = find_companion_files(source.folder)
-    surgery, texts = _plan_resize(detect.model_config_of(source.config), resize_options, beside)
-    config = replace_model_config(source.config, surgery.config)
+    report = make_report(source.checkpoint_format, plan, source.tensors)
+    for name, copies in source.tied.items():
+        report.tied[name] = (*report.tied.get(name, ()), *copies)
+    companions = find_companion_files(source.folder)
+    resize_plan, new_contents = _plan_resize(detect.model_config_of(source.config), resize_options, companions)
+    config = replace_model_config(source.config, resize_plan.config)
 
-    def done(name, array):
+    def release(name, array):
         if has_nan(np.asarray(array)):
-            coverage.nan_tensors.append(name)
+            report.nan_tensors.append(name)
         source.tensors.release(name, array)
 
     with atomic_folder(dst) as folder:
-        parts = surgery.apply(iter_param_slices(plan, source.tensors, done))
-        files = write_safetensors(folder, JAX_STEM, surgery.resized_specs(plan.output_specs), parts, shard_bytes)
+        parts = resize_plan.apply(iter_param_slices(plan, source.tensors, release))
+        files = write_safetensors(folder, JAX_STEM, resize_plan.resized_specs(plan.output_specs), parts, shard_bytes)
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
-        copy_files(beside, folder / ORIGIN)
-        for name, content in texts.items():
+        copy_files(companions, folder / ORIGIN)
+        for name, content in new_contents.items():
             (folder / ORIGIN / name).write_bytes(content)
-        coverage.files = (*files, CONFIG_FILE)
-    return coverage
+        report.files = (*files, CONFIG_FILE)
+    return report
 
 
 def _convert_orbax_to_jax(src: Path, dst: Path, shard_bytes: int) -> ConversionReport:
-    """An Orbax checkpoint into a folder in our own names."""
+    """Convert an Orbax checkpoint into a lionjax folder; returns the report."""
     config, tensors = open_params(src)
-    kind = detect.format_of_config(config)
-    rows, model = detect.weight_map_and_abstract_params(kind, config)
-    plan = plan_state_dict(rows, tensors, model)  # refuses what is no parameter of this model
-    forms, parts = orbax.specs_and_layers(tensors, rows)
+    checkpoint_format = detect.format_of_config(config)
+    weight_map, abstract_params = detect.weight_map_and_abstract_params(checkpoint_format, config)
+    plan = plan_state_dict(
+        weight_map, tensors, abstract_params
+    )  # raises for arrays that are no parameters of the model
+    specs, parts = orbax.specs_and_layers(tensors, weight_map)
     with atomic_folder(dst) as folder:
-        files = write_safetensors(folder, JAX_STEM, forms, parts, shard_bytes)
+        files = write_safetensors(folder, JAX_STEM, specs, parts, shard_bytes)
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
         copy_files(find_origin_files(src), folder / ORIGIN)
-    coverage = make_report(kind, plan, tensors)
-    coverage.files = (*files, CONFIG_FILE)
-    return coverage
+    report = make_report(checkpoint_format, plan, tensors)
+    report.files = (*files, CONFIG_FILE)
+    return report
 
 
 def _plan_resize(
     model_config: Any, resize_options: ResizeOptions, companions: Mapping[str, Path]
 ) -> tuple[ResizePlan, dict[str, bytes]]:
-    """The tables that change, and what they change in the files that come along."""
-    made, texts, known = ResizePlan(model_config), {}, None
+    """(resize plan, {name of a companion file: its new content}) for these options."""
+    plan, new_contents, num_known_tokens = ResizePlan(model_config), {}, None
     if resize_options.added_tokens and (file := companions.get("tokenizer.json")) is not None:
-        known, texts["tokenizer.json"] = add_tokens_to_tokenizer(file, resize_options.added_tokens)
+        num_known_tokens, new_contents["tokenizer.json"] = add_tokens_to_tokenizer(file, resize_options.added_tokens)
     if resize_options.added_tokens or resize_options.pad_vocab_to_multiple_of > 1:
-        words, multiple = len(resize_options.added_tokens), resize_options.pad_vocab_to_multiple_of
-        made = made.compose(resize_token_embeddings(model_config, words, known, multiple))
+        num_added, multiple = len(resize_options.added_tokens), resize_options.pad_vocab_to_multiple_of
+        plan = plan.compose(resize_token_embeddings(model_config, num_added, num_known_tokens, multiple))
     if resize_options.image_size is not None:
-        made = made.compose(interpolate_position_embeddings(made.config, resize_options.image_size))
+        plan = plan.compose(interpolate_position_embeddings(plan.config, resize_options.image_size))
         if (file := companions.get("preprocessor_config.json")) is not None:
-            said = resize_preprocessor_config(read_hf_config(file), resize_options.image_size)
-            texts["preprocessor_config.json"] = json.dumps(said, indent=2).encode()
-    return made, texts
+            preprocessor_config = resize_preprocessor_config(read_hf_config(file), resize_options.image_size)
+            new_contents["preprocessor_config.json"] = json.dumps(preprocessor_config, indent=2).encode()
+    return plan, new_contents
 
 
 def _convert_jax_to_torch(src: Path, dst: Path, shard_bytes: int, merge_lora: bool) -> ConversionReport:
     config, tensors = open_params(src)
-    config, flat = merge_lora_weights(config, tensors) if merge_lora else (config, tensors)
-    kind, plan = plan_to_torch(config, flat)
-    coverage = make_report(kind, plan, tensors)
-    parts = iter_torch_tensors(plan, flat, tensors.release)
-    coverage.files = write_torch_folder(config, kind, plan, parts, dst, shard_bytes, find_origin_files(src))
-    return coverage
+    config, flat_params = merge_lora_weights(config, tensors) if merge_lora else (config, tensors)
+    checkpoint_format, plan = plan_to_torch(config, flat_params)
+    report = make_report(checkpoint_format, plan, tensors)
+    parts = iter_torch_tensors(plan, flat_params, tensors.release)
+    companions = find_origin_files(src)
+    report.files = write_torch_folder(config, checkpoint_format, plan, parts, dst, shard_bytes, companions)
+    return report

@@ -32,7 +32,7 @@ class ConversionReport:
             f"{self.bytes / 1e9:.3f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)",
             f"written: {', '.join(self.files)}",
         ]
-        lines += [f"tied: {name} = {', '.join(others)}" for name, others in self.tied.items()]
+        lines += [f"tied: {name} = {', '.join(copies)}" for name, copies in self.tied.items()]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.ignored.items():
             reasons.setdefault(reason, []).append(name)
@@ -46,11 +46,11 @@ class ConversionReport:
 def make_report(
     checkpoint_format: CheckpointFormat, plan: ConversionPlan, tensors: CheckpointTensors
 ) -> ConversionReport:
-    tied = {piece.torch_keys[0]: piece.tied_keys for piece in plan.mapped_tensors if piece.tied_keys}
+    tied = {mapped.torch_keys[0]: mapped.tied_keys for mapped in plan.mapped_tensors if mapped.tied_keys}
     ignored = tensors.skipped | {name: _ignore_reason(pattern) for name, pattern in plan.ignored.items()}
-    count = sum(len(piece.torch_keys) + len(piece.tied_keys) for piece in plan.mapped_tensors)
-    paths = {path for piece in plan.mapped_tensors for path in piece.mapping.flax_paths}
-    size = sum(form.nbytes for form in plan.output_specs.values())
+    count = sum(len(mapped.torch_keys) + len(mapped.tied_keys) for mapped in plan.mapped_tensors)
+    paths = {path for mapped in plan.mapped_tensors for path in mapped.mapping.flax_paths}
+    size = sum(spec.nbytes for spec in plan.output_specs.values())
     return ConversionReport(checkpoint_format.name, count, len(paths), size, ignored=ignored, tied=tied)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders in our own names: what lies in one, how it is written, and how it is opened.
+"""Folders with lionjax parameters: save, load and open them.
 
-Such a folder holds `lionjax.json` (the config), `params.safetensors` (or shards of it) and `origin/`, what came along
-from elsewhere. An Orbax checkpoint with our config is opened as well.
+Such a folder holds `lionjax.json` (the config), `params.safetensors` (or its shards) and `origin/` (tokenizer and
+settings files of the source). An Orbax checkpoint with a lionjax config is opened as well.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lionjax.core import params as trees
 from lionjax.core.types import Params, UserError
 from lionjax.core.weight_map import WeightMapping
 
-JAX_STEM = "params"  # first word of its weight files
+JAX_STEM = "params"  # file name of the weights, without shard number and suffix
 ORIGIN = "origin"
-COMPANION_FILES = (  # what belongs to a model besides its weights and is handed on as it is
+COMPANION_FILES = (  # settings and tokenizer files that are copied unchanged
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
@@ -60,44 +60,52 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     companions: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write `params` as a folder in our own names, which `load_params` reads; arguments as those of `to_torch`."""
-    flat = trees.flatten(params)
-    forms = {name: TensorSpec.from_array(leaf) for name, leaf in flat.items()}
+    """Write `params` as a lionjax folder, which `load_params` reads; arguments and errors as in `to_torch`."""
+    flat_params = trees.flatten(params)
+    specs = {name: TensorSpec.from_array(leaf) for name, leaf in flat_params.items()}
     with atomic_folder(Path(path)) as folder:
-        parts = ((name, (), np.asarray(leaf)) for name, leaf in flat.items())
-        write_safetensors(folder, JAX_STEM, forms, parts, shard_bytes)
+        parts = ((name, (), np.asarray(leaf)) for name, leaf in flat_params.items())
+        write_safetensors(folder, JAX_STEM, specs, parts, shard_bytes)
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
         copy_files(companions or {}, folder / ORIGIN)
 
 
 def load_params(path: str | Path, like: Params | None = None) -> tuple[Any, Params]:
-    """(config, params) of such a folder: memory maps (of Orbax's arrays), or with `like` arrays on its mesh.
+    """(config, params) of a lionjax folder or Orbax checkpoint.
 
-    Each process reads only the bytes of its own shards.
+    Params are memory maps (from Orbax: numpy arrays); with `like`, a tree of abstract arrays with shardings, they are
+    jax.Arrays with these shardings, of which each process reads only its own shards. Raises UserError as `open_params`,
+    and where `like` differs from the folder.
     """
     config, tensors = open_params(path)
-    stored = orbax.is_checkpoint(Path(path))
-    if like is not None and stored:
+    is_orbax = orbax.is_checkpoint(Path(path))
+    if like is not None and is_orbax:
         return config, orbax.load_sharded(tensors, like)
     if like is not None:
         return config, sharded_params_from_state_dict([WeightMapping(path, path) for path in tensors], tensors, like)
-    flat = {p: np.asarray(leaf) for p, leaf in tensors.items()} if stored else tensors.arrays
-    return config, trees.unflatten(flat)
+    flat_params = {p: np.asarray(leaf) for p, leaf in tensors.items()} if is_orbax else tensors.arrays
+    return config, trees.unflatten(flat_params)
 
 
 def open_params(path: str | Path) -> tuple[Any, CheckpointTensors]:
-    """(config, parameters by path) of a folder that `convert` wrote in our names. Nothing is read yet."""
+    """(config, parameters by path) of a lionjax folder or Orbax checkpoint; values are read on access.
+
+    Raises UserError where `path` is neither.
+    """
     path = Path(path)
     if orbax.is_checkpoint(path):
         return orbax.read_config(path), orbax.open_arrays(path)
-    found = _find_params_file(path)
-    if found is None or not (path / CONFIG_FILE).is_file():
-        raise UserError(f"{path} holds no converted model; wanted {CONFIG_FILE} and {JAX_STEM}.safetensors")
-    return detect.read_config(path), open_weights(found)
+    params_file = _find_params_file(path)
+    if params_file is None or not (path / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{path} holds no lionjax model ({CONFIG_FILE} and {JAX_STEM}.safetensors); "
+            "convert a torch checkpoint with lionjax convert --to jax"
+        )
+    return detect.read_config(path), open_weights(params_file)
 
 
 def holds_params(path: Path) -> bool:
-    """Whether a folder holds weights in our own names, as safetensors or as an Orbax checkpoint."""
+    """Whether a folder holds lionjax parameters, as safetensors or as an Orbax checkpoint."""
     return orbax.is_checkpoint(path) or _find_params_file(path) is not None
 
 
@@ -107,19 +115,19 @@ def _find_params_file(path: Path) -> Path | None:
 
 
 def find_companion_files(folder: Path | None) -> dict[str, Path]:
-    """What lies beside the weights and is handed on as it is."""
-    beside = {} if folder is None else {name: folder / name for name in COMPANION_FILES}
-    return {name: file for name, file in beside.items() if file.is_file()}
+    """{name: path} of the COMPANION_FILES that exist in a checkpoint's folder."""
+    candidates = {} if folder is None else {name: folder / name for name in COMPANION_FILES}
+    return {name: file for name, file in candidates.items() if file.is_file()}
 
 
 def find_origin_files(folder: Path) -> dict[str, Path]:
-    """What came along from elsewhere with weights that are in our names now."""
-    origin = [file for file in sorted((folder / ORIGIN).rglob("*")) if file.is_file()]
-    return {str(file.relative_to(folder / ORIGIN)): file for file in origin}
+    """{relative path: path} of all files in the `origin/` subfolder of a lionjax folder."""
+    files = [file for file in sorted((folder / ORIGIN).rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder / ORIGIN)): file for file in files}
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copies of files under the names that they have in `folder`."""
+    """Copy `files` ({relative path in `folder`: source}) into `folder`."""
     for name, file in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)

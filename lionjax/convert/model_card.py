@@ -23,17 +23,17 @@ PIL_BICUBIC = 3  # Pillow's number of it
 
 def write_processor_configs(config: Any, folder: Path) -> list[str]:
     """preprocessor_config.json and tokenizer_config.json where a run's own data say what is in them; what was made."""
-    made: dict[str, dict] = {}
+    contents: dict[str, dict] = {}
     processor = getattr(getattr(config, "data", None), "processor", None)
     if processor is not None:
-        made["preprocessor_config.json"] = preprocessor_config(processor)
-    for place in ("", "qformer_tokenizer/"):
-        if (folder / place / "tokenizer.json").is_file():
-            made[f"{place}tokenizer_config.json"] = tokenizer_config(folder / place / "tokenizer.json")
-    made = {name: said for name, said in made.items() if not (folder / name).exists()}
-    for name, said in made.items():
-        (folder / name).write_text(json.dumps(said, indent=2) + "\n")
-    return list(made)
+        contents["preprocessor_config.json"] = preprocessor_config(processor)
+    for subfolder in ("", "qformer_tokenizer/"):
+        if (folder / subfolder / "tokenizer.json").is_file():
+            contents[f"{subfolder}tokenizer_config.json"] = tokenizer_config(folder / subfolder / "tokenizer.json")
+    contents = {name: content for name, content in contents.items() if not (folder / name).exists()}
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    return list(contents)
 
 
 def preprocessor_config(processor: Any) -> dict:
@@ -42,7 +42,7 @@ def preprocessor_config(processor: Any) -> dict:
     LION stretches a picture to a square. NExT-Chat puts it into a white one first and LLaVA-1.5 into one of the mean
     color, which this image processor does not, so whoever uses it must.
     """
-    said = {
+    settings = {
         "image_processor_type": "BlipImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
@@ -54,13 +54,13 @@ def preprocessor_config(processor: Any) -> dict:
         "image_mean": list(processor.mean),
         "image_std": list(processor.std),
     }
-    return said | ({f"{processor.pad_color}_square_first": True} if processor.padded else {})
+    return settings | ({f"{processor.pad_color}_square_first": True} if processor.padded else {})
 
 
 def tokenizer_config(file: Path) -> dict:
     """How a tokenizer.json is to be opened, with the names of its special pieces."""
-    backend, said = open_tokenizer(file), {}
-    pieces = {
+    backend, special_tokens = open_tokenizer(file), {}
+    spellings_by_name = {
         "pad_token": ("<pad>", "[PAD]"),
         "unk_token": ("<unk>", "[UNK]"),
         "eos_token": ("</s>",),
@@ -68,10 +68,10 @@ def tokenizer_config(file: Path) -> dict:
         "sep_token": ("[SEP]",),
         "cls_token": ("[CLS]",),
     }
-    for name, spellings in pieces.items():
-        if found := [piece for piece in spellings if backend.token_to_id(piece) is not None]:
-            said[name] = found[0]
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | said
+    for name, spellings in spellings_by_name.items():
+        if present := [piece for piece in spellings if backend.token_to_id(piece) is not None]:
+            special_tokens[name] = present[0]
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special_tokens
 
 
 def open_tokenizer(file: Path):
@@ -87,19 +87,19 @@ def open_tokenizer(file: Path):
 def render_model_card(format_name: str, config: Any, hf_config: Mapping, specs: Mapping[str, TensorSpec]) -> str:
     """README.md of a folder of weights, with the head that model hubs read."""
     architecture = (hf_config.get("architectures") or [""])[0]
-    theirs = architecture and hf_config.get("model_type") not in ("lion", "nextchat", "lavis", "ram", "eva")
-    head = ["---", f"library_name: {'transformers' if theirs else 'lionjax'}"]
+    is_transformers = architecture and hf_config.get("model_type") not in ("lion", "nextchat", "lavis", "ram", "eva")
+    head = ["---", f"library_name: {'transformers' if is_transformers else 'lionjax'}"]
     head += [f"tags: [lionjax, {format_name}]", f"pipeline_tag: {_pipeline_tag(format_name)}", "---"]
-    system = getattr(config, "system", config)
+    model_config = getattr(config, "system", config)
     title = getattr(config, "name", None) or format_name
-    sizes = sorted({str(form.dtype) for form in specs.values()})
-    numbers = sum(int(np.prod(form.shape)) for form in specs.values())
+    dtypes = sorted({str(spec.dtype) for spec in specs.values()})
+    num_parameters = sum(int(np.prod(spec.shape)) for spec in specs.values())
     lines = [
         *head,
         "",
         f"# {title}",
         "",
-        f"A {type(system).__name__.removesuffix('Config')} ({format_name}): {numbers:,} numbers ({', '.join(sizes)}) in "
+        f"A {type(model_config).__name__.removesuffix('Config')} ({format_name}): {num_parameters:,} numbers ({', '.join(dtypes)}) in "
         f"{len(specs)} tensors, under the names of the original PyTorch code, written by lionjax.",
         "",
         "| part | numbers |",
@@ -109,7 +109,7 @@ def render_model_card(format_name: str, config: Any, hf_config: Mapping, specs: 
         "## Use",
         "",
     ]
-    if theirs:
+    if is_transformers:
         lines += ["In PyTorch:", "", "```python", f"from transformers import {architecture}"]
         lines += [f'model = {architecture}.from_pretrained("this folder")', "```", ""]
     else:
@@ -139,9 +139,9 @@ def _pipeline_tag(format_name: str) -> str:
 def _parameter_counts(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
     """Numbers by the first word of the tensors' names."""
     counts: dict[str, int] = {}
-    for name, form in specs.items():
+    for name, spec in specs.items():
         part = f"{ADAPTER} (LoRA)" if is_lora_key(name) else name.partition(".")[0]
-        counts[part] = counts.get(part, 0) + int(np.prod(form.shape))
+        counts[part] = counts.get(part, 0) + int(np.prod(spec.shape))
     return counts
 
 

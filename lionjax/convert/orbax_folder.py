@@ -20,7 +20,6 @@ from lionjax.convert.formats import detect
 from lionjax.convert.io import orbax
 from lionjax.convert.io.orbax import LazyShardedArray
 from lionjax.convert.io.reader import CheckpointTensors, has_nan
-from lionjax.convert.io.safetensors_writer import DISK_FULL_ERRNOS
 from lionjax.convert.jax_folder import (
     ORIGIN,
     copy_files,
@@ -34,10 +33,9 @@ from lionjax.convert.mapping.apply import TENSOR_VALUES, LazyTensor, sharded_par
 from lionjax.convert.mapping.plan import ConversionPlan, MappedTensor, plan_params, raise_problems
 from lionjax.core import config as configs
 from lionjax.core import params as trees
+from lionjax.core.files import is_disk_full
 from lionjax.core.types import Params, UserError
 from lionjax.core.weight_map import WeightMapping
-
-DISK_FULL_MESSAGES = ("no space left", "file too large", "disk quota")
 
 
 def load_sharded_params(path: str | Path, mesh: Mesh, system: str | None = None) -> tuple[Any, Params]:
@@ -51,12 +49,14 @@ def load_sharded_params(path: str | Path, mesh: Mesh, system: str | None = None)
     else:
         source = detect.open_checkpoint(path, system)
         config = source.config
-    kind = detect.format_of_config(config)
-    like = kind.abstract_params(detect.model_config_of(config), mesh)
+    checkpoint_format = detect.format_of_config(config)
+    like = checkpoint_format.abstract_params(detect.model_config_of(config), mesh)
     if holds_params(path):
         return load_params(path, like)
-    rows, _ = detect.weight_map_and_abstract_params(source.checkpoint_format, config)
-    return config, sharded_params_from_state_dict(rows, source.tensors, like, source.checkpoint_format.ignore_patterns)
+    weight_map, _ = detect.weight_map_and_abstract_params(source.checkpoint_format, config)
+    return config, sharded_params_from_state_dict(
+        weight_map, source.tensors, like, source.checkpoint_format.ignore_patterns
+    )
 
 
 def save_orbax(src: str | Path, dst: str | Path, mesh: Mesh, system: str | None = None) -> ConversionReport:
@@ -111,11 +111,11 @@ def _nan_recorder(report: ConversionReport, path: str) -> Callable[[np.ndarray],
 
 def _mapped_layers(plan: ConversionPlan) -> dict[str, dict[tuple, tuple[MappedTensor, int]]]:
     """{path: {layer: the piece that makes it, and which of its leaves}}."""
-    pieces: dict[str, dict] = {}
-    for piece in plan.mapped_tensors:
-        for number, path in enumerate(piece.mapping.flax_paths):
-            pieces.setdefault(path, {})[piece.index] = (piece, number)
-    return pieces
+    layers_by_path: dict[str, dict] = {}
+    for mapped in plan.mapped_tensors:
+        for number, path in enumerate(mapped.mapping.flax_paths):
+            layers_by_path.setdefault(path, {})[mapped.index] = (mapped, number)
+    return layers_by_path
 
 
 def _lazy_leaf_from_jax(plan: ConversionPlan, tensors: CheckpointTensors, path: str, mapped_layers: dict) -> tuple:
@@ -133,32 +133,32 @@ def _lazy_leaf_from_torch(plan: ConversionPlan, tensors: CheckpointTensors, path
 
     def layer(index):
         problems: list[str] = []
-        piece, number = mapped_layers[index]
-        parts = to_flax_leaves(piece, tensors, problems)
+        mapped, number = mapped_layers[index]
+        parts = to_flax_leaves(mapped, tensors, problems)
         raise_problems(problems, TENSOR_VALUES)
         return parts[number]
 
     def twins(index):
-        piece, number = mapped_layers[index]
-        return [(name, piece.mapping.to_flax(tensors[name])[number]) for name in piece.tied_keys]
+        mapped, number = mapped_layers[index]
+        return [(name, mapped.mapping.to_flax(tensors[name])[number]) for name in mapped.tied_keys]
 
     def done(index):
-        piece, _ = mapped_layers[index]
-        for name in (*piece.torch_keys, *piece.tied_keys):
+        mapped, _ = mapped_layers[index]
+        for name in (*mapped.torch_keys, *mapped.tied_keys):
             tensors.release(name)
 
-    form = plan.output_specs[path]
-    return LazyTensor(form.shape, form.dtype, layer), twins, done
+    spec = plan.output_specs[path]
+    return LazyTensor(spec.shape, spec.dtype, layer), twins, done
 
 
 def _write_atomically(dst: Path, arrays: Params, config: dict, companions: dict[str, Path]) -> None:
     """The checkpoint with what belongs beside it, under its name when all of it is there."""
     from jax.experimental import multihost_utils
 
-    partial, first = dst.parent / f".{dst.name}.partial", jax.process_index() == 0
+    partial, is_main = dst.parent / f".{dst.name}.partial", jax.process_index() == 0
     needed = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
     try:
-        if first:
+        if is_main:
             _remove_partial(partial)
             dst.parent.mkdir(parents=True, exist_ok=True)
             if needed > (free := shutil.disk_usage(dst.parent).free):
@@ -168,18 +168,17 @@ def _write_atomically(dst: Path, arrays: Params, config: dict, companions: dict[
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"begin {dst}")
         orbax.write_checkpoint(partial, arrays, config)
-        if first:
+        if is_main:
             copy_files(companions, partial / ORIGIN)
             os.rename(partial, dst)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"end {dst}")
     except (OSError, ValueError) as error:
         text = str(error).splitlines()[0][:200]
-        full = getattr(error, "errno", None) in DISK_FULL_ERRNOS or any(w in text.lower() for w in DISK_FULL_MESSAGES)
-        reason = "the disk is full" if full else text
+        reason = "the disk is full" if is_disk_full(error) else text
         raise UserError(f"{dst} could not be written: {reason}; nothing was left behind") from error
     finally:
-        if first:
+        if is_main:
             _remove_partial(partial)
 
 

@@ -61,27 +61,27 @@ def resize_token_embeddings(
         raise UserError(f"{num_new_tokens} words cannot follow {num_known_tokens} of a vocabulary of {language.vocab}")
     vocab = max(language.vocab, num_known_tokens + num_new_tokens)
     vocab += -vocab % pad_to_multiple_of
-    larger = dataclasses.replace(language, vocab_size=vocab)
-    config, tables = parts.replace_part(model_config, prefix, larger), parts.token_tables(language)
-    rows = parts.table_rows(larger)
+    new_language = dataclasses.replace(language, vocab_size=vocab)
+    config, axis_by_path = parts.replace_part(model_config, prefix, new_language), parts.token_tables(language)
+    num_rows = parts.table_rows(new_language)
 
     def grown(axis):
         def change(table):
-            old = np.moveaxis(table, axis, 0)
-            whole = np.zeros([rows if k == axis else n for k, n in enumerate(table.shape)], table.dtype)
-            target, mean = np.moveaxis(whole, axis, 0), old[:num_known_tokens].mean(0, dtype=np.float32)
-            target[: language.vocab] = old[: language.vocab]
-            target[num_known_tokens : num_known_tokens + num_new_tokens] = mean.astype(table.dtype)
-            target[language.vocab : vocab] = mean.astype(table.dtype)
-            return whole
+            old_rows = np.moveaxis(table, axis, 0)
+            new_table = np.zeros([num_rows if k == axis else n for k, n in enumerate(table.shape)], table.dtype)
+            new_rows, mean = np.moveaxis(new_table, axis, 0), old_rows[:num_known_tokens].mean(0, dtype=np.float32)
+            new_rows[: language.vocab] = old_rows[: language.vocab]
+            new_rows[num_known_tokens : num_known_tokens + num_new_tokens] = mean.astype(table.dtype)
+            new_rows[language.vocab : vocab] = mean.astype(table.dtype)
+            return new_table
 
         return change
 
-    sizes = {0: (rows, language.width), 1: (language.width, rows)}
+    sizes = {0: (num_rows, language.width), 1: (language.width, num_rows)}
     return ResizePlan(
         config,
-        {prefix + path: sizes[axis] for path, axis in tables.items()},
-        {prefix + path: grown(axis) for path, axis in tables.items()},
+        {prefix + path: sizes[axis] for path, axis in axis_by_path.items()},
+        {prefix + path: grown(axis) for path, axis in axis_by_path.items()},
     )
 
 
@@ -96,8 +96,8 @@ def interpolate_position_embeddings(model_config: Any, image_size: int) -> Resiz
     prefix, vision = parts.vit_of(model_config)
     if image_size % vision.patch_size or image_size < vision.patch_size:
         raise UserError(f"pictures of {image_size} pixels do not make whole patches of {vision.patch_size}")
-    larger = dataclasses.replace(vision, image=image_size)
-    config = parts.replace_part(model_config, prefix, larger)
+    new_vision = dataclasses.replace(vision, image=image_size)
+    config = parts.replace_part(model_config, prefix, new_vision)
     old, new = vision.image_size // vision.patch_size, image_size // vision.patch_size
 
     def change(position_PD):
@@ -112,15 +112,15 @@ def interpolate_position_embeddings(model_config: Any, image_size: int) -> Resiz
 def _resize_swin_windows(model_config: Any, image_size: int) -> ResizePlan:
     """A Swin, or what sees with one, with windows that cover the same share of another picture, as its makers did."""
     prefix, swin = parts.swin_of(model_config)
-    window, rest = divmod(swin.window_size * image_size, swin.image_size or 1)
-    if swin.image_size is None or rest or image_size % swin.patch_size or not window:
+    window, remainder = divmod(swin.window_size * image_size, swin.image_size or 1)
+    if swin.image_size is None or remainder or image_size % swin.patch_size or not window:
         raise UserError(
             f"pictures of {image_size} pixels do not make whole windows, of which those of {swin.image_size} have "
             f"{swin.window_size} places a side"
         )
-    larger = dataclasses.replace(swin, image=image_size, window_size=window)
-    config = parts.replace_part(model_config, prefix, larger)
-    leaves = trees.flatten(SWIN.abstract_params(larger))
+    new_swin = dataclasses.replace(swin, image=image_size, window_size=window)
+    config = parts.replace_part(model_config, prefix, new_swin)
+    leaves = trees.flatten(SWIN.abstract_params(new_swin))
     shapes = {prefix + path: leaf.shape for path, leaf in leaves.items() if path.endswith("/places")}
 
     def change(shape):
@@ -136,13 +136,13 @@ def _resize_swin_windows(model_config: Any, image_size: int) -> ResizePlan:
 
 def resize_preprocessor_config(preprocessor_config: dict, image_size: int) -> dict:
     """preprocessor_config.json for pictures of another size."""
-    made = dict(preprocessor_config)
+    new_config = dict(preprocessor_config)
     for name in ("size", "crop_size"):
-        if isinstance(made.get(name), dict):
-            made[name] = dict.fromkeys(made[name], image_size)
-        elif name in made:
-            made[name] = image_size
-    return made
+        if isinstance(new_config.get(name), dict):
+            new_config[name] = dict.fromkeys(new_config[name], image_size)
+        elif name in new_config:
+            new_config[name] = image_size
+    return new_config
 
 
 def interpolate_grid(grid_HWD: np.ndarray, side: int, align_corners: bool) -> np.ndarray:
@@ -150,24 +150,24 @@ def interpolate_grid(grid_HWD: np.ndarray, side: int, align_corners: bool) -> np
     if grid_HWD.shape[0] == side:
         return grid_HWD
     matrix = bicubic_matrix(grid_HWD.shape[0], side, align_corners)
-    made = np.einsum("ah,hwd,bw->abd", matrix, grid_HWD.astype(np.float32), matrix, optimize=True)
-    return made.astype(grid_HWD.dtype)
+    resampled = np.einsum("ah,hwd,bw->abd", matrix, grid_HWD.astype(np.float32), matrix, optimize=True)
+    return resampled.astype(grid_HWD.dtype)
 
 
 def bicubic_matrix(old_size: int, new_size: int, align_corners: bool) -> np.ndarray:
     """(new, old): how much each old place gives to each new one; what lies beyond the edge is the edge."""
-    places = np.arange(new_size)
+    index = np.arange(new_size)
     if align_corners:
-        at = places * ((old_size - 1) / (new_size - 1) if new_size > 1 else 0.0)
+        position = index * ((old_size - 1) / (new_size - 1) if new_size > 1 else 0.0)
     else:
-        at = (places + 0.5) * (old_size / new_size) - 0.5
-    first = np.floor(at).astype(int)
+        position = (index + 0.5) * (old_size / new_size) - 0.5
+    first = np.floor(position).astype(int)
     matrix = np.zeros((new_size, old_size))
     for tap in range(-1, 3):
-        far = np.abs(at - (first + tap))
-        near = ((BICUBIC_COEFFICIENT + 2) * far - (BICUBIC_COEFFICIENT + 3)) * far**2 + 1
-        outer = ((far - 5) * far + 8) * far * BICUBIC_COEFFICIENT - 4 * BICUBIC_COEFFICIENT
-        np.add.at(matrix, (places, np.clip(first + tap, 0, old_size - 1)), np.where(far <= 1, near, outer))
+        distance = np.abs(position - (first + tap))
+        inner = ((BICUBIC_COEFFICIENT + 2) * distance - (BICUBIC_COEFFICIENT + 3)) * distance**2 + 1
+        outer = ((distance - 5) * distance + 8) * distance * BICUBIC_COEFFICIENT - 4 * BICUBIC_COEFFICIENT
+        np.add.at(matrix, (index, np.clip(first + tap, 0, old_size - 1)), np.where(distance <= 1, inner, outer))
     return matrix.astype(np.float32)
 
 
@@ -176,10 +176,12 @@ def add_tokens_to_tokenizer(file: Path, tokens: Iterable[str]) -> tuple[int, byt
     from tokenizers import AddedToken
 
     tokens, tokenizer = list(tokens), model_card.open_tokenizer(file)
-    if there := [word for word in tokens if tokenizer.token_to_id(word) is not None]:
-        raise UserError(f"{file} knows {there[0]!r} already")
-    known = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in tokens])
-    if [tokenizer.token_to_id(word) for word in tokens] != list(range(known, known + len(tokens))):
+    if existing := [token for token in tokens if tokenizer.token_to_id(token) is not None]:
+        raise UserError(f"{file} knows {existing[0]!r} already")
+    num_known_tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    if [tokenizer.token_to_id(token) for token in tokens] != list(
+        range(num_known_tokens, num_known_tokens + len(tokens))
+    ):
         raise UserError(f"{file} has gaps in its ids, so that new words would not stand behind the others")
-    return known, json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1).encode()
+    return num_known_tokens, json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1).encode()

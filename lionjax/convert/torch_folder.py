@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights with the original's names: read into memory, written as a folder, and the table that says how.
+"""PyTorch checkpoints: read into memory (`from_torch`) and write (`to_torch`) Hugging Face folders.
 
-The folder is one that transformers opens: safetensors, config.json, a model card; a LoRA in a folder of its own.
+A written folder holds safetensors, config.json and a model card, and opens with transformers' `from_pretrained`; a LoRA
+is in the subfolder `adapter` (PEFT).
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ from lionjax.core import params as trees
 from lionjax.core.types import Params, UserError
 from lionjax.core.weight_map import WeightMapping, copy_bits
 
-TORCH_STEM = "model"  # first word of its weight files
+TORCH_STEM = "model"  # file name of the weights, without shard number and suffix
 
 
 def from_torch(path: str | Path, system: str | None = None) -> tuple[Any, Params]:
-    """(config, params) of a checkpoint with the original's names; params are numpy arrays in the checkpoint's dtype.
+    """(config, params) of a PyTorch checkpoint; params are numpy arrays in the checkpoint's dtype.
 
-    `system` names the kind of model where the files do not say it. Raises UserError with all that does not fit.
+    `system` names the checkpoint format where config.json does not. Raises UserError with all problems.
     """
     source = detect.open_checkpoint(Path(path), system)
     plan = plan_from_torch(source)
-    flat = {path: np.empty(form.shape, form.dtype) for path, form in plan.output_specs.items()}
+    flat_params = {path: np.empty(spec.shape, spec.dtype) for path, spec in plan.output_specs.items()}
     for leaf, index, part in iter_param_slices(plan, source.tensors, source.tensors.release):
-        copy_bits(flat[leaf][(*index, ...)], part)
-    return source.config, trees.unflatten(flat)
+        copy_bits(flat_params[leaf][(*index, ...)], part)
+    return source.config, trees.unflatten(flat_params)
 
 
 def to_torch(
@@ -53,51 +54,56 @@ def to_torch(
     companions: Mapping[str, Path] | None = None,
     merge_lora: bool = False,
 ) -> None:
-    """Write `params` as a folder with the original's names: safetensors, config.json, a model card.
+    """Write `params` as a PyTorch folder: safetensors, config.json, a model card.
 
-    `config` is the system's, or the experiment that trained it. `companions`: further files by their names there,
-    such as tokenizers. A LoRA goes into a folder `adapter` as PEFT writes it, or into the matrices with `merge_lora`.
-    Raises UserError when something does not fit, or stands at `path` already.
+    `config` is the model's config, or the experiment that trained it. `shard_bytes` is the largest size of one file.
+    `companions`: {name in the folder: file to copy}, such as tokenizers. A LoRA is written to the subfolder `adapter`
+    (PEFT), or merged into its kernels with `merge_lora`. Raises UserError for problems between config and params, and
+    when `path` exists and is not empty.
     """
-    flat = trees.flatten(params)
+    flat_params = trees.flatten(params)
     if merge_lora:
-        config, flat = merge_lora_weights(config, flat)
-    kind, plan = plan_to_torch(config, flat)
-    parts = iter_torch_tensors(plan, flat)
-    write_torch_folder(config, kind, plan, parts, Path(path), shard_bytes, companions or {})
+        config, flat_params = merge_lora_weights(config, flat_params)
+    checkpoint_format, plan = plan_to_torch(config, flat_params)
+    parts = iter_torch_tensors(plan, flat_params)
+    write_torch_folder(config, checkpoint_format, plan, parts, Path(path), shard_bytes, companions or {})
 
 
 def weight_map_of(path: str | Path, system: str | None = None) -> tuple[WeightMapping, ...]:
-    """The rows of a folder or file of weights, in our names or the original's. Nothing is read but what it is."""
+    """The weight map of a lionjax folder, or of a PyTorch folder or file. Reads the config and names, no values."""
     path = Path(path)
-    ours = holds_params(path)
-    config = open_params(path)[0] if ours else detect.open_checkpoint(path, system).config
-    rows, _ = detect.weight_map_and_abstract_params(detect.format_of_config(config), config)
-    return rows
+    config = open_params(path)[0] if holds_params(path) else detect.open_checkpoint(path, system).config
+    weight_map, _ = detect.weight_map_and_abstract_params(detect.format_of_config(config), config)
+    return weight_map
 
 
 def plan_from_torch(source: CheckpointSource) -> ConversionPlan:
-    rows, model = detect.weight_map_and_abstract_params(source.checkpoint_format, source.config)
-    return plan_params(rows, source.tensors, source.checkpoint_format.ignore_patterns, model)
+    """The plan of a PyTorch checkpoint to parameters. Raises UserError with all problems."""
+    weight_map, abstract_params = detect.weight_map_and_abstract_params(source.checkpoint_format, source.config)
+    return plan_params(weight_map, source.tensors, source.checkpoint_format.ignore_patterns, abstract_params)
 
 
 def plan_to_torch(config: Any, flat_params: Mapping) -> tuple[CheckpointFormat, ConversionPlan]:
-    kind = detect.format_of_config(config)
-    rows, model = detect.weight_map_and_abstract_params(kind, config)
-    return kind, plan_state_dict(rows, flat_params, model)
+    """(checkpoint format, plan) of parameters by path to a PyTorch checkpoint. Raises UserError with all problems."""
+    checkpoint_format = detect.format_of_config(config)
+    weight_map, abstract_params = detect.weight_map_and_abstract_params(checkpoint_format, config)
+    return checkpoint_format, plan_state_dict(weight_map, flat_params, abstract_params)
 
 
 def merge_lora_weights(config: Any, flat_params: Mapping) -> tuple[Any, Mapping]:
-    """Config and parameters without LoRA, which is in the matrices now."""
-    system = detect.model_config_of(config)
-    if (lora := loras.find_lora_config(system)) is None:
-        raise UserError("this model has no LoRA that could be merged")
-    plain = loras.with_lora(system, dataclasses.replace(lora, rank=0))
-    return replace_model_config(config, plain), loras.merge_lora(flat_params, lora)
+    """(config with LoRA rank 0, parameters by path with the LoRA merged into the kernels).
+
+    Raises UserError where the model has no LoRA.
+    """
+    model_config = detect.model_config_of(config)
+    if (lora := loras.find_lora_config(model_config)) is None:
+        raise UserError("this model has no LoRA to merge; leave out --merge-lora")
+    merged_config = loras.with_lora(model_config, dataclasses.replace(lora, rank=0))
+    return replace_model_config(config, merged_config), loras.merge_lora(flat_params, lora)
 
 
 def replace_model_config(config: Any, model_config: Any) -> Any:
-    """The config, or the whole experiment that it is, with another system's config."""
+    """`config` with another model config: `model_config` itself, or the experiment with it as its `model`."""
     return model_config if detect.model_config_of(config) is config else dataclasses.replace(config, model=model_config)
 
 
@@ -110,49 +116,49 @@ def write_torch_folder(
     shard_bytes: int,
     companions: Mapping[str, Path],
 ):
-    """The folder for torch's side, with what belongs beside the weights: what came along from there, tokenizers."""
+    """Write the PyTorch folder `dst`: weights, companions, config.json and model card; returns the file names."""
     files: list[str] = []
     with atomic_folder(dst) as folder:
-        # A LoRA's rows come last, so its tensors do. Grouping holds one tensor more, so it is only done for a LoRA.
+        # LoRA tensors come last in `parts`. groupby holds one more tensor in memory, so it is used for a LoRA only.
         groups = itertools.groupby(parts, lambda part: loras.is_lora_key(part[0]))
-        for detour, group in groups if any(map(loras.is_lora_key, plan.output_specs)) else [(False, parts)]:
-            forms = {n: form for n, form in plan.output_specs.items() if loras.is_lora_key(n) == detour}
-            where = folder / loras.ADAPTER_FOLDER if detour else folder
-            where.mkdir(exist_ok=True)
-            if detour:  # PEFT knows one file only
-                names = write_safetensors(where, loras.ADAPTER_STEM, forms, group, 2**62)
+        for is_lora, group in groups if any(map(loras.is_lora_key, plan.output_specs)) else [(False, parts)]:
+            specs = {n: spec for n, spec in plan.output_specs.items() if loras.is_lora_key(n) == is_lora}
+            subfolder = folder / loras.ADAPTER_FOLDER if is_lora else folder
+            subfolder.mkdir(exist_ok=True)
+            if is_lora:  # PEFT reads a single file, so no shards
+                names = write_safetensors(subfolder, loras.ADAPTER_STEM, specs, group, 2**62)
                 files += [f"{loras.ADAPTER_FOLDER}/{name}" for name in names]
             else:
-                files += write_safetensors(where, TORCH_STEM, forms, group, shard_bytes)
+                files += write_safetensors(subfolder, TORCH_STEM, specs, group, shard_bytes)
         copy_files(companions, folder)
-        settings = read_hf_config(folder / "config.json")
+        hf_config = read_hf_config(folder / "config.json")
         dtype = max(
-            (form.dtype for form in plan.output_specs.values()), key=lambda d: (d.itemsize <= 4, d.itemsize)
+            (spec.dtype for spec in plan.output_specs.values()), key=lambda d: (d.itemsize <= 4, d.itemsize)
         ).name
-        known = checkpoint_format.config_to_hf(detect.model_config_of(config)) | {"dtype": dtype}
-        settings = _deep_update(settings, known)
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        _write_adapter_config(config, plan, settings, folder / loras.ADAPTER_FOLDER)
+        model_settings = checkpoint_format.config_to_hf(detect.model_config_of(config)) | {"dtype": dtype}
+        hf_config = _deep_update(hf_config, model_settings)
+        (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+        _write_adapter_config(config, plan, hf_config, folder / loras.ADAPTER_FOLDER)
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
         files += model_card.write_processor_configs(config, folder)
         (folder / "README.md").write_text(
-            model_card.render_model_card(checkpoint_format.name, config, settings, plan.output_specs)
+            model_card.render_model_card(checkpoint_format.name, config, hf_config, plan.output_specs)
         )
     return (*files, "config.json", CONFIG_FILE, "README.md")
 
 
 def _write_adapter_config(config: Any, plan: ConversionPlan, settings: dict, folder: Path) -> None:
-    """What PEFT wants to know of the LoRA whose tensors lie in `folder`; nothing where there is none."""
-    detours = [name for name in plan.output_specs if loras.is_lora_key(name)]
-    if detours:
+    """Write PEFT's adapter_config.json into `folder` where the plan has LoRA tensors."""
+    lora_keys = [name for name in plan.output_specs if loras.is_lora_key(name)]
+    if lora_keys:
         lora = loras.find_lora_config(detect.model_config_of(config))
-        matrices = {n for n, form in plan.output_specs.items() if len(form.shape) == 2 and n not in detours}
+        matrix_keys = {n for n, spec in plan.output_specs.items() if len(spec.shape) == 2 and n not in lora_keys}
         architecture = (settings.get("architectures") or [""])[0]
-        said = loras.adapter_config(lora, detours, matrices, architecture)
-        (folder / loras.ADAPTER_CONFIG_FILE).write_text(json.dumps(said, indent=2) + "\n")
+        adapter_config = loras.adapter_config(lora, lora_keys, matrix_keys, architecture)
+        (folder / loras.ADAPTER_CONFIG_FILE).write_text(json.dumps(adapter_config, indent=2) + "\n")
 
 
 def _deep_update(old: dict, new: dict) -> dict:
-    """Settings with new ones over them, part by part."""
-    parts = {key for key in old.keys() & new.keys() if isinstance(old[key], dict) and isinstance(new[key], dict)}
-    return old | new | {key: _deep_update(old[key], new[key]) for key in parts}
+    """`old` updated with `new`, recursively in nested dicts."""
+    nested = {key for key in old.keys() & new.keys() if isinstance(old[key], dict) and isinstance(new[key], dict)}
+    return old | new | {key: _deep_update(old[key], new[key]) for key in nested}

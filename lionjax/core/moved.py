@@ -145,7 +145,7 @@ _RENAMED = """
 adapters                   CrossConfig=GatedCrossAttentionConfig GatedCross=GatedCrossAttentionBlock
 answering                  Answerer=InferenceEngine LENGTHS=LENGTH_BUCKETS LOCATION=REGION_PROMPT
 answering                  PLACE=BOX_PLACEHOLDER ROWS=BATCH_SIZE_BUCKETS Row=EncodedExample SHORT=SHORT_ANSWER_TOKENS
-answering                  SHORT_TASKS=SHORT_ANSWER_TASKS Said=Prediction blank=blank_images boxes_in=extract_boxes
+answering                  SHORT_TASKS=SHORT_ANSWER_TASKS Said=Answer blank=blank_images boxes_in=extract_boxes
 answering                  bucket=round_up_to_bucket category_of=prompt_category lengths=bucketed_lengths
 answering                  locate=predict_boxes segment=predict_mask_logits settings=make_generation_config
 answering                  unlikely=target_nll with_boxes=insert_boxes

@@ -15,6 +15,8 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
+from lionjax.core.errors import UserError
+
 T = TypeVar("T")
 Array = Any  # a numpy or jax array; shapes stand in the names
 Params = dict[str, Any]  # nested dict of arrays; a leaf's path is its name, joined by "/"
@@ -22,10 +24,6 @@ Metrics = dict[str, Any]
 
 REGION_LEVEL, IMAGE_LEVEL = 0, 1  # rows of the task router, in LION's order
 CATEGORIES = ("region_level", "image_level")
-
-
-class UserError(Exception):
-    """A mistake of the person at the keyboard: one clear sentence, shown without a traceback, exit code 2."""
 
 
 @dataclass_transform(frozen_default=True)

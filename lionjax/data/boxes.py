@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a box stands in a text. People and files write it as digits; a model may read and write it in three ways.
+"""Box formats: boxes in text as digits, location tokens or embeddings, and the conversion between them.
 
-As digits, like everybody (LION, Shikra): '[0.123,0.456,0.789,0.900]'. As two location tokens (Kosmos-2, arXiv
-2306.14824): the bin of its upper left corner and that of its lower right. Or as an embedding (NExT-Chat): a trigger
-token, and behind it a location token whose embedding the box itself makes.
+"digits" (LION, arXiv 2311.11860; Shikra, arXiv 2306.15195): '[0.123,0.456,0.789,0.900]'; users and files always use
+this format. "bins" (Kosmos-2, arXiv 2306.14824): two location tokens, the bins of the upper left and the lower right
+corner. "embeddings" (NExT-Chat, arXiv 2311.04498): a region query token, then a box token whose embedding is computed
+from the box.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lionjax.core.types import UserError
 
 Box = tuple[float, float, float, float]
 BOX_FORMATS = ("digits", "bins", "embeddings")
-# What is said to a model that was asked in another way than its own.
+# Appended to a question whose box format differs from the model's own.
 BOX_FORMAT_HINTS = {
     "digits": "Write places in digits.",
     "bins": "Write places in location tokens.",
@@ -25,35 +26,35 @@ BOX_FORMAT_HINTS = {
 }
 NUMBER_PATTERN = r"\s*(\d*\.?\d+)\s*"
 BOX_PATTERN = re.compile(r"\[" + ",".join([NUMBER_PATTERN] * 4) + r"\]")
-CLOSING_PUNCTUATION = ",.;:?!)"  # no space stands before these
+CLOSING_PUNCTUATION = ",.;:?!)"  # no space precedes these
 
 
 def box_to_text(box: Box) -> str:
-    """A box in digits: '[x0,y0,x1,y1]', three decimals in 0..1."""
+    """The box in digits: '[x0,y0,x1,y1]', fractions in 0..1 with three decimals."""
     return "[" + ",".join(f"{edge:.3f}" for edge in box) + "]"
 
 
 def split_text_and_boxes(text: str, exact_boxes: Iterable[Box] = ()) -> list[str | Box]:
-    """Words and boxes of a text in their order. A box of `known` comes with all its decimals."""
-    exact, found, end = {box_to_text(box): tuple(box) for box in exact_boxes}, [], 0
+    """The text pieces and boxes of a text in order. A box that rounds to one of `exact_boxes` is replaced by it."""
+    exact_by_text, pieces, end = {box_to_text(box): tuple(box) for box in exact_boxes}, [], 0
     for match in BOX_PATTERN.finditer(text):
-        found.append(text[end : match.start()])
-        found.append(exact.get(match[0], tuple(map(float, match.groups()))))
+        pieces.append(text[end : match.start()])
+        pieces.append(exact_by_text.get(match[0], tuple(map(float, match.groups()))))
         end = match.end()
-    return [piece for piece in (*found, text[end:]) if piece]
+    return [piece for piece in (*pieces, text[end:]) if piece]
 
 
 def join_text_and_boxes(parts: Iterable[str | Box]) -> str:
-    """Words and boxes as one text, the boxes in digits."""
+    """One text from text pieces and boxes, the boxes in digits."""
     text = ""
     for part in parts:
-        word = part.strip() if isinstance(part, str) else box_to_text(part)
-        text += ("" if not text or word[:1] in CLOSING_PUNCTUATION else " ") + word
+        piece = part.strip() if isinstance(part, str) else box_to_text(part)
+        text += ("" if not text or piece[:1] in CLOSING_PUNCTUATION else " ") + piece
     return text
 
 
 def box_to_bins(box: Box, bins_per_side: int) -> tuple[int, int]:
-    """The bins, counted row by row of a grid of side x side, in which a box's two corners lie (Kosmos-2's rule)."""
+    """(upper left bin, lower right bin) of a box, in a row-major grid of bins_per_side x bins_per_side (Kosmos-2)."""
     x0, y0, x1, y1 = box
 
     def first(edge: float) -> int:
@@ -66,7 +67,7 @@ def box_to_bins(box: Box, bins_per_side: int) -> tuple[int, int]:
 
 
 def box_from_bins(upper_left_bin: int, lower_right_bin: int, bins_per_side: int) -> Box:
-    """The box between the middles of two bins; around both where they share a row or a column (Kosmos-2's rule)."""
+    """The box between the centers of two bins; if they share a row or a column, the box around both (Kosmos-2)."""
     (y0, x0), (y1, x1) = divmod(upper_left_bin, bins_per_side), divmod(lower_right_bin, bins_per_side)
     if x0 == x1 or y0 == y1:
         return x0 / bins_per_side, y0 / bins_per_side, (x1 + 1) / bins_per_side, (y1 + 1) / bins_per_side
@@ -80,10 +81,10 @@ def box_from_bins(upper_left_bin: int, lower_right_bin: int, bins_per_side: int)
 
 @dataclass(frozen=True)
 class BoxCodec:
-    """The ids that stand for boxes: `bins` a side of location tokens from `first_bin` on, and those of embeddings.
+    """Boxes to token ids and back. Location tokens: `bins_per_side`**2 ids from `first_location_token_id` on.
 
-    0 bins: there are none, whatever ids a model has beyond its tokenizer's. `trigger` and `location` are None where
-    the tokenizer lacks such pieces.
+    `bins_per_side` 0: the model has no location tokens. `region_query_token_id` and `box_token_id` are None if the
+    tokenizer has no such tokens.
     """
 
     first_location_token_id: int
@@ -92,37 +93,42 @@ class BoxCodec:
     box_token_id: int | None
 
     def encode(self, box: Box, box_format: str) -> list[int]:
-        """The ids of a box as "bins" or "embeddings". Raises UserError where there are none."""
+        """The ids of a box in format "bins" or "embeddings". Raises UserError if it has no such ids."""
         if box_format == "bins":
             if not self.bins_per_side:
                 raise UserError(
-                    "places are to be location tokens, but processor.location_bins_per_side is 0; say how many a side (Kosmos-2: 32)"
+                    "box format 'bins' needs location tokens, but processor.location_bins_per_side is 0; "
+                    "set it to at least 1 (Kosmos-2: 32)"
                 )
-            return [self.first_location_token_id + place for place in box_to_bins(box, self.bins_per_side)]
+            return [
+                self.first_location_token_id + location_bin for location_bin in box_to_bins(box, self.bins_per_side)
+            ]
         if self.region_query_token_id is None or self.box_token_id is None:
             raise UserError(
-                "the tokenizer has no pieces for places as embeddings; add them, or choose other processor.box_format"
+                "box format 'embeddings' needs the tokens <at> and <boxes>, which the tokenizer lacks; "
+                "add them or choose another processor.box_format"
             )
         return [self.region_query_token_id, self.box_token_id]
 
     def decode(self, ids: Sequence[int], boxes: Iterable[Box] = ()) -> list[list[int] | Box]:
-        """Ids of words and boxes, in their order; `boxes` are those of the embeddings.
+        """Text ids and boxes in order, from generated ids; `boxes` are the predicted boxes of the box tokens.
 
-        What stands for no box is left out: a lone location token, a trigger at the end, more than `boxes` holds.
+        Tokens without a box are dropped: a single location token, a region query token at the end, and box tokens
+        beyond the number of `boxes`.
         """
-        rest, found, low = iter(boxes), [], None
-        for number in map(int, ids):
-            place = number - self.first_location_token_id
-            if 0 <= place < self.bins_per_side**2:
-                if low is not None:
-                    found.append(box_from_bins(low, place, self.bins_per_side))
-                low = place if low is None else None
+        remaining_boxes, parts, upper_left_bin = iter(boxes), [], None
+        for token_id in map(int, ids):
+            location_bin = token_id - self.first_location_token_id
+            if 0 <= location_bin < self.bins_per_side**2:
+                if upper_left_bin is not None:
+                    parts.append(box_from_bins(upper_left_bin, location_bin, self.bins_per_side))
+                upper_left_bin = location_bin if upper_left_bin is None else None
                 continue
-            low = None
-            if number == self.box_token_id:
-                found += [tuple(box) for box in [next(rest, None)] if box is not None]
-            elif number != self.region_query_token_id:
-                if not (found and isinstance(found[-1], list)):
-                    found.append([])
-                found[-1].append(number)
-        return found
+            upper_left_bin = None
+            if token_id == self.box_token_id:
+                parts += [tuple(box) for box in [next(remaining_boxes, None)] if box is not None]
+            elif token_id != self.region_query_token_id:
+                if not (parts and isinstance(parts[-1], list)):
+                    parts.append([])
+                parts[-1].append(token_id)
+        return parts

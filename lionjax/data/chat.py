@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a row is written where it is more than one question and its answer: rounds of a talk, examples, captions alone.
+"""Prompt formats of multi-turn conversations, in-context examples and captions without a question.
 
-A decoder learns every answer of a row at once: what is asked in between is read, and only what is said is learned
-(LLaVA's label masks by round; OpenFlamingo's between the end of a chunk and the next picture). An encoder reads all
-rounds but the last answer.
+A decoder is trained on all answers of an example at once: later questions are in the target with loss mask 0 (as in
+LLaVA, arXiv 2304.08485, and OpenFlamingo, arXiv 2308.01390). An encoder gets all turns except the last answer in its
+prompt.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ TEMPLATE_KINDS = ("plain", "told")
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a row is written. `kind` "plain": a picture and what is said of it, no question (LLaVA's first stage);
-    "told": no picture, the prompt is words alone; "": as the template says.
+    """The format of one example. `kind`: "" follows the prompt template, "plain" is an image and its caption
+    without a question (LLaVA's first stage), and "told" is a prompt of text without an image.
 
-    `turns` were asked and answered before, about the same picture, or where `pictured` each about its own; of the kind
-    "told" these are examples in words, and only the question itself has its picture.
+    `turns`: earlier (question, answer) pairs about the same image, or each about its own if `image_per_turn`. With
+    "told", turns are text-only in-context examples, and the last question follows the template. Raises UserError for
+    an unknown `kind`.
     """
 
     kind: str = ""
@@ -31,7 +32,9 @@ class PromptFormat:
 
     def __post_init__(self):
         if self.kind not in ("", *TEMPLATE_KINDS):
-            raise UserError(f"a row is written as {self.kind!r}; choose {' or '.join(TEMPLATE_KINDS)}")
+            raise UserError(
+                f"PromptFormat.kind is {self.kind!r}; choose {' or '.join(TEMPLATE_KINDS)}, or leave it empty"
+            )
 
 
 DEFAULT_FORMAT = PromptFormat()
@@ -40,20 +43,20 @@ DEFAULT_FORMAT = PromptFormat()
 def flatten_turns(
     question_ids: Sequence[list[int]], answer_ids: Sequence[list[int]]
 ) -> tuple[list[int], list[int], list[int]]:
-    """(prompt, target, learned) of rounds: the first question is the prompt, all that follows is the target.
+    """(prompt ids, target ids, loss mask) of several turns: the first question is the prompt, the rest the target.
 
-    `learned` is 1 at the tokens of answers, their end tokens among them, and 0 at those of later questions.
+    The loss mask is 1 at answer tokens, including their end tokens, and 0 at the tokens of later questions.
     """
-    target, learned = [], []
-    for number, (question, answer) in enumerate(zip(question_ids, answer_ids, strict=True)):
-        between = question if number else []
+    target, loss_mask = [], []
+    for turn_index, (question, answer) in enumerate(zip(question_ids, answer_ids, strict=True)):
+        between = question if turn_index else []
         target += [*between, *answer]
-        learned += [0] * len(between) + [1] * len(answer)
-    return list(question_ids[0]), target, learned
+        loss_mask += [0] * len(between) + [1] * len(answer)
+    return list(question_ids[0]), target, loss_mask
 
 
 def render_history(turns: Sequence[tuple[str, str]], question: str) -> str:
-    """What was said before, and the question that is open now, as one prompt."""
-    plain = [(asked, answer.removeprefix("Answer: ")) for asked, answer in turns]
-    said = "".join(f"Question: {asked} Answer: {answer} " for asked, answer in plain)
-    return f"{said}Question: {question}" if turns else question
+    """Earlier turns and the current question as one prompt in the form "Question: ... Answer: ... Question: ..."."""
+    turn_texts = [(turn_question, answer.removeprefix("Answer: ")) for turn_question, answer in turns]
+    history = "".join(f"Question: {turn_question} Answer: {answer} " for turn_question, answer in turn_texts)
+    return f"{history}Question: {question}" if turns else question

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run reads: data sources, processor, augmentation, and how the pipeline runs."""
+"""`DataConfig`: data sources, processor, augmentation, and settings of the Grain input pipeline."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ from lionjax.data.scenes.dataset import Scenes
 )
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read and how. `sources`: `Scenes`, `Coco`, `EasyVqa`, `RefCoco`, `Vqa`, `Lines` or `Built`.
+    """Data sources and settings of the input pipeline. Raises UserError for values outside their range.
 
-    `tag_noise`: share of tags that a tagger misses; `tag_drop`: share of examples asked without tags.
-    `crop`: least and most area of the window seen of a photo, `flip`: mirror half of them. Both keep boxes whole
-    and true, and leave scenes and questions about the whole picture alone. `mask_share`: of the training examples of
-    `res` so many have masks, and the others are not used.
-    `buckets`: text lengths to choose from by batch; empty pads to the processor's. One shape compiles each.
-    `on_bad_record`: stop, or take the next one, note it in `quarantine` (JSON lines), and stop when more than
-    `bad_share` are bad. `cache_mib`: memory for pictures at the model's size.
-    `threads` read ahead `buffer` batches; `workers` are processes that do the same.
+    `sources`: dataset configs such as `Scenes`, `Coco`, `EasyVqa`, `RefCoco`, `Vqa`, `ScienceQa`, `JsonLines` or
+    `ArrayRecordDataset`.
+    `tag_noise`: fraction of tags that a simulated tagger misses. `tag_dropout`: fraction of examples without tags.
+    `crop_scale`: (minimum, maximum) area of a random crop, as fractions of the image. `hflip`: flip half of the images
+    horizontally. Both move boxes along and never apply to scenes; only captions and examples with boxes are cropped,
+    and examples that mention left or right are not flipped.
+    `mask_fraction`: fraction of the `res` training examples that are used.
+    `length_buckets`: text lengths to choose from per batch; empty: the processor's lengths. Each length is compiled.
+    `on_bad_record`: "raise", or "replace" it by the next record and append it to `bad_records_path` (JSON lines); more
+    than `max_bad_fraction` bad records raise. `image_cache_mib`: MiB of memory for images at the model's size.
+    `num_threads` prefetch `prefetch_buffer_size` batches; `num_workers`: Grain worker processes.
     """
 
     sources: tuple[object, ...] = (Scenes(),)
@@ -56,7 +59,7 @@ class DataConfig:
     num_workers: int = 0
 
     def for_model(self, info: ModelInfo) -> DataConfig:
-        """This config with what the processor needs to know of the model: how it reads prompts, its image token."""
+        """This config with `processor.reader` and `processor.image_token` set to what the model needs."""
         processor = self.processor
         if info.is_encoder_decoder is not None:
             processor = replace(processor, reader="encoder" if info.is_encoder_decoder else "decoder")
@@ -68,14 +71,18 @@ class DataConfig:
     def __post_init__(self):
         for field in ("tag_noise", "tag_dropout", "mask_fraction", "max_bad_fraction"):
             if not 0 <= getattr(self, field) <= 1:
-                raise UserError(f"data.{field} is {getattr(self, field)}; give a share between 0 and 1")
+                raise UserError(f"data.{field} is {getattr(self, field)}; give a fraction between 0 and 1")
         for field in ("image_cache_mib", "num_threads", "prefetch_buffer_size", "num_workers"):
             if getattr(self, field) < 0:
                 raise UserError(f"data.{field} is {getattr(self, field)}; give 0 or more")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UserError(f"data.crop_scale is {self.crop_scale}; give least and most area, such as (0.5, 1.0)")
+            raise UserError(
+                f"data.crop_scale is {self.crop_scale}; give minimum and maximum area in 0..1, such as (0.5, 1.0)"
+            )
         if self.processor.sam_image_size and (self.hflip or self.crop_scale != (1.0, 1.0)):
-            raise UserError("data.crop_scale and data.hflip move no masks; leave them off with sam_size")
+            raise UserError(
+                "data.crop_scale and data.hflip do not transform masks; leave both unset with processor.sam_image_size"
+            )
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
-            raise UserError(f"two data sources have one name in {names}; give each its own")
+            raise UserError(f"two data sources have the same name in {names}; give each its own name")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures from files nobody vouches for: opened with care, cut and shrunk so that boxes stay true.
+"""Load untrusted image files safely; resize and crop images together with their boxes.
 
-Only JPEG, PNG and WebP are read. The size in the header is looked at before a single pixel is decoded, paths must stay
-in the folder they were promised to be in, and every failure is one sentence that names the file.
+Only JPEG, PNG and WebP are read. The pixel count in the header is checked before decoding, paths must stay inside
+their data folder, and every failure raises a UserError that names the file.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ FULL_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 def safe_path(root: str | Path, name: str) -> Path:
-    """The file `name` under `root`; UserError when it lies elsewhere, also by way of a symbolic link."""
+    """The path of file `name` under `root`. Raises UserError if it is outside `root`, also by a symbolic link."""
     try:
         base = Path(root).resolve()
         path = (base / name).resolve()
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name!r} is not a path that can be followed ({error})") from error
+        raise UserError(f"{name!r} is not a valid path ({error}); correct it") from error
     if not path.is_relative_to(base):
-        raise UserError(f"the path {name!r} leaves the data folder {root}; keep pictures inside it")
+        raise UserError(f"the path {name!r} leaves the data folder {root}; keep images inside it")
     return path
 
 
 def open_image(file: str | Path | bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An upright RGB picture from a path or from the bytes of a file.
+    """An RGB image from a path or the bytes of a file, rotated by its EXIF orientation.
 
-    Turned as its EXIF note says; transparency becomes white; 16-bit gray keeps its upper 8 bits; of an animation the
-    first frame. Raises UserError for a missing, foreign, damaged or too large file.
+    Transparency becomes white, 16-bit gray keeps its upper 8 bits, and an animation gives its first frame. Raises
+    UserError for a missing, damaged or too large file, and for other formats than JPEG, PNG and WebP.
     """
-    name = name or (str(file) if not isinstance(file, bytes) else "picture")
+    name = name or (str(file) if not isinstance(file, bytes) else "image")
     if not isinstance(file, bytes):
         _check_image_file(Path(file), name)
     try:
@@ -54,17 +54,17 @@ def open_image(file: str | Path | bytes, name: str = "", max_pixels: int = MAX_P
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large_error(name, "far too many", max_pixels) from error
+        raise _too_large_error(name, "too many", max_pixels) from error
     except Exception as error:  # decoders of damaged files raise nearly anything
-        reason = "no JPEG, PNG or WebP" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UserError(f"{name} cannot be read as a picture ({reason}); replace or remove it") from error
+        reason = "not JPEG, PNG or WebP" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UserError(f"{name} cannot be read as an image ({reason}); replace or remove it") from error
 
 
 def _check_image_file(path: Path, name: str) -> None:
     if not path.is_file():
-        raise UserError(f"there is no picture {name}; check the path")
+        raise UserError(f"there is no image {name}; check the path")
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise UserError(f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB; shrink the picture first")
+        raise UserError(f"{name} is larger than {MAX_FILE_BYTES >> 20} MiB; shrink the image first")
 
 
 def _too_large_error(name: str, size: str, max_pixels: int) -> UserError:
@@ -79,39 +79,42 @@ def _apply_exif_orientation(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
-        # Pillow's own way from 16 bits clips everything above 255 to white.
+        # Pillow's own conversion from 16 bits clips all values above 255 to white.
         gray = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
         image = Image.fromarray(gray)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
+        background = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(background, image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_pil_image(source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An RGB picture from a path, bytes, a PIL picture or a uint8 array (H, W), (H, W, 3) or (H, W, 4)."""
+    """An RGB image from a path, bytes, a PIL image or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
+
+    Raises UserError for another type or shape, for more than `max_pixels` pixels, and as `open_image` does.
+    """
     if isinstance(source, Image.Image):
         width, height = source.size
         if width * height > max_pixels:
-            raise _too_large_error(name or "the picture", f"{width} x {height}", max_pixels)
+            raise _too_large_error(name or "the image", f"{width} x {height}", max_pixels)
         return _to_rgb(_apply_exif_orientation(source))
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or 0 in source.shape:
-            wanted = "uint8 (H, W), (H, W, 3) or (H, W, 4)"
-            raise UserError(f"the picture is an array {source.dtype} {source.shape}; give {wanted}")
+            allowed = "uint8 (H, W), (H, W, 3) or (H, W, 4)"
+            raise UserError(f"the image is an array {source.dtype} {source.shape}; give {allowed}")
         if source.ndim == 3 and source.shape[2] not in (3, 4):
-            raise UserError(f"the picture is an array of shape {source.shape}; give (H, W, 3) or (H, W, 4)")
+            raise UserError(f"the image is an array of shape {source.shape}; give (H, W, 3) or (H, W, 4)")
         return _to_rgb(Image.fromarray(source))
     if not isinstance(source, str | Path | bytes):
-        raise UserError(f"the picture is a {type(source).__name__}; give a path, bytes, a PIL picture or a uint8 array")
+        raise UserError(f"the image is a {type(source).__name__}; give a path, bytes, a PIL image or a uint8 array")
     return open_image(source, name, max_pixels)
 
 
 def resize(image: Image.Image, size: int, crop: Box = FULL_IMAGE) -> np.ndarray:
-    """The window of a picture as uint8 (pixels, pixels, 3): bicubic with antialiasing, aspect not kept.
+    """The window `crop` (in 0..1) of an image as uint8 (size, size, 3): bicubic, antialiased, without aspect ratio.
 
-    As torchvision's Resize does for a PIL picture, and so LION. `window` is in 0..1.
+    Equals torchvision's Resize of a PIL image, which LION uses.
     """
     if crop == FULL_IMAGE:
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
@@ -122,10 +125,10 @@ def resize(image: Image.Image, size: int, crop: Box = FULL_IMAGE) -> np.ndarray:
 
 
 def normalize_box(box, size: tuple[float, float] = (1.0, 1.0), tolerance: float = 1e-3, name: str = "the box") -> Box:
-    """A box x0 y0 x1 y1, given in units of `size` (width, height), as fractions of the picture.
+    """The box (x0, y0, x1, y1) as fractions of the image, from units of `size` (width, height).
 
-    Annotators go over the edge by a hair: up to `slack` (in the given units) is cut off. Raises UserError for what is
-    no box, lies outside or has no area.
+    Edges up to `tolerance` (in units of `size`) outside the image are clipped, as annotations are imprecise. Raises
+    UserError for anything but four finite numbers, and for a box outside the image or without area.
     """
     try:
         numbers = [float(edge) for edge in box]
@@ -135,9 +138,7 @@ def normalize_box(box, size: tuple[float, float] = (1.0, 1.0), tolerance: float 
         raise UserError(f"{name} is {box!r}; give four numbers x0, y0, x1, y1")
     ends = (*size, *size)
     if any(edge < -tolerance or edge > end + tolerance for edge, end in zip(numbers, ends)):
-        raise UserError(
-            f"{name} {tuple(numbers)} leaves the picture of {size[0]:g} x {size[1]:g}; give a box inside it"
-        )
+        raise UserError(f"{name} {tuple(numbers)} leaves the image of {size[0]:g} x {size[1]:g}; give a box inside it")
     x0, y0, x1, y1 = (min(max(edge, 0.0), end) / end for edge, end in zip(numbers, ends))
     if x1 <= x0 or y1 <= y0:
         raise UserError(f"{name} {tuple(numbers)} has no area; give x0 < x1 and y0 < y1")
@@ -145,9 +146,9 @@ def normalize_box(box, size: tuple[float, float] = (1.0, 1.0), tolerance: float 
 
 
 def bbox_safe_random_crop(boxes, rng: np.random.Generator, scale: tuple[float, float]) -> Box:
-    """A random window with `scale` (least, most) of the picture's area that holds every box whole.
+    """A random crop in 0..1 that contains all boxes; its area is in `scale` (minimum, maximum) of the image.
 
-    Torchvision's RandomResizedCrop with that one more wish; the whole picture when ten tries fail.
+    Like torchvision's RandomResizedCrop, with the boxes as a constraint; the full image if 10 tries fail.
     """
     for _ in range(10):
         area, ratio = rng.uniform(*scale), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -155,14 +156,14 @@ def bbox_safe_random_crop(boxes, rng: np.random.Generator, scale: tuple[float, f
         if width > 1 or height > 1:
             continue
         x0, y0 = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
-        window = (x0, y0, x0 + width, y0 + height)
-        if all(x0 <= b[0] and y0 <= b[1] and b[2] <= window[2] and b[3] <= window[3] for b in boxes):
-            return window
+        crop = (x0, y0, x0 + width, y0 + height)
+        if all(x0 <= b[0] and y0 <= b[1] and b[2] <= crop[2] and b[3] <= crop[3] for b in boxes):
+            return crop
     return FULL_IMAGE
 
 
 def crop_and_flip_box(box: Box, crop: Box, hflip: bool = False) -> Box:
-    """Where a box of the picture lies in a window of it, mirrored left to right or not."""
+    """The coordinates in 0..1 of an image box within the window `crop`, flipped horizontally if `hflip`."""
     width, height = crop[2] - crop[0], crop[3] - crop[1]
     x0, x1 = ((edge - crop[0]) / width for edge in (box[0], box[2]))
     y0, y1 = ((edge - crop[1]) / height for edge in (box[1], box[3]))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records into batches: examples shuffled and mixed by weight, worded, tokenized and stacked.
+"""Training batches with Grain: examples shuffled, mixed by weight, tokenized, stacked and prefetched.
 
-Everything is decided by the seed, the stage and the place in the stream: threads, worker processes, the number
-of hosts and restarts change nothing. Grain does the shuffling, mixing and reading ahead.
+The stream depends only on the seed, the stage and the position: the number of threads, worker processes and hosts, and
+restarts, do not change it.
 """
 
 from __future__ import annotations
@@ -27,44 +27,55 @@ __all__ = ["BatchIterator", "DataConfig", "Sample", "batches", "examples"]
 
 log = logging.getLogger(__name__)
 
-MAX_CONSECUTIVE_BAD_RECORDS = 16  # bad records in a row before giving up
+MAX_CONSECUTIVE_BAD_RECORDS = 16  # consecutive bad records before an error
 
 
 class ExampleFactory:
-    """Makes the row at one place of the mixed stream; a bad record gives way to the next of its part."""
+    """Encodes the example at one position of the mixed stream; a bad record is replaced by its component's next one.
+
+    Raises UserError for a bad record if `data.on_bad_record` is "raise", and after 16 consecutive bad records.
+    """
 
     def __init__(self, dataset: MixtureDataset, components: list[MixtureComponent], seed: list[int]):
         self.dataset, self.components, self.seed = dataset, components, seed
         self.with_masks = dataset.processor.config.sam_image_size > 0 and any(p.task == "res" for p in components)
 
     def __call__(self, position: int, component_and_index: tuple[int, int]) -> dict[str, np.ndarray]:
-        number, index = component_and_index
-        part, bad, began = self.components[number], [], time.perf_counter()
-        for step in range(MAX_CONSECUTIVE_BAD_RECORDS):
-            rng = np.random.default_rng([*self.seed, position, step])
-            at = (index + step) % part.num_examples
+        component_index, index = component_and_index
+        component, bad, start_time = self.components[component_index], [], time.perf_counter()
+        for attempt in range(MAX_CONSECUTIVE_BAD_RECORDS):
+            rng = np.random.default_rng([*self.seed, position, attempt])
+            example_index = (index + attempt) % component.num_examples
             try:
-                row = self.dataset.encode_example(part, at, rng, self.with_masks)
+                row = self.dataset.encode_example(component, example_index, rng, self.with_masks)
             except UserError as error:
                 if self.dataset.data.on_bad_record == "raise":
                     raise
-                bad.append({"source": part.source_index, "task": part.task, "index": at, "reason": str(error)})
+                bad.append(
+                    {
+                        "source": component.source_index,
+                        "task": component.task,
+                        "index": example_index,
+                        "reason": str(error),
+                    }
+                )
             else:
-                seconds = np.array(time.perf_counter() - began)
+                seconds = np.array(time.perf_counter() - start_time)
                 return row | {"bad": np.array(json.dumps(bad) if bad else ""), "seconds": seconds}
         raise UserError(
-            f"{MAX_CONSECUTIVE_BAD_RECORDS} records of {part.task!r} in a row are bad; the first: {bad[0]['reason']}"
+            f"{MAX_CONSECUTIVE_BAD_RECORDS} records of task {component.task!r} in a row are bad; "
+            f"the first one: {bad[0]['reason']}"
         )
 
 
 class BatchIterator:
-    """The batches of one stage on one process, without end; see `batches`."""
+    """Endless iterator over the batches of one stage on one process; see `batches`."""
 
     def __init__(self, factory: ExampleFactory, make_iterator: Callable[[int], Any], length_buckets: tuple[int, ...]):
         self.dataset, self._factory, self._length_buckets = factory.dataset, factory, length_buckets
         self._make_iterator, self._iterator = make_iterator, iter(make_iterator(0))
         self.num_rows = self.num_bad_records = 0
-        self.load_seconds = 0.0  # spent on the rows delivered, summed over threads and workers
+        self.load_seconds = 0.0  # seconds spent on the delivered examples, summed over threads and workers
 
     def __iter__(self) -> BatchIterator:
         return self
@@ -76,7 +87,7 @@ class BatchIterator:
         return self.dataset.processor.collate(rows, self._length_buckets)
 
     def _count_bad_records(self, bad_B: np.ndarray) -> None:
-        """Note what was replaced in this batch; raise when it is too much."""
+        """Log and count the replaced records of a batch; UserError above `data.max_bad_fraction`."""
         data = self.dataset.data
         notes = [note for text in bad_B.tolist() if text for note in json.loads(text)]
         self.num_rows, self.num_bad_records = self.num_rows + len(bad_B), self.num_bad_records + len(notes)
@@ -88,106 +99,110 @@ class BatchIterator:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(note) + "\n" for note in notes)
-        # One is always allowed: with few records seen, one is already a large share.
+        # One bad record is always allowed: it is a large fraction of the first few records.
         if self.num_bad_records > max(1, data.max_bad_fraction * self.num_rows):
             raise UserError(
-                f"{self.num_bad_records} of {self.num_rows} records are bad, more than data.max_bad_fraction={data.max_bad_fraction:g} "
-                f"allows; the last: {notes[-1]['reason']}"
+                f"{self.num_bad_records} of {self.num_rows} records are bad, more than the allowed "
+                f"data.max_bad_fraction={data.max_bad_fraction:g}; the last one: {notes[-1]['reason']}"
             )
 
     def name(self, record_id: int) -> str:
-        """What a number in `record_B` stands for."""
+        """The name of a record by its id in `Batch.record_B`."""
         return self.dataset.record_name(record_id)
 
     @property
     def random_augmentation(self) -> bool:
-        """Whether the picture of a record differs from one time to the next."""
+        """Whether an image is cropped or flipped differently each time it is read."""
         return self.dataset.random_augmentation
 
     def position(self) -> dict[str, Any]:
-        """Where the stream stands, as plain JSON: the same on every process, whatever was read ahead."""
+        """The position of the stream as JSON values: equal on all processes, and independent of prefetching."""
         return {"next": self._iterator.get_state()["global_next_index"], "stream": self._stream_checksum()}
 
     def restore(self, position: dict[str, Any]) -> None:
-        """Go on from a position, also one of another number of processes or another batch size.
+        """Continue from a position, which may be saved with another number of processes or another batch size.
 
-        Raises UserError for a position in another stream: other parts, sizes, weights or seed.
+        Raises UserError for a position in another stream: other components, sizes, weights or seed.
         """
         if position.get("stream") != self._stream_checksum():
             raise UserError(
-                "the saved position is one in other data (sources, mixture or seed differ); "
-                "go on with the config that the run began with"
+                "the saved position belongs to other data (sources, mixture or seed differ); "
+                "resume with the config that the run was started with"
             )
         self._iterator.close()
         self._iterator = iter(self._make_iterator(int(position["next"])))
         self._iterator.set_state({"global_next_index": int(position["next"])})
 
     def _stream_checksum(self) -> int:
-        said = [
+        mixture = [
             [p.source_index, p.task, p.num_examples, round(p.weight, 9), *([p.box_format] if p.box_format else [])]
             + ([p.template, p.shots] if p.template or p.shots else [])
             for p in self._factory.components
         ]
-        return zlib.crc32(json.dumps([said, self._factory.seed]).encode())
+        return zlib.crc32(json.dumps([mixture, self._factory.seed]).encode())
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop prefetching."""
         self._iterator.close()
 
 
 def batches(
     data: DataConfig, stage: Any, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> BatchIterator:
-    """Training batches of a stage: `stage.mixture` holds (task, weight) pairs, `stage.name` sets streams apart.
+    """Training batches of a stage: `stage.mixture` holds (task, weight) pairs, `stage.name` is part of the seed.
 
-    `batch_size` counts the rows of all processes; each gets its equal share. Raises UserError for an unknown task,
-    for data that cannot be read, and for a batch that does not divide.
+    `batch_size` is the global batch size, divided equally over processes. Raises UserError for an unknown task, for
+    data that cannot be read, for a mixture without positive weights, and for a `batch_size` that does not divide.
     """
     import grain
 
     if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"a batch of {batch_size} does not divide over {process_count} processes; change batch_size")
-    records = open_mixture(data, "train")
+        raise UserError(
+            f"a batch_size of {batch_size} does not divide over {process_count} processes; "
+            f"give a positive multiple of {process_count}"
+        )
+    dataset = open_mixture(data, "train")
     if any(weight < 0 for _, weight in stage.mixture) or not any(weight for _, weight in stage.mixture):
-        raise UserError(f"the mixture of stage {stage.name!r} is {stage.mixture}; give weights above 0")
-    parts = [
-        dataclasses.replace(part, mixture_index=entry)
-        for entry, (name, weight) in enumerate(stage.mixture)
+        raise UserError(
+            f"the mixture of stage {stage.name!r} is {stage.mixture}; give weights of 0 or more, one above 0"
+        )
+    components = [
+        dataclasses.replace(component, mixture_index=mixture_index)
+        for mixture_index, (name, weight) in enumerate(stage.mixture)
         if weight
-        for part in records.components(name, weight)
+        for component in dataset.components(name, weight)
     ]
-    words = [seed, zlib.crc32(stage.name.encode())]
-    indices = [
-        grain.MapDataset.range(part.num_examples)
-        .seed(int(np.random.SeedSequence([*words, number]).generate_state(1)[0] >> 1))
+    stage_seed = [seed, zlib.crc32(stage.name.encode())]
+    datasets = [
+        grain.MapDataset.range(component.num_examples)
+        .seed(int(np.random.SeedSequence([*stage_seed, component_index]).generate_state(1)[0] >> 1))
         .shuffle()
         .repeat()
-        .map(TagComponent(number))
-        for number, part in enumerate(parts)
+        .map(TagComponent(component_index))
+        for component_index, component in enumerate(components)
     ]
-    mixed = grain.MapDataset.mix(indices, [part.weight for part in parts])
-    maker = ExampleFactory(records, parts, words)
+    mixed = grain.MapDataset.mix(datasets, [component.weight for component in components])
+    factory = ExampleFactory(dataset, components, stage_seed)
 
-    def rows(first: int) -> Any:
+    def make_iterator(first: int) -> Any:
         return grain.experimental.ElasticIterator(
-            grain.MapDataset.range(len(mixed)).map(ProcessOrder(mixed, maker, batch_size, process_count, first)),
+            grain.MapDataset.range(len(mixed)).map(ProcessOrder(mixed, factory, batch_size, process_count, first)),
             batch_size,
             grain.sharding.ShardOptions(process_index, process_count),
             read_options=grain.ReadOptions(data.num_threads, data.prefetch_buffer_size if data.num_threads else 0),
             multiprocessing_options=_multiprocessing_options(data),
         )
 
-    # Every process must choose the same length, which none can know of the others.
-    return BatchIterator(maker, rows, data.length_buckets if process_count == 1 else ())
+    # All processes must pad to the same length, and none of them knows the texts of the others.
+    return BatchIterator(factory, make_iterator, data.length_buckets if process_count == 1 else ())
 
 
 @dataclass(frozen=True)
 class ProcessOrder:
-    """The row that Grain asks for by its turn, such that each process has neighbours of a batch.
+    """Reorders Grain's round-robin sharding so that each process gets a contiguous slice of every batch.
 
-    Grain deals the rows out like cards. Were they put side by side as they come, where a row stands in its batch
-    (and with it dropout, and which rows are read together) would depend on the number of processes. `first`: the
-    place at which batches begin.
+    With round-robin order, the row of an example in its batch (and thus its dropout, and the rows decoded together)
+    would depend on the number of processes. `start`: the position of the first batch.
     """
 
     index_dataset: Any
@@ -197,15 +212,17 @@ class ProcessOrder:
     start: int
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
-        number, within = divmod(int(index) - self.start, self.batch_size)
+        batch_number, within = divmod(int(index) - self.start, self.batch_size)
         index, process = divmod(within, self.process_count)
-        place = self.start + number * self.batch_size + process * (self.batch_size // self.process_count) + index
-        return self.factory(place, self.index_dataset[place])
+        position = (
+            self.start + batch_number * self.batch_size + process * (self.batch_size // self.process_count) + index
+        )
+        return self.factory(position, self.index_dataset[position])
 
 
 @dataclass(frozen=True)
 class TagComponent:
-    """Puts a part's number before the index of its example."""
+    """(component index, example index) from an example index."""
 
     component_index: int
 
@@ -219,7 +236,7 @@ def _multiprocessing_options(data: DataConfig):
     import grain
     from absl import flags
 
-    # Grain's workers read a flag that nobody parses outside of an absl app.
+    # Grain's workers read an absl flag, which is only parsed in an absl app.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     return grain.multiprocessing.MultiprocessingOptions(data.num_workers, max(1, data.prefetch_buffer_size))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture and a question become arrays. The same way in training, in evaluation and in talk.
+"""Image and text preprocessing: image, question and answer to a `Batch`, for training, evaluation and inference.
 
-The picture is shrunk or padded to a square and normalised as CLIP's were; what becomes of the words stands in
-`texts`. Texts are padded on the right to fixed lengths, so that nothing is compiled twice.
+Images are resized or padded to a square and normalized with CLIP's mean and deviation. Text is tokenized by
+`data.prompt` and padded on the right to fixed lengths, so that each jitted function compiles once.
 """
 
 from __future__ import annotations
@@ -18,63 +18,76 @@ from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat, render_history
 from lionjax.data.images import Box
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.prompt import CLIP_MEAN, CLIP_STD, NO_LETTERBOX, ProcessorConfig, PromptBuilder, strip_prompt
+from lionjax.data.tokenizer import Tokenizer
 
 __all__ = ("CLIP_MEAN", "CLIP_STD", "ImageTextInput", "Processor", "ProcessorConfig")
 
 
 @dataclass(frozen=True)
 class ImageTextInput:
-    """One thing to ask. `image`: a path, the bytes of a file, a PIL picture or a uint8 array."""
+    """One image and question for inference. `image`: a path, the bytes of a file, a PIL image or a uint8 array."""
 
     image: object
     question: str
     tags: tuple[str, ...] = ()
     category: str = "image_level"
-    boxes: tuple[Box, ...] = ()  # with all the decimals that the question does not write
-    shots: tuple[tuple[object, str, str], ...] = ()  # picture, question and answer, shown before
-    turns: tuple[tuple[str, str], ...] = ()  # what was asked and answered before of this picture
+    boxes: tuple[Box, ...] = ()  # exact coordinates of the boxes that the question rounds to three decimals
+    shots: tuple[tuple[object, str, str], ...] = ()  # in-context examples: image, question, answer
+    turns: tuple[tuple[str, str], ...] = ()  # earlier (question, answer) pairs about this image
 
 
-class Processor(PromptBuilder):
-    """Turns pictures, prompts and answers into the arrays of a `Batch`."""
+class Processor:
+    """Converts images, prompts and answers to the arrays of a `Batch`."""
+
+    def __init__(self, config: ProcessorConfig):
+        self.config = config
+        self.prompt = PromptBuilder(config)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The language model's tokenizer."""
+        return self.prompt.tokenizer
 
     def __reduce__(self):
         return Processor, (self.config,)
 
-    # ------------------------------------------------------------------ pictures
+    # ------------------------------------------------------------------ images
 
     def load_pixels(self, source, crop: images.Box = images.FULL_IMAGE) -> np.ndarray:
-        """A picture as uint8 (size, size, 3); see `pictures.as_picture` for what may be given."""
+        """The image, or its window `crop` in 0..1, as uint8 (image_size, image_size, 3).
+
+        `source`: any type that `images.to_pil_image` accepts.
+        """
         c = self.config
-        picture = images.to_pil_image(source, max_pixels=c.max_pixels)
+        image = images.to_pil_image(source, max_pixels=c.max_pixels)
         if not c.pad_to_square:
-            return images.resize(picture, c.image_size, crop)
+            return images.resize(image, c.image_size, crop)
         if crop != images.FULL_IMAGE:
-            width, height = picture.size
+            width, height = image.size
             edges = np.array(crop) * (width, height, width, height)
-            picture = picture.crop(tuple(edges.round().astype(int).tolist()))
+            image = image.crop(tuple(edges.round().astype(int).tolist()))
         color = letterbox.WHITE if c.pad_color == "white" else tuple(int(255 * m) for m in c.image_mean)
-        return letterbox.letterbox_image(picture, c.image_size, color)
+        return letterbox.letterbox_image(image, c.image_size, color)
 
     def get_letterbox(self, source, crop: images.Box = images.FULL_IMAGE) -> Letterbox:
-        """The square whose fractions the model's boxes are, of a picture or of a window of it."""
+        """The padded square in which the model's boxes are fractions, for an image or its window `crop`."""
         if not self.config.pad_to_square:
             return NO_LETTERBOX
         width, height = images.to_pil_image(source, max_pixels=self.config.max_pixels).size
-        across, down = crop[2] - crop[0], crop[3] - crop[1]
-        return Letterbox(max(1, round(width * across)), max(1, round(height * down)))
+        width_fraction, height_fraction = crop[2] - crop[0], crop[3] - crop[1]
+        return Letterbox(max(1, round(width * width_fraction)), max(1, round(height * height_fraction)))
 
     def load_sam_pixels(self, source) -> dict[str, np.ndarray]:
-        """The picture for SAM, to stand in a row; nothing where no masks are made."""
+        """{"sam": uint8 (sam_image_size, sam_image_size, 3)} for an example; empty if `sam_image_size` is 0."""
         if not self.config.sam_image_size:
             return {}
-        picture = images.to_pil_image(source, max_pixels=self.config.max_pixels)
-        return {"sam": letterbox.letterbox_sam_image(picture, self.config.sam_image_size)}
+        image = images.to_pil_image(source, max_pixels=self.config.max_pixels)
+        return {"sam": letterbox.letterbox_sam_image(image, self.config.sam_image_size)}
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (..., 3) to float32: divided by 255, less the mean, by the deviation."""
+        """float32 (..., 3) from uint8 (..., 3): (pixels / 255 - image_mean) / image_std."""
         image = pixels.astype(np.float32)
-        # A row of pixels at a time: three numbers at a time keep numpy busy with its own loop.
+        # Broadcast over rows of width * 3 values: numpy is slow when the innermost axis has only 3.
         rows = image.reshape(*pixels.shape[:-2], -1)
         mean, std = (np.tile(np.float32(c), pixels.shape[-2]) for c in (self.config.image_mean, self.config.image_std))
         rows /= np.float32(255)
@@ -83,7 +96,7 @@ class Processor(PromptBuilder):
         return image
 
     def preprocess_image(self, source) -> np.ndarray:
-        """A picture as a model reads it, float32 (size, size, 3)."""
+        """The model's image input: normalized float32 (image_size, image_size, 3)."""
         return self.normalize(self.load_pixels(source))
 
     # ------------------------------------------------------------------ arrays
@@ -100,59 +113,63 @@ class Processor(PromptBuilder):
         box_format: str | None = None,
         prompt_format: PromptFormat = DEFAULT_FORMAT,
     ) -> dict[str, np.ndarray]:
-        """One example as arrays of fixed shape, which stack to what `assemble` reads.
+        """One example as a dict of arrays of fixed shape; stacked, they are the input of `collate`.
 
-        `boxes`, `square`, `how`: see `spell`. `size` is the picture's, for the way back. `form`: see there; its turns
-        write their boxes in digits.
+        `boxes` are the exact coordinates of boxes in `question` and `answer`; `image_letterbox` and `box_format`: see
+        `encode_with_boxes`. Boxes in `prompt_format.turns` are written in the config's `box_format` and add no
+        rows to key "boxes". Key "size" is (width, height) of the original image. Raises UserError for text or boxes
+        that exceed the config's lengths.
         """
         c, boxes = self.config, tuple(boxes)
-        asked, asked_boxes = self.encode_with_boxes(strip_prompt(question), boxes, image_letterbox, box_format)
-        said, said_boxes = (
-            ([], []) if answer is None else self.encode_with_boxes(answer, boxes, image_letterbox, box_format)
+        question_ids, question_boxes = self.prompt.encode_with_boxes(
+            strip_prompt(question), boxes, image_letterbox, box_format
         )
-        end = "plain" if prompt_format.kind == "plain" else "answer"
-        target = [] if answer is None else self.append_end(said, end)
-        prompt, target, learned = self.build(question, asked, tags, target, prompt_format)
+        answer_ids, answer_boxes = (
+            ([], []) if answer is None else self.prompt.encode_with_boxes(answer, boxes, image_letterbox, box_format)
+        )
+        end_kind = "plain" if prompt_format.kind == "plain" else "answer"
+        target = [] if answer is None else self.prompt.append_end(answer_ids, end_kind)
+        prompt, target, loss_mask = self.prompt.build(question, question_ids, tags, target, prompt_format)
         pad = self.tokenizer.pad_id
         texts = {
             "prompt": _pad_and_mask(prompt, c.max_prompt_tokens, pad),
             "question": _pad_and_mask(
-                self.encode_question(question), c.max_question_tokens, self.question_tokenizer.pad_id
+                self.prompt.encode_question(question), c.max_question_tokens, self.prompt.question_tokenizer.pad_id
             ),
             "target": _pad_and_mask(target, c.max_target_tokens, pad),
         }
         masks = {f"{name}_mask": mask for name, (_, mask) in texts.items()}
-        masks["loss_mask"] = _pad_and_mask(learned, c.max_target_tokens, 0)[0]
+        masks["loss_mask"] = _pad_and_mask(loss_mask, c.max_target_tokens, 0)[0]
         ids = {name: ids for name, (ids, _) in texts.items()}
         size = np.array((image_letterbox.width, image_letterbox.height), np.int32)
         row = {"pixels": pixels, "task": np.int32(_task_id(category)), "size": size, **ids, **masks}
-        return row | self._pad_boxes([*asked_boxes, *said_boxes], box_format or c.box_format)
+        return row | self._pad_boxes([*question_boxes, *answer_boxes], box_format or c.box_format)
 
     def _pad_boxes(self, boxes: Sequence[Box], box_format: str) -> dict[str, np.ndarray]:
-        most = self.config.max_boxes
-        if box_format == "embeddings" and boxes and not most:
-            raise UserError("places are no embeddings in this model (processor.max_boxes is 0)")
-        if box_format == "embeddings" and len(boxes) > most:
+        max_boxes = self.config.max_boxes
+        if box_format == "embeddings" and boxes and not max_boxes:
+            raise UserError("this model has no box embeddings (processor.max_boxes is 0); set processor.max_boxes")
+        if box_format == "embeddings" and len(boxes) > max_boxes:
             raise UserError(
-                f"question and answer name {len(boxes)} regions where {most} are allowed; ask about fewer, "
+                f"question and answer contain {len(boxes)} boxes, but at most {max_boxes} are allowed; use fewer boxes "
                 "or raise processor.max_boxes"
             )
-        if not most:
+        if not max_boxes:
             return {}
-        box_K4, mask_K = np.zeros((most, 4), np.float32), np.zeros(most, np.int32)
-        kept = boxes[:most]
-        box_K4[: len(kept)], mask_K[: len(kept)] = np.reshape(kept, (-1, 4)), 1
+        box_K4, mask_K = np.zeros((max_boxes, 4), np.float32), np.zeros(max_boxes, np.int32)
+        kept_boxes = boxes[:max_boxes]
+        box_K4[: len(kept_boxes)], mask_K[: len(kept_boxes)] = np.reshape(kept_boxes, (-1, 4)), 1
         return {"boxes": box_K4, "boxes_mask": mask_K}
 
     def collate(self, rows: dict[str, np.ndarray], length_buckets: Sequence[int] = ()) -> Batch:
-        """Stacked rows as a `Batch`. Texts are padded to the shortest of `buckets` that holds them all, if given."""
+        """A `Batch` of stacked examples; text is cut to the shortest of `length_buckets` that fits, if given."""
         text = {}
         for name in ("prompt", "question", "target"):
             ids, mask = rows[name], rows[f"{name}_mask"]
             longest = int(mask.sum(1).max(initial=1))
             length = min((b for b in length_buckets if b >= longest), default=ids.shape[1])
             text[name], text[f"{name}_mask"] = ids[:, :length], mask[:, :length]
-        learned_BM = rows.get("loss_mask", rows["target_mask"])[:, : text["target"].shape[1]]
+        loss_mask_BM = rows.get("loss_mask", rows["target_mask"])[:, : text["target"].shape[1]]
         return Batch(
             image_BHWC=self.normalize(rows["pixels"]),
             prompt_BL=text["prompt"],
@@ -161,7 +178,7 @@ class Processor(PromptBuilder):
             question_mask_BL=text["question_mask"],
             target_BM=text["target"],
             target_mask_BM=text["target_mask"],
-            loss_mask_BM=learned_BM,
+            loss_mask_BM=loss_mask_BM,
             task_B=rows["task"],
             record_B=rows.get("record", np.arange(len(rows["task"]), dtype=np.int32)),
             boxes_BK4=rows.get("boxes"),
@@ -173,44 +190,48 @@ class Processor(PromptBuilder):
         )
 
     def encode_input(self, sample: ImageTextInput, answer: str | None = None) -> dict[str, np.ndarray]:
-        """The row of one thing to ask, with the picture for SAM where masks may be wanted.
+        """The arrays of one input (see `encode_example`), with key "sam" if the config has a `sam_image_size`.
 
-        With shots its pixels are (K, H, W, 3): theirs, then its own. Turns before it are part of the prompt: by
-        `processor.followup_template`, or where there is none as one question.
+        With shots, "pixels" is (K, H, W, 3): the images of the shots, then the input's own. Earlier turns are written
+        into the prompt with `processor.followup_template`, or merged into one question if that is empty. Raises
+        UserError for an input with both shots and turns.
         """
         if sample.shots and sample.turns:
-            raise UserError("a question has shots or turns before it, not both")
+            raise UserError("an input has both shots and turns, but may have shots or turns, not both")
         if sample.turns and not self.config.followup_template:
             sample = replace(sample, question=render_history(sample.turns, sample.question), turns=())
-        picture = images.to_pil_image(sample.image, max_pixels=self.config.max_pixels)
-        words = (sample.question, sample.tags, answer, sample.category, sample.boxes, self.get_letterbox(picture))
-        form = PromptFormat(
-            "", tuple((asked, said) for _, asked, said in sample.shots) or sample.turns, bool(sample.shots)
+        image = images.to_pil_image(sample.image, max_pixels=self.config.max_pixels)
+        arguments = (sample.question, sample.tags, answer, sample.category, sample.boxes, self.get_letterbox(image))
+        prompt_format = PromptFormat(
+            "", tuple((question, answer) for _, question, answer in sample.shots) or sample.turns, bool(sample.shots)
         )
-        pixels = [self.load_pixels(source) for source, *_ in (*sample.shots, (picture,))]
+        pixels = [self.load_pixels(source) for source, *_ in (*sample.shots, (image,))]
         pixels = self.stack_images(pixels)
-        return self.encode_example(pixels, *words, prompt_format=form) | self.load_sam_pixels(picture)
+        return self.encode_example(pixels, *arguments, prompt_format=prompt_format) | self.load_sam_pixels(image)
 
     def stack_images(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
-        """Pictures of a row as one array, (K, H, W, 3) where rows have several; what is left is blank."""
-        c, many = self.config, max(self.config.max_images, len(pixels))
-        if many == 1:
+        """The images of one example: (H, W, 3), or (K, H, W, 3) padded with mean-color images if `max_images` > 1."""
+        c, num_images = self.config, max(self.config.max_images, len(pixels))
+        if num_images == 1:
             return pixels[0]
         blank = np.broadcast_to(np.uint8([round(255 * mean) for mean in c.image_mean]), pixels[0].shape)
-        return np.stack([*pixels, *[blank] * (many - len(pixels))])
+        return np.stack([*pixels, *[blank] * (num_images - len(pixels))])
 
     def batch(
         self, inputs: Sequence[ImageTextInput], answers: Sequence[str] | None = None, length_buckets: Sequence[int] = ()
     ) -> Batch:
-        """A `Batch` of questions, with their answers when a loss is wanted."""
+        """A `Batch` of inputs, with target answers if a loss is computed.
+
+        Raises UserError for no inputs, for another number of answers, and for inputs with different numbers of shots.
+        """
         if not inputs:
-            raise UserError("there is nothing to ask; give at least one picture and one question")
-        said = [None] * len(inputs) if answers is None else list(answers)
-        if len(said) != len(inputs):
-            raise UserError(f"{len(said)} answers were given for {len(inputs)} questions; give one each")
-        if len(counts := {len(one.shots) for one in inputs}) > 1:
-            raise UserError(f"questions of one batch have {sorted(counts)} shots; give each as many")
-        rows = [self.encode_input(one, answer) for one, answer in zip(inputs, said)]
+            raise UserError("the batch has no inputs; give at least one image and one question")
+        targets = [None] * len(inputs) if answers is None else list(answers)
+        if len(targets) != len(inputs):
+            raise UserError(f"{len(targets)} answers were given for {len(inputs)} questions; give one each")
+        if len(counts := {len(sample.shots) for sample in inputs}) > 1:
+            raise UserError(f"inputs of one batch have {sorted(counts)} shots; give all the same number")
+        rows = [self.encode_input(sample, answer) for sample, answer in zip(inputs, targets)]
         return self.collate({key: np.stack([row[key] for row in rows]) for key in rows[0]}, length_buckets)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of the words of a row: a question, its tags and an answer as ids, and ids as words again.
+"""Prompt building: question, tags, boxes and answer to token ids, and generated ids back to text and boxes.
 
-The question is read twice: bare by the Q-Former, and by the language model behind LION's sentence about tags, in a
-template such as Vicuna's. Boxes in texts are written as the model knows them.
+The question is tokenized twice: alone for the Q-Former (InstructBLIP, arXiv 2305.06500), and for the language model
+inside a prompt template (such as Vicuna's) and after LION's tag prompt (arXiv 2311.11860). Boxes are written in the
+config's `box_format`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from typing import Literal
 
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
-from lionjax.data import boxes as places
-from lionjax.data import images as pictures
-from lionjax.data import tokenizer
+from lionjax.data import images, tokenizer
+from lionjax.data.boxes import BoxCodec, box_to_text, join_text_and_boxes, split_text_and_boxes
 from lionjax.data.chat import PromptFormat, flatten_turns
 from lionjax.data.images import Box
 from lionjax.data.letterbox import Letterbox
@@ -25,10 +25,10 @@ from lionjax.data.letterbox import Letterbox
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NO_LETTERBOX = Letterbox(1, 1)
-# LION's words. The sentinel's embedding is learned: how far the tags are to be trusted.
-FIRST_LOCATION_TOKEN = "<patch_index_0000>"  # of Kosmos-2's location tokens
-REGION_QUERY_TOKEN, BOX_TOKEN = "<at>", "<boxes>"  # NExT-Chat's words for places, and for pictures
+FIRST_LOCATION_TOKEN = "<patch_index_0000>"  # the first of Kosmos-2's location tokens
+REGION_QUERY_TOKEN, BOX_TOKEN = "<at>", "<boxes>"  # NExT-Chat's region tokens; the next line has its image tokens
 IMAGE_START_TOKEN, IMAGE_PATCH_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_patch>", "<im_end>"
+# LION's tag prompt. The embedding of its soft prompt token is learned and weights the tags, which may be wrong.
 TAGS_PREFIX = f"According to {tokenizer.SOFT_PROMPT_TOKEN}, you are allowed to use or partially use the following tags:"
 
 
@@ -53,21 +53,24 @@ TAGS_PREFIX = f"According to {tokenizer.SOFT_PROMPT_TOKEN}, you are allowed to u
 )
 @dataclass(frozen=True)
 class ProcessorConfig:
-    """Sizes and tokenizers: `"tiny"`, or a local folder with T5's for the language model and BERT's for the Q-Former.
+    """Image size, token lengths, prompt templates and tokenizers. Raises UserError for values outside their range.
 
-    Lengths count tokens with the end token. `tags` puts LION's sentence about tags before the question.
-    `padded`: the picture lies in a square, and boxes are fractions of that; else it is stretched. The square is white
-    as NExT-Chat's, or by `padding` "mean" of the mean color as LLaVA-1.5's.
-    `reader`: an encoder reads the prompt up to an end token, a decoder from a start token (if it has one) on into the
-    answer. `template` is what stands around a question; {image} is where so many `image_tokens` come, or the one
-    `image_token` of a system that knows by itself how many words a picture has.
-    `shot_end` closes the answer of an example that is shown before the question (OpenFlamingo: <|endofchunk|>),
-    `answer_end` any other, `plain_end` what is said of a picture without a question; empty: the end token does.
-    `next_turn` is the template of the questions that follow the first about one picture; empty: they are put as one
-    question. `pictures`: how many a row has; what is left is filled with blank ones, which no token stands for.
-    `places`: how the model writes boxes, see `places`; `bins` a side of location tokens stand where the tokenizer
-    has Kosmos-2's, else behind its vocabulary (32 in Kosmos-2; 0: the model has none).
-    `boxes`: how many boxes an example may have as arrays. `sam_size`: pixels of the picture and the masks for SAM.
+    `tokenizer` (language model) and `question_tokenizer` (Q-Former): `"tiny"`, or a local folder with tokenizer files,
+    such as T5's and BERT's in LION. `max_*_tokens` include the end token. `use_tags` puts LION's tag prompt before the
+    question.
+    `pad_to_square`: the image is padded to a square, in which boxes are fractions; else it is stretched. `pad_color`:
+    "white" as in NExT-Chat, or "mean" (the mean color) as in LLaVA-1.5.
+    `reader`: with "encoder" the prompt ends in an end token; with "decoder" it begins with the start token, if the
+    tokenizer has one, and the answer follows in the same sequence. `prompt_template` is the text around {question}; at
+    {image} it gets `num_image_tokens` image tokens, or the one `image_token` of a model that expands it itself.
+    `shot_end` ends the answer of an in-context example (OpenFlamingo: <|endofchunk|>; empty: nothing), `answer_end` any
+    other answer, and `caption_end` a caption without a question (both empty: the end token).
+    `followup_template` is the template of later questions about the same image; empty: all turns are merged into one
+    question. `max_images`: images per example; missing ones are filled with blank images that no token refers to.
+    `box_format`: how the model writes boxes, see `data.boxes`. `location_bins_per_side`: location tokens per side of
+    the grid (Kosmos-2: 32; 0: no location tokens); their ids are the tokenizer's own if it has Kosmos-2's, else they
+    follow its vocabulary. `max_boxes`: boxes per example as arrays. `sam_image_size`: pixels per side of SAM's image
+    and masks.
     """
 
     image_size: int = 224
@@ -79,7 +82,7 @@ class ProcessorConfig:
     max_question_tokens: int = 128
     max_target_tokens: int = 128
     use_tags: bool = True
-    max_pixels: int = pictures.MAX_PIXELS
+    max_pixels: int = images.MAX_PIXELS
     pad_to_square: bool = False
     pad_color: Literal["white", "mean"] = "white"
     reader: Literal["encoder", "decoder"] = "encoder"
@@ -107,73 +110,75 @@ class ProcessorConfig:
         for field in ("num_image_tokens", "location_bins_per_side", "max_boxes", "sam_image_size"):
             if getattr(self, field) < 0:
                 raise UserError(f"processor.{field} is {getattr(self, field)}; give 0 or more")
-        named = set(re.findall(r"{(\w+)}", self.prompt_template + self.followup_template))
-        if unknown := sorted(named - {"question", "image"}):
+        placeholders = set(re.findall(r"{(\w+)}", self.prompt_template + self.followup_template))
+        if unknown := sorted(placeholders - {"question", "image"}):
             raise UserError(
-                f"a template of processor says {{{unknown[0]}}}; only {{question}} and {{image}} are filled in"
+                f"a processor template contains {{{unknown[0]}}}; only {{question}} and {{image}} are allowed"
             )
         if self.prompt_template.count("{question}") != 1 or self.prompt_template.count("{image}") > 1:
             raise UserError(
-                f"processor.prompt_template is {self.prompt_template!r}; it wants {{question}} once, {{image}} at most once"
+                f"processor.prompt_template is {self.prompt_template!r}; "
+                "it needs {question} once and {image} at most once"
             )
         if self.followup_template and (
             self.followup_template.count("{question}") != 1 or "{image}" in self.followup_template
         ):
             raise UserError(
-                f"processor.followup_template is {self.followup_template!r}; it wants {{question}} once, and no {{image}}"
+                f"processor.followup_template is {self.followup_template!r}; it needs {{question}} once, no {{image}}"
             )
         if self.box_format == "embeddings" and not self.max_boxes:
-            raise UserError("places are embeddings, but processor.max_boxes is 0; say how many at most")
+            raise UserError("processor.box_format is 'embeddings', but processor.max_boxes is 0; set it to at least 1")
         if self.box_format == "bins" and not self.location_bins_per_side:
             raise UserError(
-                "places are location tokens, but processor.location_bins_per_side is 0; say how many a side (Kosmos-2: 32)"
+                "processor.box_format is 'bins', but processor.location_bins_per_side is 0; "
+                "set it to at least 1 (Kosmos-2: 32)"
             )
         if self.sam_image_size and not self.pad_to_square:
             raise UserError(
-                "processor.sam_image_size wants processor.pad_to_square, so that a box is the same place to SAM"
+                "processor.sam_image_size needs processor.pad_to_square; set it to true, as SAM's image is square"
             )
 
 
 class PromptBuilder:
-    """What a `Processor` does with words. Raises UserError for a tokenizer that lacks what the config wants."""
+    """The text half of `Processor`. Raises UserError for a tokenizer without the tokens that the config needs."""
 
     def __init__(self, config: ProcessorConfig):
         self.config = config
         self.tokenizer = tokenizer.load(config.tokenizer)
         self.question_tokenizer = tokenizer.load(config.question_tokenizer)
         if config.use_tags and self.tokenizer.soft_prompt_id is None:
-            name = f"the tokenizer {config.tokenizer!r} has no {tokenizer.SOFT_PROMPT_TOKEN}"
-            raise UserError(f"{name}, which tags need; set processor.use_tags to false")
+            problem = f"the tokenizer {config.tokenizer!r} has no {tokenizer.SOFT_PROMPT_TOKEN}"
+            raise UserError(f"{problem}, which processor.use_tags needs; set processor.use_tags to false")
         self._tags_prefix_ids = self.tokenizer.encode(TAGS_PREFIX, parse_special=True)
-        piece = self.tokenizer.backend.token_to_id
-        first_bin = piece(FIRST_LOCATION_TOKEN) or self.tokenizer.vocab_size
-        self.box_codec = places.BoxCodec(
-            first_bin, config.location_bins_per_side, piece(REGION_QUERY_TOKEN), piece(BOX_TOKEN)
+        find_token = self.tokenizer.backend.token_to_id
+        first_bin = find_token(FIRST_LOCATION_TOKEN) or self.tokenizer.vocab_size
+        self.box_codec = BoxCodec(
+            first_bin, config.location_bins_per_side, find_token(REGION_QUERY_TOKEN), find_token(BOX_TOKEN)
         )
         self._template_ids = self._encode_template(config.prompt_template)
         self._text_only_template_ids = self._encode_template(config.prompt_template.replace("{image}", ""))
         self._followup_template_ids = self._encode_template(config.followup_template or "{question}")
         ends = {"shot": config.shot_end or None, "answer": config.answer_end, "plain": config.caption_end}
-        self._end_ids = {name: self._encode_end(text) for name, text in ends.items()}
-        # Questions repeat: the same wordings, the same words. Bounded, and shared by all threads.
+        self._end_ids = {problem: self._encode_end(text) for problem, text in ends.items()}
+        # Questions and tags repeat. The caches are bounded and shared by all threads.
         self._cached_encode = functools.lru_cache(50_000)(lambda text: tuple(self.tokenizer.encode(text)))
         self._cached_encode_question = functools.lru_cache(50_000)(
             lambda text: tuple(self.question_tokenizer.encode(text))
         )
 
     def _encode_template(self, template: str) -> tuple[list[int], list[int]]:
-        """Ids of both sides of a question."""
+        """(ids before, ids after) the question in a template."""
         before, after = template.split("{question}")
         return self._encode_template_side(before), self._encode_template_side(after)
 
     def _encode_end(self, text: str | None) -> list[int]:
-        """Ids that close an answer: the end token where none are said, nothing for None."""
+        """Ids that end an answer: those of `text`, the end token for an empty text, none for None."""
         if text is None:
             return []
         return self.tokenizer.encode(text, parse_special=True) if text else [self.tokenizer.eos_id]
 
     def _encode_template_side(self, text: str) -> list[int]:
-        """Ids of one side of the template, with the picture's tokens where it says {image}."""
+        """Ids of one side of a template, with the image tokens at {image}."""
         ids: list[int] = []
         for number, part in enumerate(text.split("{image}")):
             if number:
@@ -182,7 +187,7 @@ class PromptBuilder:
         return ids
 
     def _image_token_ids(self) -> list[int]:
-        """Ids that stand for a picture."""
+        """Ids of the image tokens of one image."""
         if self.config.image_token is not None:
             return [self.config.image_token]
         names = (IMAGE_START_TOKEN, *[IMAGE_PATCH_TOKEN] * self.config.num_image_tokens, IMAGE_END_TOKEN)
@@ -195,50 +200,55 @@ class PromptBuilder:
         image_letterbox: Letterbox = NO_LETTERBOX,
         box_format: str | None = None,
     ) -> tuple[list[int], list[Box]]:
-        """Ids of a text with its boxes written as the model writes them, and those boxes within its square.
+        """(ids, boxes): a text with its boxes encoded in `box_format`, and the boxes as fractions of the padded square.
 
-        `known` are boxes with all their decimals. `how` is another way than the processor's own. Raises UserError for
-        a box that is none where it must be more than digits.
+        `exact_boxes`: unrounded coordinates of boxes in the text. `box_format`: default is the config's. Raises
+        UserError for a box outside the image or without area, unless the format is "digits".
         """
         box_format = box_format or self.config.box_format
-        found = places.split_text_and_boxes(text, exact_boxes)
-        boxes = [image_letterbox.to_padded(piece) for piece in found if not isinstance(piece, str)]
+        pieces = split_text_and_boxes(text, exact_boxes)
+        boxes = [image_letterbox.to_padded(piece) for piece in pieces if not isinstance(piece, str)]
         if box_format == "digits":
             if image_letterbox.width != image_letterbox.height:
-                said = iter(map(places.box_to_text, boxes))
-                text = "".join(piece if isinstance(piece, str) else next(said) for piece in found)
+                box_texts = iter(map(box_to_text, boxes))
+                text = "".join(piece if isinstance(piece, str) else next(box_texts) for piece in pieces)
             return list(self._cached_encode(text)), boxes
-        boxes = [pictures.normalize_box(box) for box in boxes]
-        ids, rest = [], iter(boxes)
-        for piece in found:
+        boxes = [images.normalize_box(box) for box in boxes]
+        ids, remaining_boxes = [], iter(boxes)
+        for piece in pieces:
             if not isinstance(piece, str):
-                ids += self.box_codec.encode(next(rest), box_format)
+                ids += self.box_codec.encode(next(remaining_boxes), box_format)
             elif piece.strip():
                 ids += self._cached_encode(piece.strip())
         return ids, boxes
 
     def encode_prompt(self, question: str, tags: Sequence[str] = ()) -> list[int]:
-        """Ids for the language model: LION's sentence about tags where there are any, then the question.
+        """Prompt ids for the language model: LION's tag prompt if there are tags, then the question.
 
-        What is too long loses tags from the end of the list, never the learned slot nor a word of the question.
+        A prompt that is too long loses tags from the end of the list, never the soft prompt token or a part of the
+        question. Raises UserError if it is too long without tags.
         """
         return self._assemble_prompt(question, self.encode_with_boxes(strip_prompt(question))[0], tags)
 
     def encode_history(
         self, turns: Sequence[tuple[str, str]], image_per_turn: bool, text_only: bool = False
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Ids of what was asked and of what was answered before: about one picture, each about its own, or told."""
+        """(question ids, answer ids) of earlier turns.
+
+        `image_per_turn`: every turn has its own image (in-context examples), else all turns share one. `text_only`:
+        the turns have no image tokens.
+        """
         if image_per_turn and "{image}" not in self.config.prompt_template:
-            raise UserError("shots want a processor.prompt_template that says where {image} stands")
-        asked, said = [], []
-        for number, (question, answer) in enumerate(turns):
-            before, after = self._template_ids if image_per_turn or not number else self._followup_template_ids
+            raise UserError("in-context examples (shots) need {image} in processor.prompt_template; add {image} to it")
+        questions, answers = [], []
+        for turn_index, (question, answer) in enumerate(turns):
+            before, after = self._template_ids if image_per_turn or not turn_index else self._followup_template_ids
             if text_only:
                 before, after = self._text_only_template_ids
-            asked.append([*before, *self.encode_with_boxes(strip_prompt(question))[0], *after])
+            questions.append([*before, *self.encode_with_boxes(strip_prompt(question))[0], *after])
             end = self._end_ids["shot" if image_per_turn else "answer"]
-            said.append([*self.encode_with_boxes(strip_prompt(answer))[0], *end])
-        return asked, said
+            answers.append([*self.encode_with_boxes(strip_prompt(answer))[0], *end])
+        return questions, answers
 
     def _assemble_prompt(
         self,
@@ -249,61 +259,63 @@ class PromptBuilder:
         template_ids: tuple[list[int], list[int]] | None = None,
     ) -> list[int]:
         before, after = self._template_ids if template_ids is None else template_ids
-        reads_on = self.config.reader == "decoder"
-        start = self.tokenizer.bos_ids if reads_on else []
-        room = self.config.max_prompt_tokens - (len(start) if reads_on else 1)
-        around = len(prefix_ids) + len(before) + len(after)
+        is_decoder = self.config.reader == "decoder"
+        start = self.tokenizer.bos_ids if is_decoder else []
+        room = self.config.max_prompt_tokens - (len(start) if is_decoder else 1)
+        num_template_tokens = len(prefix_ids) + len(before) + len(after)
         if self.config.use_tags and tags:
-            room_for_tags = room - around - len(self._tags_prefix_ids) - len(question_ids)
+            room_for_tags = room - num_template_tokens - len(self._tags_prefix_ids) - len(question_ids)
             question_ids = [*self._tags_prefix_ids, *self._encode_tags(tags, room_for_tags), *question_ids]
         ids = [*prefix_ids, *before, *question_ids, *after]
         if len(ids) > room:
-            whole = self.config.max_prompt_tokens
+            max_tokens = self.config.max_prompt_tokens
             raise UserError(
-                f"the prompt {question[:40]!r} takes {len(ids) + whole - room} tokens where the model takes "
-                f"{whole}; shorten it, or raise processor.max_prompt_tokens"
+                f"the prompt {question[:40]!r} takes {len(ids) + max_tokens - room} tokens, but at most {max_tokens} "
+                "are allowed; shorten it or raise processor.max_prompt_tokens"
             )
         return (
-            [*start, *ids] if reads_on else self.tokenizer.truncate_and_add_special(ids, self.config.max_prompt_tokens)
+            [*start, *ids]
+            if is_decoder
+            else self.tokenizer.truncate_and_add_special(ids, self.config.max_prompt_tokens)
         )
 
     def _encode_tags(self, tags: Sequence[str], max_tokens: int) -> tuple[int, ...]:
-        """The list in brackets with as many of the first tags as fit; with none if it must be."""
-        words = [tag.strip() for tag in tags if tag.strip()]
-        for kept in range(len(words), -1, -1):
-            ids = self._cached_encode(f"[{', '.join(words[:kept])}].")
-            if len(ids) <= max_tokens or not kept:
+        """Ids of the bracketed tag list, cut from its end to at most `max_tokens` ids; never less than "[]."."""
+        names = [tag.strip() for tag in tags if tag.strip()]
+        for num_tags in range(len(names), -1, -1):
+            ids = self._cached_encode(f"[{', '.join(names[:num_tags])}].")
+            if len(ids) <= max_tokens or not num_tags:
                 return ids
         return ids
 
     def encode_question(self, question: str) -> list[int]:
-        """Ids of the bare question for the Q-Former; a long one loses its front, as in LION."""
+        """Ids of the question alone for the Q-Former; a long question is cut at its beginning, as in LION."""
         ids = list(self._cached_encode_question(strip_prompt(question)))
         return self.question_tokenizer.truncate_and_add_special(ids, self.config.max_question_tokens, keep="back")
 
     def encode_target(self, answer: str) -> list[int]:
-        """Ids of an answer, closed by the end token; a long one loses its back."""
+        """Ids of an answer with its end token; a long answer is cut at its end."""
         return self.append_end(self.encode_with_boxes(answer)[0])
 
     def append_end(self, ids: Sequence[int], end: str = "answer") -> list[int]:
-        """Ids of an answer with what closes one of its kind behind them: "shot", "answer" or "plain"."""
-        last = self._end_ids[end]
-        kept = list(ids[: self.config.max_target_tokens - len(last)])
-        if kept and kept[-1] == self.box_codec.region_query_token_id:
-            kept.pop()  # its place was cut off
-        return [*kept, *last]
+        """Ids of an answer, cut to `max_target_tokens`, with the end ids of its kind: "shot", "answer" or "plain"."""
+        end_ids = self._end_ids[end]
+        kept_ids = list(ids[: self.config.max_target_tokens - len(end_ids)])
+        if kept_ids and kept_ids[-1] == self.box_codec.region_query_token_id:
+            kept_ids.pop()  # its box token was cut off
+        return [*kept_ids, *end_ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of generated ids, up to the end token."""
+        """The text of generated ids up to the end token, stripped."""
         return self.tokenizer.decode(ids).strip()
 
     def decode_with_boxes(
         self, ids: Iterable[int], boxes: Iterable[Box] = (), image_letterbox: Letterbox = NO_LETTERBOX
     ) -> tuple[str, list[Box]]:
-        """The text of generated ids with its boxes in digits, and those boxes, both in 0..1 of the picture.
+        """(text, boxes) of generated ids: boxes are fractions of the image, and the text has them in digits.
 
-        `boxes` are those of the location tokens, as the model has them. Of digits, the text stays as it is where the
-        picture fills its square.
+        `boxes`: predicted boxes of the box tokens, as fractions of the padded square. Text with boxes in digits is
+        returned unchanged if the image is square.
         """
         ids = list(map(int, ids))
         ids = ids[: ids.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in ids else ids
@@ -312,22 +324,23 @@ class PromptBuilder:
             parts += [self.decode(part)] if isinstance(part, list) else [part]
         if all(isinstance(part, str) for part in parts) and image_letterbox.width == image_letterbox.height:
             text = "".join(parts)
-            return text, [box for box in places.split_text_and_boxes(text) if not isinstance(box, str)]
-        whole = [
-            piece
-            for part in parts
-            for piece in (places.split_text_and_boxes(part) if isinstance(part, str) else [part])
+            return text, [box for box in split_text_and_boxes(text) if not isinstance(box, str)]
+        pieces = [
+            piece for part in parts for piece in (split_text_and_boxes(part) if isinstance(part, str) else [part])
         ]
-        back = [piece if isinstance(piece, str) else image_letterbox.from_padded(piece) for piece in whole]
-        return places.join_text_and_boxes(back), [piece for piece in back if not isinstance(piece, str)]
+        image_pieces = [piece if isinstance(piece, str) else image_letterbox.from_padded(piece) for piece in pieces]
+        return join_text_and_boxes(image_pieces), [piece for piece in image_pieces if not isinstance(piece, str)]
 
     def build(
         self, question: str, question_ids: list[int], tags, target_ids: list[int], prompt_format: PromptFormat
     ) -> tuple[list[int], list[int], list[int]]:
-        """(prompt, target, which of it is learned) of a row."""
+        """(prompt ids, target ids, loss mask of the target) of one example.
+
+        Raises UserError for turns whose target exceeds `max_target_tokens`.
+        """
         if prompt_format.kind == "plain":
-            picture = self._image_token_ids() if "{image}" in self.config.prompt_template else []
-            return self._assemble_prompt(question, [], (), picture, ([], [])), target_ids, [1] * len(target_ids)
+            image_ids = self._image_token_ids() if "{image}" in self.config.prompt_template else []
+            return self._assemble_prompt(question, [], (), image_ids, ([], [])), target_ids, [1] * len(target_ids)
         if not prompt_format.turns:
             sides = self._text_only_template_ids if prompt_format.kind == "told" else self._template_ids
             return self._assemble_prompt(question, question_ids, tags, (), sides), target_ids, [1] * len(target_ids)
@@ -336,26 +349,31 @@ class PromptBuilder:
         )
         sides = self._template_ids if prompt_format.image_per_turn else self._followup_template_ids
         if self.config.reader == "encoder" or not target_ids:
-            shown = [number for pair in zip(questions, answers) for part in pair for number in part]
-            return self._assemble_prompt(question, question_ids, (), shown, sides), target_ids, [1] * len(target_ids)
+            history_ids = [token_id for pair in zip(questions, answers) for part in pair for token_id in part]
+            return (
+                self._assemble_prompt(question, question_ids, (), history_ids, sides),
+                target_ids,
+                [1] * len(target_ids),
+            )
         before, after = sides
         questions.append([*before, *question_ids, *after])
-        first, target_ids, learned = flatten_turns(questions, [*answers, target_ids])
+        prefix_ids, target_ids, loss_mask = flatten_turns(questions, [*answers, target_ids])
         if len(target_ids) > self.config.max_target_tokens:
             raise UserError(
-                f"{len(prompt_format.turns) + 1} rounds take {len(target_ids)} tokens behind the first question where the model "
-                f"takes {self.config.max_target_tokens}; raise processor.max_target_tokens"
+                f"{len(prompt_format.turns) + 1} turns take {len(target_ids)} tokens after the first question, "
+                f"but at most {self.config.max_target_tokens} are allowed; raise processor.max_target_tokens"
             )
-        return self._assemble_prompt(prompt_format.turns[0][0], [], (), first, ([], [])), target_ids, learned
+        return self._assemble_prompt(prompt_format.turns[0][0], [], (), prefix_ids, ([], [])), target_ids, loss_mask
 
 
 def strip_prompt(question: str) -> str:
+    """The question without surrounding spaces. Raises UserError for an empty one."""
     if not question.strip():
-        raise UserError("the prompt is empty; ask something about the picture")
+        raise UserError("the prompt is empty; give a question about the image")
     return question.strip()
 
 
 def _sort_corners(box: Sequence[float]) -> Box:
-    """Corners sorted and inside the square, whatever a head has read."""
+    """A predicted box clipped to 0..1, with its corners in ascending order."""
     x0, y0, x1, y1 = (min(max(float(edge), 0.0), 1.0) for edge in box)
     return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How questions are put. Every task has several wordings, all meaning the same, and draws one at random."""
+"""Question templates: several wordings per task with the same meaning, of which one is drawn at random."""
 
 CAPTION = (
     "Describe the image in one short sentence.",
@@ -127,6 +127,6 @@ SAME_COLOR = (
 
 
 def sample_question(templates: tuple[str, ...], rng, **words: str) -> str:
-    """One of the templates with its words filled in; {Expr} is {expr} with a capital letter."""
+    """A randomly drawn template with its placeholders filled in; {Expr} is {expr} with a capital first letter."""
     capital = {key.capitalize(): word[:1].upper() + word[1:] for key, word in words.items()}
     return templates[rng.integers(len(templates))].format(**words, **capital)

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From questions in words to answers in words: prompts as LION writes them, few shapes to compile, texts read back.
+"""The inference engine: encoded examples to answers, in batches of a few bucketed shapes.
 
-Rows of any length are padded to one of a few sizes, so that asking again compiles nothing. Talking to a model and
-evaluating it both go through `Answerer.say`.
+Batches are padded to one of a few sizes, so that further calls compile nothing. `Model.answer` and the evaluation both
+go through `InferenceEngine.generate`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -101,10 +103,10 @@ def round_up_to_bucket(size: int, buckets: Sequence[int], max_size: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
-    """An answer: its text, in which all boxes stand in digits, those boxes (K, 4) in 0..1 of the picture, and masks.
+class Answer:
+    """What a model answers: `text` (boxes in it as digits), those `boxes` (K, 4) as x0 y0 x1 y1 in 0..1 of the image.
 
-    Masks (K, height, width) are those of boxes that the model pointed at; None where they were not asked for.
+    `masks` (K, height, width) bool are those of boxes that the model decoded; None where none were asked for.
     """
 
     text: str
@@ -155,32 +157,48 @@ class InferenceEngine:
         min_shape: tuple[int, int, int] = (1, 1, 1),
         key=None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[Prediction]:
-        """The answer to each row. `blind` shows a blank picture: the mean color of all, which normalises to zero.
+    ) -> list[Answer]:
+        """The answer to each row, generated in batches of bucketed shapes.
 
-        `least`: rows, and lengths of prompt and question, that the batch is padded to at least. `sizes` (width,
-        height) of the pictures: masks are made too, as large as these.
+        `image_blind` replaces the images by blank ones (the mean color, which normalizes to zero). `min_shape`: rows,
+        prompt tokens and question tokens that a batch is padded to at least. `image_sizes` (width, height): also
+        predict masks, of these sizes.
         """
-        answers: list[Prediction] = []
+        answers: list[Answer] = []
         for start in range(0, len(rows), BATCH_SIZE_BUCKETS[-1]):
             part = rows[start : start + BATCH_SIZE_BUCKETS[-1]]
             batch = self.collate(part, min_shape)
-            if image_blind:
-                batch = blank_images(batch)
-            made = self._generate_batch(batch, config, len(part), key)
-            masks = [None] * len(part)
+            batch = blank_images(batch) if image_blind else batch
+            with self._timed(config, batch) as timing, sharding.use_mesh(self.mesh):
+                # Text generation does not read SAM's large images.
+                placed = sharding.shard_global_batch(dataclasses.replace(batch, sam_image_BHWC=None), self.mesh)
+                output = sharding.gather_to_host(generate(self.model, self.params, placed, config, key))
+                timing.num_tokens = int(output.length_B[: len(part)].sum())
+            masks: Sequence = [None] * len(part)
             if image_sizes is not None:
-                masks = self.predict_masks(batch, made, image_sizes[start : start + BATCH_SIZE_BUCKETS[-1]])
-            answers += [self._decode_output(made, *given) for given in zip(range(len(part)), part, masks)]
+                masks = self.predict_masks(batch, output, image_sizes[start : start + BATCH_SIZE_BUCKETS[-1]])
+            answers += [self.decode_output(output, k, row, mask) for k, (row, mask) in enumerate(zip(part, masks))]
         return answers
 
-    def _decode_output(self, output: GenerateOutput, index: int, row: EncodedExample, masks) -> Prediction:
-        """One generated answer in words, its boxes on the picture."""
-        told = [] if output.aux_outputs is None else output.aux_outputs["box"][index].tolist()
-        text, boxes = self.processor.decode_with_boxes(output.ids_BM[index], told, Letterbox(*row["size"].tolist()))
-        pointed = output.aux_outputs is not None and output.aux_outputs["count"][index] > 0
-        found = np.array(boxes, float).reshape(-1, 4) if pointed else extract_boxes(text)
-        return Prediction(text, found, masks)
+    @contextlib.contextmanager
+    def _timed(self, config: GenerationConfig, batch: Batch) -> Iterator[SimpleNamespace]:
+        """Counts tokens and seconds of a call, unless it compiles a program for new shapes."""
+        shape = (config, batch.image_BHWC.shape, batch.prompt_BL.shape, batch.question_BL.shape)
+        began, timing = time.perf_counter(), SimpleNamespace(num_tokens=0)
+        yield timing
+        if shape in self.compiled_shapes:
+            self.num_generated_tokens += timing.num_tokens
+            self.generation_seconds += time.perf_counter() - began
+        self.compiled_shapes.add(shape)
+
+    def decode_output(self, output: GenerateOutput, index: int, row: EncodedExample, masks) -> Answer:
+        """One generated answer as text, with its boxes in fractions of the original image."""
+        regions, letterbox = output.aux_outputs, Letterbox(*row["size"].tolist())
+        decoded_boxes = [] if regions is None else regions["box"][index].tolist()
+        text, boxes = self.processor.prompt.decode_with_boxes(output.ids_BM[index], decoded_boxes, letterbox)
+        has_region_boxes = regions is not None and regions["count"][index] > 0
+        box_K4 = np.array(boxes, float).reshape(-1, 4) if has_region_boxes else extract_boxes(text)
+        return Answer(text, box_K4, masks)
 
     def predict_masks(self, batch: Batch, output: GenerateOutput, image_sizes) -> list[np.ndarray]:
         """The masks (K, height, width) of each answer's places; none of a system that makes none."""
@@ -192,7 +210,7 @@ class InferenceEngine:
                 predict_mask_logits(self.model, self.params, placed, output.aux_outputs)
             )
         pixels, masks = batch.sam_image_BHWC.shape[1], []
-        location = self.processor.box_codec.box_token_id
+        location = self.processor.prompt.box_codec.box_token_id
         for number, (width, height) in enumerate(image_sizes):
             # A trigger at the very end has no place behind it.
             count = min(int((output.ids_BM[number] == location).sum()), logits_BKHW.shape[1])
@@ -248,20 +266,6 @@ class InferenceEngine:
             for field in (name, f"{name}_mask"):
                 stacked[field] = stacked[field][:, :length]
         return self.processor.collate(stacked)
-
-    def _generate_batch(self, batch: Batch, config: GenerationConfig, num_examples: int, key=None) -> GenerateOutput:
-        """What is generated for a batch, of which the first `rows` count."""
-        batch = dataclasses.replace(batch, sam_image_BHWC=None)  # words need no large picture
-        shape = (config, batch.image_BHWC.shape, batch.prompt_BL.shape, batch.question_BL.shape)
-        began = time.perf_counter()
-        with sharding.use_mesh(self.mesh):
-            placed = sharding.shard_global_batch(batch, self.mesh)
-            made = sharding.gather_to_host(generate(self.model, self.params, placed, config, key))
-        if shape in self.compiled_shapes:
-            self.num_generated_tokens += int(made.length_B[:num_examples].sum())
-            self.generation_seconds += time.perf_counter() - began
-        self.compiled_shapes.add(shape)
-        return made
 
 
 def blank_images(batch: Batch) -> Batch:

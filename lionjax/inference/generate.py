@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a prompt to words: read it once, then one token at a time until every row has ended.
+"""The decode loop: prefill the prompt, then decode one token at a time until every row has reached its end token.
 
-`generate` runs as one compiled loop; `stream` runs the same step from Python and hands out each token as it comes.
-Any `VLM` will do: only its `prefill` and `extend` are called.
+`generate` is one compiled loop; `stream` runs the same step from Python and yields each token when it is known. Of a
+model only `prefill` and `extend` are called.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lionjax.inference.sampling import GenerateOutput, GenerationConfig
 
 @pytree_dataclass
 class DecodeState:
-    """Answers under way: `step` tokens are chosen; the model has read all of them but the last."""
+    """State of the loop: `step` tokens are chosen; the model has read all of them but the last."""
 
     cache: Cache | None
     token_B: Array
@@ -37,47 +37,47 @@ class DecodeState:
 def generate(
     model: VLM, params: Params, batch: Batch, config: GenerationConfig, key: Array | None = None
 ) -> GenerateOutput:
-    """Answers to a batch of prompts: greedy, sampled with `key`, or by beam search, as the config says.
+    """Generate answers to a batch of prompts: greedy, sampled with `key`, or by beam search, as `config` says.
 
-    Compiled once for each system, config and shape of batch; the loop stops when all rows have ended. Raises UserError
-    when the config samples and no key is given.
+    Compiled once for each model, config and batch shape; the loop stops when all rows have ended. Raises UserError
+    when `config.do_sample` is set and no key is given.
     """
     if config.num_beams > 1:
         return beam_search(model, params, batch, config)
-    answers = prefill(model, params, batch, config, key)
-    answers = jax.lax.while_loop(
-        lambda answers: (answers.step < config.max_new_tokens) & ~answers.done_B.all(),
-        lambda answers: decode_step(model, params, answers, config, key),
-        answers,
+    state = prefill(model, params, batch, config, key)
+    state = jax.lax.while_loop(
+        lambda state: (state.step < config.max_new_tokens) & ~state.done_B.all(),
+        lambda state: decode_step(model, params, state, config, key),
+        state,
     )
-    return finalize(answers, config)
+    return finalize(state, config)
 
 
 def stream(
     model: VLM, params: Params, batch: Batch, config: GenerationConfig, key: Array | None = None
 ) -> Iterator[np.ndarray]:
-    """The tokens of `generate`, one (B,) row of ids per step, as soon as each is known; padding after a row's end.
+    """The tokens of `generate`, (B,) ids per step, as soon as they are known; padding after a row's end.
 
-    Raises UserError for beams, whose first words are only known at the end.
+    Raises UserError for beam search, whose first tokens are only known at the end.
     """
     if config.num_beams > 1:
-        raise UserError(f"{config.num_beams} beams cannot stream: their first word is known last; set beams to 1")
-    answers = jit_prefill(model, params, batch, config, key)
-    yield np.asarray(answers.token_B)
+        raise UserError(f"{config.num_beams} beams cannot stream: their first token is known last; set num_beams to 1")
+    state = jit_prefill(model, params, batch, config, key)
+    yield np.asarray(state.token_B)
     for _ in range(config.max_new_tokens - 1):
-        if answers.done_B.all():
+        if state.done_B.all():
             return
-        answers = jit_decode_step(model, params, answers, config, key)
-        yield np.asarray(answers.token_B)
+        state = jit_decode_step(model, params, state, config, key)
+        yield np.asarray(state.token_B)
 
 
 def prefill(model: VLM, params: Params, batch: Batch, config: GenerationConfig, key: Array | None) -> DecodeState:
-    """Read the prompts and choose the first token of each answer."""
+    """Read the prompts and select the first token of each answer."""
     if config.do_sample and key is None:
-        raise UserError("sampling needs a random key; give generate one, or set sample to false")
+        raise UserError("sampling needs a random key; give generate one, or set do_sample to false")
     logits_BV, cache = model.prefill(params, batch, config.max_new_tokens - 1)
     rows, vocab = logits_BV.shape
-    answers = DecodeState(
+    state = DecodeState(
         cache=None,
         token_B=jnp.full(rows, config.pad_token_id, jnp.int32),
         done_B=jnp.zeros(rows, bool),
@@ -86,13 +86,13 @@ def prefill(model: VLM, params: Params, batch: Batch, config: GenerationConfig, 
         seen_BV=scoring.init_seen(rows, vocab, config),
         step=jnp.zeros((), jnp.int32),
     )
-    return select_next_token(logits_BV, cache, answers, config, key)
+    return select_next_token(logits_BV, cache, state, config, key)
 
 
 def decode_step(
     model: VLM, params: Params, state: DecodeState, config: GenerationConfig, key: Array | None
 ) -> DecodeState:
-    """Read the last token and choose the next one."""
+    """Read the last token and select the next one."""
     logits_BV, cache = model.extend(params, state.token_B, state.cache)
     return select_next_token(logits_BV, cache, state, config, key)
 
@@ -100,7 +100,7 @@ def decode_step(
 def select_next_token(
     logits_BV: Array, cache: Cache, state: DecodeState, config: GenerationConfig, key: Array | None
 ) -> DecodeState:
-    """One more token per row: the likeliest or a drawn one; padding in rows that have ended."""
+    """One more token per row, greedy or sampled; padding in rows that have ended."""
     step, was_done_B = state.step, state.done_B
     logits_BV = logits_BV.astype(jnp.float32)
     scores_BV = scoring.process_logits(logits_BV, state.seen_BV, step, config)
@@ -126,7 +126,7 @@ def select_next_token(
 
 
 def finalize(state: DecodeState, config: GenerationConfig) -> GenerateOutput:
-    """The answers with their lengths."""
+    """The generated ids with their lengths, scores and auxiliary outputs."""
     is_end_BM = (state.ids_BM == config.eos_token_id) & (jnp.arange(config.max_new_tokens) < state.step)
     length_B = jnp.where(state.done_B, scoring.argmax(is_end_BM) + 1, state.step)
     score_B = state.logprob_BM.sum(axis=1) if config.output_logprobs else None

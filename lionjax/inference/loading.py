@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model from a run's folder, a converted folder or released weights."""
+"""Load a model from a run folder, a converted folder, or released weights."""
 
 from __future__ import annotations
 
@@ -26,94 +26,94 @@ from lionjax.inference.engine import InferenceEngine
 from lionjax.inference.model import Model, tokenizer_folders
 from lionjax.models import parts
 from lionjax.training import checkpoint
-from lionjax.training import step as stages
 from lionjax.training.checkpoint import CorruptCheckpointError
-from lionjax.training.init import ParamSpecs
-from lionjax.training.init import make_param_specs as init_layout
+from lionjax.training.init import ParamSpecs, make_param_specs
 from lionjax.training.run_folder import base_folder, saved_positions, updates_before
+from lionjax.training.step import model_for_stage
 
 log = logging.getLogger(__name__)
 
-
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-
-
-LION_GENERATION = GenerationDefaults(num_beams=5, repetition_penalty=1.5, max_new_tokens=256)  # LION's own settings
+# The generation settings of the LION paper (arXiv 2311.11860).
+LION_GENERATION = GenerationDefaults(num_beams=5, repetition_penalty=1.5, max_new_tokens=256)
 
 
 def load(folder: str | Path, mesh: MeshConfig | None = None, prompt_length: int | None = None) -> Model:
-    """The model of a run's folder, or of a folder of weights, laid out on a mesh of all devices (by default on one).
+    """The model of a run folder or a folder of weights, sharded over a mesh of all devices (default: one device).
 
-    `prompt_length`: tokens that a prompt may have, where talks or examples want more than in training.
-    Of a run that has not ended, what it has learned so far. A checkpoint that is not what was written is passed over
-    with a warning that names it. Raises UserError when there is no model in the folder.
+    `prompt_length` is the maximum prompt length in tokens (default: as in training); raise it for chat history and
+    few-shot examples. For an unfinished run, the newest checkpoint is loaded; corrupt checkpoints are skipped with a
+    warning. Raises UserError if the folder holds no model.
     """
     folder = Path(folder)
     devices = jax.devices() if mesh is not None else jax.local_devices()[:1]
-    grid = sharding.make_mesh(mesh or MeshConfig(), devices)
+    device_mesh = sharding.make_mesh(mesh or MeshConfig(), devices)
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give that of a run, or of converted weights")
+        raise UserError(f"there is no folder {folder}; give a run folder or a folder of converted weights")
     if is_run(folder):
-        return with_prompt_length(load_run(folder, grid), prompt_length)
+        return with_prompt_length(load_run(folder, device_mesh), prompt_length)
     if (folder / "config.json").is_file() and (folder / "lock").exists():
-        raise UserError(f"the run of {folder} has saved nothing yet; `lionjax train` goes on with it")
+        raise UserError(f"the run in {folder} has no checkpoint yet; resume it with `lionjax train`")
     if not convert.holds_params(folder) and not any(f.suffix in WEIGHT_SUFFIXES for f in folder.iterdir()):
-        raise UserError(f"{folder} holds no model; give the folder of a run, or one of weights")
-    return with_prompt_length(load_weights(folder, grid), prompt_length)
+        raise UserError(f"{folder} holds no model; give a run folder or a folder of weights")
+    return with_prompt_length(load_weights(folder, device_mesh), prompt_length)
 
 
 def with_prompt_length(model: Model, prompt_length: int | None) -> Model:
-    """The model with room for so many tokens of a prompt; None: as it was trained."""
+    """The model with a maximum prompt length of `prompt_length` tokens; None leaves it as trained."""
     if prompt_length is None:
         return model
     data = model.experiment.data
     data = dataclasses.replace(data, processor=dataclasses.replace(data.processor, max_prompt_tokens=prompt_length))
-    answerer = dataclasses.replace(model.engine, processor=Processor(data.processor))
+    engine = dataclasses.replace(model.engine, processor=Processor(data.processor))
     experiment = dataclasses.replace(model.experiment, data=data)
-    return dataclasses.replace(model, experiment=experiment, engine=answerer)
+    return dataclasses.replace(model, experiment=experiment, engine=engine)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run which has saved parameters."""
+    """Whether a folder is a run folder with saved parameters."""
     return (folder / "config.json").is_file() and bool(checkpoint.all_bases(folder / "base"))
 
 
 def from_params(experiment: Experiment, params: Params, updates: int | None = None, mesh: Mesh | None = None) -> Model:
-    """A model of parameters in memory, answering as after the experiment's last stage."""
-    last = experiment.stages[-1:]
-    system = stages.model_for_stage(experiment, last[0]) if last else experiment.model
+    """A Model from parameters in memory, configured as in the experiment's last stage."""
+    last_stage = experiment.stages[-1:]
+    model = model_for_stage(experiment, last_stage[0]) if last_stage else experiment.model
     mesh = mesh or sharding.make_mesh(experiment.mesh)
-    return Model(experiment, InferenceEngine(system, params, Processor(experiment.data.processor), mesh), updates)
+    return Model(experiment, InferenceEngine(model, params, Processor(experiment.data.processor), mesh), updates)
 
 
 def load_run(folder: Path, mesh: Mesh) -> Model:
-    """The newest parameters of a run that can be trusted."""
+    """The model with the newest parameters of a run whose checksums are correct."""
     experiment = config.from_json((folder / "config.json").read_text())
     processor = Processor(experiment.data.processor)
-    layout = init_layout(experiment, dummy_batch(processor), mesh)
+    specs = make_param_specs(experiment, dummy_batch(processor), mesh)
     for stage, step in saved_positions(folder, experiment):
         try:
-            params = _load_params(folder, experiment, layout, stage, step)
+            params = _load_params(folder, experiment, specs, stage, step)
         except CorruptCheckpointError as damage:
-            log.warning("%s; what was saved before it is used", damage)
+            log.warning("%s; the previous checkpoint is used", damage)
             continue
         updates = updates_before(experiment, stage) + step
         if stage < len(experiment.stages):
             part = experiment.stages[stage]
-            where = f"stands at stage {part.name!r}, step {step} of {part.steps}"
-            log.warning("%s is not finished: it %s, and answers with what it has learned so far", folder, where)
-        # What counts as the last stage is the one that made these parameters.
-        made = experiment.stages[: stage + (step > 0)] or experiment.stages[:1]
-        return from_params(dataclasses.replace(experiment, stages=made), params, updates, mesh)
-    raise UserError(f"{folder} holds no parameters that can be trusted; `lionjax train` begins it anew")
+            position = f"stage {part.name!r}, step {step} of {part.steps}"
+            log.warning("%s is not finished: the parameters are those of %s", folder, position)
+        # The last stage is the one that trained these parameters.
+        stages_so_far = experiment.stages[: stage + (step > 0)] or experiment.stages[:1]
+        return from_params(dataclasses.replace(experiment, stages=stages_so_far), params, updates, mesh)
+    raise UserError(f"{folder} holds no undamaged parameters; `lionjax train` restarts the run")
 
 
 def _load_params(folder: Path, experiment: Experiment, layout: ParamSpecs, stage: int, step: int) -> Params:
-    """The parameters at one place of a run. Raises Damaged, or UserError where the frozen ones are."""
+    """The parameters at one position of a run.
+
+    Raises CorruptCheckpointError if the checkpoint is damaged, UserError if the frozen parameters are.
+    """
     scratch = step and experiment.stages[stage].init_from == "scratch"
     base = base_folder(folder, experiment, 0 if scratch else stage)
     if not base.is_dir():
-        raise CorruptCheckpointError(base, "the parameters that its stage began with are not there")
+        raise CorruptCheckpointError(base, "the parameters that its stage started from are missing")
     items, meta = checkpoint.restore_tree(base, {"learned": layout.trainable})
     learned = items["learned"]
     if step:
@@ -126,52 +126,62 @@ def _load_params(folder: Path, experiment: Experiment, layout: ParamSpecs, stage
     try:
         never = checkpoint.restore_tree(frozen, {"never": layout.frozen})[0]["never"]
     except CorruptCheckpointError as damage:
-        raise UserError(f"the frozen parameters are damaged ({damage}); `lionjax train` makes them anew") from damage
+        raise UserError(f"the frozen parameters are damaged ({damage}); `lionjax train` rebuilds them") from damage
     return trees.merge(never, learned)
 
 
 def load_weights(folder: Path, mesh: Mesh) -> Model:
-    """The model of a folder of weights in our names or the original's; each process reads what its devices hold."""
-    ours = convert.holds_params(folder)
-    source = None if ours else detect.open_checkpoint(folder)
-    recorded = convert.open_params(folder)[0] if ours else source.config
-    roots = [folder, folder / convert.ORIGIN] + ([source.folder] if source and source.folder else [])
+    """The model of a folder of weights, in lionjax names or torch names; each process reads its devices' shards."""
+    is_lionjax = convert.holds_params(folder)
+    source = None if is_lionjax else detect.open_checkpoint(folder)
+    recorded = convert.open_params(folder)[0] if is_lionjax else source.config
+    folders = [folder, folder / convert.ORIGIN] + ([source.folder] if source and source.folder else [])
     experiment = recorded if isinstance(recorded, Experiment) else released_experiment(recorded, folder)
-    model = from_params(with_tokenizers(experiment, roots, recorded is experiment), {}, None, mesh)
+    model = from_params(with_tokenizers(experiment, folders, recorded is experiment), {}, None, mesh)
     key = jax.random.key(0)
-    like = sharding.abstract_params(experiment.model.init, key, dummy_batch(model.processor), mesh=mesh)
-    if ours:
-        _, params = convert.load_params(folder, like)
+    abstract_params = sharding.abstract_params(experiment.model.init, key, dummy_batch(model.processor), mesh=mesh)
+    if is_lionjax:
+        _, params = convert.load_params(folder, abstract_params)
     else:
-        rows, _ = detect.weight_map_and_abstract_params(source.checkpoint_format, recorded)
+        weight_map, _ = detect.weight_map_and_abstract_params(source.checkpoint_format, recorded)
         params = convert.sharded_params_from_state_dict(
-            rows, source.tensors, like, source.checkpoint_format.ignore_patterns
+            weight_map, source.tensors, abstract_params, source.checkpoint_format.ignore_patterns
         )
     return dataclasses.replace(model, engine=dataclasses.replace(model.engine, params=params))
 
 
 def released_experiment(model: VLM, folder: Path) -> Experiment:
-    """What goes with weights that come with a model's sizes alone: its own processor, and LION's settings."""
+    """The experiment for released weights that come without one: the model's default processor, LION's generation.
+
+    Raises UserError if the model cannot generate text on its own.
+    """
     if not parts.can_generate(model):
-        raise UserError(f"{folder} holds a {type(model).__name__}, a part of a system that cannot answer alone")
+        raise UserError(f"{folder} holds a {type(model).__name__}, which cannot generate text; give a complete model")
     processor = ProcessorConfig(image_size=model.info.image_size, **model.info.default_processor)
     return Experiment(folder.name, model, DataConfig(processor=processor), stages=(), generation=LION_GENERATION)
 
 
 def with_tokenizers(experiment: Experiment, folders: Sequence[Path], allow_recorded: bool) -> Experiment:
-    """The experiment with the tokenizers that lie in a model's folder, else (where `recorded`) those it names."""
-    found = {}
-    for field, inside in tokenizer_folders(experiment.model).items():
-        names = [root / inside for root in folders if any((root / inside / f).is_file() for f in tokenizer.FILE_NAMES)]
-        if not names and not allow_recorded:
-            where = f"{folders[0]}/{inside}".rstrip("/")
-            raise UserError(f"{where} has no tokenizer; put one of {', '.join(tokenizer.FILE_NAMES)} there")
-        found |= {field: str(names[0])} if names else {}
-    processor = dataclasses.replace(experiment.data.processor, **found)
+    """The experiment with the tokenizers found in `folders`; where missing and `allow_recorded`, those it names.
+
+    Raises UserError if a tokenizer is missing and `allow_recorded` is false.
+    """
+    tokenizers = {}
+    for field, subfolder in tokenizer_folders(experiment.model).items():
+        candidates = [
+            folder / subfolder
+            for folder in folders
+            if any((folder / subfolder / f).is_file() for f in tokenizer.FILE_NAMES)
+        ]
+        if not candidates and not allow_recorded:
+            missing = f"{folders[0]}/{subfolder}".rstrip("/")
+            raise UserError(f"{missing} has no tokenizer; put one of {', '.join(tokenizer.FILE_NAMES)} there")
+        tokenizers |= {field: str(candidates[0])} if candidates else {}
+    processor = dataclasses.replace(experiment.data.processor, **tokenizers)
     return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, processor=processor))
 
 
 def dummy_batch(processor: Processor) -> Batch:
-    """A batch of one blank picture, from which shapes are known."""
+    """A batch of one blank image, for shape inference."""
     side = processor.config.image_size
     return processor.batch([ImageTextInput(np.zeros((side, side, 3), np.uint8), "?")])

@@ -24,7 +24,7 @@ from lionjax.data import images as pictures
 from lionjax.data import tokenizer
 from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.inference import engine
-from lionjax.inference.engine import InferenceEngine, Prediction
+from lionjax.inference.engine import Answer, InferenceEngine
 from lionjax.inference.sampling import GenerationConfig
 
 RENAMED = {"answerer": "engine", "has_the_bits_of": "equals_bitwise", "rank": "rank_candidates", "system": "vlm"}
@@ -34,15 +34,6 @@ QFORMER_TOKENIZER_FOLDER = (
     "qformer_tokenizer"  # the folder of it within a model's; the language model's lies by the weights
 )
 TOKENIZER_FILE_NAMES = {".json": "tokenizer.json", ".model": "spiece.model", ".txt": "vocab.txt"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a model says: text, the boxes in it (K, 4) as x0 y0 x1 y1 in 0..1, masks (K, H, W) bool of the picture."""
-
-    text: str
-    boxes: np.ndarray
-    masks: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,20 +84,27 @@ class Model:
         picture. `shots`: for each prompt as many (picture, question, answer) examples, shown before it.
         Raises UserError for what cannot be asked.
         """
-        asked = build_inputs(images, prompts, boxes, tags, category, history, shots)
+        inputs = build_inputs(images, prompts, boxes, tags, category, history, shots)
         if tags is not None and not self.processor.config.use_tags:
             raise UserError("this model was trained without tags; leave them out")
-        processor, seen = self.processor, [pictures.to_pil_image(one.image) for one in asked]
-        rows = [processor.encode_input(dataclasses.replace(one, image=picture)) for picture, one in zip(seen, asked)]
-        answer, said = self.experiment.generation, {}
-        hows = [generation_config or engine.make_generation_config(answer, processor, one.category) for one in asked]
-        for how in dict.fromkeys(hows):  # prompts of both categories go together where they are answered alike
-            places = [place for place, other in enumerate(hows) if other == how]
-            key = jax.random.key(seed) if how.do_sample else None
-            sizes = [seen[place].size for place in places] if processor.config.sam_image_size else None
-            group = [rows[place] for place in places]
-            said |= dict(zip(places, self.engine.generate(group, how, key=key, image_sizes=sizes)))
-        return [_to_answer(said[place], picture) for place, picture in enumerate(seen)]
+        pil_images = [pictures.to_pil_image(sample.image) for sample in inputs]
+        rows = [
+            self.processor.encode_input(dataclasses.replace(sample, image=image))
+            for image, sample in zip(pil_images, inputs)
+        ]
+        configs = [generation_config or self.generation_config(sample.category) for sample in inputs]
+        answers: dict[int, Answer] = {}
+        for config in dict.fromkeys(configs):  # prompts of both categories share a batch where their settings agree
+            indices = [k for k, other in enumerate(configs) if other == config]
+            key = jax.random.key(seed) if config.do_sample else None
+            sizes = [pil_images[k].size for k in indices] if self.processor.config.sam_image_size else None
+            group = self.engine.generate([rows[k] for k in indices], config, key=key, image_sizes=sizes)
+            answers |= dict(zip(indices, group))
+        return [_with_masks(answers[k], image) for k, image in enumerate(pil_images)]
+
+    def generation_config(self, category: str) -> GenerationConfig:
+        """The generation settings of the model for prompts of a category."""
+        return engine.make_generation_config(self.experiment.generation, self.processor, category)
 
     def rank_candidates(
         self, images: Sequence[object], prompts: Sequence[str], candidates: Sequence[Sequence[str]]
@@ -191,9 +189,11 @@ def build_inputs(images, prompts, boxes, tags, category, history=None, shots=Non
     return asked
 
 
-def _to_answer(prediction: Prediction, image) -> Answer:
-    none = np.zeros((0, image.height, image.width), bool)
-    return Answer(prediction.text, prediction.boxes, none if prediction.masks is None else prediction.masks)
+def _with_masks(answer: Answer, image) -> Answer:
+    """The answer with an empty array (0, height, width) for masks that were not predicted."""
+    if answer.masks is not None:
+        return answer
+    return dataclasses.replace(answer, masks=np.zeros((0, image.height, image.width), bool))
 
 
 # Folders

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is put beside and between frozen layers: LION's bottleneck adapters with their router, Flamingo's looks."""
+"""Bottleneck adapters with a task router (LION, arXiv 2311.11860); gated cross-attention (Flamingo, 2204.14198)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lionjax.nn.layers import MLP, Dense, LayerNorm, dense_weight_map, kaiming_u
 @renamed_fields(bottleneck="bottleneck_dim", count="num_adapters", tasks="num_tasks")
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """LION, section 3.2: how narrow, how many, and for how many tasks they are mixed. One adapter needs no router."""
+    """Config of the routed adapters (LION, section 3.2); with `num_adapters` 1 there is no router."""
 
     bottleneck_dim: int = 64
     num_adapters: int = 2
@@ -32,9 +32,9 @@ class AdapterConfig:
 )
 @dataclasses.dataclass(frozen=True)
 class GatedCrossAttentionConfig:
-    """Flamingo, section 2.2: a look at the pictures before each n-th layer of a frozen language model.
+    """Config of gated cross-attention to images before each n-th layer of a frozen LM (Flamingo, section 2.2).
 
-    `source_width`: of the pictures' words. `hidden`: of its feed-forward, 4 times the language model's width.
+    `vision_width`: width of the image tokens. `mlp_dim`: of the feed-forward, 4 times the language model's width.
     """
 
     every_n_layers: int = 4
@@ -45,10 +45,11 @@ class GatedCrossAttentionConfig:
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """x += tanh(gate) attention(norm x, pictures); x += tanh(mlp_gate) mlp(norm x). Both gates begin at zero.
+    """x += tanh(gate) attention(norm(x), images); x += tanh(mlp_gate) mlp(norm(x)). Both gates start at 0.
 
-    `media`: the words of a row's pictures (B, S, D), who looks at which (B, L, S), and whose look counts (B, L).
-    `kept` are keys and values of those words, where they are known already; they are handed back.
+    `media`: image tokens of a row (B, S, D), which of them each text token attends to (B, L, S), and whether it
+    attends to any (B, L). `media_kv`: keys and values of the image tokens, None if they are to be computed; they are
+    returned with x.
     """
 
     width: int
@@ -57,16 +58,16 @@ class GatedCrossAttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, media, media_kv=None):
         c = self.c
-        source_BSD, seen_BLS, real_BL = media
+        image_BSD, mask_BLS, attends_BL = media
 
         def gate(name):
             return jnp.tanh(self.param(name, with_logical_partitioning(zeros, (None,)), (1,))).astype(x_BLD.dtype)
 
-        own = Attention(self.width, c.num_heads, c.head_dim, c.vision_width, biases="", name="attention")
-        media_kv = own.project_key_value(source_BSD) if media_kv is None else media_kv
-        query = own.project_query(LayerNorm(self.width, 1e-5, name="norm")(x_BLD))
-        change_BLD = own.attend(query, media_kv, seen_BLS[:, None])
-        change_BLD = jnp.where(real_BL[..., None], change_BLD, 0)
+        attention = Attention(self.width, c.num_heads, c.head_dim, c.vision_width, biases="", name="attention")
+        media_kv = attention.project_key_value(image_BSD) if media_kv is None else media_kv
+        query = attention.project_query(LayerNorm(self.width, 1e-5, name="norm")(x_BLD))
+        change_BLD = attention.attend(query, media_kv, mask_BLS[:, None])
+        change_BLD = jnp.where(attends_BL[..., None], change_BLD, 0)
         x_BLD = x_BLD + gate("gate") * change_BLD
         mlp = MLP(self.width, c.mlp_dim, use_bias=False, name="mlp")
         change_BLD = mlp(LayerNorm(self.width, 1e-5, name="mlp_norm")(x_BLD))
@@ -87,16 +88,16 @@ def gated_cross_attention_weight_map(c: GatedCrossAttentionConfig) -> tuple[Weig
 
 
 def flamingo_attention_weight_map(num_heads: int, head_dim: int) -> tuple[WeightMapping, ...]:
-    """An `Attention` under `attention` as OpenFlamingo names it: keys and values are one Linear."""
-    cut, paths = split_heads_kernel(num_heads, head_dim), ("attention/k/kernel", "attention/v/kernel")
+    """OpenFlamingo's names of an `Attention` at `attention`; keys and values are one Linear there."""
+    split, paths = split_heads_kernel(num_heads, head_dim), ("attention/k/kernel", "attention/v/kernel")
     return (
         *with_prefix("", "attention/", attentions.weight_map({"q": "to_q", "o": "to_out"}, num_heads, head_dim, "")),
-        WeightMapping("to_kv.weight", paths, split_fused(cut, cut)),
+        WeightMapping("to_kv.weight", paths, split_fused(split, split)),
     )
 
 
 class Adapter(nn.Module):
-    """A narrow detour around a frozen layer; it starts by adding nothing."""
+    """Bottleneck adapter up(relu(down(x))) (arXiv 1902.00751); its output starts at 0."""
 
     width: int
     bottleneck_dim: int
@@ -110,9 +111,9 @@ class Adapter(nn.Module):
 
 
 class RoutedAdapters(nn.Module):
-    """Adapters side by side, mixed per channel by ratios that depend on the task of each row of the batch.
+    """Sum of parallel adapters, weighted per channel by ratios of the task of each row (LION, section 3.2).
 
-    The original keeps one router index for a whole batch; here each row has its own, so tasks may mix.
+    The original has one task for a whole batch; here each row has its own.
     """
 
     width: int
@@ -134,25 +135,24 @@ class RoutedAdapters(nn.Module):
 
 
 def one_adapter_per_task_init(key, shape, dtype=jnp.float32):
-    """Task t starts with adapter t alone."""
+    """Ratios (tasks, adapters, D) that start with weight 1 of adapter t for task t, else 0."""
     del key
     return jnp.broadcast_to(jnp.eye(shape[0], shape[1], dtype=dtype)[:, :, None], shape)
 
 
 def adapter_weight_map(c: AdapterConfig) -> tuple[WeightMapping, ...]:
-    """LION's names under `...layer.N.adapter.`; the two router matrices become one (task, adapter, D) array."""
-    rows = []
+    """LION's names under `...layer.N.adapter.`; its router matrices (task, D) are stacked to (task, adapter, D)."""
+    mappings = []
     for a in range(c.num_adapters):
-        theirs, ours = f"adapters.{a}.", f"adapter_{a}/"
-        rows += [
-            WeightMapping(theirs + "down_proj.weight", ours + "down/kernel", linear),
-            WeightMapping(theirs + "down_proj.bias", ours + "down/bias"),
-            WeightMapping(theirs + "up_proj.weight", ours + "up/kernel", linear),
-            WeightMapping(theirs + "up_proj.bias", ours + "up/bias"),
-            WeightMapping(theirs + "scale", ours + "scale"),
+        torch, flax = f"adapters.{a}.", f"adapter_{a}/"
+        mappings += [
+            WeightMapping(torch + "down_proj.weight", flax + "down/kernel", linear),
+            WeightMapping(torch + "down_proj.bias", flax + "down/bias"),
+            WeightMapping(torch + "up_proj.weight", flax + "up/kernel", linear),
+            WeightMapping(torch + "up_proj.bias", flax + "up/bias"),
+            WeightMapping(torch + "scale", flax + "scale"),
         ]
     if c.num_adapters > 1:
-        rows.append(
-            WeightMapping(tuple(f"router_ratio{a + 1}" for a in range(c.num_adapters)), "ratio", stack_tensors(axis=1))
-        )
-    return tuple(rows)
+        routers = tuple(f"router_ratio{a + 1}" for a in range(c.num_adapters))
+        mappings.append(WeightMapping(routers, "ratio", stack_tensors(axis=1)))
+    return tuple(mappings)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention: who may look at whom, T5's relative positions, the product itself, and the cache of a decoder.
+"""Multi-head attention (arXiv 1706.03762): masks, scaled dot-product attention, the `Attention` layer, the KV cache.
 
-A mask says what a kernel can use (`Mask`), or is boolean (True = may look) and broadcasts to (B, N, L, S); biases are
-added to the scores in float32.
+A mask is an `AttentionMask`, which fused kernels accept, or boolean (True: attend) and broadcasts to (B, N, L, S).
+Biases are added to the scores in float32.
 """
 
 from __future__ import annotations
@@ -26,92 +26,94 @@ from lionjax.nn.lora import LoraConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """Who may look at whom in words that a kernel understands: at real keys (B, S), all if None, and not ahead."""
+    """Mask as valid keys (B, S), None for all, and a causal flag: the form that fused kernels accept."""
 
     key_valid_BS: jax.Array | None = None
     causal: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def to_dense(self, length: int):
-        """As booleans that broadcast to (B, 1, L, S); None where all is seen."""
+        """Boolean mask that broadcasts to (B, 1, L, S), for L = `length` queries; None if nothing is masked."""
         return flash_attention.dense_mask(self.key_valid_BS, self.causal, length)
 
 
 def key_padding_mask(valid_BS) -> AttentionMask:
-    """Everyone may look at the real tokens."""
+    """Mask in which all queries attend to the valid keys."""
     return AttentionMask(valid_BS.astype(bool))
 
 
 def causal_mask(valid_BL=None) -> AttentionMask:
-    """A token may look at itself and before, there at the real ones."""
+    """Mask in which a query attends to itself and earlier positions, where these are valid."""
     return AttentionMask(None if valid_BL is None else valid_BL.astype(bool), causal=True)
 
 
 def dot_product_attention(
     query_BLNH, key_BSNH, value_BSNH, mask=None, bias=None, scale: float = 1.0, dropout_rate: float = 0.0, key=None
 ):
-    """softmax(scale * q k + bias) v, the softmax in float32: (B, L, N, H). By a kernel where one computes this.
+    """softmax(scale * q k + bias) v (B, L, N, H), the softmax in float32, by a fused kernel if one supports the inputs.
 
-    Keys may have fewer heads than queries (grouped-query attention). `mask` is a `Mask`, or booleans. `key` drives
-    dropout on the probabilities.
+    Keys may have fewer heads than queries (grouped-query attention). `key` drives dropout on the probabilities.
     """
     drops = bool(dropout_rate) and key is not None
     if isinstance(mask, AttentionMask | None):
         mask = mask or AttentionMask()
         if bias is None and not drops:
-            given = (query_BLNH, key_BSNH, value_BSNH, mask.key_valid_BS, mask.causal, scale)
-            out_BLNH = flash_attention.flash_attention(*given)
+            out_BLNH = flash_attention.flash_attention(
+                query_BLNH, key_BSNH, value_BSNH, mask.key_valid_BS, mask.causal, scale
+            )
             if out_BLNH is not None:
                 return out_BLNH
         mask = mask.to_dense(query_BLNH.shape[1])
-    drop = functools.partial(dropout, rate=dropout_rate, key=key) if drops else None
-    return flash_attention.reference_attention(query_BLNH, key_BSNH, value_BSNH, mask, bias, scale, drop)
+    dropout_fn = functools.partial(dropout, rate=dropout_rate, key=key) if drops else None
+    return flash_attention.reference_attention(query_BLNH, key_BSNH, value_BSNH, mask, bias, scale, dropout_fn)
 
 
 def segmented_attention(query_BLNH, kv_segments, mask=None, bias=None, scale: float = 1.0):
-    """As `attend`, keys and values being in several pieces (B, N, S, H) along S, which are never put together.
+    """As `dot_product_attention`, with keys and values (B, N, S, H) in several segments that are not concatenated.
 
-    Where a piece has fewer rows than there are queries, as many queries after each other as that makes share a row.
+    A segment may have fewer rows than the queries; its row b then serves queries b n to (b + 1) n - 1 (the n beams of
+    one prompt).
     """
     rows, length, heads, head = query_BLNH.shape
 
-    def shared(x_BLNX, key_BNSH):
-        """(B, L, N, X) -> (rows of the piece, heads of the piece, queries, X)."""
-        few, fewer, size = len(key_BNSH), key_BNSH.shape[1], x_BLNX.shape[-1]
-        x = x_BLNX.reshape(few, rows // few * length, fewer, heads // fewer, size)
-        asked = rows // few * length * (heads // fewer)  # a piece may be empty, where -1 says nothing
-        return x.transpose(0, 2, 1, 3, 4).reshape(few, fewer, asked, size)
+    def group_queries(x_BLNX, key_BNSH):
+        """(B, L, N, X) -> (rows of the segment, heads of the segment, queries, X)."""
+        kv_rows, kv_heads, size = len(key_BNSH), key_BNSH.shape[1], x_BLNX.shape[-1]
+        x = x_BLNX.reshape(kv_rows, rows // kv_rows * length, kv_heads, heads // kv_heads, size)
+        queries = rows // kv_rows * length * (heads // kv_heads)  # not -1, which fails for an empty segment
+        return x.transpose(0, 2, 1, 3, 4).reshape(kv_rows, kv_heads, queries, size)
 
-    def each(x, key_BNSH):
-        """And back."""
-        few, fewer, size = len(key_BNSH), key_BNSH.shape[1], x.shape[-1]
-        x = x.reshape(few, fewer, rows // few * length, heads // fewer, size)
+    def ungroup_queries(x, key_BNSH):
+        """The inverse of `group_queries`."""
+        kv_rows, kv_heads, size = len(key_BNSH), key_BNSH.shape[1], x.shape[-1]
+        x = x.reshape(kv_rows, kv_heads, rows // kv_rows * length, heads // kv_heads, size)
         return x.transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, size)
 
-    score_BLNS = scale * jnp.concatenate(
-        [
-            each(
-                jnp.einsum("BNLH,BNSH->BNLS", shared(query_BLNH, keys), keys, preferred_element_type=jnp.float32), keys
-            )
-            for keys, _ in kv_segments
-        ],
-        axis=-1,
-    )
+    def segment_scores(keys):
+        query = group_queries(query_BLNH, keys)
+        return ungroup_queries(
+            jnp.einsum("BNLH,BNSH->BNLS", query, keys, preferred_element_type=jnp.float32), keys
+        )
+
+    score_BLNS = scale * jnp.concatenate([segment_scores(keys) for keys, _ in kv_segments], axis=-1)
     if bias is not None:
         score_BLNS = score_BLNS + bias.swapaxes(1, 2)
     if isinstance(mask, AttentionMask):
         mask = mask.to_dense(length)
     if mask is not None:
         score_BLNS = jnp.where(mask.swapaxes(1, 2), score_BLNS, flash_attention.MASK_VALUE)
-    share_BLNS = jax.nn.softmax(score_BLNS, axis=-1).astype(kv_segments[0][1].dtype)
+    probs_BLNS = jax.nn.softmax(score_BLNS, axis=-1).astype(kv_segments[0][1].dtype)
     ends = np.cumsum([keys.shape[2] for keys, _ in kv_segments])[:-1]
     return sum(
-        each(jnp.einsum("BNLS,BNSH->BNLH", shared(share, values), values), values)
-        for share, (_, values) in zip(jnp.split(share_BLNS, ends, axis=-1), kv_segments)
+        ungroup_queries(jnp.einsum("BNLS,BNSH->BNLH", group_queries(probs, values), values), values)
+        for probs, (_, values) in zip(jnp.split(probs_BLNS, ends, axis=-1), kv_segments)
     )
 
 
 class Attention(nn.Module):
-    """Queries from x, keys and values from x or from elsewhere; `biases` names which of q, k, v, o have one."""
+    """Multi-head attention of x (B, L, D) to itself or to a source (B, S, D').
+
+    `biases`: which of q, k, v, o have a bias. `num_kv_heads`: fewer than `num_heads` for grouped-query attention.
+    """
 
     width: int
     num_heads: int
@@ -119,11 +121,11 @@ class Attention(nn.Module):
     source_width: int | None = None
     num_kv_heads: int | None = None
     biases: str = "qkvo"
-    scale: float | None = None  # None: 1 / sqrt(head)
+    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
     dropout_rate: float = 0.0
     kernel_inits: tuple = (normal(0.02),) * 4  # of q, k, v, o
     lora: LoraConfig = LoraConfig()
-    sub_ln_eps: float | None = None  # of a norm before the output projection (sub-LN); None: there is none
+    sub_ln_eps: float | None = None  # epsilon of a norm before the output projection (sub-LN); None: no norm
 
     def setup(self):
         source = self.source_width or self.width
@@ -143,17 +145,22 @@ class Attention(nn.Module):
             self.norm = LayerNorm(self.num_heads * self.head_dim, self.sub_ln_eps)
 
     def project_query(self, x_BLD, key=None):
+        """Queries (B, L, N, H)."""
         return with_logical_constraint(self.q(x_BLD, fold_in(key, 1)), "batch", "length", "act_heads", None)
 
     def project_key_value(self, x_BSD, key=None):
+        """Keys and values, each (B, S, num_kv_heads, H)."""
         return self.k(x_BSD, fold_in(key, 2)), self.v(x_BSD, fold_in(key, 3))
 
     def attend(self, query_BLNH, key_value, mask=None, bias=None, key=None, past_kv=()):
-        """At keys and values (B, S, N, H), and behind `earlier` pieces of them (B, N, S, H) where there are any."""
+        """Output (B, L, D) of queries at keys and values (B, S, N, H), and at those of the segments `past_kv`.
+
+        Past keys and values (B, N, S, H) come before the others; there is no dropout with them.
+        """
         scale = 1 / math.sqrt(self.head_dim) if self.scale is None else self.scale
         if past_kv:
-            parts = (*past_kv, tuple(x.swapaxes(1, 2) for x in key_value))
-            out = segmented_attention(query_BLNH, parts, mask, bias, scale)
+            segments = (*past_kv, tuple(x.swapaxes(1, 2) for x in key_value))
+            out = segmented_attention(query_BLNH, segments, mask, bias, scale)
         else:
             out = dot_product_attention(query_BLNH, *key_value, mask, bias, scale, self.dropout_rate, key)
         if self.sub_ln_eps is not None:
@@ -167,9 +174,9 @@ class Attention(nn.Module):
 
 
 def update_kv_cache(cache, new_BLNH, layer, position):
-    """New keys or values of one layer at positions step, step + 1, ... of the cache of all (layers, B, S, N, H).
+    """The cache (layers, B, S, N, H) with new keys or values (B, L, N, H) of one layer from `position` on.
 
-    Only the new ones move, because a scan that carries the cache changes it in place.
+    Inside a scan that carries the cache, XLA updates it in place.
     """
     start = (layer, 0, position, 0, 0)
     return jax.lax.dynamic_update_slice(cache, new_BLNH[None].astype(cache.dtype), start)
@@ -178,13 +185,13 @@ def update_kv_cache(cache, new_BLNH, layer, position):
 def weight_map(
     torch_modules: dict[str, str], num_heads: int, head_dim: int, biases: str, num_kv_heads: int | None = None
 ) -> tuple[WeightMapping, ...]:
-    """Rows of an `Attention` whose q, k, v, o are four torch Linears with the given names."""
-    rows = []
+    """Mappings of an `Attention` whose q, k, v, o are torch Linears: `torch_modules` is {letter: torch module}."""
+    mappings = []
     for letter, name in torch_modules.items():
-        number = (num_kv_heads or num_heads) if letter in "kv" else num_heads
-        kernel = merge_heads_kernel(num_heads, head_dim) if letter == "o" else split_heads_kernel(number, head_dim)
-        rows.append(WeightMapping(f"{name}.weight", f"{letter}/kernel", kernel))
+        heads = (num_kv_heads or num_heads) if letter in "kv" else num_heads
+        kernel = merge_heads_kernel(num_heads, head_dim) if letter == "o" else split_heads_kernel(heads, head_dim)
+        mappings.append(WeightMapping(f"{name}.weight", f"{letter}/kernel", kernel))
         if letter in biases:
-            shape = {} if letter == "o" else {"transform": split_heads(number, head_dim)}
-            rows.append(WeightMapping(f"{name}.bias", f"{letter}/bias", **shape))
-    return tuple(rows)
+            transform = {} if letter == "o" else {"transform": split_heads(heads, head_dim)}
+            mappings.append(WeightMapping(f"{name}.bias", f"{letter}/bias", **transform))
+    return tuple(mappings)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small parts that models are made of: dense, embedding, norms, activations, feed-forward, patches, windows.
+"""Layers: dense (with LoRA), embedding, norms, activations, feed-forward, patch embedding, convolution, windows.
 
-Every parameter has a name in our words, a shape and its logical axes. Norms and softmax run in float32; products run in
-the dtype of their input, and the weights follow it.
+Every parameter has logical axes for sharding. Norms run in float32; matrix products run in the dtype of their input,
+to which the weights are cast.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ normal = nn.initializers.normal
 kaiming_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's Linear default, a = sqrt(5)
 
 
-# What a rematerialised block keeps for its backward pass.
+# Checkpoint policies: what a rematerialized block saves for its backward pass.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -55,6 +55,7 @@ class Dense(nn.Module):
         return y
 
     def lora_delta(self, x, features, key):
+        """(alpha / rank) B A x (arXiv 2106.09685)."""
         rank = self.lora.rank
         a = self.param(
             "lora_a",
@@ -67,7 +68,7 @@ class Dense(nn.Module):
 
 
 class DenseFromHeads(nn.Module):
-    """(…, N, H) -> (…, D): an attention's output projection."""
+    """(..., N, H) -> (..., D): the output projection of attention."""
 
     num_heads: int
     head_dim: int
@@ -101,19 +102,19 @@ class DenseFromHeads(nn.Module):
 
 
 def flatten_fan_in(init: Callable) -> Callable:
-    """An initialiser that sees all axes but the last as one (its fan-in)."""
+    """The initializer `init` with all axes but the last as fan-in."""
 
     def wrapped(key, shape, dtype=jnp.float32):
-        flat = 1
+        fan_in = 1
         for size in shape[:-1]:
-            flat *= size
-        return init(key, (flat, shape[-1]), dtype).reshape(shape)
+            fan_in *= size
+        return init(key, (fan_in, shape[-1]), dtype).reshape(shape)
 
     return wrapped
 
 
 class Embed(nn.Module):
-    """Rows of a table by id: (B, L) -> (B, L, D). The first `frozen` rows get no gradient."""
+    """Embeddings (B, L, D) of ids (B, L). The first `num_frozen` rows of the table get no gradient."""
 
     num_embeddings: int
     width: int
@@ -127,20 +128,20 @@ class Embed(nn.Module):
             (self.num_embeddings, self.width),
         )
         if self.num_frozen:
-            learns_V1 = (jnp.arange(self.num_embeddings) >= self.num_frozen)[:, None]
-            table = jnp.where(learns_V1, table, jax.lax.stop_gradient(table))
+            is_trained_V1 = (jnp.arange(self.num_embeddings) >= self.num_frozen)[:, None]
+            table = jnp.where(is_trained_V1, table, jax.lax.stop_gradient(table))
         self.table = table
 
     def __call__(self, ids_BL, dtype=jnp.float32):
         return jnp.take(self.table, ids_BL, axis=0).astype(dtype)
 
     def attend(self, x_BLD):
-        """Logits against the same table."""
+        """Logits (..., V) of x (..., D) with the embedding table as head."""
         return x_BLD @ self.table.T.astype(x_BLD.dtype)
 
 
 class LayerNorm(nn.Module):
-    """Mean and variance over the last axis, in float32; the result has the input's dtype."""
+    """LayerNorm (arXiv 1607.06450) over the last axis, computed in float32; the output has the dtype of x."""
 
     width: int
     eps: float
@@ -149,18 +150,18 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", with_logical_partitioning(ones, ("embed",)), (self.width,))
-        wide = x.astype(jnp.float32)
-        mean = wide.mean(-1, keepdims=True)
-        centred = wide - mean
-        variance = (centred * centred).mean(-1, keepdims=True)
-        y = centred * (jax.lax.rsqrt(variance + self.eps) * scale)
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(-1, keepdims=True)
+        centered = x32 - mean
+        variance = (centered * centered).mean(-1, keepdims=True)
+        y = centered * (jax.lax.rsqrt(variance + self.eps) * scale)
         if self.use_bias:
             y = y + self.param("bias", with_logical_partitioning(zeros, ("embed",)), (self.width,))
         return y.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square over the last axis, in float32, no centring, no bias (T5, LLaMA)."""
+    """RMSNorm (arXiv 1910.07467) over the last axis, computed in float32, without bias (T5, LLaMA)."""
 
     width: int
     eps: float
@@ -168,15 +169,14 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", with_logical_partitioning(ones, ("embed",)), (self.width,))
-        wide = x.astype(jnp.float32)
-        return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.eps)).astype(x.dtype) * scale.astype(
-            x.dtype
-        )
+        x32 = x.astype(jnp.float32)
+        normalized = x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + self.eps)
+        return normalized.astype(x.dtype) * scale.astype(x.dtype)
 
 
 @jax.custom_vjp
 def gelu(x):
-    """GELU with the exact erf (torch's "gelu")."""
+    """GELU with erf (torch's default); its custom gradient saves the slope in the dtype of x."""
     return 0.5 * x * (1 + jax.lax.erf(x * 0.7071067811865476))
 
 
@@ -186,7 +186,7 @@ def _gelu_forward(x):
     return x * cdf, slope.astype(x.dtype)
 
 
-gelu.defvjp(_gelu_forward, lambda slope, change: (change * slope,))
+gelu.defvjp(_gelu_forward, lambda slope, gradient: (gradient * slope,))
 
 ACTIVATIONS: dict[str, Callable] = {
     "gelu": gelu,
@@ -199,7 +199,7 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 class MLP(nn.Module):
-    """Dense, activation, dense."""
+    """down(act(up(x))), optionally with a norm before `down`."""
 
     width: int
     mlp_dim: int
@@ -207,14 +207,15 @@ class MLP(nn.Module):
     out_features: int | None = None
     use_bias: bool = True
     kernel_init: Callable = normal(0.02)
-    zero_init_output: bool = False  # start with an output of zero
-    sub_ln_eps: float | None = None  # of a norm before the second dense (sub-LN); None: there is none
+    zero_init_output: bool = False  # zero kernel of `down`, so that the output starts at 0
+    sub_ln_eps: float | None = None  # epsilon of a norm before `down` (sub-LN); None: no norm
 
     @nn.compact
     def __call__(self, x):
-        out = zeros if self.zero_init_output else self.kernel_init
+        down_init = zeros if self.zero_init_output else self.kernel_init
+        out_features = self.out_features or self.width
         up = Dense(self.width, self.mlp_dim, ("embed", "mlp"), self.use_bias, self.kernel_init, name="up")
-        down = Dense(self.mlp_dim, self.out_features or self.width, ("mlp", "embed"), self.use_bias, out, name="down")
+        down = Dense(self.mlp_dim, out_features, ("mlp", "embed"), self.use_bias, down_init, name="down")
         h = ACTIVATIONS[self.activation](up(x))
         if self.sub_ln_eps is not None:
             h = LayerNorm(self.mlp_dim, self.sub_ln_eps, name="norm")(h)
@@ -222,7 +223,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate x) * up x): T5 v1.1's (wi_0 gate, wi_1 up) and LLaMA's feed-forward."""
+    """down(act(gate(x)) * up(x)) (arXiv 2002.05202), the feed-forward of T5 v1.1 (wi_0: gate, wi_1: up) and LLaMA."""
 
     width: int
     mlp_dim: int
@@ -230,7 +231,7 @@ class GatedMLP(nn.Module):
     kernel_init: Callable = normal(0.02)
     lora: LoraConfig = LoraConfig()
     use_bias: bool = False
-    sub_ln_eps: float | None = None  # of a norm before the last dense; None: there is none
+    sub_ln_eps: float | None = None  # epsilon of a norm before `down` (sub-LN); None: no norm
 
     @nn.compact
     def __call__(self, x, dropout_rate: float = 0.0, key=None):
@@ -249,7 +250,10 @@ class GatedMLP(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """(B, H, W, C) -> (B, P, D): a convolution whose stride is its kernel, as one product; patches row by row."""
+    """Patch embeddings (B, P, D) of images (B, H, W, C), in row-major order; a strided convolution as one product.
+
+    Pixels beyond the last whole patch are ignored.
+    """
 
     patch_size: int
     width: int
@@ -263,8 +267,8 @@ class PatchEmbed(nn.Module):
         kernel = self.param(
             "kernel", with_logical_partitioning(flatten_fan_in(normal(0.02)), ("conv", "conv", "conv", "embed")), shape
         )
-        batch, high, wide, _ = image_BHWC.shape
-        rows, columns = high // p, wide // p
+        batch, height, width, _ = image_BHWC.shape
+        rows, columns = height // p, width // p
         x = image_BHWC[:, : rows * p, : columns * p].reshape(batch, rows, p, columns, p, c)
         x_BPF = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, p * p * c)
         y_BPD = x_BPF @ kernel.reshape(-1, self.width).astype(x_BPF.dtype)
@@ -276,7 +280,7 @@ class PatchEmbed(nn.Module):
 
 
 class Conv(nn.Module):
-    """(B, H, W, C) -> (B, H', W', D): a square kernel at every `stride`-th pixel, zeros around the picture."""
+    """Convolution (B, H, W, C) -> (B, H', W', D) with a square kernel and zero padding of kernel_size // 2."""
 
     in_features: int
     features: int
@@ -289,33 +293,33 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, self.in_features, self.features)
         init = with_logical_partitioning(flatten_fan_in(normal(0.02)), ("conv", "conv", None, "embed"))
         kernel = self.param("kernel", init, shape).astype(x_BHWC.dtype)
-        room = ((self.kernel_size // 2, self.kernel_size // 2),) * 2
+        padding = ((self.kernel_size // 2, self.kernel_size // 2),) * 2
         layout = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(x_BHWC, kernel, (self.stride,) * 2, room, dimension_numbers=layout)
+        y = jax.lax.conv_general_dilated(x_BHWC, kernel, (self.stride,) * 2, padding, dimension_numbers=layout)
         if self.use_bias:
             y = y + self.param("bias", with_logical_partitioning(zeros, ("embed",)), (self.features,)).astype(y.dtype)
         return y
 
 
 def window_partition(x_BHWD, window_size: int):
-    """(B, H, W, D) -> (B', side * side, D): squares row by row, zeros beyond the right and lower edge."""
-    batch, high, wide, width = x_BHWD.shape
-    x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, -high % window_size), (0, -wide % window_size), (0, 0)))
-    down, across = x_BHWD.shape[1] // window_size, x_BHWD.shape[2] // window_size
-    x = x_BHWD.reshape(batch, down, window_size, across, window_size, width).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch * down * across, window_size * window_size, width)
+    """Windows (B * windows, window_size**2, D) of x (B, H, W, D) in row-major order, zero-padded right and below."""
+    batch, height, width, features = x_BHWD.shape
+    x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, -height % window_size), (0, -width % window_size), (0, 0)))
+    rows, columns = x_BHWD.shape[1] // window_size, x_BHWD.shape[2] // window_size
+    x = x_BHWD.reshape(batch, rows, window_size, columns, window_size, features).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch * rows * columns, window_size * window_size, features)
 
 
 def window_reverse(windows_BLD, window_size: int, shape: tuple[int, ...]):
-    """The inverse of `into_squares` for what had this shape."""
-    batch, high, wide, width = shape
-    down, across = -(-high // window_size), -(-wide // window_size)
-    x = windows_BLD.reshape(batch, down, across, window_size, window_size, width).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, down * window_size, across * window_size, width)[:, :high, :wide]
+    """The inverse of `window_partition`: x of `shape` (B, H, W, D)."""
+    batch, height, width, features = shape
+    rows, columns = -(-height // window_size), -(-width // window_size)
+    x = windows_BLD.reshape(batch, rows, columns, window_size, window_size, features).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * window_size, columns * window_size, features)[:, :height, :width]
 
 
 def dropout(x, rate: float, key):
-    """Zero a share of x and scale the rest; the identity when rate is 0 or key is None (evaluation)."""
+    """x with a fraction `rate` set to 0 and the rest scaled by 1 / (1 - rate); x itself if rate is 0 or key None."""
     if rate == 0.0 or key is None:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -323,27 +327,27 @@ def dropout(x, rate: float, key):
 
 
 def fold_in(key, data: int):
-    """A key of its own for one of several that share one, which stays as it was; None from None."""
+    """`jax.random.fold_in`, or None if `key` is None (evaluation)."""
     return None if key is None else jax.random.fold_in(key, data)
 
 
 def split_key(key, num: int):
-    """`number` keys from one; Nones from None, so that evaluation needs no branch."""
+    """`jax.random.split`, or a list of `num` Nones if `key` is None (evaluation)."""
     return [None] * num if key is None else jax.random.split(key, num)
 
 
 def take_positions(x_BLD, position_BK):
-    """Rows of x at these places: (B, L, ...) -> (B, K, ...)."""
+    """x (B, K, ...) at the positions (B, K) of axis 1 of x (B, L, ...)."""
     return jnp.take_along_axis(x_BLD, position_BK.reshape(*position_BK.shape, *(1,) * (x_BLD.ndim - 2)), axis=1)
 
 
 def dense_weight_map(torch_module: str, flax_module: str, bias: bool = True) -> tuple[WeightMapping, ...]:
-    """Rows of a `Dense` that is a torch Linear."""
-    rows = (WeightMapping(f"{torch_module}.weight", f"{flax_module}/kernel", linear),)
-    return (*rows, WeightMapping(f"{torch_module}.bias", f"{flax_module}/bias")) if bias else rows
+    """Mappings of a `Dense` from a torch Linear."""
+    mappings = (WeightMapping(f"{torch_module}.weight", f"{flax_module}/kernel", linear),)
+    return (*mappings, WeightMapping(f"{torch_module}.bias", f"{flax_module}/bias")) if bias else mappings
 
 
 def norm_weight_map(torch_module: str, flax_module: str, bias: bool = True) -> tuple[WeightMapping, ...]:
-    """Rows of a norm: torch's weight is our scale."""
-    rows = (WeightMapping(f"{torch_module}.weight", f"{flax_module}/scale"),)
-    return (*rows, WeightMapping(f"{torch_module}.bias", f"{flax_module}/bias")) if bias else rows
+    """Mappings of a norm, whose scale is `weight` in torch."""
+    mappings = (WeightMapping(f"{torch_module}.weight", f"{flax_module}/scale"),)
+    return (*mappings, WeightMapping(f"{torch_module}.bias", f"{flax_module}/bias")) if bias else mappings

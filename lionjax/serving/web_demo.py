@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from lionjax.core.files import read_jsonl
 from lionjax.core.types import UserError
 from lionjax.data import images
 from lionjax.evaluation.report import plots
-from lionjax.evaluation.report.html import read_jsonl
 from lionjax.inference import tagger
 from lionjax.inference.loading import load, with_prompt_length
 from lionjax.inference.model import Answer, Model

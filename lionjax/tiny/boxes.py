@@ -140,7 +140,7 @@ def train_box_heads(
     params = nn.unbox(jax.jit(model.init)(jax.random.key(c.seed), *example)["params"])
     mine, frozen = trees.split(params | {"told": reader_params}, ("locations", "trigger"))
     # It begins as the word with which a box in digits begins.
-    opens = digits.encode_target("[0.123,0.234,0.345,0.456]")[0]
+    opens = digits.prompt.encode_target("[0.123,0.234,0.345,0.456]")[0]
     mine["trigger"] = jnp.array(reader_params["language"]["embedding"]["table"][opens])
     tx = make_optimizer(schedule.learning_rate, schedule.steps)
     state = tx.init(mine)

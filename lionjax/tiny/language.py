@@ -139,7 +139,7 @@ def field_token_ids(processor: Processor) -> tuple[tuple[int, ...], ...]:
 
 def digit_token_ids(processor: Processor) -> np.ndarray:
     """Ids of the pieces for every decimal of every edge: (PLACES, DIGITS)."""
-    boxes = [processor.encode_target(f"[{','.join([f'0.{digit}{digit}0'] * 4)}]") for digit in range(NUM_DIGITS)]
+    boxes = [processor.prompt.encode_target(f"[{','.join([f'0.{digit}{digit}0'] * 4)}]") for digit in range(NUM_DIGITS)]
     at = [1 + 4 * (place // 2) + place % 2 for place in range(NUM_DIGIT_POSITIONS)]
     return np.array(boxes)[:, at].T
 
@@ -150,8 +150,8 @@ def edge_answer_ids(processor: Processor, example) -> list[int]:
     found = []
     for name, box in zip(example.answers, example.boxes, strict=True):
         edge, decimal = divmod(int(example.kind), 2)
-        said = processor.encode_target(name)[:-1] if len(example.boxes) > 1 else []
-        found += [*said, processor.encode_target(box_to_text(box))[1 + 4 * edge + decimal], comma]
+        said = processor.prompt.encode_target(name)[:-1] if len(example.boxes) > 1 else []
+        found += [*said, processor.prompt.encode_target(box_to_text(box))[1 + 4 * edge + decimal], comma]
     return [*found[:-1], end]
 
 
@@ -176,9 +176,9 @@ def make_language_batch(
         )
         hinted = "hinted" in scene_input and task != "tags"
         answer = (
-            edge_answer_ids(processor, example) if example.task == "edge" else processor.encode_target(example.answer)
+            edge_answer_ids(processor, example) if example.task == "edge" else processor.prompt.encode_target(example.answer)
         )
-        prompts.append(processor.encode_prompt(question, example.tags if hinted else ()))
+        prompts.append(processor.prompt.encode_prompt(question, example.tags if hinted else ()))
         answers.append(answer)
         facts_of.append(labels[index])
     if scene_input in ("things", "hinted"):
@@ -363,9 +363,9 @@ def evaluate_language(c: BackbonesConfig, params, model, test_scenes, test_label
             make = tasks.TASKS.get(kind) or functools.partial(tasks.vqa, kind=kind)
             examples = [make(scene, rng) for scene in part]
             prompt, prompt_mask = pad_ids(
-                [processor.encode_prompt(e.question) for e in examples], PROMPT_LENGTHS["short"]
+                [processor.prompt.encode_prompt(e.question) for e in examples], PROMPT_LENGTHS["short"]
             )
-            answers = [processor.encode_target(e.answer) for e in examples]
+            answers = [processor.prompt.encode_target(e.answer) for e in examples]
             target, mask = pad_ids(answers, TARGET_LENGTHS["box"])
             fields = np.stack([pair[0] for pair in test_labels[at : at + 100]])
             code = encode_box(np.stack([pair[1] for pair in test_labels[at : at + 100]]))

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from lionjax.core.experiment import RunConfig
+from lionjax.core.files import append_jsonl
 from lionjax.core.types import Batch, UserError
 from lionjax.training import distributed
 from lionjax.training.run_folder import safe_file_name
-from lionjax.training.run_log import StageStats, append_jsonl
+from lionjax.training.run_log import StageStats
 from lionjax.training.step import NO_LOSS_THRESHOLD
 
 log = logging.getLogger(__name__)

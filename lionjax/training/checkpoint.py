@@ -18,7 +18,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import itertools
 import logging
 import re
@@ -35,6 +34,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lionjax.core import params as trees
+from lionjax.core.files import is_disk_full
 from lionjax.core.types import Params, UserError
 from lionjax.training import distributed
 from lionjax.training.checksum import in_host_memory, leaf_checksums, manifest, sha256_of_json
@@ -62,8 +62,6 @@ ocp.type_handlers.register_type_handler(
 )
 
 ORBAX_TMP_SUFFIX = ".orbax-checkpoint-tmp"
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-DISK_FULL_MESSAGES = ("no space left", "file too large", "disk quota")
 
 
 class CorruptCheckpointError(Exception):
@@ -185,20 +183,9 @@ def quarantine(workdir: Path, path: Path, reason: str) -> Path:
     return target
 
 
-def is_disk_full_error(error: BaseException | None) -> bool:
-    """Whether an error, its cause or its context reports a full disk, an exceeded quota or file-size limit."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-            return True
-        if any(message in str(error).lower() for message in DISK_FULL_MESSAGES):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _drop_disk_full_records(record: logging.LogRecord) -> bool:
     """Logging filter for further failed writes: the error of the first one is raised."""
-    return not (record.exc_info and is_disk_full_error(record.exc_info[1]))
+    return not (record.exc_info and is_disk_full(record.exc_info[1]))
 
 
 logging.getLogger("asyncio").addFilter(_drop_disk_full_records)
@@ -224,20 +211,20 @@ class LatestAndBest:
 
 
 class AsyncCheckpointManager:
-    """The steps of a run, saved while it goes on: `with Steps(folder, keep) as steps: steps.save(...)`.
+    """Saves steps while training continues: `with AsyncCheckpointManager(folder, max_to_keep) as manager: ...`.
 
-    An error of a save that was under way is raised by the next `save`, by `check` or on leaving. Orbax copies what it
-    saves before it lets go, and then writes behind our backs. Where the state lies in this process's own memory, we
-    copy it instead, which is soon done, and fingerprints and Orbax's own preparations are left to a thread as well.
-    The room of a copy that is written serves for the next: memory that is new to a process costs more than the copying.
+    An error of a background save is raised by the next `save`, by `check_for_errors` or on leaving the context. Orbax
+    blocks until it has copied the arrays and writes them in the background. If all arrays are in host memory, we copy
+    them ourselves with numpy and run the checksums and Orbax's preparation in a thread, so that `save` blocks for less
+    time. Copy buffers are reused, because allocating new memory takes longer than the copy.
     """
 
     def __init__(self, folder: Path, max_to_keep: int):
         self.scores: dict[int, tuple[int, float]] = {}
-        self.save_started: float | None = None  # the save under way
+        self.save_started: float | None = None  # time.perf_counter() at the start of the current save
         self.executor = concurrent.futures.ThreadPoolExecutor(1, "save")
         self.pending_save: concurrent.futures.Future | None = None
-        self.host_buffers: list = []  # of the newest step
+        self.host_buffers: list = []  # copies of the leaves of the newest step
         for step in all_steps(folder):
             with contextlib.suppress(CorruptCheckpointError):
                 self.scores[step] = tuple(restore_record(folder / str(step))["meta"]["score"])
@@ -256,9 +243,9 @@ class AsyncCheckpointManager:
             self.manager.close()
             self.executor.shutdown()
             return
-        meant = isinstance(error, UserError | SystemExit | KeyboardInterrupt)
-        if jax.process_count() > 1 and not meant:
-            return  # the others may not be there to finish with
+        expected = isinstance(error, UserError | SystemExit | KeyboardInterrupt)
+        if jax.process_count() > 1 and not expected:
+            return  # finishing a save waits for the other processes, which may be dead
         try:
             self._join_pending_save()
             self.manager.close()
@@ -267,21 +254,21 @@ class AsyncCheckpointManager:
         self.executor.shutdown()
 
     def save(self, step: int, items: dict[str, Params], meta: dict) -> None:
-        """Begin to write a step; training may go on at once. `meta["score"]` is (stage number, loss)."""
+        """Start to write a step in the background. `meta["score"]`: (stage index, mean recent loss)."""
         self._join_pending_save()
         self.save_started = time.perf_counter()
         if all(in_host_memory(leaf) for leaf in jax.tree.leaves(items)):
             leaves, structure = jax.tree.flatten(items)
             if self.manager.is_saving_in_progress():
-                self.host_buffers = []  # they are being written still
-            room = itertools.chain(self.host_buffers, itertools.repeat(None))
-            # The next update overwrites the state.
-            self.host_buffers = copies = [copy_leaf(leaf, into) for leaf, into in zip(leaves, room)]
-            where = [getattr(leaf, "sharding", None) for leaf in leaves]
+                self.host_buffers = []  # Orbax still reads the old buffers
+            buffers = itertools.chain(self.host_buffers, itertools.repeat(None))
+            # Copied because the next train step donates the state's memory.
+            self.host_buffers = copies = [copy_leaf(leaf, out) for leaf, out in zip(leaves, buffers)]
+            shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
 
             def write():
-                placed = structure.unflatten(map(jax.device_put, copies, where))
-                self._save_step(step, placed, meta)
+                arrays = structure.unflatten(map(jax.device_put, copies, shardings))
+                self._save_step(step, arrays, meta)
 
             self.pending_save = self.executor.submit(write)
         else:
@@ -292,61 +279,61 @@ class AsyncCheckpointManager:
         self.manager.save(step, args=_save_args(items, meta))
 
     def _join_pending_save(self) -> None:
-        """Until the thread has handed the last step to Orbax. Raises what went wrong there."""
+        """Wait until the thread has passed the last step to Orbax. Raises the thread's error."""
         if self.pending_save is not None:
-            handed, self.pending_save = self.pending_save, None
-            handed.result()
+            pending, self.pending_save = self.pending_save, None
+            pending.result()
 
     def pop_save_seconds(self) -> float:
-        """Seconds that a save took which has ended since this was asked last; 0 where there is none."""
-        handing = self.pending_save is not None and not self.pending_save.done()
-        if self.save_started is None or handing or self.manager.is_saving_in_progress():
+        """Duration in seconds of a save that finished since the last call; 0 if none did."""
+        is_pending = self.pending_save is not None and not self.pending_save.done()
+        if self.save_started is None or is_pending or self.manager.is_saving_in_progress():
             return 0.0
-        began, self.save_started = self.save_started, None
-        return time.perf_counter() - began
+        started, self.save_started = self.save_started, None
+        return time.perf_counter() - started
 
     def check_for_errors(self) -> None:
-        """Raise what went wrong in a save under way, without waiting for it."""
+        """Raise the error of a background save, if any, without waiting for the save."""
         if self.pending_save is not None and self.pending_save.done():
             self._join_pending_save()
         self.manager.check_for_errors()
 
     def wait_until_finished(self) -> None:
-        """Until all is on disk."""
+        """Wait until all saves are on disk. Raises their error."""
         self._join_pending_save()
         self.manager.wait_until_finished()
         self.manager.check_for_errors()
 
 
 def copy_leaf(leaf: jax.Array, out: np.ndarray | None = None):
-    """What an array in this process's memory holds now, in `into` where it fits there.
+    """A copy of an array in host memory, written to `out` if that has the same shape and dtype.
 
-    By numpy, which takes a tenth of the time for small leaves.
+    A single-device array is copied with numpy, which takes a tenth of jnp.copy's time for small leaves.
     """
     if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
         return jnp.copy(leaf)
-    held = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
-    fits = isinstance(out, np.ndarray) and (out.shape, out.dtype) == (held.shape, held.dtype)
-    if not fits:
-        return np.array(held)
-    np.copyto(out, held)
+    source = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
+    reusable = isinstance(out, np.ndarray) and (out.shape, out.dtype) == (source.shape, source.dtype)
+    if not reusable:
+        return np.array(source)
+    np.copyto(out, source)
     return out
 
 
 def all_steps(folder: Path) -> list[int]:
-    """The steps that stand complete in a folder, newest first."""
+    """The completely written steps of a checkpoints folder, newest first."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
 def all_bases(folder: Path) -> dict[int, Path]:
-    """{stage number: directory} of the bases in a folder."""
+    """{stage index: directory} of the base folders in `folder`."""
     names = {path: re.fullmatch(r"(\d+)_\w+", path.name) for path in folder.glob("*")}
     return {int(match[1]): path for path, match in names.items() if match}
 
 
 def remove_tmp_directories(workdir: Path) -> None:
-    """Remove what a killed run left half-written. For one process alone."""
+    """Remove the incomplete Orbax directories of a killed run. Call it in one process only."""
     for folder in ("frozen", "base", "checkpoints"):
         for path in (workdir / folder).glob(f"*{ORBAX_TMP_SUFFIX}*"):
             shutil.rmtree(path)
@@ -354,17 +341,17 @@ def remove_tmp_directories(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def explain_disk_full(workdir: Path) -> Iterator[None]:
-    """Turn "the disk is full", whoever says it, into one sentence that names what is still good."""
+    """Context: turns any disk-full error into a UserError that names the last valid checkpoint."""
     try:
         yield
     except Exception as error:
-        if not is_disk_full_error(error):
+        if not is_disk_full(error):
             raise
         if distributed.is_main_process():
             with contextlib.suppress(OSError):
                 remove_tmp_directories(workdir)
         last = next(iter(all_steps(workdir / "checkpoints")), None)
-        good = f"the checkpoint of update {last} is whole" if last else "what was saved before is whole"
+        valid = f"the checkpoint of update {last} is complete" if last else "earlier files are complete"
         raise UserError(
-            f"the disk is full while writing in {workdir}; {good}: free some space and start the same command again"
+            f"the disk is full while writing in {workdir}; {valid}: free disk space and run the same command again"
         ) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints: a few bytes that tell whether parameters are those that they were, wherever they lie."""
+"""Checksums of parameters: 64 bits for each leaf, independent of sharding, and manifests of pytrees."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lionjax.core.types import Params
 
 
 def leaf_checksums(tree: Params) -> dict[str, str]:
-    """{path: 64 bits of each leaf's content in hex}. The mesh that the leaves lie on makes no difference.
+    """{path: 64-bit checksum of the leaf's content, 16 hex digits}. The value does not depend on the sharding.
 
-    A sum over the leaf's words, each mixed with its position: any single change shows, and the sum can be made
-    where the parts of an array lie. Arrays in a CPU's memory are read by numpy, which needs no compilation.
+    The checksum is a sum over the leaf's words, each hashed with its position: any single change alters it, and it can
+    be computed on the devices that hold the shards. Arrays in CPU memory are read with numpy, without compilation.
     """
     flat = trees.flatten(tree)
     if all(in_host_memory(leaf) for leaf in flat.values()):
@@ -30,14 +30,14 @@ def leaf_checksums(tree: Params) -> dict[str, str]:
 
 
 def in_host_memory(leaf) -> bool:
-    """Whether this process can read an array where it lies."""
+    """Whether all of an array is in this process's CPU memory."""
     if not isinstance(leaf, jax.Array):
         return True
     return leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.sharding.device_set)
 
 
 def _fmix32(word):
-    """The finaliser of MurmurHash3 (public domain): every bit in changes about half of the bits out."""
+    """The 32-bit finalizer of MurmurHash3 (public domain): each input bit changes about half of the output bits."""
     word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
     return word ^ (word >> 16)
@@ -50,7 +50,7 @@ def _hash_words(words, positions, xp):
 
 def _checksum_numpy(x: np.ndarray) -> np.ndarray:
     words = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * min(x.dtype.itemsize, 4)}")
-    total, chunk = np.zeros(2, np.uint32), 1 << 18  # as much as stays in a core's cache
+    total, chunk = np.zeros(2, np.uint32), 1 << 18  # words; 1 MiB fits in a core's L2 cache
     for start in range(0, words.size, chunk):
         part = words[start : start + chunk].astype(np.uint32)
         total += _hash_words(part, np.arange(start, start + part.size, dtype=np.uint64).astype(np.uint32), np)
@@ -74,12 +74,12 @@ def _checksums_jax(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def manifest(items: dict[str, Params]) -> dict[str, list]:
-    """{"item/path": [dtype, shape, fingerprint]} of some trees."""
+    """{"item/path": [dtype, shape, checksum]} of the leaves of several pytrees."""
     flat = trees.flatten(items)
     sums = leaf_checksums(items)
     return {path: [str(leaf.dtype), list(leaf.shape), sums[path]] for path, leaf in flat.items()}
 
 
 def sha256_of_json(value: Any) -> str:
-    """SHA-256 of a JSON-able value."""
+    """SHA-256 (hex) of a JSON-serializable value with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes as one run: how they find each other, agree, stop together, and end when one of them is stuck.
-
-JAX's own runtime does the work. Here is when to call it, what to say when a host is missing, and what one process
-must not decide alone.
-"""
+"""Multi-process runs with jax.distributed: initialization, barriers, sums, preemption signals and a watchdog."""
 
 from __future__ import annotations
 
@@ -27,42 +23,43 @@ from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
 
-# What a launcher that is neither SLURM, GKE, a TPU VM nor Open MPI sets for each process.
+# Set for each process by launchers that JAX does not detect (it detects SLURM, Open MPI, GKE and TPU VMs).
 ENV_COORDINATOR_ADDRESS, ENV_NUM_PROCESSES, ENV_PROCESS_ID = (
     "JAX_COORDINATOR_ADDRESS",
     "JAX_NUM_PROCESSES",
     "JAX_PROCESS_ID",
 )
-# How long to wait for the others at the start, and for a sign of life from each later on.
+# Seconds to wait for the other processes at the start, and for a heartbeat from each of them later.
 ENV_JOIN_SECONDS, ENV_HEARTBEAT_SECONDS = "LIONJAX_JOIN_SECONDS", "LIONJAX_HEARTBEAT_SECONDS"
-GRACE_SECONDS = 5.0  # seconds in which the others may say why they end, before process 0 takes the connection down
+GRACE_SECONDS = 5.0  # process 0 exits this much later, so that the other processes can print their own errors
 
 
 def initialize() -> None:
-    """Meet the other processes of this run; before anything touches a device. Nothing happens where there are none.
+    """Call jax.distributed.initialize; must run before any device is used. Does nothing for a single process.
 
-    Our own variables come first, then what JAX finds by itself: SLURM, Open MPI, GKE, a TPU VM, Kubernetes. Raises
-    UserError for variables that make no sense, and when not all processes came within LIONJAX_JOIN_SECONDS (300).
+    The cluster is read from our environment variables (`cluster_from_env`), else detected by JAX (SLURM, Open MPI,
+    GKE, TPU VM, Kubernetes). Raises UserError for invalid variables, and if not all processes have connected within
+    LIONJAX_JOIN_SECONDS (default 300).
     """
     if jax.distributed.is_initialized():
         return
-    given = cluster_from_env()
+    cluster = cluster_from_env()
     limit = int_from_env(ENV_JOIN_SECONDS, "300")
-    times = {
-        "initialization_timeout": limit + 60,  # JAX may end the process without a word
+    timeouts = {
+        "initialization_timeout": limit + 60,  # after our own: JAX may end the process without a message
         "heartbeat_timeout_seconds": int_from_env(ENV_HEARTBEAT_SECONDS, "100"),
     }
     try:
         with join_watchdog(limit):
-            jax.distributed.initialize(**given, **times)
-            jax.devices()  # on a pod the devices meet as well
+            jax.distributed.initialize(**cluster, **timeouts)
+            jax.devices()  # on a TPU pod this waits for the other hosts too
     except ValueError as error:
-        if given or "coordinator_address" not in str(error):
+        if cluster or "coordinator_address" not in str(error):
             raise UserError(f"the processes of this run do not fit together: {error}") from error
-        return  # no launcher in sight: one process
+        return  # no launcher detected: a single process
     except Exception as error:
-        if not given and "must be called before" in str(error):
-            return  # called from a program that has used its devices: it is on its own
+        if not cluster and "must be called before" in str(error):
+            return  # the caller has already used its devices: a single process
         raise UserError(join_timeout_message(limit, str(error))) from error
     if jax.process_index():
         logging.getLogger("lionjax").setLevel(logging.WARNING)
@@ -78,62 +75,66 @@ def initialize() -> None:
 
 
 def cluster_from_env() -> dict[str, Any]:
-    """What our own variables say; {} where they are not set. Raises UserError when only some are."""
+    """Keyword arguments for jax.distributed.initialize from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+
+    {} if neither JAX_NUM_PROCESSES nor JAX_PROCESS_ID is set. Raises UserError if one of the three is missing or
+    invalid.
+    """
     if ENV_NUM_PROCESSES not in os.environ and ENV_PROCESS_ID not in os.environ:
         return {}
-    if lacking := [
-        name for name in (ENV_COORDINATOR_ADDRESS, ENV_NUM_PROCESSES, ENV_PROCESS_ID) if name not in os.environ
-    ]:
+    names = (ENV_COORDINATOR_ADDRESS, ENV_NUM_PROCESSES, ENV_PROCESS_ID)
+    if missing := [name for name in names if name not in os.environ]:
+        raise UserError(f"{missing[0]} is not set; set all of {', '.join(names)}, or none of them")
+    num_processes, process_id = int_from_env(ENV_NUM_PROCESSES), int_from_env(ENV_PROCESS_ID)
+    if not 0 <= process_id < num_processes:
         raise UserError(
-            f"{lacking[0]} is not set; {ENV_COORDINATOR_ADDRESS}, {ENV_NUM_PROCESSES} and {ENV_PROCESS_ID} go together"
+            f"{ENV_PROCESS_ID} is {process_id} and must be in 0..{num_processes - 1} "
+            f"({ENV_NUM_PROCESSES} is {num_processes})"
         )
-    count, number = int_from_env(ENV_NUM_PROCESSES), int_from_env(ENV_PROCESS_ID)
-    if not 0 <= number < count:
-        raise UserError(f"{ENV_PROCESS_ID} is {number} and must lie in 0..{count - 1}, as {ENV_NUM_PROCESSES} says")
     address = os.environ[ENV_COORDINATOR_ADDRESS]
     if not address.rpartition(":")[2].isdigit():
         raise UserError(f"{ENV_COORDINATOR_ADDRESS} is {address!r} and must be HOST:PORT of process 0")
-    return {"coordinator_address": address, "num_processes": count, "process_id": number}
+    return {"coordinator_address": address, "num_processes": num_processes, "process_id": process_id}
 
 
 def int_from_env(name: str, default: str = "") -> int:
-    """A variable as a number. Raises UserError for anything else."""
+    """An environment variable as a non-negative integer. Raises UserError if it is not one."""
     text = os.environ.get(name, default)
     if not text.isdigit():
-        raise UserError(f"{name} is {text!r} and must be a whole number")
+        raise UserError(f"{name} is {text!r} and must be a non-negative integer")
     return int(text)
 
 
 def join_timeout_message(timeout: int, reason: str) -> str:
-    """The sentence for a run whose processes did not all come."""
-    where = (
+    """The error message for a run whose processes did not all connect within `timeout` seconds."""
+    coordinator = (
         f"{ENV_COORDINATOR_ADDRESS}={os.environ[ENV_COORDINATOR_ADDRESS]}"
         if ENV_COORDINATOR_ADDRESS in os.environ
         else "process 0"
     )
-    said = (reason.strip().splitlines() or ["no reason given"])[0]
+    first_line = (reason.strip().splitlines() or ["no reason given"])[0]
     return (
-        f"after {timeout} s not all processes of this run had met at {where} ({said[:200]}); give the same command on "
-        "every host (srun, or gcloud ... ssh --worker=all), see that its port is open between them, or wait longer "
-        f"with {ENV_JOIN_SECONDS}"
+        f"after {timeout} s not all processes of this run had connected to {coordinator} ({first_line[:200]}); run the "
+        "same command on every host (srun, or gcloud ... ssh --worker=all), check that the port is open between the "
+        f"hosts, or set a longer {ENV_JOIN_SECONDS}"
     )
 
 
 @contextlib.contextmanager
 def join_watchdog(timeout: int) -> Iterator[None]:
-    """Say after a while for what we wait; and end, with the hint, where JAX does not come back in time."""
+    """Context: prints a notice after min(20, timeout / 2) seconds; ends the process with code 2 after `timeout`."""
     done = threading.Event()
 
-    def tell():
-        patience = min(20, timeout / 2)
-        if done.wait(patience):
+    def wait_and_exit():
+        notice_seconds = min(20, timeout / 2)
+        if done.wait(notice_seconds):
             return
         print("waiting for the other processes of this run ...", file=sys.stderr, flush=True)
-        if not done.wait(timeout - patience):
+        if not done.wait(timeout - notice_seconds):
             print(f"lionjax: {join_timeout_message(timeout, 'no answer')}", file=sys.stderr, flush=True)
             os._exit(2)
 
-    threading.Thread(target=tell, daemon=True).start()
+    threading.Thread(target=wait_and_exit, daemon=True).start()
     try:
         yield
     finally:
@@ -142,10 +143,11 @@ def join_watchdog(timeout: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def distributed_session(explain: Callable[[BaseException], tuple[str, int]]) -> Iterator[None]:
-    """The body as one of several processes (see `join`), or alone.
+    """Context: initializes jax.distributed (see `initialize`) and runs the body.
 
-    Where one of several fails, it says why (`explain` gives a sentence and a code) and ends at once: to leave in good
-    order it would wait for the others, who wait for it. They notice by a broken connection or a missing heartbeat.
+    With several processes, an exception is printed (`explain` returns a sentence and an exit code) and the process
+    exits at once: a regular shutdown would wait for the other processes, which wait for this one. The others end when
+    the connection breaks or a heartbeat is missing. With one process the exception is raised.
     """
     initialize()
     try:
@@ -156,8 +158,8 @@ def distributed_session(explain: Callable[[BaseException], tuple[str, int]]) -> 
         if os.environ.get("LIONJAX_TRACEBACK"):
             traceback.print_exception(error)
         sentence, code = explain(error)
-        who = f"process {jax.process_index()} of {jax.process_count()}"
-        print(f"lionjax: {who}: {sentence}", file=sys.stderr, flush=True)
+        process = f"process {jax.process_index()} of {jax.process_count()}"
+        print(f"lionjax: {process}: {sentence}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         if jax.process_index() == 0:
             time.sleep(GRACE_SECONDS)
@@ -165,12 +167,12 @@ def distributed_session(explain: Callable[[BaseException], tuple[str, int]]) -> 
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Whether this is process 0, which writes the files that are written once per run."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has reached this barrier; `name` must be the same in all of them."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -183,17 +185,17 @@ def sum_across_processes(*numbers: float) -> list[float]:
         return list(numbers)
     from jax.experimental import multihost_utils
 
-    # Bits, as JAX would round a float64 to 32 bits.
+    # Sent as uint32 bits, because JAX would round float64 to float32.
     bits = np.asarray(numbers, np.float64).view(np.uint32)
-    found = np.ascontiguousarray(multihost_utils.process_allgather(bits)).view(np.float64)
-    return found.sum(0).tolist()
+    values = np.ascontiguousarray(multihost_utils.process_allgather(bits)).view(np.float64)
+    return values.sum(0).tolist()
 
 
 class PreemptionHandler:
-    """SIGTERM and Ctrl-C as a note that the loop reads: `with Stop() as stop: ... if stop.asked(): ...`.
+    """Turns SIGTERM and Ctrl-C into a flag: `with PreemptionHandler() as handler: ... if handler.should_stop(): ...`.
 
-    A second one acts at once, as it would without us. With several processes a signal to one of them is a note to
-    all, which JAX hands round so that they stop after the same update.
+    A second signal has its default effect. With several processes, JAX's preemption sync makes all of them stop after
+    the same update when one of them receives a signal.
     """
 
     def __init__(self):
@@ -202,15 +204,15 @@ class PreemptionHandler:
         self.sync_step = 0
 
     def __enter__(self):
-        several = jax.process_count() > 1  # then SIGTERM is JAX's
-        numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+        multiprocess = jax.process_count() > 1  # then JAX handles SIGTERM
+        signals = (signal.SIGINT,) if multiprocess else (signal.SIGTERM, signal.SIGINT)
         if threading.current_thread() is threading.main_thread():
-            self.previous_handlers = {number: signal.signal(number, self.handle_signal) for number in numbers}
+            self.previous_handlers = {signum: signal.signal(signum, self.handle_signal) for signum in signals}
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in self.previous_handlers.items():
+            signal.signal(signum, handler)
 
     def handle_signal(self, signum: int, _) -> None:
         self.received_signal = signum
@@ -219,29 +221,29 @@ class PreemptionHandler:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def should_stop(self) -> bool:
-        """Whether to stop now. Every process must ask as often as the others, once before each update."""
+        """Whether to stop before the next update. All processes must call it once before each update."""
         if jax.process_count() == 1:
             return self.received_signal is not None
         from jax.experimental import multihost_utils
 
         self.sync_step += 1
-        now = multihost_utils.reached_preemption_sync_point(self.sync_step)
-        if now and self.received_signal is None:
+        stop = multihost_utils.reached_preemption_sync_point(self.sync_step)
+        if stop and self.received_signal is None:
             self.received_signal = signal.SIGTERM
-        return now
+        return stop
 
     def exit_process(self) -> None:
-        """End the run, whose state is on disk: code 0 after SIGTERM, KeyboardInterrupt after Ctrl-C."""
+        """End the process after the state was saved: exit code 0 after SIGTERM, KeyboardInterrupt after Ctrl-C."""
         if self.received_signal == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(0)
 
 
 class Watchdog:
-    """Ends this process where nothing has gone on for so many seconds (0: never): `with Watch(1800) as watch: ...`.
+    """Ends the process when `beat` was not called for `seconds` (0: never): `with Watchdog(1800) as watchdog: ...`.
 
-    The stacks of all threads go to stderr and the code is 1, so that a scheduler starts the run again. A peer that
-    hangs while its heart beats is found by nothing else. It works while Python itself is stuck in a call.
+    Prints the stacks of all threads to stderr and exits with code 1, so that a scheduler restarts the run. It finds
+    hangs that heartbeats miss, and also works while Python is blocked in a C call.
     """
 
     def __init__(self, seconds: float):
@@ -255,7 +257,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self, compiled: bool = False) -> None:
-        """Something has gone on. Where the next thing has to be compiled first, it may take ten times as long."""
+        """Restart the countdown: `seconds`, or ten times that if the next step may compile (`compiled` False)."""
         if self.seconds > 0:
             seconds = self.seconds if compiled else 10 * self.seconds
             faulthandler.dump_traceback_later(seconds, exit=True, file=2)

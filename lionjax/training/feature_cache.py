@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a frozen tower makes of a picture, computed once for each record and kept in memory, and in files if asked."""
+"""In-memory cache of the image features of frozen encoders: computed once per record, then reused in all stages."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ log = logging.getLogger(__name__)
 
 
 def make_feature_fn(model: VLM, frozen: Params, trainable: Params, mesh: Mesh) -> Callable:
-    """`see(batch) -> features`, as the rows of this process in numpy, by the parameters that no stage trains.
+    """A function `batch -> features` that gives this process's rows as numpy arrays, from the frozen parameters.
 
-    All others are replaced by NaN: features that hold none cannot depend on them, and so stay the same from stage
-    to stage. Raises UserError otherwise, and for a system that has no `features`.
+    Parameters that some stage trains are replaced by NaN: features without NaN do not depend on them, and are the same
+    in all stages. Raises UserError if they do, and for a model without `extract_features`.
     """
     if not model.info.has_features:
-        raise UserError(f"run.cache_features is set, but a {type(model).__name__} has no features to keep")
+        raise UserError(f"run.cache_features is set, but {type(model).__name__} has no image features; set it to false")
     shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in trees.flatten(trainable).items()}
     checked = []
 
     @jax.jit
-    def features(never: Params, batch: Batch):
-        unknown = {path: jnp.full(shape, jnp.nan, dtype) for path, (shape, dtype) in shapes.items()}
+    def features(frozen: Params, batch: Batch):
+        nans = {path: jnp.full(shape, jnp.nan, dtype) for path, (shape, dtype) in shapes.items()}
         with sharding.use_mesh(mesh):
-            return model.extract_features(trees.merge(trees.unflatten(unknown), never), batch)
+            return model.extract_features(trees.merge(trees.unflatten(nans), frozen), batch)
 
-    def see(batch: Batch):
-        seen = jax.tree.map(local_rows, features(frozen, sharding.shard_batch(batch, mesh)))
-        if not checked and any(np.isnan(leaf).any() for leaf in jax.tree.leaves(seen)):
+    def local_features(batch: Batch):
+        feature_rows = jax.tree.map(local_rows, features(frozen, sharding.shard_batch(batch, mesh)))
+        if not checked and any(np.isnan(leaf).any() for leaf in jax.tree.leaves(feature_rows)):
             raise UserError(
-                "some stage trains a part that makes the features (or a picture makes NaN); "
+                "the image features depend on a parameter that some stage trains, or an image gives NaN; "
                 "set run.cache_features to false"
             )
         checked.append(True)
-        return seen
+        return feature_rows
 
-    return see
+    return local_features
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-    """The rows of a batch-split array that lie on this process's devices, in order."""
+    """The rows of a batch-sharded array that are on this process's devices, in order."""
     rows = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
     return np.concatenate([np.asarray(rows[start].data) for start in sorted(rows)])
 
 
 class FeatureCache:
-    """Features by record, until `limit` bytes are held; what comes later is not kept. Lasts through all stages."""
+    """Features by record, up to `max_bytes` in total; further records are not cached. Shared by all stages of a run."""
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.num_bytes, self.rows, self.spec_name = max_bytes, 0, {}, ""
 
     def reset_for(self, spec_name: str) -> None:
-        """What is kept from now on was seen in this way; what was seen in another is forgotten."""
+        """Set the name of the feature spec (see feature_store); clears the cache if it was filled under another."""
         if spec_name != self.spec_name:
             self.clear()
         self.spec_name = spec_name
@@ -81,11 +81,12 @@ class FeatureCache:
 
 
 class CachedBatches:
-    """The batches of a stage with features instead of pictures, computed when a record first comes by.
+    """The batches of a stage with features instead of images; features are computed when a record first occurs.
 
-    A batch is seen whole, so that there is one shape to compile, and by all processes where one needs it. The first
-    one is seen in any case: a stage whose system sees otherwise than the one before begins with an empty memory. With
-    files, which know how the system sees such batches, that takes no look; and what they hold is not computed.
+    If one record of a batch is missing in one process, all processes compute the features of their whole batch: a
+    single shape is compiled. Without a feature store the first batch is always computed, and the cache is cleared if
+    its features differ from the cached ones, because the stage may use other model fields than the previous stage. With
+    a store, the name of the feature spec tells this, and stored features are not computed again.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class CachedBatches:
         self.position, self.name = batches.position, batches.name
 
     def close(self) -> None:
-        """Stop reading ahead, and finish what is being written."""
+        """Stop the prefetching of batches, and finish the feature file being written."""
         self.batches.close()
         if self.store:
             self.store.close()
@@ -123,39 +124,38 @@ class CachedBatches:
             self.structure = jax.tree.structure(self.store.spec.shapes)
             self.cache.reset_for(self.store.spec.name)
         records, rows = batch.record_B.tolist(), self.cache.rows
-        keys, read = self.lookup_store(batch) if self.store else ({}, {})
-        known = ChainMap(read, rows)  # of all records seen so far none is copied
-        unknown = self.structure is None or any(record not in known for record in records)
-        if not any(distributed.sum_across_processes(unknown)):
-            for record, parts in read.items():
+        keys, stored = self.lookup_store(batch) if self.store else ({}, {})
+        available = ChainMap(stored, rows)  # a merged dict would copy the entries of all cached records
+        missing = self.structure is None or any(record not in available for record in records)
+        if not any(distributed.sum_across_processes(missing)):
+            for record, parts in stored.items():
                 self.cache.add(record, parts)
-            leaves = [np.stack(parts) for parts in zip(*(known[record] for record in records))]
+            leaves = [np.stack(parts) for parts in zip(*(available[record] for record in records))]
             features = jax.tree.unflatten(self.structure, leaves)
         else:
             features = self.feature_fn(batch)
             leaves, structure = jax.tree.flatten(features)
-            seen = {record: [leaf[row] for leaf in leaves] for row, record in enumerate(records)}
-            if self.structure is None and not all(all_close(rows[r], seen[r]) for r in records if r in rows):
+            computed = {record: [leaf[row] for leaf in leaves] for row, record in enumerate(records)}
+            if self.structure is None and not all(all_close(rows[r], computed[r]) for r in records if r in rows):
                 self.cache.clear()
             self.structure = structure
-            for record, parts in seen.items():
+            for record, parts in computed.items():
                 self.cache.add(record, parts)
                 if record in keys:
                     self.store.add(keys[record], parts)
         return dataclasses.replace(batch, features=features, image_BHWC=None, sam_image_BHWC=None)
 
     def lookup_store(self, batch: Batch) -> tuple[dict[int, bytes], dict[int, list[np.ndarray]]]:
-        """Of the records that memory lacks: what each goes by in the files, and those that are there."""
-        lacking = {record: row for row, record in enumerate(batch.record_B.tolist()) if record not in self.cache.rows}
-        if not lacking:
+        """For the batch's records that are not in memory: {record: store key} and {record: stored features}."""
+        missing = {record: row for row, record in enumerate(batch.record_B.tolist()) if record not in self.cache.rows}
+        if not missing:
             return {}, {}
-        rows = self.store.spec.keys(batch, lacking.values())
-        keys = dict(zip(lacking, rows))
-        found = {record: self.store.get(key) for record, key in keys.items()}
-        if None in found.values():
-            self.store.refresh()  # another process may have it by now
-            found = {r: self.store.get(keys[r]) if x is None else x for r, x in found.items()}
-        return keys, {record: parts for record, parts in found.items() if parts is not None}
+        keys = dict(zip(missing, self.store.spec.keys(batch, missing.values())))
+        features = {record: self.store.get(key) for record, key in keys.items()}
+        if None in features.values():
+            self.store.refresh()  # another process may have written it since
+            features = {r: self.store.get(keys[r]) if x is None else x for r, x in features.items()}
+        return keys, {record: parts for record, parts in features.items() if parts is not None}
 
 
 def all_close(old: list[np.ndarray], new: list[np.ndarray]) -> bool:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What frozen towers make of pictures as ArrayRecord files, for the next start of a run and for other runs.
+"""On-disk cache of the image features of frozen encoders, as ArrayRecord files, for later starts and other runs.
 
-A folder holds one folder for each way of seeing: the traced computation and the weights that it reads decide its name,
-so that another tower, another layer or another dtype never meets old features. In it a record goes by what is seen, the
-pixels themselves: other data or another preprocessing finds nothing. Each process writes files of its own; one that a
-killed run left unfinished counts for nothing, and what is damaged is computed again.
+The cache has a folder for each `FeatureSpec`; the folder's name is a hash of the traced computation and of the weights
+it reads, so features of another encoder, layer or dtype are never used. A record's key is a hash of the model's image
+inputs (pixels), so other data or preprocessing never match. Each process writes its own files. Unfinished files of a
+killed run are ignored, and corrupt records are computed again.
 """
 
 from __future__ import annotations
@@ -32,28 +32,31 @@ from lionjax.training import checksum
 log = logging.getLogger(__name__)
 
 FILE_SUFFIX, PARTIAL_SUFFIX = ".array_record", ".part"
-MAX_FILE_BYTES, MAX_FILE_SECONDS = 128 * 2**20, 30.0  # bytes and seconds after which a file is finished
-STALE_SECONDS = 24 * 3600.0  # seconds without a write after which nobody works on an unfinished file
-CHECKSUM_BYTES, KEY_BYTES = 4, 16  # bytes in front of a record: of its checksum, and of what was seen
+MAX_FILE_BYTES, MAX_FILE_SECONDS = 128 * 2**20, 30.0  # limits after which a file is finished and a new one opened
+STALE_SECONDS = 24 * 3600.0  # an unfinished file not written for so long belongs to a dead process
+CHECKSUM_BYTES, KEY_BYTES = 4, 16  # each record starts with its CRC-32 and its key
 WRITER_OPTIONS = "uncompressed,group_size:1"
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """How a system sees. `shapes`: of one row of its features. `inputs`: which leaves of a batch it looks at."""
+    """Identity of a feature computation: its hash (`name`), output shapes and the batch leaves it reads.
+
+    `shapes`: pytree of ShapeDtypeStructs without the batch axis. `input_leaves`: indices into jax.tree.leaves(batch).
+    """
 
     name: str
     shapes: Any
     input_leaves: tuple[int, ...]
 
     def keys(self, batch: Batch, rows: Iterable[int]) -> list[bytes]:
-        """For each of these rows a digest of what is looked at."""
+        """A BLAKE2b digest of the input leaves for each of the batch's `rows`."""
         leaves = jax.tree.leaves(batch)
-        seen = [np.ascontiguousarray(leaves[number]) for number in self.input_leaves]
+        inputs = [np.ascontiguousarray(leaves[index]) for index in self.input_leaves]
         digests = []
         for row in rows:
             digest = hashlib.blake2b(digest_size=KEY_BYTES)
-            for leaf in seen:
+            for leaf in inputs:
                 digest.update(f"{leaf.dtype}{leaf.shape[1:]}".encode())
                 digest.update(memoryview(leaf[row]).cast("B") if leaf[row].size else b"")
             digests.append(digest.digest())
@@ -61,40 +64,43 @@ class FeatureSpec:
 
 
 def make_feature_spec(model: VLM, frozen: Params, trainable: Params, batch: Batch) -> FeatureSpec:
-    """How a system sees such batches by the parameters that no stage trains. Raises UserError where it needs others."""
-    weights = trees.flatten(trees.merge(frozen, trainable))  # in the order in which jax has them
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), x.dtype), batch)
-    rows, structure = jax.tree.flatten(one)
-    # What is not looked at has no part in the name, not even its shape.
-    empty = [np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in (*weights.values(), *rows)]
+    """The FeatureSpec of `model.extract_features` on batches like `batch`.
 
-    def features(given: dict[int, jax.Array]):
-        leaves = [given.get(number, x) for number, x in enumerate(empty)]
+    Raises UserError if the features depend on a parameter that some stage trains.
+    """
+    weights = trees.flatten(trees.merge(frozen, trainable))  # in jax.tree's order
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *np.shape(x)[1:]), x.dtype), batch)
+    rows, structure = jax.tree.flatten(example)
+    # Unused inputs become constants of no effect, so that not even their shapes enter the hash.
+    zeros = [np.broadcast_to(np.zeros((), x.dtype), x.shape) for x in (*weights.values(), *rows)]
+
+    def features(inputs: dict[int, jax.Array]):
+        leaves = [inputs.get(index, x) for index, x in enumerate(zeros)]
         params = trees.unflatten(dict(zip(weights, leaves)))
         return model.extract_features(params, jax.tree.unflatten(structure, leaves[len(weights) :]))
 
-    shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in enumerate(empty)}
-    flags = used_inputs(jax.make_jaxpr(features)(shapes).jaxpr)
-    shapes = {number: shape for number, shape in shapes.items() if flags[number]}
-    traced, made = jax.make_jaxpr(features, return_shape=True)(shapes)
-    read = {path: leaf for (path, leaf), flag in zip(weights.items(), flags) if flag}
-    if trained := sorted(read.keys() & trees.flatten(trainable).keys()):
+    shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in enumerate(zeros)}
+    used = used_inputs(jax.make_jaxpr(features)(shapes).jaxpr)
+    shapes = {index: shape for index, shape in shapes.items() if used[index]}
+    traced, feature_shapes = jax.make_jaxpr(features, return_shape=True)(shapes)
+    used_weights = {path: leaf for (path, leaf), flag in zip(weights.items(), used) if flag}
+    if trained := sorted(used_weights.keys() & trees.flatten(trainable).keys()):
         raise UserError(
-            f"some stage trains a part that makes the features ({trained[0]}); set run.cache_features to false and "
-            "run.feature_cache_dir to nothing"
+            f"the image features depend on a parameter that some stage trains ({trained[0]}); set run.cache_features "
+            "to false and run.feature_cache_dir to ''"
         )
-    said = {
+    identity = {
         "computation": re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr)),
         "constants": [hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in traced.consts],
-        "weights": checksum.manifest({"tower": trees.unflatten(read)}),
+        "weights": checksum.manifest({"tower": trees.unflatten(used_weights)}),
     }
-    inputs = tuple(number for number in range(len(rows)) if flags[len(weights) + number])
-    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), made)
-    return FeatureSpec(checksum.sha256_of_json(said)[:16], row, inputs)
+    input_leaves = tuple(index for index in range(len(rows)) if used[len(weights) + index])
+    row_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), feature_shapes)
+    return FeatureSpec(checksum.sha256_of_json(identity)[:16], row_shapes, input_leaves)
 
 
 def used_inputs(jaxpr) -> list[bool]:
-    """For each input of a traced function whether an output can depend on it."""
+    """For each input of a jaxpr, whether an output can depend on it."""
     needed = {var for var in jaxpr.outvars if not hasattr(var, "val")}
     for equation in reversed(jaxpr.eqns):
         if any(var in needed for var in equation.outvars):
@@ -103,7 +109,7 @@ def used_inputs(jaxpr) -> list[bool]:
 
 
 class FeatureStore:
-    """The features of one `Sight` under a folder: `get` what is there, `put` what is not, `close` at the end."""
+    """The stored features of one FeatureSpec in `folder`: `get` and `add` rows by key, `close` at the end."""
 
     def __init__(self, folder: Path, spec: FeatureSpec):
         try:
@@ -125,38 +131,38 @@ class FeatureStore:
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"cannot write in {self.folder}: {error.strerror}; name another run.feature_cache_dir"
+                f"cannot write in {self.folder}: {error.strerror}; set another run.feature_cache_dir"
             ) from error
         self.refresh()
 
     def refresh(self) -> None:
-        """Learn of the files that were finished since, also by other processes."""
+        """Index the files that were finished since the last call, also by other processes."""
         for path in sorted(self.folder.glob("*" + FILE_SUFFIX)):
             if path.name in self.readers:
                 continue
             try:
                 reader = self.module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
                 keys = json.loads(reader.read([reader.num_records() - 1])[0])
-                places = {bytes.fromhex(key): (path.name, n) for n, key in enumerate(keys)}
-            except Exception as error:  # ArrayRecord's own words are RuntimeErrors of many kinds
-                log.warning("%s cannot be read (%s); its features are made again", path, error)
-                reader, places = None, {}
+                entries = {bytes.fromhex(key): (path.name, n) for n, key in enumerate(keys)}
+            except Exception as error:  # ArrayRecord raises several types for corrupt files
+                log.warning("%s cannot be read (%s); its features are computed again", path, error)
+                reader, entries = None, {}
             self.readers[path.name] = reader
-            self.index |= places
+            self.index |= entries
 
     def get(self, key: bytes) -> list[np.ndarray] | None:
-        """The leaves of a row, or None where they are missing or damaged."""
+        """The feature leaves stored under `key`, or None if they are missing or corrupt."""
         if key not in self.index:
             return None
         name, number = self.index[key]
         try:
             stored = self.readers[name].read([number])[0]
-        except Exception:  # whatever is wrong with it, it can be made again
+        except Exception:  # any unreadable record is computed again
             stored = b""
         content = stored[CHECKSUM_BYTES:]
-        whole = len(content) == KEY_BYTES + sum(self.sizes) and content[:KEY_BYTES] == key
-        if not whole or zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big") != stored[:CHECKSUM_BYTES]:
-            log.warning("a record of %s is damaged; its features are made again", name)
+        complete = len(content) == KEY_BYTES + sum(self.sizes) and content[:KEY_BYTES] == key
+        if not complete or zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "big") != stored[:CHECKSUM_BYTES]:
+            log.warning("a record of %s is corrupt; its features are computed again", name)
             del self.index[key]
             return None
         parts, start = [], KEY_BYTES
@@ -167,7 +173,7 @@ class FeatureStore:
         return parts
 
     def add(self, key: bytes, parts: list[np.ndarray]) -> None:
-        """Write a row unless it is there. Where the disk is full nothing more is written, which is said once."""
+        """Write a row unless it is stored already. After a write error, logs one warning and stops writing."""
         if self.disabled or key in self.index or key in self.written_keys:
             return
         content = key + b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
@@ -190,19 +196,19 @@ class FeatureStore:
         self.file_bytes, self.file_opened_at = 0, time.monotonic()
 
     def finish_file(self) -> None:
-        """Give the file that is being written its index and its name."""
-        writer, part = self.writer, self.partial_path
+        """Append the index to the current file and rename it to its final name."""
+        writer, partial_path = self.writer, self.partial_path
         if writer is None:
             return
         writer.write(json.dumps([key.hex() for key in self.written_keys]).encode())
         writer.close()
         self.writer, self.written_keys = None, []
-        part.replace(part.with_suffix(FILE_SUFFIX))
+        partial_path.replace(partial_path.with_suffix(FILE_SUFFIX))
         self.refresh()
 
     def _disable(self, error: Exception) -> None:
         log.warning(
-            "no more features are kept in %s (%s); the run goes on and makes them as it needs them",
+            "cannot write features to %s (%s); the run continues and computes the features that are not stored",
             *(self.folder, (str(error).strip().splitlines() or [type(error).__name__])[0]),
         )
         self.disabled, self.writer, self.written_keys = True, None, []
@@ -210,7 +216,7 @@ class FeatureStore:
             self.partial_path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Finish the current file."""
         try:
             self.finish_file()
         except Exception as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First parameters of a run: their shapes and shardings, and values from weight files or the seed."""
+"""Initial parameters of a run: shapes and shardings, and values from weight files or random initialization."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpecs:
-    """Shapes, dtypes and places of the parameters: those that no stage trains, and those that some stage does.
+    """ShapeDtypeStructs with shardings of all parameters: those that no stage trains, and those that some stage trains.
 
-    `layer_axes`: how many axes of each leaf stack layers.
+    `layer_axes`: {path: number of leading axes that stack layers} (see `sharding.layer_axes`).
     """
 
     frozen: Params
@@ -36,20 +36,20 @@ class ParamSpecs:
 
 
 def make_param_specs(experiment: Experiment, example: Batch, mesh: Mesh) -> ParamSpecs:
-    """What the run's parameters will be; nothing is allocated. Raises UserError for a schedule that cannot run."""
+    """The ParamSpecs of a run, without allocating parameters. Raises UserError for invalid stages or data."""
     key = jax.random.key(experiment.seed)
     check_token_ids(experiment, example)
     check_prompt_format(experiment)
-    whole = sharding.abstract_params(experiment.model.init, key, example, mesh=mesh)
-    step.validate_stages(experiment.stages, whole)
+    params = sharding.abstract_params(experiment.model.init, key, example, mesh=mesh)
+    step.validate_stages(experiment.stages, params)
     patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
-    learned, never = trees.split(whole, patterns)
+    trainable, frozen = trees.split(params, patterns)
     dtype = experiment.run.frozen_dtype
-    never = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _frozen_dtype(leaf, dtype), sharding=leaf.sharding), never
+    frozen = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _frozen_dtype(leaf, dtype), sharding=leaf.sharding), frozen
     )
     axes = sharding.layer_axes(jax.eval_shape(experiment.model.init, key, example))
-    return ParamSpecs(never, learned, axes, mesh)
+    return ParamSpecs(frozen, trainable, axes, mesh)
 
 
 def _frozen_dtype(leaf, dtype: str):
@@ -57,39 +57,44 @@ def _frozen_dtype(leaf, dtype: str):
 
 
 def init_params(experiment: Experiment, example: Batch, specs: ParamSpecs) -> tuple[Params, Params]:
-    """(never, learned): from the experiment's weight files where they reach, else random from its seed."""
-    wanted = trees.flatten(trees.merge(specs.frozen, specs.trainable))
-    learned = trees.flatten(specs.trainable)
+    """(frozen, trainable) parameters: from the files in `experiment.weights`, and random for all other leaves.
+
+    Raises UserError for a file that cannot be read or does not fit the model (see `_load_weights`).
+    """
+    all_specs = trees.flatten(trees.merge(specs.frozen, specs.trainable))
+    trainable = trees.flatten(specs.trainable)
     loaded: dict[str, jax.Array] = {}
     for prefix, file in experiment.weights:
-        inside = {path: leaf for path, leaf in wanted.items() if _has_prefix(path, prefix)}
-        if not inside:
-            parts = sorted({path.split("/")[0] for path in wanted})
-            raise UserError(f"weights name the part {prefix!r}; this system has {', '.join(parts)}")
+        part_specs = {path: leaf for path, leaf in all_specs.items() if _has_prefix(path, prefix)}
+        if not part_specs:
+            parts = sorted({path.split("/")[0] for path in all_specs})
+            raise UserError(f"weights name the part {prefix!r}; this model has {', '.join(parts)}")
         sizes = (experiment.model.info.vocab_size, experiment.model.info.embedding_rows)
-        file, _, part = file.partition("#")
-        loaded |= _load_weights(resolve_weights_file(file), part, prefix, inside, learned | loaded, sizes)
+        file, _, file_prefix = file.partition("#")
+        path = resolve_weights_file(file)
+        loaded |= _load_weights(path, file_prefix, prefix, part_specs, trainable | loaded, sizes)
 
-    idle = sorted({path.split("/")[0] for path in wanted.keys() - learned.keys() - loaded.keys()})
-    if idle and experiment.weights and distributed.is_main_process():
+    random_frozen = sorted({path.split("/")[0] for path in all_specs.keys() - trainable.keys() - loaded.keys()})
+    if random_frozen and experiment.weights and distributed.is_main_process():
         log.warning(
-            "weights of %s are random and no stage trains them; name a file for them in `weights`", ", ".join(idle)
+            "the parameters of %s are random and no stage trains them; add a file for them to `weights`",
+            ", ".join(random_frozen),
         )
 
-    def rest(key, batch):
+    def init_missing(key, batch):
         flat = trees.flatten(experiment.model.init(key, batch))
         return trees.unflatten({path: leaf for path, leaf in flat.items() if path not in loaded})
 
     key = jax.random.key(experiment.seed)
-    example = jax.tree.map(np.zeros_like, example)  # every process has rows of its own
-    fresh = trees.flatten(sharding.init_sharded(rest, key, example, mesh=specs.mesh))
-    flat = {path: loaded.get(path, fresh.get(path)).astype(leaf.dtype) for path, leaf in wanted.items()}
-    split = [{path: leaf for path, leaf in flat.items() if (path in learned) == side} for side in (False, True)]
+    example = jax.tree.map(np.zeros_like, example)  # the same in all processes
+    initialized = trees.flatten(sharding.init_sharded(init_missing, key, example, mesh=specs.mesh))
+    flat = {path: loaded.get(path, initialized.get(path)).astype(leaf.dtype) for path, leaf in all_specs.items()}
+    split = [{path: leaf for path, leaf in flat.items() if (path in trainable) == side} for side in (False, True)]
     return trees.unflatten(split[0]), trees.unflatten(split[1])
 
 
 def resolve_weights_file(file: str) -> Path:
-    """The path of a weight file: `shipped:tiny_vit.safetensors` comes with the package, others are as they stand."""
+    """The path of a weight file; `shipped:NAME` is NAME in the package's lionjax/data/assets."""
     name = file.removeprefix("shipped:")
     return Path(file) if name == file else Path(__file__).parent.parent / "data" / "assets" / name
 
@@ -101,12 +106,11 @@ def _has_prefix(path: str, prefix: str) -> bool:
 def _load_weights(
     file: Path, file_prefix: str, prefix: str, specs: dict, optional: dict, vocab_sizes: tuple[int | None, int | None]
 ) -> dict[str, jax.Array]:
-    """The leaves under a prefix from a file (or the shards of one) in our names, each process its own part.
+    """{path: sharded array} of the leaves under `prefix`, from a file (or an indexed set of shards) in our names.
 
-    The names may be those of the part alone, as of a tower that was converted by itself, or `part` is where they stand
-    in the file. A leaf that the file lacks starts at random if some stage trains it, and is another file's if that
-    came before. Raises UserError for any other that is missing, for one that is unknown
-    and for one of another shape.
+    The file's names start with `file_prefix` (default `prefix`), or have no prefix if the part was converted alone. A
+    missing leaf is allowed if it is in `optional` (some stage trains it, or an earlier file has it). Raises UserError
+    for other missing leaves, for unknown leaves and for leaves of another shape.
     """
     index = file.with_name(file.name + ".index.json")
     try:
@@ -114,11 +118,11 @@ def _load_weights(
     except UserError as error:
         raise UserError(f"the weights {file} cannot be read: {error}") from error
     file_prefix = file_prefix or prefix
-    inside = [name for name in tensors if _has_prefix(name, file_prefix)]
-    names = {prefix + name.removeprefix(file_prefix): name for name in inside}
+    prefixed = [name for name in tensors if _has_prefix(name, file_prefix)]
+    names = {prefix + name.removeprefix(file_prefix): name for name in prefixed}
     names = names or {f"{prefix}/{name}": name for name in tensors}
     if unknown := sorted(names.keys() - specs.keys()):
-        raise UserError(f"{file} holds {unknown[0]!r}, which this system does not have under {prefix!r}")
+        raise UserError(f"{file} holds {unknown[0]!r}, which this model does not have under {prefix!r}")
     if missing := sorted(specs.keys() - names.keys() - optional.keys()):
         raise UserError(f"{file} lacks {missing[0]!r}, which no stage trains; use weights of the config's sizes")
     return {
@@ -132,19 +136,19 @@ def _load_weights(
 def _pad_vocab_rows(
     table: np.ndarray, spec: jax.ShapeDtypeStruct, vocab_size: int | None, embedding_rows: int | None
 ) -> np.ndarray:
-    """A table of words with the rows of zeros that the config has behind it for a mesh's sake; others as they are."""
+    """An embedding table or output head padded with zeros from vocab_size to embedding_rows; other arrays unchanged."""
     if embedding_rows == vocab_size or table.shape != tuple(
         vocab_size if n == embedding_rows else n for n in spec.shape
     ):
         return table
-    whole = np.zeros(spec.shape, table.dtype)
-    whole[tuple(map(slice, table.shape))] = table
-    return whole
+    padded = np.zeros(spec.shape, table.dtype)
+    padded[tuple(map(slice, table.shape))] = table
+    return padded
 
 
 def _to_sharded_array(array: np.ndarray, spec: jax.ShapeDtypeStruct, description: str) -> jax.Array:
     if array.shape != spec.shape:
-        raise UserError(f"{description} is {array.shape}, the config wants {spec.shape}")
+        raise UserError(f"{description} has shape {array.shape}, but the config needs {spec.shape}")
     return jax.make_array_from_callback(
         spec.shape, spec.sharding, lambda index: np.asarray(array[index]).astype(spec.dtype)
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer of a stage: learning-rate schedule, weight decay, and AdamW or Muon for each parameter."""
+"""The optimizer of a stage: learning-rate schedule, weight-decay mask, AdamW or Muon (arXiv 2502.16982), with optax."""
 
 from __future__ import annotations
 
@@ -22,45 +22,47 @@ log = logging.getLogger(__name__)
 
 
 def learning_rate_schedule(stage: Stage) -> optax.Schedule:
-    """Learning rate by update: a line up to `learning_rate`, then a cosine down to `end_learning_rate`."""
-    rest = stage.steps - stage.warmup_steps
-    if rest < 1:
+    """Learning rate by step: linear warm-up to `learning_rate`, then cosine decay to `end_learning_rate`."""
+    decay_steps = stage.steps - stage.warmup_steps
+    if decay_steps < 1:
         log.warning(
-            "stage %r: its %d steps end within the %d of the warm-up, below the learning rate of %g",
+            "stage %r has %d steps and %d warmup_steps, so it never reaches its learning_rate %g; lower warmup_steps",
             *(stage.name, stage.steps, stage.warmup_steps, stage.learning_rate),
         )
-    up = optax.linear_schedule(stage.warmup_learning_rate, stage.learning_rate, stage.warmup_steps)
-    lowest = stage.end_learning_rate / stage.learning_rate if stage.learning_rate else 0.0
-    down = optax.cosine_decay_schedule(stage.learning_rate, max(rest, 1), lowest)
-    return optax.join_schedules([up, down], [stage.warmup_steps]) if stage.warmup_steps else down
+    warmup = optax.linear_schedule(stage.warmup_learning_rate, stage.learning_rate, stage.warmup_steps)
+    alpha = stage.end_learning_rate / stage.learning_rate if stage.learning_rate else 0.0
+    decay = optax.cosine_decay_schedule(stage.learning_rate, max(decay_steps, 1), alpha)
+    return optax.join_schedules([warmup, decay], [stage.warmup_steps]) if stage.warmup_steps else decay
 
 
 def use_weight_decay(path: str, ndim: int) -> bool:
-    """Whether weight decay applies to a leaf that has so many axes within one layer.
+    """Whether weight decay applies to a leaf with `ndim` axes, not counting the axes that stack layers.
 
-    LION's rule: not to vectors and scalars, and not to biases and the scales of norms and adapters whatever their
-    shape. A stack of layers has an axis that does not count. Queries and router ratios have two axes or more and do
-    decay, as in the original.
+    LION's rule: no decay for vectors and scalars, nor for leaves named `bias` or `scale` of any shape. Query tokens
+    and router ratios have two or more axes and are decayed, as in the released LION code.
     """
     return ndim >= 2 and path.split("/")[-1] not in ("bias", "scale")
 
 
 def lr_multipliers(stage: Stage, trainable: Params) -> Params:
-    """What the learning rate of each leaf is multiplied by: the factor of the first pattern that matches it."""
-    trees.split(trainable, [pattern for pattern, _ in stage.lr_multipliers])
+    """The learning-rate factor of each leaf: that of the first pattern in `stage.lr_multipliers` that matches, else 1.
 
-    def one(path: str) -> float:
+    Raises UserError for a pattern that matches no leaf.
+    """
+    trees.split(trainable, [pattern for pattern, _ in stage.lr_multipliers])  # raises
+
+    def factor_of(path: str) -> float:
         pairs = stage.lr_multipliers
         return next((factor for pattern, factor in pairs if trees.matches(path, [pattern])), 1.0)
 
-    return trees.unflatten({path: one(path) for path in trees.flatten(trainable)})
+    return trees.unflatten({path: factor_of(path) for path in trees.flatten(trainable)})
 
 
 def muon_dimension_numbers(path: str, ndim: int, num_layer_axes: int) -> MuonDimensionNumbers | None:
-    """Which axes of a leaf are inputs and which outputs, behind those that stack layers; None for what is no such map.
+    """Input and output axes of a linear layer's kernel, after the axes that stack layers; None for other leaves.
 
-    Word tables, output heads, convolutions, vectors and LoRA's narrow pairs are none. An attention's `o` has its
-    heads in front, its other maps have them behind.
+    None for embedding tables, output heads, convolutions, vectors and LoRA factors. An attention's `o` kernel has the
+    heads among its input axes; `q`, `k` and `v` have them among the output axes.
     """
     *_, module, name = ("", *path.split("/"))
     inputs = ndim - num_layer_axes - 1 if module == "o" else 1
@@ -72,9 +74,9 @@ def muon_dimension_numbers(path: str, ndim: int, num_layer_axes: int) -> MuonDim
 
 
 def scale_by_optimizer(stage: Stage, leaves: Mapping[str, tuple[tuple[int, ...], int]]) -> optax.GradientTransformation:
-    """What the stage's `optimizer` makes of a gradient, before decay and learning rate.
+    """Adam or Muon with Adam for leaves that are no matrices, without weight decay and learning rate.
 
-    `leaves`: the shape of each, and how many of its axes stack layers.
+    `leaves`: {path: (shape, number of axes that stack layers)}.
     """
     adam = optax.scale_by_adam(*stage.betas)
     if stage.optimizer == "adamw":
@@ -85,25 +87,26 @@ def scale_by_optimizer(stage: Stage, leaves: Mapping[str, tuple[tuple[int, ...],
         shape = leaves[path][0]
         return max(math.prod(shape[axis] for axis in axes) for axes in maps[path])
 
-    # A matrix of orthogonal rows has a root mean square of the larger side ** -0.5, and Adam's updates one near 0.2.
+    # The RMS of an orthogonal matrix is larger_side ** -0.5, that of Adam's updates is about 0.2 (arXiv 2502.16982).
     sizes = {path: 0.2 * larger_side(path) ** 0.5 for path in maps if maps[path]}
 
     def scaled(updates: Params, _) -> Params:
         flat = trees.flatten(updates)
         return trees.unflatten({path: leaf * sizes[path] if path in sizes else leaf for path, leaf in flat.items()})
 
-    dimensions = {path: found or optax.MaskedNode() for path, found in maps.items()}
+    dimensions = {path: numbers or optax.MaskedNode() for path, numbers in maps.items()}
     muon = optax.chain(scale_by_muon(weight_dimension_numbers=trees.unflatten(dimensions)), optax.stateless(scaled))
-    labels = {path: "muon" if found else "adamw" for path, found in maps.items()}
+    labels = {path: "muon" if numbers else "adamw" for path, numbers in maps.items()}
     return optax.partition({"muon": muon, "adamw": adam}, trees.unflatten(labels))
 
 
 def make_optimizer(
     stage: Stage, trainable: Params, layer_axes: Mapping[str, int] | None = None
 ) -> optax.GradientTransformation:
-    """AdamW or Muon for the trainable half: clipping by its global norm, decay where `decays` says, warm-up and cosine.
+    """The stage's optimizer for `trainable`: global-norm clipping, AdamW or Muon, weight decay, learning-rate schedule.
 
-    `layer_axes`: how many axes of a leaf stack layers (see `sharding.layer_axes`); none where a path is missing.
+    Weight decay applies as in `use_weight_decay`. `layer_axes`: {path: number of axes that stack layers} (see
+    `sharding.layer_axes`), 0 for missing paths.
     """
     stacked, flat = layer_axes or {}, trees.flatten(trainable)
     mask = {path: use_weight_decay(path, len(leaf.shape) - stacked.get(path, 0)) for path, leaf in flat.items()}
@@ -121,15 +124,15 @@ def make_optimizer(
 
 
 def abstract_opt_state(tx: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> Any:
-    """Shapes and shardings of the optimiser's state: moments lie as their parameters do, counters everywhere."""
+    """ShapeDtypeStructs of the optimizer state: moments have their parameter's sharding, counters are replicated."""
 
-    flat, everywhere = trees.flatten(trainable), NamedSharding(mesh, PartitionSpec())
+    flat, replicated = trees.flatten(trainable), NamedSharding(mesh, PartitionSpec())
 
-    def like(keys, shape):
+    def with_sharding(keys, shape):
         names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
         paths = ("/".join(names[start:]) for start in range(len(names)))
         leaf = next((flat[path] for path in paths if path in flat), None)
-        where = everywhere if leaf is None else leaf.sharding
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+        leaf_sharding = replicated if leaf is None else leaf.sharding
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=leaf_sharding)
 
-    return jax.tree_util.tree_map_with_path(like, jax.eval_shape(tx.init, trainable))
+    return jax.tree_util.tree_map_with_path(with_sharding, jax.eval_shape(tx.init, trainable))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run begins: at its config's first parameters, or where its folder stands."""
+"""Restore a run from its folder, or initialize it: positions, base parameters and frozen parameters."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a run stands: `step` updates into a stage.
+    """The state of a run after `step` updates of stage `stage`.
 
-    `optimiser` and `data` (the position in the stage's batches) are None at a stage's start. `history` holds one
-    entry for each stage begun (see `journal.Entry`). `frozen` names the directory of `never`.
+    `frozen_params`: the parameters that no stage trains, saved in the directory frozen/`frozen_id`; `trainable_params`:
+    all others. `opt_state` and `data_position` are None at the start of a stage. `history`: the fields of the
+    `run_log.StageStats` of each stage that has started.
     """
 
     stage: int
@@ -45,69 +46,64 @@ class Position:
     history: tuple[dict, ...] = ()
 
 
-# The folder
-
-
-# First parameters
-
-
-# Where a folder stands
-
-
 def restore_or_init(workdir: Path, experiment: Experiment, example: Batch, specs: ParamSpecs) -> Position:
-    """The newest place that can be trusted. What cannot is put aside, with a warning that names it."""
+    """The newest position that can be restored, or the initial one. Moves corrupt directories away, with a warning."""
     while newest := latest_position(workdir, experiment):
         try:
             return _restore(workdir, experiment, example, specs, *newest)
-        except CorruptCheckpointError as damage:
-            checkpoint.quarantine(workdir, damage.path, str(damage))
+        except CorruptCheckpointError as error:
+            checkpoint.quarantine(workdir, error.path, str(error))
             newest = latest_position(workdir, experiment)
-            log.warning("going back to %s", describe_position(experiment, *newest) if newest else "the beginning")
+            log.warning(
+                "going back to %s", describe_position(experiment, *newest) if newest else "the initial parameters"
+            )
     return _init_run(workdir, experiment, example, specs)
 
 
 def _restore(workdir, experiment, example, specs, stage: int, step: int) -> Position:
-    scratch = step and experiment.stages[stage].start == "scratch"
+    scratch = step and experiment.stages[stage].init_from == "scratch"
     base = base_folder(workdir, experiment, 0 if scratch else stage)
     path = workdir / "checkpoints" / str(updates_before(experiment, stage) + step)
     if not base.is_dir():
-        raise CorruptCheckpointError(path, "the parameters that its stage began with are not there")
+        raise CorruptCheckpointError(path, f"the stage's base parameters ({base}) are missing")
     items, meta = checkpoint.restore_tree(base, {"learned": specs.trainable})
-    learned, optimiser, data = items["learned"], None, None
+    learned, opt_state, data_position = items["learned"], None, None
     if step:
-        part = experiment.stages[stage]
-        trainable, idle = trees.split(specs.trainable, part.trainable)
-        rule = make_optimizer(part, trainable, specs.layer_axes)
-        state = abstract_opt_state(rule, trainable, specs.mesh)
-        items, meta = checkpoint.restore_tree(path, {"trainable": trainable, "optimiser": to_state_dict(state)})
-        _, idle = trees.split(learned, part.trainable)
+        config = experiment.stages[stage]
+        trainable, idle = trees.split(specs.trainable, config.trainable)
+        tx = make_optimizer(config, trainable, specs.layer_axes)
+        target = abstract_opt_state(tx, trainable, specs.mesh)
+        items, meta = checkpoint.restore_tree(path, {"trainable": trainable, "optimiser": to_state_dict(target)})
+        _, idle = trees.split(learned, config.trainable)
         learned = trees.merge(items["trainable"], idle)
-        optimiser, data = from_state_dict(items["optimiser"], state), meta["data"]
-    never = _load_frozen(workdir, experiment, example, specs, meta["frozen"])
+        opt_state, data_position = from_state_dict(items["optimiser"], target), meta["data"]
+    frozen = _load_frozen(workdir, experiment, example, specs, meta["frozen"])
     history = tuple(meta["history"])
-    log.info("%s stands at %s", workdir, describe_position(experiment, stage, step))
-    return Position(stage, step, never, learned, meta["frozen"], optimiser, data, history)
+    log.info("restored %s: %s", workdir, describe_position(experiment, stage, step))
+    return Position(stage, step, frozen, learned, meta["frozen"], opt_state, data_position, history)
 
 
 def _load_frozen(workdir, experiment, example, specs, name: str) -> Params:
-    """The parameters that no stage trains. They follow from the config, so damage to them can be mended."""
+    """The parameters that no stage trains; corrupt or missing ones are initialized again from the config.
+
+    Raises UserError if the config no longer gives the same parameters.
+    """
     path = workdir / "frozen" / name
     try:
         if not path.is_dir():
-            raise CorruptCheckpointError(path, "it is not there")
+            raise CorruptCheckpointError(path, "the directory is missing")
         return checkpoint.restore_tree(path, {"never": specs.frozen})[0]["never"]
-    except CorruptCheckpointError as damage:
+    except CorruptCheckpointError as error:
         if path.is_dir():
-            checkpoint.quarantine(workdir, path, str(damage))
-        never, _ = init_params(experiment, example, specs)
-        made = _save_frozen(workdir, never)
-        if made != name:
+            checkpoint.quarantine(workdir, path, str(error))
+        frozen, _ = init_params(experiment, example, specs)
+        if _save_frozen(workdir, frozen) != name:
             raise UserError(
-                f"the frozen parameters of this run are damaged ({damage}) and its config no longer makes the same "
-                "ones; bring back the weight files that it began with, or begin in another folder"
-            ) from damage
-        log.warning("the frozen parameters were made again from the config, and are the same")
-        return never
+                f"the frozen parameters of this run are corrupt ({error}) and its config no longer gives the same "
+                "ones; restore the weight files that the run started with, or use another --workdir"
+            ) from error
+        log.warning("the frozen parameters were initialized again from the config and are the same")
+        return frozen
 
 
 def _save_frozen(workdir: Path, frozen_params: Params) -> str:
@@ -118,18 +114,18 @@ def _save_frozen(workdir: Path, frozen_params: Params) -> str:
 
 
 def _init_run(workdir, experiment, example, specs) -> Position:
-    never, learned = init_params(experiment, example, specs)
-    place = Position(0, 0, never, learned, _save_frozen(workdir, never))
-    save_base(workdir, experiment, place)
-    return place
+    frozen, trainable = init_params(experiment, example, specs)
+    position = Position(0, 0, frozen, trainable, _save_frozen(workdir, frozen))
+    save_base(workdir, experiment, position)
+    return position
 
 
 def save_base(workdir: Path, experiment: Experiment, position: Position) -> None:
-    """Keep the parameters with which a stage begins, or the result after the last stage."""
+    """Save the trainable parameters at the start of a stage, or the result after the last stage."""
     meta = {"frozen": position.frozen_id, "history": list(position.history)}
     checkpoint.save_tree(base_folder(workdir, experiment, position.stage), {"learned": position.trainable_params}, meta)
 
 
 def load_first_base(workdir: Path, experiment: Experiment, specs: ParamSpecs) -> Params:
-    """The trained parameters as the first stage found them."""
+    """The trainable parameters at the start of the first stage."""
     return checkpoint.restore_tree(base_folder(workdir, experiment, 0), {"learned": specs.trainable})[0]["learned"]

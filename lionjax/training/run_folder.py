@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: its lock, its config check, and which saved positions it holds."""
+"""The run folder (--workdir): lock, config check, names of its checkpoints, and the saved positions."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ import jax
 from lionjax.core import config
 from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment
+from lionjax.core.files import write_atomic
 from lionjax.core.types import Params, UserError
-from lionjax.training import checkpoint, distributed, run_log
+from lionjax.training import checkpoint, distributed
 
 log = logging.getLogger(__name__)
 
 
-# Fields that say how a run goes about it, not what it computes: a folder may be continued with others.
+# Fields that do not change the training result: a run may be resumed with other values (regular expressions).
 MUTABLE_FIELDS = (
     r"name",
     r"mesh\..*",
     r"run\.(log_every|save_every|evaluate_every|evaluate_limit|max_to_keep|cache_features)",
     r"run\.(feature_cache_gib|feature_cache_dir)",
-    # One who meets a bad update may mend the run by these.
+    # Change the result only after a bad step, which is when a user has to set them.
     r"run\.(on_bad_step|loss_spike_sigmas|max_bad_steps|watchdog_seconds)",
     r"generation\..*",
     r"data\.(num_threads|num_workers|prefetch_buffer_size|image_cache_mib|bad_records_path)",
@@ -37,34 +38,33 @@ MUTABLE_FIELDS = (
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """The folder, made if need be, for this run only. Raises UserError while another process trains in it."""
+    """Context: creates `workdir` and locks it. Raises UserError if it is not writable or another run has locked it."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / "lock").open("w")
     except OSError as error:
-        raise UserError(f"cannot write in {workdir}: {error.strerror}; name another folder") from error
+        raise UserError(f"cannot write in {workdir}: {error.strerror}; set another --workdir") from error
     with file:
         try:
             if distributed.is_main_process():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process is training in {workdir}; stop it or name another folder") from error
+            raise UserError(f"another process is training in {workdir}; stop it or set another --workdir") from error
         yield
 
 
 def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
-    """Write the config into a folder without weights, or check that the folder was made by the same one.
+    """Check config.json against `experiment` if the folder holds checkpoints, then write it; all processes call it.
 
-    What a killed run left half-written is removed.
-
-    Fields that do not change what is computed (`MUTABLE_FIELDS`) may differ, so that a run can go on, say, on another mesh.
-    Raises UserError that lists the others that differ.
+    Fields in `MUTABLE_FIELDS` may differ, so that a run can be resumed on another mesh, for example. Also removes the
+    incomplete files of a killed run. Raises UserError with the other fields that differ, and if the processes do not
+    share one folder or one config.
     """
     path, text = workdir / "config.json", config.to_json(experiment)
-    begun = any((workdir / name).exists() for name in ("base", "checkpoints"))
-    if begun and not path.is_file():
-        raise UserError(f"{workdir} holds checkpoints but no config.json; name another folder")
-    if begun:  # else a first start failed before there were weights, and may be mended
+    has_checkpoints = any((workdir / name).exists() for name in ("base", "checkpoints"))
+    if has_checkpoints and not path.is_file():
+        raise UserError(f"{workdir} holds checkpoints but no config.json; set another --workdir")
+    if has_checkpoints:  # without checkpoints, an earlier start has failed and its config may be replaced
         try:
             old = config.from_json(path.read_text())
         except UserError as error:
@@ -78,7 +78,7 @@ def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
         for name in sorted(free):
             log.info("%s goes on with %s %r -> %r", workdir, name, *changes[name])
     if distributed.is_main_process():
-        run_log.write_text_atomic(path, text)
+        write_atomic(path, text)
         checkpoint.remove_tmp_directories(workdir)
     distributed.barrier("claimed")
     if not path.is_file() or path.read_text() != text:
@@ -89,19 +89,19 @@ def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
 
 
 def describe_position(experiment: Experiment, stage: int, step: int) -> str:
-    """A place in words: "stage 'two', step 5"."""
+    """Text for messages: "stage 'two', step 5"."""
     if stage == len(experiment.stages):
         return "the end of the last stage"
     return f"stage {experiment.stages[stage].name!r}, step {step}"
 
 
 def updates_before(experiment: Experiment, stage: int) -> int:
-    """How many updates the stages before one make; a step on disk is named by the count from the first stage on."""
+    """Number of updates in the stages before stage `stage`; checkpoint directories count from the first stage on."""
     return sum(stage.steps for stage in experiment.stages[:stage])
 
 
 def base_folder(workdir: Path, experiment: Experiment, stage: int) -> Path:
-    """Where the trained parameters stand as a stage finds them; after the last stage: the result."""
+    """The directory of the trainable parameters at the start of a stage; for `stage` after the last: the result."""
     last = stage == len(experiment.stages)
     name = "final" if last else safe_file_name(experiment.stages[stage].name)
     return workdir / "base" / f"{stage}_{name}"
@@ -112,12 +112,12 @@ def safe_file_name(text: str) -> str:
 
 
 def saved_positions(workdir: Path, experiment: Experiment) -> list[tuple[int, int]]:
-    """(stage, updates into it) of all that a folder holds, newest first."""
-    found = [(stage, 0) for stage in checkpoint.all_bases(workdir / "base")]
+    """(stage, step in the stage) of all bases and checkpoints in a run folder, newest first."""
+    positions = [(stage, 0) for stage in checkpoint.all_bases(workdir / "base")]
     for update in checkpoint.all_steps(workdir / "checkpoints"):
         stage = max(s for s in range(len(experiment.stages)) if updates_before(experiment, s) < update)
-        found.append((stage, update - updates_before(experiment, stage)))
-    return sorted(found, reverse=True)
+        positions.append((stage, update - updates_before(experiment, stage)))
+    return sorted(positions, reverse=True)
 
 
 def latest_position(workdir: Path, experiment: Experiment) -> tuple[int, int] | None:
@@ -125,13 +125,13 @@ def latest_position(workdir: Path, experiment: Experiment) -> tuple[int, int] | 
 
 
 def to_state_dict(tree: Any) -> Params:
-    """Any tree as nested dicts with text keys, as files want it. Nodes without leaves vanish."""
+    """Any pytree as nested dicts with string keys, as Orbax needs it. Nodes without leaves are dropped."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     return trees.unflatten({jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in pairs})
 
 
 def from_state_dict(state_dict: Params, target: Any) -> Any:
-    """The inverse of `as_dict` for a tree of the same structure as `like`."""
+    """The inverse of `to_state_dict`: a pytree with the structure of `target`."""
     leaves = trees.flatten(state_dict)
     pairs, structure = jax.tree_util.tree_flatten_with_path(target)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]

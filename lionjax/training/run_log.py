@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says while it goes on and when it ends: metrics.jsonl, TensorBoard, a progress bar, report.json.
+"""Run logs: stage statistics, time accounting, metrics.jsonl, TensorBoard, the progress bar and report.json.
 
-Only process 0 writes. A line that a restarted run makes again replaces the one it made before.
+Only process 0 writes. When a resumed run repeats updates, their earlier records are dropped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -26,19 +25,21 @@ import jax
 
 from lionjax.core.config import to_json
 from lionjax.core.experiment import Experiment
+from lionjax.core.files import append_jsonl, read_jsonl, write_json, write_jsonl
 
-REPORTED_LOSSES = 10  # losses behind loss_first and loss_last, so that one odd batch does not decide them
-RECENT_LOSSES = 130  # losses remembered to tell a spike by; a few more than `refused.WINDOW`
-DOWNTIME_PHASES = ("lost", "away")  # parts of the time in which this run did nothing that lasts
+REPORTED_LOSSES = 10  # loss_first and loss_last are means over so many losses
+RECENT_LOSSES = 130  # losses kept for the spike threshold; a few more than `bad_steps.LOSS_WINDOW`
+DOWNTIME_PHASES = ("lost", "away")  # seconds of work that was lost and repeated, and seconds without a process
 
 
 @dataclasses.dataclass
 class StageStats:
-    """What is remembered of a stage across restarts.
+    """Statistics of a stage, saved with each checkpoint.
 
-    `seconds`: where time went, by the names of `Clock`. `behind`: seconds of work that was done while the devices
-    computed: making batches (summed over threads) and saving. `recent`: the last losses, None for an update that was
-    not accepted. `logged`: what stood in the entry at the last line of metrics. `clock`: when this was saved.
+    `seconds`: by phase of `PhaseTimer`. `behind`: seconds of background work: loading batches ("data", summed over
+    threads) and saving checkpoints ("save"). `first`, `last`: the first and last REPORTED_LOSSES losses; `recent`: the
+    last RECENT_LOSSES, None for a bad step. `logged`: counters at the last metrics record. `clock`: time.time() when
+    saved.
     """
 
     name: str
@@ -60,14 +61,14 @@ class StageStats:
     clock: float = 0.0
 
     def add_update(self, loss: float, images: int, tokens: int) -> None:
-        """Count one update."""
+        """Count one accepted update."""
         self.updates, self.images, self.tokens = (self.updates + 1, self.images + images, self.tokens + tokens)
         self.first = (self.first + [loss])[:REPORTED_LOSSES]
         self.last = (self.last + [loss])[-REPORTED_LOSSES:]
         self.recent = (self.recent + [loss])[-RECENT_LOSSES:]
 
     def add_skipped_update(self) -> None:
-        """Count one update that was not accepted."""
+        """Count one bad step that was skipped."""
         self.updates, self.skipped = self.updates + 1, self.skipped + 1
         self.recent = (self.recent + [None])[-RECENT_LOSSES:]
 
@@ -76,7 +77,7 @@ class StageStats:
         return sum(self.last) / len(self.last) if self.last else math.inf
 
     def report(self) -> dict[str, Any]:
-        """The stage's entry in report.json. `seconds` counts the time in which the run was at work on it."""
+        """The stage's entry in report.json; its `seconds` do not include downtime."""
         worked = sum(value for part, value in self.seconds.items() if part not in DOWNTIME_PHASES)
         return {
             "name": self.name,
@@ -96,11 +97,10 @@ class StageStats:
 
 
 class PhaseTimer:
-    """Where time goes, without a gap: from `turn("data")` to the next `turn` all of it is counted under "data".
+    """Sums wall-clock seconds by phase in `seconds`; each second from `start_time` (time.time()) on has one phase.
 
-    Parts: start (until a stage can begin), compile, data (waiting for a batch), step, save, log, evaluate; and, from
-    before this process, lost (work done after the checkpoint that it goes on from) and away (nothing ran).
-    The sums lie in `seconds`. `began`: the time of day from which on this process counts.
+    Phases: start (until a stage can train), compile, data (waiting for a batch), step, save, log, evaluate; and from
+    before this process: lost (work after the checkpoint that the run resumes from) and away (no process was running).
     """
 
     def __init__(self, start_time: float):
@@ -111,37 +111,40 @@ class PhaseTimer:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def switch(self, phase: str, relabel_as: str | None = None) -> None:
-        """From now on time goes to `part`. What went before turns out to have been `was`."""
+        """Start `phase`; the time since the last switch is counted under its own phase, or under `relabel_as`."""
         now = time.perf_counter()
         self.add(relabel_as or self.phase, now - self.phase_start)
         self.phase, self.phase_start = phase, now
 
     def rebind(self, seconds: dict[str, float]) -> None:
-        """From now on the sums lie in `seconds`, which takes over those up to here."""
+        """Count in the dict `seconds` from now on, and add the sums so far to it."""
         self.switch(self.phase)
-        earlier, self.seconds = self.seconds, seconds
-        for part, value in earlier.items():
-            self.add(part, value)
+        sums, self.seconds = self.seconds, seconds
+        for phase, value in sums.items():
+            self.add(phase, value)
 
 
 def downtime(workdir: Path, history: Sequence[dict], start_time: float) -> dict[str, float]:
-    """Seconds {lost, away} between the checkpoint that a run goes on from and the start of this process."""
+    """Seconds between the checkpoint that a run resumes from and the start of this process: {"lost": .., "away": ..}.
+
+    The last write to metrics.jsonl separates the two. {} for a new run.
+    """
     saved = history[-1].get("clock", 0.0) if history else 0.0
-    first = workdir / "base"
-    if not saved and not history and first.is_dir():  # it began, and was ended before the first checkpoint
-        saved = min((path.stat().st_mtime for path in first.iterdir()), default=0.0)
+    base = workdir / "base"
+    if not saved and not history and base.is_dir():  # the run ended before its first checkpoint
+        saved = min((path.stat().st_mtime for path in base.iterdir()), default=0.0)
     if not 0 < saved < start_time:
         return {}
-    lines = workdir / "metrics.jsonl"
-    seen = lines.stat().st_mtime if lines.is_file() else saved
-    seen = min(max(seen, saved), start_time)
-    return {"lost": seen - saved, "away": start_time - seen}
+    metrics = workdir / "metrics.jsonl"
+    last_write = metrics.stat().st_mtime if metrics.is_file() else saved
+    last_write = min(max(last_write, saved), start_time)
+    return {"lost": last_write - saved, "away": start_time - last_write}
 
 
 class RunLogger:
-    """The lines of a run, to files and to the terminal: `with Journal(workdir, experiment, update) as journal: ...`.
+    """Writes metrics to files and the terminal: `with RunLogger(workdir, experiment, update) as logger: ...`.
 
-    `update` is where the run goes on, counted from the first stage; later lines of an earlier try are dropped.
+    `update`: the update that the run resumes from, counted from the first stage on; records of later ones are dropped.
     """
 
     def __init__(self, workdir: Path, experiment: Experiment, update: int):
@@ -170,25 +173,25 @@ class RunLogger:
             self.tensorboard.close()
 
     def truncate_after(self, update: int) -> None:
-        """Forget the lines of updates after this one: the run will make them again."""
+        """Drop the metrics records of updates after `update`, which the run will repeat."""
         if self.is_writer:
             truncate_jsonl(self.path, update)
 
     def start_stage(self, stage: str, steps: int, done: int) -> None:
-        """A stage begins or goes on after `done` updates."""
+        """Show the start of a stage, or its resumption after `done` of its updates."""
         if self.progress_bar:
-            self.progress_task = self.progress_bar.add_task(stage, total=steps, completed=done, said="compiling")
+            self.progress_task = self.progress_bar.add_task(stage, total=steps, completed=done, status="compiling")
         elif self.is_writer:
-            where = f" after {done}" if done else ""
-            print(f"stage {stage}: {steps} steps{where}", file=sys.stderr, flush=True)
+            resumed = f", resuming after step {done}" if done else ""
+            print(f"stage {stage}: {steps} steps{resumed}", file=sys.stderr, flush=True)
 
     def update_progress(self, done: int) -> None:
-        """So many updates of the stage are done."""
+        """Move the progress bar to `done` updates of the stage."""
         if self.progress_bar:
             self.progress_bar.update(self.progress_task, completed=done)
 
     def write_metrics(self, metrics: dict[str, Any], steps: int) -> None:
-        """One line of metrics: `stage`, `step`, `update`, `loss` and others; `steps` is the stage's length."""
+        """Write a metrics record (`stage`, `step`, `update`, `loss`, ...); `steps`: number of updates in the stage."""
         if not self.is_writer:
             return
         append_jsonl(self.path, metrics)
@@ -198,22 +201,21 @@ class RunLogger:
                     self.tensorboard.add_scalar(f"{metrics['stage']}/{name}", value, metrics["update"])
         rate = metrics.get("images_per_second")
         loss = f"loss {metrics['loss']:.4f}" if "loss" in metrics else "not accepted"
-        said = loss + (f"  {rate:.1f} images/s" if rate else "")
+        status = loss + (f"  {rate:.1f} images/s" if rate else "")
         if self.progress_bar:
-            self.progress_bar.update(self.progress_task, completed=metrics["step"], said=said)
+            self.progress_bar.update(self.progress_task, completed=metrics["step"], status=status)
             return
-        rest = (steps - metrics["step"]) * self.batch_size(metrics["stage"]) / rate if rate else None
-        left = "" if rest is None else f"  {rest / 60:.1f} min left"
-        text = (
-            f"stage {metrics['stage']}  step {metrics['step']}/{steps}  {said}  lr {metrics['learning_rate']:.2e}{left}"
-        )
+        seconds_left = (steps - metrics["step"]) * self.batch_size(metrics["stage"]) / rate if rate else None
+        time_left = "" if seconds_left is None else f"  {seconds_left / 60:.1f} min left"
+        step, learning_rate = f"step {metrics['step']}/{steps}", f"lr {metrics['learning_rate']:.2e}"
+        text = f"stage {metrics['stage']}  {step}  {status}  {learning_rate}{time_left}"
         print(text, file=sys.stderr, flush=True)
 
     def batch_size(self, stage: str) -> int:
         return next(s.batch_size for s in self.experiment.stages if s.name == stage)
 
     def print_message(self, text: str) -> None:
-        """A sentence for the person at the terminal."""
+        """Print a sentence to the terminal."""
         if self.progress_bar:
             self.progress_bar.console.print(text)
         elif self.is_writer:
@@ -224,82 +226,54 @@ def _make_progress_bar():
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    said = TextColumn("{task.fields[said]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said)
+    status = TextColumn("{task.fields[status]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), status)
     return Progress(*columns, console=Console(stderr=True))
 
 
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Add one JSON object to a file of lines, in one write."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(file, (json.dumps(record) + "\n").encode())
-    finally:
-        os.close(file)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of lines; a line that a killed run left half-written is passed over."""
-    found = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(text))
-    return found
-
-
 def truncate_jsonl(path: Path, update: int) -> None:
-    """Drop the lines of updates after this one from a file, if there is one."""
+    """Drop the records of updates after `update` from a JSON Lines file, if it exists."""
     if not path.is_file():
         return
     lines = [line for line in read_jsonl(path) if line["update"] <= update]
-    write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-# The report
+    write_jsonl(path, lines)
 
 
 def write_report(
     workdir: Path, experiment: Experiment, history: Sequence[dict], unattributed_seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Put the training's part into report.json and return the whole; what others wrote there stays.
+    """Update the training entries of report.json and return the whole report; other entries are not changed.
 
-    `rest`: seconds by part that no entry of the history has.
+    `history`: fields of the StageStats of each stage. `unattributed_seconds`: seconds by phase outside the stages.
     """
     path = workdir / "report.json"
     report = json.loads(path.read_text()) if path.is_file() else {}
-    entries = [StageStats(**entry) for entry in history]
+    stages = [StageStats(**fields) for fields in history]
     report |= {
         "config": json.loads(to_json(experiment)),
-        "stages": [entry.report() for entry in entries],
-        "speed": report.get("speed", {}) | throughput(entries),
-        "seconds": total_seconds(entries, unattributed_seconds, report.get("seconds", {}).get("evaluate", 0.0)),
+        "stages": [stage.report() for stage in stages],
+        "speed": report.get("speed", {}) | throughput(stages),
+        "seconds": total_seconds(stages, unattributed_seconds, report.get("seconds", {}).get("evaluate", 0.0)),
         "environment": environment(),
     }
     if jax.process_index() == 0:
-        write_text_atomic(path, json.dumps(report, indent=1) + "\n")
+        write_json(path, report)
     return report
 
 
 def add_evaluation_seconds(workdir: Path, seconds: float) -> None:
-    """Count time in which a run's model was asked questions: in report.json, and in the last line of metrics."""
+    """Add the duration of an evaluation to report.json and to the last record of metrics.jsonl."""
     if jax.process_index():
         return
     path, lines = workdir / "report.json", read_jsonl(workdir / "metrics.jsonl")
     report = json.loads(path.read_text())
     parts = report.setdefault("seconds", {})
     parts["evaluate"] = round(parts.get("evaluate", 0.0) + seconds, 3)
-    write_text_atomic(path, json.dumps(report, indent=1) + "\n")
+    write_json(path, report)
     if lines:
         parts = lines[-1].setdefault("seconds", {})
         parts["evaluate"] = round(parts.get("evaluate", 0.0) + seconds, 6)
-        write_text_atomic(workdir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        write_jsonl(workdir / "metrics.jsonl", lines)
 
 
 def total_seconds(
@@ -307,7 +281,7 @@ def total_seconds(
     unattributed_seconds: Mapping[str, float] = MappingProxyType({}),
     evaluation_seconds: float = 0.0,
 ) -> dict[str, float]:
-    """Where the time of all stages went, by part; `rest` is not of a stage."""
+    """Seconds by phase, summed over the stages; `unattributed_seconds` are those outside the stages."""
     sums = {"evaluate": evaluation_seconds} if evaluation_seconds else {}
     for seconds_by_part in (*(entry.seconds for entry in entries), unattributed_seconds):
         for part, seconds in seconds_by_part.items():
@@ -316,7 +290,7 @@ def total_seconds(
 
 
 def throughput(entries: list[StageStats]) -> dict[str, float]:
-    """Rates over all updates, compilation apart: a step's seconds are those of waiting for data and computing."""
+    """Rates over all updates without compilation; the seconds of a step include waiting for data. `peak_bytes` in bytes."""
     sums = total_seconds(entries)
     busy = max(sums.get("step", 0.0) + sums.get("data", 0.0), 1e-9)
     return {
@@ -329,14 +303,14 @@ def throughput(entries: list[StageStats]) -> dict[str, float]:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that was in use: of a device, or of this process where the device is the CPU."""
+    """Peak memory in bytes: of the device that used most, or of this process if the devices report none (CPU)."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     unit = 1 if sys.platform == "darwin" else 1024
     return max(peaks) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The hardware and software versions that the figures were measured with."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What describes a published checkpoint format, and the opened checkpoint itself."""
+"""`CheckpointFormat`, the description of a published checkpoint format, and `CheckpointSource`, an open checkpoint."""
 
 from __future__ import annotations
 
@@ -15,59 +15,59 @@ from lionjax.core.types import Batch, Params, UserError
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointFormat:
-    """One kind of checkpoint. `config` and `settings` go from the original's config.json to ours and back."""
+    """A checkpoint format: how a config and tensor names map between PyTorch and lionjax."""
 
     name: str
-    model_types: tuple[str, ...]  # in config.json
-    matches: Callable[[Any], bool]  # whether one of our configs is of this kind
-    config_from_hf: Callable[[dict], Any]
-    config_to_hf: Callable[[Any], dict]
-    weight_map: Callable[[Any], tuple]
-    abstract_params: Callable[..., Params]  # (config, mesh=None): shapes of the whole tree, and where it lies
-    # Names that say nothing: patterns, matched whole, with the reason in a comment of theirs, (?#...).
+    model_types: tuple[str, ...]  # values of model_type in config.json
+    matches: Callable[[Any], bool]  # whether a lionjax model config has this format
+    config_from_hf: Callable[[dict], Any]  # config.json -> lionjax config
+    config_to_hf: Callable[[Any], dict]  # lionjax config -> config.json
+    weight_map: Callable[[Any], tuple]  # config -> WeightMappings
+    abstract_params: Callable[..., Params]  # (config, mesh=None) -> jax.ShapeDtypeStructs, on a mesh with shardings
+    # Regular expressions of tensor names that are skipped (full match); the report prints their comment, (?#reason).
     ignore_patterns: tuple[str, ...] = ()
-    # (name, name of the tensor it equals where it is missing)
+    # (name, name of the tensor it is tied to): added where the file omits it.
     tied_keys: tuple[tuple[str, str], ...] = ()
-    base_model_prefix: str = ""  # stands before all names, and is left away in files of the bare model
-    inner_prefix: str = ""  # stands before the names in files where more lies around the model
-    # What the names in a file say of the config.
+    base_model_prefix: str = ""  # prefix of all names; files of the bare model omit it
+    inner_prefix: str = ""  # prefix of the model's names in files of a larger model
+    # (config, tensor names) -> config with the fields that only the names determine.
     infer_from_keys: Callable[[Any, Collection[str]], Any] = lambda config, names: config
-    # The tensors under the table's names, with parts that lie in other files: (config, tensors, folder) -> tensors.
+    # (config, tensors, folder) -> tensors under the weight map's names, with those of other files in the folder.
     prepare_tensors: Callable[[Any, CheckpointTensors, Path], CheckpointTensors] = lambda config, tensors, folder: (
         tensors
     )
 
 
 def require_supported(supported: bool, found: str, allowed: str) -> None:
-    """Raise UserError for a model with settings that the code here does not compute."""
+    """Raise UserError for a model with a setting that lionjax does not implement."""
     if not supported:
-        raise UserError(f"this model has {found}; only {allowed} is known")
+        raise UserError(f"this model has {found}; only {allowed} is supported")
 
 
 def read_hf_config(path: Path) -> dict:
-    """A config.json; nothing where there is none. Raises UserError when it cannot be read."""
+    """The contents of a config.json, {} where it does not exist. Raises UserError where it is no JSON object."""
     if not path.is_file():
         return {}
     try:
         if path.stat().st_size > MAX_HEADER_BYTES:
-            raise ValueError("it is too large")
-        settings = json.loads(path.read_bytes())
+            raise ValueError(f"it is larger than {MAX_HEADER_BYTES:,} bytes")
+        hf_config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} wants a JSON object")
-    return settings
+    if not isinstance(hf_config, dict):
+        raise UserError(f"{path} holds a JSON {type(hf_config).__name__}; it must hold an object")
+    return hf_config
 
 
 def token_id(hf_config: dict, name: str, default: int) -> int:
-    """A token id of config.json, which may be missing, null or a list."""
+    """A token id of config.json; `default` where it is missing or null, the first of a list."""
     value = hf_config.get(name)
     value = value[0] if isinstance(value, list) and value else value
     return default if value is None else int(value)
 
 
 def abstract_params(c: Any, mesh: Any = None) -> Params:
-    """Shapes of the whole tree of a system that reads pictures and texts, and where they lie on a mesh."""
+    """Abstract parameters (shapes, dtypes, on a mesh also shardings) of a vision-language model config."""
     import jax
 
     from lionjax.core import sharding
@@ -80,7 +80,7 @@ def abstract_params(c: Any, mesh: Any = None) -> Params:
 
 
 def abstract_vision_params(module: Any, image_size: int, mesh: Any) -> Params:
-    """Shapes of the tree of a flax module that sees one picture of so many pixels a side, and where they lie."""
+    """Abstract parameters of a Flax module that takes an image (1, S, S, 3), S = `image_size` pixels."""
     import jax
 
     from lionjax.core import sharding
@@ -91,10 +91,10 @@ def abstract_vision_params(module: Any, image_size: int, mesh: Any) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSource:
-    """A checkpoint that has been recognised and opened, not read."""
+    """A checkpoint that is recognized and opened; its tensors are read on access."""
 
     checkpoint_format: CheckpointFormat
     config: Any
     tensors: CheckpointTensors
-    folder: Path | None  # where its tokenizer and settings lie
-    tied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # tensor -> those made from it
+    folder: Path | None  # of its tokenizer and settings files
+    tied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # tensor -> tied tensors that were added

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which published checkpoints are known: how each is recognised, what its settings mean here, which rows it has.
+"""Recognize and open PyTorch checkpoints; `FORMATS` lists every supported checkpoint format.
 
-`SYSTEMS` is the whole list. Model files are imported when one of theirs is met.
+Modules under lionjax.models are imported only when a checkpoint of theirs is opened.
 """
 
 from __future__ import annotations
@@ -31,39 +31,42 @@ from lionjax.convert.io.reader import MAX_HEADER_BYTES, CheckpointTensors, open_
 from lionjax.core import config as configs
 from lionjax.core.types import Params, UserError
 
-CONFIG_FILE = "lionjax.json"  # our exact config; written beside weights of either kind
+CONFIG_FILE = "lionjax.json"  # the exact lionjax config; written beside torch and lionjax weights
 
 
 def open_checkpoint(
     path: Path, format_name: str | None = None, adapter: Path | None = None, base: Path | None = None
 ) -> CheckpointSource:
-    """Recognise and open a checkpoint with the original's names.
+    """The checkpoint at `path` (a folder or a weight file), recognized and opened; tensors are read on access.
 
-    By `system`, by our own config beside it, by the names of LION's files, or by config.json. `adapter`: the folder of
-    a LoRA as PEFT writes it, by default the one inside the checkpoint's. `base`: the model of which the checkpoint is
-    the difference. Raises UserError.
+    The format comes from `format_name`, from lionjax.json beside the weights, from the released file names (LION,
+    LAVIS, SAM, RAM, CLIP), or from model_type in config.json, in this order. `adapter`: a PEFT folder with a LoRA, by
+    default the subfolder `adapter`. `base`: the model that the checkpoint is a delta of. Raises UserError where the
+    format is unknown or a part is missing.
     """
     if not path.exists():
-        raise UserError(f"there is no {path}")
+        raise UserError(f"{path} does not exist")
     folder = path if path.is_dir() else path.parent
     if (folder / loras.ADAPTER_CONFIG_FILE).is_file():
-        raise UserError(f"{folder} holds a LoRA alone; give the folder of its base model, and this one as --adapter")
+        raise UserError(f"{folder} holds only a LoRA; give the folder of its base model, and this one as --adapter")
     source = _detect_and_open(path, folder, format_name, base)
-    beside = (source.folder or folder) / loras.ADAPTER_FOLDER
-    if adapter is None and not beside.is_dir():
+    adapter_folder = (source.folder or folder) / loras.ADAPTER_FOLDER
+    if adapter is None and not adapter_folder.is_dir():
         return source
-    kind, format_name = source.checkpoint_format, model_config_of(source.config)
-    made, detours = loras.open_adapter(adapter or beside, format_name, kind.weight_map(format_name))
-    config = made if format_name is source.config else dataclasses.replace(source.config, model=made)
-    return dataclasses.replace(source, config=config, tensors=source.tensors | detours)
+    model_config = model_config_of(source.config)
+    weight_map = source.checkpoint_format.weight_map(model_config)
+    lora_config, lora_tensors = loras.open_adapter(adapter or adapter_folder, model_config, weight_map)
+    is_model_config = model_config is source.config
+    config = lora_config if is_model_config else dataclasses.replace(source.config, model=lora_config)
+    return dataclasses.replace(source, config=config, tensors=source.tensors | lora_tensors)
 
 
 def _detect_and_open(path: Path, folder: Path, format_name: str | None, delta_base: Path | None) -> CheckpointSource:
-    if format_name is not None and format_name not in (known := [kind.name for kind in FORMATS]):
-        raise UserError(f"system {format_name!r} is not known; it can be {', '.join(known)}")
+    if format_name is not None and format_name not in (known := [fmt.name for fmt in FORMATS]):
+        raise UserError(f"--system is {format_name!r}; it can be one of {', '.join(known)}")
     if (folder / CONFIG_FILE).is_file():
         if (folder / "params.safetensors").is_file() or (folder / "params.safetensors.index.json").is_file():
-            raise UserError(f"{folder} is in lionjax's own names already")
+            raise UserError(f"{folder} already holds lionjax parameters; convert it with --to torch or --to orbax")
         config = read_config(folder)
         return CheckpointSource(format_of_config(config), config, open_weights(path), folder)
     if format_name is None:
@@ -76,37 +79,39 @@ def _detect_and_open(path: Path, folder: Path, format_name: str | None, delta_ba
         return _with_tied_tensors(*open_lavis(path))
     if format_name == "flamingo" and path.is_dir() and not (path / "config.json").is_file():
         return _with_tied_tensors(*open_flamingo(path))
-    settings = read_hf_config(folder / "config.json")
-    model_type = settings.get("model_type")
-    kinds = [k for k in FORMATS if k.name == format_name or (format_name is None and model_type in k.model_types)]
-    if not kinds:
-        found = "no config.json that names a model_type" if model_type is None else f"model_type {model_type!r}"
-        known = ", ".join(kind.name for kind in FORMATS)
-        raise UserError(f"{folder} has {found}; known are {known}, which --system can name")
+    hf_config = read_hf_config(folder / "config.json")
+    model_type = hf_config.get("model_type")
+    matches = [f for f in FORMATS if f.name == format_name or (format_name is None and model_type in f.model_types)]
+    if not matches:
+        reason = "no config.json with a model_type" if model_type is None else f"model_type {model_type!r}"
+        known = ", ".join(fmt.name for fmt in FORMATS)
+        raise UserError(f"{folder} has {reason}; name the format with --system, one of {known}")
+    checkpoint_format = matches[0]
     try:
-        config = kinds[0].config_from_hf(settings)
+        config = checkpoint_format.config_from_hf(hf_config)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{folder / 'config.json'} describes no {kinds[0].name}: {type(error).__name__} {error}"
+            f"{folder / 'config.json'} is no valid config of a {checkpoint_format.name}: {type(error).__name__} {error}"
         ) from error
-    tensors = kinds[0].prepare_tensors(config, _open_tensors(path, kinds[0], delta_base), folder)
-    base, inside = kinds[0].base_model_prefix, kinds[0].inner_prefix
-    if base and not any(name.startswith(base) for name in tensors):
-        tensors = tensors.with_prefix(base)
-    if inside and any(name.startswith(inside) for name in tensors):
-        tensors = tensors.without_prefix(inside)
-    config = kinds[0].infer_from_keys(config, tensors.keys())
-    return _with_tied_tensors(kinds[0], config, tensors, folder)
+    tensors = _open_tensors(path, checkpoint_format, delta_base)
+    tensors = checkpoint_format.prepare_tensors(config, tensors, folder)
+    base_prefix, inner_prefix = checkpoint_format.base_model_prefix, checkpoint_format.inner_prefix
+    if base_prefix and not any(name.startswith(base_prefix) for name in tensors):
+        tensors = tensors.with_prefix(base_prefix)
+    if inner_prefix and any(name.startswith(inner_prefix) for name in tensors):
+        tensors = tensors.without_prefix(inner_prefix)
+    config = checkpoint_format.infer_from_keys(config, tensors.keys())
+    return _with_tied_tensors(checkpoint_format, config, tensors, folder)
 
 
 def _open_tensors(path: Path, checkpoint_format: CheckpointFormat, delta_base: Path | None) -> CheckpointTensors:
-    """The tensors of a checkpoint, or the sums of what is a difference from another."""
+    """The tensors of a checkpoint; with `delta_base`, the sums of base and delta."""
     if delta_base is not None:
         return delta.add_delta(open_weights(path), open_weights(delta_base), checkpoint_format.ignore_patterns)
     folder = path.resolve() if path.is_dir() else path.resolve().parent
     if checkpoint_format.name in ("llama", "llava") and re.search(r"(?i)(^|[-_])delta([-_]|$)", folder.name):
         raise UserError(
-            f"{folder.name} sounds like a difference from a LLaMA; give that as --base (or rename the folder)"
+            f"{folder.name} looks like a delta of a LLaMA by its name; give the LLaMA as --base, or rename the folder"
         )
     return open_weights(path)
 
@@ -114,20 +119,20 @@ def _open_tensors(path: Path, checkpoint_format: CheckpointFormat, delta_base: P
 def _with_tied_tensors(
     checkpoint_format: CheckpointFormat, config: Any, tensors: CheckpointTensors, folder: Path
 ) -> CheckpointSource:
-    """The source with the tensors that some files leave away because others hold the same."""
-    copied: dict[str, tuple[str, ...]] = {}
+    """The checkpoint with those tied tensors added that the file omits."""
+    tied: dict[str, tuple[str, ...]] = {}
     for name, origin in checkpoint_format.tied_keys:
         if name not in tensors and origin in tensors:
             tensors.arrays[name] = tensors[origin]
-            copied[origin] = (*copied.get(origin, ()), name)
-    return CheckpointSource(checkpoint_format, config, tensors, folder, copied)
+            tied[origin] = (*tied.get(origin, ()), name)
+    return CheckpointSource(checkpoint_format, config, tensors, folder, tied)
 
 
 def read_config(folder: Path) -> Any:
-    """Our own config that lies in a folder. Raises UserError when it cannot be read."""
+    """The config in a folder's lionjax.json. Raises UserError where the file is missing, damaged or too large."""
     try:
         if (folder / CONFIG_FILE).stat().st_size > MAX_HEADER_BYTES:
-            raise ValueError("it is too large")
+            raise ValueError(f"it is larger than {MAX_HEADER_BYTES:,} bytes")
         return configs.from_json((folder / CONFIG_FILE).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
@@ -135,40 +140,38 @@ def read_config(folder: Path) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def weight_map_and_abstract_params(checkpoint_format: CheckpointFormat, config: Any) -> tuple[tuple, Params]:
-    """The rows of a config and the shapes of its tree.
+    """(weight map with the LoRA's mappings, abstract parameters) of a config.
 
-    Raises UserError for sizes of which no model can be made.
+    Raises UserError where the model cannot be built with the config's sizes.
     """
-    system = model_config_of(config)
+    model_config = model_config_of(config)
     try:
-        rows, model = tuple(checkpoint_format.weight_map(system)), checkpoint_format.abstract_params(system)
-        return (*rows, *loras.lora_weight_map(rows, model)), model
+        weight_map = tuple(checkpoint_format.weight_map(model_config))
+        abstract_params = checkpoint_format.abstract_params(model_config)
+        return (*weight_map, *loras.lora_weight_map(weight_map, abstract_params)), abstract_params
     except UserError:
         raise
-    except Exception as error:  # whatever a layer finds wrong with the sizes it is given
+    except Exception as error:  # any layer may raise any exception for sizes that it cannot use
         reason = f"{type(error).__name__} {error}".strip().splitlines()[0][:200]
-        raise UserError(f"no {checkpoint_format.name} can be made with these sizes: {reason}") from error
+        raise UserError(f"a {checkpoint_format.name} cannot be built with the sizes of its config: {reason}") from error
 
 
 def format_of_config(config: Any) -> CheckpointFormat:
-    """The kind of checkpoint that one of our configs describes."""
-    system = model_config_of(config)
-    for kind in FORMATS:
-        if kind.matches(system):
-            return kind
-    known = ", ".join(kind.name for kind in FORMATS)
-    raise UserError(f"weights of a {type(system).__name__} have no torch names; known are {known}")
+    """The checkpoint format of a model config or experiment. Raises UserError for a model without one."""
+    model_config = model_config_of(config)
+    for checkpoint_format in FORMATS:
+        if checkpoint_format.matches(model_config):
+            return checkpoint_format
+    known = ", ".join(fmt.name for fmt in FORMATS)
+    raise UserError(f"a {type(model_config).__name__} has no torch checkpoint format; the formats are {known}")
 
 
 def model_config_of(config: Any) -> Any:
-    """The system's config, also where it comes within the whole experiment that trained it."""
+    """The model's config: `config` itself, or the `model` field of an experiment."""
     return config.model if type(config).__name__ == "Experiment" else config
 
 
-# LION: eva_vit_g.pth, the folder of a FlanT5, and LION-*.pth with what was trained
-
-
-FORMATS = (
+FORMATS = (  # the first format that matches is used, so LION comes first: its folder also contains a T5
     LION,
     *REGION_FORMATS,
     *VLM_FORMATS,

@@ -180,7 +180,7 @@ def open_adapter(folder: Path, config: Any, weight_map: Iterable[WeightMapping])
         if rank < 1:
             raise ValueError(f"r is {rank}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} describes no LoRA: {type(error).__name__} {error}") from error
+        raise UserError(f"{file} is no valid LoRA config: {type(error).__name__} {error}") from error
     for name, known in SUPPORTED_OPTIONS.items():
         if name in said and said[name] not in known:
             raise UserError(f"the adapter of {folder} has {name} {said[name]!r}; only plain LoRA is known")

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight files from elsewhere, opened so that nothing is read before it is used.
+"""Open safetensors and PyTorch weight files as memory-mapped arrays.
 
-`open_weights` takes a .safetensors, .bin, .pth or .pt file, an index of shards, or a folder with any of
-these, and hands back names with arrays that lie on the disk (memory maps). Files come from strangers: sizes
-are checked before memory is taken, names in an index may not leave its folder, and a pickle that holds code
-is refused.
+`open_weights` takes a .safetensors, .bin, .pth or .pt file, an index of shards, or a folder with any of these. The
+files are untrusted: sizes are checked before memory is allocated, an index may only name files of its own folder, and
+pickles with code are rejected.
 """
 
 from __future__ import annotations
@@ -45,17 +44,17 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
-MAX_HEADER_BYTES = 32 * 2**20  # bytes; the largest published models stay under one MiB
-MAX_PICKLE_BYTES = 64 * 2**20  # bytes of the pickle inside a .bin or .pth, which holds names and shapes
+MAX_HEADER_BYTES = 32 * 2**20  # of a header, index or config; published models have less than 1 MiB
+MAX_PICKLE_BYTES = 64 * 2**20  # of the pickle inside a .bin or .pth, which holds names and shapes
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
-STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "module")  # where runners keep the weights
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "module")  # keys of the weights in training checkpoints
 MIN_TORCH_VERSION = (2, 10)
 
 
 class CheckpointTensors(Mapping):
-    """Tensors by name, as read-only numpy arrays that come from the disk when they are used.
+    """Mapping from names to read-only numpy arrays, which are read from disk on access.
 
-    `left` says what the files hold besides and is not read: name -> reason. `sources` are the files.
+    `files` are the opened files; `skipped` maps names that are not read to the reason.
     """
 
     def __init__(self, arrays: Mapping, files: tuple[Path, ...], skipped=None, memory_mapped=True):
@@ -74,15 +73,18 @@ class CheckpointTensors(Mapping):
         return len(self.arrays)
 
     def with_prefix(self, prefix: str) -> CheckpointTensors:
-        """The same tensors with a prefix before their names."""
+        """The same tensors, with `prefix` added to all names."""
         return self._map_keys(lambda name: prefix + name)
 
     def without_prefix(self, prefix: str) -> CheckpointTensors:
-        """The same tensors, a prefix taken away where it stands before a name."""
+        """The same tensors, with `prefix` removed from the names that start with it."""
         return self._map_keys(lambda name: name.removeprefix(prefix))
 
     def rename_keys(self, *replacements: tuple[str, str]) -> CheckpointTensors:
-        """The same tensors under names in which regular expressions, each in turn, are replaced once."""
+        """The same tensors, with each (regular expression, replacement) applied in turn, once per name.
+
+        Raises UserError where two tensors get the same name.
+        """
 
         def rename(name: str) -> str:
             for pattern, new in replacements:
@@ -94,25 +96,25 @@ class CheckpointTensors(Mapping):
     def _map_keys(self, rename_key: Callable[[str], str]) -> CheckpointTensors:
         arrays = {rename_key(name): array for name, array in self.arrays.items()}
         if len(arrays) < len(self.arrays):
-            raise UserError(f"two tensors of {self.files[0]} mean the same one")
-        made = CheckpointTensors(arrays, self.files, {rename_key(n): why for n, why in self.skipped.items()})
-        made.memory_mapped = {rename_key(name) for name in self.memory_mapped}
-        return made
+            raise UserError(f"two tensors of {self.files[0]} are the same parameter under different names; remove one")
+        renamed = CheckpointTensors(arrays, self.files, {rename_key(n): reason for n, reason in self.skipped.items()})
+        renamed.memory_mapped = {rename_key(name) for name in self.memory_mapped}
+        return renamed
 
     def __or__(self, other: CheckpointTensors) -> CheckpointTensors:
-        """Both together. Raises UserError when a name stands in both."""
-        if both := sorted(self.arrays.keys() & other.arrays.keys()):
+        """The tensors of both. Raises UserError where a name is in both."""
+        if shared_names := sorted(self.arrays.keys() & other.arrays.keys()):
             files = " and ".join(str(part.files[0]) for part in (self, other))
-            raise UserError(f"{len(both)} tensors stand in both {files}, for example {both[0]!r}")
+            raise UserError(f"{len(shared_names)} tensors are in both {files}, for example {shared_names[0]!r}")
         arrays = self.arrays | other.arrays
-        made = CheckpointTensors(arrays, self.files + other.files, self.skipped | other.skipped)
-        made.memory_mapped = self.memory_mapped | other.memory_mapped
-        return made
+        merged = CheckpointTensors(arrays, self.files + other.files, self.skipped | other.skipped)
+        merged.memory_mapped = self.memory_mapped | other.memory_mapped
+        return merged
 
     def release(self, name: str, array: np.ndarray | None = None) -> None:
-        """Let the system drop the pages of a tensor, or of a part of it, that has been read; they stay in its cache.
+        """Unmap the pages of a tensor, or of the part `array`, that has been read; they stay in the page cache.
 
-        Without this a conversion seems to hold every byte it has read.
+        Without this, the resident memory of a conversion grows by every byte that it reads.
         """
         array = self.arrays[name] if array is None else array
         if name not in self.memory_mapped or not array.nbytes or not hasattr(mmap, "MADV_DONTNEED"):
@@ -125,9 +127,10 @@ class CheckpointTensors(Mapping):
 
 
 def open_weights(path: str | Path, key: str | None = None) -> CheckpointTensors:
-    """The tensors of a file, an index or a folder. `key` names the inner dictionary of a .pth, where it is unusual.
+    """The tensors of a weight file, an index or a folder, memory mapped.
 
-    Raises UserError, in one sentence, for anything that is missing, damaged, too large to be true or unsafe.
+    `key` is the key of the state dict inside a .pth file, where it is none of STATE_DICT_KEYS. Raises UserError, in one
+    sentence, for missing, damaged, oversized or unsafe files.
     """
     path = Path(path)
     try:
@@ -141,11 +144,11 @@ def open_weights(path: str | Path, key: str | None = None) -> CheckpointTensors:
             return open_torch(path, key)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    raise UserError(f"{path} is no weight file; wanted .safetensors, .bin, .pth, .pt, an .index.json or a folder")
+    raise UserError(f"{path} is no weight file; give a .safetensors, .bin, .pth, .pt or .index.json file, or a folder")
 
 
 def open_safetensors(path: Path) -> CheckpointTensors:
-    """A safetensors file. The header is held against the file's size before anything else is read."""
+    """The tensors of a safetensors file, memory mapped. The header is checked against the file size first."""
     import safetensors
 
     size = path.stat().st_size
@@ -153,11 +156,11 @@ def open_safetensors(path: Path) -> CheckpointTensors:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if len(start) < 8 or length > size - 8:
-            raise UserError(f"{path} is cut short: its header does not fit into {size} bytes")
+            raise UserError(f"{path} is cut short: its header does not fit into {size} bytes; download it again")
         if length > MAX_HEADER_BYTES:
-            raise UserError(f"{path} has a header of {length:,} bytes; more than {MAX_HEADER_BYTES:,} is refused")
+            raise UserError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
         header = file.read(length)
-        try:  # the library holds offsets, shapes and sizes against each other
+        try:  # safe_open checks offsets, shapes and sizes against each other
             with safetensors.safe_open(path, framework="numpy"):
                 pass
             entries = json.loads(header, object_pairs_hook=_reject_duplicate_keys)
@@ -168,7 +171,10 @@ def open_safetensors(path: Path) -> CheckpointTensors:
     arrays = {}
     for name, entry in entries.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise UserError(f"tensor {name!r} of {path} has dtype {entry['dtype']}, which is not known here")
+            raise UserError(
+                f"tensor {name!r} of {path} has dtype {entry['dtype']}; "
+                f"the supported dtypes are {', '.join(SAFETENSORS_DTYPES)}"
+            )
         dtype, shape = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         flat = np.frombuffer(space, dtype, (end - begin) // dtype.itemsize, 8 + length + begin) if end > begin else []
@@ -177,47 +183,53 @@ def open_safetensors(path: Path) -> CheckpointTensors:
 
 
 def open_torch(path: Path, key: str | None = None) -> CheckpointTensors:
-    """A .bin, .pth or .pt file: tensors only, mapped from the disk, so that an optimiser beside them stays there."""
+    """The tensors of a .bin, .pth or .pt file, memory mapped, so that an optimizer state in it is not read.
+
+    Loads with weights_only=True. Raises UserError for damaged files and for pickles with code.
+    """
     torch = _import_torch(path)
-    mapped = zipfile.is_zipfile(path)
-    if mapped:
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
         _check_zip(path)
     else:
-        log.warning("%s has torch's old format, which cannot be mapped: it is read into memory whole", path)
+        log.warning("%s has torch's old format (no zip), which cannot be memory mapped: all of it is read", path)
     try:
-        with warnings.catch_warnings():  # of odd pickles torch asks people to file an issue
+        with warnings.catch_warnings():  # for unusual pickles torch asks users to file an issue
             warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch raises many kinds on damaged files
         text = str(error)
-        if found := re.search(r"GLOBAL ([\w.]+)", text):
-            reason = f"it holds code ({found[1]}), which could do anything; ask its makers for .safetensors"
+        if match := re.search(r"GLOBAL ([\w.]+)", text):
+            reason = f"it holds code ({match[1]}); ask its authors for a .safetensors file"
         else:
             reason = f"it is damaged or no PyTorch file ({type(error).__name__}: {_first_line(error)})"
-        raise UserError(f"{path} is refused: {reason}") from error
-    state, left = _find_state_dict(loaded, key, path, torch.Tensor)
+        raise UserError(f"{path} cannot be loaded: {reason}") from error
+    state, skipped = _find_state_dict(loaded, key, path, torch.Tensor)
     arrays = {}
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
-            left[str(name)] = f"not a tensor but a {type(tensor).__name__}"
+            skipped[str(name)] = f"a {type(tensor).__name__}, not a tensor"
         elif tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise UserError(f"tensor {name!r} of {path} is {tensor.layout} {tensor.dtype}; only plain tensors are read")
+            raise UserError(
+                f"tensor {name!r} of {path} is {tensor.layout} {tensor.dtype} on {tensor.device.type}; "
+                "only strided, unquantized CPU tensors are supported"
+            )
         else:
             arrays[str(name)] = _as_numpy(tensor, torch)
-    if arrays and all(name.startswith("module.") for name in arrays):  # what DistributedDataParallel adds
+    if arrays and all(name.startswith("module.") for name in arrays):  # prefix of DistributedDataParallel
         arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
-    return CheckpointTensors(arrays, (path,), left, mapped)
+    return CheckpointTensors(arrays, (path,), skipped, is_zip)
 
 
 def has_nan(array: np.ndarray) -> bool:
-    """Whether a floating array holds a NaN, from its bits, a cache's worth at a time."""
-    kind = np.dtype(array.dtype)
-    if kind not in _INFINITY_BITS:
+    """Whether a float array holds a NaN. Compares the bits in blocks that fit into the CPU cache."""
+    float_dtype = np.dtype(array.dtype)
+    if float_dtype not in _INFINITY_BITS:
         return False
-    word = np.dtype(f"u{kind.itemsize}")
-    flat, limit = array.reshape(-1).view(word), _INFINITY_BITS[kind]
-    mask = word.type(np.iinfo(word).max >> 1)  # all but the sign
-    return any((flat[at : at + 2**17] & mask).max() > limit for at in range(0, flat.size, 2**17))
+    word = np.dtype(f"u{float_dtype.itemsize}")
+    flat, infinity = array.reshape(-1).view(word), _INFINITY_BITS[float_dtype]
+    mask = word.type(np.iinfo(word).max >> 1)  # all bits except the sign
+    return any((flat[start : start + 2**17] & mask).max() > infinity for start in range(0, flat.size, 2**17))
 
 
 _INFINITY_BITS = {
@@ -227,7 +239,10 @@ _INFINITY_BITS = {
 
 
 def _open_folder(path: Path, key: str | None) -> CheckpointTensors:
-    """The weights of a folder: safetensors before pickles, an index before single files, never a guess between two."""
+    """The weights of a folder: safetensors preferred to pickles, an index to a single file.
+
+    Raises UserError where several files or none match.
+    """
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
         files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
         indexes = [f for s in suffixes for f in sorted(path.glob(f"*{s}.index.json"))]
@@ -237,14 +252,16 @@ def _open_folder(path: Path, key: str | None) -> CheckpointTensors:
             return open_weights(files[0], key)
         if files or indexes:
             names = ", ".join(file.name for file in (indexes or files)[:5])
-            raise UserError(f"{path} holds several weight files ({names}); name the one to read")
-    raise UserError(f"{path} holds no weights: no .safetensors, .bin, .pth or .pt file and no index of them")
+            raise UserError(
+                f"{path} holds {len(indexes or files)} weight files ({names}); give the path of one of them"
+            )
+    raise UserError(f"{path} holds no weights: it needs a .safetensors, .bin, .pth or .pt file or an index of shards")
 
 
 def _open_index(path: Path, key: str | None) -> CheckpointTensors:
     if path.stat().st_size > MAX_HEADER_BYTES:
         raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes; an index of more than {MAX_HEADER_BYTES:,} is refused"
+            f"{path} has {path.stat().st_size:,} bytes; an index may have at most {MAX_HEADER_BYTES:,} bytes"
         )
     try:
         index = json.loads(path.read_bytes(), object_pairs_hook=_reject_duplicate_keys)
@@ -252,40 +269,42 @@ def _open_index(path: Path, key: str | None) -> CheckpointTensors:
         for name, file in index["weight_map"].items():
             files.setdefault(str(file), set()).add(name)
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no index of weight files: {_first_line(error)}") from error
+        raise UserError(f"{path} is no valid index of weight files: {_first_line(error)}") from error
     if not files:
-        raise UserError(f"{path} names no tensors")
+        raise UserError(f"the index {path} lists no tensors")
     tensors = CheckpointTensors({}, ())
     for file, names in files.items():
         if Path(file).name != file or file in ("", ".", "..") or "\\" in file:
-            raise UserError(f"{path} names the file {file!r}; an index may only name files that lie beside it")
+            raise UserError(f"{path} names the file {file!r}; an index may only name files in its own folder")
         if not file.endswith((".safetensors", *TORCH_SUFFIXES)):
             raise UserError(f"{path} names the file {file!r}, which is no weight file")
         if not (path.parent / file).is_file():
-            raise UserError(f"{path} names the file {file!r}, which is missing")
+            raise UserError(f"{path} names the file {file!r}, which is missing; download it into the same folder")
         part = open_weights(path.parent / file, key)
         if names != part.keys():
-            odd = sorted(names ^ part.keys())
-            raise UserError(f"{path} and {file} disagree on {len(odd)} tensors, for example {odd[0]!r}")
+            differing = sorted(names ^ part.keys())
+            raise UserError(f"{path} and {file} disagree on {len(differing)} tensors, for example {differing[0]!r}")
         tensors = tensors | part if tensors.files else part
     return tensors
 
 
 def _import_torch(path: Path):
-    """The torch module, if it is there and young enough to be safe with strangers' files."""
+    """The torch module. Raises UserError where it is missing or too old to load untrusted pickles safely."""
     if importlib.util.find_spec("torch") is None:
-        raise UserError(f"{path} needs PyTorch to be read; install lionjax[torch], or use .safetensors files")
+        raise UserError(f"reading {path} needs PyTorch; install lionjax[torch], or use .safetensors files")
     import torch
 
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < MIN_TORCH_VERSION:
-        wanted = ".".join(map(str, MIN_TORCH_VERSION))
-        raise UserError(f"torch {torch.__version__} can run code hidden in {path}; install torch {wanted} or newer")
+        min_version = ".".join(map(str, MIN_TORCH_VERSION))
+        raise UserError(
+            f"torch {torch.__version__} can run code hidden in {path}; install torch {min_version} or newer"
+        )
     return torch
 
 
 def _check_zip(path: Path) -> None:
-    """A torch file is a zip whose members are stored as they are; anything that would grow when read is refused."""
+    """Raise UserError for a torch zip file with compressed or oversized members (a zip bomb)."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -293,29 +312,29 @@ def _check_zip(path: Path) -> None:
         raise UserError(f"{path} is damaged: {_first_line(error)}") from error
     size = path.stat().st_size
     if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        raise UserError(f"{path} is refused: its parts are packed, or larger than the file")
+        raise UserError(f"{path} cannot be loaded: its zip members are compressed, or larger than the file")
     if any(m.filename.endswith(".pkl") and m.file_size > MAX_PICKLE_BYTES for m in members):
-        raise UserError(f"{path} is refused: its table of contents is larger than {MAX_PICKLE_BYTES:,} bytes")
+        raise UserError(f"{path} cannot be loaded: its pickle is larger than {MAX_PICKLE_BYTES:,} bytes")
 
 
 def _find_state_dict(loaded, key: str | None, path: Path, tensor_type: type) -> tuple[Mapping, dict[str, str]]:
-    """The dictionary of tensors inside what torch loaded, and what else lies beside it."""
+    """(state dict, {skipped key: reason}) of an object loaded by torch."""
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
     keys = (key,) if key is not None else STATE_DICT_KEYS
     inner = next((k for k in keys if isinstance(loaded.get(k), Mapping)), None)
     if inner is None:
         if key is not None:
-            raise UserError(f"{path} holds no dictionary {key!r}; it has {', '.join(map(str, list(loaded)[:8]))}")
+            raise UserError(f"{path} holds no dictionary {key!r}; its keys are {', '.join(map(str, list(loaded)[:8]))}")
         if not any(isinstance(value, tensor_type) for value in loaded.values()):
-            raise UserError(f"{path} holds no tensors; it has {', '.join(map(str, list(loaded)[:8])) or 'nothing'}")
+            raise UserError(f"{path} holds no tensors; its keys are {', '.join(map(str, list(loaded)[:8])) or 'none'}")
         return loaded, {}
-    left = {str(name): f"lies beside {inner!r}" for name in loaded if name != inner}
-    return loaded[inner], left
+    skipped = {str(name): f"outside of {inner!r}" for name in loaded if name != inner}
+    return loaded[inner], skipped
 
 
 def _as_numpy(tensor, torch) -> np.ndarray:
-    """A view of a torch tensor; dtypes that numpy lacks go through words of the same size."""
+    """A numpy view of a torch tensor; dtypes that numpy lacks are viewed as integers of the same size first."""
     tensor = tensor.detach()
     special = {
         torch.bfloat16: (torch.uint16, ml_dtypes.bfloat16),
@@ -327,12 +346,12 @@ def _as_numpy(tensor, torch) -> np.ndarray:
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} stands twice")
-    return found
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {duplicate!r} occurs twice")
+    return entries
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of rows read both ways, in memory: torch's tensors into our tree, onto a mesh, and back.
-
-Numbers keep their exact bits and their dtype.
-"""
+"""Apply a weight map in memory: PyTorch state dict to Flax parameters, to sharded parameters, and back, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,12 +16,12 @@ from lionjax.core.types import Params
 from lionjax.core.weight_map import WeightMapping, bitwise_equal, copy_bits
 
 TensorSlices = Iterator[tuple[str, tuple[int, ...], np.ndarray]]  # (name, index, array): the array is name's [index]
-TENSOR_VALUES = "the numbers in the torch tensors"
+TENSOR_VALUES = "the values of the torch tensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
-    """A leaf whose layers are made when they are asked for, by their place on its leading axes."""
+    """A parameter whose layers are computed on access; `get_layer` takes their index on the leading axes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -34,26 +31,29 @@ class LazyTensor:
 def params_from_state_dict(
     weight_map: Iterable[WeightMapping], state_dict: Mapping, ignore=(), expected: Params | None = None
 ) -> Params:
-    """Torch's tensors -> our tree, bit for bit.
+    """The parameters of a PyTorch state dict, bit for bit, as numpy arrays.
 
-    `state` maps torch names to numpy arrays, which may be memory maps. `ignore` and `expected` are those of
+    `state_dict` maps torch names to numpy arrays, which may be memory maps. `ignore` and `expected` are those of
     `plan.plan_params`. Raises UserError with all problems.
     """
     plan = plan_params(weight_map, state_dict, ignore, expected)
-    flat = {path: np.empty(form.shape, form.dtype) for path, form in plan.output_specs.items()}
+    flat_params = {path: np.empty(spec.shape, spec.dtype) for path, spec in plan.output_specs.items()}
     for path, index, part in iter_param_slices(plan, state_dict):
-        copy_bits(flat[path][(*index, ...)], part)
-    return trees.unflatten(flat)
+        copy_bits(flat_params[path][(*index, ...)], part)
+    return trees.unflatten(flat_params)
 
 
 def state_dict_from_params(
     weight_map: Iterable[WeightMapping], params: Params, expected: Params | None = None
 ) -> dict[str, np.ndarray]:
-    """Our tree -> torch's tensors, bit for bit; the inverse of `params_from`. Raises UserError with all problems."""
-    flat = trees.flatten(params)
-    plan = plan_state_dict(weight_map, flat, expected)
+    """The PyTorch state dict of parameters, bit for bit, as numpy arrays; the inverse of `params_from_state_dict`.
+
+    Raises UserError with all problems.
+    """
+    flat_params = trees.flatten(params)
+    plan = plan_state_dict(weight_map, flat_params, expected)
     state = {}
-    for name, _, tensor in iter_torch_tensors(plan, flat):
+    for name, _, tensor in iter_torch_tensors(plan, flat_params):
         state[name] = np.empty(tensor.shape, tensor.dtype)
         copy_bits(state[name], tensor)
     return state
@@ -62,64 +62,64 @@ def state_dict_from_params(
 def sharded_params_from_state_dict(
     weight_map: Iterable[WeightMapping], state_dict: Mapping, like: Params, ignore=()
 ) -> Params:
-    """Torch's tensors -> our tree on a mesh; each process reads only the bytes that its shards need.
+    """The parameters of a PyTorch state dict as jax.Arrays on a mesh; each process reads only the bytes of its shards.
 
-    `like` is a tree of shapes with shardings, as `sharding.abstract(..., mesh=mesh)` makes; the dtypes are the
-    files'. Raises UserError with all problems.
+    `like` is a tree of shapes with shardings, as from `sharding.abstract_params(..., mesh=mesh)`; the dtypes are those
+    of `state_dict`. Raises UserError with all problems.
     """
     plan = plan_params(weight_map, state_dict, ignore, like)
-    pieces: dict[str, dict[tuple, MappedTensor]] = {}
-    for piece in plan.mapped_tensors:
-        for path in piece.mapping.flax_paths:
-            pieces.setdefault(path, {})[piece.index] = piece
+    mapped_by_path: dict[str, dict[tuple, MappedTensor]] = {}
+    for mapped in plan.mapped_tensors:
+        for path in mapped.mapping.flax_paths:
+            mapped_by_path.setdefault(path, {})[mapped.index] = mapped
     problems: list[str] = []
 
-    def place(path, target):
-        of_leaf, form = pieces[path], plan.output_specs[path]
-        row = next(iter(of_leaf.values())).mapping
-        depth, number = len(row.index_letters), row.flax_paths.index(path)
+    def make_leaf(path, target):
+        mapped_layers, spec = mapped_by_path[path], plan.output_specs[path]
+        mapping = next(iter(mapped_layers.values())).mapping
+        depth, leaf_number = len(mapping.index_letters), mapping.flax_paths.index(path)
 
-        def shard(where: tuple[slice, ...]) -> np.ndarray:
-            ranges = [range(size)[part] for size, part in zip(form.shape, where, strict=True)]
-            made = np.zeros([len(r) for r in ranges], form.dtype)
-            for local in np.ndindex(made.shape[:depth]):
-                piece = of_leaf[tuple(r[k] for r, k in zip(ranges, local))]
-                for part in to_flax_leaves(piece, state_dict, problems)[number : number + 1]:
-                    copy_bits(made[(*local, ...)], part[where[depth:]])
-                for name in piece.tied_keys:
-                    (part,) = row.to_flax(state_dict[name])
-                    _check_tied(piece, name, made[(*local, ...)], part[where[depth:]], problems)
-            return made
+        def shard(shard_index: tuple[slice, ...]) -> np.ndarray:
+            ranges = [range(size)[part] for size, part in zip(spec.shape, shard_index, strict=True)]
+            block = np.zeros([len(r) for r in ranges], spec.dtype)
+            for local in np.ndindex(block.shape[:depth]):
+                mapped = mapped_layers[tuple(r[k] for r, k in zip(ranges, local))]
+                for part in to_flax_leaves(mapped, state_dict, problems)[leaf_number : leaf_number + 1]:
+                    copy_bits(block[(*local, ...)], part[shard_index[depth:]])
+                for name in mapped.tied_keys:
+                    (part,) = mapping.to_flax(state_dict[name])
+                    _check_tied(mapped, name, block[(*local, ...)], part[shard_index[depth:]], problems)
+            return block
 
-        return jax.make_array_from_callback(form.shape, target.sharding, shard)
+        return jax.make_array_from_callback(spec.shape, target.sharding, shard)
 
-    placed = {path: place(path, target) for path, target in trees.flatten(like).items()}
+    flat_params = {path: make_leaf(path, target) for path, target in trees.flatten(like).items()}
     raise_problems(problems, TENSOR_VALUES)
-    return trees.unflatten(placed)
+    return trees.unflatten(flat_params)
 
 
 def iter_param_slices(
     plan: ConversionPlan, state_dict: Mapping, release: Callable = lambda name, array: None
 ) -> TensorSlices:
-    """Every part of every leaf, in the order of the table, mostly as a view of a torch tensor.
+    """Yields every layer of every parameter, in the order of the weight map, mostly as views of torch tensors.
 
-    `done` gets the name and the array of each tensor that is not needed any more. Raises UserError at the end, with
-    all problems that only the numbers show.
+    `release` is called with name and array of each tensor that is no longer needed. Raises UserError at the end, with
+    all problems of the tensors' values.
     """
     problems: list[str] = []
-    for piece in plan.mapped_tensors:
-        for name in piece.tied_keys:
-            _check_tied(piece, name, state_dict[piece.torch_keys[0]], state_dict[name], problems)
+    for mapped in plan.mapped_tensors:
+        for name in mapped.tied_keys:
+            _check_tied(mapped, name, state_dict[mapped.torch_keys[0]], state_dict[name], problems)
             release(name, state_dict[name])
-        for path, part in zip(piece.mapping.flax_paths, to_flax_leaves(piece, state_dict, problems)):
-            yield path, piece.index, part
-        for name in piece.torch_keys:
+        for path, part in zip(mapped.mapping.flax_paths, to_flax_leaves(mapped, state_dict, problems)):
+            yield path, mapped.index, part
+        for name in mapped.torch_keys:
             release(name, state_dict[name])
     raise_problems(problems, TENSOR_VALUES)
 
 
 def to_flax_leaves(mapped_tensor: MappedTensor, state_dict: Mapping, problems: list[str]) -> tuple[np.ndarray, ...]:
-    """The parts of the leaves that one piece gives; what its numbers forbid is added to `problems`."""
+    """The layers of the parameters that one mapped tensor yields; () with an entry in `problems` for wrong values."""
     try:
         return mapped_tensor.mapping.to_flax(*(np.asarray(state_dict[name]) for name in mapped_tensor.torch_keys))
     except ValueError as error:
@@ -131,32 +131,32 @@ def _check_tied(
     mapped_tensor: MappedTensor, tied_key: str, tensor: np.ndarray, tied_tensor: np.ndarray, problems: list[str]
 ) -> None:
     if not bitwise_equal(np.asarray(tensor), np.asarray(tied_tensor)):
-        problems.append(f"tied tensors {mapped_tensor.torch_keys[0]!r} and {tied_key!r} hold different numbers")
+        problems.append(f"tied tensors {mapped_tensor.torch_keys[0]!r} and {tied_key!r} hold different values")
 
 
 def iter_torch_tensors(
     plan: ConversionPlan, flat_params: Mapping, release: Callable = lambda path, array: None
 ) -> TensorSlices:
-    """Every torch tensor, in the order of the table, a tied one under each of its names.
+    """Yields every torch tensor, in the order of the weight map, a tied one under each of its names.
 
-    `flat` holds leaves by path; they may be on devices. `done` gets the path and the part of a leaf that is not
-    needed any more.
+    `flat_params` maps paths to arrays, which may be on devices. `release` is called with the path and the layer of a
+    parameter that is no longer needed.
     """
-    for _, pieces in itertools.groupby(
-        plan.mapped_tensors, key=lambda piece: piece.mapping.flax_paths or piece.mapping.torch_keys
+    for _, group in itertools.groupby(
+        plan.mapped_tensors, key=lambda mapped: mapped.mapping.flax_paths or mapped.mapping.torch_keys
     ):
-        pieces = list(pieces)
-        leaves = {path: flat_params[path] for path in pieces[0].mapping.flax_paths}
+        group = list(group)
+        leaves = {path: flat_params[path] for path in group[0].mapping.flax_paths}
         leaves = {p: x if isinstance(x, LazyTensor) else np.asarray(x) for p, x in leaves.items()}
-        for piece in pieces:
-            parts = {path: _leaf_layer(leaf, piece.index) for path, leaf in leaves.items()}
-            tensors = piece.mapping.to_torch(*parts.values())
-            yield from ((name, (), tensor) for name, tensor in zip(piece.torch_keys, tensors))
-            yield from ((name, (), tensors[0]) for name in piece.tied_keys)
+        for mapped in group:
+            parts = {path: _leaf_layer(leaf, mapped.index) for path, leaf in leaves.items()}
+            tensors = mapped.mapping.to_torch(*parts.values())
+            yield from ((name, (), tensor) for name, tensor in zip(mapped.torch_keys, tensors))
+            yield from ((name, (), tensors[0]) for name in mapped.tied_keys)
             for path in parts:
                 if not isinstance(leaves[path], LazyTensor):
                     release(path, parts[path])
-            del parts, tensors  # or two pieces would be held while the next is made
+            del parts, tensors  # otherwise two layers are in memory while the next is computed
 
 
 def _leaf_layer(leaf: np.ndarray | LazyTensor, index: tuple[int, ...]) -> np.ndarray:

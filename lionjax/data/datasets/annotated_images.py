@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotated pictures as two lists: the pictures, and for each task the rows that speak of one of them.
+"""Annotated images: a list of images, and for each task a list of annotations that refer to an image by index.
 
-What every reader of an annotation format makes. A row says what is asked and answered, or only what is true, and
-then a wording is drawn for it. Boxes stay as the annotator wrote them until a row is used: then they are checked.
+All readers of annotation formats return `AnnotatedImages`. An annotation has a question and answers, or only labels,
+for which a question template is drawn. Boxes are kept in the annotator's units and validated when an example is made.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ QUESTION_TEMPLATES = {
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """A picture by its path under the root. `width`, `height`: the unit of its boxes; 1 for fractions.
+    """An image file under the root. `width`, `height`: the units of its boxes: pixels, or 1 for fractions.
 
-    Without a name there is no picture: what is asked then is words alone, beside a blank one.
+    An empty `name` means that there is no image: the example is text-only, with a blank image. Raises UserError for a
+    size of 0 or less.
     """
 
     name: str
@@ -48,15 +49,17 @@ class ImageInfo:
 
     def __post_init__(self):
         if not (self.width > 0 and self.height > 0):
-            raise UserError(f"{self.name} is said to be {self.width} x {self.height}; correct its size")
+            raise UserError(
+                f"{self.name} has the annotated size {self.width} x {self.height}; give a width and a height above 0"
+            )
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """What is asked of one picture. `photo` is its number.
+    """One question, or the labels for one, about one image. `photo`: index of the image.
 
-    `words` fills a template where there is no `question`: a noun or an expression. `boxes` answer, `question_boxes`
-    are asked about, both x0 y0 x1 y1 in the photo's unit. `regions` number the annotations whose masks are meant.
+    `words`: a noun or referring expression that fills a template if `question` is empty. `boxes` are in the answer and
+    `question_boxes` in the question, as (x0, y0, x1, y1) in the image's units. `regions`: indices of `segmentations`.
     """
 
     photo: int
@@ -71,7 +74,7 @@ class Annotation:
 
 @dataclass
 class AnnotatedImages:
-    """Pictures under one folder, and rows by task. `outlines`: polygons or run lengths, for masks."""
+    """Images under one folder, and annotations by task. `segmentations`: COCO polygons or run lengths, for masks."""
 
     root: Path
     image_infos: list[ImageInfo]
@@ -85,11 +88,11 @@ class AnnotatedImages:
 
     @property
     def task_sizes(self) -> dict[str, int]:
-        """How many examples there are of each task."""
+        """Number of examples of each task."""
         return {task: len(rows) for task, rows in self.annotations.items()}
 
     def record_index(self, task: str, index: int) -> int:
-        """The number of the picture that an example is about."""
+        """Index of the image of an example."""
         return self.annotations[task][index].photo
 
     def __len__(self) -> int:
@@ -99,54 +102,55 @@ class AnnotatedImages:
         return self.image_infos[record_index].name or "no picture"
 
     def image_path(self, record_index: int) -> Path:
-        """The picture's file; UserError when it lies outside the root."""
+        """The path of an image file. Raises UserError if it is outside the root."""
         return images.safe_path(self.root, self.image_infos[record_index].name)
 
     def load_record(self, record_index: int) -> tuple[Image.Image, ImageInfo]:
-        """The picture, whose size must be the annotated one, and what is known of it."""
-        photo = self.image_infos[record_index]
-        if not photo.name:
-            return Image.new("RGB", (1, 1)), photo
-        picture = images.open_image(self.image_path(record_index), photo.name, self.max_pixels)
-        check_image_size(picture, photo)
-        return picture, photo
+        """(image, its info). Raises UserError for an unreadable image and for a wrong size."""
+        image_info = self.image_infos[record_index]
+        if not image_info.name:
+            return Image.new("RGB", (1, 1)), image_info
+        image = images.open_image(self.image_path(record_index), image_info.name, self.max_pixels)
+        check_image_size(image, image_info)
+        return image, image_info
 
     def make_example(
         self, task: str, index: int, truth: ImageInfo, rng: np.random.Generator, tag_noise: float
     ) -> Example:
-        """An example in words, with a wording and one of several answers drawn."""
+        """A text example; see the function `make_example`."""
         return make_example(task, self.annotations[task][index], truth, rng, tag_noise, self.tag_vocabulary)
 
     def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
-        """(K, height, width) bool of annotations by number, in the photo's own pixels."""
-        photo = self.image_infos[record_index]
-        size = (int(photo.height), int(photo.width))
+        """bool (K, height, width): masks of the segmentations with these indices, in the image's own pixels."""
+        image_info = self.image_infos[record_index]
+        size = (int(image_info.height), int(image_info.width))
         return np.stack([segmentation_to_mask(self.segmentations[region], size) for region in regions])
 
 
 def check_image_size(image: Image.Image, image_info: ImageInfo) -> None:
-    """UserError when a picture is not as large as its annotations say: its boxes would be somewhere else."""
-    said = (image_info.width, image_info.height)
-    if said != (1.0, 1.0) and image.size != said:
+    """Raises UserError if an image has another size than its annotations, as its boxes would then be wrong."""
+    annotated_size = (image_info.width, image_info.height)
+    if annotated_size != (1.0, 1.0) and image.size != annotated_size:
         width, height = image.size
         raise UserError(
-            f"{image_info.name} is {width} x {height} but its annotations speak of {said[0]:g} x {said[1]:g}; "
-            "bring the picture they were made for"
+            f"{image_info.name} is {width} x {height} but its annotations are for "
+            f"{annotated_size[0]:g} x {annotated_size[1]:g}; "
+            "use the image that was annotated"
         )
 
 
 def segmentation_to_mask(segmentation, size: tuple[int, int]) -> np.ndarray:
-    """(height, width) bool of COCO polygons or run lengths."""
-    from pycocotools import mask as runs
+    """bool (height, width) from COCO polygons or run lengths; `size` is (height, width)."""
+    from pycocotools import mask as coco_mask
 
     height, width = size
     if isinstance(segmentation, list):
-        coded = runs.merge(runs.frPyObjects(segmentation, height, width))
+        run_lengths = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
-        coded = runs.frPyObjects(segmentation, height, width)
+        run_lengths = coco_mask.frPyObjects(segmentation, height, width)
     else:
-        coded = segmentation
-    return runs.decode(coded).astype(bool)
+        run_lengths = segmentation
+    return coco_mask.decode(run_lengths).astype(bool)
 
 
 def make_example(
@@ -157,20 +161,25 @@ def make_example(
     tag_noise: float = 0.0,
     tag_vocabulary: tuple[str, ...] = (),
 ) -> Example:
-    """A row in words. Raises UserError for a box outside the picture or without area, and for an empty row."""
-    boxes, asked = (_normalize_boxes(group, image_info) for group in (annotation.boxes, annotation.question_boxes))
+    """A text example, with a drawn question template and one drawn answer.
+
+    Raises UserError for a box outside the image or without area, and for an empty question.
+    """
+    boxes, question_boxes = (
+        _normalize_boxes(group, image_info) for group in (annotation.boxes, annotation.question_boxes)
+    )
     answers = annotation.answers or (f"Answer: {''.join(map(box_to_text, boxes))}",)
-    question = annotation.question or _question_from_template(task, annotation, asked, rng)
+    question = annotation.question or _question_from_template(task, annotation, question_boxes, rng)
     if not question.strip():
-        raise UserError(f"a {task} record of {image_info.name} has no question; give it one")
+        raise UserError(f"a {task} record of {image_info.name} has no question; add one")
     return Example(
         task=task,
         kind=annotation.kind or task,
         question=question,
         answer=answers[rng.integers(len(answers))],
         answers=answers,
-        category=TASK_CATEGORY.get(task, "region_level" if boxes or asked else "image_level"),
-        question_boxes=asked,
+        category=TASK_CATEGORY.get(task, "region_level" if boxes or question_boxes else "image_level"),
+        question_boxes=question_boxes,
         boxes=boxes,
         targets=annotation.regions,
         tags=noisy_tags(image_info, tag_vocabulary, tag_noise),
@@ -187,20 +196,22 @@ def _question_from_template(task: str, annotation: Annotation, question_boxes: t
 
 def _normalize_boxes(boxes: tuple[Box, ...], image_info: ImageInfo) -> tuple[Box, ...]:
     size = (image_info.width, image_info.height)
-    slack = PIXEL_TOLERANCE if size != (1.0, 1.0) else 1e-3
-    return tuple(images.normalize_box(box, size, slack, f"a box of {image_info.name},") for box in boxes)
+    tolerance = PIXEL_TOLERANCE if size != (1.0, 1.0) else 1e-3
+    return tuple(images.normalize_box(box, size, tolerance, f"a box of {image_info.name},") for box in boxes)
 
 
 def noisy_tags(image_info: ImageInfo, tag_vocabulary: tuple[str, ...], noise: float) -> tuple[str, ...]:
-    """Tags as a tagger says them: each missing with probability `noise`, and a quarter as many wrong ones.
+    """Tags of a simulated tagger: each tag is missing with probability `noise`, a quarter as many wrong ones are added.
 
-    The same photo and noise give the same tags.
+    Deterministic for an image name and `noise`.
     """
     if not noise or not image_info.tags:
         return image_info.tags
     rng = np.random.default_rng(zlib.crc32(image_info.name.encode()))
-    kept = [tag for tag in image_info.tags if rng.random() >= noise]
-    false = [tag for tag in tag_vocabulary if tag not in image_info.tags]
-    wrong = rng.choice(false, min(len(false), rng.binomial(len(image_info.tags), noise / 4)), replace=False)
-    # In alphabetic order, so that place does not tell right from wrong.
-    return tuple(sorted({*kept, *wrong.tolist()}))
+    true_tags = [tag for tag in image_info.tags if rng.random() >= noise]
+    absent_tags = [tag for tag in tag_vocabulary if tag not in image_info.tags]
+    wrong_tags = rng.choice(
+        absent_tags, min(len(absent_tags), rng.binomial(len(image_info.tags), noise / 4)), replace=False
+    )
+    # Sorted, so that the order does not reveal which tags are wrong.
+    return tuple(sorted({*true_tags, *wrong_tags.tolist()}))

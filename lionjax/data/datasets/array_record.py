@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any source written once as ArrayRecord files, and read back: pictures and truth together, checked when written."""
+"""Data sets in ArrayRecord files (TFDS), as written by `lionjax data build`: validated images with annotations."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from lionjax.core.types import UserError
-from lionjax.data.datasets import annotated_images as table
+from lionjax.data.datasets import annotated_images
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
 
 INDEX_FILE = "index.npz"
-Tagger = Callable[[Sequence], Sequence[Sequence[str]]]  # the tags of each picture
+Tagger = Callable[[Sequence], Sequence[Sequence[str]]]  # from images to the tags of each
 
 
 @dataclass(frozen=True)
 class ArrayRecordDataset:
-    """A folder that `lionjax data build` wrote from annotated pictures."""
+    """A folder that `lionjax data build` wrote from annotated images."""
 
     folder: str
     name: str = "built"
@@ -33,7 +33,7 @@ class ArrayRecordDataset:
 
 @dataclass(frozen=True)
 class RecordTruth:
-    """The truth of one record: its photo, its rows by task, and the outlines that they number."""
+    """Ground truth of one record: image info, annotations by task, and the segmentations that they refer to."""
 
     image_info: ImageInfo
     annotations: dict[str, list[Annotation]]
@@ -46,20 +46,23 @@ class RecordTruth:
     @staticmethod
     def from_json(text: str) -> RecordTruth:
         raw = json.loads(text)
-        photo = ImageInfo(**{**raw["photo"], "tags": tuple(raw["photo"]["tags"])})
+        image_info = ImageInfo(**{**raw["photo"], "tags": tuple(raw["photo"]["tags"])})
         rows = {task: [_annotation_from_json(fields) for fields in rows] for task, rows in raw["rows"].items()}
-        return RecordTruth(photo, rows, raw["outlines"])
+        return RecordTruth(image_info, rows, raw["outlines"])
 
 
 def _annotation_from_json(fields: dict[str, Any]) -> Annotation:
-    """A row from JSON, its lists as tuples again."""
+    """An annotation from its JSON fields, with lists converted to tuples."""
     boxes = {key: tuple(map(tuple, fields[key])) for key in ("boxes", "question_boxes")}
     lists = {key: tuple(fields[key]) for key in ("answers", "regions")}
     return Annotation(**{**fields, **boxes, **lists})
 
 
 class OpenArrayRecordDataset:
-    """One split of a built folder. `index` holds (record, row) of every example, so that nothing is scanned."""
+    """One split of a built folder. `example_index` has (record, annotation) of each example, so no scan is needed.
+
+    Raises UserError for files that cannot be read.
+    """
 
     def __init__(self, folder: Path, split: str):
         self.folder = folder
@@ -67,10 +70,10 @@ class OpenArrayRecordDataset:
             with np.load(folder / INDEX_FILE, allow_pickle=False) as index:
                 arrays = {key: index[key] for key in index}
             splits = {key.partition("/")[0] for key in arrays if "/" in key}
-            # A source that was not divided lies there as one split, which then is every split.
+            # A source without splits is stored as one split, which is used for all splits.
             self.split = split if len(splits) > 1 else splits.pop()
-            mine = f"{self.split}/"
-            self.example_index = {key.removeprefix(mine): arrays[key] for key in arrays if mine in key}
+            prefix = f"{self.split}/"
+            self.example_index = {key.removeprefix(prefix): arrays[key] for key in arrays if prefix in key}
             self.record_names = self.example_index.pop("").tolist() if self.example_index else []
             self.tag_vocabulary = tuple(arrays["vocabulary"].tolist())
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -86,7 +89,7 @@ class OpenArrayRecordDataset:
         builder = tfds.builder_from_directory(str(self.folder))
         try:
             self.records = builder.as_data_source(split=self.split, decoders=raw)
-        except Exception as error:  # a cut-off file is reported in many ways
+        except Exception as error:  # a truncated file raises many types of errors
             raise UserError(f"{self.folder} cannot be read ({error}); build the data again") from error
 
     def __len__(self) -> int:
@@ -101,40 +104,42 @@ class OpenArrayRecordDataset:
     def load_record(self, record_index: int) -> tuple[bytes, RecordTruth]:
         try:
             stored = self.records[record_index]
-        except Exception as error:  # ArrayRecord's checksums speak up as RuntimeError
+        except Exception as error:  # ArrayRecord raises RuntimeError for a wrong checksum
             raise UserError(
-                f"record {self.record_names[record_index]} of {self.folder} is damaged ({error})"
+                f"record {self.record_names[record_index]} of {self.folder} is damaged ({error}); build the data again"
             ) from error
         return stored["image"], RecordTruth.from_json(stored["truth"].decode())
 
     def make_example(self, task: str, index: int, truth: RecordTruth, rng: np.random.Generator, tag_noise: float):
         row = truth.annotations[task][self.example_index[task][index, 1]]
-        return table.make_example(task, row, truth.image_info, rng, tag_noise, self.tag_vocabulary)
+        return annotated_images.make_example(task, row, truth.image_info, rng, tag_noise, self.tag_vocabulary)
 
     def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
-        _, known = self.load_record(record_index)
-        size = int(known.image_info.height), int(known.image_info.width)
-        return np.stack([table.segmentation_to_mask(known.segmentations[region], size) for region in regions])
+        _, truth = self.load_record(record_index)
+        size = int(truth.image_info.height), int(truth.image_info.width)
+        return np.stack(
+            [annotated_images.segmentation_to_mask(truth.segmentations[region], size) for region in regions]
+        )
 
 
 def find_dataset_folder(root: Path) -> Path:
-    """The one folder under `root` that holds a written data set."""
-    found = sorted(path.parent for path in root.glob("**/dataset_info.json")) if root.is_dir() else []
-    if len(found) != 1:
-        many = f"{len(found)} data sets" if found else "no data set"
-        raise UserError(f"{root} holds {many}; give the folder of one that `lionjax data build` wrote")
-    return found[0]
+    """The only folder under `root` with a built data set. Raises UserError for none and for several."""
+    folders = sorted(path.parent for path in root.glob("**/dataset_info.json")) if root.is_dir() else []
+    if len(folders) != 1:
+        contents = f"{len(folders)} data sets" if folders else "no data set"
+        raise UserError(f"{root} holds {contents}; give the folder of one that `lionjax data build` wrote")
+    return folders[0]
 
 
 def record_truths(dataset: AnnotatedImages) -> list[RecordTruth]:
-    """All that is known of each picture of a table, its outlines numbered anew."""
-    rows: list[dict[str, list[Annotation]]] = [{} for _ in dataset.image_infos]
-    outlines: list[list] = [[] for _ in dataset.image_infos]
-    for task, all_rows in dataset.annotations.items():
-        for row in all_rows:
-            mine = outlines[row.photo]
-            regions = tuple(range(len(mine), len(mine) + len(row.regions)))
-            mine += [dataset.segmentations[region] for region in row.regions]
-            fields = {**asdict(row), "regions": regions}
-            rows[row.photo].setdefault(task, []).append(_annotation_from_json(fields))
-    return [RecordTruth(*one) for one in zip(dataset.image_infos, rows, outlines)]
+    """The ground truth of each image, with its segmentations numbered from 0."""
+    annotations: list[dict[str, list[Annotation]]] = [{} for _ in dataset.image_infos]
+    segmentations: list[list] = [[] for _ in dataset.image_infos]
+    for task, task_annotations in dataset.annotations.items():
+        for annotation in task_annotations:
+            image_segmentations = segmentations[annotation.photo]
+            regions = tuple(range(len(image_segmentations), len(image_segmentations) + len(annotation.regions)))
+            image_segmentations += [dataset.segmentations[region] for region in annotation.regions]
+            fields = {**asdict(annotation), "regions": regions}
+            annotations[annotation.photo].setdefault(task, []).append(_annotation_from_json(fields))
+    return [RecordTruth(*parts) for parts in zip(dataset.image_infos, annotations, segmentations)]

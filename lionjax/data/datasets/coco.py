@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO folders as a `Table`: captions, tags, questions of existence, and boxes and masks of lone things.
+"""COCO (arXiv 1405.0312) as `AnnotatedImages`: captions, tags, POPE existence questions, boxes and masks.
 
-What the annotations do not say is not made up: an expression refers to a thing only where its kind occurs once in the
-picture, and crowds are never asked about.
+Expressions such as "the dog" are made only for categories with one instance in the image, and never for crowds.
 """
 
 from __future__ import annotations
@@ -28,13 +27,16 @@ from lionjax.data.datasets.annotation_files import (
 from lionjax.data.scenes.referring import with_article
 from lionjax.data.scenes.tasks import POPE_SETTINGS
 
-MIN_AREA_FRACTION = 0.004  # of the picture: smaller things are hard to point at, even for people
+MIN_AREA_FRACTION = 0.004  # of the image; smaller objects are hard to localize, also for people
 
 
 @renamed_fields(captions="captions_file", instances="instances_file", images="image_dir", share="heldout_fraction")
 @dataclass(frozen=True)
 class Coco:
-    """A folder with captions.json, instances.json or both, and the pictures. `share` of them are held out."""
+    """A COCO folder: captions.json, instances.json or both, and images. `heldout_fraction` of them is held out.
+
+    `open` raises UserError if both annotation files are missing or malformed.
+    """
 
     folder: str
     captions_file: str = "captions.json"
@@ -45,17 +47,17 @@ class Coco:
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         folder = Path(self.folder)
-        said, shown = (folder / name for name in (self.captions_file, self.instances_file))
-        if not (said.is_file() or shown.is_file()):
+        captions_path, instances_path = (folder / name for name in (self.captions_file, self.instances_file))
+        if not (captions_path.is_file() or instances_path.is_file()):
             raise UserError(f"{folder} has neither {self.captions_file} nor {self.instances_file}; give a COCO folder")
-        reader = AnnotatedImagesBuilder(folder / self.image_dir)
-        if shown.is_file():
-            with convert_format_errors(shown):
-                _add_instances(reader, shown, lambda key: in_split(key, split, self.heldout_fraction))
-        if said.is_file():
-            with convert_format_errors(said):
-                _add_captions(reader, said, lambda key: in_split(key, split, self.heldout_fraction))
-        return reader.build(max_pixels)
+        builder = AnnotatedImagesBuilder(folder / self.image_dir)
+        if instances_path.is_file():
+            with convert_format_errors(instances_path):
+                _add_instances(builder, instances_path, lambda key: in_split(key, split, self.heldout_fraction))
+        if captions_path.is_file():
+            with convert_format_errors(captions_path):
+                _add_captions(builder, captions_path, lambda key: in_split(key, split, self.heldout_fraction))
+        return builder.build(max_pixels)
 
 
 def _add_images(builder: AnnotatedImagesBuilder, path: Path, tree: object, is_included, tags: dict) -> None:
@@ -67,75 +69,86 @@ def _add_images(builder: AnnotatedImagesBuilder, path: Path, tree: object, is_in
 
 
 def _add_captions(builder: AnnotatedImagesBuilder, path: Path, is_included) -> None:
-    tree, said = read_json(path), {}
+    tree, captions = read_json(path), {}
     _add_images(builder, path, tree, is_included, {})
-    for note in validated_entries(path, tree, "annotations", ("image_id", "caption")):
-        said.setdefault(note["image_id"], []).append(note["caption"].strip())
-    for key, number in builder.index_by_key.items():
-        if key in said:
-            builder.add_annotation("caption", Annotation(number, tuple(said[key])))
+    for annotation in validated_entries(path, tree, "annotations", ("image_id", "caption")):
+        captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
+    for key, image_index in builder.index_by_key.items():
+        if key in captions:
+            builder.add_annotation("caption", Annotation(image_index, tuple(captions[key])))
 
 
 def _add_instances(builder: AnnotatedImagesBuilder, path: Path, is_included) -> None:
-    """Rows from instances: tags, existence, and boxes of kinds that occur once in a picture."""
-    tree, things = read_json(path), {}
-    kinds = {c["id"]: c["name"] for c in validated_entries(path, tree, "categories", ("id", "name"))}
-    for note in validated_entries(path, tree, "annotations", ("image_id", "category_id", "bbox")):
-        if note["category_id"] not in kinds:
-            raise UserError(f"{path}: no category has the id {note['category_id']!r}")
-        things.setdefault(note["image_id"], []).append((kinds[note["category_id"]], note))
-    company = {key: {kind for kind, _ in notes} for key, notes in things.items()}
-    often = Counter(dict.fromkeys(kinds.values(), 0))
-    often.update(kind for shown in company.values() for kind in sorted(shown))
-    beside = {kind: Counter() for kind in often}
-    for shown in company.values():
-        for kind in shown:
-            beside[kind].update(sorted(shown - {kind}))
-    _add_images(builder, path, tree, is_included, company)
-    for key, number in builder.index_by_key.items():
-        if key in things:
-            builder.add_annotation("tags", Annotation(number, (", ".join(builder.image_infos[number].tags),)))
-            _add_existence_questions(builder, number, often, beside, key)
-            _add_unique_objects(builder, number, things[key])
+    """Annotations from instances: tags, existence questions, and boxes of categories with one instance in the image."""
+    tree, instances = read_json(path), {}
+    category_names = {c["id"]: c["name"] for c in validated_entries(path, tree, "categories", ("id", "name"))}
+    for annotation in validated_entries(path, tree, "annotations", ("image_id", "category_id", "bbox")):
+        if annotation["category_id"] not in category_names:
+            raise UserError(
+                f"{path}: category_id {annotation['category_id']!r} is not in 'categories'; add it"
+            )
+        instances.setdefault(annotation["image_id"], []).append((category_names[annotation["category_id"]], annotation))
+    image_categories = {key: {category for category, _ in notes} for key, notes in instances.items()}
+    category_counts = Counter(dict.fromkeys(category_names.values(), 0))
+    category_counts.update(category for categories in image_categories.values() for category in sorted(categories))
+    cooccurrence = {category: Counter() for category in category_counts}
+    for categories in image_categories.values():
+        for category in categories:
+            cooccurrence[category].update(sorted(categories - {category}))
+    _add_images(builder, path, tree, is_included, image_categories)
+    for key, image_index in builder.index_by_key.items():
+        if key in instances:
+            builder.add_annotation("tags", Annotation(image_index, (", ".join(builder.image_infos[image_index].tags),)))
+            _add_existence_questions(builder, image_index, category_counts, cooccurrence, key)
+            _add_unique_objects(builder, image_index, instances[key])
 
 
 def _add_unique_objects(builder: AnnotatedImagesBuilder, image_index: int, instances: list) -> None:
-    """Boxes and masks of things whose kind occurs once in the picture."""
-    photo = builder.image_infos[image_index]
-    counts = Counter(kind for kind, _ in instances)
-    crowds = {kind for kind, note in instances if note.get("iscrowd")}
-    for kind, note in instances:
-        box = xywh_to_xyxy(note["bbox"])
+    """Boxes and masks of categories with one instance in the image (tasks rec, res, reg)."""
+    image_info = builder.image_infos[image_index]
+    counts = Counter(category for category, _ in instances)
+    crowd_categories = {category for category, annotation in instances if annotation.get("iscrowd")}
+    for category, annotation in instances:
+        box = xywh_to_xyxy(annotation["bbox"])
         area = (box[2] - box[0]) * (box[3] - box[1])
-        if counts[kind] > 1 or kind in crowds or area < MIN_AREA_FRACTION * photo.width * photo.height:
+        if (
+            counts[category] > 1
+            or category in crowd_categories
+            or area < MIN_AREA_FRACTION * image_info.width * image_info.height
+        ):
             continue
         regions = (len(builder.segmentations),)
-        builder.segmentations.append(note.get("segmentation"))
-        meant = {"kind": kind, "regions": regions}
-        for task in ("rec", "res") if note.get("segmentation") else ("rec",):
-            builder.add_annotation(task, Annotation(image_index, words=f"the {kind}", boxes=(box,), **meant))
-        names = (f"the {kind}", with_article(kind), kind)
-        builder.add_annotation("reg", Annotation(image_index, names, question_boxes=(box,), **meant))
+        builder.segmentations.append(annotation.get("segmentation"))
+        fields = {"kind": category, "regions": regions}
+        for task in ("rec", "res") if annotation.get("segmentation") else ("rec",):
+            builder.add_annotation(task, Annotation(image_index, words=f"the {category}", boxes=(box,), **fields))
+        names = (f"the {category}", with_article(category), category)
+        builder.add_annotation("reg", Annotation(image_index, names, question_boxes=(box,), **fields))
 
 
 def _add_existence_questions(
     builder: AnnotatedImagesBuilder, image_index: int, category_counts: Counter, cooccurrence: dict, key: object
 ) -> None:
-    """POPE's questions: up to three things that are there, and as many that are not, one of each setting.
+    """POPE's questions (arXiv 2305.10355): up to 3 present and as many absent categories, one per setting.
 
-    `often` counts pictures by kind, `beside` counts for each kind the kinds that it shares pictures with.
+    `category_counts`: number of images of each category. `cooccurrence`: for each category, the number of images that
+    it shares with every other category.
     """
     present = builder.image_infos[image_index].tags
-    absent = [kind for kind, _ in category_counts.most_common() if kind not in present]
-    near = sum((cooccurrence[kind] for kind in present), Counter())
-    hard = [kind for kind, _ in near.most_common() if kind not in present]
-    pools = {"random": absent, "popular": absent[:5], "adversarial": hard[:5]}
+    absent = [
+        present_category for present_category, _ in category_counts.most_common() if present_category not in present
+    ]
+    cooccurring = sum((cooccurrence[present_category] for present_category in present), Counter())
+    frequent_absent = [
+        present_category for present_category, _ in cooccurring.most_common() if present_category not in present
+    ]
+    pools = {"random": absent, "popular": absent[:5], "adversarial": frequent_absent[:5]}
     rng = np.random.default_rng(zlib.crc32(str(key).encode()))
-    for setting, kind in zip(POPE_SETTINGS, rng.permutation(present).tolist()):
+    for setting, present_category in zip(POPE_SETTINGS, rng.permutation(present).tolist()):
         pool = pools[setting] or absent
         if pool:
-            words = {"yes": kind, "no": pool[rng.integers(len(pool))]}
-            for answer, word in words.items():
+            category_by_answer = {"yes": present_category, "no": pool[rng.integers(len(pool))]}
+            for answer, category in category_by_answer.items():
                 builder.add_annotation(
-                    "existence", Annotation(image_index, (answer,), words=with_article(word), kind=setting)
+                    "existence", Annotation(image_index, (answer,), words=with_article(category), kind=setting)
                 )

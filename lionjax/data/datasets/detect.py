@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which source a word or a path means, and a look at its records, for the command line."""
+"""For the command line: detect the data source of a name or path, and print its records."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ KNOWN_SOURCES = "'scenes', 'easy_vqa', a COCO folder, a built folder, or a .json
 
 
 def detect_source(source: str, image_dir: str = "", answers_file: str = "") -> Any:
-    """The source that a word or path means: 'scenes', 'easy_vqa', a folder or an annotation file.
+    """The data source of 'scenes', 'easy_vqa', a folder or an annotation file.
 
-    `images`: where the pictures of a file lie, its own folder if not said; `answers`: those of a VQA questions file.
+    `image_dir`: the image folder of an annotation file; default is the file's folder. `answers_file`: the annotations
+    of a VQA questions file. Raises UserError for an unknown source, and for VQA questions without answers.
     """
     if source in ("scenes", "easy_vqa", "easy-vqa"):
         return Scenes() if source == "scenes" else EasyVqa()
@@ -36,22 +37,22 @@ def detect_source(source: str, image_dir: str = "", answers_file: str = "") -> A
         return _detect_folder(path)
     if not path.is_file():
         raise UserError(f"there is no source {source!r}; give {KNOWN_SOURCES}")
-    pictures = image_dir or str(path.parent)
+    image_folder = image_dir or str(path.parent)
     if path.suffix == ".jsonl":
-        return JsonLines(source, pictures, name=path.stem)
+        return JsonLines(source, image_folder, name=path.stem)
     name = path.name.partition(".")[0]
     try:
         tree = read_json(path)
     except UserError:
-        return JsonLines(source, pictures, name=name)  # POPE's lines are called .json
+        return JsonLines(source, image_folder, name=name)  # POPE's JSON lines files are named .json
     first = tree[0] if isinstance(tree, list) and tree else tree
     if isinstance(first, dict) and "sents" in first:
-        return RefCoco(source, pictures, name=name)
+        return RefCoco(source, image_folder, name=name)
     if isinstance(first, dict) and "questions" in first:
         if not answers_file:
-            raise UserError(f"{source} holds questions; give the file of their answers as well")
-        return Vqa(source, answers_file, pictures, name=name)
-    return JsonLines(source, pictures, name=name)
+            raise UserError(f"{source} is a VQA questions file; give the file of its answers with --answers")
+        return Vqa(source, answers_file, image_folder, name=name)
+    return JsonLines(source, image_folder, name=name)
 
 
 def _detect_folder(path: Path) -> Any:
@@ -63,20 +64,20 @@ def _detect_folder(path: Path) -> Any:
 
 
 def inspect(source: Any, split: str = "train", limit: int = 3) -> None:
-    """Print how many records and examples a split has, and a few of each task."""
+    """Print the number of records and examples of a split, and up to `limit` examples of each task."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     data = DataConfig(sources=(source,), on_bad_record="replace")
-    opened = open_split(source, split, data.processor.max_pixels)
-    title = f"{source.name}, {split}: {len(opened)} records, {sum(opened.task_sizes.values())} examples"
+    dataset = open_split(source, split, data.processor.max_pixels)
+    title = f"{source.name}, {split}: {len(dataset)} records, {sum(dataset.task_sizes.values())} examples"
     table = Table("task", "examples", "record", "question", "answer", "tags", title=title)
-    for task, size in opened.task_sizes.items():
+    for task, size in dataset.task_sizes.items():
         for number, sample in enumerate(islice(examples(data, task, split), limit)):
             width, height = to_pil_image(sample.image).size
             name = f"{sample.name.partition('/')[2]}\n{width} x {height}"
-            example, first = sample.example, number == 0
-            words = (name, example.question, example.answer, ", ".join(example.tags))
-            table.add_row(task * first, str(size) * first, *map(escape, words))
+            example, is_first = sample.example, number == 0
+            cells = (name, example.question, example.answer, ", ".join(example.tags))
+            table.add_row(task * is_first, str(size) * is_first, *map(escape, cells))
     Console().print(table)

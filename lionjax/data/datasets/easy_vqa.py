@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""easy-VQA, the package of small images with questions about one shape and its color."""
+"""easy-VQA (PyPI package easy-vqa): small images with questions about one shape and its color."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, read_
 
 @dataclass(frozen=True)
 class EasyVqa:
-    """The easy-VQA package: 5,000 pictures of one shape each, and 48,248 questions. Its test set is held out.
+    """easy-VQA: 5,000 images with one shape each, and 48,248 questions. Split "heldout" is its test set.
 
-    `kinds`: of the questions, `yesno`, `color` and `shape`.
+    `kinds`: the types of questions to use: `yesno`, `color`, `shape`. Raises UserError for another one; `open` raises
+    UserError if the package is not installed.
     """
 
     name: str = "easy_vqa"
@@ -23,21 +24,21 @@ class EasyVqa:
 
     def __post_init__(self):
         if unknown := set(self.kinds) - {"yesno", "color", "shape"}:
-            raise UserError(f"easy-VQA has no kind {sorted(unknown)[0]!r}; there are yesno, color and shape")
+            raise UserError(f"easy-VQA has no kind {sorted(unknown)[0]!r}; choose from yesno, color and shape")
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         import importlib.util
 
-        found = importlib.util.find_spec("easy_vqa")
-        if found is None or not found.origin:
+        spec = importlib.util.find_spec("easy_vqa")
+        if spec is None or not spec.origin:
             raise UserError("easy-VQA is not installed; run `pip install easy-vqa`")
-        folder = Path(found.origin).parent / "data" / ("test" if split == "heldout" else "train")
-        reader = AnnotatedImagesBuilder(folder / "images")
+        folder = Path(spec.origin).parent / "data" / ("test" if split == "heldout" else "train")
+        builder = AnnotatedImagesBuilder(folder / "images")
         for question, answer, key in read_json(folder / "questions.json"):
-            validation = split != "heldout" and key % 20 == 0
+            is_validation = split != "heldout" and key % 20 == 0
             kind = "color" if "color" in question else "shape"
             kind = "yesno" if answer in ("yes", "no") else kind
-            if validation == (split == "validation") and kind in self.kinds:
-                number = reader.add_image(key, ImageInfo(f"{key}.png"))
-                reader.add_annotation("vqa", Annotation(number, (answer,), question, kind=kind))
-        return reader.build(max_pixels)
+            if is_validation == (split == "validation") and kind in self.kinds:
+                image_index = builder.add_image(key, ImageInfo(f"{key}.png"))
+                builder.add_annotation("vqa", Annotation(image_index, (answer,), question, kind=kind))
+        return builder.build(max_pixels)

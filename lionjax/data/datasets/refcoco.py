@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RefCOCO, RefCOCO+ and RefCOCOg as JSON files of referring expressions with boxes and masks."""
+"""RefCOCO, RefCOCO+ and RefCOCOg: referring expressions with boxes, in one JSON file."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lionjax.data.datasets.annotation_files import (
 class RefCoco:
     """RefCOCO, RefCOCO+ or RefCOCOg: a list of {img_id, sents, bbox (x, y, width, height), height, width}.
 
-    The picture is `file_name`, or else `img_id` without its last number, with .jpg, in the folder `images`. Every
-    row is asked both ways: for the box, and for the expression.
+    The image in `image_dir` is `file_name`, or else `img_id` without its last number, with .jpg. Every entry gives two
+    examples: expression to box (task rec) and box to expression (task reg).
     """
 
     file: str
@@ -33,7 +33,7 @@ class RefCoco:
     name: str = "refcoco"
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
-        file, reader = Path(self.file), AnnotatedImagesBuilder(Path(self.image_dir))
+        file, builder = Path(self.file), AnnotatedImagesBuilder(Path(self.image_dir))
         fields = ("img_id", "sents", "bbox", "height", "width")
         with convert_format_errors(file):
             for entry in validated_entries(file, {"refs": read_json(file)}, "refs", fields):
@@ -41,8 +41,8 @@ class RefCoco:
                 name = entry.get("file_name") or f"{stem}.jpg"
                 if in_split(name, split, self.heldout_fraction):
                     size = float(entry["width"]), float(entry["height"])
-                    number = reader.add_image(name, ImageInfo(name, *size))
-                    box, words = xywh_to_xyxy(entry["bbox"]), entry["sents"].strip()
-                    reader.add_annotation("rec", Annotation(number, words=words, boxes=(box,)))
-                    reader.add_annotation("reg", Annotation(number, (words,), question_boxes=(box,)))
-        return reader.build(max_pixels)
+                    image_index = builder.add_image(name, ImageInfo(name, *size))
+                    box, expression = xywh_to_xyxy(entry["bbox"]), entry["sents"].strip()
+                    builder.add_annotation("rec", Annotation(image_index, words=expression, boxes=(box,)))
+                    builder.add_annotation("reg", Annotation(image_index, (expression,), question_boxes=(box,)))
+        return builder.build(max_pixels)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ScienceQA as LLaVA asks it: question, context and options in, lecture, solution and a letter out (QCM-LEA)."""
+"""ScienceQA (arXiv 2209.09513) in LLaVA's format QCM-LEA: question, context, options to lecture, solution, letter."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ SPLIT_NAMES = {"train": "train", "validation": "val", "heldout": "test"}
 
 @dataclass(frozen=True)
 class ScienceQa:
-    """A folder with problems.json, pid_splits.json and images/SPLIT/NUMBER/image.png, as ScienceQA is published.
+    """The published ScienceQA folder: problems.json, pid_splits.json and images/SPLIT/NUMBER/image.png.
 
-    The task is `choice`; its kinds are "image" and "text", as not every question has a picture.
+    The task is `choice`; its kinds are "image" and "text", for questions with and without an image.
     """
 
     folder: str
     name: str = "scienceqa"
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
-        folder, there = Path(self.folder), SPLIT_NAMES[split]
-        problems, numbers = (read_json(folder / f"{name}.json") for name in ("problems", "pid_splits"))
-        reader = AnnotatedImagesBuilder(folder / "images" / there)
+        folder, split_name = Path(self.folder), SPLIT_NAMES[split]
+        problems, question_ids = (read_json(folder / f"{name}.json") for name in ("problems", "pid_splits"))
+        builder = AnnotatedImagesBuilder(folder / "images" / split_name)
         with convert_format_errors(folder / "problems.json"):
-            for number in numbers[there]:
-                problem = problems[number]
-                seen = f"{number}/{problem['image']}" if problem.get("image") else ""
-                photo = reader.add_image(seen, ImageInfo(seen))
-                kind = "image" if seen else "text"
-                row = Annotation(photo, (format_answer(problem),), format_question(problem), kind=kind)
-                reader.add_annotation("choice", row)
-        return reader.build(max_pixels)
+            for question_id in question_ids[split_name]:
+                problem = problems[question_id]
+                image_name = f"{question_id}/{problem['image']}" if problem.get("image") else ""
+                image_index = builder.add_image(image_name, ImageInfo(image_name))
+                kind = "image" if image_name else "text"
+                annotation = Annotation(image_index, (format_answer(problem),), format_question(problem), kind=kind)
+                builder.add_annotation("choice", annotation)
+        return builder.build(max_pixels)
 
 
 def format_question(problem: dict) -> str:
-    """The question, what is given beside it, and its options by their letters."""
+    """Question, context and lettered options as text. Raises UserError for more than 5 options."""
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(OPTION_LETTERS, problem["choices"]))
     if len(problem["choices"]) > len(OPTION_LETTERS):
-        raise UserError(f"a question has {len(problem['choices'])} options; at most 5 have letters")
+        raise UserError(f"a question has {len(problem['choices'])} options; at most 5 are allowed")
     context = " ".join((problem.get("hint") or "").split()) or "N/A"
     return f"{problem['question']}\nContext: {context}\nOptions: {options}"
 
 
 def format_answer(problem: dict) -> str:
-    """Lecture, solution, and the letter in the sentence that is looked for."""
+    """Lecture, solution, and the sentence with the letter, which evaluation parses."""
     parts = (problem.get("lecture"), problem.get("solution"))
-    said = f"The answer is {OPTION_LETTERS[problem['answer']]}."
-    return " ".join(" ".join(filter(None, (*parts, said))).split())
+    answer = f"The answer is {OPTION_LETTERS[problem['answer']]}."
+    return " ".join(" ".join(filter(None, (*parts, answer))).split())

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where records come from. A source is a small config; opened on a split, it gives records and asks about them.
+"""The data source interface: a source is a config whose `open(split, max_pixels)` returns an `OpenDataset`.
 
-A record is a picture with its truth. The pipeline and the evaluation see nothing but the five verbs of `Opened`.
+A record is an image with its ground truth; an example is one question about a record. The pipeline and the evaluation
+use only the methods of `OpenDataset`.
 """
 
 from __future__ import annotations
@@ -17,35 +18,37 @@ SPLITS = world.SPLITS
 
 
 class OpenDataset(Protocol):
-    """One split of a source. `sizes`: how many examples it has of each task; `len` of it: how many records."""
+    """One split of a source. `task_sizes`: number of examples of each task; `len`: number of records."""
 
     task_sizes: dict[str, int]
 
     def __len__(self) -> int: ...
 
     def record_index(self, task: str, index: int) -> int:
-        """The number of the record that an example is about."""
+        """Index of the record of an example."""
 
     def record_name(self, record_index: int) -> str:
-        """What to call a record when it is bad."""
+        """Name of a record for logs and reports."""
 
     def load_record(self, record_index: int) -> tuple[Any, Any]:
-        """A record's picture (anything that `Processor.pixels` takes) and its truth. The slow part."""
+        """(image, ground truth) of a record; the image is of any type that `Processor.load_pixels` accepts. Slow."""
 
     def make_example(
         self, task: str, index: int, truth: Any, rng: np.random.Generator, tag_noise: float
     ) -> tasks.Example:
-        """An example in words, with a wording drawn."""
+        """A text example with a drawn question template."""
 
     def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
-        """(K, height, width) bool: the regions that `Example.targets` numbers."""
+        """bool (K, height, width): the masks of regions by their indices in `Example.targets`."""
 
 
 def open_split(source: Any, split: str, max_pixels: int) -> OpenDataset:
-    """One split of a source; UserError for an unknown split and for a source without records in it."""
+    """One split of a source. Raises UserError for an unknown split, and for one without records."""
     if split not in SPLITS:
         raise UserError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}")
-    opened = source.open(split, max_pixels)
-    if not len(opened) or not opened.task_sizes:
-        raise UserError(f"the source {source.name!r} has no records in its split {split!r}; give it some")
-    return opened
+    dataset = source.open(split, max_pixels)
+    if not len(dataset) or not dataset.task_sizes:
+        raise UserError(
+            f"the source {source.name!r} has no records in its split {split!r}; add records or choose another split"
+        )
+    return dataset

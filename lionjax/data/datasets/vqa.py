@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VQA as published: a questions file, an annotations file and a folder of images."""
+"""VQA (arXiv 1612.00837) as published: a questions file, an annotations file and a folder of images."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from lionjax.data.datasets.annotation_files import (
 @renamed_fields(images="image_dir", pattern="file_name_pattern", share="heldout_fraction")
 @dataclass(frozen=True)
 class Vqa:
-    """VQA-format files. `pattern` makes a file name of an image id: 'COCO_val2014_{:012d}.jpg', '{}.jpg'.
+    """VQA-format files. `file_name_pattern` formats an image id: 'COCO_val2014_{:012d}.jpg', '{}.jpg'.
 
-    All ten answers stay, so that one is drawn as often as people gave it. Questions without answers are left out.
+    All 10 answers are kept with repetitions, so that an answer is drawn as often as annotators gave it. Questions
+    without answers are skipped.
     """
 
     questions: str
@@ -33,17 +34,17 @@ class Vqa:
     name: str = "vqa"
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
-        said, reader = {}, AnnotatedImagesBuilder(Path(self.image_dir))
+        answers_by_question, builder = {}, AnnotatedImagesBuilder(Path(self.image_dir))
         path = Path(self.answers)
         with convert_format_errors(path):
-            for note in validated_entries(path, read_json(path), "annotations", ("question_id", "answers")):
-                said[note["question_id"]] = tuple(a["answer"] for a in note["answers"])
+            for annotation in validated_entries(path, read_json(path), "annotations", ("question_id", "answers")):
+                answers_by_question[annotation["question_id"]] = tuple(a["answer"] for a in annotation["answers"])
         path = Path(self.questions)
         fields = ("question_id", "image_id", "question")
         with convert_format_errors(path):
             for entry in validated_entries(path, read_json(path), "questions", fields):
-                key, answers = entry["image_id"], said.get(entry["question_id"])
-                if answers and in_split(key, split, self.heldout_fraction):
-                    number = reader.add_image(key, ImageInfo(self.file_name_pattern.format(key)))
-                    reader.add_annotation("vqa", Annotation(number, answers, entry["question"]))
-        return reader.build(max_pixels)
+                image_id, answers = entry["image_id"], answers_by_question.get(entry["question_id"])
+                if answers and in_split(image_id, split, self.heldout_fraction):
+                    image_index = builder.add_image(image_id, ImageInfo(self.file_name_pattern.format(image_id)))
+                    builder.add_annotation("vqa", Annotation(image_index, answers, entry["question"]))
+        return builder.build(max_pixels)

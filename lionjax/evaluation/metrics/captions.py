@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of a sentence against reference sentences: BLEU, ROUGE-L and CIDEr-D, as coco-caption.
+"""Caption metrics BLEU, ROUGE-L and CIDEr-D, equal to coco-caption (tylin/coco-caption) up to tokenization.
 
-Everything here is counting n-grams of lower-case words; `tokenize` decides what a word is and is
-the only place that does. A metric that is a mean gives one value a sample, so that a report can
-keep them and draw an interval; BLEU is a score of the whole set and gives one value an order.
-METEOR and SPICE need Java and word lists and are left out.
+All metrics count n-grams of the lower-case words of `tokenize`. A metric that is a mean returns one value per sample,
+for bootstrap intervals; BLEU is a corpus score and returns one value per n-gram order. METEOR and SPICE need Java and
+word lists and are not implemented.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-# coco-caption lower-cases before it looks for "-LRB-", so its brackets survive as words.
+# coco-caption lower-cases before it removes "-LRB-", so brackets remain as words.
 PTB_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 PTB_CONTRACTIONS = {
     "cannot": ("can", "not"),
@@ -47,11 +46,11 @@ PUNCTUATION = frozenset("'`\"“”‘’.?!,:;-–—…")
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-case Penn-Treebank-like words of `text`, punctuation dropped.
+    """Lower-case Penn-Treebank-like words of `text` without punctuation.
 
-    Stands in for coco-caption's Java tokenizer (Stanford's PTBTokenizer, then a list of
-    punctuation removed). The rules were fitted to COCO val2017: run beside the Java one, all but
-    3 of 30,429 captions there come out the same; other kinds of text were not measured.
+    Replaces coco-caption's Java tokenizer (Stanford's PTBTokenizer, then removal of a list of punctuation). The rules
+    were fitted to COCO val2017, where all but 3 of 30,429 captions are tokenized the same as by the Java tokenizer;
+    other kinds of text were not measured.
     """
     words: list[str] = []
     for token in TOKEN.findall(text.lower().replace("’", "'")):
@@ -61,81 +60,83 @@ def tokenize(text: str) -> list[str]:
 
 
 def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """BLEU-1, -2, -3 and -4 of a whole set: array (4,), each in 0..1.
+    """BLEU-1, -2, -3 and -4 of a corpus: array (4,), each in 0..1.
 
-    Papineni et al. 2002 with the reference length closest to the candidate's (the shorter of two
-    equally close), and the tiny constants by which coco-caption keeps empty counts finite.
+    Papineni et al. 2002 with the reference length closest to the candidate's (the shorter of two equally close ones),
+    and with coco-caption's smoothing constants 1e-15 and 1e-9.
     """
     check_pairs(candidates, references)
-    matched, guessed = np.zeros(4), np.zeros(4)
+    matched, total = np.zeros(4), np.zeros(4)
     length = closest = 0
     for candidate, sample_references in zip(candidates, references, strict=True):
         words = tokenize(candidate)
-        referring = [tokenize(reference) for reference in sample_references]
+        tokenized_references = [tokenize(reference) for reference in sample_references]
         length += len(words)
-        closest += min((abs(len(other) - len(words)), len(other)) for other in referring)[1]
-        most: Ngrams = Counter()
-        for other in referring:
-            most |= ngrams(other)
+        closest += min(
+            (abs(len(reference_words) - len(words)), len(reference_words)) for reference_words in tokenized_references
+        )[1]
+        max_counts: Ngrams = Counter()
+        for reference_words in tokenized_references:
+            max_counts |= ngrams(reference_words)
         for ngram, count in ngrams(words).items():
-            guessed[len(ngram) - 1] += count
-            matched[len(ngram) - 1] += min(count, most[ngram])
-    precision = (matched + 1e-15) / (guessed + 1e-9)
+            total[len(ngram) - 1] += count
+            matched[len(ngram) - 1] += min(count, max_counts[ngram])
+    precision = (matched + 1e-15) / (total + 1e-9)
     score = np.cumprod(precision) ** (1 / np.arange(1, 5))
     ratio = (length + 1e-15) / (closest + 1e-9)
     return score * math.exp(1 - 1 / ratio) if ratio < 1 else score
 
 
 def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """ROUGE-L of each sample, array (B,) in 0..1; the set's score is its mean.
+    """ROUGE-L of each sample, array (B,) in 0..1; the corpus score is its mean.
 
-    Lin 2004 as coco-caption takes it: the best precision and the best recall over the references
-    (they may come from two of them), joined with beta = 1.2. An empty sentence scores 0.
+    Lin 2004 as in coco-caption: the F-measure (beta = 1.2) of the best precision and the best recall over the
+    references, which may come from different references. An empty candidate scores 0.
     """
     check_pairs(candidates, references)
     scores = []
     for candidate, sample_references in zip(candidates, references, strict=True):
         words = tokenize(candidate)
         precision = recall = 0.0
-        for other in map(tokenize, sample_references):
-            common = longest_common_subsequence(words, other)
+        for reference_words in map(tokenize, sample_references):
+            common = longest_common_subsequence(words, reference_words)
             if common:
                 precision = max(precision, common / len(words))
-                recall = max(recall, common / len(other))
-        joined = (1 + 1.2**2) * precision * recall
-        scores.append(joined / (recall + 1.2**2 * precision) if joined else 0.0)
+                recall = max(recall, common / len(reference_words))
+        f_measure = (1 + 1.2**2) * precision * recall
+        scores.append(f_measure / (recall + 1.2**2 * precision) if f_measure else 0.0)
     return np.array(scores)
 
 
 def cider_d(
     candidates: Sequence[str], references: Sequence[Sequence[str]], corpus: Sequence[Sequence[str]] | None = None
 ) -> np.ndarray:
-    """CIDEr-D of each sample, array (B,) in 0..10; the set's score is its mean.
+    """CIDEr-D of each sample, array (B,) in 0..10; the corpus score is its mean.
 
-    Vedantam et al. 2015, section 5: clipped cosine of tf-idf vectors of 1- to 4-grams, a Gaussian
-    penalty on the length difference (sigma 6), times 10. This is the value that coco-caption
-    prints as "CIDEr"; papers print it times 100 (1.2 here is their 120).
+    Vedantam et al. 2015 (arXiv 1411.5726), section 5: clipped cosine of tf-idf vectors of 1- to 4-grams, with a
+    Gaussian penalty on the length difference (sigma 6), times 10. This is the value that coco-caption prints as
+    "CIDEr"; papers multiply it by 100 (1.2 here is their 120).
 
-    Document frequency is counted over `corpus` (references a picture), which is `references`
-    unless given: so a score belongs to its set, and a set of a single picture always scores 0.
+    Document frequencies are counted over `corpus` (the references of each image), by default `references`. Scores
+    therefore depend on the whole set, and a set of a single image always scores 0.
     """
     check_pairs(candidates, references)
-    counted = [[ngrams(tokenize(text)) for text in texts] for texts in references]
-    documents = counted
+    reference_ngrams = [[ngrams(tokenize(text)) for text in texts] for texts in references]
+    documents = reference_ngrams
     if corpus is not None:
         documents = [[ngrams(tokenize(text)) for text in texts] for texts in corpus]
-    frequency = Counter(ngram for texts in documents for ngram in set().union(*texts))
+    document_frequency = Counter(ngram for texts in documents for ngram in set().union(*texts))
     scores = []
-    for candidate, texts in zip(candidates, counted, strict=True):
-        weighed = tf_idf(ngrams(tokenize(candidate)), frequency, len(documents))
-        likeness = [clipped_cosine(weighed, tf_idf(t, frequency, len(documents))) for t in texts]
-        scores.append(10 * sum(likeness) / len(texts))
+    for candidate, texts in zip(candidates, reference_ngrams, strict=True):
+        candidate_vector = tf_idf(ngrams(tokenize(candidate)), document_frequency, len(documents))
+        similarities = [clipped_cosine(candidate_vector, tf_idf(t, document_frequency, len(documents))) for t in texts]
+        scores.append(10 * sum(similarities) / len(texts))
     return np.array(scores)
 
 
 @dataclass(frozen=True)
 class TfIdfVector:
-    """A sentence as four tf-idf vectors (orders 1 to 4), their lengths, and its word count."""
+    """A sentence as four tf-idf vectors (n-gram orders 1 to 4), their L2 norms, and its word count."""
 
     vectors: tuple[dict[tuple[str, ...], float], ...]
     norms: tuple[float, ...]
@@ -143,7 +144,7 @@ class TfIdfVector:
 
 
 def tf_idf(counts: Ngrams, document_frequency: Ngrams, num_documents: int) -> TfIdfVector:
-    """Each count times log(documents / documents that hold the n-gram)."""
+    """The tf-idf vector: each n-gram's count times log(num_documents / its document frequency)."""
     orders: tuple[dict[tuple[str, ...], float], ...] = ({}, {}, {}, {})
     for ngram, count in counts.items():
         idf = math.log(max(1, num_documents)) - math.log(max(1, document_frequency[ngram]))
@@ -153,20 +154,25 @@ def tf_idf(counts: Ngrams, document_frequency: Ngrams, num_documents: int) -> Tf
 
 
 def clipped_cosine(candidate: TfIdfVector, reference: TfIdfVector) -> float:
-    """Mean over the orders of the cosine with weights clipped to the reference's, in 0..1."""
+    """Mean over n-gram orders of the cosine with weights clipped to the reference's, times the length penalty: 0..1."""
     total = 0.0
     for order in range(4):
-        theirs = reference.vectors[order]
+        reference_weights = reference.vectors[order]
         norm = candidate.norms[order] * reference.norms[order]
-        shared = [(w, theirs[g]) for g, w in candidate.vectors[order].items() if g in theirs]
+        weight_pairs = [
+            (w, reference_weights[g]) for g, w in candidate.vectors[order].items() if g in reference_weights
+        ]
         if norm:
-            total += sum(min(mine, other) * other for mine, other in shared) / norm
-    gap = candidate.length - reference.length
-    return total / 4 * math.exp(-(gap**2) / (2 * 6.0**2))
+            total += (
+                sum(min(weight, reference_weight) * reference_weight for weight, reference_weight in weight_pairs)
+                / norm
+            )
+    length_difference = candidate.length - reference.length
+    return total / 4 * math.exp(-(length_difference**2) / (2 * 6.0**2))
 
 
 def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU-1..4, ROUGE-L (0..1) and CIDEr-D (0..10, see `cider_d`) of a set, by name."""
+    """{"bleu_1".."bleu_4" and "rouge_l" in 0..1, "cider" in 0..10 (see `cider_d`)} of a corpus."""
     scores = {f"bleu_{n}": float(v) for n, v in enumerate(bleu(candidates, references), start=1)}
     scores["rouge_l"] = float(rouge_l(candidates, references).mean())
     scores["cider"] = float(cider_d(candidates, references).mean())
@@ -174,12 +180,12 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
 
 
 def ngrams(words: Sequence[str]) -> Ngrams:
-    """How often each run of 1 to 4 words occurs."""
+    """The counts of all 1- to 4-grams."""
     return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
 def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
-    """The most words that both hold in the same order, gaps allowed."""
+    """The length of the longest common subsequence of words."""
     best = [0] * (len(right) + 1)
     for word in left:
         diagonal = 0
@@ -191,10 +197,10 @@ def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int
 
 
 def check_pairs(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """Raises ValueError unless there is one candidate, and a list of references, a sample."""
+    """Raise ValueError unless each sample has one candidate and a non-empty list of references."""
     if len(candidates) != len(references):
         raise ValueError(
-            f"{len(candidates)} sentences but references for {len(references)} samples; give one sentence a sample"
+            f"{len(candidates)} sentences but references for {len(references)} samples; give one sentence per sample"
         )
     if not candidates:
         raise ValueError("no sentences to score; give at least one sample")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of a short answer: VQA accuracy with the official normaliser, and yes/no questions.
+"""Metrics of short answers: VQA accuracy, POPE, VSR, and ScienceQA choices.
 
-The normaliser makes "Two dogs." and "2 dogs" one answer. It follows the VQA challenge's code in
-what it does, oddities included, so that figures compare with papers; each oddity is named here.
+Answers are normalized as in the official VQA evaluation code (GT-Vision-Lab/VQA), quirks included, so that scores are
+comparable with papers; each quirk is documented below. "Two dogs." and "2 dogs" are one answer.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what
 what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
 won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
-# A contraction is mended where exactly one of its apostrophes is missing.
+# A contraction is restored if exactly one of its apostrophes is missing.
 CONTRACTIONS = {
     form[:i] + form[i + 1 :]: form for form in CONTRACTION_LIST for i, letter in enumerate(form) if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the official table has this one the wrong way round
+} | {"somebody'd": "somebodyd"}  # reversed in the official table
 
 
 def normalize_answer(text: str) -> str:
-    """The official VQA form of an answer: lower case, no punctuation, articles or number words.
+    """The normalized form of an answer: lower case, without punctuation and articles, number words as digits.
 
     "It's the Two dogs!" becomes "it's 2 dogs", "dont" becomes "don't", "1,000" becomes "1000".
     Source: the VQA challenge's evaluation code (GT-Vision-Lab/VQA).
@@ -44,10 +44,10 @@ def normalize_answer(text: str) -> str:
 
 
 def strip_punctuation(text: str) -> str:
-    """Drops a mark that touches a space anywhere in `text`, else puts a space in its place.
+    """`text` without punctuation: a mark next to a space anywhere in `text` is removed, others become spaces.
 
-    All marks are dropped where a comma stands between digits. A period goes unless a digit
-    follows it. Apostrophes and colons stay.
+    All marks are removed if a comma is between digits. A period is removed unless a digit follows. Apostrophes and
+    colons stay.
     """
     joined = re.search(r"\d,\d", text) is not None
     stripped = text
@@ -58,18 +58,16 @@ def strip_punctuation(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str], raw_references: bool = False) -> float:
-    """Official VQA accuracy of one answer, 0..1: how far people agree with it.
+    """Official VQA accuracy of one answer, 0..1.
 
-    Every reference is left out in turn and min(1, matches among the others / 3) is averaged; with
-    ten references, 0 to 4 matches give 0, 0.3, 0.6, 0.9 and 1. With fewer than four references the
-    3 shrinks to the number of others; a single reference is an exact match after normalising.
+    The mean over the references of min(1, matches among the other references / 3); with ten references, 0 to 4 matches
+    give 0, 0.3, 0.6, 0.9 and 1. With fewer than four references, the 3 becomes the number of other references; with a
+    single reference, the score is an exact match after normalization.
 
-    Both sides are normalised. The official code expects references that already are, and only
-    strips their punctuation, and that only where they are not all the same:
-    `raw_references=True` does so too (then "2" misses ten references "two").
+    Both sides are normalized. The official code expects normalized references and only strips their punctuation, and
+    only if they are not all equal: `raw_references=True` does the same (then "2" does not match ten references "two").
 
-    Source: Antol et al. 2015, and the VQA challenge's evaluation code. ValueError if there is no
-    reference.
+    Raises ValueError without references. Source: Antol et al. 2015 (arXiv 1505.00468), and the official VQA code.
     """
     if isinstance(references, str) or not references:
         raise ValueError(f"references are {references!r}; give a list of at least one answer")
@@ -81,68 +79,70 @@ def vqa_accuracy(answer: str, references: Sequence[str], raw_references: bool = 
     if len(references) == 1:
         return float(answer == references[0])
     matches = sum(answer == text for text in references)
-    enough = min(3, len(references) - 1)
-    left_out = [min(1.0, (matches - (answer == text)) / enough) for text in references]
-    return sum(left_out) / len(left_out)
+    full_score_matches = min(3, len(references) - 1)
+    scores = [min(1.0, (matches - (answer == text)) / full_score_matches) for text in references]
+    return sum(scores) / len(scores)
 
 
 def parse_pope_answer(text: str) -> bool:
-    """True for yes, as POPE's own script reads an answer: yes unless its first sentence says no.
+    """Whether POPE's evaluation script counts an answer as yes.
 
-    "No", "no" or "not" must stand as a word before the first period (commas ignored); everything
-    else is a yes, also an empty answer, "NO" and "isn't". Source: AoiDragon/POPE, evaluate.py.
+    An answer is no if "No", "no" or "not" is a word before the first period (commas ignored); everything else is yes,
+    including an empty answer, "NO" and "isn't". Source: AoiDragon/POPE, evaluate.py.
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
 
 def parse_yes_no(text: str) -> bool | None:
-    """True or False by the first word (yes/true or no/false, any case), None for anything else."""
+    """True or False if the first word is yes/true or no/false (any case), None otherwise."""
     word = re.match(r"\W*(yes|true|no|false)\b", text, re.IGNORECASE)
     return None if word is None else word.group(1).lower() in ("yes", "true")
 
 
 def pope_scores(answers: Sequence[bool], labels: Sequence[bool]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 and share of yes, each 0..1, with "yes" the positive class.
+    """Accuracy, precision, recall, F1 and ratio of yes answers, each 0..1, with "yes" as the positive class.
 
-    `answers` as `read_pope` gives them. A ratio whose denominator is zero is 0: a model that
-    never says yes has precision, recall and F1 of 0. Source: Li et al. 2023 (POPE), section 5.
+    `answers` come from `parse_pope_answer`. A ratio with denominator 0 is 0: a model that never answers yes has
+    precision, recall and F1 of 0. Source: POPE (Li et al. 2023, arXiv 2305.10355), section 5.
     """
-    said, true = as_bool_arrays(answers, labels)
-    hits = int(np.sum(said & true))
-    precision = hits / said.sum() if said.any() else 0.0
+    predicted, true = as_bool_arrays(answers, labels)
+    hits = int(np.sum(predicted & true))
+    precision = hits / predicted.sum() if predicted.any() else 0.0
     recall = hits / true.sum() if true.any() else 0.0
     return {
-        "accuracy": float(np.mean(said == true)),
+        "accuracy": float(np.mean(predicted == true)),
         "precision": float(precision),
         "recall": float(recall),
         "f1": float(2 * precision * recall / (precision + recall)) if hits else 0.0,
-        "yes_ratio": float(np.mean(said)),
+        "yes_ratio": float(np.mean(predicted)),
     }
 
 
 def vsr_accuracy(answers: Sequence[bool | None], labels: Sequence[bool]) -> float:
-    """Share of statements judged rightly, 0..1; None (see `read_yes_no`) is wrong.
+    """Fraction of statements classified correctly, 0..1; an answer of None (see `parse_yes_no`) is wrong.
 
-    Source: Liu et al. 2023, Visual Spatial Reasoning.
+    Source: Visual Spatial Reasoning (Liu et al. 2023, arXiv 2205.00363).
     """
     as_bool_arrays(answers, labels)
-    return sum(said is not None and said == true for said, true in zip(answers, labels, strict=True)) / len(labels)
+    return sum(answer is not None and answer == label for answer, label in zip(answers, labels, strict=True)) / len(
+        labels
+    )
 
 
 def as_bool_arrays(answers: Sequence[bool | None], labels: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
-    """Both as bool arrays of the same length; ValueError if the lengths differ or are zero."""
+    """Both as bool arrays of the same length. Raises ValueError if the lengths differ or are zero."""
     if len(answers) != len(labels) or not len(labels):
-        raise ValueError(f"{len(answers)} answers for {len(labels)} labels; give one a question, at least one")
+        raise ValueError(f"{len(answers)} answers for {len(labels)} labels; give one per question, at least one")
     return np.array(answers, dtype=bool), np.array(labels, dtype=bool)
 
 
 def parse_choice(text: str) -> str | None:
-    """The option that an answer to ScienceQA names, as LLaVA's evaluation reads it; None where it names none.
+    """The option letter of a ScienceQA answer, parsed as in LLaVA's evaluation code; None if there is none.
 
-    A letter alone, a letter before ". ", or the one sentence "The answer is X."; two such sentences are none.
+    Accepted: a single letter, a letter before ". ", or exactly one sentence "The answer is X.".
     """
     if re.fullmatch(r"[A-Z]", text) or re.match(r"[A-Z]\. ", text):
         return text[0]
-    found = re.findall(r"The answer is ([A-Z])\.", text)
-    return found[0] if len(found) == 1 else None
+    letters = re.findall(r"The answer is ([A-Z])\.", text)
+    return letters[0] if len(letters) == 1 else None

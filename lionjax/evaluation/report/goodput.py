@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a run went, for its page: one bar a stage, a table, and what was done behind the devices' backs."""
+"""The time section of the HTML report (goodput): one bar per stage, a table, and the time of background work."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
-# The parts of `training.journal.Clock` in the order in which they are drawn: (words, colour).
+# The parts of `training.run_log.TimeAccount` in drawing order: (label, color).
 TIME_PARTS = {
     "step": ("updates", "#0072b2"),
-    "data": ("waiting for batches", "#e69f00"),
-    "save": ("saving", "#009e73"),
+    "data": ("waiting for data", "#e69f00"),
+    "save": ("saving checkpoints", "#009e73"),
     "compile": ("compiling", "#56b4e9"),
-    "start": ("starting", "#cc79a7"),
+    "start": ("startup", "#cc79a7"),
     "log": ("writing metrics", "#8b949e"),
     "evaluate": ("evaluation", "#f0e442"),
-    "lost": ("done again after a restart", "#d55e00"),
-    "away": ("not running", "#d0d7de"),
+    "lost": ("steps recomputed after a restart", "#d55e00"),
+    "away": ("downtime", "#d0d7de"),
 }
 
 
 def seconds_by_stage(figures: Mapping, lines: Iterable[Mapping]) -> dict[str, dict[str, float]]:
-    """{stage: {part: seconds}}: of finished stages from report.json, of the one that runs from its lines of metrics."""
-    found = {
+    """{stage: {part: seconds}}: finished stages from report.json, the running one from its lines of metrics.jsonl."""
+    finished = {
         str(stage.get("name")): dict(stage["seconds_by_part"])
         for stage in figures.get("stages") or ()
         if stage.get("seconds_by_part")
@@ -30,71 +30,72 @@ def seconds_by_stage(figures: Mapping, lines: Iterable[Mapping]) -> dict[str, di
     running: dict[str, dict[str, float]] = {}
     for line in lines:
         name = str(line.get("stage"))
-        if name in found:
+        if name in finished:
             continue
         sums = running.setdefault(name, {})
         for part, seconds in (line.get("seconds") or {}).items():
             sums[part] = sums.get(part, 0.0) + seconds
-    return found | {name: sums for name, sums in running.items() if sums}
+    return finished | {name: sums for name, sums in running.items() if sums}
 
 
 def render_section(figures: Mapping, lines: Sequence[Mapping]) -> str:
-    """The part of the page; empty where nothing was measured."""
+    """The section of the page; empty without measured times."""
     stages = seconds_by_stage(figures, lines)
-    if asked := (figures.get("seconds") or {}).get("evaluate"):
-        stages["afterwards"] = {"evaluate": asked}
+    if evaluate_seconds := (figures.get("seconds") or {}).get("evaluate"):
+        stages["afterwards"] = {"evaluate": evaluate_seconds}
     total: dict[str, float] = {}
     for seconds in stages.values():
         for part, value in seconds.items():
             total[part] = total.get(part, 0.0) + value
-    everything = sum(total.values())
-    if everything <= 0:
+    total_seconds = sum(total.values())
+    if total_seconds <= 0:
         return ""
     rows = []
     for part in [*(p for p in TIME_PARTS if p in total), *(p for p in total if p not in TIME_PARTS)]:
-        words, colour = TIME_PARTS.get(part, (part, "#8b949e"))
-        key = f'<span class="key" style="border-color:{colour};background:{colour}"></span>'
-        share = total[part] / everything
+        label, color = TIME_PARTS.get(part, (part, "#8b949e"))
+        key = f'<span class="key" style="border-color:{color};background:{color}"></span>'
+        fraction = total[part] / total_seconds
         rows.append(
-            f"<tr><td>{key}{html.escape(words)}</td><td class='number'>{total[part]:,.1f} s</td>"
-            f"<td class='number'>{share:.1%}</td></tr>"
+            f"<tr><td>{key}{html.escape(label)}</td><td class='number'>{total[part]:,.1f} s</td>"
+            f"<td class='number'>{fraction:.1%}</td></tr>"
         )
     longest = max(sum(seconds.values()) for seconds in stages.values())
     bars = "".join(
         f'<tr><td>{html.escape(name)}</td><td style="width:80%">{render_bar(seconds, longest)}</td></tr>'
         for name, seconds in stages.items()
     )
-    good = total.get("step", 0.0) / everything
+    update_fraction = total.get("step", 0.0) / total_seconds
     return (
-        f"<h2>Where the time went</h2><p>{good:.1%} of {everything:,.1f} s were updates.{describe_background(figures, total)}</p>"
+        f"<h2>Time</h2><p>{update_fraction:.1%} of {total_seconds:,.1f} s were training updates."
+        f"{describe_background(figures, total)}</p>"
         f'<div class="scroll"><table><tbody>{bars}</tbody></table></div>'
         f'<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
 def render_bar(seconds: Mapping[str, float], max_seconds: float) -> str:
-    """The parts of a stage side by side; the longest stage fills the width."""
-    pieces = []
+    """A bar with the parts of a stage; its width is proportional to the time, 100 % for `max_seconds`."""
+    segments = []
     for part in [*(p for p in TIME_PARTS if p in seconds), *(p for p in seconds if p not in TIME_PARTS)]:
-        words, colour = TIME_PARTS.get(part, (part, "#8b949e"))
+        label, color = TIME_PARTS.get(part, (part, "#8b949e"))
         width = 100 * seconds[part] / max_seconds if max_seconds else 0.0
-        pieces.append(
-            f'<span title="{html.escape(words)}: {seconds[part]:,.1f} s" style="display:inline-block;height:1rem;'
-            f'width:{width:.2f}%;background:{colour}"></span>'
+        segments.append(
+            f'<span title="{html.escape(label)}: {seconds[part]:,.1f} s" style="display:inline-block;height:1rem;'
+            f'width:{width:.2f}%;background:{color}"></span>'
         )
-    return f'<div style="white-space:nowrap;font-size:0">{"".join(pieces)}</div>'
+    return f'<div style="white-space:nowrap;font-size:0">{"".join(segments)}</div>'
 
 
 def describe_background(figures: Mapping, total: Mapping[str, float]) -> str:
-    """In words: how long batches and checkpoints took to make, and how much of that the updates waited for."""
-    done: dict[str, float] = {}
+    """A sentence with the seconds of background data loading and checkpoint writing, and the seconds waited for them."""
+    background: dict[str, float] = {}
     for stage in figures.get("stages") or ():
         for part, seconds in (stage.get("seconds_behind") or {}).items():
-            done[part] = done.get(part, 0.0) + seconds
-    words = {"data": "making batches", "save": "writing checkpoints"}
-    said = [
-        f"{words[part]} took {seconds:,.1f} s, of which updates waited {total.get(part, 0.0):,.1f} s"
-        for part, seconds in done.items()
-        if part in words and seconds > 0
+            background[part] = background.get(part, 0.0) + seconds
+    labels = {"data": "loading data", "save": "writing checkpoints"}
+    sentences = [
+        f"{labels[part]} took {seconds:,.1f} s (training waited {total.get(part, 0.0):,.1f} s of them)"
+        for part, seconds in background.items()
+        if part in labels and seconds > 0
     ]
-    return f" Beside them, {'; '.join(said)}." if said else ""
+    return f" In the background, {'; '.join(sentences)}." if sentences else ""

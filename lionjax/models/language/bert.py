@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT as an encoder of text (arXiv 1810.04805): every word sees every other, norms stand behind the residuals.
+"""BERT text encoder (arXiv 1810.04805): bidirectional attention, post-norm residual blocks.
 
-It reads what is compared with pictures: sentences for retrieval, phrases that a detector looks for.
+It encodes sentences for retrieval and phrases for open-vocabulary detection.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lionjax.nn.layers import MLP, Dense, Embed, LayerNorm, dense_weight_map, dr
 )
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Sizes; the defaults are those of bert-base-uncased. `pooler`: a dense layer with tanh reads the first word."""
+    """Config; the defaults are those of bert-base-uncased. `pooler`: a dense layer with tanh on the first token."""
 
     vocab_size: int = 30522
     width: int = 768
@@ -39,7 +39,7 @@ class BertConfig:
     num_heads: int = 12
     mlp_dim: int = 3072
     max_positions: int = 512
-    type_vocab_size: int = 2  # of sentences: rows of the token type table
+    type_vocab_size: int = 2  # rows of the token type table
     norm_eps: float = 1e-12
     activation: str = "gelu"
     dropout: float = 0.1
@@ -59,8 +59,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, key, mask):
         c, keys = self.c, split_key(key, 3)
-        own = Attention(c.width, c.num_heads, c.width // c.num_heads, dropout_rate=c.dropout, name="attention")
-        change_BLD = dropout(own(x_BLD, mask=mask, key=keys[0]), c.dropout, keys[1])
+        attention = Attention(c.width, c.num_heads, c.width // c.num_heads, dropout_rate=c.dropout, name="attention")
+        change_BLD = dropout(attention(x_BLD, mask=mask, key=keys[0]), c.dropout, keys[1])
         x_BLD = LayerNorm(c.width, c.norm_eps, name="norm1")(x_BLD + change_BLD)
         change_BLD = MLP(c.width, c.mlp_dim, c.activation, name="mlp")(x_BLD)
         change_BLD = dropout(change_BLD, c.dropout, keys[2])
@@ -69,25 +69,28 @@ class Block(nn.Module):
 
 
 class Bert(nn.Module):
-    """Words (B, L) -> states (B, L, D), and with a pooler that of the sentence (B, D), else the first word's."""
+    """States (B, L, D) of tokens (B, L), and the pooled output (B, D), which without `pooler` is the first state."""
 
     c: BertConfig
 
     @nn.compact
     def __call__(self, ids_BL, mask, position_ids_BL=None, token_type_ids_BL=None, key=None, dtype=jnp.float32):
-        """`mask`: which words are real (B, L), or who sees whom (B, L, L). Positions count from 0 unless given."""
+        """See the class. `mask`: real tokens (B, L), or allowed (query, key) pairs (B, L, L).
+
+        Positions default to 0..L-1. Raises ValueError if the text is then longer than `max_positions`.
+        """
         c, keys = self.c, split_key(key, 1 + self.c.depth)
         length = ids_BL.shape[1]
         if position_ids_BL is None:
             if length > c.max_positions:
-                raise ValueError(f"{length} tokens do not fit {c.max_positions} positions; shorten it")
+                raise ValueError(f"{length} tokens do not fit {c.max_positions} positions; shorten the text")
             position_ids_BL = jnp.arange(length)[None]
         token_type_ids_BL = jnp.zeros_like(ids_BL) if token_type_ids_BL is None else token_type_ids_BL
         x_BLD = Embed(c.vocab_size, c.width, name="words")(ids_BL, dtype)
         x_BLD = x_BLD + Embed(c.type_vocab_size, c.width, name="kinds")(token_type_ids_BL, dtype)
         x_BLD = x_BLD + Embed(c.max_positions, c.width, name="positions")(position_ids_BL, dtype)
         x_BLD = dropout(LayerNorm(c.width, c.norm_eps, name="norm")(x_BLD), c.dropout, keys[0])
-        seen = key_padding_mask(mask) if mask.ndim == 2 else mask.astype(bool)[:, None]
+        mask = key_padding_mask(mask) if mask.ndim == 2 else mask.astype(bool)[:, None]
         scan = nn.scan(
             Block,
             variable_axes={"params": 0, "intermediates": 0},
@@ -97,7 +100,7 @@ class Bert(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layer_keys = None if key is None else jnp.stack(keys[1:])
-        x_BLD, _ = scan(c, name="blocks")(x_BLD, layer_keys, seen)
+        x_BLD, _ = scan(c, name="blocks")(x_BLD, layer_keys, mask)
         first_BD = x_BLD[:, 0]
         if c.pooler:
             first_BD = jnp.tanh(Dense(c.width, c.width, ("embed", None), name="pooler")(first_BD))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One causal decoder: LLaMA (and Vicuna, SmolLM), OPT, GPT-2, MPT and Kosmos-2's are settings of a few switches.
+"""Causal decoder: LLaMA (Vicuna, SmolLM), OPT, GPT-2, MPT and the Kosmos-2 text model as configs of one module.
 
-Embeddings go in, so that picture words and places can stand among text words; states come out, and `logits` reads them.
-Positions are counted along the mask, so padding may stand anywhere: behind a prompt, before it, or inside a row.
+It maps embeddings to hidden states, so that image tokens and boxes can be mixed with text tokens; `logits` projects
+them to the vocabulary. Positions count real tokens only, so padding may be left, right or inside a row.
 """
 
 from __future__ import annotations
@@ -53,17 +53,20 @@ NORMS = ("rmsnorm", "layernorm")
 )
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes, and the switches in which decoders differ. The defaults are those of LLaMA 7B.
+    """Config of a decoder; the defaults are those of LLaMA 7B (arXiv 2302.13971).
 
-    `positions`: rows of a table of learned ones, of which the first `position_offset` are never used. 0: they are
-    rotary, or by `position_type` "alibi" or "sinusoidal" (from `position_offset` on).
-    `gated`: the feed-forward has a gate and no biases. `centred`: norms subtract the mean. `biases`: which of the
-    attention's q, k, v, o have one; with none, norms and feed-forward have none either. `qk_norms`: queries and keys
-    are normed over all heads. `inner_norms`: norms before the second product of attention and feed-forward (sub-LN).
-    `scaled`: what is read is multiplied by the root of the width. `cross`: looks at pictures between layers.
-    `frozen_words`: that many first rows of the word table never learn.
-    `vocab_multiple`: word table and head get rows of zeros up to a multiple of it, so that a mesh can split them;
-    nobody can say those words, and files never hold them.
+    - `max_positions`: rows of a learned position table, of which the first `position_offset` are unused. 0: positions
+      are by `position_type` "rope", "alibi" or "sinusoidal" (the last from `position_offset` on).
+    - `gated_mlp`: the feed-forward has a gate and no biases.
+    - `norm`: "rmsnorm", or "layernorm", which also subtracts the mean.
+    - `attention_biases`: which of q, k, v, o have a bias; "": norms and feed-forward have none either.
+    - `qk_norm`: queries and keys are normalized over all heads.
+    - `sub_ln`: a norm before the output projection of attention and feed-forward (arXiv 2210.06423).
+    - `scale_embeddings`: input embeddings are multiplied by sqrt(width).
+    - `cross_attention`: gated cross-attention to images between layers (Flamingo).
+    - `num_frozen_embeddings`: this many first rows of the embedding table get no gradient.
+    - `pad_vocab_to_multiple_of`: zero rows are added to embedding table and head up to this multiple, so that a mesh
+      can split them; their logits are masked, and torch files do not contain them.
     """
 
     vocab_size: int = 32000
@@ -81,7 +84,7 @@ class DecoderConfig:
     max_positions: int = 0
     position_offset: int = 0
     rope_theta: float = 10000.0
-    tie_embeddings: bool = False  # the head is the word table
+    tie_embeddings: bool = False  # the head is the embedding table
     dropout: float = 0.0
     pad_token_id: int = 0
     bos_token_id: int = 1
@@ -98,18 +101,18 @@ class DecoderConfig:
     cross_attention: GatedCrossAttentionConfig | None = None
 
     def __post_init__(self):
-        for field, known in {"position_type": POSITION_TYPES, "norm": NORMS}.items():
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {', '.join(known)}")
+        for field, allowed in {"position_type": POSITION_TYPES, "norm": NORMS}.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {', '.join(allowed)}")
         if self.cross_attention is not None and self.depth % self.cross_attention.every_n_layers:
             raise ValueError(
-                f"depth {self.depth} is no multiple of cross_attention.every_n_layers, "
-                f"{self.cross_attention.every_n_layers}; change one of them"
+                f"depth is {self.depth}; it must be a multiple of cross_attention.every_n_layers, which is "
+                f"{self.cross_attention.every_n_layers}"
             )
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the word table and of the head."""
+        """Rows of the embedding table and columns of the head, with padding."""
         return -(-self.vocab_size // self.pad_vocab_to_multiple_of) * self.pad_vocab_to_multiple_of
 
 
@@ -191,8 +194,8 @@ KOSMOS2_TEXT = dataclasses.replace(
     eos_token_id=2,
 )
 
-# Made by `python -m lionjax.tiny.pretrain --part decoder`. Its embeddings are those of the small T5, so that one ViT
-# fits both.
+# Trained by `python -m lionjax.tiny.pretrain --part decoder` with the embeddings of TINY_T5, so that one ViT is aligned
+# to both.
 TINY_DECODER = DecoderConfig(
     vocab_size=1024,
     width=128,
@@ -208,10 +211,10 @@ TINY_DECODER = DecoderConfig(
 
 
 class Block(nn.Module):
-    """x += attention(norm x); x += feed_forward(norm x), and beside it the routed adapters where there are any.
+    """x += attention(norm(x)); x += mlp(norm(x)) + adapters(x), the adapters only if configured.
 
-    `layer` holds the layer's key and, when tokens are read one after the other, the keys and values of those before in
-    pieces; the new ones' are then handed back.
+    `layer` is (dropout key, segments of past keys and values). With past segments (in generation) it also returns the
+    new keys and values (B, N, S, H), else None.
     """
 
     c: DecoderConfig
@@ -219,10 +222,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, layer, mask, rope, bias, task_B):
         c = self.c
-        key, earlier = layer
+        key, past_kv = layer
         keys = split_key(key, 3)
-        inner = c.norm_eps if c.sub_ln else None
-        own = Attention(
+        sub_ln_eps = c.norm_eps if c.sub_ln else None
+        attention = Attention(
             c.width,
             c.num_heads,
             c.head_dim,
@@ -230,74 +233,78 @@ class Block(nn.Module):
             biases=c.attention_biases,
             dropout_rate=c.dropout,
             lora=c.lora,
-            sub_ln_eps=inner,
+            sub_ln_eps=sub_ln_eps,
             name="attention",
         )
         h_BLD = make_norm(c, name="norm1")(x_BLD)
-        query, (new_k, new_v) = own.project_query(h_BLD, keys[0]), own.project_key_value(h_BLD, keys[0])
+        query, (new_k, new_v) = attention.project_query(h_BLD, keys[0]), attention.project_key_value(h_BLD, keys[0])
         if c.qk_norm:
             query, new_k = self.norm_over_heads("q_norm", query), self.norm_over_heads("k_norm", new_k)
         if rope is not None:
             query, new_k = apply_rope(query, rope), apply_rope(new_k, rope)
-        looked_BLD = own.attend(query, (new_k, new_v), mask, bias, keys[0], earlier or ())
-        x_BLD = x_BLD + dropout(looked_BLD, c.dropout, keys[1])
+        change_BLD = attention.attend(query, (new_k, new_v), mask, bias, keys[0], past_kv or ())
+        x_BLD = x_BLD + dropout(change_BLD, c.dropout, keys[1])
         h_BLD = make_norm(c, name="norm2")(x_BLD)
         if c.gated_mlp:
-            gated = GatedMLP(c.width, c.mlp_dim, c.activation, lora=c.lora, name="mlp")
-            change_BLD = gated(h_BLD, 0.0, keys[2])
+            mlp = GatedMLP(c.width, c.mlp_dim, c.activation, lora=c.lora, name="mlp")
+            change_BLD = mlp(h_BLD, 0.0, keys[2])
         else:
-            mlp = MLP(c.width, c.mlp_dim, c.activation, use_bias=bool(c.attention_biases), sub_ln_eps=inner, name="mlp")
+            use_bias = bool(c.attention_biases)
+            mlp = MLP(c.width, c.mlp_dim, c.activation, use_bias=use_bias, sub_ln_eps=sub_ln_eps, name="mlp")
             change_BLD = mlp(h_BLD)
         out_BLD = x_BLD + dropout(change_BLD, c.dropout, keys[2])
         if c.adapters is not None:
             out_BLD = out_BLD + RoutedAdapters(c.width, c.adapters, name="adapters")(x_BLD, task_B)
-        new = None if earlier is None else (new_k.swapaxes(1, 2), new_v.swapaxes(1, 2))
-        return with_logical_constraint(out_BLD, "batch", "length", "act_embed"), new
+        new_kv = None if past_kv is None else (new_k.swapaxes(1, 2), new_v.swapaxes(1, 2))
+        return with_logical_constraint(out_BLD, "batch", "length", "act_embed"), new_kv
 
     def norm_over_heads(self, name: str, x_BLNH):
-        """One norm over all heads at once."""
+        """x (B, L, N, H) normalized over its last two axes."""
         *shape, heads, head = x_BLNH.shape
-        wide = LayerNorm(heads * head, self.c.norm_eps, bool(self.c.attention_biases), name=name)
-        return wide(x_BLNH.reshape(*shape, heads * head)).reshape(x_BLNH.shape)
+        norm = LayerNorm(heads * head, self.c.norm_eps, bool(self.c.attention_biases), name=name)
+        return norm(x_BLNH.reshape(*shape, heads * head)).reshape(x_BLNH.shape)
 
 
 class CrossAttentionGroup(nn.Module):
-    """`cross.every` blocks, and before the last of them a look at the pictures. Keys and values of these come with a
-    layer's where they are known."""
+    """`cross_attention.every_n_layers` blocks, with gated cross-attention to the images before the last of them.
+
+    `layer` is (inputs of the blocks, keys and values of the images, None if they are to be computed). In generation it
+    also returns the new keys and values of blocks and images, else None.
+    """
 
     c: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BLD, layer, mask, rope, bias, task_B, media):
         c, last = self.c, self.c.cross_attention.every_n_layers - 1
-        layer, kept = layer
+        layer, media_kv = layer
 
-        def part(which):
-            return jax.tree.map(lambda leaf: leaf[which], layer)
+        def part(index):
+            return jax.tree.map(lambda leaf: leaf[index], layer)
 
-        made = ()
+        new_kvs = ()
         if last:
-            x_BLD, new = scan_blocks(Block, c, last)(c, name="before")(
+            x_BLD, new_kv = scan_blocks(Block, c, last)(c, name="before")(
                 x_BLD, part(slice(last)), mask, rope, bias, task_B
             )
-            made = (new,)
-        x_BLD, kept = GatedCrossAttentionBlock(c.width, c.cross_attention, name="cross")(x_BLD, media, kept)
-        x_BLD, new = Block(c, name="block")(x_BLD, part(last), mask, rope, bias, task_B)
-        if new is None:
+            new_kvs = (new_kv,)
+        x_BLD, media_kv = GatedCrossAttentionBlock(c.width, c.cross_attention, name="cross")(x_BLD, media, media_kv)
+        x_BLD, new_kv = Block(c, name="block")(x_BLD, part(last), mask, rope, bias, task_B)
+        if new_kv is None:
             return x_BLD, None
-        made = (*made, jax.tree.map(lambda leaf: leaf[None], new))
-        return x_BLD, (jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *made), kept)
+        new_kvs = (*new_kvs, jax.tree.map(lambda leaf: leaf[None], new_kv))
+        return x_BLD, (jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *new_kvs), media_kv)
 
 
 def make_norm(c: DecoderConfig, **name):
-    """The norm that this decoder has everywhere."""
+    """The norm layer of this config."""
     if c.norm == "rmsnorm":
         return RMSNorm(c.width, c.norm_eps, **name)
     return LayerNorm(c.width, c.norm_eps, bool(c.attention_biases), **name)
 
 
 def scan_blocks(block, c: DecoderConfig, length: int, num_broadcast: int = 4):
-    """`length` of these blocks after each other, with as many inputs that are the same for all."""
+    """`length` blocks as one `nn.scan`; the last `num_broadcast` inputs are shared by all blocks."""
     return nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
@@ -309,7 +316,7 @@ def scan_blocks(block, c: DecoderConfig, length: int, num_broadcast: int = 4):
 
 
 class Decoder(nn.Module):
-    """Embeddings (B, L, D) in, states (B, L, D) behind the last norm out."""
+    """Maps embeddings (B, L, D) to states (B, L, D) after the final norm; a `LanguageBackend`."""
 
     c: DecoderConfig
 
@@ -322,21 +329,21 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.head = Dense(c.width, c.padded_vocab_size, ("embed", "vocab"), use_bias=False)
 
-        def kept(block):
+        def rematerialized(block):
             return nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
 
         if c.cross_attention is None:
-            block = Block if c.remat == "none" else kept(Block)
+            block = Block if c.remat == "none" else rematerialized(Block)
             self.blocks = scan_blocks(block, c, c.depth)(c)
         else:
-            group = CrossAttentionGroup if c.remat == "none" else kept(CrossAttentionGroup)
+            group = CrossAttentionGroup if c.remat == "none" else rematerialized(CrossAttentionGroup)
             self.groups = scan_blocks(group, c, c.depth // c.cross_attention.every_n_layers, 5)(c)
 
     def embed(self, ids_BL, dtype=jnp.float32):
         return self.embedding(ids_BL, dtype)
 
     def logits(self, state_BLD):
-        """(..., D) -> (..., V) in float32."""
+        """Logits (..., V) in float32 of states (..., D); those of padding rows of the vocabulary are -1e30."""
         c = self.c
         logits_BLV = (self.embedding.attend if c.tie_embeddings else self.head)(state_BLD).astype(jnp.float32)
         if c.padded_vocab_size == c.vocab_size:
@@ -344,11 +351,11 @@ class Decoder(nn.Module):
         return jnp.where(jnp.arange(c.padded_vocab_size) < c.vocab_size, logits_BLV, MASK_VALUE)
 
     def __call__(self, x_BLD, mask_BL, task_B=None, key=None, media=None):
-        """States of a whole row; those of padding mean nothing. `media` as `GatedCross` has it."""
+        """States (B, L, D) of a whole sequence, undefined at padding. `media`: see `GatedCrossAttentionBlock`."""
         return self.run_blocks(x_BLD, position_ids(mask_BL), causal_mask(mask_BL), task_B, key, media=media)[0]
 
     def forward(self, x_BLD, mask_BL, target_BMD, target_mask_BM, task_B=None, keys=(None, None), media=None):
-        """See `backend.LanguageBackend`: input and target are one row."""
+        """See `backend.LanguageBackend`; input and target are one sequence."""
         length = x_BLD.shape[1]
         row_BLD = jnp.concatenate([x_BLD, target_BMD], axis=1)
         row_mask_BL = jnp.concatenate([mask_BL.astype(bool), target_mask_BM.astype(bool)], axis=1)
@@ -358,67 +365,70 @@ class Decoder(nn.Module):
         return before_BMD, state_BLD[:, length:]
 
     def embed_next(self, token_B, cache: Cache):
-        """Embeddings (B, D) of tokens in the cache's dtype."""
+        """Embeddings (B, D) of the tokens in the dtype of the cache."""
         return self.embed(token_B, cache.generated["k"].dtype)
 
     def prefill(self, x_BLD, mask_BL, cache_length: int, task_B=None, media=None):
-        """Read a prompt: the state (B, D) of its last real token, and a cache with room for `cache_length` more.
+        """State (B, D) of the last real token of the prompt, and a cache with `cache_length` free slots.
 
-        What is read later looks at the same pictures as that token.
+        Later tokens attend to the same images as that token.
         """
         c = self.c
         self.check_length(x_BLD.shape[1] + cache_length)
-        h_BLD, read, kept = self.run_blocks(x_BLD, position_ids(mask_BL), causal_mask(mask_BL), task_B, None, (), media)
-        room = (c.depth, len(x_BLD), c.num_kv_heads, max(cache_length, 1), c.head_dim)
-        written = {name: jnp.zeros(room, leaf.dtype) for name, leaf in zip("kv", read)}
+        h_BLD, prompt_kv, media_kv = self.run_blocks(
+            x_BLD, position_ids(mask_BL), causal_mask(mask_BL), task_B, None, (), media
+        )
+        shape = (c.depth, len(x_BLD), c.num_kv_heads, max(cache_length, 1), c.head_dim)
+        generated = {name: jnp.zeros(shape, leaf.dtype) for name, leaf in zip("kv", prompt_kv)}
         mask_BL = mask_BL.astype(bool)
-        fixed = {"mask": mask_BL[None], "task": None if task_B is None else task_B[None]}
+        static = {"mask": mask_BL[None], "task": None if task_B is None else task_B[None]}
         if media is not None:
-            _, seen_BLS, real_BL = media
-            seen_BS, real_B1 = last_token(seen_BLS, mask_BL), last_token(real_BL[..., None], mask_BL)
-            fixed |= {"media": kept, "seen": seen_BS[None], "real": real_B1[None]}
-        return last_token(h_BLD, mask_BL), Cache(written, fixed, jnp.zeros((), jnp.int32), read)
+            _, media_mask_BLS, attends_BL = media
+            media_mask_BS = last_token(media_mask_BLS, mask_BL)
+            attends_B1 = last_token(attends_BL[..., None], mask_BL)
+            static |= {"media": media_kv, "seen": media_mask_BS[None], "real": attends_B1[None]}
+        return last_token(h_BLD, mask_BL), Cache(generated, static, jnp.zeros((), jnp.int32), prompt_kv)
 
     def extend(self, x_BD, cache: Cache):
-        """Read one more token's embedding: its state (B, D)."""
-        mask_BL, step, fixed = cache.static["mask"][0], cache.step, cache.static
+        """State (B, D) of the input embedding `x_BD`, and the cache with that input."""
+        mask_BL, step, static = cache.static["mask"][0], cache.step, cache.static
         rows = len(mask_BL)
-        task_B = None if fixed["task"] is None else fixed["task"][0]
-        place_S = jnp.arange(cache.generated["k"].shape[3])
-        written_BS = jnp.broadcast_to(place_S < step, (rows, len(place_S)))
-        seen_BS = jnp.concatenate([mask_BL, written_BS, jnp.ones((rows, 1), bool)], axis=1)
+        task_B = None if static["task"] is None else static["task"][0]
+        slot_S = jnp.arange(cache.generated["k"].shape[3])
+        filled_BS = jnp.broadcast_to(slot_S < step, (rows, len(slot_S)))
+        valid_BS = jnp.concatenate([mask_BL, filled_BS, jnp.ones((rows, 1), bool)], axis=1)
         count_B1 = mask_BL.sum(axis=1, keepdims=True)
-        position_BS = jnp.concatenate([position_ids(mask_BL), count_B1 + place_S, count_B1 + step], axis=1)
-        written = (cache.generated["k"], cache.generated["v"])
-        media = kept = None
+        position_BS = jnp.concatenate([position_ids(mask_BL), count_B1 + slot_S, count_B1 + step], axis=1)
+        generated_kv = (cache.generated["k"], cache.generated["v"])
+        media = media_kv = None
         if self.c.cross_attention is not None:
-            media, kept = (None, fixed["seen"][0][:, None], fixed["real"][0]), fixed["media"]
-        h_B1D, new, _ = self.run_blocks(
+            media, media_kv = (None, static["seen"][0][:, None], static["real"][0]), static["media"]
+        h_B1D, new_kv, _ = self.run_blocks(
             x_BD[:, None],
             count_B1 + step,
-            key_padding_mask(seen_BS),
+            key_padding_mask(valid_BS),
             task_B,
             None,
-            (cache.prompt, written),
+            (cache.prompt, generated_kv),
             media,
-            kept,
+            media_kv,
             position_BS,
         )
-        # One write for all layers: nothing else of the cache moves.
-        written = {
+        # One update for all layers, so that XLA writes in place and copies nothing else of the cache.
+        new_slots = {
             name: jax.lax.dynamic_update_slice(old, leaf.astype(old.dtype), (0, 0, 0, step, 0))
-            for name, old, leaf in zip("kv", written, new)
+            for name, old, leaf in zip("kv", generated_kv, new_kv)
         }
-        return h_B1D[:, 0], Cache(cache.generated | written, cache.static, step + 1, cache.prompt)
+        return h_B1D[:, 0], Cache(cache.generated | new_slots, cache.static, step + 1, cache.prompt)
 
     def run_blocks(
         self, x_BLD, position_BL, mask, task_B, key, past_kv=None, media=None, media_kv=None, key_position_BS=None
     ):
-        """States, and where `earlier` is given the new keys and values of all layers, and those of the pictures."""
+        """States (B, L, D), and with `past_kv` the new keys and values of all layers and those of the images."""
         c = self.c
         keys = split_key(key, c.depth + 1)
         layer_keys = None if key is None else jnp.stack(keys[1:])
-        turn = bias = None
+        rope = bias = None
         if c.scale_embeddings:
             x_BLD = x_BLD * jnp.asarray(c.width**0.5, x_BLD.dtype)
         if c.max_positions:
@@ -429,32 +439,33 @@ class Decoder(nn.Module):
         elif c.position_type == "alibi":
             bias = alibi_bias(position_BL if key_position_BS is None else key_position_BS, c.num_heads)
         else:
-            turn = rope_cos_sin(position_BL, c.head_dim, c.rope_theta)
+            rope = rope_cos_sin(position_BL, c.head_dim, c.rope_theta)
         x_BLD = dropout(x_BLD, c.dropout, keys[0])
         layers = (layer_keys, past_kv)
         if c.cross_attention is None:
-            x_BLD, new = self.blocks(x_BLD, layers, mask, turn, bias, task_B)
+            x_BLD, new_kv = self.blocks(x_BLD, layers, mask, rope, bias, task_B)
         else:
             shape = (c.depth // c.cross_attention.every_n_layers, c.cross_attention.every_n_layers)
             layers = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), layers)
-            x_BLD, made = self.groups(x_BLD, (layers, media_kv), mask, turn, bias, task_B, media)
-            new, media_kv = (None, None) if past_kv is None else made
-            new = jax.tree.map(lambda leaf: leaf.reshape(c.depth, *leaf.shape[2:]), new)
-        return self.norm(x_BLD), new, media_kv
+            x_BLD, group_kv = self.groups(x_BLD, (layers, media_kv), mask, rope, bias, task_B, media)
+            new_kv, media_kv = (None, None) if past_kv is None else group_kv
+            new_kv = jax.tree.map(lambda leaf: leaf.reshape(c.depth, *leaf.shape[2:]), new_kv)
+        return self.norm(x_BLD), new_kv, media_kv
 
     def check_length(self, length: int):
-        room = self.c.max_positions - self.c.position_offset
-        if self.c.max_positions and length > room:
-            raise ValueError(f"{length} tokens do not fit the {room} learned positions; shorten the text")
+        """Raises ValueError if `length` tokens exceed the learned position table."""
+        positions = self.c.max_positions - self.c.position_offset
+        if self.c.max_positions and length > positions:
+            raise ValueError(f"{length} tokens do not fit the {positions} learned positions; shorten the text")
 
 
 def position_ids(mask_BL):
-    """Positions 0, 1, ... of the real tokens of each row; padding takes that of the token before it."""
+    """Positions (B, L) from 0 of the real tokens of each row; padding has the position of the token before it."""
     return jnp.maximum(jnp.cumsum(mask_BL.astype(jnp.int32), axis=1) - 1, 0)
 
 
 def last_token(x_BLD, mask_BL):
-    """The row of x (B, D) at each row's last real token."""
+    """x (B, D) at the last real token of each row."""
     length = mask_BL.shape[1]
-    place_B = length - 1 - jnp.argmax(mask_BL[:, ::-1].astype(bool), axis=1)
-    return jnp.take_along_axis(x_BLD, place_B[:, None, None], axis=1)[:, 0]
+    last_B = length - 1 - jnp.argmax(mask_BL[:, ::-1].astype(bool), axis=1)
+    return jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the weights of a `Decoder` are called in torch: LLaMA, OPT, GPT-2, MPT and Kosmos-2's."""
+"""Weight maps of `Decoder`: Hugging Face's names for LLaMA, OPT, GPT-2, MPT and the Kosmos-2 text model."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def opt_weight_map(c: DecoderConfig) -> tuple[WeightMapping, ...]:
 
 
 def gpt2_weight_map(c: DecoderConfig) -> tuple[WeightMapping, ...]:
-    """Names of Hugging Face's GPT2LMHeadModel, whose matrices are (in, out) as ours."""
+    """Names of Hugging Face's GPT2LMHeadModel, whose kernels are (in, out) as in Flax."""
     cut = split_heads(c.num_heads, c.head_dim)
-    back = reshape((c.num_heads * c.head_dim, c.width), (c.num_heads, c.head_dim, c.width))
+    merge = reshape((c.num_heads * c.head_dim, c.width), (c.num_heads, c.head_dim, c.width))
     block = (
         WeightMapping(
             "attn.c_attn.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(cut, cut, cut, axis=1)
         ),
         WeightMapping("attn.c_attn.bias", tuple(f"attention/{x}/bias" for x in "qkv"), split_fused(cut, cut, cut)),
-        WeightMapping("attn.c_proj.weight", "attention/o/kernel", back),
+        WeightMapping("attn.c_proj.weight", "attention/o/kernel", merge),
         WeightMapping("attn.c_proj.bias", "attention/o/bias"),
         *norm_weight_map("ln_1", "norm1"),
         *norm_weight_map("ln_2", "norm2"),
@@ -82,7 +82,7 @@ def gpt2_weight_map(c: DecoderConfig) -> tuple[WeightMapping, ...]:
 
 
 def mpt_weight_map(c: DecoderConfig) -> tuple[WeightMapping, ...]:
-    """Names of Hugging Face's MptForCausalLM, and of MPT's own code, which may norm queries and keys."""
+    """Names of Hugging Face's MptForCausalLM and, for `qk_norm`, of the original MPT code."""
     cut = split_heads_kernel(c.num_heads, c.head_dim)
     paths = tuple(f"attention/{x}/kernel" for x in "qkv")
     normed = ("q", "k") if c.qk_norm else ()
@@ -121,14 +121,14 @@ def kosmos2_weight_map(c: DecoderConfig) -> tuple[WeightMapping, ...]:
 
 
 def weight_map(c: DecoderConfig) -> tuple[WeightMapping, ...]:
-    """Names of Hugging Face's class for such a decoder."""
+    """Names of Hugging Face's class for this config: OPT, GPT-2, LLaMA, MPT or Kosmos-2, by its position type."""
     if c.max_positions:
         return opt_weight_map(c) if c.position_offset else gpt2_weight_map(c)
     return {"rope": llama_weight_map, "alibi": mpt_weight_map, "sinusoidal": kosmos2_weight_map}[c.position_type](c)
 
 
 def _layers_weight_map(c: DecoderConfig, torch_prefix: str, block) -> tuple[WeightMapping, ...]:
-    """The rows of all layers; where they stand in groups, the last one of each has a place of its own."""
+    """The mappings of all layers; with cross-attention, the last block of each group has its own parameter path."""
     if c.cross_attention is None:
         return with_prefix(torch_prefix + "{i}.", "blocks/", block)
     every = c.cross_attention.every_n_layers
@@ -146,9 +146,9 @@ def _attention_weight_map(c: DecoderConfig, out_proj_name: str) -> tuple[WeightM
 
 
 def _embedding_weight_map(c: DecoderConfig, torch_key: str) -> tuple[WeightMapping, ...]:
-    words, head = identity, linear
+    table, head = identity, linear
     if c.padded_vocab_size > c.vocab_size:
-        words, head = (pad_rows(c.vocab_size, c.padded_vocab_size, op) for op in (words, head))
+        table, head = (pad_rows(c.vocab_size, c.padded_vocab_size, op) for op in (table, head))
     if c.tie_embeddings:
-        return (WeightMapping(torch_key, "embedding/table", words, tied_keys=("lm_head.weight",)),)
-    return (WeightMapping(torch_key, "embedding/table", words), WeightMapping("lm_head.weight", "head/kernel", head))
+        return (WeightMapping(torch_key, "embedding/table", table, tied_keys=("lm_head.weight",)),)
+    return (WeightMapping(torch_key, "embedding/table", table), WeightMapping("lm_head.weight", "head/kernel", head))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5 v1.1 / FlanT5: an encoder-decoder whose layers may carry routed adapters beside every feed-forward.
+"""T5 v1.1 and FlanT5 (arXiv 1910.10683, 2210.11416): an encoder-decoder with optional routed adapters.
 
-The encoder takes embeddings, not ids, so that picture words can stand among text words. Attention has no 1/sqrt(d),
-norms have no centring, nothing has a bias; one table of relative positions serves all layers of a stack.
+The encoder takes embeddings, not ids, so that image tokens can be mixed with text tokens. Attention has no 1/sqrt(d)
+scale, norms are RMSNorm, dense layers have no bias, and all layers of a stack share one relative position table.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from lionjax.nn.positions import RelativePositionBias
 )
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes of a T5 v1.1; `activation` is gelu_tanh for FlanT5 as released, gelu (erf) as LION runs it."""
+    """Config of a T5 v1.1; `activation` is gelu_tanh in FlanT5's release, gelu (erf) in LION."""
 
     vocab_size: int = 32128
     width: int = 2048
@@ -74,7 +74,7 @@ class T5Config:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the word table and of the head."""
+        """Rows of the embedding table and columns of the output head."""
         return self.vocab_size
 
 
@@ -94,7 +94,7 @@ TINY_T5 = T5Config(  # ships with the project
 
 
 def make_attention(c: T5Config, name: str) -> Attention:
-    """T5's initial scales: queries are small because scores are not divided by sqrt(head)."""
+    """Attention with T5's initial scales: queries are small because scores are not divided by sqrt(head_dim)."""
     inner = c.num_heads * c.head_dim
     inits = (normal((c.width * c.head_dim) ** -0.5), normal(c.width**-0.5), normal(c.width**-0.5), normal(inner**-0.5))
     return Attention(
@@ -111,7 +111,7 @@ def make_attention(c: T5Config, name: str) -> Attention:
 
 
 class FeedForward(nn.Module):
-    """h + ffn(norm h) + adapters(h): the adapters read the stream itself, before its norm (LION)."""
+    """h + mlp(norm(h)) + adapters(h): the adapters read the residual stream before the norm (LION)."""
 
     c: T5Config
 
@@ -142,10 +142,11 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Self-attention, attention to the encoder, feed-forward.
+    """Self-attention, cross-attention to the encoder, feed-forward.
 
-    Beside the stream it carries `cache`, the keys and values of all layers (layers, B, S, N, H), and writes its own
-    into it; None reads a whole answer at once. `crossed` are its keys and values of the encoded prompt, if known.
+    The scan carry is (h, cache): `cache` holds the keys and values of all layers (layers, B, S, N, H), into which the
+    block writes its own; None: the whole answer is one forward pass. The scanned inputs are the layer's number, its
+    dropout key and its cross-attention keys and values, None if they are to be computed from `encoded_BLD`.
     """
 
     c: T5Config
@@ -154,29 +155,31 @@ class DecoderBlock(nn.Module):
     def __call__(self, carry, layer, mask, bias, encoded_BLD, encoded_mask, task_B, step):
         c = self.c
         h_BMD, cache = carry
-        number, key, crossed = layer
+        number, key, cross_kv = layer
         keys = split_key(key, 5)
-        own = make_attention(c, "self_attention")
+        self_attention = make_attention(c, "self_attention")
         x_BMD = RMSNorm(c.width, c.norm_eps, name="self_norm")(h_BMD)
-        keys_values = own.project_key_value(x_BMD, keys[0])
+        keys_values = self_attention.project_key_value(x_BMD, keys[0])
         if cache is not None:
             cache = tuple(update_kv_cache(old, new, number, step) for old, new in zip(cache, keys_values, strict=True))
             keys_values = tuple(layers[number] for layers in cache)
-        change = own.attend(own.project_query(x_BMD, keys[0]), keys_values, mask, bias, keys[0])
+        change = self_attention.attend(self_attention.project_query(x_BMD, keys[0]), keys_values, mask, bias, keys[0])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[1])
 
-        cross = make_attention(c, "cross_attention")
+        cross_attention = make_attention(c, "cross_attention")
         x_BMD = RMSNorm(c.width, c.norm_eps, name="cross_norm")(h_BMD)
-        made = None
-        if crossed is None:
-            made = crossed = cross.project_key_value(encoded_BLD, keys[2])
-        change = cross.attend(cross.project_query(x_BMD, keys[2]), crossed, encoded_mask, None, keys[2])
+        new_cross_kv = None
+        if cross_kv is None:
+            new_cross_kv = cross_kv = cross_attention.project_key_value(encoded_BLD, keys[2])
+        query = cross_attention.project_query(x_BMD, keys[2])
+        change = cross_attention.attend(query, cross_kv, encoded_mask, None, keys[2])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[3])
         h_BMD = FeedForward(c, name="feed_forward")(h_BMD, task_B, keys[4])
-        return (h_BMD, cache), None if cache is None else made
+        return (h_BMD, cache), None if cache is None else new_cross_kv
 
 
 def scan_blocks(block, c: T5Config, length: int, num_broadcast: int):
+    """`length` blocks as one `nn.scan`, rematerialized by `c.remat`; the last `num_broadcast` inputs are shared."""
     if c.remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
     return nn.scan(
@@ -222,18 +225,18 @@ class Decoder(nn.Module):
         mask = (key_positions[None, :] <= query_positions[:, None])[None, None] if cache else causal_mask(mask_BM)
         h_BMD = dropout(x_BMD, c.dropout, keys[0])
         blocks = scan_blocks(DecoderBlock, c, c.decoder_depth, 6)
-        own = crossed = None
+        self_kv = cross_kv = None
         if cache is not None:
-            own = (cache["self_k"], cache["self_v"])
-            crossed = (cache["cross_k"], cache["cross_v"]) if encoded_BLD is None else None
-        layers = (jnp.arange(c.decoder_depth), layer_keys, crossed)
-        known = (mask, bias, encoded_BLD, key_padding_mask(encoded_mask_BL), task_B, step)
-        (h_BMD, own), made = blocks((h_BMD, own), layers, *known)
-        return dropout(RMSNorm(c.width, c.norm_eps, name="norm")(h_BMD), c.dropout, keys[1]), (own, made)
+            self_kv = (cache["self_k"], cache["self_v"])
+            cross_kv = (cache["cross_k"], cache["cross_v"]) if encoded_BLD is None else None
+        layers = (jnp.arange(c.decoder_depth), layer_keys, cross_kv)
+        shared = (mask, bias, encoded_BLD, key_padding_mask(encoded_mask_BL), task_B, step)
+        (h_BMD, self_kv), new_cross_kv = blocks((h_BMD, self_kv), layers, *shared)
+        return dropout(RMSNorm(c.width, c.norm_eps, name="norm")(h_BMD), c.dropout, keys[1]), (self_kv, new_cross_kv)
 
 
 class T5(nn.Module):
-    """Embeddings in, logits out; `encode` and `decode` are also called apart."""
+    """T5 as a `LanguageBackend`; `encode` and `decode` can also be called separately."""
 
     c: T5Config
 
@@ -248,24 +251,24 @@ class T5(nn.Module):
         return self.embedding(ids_BL, dtype)
 
     def encode(self, x_BLD, mask_BL, task_B=None, key=None):
-        """(B, L, D) embeddings -> (B, L, D)."""
+        """Encoder states (B, L, D) of embeddings (B, L, D)."""
         return self.encoder(x_BLD, mask_BL, task_B, key)
 
     def decode(self, ids_BM, mask_BM, encoded_BLD, encoded_mask_BL, task_B=None, key=None):
-        """Logits (B, M, V) in float32 of the token after each of `ids_BM`, which begin with the start token."""
+        """Logits (B, M, V) in float32 of the token after each of `ids_BM`, whose first is the decoder start token."""
         x_BMD = self.embed(ids_BM, encoded_BLD.dtype)
         return self.logits(self.hidden_states(x_BMD, mask_BM, encoded_BLD, encoded_mask_BL, task_B, key))
 
     def hidden_states(self, x_BMD, mask_BM, encoded_BLD, encoded_mask_BL, task_B=None, key=None):
-        """States (B, M, D) of a whole answer's embeddings."""
+        """Decoder states (B, M, D) of the embeddings of a whole answer."""
         return self.decoder(x_BMD, encoded_BLD, encoded_mask_BL, task_B, key, mask_BM=mask_BM)[0]
 
     def logits(self, state_BMD):
-        """(..., D) -> (..., V) in float32."""
+        """Logits (..., V) in float32 of states (..., D)."""
         return self.head(state_BMD).astype(jnp.float32)
 
     def forward(self, x_BLD, mask_BL, target_BMD, target_mask_BM, task_B=None, keys=(None, None), after: bool = False):
-        """See `backend.LanguageBackend`. `after`: also compute the states that have read each target token."""
+        """See `backend.LanguageBackend`. `after`: also compute the states after each target token."""
         encoded_BLD = self.encode(x_BLD, mask_BL, task_B, keys[0])
         start_B1 = jnp.full((len(target_BMD), 1), self.c.decoder_start_token_id, jnp.int32)
         start_B1D = self.embed(start_B1, encoded_BLD.dtype)
@@ -278,52 +281,52 @@ class T5(nn.Module):
         return state_BMD[:, :-1], state_BMD[:, 1:]
 
     def prefill(self, x_BLD, mask_BL, cache_length: int, task_B=None):
-        """Encode the input and read the start token: its state (B, D), and a cache for `cache_length` tokens more."""
+        """State (B, D) of the decoder start token, and a cache of the input with `cache_length` free slots."""
         return self.prefill_encoded(self.encode(x_BLD, mask_BL, task_B), mask_BL, cache_length, task_B)
 
     def prefill_encoded(self, encoded_BLD, encoded_mask_BL, cache_length: int, task_B=None):
-        """As `prefill`, of an input that is encoded already."""
+        """As `prefill`, for encoder states `encoded_BLD` (B, L, D)."""
         c = self.c
         batch, dtype = encoded_BLD.shape[0], encoded_BLD.dtype
         shape = (c.decoder_depth, batch, 1 + cache_length, c.num_heads, c.head_dim)
         empty = {"self_k": jnp.zeros(shape, dtype), "self_v": jnp.zeros(shape, dtype)}
         start_B1 = jnp.full((batch, 1), c.decoder_start_token_id, jnp.int32)
-        h_B1D, (own, crossed) = self.decoder(
+        h_B1D, (self_kv, cross_kv) = self.decoder(
             self.embed(start_B1, dtype), encoded_BLD, encoded_mask_BL, task_B, None, empty
         )
-        fixed = {
-            "cross_k": crossed[0],
-            "cross_v": crossed[1],
+        static = {
+            "cross_k": cross_kv[0],
+            "cross_v": cross_kv[1],
             "mask": encoded_mask_BL[None],
             "task": task_B[None] if task_B is not None else None,
         }
-        cache = Cache({"self_k": own[0], "self_v": own[1]}, fixed, jnp.ones((), jnp.int32))
+        cache = Cache({"self_k": self_kv[0], "self_v": self_kv[1]}, static, jnp.ones((), jnp.int32))
         return h_B1D[:, 0], cache
 
     def embed_next(self, token_B, cache: Cache):
-        """Embeddings (B, D) of tokens in the cache's dtype."""
+        """Embeddings (B, D) of the tokens in the dtype of the cache."""
         return self.embed(token_B, cache.generated["self_k"].dtype)
 
     def extend(self, x_BD, cache: Cache):
-        """Read one more embedding per row: its state (B, D)."""
-        fixed, x_B1D = cache.static, x_BD[:, None]
-        crossed = {"cross_k": fixed["cross_k"], "cross_v": fixed["cross_v"]}
-        task_B = None if fixed["task"] is None else fixed["task"][0]
-        h_B1D, (own, _) = self.decoder(
-            x_B1D, None, fixed["mask"][0], task_B, None, cache.generated | crossed, cache.step
+        """State (B, D) of the input embedding `x_BD`, and the cache with that input."""
+        static, x_B1D = cache.static, x_BD[:, None]
+        cross_kv = {"cross_k": static["cross_k"], "cross_v": static["cross_v"]}
+        task_B = None if static["task"] is None else static["task"][0]
+        h_B1D, (self_kv, _) = self.decoder(
+            x_B1D, None, static["mask"][0], task_B, None, cache.generated | cross_kv, cache.step
         )
-        written = cache.generated | {"self_k": own[0], "self_v": own[1]}
-        return h_B1D[:, 0], Cache(written, fixed, cache.step + 1)
+        generated = cache.generated | {"self_k": self_kv[0], "self_v": self_kv[1]}
+        return h_B1D[:, 0], Cache(generated, static, cache.step + 1)
 
 
 def shift_right(target_BM, decoder_start_token_id: int):
-    """The decoder's input: the start token, then the target without its last token."""
+    """Decoder input ids (B, M): the decoder start token, then the target without its last token."""
     start_B1 = jnp.full_like(target_BM[:, :1], decoder_start_token_id)
     return jnp.concatenate([start_B1, target_BM[:, :-1]], axis=1)
 
 
 def weight_map(c: T5Config) -> tuple[WeightMapping, ...]:
-    """Names of Hugging Face's T5ForConditionalGeneration with an untied head; adapters under LION's names."""
+    """Names of Hugging Face's T5ForConditionalGeneration with an untied head, and LION's names for adapters."""
     relative = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"  # only the first layer stores it
     aliases = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     return (

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BLIP-2's first stage: a Q-Former learns what of a picture belongs to a text, without any language model (2301.12597).
+"""BLIP-2 stage 1 (arXiv 2301.12597): Q-Former pre-training without a language model.
 
-Three losses in one pass: pictures find their texts among those of the whole batch (contrast), a true pair is told from
-one that looks alike (matching), and the text is written from what the queries saw (captioning).
+Three losses in one forward pass: image-text contrast (ITC) over the batch, image-text matching (ITM) against hard
+negatives, and image-grounded captioning (ITG).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -26,7 +25,7 @@ from lionjax.nn.attention import causal_mask, key_padding_mask
 from lionjax.nn.layers import Dense, LayerNorm, dense_weight_map, gelu, norm_weight_map, split_key
 from lionjax.nn.losses import label_smoothed_cross_entropy
 
-SELF_PAIR_LOGIT = -10000.0  # what a pair's own place in the batch scores where others are drawn
+SELF_PAIR_LOGIT = -10000.0  # logit of the true pair when hard negatives are sampled, so that it is never drawn
 
 
 @renamed_fields(
@@ -38,16 +37,17 @@ SELF_PAIR_LOGIT = -10000.0  # what a pair's own place in the batch scores where 
 )
 @dataclasses.dataclass(frozen=True)
 class Blip2Stage1(VLM):
-    """The stage by its parts' sizes; the defaults are the released ones.
+    """Config of the stage; the defaults are those of the release.
 
-    Texts are the batch's targets in BERT's words, closed by `[SEP]`; `start_token` (`[CLS]`) is put before them, and
-    `write_token` (`[DEC]`) where they are to be written. `smoothing`: of the contrast's and the captions' labels.
+    Texts are the targets of the batch in BERT's vocabulary, closed by `[SEP]`. The model prepends `cls_token_id`
+    (`[CLS]`), and `decoder_start_token_id` (`[DEC]`) for captioning. `label_smoothing` applies to contrast and
+    captioning.
     """
 
     vision: ViTConfig = EVA_VIT_G
     qformer: QFormerConfig = QFormerConfig()
     vision_norm_eps: float = 1e-5
-    embed_dim: int = 256  # width in which pictures and texts are compared
+    embed_dim: int = 256  # width of the image and text embeddings that the contrastive loss compares
     temperature: float = 0.07
     label_smoothing: float = 0.1
     cls_token_id: int = 101
@@ -59,46 +59,46 @@ class Blip2Stage1(VLM):
         return ModelInfo(end_token=102, image_size=self.vision.image_size)
 
     def init(self, key, batch: Batch) -> Params:
-        """Random parameters of every part."""
+        """Random parameters of all submodules."""
         return Blip2Stage1Module(self).init(key, batch, None)["params"]
 
-    def _apply(self, params: Params, method: Callable, *args):
-        return Blip2Stage1Module(self).apply({"params": params}, *args, method=method)
-
     def extract_features(self, params: Params, batch: Batch):
-        """The frozen tower's output (B, 1 + P, D), with the class token."""
-        return self._apply(params, Blip2Stage1Module.encode_image, batch)
+        """Output (B, 1 + P, D) of the frozen tower, with the class token."""
+        return Blip2Stage1Module(self).apply({"params": params}, batch, method=Blip2Stage1Module.encode_image)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
-        """The sum of the three losses. Without a key the pairs that look most alike are those to be told apart."""
-        return self._apply(params, Blip2Stage1Module.__call__, batch, key)
+        """The sum of the three losses, and metrics. Without a key, the hard negatives are the most similar pairs."""
+        return Blip2Stage1Module(self).apply({"params": params}, batch, key, method=Blip2Stage1Module.__call__)
 
     def similarity(self, params: Params, batch: Batch):
-        """How alike each picture and each text are, the best of all queries: (B, B), pictures by texts, in -1..1."""
-        return self._apply(params, Blip2Stage1Module.similarity, batch)
+        """Cosine similarity (B, B) of images (rows) and texts (columns) in -1..1, the maximum over all queries."""
+        return Blip2Stage1Module(self).apply({"params": params}, batch, method=Blip2Stage1Module.similarity)
 
     def itm_logits(self, params: Params, batch: Batch):
-        """Whether each picture and its text belong together: logits (B, 2), the second for yes."""
-        return self._apply(params, Blip2Stage1Module.itm_logits, batch)
+        """Image-text matching logits (B, 2) of each image and its text; column 1 is "match"."""
+        return Blip2Stage1Module(self).apply({"params": params}, batch, method=Blip2Stage1Module.itm_logits)
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
-        """Read the pictures; what is written then sees the queries' keys and values. There is no prompt."""
-        return self._apply(params, Blip2Stage1Module.prefill, batch, cache_length)
+        """Logits (B, V) of the first caption token, and a cache with `cache_length` free slots. There is no prompt.
+
+        Caption tokens attend to the keys and values of the queries.
+        """
+        return Blip2Stage1Module(self).apply({"params": params}, batch, cache_length, method=Blip2Stage1Module.prefill)
 
     def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Read one more token per row."""
-        return self._apply(params, Blip2Stage1Module.extend, token_B, cache)
+        """Logits (B, V) of the token after `token_B`, and the cache with that token."""
+        return Blip2Stage1Module(self).apply({"params": params}, token_B, cache, method=Blip2Stage1Module.extend)
 
     def weight_map(self) -> tuple[WeightMapping, ...]:
         """Names of LAVIS's blip2_pretrained.pth."""
-        words, head = "Qformer.bert.embeddings.word_embeddings.weight", "Qformer.cls.predictions."
+        embeddings, head = "Qformer.bert.embeddings.word_embeddings.weight", "Qformer.cls.predictions."
         rows = with_prefix("Qformer.bert.", "qformer/", qformer.lavis_weight_map(self.qformer))
         return (
             *with_prefix("visual_encoder.", "vision/", vit.lavis_weight_map(self.vision)),
             *norm_weight_map("ln_vision", "vision_norm"),
             *with_prefix("", "qformer/", qformer.query_tokens_weight_map(self.qformer)),
             *(
-                dataclasses.replace(row, tied_keys=(f"{head}decoder.weight",)) if row.torch == words else row
+                dataclasses.replace(row, tied_keys=(f"{head}decoder.weight",)) if row.torch == embeddings else row
                 for row in rows
             ),
             *dense_weight_map(f"{head}transform.dense", "word_dense"),
@@ -132,127 +132,127 @@ class Blip2Stage1Module(nn.Module):
         self.temperature = self.param("temperature", with_logical_partitioning(start, ()), ())
 
     def encode_image(self, batch: Batch):
-        """What the tower makes of the pictures, the class token too: (B, P, D)."""
+        """Output (B, P, D) of the tower, with the class token; `batch.features` if present."""
         if batch.features is not None:
             return batch.features.astype(self.c.dtype)
         return self.vision(batch.image_BHWC.astype(self.c.dtype))[0]
 
     def text(self, batch: Batch, first: int):
-        """Ids (B, 1 + M) of the texts behind this token, and which are real."""
+        """Ids (B, 1 + M) of the texts after the token `first`, and their mask."""
         first_B1 = jnp.full_like(batch.target_BM[:, :1], first)
         ids_BL = jnp.concatenate([first_B1, batch.target_BM], axis=1)
-        real_BM = batch.target_mask_BM.astype(bool)
-        return ids_BL, jnp.concatenate([jnp.ones_like(real_BM[:, :1]), real_BM], axis=1)
+        mask_BM = batch.target_mask_BM.astype(bool)
+        return ids_BL, jnp.concatenate([jnp.ones_like(mask_BM[:, :1]), mask_BM], axis=1)
 
-    def encode_queries(self, seen_BPD, key=None):
-        """The queries' states and keys and values, from the pictures alone; of unit length, to be compared, too."""
-        asked_BQD, _, kept = self.qformer.run_blocks(self.vision_norm(seen_BPD), None, None, key)
-        return normalize(self.picture_projection(asked_BQD)), kept
+    def encode_queries(self, image_BPD, key=None):
+        """Projected unit-norm queries (B, Q, E) of the images alone, and the keys and values of all their layers."""
+        query_BQD, _, query_kv = self.qformer.run_blocks(self.vision_norm(image_BPD), None, None, key)
+        return normalize(self.picture_projection(query_BQD)), query_kv
 
     def encode_text(self, batch: Batch, dtype, key=None):
-        """The texts alone, of unit length (B, E)."""
+        """Projected unit-norm embeddings (B, E) of the texts alone, from their `[CLS]` tokens."""
         ids_BL, mask_BL = self.text(batch, self.c.cls_token_id)
         text_BLD = self.qformer.embed_text(ids_BL, dtype)
         _, text_BLD, _ = self.qformer.run_blocks(None, text_BLD, key_padding_mask(mask_BL), key)
         return normalize(self.text_projection(text_BLD[:, 0]))
 
     def similarity(self, batch: Batch):
-        asked_BQE, _ = self.encode_queries(self.encode_image(batch))
-        return max_similarity(asked_BQE, self.encode_text(batch, asked_BQE.dtype))
+        query_BQE, _ = self.encode_queries(self.encode_image(batch))
+        return max_similarity(query_BQE, self.encode_text(batch, query_BQE.dtype))
 
     def itm_logits(self, batch: Batch):
         return self.match_logits(self.encode_image(batch), *self.text(batch, self.c.cls_token_id))
 
-    def match_logits(self, seen_BPD, ids_BL, mask_BL, key=None):
-        """Picture and text read together: logits (B, 2), the mean over all queries."""
-        state_BLD = self.qformer(self.vision_norm(seen_BPD), ids_BL, mask_BL, key)
+    def match_logits(self, image_BPD, ids_BL, mask_BL, key=None):
+        """Matching logits (B, 2), the mean over all queries, which attend to image and text."""
+        state_BLD = self.qformer(self.vision_norm(image_BPD), ids_BL, mask_BL, key)
         return self.match_head(state_BLD[:, : self.c.qformer.num_query_tokens]).mean(axis=1).astype(jnp.float32)
 
     def __call__(self, batch: Batch, key):
         c, keys = self.c, split_key(key, 6)
-        seen_BPD = self.encode_image(batch)
-        asked_BQE, kept = self.encode_queries(seen_BPD, keys[0])
-        told_BE = self.encode_text(batch, seen_BPD.dtype, keys[1])
-        rows = jnp.arange(len(told_BE))
-        # Each side learns from its own row; what it is compared with stands still, as where it was gathered.
-        still = jax.lax.stop_gradient
-        to_text_BB = max_similarity(asked_BQE, still(told_BE)) / self.temperature
-        to_picture_BB = max_similarity(still(asked_BQE), told_BE).T / self.temperature
+        image_BPD = self.encode_image(batch)
+        query_BQE, query_kv = self.encode_queries(image_BPD, keys[0])
+        text_BE = self.encode_text(batch, image_BPD.dtype, keys[1])
+        rows = jnp.arange(len(text_BE))
+        # As in LAVIS, whose all_gather stops gradients: each side learns from its own rows only.
+        stop_gradient = jax.lax.stop_gradient
+        image_to_text_BB = max_similarity(query_BQE, stop_gradient(text_BE)) / self.temperature
+        text_to_image_BB = max_similarity(stop_gradient(query_BQE), text_BE).T / self.temperature
         contrast = sum(
             label_smoothed_cross_entropy(x, rows, jnp.ones_like(rows), c.label_smoothing)[0] / 2
-            for x in (to_text_BB, to_picture_BB)
+            for x in (image_to_text_BB, text_to_image_BB)
         )
-        own_BB = jnp.eye(len(rows)) * SELF_PAIR_LOGIT
-        other_text_B = sample_hard_negative(still(to_text_BB) * (own_BB == 0) + own_BB, keys[2])
-        other_picture_B = sample_hard_negative(still(to_picture_BB) * (own_BB == 0) + own_BB, keys[3])
+        self_BB = jnp.eye(len(rows)) * SELF_PAIR_LOGIT
+        negative_text_B = sample_hard_negative(stop_gradient(image_to_text_BB) * (self_BB == 0) + self_BB, keys[2])
+        negative_image_B = sample_hard_negative(stop_gradient(text_to_image_BB) * (self_BB == 0) + self_BB, keys[3])
         ids_BL, mask_BL = self.text(batch, c.cls_token_id)
         logits_B2 = self.match_logits(
-            jnp.concatenate([seen_BPD, seen_BPD[other_picture_B], seen_BPD]),
-            jnp.concatenate([ids_BL, ids_BL, ids_BL[other_text_B]]),
-            jnp.concatenate([mask_BL, mask_BL, mask_BL[other_text_B]]),
+            jnp.concatenate([image_BPD, image_BPD[negative_image_B], image_BPD]),
+            jnp.concatenate([ids_BL, ids_BL, ids_BL[negative_text_B]]),
+            jnp.concatenate([mask_BL, mask_BL, mask_BL[negative_text_B]]),
             keys[4],
         )
-        true_B = (jnp.arange(len(logits_B2)) < len(rows)).astype(jnp.int32)
-        matching, matched = label_smoothed_cross_entropy(logits_B2, true_B, jnp.ones_like(true_B), 0.0)
-        captions, words = label_smoothed_cross_entropy(
-            self.caption_logits(batch, kept, keys[5]), batch.target_BM, batch.loss_mask_BM, c.label_smoothing
+        label_B = (jnp.arange(len(logits_B2)) < len(rows)).astype(jnp.int32)
+        matching, match_metrics = label_smoothed_cross_entropy(logits_B2, label_B, jnp.ones_like(label_B), 0.0)
+        captions, caption_metrics = label_smoothed_cross_entropy(
+            self.caption_logits(batch, query_kv, keys[5]), batch.target_BM, batch.loss_mask_BM, c.label_smoothing
         )
         return contrast + matching + captions, {
             "weight": jnp.asarray(len(rows), jnp.float32),
             "loss_contrast": contrast,
             "loss_matching": matching,
             "loss_captions": captions,
-            "match_accuracy": matched["token_accuracy"],
-            "token_accuracy": words["token_accuracy"],
+            "match_accuracy": match_metrics["token_accuracy"],
+            "token_accuracy": caption_metrics["token_accuracy"],
         }
 
-    def caption_logits(self, batch: Batch, kept, key=None):
-        """Logits (B, M, V) of the texts, which see the queries' keys and values, and themselves up to each word."""
+    def caption_logits(self, batch: Batch, query_kv, key=None):
+        """Logits (B, M, V) of the texts; token m attends to the queries' keys and values and to the tokens up to m."""
         ids_BL, mask_BL = self.text(batch, self.c.decoder_start_token_id)
         ids_BM, mask_BM = ids_BL[:, :-1], mask_BL[:, :-1]
         rows, length = ids_BM.shape
-        before_BM = causal_mask(mask_BM).to_dense(length)
-        queries_BQ = jnp.ones((rows, 1, length, self.c.qformer.num_query_tokens), bool)
-        mask = jnp.concatenate([queries_BQ, before_BM], axis=-1)
+        text_mask = causal_mask(mask_BM).to_dense(length)
+        query_mask = jnp.ones((rows, 1, length, self.c.qformer.num_query_tokens), bool)
+        mask = jnp.concatenate([query_mask, text_mask], axis=-1)
         text_BMD = self.qformer.embed_text(ids_BM, self.c.dtype)
-        _, text_BMD, _ = self.qformer.run_blocks(None, text_BMD, mask, key, kept)
+        _, text_BMD, _ = self.qformer.run_blocks(None, text_BMD, mask, key, query_kv)
         return self.lm_logits(text_BMD)
 
     def lm_logits(self, text_BMD):
-        """(..., D) -> (..., V) in float32."""
+        """Logits (..., V) in float32 of states (..., D)."""
         h_BMD = self.word_norm(gelu(self.word_dense(text_BMD)))
         return self.qformer.words.attend(h_BMD).astype(jnp.float32) + self.word_bias
 
     def prefill(self, batch: Batch, cache_length: int):
-        _, kept = self.encode_queries(self.encode_image(batch))
-        room = ((0, 0), (0, 0), (0, cache_length + 1), (0, 0), (0, 0))
-        written = jax.tree.map(lambda leaf: jnp.pad(leaf, room), kept)
-        first_B = jnp.full(len(batch.target_BM), self.c.decoder_start_token_id, jnp.int32)
-        return self.extend(first_B, Cache(written, {}, jnp.zeros((), jnp.int32)))
+        _, query_kv = self.encode_queries(self.encode_image(batch))
+        padding = ((0, 0), (0, 0), (0, cache_length + 1), (0, 0), (0, 0))
+        generated = jax.tree.map(lambda leaf: jnp.pad(leaf, padding), query_kv)
+        start_B = jnp.full(len(batch.target_BM), self.c.decoder_start_token_id, jnp.int32)
+        return self.extend(start_B, Cache(generated, {}, jnp.zeros((), jnp.int32)))
 
     def extend(self, token_B, cache: Cache):
-        earlier, end = cache.generated, self.c.qformer.num_query_tokens + cache.step
-        some = jax.tree.leaves(earlier)[0]
-        seen_S = (jnp.arange(some.shape[2] + 1) < end).at[-1].set(True)
-        text_B1D = self.qformer.embed_text(token_B[:, None], some.dtype, cache.step)
-        _, text_B1D, new = self.qformer.run_blocks(None, text_B1D, seen_S[None, None, None], None, earlier)
-        written = jax.tree.map(
-            lambda old, leaf: jax.lax.dynamic_update_slice(old, leaf, (0, 0, end, 0, 0)), earlier, new
+        past_kv, end = cache.generated, self.c.qformer.num_query_tokens + cache.step
+        leaf = jax.tree.leaves(past_kv)[0]
+        valid_S = (jnp.arange(leaf.shape[2] + 1) < end).at[-1].set(True)
+        text_B1D = self.qformer.embed_text(token_B[:, None], leaf.dtype, cache.step)
+        _, text_B1D, new_kv = self.qformer.run_blocks(None, text_B1D, valid_S[None, None, None], None, past_kv)
+        generated = jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, end, 0, 0)), past_kv, new_kv
         )
-        return self.lm_logits(text_B1D[:, 0]), Cache(written, cache.static, cache.step + 1)
+        return self.lm_logits(text_B1D[:, 0]), Cache(generated, cache.static, cache.step + 1)
 
 
 def normalize(x):
-    """Vectors of length 1, in float32."""
+    """x divided by its L2 norm over the last axis, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def max_similarity(asked_BQE, told_BE):
-    """The best that any query of a picture finds in a text: (B, B), pictures by texts."""
-    return jnp.einsum("iqe,je->ijq", asked_BQE, told_BE).max(axis=-1)
+def max_similarity(query_BQE, text_BE):
+    """Dot products (B, B) of images (rows) and texts (columns), the maximum over the queries of each image."""
+    return jnp.einsum("iqe,je->ijq", query_BQE, text_BE).max(axis=-1)
 
 
 def sample_hard_negative(score_BB, key):
-    """One column per row, drawn by its score's exponential; the highest without a key."""
+    """One column index (B,) per row, sampled from the softmax of the scores; without a key the argmax."""
     return score_BB.argmax(axis=1) if key is None else jax.random.categorical(key, score_BB)

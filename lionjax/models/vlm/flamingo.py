@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flamingo: pictures are read between the layers of a language model that stays as it was (arXiv 2204.14198).
+"""Flamingo (arXiv 2204.14198) and OpenFlamingo (arXiv 2308.01390): gated cross-attention to images in a frozen LM.
 
-A frozen tower sees each picture, a resampler makes a few words of it, and before every n-th layer the text may look at
-them through gates that begin closed. Where a picture belongs in the text, its token stands.
+A frozen vision tower encodes each image and a Perceiver resampler reduces it to a few image tokens. Before every n-th
+layer of the language model, text tokens attend to them through tanh gates that start at 0. An image token in the text
+marks the position of each image.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -31,12 +31,14 @@ MEDIA_ATTENTION = ("immediate", "all_previous")
 @renamed_fields(image_token="image_token_id", rule="media_attention", part_weights="dataset_loss_weights")
 @dataclasses.dataclass(frozen=True)
 class Flamingo(VLM):
-    """A Flamingo by its parts' sizes; the defaults are those of OpenFlamingo 9B (arXiv 2308.01390).
+    """Config of a Flamingo; the defaults are those of OpenFlamingo 9B (arXiv 2308.01390).
 
-    `rule`: a token sees the last picture before it, or all of them. By the first, one before any picture sees none; by
-    the second such a token sees, as in OpenFlamingo, all pictures of its row alike, later ones too.
-    A row may have several pictures, (B, K, H, W, C); the k-th `image_token` is the k-th of them, and is never learned.
-    `part_weights`: how much the mean loss of each entry of a stage's mixture counts; empty: all tokens count alike.
+    - `media_attention`: "immediate": a token attends to the last image before it, and a token before all images to
+      none. "all_previous": a token attends to all images before it, and a token before all images to all images of
+      its row with equal weights, later ones too, as in OpenFlamingo.
+    - `image_token_id`: the k-th one in a row marks the k-th image of (B, K, H, W, C); excluded from the loss.
+    - `dataset_loss_weights`: weight of the mean loss of each entry of a stage's mixture; empty: one mean over all
+      tokens.
     """
 
     vision: ViTConfig = dataclasses.replace(CLIP_VIT_L, image_size=224)
@@ -56,9 +58,10 @@ class Flamingo(VLM):
 
     def __post_init__(self):
         if self.media_attention not in MEDIA_ATTENTION:
-            raise ValueError(f"rule is {self.media_attention!r}; it can be one of {', '.join(MEDIA_ATTENTION)}")
+            allowed = ", ".join(MEDIA_ATTENTION)
+            raise ValueError(f"media_attention is {self.media_attention!r}; it can be one of {allowed}")
         if self.language.cross_attention is None:
-            raise ValueError("language.cross is None, so nothing would look at the pictures")
+            raise ValueError("language.cross_attention is None; set it to a GatedCrossAttentionConfig")
 
     @property
     def info(self) -> ModelInfo:
@@ -73,45 +76,48 @@ class Flamingo(VLM):
         )
 
     def init(self, key, batch: Batch) -> Params:
-        """Random parameters of every part."""
+        """Random parameters of all submodules."""
         return FlamingoModule(self).init(key, batch, None)["params"]
 
-    def _apply(self, params: Params, method: Callable, *args):
-        return FlamingoModule(self).apply({"params": params}, *args, method=method)
-
     def extract_features(self, params: Params, batch: Batch):
-        """The frozen tower's patches (B, P, D), or (B, K, P, D) where rows have several images."""
-        return self._apply(params, FlamingoModule.encode_image, batch)
+        """Patches (B, P, D) from the frozen tower, or (B, K, P, D) for rows with several images."""
+        return FlamingoModule(self).apply({"params": params}, batch, method=FlamingoModule.encode_image)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
-        """Mean cross entropy of the answer's tokens but the images', or the weighted sum of each data set's."""
-        learned_BM = batch.loss_mask_BM * (batch.target_BM != self.image_token_id)
+        """Mean cross entropy of the answer tokens without image tokens, and metrics.
+
+        With `dataset_loss_weights`, the weighted sum of the mean of each dataset.
+        """
+        loss_mask_BM = batch.loss_mask_BM * (batch.target_BM != self.image_token_id)
         logits_BMV = self.logits(params, batch, key)
         if self.dataset_loss_weights and batch.dataset_B is not None:
             weights = self.dataset_loss_weights
-            return losses.per_dataset_cross_entropy(logits_BMV, batch.target_BM, learned_BM, batch.dataset_B, weights)
-        return losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
+            return losses.per_dataset_cross_entropy(logits_BMV, batch.target_BM, loss_mask_BM, batch.dataset_B, weights)
+        return losses.token_cross_entropy(logits_BMV, batch.target_BM, loss_mask_BM)
 
     def logits(self, params: Params, batch: Batch, key=None):
-        """(B, M, V) in float32, row m predicting target m."""
-        return self._apply(params, FlamingoModule.__call__, batch, key)
+        """Logits (B, M, V) in float32; position m predicts target token m."""
+        return FlamingoModule(self).apply({"params": params}, batch, key, method=FlamingoModule.__call__)
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
-        """Read images and prompt. What follows attends to the images as the prompt's last token does."""
-        return self._apply(params, FlamingoModule.prefill, batch, cache_length)
+        """Logits (B, V) of the first answer token, and a cache of images and prompt with `cache_length` free slots.
+
+        Generated tokens attend to the same images as the last token of the prompt.
+        """
+        return FlamingoModule(self).apply({"params": params}, batch, cache_length, method=FlamingoModule.prefill)
 
     def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Read one more token per row."""
-        return self._apply(params, FlamingoModule.extend, token_B, cache)
+        """Logits (B, V) of the token after `token_B`, and the cache with that token."""
+        return FlamingoModule(self).apply({"params": params}, token_B, cache, method=FlamingoModule.extend)
 
     def weight_map(self) -> tuple[WeightMapping, ...]:
-        """Names of OpenFlamingo's code: its decoder's layers beside the gated ones, the tower as CLIP's own code."""
+        """Names of the OpenFlamingo code: decoder layers and gated layers apart, the tower as in OpenAI's CLIP code."""
         c, every = self.language, self.language.cross_attention.every_n_layers
         layers = ("model.decoder.layers.", "model.layers.", "transformer.blocks.", "transformer.h.")
         language = rename_torch_keys(decoder_weights.weight_map(c), *((name, "old_decoder_blocks.") for name in layers))
-        place = f"{{{every}i+{every - 1}}}" if every > 1 else "{i}"
+        layer = f"{{{every}i+{every - 1}}}" if every > 1 else "{i}"
         gated = with_prefix(
-            f"lang_encoder.gated_cross_attn_layers.{place}.",
+            f"lang_encoder.gated_cross_attn_layers.{layer}.",
             "language/groups/cross/",
             gated_cross_attention_weight_map(c.cross_attention),
         )
@@ -145,30 +151,33 @@ class FlamingoModule(nn.Module):
         self.language = Decoder(self.c.language)
 
     def encode_image(self, batch: Batch):
-        """The tower's patches, without the class token: (B, K, P, D), or (B, P, D) where rows have one picture."""
+        """The tower's patches without the class token: (B, K, P, D), or (B, P, D) for rows with one image."""
         image = batch.image_BHWC
         if batch.features is not None:
             return batch.features.astype(self.c.dtype)
-        seen_BPD, _, _ = self.vision(image.reshape(-1, *image.shape[-3:]).astype(self.c.dtype))
-        return seen_BPD[:, 1:].reshape(*image.shape[:-3], -1, seen_BPD.shape[-1])
+        image_BPD, _, _ = self.vision(image.reshape(-1, *image.shape[-3:]).astype(self.c.dtype))
+        return image_BPD[:, 1:].reshape(*image.shape[:-3], -1, image_BPD.shape[-1])
 
     def resample_images(self, batch: Batch, ids_BL, mask_BL):
-        """Image tokens, which of them each text token attends to, and whether it attends to any: see `GatedCross`."""
-        seen = self.encode_image(batch)
-        seen_BKFPD = seen.reshape(len(seen), -1, 1, *seen.shape[-2:])
-        word_BKQD = self.resampler(seen_BKFPD)
-        rows, pictures, words, _ = word_BKQD.shape
-        time_BL1 = jnp.cumsum((ids_BL == self.c.image_token_id) & mask_BL, axis=1)[..., None]
-        time_S = jnp.arange(pictures * words) // words + 1
+        """Image tokens (B, K Q, D), their mask (B, L, K Q) for each text token, and whether it attends at all (B, L).
+
+        The three are the `media` of `GatedCrossAttentionBlock`.
+        """
+        features = self.encode_image(batch)
+        features_BKFPD = features.reshape(len(features), -1, 1, *features.shape[-2:])
+        image_BKQD = self.resampler(features_BKFPD)
+        rows, num_images, num_latents, _ = image_BKQD.shape
+        media_time_BL1 = jnp.cumsum((ids_BL == self.c.image_token_id) & mask_BL, axis=1)[..., None]
+        image_time_S = jnp.arange(num_images * num_latents) // num_latents + 1
         if self.c.media_attention == "immediate":
-            seen_BLS = time_BL1 == time_S
-            real_BL = seen_BLS.any(axis=-1)
+            mask_BLS = media_time_BL1 == image_time_S
+            attends_BL = mask_BLS.any(axis=-1)
         else:
-            seen_BLS, real_BL = time_BL1 >= time_S, jnp.ones(ids_BL.shape, bool)
-        return word_BKQD.reshape(rows, pictures * words, -1), seen_BLS, real_BL
+            mask_BLS, attends_BL = media_time_BL1 >= image_time_S, jnp.ones(ids_BL.shape, bool)
+        return image_BKQD.reshape(rows, num_images * num_latents, -1), mask_BLS, attends_BL
 
     def __call__(self, batch: Batch, key):
-        """Logits (B, M, V) in float32, row m predicting target m."""
+        """Logits (B, M, V) in float32; position m predicts target token m."""
         ids_BL = jnp.concatenate([batch.prompt_BL, batch.target_BM], axis=1)
         mask_BL = jnp.concatenate([batch.prompt_mask_BL, batch.target_mask_BM], axis=1).astype(bool)
         media = self.resample_images(batch, ids_BL, mask_BL)
@@ -177,8 +186,10 @@ class FlamingoModule(nn.Module):
             self.language.embed(batch.prompt_BL, dtype),
             self.language.embed(batch.target_BM, dtype),
         )
-        given = (prompt_BLD, batch.prompt_mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, (key, None), media)
-        return self.language.logits(self.language.forward(*given)[0])
+        before_BMD, _ = self.language.forward(
+            prompt_BLD, batch.prompt_mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, (key, None), media
+        )
+        return self.language.logits(before_BMD)
 
     def prefill(self, batch: Batch, cache_length: int):
         mask_BL = batch.prompt_mask_BL.astype(bool)

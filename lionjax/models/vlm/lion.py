@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LION (CVPR 2024, arXiv 2311.11860): two visual streams, tags as soft prompts, routed adapters.
+"""LION (CVPR 2024, arXiv 2311.11860): Q-Former and vision aggregator, tags with a soft prompt, routed adapters.
 
-The picture goes through the frozen ViT once. Its last layer goes to the Q-Former together with the bare question; its
-tapped layers go to the vision aggregator; both become words of the language model's width. In the prompt, one token
-gives way to a learned hint of how far to trust the tags that follow it. T5 reads the picture words and the prompt, its
-adapters mixed by the task of each row.
+The frozen ViT encodes the image once. The Q-Former reads its last layer and the question; the vision aggregator reads
+several of its layers; both outputs are projected to image tokens of the language model's width. In the prompt, a
+learned embedding (the soft prompt) replaces one token before the image tags. T5 reads image tokens and prompt; its
+adapters are mixed by the task of each row.
 
-With `places` it is more than the original: NExT-Chat's heads on the same language model, so that boxes go in and out as
-embeddings and masks follow from them. The language model may then also be a decoder alone.
+Beyond the paper, `region_head` adds NExT-Chat's heads (arXiv 2311.04498): boxes as input and output embeddings, and
+masks from them. The language model may also be a decoder-only one.
 """
 
 from __future__ import annotations
@@ -41,18 +41,20 @@ PROJECTION_EPS = 1e-5  # torch's default, unlike the ViT's 1e-6
 @renamed_fields(soft_prompt_token="soft_prompt_token_id", places="region_head", word_scale="identity_init_scale")
 @dataclasses.dataclass(frozen=True)
 class Lion(RegionLM):
-    """A LION by its parts' sizes. `visual_input`: the streams that run; stage 1 QFORMER, 2 AGGREGATOR, then ALL.
+    """Config of a LION.
 
-    `identity_init_scale`: for a ViT aligned with the language model's words, how large these are: the aggregator's projector
-    begins by handing on what the ViT says, at this size. None: small random projectors, as the original.
-    `region_head`: boxes as embeddings; `sam`: masks from them, learned where `objective` is not "language" (see `nextchat`).
+    - `visual_input`: connectors in use: "QFORMER" in stage 1, "AGGREGATOR" in stage 2, "ALL" in stage 3.
+    - `identity_init_scale`: for a ViT aligned to the language model's embeddings: the aggregator's projector starts as
+      the identity times this scale. None: projectors with small random weights, as in the original.
+    - `region_head`: boxes as embeddings; `sam`: masks from them, trained if `objective` is not "language" (see
+      `nextchat.NextChat`).
     """
 
     vision: ViTConfig
     qformer: QFormerConfig
     aggregator: AggregatorConfig
     language: T5Config | DecoderConfig
-    soft_prompt_token_id: int | None = 32099  # <extra_id_0>; None: no hint, tags are not used
+    soft_prompt_token_id: int | None = 32099  # <extra_id_0>; None: no soft prompt and no tags
     visual_input: str = "ALL"
     dtype: str = "float32"  # of the computation
     region_head: RegionHeadConfig | None = None
@@ -61,32 +63,34 @@ class Lion(RegionLM):
     identity_init_scale: float | None = None
 
     def __post_init__(self):
-        for field, known in {"visual_input": VISUAL_INPUTS, "objective": OBJECTIVES}.items():
-            if getattr(self, field) not in known:
-                text = ", ".join(known)
+        for field, allowed in {"visual_input": VISUAL_INPUTS, "objective": OBJECTIVES}.items():
+            if getattr(self, field) not in allowed:
+                text = ", ".join(allowed)
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {text}")
         widths = self.vision.width, self.language.width, self.aggregator.projector_mlp_dim / 2
         if self.identity_init_scale is not None and len(set(widths)) > 1:
             raise ValueError(
-                "identity_init_scale wants a ViT as wide as the language model and a projector of twice that, "
-                f"not {self.vision.width}, {self.language.width} and {self.aggregator.projector_mlp_dim}"
+                f"identity_init_scale needs vision.width ({self.vision.width}) equal to language.width "
+                f"({self.language.width}) and aggregator.projector_mlp_dim ({self.aggregator.projector_mlp_dim}) twice "
+                "as large"
             )
         if (self.sam is not None and self.region_head is None) or (self.objective != "language" and self.sam is None):
-            raise ValueError("masks want both region_head and sam; give the config the one it lacks")
+            missing = "region_head" if self.region_head is None else "sam"
+            raise ValueError(f"{missing} is None, but masks need both region_head and sam; set {missing}")
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the language model reads the prompt in an encoder."""
+        """Whether the language model is an encoder-decoder (T5)."""
         return is_encoder_decoder(self.language)
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """ViT layers whose output is used: the aggregator's contexts, then its query."""
+        """Indices of the ViT layers in use: those of the aggregator's context, then that of its queries."""
         return (*self.aggregator.context_layers, self.aggregator.query_layer)
 
     @property
     def box_scale(self) -> float:
-        """Pixels of SAM's input that 1 of a box is."""
+        """Side of SAM's input in pixels; boxes in 0..1 are multiplied by it."""
         return float(self.sam.image_size)
 
     @property
@@ -105,17 +109,20 @@ class Lion(RegionLM):
         return LionModule(self)
 
     def weight_map(self) -> tuple[WeightMapping, ...]:
-        """Names of the LION release; the ViT and T5 rows are those of eva_vit_g.pth and Hugging Face's T5."""
+        """Names of the LION release, with those of eva_vit_g.pth for the ViT and of Hugging Face's T5."""
         return weight_map(self)
 
 
-def handing_on(scale: float):
-    """First weights of an MLP of twice its width that is the identity times `scale`: gelu(x) - gelu(-x) = x."""
+def identity_mlp_init(scale: float):
+    """Initializer of both kernels of an MLP with hidden size 2 x width, so that it computes `scale` times the identity.
+
+    It uses gelu(x) - gelu(-x) = x.
+    """
 
     def init(key, shape, dtype=jnp.float32):
-        narrow = min(shape)
-        both_ways = jnp.concatenate([jnp.eye(narrow), -jnp.eye(narrow)], axis=1) * scale**0.5
-        return (both_ways if shape[0] == narrow else both_ways.T).astype(dtype)
+        width = min(shape)
+        kernel = jnp.concatenate([jnp.eye(width), -jnp.eye(width)], axis=1) * scale**0.5
+        return (kernel if shape[0] == width else kernel.T).astype(dtype)
 
     return init
 
@@ -130,12 +137,12 @@ class LionModule(RegionModule):
         if c.visual_input != "AGGREGATOR":
             self.qformer_norm = LayerNorm(c.vision.width, PROJECTION_EPS)
             self.qformer = QFormer(c.qformer)
-            small = normal(0.02 if c.identity_init_scale is None else c.identity_init_scale * c.qformer.width**-0.5)
-            self.qformer_projector = Dense(c.qformer.width, width, ("embed", None), kernel_init=small)
+            init = normal(0.02 if c.identity_init_scale is None else c.identity_init_scale * c.qformer.width**-0.5)
+            self.qformer_projector = Dense(c.qformer.width, width, ("embed", None), kernel_init=init)
         if c.visual_input != "QFORMER":
             self.aggregator = Aggregator(c.aggregator)
             self.aggregator_norm = LayerNorm(c.vision.width, PROJECTION_EPS)
-            init = normal(0.02) if c.identity_init_scale is None else handing_on(c.identity_init_scale)
+            init = normal(0.02) if c.identity_init_scale is None else identity_mlp_init(c.identity_init_scale)
             self.aggregator_projector = MLP(
                 c.vision.width, c.aggregator.projector_mlp_dim, out_features=width, kernel_init=init
             )
@@ -144,38 +151,38 @@ class LionModule(RegionModule):
         self.setup_language()
 
     def encode_image(self, batch: Batch):
-        """The ViT's tapped layers (B, T, 1 + P, D)."""
+        """Outputs (B, T, 1 + P, D) of the ViT layers `Lion.taps`, with the class token; `batch.features` if present."""
         if batch.features is not None:
-            kept = batch.features
-            return (kept["taps"] if isinstance(kept, dict) else kept).astype(self.c.dtype)
-        _, seen_TBPD, _ = self.vision(batch.image_BHWC.astype(self.c.dtype))
-        return seen_TBPD.transpose(1, 0, 2, 3)
+            features = batch.features
+            return (features["taps"] if isinstance(features, dict) else features).astype(self.c.dtype)
+        _, image_TBPD, _ = self.vision(batch.image_BHWC.astype(self.c.dtype))
+        return image_TBPD.transpose(1, 0, 2, 3)
 
     def embed_image(self, batch: Batch, key):
-        """Image tokens (B, P', D) of the language model's width: the Q-Former's first, then the aggregator's."""
+        """Image tokens (B, P', D) of the language model's width: those of the Q-Former, then of the aggregator."""
         c, keys = self.c, split_key(key, 2)
-        seen_TBPD = self.encode_image(batch).transpose(1, 0, 2, 3)
-        words = []
+        image_TBPD = self.encode_image(batch).transpose(1, 0, 2, 3)
+        tokens = []
         if c.visual_input != "AGGREGATOR":
-            normed_BPD = self.qformer_norm(seen_TBPD[-1])
-            asked_BLD = self.qformer(normed_BPD, batch.question_BL, batch.question_mask_BL, keys[0])
-            words.append(self.qformer_projector(asked_BLD[:, : c.qformer.num_query_tokens]))
+            normed_BPD = self.qformer_norm(image_TBPD[-1])
+            query_BLD = self.qformer(normed_BPD, batch.question_BL, batch.question_mask_BL, keys[0])
+            tokens.append(self.qformer_projector(query_BLD[:, : c.qformer.num_query_tokens]))
         if c.visual_input != "QFORMER":
-            gathered_BPD = self.aggregator(seen_TBPD[-1], seen_TBPD[:-1], keys[1])
-            words.append(self.aggregator_projector(self.aggregator_norm(gathered_BPD)))
-        return jnp.concatenate(words, axis=1)
+            aggregated_BPD = self.aggregator(image_TBPD[-1], image_TBPD[:-1], keys[1])
+            tokens.append(self.aggregator_projector(self.aggregator_norm(aggregated_BPD)))
+        return jnp.concatenate(tokens, axis=1)
 
     def embed_text(self, ids_BL, batch: Batch, dtype, first_B=0):
-        """As in `RegionModule`; the learned soft prompt stands at its token."""
+        """As in `RegionModule`, with the learned soft prompt in place of its token."""
         c = self.c
         x_BLD = self.language.embed(ids_BL, dtype)
         if c.soft_prompt_token_id is not None:
-            is_hint_BL1 = (ids_BL == c.soft_prompt_token_id)[..., None]
-            x_BLD = jnp.where(is_hint_BL1, self.soft_prompt.astype(x_BLD.dtype), x_BLD)
+            is_soft_prompt_BL1 = (ids_BL == c.soft_prompt_token_id)[..., None]
+            x_BLD = jnp.where(is_soft_prompt_BL1, self.soft_prompt.astype(x_BLD.dtype), x_BLD)
         return self.embed_boxes(x_BLD, ids_BL, batch, first_B)
 
     def embed_inputs(self, batch: Batch, key):
-        """Image tokens, then the prompt (B, L', D), and their mask (B, L')."""
+        """Image tokens followed by the prompt (B, L', D), and their mask (B, L')."""
         image_BPD = self.embed_image(batch, key)
         prompt_BLD = self.embed_text(batch.prompt_BL, batch, image_BPD.dtype)
         mask_BP = jnp.ones(image_BPD.shape[:2], bool)
@@ -190,9 +197,9 @@ class LionModule(RegionModule):
 
 
 def weight_map(c: Lion) -> tuple[WeightMapping, ...]:
-    """LION's state dict: with one adapter (stages 1 and 2) or two and a router (stage 3), as the config says.
+    """Names of LION's state dict, with one adapter (stages 1 and 2) or two and a router (stage 3) as configured.
 
-    The heads have NExT-Chat's names.
+    Box and mask heads have NExT-Chat's names.
     """
     rows = [*with_prefix("visual_encoder.", "vision/", vit.eva_weight_map(c.vision))]
     if c.visual_input != "AGGREGATOR":

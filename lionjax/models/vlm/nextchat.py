@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NExT-Chat (arXiv 2311.04498): a language model that reads and says places as embeddings (pix2emb).
+"""NExT-Chat (arXiv 2311.04498): boxes as input and output embeddings of a language model (pix2emb).
 
-The picture's patches stand as words where the prompt has its image tokens, and a box stands where it has a location
-token, as an embedding. To say a place, the model writes the trigger token: its state there is read as a box, the box
-goes back in as the next word, and the same state with the box asks SAM for a mask.
+Projected patches replace the image tokens of the prompt, and box embeddings its box tokens. To predict a region, the
+model generates the trigger token (region query): its hidden state is decoded to a box, the embedding of that box is
+the next input, and SAM decodes a mask from state and box.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ LOSS_VARIANTS = ("paper", "released_code")
 )
 @dataclasses.dataclass(frozen=True)
 class NextChat(RegionLM):
-    """A NExT-Chat by its parts' sizes; the defaults are those of the 7B release.
+    """Config of a NExT-Chat; the defaults are those of the 7B release.
 
-    `feature_layer` counts CLIP's hidden states as transformers does: -2 is the output of the last block but one.
-    `objective` is "language" in stages 1 and 2 (words and boxes) and "masks" in stage 3; "all" learns both at once, as
-    LISA does (arXiv 2308.00692), from one reading. `loss_variant`: "released_code" has the
-    constants that the released code has by mistake (see `losses.mask_losses`, `losses.giou_loss`). The paper's
-    `giou_weight` is 0.8, the code's 0.2. `box_scale`: what 1 of a box is in the pixels that SAM's prompts are told in.
+    - `feature_layer`: index of CLIP's hidden state, as in transformers: -2 is the output of the last block but one.
+    - `objective`: "language" in stages 1 and 2 (text and boxes), "masks" in stage 3; "all" trains both in one forward
+      pass, as LISA does (arXiv 2308.00692).
+    - `loss_variant`: "released_code" keeps the mistaken constants of the released code (see `losses.mask_losses` and
+      `losses.giou_loss`). `giou_weight` is 0.8 in the paper and 0.2 in the code.
+    - `box_scale`: boxes in 0..1 times this are pixels of SAM's input.
     """
 
     vision: ViTConfig = CLIP_VIT_L
@@ -58,7 +59,7 @@ class NextChat(RegionLM):
     image_token_id: int = 32000
     trigger_token_id: int = 32003
     box_token_id: int = 32004
-    max_boxes: int = 8  # kept of an answer
+    max_boxes: int = 8  # in one answer
     l1_weight: float = 2.0
     giou_weight: float = 0.2
     cycle_weight: float = 1.0
@@ -68,8 +69,8 @@ class NextChat(RegionLM):
     dtype: str = "float32"  # of the computation
 
     def __post_init__(self):
-        known = {"objective": OBJECTIVES, "loss_variant": LOSS_VARIANTS, "projector_depth": (1, 2)}
-        for field, values in known.items():
+        allowed = {"objective": OBJECTIVES, "loss_variant": LOSS_VARIANTS, "projector_depth": (1, 2)}
+        for field, values in allowed.items():
             if getattr(self, field) not in values:
                 text = ", ".join(map(str, values))
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {text}")
@@ -117,14 +118,14 @@ class NextChatModule(RegionModule):
         self.setup_language()
 
     def encode_image(self, batch: Batch):
-        """CLIP's patches (B, P, D) of the feature layer, without the class token, under "patches"."""
+        """{"patches": CLIP's patches (B, P, D) of `feature_layer` without the class token}, or `batch.features`."""
         if batch.features is not None:
             return jax.tree.map(lambda leaf: leaf.astype(self.c.dtype), batch.features)
         _, tap_TBPD, _ = self.vision(batch.image_BHWC.astype(self.c.dtype))
         return {"patches": tap_TBPD[0, :, 1:]}
 
     def embed_inputs(self, batch: Batch, key):
-        """The prompt (B, L, D) with image tokens and boxes at their places, and its mask."""
+        """Prompt embeddings (B, L, D) with patches at image tokens and boxes at box tokens, and their mask (B, L)."""
         image_BPD = self.projector(self.encode_image(batch)["patches"])
         x_BLD = self.language.embed(batch.prompt_BL, image_BPD.dtype)
         x_BLD = region.scatter_embeddings(x_BLD, batch.prompt_BL == self.c.image_token_id, image_BPD)
@@ -135,7 +136,7 @@ class NextChatModule(RegionModule):
 
 
 def weight_map(c: NextChat) -> tuple[WeightMapping, ...]:
-    """The release's state dict, with CLIP and SAM inside."""
+    """Names of the release's state dict, which includes CLIP and SAM."""
     if c.projector_depth == 1:
         projector = dense_weight_map("model.mm_projector", "projector")
     else:
@@ -143,7 +144,7 @@ def weight_map(c: NextChat) -> tuple[WeightMapping, ...]:
             *dense_weight_map("model.mm_projector.0", "projector/up"),
             *dense_weight_map("model.mm_projector.2", "projector/down"),
         )
-    # A tower that is no CLIP keeps its own names within.
+    # A tower other than CLIP keeps its own names inside.
     vision = vit.clip_weight_map(c.vision) if c.vision.pre_layernorm else vit.eva_weight_map(c.vision)
     return (
         *with_prefix("model.vision_tower.vision_model.", "vision/", vision),

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model with box and mask heads (pix2emb, arXiv 2311.04498): what NExT-Chat and the flagship share.
+"""A language model with box and mask heads (pix2emb, arXiv 2311.04498), shared by NExT-Chat and LION with region heads.
 
-A model supplies how its inputs are embedded; this file decodes boxes at region query tokens, prompts SAM with their
-hidden states, adds the losses of both, and keeps the boxes of an answer while it is generated.
+A subclass supplies how its inputs are embedded; this file decodes boxes at region query tokens, prompts SAM with their
+hidden states, adds the losses of both heads, and tracks the boxes of an answer during generation.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -27,9 +26,10 @@ from lionjax.nn import losses
 
 
 class RegionLM(VLM):
-    """The pure functions of such a model. A subclass is a frozen dataclass and names its flax module in `module`.
+    """Base config with the pure functions of the model. A subclass is a frozen dataclass and implements `module`.
 
-    It has `language`, `sam`, `objective` and `region_head` (see `heads.region`; None: a language model alone).
+    It has fields or properties `language`, `sam`, `objective` and `region_head` (see `heads.region.RegionHeadConfig`;
+    None: no heads).
     """
 
     language: T5Config | DecoderConfig
@@ -41,54 +41,55 @@ class RegionLM(VLM):
     is_encoder_decoder: bool
 
     def module(self) -> RegionModule:
+        """The flax module of this config."""
         raise NotImplementedError
 
     def init(self, key, batch: Batch) -> Params:
-        """Random parameters of every part and of all heads, whatever the objective."""
+        """Random parameters of all submodules and heads, independent of `objective`."""
         return self.module().init(key, batch, method=RegionModule.init_all)["params"]
 
-    def _apply(self, params: Params, method: Callable, *args):
-        return self.module().apply({"params": params}, *args, method=method)
-
     def extract_features(self, params: Params, batch: Batch):
-        """Outputs of the frozen towers; where the batch has images for SAM, its embedding too, under "map"."""
-        return self._apply(params, RegionModule.extract_features, batch)
+        """Outputs of the frozen towers, with SAM's image embedding under "map" if the batch has images for SAM."""
+        return self.module().apply({"params": params}, batch, method=RegionModule.extract_features)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
-        """Cross entropy of the answer; with region heads also their terms, or those of masks alone: see `objective`."""
-        return self._apply(params, RegionModule.loss, batch, key)
+        """Mean loss and metrics: answer cross entropy plus box losses, the mask losses, or all three by `objective`."""
+        return self.module().apply({"params": params}, batch, key, method=RegionModule.loss)
 
     def logits(self, params: Params, batch: Batch, key=None):
-        """(B, M, V) in float32, row m predicting target m."""
-        return self._apply(params, RegionModule.logits, batch, key)
+        """Logits (B, M, V) in float32; position m predicts target token m."""
+        return self.module().apply({"params": params}, batch, key, method=RegionModule.logits)
 
     def predict_boxes(self, params: Params, batch: Batch):
-        """Boxes (B, K, 4) at the region queries of the given answers, their states (B, K, D), and which are real."""
-        return self._apply(params, RegionModule.predict_boxes, batch)
+        """Boxes (B, K, 4) in 0..1 at the region queries of the target, their states (B, K, D) and mask (B, K)."""
+        return self.module().apply({"params": params}, batch, method=RegionModule.predict_boxes)
 
     def predict_masks(self, params: Params, batch: Batch, box_BK4, state_BKD, valid_BK=None):
-        """Mask logits (B, K, h, w) and predicted IoUs (B, K) of boxes and the states that they were decoded from."""
-        return self._apply(params, RegionModule.predict_masks, batch, box_BK4, state_BKD, valid_BK)
+        """Mask logits (B, K, h, w) and predicted IoUs (B, K) of boxes and the states they were decoded from."""
+        return self.module().apply(
+            {"params": params}, batch, box_BK4, state_BKD, valid_BK, method=RegionModule.predict_masks
+        )
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
-        """Read image and prompt."""
-        return self._apply(params, RegionModule.prefill, batch, cache_length)
+        """Logits (B, V) of the first answer token, and a cache of image and prompt with `cache_length` free slots."""
+        return self.module().apply({"params": params}, batch, cache_length, method=RegionModule.prefill)
 
     def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Read one more token per row. A box token must follow a region query, and is read as the box's embedding.
+        """Logits (B, V) of the token after `token_B`, and the cache with that token.
 
-        `cache.written["kept"]` holds the answer's boxes so far, their states and how many there are.
+        A box token must follow a region query; its input embedding is that of the predicted box.
+        `cache.generated["kept"]` holds the boxes of the answer so far, their states and their number.
         """
-        return self._apply(params, RegionModule.extend, token_B, cache)
+        return self.module().apply({"params": params}, token_B, cache, method=RegionModule.extend)
 
 
 class RegionModule(nn.Module):
-    """The flax module of a `RegionLM`; subclasses implement the three methods that raise here."""
+    """The flax module of a `RegionLM`; subclasses implement `encode_image`, `embed_inputs` and `split_keys`."""
 
     c: RegionLM
 
     def setup_language(self):
-        """The language model and its heads, as the config says."""
+        """Submodules for the language model and the configured heads; subclasses call it in `setup`."""
         c = self.c
         width = c.language.width
         self.language = language_model(c.language)
@@ -98,10 +99,10 @@ class RegionModule(nn.Module):
             self.mask_prompts = MaskPromptProjector(width, c.region_head.num_mask_prompt_tokens, c.sam.prompt_embed_dim)
             self.sam = Sam(c.sam)
 
-    # What a model supplies
+    # Implemented by subclasses
 
     def encode_image(self, batch: Batch):
-        """The frozen tower's output, from `Batch.features` where it is kept there."""
+        """The output of the frozen tower, or `batch.features` if present."""
         raise NotImplementedError
 
     def embed_inputs(self, batch: Batch, key):
@@ -109,17 +110,17 @@ class RegionModule(nn.Module):
         raise NotImplementedError
 
     def split_keys(self, key):
-        """Dropout keys of (inputs, what reads the inputs, what reads the target)."""
+        """Dropout keys for (input embedding, encoder or decoder-only model, decoder of an encoder-decoder)."""
         raise NotImplementedError
 
     # Embeddings
 
     def embed_text(self, ids_BL, batch: Batch, dtype, first_B=0):
-        """Token embeddings (B, L, D), box embeddings at box tokens; `first_B` boxes stand in text before this one."""
+        """Token embeddings (B, L, D) with box embeddings at box tokens, from box number `first_B` of each row on."""
         return self.embed_boxes(self.language.embed(ids_BL, dtype), ids_BL, batch, first_B)
 
     def embed_boxes(self, x_BLD, ids_BL, batch: Batch, first_B=0):
-        """x with box embeddings at the box tokens of the ids."""
+        """x (B, L, D) with box embeddings at the box tokens in `ids_BL`."""
         head = self.c.region_head
         if head is None or batch.boxes_BK4 is None:
             return x_BLD
@@ -127,14 +128,14 @@ class RegionModule(nn.Module):
         return region.scatter_embeddings(x_BLD, ids_BL == head.box_token_id, box_BKD, first_B)
 
     def embed_target(self, batch: Batch, dtype):
-        """The answer's embeddings (B, M, D); its boxes follow those of the prompt."""
+        """Embeddings (B, M, D) of the target; its boxes come after those of the prompt in `batch.boxes_BK4`."""
         first_B = 0
         if self.c.region_head is not None:
             first_B = (batch.prompt_BL == self.c.region_head.box_token_id).sum(axis=1)
         return self.embed_text(batch.target_BM, batch, dtype, first_B)
 
     def encode_sam_image(self, batch: Batch):
-        """SAM's image embedding, once for all boxes of an image."""
+        """SAM's image embedding, shared by all boxes of an image."""
         if batch.features is not None:
             return batch.features["map"].astype(self.c.dtype)
         return self.sam.encode(batch.sam_image_BHWC.astype(self.c.dtype))
@@ -142,7 +143,7 @@ class RegionModule(nn.Module):
     # Training
 
     def hidden_states(self, batch: Batch, key):
-        """States (B, M, D) that predict each answer token, and those that have read it."""
+        """States (B, M, D) that predict each target token, and states (B, M, D) after it (see `LanguageBackend`)."""
         input_key, *keys = self.split_keys(key)
         x_BLD, mask_BL = self.embed_inputs(batch, input_key)
         after = {"after": self.c.region_head is not None} if self.c.is_encoder_decoder else {}
@@ -173,7 +174,7 @@ class RegionModule(nn.Module):
         return sum(terms.values()), metrics
 
     def mask_loss(self, batch: Batch, key, queries=None):
-        """Focal, Dice and IoU losses at the region `queries`, gathered here where they are not given."""
+        """Sum of focal, Dice and IoU losses at the region `queries` (gathered if None), and metrics."""
         head, side = self.c.region_head, region.mask_side(batch)
         if queries is None:
             queries = region.gather_region_queries(head, batch, self.hidden_states(batch, key)[1])
@@ -189,8 +190,8 @@ class RegionModule(nn.Module):
         features = self.encode_image(batch)
         if batch.sam_image_BHWC is None or self.c.sam is None:
             return features
-        named = features if isinstance(features, dict) else {"taps": features}
-        return named | {"map": self.encode_sam_image(batch)}
+        features = features if isinstance(features, dict) else {"taps": features}
+        return features | {"map": self.encode_sam_image(batch)}
 
     def predict_boxes(self, batch: Batch):
         after_BMD = self.hidden_states(batch, None)[1]
@@ -198,7 +199,7 @@ class RegionModule(nn.Module):
         return self.locations.decode(state_BKD), state_BKD, valid_BK
 
     def predict_masks(self, batch: Batch, box_BK4, state_BKD, valid_BK=None):
-        """SAM's decoder prompted with mask tokens from the states and the corners of the boxes; its first mask."""
+        """The first mask of SAM's decoder, prompted with mask tokens from the states and with the box corners."""
         prompt_BKTC = self.mask_prompts(state_BKD.astype(jnp.float32))
         return self.sam.decode_boxes(self.encode_sam_image(batch), box_BK4 * self.c.box_scale, prompt_BKTC, valid_BK)
 
@@ -216,14 +217,14 @@ class RegionModule(nn.Module):
         return self._region_logits(state_BD, is_query_B, regions, cache)
 
     def extend(self, token_B, cache: Cache):
-        head, written = self.c.region_head, cache.generated
+        head, generated = self.c.region_head, cache.generated
         x_BD = self.language.embed_next(token_B, cache)
         if head is None:
             state_BD, cache = self.language.extend(x_BD, cache)
             return self.language.logits(state_BD), cache
-        is_query_B = (token_B == head.trigger_token_id) & ~written["triggered"][0]
-        state_BD, cache = self.language.extend(region.next_embedding(self.locations, x_BD, written), cache)
-        return self._region_logits(state_BD, is_query_B, written["kept"], cache)
+        is_query_B = (token_B == head.trigger_token_id) & ~generated["triggered"][0]
+        state_BD, cache = self.language.extend(region.next_embedding(self.locations, x_BD, generated), cache)
+        return self._region_logits(state_BD, is_query_B, generated["kept"], cache)
 
     def _region_logits(self, state_BD, is_query_B, regions: dict, cache: Cache):
         logits_BV = self.language.logits(state_BD)
@@ -232,7 +233,7 @@ class RegionModule(nn.Module):
         return logits_BV, Cache(cache.generated | new, cache.static, cache.step, cache.prompt)
 
     def init_all(self, batch: Batch):
-        """Runs every part once, to make its parameters."""
+        """Outputs of all submodules, so that `init` creates all parameters."""
         c, outputs = self.c, [self.logits(batch, None)]
         box_B14 = jnp.zeros((1, 1, 4))
         if c.region_head is not None:

@@ -9,7 +9,6 @@ embeddings as one sequence. The papers differ only in which tower, connector and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -156,12 +155,9 @@ class VisualPrefixLM(VLM):
         """Random parameters of all submodules."""
         return VisualPrefixLMModule(self).init(key, batch, None)["params"]
 
-    def _apply(self, params: Params, method: Callable, *args):
-        return VisualPrefixLMModule(self).apply({"params": params}, *args, method=method)
-
     def extract_features(self, params: Params, batch: Batch):
         """Patches (B, P, D) from the frozen tower, or (B, K, P, D) for rows with several images."""
-        return self._apply(params, VisualPrefixLMModule.encode_image, batch)
+        return VisualPrefixLMModule(self).apply({"params": params}, batch, method=VisualPrefixLMModule.encode_image)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
         """Mean cross entropy of the answer tokens, and metrics."""
@@ -170,15 +166,17 @@ class VisualPrefixLM(VLM):
 
     def logits(self, params: Params, batch: Batch, key=None):
         """Logits (B, M, V) in float32; position m predicts target token m."""
-        return self._apply(params, VisualPrefixLMModule.__call__, batch, key)
+        return VisualPrefixLMModule(self).apply({"params": params}, batch, key, method=VisualPrefixLMModule.__call__)
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
         """Logits (B, V) of the first answer token, and a cache of image and prompt with `cache_length` free slots."""
-        return self._apply(params, VisualPrefixLMModule.prefill, batch, cache_length)
+        return VisualPrefixLMModule(self).apply(
+            {"params": params}, batch, cache_length, method=VisualPrefixLMModule.prefill
+        )
 
     def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
         """Logits (B, V) of the token after `token_B`, and the cache with that token."""
-        return self._apply(params, VisualPrefixLMModule.extend, token_B, cache)
+        return VisualPrefixLMModule(self).apply({"params": params}, token_B, cache, method=VisualPrefixLMModule.extend)
 
     def weight_map(self) -> tuple[WeightMapping, ...]:
         """Names of Hugging Face's class or of the original code, as `torch_names` selects."""
@@ -353,19 +351,20 @@ class VisualPrefixLMModule(nn.Module):
         return self.language.logits(state_BD), cache
 
 
-def splice(text_BLD, mask_BL, here_BL, picture_BKPD, in_front: bool):
+def splice(text_BLD, mask_BL, is_image_BL, image_BKPD, prepend_image: bool):
     """Text with the k-th image of each row in place of its k-th image token.
 
-    Returns embeddings (B, L + K P, D), right-padded, and their mask. `here_BL` marks the image tokens. A row without
-    one has its images prepended if `in_front`, else it has none. Image tokens in excess of the images are dropped.
+    Returns embeddings (B, L + K P, D), right-padded, and their mask. `is_image_BL` marks the image tokens. A row
+    without one has its images prepended if `prepend_image`, else it has none. Image tokens beyond the number of images
+    are dropped.
     """
-    rows, num_images, patches, width = picture_BKPD.shape
-    prepend_B1 = ~here_BL.any(axis=1, keepdims=True) & in_front
-    here_BL = jnp.concatenate([prepend_B1, here_BL], axis=1)
+    rows, num_images, patches, width = image_BKPD.shape
+    prepend_B1 = ~is_image_BL.any(axis=1, keepdims=True) & prepend_image
+    is_image_BL = jnp.concatenate([prepend_B1, is_image_BL], axis=1)
     valid_BL = jnp.concatenate([prepend_B1, mask_BL], axis=1)
     text_BLD = jnp.pad(text_BLD, ((0, 0), (1, 0), (0, 0)))
-    image_index_BL = jnp.cumsum(here_BL, axis=1) - 1
-    span_BL = jnp.where(here_BL, patches * (image_index_BL < num_images), 1)
+    image_index_BL = jnp.cumsum(is_image_BL, axis=1) - 1
+    span_BL = jnp.where(is_image_BL, patches * (image_index_BL < num_images), 1)
     span_BL = span_BL.at[:, 0].set(num_images * patches) * valid_BL  # output positions that each input token takes
     end_BL = jnp.cumsum(span_BL, axis=1)
     position_S = jnp.arange(mask_BL.shape[1] + num_images * patches)
@@ -377,9 +376,9 @@ def splice(text_BLD, mask_BL, here_BL, picture_BKPD, in_front: bool):
 
     patch_BS = of_token(image_index_BL) * patches + position_S - of_token(end_BL - span_BL)
     patch_BS = jnp.clip(patch_BS, 0, num_images * patches - 1)
-    image_BPD = picture_BKPD.reshape(rows, -1, width)
+    image_BPD = image_BKPD.reshape(rows, -1, width)
     x_BSD = jnp.where(
-        of_token(here_BL)[..., None],
+        of_token(is_image_BL)[..., None],
         jnp.take_along_axis(image_BPD, patch_BS[..., None], axis=1),
         jnp.take_along_axis(text_BLD, token_BS[..., None], axis=1),
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the weights of a `Prefix` are called in torch: in Hugging Face's classes, and in the code they came from."""
+"""Weight maps of `VisualPrefixLM`: torch names in Hugging Face's classes and in the original code of each paper."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def language_weight_map(c: DecoderConfig | T5Config) -> tuple[WeightMapping, ...]:
-    """Names of Hugging Face's class of the language model alone."""
+    """Names of Hugging Face's class of the language model, without the prefix it has inside a VLM."""
     if isinstance(c, T5Config):
         return t5.weight_map(c)
     return decoder_weights.weight_map(c)
@@ -32,9 +32,9 @@ def _mlp_projector_weight_map(torch_prefix: str, up_name: str, down_name: str) -
 
 
 def hf_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
-    """LlavaForConditionalGeneration, or with a Q-Former Blip2- and InstructBlipForConditionalGeneration, as published.
+    """Names of LlavaForConditionalGeneration, or with a Q-Former Blip2- and InstructBlipForConditionalGeneration.
 
-    Newer versions of transformers call LLaVA's parts otherwise in memory, and read these names all the same.
+    Newer versions of transformers use other names for LLaVA's submodules in memory, but still read these.
     """
     if c.resampler is not None:
         return kosmos2_weight_map(c)
@@ -56,7 +56,7 @@ def hf_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
 
 
 def original_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
-    """LLaVA's own code, or with a Q-Former LAVIS (BLIP-2, InstructBLIP) and MiniGPT-4."""
+    """Names of the original LLaVA code, or with a Q-Former those of LAVIS (BLIP-2, InstructBLIP) and MiniGPT-4."""
     if c.resampler is not None:
         return mplug_owl_weight_map(c)
     if c.qformer is None:
@@ -69,19 +69,19 @@ def original_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
             *projector,
             *with_prefix("", "language/", language_weight_map(c.language)),
         )
-    word = lavis_language_name(c)
+    language_name = lavis_language_name(c)
     return (
         *with_prefix("visual_encoder.", "vision/", vit.lavis_weight_map(c.vision)),
         *norm_weight_map("ln_vision", "vision_norm"),
         *with_prefix("", "qformer/", qformer.query_tokens_weight_map(c.qformer)),
         *with_prefix("Qformer.bert.", "qformer/", qformer.lavis_weight_map(c.qformer)),
-        *dense_weight_map(f"{word}_proj", "projector"),
-        *with_prefix(f"{word}_model.", "language/", language_weight_map(c.language)),
+        *dense_weight_map(f"{language_name}_proj", "projector"),
+        *with_prefix(f"{language_name}_model.", "language/", language_weight_map(c.language)),
     )
 
 
 def lavis_language_name(c: VisualPrefixLM) -> str:
-    """What LAVIS calls the language model; MiniGPT-4, whose Q-Former reads no text, says llama."""
+    """LAVIS's name for the language model; "llama" is MiniGPT-4's, whose Q-Former reads no text."""
     if isinstance(c.language, T5Config):
         return "t5"
     if c.language.max_positions:
@@ -90,7 +90,7 @@ def lavis_language_name(c: VisualPrefixLM) -> str:
 
 
 def mplug_owl_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
-    """mPLUG-Owl's own code."""
+    """Names of the original mPLUG-Owl code."""
     return (
         *with_prefix("vision_model.", "vision/", vit.tower_weight_map(c.vision, vit.mplug_owl_weight_map)),
         *norm_weight_map("vision_model.post_layernorm", "vision_norm"),
@@ -102,7 +102,7 @@ def mplug_owl_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
 
 
 def kosmos2_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
-    """Kosmos2ForConditionalGeneration."""
+    """Names of Kosmos2ForConditionalGeneration."""
     return (
         *with_prefix("vision_model.model.", "vision/", vit.tower_weight_map(c.vision, vit.clip_weight_map)),
         *norm_weight_map("vision_model.model.post_layernorm", "vision_norm"),

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing small files: JSON, JSON Lines, atomic writes, and errors of a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lionjax.core.errors import UserError
+
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_MESSAGES = ("no space left", "file too large", "disk quota")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, its cause or its context reports a full disk, an exceeded quota or file-size limit."""
+    while error is not None:
+        if getattr(error, "errno", None) in DISK_FULL_ERRNOS:
+            return True
+        if any(message in str(error).lower() for message in DISK_FULL_MESSAGES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all: beside its place under another name, then renamed."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None if there is no file. Raises UserError where it cannot be parsed."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, indented, whole or not at all."""
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
+
+
+def update_json(path: Path, fields: dict[str, Any]) -> None:
+    """Set fields of a JSON object in a file, which may be missing; its other fields stay."""
+    write_json(path, (read_json(path) or {}) | fields)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; none if it is missing.
+
+    A last line that is cut off, as a killed process leaves it, is skipped. Raises UserError for any other bad line.
+    """
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is no JSON: {error}") from error
+    return rows
+
+
+def write_jsonl(path: Path, rows) -> None:
+    """Write one JSON object per line, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON object as a line, in one write."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(file, (json.dumps(row) + "\n").encode())
+    finally:
+        os.close(file)

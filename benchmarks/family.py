@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every system of the family trained on scenes by its own recipe, and what it answers beside itself shown no picture.
+"""Train every VLM of the family on synthetic scenes by its own recipe, and compare it with its image-blind baseline.
 
 python -m benchmarks.family [--systems llava flamingo ...] [--limit 200] [--workdir runs/family] [--out FILE]
 
-The configs are configs/tiny_*.py. BLIP-2 and InstructBLIP go on with the Q-Former of BLIP-2's first stage,
-MiniGPT-4 with that of BLIP-2. Each row: parameters that some stage trains, scores on held-out scenes, in brackets those
-of the same model shown a blank picture, and seconds of training and of answering, by the clock and of processor time
-(of all cores together). Then Frozen and Flamingo are asked again with 0, 1, 2, 4 and 8 examples of training scenes
-before each question, drawn at random or those whose pictures look most alike (RICES); --no-shots leaves that out.
+The configs are configs/tiny_*.py. BLIP-2 and InstructBLIP start from the Q-Former of BLIP-2's first stage, MiniGPT-4
+from that of BLIP-2. Each row has the number of trained parameters, scores on held-out scenes (in parentheses those of
+the same model with a blank image), and seconds of training and evaluation in wall time and CPU time (all cores). Then
+Frozen and Flamingo are evaluated with 0, 1, 2, 4 and 8 in-context examples from the training scenes, chosen at random
+or by image similarity (RICES); --no-shots skips that.
 
-The program ends with exit code 1 where a score is not better than the blind one by `MARGINS`, which were written down
-before anything was trained, or where a part that no stage trains is not bit for bit what it was. A row is written as
-soon as it is known, and not made again: delete --workdir for that. One that was broken off is begun anew.
+Exits with code 1 if a score does not exceed the image-blind one by `MARGINS` (fixed before any training), or if a
+frozen parameter changed. Finished rows are reused; delete --workdir to start over. Interrupted rows are restarted.
 """
 
 from __future__ import annotations
@@ -36,12 +35,9 @@ from lionjax.core.types import Params
 from lionjax.data import pipeline
 from lionjax.data.processor import Processor
 from lionjax.evaluation import few_shot, runner
-from lionjax.inference import model
-from lionjax.inference.loading import dummy_batch as loading_example
-from lionjax.inference.loading import from_params
+from lionjax.inference.loading import dummy_batch, from_params
 from lionjax.training import loop
-from lionjax.training.init import make_param_specs as init_layout
-from lionjax.training.init import resolve_weights_file
+from lionjax.training.init import make_param_specs, resolve_weights_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = (
@@ -58,20 +54,20 @@ SYSTEMS = (
 )
 FEW_SHOT = ("frozen", "flamingo")
 SHOTS = (0, 1, 2, 4, 8)
-SHOT_LIMIT = 100  # questions behind each number of examples
-SHOT_PROMPT = 256  # tokens that eight examples and a question fit in
+SHOT_LIMIT = 100  # questions per number of in-context examples
+SHOT_PROMPT = 256  # tokens; eight examples and a question fit
 BRIDGE = ("qformer", "vision_norm")
 GOES_ON = {"blip2": "blip2_first", "instructblip": "blip2_first", "minigpt4": "blip2"}
 SCORES = {"vqa": "vqa_accuracy", "caption": "caption_cider", "rec": "rec_accuracy_50"}
-# How much better a system must be than itself blind. Frozen hears of a picture in two words made of the mean of all
-# patches, and MiniGPT-4 trains one linear: less is asked of these.
+# Required margins over the image-blind score. Frozen conditions on two prefix tokens from mean-pooled patches, and
+# MiniGPT-4 trains a single linear layer: their margins are smaller.
 MARGINS = {"vqa": 0.15, "caption": 0.5, "rec": 0.15}
 LESS = {"frozen": {"vqa": 0.03, "caption": 0.2}, "minigpt4": {"vqa": 0.1, "caption": 0.3}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Which systems, how many questions of each benchmark. `shots`: also few-shot curves."""
+    """Which systems to train, and the questions per benchmark. `shots`: also evaluate in-context learning."""
 
     systems: tuple[str, ...] = ()
     limit: int = 200
@@ -81,29 +77,29 @@ class Run:
 
 
 def experiment_of(name: str, workdir: Path) -> Experiment:
-    """The config of a system, going on with what the one before it learned where that is the recipe."""
+    """The config of a system, initialized from its predecessor's Q-Former if its recipe says so."""
     experiment = config.load(ROOT / "configs" / f"tiny_{name}.py")
     if name not in GOES_ON:
         return experiment
-    kept = tuple(pair for pair in experiment.weights if pair[0].split("/")[0] not in BRIDGE)
+    other_weights = tuple((part, file) for part, file in experiment.weights if part.split("/")[0] not in BRIDGE)
     file = str(workdir / GOES_ON[name] / f"bridge_for_{name}.safetensors")
-    return dataclasses.replace(experiment, weights=(*kept, *((part, file) for part in BRIDGE)))
+    return dataclasses.replace(experiment, weights=(*other_weights, *((part, file) for part in BRIDGE)))
 
 
 def hand_on(params: Params, workdir: Path, name: str) -> None:
-    """Write the bridge that one system learned for those that go on with it, each what it has room for."""
+    """Write one system's Q-Former and vision norm for each of its successors, restricted to the successor's shapes."""
     flat = trees.flatten(params)
     for after in (after for after, before in GOES_ON.items() if before == name):
         experiment = config.load(ROOT / "configs" / f"tiny_{after}.py")
-        example = loading_example(model.Processor(experiment.data.processor))
-        layout = init_layout(experiment, example, sharding.make_mesh(experiment.mesh))
+        example = dummy_batch(Processor(experiment.data.processor))
+        layout = make_param_specs(experiment, example, sharding.make_mesh(experiment.mesh))
         wanted = trees.flatten(trees.merge(layout.frozen, layout.trainable))
         part = {path: np.asarray(flat[path]) for path in wanted if path.split("/")[0] in BRIDGE}
         safetensors.numpy.save_file(part, workdir / name / f"bridge_for_{after}.safetensors")
 
 
 def unchanged(experiment: Experiment, params: Params, report: dict) -> bool:
-    """Whether what a stage freezes stayed as it was, and what no stage trains is still what its file holds."""
+    """Whether all stages left frozen parameters unchanged, and never-trained ones equal their weights files."""
     patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
     _, never = trees.split(params, patterns)
     never, same = trees.flatten(never), all(stage["frozen_unchanged"] for stage in report["stages"])
@@ -119,34 +115,34 @@ def unchanged(experiment: Experiment, params: Params, report: dict) -> bool:
 
 @dataclasses.dataclass
 class Spent:
-    """Seconds since it was made: by the clock, and of processor time."""
+    """A stopwatch: wall and CPU seconds since its creation."""
 
-    begun: tuple[float, float] = dataclasses.field(default_factory=lambda: (time.time(), time.process_time()))
+    start: tuple[float, float] = dataclasses.field(default_factory=lambda: (time.time(), time.process_time()))
 
     def seconds(self) -> list[int]:
-        return [round(t - b) for t, b in zip((time.time(), time.process_time()), self.begun)]
+        return [round(t - b) for t, b in zip((time.time(), time.process_time()), self.start)]
 
 
 def trained(run: Run, name: str) -> dict:
-    """The figures of one system, trained first where it is not yet."""
+    """The row of one system, which is trained first if it has no row yet."""
     folder, spent = run.workdir / name, Spent()
     if (folder / "family.json").is_file():
         return json.loads((folder / "family.json").read_text())
-    shutil.rmtree(folder, ignore_errors=True)  # else its seconds would be those of a part
+    shutil.rmtree(folder, ignore_errors=True)  # restart, so that the seconds are those of a complete run
     experiment = experiment_of(name, run.workdir)
     params, report = loop.train(experiment, folder, pipeline.batches)
     hand_on(params, run.workdir, name)
     training, spent = spent.seconds(), Spent()
-    asked = [task for task in runner.trained_benchmarks(experiment) if task in SCORES]
-    answerer = from_params(experiment, params).engine
-    entries = runner.evaluate_all(answerer, experiment, asked, folder, run.limit)
+    tasks = [task for task in runner.trained_benchmarks(experiment) if task in SCORES]
+    engine = from_params(experiment, params).engine
+    entries = runner.evaluate_all(engine, experiment, tasks, folder, run.limit)
     patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
     row = {
         "system": name,
         "trainable": trees.count_params(trees.split(params, patterns)[0]),
         "steps": sum(stage.steps for stage in experiment.stages),
         "unchanged": unchanged(experiment, params, report),
-        "seconds": [training, spent.seconds()],  # each by the clock, and of processor time
+        "seconds": [training, spent.seconds()],  # wall and CPU time each
         "limit": run.limit,
     }
     for task, entry in entries.items():
@@ -157,7 +153,7 @@ def trained(run: Run, name: str) -> dict:
 
 
 def missed(row: dict) -> list[str]:
-    """Sentences about what a row falls short of."""
+    """A sentence for each margin that a row misses."""
     margins = MARGINS | LESS.get(row["system"], {})
     short = [
         f"{row['system']}: {task} {row[task][0]} is not {margins[task]} above {row[task][1]}"
@@ -184,64 +180,69 @@ def table(rows: list[dict]) -> str:
 
 
 def curves(run: Run, name: str) -> dict:
-    """Answers of a trained system behind 0, 1, 2, 4 and 8 examples, chosen in both ways."""
+    """VQA scores of a trained system by number of in-context examples and selection method."""
     file, spent = run.workdir / name / "shots.json", Spent()
     if file.is_file():
         return json.loads(file.read_text())
-    known = lionjax.load(run.workdir / name)
-    prompts = dataclasses.replace(known.processor.config, prompt_length=SHOT_PROMPT, pictures=1)
-    answerer = dataclasses.replace(known.engine, processor=Processor(prompts))
-    data = dataclasses.replace(known.experiment.data, processor=prompts)
-    answer, limit = known.experiment.answer, min(run.limit, SHOT_LIMIT)
+    model = lionjax.load(run.workdir / name)
+    prompts = dataclasses.replace(model.processor.config, max_prompt_tokens=SHOT_PROMPT, max_images=1)
+    engine = dataclasses.replace(model.engine, processor=Processor(prompts))
+    data = dataclasses.replace(model.experiment.data, processor=prompts)
+    generation, limit = model.experiment.generation, min(run.limit, SHOT_LIMIT)
     rows = []
-    for how in few_shot.SELECTION_METHODS:
-        for shots in SHOTS if how == few_shot.SELECTION_METHODS[0] else SHOTS[1:]:  # of none, none are chosen
-            words = name == "flamingo"
-            shown = few_shot.FewShot(answerer, data, "vqa", shots, how, use_text_examples=words)
-            entry = runner.evaluate(answerer, data, answer, "vqa", None, limit, few_shot=shown)
+    for selection in few_shot.SELECTION_METHODS:
+        for shots in (
+            SHOTS if selection == few_shot.SELECTION_METHODS[0] else SHOTS[1:]
+        ):  # selection does not matter for 0 shots
+            use_text_examples = name == "flamingo"
+            few_shot_examples = few_shot.FewShot(
+                engine, data, "vqa", shots, selection, use_text_examples=use_text_examples
+            )
+            entry = runner.evaluate(engine, data, generation, "vqa", None, limit, few_shot=few_shot_examples)
             scores = [round(entry[what]["vqa_accuracy"], 3) for what in ("metrics", "blind")]
-            rows.append({"system": name, "how": how, "shots": shots, "vqa": scores})
-    found = {"rows": rows, "seconds": spent.seconds()}
-    file.write_text(json.dumps(found) + "\n")
-    return found
+            rows.append({"system": name, "how": selection, "shots": shots, "vqa": scores})
+    result = {"rows": rows, "seconds": spent.seconds()}
+    file.write_text(json.dumps(result) + "\n")
+    return result
 
 
 def shot_table(rows: list[dict]) -> str:
-    """One line for each system and way of choosing; the blind twin's scores in brackets."""
-    lines = ["| VQA behind | " + " | ".join(map(str, SHOTS)) + " examples |", "|---" * (len(SHOTS) + 1) + "|"]
-    for name, how in dict.fromkeys((row["system"], row["how"]) for row in rows):
-        found = {r["shots"]: r["vqa"] for r in rows if (r["system"], r["how"]) == (name, how)}
-        cells = [f"{found[k][0]:.2f} ({found[k][1]:.2f})" if k in found else "" for k in SHOTS]
-        lines.append(f"| {name}, {how} | " + " | ".join(cells) + " |")
+    """One line for each system and selection method; image-blind scores in parentheses."""
+    lines = ["| VQA, in-context examples | " + " | ".join(map(str, SHOTS)) + " |", "|---" * (len(SHOTS) + 1) + "|"]
+    for name, selection in dict.fromkeys((row["system"], row["how"]) for row in rows):
+        scores = {r["shots"]: r["vqa"] for r in rows if (r["system"], r["how"]) == (name, selection)}
+        cells = [f"{scores[k][0]:.2f} ({scores[k][1]:.2f})" if k in scores else "" for k in SHOTS]
+        lines.append(f"| {name}, {selection} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main(run: Run) -> int:
+    """Train and evaluate the systems, print the tables; returns the exit code."""
     logging.basicConfig(level=logging.WARNING)
     names = run.systems or SYSTEMS
     if unknown := set(names) - set(SYSTEMS):
         print(f"there is no system {sorted(unknown)[0]!r}; there are {', '.join(SYSTEMS)}", file=sys.stderr)
         return 2
-    rows, shown = [], []
+    rows, shot_results = [], []
     for name in names:
         rows.append(trained(run, name))
-        text = show(run, rows, shown)
+        text = show(run, rows, shot_results)
     for name in (name for name in names if run.shots and name in FEW_SHOT):
-        shown.append(curves(run, name))
-        text = show(run, rows, shown)
+        shot_results.append(curves(run, name))
+        text = show(run, rows, shot_results)
     print(text)
     print(*(short := [sentence for row in rows for sentence in missed(row)]), sep="\n", file=sys.stderr)
     return 1 if short else 0
 
 
-def show(run: Run, rows: list[dict], shown: list[dict]) -> str:
-    """All that is known so far, also written to `out`."""
-    spent = [*(part for row in rows for part in row["seconds"]), *(s["seconds"] for s in shown)]
+def show(run: Run, rows: list[dict], shot_results: list[dict]) -> str:
+    """The tables so far, also written to `out`."""
+    spent = [*(part for row in rows for part in row["seconds"]), *(s["seconds"] for s in shot_results)]
     clock, processor = (sum(part) for part in zip(*spent))
     text = table(rows)
-    if shown:
-        text += "\n\n" + shot_table([row for part in shown for row in part["rows"]])
-    text += f"\n\n{clock} seconds by the clock, {processor} of processor time."
+    if shot_results:
+        text += "\n\n" + shot_table([row for part in shot_results for row in part["rows"]])
+    text += f"\n\n{clock} s wall time, {processor} s CPU time."
     if run.out is not None:
         run.out.write_text(text + "\n")
     return text

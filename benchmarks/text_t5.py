@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same random T5 twice: Hugging Face's in torch, and ours as a text-only system. For tests and benchmarks."""
+"""A random T5 in Hugging Face transformers, and the same weights as a text-only VLM. For tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from lionjax.models.language.t5 import T5, T5Config
 
 @dataclasses.dataclass(frozen=True)
 class TextT5(VLM):
-    """A T5 that reads `prompt_BL`: as much of a `System` as generation asks for."""
+    """A T5 over `prompt_BL`, with the methods of the `VLM` protocol that generation needs."""
 
     c: T5Config
 
     def prefill(self, params, batch: Batch, cache_length: int):
-        def read(model: T5):
+        def run(model: T5):
             encoded_BLD = model.encode(model.embed(batch.prompt_BL), batch.prompt_mask_BL)
             state_BD, cache = model.prefill_encoded(encoded_BLD, batch.prompt_mask_BL, cache_length)
             return model.logits(state_BD), cache
 
-        return T5(self.c).apply({"params": params}, method=read)
+        return T5(self.c).apply({"params": params}, method=run)
 
     def extend(self, params, token_B, cache):
-        def read(model: T5):
-            state_BD, new = model.extend(model.embed_next(token_B, cache), cache)
-            return model.logits(state_BD), new
+        def run(model: T5):
+            state_BD, new_cache = model.extend(model.embed_next(token_B, cache), cache)
+            return model.logits(state_BD), new_cache
 
-        return T5(self.c).apply({"params": params}, method=read)
+        return T5(self.c).apply({"params": params}, method=run)
 
 
 def text_batch(prompt_BL, mask_BL) -> Batch:
-    """A batch of prompts and nothing else."""
-    nothing = dict.fromkeys(field.name for field in dataclasses.fields(Batch))
+    """A batch with prompts only."""
+    empty_fields = dict.fromkeys(field.name for field in dataclasses.fields(Batch))
     text = {"prompt_BL": jnp.asarray(prompt_BL, jnp.int32), "prompt_mask_BL": jnp.asarray(mask_BL)}
-    return Batch(**nothing | text)
+    return Batch(**empty_fields | text)
 
 
 def random_prompts(seed: int, vocab: int, lengths: tuple[int, ...]):
-    """Prompts of unequal lengths, padded on the right with 0: ids and mask as numpy arrays."""
-    random = np.random.default_rng(seed)
+    """(ids, mask): random prompts of the given lengths, padded on the right with 0, int arrays (B, L)."""
+    rng = np.random.default_rng(seed)
     mask_BL = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int32)
-    return random.integers(2, vocab, mask_BL.shape) * mask_BL, mask_BL
+    return rng.integers(2, vocab, mask_BL.shape) * mask_BL, mask_BL
 
 
 def twins(seed: int, c: T5Config, threads: int = 1):
-    """(Hugging Face's model, our system, our parameters) with the same random weights; torch's number of threads."""
+    """(Hugging Face's model, lionjax model, its parameters) with the same random weights; sets torch's threads."""
     import torch
     import transformers
 
-    torch.set_num_threads(threads)  # more only get in each other's way in tests
+    torch.set_num_threads(threads)  # more threads slow down parallel tests
     torch.manual_seed(seed)
     config = transformers.T5Config(
         vocab_size=c.vocab_size,
@@ -74,7 +74,7 @@ def twins(seed: int, c: T5Config, threads: int = 1):
         eos_token_id=c.eos_token_id,
     )
     theirs = transformers.T5ForConditionalGeneration(config).eval()
-    # As T5 begins, it says one word for ever; larger changes and positions make it ramble, and sometimes stop.
+    # A freshly initialized T5 repeats one token; larger weights give varied outputs that sometimes end.
     larger = {"relative_attention_bias": 20, "DenseReluDense": 4, ".v.": 4, ".o.": 4}
     with torch.no_grad():
         for name, weight in theirs.named_parameters():

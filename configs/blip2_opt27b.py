@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """BLIP-2 with OPT-2.7B: EVA ViT-g and OPT frozen, a Q-Former of 32 queries between them (arXiv 2301.12597).
 
-The second of its two stages: captions, with everything between tower and language model trained. Wants the public
-weights, converted once with `lionjax convert`, the Q-Former's those of the first stage. Rates, batch and steps are the
-paper's.
+The second of its two stages: captions, with the Q-Former and the projector trained. Needs the public weights, converted
+once with `lionjax convert`, with the Q-Former of the first stage. Learning rates, batch size and steps are the paper's.
 """
 
 import dataclasses
@@ -40,11 +39,11 @@ def get_config(
     stages: tuple[Stage, ...] = (CAPTIONS,),
     answer: GenerationDefaults = CAPTION,
 ) -> Experiment:
-    """The whole run; another language model, or InstructBLIP's schedule, may be put in."""
-    reads = {} if system.encodes else {"reader": "decoder"}
-    text = (
-        {"question_tokenizer": "weights/bert_base_uncased"} if system.qformer.use_text_input else {"question_length": 1}
-    )
+    """The experiment; the arguments select another language model or InstructBLIP's schedule."""
+    if system.qformer.use_text_input:
+        text = {"question_tokenizer": "weights/bert_base_uncased"}
+    else:
+        text = {"max_question_tokens": 1}
     return Experiment(
         name=name,
         model=dataclasses.replace(
@@ -55,7 +54,7 @@ def get_config(
         ),
         data=DataConfig(
             sources=(Coco("data/coco"),),
-            processor=ProcessorConfig(tokenizer=f"weights/{language}", use_tags=False, **reads, **text),
+            processor=ProcessorConfig(tokenizer=f"weights/{language}", use_tags=False, **text),
         ),
         stages=stages,
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """InstructBLIP with FlanT5-XL: a BLIP-2 whose Q-Former reads the instruction, tuned on instructions (arXiv 2305.06500).
 
-blip2_flant5xl.py's parts with a stage of its own, in which everything between tower and language model trains.
+The parts of blip2_flant5xl.py with one stage that trains the Q-Former and the projector.
 """
 
 import runpy
@@ -20,7 +20,7 @@ def get_config(
     language: str = "flan_t5_xl",
     batch_size: int = 192,
 ) -> Experiment:
-    """The whole run; `system` and what goes with it may be another size."""
+    """The experiment; the arguments select another language model."""
     stage = Stage(
         "instruct",
         60_000,
@@ -32,5 +32,5 @@ def get_config(
         warmup_learning_rate=1e-8,
         weight_decay=0.05,
     )
-    answer = GenerationDefaults(num_beams=5, repetition_penalty=1.5, max_new_tokens=256)
-    return blip2["get_config"](system, name, language, (stage,), answer)
+    generation = GenerationDefaults(num_beams=5, repetition_penalty=1.5, max_new_tokens=256)
+    return blip2["get_config"](system, name, language, (stage,), generation)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InstructBLIP with Vicuna-7B-v1.1: instructblip_flant5xl.py with a decoder, and the batch of that size."""
+"""InstructBLIP with Vicuna-7B-v1.1: instructblip_flant5xl.py with a decoder-only model and its batch size."""
 
 import runpy
 from pathlib import Path
@@ -11,5 +11,5 @@ smaller = runpy.run_path(str(Path(__file__).with_name("instructblip_flant5xl.py"
 
 
 def get_config() -> Experiment:
-    """The same schedule."""
+    """The schedule of instructblip_flant5xl.py."""
     return smaller(INSTRUCTBLIP_VICUNA_7B, "instructblip_vicuna7b", "vicuna_7b_v1_1", 128)

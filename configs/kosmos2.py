@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kosmos-2: CLIP ViT-L/14, 64 queries, a sub-LN decoder of 24 layers, boxes as location tokens (arXiv 2306.14824).
 
-The text model and the way into it learn; the tower stays. Wants the public weights, converted once with `lionjax
-convert`. Rates, warm-up and steps are the paper's; for its web pages and phrases with boxes stand tasks of that kind.
+Trains the language model and the connector; the ViT is frozen. Needs the public weights, converted once with `lionjax
+convert`. Learning rate, warm-up and steps are the paper's; its web pages and grounded phrases are replaced by similar
+tasks.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ BETWEEN = ("language", "latents", "vision_norm")
 
 
 def get_config() -> Experiment:
-    """The whole run."""
-    system = dataclasses.replace(
+    """The experiment."""
+    model = dataclasses.replace(
         KOSMOS2,
         vision=dataclasses.replace(KOSMOS2.vision, remat="full"),
         language=dataclasses.replace(KOSMOS2.language, remat="full"),
@@ -28,16 +29,14 @@ def get_config() -> Experiment:
     mixture = (("caption", 1.0), ("rec", 1.0), ("reg", 1.0))
     return Experiment(
         name="kosmos2",
-        model=system,
+        model=model,
         data=DataConfig(
             sources=(Coco("data/coco"),),
             processor=ProcessorConfig(
                 tokenizer="weights/kosmos2",
                 max_question_tokens=1,
                 use_tags=False,
-                reader="decoder",
                 prompt_template="{image} <grounding> {question}",
-                image_token=system.image_token_id,
                 box_format="bins",
                 location_bins_per_side=32,
             ),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LION-4B: EVA ViT-g and FlanT5-XL, both frozen, in three stages of instruction tuning (arXiv 2311.11860).
 
-Wants the public weights, converted once: `lionjax convert eva_vit_g.pth weights/eva_vit_g --to jax`, and so for FlanT5.
-Rates, batch and steps are InstructBLIP's: the paper and its release do not give LION's own.
+Needs the public weights, converted once: `lionjax convert eva_vit_g.pth weights/eva_vit_g --to jax`, likewise FlanT5.
+Learning rate, batch size and steps are InstructBLIP's: the paper and the released code do not give LION's.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ REGION_LEVEL = (("rec", 1.0), ("reg", 1.0))
 
 
 def system(language: T5Config) -> Lion:
-    """A LION around a FlanT5: erf GELU and two routed adapters beside every feed-forward."""
+    """LION with a FlanT5: erf GELU and two routed adapters parallel to every MLP."""
     language = dataclasses.replace(language, activation="gelu", adapters=AdapterConfig(64), remat="dots")
     return Lion(
         dataclasses.replace(EVA_VIT_G, remat="full"), QFormerConfig(), AggregatorConfig(), language, dtype="bfloat16"
@@ -34,7 +34,7 @@ def system(language: T5Config) -> Lion:
 
 
 def stages(batch_size: int) -> tuple[Stage, ...]:
-    """LION's schedule: image level, region level, then both with the routers."""
+    """LION's three stages: image level, region level, then both with the routers."""
     shared = {"batch_size": batch_size, "learning_rate": 1e-5, "warmup_steps": 1000, "weight_decay": 0.05}
     return (
         Stage(
@@ -64,7 +64,7 @@ def stages(batch_size: int) -> tuple[Stage, ...]:
 
 
 def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_size: int = 192) -> Experiment:
-    """The whole run; `language` and what goes with it may be the larger FlanT5."""
+    """The experiment; the arguments select another FlanT5."""
     processor = ProcessorConfig(tokenizer=f"weights/{name}", question_tokenizer="weights/bert_base_uncased")
     return Experiment(
         name=f"lion_{name.replace('_', '')}",
@@ -77,5 +77,5 @@ def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_
             ("vision", "weights/eva_vit_g/params.safetensors"),
             ("language", f"weights/{name}/params.safetensors"),
         ),
-        generation=GenerationDefaults(num_beams=5, repetition_penalty=1.5),  # as the release answers
+        generation=GenerationDefaults(num_beams=5, repetition_penalty=1.5),  # as in the released code
     )

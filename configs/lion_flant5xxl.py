@@ -11,5 +11,5 @@ smaller = runpy.run_path(str(Path(__file__).with_name("lion_flant5xl.py")))["get
 
 
 def get_config() -> Experiment:
-    """The same schedule at the batch that InstructBLIP used for this size."""
+    """The schedule of lion_flant5xl.py with InstructBLIP's batch size for FlanT5-XXL."""
     return smaller(FLAN_T5_XXL, "flan_t5_xxl", 64)

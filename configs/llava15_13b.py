@@ -11,5 +11,5 @@ smaller = runpy.run_path(str(Path(__file__).with_name("llava15_7b.py")))["get_co
 
 
 def get_config() -> Experiment:
-    """The same schedule."""
+    """The schedule of llava15_7b.py."""
     return smaller(LLAVA_15_13B, "llava15_13b", "vicuna_13b")

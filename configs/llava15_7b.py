@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-1.5 7B: CLIP ViT-L/14-336, two linears, Vicuna-7B-v1.5 (arXiv 2310.03744).
+"""LLaVA-1.5 7B: CLIP ViT-L/14-336, an MLP projector of two layers, Vicuna-7B-v1.5 (arXiv 2310.03744).
 
-First the projector on captions, then projector and language model on instructions. Wants the public weights, converted
-once with `lionjax convert`; Vicuna's with a row for `<image>`, padded to 32064, as Hugging Face's LLaVA has them.
-Batches, rates and steps (of 558 thousand captions and 665 thousand instructions) are the release's; its data are its
-own JSON files, and here stand the tasks that they come to.
+Trains the projector on captions, then projector and language model on instructions. Needs the public weights, converted
+once with `lionjax convert`; Vicuna's with a row for `<image>`, padded to 32064 rows, as in Hugging Face's LLaVA. Batch
+sizes, learning rates and steps (558,000 captions, 665,000 instructions) are those of the released code; its JSON files
+are replaced by similar tasks.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import LLAVA_15_7B, VisualPrefixLM
 
-CAPTIONS = (("caption@plain", 1.0),)  # the picture and its caption, closed by a line's end
+CAPTIONS = (("caption@plain", 1.0),)  # only the image and its caption, ended by a newline
 INSTRUCTIONS = (("vqa", 3.0), ("caption", 1.0), ("existence", 0.5), ("rec", 0.5), ("reg", 0.5))
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -25,7 +25,7 @@ VICUNA = (
 
 
 def stage(name: str, steps: int, batch_size: int, rate: float, trainable, mixture) -> Stage:
-    """AdamW without weight decay, 3 % of warm-up, a cosine down to nothing."""
+    """A stage with 3% warm-up, cosine decay to 0 and no weight decay."""
     return Stage(
         name,
         steps,
@@ -48,7 +48,7 @@ STAGES = (
 def get_config(
     system: VisualPrefixLM = LLAVA_15_7B, name: str = "llava15_7b", vicuna: str = "vicuna_7b", stages=STAGES
 ) -> Experiment:
-    """The whole run; another size, or the first LLaVA's schedule, may be put in."""
+    """The experiment; the arguments select another size or the schedule of the first LLaVA."""
     side = system.vision.image_size
     return Experiment(
         name=name,
@@ -68,9 +68,7 @@ def get_config(
                 use_tags=False,
                 pad_to_square=True,
                 pad_color="mean",
-                reader="decoder",
                 prompt_template=VICUNA,
-                image_token=system.image_token_id,
                 followup_template="USER: {question} ASSISTANT:",
                 caption_end="\n",
             ),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MiniGPT-4 7B: a BLIP-2's eyes before Vicuna-7B, with one linear between them, all that is trained (arXiv 2304.10592).
+"""MiniGPT-4 7B: BLIP-2's ViT and Q-Former, a linear projector, Vicuna-7B; trains the projector (arXiv 2304.10592).
 
-Captions first, then a few thousand long descriptions. Wants the public weights, converted once with `lionjax convert`;
-tower, Q-Former and its norm are those of BLIP-2. Rates, batches and steps are the release's.
+Captions, then a few thousand long descriptions. Needs the public weights, converted once with `lionjax convert`; ViT,
+Q-Former and norm are those of BLIP-2. Learning rates, batch sizes and steps are those of the released code.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import MINIGPT4_7B
 
 CAPTIONS = (("caption", 1.0),)
-ALONE = (("caption@plain", 1.0),)
+PLAIN_CAPTIONS = (("caption@plain", 1.0),)
 BLIP2 = "weights/blip2_flant5xxl/params.safetensors"
 
 
 def get_config() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     return Experiment(
         name="minigpt4_7b",
         model=dataclasses.replace(
@@ -36,9 +36,7 @@ def get_config() -> Experiment:
                 max_question_tokens=1,
                 max_target_tokens=160,
                 use_tags=False,
-                reader="decoder",
                 prompt_template="###Human: <Img>{image}</Img> {question} ###Assistant:",
-                image_token=MINIGPT4_7B.image_token_id,
                 followup_template="###Human: {question} ###Assistant:",
                 caption_end="\n",
                 answer_end="###",
@@ -49,7 +47,7 @@ def get_config() -> Experiment:
                 "align",
                 20_000,
                 ("projector",),
-                ALONE,
+                PLAIN_CAPTIONS,
                 256,
                 learning_rate=1e-4,
                 warmup_steps=5000,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """mPLUG-Owl 7B: a ViT-L/14 and an abstractor of 64 queries before LLaMA-7B (arXiv 2304.14178).
 
-First the eyes learn on captions, tower and all, then a LoRA on the language model's queries and values on instructions.
-Wants the public weights, converted once with `lionjax convert`. Rates, batches and steps are the paper's.
+Trains ViT and abstractor on captions, then a LoRA on the language model's q and v projections on instructions. Needs
+the public weights, converted once with `lionjax convert`. Learning rates, batch sizes and steps are the paper's.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import MPLUG_OWL_7B
 from lionjax.nn.lora import LoraConfig
 
-EYES = ("vision", "vision_norm", "latents", "projector", "last_word")
-TALKS = (("coco/caption", 1.0), ("talks/vqa", 1.6))
+VISION = ("vision", "vision_norm", "latents", "projector", "last_word")
+INSTRUCTIONS = (("coco/caption", 1.0), ("talks/vqa", 1.6))
 HUMAN = (
     "The following is a conversation between a curious human and AI assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. Human: {image} Human: {question} AI:"
@@ -25,8 +25,8 @@ HUMAN = (
 
 
 def get_config() -> Experiment:
-    """The whole run."""
-    system = dataclasses.replace(
+    """The experiment."""
+    model = dataclasses.replace(
         MPLUG_OWL_7B,
         vision=dataclasses.replace(MPLUG_OWL_7B.vision, remat="full"),
         language=dataclasses.replace(MPLUG_OWL_7B.language, remat="full", lora=LoraConfig(8, 32.0, 0.05)),
@@ -35,18 +35,16 @@ def get_config() -> Experiment:
     schedule = {"weight_decay": 0.1, "betas": (0.9, 0.98), "warmup_learning_rate": 0.0}
     return Experiment(
         name="mplug_owl_7b",
-        model=system,
+        model=model,
         data=DataConfig(
-            # Talks without a picture are lines of JSON with a question and an answer (Alpaca, Vicuna, Baize).
+            # Text-only conversations (Alpaca, Vicuna, Baize) as JSON Lines with a question and an answer.
             sources=(Coco("data/coco"), JsonLines("data/talks.jsonl", "data", name="talks")),
             processor=ProcessorConfig(
                 tokenizer="weights/llama_7b",
                 max_question_tokens=1,
                 max_prompt_tokens=256,
                 use_tags=False,
-                reader="decoder",
                 prompt_template=HUMAN,
-                image_token=system.image_token_id,
                 followup_template="Human: {question} AI:",
             ),
         ),
@@ -54,7 +52,7 @@ def get_config() -> Experiment:
             Stage(
                 "pretrain",
                 50_000,
-                EYES,
+                VISION,
                 (("coco/caption@plain", 1.0),),
                 2048,
                 learning_rate=1e-4,
@@ -65,7 +63,7 @@ def get_config() -> Experiment:
                 "instruct",
                 2000,
                 (".*/lora_[ab]",),
-                TALKS,
+                INSTRUCTIONS,
                 256,
                 learning_rate=2e-5,
                 end_learning_rate=1e-6,

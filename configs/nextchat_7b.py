@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """NExT-Chat-7B: CLIP ViT-L/14-336, Vicuna-7B-v1.5 and SAM ViT-H in the paper's three stages (arXiv 2311.04498).
 
-Words and boxes first, then instructions, then masks with all but their prompts and SAM's decoder frozen. Wants the
-public weights, converted once with `lionjax convert`; Vicuna's with the five added tokens. Steps, rates and batch are
-the release's. Its data are Shikra's annotation files, as JSON lines that name their task; a weight stands for how much
-of a stage a file is, which in the first stage is about its size in the release's plain concatenation, and in the second
-half instructions (`conversation`: Shikra-RD's and LLaVA's) and half five equal streams.
+Text and boxes, then instructions, then masks with everything frozen but the mask prompts and SAM's decoder. Needs the
+public weights, converted once with `lionjax convert`; Vicuna's with the five added tokens. Steps, learning rate and
+batch size are those of the released code. The data are Shikra's annotation files, as JSON Lines that name their task.
+Mixture weights: in the first stage about proportional to the files' sizes, as the released code concatenates them; in
+the second, half instructions (`conversation`: Shikra-RD and LLaVA) and half five equal streams.
 """
 
 import dataclasses
@@ -67,8 +67,8 @@ VICUNA = (
 )
 
 
-def stage(name: str, steps: int, trainable: tuple[str, ...], mixture: tuple, **more) -> Stage:
-    """2e-5 with 3 % of warm-up, no weight decay."""
+def stage(name: str, steps: int, trainable: tuple[str, ...], mixture: tuple, **fields) -> Stage:
+    """A stage at 2e-5 with 3% warm-up and no weight decay."""
     return Stage(
         name,
         steps,
@@ -79,12 +79,12 @@ def stage(name: str, steps: int, trainable: tuple[str, ...], mixture: tuple, **m
         warmup_steps=round(0.03 * steps),
         warmup_learning_rate=0.0,
         weight_decay=0.0,
-        **more,
+        **fields,
     )
 
 
 def get_config() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     return Experiment(
         name="nextchat_7b",
         model=NextChat(
@@ -102,7 +102,6 @@ def get_config() -> Experiment:
                 max_prompt_tokens=768,
                 use_tags=False,
                 pad_to_square=True,
-                reader="decoder",
                 prompt_template=VICUNA,
                 num_image_tokens=CLIP_VIT_L.num_patches,
                 box_format="embeddings",
@@ -113,7 +112,7 @@ def get_config() -> Experiment:
         stages=(
             stage("pretrain", 65_000, WORDS_AND_BOXES, PRETRAIN),
             stage("instruct", 4_950, WORDS_AND_BOXES, INSTRUCT),
-            stage("masks", 5_950, MASKS, (("coco/res", 1.0),), system=(("objective", "masks"),)),
+            stage("masks", 5_950, MASKS, (("coco/res", 1.0),), model_overrides=(("objective", "masks"),)),
         ),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),

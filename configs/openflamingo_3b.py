@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenFlamingo 3B: openflamingo_9b.py with MPT-1B, and a look at the pictures before every layer."""
+"""OpenFlamingo 3B: openflamingo_9b.py with MPT-1B and gated cross-attention before every layer."""
 
 import runpy
 from pathlib import Path
@@ -11,5 +11,5 @@ larger = runpy.run_path(str(Path(__file__).with_name("openflamingo_9b.py")))
 
 
 def get_config() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     return larger["get_config"](OPENFLAMINGO_3B, "openflamingo_3b", "mpt_1b")

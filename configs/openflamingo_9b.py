@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenFlamingo 9B: CLIP ViT-L/14, MPT-7B, and a look at the pictures before every fourth layer (arXiv 2308.01390).
+"""OpenFlamingo 9B: CLIP ViT-L/14, MPT-7B, gated cross-attention before every fourth layer (arXiv 2308.01390).
 
-Only the resampler, the gated looks and the rows of the new words learn. Wants the parts that `lionjax convert --system
-flamingo` makes of CLIP and MPT. Rates are the release's; its data (pairs of LAION, pages of MMC4) are not here, and a
-task stands for each of them. LAION's loss counts a fifth of MMC4's, as in the training that the release describes.
+Trains the resampler, the gated cross-attention and the embeddings of the new tokens. Needs the parts that `lionjax
+convert --system flamingo` makes from CLIP and MPT. Learning rates are those of the released code; each of its datasets
+(LAION pairs, MMC4 pages) is replaced by a task. The loss of LAION has 1/5 of the weight of MMC4's, as in the paper.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.flamingo import OPENFLAMINGO_9B, Flamingo
 
-LEARNED = ("resampler", "language/groups/cross", "language/embedding")
+TRAINABLE = ("resampler", "language/groups/cross", "language/embedding")
 
 
 def get_config(
     system: Flamingo = OPENFLAMINGO_9B, name: str = "openflamingo_9b", language: str = "mpt_7b"
 ) -> Experiment:
-    """The whole run; another size may be put in."""
+    """The experiment; the arguments select another size."""
     pairs = Stage(
         "pairs",
         60_000,
-        LEARNED,
+        TRAINABLE,
         (("caption", 1.0), ("vqa", 1.0)),
         128,
         learning_rate=1e-4,
@@ -51,9 +51,7 @@ def get_config(
                 max_prompt_tokens=256,
                 max_target_tokens=32,
                 use_tags=False,
-                reader="decoder",
                 prompt_template="{image} {question}",
-                image_token=system.image_token_id,
             ),
         ),
         stages=(pairs,),

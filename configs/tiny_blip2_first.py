@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BLIP-2's first stage on scenes: a Q-Former learns what of a picture belongs to a caption."""
+"""BLIP-2's first stage on synthetic scenes: trains the Q-Former with ITC, ITM and captioning (arXiv 2301.12597)."""
 
 import dataclasses
 import runpy
@@ -14,8 +14,8 @@ blip2 = runpy.run_path(str(Path(__file__).with_name("tiny_blip2.py")))
 
 
 def get_config() -> Experiment:
-    """The whole run."""
-    system = Blip2Stage1(
+    """The experiment."""
+    model = Blip2Stage1(
         TINY_VIT,
         dataclasses.replace(blip2["QFORMER"], use_text_input=True),
         embed_dim=64,
@@ -24,4 +24,4 @@ def get_config() -> Experiment:
     )
     stages = (llava["stage"]("represent", 600, ("(?!vision/).*",), (("caption", 1.0),), 1.5e-3, optimizer="muon"),)
     weights = (llava["BACKBONES"][0], blip2["WORDS"])
-    return llava["experiment"]("tiny_blip2_first", system, stages, weights)
+    return llava["experiment"]("tiny_blip2_first", model, stages, weights)

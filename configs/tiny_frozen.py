@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Frozen on scenes: two words of the mean of all patches; the tower learns, the language model does not."""
+"""Frozen on synthetic scenes (arXiv 2106.13884): two prefix tokens from mean-pooled patches; trains the ViT."""
 
 import dataclasses
 import runpy
@@ -12,7 +12,7 @@ IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer
 
 
 def get_config() -> Experiment:
-    """The whole run."""
-    system = dataclasses.replace(llava["SYSTEM"], num_prefix_tokens=2, image_token_id=IMAGE_TOKEN)
+    """The experiment."""
+    model = dataclasses.replace(llava["SYSTEM"], num_prefix_tokens=2, image_token_id=IMAGE_TOKEN)
     stages = (llava["stage"]("eyes", 900, ("vision", "projector"), llava["WORDS"], 5e-4),)
-    return llava["experiment"]("tiny_frozen", system, stages, image_token=IMAGE_TOKEN, template="{image} {question}")
+    return llava["experiment"]("tiny_frozen", model, stages, prompt_template="{image} {question}")

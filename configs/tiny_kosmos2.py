@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Kosmos-2 on scenes: a sub-LN decoder that learns from nothing, boxes as location tokens of a grid of 10 by 10."""
+"""Kosmos-2 on synthetic scenes: a sub-LN decoder trained from scratch, boxes as location tokens of a 10 x 10 grid."""
 
 import dataclasses
 import runpy
@@ -13,7 +13,7 @@ llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 
 
 def get_config() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     language = dataclasses.replace(
         KOSMOS2_TEXT,
         vocab_size=1024 + 10 * 10,
@@ -28,7 +28,7 @@ def get_config() -> Experiment:
         eos_token_id=1,
         position_offset=1,
     )
-    system = dataclasses.replace(
+    model = dataclasses.replace(
         llava["SYSTEM"],
         language=language,
         resampler=ImageToTextProjectionConfig(128, 128, 4, 64, init_std=1.0),
@@ -43,12 +43,10 @@ def get_config() -> Experiment:
     stage = llava["stage"]("ground", 4500, ("language", "latents", "vision_norm"), mixture, 3e-3, optimizer="muon")
     return llava["experiment"](
         "tiny_kosmos2",
-        system,
+        model,
         (stage,),
         llava["BACKBONES"][:1],
-        reader="decoder",
-        template="{image} {question}",
-        image_token=-1,
-        places="bins",
+        prompt_template="{image} {question}",
+        box_format="bins",
         location_bins_per_side=10,
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole LION that trains on a laptop in minutes, around the small frozen backbones that ship with the project.
+"""LION on synthetic scenes: trains in minutes on a laptop, with the tiny frozen backbones that ship with the project.
 
-The same three stages as configs/lion_flant5xl.py, on the embedded scenes. Sizes, steps and rates are all that differ.
+The three stages of configs/lion_flant5xl.py with other sizes, steps and learning rates.
 """
 
 import dataclasses
@@ -40,15 +40,15 @@ SYSTEM = Lion(
     ),
     language=dataclasses.replace(TINY_T5, adapters=AdapterConfig(32)),
     soft_prompt_token_id=3,
-    identity_init_scale=2.5,  # the shipped ViT speaks in the shipped T5's words
+    identity_init_scale=2.5,  # the shipped ViT is aligned with the shipped T5's embeddings
 )
 
 
 def get_config() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     shared = {
         "batch_size": 32,
-        "learning_rate": 5e-4,  # half of the first stage: the aggregator already hands on words
+        "learning_rate": 5e-4,  # half of the first stage's: the aggregator is initialized as identity
         "warmup_steps": 50,
         "weight_decay": 0.01,
         "clip_norm": 1.0,

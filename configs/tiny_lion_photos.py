@@ -3,8 +3,8 @@
 
     lionjax train configs/tiny_lion_photos.py --workdir runs/photos --data.sources.0.folder MY_COCO_FOLDER
 
-The frozen backbones have only ever seen drawn scenes, so this shows that real data goes through all three stages, and
-how far so small a model comes; it is no model to use.
+The frozen backbones were pretrained on synthetic scenes only, so this shows that real data runs through all three
+stages and what a model of this size reaches; it is not meant for use.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ REGION_LEVEL = (("rec", 2.0), ("reg", 1.0))
 
 
 def get_config() -> Experiment:
-    """The same schedule over other data."""
-    drawn = scenes()
+    """The schedule of tiny_lion.py with other data."""
+    base = scenes()
     mixtures = (IMAGE_LEVEL, REGION_LEVEL, IMAGE_LEVEL + REGION_LEVEL)
     stages = tuple(
-        dataclasses.replace(stage, mixture=mixture) for stage, mixture in zip(drawn.stages, mixtures, strict=True)
+        dataclasses.replace(stage, mixture=mixture) for stage, mixture in zip(base.stages, mixtures, strict=True)
     )
     sources = (Coco("data/coco", heldout_fraction=0.2), EasyVqa())
-    data = dataclasses.replace(drawn.data, sources=sources, tag_noise=0.1)
-    return dataclasses.replace(drawn, name="tiny_lion_photos", data=data, stages=stages)
+    data = dataclasses.replace(base.data, sources=sources, tag_noise=0.1)
+    return dataclasses.replace(base, name="tiny_lion_photos", data=data, stages=stages)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tiny_lion.py in one stage, for comparison: everything trains on every task from the first step on.
+"""tiny_lion.py in one stage, for comparison: all parts train on all tasks from the first step on.
 
-As many updates as the three stages have together.
+The number of steps is that of the three stages together.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ staged = runpy.run_path(str(Path(__file__).with_name("tiny_lion.py")))["get_conf
 
 
 def get_config() -> Experiment:
-    """The last of the three stages, from nothing and for longer."""
-    three = staged()
-    steps = sum(stage.steps for stage in three.stages)
-    one = dataclasses.replace(three.stages[-1], name="all_at_once", steps=steps)
-    return dataclasses.replace(three, name="tiny_lion_single_stage", stages=(one,))
+    """The last of the three stages, from the initial parameters, with more steps."""
+    base = staged()
+    steps = sum(part.steps for part in base.stages)
+    stage = dataclasses.replace(base.stages[-1], name="all_at_once", steps=steps)
+    return dataclasses.replace(base, name="tiny_lion_single_stage", stages=(stage,))

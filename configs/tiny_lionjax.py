@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flagship, small: LION's two visual streams, tags and router, with NExT-Chat's boxes and masks on the same T5.
 
-Image-level first, then region-level with boxes, then both with routers, and at last masks, from few of them
-(`data.mask_share`). ViT, T5 and SAM are the small frozen ones that ship with the project; the way from and to boxes
-begins as it was learned with the T5 (docs/backbones.md).
+Four stages: image level, region level with boxes, both with routers, and masks, from a fraction of the records
+(`data.mask_fraction`). ViT, T5 and SAM are the tiny frozen ones that ship with the project; the box encoder and decoder
+are initialized as pretrained with the T5 (docs/tiny_backbones.md).
 """
 
 import dataclasses
@@ -51,11 +51,11 @@ SYSTEM = Lion(
         box_mlp_dim=256,
         num_mask_prompt_tokens=2,
         max_boxes=6,
-        giou_weight=0.8,  # the paper's
-        cycle_weight=0.1,  # the states of a frozen T5 hardly come to meet the embeddings of boxes
+        giou_weight=0.8,  # as in the paper
+        cycle_weight=0.1,  # low, because the frozen T5's states cannot adapt to the box embeddings
     ),
     sam=TINY_SAM,
-    identity_init_scale=2.5,  # the shipped ViT speaks in the shipped T5's words
+    identity_init_scale=2.5,  # the shipped ViT is aligned with the shipped T5's embeddings
 )
 PROCESSOR = ProcessorConfig(
     image_size=TINY_VIT.image_size,
@@ -70,15 +70,15 @@ PROCESSOR = ProcessorConfig(
 
 
 def get_config() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     shared = {
         "batch_size": 32,
-        "learning_rate": 5e-4,  # half of the first stage: the aggregator already hands on words
+        "learning_rate": 5e-4,  # half of the first stage's: the aggregator is initialized as identity
         "warmup_steps": 30,
         "weight_decay": 0.01,
         "clip_norm": 1.0,
     }
-    places = {"learning_rate_scale": (("locations", 2.0),)}
+    boxes = {"lr_multipliers": (("locations", 2.0),)}
     return Experiment(
         name="tiny_lionjax",
         model=SYSTEM,
@@ -105,7 +105,7 @@ def get_config() -> Experiment:
                 REGION_LEVEL,
                 model_overrides=(("visual_input", "AGGREGATOR"),),
                 **shared,
-                **places,
+                **boxes,
             ),
             Stage(
                 "both_levels",
@@ -113,7 +113,7 @@ def get_config() -> Experiment:
                 (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt", "locations"),
                 IMAGE_LEVEL + REGION_LEVEL,
                 **shared,
-                **places,
+                **boxes,
             ),
             Stage("masks", 40, MASKS, (("res", 1.0),), model_overrides=(("objective", "masks"),), **shared),
         ),

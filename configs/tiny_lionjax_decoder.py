@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flagship over a language model that is a decoder alone, as Vicuna is: the small one that ships, which learns on.
+"""The flagship with a decoder-only language model, as Vicuna is: the tiny one that ships, which is trained further.
 
-All else is as in configs/tiny_lionjax.py.
+Otherwise as configs/tiny_lionjax.py.
 """
 
 import dataclasses
@@ -16,26 +16,24 @@ WITH_T5 = runpy.run_path(str(Path(__file__).with_name("tiny_lionjax.py")))
 
 
 def get_config() -> Experiment:
-    """The whole run."""
-    whole = WITH_T5["get_config"]()
+    """The base run."""
+    base = WITH_T5["get_config"]()
     language = dataclasses.replace(TINY_DECODER, adapters=AdapterConfig(32))
-    processor = dataclasses.replace(whole.data.processor, reader="decoder")
     stages = tuple(
         stage
         if stage.name == "masks"
         else dataclasses.replace(
             stage, trainable=("language", *(p for p in stage.trainable if not p.startswith(".*/adapter")))
         )
-        for stage in whole.stages
+        for stage in base.stages
     )
     return dataclasses.replace(
-        whole,
+        base,
         name="tiny_lionjax_decoder",
-        model=dataclasses.replace(whole.system, language=language),
-        data=dataclasses.replace(whole.data, processor=processor),
+        model=dataclasses.replace(base.model, language=language),
         stages=stages,
         weights=(
-            *(pair for pair in whole.weights if pair[0] not in ("language", "locations")),
+            *(pair for pair in base.weights if pair[0] not in ("language", "locations")),
             ("language/embedding", "shipped:tiny_t5.safetensors"),
             ("language", "shipped:tiny_decoder.safetensors"),
         ),

@@ -3,7 +3,7 @@
 
     lionjax train configs/tiny_lionjax_photos.py --workdir runs/photos --data.sources.0.folder MY_COCO_FOLDER
 
-Shows that real pictures of any shape go through all four stages, with their boxes and masks; it is no model to use.
+Shows that photographs of any shape run through all four stages with boxes and masks; it is not meant for use.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ TASKS = ("vqa", "caption", "existence", "tags", "rec", "reg", "res")  # that the
 
 
 def get_config() -> Experiment:
-    """The same schedule over other data, without the tasks that only scenes have."""
-    drawn = scenes()
+    """The schedule of tiny_lionjax.py with other data, without the tasks that only scenes have."""
+    base = scenes()
     stages = tuple(
-        dataclasses.replace(stage, mixture=tuple((task, share) for task, share in stage.mixture if task in TASKS))
-        for stage in drawn.stages
+        dataclasses.replace(stage, mixture=tuple((task, weight) for task, weight in stage.mixture if task in TASKS))
+        for stage in base.stages
     )
     sources = (Coco("data/coco", heldout_fraction=0.2), EasyVqa())
-    data = dataclasses.replace(drawn.data, sources=sources, tag_noise=0.1, mask_fraction=1.0)
-    return dataclasses.replace(drawn, name="tiny_lionjax_photos", data=data, stages=stages)
+    data = dataclasses.replace(base.data, sources=sources, tag_noise=0.1, mask_fraction=1.0)
+    return dataclasses.replace(base, name="tiny_lionjax_photos", data=data, stages=stages)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LLaVA (v1: one linear) that trains on a laptop in minutes, around the small frozen backbones that ship here.
+"""LLaVA (v1: a linear projector) on synthetic scenes: trains in minutes on a laptop, with the shipped tiny backbones.
 
-First the projector, then projector and language model. The other tiny systems of the family share all but what stands
-between tower and language model, and what of it trains.
+Trains the projector, then projector and language model. The other tiny configs of the family differ in the connector
+and in the trained parts.
 """
 
 from lionjax.core.experiment import Experiment, RunConfig, Stage
@@ -27,7 +27,7 @@ def stage(
     batch_size: int = 16,
     optimizer: str = "adamw",
 ) -> Stage:
-    """One stage at the rates that suit these sizes; what learns from nothing where to look does so by Muon."""
+    """A stage with defaults for these sizes; connectors with new attention layers need Muon."""
     return Stage(
         name,
         steps,
@@ -42,15 +42,20 @@ def stage(
 
 
 def experiment(name: str, system: object, stages: tuple[Stage, ...], weights=BACKBONES, **processor) -> Experiment:
-    """A run on the embedded scenes; `processor`: what its prompts have of their own."""
-    texts = {"prompt_length": 24, "question_length": 24, "target_length": 40, "tags": False} | processor
+    """An experiment on synthetic scenes; `processor`: fields of ProcessorConfig that differ from the defaults here."""
+    fields = {
+        "max_prompt_tokens": 24,
+        "max_question_tokens": 24,
+        "max_target_tokens": 40,
+        "use_tags": False,
+    } | processor
     trains_tower = any("vision" in part.trainable for part in stages)
     return Experiment(
         name=name,
         model=system,
         data=DataConfig(
             sources=(Scenes(sizes=(3000, 300, 400), image_size=TINY_VIT.image_size),),
-            processor=ProcessorConfig(image_size=TINY_VIT.image_size, **texts),
+            processor=ProcessorConfig(image_size=TINY_VIT.image_size, **fields),
         ),
         stages=stages,
         run=RunConfig(
@@ -66,7 +71,7 @@ SYSTEM = VisualPrefixLM(
 
 
 def get_config() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     stages = (
         stage("align", 100, ("projector",), (("caption@plain", 1.0),), 3e-3),
         stage("instruct", 400, ("projector", "language"), rate=7e-4),

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An mPLUG-Owl on scenes: tiny_llava.py with an abstractor between; first the eyes learn, then a LoRA on q and v.
+"""mPLUG-Owl on synthetic scenes: tiny_llava.py with an abstractor; trains ViT and abstractor, then a LoRA on q and v.
 
-Captions are learned alone at first; to the second stage's questions some are added of scenes that are told in words,
-not shown.
+The second stage also has text-only questions, with the scene described in the prompt.
 """
 
 import dataclasses
@@ -15,16 +14,16 @@ from lionjax.nn.lora import LoraConfig
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer
-TALK = (*llava["WORDS"], ("vqa@told", 1.0))
-EYES = ("vision", "vision_norm", "latents", "projector", "last_word")
+INSTRUCTIONS = (*llava["WORDS"], ("vqa@told", 1.0))
+VISION = ("vision", "vision_norm", "latents", "projector", "last_word")
 
 
 def get_config() -> Experiment:
-    """The whole run."""
-    system = llava["SYSTEM"]
-    system = dataclasses.replace(
-        system,
-        language=dataclasses.replace(system.language, lora=LoraConfig(8, 32.0, 0.05)),
+    """The experiment."""
+    model = llava["SYSTEM"]
+    model = dataclasses.replace(
+        model,
+        language=dataclasses.replace(model.language, lora=LoraConfig(8, 32.0, 0.05)),
         resampler=AbstractorConfig(128, 2, 4, 256, 16, dropout=0.0),
         keep_class_token=True,
         vision_norm_eps=1e-6,
@@ -32,12 +31,12 @@ def get_config() -> Experiment:
         image_token_id=IMAGE_TOKEN,
         prepend_image=False,
     )
-    eyes = llava["stage"]("eyes", 700, EYES, (*llava["WORDS"][:2], ("caption@plain", 1.5)), 1.5e-3)
+    vision = llava["stage"]("eyes", 700, VISION, (*llava["WORDS"][:2], ("caption@plain", 1.5)), 1.5e-3)
     stages = (
-        # The tower speaks in the language model's words already, which it would forget at the abstractor's rate.
-        dataclasses.replace(eyes, lr_multipliers=(("vision", 0.1),)),
-        llava["stage"]("instruct", 100, (".*/lora_[ab]",), TALK),
+        # The ViT is aligned with the T5's embeddings already, and would lose that at the abstractor's learning rate.
+        dataclasses.replace(vision, lr_multipliers=(("vision", 0.1),)),
+        llava["stage"]("instruct", 100, (".*/lora_[ab]",), INSTRUCTIONS),
     )
     return llava["experiment"](
-        "tiny_mplug_owl", system, stages, prompt_length=64, image_token=IMAGE_TOKEN, template="{image} {question}"
+        "tiny_mplug_owl", model, stages, max_prompt_tokens=64, prompt_template="{image} {question}"
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole NExT-Chat that trains on a laptop: a small decoder learned from nothing, frozen small ViT and SAM.
+"""NExT-Chat on synthetic scenes: trains on a laptop, a small decoder from scratch with the frozen tiny ViT and SAM.
 
-The same three stages as configs/nextchat_7b.py, on the embedded scenes. With `--data.processor.places digits`
-(Shikra's) or `bins` (Kosmos-2's location tokens) the same model writes boxes as text instead of pointing at them. In
-the mixtures `rec@digits` and `rec@bins` do so for one task beside the others: one run compares all three.
+The three stages of configs/nextchat_7b.py. With `--data.processor.box_format digits` (as Shikra) or `bins` (location
+tokens, as Kosmos-2) the same model writes boxes as text instead of embeddings. In the mixtures, `rec@digits` and
+`rec@bins` do so for one task, so that one run compares all three formats.
 """
 
 from lionjax.core.experiment import Experiment, RunConfig, Stage
@@ -28,12 +28,15 @@ PRETRAIN = (
     ("vqa", 3.0),
 )
 INSTRUCT = (*PRETRAIN, ("existence", 1.0), ("relation", 0.5), ("conversation", 0.5))
-WORDS, BINS = 1024, 32  # of the tiny tokenizer; a side of the location tokens, which follow them
+VOCAB_SIZE, BINS = (
+    1024,
+    32,
+)  # of the tiny tokenizer; location tokens per side of the grid, with ids after the vocabulary
 
 SYSTEM = NextChat(
     vision=TINY_VIT,
     language=DecoderConfig(
-        vocab_size=WORDS + BINS**2,
+        vocab_size=VOCAB_SIZE + BINS**2,
         width=128,
         depth=4,
         num_heads=4,
@@ -55,7 +58,7 @@ SYSTEM = NextChat(
 
 
 def get_config() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     shared = {"batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 50, "weight_decay": 0.01, "clip_norm": 1.0}
     return Experiment(
         name="tiny_nextchat",
@@ -69,7 +72,6 @@ def get_config() -> Experiment:
                 max_target_tokens=40,
                 use_tags=False,
                 pad_to_square=True,
-                reader="decoder",
                 prompt_template="{image} {question}",
                 num_image_tokens=TINY_VIT.num_patches,
                 box_format="embeddings",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Shikra on scenes: tiny_llava.py, whose linear is trained with the language model at once; boxes are digits."""
+"""Shikra on synthetic scenes (arXiv 2306.15195): tiny_llava.py in one stage, boxes written as digits."""
 
 import runpy
 from pathlib import Path
@@ -10,7 +10,7 @@ llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 
 
 def get_config() -> Experiment:
-    """The whole run."""
+    """The experiment."""
     mixture = (("rec", 5.0), ("reg", 1.0), ("vqa", 3.0), ("caption", 1.0))
     stages = (llava["stage"]("speak", 300, ("projector", "language"), mixture, 7e-4, 24),)
-    return llava["experiment"]("tiny_shikra", llava["SYSTEM"], stages, prompt_length=72)
+    return llava["experiment"]("tiny_shikra", llava["SYSTEM"], stages, max_prompt_tokens=72)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Region-aware multimodal language models in JAX: `load` a folder and ask it about pictures.
+"""Region-aware vision-language models in JAX: `lionjax.load(folder)` returns a model that answers prompts about images.
 
-Importing this package costs nothing: JAX and the rest come with the first thing that is used.
+Importing this package is cheap: JAX and other dependencies are imported on first use.
 """
 
 import importlib
@@ -21,7 +21,7 @@ def __getattr__(name: str):
         return importlib.import_module("lionjax.inference.loading").load
     if name == "convert":
         return importlib.import_module("lionjax.convert")
-    raise AttributeError(f"lionjax has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(f"lionjax has no attribute {name!r}; available: {', '.join(__all__)}")
 
 
 def __dir__():

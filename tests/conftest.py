@@ -39,6 +39,13 @@ def programs_go_with_their_file():
         gc.collect()
 
 
+def pytest_collection_modifyitems(items):
+    """Mark the tests that want shared data, so that `-m shared_data` runs only these."""
+    for item in items:
+        if any("$LIONJAX_DATA" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skipif")):
+            item.add_marker("shared_data")
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say at the end what did not run for want of what is no part of the project.
 

@@ -59,7 +59,7 @@ def reader():
 def test_a_thing_is_told_once_and_every_decimal_has_a_word_of_its_own(reader):
     model, params, (fields, code), digits = reader
     assert digits.shape == (NUM_DIGIT_POSITIONS, 10) and len(np.unique(digits)) == digits.size
-    tell = jax.jit(lambda code: model.apply({"params": params}, fields, code, method=model.tell))
+    tell = jax.jit(lambda code: model.apply({"params": params}, fields, code, method=model.embed_objects))
     moved = np.abs(np.asarray(tell(code) - tell(code[:, ::-1]))).max(-1)
     assert (moved[fields[..., 4] == 2] > 0).any() and (moved[fields[..., 4] != 2] == 0).all()
 

@@ -53,6 +53,10 @@ def test_a_config_written_by_version_0_1_is_read():
             return [as_then(item) for item in tree]
         if not isinstance(tree, dict):
             return tree
+        if tree["class"] == "Mix":
+            return [tree["task"], tree["weight"]]
+        if tree["class"] == "Weights":
+            return [tree["part"], tree["file"]]
         return {name: as_then(value) for name, value in tree.items()} | {"class": old[tree["class"]]}
 
     text = json.dumps(as_then(json.loads(config.to_json(experiment))))

@@ -135,7 +135,7 @@ def test_inspect_says_what_a_source_holds_and_draws_it(capsys, tmp_path, monkeyp
 def test_a_source_that_is_wrongly_named_or_set_is_one_sentence(capsys):
     assert refused(capsys, "data", "inspect", "cocoo").startswith("there is no source 'cocoo'")
     assert "did you mean 'image_size'?" in refused(capsys, "data", "inspect", "scenes", "--image_siz", "3")
-    assert refused(capsys, "data", "build", "scenes").startswith("build wants --out FOLDER")
+    assert refused(capsys, "data", "build", "scenes").startswith("build needs --out FOLDER")
     assert refused(capsys, "data", "inspect", "scenes", "--split", "x").startswith("there is no split")
     assert "choose from" in refused(capsys, "data", "incpect", "scenes")
 
@@ -194,10 +194,10 @@ def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monk
     monkeypatch.setattr("lionjax.convert.verify.compare.RELATIVE_TOLERANCE", 0.0)
     assert cli.main([*words[:2], str(tmp_path / "other"), *words[3:]]) == 2
     said = capsys.readouterr()
-    assert "they part in" in said.out and "differ by more than rounding does" in said.err
+    assert "<- differs most in" in said.out and "differ by more than rounding errors" in said.err
     monkeypatch.setattr("lionjax.convert.verify.compare.COMPARISON_RUNS", {})
     assert cli.main([*words[:2], str(tmp_path / "third"), *words[3:]]) == 2
-    said = f"{tmp_path / 'third'} is written, but cannot be verified: transformers has no class"
+    said = f"{tmp_path / 'third'} was written, but cannot be verified: transformers has no class"
     assert said in capsys.readouterr().err and (tmp_path / "third" / "model.safetensors").is_file()
 
 
@@ -210,7 +210,7 @@ def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(capsys, tmp
     (tmp_path / "report.json").write_text('{"config": 1}')
     assert cli.main(["convert", str(tmp_path), "out", "--to", "torch"]) == 0
     said = capsys.readouterr().out
-    assert seen == [(Path("out"), "torch", False)] and ("every bit is the same" in said) == exact
+    assert seen == [(Path("out"), "torch", False)] and ("all bits are equal" in said) == exact
     assert json.loads((tmp_path / "report.json").read_text()) == {"config": 1, "round_trip_exact": exact}
 
 

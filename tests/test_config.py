@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from lionjax.core import config
-from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage
 from lionjax.core.types import UserError
 from lionjax.models.vlm.lion import AggregatorConfig, Lion, QFormerConfig, T5Config, ViTConfig
 
@@ -44,8 +44,8 @@ def test_a_python_file_becomes_a_hashable_experiment_held_to_its_types(path):
     toy = config.load(path)
     assert toy.name == "toy" and toy.stages[1].grad_accum_steps == 2
     assert toy.stages[0].trainable == ("qformer",)
-    assert toy.stages[0].mixture == (("vqa", 1.0),)
-    assert isinstance(toy.stages[0].mixture[0][1], float)
+    assert toy.stages[0].mixture == (Mix("vqa", 1.0),)
+    assert isinstance(toy.stages[0].mixture[0].weight, float)
     assert hash(toy) == hash(config.load(path)) and toy == config.load(path)
 
 
@@ -57,7 +57,7 @@ SET = [
     ("--stages.0.learning-rate 3e-4", "stages.0.learning_rate", 3e-4),
     ("--stages.0.learning_rate 1", "stages.0.learning_rate", 1.0),
     ("--stages.0.trainable a/.* b", "stages.0.trainable", ("a/.*", "b")),
-    ("--stages.0.mixture vqa 1 rec 2", "stages.0.mixture", (("vqa", 1.0), ("rec", 2.0))),
+    ("--stages.0.mixture vqa 1 rec 2", "stages.0.mixture", (Mix("vqa", 1.0), Mix("rec", 2.0))),
     ("--stages.1.model_overrides visual_input ALL", "stages.1.model_overrides", (("visual_input", "ALL"),)),
     ("--stages.0.model_overrides layers 3", "stages.0.model_overrides", (("layers", 3),)),
     ("--stages.0.init_from scratch", "stages.0.init_from", "scratch"),
@@ -91,16 +91,16 @@ WRONG = {
     "--stages.0.stepz 20": "Experiment has no field 'stages.0.stepz'; did you mean 'stages.0.steps'?",
     "--rank 20": "Experiment has no field 'rank'; did you mean 'model.rank'?",
     "--zzz 20": "Experiment has no field 'zzz'; `lionjax show CONFIG` prints all fields",
-    "--model 20": "model holds several fields; set one of them, such as --model.rank",
-    "--stages.0.steps many": "stages.0.steps wants int, got 'many'",
-    "--mesh.fsdp 2 --stages.0.steps 1.5": "stages.0.steps wants int, got '1.5'",
-    "--stages.0.steps": "stages.0.steps wants int, got ''",
-    "--stages.0.steps 1 2": "stages.0.steps wants int, got '1 2'",
-    "--stages.0.betas 1": "stages.0.betas wants tuple[float, float], got '1'",
-    "--stages.0.init_from up": "stages.0.init_from wants Literal['previous', 'scratch'], got 'up'",
-    "--stages.0.batch_size 0": "stage 'one': batch_size is 0 and must be at least 1",
-    "--stages.1.batch_size 7": "stage 'two': batch_size 7 does not divide into grad_accum_steps=2",
-    "steps 3": "'steps' stands alone; fields are set as in --stages.0.steps 20",
+    "--model 20": "model has several fields; set one of them, such as --model.rank",
+    "--stages.0.steps many": "stages.0.steps must be int, got 'many'",
+    "--mesh.fsdp 2 --stages.0.steps 1.5": "stages.0.steps must be int, got '1.5'",
+    "--stages.0.steps": "stages.0.steps must be int, got ''",
+    "--stages.0.steps 1 2": "stages.0.steps must be int, got '1 2'",
+    "--stages.0.betas 1": "stages.0.betas must be tuple[float, float], got '1'",
+    "--stages.0.init_from up": "stages.0.init_from must be Literal['previous', 'scratch'], got 'up'",
+    "--stages.0.batch_size 0": "stage 'one': batch_size is 0; it must be at least 1",
+    "--stages.1.batch_size 7": "stage 'two': batch_size is 7; it must be a multiple of grad_accum_steps=2",
+    "steps 3": "'steps' is not a field; set fields as in --stages.0.steps 20",
 }
 
 
@@ -115,13 +115,13 @@ def test_a_wrong_override_is_one_sentence_and_prints_nothing(path, words, capfd)
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("x = 1", "wants a function get_config()"),
-        ("def get_config(): return 3", "wants a function get_config()"),
+        ("x = 1", "must define a function get_config()"),
+        ("def get_config(): return 3", "must define a function get_config()"),
         ("import nothing_of_this_name", "fails with ModuleNotFoundError"),
         ("def get_config(:", "fails with SyntaxError"),
-        (FILE.replace("steps=10", "steps='10'"), "Experiment.stages.0.steps wants int, got '10'"),
-        (FILE.replace("LoraConfig(rank=2)", "{1: 2}"), "Experiment.model holds a dict"),
-        (FILE.replace("LoraConfig(rank=2)", "print"), "Experiment.model holds a builtin_function"),
+        (FILE.replace("steps=10", "steps='10'"), "Experiment.stages.0.steps must be int, got '10'"),
+        (FILE.replace("LoraConfig(rank=2)", "{1: 2}"), "Experiment.model is a dict"),
+        (FILE.replace("LoraConfig(rank=2)", "print"), "Experiment.model is a builtin_function"),
     ],
 )
 def test_a_wrong_config_file_is_one_sentence(path, text, wanted):
@@ -151,15 +151,15 @@ def changed(toy: Experiment, change) -> str:
 STRANGE = [
     (lambda t: t.update(modle=1), "Experiment has no field 'modle'; did you mean 'model'?"),
     (lambda t: t["stages"][1].pop("steps"), "Experiment.stages.1: field 'steps' of Stage is missing"),
-    (lambda t: t["stages"][0].update(steps="x"), "Experiment.stages.0.steps wants int, got 'x'"),
-    (lambda t: t["stages"][0].update(steps=True), "Experiment.stages.0.steps wants int, got True"),
-    (lambda t: t.update(run=t["mesh"]), "Experiment.run wants RunConfig, got MeshConfig("),
-    (lambda t: t["model"].update({"class": "subprocess.Popen"}), "'subprocess.Popen' is no config"),
-    (lambda t: t["model"].update({"class": "pstats.StatsProfile"}), "StatsProfile' is no config"),
-    (lambda t: t["model"].update({"class": "lionjax.core.config.load"}), "load' is no config class"),
-    (lambda t: t["model"].update({"class": "lionjax.nothing.A"}), "nothing.A' is no config class"),
-    (lambda t: t["model"].pop("class"), "None is no config class"),
-    (lambda t: t.pop("class"), "wants a JSON object with the key 'class'"),
+    (lambda t: t["stages"][0].update(steps="x"), "Experiment.stages.0.steps must be int, got 'x'"),
+    (lambda t: t["stages"][0].update(steps=True), "Experiment.stages.0.steps must be int, got True"),
+    (lambda t: t.update(run=t["mesh"]), "Experiment.run must be RunConfig, got MeshConfig("),
+    (lambda t: t["model"].update({"class": "subprocess.Popen"}), "'subprocess.Popen' is not a config"),
+    (lambda t: t["model"].update({"class": "pstats.StatsProfile"}), "StatsProfile' is not a config"),
+    (lambda t: t["model"].update({"class": "lionjax.core.config.load"}), "load' is not a config class"),
+    (lambda t: t["model"].update({"class": "lionjax.nothing.A"}), "nothing.A' is not a config class"),
+    (lambda t: t["model"].pop("class"), "None is not a config class"),
+    (lambda t: t.pop("class"), "must be a JSON object with the key 'class'"),
 ]
 
 
@@ -171,7 +171,7 @@ def test_json_that_is_not_ours_is_refused_in_one_sentence(path, change, wanted):
 
 
 def test_text_that_is_no_json_is_refused():
-    with pytest.raises(UserError, match="no JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         config.from_json("{")
 
 
@@ -202,5 +202,5 @@ def test_difference_names_the_fields_that_differ(path):
 
 
 def test_a_stage_wants_a_batch_that_divides():
-    with pytest.raises(UserError, match="does not divide"):
+    with pytest.raises(UserError, match="must be a multiple of grad_accum_steps"):
         Stage("s", 1, ("a",), (("vqa", 1.0),), batch_size=5, grad_accum_steps=2)

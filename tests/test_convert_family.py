@@ -134,5 +134,5 @@ def test_the_parts_of_an_openflamingo_make_one_whole(tmp_path, spelled):
 def test_an_openflamingo_that_lacks_a_part_is_one_sentence(tmp_path):
     openflamingo(tmp_path, False)
     (tmp_path / "clip_vit_L.pth").unlink()
-    with pytest.raises(UserError, match="wants the parts of an OpenFlamingo"):
+    with pytest.raises(UserError, match="needs the parts of an OpenFlamingo"):
         convert.from_torch(tmp_path, system="flamingo")

@@ -203,7 +203,7 @@ def test_a_merged_matrix_is_rounded_once_in_its_own_dtype(tmp_path):
         ({"peft_type": "IA3"}, "has peft_type 'IA3'"),
         ({"rank_pattern": {"q_proj": 8}}, "has rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
-        ({"r": 5}, "has rank 5 and alpha 12, the model 3 and 12"),
+        ({"r": 5}, "has rank 5 and alpha 12, the model's config 3 and 12"),
         ({"r": "many"}, "is no valid LoRA config"),
         ({"r": 0}, "is no valid LoRA config"),
     ],

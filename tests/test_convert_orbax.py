@@ -116,7 +116,7 @@ def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(
         mine = functools.partial(operator.eq, device)
         for path, promise in trees.flatten(promises["params"]).items():
             read.clear()
-            for where, array in itertools.chain.from_iterable(promise.parts(mine)):
+            for where, array in itertools.chain.from_iterable(promise.iter_layers(mine)):
                 assert array.tobytes() == whole[path][where].tobytes()
                 kept.setdefault(path, np.zeros(whole[path].shape, bool))[where] = True
             owned = orbax.owned_shards(promise.sharding, promise.shape, mine)
@@ -140,7 +140,7 @@ def promised(monkeypatch, folder):
 
     with monkeypatch.context() as patch:
         patch.setattr(detect, "open_checkpoint", remember)
-        patch.setattr(convert_placed, "_write_whole", lambda dst, params, *rest: held.update(params=params))
+        patch.setattr(convert_placed, "_write_atomically", lambda dst, params, *rest: held.update(params=params))
         convert_placed.save_orbax(folder, folder.parent / "nowhere", mesh())
     return held
 
@@ -224,7 +224,7 @@ def test_a_damaged_orbax_checkpoint_is_refused_in_words(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         convert.load_params(tmp_path / "orbax")
     (tmp_path / "orbax" / "config" / "metadata").write_text("{")
-    with pytest.raises(UserError, match="config is no JSON"):
+    with pytest.raises(UserError, match="config is not valid JSON"):
         convert.load_params(tmp_path / "orbax")
 
 

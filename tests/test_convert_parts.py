@@ -137,7 +137,7 @@ def test_a_projector_alone_stands_on_the_llama_and_the_clip_beside_it(base, tmp_
     trained = {n: w for n, w in state.items() if "mm_projector" in n}
     trained |= {table: state[table] if whole else new} if words else {}
     torch.save(as_torch(torch, trained), tmp_path / "pretrained" / "mm_projector.bin")
-    with pytest.raises(UserError, match="holds no language model; put the folder of its llama"):
+    with pytest.raises(UserError, match="0 subfolders with a language model; put the folder of its llama"):
         convert.from_torch(tmp_path / "pretrained")
     (tmp_path / "pretrained" / "vicuna").mkdir()
     for file in ("config.json", "model.safetensors"):

@@ -137,7 +137,7 @@ def test_a_llava_under_its_makers_names_comes_in_and_goes_out_as_it_came(llava, 
     tower = "model.vision_tower.vision_tower."
     clip = {name.removeprefix(tower): w for name, w in names.items() if name.startswith(tower)}
     save_file({n: w for n, w in names.items() if not n.startswith(tower)}, tmp_path / "own" / "model.safetensors")
-    with pytest.raises(UserError, match="holds no vision tower"):
+    with pytest.raises(UserError, match="has 0 subfolders with a vision tower"):
         convert.from_torch(tmp_path / "own")
     (tmp_path / "own" / "clip").mkdir()
     save_file(clip, tmp_path / "own" / "clip" / "model.safetensors")
@@ -147,7 +147,7 @@ def test_a_llava_under_its_makers_names_comes_in_and_goes_out_as_it_came(llava, 
 
 def test_a_llava_that_transformers_cannot_hold_is_told_so(llava, tmp_path):
     config, params = convert.from_torch(llava[0])
-    with pytest.raises(UserError, match="image_token is -200; add one, or set the system's names to 'original'"):
+    with pytest.raises(UserError, match="image_token_id is -200; .* or set the model's torch_names to 'original'"):
         convert.to_torch(dataclasses.replace(config, image_token=-200), params, tmp_path / "out")
     with pytest.raises(ValueError, match="projector_depth is 1 .* set torch_names to 'original'"):
         dataclasses.replace(config, projector_depth=1)
@@ -239,7 +239,7 @@ def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(tmp_p
     assert all(n.endswith(("position_ids", "embed_tokens.weight", "lm_head.weight")) for n in own), sorted(own)
     assert_same(trees.flatten(convert.from_torch(tmp_path / "back")[1]), trees.flatten(params))
     (folder / "eva_vit_g.pth").unlink()
-    with pytest.raises(UserError, match="wants the parts of a BLIP-2 or InstructBLIP"):
+    with pytest.raises(UserError, match="needs the parts of a BLIP-2 or InstructBLIP"):
         convert.from_torch(folder)
 
 
@@ -263,7 +263,7 @@ def test_a_minigpt4_comes_in_with_the_blip2_that_it_builds_on(tmp_path, monkeypa
     torch.save({"model": as_torch(torch, own)}, folder / "pretrained_minigpt4_7b.pth")
     coverage = convert.convert(folder, tmp_path / "ours", "jax")
     assert coverage.ignored == {
-        "t5_proj.weight": "of the language model that it was trained with",
+        "t5_proj.weight": "of another language model",
         "query_tokens": "pretrained_minigpt4_7b.pth has its own",
     }
     torch.save({"model": as_torch(torch, built)}, folder / "blip2_another.pth")

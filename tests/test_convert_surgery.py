@@ -62,7 +62,7 @@ def test_a_tagger_for_other_pictures_gets_other_windows_and_sees_with_them(tmp_p
     got = large.params["swin"]["stage_0"]["pairs"]["block_1"]["places"]
     np.testing.assert_allclose(got[0], want, atol=1e-5)
     assert large.probabilities([np.zeros((9, 9, 3), np.uint8)]).shape == (1, 5)
-    with pytest.raises(UserError, match="pictures of 20 pixels do not make whole windows"):
+    with pytest.raises(UserError, match="image_size is 20; it does not give an integer window size"):
         resize.interpolate_position_embeddings(TINY, 20)
 
 
@@ -165,7 +165,7 @@ def test_rows_that_only_a_mesh_wants_disappear_on_the_way_out(tmp_path):
 @pytest.mark.parametrize(
     "wanted, problem",
     [
-        (ResizeOptions(image_size=30), "30 pixels do not make whole patches of 14"),
+        (ResizeOptions(image_size=30), "image_size is 30; it must be a multiple of the patch size 14"),
         (ResizeOptions(added_tokens=("<a>",)), "has no vocabulary"),
     ],
 )
@@ -180,5 +180,5 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, wanted, probl
 def test_a_word_that_is_known_already_is_refused(tmp_path):
     transformers, _ = saved_llama(tmp_path / "base")
     tokenizer_of(transformers, 50).save_pretrained(tmp_path / "base")
-    with pytest.raises(UserError, match="knows 'w7' already"):
+    with pytest.raises(UserError, match="already has the token 'w7'"):
         convert.convert(tmp_path / "base", tmp_path / "ours", "jax", resize_options=ResizeOptions(("w7",)))

@@ -114,8 +114,8 @@ def test_a_taken_port_and_a_lacking_gradio_are_one_sentence(tmp_path, monkeypatc
     assert "choose another --port" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert cli.main(["demo", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == 'lionjax: the page wants gradio; install it with `pip install "lionjax[demo]"`\n'
-    with pytest.raises(UserError, match="wants gradio"):
+    assert capsys.readouterr().err == 'lionjax: the demo needs gradio; install it with `pip install "lionjax[demo]"`\n'
+    with pytest.raises(UserError, match="needs gradio"):
         web_demo.build_demo(Listener())
 
 
@@ -138,7 +138,7 @@ def test_a_served_page_answers_as_the_model_does_says_what_is_wrong_and_ends_wit
     watch = threading.Timer(240, page.kill)
     watch.start()
     try:
-        assert f"http://127.0.0.1:{port} shows {run}" in "".join(iter_until(page.stderr, "Ctrl-C"))
+        assert f"http://127.0.0.1:{port} serves {run}" in "".join(iter_until(page.stderr, "Ctrl-C"))
         asks = client.Client(f"http://127.0.0.1:{port}", verbose=False)
         first, second = "What is here?", "Where is the red star?"
         given = {"file": client.handle_file(file), "words": "red star, ring", "remembers": True, "api_name": "/ask"}
@@ -149,7 +149,7 @@ def test_a_served_page_answers_as_the_model_does_says_what_is_wrong_and_ends_wit
         (two,) = model.answer([pixels], [second], tags=tags, history=[[(first, one.text)]])
         assert [turn["content"][0]["text"] for turn in chat] == [first, one.text, second, two.text]
         assert emptied == "" and max(Image.open(drawn).size) == 480
-        with pytest.raises(Exception, match="Choose a picture and write a question"):
+        with pytest.raises(Exception, match="Choose an image and enter a question"):
             asks.predict(prompt=" ", **given)
         foreign, broken = tmp_path / "foreign.bmp", tmp_path / "broken.png"
         Image.fromarray(pixels).save(foreign)

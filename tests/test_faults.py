@@ -77,7 +77,7 @@ def test_kill_9_at_random_moments_loses_nothing_and_changes_no_bit():
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(words, env=environment, cwd=HERE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = r"faults: 6 kills at random moments in \d+ runs of 16 updates: 0 lost, 0 differing, "
+    said = r"faults: 6 kills at random times in \d+ runs of 16 updates: 0 lost, 0 differing, "
     assert re.match(said, done.stdout.splitlines()[-1])
 
 

@@ -39,13 +39,13 @@ BOX = [0.1, 0.2, 0.6, 0.5]
 @pytest.mark.parametrize(
     "boxes, tokens, message",
     [
-        ([BOX], 2, "row 1 names 2 regions but has 1 boxes; give one each"),
-        ([BOX, BOX], 1, "row 1 names 1 regions but has 2 boxes"),
-        ([BOX], 3, "row 1 names 3 regions; at most 2 are allowed"),
-        ([[0.6, 0.2, 0.1, 0.5]], 1, r"the box \[0.6, 0.2, 0.1, 0.5\] is none"),
-        ([[0.1, 0.2, 1.6, 0.5]], 1, "between 0 and 1"),
-        ([[-0.1, 0.2, 0.6, 0.5]], 1, "between 0 and 1"),
-        ([[0.1, float("nan"), 0.6, 0.5]], 1, "between 0 and 1"),
+        ([BOX], 2, "row 1 has 2 box tokens and 1 boxes; give one box per token"),
+        ([BOX, BOX], 1, "row 1 has 1 box tokens and 2 boxes"),
+        ([BOX], 3, "row 1 has 3 box tokens; at most 2 are allowed"),
+        ([[0.6, 0.2, 0.1, 0.5]], 1, r"the box \[0.6, 0.2, 0.1, 0.5\] is invalid"),
+        ([[0.1, 0.2, 1.6, 0.5]], 1, "in 0..1 with"),
+        ([[-0.1, 0.2, 0.6, 0.5]], 1, "in 0..1 with"),
+        ([[0.1, float("nan"), 0.6, 0.5]], 1, "in 0..1 with"),
         ([BOX, BOX], 0, None),  # said in digits
         ([BOX, BOX], 2, None),
         ([], 0, None),
@@ -58,14 +58,13 @@ def test_a_loader_whose_boxes_do_not_fit_its_texts_is_refused(boxes, tokens, mes
     batch = Batch(
         None, ids, np.ones_like(ids), None, None, nothing, nothing, nothing, nothing[:, 0], nothing[:, 0], given, real
     )
-    for system in (SimpleNamespace(box_token_id=9), SimpleNamespace(places=SimpleNamespace(box_token_id=9))):
-        with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
-            check_boxes(system, batch)
-    check_boxes(SimpleNamespace(places=None), batch)  # says no places
+    with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_boxes(SimpleNamespace(info=SimpleNamespace(box_token=9)), batch)
+    check_boxes(SimpleNamespace(info=SimpleNamespace(box_token=None)), batch)  # a model without box tokens
 
 
 TRIGGER, LOCATION = 8, 9
-SYSTEM = SimpleNamespace(trigger_token_id=TRIGGER, box_token_id=LOCATION, focal_weight=20.0, losses="intended")
+SYSTEM = SimpleNamespace(trigger_token_id=TRIGGER, box_token_id=LOCATION, focal_weight=20.0, loss_variant="paper")
 
 
 def answered(target, learned, masks_known=None) -> Batch:

@@ -168,7 +168,7 @@ def test_asking_again_compiles_nothing_for_prompts_of_any_length_up_to_a_bucket(
     model.answer(images, ["What?", "What is it, and what color has it?"])
     known = set(model.engine.compiled_shapes)
     model.answer(images[::-1], ["What color?", "Is it red, or is it blue?"])
-    assert model.engine.known == known and known
+    assert model.engine.compiled_shapes == known and known
 
 
 def test_generation_can_be_set_and_sampling_follows_the_seed(model):

@@ -175,7 +175,7 @@ def test_more_places_than_are_kept_are_counted_and_do_not_disturb_the_first(para
             _, cache = system.prefill(params, batch, 5)
             for token in (TRIGGER, LOCATION, TRIGGER, LOCATION):
                 _, cache = system.extend(params, jnp.full(1, token), cache)
-            return cache.written["kept"]
+            return cache.generated["kept"]
 
         return jax.jit(say)(params, batch_of([[5, 6]]))
 

@@ -148,7 +148,8 @@ def test_a_decoder_reads_its_template_with_the_pictures_tokens_and_no_end():
     assert ids[-1] != processor.tokenizer.eos_id and ids.count(21) == 4
     start = ids.index(22)
     assert ids[start : start + 6] == [22, 21, 21, 21, 21, 23]
-    assert processor.tokenizer.decode(ids[:start]) == "Look:" and processor.prompt.decode(ids).endswith("what is it? Say:")
+    assert processor.tokenizer.decode(ids[:start]) == "Look:"
+    assert processor.prompt.decode(ids).endswith("what is it? Say:")
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_masks_without_any_in_the_batch_are_one_sentence():
 def test_location_tokens_beyond_the_vocabulary_are_refused_before_training(tmp_path):
     what = small_places.experiment(*small_places.SYSTEMS["nextchat"])
     words = dataclasses.replace(what.data.processor, places="bins", location_bins_per_side=32)
-    with pytest.raises(UserError, match="the language model has 1024; raise model.language.vocab"):
+    with pytest.raises(UserError, match="the language model's vocabulary has 1024 tokens; raise model.language.vocab"):
         loop.train(
             dataclasses.replace(what, data=dataclasses.replace(what.data, processor=words)), tmp_path, pipeline.batches
         )
@@ -249,7 +249,8 @@ def test_the_mask_of_an_answer_without_masks_is_its_box_and_none_where_it_has_se
 def test_phrases_are_found_by_their_words_and_each_counts_once():
     from lionjax.data.scenes.tasks import Example
 
-    true = f"A red star {box_to_text(BOX)}, a ring {box_to_text(OTHER)} and a red star {box_to_text((0.7, 0.7, 0.9, 0.9))}."
+    third = box_to_text((0.7, 0.7, 0.9, 0.9))
+    true = f"A red star {box_to_text(BOX)}, a ring {box_to_text(OTHER)} and a red star {third}."
     example = Example("grounded", "boxes", "?", true, (true,), "region_level")
     assert [phrase for phrase, _ in tasks.parse_grounded_phrases(true)] == ["a red star", "a ring", "a red star"]
     said = f"A ring {box_to_text(OTHER)} and a red star {box_to_text((0.7, 0.7, 0.9, 0.88))}."

@@ -43,9 +43,9 @@ class Dies:  # at the third group
             return [("first",)] * len(seen)
         return tag
 
-array_record_writer.AT_ONCE = 3
+array_record_writer.GROUP_SIZE = 3
 beam = ["--runner=DirectRunner"] if sys.argv[3] == "beam" else None
-array_record_writer.build(Coco(sys.argv[1], share=0), sys.argv[2], tag=Dies(), beam=beam)
+array_record_writer.build(Coco(sys.argv[1], heldout_fraction=0), sys.argv[2], make_tagger=Dies(), beam_flags=beam)
 """
 
 
@@ -137,7 +137,7 @@ def test_pictures_of_which_none_can_be_used_are_one_sentence(folder, tmp_path, b
     words = ["data", "build", str(folder), "--share", "0", "--out", str(tmp_path / "out")]
     assert cli.main([*words, f"--beam={BEAM[0]}"] if beam else words) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"lionjax: none of the {COUNT} pictures of") and "00.png" in said
+    assert said.startswith(f"lionjax: none of the {COUNT} images of") and "00.png" in said
 
 
 def test_a_real_tagger_fills_the_records_from_the_command_line(folder, tmp_path, beam, ram):

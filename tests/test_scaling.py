@@ -71,8 +71,8 @@ def test_a_slice_by_the_name_that_people_give_it(name, kind, shape, chips):
         ("v5q-16", "did you mean v5"),
         ("v5lightpod-16", "did you mean v5litepod-16?"),
         ("v5e-17", "did you mean v5e-16?"),
-        ("v5p-500", "counts cores, and there is no v5p-500; did you mean v5p-512?"),
-        ("v5p:4x4", "wants 3 sizes"),
+        ("v5p-500", "there is no v5p-500 (the number counts cores); did you mean v5p-512?"),
+        ("v5p:4x4", "needs 3 sizes"),
         ("v5e:4x0", "as in v5e:4x8"),
         ("pod", "write for example"),
     ],
@@ -115,7 +115,7 @@ def test_the_stage_that_trains_most_is_planned_where_none_is_named():
     what = small_lion.experiment()
     assert planner.find_stage_index(what, None) == 2
     assert planner.find_stage_index(what, "1") == planner.find_stage_index(what, "first") == 0
-    with pytest.raises(UserError, match="there are first, second, third"):
+    with pytest.raises(UserError, match="the stages are first, second, third"):
         planner.find_stage_index(what, "4")
 
 
@@ -152,7 +152,7 @@ def test_a_mesh_is_planned_for_the_rows_of_one_piece_of_an_accumulated_batch():
     what = dataclasses.replace(what, mesh=MeshConfig(1, -1, 1))
     stage = dataclasses.replace(what.stages[0], batch_size=32, grad_accum_steps=4)
     mesh, why = planner.fit_mesh(what, stage, pod)
-    assert mesh == MeshConfig(1, 8, 2) and why.startswith("8 rows do not divide over")
+    assert mesh == MeshConfig(1, 8, 2) and why.startswith("a microbatch of 8 examples does not split over")
     wide = dataclasses.replace(stage, batch_size=64)
     assert planner.fit_mesh(what, wide, pod) == (MeshConfig(1, -1, 1), "")
 
@@ -320,7 +320,7 @@ def test_a_program_that_the_compiler_refuses_for_memory_is_a_plan_that_does_not_
     assert made.seconds == {} and made.step_seconds == made.examples_per_second == made.mfu == 0
     assert made.mesh == (1, 1, 8, 1) and made.trained > 0 and made.flops > 0
     words = plan_command.format_plan(made)
-    assert "DOES NOT FIT, 69.55 of 16 GiB a device" in words and "prediction" not in words
+    assert "DOES NOT FIT, 69.55 of 16 GiB per device" in words and "prediction" not in words
     assert plan_command.to_json(made)["fits"] is False and made.bottleneck == "nothing"
     # It is remembered: the compiler is not asked again for the same program, and is for another.
     assert planner.plan(what, pod, 0) == made and len(asked) == 1
@@ -400,7 +400,7 @@ def faked(seconds):
             collectives={},
             compile_seconds=1.0,
             peak_tflops=1.0,
-            remat=remat or "as the config says",
+            remat=remat or "as configured",
         )
 
     return plan
@@ -432,7 +432,7 @@ def test_a_search_goes_on_from_the_best_and_ranks_what_fits():
     found = list(mesh_search.search_plans(speaking(32), topologies.parse_topology("v5e-16"), 0, plan_fn=faked(seconds)))
     found.sort(key=lambda one: (one.fits, one.examples_per_second), reverse=True)
     best = found[0]
-    assert best.mesh == (1, 1, 8, 2) and best.rows == 64 and best.remat in ("dots", "as the config says")
+    assert best.mesh == (1, 1, 8, 2) and best.rows == 64 and best.remat in ("dots", "as configured")
     assert not found[-1].fits and len(found) == len({(one.mesh, one.remat, one.rows) for one in found})
     words = plan_command.format_ranking(found).splitlines()
     assert "fsdp 8" in words[1] and "does not fit" in words[-1]
@@ -472,7 +472,7 @@ def breaking(monkeypatch, tmp_path):
 def test_a_compiler_that_breaks_off_is_one_sentence_that_says_where_its_last_words_are(breaking, capsys):
     assert cli.main(["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16"]) == 2
     said = capsys.readouterr()
-    assert "the compiler broke off (SIGSEGV)" in said.err and said.err.count("\n") == 1
+    assert "the compiler crashed (SIGSEGV)" in said.err and said.err.count("\n") == 1
     (words,) = breaking.glob("lionjax-plan-*.log")
     assert str(words) in said.err and "STACK OVERFLOW" in words.read_text() and not said.out
 
@@ -482,7 +482,7 @@ def test_a_search_lists_a_mesh_for_which_the_compiler_breaks_off_and_goes_on(bre
     assert cli.main([*words, "--stages.2.batch_size", "64"]) == 0
     said = capsys.readouterr()
     ranked = said.out.splitlines()
-    (broken,) = (line for line in ranked if "broke off" in line)
+    (broken,) = (line for line in ranked if "crashed" in line)
     assert "--mesh.fsdp 8 --mesh.tensor 2" in broken and broken in said.err
     assert sum(" fits " in line for line in ranked) >= 4  # also those that came after it
     assert not any("tensor 4" in line for line in ranked)  # refused with a sentence, as ever
@@ -497,8 +497,8 @@ def test_what_else_goes_wrong_in_the_other_process_is_said_here(breaking, capsys
 
 
 def test_a_compiler_that_was_killed_most_likely_lacked_memory():
-    assert "memory ran out" in worker.crash_message(-signal.SIGKILL, Path("a.log"))
-    assert "(code 134), and left its last words in a.log" in worker.crash_message(134, Path("a.log"))
+    assert "ran out of memory" in worker.crash_message(-signal.SIGKILL, Path("a.log"))
+    assert "(exit code 134), its output is in a.log" in worker.crash_message(134, Path("a.log"))
 
 
 def test_the_compilers_threads_get_a_deeper_stack_unless_one_is_given(monkeypatch):

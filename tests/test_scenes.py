@@ -211,9 +211,9 @@ def test_a_source_gives_records_by_index_and_travels_to_other_processes():
     [
         (lambda: sample_scene("test", 0), "'test'"),
         (lambda: SceneSource("trian", 3), "'trian'"),
-        (lambda: SceneSource("train", 0), "size"),
-        (lambda: SceneSource("train", 3, image_size=4), "pixels"),
-        (lambda: WorldConfig(min_things=1), "fewest=1"),
+        (lambda: SceneSource("train", 0), "num_scenes is 0"),
+        (lambda: SceneSource("train", 3, image_size=4), "image_size is 4"),
+        (lambda: WorldConfig(min_things=1), "min_things=1"),
     ],
 )
 def test_wrong_arguments_are_one_clear_sentence(wrong, word):
@@ -223,20 +223,20 @@ def test_wrong_arguments_are_one_clear_sentence(wrong, word):
 
 def test_a_world_too_full_to_fill_says_so_and_stops(monkeypatch):
     monkeypatch.setattr(scenes, "_try_place_thing", lambda *_: False)
-    with pytest.raises(UserError, match="ask for fewer"):
+    with pytest.raises(UserError, match="set a smaller min_things"):
         sample_scene("train", 0)
 
 
 BUILD = """
 import json, sys
-from lionjax.data.scenes.tfds_builder import BuiltScenes, build
+from lionjax.data.scenes.tfds_builder import StoredScenes, build
 from lionjax.data.scenes.source import SceneSource
-folder = build(sys.argv[1], sizes=(6, 3, 4), pixels=32, seed=7)
+folder = build(sys.argv[1], sizes=(6, 3, 4), image_size=32, seed=7)
 written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-again = build(sys.argv[1], sizes=(6, 3, 4), pixels=32, seed=7)
+again = build(sys.argv[1], sizes=(6, 3, 4), image_size=32, seed=7)
 same = {
-    split: all(BuiltScenes(folder, split)[i] == SceneSource(split, size, 7, 32)[i] for i in range(size))
-    and len(BuiltScenes(folder, split)) == size
+    split: all(StoredScenes(folder, split)[i] == SceneSource(split, size, 7, 32)[i] for i in range(size))
+    and len(StoredScenes(folder, split)) == size
     for split, size in (("train", 6), ("validation", 3), ("heldout", 4))
 }
 untouched = again == folder and written == {path: path.stat().st_mtime_ns for path in folder.iterdir()}

@@ -296,7 +296,7 @@ def test_scenes_drawn_and_scenes_read_from_files_are_the_same_examples(tmp_path)
         for one, other in pairs:
             assert one.example == other.example and one.name == other.name
             picture = np.asarray(detect.to_pil_image(other.image))
-            np.testing.assert_array_equal(one.picture, picture)
+            np.testing.assert_array_equal(one.image, picture)
     res = all_of(drawn, "res", "heldout")[0]
     assert res.masks().shape == (1, 48, 48) and res.masks().any()
 

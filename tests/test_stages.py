@@ -230,9 +230,9 @@ def test_dropout_follows_from_the_step_alone(params):
 
 def test_a_schedule_that_cannot_run_is_refused_in_one_sentence(params):
     cases = {
-        "two stages are called 'one'": (toy.stage(), toy.stage()),
-        "has no steps": (toy.stage(steps=0),),
-        "nothing to train": (toy.stage(trainable=()),),
+        "two stages are named 'one'": (toy.stage(), toy.stage()),
+        "has 0 steps": (toy.stage(steps=0),),
+        "has no trainable patterns": (toy.stage(trainable=()),),
         "stage 'one': pattern 'blcoks' matches none .* did you mean 'blocks'": (toy.stage(trainable=("blcoks",)),),
         "stage 'one': pattern 'hint' matches none": (toy.stage(lr_multipliers=(("hint", 2.0),)),),
         "no stages": (),

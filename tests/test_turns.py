@@ -73,7 +73,8 @@ def test_a_talk_so_far_is_the_prompt_of_the_next_question_and_its_only_picture_s
 def test_an_encoder_reads_all_rounds_but_the_last_answer():
     processor = Processor(dataclasses.replace(CHAT, reader="encoder"))
     row = processor.encode_example(GRAY, "Is it large?", answer="yes", prompt_format=PromptFormat("", TURNS))
-    assert real(row, "target") == processor.prompt.encode_target("yes") and row["loss_mask"].sum() == len(real(row, "target"))
+    assert real(row, "target") == processor.prompt.encode_target("yes")
+    assert row["loss_mask"].sum() == len(real(row, "target"))
     assert processor.tokenizer.encode("red")[0] in real(row, "prompt")
 
 

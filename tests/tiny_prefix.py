@@ -176,7 +176,11 @@ def batch_of(system, draw: random.Random, rows: int = 3, token: int = IMAGE_TOKE
 def expanded(system, batch: Batch) -> list[list[int]]:
     """Each row's prompt as transformers wants it: an image token for each of the picture's words."""
     bridge = system.qformer or system.latents
-    words = bridge.queries + system.add_image_end_token if bridge else system.vision.patches + system.keep_class_token
+    words = (
+        bridge.num_query_tokens + system.add_image_end_token
+        if bridge
+        else system.vision.num_patches + system.keep_class_token
+    )
     words = system.words or words
     texts = []
     for ids, mask in zip(batch.prompt_BL, batch.prompt_mask_BL):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs of the command line. Each imports what it needs when it runs."""
+"""The functions behind the command line's verbs. Heavy imports are inside the functions, to keep --help fast."""
 
 from __future__ import annotations
 
@@ -18,51 +18,52 @@ from lionjax.cli.errors import UsageError, describe_error
 
 
 def train(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Train all stages of a config, or what is left of them: a folder goes on where it stands."""
-    began = time.time()
+    """Train all stages of a config; resumes if --workdir holds a run."""
+    start_time = time.time()
     from lionjax.core import config
 
-    experiment = config.load(args.config, overrides)  # before what takes seconds to import
+    experiment = config.load(args.config, overrides)  # before the imports below, which take seconds
 
     from lionjax.data import pipeline
     from lionjax.evaluation.report.html import write_router_ratios
     from lionjax.training import distributed, loop, run_folder, run_log
 
     with distributed.distributed_session(describe_error):
-        params, _ = loop.train(experiment, args.workdir, pipeline.batches, began)
+        params, _ = loop.train(experiment, args.workdir, pipeline.batches, start_time)
         write_router_ratios(args.workdir, params)
         if experiment.run.evaluate_limit:
             from lionjax.evaluation import runner
             from lionjax.inference import loading
 
-            asked, made = time.time(), run_folder.updates_before(experiment, len(experiment.stages))
-            answerer = loading.from_params(experiment, params).engine
-            entries = runner.evaluate_run(answerer, experiment, args.workdir, made)
-            run_log.add_evaluation_seconds(args.workdir, time.time() - asked)
+            evaluation_start = time.time()
+            engine = loading.from_params(experiment, params).engine
+            updates = run_folder.updates_before(experiment, len(experiment.stages))
+            entries = runner.evaluate_run(engine, experiment, args.workdir, updates)
+            run_log.add_evaluation_seconds(args.workdir, time.time() - evaluation_start)
         if distributed.is_main_process():
             if experiment.run.evaluate_limit:
                 _print_metrics(entries, to_stderr=True)
-            done = f"{args.workdir} holds the result; `lionjax report {args.workdir}` draws it"
-            print(done, file=sys.stderr)
+            message = f"{args.workdir} holds the trained model; `lionjax report {args.workdir}` writes an HTML report"
+            print(message, file=sys.stderr)
 
 
 def evaluate(args: argparse.Namespace, fields: list[str]) -> None:
-    """Ask a model the questions of a benchmark; figures beside what it would reach without looking."""
+    """Run a benchmark; also reports image-blind and majority baselines."""
     import lionjax
     from lionjax.core import config
     from lionjax.data.datasets import detect
     from lionjax.evaluation import runner
 
-    source, everything = None, args.benchmark == "all"
-    if not everything:
-        runner.benchmark_task(args.benchmark)  # a wrong name is said before the model is read
+    source, run_all = None, args.benchmark == "all"
+    if not run_all:
+        runner.benchmark_task(args.benchmark)  # fail on a wrong name before loading the model
     if args.source is not None:
         source = detect.detect_source(args.source, args.images, args.answers)
         source = config.apply_overrides(source, fields)
     elif fields:
         raise UsageError(f"unknown argument {fields[0]!r}; see `lionjax evaluate --help`")
     model = lionjax.load(args.dir)
-    names = runner.model_benchmarks(model, args.split, source) if everything else [args.benchmark]
+    names = runner.model_benchmarks(model, args.split, source) if run_all else [args.benchmark]
     entries = [runner.evaluate_model(model, name, args.dir, args.limit, args.split, source) for name in names]
     if args.json:
         print(json.dumps(entries, indent=1))
@@ -71,59 +72,59 @@ def evaluate(args: argparse.Namespace, fields: list[str]) -> None:
 
 
 def generate(args: argparse.Namespace, _) -> None:
-    """Answer a prompt about a picture; boxes and masks are printed and can be drawn."""
+    """Answer a prompt about an image; prints text, boxes and masks, and can draw them."""
     import lionjax
     from lionjax.data import images
     from lionjax.evaluation.report import plots
 
-    picture = images.open_image(args.image)
+    image = images.open_image(args.image)
     box = None if args.box is None else _parse_box(args.box)
     tags = None
     if args.tagger is not None:
         from lionjax.inference import tagger
 
-        tags = [found.tags for found in tagger.load(args.tagger).tag([picture])]
+        tags = [result.tags for result in tagger.load(args.tagger).tag([image])]
     model = lionjax.load(args.dir, prompt_length=args.prompt_length)
     boxes = None if box is None else [[box]]
-    (answer,) = model.answer([picture], [args.prompt], boxes=boxes, tags=tags)
+    (answer,) = model.answer([image], [args.prompt], boxes=boxes, tags=tags)
     if args.json:
-        seen = {} if tags is None else {"tags": list(tags[0])}
-        print(json.dumps(_answer_to_json(answer) | seen))
+        tag_field = {} if tags is None else {"tags": list(tags[0])}
+        print(json.dumps(_answer_to_json(answer) | tag_field))
     else:
         print(answer.text)
-        for found in answer.boxes:
-            print("box " + " ".join(f"{edge:.3f}" for edge in found))
+        for predicted_box in answer.boxes:
+            print("box " + " ".join(f"{edge:.3f}" for edge in predicted_box))
     if args.out is not None:
-        marks = [] if box is None else [plots.Overlay(box, color=plots.QUERY_COLOR)]
-        marks += [plots.Overlay(found, color=plots.PREDICTION_COLOR) for found in answer.boxes]
-        marks += [plots.Overlay(mask=mask, color=plots.PREDICTION_COLOR) for mask in answer.masks]
-        plots.save_png(plots.draw_overlays(picture, marks), args.out)
+        overlays = [] if box is None else [plots.Overlay(box, color=plots.QUERY_COLOR)]
+        overlays += [plots.Overlay(predicted_box, color=plots.PREDICTION_COLOR) for predicted_box in answer.boxes]
+        overlays += [plots.Overlay(mask=mask, color=plots.PREDICTION_COLOR) for mask in answer.masks]
+        plots.save_png(plots.draw_overlays(image, overlays), args.out)
 
 
 def demo(args: argparse.Namespace, _) -> None:
-    """Serve a web page to talk to a model: chat, point at things, see boxes and masks."""
-    from lionjax.serving import web_demo as demo
+    """Serve a web demo of a model: chat about an image, click boxes, view predicted boxes and masks."""
+    from lionjax.serving import web_demo
 
-    demo.serve(args.dir, args.host, args.port, args.tagger, args.prompt_length)
+    web_demo.serve(args.dir, args.host, args.port, args.tagger, args.prompt_length)
 
 
 def tag(args: argparse.Namespace, _) -> None:
-    """Name what is on pictures with RAM, as generate --tagger tells it to a LION."""
+    """Tag images with RAM (the tags LION takes as input)."""
     from lionjax.data import images
     from lionjax.inference import tagger
 
-    seen = [images.open_image(file) for file in args.image]
-    found = tagger.load(args.dir).tag(seen)
+    image_list = [images.open_image(file) for file in args.image]
+    results = tagger.load(args.dir).tag(image_list)
     if args.json:
-        entries = zip(args.image, map(dataclasses.asdict, found))
+        entries = zip(args.image, map(dataclasses.asdict, results))
         print(json.dumps([{"image": file} | entry for file, entry in entries], ensure_ascii=False))
     else:
-        for one in found:
-            print(one)
+        for result in results:
+            print(result)
 
 
 def show(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Print the resolved config, typed; with --weights the table of its torch names."""
+    """Print the resolved config with types; with --weights, the table of torch weight names."""
     from lionjax.core import config
 
     path = Path(args.config)
@@ -140,7 +141,7 @@ def show(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def data(args: argparse.Namespace, fields: list[str]) -> None:
-    """Look at the records of a source (inspect), or write them as ArrayRecord files (build)."""
+    """Print examples and counts of a data source (inspect), or convert it to ArrayRecord files (build)."""
     from lionjax.core import config
     from lionjax.core.types import UserError
     from lionjax.data.datasets import detect
@@ -149,16 +150,16 @@ def data(args: argparse.Namespace, fields: list[str]) -> None:
     source = config.apply_overrides(source, fields)
     if args.action == "build":
         if args.out is None:
-            raise UserError("build wants --out FOLDER, where the files go")
+            raise UserError("build needs --out FOLDER, the output folder")
         from lionjax.data.prepare import array_record_writer
 
-        tag = None
+        make_tagger = None
         if args.tagger is not None:
             from lionjax.inference import tagger
 
-            tag = tagger.tagger_factory(args.tagger)
-        flags = None if args.beam is None else args.beam.split()
-        print(array_record_writer.build(source, args.out, make_tagger=tag, beam_flags=flags))
+            make_tagger = tagger.tagger_factory(args.tagger)
+        beam_flags = None if args.beam is None else args.beam.split()
+        print(array_record_writer.build(source, args.out, make_tagger=make_tagger, beam_flags=beam_flags))
         return
     detect.inspect(source, args.split, args.limit)
     if args.out is not None:
@@ -166,65 +167,67 @@ def data(args: argparse.Namespace, fields: list[str]) -> None:
 
 
 def convert(args: argparse.Namespace, _) -> None:
-    """Write a run or a folder of weights under the original's names (torch), or under ours (jax)."""
+    """Convert a run or a folder of weights to torch (the original's weight names), lionjax or Orbax format."""
     weights_command.convert(args)
 
 
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Compile a config for a TPU pod on this machine: does it fit, what does it cost."""
+    """Compile a config for a TPU pod on this machine; reports memory use and predicted step time."""
     plan_command.plan(args, overrides)
 
 
 def report(args: argparse.Namespace, _) -> None:
-    """Draw the curves, tables and answers of a run into DIR/report.html."""
+    """Write the loss curves, metrics and example answers of a run to DIR/report.html."""
     from lionjax.evaluation.report.html import write_report
 
     print(write_report(args.dir))
 
 
 def benchmark(args: argparse.Namespace, argv: list[str]) -> None:
-    """Measure one of the README's numbers on this machine; needs a clone of the project."""
+    """Run a script of benchmarks/ (the README's measurements); needs a clone of the repository."""
     from lionjax.core.types import UserError
 
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
     files = {path.stem: path for path in folder.glob("*.py") if "__main__" in path.read_text()}
     if args.name not in files:
-        known = ", ".join(sorted(files)) or "none here: they come with a clone of the project"
-        raise UserError(f"there is no benchmark {args.name!r}; there are {known}")
+        names = ", ".join(sorted(files)) or "none; benchmarks are only in a clone of the repository"
+        raise UserError(f"there is no benchmark {args.name!r}; available: {names}")
     sys.argv = [str(files[args.name]), *argv]
-    sys.path.insert(0, str(folder))  # as if run by its path, so that it finds its neighbours
+    sys.path.insert(0, str(folder))  # as for `python FILE`, so that it can import its neighbors
     runpy.run_path(str(files[args.name]), run_name="__main__")
 
 
 def _parse_box(text: str) -> tuple[float, float, float, float]:
+    """A box "X0,Y0,X1,Y1" in 0..1. Raises UserError for anything else."""
     from lionjax.data import images
 
     return images.normalize_box(text.split(","), name="--box")
 
 
 def _draw_examples(source, split: str, limit: int, path: Path) -> None:
-    """A picture of the examples that `data inspect` lists, with what they ask about and answer."""
+    """Write a PNG grid of the examples that `data inspect` lists, with their boxes and masks."""
     from lionjax.data import images, mixture
     from lionjax.data.config import DataConfig
-    from lionjax.data.datasets import source as sources
+    from lionjax.data.datasets.source import open_split
     from lionjax.evaluation.report import plots
 
     data = DataConfig(sources=(source,), on_bad_record="replace")
     cells = []
-    for task in sources.open_split(source, split, data.processor.max_pixels).task_sizes:
+    for task in open_split(source, split, data.processor.max_pixels).task_sizes:
         for sample in mixture.examples(data, task, split, limit):
             example = sample.example
             masks = sample.masks() if task == "res" else ()
-            marks = [plots.Overlay(box, color=plots.QUERY_COLOR) for box in example.question_boxes]
-            marks += [plots.Overlay(box, color=plots.TRUTH_COLOR) for box in example.boxes]
-            marks += [plots.Overlay(mask=mask, color=plots.TRUTH_COLOR) for mask in masks]
-            ink = plots.LIGHT_THEME["ink"]
-            lines = [(task, plots.LIGHT_THEME["faint"]), (example.question, ink), (example.answer, "#00785a")]
-            cells.append((plots.draw_overlays(images.to_pil_image(sample.image), marks), lines))
+            overlays = [plots.Overlay(box, color=plots.QUERY_COLOR) for box in example.question_boxes]
+            overlays += [plots.Overlay(box, color=plots.TRUTH_COLOR) for box in example.boxes]
+            overlays += [plots.Overlay(mask=mask, color=plots.TRUTH_COLOR) for mask in masks]
+            text_color = plots.LIGHT_THEME["ink"]
+            lines = [(task, plots.LIGHT_THEME["faint"]), (example.question, text_color), (example.answer, "#00785a")]
+            cells.append((plots.draw_overlays(images.to_pil_image(sample.image), overlays), lines))
     plots.save_png(plots.image_grid(cells), path)
 
 
 def _print_metrics(entries, to_stderr: bool = False) -> None:
+    """Print a table for each benchmark."""
     from rich.console import Console
 
     from lionjax.evaluation import runner
@@ -248,6 +251,7 @@ def _answer_to_json(answer) -> dict:
 
 
 def _load_experiment(path: Path, overrides: Sequence[str]):
+    """The experiment of a config file or a run folder, with overrides applied. Raises UserError if there is none."""
     from lionjax.core import config
     from lionjax.core.types import UserError
 
@@ -255,5 +259,5 @@ def _load_experiment(path: Path, overrides: Sequence[str]):
         return config.load(path, overrides)
     file = path / "config.json"
     if not file.is_file():
-        raise UserError(f"{path} holds no config.json; give a config file or the folder of a run")
+        raise UserError(f"{path} holds no config.json; give a config file or a run folder")
     return config.apply_overrides(config.from_json(file.read_text()), overrides)

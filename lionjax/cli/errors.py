@@ -11,11 +11,11 @@ from lionjax.core.files import is_disk_full
 
 
 class UsageError(Exception):
-    """A command line that cannot be read. UserError's module imports JAX, too slow for --help."""
+    """An invalid command line. Not a UserError, whose module imports JAX and would slow down --help."""
 
 
 class StrictParser(argparse.ArgumentParser):
-    """argparse that raises its errors and takes no abbreviations, which could hide a field."""
+    """An ArgumentParser that raises UsageError, and accepts no abbreviated flags, which could hide a config field."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -25,7 +25,7 @@ class StrictParser(argparse.ArgumentParser):
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:
-    """(what to say, exit code) of an exception."""
+    """The (message, exit code) of an exception."""
     if isinstance(error, UsageError):
         return str(error), 2
     if isinstance(error, KeyboardInterrupt):
@@ -34,8 +34,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     lines = str(error).strip().splitlines() or ["no message"]
     if is_disk_full(error):
-        return f"the disk is full ({lines[0]}); make room and give the same command again", 2
+        return f"the disk is full ({lines[0]}); free some space and run the same command again", 2
     if isinstance(error, PermissionError):
         return f"no permission for {error.filename}", 2
-    more = "" if os.environ.get("LIONJAX_TRACEBACK") else "; set LIONJAX_TRACEBACK=1 for the traceback"
-    return f"unexpected {type(error).__name__}: {lines[0]}{more}", 1
+    hint = "" if os.environ.get("LIONJAX_TRACEBACK") else "; set LIONJAX_TRACEBACK=1 for the traceback"
+    return f"unexpected {type(error).__name__}: {lines[0]}{hint}", 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion read and wrote, and what it left and why: the words that `lionjax convert` prints."""
+"""`ConversionReport`: what a conversion read, wrote and skipped; `lionjax convert` prints it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lionjax.convert.mapping.plan import ConversionPlan
 
 @dataclasses.dataclass
 class ConversionReport:
-    """What a conversion read and wrote, and what it left and why."""
+    """What a conversion read, wrote and skipped."""
 
     format_name: str
-    tensors: int = 0
-    parameters: int = 0
+    tensors: int = 0  # number of torch tensors
+    parameters: int = 0  # number of parameter arrays, layers stacked
     bytes: int = 0
     seconds: float = 0.0
-    files: tuple[str, ...] = ()
-    ignored: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> reason
-    tied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    files: tuple[str, ...] = ()  # written
+    ignored: dict[str, str] = dataclasses.field(default_factory=dict)  # torch name -> reason
+    tied: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # torch name -> names of its copies
     nan_tensors: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class ConversionReport:
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            lines.append(f"left ({reason}): {', '.join(names[:4])}{more}")
+            lines.append(f"skipped ({reason}): {', '.join(names[:4])}{more}")
         lines += [f"warning: {name} holds NaN" for name in self.nan_tensors]
         return "\n".join(lines)
 
@@ -46,6 +46,7 @@ class ConversionReport:
 def make_report(
     checkpoint_format: CheckpointFormat, plan: ConversionPlan, tensors: CheckpointTensors
 ) -> ConversionReport:
+    """The report of a plan, without files and seconds; `bytes` counts the outputs."""
     tied = {mapped.torch_keys[0]: mapped.tied_keys for mapped in plan.mapped_tensors if mapped.tied_keys}
     ignored = tensors.skipped | {name: _ignore_reason(pattern) for name, pattern in plan.ignored.items()}
     count = sum(len(mapped.torch_keys) + len(mapped.tied_keys) for mapped in plan.mapped_tensors)
@@ -55,6 +56,6 @@ def make_report(
 
 
 def _ignore_reason(pattern: str) -> str:
-    """Why names of a pattern are passed over: what it says in a comment, else the pattern itself."""
+    """The reason in a pattern's last comment, (?#reason), else the pattern itself."""
     comments = re.findall(r"\(\?#([^)]*)\)", pattern)
     return comments[-1] if comments else f"matches {pattern}"

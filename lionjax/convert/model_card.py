@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands beside exported weights so that others can use them: a model card, and how words and pictures come in.
-
-Settings are read off what the config has, by the names of its fields; files that came along from elsewhere stay.
-"""
+"""Model card (README.md), preprocessor_config.json and tokenizer_config.json of an exported Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -18,11 +15,14 @@ from lionjax.convert.formats.peft import is_lora_key
 from lionjax.convert.mapping.plan import TensorSpec
 from lionjax.core.types import UserError
 
-PIL_BICUBIC = 3  # Pillow's number of it
+PIL_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
 def write_processor_configs(config: Any, folder: Path) -> list[str]:
-    """preprocessor_config.json and tokenizer_config.json where a run's own data say what is in them; what was made."""
+    """Write preprocessor_config.json and tokenizer_config.json where they are missing; returns the written names.
+
+    The former needs an experiment's `data.processor`, the latter a tokenizer.json in `folder`.
+    """
     contents: dict[str, dict] = {}
     processor = getattr(getattr(config, "data", None), "processor", None)
     if processor is not None:
@@ -37,10 +37,11 @@ def write_processor_configs(config: Any, folder: Path) -> list[str]:
 
 
 def preprocessor_config(processor: Any) -> dict:
-    """How pictures come in, as transformers' image processors say it.
+    """preprocessor_config.json of a `ProcessorConfig`, for transformers' BlipImageProcessor.
 
-    LION stretches a picture to a square. NExT-Chat puts it into a white one first and LLaVA-1.5 into one of the mean
-    color, which this image processor does not, so whoever uses it must.
+    LION resizes an image to a square regardless of its aspect ratio. NExT-Chat pads it to a square with white first,
+    LLaVA-1.5 with the mean color; BlipImageProcessor does not pad, so the caller must ("white_square_first",
+    "mean_square_first").
     """
     settings = {
         "image_processor_type": "BlipImageProcessor",
@@ -58,7 +59,7 @@ def preprocessor_config(processor: Any) -> dict:
 
 
 def tokenizer_config(file: Path) -> dict:
-    """How a tokenizer.json is to be opened, with the names of its special pieces."""
+    """tokenizer_config.json for a tokenizer.json, with those special tokens that it contains."""
     backend, special_tokens = open_tokenizer(file), {}
     spellings_by_name = {
         "pad_token": ("<pad>", "[PAD]"),
@@ -75,22 +76,22 @@ def tokenizer_config(file: Path) -> dict:
 
 
 def open_tokenizer(file: Path):
-    """The tokenizer of a tokenizer.json. Raises UserError where it is none."""
+    """The `tokenizers.Tokenizer` of a tokenizer.json. Raises UserError where the file is not valid."""
     import tokenizers
 
     try:
         return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # its reader is not in Python and has one kind of exception for all
-        raise UserError(f"{file} is no tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the Rust library raises bare Exception
+        raise UserError(f"{file} is no valid tokenizer.json: {str(error).splitlines()[0]}") from error
 
 
 def render_model_card(format_name: str, config: Any, hf_config: Mapping, specs: Mapping[str, TensorSpec]) -> str:
-    """README.md of a folder of weights, with the head that model hubs read."""
+    """README.md of an exported folder, with the YAML metadata of the Hugging Face Hub."""
     architecture = (hf_config.get("architectures") or [""])[0]
     is_transformers = architecture and hf_config.get("model_type") not in ("lion", "nextchat", "lavis", "ram", "eva")
     head = ["---", f"library_name: {'transformers' if is_transformers else 'lionjax'}"]
     head += [f"tags: [lionjax, {format_name}]", f"pipeline_tag: {_pipeline_tag(format_name)}", "---"]
-    model_config = getattr(config, "system", config)
+    model_config = config.model if type(config).__name__ == "Experiment" else config
     title = getattr(config, "name", None) or format_name
     dtypes = sorted({str(spec.dtype) for spec in specs.values()})
     num_parameters = sum(int(np.prod(spec.shape)) for spec in specs.values())
@@ -99,10 +100,10 @@ def render_model_card(format_name: str, config: Any, hf_config: Mapping, specs: 
         "",
         f"# {title}",
         "",
-        f"A {type(model_config).__name__.removesuffix('Config')} ({format_name}): {num_parameters:,} numbers ({', '.join(dtypes)}) in "
-        f"{len(specs)} tensors, under the names of the original PyTorch code, written by lionjax.",
+        f"A {type(model_config).__name__.removesuffix('Config')} ({format_name}): {num_parameters:,} parameters "
+        f"({', '.join(dtypes)}) in {len(specs)} tensors, with the original PyTorch names, written by lionjax.",
         "",
-        "| part | numbers |",
+        "| part | parameters |",
         "|---|---|",
         *(f"| `{part}` | {count:,} |" for part, count in _parameter_counts(specs).items()),
         "",
@@ -113,15 +114,15 @@ def render_model_card(format_name: str, config: Any, hf_config: Mapping, specs: 
         lines += ["In PyTorch:", "", "```python", f"from transformers import {architecture}"]
         lines += [f'model = {architecture}.from_pretrained("this folder")', "```", ""]
     else:
-        lines += ["In PyTorch, with the original's code:", "", "```python"]
+        lines += ["In PyTorch, with the original code:", "", "```python"]
         lines += ["from safetensors.torch import load_file", 'model.load_state_dict(load_file("model.safetensors"))']
         lines += ["```", ""]
     if any(map(is_lora_key, specs)):
-        lines += ["A LoRA is kept apart; PEFT puts it on the model:", "", "```python", "from peft import PeftModel"]
+        lines += ["The LoRA is separate; load it with PEFT:", "", "```python", "from peft import PeftModel"]
         lines += [f'model = PeftModel.from_pretrained(model, "this folder/{ADAPTER}")', "```", ""]
-    lines += ["In JAX, without loss, down to the bit:", "", "```", "lionjax convert THIS_FOLDER NEW_FOLDER --to jax"]
-    lines += ["```", "", *_training_section(config), "## Licence", ""]
-    lines += ["That of the weights and of the data from which they were made; lionjax adds none of its own.", ""]
+    lines += ["In JAX, bit for bit:", "", "```", "lionjax convert THIS_FOLDER NEW_FOLDER --to jax"]
+    lines += ["```", "", *_training_section(config), "## License", ""]
+    lines += ["The license of the original weights and of the training data applies; lionjax adds none.", ""]
     return "\n".join(lines)
 
 
@@ -137,7 +138,7 @@ def _pipeline_tag(format_name: str) -> str:
 
 
 def _parameter_counts(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Numbers by the first word of the tensors' names."""
+    """{first component of the tensor names: number of parameters}."""
     counts: dict[str, int] = {}
     for name, spec in specs.items():
         part = f"{ADAPTER} (LoRA)" if is_lora_key(name) else name.partition(".")[0]
@@ -146,7 +147,7 @@ def _parameter_counts(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
 
 
 def _training_section(config: Any) -> list[str]:
-    """What a run did, where the config is that of one."""
+    """Table of training stages where `config` is an experiment, else []."""
     stages = getattr(config, "stages", ())
     if not stages:
         return []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights from a folder straight onto a mesh, or a tensor at a time into an Orbax checkpoint laid out for one."""
+"""Load weights from a folder onto a mesh, or write them, one tensor at a time, as a sharded Orbax checkpoint."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ from lionjax.core.weight_map import WeightMapping
 
 
 def load_sharded_params(path: str | Path, mesh: Mesh, system: str | None = None) -> tuple[Any, Params]:
-    """(config, params on a mesh) of a folder or file in our names or the original's, laid out by the logical axes.
+    """(config, params) of a lionjax or PyTorch checkpoint, as jax.Arrays sharded over `mesh` by their logical axes.
 
-    Each process reads only the bytes that its own shards need.
+    Each process reads only the bytes of its own shards. `system` names the checkpoint format where config.json does
+    not. Raises UserError.
     """
     path = Path(path)
     if holds_params(path):
@@ -60,57 +61,61 @@ def load_sharded_params(path: str | Path, mesh: Mesh, system: str | None = None)
 
 
 def save_orbax(src: str | Path, dst: str | Path, mesh: Mesh, system: str | None = None) -> ConversionReport:
-    """Weights of a folder or file as an Orbax checkpoint for a mesh, a tensor at a time; what was read and left.
+    """Write a lionjax or PyTorch checkpoint as an Orbax checkpoint sharded over `mesh`, one tensor at a time.
 
-    It holds the items `params` (arrays) and `config` (ours, as JSON), `origin` with what came along, and appears whole.
-    Each process reads and writes the parts that its own devices will hold. Raises UserError.
+    Returns the report of what was read and skipped. `dst` holds the items `params` (arrays) and `config` (JSON), and
+    `origin/` (tokenizer and settings files); it is renamed into place when it is complete. Each process reads and
+    writes the shards of its own devices. `system` names the checkpoint format where config.json does not. Raises
+    UserError where `dst` exists, `src` is an Orbax checkpoint, or checkpoint and model differ.
     """
     start, src, dst = time.perf_counter(), Path(src), Path(dst).absolute()
     if dst.exists():
-        raise UserError(f"{dst} is there already; choose a new folder")
+        raise UserError(f"{dst} already exists; choose a new folder")
     if orbax.is_checkpoint(src):
-        raise UserError(f"{src} is an Orbax checkpoint already; Orbax restores it onto any mesh")
+        raise UserError(f"{src} is an Orbax checkpoint already; load it onto any mesh with load_sharded_params")
     orbax.return_freed_memory()
-    ours = holds_params(src)
-    if ours:
+    is_lionjax = holds_params(src)
+    if is_lionjax:
         config, tensors = open_params(src)
-        kind, beside = detect.format_of_config(config), find_origin_files(src)
-        table, _ = detect.weight_map_and_abstract_params(kind, config)
-        rows, ignore = [WeightMapping(name, name) for name in tensors], ()
+        checkpoint_format, companions = detect.format_of_config(config), find_origin_files(src)
+        model_map, _ = detect.weight_map_and_abstract_params(checkpoint_format, config)
+        weight_map, ignore = [WeightMapping(name, name) for name in tensors], ()
     else:
         source = detect.open_checkpoint(src, system)
-        config, tensors, kind = source.config, source.tensors, source.checkpoint_format
-        beside, ignore = find_companion_files(source.folder), kind.ignore_patterns
-        rows, _ = table, _ = detect.weight_map_and_abstract_params(kind, config)
-    like = kind.abstract_params(detect.model_config_of(config), mesh)
-    plan = plan_params(rows, tensors, ignore, like)
-    coverage = make_report(kind, plan, tensors)
-    depth = {path: len(row.index_letters) for row in table for path in row.flax_paths}
-    pieces = _mapped_layers(plan)
+        config, tensors, checkpoint_format = source.config, source.tensors, source.checkpoint_format
+        companions, ignore = find_companion_files(source.folder), checkpoint_format.ignore_patterns
+        model_map, _ = detect.weight_map_and_abstract_params(checkpoint_format, config)
+        weight_map = model_map
+    like = checkpoint_format.abstract_params(detect.model_config_of(config), mesh)
+    plan = plan_params(weight_map, tensors, ignore, like)
+    report = make_report(checkpoint_format, plan, tensors)
+    depth = {path: len(mapping.index_letters) for mapping in model_map for path in mapping.flax_paths}
+    mapped_layers = _mapped_layers(plan)
+    make_lazy_leaf = _lazy_leaf_from_jax if is_lionjax else _lazy_leaf_from_torch
 
-    def promise(path, sharding):
-        leaf, twins, done = (_lazy_leaf_from_jax if ours else _lazy_leaf_from_torch)(plan, tensors, path, pieces[path])
-        return LazyShardedArray(leaf, depth[path], sharding, twins, _nan_recorder(coverage, path), done)
+    def make_lazy_array(path, sharding):
+        leaf, tied_layers, release = make_lazy_leaf(plan, tensors, path, mapped_layers[path])
+        return LazyShardedArray(leaf, depth[path], sharding, tied_layers, _nan_recorder(report, path), release)
 
-    promises = {path: promise(path, target.sharding) for path, target in trees.flatten(like).items()}
-    _write_atomically(dst, trees.unflatten(promises), json.loads(configs.to_json(config)), beside)
-    coverage.files = (orbax.PARAMS_ITEM, orbax.CONFIG_ITEM)
-    coverage.seconds = time.perf_counter() - start
-    return coverage
+    lazy_arrays = {path: make_lazy_array(path, target.sharding) for path, target in trees.flatten(like).items()}
+    _write_atomically(dst, trees.unflatten(lazy_arrays), json.loads(configs.to_json(config)), companions)
+    report.files = (orbax.PARAMS_ITEM, orbax.CONFIG_ITEM)
+    report.seconds = time.perf_counter() - start
+    return report
 
 
 def _nan_recorder(report: ConversionReport, path: str) -> Callable[[np.ndarray], None]:
-    """Notes the path of a parameter in which a NaN is met."""
+    """A function that adds `path` to `report.nan_tensors` when it is called with an array that holds a NaN."""
 
-    def seen(array):
+    def check_part(array):
         if path not in report.nan_tensors and has_nan(array):
             report.nan_tensors.append(path)
 
-    return seen
+    return check_part
 
 
 def _mapped_layers(plan: ConversionPlan) -> dict[str, dict[tuple, tuple[MappedTensor, int]]]:
-    """{path: {layer: the piece that makes it, and which of its leaves}}."""
+    """{path: {layer index: (mapped tensor, position of the path in its flax_paths)}}."""
     layers_by_path: dict[str, dict] = {}
     for mapped in plan.mapped_tensors:
         for number, path in enumerate(mapped.mapping.flax_paths):
@@ -119,40 +124,43 @@ def _mapped_layers(plan: ConversionPlan) -> dict[str, dict[tuple, tuple[MappedTe
 
 
 def _lazy_leaf_from_jax(plan: ConversionPlan, tensors: CheckpointTensors, path: str, mapped_layers: dict) -> tuple:
-    """A leaf that is one on the disk already, to which nothing is tied; and what lets go of its pages."""
+    """(lazy tensor, function to its tied layers: none, function that releases a layer) of a lionjax parameter."""
     leaf = tensors[path]
 
-    def done(index):
+    def release(index):
         tensors.release(path)
 
-    return (LazyTensor(leaf.shape, leaf.dtype, lambda index: leaf[(*index, ...)]), lambda index: (), done)
+    return (LazyTensor(leaf.shape, leaf.dtype, lambda index: leaf[(*index, ...)]), lambda index: (), release)
 
 
 def _lazy_leaf_from_torch(plan: ConversionPlan, tensors: CheckpointTensors, path: str, mapped_layers: dict) -> tuple:
-    """A leaf of which each layer comes from the torch tensors of one piece; what tied ones make; and what lets go."""
+    """(lazy tensor, function to its tied layers, function that releases a layer) of a parameter from torch tensors."""
 
-    def layer(index):
+    def get_layer(index):
         problems: list[str] = []
         mapped, number = mapped_layers[index]
         parts = to_flax_leaves(mapped, tensors, problems)
         raise_problems(problems, TENSOR_VALUES)
         return parts[number]
 
-    def twins(index):
+    def tied_layers(index):
         mapped, number = mapped_layers[index]
         return [(name, mapped.mapping.to_flax(tensors[name])[number]) for name in mapped.tied_keys]
 
-    def done(index):
+    def release(index):
         mapped, _ = mapped_layers[index]
         for name in (*mapped.torch_keys, *mapped.tied_keys):
             tensors.release(name)
 
     spec = plan.output_specs[path]
-    return LazyTensor(spec.shape, spec.dtype, layer), twins, done
+    return LazyTensor(spec.shape, spec.dtype, get_layer), tied_layers, release
 
 
 def _write_atomically(dst: Path, arrays: Params, config: dict, companions: dict[str, Path]) -> None:
-    """The checkpoint with what belongs beside it, under its name when all of it is there."""
+    """Write checkpoint and companions to a temporary folder and rename it to `dst`.
+
+    Raises UserError where the disk is full or writing fails; the temporary folder is removed.
+    """
     from jax.experimental import multihost_utils
 
     partial, is_main = dst.parent / f".{dst.name}.partial", jax.process_index() == 0
@@ -163,7 +171,8 @@ def _write_atomically(dst: Path, arrays: Params, config: dict, companions: dict[
             dst.parent.mkdir(parents=True, exist_ok=True)
             if needed > (free := shutil.disk_usage(dst.parent).free):
                 raise UserError(
-                    f"{dst.parent} has {free / 1e9:.1f} GB left and {needed / 1e9:.1f} GB are to be written"
+                    f"{dst.parent} has {free / 1e9:.1f} GB left and {needed / 1e9:.1f} GB are to be written; "
+                    "free some space or choose another DST"
                 )
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"begin {dst}")
@@ -183,6 +192,6 @@ def _write_atomically(dst: Path, arrays: Params, config: dict, companions: dict[
 
 
 def _remove_partial(partial: Path) -> None:
-    """What an attempt left, also under the names that Orbax gives to what is not complete."""
+    """Remove a partial checkpoint, also under Orbax's names of incomplete checkpoints."""
     for path in (partial, *partial.parent.glob(f"{partial.name}.orbax-checkpoint-tmp*")):
         shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables that change their size on the way in: words added to a vocabulary, positions resampled for other pictures.
+"""Resize parameters during conversion: tokens added to the vocabulary, position embeddings interpolated.
 
-Both say what becomes of a few leaves and leave the rest alone, so that a conversion stays one tensor at a time.
+A `ResizePlan` changes single parameters, so a conversion still holds one tensor at a time.
 """
 
 from __future__ import annotations
@@ -22,57 +22,61 @@ from lionjax.core import params as trees
 from lionjax.core.types import UserError
 from lionjax.models import parts
 
-BICUBIC_COEFFICIENT = -0.75  # torch's; the pictures' programs use -0.5
+BICUBIC_COEFFICIENT = -0.75  # of torch's interpolate; Pillow uses -0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizePlan:
-    """The config that results, and for each leaf that changes its new shape and how it is made."""
+    """The new config, and the new shape and transform of each parameter that changes, by path."""
 
     config: Any
     shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     transforms: Mapping[str, Callable[[np.ndarray], np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def resized_specs(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-        """Forms of all leaves after it."""
-        return {p: TensorSpec(self.shapes.get(p, form.shape), form.dtype) for p, form in specs.items()}
+        """Specs of all parameters after resizing."""
+        return {p: TensorSpec(self.shapes.get(p, spec.shape), spec.dtype) for p, spec in specs.items()}
 
     def apply(self, parts: Iterable) -> Iterable:
-        """Parts of all leaves after it; see `tables.leaf_parts`."""
+        """Yields the resized (path, index, array) of each part; see `mapping.apply.iter_param_slices`."""
         for path, index, part in parts:
             yield path, index, self.transforms[path](part) if path in self.transforms else part
 
     def compose(self, other: ResizePlan) -> ResizePlan:
-        """Both, of which the second was planned on the config of the first, about other leaves."""
+        """Both plans; `other` was made from the config of this one and changes other parameters."""
         return ResizePlan(other.config, {**self.shapes, **other.shapes}, {**self.transforms, **other.transforms})
 
 
 def resize_token_embeddings(
     model_config: Any, num_new_tokens: int, num_known_tokens: int | None = None, pad_to_multiple_of: int = 1
 ) -> ResizePlan:
-    """`count` words after the `known` ones (by default all rows), the table then filled to a multiple.
+    """Adds `num_new_tokens` rows after the first `num_known_tokens` (default: all) to token embeddings and LM head.
 
-    The rows of new words, and those that fill up, are the mean of the known ones, in the word table and in the head;
-    so the first answer does not prefer them. LLaVA fills to a multiple of 64.
+    The vocabulary is then padded to a multiple of `pad_to_multiple_of` (64 for LLaVA). New and padding rows are the
+    mean of the known rows, so that the model does not prefer them. Raises UserError for sizes that do not fit.
     """
     prefix, language = parts.language_of(model_config)
-    num_known_tokens = language.vocab if num_known_tokens is None else num_known_tokens
-    if num_new_tokens < 0 or not 0 < num_known_tokens <= language.vocab:
-        raise UserError(f"{num_new_tokens} words cannot follow {num_known_tokens} of a vocabulary of {language.vocab}")
-    vocab = max(language.vocab, num_known_tokens + num_new_tokens)
-    vocab += -vocab % pad_to_multiple_of
-    new_language = dataclasses.replace(language, vocab_size=vocab)
+    old_size = language.vocab_size
+    num_known_tokens = old_size if num_known_tokens is None else num_known_tokens
+    if num_new_tokens < 0 or not 0 < num_known_tokens <= old_size:
+        raise UserError(
+            f"cannot add {num_new_tokens} tokens after the {num_known_tokens} of the tokenizer: the model's vocab_size "
+            f"is {old_size}"
+        )
+    new_size = max(old_size, num_known_tokens + num_new_tokens)
+    new_size += -new_size % pad_to_multiple_of
+    new_language = dataclasses.replace(language, vocab_size=new_size)
     config, axis_by_path = parts.replace_part(model_config, prefix, new_language), parts.token_tables(language)
     num_rows = parts.table_rows(new_language)
 
-    def grown(axis):
+    def resize_axis(axis):
         def change(table):
             old_rows = np.moveaxis(table, axis, 0)
             new_table = np.zeros([num_rows if k == axis else n for k, n in enumerate(table.shape)], table.dtype)
             new_rows, mean = np.moveaxis(new_table, axis, 0), old_rows[:num_known_tokens].mean(0, dtype=np.float32)
-            new_rows[: language.vocab] = old_rows[: language.vocab]
+            new_rows[:old_size] = old_rows[:old_size]
             new_rows[num_known_tokens : num_known_tokens + num_new_tokens] = mean.astype(table.dtype)
-            new_rows[language.vocab : vocab] = mean.astype(table.dtype)
+            new_rows[old_size:new_size] = mean.astype(table.dtype)
             return new_table
 
         return change
@@ -81,22 +85,22 @@ def resize_token_embeddings(
     return ResizePlan(
         config,
         {prefix + path: sizes[axis] for path, axis in axis_by_path.items()},
-        {prefix + path: grown(axis) for path, axis in axis_by_path.items()},
+        {prefix + path: resize_axis(axis) for path, axis in axis_by_path.items()},
     )
 
 
 def interpolate_position_embeddings(model_config: Any, image_size: int) -> ResizePlan:
-    """The positions of a ViT resampled for pictures of another size, as the tower's own code does it.
+    """Position embeddings of a ViT interpolated (bicubic) for images of `image_size` pixels a side.
 
-    Bicubic; CLIP's corners stay corners, EVA's grid covers the same picture (LAVIS's two towers). A Swin's windows
-    change with the picture, and with them its tables.
+    As in LAVIS: CLIP with align_corners=True, EVA with align_corners=False. Of a Swin, the window size and the relative
+    position tables change. Raises UserError for a size that is no multiple of the patch size.
     """
     if parts.swin_of(model_config) is not None:
         return _resize_swin_windows(model_config, image_size)
     prefix, vision = parts.vit_of(model_config)
     if image_size % vision.patch_size or image_size < vision.patch_size:
-        raise UserError(f"pictures of {image_size} pixels do not make whole patches of {vision.patch_size}")
-    new_vision = dataclasses.replace(vision, image=image_size)
+        raise UserError(f"image_size is {image_size}; it must be a multiple of the patch size {vision.patch_size}")
+    new_vision = dataclasses.replace(vision, image_size=image_size)
     config = parts.replace_part(model_config, prefix, new_vision)
     old, new = vision.image_size // vision.patch_size, image_size // vision.patch_size
 
@@ -110,15 +114,18 @@ def interpolate_position_embeddings(model_config: Any, image_size: int) -> Resiz
 
 
 def _resize_swin_windows(model_config: Any, image_size: int) -> ResizePlan:
-    """A Swin, or what sees with one, with windows that cover the same share of another picture, as its makers did."""
+    """A Swin (or a model with one) for another image size: the window size changes in proportion, as in the original.
+
+    Raises UserError where the new window size is no integer.
+    """
     prefix, swin = parts.swin_of(model_config)
     window, remainder = divmod(swin.window_size * image_size, swin.image_size or 1)
     if swin.image_size is None or remainder or image_size % swin.patch_size or not window:
         raise UserError(
-            f"pictures of {image_size} pixels do not make whole windows, of which those of {swin.image_size} have "
-            f"{swin.window_size} places a side"
+            f"image_size is {image_size}; it does not give an integer window size "
+            f"(this Swin has {swin.window_size} patches at image_size {swin.image_size})"
         )
-    new_swin = dataclasses.replace(swin, image=image_size, window_size=window)
+    new_swin = dataclasses.replace(swin, image_size=image_size, window_size=window)
     config = parts.replace_part(model_config, prefix, new_swin)
     leaves = trees.flatten(SWIN.abstract_params(new_swin))
     shapes = {prefix + path: leaf.shape for path, leaf in leaves.items() if path.endswith("/places")}
@@ -135,7 +142,7 @@ def _resize_swin_windows(model_config: Any, image_size: int) -> ResizePlan:
 
 
 def resize_preprocessor_config(preprocessor_config: dict, image_size: int) -> dict:
-    """preprocessor_config.json for pictures of another size."""
+    """`preprocessor_config` with its sizes set to `image_size` pixels."""
     new_config = dict(preprocessor_config)
     for name in ("size", "crop_size"):
         if isinstance(new_config.get(name), dict):
@@ -146,7 +153,7 @@ def resize_preprocessor_config(preprocessor_config: dict, image_size: int) -> di
 
 
 def interpolate_grid(grid_HWD: np.ndarray, side: int, align_corners: bool) -> np.ndarray:
-    """A square grid (S, S, D) at another side, bicubic as torch's `interpolate`; `corners`: its align_corners."""
+    """A grid (S, S, D) resized to (side, side, D), equal to torch's bicubic `interpolate`."""
     if grid_HWD.shape[0] == side:
         return grid_HWD
     matrix = bicubic_matrix(grid_HWD.shape[0], side, align_corners)
@@ -155,7 +162,7 @@ def interpolate_grid(grid_HWD: np.ndarray, side: int, align_corners: bool) -> np
 
 
 def bicubic_matrix(old_size: int, new_size: int, align_corners: bool) -> np.ndarray:
-    """(new, old): how much each old place gives to each new one; what lies beyond the edge is the edge."""
+    """(new_size, old_size): weights of the old positions for each new one; indices are clamped at the edges."""
     index = np.arange(new_size)
     if align_corners:
         position = index * ((old_size - 1) / (new_size - 1) if new_size > 1 else 0.0)
@@ -172,16 +179,19 @@ def bicubic_matrix(old_size: int, new_size: int, align_corners: bool) -> np.ndar
 
 
 def add_tokens_to_tokenizer(file: Path, tokens: Iterable[str]) -> tuple[int, bytes]:
-    """(ids known before, the file's new content) of a tokenizer.json with words behind all others."""
+    """(number of ids before, new file content) of a tokenizer.json with `tokens` appended as special tokens.
+
+    Raises UserError where a token exists already, or where the ids have gaps.
+    """
     from tokenizers import AddedToken
 
     tokens, tokenizer = list(tokens), model_card.open_tokenizer(file)
     if existing := [token for token in tokens if tokenizer.token_to_id(token) is not None]:
-        raise UserError(f"{file} knows {existing[0]!r} already")
+        raise UserError(f"{file} already has the token {existing[0]!r}; leave it out")
     num_known_tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
     if [tokenizer.token_to_id(token) for token in tokens] != list(
         range(num_known_tokens, num_known_tokens + len(tokens))
     ):
-        raise UserError(f"{file} has gaps in its ids, so that new words would not stand behind the others")
+        raise UserError(f"{file} has gaps in its ids, so new tokens would not get the last ids; renumber its tokens")
     return num_known_tokens, json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1).encode()

@@ -9,6 +9,8 @@ code, may change; then only `TAG_TO_CLASS` does. This file holds data and import
 TAG_TO_CLASS = {
     "Experiment": "lionjax.core.experiment:Experiment",
     "Stage": "lionjax.core.experiment:Stage",
+    "Mix": "lionjax.core.experiment:Mix",
+    "Weights": "lionjax.core.experiment:Weights",
     "RunConfig": "lionjax.core.experiment:RunConfig",
     "GenerationDefaults": "lionjax.core.experiment:GenerationDefaults",
     "MeshConfig": "lionjax.core.sharding:MeshConfig",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An experiment as one value: frozen dataclasses built by a plain Python file.
+"""Config handling: load an `Experiment` from a Python file, override fields, convert to and from JSON.
 
-It is changed from the command line, written beside every checkpoint as JSON, and read back.
-Nothing in it is an array or a function; dtypes are strings.
+Configs are frozen dataclasses of numbers, strings, tuples and other configs, without arrays or functions; dtypes are
+strings. Every checkpoint stores its config as JSON.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
 
-CLASS_TO_TAG = {home: tag for tag, home in class_tags.TAG_TO_CLASS.items()}
+CLASS_TO_TAG = {class_path: tag for tag, class_path in class_tags.TAG_TO_CLASS.items()}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment of a Python file with `get_config() -> Experiment`, with `overrides` applied.
+    """The `Experiment` from `get_config()` of a Python file, with `overrides` applied (see `apply_overrides`).
 
-    Raises UserError when the file is missing, fails, or builds no experiment of plain values.
+    Raises UserError if the file is missing, raises an exception, or does not return an `Experiment` of plain values.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,17 +47,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     except Exception as error:
         raise UserError(f"{path} fails with {type(error).__name__}: {error}") from error
     if not isinstance(experiment, Experiment):
-        raise UserError(f"{path} wants a function get_config() that returns an Experiment")
-    # Through JSON lists become tuples, and every value is held to its field's type.
+        raise UserError(f"{path} must define a function get_config() that returns an Experiment")
+    # The JSON round trip turns lists into tuples and checks every value against the type of its field.
     return apply_overrides(from_json(to_json(experiment)), overrides)
 
 
 def apply_overrides(config: Any, overrides: Sequence[str]) -> Any:
-    """A config with fields replaced: ["--stages.0.steps", "20", "--system.t5.width", "64"].
+    """The config with fields replaced: ["--stages.0.steps", "20", "--model.language.width", "64"].
 
-    Tuples of configs are entered by position; a tuple's values follow each other, as in
-    `--stages.0.mixture vqa 1 caption 2`. Raises UserError for an unknown field (with the nearest
-    one) and for a value of another type.
+    Elements of a tuple of configs are addressed by index; values of other tuples are listed, as in
+    `--stages.0.mixture vqa 1 caption 2`. Raises UserError for an unknown field (naming the closest one) and for a value
+    of the wrong type.
     """
     hints = {path: hint for path, hint, _ in leaf_fields(config)}
     changes = {}
@@ -68,23 +68,36 @@ def apply_overrides(config: Any, overrides: Sequence[str]) -> Any:
     return _replace_fields(config, changes, type(config).__name__)
 
 
+def _has_words(kind: Any) -> bool:
+    """Whether a config class can be written as words: such a value is one field to the command line."""
+    return isinstance(kind, type) and hasattr(kind, "from_words")
+
+
 def _parse_value(arguments: list[str], hint: Any, path: str) -> Any:
+    (kind, *_) = typing.get_args(hint) or (None,)
+    if _has_words(kind):  # pairs of words
+        if len(arguments) % 2:
+            raise UserError(f"{path} must be pairs, such as vqa 1 caption 2, got {' '.join(arguments)!r}")
+        try:
+            return tuple(kind.from_words(*pair) for pair in zip(arguments[::2], arguments[1::2]))
+        except ValueError:
+            raise UserError(f"{path} must be {_type_name(hint)}, got {' '.join(arguments)!r}") from None
     import tyro
 
-    quiet = io.StringIO()  # tyro draws its errors in boxes; ours are a sentence
+    output = io.StringIO()  # hides tyro's own error message
     try:
-        with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             return tyro.cli(hint, args=arguments)
     except SystemExit:
-        raise UserError(f"{path} wants {_type_name(hint)}, got {' '.join(arguments)!r}") from None
+        raise UserError(f"{path} must be {_type_name(hint)}, got {' '.join(arguments)!r}") from None
 
 
 def _replace_fields(config: Any, changes: dict[str, Any], path: str) -> Any:
-    """The config with {path: value} put in, all at once: some are right only together."""
+    """The config with all {path: value} replaced at once, because some values are valid only together."""
     fields: dict[str, Any] = {}
     for name, value in _field_items(config):
-        inside = {p.removeprefix(name + "."): v for p, v in changes.items() if p.startswith(name + ".")}
-        value = _replace_fields(value, inside, f"{path}.{name}") if inside else changes.get(name, value)
+        nested = {p.removeprefix(name + "."): v for p, v in changes.items() if p.startswith(name + ".")}
+        value = _replace_fields(value, nested, f"{path}.{name}") if nested else changes.get(name, value)
         field, in_tuple, _ = name.partition(".")
         fields[field] = (*fields.get(field, ()), value) if in_tuple else value
     return _construct(type(config), fields, path)
@@ -93,25 +106,25 @@ def _replace_fields(config: Any, changes: dict[str, Any], path: str) -> Any:
 def _construct(cls: type, fields: dict[str, Any], path: str) -> Any:
     try:
         return cls(**fields)
-    except ValueError as error:  # of a config that looks at its own fields
+    except ValueError as error:  # from a check in __post_init__
         raise UserError(f"{path}: {error}") from error
 
 
 def _group_arguments(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
     groups: list[tuple[str, list[str]]] = []
-    for word in arguments:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
             groups.append((name.replace("-", "_"), [value] if equals else []))
         elif groups:
-            groups[-1][1].append(word)
+            groups[-1][1].append(argument)
         else:
-            raise UserError(f"{word!r} stands alone; fields are set as in --stages.0.steps 20")
+            raise UserError(f"{argument!r} is not a field; set fields as in --stages.0.steps 20")
     return groups
 
 
 def _from_old_name(config: Any, name: str, values: list[str]) -> tuple[str, list[str]]:
-    """A dotted field name and its words as they are today, where a part of the name is that of an earlier version."""
+    """The dotted field name and its values with old names (see `renamed`) replaced by current ones."""
     node, parts = config, name.split(".")
     for k, part in enumerate(parts):
         if isinstance(node, tuple):
@@ -123,8 +136,8 @@ def _from_old_name(config: Any, name: str, values: list[str]) -> tuple[str, list
             report(type(node).__name__, part, renamed.name)
             parts[k] = renamed.name
             if k == len(parts) - 1:
-                words = {str(old): str(new) for old, new in renamed.values.items()}
-                values = [words.get(value, value) for value in values]
+                new_values = {str(old): str(new) for old, new in renamed.values.items()}
+                values = [new_values.get(value, value) for value in values]
         node = getattr(node, parts[k], None)
     return ".".join(parts), values
 
@@ -133,17 +146,17 @@ def _resolve_field(config: Any, name: str) -> str:
     paths = [path for path, _, _ in leaf_fields(config)]
     if name in paths:
         return name
-    inside = [path for path in paths if path.startswith(name + ".")]
-    near = [path for path in paths if path.endswith("." + name)]
-    near = near or difflib.get_close_matches(name, paths, n=1)
-    if inside:
-        raise UserError(f"{name} holds several fields; set one of them, such as --{inside[0]}")
-    hint = f"; did you mean {near[0]!r}?" if near else "; `lionjax show CONFIG` prints all fields"
+    nested = [path for path in paths if path.startswith(name + ".")]
+    close = [path for path in paths if path.endswith("." + name)]
+    close = close or difflib.get_close_matches(name, paths, n=1)
+    if nested:
+        raise UserError(f"{name} has several fields; set one of them, such as --{nested[0]}")
+    hint = f"; did you mean {close[0]!r}?" if close else "; `lionjax show CONFIG` prints all fields"
     raise UserError(f"{type(config).__name__} has no field {name!r}{hint}")
 
 
 def leaf_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(path, type, value) of every field without a config in it: ("stages.0.steps", int, 20)."""
+    """(path, type, value) of every field that is not a config itself, such as ("stages.0.steps", int, 20)."""
     hints = typing.get_type_hints(type(config))
     for name, value in _field_items(config):
         if dataclasses.is_dataclass(value):
@@ -153,18 +166,18 @@ def leaf_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]
 
 
 def _field_items(config: Any) -> Iterator[tuple[str, Any]]:
-    """(name, value) of the fields; a tuple of configs comes as "stages.0", "stages.1", ..."""
+    """(name, value) of the fields; elements of a tuple of configs are named "stages.0", "stages.1", ..."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        inside = value if isinstance(value, tuple) else ()
-        if inside and all(dataclasses.is_dataclass(item) for item in inside):
-            yield from ((f"{field.name}.{index}", item) for index, item in enumerate(inside))
+        items = value if isinstance(value, tuple) else ()
+        if items and all(dataclasses.is_dataclass(item) and not _has_words(type(item)) for item in items):
+            yield from ((f"{field.name}.{index}", item) for index, item in enumerate(items))
         else:
             yield field.name, value
 
 
 def format_config(config: Any) -> str:
-    """The resolved config as a typed, indented tree, for people."""
+    """The config as a typed, indented tree for printing."""
     return "\n".join([type(config).__name__, *_format_lines(config, "  ")])
 
 
@@ -179,36 +192,36 @@ def _format_lines(config: Any, indent: str) -> Iterator[str]:
 
 
 def diff_configs(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """{path: (old value, new value)} of the fields that differ.
-
-    A field that only one side has stands against None.
-    """
-    before, after = _flatten_fields(old), _flatten_fields(new)
-    paths = list(before) + [path for path in after if path not in before]
-    pairs = {path: (before.get(path), after.get(path)) for path in paths}
+    """{path: (old value, new value)} of the fields that differ; the value of an absent field is None."""
+    old_values, new_values = _flatten_fields(old), _flatten_fields(new)
+    paths = list(old_values) + [path for path in new_values if path not in old_values]
+    pairs = {path: (old_values.get(path), new_values.get(path)) for path in paths}
     return {path: (a, b) for path, (a, b) in pairs.items() if a != b}
 
 
 def _flatten_fields(config: Any, prefix: str = "") -> dict[str, Any]:
     flat = {prefix + "class": type(config).__name__}
     for name, value in _field_items(config):
-        inside = dataclasses.is_dataclass(value)
-        flat |= _flatten_fields(value, f"{prefix}{name}.") if inside else {prefix + name: value}
+        nested = dataclasses.is_dataclass(value)
+        flat |= _flatten_fields(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return flat
 
 
 def to_json(config: Any) -> str:
-    """A config as JSON text for `from_json`; each dataclass carries its class tag (see `class_tags`)."""
+    """The config as JSON text for `from_json`; each dataclass has its class tag under "class" (see `class_tags`).
+
+    Raises UserError for a value that is not a number, a string, a tuple or a dataclass of lionjax.
+    """
     return json.dumps(_to_plain(config, type(config).__name__), indent=1)
 
 
 def _to_plain(value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
-        home = f"{kind.__module__}:{kind.__qualname__}"
-        if not home.startswith("lionjax."):
-            raise UserError(f"{path} is a {kind.__name__}; it wants a dataclass of lionjax's own")
-        name = CLASS_TO_TAG.get(home, home)
+        class_path = f"{kind.__module__}:{kind.__qualname__}"
+        if not class_path.startswith("lionjax."):
+            raise UserError(f"{path} is a {kind.__name__}; it must be a dataclass of the lionjax package")
+        name = CLASS_TO_TAG.get(class_path, class_path)
         names = [field.name for field in dataclasses.fields(value)]
         return {"class": name} | {n: _to_plain(getattr(value, n), f"{path}.{n}") for n in names}
     if isinstance(value, list | tuple):
@@ -216,21 +229,21 @@ def _to_plain(value: Any, path: str) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     kind = type(value).__name__
-    raise UserError(f"{path} holds a {kind}; configs hold numbers, text, tuples and other configs")
+    raise UserError(f"{path} is a {kind}; it must be a number, a string, a tuple or a config")
 
 
 def from_json(text: str) -> Any:
-    """The config that `to_json` wrote. Only dataclasses of lionjax are built.
+    """The config in JSON text from `to_json`. Only dataclasses of lionjax are constructed.
 
-    A field that the text lacks takes its default, which is logged. Raises UserError for an unknown
-    field, a missing one without default, a value of another type, and text that is no config.
+    A missing field takes its default, which is logged. Raises UserError for an unknown field, a missing field without
+    a default, a value of the wrong type, and text that is not a config.
     """
     try:
         tree = json.loads(text)
     except ValueError as error:
-        raise UserError(f"the config is no JSON: {error}") from error
+        raise UserError(f"the config is not valid JSON: {error}") from error
     if not isinstance(tree, dict) or "class" not in tree:
-        raise UserError("the config wants a JSON object with the key 'class'")
+        raise UserError("the config must be a JSON object with the key 'class'")
     return _from_plain(dict(tree), str(tree["class"]).rpartition(".")[2])
 
 
@@ -243,40 +256,42 @@ def _from_plain(tree: dict[str, Any], path: str) -> Any:
             tree[renamed.name] = renamed.today(tree.pop(old))
     for name in tree:
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
             raise UserError(f"{path}: {kind.__name__} has no field {name!r}{hint}")
     for name, field in fields.items():
         if name not in tree and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{path}: field {name!r} of {kind.__name__} is missing")
         if name not in tree:
-            log.warning("%s: field %r is missing and takes its default", path, name)
+            log.warning("%s: field %r is missing; using its default", path, name)
     values = {name: _coerce_type(tree[name], hints[name], f"{path}.{name}") for name in tree}
     return _construct(kind, values, path)
 
 
 def _resolve_class(name: Any, path: str) -> type:
-    home = class_tags.TAG_TO_CLASS.get(class_tags.LEGACY_CLASS_TO_TAG.get(str(name), str(name)), str(name))
-    module, _, last = home.partition(":")
+    tag = class_tags.LEGACY_CLASS_TO_TAG.get(str(name), str(name))
+    module, _, class_name = class_tags.TAG_TO_CLASS.get(tag, str(name)).partition(":")
     kind = None
     if module.split(".")[0] == "lionjax":
         with contextlib.suppress(ImportError):
-            kind = getattr(importlib.import_module(module), last, None)
+            kind = getattr(importlib.import_module(module), class_name, None)
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        raise UserError(f"{path}: {name!r} is no config class of this version of lionjax")
+        raise UserError(f"{path}: {name!r} is not a config class of this lionjax version")
     return kind
 
 
 def _coerce_type(value: Any, hint: Any, path: str) -> Any:
-    """A value from JSON as its field wants it: a tuple for a list, a float for a whole number."""
+    """A JSON value converted to the type of its field: list to tuple, int to float. Raises UserError otherwise."""
     origin, kinds = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, dict):
         return _check_type(_from_plain(dict(value), path), hint, path)
+    if isinstance(value, list) and _has_words(hint) and len(value) == 2:
+        return hint.from_words(*value)
     if hint in (object, Any):
-        many = isinstance(value, list)
-        return tuple(_coerce_type(item, Any, path) for item in value) if many else value
+        is_list = isinstance(value, list)
+        return tuple(_coerce_type(item, Any, path) for item in value) if is_list else value
     if origin in (typing.Union, types.UnionType):
-        for kind in sorted(kinds, key=lambda kind: kind is not type(value)):  # the exact type first
+        for kind in sorted(kinds, key=lambda kind: kind is not type(value)):  # try the exact type first
             with contextlib.suppress(UserError):
                 return _coerce_type(value, kind, path)
     elif origin is tuple and isinstance(value, list):
@@ -298,7 +313,7 @@ def _check_type(value: Any, hint: Any, path: str) -> Any:
             return value
         if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, kind):
             return value
-    raise UserError(f"{path} wants {_type_name(hint)}, got {value!r}")
+    raise UserError(f"{path} must be {_type_name(hint)}, got {value!r}")
 
 
 def _type_name(hint: Any) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An experiment as one value: stages, run settings and generation settings as frozen dataclasses."""
+"""The `Experiment` config: model, data, training stages, run, mesh and generation settings as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -13,29 +13,105 @@ from lionjax.core.types import UserError
 Scalar = bool | int | float | str | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """One entry of a training mixture: a task of the data sources, and its weight among the entries.
+
+    `source` limits it to one data source. `template` "plain" omits the question, "told" replaces the image of a
+    synthetic scene by its description. `boxes` overrides the processor's box format ("digits", "bins", "embeddings").
+    `shots`: so many other examples, each with its image, before the one that is learned.
+    """
+
+    task: str
+    weight: float = 1.0
+    source: str = ""
+    template: str = ""
+    boxes: str = ""
+    shots: int = 0
+
+    @classmethod
+    def from_words(cls, spec: str, weight: float | str = 1.0) -> Mix:
+        """From the command line's form, such as "coco/vqa+2@plain", and a weight. Raises UserError for others."""
+        name, _, style = str(spec).partition("@")
+        name, plus, shots = name.partition("+")
+        source, _, task = name.rpartition("/")
+        if plus and not shots.isdigit():
+            raise UserError(f"mixture entry {spec!r} needs a number of examples after its plus sign, such as vqa+2")
+        if style and style not in (*MIX_TEMPLATES, *MIX_BOXES):
+            choices = ", ".join((*MIX_BOXES, *MIX_TEMPLATES))
+            raise UserError(f"mixture entry {spec!r} has the unknown suffix {style!r}; choose one of {choices}")
+        boxes = style if style in MIX_BOXES else ""
+        return cls(task, float(weight), source, style if not boxes else "", boxes, int(shots or 0))
+
+    @property
+    def spec(self) -> str:
+        """The form of the command line, without the weight."""
+        source, style = self.source and f"{self.source}/", self.template or self.boxes
+        return f"{source}{self.task}{f'+{self.shots}' if self.shots else ''}{f'@{style}' if style else ''}"
+
+    def __iter__(self):
+        return iter((self.spec, self.weight))
+
+    def __getitem__(self, index: int):
+        return tuple(self)[index]
+
+
+MIX_TEMPLATES, MIX_BOXES = ("plain", "told"), ("digits", "bins", "embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Initial weights of one part of a model: a path prefix in the parameters, and a safetensors file.
+
+    `file` "shipped:NAME" comes with the package. `key`: the part's path in the file, where that is another.
+    """
+
+    part: str
+    file: str
+    key: str = ""
+
+    @classmethod
+    def from_words(cls, part: str, file: str) -> Weights:
+        """From a prefix and "FILE" or "FILE#KEY"."""
+        path, _, key = file.partition("#")
+        return cls(part, path, key)
+
+    def __iter__(self):
+        return iter((self.part, f"{self.file}#{self.key}" if self.key else self.file))
+
+    def __getitem__(self, index: int):
+        return tuple(self)[index]
+
+
+def _typed(entries, kind: type) -> tuple:
+    """Entries as values of `kind`; pairs of words are read by `from_words`."""
+    return tuple(entry if isinstance(entry, kind) else kind.from_words(*entry) for entry in entries)
+
+
 @renamed_fields(
     accumulate="grad_accum_steps", learning_rate_scale="lr_multipliers", system="model_overrides", start="init_from"
 )
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One part of a schedule: what trains, on what, for how long, and how fast.
+    """One training stage: trainable parameters, data mixture, number of steps and optimizer settings.
 
-    `trainable`, `learning_rate_scale`: path patterns as in `params.matches`; the learning rate of
-    a parameter is multiplied by the factor of the first pattern that matches it.
-    `mixture`: (task name, weight).
-    `batch_size`: examples behind one update over all devices, read in `accumulate` equal parts.
-    The learning rate rises from `warmup_learning_rate` to `learning_rate` in `warmup_steps` and
-    falls along a cosine to `end_learning_rate`.
-    `optimizer`: AdamW for all, or Muon for the matrices between an input and an output (arXiv 2502.16982), which finds
-    where to look in fewer updates; its updates are as large as AdamW's, so that one learning rate serves both.
-    `system`: fields of the system's config replaced in this stage: ("visual_input", "QFORMER").
-    `start`: begin from the previous stage's weights, or from scratch.
+    - `trainable`, `lr_multipliers`: path patterns as in `params.matches`; the learning rate of a parameter is
+      multiplied by the factor of the first pattern that matches its path.
+    - `mixture`: `Mix` entries, or (spec, weight) pairs as on the command line.
+    - `batch_size`: examples in one update over all devices, processed in `grad_accum_steps` equal parts.
+    - `learning_rate`: reached from `warmup_learning_rate` in `warmup_steps`, then cosine decay to `end_learning_rate`.
+    - `optimizer`: "adamw", or "muon" for the matrices of hidden layers (arXiv 2502.16982) and AdamW for all others;
+      Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
+    - `model_overrides`: fields of the model config replaced in this stage, such as ("visual_input", "QFORMER").
+    - `init_from`: start from the weights of the previous stage, or from scratch.
+
+    Raises UserError for a `batch_size` or `grad_accum_steps` below 1, and if the latter does not divide the former.
     """
 
     name: str
     steps: int
     trainable: tuple[str, ...]
-    mixture: tuple[tuple[str, float], ...]
+    mixture: tuple[Mix, ...]
     batch_size: int
     grad_accum_steps: int = 1
     learning_rate: float = 1e-5
@@ -44,21 +120,22 @@ class Stage:
     end_learning_rate: float = 0.0
     weight_decay: float = 0.05
     optimizer: Literal["adamw", "muon"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW, also beside Muon
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW, also in a stage with Muon
     clip_norm: float = 1.0
     lr_multipliers: tuple[tuple[str, float], ...] = ()
     model_overrides: tuple[tuple[str, Scalar], ...] = ()
     init_from: Literal["previous", "scratch"] = "previous"
 
     def __post_init__(self):
+        object.__setattr__(self, "mixture", _typed(self.mixture, Mix))
         for field in ("batch_size", "grad_accum_steps"):
             value = getattr(self, field)
             if value < 1:
-                raise UserError(f"stage {self.name!r}: {field} is {value} and must be at least 1")
+                raise UserError(f"stage {self.name!r}: {field} is {value}; it must be at least 1")
         if self.batch_size % self.grad_accum_steps:
             raise UserError(
-                f"stage {self.name!r}: batch_size {self.batch_size} does not divide into "
-                f"grad_accum_steps={self.grad_accum_steps} equal parts"
+                f"stage {self.name!r}: batch_size is {self.batch_size}; it must be a multiple of "
+                f"grad_accum_steps={self.grad_accum_steps}"
             )
 
 
@@ -73,33 +150,33 @@ class Stage:
 )
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """How a run goes about it: what it writes and when (in updates), how frozen weights are held."""
+    """Settings of a run: intervals in steps (updates), checkpoints, feature cache, failure handling."""
 
     log_every: int = 10
     save_every: int = 1000
-    evaluate_every: int = 0  # 0: at the end of a stage only
-    evaluate_limit: int = 200  # questions of each benchmark asked when all stages are done; 0: none
-    max_to_keep: int = 3  # checkpoints kept, and the best one of the stage that runs
-    frozen_dtype: str = "bfloat16"
-    cache_features: bool = False  # keep what frozen towers make of each record, so that they run once
-    feature_cache_gib: float = 4.0  # memory for that, on each host
-    feature_cache_dir: str = ""  # a folder where it is kept on disk as well, for later starts and other runs
-    # An update whose loss or gradient is not finite, or whose loss is a spike, changes nothing; then the run stops,
-    # goes on, or goes back to the last checkpoint and on with the batches after that one.
+    evaluate_every: int = 0  # 0: only at the end of a stage
+    evaluate_limit: int = 200  # questions of each benchmark after the last stage; 0: no benchmarks
+    max_to_keep: int = 3  # latest checkpoints on disk, besides the best one of the current stage
+    frozen_dtype: str = "bfloat16"  # of frozen parameters
+    cache_features: bool = False  # cache the frozen towers' output of each record, so that they run once
+    feature_cache_gib: float = 4.0  # memory of that cache on each host, in GiB
+    feature_cache_dir: str = ""  # a folder that stores the cache on disk for restarts and other runs; "": none
+    # A bad step (loss or gradient not finite, or a loss spike) leaves the parameters unchanged. Then the run stops,
+    # skips the batch, or restores the last checkpoint and continues with the batches after the bad one.
     on_bad_step: Literal["stop", "skip", "rewind"] = "stop"
-    loss_spike_sigmas: float = 0.0  # so many deviations above the mean of the last 128 losses is a spike; 0: none
-    max_bad_steps: int = 20  # with so many in one stage the run stops all the same
-    # An update that takes longer (ten times as long, where it is compiled) ends the process; 0: never.
+    loss_spike_sigmas: float = 0.0  # a loss this many deviations above the mean of the last 128 is a spike; 0: off
+    max_bad_steps: int = 20  # the run stops at this many bad steps in one stage
+    # A step that takes longer than this (ten times this while it compiles) ends the process; 0: no watchdog.
     watchdog_seconds: float = 1800.0
 
 
 @renamed_fields(beams="num_beams")
 @dataclasses.dataclass(frozen=True)
 class GenerationDefaults:
-    """How the trained model answers where nobody says otherwise.
+    """Default generation settings of the trained model.
 
-    The penalty is for sentences alone: the digits of a box repeat by right, so region-level prompts are answered
-    without it. `max_new_tokens` 0: as many as the longest answer in training may have.
+    `repetition_penalty` does not apply to region-level prompts, because digits of boxes repeat. `max_new_tokens` 0: the
+    maximum answer length of training.
     """
 
     num_beams: int = 1
@@ -111,24 +188,24 @@ class GenerationDefaults:
 @renamed_fields(system="model", answer="generation")
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything a run is made of.
+    """The whole config of a run.
 
-    `weights`: (path prefix in the params tree, safetensors file with that part; behind a # its path in the file, where
-    that is another).
+    `weights`: safetensors files to initialize parts of the model from; pairs (part, "FILE" or "FILE#KEY") are accepted.
     """
 
     name: str
-    model: object  # a frozen dataclass, such as systems.lion.LionConfig
-    data: object  # a frozen dataclass
+    model: object  # a VLM config, such as models.vlm.lion.Lion
+    data: object  # a data config, such as data.config.DataConfig
     stages: tuple[Stage, ...]
     run: RunConfig = RunConfig()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
-    weights: tuple[tuple[str, str], ...] = ()
+    weights: tuple[Weights, ...] = ()
     generation: GenerationDefaults = GenerationDefaults()
 
     def __post_init__(self):
-        # What the data's processor needs to know of the model comes from the model, and is set in one place.
+        object.__setattr__(self, "weights", _typed(self.weights, Weights))
+        # The processor's fields that depend on the model are derived from it, so that they are set in one place.
         for_model = getattr(self.data, "for_model", None)
         if for_model is not None:
             object.__setattr__(self, "data", for_model(self.model.info))

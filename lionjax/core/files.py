@@ -27,36 +27,36 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all: beside its place under another name, then renamed."""
+    """Write a file atomically: to a temporary name in the same folder, then rename it."""
     partial = path.with_name(path.name + ".part")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, None if there is no file. Raises UserError where it cannot be parsed."""
+    """The content of a JSON file, None if there is no file. Raises UserError if it is not valid JSON."""
     if not path.is_file():
         return None
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, indented, whole or not at all."""
+    """Write indented JSON atomically."""
     write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
 def update_json(path: Path, fields: dict[str, Any]) -> None:
-    """Set fields of a JSON object in a file, which may be missing; its other fields stay."""
+    """Set fields of the JSON object in a file and keep its other fields; creates the file if it is missing."""
     write_json(path, (read_json(path) or {}) | fields)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; none if it is missing.
+    """The objects of a JSON Lines file; an empty list if it is missing.
 
-    A last line that is cut off, as a killed process leaves it, is skipped. Raises UserError for any other bad line.
+    A truncated last line, from a killed process, is skipped. Raises UserError for any other invalid line.
     """
     lines = path.read_text().splitlines() if path.is_file() else []
     rows = []
@@ -65,12 +65,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise UserError(f"{path}: line {number} is no JSON: {error}") from error
+                raise UserError(f"{path}: line {number} is not valid JSON: {error}") from error
     return rows
 
 
 def write_jsonl(path: Path, rows) -> None:
-    """Write one JSON object per line, whole or not at all."""
+    """Write one JSON object per line, atomically."""
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter trees by path: name, split, merge, count, describe, cast. A pattern that matches nothing is an error."""
+"""Operations on parameter trees by path: flatten, match, split, merge, count, cast and print."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lionjax.core.types import Params, UserError
 
 
 def flatten(params: Params, prefix: str = "") -> dict[str, object]:
-    """Nested dict -> {"vision/blocks/attn/q/kernel": leaf}, in sorted order of paths. Empty subtrees vanish."""
+    """{"vision/blocks/attn/q/kernel": leaf} of a nested dict, sorted by path, without empty subtrees."""
     flat: dict[str, object] = {}
     for name in sorted(params):
         path = f"{prefix}{name}"
@@ -36,55 +36,55 @@ def unflatten(flat: dict[str, object]) -> Params:
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
-    """Whether a path is matched whole by one of the regular expressions, or lies under it."""
+    """Whether one of the regular expressions matches the whole path or the path of a parent."""
     return any(re.fullmatch(f"(?:{pattern})(?:/.*)?", path) for pattern in patterns)
 
 
 def split(params: Params, patterns: Iterable[str]) -> tuple[Params, Params]:
-    """Two trees: the leaves whose path matches a pattern, and the rest.
+    """Two trees: the leaves whose path matches a pattern, and all others.
 
-    Raises UserError naming every pattern that matches nothing, with the nearest path.
+    Raises UserError for the first pattern that matches no path, naming the closest path.
     """
     patterns, flat = tuple(patterns), flatten(params)
-    heads = {path.split("/")[0] for path in flat} | set(flat)
+    names = {path.split("/")[0] for path in flat} | set(flat)
     for pattern in patterns:
         if not any(matches(path, (pattern,)) for path in flat):
-            near = difflib.get_close_matches(pattern, heads, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.4)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
             raise UserError(f"pattern {pattern!r} matches none of the {len(flat)} parameters{hint}")
-    chosen = {path: leaf for path, leaf in flat.items() if matches(path, patterns)}
-    rest = {path: leaf for path, leaf in flat.items() if path not in chosen}
-    return unflatten(chosen), unflatten(rest)
+    matched = {path: leaf for path, leaf in flat.items() if matches(path, patterns)}
+    unmatched = {path: leaf for path, leaf in flat.items() if path not in matched}
+    return unflatten(matched), unflatten(unmatched)
 
 
 def merge(*trees: Params) -> Params:
-    """One tree from several that share no leaf. Cheap: nothing is copied, so it may run inside `jax.grad`."""
+    """One tree from trees with disjoint paths, without copying arrays. Raises ValueError for a path in two trees."""
     flat: dict[str, object] = {}
     for tree in trees:
-        part = flatten(tree)
-        if both := flat.keys() & part.keys():
-            raise ValueError(f"{len(both)} parameters stand in two trees, for example {min(both)!r}")
-        flat |= part
+        leaves = flatten(tree)
+        if shared := flat.keys() & leaves.keys():
+            raise ValueError(f"{len(shared)} parameters are in two of the trees, for example {min(shared)!r}")
+        flat |= leaves
     return unflatten(flat)
 
 
 def count_params(params: Params) -> int:
-    """Number of scalars in the tree (also of shapes made by eval_shape)."""
+    """Number of scalars in the tree, of arrays or ShapeDtypeStructs."""
     return sum(int(np.prod(leaf.shape)) for leaf in flatten(params).values())
 
 
 def cast(params: Params, dtype: str) -> Params:
-    """Floating leaves in another dtype; integer leaves stay."""
+    """The tree with floating-point leaves cast to `dtype`; integer leaves are unchanged."""
 
-    def one(leaf):
+    def cast_leaf(leaf):
         floating = jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
         return leaf.astype(dtype) if floating else leaf
 
-    return jax.tree.map(one, params)
+    return jax.tree.map(cast_leaf, params)
 
 
 def parameter_overview(params: Params, depth: int = 2) -> str:
-    """A table of subtrees down to `depth`: path, scalars, dtypes. For people and logs."""
+    """A table of the subtrees at `depth` for printing: path, number of scalars, dtypes."""
     groups: dict[str, list] = {}
     for path, leaf in flatten(params).items():
         groups.setdefault("/".join(path.split("/")[:depth]), []).append(leaf)

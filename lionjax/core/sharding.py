@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where arrays live: the mesh, one table from logical axes to mesh axes, batches onto devices.
+"""Sharding: the device mesh, the rules from logical axes to mesh axes, and placement of parameters and batches.
 
-Weights and activations name their axes beside their shape; only this file knows what a name means on a mesh. An axis
-that does not divide is dropped for that array and said once in the log.
+Parameters and activations have logical axis names (as in Flax); `LOGICAL_AXIS_RULES` maps them to mesh axes. An axis
+whose size is not divisible is not sharded for that array, which is logged once.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ with_logical_partitioning = nn.with_logical_partitioning
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1 and takes what is left."""
+    """Number of devices along each mesh axis; at most one may be -1, which takes all remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -59,20 +59,20 @@ class MeshConfig:
     slices: int = 1
 
     def shape(self, num_devices: int) -> tuple[int, int, int, int]:
-        """(slice, data, fsdp, tensor) for a number of devices. Raises UserError when they do not multiply to it."""
+        """(slice, data, fsdp, tensor). Raises UserError if their product is not `num_devices`."""
         sizes = [self.slices, self.data, self.fsdp, self.tensor]
-        known = int(np.prod([size for size in sizes if size != -1]))
+        fixed = int(np.prod([size for size in sizes if size != -1]))
         if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-            raise UserError(f"mesh {self} wants at most one axis of -1 and the others positive")
-        if -1 in sizes and num_devices % known == 0:
-            sizes[sizes.index(-1)] = num_devices // known
+            raise UserError(f"mesh is {self}; at most one axis can be -1, and the others must be positive")
+        if -1 in sizes and num_devices % fixed == 0:
+            sizes[sizes.index(-1)] = num_devices // fixed
         if int(np.prod(sizes)) != num_devices:
-            raise UserError(f"mesh {self} does not fit {num_devices} devices; set mesh.data=-1 to take what is left")
+            raise UserError(f"mesh {self} does not fit {num_devices} devices; set mesh.data=-1 to use all that remain")
         return tuple(sizes)
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
-    """A mesh with axes slice, data, fsdp, tensor over all (or the given) devices."""
+    """A mesh with axes slice, data, fsdp, tensor over `devices` (default: all). Raises UserError if it does not fit."""
     devices = jax.devices() if devices is None else list(devices)
     shape = config.shape(len(devices))
     if config.slices > 1 and getattr(devices[0], "slice_index", None) is not None:
@@ -81,7 +81,7 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
         )
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    # jax makes Explicit axes by default, under which linen's logical constraints fail inside init.
+    # Linen's logical constraints fail inside init under Explicit axes, the default of jax.
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -91,26 +91,31 @@ _logged_axes: set[tuple] = set()
 def partition_spec(
     logical_axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, array_name: str = "an array"
 ) -> PartitionSpec:
-    """The mesh axes of an array with these logical axes, without those that do not divide its shape."""
+    """The PartitionSpec of an array by `LOGICAL_AXIS_RULES`, without mesh axes that do not divide its shape."""
     used: set[str] = set()
     parts = []
     for name, size in zip(logical_axes, shape, strict=True):
-        wanted = LOGICAL_AXIS_RULES[name] if name is not None else None
-        wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
-        wanted = tuple(axis for axis in wanted if mesh.shape[axis] > 1 and axis not in used)
-        while wanted and size % int(np.prod([mesh.shape[axis] for axis in wanted])):
-            if (name, size, wanted) not in _logged_axes:  # once, however many arrays have such an axis
-                _logged_axes.add((name, size, wanted))
-                axes_of = " x ".join(wanted)
-                log.info("%r of %d does not divide over %s: not split there (%s, ...)", name, size, axes_of, array_name)
-            wanted = wanted[:-1]
-        used |= set(wanted)
-        parts.append(wanted if len(wanted) > 1 else wanted[0] if wanted else None)
+        mesh_axes = LOGICAL_AXIS_RULES[name] if name is not None else None
+        mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        mesh_axes = tuple(axis for axis in mesh_axes if mesh.shape[axis] > 1 and axis not in used)
+        while mesh_axes and size % int(np.prod([mesh.shape[axis] for axis in mesh_axes])):
+            if (name, size, mesh_axes) not in _logged_axes:  # once for all arrays with such an axis
+                _logged_axes.add((name, size, mesh_axes))
+                log.info(
+                    "axis %r of size %d is not divisible by mesh axes %s: not sharded (%s, ...)",
+                    name,
+                    size,
+                    " x ".join(mesh_axes),
+                    array_name,
+                )
+            mesh_axes = mesh_axes[:-1]
+        used |= set(mesh_axes)
+        parts.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0] if mesh_axes else None)
     return PartitionSpec(*parts)
 
 
 def with_logical_constraint(x, *axes: str | None):
-    """An activation's logical axes, as a hint to the compiler; without a mesh in sight it does nothing."""
+    """x with a sharding constraint by its logical axes; x itself outside of `use_mesh`."""
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         return x
@@ -118,128 +123,133 @@ def with_logical_constraint(x, *axes: str | None):
 
 
 def aligned_group_size(batch_size: int, max_size: int) -> int:
-    """How many rows of a batch, `most` or fewer, make groups of which no device has only a part."""
+    """A group size that divides `max_size` and the rows of each device, so that no group is split among devices.
+
+    1 if `batch_size` is not divisible by the mesh.
+    """
     mesh = current_mesh()
-    pieces = 1 if mesh is None else math.prod(mesh.shape[name] for name in LOGICAL_AXIS_RULES["batch"])
-    return math.gcd(max_size, batch_size // pieces) if batch_size % pieces == 0 else 1
+    num_shards = 1 if mesh is None else math.prod(mesh.shape[name] for name in LOGICAL_AXIS_RULES["batch"])
+    return math.gcd(max_size, batch_size // num_shards) if batch_size % num_shards == 0 else 1
 
 
-# Of the context that jit's caches look at: a program traced for one mesh is not taken for another.
+# A user context is part of the key of jit's cache, so that a program traced for one mesh is not used for another.
 _mesh_context = jax.make_user_context(None)
 
 
 def use_mesh(mesh: Mesh):
-    """`with sharding.use(mesh):` makes a mesh the one that `constrain` reads while tracing."""
+    """Context manager that sets the mesh of `with_logical_constraint` while tracing."""
     return _mesh_context(mesh)
 
 
 def current_mesh() -> Mesh | None:
-    """The mesh of the innermost `use`, if any."""
+    """The mesh of the innermost `use_mesh`, or None."""
     return _mesh_context.value
 
 
 def named_shardings(boxed: Params, mesh: Mesh) -> Params:
-    """NamedSharding per leaf, from leaves that carry logical axes (as `VLM.init` makes them)."""
+    """NamedSharding of each leaf, from leaves boxed with logical axes (as returned by `VLM.init`)."""
 
-    def one(path, leaf):
+    def leaf_sharding(path, leaf):
         name = "/".join(str(part.key) for part in path)
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, PartitionSpec())
         return NamedSharding(mesh, partition_spec(leaf.names, leaf.value.shape, mesh, name))
 
-    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return jax.tree_util.tree_map_with_path(leaf_sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def layer_axes(boxed: Params) -> dict[str, int]:
-    """{path: how many axes of the leaf stack layers}, from leaves that carry logical axes."""
+    """{path: number of axes that stack layers}, from leaves boxed with logical axes."""
     flat = trees.flatten(boxed)
     return {path: tuple(getattr(leaf, "names", ())).count("layers") for path, leaf in flat.items()}
 
 
 def abstract_params(init_fn: Callable, *args, mesh: Mesh | None = None) -> Params:
-    """Shapes, dtypes and (with a mesh) shardings of what `init(*args)` would make; costs nothing at any size."""
+    """Shapes, dtypes and (with a mesh) shardings of `init_fn(*args)` as ShapeDtypeStructs, without allocation."""
     boxed = jax.eval_shape(init_fn, *args)
     shapes = nn.unbox(boxed)
     if mesh is None:
         return shapes
     return jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, named_shardings(boxed, mesh)
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        named_shardings(boxed, mesh),
     )
 
 
 def init_sharded(init_fn: Callable, *args, mesh: Mesh | None = None) -> Params:
-    """Run `init(*args)`, each leaf created where it belongs. The values do not depend on the mesh."""
-    where = None if mesh is None else named_shardings(jax.eval_shape(init_fn, *args), mesh)
-    return jax.jit(lambda *a: nn.unbox(init_fn(*a)), out_shardings=where)(*args)
+    """Parameters of `init_fn(*args)`, each leaf created with its sharding. The values do not depend on the mesh."""
+    shardings = None if mesh is None else named_shardings(jax.eval_shape(init_fn, *args), mesh)
+    return jax.jit(lambda *a: nn.unbox(init_fn(*a)), out_shardings=shardings)(*args)
 
 
 def reshard_like(tree: Params, like: Params) -> Params:
-    """Arrays of one tree laid out as another (of ShapeDtypeStructs with shardings, or arrays)."""
+    """Arrays of `tree` with the shardings of `like`, a tree of arrays or of ShapeDtypeStructs with shardings."""
     flat, target = trees.flatten(tree), trees.flatten(like)
     return trees.unflatten({path: jax.device_put(leaf, target[path].sharding) for path, leaf in flat.items()})
 
 
 @functools.lru_cache
 def process_shard(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this process reads the index-th of `count` equal shares of every batch, in the batch's order.
+    """(index, count): this process reads part `index` of `count` equal consecutive parts of every batch.
 
-    Processes whose devices hold the same rows, as where a tensor axis spans hosts, have the same index. Raises
-    UserError for a mesh that cuts a batch unevenly among processes.
+    Processes whose devices hold the same rows (a tensor axis across hosts) have the same index. Raises UserError for a
+    mesh that divides a batch unevenly among processes.
     """
     axes = tuple(mesh.axis_names.index(name) for name in LOGICAL_AXIS_RULES["batch"])
-    pieces = np.prod([mesh.devices.shape[axis] for axis in axes])
-    rows: dict[int, set[int]] = {}
-    for where, device in np.ndenumerate(mesh.devices):
-        piece = 0
+    num_shards = np.prod([mesh.devices.shape[axis] for axis in axes])
+    process_shards: dict[int, set[int]] = {}
+    for position, device in np.ndenumerate(mesh.devices):
+        shard = 0
         for axis in axes:
-            piece = piece * mesh.devices.shape[axis] + where[axis]
-        rows.setdefault(device.process_index, set()).add(piece)
-    shares = sorted({tuple(sorted(pieces)) for pieces in rows.values()})
-    if len({len(held) for held in shares}) > 1 or sum(map(len, shares)) != pieces:
+            shard = shard * mesh.devices.shape[axis] + position[axis]
+        process_shards.setdefault(device.process_index, set()).add(shard)
+    parts = sorted({tuple(sorted(shards)) for shards in process_shards.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != num_shards:
         raise UserError(
-            f"mesh {dict(mesh.shape)} cuts a batch unevenly among {len(rows)} processes; let data * fsdp be a "
-            "multiple of the processes, or keep the tensor axis within a host"
+            f"mesh {dict(mesh.shape)} divides a batch unevenly among {len(process_shards)} processes; set data * fsdp "
+            "to a multiple of the number of processes, or keep the tensor axis within a host"
         )
-    mine = rows.get(jax.process_index(), set(shares[0]))
-    return shares.index(tuple(sorted(mine))), len(shares)
+    local = process_shards.get(jax.process_index(), set(parts[0]))
+    return parts.index(tuple(sorted(local))), len(parts)
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's share of a batch onto the mesh: one global array, split along its first axis.
+    """Global arrays of a batch from this process's part of it (see `process_shard`), sharded along axis 0.
 
-    Raises UserError where several processes share a batch that does not divide over the mesh.
+    Raises UserError if there are several processes and the batch size is not divisible by the mesh.
     """
-    count, pieces = process_shard(mesh)[1], int(np.prod([mesh.shape[name] for name in LOGICAL_AXIS_RULES["batch"]]))
+    count, num_shards = process_shard(mesh)[1], int(np.prod([mesh.shape[name] for name in LOGICAL_AXIS_RULES["batch"]]))
 
-    def one(x):
+    def shard_array(x):
         x = np.asarray(x)
         shape = (x.shape[0] * count, *x.shape[1:])
-        if jax.process_count() > 1 and shape[0] % pieces:
+        if jax.process_count() > 1 and shape[0] % num_shards:
             raise UserError(
-                f"a batch of {shape[0]} does not divide over {pieces} parts of mesh {dict(mesh.shape)}, which "
-                "several processes need; change batch_size or the mesh"
+                f"batch size {shape[0]} is not divisible by the {num_shards} shards of mesh {dict(mesh.shape)}, which "
+                "runs with several processes need; change batch_size or the mesh"
             )
-        where = NamedSharding(mesh, partition_spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh, "batch"))
-        return jax.make_array_from_process_local_data(where, x, shape)
+        spec = partition_spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh, "batch")
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, shape)
 
-    return jax.tree.map(one, batch)
+    return jax.tree.map(shard_array, batch)
 
 
 def shard_global_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """A batch of which every process has all rows onto the mesh, split along its first axis where that divides."""
+    """Global arrays of a batch that every process has whole, sharded along axis 0 if its size is divisible."""
     if mesh.size == 1:
         return batch
 
-    def one(x):
+    def shard_array(x):
         x = np.asarray(x)
-        where = partition_spec(("batch",) + (None,) * (x.ndim - 1), x.shape, mesh, "batch")
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, where), x.__getitem__)
+        spec = partition_spec(("batch",) + (None,) * (x.ndim - 1), x.shape, mesh, "batch")
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), x.__getitem__)
 
-    return jax.tree.map(one, batch)
+    return jax.tree.map(shard_array, batch)
 
 
 def gather_to_host(tree):
-    """Arrays as numpy holds them, whole in every process; each must ask."""
+    """The tree with whole numpy arrays in every process; all processes must call this."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils

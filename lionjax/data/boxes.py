@@ -14,10 +14,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lionjax.core.experiment import MIX_BOXES
 from lionjax.core.types import UserError
 
 Box = tuple[float, float, float, float]
-BOX_FORMATS = ("digits", "bins", "embeddings")
+BOX_FORMATS = MIX_BOXES
 # Appended to a question whose box format differs from the model's own.
 BOX_FORMAT_HINTS = {
     "digits": "Write places in digits.",

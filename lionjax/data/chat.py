@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lionjax.core.experiment import MIX_TEMPLATES
 from lionjax.core.types import UserError
 
-TEMPLATE_KINDS = ("plain", "told")
+TEMPLATE_KINDS = MIX_TEMPLATES
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,12 @@ def open_image(file: str | Path | bytes, name: str = "", max_pixels: int = MAX_P
     if not isinstance(file, bytes):
         _check_image_file(Path(file), name)
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=ALLOWED_FORMATS) as opened:
-            width, height = opened.size
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=ALLOWED_FORMATS) as image:
+            width, height = image.size
             if width * height > max_pixels:
                 raise _too_large_error(name, f"{width} x {height}", max_pixels)
-            opened.load()
-            return _to_rgb(_apply_exif_orientation(opened))
+            image.load()
+            return _to_rgb(_apply_exif_orientation(image))
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

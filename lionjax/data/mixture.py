@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from lionjax.core.experiment import Mix
 from lionjax.core.types import UserError
 from lionjax.data import images, letterbox
-from lionjax.data.boxes import BOX_FORMAT_HINTS, BOX_FORMATS
-from lionjax.data.chat import DEFAULT_FORMAT, TEMPLATE_KINDS, PromptFormat
+from lionjax.data.boxes import BOX_FORMAT_HINTS
+from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat
 from lionjax.data.config import DataConfig
+from lionjax.data.datasets.annotated_images import ImageInfo
+from lionjax.data.datasets.array_record import RecordTruth
 from lionjax.data.datasets.source import OpenDataset, open_split
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.processor import Processor
@@ -74,27 +77,14 @@ class MixtureDataset:
     def __reduce__(self):
         return MixtureDataset, (self.data, self.split)
 
-    def components(self, name: str, weight: float = 1.0) -> list[MixtureComponent]:
-        """The components of a mixture entry: task "vqa" of every source that has it, or "coco/vqa" of one source.
+    def components(self, entry: Mix | str, weight: float = 1.0) -> list[MixtureComponent]:
+        """The components of a mixture entry (or its words, see `Mix.from_words`): its task in each source that has it.
 
-        "rec@digits" (or "bins", "embeddings") overrides the processor's box format. "caption@plain" omits the
-        question, "vqa@told" replaces the image of a scene by its text description, and "vqa+2" adds two in-context
-        examples. Their weights sum to `weight`, in proportion to their sizes. Raises UserError for an unknown task or
-        suffix.
+        Their weights sum to the entry's, in proportion to their sizes. Raises UserError for an unknown task or suffix.
         """
-        task_spec, at_sign, style = name.partition("@")
-        if at_sign and style not in (*BOX_FORMATS, *TEMPLATE_KINDS):
-            choices = ", ".join((*BOX_FORMATS, *TEMPLATE_KINDS))
-            raise UserError(f"mixture entry {name!r} has the unknown suffix {style!r}; choose one of {choices}")
-        task_spec, plus_sign, num_shots = task_spec.partition("+")
-        if plus_sign and not num_shots.isdigit():
-            raise UserError(f"mixture entry {name!r} needs a number of examples after its plus sign, such as vqa+2")
-        settings = {
-            "box_format": style if style in BOX_FORMATS else "",
-            "template": style if style in TEMPLATE_KINDS else "",
-        }
-        settings["shots"] = int(num_shots or 0)
-        source, _, task = task_spec.rpartition("/")
+        mix = Mix.from_words(entry, weight) if isinstance(entry, str) else entry
+        source, task = mix.source, mix.task
+        settings = {"box_format": mix.boxes, "template": mix.template, "shots": mix.shots}
         matches = [
             (k, dataset.task_sizes[task])
             for k, dataset in enumerate(self.datasets)
@@ -103,11 +93,11 @@ class MixtureDataset:
         if not matches:
             available = {s.name: "|".join(o.task_sizes) for s, o in zip(self.data.sources, self.datasets)}
             choices = "; ".join(f"{source}/{tasks}" for source, tasks in available.items())
-            raise UserError(f"no data source has the task {name!r}; choose one of {choices}")
+            raise UserError(f"no data source has the task {mix.spec!r}; choose one of {choices}")
         if task == "res" and self.split == "train":
             matches = [(k, max(1, round(size * self.data.mask_fraction))) for k, size in matches]
         total_size = sum(size for _, size in matches)
-        return [MixtureComponent(k, task, size, weight * size / total_size, **settings) for k, size in matches]
+        return [MixtureComponent(k, task, size, mix.weight * size / total_size, **settings) for k, size in matches]
 
     def record_name(self, record_id: int) -> str:
         """The name of a record, such as "coco/0001.jpg", by its id in `Batch.record_B`."""
@@ -209,7 +199,9 @@ class MixtureDataset:
 
 def prompt_format_for(component: MixtureComponent, truth: Any) -> PromptFormat:
     """The prompt format of a component's example; text-only if its record has no image."""
-    return PromptFormat("told" if not getattr(truth, "name", "a scene") else component.template)
+    info = truth.image_info if isinstance(truth, RecordTruth) else truth
+    text_only = isinstance(info, ImageInfo) and not info.name
+    return PromptFormat("told" if text_only else component.template)
 
 
 def prepend_scene_text(example: Example, truth: Any, rng: np.random.Generator) -> Example:

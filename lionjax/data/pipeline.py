@@ -149,7 +149,7 @@ class BatchIterator:
 def batches(
     data: DataConfig, stage: Any, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> BatchIterator:
-    """Training batches of a stage: `stage.mixture` holds (task, weight) pairs, `stage.name` is part of the seed.
+    """Training batches of a stage: `stage.mixture` holds its tasks (`Mix`), `stage.name` is part of the seed.
 
     `batch_size` is the global batch size, divided equally over processes. Raises UserError for an unknown task, for
     data that cannot be read, for a mixture without positive weights, and for a `batch_size` that does not divide.
@@ -162,15 +162,16 @@ def batches(
             f"give a positive multiple of {process_count}"
         )
     dataset = open_mixture(data, "train")
-    if any(weight < 0 for _, weight in stage.mixture) or not any(weight for _, weight in stage.mixture):
+    if any(mix.weight < 0 for mix in stage.mixture) or not any(mix.weight for mix in stage.mixture):
         raise UserError(
-            f"the mixture of stage {stage.name!r} is {stage.mixture}; give weights of 0 or more, one above 0"
+            f"the mixture of stage {stage.name!r} is {tuple(map(tuple, stage.mixture))}; "
+            "give weights of 0 or more, one above 0"
         )
     components = [
         dataclasses.replace(component, mixture_index=mixture_index)
-        for mixture_index, (name, weight) in enumerate(stage.mixture)
-        if weight
-        for component in dataset.components(name, weight)
+        for mixture_index, mix in enumerate(stage.mixture)
+        if mix.weight
+        for component in dataset.components(mix)
     ]
     stage_seed = [seed, zlib.crc32(stage.name.encode())]
     datasets = [

@@ -138,7 +138,7 @@ def _find_tokenizer_file(path: Path) -> Path:
 def _load_bert(path: Path) -> tokenizers.Tokenizer:
     """BERT uncased with the token `[DEC]` that LAVIS adds (id 30522 for bert-base-uncased)."""
     pieces = path.read_text(encoding="utf-8").splitlines()
-    vocabulary = {word: i for i, word in enumerate(pieces)}
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     if missing := [piece for piece in special if piece not in vocabulary]:
         raise UserError(f"it lacks the special tokens {', '.join(missing)}")

@@ -161,7 +161,7 @@ def evaluate(
     by default after the benchmark. With `folder`, answers and metrics are written there. Raises UserError for an
     unknown benchmark, and for unreadable records.
     """
-    task, label, began = benchmark_task(benchmark), label or benchmark_label(benchmark), time.perf_counter()
+    task, label, start_time = benchmark_task(benchmark), label or benchmark_label(benchmark), time.perf_counter()
     folder = folder if jax.process_index() == 0 else None  # only the main process writes
     examples, predictions, records, true_masks = [], {}, [], []
     image_folder = None if folder is None else folder / "evaluation" / "pictures"
@@ -191,7 +191,7 @@ def evaluate(
         for variant, variant_texts in texts.items()
     }
     entry = {"benchmark": label, "task": task, "split": split, "limit": limit, "updates": updates}
-    entry |= {"samples": len(examples), "seconds": round(time.perf_counter() - began, 3)}
+    entry |= {"samples": len(examples), "seconds": round(time.perf_counter() - start_time, 3)}
     entry |= summarize_scores(label.removesuffix(task), scores)
     if task in tasks.PER_KIND_TASKS:
         entry["kinds"] = metrics_by_kind(task, examples, texts)

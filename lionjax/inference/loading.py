@@ -105,7 +105,7 @@ def load_run(folder: Path, mesh: Mesh) -> Model:
     raise UserError(f"{folder} holds no undamaged parameters; `lionjax train` restarts the run")
 
 
-def _load_params(folder: Path, experiment: Experiment, layout: ParamSpecs, stage: int, step: int) -> Params:
+def _load_params(folder: Path, experiment: Experiment, specs: ParamSpecs, stage: int, step: int) -> Params:
     """The parameters at one position of a run.
 
     Raises CorruptCheckpointError if the checkpoint is damaged, UserError if the frozen parameters are.
@@ -114,20 +114,20 @@ def _load_params(folder: Path, experiment: Experiment, layout: ParamSpecs, stage
     base = base_folder(folder, experiment, 0 if scratch else stage)
     if not base.is_dir():
         raise CorruptCheckpointError(base, "the parameters that its stage started from are missing")
-    items, meta = checkpoint.restore_tree(base, {"learned": layout.trainable})
+    items, meta = checkpoint.restore_tree(base, {"learned": specs.trainable})
     learned = items["learned"]
     if step:
         path = folder / "checkpoints" / str(updates_before(experiment, stage) + step)
-        trainable, _ = trees.split(layout.trainable, experiment.stages[stage].trainable)
+        trainable, _ = trees.split(specs.trainable, experiment.stages[stage].trainable)
         items, meta = checkpoint.restore_tree(path, {"trainable": trainable})
-        _, idle = trees.split(learned, experiment.stages[stage].trainable)
-        learned = trees.merge(items["trainable"], idle)
-    frozen = folder / "frozen" / meta["frozen"]
+        _, untrained = trees.split(learned, experiment.stages[stage].trainable)
+        learned = trees.merge(items["trainable"], untrained)
+    frozen_folder = folder / "frozen" / meta["frozen"]
     try:
-        never = checkpoint.restore_tree(frozen, {"never": layout.frozen})[0]["never"]
+        frozen_params = checkpoint.restore_tree(frozen_folder, {"never": specs.frozen})[0]["never"]
     except CorruptCheckpointError as damage:
         raise UserError(f"the frozen parameters are damaged ({damage}); `lionjax train` rebuilds them") from damage
-    return trees.merge(never, learned)
+    return trees.merge(frozen_params, learned)
 
 
 def load_weights(folder: Path, mesh: Mesh) -> Model:

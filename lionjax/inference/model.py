@@ -27,7 +27,13 @@ from lionjax.inference import engine
 from lionjax.inference.engine import Answer, InferenceEngine
 from lionjax.inference.sampling import GenerationConfig
 
-RENAMED = {"answerer": "engine", "has_the_bits_of": "equals_bitwise", "rank": "rank_candidates", "system": "vlm"}
+RENAMED = {
+    "answerer": "engine",
+    "companions": "tokenizer_files",
+    "has_the_bits_of": "equals_bitwise",
+    "rank": "rank_candidates",
+    "system": "vlm",
+}
 log = logging.getLogger(__name__)
 
 QFORMER_TOKENIZER_FOLDER = (

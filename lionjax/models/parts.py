@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a model by kind: its language model and its vision tower, where they lie among the parameters.
+"""Access to the submodels of a model: its language model and vision tower, with their parameter paths.
 
-A model is a `VLM` or one part alone, such as a `T5Config` or a `ViTConfig`, as conversion handles them.
+A model is a `VLM` or, in conversion, a config of a single submodel such as `T5Config` or `ViTConfig`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ LANGUAGE = (T5Config, DecoderConfig, BertConfig)
 
 
 def can_generate(model: Any) -> bool:
-    """Whether this is a whole model that answers, and not a part of one."""
+    """Whether this is a `VLM` that generates text."""
     return isinstance(model, VLM) and model.info.generates
 
 
 def part_of(model: Any, kinds: tuple[type, ...], field: str) -> tuple[str, Any] | None:
-    """(prefix of its parameters, its config) of the model itself or of a field of it, if that is one of the kinds."""
+    """(parameter prefix, config) of the model or of its field `field`, whichever is one of `kinds`; else None."""
     if isinstance(model, kinds):
         return "", model
     if field not in {f.name for f in dataclasses.fields(model)}:
@@ -35,20 +35,20 @@ def part_of(model: Any, kinds: tuple[type, ...], field: str) -> tuple[str, Any] 
 
 
 def replace_part(model: Any, prefix: str, part: Any) -> Any:
-    """The model with another config for the part at `prefix`; the part itself where that is empty."""
+    """The model with `part` as the config at `prefix`, or `part` itself for an empty prefix."""
     return dataclasses.replace(model, **{prefix.rstrip("/"): part}) if prefix else part
 
 
 def language_of(model: Any) -> tuple[str, Any]:
-    """(prefix, config) of the language model. Raises UserError where there is none."""
-    found = part_of(model, LANGUAGE, "language")
-    if found is None:
-        raise UserError(f"a {type(model).__name__} has no vocabulary to which words could be added")
-    return found
+    """(prefix, config) of the language model. Raises UserError if there is none."""
+    part = part_of(model, LANGUAGE, "language")
+    if part is None:
+        raise UserError(f"a {type(model).__name__} has no vocabulary, so that no tokens can be added")
+    return part
 
 
 def token_tables(language: Any) -> dict[str, int]:
-    """{path: axis of the vocabulary} of the parameters with one row per token."""
+    """{path: axis of the vocabulary} of the parameters with one row or column for each token."""
     if isinstance(language, BertConfig):
         return {"words/table": 0}
     tied = isinstance(language, DecoderConfig) and language.tie_embeddings
@@ -56,18 +56,18 @@ def token_tables(language: Any) -> dict[str, int]:
 
 
 def table_rows(language: Any) -> int:
-    """Rows of those tables, with the ones that pad them for a mesh."""
-    return language.padded_vocab_size if isinstance(language, T5Config | DecoderConfig) else language.vocab
+    """Size of the vocabulary axis of `token_tables`, with padding for a mesh."""
+    return language.padded_vocab_size if isinstance(language, T5Config | DecoderConfig) else language.vocab_size
 
 
 def vit_of(model: Any) -> tuple[str, ViTConfig]:
-    """(prefix, config) of the ViT. Raises UserError where there is none."""
-    found = part_of(model, (ViTConfig,), "vision")
-    if found is None:
-        raise UserError(f"a {type(model).__name__} has no ViT whose positions could be resampled")
-    return found
+    """(prefix, config) of the ViT. Raises UserError if there is none."""
+    part = part_of(model, (ViTConfig,), "vision")
+    if part is None:
+        raise UserError(f"a {type(model).__name__} has no ViT, so that no position table can be resampled")
+    return part
 
 
 def swin_of(model: Any) -> tuple[str, SwinConfig] | None:
-    """(prefix, config) of the Swin, or None."""
+    """(prefix, config) of the Swin transformer, or None."""
     return part_of(model, (SwinConfig,), "swin")

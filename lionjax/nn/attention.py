@@ -90,9 +90,7 @@ def segmented_attention(query_BLNH, kv_segments, mask=None, bias=None, scale: fl
 
     def segment_scores(keys):
         query = group_queries(query_BLNH, keys)
-        return ungroup_queries(
-            jnp.einsum("BNLH,BNSH->BNLS", query, keys, preferred_element_type=jnp.float32), keys
-        )
+        return ungroup_queries(jnp.einsum("BNLH,BNSH->BNLS", query, keys, preferred_element_type=jnp.float32), keys)
 
     score_BLNS = scale * jnp.concatenate([segment_scores(keys) for keys, _ in kv_segments], axis=-1)
     if bias is not None:

@@ -31,6 +31,29 @@ REMAT_POLICIES = {
 }
 
 
+def remat_block(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """The block rematerialized in the backward pass by a policy of `REMAT_POLICIES`; "none" changes nothing."""
+    if policy == "none":
+        return block
+    return nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[policy])
+
+
+def scan_blocks(block: type[nn.Module], length: int, num_broadcast: int = 0):
+    """`length` blocks in sequence as one scan, their parameters stacked on a leading "layers" axis.
+
+    A block maps (carry, inputs of its layer, *inputs shared by all layers) to (carry, outputs of its layer).
+    `num_broadcast`: how many inputs are shared.
+    """
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(0,) + (nn.broadcast,) * num_broadcast if num_broadcast else 0,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
 class Dense(nn.Module):
     """y = x W + b over the last axis of x. `features` may have two axes (heads, head size)."""
 

@@ -11,9 +11,9 @@ from lionjax.core.renamed import renamed_fields
 @renamed_fields(targets="target_modules")
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """A low-rank detour on dense layers (LoRA, arXiv 2106.09685): y = Wx + (alpha / rank) B A x. Rank 0 means none."""
+    """Config of LoRA on dense layers: y = W x + (alpha / rank) B A x. Rank 0: no LoRA."""
 
     rank: int = 0
     alpha: float = 16.0
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q", "v")  # names of the dense layers that get one
+    target_modules: tuple[str, ...] = ("q", "v")  # names of the dense layers with an update

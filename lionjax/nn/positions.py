@@ -14,24 +14,24 @@ from lionjax.nn.layers import normal
 
 
 def rope_cos_sin(positions_BL, head_dim: int, theta: float):
-    """Cosine and sine (B, L, 1, H/2) by which `rotate` turns queries and keys at these positions (arXiv 2104.09864)."""
-    speed_H = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    angle_BLNH = positions_BL.astype(jnp.float32)[:, :, None, None] * speed_H
+    """Cosine and sine (B, L, 1, H/2) of the rotation angles of these positions, for `apply_rope` (arXiv 2104.09864)."""
+    frequency_H = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    angle_BLNH = positions_BL.astype(jnp.float32)[:, :, None, None] * frequency_H
     return jnp.cos(angle_BLNH), jnp.sin(angle_BLNH)
 
 
 def apply_rope(x_BLNH, cos_sin):
-    """Each pair (h, h + H/2) turned by its angle, in float32; LLaMA pairs halves, not neighbours."""
+    """x with each pair (h, h + H/2) rotated by its angle, in float32; pairs as in Hugging Face's LLaMA."""
     cos, sin = cos_sin
     first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLNH.dtype)
 
 
 def alibi_bias(positions_BS, num_heads: int):
-    """A bias (B, N, 1, S) that prefers what is near, each head by a slope of its own (ALiBi, arXiv 2108.12409).
+    """ALiBi bias (B, N, 1, S): key position times a slope for each head (arXiv 2108.12409).
 
-    It counts from the row's start, not from who looks: what is added to all of a row's scores changes no softmax. The
-    slopes are MPT's, also where the heads are no power of two.
+    It depends on the key alone, because a constant added to all scores of a query does not change the softmax. The
+    slopes are MPT's, also for a number of heads that is not a power of two.
     """
     power = 2 ** math.ceil(math.log2(num_heads))
     slope_N = 2.0 ** -(np.arange(1, power + 1, dtype=np.float32) * (8 / power))
@@ -41,18 +41,18 @@ def alibi_bias(positions_BS, num_heads: int):
 
 
 def sinusoidal_positions(positions_BL, width: int):
-    """Sines, then cosines of positions (B, L, D), as fairseq and Kosmos-2 have them."""
+    """Sinusoidal position embeddings (B, L, D), sines before cosines, as in fairseq and Kosmos-2."""
     half = width // 2
-    speed_D = np.exp(np.arange(half, dtype=np.float32) * -(math.log(10000) / (half - 1)))
-    angle_BLD = positions_BL.astype(jnp.float32)[..., None] * speed_D
-    wave_BLD = jnp.concatenate([jnp.sin(angle_BLD), jnp.cos(angle_BLD)], axis=-1)
-    return jnp.pad(wave_BLD, ((0, 0), (0, 0), (0, width % 2)))
+    frequency_D = np.exp(np.arange(half, dtype=np.float32) * -(math.log(10000) / (half - 1)))
+    angle_BLD = positions_BL.astype(jnp.float32)[..., None] * frequency_D
+    embedding_BLD = jnp.concatenate([jnp.sin(angle_BLD), jnp.cos(angle_BLD)], axis=-1)
+    return jnp.pad(embedding_BLD, ((0, 0), (0, 0), (0, width % 2)))
 
 
 def relative_position_bucket(query_positions, key_positions, num_buckets: int, max_distance: int, bidirectional: bool):
-    """T5's bucket of each (query, key) distance: exact when near, logarithmic when far (arXiv 1910.10683, 2.1).
+    """T5's bucket (L, S) of the distance from query positions (L,) to key positions (S,) (arXiv 1910.10683, 2.1).
 
-    numpy or jax integer arrays (L,), (S,) -> (L, S).
+    Small distances have a bucket each; larger ones share logarithmically growing buckets up to `max_distance`.
     """
     distance_LS = key_positions[None, :] - query_positions[:, None]
     bucket_LS = jnp.zeros_like(distance_LS)
@@ -69,7 +69,7 @@ def relative_position_bucket(query_positions, key_positions, num_buckets: int, m
 
 
 class RelativePositionBias(nn.Module):
-    """A learned number per head and bucket of distance, added to the scores of every layer: (1, N, L, S)."""
+    """T5's attention bias (1, N, L, S), learned for each head and distance bucket and shared by all layers."""
 
     num_heads: int
     num_buckets: int

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans for pods that are not there: what fits, how long a step would take, and on which mesh.
+"""Ahead-of-time plans for TPU slices: memory, predicted step time and mesh, compiled without the hardware.
 
-Every module of the package loads this file, so it loads none: a name comes with its first use.
+Names are imported lazily, because every module of the package loads this file.
 """
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # for editors and type checkers: where each name lies
+if TYPE_CHECKING:  # lets editors and type checkers find the definitions
     from lionjax.planner.plans import (
         GENERATION,
         Plan,

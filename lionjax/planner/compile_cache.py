@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile a program for devices that are not there, and keep what it says: it takes minutes."""
+"""Compile a lowered program ahead of time and cache the analysis on disk, because compilation takes minutes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ import jax
 
 from lionjax.planner import hlo_analysis
 
-ANALYZER_SOURCE = Path(hlo_analysis.__file__).read_text()  # another reader sees other things in the same program
+ANALYZER_SOURCE = Path(hlo_analysis.__file__).read_text()  # part of the cache key: results depend on the analyzer
 
 
 def compile_and_analyze(
     lowered, topology: str, slice_devices: int = 0, compiler_options: Mapping[str, str] | None = None
 ) -> dict:
-    """What the compiler says of a program; remembered on disk, because it takes minutes.
+    """The analysis of a compiled program, from the cache in `cache_dir` if it is there.
 
-    {"fits", "peak" bytes, "traffic", "near", "far" bytes a device moves, "collectives", "seconds"}.
+    Keys: "fits" (bool), "peak" (bytes of memory per device, None if the compiler does not report it), "traffic", "near"
+    and "far" (bytes per device: HBM traffic, sent within a slice, sent between slices), "collectives" ({opcode: [count,
+    bytes sent per device, bytes of the largest output]}), "seconds" (compile time). A program that does not fit the
+    memory has "fits" False; other compiler errors are raised. `slice_devices`: devices per slice, 0 for one slice.
     """
     parts = (
         lowered.as_text(),
@@ -38,15 +41,15 @@ def compile_and_analyze(
     file = cache_dir() / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.json"
     if file.is_file():
         return json.loads(file.read_text())
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
-        with warnings.catch_warnings():  # JAX's own cache cannot hold programs for devices that are not there
+        with warnings.catch_warnings():  # JAX's cache cannot store programs for devices that do not exist
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
             program = lowered.compile(compiler_options=dict(compiler_options or {}))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        seen = {
+        analysis = {
             "fits": False,
             "peak": requested_bytes(str(error)),
             "traffic": 0,
@@ -55,44 +58,44 @@ def compile_and_analyze(
             "collectives": {},
         }
     else:
-        seen = analyze_program(program, slice_devices)
-    seen["seconds"] = round(time.perf_counter() - began, 1)
+        analysis = analyze_program(program, slice_devices)
+    analysis["seconds"] = round(time.perf_counter() - start, 1)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(seen))
-    part.replace(file)
-    return seen
+    temporary = file.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(analysis))
+    temporary.replace(file)
+    return analysis
 
 
 def analyze_program(program, slice_devices: int = 0) -> dict:
-    """Memory, traffic and exchanges of a compiled program."""
-    text = hlo_analysis.parse_hlo(program.as_text())
-    exchanges = hlo_analysis.collectives(text, slice_devices)
+    """Memory, HBM traffic and collectives of a compiled program; keys as in `compile_and_analyze`."""
+    hlo = hlo_analysis.parse_hlo(program.as_text())
+    collectives = hlo_analysis.collectives(hlo, slice_devices)
     table: dict[str, list] = {}
-    for one in exchanges:
-        row = table.setdefault(one.opcode, [0, 0.0, 0])
-        row[:] = row[0] + one.count, row[1] + one.bytes_sent, max(row[2], one.output_bytes)
+    for collective in collectives:
+        row = table.setdefault(collective.opcode, [0, 0.0, 0])
+        row[:] = row[0] + collective.count, row[1] + collective.bytes_sent, max(row[2], collective.output_bytes)
     return {
         "fits": True,
         "peak": program.memory_analysis().peak_memory_in_bytes,
-        "traffic": hlo_analysis.hbm_bytes_accessed(text),
-        "near": sum(one.bytes_sent for one in exchanges if not one.cross_slice),
-        "far": sum(one.bytes_sent for one in exchanges if one.cross_slice),
+        "traffic": hlo_analysis.hbm_bytes_accessed(hlo),
+        "near": sum(collective.bytes_sent for collective in collectives if not collective.cross_slice),
+        "far": sum(collective.bytes_sent for collective in collectives if collective.cross_slice),
         "collectives": table,
     }
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether the compiler refused a program because it does not fit the chip."""
+    """Whether the compiler rejected a program because it needs more memory than the device has."""
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def requested_bytes(message: str) -> float | None:
-    """How much memory a refused program wanted, as the compiler's sentence has it."""
-    found = re.search(r"(?:needs|[Uu]sed|requires|allocat\w+) ([0-9.]+)\s?([KMGT])", message)
-    return float(found[1]) * 1024 ** (" KMGT".index(found[2])) if found else None
+    """The bytes that a rejected program needs, from the compiler's message; None if it does not say."""
+    match = re.search(r"(?:needs|[Uu]sed|requires|allocat\w+) ([0-9.]+)\s?([KMGT])", message)
+    return float(match[1]) * 1024 ** (" KMGT".index(match[2])) if match else None
 
 
 def cache_dir() -> Path:
-    """Where compiled plans are remembered."""
+    """The folder of cached analyses: $XDG_CACHE_HOME/lionjax/plans."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lionjax" / "plans"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program does each time it runs: products, bytes between chips, bytes between a chip and its memory.
+"""Cost analysis of programs: FLOPs of a jaxpr; collectives and HBM traffic of a compiled XLA program (HLO text).
 
-`collectives` and `memory_traffic` read the text of an optimised XLA program, in which a loop's body stands once: here
-it counts as often as it runs. `products` counts a traced function, before the compiler has cut it into parts.
+XLA's own cost analysis counts a loop's body once; here it is counted as often as it runs. `jaxpr_flops` counts the
+traced function before partitioning; `collectives` and `hbm_bytes_accessed` count the optimized program of one device.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ARRAY_PATTERN = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 NAME_PATTERN = re.compile(r"%[\w.\-]+")
 COMPUTATION_PATTERN = re.compile(r"^(ENTRY )?(%[\w.\-]+) \(")
 INSTRUCTION_PATTERN = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = ")
-# These move nothing: they name, group or wait, or what they do is counted inside.
+# Opcodes without memory traffic of their own: they name, group or wait, or the called computation is counted.
 NO_TRAFFIC_OPCODES = {
     "parameter",
     "constant",
@@ -68,7 +68,7 @@ NO_TRAFFIC_OPCODES = {
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `kind` makes `shape` (text, with its place in memory) of what is `given`; `rest` are its attributes."""
+    """One HLO instruction; `shape` (with layout and memory space), `operand_text` and `attributes` are HLO text."""
 
     name: str
     opcode: str
@@ -79,7 +79,7 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions that it reads."""
+        """Names of the operand instructions."""
         return NAME_PATTERN.findall(self.operand_text)
 
 
@@ -88,7 +88,7 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, and how often each runs in one run of the whole."""
+    """Computations by name, and how often each is executed in one run of the program."""
 
     computations: dict[str, Computation]
     execution_counts: dict[str, int]
@@ -96,8 +96,10 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange among `group` devices. `size`: bytes that each hands in; `moved`: sent by each in a ring, over all
-    runs. `largest` is the array that comes out, of which a gathered weight is one. `far`: it leaves the slice."""
+    """A collective among `group_size` devices, executed `count` times.
+
+    `operand_bytes`: input bytes per device and execution. `cross_slice`: whether the group spans several slices.
+    """
 
     opcode: str
     group_size: int
@@ -108,180 +110,174 @@ class Collective:
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes each device sends, over all runs, where devices hand on in a ring."""
+        """Bytes that each device sends in all executions, with ring algorithms."""
         ring = (self.group_size - 1) / self.group_size
-        once = {"all-gather": self.group_size * ring, "all-reduce": 2 * ring, "collective-permute": 1.0}
-        return self.operand_bytes * once.get(self.opcode, ring) * self.count
+        factors = {"all-gather": self.group_size * ring, "all-reduce": 2 * ring, "collective-permute": 1.0}
+        return self.operand_bytes * factors.get(self.opcode, ring) * self.count
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of what comes out."""
+        """Bytes of the output per device and execution."""
         return self.operand_bytes * (self.group_size if self.opcode == "all-gather" else 1)
 
 
 def parse_hlo(text: str) -> Program:
-    """A program from the text that a compiled function's `as_text()` gives."""
+    """Parse the HLO text of a compiled function (its `as_text()`)."""
     computations: dict[str, Computation] = {}
-    entry, inside = "", None
+    entry, computation = "", None
     for line in text.splitlines():
-        if inside is None:
+        if computation is None:
             if (head := COMPUTATION_PATTERN.match(line)) and line.endswith("{"):
-                inside = computations[head[2]] = {}
+                computation = computations[head[2]] = {}
                 entry = head[2] if head[1] else entry
         elif line.startswith("}"):
-            inside = None
-        elif made := _parse_instruction(line):
-            inside[made.name] = made
+            computation = None
+        elif instruction := _parse_instruction(line):
+            computation[instruction.name] = instruction
     return Program(computations, _execution_counts(computations, entry))
 
 
 def _parse_instruction(line: str) -> Instruction | None:
-    found = INSTRUCTION_PATTERN.match(line)
-    if found is None:
+    match = INSTRUCTION_PATTERN.match(line)
+    if match is None:
         return None
-    body = line[found.end() :]
+    body = line[match.end() :]
     end = _matching_paren(body, 0) + 1 if body.startswith("(") else body.index(" ")
     shape, body = body[:end], body[end + 1 :]
     opening = body.index("(")
     closing = _matching_paren(body, opening)
     is_root = line.lstrip().startswith("ROOT ")
-    given, rest = body[opening + 1 : closing], body[closing + 1 :]
-    return Instruction(found[1], body[:opening], shape, given, rest, is_root)
+    operand_text, attributes = body[opening + 1 : closing], body[closing + 1 :]
+    return Instruction(match[1], body[:opening], shape, operand_text, attributes, is_root)
 
 
 def _matching_paren(text: str, start: int) -> int:
     depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if not depth:
-            return place
+            return index
     return len(text)
 
 
 def _execution_counts(computations: dict[str, Computation], entry: str) -> dict[str, int]:
-    """How often each computation runs. One that is called from several places runs in all of them."""
-    runs: dict[str, int] = {}
+    """How often each computation is executed, summed over all its callers."""
+    counts: dict[str, int] = {}
 
     def visit(name: str, times: int) -> None:
-        runs[name] = runs.get(name, 0) + times
-        for made in computations[name].values():
-            if made.opcode == "while":
-                body, condition = (
-                    _called_computations(made.attributes, "body"),
-                    _called_computations(made.attributes, "condition"),
-                )
-                turns = loop_trip_count(computations[condition[0]]) if condition else 1
+        counts[name] = counts.get(name, 0) + times
+        for instruction in computations[name].values():
+            if instruction.opcode == "while":
+                body = _called_computations(instruction.attributes, "body")
+                condition = _called_computations(instruction.attributes, "condition")
+                trip_count = loop_trip_count(computations[condition[0]]) if condition else 1
                 for inner in (*body, *condition):
-                    visit(inner, times * turns)
-            elif made.opcode in ("fusion", "call", "async-start", "conditional"):
+                    visit(inner, times * trip_count)
+            elif instruction.opcode in ("fusion", "call", "async-start", "conditional"):
                 keys = ("calls", "to_apply", "branch_computations", "true_computation")
                 for key in (*keys, "false_computation"):
-                    for inner in _called_computations(made.attributes, key):
+                    for inner in _called_computations(instruction.attributes, key):
                         visit(inner, times)
 
     if entry:
         visit(entry, 1)
-    return runs
+    return counts
 
 
 def _called_computations(attributes: str, key: str) -> list[str]:
-    found = re.search(rf"\b{key}=(\{{[^}}]*\}}|%[\w.\-]+)", attributes)
-    return NAME_PATTERN.findall(found[1]) if found else []
+    match = re.search(rf"\b{key}=(\{{[^}}]*\}}|%[\w.\-]+)", attributes)
+    return NAME_PATTERN.findall(match[1]) if match else []
 
 
 def loop_trip_count(condition: Computation) -> int:
-    """How often a loop runs at most: the largest number that its condition compares with."""
-    constants = [made.operand_text for made in condition.values() if made.opcode == "constant"]
+    """The maximum trip count of a while loop: the largest integer constant in its condition."""
+    constants = [instruction.operand_text for instruction in condition.values() if instruction.opcode == "constant"]
     return max((int(number) for number in constants if number.isdigit()), default=1)
 
 
 def shape_bytes(shape: str, hbm_only: bool = False) -> int:
-    """Bytes of an array or of a tuple's arrays together; `outside`: only of those in the chip's large memory."""
+    """Bytes of an array, or of all arrays of a tuple; with `hbm_only` only of those in HBM."""
     total = 0.0
-    for kind, sizes, layout in ARRAY_PATTERN.findall(shape):
+    for dtype, sizes, layout in ARRAY_PATTERN.findall(shape):
         if hbm_only and re.search(r"S\([1-9]", layout):
-            continue  # on the chip itself
-        total += DTYPE_BYTES.get(kind, 0) * math.prod(int(size) for size in sizes.split(",") if size)
+            continue  # memory space > 0: on-chip
+        total += DTYPE_BYTES.get(dtype, 0) * math.prod(int(size) for size in sizes.split(",") if size)
     return int(total)
 
 
-# Between chips
-
-
 def collectives(program: Program, slice_devices: int = 0) -> list[Collective]:
-    """All exchanges. `slice_devices`: devices of one slice where there are several.
+    """All collectives among more than one device. `slice_devices`: devices per slice, 0 for a single slice.
 
-    The compiler may spread one exchange over several pieces of code, which then share a channel: it is counted once.
+    Instructions with the same channel id are parts of one collective; the largest of them is counted.
     """
-    found: dict[object, Collective] = {}
+    largest: dict[object, Collective] = {}
     for name, times in program.execution_counts.items():
         computation = program.computations[name]
-        for made in computation.values():
-            kind = made.opcode.removesuffix("-start")
-            if kind not in COLLECTIVE_OPCODES:
+        for instruction in computation.values():
+            opcode = instruction.opcode.removesuffix("-start")
+            if opcode not in COLLECTIVE_OPCODES:
                 continue
-            if kind == "all-reduce" and "all-reduce-scatter" in name:
-                kind = "reduce-scatter"
-            handed = (computation[operand].shape for operand in made.operands)
-            members = replica_group(made.attributes)
-            far = bool(slice_devices) and len({member // slice_devices for member in members}) > 1
-            path = re.search(r'op_name="([^"]*)"', made.attributes)
-            size = sum(shape_bytes(shape) for shape in handed)
-            one = Collective(kind, len(members), size, times, far, path[1] if path else "")
-            channel = re.search(r"channel_id=(\d+)", made.attributes)
-            key = (kind, channel[1]) if channel else (name, made.name)
-            if key not in found or one.count * one.operand_bytes > found[key].count * found[key].operand_bytes:
-                found[key] = one
-    return [one for one in found.values() if one.group_size > 1]
+            if opcode == "all-reduce" and "all-reduce-scatter" in name:
+                opcode = "reduce-scatter"
+            members = replica_group(instruction.attributes)
+            cross_slice = bool(slice_devices) and len({member // slice_devices for member in members}) > 1
+            op_name = re.search(r'op_name="([^"]*)"', instruction.attributes)
+            size = sum(shape_bytes(computation[operand].shape) for operand in instruction.operands)
+            collective = Collective(opcode, len(members), size, times, cross_slice, op_name[1] if op_name else "")
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            key = (opcode, channel[1]) if channel else (name, instruction.name)
+            if key in largest and times * size <= largest[key].count * largest[key].operand_bytes:
+                continue
+            largest[key] = collective
+    return [collective for collective in largest.values() if collective.group_size > 1]
 
 
 def replica_group(attributes: str) -> list[int]:
-    """The members of an exchange's first group, of the pairs of a permutation the first that moves."""
-    if pairs := re.search(r"source_target_pairs=\{\{(.*?)\}\}", attributes):
-        numbers = [[int(n) for n in pair.split(",")] for pair in pairs[1].split("},{")]
-        return next((pair for pair in numbers if pair[0] != pair[1]), numbers[0][:1])
-    if plain := re.search(r"replica_groups=\{\{([0-9,]*)\}", attributes):
-        return [int(n) for n in plain[1].split(",")]
-    if table := re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", attributes):
-        groups, sizes, order = ([int(n) for n in (part or "").split(",") if n] for part in table.groups())
-        numbers = np.arange(math.prod(sizes)).reshape(sizes)
-        numbers = numbers.transpose(order) if order else numbers
-        return numbers.reshape(groups)[0].tolist()
+    """The devices of a collective's first replica group; for a permutation, of the first pair of distinct devices."""
+    if match := re.search(r"source_target_pairs=\{\{(.*?)\}\}", attributes):
+        pairs = [[int(n) for n in pair.split(",")] for pair in match[1].split("},{")]
+        return next((pair for pair in pairs if pair[0] != pair[1]), pairs[0][:1])
+    if match := re.search(r"replica_groups=\{\{([0-9,]*)\}", attributes):
+        return [int(n) for n in match[1].split(",")]
+    if match := re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", attributes):
+        groups, sizes, order = ([int(n) for n in (part or "").split(",") if n] for part in match.groups())
+        devices = np.arange(math.prod(sizes)).reshape(sizes)
+        devices = devices.transpose(order) if order else devices
+        return devices.reshape(groups)[0].tolist()
     if axes := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
         return _mesh_axes_group(axes[1], axes[2])
     return [0]
 
 
 def _mesh_axes_group(mesh: str, group_axes: str) -> list[int]:
-    """The first group along some of a mesh's axes: ("'a'=4,'b'=2", "'b'") is [0, 1]; an axis may be cut: 'a':(1)2."""
+    """The first group along axes of a mesh: [0, 1] for ("'a'=4,'b'=2", "'b'"); 'a':(1)2 is a sub-axis of size 2."""
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    numbers, steps, step = [0], {}, 1
+    devices, strides, stride = [0], {}, 1
     for name, size in reversed(axes.items()):
-        steps[name], step = step, step * size
-    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", group_axes):
-        size = int(part) if part else axes[name]
-        stride = steps[name] * (axes[name] // (int(before) * size) if part else 1)
-        numbers = [start + stride * n for start in numbers for n in range(size)]
-    return numbers
-
-
-# Between a chip and its memory
+        strides[name], stride = stride, stride * size
+    for name, pre_size, sub_size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", group_axes):
+        size = int(sub_size) if sub_size else axes[name]
+        stride = strides[name] * (axes[name] // (int(pre_size) * size) if sub_size else 1)
+        devices = [start + stride * n for start in devices for n in range(size)]
+    return devices
 
 
 def hbm_bytes_accessed(program: Program) -> int:
-    """Bytes read from and written to the chip's large memory. What a loop takes a slice of counts as that slice."""
+    """Bytes read from and written to HBM in one run; of an array that is sliced or updated in place, only the slice."""
     inner = {
         name
         for computation in program.computations.values()
-        for made in computation.values()
-        if made.opcode in ("fusion", "async-start")
-        for name in _called_computations(made.attributes, "calls")
+        for instruction in computation.values()
+        if instruction.opcode in ("fusion", "async-start")
+        for name in _called_computations(instruction.attributes, "calls")
     }
     total = 0
     for name, times in program.execution_counts.items():
         if name not in inner:
             computation = program.computations[name]
-            total += times * sum(_instruction_bytes(program, computation, made) for made in computation.values())
+            total += times * sum(
+                _instruction_bytes(program, computation, instruction) for instruction in computation.values()
+            )
     return total
 
 
@@ -296,48 +292,49 @@ def _instruction_bytes(program: Program, computation: Computation, instruction: 
     called = _called_computations(instruction.attributes, "calls") if instruction.opcode == "fusion" else []
     if not called:
         return shape_bytes(instruction.shape, hbm_only=True) + sum(shape_bytes(s, hbm_only=True) for s in shapes)
-    inside = program.computations[called[0]]
-    read_ = sum(
-        _bytes_read(program, inside, one)
-        for one, shape in zip(_parameters(inside), shapes)
+    fused = program.computations[called[0]]
+    bytes_read = sum(
+        _bytes_read(program, fused, parameter)
+        for parameter, shape in zip(_parameters(fused), shapes)
         if shape_bytes(shape, hbm_only=True)
     )
-    root = next(one for one in inside.values() if one.is_root)
-    return read_ + (_bytes_written(program, inside, root) if shape_bytes(instruction.shape, hbm_only=True) else 0)
+    root = next(instruction for instruction in fused.values() if instruction.is_root)
+    in_hbm = shape_bytes(instruction.shape, hbm_only=True)
+    return bytes_read + (_bytes_written(program, fused, root) if in_hbm else 0)
 
 
 def _parameters(computation: Computation) -> list[Instruction]:
-    """What a computation is given, in the order in which it is given: the text has them in any."""
-    found = [one for one in computation.values() if one.opcode == "parameter"]
-    return sorted(found, key=lambda one: int(one.operand_text))
+    """The parameters of a computation in the order of the operands; the HLO text has them in any order."""
+    parameters = [instruction for instruction in computation.values() if instruction.opcode == "parameter"]
+    return sorted(parameters, key=lambda parameter: int(parameter.operand_text))
 
 
 def _users(computation: Computation, name: str) -> Iterator[tuple[Instruction, int]]:
-    """Each instruction that reads another, and as the how manyth of what it is given."""
-    for made in computation.values():
-        for place, operand in enumerate(made.operands):
-            if operand == name and made.opcode == "bitcast":
-                yield from _users(computation, made.name)
+    """(instruction, operand index) of each use of the instruction `name`, looking through bitcasts."""
+    for instruction in computation.values():
+        for index, operand in enumerate(instruction.operands):
+            if operand == name and instruction.opcode == "bitcast":
+                yield from _users(computation, instruction.name)
             elif operand == name:
-                yield made, place
+                yield instruction, index
 
 
 def _bytes_read(program: Program, computation: Computation, parameter: Instruction) -> int:
-    """What a fusion reads of one input: slices of it, nothing where it only writes into it, or all."""
-    total, whole = 0, shape_bytes(parameter.shape)
-    for one, place in _users(computation, parameter.name):
-        if one.opcode == "dynamic-slice" and place == 0:
-            total += shape_bytes(one.shape)
-        elif one.opcode == "fusion":
-            nested = program.computations[_called_computations(one.attributes, "calls")[0]]
-            total += _bytes_read(program, nested, _parameters(nested)[place])
-        elif one.opcode != "dynamic-update-slice" or place:
-            return whole
-    return min(total, whole)
+    """Bytes that a fusion reads of a parameter: its slices, 0 if it is only updated in place, or all of it."""
+    total, size = 0, shape_bytes(parameter.shape)
+    for user, index in _users(computation, parameter.name):
+        if user.opcode == "dynamic-slice" and index == 0:
+            total += shape_bytes(user.shape)
+        elif user.opcode == "fusion":
+            nested = program.computations[_called_computations(user.attributes, "calls")[0]]
+            total += _bytes_read(program, nested, _parameters(nested)[index])
+        elif user.opcode != "dynamic-update-slice" or index:
+            return size
+    return min(total, size)
 
 
 def _bytes_written(program: Program, computation: Computation, instruction: Instruction) -> int:
-    """What a fusion writes: the piece where it updates a larger array in place."""
+    """Bytes that a fusion writes through its root; only the update for an in-place dynamic-update-slice."""
     if instruction.opcode == "tuple":
         return sum(_bytes_written(program, computation, computation[name]) for name in instruction.operands)
     if instruction.opcode == "bitcast":
@@ -346,17 +343,14 @@ def _bytes_written(program: Program, computation: Computation, instruction: Inst
         return shape_bytes(computation[instruction.operands[1]].shape)
     if instruction.opcode == "fusion":
         nested = program.computations[_called_computations(instruction.attributes, "calls")[0]]
-        return _bytes_written(program, nested, next(one for one in nested.values() if one.is_root))
+        return _bytes_written(program, nested, next(inner for inner in nested.values() if inner.is_root))
     return shape_bytes(instruction.shape)
 
 
-# Products
-
-
 def jaxpr_flops(jaxpr, while_trip_count: int = 1) -> float:
-    """FLOPs of all matrix products and convolutions of a traced function, loops counted as often as they run.
+    """FLOPs of all matrix products and convolutions of a jaxpr, over all devices; loops count as often as they run.
 
-    `loop_turns`: of a `while`, whose turns nobody knows before.
+    `while_trip_count`: number of iterations of each `while`, which a jaxpr does not have.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -370,22 +364,21 @@ def jaxpr_flops(jaxpr, while_trip_count: int = 1) -> float:
             outputs = kernel.shape[numbers.rhs_spec[0]]
             total += 2.0 * equation.outvars[0].aval.size * kernel.size / outputs
         elif name == "cond":
-            total += max(jaxpr_flops(one, while_trip_count) for one in inner)
+            total += max(jaxpr_flops(branch, while_trip_count) for branch in inner)
         else:
-            total += _equation_repeats(equation, while_trip_count) * sum(
-                jaxpr_flops(one, while_trip_count) for one in inner
-            )
+            inner_flops = sum(jaxpr_flops(sub_jaxpr, while_trip_count) for sub_jaxpr in inner)
+            total += _equation_repeats(equation, while_trip_count) * inner_flops
     return total
 
 
 def _equation_repeats(equation, while_trip_count: int) -> int:
-    """How often an equation runs what is in it: a kernel once a place of its grid, `shard_map` once a device."""
-    name, given = equation.primitive.name, equation.params
+    """How often an equation runs its sub-jaxprs: a Pallas kernel once per grid cell, `shard_map` once per device."""
+    name, params = equation.primitive.name, equation.params
     if name == "pallas_call":
-        return math.prod(given["grid_mapping"].grid)
+        return math.prod(params["grid_mapping"].grid)
     if name == "shard_map":
-        return given["mesh"].size
-    return {"scan": given.get("length", 1), "while": while_trip_count}.get(name, 1)
+        return params["mesh"].size
+    return {"scan": params.get("length", 1), "while": while_trip_count}.get(name, 1)
 
 
 def _sub_jaxprs(values: Sequence) -> Iterator:

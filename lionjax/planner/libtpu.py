@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What libtpu reads from its surroundings as JAX loads it. Loads nothing itself, so that it can be said in time."""
+"""Environment variables that libtpu reads when JAX loads it. Imports nothing, so that they can be set before that."""
 
 import os
 
-COMPILE_ONLY_ENV = {  # no questions to a network, no logs, several programs at once
+COMPILE_ONLY_ENV = {  # no metadata server, no log files, several processes at once
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
 }
-THREAD_STACK_FLAG = "fibers_default_thread_stack_size"  # of its threads, in bytes
+THREAD_STACK_FLAG = "fibers_default_thread_stack_size"  # bytes
 
 
 def enlarge_thread_stack() -> None:
-    """Give libtpu's threads 1 MiB of stack each, unless LIBTPU_INIT_ARGS says otherwise.
+    """Give libtpu's threads 1 MiB of stack each, unless LIBTPU_INIT_ARGS sets the stack size.
 
-    By default they have about 64 KiB, and the estimate of what fused products cost calls itself deeper than that for
-    updates of BLIP-2, InstructBLIP and LION around FlanT5-XL and of MiniGPT-4: it would end the process.
+    The default is about 64 KiB. The recursive cost estimate of fused matrix products overflows it, which ends the
+    process, for train steps of BLIP-2, InstructBLIP and LION with FlanT5-XL and of MiniGPT-4.
     """
-    given = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if THREAD_STACK_FLAG not in given:
-        os.environ["LIBTPU_INIT_ARGS"] = f"{given} --{THREAD_STACK_FLAG}={2**20}".strip()
+    args = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if THREAD_STACK_FLAG not in args:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{args} --{THREAD_STACK_FLAG}={2**20}".strip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking for a better plan: other meshes, other policies of remembering, other batch sizes."""
+"""Search for a faster plan over meshes, remat policies and batch sizes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 def with_batch_size(experiment: Experiment, stage_index: int, batch_size: int) -> Experiment:
     """The experiment with another batch size in one stage."""
-    changed = list(experiment.stages)
-    changed[stage_index] = dataclasses.replace(changed[stage_index], batch_size=batch_size)
-    return dataclasses.replace(experiment, stages=tuple(changed))
+    stages = list(experiment.stages)
+    stages[stage_index] = dataclasses.replace(stages[stage_index], batch_size=batch_size)
+    return dataclasses.replace(experiment, stages=tuple(stages))
 
 
 def search_plans(
@@ -33,16 +33,16 @@ def search_plans(
     quick: bool = False,
     plan_fn: Callable[..., Plan] = plan,
 ) -> Iterator[Plan]:
-    """Plans for other meshes, then other policies of remembering, then other batch sizes; at most `most`.
+    """Yields plans for other meshes, then other remat policies, then other batch sizes; at most `max_plans`.
 
-    Each round begins from the best so far, by predicted examples a second among those that fit. `make`: `plans.plan` or
-    `Apart.plan`, with which the search goes on where the compiler breaks off.
+    Each round varies the best plan so far: the one that fits and has the most predicted examples per second. The search
+    ends when no mesh fits. `plan_fn`: `plans.plan`, or `PlanWorker.plan`, with which it survives compiler crashes.
     """
     best: Plan | None = None
     tried: set[tuple] = set()
-    rows = experiment.stages[stage_index].batch_size
+    batch_size = experiment.stages[stage_index].batch_size
     rounds = (
-        lambda: [(mesh, None, rows) for mesh in candidate_meshes(experiment.stages[stage_index], topology)],
+        lambda: [(mesh, None, batch_size) for mesh in candidate_meshes(experiment.stages[stage_index], topology)],
         lambda: [(_mesh_config(best), policy, best.rows) for policy in REMAT_POLICIES],
         lambda: [(_mesh_config(best), _remat_policy(best), best.rows * k // 2) for k in (1, 4, 8)],
     )
@@ -54,32 +54,35 @@ def search_plans(
                 continue
             tried.add(candidate)
             mesh, policy, size = candidate
-            tried_one = with_batch_size(experiment, stage_index, size)
+            variant = with_batch_size(experiment, stage_index, size)
             try:
-                made = plan_fn(tried_one, topology, stage_index, mesh, policy, quick=quick)
+                result = plan_fn(variant, topology, stage_index, mesh, policy, quick=quick)
             except CompilerCrashed as error:
-                made = failed_plan(tried_one, topology, stage_index, mesh, policy, quick, str(error))
+                result = failed_plan(variant, topology, stage_index, mesh, policy, quick, str(error))
             except UserError as error:
                 log.info("%s", error)
                 continue
-            yield made
-            if made.fits and (best is None or made.examples_per_second > best.examples_per_second):
-                best = made
+            yield result
+            if result.fits and (best is None or result.examples_per_second > best.examples_per_second):
+                best = result
 
 
 def candidate_meshes(stage: Stage, topology: Topology) -> list[MeshConfig]:
-    """Shapes that split the stage's batch, over all that the chips can: fsdp as wide as it goes, tensor up to 8."""
-    each, slices = topology.devices // topology.slices, topology.slices
-    rows = stage.batch_size // stage.grad_accum_steps
-    found = []
+    """Meshes over all devices that split the stage's microbatch evenly: tensor from 1 to 16, fsdp all others.
+
+    Above 32 shards also with fsdp 16 and the others on the data axis. One pure FSDP mesh if none splits evenly.
+    """
+    slice_devices, slices = topology.devices // topology.slices, topology.slices
+    microbatch_size = stage.batch_size // stage.grad_accum_steps
+    meshes = []
     for tensor in (1, 2, 4, 8, 16):
-        parts, rest = divmod(each, tensor)
-        if rest or rows % (parts * slices):
+        shards, remainder = divmod(slice_devices, tensor)
+        if remainder or microbatch_size % (shards * slices):
             continue
-        found.append(MeshConfig(1, parts, tensor, slices))
-        if parts > 32:
-            found.append(MeshConfig(parts // 16, 16, tensor, slices))
-    return found or [MeshConfig(1, each, 1, slices)]
+        meshes.append(MeshConfig(1, shards, tensor, slices))
+        if shards > 32:
+            meshes.append(MeshConfig(shards // 16, 16, tensor, slices))
+    return meshes or [MeshConfig(1, slice_devices, 1, slices)]
 
 
 def _mesh_config(plan_result: Plan) -> MeshConfig:

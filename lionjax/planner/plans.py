@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan: the real update of a real config, compiled for a pod that is not there, and what its program says.
+"""Plans: the train step or generation of a config, compiled ahead of time for a TPU topology, with a roofline estimate.
 
-Nothing is allocated and nothing runs. Memory is what the compiler reserves, and it refuses what does not fit. Times are
-predictions: bytes and products of the program over what the chip's maker publishes.
+Nothing is allocated or executed. Peak memory is the compiler's figure. Times are predictions: the program's FLOPs and
+bytes over the chip's published peak rates.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from lionjax.planner import hlo_analysis, topologies
 from lionjax.planner.compile_cache import compile_and_analyze
 from lionjax.planner.topologies import GIB, Chip, Topology
 from lionjax.training import step as stages
-from lionjax.training.init import ParamSpecs
-from lionjax.training.init import make_param_specs as init_layout
+from lionjax.training.init import ParamSpecs, make_param_specs
 from lionjax.training.optimizer import abstract_opt_state, make_optimizer
 
 GENERATION = "generation"
-QUICK_COMPILER_OPTIONS = {"exec_time_optimization_effort": -1.0}  # of -1..1; JAX's default is 0
+QUICK_COMPILER_OPTIONS = {"exec_time_optimization_effort": -1.0}  # in -1..1; JAX's default is 0
 ROOFLINE_TERMS = ("products", "memory", "links", "network")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of one compiled program on one pod.
+    """Memory, cost and predicted time of one compiled program on one topology.
 
-    `what`: a stage's name, or "generation". `mesh`: devices along slice, data, fsdp, tensor. `rows`: examples of an
-    update over all devices. `peak_gib` and `hbm_gib` are of one device; the first is None where the compiler did not
-    say. `flops` are those of one run over all devices; `needed_flops` without what is computed twice to save memory.
-    `seconds`: what each of `LIMITS` takes at the published peak. `collectives`: {kind: [how many, bytes a device
-    sends, bytes of the largest array that comes out]}. `broke_off`: the compiler did, and nothing else is known.
+    `what`: a stage's name, or "generation". `mesh`: devices along slice, data, fsdp, tensor. `rows`: global batch size.
+    `peak_gib`, `hbm_gib`: used and available memory per device; `peak_gib` is None if the compiler does not report it.
+    `trained`, `frozen`: numbers of parameters. `flops`: of one run, over all devices; `needed_flops`: without
+    rematerialization. `seconds`: {term of ROOFLINE_TERMS: seconds at the published peak rate}. `collectives`: {opcode:
+    [count, bytes sent per device, bytes of the largest output]}. `broke_off`: the compiler crashed, so that only the
+    settings are valid.
     """
 
     config: str
@@ -65,36 +65,39 @@ class Plan:
     collectives: Mapping[str, tuple[int, float, float]]
     compile_seconds: float
     peak_tflops: float
-    remat: str = "as the config says"
+    remat: str = "as configured"
     quick: bool = False
     notes: tuple[str, ...] = ()
     broke_off: bool = False
 
     @property
     def step_seconds(self) -> float:
-        """Predicted: the slowest of all, the others hidden behind it."""
+        """Predicted seconds of one run: the largest roofline term, with the others fully overlapped."""
         return max(self.seconds.values(), default=0.0)
 
     @property
     def examples_per_second(self) -> float:
-        """Predicted rows a second."""
+        """Predicted examples per second over all devices."""
         return self.rows / self.step_seconds if self.step_seconds else 0.0
 
     @property
     def bottleneck(self) -> str:
-        """Which of `LIMITS` that is."""
+        """The term of ROOFLINE_TERMS that bounds `step_seconds`."""
         return max(self.seconds, key=self.seconds.get, default="nothing")
 
     @property
     def mfu(self) -> float:
-        """Predicted share of the chips' peak that is spent on what the model needs (MFU)."""
-        most = self.devices * self.peak_tflops * 1e12 * self.step_seconds
-        return self.needed_flops / most if most else 0.0
+        """Predicted model FLOPs utilization: `needed_flops` over the peak FLOPs of all devices in `step_seconds`."""
+        peak_flops = self.devices * self.peak_tflops * 1e12 * self.step_seconds
+        return self.needed_flops / peak_flops if peak_flops else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileTarget:
-    """A function to compile and the shapes to compile it for; `turns` of a loop whose end is not known before."""
+    """A jitted function and the ShapeDtypeStructs to compile it for.
+
+    `while_trip_count`: number of iterations to assume for while loops (the decode loop).
+    """
 
     function: object
     arguments: tuple
@@ -103,133 +106,132 @@ class CompileTarget:
     while_trip_count: int = 1
 
 
-# What is planned
-
-
 def find_stage_index(experiment: Experiment, name: str | None) -> int:
-    """Which stage is meant: by number from 1 on, by name, or (None) the one that trains most. Raises UserError."""
+    """Index of a stage given by name or by number from 1; None: the stage that trains the most parameters.
+
+    Raises UserError for an unknown stage.
+    """
     names = [stage.name for stage in experiment.stages]
     if name is None:
-        layout = init_layout(experiment, dummy_batch(experiment), sharding.make_mesh(devices=jax.devices()[:1]))
-        counts = [trees.count_params(trees.split(layout.trainable, stage.trainable)[0]) for stage in experiment.stages]
-        return max(range(len(counts)), key=lambda number: (counts[number], number))
+        specs = make_param_specs(experiment, dummy_batch(experiment), sharding.make_mesh(devices=jax.devices()[:1]))
+        counts = [trees.count_params(trees.split(specs.trainable, stage.trainable)[0]) for stage in experiment.stages]
+        return max(range(len(counts)), key=lambda index: (counts[index], index))
     if name in names:
         return names.index(name)
     if name.isdigit() and 1 <= int(name) <= len(names):
         return int(name) - 1
-    raise UserError(f"there is no stage {name!r}; there are {', '.join(names)}, or 1 to {len(names)}")
+    raise UserError(f"there is no stage {name!r}; the stages are {', '.join(names)} (or 1 to {len(names)})")
 
 
 def dummy_batch(experiment: Experiment, stage: Stage | None = None, batch_size: int = 2) -> Batch:
-    """A batch of zeros as the pipeline makes it for a stage; None: one for all stages, of which shapes follow."""
+    """A batch of zeros with the shapes of the pipeline's batches for a stage; None: for parameter initialization."""
     processor = experiment.data.processor
-    text = [np.zeros((batch_size, n), np.int32) for n in (processor.prompt_length, processor.max_question_tokens)]
+    prompt = np.zeros((batch_size, processor.max_prompt_tokens), np.int32)
+    question = np.zeros((batch_size, processor.max_question_tokens), np.int32)
     target, row = np.zeros((batch_size, processor.max_target_tokens), np.int32), np.zeros(batch_size, np.int32)
-    several = (processor.pictures,) if processor.pictures > 1 else ()
-    image = np.zeros((batch_size, *several, *(processor.image_size,) * 2, 3), np.float32)
-    batch = Batch(image, text[0], text[0], text[1], text[1], target, target, target, row, row)
+    images_axis = (processor.max_images,) if processor.max_images > 1 else ()
+    image = np.zeros((batch_size, *images_axis, *(processor.image_size,) * 2, 3), np.float32)
+    batch = Batch(image, prompt, prompt, question, question, target, target, target, row, row)
     if stage is not None:
         batch = dataclasses.replace(batch, dataset_B=row)
-    count, sides = processor.boxes, (processor.sam_image_size,) * 2
-    if count:
-        box, real = np.zeros((batch_size, count, 4), np.float32), np.zeros((batch_size, count), np.int32)
-        batch = dataclasses.replace(batch, boxes_BK4=box, boxes_mask_BK=real)
+    max_boxes, sam_size = processor.max_boxes, (processor.sam_image_size,) * 2
+    if max_boxes:
+        boxes, valid = np.zeros((batch_size, max_boxes, 4), np.float32), np.zeros((batch_size, max_boxes), np.int32)
+        batch = dataclasses.replace(batch, boxes_BK4=boxes, boxes_mask_BK=valid)
     if not processor.sam_image_size or (stage and "res" not in dict(stage.mixture)):
         return batch
-    large, mask = np.zeros((batch_size, *sides, 3), np.float32), np.zeros((batch_size, count, *sides), bool)
-    return dataclasses.replace(batch, masks_BKHW=mask, masks_mask_BK=real, sam_image_BHWC=large)
+    sam_image = np.zeros((batch_size, *sam_size, 3), np.float32)
+    masks = np.zeros((batch_size, max_boxes, *sam_size), bool)
+    return dataclasses.replace(batch, masks_BKHW=masks, masks_mask_BK=valid, sam_image_BHWC=sam_image)
 
 
 def abstract_batch(batch: Batch, batch_size: int, mesh: Mesh) -> Batch:
-    """Shapes of a batch of so many rows, laid over a mesh as `sharding.put_batch` lays it."""
+    """ShapeDtypeStructs of a batch with `batch_size` rows, sharded over a mesh as by `sharding.shard_batch`."""
 
-    def one(x):
+    def abstract_leaf(x):
         shape = (batch_size, *x.shape[1:])
-        where = sharding.partition_spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh, "batch")
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, where))
+        spec = sharding.partition_spec(("batch",) + (None,) * (x.ndim - 1), shape, mesh, "batch")
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(one, batch)
+    return jax.tree.map(abstract_leaf, batch)
 
 
 def cast_specs(tree, dtype: str):
-    """Shapes of a tree whose floating leaves are held in another dtype."""
+    """The ShapeDtypeStructs of `tree`, floating-point leaves with `dtype`."""
 
-    def one(leaf):
+    def cast_leaf(leaf):
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         return jax.ShapeDtypeStruct(leaf.shape, dtype if floating else leaf.dtype, sharding=leaf.sharding)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(cast_leaf, tree)
 
 
 def train_step_target(experiment: Experiment, stage_index: int, specs: ParamSpecs) -> CompileTarget:
-    """The update of a stage, as `training.loop` compiles it."""
+    """The train step of a stage, as `training.loop` compiles it."""
     stage, mesh, run = experiment.stages[stage_index], specs.mesh, experiment.run
     trainable, idle = trees.split(specs.trainable, stage.trainable)
     frozen = trees.merge(specs.frozen, cast_specs(idle, run.frozen_dtype))
-    rule = make_optimizer(stage, trainable, specs.layer_axes)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    step = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
-    state = stages.TrainState(step, trainable, abstract_opt_state(rule, trainable, mesh))
-    system = stages.model_for_stage(experiment, stage)
+    tx = make_optimizer(stage, trainable, specs.layer_axes)
+    step = jax.ShapeDtypeStruct((), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    state = stages.TrainState(step, trainable, abstract_opt_state(tx, trainable, mesh))
+    model = stages.model_for_stage(experiment, stage)
     batch = abstract_batch(dummy_batch(experiment, stage), stage.batch_size, mesh)
     if run.cache_features:
-        seen = jax.eval_shape(system.extract_features, trees.merge(trainable, frozen), batch)
+        features = jax.eval_shape(model.extract_features, trees.merge(trainable, frozen), batch)
         batch = dataclasses.replace(
-            batch, features=abstract_batch(seen, stage.batch_size, mesh), image_BHWC=None, sam_image_BHWC=None
+            batch, features=abstract_batch(features, stage.batch_size, mesh), image_BHWC=None, sam_image_BHWC=None
         )
-    key = jax.random.key(0)
-    update = stages.make_train_step(system, stage, rule, key, state, mesh, [])
-    return CompileTarget(update, (state, frozen, batch), trees.count_params(trainable), trees.count_params(frozen))
+    train_step = stages.make_train_step(model, stage, tx, jax.random.key(0), state, mesh, [])
+    return CompileTarget(train_step, (state, frozen, batch), trees.count_params(trainable), trees.count_params(frozen))
 
 
 def generation_target(experiment: Experiment, stage_index: int, specs: ParamSpecs, batch_size: int) -> CompileTarget:
-    """Answers to so many prompts, as the model gives them after a stage."""
-    stage, answer, mesh = experiment.stages[stage_index], experiment.generation, specs.mesh
+    """Generation for `batch_size` prompts with the experiment's defaults and a stage's model."""
+    stage, defaults, mesh = experiment.stages[stage_index], experiment.generation, specs.mesh
     batch = dataclasses.replace(
         dummy_batch(experiment, stage), sam_image_BHWC=None, masks_BKHW=None, masks_mask_BK=None
     )
     batch = abstract_batch(batch, batch_size, mesh)
-    end = experiment.model.info.end_token
-    how = GenerationConfig(
-        max_new_tokens=answer.max_new_tokens or experiment.data.processor.max_target_tokens,
-        num_beams=answer.num_beams,
-        length_penalty=answer.length_penalty,
-        repetition_penalty=answer.repetition_penalty,
-        eos_token_id=end,
+    config = GenerationConfig(
+        max_new_tokens=defaults.max_new_tokens or experiment.data.processor.max_target_tokens,
+        num_beams=defaults.num_beams,
+        length_penalty=defaults.length_penalty,
+        repetition_penalty=defaults.repetition_penalty,
+        eos_token_id=experiment.model.info.end_token,
         decoder_start_token_id=0 if experiment.data.processor.reader == "encoder" else None,
     )
-    whole = trees.merge(specs.frozen, specs.trainable)
-    system = stages.model_for_stage(experiment, stage)
+    params = trees.merge(specs.frozen, specs.trainable)
+    model = stages.model_for_stage(experiment, stage)
 
-    def answers(params, batch):
+    def generate_batch(params, batch):
         with sharding.use_mesh(mesh):
-            return generate(system, params, batch, how)
+            return generate(model, params, batch, config)
 
-    turns = how.max_new_tokens - 1
-    return CompileTarget(jax.jit(answers), (whole, batch), 0, trees.count_params(whole), turns)
-
-
-# Meshes and policies
+    num_params, decode_steps = trees.count_params(params), config.max_new_tokens - 1
+    return CompileTarget(jax.jit(generate_batch), (params, batch), 0, num_params, decode_steps)
 
 
 def fit_mesh(experiment: Experiment, stage: Stage, topology: Topology) -> tuple[MeshConfig, str]:
-    """The config's own mesh where it splits the stage's batch over all of the pod; else the nearest, and why."""
-    own = dataclasses.replace(experiment.mesh, slices=topology.slices)
-    slices, data, fsdp, _ = own.shape(topology.devices)
-    rows = stage.batch_size // stage.grad_accum_steps
-    if rows % (slices * data * fsdp) == 0:
-        return own, ""
-    each = topology.devices // slices
-    parts = max((n for n in range(1, each + 1) if each % n == 0 and rows % (n * slices) == 0), default=1)
-    why = (
-        f"{rows} rows do not divide over the config's mesh of {slices * data * fsdp} parts, so each would be computed "
-        f"many times; planned for --mesh.fsdp {parts} --mesh.tensor {each // parts}"
+    """(mesh, note): the config's mesh if it splits the stage's microbatch evenly, with an empty note.
+
+    Else the mesh with the most fsdp devices that does, all others on the tensor axis, and a note with the reason.
+    """
+    config_mesh = dataclasses.replace(experiment.mesh, slices=topology.slices)
+    slices, data, fsdp, _ = config_mesh.shape(topology.devices)
+    batch_size = stage.batch_size // stage.grad_accum_steps
+    if batch_size % (slices * data * fsdp) == 0:
+        return config_mesh, ""
+    devices = topology.devices // slices
+    shards = max((n for n in range(1, devices + 1) if devices % n == 0 and batch_size % (n * slices) == 0), default=1)
+    note = (
+        f"a microbatch of {batch_size} examples does not split over the {slices * data * fsdp} batch shards of the "
+        f"config's mesh; planned for --mesh.fsdp {shards} --mesh.tensor {devices // shards}"
     )
-    return MeshConfig(1, parts, each // parts, slices), why
+    return MeshConfig(1, shards, devices // shards, slices), note
 
 
 def with_remat(config, policy: str):
-    """A config whose parts all remember as a policy of `layers.REMAT` says, for their backward pass."""
+    """The config with `remat` set to a policy of `layers.REMAT_POLICIES` in all its parts."""
     changes = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -238,9 +240,6 @@ def with_remat(config, policy: str):
         elif dataclasses.is_dataclass(value):
             changes[field.name] = with_remat(value, policy)
     return dataclasses.replace(config, **changes)
-
-
-# Compiling
 
 
 def plan(
@@ -253,63 +252,69 @@ def plan(
     compiler_options: Mapping[str, str] | None = None,
     quick: bool = False,
 ) -> Plan:
-    """Compile the update of a stage (or the generation behind it) for a pod, and read what came out.
+    """Compile the train step of a stage, or generation with its model, for a topology; returns its Plan.
 
-    `options`: flags of the compiler. `quick`: it spends a third of the time, on a slower program that holds about as
-    much. Raises UserError where libtpu is missing or the mesh does not fit the pod; a
-    program that needs more memory than there is makes a plan that does not fit.
+    `mesh`: default `fit_mesh`. `remat`: default the config's policies. `compiler_options`: XLA options. `quick`:
+    compile in a third of the time, to a slower program that uses about as much memory. A program that needs more memory
+    than a device has gives a Plan with `fits` False. Raises UserError if libtpu is missing or the mesh does not match
+    the topology.
     """
     stage, note = experiment.stages[stage_index], ""
     if mesh is None:
         mesh, note = fit_mesh(experiment, stage, topology)
     if remat is not None:
-        experiment = dataclasses.replace(experiment, system=with_remat(experiment.model, remat))
-    grid = sharding.make_mesh(mesh, topologies.topology_devices(topology))
-    layout = init_layout(experiment, dummy_batch(experiment), grid)
-    rows = BATCH_SIZE_BUCKETS[-1] * topology.hosts if generation else stage.batch_size
+        experiment = dataclasses.replace(experiment, model=with_remat(experiment.model, remat))
+    device_mesh = sharding.make_mesh(mesh, topologies.topology_devices(topology))
+    specs = make_param_specs(experiment, dummy_batch(experiment), device_mesh)
+    batch_size = BATCH_SIZE_BUCKETS[-1] * topology.hosts if generation else stage.batch_size
     if generation:
-        work = generation_target(experiment, stage_index, layout, rows)
+        target = generation_target(experiment, stage_index, specs, batch_size)
     else:
-        work = train_step_target(experiment, stage_index, layout)
-    traced = work.function.trace(*work.arguments)
-    flops = needed = hlo_analysis.jaxpr_flops(traced.jaxpr.jaxpr, work.while_trip_count)
+        target = train_step_target(experiment, stage_index, specs)
+    traced = target.function.trace(*target.arguments)
+    flops = needed_flops = hlo_analysis.jaxpr_flops(traced.jaxpr.jaxpr, target.while_trip_count)
     if not generation:
-        plain = dataclasses.replace(experiment, model=with_remat(experiment.model, "none"))
-        once = train_step_target(plain, stage_index, layout)
-        needed = hlo_analysis.jaxpr_flops(once.function.trace(*once.arguments).jaxpr.jaxpr)
-    across = topology.devices // topology.slices if topology.slices > 1 else 0
-    given = dict(compiler_options or {}) | (QUICK_COMPILER_OPTIONS if quick else {})
-    seen = compile_and_analyze(traced.lower(), str(topology), across, given)
-    chip, parts = topology.chip, _num_batch_shards(rows // (1 if generation else stage.grad_accum_steps), grid)
+        no_remat = dataclasses.replace(experiment, model=with_remat(experiment.model, "none"))
+        no_remat_target = train_step_target(no_remat, stage_index, specs)
+        no_remat_trace = no_remat_target.function.trace(*no_remat_target.arguments)
+        needed_flops = hlo_analysis.jaxpr_flops(no_remat_trace.jaxpr.jaxpr)
+    slice_devices = topology.devices // topology.slices if topology.slices > 1 else 0
+    options = dict(compiler_options or {}) | (QUICK_COMPILER_OPTIONS if quick else {})
+    analysis = compile_and_analyze(traced.lower(), str(topology), slice_devices, options)
+    chip = topology.chip
+    shards = _num_batch_shards(batch_size // (1 if generation else stage.grad_accum_steps), device_mesh)
     seconds = {}
-    if seen["fits"]:
-        seconds = roofline_seconds(chip, flops / (parts * grid.shape["tensor"]), seen)
+    if analysis["fits"]:
+        seconds = roofline_seconds(chip, flops / (shards * device_mesh.shape["tensor"]), analysis)
     return Plan(
         config=experiment.name,
         what=GENERATION if generation else stage.name,
         topology=str(topology),
         devices=topology.devices,
-        mesh=tuple(grid.shape[axis] for axis in sharding.MESH_AXES),
-        rows=rows,
-        fits=seen["fits"],
-        peak_gib=None if seen["peak"] is None else seen["peak"] / GIB,
+        mesh=tuple(device_mesh.shape[axis] for axis in sharding.MESH_AXES),
+        rows=batch_size,
+        fits=analysis["fits"],
+        peak_gib=None if analysis["peak"] is None else analysis["peak"] / GIB,
         hbm_gib=chip.hbm_gib,
-        trained=work.num_trainable,
-        frozen=work.num_frozen,
+        trained=target.num_trainable,
+        frozen=target.num_frozen,
         flops=flops,
-        needed_flops=needed,
+        needed_flops=needed_flops,
         seconds=seconds,
-        collectives=seen["collectives"],
-        compile_seconds=seen["seconds"],
+        collectives=analysis["collectives"],
+        compile_seconds=analysis["seconds"],
         peak_tflops=chip.peak_tflops,
-        remat=remat or "as the config says",
+        remat=remat or "as configured",
         quick=quick,
         notes=(note,) if note else (),
     )
 
 
 def roofline_seconds(chip: Chip, flops: float, analysis: Mapping) -> dict[str, float]:
-    """Seconds that each of `LIMITS` takes at a chip's published peak, for its part of the products and bytes."""
+    """{term of ROOFLINE_TERMS: seconds} at the chip's published peak rates.
+
+    `flops`: per device. `analysis`: bytes per device, see `compile_and_analyze`.
+    """
     return {
         "products": flops / (chip.peak_tflops * 1e12),
         "memory": analysis["traffic"] / (chip.hbm_gb_per_s * 1e9),
@@ -319,6 +324,6 @@ def roofline_seconds(chip: Chip, flops: float, analysis: Mapping) -> dict[str, f
 
 
 def _num_batch_shards(batch_size: int, mesh: Mesh) -> int:
-    """Over how many devices a batch is really split."""
+    """Number of shards that a batch of this size is split into on the mesh."""
     axes = sharding.partition_spec(("batch",), (batch_size,), mesh, "batch")[0] or ()
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans made in a process of their own: where the compiler breaks off, it takes its process with it."""
+"""Plans in a worker process, because a crash of the compiler ends its process."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lionjax.planner.topologies import Topology
 
 
 class CompilerCrashed(UserError):
-    """The compiler ended its process; says how, and where its last words are."""
+    """The compiler's process ended; the message has the signal or exit code and the path of its output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What `plans.plan` takes, so that another process can read it: the experiment is the text of `config.to_json`."""
+    """The arguments of `plans.plan` in picklable form; `experiment_json`: from `config.to_json`."""
 
     experiment_json: str
     topology: Topology
@@ -42,15 +42,15 @@ class Job:
 
 
 def run_job(job: Job) -> Plan:
-    """The plan of a job."""
+    """Run `plans.plan` with the arguments of a job."""
     experiment = config.from_json(job.experiment_json)
     return plans.plan(experiment, job.topology, job.stage_index, job.mesh, job.remat, job.generation, quick=job.quick)
 
 
 class PlanWorker:
-    """A process that makes plans, one after the other, and a new one after each that broke off. For `with`.
+    """A context manager that runs plans in a worker process, which is restarted after a crash.
 
-    `work`: what it does with a job; a function of a module, which the process imports.
+    `job_fn`: a module-level function (pickled by name) that turns a Job into a Plan.
     """
 
     def __init__(self, job_fn: Callable[[Job], Plan] = run_job):
@@ -75,13 +75,13 @@ class PlanWorker:
         generation: bool = False,
         quick: bool = False,
     ) -> Plan:
-        """As `plans.plan`. Raises BrokeOff where the compiler does, and UserError as that does."""
+        """`plans.plan` in the worker process. Raises CompilerCrashed if the process ends; UserError as `plans.plan`."""
         if self.process is None:
             self._start()
         text = config.to_json(experiment)
         self.pipe.send(Job(text, topology, stage_index, mesh, remat, generation, quick))
         try:
-            made, error = self.pipe.recv()
+            result, error = self.pipe.recv()
         except (EOFError, ConnectionError):
             self._end()
             raise CompilerCrashed(crash_message(self.exit_code, self.stderr_path)) from None
@@ -91,18 +91,17 @@ class PlanWorker:
             self.stderr_offset = lines.tell()
         if error is not None:
             raise error
-        return made
+        return result
 
     def _start(self) -> None:
-        number, name = tempfile.mkstemp(prefix="lionjax-plan-", suffix=".log")
-        os.close(number)
+        file_descriptor, name = tempfile.mkstemp(prefix="lionjax-plan-", suffix=".log")
+        os.close(file_descriptor)
         self.stderr_path, self.stderr_offset = Path(name), 0
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        given = (theirs, name, self.job_fn)
-        self.process = context.Process(target=_serve, args=given, daemon=True)
+        self.pipe, worker_pipe = context.Pipe()
+        self.process = context.Process(target=_serve, args=(worker_pipe, name, self.job_fn), daemon=True)
         self.process.start()
-        theirs.close()
+        worker_pipe.close()
 
     def _end(self) -> None:
         self.process.join()
@@ -111,8 +110,8 @@ class PlanWorker:
 
 
 def _serve(pipe, stderr_path: str, job_fn: Callable[[Job], Plan]) -> None:
-    """The process: jobs in, (plan, None) or (None, exception) out, until nobody asks."""
-    with open(stderr_path, "ab", buffering=0) as file:  # libtpu writes to the number, not to sys.stderr
+    """The worker process: receives jobs and sends (plan, None) or (None, exception) until the pipe is closed."""
+    with open(stderr_path, "ab", buffering=0) as file:  # libtpu writes to file descriptor 2, not to sys.stderr
         os.dup2(file.fileno(), 2)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("lionjax").setLevel(logging.INFO)
@@ -120,28 +119,29 @@ def _serve(pipe, stderr_path: str, job_fn: Callable[[Job], Plan]) -> None:
         while True:
             job = pipe.recv()
             try:
-                answer = job_fn(job), None
+                reply = job_fn(job), None
             except UserError as error:
-                answer = None, error
+                reply = None, error
             except Exception as error:
                 if os.environ.get("LIONJAX_TRACEBACK"):
                     traceback.print_exception(error)
-                answer = None, RuntimeError(f"{type(error).__name__}: {error}")
+                reply = None, RuntimeError(f"{type(error).__name__}: {error}")
             sys.stderr.flush()
-            pipe.send(answer)
+            pipe.send(reply)
 
 
 def crash_message(exit_code: int | None, stderr_path: Path) -> str:
-    """The sentence for a compiler that ended with an exit code, or with a signal as a negative one."""
+    """The message for a compiler process that ended with an exit code (negative: a signal)."""
     if exit_code == -signal.SIGKILL:
         return (
-            "the process that compiled was killed, most likely because memory ran out (a plan of a model of 7 billion "
-            "parameters wants about 3 GB, of 13 billion 5 GB); close other programs and try again"
+            "the compiler's process was killed, most likely because the host ran out of memory (planning a model of 7 "
+            "billion parameters needs about 3 GB, 13 billion 5 GB); close other programs and run the command again"
         )
-    names = {-one: one.name for one in signal.Signals}
+    signal_names = {-number: number.name for number in signal.Signals}
+    status = signal_names.get(exit_code, f"exit code {exit_code}")
     return (
-        f"the compiler broke off ({names.get(exit_code, f'code {exit_code}')}), and left its last words in {stderr_path}; try another "
-        "--mesh, --quick or its opposite, or --search, which passes over what breaks"
+        f"the compiler crashed ({status}), its output is in {stderr_path}; try another --mesh, add or remove --quick, "
+        "or use --search, which skips crashes"
     )
 
 
@@ -154,7 +154,7 @@ def failed_plan(
     quick: bool,
     reason: str,
 ) -> Plan:
-    """What is known of a plan for which the compiler broke off: what was asked."""
+    """The Plan of a compilation that crashed: only the settings, `broke_off` and `reason` as a note."""
     stage, chip = experiment.stages[stage_index], topology.chip
     return Plan(
         config=experiment.name,
@@ -174,7 +174,7 @@ def failed_plan(
         collectives={},
         compile_seconds=0.0,
         peak_tflops=chip.peak_tflops,
-        remat=remat or "as the config says",
+        remat=remat or "as configured",
         quick=quick,
         notes=(reason,),
         broke_off=True,

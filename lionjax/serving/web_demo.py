@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A web page to talk to a model: chat about a picture, point at things with two clicks, see boxes and masks drawn.
+"""Gradio web demo: chat about an image, give a box by two clicks, view predicted boxes and masks.
 
-The page is for the machine it runs on. `page` gives it as gradio's Blocks, for notebooks and other servers.
+`serve` runs it on this machine; `build_demo` returns the gradio Blocks, for notebooks and other servers.
 """
 
-import dataclasses  # no annotations as strings here: gradio reads those of what it calls
+import dataclasses  # no `from __future__ import annotations`: gradio reads the annotations of its callbacks
 import socket
 import sys
 from collections.abc import Sequence
@@ -20,22 +20,22 @@ from lionjax.inference import tagger
 from lionjax.inference.loading import load, with_prompt_length
 from lionjax.inference.model import Answer, Model
 
-EXAMPLES_PER_BENCHMARK = 3  # shown of each benchmark that a run has answered
-# Fonts of the reader's own machine, so that the page loads nothing from elsewhere.
+EXAMPLES_PER_BENCHMARK = 3  # example questions from each benchmark of a run
+# System fonts, so that the page loads nothing from the network.
 THEME_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 Point = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """What was said of a picture, (question, answer) each, and the corners pointed at for the next, x y in 0..1."""
+    """The chat about one image, and the clicked corners of the next question's box."""
 
-    turns: tuple[tuple[str, str], ...] = ()
-    corners: tuple[Point, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()  # (question, answer)
+    corners: tuple[Point, ...] = ()  # at most two, (x, y) in 0..1
 
     @property
     def box(self) -> tuple[float, float, float, float] | None:
-        """x0 y0 x1 y1 once there are two corners."""
+        """The box x0 y0 x1 y1 in 0..1; None with fewer than two corners."""
         if len(self.corners) < 2:
             return None
         (x0, x1), (y0, y1) = (sorted(edges) for edges in zip(*self.corners))
@@ -43,18 +43,22 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The turns as gradio's chat has them."""
+        """The turns in gradio's chat message format."""
         return [
             {"role": role, "content": text} for turn in self.turns for role, text in zip(("user", "assistant"), turn)
         ]
 
 
 def add_click(conversation: Conversation, size: tuple[int, int], click: Sequence[float]) -> Conversation:
-    """The talk after a click at a pixel of a picture (width, height): a first corner, or the one opposite to it."""
-    corner = tuple(min(max(at / edge, 0.0), 1.0) for at, edge in zip(click, size))
-    first = conversation.corners if len(conversation.corners) == 1 else ()
-    flat = any(abs(a - b) * edge < 1 for other in first for a, b, edge in zip(corner, other, size))
-    return dataclasses.replace(conversation, corners=first if flat else (*first, corner))
+    """The conversation with a clicked corner added; a third click starts a new box.
+
+    `click` is (x, y) in pixels of an image of `size` (width, height). A second corner on the same row or column as the
+    first is ignored.
+    """
+    corner = tuple(min(max(pixel / edge, 0.0), 1.0) for pixel, edge in zip(click, size))
+    previous = conversation.corners if len(conversation.corners) == 1 else ()
+    is_degenerate = any(abs(a - b) * edge < 1 for other in previous for a, b, edge in zip(corner, other, size))
+    return dataclasses.replace(conversation, corners=previous if is_degenerate else (*previous, corner))
 
 
 def respond(
@@ -65,9 +69,9 @@ def respond(
     tags: Sequence[str] = (),
     use_history: bool = True,
 ) -> tuple[Conversation, Answer]:
-    """The model's answer about the picture and about what was pointed at, and the talk with it.
+    """The conversation with the new turn, and the model's answer about the image and the clicked box.
 
-    `remembers`: what was said before is part of the prompt. Raises UserError for what cannot be asked.
+    With `use_history`, previous turns are part of the prompt. Raises UserError for invalid prompts or tags.
     """
     (answer,) = model.answer(
         [image],
@@ -80,25 +84,25 @@ def respond(
 
 
 def render_image(image: Image.Image, conversation: Conversation, answer: Answer | None = None) -> Image.Image:
-    """The picture with what was pointed at, and with the answer's boxes and masks."""
-    marks = [plots.Overlay(conversation.box, color=plots.QUERY_COLOR)] if conversation.box else []
+    """The image with the clicked corner or box, and with the answer's boxes and masks."""
+    overlays = [plots.Overlay(conversation.box, color=plots.QUERY_COLOR)] if conversation.box else []
     if len(conversation.corners) == 1:
         ((x, y),) = conversation.corners
-        marks = [plots.Overlay((x - 0.01, y - 0.01, x + 0.01, y + 0.01), color=plots.QUERY_COLOR)]
+        overlays = [plots.Overlay((x - 0.01, y - 0.01, x + 0.01, y + 0.01), color=plots.QUERY_COLOR)]
     if answer is not None:
-        marks += [plots.Overlay(box, color=plots.PREDICTION_COLOR) for box in answer.boxes]
-        marks += [plots.Overlay(mask=mask, color=plots.PREDICTION_COLOR) for mask in answer.masks]
-    return plots.draw_overlays(image, marks)
+        overlays += [plots.Overlay(box, color=plots.PREDICTION_COLOR) for box in answer.boxes]
+        overlays += [plots.Overlay(mask=mask, color=plots.PREDICTION_COLOR) for mask in answer.masks]
+    return plots.draw_overlays(image, overlays)
 
 
 def run_examples(folder: Path) -> list[list[str]]:
-    """[picture, question] that a run has been asked, some of each benchmark; none of other folders."""
-    found = []
+    """[image path, question] examples from each benchmark of a run folder; empty for other folders."""
+    examples = []
     for file in sorted((folder / "evaluation").glob("*.jsonl")):
-        lines = [one for one in read_jsonl(file) if "image" in one and not one.get("question_boxes")]
-        lines = [one for one in lines if (file.parent / one["image"]).is_file()]
-        found += [[str(file.parent / one["image"]), one["question"]] for one in lines[:EXAMPLES_PER_BENCHMARK]]
-    return found
+        lines = [line for line in read_jsonl(file) if "image" in line and not line.get("question_boxes")]
+        lines = [line for line in lines if (file.parent / line["image"]).is_file()]
+        examples += [[str(file.parent / line["image"]), line["question"]] for line in lines[:EXAMPLES_PER_BENCHMARK]]
+    return examples
 
 
 def build_demo(
@@ -107,36 +111,38 @@ def build_demo(
     examples: Sequence[Sequence[str]] = (),
     image_tagger: tagger.Tagger | None = None,
 ):
-    """The page as gradio's Blocks. `shown`: examples, [picture, question] each. `names` fills in the tags.
+    """The demo as gradio Blocks.
 
-    Raises UserError where gradio is not installed.
+    `examples` are [image path, question] lists. `image_tagger` fills in the tags of a new image. Raises UserError if
+    gradio is not installed.
     """
     gr = _import_gradio()
     config = model.processor.config
 
-    def answered(talk, file, prompt, words, remembers):
+    # The parameter names are those of the HTTP API.
+    def on_submit(talk, file, prompt, words, remembers):
         if file is None or not prompt.strip():
-            raise gr.Error("Choose a picture and write a question.", print_exception=False)
-        words = [word.strip() for word in words.split(",") if word.strip()]
+            raise gr.Error("Choose an image and enter a question.", print_exception=False)
+        tags = [tag.strip() for tag in words.split(",") if tag.strip()]
         try:
-            picture = images.open_image(file)
-            after, answer = respond(model, talk, picture, prompt.strip(), words, remembers)
+            image = images.open_image(file)
+            conversation, answer = respond(model, talk, image, prompt.strip(), tags, remembers)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return after, after.messages, render_image(picture, talk, answer), ""
+        return conversation, conversation.messages, render_image(image, talk, answer), ""
 
-    def clicked(talk, file, event: gr.SelectData):
-        picture = images.open_image(file)
-        talk = add_click(talk, picture.size, event.index)
-        return talk, render_image(picture, talk)
+    def on_click(talk, file, event: gr.SelectData):
+        image = images.open_image(file)
+        conversation = add_click(talk, image.size, event.index)
+        return conversation, render_image(image, conversation)
 
-    def changed(file):
-        """Another picture begins another talk."""
+    def on_image_change(file):
+        """A new image starts a new conversation."""
         try:
-            named = image_tagger.tag([images.open_image(file)])[0].tags if image_tagger and file else ()
+            tags = image_tagger.tag([images.open_image(file)])[0].tags if image_tagger and file else ()
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return Conversation(), [], file, ", ".join(named)
+        return Conversation(), [], file, ", ".join(tags)
 
     with gr.Blocks(analytics_enabled=False, title=title) as blocks:
         gr.Markdown(f"# {title}")
@@ -147,50 +153,49 @@ def build_demo(
                     type="filepath",
                     image_mode=None,
                     sources=["upload", "clipboard"],
-                    label="Picture. Two clicks on it point at a box",
+                    label="Image (click two corners to ask about a box)",
                 )
-                seen = gr.Image(interactive=False, format="png", label="Blue: pointed at. Orange: answered")
+                annotated = gr.Image(interactive=False, format="png", label="Blue: your box. Orange: predictions")
             with gr.Column():
-                chat = gr.Chatbot(label="Talk", feedback_options=None, render_markdown=False)
+                chat = gr.Chatbot(label="Chat", feedback_options=None, render_markdown=False)
                 prompt = gr.Textbox(label="Question", placeholder="What color is the circle?")
-                words = gr.Textbox(
-                    label="Tags, with commas between", visible=config.use_tags, placeholder="circle, star"
-                )
-                remembers = gr.Checkbox(bool(config.followup_template), label="Goes on from what was said before")
+                words = gr.Textbox(label="Tags, comma-separated", visible=config.use_tags, placeholder="circle, star")
+                remembers = gr.Checkbox(bool(config.followup_template), label="Include previous turns in the prompt")
                 with gr.Row():
-                    send = gr.Button("Ask", variant="primary")
-                    clear = gr.Button("Begin anew")
+                    send = gr.Button("Send", variant="primary")
+                    clear = gr.Button("Clear")
         if examples:
-            gr.Examples([list(one) for one in examples], [file, prompt], label="Asked before")
-        asked = {"inputs": [talk, file, prompt, words, remembers], "outputs": [talk, chat, seen, prompt]}
-        gr.on([send.click, prompt.submit], answered, **asked, api_name="ask")
-        file.select(clicked, [talk, file], [talk, seen], api_visibility="private")
-        begun = {"inputs": [file], "outputs": [talk, chat, seen, words]}
-        file.change(changed, **begun, api_visibility="private")
-        clear.click(changed, **begun, api_name="begin")
+            gr.Examples([list(example) for example in examples], [file, prompt], label="Examples")
+        submit_io = {"inputs": [talk, file, prompt, words, remembers], "outputs": [talk, chat, annotated, prompt]}
+        gr.on([send.click, prompt.submit], on_submit, **submit_io, api_name="ask")
+        file.select(on_click, [talk, file], [talk, annotated], api_visibility="private")
+        reset_io = {"inputs": [file], "outputs": [talk, chat, annotated, words]}
+        file.change(on_image_change, **reset_io, api_visibility="private")
+        clear.click(on_image_change, **reset_io, api_name="begin")
     return blocks
 
 
 def serve(
     folder: Path, host: str = "127.0.0.1", port: int = 7860, tagger_folder: Path | None = None, prompt_length: int = 256
 ) -> None:
-    """Load a model and serve its page until Ctrl-C. Raises UserError where the port is taken.
+    """Load a model and serve the demo until Ctrl-C.
 
-    `prompt_length`: tokens that a prompt may have with the talk before it, at least as many as in training.
+    `prompt_length` is the maximum number of prompt tokens including previous turns; a longer training length is used
+    instead. Raises UserError if the port is taken or gradio is not installed.
     """
-    gr = _import_gradio()  # before a model is read for nothing
+    gr = _import_gradio()  # fail before the slow model load
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(
-                f"no page can be served at {host}:{port} ({error.strerror}); choose another --port"
-            ) from error
-    names = None if tagger_folder is None else tagger.load(tagger_folder)
+            raise UserError(f"cannot serve at {host}:{port} ({error.strerror}); choose another --port") from error
+    image_tagger = None if tagger_folder is None else tagger.load(tagger_folder)
     model = load(folder)
-    longest = max(prompt_length, model.processor.config.max_prompt_tokens)
-    blocks = build_demo(with_prompt_length(model, longest), f"lionjax: {folder.name}", run_examples(folder), names)
+    max_prompt_length = max(prompt_length, model.processor.config.max_prompt_tokens)
+    blocks = build_demo(
+        with_prompt_length(model, max_prompt_length), f"lionjax: {folder.name}", run_examples(folder), image_tagger
+    )
     blocks.launch(
         server_name=host,
         server_port=port,
@@ -202,7 +207,7 @@ def serve(
         show_error=True,
         prevent_thread_lock=True,
     )
-    print(f"http://{host}:{port} shows {folder}; Ctrl-C ends it", file=sys.stderr)
+    print(f"http://{host}:{port} serves {folder}; press Ctrl-C to stop", file=sys.stderr)
     blocks.block_thread()
 
 
@@ -210,5 +215,5 @@ def _import_gradio():
     try:
         import gradio
     except ImportError as error:
-        raise UserError('the page wants gradio; install it with `pip install "lionjax[demo]"`') from error
+        raise UserError('the demo needs gradio; install it with `pip install "lionjax[demo]"`') from error
     return gradio

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes as numbers, for the shipped backbones to learn from: what lies in each patch, and look-up exercises."""
+"""Training data of the tiny backbones from synthetic scenes: labels per object and patch, box codes, text exercises."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ ROLES = ("nothing", "part", "centre")
 FIELDS = {**ATTRIBUTES, "role": ROLES, "ground": world.BACKGROUNDS}
 BOX_FREQUENCIES = (1, 2)
 NUM_DIGITS = 10
-NUM_DIGIT_POSITIONS = 8  # first and second decimals of four edges
+NUM_DIGIT_POSITIONS = 8  # the first two decimals of four edges
 BOX_CODE_DIM = NUM_DIGIT_POSITIONS * NUM_DIGITS + 4 * (2 * len(BOX_FREQUENCIES) + 1)
 
 
 def encode_box(box_K4):
-    """Edges in 0..1 -> (..., CODE): how near the first decimal of each edge is to each digit, and the second one, edge
-    by edge; then sines and cosines of two wave lengths and the edge itself.
+    """Codes (..., BOX_CODE_DIM), float32, of boxes (..., 4) in 0..1.
 
-    A digit's share is 1 in the middle of its interval and a half at its ends.
+    For each edge: soft one-hot vectors of its first and second decimal; then for each edge sines and cosines at
+    BOX_FREQUENCIES and the edge scaled to -1..1. A digit's weight is 1 in the middle of its interval and 1/2 at its
+    ends.
     """
     edge = box_K4[..., None]
     middle = (np.arange(NUM_DIGITS) + 0.5) / NUM_DIGITS
     first = np.maximum(0, 1 - np.abs(edge - middle) * NUM_DIGITS)
-    apart = np.abs(edge * NUM_DIGITS % 1 - middle)
-    second = np.maximum(0, 1 - np.minimum(apart, 1 - apart) * NUM_DIGITS)
+    distance = np.abs(edge * NUM_DIGITS % 1 - middle)
+    second = np.maximum(0, 1 - np.minimum(distance, 1 - distance) * NUM_DIGITS)
     angle = 2 * np.pi * edge * np.asarray(BOX_FREQUENCIES)
     digits = np.concatenate([first, second], axis=-1)
-    rest = np.concatenate([np.sin(angle), np.cos(angle), 2 * edge - 1], axis=-1)
-    rows = [part.reshape(*box_K4.shape[:-1], -1) for part in (digits, rest)]
+    waves = np.concatenate([np.sin(angle), np.cos(angle), 2 * edge - 1], axis=-1)
+    rows = [part.reshape(*box_K4.shape[:-1], -1) for part in (digits, waves)]
     return np.concatenate(rows, axis=-1).astype(np.float32)
 
 
 def object_labels(scene) -> tuple[np.ndarray, np.ndarray]:
-    """Things as numbers: field indices (K, 6) and boxes (K, 4)."""
+    """Labels of a scene's objects: value indices of FIELDS (K, 6), int32, and boxes (K, 4) in 0..1, float32."""
     ground = world.BACKGROUNDS.index(scene.background.kind)
     rows = [
         [*(values.index(getattr(thing, name)) for name, values in ATTRIBUTES.items()), 2, ground]
@@ -46,29 +47,32 @@ def object_labels(scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def patch_labels(scene, side: int, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for each of side x side patches: (P, 6), (P, 4); a patch belongs to the thing that fills most of it."""
-    owner = render.instance_id_map(scene.things, pixels)
+    """Labels of side x side patches of an image of `pixels` x `pixels`: fields (P, 6) and boxes (P, 4).
+
+    A patch has the labels of the object that covers most of it, if that is more than 12%. Each object has one patch
+    with the role "centre".
+    """
+    instance_ids = render.instance_id_map(scene.things, pixels)
     cell = pixels // side
-    blocks = owner.reshape(side, cell, side, cell).swapaxes(1, 2).reshape(side * side, -1)
-    number = len(scene.things)
-    share_PK = np.stack([(blocks == k).mean(1) for k in range(number)], axis=1)
-    k_P, covered_P = share_PK.argmax(1), share_PK.max(1) > 0.12
+    blocks = instance_ids.reshape(side, cell, side, cell).swapaxes(1, 2).reshape(side * side, -1)
+    fraction_PK = np.stack([(blocks == k).mean(1) for k in range(len(scene.things))], axis=1)
+    k_P, covered_P = fraction_PK.argmax(1), fraction_PK.max(1) > 0.12
     fields_K6, box_K4 = object_labels(scene)
     fields_P6, box_P4 = fields_K6[k_P].copy(), box_K4[k_P].copy()
     fields_P6[:, 4] = np.where(covered_P, 1, 0)
     fields_P6[~covered_P, :4] = 0
     box_P4[~covered_P] = 0
     for k in np.argsort([np.prod(b[2:] - b[:2]) for b in box_K4])[::-1]:
-        # The patch of a thing's centre speaks for it; if something else lies there, the patch it fills most does.
+        # The patch at the center of the box, or the patch it covers most if another object is there.
         x, y = (box_K4[k, :2] + box_K4[k, 2:]) / 2
-        at = int(y * side) * side + int(x * side)
-        at = at if k_P[at] == k and covered_P[at] else int(share_PK[:, k].argmax())
-        fields_P6[at], box_P4[at] = fields_K6[k], box_K4[k]
+        patch = int(y * side) * side + int(x * side)
+        patch = patch if k_P[patch] == k and covered_P[patch] else int(fraction_PK[:, k].argmax())
+        fields_P6[patch], box_P4[patch] = fields_K6[k], box_K4[k]
     return fields_P6, box_P4
 
 
 def dihedral_augment(image_BHWC, fields_BP6, box_BP4, symmetry: int):
-    """One of the eight ways to mirror and turn a square, done to pictures, patches and boxes alike."""
+    """One of the eight symmetries of a square (0..7) applied to images, patch labels and boxes."""
     side = int(np.sqrt(fields_BP6.shape[1]))
     fields = fields_BP6.reshape(-1, side, side, fields_BP6.shape[-1])
     box = box_BP4.reshape(-1, side, side, 4)
@@ -83,37 +87,40 @@ def dihedral_augment(image_BHWC, fields_BP6, box_BP4, symmetry: int):
 
 
 def sample_patches(fields_P6, box_P4, rng, num_patches: int = 14):
-    """The centre patches in random order, and some of the other patches between them."""
-    centre = np.flatnonzero(fields_P6[:, 4] == 2)[:num_patches]
-    rest = np.flatnonzero(fields_P6[:, 4] != 2)
-    chosen = np.concatenate([centre, rng.choice(rest, num_patches - len(centre), replace=False)])
+    """Labels of `num_patches` patches in random order: all center patches and a random choice of the others."""
+    center = np.flatnonzero(fields_P6[:, 4] == 2)[:num_patches]
+    other = np.flatnonzero(fields_P6[:, 4] != 2)
+    chosen = np.concatenate([center, rng.choice(other, num_patches - len(center), replace=False)])
     chosen = rng.permutation(chosen)
     return fields_P6[chosen], box_P4[chosen]
 
 
 def lookup_exercise(scene, rng) -> Example:
-    """Several look-ups at once: 'color: star, ring' -> 'star red, ring blue'. Many a line teach looking up sooner."""
-    given, asked = rng.choice(list(OBJECT_NAMES)[:-1], 2, replace=False) if rng.random() < 0.6 else ("pair", "there")
-    if given == "pair":
+    """Several attribute look-ups in one text: 'color: star, ring' -> 'star red, ring blue'.
+
+    Several look-ups per example make the model learn them in fewer steps.
+    """
+    key, value = rng.choice(list(OBJECT_NAMES)[:-1], 2, replace=False) if rng.random() < 0.6 else ("pair", "there")
+    if key == "pair":
         pairs = [OBJECT_NAMES["pair"](thing) for thing in scene.things]
-        others = [f"{c} {s}" for c, s in world.allowed_pairs(scene.split) if f"{c} {s}" not in pairs]
-        chosen = [*rng.permutation(pairs)[:3], *rng.permutation(others)[:3]]
+        absent = [f"{c} {s}" for c, s in world.allowed_pairs(scene.split) if f"{c} {s}" not in pairs]
+        chosen = [*rng.permutation(pairs)[:3], *rng.permutation(absent)[:3]]
         chosen = [str(word) for word in rng.permutation(chosen)]
-        said = ["yes" if word in pairs else "no" for word in chosen]
+        answers = ["yes" if word in pairs else "no" for word in chosen]
         if rng.random() < 0.3:
-            asked, said = "count", [str(pairs.count(word)) for word in chosen]
+            value, answers = "count", [str(pairs.count(word)) for word in chosen]
     else:
-        look = {name: [OBJECT_NAMES[name](thing) for thing in scene.things] for name in (given, asked)}
-        words = sorted(set(look[given]))
-        answers = {word: {a for g, a in zip(look[given], look[asked]) if g == word} for word in words}
-        chosen = [str(word) for word in rng.permutation(words) if len(answers[word]) == 1]
-        said = [next(iter(answers[word])) for word in chosen]
+        names = {name: [OBJECT_NAMES[name](thing) for thing in scene.things] for name in (key, value)}
+        words = sorted(set(names[key]))
+        values = {word: {v for k, v in zip(names[key], names[value]) if k == word} for word in words}
+        chosen = [str(word) for word in rng.permutation(words) if len(values[word]) == 1]
+        answers = [next(iter(values[word])) for word in chosen]
         if not chosen or rng.random() < 0.2:
-            asked, chosen = "count", words
-            said = [str(look[given].count(word)) for word in chosen]
-    question = f"{asked}: {', '.join(chosen)}"
-    answer = ", ".join(f"{word} {found}" for word, found in zip(chosen, said, strict=True))
-    return Example("drill", asked, question, answer, (answer,), "image_level")
+            value, chosen = "count", words
+            answers = [str(names[key].count(word)) for word in chosen]
+    question = f"{value}: {', '.join(chosen)}"
+    answer = ", ".join(f"{word} {text}" for word, text in zip(chosen, answers, strict=True))
+    return Example("drill", value, question, answer, (answer,), "image_level")
 
 
 OBJECT_NAMES = {
@@ -129,48 +136,55 @@ EDGE_NAMES = ("left", "top", "right", "bottom")
 
 
 def unambiguous_objects(scene, rng) -> list[tuple[str, tuple]]:
-    """Names of a word or two that fit one thing only, with its box, in random order."""
+    """(name, box) of the objects that a random name of one or two words identifies, in random order.
+
+    [("largest object", its box)] if there are none.
+    """
     kinds = rng.choice(["shape", "color", "pair", "pair"], len(scene.things))
     names = [OBJECT_NAMES[str(kind)](thing) for kind, thing in zip(kinds, scene.things, strict=True)]
-    alone = [
+    unambiguous = [
         (name, scene.things[k].box)
         for k, name in enumerate(names)
         if sum(matches_name(thing, name) for thing in scene.things) == 1
     ]
     largest = max(scene.things, key=lambda thing: thing.extent)
-    return [alone[k] for k in rng.permutation(len(alone))] or [("largest object", largest.box)]
+    return [unambiguous[k] for k in rng.permutation(len(unambiguous))] or [("largest object", largest.box)]
 
 
 def box_exercise(scene, rng, max_boxes: int = 1) -> Example:
-    """Boxes of things that a word or two are enough for: 'box: star' -> '[0.123,0.234,0.345,0.456]'."""
+    """The boxes of unambiguous objects: 'box: star' -> '[0.123,0.234,0.345,0.456]'."""
     names, boxes = zip(*unambiguous_objects(scene, rng)[:max_boxes], strict=True)
-    said = ", ".join(f"{name} {box_to_text(box)}" for name, box in zip(names, boxes, strict=True))
-    answer = box_to_text(boxes[0]) if max_boxes == 1 else said
+    named_boxes = ", ".join(f"{name} {box_to_text(box)}" for name, box in zip(names, boxes, strict=True))
+    answer = box_to_text(boxes[0]) if max_boxes == 1 else named_boxes
     question = f"box: {', '.join(names)}"
     return Example("place", "box", question, answer, (answer,), "region_level", boxes=tuple(boxes))
 
 
 def edge_exercise(scene, rng, max_objects: int = 4) -> Example:
-    """One decimal of one edge of several things: 'left: star, ring'; `kind` says which, `boxes` has all of them."""
-    named, number = unambiguous_objects(scene, rng)[:max_objects], int(rng.integers(NUM_DIGIT_POSITIONS))
-    asked = ("", "fine ")[number % 2] + EDGE_NAMES[number // 2]
-    names, boxes = zip(*named, strict=True)
-    question = f"{asked}: {', '.join(names)}"
-    return Example("edge", str(number), question, "", tuple(names), "region_level", boxes=boxes)
+    """One decimal of one edge of several objects: 'left: star, ring'.
+
+    The answer is made by `language.edge_answer_ids` from `kind` (index of the decimal, 0..7), `answers` (the objects'
+    names) and `boxes`.
+    """
+    objects, index = unambiguous_objects(scene, rng)[:max_objects], int(rng.integers(NUM_DIGIT_POSITIONS))
+    edge = ("", "fine ")[index % 2] + EDGE_NAMES[index // 2]
+    names, boxes = zip(*objects, strict=True)
+    question = f"{edge}: {', '.join(names)}"
+    return Example("edge", str(index), question, "", tuple(names), "region_level", boxes=boxes)
 
 
 def single_edge_exercise(scene, rng) -> Example:
-    """The same for one thing: so short an answer teaches best what to look at."""
+    """`edge_exercise` for one object; the one-token answer gives the clearest signal to the attention."""
     return edge_exercise(scene, rng, max_objects=1)
 
 
 def multi_box_exercise(scene, rng) -> Example:
-    """Up to four boxes a line."""
+    """`box_exercise` with up to four boxes."""
     return box_exercise(scene, rng, max_boxes=4)
 
 
 def region_exercise(scene, rng) -> Example:
-    """The way back: 'at: [0.123,0.234,0.345,0.456]' -> 'red star'."""
+    """The inverse of `box_exercise`: 'at: [0.123,0.234,0.345,0.456]' -> 'small red plain star'."""
     thing = scene.things[int(rng.integers(len(scene.things)))]
     answer = f"{thing.size} {thing.color} {thing.texture} {thing.shape}"
     question = f"at: {box_to_text(thing.box)}"
@@ -178,32 +192,32 @@ def region_exercise(scene, rng) -> Example:
 
 
 def comparison_exercise(scene, rng) -> Example:
-    """Several comparisons at once: 'above: red star ring, blue star' -> 'yes, no'."""
-    named = unambiguous_objects(scene, rng)
-    asked = str(rng.choice(["beside", "above", "more", "same"]))
-    if asked in ("beside", "above") and len(named) > 1:
-        axis, said, pairs = 0 if asked == "beside" else 1, [], []
+    """Several comparisons in one text: 'above: red star ring, blue star' -> 'yes, no'."""
+    objects = unambiguous_objects(scene, rng)
+    kind = str(rng.choice(["beside", "above", "more", "same"]))
+    if kind in ("beside", "above") and len(objects) > 1:
+        axis, truths, pairs = 0 if kind == "beside" else 1, [], []
         for _ in range(5):
-            one, other = (named[k] for k in rng.choice(len(named), 2, replace=False))
-            gap = sum(other[1][axis::2]) - sum(one[1][axis::2])
+            first, second = (objects[k] for k in rng.choice(len(objects), 2, replace=False))
+            gap = sum(second[1][axis::2]) - sum(first[1][axis::2])
             if abs(gap) > 0.12:
-                pairs.append(f"{one[0]} {other[0]}")
-                said.append(gap > 0)
+                pairs.append(f"{first[0]} {second[0]}")
+                truths.append(gap > 0)
         if pairs:
-            return _comparison_example(scene, asked, pairs, said)
+            return _comparison_example(scene, kind, pairs, truths)
     words = sorted({OBJECT_NAMES[name](thing) for thing in scene.things for name in ("shape", "color")})
-    number = {word: sum(matches_name(thing, word) for thing in scene.things) for word in words}
-    asked = "same" if asked == "same" else "more"
+    counts = {word: sum(matches_name(thing, word) for thing in scene.things) for word in words}
+    kind = "same" if kind == "same" else "more"
     pairs = [rng.choice(words, 2, replace=False) for _ in range(5)]
-    said = [number[a] == number[b] if asked == "same" else number[a] > number[b] for a, b in pairs]
-    return _comparison_example(scene, asked, [f"{a} {b}" for a, b in pairs], said)
+    truths = [counts[a] == counts[b] if kind == "same" else counts[a] > counts[b] for a, b in pairs]
+    return _comparison_example(scene, kind, [f"{a} {b}" for a, b in pairs], truths)
 
 
 def _comparison_example(scene, kind: str, pairs: list[str], truths) -> Example:
-    answer = ", ".join("yes" if right else "no" for right in truths)
+    answer = ", ".join("yes" if truth else "no" for truth in truths)
     return Example("compare", kind, f"{kind}: {', '.join(pairs)}", answer, (answer,), "image_level")
 
 
 def matches_name(thing, name: str) -> bool:
-    """Whether a color, a shape or both are those of a thing."""
+    """Whether a name (a color, a shape or both) fits an object."""
     return set(name.split()) <= {thing.shape, thing.color}

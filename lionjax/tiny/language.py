@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small T5, and a small decoder, that can talk about scenes. They never see a picture.
+"""Pretrains the tiny T5 and the tiny decoder on questions about synthetic scenes, without images.
 
-They learn the tasks from scenes told in words, and from scenes given as sets of vectors, one for each thing or patch:
-the sum of its words' embeddings and a code of its box. The decoder is told with the T5's words and code.
+The scenes are given as text, or as one vector per object or patch: the sum of the embeddings of its attributes' words
+and a code of its box. The decoder is trained with the T5's embeddings and box code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lionjax.core import sharding
 from lionjax.data.processor import Processor, ProcessorConfig
 from lionjax.data.scenes import tasks, world
 from lionjax.data.scenes.tasks import box_to_text
-from lionjax.evaluation.metrics import regions as metrics
+from lionjax.evaluation.metrics import regions
 from lionjax.models.language import decoder
 from lionjax.models.language.decoder import Decoder, DecoderConfig
 from lionjax.models.language.t5 import T5, T5Config, shift_right
@@ -51,9 +51,9 @@ from lionjax.tiny.schedules import BackbonesConfig, LanguageSchedule, make_optim
 
 log = logging.getLogger(__name__)
 
-ATTENTION_SHARPNESS = 1.0  # of the first attention, see `looking_for_like`
+ATTENTION_SHARPNESS = 1.0  # scale of the initial attention logits, see `copy_attention_init`
 
-# Tasks whose answers have about one length stand in one batch, so that little of it is padding.
+# Tasks with answers of similar length share a batch, to reduce padding.
 TASK_GROUPS = {
     "drill": (("drill", 3), ("edge", 1), ("compare", 3)),
     "places": (("places", 1),),
@@ -73,20 +73,22 @@ EXERCISES = {
     "place": box_exercise,
     "places": multi_box_exercise,
     "whose": region_exercise,
-    "count": functools.partial(tasks.vqa, kind="count"),  # the two hardest kinds, more often
+    "count": functools.partial(tasks.vqa, kind="count"),  # extra weight for the two hardest kinds
     "yesno": functools.partial(tasks.vqa, kind="yesno"),
 }
-TAG_TOKENS, SCENE_TOKENS = 50, 240  # tokens that LION's sentence about tags, or a scene in words, takes more
+TAG_TOKENS, SCENE_TOKENS = 50, 240  # additional prompt length of LION's tag prompt, and of a scene as text
 
 
 class SceneLanguageModel(nn.Module):
-    """The language model under training. A fact is the embedding of its word, so a thing's vector is the sum of its
-    words', of its box's decimals' and of a code of the box; a match between a question and a thing is then one of like
-    with like."""
+    """The language model with scene inputs.
+
+    An object's vector is the sum of the embeddings of its attributes' words, of those of its box's decimals, and of a
+    linear code of its box. A word of a question and the object it describes then have similar vectors.
+    """
 
     c: T5Config | DecoderConfig
-    field_token_ids: tuple[tuple[int, ...], ...]  # ids of every value's word, field by field
-    digit_token_ids: tuple[int, ...]  # ids of the decimals, place by place
+    field_token_ids: tuple[tuple[int, ...], ...]  # token ids of the values of each field
+    digit_token_ids: tuple[int, ...]  # token ids of the digits, position by position
 
     def setup(self):
         self.language = T5(self.c) if isinstance(self.c, T5Config) else Decoder(self.c)
@@ -94,146 +96,153 @@ class SceneLanguageModel(nn.Module):
         self.roles = self.param("roles", normal(1.0), (len(ROLES), self.c.width))
 
     def embed_objects(self, fields_BS6, box_code_BSC):
-        """Facts as vectors: (B, S, D). A thing speaks once, where its centre is, so that it can be counted."""
-        said = [self.language.embed(np.array(ids))[fields_BS6[..., k]] for k, ids in enumerate(self.field_token_ids)]
+        """Vectors (B, S, D) of objects or patches; only center patches hold attributes, so each object counts once."""
+        values = [self.language.embed(np.array(ids))[fields_BS6[..., k]] for k, ids in enumerate(self.field_token_ids)]
         digits_CD = self.language.embed(np.array(self.digit_token_ids))
-        loud = np.tile(np.repeat([1.0, 0.5], NUM_DIGITS), NUM_DIGIT_POSITIONS // 2)  # first and second decimals
-        spelled_BSD = box_code_BSC[..., : len(loud)] * loud @ digits_CD
-        thing_BSD = sum(said[:4]) + spelled_BSD + self.code(box_code_BSC[..., len(loud) :])
-        centre_BS1 = (fields_BS6[..., 4] == 2)[..., None]
-        return jnp.where(centre_BS1, thing_BSD, said[5]) + self.roles[fields_BS6[..., 4]]
+        weights = np.tile(np.repeat([1.0, 0.5], NUM_DIGITS), NUM_DIGIT_POSITIONS // 2)  # first and second decimals
+        digits_BSD = box_code_BSC[..., : len(weights)] * weights @ digits_CD
+        object_BSD = sum(values[:4]) + digits_BSD + self.code(box_code_BSC[..., len(weights) :])
+        center_BS1 = (fields_BS6[..., 4] == 2)[..., None]
+        return jnp.where(center_BS1, object_BSD, values[5]) + self.roles[fields_BS6[..., 4]]
 
-    def __call__(self, fields_BS6, box_code_BSC, blur_BSD, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM):
-        words_BLD, mask_BL = self.language.embed(prompt_BL), prompt_mask_BL
+    def __call__(self, fields_BS6, box_code_BSC, noise_BSD, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM):
+        """Logits (B, M, V) of the target. `noise_BSD`: in standard deviations of the scene's vectors."""
+        input_BLD, mask_BL = self.language.embed(prompt_BL), prompt_mask_BL
         if fields_BS6 is not None:
-            told_BSD = self.embed_objects(fields_BS6, box_code_BSC)
-            told_BSD += blur_BSD * jax.lax.stop_gradient(told_BSD.std(-1, keepdims=True))
-            words_BLD = jnp.concatenate([told_BSD, words_BLD], axis=1)
-            mask_BL = jnp.concatenate([jnp.ones(told_BSD.shape[:2], bool), mask_BL], axis=1)
+            scene_BSD = self.embed_objects(fields_BS6, box_code_BSC)
+            scene_BSD += noise_BSD * jax.lax.stop_gradient(scene_BSD.std(-1, keepdims=True))
+            input_BLD = jnp.concatenate([scene_BSD, input_BLD], axis=1)
+            mask_BL = jnp.concatenate([jnp.ones(scene_BSD.shape[:2], bool), mask_BL], axis=1)
         if isinstance(self.c, DecoderConfig):
-            return self.decoder_logits(words_BLD, mask_BL, target_BM, target_mask_BM)
-        encoded_BLD = self.language.encode(words_BLD, mask_BL)
+            return self.decoder_logits(input_BLD, mask_BL, target_BM, target_mask_BM)
+        encoded_BLD = self.language.encode(input_BLD, mask_BL)
         inputs_BM = shift_right(target_BM, self.c.decoder_start_token_id)
         return self.language.decode(inputs_BM, target_mask_BM, encoded_BLD, mask_BL)
 
     def decoder_logits(self, inputs_BLD, mask_BL, target_BM, target_mask_BM):
-        """A decoder's logits of the target, which stands behind what it was told."""
+        """Logits (B, M, V) of the target after the inputs, for a decoder-only model."""
         length = inputs_BLD.shape[1]
-        row_BLD = jnp.concatenate([inputs_BLD, self.language.embed(target_BM)], axis=1)
-        state_BLD = self.language(row_BLD, jnp.concatenate([mask_BL, target_mask_BM], axis=1))
+        x_BLD = jnp.concatenate([inputs_BLD, self.language.embed(target_BM)], axis=1)
+        state_BLD = self.language(x_BLD, jnp.concatenate([mask_BL, target_mask_BM], axis=1))
         first_BD = decoder.last_token(state_BLD[:, :length], mask_BL)
-        before_BMD = jnp.concatenate([first_BD[:, None], state_BLD[:, length:-1]], axis=1)
-        return self.language.logits(before_BMD)
+        previous_BMD = jnp.concatenate([first_BD[:, None], state_BLD[:, length:-1]], axis=1)
+        return self.language.logits(previous_BMD)
 
 
 def make_scene_model(c: T5Config | DecoderConfig, processor: Processor) -> SceneLanguageModel:
-    """The language model and what it is told things with, by the tokenizer's words and decimals."""
+    """The SceneLanguageModel with the token ids of the processor's tokenizer."""
     return SceneLanguageModel(c, field_token_ids(processor), tuple(map(int, digit_token_ids(processor).flat)))
 
 
 def field_token_ids(processor: Processor) -> tuple[tuple[int, ...], ...]:
-    """The first token of every value's word."""
+    """The first token id of each value of each field."""
     encode = processor.tokenizer.encode
     return tuple(tuple(encode(value)[0] for value in values) for values in FIELDS.values())
 
 
 def digit_token_ids(processor: Processor) -> np.ndarray:
-    """Ids of the pieces for every decimal of every edge: (PLACES, DIGITS)."""
+    """Token ids of the digits in boxes by position: (NUM_DIGIT_POSITIONS, NUM_DIGITS)."""
     boxes = [processor.prompt.encode_target(f"[{','.join([f'0.{digit}{digit}0'] * 4)}]") for digit in range(NUM_DIGITS)]
-    at = [1 + 4 * (place // 2) + place % 2 for place in range(NUM_DIGIT_POSITIONS)]
-    return np.array(boxes)[:, at].T
+    indices = [1 + 4 * (position // 2) + position % 2 for position in range(NUM_DIGIT_POSITIONS)]
+    return np.array(boxes)[:, indices].T
 
 
 def edge_answer_ids(processor: Processor, example) -> list[int]:
-    """The answer to `told.edge`: decimals as they stand in boxes, behind their names if there are several."""
+    """Token ids of the answer to an `edge_exercise`: tokens of box digits, after the names if there are several."""
     comma, end = processor.tokenizer.token_to_id(","), processor.tokenizer.eos_id
-    found = []
+    ids = []
     for name, box in zip(example.answers, example.boxes, strict=True):
         edge, decimal = divmod(int(example.kind), 2)
-        said = processor.prompt.encode_target(name)[:-1] if len(example.boxes) > 1 else []
-        found += [*said, processor.prompt.encode_target(box_to_text(box))[1 + 4 * edge + decimal], comma]
-    return [*found[:-1], end]
+        name_ids = processor.prompt.encode_target(name)[:-1] if len(example.boxes) > 1 else []
+        ids += [*name_ids, processor.prompt.encode_target(box_to_text(box))[1 + 4 * edge + decimal], comma]
+    return [*ids[:-1], end]
 
 
 def make_language_batch(
     c: BackbonesConfig, scenes, labels, rng, processor: Processor, scene_input: str, group: str, batch_size: int
 ):
-    """One batch of scenes told as `things`, `patches`, `text` or not (`blind`); `hinted` ones come with tags."""
+    """Arrays of one batch, the arguments of `SceneLanguageModel.__call__`.
+
+    `scene_input`: "things" (center patches and some others), "patches" (all), "text", "blind" (no scene), "hinted" or
+    "hinted patches" (things or patches with tags in the prompt). `group`: key of TASK_GROUPS. Boxes and vectors get
+    random noise.
+    """
     names, odds = zip(*TASK_GROUPS[group], strict=True)
-    prompts, answers, facts_of = [], [], []
+    prompts, answers, patches = [], [], []
     for index in rng.integers(0, len(scenes), batch_size):
         task = str(rng.choice(names, p=np.array(odds) / sum(odds)))
-        noise = rng.choice([0.0, 0.1, 0.3])
+        tag_noise = rng.choice([0.0, 0.1, 0.3])
         example = (
             EXERCISES[task](scenes[index], rng)
             if task in EXERCISES
-            else tasks.make_example(task, scenes[index], rng, noise)
+            else tasks.make_example(task, scenes[index], rng, tag_noise)
         )
         question = (
             f"{tasks.scene_to_text(scenes[index], rng)}. {example.question}"
             if scene_input == "text"
             else example.question
         )
-        hinted = "hinted" in scene_input and task != "tags"
-        answer = (
-            edge_answer_ids(processor, example) if example.task == "edge" else processor.prompt.encode_target(example.answer)
-        )
-        prompts.append(processor.prompt.encode_prompt(question, example.tags if hinted else ()))
+        with_tags = "hinted" in scene_input and task != "tags"
+        if example.task == "edge":
+            answer = edge_answer_ids(processor, example)
+        else:
+            answer = processor.prompt.encode_target(example.answer)
+        prompts.append(processor.prompt.encode_prompt(question, example.tags if with_tags else ()))
         answers.append(answer)
-        facts_of.append(labels[index])
+        patches.append(labels[index])
     if scene_input in ("things", "hinted"):
-        facts_of = [sample_patches(*pair, rng) for pair in facts_of]
-    fields, code, blurs = None, None, None
+        patches = [sample_patches(*pair, rng) for pair in patches]
+    fields, code, noise = None, None, None
     if scene_input not in ("text", "blind"):
-        fields = np.stack([pair[0] for pair in facts_of])
-        boxes = np.stack([pair[1] for pair in facts_of])
-        blur = rng.choice([0.003, 0.01, 0.02], (batch_size, 1, 1))
-        code = encode_box(np.clip(boxes + blur * rng.normal(size=boxes.shape), 0, 1))
-        share = rng.choice([0.0, 0.15, 0.3], (batch_size, 1, 1)).astype(np.float32)
-        blurs = share * rng.standard_normal((*boxes.shape[:2], c.language.width), np.float32)
+        fields = np.stack([pair[0] for pair in patches])
+        boxes = np.stack([pair[1] for pair in patches])
+        box_noise = rng.choice([0.003, 0.01, 0.02], (batch_size, 1, 1))
+        code = encode_box(np.clip(boxes + box_noise * rng.normal(size=boxes.shape), 0, 1))
+        scale = rng.choice([0.0, 0.15, 0.3], (batch_size, 1, 1)).astype(np.float32)
+        noise = scale * rng.standard_normal((*boxes.shape[:2], c.language.width), np.float32)
     prompt_BL, prompt_mask_BL = pad_ids(
         prompts, PROMPT_LENGTHS[group] + SCENE_TOKENS * (scene_input == "text") + TAG_TOKENS * ("hinted" in scene_input)
     )
     target_BM, target_mask_BM = pad_ids(answers, TARGET_LENGTHS[group])
-    return fields, code, blurs, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM
+    return fields, code, noise, prompt_BL, prompt_mask_BL, target_BM, target_mask_BM
 
 
 def pad_ids(sequences, length: int):
-    """Lists of ids, cut and padded on the right: (B, length) ids and mask."""
+    """Lists of ids, truncated and padded on the right: ids (B, length), int32, and mask (B, length), bool."""
     ids = np.zeros((len(sequences), length), np.int32)
     mask = np.zeros((len(sequences), length), bool)
-    for at, row in enumerate(sequences):
-        row = row[:length]
-        ids[at, : len(row)], mask[at, : len(row)] = row, True
+    for row, sequence in enumerate(sequences):
+        sequence = sequence[:length]
+        ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, True
     return ids, mask
 
 
 def copy_attention_init(language: dict, c: T5Config | DecoderConfig) -> dict:
-    """First weights: every attention looks for what is like its query and copies it, and the head reads words.
+    """Initial weights: each attention copies the inputs that are similar to its query; the head is the embedding table.
 
-    Small language models find this out by themselves only after thousands of steps on a plateau.
+    From random weights, small language models spend thousands of steps on a loss plateau before they learn this.
     """
 
     keys = iter(jax.random.split(jax.random.key(0), 64))
 
-    def begin(node):
+    def init_attention(node):
         if "q" not in node:
-            return {name: begin(part) if isinstance(part, dict) else part for name, part in node.items()}
+            return {name: init_attention(part) if isinstance(part, dict) else part for name, part in node.items()}
         shape = node["k"]["kernel"].shape  # (layers, D, N, H)
-        square = jax.nn.initializers.orthogonal(column_axis=-1)
-        like, copied = (
-            jnp.stack([square(next(keys), (shape[1], shape[2] * shape[3])) for _ in range(shape[0])]).reshape(shape)
+        orthogonal = jax.nn.initializers.orthogonal(column_axis=-1)
+        match, copy = (
+            jnp.stack([orthogonal(next(keys), (shape[1], shape[2] * shape[3])) for _ in range(shape[0])]).reshape(shape)
             for _ in range(2)
         )
-        like = like * (c.head_dim**-0.25 if isinstance(c, T5Config) else 1.0) * ATTENTION_SHARPNESS**0.5
-        parts = {"q": like, "k": like.copy(), "v": copied, "o": jnp.moveaxis(copied, -3, -1)}
+        match = match * (c.head_dim**-0.25 if isinstance(c, T5Config) else 1.0) * ATTENTION_SHARPNESS**0.5
+        parts = {"q": match, "k": match.copy(), "v": copy, "o": jnp.moveaxis(copy, -3, -1)}
         return node | {name: {"kernel": kernel} for name, kernel in parts.items()}
 
-    if isinstance(c, DecoderConfig):  # its head is its word table
+    if isinstance(c, DecoderConfig):  # its head is tied to the embedding table
         scale_D = language["norm"]["scale"] * c.width**-0.5
-        return begin(language) | {"norm": {"scale": scale_D}}
+        return init_attention(language) | {"norm": {"scale": scale_D}}
     table_VD = language["embedding"]["table"]
-    return begin(language) | {"head": {"kernel": table_VD.T * c.width**-0.5}}
+    return init_attention(language) | {"head": {"kernel": table_VD.T * c.width**-0.5}}
 
 
 def train_language(
@@ -242,30 +251,30 @@ def train_language(
     checkpoint_path: Path | None = None,
     last_schedule_only: bool = False,
 ) -> tuple[dict, dict]:
-    """Parameters of the `Reader` and its figures on held-out scenes that it is told patch by patch.
+    """Parameters of the SceneLanguageModel and its accuracy on held-out scenes given as patches.
 
-    `start`: some of these parameters, to begin with instead of random ones. `again`: only the last schedule runs.
-    Every thousand steps everything under training is written to `keep`.
+    `init_params`: replaces part of the initial parameters. `last_schedule_only`: runs only the last schedule. The
+    parameters are saved to `checkpoint_path` every 1,000 steps.
     """
-    reads = "encoder" if isinstance(c.language, T5Config) else "decoder"
+    reader = "encoder" if isinstance(c.language, T5Config) else "decoder"
     processor = Processor(
-        ProcessorConfig(c.vision.image_size, max_prompt_tokens=PROMPT_LENGTHS["middle"] + SCENE_TOKENS, reader=reads)
+        ProcessorConfig(c.vision.image_size, max_prompt_tokens=PROMPT_LENGTHS["middle"] + SCENE_TOKENS, reader=reader)
     )
     side, pixels = c.vision.image_size // c.vision.patch_size, c.vision.image_size
-    made = [world.sample_scene("train", index, c.seed) for index in range(c.num_scenes)]
-    told = [patch_labels(scene, side, pixels) for scene in made]
-    test = [world.sample_scene("heldout", index, c.seed) for index in range(400)]
-    test_told = [patch_labels(scene, side, pixels) for scene in test]
-    reader, rng = make_scene_model(c.language, processor), np.random.default_rng(c.seed)
-    batch = functools.partial(make_language_batch, c, made, told, rng, processor)
-    example = batch("things", "short", 2)
-    axes = sharding.layer_axes(jax.eval_shape(reader.init, jax.random.key(c.seed), *example)["params"])
-    params = nn.unbox(jax.jit(reader.init)(jax.random.key(c.seed), *example)["params"])
+    scenes = [world.sample_scene("train", index, c.seed) for index in range(c.num_scenes)]
+    labels = [patch_labels(scene, side, pixels) for scene in scenes]
+    test_scenes = [world.sample_scene("heldout", index, c.seed) for index in range(400)]
+    test_labels = [patch_labels(scene, side, pixels) for scene in test_scenes]
+    model, rng = make_scene_model(c.language, processor), np.random.default_rng(c.seed)
+    make_batch = functools.partial(make_language_batch, c, scenes, labels, rng, processor)
+    example = make_batch("things", "short", 2)
+    axes = sharding.layer_axes(jax.eval_shape(model.init, jax.random.key(c.seed), *example)["params"])
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(c.seed), *example)["params"])
     params["language"] = copy_attention_init(params["language"], c.language)
     params = trees.unflatten(trees.flatten(params) | trees.flatten(init_params or {}))
 
-    def judge(params):
-        figures = evaluate_language(c, params, reader, test, test_told, processor)
+    def evaluate(params):
+        figures = evaluate_language(c, params, model, test_scenes, test_labels, processor)
         log.info("language %s", figures)
         if checkpoint_path is not None:
             save_params(params, "reader", checkpoint_path)
@@ -273,13 +282,13 @@ def train_language(
 
     for schedule in c.language_schedules[-1:] if last_schedule_only else c.language_schedules:
         log.info("language: %s", schedule)
-        params = run_language_schedule(c, schedule, reader, params, batch, rng, judge, axes)
-        figures = judge(params)
+        params = run_language_schedule(c, schedule, model, params, make_batch, rng, evaluate, axes)
+        figures = evaluate(params)
     return params, figures
 
 
 def digit_loss_weight(target_BM, digits_PV):
-    """How much each token counts: first decimals most; third ones, which nobody can see, hardly at all."""
+    """Loss weight of each token: 2 for first decimals, 0.15 for third ones (below the image's resolution), else 1."""
     first_BM, second_BM = (jnp.isin(target_BM, digits_PV[decimal::2]) for decimal in range(2))
     third_BM = jnp.pad(second_BM, ((0, 0), (1, 0)))[:, :-1]
     return jnp.where(first_BM, 2.0, jnp.where(third_BM, 0.15, 1.0))
@@ -295,28 +304,28 @@ def run_language_schedule(
     eval_fn,
     layer_axes=None,
 ):
-    """Parameters after one schedule; `judge` is called with them every thousand steps."""
+    """Train with one schedule; returns the parameters. `eval_fn(params)` is called every 1,000 steps."""
     tx = make_optimizer(schedule.learning_rate, schedule.steps, schedule.optimizer, params, layer_axes)
     state = tx.init(params)
     digits_PV = np.array(model.digit_token_ids).reshape(NUM_DIGIT_POSITIONS, NUM_DIGITS)
 
-    def loss_of(params, arrays):
+    def loss_fn(params, arrays):
         logits_BMV = model.apply({"params": params}, *arrays)
         *_, target_BM, mask_BM = arrays
         weight_BM = mask_BM * digit_loss_weight(target_BM, digits_PV)
         return token_cross_entropy(logits_BMV, target_BM, weight_BM)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, arrays):
-        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params, arrays)
+    def train_step(params, state, arrays):
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, arrays)
         updates, state = tx.update(grads, state, params)
-        moved = optax.apply_updates(params, updates)
+        updated = optax.apply_updates(params, updates)
         if schedule.freeze_embeddings:
             table = {"embedding": params["language"]["embedding"]}
-            moved = params | {"language": moved["language"] | table}
-        return moved, state, loss, metrics["token_accuracy"]
+            updated = params | {"language": updated["language"] | table}
+        return updated, state, loss, metrics["token_accuracy"]
 
-    shares = {
+    fractions = {
         "text": schedule.text_fraction,
         "blind": schedule.no_scene_fraction,
         "hinted": schedule.tag_fraction,
@@ -325,55 +334,55 @@ def run_language_schedule(
     }
 
     def next_batch():
-        how = str(rng.choice([*shares, "things"], p=[*shares.values(), 1 - sum(shares.values())]))
+        scene_input = str(rng.choice([*fractions, "things"], p=[*fractions.values(), 1 - sum(fractions.values())]))
         group = str(rng.choice(list(TASK_GROUPS), p=GROUP_ODDS))
-        rows = c.language_batch_size // {"text": 2, "patches": 2, "hinted patches": 3}.get(how, 1)
-        return how, group, make_batch(how, group, rows)
+        batch_size = c.language_batch_size // {"text": 2, "patches": 2, "hinted patches": 3}.get(scene_input, 1)
+        return scene_input, group, make_batch(scene_input, group, batch_size)
 
-    begun, sums = time.time(), {}
-    with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-        waiting = collections.deque(ahead.submit(next_batch) for _ in range(3))
-        for number in range(schedule.steps):
-            how, group, arrays = waiting.popleft().result()
-            waiting.append(ahead.submit(next_batch))
-            params, state, loss, right = step(params, state, arrays)
-            sums.setdefault(f"{how} {group}", []).append((loss, right))
-            if number % 200 == 199:
-                text = ", ".join(f"{name} {np.mean(jax.device_get(v), 0).round(3)}" for name, v in sorted(sums.items()))
-                log.info("language step %d %.0f s: %s", number, time.time() - begun, text)
-                sums = {}
-            if number % 1000 == 999:
+    start_time, metrics = time.time(), {}
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        pending = collections.deque(executor.submit(next_batch) for _ in range(3))
+        for step in range(schedule.steps):
+            scene_input, group, arrays = pending.popleft().result()
+            pending.append(executor.submit(next_batch))
+            params, state, loss, accuracy = train_step(params, state, arrays)
+            metrics.setdefault(f"{scene_input} {group}", []).append((loss, accuracy))
+            if step % 200 == 199:
+                means = {name: np.mean(jax.device_get(pairs), 0).round(3) for name, pairs in sorted(metrics.items())}
+                text = ", ".join(f"{name} {mean}" for name, mean in means.items())
+                log.info("language step %d %.0f s: loss and accuracy: %s", step, time.time() - start_time, text)
+                metrics = {}
+            if step % 1000 == 999:
                 eval_fn(params)
-        for left in waiting:
-            left.cancel()
+        for future in pending:
+            future.cancel()
     return params
 
 
 def evaluate_language(c: BackbonesConfig, params, model, test_scenes, test_labels, processor: Processor) -> dict:
-    """Share of held-out answers of a word or two that are right, by kind of question; scenes told patch by patch.
+    """Accuracy on held-out scenes given as patches, by kind of question, with teacher forcing.
 
-    Of `rec`, the share of boxes with an IoU of a half or more, each digit said after the true ones before it.
+    For "rec" the fraction of boxes with an IoU of at least 0.5.
     """
     rng = np.random.default_rng(1)
-    run = jax.jit(lambda params, arrays: model.apply({"params": params}, *arrays).argmax(-1))
+    predict = jax.jit(lambda params, arrays: model.apply({"params": params}, *arrays).argmax(-1))
     figures: dict[str, list] = {}
-    for at in range(0, len(test_scenes), 100):
+    for start in range(0, len(test_scenes), 100):
         for kind in ("color", "shape", "count", "yesno", "relation", "existence", "rec"):
-            part = test_scenes[at : at + 100]
-            make = tasks.TASKS.get(kind) or functools.partial(tasks.vqa, kind=kind)
-            examples = [make(scene, rng) for scene in part]
+            make_example = tasks.TASKS.get(kind) or functools.partial(tasks.vqa, kind=kind)
+            examples = [make_example(scene, rng) for scene in test_scenes[start : start + 100]]
             prompt, prompt_mask = pad_ids(
                 [processor.prompt.encode_prompt(e.question) for e in examples], PROMPT_LENGTHS["short"]
             )
             answers = [processor.prompt.encode_target(e.answer) for e in examples]
             target, mask = pad_ids(answers, TARGET_LENGTHS["box"])
-            fields = np.stack([pair[0] for pair in test_labels[at : at + 100]])
-            code = encode_box(np.stack([pair[1] for pair in test_labels[at : at + 100]]))
-            ids = np.asarray(run(params, (fields, code, 0.0, prompt, prompt_mask, target, mask)))
-            right = ((ids == target) | ~mask).all(1)
+            fields = np.stack([pair[0] for pair in test_labels[start : start + 100]])
+            code = encode_box(np.stack([pair[1] for pair in test_labels[start : start + 100]]))
+            ids = np.asarray(predict(params, (fields, code, 0.0, prompt, prompt_mask, target, mask)))
+            correct = ((ids == target) | ~mask).all(1)
             if kind == "rec":
-                said = [processor.tokenizer.decode(row[: len(answers[0])]) for row in ids]
-                boxes = [metrics.parse_box(text) or (0, 0, 0, 0) for text in said]
-                right = metrics.iou(boxes, [e.boxes[0] for e in examples]) >= 0.5
-            figures.setdefault(kind, []).append(right.mean())
+                texts = [processor.tokenizer.decode(row[: len(answers[0])]) for row in ids]
+                boxes = [regions.parse_box(text) or (0, 0, 0, 0) for text in texts]
+                correct = regions.iou(boxes, [e.boxes[0] for e in examples]) >= 0.5
+            figures.setdefault(kind, []).append(correct.mean())
     return {kind: round(float(np.mean(values)), 3) for kind, values in figures.items()}

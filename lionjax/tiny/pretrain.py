@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small frozen backbones that ship with the project. `python -m lionjax.tiny.pretrain` makes them anew."""
+"""Pretrains the tiny frozen backbones that ship with the project: `python -m lionjax.tiny.pretrain`."""
 
 import argparse
 import json
@@ -13,18 +13,17 @@ from lionjax.models.heads.region import RegionHeadConfig
 from lionjax.models.language.decoder import TINY_DECODER
 from lionjax.models.language.t5 import TINY_T5
 from lionjax.models.vision.vit import TINY_VIT
-from lionjax.tiny import boxes, schedules, vision
-from lionjax.tiny import language as language_backbone
+from lionjax.tiny import boxes, language, schedules, vision
 from lionjax.tiny.schedules import BackbonesConfig, LanguageSchedule
 
 
 def get_config() -> BackbonesConfig:
-    """Sizes and schedule."""
+    """Sizes and schedules of the tiny ViT and the tiny T5."""
     return BackbonesConfig(vision=TINY_VIT, language=TINY_T5)
 
 
-# The decoder is told as the T5 was, which is not to change: a ViT is aligned with it. Muon leaves the plateau that
-# small language models begin with where AdamW stays on it.
+# The decoder uses the T5's embeddings, which are frozen because the ViT is aligned with them. With Muon the loss leaves
+# its initial plateau; with AdamW it does not.
 DECODER_BACKBONES = BackbonesConfig(
     vision=TINY_VIT,
     language=TINY_DECODER,
@@ -49,13 +48,13 @@ DECODER_BACKBONES = BackbonesConfig(
 )
 
 
-# Boxes as embeddings: two words that the tokenizer has for them, and heads of the flagship's size.
+# Boxes as embeddings, with two special tokens of the tokenizer; sizes as in the configs tiny_lionjax*.
 BOX_HEADS = RegionHeadConfig(
     trigger_token_id=19,
     box_token_id=20,
     box_mlp_dim=256,
-    giou_weight=0.8,  # the paper's
-    cycle_weight=0.1,  # the frozen T5's states cannot come to meet the boxes' embeddings
+    giou_weight=0.8,  # as in the paper
+    cycle_weight=0.1,  # low, because the frozen T5's states cannot adapt to the box embeddings
     num_mask_prompt_tokens=2,
     max_boxes=6,
 )
@@ -66,46 +65,48 @@ if __name__ == "__main__":
     parser.add_argument(
         "--part", choices=("vision", "language", "alignment", "places", "decoder", "all"), default="all"
     )
-    parser.add_argument("--again", action="store_true", help="go on from the files in --out")
+    parser.add_argument("--again", action="store_true", help="continue from the files in --out")
     parser.add_argument("--out", type=Path, default=Path("lionjax/data/assets"))
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config, out = get_config(), arguments.out
+    config, out = get_config(), args.out
     vit, t5, told = (out / f"tiny_{name}.safetensors" for name in ("vit", "t5", "told"))
-    if arguments.part in ("vision", "all"):
-        start = schedules.load_params(vit) if arguments.again else None
-        params, figures = vision.train_vision(config, processor.CLIP_MEAN, processor.CLIP_STD, start)
+    if args.part in ("vision", "all"):
+        init_params = schedules.load_params(vit) if args.again else None
+        params, figures = vision.train_vision(config, processor.CLIP_MEAN, processor.CLIP_STD, init_params)
         schedules.save_params(params, "vision", vit)
         (out / "tiny_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
-    if arguments.part in ("language", "all"):
-        start = schedules.load_params(t5) | schedules.load_params(told) if arguments.again else None
-        params, said = language_backbone.train_language(
-            config, start, out / "tiny_t5_partial.safetensors", arguments.again
-        )
+    if args.part in ("language", "all"):
+        init_params = schedules.load_params(t5) | schedules.load_params(told) if args.again else None
+        partial = out / "tiny_t5_partial.safetensors"
+        params, figures = language.train_language(config, init_params, partial, args.again)
         schedules.save_params(params.pop("language"), "language", t5)
         schedules.save_params(params, "told", told)
-        (out / "tiny_t5.json").write_text(json.dumps(said, indent=1) + "\n")
-    if arguments.part in ("alignment", "all"):
-        before, reader = schedules.load_params(vit)["vision"], schedules.load_params(t5) | schedules.load_params(told)
-        params, near = vision.align_vision(config, processor.CLIP_MEAN, processor.CLIP_STD, before, reader)
+        (out / "tiny_t5.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if args.part in ("alignment", "all"):
+        vision_params = schedules.load_params(vit)["vision"]
+        reader_params = schedules.load_params(t5) | schedules.load_params(told)
+        params, errors = vision.align_vision(
+            config, processor.CLIP_MEAN, processor.CLIP_STD, vision_params, reader_params
+        )
         schedules.save_params(params, "vision", vit)
-        figures = json.loads((out / "tiny_vit.json").read_text()) | near
+        figures = json.loads((out / "tiny_vit.json").read_text()) | errors
         (out / "tiny_vit.json").write_text(json.dumps(figures, indent=1) + "\n")
-    if arguments.part in ("places", "all"):
-        reader = schedules.load_params(t5) | schedules.load_params(told)
-        params, word, figures = boxes.train_box_heads(config, boxes.BoxHeadsSchedule(), BOX_HEADS, reader)
+    if args.part in ("places", "all"):
+        reader_params = schedules.load_params(t5) | schedules.load_params(told)
+        params, trigger, figures = boxes.train_box_heads(config, boxes.BoxHeadsSchedule(), BOX_HEADS, reader_params)
         schedules.save_params(params, "locations", out / "tiny_places.safetensors")
-        language = schedules.load_params(t5)["language"]
-        language["embedding"]["table"][BOX_HEADS.trigger_token_id] = word
-        schedules.save_params(language, "language", t5)
+        t5_params = schedules.load_params(t5)["language"]
+        t5_params["embedding"]["table"][BOX_HEADS.trigger_token_id] = trigger
+        schedules.save_params(t5_params, "language", t5)
         (out / "tiny_places.json").write_text(json.dumps(figures, indent=1) + "\n")
-    if arguments.part in ("decoder", "all"):
+    if args.part in ("decoder", "all"):
         partial = out / "tiny_decoder_partial.safetensors"
-        words = {"embedding": schedules.load_params(t5)["language"]["embedding"]}
-        start = schedules.load_params(told) | {"language": words}
-        if arguments.again:
-            start = schedules.load_params(partial)
-        params, said = language_backbone.train_language(DECODER_BACKBONES, start, partial, arguments.again)
-        del params["language"]["embedding"]  # the T5's
+        embedding = {"embedding": schedules.load_params(t5)["language"]["embedding"]}
+        init_params = schedules.load_params(told) | {"language": embedding}
+        if args.again:
+            init_params = schedules.load_params(partial)
+        params, figures = language.train_language(DECODER_BACKBONES, init_params, partial, args.again)
+        del params["language"]["embedding"]  # shared with the T5
         schedules.save_params(params["language"], "language", out / "tiny_decoder.safetensors", np.float16)
-        (out / "tiny_decoder.json").write_text(json.dumps(said, indent=1) + "\n")
+        (out / "tiny_decoder.json").write_text(json.dumps(figures, indent=1) + "\n")

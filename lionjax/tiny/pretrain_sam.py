@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small frozen SAM that ships with the project. `python -m lionjax.tiny.pretrain_sam` makes it anew."""
+"""Pretrains the tiny frozen SAM that ships with the project: `python -m lionjax.tiny.pretrain_sam`."""
 
 import argparse
 import json
@@ -12,15 +12,15 @@ from lionjax.tiny.sam import MasksConfig
 
 
 def get_config() -> MasksConfig:
-    """Sizes and schedule."""
+    """Sizes and schedule of the tiny SAM."""
     return MasksConfig(TINY_SAM)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("lionjax/data/assets"))
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     params, figures = sam.train_sam(get_config())
-    schedules.save_params(params, "sam", arguments.out / "tiny_sam.safetensors")
-    (arguments.out / "tiny_sam.json").write_text(json.dumps(figures, indent=1) + "\n")
+    schedules.save_params(params, "sam", args.out / "tiny_sam.safetensors")
+    (args.out / "tiny_sam.json").write_text(json.dumps(figures, indent=1) + "\n")

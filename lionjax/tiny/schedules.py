@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the small frozen backbones share: sizes and schedules, the optimiser, and the files they are kept in.
+"""Sizes, schedules, optimizer and weight files of the tiny backbones.
 
-LION freezes its ViT and its language model, so the ones that ship with the project are trained first, each by itself
-(`vision_backbone`, `language_backbone`, `mask_backbone`). All heads used on the way are thrown away.
+LION freezes its ViT and language model, so those that ship with the project are pretrained separately (`tiny.vision`,
+`tiny.language`, `tiny.sam`). The heads used in pretraining are not shipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lionjax.core.renamed import renamed_fields
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision.vit import ViTConfig
-from lionjax.training.optimizer import make_optimizer as optimizer_optimizer
+from lionjax.training import optimizer as training_optimizer
 
 
 @renamed_fields(
@@ -34,15 +34,18 @@ from lionjax.training.optimizer import make_optimizer as optimizer_optimizer
 )
 @dataclasses.dataclass(frozen=True)
 class LanguageSchedule:
-    """Some steps of a language model. Shares say how a step's scenes are told; what is left is told as a few things."""
+    """Steps of a language model with one mix of scene inputs.
+
+    The fractions of batches that are not listed get a few patches of the scene ("things").
+    """
 
     steps: int
     learning_rate: float
-    patch_fraction: float = 0.0  # patch by patch
-    tag_fraction: float = 0.2  # as things, behind LION's sentence about tags; if there are patches, as many by patches
-    text_fraction: float = 0.02  # in words
-    no_scene_fraction: float = 0.0  # not told at all
-    freeze_embeddings: bool = False  # what the T5 is told of a thing stays as it is, for a ViT aligned with it
+    patch_fraction: float = 0.0  # all patches
+    tag_fraction: float = 0.2  # a few patches and LION's tag prompt; if patch_fraction > 0 as many with all patches
+    text_fraction: float = 0.02  # the scene as text
+    no_scene_fraction: float = 0.0  # no scene
+    freeze_embeddings: bool = False  # keeps the T5's embeddings, which a ViT may be aligned with
     optimizer: Literal["adamw", "muon"] = "adamw"
 
 
@@ -56,14 +59,14 @@ class LanguageSchedule:
 )
 @dataclasses.dataclass(frozen=True)
 class BackbonesConfig:
-    """Sizes and schedules of both; `scenes` are drawn from the training split only."""
+    """Sizes and schedules of the vision and language backbones; `num_scenes`: of the training split."""
 
     vision: ViTConfig
     language: T5Config | DecoderConfig
     num_scenes: int = 40_000
     vision_steps: int = 4_000
-    augmented_steps: int = 7_000  # then as many with pictures mirrored and turned, which are as good as new ones
-    align_steps: int = 7_000  # see `align_vision`
+    augmented_steps: int = 7_000  # further steps with mirrored and rotated images and permuted colors
+    align_steps: int = 7_000  # see `vision.align_vision`
     align_learning_rate: float = 8e-4
     vision_batch_size: int = 64
     vision_learning_rate: float = 1e-3
@@ -77,11 +80,11 @@ class BackbonesConfig:
 
 
 def make_optimizer(learning_rate: float, steps: int, optimizer: str = "adamw", params=None, layer_axes=None):
-    """Rules of an update at a rate that rises and falls; `params` and their `layer_axes` are for Muon."""
+    """AdamW or Muon with warm-up and cosine decay; Muon needs `params` and their `layer_axes`."""
     if optimizer == "muon":
-        names = {"mixture": (), "batch_size": 1, "weight_decay": 0.02, "optimizer": optimizer}
+        fields = {"mixture": (), "batch_size": 1, "weight_decay": 0.02, "optimizer": optimizer}
         rates = {"learning_rate": learning_rate, "end_learning_rate": learning_rate * 0.02, "warmup_steps": 200}
-        return optimizer_optimizer(Stage("", steps, (".*",), **names, **rates), params, layer_axes)
+        return training_optimizer.make_optimizer(Stage("", steps, (".*",), **fields, **rates), params, layer_axes)
     schedule = optax.warmup_cosine_decay_schedule(
         0, learning_rate, min(200, steps // 4 + 1), steps, learning_rate * 0.02
     )
@@ -89,14 +92,14 @@ def make_optimizer(learning_rate: float, steps: int, optimizer: str = "adamw", p
 
 
 def load_params(file: Path) -> dict:
-    """What `save` wrote, under its prefix; parts of a `reader`, and what it was `told` with, stand by themselves."""
+    """The float32 parameters that `save_params` wrote, with its prefix; without it for "reader" and "told"."""
     flat = safetensors.numpy.load_file(file)
     tree = trees.unflatten({path: leaf.astype(np.float32) for path, leaf in flat.items()})
     return tree.get("reader", tree.get("told", tree))
 
 
 def save_params(params: dict, prefix: str, file: Path, dtype: type = np.float32) -> None:
-    """One part of a system as safetensors, by our paths."""
+    """Write parameters as a safetensors file with names PREFIX/PATH."""
     flat = {f"{prefix}/{path}": np.asarray(leaf, dtype) for path, leaf in trees.flatten(params).items()}
     partial = file.with_suffix(".partial")
     safetensors.numpy.save_file(flat, partial)

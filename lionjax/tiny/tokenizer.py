@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the tokenizer shipped with the package: `python -m lionjax.tiny.tokenizer`.
+"""Trains the tokenizer shipped with the package: `python -m lionjax.tiny.tokenizer`.
 
-A byte-pair tokenizer of 1,024 pieces with T5's first three ids. It learns from a page of text written for it
-(assets/tokenizer_text.txt) and from boxes, never from generated tasks, so that a change there moves no id.
+A BPE tokenizer with byte fallback, 1,024 tokens and T5's first three ids. It is trained on a page of text
+(assets/tokenizer_text.txt) and on boxes, not on generated tasks, so that changes of the tasks do not change any id.
 
-Within a box the first two decimals of each edge have pieces of their own: the 3 of a left edge 0.3.. is another piece
-than the 3 of a top edge. The text is the same; a model of two million weights learns such words, as it learns colors,
-many times sooner than it learns to tell eight meanings of one digit apart by counting commas.
+In a box, the first two decimals of each edge have their own tokens: the 3 of a left edge 0.3.. is another token than
+the 3 of a top edge, though both decode to "3". A model of two million parameters learns eight tokens per digit in far
+fewer steps than eight meanings of one token that depend on the position in the box.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from lionjax.data.tokenizer import SPECIAL_TOKENS, SPIECE_UNDERLINE, TINY_TOKENIZER_FILE, TINY_VOCAB_SIZE
 
 CORPUS_FILE = TINY_TOKENIZER_FILE.parent / "tokenizer_text.txt"
-# Private characters stand for decimals and joints by their place in a box, while a text is being cut into pieces.
+# Private characters replace decimals and separators, by their position in a box, before the text is tokenized.
 FIRST_PRIVATE = 0x10F000
 BOX_DECIMALS = tuple(
     (edge, decimal, str(digit), chr(FIRST_PRIVATE + 32 * edge + 16 * decimal + digit))
@@ -31,7 +31,7 @@ BOX_SEPARATORS = tuple(
 )
 PRIVATE_RANGE = f"{chr(FIRST_PRIVATE)}-{chr(FIRST_PRIVATE + 0xFF)}"
 
-# Pieces never cross these borders: the joints of a box, single digits, words, single marks, single spaces.
+# Pre-tokenization: separators of a box, single digits, words, single punctuation marks, single spaces.
 SPLIT_PATTERN = "|".join(
     (
         rf"{SPIECE_UNDERLINE}?\[[01]\.(?=[\d{PRIVATE_RANGE}])|,[01]\.(?=\d)",
@@ -47,22 +47,22 @@ NUM_CORE_LINES = 40
 
 
 def corpus() -> Iterator[str]:
-    """The text that the tokenizer learns from: sentences, boxes, and every printable sign on its own."""
+    """The training text: sentences, boxes, and every printable ASCII character."""
     lines = CORPUS_FILE.read_text(encoding="utf-8").splitlines()
     yield from lines
-    # What the embedded scenes are about comes first in the file and is worth whole words.
+    # The first lines have the vocabulary of the synthetic scenes; the weight makes it whole-word tokens.
     yield from lines[:NUM_CORE_LINES] * 3
     for box in ("[0.1,0.2,0.3,0.4]", "[1.0,1.0,1.0,1.0]"):
-        # Often enough that a joint of a box is always worth a piece of its own.
+        # Frequent enough that each separator of a box becomes a token.
         yield from [f"{box}{box} at {box}, {box}"] * 100
-    # A digit is a border, so no two signs grow together.
+    # Digits between the characters prevent merges of two characters.
     yield from ["0".join(PRINTABLE), " 0 1 2 3 4 5 6 7 8 9"] * 50
 
 
 def box_digit_normalizers() -> tuple[list, list]:
-    """Normalizers that write decimals and joints of boxes as private characters, and decoders that write them back.
+    """Normalizers that replace decimals and separators of boxes by private characters, and decoders that invert them.
 
-    From the last edge to the first, because each looks back at the text before it.
+    They run from the last edge to the first, because the pattern of each has the preceding edges as a look-behind.
     """
     from tokenizers import Regex, decoders, normalizers
 
@@ -76,15 +76,15 @@ def box_digit_normalizers() -> tuple[list, list]:
     for edge, joint, private in BOX_SEPARATORS:
         steps.append((edge, 2, rf"(?<={box(edge)}){joint[:2]}\.", private))
     steps.sort(key=lambda step: (-step[0], step[1]))
-    back = [(private, text) for *_, text, private in (*BOX_DECIMALS, *BOX_SEPARATORS)]
+    decoded = [(private, text) for *_, text, private in (*BOX_DECIMALS, *BOX_SEPARATORS)]
     return (
         [normalizers.Replace(Regex(pattern), private) for *_, pattern, private in steps],
-        [decoders.Replace(private, text) for private, text in back],
+        [decoders.Replace(private, text) for private, text in decoded],
     )
 
 
 def train_tokenizer(path: Path = TINY_TOKENIZER_FILE) -> None:
-    """Learn the tokenizer and write it to `path`; the same text gives the same bytes."""
+    """Train the tokenizer and write it to `path`; the same text gives the same bytes."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -95,37 +95,37 @@ def train_tokenizer(path: Path = TINY_TOKENIZER_FILE) -> None:
             pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated"),
         ]
     )
-    written, read = box_digit_normalizers()
+    box_normalizers, box_decoders = box_digit_normalizers()
     backend.decoder = decoders.Sequence(
         [
-            *read,
+            *box_decoders,
             decoders.Replace(SPIECE_UNDERLINE, " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
             decoders.Strip(" ", 1, 0),
         ]
     )
-    # Printable ASCII has pieces of its own, so those bytes never occur.
-    raw = [f"<0x{byte:02X}>" for byte in range(256) if chr(byte) not in f" {PRINTABLE}"]
-    places = [private for *_, private in (*BOX_DECIMALS, *BOX_SEPARATORS)]
-    learned = TINY_VOCAB_SIZE - len(SPECIAL_TOKENS) - len(raw) - len(places)
-    trainer = trainers.BpeTrainer(vocab_size=learned, show_progress=False)
+    # Printable ASCII characters have their own tokens, so byte fallback never needs their bytes.
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256) if chr(byte) not in f" {PRINTABLE}"]
+    box_tokens = [private for *_, private in (*BOX_DECIMALS, *BOX_SEPARATORS)]
+    bpe_size = TINY_VOCAB_SIZE - len(SPECIAL_TOKENS) - len(byte_tokens) - len(box_tokens)
+    trainer = trainers.BpeTrainer(vocab_size=bpe_size, show_progress=False)
     backend.train_from_iterator(corpus(), trainer)
 
-    # The trainer knows neither byte pieces nor our order, so the vocabulary is put together here.
+    # The trainer supports neither byte tokens nor T5's order of ids, so the vocabulary is assembled here.
     state = json.loads(backend.to_str())
-    words = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)
-    vocabulary = [*SPECIAL_TOKENS, *raw, *words, *places]
+    bpe_tokens = sorted(state["model"]["vocab"], key=state["model"]["vocab"].get)
+    vocabulary = [*SPECIAL_TOKENS, *byte_tokens, *bpe_tokens, *box_tokens]
     assert len(vocabulary) == len(set(vocabulary)) == TINY_VOCAB_SIZE
     state["model"]["vocab"] = {piece: i for i, piece in enumerate(vocabulary)}
     state["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": False}
     backend = tokenizers.Tokenizer.from_str(json.dumps(state))
-    backend.normalizer = normalizers.Sequence(written)
+    backend.normalizer = normalizers.Sequence(box_normalizers)
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(backend.to_str(pretty=True), encoding="utf-8")
-    part.replace(path)
+    temporary = path.with_suffix(".part")
+    temporary.write_text(backend.to_str(pretty=True), encoding="utf-8")
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

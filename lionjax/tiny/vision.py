@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small ViT that sees scenes: trained to say what lies in each patch, then aligned with the words of the small T5."""
+"""Pretrains the tiny ViT on synthetic scenes: classifies patches, then is aligned with the tiny T5's embeddings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLOR_FIELD = list(FIELDS).index("color")
 
 
 class PatchClassifier(nn.Module):
-    """The ViT under training: for each patch, logits of every field and a code of the box."""
+    """The ViT with a head: a list of logits (B, P, values) for each field, then box codes (B, P, BOX_CODE_DIM)."""
 
     c: ViTConfig
 
@@ -41,118 +41,123 @@ class PatchClassifier(nn.Module):
 
 
 def vision_loss(params, model, image_BHWC, fields_BP6, box_code_BPC, color_shuffled):
-    """Cross entropy of every field (attributes on covered patches only) and squared error of the code.
+    """Cross entropy of all fields (of attributes on covered patches only) and squared error of the box codes.
 
-    Of `tinted` pictures, whose colors were exchanged, the color is not asked.
+    `color_shuffled`: 1 if the image's color channels were permuted; then the color field has no loss.
     """
     *logits, code_BPC = model.apply({"params": params}, image_BHWC)
     covered_BP = (fields_BP6[..., 4] > 0).astype(jnp.float32)
     weight_BP = covered_BP + (fields_BP6[..., 4] == 2)
     total = 0.0
-    for number, scores in enumerate(logits):
-        nats_BP = optax.softmax_cross_entropy_with_integer_labels(scores, fields_BP6[..., number])
+    for field, logits_BPV in enumerate(logits):
+        nll_BP = optax.softmax_cross_entropy_with_integer_labels(logits_BPV, fields_BP6[..., field])
         weight = (
-            weight_BP * (1 - color_shuffled * (number == COLOR_FIELD))
-            if number < 4
+            weight_BP * (1 - color_shuffled * (field == COLOR_FIELD))
+            if field < 4
             else 1.0 + 3.0 * (weight_BP == 2)
-            if number == 4
+            if field == 4
             else 0.1 + 0 * weight_BP
         )
-        total += (nats_BP * weight).sum() / jnp.maximum(jnp.sum(weight + 0 * nats_BP), 1)
+        total += (nll_BP * weight).sum() / jnp.maximum(jnp.sum(weight + 0 * nll_BP), 1)
     error_BP = jnp.square(code_BPC - box_code_BPC).mean(-1)
     return total + 4 * (error_BP * weight_BP).sum() / jnp.maximum(weight_BP.sum(), 1)
 
 
 def normalize_image(image_BHWC, mean, std):
-    """uint8 -> what the processor gives."""
+    """uint8 images normalized as by the processor."""
     return (image_BHWC.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
 def render_scenes(scenes, side: int, pixels: int):
-    """Pictures and patch facts of scenes, stacked."""
+    """Images (N, S, S, 3), fields (N, P, 6) and boxes (N, P, 4) of the patches of scenes; see `patch_labels`."""
     images = np.stack([scene.render(pixels) for scene in scenes])
     fields, boxes = zip(*(patch_labels(scene, side, pixels) for scene in scenes), strict=True)
     return images, np.stack(fields), np.stack(boxes)
 
 
 def train_vision(c: BackbonesConfig, mean, std, init_params: dict | None = None) -> tuple[dict, dict]:
-    """Parameters of the ViT and its figures on held-out scenes. From `start` on only the mirrored steps run."""
+    """Parameters of the ViT and its accuracy on held-out scenes.
+
+    With `init_params` only the steps with augmented images run.
+    """
     side, pixels = c.vision.image_size // c.vision.patch_size, c.vision.image_size
-    made = [world.sample_scene("train", index, c.seed) for index in range(c.num_scenes)]
-    image_NHWC, fields_NP6, box_NP4 = render_scenes(made, side, pixels)
+    scenes = [world.sample_scene("train", index, c.seed) for index in range(c.num_scenes)]
+    image_NHWC, fields_NP6, box_NP4 = render_scenes(scenes, side, pixels)
     test = render_scenes([world.sample_scene("heldout", index, c.seed) for index in range(500)], side, pixels)
-    painter = PatchClassifier(c.vision)
-    params = nn.unbox(
-        jax.jit(painter.init)(jax.random.key(c.seed), normalize_image(image_NHWC[:1], mean, std))["params"]
-    )
+    model = PatchClassifier(c.vision)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(c.seed), normalize_image(image_NHWC[:1], mean, std))["params"])
     if init_params is not None:
         params |= init_params
     steps = (0 if init_params is not None else c.vision_steps, c.augmented_steps)
-    schedules = [make_optimizer(c.vision_learning_rate, number) for number in steps if number]
+    optimizers = [make_optimizer(c.vision_learning_rate, num_steps) for num_steps in steps if num_steps]
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=2)
-    def step(params, state, tx, image, fields, code, tinted):
+    def train_step(params, state, tx, image, fields, code, color_shuffled):
         loss, grads = jax.value_and_grad(vision_loss)(
-            params, painter, normalize_image(image, mean, std), fields, code, tinted
+            params, model, normalize_image(image, mean, std), fields, code, color_shuffled
         )
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    rng, begun = np.random.default_rng(c.seed), time.time()
-    for at in range(sum(steps)):
-        if at in (0, steps[0]):
-            tx = schedules.pop(0)
+    rng, start_time = np.random.default_rng(c.seed), time.time()
+    for step in range(sum(steps)):
+        if step in (0, steps[0]):
+            tx = optimizers.pop(0)
             state = tx.init(params)
         rows = rng.integers(0, c.num_scenes, c.vision_batch_size)
         batch = image_NHWC[rows], fields_NP6[rows], box_NP4[rows]
-        image, fields, box = dihedral_augment(*batch, rng.integers(0, 8)) if at >= steps[0] else batch
-        # Exchanged red, green and blue teach shapes that no color gives away.
-        tinted = at >= steps[0] and rng.random() < 0.4
-        image = image[..., rng.permutation(3)] if tinted else image
-        params, state, loss = step(params, state, tx, image, fields, encode_box(box), np.float32(tinted))
-        if at % 200 == 0:
-            log.info("vision step %d loss %.4f %.0f s", at, float(loss), time.time() - begun)
-        if at % 1000 == 999 or at == sum(steps) - 1:
-            figures = evaluate_vision(params, painter, test, mean, std)
-            log.info("vision step %d %s", at, figures)
+        image, fields, box = dihedral_augment(*batch, rng.integers(0, 8)) if step >= steps[0] else batch
+        # Permuted color channels make the model recognize shapes independently of their color.
+        color_shuffled = step >= steps[0] and rng.random() < 0.4
+        image = image[..., rng.permutation(3)] if color_shuffled else image
+        arrays = image, fields, encode_box(box), np.float32(color_shuffled)
+        params, state, loss = train_step(params, state, tx, *arrays)
+        if step % 200 == 0:
+            log.info("vision step %d loss %.4f %.0f s", step, float(loss), time.time() - start_time)
+        if step % 1000 == 999 or step == sum(steps) - 1:
+            figures = evaluate_vision(params, model, test, mean, std)
+            log.info("vision step %d %s", step, figures)
     return params["vision"], figures
 
 
 def evaluate_vision(params, model, test, mean, std) -> dict:
-    """Accuracy of each field at centre patches, of roles everywhere, and the mean error of an edge."""
+    """Accuracy of each attribute at center patches, recall and precision of the role "centre", and mean edge error.
+
+    The edge error is a fraction of the image side.
+    """
     image_NHWC, fields_NP6, box_NP4 = test
-    run = jax.jit(lambda params, image: model.apply({"params": params}, normalize_image(image, mean, std)))
-    parts = [run(params, image_NHWC[at : at + 100]) for at in range(0, len(image_NHWC), 100)]
-    outs = [np.concatenate([np.asarray(part[number]) for part in parts]) for number in range(len(FIELDS) + 1)]
-    centre_NP = fields_NP6[..., 4] == 2
-    right = {
-        name: float((outs[number].argmax(-1) == fields_NP6[..., number])[centre_NP].mean())
-        for number, name in enumerate(ATTRIBUTES)
+    predict = jax.jit(lambda params, image: model.apply({"params": params}, normalize_image(image, mean, std)))
+    parts = [predict(params, image_NHWC[start : start + 100]) for start in range(0, len(image_NHWC), 100)]
+    outputs = [np.concatenate([np.asarray(part[index]) for part in parts]) for index in range(len(FIELDS) + 1)]
+    center_NP = fields_NP6[..., 4] == 2
+    figures = {
+        name: float((outputs[field].argmax(-1) == fields_NP6[..., field])[center_NP].mean())
+        for field, name in enumerate(ATTRIBUTES)
     }
-    role_NP = outs[4].argmax(-1)
-    right["centre_recall"] = float((role_NP == 2)[centre_NP].mean())
-    right["centre_precision"] = float(centre_NP[role_NP == 2].mean())
-    edges_NP4 = (outs[-1].reshape(*outs[-1].shape[:2], 4, -1)[..., -1] + 1) / 2
-    right["edge_error"] = float(np.abs(edges_NP4 - box_NP4)[centre_NP].mean())
-    return {name: round(value, 4) for name, value in right.items()}
+    role_NP = outputs[4].argmax(-1)
+    figures["centre_recall"] = float((role_NP == 2)[center_NP].mean())
+    figures["centre_precision"] = float(center_NP[role_NP == 2].mean())
+    edges_NP4 = (outputs[-1].reshape(*outputs[-1].shape[:2], 4, -1)[..., -1] + 1) / 2
+    figures["edge_error"] = float(np.abs(edges_NP4 - box_NP4)[center_NP].mean())
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def standardize(x_BPD):
-    """Vectors of mean 0 and deviation 1."""
+    """Vectors with mean 0 and standard deviation 1."""
     x_BPD = x_BPD - x_BPD.mean(-1, keepdims=True)
     return x_BPD * jax.lax.rsqrt(jnp.square(x_BPD).mean(-1, keepdims=True) + 1e-5)
 
 
 def embedding_difference_basis(embedding_KD):
-    """An orthonormal basis of all differences between some words' embeddings: (K - 1, D)."""
+    """An orthonormal basis (K - 1, D) of the differences between K embeddings (K, D)."""
     *_, basis = jnp.linalg.svd(embedding_KD - embedding_KD.mean(0), full_matrices=False)
     return basis[: len(embedding_KD) - 1]
 
 
 def align_vision(c: BackbonesConfig, mean, std, vision_params: dict, reader_params: dict) -> tuple[dict, dict]:
-    """A trained ViT whose features become what the T5 was told of each patch, and how near they come.
+    """Fine-tune the ViT so that its features match the T5's patch embeddings; returns parameters and the errors left.
 
-    `reader` is all that `train_language` keeps. Large ViTs are aligned with words too, by pairs of pictures and texts.
+    `reader_params`: the parameters from `train_language`. Stands in for the image-text pretraining of large ViTs.
     """
     processor = Processor(ProcessorConfig(c.vision.image_size))
     side, pixels = c.vision.image_size // c.vision.patch_size, c.vision.image_size
@@ -160,55 +165,53 @@ def align_vision(c: BackbonesConfig, mean, std, vision_params: dict, reader_para
         [world.sample_scene("train", index, c.seed) for index in range(c.num_scenes)], side, pixels
     )
     model = make_scene_model(c.language, processor)
-    vit, vision_params, reader_params = (
-        ViT(c.vision),
-        *(jax.tree.map(jnp.array, x) for x in (vision_params, reader_params)),
-    )
+    vit = ViT(c.vision)
+    vision_params, reader_params = (jax.tree.map(jnp.array, x) for x in (vision_params, reader_params))
     tx = make_optimizer(c.align_learning_rate, c.align_steps)
     state = tx.init(vision_params)
 
     table_VD = reader_params["language"]["embedding"]["table"]
-    spans = [embedding_difference_basis(table_VD[np.array(ids)]) for ids in model.field_token_ids[: len(ATTRIBUTES)]]
+    bases = [embedding_difference_basis(table_VD[np.array(ids)]) for ids in model.field_token_ids[: len(ATTRIBUTES)]]
 
     def errors(vision, image, fields, code):
-        told = standardize(model.apply({"params": reader_params}, fields, code, method=model.embed_objects))
+        target = standardize(model.apply({"params": reader_params}, fields, code, method=model.embed_objects))
         x_BPD, _, _ = vit.apply({"params": vision}, normalize_image(image, mean, std))
-        return standardize(x_BPD[:, 1:]) - told
+        return standardize(x_BPD[:, 1:]) - target
 
-    def loss_of(vision, image, fields, code, tinted, eager):
+    def loss_fn(vision, image, fields, code, color_shuffled, center_weight):
         error_BPD = errors(vision, image, fields, code)
-        of_color_BPD = error_BPD @ spans[COLOR_FIELD].T @ spans[COLOR_FIELD]
-        error_BPD -= tinted * of_color_BPD
-        among_words = sum(jnp.square(error_BPD @ span.T).mean(-1) for span in spans) / len(spans)
-        square_BP = 0.5 * jnp.square(error_BPD).mean(-1) + 0.5 * among_words
-        weight_BP = 1.0 + eager * (fields[..., 4] == 2)
+        color_error_BPD = error_BPD @ bases[COLOR_FIELD].T @ bases[COLOR_FIELD]
+        error_BPD -= color_shuffled * color_error_BPD
+        attribute_error_BP = sum(jnp.square(error_BPD @ basis.T).mean(-1) for basis in bases) / len(bases)
+        square_BP = 0.5 * jnp.square(error_BPD).mean(-1) + 0.5 * attribute_error_BP
+        weight_BP = 1.0 + center_weight * (fields[..., 4] == 2)
         return (square_BP * weight_BP).sum() / weight_BP.sum()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(vision, state, *arrays):
-        loss, grads = jax.value_and_grad(loss_of)(vision, *arrays)
+    def train_step(vision, state, *arrays):
+        loss, grads = jax.value_and_grad(loss_fn)(vision, *arrays)
         updates, state = tx.update(grads, state, vision)
         return optax.apply_updates(vision, updates), state, loss
 
-    rng, begun = np.random.default_rng(c.seed), time.time()
-    for number in range(c.align_steps):
+    rng, start_time = np.random.default_rng(c.seed), time.time()
+    for step in range(c.align_steps):
         rows = rng.integers(0, c.num_scenes, c.vision_batch_size)
         image, field, box = dihedral_augment(images[rows], fields[rows], boxes[rows], rng.integers(0, 8))
-        tinted = rng.random() < 0.3  # red, green and blue exchanged; colors then do not count
-        image = image[..., rng.permutation(3)] if tinted else image
-        # Centres first; at the end every patch counts alike, or things would be seen where there are none.
-        eager = 10 * (1 - number / c.align_steps)
-        how = np.float32(tinted), np.float32(eager)
-        vision_params, state, loss = step(vision_params, state, image, field, encode_box(box), *how)
-        if number % 100 == 99:
-            log.info("align step %d loss %.4f %.0f s", number, loss, time.time() - begun)
+        color_shuffled = rng.random() < 0.3
+        image = image[..., rng.permutation(3)] if color_shuffled else image
+        # Extra weight of center patches decays to 0, because a constant one gives objects on empty patches.
+        center_weight = 10 * (1 - step / c.align_steps)
+        weights = np.float32(color_shuffled), np.float32(center_weight)
+        vision_params, state, loss = train_step(vision_params, state, image, field, encode_box(box), *weights)
+        if step % 100 == 99:
+            log.info("align step %d loss %.4f %.0f s", step, loss, time.time() - start_time)
     image, field, box = render_scenes(
         [world.sample_scene("heldout", index, c.seed) for index in range(300)], side, pixels
     )
     square_BP = np.square(jax.jit(errors)(vision_params, image, field, encode_box(box))).mean(-1)
-    centre_BP = field[..., 4] == 2
+    center_BP = field[..., 4] == 2
     figures = {
-        "unexplained_centre": float(square_BP[centre_BP].mean()),
-        "unexplained_rest": float(square_BP[~centre_BP].mean()),
+        "unexplained_centre": float(square_BP[center_BP].mean()),
+        "unexplained_rest": float(square_BP[~center_BP].mean()),
     }
     return vision_params, {name: round(value, 4) for name, value in figures.items()}

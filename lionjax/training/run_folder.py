@@ -70,21 +70,21 @@ def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
         except UserError as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         changes = config.diff_configs(old, experiment)
-        free = {name for name in changes if any(re.fullmatch(pattern, name) for pattern in MUTABLE_FIELDS)}
-        if fixed := [f"{name} {a!r} -> {b!r}" for name, (a, b) in changes.items() if name not in free]:
+        mutable = {name for name in changes if any(re.fullmatch(pattern, name) for pattern in MUTABLE_FIELDS)}
+        if fixed := [f"{name} {a!r} -> {b!r}" for name, (a, b) in changes.items() if name not in mutable]:
             raise UserError(
-                f"{workdir} was made by another config ({'; '.join(fixed)}); set these back or name another folder"
+                f"{workdir} was made by another config ({'; '.join(fixed)}); restore these or set another --workdir"
             )
-        for name in sorted(free):
-            log.info("%s goes on with %s %r -> %r", workdir, name, *changes[name])
+        for name in sorted(mutable):
+            log.info("resuming %s with %s changed: %r -> %r", workdir, name, *changes[name])
     if distributed.is_main_process():
         write_atomic(path, text)
         checkpoint.remove_tmp_directories(workdir)
-    distributed.barrier("claimed")
+    distributed.barrier("config written")
     if not path.is_file() or path.read_text() != text:
         raise UserError(
-            f"process {jax.process_index()} does not see in {workdir} what process 0 wrote there; all processes need "
-            "the same config and one folder that all hosts share"
+            f"process {jax.process_index()} cannot find the config.json that process 0 wrote in {workdir}; run all "
+            "processes with the same config and a --workdir that all hosts share"
         )
 
 

@@ -74,6 +74,7 @@ class StageStats:
 
     @property
     def recent_mean_loss(self) -> float:
+        """Mean of the last REPORTED_LOSSES losses; infinity before the first."""
         return sum(self.last) / len(self.last) if self.last else math.inf
 
     def report(self) -> dict[str, Any]:
@@ -290,7 +291,7 @@ def total_seconds(
 
 
 def throughput(entries: list[StageStats]) -> dict[str, float]:
-    """Rates over all updates without compilation; the seconds of a step include waiting for data. `peak_bytes` in bytes."""
+    """Rates over all updates and peak memory in bytes; steps include waiting for data, but not compilation."""
     sums = total_seconds(entries)
     busy = max(sums.get("step", 0.0) + sums.get("data", 0.0), 1e-9)
     return {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT as published: the bare encoder, or the one inside a model with heads, which are passed over."""
+"""BERT (arXiv 1810.04805) as published on Hugging Face: the encoder; heads of larger models are skipped."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "gelu_new": "gelu
 def _config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.language.bert import BertConfig
 
-    act, where = hf_config.get("hidden_act", "gelu"), hf_config.get("position_embedding_type", "absolute")
+    act, position_type = hf_config.get("hidden_act", "gelu"), hf_config.get("position_embedding_type", "absolute")
     require_supported(act in ACTIVATIONS, f"hidden_act {act!r}", ", ".join(ACTIVATIONS))
-    require_supported(where == "absolute", f"positions of type {where!r}", "absolute ones")
-    require_supported(not hf_config.get("is_decoder"), "a mask that hides later words", "an encoder")
+    require_supported(position_type == "absolute", f"position_embedding_type {position_type!r}", "'absolute'")
+    require_supported(not hf_config.get("is_decoder"), "is_decoder true (causal mask)", "is_decoder false")
     return BertConfig(
         hf_config["vocab_size"],
         hf_config["hidden_size"],
@@ -39,12 +39,12 @@ def _config_from_hf(hf_config: dict) -> Any:
 
 
 def _infer_pooler(c: BertConfig, names: Collection[str]) -> Any:
-    """Whether there is a pooler only the weights say."""
+    """`c` with `pooler` set where the checkpoint has one; config.json does not say."""
     return dataclasses.replace(c, pooler="pooler.dense.weight" in names)
 
 
 def _config_to_hf(c: BertConfig) -> dict:
-    theirs = {ours: name for name, ours in ACTIVATIONS.items()}
+    hf_activations = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
         "architectures": ["BertModel"],
         "model_type": "bert",
@@ -56,7 +56,7 @@ def _config_to_hf(c: BertConfig) -> dict:
         "max_position_embeddings": c.max_positions,
         "type_vocab_size": c.type_vocab_size,
         "layer_norm_eps": c.norm_eps,
-        "hidden_act": theirs[c.activation],
+        "hidden_act": hf_activations[c.activation],
         "hidden_dropout_prob": c.dropout,
         "attention_probs_dropout_prob": c.dropout,
         "pad_token_id": c.pad_token_id,
@@ -90,7 +90,7 @@ BERT = CheckpointFormat(
     _config_to_hf,
     _weight_map,
     _abstract_params,
-    ignore_patterns=(r"embeddings\.position_ids(?#they only count)", r"(cls|classifier|qa_outputs)\..*(?#heads)"),
+    ignore_patterns=(r"embeddings\.position_ids(?#position indices)", r"(cls|classifier|qa_outputs)\..*(?#heads)"),
     inner_prefix="bert.",
     infer_from_keys=_infer_pooler,
 )

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published language models: T5, LLaMA, OPT and GPT-2; and what is said of any published model.
+"""T5 v1.1, LLaMA, OPT and GPT-2 as published on Hugging Face: configs, weight maps and names to skip.
 
-For each: what its config.json means here and what ours means there, its rows, its shapes, and what to pass over.
-Model files are imported when one of theirs is met.
+Modules under lionjax.models are imported only when a checkpoint of theirs is opened.
 """
 
 from __future__ import annotations
@@ -23,16 +22,18 @@ if TYPE_CHECKING:
 def _t5_config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.language.t5 import T5Config
 
-    form = hf_config.get("feed_forward_proj", "relu")
-    # Newer versions of transformers say "tied" of every T5; whether T5 v1.0's scale is used tells them apart.
+    projection = hf_config.get("feed_forward_proj", "relu")
+    # Newer transformers write tie_word_embeddings true for every T5; scale_decoder_outputs tells v1.0 apart.
     scaled = hf_config.get("scale_decoder_outputs", hf_config.get("tie_word_embeddings", True))
     activations = {"gated-gelu": "gelu_tanh", "gated-silu": "silu"}
-    if hf_config.get("dense_act_fn") == "gelu":  # as BLIP-2 runs it
+    if hf_config.get("dense_act_fn") == "gelu":  # as in BLIP-2
         activations["gated-gelu"] = "gelu"
     require_supported(
-        form in activations, f"feed_forward_proj {form!r}", "T5 v1.1 and FlanT5, gated-gelu or gated-silu,"
+        projection in activations, f"feed_forward_proj {projection!r}", "gated-gelu or gated-silu (T5 v1.1 and FlanT5)"
     )
-    require_supported(not scaled, "tie_word_embeddings true", "T5 v1.1 and FlanT5, with an unscaled head,")
+    require_supported(
+        not scaled, "tie_word_embeddings true", "tie_word_embeddings false (T5 v1.1 and FlanT5, unscaled LM head)"
+    )
     return T5Config(
         hf_config["vocab_size"],
         hf_config["d_model"],
@@ -44,7 +45,7 @@ def _t5_config_from_hf(hf_config: dict) -> Any:
         hf_config.get("relative_attention_num_buckets", 32),
         hf_config.get("relative_attention_max_distance", 128),
         hf_config.get("layer_norm_epsilon", 1e-6),
-        activations[form],
+        activations[projection],
         hf_config.get("dropout_rate", 0.1),
         token_id(hf_config, "decoder_start_token_id", 0),
         token_id(hf_config, "pad_token_id", 0),
@@ -104,12 +105,12 @@ def _t5_abstract_params(c: T5Config, mesh: Any = None) -> Params:
 
 
 def _matches_decoder(c: DecoderConfig, learned_positions: bool, position_offset: bool) -> bool:
-    shape = (
+    positions = (
         (c.max_positions > 0, c.position_offset > 0)
         if type(c).__name__ == "DecoderConfig" and c.position_type == "rope"
         else None
     )
-    return shape == (learned_positions, position_offset)
+    return positions == (learned_positions, position_offset)
 
 
 def _decoder_abstract_params(c: DecoderConfig, mesh: Any = None) -> Params:
@@ -132,13 +133,13 @@ def _llama_config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.language.decoder import DecoderConfig
 
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    require_supported(kind == "default", f"rotary positions of type {kind!r}", "plain rotary positions")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    require_supported(rope_type == "default", f"rotary positions of type {rope_type!r}", "the type 'default'")
     require_supported(
         hf_config.get("hidden_act", "silu") == "silu", f"hidden_act {hf_config.get('hidden_act')!r}", "silu"
     )
     biased = hf_config.get("attention_bias") or hf_config.get("mlp_bias")
-    require_supported(not biased, "biases in its attention or feed-forward", "a LLaMA without them")
+    require_supported(not biased, "biases in its attention or feed-forward", "a LLaMA without biases")
     heads = hf_config["num_attention_heads"]
     return DecoderConfig(
         hf_config["vocab_size"],
@@ -190,12 +191,12 @@ def _llama_weight_map(c: DecoderConfig) -> tuple:
 def _opt_config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.language.decoder import OPT_2_7B
 
-    wide = hf_config.get("word_embed_proj_dim") or hf_config["hidden_size"]
+    embed_dim = hf_config.get("word_embed_proj_dim") or hf_config["hidden_size"]
     require_supported(
-        wide == hf_config["hidden_size"], f"words of width {wide}", "an OPT whose words are as wide as its layers"
+        embed_dim == hf_config["hidden_size"], f"word_embed_proj_dim {embed_dim}", "an OPT where it equals hidden_size"
     )
     require_supported(
-        hf_config.get("do_layer_norm_before", True), "norms behind its layers", "an OPT with norms before them"
+        hf_config.get("do_layer_norm_before", True), "do_layer_norm_before false", "do_layer_norm_before true"
     )
     act = hf_config.get("activation_function", "relu")
     require_supported(act == "relu", f"activation_function {act!r}", "relu")
@@ -306,10 +307,8 @@ T5 = CheckpointFormat(
     _t5_config_to_hf,
     _t5_weight_map,
     _t5_abstract_params,
-    # A table that the first releases saved and no code has ever used.
-    ignore_patterns=(
-        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight(?#no code uses it)",
-    ),
+    # The first releases saved this table, though no code uses it.
+    ignore_patterns=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight(?#unused)",),
     tied_keys=(("lm_head.weight", "shared.weight"),),
 )
 LLAMA = CheckpointFormat(
@@ -341,7 +340,7 @@ GPT2 = CheckpointFormat(
     _gpt2_config_to_hf,
     _gpt2_weight_map,
     _decoder_abstract_params,
-    ignore_patterns=(r"transformer\.h\.[0-9]+\.attn\.(masked_)?bias(?#a mask)",),
+    ignore_patterns=(r"transformer\.h\.[0-9]+\.attn\.(masked_)?bias(?#causal mask)",),
     base_model_prefix="transformer.",
 )
 LANGUAGE_FORMATS = (T5, LLAMA, OPT, GPT2)

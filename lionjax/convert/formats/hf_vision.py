@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published ViTs: CLIP's as Hugging Face's folder and as OpenAI's names, and EVA's."""
+"""Vision towers: CLIP (arXiv 2103.00020; Hugging Face's and OpenAI's names), EVA (arXiv 2211.07636) and Swin."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lionjax.models.vision.swin import SwinConfig
     from lionjax.models.vision.vit import ViTConfig
 
-CLIP_FILE = "clip_vit_L.pth"  # LAVIS's, with OpenAI's names; it tells nothing of itself
+CLIP_FILE = "clip_vit_L.pth"  # LAVIS's file with OpenAI's names; recognized by its name, because it has no config
 
 
 def _matches_vit(c: ViTConfig, is_clip: bool) -> bool:
@@ -87,13 +87,13 @@ def _eva_weight_map(c: ViTConfig) -> tuple:
 def _openai_clip_config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.vision.vit import CLIP_VIT_L
 
-    return dataclasses.replace(CLIP_VIT_L, image=224)
+    return dataclasses.replace(CLIP_VIT_L, image_size=224)
 
 
 def _infer_openai_clip_config(c: ViTConfig, names: Collection[str]) -> Any:
-    """How many layers there are, and whether the norm behind them is: LAVIS runs one less, without."""
+    """`c` with the depth of the file, and post_layernorm where it has ln_post: LAVIS omits the last layer and norm."""
     block = re.compile(r"transformer\.resblocks\.([0-9]{1,3})\..*")
-    depth = 1 + max((int(found[1]) for name in names if (found := block.fullmatch(name))), default=0)
+    depth = 1 + max((int(match[1]) for name in names if (match := block.fullmatch(name))), default=0)
     return dataclasses.replace(c, depth=depth, post_layernorm="ln_post.weight" in names)
 
 
@@ -103,11 +103,11 @@ def _openai_clip_weight_map(c: ViTConfig) -> tuple:
     return vit.openai_clip_weight_map(c)
 
 
-EVA_IGNORE_PATTERN = r"(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*(?#a 40th block and heads)"
-# LAVIS runs either tower without its last block and what is behind it.
+EVA_IGNORE_PATTERN = r"(blocks\.39\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.)).*(?#40th block and heads)"
+# LAVIS runs both towers without their last block and what follows it.
 LAVIS_IGNORE_PATTERN = (
     r"visual_encoder\.(blocks\.39\.|transformer\.resblocks\.23\.|(?!cls_token|pos_embed|patch_embed\.|blocks\.|"
-    r"class_embedding|positional_embedding|conv1\.|ln_pre\.|transformer\.)).*(?#a last block and heads)"
+    r"class_embedding|positional_embedding|conv1\.|ln_pre\.|transformer\.)).*(?#last block and heads)"
 )
 
 CLIP = CheckpointFormat(
@@ -118,14 +118,14 @@ CLIP = CheckpointFormat(
     _clip_config_to_hf,
     _clip_weight_map,
     _vit_abstract_params,
-    # Of a whole CLIP the vision tower is read.
+    # Only the vision tower of a CLIP is read.
     ignore_patterns=(
-        r"vision_model\.embeddings\.position_ids(?#they only count)",
-        r"((text_model|(text|visual)_projection)\..*|logit_scale)(?#of the comparison with texts)",
+        r"vision_model\.embeddings\.position_ids(?#position indices)",
+        r"((text_model|(text|visual)_projection)\..*|logit_scale)(?#text tower and contrastive projections)",
     ),
     base_model_prefix="vision_model.",
 )
-# Written again as Hugging Face's.
+# Read only; written as CLIP, with Hugging Face's names.
 OPENAI_CLIP = CheckpointFormat(
     "openai_clip",
     (),
@@ -134,7 +134,7 @@ OPENAI_CLIP = CheckpointFormat(
     _clip_config_to_hf,
     _openai_clip_weight_map,
     _vit_abstract_params,
-    ignore_patterns=(r"proj(?#of the comparison with texts)",),
+    ignore_patterns=(r"proj(?#contrastive projection)",),
     inner_prefix="visual.",
     infer_from_keys=_infer_openai_clip_config,
 )
@@ -152,13 +152,15 @@ VISION_FORMATS = (CLIP, OPENAI_CLIP, EVA)
 
 
 def _swin_config_from_hf(hf_config: dict) -> Any:
-    """Where a setting is missing transformers means that of the tiny Swin."""
+    """The Swin config of a config.json; missing settings have transformers' defaults, those of Swin-T."""
     from lionjax.models.vision.swin import SwinConfig
 
     act, sizes = hf_config.get("hidden_act", "gelu"), (hf_config.get("image_size", 224), hf_config.get("patch_size", 4))
     require_supported(act in ("gelu", "relu"), f"hidden_act {act!r}", "gelu or relu")
-    require_supported(all(type(size) is int for size in sizes), f"image and patch sizes {sizes}", "squares")
-    require_supported(not hf_config.get("use_absolute_embeddings"), "absolute positions", "a Swin with relative ones")
+    require_supported(all(type(size) is int for size in sizes), f"image and patch sizes {sizes}", "a square (one int)")
+    require_supported(
+        not hf_config.get("use_absolute_embeddings"), "absolute positions", "a Swin with relative positions"
+    )
     return SwinConfig(
         *sizes,
         hf_config.get("embed_dim", 96),
@@ -212,9 +214,9 @@ SWIN = CheckpointFormat(
     _swin_config_to_hf,
     _swin_weight_map,
     _swin_abstract_params,
-    # Older files hold the index of places, many a head for ImageNet's classes or for hidden patches.
+    # Older files hold the relative position index; many have a head for ImageNet or masked image modeling.
     ignore_patterns=(
-        r"swin\.encoder\..*\.relative_position_index(?#it is computed)",
+        r"swin\.encoder\..*\.relative_position_index(?#computed)",
         r"swin\.embeddings\.mask_token(?#for training)",
         r"(classifier|decoder)\..*(?#heads)",
     ),

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA, BLIP-2 and InstructBLIP as published: Hugging Face's folders, and LLaVA's own files."""
+"""LLaVA (arXiv 2304.08485, 2310.03744), BLIP-2 (arXiv 2301.12597) and InstructBLIP (arXiv 2305.06500).
+
+Reads and writes Hugging Face folders and LLaVA's original checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from lionjax.models.language.t5 import T5Config
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
-# What transformers means where a folder's config.json says nothing of its language model's sizes.
+# transformers' default sizes, which config.json omits in text_config.
 LANGUAGE_DEFAULTS = {
     "llama": (
         LLAMA,
@@ -52,7 +55,7 @@ LANGUAGE_DEFAULTS = {
     ),
     "t5": (T5, {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}),
 }
-CLIP_336 = {  # LLaVA's tower where it says nothing
+CLIP_336 = {  # LLaVA's vision tower where config.json has no vision_config
     "image_size": 336,
     "patch_size": 14,
     "hidden_size": 1024,
@@ -62,7 +65,7 @@ CLIP_336 = {  # LLaVA's tower where it says nothing
 }
 CLIP_224 = CLIP_336 | {"image_size": 224}
 CLIP_SIZES = {"openai/clip-vit-large-patch14-336": CLIP_336, "openai/clip-vit-large-patch14": CLIP_224}
-LLAVA_KEY_PATTERNS = (  # in the memory of newer versions, in files they write, in files as published
+LLAVA_KEY_PATTERNS = (  # names of newer transformers models and files -> names of the published files
     (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
     (r"^lm_head\.", "language_model.lm_head."),
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
@@ -71,18 +74,20 @@ LLAVA_KEY_PATTERNS = (  # in the memory of newer versions, in files they write, 
 
 
 def language_config_from_hf(hf_config: dict, default_type: str) -> Any:
-    kind = hf_config.get("model_type", default_type)
-    require_supported(kind in LANGUAGE_DEFAULTS, f"a language model of type {kind!r}", ", ".join(LANGUAGE_DEFAULTS))
-    published, sizes = LANGUAGE_DEFAULTS[kind]
-    return published.config_from_hf(sizes | hf_config)
+    """The language model's config of a `text_config`. Raises UserError for an unsupported model_type."""
+    model_type = hf_config.get("model_type", default_type)
+    known = ", ".join(LANGUAGE_DEFAULTS)
+    require_supported(model_type in LANGUAGE_DEFAULTS, f"a language model of type {model_type!r}", known)
+    checkpoint_format, sizes = LANGUAGE_DEFAULTS[model_type]
+    return checkpoint_format.config_from_hf(sizes | hf_config)
 
 
 def _language_config_to_hf(c: DecoderConfig | T5Config) -> dict:
-    kind = next(kind for kind, _ in LANGUAGE_DEFAULTS.values() if kind.matches(c))
-    return kind.config_to_hf(c)
+    checkpoint_format = next(fmt for fmt, _ in LANGUAGE_DEFAULTS.values() if fmt.matches(c))
+    return checkpoint_format.config_to_hf(c)
 
 
-def _matches_prefix(c: DecoderConfig | T5Config, matches_qformer: Callable[[Any], bool]) -> bool:
+def _matches_prefix(c: VisualPrefixLM, matches_qformer: Callable[[Any], bool]) -> bool:
     return type(c).__name__ == "VisualPrefixLM" and c.resampler is None and matches_qformer(c.qformer)
 
 
@@ -96,7 +101,9 @@ def _llava_config_from_hf(hf_config: dict) -> Any:
         return _original_llava_config_from_hf(hf_config)
     act, layer = hf_config.get("projector_hidden_act", "gelu"), hf_config.get("vision_feature_layer", -2)
     require_supported(act == "gelu", f"projector_hidden_act {act!r}", "gelu")
-    require_supported(hf_config.get("multimodal_projector_bias", True), "no biases in its projector", "one with")
+    require_supported(
+        hf_config.get("multimodal_projector_bias", True), "no biases in its projector", "a projector with biases"
+    )
     require_supported(isinstance(layer, int), f"vision_feature_layer {layer}", "a single layer")
     vision = CLIP.config_from_hf(hf_config.get("vision_config") or CLIP_336)
     return VisualPrefixLM(
@@ -110,7 +117,7 @@ def _llava_config_from_hf(hf_config: dict) -> Any:
 
 
 def _original_llava_config_from_hf(hf_config: dict) -> Any:
-    """LLaVA's own config.json: that of its language model, with fields of its own among them."""
+    """The config of LLaVA's original config.json: the language model's, with additional mm_* fields."""
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
     tower, kind = hf_config.get("mm_vision_tower"), hf_config.get("mm_projector_type", "linear")
@@ -130,13 +137,12 @@ def _original_llava_config_from_hf(hf_config: dict) -> Any:
     )
 
 
-# What LLaVA's code writes into a prompt for a picture; no word of any vocabulary.
-IMAGE_TOKEN_INDEX = -200
+IMAGE_TOKEN_INDEX = -200  # placeholder of an image in the original LLaVA's prompts; not in the vocabulary
 EMBED_TOKENS_KEY, LM_HEAD_KEY = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def lionjax_hf_config(c: VisualPrefixLM, model_type: str) -> dict:
-    """A config.json of our own for what no published one can say."""
+    """config.json with the lionjax config as JSON, for models that no Hugging Face config can describe."""
     return {"model_type": model_type, "system": json.loads(configs.to_json(c))}
 
 
@@ -145,11 +151,11 @@ def _llava_config_to_hf(c: VisualPrefixLM) -> dict:
         return lionjax_hf_config(c, "llava")
     if c.torch_names == "original":
         return _original_llava_config_to_hf(c)
-    words = c.language.vocab_size
-    if c.image_token_id is None or not 0 <= c.image_token_id < words:
+    vocab_size = c.language.vocab_size
+    if c.image_token_id is None or not 0 <= c.image_token_id < vocab_size:
         raise UserError(
-            f"Hugging Face's LLaVA wants a word of its {words} for the picture and image_token is {c.image_token_id}; "
-            "add one, or set the system's names to 'original'"
+            f"image_token_id is {c.image_token_id}; Hugging Face's LLaVA needs a token id below {vocab_size}: "
+            "add a token, or set the model's torch_names to 'original'"
         )
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -168,8 +174,8 @@ def _llava_config_to_hf(c: VisualPrefixLM) -> dict:
 
 def _original_llava_config_to_hf(c: VisualPrefixLM) -> dict:
     vision = CLIP.config_to_hf(c.vision)
-    known = [name for name, sizes in CLIP_SIZES.items() if CLIP.config_from_hf(sizes) == c.vision]
-    own = {
+    tower_names = [name for name, sizes in CLIP_SIZES.items() if CLIP.config_from_hf(sizes) == c.vision]
+    hf_config = {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava",
         "mm_hidden_size": c.vision.width,
@@ -178,17 +184,17 @@ def _original_llava_config_to_hf(c: VisualPrefixLM) -> dict:
         "mm_vision_select_feature": "cls_patch" if c.keep_class_token else "patch",
         "use_mm_proj": True,
     }
-    own |= {"mm_vision_tower": known[0]} if known else {"vision_config": vision}
+    hf_config |= {"mm_vision_tower": tower_names[0]} if tower_names else {"vision_config": vision}
     if c.image_token_id not in (None, IMAGE_TOKEN_INDEX):
-        own["image_token_index"] = c.image_token_id
-    return LLAMA.config_to_hf(c.language) | own
+        hf_config["image_token_index"] = c.image_token_id
+    return LLAMA.config_to_hf(c.language) | hf_config
 
 
 LLAVA_TOWER_PREFIX = "model.vision_tower.vision_tower."
 
 
 def _prepare_llava_tensors(c: VisualPrefixLM, tensors: CheckpointTensors, folder: Path) -> CheckpointTensors:
-    """One spelling of many; and what the file leaves to others, as it holds only what was trained: CLIP, and LLaMA."""
+    """LLaVA's tensors under the weight map's names, with the CLIP and LLaMA of subfolders where the file lacks them."""
     if c.torch_names == "hugging_face":
         return tensors.rename_keys(*LLAVA_KEY_PATTERNS)
     if not any(name.startswith("model.layers.") for name in tensors):
@@ -202,37 +208,40 @@ def _prepare_llava_tensors(c: VisualPrefixLM, tensors: CheckpointTensors, folder
 
 
 def _find_part_folder(folder: Path, checkpoint_format: CheckpointFormat, description: str) -> Path:
-    """The one folder of a kind inside another."""
-    found = [
+    """The only subfolder of `folder` with this checkpoint format. Raises UserError where there are none or several."""
+    part_folders = [
         f.parent
         for f in sorted(folder.glob("*/config.json"))
         if read_hf_config(f).get("model_type") in checkpoint_format.model_types
     ]
-    if len(found) != 1:
+    if len(part_folders) != 1:
         raise UserError(
-            f"{folder} holds no {description}; put the folder of its {checkpoint_format.name} (config.json and weights) inside it"
+            f"{folder} has {len(part_folders)} subfolders with a {description}; put the folder of its "
+            f"{checkpoint_format.name} (config.json and weights) inside it, exactly one"
         )
-    return found[0]
+    return part_folders[0]
 
 
 def add_mm_projector(trained: CheckpointTensors, language: CheckpointTensors) -> CheckpointTensors:
-    """LLaVA's mm_projector.bin with its language model. Where it holds a word table, new words were trained with it.
+    """LLaVA's mm_projector.bin (`trained`) together with its language model.
 
-    As LLaVA's code does it: their rows are the last of that table, and in the head the mean of all others.
+    Where `trained` holds token embeddings, its last rows are new tokens; their LM head rows are the mean of all others,
+    as in LLaVA's code.
     """
     if EMBED_TOKENS_KEY not in trained:
         return trained | language
-    words, table, head = trained[EMBED_TOKENS_KEY], language[EMBED_TOKENS_KEY], language[LM_HEAD_KEY]
-    # A table with all words in it, or one of the new alone.
-    new = len(words) - len(table) if len(words) > len(table) else len(words)
+    trained_table, table, head = trained[EMBED_TOKENS_KEY], language[EMBED_TOKENS_KEY], language[LM_HEAD_KEY]
+    # The trained table holds all tokens, or only the new ones.
+    num_new = len(trained_table) - len(table) if len(trained_table) > len(table) else len(trained_table)
     arrays = {name: array for name, array in trained.items() if name != EMBED_TOKENS_KEY}
     arrays |= {name: array for name, array in language.items() if name not in (EMBED_TOKENS_KEY, LM_HEAD_KEY)}
-    arrays[EMBED_TOKENS_KEY] = np.concatenate([table, words[len(words) - new :].astype(table.dtype)])
+    new_rows = trained_table[len(trained_table) - num_new :].astype(table.dtype)
+    arrays[EMBED_TOKENS_KEY] = np.concatenate([table, new_rows])
     mean = head.mean(0, dtype=np.float32).astype(head.dtype)
-    arrays[LM_HEAD_KEY] = np.concatenate([head, np.broadcast_to(mean, (new, *mean.shape))])
-    made = CheckpointTensors(arrays, trained.files + language.files, trained.skipped | language.skipped)
-    made.memory_mapped = (trained.memory_mapped | language.memory_mapped) - {EMBED_TOKENS_KEY, LM_HEAD_KEY}
-    return made
+    arrays[LM_HEAD_KEY] = np.concatenate([head, np.broadcast_to(mean, (num_new, *mean.shape))])
+    tensors = CheckpointTensors(arrays, trained.files + language.files, trained.skipped | language.skipped)
+    tensors.memory_mapped = (trained.memory_mapped | language.memory_mapped) - {EMBED_TOKENS_KEY, LM_HEAD_KEY}
+    return tensors
 
 
 # BLIP-2 and InstructBLIP
@@ -246,8 +255,10 @@ def _blip2_config_from_hf(hf_config: dict, qformer_text: bool) -> Any:
     v, q = hf_config.get("vision_config") or {}, hf_config.get("qformer_config") or {}
     act = v.get("hidden_act", "gelu")
     require_supported(act in ("gelu", "quick_gelu"), f"hidden_act {act!r}", "gelu or quick_gelu")
-    require_supported(v.get("qkv_bias", True), "no biases on queries and values", "a tower with them")
-    require_supported(not q.get("use_qformer_text_input"), "heads for retrieval", "one that talks")
+    require_supported(v.get("qkv_bias", True), "no biases on queries and values of its vision tower", "qkv_bias true")
+    require_supported(
+        not q.get("use_qformer_text_input"), "retrieval heads (use_qformer_text_input)", "a model with language model"
+    )
     width, eps = v.get("hidden_size", 1408), v.get("layer_norm_eps", 1e-6)
     return VisualPrefixLM(
         ViTConfig(
@@ -284,9 +295,12 @@ def _blip2_config_from_hf(hf_config: dict, qformer_text: bool) -> Any:
 
 
 def _blip2_config_to_hf(c: VisualPrefixLM) -> dict:
-    """Hugging Face has one epsilon for the tower's norms and the one behind it, where LAVIS has 1e-6 and 1e-5."""
+    """config.json of a BLIP-2 or InstructBLIP.
+
+    Hugging Face has one epsilon for the vision tower's norms and the norm after it; LAVIS has 1e-6 and 1e-5.
+    """
     text, q = c.qformer.use_text_input, c.qformer
-    settings = {
+    hf_config = {
         "architectures": [f"{'InstructBlip' if text else 'Blip2'}ForConditionalGeneration"],
         "model_type": "instructblip" if text else "blip-2",
         "num_query_tokens": q.num_query_tokens,
@@ -319,24 +333,24 @@ def _blip2_config_to_hf(c: VisualPrefixLM) -> dict:
             "attention_probs_dropout_prob": q.dropout,
         },
     }
-    return settings | ({} if c.image_token_id is None else {"image_token_index": c.image_token_id})
+    return hf_config | ({} if c.image_token_id is None else {"image_token_index": c.image_token_id})
 
 
 def _hf_or_original_config(hf_settings: Callable[[Any], dict]) -> Callable[[Any], dict]:
-    """Settings as Hugging Face's where the names are; else our own config, as nobody else has one."""
+    """A function to `hf_settings(c)` for Hugging Face's names, else to the lionjax config: LAVIS has no config.json."""
 
-    def made(c: VisualPrefixLM) -> dict:
+    def to_hf(c: VisualPrefixLM) -> dict:
         if c.torch_names == "hugging_face":
             return hf_settings(c)
         return lionjax_hf_config(c, "lavis")
 
-    return made
+    return to_hf
 
 
-_POSITION_IDS_PATTERN = r".*(vision_model\.embeddings|qformer\.embeddings)\.position_ids(?#they only count)"
+_POSITION_IDS_PATTERN = r".*(vision_model\.embeddings|qformer\.embeddings)\.position_ids(?#position indices)"
 _ROPE_BUFFER_PATTERN = r".*model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq(?#computed)"
 _UNUSED_BIAS_PATTERN = r"(language_model|t5_model)\." + T5.ignore_patterns[0]
-_STAGE1_HEADS_PATTERN = r"Qformer\.cls\..*|(vision_proj|text_proj|itm_head)\..*|temp(?#heads of its first stage)"
+_STAGE1_HEADS_PATTERN = r"Qformer\.cls\..*|(vision_proj|text_proj|itm_head)\..*|temp(?#heads of stage 1)"
 _BLIP2_IGNORE_PATTERNS = (
     _POSITION_IDS_PATTERN,
     _ROPE_BUFFER_PATTERN,

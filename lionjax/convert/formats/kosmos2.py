@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kosmos-2 as Hugging Face publishes it."""
+"""Kosmos-2 (arXiv 2306.14824) as published on Hugging Face."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ def _config_from_hf(hf_config: dict) -> Any:
     )
     act = t.get("activation_function", "gelu")
     require_supported(act == "gelu", f"activation_function {act!r}", "gelu")
-    require_supported(t.get("scale_embedding", True), "words as they are", "one that scales its words")
-    require_supported(not t.get("add_cross_attention"), "attention to an encoder", "one without")
+    require_supported(t.get("scale_embedding", True), "scale_embedding false", "scale_embedding true")
+    require_supported(not t.get("add_cross_attention"), "add_cross_attention true", "add_cross_attention false")
     width, heads = t.get("embed_dim", 2048), t.get("attention_heads", 32)
     pad = token_id(t, "pad_token_id", 1)
     language = dataclasses.replace(
         KOSMOS2_TEXT,
-        vocab=t.get("vocab_size", 65037),
+        vocab_size=t.get("vocab_size", 65037),
         width=width,
-        layers=t.get("layers", 24),
-        heads=heads,
-        kv_heads=heads,
-        head=width // heads,
+        depth=t.get("layers", 24),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
         mlp_dim=t.get("ffn_dim", 8192),
-        eps=t.get("layer_norm_eps", 1e-5),
+        norm_eps=t.get("layer_norm_eps", 1e-5),
         dropout=t.get("dropout", 0.1),
         pad_token_id=pad,
         position_offset=pad + 1,
-        start_token=token_id(t, "bos_token_id", 0),
-        end_token=token_id(t, "eos_token_id", 2),
+        bos_token_id=token_id(t, "bos_token_id", 0),
+        eos_token_id=token_id(t, "eos_token_id", 2),
     )
     return dataclasses.replace(
         KOSMOS2,
         vision=dataclasses.replace(vision, post_layernorm=False),
         language=language,
         resampler=ImageToTextProjectionConfig(vision.width, width, heads, hf_config.get("latent_query_num", 64)),
-        vision_norm_eps=vision.eps,
+        vision_norm_eps=vision.norm_eps,
     )
 
 
@@ -77,7 +77,7 @@ def _config_to_hf(c: VisualPrefixLM) -> dict:
             "attention_dropout": t.dropout,
             "scale_embedding": True,
             "pad_token_id": t.pad_token_id,
-            "bos_token_id": t.decoder_start_token_id,
+            "bos_token_id": t.bos_token_id,
             "eos_token_id": t.eos_token_id,
         },
     }
@@ -97,6 +97,6 @@ KOSMOS_2 = CheckpointFormat(
     abstract_params,
     ignore_patterns=(
         r"text_model\.model\.embed_positions\.weights(?#computed)",
-        r"vision_model\.model\.embeddings\.position_ids(?#they only count)",
+        r"vision_model\.model\.embeddings\.position_ids(?#position indices)",
     ),
 )

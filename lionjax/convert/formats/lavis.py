@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LAVIS's files: what was trained of a BLIP-2, InstructBLIP or MiniGPT-4, and the parts that lie beside it."""
+"""LAVIS checkpoints of BLIP-2, InstructBLIP and MiniGPT-4: a file of trained weights next to the frozen parts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LAVIS_LANGUAGE_TYPES = {
     "opt": "opt",
     "llm": "llama",
     "llama": "llama",
-}  # its word -> the language model's type
+}  # prefix of LAVIS's names -> model_type of the language model
 
 
 def find_lavis_files(folder: Path) -> list[Path]:
-    """What LAVIS has trained in a folder: one file, or MiniGPT-4's and behind it the BLIP-2 that it builds on."""
+    """LAVIS's trained files in a folder: one, or MiniGPT-4's followed by the BLIP-2 that it builds on; else []."""
     files = [f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES and LAVIS_FILE.match(f.name)]
     files.sort(key=lambda file: "minigpt4" not in file.name.lower())
     built_on = len(files) == 2 and ["minigpt4" in f.name.lower() for f in files] == [True, False]
@@ -35,57 +35,60 @@ def find_lavis_files(folder: Path) -> list[Path]:
 
 
 def _open_trained(files: list[Path]) -> CheckpointTensors:
-    """The trained tensors; of a BLIP-2 that another file builds on, its Q-Former without its language model."""
+    """The trained tensors; MiniGPT-4's together with the Q-Former of its BLIP-2."""
     trained = open_weights(files[0])
     for file in files[1:]:
         base = open_weights(file)
         other = re.compile(rf"({'|'.join(LAVIS_LANGUAGE_TYPES)})_(proj|model)\..*")
-        unused = {n: "of the language model that it was trained with" for n in base if other.match(n)}
+        unused = {n: "of another language model" for n in base if other.match(n)}
         unused |= {n: f"{files[0].name} has its own" for n in base if n in trained}
-        kept = {n: w for n, w in base.items() if n not in unused}
-        trained = trained | CheckpointTensors(kept, base.files, base.skipped | unused)
+        arrays = {n: w for n, w in base.items() if n not in unused}
+        trained = trained | CheckpointTensors(arrays, base.files, base.skipped | unused)
     return trained
 
 
 def open_lavis(folder: Path) -> tuple[CheckpointFormat, Any, CheckpointTensors, Path]:
-    """(kind, config, tensors, folder of its tokenizer) of LAVIS's parts in one folder."""
+    """(checkpoint format, config, tensors, folder of the tokenizer) from LAVIS's parts in one folder.
+
+    Raises UserError where a part is missing.
+    """
     trained = _open_trained(find_lavis_files(folder))
-    word = next((w for w in LAVIS_LANGUAGE_TYPES if f"{w}_proj.weight" in trained), None)
-    settings = {f.parent: read_hf_config(f) for f in sorted(folder.glob("*/config.json"))}
-    towers = [f for f, s in settings.items() if s.get("model_type") == LAVIS_LANGUAGE_TYPES.get(word)]
-    seen = any(name.startswith("visual_encoder.") for name in trained)
-    # The norm behind the tower is as wide as the tower, which has not been trained.
+    prefix = next((p for p in LAVIS_LANGUAGE_TYPES if f"{p}_proj.weight" in trained), None)
+    hf_configs = {f.parent: read_hf_config(f) for f in sorted(folder.glob("*/config.json"))}
+    language_folders = [f for f, s in hf_configs.items() if s.get("model_type") == LAVIS_LANGUAGE_TYPES.get(prefix)]
+    has_vision = any(name.startswith("visual_encoder.") for name in trained)
+    # The trained norm after the vision tower has the tower's width, which tells CLIP ViT-L and EVA ViT-g apart.
     norm = trained.get("ln_vision.weight")
-    tower = folder / (CLIP_FILE if norm is not None and norm.shape == (1024,) else EVA_FILE)
-    first = "itm_head.weight" in trained and word is None
-    if not (first or (word and len(towers) == 1)) or not (seen or tower.is_file()):
+    vision_file = folder / (CLIP_FILE if norm is not None and norm.shape == (1024,) else EVA_FILE)
+    is_stage1 = "itm_head.weight" in trained and prefix is None
+    if not (is_stage1 or (prefix and len(language_folders) == 1)) or not (has_vision or vision_file.is_file()):
         raise UserError(
-            f"{folder} wants the parts of a BLIP-2 or InstructBLIP: the trained file, with a projection into a "
-            f"language model, or heads that compare; that model's folder; and {tower.name}, unless the trained file "
-            "holds the tower"
+            f"{folder} needs the parts of a BLIP-2 or InstructBLIP: the trained file, with a projection to a language "
+            f"model or the heads of stage 1; the language model's folder; and {vision_file.name}, unless the trained "
+            "file holds the vision tower"
         )
     tensors = trained
-    if word and not any(name.startswith(f"{word}_model.") for name in trained):
-        tensors = tensors | open_weights(towers[0]).with_prefix(f"{word}_model.")
-    if not seen:
-        tensors = tensors | open_weights(tower).without_prefix("visual.").with_prefix("visual_encoder.")
-    if first:
+    if prefix and not any(name.startswith(f"{prefix}_model.") for name in trained):
+        tensors = tensors | open_weights(language_folders[0]).with_prefix(f"{prefix}_model.")
+    if not has_vision:
+        tensors = tensors | open_weights(vision_file).without_prefix("visual.").with_prefix("visual_encoder.")
+    if is_stage1:
         return BLIP2_STAGE1, stage1_config_from_tensors(tensors), tensors, folder
-    config = config_from_tensors(language_config_from_hf(settings[towers[0]], word), tensors)
-    return (INSTRUCTBLIP if config.qformer.text else BLIP2), config, tensors, towers[0]
+    config = config_from_tensors(language_config_from_hf(hf_configs[language_folders[0]], prefix), tensors)
+    return (INSTRUCTBLIP if config.qformer.use_text_input else BLIP2), config, tensors, language_folders[0]
 
 
 def config_from_tensors(language: Any, tensors: CheckpointTensors) -> Any:
-    """The released sizes around this language model, and the pixels that the file's positions are for."""
+    """The config of a LAVIS BLIP-2 with this language model, and with the image size of the file's positions."""
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
     if type(language).__name__ == "T5Config":
         language = dataclasses.replace(language, activation="gelu")
-    tower, bridge = _vision_and_qformer_configs(tensors)
+    vision, qformer = _vision_and_qformer_configs(tensors)
     return VisualPrefixLM(
-        tower,
+        vision,
         language,
-        bridge,
+        qformer,
         feature_layer=-1,
         keep_class_token=True,
         vision_norm_eps=1e-5,
@@ -96,7 +99,7 @@ def config_from_tensors(language: Any, tensors: CheckpointTensors) -> Any:
 
 
 def stage1_config_from_tensors(tensors: CheckpointTensors) -> Any:
-    """The first stage at the released sizes, and the pixels that the file's positions are for."""
+    """The config of a LAVIS BLIP-2 stage 1, with the image size of the file's positions."""
     from lionjax.models.vlm.blip2_stage1 import Blip2Stage1
 
     return Blip2Stage1(*_vision_and_qformer_configs(tensors))
@@ -106,21 +109,21 @@ def _vision_and_qformer_configs(tensors: CheckpointTensors) -> tuple[Any, Any]:
     from lionjax.models.connectors import qformer
     from lionjax.models.vision import vit
 
-    words = tensors.get("Qformer.bert.embeddings.word_embeddings.weight")
-    bridge = dataclasses.replace(qformer.QFormerConfig(), use_text_input=words is not None)
-    if words is not None:
-        bridge = dataclasses.replace(bridge, vocab_size=words.shape[0])
-    tower, places = vit.EVA_VIT_G, tensors.get("visual_encoder.pos_embed")
+    word_embeddings = tensors.get("Qformer.bert.embeddings.word_embeddings.weight")
+    qformer_config = dataclasses.replace(qformer.QFormerConfig(), use_text_input=word_embeddings is not None)
+    if word_embeddings is not None:
+        qformer_config = dataclasses.replace(qformer_config, vocab_size=word_embeddings.shape[0])
+    vision, positions = vit.EVA_VIT_G, tensors.get("visual_encoder.pos_embed")
     if "visual_encoder.conv1.weight" in tensors:
-        # All but the last layer of OpenAI's CLIP.
+        # OpenAI's CLIP without its last layer.
         depth = vit.CLIP_VIT_L.depth - 1
-        tower = dataclasses.replace(vit.CLIP_VIT_L, image_size=224, depth=depth, post_layernorm=False)
-        places = tensors.get("visual_encoder.positional_embedding")
-        bridge = dataclasses.replace(bridge, vision_width=tower.width)
-    if places is not None and places.ndim > 1:
-        side = round((places.shape[-2] - 1) ** 0.5)
-        tower = dataclasses.replace(tower, image_size=tower.patch_size * side)
-    return tower, bridge
+        vision = dataclasses.replace(vit.CLIP_VIT_L, image_size=224, depth=depth, post_layernorm=False)
+        positions = tensors.get("visual_encoder.positional_embedding")
+        qformer_config = dataclasses.replace(qformer_config, vision_width=vision.width)
+    if positions is not None and positions.ndim > 1:
+        side = round((positions.shape[-2] - 1) ** 0.5)
+        vision = dataclasses.replace(vision, image_size=vision.patch_size * side)
+    return vision, qformer_config
 
 
 BLIP2_STAGE1 = CheckpointFormat(

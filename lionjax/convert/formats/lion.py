@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LION release: one checkpoint of the trained weights beside its frozen parts."""
+"""The released LION (arXiv 2311.11860): one file of trained weights next to its frozen EVA ViT-g and FlanT5."""
 
 from __future__ import annotations
 
@@ -23,62 +23,67 @@ from lionjax.core import config as configs
 from lionjax.core.types import UserError
 from lionjax.core.weight_map import bitwise_equal
 
-LION_FILE = re.compile(r"(?i)lion|xx?l_stage3_learnable\.")  # the second is what its makers called it
+LION_FILE = re.compile(r"(?i)lion|xx?l_stage3_learnable\.")  # the second is the released file name
 
 
 def find_lion_file(folder: Path) -> Path | None:
+    """The only file of trained LION weights in `folder`, else None."""
     files = [f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES and LION_FILE.match(f.name)]
     return files[0] if len(files) == 1 else None
 
 
 def open_lion(path: Path) -> CheckpointSource:
-    """LION's three parts in one folder. The trained part alone does not make a model."""
+    """A LION from the three parts in one folder. Raises UserError where a part is missing or of another model."""
     folder = path if path.is_dir() else path.parent
     trained, eva = find_lion_file(folder), folder / EVA_FILE
-    towers = [f.parent for f in folder.glob("*/config.json") if read_hf_config(f).get("model_type") == "t5"]
-    if trained is None or not eva.is_file() or len(towers) != 1:
+    t5_folders = [f.parent for f in folder.glob("*/config.json") if read_hf_config(f).get("model_type") == "t5"]
+    if trained is None or not eva.is_file() or len(t5_folders) != 1:
         raise UserError(
-            f"{folder} wants the three parts of a LION: LION-FlanT5-XL.pth (or XXL), eva_vit_g.pth, and one "
+            f"{folder} needs the three parts of a LION: LION-FlanT5-XL.pth (or XXL), eva_vit_g.pth, and one "
             "folder with the FlanT5 of the same size"
         )
     vision = open_weights(eva).with_prefix("visual_encoder.")
-    language = open_weights(towers[0]).with_prefix("t5_model.")
+    language = open_weights(t5_folders[0]).with_prefix("t5_model.")
     tensors = _without_tied_copies(open_weights(trained), language) | vision | language
-    return CheckpointSource(
-        LION, _lion_config_from_tensors(read_hf_config(towers[0] / "config.json"), tensors), tensors, towers[0]
-    )
+    config = _lion_config_from_tensors(read_hf_config(t5_folders[0] / "config.json"), tensors)
+    return CheckpointSource(LION, config, tensors, t5_folders[0])
 
 
 def _without_tied_copies(trained: CheckpointTensors, language: CheckpointTensors) -> CheckpointTensors:
-    """The trained part without its copies of T5's word table, which its saver left in by mistake, as bfloat16."""
-    table, kept, left = language.get("t5_model.shared.weight"), {}, dict(trained.skipped)
+    """The trained tensors without the bfloat16 copies of T5's token embeddings that the release contains.
+
+    Raises UserError where a copy differs from this T5's embeddings.
+    """
+    table, arrays, skipped = language.get("t5_model.shared.weight"), {}, dict(trained.skipped)
     for name, array in trained.items():
         if re.fullmatch(r"t5_model\.(encoder|decoder)\.embed_tokens\.weight", name) and table is not None:
             if not bitwise_equal(table, array):
-                raise UserError(f"{name!r} of {trained.files[0]} is not the word table of this FlanT5")
-            left[name] = "a copy of t5_model.shared.weight"
+                raise UserError(
+                    f"{name!r} of {trained.files[0]} differs from the token embeddings of this FlanT5; "
+                    "use the FlanT5 that the LION was trained with"
+                )
+            skipped[name] = "a copy of t5_model.shared.weight"
         else:
-            kept[name] = array
-    return CheckpointTensors(kept, trained.files, left)
+            arrays[name] = array
+    return CheckpointTensors(arrays, trained.files, skipped)
 
 
 def _lion_config_from_tensors(t5_hf_config: dict, tensors: CheckpointTensors) -> Any:
-    """The released sizes, around this T5 and with adapters as wide as they are in the file."""
+    """The released LION config with this T5, and with the adapters' number and width of the file."""
     from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
     from lionjax.models.vision.vit import EVA_VIT_G
     from lionjax.models.vlm.lion import Lion
     from lionjax.nn.adapters import AdapterConfig
 
-    shape = re.compile(r".*adapter\.adapters\.([0-9])\.down_proj\.weight")
-    downs = {int(found[1]): w for name, w in tensors.items() if (found := shape.fullmatch(name))}
-    if 0 not in downs or downs[0].ndim != 2:
-        raise UserError("the trained file holds no adapters, so it is no LION")
-    adapters = AdapterConfig(downs[0].shape[0], len(downs))
+    down_key = re.compile(r".*adapter\.adapters\.([0-9])\.down_proj\.weight")
+    down_projections = {int(match[1]): w for name, w in tensors.items() if (match := down_key.fullmatch(name))}
+    if 0 not in down_projections or down_projections[0].ndim != 2:
+        raise UserError(f"the trained file has no tensor {down_key.pattern}, so it is no LION; use the released file")
+    adapters = AdapterConfig(down_projections[0].shape[0], len(down_projections))
     language = dataclasses.replace(T5.config_from_hf(t5_hf_config), activation="gelu", adapters=adapters)
     return Lion(EVA_VIT_G, QFormerConfig(), AggregatorConfig(), language)
 
 
-# LION first: a folder with its files also holds a T5.
 LION = CheckpointFormat(
     "lion",
     ("lion",),
@@ -87,5 +92,5 @@ LION = CheckpointFormat(
     config_to_hf=lambda c: {"model_type": "lion", "system": json.loads(configs.to_json(c))},
     weight_map=lambda c: c.weight_map(),
     abstract_params=abstract_params,
-    ignore_patterns=(r"visual_encoder\." + EVA_IGNORE_PATTERN, r"Qformer\.cls\..*(?#heads of its first stage)"),
+    ignore_patterns=(r"visual_encoder\." + EVA_IGNORE_PATTERN, r"Qformer\.cls\..*(?#heads of stage 1)"),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mPLUG-Owl as published: one folder with its own config.json."""
+"""mPLUG-Owl (arXiv 2304.14178) as published: a folder with its own config.json."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ def _config_from_hf(hf_config: dict) -> Any:
     v, a = hf_config.get("vision_config") or {}, hf_config.get("visual_abstractor_config") or {}
     act, width = v.get("hidden_act", "quick_gelu"), v.get("hidden_size", 1024)
     require_supported(act in ("gelu", "quick_gelu"), f"hidden_act {act!r}", "gelu or quick_gelu")
-    same = a.get("hidden_size", 1024) == a.get("encoder_hidden_size", 1024) == width
-    require_supported(same, "an abstractor of another width than its tower", "one as wide")
+    abstractor_widths = (a.get("hidden_size", 1024), a.get("encoder_hidden_size", 1024))
+    require_supported(
+        abstractor_widths == (width, width),
+        f"abstractor widths {abstractor_widths} and a vision width of {width}",
+        "an abstractor as wide as the vision tower",
+    )
     eps = v.get("layer_norm_eps", 1e-6)
     return dataclasses.replace(
         MPLUG_OWL_7B,
@@ -109,6 +113,6 @@ MPLUG_OWL = CheckpointFormat(
     abstract_params,
     ignore_patterns=(
         r"language_model\.model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq(?#computed)",
-        r"vision_model\.embeddings\.position_ids(?#they only count)",
+        r"vision_model\.embeddings\.position_ids(?#position indices)",
     ),
 )

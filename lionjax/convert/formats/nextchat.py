@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NExT-Chat's release, and SAM by itself: as Meta's file and as a folder of Hugging Face."""
+"""NExT-Chat (arXiv 2311.04498) as released; `REGION_FORMATS` also has SAM."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ if TYPE_CHECKING:
 
 
 def _nextchat_config_from_hf(hf_config: dict) -> Any:
-    """The release says what its language model is; its CLIP and SAM are known. Our own files say everything."""
+    """The config in a lionjax config.json, else the released CLIP and SAM around config.json's language model."""
     from lionjax.models.vlm.nextchat import NextChat
 
     if "system" in hf_config:
         return configs.from_json(json.dumps(hf_config["system"]))
     language = LLAMA.config_from_hf(hf_config)
-    patch, _, _, trigger, location = range(language.vocab - 5, language.vocab)  # added last, in this order
+    # The release appends five tokens to the vocabulary; three of them are used.
+    image, _, _, trigger, box = range(language.vocab_size - 5, language.vocab_size)
     return dataclasses.replace(
         NextChat(),
         language=language,
         feature_layer=hf_config.get("mm_vision_select_layer", -2),
         projector_depth=hf_config.get("mm_depth", 1),
-        image_token=patch,
+        image_token_id=image,
         trigger_token_id=trigger,
-        box_token_id=location,
+        box_token_id=box,
     )
 
 
 def _nextchat_config_to_hf(c: NextChat) -> dict:
-    own = {
+    hf_config = {
         "architectures": ["NextChatForSegLM"],
         "model_type": "nextchat",
         "mm_depth": c.projector_depth,
@@ -44,7 +45,7 @@ def _nextchat_config_to_hf(c: NextChat) -> dict:
         "mm_vision_select_layer": c.feature_layer,
         "use_mm_proj": True,
     }
-    return LLAMA.config_to_hf(c.language) | own | {"system": json.loads(configs.to_json(c))}
+    return LLAMA.config_to_hf(c.language) | hf_config | {"system": json.loads(configs.to_json(c))}
 
 
 NEXTCHAT = CheckpointFormat(
@@ -57,8 +58,8 @@ NEXTCHAT = CheckpointFormat(
     abstract_params,
     ignore_patterns=(
         *LLAMA.ignore_patterns,
-        r"model\.vision_tower\.vision_model\.embeddings\.position_ids(?#they only count)",
-        r"sam\.model\.pixel_(mean|std)(?#those of all pictures)",
+        r"model\.vision_tower\.vision_model\.embeddings\.position_ids(?#position indices)",
+        r"sam\.model\.pixel_(mean|std)(?#image normalization)",
     ),
 )
 REGION_FORMATS = (NEXTCHAT, SAM, SEGMENT_ANYTHING)

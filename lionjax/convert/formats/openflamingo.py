@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenFlamingo: what was trained, beside the folder of its MPT and CLIP's own file, in one folder.
+"""OpenFlamingo (arXiv 2308.01390): a file of trained weights next to the folder of its MPT and CLIP's file.
 
-What was trained names a decoder's layer in one way or another by the version that saved it; here they have one name.
+Versions of OpenFlamingo name the decoder layers differently; `KEY_PATTERNS` maps them to one name.
 """
 
 from __future__ import annotations
@@ -33,47 +33,50 @@ MPT_TYPES = ("mpt", "mosaic_gpt")
 
 
 def open_flamingo(folder: Path) -> tuple[CheckpointFormat, Any, CheckpointTensors, Path]:
-    """(kind, config, tensors, folder of the language model) of OpenFlamingo's parts in one folder.
+    """(checkpoint format, config, tensors, folder of the language model) from OpenFlamingo's parts in one folder.
 
     Raises UserError where a part is missing.
     """
     trained = [f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES and f.name != CLIP_FILE]
-    texts = [f.parent for f in sorted(folder.glob("*/config.json")) if read_hf_config(f).get("model_type") in MPT_TYPES]
-    if len(trained) != 1 or len(texts) != 1 or not (folder / CLIP_FILE).is_file():
+    mpt_folders = [
+        f.parent for f in sorted(folder.glob("*/config.json")) if read_hf_config(f).get("model_type") in MPT_TYPES
+    ]
+    if len(trained) != 1 or len(mpt_folders) != 1 or not (folder / CLIP_FILE).is_file():
         raise UserError(
-            f"{folder} wants the parts of an OpenFlamingo: the trained file, {CLIP_FILE}, and the folder of its MPT"
+            f"{folder} needs the parts of an OpenFlamingo: the trained file, {CLIP_FILE}, and the folder of its MPT"
         )
     tensors = open_weights(trained[0]).rename_keys(*KEY_PATTERNS)
-    gates = [int(found[1]) for name in tensors if (found := GATE_PATTERN.fullmatch(name))]
-    if not gates:
-        raise UserError(f"{trained[0]} holds no gated layers, so it is no OpenFlamingo")
-    text = open_weights(texts[0])
-    if not any(name.startswith("transformer.") for name in text):
-        text = text.with_prefix("transformer.")
-    text = text.with_prefix("lang_encoder.").rename_keys(*KEY_PATTERNS)
-    own = {name for name in tensors if name in text}
-    text = CheckpointTensors(
-        {n: w for n, w in text.items() if n not in own},
-        text.files,
-        text.skipped | {n: f"{trained[0].name} has its own" for n in own},
+    gated_layers = [int(match[1]) for name in tensors if (match := GATE_PATTERN.fullmatch(name))]
+    if not gated_layers:
+        raise UserError(f"{trained[0]} has no gated cross-attention layers, so it is no OpenFlamingo")
+    language = open_weights(mpt_folders[0])
+    if not any(name.startswith("transformer.") for name in language):
+        language = language.with_prefix("transformer.")
+    language = language.with_prefix("lang_encoder.").rename_keys(*KEY_PATTERNS)
+    overridden = {name for name in tensors if name in language}
+    language = CheckpointTensors(
+        {n: w for n, w in language.items() if n not in overridden},
+        language.files,
+        language.skipped | {n: f"{trained[0].name} has its own" for n in overridden},
     )
     clip = open_weights(folder / CLIP_FILE)
     clip = clip.without_prefix("visual.").with_prefix("vision_encoder.")
-    tensors = tensors | text | clip
-    config = _config_from_tensors(read_hf_config(texts[0] / "config.json"), min(gates), tensors)
-    return FLAMINGO, config, tensors, texts[0]
+    tensors = tensors | language | clip
+    config = _config_from_tensors(read_hf_config(mpt_folders[0] / "config.json"), min(gated_layers), tensors)
+    return FLAMINGO, config, tensors, mpt_folders[0]
 
 
 def _config_from_tensors(mpt_config: dict, first_cross_layer: int, tensors: CheckpointTensors) -> Any:
-    """The sizes that the tensors have, around this MPT; heads are 64 wide everywhere, as in all that are released."""
+    """The config of this MPT and these tensors; heads have 64 dimensions, as in all released models."""
     from lionjax.models.connectors.perceiver import ResamplerConfig
     from lionjax.models.language.decoder import MPT_7B
     from lionjax.models.vlm.flamingo import OPENFLAMINGO_9B
     from lionjax.nn.adapters import GatedCrossAttentionConfig
 
-    more = mpt_config.get("attn_config") or {}
-    require_supported(more.get("alibi", mpt_config.get("alibi", True)), "learned positions", "an MPT with ALiBi")
-    require_supported(mpt_config.get("no_bias", True), "biases", "an MPT without them")
+    attn_config = mpt_config.get("attn_config") or {}
+    has_alibi = attn_config.get("alibi", mpt_config.get("alibi", True))
+    require_supported(has_alibi, "learned positions", "an MPT with ALiBi")
+    require_supported(mpt_config.get("no_bias", True), "biases", "an MPT without biases")
     width, heads = mpt_config["d_model"], mpt_config["n_heads"]
 
     def shape(name: str) -> tuple[int, ...]:
@@ -82,50 +85,49 @@ def _config_from_tensors(mpt_config: dict, first_cross_layer: int, tensors: Chec
     def count(name: str) -> int:
         return sum(re.fullmatch(name, other) is not None for other in tensors)
 
-    words, gated = (
-        shape("lang_encoder.transformer.wte.weight")[0],
-        f"lang_encoder.gated_cross_attn_layers.{first_cross_layer}.",
+    vocab_size = shape("lang_encoder.transformer.wte.weight")[0]
+    gated = f"lang_encoder.gated_cross_attn_layers.{first_cross_layer}."
+    inner_width, source_width = shape(gated + "attn.to_q.weight")[0], shape(gated + "attn.to_kv.weight")[1]
+    cross_attention = GatedCrossAttentionConfig(
+        first_cross_layer + 1, source_width, inner_width // 64, 64, shape(gated + "ff.1.weight")[0]
     )
-    inside, source = shape(gated + "attn.to_q.weight")[0], shape(gated + "attn.to_kv.weight")[1]
-    looks = GatedCrossAttentionConfig(first_cross_layer + 1, source, inside // 64, 64, shape(gated + "ff.1.weight")[0])
-    queries, inside = shape("perceiver.latents")[0], shape("perceiver.layers.0.0.to_q.weight")[0]
     resampler = ResamplerConfig(
-        source,
+        source_width,
         count(r"perceiver\.layers\.\d+\.0\.to_q\.weight"),
-        inside // 64,
+        shape("perceiver.layers.0.0.to_q.weight")[0] // 64,
         64,
         shape("perceiver.layers.0.1.1.weight")[0],
-        queries,
+        shape("perceiver.latents")[0],
     )
-    seen, _, patch, _ = shape("vision_encoder.conv1.weight")
+    vision_width, _, patch_size, _ = shape("vision_encoder.conv1.weight")
     side = round((shape("vision_encoder.positional_embedding")[0] - 1) ** 0.5)
     vision = dataclasses.replace(
         OPENFLAMINGO_9B.vision,
-        image=side * patch,
-        patch=patch,
-        width=seen,
-        heads=seen // 64,
+        image_size=side * patch_size,
+        patch_size=patch_size,
+        width=vision_width,
+        num_heads=vision_width // 64,
         depth=count(r"vision_encoder\.transformer\.resblocks\.\d+\.ln_1\.weight"),
         mlp_dim=shape("vision_encoder.transformer.resblocks.0.mlp.c_fc.weight")[0],
     )
     language = dataclasses.replace(
         MPT_7B,
-        vocab=words,
-        num_frozen_embeddings=words - 3,
-        pad_token_id=words - 1,
-        end_token=words - 3,
+        vocab_size=vocab_size,
+        num_frozen_embeddings=vocab_size - 3,
+        pad_token_id=vocab_size - 1,
+        eos_token_id=vocab_size - 3,
         width=width,
-        layers=mpt_config["n_layers"],
-        heads=heads,
-        kv_heads=heads,
-        head=width // heads,
+        depth=mpt_config["n_layers"],
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
         mlp_dim=width * mpt_config.get("expansion_ratio", mpt_config.get("mlp_ratio", 4)),
-        eps=mpt_config.get("layer_norm_epsilon", 1e-5),
-        qk_norm=bool(more.get("qk_ln", mpt_config.get("attn_qk_ln", False))),
-        cross_attention=looks,
+        norm_eps=mpt_config.get("layer_norm_epsilon", 1e-5),
+        qk_norm=bool(attn_config.get("qk_ln", mpt_config.get("attn_qk_ln", False))),
+        cross_attention=cross_attention,
     )
     return dataclasses.replace(
-        OPENFLAMINGO_9B, vision=vision, resampler=resampler, language=language, image_token=words - 2
+        OPENFLAMINGO_9B, vision=vision, resampler=resampler, language=language, image_token_id=vocab_size - 2
     )
 
 
@@ -137,5 +139,5 @@ FLAMINGO = CheckpointFormat(
     config_to_hf=lambda c: {"model_type": "flamingo", "system": json.loads(configs.to_json(c))},
     weight_map=lambda c: c.weight_map(),
     abstract_params=abstract_params,
-    ignore_patterns=(r"vision_encoder\.proj(?#behind the features that are used)",),
+    ignore_patterns=(r"vision_encoder\.proj(?#after the features that are used)",),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published models that tell a system what they see: Swin as a folder of Hugging Face, and the tagger RAM."""
+"""RAM, the image tagger (arXiv 2306.03514), as released; `TAGGING_FORMATS` also has its Swin backbone."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lionjax.core.types import Params
 if TYPE_CHECKING:
     from lionjax.models.vision.ram import RamConfig
 
-RAM_FILE = "ram_swin_large_14m.pth"  # as everybody calls it; it tells nothing of itself
+RAM_FILE = "ram_swin_large_14m.pth"  # the released file; recognized by its name, because it has no config
 
 
 def _ram_config_from_hf(hf_config: dict) -> Any:
-    """The released file says nothing of its sizes. Our own files say everything."""
+    """The config in a lionjax config.json; without one, the released sizes."""
     from lionjax.models.vision import ram
 
     return configs.from_json(json.dumps(hf_config["system"])) if "system" in hf_config else ram.RAM_SWIN_L
@@ -44,11 +44,11 @@ RAM = CheckpointFormat(
     lambda c: {"model_type": "ram", "system": json.loads(configs.to_json(c))},
     _ram_weight_map,
     _ram_abstract_params,
-    # What wrote captions while it was trained.
+    # The caption decoder, used only in training.
     ignore_patterns=(
-        r"(?!visual_encoder\.|image_proj\.|label_embed$|wordvec_proj\.|tagging_head\.|fc\.).*(?#it writes captions)",
+        r"(?!visual_encoder\.|image_proj\.|label_embed$|wordvec_proj\.|tagging_head\.|fc\.).*(?#caption decoder)",
     ),
-    # Its first name.
+    # Some files have the tagging head under its earlier name.
     prepare_tensors=lambda config, tensors, folder: tensors.rename_keys((r"^vision_multi\.", "tagging_head.")),
 )
 TAGGING_FORMATS = (SWIN, RAM)

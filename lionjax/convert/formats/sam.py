@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAM by itself: Meta's checkpoint file and Hugging Face's folder."""
+"""SAM (arXiv 2304.02643): Meta's checkpoint file and Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from lionjax.core.types import Params
 if TYPE_CHECKING:
     from lionjax.models.vision.sam_encoder import SamConfig
 
-META_SAM_FILE = "sam_vit_h_4b8939.pth"  # as everybody calls it; it tells nothing of itself
+META_SAM_FILE = "sam_vit_h_4b8939.pth"  # the released file; recognized by its name, because it has no config
 
 
 def _sam_config_from_hf(hf_config: dict) -> Any:
-    """Where a setting is missing transformers means that of the small SAM."""
+    """The SAM config of a config.json; missing settings have transformers' defaults, those of SAM ViT-B."""
     from lionjax.models.vision.sam_encoder import SAM_VIT_B, SamConfig
 
     v, p, d = (hf_config.get(f"{part}_config") or {} for part in ("vision", "prompt_encoder", "mask_decoder"))
-    kept = v.get("use_abs_pos", True) and v.get("use_rel_pos", True) and v.get("qkv_bias", True)
-    require_supported(kept, "no positions or no biases in its image encoder", "a SAM with them")
+    is_standard = v.get("use_abs_pos", True) and v.get("use_rel_pos", True) and v.get("qkv_bias", True)
     require_supported(
-        d.get("attention_downsample_rate", 2) == 2, "another inner width of its decoder's attention", "half"
+        is_standard,
+        "use_abs_pos, use_rel_pos or qkv_bias false in its image encoder",
+        "an image encoder with absolute and relative positions and biases",
     )
+    downsample_rate = d.get("attention_downsample_rate", 2)
+    require_supported(downsample_rate == 2, f"attention_downsample_rate {downsample_rate}", "2")
     width, small = v.get("hidden_size", SAM_VIT_B.width), SAM_VIT_B
     return SamConfig(
         v.get("image_size", 1024),
@@ -131,7 +134,7 @@ SAM = CheckpointFormat(
 )
 
 
-# Written again as Hugging Face's.
+# Read only; written as SAM, with Hugging Face's names.
 SEGMENT_ANYTHING = CheckpointFormat(
     "segment_anything",
     (),
@@ -140,5 +143,5 @@ SEGMENT_ANYTHING = CheckpointFormat(
     _sam_config_to_hf,
     _meta_sam_weight_map,
     _sam_abstract_params,
-    ignore_patterns=(r"pixel_(mean|std)(?#those of all pictures)",),
+    ignore_patterns=(r"pixel_(mean|std)(?#image normalization)",),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare a converted model with the original, stage by stage."""
+"""Compare the outputs of a converted model with those of the original PyTorch model, module by module."""
 
 
 def __getattr__(name: str):

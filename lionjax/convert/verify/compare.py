@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same inputs through our model and through transformers' class of it, compared stage by stage.
+"""Run a model and its transformers class on the same inputs in float32 and compare their outputs module by module.
 
-A stage is a module with a weight, such as a projection or a norm, in all layers together. Which of ours is which of
-theirs the weight table says, so nothing here knows how a model computes. Both run in float32.
+Compared are modules with a weight (projections, norms, embeddings), over all layers. The weight map says which Flax
+module corresponds to which torch module.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from lionjax.core import params as trees
 from lionjax.core.types import Params, UserError
 from lionjax.core.weight_map import KeyTemplate, WeightMapping, conv
 
-RELATIVE_TOLERANCE = 1e-3  # of the largest number of a stage; float32 alone leaves a thousandth of that
-WEIGHT_SUFFIXES = ("/kernel", "/scale", "/table")  # ends of the paths of what a module multiplies with
+RELATIVE_TOLERANCE = 1e-3  # relative to a module's largest value; float32 rounding is about 1e-6
+WEIGHT_SUFFIXES = ("/kernel", "/scale", "/table")  # of the paths of the parameters that identify a module
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleDiff:
-    """How far the two are apart in one module of all layers, `largest` being the largest number there."""
+    """Largest difference of one module's outputs over all layers, and the largest value of the torch outputs."""
 
     name: str
     num_layers: int
     max_abs_diff: float
     max_abs_value: float
-    worst_module: str  # the module in which the difference is largest
+    worst_module: str  # torch name of the module with the largest difference
 
     @property
     def relative_diff(self) -> float:
@@ -51,7 +51,7 @@ class ModuleDiff:
 
 @dataclasses.dataclass(frozen=True)
 class VerificationReport:
-    """All stages in the order in which they run, then the results; and which modules could not be compared."""
+    """The modules in execution order, then the model's results; and the modules that could not be compared."""
 
     module_diffs: tuple[ModuleDiff, ...]
     not_compared: tuple[str, ...]
@@ -64,7 +64,7 @@ class VerificationReport:
         wide = max(len(stage.name) for stage in self.module_diffs)
         lines = [f"{'stage':{wide}}  layers  largest difference  largest number"]
         for s in self.module_diffs:
-            mark = "" if s.relative_diff <= RELATIVE_TOLERANCE else f"  <- they part in {s.worst_module}"
+            mark = "" if s.relative_diff <= RELATIVE_TOLERANCE else f"  <- differs most in {s.worst_module}"
             lines.append(f"{s.name:{wide}}  {s.num_layers:6}  {s.max_abs_diff:18.2e}  {s.max_abs_value:14.3g}{mark}")
         if self.not_compared:
             lines.append(f"not compared: {', '.join(group_numbered_names(self.not_compared))}")
@@ -72,21 +72,21 @@ class VerificationReport:
 
 
 def verify(config: Any, params: Params, folder: str | Path) -> VerificationReport:
-    """Compare parameters in memory with a folder that transformers loads, or whose parts it can run by themselves.
+    """Compare a model in memory with a PyTorch folder that transformers runs, as a whole or in parts (`HF_PARTS`).
 
-    Raises UserError where it cannot.
+    Raises UserError where transformers cannot load or run it.
     """
     import jax
 
-    system, folder = detect.model_config_of(config), Path(folder)
-    kind = detect.format_of_config(system)
-    if peers := HF_PARTS.get(kind.name, lambda system: [])(system):
-        tensors = detect.open_checkpoint(folder, kind.name).tensors
-        return _verify_parts(peers, trees.flatten(params), tensors)
+    model_config, folder = detect.model_config_of(config), Path(folder)
+    checkpoint_format = detect.format_of_config(model_config)
+    if hf_parts := HF_PARTS.get(checkpoint_format.name, lambda model_config: [])(model_config):
+        tensors = detect.open_checkpoint(folder, checkpoint_format.name).tensors
+        return _verify_parts(hf_parts, trees.flatten(params), tensors)
     if (folder / loras.ADAPTER_FOLDER).is_dir():
-        raise UserError(f"transformers would leave out the LoRA of {folder}; verify a merged model")
-    theirs = _load_transformers_model(kind, system, folder)
-    run = COMPARISON_RUNS[kind.name](system, np.random.default_rng(0))
+        raise UserError(f"transformers would leave out the LoRA of {folder}; convert with --merge-lora to verify")
+    torch_model = _load_transformers_model(checkpoint_format, model_config, folder)
+    run = COMPARISON_RUNS[checkpoint_format.name](model_config, np.random.default_rng(0))
     params = trees.cast(jax.tree.map(np.asarray, params), "float32")
 
     def forward(params, *inputs):
@@ -94,128 +94,137 @@ def verify(config: Any, params: Params, folder: str | Path) -> VerificationRepor
             {"params": params}, *inputs, method=run.method, capture_intermediates=True, mutable="intermediates"
         )
 
-    made, seen = jax.jit(forward)(params, *run.flax_inputs)
-    calls = _flax_outputs_by_path(seen["intermediates"])
-    results, heard = _run_with_hooks(theirs, run.torch_inputs)
-    table, model = detect.weight_map_and_abstract_params(kind, system)
-    rows = [row for row in table if row.flax_paths and row.flax_paths[0].endswith(WEIGHT_SUFFIXES)]
-    layers = {p: leaf.shape for p, leaf in trees.flatten(model).items()}
+    flax_results, state = jax.jit(forward)(params, *run.flax_inputs)
+    calls = _flax_outputs_by_path(state["intermediates"])
+    results, torch_outputs = _run_with_hooks(torch_model, run.torch_inputs)
+    weight_map, abstract_params = detect.weight_map_and_abstract_params(checkpoint_format, model_config)
+    compared_map = [
+        mapping for mapping in weight_map if mapping.flax_paths and mapping.flax_paths[0].endswith(WEIGHT_SUFFIXES)
+    ]
+    layers = {p: leaf.shape for p, leaf in trees.flatten(abstract_params).items()}
     calls = {path: calls.get(path.rpartition("/")[0], ()) for path in layers}
-    stages, left = _compare_modules(rows, layers, calls, heard, _match_weight_keys(theirs, heard, kind, folder))
-    for name, mine in made.items():
-        stages.append(_module_diff(name, [(name, np.asarray(mine), results[name])]))
-    return VerificationReport(tuple(stages), tuple(left))
+    module_diffs, not_compared = _compare_modules(
+        compared_map,
+        layers,
+        calls,
+        torch_outputs,
+        _match_weight_keys(torch_model, torch_outputs, checkpoint_format, folder),
+    )
+    for name, flax_result in flax_results.items():
+        module_diffs.append(_module_diff(name, [(name, np.asarray(flax_result), results[name])]))
+    return VerificationReport(tuple(module_diffs), tuple(not_compared))
 
 
 def _verify_parts(hf_parts: list[HFPart], flat_params: Mapping, tensors: Mapping) -> VerificationReport:
-    """Each part as a model by itself, which transformers loads from a folder that is made of the file's tensors."""
-    stages, left, used = [], [], set()
-    for peer in hf_parts:
-        kind = detect.format_of_config(peer.config)
-        rows, model = detect.weight_map_and_abstract_params(kind, peer.config)
-        shapes = trees.flatten(model)
-        # What the system does not have (all of it, but for a tower alone) is random.
+    """Compare each part as a model of its own, which transformers loads from a temporary folder."""
+    module_diffs, not_compared, used_keys = [], [], set()
+    for part in hf_parts:
+        checkpoint_format = detect.format_of_config(part.config)
+        weight_map, abstract_params = detect.weight_map_and_abstract_params(checkpoint_format, part.config)
+        shapes = trees.flatten(abstract_params)
+        # Parameters that only the part's model has are random (needed to run a vision tower inside a BLIP-2).
         rng = np.random.default_rng(0)
         random = {p: 0.1 * rng.standard_normal(x.shape).astype(np.float32) for p, x in shapes.items()}
-        state = state_dict_from_params(rows, trees.unflatten(random))
-        found, taken = peer.to_hf_tensors(tensors, state)
-        ours = peer.select_params(flat_params, shapes)
-        if not peer.compared_prefix and (
-            missing := sorted(state.keys() - found.keys()) or sorted(shapes.keys() - ours.keys())
+        state = state_dict_from_params(weight_map, trees.unflatten(random))
+        hf_tensors, keys = part.to_hf_tensors(tensors, state)
+        part_params = part.select_params(flat_params, shapes)
+        if not part.compared_prefix and (
+            missing := sorted(state.keys() - hf_tensors.keys()) or sorted(shapes.keys() - part_params.keys())
         ):
-            raise UserError(f"the part {peer.name!r} lacks {len(missing)} weights, such as {missing[0]!r}")
-        state |= {name: array.astype(np.float32) for name, array in found.items()}
-        used |= taken
+            raise UserError(f"the part {part.name!r} lacks {len(missing)} weights, such as {missing[0]!r}")
+        state |= {name: array.astype(np.float32) for name, array in hf_tensors.items()}
+        used_keys |= keys
         with tempfile.TemporaryDirectory() as folder:
-            forms = {name: TensorSpec.from_array(array) for name, array in state.items()}
+            specs = {name: TensorSpec.from_array(array) for name, array in state.items()}
             parts = ((name, (), array) for name, array in state.items())
-            write_safetensors(Path(folder), "model", forms, parts)
-            (Path(folder) / "config.json").write_text(json.dumps(kind.config_to_hf(peer.config)))
-            seen = verify(peer.config, trees.unflatten(random | ours), folder)
-        kept = [stage for stage in seen.module_diffs if stage.name.startswith(peer.compared_prefix)]
-        stages += [dataclasses.replace(stage, name=f"{peer.name}: {stage.name}") for stage in kept]
-        left += [name for name in seen.not_compared if name.startswith(peer.compared_prefix)]
-    biases = {re.sub(r"qkv\.bias$", "q_bias", name) for name in used}
+            write_safetensors(Path(folder), "model", specs, parts)
+            (Path(folder) / "config.json").write_text(json.dumps(checkpoint_format.config_to_hf(part.config)))
+            report = verify(part.config, trees.unflatten(random | part_params), folder)
+        compared = [stage for stage in report.module_diffs if stage.name.startswith(part.compared_prefix)]
+        module_diffs += [dataclasses.replace(stage, name=f"{part.name}: {stage.name}") for stage in compared]
+        not_compared += [name for name in report.not_compared if name.startswith(part.compared_prefix)]
+    biases = {re.sub(r"qkv\.bias$", "q_bias", name) for name in used_keys}
     biases |= {name.replace("q_bias", "v_bias") for name in biases}
-    biases |= {re.sub(r"attn\.(query|key|value)\.", "attn.qkv.", name) for name in used}
-    rest = {re.sub(r"\.(weight|bias)$", "", name) for name in tensors if name not in used | biases}
-    return VerificationReport(tuple(stages), (*left, *sorted(rest)))
+    biases |= {re.sub(r"attn\.(query|key|value)\.", "attn.qkv.", name) for name in used_keys}
+    unused = {re.sub(r"\.(weight|bias)$", "", name) for name in tensors if name not in used_keys | biases}
+    return VerificationReport(tuple(module_diffs), (*not_compared, *sorted(unused)))
 
 
 def _load_transformers_model(checkpoint_format: CheckpointFormat, model_config: Any, folder: Path):
-    """Their model in float32. Raises UserError where there is no class or something is missing for it."""
+    """The transformers model in float32. Raises UserError without a class for it or with missing weights."""
     architecture = (checkpoint_format.config_to_hf(model_config).get("architectures") or [""])[0]
     try:
         import torch
         import transformers
     except ImportError as error:
-        raise UserError(f"verifying runs the original beside ours and needs {error.name}") from error
-    known = getattr(transformers, architecture, None)
-    if checkpoint_format.name not in COMPARISON_RUNS or known is None:
-        raise UserError(f"transformers has no class to run a {checkpoint_format.name} of ours beside it")
+        raise UserError(f"--verify runs the torch model and needs {error.name}; install lionjax[torch]") from error
+    model_class = getattr(transformers, architecture, None)
+    if checkpoint_format.name not in COMPARISON_RUNS or model_class is None:
+        known = ", ".join(sorted(COMPARISON_RUNS.keys() | HF_PARTS.keys()))
+        raise UserError(f"transformers has no class to run a {checkpoint_format.name}; --verify works with {known}")
     transformers.logging.set_verbosity_error()
-    loaded = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    load_args = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
     try:
-        model, told = known.from_pretrained(folder, **loaded)
+        model, loading_info = model_class.from_pretrained(folder, **load_args)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from error
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise UserError(f"{folder} lacks {len(missing)} weights for transformers, such as {missing[0]!r}")
     return model.eval()
 
 
 def _flax_outputs_by_path(tree: Mapping, path: str = "") -> dict[str, tuple]:
-    """What each of our modules gave, by its path, one entry for each call."""
-    found = {}
+    """{module path: its outputs, one per call} of Flax's captured intermediates."""
+    outputs = {}
     for name, value in tree.items():
         if name == "__call__":
-            found[path.rstrip("/")] = value
+            outputs[path.rstrip("/")] = value
         else:
-            found |= _flax_outputs_by_path(value, f"{path}{name}/")
-    return found
+            outputs |= _flax_outputs_by_path(value, f"{path}{name}/")
+    return outputs
 
 
 def _run_with_hooks(model, torch_inputs: Mapping[str, np.ndarray]) -> tuple[Any, dict[str, list[np.ndarray]]]:
-    """Their results, and what each module with a weight of its own gave, in the order of the first call."""
+    """(the torch model's results, {module name: its outputs}) for modules with a weight, in order of the first call."""
     import torch
 
-    heard: dict[str, list[np.ndarray]] = {}
+    torch_outputs: dict[str, list[np.ndarray]] = {}
 
-    def listener(name):
-        def hear(module, inputs, output):
+    def make_hook(name):
+        def hook(module, inputs, output):
             output = output[0] if isinstance(output, tuple) else output
-            heard.setdefault(name, []).append(output.numpy())
+            torch_outputs.setdefault(name, []).append(output.numpy())
 
-        return hear
+        return hook
 
     for name, module in model.named_modules():
         if isinstance(getattr(module, "weight", None), torch.Tensor):
-            module.register_forward_hook(listener(name))
+            module.register_forward_hook(make_hook(name))
     with torch.no_grad():
         results = model(**{name: torch.from_numpy(value) for name, value in torch_inputs.items()})
-    return {name: value.numpy() for name, value in results.items() if hasattr(value, "numpy")}, heard
+    return {name: value.numpy() for name, value in results.items() if hasattr(value, "numpy")}, torch_outputs
 
 
 def _match_weight_keys(
     model, torch_outputs: Mapping, checkpoint_format: CheckpointFormat, folder: Path
 ) -> dict[str, str]:
-    """The name in the file of each module's weight: its own, or by its numbers where their code renames it."""
-    tensors = detect.open_checkpoint(folder).tensors  # spelled as in the rows
-    modules, names, taken = dict(model.named_modules()), {}, set()
+    """{torch module: the checkpoint's name of its weight}: by name, or by values where transformers renames it."""
+    tensors = detect.open_checkpoint(folder).tensors  # under the names of the weight map
+    modules, names, matched = dict(model.named_modules()), {}, set()
     for module in torch_outputs:
-        own = [
+        candidates = [
             f"{front}{module}.weight"
             for front in ("", checkpoint_format.base_model_prefix, checkpoint_format.inner_prefix)
         ]
-        names[module] = next((name for name in own if name in tensors), "")
-        taken.add(names[module])
-    rest = {name: array for name, array in tensors.items() if name not in taken}
+        names[module] = next((name for name in candidates if name in tensors), "")
+        matched.add(names[module])
+    unmatched = {name: array for name, array in tensors.items() if name not in matched}
     for module in (module for module, name in names.items() if not name):
         weight = modules[module].weight.detach().numpy()
-        alike = [n for n, array in rest.items() if array.shape == weight.shape and _same_values(array, weight)]
-        if alike:
-            names[module] = max(alike, key=lambda n: difflib.SequenceMatcher(None, n, module).ratio())
-            del rest[names[module]]
+        matches = [n for n, array in unmatched.items() if array.shape == weight.shape and _same_values(array, weight)]
+        if matches:
+            names[module] = max(matches, key=lambda n: difflib.SequenceMatcher(None, n, module).ratio())
+            del unmatched[names[module]]
     return {module: name for module, name in names.items() if name}
 
 
@@ -226,40 +235,45 @@ def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
 def _compare_modules(
     weight_map, shapes: Mapping, flax_outputs: Mapping, torch_outputs: Mapping, weight_keys: Mapping
 ) -> tuple[list, list]:
-    """Every row whose modules both sides have, and the modules that no row could compare."""
-    found: dict[str, list] = {}
-    left = []
-    for module, theirs in torch_outputs.items():
-        matched = ((row, KeyTemplate.parse(row.torch_keys[0]).match(weight_keys.get(module, ""))) for row in weight_map)
-        row, index = next((m for m in matched if m[1] is not None), (None, ()))
-        pairs = [] if row is None else _output_pairs(module, row, index, shapes, flax_outputs, theirs)
+    """(differences of the modules that both models have, torch modules that could not be compared)."""
+    pairs_by_name: dict[str, list] = {}
+    not_compared = []
+    for module, module_outputs in torch_outputs.items():
+        matched = (
+            (mapping, KeyTemplate.parse(mapping.torch_keys[0]).match(weight_keys.get(module, "")))
+            for mapping in weight_map
+        )
+        mapping, index = next((m for m in matched if m[1] is not None), (None, ()))
+        pairs = [] if mapping is None else _output_pairs(module, mapping, index, shapes, flax_outputs, module_outputs)
         if pairs:
-            found.setdefault(row.torch_keys[0].removesuffix(".weight"), []).extend(pairs)
+            pairs_by_name.setdefault(mapping.torch_keys[0].removesuffix(".weight"), []).extend(pairs)
         else:
-            left.append(module)
-    return [_module_diff(name, pairs) for name, pairs in found.items()], left
+            not_compared.append(module)
+    return [_module_diff(name, pairs) for name, pairs in pairs_by_name.items()], not_compared
 
 
 def _output_pairs(
     module: str, mapping: WeightMapping, index, shapes: Mapping, flax_outputs: Mapping, torch_outputs: list
 ) -> list[tuple]:
-    """Both sides of one module, call by call; nothing where ours does not stack its layers as the weights are."""
+    """(module, Flax output, torch output) per call; [] where the outputs are not stacked over layers as the weights."""
     pairs, depth = [], len(index)
-    for number, their in enumerate(torch_outputs):
+    for number, torch_output in enumerate(torch_outputs):
         parts = []
         for path in mapping.flax_paths:
-            made = np.asarray(flax_outputs[path][number]) if number < len(flax_outputs[path]) else np.zeros(0)
-            if made.ndim <= depth or made.shape[:depth] != shapes[path][:depth]:
+            flax_output = np.asarray(flax_outputs[path][number]) if number < len(flax_outputs[path]) else np.zeros(0)
+            if flax_output.ndim <= depth or flax_output.shape[:depth] != shapes[path][:depth]:
                 return pairs
-            part = made[index]
-            # T5's positions: ours have the heads in front, theirs behind.
+            part = flax_output[index]
+            # T5's relative position bias has the heads first in Flax, last in torch.
             parts.append(np.moveaxis(part, -3, -1) if path.endswith("relative/table") else part)
-        pairs += _align_outputs(module, parts, np.moveaxis(their, 1, -1) if mapping.transform is conv else their)
+        pairs += _align_outputs(
+            module, parts, np.moveaxis(torch_output, 1, -1) if mapping.transform is conv else torch_output
+        )
     return pairs
 
 
 def _align_outputs(module: str, parts: list[np.ndarray], torch_output: np.ndarray) -> list[tuple]:
-    """Both sides in one shape; nothing where they lie otherwise in memory."""
+    """Both outputs in one shape; [] where their layouts differ."""
     width = torch_output.shape[-1] // len(parts)
     flat = []
     for part in parts:
@@ -267,13 +281,13 @@ def _align_outputs(module: str, parts: list[np.ndarray], torch_output: np.ndarra
         if part.size * len(parts) != torch_output.size or width not in tails:
             return []
         flat.append(part.reshape(-1, width))
-    mine = np.concatenate(flat, axis=-1)
-    return [(module, mine, torch_output.reshape(mine.shape))]
+    flax_output = np.concatenate(flat, axis=-1)
+    return [(module, flax_output, torch_output.reshape(flax_output.shape))]
 
 
 def _module_diff(name: str, pairs: list[tuple[str, np.ndarray, np.ndarray]]) -> ModuleDiff:
-    apart = [(float(np.abs(mine - theirs).max()), module) for module, mine, theirs in pairs]
-    apart = [(np.inf if np.isnan(number) else number, module) for number, module in apart]
-    difference, worst = max(apart)
-    largest = max(float(np.abs(theirs).max()) for _, _, theirs in pairs)
+    diffs = [(float(np.abs(flax_output - torch_output).max()), module) for module, flax_output, torch_output in pairs]
+    diffs = [(np.inf if np.isnan(number) else number, module) for number, module in diffs]
+    difference, worst = max(diffs)
+    largest = max(float(np.abs(torch_output).max()) for _, _, torch_output in pairs)
     return ModuleDiff(name, len({module for module, _, _ in pairs}), difference, largest, worst)

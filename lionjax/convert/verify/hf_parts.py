@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of systems of which transformers has no class, as models of which it has one.
+"""Parts of models without a transformers class, as models with one, for `--verify`.
 
-LION without its aggregator and adapters is an InstructBLIP, NExT-Chat without its places a LLaVA and a SAM, RAM begins
-with a Swin, and EVA is the tower of a BLIP-2. Names change by patterns written down from the originals' code, not by
-our tables, so that a mistake in a table shows.
+LION without aggregator and adapters is an InstructBLIP, NExT-Chat without region head a LLaVA and a SAM, RAM starts
+with a Swin, and EVA is the vision tower of a BLIP-2. Names are mapped by patterns taken from the original code, not by
+the weight map, so that an error in the weight map shows.
 """
 
 from __future__ import annotations
@@ -20,40 +20,35 @@ StringPairs = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class HFPart:
-    """A part of a system as a model by itself.
-
-    `paths`: (prefix of its paths, prefix of the system's). `names`: patterns of the system's torch names and what
-    transformers calls them, each replaced in turn. `taken`: what is made of the file's tensors before. `only`: the one
-    part of it whose stages say something; the rest has random numbers.
-    """
+    """A part of a model, as a model of its own that transformers runs."""
 
     name: str
     config: Any
-    path_prefixes: StringPairs
-    key_patterns: StringPairs
-    prepare_tensors: Callable[[Mapping], Mapping] = lambda tensors: tensors
-    compared_prefix: str = ""
+    path_prefixes: StringPairs  # (prefix of a path in the part, prefix in the whole model)
+    key_patterns: StringPairs  # (pattern of the original's torch names, transformers' name), applied in turn
+    prepare_tensors: Callable[[Mapping], Mapping] = lambda tensors: tensors  # applied to the checkpoint first
+    compared_prefix: str = ""  # only modules with this prefix are compared; all other parameters are random
 
     def to_hf_tensors(self, tensors: Mapping, expected_keys: Mapping) -> tuple[dict, set[str]]:
-        """The file's tensors under transformers' names, those that are `wanted`; and which of the file's went in."""
-        made, used = {}, set()
+        """({transformers' name: array} for `expected_keys`, the used names of the checkpoint)."""
+        hf_tensors, used_keys = {}, set()
         for name, array in self.prepare_tensors(tensors).items():
-            spelled = name
+            hf_key = name
             for pattern, new in self.key_patterns:
-                spelled = re.sub(pattern, new, spelled)
-            if spelled in expected_keys:
-                made[spelled] = np.asarray(array)
-                used.add(name)
-        return made, used
+                hf_key = re.sub(pattern, new, hf_key)
+            if hf_key in expected_keys:
+                hf_tensors[hf_key] = np.asarray(array)
+                used_keys.add(name)
+        return hf_tensors, used_keys
 
     def select_params(self, flat_params: Mapping, expected_paths: Mapping) -> dict:
-        """Our parameters by the paths of the part, those that are `wanted` and there."""
-        made = {}
+        """The model's parameters by the paths of the part, for those `expected_paths` that exist."""
+        params = {}
         for path in expected_paths:
-            front, ours = next(pair for pair in self.path_prefixes if path.startswith(pair[0]))
-            if ours + path.removeprefix(front) in flat_params:
-                made[path] = flat_params[ours + path.removeprefix(front)]
-        return made
+            part_prefix, model_prefix = next(pair for pair in self.path_prefixes if path.startswith(pair[0]))
+            if model_prefix + path.removeprefix(part_prefix) in flat_params:
+                params[path] = flat_params[model_prefix + path.removeprefix(part_prefix)]
+        return params
 
 
 EVA_KEY_PATTERNS = (
@@ -120,25 +115,25 @@ SWIN_KEY_PATTERNS = (
 
 
 def _merge_qkv_bias(tensors: Mapping) -> dict:
-    """EVA's biases of queries and values as one with that of the keys, which is zero."""
-    made = dict(tensors)
+    """EVA's q_bias and v_bias as one qkv.bias; the keys' bias is zero."""
+    merged = dict(tensors)
     for name in [name for name in tensors if name.endswith(".attn.q_bias")]:
-        q, v = made.pop(name), made.pop(name.replace("q_bias", "v_bias"))
-        made[name.replace("q_bias", "qkv.bias")] = np.concatenate([q, np.zeros_like(q), v])
-    return made
+        q, v = merged.pop(name), merged.pop(name.replace("q_bias", "v_bias"))
+        merged[name.replace("q_bias", "qkv.bias")] = np.concatenate([q, np.zeros_like(q), v])
+    return merged
 
 
 def _split_qkv(tensors: Mapping) -> dict:
-    """A Swin's queries, keys and values each by itself."""
-    made = dict(tensors)
+    """Swin's fused qkv tensors split into query, key and value."""
+    split = dict(tensors)
     for name in [name for name in tensors if ".attn.qkv." in name]:
-        for word, part in zip(("query", "key", "value"), np.split(made.pop(name), 3)):
-            made[name.replace("qkv", word)] = part
-    return made
+        for projection, part in zip(("query", "key", "value"), np.split(split.pop(name), 3)):
+            split[name.replace("qkv", projection)] = part
+    return split
 
 
 def _duplicate_positional_matrix(tensors: Mapping) -> dict:
-    """SAM's random matrix, which transformers' files hold twice."""
+    """Adds the second copy of SAM's positional encoding matrix, which transformers' checkpoints hold twice."""
     matrix = "sam.model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
     return {**tensors, "prompt_encoder.shared_embedding.positional_embedding": tensors[matrix]}
 
@@ -146,34 +141,36 @@ def _duplicate_positional_matrix(tensors: Mapping) -> dict:
 def _lion_parts(c: Any) -> list[HFPart]:
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
-    if not c.encodes or c.visual_input == "AGGREGATOR":
+    if not c.is_encoder_decoder or c.visual_input == "AGGREGATOR":
         return []
     language = dataclasses.replace(c.language, adapters=None)
-    # transformers has one epsilon for the tower and the norm behind it.
-    whole = VisualPrefixLM(
+    # transformers has one epsilon for the vision tower and the norm after it.
+    instructblip = VisualPrefixLM(
         c.vision,
         language,
         c.qformer,
         feature_layer=-1,
         keep_class_token=True,
-        vision_norm_eps=c.vision.eps,
+        vision_norm_eps=c.vision.norm_eps,
         projector_depth=1,
-        image_token_id=language.vocab - 1,
+        image_token_id=language.vocab_size - 1,
     )
     paths = (("vision_norm/", "qformer_norm/"), ("projector/", "qformer_projector/"), ("", ""))
     names = (*EVA_KEY_PATTERNS, *QFORMER_KEY_PATTERNS)
-    if not c.qformer.text:
+    if not c.qformer.use_text_input:
         names = tuple((p, n.replace("qformer.embeddings.layernorm", "qformer.layernorm")) for p, n in names)
-    return [HFPart("InstructBLIP", whole, paths, names, _merge_qkv_bias)]
+    return [HFPart("InstructBLIP", instructblip, paths, names, _merge_qkv_bias)]
 
 
 def _nextchat_parts(c: Any) -> list[HFPart]:
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
-    front = VisualPrefixLM(c.vision, c.language, feature_layer=c.feature_layer, image_token_id=c.language.vocab - 1)
-    seeing = [HFPart("LLaVA", front, (("", ""),), LLAVA_KEY_PATTERNS)]
+    llava = VisualPrefixLM(
+        c.vision, c.language, feature_layer=c.feature_layer, image_token_id=c.language.vocab_size - 1
+    )
+    llava_part = [HFPart("LLaVA", llava, (("", ""),), LLAVA_KEY_PATTERNS)]
     return [
-        *(seeing if c.projector_depth == 2 and c.vision.pre_layernorm else []),
+        *(llava_part if c.projector_depth == 2 and c.vision.pre_layernorm else []),
         HFPart("SAM", c.sam, (("", "sam/"),), SAM_KEY_PATTERNS, _duplicate_positional_matrix),
     ]
 
@@ -188,23 +185,23 @@ def _eva_parts(c: Any) -> list[HFPart]:
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
     language = T5Config(32, 8, 4, 2, 8, 1, 1, 4, activation="gelu")
-    bridge = QFormerConfig(8, 2, 2, 8, 2, 2, c.width, use_text_input=False)
-    whole = VisualPrefixLM(
+    qformer = QFormerConfig(8, 2, 2, 8, 2, 2, c.width, use_text_input=False)
+    blip2 = VisualPrefixLM(
         c,
         language,
-        bridge,
+        qformer,
         feature_layer=-1,
         keep_class_token=True,
-        vision_norm_eps=c.eps,
+        vision_norm_eps=c.norm_eps,
         projector_depth=1,
         image_token_id=31,
     )
 
-    def taken(tensors):
+    def prepare_tensors(tensors):
         return _merge_qkv_bias({f"visual_encoder.{name}": w for name, w in tensors.items()})
 
     paths = (("vision/", ""), ("", "random/"))
-    return [HFPart("BLIP-2", whole, paths, EVA_KEY_PATTERNS, taken, "vision_model.e")]
+    return [HFPart("BLIP-2", blip2, paths, EVA_KEY_PATTERNS, prepare_tensors, "vision_model.e")]
 
 
 HF_PARTS: dict[str, Callable[[Any], list[HFPart]]] = {

@@ -84,7 +84,7 @@ class AnnotatedImages:
 
     def __post_init__(self):
         self.annotations = {task: rows for task, rows in self.annotations.items() if rows}
-        self.tag_vocabulary = tuple(sorted({tag for photo in self.image_infos for tag in photo.tags}))
+        self.tag_vocabulary = tuple(sorted({tag for image_info in self.image_infos for tag in image_info.tags}))
 
     @property
     def task_sizes(self) -> dict[str, int]:
@@ -190,8 +190,12 @@ def make_example(
 def _question_from_template(task: str, annotation: Annotation, question_boxes: tuple[Box, ...], rng) -> str:
     if task not in QUESTION_TEMPLATES:
         return ""
-    words = {"expr": annotation.words, "noun": annotation.words, "box": "".join(map(box_to_text, question_boxes))}
-    return templates.sample_question(QUESTION_TEMPLATES[task], rng, **words)
+    placeholders = {
+        "expr": annotation.words,
+        "noun": annotation.words,
+        "box": "".join(map(box_to_text, question_boxes)),
+    }
+    return templates.sample_question(QUESTION_TEMPLATES[task], rng, **placeholders)
 
 
 def _normalize_boxes(boxes: tuple[Box, ...], image_info: ImageInfo) -> tuple[Box, ...]:

@@ -84,9 +84,7 @@ def _add_instances(builder: AnnotatedImagesBuilder, path: Path, is_included) -> 
     category_names = {c["id"]: c["name"] for c in validated_entries(path, tree, "categories", ("id", "name"))}
     for annotation in validated_entries(path, tree, "annotations", ("image_id", "category_id", "bbox")):
         if annotation["category_id"] not in category_names:
-            raise UserError(
-                f"{path}: category_id {annotation['category_id']!r} is not in 'categories'; add it"
-            )
+            raise UserError(f"{path}: category_id {annotation['category_id']!r} is not in 'categories'; add it")
         instances.setdefault(annotation["image_id"], []).append((category_names[annotation["category_id"]], annotation))
     image_categories = {key: {category for category, _ in notes} for key, notes in instances.items()}
     category_counts = Counter(dict.fromkeys(category_names.values(), 0))
@@ -135,13 +133,9 @@ def _add_existence_questions(
     it shares with every other category.
     """
     present = builder.image_infos[image_index].tags
-    absent = [
-        present_category for present_category, _ in category_counts.most_common() if present_category not in present
-    ]
-    cooccurring = sum((cooccurrence[present_category] for present_category in present), Counter())
-    frequent_absent = [
-        present_category for present_category, _ in cooccurring.most_common() if present_category not in present
-    ]
+    absent = [category for category, _ in category_counts.most_common() if category not in present]
+    cooccurring = sum((cooccurrence[category] for category in present), Counter())
+    frequent_absent = [category for category, _ in cooccurring.most_common() if category not in present]
     pools = {"random": absent, "popular": absent[:5], "adversarial": frequent_absent[:5]}
     rng = np.random.default_rng(zlib.crc32(str(key).encode()))
     for setting, present_category in zip(POPE_SETTINGS, rng.permutation(present).tolist()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON Lines with one annotated image or question per line (see docs/index.md for the keys)."""
+"""JSON Lines with one annotated image or question per line (keys: docs/own_data.md)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes pictures with their truth as a TFDS data set of ArrayRecord files, and the index of their examples."""
+"""Write annotated images as a TFDS data set of ArrayRecord files, with an index of their examples."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from lionjax.data.scenes import tfds_builder
 from lionjax.data.scenes.dataset import Scenes
 
 SKIPPED_FILE = "left_out.txt"
-GROUP_SIZE = 256  # pictures that are looked at, tagged and remembered together
+GROUP_SIZE = 256  # images that are validated, tagged and cached together
 
 
 @dataclasses.dataclass(eq=False)
 class ArrayRecordBuilderConfig(tfds.core.BuilderConfig):
-    """The source, its opened splits to write, and how: `tag` makes the function that names what is on pictures."""
+    """The source, its opened splits, and how to write them. `make_tagger` returns a function from images to tags."""
 
     source: Any = dataclasses.field(default=None, repr=False)
     datasets: dict[str, AnnotatedImages] = dataclasses.field(default_factory=dict, repr=False)
     max_pixels: int = images.MAX_PIXELS
     make_tagger: Callable[[], Tagger] | None = dataclasses.field(default=None, repr=False)
-    group_folder: Path | None = None  # where groups that are done are remembered
+    group_folder: Path | None = None  # cache of finished groups, for resuming
     use_beam: bool = False
 
 
 class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder):
-    """Pictures as their files were, each with its questions, answers, boxes, outlines and tags as JSON."""
+    """Original image files, each with its questions, answers, boxes, segmentations and tags as JSON."""
 
-    name = "pictures"  # of the folder that it writes
+    name = "pictures"  # name of the folder that it writes
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -76,8 +76,8 @@ class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder):
 
 @contextlib.contextmanager
 def quiet_tfds() -> Iterator[None]:
-    """Without TFDS's talk of downloads, of which there are none; its progress bars stay, on a terminal."""
-    before = logging.get_verbosity()
+    """Suppresses TFDS's messages about downloads, and its progress bars if stderr is not a terminal."""
+    verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
@@ -85,7 +85,7 @@ def quiet_tfds() -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
 
 
 def build(
@@ -95,30 +95,31 @@ def build(
     make_tagger: Callable[[], Tagger] | None = None,
     beam_flags: Sequence[str] | None = None,
 ) -> Path:
-    """Write all splits of a source under `out` as ArrayRecord and return the folder of the data set.
+    """Writes all splits of a source under `out` as ArrayRecord files and returns the folder of the data set.
 
-    Complete by rename: a folder with an index is whole. What stands there already is kept. `tag()` gives a function
-    that names what is on pictures; its tags replace the source's. `beam`: flags of Apache Beam, which then does the
-    work; the records are the same. What was left out is listed in left_out.txt there.
+    The index is written last and renamed, so a folder with an index is complete; a complete data set is kept.
+    `make_tagger()` returns a function from images to tags, which replace the source's. `beam_flags`: run on Apache
+    Beam with these flags; the records are the same. Skipped images and annotations are listed in left_out.txt. Raises
+    UserError for a source without usable records, and for scenes with a tagger or Beam.
     """
     if isinstance(source, Scenes):
         if make_tagger is not None or beam_flags is not None:
-            raise UserError("scenes are drawn with their tags; build them without --tagger or --beam")
+            raise UserError("scenes are generated with their tags; build them without --tagger and --beam")
         with quiet_tfds():
             return tfds_builder.build(out, source.sizes, source.image_size, source.seed)
-    # What is not divided is written once; `OpenedBuilt` gives it for every split.
+    # A source without splits is written once; `OpenArrayRecordDataset` returns it for every split.
     splits = SPLITS if getattr(source, "heldout_fraction", 1) else SPLITS[:1]
-    opened = {split: source.open(split, max_pixels) for split in splits}
-    if not any(len(one) for one in opened.values()):
-        raise UserError(f"the source {source.name!r} has no records; there is nothing to write")
-    groups = Path(out) / f"part.{source.name}"
+    datasets = {split: source.open(split, max_pixels) for split in splits}
+    if not any(len(dataset) for dataset in datasets.values()):
+        raise UserError(f"the source {source.name!r} has no records to write; check its files")
+    group_folder = Path(out) / f"part.{source.name}"
     config = ArrayRecordBuilderConfig(
         name=source.name,
         source=source,
-        datasets=opened,
+        datasets=datasets,
         max_pixels=max_pixels,
         make_tagger=make_tagger,
-        group_folder=groups,
+        group_folder=group_folder,
         use_beam=beam_flags is not None,
     )
     builder = ArrayRecordBuilder(data_dir=out, config=config, file_format="array_record")
@@ -126,17 +127,17 @@ def build(
     with quiet_tfds():
         try:
             builder.download_and_prepare(download_config=_download_config(beam_flags))
-        except Exception as error:  # TFDS and Beam refuse a split without records, each in its words
-            left_out = _skip_reasons(groups)
-            if len(left_out) >= sum(map(len, opened.values())):
+        except Exception as error:  # TFDS and Beam raise different errors for a split without records
+            reasons = _skip_reasons(group_folder)
+            if len(reasons) >= sum(map(len, datasets.values())):
                 raise UserError(
-                    f"none of the {len(left_out)} pictures of {source.name!r} can be used; first: {left_out[0]}"
+                    f"none of the {len(reasons)} images of {source.name!r} can be used; the first error: {reasons[0]}"
                 ) from error
             raise
     if not (folder / INDEX_FILE).is_file():
-        (folder / SKIPPED_FILE).write_text("".join(f"{reason}\n" for reason in _skip_reasons(groups)))
+        (folder / SKIPPED_FILE).write_text("".join(f"{reason}\n" for reason in _skip_reasons(group_folder)))
         write_index(builder, folder)
-    shutil.rmtree(groups, ignore_errors=True)
+    shutil.rmtree(group_folder, ignore_errors=True)
     return folder
 
 
@@ -151,25 +152,29 @@ def _download_config(beam_flags: Sequence[str] | None):
 
 
 def _skip_reasons(group_folder: Path) -> list[str]:
-    """Why pictures and rows were left out, in the order of the pictures."""
+    """Reasons for all skipped images and annotations, in the order of the images."""
     files = sorted(group_folder.glob("*/*.json"), key=lambda file: (file.parent.name, int(file.stem.split("-")[0])))
     return [reason for file in files for reason in json.loads(file.read_text())["left_out"]]
 
 
 def write_index(builder, folder: Path) -> None:
-    """(record, row) of every example by split and task, names of records, and all tags; read off the records."""
+    """Writes the index: (record, annotation) of each example by split and task, record names, and all tags."""
     arrays, tags = {}, set()
     for split in builder.info.splits:
         raw = {"image": tfds.decode.SkipDecoding()}
-        names, places = [], {}
-        for number, stored in enumerate(builder.as_data_source(split=split, decoders=raw)):
-            known = RecordTruth.from_json(stored["truth"].decode())
-            names.append(known.image_info.name)
-            tags.update(known.image_info.tags)
-            for task, rows in known.annotations.items():
-                places.setdefault(task, []).extend((number, row) for row in range(len(rows)))
-        arrays[f"{split}/"] = np.array(names)
-        arrays |= {f"{split}/{task}": np.array(rows, np.int32) for task, rows in places.items() if rows}
-    part = folder / f"part.{INDEX_FILE}"
-    np.savez(part, vocabulary=np.array(sorted(tags), dtype="U"), **arrays)
-    part.replace(folder / INDEX_FILE)
+        record_names, examples_by_task = [], {}
+        for number, record in enumerate(builder.as_data_source(split=split, decoders=raw)):
+            truth = RecordTruth.from_json(record["truth"].decode())
+            record_names.append(truth.image_info.name)
+            tags.update(truth.image_info.tags)
+            for task, rows in truth.annotations.items():
+                examples_by_task.setdefault(task, []).extend(
+                    (number, annotation_index) for annotation_index in range(len(rows))
+                )
+        arrays[f"{split}/"] = np.array(record_names)
+        arrays |= {
+            f"{split}/{task}": np.array(examples, np.int32) for task, examples in examples_by_task.items() if examples
+        }
+    partial_file = folder / f"part.{INDEX_FILE}"
+    np.savez(partial_file, vocabulary=np.array(sorted(tags), dtype="U"), **arrays)
+    partial_file.replace(folder / INDEX_FILE)

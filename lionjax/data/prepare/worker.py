@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotated pictures into records, a group at a time: checked, tagged where a tagger is given, and never twice."""
+"""Annotated images to records in groups: validated, optionally tagged, and cached so that a restart resumes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class RecordPreparer:
-    """Makes records of groups of pictures. What a group's tags were, and what it left out, stands in a file.
+    """Makes records from groups of images. The tags and skip reasons of each group are cached in a JSON file.
 
-    So a preparation that is started again does not ask the tagger again.
+    An interrupted preparation that is restarted therefore does not run the tagger again.
     """
 
     def __init__(self, dataset: AnnotatedImages, make_tagger: Callable[[], Tagger] | None, folder: Path):
@@ -33,20 +33,20 @@ class RecordPreparer:
         self.truths = record_truths(dataset)
 
     def prepare(self, indices: range) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number, record) of the usable ones among these pictures."""
+        """Yields (index, record) of the valid images among `indices`."""
         indices = range(indices.start, min(indices.stop, len(self.truths)))
         file = self.folder / f"{indices.start}-{indices.stop}.json"
-        before = json.loads(file.read_text()) if file.is_file() else None
-        tag = None if self.make_tagger is None else functools.partial(self._cached_tags, before)
-        found, left_out = select_valid(self.dataset, self.truths, indices, tag)
-        tags = [known.image_info.tags for _, known in found.values()]
-        if before is None:
+        cached = json.loads(file.read_text()) if file.is_file() else None
+        tagger = None if self.make_tagger is None else functools.partial(self._cached_tags, cached)
+        records, skip_reasons = select_valid(self.dataset, self.truths, indices, tagger)
+        tags = [truth.image_info.tags for _, truth in records.values()]
+        if cached is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps({"tags": tags, "left_out": left_out}))
-            part.replace(file)
-        for number, (image, known) in found.items():
-            yield number, {"id": known.image_info.name, "image": image, "truth": known.to_json()}
+            partial_file = file.with_suffix(f".{os.getpid()}")
+            partial_file.write_text(json.dumps({"tags": tags, "left_out": skip_reasons}))
+            partial_file.replace(file)
+        for number, (image, truth) in records.items():
+            yield number, {"id": truth.image_info.name, "image": image, "truth": truth.to_json()}
 
     def _cached_tags(self, cached: dict | None, images: Sequence) -> Sequence[Sequence[str]]:
         if cached is not None and len(cached["tags"]) == len(images):
@@ -58,36 +58,38 @@ class RecordPreparer:
 def select_valid(
     dataset: AnnotatedImages, truths: list[RecordTruth], indices: Iterable[int], tagger: Tagger | None = None
 ) -> tuple[dict[int, tuple[bytes, RecordTruth]], list[str]]:
-    """({number: (picture file, truth)} of some pictures that training will accept, what was left out and why).
+    """({index: (image file, truth)} of the images that training accepts, reasons for the skipped ones).
 
-    `known`: the truth of every picture, as `known_of` gives it. `tag` looks at the pictures and replaces the tags.
+    `truths`: the ground truth of every image, from `record_truths`. `tagger`: maps images to tags, which replace the
+    annotated ones.
     """
-    found, seen, left_out = {}, [], []
+    records, tagger_images, skip_reasons = {}, [], []
     for number in indices:
-        one = truths[number]
+        truth = truths[number]
         try:
-            picture, _ = dataset.load_record(number)
+            opened_image, _ = dataset.load_record(number)
             rows = {
-                task: [row for row in rows if _is_valid(task, row, one.image_info, left_out)]
-                for task, rows in one.annotations.items()
+                task: [row for row in rows if _is_valid(task, row, truth.image_info, skip_reasons)]
+                for task, rows in truth.annotations.items()
             }
-            found[number] = (
+            records[number] = (
                 dataset.image_path(number).read_bytes(),
-                RecordTruth(one.image_info, rows, one.segmentations),
+                RecordTruth(truth.image_info, rows, truth.segmentations),
             )
-            seen += [picture] if tagger else []
+            tagger_images += [opened_image] if tagger else []
         except UserError as error:
-            left_out.append(str(error))
-    for number, tags in zip(list(found), tagger(seen) if seen else ()):
-        image, one = found[number]
-        photo = replace(one.photo, tags=tuple(tags))
-        found[number] = image, replace(one, photo=photo)
-    for reason in left_out:
-        log.warning("left out: %s", reason)
-    return found, left_out
+            skip_reasons.append(str(error))
+    for number, tags in zip(list(records), tagger(tagger_images) if tagger_images else ()):
+        image, truth = records[number]
+        image_info = replace(truth.image_info, tags=tuple(tags))
+        records[number] = image, replace(truth, image_info=image_info)
+    for reason in skip_reasons:
+        log.warning("skipped: %s", reason)
+    return records, skip_reasons
 
 
 def _is_valid(task: str, annotation: Annotation, image_info: ImageInfo, skip_reasons: list[str]) -> bool:
+    """Whether an example can be made of an annotation; appends the reason to `skip_reasons` if not."""
     try:
         annotated_images.make_example(task, annotation, image_info, np.random.default_rng(0))
     except UserError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The synthetic scenes as a data source: every task of the project from one exact scene description."""
+"""The synthetic scenes as a data source with exact ground truth for every task."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from lionjax.data.scenes.source import SceneSource
 @renamed_fields(pixels="image_size")
 @dataclass(frozen=True)
 class Scenes:
-    """The embedded scenes: `sizes` of train, validation and held-out ones, drawn when first asked for.
+    """Synthetic scenes. `sizes`: number of train, validation and heldout scenes; `image_size`: pixels per side.
 
-    With `folder`, those that `lionjax data build scenes` wrote there are read instead.
+    Scenes are rendered on access, or read from `folder` if `lionjax data build scenes` wrote them there. `open` raises
+    UserError for a folder that cannot be read.
     """
 
     sizes: tuple[int, int, int] = (3000, 500, 500)
@@ -33,23 +34,22 @@ class Scenes:
 
 
 class OpenScenes:
-    """One split of the scenes; every scene gives one example of every task, and another at every visit."""
+    """One split of the scenes. Every scene has one example per task, which is drawn anew on every access."""
 
     def __init__(self, config: Scenes, split: str):
-        size = config.sizes[SPLITS.index(split)]
-        self.source = SceneSource(split, max(size, 1), config.seed, config.image_size)
+        num_scenes = config.sizes[SPLITS.index(split)]
+        self.source = SceneSource(split, max(num_scenes, 1), config.seed, config.image_size)
         self.stored_scenes = None
         if config.folder:
             from lionjax.data.scenes.tfds_builder import StoredScenes
 
             try:
                 self.stored_scenes = StoredScenes(config.folder, split)
-            except Exception as error:  # TFDS has many ways to say that a folder is not one of its own
+            except Exception as error:  # TFDS raises many types of errors for a foreign folder
                 raise UserError(
-                    f"{config.folder} holds no scenes that can be read ({error}); "
-                    "write them with `lionjax data build scenes`"
+                    f"{config.folder} has no readable scenes ({error}); write them with `lionjax data build scenes`"
                 ) from error
-        self.num_scenes = size if self.stored_scenes is None else len(self.stored_scenes)
+        self.num_scenes = num_scenes if self.stored_scenes is None else len(self.stored_scenes)
         self.task_sizes = dict.fromkeys(tasks.TASKS, self.num_scenes)
 
     def __len__(self) -> int:
@@ -65,8 +65,8 @@ class OpenScenes:
         if self.stored_scenes is None:
             scene = self.source.scene(record_index)
             return scene.render(self.source.image_size), scene
-        stored = self.stored_scenes[record_index]
-        return stored["image"], world.Scene.from_json(stored["truth"])
+        record = self.stored_scenes[record_index]
+        return record["image"], world.Scene.from_json(record["truth"])
 
     def make_example(self, task: str, index: int, truth, rng, tag_noise: float) -> tasks.Example:
         return tasks.make_example(task, truth, rng, tag_noise)

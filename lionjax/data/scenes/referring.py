@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words for the things of a scene: names, lists, and expressions that fit exactly one thing.
+"""Text for the objects of a scene: noun phrases, lists, and referring expressions that match exactly one object.
 
-"Left of" and its kin compare centres of visible boxes and are only said when they differ clearly, by `MARGIN` of the
-picture; so no true or false statement here needs a ruler.
+Spatial relations compare the centers of visible boxes and are used only if these differ by at least `MIN_MARGIN` of the
+image, so that no statement is ambiguous.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "ei
 SPATIAL_RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE_RELATION = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 OPPOSITE_RELATION |= {"in front of": "behind", "behind": "in front of"}
-# Attributes named together, the most natural combinations first.
+# Combinations of attributes in a noun phrase, the most natural ones first.
 ATTRIBUTE_SETS = (
     ("color", "shape"),
     ("size", "color", "shape"),
@@ -37,10 +37,10 @@ SUPERLATIVE_FORMS = (
 
 
 def noun_phrase(thing: Thing, attributes=("color", "shape")) -> str:
-    """'large red striped star' for all four attributes; 'object' stands for a shape left unsaid."""
+    """Noun phrase such as 'large red striped star'; 'object' replaces the shape if it is not in `attributes`."""
     order = ("size", "color", "texture")
-    said = [getattr(thing, word) for word in order if word in attributes]
-    return " ".join([*said, thing.shape if "shape" in attributes else "object"])
+    values = [getattr(thing, attribute) for attribute in order if attribute in attributes]
+    return " ".join([*values, thing.shape if "shape" in attributes else "object"])
 
 
 def with_article(noun: str) -> str:
@@ -58,8 +58,8 @@ def count_phrase(noun: str, count: int) -> str:
 
 def join_phrases(phrases) -> str:
     """'a, b and c'."""
-    *most, last = phrases
-    return f"{', '.join(most)} and {last}" if most else last
+    *first, last = phrases
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def box_center(thing: Thing) -> tuple[float, float]:
@@ -72,63 +72,71 @@ def left_to_right(scene: Scene) -> list[int]:
 
 
 def group_phrases(scene: Scene, attributes=("color", "shape")) -> list[str]:
-    """Counted names, such as 'a red star' and 'two blue rings', by the leftmost of each from left to right."""
+    """Noun phrases with counts, such as 'a red star' and 'two blue rings', ordered by the leftmost object of each."""
     names = [noun_phrase(scene.things[k], attributes) for k in left_to_right(scene)]
     return [count_phrase(noun, names.count(noun)) for noun in dict.fromkeys(names)]
 
 
 def relation_holds(first: Thing, relation: str, second: Thing, margin: float = MIN_MARGIN) -> bool:
-    """Whether first clearly lies on that side of second."""
+    """Whether `first` lies on that side of `second` by at least `margin` of the image."""
     (ax, ay), (bx, by) = box_center(first), box_center(second)
     gap = {"left of": bx - ax, "right of": ax - bx, "above": by - ay, "below": ay - by}[relation]
     return gap >= margin
 
 
 def matching_things(scene: Scene, k: int, attributes) -> list[int]:
-    """Indices of the things that share these attributes with thing k, itself included."""
-    values = [getattr(scene.things[k], word) for word in attributes]
-    return [j for j, other in enumerate(scene.things) if [getattr(other, word) for word in attributes] == values]
+    """Indices of the objects that share these attributes with object k, itself included."""
+    values = [getattr(scene.things[k], attribute) for attribute in attributes]
+    return [
+        j for j, other in enumerate(scene.things) if [getattr(other, attribute) for attribute in attributes] == values
+    ]
 
 
 def attribute_expressions(scene: Scene, k: int, excluded: tuple[str, ...] = ()) -> list[str]:
-    """Names that fit thing k alone, the most natural first; `without` leaves attributes unsaid."""
+    """Noun phrases that match only object k, most natural first, without the `excluded` attributes."""
     thing = scene.things[k]
-    namings = [words for words in ATTRIBUTE_SETS if not set(words) & set(excluded)]
-    return ["the " + noun_phrase(thing, words) for words in namings if matching_things(scene, k, words) == [k]]
+    namings = [attributes for attributes in ATTRIBUTE_SETS if not set(attributes) & set(excluded)]
+    return [
+        "the " + noun_phrase(thing, attributes)
+        for attributes in namings
+        if matching_things(scene, k, attributes) == [k]
+    ]
 
 
 def superlative_expressions(scene: Scene, k: int, excluded: tuple[str, ...] = ()) -> list[str]:
-    """'the leftmost red star': thing k among several of one name, clearly ahead of the others in one direction."""
-    found = []
-    for words in (("color", "shape"), ("shape",), ("color",)):
-        rivals = [j for j in matching_things(scene, k, words) if j != k]
-        if set(words) & set(excluded) or not rivals:
+    """'the leftmost red star': object k is the outermost of several with the same noun phrase."""
+    expressions = []
+    for attributes in (("color", "shape"), ("shape",), ("color",)):
+        rivals = [j for j in matching_things(scene, k, attributes) if j != k]
+        if set(attributes) & set(excluded) or not rivals:
             continue
         for relation, *forms in SUPERLATIVE_FORMS:
             if all(relation_holds(scene.things[k], relation, scene.things[j]) for j in rivals):
-                found += ["the " + form.format(noun_phrase(scene.things[k], words)) for form in forms]
-    return found
+                expressions += ["the " + form.format(noun_phrase(scene.things[k], attributes)) for form in forms]
+    return expressions
 
 
 def relational_expressions(scene: Scene, k: int, excluded: tuple[str, ...] = ()) -> list[str]:
-    """'the red star left of the blue ring': of several things of one name, only k lies on that side of the other."""
-    found, thing = [], scene.things[k]
-    for words in (("color", "shape"), ("shape",)):
-        rivals = [j for j in matching_things(scene, k, words) if j != k]
-        if set(words) & set(excluded) or not rivals:
+    """'the red star left of the blue ring': of several objects with one noun phrase, only k is on that side."""
+    expressions, thing = [], scene.things[k]
+    for attributes in (("color", "shape"), ("shape",)):
+        rivals = [j for j in matching_things(scene, k, attributes) if j != k]
+        if set(attributes) & set(excluded) or not rivals:
             continue
         for j, other in enumerate(scene.things):
             anchors = [] if j == k else attribute_expressions(scene, j)[:1]
             for relation in SPATIAL_RELATIONS if anchors else ():
-                apart = [r for r in rivals if r != j]
-                alone = all(relation_holds(scene.things[r], OPPOSITE_RELATION[relation], other, 0.02) for r in apart)
-                if alone and relation_holds(thing, relation, other):
-                    found.append(f"the {noun_phrase(thing, words)} {relation} {anchors[0]}")
-    return found
+                other_rivals = [r for r in rivals if r != j]
+                is_unique = all(
+                    relation_holds(scene.things[r], OPPOSITE_RELATION[relation], other, 0.02) for r in other_rivals
+                )
+                if is_unique and relation_holds(thing, relation, other):
+                    expressions.append(f"the {noun_phrase(thing, attributes)} {relation} {anchors[0]}")
+    return expressions
 
 
 def referring_expressions(scene: Scene, k: int, excluded: tuple[str, ...] = ()) -> list[str]:
-    """Every expression here that fits thing k and no other, the most natural first; may be empty."""
+    """All expressions that match only object k, most natural first; may be empty."""
     return (
         attribute_expressions(scene, k, excluded)
         + superlative_expressions(scene, k, excluded)
@@ -137,19 +145,19 @@ def referring_expressions(scene: Scene, k: int, excluded: tuple[str, ...] = ()) 
 
 
 def sample_expression(scene: Scene, k: int, rng, excluded: tuple[str, ...] = ()) -> str | None:
-    """One expression that fits thing k alone, drawn with a liking for plain and short ones; None if there is none."""
+    """A random expression that matches only object k, more often a short one; None if there is none."""
     first = rng.choice(3, p=(0.76, 0.16, 0.08))
-    for turn in range(3):
-        offer = (attribute_expressions, superlative_expressions, relational_expressions)[(first + turn) % 3](
+    for i in range(3):
+        expressions = (attribute_expressions, superlative_expressions, relational_expressions)[(first + i) % 3](
             scene, k, excluded
         )
-        if offer:
-            # Half the time the first that fits, as people do; else any, so that longer ones are learned too.
-            return offer[0] if rng.random() < 0.5 else offer[rng.integers(len(offer))]
+        if expressions:
+            # Half the time the first, most natural one; else any, so that longer expressions are learned too.
+            return expressions[0] if rng.random() < 0.5 else expressions[rng.integers(len(expressions))]
     return None
 
 
 def sample_referent(scene: Scene, rng, excluded: tuple[str, ...] = ()) -> tuple[int, str] | None:
-    """A thing drawn at random and an expression for it; None where no thing has one."""
-    offers = ((int(k), sample_expression(scene, k, rng, excluded)) for k in rng.permutation(len(scene.things)))
-    return next(((k, expr) for k, expr in offers if expr), None)
+    """(index, expression) of a randomly drawn object; None if no object has an expression."""
+    candidates = ((int(k), sample_expression(scene, k, rng, excluded)) for k in rng.permutation(len(scene.things)))
+    return next(((k, expr) for k, expr in candidates if expr), None)

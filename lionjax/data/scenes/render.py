@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels of a scene: every shape is a signed distance, so one formula gives both smooth edges and exact masks.
+"""Scene renderer: every shape is a signed distance function, which gives antialiased edges and exact masks.
 
-Lengths are fractions of the picture's side, pixel centres lie at (i + 0.5) / pixels, y points down. The same scene
-may be drawn at any resolution. Nothing is random here: what varies is in the scene.
+Lengths are fractions of the image side, pixel centers are at (i + 0.5) / image_size, and y points down. A scene can be
+rendered at any resolution. Rendering is deterministic: all random values are in the scene.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _square(u, v):
 
 
 def _diamond(u, v):
-    # Narrower than tall, so that a tilted square is never mistaken for it.
+    # Narrower than tall, so that it differs from a rotated square.
     return (np.abs(u) / 0.74 + np.abs(v) - 1.0) / np.hypot(1 / 0.74, 1.0)
 
 
@@ -52,16 +52,16 @@ def _cross(u, v):
 
 
 def _star(u, v):
-    # Five points fold onto one half point, whose edge is a straight line from the tip to the notch.
+    # All 5 points are folded onto one half point, whose edge is a straight line from tip to notch.
     sector, notch = np.pi / 5, 0.47
-    turn = np.abs(np.mod(np.arctan2(u, -v) + sector, 2 * sector) - sector)
+    angle = np.abs(np.mod(np.arctan2(u, -v) + sector, 2 * sector) - sector)
     radius = np.hypot(u, v)
     nx, ny = notch * np.sin(sector), 1.0 - notch * np.cos(sector)
-    return ((radius * np.cos(turn) - 1.0) * nx + radius * np.sin(turn) * ny) / np.hypot(nx, ny)
+    return ((radius * np.cos(angle) - 1.0) * nx + radius * np.sin(angle) * ny) / np.hypot(nx, ny)
 
 
 def _heart(u, v):
-    # A square standing on its corner with a half disc on each upper side.
+    # A square rotated by 45 degrees, with a half disc on each upper side.
     side, a, w = 0.82, np.abs(u), v - 0.08
     discs = np.hypot(a - side / 2, w + side / 2) - side / np.sqrt(2)
     return np.minimum((a + np.abs(w) - side) / np.sqrt(2), discs)
@@ -80,7 +80,7 @@ SIGNED_DISTANCE = {
 
 
 def bounding_slices(thing, image_size: int) -> tuple[slice, slice]:
-    """Rows and columns of the picture that a thing can touch."""
+    """The (rows, columns) of the image that can contain pixels of an object."""
     reach = 0.56 * thing.extent
     edges = [(c - reach, c + reach) for c in (thing.y, thing.x)]
     return tuple(
@@ -89,46 +89,46 @@ def bounding_slices(thing, image_size: int) -> tuple[slice, slice]:
 
 
 def _local_coordinates(thing, image_size: int):
-    """The window, and its pixel centres in the thing's own turned coordinates, where the thing spans -1..1."""
+    """(window, u, v): window slices, and pixel centers in the object's rotated coordinates, in which it spans -1..1."""
     rows, columns = bounding_slices(thing, image_size)
     y = (np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + 0.5) / image_size - thing.y
     x = (np.arange(columns.start, columns.stop, dtype=np.float32)[None] + 0.5) / image_size - thing.x
-    turn, half = np.deg2rad(thing.angle), thing.extent / 2
-    cos, sin = np.float32(np.cos(turn) / half), np.float32(np.sin(turn) / half)
+    angle, half = np.deg2rad(thing.angle), thing.extent / 2
+    cos, sin = np.float32(np.cos(angle) / half), np.float32(np.sin(angle) / half)
     return (rows, columns), x * cos + y * sin, y * cos - x * sin
 
 
 def amodal_mask(thing, image_size: int):
-    """(rows, columns), mask: which pixel centres of that window lie inside the whole, unhidden thing."""
-    place, u, v = _local_coordinates(thing, image_size)
-    return place, SIGNED_DISTANCE[thing.shape](u, v) < 0
+    """(window slices, bool mask of the window): the pixels of the whole object, including hidden parts."""
+    window, u, v = _local_coordinates(thing, image_size)
+    return window, SIGNED_DISTANCE[thing.shape](u, v) < 0
 
 
 def instance_id_map(things, image_size: int) -> np.ndarray:
-    """(pixels, pixels) int8: index of the thing seen at each pixel centre, -1 for background."""
-    owner = np.full((image_size, image_size), -1, np.int8)
+    """int8 (image_size, image_size): index of the visible object at each pixel center, -1 for background."""
+    instance_ids = np.full((image_size, image_size), -1, np.int8)
     for k, thing in enumerate(things):
-        place, inside = amodal_mask(thing, image_size)
-        owner[place][inside] = k
-    return owner
+        window, inside = amodal_mask(thing, image_size)
+        instance_ids[window][inside] = k
+    return instance_ids
 
 
 def mask_to_box(mask) -> tuple[float, float, float, float]:
-    """The smallest xyxy box in 0..1 that holds every set pixel of a square mask; empty masks are an error."""
+    """The bounding box (x0, y0, x1, y1) in 0..1 of a square mask. Raises ValueError for an empty mask."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
-        raise ValueError("the mask is empty, so it has no box; draw the scene at more pixels")
+        raise ValueError("the mask is empty, so it has no box; render the scene with a larger image_size")
     pixels = len(mask)
     x0, x1, y0, y1 = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
     return tuple(float(edge) / pixels for edge in (x0, y0, x1, y1))
 
 
 def _texture_coverage(thing, u, v, image_size: int):
-    """How much of each pixel is covered by the second colour of the texture; None for plain things."""
+    """Fraction of each pixel that has the second color of the texture, (..., 1); None for plain objects."""
     half = thing.extent / 2
     if thing.texture == "striped":
-        across = (u + v) * (half / np.sqrt(2) / STRIPE_PERIOD)
-        distance = (np.abs(np.mod(across, 1.0) - 0.5) - 0.21) * STRIPE_PERIOD
+        phase = (u + v) * (half / np.sqrt(2) / STRIPE_PERIOD)
+        distance = (np.abs(np.mod(phase, 1.0) - 0.5) - 0.21) * STRIPE_PERIOD
     elif thing.texture == "dotted":
         du, dv = (np.mod(w * (half / DOT_PERIOD) + 0.5, 1.0) - 0.5 for w in (u, v))
         distance = np.hypot(du, dv) * DOT_PERIOD - DOT_RADIUS
@@ -138,9 +138,9 @@ def _texture_coverage(thing, u, v, image_size: int):
 
 
 def _draw_thing(canvas, thing):
-    """Paint one thing over the float canvas (pixels, pixels, 3)."""
+    """Paints one object over a float canvas (image_size, image_size, 3)."""
     pixels = len(canvas)
-    place, u, v = _local_coordinates(thing, pixels)
+    window, u, v = _local_coordinates(thing, pixels)
     distance = SIGNED_DISTANCE[thing.shape](u, v) * np.float32(thing.extent / 2)
     alpha = np.clip(0.5 - distance * pixels, 0.0, 1.0)[..., None]
     color = np.float32(RGB[thing.color]) * np.float32(thing.shade)
@@ -149,34 +149,34 @@ def _draw_thing(canvas, thing):
     if ink is not None:
         bright = float(np.dot(RGB[thing.color], (0.299, 0.587, 0.114))) > 135
         paint = color + ink * (np.float32(DARK_INK if bright else LIGHT_INK) - color)
-    # A darker rim keeps a thing apart from what it lies on, at any background.
+    # A darker outline separates an object from any background.
     rim = np.clip(0.5 + (distance + OUTLINE_WIDTH) * pixels, 0.0, 1.0)[..., None]
     paint = paint + rim * (color * np.float32(0.45) - paint)
-    canvas[place] += alpha * (paint - canvas[place])
+    canvas[window] += alpha * (paint - canvas[window])
 
 
 def render_background(ground, image_size: int) -> np.ndarray:
-    """(pixels, pixels, 3) float32 of a scene's background alone."""
+    """float32 (image_size, image_size, 3): a scene's background without objects."""
     first, second = np.float32(ground.first), np.float32(ground.second)
-    at = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
+    centers = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
     if ground.kind == "plain":
         mix = np.zeros((image_size, image_size), np.float32)
     elif ground.kind == "shaded":
-        turn = np.deg2rad(ground.angle)
-        mix = (at[None] - 0.5) * np.cos(turn) + (at[:, None] - 0.5) * np.sin(turn)
-        mix = np.clip(0.5 + mix / (abs(np.cos(turn)) + abs(np.sin(turn))), 0, 1)
+        angle = np.deg2rad(ground.angle)
+        mix = (centers[None] - 0.5) * np.cos(angle) + (centers[:, None] - 0.5) * np.sin(angle)
+        mix = np.clip(0.5 + mix / (abs(np.cos(angle)) + abs(np.sin(angle))), 0, 1)
     elif ground.kind == "speckled":
         grain = np.random.default_rng(ground.grain).random((SPECKLE_CELLS, SPECKLE_CELLS), np.float32)
-        cell = (at * SPECKLE_CELLS).astype(int)
+        cell = (centers * SPECKLE_CELLS).astype(int)
         mix = grain[cell[:, None], cell]
     else:
-        cell = (at * ground.cells).astype(int)
+        cell = (centers * ground.cells).astype(int)
         mix = ((cell[:, None] + cell) % 2).astype(np.float32)
     return first + mix[..., None].astype(np.float32) * (second - first)
 
 
 def render_scene(scene, image_size: int) -> np.ndarray:
-    """A scene as a uint8 RGB picture (pixels, pixels, 3); things are painted back to front."""
+    """A scene as uint8 RGB (image_size, image_size, 3); objects are painted from back to front."""
     canvas = render_background(scene.background, image_size)
     for thing in scene.things:
         _draw_thing(canvas, thing)

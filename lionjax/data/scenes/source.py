@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes as records, drawn when asked for: random access without a file on disk.
+"""Scenes as records with random access, generated on the fly without files.
 
-A record is {"id": str, "image": PNG bytes, "truth": JSON of the scene}. `scene_builder` writes the same
-records to ArrayRecord files.
+A record is {"id": str, "image": PNG bytes, "truth": JSON of the scene}. `tfds_builder` writes the same records to
+ArrayRecord files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lionjax.data.scenes.world import Scene
 
 
 def encode_png(image) -> bytes:
-    """A uint8 RGB picture (H, W, 3) as PNG; compressed little, as it is read far more often than sent."""
+    """A uint8 RGB image (H, W, 3) as PNG bytes, with compression level 1 for speed."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -26,12 +26,16 @@ def encode_png(image) -> bytes:
 
 
 def scene_record(scene: Scene, image_size: int) -> dict[str, str | bytes]:
+    """The record of a scene: {"id", "image", "truth"}."""
     return {"id": scene.id, "image": encode_png(scene.render(image_size)), "truth": scene.to_json()}
 
 
 @dataclass(frozen=True)
 class SceneSource:
-    """The first `size` scenes of a split, each rendered anew at every access; fits Grain and pickles small."""
+    """The first `num_scenes` scenes of a split, rendered on access: a Grain data source that pickles small.
+
+    Raises UserError for a size out of range and for an unknown split.
+    """
 
     split: str
     num_scenes: int
@@ -41,8 +45,8 @@ class SceneSource:
     def __post_init__(self):
         if self.num_scenes < 1 or self.image_size < 16:
             raise UserError(
-                f"scenes need size >= 1 and pixels >= 16, but size is {self.num_scenes} and pixels "
-                f"{self.image_size}; change the data section of the config"
+                f"scenes need num_scenes >= 1 and image_size >= 16, but num_scenes is {self.num_scenes} "
+                f"and image_size is {self.image_size}; change sizes or image_size of the scenes"
             )
         if self.split not in world.SPLITS:
             raise UserError(world.unknown_split_message(self.split))
@@ -51,11 +55,11 @@ class SceneSource:
         return self.num_scenes
 
     def __getitem__(self, index: int) -> dict[str, str | bytes]:
-        place = operator.index(index)
-        if not 0 <= place < self.num_scenes:
-            raise IndexError(f"there are scenes 0 to {self.num_scenes - 1}, not {place}")
-        return scene_record(self.scene(place), self.image_size)
+        position = operator.index(index)
+        if not 0 <= position < self.num_scenes:
+            raise IndexError(f"scene index {position} is outside 0 to {self.num_scenes - 1}")
+        return scene_record(self.scene(position), self.image_size)
 
     def scene(self, index: int) -> Scene:
-        """The scene alone, without its picture."""
+        """The scene without its image."""
         return world.sample_scene(self.split, index, self.seed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes on disk: a TFDS builder that writes ArrayRecord files and needs no TensorFlow."""
+"""Scenes on disk: a TFDS builder that writes and reads ArrayRecord files without TensorFlow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lionjax.data.scenes.world import SPLITS
 
 @dataclasses.dataclass(eq=False)
 class ScenesBuilderConfig(tfds.core.BuilderConfig):
-    """How many scenes of each split, how large, and from which seed. The name tells all of it."""
+    """Number of scenes per split, image size and seed. The config name contains all of them."""
 
     name: str = ""
     sizes: tuple[int, int, int] = (3000, 500, 500)
@@ -27,9 +27,9 @@ class ScenesBuilderConfig(tfds.core.BuilderConfig):
 
 
 class ScenesBuilder(tfds.core.GeneratorBasedBuilder):
-    """Pictures of colored shapes with exact truth."""
+    """Images of colored shapes with exact ground truth."""
 
-    name = "scenes"  # of the folder that it writes
+    name = "scenes"  # name of the folder that it writes
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [ScenesBuilderConfig()]
 
@@ -40,7 +40,7 @@ class ScenesBuilder(tfds.core.GeneratorBasedBuilder):
             "image": tfds.features.Image(shape=(pixels, pixels, 3), encoding_format="png"),
             "truth": tfds.features.Text(),
         }
-        # In order, so that record i on disk is record i of SceneSource; readers shuffle for themselves.
+        # Unshuffled, so that record i on disk is record i of SceneSource; readers shuffle.
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
@@ -51,14 +51,14 @@ class ScenesBuilder(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, source: SceneSource):
-        # Encoded bytes, not arrays: TFDS would call TensorFlow to encode an array.
+        # PNG bytes, as TFDS needs TensorFlow to encode an array.
         yield from enumerate(source)
 
 
 def build(folder, sizes=(3000, 500, 500), image_size: int = 128, seed: int = 0) -> Path:
-    """Write the three splits under `folder` and return where they lie; what is complete already stays.
+    """Writes the three splits under `folder` and returns the folder of the data set; a complete one is kept.
 
-    TFDS writes beside the place and renames at the end, so a folder that exists is whole.
+    TFDS writes to a temporary folder and renames it at the end, so an existing folder is complete.
     """
     config = ScenesBuilderConfig(sizes=tuple(sizes), image_size=image_size, seed=seed)
     builder = ScenesBuilder(data_dir=folder, config=config, file_format="array_record")
@@ -67,7 +67,7 @@ def build(folder, sizes=(3000, 500, 500), image_size: int = 128, seed: int = 0) 
 
 
 class StoredScenes:
-    """Random access to a split that `build` wrote: the same records as SceneSource gives."""
+    """Random access to a split that `build` wrote, with the same records as SceneSource."""
 
     def __init__(self, folder, split: str):
         builder = tfds.builder_from_directory(str(folder))
@@ -78,6 +78,6 @@ class StoredScenes:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, str | bytes]:
-        stored = self._records[index]
-        texts = {key: stored[key].decode() for key in ("id", "truth")}
-        return {"id": texts["id"], "image": stored["image"], "truth": texts["truth"]}
+        record = self._records[index]
+        texts = {key: record[key].decode() for key in ("id", "truth")}
+        return {"id": texts["id"], "image": record["image"], "truth": texts["truth"]}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small made-up world of colored shapes: scenes drawn by lot, with exact truth about everything in them.
+"""Synthetic scenes of colored shapes, sampled at random with exact ground truth.
 
-`sample(split, index)` is a pure function of its arguments. `Scene.render` gives the picture, `Scene.masks` what is
-seen of each thing. Some (color, shape) pairs never occur in the splits `train` and `validation`, and every `heldout`
-scene has at least one of them, so that remembering combinations does not pass for seeing them.
+`sample_scene(split, index)` is a pure function of its arguments. `Scene.render` returns the image and `Scene.masks` the
+visible mask of each object. Some (color, shape) pairs never occur in the splits `train` and `validation`, and every
+`heldout` scene has at least one of them, so that memorized combinations do not help there.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from lionjax.core.types import UserError
-from lionjax.data.scenes import render as drawing
+from lionjax.data.scenes import render
 
-COLORS = tuple(drawing.RGB)
-SHAPES = tuple(drawing.SIGNED_DISTANCE)
+COLORS = tuple(render.RGB)
+SHAPES = tuple(render.SIGNED_DISTANCE)
 TEXTURES = ("plain", "striped", "dotted")
 EXTENTS = {"small": (0.15, 0.18), "medium": (0.22, 0.27), "large": (0.32, 0.40)}
 SIZES = tuple(EXTENTS)
 BACKGROUNDS = ("plain", "shaded", "speckled", "checkered")
 SPLITS = ("train", "validation", "heldout")
 
-# The first three colors and shapes are drawn more often, so that "popular" means something in the existence task.
+# The first 3 colors and shapes are more frequent: the "popular" setting of the existence task needs them.
 COLOR_PROBS = np.array([2, 2, 2, 1, 1, 1, 1, 1]) / 11
 SHAPE_PROBS = np.array([2, 2, 2, 1, 1, 1, 1, 1]) / 11
 COLOR_SHAPE_PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
@@ -37,10 +37,10 @@ MAX_TRIES = 100
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. Lengths are fractions of the picture.
+    """One object. Lengths are fractions of the image, `angle` is in degrees.
 
-    `box` is xyxy around what is seen of it, `visible` the share that is seen, `covers` the indices of
-    the things of which it hides enough to notice.
+    `box`: (x0, y0, x1, y1) around its visible part; `visible`: visible fraction of its area; `covers`: indices of the
+    objects of which it hides more than `MIN_OCCLUSION` of the area.
     """
 
     shape: str
@@ -59,7 +59,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Background:
-    """What lies behind the things: its kind, two muted colors, and the numbers its pattern needs."""
+    """The background: its kind, two muted RGB colors, and the parameters of its pattern."""
 
     kind: str
     first: tuple[int, int, int]
@@ -71,7 +71,7 @@ class Background:
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What scenes may be like; changing a number here gives another world, not the same one again."""
+    """Limits of scene sampling; every change gives different scenes. Raises UserError for numbers out of range."""
 
     min_things: int = 3
     max_things: int = 8
@@ -82,13 +82,13 @@ class WorldConfig:
     def __post_init__(self):
         if not 3 <= self.min_things <= self.max_things <= 10:
             raise UserError(
-                f"a world has 3 to 10 things a scene, but fewest={self.min_things} and most={self.max_things}"
+                f"a scene has 3 to 10 things, but min_things={self.min_things} and max_things={self.max_things}"
             )
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and things from back to front."""
+    """A background, and objects from back to front."""
 
     split: str
     seed: int
@@ -101,12 +101,12 @@ class Scene:
         return f"{self.split}-{self.seed}-{self.index:06d}"
 
     def render(self, image_size: int = 192) -> np.ndarray:
-        """The picture, uint8 RGB (pixels, pixels, 3)."""
-        return drawing.render_scene(self, image_size)
+        """The image, uint8 RGB (image_size, image_size, 3)."""
+        return render.render_scene(self, image_size)
 
     def masks(self, image_size: int = 192) -> np.ndarray:
-        """(K, pixels, pixels) bool: what is seen of each thing, in the order of `things`."""
-        return drawing.instance_id_map(self.things, image_size) == np.arange(len(self.things))[:, None, None]
+        """bool (K, image_size, image_size): the visible mask of each object, in the order of `things`."""
+        return render.instance_id_map(self.things, image_size) == np.arange(len(self.things))[:, None, None]
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
@@ -117,13 +117,13 @@ class Scene:
         things = tuple(
             Thing(**{**thing, "box": tuple(thing["box"]), "covers": tuple(thing["covers"])}) for thing in raw["things"]
         )
-        ground = {**raw["background"]}
-        ground["first"], ground["second"] = tuple(ground["first"]), tuple(ground["second"])
-        return Scene(raw["split"], raw["seed"], raw["index"], Background(**ground), things)
+        background = {**raw["background"]}
+        background["first"], background["second"] = tuple(background["first"]), tuple(background["second"])
+        return Scene(raw["split"], raw["seed"], raw["index"], Background(**background), things)
 
 
 def allowed_pairs(split: str) -> tuple[tuple[str, str], ...]:
-    """The (color, shape) pairs that may be shown, or spoken of, in a split."""
+    """The (color, shape) pairs that images and texts of a split may contain."""
     return (
         COLOR_SHAPE_PAIRS
         if split == "heldout"
@@ -136,34 +136,37 @@ def unknown_split_message(split: str) -> str:
 
 
 def pair_weight(color: str, shape: str) -> float:
-    """How often the world shows a pair, up to a factor."""
+    """Relative frequency of a (color, shape) pair in scenes."""
     return float(COLOR_PROBS[COLORS.index(color)] * SHAPE_PROBS[SHAPES.index(shape)])
 
 
 def sample_scene(split: str, index: int, seed: int = 0, world: WorldConfig = WorldConfig()) -> Scene:
-    """The scene number `index` of a split. Equal arguments give equal scenes, on any machine and in any order."""
+    """Scene `index` of a split. Equal arguments give equal scenes on every machine, in any order.
+
+    Raises UserError for an unknown split, and if `MAX_TRIES` tries give no scene with enough objects.
+    """
     if split not in SPLITS:
         raise UserError(unknown_split_message(split))
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    ground = _sample_background(rng)
+    background = _sample_background(rng)
     for _ in range(MAX_TRIES):
         things = _sample_things(split, world, rng)
         if len(things) >= world.min_things:
-            return Scene(split, seed, index, ground, _with_visibility(things))
+            return Scene(split, seed, index, background, _with_visibility(things))
     raise UserError(
-        f"no scene with {world.min_things} things came out of {MAX_TRIES} tries; "
-        f"ask for fewer, or for a smaller min_visible than {world.min_visible_fraction}"
+        f"no scene with {world.min_things} things in {MAX_TRIES} tries; "
+        f"set a smaller min_things, or a min_visible_fraction below {world.min_visible_fraction}"
     )
 
 
 def _sample_background(rng) -> Background:
     kind = str(rng.choice(BACKGROUNDS))
     light = rng.uniform(125, 225)
-    # Two tones far enough apart to be told from a plain ground, and no more colorful than paper.
+    # Two tones that differ visibly, of low saturation.
     step = {"plain": 0, "shaded": 75, "speckled": 60, "checkered": 32}[kind] * rng.choice([-1, 1])
-    other = light + step if 60 < light + step < 245 else light - step
+    second_tone = light + step if 60 < light + step < 245 else light - step
     tint = rng.uniform(-12, 12, 3)
-    first, second = (tuple(int(c) for c in np.clip(tone + tint, 0, 255)) for tone in (light, other))
+    first, second = (tuple(int(c) for c in np.clip(tone + tint, 0, 255)) for tone in (light, second_tone))
     return Background(
         kind=kind,
         first=first,
@@ -175,83 +178,84 @@ def _sample_background(rng) -> Background:
 
 
 def _sample_things(split: str, world: WorldConfig, rng) -> list[Thing]:
-    """Things with words and places but without truth; fewer than wanted where the picture is too full."""
-    wanted = int(rng.integers(world.min_things, world.max_things + 1))
+    """Objects with attributes and positions, before visibility is computed; fewer than drawn if there is no room."""
+    num_things = int(rng.integers(world.min_things, world.max_things + 1))
     allowed = set(allowed_pairs(split))
-    forced = sorted(HELD_OUT_PAIRS)[rng.integers(len(HELD_OUT_PAIRS))] if split == "heldout" else None
-    # Few colors and shapes a scene, so that things share them and must be told apart by more than one word.
+    forced_pair = sorted(HELD_OUT_PAIRS)[rng.integers(len(HELD_OUT_PAIRS))] if split == "heldout" else None
+    # Few colors and shapes per scene, so that objects share them and expressions need several attributes.
     colors = rng.choice(COLORS, rng.integers(3, 6), replace=False, p=COLOR_PROBS).tolist()
     shapes = rng.choice(SHAPES, rng.integers(3, 6), replace=False, p=SHAPE_PROBS).tolist()
     choices = [(c, s) for c in colors for s in shapes if (c, s) in allowed]
     if not choices:
         return []
-    first = int(rng.integers(wanted))
-    size_odds = (0.35, 0.40, 0.25) if wanted <= 5 else (0.50, 0.38, 0.12)
+    forced_index = int(rng.integers(num_things))
+    size_odds = (0.35, 0.40, 0.25) if num_things <= 5 else (0.50, 0.38, 0.12)
     things: list[Thing] = []
-    owner = np.full((TRUTH_IMAGE_SIZE, TRUTH_IMAGE_SIZE), -1, np.int8)
+    instance_ids = np.full((TRUTH_IMAGE_SIZE, TRUTH_IMAGE_SIZE), -1, np.int8)
     areas: list[int] = []
-    for k in range(wanted):
+    for k in range(num_things):
         pair = choices[rng.integers(len(choices))]
-        color, shape = forced if forced and k == first else pair
+        color, shape = forced_pair if forced_pair and k == forced_index else pair
         size = str(rng.choice(SIZES, p=size_odds))
         texture = str(rng.choice(TEXTURES, p=(0.5, 0.25, 0.25)))
-        placed = _try_place_thing(things, owner, areas, (shape, color, size, texture), world, rng)
-        if not placed and forced and k == first:
+        is_placed = _try_place_thing(things, instance_ids, areas, (shape, color, size, texture), world, rng)
+        if not is_placed and forced_pair and k == forced_index:
             return []
     return things
 
 
 def _try_place_thing(things, instance_ids, areas, attributes, world: WorldConfig, rng) -> bool:
-    """Try places for one more thing; append it and paint it over `owner` where everything stays visible enough."""
+    """Tries 30 positions for one more object; adds it to `things`, `instance_ids` and `areas` if all stay visible."""
     shape, color, size, texture = attributes
     low, high = EXTENTS[size]
     for attempt in range(30):
         extent = rng.uniform(low, high)
         x, y = rng.uniform(0.54 * extent, 1 - 0.54 * extent, 2)
         angle, shade = rng.uniform(-14, 14), rng.uniform(0.92, 1.0)
-        reach = [0.54 * (t.extent + extent) for t in things]
-        near = [t for t, r in zip(things, reach) if max(abs(t.x - x), abs(t.y - y)) < r]
-        # Like colors never overlap, and the first tries look for free ground: hiding should be the exception.
-        if any(t.color == color or np.hypot(t.x - x, t.y - y) < world.min_center_distance for t in near):
+        min_distances = [0.54 * (t.extent + extent) for t in things]
+        neighbors = [t for t, r in zip(things, min_distances) if max(abs(t.x - x), abs(t.y - y)) < r]
+        # Objects of one color never overlap, and the first tries avoid all overlap, so that occlusion is rare.
+        if any(t.color == color or np.hypot(t.x - x, t.y - y) < world.min_center_distance for t in neighbors):
             continue
-        if near and attempt < 6:
+        if neighbors and attempt < 6:
             continue
-        numbers = (round(float(n), 4) for n in (x, y, extent, angle, shade))
-        thing = Thing(shape, color, size, texture, *numbers)
-        place, inside = drawing.amodal_mask(thing, TRUTH_IMAGE_SIZE)
-        trial = instance_ids.copy()
-        trial[place][inside] = len(things)
-        if not near or _all_visible(trial, [*areas, int(inside.sum())], world):
-            instance_ids[:] = trial
-            areas.append(int(inside.sum()))
+        geometry = (round(float(n), 4) for n in (x, y, extent, angle, shade))
+        thing = Thing(shape, color, size, texture, *geometry)
+        window, mask = render.amodal_mask(thing, TRUTH_IMAGE_SIZE)
+        trial_ids = instance_ids.copy()
+        trial_ids[window][mask] = len(things)
+        if not neighbors or _all_visible(trial_ids, [*areas, int(mask.sum())], world):
+            instance_ids[:] = trial_ids
+            areas.append(int(mask.sum()))
             things.append(thing)
             return True
     return False
 
 
 def _all_visible(instance_ids, areas, world: WorldConfig) -> bool:
-    seen = np.bincount(instance_ids.ravel() + 1, minlength=len(areas) + 1)[1:]
-    if (seen < world.min_visible_fraction * np.array(areas)).any():
+    visible_areas = np.bincount(instance_ids.ravel() + 1, minlength=len(areas) + 1)[1:]
+    if (visible_areas < world.min_visible_fraction * np.array(areas)).any():
         return False
-    hidden = np.flatnonzero(seen < areas)
-    boxes = [drawing.mask_to_box(instance_ids == k) for k in hidden]
+    partly_hidden = np.flatnonzero(visible_areas < areas)
+    boxes = [render.mask_to_box(instance_ids == k) for k in partly_hidden]
     return all(min(x1 - x0, y1 - y0) >= world.min_box_side for x0, y0, x1, y1 in boxes)
 
 
 def _with_visibility(things) -> tuple[Thing, ...]:
-    """The same things knowing their visible box and share, and which things they clearly hide a part of."""
-    owner = drawing.instance_id_map(things, TRUTH_IMAGE_SIZE)
-    wholes = [drawing.amodal_mask(thing, TRUTH_IMAGE_SIZE) for thing in things]
-    hides = np.zeros((len(things), len(things)))
-    for j, (place, inside) in enumerate(wholes):
-        seen = owner[place][inside]
-        hides[:, j] = np.bincount(seen, minlength=len(things)) / len(seen)
+    """The same objects with their visible box, visible fraction and the objects that they occlude."""
+    instance_ids = render.instance_id_map(things, TRUTH_IMAGE_SIZE)
+    amodal_masks = [render.amodal_mask(thing, TRUTH_IMAGE_SIZE) for thing in things]
+    # area_fractions[k, j]: fraction of the area of object j where object k is visible.
+    area_fractions = np.zeros((len(things), len(things)))
+    for j, (window, mask) in enumerate(amodal_masks):
+        visible_ids = instance_ids[window][mask]
+        area_fractions[:, j] = np.bincount(visible_ids, minlength=len(things)) / len(visible_ids)
     return tuple(
         dataclasses.replace(
             thing,
-            box=drawing.mask_to_box(owner == k),
-            visible=round(float(hides[k, k]), 3),
-            covers=tuple(j for j in range(len(things)) if j != k and hides[k, j] > MIN_OCCLUSION),
+            box=render.mask_to_box(instance_ids == k),
+            visible=round(float(area_fractions[k, k]), 3),
+            covers=tuple(j for j in range(len(things)) if j != k and area_fractions[k, j] > MIN_OCCLUSION),
         )
         for k, thing in enumerate(things)
     )

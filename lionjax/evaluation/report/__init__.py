@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a run: curves, tables and answers."""
+"""The HTML report of a run: curves, tables and answers."""
 
 
 def __getattr__(name: str):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping, Sequence
 
-# The parts of `training.run_log.TimeAccount` in drawing order: (label, color).
+# The parts of `training.run_log.PhaseTimer` in drawing order: (label, color).
 TIME_PARTS = {
     "step": ("updates", "#0072b2"),
     "data": ("waiting for data", "#e69f00"),
@@ -87,7 +87,7 @@ def render_bar(seconds: Mapping[str, float], max_seconds: float) -> str:
 
 
 def describe_background(figures: Mapping, total: Mapping[str, float]) -> str:
-    """A sentence with the seconds of background data loading and checkpoint writing, and the seconds waited for them."""
+    """A sentence with the seconds of background data loading and checkpoint writing, and how long training waited."""
     background: dict[str, float] = {}
     for stage in figures.get("stages") or ():
         for part, seconds in (stage.get("seconds_behind") or {}).items():

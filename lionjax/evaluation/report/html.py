@@ -261,24 +261,24 @@ def render_gallery(name: str, rows: Sequence[Mapping], workdir: Path) -> str:
     )
 
 
-def render_card(picture: Image.Image | None, question: str, prediction: str, mark: str, truth: str) -> str:
+def render_card(image: Image.Image | None, question: str, prediction: str, mark: str, truth: str) -> str:
     """The HTML of one answer."""
-    image = "" if picture is None else f'<img src="{data_url(encode_jpeg(picture), "jpeg")}" alt="" loading="lazy">'
+    image_tag = "" if image is None else f'<img src="{data_url(encode_jpeg(image), "jpeg")}" alt="" loading="lazy">'
     parts = [("question", question, ""), ("answer", prediction, mark), ("truth", truth, "")]
     entries = "".join(f'<dt>{name}</dt><dd class="{style}">{escape(text)}</dd>' for name, text, style in parts if text)
-    return f'<div class="answer">{image}<dl>{entries}</dl></div>'
+    return f'<div class="answer">{image_tag}<dl>{entries}</dl></div>'
 
 
 def join_references(references: str | Sequence[str], max_chars: int = 80) -> str:
     """The first accepted answers that fit into `max_chars`, and the number of others."""
     references = [references] if isinstance(references, str) else list(dict.fromkeys(map(str, references)))
-    shown = references[:1]
+    visible = references[:1]
     for truth in references[1:]:
-        if sum(map(len, shown)) + len(truth) > max_chars:
+        if sum(map(len, visible)) + len(truth) > max_chars:
             break
-        shown.append(truth)
-    num_omitted = len(references) - len(shown)
-    return " · ".join(shown) + (f" (and {num_omitted} more)" if num_omitted else "")
+        visible.append(truth)
+    num_omitted = len(references) - len(visible)
+    return " · ".join(visible) + (f" (and {num_omitted} more)" if num_omitted else "")
 
 
 def annotated_image(row: Mapping, workdir: Path) -> Image.Image | None:
@@ -346,8 +346,8 @@ def format_duration(seconds: float | None) -> str:
         return "–"
     if seconds < 60:
         return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    minutes, remaining_seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {remaining_seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def escape(text: str) -> str:

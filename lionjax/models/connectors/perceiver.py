@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned queries that look at a picture and at themselves: Flamingo's resampler, mPLUG-Owl's and Kosmos-2's bridges.
+"""Connectors with learned queries: Flamingo's Perceiver resampler (arXiv 2204.14198), mPLUG-Owl's, Kosmos-2's.
 
-In all three, keys and values are those of the picture and of the queries, side by side. They differ in where norms and
-residuals stand, and in how often they look.
+In all three, learned queries attend to the image features and to themselves in one attention. They differ in their
+norms, residuals and depth. mPLUG-Owl's visual abstractor: arXiv 2304.14178; Kosmos-2: 2306.14824.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from lionjax.core.weight_map import WeightMapping, reshape, with_prefix
 from lionjax.nn import attention as attentions
 from lionjax.nn.adapters import flamingo_attention_weight_map
 from lionjax.nn.attention import Attention
-from lionjax.nn.layers import MLP, Dense, GatedMLP, LayerNorm, dense_weight_map, norm_weight_map, normal, split_key
+from lionjax.nn.layers import (
+    MLP,
+    Dense,
+    GatedMLP,
+    LayerNorm,
+    dense_weight_map,
+    norm_weight_map,
+    normal,
+    scan_blocks,
+    split_key,
+)
 
 
 @renamed_fields(
@@ -32,7 +42,10 @@ from lionjax.nn.layers import MLP, Dense, GatedMLP, LayerNorm, dense_weight_map,
 )
 @dataclasses.dataclass(frozen=True)
 class ResamplerConfig:
-    """Flamingo, section 2.1. `frames`: the most that a film may have, each with a learned mark; 0: no marks."""
+    """Config of the Perceiver resampler (Flamingo, section 2.1).
+
+    `max_frames`: number of learned frame embeddings for videos; 0: none.
+    """
 
     width: int = 1024
     depth: int = 6
@@ -54,7 +67,10 @@ class ResamplerConfig:
 )
 @dataclasses.dataclass(frozen=True)
 class AbstractorConfig:
-    """mPLUG-Owl's visual abstractor, as wide as the tower. `inner_eps`: of the norm inside its feed-forward."""
+    """Config of mPLUG-Owl's visual abstractor; `width` is that of the tower.
+
+    `sub_ln_eps`: epsilon of the norm inside its feed-forward.
+    """
 
     width: int = 1024
     depth: int = 6
@@ -63,15 +79,15 @@ class AbstractorConfig:
     num_query_tokens: int = 64
     norm_eps: float = 1e-5
     sub_ln_eps: float = 1e-6
-    dropout: float = 0.1  # on the attention's shares
+    dropout: float = 0.1  # on the attention probabilities
 
 
 @renamed_fields(source_width="vision_width", heads="num_heads", queries="num_query_tokens", spread="init_std")
 @dataclasses.dataclass(frozen=True)
 class ImageToTextProjectionConfig:
-    """Kosmos-2's way into its text decoder, as wide as that.
+    """Config of Kosmos-2's connector; `width` is that of the text decoder.
 
-    `spread`: of the linear's first kernel. What it reads has length 1, so at 1.0 patches begin as loud as queries.
+    `init_std`: of the linear's kernel. Its inputs are L2-normalized, so with 1.0 patches start as large as the queries.
     """
 
     vision_width: int = 1024
@@ -82,77 +98,66 @@ class ImageToTextProjectionConfig:
 
 
 def _query_tokens(module: nn.Module, init_std: float = 0.02):
-    shape = (module.c.queries, module.c.width)
+    shape = (module.c.num_query_tokens, module.c.width)
     return module.param("queries", with_logical_partitioning(normal(init_std), ("position", "embed")), shape)
 
 
-def _scan_blocks(block, length: int):
-    return nn.scan(
-        block,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),
-        length=length,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-
-
 class ResamplerBlock(nn.Module):
-    """q += attention(norm q, [norm x; norm q]); q += mlp(norm q)."""
+    """q += attention(norm(q), [norm(x); norm(q)]); q += mlp(norm(q))."""
 
     c: ResamplerConfig
 
     @nn.compact
     def __call__(self, x_BQD, key, source_BPD):
         c = self.c
-        own = Attention(c.width, c.num_heads, c.head_dim, biases="", name="attention")
+        attention = Attention(c.width, c.num_heads, c.head_dim, biases="", name="attention")
         h_BQD = LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD)
-        seen_BPD = LayerNorm(c.width, c.norm_eps, name="source_norm")(source_BPD)
-        x_BQD = x_BQD + own(h_BQD, jnp.concatenate([seen_BPD, h_BQD], axis=1))
+        source_BPD = LayerNorm(c.width, c.norm_eps, name="source_norm")(source_BPD)
+        x_BQD = x_BQD + attention(h_BQD, jnp.concatenate([source_BPD, h_BQD], axis=1))
         mlp = MLP(c.width, c.mlp_dim, use_bias=False, name="mlp")
         x_BQD = x_BQD + mlp(LayerNorm(c.width, c.norm_eps, name="mlp_norm")(x_BQD))
         return with_logical_constraint(x_BQD, "batch", "length", "act_embed"), None
 
 
 class Resampler(nn.Module):
-    """Each picture or film becomes the same number of words: (..., F, P, D) of F frames -> (..., Q, D)."""
+    """Perceiver resampler: Q image tokens (..., Q, D) for each image or video (..., F, P, D) of F frames."""
 
     c: ResamplerConfig
 
     @nn.compact
     def __call__(self, source):
         c = self.c
-        *before, frames, patches, width = source.shape
+        *lead, frames, patches, width = source.shape
         if c.max_frames:
             shape = (c.max_frames, c.width)
-            mark_FD = self.param("frames", with_logical_partitioning(normal(1.0), (None, "embed")), shape)
-            source = source + mark_FD[:frames, None].astype(source.dtype)
+            frame_FD = self.param("frames", with_logical_partitioning(normal(1.0), (None, "embed")), shape)
+            source = source + frame_FD[:frames, None].astype(source.dtype)
         source_BPD = source.reshape(-1, frames * patches, width)
         query_QD = _query_tokens(self, 1.0).astype(source.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
-        x_BQD, _ = _scan_blocks(ResamplerBlock, c.depth)(c, name="blocks")(x_BQD, None, source_BPD)
-        return LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD).reshape(*before, *query_QD.shape)
+        x_BQD, _ = scan_blocks(ResamplerBlock, c.depth, 1)(c, name="blocks")(x_BQD, None, source_BPD)
+        return LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD).reshape(*lead, *query_QD.shape)
 
 
 class AbstractorBlock(nn.Module):
-    """h = norm q; q = h + attention(h, [h; norm x]); q += mlp(norm q). The residual begins behind the norm."""
+    """h = norm(q); q = h + attention(h, [h; norm(x)]); q += mlp(norm(q)). The first residual starts after the norm."""
 
     c: AbstractorConfig
 
     @nn.compact
     def __call__(self, x_BQD, key, source_BPD):
         c = self.c
-        own = Attention(c.width, c.num_heads, c.width // c.num_heads, dropout_rate=c.dropout, name="attention")
+        attention = Attention(c.width, c.num_heads, c.width // c.num_heads, dropout_rate=c.dropout, name="attention")
         h_BQD = LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD)
-        seen_BPD = LayerNorm(c.width, c.norm_eps, name="source_norm")(source_BPD)
-        x_BQD = h_BQD + own(h_BQD, jnp.concatenate([h_BQD, seen_BPD], axis=1), key=key)
+        source_BPD = LayerNorm(c.width, c.norm_eps, name="source_norm")(source_BPD)
+        x_BQD = h_BQD + attention(h_BQD, jnp.concatenate([h_BQD, source_BPD], axis=1), key=key)
         mlp = GatedMLP(c.width, c.mlp_dim, "silu", use_bias=True, sub_ln_eps=c.sub_ln_eps, name="mlp")
         x_BQD = x_BQD + mlp(LayerNorm(c.width, c.norm_eps, name="mlp_norm")(x_BQD))
         return with_logical_constraint(x_BQD, "batch", "length", "act_embed"), None
 
 
 class Abstractor(nn.Module):
-    """(B, P, D) features of a picture -> (B, Q, D)."""
+    """Image tokens (B, Q, D) from image features (B, P, D)."""
 
     c: AbstractorConfig
 
@@ -162,11 +167,11 @@ class Abstractor(nn.Module):
         query_QD = _query_tokens(self).astype(source_BPD.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
         keys = None if key is None else jnp.stack(split_key(key, c.depth))
-        return _scan_blocks(AbstractorBlock, c.depth)(c, name="blocks")(x_BQD, keys, source_BPD)[0]
+        return scan_blocks(AbstractorBlock, c.depth, 1)(c, name="blocks")(x_BQD, keys, source_BPD)[0]
 
 
 class ImageToTextProjection(nn.Module):
-    """One linear, then one look without norms or residual: (B, P, D) -> (B, Q, width)."""
+    """Image tokens (B, Q, width) from features (B, P, D): a linear, then attention without norms or residual."""
 
     c: ImageToTextProjectionConfig
 
@@ -177,12 +182,12 @@ class ImageToTextProjection(nn.Module):
         source_BPD = dense(source_BPD)
         query_QD = _query_tokens(self, 1.0).astype(source_BPD.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
-        own = Attention(c.width, c.num_heads, c.width // c.num_heads, name="attention")
-        return own(x_BQD, jnp.concatenate([source_BPD, x_BQD], axis=1))
+        attention = Attention(c.width, c.num_heads, c.width // c.num_heads, name="attention")
+        return attention(x_BQD, jnp.concatenate([source_BPD, x_BQD], axis=1))
 
 
 def build_connector(c: AbstractorConfig | ImageToTextProjectionConfig) -> nn.Module:
-    """The bridge of these sizes."""
+    """The flax module of a connector config."""
     return Abstractor(c) if isinstance(c, AbstractorConfig) else ImageToTextProjection(c)
 
 
@@ -230,9 +235,9 @@ def abstractor_weight_map(c: AbstractorConfig) -> tuple[WeightMapping, ...]:
 def projection_weight_map(c: ImageToTextProjectionConfig) -> tuple[WeightMapping, ...]:
     """Names under `image_to_text_projection.` in Hugging Face's Kosmos-2."""
     linears = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
-    rows = attentions.weight_map(linears, c.num_heads, c.width // c.num_heads, "qkvo")
+    attention = attentions.weight_map(linears, c.num_heads, c.width // c.num_heads, "qkvo")
     return (
         *dense_weight_map("dense", "dense"),
         WeightMapping("latent_query", "queries"),
-        *with_prefix("x_attn.", "attention/", rows),
+        *with_prefix("x_attn.", "attention/", attention),
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Q-Former of BLIP-2 / InstructBLIP, and LION's vision aggregator, which is made of the same block.
+"""The Q-Former (BLIP-2, arXiv 2301.12597; InstructBLIP, 2305.06500) and LION's vision aggregator (2311.11860).
 
-A block: self-attention, attention to picture features, feed-forward, each followed by a norm over its residual. In the
-Q-Former queries and text share the self-attention, every second block looks at the picture (queries only), and queries
-and text have feed-forwards of their own.
+Both use a post-norm block of self-attention, cross-attention to image features and feed-forward. In the Q-Former,
+queries and text share the self-attention, every second block has cross-attention (of the queries only), and queries
+and text have separate feed-forwards.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lionjax.nn.layers import (
     dropout,
     norm_weight_map,
     normal,
+    scan_blocks,
     split_key,
     zeros,
 )
@@ -46,7 +47,7 @@ from lionjax.nn.layers import (
 )
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
-    """BERT-base by default; `vocab` 30523 is bert-base-uncased with `[DEC]`. `text`: it reads an instruction too."""
+    """Config; the defaults are BERT-base. `vocab_size` 30523 is that of bert-base-uncased with `[DEC]`."""
 
     width: int = 768
     depth: int = 12
@@ -59,35 +60,35 @@ class QFormerConfig:
     max_positions: int = 512
     norm_eps: float = 1e-12
     dropout: float = 0.1
-    use_text_input: bool = True  # False: BLIP-2 behind its first stage, queries alone
+    use_text_input: bool = True  # read the instruction (InstructBLIP); False: queries only (BLIP-2 after stage 1)
 
 
 @renamed_fields(heads="num_heads", hidden="mlp_dim", eps="norm_eps", projector="projector_mlp_dim")
 @dataclasses.dataclass(frozen=True)
 class AggregatorConfig:
-    """LION's vision aggregator: which layers of the ViT ask and answer, and the projector behind it."""
+    """Config of LION's vision aggregator: the ViT layers of queries and context, and the MLP projector after it."""
 
     query_layer: int = 38
     context_layers: tuple[int, ...] = (28, 18)
     width: int = 1408
     num_heads: int = 16
-    mlp_dim: int = 3072  # BERT's default, not four times the width
+    mlp_dim: int = 3072  # BERT's default instead of 4 * width, as in the release
     norm_eps: float = 1e-12
     dropout: float = 0.1
-    projector_mlp_dim: int = 5632  # hidden width of the MLP into the language model
+    projector_mlp_dim: int = 5632  # hidden size of the MLP projector to the language model
 
 
 class PostNormBlock(nn.Module):
-    """norm(x + f(x)) for self-attention, cross-attention (the queries only) and feed-forward(s)."""
+    """norm(x + f(x)) for self-attention, cross-attention (of the queries only) and feed-forward(s)."""
 
     width: int
     num_heads: int
     mlp_dim: int
     norm_eps: float
     dropout_rate: float
-    source_width: int | None = None  # of the picture features; None: no cross-attention
-    separate_text_mlp: bool = False  # text has its own feed-forward
-    zero_init_output: bool = False  # LION's aggregator starts with zeroed output projections
+    source_width: int | None = None  # of the image features; None: no cross-attention
+    separate_text_mlp: bool = False  # a feed-forward for the text; False: none
+    zero_init_output: bool = False  # zero output projections at the start, as in LION's aggregator
 
     def make_attention(self, name, source_width=None):
         out = zeros if self.zero_init_output else normal(0.02)
@@ -108,13 +109,17 @@ class PostNormBlock(nn.Module):
 
     @nn.compact
     def __call__(self, query_BQD, text_BLD, source_BPD, mask, key, past_kv=None):
-        """Queries, text (either may have no rows), and the keys and values of both. `earlier` ones stand before."""
+        """Queries (B, Q, D), text (B, L, D), either may be empty, and the self-attention's keys and values of both.
+
+        `past_kv`: keys and values before them, to which both attend too.
+        """
         keys = split_key(key, 6)
-        x_BLD, own = (jnp.concatenate([query_BQD, text_BLD], axis=1), self.make_attention("self_attention"))
-        seen = new = own.project_key_value(x_BLD)
+        x_BLD = jnp.concatenate([query_BQD, text_BLD], axis=1)
+        attention = self.make_attention("self_attention")
+        keys_values = new_kv = attention.project_key_value(x_BLD)
         if past_kv is not None:
-            seen = tuple(jnp.concatenate(pair, axis=1) for pair in zip(past_kv, new))
-        change = own.attend(own.project_query(x_BLD), seen, mask, None, keys[0])
+            keys_values = tuple(jnp.concatenate(pair, axis=1) for pair in zip(past_kv, new_kv))
+        change = attention.attend(attention.project_query(x_BLD), keys_values, mask, None, keys[0])
         x_BLD = self.make_norm("self_norm")(x_BLD + dropout(change, self.dropout_rate, keys[1]))
         queries = query_BQD.shape[1]
         query_BQD, text_BLD = x_BLD[:, :queries], x_BLD[:, queries:]
@@ -125,7 +130,7 @@ class PostNormBlock(nn.Module):
             query_BQD = self.feed_forward("mlp", "norm", query_BQD, keys[4])
         if self.separate_text_mlp and text_BLD.shape[1]:
             text_BLD = self.feed_forward("text_mlp", "text_norm", text_BLD, keys[5])
-        return query_BQD, text_BLD, new
+        return query_BQD, text_BLD, new_kv
 
     def feed_forward(self, mlp_name, norm_name, x_BLD, key):
         change = MLP(self.width, self.mlp_dim, zero_init_output=self.zero_init_output, name=mlp_name)(x_BLD)
@@ -133,15 +138,15 @@ class PostNormBlock(nn.Module):
 
 
 class CrossAttentionGroup(nn.Module):
-    """One block that looks at the picture, then the ones that do not."""
+    """One block with cross-attention to the image, then `num_blocks` - 1 without."""
 
     c: QFormerConfig
     num_blocks: int
 
     @nn.compact
     def __call__(self, x, layer, source_BPD, mask):
-        c, (asked_BQD, text_BLD), (key, earlier) = self.c, x, layer
-        keys, made = split_key(key, self.num_blocks), []
+        c, (query_BQD, text_BLD), (key, past_kv) = self.c, x, layer
+        keys, new_kvs = split_key(key, self.num_blocks), []
         for member in range(self.num_blocks):
             source_width = c.vision_width if member == 0 else None
             block = PostNormBlock(
@@ -154,25 +159,25 @@ class CrossAttentionGroup(nn.Module):
                 c.use_text_input,
                 name=f"block_{member}",
             )
-            before = None if earlier is None else earlier[member]
-            asked_BQD, text_BLD, new = block(asked_BQD, text_BLD, source_BPD, mask, keys[member], before)
-            made.append(new)
-        x = (with_logical_constraint(x, "batch", "length", "act_embed") for x in (asked_BQD, text_BLD))
-        return tuple(x), tuple(made)
+            block_past_kv = None if past_kv is None else past_kv[member]
+            query_BQD, text_BLD, new_kv = block(query_BQD, text_BLD, source_BPD, mask, keys[member], block_past_kv)
+            new_kvs.append(new_kv)
+        x = (with_logical_constraint(x, "batch", "length", "act_embed") for x in (query_BQD, text_BLD))
+        return tuple(x), tuple(new_kvs)
 
 
 class QFormer(nn.Module):
-    """Learned queries read a picture with an instruction in mind: (B, P, D) features -> (B, Q + L, D) states.
+    """States (B, Q + L, D) of learned queries and text, from image features (B, P, D) and text ids (B, L).
 
-    The first Q rows are the answer, and all there is where `text` is off. Layers are in groups of `cross_every`, which
-    are scanned; what is left over comes after.
+    The first Q are those of the queries; without `use_text_input` there are no others. Layers are scanned in groups of
+    `cross_attention_frequency`; the remaining ones come last.
     """
 
     c: QFormerConfig
 
     def setup(self):
         c = self.c
-        groups, rest = divmod(c.depth, c.cross_attention_frequency)
+        groups, num_tail = divmod(c.depth, c.cross_attention_frequency)
         self.queries = self.param(
             "queries", with_logical_partitioning(normal(0.02), ("position", "embed")), (c.num_query_tokens, c.width)
         )
@@ -181,59 +186,53 @@ class QFormer(nn.Module):
             self.positions = Embed(c.max_positions, c.width)
         self.norm = LayerNorm(c.width, c.norm_eps)
         if groups:
-            self.groups = nn.scan(
-                CrossAttentionGroup,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
-                length=groups,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, c.cross_attention_frequency)
-        if rest:
-            self.tail = CrossAttentionGroup(c, rest)
+            self.groups = scan_blocks(CrossAttentionGroup, groups, 2)(c, c.cross_attention_frequency)
+        if num_tail:
+            self.tail = CrossAttentionGroup(c, num_tail)
 
     def __call__(self, source_BPD, ids_BL=None, mask_BL=None, key=None):
         text_BLD = mask = None
         if self.c.use_text_input:
             text_BLD = self.embed_text(ids_BL, source_BPD.dtype)
-            seen_BQ = jnp.ones((len(source_BPD), self.c.num_query_tokens), bool)
-            mask = key_padding_mask(jnp.concatenate([seen_BQ, mask_BL.astype(bool)], axis=1))
-        asked_BQD, text_BLD, _ = self.run_blocks(source_BPD, text_BLD, mask, key)
-        return jnp.concatenate([asked_BQD, text_BLD], axis=1)
+            query_mask_BQ = jnp.ones((len(source_BPD), self.c.num_query_tokens), bool)
+            mask = key_padding_mask(jnp.concatenate([query_mask_BQ, mask_BL.astype(bool)], axis=1))
+        query_BQD, text_BLD, _ = self.run_blocks(source_BPD, text_BLD, mask, key)
+        return jnp.concatenate([query_BQD, text_BLD], axis=1)
 
     def embed_text(self, ids_BL, dtype, position_offset=0):
-        """Words of a text whose first stands at position `start`."""
+        """Token plus position embeddings (B, L, D), from position `position_offset` on."""
         positions = position_offset + jnp.arange(ids_BL.shape[1])
         return self.words(ids_BL, dtype) + self.positions(positions, dtype)
 
     def run_blocks(self, source_BPD, text_BLD, mask, key, past_kv=None):
         """Queries (B, Q, D), text (B, L, D) and the keys and values of all layers, layers on axis 0.
 
-        No queries where there is no picture, no text where there is none. `earlier` keys and values are seen too.
+        Without image features there are no queries (Q = 0), without `text_BLD` no text (L = 0). `past_kv`: keys and
+        values of an earlier call, to which all attend too.
         """
         c = self.c
-        groups, rest = divmod(c.depth, c.cross_attention_frequency)
+        groups, num_tail = divmod(c.depth, c.cross_attention_frequency)
         keys = split_key(key, groups + 3)
-        some = text_BLD if source_BPD is None else source_BPD
-        asked_BQD = text = jnp.zeros((len(some), 0, c.width), some.dtype)
+        like = text_BLD if source_BPD is None else source_BPD
+        query_BQD = empty_B0D = jnp.zeros((len(like), 0, c.width), like.dtype)
         if source_BPD is not None:
             shape = (len(source_BPD), c.num_query_tokens, c.width)
-            asked_BQD = jnp.broadcast_to(self.queries.astype(source_BPD.dtype), shape)
-        text = text if text_BLD is None else text_BLD
-        x = tuple(dropout(self.norm(x), c.dropout, k) for x, k in zip((asked_BQD, text), keys))
-        past_kv, made = past_kv or {"groups": None, "tail": None}, {"groups": None, "tail": None}
+            query_BQD = jnp.broadcast_to(self.queries.astype(source_BPD.dtype), shape)
+        text_BLD = empty_B0D if text_BLD is None else text_BLD
+        x = tuple(dropout(self.norm(x), c.dropout, k) for x, k in zip((query_BQD, text_BLD), keys))
+        past_kv, new_kv = past_kv or {"groups": None, "tail": None}, {"groups": None, "tail": None}
         if groups:
             group_keys = None if key is None else jnp.stack(keys[3:])
-            x, made["groups"] = self.groups(x, (group_keys, past_kv["groups"]), source_BPD, mask)
-        if rest:
-            before = jax.tree.map(lambda leaf: leaf[0], past_kv["tail"])
-            x, new = self.tail(x, (keys[2], before), source_BPD, mask)
-            made["tail"] = jax.tree.map(lambda leaf: leaf[None], new)
-        return *x, made
+            x, new_kv["groups"] = self.groups(x, (group_keys, past_kv["groups"]), source_BPD, mask)
+        if num_tail:
+            tail_past_kv = jax.tree.map(lambda leaf: leaf[0], past_kv["tail"])
+            x, tail_kv = self.tail(x, (keys[2], tail_past_kv), source_BPD, mask)
+            new_kv["tail"] = jax.tree.map(lambda leaf: leaf[None], tail_kv)
+        return *x, new_kv
 
 
 class FusionBlock(nn.Module):
-    """A block of the aggregator, in the scan's calling convention."""
+    """A block of the aggregator with the signature of `scan_blocks`."""
 
     c: AggregatorConfig
 
@@ -244,14 +243,14 @@ class FusionBlock(nn.Module):
         block = PostNormBlock(
             c.width, c.num_heads, c.mlp_dim, c.norm_eps, c.dropout, c.width, zero_init_output=True, name="block"
         )
-        nothing_B0D = x_BPD[:, :0]
-        return block(x_BPD, nothing_B0D, context_BPD, None, key)[0], None
+        no_text_B0D = x_BPD[:, :0]
+        return block(x_BPD, no_text_B0D, context_BPD, None, key)[0], None
 
 
 class Aggregator(nn.Module):
-    """LION's FusionAdapter: late features of the ViT ask, earlier ones answer, one block each.
+    """LION's FusionAdapter: features (B, P, D) of a late ViT layer attend to those of earlier layers (T, B, P, D).
 
-    (B, P, D) and contexts (T, B, P, D) in the order of the blocks -> (B, P, D). No mask anywhere.
+    There is one block for each context layer, without masks. Returns (B, P, D).
     """
 
     c: AggregatorConfig
@@ -259,24 +258,16 @@ class Aggregator(nn.Module):
     @nn.compact
     def __call__(self, query_BPD, context_TBPD, key=None):
         c = self.c
-        blocks = len(c.context_layers)
-
-        keys = None if key is None else jnp.stack(split_key(key, blocks))
-        scan = nn.scan(
-            FusionBlock,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            length=blocks,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x_BPD, _ = scan(c, name="blocks")(query_BPD, (context_TBPD, keys))
+        depth = len(c.context_layers)
+        keys = None if key is None else jnp.stack(split_key(key, depth))
+        x_BPD, _ = scan_blocks(FusionBlock, depth)(c, name="blocks")(query_BPD, (context_TBPD, keys))
         return x_BPD
 
 
 def _attention_weight_map(
     torch_module: str, flax_name: str, num_heads: int, head_dim: int
 ) -> tuple[WeightMapping, ...]:
-    """BERT's spelling of an attention and the norm behind it."""
+    """BERT's names of an attention layer and the norm after it."""
     linears = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
     rows = attentions.weight_map(linears, num_heads, head_dim, "qkvo")
     return (
@@ -294,15 +285,15 @@ def _feed_forward_weight_map(suffix: str, mlp: str, norm: str) -> tuple[WeightMa
 
 
 def lavis_weight_map(c: QFormerConfig) -> tuple[WeightMapping, ...]:
-    """Names under `Qformer.bert.` in LAVIS and LION; the queries are `query_tokens` beside it (see `query_rows`)."""
+    """Names under `Qformer.bert.` in LAVIS and LION; for the queries see `query_tokens_weight_map`."""
     head = c.width // c.num_heads
-    plain = (
+    self_only = (
         *_attention_weight_map("attention", "self", c.num_heads, head),
         *_feed_forward_weight_map("_query", "mlp", "norm"),
         *(_feed_forward_weight_map("", "text_mlp", "text_norm") if c.use_text_input else ()),
     )
-    looking = (*plain, *_attention_weight_map("crossattention", "cross", c.num_heads, head))
-    groups, rest = divmod(c.depth, c.cross_attention_frequency)
+    with_cross = (*self_only, *_attention_weight_map("crossattention", "cross", c.num_heads, head))
+    groups, num_tail = divmod(c.depth, c.cross_attention_frequency)
     rows = [
         constant("embeddings.position_ids", lambda: np.arange(c.max_positions)[None]),
         *norm_weight_map("embeddings.LayerNorm", "norm"),
@@ -314,22 +305,22 @@ def lavis_weight_map(c: QFormerConfig) -> tuple[WeightMapping, ...]:
         ]
     for member in range(c.cross_attention_frequency if groups else 0):
         layer = f"encoder.layer.{{{c.cross_attention_frequency}i+{member}<{groups}}}."
-        rows += with_prefix(layer, f"groups/block_{member}/", plain if member else looking)
-    for member in range(rest):
+        rows += with_prefix(layer, f"groups/block_{member}/", self_only if member else with_cross)
+    for member in range(num_tail):
         layer = f"encoder.layer.{groups * c.cross_attention_frequency + member}."
-        rows += with_prefix(layer, f"tail/block_{member}/", plain if member else looking)
+        rows += with_prefix(layer, f"tail/block_{member}/", self_only if member else with_cross)
     return tuple(rows)
 
 
 def hf_weight_map(c: QFormerConfig) -> tuple[WeightMapping, ...]:
-    """Names under `qformer.` in Hugging Face's InstructBLIP, and in its BLIP-2 where there is no text."""
+    """Names under `qformer.` in Hugging Face's InstructBLIP, or without text input in its BLIP-2."""
     norm = "embeddings.layernorm" if c.use_text_input else "layernorm"
     pairs = (("attention.self.", "attention.attention."), ("embeddings.LayerNorm", norm))
     return rename_torch_keys((row for row in lavis_weight_map(c) if row.flax_paths), *pairs)
 
 
 def query_tokens_weight_map(c: QFormerConfig) -> tuple[WeightMapping, ...]:
-    """The learned queries."""
+    """The mapping of the learned queries."""
     return (
         WeightMapping(
             "query_tokens", "queries", reshape((1, c.num_query_tokens, c.width), (c.num_query_tokens, c.width))

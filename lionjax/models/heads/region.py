@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things are: boxes into the language model's space and back, and its states into prompts for masks (pix2emb).
+"""Box and mask heads on a language model (pix2emb; NExT-Chat, arXiv 2311.04498, section 3).
 
-A box stands in a text as two tokens. At the trigger the model's state is read as a box; the location token behind it
-carries the box itself, as an embedding in place of a word's (NExT-Chat, arXiv 2311.04498, section 3).
+A box in a text is two tokens. The hidden state at the trigger token (region query) is decoded to the box; the input
+embedding of the box token after it is that of the box. The same state is projected to prompts of SAM's mask decoder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lionjax.nn import losses
 from lionjax.nn.layers import MLP, dense_weight_map, take_positions
 
 OBJECTIVES = ("language", "masks", "all")
-MASK_VALUE = -1e30  # a logit that is never chosen, and finite
+MASK_VALUE = -1e30  # a logit that is never chosen, and finite to avoid NaN
 
 
 @renamed_fields(
@@ -32,9 +32,9 @@ MASK_VALUE = -1e30  # a logit that is never chosen, and finite
 )
 @dataclasses.dataclass(frozen=True)
 class RegionHeadConfig:
-    """Boxes and masks as embeddings beside any language model; NExT-Chat's sizes and weights.
+    """Config of the box and mask heads; the defaults are NExT-Chat's sizes and loss weights.
 
-    `loss_variant` "released_code" has the constants that its code has by mistake. `max_boxes` are kept of an answer.
+    `loss_variant`: "released_code" keeps the mistaken constants of NExT-Chat's code. `max_boxes`: in one answer.
     """
 
     trigger_token_id: int = 32003
@@ -50,7 +50,10 @@ class RegionHeadConfig:
 
 
 class BoxEncoderDecoder(nn.Module):
-    """Boxes x0 y0 x1 y1 in 0..1 <-> the language model's space, in float32: a thousandth of a picture counts."""
+    """Box encoder and decoder between boxes (x0, y0, x1, y1) in 0..1 and the language model's states.
+
+    Runs in float32: bfloat16 resolves only 1/256 of the image side.
+    """
 
     width: int
     mlp_dim: int
@@ -60,16 +63,16 @@ class BoxEncoderDecoder(nn.Module):
         self.decoder = MLP(self.width, self.mlp_dim, "relu", out_features=4)
 
     def encode(self, box_BK4):
-        """(..., 4) -> (..., D): the original's G."""
+        """Embeddings (..., D) of boxes (..., 4); G in the paper."""
         return self.encoder(box_BK4.astype(jnp.float32))
 
     def decode(self, state_BKD):
-        """(..., D) -> (..., 4): the original's F. Nothing keeps the numbers in 0..1 or in order."""
+        """Boxes (..., 4) of states (..., D); F in the paper. They may lie outside 0..1 or be reversed."""
         return self.decoder(state_BKD.astype(jnp.float32))
 
 
 class MaskPromptProjector(nn.Module):
-    """A trigger's state as tokens for SAM's mask decoder: (..., D) -> (..., T, C)."""
+    """Prompt tokens (..., T, C) for SAM's mask decoder from states (..., D) at region queries."""
 
     width: int
     num_tokens: int
@@ -81,92 +84,97 @@ class MaskPromptProjector(nn.Module):
         return mlp(state_BKD).reshape(*state_BKD.shape[:-1], self.num_tokens, self.prompt_embed_dim)
 
 
-def scatter_embeddings(x_BLD, here_BL, piece_BKD, first_B=0):
-    """x with the k-th piece of a row at the k-th marked place of that row; `first_B` pieces stand elsewhere before."""
-    place_BL = jnp.cumsum(here_BL, axis=1) - 1 + jnp.reshape(first_B, (-1, 1))
-    place_BL = jnp.clip(place_BL, 0, piece_BKD.shape[1] - 1)
-    spread_BLD = jnp.take_along_axis(piece_BKD.astype(x_BLD.dtype), place_BL[..., None], axis=1)
-    return jnp.where(here_BL[..., None], spread_BLD, x_BLD)
+def scatter_embeddings(x_BLD, target_BL, embedding_BKD, first_B=0):
+    """x (B, L, D) with embedding number `first_B` + k of each row at the k-th position that `target_BL` marks."""
+    index_BL = jnp.cumsum(target_BL, axis=1) - 1 + jnp.reshape(first_B, (-1, 1))
+    index_BL = jnp.clip(index_BL, 0, embedding_BKD.shape[1] - 1)
+    scattered_BLD = jnp.take_along_axis(embedding_BKD.astype(x_BLD.dtype), index_BL[..., None], axis=1)
+    return jnp.where(target_BL[..., None], scattered_BLD, x_BLD)
 
 
-def first_k_positions(here_BL, count: int):
-    """The first `count` marked places of each row: indices (B, K), and which of them are real (B, K)."""
-    count = min(count, here_BL.shape[1])
-    place_BK = jnp.argsort(~here_BL.astype(bool), axis=1, stable=True)[:, :count]
-    return place_BK, jnp.take_along_axis(here_BL.astype(bool), place_BK, axis=1)
+def first_k_positions(target_BL, count: int):
+    """The first `count` positions of each row that `target_BL` marks: indices (B, K), and their mask (B, K)."""
+    count = min(count, target_BL.shape[1])
+    position_BK = jnp.argsort(~target_BL.astype(bool), axis=1, stable=True)[:, :count]
+    return position_BK, jnp.take_along_axis(target_BL.astype(bool), position_BK, axis=1)
 
 
 def gather_region_queries(c: RegionHeadConfig, batch: Batch, state_BMD):
-    """States at the answer's triggers (B, K, D), which box each of them means (B, K), and which are real (B, K).
+    """States (B, K, D) at the region queries of the target, the index of the box of each (B, K), and their mask (B, K).
 
-    `state_BMD` are the states that have read each word of the answer. Triggers in what the other side says are not
-    learned. A trigger means the box of the location token behind it.
+    `state_BMD`: states after each target token. Only queries in `loss_mask_BM` count (not those of other speakers). The
+    box of a query is that of the next box token.
     """
     count = batch.boxes_BK4.shape[1]
-    said_BM = (batch.target_BM == c.trigger_token_id) & batch.loss_mask_BM.astype(bool)
-    place_BK, real_BK = first_k_positions(said_BM, count)
-    before_B1 = (batch.prompt_BL == c.box_token_id).sum(axis=1, keepdims=True)
-    which_BM = before_B1 + jnp.cumsum(batch.target_BM == c.box_token_id, axis=1)
-    which_BK = take_positions(which_BM, place_BK)
-    # A trigger with which an answer breaks off means no box.
-    given_BK = take_positions(batch.boxes_mask_BK.astype(bool), jnp.minimum(which_BK, count - 1))
-    real_BK = real_BK & (which_BK < count) & given_BK
-    return take_positions(state_BMD, place_BK), jnp.minimum(which_BK, count - 1), real_BK
+    is_query_BM = (batch.target_BM == c.trigger_token_id) & batch.loss_mask_BM.astype(bool)
+    position_BK, valid_BK = first_k_positions(is_query_BM, count)
+    prompt_boxes_B1 = (batch.prompt_BL == c.box_token_id).sum(axis=1, keepdims=True)
+    index_BM = prompt_boxes_B1 + jnp.cumsum(batch.target_BM == c.box_token_id, axis=1)
+    index_BK = take_positions(index_BM, position_BK)
+    # A truncated answer may end with a query that has no box.
+    has_box_BK = take_positions(batch.boxes_mask_BK.astype(bool), jnp.minimum(index_BK, count - 1))
+    valid_BK = valid_BK & (index_BK < count) & has_box_BK
+    return take_positions(state_BMD, position_BK), jnp.minimum(index_BK, count - 1), valid_BK
 
 
 def text_loss(c: RegionHeadConfig, logits_BMV, batch: Batch) -> tuple[jax.Array, Metrics]:
-    """Cross entropy of an answer. The model says where a place begins; what stands there is no word to choose."""
-    learned_BM = batch.loss_mask_BM * (batch.target_BM != c.box_token_id)
-    return losses.token_cross_entropy(logits_BMV, batch.target_BM, learned_BM)
+    """Mean cross entropy of the answer and metrics, without box tokens, which always follow a trigger token."""
+    loss_mask_BM = batch.loss_mask_BM * (batch.target_BM != c.box_token_id)
+    return losses.token_cross_entropy(logits_BMV, batch.target_BM, loss_mask_BM)
 
 
-def box_losses(c: RegionHeadConfig, locations: BoxEncoderDecoder, batch: Batch, found) -> tuple[dict, Metrics]:
-    """Weighted L1, GIoU and cycle terms of the boxes at region queries (see `gather_region_queries`), and their IoU."""
-    trigger_BKD, which_BK, real_BK = found
-    trigger_BKD = trigger_BKD.astype(jnp.float32)
-    box_BK4 = take_positions(batch.boxes_BK4, which_BK)
-    predicted_BK4 = locations.decode(trigger_BKD)
-    again_BKD = locations.encode(predicted_BK4)
-    same_BK4 = locations.decode(locations.encode(batch.boxes_BK4))
-    given_BK = batch.boxes_mask_BK
+def box_losses(c: RegionHeadConfig, locations: BoxEncoderDecoder, batch: Batch, queries) -> tuple[dict, Metrics]:
+    """Weighted L1, GIoU and cycle terms of the boxes at `queries` (see `gather_region_queries`), and their mean IoU."""
+    state_BKD, index_BK, valid_BK = queries
+    state_BKD = state_BKD.astype(jnp.float32)
+    box_BK4 = take_positions(batch.boxes_BK4, index_BK)
+    predicted_BK4 = locations.decode(state_BKD)
+    cycle_state_BKD = locations.encode(predicted_BK4)
+    cycle_box_BK4 = locations.decode(locations.encode(batch.boxes_BK4))
+    original = c.loss_variant == "released_code"
     terms = {
-        "l1": c.l1_weight * losses.masked_mean(jnp.abs(predicted_BK4 - box_BK4), real_BK),
-        "giou": c.giou_weight * losses.giou_loss(predicted_BK4, box_BK4, real_BK, c.loss_variant == "released_code"),
-        "cycle_state": c.cycle_weight * losses.masked_mean(jnp.square(again_BKD - trigger_BKD), real_BK),
-        "cycle_box": c.cycle_weight * losses.masked_mean(jnp.abs(same_BK4 - batch.boxes_BK4), given_BK),
+        "l1": c.l1_weight * losses.masked_mean(jnp.abs(predicted_BK4 - box_BK4), valid_BK),
+        "giou": c.giou_weight * losses.giou_loss(predicted_BK4, box_BK4, valid_BK, original),
+        "cycle_state": c.cycle_weight * losses.masked_mean(jnp.square(cycle_state_BKD - state_BKD), valid_BK),
+        "cycle_box": c.cycle_weight * losses.masked_mean(jnp.abs(cycle_box_BK4 - batch.boxes_BK4), batch.boxes_mask_BK),
     }
-    return terms, {"box_iou": losses.masked_mean(losses.iou(predicted_BK4, box_BK4), real_BK)}
+    return terms, {"box_iou": losses.masked_mean(losses.iou(predicted_BK4, box_BK4), valid_BK)}
 
 
 def mask_side(batch: Batch) -> int:
-    """Pixels a side of the true masks. Raises UserError where there are none."""
+    """Side of the true masks in pixels. Raises UserError if the batch has no masks."""
     if batch.masks_BKHW is None:
         raise UserError(
-            "the objective has masks, but the batch has none; mix the task res, and set processor.sam_image_size"
+            "the objective needs masks, but the batch has none; mix the task res and set processor.sam_image_size"
         )
     return batch.masks_BKHW.shape[-1]
 
 
-def has_mask(batch: Batch, found):
-    """At which of the triggers (`found`) a true mask is known: (B, K)."""
-    _, which_BK, real_BK = found
+def has_mask(batch: Batch, queries):
+    """Which of the region queries have a true mask (B, K)."""
+    _, index_BK, valid_BK = queries
     if batch.masks_mask_BK is None:
-        return real_BK
-    return real_BK & take_positions(batch.masks_mask_BK, which_BK).astype(bool)
+        return valid_BK
+    return valid_BK & take_positions(batch.masks_mask_BK, index_BK).astype(bool)
 
 
-def mask_loss(c: RegionHeadConfig, batch: Batch, found, logits_BKhw, iou_BK, enlarge) -> tuple[jax.Array, Metrics]:
-    """Focal, dice and IoU losses of the masks at triggers (`found`); `enlarge` gives logits the true masks' size."""
-    mask_BKHW, real_BK = take_positions(batch.masks_BKHW, found[1]), has_mask(batch, found)
+def mask_loss(
+    c: RegionHeadConfig, batch: Batch, queries, logits_BKhw, iou_BK, upsample_fn
+) -> tuple[jax.Array, Metrics]:
+    """Weighted sum of focal, Dice and IoU losses at the region queries, and metrics.
+
+    `upsample_fn` resizes logits to the size of the true masks.
+    """
+    mask_BKHW, valid_BK = take_positions(batch.masks_BKHW, queries[1]), has_mask(batch, queries)
     original = c.loss_variant == "released_code"
-    terms = losses.mask_losses(logits_BKhw, iou_BK, mask_BKHW, real_BK, original, enlarge)
+    terms = losses.mask_losses(logits_BKhw, iou_BK, mask_BKHW, valid_BK, original, upsample_fn)
     terms["focal"] = c.focal_weight * terms["focal"]
     metrics = {f"loss_{name}": term for name, term in terms.items()}
-    return sum(terms.values()), metrics | {"weight": real_BK.astype(jnp.float32).sum()}
+    return sum(terms.values()), metrics | {"weight": valid_BK.astype(jnp.float32).sum()}
 
 
 def init_region_state(c: RegionHeadConfig, rows: int, width: int, dtype) -> dict:
-    """What is kept of answers that have just begun: boxes, the states they were read from, and how many there are."""
+    """Boxes of an answer that has not started: boxes, the states they were decoded from, and their number."""
     return {
         "box": jnp.zeros((1, rows, c.max_boxes, 4)),
         "state": jnp.zeros((1, rows, c.max_boxes, width), dtype),
@@ -174,40 +182,44 @@ def init_region_state(c: RegionHeadConfig, rows: int, width: int, dtype) -> dict
     }
 
 
-def constrain_logits(c: RegionHeadConfig, locations: BoxEncoderDecoder, state_BD, word_BV, triggered_B, kept: dict):
-    """(logits (B, V), what a cache remembers) of the state behind a word, which may be a trigger.
+def constrain_logits(c: RegionHeadConfig, locations: BoxEncoderDecoder, state_BD, logits_BV, is_query_B, regions: dict):
+    """(logits (B, V), new entries of `Cache.generated`) of the state after a token, a trigger token where `is_query_B`.
 
-    A location token can follow a trigger only, and must. `place` is what the next word is where `triggered`.
+    A box token must follow a trigger token, and may follow nothing else. `regions` is the state of
+    `init_region_state`. Entry "place" is the predicted box, the next input where "triggered".
     """
-    place_B4 = locations.decode(state_BD)
-    here_BK = triggered_B[:, None] & (jnp.arange(c.max_boxes) == kept["count"][0][:, None])
-    kept = {
-        "box": jnp.where(here_BK[None, ..., None], place_B4[None, :, None], kept["box"]),
-        "state": jnp.where(here_BK[None, ..., None], state_BD[None, :, None], kept["state"]),
-        "count": kept["count"] + triggered_B,
+    box_B4 = locations.decode(state_BD)
+    slot_BK = is_query_B[:, None] & (jnp.arange(c.max_boxes) == regions["count"][0][:, None])
+    regions = {
+        "box": jnp.where(slot_BK[None, ..., None], box_B4[None, :, None], regions["box"]),
+        "state": jnp.where(slot_BK[None, ..., None], state_BD[None, :, None], regions["state"]),
+        "count": regions["count"] + is_query_B,
     }
-    is_location_V = jnp.arange(word_BV.shape[-1]) == c.box_token_id
-    word_BV = jnp.where(is_location_V, MASK_VALUE, word_BV)
-    place_V = jnp.where(is_location_V, 0.0, MASK_VALUE)
-    logits_BV = jnp.where(triggered_B[:, None], place_V, word_BV)
-    return logits_BV, {"kept": kept, "place": place_B4[None], "triggered": triggered_B[None]}
+    is_box_token_V = jnp.arange(logits_BV.shape[-1]) == c.box_token_id
+    text_BV = jnp.where(is_box_token_V, MASK_VALUE, logits_BV)
+    box_V = jnp.where(is_box_token_V, 0.0, MASK_VALUE)
+    logits_BV = jnp.where(is_query_B[:, None], box_V, text_BV)
+    return logits_BV, {"kept": regions, "place": box_B4[None], "triggered": is_query_B[None]}
 
 
-def next_embedding(locations: BoxEncoderDecoder, word_BD, written: dict):
-    """The next input (B, D): the word that was chosen, or the place where one was said."""
-    place_BD = locations.encode(written["place"][0]).astype(word_BD.dtype)
-    return jnp.where(written["triggered"][0][:, None], place_BD, word_BD)
+def next_embedding(locations: BoxEncoderDecoder, token_BD, generated: dict):
+    """The next input (B, D): the embedding of the box after a trigger token, else that of the chosen token."""
+    box_BD = locations.encode(generated["place"][0]).astype(token_BD.dtype)
+    return jnp.where(generated["triggered"][0][:, None], box_BD, token_BD)
 
 
 def box_coder_weight_map() -> tuple[WeightMapping, ...]:
-    """NExT-Chat's names of `Locations`."""
-    pairs = (("loc_encoder", "encoder"), ("loc_decoder", "decoder"))
+    """NExT-Chat's names of `BoxEncoderDecoder`."""
+    modules = (("loc_encoder", "encoder"), ("loc_decoder", "decoder"))
     layers = ((0, "up"), (2, "down"))
     return tuple(
-        row for theirs, ours in pairs for n, x in layers for row in dense_weight_map(f"{theirs}.{n}", f"{ours}/{x}")
+        mapping
+        for torch, flax in modules
+        for index, layer in layers
+        for mapping in dense_weight_map(f"{torch}.{index}", f"{flax}/{layer}")
     )
 
 
 def mask_prompt_weight_map() -> tuple[WeightMapping, ...]:
-    """NExT-Chat's names of `MaskPrompts`."""
+    """NExT-Chat's names of `MaskPromptProjector`."""
     return (*dense_weight_map("seg_prompt_mlp.0", "mlp/up"), *dense_weight_map("seg_prompt_mlp.2", "mlp/down"))

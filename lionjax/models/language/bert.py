@@ -16,7 +16,17 @@ from lionjax.core.sharding import with_logical_constraint
 from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.nn import attention as attentions
 from lionjax.nn.attention import Attention, key_padding_mask
-from lionjax.nn.layers import MLP, Dense, Embed, LayerNorm, dense_weight_map, dropout, norm_weight_map, split_key
+from lionjax.nn.layers import (
+    MLP,
+    Dense,
+    Embed,
+    LayerNorm,
+    dense_weight_map,
+    dropout,
+    norm_weight_map,
+    scan_blocks,
+    split_key,
+)
 
 
 @renamed_fields(
@@ -91,14 +101,7 @@ class Bert(nn.Module):
         x_BLD = x_BLD + Embed(c.max_positions, c.width, name="positions")(position_ids_BL, dtype)
         x_BLD = dropout(LayerNorm(c.width, c.norm_eps, name="norm")(x_BLD), c.dropout, keys[0])
         mask = key_padding_mask(mask) if mask.ndim == 2 else mask.astype(bool)[:, None]
-        scan = nn.scan(
-            Block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=c.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        scan = scan_blocks(Block, c.depth, 1)
         layer_keys = None if key is None else jnp.stack(keys[1:])
         x_BLD, _ = scan(c, name="blocks")(x_BLD, layer_keys, mask)
         first_BD = x_BLD[:, 0]

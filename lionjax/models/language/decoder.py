@@ -19,7 +19,18 @@ from lionjax.core.types import Cache
 from lionjax.nn.adapters import AdapterConfig, GatedCrossAttentionBlock, GatedCrossAttentionConfig, RoutedAdapters
 from lionjax.nn.attention import Attention, causal_mask, key_padding_mask
 from lionjax.nn.flash_attention import MASK_VALUE
-from lionjax.nn.layers import MLP, REMAT_POLICIES, Dense, Embed, GatedMLP, LayerNorm, RMSNorm, dropout, split_key
+from lionjax.nn.layers import (
+    MLP,
+    Dense,
+    Embed,
+    GatedMLP,
+    LayerNorm,
+    RMSNorm,
+    dropout,
+    remat_block,
+    scan_blocks,
+    split_key,
+)
 from lionjax.nn.lora import LoraConfig
 from lionjax.nn.positions import alibi_bias, apply_rope, rope_cos_sin, sinusoidal_positions
 
@@ -284,7 +295,7 @@ class CrossAttentionGroup(nn.Module):
 
         new_kvs = ()
         if last:
-            x_BLD, new_kv = scan_blocks(Block, c, last)(c, name="before")(
+            x_BLD, new_kv = scan_blocks(Block, last, 4)(c, name="before")(
                 x_BLD, part(slice(last)), mask, rope, bias, task_B
             )
             new_kvs = (new_kv,)
@@ -303,18 +314,6 @@ def make_norm(c: DecoderConfig, **name):
     return LayerNorm(c.width, c.norm_eps, bool(c.attention_biases), **name)
 
 
-def scan_blocks(block, c: DecoderConfig, length: int, num_broadcast: int = 4):
-    """`length` blocks as one `nn.scan`; the last `num_broadcast` inputs are shared by all blocks."""
-    return nn.scan(
-        block,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        in_axes=(0,) + (nn.broadcast,) * num_broadcast,
-        length=length,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-
-
 class Decoder(nn.Module):
     """Maps embeddings (B, L, D) to states (B, L, D) after the final norm; a `LanguageBackend`."""
 
@@ -329,15 +328,11 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.head = Dense(c.width, c.padded_vocab_size, ("embed", "vocab"), use_bias=False)
 
-        def rematerialized(block):
-            return nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
-
         if c.cross_attention is None:
-            block = Block if c.remat == "none" else rematerialized(Block)
-            self.blocks = scan_blocks(block, c, c.depth)(c)
+            self.blocks = scan_blocks(remat_block(Block, c.remat), c.depth, 4)(c)
         else:
-            group = CrossAttentionGroup if c.remat == "none" else rematerialized(CrossAttentionGroup)
-            self.groups = scan_blocks(group, c, c.depth // c.cross_attention.every_n_layers, 5)(c)
+            num_groups = c.depth // c.cross_attention.every_n_layers
+            self.groups = scan_blocks(remat_block(CrossAttentionGroup, c.remat), num_groups, 5)(c)
 
     def embed(self, ids_BL, dtype=jnp.float32):
         return self.embedding(ids_BL, dtype)

@@ -21,7 +21,6 @@ from lionjax.nn import attention as attentions
 from lionjax.nn.adapters import AdapterConfig, RoutedAdapters
 from lionjax.nn.attention import Attention, causal_mask, key_padding_mask, update_kv_cache
 from lionjax.nn.layers import (
-    REMAT_POLICIES,
     Dense,
     Embed,
     GatedMLP,
@@ -30,6 +29,8 @@ from lionjax.nn.layers import (
     dropout,
     norm_weight_map,
     normal,
+    remat_block,
+    scan_blocks,
     split_key,
 )
 from lionjax.nn.lora import LoraConfig
@@ -178,20 +179,6 @@ class DecoderBlock(nn.Module):
         return (h_BMD, cache), None if cache is None else new_cross_kv
 
 
-def scan_blocks(block, c: T5Config, length: int, num_broadcast: int):
-    """`length` blocks as one `nn.scan`, rematerialized by `c.remat`; the last `num_broadcast` inputs are shared."""
-    if c.remat != "none":
-        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
-    return nn.scan(
-        block,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        in_axes=(0,) + (nn.broadcast,) * num_broadcast,
-        length=length,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )(c, name="blocks")
-
-
 class Encoder(nn.Module):
     c: T5Config
 
@@ -205,7 +192,7 @@ class Encoder(nn.Module):
             positions, positions
         )
         h_BLD = dropout(x_BLD, c.dropout, keys[0])
-        blocks = scan_blocks(EncoderBlock, c, c.encoder_depth, 3)
+        blocks = scan_blocks(remat_block(EncoderBlock, c.remat), c.encoder_depth, 3)(c, name="blocks")
         h_BLD, _ = blocks(h_BLD, layer_keys, key_padding_mask(mask_BL), bias, task_B)
         return dropout(RMSNorm(c.width, c.norm_eps, name="norm")(h_BLD), c.dropout, keys[1])
 
@@ -224,7 +211,7 @@ class Decoder(nn.Module):
         bias = relative(query_positions, key_positions)
         mask = (key_positions[None, :] <= query_positions[:, None])[None, None] if cache else causal_mask(mask_BM)
         h_BMD = dropout(x_BMD, c.dropout, keys[0])
-        blocks = scan_blocks(DecoderBlock, c, c.decoder_depth, 6)
+        blocks = scan_blocks(remat_block(DecoderBlock, c.remat), c.decoder_depth, 6)(c, name="blocks")
         self_kv = cross_kv = None
         if cache is not None:
             self_kv = (cache["self_k"], cache["self_v"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RAM (Recognize Anything, arXiv 2306.03514): Swin sees a picture, each tag of a long list asks whether it is there.
+"""RAM (Recognize Anything, arXiv 2306.03514): image tagging with a Swin encoder and one query for each tag.
 
-A tag is known by CLIP's embedding of its name. Two layers, in which tags look at the picture and never at each other,
-turn it into a probability.
+The query of a tag is CLIP's embedding of its name. Two layers of cross-attention to the image, without attention among
+tags, give its logit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from lionjax.models.vision import swin
 from lionjax.models.vision.swin import SWIN_L_384, Swin, SwinConfig
 from lionjax.nn import attention as attentions
 from lionjax.nn.attention import Attention
-from lionjax.nn.layers import MLP, Dense, LayerNorm, dense_weight_map, dropout, norm_weight_map, normal, split_key
+from lionjax.nn.layers import (
+    MLP,
+    Dense,
+    LayerNorm,
+    dense_weight_map,
+    dropout,
+    norm_weight_map,
+    normal,
+    scan_blocks,
+    split_key,
+)
 
 
 @renamed_fields(
@@ -34,12 +44,12 @@ from lionjax.nn.layers import MLP, Dense, LayerNorm, dense_weight_map, dropout, 
 )
 @dataclasses.dataclass(frozen=True)
 class RamConfig:
-    """Sizes; those of ram_swin_large_14m.pth by default."""
+    """Config; the defaults are those of ram_swin_large_14m.pth."""
 
     swin: SwinConfig = SWIN_L_384
     num_tags: int = 4585
     label_embed_dim: int = 512  # of CLIP's embedding of a tag's name
-    encoder_width: int = 512  # of a place of the picture, as tags see it
+    encoder_width: int = 512  # of the projected image features that tags attend to
     width: int = 768
     num_heads: int = 4
     mlp_dim: int = 3072
@@ -52,17 +62,17 @@ RAM_SWIN_L = RamConfig()
 
 
 class TaggingLayer(nn.Module):
-    """norm(x + attention(x to the picture)), then norm(x + mlp x)."""
+    """norm(x + cross-attention(x, image)), then norm(x + mlp(x))."""
 
     c: RamConfig
 
     @nn.compact
     def __call__(self, x_BVD, key, image_BPC):
         c, keys = self.c, split_key(key, 3)
-        look = Attention(
+        attention = Attention(
             c.width, c.num_heads, c.width // c.num_heads, c.encoder_width, dropout_rate=c.dropout, name="attention"
         )
-        change_BVD = dropout(look(x_BVD, image_BPC, key=keys[0]), c.dropout, keys[1])
+        change_BVD = dropout(attention(x_BVD, image_BPC, key=keys[0]), c.dropout, keys[1])
         x_BVD = LayerNorm(c.width, c.norm_eps, name="norm1")(x_BVD + change_BVD)
         change_BVD = dropout(MLP(c.width, c.mlp_dim, name="mlp")(x_BVD), c.dropout, keys[2])
         x_BVD = LayerNorm(c.width, c.norm_eps, name="norm2")(x_BVD + change_BVD)
@@ -70,7 +80,7 @@ class TaggingLayer(nn.Module):
 
 
 class Ram(nn.Module):
-    """(B, H, W, 3) -> a logit for each tag (B, V)."""
+    """Logits (B, V) of all tags for images (B, H, W, 3)."""
 
     c: RamConfig
 
@@ -81,24 +91,17 @@ class Ram(nn.Module):
         init = with_logical_partitioning(normal(0.02), ("vocab", "embed"))
         self.labels = self.param("labels", init, (c.num_tags, c.label_embed_dim))
         self.words = Dense(c.label_embed_dim, c.width, ("embed", None))
-        scan = nn.scan(
-            TaggingLayer,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=c.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        scan = scan_blocks(TaggingLayer, c.depth, 1)
         self.queries = scan(c)
         self.out = Dense(c.width, 1, ("embed", None))
 
     def encode_image(self, image_BHWC, key=None):
-        """The picture as Swin sees it: its mean, then its places (B, 1 + P, D)."""
+        """Swin's features (B, 1 + P, D): their mean, then all positions."""
         last_BPD, _ = self.swin(image_BHWC, key)
         return jnp.concatenate([last_BPD.mean(1, keepdims=True), last_BPD], axis=1)
 
     def decode_tags(self, image_BPC, key=None):
-        """The states of all tags (B, V, D) before a picture in `image_width`."""
+        """States (B, V, D) of all tags, from image features (B, P, C) of width `encoder_width`."""
         c, dtype = self.c, image_BPC.dtype
         label_VD = jax.nn.relu(self.words(self.labels.astype(dtype)))
         x_BVD = jnp.broadcast_to(label_VD, (len(image_BPC), *label_VD.shape))
@@ -112,11 +115,11 @@ class Ram(nn.Module):
 
 
 def weight_map(c: RamConfig) -> tuple[WeightMapping, ...]:
-    """Names of ram_swin_large_14m.pth, of the parts that tag."""
+    """Names of ram_swin_large_14m.pth, for the modules used in tagging."""
     letters = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
-    looking = attentions.weight_map(letters, c.num_heads, c.width // c.num_heads, "qkvo")
+    attention = attentions.weight_map(letters, c.num_heads, c.width // c.num_heads, "qkvo")
     layer = (
-        *with_prefix("crossattention.", "attention/", looking),
+        *with_prefix("crossattention.", "attention/", attention),
         *norm_weight_map("crossattention.output.LayerNorm", "norm1"),
         *dense_weight_map("intermediate.dense", "mlp/up"),
         *dense_weight_map("output.dense", "mlp/down"),

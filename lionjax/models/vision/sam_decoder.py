@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAM's second half: prompts (points, boxes, masks, tokens from elsewhere) and the decoder that makes masks of them.
+"""SAM's prompt encoder and mask decoder (arXiv 2304.02643), and postprocessing of its masks.
 
-The picture is encoded once; any number of prompts is then answered from the same map. Pixels are those of the encoder's
-square, `SamConfig.image` a side.
+The image is encoded once for any number of prompts (points, boxes, masks, or other tokens). Coordinates of prompts are
+pixels of the encoder's input, `SamConfig.image_size` a side.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from lionjax.nn.layers import (
     zeros,
 )
 
-BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = range(4)  # rows of the table of point kinds
-NOT_A_POINT, PADDING = -1, -10
-DECODE_GROUP_SIZE = 8  # see `Sam.point`
-FINAL_NORM_EPS = 1e-5  # of the last norm, whatever the others' is
+BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = range(4)  # rows of the table of point types
+NOT_A_POINT, PADDING = -1, -10  # further point labels
+DECODE_GROUP_SIZE = 8  # see `Sam.decode_boxes`
+FINAL_NORM_EPS = 1e-5  # of the last norm; `decoder_norm_eps` is that of all others
 
 
 class PromptEncoder(nn.Module):
-    """Where a prompt points, as tokens of the decoder's width; places are told by waves of random directions."""
+    """Tokens of points and boxes with random Fourier position encodings, and the dense embedding of mask prompts."""
 
     c: SamConfig
 
@@ -60,41 +60,38 @@ class PromptEncoder(nn.Module):
             "no_point", with_logical_partitioning(normal(1.0), ("embed",)), (c.prompt_embed_dim,)
         )
         self.no_mask = self.param("no_mask", with_logical_partitioning(normal(1.0), ("embed",)), (c.prompt_embed_dim,))
-        narrow = c.mask_input_channels // 4
-        self.mask_1, self.mask_norm_1 = PatchEmbed(2, narrow, 1), LayerNorm(narrow, c.norm_eps)
-        self.mask_2, self.mask_norm_2 = (
-            PatchEmbed(2, c.mask_input_channels, narrow),
-            LayerNorm(c.mask_input_channels, c.norm_eps),
-        )
+        channels = c.mask_input_channels
+        self.mask_1, self.mask_norm_1 = PatchEmbed(2, channels // 4, 1), LayerNorm(channels // 4, c.norm_eps)
+        self.mask_2, self.mask_norm_2 = PatchEmbed(2, channels, channels // 4), LayerNorm(channels, c.norm_eps)
         self.mask_3 = Dense(c.mask_input_channels, c.prompt_embed_dim, ("embed", None))
 
     def position_encoding(self, xy_2):
-        """(..., 2) x y in 0..1 -> (..., C), in float32."""
+        """Position encodings (..., C) in float32 of points (..., 2), x and y in 0..1."""
         angle = 2 * np.pi * ((2 * xy_2.astype(jnp.float32) - 1) @ self.waves.astype(jnp.float32))
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
     def dense_position_encoding(self):
-        """The places of the map's cells, (h, w, C)."""
-        middle = (np.arange(self.c.grid_size, dtype=np.float32) + 0.5) / self.c.grid_size
-        return self.position_encoding(jnp.asarray(np.stack(np.meshgrid(middle, middle), axis=-1)))
+        """Position encodings (h, w, C) of the centers of the image embedding's positions."""
+        center = (np.arange(self.c.grid_size, dtype=np.float32) + 0.5) / self.c.grid_size
+        return self.position_encoding(jnp.asarray(np.stack(np.meshgrid(center, center), axis=-1)))
 
     def embed_points(self, point_BKT2, label_BKT):
-        """Points in pixels with labels 1 (on the thing), 0 (beside it), -1 (no point), -10 (padding): (B, K, T, C)."""
-        place_BKTC = self.position_encoding((point_BKT2 + 0.5) / self.c.image_size)
+        """Tokens (B, K, T, C) of points in pixels; labels: 1 foreground, 0 background, -1 no point, -10 padding."""
+        token_BKTC = self.position_encoding((point_BKT2 + 0.5) / self.c.image_size)
         label_BKT1 = label_BKT[..., None]
-        place_BKTC = jnp.where(label_BKT1 == NOT_A_POINT, self.no_point, place_BKTC)
-        place_BKTC = jnp.where(label_BKT1 == PADDING, 0.0, place_BKTC)
+        token_BKTC = jnp.where(label_BKT1 == NOT_A_POINT, self.no_point, token_BKTC)
+        token_BKTC = jnp.where(label_BKT1 == PADDING, 0.0, token_BKTC)
         for kind in (BACKGROUND, FOREGROUND):
-            place_BKTC = place_BKTC + jnp.where(label_BKT1 == kind, self.kinds[kind], 0.0)
-        return place_BKTC
+            token_BKTC = token_BKTC + jnp.where(label_BKT1 == kind, self.kinds[kind], 0.0)
+        return token_BKTC
 
     def embed_boxes(self, box_BK4):
-        """Boxes x0 y0 x1 y1 in pixels, as two tokens each: (B, K, 2, C)."""
+        """Two corner tokens (B, K, 2, C) for each box (x0, y0, x1, y1) in pixels."""
         corner_BK22 = (box_BK4.reshape(*box_BK4.shape[:-1], 2, 2) + 0.5) / self.c.image_size
         return self.position_encoding(corner_BK22) + self.kinds[TOP_LEFT:]
 
     def embed_mask(self, mask_BHW=None):
-        """What is added to the map (B or 1, h, w, C): a mask of 4 h x 4 w given as a prompt, or the word for none."""
+        """Dense prompt (B, h, w, C) of masks (B, 4 h, 4 w), or the learned embedding of no mask (1, h, w, C)."""
         if mask_BHW is None:
             return jnp.broadcast_to(self.no_mask, (1, self.c.grid_size, self.c.grid_size, self.c.prompt_embed_dim))
         x, side = mask_BHW[..., None], self.c.grid_size
@@ -104,13 +101,16 @@ class PromptEncoder(nn.Module):
         return self.mask_3(x)
 
     def __call__(self, point_BKT2, label_BKT, box_BK4, mask_BHW):
-        """Tokens (B, K, T, C) and map (B or 1, h, w, C) of what is given; points alone get an empty one behind."""
+        """Prompt tokens (B, K, T, C) and dense prompt (B or 1, h, w, C) of the prompts that are not None.
+
+        Points without boxes get a further token of label -1, as in the original.
+        """
         tokens = []
         if point_BKT2 is not None:
             if box_BK4 is None:
-                room = ((0, 0), (0, 0), (0, 1))
-                label_BKT = jnp.pad(label_BKT, room, constant_values=NOT_A_POINT)
-                point_BKT2 = jnp.pad(point_BKT2, (*room, (0, 0)))
+                padding = ((0, 0), (0, 0), (0, 1))
+                label_BKT = jnp.pad(label_BKT, padding, constant_values=NOT_A_POINT)
+                point_BKT2 = jnp.pad(point_BKT2, (*padding, (0, 0)))
             tokens.append(self.embed_points(point_BKT2, label_BKT))
         if box_BK4 is not None:
             tokens.append(self.embed_boxes(box_BK4))
@@ -120,7 +120,7 @@ class PromptEncoder(nn.Module):
 
 
 class TwoWayAttentionBlock(nn.Module):
-    """Tokens look at each other and at the map, are fed forward, and the map looks at the tokens."""
+    """Self-attention of tokens, cross-attention to the image, feed-forward, cross-attention of the image to tokens."""
 
     c: SamConfig
     skip_first_layer_pe: bool
@@ -132,14 +132,13 @@ class TwoWayAttentionBlock(nn.Module):
         def norm(name, x):
             return LayerNorm(c.prompt_embed_dim, c.decoder_norm_eps, name=name)(x)
 
-        own = make_attention(c, c.prompt_embed_dim, "self_attention")
-        if (
-            self.skip_first_layer_pe
-        ):  # nothing has been learned yet that could be kept: no residual, and prompts tell their places
-            token_BTC = own(token_BTC)
+        attention = make_attention(c, c.prompt_embed_dim, "self_attention")
+        if self.skip_first_layer_pe:  # in the first block the tokens are the prompts: no residual, no encodings
+            token_BTC = attention(token_BTC)
         else:
-            asking = token_BTC + prompt_BTC
-            token_BTC = token_BTC + own.attend(own.project_query(asking), (own.k(asking), own.v(token_BTC)))
+            query_BTC = token_BTC + prompt_BTC
+            keys_values = attention.k(query_BTC), attention.v(token_BTC)
+            token_BTC = token_BTC + attention.attend(attention.project_query(query_BTC), keys_values)
         token_BTC = norm("norm1", token_BTC)
         token_BTC = norm("norm2", token_BTC + cross_attend(c, "to_map", token_BTC, prompt_BTC, image_BPC, image_pe_PC))
         change = MLP(c.prompt_embed_dim, c.decoder_mlp_dim, "relu", name="mlp")(token_BTC)
@@ -151,18 +150,19 @@ class TwoWayAttentionBlock(nn.Module):
 
 
 def make_attention(c: SamConfig, internal_dim: int, name: str) -> Attention:
+    """Attention of width `internal_dim` over all heads."""
     return Attention(c.prompt_embed_dim, c.decoder_num_heads, internal_dim // c.decoder_num_heads, name=name)
 
 
 def cross_attend(c: SamConfig, name: str, query, query_pe, source, source_pe):
-    """One side looks at the other: both tell their places, only what is seen does not. Half as wide inside."""
+    """Attention of `query` to `source` at half the width; position encodings are added to queries and keys only."""
     attention = make_attention(c, c.prompt_embed_dim // 2, name)
     keys_values = attention.k(source + source_pe), attention.v(source)
     return attention.attend(attention.project_query(query + query_pe), keys_values)
 
 
 class StackedMLP(nn.Module):
-    """Dense layers with ReLU between them. With `stack`, so many side by side, along the last axis but one of x."""
+    """MLP of `widths` with ReLU; with `num_stacked`, one MLP for each index of the second-last axis of x."""
 
     widths: tuple[int, ...]
     num_stacked: int | None = None
@@ -185,7 +185,7 @@ class StackedMLP(nn.Module):
 
 
 class ConvTranspose2x2(nn.Module):
-    """(B, h, w, C) -> (B, 2h, 2w, D): every cell becomes four (a transposed convolution of size and stride 2)."""
+    """Transposed convolution (B, h, w, C) -> (B, 2h, 2w, D) with kernel size and stride 2."""
 
     in_features: int
     features: int
@@ -195,13 +195,13 @@ class ConvTranspose2x2(nn.Module):
         init = with_logical_partitioning(flatten_fan_in(normal(0.02)), ("conv", "conv", "embed", None))
         kernel = self.param("kernel", init, (2, 2, self.in_features, self.features)).astype(x_BHWC.dtype)
         bias = self.param("bias", with_logical_partitioning(zeros, (None,)), (self.features,)).astype(x_BHWC.dtype)
-        batch, high, wide, _ = x_BHWC.shape
+        batch, height, width, _ = x_BHWC.shape
         y = jnp.einsum("BHWC,ijCD->BHiWjD", x_BHWC, kernel)
-        return y.reshape(batch, 2 * high, 2 * wide, self.features) + bias
+        return y.reshape(batch, 2 * height, 2 * width, self.features) + bias
 
 
 class MaskDecoder(nn.Module):
-    """A map (B, h, w, C) and K prompts of T tokens each -> mask logits (B, K, M, 4h, 4w), expected IoUs (B, K, M)."""
+    """Mask logits (B, K, M, 4h, 4w) and predicted IoUs (B, K, M) of an image embedding and K prompts of T tokens."""
 
     c: SamConfig
 
@@ -209,34 +209,34 @@ class MaskDecoder(nn.Module):
     def __call__(self, image_embedding_BHWC, prompt_BKTC, image_pe_HWC):
         c, (batch, prompts) = self.c, prompt_BKTC.shape[:2]
         init = with_logical_partitioning(normal(1.0), ("position", "embed"))
-        own_SC = self.param("tokens", init, (1 + c.num_mask_tokens, c.prompt_embed_dim)).astype(
-            image_embedding_BHWC.dtype
-        )
-        own_BKSC = jnp.broadcast_to(own_SC, (batch, prompts, *own_SC.shape))
-        token = jnp.concatenate([own_BKSC, prompt_BKTC.astype(image_embedding_BHWC.dtype)], axis=2)
+        dtype = image_embedding_BHWC.dtype
+        # The IoU token, then the mask tokens.
+        output_SC = self.param("tokens", init, (1 + c.num_mask_tokens, c.prompt_embed_dim)).astype(dtype)
+        output_BKSC = jnp.broadcast_to(output_SC, (batch, prompts, *output_SC.shape))
+        token = jnp.concatenate([output_BKSC, prompt_BKTC.astype(dtype)], axis=2)
         token = prompt = token.reshape(batch * prompts, -1, c.prompt_embed_dim)
-        seen = jnp.repeat(image_embedding_BHWC.reshape(batch, -1, c.prompt_embed_dim), prompts, axis=0)
-        grid_PC = image_pe_HWC.reshape(-1, c.prompt_embed_dim).astype(seen.dtype)
+        image = jnp.repeat(image_embedding_BHWC.reshape(batch, -1, c.prompt_embed_dim), prompts, axis=0)
+        image_pe_PC = image_pe_HWC.reshape(-1, c.prompt_embed_dim).astype(dtype)
         for n in range(c.decoder_depth):
-            token, seen = TwoWayAttentionBlock(c, n == 0, name=f"block_{n}")(token, seen, prompt, grid_PC)
-        token = token + cross_attend(c, "last", token, prompt, seen, grid_PC)
+            token, image = TwoWayAttentionBlock(c, n == 0, name=f"block_{n}")(token, image, prompt, image_pe_PC)
+        token = token + cross_attend(c, "last", token, prompt, image, image_pe_PC)
         token = LayerNorm(c.prompt_embed_dim, FINAL_NORM_EPS, name="norm")(token)
 
-        seen = ConvTranspose2x2(c.prompt_embed_dim, c.prompt_embed_dim // 4, name="up_1")(
-            seen.reshape(-1, c.grid_size, c.grid_size, c.prompt_embed_dim)
+        image = ConvTranspose2x2(c.prompt_embed_dim, c.prompt_embed_dim // 4, name="up_1")(
+            image.reshape(-1, c.grid_size, c.grid_size, c.prompt_embed_dim)
         )
-        seen = gelu(LayerNorm(c.prompt_embed_dim // 4, c.norm_eps, name="up_norm")(seen))
-        seen = gelu(ConvTranspose2x2(c.prompt_embed_dim // 4, c.prompt_embed_dim // 8, name="up_2")(seen))
+        image = gelu(LayerNorm(c.prompt_embed_dim // 4, c.norm_eps, name="up_norm")(image))
+        image = gelu(ConvTranspose2x2(c.prompt_embed_dim // 4, c.prompt_embed_dim // 8, name="up_2")(image))
         widths = (c.prompt_embed_dim, c.prompt_embed_dim, c.prompt_embed_dim, c.prompt_embed_dim // 8)
         filter_RMC = StackedMLP(widths, c.num_mask_tokens, name="filters")(token[:, 1 : 1 + c.num_mask_tokens])
-        logits = jnp.einsum("RMC,RHWC->RMHW", filter_RMC, seen, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("RMC,RHWC->RMHW", filter_RMC, image, preferred_element_type=jnp.float32)
         widths = (c.prompt_embed_dim, *(c.iou_head_mlp_dim,) * (c.iou_head_depth - 1), c.num_mask_tokens)
         iou = StackedMLP(widths, name="iou")(token[:, 0]).astype(jnp.float32)
         return logits.reshape(batch, prompts, *logits.shape[1:]), iou.reshape(batch, prompts, c.num_mask_tokens)
 
 
 class Sam(nn.Module):
-    """`encode` a picture once, then `decode` prompts on it; `__call__` does both."""
+    """`encode` an image once, then `decode` prompts with its embedding; `__call__` does both."""
 
     c: SamConfig
 
@@ -244,11 +244,11 @@ class Sam(nn.Module):
         self.encoder, self.prompts, self.decoder = (ImageEncoder(self.c), PromptEncoder(self.c), MaskDecoder(self.c))
 
     def encode(self, image_BHWC):
-        """(B, S, S, 3), normalised -> the map (B, h, w, C)."""
+        """Image embedding (B, h, w, C) of normalized images (B, S, S, 3), S = `image_size`."""
         return self.encoder(image_BHWC)
 
     def decode(self, image_embedding_BHWC, prompt_BKTC, dense_prompt_BHWC=None):
-        """Mask logits (B, K, M, 4h, 4w) and IoUs (B, K, M); mask 0 is for clear prompts, the others for vague ones."""
+        """Mask logits (B, K, M, 4h, 4w) and IoUs (B, K, M); mask 0 is for clear prompts, others for ambiguous ones."""
         dense_prompt_BHWC = self.prompts.embed_mask() if dense_prompt_BHWC is None else dense_prompt_BHWC
         return self.decoder(
             image_embedding_BHWC + dense_prompt_BHWC.astype(image_embedding_BHWC.dtype),
@@ -257,39 +257,40 @@ class Sam(nn.Module):
         )
 
     def decode_boxes(self, image_embedding_BHWC, box_BK4, extra_tokens_BKTC, valid_BK=None):
-        """Mask logits (B, K, 4h, 4w) and IoUs (B, K) of boxes in pixels, with further tokens before them.
+        """Mask logits (B, K, 4h, 4w) and IoUs (B, K) of boxes in pixels, with extra prompt tokens before their corners.
 
-        What is not asked for (`asked_BK`) is not computed where that can be helped, and is then 0: a few rows on one
-        device, G groups of R, put what they ask for first, and the n-th of each group are decoded together.
+        With `valid_BK`, most masks of invalid boxes are not computed and are 0: rows on one device form G groups of up
+        to `DECODE_GROUP_SIZE`, each group sorts its valid boxes first, the n-th boxes of all groups are decoded
+        together, and an n without a valid box is skipped.
         """
         prompt_BKTC = jnp.concatenate([extra_tokens_BKTC, self.prompts.embed_boxes(box_BK4)], axis=2)
         if valid_BK is None:
             logits_BKMHW, iou_BKM = self.decode(image_embedding_BHWC, prompt_BKTC)
             return logits_BKMHW[:, :, 0], iou_BKM[:, :, 0]
         (batch, count), side = valid_BK.shape, 4 * self.c.grid_size
-        together = sharding.aligned_group_size(batch, DECODE_GROUP_SIZE)
-        map_GRHWC = image_embedding_BHWC.reshape(-1, together, *image_embedding_BHWC.shape[1:])
-        prompt_GNTC = prompt_BKTC.reshape(len(map_GRHWC), -1, *prompt_BKTC.shape[2:])
-        asked_GN = valid_BK.reshape(prompt_GNTC.shape[:2])
-        order_GN = jnp.argsort(~asked_GN, axis=1, stable=True)
+        group_size = sharding.aligned_group_size(batch, DECODE_GROUP_SIZE)
+        image_GRHWC = image_embedding_BHWC.reshape(-1, group_size, *image_embedding_BHWC.shape[1:])
+        prompt_GNTC = prompt_BKTC.reshape(len(image_GRHWC), -1, *prompt_BKTC.shape[2:])
+        valid_GN = valid_BK.reshape(prompt_GNTC.shape[:2])
+        order_GN = jnp.argsort(~valid_GN, axis=1, stable=True)
 
-        def decoded(sam, n_G):
-            map_GHWC = take_positions(map_GRHWC, n_G[:, None] // count)[:, 0]
-            logits_G1MHW, iou_G1M = sam.decode(map_GHWC, take_positions(prompt_GNTC, n_G[:, None]))
+        def decode_prompts(sam, n_G):
+            image_GHWC = take_positions(image_GRHWC, n_G[:, None] // count)[:, 0]
+            logits_G1MHW, iou_G1M = sam.decode(image_GHWC, take_positions(prompt_GNTC, n_G[:, None]))
             return logits_G1MHW[:, 0, 0], iou_G1M[:, 0, 0]
 
-        def nothing(sam, n_G):
+        def skip(sam, n_G):
             return jnp.zeros((len(n_G), side, side)), jnp.zeros((len(n_G),))
 
-        def one(sam, _, n_G):
-            wanted = take_positions(asked_GN, n_G[:, None]).any()
-            return None, nn.cond(wanted, decoded, nothing, sam, n_G)
+        def step(sam, _, n_G):
+            any_valid = take_positions(valid_GN, n_G[:, None]).any()
+            return None, nn.cond(any_valid, decode_prompts, skip, sam, n_G)
 
-        # Remembering nothing for the backward pass also spares writing what was not computed.
-        each = nn.scan(nn.remat(one), variable_broadcast="params", in_axes=1, out_axes=1)
-        _, made = each(self, None, order_GN)
-        back_GN = jnp.argsort(order_GN, axis=1)
-        logits_GNHW, iou_GN = (take_positions(x, back_GN) for x in made)
+        # With remat, no intermediates are saved for the backward pass, which would be written for skipped steps too.
+        scan = nn.scan(nn.remat(step), variable_broadcast="params", in_axes=1, out_axes=1)
+        _, outputs = scan(self, None, order_GN)
+        inverse_GN = jnp.argsort(order_GN, axis=1)
+        logits_GNHW, iou_GN = (take_positions(x, inverse_GN) for x in outputs)
         return logits_GNHW.reshape(batch, count, side, side), iou_GN.reshape(batch, count)
 
     def __call__(self, image_BHWC, point_BKT2=None, label_BKT=None, box_BK4=None, mask_BHW=None):
@@ -297,13 +298,13 @@ class Sam(nn.Module):
 
 
 def bilinear_matrix(outputs: int, inputs: int) -> np.ndarray:
-    """The matrix (outputs, inputs) that resizes one axis bilinearly between pixel centres, as torch's interpolate."""
-    place = np.clip((np.arange(outputs) + 0.5) * inputs / outputs - 0.5, 0, inputs - 1)
-    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(inputs)[None, :])).astype(np.float32)
+    """Matrix (outputs, inputs) of bilinear resizing along one axis, as torch's interpolate(align_corners=False)."""
+    position = np.clip((np.arange(outputs) + 0.5) * inputs / outputs - 0.5, 0, inputs - 1)
+    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(inputs)[None, :])).astype(np.float32)
 
 
 def resize_mask_logits(logits_HW, size: int):
-    """Mask logits (..., h, w) -> (..., pixels, pixels), differentiable."""
+    """Mask logits (..., size, size) resized bilinearly from (..., h, h), differentiable."""
     matrix = bilinear_matrix(size, logits_HW.shape[-1])
     return jnp.einsum("Yy,...yx,Xx->...YX", matrix, logits_HW, matrix)
 
@@ -311,18 +312,18 @@ def resize_mask_logits(logits_HW, size: int):
 def postprocess_masks(
     logits_HW, image_size: int, pixel_rect: tuple[int, int, int, int], original_size: tuple[int, int]
 ) -> np.ndarray:
-    """Mask logits (..., h, w) of a square of `image` pixels -> logits (..., high, wide) on the picture within it.
+    """Mask logits (..., *original_size) of the original image, from logits (..., h, w) of SAM's padded input.
 
-    `inside`: where the picture lies in the square, as top, left, high, wide in pixels; `size`: its own high and wide. A
-    pixel belongs to the mask where its logit is above 0.
+    `image_size`: side of SAM's input. `pixel_rect`: top, left, height and width of the image in it. `original_size`:
+    height and width of the original image. All are in pixels. A pixel is in the mask if its logit is above 0.
     """
     logits_HW = np.asarray(logits_HW, np.float32)
-    top, left, high, wide = pixel_rect
-    down = bilinear_matrix(original_size[0], high) @ bilinear_matrix(image_size, logits_HW.shape[-2])[top : top + high]
-    across = (
-        bilinear_matrix(original_size[1], wide) @ bilinear_matrix(image_size, logits_HW.shape[-1])[left : left + wide]
-    )
-    return down @ logits_HW @ across.T
+    top, left, height, width = pixel_rect
+    to_rows = bilinear_matrix(image_size, logits_HW.shape[-2])[top : top + height]
+    to_columns = bilinear_matrix(image_size, logits_HW.shape[-1])[left : left + width]
+    rows = bilinear_matrix(original_size[0], height) @ to_rows
+    columns = bilinear_matrix(original_size[1], width) @ to_columns
+    return rows @ logits_HW @ columns.T
 
 
 def original_weight_map(c: SamConfig) -> tuple[WeightMapping, ...]:
@@ -353,9 +354,9 @@ def hf_weight_map(c: SamConfig) -> tuple[WeightMapping, ...]:
     )
     ups = ("upscale_conv1", "upscale_layer_norm", "upscale_conv2")
     decoder = _mask_decoder_weight_map(c, "layer_norm", "layer_norm_final_attn", ups, _hf_mlp_layer_name)
-    also = (f"prompt_encoder.shared_embedding.{shared}",)
+    tied_keys = (f"prompt_encoder.shared_embedding.{shared}",)
     return (
-        WeightMapping(f"shared_image_embedding.{shared}", "prompts/waves", tied_keys=also),
+        WeightMapping(f"shared_image_embedding.{shared}", "prompts/waves", tied_keys=tied_keys),
         *with_prefix("vision_encoder.", "encoder/", encoder_weight_map(c, HF_NAMES)),
         *with_prefix("prompt_encoder.", "prompts/", prompts),
         *with_prefix("mask_decoder.", "decoder/", decoder),
@@ -390,13 +391,13 @@ def _prompt_encoder_weight_map(
 def _mask_decoder_weight_map(
     c: SamConfig, norm_name: str, final_norm_name: str, upscale_names: tuple[str, ...], mlp_layer_name
 ) -> tuple[WeightMapping, ...]:
-    def attention(theirs, ours, inner):
-        names = {x: f"{theirs}.{'out' if x == 'o' else x}_proj" for x in "qkvo"}
-        rows = attentions.weight_map(names, c.decoder_num_heads, inner // c.decoder_num_heads, "qkvo")
-        return with_prefix("", f"{ours}/", rows)
+    def attention(torch, flax, internal_dim):
+        names = {x: f"{torch}.{'out' if x == 'o' else x}_proj" for x in "qkvo"}
+        mappings = attentions.weight_map(names, c.decoder_num_heads, internal_dim // c.decoder_num_heads, "qkvo")
+        return with_prefix("", f"{flax}/", mappings)
 
-    one_above_others = Transform("one above others", lambda a, b: np.concatenate([a, b]), lambda w: (w[:1], w[1:]))
-    rows = [WeightMapping(("iou_token.weight", "mask_tokens.weight"), "tokens", one_above_others)]
+    concatenate = Transform("one above others", lambda a, b: np.concatenate([a, b]), lambda w: (w[:1], w[1:]))
+    rows = [WeightMapping(("iou_token.weight", "mask_tokens.weight"), "tokens", concatenate)]
     for n in range(c.decoder_depth):
         block = (
             *attention("self_attn", "self_attention", c.prompt_embed_dim),
@@ -409,20 +410,20 @@ def _mask_decoder_weight_map(
         rows += with_prefix(f"transformer.layers.{n}.", f"block_{n}/", block)
     rows += with_prefix("transformer.", "", attention("final_attn_token_to_image", "last", c.prompt_embed_dim // 2))
     rows += norm_weight_map(f"transformer.{final_norm_name}", "norm")
-    for name, theirs in (("up_1", upscale_names[0]), ("up_2", upscale_names[2])):
+    for flax, torch in (("up_1", upscale_names[0]), ("up_2", upscale_names[2])):
         rows += [
-            WeightMapping(f"{theirs}.weight", f"{name}/kernel", conv_transpose),
-            WeightMapping(f"{theirs}.bias", f"{name}/bias"),
+            WeightMapping(f"{torch}.weight", f"{flax}/kernel", conv_transpose),
+            WeightMapping(f"{torch}.bias", f"{flax}/bias"),
         ]
     rows += norm_weight_map(upscale_names[1], "up_norm")
-    for theirs, ours, layers in (
+    for torch, flax, layers in (
         ("output_hypernetworks_mlps.{i}", "filters", 3),
         ("iou_prediction_head", "iou", c.iou_head_depth),
     ):
         for n in range(layers):
-            name = f"{theirs}.{mlp_layer_name(n, layers)}"
+            name = f"{torch}.{mlp_layer_name(n, layers)}"
             rows += [
-                WeightMapping(f"{name}.weight", f"{ours}/kernel_{n}", linear),
-                WeightMapping(f"{name}.bias", f"{ours}/bias_{n}"),
+                WeightMapping(f"{name}.weight", f"{flax}/kernel_{n}", linear),
+                WeightMapping(f"{name}.bias", f"{flax}/bias_{n}"),
             ]
     return tuple(rows)

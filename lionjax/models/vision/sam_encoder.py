@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAM's image encoder (arXiv 2304.02643): a ViT on a large square whose layers look mostly into small windows.
+"""SAM's image encoder (arXiv 2304.02643): a ViT with window attention in most layers and global attention in a few.
 
-Every few layers one looks at the whole picture. What a query adds to its scores depends on how many rows and columns a
-key lies away. A neck narrows the result to the map that the mask decoder reads; see `sam_masks`.
+Attention has decomposed relative position embeddings (rows and columns). A convolutional neck projects the output to
+the image embedding that the mask decoder reads; see `sam_decoder`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from lionjax.core.weight_map import (
 from lionjax.nn.attention import Attention
 from lionjax.nn.layers import (
     MLP,
-    REMAT_POLICIES,
     Conv,
     Dense,
     LayerNorm,
     PatchEmbed,
     dense_weight_map,
     norm_weight_map,
+    remat_block,
+    scan_blocks,
     window_partition,
     window_reverse,
     zeros,
@@ -61,7 +62,7 @@ from lionjax.nn.layers import (
 )
 @dataclasses.dataclass(frozen=True)
 class SamConfig:
-    """Sizes of the image encoder, and behind it those of the prompt encoder and the mask decoder."""
+    """Config of the image encoder, the prompt encoder and the mask decoder."""
 
     image_size: int = 1024  # pixels a side
     patch_size: int = 16
@@ -69,31 +70,31 @@ class SamConfig:
     depth: int = 32
     num_heads: int = 16
     mlp_dim: int = 5120
-    window_size: int = 14  # tokens a side
+    window_size: int = 14  # patches a side
     global_attn_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    prompt_embed_dim: int = 256  # of the map, of prompts and of the decoder
+    prompt_embed_dim: int = 256  # width of image embedding, prompts and decoder
     norm_eps: float = 1e-6
-    mask_input_channels: int = 16  # of a mask given as a prompt, on its way to the map
+    mask_input_channels: int = 16  # hidden channels of the encoder of mask prompts
     decoder_depth: int = 2
     decoder_num_heads: int = 8
     decoder_mlp_dim: int = 2048
     decoder_norm_eps: float = 1e-5
-    num_mask_tokens: int = 4  # the best one, then three alternatives for a vague prompt
+    num_mask_tokens: int = 4  # one mask for clear prompts, then three for ambiguous ones
     iou_head_depth: int = 3
     iou_head_mlp_dim: int = 256
     remat: str = "none"
 
     @property
     def grid_size(self) -> int:
-        """Tokens a side."""
+        """Patches a side."""
         return self.image_size // self.patch_size
 
     @property
     def window_sizes(self) -> tuple[int, ...]:
-        """Tokens a side of what each layer of a period sees; the periods, which are scanned, make up the depth."""
-        whole = [self.grid_size if n in self.global_attn_indexes else self.window_size for n in range(self.depth)]
+        """Side of the attention window of each layer of a period in patches; the scan repeats the period."""
+        sizes = [self.grid_size if n in self.global_attn_indexes else self.window_size for n in range(self.depth)]
         periods = (p for p in range(1, self.depth + 1) if self.depth % p == 0)
-        return next(tuple(whole[:p]) for p in periods if whole[:p] * (self.depth // p) == whole)
+        return next(tuple(sizes[:p]) for p in periods if sizes[:p] * (self.depth // p) == sizes)
 
 
 SAM_VIT_H = SamConfig()
@@ -118,7 +119,7 @@ SAM_VIT_B = SamConfig(width=768, depth=12, num_heads=12, mlp_dim=3072, global_at
 
 
 class Block(nn.Module):
-    """x += attention(norm x) within squares of `side` tokens; x += mlp(norm x)."""
+    """x += attention(norm(x)) in windows of `window_size` patches a side; x += mlp(norm(x))."""
 
     c: SamConfig
     window_size: int
@@ -128,34 +129,35 @@ class Block(nn.Module):
         c, head = self.c, self.c.width // self.c.num_heads
         init, shape = with_logical_partitioning(zeros, ("position", "head")), (2 * self.window_size - 1, head)
         rows_RH, columns_RH = self.param("rows", init, shape), self.param("columns", init, shape)
-        own = Attention(c.width, c.num_heads, head, name="attention")
-        # Zeros beside the picture are keys as well: the original does not mask them.
+        attention = Attention(c.width, c.num_heads, head, name="attention")
+        # Padding positions are keys too, as in the original, which does not mask them.
         h_BLD = window_partition(LayerNorm(c.width, c.norm_eps, name="norm1")(x_BHWD), self.window_size)
-        query_BLNH = own.project_query(h_BLD)
+        query_BLNH = attention.project_query(h_BLD)
         bias = decomposed_rel_pos_bias(query_BLNH, rows_RH, columns_RH)
-        change_BLD = own.attend(query_BLNH, own.project_key_value(h_BLD), None, bias)
+        change_BLD = attention.attend(query_BLNH, attention.project_key_value(h_BLD), None, bias)
         x_BHWD = x_BHWD + window_reverse(change_BLD, self.window_size, x_BHWD.shape)
         x_BHWD = x_BHWD + MLP(c.width, c.mlp_dim, name="mlp")(LayerNorm(c.width, c.norm_eps, name="norm2")(x_BHWD))
         return with_logical_constraint(x_BHWD, "batch", "length", "length", "act_embed")
 
 
 class Period(nn.Module):
-    """Layers that look into windows and at the whole in the order that repeats."""
+    """The repeated sequence of layers with window and global attention (`SamConfig.window_sizes`)."""
 
     c: SamConfig
 
     @nn.compact
     def __call__(self, x_BHWD, _):
-        block = (
-            Block if self.c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.c.remat])
-        )
-        for n, side in enumerate(self.c.window_sizes):
-            x_BHWD = block(self.c, side, name=f"block_{n}")(x_BHWD)
+        block = remat_block(Block, self.c.remat)
+        for n, window_size in enumerate(self.c.window_sizes):
+            x_BHWD = block(self.c, window_size, name=f"block_{n}")(x_BHWD)
         return x_BHWD, None
 
 
 class ImageEncoder(nn.Module):
-    """(B, H, W, 3) -> (B, h, w, C), one place for each patch."""
+    """Image embedding (B, h, w, C) of images (B, H, W, 3), one position for each patch.
+
+    Raises ValueError for an image of another size than `image_size`.
+    """
 
     c: SamConfig
 
@@ -165,19 +167,13 @@ class ImageEncoder(nn.Module):
         if image_BHWC.shape[1:3] != (c.image_size, c.image_size):
             size = f"{image_BHWC.shape[1]} x {image_BHWC.shape[2]}"
             raise ValueError(
-                f"the image is {size} px but SAM reads {c.image_size} x {c.image_size}; resize and pad it to that"
+                f"the image is {size} px, but SAM's image_size is {c.image_size}; resize and pad it to that side"
             )
         x_BPD = PatchEmbed(c.patch_size, c.width, name="patch")(image_BHWC)
         x_BHWD = x_BPD.reshape(-1, c.grid_size, c.grid_size, c.width)
         init = with_logical_partitioning(zeros, ("position", "position", "embed"))
         x_BHWD = x_BHWD + self.param("position", init, (c.grid_size, c.grid_size, c.width)).astype(x_BHWD.dtype)
-        periods = nn.scan(
-            Period,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            length=c.depth // len(c.window_sizes),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        periods = scan_blocks(Period, c.depth // len(c.window_sizes))
         x_BHWD, _ = periods(c, name="periods")(x_BHWD, None)
         x_BHWC = Dense(c.width, c.prompt_embed_dim, ("embed", None), use_bias=False, name="narrow")(x_BHWD)
         x_BHWC = LayerNorm(c.prompt_embed_dim, c.norm_eps, name="narrow_norm")(x_BHWC)
@@ -186,22 +182,22 @@ class ImageEncoder(nn.Module):
 
 
 def decomposed_rel_pos_bias(query_BLNH, rel_pos_h_RH, rel_pos_w_RH):
-    """What is added to the scores within a square: (B, N, L, L) in float32, from the unscaled queries."""
+    """Attention bias (B, N, L, L) in float32: unscaled queries times relative row and column embeddings."""
     batch, length, heads, head = query_BLNH.shape
     side = (len(rel_pos_h_RH) + 1) // 2
     query = query_BLNH.reshape(batch, side, side, heads, head)
-    away = np.arange(side)[:, None] - np.arange(side)[None, :] + side - 1
-    rows_YSH, columns_XSH = rel_pos_h_RH[away].astype(query.dtype), rel_pos_w_RH[away].astype(query.dtype)
-    down = jnp.einsum("BYXNH,YSH->BNYXS", query, rows_YSH, preferred_element_type=jnp.float32)
-    across = jnp.einsum("BYXNH,XSH->BNYXS", query, columns_XSH, preferred_element_type=jnp.float32)
-    return (down[..., :, None] + across[..., None, :]).reshape(batch, heads, length, length)
+    index = np.arange(side)[:, None] - np.arange(side)[None, :] + side - 1
+    rows_YSH, columns_XSH = rel_pos_h_RH[index].astype(query.dtype), rel_pos_w_RH[index].astype(query.dtype)
+    row_bias = jnp.einsum("BYXNH,YSH->BNYXS", query, rows_YSH, preferred_element_type=jnp.float32)
+    column_bias = jnp.einsum("BYXNH,XSH->BNYXS", query, columns_XSH, preferred_element_type=jnp.float32)
+    return (row_bias[..., :, None] + column_bias[..., None, :]).reshape(batch, heads, length, length)
 
 
 pointwise_conv = Transform(
     "pointwise", lambda w: w[:, :, 0, 0].T, lambda w: w.T[:, :, None, None]
 )  # a 1x1 convolution as a Dense
 
-# The same layers in the original's words and in Hugging Face's.
+# Torch names of the encoder's modules in the original code and in Hugging Face's.
 ORIGINAL_NAMES = {
     "patch": "patch_embed.proj",
     "blocks": "blocks",
@@ -225,10 +221,11 @@ HF_NAMES = {
 def encoder_weight_map(c: SamConfig, torch_names: dict[str, str] = ORIGINAL_NAMES) -> tuple[WeightMapping, ...]:
     """Names under `image_encoder.` of the original, or `vision_encoder.` of Hugging Face's SamModel."""
     head = c.width // c.num_heads
-    into, cut = split_heads_kernel(c.num_heads, head), split_heads(c.num_heads, head)
+    kernel, bias = split_heads_kernel(c.num_heads, head), split_heads(c.num_heads, head)
+    kernel_paths, bias_paths = (tuple(f"attention/{x}/{w}" for x in "qkv") for w in ("kernel", "bias"))
     block = (
-        WeightMapping("attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(into, into, into)),
-        WeightMapping("attn.qkv.bias", tuple(f"attention/{x}/bias" for x in "qkv"), split_fused(cut, cut, cut)),
+        WeightMapping("attn.qkv.weight", kernel_paths, split_fused(kernel, kernel, kernel)),
+        WeightMapping("attn.qkv.bias", bias_paths, split_fused(bias, bias, bias)),
         WeightMapping("attn.proj.weight", "attention/o/kernel", merge_heads_kernel(c.num_heads, head)),
         WeightMapping("attn.proj.bias", "attention/o/bias"),
         WeightMapping("attn.rel_pos_h", "rows"),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swin (arXiv 2103.14030): a pyramid of stages whose layers look into small windows, every second time shifted ones.
+"""Swin transformer (arXiv 2103.14030): stages of attention in windows, shifted in every second block.
 
-Between stages each square of four places becomes one place of twice the width. How much a key counts also depends on
-where in the window it lies, by a learned number. RAM and Grounding DINO see with it.
+Patch merging between stages halves the sides of the feature map and doubles its width. Attention has a learned
+relative position bias. It is the image encoder of RAM and Grounding DINO.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from lionjax.core.weight_map import (
 from lionjax.nn.attention import Attention
 from lionjax.nn.layers import (
     MLP,
-    REMAT_POLICIES,
     Dense,
     LayerNorm,
     PatchEmbed,
     dense_weight_map,
     norm_weight_map,
     normal,
+    remat_block,
+    scan_blocks,
     split_key,
     window_partition,
     window_reverse,
 )
 
-PATCH_NORM_EPS = 1e-5  # of the norms before and between stages, whatever `eps` says of the others
+PATCH_NORM_EPS = 1e-5  # of the norms before and between stages; `norm_eps` is that of all others
 
 
 @renamed_fields(
@@ -58,19 +59,19 @@ PATCH_NORM_EPS = 1e-5  # of the norms before and between stages, whatever `eps` 
 )
 @dataclasses.dataclass(frozen=True)
 class SwinConfig:
-    """Sizes. Each stage after the first has half the side and twice the width of the one before."""
+    """Config of a Swin. Each stage after the first has half the side and twice the width of the one before."""
 
-    image_size: int | None = 224  # pixels a side; None: pictures of any size, as detectors take them
+    image_size: int | None = 224  # pixels a side; None: images of any size, as in detectors
     patch_size: int = 4
     width: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: int = 7  # places a side
-    mlp_ratio: float = 4.0  # of the feed-forward's hidden width to the width
+    window_size: int = 7  # positions a side
+    mlp_ratio: float = 4.0  # hidden size of the feed-forward relative to the width
     attention_biases: str = "qkvo"
     norm_eps: float = 1e-5
     activation: str = "gelu"
-    drop_path_rate: float = 0.1  # share of samples that the last layer passes over in training
+    drop_path_rate: float = 0.1  # stochastic depth rate of the last block; it grows linearly from 0
     remat: str = "none"
 
     @property
@@ -79,11 +80,11 @@ class SwinConfig:
         return tuple(self.width << stage for stage in range(len(self.depths)))
 
     def grid_size(self, stage: int) -> int | None:
-        """Places a side at a stage, or None where that depends on the picture."""
+        """Side of the feature map of a stage in positions, None if it depends on the image."""
         return None if self.image_size is None else -(-self.image_size // (self.patch_size << stage))
 
     def window_and_shift(self, stage: int) -> tuple[int, int]:
-        """(side, shift) of a stage's windows; a map that fits into one window is one, and nothing is shifted."""
+        """(side, shift) of the windows of a stage; a feature map that fits into one window has no shift."""
         grid = self.grid_size(stage)
         if grid is not None and grid <= self.window_size:
             return grid, 0
@@ -95,32 +96,30 @@ SWIN_L_384 = SwinConfig(image_size=384, width=192, depths=(2, 2, 18, 2), num_hea
 
 
 def relative_position_index(window_size: int) -> np.ndarray:
-    """Which row of the table of numbers a query (L) and a key (L) of a window share: (L, L) int64."""
+    """Row of the relative position bias table for each (query, key) pair of a window: (L, L) int64."""
     row_L, column_L = np.divmod(np.arange(window_size * window_size), window_size)
-    down_LL, across_LL = (x[:, None] - x[None, :] + window_size - 1 for x in (row_L, column_L))
-    return down_LL * (2 * window_size - 1) + across_LL
+    rows_LL, columns_LL = (x[:, None] - x[None, :] + window_size - 1 for x in (row_L, column_L))
+    return rows_LL * (2 * window_size - 1) + columns_LL
 
 
 def shifted_window_mask(height: int, width: int, window_size: int, shift_size: int) -> np.ndarray:
-    """Who may look at whom in the windows of a shifted map: (windows, L, L) bool.
+    """Attention mask of the windows of a cyclically shifted feature map: (windows, L, L) bool.
 
-    What was rolled in from the opposite edge lies in one window with what it is no neighbour of.
+    Positions that the shift moved to the opposite edge do not attend to the others of their window.
     """
 
-    def part(size):
-        place = np.arange(size)
-        return (place >= size - window_size).astype(int) + (place >= size - shift_size)
+    def region(size):
+        position = np.arange(size)
+        return (position >= size - window_size).astype(int) + (position >= size - shift_size)
 
-    part_HW = part(height)[:, None] * 3 + part(width)[None, :]
-    squares = part_HW.reshape(height // window_size, window_size, width // window_size, window_size).transpose(
-        0, 2, 1, 3
-    )
-    part_WL = squares.reshape(-1, window_size * window_size)
-    return part_WL[:, :, None] == part_WL[:, None, :]
+    region_HW = region(height)[:, None] * 3 + region(width)[None, :]
+    shape = (height // window_size, window_size, width // window_size, window_size)
+    region_WL = region_HW.reshape(shape).transpose(0, 2, 1, 3).reshape(-1, window_size * window_size)
+    return region_WL[:, :, None] == region_WL[:, None, :]
 
 
 def drop_path(residual_BHWD, rate, key):
-    """Stochastic depth (arXiv 1603.09382): a share of the samples go without the change, the others get more of it."""
+    """Stochastic depth (arXiv 1603.09382): the residual, 0 for a fraction `rate` of the samples, else / (1 - rate)."""
     if key is None:
         return residual_BHWD
     keep = jax.random.bernoulli(key, 1 - rate, (len(residual_BHWD), 1, 1, 1))
@@ -128,7 +127,7 @@ def drop_path(residual_BHWD, rate, key):
 
 
 class Block(nn.Module):
-    """x += attention(norm x) within windows; x += mlp(norm x)."""
+    """x += window attention(norm(x)); x += mlp(norm(x)); in windows shifted by half their side if `shifted`."""
 
     c: SwinConfig
     stage: int
@@ -149,9 +148,9 @@ class Block(nn.Module):
     def window_attention(self, x_BHWD, width: int, num_heads: int):
         side, shift = self.c.window_and_shift(self.stage)
         shift *= self.shifted
-        batch, high, wide, _ = x_BHWD.shape
-        # Zeros beside the picture are keys as well: the original does not mask them.
-        x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, -high % side), (0, -wide % side), (0, 0)))
+        batch, height, columns, _ = x_BHWD.shape
+        # Padding positions are keys too, as in the original, which does not mask them.
+        x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, -height % side), (0, -columns % side), (0, 0)))
         shape, mask = x_BHWD.shape, None
         if shift:
             x_BHWD = jnp.roll(x_BHWD, (-shift, -shift), (1, 2))
@@ -165,11 +164,11 @@ class Block(nn.Module):
         change_BHWD = window_reverse(change_BLD, side, shape)
         if shift:
             change_BHWD = jnp.roll(change_BHWD, (shift, shift), (1, 2))
-        return change_BHWD[:, :high, :wide]
+        return change_BHWD[:, :height, :columns]
 
 
 class ShiftedPair(nn.Module):
-    """A layer that looks into windows, then one that looks into shifted ones."""
+    """A block with regular windows, then one with shifted windows."""
 
     c: SwinConfig
     stage: int
@@ -179,18 +178,14 @@ class ShiftedPair(nn.Module):
         rates, key = layer
         keys = split_key(key, 2)
         for n in range(2):
-            x_BHWD = _block_class(self.c)(self.c, self.stage, n == 1, name=f"block_{n}")(x_BHWD, rates[n], keys[n])
+            x_BHWD = remat_block(Block, self.c.remat)(self.c, self.stage, n == 1, name=f"block_{n}")(
+                x_BHWD, rates[n], keys[n]
+            )
         return x_BHWD, None
 
 
-def _block_class(c: SwinConfig) -> Callable:
-    if c.remat == "none":
-        return Block
-    return nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
-
-
 class SwinStage(nn.Module):
-    """All layers of one width: pairs, which are scanned, and what is left over."""
+    """All blocks of one stage: scanned pairs, and one more block for an odd depth."""
 
     c: SwinConfig
     stage: int
@@ -198,45 +193,39 @@ class SwinStage(nn.Module):
     @nn.compact
     def __call__(self, x_BHWD, key):
         c, depths = self.c, self.c.depths
-        pairs, rest = divmod(depths[self.stage], 2)
+        pairs, odd = divmod(depths[self.stage], 2)
         first = sum(depths[: self.stage])
         rates = np.linspace(0, c.drop_path_rate, sum(depths), dtype=np.float32)
         rates = rates[first : first + depths[self.stage]]
-        keys = split_key(key, pairs + rest)
+        keys = split_key(key, pairs + odd)
         if pairs:
-            scan = nn.scan(
-                ShiftedPair,
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True},
-                length=pairs,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
+            scan = scan_blocks(ShiftedPair, pairs)
             pair_keys = None if key is None else keys[:pairs]
             layers = (jnp.asarray(rates[: 2 * pairs].reshape(pairs, 2)), pair_keys)
             x_BHWD, _ = scan(c, self.stage, name="pairs")(x_BHWD, layers)
-        if rest:
-            x_BHWD = _block_class(c)(c, self.stage, False, name="tail")(x_BHWD, rates[-1], keys[-1])
+        if odd:
+            x_BHWD = remat_block(Block, c.remat)(c, self.stage, False, name="tail")(x_BHWD, rates[-1], keys[-1])
         return x_BHWD
 
 
 class PatchMerging(nn.Module):
-    """Four places become one: (B, H, W, D) -> (B, H/2, W/2, 2D)."""
+    """Downsampling (B, H, W, D) -> (B, H/2, W/2, 2D): each 2 x 2 positions are concatenated and projected."""
 
     width: int
 
     @nn.compact
     def __call__(self, x_BHWD):
-        high, wide = x_BHWD.shape[1:3]
-        x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, high % 2), (0, wide % 2), (0, 0)))
-        four = [x_BHWD[:, row::2, column::2] for column in range(2) for row in range(2)]
-        x_BHWD = LayerNorm(4 * self.width, PATCH_NORM_EPS, name="norm")(jnp.concatenate(four, -1))
+        height, width = x_BHWD.shape[1:3]
+        x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+        quarters = [x_BHWD[:, row::2, column::2] for column in range(2) for row in range(2)]
+        x_BHWD = LayerNorm(4 * self.width, PATCH_NORM_EPS, name="norm")(jnp.concatenate(quarters, -1))
         return Dense(4 * self.width, 2 * self.width, ("embed", None), use_bias=False, name="narrow")(x_BHWD)
 
 
 class Swin(nn.Module):
-    """(B, H, W, 3) -> the normed last map (B, P, D), row by row, and the map (B, H', W', D') at the end of each stage.
+    """Normalized last feature map (B, P, D), row-major, and the feature maps (B, H', W', D') of all stages.
 
-    `key` drives stochastic depth.
+    `key` drives stochastic depth. Raises ValueError for an image (B, H, W, 3) of another size than `image_size`.
     """
 
     c: SwinConfig
@@ -244,17 +233,17 @@ class Swin(nn.Module):
     @nn.compact
     def __call__(self, image_BHWC, key=None):
         c = self.c
-        high, wide = image_BHWC.shape[1:3]
-        if c.image_size is not None and (high, wide) != (c.image_size, c.image_size):
+        height, width = image_BHWC.shape[1:3]
+        if c.image_size is not None and (height, width) != (c.image_size, c.image_size):
             raise ValueError(
-                f"the image is {high} x {wide} px but this Swin's windows are made for {c.image_size} x {c.image_size}; "
-                "resize it, or set image=None for pictures of any size"
+                f"the image is {height} x {width} px, but image_size is {c.image_size}; resize the image, or set "
+                "image_size=None for images of any size"
             )
         keys = split_key(key, len(c.depths))
-        room = ((0, 0), (0, -high % c.patch_size), (0, -wide % c.patch_size), (0, 0))
-        x_BPD = PatchEmbed(c.patch_size, c.width, name="patch")(jnp.pad(image_BHWC, room))
+        padding = ((0, 0), (0, -height % c.patch_size), (0, -width % c.patch_size), (0, 0))
+        x_BPD = PatchEmbed(c.patch_size, c.width, name="patch")(jnp.pad(image_BHWC, padding))
         x_BPD = LayerNorm(c.width, PATCH_NORM_EPS, name="patch_norm")(x_BPD)
-        x_BHWD = x_BPD.reshape(-1, -(-high // c.patch_size), -(-wide // c.patch_size), c.width)
+        x_BHWD = x_BPD.reshape(-1, -(-height // c.patch_size), -(-width // c.patch_size), c.width)
         maps = []
         for stage in range(len(c.depths)):
             if stage:
@@ -266,15 +255,15 @@ class Swin(nn.Module):
 
 
 def original_weight_map(c: SwinConfig) -> tuple[WeightMapping, ...]:
-    """Names of the original code, which RAM and Grounding DINO kept; what it computes from sizes alone included."""
+    """Names of the original code, also in RAM and Grounding DINO, with its buffers (position index, masks)."""
 
     def block(stage):
         heads, head = c.num_heads[stage], c.widths[stage] // c.num_heads[stage]
-        into, cut = split_heads_kernel(heads, head), split_heads(heads, head)
+        kernel, bias = split_heads_kernel(heads, head), split_heads(heads, head)
         kernels, biases = (tuple(f"attention/{x}/{w}" for x in "qkv") for w in ("kernel", "bias"))
         rows = [
             WeightMapping("attn.relative_position_bias_table", "places"),
-            WeightMapping("attn.qkv.weight", kernels, split_fused(into, into, into)),
+            WeightMapping("attn.qkv.weight", kernels, split_fused(kernel, kernel, kernel)),
             WeightMapping("attn.proj.weight", "attention/o/kernel", merge_heads_kernel(heads, head)),
             WeightMapping("attn.proj.bias", "attention/o/bias"),
             *norm_weight_map("norm1", "norm1"),
@@ -283,11 +272,11 @@ def original_weight_map(c: SwinConfig) -> tuple[WeightMapping, ...]:
             *dense_weight_map("mlp.fc2", "mlp/down"),
         ]
         if "q" in c.attention_biases:
-            rows.append(WeightMapping("attn.qkv.bias", biases, split_fused(cut, cut, cut)))
+            rows.append(WeightMapping("attn.qkv.bias", biases, split_fused(bias, bias, bias)))
         return rows
 
-    words = {"patch": "patch_embed.proj", "patch_norm": "patch_embed.norm", "norm": "norm"}
-    return (*_weight_map(c, words, "layers.{}.", block), *_buffer_weight_map(c))
+    names = {"patch": "patch_embed.proj", "patch_norm": "patch_embed.norm", "norm": "norm"}
+    return (*_weight_map(c, names, "layers.{}.", block), *_buffer_weight_map(c))
 
 
 def hf_weight_map(c: SwinConfig) -> tuple[WeightMapping, ...]:
@@ -305,14 +294,14 @@ def hf_weight_map(c: SwinConfig) -> tuple[WeightMapping, ...]:
             *dense_weight_map("output.dense", "mlp/down"),
         ]
         for x, name in (("q", "query"), ("k", "key"), ("v", "value")):
-            theirs, ours = f"attention.self.{name}", f"attention/{x}"
-            rows.append(WeightMapping(f"{theirs}.weight", f"{ours}/kernel", split_heads_kernel(heads, head)))
+            torch, flax = f"attention.self.{name}", f"attention/{x}"
+            rows.append(WeightMapping(f"{torch}.weight", f"{flax}/kernel", split_heads_kernel(heads, head)))
             if x in c.attention_biases:
-                rows.append(WeightMapping(f"{theirs}.bias", f"{ours}/bias", split_heads(heads, head)))
+                rows.append(WeightMapping(f"{torch}.bias", f"{flax}/bias", split_heads(heads, head)))
         return rows
 
-    words = {"patch": "embeddings.patch_embeddings.projection", "patch_norm": "embeddings.norm", "norm": "layernorm"}
-    return _weight_map(c, words, "encoder.layers.{}.", block)
+    names = {"patch": "embeddings.patch_embeddings.projection", "patch_norm": "embeddings.norm", "norm": "layernorm"}
+    return _weight_map(c, names, "encoder.layers.{}.", block)
 
 
 def _weight_map(
@@ -321,27 +310,27 @@ def _weight_map(
     layer_prefix: str,
     block_weight_map: Callable[[int], list[WeightMapping]],
 ) -> tuple[WeightMapping, ...]:
-    """The rows around the layers, and the layers' own at their places in each stage."""
+    """The mappings of patch embedding and norms by `torch_names`, and of all blocks by `block_weight_map(stage)`."""
     rows = [
         WeightMapping(f"{torch_names['patch']}.weight", "patch/kernel", conv),
         WeightMapping(f"{torch_names['patch']}.bias", "patch/bias"),
         *norm_weight_map(torch_names["patch_norm"], "patch_norm"),
     ]
     for stage, depth in enumerate(c.depths):
-        theirs, (pairs, rest) = layer_prefix.format(stage), divmod(depth, 2)
+        layer, (pairs, odd) = layer_prefix.format(stage), divmod(depth, 2)
         for n in range(2 if pairs else 0):
-            name = f"{theirs}blocks.{{2i+{n}<{pairs}}}."
+            name = f"{layer}blocks.{{2i+{n}<{pairs}}}."
             rows += with_prefix(name, f"stage_{stage}/pairs/block_{n}/", block_weight_map(stage))
-        if rest:
-            rows += with_prefix(f"{theirs}blocks.{depth - 1}.", f"stage_{stage}/tail/", block_weight_map(stage))
+        if odd:
+            rows += with_prefix(f"{layer}blocks.{depth - 1}.", f"stage_{stage}/tail/", block_weight_map(stage))
         if stage + 1 < len(c.depths):
-            rows += norm_weight_map(f"{theirs}downsample.norm", f"merge_{stage}/norm")
-            rows += dense_weight_map(f"{theirs}downsample.reduction", f"merge_{stage}/narrow", bias=False)
+            rows += norm_weight_map(f"{layer}downsample.norm", f"merge_{stage}/norm")
+            rows += dense_weight_map(f"{layer}downsample.reduction", f"merge_{stage}/narrow", bias=False)
     return (*rows, *norm_weight_map(torch_names["norm"], "norm"))
 
 
 def _buffer_weight_map(c: SwinConfig) -> list[WeightMapping]:
-    """Rows of the original's index of places and of its mask, which its files hold beside the weights."""
+    """Mappings of the original's buffers in its files: relative position indices and shifted-window masks."""
     rows = []
     for stage, depth in enumerate(c.depths):
         side, shift = c.window_and_shift(stage)
@@ -356,14 +345,14 @@ def _buffer_weight_map(c: SwinConfig) -> list[WeightMapping]:
 
 
 def _shifted_mask_transform(grid: int, side: int, shift: int) -> Transform:
-    """The mask as the original adds it to the scores; of a halved file it is half as wide."""
+    """The mask that the original adds to the scores (0 or -100), in float32; in a file it may have 16 bits."""
 
-    def make():
+    def mask():
         return np.where(shifted_window_mask(grid, grid, side, shift), np.float32(0), np.float32(-100))
 
     def to_flax(w):
-        if not np.array_equal(w.astype(np.float32), make()):
-            raise ValueError(f"it is no mask of windows of {side} shifted by {shift} on {grid}")
+        if not np.array_equal(w.astype(np.float32), mask()):
+            raise ValueError(f"it differs from the mask of windows of {side} shifted by {shift} on {grid}")
         return ()
 
-    return Transform("mask of shifted windows", to_flax, make)
+    return Transform("mask of shifted windows", to_flax, mask)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain vision transformer, layers scanned, with taps: hidden states of chosen layers on the way.
+"""Vision transformer (arXiv 2010.11929): EVA ViT-g and CLIP ViT as configs, with hidden states of chosen layers.
 
-EVA ViT-g is the setting that LION, BLIP-2 and MiniGPT-4 freeze; CLIP's ViT is another setting of the same file.
+EVA ViT-g (arXiv 2211.07636) is the frozen tower of LION, BLIP-2 and MiniGPT-4; CLIP (2103.00020) that of LLaVA.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from lionjax.core.weight_map import (
 )
 from lionjax.nn import attention as attentions
 from lionjax.nn.attention import Attention
-from lionjax.nn.layers import MLP, REMAT_POLICIES, LayerNorm, PatchEmbed, dense_weight_map, norm_weight_map, normal
+from lionjax.nn.layers import (
+    MLP,
+    LayerNorm,
+    PatchEmbed,
+    dense_weight_map,
+    norm_weight_map,
+    normal,
+    remat_block,
+    scan_blocks,
+)
 
 
 @renamed_fields(
@@ -43,7 +52,7 @@ from lionjax.nn.layers import MLP, REMAT_POLICIES, LayerNorm, PatchEmbed, dense_
 )
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Sizes and the few switches in which released ViTs differ."""
+    """Config of a ViT."""
 
     image_size: int = 224  # pixels a side
     patch_size: int = 14
@@ -55,13 +64,13 @@ class ViTConfig:
     activation: str = "gelu"
     attention_biases: str = "qvo"  # EVA was trained with biases on queries and values but none on keys
     patch_bias: bool = True
-    pre_layernorm: bool = False  # CLIP normalises the embedded patches
-    post_layernorm: bool = False  # and, apart, the class token's last state
+    pre_layernorm: bool = False  # a norm before the first block (CLIP)
+    post_layernorm: bool = False  # a norm of the class token's last state (CLIP)
     remat: str = "none"
 
     @property
     def num_patches(self) -> int:
-        """Patches of a picture, without the class token."""
+        """Number of patches of an image, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -87,7 +96,7 @@ TINY_VIT = ViTConfig(
 
 
 class Block(nn.Module):
-    """x += attention(norm x); x += mlp(norm x). On its way past a tap it leaves a copy there."""
+    """x += attention(norm(x)); x += mlp(norm(x)). The carry also collects the outputs of `feature_layers`."""
 
     c: ViTConfig
     feature_layers: tuple[int, ...]
@@ -95,7 +104,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, index):
         c = self.c
-        x_BPD, seen_TBPD = carry
+        x_BPD, features_TBPD = carry
         attention = Attention(c.width, c.num_heads, c.width // c.num_heads, biases=c.attention_biases, name="attention")
         x_BPD = x_BPD + attention(LayerNorm(c.width, c.norm_eps, name="norm1")(x_BPD))
         x_BPD = x_BPD + MLP(c.width, c.mlp_dim, c.activation, name="mlp")(
@@ -103,15 +112,16 @@ class Block(nn.Module):
         )
         x_BPD = with_logical_constraint(x_BPD, "batch", "length", "act_embed")
         if self.feature_layers:
-            here = (jnp.asarray(self.feature_layers) == index)[:, None, None, None]
-            seen_TBPD = jnp.where(here, x_BPD[None], seen_TBPD)
-        return (x_BPD, seen_TBPD), None
+            is_layer_T111 = (jnp.asarray(self.feature_layers) == index)[:, None, None, None]
+            features_TBPD = jnp.where(is_layer_T111, x_BPD[None], features_TBPD)
+        return (x_BPD, features_TBPD), None
 
 
 class ViT(nn.Module):
-    """(B, H, W, 3) -> the last layer's output (B, 1 + P, D) and the taps' (T, B, 1 + P, D).
+    """Last block's output (B, 1 + P, D), outputs of `feature_layers` (T, B, 1 + P, D), and class state (B, D).
 
-    Tap i is the output of block i, counted from 0. The class token comes first.
+    Feature layer i is the output of block i, from 0; without feature layers the second output is None. The class token
+    comes first. The class state is normalized with `post_layernorm`. Raises ValueError for an image of another size.
     """
 
     c: ViTConfig
@@ -122,42 +132,34 @@ class ViT(nn.Module):
         c = self.c
         if image_BHWC.shape[1:3] != (c.image_size, c.image_size):
             raise ValueError(
-                f"image is {image_BHWC.shape[1:3]} pixels but the ViT's positions are for {c.image_size}; "
-                f"resize the image, or set image={image_BHWC.shape[1]} and resample the positions"
+                f"image is {image_BHWC.shape[1:3]} pixels, but the ViT's image_size is {c.image_size}; resize the "
+                f"image, or set image_size={image_BHWC.shape[1]} and resample the position table"
             )
         patch_BPD = PatchEmbed(c.patch_size, c.width, use_bias=c.patch_bias, name="patch")(image_BHWC)
-        first_D = self.param("class_token", with_logical_partitioning(normal(0.02), ("embed",)), (c.width,))
+        class_D = self.param("class_token", with_logical_partitioning(normal(0.02), ("embed",)), (c.width,))
         shape = (1 + c.num_patches, c.width)
         position_PD = self.param("position", with_logical_partitioning(normal(0.02), ("position", "embed")), shape)
-        first_B1D = jnp.broadcast_to(first_D.astype(patch_BPD.dtype), (patch_BPD.shape[0], 1, c.width))
-        x_BPD = jnp.concatenate([first_B1D, patch_BPD], axis=1) + position_PD.astype(patch_BPD.dtype)
+        class_B1D = jnp.broadcast_to(class_D.astype(patch_BPD.dtype), (patch_BPD.shape[0], 1, c.width))
+        x_BPD = jnp.concatenate([class_B1D, patch_BPD], axis=1) + position_PD.astype(patch_BPD.dtype)
         if c.pre_layernorm:
             x_BPD = LayerNorm(c.width, c.norm_eps, name="norm_before")(x_BPD)
-        block = Block
-        if c.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[c.remat])
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            length=c.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.feature_layers, name="blocks")
-        seen_TBPD = jnp.zeros((len(self.feature_layers), *x_BPD.shape), x_BPD.dtype) if self.feature_layers else None
-        (x_BPD, seen_TBPD), _ = blocks((x_BPD, seen_TBPD), jnp.arange(c.depth))
+        blocks = scan_blocks(remat_block(Block, c.remat), c.depth)(c, self.feature_layers, name="blocks")
+        shape = (len(self.feature_layers), *x_BPD.shape)
+        features_TBPD = jnp.zeros(shape, x_BPD.dtype) if self.feature_layers else None
+        (x_BPD, features_TBPD), _ = blocks((x_BPD, features_TBPD), jnp.arange(c.depth))
+        class_BD = x_BPD[:, 0]
         if c.post_layernorm:
-            # Applied to the class token alone; features of patches are taken before it.
-            first_BD = LayerNorm(c.width, c.norm_eps, name="norm_after")(x_BPD[:, 0])
-            return x_BPD, seen_TBPD, first_BD
-        return x_BPD, seen_TBPD, x_BPD[:, 0]
+            # As in CLIP, only for the class token; patch features have no norm.
+            class_BD = LayerNorm(c.width, c.norm_eps, name="norm_after")(class_BD)
+        return x_BPD, features_TBPD, class_BD
 
 
 def eva_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
     """Names of eva_vit_g.pth (and of `visual_encoder.` in LAVIS and LION)."""
     head = c.width // c.num_heads
-    into = split_heads_kernel(c.num_heads, head)
+    cut = split_heads_kernel(c.num_heads, head)
     block = (
-        WeightMapping("attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(into, into, into)),
+        WeightMapping("attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(cut, cut, cut)),
         WeightMapping("attn.q_bias", "attention/q/bias", split_heads(c.num_heads, head)),
         WeightMapping("attn.v_bias", "attention/v/bias", split_heads(c.num_heads, head)),
         WeightMapping("attn.proj.weight", "attention/o/kernel", merge_heads_kernel(c.num_heads, head)),
@@ -177,7 +179,7 @@ def eva_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
 
 
 def tower_weight_map(c: ViTConfig, weight_map_fn: Callable) -> tuple[WeightMapping, ...]:
-    """Names by `rows` for a tower such as CLIP's; one that norms nothing before its blocks keeps EVA's own."""
+    """`weight_map_fn(c)` for a CLIP tower (with `pre_layernorm`), else the names of EVA."""
     return weight_map_fn(c) if c.pre_layernorm else eva_weight_map(c)
 
 
@@ -200,15 +202,15 @@ def blip2_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
 
 
 def mplug_owl_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
-    """Names under `vision_model.` in mPLUG-Owl, which keeps q, k and v of each head beside each other."""
+    """Names under `vision_model.` in mPLUG-Owl, where q, k and v are interleaved by head."""
     block = (
         *(
             WeightMapping(
-                f"self_attn.query_key_value.{theirs}",
-                tuple(f"attention/{x}/{ours}" for x in "qkv"),
+                f"self_attn.query_key_value.{torch}",
+                tuple(f"attention/{x}/{flax}" for x in "qkv"),
                 split_interleaved_heads(c.num_heads),
             )
-            for theirs, ours in (("weight", "kernel"), ("bias", "bias"))
+            for torch, flax in (("weight", "kernel"), ("bias", "bias"))
         ),
         WeightMapping(
             "self_attn.dense.weight", "attention/o/kernel", merge_heads_kernel(c.num_heads, c.width // c.num_heads)
@@ -229,14 +231,14 @@ def mplug_owl_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
 
 
 def openai_clip_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
-    """Names of CLIP's ViT in OpenAI's own code, as LAVIS's clip_vit_L.pth has them."""
+    """Names of CLIP's ViT in OpenAI's code, as in LAVIS's clip_vit_L.pth."""
     head = c.width // c.num_heads
-    into, cut = split_heads_kernel(c.num_heads, head), split_heads(c.num_heads, head)
+    kernel, bias = split_heads_kernel(c.num_heads, head), split_heads(c.num_heads, head)
     block = (
         WeightMapping(
-            "attn.in_proj_weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(into, into, into)
+            "attn.in_proj_weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(kernel, kernel, kernel)
         ),
-        WeightMapping("attn.in_proj_bias", tuple(f"attention/{x}/bias" for x in "qkv"), split_fused(cut, cut, cut)),
+        WeightMapping("attn.in_proj_bias", tuple(f"attention/{x}/bias" for x in "qkv"), split_fused(bias, bias, bias)),
         WeightMapping("attn.out_proj.weight", "attention/o/kernel", merge_heads_kernel(c.num_heads, head)),
         WeightMapping("attn.out_proj.bias", "attention/o/bias"),
         *norm_weight_map("ln_1", "norm1"),
@@ -255,12 +257,12 @@ def openai_clip_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
 
 
 def lavis_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
-    """Names of the towers in LAVIS: EVA's, or CLIP's in OpenAI's code."""
+    """Names of the towers in LAVIS: those of EVA, or of CLIP in OpenAI's code."""
     return openai_clip_weight_map(c) if c.pre_layernorm else eva_weight_map(c)
 
 
 def clip_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
-    """Names of Hugging Face's CLIPVisionModel, without the `vision_model.` before them in files."""
+    """Names of Hugging Face's CLIPVisionModel, without the prefix `vision_model.` in files."""
     letters = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
     block = (
         *with_prefix(

@@ -22,6 +22,9 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=280"
 )
 
+# Helpers assert as well; pytest shows what differs only in modules that it has rewritten.
+pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "helpers").glob("*.py")))
+
 # Photographs, annotations and real tokenizers are no part of the project; where a machine has
 # them beside the checkout, the tests that need them run.
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -4,7 +4,7 @@
     cd CLONE_AT_9f840f3
     JAX_PLATFORMS=cpu PYTHONPATH=. python THIS_FOLDER/make_artefacts.py THIS_FOLDER
 
-Kept as documentation: later versions must read what it wrote, see tests/test_old_files.py. Beside
+Kept as documentation: later versions must read what it wrote, see tests/e2e/test_old_files.py. Beside
 it lie user/*.py, configs as users of 0.1 wrote them. Everything else in the folder is made anew,
 expected.json last.
 """

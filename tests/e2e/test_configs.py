@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every file in configs/, at full size, without allocating anything."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from paths import CONFIGS
+
+from lionjax import convert
+from lionjax.convert.formats import peft as loras
+from lionjax.core import config, sharding
+from lionjax.core import params as trees
+from lionjax.core.types import Batch
+from lionjax.training import step
+
+EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py") if "Experiment" in path.read_text())
+LARGE = 2**20
+
+
+def example(experiment, rows: int = 2) -> Batch:
+    """A batch of the config's own shapes; only its shapes and dtypes are read."""
+    processor, side = experiment.data.processor, experiment.data.processor.image_size
+    text = [np.zeros((rows, n), np.int32) for n in (processor.prompt_length, processor.max_question_tokens)]
+    target, row = np.zeros((rows, processor.max_target_tokens), np.int32), np.zeros(rows, np.int32)
+    image = np.zeros((rows, side, side, 3), np.float32)
+    batch = Batch(image, text[0], text[0], text[1], text[1], target, target, target, row, row)
+    if getattr(experiment.system, "sam", None) is None:
+        return batch
+    boxes, large = experiment.data.processor.boxes, (experiment.system.sam.image,) * 2
+    return dataclasses.replace(
+        batch,
+        boxes_BK4=np.zeros((rows, boxes, 4), np.float32),
+        boxes_mask_BK=np.zeros((rows, boxes), np.int32),
+        masks_BKHW=np.zeros((rows, boxes, *large), bool),
+        sam_image_BHWC=np.zeros((rows, *large, 3), np.float32),
+    )
+
+
+def shapes(experiment, mesh=None):
+    return sharding.abstract_params(experiment.system.init, jax.random.key(0), example(experiment), mesh=mesh)
+
+
+@pytest.fixture(scope="module", params=EXPERIMENTS)
+def experiment(request):
+    return config.load(CONFIGS / f"{request.param}.py")
+
+
+def test_it_builds_and_every_stage_pattern_matches(experiment):
+    whole = shapes(experiment)
+    step.validate_stages(experiment.stages, whole)
+    for stage in experiment.stages:
+        trainable, frozen = trees.split(whole, stage.trainable)
+        assert trees.count_params(trainable) and trees.count_params(frozen)
+        system = step.model_for_stage(experiment, stage)
+        loss, _ = jax.eval_shape(system.loss, whole, example(experiment), None)
+        assert loss.shape == () and loss.dtype == np.float32
+
+
+def test_the_weight_table_covers_every_leaf_and_makes_no_other(experiment):
+    whole = shapes(experiment)
+    rows = experiment.system.weight_map()
+    rows = (*rows, *loras.lora_weight_map(rows, whole))
+    tensors = convert.plan_state_dict(rows, trees.flatten(whole)).output_specs
+    plan = convert.plan_params(rows, tensors, expected=whole)
+    want = {path: leaf.shape for path, leaf in trees.flatten(whole).items()}
+    assert {path: form.shape for path, form in plan.output_specs.items()} == want
+    assert {path for piece in plan.mapped_tensors for path in piece.mapping.flax_paths} == want.keys()
+
+
+def test_every_large_weight_is_split_over_the_mesh(experiment):
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+    whole = [
+        path
+        for path, leaf in trees.flatten(shapes(experiment, mesh)).items()
+        if np.prod(leaf.shape) > LARGE and leaf.sharding.is_fully_replicated
+    ]
+    assert not whole
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("lion_flant5xl", 281_570_400), ("lion_flant5xxl", 320_439_392)])
+def test_lion_trains_as_many_parameters_as_the_release(name, wanted):
+    experiment = config.load(CONFIGS / f"{name}.py")
+    trainable, _ = trees.split(shapes(experiment), experiment.stages[-1].trainable)
+    assert trees.count_params(trainable) == wanted
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_task_of_a_mixture_names_a_source_that_the_config_has(name):
+    what = config.load(CONFIGS / f"{name}.py")
+    sources = {source.name for source in what.data.sources}
+    asked = {task.rpartition("/")[0] for stage in what.stages for task, _ in stage.mixture}
+    assert asked - {""} <= sources

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny NExT-Chat and its batches."""
+
+import numpy as np
+
+from lionjax.core.types import Batch
+from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.vision.sam_encoder import SamConfig
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.nextchat import NextChat
+
+IMAGE, TRIGGER, LOCATION, END = 40, 41, 42, 2
+
+TINY = NextChat(
+    vision=ViTConfig(
+        image_size=16,
+        patch_size=8,
+        width=8,
+        depth=2,
+        num_heads=2,
+        mlp_dim=12,
+        norm_eps=1e-5,
+        attention_biases="qkvo",
+        patch_bias=False,
+        pre_layernorm=True,
+        post_layernorm=True,
+    ),
+    language=DecoderConfig(vocab_size=44, width=16, depth=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=24),
+    sam=SamConfig(
+        image_size=32,
+        patch_size=8,
+        width=8,
+        depth=2,
+        num_heads=2,
+        mlp_dim=12,
+        window_size=2,
+        global_attn_indexes=(1,),
+        prompt_embed_dim=8,
+        mask_input_channels=4,
+        decoder_num_heads=2,
+        decoder_mlp_dim=8,
+        iou_head_mlp_dim=8,
+    ),
+    box_mlp_dim=12,
+    num_mask_prompt_tokens=2,
+    box_scale=32.0,
+    image_token_id=IMAGE,
+    trigger_token_id=TRIGGER,
+    box_token_id=LOCATION,
+    max_boxes=5,
+)
+
+
+def batch_of(prompts, answers=None, boxes=None, sam=True) -> Batch:
+    """Prompts (after four image tokens) and answers as lists of ids; boxes as lists of four numbers for each row."""
+    rows, random = len(prompts), np.random.default_rng(0)
+
+    def padded(texts):
+        ids = np.zeros((rows, max(1, *map(len, texts))), np.int32)
+        mask = np.zeros_like(ids)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)], mask[row, : len(text)] = text, 1
+        return ids, mask
+
+    boxes = boxes or [[]] * rows
+    most = max(1, *map(len, boxes))
+    box, real = np.zeros((rows, most, 4), np.float32), np.zeros((rows, most), bool)
+    for row, given in enumerate(boxes):
+        box[row, : len(given)], real[row, : len(given)] = np.reshape(given, (-1, 4)), True
+    prompt, prompt_mask = padded([[1, *[IMAGE] * 4, *prompt] for prompt in prompts])
+    target, target_mask = padded(answers or [[]] * rows)
+    pictures = random.standard_normal((rows, 32, 32, 3)).astype(np.float32)
+    masks = random.random((rows, box.shape[1], 32, 32)) < 0.5
+    return Batch(
+        pictures[:, ::2, ::2],
+        prompt,
+        prompt_mask,
+        None,
+        None,
+        target,
+        target_mask,
+        target_mask,
+        np.zeros(rows, np.int32),
+        np.arange(rows, dtype=np.int32),
+        box,
+        real,
+        masks,
+        None,
+        pictures if sam else None,
+    )

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The goldens see mistakes that are easily made: with each of them some value or gradient is another."""
+
+import dataclasses
+import json
+import sys
+import types
+from pathlib import Path
+
+import golden_nextchat
+import jax
+import numpy as np
+import pytest
+from golden import assert_close, assert_same_norms, folders, lion_batch, lion_of, lion_states
+from safetensors.numpy import load_file
+
+from lionjax import convert
+from lionjax.models.heads import region
+from lionjax.models.language import backend, t5
+from lionjax.models.vlm import region_lm
+
+MISTAKES = {
+    "location tokens are learned as words": (
+        region,
+        "batch.loss_mask_BM * (batch.target_BM != c.location_token)",
+        "batch.loss_mask_BM",
+        {"loss_lm", "loss_total"},
+    ),
+    "F without its last bias": (
+        region,
+        "self.decoder(state_BKD.astype(jnp.float32))",
+        "self.decoder(state_BKD.astype(jnp.float32)) - self.decoder.variables['params']['down']['bias']",
+        {"predicted_boxes", "loss_box"},
+    ),
+    "a stop-gradient in the cycle loss": (
+        region,
+        "losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK)",
+        "losses.mean_of_real(jnp.square(again_BKD - jax.lax.stop_gradient(trigger_BKD)), real_BK)",
+        {"stage1"},
+    ),
+    "the box scale off by one pixel": (
+        region_lm,
+        "box_BK4 * self.c.box_scale",
+        "box_BK4 * (self.c.box_scale - 1)",
+        {"sam_mask_logits"},
+    ),
+}
+
+
+def mutated(monkeypatch, module, old: str, new: str):
+    """The module's text with one thing changed, run as a module of its own."""
+    text = Path(module.__file__).read_text()
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {module.__name__}"
+    made = types.ModuleType(f"{module.__name__}_mutated")
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    exec(compile(text.replace(old, new), module.__file__, "exec"), made.__dict__)
+    return made
+
+
+def complaints(golden) -> set[str]:
+    """Names of the values and of the gradient files that differ from the original's."""
+    found = set()
+    for name in golden.theirs.keys() & golden.ours.keys():
+        try:
+            assert_close(golden.ours[name], golden.theirs[name], name)
+        except AssertionError:
+            found.add(name)
+    for stage, gradients in golden.gradients.items():
+        norms = json.loads((golden.folder / f"grad_norms_{stage}.json").read_text())
+        try:
+            assert_same_norms(gradients, norms)
+        except AssertionError:
+            found.add(stage)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("folder", folders("nextchat"))
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_seen(monkeypatch, mistake, folder):
+    module, old, new, seen = MISTAKES[mistake]
+    changed = mutated(monkeypatch, module, old, new)
+    if module is region:
+        monkeypatch.setattr(region_lm, "region", changed)
+        monkeypatch.setattr(region_lm, "Locations", changed.Locations)
+    else:
+        monkeypatch.setattr(region_lm.RegionModule, "predict_masks", changed.RegionModule.predict_masks)
+    found = complaints(golden_nextchat.compute(folder))
+    assert seen <= found, f"only {sorted(found)} differ"
+    assert not found & {"projector_output", "logits", "last_hidden"}, "what lies before the mistake must stay"
+
+
+def normed_adapters(monkeypatch, system):
+    """The adapters read the normed stream, as LoRA-like adapters elsewhere do."""
+    fed = 'name="adapters")(h_BLD, task_B)'
+    normed = 'name="adapters")(h_BLD / jnp.sqrt((h_BLD**2).mean(-1, keepdims=True)), task_B)'
+    monkeypatch.setattr(backend, "T5", mutated(monkeypatch, t5, fed, normed).T5)
+    return system
+
+
+def shifted_taps(monkeypatch, system):
+    """The aggregator's layers counted from 1."""
+    layers = tuple(layer - 1 for layer in system.aggregator.context_layers)
+    return dataclasses.replace(system, aggregator=dataclasses.replace(system.aggregator, context_layers=layers))
+
+
+def tanh_gelu(monkeypatch, system):
+    """FlanT5's own activation, which LION overrides."""
+    return dataclasses.replace(system, language=dataclasses.replace(system.language, activation="gelu_tanh"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", folders("lion"))
+@pytest.mark.parametrize("mistake", [normed_adapters, shifted_taps, tanh_gelu])
+def test_a_mistake_in_lion_is_seen(monkeypatch, mistake, folder):
+    right = lion_of(json.loads((folder / "config.json").read_text()))
+    params = convert.params_from_state_dict(right.weight_map(), load_file(folder / "weights.safetensors"))
+    arrays = dict(np.load(folder / "arrays.npz"))
+    system = mistake(monkeypatch, right)
+    batch = lion_batch(arrays, "image_level")
+    found, _ = jax.jit(lambda params: lion_states(system, params, batch))(params)  # traced anew, not from a cache
+    with pytest.raises(AssertionError, match="logits: off by"):
+        assert_close(found["logits"], arrays["image_level.ALL.logits"], "logits")

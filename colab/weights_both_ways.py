@@ -9,12 +9,12 @@
 # ---
 
 # %% [markdown]
-# # Weights both ways
+# # Convert weights between PyTorch and JAX
 #
-# A LLaVA of PyTorch comes to JAX, is changed there, and goes back as a folder that PyTorch loads. Nothing is
-# downloaded: the model is a tiny one with random weights. A real one takes the same three calls.
+# A PyTorch LLaVA is converted to JAX, changed, and written back as a folder that PyTorch loads. Nothing is
+# downloaded: the model is tiny, with random weights. A released model takes the same three calls.
 #
-# Wants lionjax with its `torch` extra, and transformers.
+# Needs lionjax with its `torch` extra, and transformers.
 
 # %%
 from pathlib import Path
@@ -30,9 +30,10 @@ transformers.logging.set_verbosity_error()
 folder = Path("weights_both_ways")
 
 # %% [markdown]
-# ## A folder from elsewhere
+# ## A folder written by transformers
 #
-# LLaVA-1.5 in small: CLIP's tower, two linears, a LLaMA. Half precision, as such folders mostly are.
+# A small LLaVA-1.5: CLIP's vision tower, a projector of two linear layers, a LLaMA. bfloat16, as released weights
+# often are.
 
 # %%
 torch.manual_seed(0)
@@ -57,43 +58,44 @@ theirs.save_pretrained(folder / "theirs")
 # %% [markdown]
 # ## In
 #
-# One call, a tensor at a time; also `lionjax convert theirs ours --to jax`. It says what was read and what was left.
+# One call, which reads one tensor at a time; also `lionjax convert theirs ours --to jax`. The report lists what was
+# read and what was skipped.
 
 # %%
 print(convert.convert(folder / "theirs", folder / "ours", "jax"))
 
 # %%
-system, params = convert.load_params(folder / "ours")
+model, params = convert.load_params(folder / "ours")
 jax.tree.map(lambda leaf: f"{leaf.dtype} {leaf.shape}", params["projector"])
 
 # %% [markdown]
-# The table that was read: torch's name, our path, and how the layout changes between them.
+# The weight map: torch's key, the parameter path in JAX, and the change of layout between them.
 
 # %%
-for row in system.weight_map()[:8]:
-    print(*row.torch_keys, "->", *row.flax_paths, f"({row.transform.name})")
+for mapping in model.weight_map()[:8]:
+    print(*mapping.torch_keys, "->", *mapping.flax_paths, f"({mapping.transform.name})")
 
 # %% [markdown]
 # ## Is it the same model?
 #
-# Both run on the same picture and text, and every module with a weight is compared.
+# Both run on the same image and text, and the outputs of every module with weights are compared.
 
 # %%
 from lionjax.convert.verify.compare import verify
 
-print(found := verify(system, params, folder / "theirs"))
-assert found.all_close
+print(report := verify(model, params, folder / "theirs"))
+assert report.all_close
 
 # %% [markdown]
-# ## Out
+# ## From JAX to PyTorch
 #
 # Training would change the weights; here the projector is scaled. The folder has config.json, safetensors and a model
-# card, and `from_pretrained` misses nothing.
+# card, and `from_pretrained` reports no missing or unexpected key.
 
 # %%
 changed = jax.tree.map(np.asarray, params)
 changed["projector"]["up"]["kernel"] = changed["projector"]["up"]["kernel"] * np.asarray(2, "bfloat16")
-convert.to_torch(system, changed, folder / "changed")
+convert.to_torch(model, changed, folder / "changed")
 back, loading = transformers.LlavaForConditionalGeneration.from_pretrained(
     folder / "changed", output_loading_info=True, dtype=torch.bfloat16
 )
@@ -101,12 +103,12 @@ print({kind: names for kind, names in loading.items() if names} or "no key missi
 assert torch.equal(
     back.model.multi_modal_projector.linear_1.weight, 2 * theirs.model.multi_modal_projector.linear_1.weight
 )
-assert verify(system, changed, folder / "changed").all_close
+assert verify(model, changed, folder / "changed").all_close
 
 # %% [markdown]
-# ## To the bit
+# ## Unchanged weights are bit-identical
 #
-# What was not changed comes back as it was, every bit of it.
+# Weights converted to JAX and back without a change equal the original ones bit for bit.
 
 # %%
 convert.convert(folder / "ours", folder / "back", "torch")
@@ -116,10 +118,11 @@ assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) fo
 print(len(one), "tensors, all the same")
 
 # %% [markdown]
-# ## With a LoRA, as PEFT lays it out
+# ## LoRA in PEFT's format
 #
-# The config gets a low-rank detour on queries and values; its parameters would be trained. They go out into a folder
-# `adapter` that PEFT reads, or into the matrices with `merge_lora=True`. Merging rounds, so this is done in float32.
+# The config gets a LoRA on queries and values, whose parameters would be trained. They are written to a subfolder
+# `adapter` that PEFT reads, or merged into the kernels with `merge_lora=True`. Merging rounds, so it is done in
+# float32.
 
 # %%
 import dataclasses
@@ -127,12 +130,12 @@ import dataclasses
 from lionjax.nn.lora import LoraConfig
 
 lora = LoraConfig(rank=4, alpha=8.0, target_modules=("q", "v"))
-tuned = dataclasses.replace(system, language=dataclasses.replace(system.language, lora=lora))
+tuned = dataclasses.replace(model, language=dataclasses.replace(model.language, lora=lora))
 rng = np.random.default_rng(0)
 wide = jax.tree.map(lambda leaf: leaf.astype(np.float32), changed)
-layers, width = system.language.layers, system.language.width
-for letter, heads in (("q", system.language.heads), ("v", system.language.kv_heads)):
-    shapes = {"lora_a": (layers, width, 4), "lora_b": (layers, 4, heads, system.language.head)}
+depth, width = model.language.depth, model.language.width
+for letter, heads in (("q", model.language.num_heads), ("v", model.language.num_kv_heads)):
+    shapes = {"lora_a": (depth, width, 4), "lora_b": (depth, 4, heads, model.language.head_dim)}
     for name, shape in shapes.items():
         new = 0.05 * rng.standard_normal(shape)
         wide["language"]["blocks"]["attention"][letter][name] = new.astype(np.float32)

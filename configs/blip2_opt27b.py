@@ -7,7 +7,7 @@ once with `lionjax convert`, with the Q-Former of the first stage. Learning rate
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
@@ -19,7 +19,7 @@ CAPTIONS = Stage(
     "captions",
     80_000,
     BETWEEN,
-    (("caption", 1.0),),
+    (Mix("caption", 1.0),),
     1920,
     learning_rate=1e-4,
     warmup_steps=2000,
@@ -60,8 +60,8 @@ def get_config(
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(
-            ("vision", "weights/eva_vit_g/params.safetensors"),
-            ("language", f"weights/{language}/params.safetensors"),
+            Weights("vision", "weights/eva_vit_g/params.safetensors"),
+            Weights("language", f"weights/{language}/params.safetensors"),
         ),
         generation=answer,
     )

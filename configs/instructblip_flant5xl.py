@@ -7,11 +7,11 @@ The parts of blip2_flant5xl.py with one stage that trains the Q-Former and the p
 import runpy
 from pathlib import Path
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, Stage
 from lionjax.models.vlm.visual_prefix import INSTRUCTBLIP_FLAN_T5_XL, VisualPrefixLM
 
 blip2 = runpy.run_path(str(Path(__file__).with_name("blip2_opt27b.py")))
-INSTRUCTIONS = (("caption", 1.0), ("vqa", 2.0), ("existence", 0.5))
+INSTRUCTIONS = (Mix("caption", 1.0), Mix("vqa", 2.0), Mix("existence", 0.5))
 
 
 def get_config(

@@ -8,7 +8,7 @@ tasks.
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
@@ -26,7 +26,7 @@ def get_config() -> Experiment:
         language=dataclasses.replace(KOSMOS2.language, remat="full"),
         dtype="bfloat16",
     )
-    mixture = (("caption", 1.0), ("rec", 1.0), ("reg", 1.0))
+    mixture = (Mix("caption", 1.0), Mix("rec", 1.0), Mix("reg", 1.0))
     return Experiment(
         name="kosmos2",
         model=model,
@@ -57,6 +57,6 @@ def get_config() -> Experiment:
         ),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16", cache_features=True),
         mesh=MeshConfig(data=1, fsdp=-1),
-        weights=(("vision", "weights/kosmos2/params.safetensors"),),
+        weights=(Weights("vision", "weights/kosmos2/params.safetensors"),),
         generation=GenerationDefaults(max_new_tokens=64),
     )

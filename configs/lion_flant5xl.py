@@ -7,7 +7,7 @@ Learning rate, batch size and steps are InstructBLIP's: the paper and the releas
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
@@ -21,8 +21,8 @@ from lionjax.nn.adapters import AdapterConfig
 QFORMER = ("qformer", "qformer_norm", "qformer_projector")
 AGGREGATOR = ("aggregator", "aggregator_norm", "aggregator_projector")
 REGION_ADAPTER, IMAGE_ADAPTER = ".*/adapter_0", ".*/adapter_1"
-IMAGE_LEVEL = (("caption", 1.0), ("vqa", 2.0), ("existence", 0.5))
-REGION_LEVEL = (("rec", 1.0), ("reg", 1.0))
+IMAGE_LEVEL = (Mix("caption", 1.0), Mix("vqa", 2.0), Mix("existence", 0.5))
+REGION_LEVEL = (Mix("rec", 1.0), Mix("reg", 1.0))
 
 
 def system(language: T5Config) -> Lion:
@@ -74,8 +74,8 @@ def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(
-            ("vision", "weights/eva_vit_g/params.safetensors"),
-            ("language", f"weights/{name}/params.safetensors"),
+            Weights("vision", "weights/eva_vit_g/params.safetensors"),
+            Weights("language", f"weights/{name}/params.safetensors"),
         ),
         generation=GenerationDefaults(num_beams=5, repetition_penalty=1.5),  # as in the released code
     )

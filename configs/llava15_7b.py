@@ -9,15 +9,15 @@ are replaced by similar tasks.
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import LLAVA_15_7B, VisualPrefixLM
 
-CAPTIONS = (("caption@plain", 1.0),)  # only the image and its caption, ended by a newline
-INSTRUCTIONS = (("vqa", 3.0), ("caption", 1.0), ("existence", 0.5), ("rec", 0.5), ("reg", 0.5))
+CAPTIONS = (Mix("caption", 1.0, template="plain"),)  # only the image and its caption, ended by a newline
+INSTRUCTIONS = (Mix("vqa", 3.0), Mix("caption", 1.0), Mix("existence", 0.5), Mix("rec", 0.5), Mix("reg", 0.5))
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
@@ -77,8 +77,8 @@ def get_config(
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(
-            ("vision", f"weights/clip_vit_l_{side}/params.safetensors"),
-            ("language", f"weights/{vicuna}/params.safetensors"),
+            Weights("vision", f"weights/clip_vit_l_{side}/params.safetensors"),
+            Weights("language", f"weights/{vicuna}/params.safetensors"),
         ),
         generation=GenerationDefaults(max_new_tokens=256),
     )

@@ -7,15 +7,15 @@ Q-Former and norm are those of BLIP-2. Learning rates, batch sizes and steps are
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import MINIGPT4_7B
 
-CAPTIONS = (("caption", 1.0),)
-PLAIN_CAPTIONS = (("caption@plain", 1.0),)
+CAPTIONS = (Mix("caption", 1.0),)
+PLAIN_CAPTIONS = (Mix("caption", 1.0, template="plain"),)
 BLIP2 = "weights/blip2_flant5xxl/params.safetensors"
 
 
@@ -71,10 +71,10 @@ def get_config() -> Experiment:
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16", cache_features=True),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(
-            ("vision", BLIP2),
-            ("vision_norm", BLIP2),
-            ("qformer", BLIP2),
-            ("language", "weights/vicuna_7b/params.safetensors"),
+            Weights("vision", BLIP2),
+            Weights("vision_norm", BLIP2),
+            Weights("qformer", BLIP2),
+            Weights("language", "weights/vicuna_7b/params.safetensors"),
         ),
         generation=GenerationDefaults(repetition_penalty=1.05, max_new_tokens=300),
     )

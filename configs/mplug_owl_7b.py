@@ -7,7 +7,7 @@ the public weights, converted once with `lionjax convert`. Learning rates, batch
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.datasets.jsonl import JsonLines
@@ -17,7 +17,7 @@ from lionjax.models.vlm.visual_prefix import MPLUG_OWL_7B
 from lionjax.nn.lora import LoraConfig
 
 VISION = ("vision", "vision_norm", "latents", "projector", "last_word")
-INSTRUCTIONS = (("coco/caption", 1.0), ("talks/vqa", 1.6))
+INSTRUCTIONS = (Mix("caption", 1.0, source="coco"), Mix("vqa", 1.6, source="talks"))
 HUMAN = (
     "The following is a conversation between a curious human and AI assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. Human: {image} Human: {question} AI:"
@@ -53,7 +53,7 @@ def get_config() -> Experiment:
                 "pretrain",
                 50_000,
                 VISION,
-                (("coco/caption@plain", 1.0),),
+                (Mix("caption", 1.0, source="coco", template="plain"),),
                 2048,
                 learning_rate=1e-4,
                 warmup_steps=2000,
@@ -74,8 +74,8 @@ def get_config() -> Experiment:
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(
-            ("vision", "weights/mplug_owl_7b/params.safetensors"),
-            ("language", "weights/llama_7b/params.safetensors"),
+            Weights("vision", "weights/mplug_owl_7b/params.safetensors"),
+            Weights("language", "weights/llama_7b/params.safetensors"),
         ),
         generation=GenerationDefaults(max_new_tokens=256),
     )

@@ -10,7 +10,7 @@ the second, half instructions (`conversation`: Shikra-RD and LLaVA) and half fiv
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.datasets.jsonl import JsonLines
@@ -26,24 +26,24 @@ from lionjax.models.vlm.nextchat import NextChat
 WORDS_AND_BOXES = ("language", "projector", "locations")
 MASKS = ("mask_prompts", "sam/decoder")
 PRETRAIN = (
-    ("refcoco/rec", 3.0),
-    ("refcoco/reg", 3.0),
-    ("vqa/vqa", 4.0),
-    ("coco/caption", 4.0),
-    ("genome/rec", 3.5),
-    ("genome/reg", 2.0),
-    ("flickr/grounded", 1.5),
-    ("vcr/vqa", 2.0),
-    ("visual7w/rec", 2.0),
+    Mix("rec", 3.0, source="refcoco"),
+    Mix("reg", 3.0, source="refcoco"),
+    Mix("vqa", 4.0, source="vqa"),
+    Mix("caption", 4.0, source="coco"),
+    Mix("rec", 3.5, source="genome"),
+    Mix("reg", 2.0, source="genome"),
+    Mix("grounded", 1.5, source="flickr"),
+    Mix("vqa", 2.0, source="vcr"),
+    Mix("rec", 2.0, source="visual7w"),
 )
 INSTRUCT = (
-    ("instructions/conversation", 5.0),
-    ("flickr/grounded", 1.0),
-    ("refcoco/rec", 1.0),
-    ("vqa/vqa", 1.0),
-    ("vcr/vqa", 1.0),
-    ("coco/caption", 0.7),
-    ("genome/reg", 0.3),
+    Mix("conversation", 5.0, source="instructions"),
+    Mix("grounded", 1.0, source="flickr"),
+    Mix("rec", 1.0, source="refcoco"),
+    Mix("vqa", 1.0, source="vqa"),
+    Mix("vqa", 1.0, source="vcr"),
+    Mix("caption", 0.7, source="coco"),
+    Mix("reg", 0.3, source="genome"),
 )
 SOURCES = (
     Coco("data/coco"),
@@ -112,13 +112,13 @@ def get_config() -> Experiment:
         stages=(
             stage("pretrain", 65_000, WORDS_AND_BOXES, PRETRAIN),
             stage("instruct", 4_950, WORDS_AND_BOXES, INSTRUCT),
-            stage("masks", 5_950, MASKS, (("coco/res", 1.0),), model_overrides=(("objective", "masks"),)),
+            stage("masks", 5_950, MASKS, (Mix("res", 1.0, source="coco"),), model_overrides=(("objective", "masks"),)),
         ),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(
-            ("vision", "weights/clip_vit_l_336/params.safetensors"),
-            ("language", "weights/vicuna_7b/params.safetensors"),
-            ("sam", "weights/sam_vit_h/params.safetensors"),
+            Weights("vision", "weights/clip_vit_l_336/params.safetensors"),
+            Weights("language", "weights/vicuna_7b/params.safetensors"),
+            Weights("sam", "weights/sam_vit_h/params.safetensors"),
         ),
     )

@@ -8,7 +8,7 @@ convert --system flamingo` makes from CLIP and MPT. Learning rates are those of 
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
@@ -26,7 +26,7 @@ def get_config(
         "pairs",
         60_000,
         TRAINABLE,
-        (("caption", 1.0), ("vqa", 1.0)),
+        (Mix("caption", 1.0), Mix("vqa", 1.0)),
         128,
         learning_rate=1e-4,
         warmup_steps=5000,
@@ -58,8 +58,8 @@ def get_config(
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16", cache_features=True),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(
-            ("vision", "weights/clip_vit_l_224/params.safetensors"),
-            ("language", f"weights/{name}/params.safetensors"),
+            Weights("vision", "weights/clip_vit_l_224/params.safetensors"),
+            Weights("language", f"weights/{name}/params.safetensors"),
         ),
         generation=GenerationDefaults(num_beams=3, max_new_tokens=20),
     )

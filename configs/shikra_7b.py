@@ -8,7 +8,7 @@ code; its annotation files are replaced by similar tasks.
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.datasets.refcoco import RefCoco
@@ -16,8 +16,8 @@ from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import SHIKRA_7B
 
-PRETRAIN = (("rec", 3.0), ("reg", 2.0), ("caption", 2.0), ("vqa", 2.0))
-INSTRUCTIONS = (("vqa", 2.0), ("caption", 1.0), ("existence", 0.5), ("rec", 1.0), ("reg", 0.5))
+PRETRAIN = (Mix("rec", 3.0), Mix("reg", 2.0), Mix("caption", 2.0), Mix("vqa", 2.0))
+INSTRUCTIONS = (Mix("vqa", 2.0), Mix("caption", 1.0), Mix("existence", 0.5), Mix("rec", 1.0), Mix("reg", 0.5))
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
@@ -65,8 +65,8 @@ def get_config() -> Experiment:
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(
-            ("vision", "weights/clip_vit_l_224/params.safetensors"),
-            ("language", "weights/vicuna_7b/params.safetensors"),
+            Weights("vision", "weights/clip_vit_l_224/params.safetensors"),
+            Weights("language", "weights/vicuna_7b/params.safetensors"),
         ),
         generation=GenerationDefaults(max_new_tokens=256),
     )

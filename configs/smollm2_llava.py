@@ -14,7 +14,7 @@ shapes. The language model is frozen, except for a LoRA on its q and v projectio
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, RunConfig, Stage
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.datasets.easy_vqa import EasyVqa
 from lionjax.data.pipeline import DataConfig
@@ -52,17 +52,24 @@ def get_config() -> Experiment:
             ),
         ),
         stages=(
-            Stage("align", 200, ("projector",), (("attributes/vqa", 1.0),), learning_rate=5e-3, **rates),
+            Stage("align", 200, ("projector",), (Mix("vqa", 1.0, source="attributes"),), learning_rate=5e-3, **rates),
             Stage(
                 "instruct",
                 1200,
                 ("projector", ".*/lora_[ab]"),
-                (("easy_vqa/vqa", 5.0), ("attributes/vqa", 2.0), ("coco/caption", 1.0)),
+                (
+                    Mix("vqa", 5.0, source="easy_vqa"),
+                    Mix("vqa", 2.0, source="attributes"),
+                    Mix("caption", 1.0, source="coco"),
+                ),
                 learning_rate=1e-3,
                 **rates,
             ),
         ),
         run=RunConfig(log_every=10, save_every=40, frozen_dtype="float32", cache_features=True),
-        weights=(("vision", "shipped:tiny_vit.safetensors"), ("language", "weights/smollm2_135m/params.safetensors")),
+        weights=(
+            Weights("vision", "shipped:tiny_vit.safetensors"),
+            Weights("language", "weights/smollm2_135m/params.safetensors"),
+        ),
         generation=GenerationDefaults(max_new_tokens=16),
     )

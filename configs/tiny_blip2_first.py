@@ -5,7 +5,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.core.experiment import Experiment
+from lionjax.core.experiment import Experiment, Mix
 from lionjax.models.vision.vit import TINY_VIT
 from lionjax.models.vlm.blip2_stage1 import Blip2Stage1
 
@@ -22,6 +22,6 @@ def get_config() -> Experiment:
         cls_token_id=4,
         decoder_start_token_id=5,
     )
-    stages = (llava["stage"]("represent", 600, ("(?!vision/).*",), (("caption", 1.0),), 1.5e-3, optimizer="muon"),)
+    stages = (llava["stage"]("represent", 600, ("(?!vision/).*",), (Mix("caption", 1.0),), 1.5e-3, optimizer="muon"),)
     weights = (llava["BACKBONES"][0], blip2["WORDS"])
     return llava["experiment"]("tiny_blip2_first", model, stages, weights)

@@ -9,7 +9,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.core.experiment import Experiment
+from lionjax.core.experiment import Experiment, Mix, Weights
 from lionjax.models.connectors.perceiver import ResamplerConfig
 from lionjax.models.language.decoder import TINY_DECODER
 from lionjax.models.vision.vit import TINY_VIT
@@ -32,15 +32,15 @@ def get_config() -> Experiment:
         IMAGE_TOKEN,
         dataset_loss_weights=(1.0, 1.0, 0.5),
     )
-    mixture = (("vqa", 5.0), ("caption", 1.5), ("vqa+1", 2.0))
+    mixture = (Mix("vqa", 5.0), Mix("caption", 1.5), Mix("vqa", 2.0, shots=1))
     base = llava["stage"]("look", 1000, ("resampler", "language/groups/cross"), mixture, 2e-3, optimizer="muon")
     # The gates are initialized to 0, and the cross-attention behind them gets gradients in proportion to them.
     stages = (dataclasses.replace(base, lr_multipliers=((".*/(mlp_)?gate", 5.0),)),)
     weights = (
         llava["BACKBONES"][0],
-        ("language/embedding", "shipped:tiny_t5.safetensors"),
-        ("language/norm", "shipped:tiny_decoder.safetensors"),
-        ("language/groups/block", "shipped:tiny_decoder.safetensors#language/blocks"),
+        Weights("language/embedding", "shipped:tiny_t5.safetensors"),
+        Weights("language/norm", "shipped:tiny_decoder.safetensors"),
+        Weights("language/groups/block", "shipped:tiny_decoder.safetensors", "language/blocks"),
     )
     experiment = llava["experiment"](
         "tiny_flamingo",

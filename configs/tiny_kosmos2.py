@@ -5,7 +5,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.core.experiment import Experiment
+from lionjax.core.experiment import Experiment, Mix
 from lionjax.models.connectors.perceiver import ImageToTextProjectionConfig
 from lionjax.models.language.decoder import KOSMOS2_TEXT
 
@@ -39,7 +39,7 @@ def get_config() -> Experiment:
         image_token_id=-1,
         torch_names="hugging_face",
     )
-    mixture = (("rec", 8.0), ("vqa", 4.0), ("caption", 1.0))
+    mixture = (Mix("rec", 8.0), Mix("vqa", 4.0), Mix("caption", 1.0))
     stage = llava["stage"]("ground", 4500, ("language", "latents", "vision_norm"), mixture, 3e-3, optimizer="muon")
     return llava["experiment"](
         "tiny_kosmos2",

@@ -6,7 +6,7 @@ The three stages of configs/lion_flant5xl.py with other sizes, steps and learnin
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage, Weights
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
@@ -19,8 +19,8 @@ from lionjax.nn.adapters import AdapterConfig
 QFORMER = ("qformer", "qformer_norm", "qformer_projector")
 AGGREGATOR = ("aggregator", "aggregator_norm", "aggregator_projector")
 REGION_ADAPTER, IMAGE_ADAPTER = ".*/adapter_0", ".*/adapter_1"
-IMAGE_LEVEL = (("vqa", 5.0), ("existence", 2.0), ("relation", 1.0), ("caption", 1.5), ("tags", 0.5))
-REGION_LEVEL = (("rec", 3.0), ("reg", 1.0))
+IMAGE_LEVEL = (Mix("vqa", 5.0), Mix("existence", 2.0), Mix("relation", 1.0), Mix("caption", 1.5), Mix("tags", 0.5))
+REGION_LEVEL = (Mix("rec", 3.0), Mix("reg", 1.0))
 
 SYSTEM = Lion(
     vision=TINY_VIT,
@@ -90,5 +90,5 @@ def get_config() -> Experiment:
             ),
         ),
         run=RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32", cache_features=True),
-        weights=(("vision", "shipped:tiny_vit.safetensors"), ("language", "shipped:tiny_t5.safetensors")),
+        weights=(Weights("vision", "shipped:tiny_vit.safetensors"), Weights("language", "shipped:tiny_t5.safetensors")),
     )

@@ -11,14 +11,14 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.core.experiment import Experiment
+from lionjax.core.experiment import Experiment, Mix
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.datasets.easy_vqa import EasyVqa
 
 scenes = runpy.run_path(str(Path(__file__).with_name("tiny_lion.py")))["get_config"]
 
-IMAGE_LEVEL = (("vqa", 4.0), ("caption", 1.0), ("existence", 1.0), ("tags", 0.5))
-REGION_LEVEL = (("rec", 2.0), ("reg", 1.0))
+IMAGE_LEVEL = (Mix("vqa", 4.0), Mix("caption", 1.0), Mix("existence", 1.0), Mix("tags", 0.5))
+REGION_LEVEL = (Mix("rec", 2.0), Mix("reg", 1.0))
 
 
 def get_config() -> Experiment:

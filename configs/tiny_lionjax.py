@@ -8,7 +8,7 @@ are initialized as pretrained with the T5 (docs/tiny_backbones.md).
 
 import dataclasses
 
-from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage, Weights
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
@@ -24,8 +24,8 @@ QFORMER = ("qformer", "qformer_norm", "qformer_projector")
 AGGREGATOR = ("aggregator", "aggregator_norm", "aggregator_projector")
 REGION_ADAPTER, IMAGE_ADAPTER = ".*/adapter_0", ".*/adapter_1"
 MASKS = ("mask_prompts", "sam/decoder")
-IMAGE_LEVEL = (("vqa", 5.0), ("existence", 2.0), ("relation", 1.0), ("caption", 1.5), ("tags", 0.5))
-REGION_LEVEL = (("rec", 3.0), ("reg", 1.0), ("box_vqa", 1.0), ("grounded", 0.5))
+IMAGE_LEVEL = (Mix("vqa", 5.0), Mix("existence", 2.0), Mix("relation", 1.0), Mix("caption", 1.5), Mix("tags", 0.5))
+REGION_LEVEL = (Mix("rec", 3.0), Mix("reg", 1.0), Mix("box_vqa", 1.0), Mix("grounded", 0.5))
 
 SYSTEM = Lion(
     vision=TINY_VIT,
@@ -115,13 +115,13 @@ def get_config() -> Experiment:
                 **shared,
                 **boxes,
             ),
-            Stage("masks", 40, MASKS, (("res", 1.0),), model_overrides=(("objective", "masks"),), **shared),
+            Stage("masks", 40, MASKS, (Mix("res", 1.0),), model_overrides=(("objective", "masks"),), **shared),
         ),
         run=RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32", cache_features=True),
         weights=(
-            ("vision", "shipped:tiny_vit.safetensors"),
-            ("language", "shipped:tiny_t5.safetensors"),
-            ("locations", "shipped:tiny_places.safetensors"),
-            ("sam", "shipped:tiny_sam.safetensors"),
+            Weights("vision", "shipped:tiny_vit.safetensors"),
+            Weights("language", "shipped:tiny_t5.safetensors"),
+            Weights("locations", "shipped:tiny_places.safetensors"),
+            Weights("sam", "shipped:tiny_sam.safetensors"),
         ),
     )

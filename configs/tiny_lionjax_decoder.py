@@ -8,7 +8,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.core.experiment import Experiment
+from lionjax.core.experiment import Experiment, Weights
 from lionjax.models.language.decoder import TINY_DECODER
 from lionjax.nn.adapters import AdapterConfig
 
@@ -33,8 +33,8 @@ def get_config() -> Experiment:
         model=dataclasses.replace(base.model, language=language),
         stages=stages,
         weights=(
-            *(pair for pair in base.weights if pair[0] not in ("language", "locations")),
-            ("language/embedding", "shipped:tiny_t5.safetensors"),
-            ("language", "shipped:tiny_decoder.safetensors"),
+            *(pair for pair in base.weights if pair[0] not in Weights("language", "locations")),
+            Weights("language/embedding", "shipped:tiny_t5.safetensors"),
+            Weights("language", "shipped:tiny_decoder.safetensors"),
         ),
     )

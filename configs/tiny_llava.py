@@ -5,7 +5,7 @@ Trains the projector, then projector and language model. The other tiny configs 
 and in the trained parts.
 """
 
-from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
@@ -13,8 +13,8 @@ from lionjax.models.language.t5 import TINY_T5
 from lionjax.models.vision.vit import TINY_VIT
 from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
-WORDS = (("vqa", 5.0), ("existence", 2.0), ("caption", 1.5))
-PLACES = (("rec", 6.0),)
+WORDS = (Mix("vqa", 5.0), Mix("existence", 2.0), Mix("caption", 1.5))
+PLACES = (Mix("rec", 6.0),)
 BACKBONES = (("vision", "shipped:tiny_vit.safetensors"), ("language", "shipped:tiny_t5.safetensors"))
 
 
@@ -73,7 +73,7 @@ SYSTEM = VisualPrefixLM(
 def get_config() -> Experiment:
     """The experiment."""
     stages = (
-        stage("align", 100, ("projector",), (("caption@plain", 1.0),), 3e-3),
+        stage("align", 100, ("projector",), (Mix("caption", 1.0, template="plain"),), 3e-3),
         stage("instruct", 400, ("projector", "language"), rate=7e-4),
     )
     return experiment("tiny_llava", SYSTEM, stages)

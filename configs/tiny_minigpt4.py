@@ -11,7 +11,7 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.core.experiment import Experiment
+from lionjax.core.experiment import Experiment, Mix, Weights
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 blip2 = runpy.run_path(str(Path(__file__).with_name("tiny_blip2.py")))
@@ -23,10 +23,10 @@ def get_config() -> Experiment:
     """The experiment."""
     model = dataclasses.replace(blip2["get_config"]().model, image_token_id=IMAGE_TOKEN)
     stages = (
-        llava["stage"]("align", 150, ("projector",), (("caption@plain", 1.0),), 3e-3),
+        llava["stage"]("align", 150, ("projector",), (Mix("caption", 1.0, template="plain"),), 3e-3),
         llava["stage"]("describe", 150, ("projector",), llava["WORDS"], 1e-3),
     )
-    weights = (*llava["BACKBONES"], ("qformer", BLIP2_WEIGHTS), ("vision_norm", BLIP2_WEIGHTS))
+    weights = (*llava["BACKBONES"], Weights("qformer", BLIP2_WEIGHTS), Weights("vision_norm", BLIP2_WEIGHTS))
     return llava["experiment"](
         "tiny_minigpt4",
         model,

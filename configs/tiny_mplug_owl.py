@@ -8,13 +8,13 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.core.experiment import Experiment
+from lionjax.core.experiment import Experiment, Mix
 from lionjax.models.connectors.perceiver import AbstractorConfig
 from lionjax.nn.lora import LoraConfig
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 IMAGE_TOKEN = 21  # <im_patch> of the tiny tokenizer
-INSTRUCTIONS = (*llava["WORDS"], ("vqa@told", 1.0))
+INSTRUCTIONS = (*llava["WORDS"], Mix("vqa", 1.0, template="told"))
 VISION = ("vision", "vision_norm", "latents", "projector", "last_word")
 
 
@@ -31,7 +31,7 @@ def get_config() -> Experiment:
         image_token_id=IMAGE_TOKEN,
         prepend_image=False,
     )
-    vision = llava["stage"]("eyes", 700, VISION, (*llava["WORDS"][:2], ("caption@plain", 1.5)), 1.5e-3)
+    vision = llava["stage"]("eyes", 700, VISION, (*llava["WORDS"][:2], Mix("caption", 1.5, template="plain")), 1.5e-3)
     stages = (
         # The ViT is aligned with the T5's embeddings already, and would lose that at the abstractor's learning rate.
         dataclasses.replace(vision, lr_multipliers=(("vision", 0.1),)),

@@ -6,7 +6,7 @@ tokens, as Kosmos-2) the same model writes boxes as text instead of embeddings. 
 `rec@bins` do so for one task, so that one run compares all three formats.
 """
 
-from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage, Weights
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
@@ -18,16 +18,16 @@ from lionjax.models.vlm.nextchat import NextChat
 WORDS_AND_BOXES = ("language", "projector", "locations")
 MASKS = ("mask_prompts", "sam/decoder")
 PRETRAIN = (
-    ("rec", 3.0),
-    ("rec@digits", 0.5),
-    ("rec@bins", 0.5),
-    ("reg", 2.0),
-    ("box_vqa", 1.0),
-    ("grounded", 1.0),
-    ("caption", 1.0),
-    ("vqa", 3.0),
+    Mix("rec", 3.0),
+    Mix("rec", 0.5, boxes="digits"),
+    Mix("rec", 0.5, boxes="bins"),
+    Mix("reg", 2.0),
+    Mix("box_vqa", 1.0),
+    Mix("grounded", 1.0),
+    Mix("caption", 1.0),
+    Mix("vqa", 3.0),
 )
-INSTRUCT = (*PRETRAIN, ("existence", 1.0), ("relation", 0.5), ("conversation", 0.5))
+INSTRUCT = (*PRETRAIN, Mix("existence", 1.0), Mix("relation", 0.5), Mix("conversation", 0.5))
 VOCAB_SIZE, BINS = (
     1024,
     32,
@@ -83,8 +83,8 @@ def get_config() -> Experiment:
         stages=(
             Stage("pretrain", 600, WORDS_AND_BOXES, PRETRAIN, **shared),
             Stage("instruct", 300, WORDS_AND_BOXES, INSTRUCT, **shared),
-            Stage("masks", 200, MASKS, (("res", 1.0),), model_overrides=(("objective", "masks"),), **shared),
+            Stage("masks", 200, MASKS, (Mix("res", 1.0),), model_overrides=(("objective", "masks"),), **shared),
         ),
         run=RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32", cache_features=True),
-        weights=(("vision", "shipped:tiny_vit.safetensors"), ("sam", "shipped:tiny_sam.safetensors")),
+        weights=(Weights("vision", "shipped:tiny_vit.safetensors"), Weights("sam", "shipped:tiny_sam.safetensors")),
     )

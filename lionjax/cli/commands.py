@@ -230,11 +230,11 @@ def _print_metrics(entries, to_stderr: bool = False) -> None:
     """Print a table for each benchmark."""
     from rich.console import Console
 
-    from lionjax.evaluation import runner
+    from lionjax.evaluation import summary
 
     console = Console(stderr=to_stderr)
     for entry in entries:
-        console.print(runner.metrics_table(entry))
+        console.print(summary.metrics_table(entry))
 
 
 def _answer_to_json(answer) -> dict:

@@ -84,11 +84,11 @@ def _export_run(args: argparse.Namespace) -> None:
     run = loading.load(args.src)
     run.export(args.dst, args.to, args.merge_lora)
     if args.merge_lora:  # a merged LoRA cannot be separated again
-        print(f"written: {args.dst}, with its LoRA merged")
+        print(f"written: {args.dst}, LoRA merged")
     else:
         exact = run.equals_bitwise(loading.load(args.dst))
         update_json(args.src / "report.json", {"round_trip_exact": exact})
-        result = "all bits are equal" if exact else "BITS DIFFER"
+        result = "every bit is the same" if exact else "BITS DIFFER"
         print(f"written: {args.dst}; loaded again, {result}")
     if args.verify:
         _verify(run.experiment, run.params, args.dst, args.dst)

@@ -41,8 +41,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb.add_argument("--limit", metavar="N", type=int, help="maximum number of questions per benchmark")
     verb.add_argument("--split", default="heldout", help="train, validation or heldout (default: heldout)")
     verb.add_argument("--source", help="data to use instead of the run's: a folder or an annotation file")
-    verb.add_argument("--images", metavar="DIR", default="", help="image folder of an annotation file")
-    verb.add_argument("--answers", metavar="FILE", default="", help="VQA annotations file with the answers")
+    add_annotation_arguments(verb)
     verb.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
     verb = add_verb(verbs, generate)
@@ -76,16 +75,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb.add_argument("--weights", action="store_true", help=weights_help)
 
     verb = add_verb(verbs, data, extra_args_help="Any field of the source can be set: --heldout_fraction 0.2.")
-    verb.add_argument("action", metavar="ACTION", choices=("inspect", "build"), help="inspect or build")
-    verb.add_argument("source", metavar="SOURCE", help="scenes, easy_vqa, or a folder or annotation file")
-    verb.add_argument("--images", metavar="DIR", default="", help="image folder of an annotation file")
-    verb.add_argument("--answers", metavar="FILE", default="", help="VQA annotations file with the answers")
-    verb.add_argument("--split", default="train", help="train, validation or heldout (default: train)")
-    verb.add_argument("--limit", metavar="N", type=int, default=3, help="examples to print per task (default: 3)")
-    verb.add_argument("--out", metavar="PATH", type=Path, help="inspect: a PNG to write; build: the output folder")
-    verb.add_argument("--tagger", metavar="DIR", type=Path, help="build: add tags with RAM from this folder")
-    beam_help = 'build: run on Apache Beam with these flags, as in --beam="--runner=DirectRunner"'
-    verb.add_argument("--beam", metavar="FLAGS", nargs="?", const="", help=beam_help)
+    add_data_arguments(verb)
 
     verb = add_verb(verbs, convert)
     weights_command.add_arguments(verb)
@@ -99,6 +89,25 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb = add_verb(verbs, benchmark, extra_args_help="Other arguments are passed to the script.")
     verb.add_argument("name", metavar="NAME", help="a script of benchmarks/, without .py")
     return parser, verbs.choices
+
+
+def add_annotation_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of an annotation file as a data source."""
+    verb.add_argument("--images", metavar="DIR", default="", help="image folder of an annotation file")
+    verb.add_argument("--answers", metavar="FILE", default="", help="VQA annotations file with the answers")
+
+
+def add_data_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `lionjax data`."""
+    verb.add_argument("action", metavar="ACTION", choices=("inspect", "build"), help="inspect or build")
+    verb.add_argument("source", metavar="SOURCE", help="scenes, easy_vqa, or a folder or annotation file")
+    add_annotation_arguments(verb)
+    verb.add_argument("--split", default="train", help="train, validation or heldout (default: train)")
+    verb.add_argument("--limit", metavar="N", type=int, default=3, help="examples to print per task (default: 3)")
+    verb.add_argument("--out", metavar="PATH", type=Path, help="inspect: a PNG to write; build: the output folder")
+    verb.add_argument("--tagger", metavar="DIR", type=Path, help="build: add tags with RAM from this folder")
+    beam_help = 'build: run on Apache Beam with these flags, as in --beam="--runner=DirectRunner"'
+    verb.add_argument("--beam", metavar="FLAGS", nargs="?", const="", help=beam_help)
 
 
 def add_verb(subparsers, command: Callable, extra_args_help: str = "") -> argparse.ArgumentParser:

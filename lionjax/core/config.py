@@ -188,7 +188,9 @@ def _format_lines(config: Any, indent: str) -> Iterator[str]:
             yield f"{indent}{name}: {type(value).__name__}"
             yield from _format_lines(value, indent + "  ")
         else:
-            yield f"{indent}{name}: {_type_name(hints[name])} = {value!r}"
+            (kind, *_) = typing.get_args(hints[name]) or (None,)
+            shown = tuple(map(tuple, value)) if _has_words(kind) else value  # as on the command line
+            yield f"{indent}{name}: {_type_name(hints[name])} = {shown!r}"
 
 
 def diff_configs(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

@@ -4,3 +4,11 @@
 
 class UserError(Exception):
     """A mistake that the user can fix: one clear sentence, shown without a traceback, exit code 2."""
+
+
+def check_choices(config, **choices) -> None:
+    """Raise ValueError for a field of `config` whose value is not among its `choices`, {field: allowed values}."""
+    for field, allowed in choices.items():
+        value = getattr(config, field)
+        if value not in allowed:
+            raise ValueError(f"{field} is {value!r}; it can be one of {', '.join(map(str, allowed))}")

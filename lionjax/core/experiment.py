@@ -83,8 +83,8 @@ class Weights:
         return tuple(self)[index]
 
 
-def _typed(entries, kind: type) -> tuple:
-    """Entries as values of `kind`; pairs of words are read by `from_words`."""
+def parse_entries(entries, kind: type) -> tuple:
+    """The entries of a mixture or of weights as values of `kind`; pairs of strings are parsed by `from_words`."""
     return tuple(entry if isinstance(entry, kind) else kind.from_words(*entry) for entry in entries)
 
 
@@ -127,7 +127,7 @@ class Stage:
     init_from: Literal["previous", "scratch"] = "previous"
 
     def __post_init__(self):
-        object.__setattr__(self, "mixture", _typed(self.mixture, Mix))
+        object.__setattr__(self, "mixture", parse_entries(self.mixture, Mix))
         for field in ("batch_size", "grad_accum_steps"):
             value = getattr(self, field)
             if value < 1:
@@ -204,7 +204,7 @@ class Experiment:
     generation: GenerationDefaults = GenerationDefaults()
 
     def __post_init__(self):
-        object.__setattr__(self, "weights", _typed(self.weights, Weights))
+        object.__setattr__(self, "weights", parse_entries(self.weights, Weights))
         # The processor's fields that depend on the model are derived from it, so that they are set in one place.
         for_model = getattr(self.data, "for_model", None)
         if for_model is not None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from lionjax.core.experiment import Mix, parse_entries
 from lionjax.core.types import Batch, UserError
 from lionjax.data.config import DataConfig
 from lionjax.data.mixture import MixtureComponent, MixtureDataset, Sample, examples, open_mixture
@@ -161,15 +162,15 @@ def batches(
             f"a batch_size of {batch_size} does not divide over {process_count} processes; "
             f"give a positive multiple of {process_count}"
         )
-    dataset = open_mixture(data, "train")
-    if any(mix.weight < 0 for mix in stage.mixture) or not any(mix.weight for mix in stage.mixture):
+    dataset, mixture = open_mixture(data, "train"), parse_entries(stage.mixture, Mix)
+    if any(mix.weight < 0 for mix in mixture) or not any(mix.weight for mix in mixture):
         raise UserError(
-            f"the mixture of stage {stage.name!r} is {tuple(map(tuple, stage.mixture))}; "
+            f"the mixture of stage {stage.name!r} is {tuple(map(tuple, mixture))}; "
             "give weights of 0 or more, one above 0"
         )
     components = [
         dataclasses.replace(component, mixture_index=mixture_index)
-        for mixture_index, mix in enumerate(stage.mixture)
+        for mixture_index, mix in enumerate(mixture)
         if mix.weight
         for component in dataset.components(mix)
     ]

@@ -197,6 +197,11 @@ class RMSNorm(nn.Module):
         return normalized.astype(x.dtype) * scale.astype(x.dtype)
 
 
+def make_norm(norm: str, width: int, eps: float, bias: bool, **name) -> nn.Module:
+    """The norm layer "rmsnorm" or "layernorm"; an RMSNorm has no bias."""
+    return RMSNorm(width, eps, **name) if norm == "rmsnorm" else LayerNorm(width, eps, bias, **name)
+
+
 @jax.custom_vjp
 def gelu(x):
     """GELU with erf (torch's default); its custom gradient saves the slope in the dtype of x."""

@@ -85,3 +85,15 @@ class RelativePositionBias(nn.Module):
             query_positions, key_positions, self.num_buckets, self.max_distance, self.bidirectional
         )
         return table[bucket_LS].transpose(2, 0, 1)[None].astype(jnp.float32)
+
+
+def position_ids(mask_BL):
+    """Positions (B, L) from 0 of the real tokens of each row; padding has the position of the token before it."""
+    return jnp.maximum(jnp.cumsum(mask_BL.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def last_token(x_BLD, mask_BL):
+    """x (B, D) at the last real token of each row."""
+    length = mask_BL.shape[1]
+    last_B = length - 1 - jnp.argmax(mask_BL[:, ::-1].astype(bool), axis=1)
+    return jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]

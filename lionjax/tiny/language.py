@@ -26,11 +26,11 @@ from lionjax.data.processor import Processor, ProcessorConfig
 from lionjax.data.scenes import tasks, world
 from lionjax.data.scenes.tasks import box_to_text
 from lionjax.evaluation.metrics import regions
-from lionjax.models.language import decoder
 from lionjax.models.language.decoder import Decoder, DecoderConfig
 from lionjax.models.language.t5 import T5, T5Config, shift_right
 from lionjax.nn.layers import normal
 from lionjax.nn.losses import token_cross_entropy
+from lionjax.nn.positions import last_token
 from lionjax.tiny.exercises import (
     FIELDS,
     NUM_DIGIT_POSITIONS,
@@ -124,7 +124,7 @@ class SceneLanguageModel(nn.Module):
         length = inputs_BLD.shape[1]
         x_BLD = jnp.concatenate([inputs_BLD, self.language.embed(target_BM)], axis=1)
         state_BLD = self.language(x_BLD, jnp.concatenate([mask_BL, target_mask_BM], axis=1))
-        first_BD = decoder.last_token(state_BLD[:, :length], mask_BL)
+        first_BD = last_token(state_BLD[:, :length], mask_BL)
         previous_BMD = jnp.concatenate([first_BD[:, None], state_BLD[:, length:-1]], axis=1)
         return self.language.logits(previous_BMD)
 

@@ -104,13 +104,13 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
     made = jax.device_get(engine.generate(system, params, batch, how))
     count = (made.ids_BM[:, :-1] == small_places.TRIGGER).sum(1)
     assert count.sum() >= 1, "the model must say some places"
-    np.testing.assert_array_equal(made.kept["count"], count)
+    np.testing.assert_array_equal(made.aux_outputs["count"], count)
     for ids in made.ids_BM.tolist():
         assert all((a == small_places.TRIGGER) == (b == small_places.LOCATION) for a, b in zip(ids, ids[1:]) if b)
     given = np.asarray(batch.boxes_mask_BK).sum(1)
     boxes, mask = np.array(batch.boxes_BK4), np.array(batch.boxes_mask_BK)
     for row, (start, number) in enumerate(zip(given, count)):
-        boxes[row, start : start + number] = made.kept["box"][row, :number][: len(boxes[row]) - start]
+        boxes[row, start : start + number] = made.aux_outputs["box"][row, :number][: len(boxes[row]) - start]
         mask[row, start : start + number] = 1
     target = np.array(made.ids_BM)
     real = (np.arange(target.shape[1]) < np.asarray(made.length_B)[:, None]).astype(np.int32)
@@ -119,7 +119,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
     )
     found, _, known = jax.jit(system.predict_boxes)(params, spoken)
     for row, number in enumerate(np.minimum(count, 3)):
-        np.testing.assert_allclose(found[row, :number], made.kept["box"][row, :number], atol=1e-4)
+        np.testing.assert_allclose(found[row, :number], made.aux_outputs["box"][row, :number], atol=1e-4)
         assert np.asarray(known)[row, :number].all()
 
 

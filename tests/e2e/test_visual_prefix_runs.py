@@ -71,7 +71,9 @@ INSTRUCTBLIP = VisualPrefixLM(
 
 def experiment(system: VisualPrefixLM) -> Experiment:
     """Two stages: two steps of what lies between, then twenty of the language model too, at a rate that shows."""
-    decoder = {} if system.encodes else {"reader": "decoder", "template": TEMPLATE, "image_token": PATCH_TOKEN}
+    decoder = (
+        {} if system.is_encoder_decoder else {"reader": "decoder", "template": TEMPLATE, "image_token": PATCH_TOKEN}
+    )
     between = ("projector",) if system.qformer is None else ("projector", "qformer", "vision_norm")
     fields = {"batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 1}
     mixture = (("vqa", 1.0), ("caption", 1.0))

@@ -14,7 +14,7 @@ KINDS = {kind.name: kind for kind in FORMATS}
 def check(kind, config, state) -> None:
     """Both ways, strictly: no gap, nothing left over but what is known to say nothing, every shape right."""
     rows, model = kind.weight_map(config), kind.abstract_params(config)
-    plan = plan_params(rows, state, kind.ignore, model)
+    plan = plan_params(rows, state, kind.ignore_patterns, model)
     read = {name for piece in plan.mapped_tensors for name in (*piece.torch_keys, *piece.tied_keys)}
     assert read | set(plan.ignored) == set(state)
     out = plan_state_dict(rows, trees.flatten(model)).output_specs

@@ -196,7 +196,7 @@ def inputs(system, batch: Batch, answers: bool = True, left: bool = False) -> di
 
     prompts = expanded(system, batch)
     targets = [ids[mask.astype(bool)].tolist() for ids, mask in zip(batch.target_BM, batch.target_mask_BM)]
-    encodes = system.encodes
+    encodes = system.is_encoder_decoder
     rows = prompts if encodes or not answers else [p + t for p, t in zip(prompts, targets)]
     length = max(map(len, rows))
     fill = [[PAD] * (length - len(row)) for row in rows]
@@ -226,7 +226,7 @@ def inputs(system, batch: Batch, answers: bool = True, left: bool = False) -> di
 def answer_logits(system, batch: Batch, logits: np.ndarray) -> list[np.ndarray]:
     """Of their logits those that predict each row's answer."""
     lengths = batch.target_mask_BM.sum(1)
-    if system.encodes:
+    if system.is_encoder_decoder:
         return [row[:length] for row, length in zip(logits, lengths)]
     starts = [len(prompt) - 1 for prompt in expanded(system, batch)]
     return [row[start : start + length] for row, start, length in zip(logits, starts, lengths)]

@@ -78,9 +78,11 @@ def test_a_model_that_sees_says_the_same_words_before_in_jax_and_after(tmp_path,
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
     again = type(theirs).from_pretrained(tmp_path / "back").eval()
     batch = tiny.batch_of(system, draw)
-    how = GenerationConfig(NEW, eos_token_id=-1, pad_token_id=0, decoder_start_token_id=0 if system.encodes else None)
+    how = GenerationConfig(
+        NEW, eos_token_id=-1, pad_token_id=0, decoder_start_token_id=0 if system.is_encoder_decoder else None
+    )
     mine = np.asarray(generate(system, params, batch, how).ids_BM)
-    asked = tiny.inputs(system, batch, answers=False, left=not system.encodes)
+    asked = tiny.inputs(system, batch, answers=False, left=not system.is_encoder_decoder)
     for one in (theirs, again):
         # No end, so that all of them say as many words.
         one.generation_config.eos_token_id = one.config.text_config.eos_token_id = None

@@ -88,15 +88,21 @@ def test_greedy_words_are_those_of_transformers(pair):
         max_new_tokens=NEW,
         eos_token_id=language.end_token,
         pad_token_id=0,
-        decoder_start_token_id=0 if system.encodes else None,
+        decoder_start_token_id=0 if system.is_encoder_decoder else None,
     )
     made = generate(system, params, batch, config)
-    asked = tiny.inputs(system, batch, answers=False, left=not system.encodes)
+    asked = tiny.inputs(system, batch, answers=False, left=not system.is_encoder_decoder)
     told = model.generate(
         **asked, max_new_tokens=NEW, do_sample=False, num_beams=1, eos_token_id=language.end_token, pad_token_id=0
     ).numpy()
     # Behind the start token of a decoder, or the prompt, where they give it back.
-    told = told[:, 1:] if system.encodes else told[:, asked["input_ids"].shape[1] :] if told.shape[1] > NEW else told
+    told = (
+        told[:, 1:]
+        if system.is_encoder_decoder
+        else told[:, asked["input_ids"].shape[1] :]
+        if told.shape[1] > NEW
+        else told
+    )
     for row, length in enumerate(np.asarray(made.length_B)):
         mine, theirs = np.asarray(made.ids_BM)[row, :length].tolist(), told[row, :length].tolist()
         assert mine == theirs, f"seed {seed}, row {row}"
@@ -139,7 +145,7 @@ def test_two_pictures_in_a_row_and_none_are_those_of_transformers(pair):
     """And a token for each of a picture's words, as transformers writes them, means the same as one token."""
     seed, model, system, params, batch = pair
     system = dataclasses.replace(system, in_front=False)
-    token, words = tiny.IMAGE_TOKEN, system.vision.patches + system.keep_class_token
+    token, words = tiny.IMAGE_TOKEN, system.vision.num_patches + system.keep_class_token
     texts = [[1, 5, token, 6, 7, token, 8], [1, 9, 10, 11]]
     images = np.random.default_rng(seed).standard_normal((2, 2, *batch.image_BHWC.shape[1:])).astype(np.float32)
     prompt, mask = np.zeros((2, 7), np.int32), np.zeros((2, 7), np.int32)

@@ -147,7 +147,7 @@ def lionjax_hf_config(c: VisualPrefixLM, model_type: str) -> dict:
 
 
 def _llava_config_to_hf(c: VisualPrefixLM) -> dict:
-    if c.torch_names == "original" and (c.encodes or c.num_prefix_tokens or not c.vision.pre_layernorm):
+    if c.torch_names == "original" and (c.is_encoder_decoder or c.num_prefix_tokens or not c.vision.pre_layernorm):
         return lionjax_hf_config(c, "llava")
     if c.torch_names == "original":
         return _original_llava_config_to_hf(c)
@@ -304,7 +304,7 @@ def _blip2_config_to_hf(c: VisualPrefixLM) -> dict:
         "architectures": [f"{'InstructBlip' if text else 'Blip2'}ForConditionalGeneration"],
         "model_type": "instructblip" if text else "blip-2",
         "num_query_tokens": q.num_query_tokens,
-        "use_decoder_only_language_model": not c.encodes,
+        "use_decoder_only_language_model": not c.is_encoder_decoder,
         "text_config": _language_config_to_hf(c.language),
         "vision_config": {
             "model_type": "instructblip_vision_model" if text else "blip_2_vision_model",

@@ -68,7 +68,7 @@ def _config_from_hf(hf_config: dict) -> Any:
 
 def _config_to_hf(c: VisualPrefixLM) -> dict:
     v, a = c.vision, c.resampler
-    if c.encodes or not v.pre_layernorm:
+    if c.is_encoder_decoder or not v.pre_layernorm:
         return lionjax_hf_config(c, "mplug-owl")
     return {
         "architectures": ["MplugOwlForConditionalGeneration"],

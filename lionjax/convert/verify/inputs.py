@@ -125,7 +125,7 @@ def _prefix_run(c: VisualPrefixLM, rng) -> ComparisonRun:
         batch = Batch(image, ids, mask, *question_inputs, answer, None, None, zeros, zeros)
         # The image features replace the image token, so the last position is padding.
         x_BLD, mask_BL = (part[:, :-1] for part in module.embed_inputs(batch, None))
-        if not c.encodes:
+        if not c.is_encoder_decoder:
             return {"logits": module.language.logits(module.language(x_BLD, mask_BL))}
         encoded_BLD = module.language.encode(x_BLD, mask_BL)
         answer_mask = np.ones(answer.shape, bool)
@@ -136,7 +136,7 @@ def _prefix_run(c: VisualPrefixLM, rng) -> ComparisonRun:
     torch_inputs["attention_mask"] = np.ones_like(expanded_ids)
     if c.qformer and c.qformer.use_text_input:
         torch_inputs |= {"qformer_input_ids": question, "qformer_attention_mask": np.ones_like(question)}
-    if c.encodes:
+    if c.is_encoder_decoder:
         torch_inputs["decoder_input_ids"] = answer
     return ComparisonRun(VisualPrefixLMModule(c), forward, (image, ids, question, answer), torch_inputs)
 

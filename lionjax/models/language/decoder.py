@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lionjax.core.errors import check_choices
 from lionjax.core.renamed import Renamed, renamed_fields
 from lionjax.core.sharding import with_logical_constraint
 from lionjax.core.types import Cache
@@ -25,14 +26,14 @@ from lionjax.nn.layers import (
     Embed,
     GatedMLP,
     LayerNorm,
-    RMSNorm,
     dropout,
+    make_norm,
     remat_block,
     scan_blocks,
     split_key,
 )
 from lionjax.nn.lora import LoraConfig
-from lionjax.nn.positions import alibi_bias, apply_rope, rope_cos_sin, sinusoidal_positions
+from lionjax.nn.positions import alibi_bias, apply_rope, last_token, position_ids, rope_cos_sin, sinusoidal_positions
 
 POSITION_TYPES = ("rope", "alibi", "sinusoidal")
 NORMS = ("rmsnorm", "layernorm")
@@ -112,9 +113,7 @@ class DecoderConfig:
     cross_attention: GatedCrossAttentionConfig | None = None
 
     def __post_init__(self):
-        for field, allowed in {"position_type": POSITION_TYPES, "norm": NORMS}.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {', '.join(allowed)}")
+        check_choices(self, position_type=POSITION_TYPES, norm=NORMS)
         if self.cross_attention is not None and self.depth % self.cross_attention.every_n_layers:
             raise ValueError(
                 f"depth is {self.depth}; it must be a multiple of cross_attention.every_n_layers, which is "
@@ -247,7 +246,7 @@ class Block(nn.Module):
             sub_ln_eps=sub_ln_eps,
             name="attention",
         )
-        h_BLD = make_norm(c, name="norm1")(x_BLD)
+        h_BLD = make_norm(c.norm, c.width, c.norm_eps, bool(c.attention_biases), name="norm1")(x_BLD)
         query, (new_k, new_v) = attention.project_query(h_BLD, keys[0]), attention.project_key_value(h_BLD, keys[0])
         if c.qk_norm:
             query, new_k = self.norm_over_heads("q_norm", query), self.norm_over_heads("k_norm", new_k)
@@ -255,7 +254,7 @@ class Block(nn.Module):
             query, new_k = apply_rope(query, rope), apply_rope(new_k, rope)
         change_BLD = attention.attend(query, (new_k, new_v), mask, bias, keys[0], past_kv or ())
         x_BLD = x_BLD + dropout(change_BLD, c.dropout, keys[1])
-        h_BLD = make_norm(c, name="norm2")(x_BLD)
+        h_BLD = make_norm(c.norm, c.width, c.norm_eps, bool(c.attention_biases), name="norm2")(x_BLD)
         if c.gated_mlp:
             mlp = GatedMLP(c.width, c.mlp_dim, c.activation, lora=c.lora, name="mlp")
             change_BLD = mlp(h_BLD, 0.0, keys[2])
@@ -307,13 +306,6 @@ class CrossAttentionGroup(nn.Module):
         return x_BLD, (jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *new_kvs), media_kv)
 
 
-def make_norm(c: DecoderConfig, **name):
-    """The norm layer of this config."""
-    if c.norm == "rmsnorm":
-        return RMSNorm(c.width, c.norm_eps, **name)
-    return LayerNorm(c.width, c.norm_eps, bool(c.attention_biases), **name)
-
-
 class Decoder(nn.Module):
     """Maps embeddings (B, L, D) to states (B, L, D) after the final norm; a `LanguageBackend`."""
 
@@ -324,7 +316,7 @@ class Decoder(nn.Module):
         self.embedding = Embed(c.padded_vocab_size, c.width, num_frozen=c.num_frozen_embeddings)
         if c.max_positions:
             self.position = Embed(c.max_positions, c.width)
-        self.norm = make_norm(c)
+        self.norm = make_norm(c.norm, c.width, c.norm_eps, bool(c.attention_biases))
         if not c.tie_embeddings:
             self.head = Dense(c.width, c.padded_vocab_size, ("embed", "vocab"), use_bias=False)
 
@@ -452,15 +444,3 @@ class Decoder(nn.Module):
         positions = self.c.max_positions - self.c.position_offset
         if self.c.max_positions and length > positions:
             raise ValueError(f"{length} tokens do not fit the {positions} learned positions; shorten the text")
-
-
-def position_ids(mask_BL):
-    """Positions (B, L) from 0 of the real tokens of each row; padding has the position of the token before it."""
-    return jnp.maximum(jnp.cumsum(mask_BL.astype(jnp.int32), axis=1) - 1, 0)
-
-
-def last_token(x_BLD, mask_BL):
-    """x (B, D) at the last real token of each row."""
-    length = mask_BL.shape[1]
-    last_B = length - 1 - jnp.argmax(mask_BL[:, ::-1].astype(bool), axis=1)
-    return jnp.take_along_axis(x_BLD, last_B[:, None, None], axis=1)[:, 0]

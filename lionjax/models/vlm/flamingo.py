@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lionjax.core.errors import check_choices
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import VLM, Batch, Cache, Metrics, ModelInfo, Params
 from lionjax.core.weight_map import WeightMapping, rename_torch_keys, with_prefix
@@ -57,9 +58,7 @@ class Flamingo(VLM):
     dataset_loss_weights: tuple[float, ...] = ()
 
     def __post_init__(self):
-        if self.media_attention not in MEDIA_ATTENTION:
-            allowed = ", ".join(MEDIA_ATTENTION)
-            raise ValueError(f"media_attention is {self.media_attention!r}; it can be one of {allowed}")
+        check_choices(self, media_attention=MEDIA_ATTENTION)
         if self.language.cross_attention is None:
             raise ValueError("language.cross_attention is None; set it to a GatedCrossAttentionConfig")
 

@@ -16,6 +16,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from lionjax.core.errors import check_choices
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_partitioning
 from lionjax.core.types import Batch, ModelInfo
@@ -63,10 +64,7 @@ class Lion(RegionLM):
     identity_init_scale: float | None = None
 
     def __post_init__(self):
-        for field, allowed in {"visual_input": VISUAL_INPUTS, "objective": OBJECTIVES}.items():
-            if getattr(self, field) not in allowed:
-                text = ", ".join(allowed)
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {text}")
+        check_choices(self, visual_input=VISUAL_INPUTS, objective=OBJECTIVES)
         widths = self.vision.width, self.language.width, self.aggregator.projector_mlp_dim / 2
         if self.identity_init_scale is not None and len(set(widths)) > 1:
             raise ValueError(

@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 
+from lionjax.core.errors import check_choices
 from lionjax.core.renamed import Renamed, renamed_fields
 from lionjax.core.types import Batch, ModelInfo
 from lionjax.core.weight_map import WeightMapping, with_prefix
@@ -69,11 +70,7 @@ class NextChat(RegionLM):
     dtype: str = "float32"  # of the computation
 
     def __post_init__(self):
-        allowed = {"objective": OBJECTIVES, "loss_variant": LOSS_VARIANTS, "projector_depth": (1, 2)}
-        for field, values in allowed.items():
-            if getattr(self, field) not in values:
-                text = ", ".join(map(str, values))
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {text}")
+        check_choices(self, objective=OBJECTIVES, loss_variant=LOSS_VARIANTS, projector_depth=(1, 2))
 
     @property
     def is_encoder_decoder(self) -> bool:

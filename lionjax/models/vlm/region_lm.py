@@ -17,12 +17,13 @@ from lionjax.core.types import VLM, Batch, Cache, Metrics, Params
 from lionjax.models.heads import region
 from lionjax.models.heads.region import BoxEncoderDecoder, MaskPromptProjector, RegionHeadConfig
 from lionjax.models.language.backend import language_model
-from lionjax.models.language.decoder import DecoderConfig, last_token
+from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import sam_decoder
 from lionjax.models.vision.sam_decoder import Sam
 from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.nn import losses
+from lionjax.nn.positions import last_token
 
 
 class RegionLM(VLM):

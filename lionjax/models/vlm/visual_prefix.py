@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lionjax.core.errors import check_choices
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_partitioning
 from lionjax.core.types import VLM, Batch, Cache, Metrics, ModelInfo, Params
@@ -87,10 +88,7 @@ class VisualPrefixLM(VLM):
     pool_stride: int = 1
 
     def __post_init__(self):
-        for field, values in {"torch_names": TORCH_NAMES, "projector_depth": (0, 1, 2)}.items():
-            if getattr(self, field) not in values:
-                text = ", ".join(map(str, values))
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be one of {text}")
+        check_choices(self, torch_names=TORCH_NAMES, projector_depth=(0, 1, 2))
         if self.qformer is not None and self.resampler is not None:
             raise ValueError("both qformer and resampler are set; set at most one of them")
         if not -self.vision.depth <= self.feature_layer <= -1:
@@ -120,7 +118,7 @@ class VisualPrefixLM(VLM):
         return self.vision.image_size // self.vision.patch_size
 
     @property
-    def encodes(self) -> bool:
+    def is_encoder_decoder(self) -> bool:
         """Whether the language model is an encoder-decoder."""
         return is_encoder_decoder(self.language)
 
@@ -130,7 +128,7 @@ class VisualPrefixLM(VLM):
             vocab_size=self.language.vocab_size,
             embedding_rows=self.language.padded_vocab_size,
             end_token=self.language.eos_token_id,
-            is_encoder_decoder=self.encodes,
+            is_encoder_decoder=self.is_encoder_decoder,
             splices_images=True,
             image_token=self.image_token_id,
             image_size=self.vision.image_size,

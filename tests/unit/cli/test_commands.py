@@ -210,7 +210,7 @@ def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(capsys, tmp
     (tmp_path / "report.json").write_text('{"config": 1}')
     assert cli.main(["convert", str(tmp_path), "out", "--to", "torch"]) == 0
     said = capsys.readouterr().out
-    assert seen == [(Path("out"), "torch", False)] and ("all bits are equal" in said) == exact
+    assert seen == [(Path("out"), "torch", False)] and ("every bit is the same" in said) == exact
     assert json.loads((tmp_path / "report.json").read_text()) == {"config": 1, "round_trip_exact": exact}
 
 

@@ -13,9 +13,11 @@ from PIL import Image
 from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, UserError
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
+from lionjax.data.datasets.annotated_images import ImageInfo
+from lionjax.data.datasets.array_record import RecordTruth
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.images import FULL_IMAGE
-from lionjax.data.mixture import MixtureDataset, augment, examples, open_mixture
+from lionjax.data.mixture import MixtureComponent, MixtureDataset, augment, examples, open_mixture, prompt_format_for
 from lionjax.data.processor import Processor, ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.data.scenes.tasks import Example, box_to_text
@@ -436,3 +438,10 @@ def test_a_bad_record_in_a_worker_process_is_the_same_sentence(lines):
     data = DataConfig(sources=(lines("missing"),), processor=SMALL, num_workers=1)
     with pytest.raises(UserError, match=r"gone\.png"):
         take(stream(data, of=stage(("vqa", 1.0)), size=4), 6)
+
+
+@pytest.mark.parametrize("name, kind", [("", "told"), ("a.png", "")])
+def test_a_record_without_an_image_has_a_text_only_prompt_also_from_built_data(name, kind):
+    info, component = ImageInfo(name), MixtureComponent(0, "vqa", 1, 1.0)
+    for truth in (info, RecordTruth(info, {}, [])):
+        assert prompt_format_for(component, truth).kind == kind

@@ -33,7 +33,12 @@ def words_of_hugging_face(model, ids_BL, mask_BL, config: GenerationConfig) -> l
 
 
 @pytest.mark.parametrize(
-    "setting", [{}, {"repetition_penalty": 1.5, "min_length": 5, "eos": 17}, {"repetition_penalty": 0.8, "eos": 9}]
+    "setting",
+    [
+        {},
+        {"repetition_penalty": 1.5, "min_length": 5, "eos_token_id": 17},
+        {"repetition_penalty": 0.8, "eos_token_id": 9},
+    ],
 )
 def test_greedy_ids_are_those_of_hugging_face(setting):
     config = GenerationConfig(max_new_tokens=12, **setting)

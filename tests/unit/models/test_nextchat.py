@@ -43,7 +43,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(params, beams
     )
     made = generate(TINY, params, batch_of(PROMPTS), config)
     answers = [ids[:length].tolist() for ids, length in zip(np.asarray(made.ids_BM), np.asarray(made.length_B))]
-    kept = {name: np.asarray(leaf) for name, leaf in made.kept.items()}
+    kept = {name: np.asarray(leaf) for name, leaf in made.aux_outputs.items()}
     fed = [answer[:-1].count(TRIGGER) for answer in answers]  # at the last word nothing was read
     np.testing.assert_array_equal(kept["count"], fed)
     assert sum(fed) >= 3, "the model must say some places"
@@ -72,7 +72,7 @@ def test_an_answer_in_a_batch_of_unequal_prompts_is_the_one_given_alone(params):
         )
         alone = generate(TINY, params, short, config)
         np.testing.assert_array_equal(alone.ids_BM[0], together.ids_BM[row])
-        np.testing.assert_allclose(alone.kept["box"][0], together.kept["box"][row], atol=1e-5)
+        np.testing.assert_allclose(alone.aux_outputs["box"][0], together.aux_outputs["box"][row], atol=1e-5)
 
 
 def test_a_trigger_at_the_end_of_a_prompt_is_followed_by_its_place_and_one_at_the_end_of_an_answer_by_nothing(params):
@@ -83,7 +83,7 @@ def test_a_trigger_at_the_end_of_a_prompt_is_followed_by_its_place_and_one_at_th
         prompt,
         GenerationConfig(max_new_tokens=2, eos_token_id=END, pad_token_id=0, decoder_start_token_id=None),
     )
-    assert made.ids_BM[0, 0] == LOCATION and made.kept["count"][0] == 1
+    assert made.ids_BM[0, 0] == LOCATION and made.aux_outputs["count"][0] == 1
     read, _ = jax.jit(TINY.prefill, static_argnums=2)(params, prompt, 1)
     assert np.asarray(read)[0].argmax() == LOCATION and (np.delete(np.asarray(read)[0], LOCATION) < -1e29).all()
     assert (np.delete(np.asarray(read)[1], LOCATION) > -1e29).all() and np.asarray(read)[1, LOCATION] < -1e29

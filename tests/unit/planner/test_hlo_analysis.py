@@ -68,8 +68,8 @@ def program():
 
 
 def test_a_loops_body_runs_as_often_as_its_condition_says(program):
-    assert program.runs["%turn"] == 6 and program.runs["%main"] == 1
-    assert program.runs["%begun"] == 6 and "%add" not in program.runs
+    assert program.execution_counts["%turn"] == 6 and program.execution_counts["%main"] == 1
+    assert program.execution_counts["%begun"] == 6 and "%add" not in program.execution_counts
 
 
 def test_an_exchange_that_is_spread_over_pieces_of_code_counts_once_a_turn(program):

@@ -83,7 +83,7 @@ def test_a_mistake_is_seen(monkeypatch, mistake, folder):
     changed = mutated(monkeypatch, module, old, new)
     if module is region:
         monkeypatch.setattr(region_lm, "region", changed)
-        monkeypatch.setattr(region_lm, "Locations", changed.Locations)
+        monkeypatch.setattr(region_lm, "BoxEncoderDecoder", changed.BoxEncoderDecoder)
     else:
         monkeypatch.setattr(region_lm.RegionModule, "predict_masks", changed.RegionModule.predict_masks)
     found = complaints(golden_nextchat.compute(folder))

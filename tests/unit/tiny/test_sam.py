@@ -88,7 +88,7 @@ def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
     def cut(image_BHWC, box_BK4):
         def masks(sam, image_BHWC, box_BK4):
             none = jnp.zeros((1, box_BK4.shape[1], 0, TINY_SAM.prompt_embed_dim))
-            return sam.point(sam.encode(image_BHWC), box_BK4 * SIDE, none)[0]
+            return sam.decode_boxes(sam.encode(image_BHWC), box_BK4 * SIDE, none)[0]
 
         return Sam(TINY_SAM).apply({"params": params}, image_BHWC, box_BK4, method=masks)
 

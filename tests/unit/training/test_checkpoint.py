@@ -176,11 +176,11 @@ def test_an_error_of_a_save_under_way_is_raised_and_not_swallowed(tmp_path):
 
 
 def test_a_full_disk_is_recognised_through_the_errors_that_it_comes_wrapped_in():
-    assert checkpoint.is_disk_full_error(OSError(28, "No space left on device"))
+    assert checkpoint.is_disk_full(OSError(28, "No space left on device"))
     outer = ValueError("save failed")
     outer.__cause__ = RuntimeError("RESOURCE_EXHAUSTED: write: No space left on device [errno 28]")
-    assert checkpoint.is_disk_full_error(outer)
-    assert not checkpoint.is_disk_full_error(ValueError("no such file"))
+    assert checkpoint.is_disk_full(outer)
+    assert not checkpoint.is_disk_full(ValueError("no such file"))
 
 
 def test_of_what_asyncio_says_only_full_disks_are_kept_from_the_log(tmp_path, caplog):

@@ -22,7 +22,7 @@ from lionjax.models.vlm import region_lm
 MISTAKES = {
     "location tokens are learned as words": (
         region,
-        "batch.loss_mask_BM * (batch.target_BM != c.location_token)",
+        "batch.loss_mask_BM * (batch.target_BM != c.box_token_id)",
         "batch.loss_mask_BM",
         {"loss_lm", "loss_total"},
     ),
@@ -34,8 +34,8 @@ MISTAKES = {
     ),
     "a stop-gradient in the cycle loss": (
         region,
-        "losses.mean_of_real(jnp.square(again_BKD - trigger_BKD), real_BK)",
-        "losses.mean_of_real(jnp.square(again_BKD - jax.lax.stop_gradient(trigger_BKD)), real_BK)",
+        "losses.masked_mean(jnp.square(cycle_state_BKD - state_BKD), valid_BK)",
+        "losses.masked_mean(jnp.square(cycle_state_BKD - jax.lax.stop_gradient(state_BKD)), valid_BK)",
         {"stage1"},
     ),
     "the box scale off by one pixel": (

@@ -42,7 +42,7 @@ def said(name: str, mesh_name: str):
     how = GenerationConfig(
         8, eos_token_id=language.end_token, decoder_start_token_id=0 if isinstance(language, T5Config) else None
     )
-    beams = dataclasses.replace(how, beams=2)
+    beams = dataclasses.replace(how, num_beams=2)
     large = [(40, 40)] * 8 if "sam" in rows[0] else None
     return talks.generate(rows, how, image_sizes=large), talks.generate(rows, beams)
 

@@ -186,7 +186,7 @@ def test_kill_9_of_any_one_ends_the_others_and_the_restart_differs_in_no_bit(tmp
 
 
 def test_a_process_that_hangs_ends_them_all_with_the_stacks_of_where(tmp_path):
-    wrote = ends(begin(tmp_path, 2, "hang=4", "stuck_seconds=10"), 1)
+    wrote = ends(begin(tmp_path, 2, "hang=4", "watchdog_seconds=10"), 1)
     assert all("Timeout" in said for _, said in wrote) and "in __next__" in wrote[1][1]
     assert updates_in(tmp_path) in (3, 4)
 

@@ -191,7 +191,7 @@ def test_answers_with_any_number_of_boxes_share_one_program(pointing):
     programs = []
     for boxes in ((BOX,), (BOX, OTHER), ()):
         row = processor.encode_input(ImageTextInput(picture, f"What? {''.join(map(box_to_text, boxes))}", boxes=boxes))
-        pointing.engine.generate([row], how, min_shape=(1, 64, 64), sizes=[(40, 40)])
+        pointing.engine.generate([row], how, min_shape=(1, 64, 64), image_sizes=[(40, 40)])
         programs.append((engine.generate._cache_size(), engine.predict_mask_logits._cache_size()))
     assert len(set(programs)) == 1
 

@@ -243,7 +243,7 @@ def test_a_llava_folder_of_transformers_is_loaded_and_answers_in_its_words(tmp_p
     assert (c.reader, c.image_token, c.padded) == ("decoder", tiny.IMAGE_TOKEN, True)
     how = GenerationConfig(max_new_tokens=6, eos_token_id=2, pad_token_id=0, decoder_start_token_id=None)
     picture = pictures(1)[0]
-    answer = model.answer([picture], ["What is this ?"], generate=how)[0]
+    answer = model.answer([picture], ["What is this ?"], generation_config=how)[0]
     batch = model.processor.batch([ImageTextInput(picture, "What is this ?")])
     assert batch.prompt_BL[0, 0] == 1 and (batch.prompt_BL == tiny.IMAGE_TOKEN).sum() == 1
     asked = tiny.inputs(model.vlm, batch, answers=False, left=True)

@@ -165,8 +165,8 @@ def test_a_token_feels_the_pictures_that_the_rule_gives_it_and_no_other(made):
 
         def states(module, batch):
             mask = batch.prompt_mask_BL.astype(bool)
-            x, media = module.read(batch, batch.prompt_BL, mask)
-            return module.language(x, mask, None, None, media)
+            media = module.resample_images(batch, batch.prompt_BL, mask)
+            return module.language(module.language.embed(batch.prompt_BL, media[0].dtype), mask, None, None, media)
 
         shown = dataclasses.replace(batch, image_BHWC=image)
         got = FlamingoModule(system).apply({"params": params}, shown, method=states)
@@ -180,7 +180,7 @@ def test_a_token_feels_the_pictures_that_the_rule_gives_it_and_no_other(made):
         return {place: (np.abs(grad(image, place, params)[0]).max((1, 2, 3)) > 0).tolist() for place in (1, 2, 4, 5, 7)}
 
     first, second, both, none = [True, False], [False, True], [True, True], [False, False]
-    if system.rule == "immediate":
+    if system.media_attention == "immediate":
         assert feels(alone) == {1: none, 2: first, 4: first, 5: second, 7: second}
         # A later word feels the first picture by way of the words between.
         assert feels(params) == {1: none, 2: first, 4: first, 5: both, 7: both}

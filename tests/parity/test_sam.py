@@ -154,7 +154,7 @@ def test_places_that_nobody_asks_about_are_left_out_and_the_others_are_as_if_all
     own = rng.standard_normal((6, 3, 2, TINY.prompt_embed_dim)).astype(np.float32)
 
     def heard(params, own, given):
-        logits, iou = sam.apply({"params": params}, seen, box, own, given, method="point")
+        logits, iou = sam.apply({"params": params}, seen, box, own, given, method="decode_boxes")
         wanted = jnp.asarray(asked, jnp.float32)
         return (jnp.square(logits).mean((2, 3)) * wanted + iou * wanted).sum(), (logits, iou)
 
@@ -166,7 +166,7 @@ def test_places_that_nobody_asks_about_are_left_out_and_the_others_are_as_if_all
     largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(all_grads))
     for mine, other in zip(jax.tree.leaves(grads), jax.tree.leaves(all_grads)):
         np.testing.assert_allclose(mine, other, atol=1e-5 * largest, rtol=1e-3)
-    nobody, _ = jax.jit(lambda asked: sam.apply({"params": params}, seen, box, own, asked, method="point"))(
+    nobody, _ = jax.jit(lambda asked: sam.apply({"params": params}, seen, box, own, asked, method="decode_boxes"))(
         np.zeros_like(asked)
     )
     assert not np.asarray(nobody).any()

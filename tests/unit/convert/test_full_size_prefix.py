@@ -87,7 +87,7 @@ def test_the_first_llavas_table_covers_its_own_file():
 
 def test_instructblips_odd_vocabulary_is_padded_here_and_whole_in_its_file():
     system = configs.load(CONFIGS / "instructblip_vicuna7b.py").model
-    assert (system.language.vocab, system.language.rows) == (32001, 32128)
+    assert (system.language.vocab_size, system.language.padded_vocab_size) == (32001, 32128)
     out = check(system, theirs(system))
     assert out["language_model.lm_head.weight"].shape == (32001, 4096)
     assert out["language_model.model.embed_tokens.weight"].shape == (32001, 4096)

@@ -233,7 +233,7 @@ def test_the_command_writes_it_and_refuses_what_it_would_leave_out(tmp_path, cap
     src, dst = str(tmp_path / "torch"), str(tmp_path / "orbax")
     for odd in (["--verify"], ["--merge-lora"], ["--add-words", "a"], ["--image-size", "28"]):
         assert cli.main(["convert", src, dst, "--to", "orbax", *odd]) == 2
-        assert f"{odd[0]} does not go with --to orbax" in capsys.readouterr().err
+        assert f"{odd[0]} does not work with --to orbax" in capsys.readouterr().err
     assert cli.main(["convert", src, dst, "--to", "orbax", "--mesh", "fsdp=4,tensor=2,data=1"]) in (0, None)
     assert "written: params, config" in capsys.readouterr().out
 

@@ -255,7 +255,7 @@ def test_weights_with_a_systems_sizes_alone_ask_for_the_tokenizers_they_lack(mod
     assert again.experiment.answer.repetition_penalty == 1.5 and again.processor.config.image_size == small_lion.SIDE
     plain = GenerationConfig(max_new_tokens=24)
     asked = some_pictures(1), ["What?"]
-    assert texts(again.answer(*asked, generate=plain)) == texts(model.answer(*asked, generate=plain))
+    assert texts(again.answer(*asked, generation_config=plain)) == texts(model.answer(*asked, generation_config=plain))
 
 
 def test_a_run_that_has_not_ended_answers_with_what_it_has_learned(tmp_path, caplog):

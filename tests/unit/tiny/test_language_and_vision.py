@@ -85,7 +85,7 @@ def test_what_a_vit_was_aligned_with_can_stay_while_the_t5_learns_on(reader):
         CONFIG, schedule, model, jax.tree.map(np.copy, params), one_length, rng, eval_fn=None
     )
     told_before, told_after = (
-        np.asarray(model.apply({"params": p}, *reader[2], method=model.tell)) for p in (params, learned)
+        np.asarray(model.apply({"params": p}, *reader[2], method=model.embed_objects)) for p in (params, learned)
     )
     np.testing.assert_array_equal(told_after, told_before)
     before, after = params["language"], learned["language"]
@@ -105,7 +105,7 @@ def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
     language = copy_attention_init(fresh["language"], sizes) | {"embedding": params["language"]["embedding"]}
     begun = {"language": language, "code": params["code"], "roles": params["roles"]}
     mine = model.apply({"params": begun}, fields, code, method=model.embed_objects)
-    np.testing.assert_array_equal(mine, told_of.apply({"params": params}, fields, code, method=told_of.tell))
+    np.testing.assert_array_equal(mine, told_of.apply({"params": params}, fields, code, method=told_of.embed_objects))
 
     fixed = batch("things", "short", 8)
     *_, target, mask = fixed

@@ -21,6 +21,8 @@ def __getattr__(name: str):
         return importlib.import_module("lionjax.inference.loading").load
     if name == "convert":
         return importlib.import_module("lionjax.convert")
+    if name in moved.MOVED:  # a module of version 0.1
+        return importlib.import_module(f"lionjax.{name}")
     raise AttributeError(f"lionjax has no attribute {name!r}; available: {', '.join(__all__)}")
 
 

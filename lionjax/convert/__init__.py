@@ -10,7 +10,10 @@ settings files copied from the source).
 Names are imported lazily, because every module of the package imports this file first.
 """
 
+import importlib
 from typing import TYPE_CHECKING
+
+from lionjax.core import moved
 
 if TYPE_CHECKING:  # for editors and type checkers: the module of each name
     from lionjax.convert.conversion import ResizeOptions, convert
@@ -59,6 +62,8 @@ RENAMED = {
 
 def __getattr__(name: str):
     name = RENAMED.get(name, name)
+    if f"convert.{name}" in moved.MOVED:  # a module of version 0.1
+        return importlib.import_module(f"lionjax.convert.{name}")
     if name not in __all__:
         raise AttributeError(f"lionjax.convert has no attribute {name!r}")
     from lionjax.convert import conversion, coverage, jax_folder, torch_folder

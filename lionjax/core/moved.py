@@ -23,6 +23,7 @@ bridges                    models.connectors
 bridges.latents            models.connectors.perceiver
 bridges.qformer            models.connectors.qformer
 class_tags                 core.class_tags
+cli                        cli cli.entry cli.commands cli.errors
 config                     core.config core.experiment core.sharding
 convert.bert               convert.formats.bert
 convert.card               convert.model_card
@@ -42,7 +43,7 @@ convert.orbax              convert.io.orbax
 convert.originals          convert.torch_folder
 convert.owl                convert.formats.mplug_owl
 convert.peers              convert.verify.hf_parts
-convert.placed             convert.orbax_folder
+convert.placed             convert.orbax_folder core.files
 convert.plan               convert.mapping.plan
 convert.prefix             convert.formats.hf_vlm
 convert.published          convert.formats.hf_language convert.formats.checkpoint_format
@@ -51,7 +52,8 @@ convert.surgery            convert.resize
 convert.systems            convert.formats.detect convert.formats.checkpoint_format convert.formats.lion
 convert.tables             convert.mapping.apply
 convert.towers             convert.formats.hf_vision
-convert.write              convert.io.safetensors_writer
+convert.verify             convert.verify.compare convert.verify.hf_parts convert.verify.inputs
+convert.write              convert.io.safetensors_writer core.files
 data.annotations           data.datasets.annotation_files data.datasets.refcoco data.datasets.vqa data.datasets.jsonl
 data.beam_writer           data.prepare.beam
 data.built                 data.datasets.array_record
@@ -67,6 +69,7 @@ data.preparing             data.prepare.worker
 data.processors            data.processor
 data.scene_builder         data.scenes.tfds_builder
 data.scene_source          data.scenes.source
+data.scenes                data.scenes.world data.scenes.render
 data.scienceqa             data.datasets.scienceqa
 data.sources               data.datasets.source data.datasets.easy_vqa data.scenes.dataset
 data.squares               data.letterbox
@@ -82,6 +85,7 @@ evaluation.answers         evaluation.metrics.vqa
 evaluation.benchmarks      evaluation.runner
 evaluation.captions        evaluation.metrics.captions
 evaluation.goodput         evaluation.report.goodput
+evaluation.report          evaluation.report.html evaluation.report.plots
 evaluation.scoring         evaluation.tasks
 generate                   inference.generate
 heads                      models.heads.region training.validate
@@ -118,7 +122,7 @@ systems.prefix             models.vlm.visual_prefix
 systems.prefix_names       models.vlm.visual_prefix_weights
 tagger                     inference.tagger
 training.backbones         tiny.schedules
-training.checkpoints       training.checkpoint
+training.checkpoints       training.checkpoint core.files
 training.feature_files     training.feature_store
 training.features          training.feature_cache
 training.fingerprints      training.checksum
@@ -207,8 +211,6 @@ data.expressions           ENDS=SUPERLATIVE_FORMS MARGIN=MIN_MARGIN NAMINGS=ATTR
 data.expressions           OPPOSITE=OPPOSITE_RELATION SIDES=SPATIAL_RELATIONS
 data.inspection            KNOWN=KNOWN_SOURCES
 data.pictures              FORMATS=ALLOWED_FORMATS MAX_BYTES=MAX_FILE_BYTES WHOLE=FULL_IMAGE
-data.pipeline              Batches=BatchIterator Maker=ExampleFactory Numbered=TagComponent Share=ProcessOrder
-data.pipeline              TRIES=MAX_CONSECUTIVE_BAD_RECORDS
 data.places                BOX=BOX_PATTERN CLOSING=CLOSING_PUNCTUATION CODECS=BOX_FORMATS Codec=BoxCodec
 data.places                HINTS=BOX_FORMAT_HINTS NUMBER=NUMBER_PATTERN
 data.preparing             Worker=RecordPreparer
@@ -229,9 +231,6 @@ data.texts                 IMAGE_START=IMAGE_START_TOKEN LOCATION=BOX_TOKEN STRE
 data.texts                 TAGS_BEFORE=TAGS_PREFIX TRIGGER=REGION_QUERY_TOKEN Texts=PromptBuilder
 data.tiny_tokenizer        BORDERS=SPLIT_PATTERN CORE_LINES=NUM_CORE_LINES DECIMALS=BOX_DECIMALS
 data.tiny_tokenizer        JOINTS=BOX_SEPARATORS PRIVATE=PRIVATE_RANGE TEXT=CORPUS_FILE
-data.tokenizer             FILES=FILE_NAMES NAMES=KNOWN_SPECIAL_TOKENS Names=SpecialTokens
-data.tokenizer             SOFT_PROMPT=SOFT_PROMPT_TOKEN SPACE=SPIECE_UNDERLINE SPECIAL=SPECIAL_TOKENS
-data.tokenizer             T5_NAMES=T5_SPECIAL_TOKENS TINY=TINY_TOKENIZER_FILE TINY_SIZE=TINY_VOCAB_SIZE
 data.told                  CODE=BOX_CODE_DIM DIGITS=NUM_DIGITS DRILLS=OBJECT_NAMES EDGES=EDGE_NAMES
 data.told                  PLACES=NUM_DIGIT_POSITIONS WAVES=BOX_FREQUENCIES
 data.turns                 AS_ASKED=DEFAULT_FORMAT FORMS=TEMPLATE_KINDS Form=PromptFormat
@@ -243,9 +242,8 @@ evaluation.answers         CONTRACTED=CONTRACTION_LIST DIGITS=NUMBER_WORDS
 evaluation.benchmarks      AT_ONCE=BATCH_SIZE PADDED=MIN_PADDED_LENGTH POINTED=TEACHER_FORCED_TASKS
 evaluation.benchmarks      SIDE=MAX_IMAGE_SIDE TRAINING=MAX_TRAIN_EXAMPLES WITHOUT_TAGS=TAG_ABLATION_TASKS
 evaluation.captions        DROPPED=PUNCTUATION RENAMED=PTB_BRACKETS SPLIT=PTB_CONTRACTIONS Weighed=TfIdfVector
-evaluation.few_shot        HOW=SELECTION_METHODS IN_WORDS=NUM_TEXT_EXAMPLES Shown=FewShot
 evaluation.goodput         PARTS=TIME_PARTS
-evaluation.report          METRICS=METRIC_LABELS SHOWN=GALLERY_SIZE SPEED=SPEED_FORMATS
+evaluation.report          METRICS=METRIC_LABELS SHOWN=GALLERY_SIZE SPEED=SPEED_FORMATS report=write_report
 evaluation.scoring         BY_KIND=PER_KIND_TASKS CANDIDATES=MAX_CANDIDATES COMPARED=MAX_COMPARED_EXAMPLES
 evaluation.scoring         REFERENCES=MAX_REFERENCES Scored=TaskScores
 generate                   Answers=DecodeState advance=decode_step begin=prefill choose=select_next_token
@@ -287,12 +285,8 @@ tagger                     AT_ONCE=BATCH_SIZES CHINESE=CHINESE_TAG_LIST_FILE Fou
 tagger                     STD=IMAGENET_STD THRESHOLD=DEFAULT_THRESHOLD THRESHOLDS=THRESHOLD_FILE
 tagger                     TagList=TagVocabulary Teller=TaggerFactory WORDS=TAG_LIST_FILE
 tagger                     read_tags=read_tag_vocabulary teller=tagger_factory
-tiny.pretrain              DECODER=DECODER_BACKBONES PLACES=BOX_HEADS
 training.checkpoints       Damaged=CorruptCheckpointError FULL=DISK_FULL_ERRNOS FULL_WORDS=DISK_FULL_MESSAGES
 training.checkpoints       Keep=LatestAndBest Steps=AsyncCheckpointManager TEMPORARY=ORBAX_TMP_SUFFIX
-training.distributed       ADDRESS=ENV_COORDINATOR_ADDRESS COUNT=ENV_NUM_PROCESSES GRACE=GRACE_SECONDS
-training.distributed       HEARTBEAT_SECONDS=ENV_HEARTBEAT_SECONDS JOIN_SECONDS=ENV_JOIN_SECONDS
-training.distributed       NUMBER=ENV_PROCESS_ID Stop=PreemptionHandler Watch=Watchdog
 training.feature_files     ABANDONED=STALE_SECONDS CHECK=CHECKSUM_BYTES ENDING=FILE_SUFFIX Files=FeatureStore
 training.feature_files     KEY=KEY_BYTES LARGE=MAX_FILE_BYTES OLD=MAX_FILE_SECONDS Sight=FeatureSpec
 training.feature_files     UNFINISHED=PARTIAL_SUFFIX WAYS=WRITER_OPTIONS
@@ -301,7 +295,6 @@ training.journal           Clock=PhaseTimer Entry=StageStats FEW=REPORTED_LOSSES
 training.journal           MISSED=DOWNTIME_PHASES RECENT=RECENT_LOSSES
 training.language_backbone DRILLS=EXERCISES GROUPS=TASK_GROUPS LENGTHS=TARGET_LENGTHS PROMPTS=PROMPT_LENGTHS
 training.language_backbone Reader=SceneLanguageModel SCENE=SCENE_TOKENS SHARPNESS=ATTENTION_SHARPNESS TAGS=TAG_TOKENS
-training.loop              Run=RunContext Told=StreamCounters Update=InFlightStep Work=StageRun
 training.mask_backbone     FOCAL=FOCAL_LOSS_WEIGHT
 training.place_backbone    BLUR=NOISE_LEVELS PlacesSchedule=BoxHeadsSchedule Pointer=SceneRegionModel
 training.refused           FEWEST=MIN_LOSSES WINDOW=LOSS_WINDOW
@@ -323,19 +316,23 @@ RENAMED = {
 }
 
 
+def find(old: str, name: str):
+    """The object of today that module `old` of version 0.1 held as `name`."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    today = RENAMED.get((old, name), name)
+    for home in MOVED[old]:
+        module = importlib.import_module(f"lionjax.{home}")
+        if today in vars(module):
+            return vars(module)[today]
+    raise AttributeError(f"lionjax.{old} has no attribute {name!r}; see lionjax.{MOVED[old][0]}")
+
+
 class _Module(types.ModuleType):
     """Gives each name from the first of today's modules that has it."""
 
     def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        old = self.__name__.removeprefix("lionjax.")
-        today = RENAMED.get((old, name), name)
-        for home in MOVED[old]:
-            module = importlib.import_module(f"lionjax.{home}")
-            if hasattr(module, today):
-                return getattr(module, today)
-        raise AttributeError(f"{self.__name__} has no attribute {name!r}; see lionjax.{MOVED[old][0]}")
+        return find(self.__name__.removeprefix("lionjax."), name)
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -28,7 +28,7 @@ from lionjax.models import parts
 from lionjax.training import checkpoint
 from lionjax.training.checkpoint import CorruptCheckpointError
 from lionjax.training.init import ParamSpecs, make_param_specs
-from lionjax.training.run_folder import base_folder, saved_positions, updates_before
+from lionjax.training.run_folder import read_frozen, read_position, saved_positions, updates_before
 from lionjax.training.step import model_for_stage
 
 log = logging.getLogger(__name__)
@@ -110,21 +110,9 @@ def _load_params(folder: Path, experiment: Experiment, specs: ParamSpecs, stage:
 
     Raises CorruptCheckpointError if the checkpoint is damaged, UserError if the frozen parameters are.
     """
-    scratch = step and experiment.stages[stage].init_from == "scratch"
-    base = base_folder(folder, experiment, 0 if scratch else stage)
-    if not base.is_dir():
-        raise CorruptCheckpointError(base, "the parameters that its stage started from are missing")
-    items, meta = checkpoint.restore_tree(base, {"learned": specs.trainable})
-    learned = items["learned"]
-    if step:
-        path = folder / "checkpoints" / str(updates_before(experiment, stage) + step)
-        trainable, _ = trees.split(specs.trainable, experiment.stages[stage].trainable)
-        items, meta = checkpoint.restore_tree(path, {"trainable": trainable})
-        _, untrained = trees.split(learned, experiment.stages[stage].trainable)
-        learned = trees.merge(items["trainable"], untrained)
-    frozen_folder = folder / "frozen" / meta["frozen"]
+    learned, _, meta = read_position(folder, experiment, specs, stage, step)
     try:
-        frozen_params = checkpoint.restore_tree(frozen_folder, {"never": specs.frozen})[0]["never"]
+        frozen_params = read_frozen(folder, specs, meta["frozen"])
     except CorruptCheckpointError as damage:
         raise UserError(f"the frozen parameters are damaged ({damage}); `lionjax train` rebuilds them") from damage
     return trees.merge(frozen_params, learned)

@@ -85,8 +85,8 @@ class Model:
 
         `boxes`: for each prompt those asked about, x0 y0 x1 y1 in 0..1; they stand where the prompt says `{box}`, or
         at its end. `tags`: for each prompt the words of a tagger. `category` is "region_level" or "image_level", by
-        default decided from each prompt. `generation_config` replaces the settings that the model comes with; `seed` decides
-        what is drawn where it samples. `history`: for each prompt the (question, answer) pairs before it, of the same
+        default decided from each prompt. `generation_config` replaces the settings that the model comes with; `seed` is
+        used where it samples. `history`: for each prompt the (question, answer) pairs before it, about the same
         picture. `shots`: for each prompt as many (picture, question, answer) examples, shown before it.
         Raises UserError for what cannot be asked.
         """

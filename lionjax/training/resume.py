@@ -15,14 +15,7 @@ from lionjax.training import checkpoint
 from lionjax.training.checkpoint import CorruptCheckpointError
 from lionjax.training.init import ParamSpecs, init_params
 from lionjax.training.optimizer import abstract_opt_state, make_optimizer
-from lionjax.training.run_folder import (
-    base_folder,
-    describe_position,
-    from_state_dict,
-    latest_position,
-    to_state_dict,
-    updates_before,
-)
+from lionjax.training.run_folder import base_folder, describe_position, latest_position, read_frozen, read_position
 
 log = logging.getLogger(__name__)
 
@@ -61,22 +54,13 @@ def restore_or_init(workdir: Path, experiment: Experiment, example: Batch, specs
 
 
 def _restore(workdir, experiment, example, specs, stage: int, step: int) -> Position:
-    scratch = step and experiment.stages[stage].init_from == "scratch"
-    base = base_folder(workdir, experiment, 0 if scratch else stage)
-    path = workdir / "checkpoints" / str(updates_before(experiment, stage) + step)
-    if not base.is_dir():
-        raise CorruptCheckpointError(path, f"the stage's base parameters ({base}) are missing")
-    items, meta = checkpoint.restore_tree(base, {"learned": specs.trainable})
-    learned, opt_state, data_position = items["learned"], None, None
+    opt_state = None
     if step:
-        config = experiment.stages[stage]
-        trainable, idle = trees.split(specs.trainable, config.trainable)
-        tx = make_optimizer(config, trainable, specs.layer_axes)
-        target = abstract_opt_state(tx, trainable, specs.mesh)
-        items, meta = checkpoint.restore_tree(path, {"trainable": trainable, "optimiser": to_state_dict(target)})
-        _, idle = trees.split(learned, config.trainable)
-        learned = trees.merge(items["trainable"], idle)
-        opt_state, data_position = from_state_dict(items["optimiser"], target), meta["data"]
+        trainable, _ = trees.split(specs.trainable, experiment.stages[stage].trainable)
+        optimizer = make_optimizer(experiment.stages[stage], trainable, specs.layer_axes)
+        opt_state = abstract_opt_state(optimizer, trainable, specs.mesh)
+    learned, opt_state, meta = read_position(workdir, experiment, specs, stage, step, opt_state)
+    data_position = meta["data"] if step else None
     frozen = _load_frozen(workdir, experiment, example, specs, meta["frozen"])
     history = tuple(meta["history"])
     log.info("restored %s: %s", workdir, describe_position(experiment, stage, step))
@@ -88,14 +72,11 @@ def _load_frozen(workdir, experiment, example, specs, name: str) -> Params:
 
     Raises UserError if the config no longer gives the same parameters.
     """
-    path = workdir / "frozen" / name
     try:
-        if not path.is_dir():
-            raise CorruptCheckpointError(path, "the directory is missing")
-        return checkpoint.restore_tree(path, {"never": specs.frozen})[0]["never"]
+        return read_frozen(workdir, specs, name)
     except CorruptCheckpointError as error:
-        if path.is_dir():
-            checkpoint.quarantine(workdir, path, str(error))
+        if error.path.is_dir():
+            checkpoint.quarantine(workdir, error.path, str(error))
         frozen, _ = init_params(experiment, example, specs)
         if _save_frozen(workdir, frozen) != name:
             raise UserError(

@@ -19,6 +19,8 @@ from lionjax.core.experiment import Experiment
 from lionjax.core.files import write_atomic
 from lionjax.core.types import Params, UserError
 from lionjax.training import checkpoint, distributed
+from lionjax.training.checkpoint import CorruptCheckpointError
+from lionjax.training.init import ParamSpecs
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +120,40 @@ def saved_positions(workdir: Path, experiment: Experiment) -> list[tuple[int, in
         stage = max(s for s in range(len(experiment.stages)) if updates_before(experiment, s) < update)
         positions.append((stage, update - updates_before(experiment, stage)))
     return sorted(positions, reverse=True)
+
+
+def read_position(
+    workdir: Path, experiment: Experiment, specs: ParamSpecs, stage: int, step: int, opt_state: Any = None
+) -> tuple[Params, Any, dict]:
+    """What a run saved after `step` updates of `stage`: the trainable parameters, optimizer state and metadata.
+
+    `opt_state` is the structure to restore the optimizer's state into; None leaves it out, as does `step` 0.
+    Raises CorruptCheckpointError if a directory is damaged, or missing.
+    """
+    path = workdir / "checkpoints" / str(updates_before(experiment, stage) + step)
+    scratch = step and experiment.stages[stage].init_from == "scratch"
+    base = base_folder(workdir, experiment, 0 if scratch else stage)
+    if not base.is_dir():
+        raise CorruptCheckpointError(path if step else base, f"the stage's base parameters ({base}) are missing")
+    items, meta = checkpoint.restore_tree(base, {"learned": specs.trainable})
+    learned = items["learned"]
+    if not step:
+        return learned, None, meta
+    patterns = experiment.stages[stage].trainable
+    trainable, _ = trees.split(specs.trainable, patterns)
+    optimizer = {} if opt_state is None else {"optimiser": to_state_dict(opt_state)}
+    items, meta = checkpoint.restore_tree(path, {"trainable": trainable} | optimizer)
+    _, untrained = trees.split(learned, patterns)
+    restored = None if opt_state is None else from_state_dict(items["optimiser"], opt_state)
+    return trees.merge(items["trainable"], untrained), restored, meta
+
+
+def read_frozen(workdir: Path, specs: ParamSpecs, frozen_id: str) -> Params:
+    """The parameters that no stage trains. Raises CorruptCheckpointError if they are damaged or missing."""
+    path = workdir / "frozen" / frozen_id
+    if not path.is_dir():
+        raise CorruptCheckpointError(path, "the directory is missing")
+    return checkpoint.restore_tree(path, {"never": specs.frozen})[0]["never"]
 
 
 def latest_position(workdir: Path, experiment: Experiment) -> tuple[int, int] | None:

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare the outputs of a converted model with those of the original PyTorch model, module by module."""
 
+import functools
 
-def __getattr__(name: str):
-    if name != "verify":
-        raise AttributeError(f"lionjax.convert.verify has no attribute {name!r}")
-    from lionjax.convert.verify.compare import verify
+from lionjax.core import moved
 
-    return verify
+__getattr__ = functools.partial(moved.find, "convert.verify")  # names that version 0.1 had here

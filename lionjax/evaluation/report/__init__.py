@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTML report of a run: curves, tables and answers."""
 
+import functools
 
-def __getattr__(name: str):
-    if name != "report":
-        raise AttributeError(f"lionjax.evaluation.report has no attribute {name!r}")
-    from lionjax.evaluation.report.html import write_report
+from lionjax.core import moved
 
-    return write_report
+__getattr__ = functools.partial(moved.find, "evaluation.report")  # names that version 0.1 had here

@@ -28,8 +28,6 @@ config                     core.config core.experiment core.sharding
 convert.bert               convert.formats.bert
 convert.card               convert.model_card
 convert.command            cli.convert
-convert.conversion         convert.conversion
-convert.coverage           convert.coverage
 convert.delta              convert.formats.delta
 convert.experts            convert.formats.ram convert.formats.hf_vision
 convert.files              convert.io.reader
@@ -161,8 +159,6 @@ cli                        Parser=StrictParser Usage=UsageError
 config                     AnswerConfig=GenerationDefaults TAG_OF=CLASS_TO_TAG difference=diff_configs
 config                     leaves=leaf_fields override=apply_overrides show=format_config
 convert.card               BICUBIC=PIL_BICUBIC
-convert.conversion         Wanted=ResizeOptions
-convert.coverage           Coverage=ConversionReport
 convert.delta              AT_ONCE=CHUNK_SIZE OWN=LLAVA_ONLY_PATTERN Sum=LazySum
 convert.experts            EXPERTS=TAGGING_FORMATS
 convert.files              DTYPES=SAFETENSORS_DTYPES HEADER_LIMIT=MAX_HEADER_BYTES INNER_KEYS=STATE_DICT_KEYS

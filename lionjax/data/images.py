@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lionjax.core.types import UserError
+from lionjax.data import resample
 
 Box = tuple[float, float, float, float]
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -105,6 +106,9 @@ def to_pil_image(source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.
             raise UserError(f"the image is an array {source.dtype} {source.shape}; give {allowed}")
         if source.ndim == 3 and source.shape[2] not in (3, 4):
             raise UserError(f"the image is an array of shape {source.shape}; give (H, W, 3) or (H, W, 4)")
+        height, width = source.shape[:2]
+        if width * height > max_pixels:
+            raise _too_large_error(name or "the image", f"{width} x {height}", max_pixels)
         return _to_rgb(Image.fromarray(source))
     if not isinstance(source, str | Path | bytes):
         raise UserError(f"the image is a {type(source).__name__}; give a path, bytes, a PIL image or a uint8 array")
@@ -116,12 +120,10 @@ def resize(image: Image.Image, size: int, crop: Box = FULL_IMAGE) -> np.ndarray:
 
     Equals torchvision's Resize of a PIL image, which LION uses.
     """
-    if crop == FULL_IMAGE:
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
     width, height = image.size
     x0, y0, x1, y1 = crop
-    edges = (x0 * width, y0 * height, x1 * width, y1 * height)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=edges))
+    box = None if crop == FULL_IMAGE else (x0 * width, y0 * height, x1 * width, y1 * height)
+    return resample.resize(image, size, size, box)
 
 
 def normalize_box(box, size: tuple[float, float] = (1.0, 1.0), tolerance: float = 1e-3, name: str = "the box") -> Box:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from lionjax.data import resample
 from lionjax.data.images import Box
 
 WHITE = (255, 255, 255)
@@ -65,19 +66,19 @@ class Letterbox:
 
 
 def letterbox_image(image: Image.Image, size: int, color: tuple[int, int, int] = WHITE) -> np.ndarray:
-    """An RGB image padded to a square with `color`, as uint8 (size, size, 3); bicubic."""
+    """An RGB image padded to a square with `color`, as uint8 (size, size, 3); bicubic.
+
+    Equals the resize of the padded square, which is never in memory.
+    """
     square = Letterbox(*image.size)
-    padded = Image.new("RGB", (square.side, square.side), color)
-    padded.paste(image, square.offset)
-    return np.asarray(padded.resize((size, size), Image.Resampling.BICUBIC))
+    return resample.resize_padded(image, square.offset, square.side, size, size, color)
 
 
 def letterbox_sam_image(image: Image.Image, size: int = 1024) -> np.ndarray:
     """An RGB image padded to SAM's square with zeros, as uint8 (size, size, 3); bilinear."""
     top, left, height, width = Letterbox(*image.size).pixel_rect(size)
     padded = np.zeros((size, size, 3), np.uint8)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    padded[top : top + height, left : left + width] = np.asarray(resized)
+    padded[top : top + height, left : left + width] = resample.resize(image, height, width, None, "bilinear")
     return padded
 
 

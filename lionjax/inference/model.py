@@ -93,7 +93,8 @@ class Model:
         inputs = build_inputs(images, prompts, boxes, tags, category, history, shots)
         if tags is not None and not self.processor.config.use_tags:
             raise UserError("this model was trained without tags; leave them out")
-        pil_images = [pictures.to_pil_image(sample.image) for sample in inputs]
+        max_pixels = self.processor.config.max_pixels
+        pil_images = [pictures.to_pil_image(sample.image, max_pixels=max_pixels) for sample in inputs]
         rows = [
             self.processor.encode_input(dataclasses.replace(sample, image=image))
             for image, sample in zip(pil_images, inputs)

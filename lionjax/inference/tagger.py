@@ -24,6 +24,7 @@ from lionjax import convert
 from lionjax.convert.formats.ram import RAM_FILE
 from lionjax.core import sharding
 from lionjax.core.types import Params, UserError
+from lionjax.data import resample
 from lionjax.data.images import to_pil_image
 from lionjax.inference.engine import round_up_to_bucket
 from lionjax.models.vision.ram import Ram, RamConfig
@@ -125,8 +126,7 @@ class Tagger:
     def preprocess(self, image: object) -> np.ndarray:
         """An image as RAM's input, uint8 (side, side, 3): bilinear resize without keeping the aspect ratio."""
         side = self.config.swin.image_size
-        pil_image = to_pil_image(image)
-        return np.asarray(pil_image.resize((side, side), Image.Resampling.BILINEAR))
+        return resample.resize(to_pil_image(image), side, side, None, "bilinear")
 
     def with_tags(
         self, names: Sequence[str], label_embed_VC, thresholds: float | Sequence[float] = DEFAULT_THRESHOLD

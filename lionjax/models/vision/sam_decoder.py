@@ -321,9 +321,18 @@ def postprocess_masks(
     top, left, height, width = pixel_rect
     to_rows = bilinear_matrix(image_size, logits_HW.shape[-2])[top : top + height]
     to_columns = bilinear_matrix(image_size, logits_HW.shape[-1])[left : left + width]
-    rows = bilinear_matrix(original_size[0], height) @ to_rows
-    columns = bilinear_matrix(original_size[1], width) @ to_columns
-    return rows @ logits_HW @ columns.T
+    inside_HW = to_rows @ logits_HW @ to_columns.T
+    return _resize_linear(_resize_linear(inside_HW, original_size[0], -2), original_size[1], -1)
+
+
+def _resize_linear(array: np.ndarray, outputs: int, axis: int) -> np.ndarray:
+    """`bilinear_matrix(outputs, inputs)` along one axis, without the matrix, which is large for long images."""
+    inputs = array.shape[axis]
+    position = np.clip((np.arange(outputs) + 0.5) * inputs / outputs - 0.5, 0, inputs - 1)
+    low = position.astype(np.int64)
+    weight = np.expand_dims(np.float32(position - low), -1) if axis == -2 else np.float32(position - low)
+    high = np.minimum(low + 1, inputs - 1)
+    return np.take(array, low, axis) * (1 - weight) + np.take(array, high, axis) * weight
 
 
 def original_weight_map(c: SamConfig) -> tuple[WeightMapping, ...]:

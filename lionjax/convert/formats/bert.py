@@ -7,12 +7,24 @@ import dataclasses
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, require_supported, token_id
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_language_params, require_supported
+from lionjax.convert.formats.config_fields import BLOCK_SIZES, ConfigFields
 from lionjax.core.types import Params
 
 if TYPE_CHECKING:
     from lionjax.models.language.bert import BertConfig
 
+_TABLE_SIZES = {
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "type_vocab_size": "type_vocab_size",
+}
+FIELDS = ConfigFields(
+    _TABLE_SIZES | BLOCK_SIZES | {"norm_eps": "layer_norm_eps", "dropout": "hidden_dropout_prob"},
+    {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1}
+    | {"pad_token_id": 0},
+    ("pad_token_id",),
+)
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "gelu_new": "gelu_tanh"}
 
 
@@ -23,19 +35,7 @@ def _config_from_hf(hf_config: dict) -> Any:
     require_supported(act in ACTIVATIONS, f"hidden_act {act!r}", ", ".join(ACTIVATIONS))
     require_supported(position_type == "absolute", f"position_embedding_type {position_type!r}", "'absolute'")
     require_supported(not hf_config.get("is_decoder"), "is_decoder true (causal mask)", "is_decoder false")
-    return BertConfig(
-        hf_config["vocab_size"],
-        hf_config["hidden_size"],
-        hf_config["num_hidden_layers"],
-        hf_config["num_attention_heads"],
-        hf_config["intermediate_size"],
-        hf_config.get("max_position_embeddings", 512),
-        hf_config.get("type_vocab_size", 2),
-        hf_config.get("layer_norm_eps", 1e-12),
-        ACTIVATIONS[act],
-        hf_config.get("hidden_dropout_prob", 0.1),
-        pad_token_id=token_id(hf_config, "pad_token_id", 0),
-    )
+    return BertConfig(**FIELDS.read(hf_config), activation=ACTIVATIONS[act])
 
 
 def _infer_pooler(c: BertConfig, names: Collection[str]) -> Any:
@@ -48,19 +48,9 @@ def _config_to_hf(c: BertConfig) -> dict:
     return {
         "architectures": ["BertModel"],
         "model_type": "bert",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.num_heads,
-        "intermediate_size": c.mlp_dim,
-        "max_position_embeddings": c.max_positions,
-        "type_vocab_size": c.type_vocab_size,
-        "layer_norm_eps": c.norm_eps,
         "hidden_act": hf_activations[c.activation],
-        "hidden_dropout_prob": c.dropout,
         "attention_probs_dropout_prob": c.dropout,
-        "pad_token_id": c.pad_token_id,
-    }
+    } | FIELDS.write(c)
 
 
 def _weight_map(c: BertConfig) -> tuple:
@@ -70,16 +60,9 @@ def _weight_map(c: BertConfig) -> tuple:
 
 
 def _abstract_params(c: BertConfig, mesh: Any = None) -> Params:
-    import jax
-    import jax.numpy as jnp
-
-    from lionjax.core import sharding
     from lionjax.models.language.bert import Bert
 
-    ids = jnp.zeros((1, 2), jnp.int32)
-    return sharding.abstract_params(
-        lambda key: Bert(c).init(key, ids, jnp.ones_like(ids))["params"], jax.random.key(0), mesh=mesh
-    )
+    return abstract_language_params(Bert(c), lambda module, ids: module(ids, ids), mesh)
 
 
 BERT = CheckpointFormat(

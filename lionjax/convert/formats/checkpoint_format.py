@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lionjax.convert.io.reader import MAX_HEADER_BYTES, CheckpointTensors
+from lionjax.core import config as configs
 from lionjax.core.types import Batch, Params, UserError
 
 
@@ -22,8 +23,10 @@ class CheckpointFormat:
     matches: Callable[[Any], bool]  # whether a lionjax model config has this format
     config_from_hf: Callable[[dict], Any]  # config.json -> lionjax config
     config_to_hf: Callable[[Any], dict]  # lionjax config -> config.json
-    weight_map: Callable[[Any], tuple]  # config -> WeightMappings
-    abstract_params: Callable[..., Params]  # (config, mesh=None) -> jax.ShapeDtypeStructs, on a mesh with shardings
+    # config -> WeightMappings; vision-language models have them as a method.
+    weight_map: Callable[[Any], tuple] = lambda config: config.weight_map()
+    # (config, mesh=None) -> jax.ShapeDtypeStructs, on a mesh with shardings.
+    abstract_params: Callable[..., Params] = lambda config, mesh=None: abstract_vlm_params(config, mesh)
     # Regular expressions of tensor names that are skipped (full match); the report prints their comment, (?#reason).
     ignore_patterns: tuple[str, ...] = ()
     # (name, name of the tensor it is tied to): added where the file omits it.
@@ -59,14 +62,30 @@ def read_hf_config(path: Path) -> dict:
     return hf_config
 
 
-def token_id(hf_config: dict, name: str, default: int) -> int:
-    """A token id of config.json; `default` where it is missing or null, the first of a list."""
-    value = hf_config.get(name)
-    value = value[0] if isinstance(value, list) and value else value
-    return default if value is None else int(value)
+def lionjax_hf_config(c: Any, model_type: str) -> dict:
+    """config.json with the lionjax config as JSON, for models that no Hugging Face config can describe."""
+    return {"model_type": model_type, "system": json.loads(configs.to_json(c))}
 
 
-def abstract_params(c: Any, mesh: Any = None) -> Params:
+def read_lionjax_config(hf_config: dict) -> Any:
+    """The lionjax config that `lionjax_hf_config` put into a config.json."""
+    return configs.from_json(json.dumps(hf_config["system"]))
+
+
+def lionjax_config_format(name: str, config_class: str, **fields: Any) -> CheckpointFormat:
+    """A format of models of one config class, `config_class`, whose config.json holds the lionjax config.
+
+    `fields`: other fields of CheckpointFormat.
+    """
+    defaults = {
+        "config_from_hf": read_lionjax_config,
+        "config_to_hf": lambda c: lionjax_hf_config(c, name),
+        "matches": lambda c: type(c).__name__ == config_class,
+    }
+    return CheckpointFormat(name, (name,), **defaults | fields)
+
+
+def abstract_vlm_params(c: Any, mesh: Any) -> Params:
     """Abstract parameters (shapes, dtypes, on a mesh also shardings) of a vision-language model config."""
     import jax
 
@@ -87,6 +106,19 @@ def abstract_vision_params(module: Any, image_size: int, mesh: Any) -> Params:
 
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32")
     return sharding.abstract_params(lambda key, x: module.init(key, x)["params"], jax.random.key(0), image, mesh=mesh)
+
+
+def abstract_language_params(module: Any, forward: Callable[[Any, Any], Any], mesh: Any) -> Params:
+    """Abstract parameters of a Flax module; `forward(module, ids)` uses all of them, for token ids (1, 2)."""
+    import jax
+    import jax.numpy as jnp
+
+    from lionjax.core import sharding
+
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return sharding.abstract_params(
+        lambda key: module.init(key, ids, method=forward)["params"], jax.random.key(0), mesh=mesh
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, require_supported, token_id
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_language_params, require_supported
+from lionjax.convert.formats.config_fields import BLOCK_SIZES, TOKEN_IDS, ConfigFields, token_id
 from lionjax.core.types import Params
 
 if TYPE_CHECKING:
@@ -17,6 +18,23 @@ if TYPE_CHECKING:
     from lionjax.models.language.t5 import T5Config
 
 # T5 v1.1 and FlanT5
+
+_T5_SIZES = {
+    "vocab_size": "vocab_size",
+    "width": "d_model",
+    "head_dim": "d_kv",
+    "num_heads": "num_heads",
+    "mlp_dim": "d_ff",
+}
+_T5_DEPTHS = {"encoder_depth": "num_layers", "decoder_depth": "num_decoder_layers"}
+_T5_POSITIONS = {"num_buckets": "relative_attention_num_buckets", "max_distance": "relative_attention_max_distance"}
+T5_FIELDS = ConfigFields(
+    _T5_SIZES | _T5_DEPTHS | _T5_POSITIONS | {"norm_eps": "layer_norm_epsilon", "dropout": "dropout_rate"},
+    {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
+    | {"layer_norm_epsilon": 1e-6, "dropout_rate": 0.1}
+    | {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1},
+    ("decoder_start_token_id", "pad_token_id", "eos_token_id"),
+)
 
 
 def _t5_config_from_hf(hf_config: dict) -> Any:
@@ -34,23 +52,9 @@ def _t5_config_from_hf(hf_config: dict) -> Any:
     require_supported(
         not scaled, "tie_word_embeddings true", "tie_word_embeddings false (T5 v1.1 and FlanT5, unscaled LM head)"
     )
-    return T5Config(
-        hf_config["vocab_size"],
-        hf_config["d_model"],
-        hf_config["d_kv"],
-        hf_config["num_heads"],
-        hf_config["d_ff"],
-        hf_config["num_layers"],
-        hf_config.get("num_decoder_layers") or hf_config["num_layers"],
-        hf_config.get("relative_attention_num_buckets", 32),
-        hf_config.get("relative_attention_max_distance", 128),
-        hf_config.get("layer_norm_epsilon", 1e-6),
-        activations[projection],
-        hf_config.get("dropout_rate", 0.1),
-        token_id(hf_config, "decoder_start_token_id", 0),
-        token_id(hf_config, "pad_token_id", 0),
-        token_id(hf_config, "eos_token_id", 1),
-    )
+    decoder_depth = hf_config.get("num_decoder_layers") or hf_config.get("num_layers")
+    fields = T5_FIELDS.read(hf_config | {"num_decoder_layers": decoder_depth})
+    return T5Config(**fields, activation=activations[projection])
 
 
 def _t5_config_to_hf(c: T5Config) -> dict:
@@ -58,24 +62,10 @@ def _t5_config_to_hf(c: T5Config) -> dict:
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
         "is_encoder_decoder": True,
-        "vocab_size": c.vocab_size,
-        "d_model": c.width,
-        "d_kv": c.head_dim,
-        "num_heads": c.num_heads,
-        "d_ff": c.mlp_dim,
-        "num_layers": c.encoder_depth,
-        "num_decoder_layers": c.decoder_depth,
-        "relative_attention_num_buckets": c.num_buckets,
-        "relative_attention_max_distance": c.max_distance,
-        "layer_norm_epsilon": c.norm_eps,
         "feed_forward_proj": "gated-silu" if c.activation == "silu" else "gated-gelu",
         "dense_act_fn": "gelu_new" if c.activation == "gelu_tanh" else c.activation,
-        "dropout_rate": c.dropout,
-        "decoder_start_token_id": c.decoder_start_token_id,
-        "pad_token_id": c.pad_token_id,
-        "eos_token_id": c.eos_token_id,
         "tie_word_embeddings": False,
-    }
+    } | T5_FIELDS.write(c)
 
 
 def _t5_weight_map(c: T5Config) -> tuple:
@@ -85,20 +75,13 @@ def _t5_weight_map(c: T5Config) -> tuple:
 
 
 def _t5_abstract_params(c: T5Config, mesh: Any = None) -> Params:
-    import jax
-    import jax.numpy as jnp
-
-    from lionjax.core import sharding
     from lionjax.models.language.t5 import T5
 
-    def run(module, ids):
+    def forward(module, ids):
         encoded = module.encode(module.embed(ids), ids)
         return module.decode(ids, ids, encoded, ids)
 
-    ids = jnp.zeros((1, 2), jnp.int32)
-    return sharding.abstract_params(
-        lambda key: T5(c).init(key, ids, method=run)["params"], jax.random.key(0), mesh=mesh
-    )
+    return abstract_language_params(T5(c), forward, mesh)
 
 
 # Decoders
@@ -114,19 +97,45 @@ def _matches_decoder(c: DecoderConfig, learned_positions: bool, position_offset:
 
 
 def _decoder_abstract_params(c: DecoderConfig, mesh: Any = None) -> Params:
-    import jax
-    import jax.numpy as jnp
-
-    from lionjax.core import sharding
     from lionjax.models.language.decoder import Decoder
 
-    def run(module, ids):
-        return module.logits(module(module.embed(ids), ids))
+    return abstract_language_params(Decoder(c), lambda module, ids: module.logits(module(module.embed(ids), ids)), mesh)
 
-    ids = jnp.zeros((1, 2), jnp.int32)
-    return sharding.abstract_params(
-        lambda key: Decoder(c).init(key, ids, method=run)["params"], jax.random.key(0), mesh=mesh
-    )
+
+_EMBEDDINGS = {"vocab_size": "vocab_size", "tie_embeddings": "tie_word_embeddings"}
+_LLAMA_HEADS = {"num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+LLAMA_FIELDS = ConfigFields(
+    _EMBEDDINGS | BLOCK_SIZES | _LLAMA_HEADS | {"norm_eps": "rms_norm_eps", "dropout": "attention_dropout"},
+    {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_dropout": 0.0}
+    | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    TOKEN_IDS,
+)
+_OPT_SIZES = BLOCK_SIZES | {"mlp_dim": "ffn_dim"}
+OPT_FIELDS = ConfigFields(
+    _EMBEDDINGS | _OPT_SIZES | {"dropout": "dropout"},
+    {"tie_word_embeddings": True, "dropout": 0.1, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
+    TOKEN_IDS,
+)
+_GPT2_SIZES = {"width": "n_embd", "depth": "n_layer", "num_heads": "n_head", "max_positions": "n_positions"}
+GPT2_FIELDS = ConfigFields(
+    _EMBEDDINGS | _GPT2_SIZES | {"norm_eps": "layer_norm_epsilon", "dropout": "resid_pdrop"},
+    {"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "resid_pdrop": 0.1},
+    TOKEN_IDS,
+)
+
+
+LLAMA_7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}  # transformers' default sizes, which the text_config of a larger model omits
+
+
+def one_head_size(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of attention whose queries, keys and values all have `width / num_heads` dimensions a head."""
+    return {"num_kv_heads": fields["num_heads"], "head_dim": fields["width"] // fields["num_heads"]}
 
 
 def _llama_config_from_hf(hf_config: dict) -> Any:
@@ -141,45 +150,21 @@ def _llama_config_from_hf(hf_config: dict) -> Any:
     biased = hf_config.get("attention_bias") or hf_config.get("mlp_bias")
     require_supported(not biased, "biases in its attention or feed-forward", "a LLaMA without biases")
     heads = hf_config["num_attention_heads"]
-    return DecoderConfig(
-        hf_config["vocab_size"],
-        hf_config["hidden_size"],
-        hf_config["num_hidden_layers"],
-        heads,
-        hf_config.get("num_key_value_heads") or heads,
-        hf_config.get("head_dim") or hf_config["hidden_size"] // heads,
-        hf_config["intermediate_size"],
-        hf_config.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))),
-        tie_embeddings=hf_config.get("tie_word_embeddings", False),
-        dropout=hf_config.get("attention_dropout", 0.0),
-        pad_token_id=token_id(hf_config, "pad_token_id", 0),
-        bos_token_id=token_id(hf_config, "bos_token_id", 1),
-        eos_token_id=token_id(hf_config, "eos_token_id", 2),
-    )
+    kv_heads = hf_config.get("num_key_value_heads") or heads
+    head_dim = hf_config.get("head_dim") or hf_config["hidden_size"] // heads
+    fields = LLAMA_FIELDS.read(hf_config | {"num_key_value_heads": kv_heads, "head_dim": head_dim})
+    rope_theta = float(rope.get("rope_theta", hf_config.get("rope_theta", 10000.0)))
+    return DecoderConfig(**fields, rope_theta=rope_theta)
 
 
 def _llama_config_to_hf(c: DecoderConfig) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "intermediate_size": c.mlp_dim,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "attention_dropout": c.dropout,
-        "tie_word_embeddings": c.tie_embeddings,
-        "pad_token_id": c.pad_token_id,
-        "bos_token_id": c.bos_token_id,
-        "eos_token_id": c.eos_token_id,
-    }
+    } | LLAMA_FIELDS.write(c)
 
 
 def _llama_weight_map(c: DecoderConfig) -> tuple:
@@ -200,44 +185,20 @@ def _opt_config_from_hf(hf_config: dict) -> Any:
     )
     act = hf_config.get("activation_function", "relu")
     require_supported(act == "relu", f"activation_function {act!r}", "relu")
-    heads = hf_config["num_attention_heads"]
-    return dataclasses.replace(
-        OPT_2_7B,
-        vocab_size=hf_config["vocab_size"],
-        width=hf_config["hidden_size"],
-        depth=hf_config["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hf_config["hidden_size"] // heads,
-        mlp_dim=hf_config["ffn_dim"],
-        tie_embeddings=hf_config.get("tie_word_embeddings", True),
-        max_positions=hf_config["max_position_embeddings"] + OPT_2_7B.position_offset,
-        dropout=hf_config.get("dropout", 0.1),
-        pad_token_id=token_id(hf_config, "pad_token_id", 1),
-        bos_token_id=token_id(hf_config, "bos_token_id", 2),
-        eos_token_id=token_id(hf_config, "eos_token_id", 2),
-    )
+    fields = OPT_FIELDS.read(hf_config)
+    max_positions = hf_config["max_position_embeddings"] + OPT_2_7B.position_offset
+    return dataclasses.replace(OPT_2_7B, **fields, **one_head_size(fields), max_positions=max_positions)
 
 
 def _opt_config_to_hf(c: DecoderConfig) -> dict:
     return {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
         "word_embed_proj_dim": c.width,
-        "ffn_dim": c.mlp_dim,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.num_heads,
         "max_position_embeddings": c.max_positions - c.position_offset,
         "activation_function": c.activation,
         "do_layer_norm_before": True,
-        "dropout": c.dropout,
-        "tie_word_embeddings": c.tie_embeddings,
-        "pad_token_id": c.pad_token_id,
-        "bos_token_id": c.bos_token_id,
-        "eos_token_id": c.eos_token_id,
-    }
+    } | OPT_FIELDS.write(c)
 
 
 def _opt_weight_map(c: DecoderConfig) -> tuple:
@@ -251,46 +212,16 @@ def _gpt2_config_from_hf(hf_config: dict) -> Any:
 
     act = hf_config.get("activation_function", "gelu_new")
     require_supported(act == "gelu_new", f"activation_function {act!r}", "gelu_new")
-    heads, end = hf_config["n_head"], token_id(hf_config, "eos_token_id", GPT2.eos_token_id)
-    return dataclasses.replace(
-        GPT2,
-        vocab_size=hf_config["vocab_size"],
-        width=hf_config["n_embd"],
-        depth=hf_config["n_layer"],
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hf_config["n_embd"] // heads,
-        mlp_dim=hf_config.get("n_inner") or 4 * hf_config["n_embd"],
-        max_positions=hf_config["n_positions"],
-        norm_eps=hf_config.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=hf_config.get("tie_word_embeddings", True),
-        dropout=hf_config.get("resid_pdrop", 0.1),
-        pad_token_id=token_id(hf_config, "pad_token_id", end),
-        bos_token_id=token_id(hf_config, "bos_token_id", end),
-        eos_token_id=end,
-    )
+    end = token_id(hf_config, "eos_token_id", GPT2.eos_token_id)
+    fields = GPT2_FIELDS.read(hf_config, dict.fromkeys(TOKEN_IDS, end))
+    mlp_dim = hf_config.get("n_inner") or 4 * hf_config["n_embd"]
+    return dataclasses.replace(GPT2, **fields, **one_head_size(fields), mlp_dim=mlp_dim)
 
 
 def _gpt2_config_to_hf(c: DecoderConfig) -> dict:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": c.vocab_size,
-        "n_embd": c.width,
-        "n_inner": c.mlp_dim,
-        "n_layer": c.depth,
-        "n_head": c.num_heads,
-        "n_positions": c.max_positions,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": c.norm_eps,
-        "resid_pdrop": c.dropout,
-        "embd_pdrop": c.dropout,
-        "attn_pdrop": c.dropout,
-        "tie_word_embeddings": c.tie_embeddings,
-        "pad_token_id": c.pad_token_id,
-        "bos_token_id": c.bos_token_id,
-        "eos_token_id": c.eos_token_id,
-    }
+    dropouts = {"embd_pdrop": c.dropout, "attn_pdrop": c.dropout}
+    hf_config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_inner": c.mlp_dim}
+    return hf_config | {"activation_function": "gelu_new"} | GPT2_FIELDS.write(c) | dropouts
 
 
 def _gpt2_weight_map(c: DecoderConfig) -> tuple:

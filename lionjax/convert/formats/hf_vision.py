@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_vision_params, require_supported
+from lionjax.convert.formats.config_fields import BLOCK_SIZES, IMAGE_SIZES, ConfigFields
 from lionjax.core.types import Params
 
 if TYPE_CHECKING:
@@ -16,6 +17,30 @@ if TYPE_CHECKING:
     from lionjax.models.vision.vit import ViTConfig
 
 CLIP_FILE = "clip_vit_L.pth"  # LAVIS's file with OpenAI's names; recognized by its name, because it has no config
+
+
+VIT_FIELDS = ConfigFields(
+    IMAGE_SIZES | BLOCK_SIZES | {"norm_eps": "layer_norm_eps", "activation": "hidden_act"},
+    {
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "quick_gelu",
+    },
+)
+CLIP_LAYERS = {"attention_biases": "qkvo", "patch_bias": False, "pre_layernorm": True, "post_layernorm": True}
+
+
+def read_vit_fields(hf_config: dict, defaults: dict | None = None) -> dict[str, Any]:
+    """Fields of ViTConfig. Raises UserError for an activation that the ViT does not have."""
+    fields = VIT_FIELDS.read(hf_config, defaults)
+    act = fields["activation"]
+    require_supported(act in ("gelu", "quick_gelu"), f"hidden_act {act!r}", "gelu or quick_gelu")
+    return fields
 
 
 def _matches_vit(c: ViTConfig, is_clip: bool) -> bool:
@@ -32,37 +57,11 @@ def _clip_config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.vision.vit import ViTConfig
 
     hf_config = hf_config.get("vision_config", hf_config)
-    act = hf_config.get("hidden_act", "quick_gelu")
-    require_supported(act in ("quick_gelu", "gelu"), f"hidden_act {act!r}", "quick_gelu or gelu")
-    return ViTConfig(
-        hf_config.get("image_size", 224),
-        hf_config.get("patch_size", 32),
-        hf_config.get("hidden_size", 768),
-        hf_config.get("num_hidden_layers", 12),
-        hf_config.get("num_attention_heads", 12),
-        hf_config.get("intermediate_size", 3072),
-        hf_config.get("layer_norm_eps", 1e-5),
-        act,
-        attention_biases="qkvo",
-        patch_bias=False,
-        pre_layernorm=True,
-        post_layernorm=True,
-    )
+    return ViTConfig(**read_vit_fields(hf_config), **CLIP_LAYERS)
 
 
 def _clip_config_to_hf(c: ViTConfig) -> dict:
-    return {
-        "architectures": ["CLIPVisionModel"],
-        "model_type": "clip_vision_model",
-        "image_size": c.image_size,
-        "patch_size": c.patch_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.depth,
-        "num_attention_heads": c.num_heads,
-        "intermediate_size": c.mlp_dim,
-        "layer_norm_eps": c.norm_eps,
-        "hidden_act": c.activation,
-    }
+    return {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"} | VIT_FIELDS.write(c)
 
 
 def _clip_weight_map(c: ViTConfig) -> tuple:
@@ -151,27 +150,32 @@ EVA = CheckpointFormat(
 VISION_FORMATS = (CLIP, OPENAI_CLIP, EVA)
 
 
+_SWIN_SIZES = {"width": "embed_dim", "window_size": "window_size"}
+_SWIN_RATIOS = {"mlp_ratio": "mlp_ratio", "drop_path_rate": "drop_path_rate"}
+SWIN_FIELDS = ConfigFields(
+    IMAGE_SIZES | _SWIN_SIZES | _SWIN_RATIOS | {"norm_eps": "layer_norm_eps", "activation": "hidden_act"},
+    {"image_size": 224, "patch_size": 4, "embed_dim": 96, "window_size": 7}
+    | {"mlp_ratio": 4.0, "drop_path_rate": 0.1, "layer_norm_eps": 1e-5, "hidden_act": "gelu"},
+)
+
+
 def _swin_config_from_hf(hf_config: dict) -> Any:
     """The Swin config of a config.json; missing settings have transformers' defaults, those of Swin-T."""
     from lionjax.models.vision.swin import SwinConfig
 
-    act, sizes = hf_config.get("hidden_act", "gelu"), (hf_config.get("image_size", 224), hf_config.get("patch_size", 4))
+    fields = SWIN_FIELDS.read(hf_config)
+    act, sizes = fields["activation"], (fields["image_size"], fields["patch_size"])
     require_supported(act in ("gelu", "relu"), f"hidden_act {act!r}", "gelu or relu")
     require_supported(all(type(size) is int for size in sizes), f"image and patch sizes {sizes}", "a square (one int)")
     require_supported(
         not hf_config.get("use_absolute_embeddings"), "absolute positions", "a Swin with relative positions"
     )
+    fields |= {name: float(fields[name]) for name in ("mlp_ratio", "drop_path_rate")}
     return SwinConfig(
-        *sizes,
-        hf_config.get("embed_dim", 96),
-        tuple(hf_config.get("depths", (2, 2, 6, 2))),
-        tuple(hf_config.get("num_heads", (3, 6, 12, 24))),
-        hf_config.get("window_size", 7),
-        float(hf_config.get("mlp_ratio", 4.0)),
-        "qkvo" if hf_config.get("qkv_bias", True) else "o",
-        hf_config.get("layer_norm_eps", 1e-5),
-        act,
-        float(hf_config.get("drop_path_rate", 0.1)),
+        **fields,
+        depths=tuple(hf_config.get("depths", (2, 2, 6, 2))),
+        num_heads=tuple(hf_config.get("num_heads", (3, 6, 12, 24))),
+        attention_biases="qkvo" if hf_config.get("qkv_bias", True) else "o",
     )
 
 
@@ -179,18 +183,10 @@ def _swin_config_to_hf(c: SwinConfig) -> dict:
     return {
         "architectures": ["SwinModel"],
         "model_type": "swin",
-        "image_size": c.image_size,
-        "patch_size": c.patch_size,
-        "embed_dim": c.width,
         "depths": list(c.depths),
         "num_heads": list(c.num_heads),
-        "window_size": c.window_size,
-        "mlp_ratio": c.mlp_ratio,
         "qkv_bias": "q" in c.attention_biases,
-        "layer_norm_eps": c.norm_eps,
-        "hidden_act": c.activation,
-        "drop_path_rate": c.drop_path_rate,
-    }
+    } | SWIN_FIELDS.write(c)
 
 
 def _swin_weight_map(c: SwinConfig) -> tuple:

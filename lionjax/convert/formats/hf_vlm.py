@@ -6,7 +6,6 @@ Reads and writes Hugging Face folders and LLaVA's original checkpoints.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +14,14 @@ import numpy as np
 
 from lionjax.convert.formats.checkpoint_format import (
     CheckpointFormat,
-    abstract_params,
+    lionjax_hf_config,
     read_hf_config,
     require_supported,
 )
-from lionjax.convert.formats.hf_language import LLAMA, OPT, T5
-from lionjax.convert.formats.hf_vision import CLIP, LAVIS_IGNORE_PATTERN
+from lionjax.convert.formats.config_fields import BLOCK_SIZES, ConfigFields
+from lionjax.convert.formats.hf_language import LLAMA, LLAMA_7B, OPT, T5
+from lionjax.convert.formats.hf_vision import CLIP, LAVIS_IGNORE_PATTERN, VIT_FIELDS, read_vit_fields
 from lionjax.convert.io.reader import CheckpointTensors, open_weights
-from lionjax.core import config as configs
 from lionjax.core.types import UserError
 
 if TYPE_CHECKING:
@@ -32,16 +31,7 @@ if TYPE_CHECKING:
 
 # transformers' default sizes, which config.json omits in text_config.
 LANGUAGE_DEFAULTS = {
-    "llama": (
-        LLAMA,
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-        },
-    ),
+    "llama": (LLAMA, LLAMA_7B),
     "opt": (
         OPT,
         {
@@ -139,11 +129,6 @@ def _original_llava_config_from_hf(hf_config: dict) -> Any:
 
 IMAGE_TOKEN_INDEX = -200  # placeholder of an image in the original LLaVA's prompts; not in the vocabulary
 EMBED_TOKENS_KEY, LM_HEAD_KEY = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def lionjax_hf_config(c: VisualPrefixLM, model_type: str) -> dict:
-    """config.json with the lionjax config as JSON, for models that no Hugging Face config can describe."""
-    return {"model_type": model_type, "system": json.loads(configs.to_json(c))}
 
 
 def _llava_config_to_hf(c: VisualPrefixLM) -> dict:
@@ -246,49 +231,38 @@ def add_mm_projector(trained: CheckpointTensors, language: CheckpointTensors) ->
 
 # BLIP-2 and InstructBLIP
 
+_QFORMER_SIZES = {"vocab_size": "vocab_size", "max_positions": "max_position_embeddings"}
+_QFORMER_VALUES = {"norm_eps": "layer_norm_eps", "dropout": "hidden_dropout_prob"}
+QFORMER_FIELDS = ConfigFields(
+    BLOCK_SIZES
+    | _QFORMER_SIZES
+    | _QFORMER_VALUES
+    | {"cross_attention_frequency": "cross_attention_frequency", "vision_width": "encoder_hidden_size"}
+)
+
 
 def _blip2_config_from_hf(hf_config: dict, qformer_text: bool) -> Any:
     from lionjax.models.connectors.qformer import QFormerConfig
-    from lionjax.models.vision.vit import ViTConfig
+    from lionjax.models.vision.vit import EVA_VIT_G, ViTConfig
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
     v, q = hf_config.get("vision_config") or {}, hf_config.get("qformer_config") or {}
-    act = v.get("hidden_act", "gelu")
-    require_supported(act in ("gelu", "quick_gelu"), f"hidden_act {act!r}", "gelu or quick_gelu")
+    vision = ViTConfig(**read_vit_fields(v, VIT_FIELDS.write(EVA_VIT_G)))
+    qformer_defaults = QFORMER_FIELDS.write(QFormerConfig(vocab_size=30522))
+    qformer_fields = QFORMER_FIELDS.read(q | {"encoder_hidden_size": vision.width}, qformer_defaults)
     require_supported(v.get("qkv_bias", True), "no biases on queries and values of its vision tower", "qkv_bias true")
     require_supported(
         not q.get("use_qformer_text_input"), "retrieval heads (use_qformer_text_input)", "a model with language model"
     )
-    width, eps = v.get("hidden_size", 1408), v.get("layer_norm_eps", 1e-6)
     return VisualPrefixLM(
-        ViTConfig(
-            v.get("image_size", 224),
-            v.get("patch_size", 14),
-            width,
-            v.get("num_hidden_layers", 39),
-            v.get("num_attention_heads", 16),
-            v.get("intermediate_size", 6144),
-            eps,
-            act,
-        ),
+        vision,
         language_config_from_hf(hf_config.get("text_config") or {}, "opt"),
         QFormerConfig(
-            q.get("hidden_size", 768),
-            q.get("num_hidden_layers", 12),
-            q.get("num_attention_heads", 12),
-            q.get("intermediate_size", 3072),
-            hf_config.get("num_query_tokens", 32),
-            q.get("cross_attention_frequency", 2),
-            width,
-            q.get("vocab_size", 30522),
-            q.get("max_position_embeddings", 512),
-            q.get("layer_norm_eps", 1e-12),
-            q.get("hidden_dropout_prob", 0.1),
-            qformer_text,
+            **qformer_fields, num_query_tokens=hf_config.get("num_query_tokens", 32), use_text_input=qformer_text
         ),
         feature_layer=-1,
         keep_class_token=True,
-        vision_norm_eps=eps,
+        vision_norm_eps=vision.norm_eps,
         projector_depth=1,
         image_token_id=hf_config.get("image_token_index", hf_config.get("image_token_id")),
     )
@@ -308,30 +282,14 @@ def _blip2_config_to_hf(c: VisualPrefixLM) -> dict:
         "text_config": _language_config_to_hf(c.language),
         "vision_config": {
             "model_type": "instructblip_vision_model" if text else "blip_2_vision_model",
-            "image_size": c.vision.image_size,
-            "patch_size": c.vision.patch_size,
-            "hidden_size": c.vision.width,
-            "num_hidden_layers": c.vision.depth,
-            "num_attention_heads": c.vision.num_heads,
-            "intermediate_size": c.vision.mlp_dim,
-            "layer_norm_eps": c.vision.norm_eps,
-            "hidden_act": c.vision.activation,
             "qkv_bias": True,
-        },
+        }
+        | VIT_FIELDS.write(c.vision),
         "qformer_config": {
             "model_type": "instructblip_qformer" if text else "blip_2_qformer",
-            "vocab_size": q.vocab_size,
-            "hidden_size": q.width,
-            "num_hidden_layers": q.depth,
-            "num_attention_heads": q.num_heads,
-            "intermediate_size": q.mlp_dim,
-            "max_position_embeddings": q.max_positions,
-            "cross_attention_frequency": q.cross_attention_frequency,
-            "encoder_hidden_size": q.vision_width,
-            "layer_norm_eps": q.norm_eps,
-            "hidden_dropout_prob": q.dropout,
             "attention_probs_dropout_prob": q.dropout,
-        },
+        }
+        | QFORMER_FIELDS.write(q),
     }
     return hf_config | ({} if c.image_token_id is None else {"image_token_index": c.image_token_id})
 
@@ -366,8 +324,6 @@ LLAVA = CheckpointFormat(
     lambda c: _matches_prefix(c, lambda q: q is None),
     _llava_config_from_hf,
     _llava_config_to_hf,
-    lambda c: c.weight_map(),
-    abstract_params,
     ignore_patterns=(_POSITION_IDS_PATTERN, _ROPE_BUFFER_PATTERN),
     prepare_tensors=_prepare_llava_tensors,
 )
@@ -377,8 +333,6 @@ BLIP2 = CheckpointFormat(
     lambda c: _matches_prefix(c, lambda q: q is not None and not q.use_text_input),
     lambda s: _blip2_config_from_hf(s, False),
     _hf_or_original_config(_blip2_config_to_hf),
-    lambda c: c.weight_map(),
-    abstract_params,
     ignore_patterns=_BLIP2_IGNORE_PATTERNS,
     tied_keys=_TIED_HEAD_KEYS,
 )
@@ -388,8 +342,6 @@ INSTRUCTBLIP = CheckpointFormat(
     lambda c: _matches_prefix(c, lambda q: q is not None and q.use_text_input),
     lambda s: _blip2_config_from_hf(s, True),
     _hf_or_original_config(_blip2_config_to_hf),
-    lambda c: c.weight_map(),
-    abstract_params,
     ignore_patterns=_BLIP2_IGNORE_PATTERNS,
     tied_keys=_TIED_HEAD_KEYS,
 )

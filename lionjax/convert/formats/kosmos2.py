@@ -6,12 +6,20 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_params, require_supported, token_id
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, lionjax_hf_config, require_supported
+from lionjax.convert.formats.config_fields import TOKEN_IDS, ConfigFields
+from lionjax.convert.formats.hf_language import one_head_size
 from lionjax.convert.formats.hf_vision import CLIP
-from lionjax.convert.formats.hf_vlm import CLIP_224, lionjax_hf_config
+from lionjax.convert.formats.hf_vlm import CLIP_224
 
 if TYPE_CHECKING:
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
+
+
+_TEXT_SIZES = {"width": "embed_dim", "depth": "layers", "num_heads": "attention_heads", "mlp_dim": "ffn_dim"}
+TEXT_FIELDS = ConfigFields(
+    _TEXT_SIZES | {"vocab_size": "vocab_size", "norm_eps": "layer_norm_eps", "dropout": "dropout"}, token_ids=TOKEN_IDS
+)
 
 
 def _config_from_hf(hf_config: dict) -> Any:
@@ -27,23 +35,10 @@ def _config_from_hf(hf_config: dict) -> Any:
     require_supported(act == "gelu", f"activation_function {act!r}", "gelu")
     require_supported(t.get("scale_embedding", True), "scale_embedding false", "scale_embedding true")
     require_supported(not t.get("add_cross_attention"), "add_cross_attention true", "add_cross_attention false")
-    width, heads = t.get("embed_dim", 2048), t.get("attention_heads", 32)
-    pad = token_id(t, "pad_token_id", 1)
+    fields = TEXT_FIELDS.read(t, TEXT_FIELDS.write(KOSMOS2_TEXT))
+    width, heads = fields["width"], fields["num_heads"]
     language = dataclasses.replace(
-        KOSMOS2_TEXT,
-        vocab_size=t.get("vocab_size", 65037),
-        width=width,
-        depth=t.get("layers", 24),
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        mlp_dim=t.get("ffn_dim", 8192),
-        norm_eps=t.get("layer_norm_eps", 1e-5),
-        dropout=t.get("dropout", 0.1),
-        pad_token_id=pad,
-        position_offset=pad + 1,
-        bos_token_id=token_id(t, "bos_token_id", 0),
-        eos_token_id=token_id(t, "eos_token_id", 2),
+        KOSMOS2_TEXT, **fields, **one_head_size(fields), position_offset=fields["pad_token_id"] + 1
     )
     return dataclasses.replace(
         KOSMOS2,
@@ -66,20 +61,11 @@ def _config_to_hf(c: VisualPrefixLM) -> dict:
         "vision_config": CLIP.config_to_hf(c.vision) | {"model_type": "kosmos_2_vision_model"},
         "text_config": {
             "model_type": "kosmos_2_text_model",
-            "vocab_size": t.vocab_size,
-            "embed_dim": t.width,
-            "layers": t.depth,
-            "ffn_dim": t.mlp_dim,
-            "attention_heads": t.num_heads,
             "activation_function": "gelu",
-            "layer_norm_eps": t.norm_eps,
-            "dropout": t.dropout,
             "attention_dropout": t.dropout,
             "scale_embedding": True,
-            "pad_token_id": t.pad_token_id,
-            "bos_token_id": t.bos_token_id,
-            "eos_token_id": t.eos_token_id,
-        },
+        }
+        | TEXT_FIELDS.write(t),
     }
 
 
@@ -93,8 +79,6 @@ KOSMOS_2 = CheckpointFormat(
     _matches,
     _config_from_hf,
     _config_to_hf,
-    lambda c: c.weight_map(),
-    abstract_params,
     ignore_patterns=(
         r"text_model\.model\.embed_positions\.weights(?#computed)",
         r"vision_model\.model\.embeddings\.position_ids(?#position indices)",

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_params, read_hf_config
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, lionjax_config_format, read_hf_config
 from lionjax.convert.formats.hf_vision import CLIP_FILE, LAVIS_IGNORE_PATTERN
 from lionjax.convert.formats.hf_vlm import BLIP2, INSTRUCTBLIP, language_config_from_hf
 from lionjax.convert.io.reader import TORCH_SUFFIXES, CheckpointTensors, open_weights
-from lionjax.core import config as configs
 from lionjax.core.types import UserError
 
 EVA_FILE = "eva_vit_g.pth"
@@ -126,13 +124,4 @@ def _vision_and_qformer_configs(tensors: CheckpointTensors) -> tuple[Any, Any]:
     return vision, qformer_config
 
 
-BLIP2_STAGE1 = CheckpointFormat(
-    "blip2_first",
-    ("blip2_first",),
-    lambda c: type(c).__name__ == "Blip2Stage1",
-    lambda s: configs.from_json(json.dumps(s["system"])),
-    lambda c: {"model_type": "blip2_first", "system": json.loads(configs.to_json(c))},
-    lambda c: c.weight_map(),
-    abstract_params,
-    ignore_patterns=(LAVIS_IGNORE_PATTERN,),
-)
+BLIP2_STAGE1 = lionjax_config_format("blip2_first", "Blip2Stage1", ignore_patterns=(LAVIS_IGNORE_PATTERN,))

@@ -4,22 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from lionjax.convert.formats.checkpoint_format import (
-    CheckpointFormat,
-    CheckpointSource,
-    abstract_params,
-    read_hf_config,
-)
+from lionjax.convert.formats.checkpoint_format import CheckpointSource, lionjax_config_format, read_hf_config
 from lionjax.convert.formats.hf_language import T5
 from lionjax.convert.formats.hf_vision import EVA_IGNORE_PATTERN
 from lionjax.convert.formats.lavis import EVA_FILE
 from lionjax.convert.io.reader import TORCH_SUFFIXES, CheckpointTensors, open_weights
-from lionjax.core import config as configs
 from lionjax.core.types import UserError
 from lionjax.core.weight_map import bitwise_equal
 
@@ -84,13 +77,6 @@ def _lion_config_from_tensors(t5_hf_config: dict, tensors: CheckpointTensors) ->
     return Lion(EVA_VIT_G, QFormerConfig(), AggregatorConfig(), language)
 
 
-LION = CheckpointFormat(
-    "lion",
-    ("lion",),
-    lambda c: type(c).__name__ == "Lion",
-    config_from_hf=lambda settings: configs.from_json(json.dumps(settings["system"])),
-    config_to_hf=lambda c: {"model_type": "lion", "system": json.loads(configs.to_json(c))},
-    weight_map=lambda c: c.weight_map(),
-    abstract_params=abstract_params,
-    ignore_patterns=(r"visual_encoder\." + EVA_IGNORE_PATTERN, r"Qformer\.cls\..*(?#heads of stage 1)"),
+LION = lionjax_config_format(
+    "lion", "Lion", ignore_patterns=(r"visual_encoder\." + EVA_IGNORE_PATTERN, r"Qformer\.cls\..*(?#heads of stage 1)")
 )

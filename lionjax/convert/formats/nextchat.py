@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_params
+from lionjax.convert.formats.checkpoint_format import lionjax_config_format, lionjax_hf_config, read_lionjax_config
 from lionjax.convert.formats.hf_language import LLAMA
 from lionjax.convert.formats.sam import SAM, SEGMENT_ANYTHING
-from lionjax.core import config as configs
 
 if TYPE_CHECKING:
     from lionjax.models.vlm.nextchat import NextChat
@@ -21,7 +19,7 @@ def _nextchat_config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.vlm.nextchat import NextChat
 
     if "system" in hf_config:
-        return configs.from_json(json.dumps(hf_config["system"]))
+        return read_lionjax_config(hf_config)
     language = LLAMA.config_from_hf(hf_config)
     # The release appends five tokens to the vocabulary; three of them are used.
     image, _, _, trigger, box = range(language.vocab_size - 5, language.vocab_size)
@@ -37,25 +35,21 @@ def _nextchat_config_from_hf(hf_config: dict) -> Any:
 
 
 def _nextchat_config_to_hf(c: NextChat) -> dict:
-    hf_config = {
+    hf_config = lionjax_hf_config(c, "nextchat") | {
         "architectures": ["NextChatForSegLM"],
-        "model_type": "nextchat",
         "mm_depth": c.projector_depth,
         "mm_hidden_size": c.vision.width,
         "mm_vision_select_layer": c.feature_layer,
         "use_mm_proj": True,
     }
-    return LLAMA.config_to_hf(c.language) | hf_config | {"system": json.loads(configs.to_json(c))}
+    return LLAMA.config_to_hf(c.language) | hf_config
 
 
-NEXTCHAT = CheckpointFormat(
+NEXTCHAT = lionjax_config_format(
     "nextchat",
-    ("nextchat",),
-    lambda c: type(c).__name__ == "NextChat",
-    _nextchat_config_from_hf,
-    _nextchat_config_to_hf,
-    lambda c: c.weight_map(),
-    abstract_params,
+    "NextChat",
+    config_from_hf=_nextchat_config_from_hf,
+    config_to_hf=_nextchat_config_to_hf,
     ignore_patterns=(
         *LLAMA.ignore_patterns,
         r"model\.vision_tower\.vision_model\.embeddings\.position_ids(?#position indices)",

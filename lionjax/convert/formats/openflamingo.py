@@ -7,20 +7,18 @@ Versions of OpenFlamingo name the decoder layers differently; `KEY_PATTERNS` map
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from lionjax.convert.formats.checkpoint_format import (
     CheckpointFormat,
-    abstract_params,
+    lionjax_config_format,
     read_hf_config,
     require_supported,
 )
 from lionjax.convert.formats.hf_vision import CLIP_FILE
 from lionjax.convert.io.reader import TORCH_SUFFIXES, CheckpointTensors, open_weights
-from lionjax.core import config as configs
 from lionjax.core.types import UserError
 
 KEY_PATTERNS = (
@@ -131,13 +129,6 @@ def _config_from_tensors(mpt_config: dict, first_cross_layer: int, tensors: Chec
     )
 
 
-FLAMINGO = CheckpointFormat(
-    "flamingo",
-    ("flamingo",),
-    lambda c: type(c).__name__ == "Flamingo",
-    config_from_hf=lambda settings: configs.from_json(json.dumps(settings["system"])),
-    config_to_hf=lambda c: {"model_type": "flamingo", "system": json.loads(configs.to_json(c))},
-    weight_map=lambda c: c.weight_map(),
-    abstract_params=abstract_params,
-    ignore_patterns=(r"vision_encoder\.proj(?#after the features that are used)",),
+FLAMINGO = lionjax_config_format(
+    "flamingo", "Flamingo", ignore_patterns=(r"vision_encoder\.proj(?#after the features that are used)",)
 )

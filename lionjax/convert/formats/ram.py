@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_vision_params
+from lionjax.convert.formats.checkpoint_format import abstract_vision_params, lionjax_config_format, read_lionjax_config
 from lionjax.convert.formats.hf_vision import SWIN
-from lionjax.core import config as configs
 from lionjax.core.types import Params
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ def _ram_config_from_hf(hf_config: dict) -> Any:
     """The config in a lionjax config.json; without one, the released sizes."""
     from lionjax.models.vision import ram
 
-    return configs.from_json(json.dumps(hf_config["system"])) if "system" in hf_config else ram.RAM_SWIN_L
+    return read_lionjax_config(hf_config) if "system" in hf_config else ram.RAM_SWIN_L
 
 
 def _ram_weight_map(c: RamConfig) -> tuple:
@@ -36,14 +34,12 @@ def _ram_abstract_params(c: RamConfig, mesh: Any = None) -> Params:
     return abstract_vision_params(Ram(c), c.swin.image_size, mesh)
 
 
-RAM = CheckpointFormat(
+RAM = lionjax_config_format(
     "ram",
-    ("ram",),
-    lambda c: type(c).__name__ == "RamConfig",
-    _ram_config_from_hf,
-    lambda c: {"model_type": "ram", "system": json.loads(configs.to_json(c))},
-    _ram_weight_map,
-    _ram_abstract_params,
+    "RamConfig",
+    config_from_hf=_ram_config_from_hf,
+    weight_map=_ram_weight_map,
+    abstract_params=_ram_abstract_params,
     # The caption decoder, used only in training.
     ignore_patterns=(
         r"(?!visual_encoder\.|image_proj\.|label_embed$|wordvec_proj\.|tagging_head\.|fc\.).*(?#caption decoder)",

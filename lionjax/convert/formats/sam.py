@@ -6,12 +6,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lionjax.convert.formats.checkpoint_format import CheckpointFormat, require_supported
+from lionjax.convert.formats.config_fields import IMAGE_SIZES, ConfigFields
 from lionjax.core.types import Params
 
 if TYPE_CHECKING:
     from lionjax.models.vision.sam_encoder import SamConfig
 
 META_SAM_FILE = "sam_vit_h_4b8939.pth"  # the released file; recognized by its name, because it has no config
+
+
+_LAYERS = {"depth": "num_hidden_layers", "num_heads": "num_attention_heads", "norm_eps": "layer_norm_eps"}
+ENCODER_FIELDS = ConfigFields(
+    IMAGE_SIZES
+    | _LAYERS
+    | {"width": "hidden_size", "window_size": "window_size"}
+    | {"mlp_dim": "mlp_dim", "prompt_embed_dim": "output_channels"}
+)
+PROMPT_FIELDS = ConfigFields({"mask_input_channels": "mask_input_channels"})
+DECODER_FIELDS = ConfigFields(
+    {f"decoder_{name}": hf_name for name, hf_name in (_LAYERS | {"mlp_dim": "mlp_dim"}).items()}
+    | {"iou_head_depth": "iou_head_depth", "iou_head_mlp_dim": "iou_head_hidden_dim"}
+)
 
 
 def _sam_config_from_hf(hf_config: dict) -> Any:
@@ -27,63 +42,38 @@ def _sam_config_from_hf(hf_config: dict) -> Any:
     )
     downsample_rate = d.get("attention_downsample_rate", 2)
     require_supported(downsample_rate == 2, f"attention_downsample_rate {downsample_rate}", "2")
-    width, small = v.get("hidden_size", SAM_VIT_B.width), SAM_VIT_B
+    if not v.get("mlp_dim"):
+        v = v | {"mlp_dim": int(v.get("hidden_size", SAM_VIT_B.width) * v.get("mlp_ratio", 4.0))}
     return SamConfig(
-        v.get("image_size", 1024),
-        v.get("patch_size", 16),
-        width,
-        v.get("num_hidden_layers", small.depth),
-        v.get("num_attention_heads", small.num_heads),
-        v.get("mlp_dim") or int(width * v.get("mlp_ratio", 4.0)),
-        v.get("window_size", 14),
-        tuple(v.get("global_attn_indexes", small.global_attn_indexes)),
-        v.get("output_channels", 256),
-        v.get("layer_norm_eps", 1e-6),
-        p.get("mask_input_channels", 16),
-        d.get("num_hidden_layers", 2),
-        d.get("num_attention_heads", 8),
-        d.get("mlp_dim", 2048),
-        d.get("layer_norm_eps", 1e-6),
-        1 + d.get("num_multimask_outputs", 3),
-        d.get("iou_head_depth", 3),
-        d.get("iou_head_hidden_dim", 256),
+        **ENCODER_FIELDS.read(v, ENCODER_FIELDS.write(SAM_VIT_B)),
+        **PROMPT_FIELDS.read(p, PROMPT_FIELDS.write(SAM_VIT_B)),
+        **DECODER_FIELDS.read(d, DECODER_FIELDS.write(SAM_VIT_B) | {"layer_norm_eps": 1e-6}),
+        global_attn_indexes=tuple(v.get("global_attn_indexes", SAM_VIT_B.global_attn_indexes)),
+        num_mask_tokens=1 + d.get("num_multimask_outputs", 3),
     )
 
 
 def _sam_config_to_hf(c: SamConfig) -> dict:
+    vision_config = ENCODER_FIELDS.write(c) | {
+        "global_attn_indexes": list(c.global_attn_indexes),
+        "num_pos_feats": c.prompt_embed_dim // 2,
+    }
+    prompt_encoder_config = PROMPT_FIELDS.write(c) | {
+        "image_size": c.image_size,
+        "patch_size": c.patch_size,
+        "hidden_size": c.prompt_embed_dim,
+        "layer_norm_eps": c.norm_eps,
+    }
+    mask_decoder_config = DECODER_FIELDS.write(c) | {
+        "hidden_size": c.prompt_embed_dim,
+        "num_multimask_outputs": c.num_mask_tokens - 1,
+    }
     return {
         "architectures": ["SamModel"],
         "model_type": "sam",
-        "vision_config": {
-            "image_size": c.image_size,
-            "patch_size": c.patch_size,
-            "hidden_size": c.width,
-            "num_hidden_layers": c.depth,
-            "num_attention_heads": c.num_heads,
-            "mlp_dim": c.mlp_dim,
-            "window_size": c.window_size,
-            "global_attn_indexes": list(c.global_attn_indexes),
-            "output_channels": c.prompt_embed_dim,
-            "num_pos_feats": c.prompt_embed_dim // 2,
-            "layer_norm_eps": c.norm_eps,
-        },
-        "prompt_encoder_config": {
-            "image_size": c.image_size,
-            "patch_size": c.patch_size,
-            "hidden_size": c.prompt_embed_dim,
-            "mask_input_channels": c.mask_input_channels,
-            "layer_norm_eps": c.norm_eps,
-        },
-        "mask_decoder_config": {
-            "hidden_size": c.prompt_embed_dim,
-            "num_hidden_layers": c.decoder_depth,
-            "num_attention_heads": c.decoder_num_heads,
-            "mlp_dim": c.decoder_mlp_dim,
-            "layer_norm_eps": c.decoder_norm_eps,
-            "num_multimask_outputs": c.num_mask_tokens - 1,
-            "iou_head_depth": c.iou_head_depth,
-            "iou_head_hidden_dim": c.iou_head_mlp_dim,
-        },
+        "vision_config": vision_config,
+        "prompt_encoder_config": prompt_encoder_config,
+        "mask_decoder_config": mask_decoder_config,
     }
 
 

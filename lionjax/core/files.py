@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading and writing small files: JSON, JSON Lines, atomic writes, and errors of a full disk."""
+"""Reading and writing small files: JSON, JSON Lines, atomic writes, failed downloads, and errors of a full disk."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from lionjax.core.errors import UserError
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_FULL_MESSAGES = ("no space left", "file too large", "disk quota")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEB_PAGE = re.compile(rb"\s*(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body|title|script|meta)\b", re.I | re.S)
+XML_ERROR = re.compile(rb"\s*(<\?xml[^>]*>\s*)?<Error>", re.S)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -24,6 +28,22 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def check_downloaded(path: Path) -> None:
+    """Raise UserError for a file that a download left in place of the real one: a Git LFS pointer or a web page."""
+    with path.open("rb") as file:
+        head = file.read(1024).removeprefix(b"\xef\xbb\xbf")
+    if head.startswith(LFS_POINTER):
+        raise UserError(
+            f"{path} is a Git LFS pointer, which only names the real file; run `git lfs pull` in its repository, or "
+            "download the file itself"
+        )
+    if WEB_PAGE.match(head) or XML_ERROR.match(head):
+        kind = "an HTML page" if WEB_PAGE.match(head) else "an XML error message"
+        raise UserError(
+            f"{path} is {kind} under the name of a model file: its download failed or needs a login; download it again"
+        )
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from lionjax import convert
 from lionjax.convert.formats import detect
+from lionjax.convert.io.reader import check_folder_formats
 from lionjax.core import config, sharding
 from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment, GenerationDefaults
@@ -55,6 +56,7 @@ def load(folder: str | Path, mesh: MeshConfig | None = None, prompt_length: int 
     if (folder / "config.json").is_file() and (folder / "lock").exists():
         raise UserError(f"the run in {folder} has no checkpoint yet; resume it with `lionjax train`")
     if not convert.holds_params(folder) and not any(f.suffix in WEIGHT_SUFFIXES for f in folder.iterdir()):
+        check_folder_formats(folder)
         raise UserError(f"{folder} holds no model; give a run folder or a folder of weights")
     return with_prompt_length(load_weights(folder, device_mesh), prompt_length)
 

@@ -9,8 +9,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from lionjax.convert.io.key_names import check_config_not_quantized
 from lionjax.convert.io.reader import MAX_HEADER_BYTES, CheckpointTensors
 from lionjax.core import config as configs
+from lionjax.core.files import check_downloaded
 from lionjax.core.types import Batch, Params, UserError
 
 
@@ -33,6 +35,8 @@ class CheckpointFormat:
     tied_keys: tuple[tuple[str, str], ...] = ()
     base_model_prefix: str = ""  # prefix of all names; files of the bare model omit it
     inner_prefix: str = ""  # prefix of the model's names in files of a larger model
+    # (regular expression, replacement): names of other versions -> names of the weight map.
+    key_patterns: tuple[tuple[str, str], ...] = ()
     # (config, tensor names) -> config with the fields that only the names determine.
     infer_from_keys: Callable[[Any, Collection[str]], Any] = lambda config, names: config
     # (config, tensors, folder) -> tensors under the weight map's names, with those of other files in the folder.
@@ -48,17 +52,23 @@ def require_supported(supported: bool, found: str, allowed: str) -> None:
 
 
 def read_hf_config(path: Path) -> dict:
-    """The contents of a config.json, {} where it does not exist. Raises UserError where it is no JSON object."""
+    """The contents of a config.json, {} where it does not exist.
+
+    Raises UserError where it is no JSON object, and where it describes quantized weights.
+    """
     if not path.is_file():
         return {}
     try:
         if path.stat().st_size > MAX_HEADER_BYTES:
             raise ValueError(f"it is larger than {MAX_HEADER_BYTES:,} bytes")
+        check_downloaded(path)
         hf_config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}") from error
     if not isinstance(hf_config, dict):
         raise UserError(f"{path} holds a JSON {type(hf_config).__name__}; it must hold an object")
+    if path.name == "config.json":
+        check_config_not_quantized(hf_config, path, [file.name for file in path.parent.iterdir()])
     return hf_config
 
 

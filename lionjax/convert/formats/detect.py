@@ -19,6 +19,7 @@ from lionjax.convert.formats.checkpoint_format import CheckpointFormat, Checkpoi
 from lionjax.convert.formats.hf_language import LANGUAGE_FORMATS
 from lionjax.convert.formats.hf_vision import CLIP_FILE, VISION_FORMATS
 from lionjax.convert.formats.hf_vlm import VLM_FORMATS
+from lionjax.convert.formats.key_fit import open_part
 from lionjax.convert.formats.kosmos2 import KOSMOS_2
 from lionjax.convert.formats.lavis import BLIP2_STAGE1, EVA_FILE, find_lavis_files, open_lavis
 from lionjax.convert.formats.lion import LION, find_lion_file, open_lion
@@ -27,7 +28,13 @@ from lionjax.convert.formats.nextchat import REGION_FORMATS
 from lionjax.convert.formats.openflamingo import FLAMINGO, open_flamingo
 from lionjax.convert.formats.ram import RAM_FILE, TAGGING_FORMATS
 from lionjax.convert.formats.sam import META_SAM_FILE
-from lionjax.convert.io.reader import MAX_HEADER_BYTES, CheckpointTensors, open_weights
+from lionjax.convert.io.reader import (
+    MAX_HEADER_BYTES,
+    CheckpointTensors,
+    check_folder_formats,
+    check_readable_format,
+    open_weights,
+)
 from lionjax.core import config as configs
 from lionjax.core.types import Params, UserError
 
@@ -47,6 +54,10 @@ def open_checkpoint(
     if not path.exists():
         raise UserError(f"{path} does not exist")
     folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        check_folder_formats(path)
+    else:
+        check_readable_format(path)
     if (folder / loras.ADAPTER_CONFIG_FILE).is_file():
         raise UserError(f"{folder} holds only a LoRA; give the folder of its base model, and this one as --adapter")
     source = _detect_and_open(path, folder, format_name, base)
@@ -93,27 +104,25 @@ def _detect_and_open(path: Path, folder: Path, format_name: str | None, delta_ba
         raise UserError(
             f"{folder / 'config.json'} is no valid config of a {checkpoint_format.name}: {type(error).__name__} {error}"
         ) from error
-    tensors = _open_tensors(path, checkpoint_format, delta_base)
+    tensors = _open_tensors(path, checkpoint_format, config, delta_base)
     tensors = checkpoint_format.prepare_tensors(config, tensors, folder)
-    base_prefix, inner_prefix = checkpoint_format.base_model_prefix, checkpoint_format.inner_prefix
-    if base_prefix and not any(name.startswith(base_prefix) for name in tensors):
-        tensors = tensors.with_prefix(base_prefix)
-    if inner_prefix and any(name.startswith(inner_prefix) for name in tensors):
-        tensors = tensors.without_prefix(inner_prefix)
     config = checkpoint_format.infer_from_keys(config, tensors.keys())
     return _with_tied_tensors(checkpoint_format, config, tensors, folder)
 
 
-def _open_tensors(path: Path, checkpoint_format: CheckpointFormat, delta_base: Path | None) -> CheckpointTensors:
+def _open_tensors(
+    path: Path, checkpoint_format: CheckpointFormat, config: Any, delta_base: Path | None
+) -> CheckpointTensors:
     """The tensors of a checkpoint; with `delta_base`, the sums of base and delta."""
     if delta_base is not None:
-        return delta.add_delta(open_weights(path), open_weights(delta_base), checkpoint_format.ignore_patterns)
+        parts = [open_part(file, checkpoint_format, config) for file in (path, delta_base)]
+        return delta.add_delta(*parts, checkpoint_format.ignore_patterns)
     folder = path.resolve() if path.is_dir() else path.resolve().parent
     if checkpoint_format.name in ("llama", "llava") and re.search(r"(?i)(^|[-_])delta([-_]|$)", folder.name):
         raise UserError(
             f"{folder.name} looks like a delta of a LLaMA by its name; give the LLaMA as --base, or rename the folder"
         )
-    return open_weights(path)
+    return open_part(path, checkpoint_format, config)
 
 
 def _with_tied_tensors(

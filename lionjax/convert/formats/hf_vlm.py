@@ -21,7 +21,8 @@ from lionjax.convert.formats.checkpoint_format import (
 from lionjax.convert.formats.config_fields import BLOCK_SIZES, ConfigFields
 from lionjax.convert.formats.hf_language import LLAMA, LLAMA_7B, OPT, T5
 from lionjax.convert.formats.hf_vision import CLIP, LAVIS_IGNORE_PATTERN, VIT_FIELDS, read_vit_fields
-from lionjax.convert.io.reader import CheckpointTensors, open_weights
+from lionjax.convert.formats.key_fit import open_part
+from lionjax.convert.io.reader import CheckpointTensors
 from lionjax.core.types import UserError
 
 if TYPE_CHECKING:
@@ -183,12 +184,11 @@ def _prepare_llava_tensors(c: VisualPrefixLM, tensors: CheckpointTensors, folder
     if c.torch_names == "hugging_face":
         return tensors.rename_keys(*LLAVA_KEY_PATTERNS)
     if not any(name.startswith("model.layers.") for name in tensors):
-        tensors = add_mm_projector(tensors, open_weights(_find_part_folder(folder, LLAMA, "language model")))
+        language_folder = _find_part_folder(folder, LLAMA, "language model")
+        tensors = add_mm_projector(tensors, open_part(language_folder, LLAMA, c.language))
     if any(name.startswith(LLAVA_TOWER_PREFIX) for name in tensors):
         return tensors
-    clip = open_weights(_find_part_folder(folder, CLIP, "vision tower"))
-    if not any(name.startswith(CLIP.base_model_prefix) for name in clip):
-        clip = clip.with_prefix(CLIP.base_model_prefix)
+    clip = open_part(_find_part_folder(folder, CLIP, "vision tower"), CLIP, c.vision)
     return tensors | clip.with_prefix(LLAVA_TOWER_PREFIX)
 
 
@@ -325,6 +325,7 @@ LLAVA = CheckpointFormat(
     _llava_config_from_hf,
     _llava_config_to_hf,
     ignore_patterns=(_POSITION_IDS_PATTERN, _ROPE_BUFFER_PATTERN),
+    key_patterns=LLAVA_KEY_PATTERNS,
     prepare_tensors=_prepare_llava_tensors,
 )
 BLIP2 = CheckpointFormat(

@@ -10,7 +10,9 @@ from typing import Any
 
 from lionjax.convert.formats.checkpoint_format import CheckpointFormat, lionjax_config_format, read_hf_config
 from lionjax.convert.formats.hf_vision import CLIP_FILE, LAVIS_IGNORE_PATTERN
-from lionjax.convert.formats.hf_vlm import BLIP2, INSTRUCTBLIP, language_config_from_hf
+from lionjax.convert.formats.hf_vlm import BLIP2, INSTRUCTBLIP, LANGUAGE_DEFAULTS, language_config_from_hf
+from lionjax.convert.formats.key_fit import open_part
+from lionjax.convert.io.key_names import remove_generic_prefix
 from lionjax.convert.io.reader import TORCH_SUFFIXES, CheckpointTensors, open_weights
 from lionjax.core.types import UserError
 
@@ -34,9 +36,9 @@ def find_lavis_files(folder: Path) -> list[Path]:
 
 def _open_trained(files: list[Path]) -> CheckpointTensors:
     """The trained tensors; MiniGPT-4's together with the Q-Former of its BLIP-2."""
-    trained = open_weights(files[0])
+    trained = remove_generic_prefix(open_weights(files[0]))
     for file in files[1:]:
-        base = open_weights(file)
+        base = remove_generic_prefix(open_weights(file))
         other = re.compile(rf"({'|'.join(LAVIS_LANGUAGE_TYPES)})_(proj|model)\..*")
         unused = {n: "of another language model" for n in base if other.match(n)}
         unused |= {n: f"{files[0].name} has its own" for n in base if n in trained}
@@ -67,13 +69,21 @@ def open_lavis(folder: Path) -> tuple[CheckpointFormat, Any, CheckpointTensors, 
         )
     tensors = trained
     if prefix and not any(name.startswith(f"{prefix}_model.") for name in trained):
-        tensors = tensors | open_weights(language_folders[0]).with_prefix(f"{prefix}_model.")
+        tensors = tensors | _open_language(language_folders[0], hf_configs[language_folders[0]], prefix)
     if not has_vision:
-        tensors = tensors | open_weights(vision_file).without_prefix("visual.").with_prefix("visual_encoder.")
+        vision = remove_generic_prefix(open_weights(vision_file))
+        tensors = tensors | vision.without_prefix("visual.").with_prefix("visual_encoder.")
     if is_stage1:
         return BLIP2_STAGE1, stage1_config_from_tensors(tensors), tensors, folder
     config = config_from_tensors(language_config_from_hf(hf_configs[language_folders[0]], prefix), tensors)
     return (INSTRUCTBLIP if config.qformer.use_text_input else BLIP2), config, tensors, language_folders[0]
+
+
+def _open_language(folder: Path, hf_config: dict, prefix: str) -> CheckpointTensors:
+    """The language model of a LAVIS checkpoint, under the names that it has there."""
+    checkpoint_format, _ = LANGUAGE_DEFAULTS[LAVIS_LANGUAGE_TYPES[prefix]]
+    language = open_part(folder, checkpoint_format, language_config_from_hf(hf_config, prefix))
+    return language.with_prefix(f"{prefix}_model.")
 
 
 def config_from_tensors(language: Any, tensors: CheckpointTensors) -> Any:

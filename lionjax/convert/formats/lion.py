@@ -11,7 +11,9 @@ from typing import Any
 from lionjax.convert.formats.checkpoint_format import CheckpointSource, lionjax_config_format, read_hf_config
 from lionjax.convert.formats.hf_language import T5
 from lionjax.convert.formats.hf_vision import EVA_IGNORE_PATTERN
+from lionjax.convert.formats.key_fit import open_part
 from lionjax.convert.formats.lavis import EVA_FILE
+from lionjax.convert.io.key_names import remove_generic_prefix
 from lionjax.convert.io.reader import TORCH_SUFFIXES, CheckpointTensors, open_weights
 from lionjax.core.types import UserError
 from lionjax.core.weight_map import bitwise_equal
@@ -35,10 +37,12 @@ def open_lion(path: Path) -> CheckpointSource:
             f"{folder} needs the three parts of a LION: LION-FlanT5-XL.pth (or XXL), eva_vit_g.pth, and one "
             "folder with the FlanT5 of the same size"
         )
-    vision = open_weights(eva).with_prefix("visual_encoder.")
-    language = open_weights(t5_folders[0]).with_prefix("t5_model.")
-    tensors = _without_tied_copies(open_weights(trained), language) | vision | language
-    config = _lion_config_from_tensors(read_hf_config(t5_folders[0] / "config.json"), tensors)
+    t5_config = read_hf_config(t5_folders[0] / "config.json")
+    vision = remove_generic_prefix(open_weights(eva)).with_prefix("visual_encoder.")
+    language = open_part(t5_folders[0], T5, T5.config_from_hf(t5_config)).with_prefix("t5_model.")
+    trained_tensors = remove_generic_prefix(open_weights(trained))
+    tensors = _without_tied_copies(trained_tensors, language) | vision | language
+    config = _lion_config_from_tensors(t5_config, tensors)
     return CheckpointSource(LION, config, tensors, t5_folders[0])
 
 

@@ -18,6 +18,7 @@ from lionjax.convert.formats.checkpoint_format import (
     require_supported,
 )
 from lionjax.convert.formats.hf_vision import CLIP_FILE
+from lionjax.convert.io.key_names import remove_generic_prefix
 from lionjax.convert.io.reader import TORCH_SUFFIXES, CheckpointTensors, open_weights
 from lionjax.core.types import UserError
 
@@ -43,11 +44,11 @@ def open_flamingo(folder: Path) -> tuple[CheckpointFormat, Any, CheckpointTensor
         raise UserError(
             f"{folder} needs the parts of an OpenFlamingo: the trained file, {CLIP_FILE}, and the folder of its MPT"
         )
-    tensors = open_weights(trained[0]).rename_keys(*KEY_PATTERNS)
+    tensors = remove_generic_prefix(open_weights(trained[0])).rename_keys(*KEY_PATTERNS)
     gated_layers = [int(match[1]) for name in tensors if (match := GATE_PATTERN.fullmatch(name))]
     if not gated_layers:
         raise UserError(f"{trained[0]} has no gated cross-attention layers, so it is no OpenFlamingo")
-    language = open_weights(mpt_folders[0])
+    language = remove_generic_prefix(open_weights(mpt_folders[0]))
     if not any(name.startswith("transformer.") for name in language):
         language = language.with_prefix("transformer.")
     language = language.with_prefix("lang_encoder.").rename_keys(*KEY_PATTERNS)
@@ -57,7 +58,7 @@ def open_flamingo(folder: Path) -> tuple[CheckpointFormat, Any, CheckpointTensor
         language.files,
         language.skipped | {n: f"{trained[0].name} has its own" for n in overridden},
     )
-    clip = open_weights(folder / CLIP_FILE)
+    clip = remove_generic_prefix(open_weights(folder / CLIP_FILE))
     clip = clip.without_prefix("visual.").with_prefix("vision_encoder.")
     tensors = tensors | language | clip
     config = _config_from_tensors(read_hf_config(mpt_folders[0] / "config.json"), min(gated_layers), tensors)

@@ -34,6 +34,7 @@ def _ram_abstract_params(c: RamConfig, mesh: Any = None) -> Params:
     return abstract_vision_params(Ram(c), c.swin.image_size, mesh)
 
 
+KEY_PATTERNS = ((r"^vision_multi\.", "tagging_head."),)
 RAM = lionjax_config_format(
     "ram",
     "RamConfig",
@@ -45,6 +46,7 @@ RAM = lionjax_config_format(
         r"(?!visual_encoder\.|image_proj\.|label_embed$|wordvec_proj\.|tagging_head\.|fc\.).*(?#caption decoder)",
     ),
     # Some files have the tagging head under its earlier name.
-    prepare_tensors=lambda config, tensors, folder: tensors.rename_keys((r"^vision_multi\.", "tagging_head.")),
+    key_patterns=KEY_PATTERNS,
+    prepare_tensors=lambda config, tensors, folder: tensors.rename_keys(*KEY_PATTERNS),
 )
 TAGGING_FORMATS = (SWIN, RAM)

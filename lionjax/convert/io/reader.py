@@ -8,21 +8,27 @@ pickles with code are rejected.
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
+import functools
 import json
 import logging
 import mmap
+import operator
 import re
 import struct
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from lionjax.convert.io import pickles
+from lionjax.convert.io.key_names import check_not_quantized, remove_wrappers
+from lionjax.convert.io.pickles import MAX_PICKLE_BYTES as MAX_PICKLE_BYTES
+from lionjax.convert.io.pickles import MIN_TORCH_VERSION as MIN_TORCH_VERSION
+from lionjax.convert.io.pickles import STATE_DICT_KEYS as STATE_DICT_KEYS
+from lionjax.convert.io.pickles import TORCH_SUFFIXES as TORCH_SUFFIXES
+from lionjax.convert.io.tensors import CheckpointTensors as CheckpointTensors
+from lionjax.convert.io.tensors import first_line
+from lionjax.core.files import check_downloaded
 from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
@@ -45,85 +51,28 @@ SAFETENSORS_DTYPES = {
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 MAX_HEADER_BYTES = 32 * 2**20  # of a header, index or config; published models have less than 1 MiB
-MAX_PICKLE_BYTES = 64 * 2**20  # of the pickle inside a .bin or .pth, which holds names and shapes
-TORCH_SUFFIXES = (".bin", ".pth", ".pt")
-STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "module")  # keys of the weights in training checkpoints
-MIN_TORCH_VERSION = (2, 10)
-
-
-class CheckpointTensors(Mapping):
-    """Mapping from names to read-only numpy arrays, which are read from disk on access.
-
-    `files` are the opened files; `skipped` maps names that are not read to the reason.
-    """
-
-    def __init__(self, arrays: Mapping, files: tuple[Path, ...], skipped=None, memory_mapped=True):
-        self.arrays = dict(arrays)
-        self.files = files
-        self.skipped = dict(skipped or {})
-        self.memory_mapped = set(self.arrays) if memory_mapped else set()
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.arrays)
-
-    def __len__(self) -> int:
-        return len(self.arrays)
-
-    def with_prefix(self, prefix: str) -> CheckpointTensors:
-        """The same tensors, with `prefix` added to all names."""
-        return self._map_keys(lambda name: prefix + name)
-
-    def without_prefix(self, prefix: str) -> CheckpointTensors:
-        """The same tensors, with `prefix` removed from the names that start with it."""
-        return self._map_keys(lambda name: name.removeprefix(prefix))
-
-    def rename_keys(self, *replacements: tuple[str, str]) -> CheckpointTensors:
-        """The same tensors, with each (regular expression, replacement) applied in turn, once per name.
-
-        Raises UserError where two tensors get the same name.
-        """
-
-        def rename(name: str) -> str:
-            for pattern, new in replacements:
-                name = re.sub(pattern, new, name, count=1)
-            return name
-
-        return self._map_keys(rename)
-
-    def _map_keys(self, rename_key: Callable[[str], str]) -> CheckpointTensors:
-        arrays = {rename_key(name): array for name, array in self.arrays.items()}
-        if len(arrays) < len(self.arrays):
-            raise UserError(f"two tensors of {self.files[0]} are the same parameter under different names; remove one")
-        renamed = CheckpointTensors(arrays, self.files, {rename_key(n): reason for n, reason in self.skipped.items()})
-        renamed.memory_mapped = {rename_key(name) for name in self.memory_mapped}
-        return renamed
-
-    def __or__(self, other: CheckpointTensors) -> CheckpointTensors:
-        """The tensors of both. Raises UserError where a name is in both."""
-        if shared_names := sorted(self.arrays.keys() & other.arrays.keys()):
-            files = " and ".join(str(part.files[0]) for part in (self, other))
-            raise UserError(f"{len(shared_names)} tensors are in both {files}, for example {shared_names[0]!r}")
-        arrays = self.arrays | other.arrays
-        merged = CheckpointTensors(arrays, self.files + other.files, self.skipped | other.skipped)
-        merged.memory_mapped = self.memory_mapped | other.memory_mapped
-        return merged
-
-    def release(self, name: str, array: np.ndarray | None = None) -> None:
-        """Unmap the pages of a tensor, or of the part `array`, that has been read; they stay in the page cache.
-
-        Without this, the resident memory of a conversion grows by every byte that it reads.
-        """
-        array = self.arrays[name] if array is None else array
-        if name not in self.memory_mapped or not array.nbytes or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        for part in getattr(array, "parts", (array,)):
-            address = part.__array_interface__["data"][0]
-            begin = address - address % mmap.PAGESIZE
-            size = ctypes.c_size_t(address + part.nbytes - begin)
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), size, mmap.MADV_DONTNEED)
+# The files that transformers and PEFT read from a folder, in their order.
+STANDARD_FILES = tuple(
+    stem + suffix + index
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin"))
+    for index in ("", ".index.json")
+) + ("adapter_model.safetensors", "adapter_model.bin")
+# Files of training and other variants, which lie beside the weights.
+AUXILIARY_FILE = re.compile(
+    r"(training_args|optimizer|optim|scheduler|scaler|rng_state.*|random_states?.*|trainer_state|adapter_model|"
+    r"non_lora_trainables|consolidated.*|.*[._-](fp16|bf16|fp32|non_ema|ema))\.(safetensors|bin|pth|pt)"
+)
+SHARD_FILE = re.compile(r"(.+)-(\d+)-of-(\d+)\.(safetensors|bin)")  # stem, number, count, suffix
+OTHER_FORMATS = {  # suffix or first bytes of weight files that are not read -> their name
+    ".gguf": "a GGUF file (llama.cpp's format of quantized weights)",
+    ".ggml": "a GGML file (llama.cpp's old format of quantized weights)",
+    ".h5": "a TensorFlow file",
+    ".msgpack": "a Flax file",
+    ".onnx": "an ONNX file",
+    b"GGUF": "a GGUF file (llama.cpp's format of quantized weights)",
+    b"ggjt": "a GGML file (llama.cpp's old format of quantized weights)",
+    b"\x89HDF": "a TensorFlow file",
+}
 
 
 def open_weights(path: str | Path, key: str | None = None) -> CheckpointTensors:
@@ -134,17 +83,39 @@ def open_weights(path: str | Path, key: str | None = None) -> CheckpointTensors:
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            return _open_folder(path, key)
-        if path.name.endswith(".index.json"):
-            return _open_index(path, key)
-        if path.suffix == ".safetensors":
-            return open_safetensors(path)
-        if path.suffix in TORCH_SUFFIXES:
-            return open_torch(path, key)
+        tensors = _open_path(path, key)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    check_not_quantized(tensors, path)
+    return tensors.with_keys(remove_wrappers)
+
+
+def _open_path(path: Path, key: str | None) -> CheckpointTensors:
+    """The tensors of a file, index or folder under the names that it has."""
+    if path.is_dir():
+        parts = [_open_path(file, key) for file in choose_weight_files(path)]
+        return functools.reduce(operator.or_, parts)
+    check_readable_format(path)
+    if path.name.endswith(".index.json"):
+        return _open_index(path, key)
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return pickles.open_torch(path, key)
     raise UserError(f"{path} is no weight file; give a .safetensors, .bin, .pth, .pt or .index.json file, or a folder")
+
+
+def check_readable_format(path: Path) -> None:
+    """Raise UserError for an empty file, a failed download, or weights in a format that is not read."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if not head:
+        raise UserError(f"{path} is empty (0 bytes), so its download was cut short; download it again")
+    check_downloaded(path)
+    if name := OTHER_FORMATS.get(path.suffix) or OTHER_FORMATS.get(head):
+        raise UserError(f"{path} is {name}, which is not read; give the original .safetensors or .bin file")
+    if path.suffix == ".safetensors" and head == b"PK\x03\x04":
+        raise UserError(f"{path} is a PyTorch file with the suffix .safetensors; rename it to .bin")
 
 
 def open_safetensors(path: Path) -> CheckpointTensors:
@@ -165,7 +136,7 @@ def open_safetensors(path: Path) -> CheckpointTensors:
                 pass
             entries = json.loads(header, object_pairs_hook=_reject_duplicate_keys)
         except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged or no safetensors file: {_first_line(error)}") from error
+            raise UserError(f"{path} is damaged or no safetensors file: {first_line(error)}") from error
         space = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     entries.pop("__metadata__", None)
     arrays = {}
@@ -180,45 +151,6 @@ def open_safetensors(path: Path) -> CheckpointTensors:
         flat = np.frombuffer(space, dtype, (end - begin) // dtype.itemsize, 8 + length + begin) if end > begin else []
         arrays[name] = np.asarray(flat, dtype).reshape(shape)
     return CheckpointTensors(arrays, (path,))
-
-
-def open_torch(path: Path, key: str | None = None) -> CheckpointTensors:
-    """The tensors of a .bin, .pth or .pt file, memory mapped, so that an optimizer state in it is not read.
-
-    Loads with weights_only=True. Raises UserError for damaged files and for pickles with code.
-    """
-    torch = _import_torch(path)
-    is_zip = zipfile.is_zipfile(path)
-    if is_zip:
-        _check_zip(path)
-    else:
-        log.warning("%s has torch's old format (no zip), which cannot be memory mapped: all of it is read", path)
-    try:
-        with warnings.catch_warnings():  # for unusual pickles torch asks users to file an issue
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # torch raises many kinds on damaged files
-        text = str(error)
-        if match := re.search(r"GLOBAL ([\w.]+)", text):
-            reason = f"it holds code ({match[1]}); ask its authors for a .safetensors file"
-        else:
-            reason = f"it is damaged or no PyTorch file ({type(error).__name__}: {_first_line(error)})"
-        raise UserError(f"{path} cannot be loaded: {reason}") from error
-    state, skipped = _find_state_dict(loaded, key, path, torch.Tensor)
-    arrays = {}
-    for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            skipped[str(name)] = f"a {type(tensor).__name__}, not a tensor"
-        elif tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise UserError(
-                f"tensor {name!r} of {path} is {tensor.layout} {tensor.dtype} on {tensor.device.type}; "
-                "only strided, unquantized CPU tensors are supported"
-            )
-        else:
-            arrays[str(name)] = _as_numpy(tensor, torch)
-    if arrays and all(name.startswith("module.") for name in arrays):  # prefix of DistributedDataParallel
-        arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
-    return CheckpointTensors(arrays, (path,), skipped, is_zip)
 
 
 def has_nan(array: np.ndarray) -> bool:
@@ -238,111 +170,105 @@ _INFINITY_BITS = {
 }
 
 
-def _open_folder(path: Path, key: str | None) -> CheckpointTensors:
-    """The weights of a folder: safetensors preferred to pickles, an index to a single file.
+def check_folder_formats(path: Path) -> None:
+    """Raise UserError for a folder that has no weights but those of a format that is not read, such as GGUF."""
+    files = sorted(path.iterdir())
+    other = next((file for file in files if file.suffix in OTHER_FORMATS), None)
+    if other and not any(file.suffix in (".safetensors", *TORCH_SUFFIXES) for file in files):
+        name = OTHER_FORMATS[other.suffix]
+        raise UserError(f"{path} holds only {other.name}, {name}, which is not read; it needs .safetensors or .bin")
 
-    Raises UserError where several files or none match.
+
+def choose_weight_files(path: Path) -> list[Path]:
+    """The weight file, index, or complete shards to read from a folder; with several, the log says which and why.
+
+    The names that transformers reads come first, in its order; otherwise safetensors are preferred to pickles and an
+    index to single files, and files of training beside them do not count. Raises UserError where several or none match.
     """
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *TORCH_SUFFIXES))
+    indexes = [f for suffix in (".safetensors", *TORCH_SUFFIXES) for f in sorted(path.glob(f"*{suffix}.index.json"))]
+    standard = next((path / name for name in STANDARD_FILES if path / name in (*files, *indexes)), None)
+    reason = "the first name that transformers looks for"
+    chosen = [standard] if standard else []
+    if not chosen:
+        chosen, reason = _choose_by_kind(path, files, indexes)
+    index = path / f"{chosen[0].name}.index.json"
+    if index in indexes and chosen[0].name in set(_read_index(index).values()):
+        chosen = [index]
+    used = {*chosen, *(path / name for f in chosen if f in indexes for name in _read_index(f).values())}
+    if others := [f.name for f in (*files, *indexes) if f not in used]:
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        log.info("%s: reads %s (%s), not %s%s", path, chosen[0].name, reason, ", ".join(others[:4]), more)
+    return chosen
+
+
+def _choose_by_kind(path: Path, files: list[Path], indexes: list[Path]) -> tuple[list[Path], str]:
+    """(files, reason) among weight files without a standard name. Raises UserError where several or none match."""
+    main_files = [f for f in files if not AUXILIARY_FILE.fullmatch(f.name)] or files
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
-        files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
-        indexes = [f for s in suffixes for f in sorted(path.glob(f"*{s}.index.json"))]
-        if len(indexes) == 1:
-            return _open_index(indexes[0], key)
-        if len(files) == 1 and not indexes:
-            return open_weights(files[0], key)
-        if files or indexes:
-            names = ", ".join(file.name for file in (indexes or files)[:5])
-            raise UserError(
-                f"{path} holds {len(indexes or files)} weight files ({names}); give the path of one of them"
+        candidates = [f for f in indexes if f.name.removesuffix(".index.json").endswith(suffixes)]
+        candidates = candidates or [f for f in main_files if f.suffix in suffixes]
+        shards = [match for f in candidates if (match := SHARD_FILE.fullmatch(f.name))]
+        is_sharded = len({match.group(1, 3, 4) for match in shards}) == 1 and len(shards) == len(candidates)
+        if is_sharded and {int(match[2]) for match in shards} == set(range(1, int(shards[0][3]) + 1)):
+            return candidates, "all shards, without an index"
+        if len(candidates) == 1 and not is_sharded:
+            return candidates, "safetensors come first, and files of training do not count"
+        if candidates:
+            names = ", ".join(file.name for file in candidates[:5])
+            remedy = (
+                f"download the missing ones of {int(shards[0][3])}" if is_sharded else "give the path of one of them"
             )
+            raise UserError(f"{path} holds {len(candidates)} weight files ({names}); {remedy}")
+    check_folder_formats(path)
     raise UserError(f"{path} holds no weights: it needs a .safetensors, .bin, .pth or .pt file or an index of shards")
 
 
-def _open_index(path: Path, key: str | None) -> CheckpointTensors:
+def _read_index(path: Path) -> dict[str, str]:
+    """{tensor name: file name} of an index of shards. Raises UserError where it is damaged, too large or empty."""
     if path.stat().st_size > MAX_HEADER_BYTES:
         raise UserError(
             f"{path} has {path.stat().st_size:,} bytes; an index may have at most {MAX_HEADER_BYTES:,} bytes"
         )
+    check_readable_format(path)
     try:
         index = json.loads(path.read_bytes(), object_pairs_hook=_reject_duplicate_keys)
-        files: dict[str, set[str]] = {}
-        for name, file in index["weight_map"].items():
-            files.setdefault(str(file), set()).add(name)
+        file_names = {name: str(file) for name, file in index["weight_map"].items()}
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no valid index of weight files: {_first_line(error)}") from error
-    if not files:
+        raise UserError(f"{path} is no valid index of weight files: {first_line(error)}") from error
+    if not file_names:
         raise UserError(f"the index {path} lists no tensors")
-    tensors = CheckpointTensors({}, ())
-    for file, names in files.items():
+    return file_names
+
+
+def _open_index(path: Path, key: str | None) -> CheckpointTensors:
+    """The tensors of all shards of an index, also those that it does not list, as transformers reads them.
+
+    Raises UserError where a shard, or a tensor that the index lists, is missing.
+    """
+    files: dict[str, set[str]] = {}
+    for name, file in _read_index(path).items():
+        files.setdefault(file, set()).add(name)
+    for file in files:
         if Path(file).name != file or file in ("", ".", "..") or "\\" in file:
             raise UserError(f"{path} names the file {file!r}; an index may only name files in its own folder")
         if not file.endswith((".safetensors", *TORCH_SUFFIXES)):
             raise UserError(f"{path} names the file {file!r}, which is no weight file")
-        if not (path.parent / file).is_file():
-            raise UserError(f"{path} names the file {file!r}, which is missing; download it into the same folder")
-        part = open_weights(path.parent / file, key)
-        if names != part.keys():
-            differing = sorted(names ^ part.keys())
-            raise UserError(f"{path} and {file} disagree on {len(differing)} tensors, for example {differing[0]!r}")
+    if missing := sorted(file for file in files if not (path.parent / file).is_file()):
+        verb = "which is" if len(missing) == 1 else f"which, with {len(missing) - 1} others, is"
+        raise UserError(f"{path} names the file {missing[0]!r}, {verb} missing; download it into the same folder")
+    tensors = CheckpointTensors({}, ())
+    for file, names in files.items():
+        part = _open_path(path.parent / file, key)
+        if absent := sorted(names - part.keys()):
+            raise UserError(
+                f"{path} says that {file} holds {len(absent)} tensors that it lacks, for example {absent[0]!r}; "
+                "download the index and its shards from one release"
+            )
+        if unlisted := sorted(part.keys() - names):
+            log.info("%s holds %d tensors that %s lacks, such as %s", file, len(unlisted), path.name, unlisted[0])
         tensors = tensors | part if tensors.files else part
     return tensors
-
-
-def _import_torch(path: Path):
-    """The torch module. Raises UserError where it is missing or too old to load untrusted pickles safely."""
-    if importlib.util.find_spec("torch") is None:
-        raise UserError(f"reading {path} needs PyTorch; install lionjax[torch], or use .safetensors files")
-    import torch
-
-    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if version < MIN_TORCH_VERSION:
-        min_version = ".".join(map(str, MIN_TORCH_VERSION))
-        raise UserError(
-            f"torch {torch.__version__} can run code hidden in {path}; install torch {min_version} or newer"
-        )
-    return torch
-
-
-def _check_zip(path: Path) -> None:
-    """Raise UserError for a torch zip file with compressed or oversized members (a zip bomb)."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, UnicodeError) as error:
-        raise UserError(f"{path} is damaged: {_first_line(error)}") from error
-    size = path.stat().st_size
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        raise UserError(f"{path} cannot be loaded: its zip members are compressed, or larger than the file")
-    if any(m.filename.endswith(".pkl") and m.file_size > MAX_PICKLE_BYTES for m in members):
-        raise UserError(f"{path} cannot be loaded: its pickle is larger than {MAX_PICKLE_BYTES:,} bytes")
-
-
-def _find_state_dict(loaded, key: str | None, path: Path, tensor_type: type) -> tuple[Mapping, dict[str, str]]:
-    """(state dict, {skipped key: reason}) of an object loaded by torch."""
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors")
-    keys = (key,) if key is not None else STATE_DICT_KEYS
-    inner = next((k for k in keys if isinstance(loaded.get(k), Mapping)), None)
-    if inner is None:
-        if key is not None:
-            raise UserError(f"{path} holds no dictionary {key!r}; its keys are {', '.join(map(str, list(loaded)[:8]))}")
-        if not any(isinstance(value, tensor_type) for value in loaded.values()):
-            raise UserError(f"{path} holds no tensors; its keys are {', '.join(map(str, list(loaded)[:8])) or 'none'}")
-        return loaded, {}
-    skipped = {str(name): f"outside of {inner!r}" for name in loaded if name != inner}
-    return loaded[inner], skipped
-
-
-def _as_numpy(tensor, torch) -> np.ndarray:
-    """A numpy view of a torch tensor; dtypes that numpy lacks are viewed as integers of the same size first."""
-    tensor = tensor.detach()
-    special = {
-        torch.bfloat16: (torch.uint16, ml_dtypes.bfloat16),
-        torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
-        torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
-    }
-    word, dtype = special.get(tensor.dtype, (None, None))
-    return tensor.numpy() if word is None else tensor.view(word).numpy().view(dtype)
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
@@ -352,7 +278,3 @@ def _reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict:
         duplicate = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the name {duplicate!r} occurs twice")
     return entries
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

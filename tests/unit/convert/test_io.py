@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weight files: opened without being read, strangers' tricks refused in a sentence, written complete or not at all."""
 
+import argparse
 import importlib.util
 import json
+import logging
 import os
 import pickle
 import struct
@@ -90,7 +92,10 @@ def test_a_folder_is_opened_by_its_index_and_safetensors_come_first(tmp_path):
     assert_same(open_weights(tmp_path), tensors)
     assert_same(open_weights(index), tensors)
     index.unlink()
-    assert "holds 2 weight files" in refused(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert_same(open_weights(tmp_path), tensors)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    assert "download the missing ones of 2" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +112,11 @@ def test_an_index_may_not_name_files_elsewhere(tmp_path, name):
     "text, problem",
     [
         ('{"weight_map": {"w": "gone.safetensors"}}', "is missing"),
-        ('{"weight_map": {"w": "m.safetensors", "x": "m.safetensors"}}', "disagree on 1 tensors, for example 'x'"),
+        (
+            '{"weight_map": {"w": "m.safetensors", "x": "m.safetensors"}}',
+            "holds 1 tensors that it lacks, for example 'x'",
+        ),
+        ('{"weight_map": {"w": "gone.safetensors", "x": "lost.safetensors"}}', "with 1 others, is missing"),
         ('{"weight_map": {}}', "no tensors"),
         ('{"weight_map": {"w": "m.safetensors", "w": "m.safetensors"}}', "'w' occurs twice"),
         ('{"weight_map": ["w"]}', "no valid index"),
@@ -122,11 +131,85 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path, text, problem):
     assert problem in refused(tmp_path)
 
 
-def test_a_tensor_of_a_shard_that_the_index_lacks_is_refused(tmp_path):
-    save_file({"w": np.ones(1), "x": np.ones(1)}, tmp_path / "m.safetensors")
+def test_a_tensor_of_a_shard_that_the_index_lacks_is_read_and_named(tmp_path, caplog):
+    save_file({"w": np.ones(1), "x": np.zeros(1)}, tmp_path / "m.safetensors")
     index = {"weight_map": {"w": "m.safetensors"}}
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(index))
-    assert "disagree on 1 tensors, for example 'x'" in refused(tmp_path)
+    caplog.set_level(logging.INFO, "lionjax")
+    assert_same(open_weights(tmp_path), {"w": np.ones(1), "x": np.zeros(1)})
+    assert "holds 1 tensors that m.safetensors.index.json lacks, such as x" in caplog.text
+
+
+STALE_INDEX = {"model.safetensors.index.json": json.dumps({"weight_map": {"w": "model-00001-of-00001.safetensors"}})}
+
+
+@pytest.mark.parametrize(
+    "names, read",
+    [
+        (["model.safetensors", "pytorch_model.bin", "consolidated.safetensors"], "model.safetensors"),
+        (
+            ["pytorch_model.bin", "optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state_0.pth"],
+            "pytorch_model.bin",
+        ),
+        (["weights.safetensors", "weights.fp16.safetensors", "other.bin"], "weights.safetensors"),
+        (["adapter_model.safetensors", "adapter_model.bin", "training_args.bin"], "adapter_model.safetensors"),
+        (["net.pth", "training_args.bin", "optimizer.bin"], "net.pth"),
+        (["model.safetensors", *STALE_INDEX], "model.safetensors"),
+    ],
+)
+def test_of_several_weight_files_the_log_says_in_one_line_which_is_read(tmp_path, caplog, names, read):
+    torch = pytest.importorskip("torch")
+    for name in names:
+        if name in STALE_INDEX:
+            (tmp_path / name).write_text(STALE_INDEX[name])
+        elif name.endswith(".safetensors"):
+            save_file({"w": np.full(1, name == read)}, tmp_path / name)
+        else:
+            torch.save({"w": torch.full((1,), name == read)}, tmp_path / name)
+    caplog.set_level(logging.INFO, "lionjax")
+    assert_same(open_weights(tmp_path), {"w": np.ones(1, bool)})
+    (line,) = [r.getMessage() for r in caplog.records if "reads" in r.getMessage()]
+    assert f"reads {read} (" in line and "\n" not in line
+    assert all(name in line.partition(", not ")[2] for name in names if name != read)
+
+
+def test_several_weight_files_of_one_rank_are_refused(tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"w": np.ones(1)}, tmp_path / name)
+    assert "holds 2 weight files (a.safetensors, b.safetensors); give the path of one" in refused(tmp_path)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+HTML = b"\n<!-- moved -->\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.bin", "m.pth", "m.pt", "m.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "content, kind",
+    [
+        (LFS_POINTER, "is a Git LFS pointer"),
+        (HTML, "is an HTML page"),
+        (b"<html>", "is an HTML page"),
+        (b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', "is an XML error message"),
+        (b"", "is empty (0 bytes)"),
+    ],
+)
+def test_what_a_failed_download_leaves_is_named(tmp_path, name, content, kind):
+    (tmp_path / name).write_bytes(content)
+    assert kind in refused(tmp_path / name) and kind in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m.safetensors", "m.bin"])
+def test_a_gguf_file_is_named_whatever_its_suffix(tmp_path, name):
+    (tmp_path / name).write_bytes(b"GGUF" + bytes(64))
+    assert "GGUF file (llama.cpp's format of quantized weights)" in refused(tmp_path / name)
+    assert "GGUF" in refused(tmp_path)
+
+
+def test_a_torch_file_named_safetensors_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.ones(1)}, tmp_path / "m.safetensors")
+    assert "is a PyTorch file" in refused(tmp_path / "m.safetensors")
 
 
 def entry(dtype="F32", shape=(8,), begin=0, end=32) -> dict:
@@ -136,7 +219,6 @@ def entry(dtype="F32", shape=(8,), begin=0, end=32) -> dict:
 @pytest.mark.parametrize(
     "content, problem",
     [
-        (b"", "cut short"),
         (b"1234", "cut short"),
         (struct.pack("<Q", 2**60) + b"{}", "cut short"),
         (header_and_data({"w": entry()}, bytes(31)), "damaged"),
@@ -194,6 +276,38 @@ def test_a_pth_is_read_and_the_optimiser_beside_the_weights_is_left(tmp_path, wr
     for name in opened:
         opened.release(name)
     assert_same(opened, tensors)
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_numpy_values_beside_the_tensors_are_allowed(tmp_path, modern):
+    torch = pytest.importorskip("torch")
+    types = (np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_)
+    others = {t.__name__: t(1) for t in types} | {"losses": np.arange(3.0), "args": argparse.Namespace(lr=0.1)}
+    torch.save({"w": torch.ones(2), **others}, tmp_path / "m.pth", _use_new_zipfile_serialization=modern)
+    opened = open_weights(tmp_path / "m.pth")
+    assert set(opened) == {"w"} and set(opened.skipped) == set(others)
+
+
+@pytest.mark.parametrize("value", [np.array([print], object), np.dtype("V8"), np.random.default_rng(0), Path("a")])
+def test_other_objects_beside_the_tensors_are_refused(tmp_path, value):
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.ones(2), "x": value}, tmp_path / "m.pth")
+    text = refused(tmp_path / "m.pth")
+    assert "\n" not in text and "weights_only" not in text
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"model": {"state_dict": state}, "epoch": 1},
+        lambda state: {"state_dict": {"module": state}},
+        lambda state: {"model": {"hidden_size": 3}, "state_dict": state},
+    ],
+)
+def test_dictionaries_around_the_weights_may_be_nested(tmp_path, wrap):
+    torch = pytest.importorskip("torch")
+    torch.save(wrap(as_torch(torch, some_tensors())), tmp_path / "m.pt")
+    assert_same(open_weights(tmp_path), some_tensors())
 
 
 def test_what_data_parallel_training_adds_to_names_is_taken_off(tmp_path):

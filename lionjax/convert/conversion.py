@@ -118,9 +118,13 @@ def _convert_torch_to_jax(
     resize_plan, new_contents = _plan_resize(detect.model_config_of(source.config), resize_options, companions)
     config = replace_model_config(source.config, resize_plan.config)
 
+    transforms = {name: mapped.mapping.transform for mapped in plan.mapped_tensors for name in mapped.torch_keys[:1]}
+
     def release(name, array):
         if has_nan(np.asarray(array)):
             report.nan_tensors.append(name)
+        if name in transforms and array.ndim == 1 and transforms[name].drops(np.asarray(array)):
+            report.ignored[f"{name} (keys)"] = "biases on keys, which change no output"
         source.tensors.release(name, array)
 
     with atomic_folder(dst) as folder:

@@ -26,6 +26,7 @@ class Transform:
     name: str  # in printed weight maps and errors
     to_flax: Callable
     to_torch: Callable
+    drops: Callable = lambda *tensors: False  # whether values of the torch tensors have no parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,15 +177,18 @@ def merge_heads_kernel(num_heads: int, head_dim: int) -> Transform:
 def split_fused(*parts: Transform | None, axis: int = 0) -> Transform:
     """A fused torch tensor split into equal parts along `axis`, one Flax parameter for each transform in `parts`.
 
-    The mapping has a tuple of paths. None: the part has no parameter, must be zero, and is written as zeros (the key
-    part of EVA's qkv bias).
+    The mapping has a tuple of paths. None: the part has no parameter and changes no output, so it is dropped and
+    written as zeros. It is the key part of EVA's qkv bias, which adds the same number to all scores of a query, so the
+    softmax removes it. EVA's code has zeros there; transformers trains it. Raises ValueError where it is not finite.
     """
+
+    def dropped_pieces(w):
+        return [piece for part, piece in zip(parts, np.split(w, len(parts), axis)) if part is None]
 
     def to_flax(w):
         pieces = np.split(w, len(parts), axis)
-        for number, (part, piece) in enumerate(zip(parts, pieces)):
-            if part is None and np.any(piece != 0):
-                raise ValueError(f"part {number} of {len(parts)} must be zero and has other values")
+        if not all(np.isfinite(piece).all() for piece in dropped_pieces(w)):
+            raise ValueError("its part without a parameter must be finite and holds NaN or infinity")
         return tuple(part.to_flax(piece) for part, piece in zip(parts, pieces) if part is not None)
 
     def to_torch(*leaves):
@@ -200,7 +204,9 @@ def split_fused(*parts: Transform | None, axis: int = 0) -> Transform:
         return fused
 
     names = ", ".join("zero" if part is None else part.name for part in parts)
-    return Transform(f"fused({names}; axis {axis})", to_flax, to_torch)
+    return Transform(
+        f"fused({names}; axis {axis})", to_flax, to_torch, lambda w: any(np.any(x != 0) for x in dropped_pieces(w))
+    )
 
 
 def split_interleaved_heads(num_heads: int, num_parts: int = 3) -> Transform:

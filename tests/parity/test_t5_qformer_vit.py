@@ -165,9 +165,7 @@ def test_the_vit_gives_the_states_of_blip2s(draw):
         "patch_embed.proj.weight": state["embeddings.patch_embedding.weight"],
         "patch_embed.proj.bias": state["embeddings.patch_embedding.bias"],
     }
-    with torch.no_grad():  # EVA has no bias on keys
-        for layer in theirs.encoder.layers:
-            layer.self_attn.qkv.bias[width : 2 * width] = 0
+    assert all(layer.self_attn.qkv.bias[width : 2 * width].any() for layer in theirs.encoder.layers)
     for name, value in state.items():
         if name.startswith("encoder.layers."):
             if name.endswith("qkv.bias"):
@@ -180,6 +178,9 @@ def test_the_vit_gives_the_states_of_blip2s(draw):
                 name = name.replace(old, new)
             renamed[name.replace("encoder.layers", "blocks")] = value
     params = convert.params_from_state_dict(vit.eva_weight_map(c), renamed)
+    tower = {name: value for name, value in state.items() if not name.startswith("post_layernorm")}
+    direct = convert.params_from_state_dict(vit.blip2_weight_map(c), tower)
+    assert jax.tree.all(jax.tree.map(np.array_equal, direct, params))
     image = torch.randn(2, 3, 28, 28)
     want = theirs(pixel_values=image, output_hidden_states=True)
     taps = (depth - 1, 0)

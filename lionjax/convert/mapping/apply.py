@@ -120,8 +120,11 @@ def iter_param_slices(
 
 def to_flax_leaves(mapped_tensor: MappedTensor, state_dict: Mapping, problems: list[str]) -> tuple[np.ndarray, ...]:
     """The layers of the parameters that one mapped tensor yields; () with an entry in `problems` for wrong values."""
+    tensors = [np.asarray(state_dict[name]) for name in mapped_tensor.torch_keys]
+    if mapped_tensor.dtype is not None:
+        tensors = [tensor.astype(mapped_tensor.dtype, copy=False) for tensor in tensors]
     try:
-        return mapped_tensor.mapping.to_flax(*(np.asarray(state_dict[name]) for name in mapped_tensor.torch_keys))
+        return mapped_tensor.mapping.to_flax(*tensors)
     except ValueError as error:
         problems.append(f"tensor {mapped_tensor.torch_keys[0]!r}: {error}")
         return ()

@@ -50,6 +50,7 @@ class MappedTensor:
     index: tuple[int, ...]  # on the leading axes of the mapping's parameters
     torch_keys: tuple[str, ...]  # in the order of the mapping's torch_keys
     tied_keys: tuple[str, ...] = ()  # tied names of the single tensor (from torch: those in the state dict)
+    dtype: np.dtype | None = None  # that all torch tensors are cast to, where those of the mapping have several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ def plan_params(
     weight_map = _check_distinct_paths(weight_map, problems)
     for mapping in weight_map:
         matched = _match_tensors(mapping, input_specs, expected_flat, problems)
+        matched = _with_common_dtype(matched, input_specs)
         for name in (name for mapped in matched for name in (*mapped.torch_keys, *mapped.tied_keys)):
             if name in owner:
                 problems.append(f"tensor {name!r} has two mappings: {owner[name].flax} and {mapping.flax}")
@@ -217,6 +219,17 @@ def _match_keys(key_template: str, specs: dict[str, TensorSpec]) -> dict[tuple[i
     return {index: name for index, name in matches if index is not None}
 
 
+def _with_common_dtype(mapped_tensors: list[MappedTensor], specs: dict[str, TensorSpec]) -> list[MappedTensor]:
+    """The mapped tensors of one mapping; with different float dtypes, `dtype` is the smallest that holds all values."""
+    dtypes = {specs[name].dtype for mapped in mapped_tensors for name in mapped.torch_keys}
+    if len(dtypes) < 2 or not all(map(is_float, dtypes)):
+        return mapped_tensors
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    if widest.itemsize < 4:  # float16 and bfloat16: neither holds all values of the other
+        widest = np.dtype(np.float32)
+    return [dataclasses.replace(mapped, dtype=widest) for mapped in mapped_tensors]
+
+
 def _leaf_specs(
     mapping: WeightMapping, mapped_tensors: list[MappedTensor], specs: dict[str, TensorSpec], problems: list[str]
 ) -> dict[str, TensorSpec]:
@@ -226,7 +239,9 @@ def _leaf_specs(
     """
     names_by_specs: dict[tuple[TensorSpec, ...], list[str]] = {}
     for mapped in mapped_tensors:
-        names_by_specs.setdefault(tuple(specs[name] for name in mapped.torch_keys), []).append(mapped.torch_keys[0])
+        found = (specs[name] for name in mapped.torch_keys)
+        layer_specs = tuple(dataclasses.replace(spec, dtype=mapped.dtype or spec.dtype) for spec in found)
+        names_by_specs.setdefault(layer_specs, []).append(mapped.torch_keys[0])
     if len(names_by_specs) > 1:
         listed = "; ".join(
             f"{', '.join(map(str, layer_specs))} in {group_numbered_names(names)[0]}"

@@ -56,6 +56,27 @@ def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_th
             (tmp_path / "back" / detect.CONFIG_FILE).unlink()
 
 
+def test_a_blip2_trained_with_its_tower_open_converts_without_the_biases_on_keys(tmp_path):
+    model = tiny.theirs("blip2_opt", random.Random(5))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("qkv.bias"):
+                third = len(parameter) // 3
+                parameter[third : 2 * third] = torch.randn(third)
+    model.save_pretrained(tmp_path / "theirs")
+    report = convert.convert(tmp_path / "theirs", tmp_path / "ours", "jax")
+    layers = model.config.vision_config.num_hidden_layers
+    assert len(report.ignored) == layers and "biases on keys, which change no output" in str(report)
+    convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
+    back = type(model).from_pretrained(tmp_path / "back", dtype=model.dtype).eval()
+    name = next(name for name in model.state_dict() if name.endswith("layers.0.self_attn.qkv.bias"))
+    assert not back.state_dict()[name].equal(model.state_dict()[name])
+    system, _ = convert.load_params(tmp_path / "ours")
+    asked = tiny.inputs(system, tiny.batch_of(system, random.Random(5)))
+    with torch.no_grad():
+        torch.testing.assert_close(back(**asked).logits, model(**asked).logits, atol=1e-5, rtol=1e-5)
+
+
 def renamed(folder, into, spell):
     """A copy of a folder whose tensors are called otherwise."""
     shutil.copytree(folder, into)

@@ -219,24 +219,61 @@ def test_everything_wrong_on_the_way_in_is_said_at_once_by_name():
     state |= {"blocks.1.extra": np.ones(1), "blocks.3.extra": np.ones(1)}
     state["patch.weight"] = np.ones((D, 3, 2), np.float32)
     state["blocks.1.router1"] = np.ones((3, D), np.float32)
-    state["blocks.0.adapters.0.scale"] = state["blocks.0.adapters.0.scale"].astype(np.float16)
+    state["blocks.0.adapters.0.scale"] = state["blocks.0.adapters.0.scale"].astype(np.int16)
     lines = said(lambda: convert.params_from_state_dict(every_rows(), state))
     text = "\n".join(lines)
     assert len(lines) == 8 and "7 problems" in lines[0]
     assert "'blocks.2.proj.weight'" in text and "'cls'" in text and "'sam.3.norm'" in text
     assert "tensor 'blocks.1,3.extra' (2 of them) has no mapping" in text
     assert "the layers of blocks/router differ" in text and "'blocks.1.router1'" in text
-    assert "float16 (1,) in 'blocks.0.adapters.0.scale'" in text
+    assert "int16 (1,) in 'blocks.0.adapters.0.scale'" in text
     assert "tensor 'patch.weight', float32 (6, 3, 2), does not fit conv" in text
 
 
 def test_numbers_that_the_table_forbids_are_said_together():
     state = every_state(np.float32)
-    state["blocks.1.qkv.bias"] = np.ones(3 * N * H, np.float32)
+    state["blocks.1.qkv.bias"] = np.full(3 * N * H, np.nan, np.float32)
     state["decoder.words"] = state["decoder.words"] + 1
     state["position_ids"] = np.arange(5)[None] + 1
     lines = said(lambda: convert.params_from_state_dict(every_rows(), state))
-    assert len(lines) == 4 and "must be zero" in lines[1] and "'decoder.words'" in lines[2] and "constant" in lines[3]
+    assert len(lines) == 4 and "must be finite" in lines[1] and "'decoder.words'" in lines[2] and "constant" in lines[3]
+
+
+@pytest.mark.parametrize(
+    "wide, narrow, common",
+    [
+        (np.float32, np.float16, np.float32),
+        (np.float32, ml_dtypes.bfloat16, np.float32),
+        (np.float16, ml_dtypes.bfloat16, np.float32),
+        (np.float64, np.float16, np.float64),
+    ],
+)
+def test_layers_of_several_float_dtypes_are_stacked_in_one_that_holds_all_values(wide, narrow, common):
+    state = {name: w.astype(wide) for name, w in every_state(np.float32).items() if w.dtype == np.float32}
+    ids = {name: w for name, w in every_state(np.float32).items() if w.dtype != np.float32}
+    mixed = {name: w.astype(narrow) if number % 2 else w for number, (name, w) in enumerate(state.items())}
+    mixed |= {name: mixed["shared"] for name in ("encoder.words", "decoder.words")}
+    params = convert.params_from_state_dict(every_rows(), mixed | ids)
+    dtypes = {leaf.dtype.name for leaf in trees.flatten(params).values()}
+    assert np.dtype(common).name in dtypes <= {np.dtype(dtype).name for dtype in (wide, narrow, common)}
+    back = convert.state_dict_from_params(every_rows(), params)
+    for name, w in mixed.items():
+        np.testing.assert_array_equal(back[name].astype(np.float64), w.astype(np.float64), err_msg=name)
+
+
+def test_values_of_a_part_without_a_parameter_are_dropped_and_written_as_zeros():
+    state = every_state(np.float32)
+    zeros = convert.params_from_state_dict(every_rows(), state)
+    for layer in range(3):
+        if (name := f"blocks.{layer}.qkv.bias") in state:
+            state[name] = state[name].copy()
+            state[name][N * H : 2 * N * H] = 3.0
+    params = convert.params_from_state_dict(every_rows(), state)
+    assert_same_bits(trees.flatten(params), trees.flatten(zeros))
+    assert not convert.state_dict_from_params(every_rows(), params)["blocks.1.qkv.bias"][N * H : 2 * N * H].any()
+    transform = next(row.transform for row in every_rows() if row.torch_keys[0].endswith("qkv.bias"))
+    assert transform.drops(state["blocks.1.qkv.bias"])
+    assert not transform.drops(every_state(np.float32)["blocks.1.qkv.bias"])
 
 
 def test_everything_wrong_on_the_way_out_is_said_at_once_by_name():

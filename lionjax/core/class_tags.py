@@ -14,6 +14,7 @@ TAG_TO_CLASS = {
     "RunConfig": "lionjax.core.experiment:RunConfig",
     "GenerationDefaults": "lionjax.core.experiment:GenerationDefaults",
     "MeshConfig": "lionjax.core.sharding:MeshConfig",
+    "RopeScaling": "lionjax.nn.rope:RopeScaling",
     "LoraConfig": "lionjax.nn.lora:LoraConfig",
     "AdapterConfig": "lionjax.nn.adapters:AdapterConfig",
     "GatedCrossAttentionConfig": "lionjax.nn.adapters:GatedCrossAttentionConfig",

@@ -180,7 +180,7 @@ convert.peers              VISION=EVA_KEY_PATTERNS
 convert.placed             FULL_WORDS=DISK_FULL_MESSAGES
 convert.plan               Form=TensorSpec MOST_LAYERS=MAX_LAYERS Piece=MappedTensor Plan=ConversionPlan
 convert.plan               SAID_AT_ONCE=MAX_LISTED_PROBLEMS
-convert.prefix             HEAD=LM_HEAD_KEY LANGUAGES=LANGUAGE_DEFAULTS LLAVA_SPELLINGS=LLAVA_KEY_PATTERNS
+convert.prefix             HEAD=LM_HEAD_KEY LANGUAGES=FORMAT_OF_LANGUAGE LLAVA_SPELLINGS=LLAVA_KEY_PATTERNS
 convert.prefix             OWN_IMAGE_TOKEN=IMAGE_TOKEN_INDEX OWN_TOWER=LLAVA_TOWER_PREFIX PICTURE_FIRST=VLM_FORMATS
 convert.prefix             TOWERS=CLIP_SIZES WORDS=EMBED_TOKENS_KEY
 convert.published          Published=CheckpointFormat TEXTS=LANGUAGE_FORMATS

@@ -11,13 +11,14 @@ import numpy as np
 
 from lionjax.core.sharding import with_logical_partitioning
 from lionjax.nn.layers import normal
+from lionjax.nn.rope import RopeScaling, rope_frequencies
 
 
-def rope_cos_sin(positions_BL, head_dim: int, theta: float):
+def rope_cos_sin(positions_BL, head_dim: int, theta: float, scaling: RopeScaling | None = None):
     """Cosine and sine (B, L, 1, H/2) of the rotation angles of these positions, for `apply_rope` (arXiv 2104.09864)."""
-    frequency_H = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    angle_BLNH = positions_BL.astype(jnp.float32)[:, :, None, None] * frequency_H
-    return jnp.cos(angle_BLNH), jnp.sin(angle_BLNH)
+    angle_BLNH = positions_BL.astype(jnp.float32)[:, :, None, None] * rope_frequencies(head_dim, theta, scaling)
+    attention_factor = 1.0 if scaling is None else scaling.attention_factor
+    return jnp.cos(angle_BLNH) * attention_factor, jnp.sin(angle_BLNH) * attention_factor
 
 
 def apply_rope(x_BLNH, cos_sin):

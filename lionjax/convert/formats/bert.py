@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_language_params, require_supported
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_language_params
 from lionjax.convert.formats.config_fields import BLOCK_SIZES, ConfigFields
+from lionjax.convert.formats.config_table import ConfigTable
 from lionjax.core.types import Params
 
 if TYPE_CHECKING:
@@ -21,21 +22,25 @@ _TABLE_SIZES = {
 }
 FIELDS = ConfigFields(
     _TABLE_SIZES | BLOCK_SIZES | {"norm_eps": "layer_norm_eps", "dropout": "hidden_dropout_prob"},
-    {"max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1}
-    | {"pad_token_id": 0},
+    {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    | {"intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 2, "hidden_act": "gelu"}
+    | {"layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1, "pad_token_id": 0},
     ("pad_token_id",),
+    "hidden_act",
 )
-ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "gelu_new": "gelu_tanh"}
+TABLE = ConfigTable(
+    ("bert",),
+    FIELDS,
+    fixed={"position_embedding_type": ("absolute",)},
+    inert=("attention_probs_dropout_prob", "directionality", "pooler_fc_size", "pooler_num_attention_heads")
+    + ("pooler_num_fc_layers", "pooler_size_per_head", "pooler_type", "tie_word_embeddings"),
+)
 
 
 def _config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.language.bert import BertConfig
 
-    act, position_type = hf_config.get("hidden_act", "gelu"), hf_config.get("position_embedding_type", "absolute")
-    require_supported(act in ACTIVATIONS, f"hidden_act {act!r}", ", ".join(ACTIVATIONS))
-    require_supported(position_type == "absolute", f"position_embedding_type {position_type!r}", "'absolute'")
-    require_supported(not hf_config.get("is_decoder"), "is_decoder true (causal mask)", "is_decoder false")
-    return BertConfig(**FIELDS.read(hf_config), activation=ACTIVATIONS[act])
+    return BertConfig(**TABLE.read_fields(TABLE.read(hf_config)))
 
 
 def _infer_pooler(c: BertConfig, names: Collection[str]) -> Any:
@@ -44,11 +49,9 @@ def _infer_pooler(c: BertConfig, names: Collection[str]) -> Any:
 
 
 def _config_to_hf(c: BertConfig) -> dict:
-    hf_activations = {ours: name for name, ours in ACTIVATIONS.items()}
     return {
         "architectures": ["BertModel"],
         "model_type": "bert",
-        "hidden_act": hf_activations[c.activation],
         "attention_probs_dropout_prob": c.dropout,
     } | FIELDS.write(c)
 

@@ -45,12 +45,6 @@ class CheckpointFormat:
     )
 
 
-def require_supported(supported: bool, found: str, allowed: str) -> None:
-    """Raise UserError for a model with a setting that lionjax does not implement."""
-    if not supported:
-        raise UserError(f"this model has {found}; only {allowed} is supported")
-
-
 def read_hf_config(path: Path) -> dict:
     """The contents of a config.json, {} where it does not exist.
 

@@ -8,8 +8,9 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_vision_params, require_supported
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_vision_params
 from lionjax.convert.formats.config_fields import BLOCK_SIZES, IMAGE_SIZES, ConfigFields
+from lionjax.convert.formats.config_table import ConfigTable, join
 from lionjax.core.types import Params
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ CLIP_FILE = "clip_vit_L.pth"  # LAVIS's file with OpenAI's names; recognized by 
 
 
 VIT_FIELDS = ConfigFields(
-    IMAGE_SIZES | BLOCK_SIZES | {"norm_eps": "layer_norm_eps", "activation": "hidden_act"},
+    IMAGE_SIZES | BLOCK_SIZES | {"norm_eps": "layer_norm_eps"},
     {
         "image_size": 224,
         "patch_size": 32,
@@ -31,16 +32,21 @@ VIT_FIELDS = ConfigFields(
         "layer_norm_eps": 1e-5,
         "hidden_act": "quick_gelu",
     },
+    activation="hidden_act",
+)
+CLIP_VISION_TABLE = ConfigTable(
+    ("clip_vision_model",),
+    VIT_FIELDS,
+    fixed={"num_channels": (3,)},
+    inert=("attention_dropout", "dropout", "projection_dim", "vocab_size"),
+)
+# Only the vision tower of a CLIP is read. `vision_config_dict`, of earlier versions, replaces `vision_config`.
+CLIP_TABLE = ConfigTable(
+    ("clip",),
+    inert=("text_config", "text_config_dict", "projection_dim", "logit_scale_init_value", "tie_word_embeddings"),
+    parts=("vision_config", "vision_config_dict"),
 )
 CLIP_LAYERS = {"attention_biases": "qkvo", "patch_bias": False, "pre_layernorm": True, "post_layernorm": True}
-
-
-def read_vit_fields(hf_config: dict, defaults: dict | None = None) -> dict[str, Any]:
-    """Fields of ViTConfig. Raises UserError for an activation that the ViT does not have."""
-    fields = VIT_FIELDS.read(hf_config, defaults)
-    act = fields["activation"]
-    require_supported(act in ("gelu", "quick_gelu"), f"hidden_act {act!r}", "gelu or quick_gelu")
-    return fields
 
 
 def _matches_vit(c: ViTConfig, is_clip: bool) -> bool:
@@ -53,11 +59,19 @@ def _vit_abstract_params(c: ViTConfig, mesh: Any = None) -> Params:
     return abstract_vision_params(ViT(c), c.image_size, mesh)
 
 
-def _clip_config_from_hf(hf_config: dict) -> Any:
+def _clip_config_from_hf(hf_config: dict, path: str = "") -> Any:
+    if hf_config.get("model_type", "") != "clip" and "vision_config" not in hf_config:
+        return clip_vision_from_hf(CLIP_VISION_TABLE, hf_config, path)
+    s = CLIP_TABLE.read(hf_config, path)
+    part = "vision_config" if s["vision_config_dict"] is None else "vision_config_dict"
+    return clip_vision_from_hf(CLIP_VISION_TABLE, s[part], join(path, part))
+
+
+def clip_vision_from_hf(table: ConfigTable, hf_config: dict | None, path: str) -> Any:
+    """The ViTConfig of a CLIP vision tower whose config, at `path` of a config.json, has the fields of `table`."""
     from lionjax.models.vision.vit import ViTConfig
 
-    hf_config = hf_config.get("vision_config", hf_config)
-    return ViTConfig(**read_vit_fields(hf_config), **CLIP_LAYERS)
+    return ViTConfig(**table.read_fields(table.read(hf_config, path)), **CLIP_LAYERS)
 
 
 def _clip_config_to_hf(c: ViTConfig) -> dict:
@@ -153,29 +167,35 @@ VISION_FORMATS = (CLIP, OPENAI_CLIP, EVA)
 _SWIN_SIZES = {"width": "embed_dim", "window_size": "window_size"}
 _SWIN_RATIOS = {"mlp_ratio": "mlp_ratio", "drop_path_rate": "drop_path_rate"}
 SWIN_FIELDS = ConfigFields(
-    IMAGE_SIZES | _SWIN_SIZES | _SWIN_RATIOS | {"norm_eps": "layer_norm_eps", "activation": "hidden_act"},
+    IMAGE_SIZES | _SWIN_SIZES | _SWIN_RATIOS | {"norm_eps": "layer_norm_eps"},
     {"image_size": 224, "patch_size": 4, "embed_dim": 96, "window_size": 7}
     | {"mlp_ratio": 4.0, "drop_path_rate": 0.1, "layer_norm_eps": 1e-5, "hidden_act": "gelu"},
+    activation="hidden_act",
+)
+SWIN_TABLE = ConfigTable(
+    ("swin",),
+    SWIN_FIELDS,
+    {"depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "qkv_bias": True},
+    fixed={"use_absolute_embeddings": (False, None), "num_channels": (3,)},
+    # num_layers and hidden_size follow from depths and embed_dim; the others are for heads and backbones.
+    inert=("hidden_dropout_prob", "attention_probs_dropout_prob", "encoder_stride", "path_norm", "num_layers")
+    + ("hidden_size", "stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
+    + ("tie_word_embeddings",),
+    aliases={"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"},
 )
 
 
 def _swin_config_from_hf(hf_config: dict) -> Any:
-    """The Swin config of a config.json; missing settings have transformers' defaults, those of Swin-T."""
     from lionjax.models.vision.swin import SwinConfig
 
-    fields = SWIN_FIELDS.read(hf_config)
-    act, sizes = fields["activation"], (fields["image_size"], fields["patch_size"])
-    require_supported(act in ("gelu", "relu"), f"hidden_act {act!r}", "gelu or relu")
-    require_supported(all(type(size) is int for size in sizes), f"image and patch sizes {sizes}", "a square (one int)")
-    require_supported(
-        not hf_config.get("use_absolute_embeddings"), "absolute positions", "a Swin with relative positions"
-    )
+    s = SWIN_TABLE.read(hf_config)
+    fields = SWIN_TABLE.read_fields(s)
     fields |= {name: float(fields[name]) for name in ("mlp_ratio", "drop_path_rate")}
     return SwinConfig(
         **fields,
-        depths=tuple(hf_config.get("depths", (2, 2, 6, 2))),
-        num_heads=tuple(hf_config.get("num_heads", (3, 6, 12, 24))),
-        attention_biases="qkvo" if hf_config.get("qkv_bias", True) else "o",
+        depths=tuple(s["depths"]),
+        num_heads=tuple(s["num_heads"]),
+        attention_biases="qkvo" if s["qkv_bias"] else "o",
     )
 
 

@@ -6,21 +6,18 @@ Reads and writes Hugging Face folders and LLaVA's original checkpoints.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lionjax.convert.formats.checkpoint_format import (
-    CheckpointFormat,
-    lionjax_hf_config,
-    read_hf_config,
-    require_supported,
-)
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, lionjax_hf_config, read_hf_config
 from lionjax.convert.formats.config_fields import BLOCK_SIZES, ConfigFields
-from lionjax.convert.formats.hf_language import LLAMA, LLAMA_7B, OPT, T5
-from lionjax.convert.formats.hf_vision import CLIP, LAVIS_IGNORE_PATTERN, VIT_FIELDS, read_vit_fields
+from lionjax.convert.formats.config_table import ConfigTable, join, require_equal, unsupported
+from lionjax.convert.formats.hf_language import LLAMA, LLAMA_TABLE, OPT, T5, llama_from_settings
+from lionjax.convert.formats.hf_vision import CLIP, LAVIS_IGNORE_PATTERN, VIT_FIELDS
 from lionjax.convert.formats.key_fit import open_part
 from lionjax.convert.io.reader import CheckpointTensors
 from lionjax.core.types import UserError
@@ -30,22 +27,7 @@ if TYPE_CHECKING:
     from lionjax.models.language.t5 import T5Config
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
-# transformers' default sizes, which config.json omits in text_config.
-LANGUAGE_DEFAULTS = {
-    "llama": (LLAMA, LLAMA_7B),
-    "opt": (
-        OPT,
-        {
-            "vocab_size": 50272,
-            "hidden_size": 768,
-            "ffn_dim": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 2048,
-        },
-    ),
-    "t5": (T5, {"vocab_size": 32128, "d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}),
-}
+FORMAT_OF_LANGUAGE = {name: fmt for fmt in (LLAMA, OPT, T5) for name in fmt.model_types}  # by model_type
 CLIP_336 = {  # LLaVA's vision tower where config.json has no vision_config
     "image_size": 336,
     "patch_size": 14,
@@ -64,17 +46,20 @@ LLAVA_KEY_PATTERNS = (  # names of newer transformers models and files -> names 
 )
 
 
-def language_config_from_hf(hf_config: dict, default_type: str) -> Any:
-    """The language model's config of a `text_config`. Raises UserError for an unsupported model_type."""
+def language_config_from_hf(hf_config: dict | None, default_type: str, path: str = "") -> Any:
+    """The language model's config of a `text_config`, at `path` of a config.json; null means no field.
+
+    Raises UserError for an unsupported model_type.
+    """
+    hf_config = {} if hf_config is None else hf_config
     model_type = hf_config.get("model_type", default_type)
-    known = ", ".join(LANGUAGE_DEFAULTS)
-    require_supported(model_type in LANGUAGE_DEFAULTS, f"a language model of type {model_type!r}", known)
-    checkpoint_format, sizes = LANGUAGE_DEFAULTS[model_type]
-    return checkpoint_format.config_from_hf(sizes | hf_config)
+    if model_type not in FORMAT_OF_LANGUAGE:
+        raise unsupported(join(path, "model_type"), model_type, tuple(FORMAT_OF_LANGUAGE))
+    return FORMAT_OF_LANGUAGE[model_type].config_from_hf(hf_config, path)
 
 
 def _language_config_to_hf(c: DecoderConfig | T5Config) -> dict:
-    checkpoint_format = next(fmt for fmt, _ in LANGUAGE_DEFAULTS.values() if fmt.matches(c))
+    checkpoint_format = next(fmt for fmt in FORMAT_OF_LANGUAGE.values() if fmt.matches(c))
     return checkpoint_format.config_to_hf(c)
 
 
@@ -85,24 +70,73 @@ def _matches_prefix(c: VisualPrefixLM, matches_qformer: Callable[[Any], bool]) -
 # LLaVA
 
 
+LLAVA_TABLE = ConfigTable(
+    ("llava",),
+    computed={
+        "image_token_index": 32000,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+    },
+    fixed={
+        "projector_hidden_act": ("gelu", "gelu_python"),
+        "multimodal_projector_bias": (True,),
+        "vision_feature_select_strategy": ("default", "full"),
+    },
+    inert=("image_seq_length", "ignore_index", "vocab_size"),
+    parts=("text_config", "vision_config"),
+    aliases={"image_token_id": "image_token_index"},
+)
+# Fields of LLaVA's original code and of NExT-Chat's, beside those of the language model: how it was trained, and what
+# prompts and image processor take from config.json.
+MM_INERT = (
+    "freeze_backbone freeze_mm_mlp_adapter freeze_mm_vision_resampler tune_mm_mlp_adapter tune_mm_vision_resampler "
+    "unfreeze_mm_vision_tower mm_projector_lr mm_vision_tower_lr pretrain_mm_mlp_adapter mm_use_im_start_end "
+    "mm_use_im_patch_token image_grid_pinpoints image_crop_resolution image_split_resolution"
+).split()
+MM_FIXED = {
+    "use_mm_proj": (True, None),
+    "mm_resampler_type": (None,),
+    "mm_patch_merge_type": (None, "flat"),
+    "image_aspect_ratio": (None, "square", "pad"),
+    "sep_image_conv_front": (False, None),
+}
+ORIGINAL_LLAVA_TABLE = ConfigTable(
+    ("llava", "llava_llama"),
+    LLAMA_TABLE.fields,
+    {
+        **LLAMA_TABLE.computed,
+        "mm_vision_tower": None,
+        "mm_hidden_size": None,
+        "mm_projector_type": "linear",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "image_token_index": -200,  # IMAGE_TOKEN_INDEX
+    },
+    fixed={**LLAMA_TABLE.fixed, **MM_FIXED, "mm_vision_select_feature": ("patch", "cls_patch")},
+    inert=(*LLAMA_TABLE.inert, *MM_INERT),
+    parts=("vision_config",),
+)
+PROJECTOR_DEPTHS = {"linear": 1, "mlp1x_gelu": 1, "mlp2x_gelu": 2}
+
+
 def _llava_config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
     if "text_config" not in hf_config:
         return _original_llava_config_from_hf(hf_config)
-    act, layer = hf_config.get("projector_hidden_act", "gelu"), hf_config.get("vision_feature_layer", -2)
-    require_supported(act == "gelu", f"projector_hidden_act {act!r}", "gelu")
-    require_supported(
-        hf_config.get("multimodal_projector_bias", True), "no biases in its projector", "a projector with biases"
-    )
-    require_supported(isinstance(layer, int), f"vision_feature_layer {layer}", "a single layer")
-    vision = CLIP.config_from_hf(hf_config.get("vision_config") or CLIP_336)
+    s = LLAVA_TABLE.read(hf_config)
+    layer = s["vision_feature_layer"]
+    vision = CLIP.config_from_hf(CLIP_336 if s["vision_config"] is None else s["vision_config"], "vision_config")
+    language = language_config_from_hf(s["text_config"], "llama", "text_config")
+    if s["tie_word_embeddings"]:
+        language = dataclasses.replace(language, tie_embeddings=True)
     return VisualPrefixLM(
         vision,
-        language_config_from_hf(hf_config["text_config"], "llama"),
+        language,
         feature_layer=layer if layer < 0 else layer - vision.depth - 1,
-        keep_class_token=hf_config.get("vision_feature_select_strategy", "default") == "full",
-        image_token_id=hf_config.get("image_token_index", hf_config.get("image_token_id", 32000)),
+        keep_class_token=s["vision_feature_select_strategy"] == "full",
+        image_token_id=s["image_token_index"],
         prepend_image=False,
     )
 
@@ -111,18 +145,22 @@ def _original_llava_config_from_hf(hf_config: dict) -> Any:
     """The config of LLaVA's original config.json: the language model's, with additional mm_* fields."""
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
-    tower, kind = hf_config.get("mm_vision_tower"), hf_config.get("mm_projector_type", "linear")
-    vision = hf_config.get("vision_config") or CLIP_SIZES.get(tower)
-    require_supported(vision is not None, f"the vision tower {tower!r}", " or ".join(CLIP_SIZES))
-    depths = {"linear": 1, "mlp1x_gelu": 1, "mlp2x_gelu": 2}
-    require_supported(kind in depths, f"mm_projector_type {kind!r}", "linear or mlp2x_gelu")
+    s = ORIGINAL_LLAVA_TABLE.read(hf_config)
+    tower, kind = s["mm_vision_tower"], s["mm_projector_type"]
+    vision_config = CLIP_SIZES.get(tower) if s["vision_config"] is None else s["vision_config"]
+    if vision_config is None:
+        raise unsupported("mm_vision_tower", tower, tuple(CLIP_SIZES))
+    if kind not in PROJECTOR_DEPTHS:
+        raise unsupported("mm_projector_type", kind, tuple(PROJECTOR_DEPTHS))
+    vision = CLIP.config_from_hf(vision_config, "vision_config")
+    require_equal("mm_hidden_size", s["mm_hidden_size"], "the width of its vision tower", vision.width)
     return VisualPrefixLM(
-        CLIP.config_from_hf(vision),
-        LLAMA.config_from_hf(hf_config),
-        feature_layer=hf_config.get("mm_vision_select_layer", -2),
-        keep_class_token=hf_config.get("mm_vision_select_feature", "patch") == "cls_patch",
-        projector_depth=depths[kind],
-        image_token_id=hf_config.get("image_token_index", IMAGE_TOKEN_INDEX),
+        vision,
+        llama_from_settings(ORIGINAL_LLAVA_TABLE, s),
+        feature_layer=s["mm_vision_select_layer"],
+        keep_class_token=s["mm_vision_select_feature"] == "cls_patch",
+        projector_depth=PROJECTOR_DEPTHS[kind],
+        image_token_id=s["image_token_index"],
         prepend_image=False,
         torch_names="original",
     )
@@ -237,34 +275,60 @@ QFORMER_FIELDS = ConfigFields(
     BLOCK_SIZES
     | _QFORMER_SIZES
     | _QFORMER_VALUES
-    | {"cross_attention_frequency": "cross_attention_frequency", "vision_width": "encoder_hidden_size"}
+    | {"cross_attention_frequency": "cross_attention_frequency", "vision_width": "encoder_hidden_size"},
+    {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    | {"intermediate_size": 3072, "max_position_embeddings": 512, "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1}
+    | {"cross_attention_frequency": 2, "encoder_hidden_size": 1408},
+)
+QFORMER_TABLE = ConfigTable(
+    ("blip_2_qformer", "instructblip_qformer"),
+    QFORMER_FIELDS,
+    fixed={
+        "hidden_act": ("gelu", "gelu_python"),
+        "use_qformer_text_input": (False, None),  # true: retrieval heads and no language model
+        "position_embedding_type": ("absolute",),
+    },
+    inert=("attention_probs_dropout_prob",),
+)
+BLIP2_VISION_TABLE = ConfigTable(
+    ("blip_2_vision_model", "instructblip_vision_model"),
+    VIT_FIELDS,
+    {"patch_size": 14, "hidden_size": 1408, "num_hidden_layers": 39, "num_attention_heads": 16}
+    | {"intermediate_size": 6144, "layer_norm_eps": 1e-6, "hidden_act": "gelu"},
+    fixed={"qkv_bias": (True,), "num_channels": (3,)},
+    inert=("attention_dropout", "dropout", "projection_dim"),
+)
+BLIP2_TABLE = ConfigTable(
+    ("blip-2", "instructblip"),
+    computed={"num_query_tokens": 32, "image_token_index": None},
+    # use_decoder_only_language_model follows from text_config; tie_word_embeddings is that of text_config.
+    inert=("image_text_hidden_size", "use_decoder_only_language_model", "tie_word_embeddings"),
+    parts=("text_config", "vision_config", "qformer_config"),
+    aliases={"image_token_id": "image_token_index"},
 )
 
 
 def _blip2_config_from_hf(hf_config: dict, qformer_text: bool) -> Any:
     from lionjax.models.connectors.qformer import QFormerConfig
-    from lionjax.models.vision.vit import EVA_VIT_G, ViTConfig
+    from lionjax.models.vision.vit import ViTConfig
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
-    v, q = hf_config.get("vision_config") or {}, hf_config.get("qformer_config") or {}
-    vision = ViTConfig(**read_vit_fields(v, VIT_FIELDS.write(EVA_VIT_G)))
-    qformer_defaults = QFORMER_FIELDS.write(QFormerConfig(vocab_size=30522))
-    qformer_fields = QFORMER_FIELDS.read(q | {"encoder_hidden_size": vision.width}, qformer_defaults)
-    require_supported(v.get("qkv_bias", True), "no biases on queries and values of its vision tower", "qkv_bias true")
-    require_supported(
-        not q.get("use_qformer_text_input"), "retrieval heads (use_qformer_text_input)", "a model with language model"
-    )
+    s = BLIP2_TABLE.read(hf_config)
+    v = BLIP2_VISION_TABLE.read(s["vision_config"], "vision_config")
+    vision = ViTConfig(**BLIP2_VISION_TABLE.read_fields(v))
+    # encoder_hidden_size is overridden by the width of the vision tower, as in transformers.
+    q = QFORMER_TABLE.read(s["qformer_config"], "qformer_config") | {"encoder_hidden_size": vision.width}
     return VisualPrefixLM(
         vision,
-        language_config_from_hf(hf_config.get("text_config") or {}, "opt"),
+        language_config_from_hf(s["text_config"], "opt", "text_config"),
         QFormerConfig(
-            **qformer_fields, num_query_tokens=hf_config.get("num_query_tokens", 32), use_text_input=qformer_text
+            **QFORMER_TABLE.read_fields(q), num_query_tokens=s["num_query_tokens"], use_text_input=qformer_text
         ),
         feature_layer=-1,
         keep_class_token=True,
         vision_norm_eps=vision.norm_eps,
         projector_depth=1,
-        image_token_id=hf_config.get("image_token_index", hf_config.get("image_token_id")),
+        image_token_id=s["image_token_index"],
     )
 
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, lionjax_hf_config, require_supported
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, lionjax_hf_config
 from lionjax.convert.formats.config_fields import TOKEN_IDS, ConfigFields
+from lionjax.convert.formats.config_table import ConfigTable
 from lionjax.convert.formats.hf_language import one_head_size
-from lionjax.convert.formats.hf_vision import CLIP
+from lionjax.convert.formats.hf_vision import CLIP, CLIP_VISION_TABLE, clip_vision_from_hf
 from lionjax.convert.formats.hf_vlm import CLIP_224
 
 if TYPE_CHECKING:
@@ -18,7 +19,29 @@ if TYPE_CHECKING:
 
 _TEXT_SIZES = {"width": "embed_dim", "depth": "layers", "num_heads": "attention_heads", "mlp_dim": "ffn_dim"}
 TEXT_FIELDS = ConfigFields(
-    _TEXT_SIZES | {"vocab_size": "vocab_size", "norm_eps": "layer_norm_eps", "dropout": "dropout"}, token_ids=TOKEN_IDS
+    _TEXT_SIZES
+    | {"vocab_size": "vocab_size", "norm_eps": "layer_norm_eps", "dropout": "dropout"}
+    | {"scale_embeddings": "scale_embedding"},
+    {"vocab_size": 65037, "embed_dim": 2048, "layers": 24, "attention_heads": 32, "ffn_dim": 8192, "dropout": 0.1}
+    | {"layer_norm_eps": 1e-5, "scale_embedding": True, "activation_function": "gelu"}
+    | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+    TOKEN_IDS,
+    "activation_function",
+)
+TEXT_TABLE = ConfigTable(
+    ("kosmos_2_text_model",),
+    TEXT_FIELDS,
+    fixed={"tie_word_embeddings": (True,)},
+    # Positions are computed, so max_position_embeddings limits nothing.
+    inert=("max_position_embeddings", "attention_dropout", "activation_dropout", "layerdrop", "is_decoder"),
+    aliases={"num_attention_heads": "attention_heads", "hidden_size": "embed_dim", "num_hidden_layers": "layers"},
+)
+VISION_TABLE = dataclasses.replace(CLIP_VISION_TABLE, model_types=("kosmos_2_vision_model",), computed=CLIP_224)
+TABLE = ConfigTable(
+    ("kosmos-2",),
+    computed={"latent_query_num": 64},
+    fixed={"tie_word_embeddings": (True,)},
+    parts=("text_config", "vision_config"),
 )
 
 
@@ -27,15 +50,9 @@ def _config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.language.decoder import KOSMOS2_TEXT
     from lionjax.models.vlm.visual_prefix import KOSMOS2
 
-    t, vision = (
-        hf_config.get("text_config") or {},
-        CLIP.config_from_hf(CLIP_224 | (hf_config.get("vision_config") or {})),
-    )
-    act = t.get("activation_function", "gelu")
-    require_supported(act == "gelu", f"activation_function {act!r}", "gelu")
-    require_supported(t.get("scale_embedding", True), "scale_embedding false", "scale_embedding true")
-    require_supported(not t.get("add_cross_attention"), "add_cross_attention true", "add_cross_attention false")
-    fields = TEXT_FIELDS.read(t, TEXT_FIELDS.write(KOSMOS2_TEXT))
+    s = TABLE.read(hf_config)
+    vision = clip_vision_from_hf(VISION_TABLE, s["vision_config"], "vision_config")
+    fields = TEXT_TABLE.read_fields(TEXT_TABLE.read(s["text_config"], "text_config"))
     width, heads = fields["width"], fields["num_heads"]
     language = dataclasses.replace(
         KOSMOS2_TEXT, **fields, **one_head_size(fields), position_offset=fields["pad_token_id"] + 1
@@ -44,7 +61,7 @@ def _config_from_hf(hf_config: dict) -> Any:
         KOSMOS2,
         vision=dataclasses.replace(vision, post_layernorm=False),
         language=language,
-        resampler=ImageToTextProjectionConfig(vision.width, width, heads, hf_config.get("latent_query_num", 64)),
+        resampler=ImageToTextProjectionConfig(vision.width, width, heads, s["latent_query_num"]),
         vision_norm_eps=vision.norm_eps,
     )
 
@@ -59,13 +76,7 @@ def _config_to_hf(c: VisualPrefixLM) -> dict:
         "latent_query_num": c.resampler.num_query_tokens,
         "tie_word_embeddings": True,
         "vision_config": CLIP.config_to_hf(c.vision) | {"model_type": "kosmos_2_vision_model"},
-        "text_config": {
-            "model_type": "kosmos_2_text_model",
-            "activation_function": "gelu",
-            "attention_dropout": t.dropout,
-            "scale_embedding": True,
-        }
-        | TEXT_FIELDS.write(t),
+        "text_config": {"model_type": "kosmos_2_text_model", "attention_dropout": t.dropout} | TEXT_FIELDS.write(t),
     }
 
 

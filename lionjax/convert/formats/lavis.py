@@ -10,7 +10,7 @@ from typing import Any
 
 from lionjax.convert.formats.checkpoint_format import CheckpointFormat, lionjax_config_format, read_hf_config
 from lionjax.convert.formats.hf_vision import CLIP_FILE, LAVIS_IGNORE_PATTERN
-from lionjax.convert.formats.hf_vlm import BLIP2, INSTRUCTBLIP, LANGUAGE_DEFAULTS, language_config_from_hf
+from lionjax.convert.formats.hf_vlm import BLIP2, FORMAT_OF_LANGUAGE, INSTRUCTBLIP, language_config_from_hf
 from lionjax.convert.formats.key_fit import open_part
 from lionjax.convert.io.key_names import remove_generic_prefix
 from lionjax.convert.io.reader import TORCH_SUFFIXES, CheckpointTensors, open_weights
@@ -81,7 +81,7 @@ def open_lavis(folder: Path) -> tuple[CheckpointFormat, Any, CheckpointTensors, 
 
 def _open_language(folder: Path, hf_config: dict, prefix: str) -> CheckpointTensors:
     """The language model of a LAVIS checkpoint, under the names that it has there."""
-    checkpoint_format, _ = LANGUAGE_DEFAULTS[LAVIS_LANGUAGE_TYPES[prefix]]
+    checkpoint_format = FORMAT_OF_LANGUAGE[LAVIS_LANGUAGE_TYPES[prefix]]
     language = open_part(folder, checkpoint_format, language_config_from_hf(hf_config, prefix))
     return language.with_prefix(f"{prefix}_model.")
 

@@ -11,12 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lionjax.convert.formats.checkpoint_format import (
-    CheckpointFormat,
-    lionjax_config_format,
-    read_hf_config,
-    require_supported,
-)
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, lionjax_config_format, read_hf_config
+from lionjax.convert.formats.config_table import ConfigTable
 from lionjax.convert.formats.hf_vision import CLIP_FILE
 from lionjax.convert.io.key_names import remove_generic_prefix
 from lionjax.convert.io.reader import TORCH_SUFFIXES, CheckpointTensors, open_weights
@@ -29,6 +25,46 @@ KEY_PATTERNS = (
 )
 GATE_PATTERN = re.compile(r"lang_encoder\.gated_cross_attn_layers\.(\d+)\.attn_gate")
 MPT_TYPES = ("mpt", "mosaic_gpt")
+_MPT_ATTENTION_FIXED = {
+    "prefix_lm": (False, None),
+    "softmax_scale": (None,),
+    "attn_uses_sequence_id": (False, None),
+} | {"alibi": (True,), "alibi_bias_max": (8,)}
+MPT_ATTENTION_TABLE = ConfigTable(
+    ("",),
+    computed={"qk_ln": False},
+    fixed=_MPT_ATTENTION_FIXED | {"attn_type": ("multihead_attention",), "clip_qkv": (None,)},
+    inert=("attn_impl", "attn_pdrop"),
+)
+# MPT of transformers and of its makers; an earlier version, `mosaic_gpt`, has no attn_config but its fields.
+MPT_TABLE = ConfigTable(
+    MPT_TYPES,
+    computed={
+        "d_model": 2048,
+        "n_heads": 16,
+        "n_layers": 24,
+        "expansion_ratio": None,
+        "mlp_ratio": None,
+        "layer_norm_epsilon": 1e-5,
+        "attn_qk_ln": False,
+    },
+    fixed=_MPT_ATTENTION_FIXED
+    | {
+        "attn_clip_qkv": (None,),
+        "no_bias": (True,),
+        "logit_scale": (None,),
+        "norm_type": ("low_precision_layernorm", "layernorm"),
+        "tie_word_embeddings": (True,),
+    },
+    # vocab_size comes from the tensors; with ALiBi there is no table of learned positions.
+    inert=(
+        "vocab_size max_seq_len learned_pos_emb resid_pdrop emb_pdrop attn_pdrop attn_impl embedding_fraction "
+        "low_precision_layernorm init_device init_config verbose tokenizer_name emb_init_std emb_init_uniform_lim "
+        "fan_mode init_div_is_residual init_gain init_nonlinearity param_init_fn is_decoder"
+    ).split(),
+    parts=("attn_config",),
+    aliases={"hidden_size": "d_model", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"},
+)
 
 
 def open_flamingo(folder: Path) -> tuple[CheckpointFormat, Any, CheckpointTensors, Path]:
@@ -72,11 +108,10 @@ def _config_from_tensors(mpt_config: dict, first_cross_layer: int, tensors: Chec
     from lionjax.models.vlm.flamingo import OPENFLAMINGO_9B
     from lionjax.nn.adapters import GatedCrossAttentionConfig
 
-    attn_config = mpt_config.get("attn_config") or {}
-    has_alibi = attn_config.get("alibi", mpt_config.get("alibi", True))
-    require_supported(has_alibi, "learned positions", "an MPT with ALiBi")
-    require_supported(mpt_config.get("no_bias", True), "biases", "an MPT without biases")
-    width, heads = mpt_config["d_model"], mpt_config["n_heads"]
+    s = MPT_TABLE.read(mpt_config)
+    attention = MPT_ATTENTION_TABLE.read(s["attn_config"], "attn_config")
+    width, heads = s["d_model"], s["n_heads"]
+    ratio = next((ratio for ratio in (s["expansion_ratio"], s["mlp_ratio"]) if ratio is not None), 4)
 
     def shape(name: str) -> tuple[int, ...]:
         return tensors[name].shape
@@ -116,13 +151,13 @@ def _config_from_tensors(mpt_config: dict, first_cross_layer: int, tensors: Chec
         pad_token_id=vocab_size - 1,
         eos_token_id=vocab_size - 3,
         width=width,
-        depth=mpt_config["n_layers"],
+        depth=s["n_layers"],
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width // heads,
-        mlp_dim=width * mpt_config.get("expansion_ratio", mpt_config.get("mlp_ratio", 4)),
-        norm_eps=mpt_config.get("layer_norm_epsilon", 1e-5),
-        qk_norm=bool(attn_config.get("qk_ln", mpt_config.get("attn_qk_ln", False))),
+        mlp_dim=width * ratio,
+        norm_eps=s["layer_norm_epsilon"],
+        qk_norm=attention["qk_ln"] or s["attn_qk_ln"],
         cross_attention=cross_attention,
     )
     return dataclasses.replace(

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, require_supported
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat
 from lionjax.convert.formats.config_fields import IMAGE_SIZES, ConfigFields
+from lionjax.convert.formats.config_table import ConfigTable, require_equal
 from lionjax.core.types import Params
 
 if TYPE_CHECKING:
@@ -20,36 +21,67 @@ ENCODER_FIELDS = ConfigFields(
     IMAGE_SIZES
     | _LAYERS
     | {"width": "hidden_size", "window_size": "window_size"}
-    | {"mlp_dim": "mlp_dim", "prompt_embed_dim": "output_channels"}
+    | {"mlp_dim": "mlp_dim", "prompt_embed_dim": "output_channels"},
+    {"image_size": 1024, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    | {"window_size": 14, "output_channels": 256, "layer_norm_eps": 1e-6},
 )
-PROMPT_FIELDS = ConfigFields({"mask_input_channels": "mask_input_channels"})
+PROMPT_FIELDS = ConfigFields({"mask_input_channels": "mask_input_channels"}, {"mask_input_channels": 16})
 DECODER_FIELDS = ConfigFields(
     {f"decoder_{name}": hf_name for name, hf_name in (_LAYERS | {"mlp_dim": "mlp_dim"}).items()}
-    | {"iou_head_depth": "iou_head_depth", "iou_head_mlp_dim": "iou_head_hidden_dim"}
+    | {"iou_head_depth": "iou_head_depth", "iou_head_mlp_dim": "iou_head_hidden_dim"},
+    {"num_hidden_layers": 2, "num_attention_heads": 8, "mlp_dim": 2048, "layer_norm_eps": 1e-6}
+    | {"iou_head_depth": 3, "iou_head_hidden_dim": 256},
+)
+GELU = ("gelu", "gelu_python")
+ENCODER_TABLE = ConfigTable(
+    ("sam_vision_model",),
+    ENCODER_FIELDS,
+    {"mlp_ratio": 4.0, "global_attn_indexes": (2, 5, 8, 11), "num_pos_feats": None},
+    fixed=dict.fromkeys(("use_abs_pos", "use_rel_pos", "qkv_bias"), (True,))
+    # The norms behind the blocks have an epsilon of 1e-6 in transformers whatever config.json says.
+    | {"hidden_act": GELU, "num_channels": (3,), "layer_norm_eps": (1e-6,)},
+    inert=("attention_dropout", "dropout", "projection_dim", "scale"),
+)
+PROMPT_TABLE = ConfigTable(
+    ("sam_prompt_encoder",),
+    PROMPT_FIELDS,
+    {"hidden_size": 256, "image_size": 1024, "patch_size": 16, "image_embedding_size": None},
+    fixed={"hidden_act": GELU, "num_point_embeddings": (4,), "layer_norm_eps": (1e-6,)},
+)
+DECODER_TABLE = ConfigTable(
+    ("sam_mask_decoder",),
+    DECODER_FIELDS,
+    {"hidden_size": 256, "num_multimask_outputs": 3},
+    fixed={"hidden_act": ("relu",), "attention_downsample_rate": (2,)},
+)
+SAM_TABLE = ConfigTable(
+    ("sam",), inert=("tie_word_embeddings",), parts=("vision_config", "prompt_encoder_config", "mask_decoder_config")
 )
 
 
 def _sam_config_from_hf(hf_config: dict) -> Any:
-    """The SAM config of a config.json; missing settings have transformers' defaults, those of SAM ViT-B."""
-    from lionjax.models.vision.sam_encoder import SAM_VIT_B, SamConfig
+    from lionjax.models.vision.sam_encoder import SamConfig
 
-    v, p, d = (hf_config.get(f"{part}_config") or {} for part in ("vision", "prompt_encoder", "mask_decoder"))
-    is_standard = v.get("use_abs_pos", True) and v.get("use_rel_pos", True) and v.get("qkv_bias", True)
-    require_supported(
-        is_standard,
-        "use_abs_pos, use_rel_pos or qkv_bias false in its image encoder",
-        "an image encoder with absolute and relative positions and biases",
-    )
-    downsample_rate = d.get("attention_downsample_rate", 2)
-    require_supported(downsample_rate == 2, f"attention_downsample_rate {downsample_rate}", "2")
-    if not v.get("mlp_dim"):
-        v = v | {"mlp_dim": int(v.get("hidden_size", SAM_VIT_B.width) * v.get("mlp_ratio", 4.0))}
+    s = SAM_TABLE.read(hf_config)
+    tables = (ENCODER_TABLE, PROMPT_TABLE, DECODER_TABLE)
+    v, p, d = (table.read(s[part], part) for table, part in zip(tables, SAM_TABLE.parts))
+    if v["mlp_dim"] is None:
+        v["mlp_dim"] = int(v["hidden_size"] * v["mlp_ratio"])
+    for field in ("image_size", "patch_size"):
+        require_equal(f"prompt_encoder_config.{field}", p[field], f"vision_config.{field}", v[field])
+    for part, settings in (("prompt_encoder_config", p), ("mask_decoder_config", d)):
+        channels = v["output_channels"]
+        require_equal(f"{part}.hidden_size", settings["hidden_size"], "vision_config.output_channels", channels)
+    grid_path, grid = "prompt_encoder_config.image_embedding_size", v["image_size"] // v["patch_size"]
+    require_equal(grid_path, p["image_embedding_size"], "vision_config.image_size / patch_size", grid)
+    half = v["output_channels"] // 2
+    require_equal("vision_config.num_pos_feats", v["num_pos_feats"], "half of vision_config.output_channels", half)
     return SamConfig(
-        **ENCODER_FIELDS.read(v, ENCODER_FIELDS.write(SAM_VIT_B)),
-        **PROMPT_FIELDS.read(p, PROMPT_FIELDS.write(SAM_VIT_B)),
-        **DECODER_FIELDS.read(d, DECODER_FIELDS.write(SAM_VIT_B) | {"layer_norm_eps": 1e-6}),
-        global_attn_indexes=tuple(v.get("global_attn_indexes", SAM_VIT_B.global_attn_indexes)),
-        num_mask_tokens=1 + d.get("num_multimask_outputs", 3),
+        **ENCODER_TABLE.read_fields(v),
+        **PROMPT_TABLE.read_fields(p),
+        **DECODER_TABLE.read_fields(d),
+        global_attn_indexes=tuple(v["global_attn_indexes"]),
+        num_mask_tokens=1 + d["num_multimask_outputs"],
     )
 
 

@@ -34,6 +34,7 @@ from lionjax.nn.layers import (
 )
 from lionjax.nn.lora import LoraConfig
 from lionjax.nn.positions import alibi_bias, apply_rope, last_token, position_ids, rope_cos_sin, sinusoidal_positions
+from lionjax.nn.rope import RopeScaling
 
 POSITION_TYPES = ("rope", "alibi", "sinusoidal")
 NORMS = ("rmsnorm", "layernorm")
@@ -111,6 +112,7 @@ class DecoderConfig:
     scale_embeddings: bool = False
     num_frozen_embeddings: int = 0
     cross_attention: GatedCrossAttentionConfig | None = None
+    rope_scaling: RopeScaling | None = None  # None: the plain frequencies
 
     def __post_init__(self):
         check_choices(self, position_type=POSITION_TYPES, norm=NORMS)
@@ -426,7 +428,7 @@ class Decoder(nn.Module):
         elif c.position_type == "alibi":
             bias = alibi_bias(position_BL if key_position_BS is None else key_position_BS, c.num_heads)
         else:
-            rope = rope_cos_sin(position_BL, c.head_dim, c.rope_theta)
+            rope = rope_cos_sin(position_BL, c.head_dim, c.rope_theta, c.rope_scaling)
         x_BLD = dropout(x_BLD, c.dropout, keys[0])
         layers = (layer_keys, past_kv)
         if c.cross_attention is None:

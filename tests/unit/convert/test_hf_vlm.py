@@ -179,10 +179,12 @@ def test_a_llava_that_transformers_cannot_hold_is_told_so(llava, tmp_path):
 @pytest.mark.parametrize(
     "change, problem",
     [
-        ({"multimodal_projector_bias": False}, "no biases in its projector"),
+        ({"multimodal_projector_bias": False}, "multimodal_projector_bias false"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act 'relu'"),
-        ({"vision_feature_layer": [-2, -1]}, "a single layer"),
-        ({"text_config": {"model_type": "mistral"}}, "a language model of type 'mistral'"),
+        ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer \[-2, -1\]; it must be an integer"),
+        ({"text_config": {"model_type": "mamba"}}, "text_config.model_type 'mamba'"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config.model_type 'siglip_vision_model'"),
+        ({"text_config": {"rms_eps": 1}}, "the field text_config.rms_eps 1, which lionjax does not know for a llama"),
         ({"vision_feature_layer": -9}, "is no valid config of a llava: ValueError feature_layer is -9"),
     ],
 )

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+# Helpers assert as well; pytest shows what differs only in modules that it has rewritten.
+pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "helpers").glob("*.py")))
+
+import compile_flags
+
 # A shell that starts the tests in the background has Ctrl-C ignored, and so would everything they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -19,11 +24,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=280"
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=280 "
+    + compile_flags.XLA_FLAGS,
 )
-
-# Helpers assert as well; pytest shows what differs only in modules that it has rewritten.
-pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "helpers").glob("*.py")))
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # Photographs, annotations and real tokenizers are no part of the project; where a machine has
 # them beside the checkout, the tests that need them run.

@@ -166,7 +166,11 @@ def layer_axes(boxed: Params) -> dict[str, int]:
 
 def abstract_params(init_fn: Callable, *args, mesh: Mesh | None = None) -> Params:
     """Shapes, dtypes and (with a mesh) shardings of `init_fn(*args)` as ShapeDtypeStructs, without allocation."""
-    boxed = jax.eval_shape(init_fn, *args)
+    return unbox_specs(jax.eval_shape(init_fn, *args), mesh)
+
+
+def unbox_specs(boxed: Params, mesh: Mesh | None = None) -> Params:
+    """Shapes, dtypes and (with a mesh) shardings of leaves boxed with logical axes, as ShapeDtypeStructs."""
     shapes = nn.unbox(boxed)
     if mesh is None:
         return shapes
@@ -177,9 +181,13 @@ def abstract_params(init_fn: Callable, *args, mesh: Mesh | None = None) -> Param
     )
 
 
-def init_sharded(init_fn: Callable, *args, mesh: Mesh | None = None) -> Params:
-    """Parameters of `init_fn(*args)`, each leaf created with its sharding. The values do not depend on the mesh."""
-    shardings = None if mesh is None else named_shardings(jax.eval_shape(init_fn, *args), mesh)
+def init_sharded(init_fn: Callable, *args, mesh: Mesh | None = None, shardings: Params | None = None) -> Params:
+    """Parameters of `init_fn(*args)`, each leaf created with its sharding. The values do not depend on the mesh.
+
+    `shardings` of the leaves, where they are known, save one trace of `init_fn`; otherwise they follow from `mesh`.
+    """
+    if shardings is None and mesh is not None:
+        shardings = named_shardings(jax.eval_shape(init_fn, *args), mesh)
     return jax.jit(lambda *a: nn.unbox(init_fn(*a)), out_shardings=shardings)(*args)
 
 

@@ -40,7 +40,8 @@ def make_param_specs(experiment: Experiment, example: Batch, mesh: Mesh) -> Para
     key = jax.random.key(experiment.seed)
     check_token_ids(experiment, example)
     check_prompt_format(experiment)
-    params = sharding.abstract_params(experiment.model.init, key, example, mesh=mesh)
+    boxed = jax.eval_shape(experiment.model.init, key, example)
+    params = sharding.unbox_specs(boxed, mesh)
     step.validate_stages(experiment.stages, params)
     patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
     trainable, frozen = trees.split(params, patterns)
@@ -48,8 +49,7 @@ def make_param_specs(experiment: Experiment, example: Batch, mesh: Mesh) -> Para
     frozen = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, _frozen_dtype(leaf, dtype), sharding=leaf.sharding), frozen
     )
-    axes = sharding.layer_axes(jax.eval_shape(experiment.model.init, key, example))
-    return ParamSpecs(frozen, trainable, axes, mesh)
+    return ParamSpecs(frozen, trainable, sharding.layer_axes(boxed), mesh)
 
 
 def _frozen_dtype(leaf, dtype: str):
@@ -87,7 +87,8 @@ def init_params(experiment: Experiment, example: Batch, specs: ParamSpecs) -> tu
 
     key = jax.random.key(experiment.seed)
     example = jax.tree.map(np.zeros_like, example)  # the same in all processes
-    initialized = trees.flatten(sharding.init_sharded(init_missing, key, example, mesh=specs.mesh))
+    missing = {path: leaf.sharding for path, leaf in all_specs.items() if path not in loaded}
+    initialized = trees.flatten(sharding.init_sharded(init_missing, key, example, shardings=trees.unflatten(missing)))
     flat = {path: loaded.get(path, initialized.get(path)).astype(leaf.dtype) for path, leaf in all_specs.items()}
     split = [{path: leaf for path, leaf in flat.items() if (path in trainable) == side} for side in (False, True)]
     return trees.unflatten(split[0]), trees.unflatten(split[1])

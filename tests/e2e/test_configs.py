@@ -2,6 +2,7 @@
 """Every file in configs/, at full size, without allocating anything."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -38,28 +39,43 @@ def example(experiment, rows: int = 2) -> Batch:
     )
 
 
-def shapes(experiment, mesh=None):
-    return sharding.abstract_params(experiment.system.init, jax.random.key(0), example(experiment), mesh=mesh)
+@functools.cache
+def traced(name: str):
+    """(experiment, its parameters' shapes with their logical axes), traced once for all tests."""
+    experiment = config.load(CONFIGS / f"{name}.py")
+    return experiment, jax.eval_shape(experiment.system.init, jax.random.key(0), example(experiment))
 
 
 @pytest.fixture(scope="module", params=EXPERIMENTS)
-def experiment(request):
-    return config.load(CONFIGS / f"{request.param}.py")
+def experiment_and_boxed(request):
+    return traced(request.param)
 
 
-def test_it_builds_and_every_stage_pattern_matches(experiment):
-    whole = shapes(experiment)
+@pytest.fixture(scope="module")
+def experiment(experiment_and_boxed):
+    return experiment_and_boxed[0]
+
+
+@pytest.fixture(scope="module")
+def whole(experiment_and_boxed):
+    return sharding.unbox_specs(experiment_and_boxed[1])
+
+
+def test_it_builds_and_every_stage_pattern_matches(experiment, whole):
+    known = []  # stages of one system have one loss
     step.validate_stages(experiment.stages, whole)
     for stage in experiment.stages:
         trainable, frozen = trees.split(whole, stage.trainable)
         assert trees.count_params(trainable) and trees.count_params(frozen)
         system = step.model_for_stage(experiment, stage)
+        if system in known:
+            continue
+        known.append(system)
         loss, _ = jax.eval_shape(system.loss, whole, example(experiment), None)
         assert loss.shape == () and loss.dtype == np.float32
 
 
-def test_the_weight_table_covers_every_leaf_and_makes_no_other(experiment):
-    whole = shapes(experiment)
+def test_the_weight_table_covers_every_leaf_and_makes_no_other(experiment, whole):
     rows = experiment.system.weight_map()
     rows = (*rows, *loras.lora_weight_map(rows, whole))
     tensors = convert.plan_state_dict(rows, trees.flatten(whole)).output_specs
@@ -69,11 +85,12 @@ def test_the_weight_table_covers_every_leaf_and_makes_no_other(experiment):
     assert {path for piece in plan.mapped_tensors for path in piece.mapping.flax_paths} == want.keys()
 
 
-def test_every_large_weight_is_split_over_the_mesh(experiment):
+def test_every_large_weight_is_split_over_the_mesh(experiment_and_boxed):
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+    specs = sharding.unbox_specs(experiment_and_boxed[1], mesh)
     whole = [
         path
-        for path, leaf in trees.flatten(shapes(experiment, mesh)).items()
+        for path, leaf in trees.flatten(specs).items()
         if np.prod(leaf.shape) > LARGE and leaf.sharding.is_fully_replicated
     ]
     assert not whole
@@ -81,8 +98,8 @@ def test_every_large_weight_is_split_over_the_mesh(experiment):
 
 @pytest.mark.parametrize(("name", "wanted"), [("lion_flant5xl", 281_570_400), ("lion_flant5xxl", 320_439_392)])
 def test_lion_trains_as_many_parameters_as_the_release(name, wanted):
-    experiment = config.load(CONFIGS / f"{name}.py")
-    trainable, _ = trees.split(shapes(experiment), experiment.stages[-1].trainable)
+    experiment, boxed = traced(name)
+    trainable, _ = trees.split(sharding.unbox_specs(boxed), experiment.stages[-1].trainable)
     assert trees.count_params(trainable) == wanted
 
 

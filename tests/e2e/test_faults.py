@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import compile_flags
 import numpy as np
 import pytest
 import toy
@@ -20,7 +21,7 @@ from lionjax.training import checkpoint
 
 def begin(workdir, *fields, file_bytes=None):
     """A process that trains the toy in a folder, on one device; `file_bytes`: no file may grow beyond that."""
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": compile_flags.XLA_FLAGS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     limit = (file_bytes, file_bytes)
     return subprocess.Popen(
         [sys.executable, str(HELPERS / "toy.py"), str(workdir), *fields],
@@ -72,7 +73,7 @@ def test_kill_9_while_saving_loses_nothing_and_changes_no_bit(tmp_path, whole):
 @pytest.mark.slow
 def test_kill_9_at_random_moments_loses_nothing_and_changes_no_bit():
     words = [sys.executable, "-m", "benchmarks.faults", "--kills", "6", "--steps", "8"]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": compile_flags.XLA_FLAGS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = r"faults: 6 kills at random times in \d+ runs of 16 updates: 0 lost, 0 differing, "

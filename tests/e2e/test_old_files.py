@@ -15,7 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jaxlib
 import numpy as np
 import pytest
@@ -53,14 +52,6 @@ def copied(*names: str) -> None:
             shutil.copyfile(DATA / name, name)
 
 
-@pytest.fixture
-def compiled_soon():
-    """Programs that are asked once are compiled with little care, which takes half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def leaves_of(tree, path: str = "") -> dict:
     """{path: leaf} of nested dicts."""
     if not hasattr(tree, "items"):
@@ -88,8 +79,9 @@ def same_machine() -> bool:
 
 
 def says(*words: str, code: int = 0) -> tuple[str, str]:
-    """(stdout, stderr) of a command line in a process of its own, on one device."""
-    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
+    """(stdout, stderr) of a command line in a process of its own, on one device, compiled as for users."""
+    ours = ("XLA_FLAGS", "PJRT_NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(lionjax.__file__).parent.parent), env.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "lionjax", *words]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -154,7 +146,7 @@ def test_folders_of_0_1_hold_the_same_parameters(name, old):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ANSWERING])
-def test_exported_folder_of_0_1_loads_and_says_the_same(name, old, compiled_soon):
+def test_exported_folder_of_0_1_loads_and_says_the_same(name, old):
     old(name)
     model = lionjax.load(name)
     assert sha256_of(model.params) == MODELS[name]["params"]
@@ -187,7 +179,7 @@ def test_run_of_0_1_loads_with_the_same_parameters(name, old):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_run_of_0_1_says_the_same(name, old, compiled_soon):
+def test_run_of_0_1_says_the_same(name, old):
     old(name, "resized")
     assert_answers(lionjax.load(name), RUNS[name]["answers"])
 
@@ -240,7 +232,7 @@ def test_what_a_run_of_0_1_listed_is_kept_and_reported(old, capsys):
 
 
 @pytest.mark.slow
-def test_run_of_0_1_is_evaluated_as_it_was(old, capsys, compiled_soon):
+def test_run_of_0_1_is_evaluated_as_it_was(old, capsys):
     old("trained/lora", "built/scenes")
     before = Path("trained/lora/evaluation/vqa.jsonl").read_text().splitlines()
     shutil.rmtree("trained/lora/evaluation")
@@ -264,7 +256,7 @@ def marked(command: dict):
 
 
 @pytest.mark.parametrize("command", [marked(command) for command in EXPECTED["commands"]])
-def test_command_of_0_1_does_what_it_did(command, old, capsys, compiled_soon):
+def test_command_of_0_1_does_what_it_did(command, old, capsys):
     """Options and field names are those of 0.1."""
     names = ("user", "trained/lora", "torch", "orbax", "models/llava15", "built", "lines")
     needed = {name for name in names if any(word.startswith(name) for word in command["words"])}

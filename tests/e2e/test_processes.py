@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import compile_flags
 import numpy as np
 import pytest
 import toy
@@ -36,7 +37,7 @@ def command(workdir, count, words, *fields, **variables):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     told = {
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": compile_flags.XLA_FLAGS,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{ROOT}:{HELPERS}",
         "LIONJAX_HEARTBEAT_SECONDS": "10",

@@ -50,7 +50,7 @@ def test_photographs(name):
 
 def end_of(folder, *words) -> str:
     """The last part of what a run of the tests in a folder prints."""
-    for path in (TESTS / "conftest.py", HELPERS / "shared_data.py"):
+    for path in (TESTS / "conftest.py", HELPERS / "compile_flags.py", HELPERS / "shared_data.py"):
         (folder / path.name).write_text(path.read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder), *words]
     variables = os.environ | {"LIONJAX_DATA": str(folder / "nowhere")}

@@ -65,6 +65,7 @@ def test_lion_computes_what_the_original_computes(lion_golden):
     assert checked >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", CATEGORIES)
 def test_lion_has_the_originals_gradient_norm_for_every_weight(lion_golden, route):
     folder, _, lion, params, arrays = lion_golden
@@ -118,6 +119,7 @@ def test_nextchat_computes_what_the_original_computes(nextchat_golden):
         assert_close(ours[name], theirs[name], name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_nextchat_has_the_originals_gradient_norm_for_every_weight(nextchat_golden, stage):
     norms = json.loads((nextchat_golden.folder / f"grad_norms_{stage}.json").read_text())

@@ -93,6 +93,7 @@ def test_memory_that_runs_out_is_a_result(monkeypatch):
     assert accelerator.guarded(asked, "train", "1b", "lionjax") == {"failed": "does not fit into memory"}
 
 
+@pytest.mark.slow
 def test_it_works_without_torch_and_without_what_reads_data_and_words():
     lacking = ("torch", "transformers", "tyro", "grain", "tensorflow_datasets", "array_record")
     code = (

@@ -46,7 +46,12 @@ def traced(name: str):
     return experiment, jax.eval_shape(experiment.system.init, jax.random.key(0), example(experiment))
 
 
-@pytest.fixture(scope="module", params=EXPERIMENTS)
+def full_or_tiny(name: str):
+    """A config as a parameter; those of full size are slow."""
+    return pytest.param(name, marks=() if name.startswith("tiny") else pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=map(full_or_tiny, EXPERIMENTS))
 def experiment_and_boxed(request):
     return traced(request.param)
 
@@ -96,6 +101,7 @@ def test_every_large_weight_is_split_over_the_mesh(experiment_and_boxed):
     assert not whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "wanted"), [("lion_flant5xl", 281_570_400), ("lion_flant5xxl", 320_439_392)])
 def test_lion_trains_as_many_parameters_as_the_release(name, wanted):
     experiment, boxed = traced(name)

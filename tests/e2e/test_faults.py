@@ -57,6 +57,7 @@ def whole(tmp_path_factory):
     return workdir, end(begin(workdir, "steps=40"))
 
 
+@pytest.mark.slow
 def test_kill_9_while_saving_loses_nothing_and_changes_no_bit(tmp_path, whole):
     folder, expected = whole
     for update in (3, 45):  # while a step is written in each of the two stages
@@ -80,6 +81,7 @@ def test_kill_9_at_random_moments_loses_nothing_and_changes_no_bit():
     assert re.match(said, done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_with_0_and_ctrl_c_with_130(tmp_path, whole):
     folder, expected = whole
     for kind, code, update in ((signal.SIGTERM, 0, 3), (signal.SIGINT, 130, 50)):
@@ -92,6 +94,7 @@ def test_sigterm_saves_and_ends_with_0_and_ctrl_c_with_130(tmp_path, whole):
     assert toy.lines(tmp_path) == toy.lines(folder)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_2_and_one_sentence_and_what_was_saved_stays_good(tmp_path, whole):
     folder, expected = whole
     process = begin(tmp_path, "steps=40")
@@ -110,6 +113,7 @@ def test_a_full_disk_ends_with_2_and_one_sentence_and_what_was_saved_stays_good(
     assert toy.lines(tmp_path) == toy.lines(folder)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_with_2_names_its_records_and_keeps_the_batch(tmp_path):
     said = end(begin(tmp_path, "steps=40", "poison=5"), code=2).splitlines()[-1]
     (kept,) = tmp_path.glob("not_finite_*.npz")

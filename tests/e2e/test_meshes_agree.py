@@ -44,6 +44,7 @@ def one():
     return run(MESHES["one"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data", "fsdp", "all"])
 def test_first_parameters_losses_and_gradient_norms_do_not_depend_on_the_mesh(one, name):
     first, losses, norms, params, where = run(MESHES[name])
@@ -56,6 +57,7 @@ def test_first_parameters_losses_and_gradient_norms_do_not_depend_on_the_mesh(on
     assert bool(split) == (name != "data")  # else nothing was tried
 
 
+@pytest.mark.slow
 def test_what_muon_makes_of_a_matrix_does_not_depend_on_how_it_is_cut():
     one, cut = (run(MESHES[name], "muon") for name in ("one", "all"))
     np.testing.assert_allclose(cut[1], one[1], rtol=1e-5)

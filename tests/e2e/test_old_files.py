@@ -27,7 +27,7 @@ DATA = TESTS / "data" / "v0.1"
 EXPECTED = json.loads((DATA / "expected.json").read_text(encoding="utf-8"))
 MODELS, FORMS, RUNS = EXPECTED["models"], EXPECTED["forms"], EXPECTED["runs"]
 ANSWERING = [name for name, entry in MODELS.items() if "answers" in entry]
-QUICK = ("models/llava15", "models/flamingo", "models/mplug_owl", "models/frozen")  # to compile
+QUICK = ("models/llava15", "models/frozen")  # to compile
 CLOCKS = ("seconds", "images_per_second", "tokens_per_second")
 
 

@@ -75,6 +75,7 @@ def first_parameters(what):
     return init.init_params(what, example, init.make_param_specs(what, example, mesh))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", small_places.SYSTEMS)
 def test_weights_of_a_run_go_to_torchs_names_and_back_to_the_same_bits(name, tmp_path):
     what = small_places.experiment(*small_places.SYSTEMS[name])
@@ -94,6 +95,7 @@ def batch_of(processor: Processor, answers=None):
     return processor.batch(asked, answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(small_places.SYSTEMS)[1:])
 def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
     """Read again at once, with the boxes as inputs; for LION over T5 and over a decoder."""
@@ -185,6 +187,7 @@ def test_an_answer_has_its_boxes_and_masks_on_the_picture_in_its_own_size(pointi
     assert other.boxes.shape != answer.boxes.shape or not np.allclose(other.boxes, answer.boxes)
 
 
+@pytest.mark.slow
 def test_answers_with_any_number_of_boxes_share_one_program(pointing):
     processor, picture = pointing.processor, np.full((40, 40, 3), 90, np.uint8)
     how = engine.make_generation_config(pointing.experiment.answer, processor, "region_level")

@@ -59,6 +59,7 @@ def end_of(folder, *words) -> str:
     return done.stdout.rpartition("not compared")[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("-n", "2")], ids=["one process", "two workers"])
 def test_what_was_skipped_for_want_of_torch_and_of_data_is_summed_up(tmp_path, words):
     (tmp_path / "test_whole.py").write_text(WHOLE)

@@ -159,6 +159,7 @@ def test_what_was_trained_here_says_the_same_in_transformers(trained, tmp_path):
     assert torch.isfinite(out.loss)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_parts_that_were_converted_by_themselves(tmp_path):
     """A tower and a language model in folders of their own, one of them in shards, its vocabulary to be padded."""
     system = dataclasses.replace(LLAVA, language=dataclasses.replace(LLAVA.language, vocab=1001))

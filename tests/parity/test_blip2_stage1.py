@@ -181,6 +181,7 @@ def torch_losses(theirs, extra, c: Blip2Stage1, batch: Batch):
     return {"contrast": contrast, "matching": matching, "captions": captions}
 
 
+@pytest.mark.slow
 def test_the_three_losses_and_every_gradient_are_those_of_torch(pair):
     seed, theirs, extra, system, params, batch = pair
     theirs.zero_grad()
@@ -196,6 +197,7 @@ def test_the_three_losses_and_every_gradient_are_those_of_torch(pair):
         assert np.linalg.norm(grads[name]) == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{name}, seed {seed}"
 
 
+@pytest.mark.slow
 def test_words_written_one_by_one_are_those_written_at_once(pair):
     seed, _, _, system, params, batch = pair
     how = GenerationConfig(max_new_tokens=4, eos_token_id=-1, pad_token_id=0, decoder_start_token_id=None)
@@ -240,6 +242,7 @@ def test_others_are_drawn_as_alike_as_they_are_and_never_the_own():
     assert sample_hard_negative(score, None).tolist() == [1, 0, 0]
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_loss_is_that_of_the_whole_batch(pair):
     _, _, _, system, params, batch = pair
     mesh = sharding.make_mesh(sharding.MeshConfig(data=4), devices=jax.devices()[:4])

@@ -127,6 +127,7 @@ def llama(c: DecoderConfig):
 SYSTEMS = {"owl": (owl, owl_sees, "language_model."), "frozen": (frozen, frozen_sees, "")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_the_whole_is_its_parts_in_torch_with_every_gradient_and_greedy_word(name):
     make, sees, at = SYSTEMS[name]
@@ -212,6 +213,7 @@ def test_tower_and_abstractor_compute_what_mplug_owl_does(folder):
     assert_close(words, arrays["abstractor_output"], "abstractor")
 
 
+@pytest.mark.slow
 def test_kosmos_2_computes_what_transformers_does_with_every_gradient_and_greedy_word():
     seed = tiny.seed()
     draw = random.Random(seed)

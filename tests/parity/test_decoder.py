@@ -158,6 +158,7 @@ def test_a_decoder_says_what_transformers_says(twins):
     assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
 
 
+@pytest.mark.slow
 def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
     import torch
 
@@ -172,6 +173,7 @@ def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
     assert len(np.unique(wanted)) >= 4, "a model that repeats one word shows little"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 2])
 def test_an_answer_may_have_room_for_one_word(twins, beams):
     _, c, params, *_ = twins
@@ -184,6 +186,7 @@ def test_an_answer_may_have_room_for_one_word(twins, beams):
     np.testing.assert_array_equal(short.ids_BM, longer.ids_BM[:, :1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "left", "hole"])
 def test_cached_reading_equals_reading_the_whole_text_wherever_padding_stands(side):
     c = dataclasses.replace(LLAMA, adapters=AdapterConfig(4, 2, 2))

@@ -190,6 +190,7 @@ def test_a_token_feels_the_pictures_that_the_rule_gives_it_and_no_other(made):
         assert feels(params) == {1: both, 2: both, 4: both, 5: both, 7: both}
 
 
+@pytest.mark.slow
 def test_words_read_one_by_one_are_those_read_at_once(made):
     """Pictures are looked at once, their keys and values kept."""
     system, params = made
@@ -298,6 +299,7 @@ def theirs_reads(w, c: Flamingo, ids: list[int], seen_KPD):
     return torch.func.functional_call(model, held, (torch.tensor([ids]),)).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "rule"), [(2, "immediate"), (1, "all_previous")])
 def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greedy_word(every, rule):
     torch = pytest.importorskip("torch")
@@ -360,6 +362,7 @@ def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greed
             ids = [*ids, int(word)]
 
 
+@pytest.mark.slow
 def test_mpt_computes_what_transformers_does():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

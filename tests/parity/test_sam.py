@@ -102,6 +102,7 @@ def prompts() -> dict[str, dict[str, np.ndarray]]:
     }
 
 
+@pytest.mark.slow
 def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
     import torch
 

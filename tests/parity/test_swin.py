@@ -49,6 +49,7 @@ def picture(*size) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((2, 3, *size)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_swin_sees_what_transformers_sees_at_every_stage_and_learns_as_much_in_every_weight(saved, tmp_path):
     import copy
 
@@ -81,6 +82,7 @@ def test_swin_sees_what_transformers_sees_at_every_stage_and_learns_as_much_in_e
         close(mine[name], gradient, 1e-3, 1e-5)  # keys' biases have none but rounding
 
 
+@pytest.mark.slow
 def test_a_picture_of_any_size_is_seen_as_detectors_see_it_and_every_map_is_handed_out(saved):
     import copy
 

@@ -46,6 +46,7 @@ def shaken(module):
     return module.eval()
 
 
+@pytest.mark.slow
 def test_t5_gives_the_logits_and_gradients_of_transformers(draw):
     heads, head = draw.randint(2, 4), draw.choice([4, 8])
     sizes = dict(
@@ -102,6 +103,7 @@ def test_t5_gives_the_logits_and_gradients_of_transformers(draw):
         assert np.linalg.norm(mine[name]) == pytest.approx(float(parameter.grad.norm()), rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_the_qformer_gives_the_states_of_instructblips(draw):
     heads, every = draw.randint(2, 3), draw.choice([1, 2, 3])
     width, seen = heads * draw.choice([4, 6]), draw.choice([10, 14])

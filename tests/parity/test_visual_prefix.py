@@ -44,6 +44,7 @@ def close(mine, theirs, seed, tolerance=1e-4):
     )
 
 
+@pytest.mark.slow
 def test_logits_loss_and_every_gradient_are_those_of_transformers(pair):
     seed, model, system, params, batch = pair
     model.zero_grad()
@@ -81,6 +82,7 @@ def gradients(model) -> dict[str, float]:
     return {name: float(np.linalg.norm(grad)) for name, grad in named.items()}
 
 
+@pytest.mark.slow
 def test_greedy_words_are_those_of_transformers(pair):
     seed, model, system, params, batch = pair
     language = system.language
@@ -108,6 +110,7 @@ def test_greedy_words_are_those_of_transformers(pair):
         assert mine == theirs, f"seed {seed}, row {row}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["blip2_opt", "instructblip_t5"], indirect=True)
 def test_candidates_rank_by_the_loss_of_their_tokens_in_sum_as_transformers_gives_it(pair):
     seed, model, system, params, batch = pair
@@ -122,6 +125,7 @@ def test_candidates_rank_by_the_loss_of_their_tokens_in_sum_as_transformers_give
     assert np.argsort(mine).tolist() == np.argsort(wanted).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["llava", "blip2_t5"], indirect=True)
 def test_a_prompt_that_does_not_say_where_has_the_picture_in_front_or_none(pair):
     seed, _, system, params, batch = pair
@@ -140,6 +144,7 @@ def test_a_prompt_that_does_not_say_where_has_the_picture_in_front_or_none(pair)
     assert not np.allclose(run(in_front, params, plain)[real], run(in_front, params, other)[real], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["llava"], indirect=True)
 def test_two_pictures_in_a_row_and_none_are_those_of_transformers(pair):
     """And a token for each of a picture's words, as transformers writes them, means the same as one token."""
@@ -219,6 +224,7 @@ def test_pooled_patches_are_the_means_of_their_squares():
         close(mine, torch.nn.functional.avg_pool2d(seen, pool).flatten(2).mT.numpy(), seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["instructblip_vicuna"], indirect=True)
 def test_features_that_were_kept_give_the_same_loss(pair):
     _, _, system, params, batch = pair
@@ -240,6 +246,7 @@ def test_sizes_that_make_no_sense_are_refused_in_words():
         VisualPrefixLM(pool_stride=2)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_loss_is_the_same_and_a_padded_vocabulary_is_split_where_an_odd_one_is_not():
     language = DecoderConfig(
         vocab_size=51, width=16, depth=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16, eos_token_id=2

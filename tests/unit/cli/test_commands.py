@@ -180,6 +180,7 @@ def test_show_prints_the_table_of_a_config_and_of_a_folder_of_weights(capsys, tm
     assert "no fields to set" in refused(capsys, "show", str(tmp_path / "torch"), "--weights", "--a", "1")
 
 
+@pytest.mark.slow
 def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     from published_folders import LLAMA

@@ -359,6 +359,7 @@ def test_a_lion_with_the_language_model_of_another_is_refused(released_lion):
         convert.from_torch(folder)
 
 
+@pytest.mark.slow
 def test_the_command_converts_a_tiny_model_in_less_than_five_seconds_of_the_processor(tmp_path):
     """By the clock it may wait for others."""
     import resource

@@ -193,6 +193,7 @@ def test_a_blip2_around_openais_clip_comes_in_with_its_last_block_left(tmp_path,
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "lavis"
 
 
+@pytest.mark.slow
 def test_blip2s_first_stage_comes_in_with_its_tower_and_goes_out_as_it_came(tmp_path, monkeypatch):
     bridge = qformer.QFormerConfig(16, 2, 2, 24, 4, 2, 24, 30, 12)
     tower = ViTConfig(image_size=28, patch_size=14, width=24, depth=3, num_heads=4, mlp_dim=40)

@@ -66,6 +66,7 @@ def tower_release(clip: bool) -> dict:
     return {n: s for n, (s, _) in lion_release(2048).items() if n.startswith("visual_encoder.")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAVIS)
 def test_the_full_size_table_of_what_lavis_published_covers_its_files(name):
     word, language, text = LAVIS[name]
@@ -111,6 +112,7 @@ def first_release(clip: bool, image: int) -> dict:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST)
 def test_the_full_size_table_of_blip2s_first_stage_covers_its_files(name):
     clip, image = FIRST[name]

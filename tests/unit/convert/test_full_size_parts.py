@@ -33,6 +33,7 @@ PARTS = {  # config, numbers as counted by those who use it (None: not looked up
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
 def test_the_full_size_table_of_a_part_covers_every_tensor_of_transformers_and_every_leaf(name):
     torch = pytest.importorskip("torch")

@@ -55,6 +55,7 @@ def check(system, state: dict) -> dict:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_of_a_full_size_config_covers_every_tensor_of_transformers_and_every_leaf(name):
     system = configs.load(CONFIGS / f"{name}.py").model

@@ -88,6 +88,7 @@ def ram_release() -> dict:
     return forms
 
 
+@pytest.mark.slow
 def test_the_full_size_ram_table_covers_every_tensor_that_tags_and_every_leaf_of_the_model():
     kind, state = format_of_config(RAM_SWIN_L), Blank(ram_release())
     model = kind.abstract_params(RAM_SWIN_L)

@@ -273,6 +273,7 @@ def test_a_bias_on_the_keys_which_these_towers_never_had_is_refused(tmp_path):
         convert.from_torch(tmp_path / "theirs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_rows_that_pad_a_vocabulary_for_a_mesh_are_zero_are_never_said_and_never_leave(tmp_path, tied):
     from lionjax.models.language.decoder import Decoder, DecoderConfig

@@ -125,6 +125,7 @@ def test_a_folder_of_peft_is_read_onto_its_base_and_gives_the_merged_model_s_log
     assert_same(load_file(tmp_path / "apart" / "adapter" / "adapter_model.safetensors"), tensors)
 
 
+@pytest.mark.slow
 def test_peft_itself_loads_what_is_written(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

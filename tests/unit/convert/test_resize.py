@@ -42,6 +42,7 @@ def test_a_tower_gets_positions_for_larger_pictures_and_its_class_token_keeps_it
     np.testing.assert_allclose(resampled[1:], want.numpy().reshape(5, 36).T, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tagger_for_other_pictures_gets_other_windows_and_sees_with_them(tmp_path):
     torch = pytest.importorskip("torch")
     import jax

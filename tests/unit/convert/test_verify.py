@@ -68,6 +68,7 @@ def saved(name: str, folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_both_models_agree_at_every_stage_and_most_stages_are_compared(tmp_path, name):
     folder = saved(name, tmp_path / "theirs")

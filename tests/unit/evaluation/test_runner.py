@@ -89,6 +89,7 @@ def scores_of(rows: list[dict], said: str) -> dict[str, dict[str, float]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_figure_can_be_made_again_from_the_answers_kept(entries, folder, task):
     rows, entry = lines(folder, task), entries[task]
@@ -101,6 +102,7 @@ def test_every_figure_can_be_made_again_from_the_answers_kept(entries, folder, t
     assert ("untagged" in entry) == ("tags_alone" in entry) == (task in runner.TAG_ABLATION_TASKS)
 
 
+@pytest.mark.slow
 def test_scores_by_kind_weigh_up_to_the_whole(entries, folder):
     kinds = entries["vqa"]["kinds"]
     assert sum(kind["samples"] for kind in kinds.values()) == LIMIT
@@ -110,6 +112,7 @@ def test_scores_by_kind_weigh_up_to_the_whole(entries, folder):
     assert set(entries["existence"]["kinds"]) <= {"random", "popular", "adversarial"}
 
 
+@pytest.mark.slow
 def test_the_report_holds_the_figures_beside_their_baselines_and_leaves_the_rest(entries, folder):
     figures = json.loads((folder / "report.json").read_text())
     wanted = {"caption_cider", "vqa_accuracy", "rec_accuracy_50", "reg_cider", "pope_f1", "tag_f1", "vsr_accuracy"}
@@ -125,6 +128,7 @@ def test_the_report_holds_the_figures_beside_their_baselines_and_leaves_the_rest
         assert words in page
 
 
+@pytest.mark.slow
 def test_lines_carry_what_the_report_draws(entries, folder):
     row = lines(folder, "rec")[0]
     assert row["record"].startswith("scenes/heldout") and len(row["truth_boxes"]) == 1
@@ -156,6 +160,7 @@ def test_the_blind_model_sees_one_blank_picture_and_no_tags(model, monkeypatch):
     assert len({batch.prompt_BL.shape for batch in seen}) == 1
 
 
+@pytest.mark.slow
 def test_blind_answers_differ_from_sighted_ones(entries, folder):
     for task in TASKS:
         rows = lines(folder, task)
@@ -163,6 +168,7 @@ def test_blind_answers_differ_from_sighted_ones(entries, folder):
         assert not same, f"{task}: {same} is said without the picture, too"
 
 
+@pytest.mark.slow
 def test_many_batches_and_all_benchmarks_of_long_answers_share_one_program(model, monkeypatch):
     monkeypatch.setattr(runner, "BATCH_SIZE", 4)
     before = engine.generate._cache_size()
@@ -171,6 +177,7 @@ def test_many_batches_and_all_benchmarks_of_long_answers_share_one_program(model
     assert engine.generate._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_a_smaller_limit_asks_the_first_of_the_same_questions(entries, model, folder, tmp_path):
     runner.evaluate_model(model, "vqa", tmp_path, 3)
     short, long = lines(tmp_path, "vqa"), lines(folder, "vqa")
@@ -178,6 +185,7 @@ def test_a_smaller_limit_asks_the_first_of_the_same_questions(entries, model, fo
     assert [row["prediction"] for row in short] == [row["prediction"] for row in long][:3]
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run_asks_each_benchmark_of_its_tasks_once(model, tmp_path, monkeypatch, caplog):
     what = model.experiment
     assert runner.trained_benchmarks(what) == ["vqa", "rec"]
@@ -230,6 +238,7 @@ def test_intervals_are_those_of_the_statistic_itself():
 # The command line
 
 
+@pytest.mark.slow
 def test_evaluate_prints_a_table_and_json_and_refuses_what_there_is_not(capsys, folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     assert cli.main(["evaluate", str(folder), "--benchmark", "vqa", "--limit", "2"]) == 0
@@ -266,6 +275,7 @@ def test_training_ends_with_figures_and_the_folder_answers_as_the_parameters_in_
     assert again["evaluation"] == figures["evaluation"] and again["metrics"] == figures["metrics"]
 
 
+@pytest.mark.slow
 def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp_path, caplog):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     rows = [
@@ -285,6 +295,7 @@ def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp
         runner.evaluate_model(model, "vqa", tmp_path, source=only_bad)
 
 
+@pytest.mark.slow
 def test_evaluate_reads_questions_and_answers_in_the_format_of_vqa(capsys, folder, tmp_path):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "COCO_val2014_000000000007.jpg")
     asked = [{"question_id": k, "image_id": 7, "question": f"How many {k}?"} for k in range(2)]
@@ -299,6 +310,7 @@ def test_evaluate_reads_questions_and_answers_in_the_format_of_vqa(capsys, folde
     assert [len(row["truth"]) for row in lines(folder, "questions_vqa")] == [10, 10]
 
 
+@pytest.mark.slow
 @shared_data.needs("coco83", "coco258_annotations")
 @pytest.mark.parametrize(
     ("words", "tasks", "most"),

@@ -18,6 +18,7 @@ from lionjax.inference.generate import GenerationConfig, generate
 searched = jax.jit(beam_search, static_argnames=("model", "config"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [
@@ -161,6 +162,7 @@ def test_log_probabilities_follow_their_beam():
         np.testing.assert_allclose(made.score_B, total_B / np.asarray(made.length_B), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_batch_split_over_devices_gives_the_same_words(beams):
     params, batch = random_params(2), batch_of(*PROMPTS, *PROMPTS)

@@ -32,6 +32,7 @@ def words_of_hugging_face(model, ids_BL, mask_BL, config: GenerationConfig) -> l
     return [row[: row.index(config.eos_token_id) + 1] if config.eos_token_id in row else row for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [
@@ -52,6 +53,7 @@ def test_greedy_ids_are_those_of_hugging_face(setting):
     assert len(lengths) > 2, "the answers should end at different places"
 
 
+@pytest.mark.slow
 def test_a_batch_of_unequal_prompts_gives_what_each_prompt_gives_alone():
     _, system, params = twins(3, TINY)
     ids_BL, mask_BL = random_prompts(3, TINY.vocab_size, (9, 4))

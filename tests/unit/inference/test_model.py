@@ -113,6 +113,7 @@ def test_every_box_of_a_text_is_read_and_nothing_else():
     assert engine.extract_boxes("no box").shape == (0, 4)
 
 
+@pytest.mark.slow
 def test_boxes_are_answered_without_the_penalty_on_repetition_and_short_tasks_stop_early(model):
     answer = GenerationDefaults(num_beams=3, repetition_penalty=1.5)
     region, image, vqa = (
@@ -126,6 +127,7 @@ def test_boxes_are_answered_without_the_penalty_on_repetition_and_short_tasks_st
 # Answers
 
 
+@pytest.mark.slow
 def test_a_batch_answers_as_each_prompt_alone_does(model):
     images = some_pictures(4)
     together = model.answer(images, PROMPTS, BOXES)
@@ -135,6 +137,7 @@ def test_a_batch_answers_as_each_prompt_alone_does(model):
     assert [answer.masks.shape for answer in together] == [(0, 30 + 10 * k, 50) for k in range(4)]
 
 
+@pytest.mark.slow
 def test_the_picture_the_box_the_tags_and_the_category_all_reach_the_answer(model):
     one, other = some_pictures(2)
     (plain,) = model.answer([one], ["What is at {box}?"], [[BOX]])
@@ -155,6 +158,7 @@ def test_boxes_in_the_answer_come_as_numbers(model, monkeypatch):
     np.testing.assert_allclose(answer.boxes, [[0.1, 0.2, 0.3, 0.4]])
 
 
+@pytest.mark.slow
 def test_paths_and_pil_pictures_are_the_same_as_arrays(model, tmp_path):
     (array,) = some_pictures(1)
     picture = Image.fromarray(array)
@@ -163,6 +167,7 @@ def test_paths_and_pil_pictures_are_the_same_as_arrays(model, tmp_path):
     assert len(set(texts(model.answer(given, ["What is it?"] * 4)))) == 1
 
 
+@pytest.mark.slow
 def test_asking_again_compiles_nothing_for_prompts_of_any_length_up_to_a_bucket(model):
     images = some_pictures(2)
     model.answer(images, ["What?", "What is it, and what color has it?"])

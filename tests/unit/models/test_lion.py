@@ -104,6 +104,7 @@ def test_the_learned_hint_stands_where_its_token_stands_and_nowhere_else(params)
     assert moved[2] > 1e-3 and np.all(moved[[0, 1, 3]] == 0)
 
 
+@pytest.mark.slow
 def test_features_kept_from_the_frozen_vit_give_the_same_loss(params):
     batch = batch_of()
     features = jax.jit(LION.extract_features)(params, batch)
@@ -111,6 +112,7 @@ def test_features_kept_from_the_frozen_vit_give_the_same_loss(params):
     np.testing.assert_allclose(LION.loss(params, kept)[0], LION.loss(params, batch)[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(params):
     thrifty = dataclasses.replace(
         LION,

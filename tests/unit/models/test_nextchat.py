@@ -35,6 +35,7 @@ def params():
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_every_box_kept_is_the_one_that_the_answers_own_words_give(params, beams):
     """Also in beam search, where states must follow their beams; read again at once, with the boxes as inputs."""
@@ -60,6 +61,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(params, beams
         assert not kept["box"][row, count:].any()
 
 
+@pytest.mark.slow
 def test_an_answer_in_a_batch_of_unequal_prompts_is_the_one_given_alone(params):
     config = GenerationConfig(max_new_tokens=NEW, eos_token_id=END, pad_token_id=0, decoder_start_token_id=None)
     together = generate(TINY, params, batch_of(PROMPTS), config)

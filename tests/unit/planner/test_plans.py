@@ -271,6 +271,7 @@ def test_between_slices_only_gradients_go():
     assert any(one.opcode == "all-gather" and not one.cross_slice for one in found)
 
 
+@pytest.mark.slow
 @compiles
 def test_slices_may_be_cut_where_the_chips_of_one_do_not_lie_as_the_mesh_does():
     pod = topologies.parse_topology("v5e-256", 2)
@@ -447,6 +448,7 @@ def test_a_search_ends_where_nothing_fits():
 # The page
 
 
+@pytest.mark.slow
 def test_every_full_size_config_is_planned_for_four_slices():
     names = {path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("tiny")}
     lines = (CONFIGS.parent / "docs" / "plans.md").read_text().splitlines()
@@ -477,6 +479,7 @@ def test_a_compiler_that_breaks_off_is_one_sentence_that_says_where_its_last_wor
     assert str(words) in said.err and "STACK OVERFLOW" in words.read_text() and not said.out
 
 
+@pytest.mark.slow
 def test_a_search_lists_a_mesh_for_which_the_compiler_breaks_off_and_goes_on(breaking, capsys, caplog):
     words = ["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16", "--search"]
     assert cli.main([*words, "--stages.2.batch_size", "64"]) == 0

@@ -73,6 +73,7 @@ def test_alignment_brings_a_vits_features_near_the_words_of_each_patch(reader):
         assert error < 0.95 * far[name], (near, far)
 
 
+@pytest.mark.slow
 def test_what_a_vit_was_aligned_with_can_stay_while_the_t5_learns_on(reader):
     model, params, *_ = reader
     processor, rng = Processor(ProcessorConfig(56)), np.random.default_rng(0)
@@ -92,6 +93,7 @@ def test_what_a_vit_was_aligned_with_can_stay_while_the_t5_learns_on(reader):
     assert (np.asarray(after["head"]["kernel"]) != np.asarray(before["head"]["kernel"])).any()
 
 
+@pytest.mark.slow
 def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
     told_of, params, (fields, code), _ = reader
     sizes = DecoderConfig(1024, 16, 1, 2, 2, 8, 24, tie_embeddings=True, eos_token_id=1)

@@ -44,6 +44,7 @@ def refusals(workdir):
     return [json.loads(line) for line in (workdir / "refused.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_skipped_updates_are_counted_and_listed_and_a_stopped_run_skips_the_same(tmp_path):
     what = experiment(on_bad_step="skip")
     expected, stage = train(tmp_path / "whole", what)
@@ -73,6 +74,7 @@ def test_a_skipped_update_changes_no_parameter(tmp_path):
     assert first == last
 
 
+@pytest.mark.slow
 def test_a_rewound_run_goes_on_behind_the_bad_batch_and_again_when_stopped(tmp_path):
     what = experiment(on_bad_step="rewind", save_every=2)
     expected, stage = train(tmp_path / "whole", what)
@@ -90,18 +92,21 @@ def test_a_rewound_run_goes_on_behind_the_bad_batch_and_again_when_stopped(tmp_p
     assert toy.lines(workdir) == lines and refusals(workdir) == listed
 
 
+@pytest.mark.slow
 def test_too_many_bad_updates_stop_the_run_whatever_the_policy(tmp_path):
     for policy in ("skip", "rewind"):
         with pytest.raises(UserError, match="the loss is nan.*after 1 earlier bad steps"):
             train(tmp_path / policy, experiment(9, on_bad_step=policy, max_bad_steps=1))
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_at_a_bad_update_goes_on_when_told_to_skip(tmp_path):
     with pytest.raises(UserError, match="set run.on_bad_step to skip or rewind"):
         train(tmp_path, experiment())
     assert train(tmp_path, experiment(on_bad_step="skip"))[1]["skipped"] == 2
 
 
+@pytest.mark.slow
 def test_spikes_are_told_by_the_losses_before_them_and_the_same_after_a_stop(tmp_path):
     # Half a deviation above the mean is nothing odd: many are refused, which a stop must not change.
     what = experiment(

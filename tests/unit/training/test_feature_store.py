@@ -55,6 +55,7 @@ def same(one, other):
     return jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), one, other))
 
 
+@pytest.mark.slow
 def test_training_from_files_has_the_same_bits_and_no_tower_runs(tmp_path, looks, expected):
     store = str(tmp_path / "features")
     assert same(train(tmp_path / "first", feature_cache_dir=store), expected[1])

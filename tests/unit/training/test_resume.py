@@ -65,6 +65,7 @@ def train(workdir, what=None, batches=toy.Batches):
     return checkpoint.leaf_checksums(params), report
 
 
+@pytest.mark.slow
 def test_a_run_stopped_anywhere_ends_with_the_same_bits_and_the_same_lines(tmp_path, whole):
     folder, expected, report = whole
     for at in (1, 3, 6, 9):  # at once, between saves, at the end of a stage, in the second stage
@@ -135,6 +136,7 @@ def test_a_damaged_step_is_put_aside_by_name_and_the_one_before_it_is_used(tmp_p
     assert "going back to stage 'two', step 2" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["base/1_two/learned", "frozen", "base/1_two/record"])
 def test_damage_to_what_a_stage_began_with_is_mended(tmp_path, whole, caplog, part):
     folder, expected, _ = whole
@@ -157,6 +159,7 @@ def test_frozen_parameters_that_cannot_be_mended_are_an_error(tmp_path, whole, m
         train(workdir)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tmp_path, whole):
     folder, _, _ = whole
     workdir = copy_of(folder, tmp_path / "run", update=8)
@@ -213,6 +216,7 @@ def test_frozen_parameters_stand_on_disk_once_and_steps_do_not_hold_them(whole):
     assert all(any(name in leaf for name in trained) or "count" in leaf for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_a_stage_from_scratch_begins_with_the_first_parameters(tmp_path):
     two = toy.stage("two", 4, ("blocks", "hint"), start="scratch", system=(("attention", 0.5),))
     what = toy.experiment(toy.stage("one", 2), two)
@@ -259,6 +263,7 @@ def test_weight_files_are_read_by_path_and_the_rest_is_random(tmp_path):
         init.init_params(what, toy.batch_of(range(8)), layout)
 
 
+@pytest.mark.slow
 def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_record(tmp_path, monkeypatch):
     seen = []
     seer = feature_cache.make_feature_fn
@@ -288,6 +293,7 @@ def test_a_stage_that_sees_otherwise_begins_with_an_empty_memory():
         assert len(memory.rows) == held
 
 
+@pytest.mark.slow
 def test_a_run_with_kept_features_goes_on_with_the_same_bits(tmp_path):
     what = toy.experiment(toy.stage("one", 8), run={"cache_features": True})
     expected, _ = train(tmp_path / "whole", what)
@@ -296,6 +302,7 @@ def test_a_run_with_kept_features_goes_on_with_the_same_bits(tmp_path):
     assert train(tmp_path / "stopped", what)[0] == expected
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_goes_on_with_the_same_bits(tmp_path):
     what = toy.experiment(toy.stage("one", 6, optimizer="muon"))
     expected, _ = train(tmp_path / "whole", what)

@@ -88,6 +88,7 @@ def test_the_toy_says_which_of_its_axes_stack_layers():
     assert layer_axes()["blocks/up/kernel"] == 1 and layer_axes()["output/kernel"] == 0
 
 
+@pytest.mark.slow
 def test_updates_are_those_of_torch_adamw_with_clipping():
     torch = pytest.importorskip("torch")
     random = np.random.default_rng(0)
@@ -114,6 +115,7 @@ def test_updates_are_those_of_torch_adamw_with_clipping():
         np.testing.assert_allclose(ours[name], theirs[name].detach().numpy(), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_muon_moves_every_layers_matrices_as_torch_does_and_the_rest_as_adamw():
     torch = pytest.importorskip("torch")
     random = np.random.default_rng(0)
@@ -143,6 +145,7 @@ def test_muon_moves_every_layers_matrices_as_torch_does_and_the_rest_as_adamw():
             assert np.abs(change + 0.03).max() > 0.02  # more than decay
 
 
+@pytest.mark.slow
 def test_a_learning_rate_is_scaled_by_the_first_pattern_that_matches(params):
     trainable, _ = trees.split(params, ["blocks", "output"])
     grads = jax.tree.map(jnp.ones_like, trainable)

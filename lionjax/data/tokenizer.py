@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers: text to ids and back, with the `tokenizers` library (no torch, no transformers).
 
-`load("tiny")` is the byte-pair tokenizer shipped with the package. `load(folder)` reads a `tokenizer.json`, T5's
-`spiece.model` or BERT's `vocab.txt` from a local folder.
+`load("tiny")` is the byte-pair tokenizer shipped with the package. `load(folder)` reads the tokenizer of a local
+folder, in one of the kinds of files that `tokenizer_files.py` lists, such as `tokenizer.json` or `tokenizer.model`.
 """
 
 from __future__ import annotations
 
 import functools
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lionjax.core.types import UserError
+from lionjax.data.tokenizer_files import FILE_NAMES, load_backend, published_files
+from lionjax.data.tokenizer_files import parse_sentencepiece_model as parse_sentencepiece_model
 
 TINY_TOKENIZER_FILE = Path(__file__).parent / "assets" / "tokenizer.json"
 TINY_VOCAB_SIZE = 1024
@@ -27,7 +27,6 @@ SPECIAL_TOKENS = (
     *(f"<extra_id_{i}>" for i in range(16)),
     *("<at>", "<boxes>", "<im_patch>", "<im_start>", "<im_end>"),
 )
-FILE_NAMES = ("tokenizer.json", "spiece.model", "vocab.txt")
 SpecialTokens = tuple[str, str, str, str | None]  # padding, end, unknown and start token
 T5_SPECIAL_TOKENS: SpecialTokens = ("<pad>", "</s>", "<unk>", None)
 # LLaMA with a padding token, T5, BERT, LLaMA as published, SmolLM2.
@@ -92,7 +91,7 @@ class Tokenizer:
 
 @functools.cache
 def load(name: str) -> Tokenizer:
-    """The tokenizer `"tiny"`, or one of a local file or folder (tokenizer.json, spiece.model, vocab.txt).
+    """The tokenizer `"tiny"`, or one of a local file or folder (see `tokenizer_files`).
 
     A folder of converted weights works too: its subfolder `origin` holds the tokenizer files. Raises UserError for a
     missing or unreadable file, and for a tokenizer with unknown special tokens.
@@ -103,10 +102,11 @@ def load(name: str) -> Tokenizer:
         )
     path = tokenizer_file(name)
     try:
-        if path.suffix == ".json":
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        else:
-            backend = _load_bert(path) if path.suffix == ".txt" else _load_t5(path)
+        backend = load_backend(path)
+    except UserError as error:
+        if str(path.parent) in str(error):
+            raise
+        raise UserError(f"{path} cannot be read as a tokenizer: {error}") from error
     except Exception as error:  # the library raises bare Exception for files it cannot read
         raise UserError(
             f"{path} cannot be read as a tokenizer ({error}); give one of {', '.join(FILE_NAMES)}"
@@ -125,6 +125,11 @@ def tokenizer_file(name: str) -> Path:
     return TINY_TOKENIZER_FILE if name == "tiny" else _find_tokenizer_file(Path(name))
 
 
+def tokenizer_files(name: str) -> dict[str, Path]:
+    """{name that transformers looks for: file} of a tokenizer that `load` accepts, with its settings files."""
+    return {"tokenizer.json": TINY_TOKENIZER_FILE} if name == "tiny" else published_files(tokenizer_file(name))
+
+
 def _find_tokenizer_file(path: Path) -> Path:
     # `lionjax convert` stores the tokenizer files of converted weights in the subfolder `origin`.
     candidates = [path / folder / name for folder in ("", "origin") for name in FILE_NAMES]
@@ -133,78 +138,3 @@ def _find_tokenizer_file(path: Path) -> Path:
             return file
     expected = f"a folder with {', '.join(FILE_NAMES[:-1])} or {FILE_NAMES[-1]}"
     raise UserError(f"there is no tokenizer at {str(path)!r}; give 'tiny' or {expected}")
-
-
-def _load_bert(path: Path) -> tokenizers.Tokenizer:
-    """BERT uncased with the token `[DEC]` that LAVIS adds (id 30522 for bert-base-uncased)."""
-    pieces = path.read_text(encoding="utf-8").splitlines()
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    if missing := [piece for piece in special if piece not in vocabulary]:
-        raise UserError(f"it lacks the special tokens {', '.join(missing)}")
-    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    backend.add_special_tokens([*special, "[DEC]"])
-    return backend
-
-
-def _load_t5(path: Path) -> tokenizers.Tokenizer:
-    """T5's SentencePiece model with its 100 sentinels `<extra_id_i>`, whose ids count down from the last one."""
-    pieces, charsmap = parse_sentencepiece_model(path.read_bytes())
-    # Some copies of the file contain <s> or the sentinels, which would shift all ids.
-    skip = {"<pad>", "</s>", "<unk>", "<s>"}
-    text_pieces = [p for p in pieces if p[0] not in skip and not p[0].startswith("<extra_id_")][:31997]
-    sentinels = [f"<extra_id_{i}>" for i in reversed(range(100))]
-    head = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    vocabulary = head + text_pieces + [(piece, 0.0) for piece in sentinels]
-    backend = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
-    if charsmap:
-        backend.normalizer = normalizers.Precompiled(charsmap)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
-    )
-    backend.decoder = decoders.Metaspace(prepend_scheme="always")
-    backend.add_special_tokens(["<pad>", "</s>", "<unk>", *sentinels])
-    return backend
-
-
-def parse_sentencepiece_model(data: bytes) -> tuple[list[tuple[str, float]], bytes]:
-    """((piece, score) list, precompiled normalizer table) of a SentencePiece model, parsed from its protobuf."""
-    pieces, charsmap = [], b""
-    for field, value in _protobuf_fields(data):
-        if field == 1:
-            row = dict(_protobuf_fields(value))
-            score = struct.unpack("<f", row[2])[0] if 2 in row else 0.0
-            pieces.append((row[1].decode("utf-8"), score))
-        elif field == 3:
-            charsmap = dict(_protobuf_fields(value)).get(2, b"")
-    return pieces, charsmap
-
-
-def _protobuf_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yields (field number, raw value) of a protobuf message; varint values are returned as empty bytes."""
-    offset = 0
-    while offset < len(data):
-        key, offset = _read_varint(data, offset)
-        wire_type = key & 7
-        if wire_type == 0:
-            _, offset = _read_varint(data, offset)
-            yield key >> 3, b""
-            continue
-        length, offset = _read_varint(data, offset) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], offset)
-        if offset + length > len(data):
-            raise UserError("the file is truncated")
-        yield key >> 3, data[offset : offset + length]
-        offset += length
-
-
-def _read_varint(data: bytes, offset: int) -> tuple[int, int]:
-    """(value, offset of the next byte) of a protobuf varint."""
-    value = shift = 0
-    while True:
-        value |= (data[offset] & 127) << shift
-        shift, offset = shift + 7, offset + 1
-        if data[offset - 1] < 128:
-            return value, offset

@@ -159,8 +159,8 @@ class Model:
         """{name in a model's folder: file} of the tokenizers."""
         c = self.processor.config
         folders = tokenizer_folders(self.experiment.model)
-        files = {folder: tokenizer.tokenizer_file(getattr(c, field)) for field, folder in folders.items()}
-        return {str(Path(folder, TOKENIZER_FILE_NAMES[file.suffix])): file for folder, file in files.items()}
+        found = {folder: tokenizer.tokenizer_files(getattr(c, field)) for field, folder in folders.items()}
+        return {str(Path(folder, name)): file for folder, files in found.items() for name, file in files.items()}
 
 
 def build_inputs(images, prompts, boxes, tags, category, history=None, shots=None) -> list[ImageTextInput]:

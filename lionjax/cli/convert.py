@@ -15,11 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="A=N,B=N", default="", help="mesh of orbax: fsdp=4,tensor=2")
     parser.add_argument("--system", metavar="NAME", help="the format of SRC, if not in its config.json")
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT folder with a LoRA for SRC")
-    parser.add_argument("--base", metavar="DIR", help="the LLaMA that SRC is a delta of")
+    parser.add_argument("--base", metavar="DIR", help="the model that SRC is a delta of, or a LoRA for")
     parser.add_argument("--add-words", metavar="A,B", default="", help="tokens to add to the vocabulary")
     parser.add_argument("--vocab-multiple", metavar="N", type=int, default=1, help="pad the vocabulary to a multiple")
     parser.add_argument("--image-size", metavar="N", type=int, help="interpolate positions to N pixels")
-    parser.add_argument("--merge-lora", action="store_true", help="merge the LoRA into its kernels")
+    parser.add_argument("--merge-lora", action="store_true", help="merge the LoRA into the weights")
     parser.add_argument("--verify", action="store_true", help="compare both models module by module")
 
 

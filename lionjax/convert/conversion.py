@@ -75,19 +75,19 @@ def convert(
     `to` is "jax" (parameter paths, `params.safetensors`) or "torch" (the original's keys, `model.safetensors`).
     `shard_bytes` is the largest size of one file. Only with `to="jax"`: `system` names the checkpoint format where
     config.json does not, `adapter` is a PEFT folder with a LoRA for `src`, `base` is the model that `src` is a delta
-    of, and `resize_options` changes vocabulary and image size. Only with `to="torch"`: `merge_lora` merges a LoRA into
-    its kernels; without it the LoRA is written to a subfolder `adapter`. `dst` is renamed into place when it is
+    of or a LoRA for, and `resize_options` changes vocabulary and image size. `merge_lora` merges a LoRA into the
+    weights; without it, it stays separate, in torch in a subfolder `adapter`. `dst` is renamed into place when it is
     complete. Raises UserError for wrong options and for every problem between checkpoint and model.
     """
     start = time.perf_counter()
     if to not in ("jax", "torch"):
         raise UserError(f"to is {to!r}; it can be 'jax' or 'torch'")
-    if merge_lora and to == "jax":
-        raise UserError("merge_lora works with --to torch only; with --to jax a LoRA stays separate, so leave it out")
     has_options = adapter is not None or base is not None or resize_options != ResizeOptions()
+    is_orbax = orbax.is_checkpoint(Path(src))
+    if to == "jax" and merge_lora and is_orbax:
+        raise UserError(f"{src} is an Orbax checkpoint, whose LoRA stays separate; merge it with --to torch")
     if to == "torch" and has_options:
         raise UserError("base, adapter, added tokens and image_size work with --to jax only; convert --to jax first")
-    is_orbax = orbax.is_checkpoint(Path(src))
     if is_orbax:
         orbax.return_freed_memory()
     if to == "jax" and is_orbax:
@@ -97,7 +97,7 @@ def convert(
             )
         report = _convert_orbax_to_jax(Path(src), Path(dst), shard_bytes)
     elif to == "jax":
-        source = detect.open_checkpoint(Path(src), system, adapter and Path(adapter), base and Path(base))
+        source = detect.open_checkpoint(Path(src), system, adapter and Path(adapter), base and Path(base), merge_lora)
         report = _convert_torch_to_jax(source, Path(dst), shard_bytes, resize_options)
     else:
         report = _convert_jax_to_torch(Path(src), Path(dst), shard_bytes, merge_lora)

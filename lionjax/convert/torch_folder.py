@@ -98,8 +98,7 @@ def merge_lora_weights(config: Any, flat_params: Mapping) -> tuple[Any, Mapping]
     model_config = detect.model_config_of(config)
     if (lora := loras.find_lora_config(model_config)) is None:
         raise UserError("this model has no LoRA to merge; leave out --merge-lora")
-    merged_config = loras.with_lora(model_config, dataclasses.replace(lora, rank=0))
-    return replace_model_config(config, merged_config), loras.merge_lora(flat_params, lora)
+    return replace_model_config(config, loras.without_lora(model_config)), loras.merge_lora(flat_params, lora)
 
 
 def replace_model_config(config: Any, model_config: Any) -> Any:
@@ -138,24 +137,18 @@ def write_torch_folder(
         model_settings = checkpoint_format.config_to_hf(detect.model_config_of(config)) | {"dtype": dtype}
         hf_config = _deep_update(hf_config, model_settings)
         (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-        _write_adapter_config(config, plan, hf_config, folder / loras.ADAPTER_FOLDER)
+        if any(map(loras.is_lora_key, plan.output_specs)):
+            lora = loras.find_lora_config(detect.model_config_of(config))
+            architecture = (hf_config.get("architectures") or [""])[0]
+            settings = loras.adapter_config(lora, plan.output_specs, architecture, checkpoint_format.module_names)
+            file = folder / loras.ADAPTER_FOLDER / loras.ADAPTER_CONFIG_FILE
+            file.write_text(json.dumps(settings, indent=2) + "\n")
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
         files += model_card.write_processor_configs(config, folder)
         (folder / "README.md").write_text(
             model_card.render_model_card(checkpoint_format.name, config, hf_config, plan.output_specs)
         )
     return (*files, "config.json", CONFIG_FILE, "README.md")
-
-
-def _write_adapter_config(config: Any, plan: ConversionPlan, settings: dict, folder: Path) -> None:
-    """Write PEFT's adapter_config.json into `folder` where the plan has LoRA tensors."""
-    lora_keys = [name for name in plan.output_specs if loras.is_lora_key(name)]
-    if lora_keys:
-        lora = loras.find_lora_config(detect.model_config_of(config))
-        matrix_keys = {n for n, spec in plan.output_specs.items() if len(spec.shape) == 2 and n not in lora_keys}
-        architecture = (settings.get("architectures") or [""])[0]
-        adapter_config = loras.adapter_config(lora, lora_keys, matrix_keys, architecture)
-        (folder / loras.ADAPTER_CONFIG_FILE).write_text(json.dumps(adapter_config, indent=2) + "\n")
 
 
 def _deep_update(old: dict, new: dict) -> dict:

@@ -71,7 +71,7 @@ class Dense(nn.Module):
             "kernel", with_logical_partitioning(self.kernel_init, self.kernel_axes), (self.in_features, *features)
         )
         y = jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
-        if self.lora.rank and self.name in self.lora.target_modules:
+        if self.lora.targets(self.path):
             y = y + self.lora_delta(x, features, key)
         if self.use_bias:
             y = y + self.param("bias", with_logical_partitioning(zeros, self.kernel_axes[1:]), features).astype(x.dtype)
@@ -108,7 +108,7 @@ class DenseFromHeads(nn.Module):
             "kernel", with_logical_partitioning(flatten_fan_in(self.kernel_init), ("heads", "head", "embed")), shape
         )
         y = x @ kernel.reshape(-1, self.features).astype(x.dtype)
-        if self.lora.rank and self.name in self.lora.target_modules:
+        if self.lora.targets(self.path):
             rank = self.lora.rank
             axes = ("heads", "head", "narrow")
             a = self.param(
@@ -237,17 +237,18 @@ class MLP(nn.Module):
     kernel_init: Callable = normal(0.02)
     zero_init_output: bool = False  # zero kernel of `down`, so that the output starts at 0
     sub_ln_eps: float | None = None  # epsilon of a norm before `down` (sub-LN); None: no norm
+    lora: LoraConfig = LoraConfig()
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, key=None):
         down_init = zeros if self.zero_init_output else self.kernel_init
         out_features = self.out_features or self.width
-        up = Dense(self.width, self.mlp_dim, ("embed", "mlp"), self.use_bias, self.kernel_init, name="up")
-        down = Dense(self.mlp_dim, out_features, ("mlp", "embed"), self.use_bias, down_init, name="down")
-        h = ACTIVATIONS[self.activation](up(x))
+        up = Dense(self.width, self.mlp_dim, ("embed", "mlp"), self.use_bias, self.kernel_init, self.lora, name="up")
+        down = Dense(self.mlp_dim, out_features, ("mlp", "embed"), self.use_bias, down_init, self.lora, name="down")
+        h = ACTIVATIONS[self.activation](up(x, fold_in(key, 1)))
         if self.sub_ln_eps is not None:
             h = LayerNorm(self.mlp_dim, self.sub_ln_eps, name="norm")(h)
-        return down(h)
+        return down(h, fold_in(key, 2))
 
 
 class GatedMLP(nn.Module):

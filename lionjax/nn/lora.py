@@ -16,4 +16,9 @@ class LoraConfig:
     rank: int = 0
     alpha: float = 16.0
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q", "v")  # names of the dense layers with an update
+    target_modules: tuple[str, ...] = ("q", "v")  # names or ends of paths of the dense layers with an update
+
+    def targets(self, path: tuple[str, ...]) -> bool:
+        """Whether the dense layer at this path of module names has an update."""
+        name = "/" + "/".join(path)
+        return self.rank > 0 and any(name.endswith("/" + target) for target in self.target_modules)

@@ -37,6 +37,8 @@ class CheckpointFormat:
     inner_prefix: str = ""  # prefix of the model's names in files of a larger model
     # (regular expression, replacement): names of other versions -> names of the weight map.
     key_patterns: tuple[tuple[str, str], ...] = ()
+    # (regular expression, replacement): names of the weight map -> module names of transformers' class, for PEFT.
+    module_names: tuple[tuple[str, str], ...] = ()
     # (config, tensor names) -> config with the fields that only the names determine.
     infer_from_keys: Callable[[Any, Collection[str]], Any] = lambda config, names: config
     # (config, tensors, folder) -> tensors under the weight map's names, with those of other files in the folder.

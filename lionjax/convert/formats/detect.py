@@ -16,9 +16,9 @@ from lionjax.convert.formats import delta
 from lionjax.convert.formats import peft as loras
 from lionjax.convert.formats.bert import BERT
 from lionjax.convert.formats.checkpoint_format import CheckpointFormat, CheckpointSource, read_hf_config
-from lionjax.convert.formats.hf_language import LANGUAGE_FORMATS
+from lionjax.convert.formats.hf_language import LANGUAGE_FORMATS, LLAMA
 from lionjax.convert.formats.hf_vision import CLIP_FILE, VISION_FORMATS
-from lionjax.convert.formats.hf_vlm import VLM_FORMATS
+from lionjax.convert.formats.hf_vlm import LLAVA, VLM_FORMATS
 from lionjax.convert.formats.key_fit import open_part
 from lionjax.convert.formats.kosmos2 import KOSMOS_2
 from lionjax.convert.formats.lavis import BLIP2_STAGE1, EVA_FILE, find_lavis_files, open_lavis
@@ -26,6 +26,7 @@ from lionjax.convert.formats.lion import LION, find_lion_file, open_lion
 from lionjax.convert.formats.mplug_owl import MPLUG_OWL
 from lionjax.convert.formats.nextchat import REGION_FORMATS
 from lionjax.convert.formats.openflamingo import FLAMINGO, open_flamingo
+from lionjax.convert.formats.peft_reader import MERGE_HINT, AdapterReader, open_non_lora
 from lionjax.convert.formats.ram import RAM_FILE, TAGGING_FORMATS
 from lionjax.convert.formats.sam import META_SAM_FILE
 from lionjax.convert.io.reader import (
@@ -36,20 +37,25 @@ from lionjax.convert.io.reader import (
     open_weights,
 )
 from lionjax.core import config as configs
+from lionjax.core import params as trees
 from lionjax.core.types import Params, UserError
 
 CONFIG_FILE = "lionjax.json"  # the exact lionjax config; written beside torch and lionjax weights
 
 
 def open_checkpoint(
-    path: Path, format_name: str | None = None, adapter: Path | None = None, base: Path | None = None
+    path: Path,
+    format_name: str | None = None,
+    adapter: Path | None = None,
+    base: Path | None = None,
+    merge_lora: bool = False,
 ) -> CheckpointSource:
     """The checkpoint at `path` (a folder or a weight file), recognized and opened; tensors are read on access.
 
     The format comes from `format_name`, from lionjax.json beside the weights, from the released file names (LION,
     LAVIS, SAM, RAM, CLIP), or from model_type in config.json, in this order. `adapter`: a PEFT folder with a LoRA, by
-    default the subfolder `adapter`. `base`: the model that the checkpoint is a delta of. Raises UserError where the
-    format is unknown or a part is missing.
+    default the subfolder `adapter`; `merge_lora` merges it into the weights. `base`: the model that the checkpoint is a
+    delta of, or a LoRA for. Raises UserError where the format is unknown or a part is missing.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
@@ -59,17 +65,76 @@ def open_checkpoint(
     else:
         check_readable_format(path)
     if (folder / loras.ADAPTER_CONFIG_FILE).is_file():
-        raise UserError(f"{folder} holds only a LoRA; give the folder of its base model, and this one as --adapter")
-    source = _detect_and_open(path, folder, format_name, base)
-    adapter_folder = (source.folder or folder) / loras.ADAPTER_FOLDER
+        if base is None or adapter is not None:
+            raise UserError(
+                f"{folder} holds only a LoRA; give the folder of its base model, and this one as --adapter, or this "
+                "one and the base model as --base"
+            )
+        return open_checkpoint(base, format_name, folder, merge_lora=merge_lora)
+    if adapter is not None and _is_llava_adapter(adapter, folder):
+        source = _open_llava_adapter(path, folder, adapter)
+    else:
+        source = _detect_and_open(path, folder, format_name, base)
+    adapter_folder = adapter or (source.folder or folder) / loras.ADAPTER_FOLDER
     if adapter is None and not adapter_folder.is_dir():
+        if merge_lora:
+            raise UserError(f"{path} has no adapter to merge; give its folder as --adapter, or leave out --merge-lora")
         return source
+    return add_adapter(source, adapter_folder, merge_lora)
+
+
+def _is_llava_adapter(adapter: Path, base: Path) -> bool:
+    """Whether a folder is a LoRA of LLaVA's own code for a LLaMA: it has the config.json of the whole LLaVA."""
+    hf_config, base_config = (read_hf_config(folder / "config.json") for folder in (adapter, base))
+    is_llava = hf_config.get("model_type") in LLAVA.model_types and "text_config" not in hf_config
+    return is_llava and base_config.get("model_type") in LLAMA.model_types
+
+
+def _open_llava_adapter(path: Path, folder: Path, adapter: Path) -> CheckpointSource:
+    """The LLaVA of a LoRA of LLaVA's own code: its config and projector, the LLaMA at `path`, and the tower.
+
+    The tower is a subfolder of `adapter` or of `folder`, the folder of the LLaMA.
+    """
+    config = LLAVA.config_from_hf(read_hf_config(adapter / "config.json"))
+    language, trained = open_part(path, LLAMA, config.language), open_non_lora(adapter)
+    tensors = language.replaced(trained, trained)
+    tower_folder = adapter if any(adapter.glob("*/config.json")) else folder
+    tensors = LLAVA.prepare_tensors(config, tensors, tower_folder)
+    return CheckpointSource(LLAVA, config, tensors, folder)
+
+
+def add_adapter(source: CheckpointSource, folder: Path, merge_lora: bool) -> CheckpointSource:
+    """The checkpoint with the adapter of a PEFT folder, separate or merged into its tensors."""
     model_config = model_config_of(source.config)
     weight_map = source.checkpoint_format.weight_map(model_config)
-    lora_config, lora_tensors = loras.open_adapter(adapter or adapter_folder, model_config, weight_map)
-    is_model_config = model_config is source.config
-    config = lora_config if is_model_config else dataclasses.replace(source.config, model=lora_config)
-    return dataclasses.replace(source, config=config, tensors=source.tensors | lora_tensors)
+    reader = AdapterReader(folder, source, weight_map)
+    arrays, config = {}, model_config
+    if merge_lora:
+        if loras.find_lora_config(model_config) is not None:
+            raise UserError(
+                f"the config of {folder.parent} has a LoRA; convert to jax first, then merge with --to torch"
+            )
+        changed = reader.merged()
+    elif reader.modules:
+        known = loras.find_lora_config(model_config)
+        lora, arrays, changed = reader.separate(known)
+        if known is None:
+            all_kernels = [path for m in weight_map for path in m.flax_paths if path.endswith("/kernel")]
+            config = loras.add_lora(model_config, lora, reader.kernels(), all_kernels)
+            _check_lora_paths(source.checkpoint_format, config, reader.kernels())
+    else:
+        changed = reader.merged()  # modules_to_save without LoRA
+    tensors = source.tensors.replaced(changed | arrays, reader.tensors)
+    config = config if model_config is source.config else dataclasses.replace(source.config, model=config)
+    return dataclasses.replace(source, config=config, tensors=tensors)
+
+
+def _check_lora_paths(checkpoint_format: CheckpointFormat, config: Any, kernels: list[str]) -> None:
+    """Raise UserError unless the model with this config has LoRA matrices for exactly these kernels."""
+    _, abstract_params = weight_map_and_abstract_params(checkpoint_format, config)
+    layers = {path.removesuffix("/lora_a") for path in trees.flatten(abstract_params) if path.endswith("/lora_a")}
+    if differing := layers ^ {path.removesuffix("/kernel") for path in kernels}:
+        raise UserError(f"the LoRA of {min(differing)!r} cannot stay separate; {MERGE_HINT}")
 
 
 def _detect_and_open(path: Path, folder: Path, format_name: str | None, delta_base: Path | None) -> CheckpointSource:
@@ -157,7 +222,8 @@ def weight_map_and_abstract_params(checkpoint_format: CheckpointFormat, config: 
     try:
         weight_map = tuple(checkpoint_format.weight_map(model_config))
         abstract_params = checkpoint_format.abstract_params(model_config)
-        return (*weight_map, *loras.lora_weight_map(weight_map, abstract_params)), abstract_params
+        lora_map = loras.lora_weight_map(weight_map, abstract_params, checkpoint_format.module_names)
+        return (*weight_map, *lora_map), abstract_params
     except UserError:
         raise
     except Exception as error:  # any layer may raise any exception for sizes that it cannot use

@@ -137,6 +137,7 @@ CLIP = CheckpointFormat(
         r"((text_model|(text|visual)_projection)\..*|logit_scale)(?#text tower and contrastive projections)",
     ),
     base_model_prefix="vision_model.",
+    module_names=((r"^vision_model\.", ""),),
 )
 # Read only; written as CLIP, with Hugging Face's names.
 OPENAI_CLIP = CheckpointFormat(
@@ -237,4 +238,5 @@ SWIN = CheckpointFormat(
         r"(classifier|decoder)\..*(?#heads)",
     ),
     base_model_prefix="swin.",
+    module_names=((r"^swin\.", ""),),
 )

@@ -44,6 +44,12 @@ LLAVA_KEY_PATTERNS = (  # names of newer transformers models and files -> names 
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
 )
+LLAVA_MODULE_NAMES = (  # names of the published files -> modules of transformers' class since 4.52
+    (r"^language_model\.(?=lm_head\.)", ""),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+)
 
 
 def language_config_from_hf(hf_config: dict | None, default_type: str, path: str = "") -> Any:
@@ -390,6 +396,7 @@ LLAVA = CheckpointFormat(
     _llava_config_to_hf,
     ignore_patterns=(_POSITION_IDS_PATTERN, _ROPE_BUFFER_PATTERN),
     key_patterns=LLAVA_KEY_PATTERNS,
+    module_names=LLAVA_MODULE_NAMES,
     prepare_tensors=_prepare_llava_tensors,
 )
 BLIP2 = CheckpointFormat(

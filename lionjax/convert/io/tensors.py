@@ -75,6 +75,12 @@ class CheckpointTensors(Mapping):
         merged.memory_mapped = self.memory_mapped | other.memory_mapped
         return merged
 
+    def replaced(self, arrays: Mapping, other: CheckpointTensors) -> CheckpointTensors:
+        """The tensors with `arrays`, which come from the files of `other`, added or put in place."""
+        tensors = CheckpointTensors(self.arrays | dict(arrays), self.files + other.files, self.skipped | other.skipped)
+        tensors.memory_mapped = self.memory_mapped - arrays.keys()
+        return tensors
+
     def release(self, name: str, array: np.ndarray | None = None) -> None:
         """Unmap the pages of a tensor, or of the part `array`, that has been read; they stay in the page cache.
 

@@ -24,11 +24,13 @@ from lionjax.nn.layers import (
     GatedMLP,
     LayerNorm,
     dense_weight_map,
+    fold_in,
     norm_weight_map,
     normal,
     scan_blocks,
     split_key,
 )
+from lionjax.nn.lora import LoraConfig
 
 
 @renamed_fields(
@@ -95,6 +97,7 @@ class ImageToTextProjectionConfig:
     num_heads: int = 32
     num_query_tokens: int = 64
     init_std: float = 0.02
+    lora: LoraConfig = LoraConfig()
 
 
 def _query_tokens(module: nn.Module, init_std: float = 0.02):
@@ -178,12 +181,13 @@ class ImageToTextProjection(nn.Module):
     @nn.compact
     def __call__(self, source_BPD, key=None):
         c = self.c
-        dense = Dense(c.vision_width, c.width, ("embed", None), kernel_init=normal(c.init_std), name="dense")
-        source_BPD = dense(source_BPD)
+        init = normal(c.init_std)
+        dense = Dense(c.vision_width, c.width, ("embed", None), kernel_init=init, lora=c.lora, name="dense")
+        source_BPD = dense(source_BPD, fold_in(key, 1))
         query_QD = _query_tokens(self, 1.0).astype(source_BPD.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
-        attention = Attention(c.width, c.num_heads, c.width // c.num_heads, name="attention")
-        return attention(x_BQD, jnp.concatenate([source_BPD, x_BQD], axis=1))
+        attention = Attention(c.width, c.num_heads, c.width // c.num_heads, lora=c.lora, name="attention")
+        return attention(x_BQD, jnp.concatenate([source_BPD, x_BQD], axis=1), key=fold_in(key, 2))
 
 
 def build_connector(c: AbstractorConfig | ImageToTextProjectionConfig) -> nn.Module:

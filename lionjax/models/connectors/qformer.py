@@ -32,6 +32,7 @@ from lionjax.nn.layers import (
     split_key,
     zeros,
 )
+from lionjax.nn.lora import LoraConfig
 
 
 @renamed_fields(
@@ -61,6 +62,7 @@ class QFormerConfig:
     norm_eps: float = 1e-12
     dropout: float = 0.1
     use_text_input: bool = True  # read the instruction (InstructBLIP); False: queries only (BLIP-2 after stage 1)
+    lora: LoraConfig = LoraConfig()
 
 
 @renamed_fields(heads="num_heads", hidden="mlp_dim", eps="norm_eps", projector="projector_mlp_dim")
@@ -89,6 +91,7 @@ class PostNormBlock(nn.Module):
     source_width: int | None = None  # of the image features; None: no cross-attention
     separate_text_mlp: bool = False  # a feed-forward for the text; False: none
     zero_init_output: bool = False  # zero output projections at the start, as in LION's aggregator
+    lora: LoraConfig = LoraConfig()
 
     def make_attention(self, name, source_width=None):
         out = zeros if self.zero_init_output else normal(0.02)
@@ -101,6 +104,7 @@ class PostNormBlock(nn.Module):
             source_width,
             dropout_rate=self.dropout_rate,
             kernel_inits=inits,
+            lora=self.lora,
             name=name,
         )
 
@@ -116,10 +120,10 @@ class PostNormBlock(nn.Module):
         keys = split_key(key, 6)
         x_BLD = jnp.concatenate([query_BQD, text_BLD], axis=1)
         attention = self.make_attention("self_attention")
-        keys_values = new_kv = attention.project_key_value(x_BLD)
+        keys_values = new_kv = attention.project_key_value(x_BLD, keys[0])
         if past_kv is not None:
             keys_values = tuple(jnp.concatenate(pair, axis=1) for pair in zip(past_kv, new_kv))
-        change = attention.attend(attention.project_query(x_BLD), keys_values, mask, None, keys[0])
+        change = attention.attend(attention.project_query(x_BLD, keys[0]), keys_values, mask, None, keys[0])
         x_BLD = self.make_norm("self_norm")(x_BLD + dropout(change, self.dropout_rate, keys[1]))
         queries = query_BQD.shape[1]
         query_BQD, text_BLD = x_BLD[:, :queries], x_BLD[:, queries:]
@@ -133,7 +137,8 @@ class PostNormBlock(nn.Module):
         return query_BQD, text_BLD, new_kv
 
     def feed_forward(self, mlp_name, norm_name, x_BLD, key):
-        change = MLP(self.width, self.mlp_dim, zero_init_output=self.zero_init_output, name=mlp_name)(x_BLD)
+        mlp = MLP(self.width, self.mlp_dim, zero_init_output=self.zero_init_output, lora=self.lora, name=mlp_name)
+        change = mlp(x_BLD, key)
         return self.make_norm(norm_name)(x_BLD + dropout(change, self.dropout_rate, key))
 
 
@@ -157,6 +162,7 @@ class CrossAttentionGroup(nn.Module):
                 c.dropout,
                 source_width,
                 c.use_text_input,
+                lora=c.lora,
                 name=f"block_{member}",
             )
             block_past_kv = None if past_kv is None else past_kv[member]

@@ -27,6 +27,7 @@ from lionjax.nn.layers import (
     scan_blocks,
     split_key,
 )
+from lionjax.nn.lora import LoraConfig
 
 
 @renamed_fields(
@@ -55,6 +56,7 @@ class BertConfig:
     dropout: float = 0.1
     pooler: bool = True
     pad_token_id: int = 0
+    lora: LoraConfig = LoraConfig()
 
 
 BERT_BASE = BertConfig()
@@ -69,10 +71,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BLD, key, mask):
         c, keys = self.c, split_key(key, 3)
-        attention = Attention(c.width, c.num_heads, c.width // c.num_heads, dropout_rate=c.dropout, name="attention")
+        attention = Attention(
+            c.width, c.num_heads, c.width // c.num_heads, dropout_rate=c.dropout, lora=c.lora, name="attention"
+        )
         change_BLD = dropout(attention(x_BLD, mask=mask, key=keys[0]), c.dropout, keys[1])
         x_BLD = LayerNorm(c.width, c.norm_eps, name="norm1")(x_BLD + change_BLD)
-        change_BLD = MLP(c.width, c.mlp_dim, c.activation, name="mlp")(x_BLD)
+        change_BLD = MLP(c.width, c.mlp_dim, c.activation, lora=c.lora, name="mlp")(x_BLD, keys[2])
         change_BLD = dropout(change_BLD, c.dropout, keys[2])
         x_BLD = LayerNorm(c.width, c.norm_eps, name="norm2")(x_BLD + change_BLD)
         return with_logical_constraint(x_BLD, "batch", "length", "act_embed"), None
@@ -106,7 +110,7 @@ class Bert(nn.Module):
         x_BLD, _ = scan(c, name="blocks")(x_BLD, layer_keys, mask)
         first_BD = x_BLD[:, 0]
         if c.pooler:
-            first_BD = jnp.tanh(Dense(c.width, c.width, ("embed", None), name="pooler")(first_BD))
+            first_BD = jnp.tanh(Dense(c.width, c.width, ("embed", None), lora=c.lora, name="pooler")(first_BD))
         return x_BLD, first_BD
 
 

@@ -262,8 +262,10 @@ class Block(nn.Module):
             change_BLD = mlp(h_BLD, 0.0, keys[2])
         else:
             use_bias = bool(c.attention_biases)
-            mlp = MLP(c.width, c.mlp_dim, c.activation, use_bias=use_bias, sub_ln_eps=sub_ln_eps, name="mlp")
-            change_BLD = mlp(h_BLD)
+            mlp = MLP(
+                c.width, c.mlp_dim, c.activation, use_bias=use_bias, sub_ln_eps=sub_ln_eps, lora=c.lora, name="mlp"
+            )
+            change_BLD = mlp(h_BLD, keys[2])
         out_BLD = x_BLD + dropout(change_BLD, c.dropout, keys[2])
         if c.adapters is not None:
             out_BLD = out_BLD + RoutedAdapters(c.width, c.adapters, name="adapters")(x_BLD, task_B)
@@ -320,7 +322,7 @@ class Decoder(nn.Module):
             self.position = Embed(c.max_positions, c.width)
         self.norm = make_norm(c.norm, c.width, c.norm_eps, bool(c.attention_biases))
         if not c.tie_embeddings:
-            self.head = Dense(c.width, c.padded_vocab_size, ("embed", "vocab"), use_bias=False)
+            self.head = Dense(c.width, c.padded_vocab_size, ("embed", "vocab"), use_bias=False, lora=c.lora)
 
         if c.cross_attention is None:
             self.blocks = scan_blocks(remat_block(Block, c.remat), c.depth, 4)(c)

@@ -232,7 +232,7 @@ class T5(nn.Module):
         self.embedding = Embed(c.vocab_size, c.width, normal(1.0))
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
-        self.head = Dense(c.width, c.vocab_size, ("embed", "vocab"), False, normal(c.width**-0.5))
+        self.head = Dense(c.width, c.vocab_size, ("embed", "vocab"), False, normal(c.width**-0.5), c.lora)
 
     def embed(self, ids_BL, dtype=jnp.float32):
         return self.embedding(ids_BL, dtype)

@@ -38,6 +38,7 @@ from lionjax.nn.layers import (
     remat_block,
     scan_blocks,
 )
+from lionjax.nn.lora import LoraConfig
 
 
 @renamed_fields(
@@ -67,6 +68,7 @@ class ViTConfig:
     pre_layernorm: bool = False  # a norm before the first block (CLIP)
     post_layernorm: bool = False  # a norm of the class token's last state (CLIP)
     remat: str = "none"
+    lora: LoraConfig = LoraConfig()
 
     @property
     def num_patches(self) -> int:
@@ -105,9 +107,10 @@ class Block(nn.Module):
     def __call__(self, carry, index):
         c = self.c
         x_BPD, features_TBPD = carry
-        attention = Attention(c.width, c.num_heads, c.width // c.num_heads, biases=c.attention_biases, name="attention")
+        head = c.width // c.num_heads
+        attention = Attention(c.width, c.num_heads, head, biases=c.attention_biases, lora=c.lora, name="attention")
         x_BPD = x_BPD + attention(LayerNorm(c.width, c.norm_eps, name="norm1")(x_BPD))
-        x_BPD = x_BPD + MLP(c.width, c.mlp_dim, c.activation, name="mlp")(
+        x_BPD = x_BPD + MLP(c.width, c.mlp_dim, c.activation, lora=c.lora, name="mlp")(
             LayerNorm(c.width, c.norm_eps, name="norm2")(x_BPD)
         )
         x_BPD = with_logical_constraint(x_BPD, "batch", "length", "act_embed")

@@ -30,6 +30,7 @@ from lionjax.models.vision.vit import CLIP_VIT_L, EVA_VIT_G, ViT, ViTConfig
 from lionjax.models.vlm import visual_prefix_weights
 from lionjax.nn import losses
 from lionjax.nn.layers import MLP, Dense, LayerNorm, normal, split_key
+from lionjax.nn.lora import LoraConfig
 
 TORCH_NAMES = ("hugging_face", "original")
 VICUNA_TEMPLATE = (
@@ -86,6 +87,7 @@ class VisualPrefixLM(VLM):
     num_prefix_tokens: int = 0
     add_image_end_token: bool = False
     pool_stride: int = 1
+    lora: LoraConfig = LoraConfig()  # of the projector; the other parts have their own
 
     def __post_init__(self):
         check_choices(self, torch_names=TORCH_NAMES, projector_depth=(0, 1, 2))
@@ -270,9 +272,10 @@ class VisualPrefixLMModule(nn.Module):
             self.latents = perceiver.build_connector(c.resampler)
             image_width = c.resampler.width
         if c.projector_depth == 1:
-            self.projector = Dense(image_width, width * max(1, c.num_prefix_tokens), ("embed", None))
+            outputs = width * max(1, c.num_prefix_tokens)
+            self.projector = Dense(image_width, outputs, ("embed", None), lora=c.lora)
         elif c.projector_depth == 2:
-            self.projector = MLP(image_width, width, "gelu", out_features=width)
+            self.projector = MLP(image_width, width, "gelu", out_features=width, lora=c.lora)
         if c.add_image_end_token:
             self.last_word = self.param("last_word", with_logical_partitioning(normal(0.02), ("embed",)), (width,))
         self.language = language_model(c.language)
@@ -310,7 +313,7 @@ class VisualPrefixLMModule(nn.Module):
         if c.num_prefix_tokens:
             x_BPD = x_BPD.mean(axis=1, keepdims=True)
         if c.projector_depth:
-            x_BPD = self.projector(x_BPD)
+            x_BPD = self.projector(x_BPD, key)
         x_BPD = x_BPD.reshape(rows, num_images, -1, c.language.width)
         if c.add_image_end_token:
             end = jnp.broadcast_to(self.last_word.astype(x_BPD.dtype), (rows, num_images, 1, c.language.width))

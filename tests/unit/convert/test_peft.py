@@ -21,6 +21,7 @@ from weight_files import assert_same, damaged, damages
 
 from lionjax import convert
 from lionjax.convert.formats import peft as loras
+from lionjax.convert.mapping.plan import TensorSpec
 from lionjax.core import params as trees
 from lionjax.core.types import UserError
 from lionjax.data.tokenizer import TINY_TOKENIZER_FILE
@@ -83,8 +84,10 @@ def test_names_that_other_parts_share_are_told_in_full():
         "language_model.model.layers.{}.self_attn.q_proj",
     )
     modules = [name.format(k) + ".weight" for name in (tower, language) for k in range(12)]
+    specs = dict.fromkeys(modules, TensorSpec((8, 8), np.dtype("float32")))
     detours = [f"base_model.model.{language.format(k)}.lora_{x}.weight" for k in range(12) for x in "AB"]
-    targets = loras.adapter_config(LORA, detours, modules, "")["target_modules"]
+    specs |= dict.fromkeys(detours, TensorSpec((3, 8), np.dtype("float32")))
+    targets = loras.adapter_config(LORA, specs)["target_modules"]
     chosen = [name for name in modules if re.fullmatch(targets, name.removesuffix(".weight"))]
     assert chosen == [language.format(k) + ".weight" for k in range(12)]
 
@@ -104,7 +107,13 @@ def test_a_folder_of_peft_is_read_onto_its_base_and_gives_the_merged_model_s_log
     adapter = tmp_path / "adapter_of_somebody"
     adapter.mkdir()
     save_file(tensors, adapter / "adapter_model.safetensors")
-    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj"]}
+    said = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "bias": "none",
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(said))
     convert.convert(tmp_path / "base", tmp_path / "ours", "jax", adapter=adapter)
     config, params = convert.load_params(tmp_path / "ours")
@@ -190,12 +199,21 @@ def test_a_merged_matrix_is_rounded_once_in_its_own_dtype(tmp_path):
 @pytest.mark.parametrize(
     "change, problem",
     [
-        ({"use_dora": True}, "has use_dora True; only plain LoRA"),
-        ({"bias": "all"}, "has bias 'all'"),
+        ({"use_dora": True}, "q_proj' has no lora_magnitude_vector in the adapter"),
+        ({"lora_bias": True}, "q_proj' has no lora_B_bias in the adapter"),
+        ({"bias": "some"}, "has bias 'some'; lionjax supports bias 'none' or 'all' or 'lora_only'"),
         ({"peft_type": "IA3"}, "has peft_type 'IA3'"),
-        ({"rank_pattern": {"q_proj": 8}}, "has rank_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
-        ({"r": 5}, "has rank 5 and alpha 12, the model's config 3 and 12"),
+        ({"rank_pattern": {"q_proj": 8}}, r"q_proj' has A \(3, 24\); its config has rank 8"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names 'lm_head', whose tensors the adapter lacks"),
+        ({"trainable_token_indices": [3]}, "lacks the rows of its trainable_token_indices"),
+        ({"target_modules": ["q_proj", "o_proj"]}, "up_proj' has a LoRA, but is not in the target_modules"),
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "layers.1.self_attn.q_proj' has a LoRA, but is not"),
+        ({"layers_to_transform": [0, 1]}, "layers.2.self_attn.q_proj' has a LoRA, but is not"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights 'pissa'"),
+        ({"future_setting": {"a": 1}}, "has future_setting {'a': 1}; lionjax supports future_setting null"),
+        ({"target_modules": 3}, "is no valid LoRA config"),
+        ({"r": 5}, r"q_proj' has A \(3, 24\); its config has rank 5"),
+        ({"lora_alpha": 5}, "has rank 3 and alpha 5, the model's config 3 and 12"),
         ({"r": "many"}, "is no valid LoRA config"),
         ({"r": 0}, "is no valid LoRA config"),
     ],

@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
-PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
+PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 .PHONY: help demo test test-fast test-prepare docs lint
 

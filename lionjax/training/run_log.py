@@ -156,9 +156,7 @@ class RunLogger:
         self.truncate_after(update)
         truncate_jsonl(workdir / "refused.jsonl", update)
         if importlib.util.find_spec("tensorboardX"):
-            from tensorboardX import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=update + 1)
+            self.tensorboard = _summary_writer_class()(str(workdir / "tensorboard"), purge_step=update + 1)
         if sys.stderr.isatty():
             self.progress_bar = _make_progress_bar()
 
@@ -221,6 +219,20 @@ class RunLogger:
             self.progress_bar.console.print(text)
         elif self.is_writer:
             print(text, file=sys.stderr, flush=True)
+
+
+def _summary_writer_class():
+    """tensorboardX's SummaryWriter, imported without torch: it would import an installed torch, which takes seconds, to
+    recognize tensors, and the logs hold numbers only."""
+    missing = "torch" not in sys.modules
+    if missing:
+        sys.modules["torch"] = None  # makes `import torch` raise ImportError, which tensorboardX expects
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if missing:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _make_progress_bar():

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compile_flags
 import jaxlib
 import numpy as np
 import pytest
@@ -79,9 +80,14 @@ def same_machine() -> bool:
 
 
 def says(*words: str, code: int = 0) -> tuple[str, str]:
-    """(stdout, stderr) of a command line in a process of its own, on one device, compiled as for users."""
+    """(stdout, stderr) of a command line in a process of its own, on one device.
+
+    It is compiled as for users where losses must be the same to the bit, and with little care elsewhere.
+    """
     ours = ("XLA_FLAGS", "PJRT_NPROC", "JAX_DISABLE_MOST_OPTIMIZATIONS")
     env = {name: value for name, value in os.environ.items() if name not in ours}
+    if not same_machine():
+        env |= {"XLA_FLAGS": compile_flags.XLA_FLAGS, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(lionjax.__file__).parent.parent), env.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "lionjax", *words]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -271,7 +271,6 @@ def test_between_slices_only_gradients_go():
     assert any(one.opcode == "all-gather" and not one.cross_slice for one in found)
 
 
-@pytest.mark.slow
 @compiles
 def test_slices_may_be_cut_where_the_chips_of_one_do_not_lie_as_the_mesh_does():
     pod = topologies.parse_topology("v5e-256", 2)
@@ -307,6 +306,7 @@ def without_libtpu(monkeypatch, tmp_path):
 REFUSAL = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in space hbm. Used 69.55G of 15.75G"
 
 
+@pytest.mark.slow
 def test_a_program_that_the_compiler_refuses_for_memory_is_a_plan_that_does_not_fit(without_libtpu, monkeypatch):
     asked = []
 
@@ -448,7 +448,6 @@ def test_a_search_ends_where_nothing_fits():
 # The page
 
 
-@pytest.mark.slow
 def test_every_full_size_config_is_planned_for_four_slices():
     names = {path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("tiny")}
     lines = (CONFIGS.parent / "docs" / "plans.md").read_text().splitlines()
@@ -471,6 +470,7 @@ def breaking(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_compiler_that_breaks_off_is_one_sentence_that_says_where_its_last_words_are(breaking, capsys):
     assert cli.main(["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16"]) == 2
     said = capsys.readouterr()
@@ -492,6 +492,7 @@ def test_a_search_lists_a_mesh_for_which_the_compiler_breaks_off_and_goes_on(bre
     assert "no such mesh" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_else_goes_wrong_in_the_other_process_is_said_here(breaking, capsys):
     words = ["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16", "--mesh", "4,4,1"]
     assert cli.main(words) == 1

@@ -88,9 +88,7 @@ def parse_entries(entries, kind: type) -> tuple:
     return tuple(entry if isinstance(entry, kind) else kind.from_words(*entry) for entry in entries)
 
 
-@renamed_fields(
-    accumulate="grad_accum_steps", learning_rate_scale="lr_multipliers", system="model_overrides", start="init_from"
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One training stage: trainable parameters, data mixture, number of steps and optimizer settings.
@@ -139,15 +137,7 @@ class Stage:
             )
 
 
-@renamed_fields(
-    keep="max_to_keep",
-    cache_gib="feature_cache_gib",
-    features_dir="feature_cache_dir",
-    on_bad_update="on_bad_step",
-    spike="loss_spike_sigmas",
-    bad_updates="max_bad_steps",
-    stuck_seconds="watchdog_seconds",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Settings of a run: intervals in steps (updates), checkpoints, feature cache, failure handling."""
@@ -185,7 +175,7 @@ class GenerationDefaults:
     max_new_tokens: int = 0
 
 
-@renamed_fields(system="model", answer="generation")
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """The whole config of a run.

@@ -12,19 +12,7 @@ from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 
 
-@renamed_fields(
-    tag_drop="tag_dropout",
-    crop="crop_scale",
-    flip="hflip",
-    mask_share="mask_fraction",
-    buckets="length_buckets",
-    bad_share="max_bad_fraction",
-    quarantine="bad_records_path",
-    cache_mib="image_cache_mib",
-    threads="num_threads",
-    buffer="prefetch_buffer_size",
-    workers="num_workers",
-)
+@renamed_fields()
 @dataclass(frozen=True)
 class DataConfig:
     """Data sources and settings of the input pipeline. Raises UserError for values outside their range.

@@ -32,25 +32,7 @@ IMAGE_START_TOKEN, IMAGE_PATCH_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_patch
 TAGS_PREFIX = f"According to {tokenizer.SOFT_PROMPT_TOKEN}, you are allowed to use or partially use the following tags:"
 
 
-@renamed_fields(
-    mean="image_mean",
-    std="image_std",
-    prompt_length="max_prompt_tokens",
-    question_length="max_question_tokens",
-    target_length="max_target_tokens",
-    tags="use_tags",
-    padded="pad_to_square",
-    padding="pad_color",
-    template="prompt_template",
-    image_tokens="num_image_tokens",
-    plain_end="caption_end",
-    next_turn="followup_template",
-    pictures="max_images",
-    places="box_format",
-    bins="location_bins_per_side",
-    boxes="max_boxes",
-    sam_size="sam_image_size",
-)
+@renamed_fields()
 @dataclass(frozen=True)
 class ProcessorConfig:
     """Image size, token lengths, prompt templates and tokenizers. Raises UserError for values outside their range.

@@ -17,7 +17,7 @@ from lionjax.nn.attention import Attention
 from lionjax.nn.layers import MLP, Dense, LayerNorm, dense_weight_map, kaiming_uniform, norm_weight_map, ones, zeros
 
 
-@renamed_fields(bottleneck="bottleneck_dim", count="num_adapters", tasks="num_tasks")
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
     """Config of the routed adapters (LION, section 3.2); with `num_adapters` 1 there is no router."""
@@ -27,9 +27,7 @@ class AdapterConfig:
     num_tasks: int = 2
 
 
-@renamed_fields(
-    every="every_n_layers", source_width="vision_width", heads="num_heads", head="head_dim", hidden="mlp_dim"
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class GatedCrossAttentionConfig:
     """Config of gated cross-attention to images before each n-th layer of a frozen LM (Flamingo, section 2.2).

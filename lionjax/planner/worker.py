@@ -14,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lionjax.core import config
 from lionjax.core.experiment import Experiment
@@ -35,10 +36,10 @@ class Job:
     experiment_json: str
     topology: Topology
     stage_index: int
-    mesh: MeshConfig | None
-    remat: str | None
-    generation: bool
-    quick: bool
+    mesh: MeshConfig | None = None
+    remat: str | None = None
+    generation: bool = False
+    quick: bool = False
 
 
 def run_job(job: Job) -> Plan:
@@ -65,21 +66,14 @@ class PlanWorker:
             self._end()
             self.stderr_path.unlink(missing_ok=True)
 
-    def plan(
-        self,
-        experiment: Experiment,
-        topology: Topology,
-        stage_index: int,
-        mesh: MeshConfig | None = None,
-        remat: str | None = None,
-        generation: bool = False,
-        quick: bool = False,
-    ) -> Plan:
-        """`plans.plan` in the worker process. Raises CompilerCrashed if the process ends; UserError as `plans.plan`."""
+    def plan(self, experiment: Experiment, *arguments: Any, **options: Any) -> Plan:
+        """`plans.plan` in the worker process; after the experiment, arguments are the fields of `Job`.
+
+        Raises CompilerCrashed if the process ends; UserError as `plans.plan`.
+        """
         if self.process is None:
             self._start()
-        text = config.to_json(experiment)
-        self.pipe.send(Job(text, topology, stage_index, mesh, remat, generation, quick))
+        self.pipe.send(Job(config.to_json(experiment), *arguments, **options))
         try:
             result, error = self.pipe.recv()
         except (EOFError, ConnectionError):

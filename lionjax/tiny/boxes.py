@@ -36,7 +36,7 @@ TASKS = (("rec", 0.5), ("grounded", 0.1), ("reg", 0.2), ("box_vqa", 0.2))
 NOISE_LEVELS = (0.0, 0.15, 0.3)  # of the patch embeddings, as fractions of their standard deviation
 
 
-@renamed_fields(rate="learning_rate", batch="batch_size", scenes="num_scenes", boxes="max_boxes")
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class BoxHeadsSchedule:
     """Training of the trigger embedding and the box encoder and decoder; half of the questions have tags."""

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FOCAL_LOSS_WEIGHT = 20.0  # as in SAM
 
 
-@renamed_fields(scenes="num_scenes", batch="batch_size", boxes="num_boxes", shaken="box_jitter", rate="learning_rate")
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class MasksConfig:
     """Sizes and schedule. `num_scenes`: of the training split; `box_jitter`: standard deviation per side of a box."""

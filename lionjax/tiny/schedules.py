@@ -24,14 +24,7 @@ from lionjax.models.vision.vit import ViTConfig
 from lionjax.training import optimizer as training_optimizer
 
 
-@renamed_fields(
-    rate="learning_rate",
-    patches="patch_fraction",
-    hinted="tag_fraction",
-    text="text_fraction",
-    blind="no_scene_fraction",
-    words_stay="freeze_embeddings",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class LanguageSchedule:
     """Steps of a language model with one mix of scene inputs.
@@ -49,14 +42,7 @@ class LanguageSchedule:
     optimizer: Literal["adamw", "muon"] = "adamw"
 
 
-@renamed_fields(
-    scenes="num_scenes",
-    mirrored_steps="augmented_steps",
-    align_rate="align_learning_rate",
-    vision_batch="vision_batch_size",
-    vision_rate="vision_learning_rate",
-    language_batch="language_batch_size",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class BackbonesConfig:
     """Sizes and schedules of the vision and language backbones; `num_scenes`: of the training split."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import zlib
@@ -46,6 +47,15 @@ def convert_format_errors(path: Path) -> Iterator[None]:
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"an entry of {path} does not have the expected format ({reason}); correct the file") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnotationFile:
+    """A file of annotations of the images in `image_dir`, of which `heldout_fraction` is held out."""
+
+    file: str
+    image_dir: str
+    heldout_fraction: float = 0.0
 
 
 class AnnotatedImagesBuilder:

@@ -30,7 +30,7 @@ from lionjax.data.scenes.tasks import POPE_SETTINGS
 MIN_AREA_FRACTION = 0.004  # of the image; smaller objects are hard to localize, also for people
 
 
-@renamed_fields(captions="captions_file", instances="instances_file", images="image_dir", share="heldout_fraction")
+@renamed_fields()
 @dataclass(frozen=True)
 class Coco:
     """A COCO folder: captions.json, instances.json or both, and images. `heldout_fraction` of them is held out.

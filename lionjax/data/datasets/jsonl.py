@@ -10,12 +10,18 @@ from pathlib import Path
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
-from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, convert_format_errors, in_split, read_json
+from lionjax.data.datasets.annotation_files import (
+    AnnotatedImagesBuilder,
+    AnnotationFile,
+    convert_format_errors,
+    in_split,
+    read_json,
+)
 
 
-@renamed_fields(images="image_dir", share="heldout_fraction")
+@renamed_fields()
 @dataclass(frozen=True)
-class JsonLines:
+class JsonLines(AnnotationFile):
     """JSON Lines: {"image", "question", "answer" or "answers", "task", "kind", "expression", "boxes",
     "question_boxes", "tags", "width", "height"}; only an answer or boxes are required. A line without an image is a
     text-only example, such as the instructions in mPLUG-Owl's second stage.
@@ -25,9 +31,6 @@ class JsonLines:
     raises UserError with file and line for a malformed line.
     """
 
-    file: str
-    image_dir: str
-    heldout_fraction: float = 0.0
     name: str = "lines"
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:

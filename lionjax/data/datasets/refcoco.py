@@ -10,6 +10,7 @@ from lionjax.core.renamed import renamed_fields
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
 from lionjax.data.datasets.annotation_files import (
     AnnotatedImagesBuilder,
+    AnnotationFile,
     convert_format_errors,
     in_split,
     read_json,
@@ -18,18 +19,15 @@ from lionjax.data.datasets.annotation_files import (
 )
 
 
-@renamed_fields(images="image_dir", share="heldout_fraction")
+@renamed_fields()
 @dataclass(frozen=True)
-class RefCoco:
+class RefCoco(AnnotationFile):
     """RefCOCO, RefCOCO+ or RefCOCOg: a list of {img_id, sents, bbox (x, y, width, height), height, width}.
 
     The image in `image_dir` is `file_name`, or else `img_id` without its last number, with .jpg. Every entry gives two
     examples: expression to box (task rec) and box to expression (task reg).
     """
 
-    file: str
-    image_dir: str
-    heldout_fraction: float = 0.0
     name: str = "refcoco"
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:

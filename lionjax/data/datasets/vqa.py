@@ -17,7 +17,7 @@ from lionjax.data.datasets.annotation_files import (
 )
 
 
-@renamed_fields(images="image_dir", pattern="file_name_pattern", share="heldout_fraction")
+@renamed_fields()
 @dataclass(frozen=True)
 class Vqa:
     """VQA-format files. `file_name_pattern` formats an image id: 'COCO_val2014_{:012d}.jpg', '{}.jpg'.

@@ -33,15 +33,7 @@ from lionjax.nn.layers import (
 from lionjax.nn.lora import LoraConfig
 
 
-@renamed_fields(
-    layers="depth",
-    heads="num_heads",
-    head="head_dim",
-    hidden="mlp_dim",
-    queries="num_query_tokens",
-    frames="max_frames",
-    eps="norm_eps",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class ResamplerConfig:
     """Config of the Perceiver resampler (Flamingo, section 2.1).
@@ -59,14 +51,7 @@ class ResamplerConfig:
     norm_eps: float = 1e-5
 
 
-@renamed_fields(
-    layers="depth",
-    heads="num_heads",
-    hidden="mlp_dim",
-    queries="num_query_tokens",
-    eps="norm_eps",
-    inner_eps="sub_ln_eps",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class AbstractorConfig:
     """Config of mPLUG-Owl's visual abstractor; `width` is that of the tower.
@@ -84,7 +69,7 @@ class AbstractorConfig:
     dropout: float = 0.1  # on the attention probabilities
 
 
-@renamed_fields(source_width="vision_width", heads="num_heads", queries="num_query_tokens", spread="init_std")
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class ImageToTextProjectionConfig:
     """Config of Kosmos-2's connector; `width` is that of the text decoder.

@@ -35,17 +35,7 @@ from lionjax.nn.layers import (
 from lionjax.nn.lora import LoraConfig
 
 
-@renamed_fields(
-    layers="depth",
-    heads="num_heads",
-    hidden="mlp_dim",
-    queries="num_query_tokens",
-    cross_every="cross_attention_frequency",
-    vocab="vocab_size",
-    positions="max_positions",
-    eps="norm_eps",
-    text="use_text_input",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig:
     """Config; the defaults are BERT-base. `vocab_size` 30523 is that of bert-base-uncased with `[DEC]`."""
@@ -65,7 +55,7 @@ class QFormerConfig:
     lora: LoraConfig = LoraConfig()
 
 
-@renamed_fields(heads="num_heads", hidden="mlp_dim", eps="norm_eps", projector="projector_mlp_dim")
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class AggregatorConfig:
     """Config of LION's vision aggregator: the ViT layers of queries and context, and the MLP projector after it."""

@@ -23,13 +23,7 @@ OBJECTIVES = ("language", "masks", "all")
 MASK_VALUE = -1e30  # a logit that is never chosen, and finite to avoid NaN
 
 
-@renamed_fields(
-    trigger_token="trigger_token_id",
-    location_token="box_token_id",
-    location_hidden="box_mlp_dim",
-    mask_tokens="num_mask_prompt_tokens",
-    losses=Renamed("loss_variant", {"intended": "paper", "original": "released_code"}),
-)
+@renamed_fields(losses=Renamed("loss_variant", {"intended": "paper", "original": "released_code"}))
 @dataclasses.dataclass(frozen=True)
 class RegionHeadConfig:
     """Config of the box and mask heads; the defaults are NExT-Chat's sizes and loss weights.

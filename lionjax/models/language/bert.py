@@ -30,16 +30,7 @@ from lionjax.nn.layers import (
 from lionjax.nn.lora import LoraConfig
 
 
-@renamed_fields(
-    vocab="vocab_size",
-    layers="depth",
-    heads="num_heads",
-    hidden="mlp_dim",
-    positions="max_positions",
-    kinds="type_vocab_size",
-    eps="norm_eps",
-    pad_token="pad_token_id",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
     """Config; the defaults are those of bert-base-uncased. `pooler`: a dense layer with tanh on the first token."""

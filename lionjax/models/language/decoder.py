@@ -41,28 +41,8 @@ NORMS = ("rmsnorm", "layernorm")
 
 
 @renamed_fields(
-    vocab="vocab_size",
-    layers="depth",
-    heads="num_heads",
-    kv_heads="num_kv_heads",
-    head="head_dim",
-    hidden="mlp_dim",
-    eps="norm_eps",
-    gated="gated_mlp",
     centred=Renamed("norm", {False: "rmsnorm", True: "layernorm"}),
-    biases="attention_biases",
-    positions="max_positions",
-    tied="tie_embeddings",
-    pad_token="pad_token_id",
-    start_token="bos_token_id",
-    end_token="eos_token_id",
-    vocab_multiple="pad_vocab_to_multiple_of",
     where=Renamed("position_type", {"turns": "rope", "near": "alibi", "waves": "sinusoidal"}),
-    qk_norms="qk_norm",
-    inner_norms="sub_ln",
-    scaled="scale_embeddings",
-    frozen_words="num_frozen_embeddings",
-    cross="cross_attention",
 )
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -128,97 +108,73 @@ class DecoderConfig:
         return -(-self.vocab_size // self.pad_vocab_to_multiple_of) * self.pad_vocab_to_multiple_of
 
 
+def _sizes(
+    vocab_size: int, *, width: int, depth: int, heads: int, head_dim: int, mlp_dim: int, kv_heads: int | None = None
+) -> dict[str, int]:
+    """Fields of the sizes; keys and values have as many heads as queries unless `kv_heads` says otherwise."""
+    sizes = {"vocab_size": vocab_size, "width": width, "depth": depth, "head_dim": head_dim, "mlp_dim": mlp_dim}
+    return sizes | {"num_heads": heads, "num_kv_heads": kv_heads or heads}
+
+
+def _token_ids(pad: int, bos: int, eos: int) -> dict[str, int]:
+    return {"pad_token_id": pad, "bos_token_id": bos, "eos_token_id": eos}
+
+
 VICUNA_7B = DecoderConfig()
 VICUNA_13B = DecoderConfig(width=5120, depth=40, num_heads=40, num_kv_heads=40, mlp_dim=13824)
 SMOLLM2_135M = DecoderConfig(
-    vocab_size=49152,
-    width=576,
-    depth=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    mlp_dim=1536,
+    **_sizes(49152, width=576, depth=30, heads=9, kv_heads=3, head_dim=64, mlp_dim=1536),
+    **_token_ids(pad=2, bos=1, eos=2),
     rope_theta=100000.0,
     tie_embeddings=True,
-    pad_token_id=2,
-    bos_token_id=1,
-    eos_token_id=2,
 )
 _BEFORE_LLAMA = DecoderConfig(
     activation="relu", gated_mlp=False, norm="layernorm", attention_biases="qkvo", tie_embeddings=True, dropout=0.1
 )
 OPT_2_7B = dataclasses.replace(
     _BEFORE_LLAMA,
-    vocab_size=50272,
-    width=2560,
-    head_dim=80,
-    mlp_dim=10240,
+    **_sizes(50272, width=2560, depth=32, heads=32, head_dim=80, mlp_dim=10240),
+    **_token_ids(pad=1, bos=2, eos=2),
     max_positions=2050,
     position_offset=2,
-    pad_token_id=1,
-    bos_token_id=2,
-    eos_token_id=2,
 )
 GPT2 = dataclasses.replace(
     _BEFORE_LLAMA,
-    vocab_size=50257,
-    width=768,
-    depth=12,
-    num_heads=12,
-    num_kv_heads=12,
-    head_dim=64,
-    mlp_dim=3072,
+    **_sizes(50257, width=768, depth=12, heads=12, head_dim=64, mlp_dim=3072),
+    **_token_ids(pad=50256, bos=50256, eos=50256),
     activation="gelu_tanh",
     max_positions=1024,
-    pad_token_id=50256,
-    bos_token_id=50256,
-    eos_token_id=50256,
 )
 MPT_7B = dataclasses.replace(
     _BEFORE_LLAMA,
+    **_sizes(50432, width=4096, depth=32, heads=32, head_dim=128, mlp_dim=16384),
+    **_token_ids(pad=1, bos=0, eos=0),
     activation="gelu",
     attention_biases="",
     dropout=0.0,
     position_type="alibi",
-    vocab_size=50432,
-    mlp_dim=16384,
-    pad_token_id=1,
-    bos_token_id=0,
-    eos_token_id=0,
 )
 MPT_1B = dataclasses.replace(
-    MPT_7B, vocab_size=50368, width=2048, depth=24, num_heads=16, num_kv_heads=16, mlp_dim=8192, qk_norm=True
+    MPT_7B, **_sizes(50368, width=2048, depth=24, heads=16, head_dim=128, mlp_dim=8192), qk_norm=True
 )
 KOSMOS2_TEXT = dataclasses.replace(
     _BEFORE_LLAMA,
+    **_sizes(65037, width=2048, depth=24, heads=32, head_dim=64, mlp_dim=8192),
+    **_token_ids(pad=1, bos=0, eos=2),
     activation="gelu",
     position_type="sinusoidal",
     position_offset=2,
     sub_ln=True,
     scale_embeddings=True,
-    vocab_size=65037,
-    width=2048,
-    depth=24,
-    head_dim=64,
-    mlp_dim=8192,
-    pad_token_id=1,
-    bos_token_id=0,
-    eos_token_id=2,
 )
 
 # Trained by `python -m lionjax.tiny.pretrain --part decoder` with the embeddings of TINY_T5, so that one ViT is aligned
 # to both.
 TINY_DECODER = DecoderConfig(
-    vocab_size=1024,
-    width=128,
-    depth=4,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=32,
-    mlp_dim=128,
+    **_sizes(1024, width=128, depth=4, heads=4, head_dim=32, mlp_dim=128),
+    **_token_ids(pad=0, bos=1, eos=1),
     rope_theta=1e6,
     tie_embeddings=True,
-    eos_token_id=1,
 )
 
 

@@ -37,19 +37,7 @@ from lionjax.nn.lora import LoraConfig
 from lionjax.nn.positions import RelativePositionBias
 
 
-@renamed_fields(
-    vocab="vocab_size",
-    head="head_dim",
-    heads="num_heads",
-    hidden="mlp_dim",
-    encoder_layers="encoder_depth",
-    decoder_layers="decoder_depth",
-    buckets="num_buckets",
-    eps="norm_eps",
-    start_token="decoder_start_token_id",
-    pad_token="pad_token_id",
-    end_token="eos_token_id",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class T5Config:
     """Config of a T5 v1.1; `activation` is gelu_tanh in FlanT5's release, gelu (erf) in LION."""

@@ -33,15 +33,7 @@ from lionjax.nn.layers import (
 )
 
 
-@renamed_fields(
-    tags="num_tags",
-    label_width="label_embed_dim",
-    image_width="encoder_width",
-    heads="num_heads",
-    hidden="mlp_dim",
-    layers="depth",
-    eps="norm_eps",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class RamConfig:
     """Config; the defaults are those of ram_swin_large_14m.pth."""

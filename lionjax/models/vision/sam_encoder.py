@@ -43,23 +43,7 @@ from lionjax.nn.layers import (
 )
 
 
-@renamed_fields(
-    image="image_size",
-    patch="patch_size",
-    heads="num_heads",
-    hidden="mlp_dim",
-    window="window_size",
-    global_layers="global_attn_indexes",
-    channels="prompt_embed_dim",
-    eps="norm_eps",
-    mask_channels="mask_input_channels",
-    decoder_heads="decoder_num_heads",
-    decoder_hidden="decoder_mlp_dim",
-    decoder_eps="decoder_norm_eps",
-    masks="num_mask_tokens",
-    iou_depth="iou_head_depth",
-    iou_hidden="iou_head_mlp_dim",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class SamConfig:
     """Config of the image encoder, the prompt encoder and the mask decoder."""

@@ -47,16 +47,7 @@ from lionjax.nn.layers import (
 PATCH_NORM_EPS = 1e-5  # of the norms before and between stages; `norm_eps` is that of all others
 
 
-@renamed_fields(
-    image="image_size",
-    patch="patch_size",
-    heads="num_heads",
-    window="window_size",
-    ratio="mlp_ratio",
-    biases="attention_biases",
-    eps="norm_eps",
-    drop_path="drop_path_rate",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class SwinConfig:
     """Config of a Swin. Each stage after the first has half the side and twice the width of the one before."""

@@ -41,16 +41,7 @@ from lionjax.nn.layers import (
 from lionjax.nn.lora import LoraConfig
 
 
-@renamed_fields(
-    image="image_size",
-    patch="patch_size",
-    heads="num_heads",
-    hidden="mlp_dim",
-    eps="norm_eps",
-    biases="attention_biases",
-    norm_before="pre_layernorm",
-    norm_after="post_layernorm",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
     """Config of a ViT."""

@@ -28,13 +28,7 @@ from lionjax.nn.losses import label_smoothed_cross_entropy
 SELF_PAIR_LOGIT = -10000.0  # logit of the true pair when hard negatives are sampled, so that it is never drawn
 
 
-@renamed_fields(
-    vision_eps="vision_norm_eps",
-    shared="embed_dim",
-    smoothing="label_smoothing",
-    start_token="cls_token_id",
-    write_token="decoder_start_token_id",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class Blip2Stage1(VLM):
     """Config of the stage; the defaults are those of the release.

@@ -23,13 +23,14 @@ from lionjax.models.language import decoder_weights
 from lionjax.models.language.decoder import MPT_1B, MPT_7B, Decoder, DecoderConfig
 from lionjax.models.vision import vit
 from lionjax.models.vision.vit import CLIP_VIT_L, ViT, ViTConfig
+from lionjax.models.vlm.info import vlm_info
 from lionjax.nn import losses
 from lionjax.nn.adapters import GatedCrossAttentionConfig, gated_cross_attention_weight_map
 
 MEDIA_ATTENTION = ("immediate", "all_previous")
 
 
-@renamed_fields(image_token="image_token_id", rule="media_attention", part_weights="dataset_loss_weights")
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class Flamingo(VLM):
     """Config of a Flamingo; the defaults are those of OpenFlamingo 9B (arXiv 2308.01390).
@@ -64,15 +65,7 @@ class Flamingo(VLM):
 
     @property
     def info(self) -> ModelInfo:
-        return ModelInfo(
-            vocab_size=self.language.vocab_size,
-            embedding_rows=self.language.padded_vocab_size,
-            end_token=self.language.eos_token_id,
-            is_encoder_decoder=False,
-            image_token=self.image_token_id,
-            splices_images=True,
-            image_size=self.vision.image_size,
-        )
+        return vlm_info(self, splices_images=True, image_token=self.image_token_id)
 
     def init(self, key, batch: Batch) -> Params:
         """Random parameters of all submodules."""

@@ -32,6 +32,7 @@ from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import sam_decoder, vit
 from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.models.vision.vit import ViT, ViTConfig
+from lionjax.models.vlm.info import vlm_info
 from lionjax.models.vlm.region_lm import RegionLM, RegionModule
 from lionjax.nn.layers import MLP, Dense, LayerNorm, dense_weight_map, norm_weight_map, normal, split_key
 
@@ -39,7 +40,7 @@ VISUAL_INPUTS = ("ALL", "QFORMER", "AGGREGATOR")
 PROJECTION_EPS = 1e-5  # torch's default, unlike the ViT's 1e-6
 
 
-@renamed_fields(soft_prompt_token="soft_prompt_token_id", places="region_head", word_scale="identity_init_scale")
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class Lion(RegionLM):
     """Config of a LION.
@@ -93,15 +94,8 @@ class Lion(RegionLM):
 
     @property
     def info(self) -> ModelInfo:
-        return ModelInfo(
-            vocab_size=self.language.vocab_size,
-            embedding_rows=self.language.padded_vocab_size,
-            end_token=self.language.eos_token_id,
-            is_encoder_decoder=self.is_encoder_decoder,
-            box_token=None if self.region_head is None else self.region_head.box_token_id,
-            image_size=self.vision.image_size,
-            reads_question=self.qformer.use_text_input,
-        )
+        box_token = None if self.region_head is None else self.region_head.box_token_id
+        return vlm_info(self, box_token=box_token, reads_question=self.qformer.use_text_input)
 
     def module(self) -> LionModule:
         return LionModule(self)

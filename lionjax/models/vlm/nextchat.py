@@ -23,20 +23,14 @@ from lionjax.models.language.decoder import VICUNA_7B, DecoderConfig
 from lionjax.models.vision import sam_decoder, vit
 from lionjax.models.vision.sam_encoder import SAM_VIT_H, SamConfig
 from lionjax.models.vision.vit import CLIP_VIT_L, ViT, ViTConfig
+from lionjax.models.vlm.info import vlm_info
 from lionjax.models.vlm.region_lm import RegionLM, RegionModule
 from lionjax.nn.layers import MLP, Dense, dense_weight_map
 
 LOSS_VARIANTS = ("paper", "released_code")
 
 
-@renamed_fields(
-    location_hidden="box_mlp_dim",
-    mask_tokens="num_mask_prompt_tokens",
-    image_token="image_token_id",
-    trigger_token="trigger_token_id",
-    location_token="box_token_id",
-    losses=Renamed("loss_variant", {"intended": "paper", "original": "released_code"}),
-)
+@renamed_fields(losses=Renamed("loss_variant", {"intended": "paper", "original": "released_code"}))
 @dataclasses.dataclass(frozen=True)
 class NextChat(RegionLM):
     """Config of a NExT-Chat; the defaults are those of the 7B release.
@@ -83,16 +77,7 @@ class NextChat(RegionLM):
 
     @property
     def info(self) -> ModelInfo:
-        return ModelInfo(
-            vocab_size=self.language.vocab_size,
-            embedding_rows=self.language.padded_vocab_size,
-            end_token=self.language.eos_token_id,
-            is_encoder_decoder=False,
-            splices_images=True,
-            image_token=self.image_token_id,
-            box_token=self.box_token_id,
-            image_size=self.vision.image_size,
-        )
+        return vlm_info(self, splices_images=True, image_token=self.image_token_id, box_token=self.box_token_id)
 
     def module(self) -> NextChatModule:
         return NextChatModule(self)

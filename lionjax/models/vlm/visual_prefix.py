@@ -28,6 +28,7 @@ from lionjax.models.language.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
 from lionjax.models.language.t5 import FLAN_T5_XL, T5Config
 from lionjax.models.vision.vit import CLIP_VIT_L, EVA_VIT_G, ViT, ViTConfig
 from lionjax.models.vlm import visual_prefix_weights
+from lionjax.models.vlm.info import vlm_info
 from lionjax.nn import losses
 from lionjax.nn.layers import MLP, Dense, LayerNorm, normal, split_key
 from lionjax.nn.lora import LoraConfig
@@ -40,18 +41,7 @@ VICUNA_TEMPLATE = (
 VICUNA_TURN = "USER: {question} ASSISTANT:"
 
 
-@renamed_fields(
-    class_token="keep_class_token",
-    vision_eps="vision_norm_eps",
-    image_token="image_token_id",
-    in_front="prepend_image",
-    names="torch_names",
-    latents="resampler",
-    unit="normalize_features",
-    words="num_prefix_tokens",
-    closing="add_image_end_token",
-    pool="pool_stride",
-)
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class VisualPrefixLM(VLM):
     """Config of the model; the defaults are those of LLaVA-1.5 7B (arXiv 2310.03744) as Hugging Face publishes it.
@@ -126,14 +116,10 @@ class VisualPrefixLM(VLM):
 
     @property
     def info(self) -> ModelInfo:
-        return ModelInfo(
-            vocab_size=self.language.vocab_size,
-            embedding_rows=self.language.padded_vocab_size,
-            end_token=self.language.eos_token_id,
-            is_encoder_decoder=self.is_encoder_decoder,
+        return vlm_info(
+            self,
             splices_images=True,
             image_token=self.image_token_id,
-            image_size=self.vision.image_size,
             reads_question=self.qformer is not None and self.qformer.use_text_input,
             default_processor=self._default_processor(),
         )
@@ -231,28 +217,26 @@ SHIKRA_7B = dataclasses.replace(
 )
 
 
+_CLIP_224 = dataclasses.replace(CLIP_VIT_L, image_size=224, post_layernorm=False)
+_AFTER_TOWER = {"feature_layer": -1, "keep_class_token": True, "image_token_id": -1}
 MPLUG_OWL_7B = VisualPrefixLM(
-    vision=dataclasses.replace(CLIP_VIT_L, image_size=224, norm_eps=1e-6, post_layernorm=False),
+    vision=dataclasses.replace(_CLIP_224, norm_eps=1e-6),
     language=dataclasses.replace(VICUNA_7B, norm_eps=1e-6),
     resampler=AbstractorConfig(),
-    feature_layer=-1,
-    keep_class_token=True,
     vision_norm_eps=1e-6,
     projector_depth=1,
     add_image_end_token=True,
-    image_token_id=-1,
     torch_names="original",
+    **_AFTER_TOWER,
 )
 KOSMOS2 = VisualPrefixLM(
-    vision=dataclasses.replace(CLIP_VIT_L, image_size=224, post_layernorm=False),
+    vision=_CLIP_224,
     language=decoder.KOSMOS2_TEXT,
     resampler=ImageToTextProjectionConfig(),
-    feature_layer=-1,
-    keep_class_token=True,
     vision_norm_eps=1e-5,
     projector_depth=0,
     normalize_features=True,
-    image_token_id=-1,
+    **_AFTER_TOWER,
 )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_language_params
+from lionjax.convert.formats.checkpoint_format import abstract_language_params, class_format
 from lionjax.convert.formats.config_fields import BLOCK_SIZES, ConfigFields
 from lionjax.convert.formats.config_table import ConfigTable
 from lionjax.core.types import Params
@@ -68,14 +68,10 @@ def _abstract_params(c: BertConfig, mesh: Any = None) -> Params:
     return abstract_language_params(Bert(c), lambda module, ids: module(ids, ids), mesh)
 
 
-BERT = CheckpointFormat(
+BERT = class_format(
     "bert",
-    ("bert",),
-    lambda c: type(c).__name__ == "BertConfig",
-    _config_from_hf,
-    _config_to_hf,
-    _weight_map,
-    _abstract_params,
+    "BertConfig",
+    (_config_from_hf, _config_to_hf, _weight_map, _abstract_params),
     ignore_patterns=(r"embeddings\.position_ids(?#position indices)", r"(cls|classifier|qa_outputs)\..*(?#heads)"),
     inner_prefix="bert.",
     infer_from_keys=_infer_pooler,

@@ -78,6 +78,20 @@ def read_lionjax_config(hf_config: dict) -> Any:
     return configs.from_json(json.dumps(hf_config["system"]))
 
 
+def class_format(
+    name: str,
+    config_class: str,
+    functions: tuple[Callable[[dict], Any], Callable[[Any], dict], Callable[[Any], tuple], Callable[..., Params]],
+    **fields: Any,
+) -> CheckpointFormat:
+    """A format of the models of one config class, `config_class`.
+
+    `functions`: config_from_hf, config_to_hf, weight_map and abstract_params; `fields`: other fields of
+    CheckpointFormat.
+    """
+    return CheckpointFormat(name, (name,), lambda c: type(c).__name__ == config_class, *functions, **fields)
+
+
 def lionjax_config_format(name: str, config_class: str, **fields: Any) -> CheckpointFormat:
     """A format of models of one config class, `config_class`, whose config.json holds the lionjax config.
 

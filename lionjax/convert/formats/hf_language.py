@@ -7,9 +7,11 @@ Modules under lionjax.models are imported only when a checkpoint of theirs is op
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_language_params
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_language_params, class_format
 from lionjax.convert.formats.config_fields import (
     ACTIVATIONS,
     BLOCK_SIZES,
@@ -120,13 +122,10 @@ def _t5_abstract_params(c: T5Config, mesh: Any = None) -> Params:
 # Decoders
 
 
-def _matches_decoder(c: DecoderConfig, learned_positions: bool, position_offset: bool) -> bool:
-    positions = (
-        (c.max_positions > 0, c.position_offset > 0)
-        if type(c).__name__ == "DecoderConfig" and c.position_type == "rope"
-        else None
-    )
-    return positions == (learned_positions, position_offset)
+def _matches_decoder(c: DecoderConfig, positions: tuple[bool, bool]) -> bool:
+    if type(c).__name__ != "DecoderConfig" or c.position_type != "rope":
+        return False
+    return (c.max_positions > 0, c.position_offset > 0) == positions
 
 
 def _decoder_abstract_params(c: DecoderConfig, mesh: Any = None) -> Params:
@@ -306,47 +305,41 @@ def _gpt2_weight_map(c: DecoderConfig) -> tuple:
     return decoder_weights.gpt2_weight_map(c)
 
 
-T5 = CheckpointFormat(
+def _decoder_format(
+    name: str, positions: tuple[bool, bool], functions: tuple[Callable, Callable, Callable], **fields: Any
+) -> CheckpointFormat:
+    """The format of a decoder. `positions`: whether it has learned positions, and an offset of them.
+
+    `functions`: config_from_hf, config_to_hf and weight_map; `fields`: other fields of CheckpointFormat.
+    """
+    matches = functools.partial(_matches_decoder, positions=positions)
+    model_types = fields.pop("model_types", (name,))
+    return CheckpointFormat(name, model_types, matches, *functions, _decoder_abstract_params, **fields)
+
+
+T5 = class_format(
     "t5",
-    ("t5",),
-    lambda c: type(c).__name__ == "T5Config",
-    _t5_config_from_hf,
-    _t5_config_to_hf,
-    _t5_weight_map,
-    _t5_abstract_params,
+    "T5Config",
+    (_t5_config_from_hf, _t5_config_to_hf, _t5_weight_map, _t5_abstract_params),
     # The first releases saved this table, though no code uses it.
     ignore_patterns=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight(?#unused)",),
     tied_keys=(("lm_head.weight", "shared.weight"),),
 )
-LLAMA = CheckpointFormat(
+LLAMA = _decoder_format(
     "llama",
-    ("llama", "mistral"),
-    lambda c: _matches_decoder(c, False, False),
-    _llama_config_from_hf,
-    _llama_config_to_hf,
-    _llama_weight_map,
-    _decoder_abstract_params,
+    (False, False),
+    (_llama_config_from_hf, _llama_config_to_hf, _llama_weight_map),
+    model_types=("llama", "mistral"),
     ignore_patterns=(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq(?#computed)",),
     base_model_prefix="model.",
 )
-OPT = CheckpointFormat(
-    "opt",
-    ("opt",),
-    lambda c: _matches_decoder(c, True, True),
-    _opt_config_from_hf,
-    _opt_config_to_hf,
-    _opt_weight_map,
-    _decoder_abstract_params,
-    base_model_prefix="model.",
+OPT = _decoder_format(
+    "opt", (True, True), (_opt_config_from_hf, _opt_config_to_hf, _opt_weight_map), base_model_prefix="model."
 )
-GPT2 = CheckpointFormat(
+GPT2 = _decoder_format(
     "gpt2",
-    ("gpt2",),
-    lambda c: _matches_decoder(c, True, False),
-    _gpt2_config_from_hf,
-    _gpt2_config_to_hf,
-    _gpt2_weight_map,
-    _decoder_abstract_params,
+    (True, False),
+    (_gpt2_config_from_hf, _gpt2_config_to_hf, _gpt2_weight_map),
     ignore_patterns=(r"transformer\.h\.[0-9]+\.attn\.(masked_)?bias(?#causal mask)",),
     base_model_prefix="transformer.",
 )

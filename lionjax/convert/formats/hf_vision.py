@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_vision_params
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_vision_params, class_format
 from lionjax.convert.formats.config_fields import BLOCK_SIZES, IMAGE_SIZES, ConfigFields
 from lionjax.convert.formats.config_table import ConfigTable, join
 from lionjax.core.types import Params
@@ -223,14 +223,10 @@ def _swin_abstract_params(c: SwinConfig, mesh: Any = None) -> Params:
     return abstract_vision_params(Swin(c), c.image_size, mesh)
 
 
-SWIN = CheckpointFormat(
+SWIN = class_format(
     "swin",
-    ("swin",),
-    lambda c: type(c).__name__ == "SwinConfig",
-    _swin_config_from_hf,
-    _swin_config_to_hf,
-    _swin_weight_map,
-    _swin_abstract_params,
+    "SwinConfig",
+    (_swin_config_from_hf, _swin_config_to_hf, _swin_weight_map, _swin_abstract_params),
     # Older files hold the relative position index; many have a head for ImageNet or masked image modeling.
     ignore_patterns=(
         r"swin\.encoder\..*\.relative_position_index(?#computed)",

@@ -73,6 +73,11 @@ def _matches_prefix(c: VisualPrefixLM, matches_qformer: Callable[[Any], bool]) -
     return type(c).__name__ == "VisualPrefixLM" and c.resampler is None and matches_qformer(c.qformer)
 
 
+def has_resampler(c: VisualPrefixLM, config_class: str) -> bool:
+    """Whether `c` is a VisualPrefixLM whose resampler has a config of this class."""
+    return type(c).__name__ == "VisualPrefixLM" and type(c.resampler).__name__ == config_class
+
+
 # LLaVA
 
 

@@ -11,7 +11,7 @@ from lionjax.convert.formats.config_fields import TOKEN_IDS, ConfigFields
 from lionjax.convert.formats.config_table import ConfigTable
 from lionjax.convert.formats.hf_language import one_head_size
 from lionjax.convert.formats.hf_vision import CLIP, CLIP_VISION_TABLE, clip_vision_from_hf
-from lionjax.convert.formats.hf_vlm import CLIP_224
+from lionjax.convert.formats.hf_vlm import CLIP_224, has_resampler
 
 if TYPE_CHECKING:
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
@@ -80,14 +80,10 @@ def _config_to_hf(c: VisualPrefixLM) -> dict:
     }
 
 
-def _matches(c: VisualPrefixLM) -> bool:
-    return type(c).__name__ == "VisualPrefixLM" and type(c.resampler).__name__ == "ImageToTextProjectionConfig"
-
-
 KOSMOS_2 = CheckpointFormat(
     "kosmos2",
     ("kosmos-2",),
-    _matches,
+    lambda c: has_resampler(c, "ImageToTextProjectionConfig"),
     _config_from_hf,
     _config_to_hf,
     ignore_patterns=(

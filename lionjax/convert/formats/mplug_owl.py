@@ -11,7 +11,7 @@ from lionjax.convert.formats.config_fields import BLOCK_SIZES, ConfigFields
 from lionjax.convert.formats.config_table import ConfigTable, require_equal
 from lionjax.convert.formats.hf_language import LLAMA
 from lionjax.convert.formats.hf_vision import CLIP_LAYERS, CLIP_VISION_TABLE, VIT_FIELDS
-from lionjax.convert.formats.hf_vlm import CLIP_224
+from lionjax.convert.formats.hf_vlm import CLIP_224, has_resampler
 
 if TYPE_CHECKING:
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
@@ -72,14 +72,10 @@ def _config_to_hf(c: VisualPrefixLM) -> dict:
     }
 
 
-def _matches(c: VisualPrefixLM) -> bool:
-    return type(c).__name__ == "VisualPrefixLM" and type(c.resampler).__name__ == "AbstractorConfig"
-
-
 MPLUG_OWL = CheckpointFormat(
     "mplug_owl",
     ("mplug-owl",),
-    _matches,
+    lambda c: has_resampler(c, "AbstractorConfig"),
     _config_from_hf,
     _config_to_hf,
     ignore_patterns=(

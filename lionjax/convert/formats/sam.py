@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, class_format
 from lionjax.convert.formats.config_fields import IMAGE_SIZES, ConfigFields
 from lionjax.convert.formats.config_table import ConfigTable, require_equal
 from lionjax.core.types import Params
@@ -145,15 +145,7 @@ def _meta_sam_weight_map(c: SamConfig) -> tuple:
     return sam_decoder.original_weight_map(c)
 
 
-SAM = CheckpointFormat(
-    "sam",
-    ("sam",),
-    lambda c: type(c).__name__ == "SamConfig",
-    _sam_config_from_hf,
-    _sam_config_to_hf,
-    _sam_weight_map,
-    _sam_abstract_params,
-)
+SAM = class_format("sam", "SamConfig", (_sam_config_from_hf, _sam_config_to_hf, _sam_weight_map, _sam_abstract_params))
 
 
 # Read only; written as SAM, with Hugging Face's names.

@@ -5,12 +5,10 @@ The second of its two stages: captions, with the Q-Former and the projector trai
 once with `lionjax convert`, with the Q-Former of the first stage. Learning rates, batch size and steps are the paper's.
 """
 
-import dataclasses
+import runpy
+from pathlib import Path
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
-from lionjax.core.sharding import MeshConfig
-from lionjax.data.datasets.coco import Coco
-from lionjax.data.pipeline import DataConfig
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, Stage
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import BLIP2_OPT_2_7B, VisualPrefixLM
 
@@ -31,6 +29,8 @@ CAPTIONS = Stage(
 
 CAPTION = GenerationDefaults(num_beams=5, max_new_tokens=30)
 
+llava = runpy.run_path(str(Path(__file__).with_name("llava15_7b.py")))
+
 
 def get_config(
     system: VisualPrefixLM = BLIP2_OPT_2_7B,
@@ -44,24 +44,6 @@ def get_config(
         text = {"question_tokenizer": "weights/bert_base_uncased"}
     else:
         text = {"max_question_tokens": 1}
-    return Experiment(
-        name=name,
-        model=dataclasses.replace(
-            system,
-            vision=dataclasses.replace(system.vision, remat="full"),
-            language=dataclasses.replace(system.language, remat="full"),
-            dtype="bfloat16",
-        ),
-        data=DataConfig(
-            sources=(Coco("data/coco"),),
-            processor=ProcessorConfig(tokenizer=f"weights/{language}", use_tags=False, **text),
-        ),
-        stages=stages,
-        run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
-        mesh=MeshConfig(data=1, fsdp=-1),
-        weights=(
-            Weights("vision", "weights/eva_vit_g/params.safetensors"),
-            Weights("language", f"weights/{language}/params.safetensors"),
-        ),
-        generation=answer,
-    )
+    processor = ProcessorConfig(tokenizer=f"weights/{language}", use_tags=False, **text)
+    weights = {"vision": "eva_vit_g", "language": language}
+    return llava["experiment"](name, llava["full_size"](system), processor, stages, weights, generation=answer)

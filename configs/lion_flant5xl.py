@@ -33,44 +33,42 @@ def system(language: T5Config) -> Lion:
     )
 
 
-def stages(batch_size: int) -> tuple[Stage, ...]:
-    """LION's three stages: image level, region level, then both with the routers."""
-    shared = {"batch_size": batch_size, "learning_rate": 1e-5, "warmup_steps": 1000, "weight_decay": 0.05}
+def stages(
+    steps: tuple[int, int, int],
+    image_level: tuple[Mix, ...],
+    region_level: tuple[Mix, ...],
+    shared: dict,
+    image_rate: float | None = None,
+    boxes: tuple[str, ...] = (),
+    region_fields: dict | None = None,
+) -> tuple[Stage, ...]:
+    """LION's three stages: image level, region level, then both with the routers.
+
+    `shared`: fields of all stages. `image_rate`: learning rate of the first. `boxes`: parameters that the other two
+    train as well, with `region_fields`.
+    """
+    first = shared if image_rate is None else shared | {"learning_rate": image_rate}
+    others = shared | (region_fields or {})
+    qformer = {"model_overrides": (("visual_input", "QFORMER"),)}
+    aggregator = {"model_overrides": (("visual_input", "AGGREGATOR"),)}
+    all_adapters = (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt", *boxes)
+    region_parts = (*AGGREGATOR, REGION_ADAPTER, "soft_prompt", *boxes)
     return (
-        Stage(
-            "image_level",
-            60_000,
-            (*QFORMER, IMAGE_ADAPTER, "soft_prompt"),
-            IMAGE_LEVEL,
-            model_overrides=(("visual_input", "QFORMER"),),
-            **shared,
-        ),
-        Stage(
-            "region_level",
-            60_000,
-            (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"),
-            REGION_LEVEL,
-            model_overrides=(("visual_input", "AGGREGATOR"),),
-            **shared,
-        ),
-        Stage(
-            "both_levels",
-            60_000,
-            (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt"),
-            IMAGE_LEVEL + REGION_LEVEL,
-            **shared,
-        ),
+        Stage("image_level", steps[0], (*QFORMER, IMAGE_ADAPTER, "soft_prompt"), image_level, **qformer, **first),
+        Stage("region_level", steps[1], region_parts, region_level, **aggregator, **others),
+        Stage("both_levels", steps[2], all_adapters, image_level + region_level, **others),
     )
 
 
 def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_size: int = 192) -> Experiment:
     """The experiment; the arguments select another FlanT5."""
+    shared = {"batch_size": batch_size, "learning_rate": 1e-5, "warmup_steps": 1000, "weight_decay": 0.05}
     processor = ProcessorConfig(tokenizer=f"weights/{name}", question_tokenizer="weights/bert_base_uncased")
     return Experiment(
         name=f"lion_{name.replace('_', '')}",
         model=system(language),
         data=DataConfig(sources=(Coco("data/coco"),), processor=processor),
-        stages=stages(batch_size),
+        stages=stages((60_000,) * 3, IMAGE_LEVEL, REGION_LEVEL, shared),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(

@@ -8,6 +8,7 @@ are replaced by similar tasks.
 """
 
 import dataclasses
+from typing import Any
 
 from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
@@ -16,6 +17,8 @@ from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import LLAVA_15_7B, VisualPrefixLM
 
+COCO = (Coco("data/coco"),)
+TOWERS = ("vision", "language", "sam")
 CAPTIONS = (Mix("caption", 1.0, template="plain"),)  # only the image and its caption, ended by a newline
 INSTRUCTIONS = (Mix("vqa", 3.0), Mix("caption", 1.0), Mix("existence", 0.5), Mix("rec", 0.5), Mix("reg", 0.5))
 VICUNA = (
@@ -24,18 +27,37 @@ VICUNA = (
 )
 
 
-def stage(name: str, steps: int, batch_size: int, rate: float, trainable, mixture) -> Stage:
+def stage(name: str, steps: int, batch_size: int, rate: float, trainable, mixture, **fields) -> Stage:
     """A stage with 3% warm-up, cosine decay to 0 and no weight decay."""
-    return Stage(
-        name,
-        steps,
-        trainable,
-        mixture,
-        batch_size,
-        learning_rate=rate,
-        warmup_steps=round(0.03 * steps),
-        warmup_learning_rate=0.0,
-        weight_decay=0.0,
+    schedule = {"learning_rate": rate, "warmup_steps": round(0.03 * steps), "warmup_learning_rate": 0.0}
+    return Stage(name, steps, trainable, mixture, batch_size, weight_decay=0.0, **schedule, **fields)
+
+
+def chat_processor(language: str, template: str, max_prompt_tokens: int = 256, **fields: Any) -> ProcessorConfig:
+    """Image and question in one prompt by `template`, for the language model in weights/`language`."""
+    prompt = {"prompt_template": template, "max_prompt_tokens": max_prompt_tokens, "max_question_tokens": 1}
+    return ProcessorConfig(tokenizer=f"weights/{language}", use_tags=False, **prompt, **fields)
+
+
+def full_size(model: Any, **fields: Any) -> Any:
+    """`model` in bfloat16, its tower and language model rematerialized; `fields`: other fields to replace."""
+    parts = {name: dataclasses.replace(part, remat="full") for name, part in vars(model).items() if name in TOWERS}
+    return dataclasses.replace(model, dtype="bfloat16", **parts | fields)
+
+
+def experiment(
+    name: str, model: Any, processor: ProcessorConfig, stages: tuple[Stage, ...], weights: dict, sources=COCO, **fields
+) -> Experiment:
+    """An experiment on an accelerator's mesh; `weights`: {part: its folder in weights/}; `fields`: of Experiment."""
+    run = RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16")
+    return Experiment(
+        name=name,
+        model=model,
+        data=DataConfig(sources=sources, processor=processor),
+        stages=stages,
+        mesh=MeshConfig(data=1, fsdp=-1),
+        weights=tuple(Weights(part, f"weights/{folder}/params.safetensors") for part, folder in weights.items()),
+        **{"run": run} | fields,
     )
 
 
@@ -50,35 +72,15 @@ def get_config(
 ) -> Experiment:
     """The experiment; the arguments select another size or the schedule of the first LLaVA."""
     side = system.vision.image_size
-    return Experiment(
-        name=name,
-        model=dataclasses.replace(
-            system,
-            vision=dataclasses.replace(system.vision, remat="full"),
-            language=dataclasses.replace(system.language, remat="full"),
-            dtype="bfloat16",
-        ),
-        data=DataConfig(
-            sources=(Coco("data/coco"),),
-            processor=ProcessorConfig(
-                image_size=side,
-                tokenizer=f"weights/{vicuna}",
-                max_question_tokens=1,
-                max_prompt_tokens=256,
-                use_tags=False,
-                pad_to_square=True,
-                pad_color="mean",
-                prompt_template=VICUNA,
-                followup_template="USER: {question} ASSISTANT:",
-                caption_end="\n",
-            ),
-        ),
-        stages=stages,
-        run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
-        mesh=MeshConfig(data=1, fsdp=-1),
-        weights=(
-            Weights("vision", f"weights/clip_vit_l_{side}/params.safetensors"),
-            Weights("language", f"weights/{vicuna}/params.safetensors"),
-        ),
-        generation=GenerationDefaults(max_new_tokens=256),
+    processor = chat_processor(
+        vicuna,
+        VICUNA,
+        image_size=side,
+        pad_to_square=True,
+        pad_color="mean",
+        followup_template="USER: {question} ASSISTANT:",
+        caption_end="\n",
     )
+    weights = {"vision": f"clip_vit_l_{side}", "language": vicuna}
+    answer = GenerationDefaults(max_new_tokens=256)
+    return experiment(name, full_size(system), processor, stages, weights, generation=answer)

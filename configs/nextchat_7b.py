@@ -8,17 +8,14 @@ Mixture weights: in the first stage about proportional to the files' sizes, as t
 the second, half instructions (`conversation`: Shikra-RD and LLaVA) and half five equal streams.
 """
 
-import dataclasses
+import runpy
+from pathlib import Path
 
-from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage, Weights
-from lionjax.core.sharding import MeshConfig
+from lionjax.core.experiment import Experiment, Mix, Stage
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.datasets.refcoco import RefCoco
 from lionjax.data.datasets.vqa import Vqa
-from lionjax.data.pipeline import DataConfig
-from lionjax.data.processor import ProcessorConfig
-from lionjax.models.language.decoder import VICUNA_7B
 from lionjax.models.vision.sam_encoder import SAM_VIT_H
 from lionjax.models.vision.vit import CLIP_VIT_L
 from lionjax.models.vlm.nextchat import NextChat
@@ -60,65 +57,31 @@ SOURCES = (
         )
     ),
 )
-BATCH = 64
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
-)
+llava = runpy.run_path(str(Path(__file__).with_name("llava15_7b.py")))
 
 
 def stage(name: str, steps: int, trainable: tuple[str, ...], mixture: tuple, **fields) -> Stage:
-    """A stage at 2e-5 with 3% warm-up and no weight decay."""
-    return Stage(
-        name,
-        steps,
-        trainable,
-        mixture,
-        BATCH,
-        learning_rate=2e-5,
-        warmup_steps=round(0.03 * steps),
-        warmup_learning_rate=0.0,
-        weight_decay=0.0,
-        **fields,
-    )
+    """A stage at 2e-5 with LLaVA's schedule."""
+    return llava["stage"](name, steps, 64, 2e-5, trainable, mixture, **fields)
 
 
 def get_config() -> Experiment:
     """The experiment."""
-    return Experiment(
-        name="nextchat_7b",
-        model=NextChat(
-            vision=dataclasses.replace(CLIP_VIT_L, remat="full"),
-            language=dataclasses.replace(VICUNA_7B, vocab_size=32005, remat="full"),
-            sam=dataclasses.replace(SAM_VIT_H, remat="full"),
-            dtype="bfloat16",
-        ),
-        data=DataConfig(
-            sources=SOURCES,
-            processor=ProcessorConfig(
-                image_size=336,
-                tokenizer="weights/vicuna_7b",
-                max_question_tokens=1,
-                max_prompt_tokens=768,
-                use_tags=False,
-                pad_to_square=True,
-                prompt_template=VICUNA,
-                num_image_tokens=CLIP_VIT_L.num_patches,
-                box_format="embeddings",
-                max_boxes=8,
-                sam_image_size=SAM_VIT_H.image_size,
-            ),
-        ),
-        stages=(
-            stage("pretrain", 65_000, WORDS_AND_BOXES, PRETRAIN),
-            stage("instruct", 4_950, WORDS_AND_BOXES, INSTRUCT),
-            stage("masks", 5_950, MASKS, (Mix("res", 1.0, source="coco"),), model_overrides=(("objective", "masks"),)),
-        ),
-        run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
-        mesh=MeshConfig(data=1, fsdp=-1),
-        weights=(
-            Weights("vision", "weights/clip_vit_l_336/params.safetensors"),
-            Weights("language", "weights/vicuna_7b/params.safetensors"),
-            Weights("sam", "weights/sam_vit_h/params.safetensors"),
-        ),
+    processor = llava["chat_processor"](
+        "vicuna_7b",
+        llava["VICUNA"],
+        768,
+        image_size=336,
+        pad_to_square=True,
+        num_image_tokens=CLIP_VIT_L.num_patches,
+        box_format="embeddings",
+        max_boxes=8,
+        sam_image_size=SAM_VIT_H.image_size,
     )
+    stages = (
+        stage("pretrain", 65_000, WORDS_AND_BOXES, PRETRAIN),
+        stage("instruct", 4_950, WORDS_AND_BOXES, INSTRUCT),
+        stage("masks", 5_950, MASKS, (Mix("res", 1.0, source="coco"),), model_overrides=(("objective", "masks"),)),
+    )
+    weights = {"vision": "clip_vit_l_336", "language": "vicuna_7b", "sam": "sam_vit_h"}
+    return llava["experiment"]("nextchat_7b", llava["full_size"](NextChat()), processor, stages, weights, SOURCES)

@@ -6,16 +6,15 @@ convert --system flamingo` makes from CLIP and MPT. Learning rates are those of 
 (LAION pairs, MMC4 pages) is replaced by a task. The loss of LAION has 1/5 of the weight of MMC4's, as in the paper.
 """
 
-import dataclasses
+import runpy
+from pathlib import Path
 
-from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
-from lionjax.core.sharding import MeshConfig
-from lionjax.data.datasets.coco import Coco
-from lionjax.data.pipeline import DataConfig
-from lionjax.data.processor import ProcessorConfig
+from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage
 from lionjax.models.vlm.flamingo import OPENFLAMINGO_9B, Flamingo
 
 TRAINABLE = ("resampler", "language/groups/cross", "language/embedding")
+
+llava = runpy.run_path(str(Path(__file__).with_name("llava15_7b.py")))
 
 
 def get_config(
@@ -34,32 +33,13 @@ def get_config(
         end_learning_rate=1e-4,
         weight_decay=0.1,
     )
-    return Experiment(
-        name=name,
-        model=dataclasses.replace(
-            system,
-            dataset_loss_weights=(0.2, 1.0),
-            vision=dataclasses.replace(system.vision, remat="full"),
-            language=dataclasses.replace(system.language, remat="full"),
-            dtype="bfloat16",
-        ),
-        data=DataConfig(
-            sources=(Coco("data/coco"),),
-            processor=ProcessorConfig(
-                tokenizer=f"weights/{language}",
-                max_question_tokens=1,
-                max_prompt_tokens=256,
-                max_target_tokens=32,
-                use_tags=False,
-                prompt_template="{image} {question}",
-            ),
-        ),
-        stages=(pairs,),
+    processor = llava["chat_processor"](language, "{image} {question}", max_target_tokens=32)
+    return llava["experiment"](
+        name,
+        llava["full_size"](system, dataset_loss_weights=(0.2, 1.0)),
+        processor,
+        (pairs,),
+        {"vision": "clip_vit_l_224", "language": name},
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16", cache_features=True),
-        mesh=MeshConfig(data=1, fsdp=-1),
-        weights=(
-            Weights("vision", "weights/clip_vit_l_224/params.safetensors"),
-            Weights("language", f"weights/{name}/params.safetensors"),
-        ),
         generation=GenerationDefaults(num_beams=3, max_new_tokens=20),
     )

@@ -5,8 +5,10 @@ The three stages of configs/lion_flant5xl.py with other sizes, steps and learnin
 """
 
 import dataclasses
+import runpy
+from pathlib import Path
 
-from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage, Weights
+from lionjax.core.experiment import Experiment, Mix, RunConfig, Weights
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
@@ -16,11 +18,16 @@ from lionjax.models.vision.vit import TINY_VIT
 from lionjax.models.vlm.lion import Lion
 from lionjax.nn.adapters import AdapterConfig
 
-QFORMER = ("qformer", "qformer_norm", "qformer_projector")
-AGGREGATOR = ("aggregator", "aggregator_norm", "aggregator_projector")
-REGION_ADAPTER, IMAGE_ADAPTER = ".*/adapter_0", ".*/adapter_1"
+lion = runpy.run_path(str(Path(__file__).with_name("lion_flant5xl.py")))
 IMAGE_LEVEL = (Mix("vqa", 5.0), Mix("existence", 2.0), Mix("relation", 1.0), Mix("caption", 1.5), Mix("tags", 0.5))
 REGION_LEVEL = (Mix("rec", 3.0), Mix("reg", 1.0))
+SHARED = {
+    "batch_size": 32,
+    "learning_rate": 5e-4,  # half of the first stage's: the aggregator is initialized as identity
+    "warmup_steps": 50,
+    "weight_decay": 0.01,
+    "clip_norm": 1.0,
+}
 
 SYSTEM = Lion(
     vision=TINY_VIT,
@@ -46,13 +53,6 @@ SYSTEM = Lion(
 
 def get_config() -> Experiment:
     """The experiment."""
-    shared = {
-        "batch_size": 32,
-        "learning_rate": 5e-4,  # half of the first stage's: the aggregator is initialized as identity
-        "warmup_steps": 50,
-        "weight_decay": 0.01,
-        "clip_norm": 1.0,
-    }
     return Experiment(
         name="tiny_lion",
         model=SYSTEM,
@@ -64,31 +64,7 @@ def get_config() -> Experiment:
             tag_noise=0.1,
             tag_dropout=0.5,
         ),
-        stages=(
-            Stage(
-                "image_level",
-                300,
-                (*QFORMER, IMAGE_ADAPTER, "soft_prompt"),
-                IMAGE_LEVEL,
-                model_overrides=(("visual_input", "QFORMER"),),
-                **shared | {"learning_rate": 1e-3},
-            ),
-            Stage(
-                "region_level",
-                400,
-                (*AGGREGATOR, REGION_ADAPTER, "soft_prompt"),
-                REGION_LEVEL,
-                model_overrides=(("visual_input", "AGGREGATOR"),),
-                **shared,
-            ),
-            Stage(
-                "both_levels",
-                400,
-                (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt"),
-                IMAGE_LEVEL + REGION_LEVEL,
-                **shared,
-            ),
-        ),
+        stages=lion["stages"]((300, 400, 400), IMAGE_LEVEL, REGION_LEVEL, SHARED, image_rate=1e-3),
         run=RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32", cache_features=True),
         weights=(Weights("vision", "shipped:tiny_vit.safetensors"), Weights("language", "shipped:tiny_t5.safetensors")),
     )

@@ -7,44 +7,23 @@ are initialized as pretrained with the T5 (docs/tiny_backbones.md).
 """
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage, Weights
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
-from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
 from lionjax.models.heads.region import RegionHeadConfig
-from lionjax.models.language.t5 import TINY_T5
 from lionjax.models.vision.sam_encoder import TINY_SAM
 from lionjax.models.vision.vit import TINY_VIT
-from lionjax.models.vlm.lion import Lion
-from lionjax.nn.adapters import AdapterConfig
 
-QFORMER = ("qformer", "qformer_norm", "qformer_projector")
-AGGREGATOR = ("aggregator", "aggregator_norm", "aggregator_projector")
-REGION_ADAPTER, IMAGE_ADAPTER = ".*/adapter_0", ".*/adapter_1"
+tiny_lion = runpy.run_path(str(Path(__file__).with_name("tiny_lion.py")))
 MASKS = ("mask_prompts", "sam/decoder")
-IMAGE_LEVEL = (Mix("vqa", 5.0), Mix("existence", 2.0), Mix("relation", 1.0), Mix("caption", 1.5), Mix("tags", 0.5))
 REGION_LEVEL = (Mix("rec", 3.0), Mix("reg", 1.0), Mix("box_vqa", 1.0), Mix("grounded", 0.5))
 
-SYSTEM = Lion(
-    vision=TINY_VIT,
-    qformer=QFormerConfig(
-        width=128,
-        depth=4,
-        num_heads=4,
-        mlp_dim=256,
-        num_query_tokens=8,
-        vision_width=128,
-        vocab_size=1024,
-        max_positions=96,
-        dropout=0.0,
-    ),
-    aggregator=AggregatorConfig(
-        query_layer=5, context_layers=(3, 1), width=128, num_heads=4, mlp_dim=256, dropout=0.0, projector_mlp_dim=256
-    ),
-    language=dataclasses.replace(TINY_T5, adapters=AdapterConfig(32)),
-    soft_prompt_token_id=3,
+SYSTEM = dataclasses.replace(
+    tiny_lion["SYSTEM"],
     region_head=RegionHeadConfig(
         trigger_token_id=19,
         box_token_id=20,
@@ -55,7 +34,6 @@ SYSTEM = Lion(
         cycle_weight=0.1,  # low, because the frozen T5's states cannot adapt to the box embeddings
     ),
     sam=TINY_SAM,
-    identity_init_scale=2.5,  # the shipped ViT is aligned with the shipped T5's embeddings
 )
 PROCESSOR = ProcessorConfig(
     image_size=TINY_VIT.image_size,
@@ -71,14 +49,16 @@ PROCESSOR = ProcessorConfig(
 
 def get_config() -> Experiment:
     """The experiment."""
-    shared = {
-        "batch_size": 32,
-        "learning_rate": 5e-4,  # half of the first stage's: the aggregator is initialized as identity
-        "warmup_steps": 30,
-        "weight_decay": 0.01,
-        "clip_norm": 1.0,
-    }
-    boxes = {"lr_multipliers": (("locations", 2.0),)}
+    shared = tiny_lion["SHARED"] | {"warmup_steps": 30}
+    stages = tiny_lion["lion"]["stages"](
+        (260, 240, 320),
+        tiny_lion["IMAGE_LEVEL"],
+        REGION_LEVEL,
+        shared,
+        image_rate=1e-3,
+        boxes=("locations",),
+        region_fields={"lr_multipliers": (("locations", 2.0),)},
+    )
     return Experiment(
         name="tiny_lionjax",
         model=SYSTEM,
@@ -90,31 +70,7 @@ def get_config() -> Experiment:
             mask_fraction=0.1,
         ),
         stages=(
-            Stage(
-                "image_level",
-                260,
-                (*QFORMER, IMAGE_ADAPTER, "soft_prompt"),
-                IMAGE_LEVEL,
-                model_overrides=(("visual_input", "QFORMER"),),
-                **shared | {"learning_rate": 1e-3},
-            ),
-            Stage(
-                "region_level",
-                240,
-                (*AGGREGATOR, REGION_ADAPTER, "soft_prompt", "locations"),
-                REGION_LEVEL,
-                model_overrides=(("visual_input", "AGGREGATOR"),),
-                **shared,
-                **boxes,
-            ),
-            Stage(
-                "both_levels",
-                320,
-                (*QFORMER, *AGGREGATOR, ".*/adapters", "soft_prompt", "locations"),
-                IMAGE_LEVEL + REGION_LEVEL,
-                **shared,
-                **boxes,
-            ),
+            *stages,
             Stage("masks", 40, MASKS, (Mix("res", 1.0),), model_overrides=(("objective", "masks"),), **shared),
         ),
         run=RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32", cache_features=True),

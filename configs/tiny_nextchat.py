@@ -6,11 +6,13 @@ tokens, as Kosmos-2) the same model writes boxes as text instead of embeddings. 
 `rec@bins` do so for one task, so that one run compares all three formats.
 """
 
+import dataclasses
+
 from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage, Weights
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
-from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.language.decoder import TINY_DECODER
 from lionjax.models.vision.sam_encoder import TINY_SAM
 from lionjax.models.vision.vit import TINY_VIT
 from lionjax.models.vlm.nextchat import NextChat
@@ -32,28 +34,20 @@ VOCAB_SIZE, BINS = (
     1024,
     32,
 )  # of the tiny tokenizer; location tokens per side of the grid, with ids after the vocabulary
+TOKEN_IDS = {"image_token_id": 21, "trigger_token_id": 19, "box_token_id": 20}
 
 SYSTEM = NextChat(
     vision=TINY_VIT,
-    language=DecoderConfig(
-        vocab_size=VOCAB_SIZE + BINS**2,
-        width=128,
-        depth=4,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=32,
-        mlp_dim=384,
-        eos_token_id=1,
+    language=dataclasses.replace(
+        TINY_DECODER, vocab_size=VOCAB_SIZE + BINS**2, mlp_dim=384, rope_theta=10_000.0, tie_embeddings=False
     ),
     sam=TINY_SAM,
     feature_layer=-1,
     box_mlp_dim=256,
     num_mask_prompt_tokens=2,
     box_scale=float(TINY_SAM.image_size),
-    image_token_id=21,
-    trigger_token_id=19,
-    box_token_id=20,
     max_boxes=6,
+    **TOKEN_IDS,
 )
 
 
@@ -67,9 +61,7 @@ def get_config() -> Experiment:
             sources=(Scenes(sizes=(3000, 300, 400), image_size=192),),
             processor=ProcessorConfig(
                 image_size=TINY_VIT.image_size,
-                max_prompt_tokens=136,
-                max_question_tokens=1,
-                max_target_tokens=40,
+                **{"max_prompt_tokens": 136, "max_question_tokens": 1, "max_target_tokens": 40},
                 use_tags=False,
                 pad_to_square=True,
                 prompt_template="{image} {question}",

@@ -39,6 +39,7 @@ from benchmarks import instructblip, llava, train_step
 from lionjax.core import params as trees
 from lionjax.planner import hlo_analysis, topologies
 
+LLAVA_SHAPE = {"image": 336, "vision_width": 1024, "vision_depth": 24, "batch": 8, "prompt": 128, "target": 64}
 SHAPES = {
     "lion_xl": instructblip.Sizes(
         vision_width=1408,
@@ -52,73 +53,18 @@ SHAPES = {
         target=32,
     ),
     "nextchat_7b": llava.Sizes(
-        image=336,
-        vision_width=1024,
-        vision_depth=24,
-        language_width=4096,
-        language_layers=32,
-        head=128,
-        vocab=32005,
-        batch=8,
-        prompt=128,
-        target=64,
-        frozen_language=True,
+        language_width=4096, language_layers=32, head=128, vocab=32005, frozen_language=True, **LLAVA_SHAPE
     ),
-    "1b": llava.Sizes(
-        image=336,
-        vision_width=1024,
-        vision_depth=24,
-        language_width=2048,
-        language_layers=22,
-        vocab=32000,
-        batch=8,
-        prompt=128,
-        target=64,
-    ),
+    "1b": llava.Sizes(language_width=2048, language_layers=22, vocab=32000, **LLAVA_SHAPE),
 }
+TINY_PARTS = {"vision_width": 32, "vision_depth": 2, "language_width": 32, "language_layers": 2, "head": 16}
+TINY_SHAPE = TINY_PARTS | {"image": 28, "vocab": 128, "batch": 4, "prompt": 8, "target": 8}
 TINY = {
     "lion_xl": instructblip.Sizes(
-        image=28,
-        vision_width=32,
-        vision_depth=2,
-        qformer_width=32,
-        qformer_layers=2,
-        queries=4,
-        language_width=32,
-        language_layers=2,
-        head=16,
-        vocab=128,
-        question_vocab=128,
-        batch=4,
-        prompt=8,
-        question=8,
-        target=8,
+        qformer_width=32, qformer_layers=2, queries=4, question_vocab=128, question=8, **TINY_SHAPE
     ),
-    "nextchat_7b": llava.Sizes(
-        image=28,
-        vision_width=32,
-        vision_depth=2,
-        language_width=32,
-        language_layers=2,
-        head=16,
-        vocab=128,
-        batch=4,
-        prompt=8,
-        target=8,
-        frozen_language=True,
-    ),
-    "1b": llava.Sizes(
-        image=28,
-        vision_width=32,
-        vision_depth=2,
-        language_width=32,
-        language_layers=2,
-        head=16,
-        vocab=128,
-        batch=4,
-        prompt=8,
-        target=8,
-    ),
+    "nextchat_7b": llava.Sizes(frozen_language=True, **TINY_SHAPE),
+    "1b": llava.Sizes(**TINY_SHAPE),
 }
 SIDES = ("torch", "lionjax")
 RESULTS = Path(__file__).parent / "results" / "accelerator.md"

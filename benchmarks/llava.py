@@ -12,7 +12,7 @@ from benchmarks.instructblip import torch_optimizer as torch_optimizer
 from lionjax import convert
 from lionjax.core.types import IMAGE_LEVEL, Batch
 from lionjax.models.language.decoder import DecoderConfig
-from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vision.vit import CLIP_VIT_L
 from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 
@@ -105,19 +105,14 @@ def see_once(model, inputs: dict) -> None:
 
 def system_of(s: Sizes) -> VisualPrefixLM:
     """The lionjax model of these sizes."""
-    vision = ViTConfig(
-        s.image,
-        s.patch,
-        s.vision_width,
-        s.vision_depth,
-        s.vision_width // s.head,
-        4 * s.vision_width,
-        1e-5,
-        "quick_gelu",
-        attention_biases="qkvo",
-        patch_bias=False,
-        pre_layernorm=True,
-        post_layernorm=True,
+    vision = dataclasses.replace(
+        CLIP_VIT_L,
+        image_size=s.image,
+        patch_size=s.patch,
+        width=s.vision_width,
+        depth=s.vision_depth,
+        num_heads=s.vision_width // s.head,
+        mlp_dim=4 * s.vision_width,
     )
     heads = s.language_width // s.head
     language = DecoderConfig(

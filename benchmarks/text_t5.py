@@ -57,11 +57,9 @@ def twins(seed: int, c: T5Config, threads: int = 1):
 
     torch.set_num_threads(threads)  # more threads slow down parallel tests
     torch.manual_seed(seed)
+    token_ids = {name: getattr(c, name) for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id")}
+    sizes = {"vocab_size": c.vocab_size, "d_model": c.width, "d_kv": c.head_dim, "d_ff": c.mlp_dim}
     config = transformers.T5Config(
-        vocab_size=c.vocab_size,
-        d_model=c.width,
-        d_kv=c.head_dim,
-        d_ff=c.mlp_dim,
         num_layers=c.encoder_depth,
         num_decoder_layers=c.decoder_depth,
         num_heads=c.num_heads,
@@ -69,9 +67,8 @@ def twins(seed: int, c: T5Config, threads: int = 1):
         relative_attention_max_distance=c.max_distance,
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
-        decoder_start_token_id=c.decoder_start_token_id,
-        pad_token_id=c.pad_token_id,
-        eos_token_id=c.eos_token_id,
+        **sizes,
+        **token_ids,
     )
     theirs = transformers.T5ForConditionalGeneration(config).eval()
     # A freshly initialized T5 repeats one token; larger weights give varied outputs that sometimes end.

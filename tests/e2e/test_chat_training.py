@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import optax
 import pytest
+from chat_prompts import PICTURE, decoder_prompts
 
 from lionjax.core.experiment import Experiment
 from lionjax.data.config import DataConfig
-from lionjax.data.processor import ImageTextInput, Processor, ProcessorConfig
+from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.inference.loading import from_params
 from lionjax.models.connectors.perceiver import AbstractorConfig, ResamplerConfig
@@ -23,7 +24,6 @@ from lionjax.models.vlm.flamingo import Flamingo
 from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 from lionjax.nn.adapters import GatedCrossAttentionConfig
 
-PICTURE = 21  # <im_patch> of the tiny tokenizer
 VIT = ViTConfig(14, 7, 16, 1, 2, 24)
 READS = DecoderConfig(1024, 32, 2, 2, 2, 16, 48, eos_token_id=1)
 T5 = T5Config(1024, 32, 16, 2, 48, 2, 2, dropout=0.0)
@@ -63,17 +63,8 @@ def talks():
 def test_a_learned_talk_goes_on_by_what_was_said_and_by_what_is_seen(name):
     system = SYSTEMS[name]
     reads = "encoder" if isinstance(system.language, T5Config) else "decoder"
-    processor = ProcessorConfig(
-        image_size=14,
-        max_prompt_tokens=20,
-        max_question_tokens=12,
-        max_target_tokens=16,
-        use_tags=False,
-        reader=reads,
-        prompt_template="{image} {question}",
-        followup_template="{question}",
-        image_token=PICTURE,
-    )
+    lengths = {"max_prompt_tokens": 20, "max_question_tokens": 12, "max_target_tokens": 16}
+    processor = decoder_prompts(image_size=14, reader=reads, followup_template="{question}", **lengths)
     rows = list(talks())
     batch = Processor(processor).batch(
         [ImageTextInput(PICTURES[dark], question, turns=turns) for dark, turns, question, _ in rows],

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_prefix as tiny
+from chat_prompts import lengths
 from paths import CONFIGS
 
 import lionjax
@@ -28,7 +29,7 @@ from lionjax.inference.sampling import GenerationConfig
 from lionjax.models.connectors.qformer import QFormerConfig
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
-from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vision.vit import CLIP_VIT_L, ViTConfig
 from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 from lionjax.training import loop
 from lionjax.training.init import init_params
@@ -37,20 +38,7 @@ from lionjax.training.validate import check_prompt_format, check_token_ids
 
 BF16 = ml_dtypes.bfloat16
 SIDE, PATCH_TOKEN = 28, 21  # <im_patch> of the tiny tokenizer
-CLIP = ViTConfig(
-    SIDE,
-    14,
-    16,
-    3,
-    2,
-    24,
-    1e-5,
-    "quick_gelu",
-    attention_biases="qkvo",
-    patch_bias=False,
-    pre_layernorm=True,
-    post_layernorm=True,
-)
+CLIP = dataclasses.replace(CLIP_VIT_L, image_size=SIDE, patch_size=14, width=16, depth=3, num_heads=2, mlp_dim=24)
 TEMPLATE = "USER: {image} {question} ASSISTANT:"
 LLAVA = VisualPrefixLM(
     CLIP,
@@ -82,14 +70,7 @@ def experiment(system: VisualPrefixLM) -> Experiment:
         model=system,
         data=DataConfig(
             sources=(Scenes((12, 4, 12), image_size=56),),
-            processor=ProcessorConfig(
-                image_size=SIDE,
-                max_prompt_tokens=48,
-                max_question_tokens=48,
-                max_target_tokens=24,
-                use_tags=False,
-                **decoder,
-            ),
+            processor=ProcessorConfig(image_size=SIDE, **lengths(48, 48, 24), use_tags=False, **decoder),
         ),
         stages=(
             Stage("align", 2, between, mixture, **fields),

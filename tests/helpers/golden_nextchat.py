@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from golden_tower import clip_tower
 from safetensors.numpy import load_file
 
 from lionjax import convert
@@ -15,27 +16,13 @@ from lionjax.core.types import Batch
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision import sam_decoder
 from lionjax.models.vision.sam_encoder import SamConfig
-from lionjax.models.vision.vit import ViTConfig
 from lionjax.models.vlm.nextchat import NextChat, NextChatModule
 
 
 def system_of(config: dict, objective: str = "language") -> NextChat:
     v, t, s, names = (config[name] for name in ("vision", "llama", "sam", "tokens"))
     return NextChat(
-        vision=ViTConfig(
-            v["image_size"],
-            v["patch_size"],
-            v["width"],
-            v["depth"],
-            v["heads"],
-            v["mlp_width"],
-            v["layer_norm_eps"],
-            v["activation"],
-            attention_biases="qkvo",
-            patch_bias=False,
-            pre_layernorm=True,
-            post_layernorm=True,
-        ),
+        vision=clip_tower(v),
         language=DecoderConfig(
             t["vocab_size"],
             t["width"],

@@ -35,6 +35,8 @@ VISION = small_lion.SYSTEM.vision
 T5 = dataclasses.replace(small_lion.SYSTEM.language, adapters=None)
 QFORMER = small_lion.SYSTEM.qformer
 DECODER = dataclasses.replace(small_places.DECODER, adapters=None)
+SIZES = ("vocab_size", "width", "depth", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+DECODER_SIZES = {name: getattr(DECODER, name) for name in SIZES}
 READS_ON = dataclasses.replace(
     small_lion.PROCESSOR, reader="decoder", use_tags=False, prompt_template="{image} {question}", image_token=21
 )
@@ -65,18 +67,7 @@ KOSMOS2 = dataclasses.replace(
     projector_depth=0,
     normalize_features=True,
     language=dataclasses.replace(
-        KOSMOS2_TEXT,
-        vocab_size=1024,
-        width=32,
-        depth=2,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=16,
-        mlp_dim=48,
-        dropout=0.0,
-        pad_token_id=0,
-        eos_token_id=1,
-        position_offset=1,
+        KOSMOS2_TEXT, **DECODER_SIZES, dropout=0.0, pad_token_id=0, eos_token_id=1, position_offset=1
     ),
 )
 FROZEN = dataclasses.replace(LLAVA, num_prefix_tokens=2, projector_depth=1, torch_names="original")

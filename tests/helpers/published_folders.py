@@ -47,6 +47,9 @@ LLAMA = dict(
     rope_parameters={"rope_type": "default", "rope_theta": 5e5},
 )
 
+BERT = dict(vocab_size=61, max_position_embeddings=20) | dict(
+    hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40
+)
 VIT = dict(
     image_size=28, patch_size=14, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40
 )
@@ -56,10 +59,7 @@ PUBLISHED = {
         "T5ForConditionalGeneration",
         "T5Config",
         dict(
-            vocab_size=97,
-            d_model=24,
-            d_kv=8,
-            d_ff=40,
+            **{"vocab_size": 97, "d_model": 24, "d_kv": 8, "d_ff": 40},
             num_layers=3,
             num_decoder_layers=2,
             num_heads=4,

@@ -51,20 +51,17 @@ def kosmos(draw):
     """Theirs and ours of the same random sizes."""
     seen, heads = tower(draw, eps=1e-5), draw.choice([2, 4])
     width, hidden, vocab = heads * draw.choice([4, 6]), draw.randint(20, 40), draw.randint(tiny.IMAGE_TOKEN + 2, 60)
+    sizes = {"vocab_size": vocab, "width": width, "depth": draw.randint(1, 3)}
+    sizes |= {"num_heads": heads, "num_kv_heads": heads, "head_dim": width // heads}
     text = dataclasses.replace(
         decoder.KOSMOS2_TEXT,
-        vocab=vocab,
-        width=width,
-        layers=draw.randint(1, 3),
-        heads=heads,
-        kv_heads=heads,
-        head=width // heads,
+        **sizes,
         mlp_dim=hidden,
         dropout=0.0,
         pad_token_id=0,
         position_offset=1,
-        start_token=1,
-        end_token=2,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     queries = draw.randint(2, 4)
     system = VisualPrefixLM(

@@ -40,18 +40,7 @@ SYSTEM = Lion(
         dropout=0.0,
     ),
     aggregator=AggregatorConfig(2, (1, 0), width=16, num_heads=2, mlp_dim=24, dropout=0.0, projector_mlp_dim=24),
-    language=T5Config(
-        vocab_size=1024,
-        width=32,
-        head_dim=8,
-        num_heads=2,
-        mlp_dim=48,
-        encoder_depth=2,
-        decoder_depth=2,
-        dropout=0.0,
-        activation="gelu",
-        adapters=AdapterConfig(8),
-    ),
+    language=T5Config(1024, 32, 8, 2, 48, 2, 2, dropout=0.0, activation="gelu", adapters=AdapterConfig(8)),
     soft_prompt_token_id=3,
 )
 PROCESSOR = ProcessorConfig(image_size=SIDE, max_prompt_tokens=128, max_question_tokens=64, max_target_tokens=24)

@@ -1,41 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny NExT-Chat and its batches."""
 
+import dataclasses
+
 import numpy as np
 
 from lionjax.core.types import Batch
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.sam_encoder import SamConfig
-from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vision.vit import CLIP_VIT_L
 from lionjax.models.vlm.nextchat import NextChat
 
 IMAGE, TRIGGER, LOCATION, END = 40, 41, 42, 2
+IDS = {"image_token_id": IMAGE, "trigger_token_id": TRIGGER, "box_token_id": LOCATION}
 
 TINY = NextChat(
-    vision=ViTConfig(
-        image_size=16,
-        patch_size=8,
-        width=8,
-        depth=2,
-        num_heads=2,
-        mlp_dim=12,
-        norm_eps=1e-5,
-        attention_biases="qkvo",
-        patch_bias=False,
-        pre_layernorm=True,
-        post_layernorm=True,
+    vision=dataclasses.replace(
+        CLIP_VIT_L, image_size=16, patch_size=8, width=8, depth=2, num_heads=2, mlp_dim=12, activation="gelu"
     ),
     language=DecoderConfig(vocab_size=44, width=16, depth=2, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=24),
     sam=SamConfig(
-        image_size=32,
-        patch_size=8,
-        width=8,
-        depth=2,
-        num_heads=2,
-        mlp_dim=12,
-        window_size=2,
-        global_attn_indexes=(1,),
-        prompt_embed_dim=8,
+        *(32, 8, 8, 2, 2, 12, 2, (1,), 8),  # the image encoder, in the order of its fields
         mask_input_channels=4,
         decoder_num_heads=2,
         decoder_mlp_dim=8,
@@ -44,10 +29,8 @@ TINY = NextChat(
     box_mlp_dim=12,
     num_mask_prompt_tokens=2,
     box_scale=32.0,
-    image_token_id=IMAGE,
-    trigger_token_id=TRIGGER,
-    box_token_id=LOCATION,
     max_boxes=5,
+    **IDS,
 )
 
 

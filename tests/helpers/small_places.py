@@ -4,6 +4,8 @@
 import dataclasses
 
 import small_lion
+import small_nextchat
+from chat_prompts import PICTURE, lengths
 from small_lion import SIDE
 
 from lionjax.core.experiment import Experiment, RunConfig, Stage
@@ -12,37 +14,13 @@ from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.models.heads.region import RegionHeadConfig
 from lionjax.models.language.decoder import DecoderConfig
-from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.models.vlm.nextchat import NextChat
 from lionjax.nn.adapters import AdapterConfig
 
 TRIGGER, LOCATION = 19, 20  # of the tiny tokenizer
-SAM = SamConfig(
-    image_size=32,
-    patch_size=8,
-    width=8,
-    depth=2,
-    num_heads=2,
-    mlp_dim=12,
-    window_size=2,
-    global_attn_indexes=(1,),
-    prompt_embed_dim=8,
-    mask_input_channels=4,
-    decoder_num_heads=2,
-    decoder_mlp_dim=8,
-    iou_head_mlp_dim=8,
-)
-DECODER = DecoderConfig(
-    vocab_size=1024,
-    width=32,
-    depth=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    mlp_dim=48,
-    eos_token_id=1,
-    adapters=AdapterConfig(8),
-)
+IDS = {"trigger_token_id": TRIGGER, "box_token_id": LOCATION}
+SAM = small_nextchat.TINY.sam
+DECODER = DecoderConfig(1024, 32, 2, 2, 2, 16, 48, eos_token_id=1, adapters=AdapterConfig(8))
 NEXTCHAT = NextChat(
     vision=small_lion.SYSTEM.vision,
     language=dataclasses.replace(DECODER, adapters=None),
@@ -51,24 +29,19 @@ NEXTCHAT = NextChat(
     box_mlp_dim=16,
     num_mask_prompt_tokens=2,
     box_scale=32.0,
-    image_token_id=21,
-    trigger_token_id=TRIGGER,
-    box_token_id=LOCATION,
     max_boxes=3,
+    image_token_id=PICTURE,
+    **IDS,
 )
 FLAGSHIP = dataclasses.replace(
     small_lion.SYSTEM,
     sam=SAM,
-    region_head=RegionHeadConfig(
-        trigger_token_id=TRIGGER, box_token_id=LOCATION, box_mlp_dim=16, num_mask_prompt_tokens=2, max_boxes=3
-    ),
+    region_head=RegionHeadConfig(box_mlp_dim=16, num_mask_prompt_tokens=2, max_boxes=3, **IDS),
 )
 ONE_ROW = dataclasses.replace(FLAGSHIP, language=DECODER)
 PROCESSOR = ProcessorConfig(
     image_size=SIDE,
-    max_prompt_tokens=128,
-    max_question_tokens=64,
-    max_target_tokens=16,
+    **lengths(128, 64, 16),
     pad_to_square=True,
     box_format="embeddings",
     max_boxes=4,

@@ -11,20 +11,15 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from published_folders import BERT
+from torch_configs import assert_loads_alike
+
 from lionjax import convert
 from lionjax.convert.io.reader import open_weights
 from lionjax.models.language import bert
 from lionjax.models.language.bert import Bert, BertConfig
 
-SIZES = dict(
-    vocab_size=61,
-    hidden_size=24,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=40,
-    max_position_embeddings=20,
-    type_vocab_size=3,
-)
+SIZES = BERT | {"type_vocab_size": 3}
 
 
 def shaken(module):
@@ -98,10 +93,7 @@ def test_the_encoder_inside_a_model_with_heads_is_read_and_the_heads_are_named(t
 def test_a_bert_comes_back_as_a_folder_that_transformers_loads_without_a_key_missing(tiny, tmp_path):
     _, theirs, config, params = tiny
     convert.to_torch(config, params, tmp_path / "torch")
-    back, info = transformers.BertModel.from_pretrained(tmp_path / "torch", output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    one, other = theirs.state_dict(), back.state_dict()
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert_loads_alike(theirs, tmp_path / "torch")
 
 
 def test_a_text_longer_than_the_positions_is_refused(tiny):

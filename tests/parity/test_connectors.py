@@ -15,15 +15,16 @@ from small_bridges import kosmos, language, owl, tower, transformers
 
 torch = pytest.importorskip("torch")
 
+from golden_tower import clip_tower
 from torch.func import functional_call
 from torch.nn.functional import conv2d, layer_norm, linear, scaled_dot_product_attention, silu
+from torch_configs import clip_config, llama_config
 
 from lionjax import convert
 from lionjax.core import sharding
 from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.connectors.perceiver import AbstractorConfig
 from lionjax.models.language.decoder import DecoderConfig
-from lionjax.models.vision.vit import ViTConfig
 from lionjax.models.vlm.visual_prefix import MPLUG_OWL_7B, VisualPrefixLM, VisualPrefixLMModule
 
 NEW = 5
@@ -90,16 +91,7 @@ def owl_sees(w, c: VisualPrefixLM, image):
 def frozen_sees(w, c: VisualPrefixLM, image):
     """transformers' CLIP, the mean of what it saw, and a linear into so many words."""
     v = c.vision
-    config = transformers.CLIPVisionConfig(
-        hidden_size=v.width,
-        intermediate_size=v.mlp_dim,
-        num_hidden_layers=v.depth,
-        num_attention_heads=v.num_heads,
-        image_size=v.image_size,
-        patch_size=v.patch_size,
-        layer_norm_eps=v.norm_eps,
-        hidden_act="quick_gelu",
-    )
+    config = clip_config(v, layer_norm_eps=v.norm_eps, hidden_act="quick_gelu")
     clip, at = transformers.CLIPVisionModel(config), "model.vision_tower.vision_tower.vision_model."
     own = {name.split("vision_model.")[-1]: name for name in clip.state_dict()}
     held = {own[n.removeprefix(at)]: x for n, x in w.items() if n.startswith(at)}
@@ -110,18 +102,7 @@ def frozen_sees(w, c: VisualPrefixLM, image):
 
 
 def llama(c: DecoderConfig):
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.width,
-            intermediate_size=c.mlp_dim,
-            num_hidden_layers=c.depth,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            rms_norm_eps=c.norm_eps,
-        )
-    ).eval()
+    return transformers.LlamaForCausalLM(llama_config(c, head_dim=c.head_dim)).eval()
 
 
 SYSTEMS = {"owl": (owl, owl_sees, "language_model."), "frozen": (frozen, frozen_sees, "")}
@@ -177,19 +158,7 @@ def test_tower_and_abstractor_compute_what_mplug_owl_does(folder):
     v, a = c["vision"], c["abstractor"]
     system = dataclasses.replace(
         MPLUG_OWL_7B,
-        vision=ViTConfig(
-            v["image_size"],
-            v["patch_size"],
-            v["width"],
-            v["depth"],
-            v["heads"],
-            v["mlp_width"],
-            v["layer_norm_eps"],
-            v["activation"],
-            "qkvo",
-            patch_bias=False,
-            pre_layernorm=True,
-        ),
+        vision=clip_tower(v, post_layernorm=False),
         resampler=AbstractorConfig(
             a["width"], a["layers"], a["heads"], a["mlp_width"], a["queries"], sub_ln_eps=a["layer_norm_eps"]
         ),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from torch_configs import block_sizes, llama_config
 
 from benchmarks.text_decoder import TextDecoder
 from benchmarks.text_t5 import text_batch
@@ -22,42 +23,11 @@ from lionjax.nn.attention import causal_mask
 from lionjax.nn.layers import GatedMLP, RMSNorm, dropout
 from lionjax.nn.positions import alibi_bias
 
-LLAMA = DecoderConfig(
-    vocab_size=50,
-    width=24,
-    depth=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    mlp_dim=40,
-    rope_theta=500.0,
-    eos_token_id=3,
-)
+SIZES = {"vocab_size": 50, "width": 24, "depth": 3, "num_heads": 4, "head_dim": 6, "mlp_dim": 40, "eos_token_id": 3}
+LLAMA = DecoderConfig(num_kv_heads=2, rope_theta=500.0, **SIZES)
 TIED = dataclasses.replace(LLAMA, num_kv_heads=4, tie_embeddings=True)
-OPT = dataclasses.replace(
-    decoder.OPT_2_7B,
-    vocab_size=50,
-    width=24,
-    depth=3,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=6,
-    mlp_dim=40,
-    max_positions=34,
-    eos_token_id=3,
-)
-GPT2 = dataclasses.replace(
-    decoder.GPT2,
-    vocab_size=50,
-    width=24,
-    depth=3,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=6,
-    mlp_dim=40,
-    max_positions=32,
-    eos_token_id=3,
-)
+OPT = dataclasses.replace(decoder.OPT_2_7B, num_kv_heads=4, max_positions=34, **SIZES)
+GPT2 = dataclasses.replace(decoder.GPT2, num_kv_heads=4, max_positions=32, **SIZES)
 SETTINGS = {"llama": LLAMA, "tied": TIED, "opt": OPT, "gpt2": GPT2}
 ROWS = {
     "llama": decoder_weights.llama_weight_map,
@@ -92,40 +62,17 @@ def torch_twin(name: str):
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": c.eos_token_id}
     torch.manual_seed(0)
     if name in ("llama", "tied"):
-        config = transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.width,
-            intermediate_size=c.mlp_dim,
-            num_hidden_layers=c.depth,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=c.tie_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            **ids,
-        )
+        rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+        config = llama_config(c, tie_word_embeddings=c.tie_embeddings, rope_parameters=rope, **ids)
         model = transformers.LlamaForCausalLM(config)
     elif name == "opt":
-        config = transformers.OPTConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.width,
-            ffn_dim=c.mlp_dim,
-            num_hidden_layers=c.depth,
-            num_attention_heads=c.num_heads,
-            max_position_embeddings=c.max_positions - c.position_offset,
-            **ids,
-        )
+        positions = c.max_positions - c.position_offset
+        sizes = block_sizes(c) | {"vocab_size": c.vocab_size, "ffn_dim": c.mlp_dim}
+        config = transformers.OPTConfig(max_position_embeddings=positions, **sizes, **ids)
         model = transformers.OPTForCausalLM(config)
     else:
-        config = transformers.GPT2Config(
-            vocab_size=c.vocab_size,
-            n_embd=c.width,
-            n_inner=c.mlp_dim,
-            n_layer=c.depth,
-            n_head=c.num_heads,
-            n_positions=c.max_positions,
-            **ids,
-        )
+        sizes = {"n_embd": c.width, "n_inner": c.mlp_dim, "n_layer": c.depth, "n_head": c.num_heads}
+        config = transformers.GPT2Config(vocab_size=c.vocab_size, n_positions=c.max_positions, **sizes, **ids)
         model = transformers.GPT2LMHeadModel(config)
     with torch.no_grad():  # as they begin, biases are zero, norms say nothing and one word follows itself
         for name, weight in model.named_parameters():

@@ -13,6 +13,7 @@ import pytest
 import tiny_prefix as tiny
 from golden import assert_close, folders
 from safetensors.numpy import load_file
+from torch_configs import llama_config
 
 from lionjax import convert
 from lionjax.core import params as trees
@@ -272,18 +273,7 @@ def theirs_reads(w, c: Flamingo, ids: list[int], seen_KPD):
     mask = (time == mine if c.media_attention == "immediate" else time >= mine)[None]
 
     d, at = c.language, "lang_encoder."
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=d.vocab_size,
-            hidden_size=d.width,
-            intermediate_size=d.mlp_dim,
-            num_hidden_layers=d.depth,
-            num_attention_heads=d.num_heads,
-            num_key_value_heads=d.num_kv_heads,
-            head_dim=d.head_dim,
-            rms_norm_eps=d.norm_eps,
-        )
-    ).eval()
+    model = transformers.LlamaForCausalLM(llama_config(d, head_dim=d.head_dim)).eval()
     for i, layer in enumerate(model.model.layers):
         if (i + 1) % d.cross_attention.every_n_layers:
             continue

@@ -47,33 +47,16 @@ def twins():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     c = TINY
+    image_sizes = {"image_size": c.image_size, "patch_size": c.patch_size, "hidden_size": c.prompt_embed_dim}
+    encoder = image_sizes | {"hidden_size": c.width, "num_hidden_layers": c.depth, "num_attention_heads": c.num_heads}
+    encoder |= {"mlp_dim": c.mlp_dim, "window_size": c.window_size, "output_channels": c.prompt_embed_dim}
+    encoder |= {"global_attn_indexes": list(c.global_attn_indexes), "num_pos_feats": c.prompt_embed_dim // 2}
+    decoder = {"mlp_dim": c.decoder_mlp_dim, "num_attention_heads": c.decoder_num_heads}
+    decoder |= {"iou_head_hidden_dim": c.iou_head_mlp_dim, "iou_head_depth": c.iou_head_depth}
     config = transformers.SamConfig(
-        vision_config=dict(
-            hidden_size=c.width,
-            num_hidden_layers=c.depth,
-            num_attention_heads=c.num_heads,
-            image_size=c.image_size,
-            patch_size=c.patch_size,
-            mlp_dim=c.mlp_dim,
-            window_size=c.window_size,
-            global_attn_indexes=list(c.global_attn_indexes),
-            output_channels=c.prompt_embed_dim,
-            num_pos_feats=c.prompt_embed_dim // 2,
-        ),
-        prompt_encoder_config=dict(
-            hidden_size=c.prompt_embed_dim,
-            image_size=c.image_size,
-            patch_size=c.patch_size,
-            mask_input_channels=c.mask_input_channels,
-        ),
-        mask_decoder_config=dict(
-            hidden_size=c.prompt_embed_dim,
-            mlp_dim=c.decoder_mlp_dim,
-            num_attention_heads=c.decoder_num_heads,
-            iou_head_hidden_dim=c.iou_head_mlp_dim,
-            iou_head_depth=c.iou_head_depth,
-            layer_norm_eps=c.decoder_norm_eps,
-        ),
+        vision_config=encoder,
+        prompt_encoder_config=image_sizes | {"mask_input_channels": c.mask_input_channels},
+        mask_decoder_config=decoder | {"layer_norm_eps": c.decoder_norm_eps, "hidden_size": c.prompt_embed_dim},
     )
     theirs = transformers.SamModel(config).eval()
     with torch.no_grad():  # as they begin, most weights are zero

@@ -25,10 +25,8 @@ def saved(tmp_path_factory):
         image_size=c.image_size,
         patch_size=c.patch_size,
         embed_dim=c.width,
-        depths=c.depths,
-        num_heads=c.num_heads,
         window_size=c.window_size,
-        mlp_ratio=c.mlp_ratio,
+        **{name: getattr(c, name) for name in ("depths", "num_heads", "mlp_ratio")},
     )
     model = transformers.SwinModel(config).eval()
     with torch.no_grad():  # as they begin, biases and the numbers of places are zero and norms say nothing

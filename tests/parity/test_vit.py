@@ -1,28 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plain vision transformer in CLIP's setting against transformers' CLIPVisionModel."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from torch_configs import clip_config
 
 from lionjax import convert
 from lionjax.models.vision import vit
-from lionjax.models.vision.vit import ViT, ViTConfig
+from lionjax.models.vision.vit import ViT
 
-CLIP = ViTConfig(
-    image_size=24,
-    patch_size=8,
-    width=20,
-    depth=4,
-    num_heads=5,
-    mlp_dim=36,
-    norm_eps=1e-5,
-    activation="quick_gelu",
-    attention_biases="qkvo",
-    patch_bias=False,
-    pre_layernorm=True,
-    post_layernorm=True,
-)
+CLIP = dataclasses.replace(vit.CLIP_VIT_L, image_size=24, patch_size=8, width=20, depth=4, num_heads=5, mlp_dim=36)
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +20,7 @@ def clip():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.CLIPVisionConfig(
-        hidden_size=CLIP.width,
-        intermediate_size=CLIP.mlp_dim,
-        num_hidden_layers=CLIP.depth,
-        num_attention_heads=CLIP.num_heads,
-        image_size=CLIP.image_size,
-        patch_size=CLIP.patch_size,
-    )
+    config = clip_config(CLIP)
     model = transformers.CLIPVisionModel(config).eval()
     with torch.no_grad():  # as they begin, biases are zero and norms say nothing
         for weight in model.parameters():

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from chat_prompts import lengths
 from paths import TESTS
 
 from lionjax.core.experiment import Experiment
@@ -29,14 +30,7 @@ LLAVA = VisualPrefixLM(
     torch_names="original",
     feature_layer=-1,
 )
-PROMPTS = ProcessorConfig(
-    image_size=14,
-    max_prompt_tokens=16,
-    max_question_tokens=12,
-    max_target_tokens=3,
-    use_tags=False,
-    prompt_template="{image} {question}",
-)
+PROMPTS = ProcessorConfig(image_size=14, **lengths(16, 12, 3), use_tags=False, prompt_template="{image} {question}")
 IMAGE = np.full((14, 14, 3), 10, np.uint8)
 
 

@@ -25,20 +25,7 @@ from lionjax.models.vision.vit import ViTConfig
 from lionjax.models.vlm.blip2_stage1 import Blip2Stage1
 from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
-CLIP = ViTConfig(
-    14,
-    7,
-    16,
-    3,
-    2,
-    32,
-    1e-5,
-    "quick_gelu",
-    attention_biases="qkvo",
-    patch_bias=False,
-    pre_layernorm=True,
-    post_layernorm=True,
-)
+CLIP = dataclasses.replace(vit.CLIP_VIT_L, image_size=14, patch_size=7, width=16, depth=3, num_heads=2, mlp_dim=32)
 TOWER = "model.vision_tower.vision_tower."
 
 

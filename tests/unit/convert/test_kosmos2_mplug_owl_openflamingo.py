@@ -70,16 +70,18 @@ def openflamingo(folder, spelled: bool):
     """The parts of a tiny OpenFlamingo in a folder: what was trained, CLIP's file, MPT's folder."""
     text = dataclasses.replace(
         MPT_7B,
-        vocab=40,
-        width=64,
-        layers=4,
-        heads=2,
-        kv_heads=2,
-        head=32,
-        mlp_dim=256,
+        **{
+            "vocab_size": 40,
+            "width": 64,
+            "depth": 4,
+            "num_heads": 2,
+            "num_kv_heads": 2,
+            "head_dim": 32,
+            "mlp_dim": 256,
+        },
         num_frozen_embeddings=37,
         pad_token_id=39,
-        end_token=37,
+        eos_token_id=37,
         cross_attention=GatedCrossAttentionConfig(2, 64, 1, 64, 80),
     )
     system = dataclasses.replace(

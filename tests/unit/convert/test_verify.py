@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_prefix
-from published_folders import PUBLISHED
+from published_folders import BERT, PUBLISHED
 from small_sam import SAM
 
 torch = pytest.importorskip("torch")
@@ -20,18 +20,7 @@ from lionjax.core import params as trees
 from lionjax.core.types import UserError
 
 MODELS = PUBLISHED | {
-    "bert": (
-        "BertModel",
-        "BertConfig",
-        dict(
-            vocab_size=61,
-            hidden_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            intermediate_size=40,
-            max_position_embeddings=20,
-        ),
-    ),
+    "bert": ("BertModel", "BertConfig", BERT),
     "sam": ("SamModel", "SamConfig", SAM),
     "swin": (
         "SwinModel",

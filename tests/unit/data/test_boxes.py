@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tokenizers
+from chat_prompts import lengths
 from paths import CONFIGS
 from PIL import Image
 
@@ -23,9 +24,7 @@ BOX, OTHER = (0.1234567, 0.25, 0.5, 0.75), (0.0, 0.1, 0.3, 0.9)
 TEXT = f"A red star {box_to_text(BOX)}, a ring {box_to_text(OTHER)} and nothing else."
 CONFIG = ProcessorConfig(
     image_size=28,
-    max_prompt_tokens=64,
-    max_question_tokens=8,
-    max_target_tokens=64,
+    **lengths(64, 8, 64),
     use_tags=False,
     pad_to_square=True,
     max_boxes=3,

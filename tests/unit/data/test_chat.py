@@ -5,29 +5,23 @@ import dataclasses
 
 import numpy as np
 import pytest
+from chat_prompts import PICTURE, decoder_prompts
 
 from lionjax.core.experiment import Stage
 from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.chat import PromptFormat
 from lionjax.data.config import DataConfig
-from lionjax.data.processor import ImageTextInput, Processor, ProcessorConfig
+from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.inference.model import build_inputs
 from lionjax.nn import losses
 
-PICTURE = 21  # <im_patch> of the tiny tokenizer
 GRAY = np.full((28, 28, 3), 99, np.uint8)
-CHAT = ProcessorConfig(
-    image_size=28,
-    max_prompt_tokens=96,
-    max_question_tokens=8,
+CHAT = decoder_prompts(
     max_target_tokens=64,
-    use_tags=False,
-    reader="decoder",
     prompt_template="USER: {image} {question} ASSISTANT:",
     followup_template="USER: {question} ASSISTANT:",
-    image_token=PICTURE,
 )
 TURNS = (("How many stars?", "two"), ("Which color?", "red"))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shared_data
+from chat_prompts import decoder_prompts
 from PIL import Image
 
 from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, UserError
@@ -373,16 +374,7 @@ def test_clip_statistics_are_those_of_the_original():
 
 
 def test_examples_shown_before_a_question_bring_their_pictures_and_words_in_order():
-    c = ProcessorConfig(
-        image_size=28,
-        max_prompt_tokens=64,
-        max_question_tokens=8,
-        use_tags=False,
-        reader="decoder",
-        prompt_template="{image} {question}",
-        image_token=21,
-        shot_end="</s>",
-    )
+    c = decoder_prompts(max_prompt_tokens=64, shot_end="</s>")
     processor, grays = Processor(c), [np.full((9, 9, 3), shade, np.uint8) for shade in (0, 100, 255)]
     asked = ImageTextInput(
         grays[2], "How many?", shots=((grays[0], "Which color?", "red"), (grays[1], "Which shape?", "ring"))

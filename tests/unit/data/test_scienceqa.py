@@ -5,13 +5,13 @@ import json
 
 import numpy as np
 import pytest
+from chat_prompts import decoder_prompts
 from PIL import Image
 
 from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets.scienceqa import ScienceQa, format_answer, format_question
-from lionjax.data.processor import ProcessorConfig
 from lionjax.evaluation import runner
 from lionjax.evaluation.metrics.vqa import parse_choice
 from lionjax.evaluation.tasks import SCORERS
@@ -58,16 +58,7 @@ def test_questions_with_and_without_a_picture_are_read_counted_apart_and_shown_w
     Image.new("RGB", (40, 30), "red").save(tmp_path / "images/test/2/image.png")
     (tmp_path / "problems.json").write_text(json.dumps({"1": PLANT, "2": MAP}))
     (tmp_path / "pid_splits.json").write_text(json.dumps({"train": [], "val": [], "test": ["1", "2"]}))
-    prompts = ProcessorConfig(
-        image_size=28,
-        max_prompt_tokens=96,
-        max_question_tokens=8,
-        max_target_tokens=32,
-        use_tags=False,
-        reader="decoder",
-        prompt_template="{image} {question}",
-        image_token=21,
-    )
+    prompts = decoder_prompts(max_target_tokens=32)
     data = DataConfig((ScienceQa(str(tmp_path)),), prompts, num_threads=0)
     samples = sorted(pipeline.examples(data, "choice", "heldout"), key=lambda sample: sample.example.kind)
     assert [sample.example.kind for sample in samples] == ["image", "text"]

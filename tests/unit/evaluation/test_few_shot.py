@@ -6,27 +6,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from chat_prompts import PICTURE, decoder_prompts
 
 from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
-from lionjax.data.processor import Processor, ProcessorConfig
+from lionjax.data.processor import Processor
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.evaluation import runner
 from lionjax.evaluation.few_shot import FewShot
 
-PICTURE = 21  # <im_patch> of the tiny tokenizer
-PROMPTS = ProcessorConfig(
-    image_size=28,
-    max_prompt_tokens=96,
-    max_question_tokens=8,
-    max_target_tokens=16,
-    use_tags=False,
-    reader="decoder",
-    prompt_template="{image} {question}",
-    image_token=PICTURE,
-    shot_end="</s>",
-)
+PROMPTS = decoder_prompts(max_target_tokens=16, shot_end="</s>")
 DATA = DataConfig((Scenes((12, 2, 2), image_size=28),), PROMPTS, num_threads=0)
 
 

@@ -166,17 +166,7 @@ def test_a_policy_of_remembering_reaches_every_part():
 # What may be exchanged: a frozen decoder with small adapters, layers scanned, as every system has one
 
 LAYERS, WIDTH, HIDDEN = 6, 256, 1024
-SPEAKER = DecoderConfig(
-    vocab_size=512,
-    width=WIDTH,
-    depth=LAYERS,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=32,
-    mlp_dim=HIDDEN,
-    adapters=AdapterConfig(8),
-    remat="full",
-)
+SPEAKER = DecoderConfig(512, WIDTH, LAYERS, 8, 8, 32, HIDDEN, adapters=AdapterConfig(8), remat="full")
 
 
 class SpeakerModule(nn.Module):

@@ -9,7 +9,7 @@ from lionjax.data.scenes import render, world
 from lionjax.data.scenes.tasks import Example, box_to_text
 
 ATTRIBUTES = {"shape": world.SHAPES, "color": world.COLORS, "size": world.SIZES, "texture": world.TEXTURES}
-ROLES = ("nothing", "part", "centre")
+ROLES = ("nothing", "part", "center")
 FIELDS = {**ATTRIBUTES, "role": ROLES, "ground": world.BACKGROUNDS}
 BOX_FREQUENCIES = (1, 2)
 NUM_DIGITS = 10
@@ -50,7 +50,7 @@ def patch_labels(scene, side: int, pixels: int) -> tuple[np.ndarray, np.ndarray]
     """Labels of side x side patches of an image of `pixels` x `pixels`: fields (P, 6) and boxes (P, 4).
 
     A patch has the labels of the object that covers most of it, if that is more than 12%. Each object has one patch
-    with the role "centre".
+    with the role "center".
     """
     instance_ids = render.instance_id_map(scene.things, pixels)
     cell = pixels // side

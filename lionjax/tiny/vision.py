@@ -121,7 +121,7 @@ def train_vision(c: BackbonesConfig, mean, std, init_params: dict | None = None)
 
 
 def evaluate_vision(params, model, test, mean, std) -> dict:
-    """Accuracy of each attribute at center patches, recall and precision of the role "centre", and mean edge error.
+    """Accuracy of each attribute at center patches, recall and precision of the role "center", and mean edge error.
 
     The edge error is a fraction of the image side.
     """
@@ -135,8 +135,8 @@ def evaluate_vision(params, model, test, mean, std) -> dict:
         for field, name in enumerate(ATTRIBUTES)
     }
     role_NP = outputs[4].argmax(-1)
-    figures["centre_recall"] = float((role_NP == 2)[center_NP].mean())
-    figures["centre_precision"] = float(center_NP[role_NP == 2].mean())
+    figures["center_recall"] = float((role_NP == 2)[center_NP].mean())
+    figures["center_precision"] = float(center_NP[role_NP == 2].mean())
     edges_NP4 = (outputs[-1].reshape(*outputs[-1].shape[:2], 4, -1)[..., -1] + 1) / 2
     figures["edge_error"] = float(np.abs(edges_NP4 - box_NP4)[center_NP].mean())
     return {name: round(value, 4) for name, value in figures.items()}
@@ -211,7 +211,7 @@ def align_vision(c: BackbonesConfig, mean, std, vision_params: dict, reader_para
     square_BP = np.square(jax.jit(errors)(vision_params, image, field, encode_box(box))).mean(-1)
     center_BP = field[..., 4] == 2
     figures = {
-        "unexplained_centre": float(square_BP[center_BP].mean()),
+        "unexplained_center": float(square_BP[center_BP].mean()),
         "unexplained_rest": float(square_BP[~center_BP].mean()),
     }
     return vision_params, {name: round(value, 4) for name, value in figures.items()}

@@ -14,7 +14,7 @@ from lionjax.models.vision.swin import SwinConfig
 from lionjax.nn import losses
 
 SIDE, CELL = 24, 12
-COLOURS = np.float32([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1]])
+COLORS = np.float32([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1]])
 STEP = np.indices((CELL - 4, CELL - 4)) - (CELL - 5) / 2
 SHAPES = (
     np.abs(STEP).max(0) < 4,  # square
@@ -22,7 +22,7 @@ SHAPES = (
     np.abs(STEP).min(0) < 1,  # cross
     np.abs(STEP[0]) < 2,  # bar
 )
-TAGS = len(COLOURS) * len(SHAPES)
+TAGS = len(COLORS) * len(SHAPES)
 C = RamConfig(
     SwinConfig(SIDE, 2, 24, (2, 2), (2, 4), 3, 2.0, drop_path_rate=0.0), TAGS, 16, 32, 32, 2, 64, 2, dropout=0.0
 )
@@ -37,9 +37,9 @@ def scenes(rng, number: int):
         for y, x in np.ndindex(2, 2):
             if rng.random() < 0.6:
                 tag, (down, right) = rng.integers(TAGS), rng.integers(0, 5, 2)
-                colour, shape = COLOURS[tag % len(COLOURS)], SHAPES[tag // len(COLOURS)]
+                color, shape = COLORS[tag % len(COLORS)], SHAPES[tag // len(COLORS)]
                 at = picture[y * CELL + down :, x * CELL + right :][:size, :size]
-                at[shape] = colour * rng.uniform(0.6, 1)
+                at[shape] = color * rng.uniform(0.6, 1)
                 target[tag] = True
     return image_BHWC, target_BV
 

@@ -98,7 +98,7 @@ def how_many(things, nouns):
 
 
 def is_so(things, hides, first, relation, second):
-    """Whether a relation holds, read from centres of boxes or from what hides what."""
+    """Whether a relation holds, read from centers of boxes or from what hides what."""
     a, b = only(things, first), only(things, second)
     if relation in SIDES:
         axis, sign = SIDES[relation]

@@ -229,9 +229,9 @@ class Model:
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
-    Image.new("RGB", (30, 20), "#808080").save(tmp_path / "grey.png")
+    Image.new("RGB", (30, 20), "#808080").save(tmp_path / "gray.png")
     monkeypatch.setattr(loading, "load", lambda folder, prompt_length: Model())
-    return ["generate", str(tmp_path), "--image", str(tmp_path / "grey.png"), "--prompt", "where?"]
+    return ["generate", str(tmp_path), "--image", str(tmp_path / "gray.png"), "--prompt", "where?"]
 
 
 def test_generate_prints_the_answer_and_draws_it(capsys, asked, tmp_path):
@@ -239,8 +239,8 @@ def test_generate_prints_the_answer_and_draws_it(capsys, asked, tmp_path):
     assert cli.main([*asked, "--box", "0.2,0.2,0.8,0.8", "--out", str(out)]) == 0
     assert capsys.readouterr().out == "where? (30, 20)\nbox 0.200 0.200 0.500 0.800\n"
     drawn = Image.open(out)
-    colours = {colour for _, colour in drawn.getcolors(1 << 20)}
-    assert drawn.size == (480, 320) and {(230, 159, 0), (86, 180, 233)} <= colours
+    colors = {color for _, color in drawn.getcolors(1 << 20)}
+    assert drawn.size == (480, 320) and {(230, 159, 0), (86, 180, 233)} <= colors
 
 
 def test_generate_gives_json_with_masks_that_can_be_read_back(capsys, asked):
@@ -256,24 +256,24 @@ class Tagger:
     """Sees a cat wherever it looks."""
 
     def tag(self, images):
-        return [tagger.TagResult(("cat", "grey"), ("猫",), (0.75, 0.5)) for _ in images]
+        return [tagger.TagResult(("cat", "gray"), ("猫",), (0.75, 0.5)) for _ in images]
 
 
 def test_generate_tells_the_model_what_a_tagger_sees(capsys, asked, monkeypatch):
     monkeypatch.setattr(tagger, "load", lambda folder: Tagger())
     assert cli.main([*asked, "--tagger", "ram"]) == 0
-    assert capsys.readouterr().out.startswith("where? (30, 20) cat, grey\n")
+    assert capsys.readouterr().out.startswith("where? (30, 20) cat, gray\n")
     assert cli.main([*asked, "--tagger", "ram", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["tags"] == ["cat", "grey"]
+    assert json.loads(capsys.readouterr().out)["tags"] == ["cat", "gray"]
 
 
 def test_tag_prints_a_line_for_each_picture_or_everything_as_json(capsys, asked, monkeypatch):
     monkeypatch.setattr(tagger, "load", lambda folder: Tagger())
     file = asked[asked.index("--image") + 1]
     assert cli.main(["tag", "ram", "--image", file, file]) == 0
-    assert capsys.readouterr().out == "cat | grey\ncat | grey\n"
+    assert capsys.readouterr().out == "cat | gray\ncat | gray\n"
     assert cli.main(["tag", "ram", "--image", file, "--json"]) == 0
-    found = {"image": file, "tags": ["cat", "grey"], "chinese": ["猫"], "probabilities": [0.75, 0.5]}
+    found = {"image": file, "tags": ["cat", "gray"], "chinese": ["猫"], "probabilities": [0.75, 0.5]}
     assert json.loads(capsys.readouterr().out) == [found]
     assert "nothing.png" in refused(capsys, "tag", "ram", "--image", "nothing.png")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole folders both ways: recognised, complete or not at all, and the same to the bit when they come back."""
+"""Whole folders both ways: recognized, complete or not at all, and the same to the bit when they come back."""
 
 import dataclasses
 import json
@@ -295,7 +295,7 @@ def test_a_source_that_does_not_fit_leaves_no_folder(tmp_path):
 
 @pytest.fixture
 def released_lion(tmp_path, monkeypatch):
-    """A LION as it is published: what was trained, with the optimiser; the tower; a folder with the FlanT5."""
+    """A LION as it is published: what was trained, with the optimizer; the tower; a folder with the FlanT5."""
     import jax
 
     from lionjax.convert.formats.detect import format_of_config

@@ -262,7 +262,7 @@ def test_what_is_no_weight_file_is_said_to_be_none(tmp_path):
 
 @pytest.mark.parametrize("modern", [True, False])
 @pytest.mark.parametrize("wrap", [None, "model", "state_dict"])
-def test_a_pth_is_read_and_the_optimiser_beside_the_weights_is_left(tmp_path, wrap, modern):
+def test_a_pth_is_read_and_the_optimizer_beside_the_weights_is_left(tmp_path, wrap, modern):
     torch = pytest.importorskip("torch")
     tensors = some_tensors()
     state = as_torch(torch, tensors)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kosmos-2, mPLUG-Owl and OpenFlamingo as they are published: recognised, read, and written again to the same bits."""
+"""Kosmos-2, mPLUG-Owl and OpenFlamingo as they are published: recognized, read, and written again to the same bits."""
 
 import dataclasses
 import json

@@ -188,7 +188,7 @@ def test_a_template_is_filled_and_matched(text, index, name):
         ("h.{i}.w", "h.٣.w"),
     ],
 )
-def test_a_template_does_not_match_its_neighbours(text, name):
+def test_a_template_does_not_match_its_neighbors(text, name):
     assert KeyTemplate.parse(text).match(name) is None
 
 

@@ -55,7 +55,7 @@ def theirs(picture, pixels):
     return processor(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
 
 
-def test_pictures_are_resized_and_normalised_as_the_original_does(processor, noise):
+def test_pictures_are_resized_and_normalized_as_the_original_does(processor, noise):
     ours = processor.preprocess_image(noise)
     assert ours.dtype == np.float32 and ours.shape == (32, 32, 3)
     np.testing.assert_allclose(ours, theirs(Image.fromarray(noise), 32), atol=1e-6)

@@ -134,8 +134,8 @@ def test_pictures_lie_beside_the_page_and_nothing_half_written(run):
     assert not [name for name in names if name.endswith(".part")]
     assert "answers_blind.png" not in names  # it has no pictures
     pixels = np.asarray(Image.open(run / "answers_rec.png")).reshape(-1, 3).astype(int)
-    for colour in (plots.PREDICTION_COLOR, plots.TRUTH_COLOR):
-        assert np.abs(pixels - plots.hex_to_rgb(colour)).sum(-1).min() < 30
+    for color in (plots.PREDICTION_COLOR, plots.TRUTH_COLOR):
+        assert np.abs(pixels - plots.hex_to_rgb(color)).sum(-1).min() < 30
 
 
 def test_what_a_run_does_not_have_gets_no_section(tmp_path):

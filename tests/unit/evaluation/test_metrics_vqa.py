@@ -43,7 +43,7 @@ DATA = shared_data.ROOT
         ("the", ""),
     ],
 )
-def test_the_normaliser_follows_the_official_rules(text, answer):
+def test_the_normalizer_follows_the_official_rules(text, answer):
     assert normalize_answer(text) == answer
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from lionjax.evaluation.report import plots
 from lionjax.evaluation.report.plots import Overlay
 
-GREY = np.full((40, 60, 3), 128, np.uint8)
+GRAY = np.full((40, 60, 3), 128, np.uint8)
 
 
 def at(picture: Image.Image, x: float, y: float) -> tuple[int, ...]:
@@ -19,19 +19,19 @@ def at(picture: Image.Image, x: float, y: float) -> tuple[int, ...]:
 
 
 def test_a_small_picture_is_enlarged_with_its_shape_kept_and_a_large_one_is_left():
-    assert plots.draw_overlays(GREY, [], min_side=480).size == (480, 320)
+    assert plots.draw_overlays(GRAY, [], min_side=480).size == (480, 320)
     assert plots.draw_overlays(np.zeros((500, 600, 3), np.uint8), [], min_side=480).size == (600, 500)
 
 
-def test_a_box_is_drawn_in_its_colour_where_it_is_and_nowhere_else():
-    drawn = plots.draw_overlays(GREY, [Overlay((0.25, 0.25, 0.75, 0.75), color="#e69f00")])
+def test_a_box_is_drawn_in_its_color_where_it_is_and_nowhere_else():
+    drawn = plots.draw_overlays(GRAY, [Overlay((0.25, 0.25, 0.75, 0.75), color="#e69f00")])
     for x, y in ((0.252, 0.5), (0.748, 0.5), (0.5, 0.253), (0.5, 0.747)):
         assert at(drawn, x, y) == plots.hex_to_rgb("#e69f00")
     for x, y in ((0.5, 0.5), (0.1, 0.5), (0.9, 0.9)):
         assert at(drawn, x, y) == (128, 128, 128)
 
 
-def test_a_box_is_edged_in_black_or_white_so_that_it_shows_on_its_own_colour():
+def test_a_box_is_edged_in_black_or_white_so_that_it_shows_on_its_own_color():
     ground = np.full((480, 480, 3), plots.hex_to_rgb("#e69f00"), np.uint8)
     drawn = np.asarray(plots.draw_overlays(ground, [Overlay((0.2, 0.2, 0.8, 0.8), color="#e69f00")]))
     assert (drawn == plots.hex_to_rgb(plots.contrast_color("#e69f00"))).all(-1).sum() > 1000
@@ -41,7 +41,7 @@ def test_a_dashed_box_has_gaps():
     line = Overlay((0.1, 0.5, 0.9, 0.9), color="#e69f00")
     rows = []
     for dashed in (False, True):
-        drawn = np.asarray(plots.draw_overlays(GREY, [Overlay(line.box, color=line.color, dashed=dashed)]))
+        drawn = np.asarray(plots.draw_overlays(GRAY, [Overlay(line.box, color=line.color, dashed=dashed)]))
         y = round(0.5 * (drawn.shape[0] - 1)) + 1
         rows.append((drawn[y] == plots.hex_to_rgb("#e69f00")).all(-1).sum())
     assert 0.4 * rows[0] < rows[1] < 0.8 * rows[0]
@@ -50,7 +50,7 @@ def test_a_dashed_box_has_gaps():
 def test_a_mask_tints_its_area_alone():
     mask = np.zeros((40, 60), bool)
     mask[10:30, 20:40] = True
-    drawn = plots.draw_overlays(GREY, [Overlay(mask=mask, color="#0072b2")])
+    drawn = plots.draw_overlays(GRAY, [Overlay(mask=mask, color="#0072b2")])
     inside, outside = at(drawn, 0.5, 0.5), at(drawn, 0.1, 0.1)
     wanted = np.round(0.55 * 128 + 0.45 * np.array(plots.hex_to_rgb("#0072b2")))
     assert np.abs(np.array(inside) - wanted).max() <= 1
@@ -59,7 +59,7 @@ def test_a_mask_tints_its_area_alone():
 
 @pytest.mark.parametrize("box", [(0, 0, 1, 1), (0.97, 0.97, 1, 1), (-1, 2, 5, 7), (0.5, 0.5, 0.5, 0.5)])
 def test_a_box_at_or_past_the_edge_is_drawn_with_its_words_inside_the_picture(box):
-    drawn = np.asarray(plots.draw_overlays(GREY, [Overlay(box, "some words", color="#e69f00")]))
+    drawn = np.asarray(plots.draw_overlays(GRAY, [Overlay(box, "some words", color="#e69f00")]))
     plate = (drawn == plots.hex_to_rgb("#e69f00")).all(-1).sum()
     assert plate > 1000  # the plate of the words is there, not cut away
 
@@ -75,22 +75,22 @@ def test_plates_of_words_do_not_cover_each_other():
 
 
 def test_words_stand_in_black_or_white_with_a_contrast_of_at_least_4_5():
-    def light(colour):
-        parts = [c / 255 for c in plots.hex_to_rgb(colour)]
+    def light(color):
+        parts = [c / 255 for c in plots.hex_to_rgb(color)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return np.dot((0.2126, 0.7152, 0.0722), linear)
 
     assert plots.contrast_color("#ffffff") == "#000000" and plots.contrast_color("#000000") == "#ffffff"
-    for colour in plots.PALETTE:
-        low, high = sorted((light(colour), light(plots.contrast_color(colour))))
-        assert (high + 0.05) / (low + 0.05) >= 4.5, colour
+    for color in plots.PALETTE:
+        low, high = sorted((light(color), light(plots.contrast_color(color))))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, color
 
 
 def test_a_grid_wraps_its_rows_and_keeps_every_picture_whole():
-    cells = [(Image.new("RGB", (100, 50), colour), [("words", "#000000")]) for colour in plots.PALETTE]
+    cells = [(Image.new("RGB", (100, 50), color), [("words", "#000000")]) for color in plots.PALETTE]
     sheet = plots.image_grid(cells, columns=4)
-    seen = {colour for _, colour in sheet.getcolors(1 << 20)}
-    assert {plots.hex_to_rgb(colour) for colour in plots.PALETTE} <= seen
+    seen = {color for _, color in sheet.getcolors(1 << 20)}
+    assert {plots.hex_to_rgb(color) for color in plots.PALETTE} <= seen
     assert sheet.width == 4 * (320 + 16) + 16 and sheet.height > 2 * 320
 
 
@@ -130,7 +130,7 @@ def test_router_ratios_are_shown_layer_by_layer_with_their_numbers():
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_figures_have_the_colour_of_their_page(dark, tmp_path):
+def test_figures_have_the_color_of_their_page(dark, tmp_path):
     figure = plots.plot_loss_curves([dict(stage="a", step=1, loss=1.0)], dark)
     figure.savefig(tmp_path / "loss.png")
     corner = Image.open(tmp_path / "loss.png").convert("RGB").getpixel((1, 1))

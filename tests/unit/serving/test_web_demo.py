@@ -77,9 +77,9 @@ def test_corner_box_and_mask_are_drawn_where_they_are():
         drawn = np.asarray(web_demo.render_image(PICTURE, talk, answer), int)
         tall, wide, _ = drawn.shape
 
-        def near(at, colour):
+        def near(at, color):
             part = drawn[round(at[1] * tall) - 6 :][:12, round(at[0] * wide) - 6 :][:, :12]
-            return (np.abs(part - plots.hex_to_rgb(colour)).sum(-1) < 40).any()
+            return (np.abs(part - plots.hex_to_rgb(color)).sum(-1) < 40).any()
 
         return near
 

@@ -11,7 +11,7 @@ SIDE, PIXELS = 8, 112
 SCENES = [world.sample_scene("train", index) for index in range(12)]
 
 
-def colour_at(image_HWC, box) -> np.ndarray:
+def color_at(image_HWC, box) -> np.ndarray:
     x, y = (box[0] + box[2]) / 2 * PIXELS, (box[1] + box[3]) / 2 * PIXELS
     return image_HWC[int(np.clip(y, 0, PIXELS - 1)), int(np.clip(x, 0, PIXELS - 1))].astype(int)
 
@@ -20,11 +20,11 @@ def test_every_thing_speaks_from_one_patch_that_shows_it():
     for scene in SCENES:
         fields_P6, box_P4 = exercises.patch_labels(scene, SIDE, PIXELS)
         owner = scene.masks(PIXELS)
-        centres = np.flatnonzero(fields_P6[:, 4] == 2)
-        boxes = {tuple(np.round(box_P4[at], 4)) for at in centres}
+        centers = np.flatnonzero(fields_P6[:, 4] == 2)
+        boxes = {tuple(np.round(box_P4[at], 4)) for at in centers}
         # Two things may want one patch; then the one drawn later has it.
-        assert len(scene.things) - 1 <= len(boxes) == len(centres) <= len(scene.things)
-        for at in centres:
+        assert len(scene.things) - 1 <= len(boxes) == len(centers) <= len(scene.things)
+        for at in centers:
             k = int(np.abs(np.array([thing.box for thing in scene.things]) - box_P4[at]).sum(1).argmin())
             np.testing.assert_allclose(scene.things[k].box, box_P4[at], atol=1e-6)
             row, column = divmod(int(at), SIDE)
@@ -49,12 +49,12 @@ def test_mirrored_boxes_lie_on_the_mirrored_things(way):
     for before, after in zip(zip(image, fields, boxes), zip(*turned)):
         seen = []
         for picture, field_P6, box_P4 in (before, after):
-            centre = np.flatnonzero(field_P6[:, 4] == 2)
-            seen.append(sorted((int(field_P6[at, 1]), *(colour_at(picture, box_P4[at]) // 86)) for at in centre))
-            x = (box_P4[centre, 0] + box_P4[centre, 2]) / 2
-            assert np.abs(x - (centre % SIDE + 0.5) / SIDE).mean() < 1 / SIDE
+            center = np.flatnonzero(field_P6[:, 4] == 2)
+            seen.append(sorted((int(field_P6[at, 1]), *(color_at(picture, box_P4[at]) // 86)) for at in center))
+            x = (box_P4[center, 0] + box_P4[center, 2]) / 2
+            assert np.abs(x - (center % SIDE + 0.5) / SIDE).mean() < 1 / SIDE
         same = sum(one == other for one, other in zip(*seen))
-        assert same >= len(seen[0]) - 2  # a centre may fall on an edge, one pixel further
+        assert same >= len(seen[0]) - 2  # a center may fall on an edge, one pixel further
 
 
 def test_box_codes_differ_for_boxes_a_hundredth_apart():

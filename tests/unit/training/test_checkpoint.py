@@ -175,7 +175,7 @@ def test_an_error_of_a_save_under_way_is_raised_and_not_swallowed(tmp_path):
             steps.save(1, {"items": tree()}, {"score": (0, 1.0)})
 
 
-def test_a_full_disk_is_recognised_through_the_errors_that_it_comes_wrapped_in():
+def test_a_full_disk_is_recognized_through_the_errors_that_it_comes_wrapped_in():
     assert checkpoint.is_disk_full(OSError(28, "No space left on device"))
     outer = ValueError("save failed")
     outer.__cause__ = RuntimeError("RESOURCE_EXHAUSTED: write: No space left on device [errno 28]")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stage: its schedule, its optimiser, and one update."""
+"""A stage: its schedule, its optimizer, and one update."""
 
 import dataclasses
 import logging
@@ -193,7 +193,7 @@ def test_the_loss_comes_in_float32_and_frozen_bfloat16_changes_it_little(params)
     assert 0 < abs(narrow["loss"] - wide["loss"]) < 0.02
 
 
-def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimiser(params):
+def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimizer(params):
     stage, poisoned = toy.stage(trainable=[".*"]), toy.batch_of(range(8), poison=3)
     trainable, _ = trees.split(params, stage.trainable)
     fresh = stages.init_train_state(make_optimizer(stage, trainable), trainable, mesh())

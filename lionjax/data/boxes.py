@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from lionjax.core.experiment import MIX_BOXES
 from lionjax.core.types import UserError
 
-Box = tuple[float, float, float, float]
+Box = tuple[float, float, float, float]  # x0 y0 x1 y1 in 0..1
 BOX_FORMATS = MIX_BOXES
 # Appended to a question whose box format differs from the model's own.
 BOX_FORMAT_HINTS = {

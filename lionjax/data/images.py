@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 
 from lionjax.core.types import UserError
 from lionjax.data import resample
+from lionjax.data.boxes import Box
 
-Box = tuple[float, float, float, float]
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 * 2**20

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from lionjax.data import resample
-from lionjax.data.images import Box
+from lionjax.data.boxes import Box
 
 WHITE = (255, 255, 255)
 SAM_MEAN = (123.675, 116.28, 103.53)  # for pixel values in 0..255

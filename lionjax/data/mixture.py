@@ -17,7 +17,7 @@ import numpy as np
 from lionjax.core.experiment import Mix
 from lionjax.core.types import UserError
 from lionjax.data import images, letterbox
-from lionjax.data.boxes import BOX_FORMAT_HINTS
+from lionjax.data.boxes import BOX_FORMAT_HINTS, Box
 from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets.annotated_images import ImageInfo
@@ -236,9 +236,7 @@ def _file_stamps(source: Any) -> Iterator[tuple[str, int, int]]:
             yield str(path), stat.st_mtime_ns, stat.st_size
 
 
-def augment(
-    example: Example, truth: Any, data: DataConfig, rng: np.random.Generator
-) -> tuple[Example, images.Box, bool]:
+def augment(example: Example, truth: Any, data: DataConfig, rng: np.random.Generator) -> tuple[Example, Box, bool]:
     """(example, crop in 0..1, flipped) for a random crop and horizontal flip, with boxes and their texts moved along.
 
     Only captions and examples with boxes are cropped: other questions may be about what the crop removes.

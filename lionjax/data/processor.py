@@ -14,8 +14,8 @@ import numpy as np
 
 from lionjax.core.types import CATEGORIES, Batch, UserError
 from lionjax.data import images, letterbox
+from lionjax.data.boxes import Box
 from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat, render_history
-from lionjax.data.images import Box
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.prompt import CLIP_MEAN, CLIP_STD, NO_LETTERBOX, ProcessorConfig, PromptBuilder, strip_prompt
 from lionjax.data.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ class Processor:
 
     # ------------------------------------------------------------------ images
 
-    def load_pixels(self, source, crop: images.Box = images.FULL_IMAGE) -> np.ndarray:
+    def load_pixels(self, source, crop: Box = images.FULL_IMAGE) -> np.ndarray:
         """The image, or its window `crop` in 0..1, as uint8 (image_size, image_size, 3).
 
         `source`: any type that `images.to_pil_image` accepts.
@@ -69,7 +69,7 @@ class Processor:
         color = letterbox.WHITE if c.pad_color == "white" else tuple(int(255 * m) for m in c.image_mean)
         return letterbox.letterbox_image(image, c.image_size, color)
 
-    def get_letterbox(self, source, crop: images.Box = images.FULL_IMAGE) -> Letterbox:
+    def get_letterbox(self, source, crop: Box = images.FULL_IMAGE) -> Letterbox:
         """The padded square in which the model's boxes are fractions, for an image or its window `crop`."""
         if not self.config.pad_to_square:
             return NO_LETTERBOX

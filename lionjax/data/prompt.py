@@ -17,9 +17,8 @@ from typing import Literal
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
 from lionjax.data import images, tokenizer
-from lionjax.data.boxes import BoxCodec, box_to_text, join_text_and_boxes, split_text_and_boxes
+from lionjax.data.boxes import Box, BoxCodec, box_to_text, join_text_and_boxes, split_text_and_boxes
 from lionjax.data.chat import PromptFormat, flatten_turns
-from lionjax.data.images import Box
 from lionjax.data.letterbox import Letterbox
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

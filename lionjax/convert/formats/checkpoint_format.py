@@ -50,7 +50,7 @@ class CheckpointFormat:
 def read_hf_config(path: Path) -> dict:
     """The contents of a config.json, {} where it does not exist.
 
-    Raises UserError where it is no JSON object, and where it describes quantized weights.
+    Raises UserError where it is not a JSON object, and where it describes quantized weights.
     """
     if not path.is_file():
         return {}
@@ -60,7 +60,7 @@ def read_hf_config(path: Path) -> dict:
         check_downloaded(path)
         hf_config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(hf_config, dict):
         raise UserError(f"{path} holds a JSON {type(hf_config).__name__}; it must hold an object")
     if path.name == "config.json":

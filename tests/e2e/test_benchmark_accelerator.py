@@ -13,7 +13,7 @@ from lionjax.planner import topologies
 
 
 @pytest.mark.parametrize("shape", accelerator.SHAPES)
-def test_shapes_have_the_parameters_that_their_names_say(shape):
+def test_parameter_counts_match_the_names_of_the_shapes(shape):
     s = accelerator.SHAPES[shape]
     peer = accelerator.train_step.peer_of(s)
     shapes = jax.eval_shape(peer.system_of(s).init, jax.random.key(0), peer.batch_of(s))
@@ -84,7 +84,7 @@ def test_other_losses_or_words_are_an_error():
         accelerator.agree(sides | {("train", "1b", "torch"): made(1.0, losses=[1.1])})
 
 
-def test_memory_that_runs_out_is_a_result(monkeypatch):
+def test_out_of_memory_is_recorded_as_a_result(monkeypatch):
     def full(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
 

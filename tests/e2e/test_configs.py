@@ -66,7 +66,7 @@ def whole(experiment_and_boxed):
     return sharding.unbox_specs(experiment_and_boxed[1])
 
 
-def test_it_builds_and_every_stage_pattern_matches(experiment, whole):
+def test_config_builds_and_every_stage_pattern_matches_a_parameter(experiment, whole):
     known = []  # stages of one system have one loss
     step.validate_stages(experiment.stages, whole)
     for stage in experiment.stages:

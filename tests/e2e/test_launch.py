@@ -75,7 +75,7 @@ def test_the_exit_code_says_whether_to_start_again(tmp_path, begun, ends, code, 
     assert said.returncode == wanted, said.stderr
 
 
-def test_fields_and_flags_reach_the_program(tmp_path):
+def test_overrides_and_compiler_flags_reach_the_command(tmp_path):
     here = project(tmp_path)
     stand_in(tmp_path / "bin", "lionjax", 'echo "$LIBTPU_INIT_ARGS"; printf "<%s>" "$@"; exit 3')
     words = ("configs/a.py", f"{tmp_path}/run", "--name", "two words")
@@ -246,7 +246,7 @@ def test_skypilot_tells_gpu_machines_where_the_others_are(tmp_path):
     assert said.stdout.split() == wanted, said.stderr
 
 
-def test_the_image_is_made_of_what_is_there():
+def test_dockerfile_copies_only_files_that_exist():
     lines = [line for line in (LAUNCH / "Dockerfile").read_text().splitlines() if line and line[0] != "#"]
     for line in lines:
         if line.startswith("COPY "):

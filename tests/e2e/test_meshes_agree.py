@@ -66,7 +66,7 @@ def test_what_muon_makes_of_a_matrix_does_not_depend_on_how_it_is_cut():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_moments_lie_as_their_parameters_do(optimizer):
+def test_optimizer_moments_are_sharded_like_their_parameters(optimizer):
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     shapes = jax.eval_shape(toy.Toy().init, jax.random.key(0), BATCH)
     where = trees.flatten(sharding.named_shardings(shapes, mesh))

@@ -36,7 +36,7 @@ def test_first_parameters_losses_and_gradient_norms_do_not_depend_on_the_mesh(on
 
 
 @pytest.mark.parametrize("name", ["lion", "nextchat, masks"])
-def test_a_batch_lies_on_every_mesh_in_its_own_order(name):
+def test_batch_keeps_its_row_order_on_every_mesh(name):
     what, number = SYSTEMS[name]
     batch = first_batch(what, number)
     for mesh in map(mesh_of, MESHES):

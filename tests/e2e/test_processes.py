@@ -168,7 +168,7 @@ def test_sigterm_to_one_stops_all_at_one_step_with_0_and_any_number_goes_on(tmp_
     assert stream(tmp_path) == stream(alone[0])
 
 
-def test_kill_9_of_any_one_ends_the_others_and_the_restart_differs_in_no_bit(tmp_path, two):
+def test_killed_process_ends_the_others_and_the_restart_is_bitwise_equal(tmp_path, two):
     for whom, update in ((1, 4), (0, STEPS + 5)):
         processes = begin(tmp_path, 2, "pause=0.1")
         wait_for_updates(tmp_path, update, processes)
@@ -213,7 +213,7 @@ def test_a_host_that_is_missing_is_said_in_one_sentence(tmp_path):
     assert "every host" in said and time.monotonic() - began < LATE
 
 
-def test_variables_that_make_no_sense_are_one_sentence(monkeypatch):
+def test_variables_that_make_no_sense_raise_a_one_sentence_error(monkeypatch):
     cases = (
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}, "must be in 0..1"),

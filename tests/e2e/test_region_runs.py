@@ -139,7 +139,7 @@ def test_an_answer_that_breaks_off_at_a_trigger_means_no_box():
     assert np.isfinite(loss) and np.isfinite(metrics["loss_l1"])
 
 
-def test_masks_without_any_in_the_batch_are_one_sentence():
+def test_masks_without_any_in_the_batch_raise_a_one_sentence_error():
     system, config, _ = small_places.SYSTEMS["flagship"]
     with pytest.raises(UserError, match="mix the task res"):
         batch = batch_of(Processor(config), ["a", "b"])
@@ -239,7 +239,7 @@ def test_places_are_asked_for_with_their_masks_and_the_page_draws_them(pointing,
     assert (folder / "answers_res.png").is_file()
 
 
-def test_the_mask_of_an_answer_without_masks_is_its_box_and_none_where_it_has_several():
+def test_answer_without_masks_gets_a_mask_from_its_only_box_and_none_from_several():
     truth = [{"size": [10, 20]}] * 3
     filled = engine.Answer("", np.array([[0.5, 0.0, 1.0, 0.5]]))
     two = engine.Answer("", np.zeros((2, 4)), np.ones((2, 10, 20), bool))

@@ -153,7 +153,7 @@ def test_the_whole_is_its_parts_in_torch_with_every_gradient_and_greedy_word(nam
 
 
 @pytest.mark.parametrize("folder", folders("mplug_owl"))
-def test_tower_and_abstractor_compute_what_mplug_owl_does(folder):
+def test_vision_tower_and_abstractor_match_mplug_owl(folder):
     c, arrays = json.loads((folder / "config.json").read_text()), np.load(folder / "arrays.npz")
     v, a = c["vision"], c["abstractor"]
     system = dataclasses.replace(

@@ -106,7 +106,7 @@ def test_a_decoder_says_what_transformers_says(twins):
 
 
 @pytest.mark.slow
-def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
+def test_greedy_decoding_of_unequal_prompts_matches_transformers(twins):
     import torch
 
     theirs, c, params, *_ = twins
@@ -122,7 +122,7 @@ def test_greedy_words_from_unequal_prompts_are_those_of_transformers(twins):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 2])
-def test_an_answer_may_have_room_for_one_word(twins, beams):
+def test_max_new_tokens_may_be_one(twins, beams):
     _, c, params, *_ = twins
     batch = text_batch(*prompts((5, 2), c.vocab))
     one, two = (

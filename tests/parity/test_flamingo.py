@@ -116,7 +116,7 @@ def made(request):
     return system, weights(system)
 
 
-def test_gates_begin_closed_and_closed_gates_leave_the_language_model_as_it_was(made):
+def test_gates_start_at_zero_and_leave_the_language_model_unchanged(made):
     system, params = made
     batch, c = batch_of(), system.language
     first = GatedCrossAttentionBlock(4, GatedCrossAttentionConfig(1, 4, 1, 4, 4))

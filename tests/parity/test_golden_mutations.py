@@ -78,7 +78,7 @@ def complaints(golden) -> set[str]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("folder", folders("nextchat"))
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_seen(monkeypatch, mistake, folder):
+def test_golden_comparison_detects_a_mutation_of_nextchat(monkeypatch, mistake, folder):
     module, old, new, seen = MISTAKES[mistake]
     changed = mutated(monkeypatch, module, old, new)
     if module is region:
@@ -113,7 +113,7 @@ def tanh_gelu(monkeypatch, system):
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", folders("lion"))
 @pytest.mark.parametrize("mistake", [normed_adapters, shifted_taps, tanh_gelu])
-def test_a_mistake_in_lion_is_seen(monkeypatch, mistake, folder):
+def test_golden_comparison_detects_a_mutation_of_lion(monkeypatch, mistake, folder):
     right = lion_of(json.loads((folder / "config.json").read_text()))
     params = convert.params_from_state_dict(right.weight_map(), load_file(folder / "weights.safetensors"))
     arrays = dict(np.load(folder / "arrays.npz"))

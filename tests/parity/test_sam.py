@@ -128,7 +128,7 @@ def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
                 np.testing.assert_allclose(scores, out.iou_scores, atol=1e-4, err_msg=f"seed {SEED}")
 
 
-def test_places_that_nobody_asks_about_are_left_out_and_the_others_are_as_if_all_were_decoded(twins):
+def test_only_requested_masks_are_decoded_and_equal_a_full_decode(twins):
     _, params, _ = twins
     sam, rng = Sam(TINY), np.random.default_rng(1)
     asked = rng.random((6, 3)) < 0.3

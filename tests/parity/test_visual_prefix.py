@@ -83,7 +83,7 @@ def gradients(model) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_greedy_words_are_those_of_transformers(pair):
+def test_greedy_decoding_matches_transformers(pair):
     seed, model, system, params, batch = pair
     language = system.language
     config = GenerationConfig(
@@ -226,7 +226,7 @@ def test_pooled_patches_are_the_means_of_their_squares():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", ["instructblip_vicuna"], indirect=True)
-def test_features_that_were_kept_give_the_same_loss(pair):
+def test_cached_features_give_the_same_loss(pair):
     _, _, system, params, batch = pair
     kept = dataclasses.replace(batch, image_BHWC=None, features=system.extract_features(params, batch))
     one, other = (jax.jit(system.loss)(params, b)[0] for b in (batch, kept))

@@ -72,7 +72,7 @@ def test_help_names_every_verb_and_what_it_does(capsys):
         assert verb.get_default("run").__doc__ in out and f" {name} " in out
 
 
-def test_a_wrong_command_line_is_one_sentence(capsys, toy):
+def test_a_wrong_command_line_raises_a_one_sentence_error(capsys, toy):
     assert refused(capsys, "trian") == "there is no verb 'trian'; did you mean `lionjax train`?"
     assert refused(capsys, "xyz").endswith("did you mean `lionjax --help`?")
     assert "required: --workdir; see `lionjax train --help`" in refused(capsys, "train", toy)
@@ -132,7 +132,7 @@ def test_inspect_says_what_a_source_holds_and_draws_it(capsys, tmp_path, monkeyp
     assert look.width == 4 * 336 + 16 and look.height > 3 * 336  # ten tasks in three rows
 
 
-def test_a_source_that_is_wrongly_named_or_set_is_one_sentence(capsys):
+def test_a_source_that_is_wrongly_named_or_set_raises_a_one_sentence_error(capsys):
     assert refused(capsys, "data", "inspect", "cocoo").startswith("there is no source 'cocoo'")
     assert "did you mean 'image_size'?" in refused(capsys, "data", "inspect", "scenes", "--image_siz", "3")
     assert refused(capsys, "data", "build", "scenes").startswith("build needs --out FOLDER")
@@ -279,7 +279,7 @@ def test_tag_prints_a_line_for_each_picture_or_everything_as_json(capsys, asked,
 
 
 @pytest.mark.parametrize("box", ["0.5,0.5,0.5,0.9", "0,0,2,1", "a,b,c,d", "0.1,0.2,0.3"])
-def test_generate_refuses_a_box_that_is_none(capsys, asked, box):
+def test_generate_refuses_an_invalid_box(capsys, asked, box):
     assert refused(capsys, *asked, "--box", box).startswith("--box")
 
 
@@ -320,14 +320,14 @@ def test_every_error_is_one_sentence_with_its_exit_code(capsys, monkeypatch, err
     assert err.startswith(f"lionjax: {said}") and err.count("\n") == 1
 
 
-def test_the_traceback_is_there_for_those_who_ask(capsys, monkeypatch):
+def test_traceback_is_printed_if_lionjax_traceback_is_set(capsys, monkeypatch):
     monkeypatch.setenv("LIONJAX_TRACEBACK", "1")
     assert cli.main(["show", "nothing.py"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and err.splitlines()[-1].startswith("lionjax: no config file")
 
 
-def test_a_reader_that_goes_away_is_no_error(toy):
+def test_closed_output_pipe_is_not_an_error(toy):
     command = f"{sys.executable} -m lionjax.cli show {toy} | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr, done.returncode) == ("Experiment\n", "", 0)

@@ -130,7 +130,7 @@ def test_of_a_whole_clip_the_vision_tower_is_read_and_the_rest_reported(tmp_path
     assert "skipped (text tower and contrastive projections): logit_scale, " in str(coverage)
 
 
-def test_a_swin_that_knows_classes_lends_its_eyes(tmp_path):
+def test_swin_classifier_is_converted_without_its_head(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = PUBLISHED["swin"][2]
     config = transformers.SwinConfig(**sizes, num_labels=3)

@@ -88,7 +88,7 @@ def test_a_delta_is_added_to_its_base_as_pytorch_adds_it(base, tmp_path, words):
         np.testing.assert_array_equal(table, state["model.embed_tokens.weight"][-words:])
 
 
-def test_what_is_no_delta_to_a_base_is_refused_by_name(base, tmp_path):
+def test_tensors_that_are_not_a_delta_of_the_base_are_refused_by_name(base, tmp_path):
     config, _, state = llava(base, 0)
     write(tmp_path / "mine", config, state, "pytorch_model.bin")
     other = load_file(base / "model.safetensors")

@@ -94,7 +94,7 @@ def llava(tmp_path_factory):
     return folder, model
 
 
-def test_every_spelling_of_a_llava_means_the_same(llava, tmp_path):
+def test_all_key_prefixes_of_llava_give_the_same_parameters(llava, tmp_path):
     saved, model = llava
     config, params = convert.from_torch(saved)
     names = load_file(saved / "model.safetensors").keys()

@@ -66,7 +66,7 @@ def test_a_safetensors_file_lies_on_the_disk_until_it_is_used(tmp_path):
     assert_same(opened, tensors)
 
 
-def test_forgetting_a_tensor_gives_its_memory_back_and_it_can_still_be_read(tmp_path):
+def test_released_tensor_frees_its_memory_and_can_be_read_again(tmp_path):
     save_file({"w": np.ones(30_000_000, np.float32)}, tmp_path / "m.safetensors")
     opened = open_weights(tmp_path)
 
@@ -249,7 +249,7 @@ def test_an_absurd_header_is_refused_before_memory_is_taken(tmp_path):
     tracemalloc.stop()
 
 
-def test_what_is_no_weight_file_is_said_to_be_none(tmp_path):
+def test_paths_without_weights_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     assert "no weight file" in refused(tmp_path / "notes.txt")
     assert "holds no weights" in refused(tmp_path)

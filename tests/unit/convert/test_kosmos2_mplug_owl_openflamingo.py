@@ -133,7 +133,7 @@ def test_the_parts_of_an_openflamingo_make_one_whole(tmp_path, spelled):
     same(back, params)
 
 
-def test_an_openflamingo_that_lacks_a_part_is_one_sentence(tmp_path):
+def test_an_openflamingo_that_lacks_a_part_raises_a_one_sentence_error(tmp_path):
     openflamingo(tmp_path, False)
     (tmp_path / "clip_vit_L.pth").unlink()
     with pytest.raises(UserError, match="needs the parts of an OpenFlamingo"):

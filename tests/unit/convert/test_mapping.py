@@ -115,7 +115,7 @@ def test_to_torch_and_back_is_the_same_to_the_bit(dtype):
     assert_same_bits(trees.flatten(back), trees.flatten(params))
 
 
-def test_bits_that_are_no_ordinary_number_survive():
+def test_nan_payloads_infinities_and_negative_zero_keep_their_bits():
     bits = np.array([0x7FC1, 0xFFC0, 0x8000, 0x7F80, 0x0001, 0xFF81], np.uint16)  # NaNs with a payload, -0, inf
     rows, state = (WeightMapping("w", "w", linear),), {"w": bits.view(ml_dtypes.bfloat16).reshape(2, 3)}
     there = convert.params_from_state_dict(rows, state)
@@ -193,7 +193,7 @@ def test_a_template_does_not_match_its_neighbors(text, name):
 
 
 @pytest.mark.parametrize("text", ["h.{}", "h.{n}", "h.{i}.{i}", "h.{3}", "h.{8i+j}", "h.{8i+j<9}", "h.{i-1}"])
-def test_braces_that_cannot_be_understood_are_refused(text):
+def test_invalid_braces_in_a_torch_name_are_refused(text):
     with pytest.raises(ValueError, match="torch name"):
         WeightMapping(text, "w")
 
@@ -396,7 +396,7 @@ def test_a_name_with_a_mad_number_is_refused_and_not_counted_up_to():
     assert time.perf_counter() - start < 5
 
 
-def test_names_are_grouped_by_their_numbers():
+def test_numbered_names_are_listed_as_ranges():
     assert group_numbered_names(["b.1.w", "b.0.w", "b.2.w", "a"]) == ["'a'", "'b.0..2.w' (3 of them)"]
     assert group_numbered_names(["b.10.w", "b.9.w"]) == ["'b.9..10.w' (2 of them)"]
 
@@ -408,7 +408,7 @@ def test_names_are_grouped_by_their_numbers():
     st.sampled_from(["f4", "u1", "f8", "?", "c16", "bf16"]),
     st.integers(1, 2),
 )
-def test_bits_are_copied_from_any_layout(order, shape, kind, step):
+def test_copy_of_any_memory_layout_keeps_the_bits(order, shape, kind, step):
     dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bf16" else kind)
     size = int(np.prod(shape)) * dtype.itemsize
     whole = np.random.default_rng(0).integers(0, 2, size, np.uint8).view(dtype).reshape(shape)

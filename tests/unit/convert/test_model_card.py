@@ -62,7 +62,7 @@ def test_the_card_of_a_known_model_names_its_class_and_how_peft_adds_the_lora(tm
     assert "adapter (LoRA)" in card and "PeftModel.from_pretrained" in card and "## Training" not in card
 
 
-def test_what_came_along_is_not_written_over(tmp_path, exported):
+def test_companion_files_are_not_overwritten(tmp_path, exported):
     what, _ = exported
     mine = tmp_path / "preprocessor_config.json"
     mine.write_text(json.dumps({"size": 7}))

@@ -170,7 +170,7 @@ def test_one_shard_is_read_from_the_disk_by_its_own_bytes(tmp_path):
     assert part.tobytes() == trees.flatten(params)[path][where].tobytes()
 
 
-def test_only_one_layer_of_one_leaf_is_asked_for_at_a_time(tmp_path, monkeypatch):
+def test_lazy_layers_are_requested_one_at_a_time(tmp_path, monkeypatch):
     """Of a leaf whose layers are made when asked for, none is asked for before the one before it is written."""
     config = T5Config(97, 24, 8, 4, 40, 3, 2, 8)
     asked, written = [], []

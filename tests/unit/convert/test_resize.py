@@ -120,7 +120,7 @@ def test_words_take_the_spare_rows_of_a_padded_vocabulary_first(tmp_path):
     np.testing.assert_allclose(table[47:49], np.broadcast_to(old[:47].mean(0), (2, 24)), atol=1e-7)
 
 
-def test_only_filling_up_changes_no_row(tmp_path):
+def test_padding_the_vocabulary_changes_no_existing_row(tmp_path):
     config, params = tiny_t5()
     convert.to_torch(config, params, tmp_path / "torch")
     convert.convert(
@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, wanted, probl
     assert [path.name for path in tmp_path.iterdir()] == ["clip"]
 
 
-def test_a_word_that_is_known_already_is_refused(tmp_path):
+def test_adding_a_token_that_exists_is_refused(tmp_path):
     transformers, _ = saved_llama(tmp_path / "base")
     tokenizer_of(transformers, 50).save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="already has the token 'w7'"):

@@ -71,7 +71,7 @@ def test_both_models_agree_at_every_stage_and_most_stages_are_compared(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_prefix.SYSTEMS)
-def test_a_system_that_sees_agrees_at_every_stage(tmp_path, name):
+def test_vision_language_models_match_transformers_at_every_module(tmp_path, name):
     seed = tiny_prefix.seed()
     tiny_prefix.theirs(name, random.Random(seed)).save_pretrained(tmp_path)
     found = compare.verify(*convert.from_torch(tmp_path), tmp_path)

@@ -124,7 +124,7 @@ def test_a_wrong_override_is_one_sentence_and_prints_nothing(path, words, capfd)
         (FILE.replace("LoraConfig(rank=2)", "print"), "Experiment.model is a builtin_function"),
     ],
 )
-def test_a_wrong_config_file_is_one_sentence(path, text, wanted):
+def test_a_wrong_config_file_raises_a_one_sentence_error(path, text, wanted):
     path.write_text(text)
     with pytest.raises(UserError) as error:
         config.load(path)
@@ -170,7 +170,7 @@ def test_json_that_is_not_ours_is_refused_in_one_sentence(path, change, wanted):
     assert wanted in sentence(error)
 
 
-def test_text_that_is_no_json_is_refused():
+def test_invalid_json_is_refused():
     with pytest.raises(UserError, match="not valid JSON"):
         config.from_json("{")
 
@@ -201,6 +201,6 @@ def test_difference_names_the_fields_that_differ(path):
     assert config.diff_configs(toy, swapped)["model.class"] == ("LoraConfig", "RunConfig")
 
 
-def test_a_stage_wants_a_batch_that_divides():
+def test_batch_size_must_be_a_multiple_of_grad_accum_steps():
     with pytest.raises(UserError, match="must be a multiple of grad_accum_steps"):
         Stage("s", 1, ("a",), (("vqa", 1.0),), batch_size=5, grad_accum_steps=2)

@@ -86,7 +86,7 @@ def test_digits_are_written_as_ever_and_bins_and_embeddings_as_two_tokens():
     assert low - processor.tokenizer.vocab_size == 8 * 32 + 3 and high - processor.tokenizer.vocab_size == 23 * 32 + 15
 
 
-def test_what_stands_for_no_box_is_passed_over():
+def test_box_tokens_without_a_box_are_skipped():
     codec = Processor(CONFIG).prompt.box_codec
     first = codec.first_location_token_id
     assert codec.decode([5, AT, HERE, 6, AT], [BOX]) == [[5], BOX, [6]]

@@ -123,7 +123,7 @@ def test_each_data_set_counts_by_its_weight_whatever_its_share_of_the_tokens():
 @pytest.mark.parametrize(
     ("mixture", "said"), [("vqa@whispered", "choose one of"), ("vqa+some", "a number of examples")]
 )
-def test_a_form_that_does_not_exist_is_one_sentence(mixture, said):
+def test_a_form_that_does_not_exist_raises_a_one_sentence_error(mixture, said):
     with pytest.raises(UserError, match=said):
         rows_of(((mixture, 1.0),))
 

@@ -186,7 +186,7 @@ def test_a_bad_record_is_one_sentence_when_used_or_is_left_out(folder, change, w
         lambda t: t["images"][0].update(width=0),
     ],
 )
-def test_a_broken_annotation_file_is_one_sentence(folder, change):
+def test_a_broken_annotation_file_raises_a_one_sentence_error(folder, change):
     edit(folder / "instances.json", change)
     with pytest.raises(UserError) as error:
         Coco(str(folder)).open("train", MAX_PIXELS)
@@ -194,7 +194,7 @@ def test_a_broken_annotation_file_is_one_sentence(folder, change):
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\x1f\x8b\x00broken"])
-def test_a_file_that_is_not_json_is_one_sentence(tmp_path, data):
+def test_a_file_that_is_not_json_raises_a_one_sentence_error(tmp_path, data):
     path = tmp_path / "captions.json"
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"captions\.json"):
@@ -266,7 +266,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, line):
         JsonLines(str(tmp_path / "r.jsonl"), str(tmp_path)).open("train", MAX_PIXELS)
 
 
-def test_a_record_without_a_question_for_a_task_without_wordings_is_one_sentence(folder, tmp_path):
+def test_a_record_without_a_question_for_a_task_without_wordings_raises_a_one_sentence_error(folder, tmp_path):
     write(tmp_path / "r.jsonl", {"image": "0000.png", "answer": "red"})
     with pytest.raises(UserError, match="no question"):
         all_of(JsonLines(str(tmp_path / "r.jsonl"), str(folder / "images")), "vqa")
@@ -301,7 +301,7 @@ def test_scenes_drawn_and_scenes_read_from_files_are_the_same_examples(tmp_path)
     assert res.masks().shape == (1, 48, 48) and res.masks().any()
 
 
-def test_a_folder_without_scenes_is_one_sentence(tmp_path):
+def test_a_folder_without_scenes_raises_a_one_sentence_error(tmp_path):
     with pytest.raises(UserError) as error:
         Scenes(folder=str(tmp_path)).open("train", MAX_PIXELS)
     assert str(tmp_path) in sentence(error)
@@ -336,7 +336,7 @@ def test_easy_vqa_is_read_whole_and_its_test_set_is_held_out():
     )
 
 
-def test_an_unknown_split_and_an_empty_one_are_one_sentence(folder):
+def test_an_unknown_split_and_an_empty_one_raise_a_one_sentence_error(folder):
     with pytest.raises(UserError, match="split"):
         open_split(Scenes(), "test", MAX_PIXELS)
     with pytest.raises(UserError, match="no records"):
@@ -376,7 +376,7 @@ def test_building_leaves_out_what_training_would_refuse(folder, tmp_path, caplog
     assert len(cats) == 9
 
 
-def test_a_damaged_record_of_a_built_folder_is_one_sentence(folder, tmp_path):
+def test_a_damaged_record_of_a_built_folder_raises_a_one_sentence_error(folder, tmp_path):
     from lionjax.data.prepare import array_record_writer
 
     place = array_record_writer.build(Coco(str(folder), heldout_fraction=0), tmp_path / "out")
@@ -396,7 +396,7 @@ def test_a_damaged_record_of_a_built_folder_is_one_sentence(folder, tmp_path):
 # ---------------------------------------------------------------------- from a word or path
 
 
-def test_a_word_or_path_becomes_the_source_it_means(folder, tmp_path):
+def test_data_source_is_detected_from_a_name_or_path(folder, tmp_path):
     refs = write(tmp_path / "refs.json", [{"img_id": "1_1", "sents": "a", "bbox": [0, 0, 1, 1]}])
     quest = write(tmp_path / "q.json", {"questions": []})
     pope = tmp_path / "pope.json"

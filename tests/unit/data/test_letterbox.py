@@ -93,7 +93,7 @@ def test_boxes_in_the_square_and_back_by_hand(size, box, inside):
         ((640, 480), 1024, (128, 0, 768, 1024)),
     ],
 )
-def test_where_a_picture_lies_in_sams_square_by_hand(size, pixels, inside):
+def test_pixel_rect_in_sams_padded_square_equals_hand_computed_values(size, pixels, inside):
     assert Letterbox(*size).pixel_rect(pixels) == inside
     top, left, high, wide = inside
     picture = Image.new("RGB", size, (200, 200, 200))
@@ -106,7 +106,7 @@ def test_where_a_picture_lies_in_sams_square_by_hand(size, pixels, inside):
 
 
 @pytest.mark.parametrize(("size", "where"), [((2, 5), np.s_[:, 1:3]), ((5, 2), np.s_[1:3])])
-def test_a_picture_that_keeps_its_size_is_pasted_as_it_is(size, where):
+def test_image_that_keeps_its_size_is_pasted_unchanged(size, where):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     wanted = np.full((5, 5, 3), 255, np.uint8)
     wanted[where] = pixels

@@ -109,7 +109,7 @@ def test_processes_divide_each_batch_and_stand_at_one_position(count):
     assert len({json.dumps(part.position()) for part in parts}) == 1
 
 
-def test_a_run_goes_on_with_another_number_of_processes():
+def test_run_resumes_with_another_number_of_processes():
     whole = take(stream(), 6)
     two = [stream(index=i, count=2) for i in range(2)]
     for part in two:
@@ -162,7 +162,7 @@ def test_a_scene_is_asked_about_differently_each_time_it_comes_by():
     assert changed_prompts > 30
 
 
-def test_rows_hold_what_their_record_shows():
+def test_batch_rows_hold_the_content_of_their_records():
     batches = stream(of=stage(("rec", 1.0)))
     batch = take(batches, 1)[0]
     records, processor = MixtureDataset(DATA, "train"), Processor(SMALL)
@@ -326,7 +326,7 @@ def test_a_source_of_nothing_but_bad_records_stops_at_once(tmp_path):
         ({"size": 0}, "divide"),
     ],
 )
-def test_a_stage_that_cannot_be_fed_is_one_sentence(arguments, words):
+def test_a_stage_that_cannot_be_fed_raises_a_one_sentence_error(arguments, words):
     with pytest.raises(UserError) as error:
         stream(**arguments)
     assert words in str(error.value) and "\n" not in str(error.value)
@@ -335,7 +335,7 @@ def test_a_stage_that_cannot_be_fed_is_one_sentence(arguments, words):
 @pytest.mark.parametrize(
     "field", [{"tag_noise": 2.0}, {"crop": (0.0, 1.0)}, {"threads": -1}, {"sources": (Scenes(), Scenes(seed=1))}]
 )
-def test_a_data_config_that_means_nothing_is_one_sentence(field):
+def test_a_data_config_that_means_nothing_raises_a_one_sentence_error(field):
     with pytest.raises(UserError):
         DataConfig(**field)
 

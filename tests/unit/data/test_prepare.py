@@ -130,7 +130,7 @@ def test_a_killed_preparation_goes_on_and_tags_no_group_twice(folder, tmp_path, 
     assert len((place / array_record_writer.SKIPPED_FILE).read_text().splitlines()) == 2
 
 
-def test_pictures_of_which_none_can_be_used_are_one_sentence(folder, tmp_path, beam, capsys):
+def test_pictures_of_which_none_can_be_used_raise_a_one_sentence_error(folder, tmp_path, beam, capsys):
     for file in (folder / "images").iterdir():
         file.write_bytes(b"broken")
     words = ["data", "build", str(folder), "--share", "0", "--out", str(tmp_path / "out")]

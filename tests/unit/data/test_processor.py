@@ -82,7 +82,7 @@ def test_a_photograph_is_read_as_the_original_reads_it():
     np.testing.assert_allclose(processor.preprocess_image(str(path)), wanted, atol=1e-6)
 
 
-def test_all_kinds_of_files_give_upright_rgb(tmp_path, noise):
+def test_every_image_mode_is_read_as_upright_rgb(tmp_path, noise):
     gray = noise[..., 0]
     files = {
         "plain.png": (noise, {}),
@@ -201,7 +201,7 @@ def test_paths_inside_the_folder_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize("array", [np.zeros((0, 4, 3), np.uint8), np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4, 3))])
-def test_an_array_that_is_no_picture_is_one_sentence(processor, array):
+def test_an_array_that_is_no_picture_raises_a_one_sentence_error(processor, array):
     with pytest.raises(UserError) as error:
         processor.preprocess_image(array)
     assert str(array.shape) in sentence(error)
@@ -223,7 +223,7 @@ def test_an_array_that_is_no_picture_is_one_sentence(processor, array):
         None,
     ],
 )
-def test_a_box_outside_or_without_area_is_one_sentence(box):
+def test_a_box_outside_or_without_area_raises_a_one_sentence_error(box):
     with pytest.raises(UserError) as error:
         images.normalize_box(box)
     assert "box" in sentence(error)
@@ -296,14 +296,14 @@ def test_a_question_that_leaves_no_room_for_tags_keeps_the_soft_prompt(processor
 
 
 @pytest.mark.parametrize("tags", [(), ("red",)])
-def test_a_prompt_longer_than_the_model_takes_is_one_sentence(processor, tags):
+def test_a_prompt_longer_than_the_model_takes_raises_a_one_sentence_error(processor, tags):
     with pytest.raises(UserError) as error:
         processor.prompt.encode_prompt("what " * 80, tags)
     assert "64" in sentence(error) and "max_prompt_tokens" in sentence(error)
 
 
 @pytest.mark.parametrize("question", ["", "  \n "])
-def test_an_empty_prompt_is_one_sentence(processor, question):
+def test_an_empty_prompt_raises_a_one_sentence_error(processor, question):
     with pytest.raises(UserError, match="empty"):
         processor.batch([ImageTextInput(RED, question)])
 
@@ -354,7 +354,7 @@ def test_a_batch_without_answers_learns_nothing(processor):
     ("inputs", "answers"),
     [([], None), ([ImageTextInput(RED, "a?")], ["x", "y"]), ([ImageTextInput(RED, "a?", (), "both")], None)],
 )
-def test_a_batch_that_cannot_be_is_one_sentence(processor, inputs, answers):
+def test_a_batch_that_cannot_be_raises_a_one_sentence_error(processor, inputs, answers):
     with pytest.raises(UserError) as error:
         processor.batch(inputs, answers)
     sentence(error)

@@ -65,7 +65,7 @@ def test_masks_boxes_and_what_hides_what_of_two_squares_by_hand():
     np.testing.assert_array_equal(picture[0, 0], (150, 160, 170))
 
 
-def test_the_truth_of_scenes_is_the_one_the_shipped_backbones_were_trained_on():
+def test_scene_truth_has_the_digest_of_the_backbones_training_data():
     assert digest_of_nine() == GOLDEN_TRUTH
 
 
@@ -103,7 +103,7 @@ def test_masks_never_overlap_and_the_picture_changes_only_where_they_lie():
         assert (changed & masks[top]).sum() >= 0.98 * masks[top].sum()
 
 
-def test_every_thing_keeps_the_promised_share_in_view():
+def test_every_object_has_at_least_the_minimum_visible_fraction():
     world = WorldConfig(min_visible_fraction=0.75)
     crowded = [sample_scene("train", index, seed=3, world=world) for index in range(60)]
     for scene, least in [(s, WorldConfig().min_visible_fraction) for s in SOME] + [(s, 0.75) for s in crowded]:
@@ -130,7 +130,7 @@ def test_covers_names_exactly_the_things_that_are_clearly_hidden_by_one():
     assert pairs > 20
 
 
-def test_things_of_one_color_never_overlap():
+def test_objects_of_the_same_color_never_overlap():
     for scene in SOME:
         for color in {thing.color for thing in scene.things}:
             alike = [thing for thing in scene.things if thing.color == color]
@@ -160,7 +160,7 @@ def test_training_shows_every_other_pair_and_every_word():
     assert counts == set(range(WorldConfig().min_things, WorldConfig().max_things + 1))
 
 
-def test_sizes_are_told_apart_by_their_extent():
+def test_size_words_follow_the_extent_of_objects():
     for thing in (thing for scene in SOME for thing in scene.things):
         low, high = scenes.EXTENTS[thing.size]
         assert low <= thing.extent <= high
@@ -177,7 +177,7 @@ def test_another_resolution_shows_the_same_scene():
         assert np.abs(averaged - small).mean() < 4
 
 
-def test_plain_things_show_their_own_color():
+def test_untextured_objects_are_drawn_in_their_color():
     for scene in SOME[:40]:
         image, masks = scene.render(128), scene.masks(128)
         for thing, mask in zip(scene.things, masks):
@@ -215,7 +215,7 @@ def test_wrong_arguments_are_one_clear_sentence(wrong, word):
         wrong()
 
 
-def test_a_world_too_full_to_fill_says_so_and_stops(monkeypatch):
+def test_world_that_cannot_be_filled_raises_user_error(monkeypatch):
     monkeypatch.setattr(scenes, "_try_place_thing", lambda *_: False)
     with pytest.raises(UserError, match="set a smaller min_things"):
         sample_scene("train", 0)

@@ -48,7 +48,7 @@ def test_every_expression_fits_exactly_one_thing_for_an_independent_reader():
     assert min(checked.values()) > 500 and len(checked) == 3
 
 
-def test_unsaid_attributes_stay_unsaid():
+def test_excluded_attributes_are_not_mentioned():
     for scene in BOTH[:60]:
         for k, thing in enumerate(scene.things):
             for expression in says.attribute_expressions(scene, k, excluded=("color",)):
@@ -57,7 +57,7 @@ def test_unsaid_attributes_stay_unsaid():
                 assert thing.shape not in expression
 
 
-def test_rec_answers_with_the_box_of_the_thing_it_asks_for():
+def test_rec_answer_is_the_box_of_the_referred_object():
     for scene, example in examples("rec"):
         things, _ = reader.read(tasks.scene_to_text(scene))
         thing = reader.only(things, reader.heard(example.question, wordings.REC)["expr"])
@@ -66,7 +66,7 @@ def test_rec_answers_with_the_box_of_the_thing_it_asks_for():
         assert scene.things[example.targets[0]].box == example.boxes[0]
 
 
-def test_res_points_at_the_mask_of_the_thing_it_asks_for():
+def test_res_target_is_the_mask_of_the_referred_object():
     for scene, example in examples("res", BOTH[::4]):
         things, _ = reader.read(tasks.scene_to_text(scene))
         thing = reader.only(things, reader.heard(example.question, wordings.RES)["expr"])
@@ -188,7 +188,7 @@ def blind_accuracy(train, test):
 
 
 @pytest.mark.parametrize("task, most", [("vqa", 0.35), ("relation", 0.56), ("existence", 0.58)])
-def test_closed_eyes_do_not_answer(task, most):
+def test_answers_cannot_be_predicted_without_the_image(task, most):
     train = [e for seed in range(8) for _, e in examples(task, SCENES["train"], seed)]
     test = [e for seed in range(4) for _, e in examples(task, SCENES["heldout"], 99 + seed)]
     assert blind_accuracy(train, test) < most
@@ -296,7 +296,7 @@ def test_converse_fills_in_scene_tags_and_category_and_is_repeatable():
         tasks.make_example("capton", BOTH[0], np.random.default_rng(0))
 
 
-def test_no_scene_is_without_a_question_of_each_task():
+def test_every_scene_has_an_example_of_each_task():
     rng = np.random.default_rng(1)
     for scene in BOTH:
         for task in tasks.TASKS:

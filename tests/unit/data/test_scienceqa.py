@@ -49,7 +49,7 @@ def test_a_problem_is_asked_as_qcm_and_answered_as_lea():
         ("", None),
     ],
 )
-def test_a_letter_is_read_where_llavas_evaluation_reads_one(text, letter):
+def test_choice_letter_is_parsed_as_in_llavas_evaluation(text, letter):
     assert parse_choice(text) == letter
 
 

@@ -139,7 +139,7 @@ def test_training_again_gives_the_shipped_file_byte_for_byte(tmp_path):
 
 
 @pytest.mark.parametrize("files", [{}, {"spiece.model": b"\x0a\xff\x01ab"}, {"vocab.txt": b"a\nb"}])
-def test_a_folder_without_a_readable_tokenizer_is_one_sentence(tmp_path, files):
+def test_a_folder_without_a_readable_tokenizer_raises_a_one_sentence_error(tmp_path, files):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=str(tmp_path)) as error:
@@ -192,7 +192,7 @@ def test_bert_ids_equal_transformers_and_dec_comes_last():
 
 
 @needs_t5
-def test_a_row_for_the_start_piece_shifts_no_id():
+def test_sentencepiece_start_piece_gets_no_id():
     pieces, charsmap = tokenizer.parse_sentencepiece_model(T5.read_bytes())
     assert "<s>" in [piece for piece, _ in pieces] and charsmap
     assert tokenizer.load(str(T5)).backend.token_to_id("<s>") is None

@@ -72,7 +72,7 @@ def test_without_examples_two_are_told_in_words_where_that_is_asked_for():
     assert not (rows[False]["prompt"] == ANSWERER.processor.tokenizer.eos_id).any()
 
 
-def test_what_cannot_be_chosen_is_one_sentence():
+def test_invalid_few_shot_settings_raise_a_one_sentence_error():
     with pytest.raises(UserError, match="random or alike"):
         FewShot(ANSWERER, DATA, "vqa", 1, "best")
     with pytest.raises(UserError, match="num_shots is 13 but the pool has 12"):

@@ -13,7 +13,7 @@ from lionjax.training import checkpoint, loop
 from lionjax.training.run_log import PhaseTimer, StageStats, add_evaluation_seconds, downtime, total_seconds
 
 
-def test_a_clock_has_no_gaps():
+def test_phase_timer_accounts_for_all_time():
     began = time.time() - 5.0
     clock = PhaseTimer(began)
     clock.switch("data")
@@ -71,7 +71,7 @@ def test_all_time_of_a_run_is_in_its_report_and_its_lines(tmp_path):
     assert "writing checkpoints took" in page
 
 
-def test_lost_and_away_are_no_work_of_the_stage():
+def test_lost_and_away_time_does_not_count_as_stage_time():
     entry = StageStats("one", 3, seconds={"step": 4.0, "lost": 50.0, "away": 900.0})
     assert entry.report()["seconds"] == 4.0
     sums = {"evaluate": 7.0, "step": 8.0, "lost": 100.0, "away": 1800.0, "save": 1.0}

@@ -96,7 +96,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_the_page_says_every_figure_of_the_run(run):
+def test_report_page_shows_every_figure_of_the_run(run):
     page = Reader(write_report(run).read_text())
     said = " ".join(page.words)
     for words in (
@@ -138,7 +138,7 @@ def test_pictures_lie_beside_the_page_and_nothing_half_written(run):
         assert np.abs(pixels - plots.hex_to_rgb(color)).sum(-1).min() < 30
 
 
-def test_what_a_run_does_not_have_gets_no_section(tmp_path):
+def test_report_omits_sections_without_data(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "one", "loss": 2.0}\n')
     said = " ".join(Reader(write_report(tmp_path).read_text()).words)
     assert "Loss at each logged step" in said
@@ -151,7 +151,7 @@ def test_a_missing_picture_leaves_its_answer_on_the_page(run):
     assert "✓ there" in " ".join(Reader(write_report(run).read_text()).words)
 
 
-def test_an_empty_folder_is_one_sentence(tmp_path):
+def test_an_empty_folder_raises_a_one_sentence_error(tmp_path):
     with pytest.raises(UserError, match="holds no report.json"):
         write_report(tmp_path)
 

@@ -112,7 +112,7 @@ def test_words_are_those_of_the_java_tokenizer_for_999_captions_in_1000(tmp_path
         (" .,!? ", ""),
     ],
 )
-def test_words_are_the_penn_treebanks(text, words):
+def test_caption_tokens_follow_the_penn_treebank(text, words):
     assert tokenize(text) == words.split()
 
 

@@ -113,7 +113,7 @@ def test_a_written_box_is_read_back_within_its_three_decimals(x0, y0, x1, y1):
         ("9" * 5000, None),
     ],
 )
-def test_a_loosely_written_box_is_read_only_leniently(text, box):
+def test_loosely_formatted_box_is_parsed_only_without_strict(text, box):
     assert parse_box(text) == box
     if text != "1. the box [0.1,0.2,0.3,0.4]":
         assert parse_box(text, strict=True) is None

@@ -64,7 +64,7 @@ def test_a_box_at_or_past_the_edge_is_drawn_with_its_words_inside_the_picture(bo
     assert plate > 1000  # the plate of the words is there, not cut away
 
 
-def test_plates_of_words_do_not_cover_each_other():
+def test_labels_of_boxes_do_not_overlap():
     taken = []
     pen = __import__("PIL.ImageDraw").ImageDraw.Draw(Image.new("RGB", (480, 480)))
     for index in range(8):

@@ -129,7 +129,7 @@ def test_the_report_holds_the_figures_beside_their_baselines_and_leaves_the_rest
 
 
 @pytest.mark.slow
-def test_lines_carry_what_the_report_draws(entries, folder):
+def test_evaluation_lines_hold_what_the_report_draws(entries, folder):
     row = lines(folder, "rec")[0]
     assert row["record"].startswith("scenes/heldout") and len(row["truth_boxes"]) == 1
     assert Image.open(folder / "evaluation" / row["image"]).size == (56, 56)
@@ -161,7 +161,7 @@ def test_the_blind_model_sees_one_blank_picture_and_no_tags(model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_blind_answers_differ_from_sighted_ones(entries, folder):
+def test_answers_without_the_image_differ_from_answers_with_it(entries, folder):
     for task in TASKS:
         rows = lines(folder, task)
         same = [row["prediction"] for row in rows if row["prediction"] == row["blind"]]

@@ -79,7 +79,7 @@ def test_a_stream_gives_the_tokens_of_the_loop_as_they_come(setting):
     assert (whole[:, 1 + rest.shape[1] :] == config.pad_token_id).all()
 
 
-def test_the_loop_stops_when_every_row_has_ended():
+def test_decoding_stops_when_every_row_has_ended():
     params, batch = random_params(7), batch_of(*PROMPTS)
     made = generate(Toy(), params, batch, GenerationConfig(max_new_tokens=50))
     longest = int(made.length_B.max())
@@ -100,7 +100,7 @@ def test_one_compilation_serves_every_batch_of_a_shape():
     assert len(toy_system.read) == 2
 
 
-def test_a_model_without_an_end_speaks_to_the_last_token():
+def test_model_without_end_token_generates_max_new_tokens():
     config = GenerationConfig(max_new_tokens=7, eos_token_id=-1)
     made = generate(Toy(), random_params(0), batch_of(*PROMPTS), config)
     assert made.length_B.tolist() == [7] * len(PROMPTS)
@@ -167,7 +167,7 @@ def test_sampling_draws_from_the_tokens_and_chances_of_hugging_face(temperature,
     np.testing.assert_allclose(made, expected, atol=1e-6)
 
 
-def test_draws_are_as_frequent_as_their_chances():
+def test_sampled_tokens_follow_their_probabilities():
     draws, config = 20_000, GenerationConfig(do_sample=True, temperature=1.5, top_k=20, top_p=0.9)
     given_1V = some_scores(1, 50, seed=5)
     token_B = sampling.sample_token(jnp.tile(given_1V, (draws, 1)), config, jax.random.key(0))
@@ -227,7 +227,7 @@ def test_a_setting_that_cannot_be_is_refused_in_a_sentence(mistake):
         GenerationConfig(**mistake)
 
 
-def test_what_generation_lacks_is_said():
+def test_missing_generation_inputs_raise_user_error():
     params, batch = random_params(0), batch_of(*PROMPTS)
     with pytest.raises(UserError, match="needs a random key"):
         generate(Toy(), params, batch, GenerationConfig(do_sample=True))

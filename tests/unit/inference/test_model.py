@@ -168,7 +168,7 @@ def test_paths_and_pil_pictures_are_the_same_as_arrays(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_asking_again_compiles_nothing_for_prompts_of_any_length_up_to_a_bucket(model):
+def test_prompts_within_a_length_bucket_compile_nothing_new(model):
     images = some_pictures(2)
     model.answer(images, ["What?", "What is it, and what color has it?"])
     known = set(model.engine.compiled_shapes)
@@ -215,7 +215,7 @@ def test_a_loaded_model_takes_longer_prompts_where_it_is_told_to_and_answers_sho
         ({"history": [[("?", "No.")]], "shots": [[(some_pictures(1)[0], "?", "No.")]]}, "not both"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_in_a_sentence(model, mistake, said):
+def test_invalid_questions_raise_a_one_sentence_error(model, mistake, said):
     given = {"images": some_pictures(1), "prompts": ["What?"]} | mistake
     if mistake == {"prompts": []}:
         given["images"] = []

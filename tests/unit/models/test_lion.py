@@ -83,7 +83,7 @@ def test_decoding_with_a_cache_equals_reading_the_whole_answer(params):
         logits, cache = extend(params, batch.target_BM[:, step], cache)
 
 
-def test_what_stands_behind_the_end_of_a_prompt_changes_nothing(params):
+def test_padding_after_a_prompt_changes_nothing(params):
     batch = batch_of()
     noise = np.random.default_rng(1).integers(4, 40, batch.prompt_BL.shape)
     other = dataclasses.replace(
@@ -164,6 +164,6 @@ def test_with_a_word_scale_the_picture_begins_as_what_the_vit_says():
         dataclasses.replace(LION, identity_init_scale=2.5)
 
 
-def test_an_unknown_visual_input_is_one_sentence():
+def test_an_unknown_visual_input_raises_a_one_sentence_error():
     with pytest.raises(ValueError, match="QFROMER.*can be one of ALL"):
         dataclasses.replace(LION, visual_input="QFROMER")

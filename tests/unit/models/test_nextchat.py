@@ -180,7 +180,7 @@ def test_rows_without_a_box_take_no_part_in_the_losses_of_places(params, objecti
     assert all(terms[f"loss_{name}"] == 0 for name in places)
 
 
-def test_words_boxes_and_masks_can_be_learned_at_once(params):
+def test_objective_all_is_the_sum_of_language_and_mask_losses(params):
     """The objective "all" is the sum of both others, and so are its slopes."""
     mixed = batch_of(ASKED, ANSWERS, GIVEN)
     (whole, terms), grads = slopes("all")(params, mixed)

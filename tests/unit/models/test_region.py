@@ -23,7 +23,7 @@ def test_the_kth_piece_of_a_row_stands_at_its_kth_marked_place_and_all_else_stay
     np.testing.assert_array_equal(made[2, :2], [300, 301])
 
 
-def test_marked_places_are_found_in_their_order():
+def test_first_k_positions_are_in_order():
     place, real = region.first_k_positions(HERE, 2)
     np.testing.assert_array_equal(real, [[1, 1], [0, 0], [1, 1]])
     np.testing.assert_array_equal(np.asarray(place)[[0, 2]], [[1, 3], [0, 1]])

@@ -130,7 +130,7 @@ def test_each_device_computes_its_own_rows_and_heads():
     )
 
 
-def test_what_runs_follows_device_dtype_and_length():
+def test_attention_kernel_follows_device_dtype_and_length():
     def choice(platform, length, dtype, causal=True, keys=None):
         query, key, *_ = drawn(1, length, keys or length, dtype=dtype)
         return flash_attention.select_backend(platform, query, key, causal)

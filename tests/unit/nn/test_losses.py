@@ -79,7 +79,7 @@ def example(seed=0, rows=2):
     return box[:, ::-1], box, random.random((rows, 3)) < 0.6, logits, iou, random.random((rows, 3, 8, 8)) < 0.4
 
 
-def test_what_is_not_real_counts_nowhere_and_gives_no_gradient():
+def test_padded_boxes_and_masks_have_no_loss_and_no_gradient():
     predicted, box, real, logits, iou, mask = example()
 
     def spoil(x):

@@ -67,7 +67,7 @@ def program():
     return hlo_analysis.parse_hlo(TEXT)
 
 
-def test_a_loops_body_runs_as_often_as_its_condition_says(program):
+def test_while_loop_bodies_are_counted_by_their_trip_count(program):
     assert program.execution_counts["%turn"] == 6 and program.execution_counts["%main"] == 1
     assert program.execution_counts["%begun"] == 6 and "%add" not in program.execution_counts
 
@@ -105,7 +105,7 @@ def test_the_members_of_a_group_are_read_however_they_are_written(rest, members)
     assert hlo_analysis.replica_group(rest) == members
 
 
-def test_a_slice_of_a_stack_moves_as_much_as_the_slice(program):
+def test_slice_of_a_stacked_array_counts_only_its_own_bytes(program):
     piece, whole = 64 * 32 * 2, 64 * 128 * 2
     # Each turn: a piece is read by a number of four bytes, written, and read twice; one whole is written, the other
     # stays on the chip; two numbers are compared into one byte. At the end 100 floats are read and written twice.

@@ -106,7 +106,7 @@ def test_a_mesh_by_its_sizes_or_its_names(words, made):
 
 
 @pytest.mark.parametrize("words", ["64x4", "1,2,3,4", "fdsp=4", "fsdp=four"])
-def test_a_mesh_that_is_none_gets_a_sentence(words):
+def test_invalid_mesh_raises_a_one_sentence_error(words):
     with pytest.raises(UserError, match="is no mesh; write fsdp=4,tensor=2"):
         plan_command.parse_mesh(words)
 
@@ -157,7 +157,7 @@ def test_a_mesh_is_planned_for_the_rows_of_one_piece_of_an_accumulated_batch():
     assert planner.fit_mesh(what, wide, pod) == (MeshConfig(1, -1, 1), "")
 
 
-def test_a_policy_of_remembering_reaches_every_part():
+def test_remat_policy_reaches_every_part():
     system = planner.with_remat(small_lion.SYSTEM, "full")
     assert system.vision.remat == system.language.remat == "full"
     assert small_lion.SYSTEM.vision.remat == "none"
@@ -359,7 +359,7 @@ def test_a_plan_counts_what_is_trained_predicts_and_is_remembered(tmp_path, monk
 
 @compiles
 @pytest.mark.slow
-def test_generation_is_planned_too(tmp_path, monkeypatch):
+def test_generation_can_be_planned(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     what = small_lion.experiment()
     made = planner.plan(what, topologies.parse_topology("v5e-4"), 2, MeshConfig(2, 1, 2), generation=True)
@@ -429,7 +429,7 @@ def test_a_search_goes_on_from_the_best_and_ranks_what_fits():
     assert "fsdp 8" in words[1] and "does not fit" in words[-1]
 
 
-def test_a_search_ends_where_nothing_fits():
+def test_mesh_search_ends_if_nothing_fits():
     make = faked(lambda *_: None)
     found = list(mesh_search.search_plans(speaking(32), topologies.parse_topology("v5e-16"), 0, plan_fn=make))
     assert found and not any(one.fits for one in found)

@@ -38,7 +38,7 @@ class Listener:
         return [Answer(f"answer {len(self.asked)}", np.array([[0.1, 0.1, 0.3, 0.5]]), mask)]
 
 
-def test_two_clicks_are_opposite_corners_of_a_box_and_a_third_begins_another():
+def test_two_clicks_make_a_box_and_a_third_starts_another():
     one = add_click(Conversation(), SIZE, (150, 75))
     assert one.box is None and one.corners == ((0.75, 0.75),)
     two = add_click(one, SIZE, (50, 25))
@@ -70,7 +70,7 @@ def test_a_question_is_asked_with_what_was_pointed_at_and_with_what_was_said_bef
     assert [one["role"] for one in talk.messages] == ["user", "assistant"] * 3
 
 
-def test_corner_box_and_mask_are_drawn_where_they_are():
+def test_clicked_corner_box_and_mask_are_drawn_at_their_coordinates():
     talk, answer = web_demo.respond(Listener(), Conversation(), PICTURE, "?")
 
     def colored(talk, answer=None):
@@ -105,7 +105,7 @@ def test_examples_are_what_a_run_was_asked_without_what_was_pointed_at(tmp_path)
     assert web_demo.run_examples(tmp_path) == [[picture, "0?"], [picture, "4?"]]
 
 
-def test_a_taken_port_and_a_lacking_gradio_are_one_sentence(tmp_path, monkeypatch, capsys):
+def test_a_taken_port_and_a_lacking_gradio_raise_a_one_sentence_error(tmp_path, monkeypatch, capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

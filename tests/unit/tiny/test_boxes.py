@@ -22,7 +22,7 @@ PLACES = RegionHeadConfig(trigger_token_id=19, box_token_id=20, box_mlp_dim=16)
 
 
 @pytest.mark.slow
-def test_the_way_to_boxes_is_learned_and_the_t5_stays():
+def test_box_head_training_leaves_the_t5_unchanged():
     model = make_scene_model(CONFIG.language, Processor(ProcessorConfig(56)))
     fields, box = patch_labels(world.sample_scene("train", 0), 4, 56)
     text = np.ones((1, 4), np.int32), np.ones((1, 4), bool)

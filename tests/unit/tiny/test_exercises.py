@@ -16,7 +16,7 @@ def color_at(image_HWC, box) -> np.ndarray:
     return image_HWC[int(np.clip(y, 0, PIXELS - 1)), int(np.clip(x, 0, PIXELS - 1))].astype(int)
 
 
-def test_every_thing_speaks_from_one_patch_that_shows_it():
+def test_every_object_has_one_center_patch_that_shows_it():
     for scene in SCENES:
         fields_P6, box_P4 = exercises.patch_labels(scene, SIDE, PIXELS)
         owner = scene.masks(PIXELS)
@@ -33,7 +33,7 @@ def test_every_thing_speaks_from_one_patch_that_shows_it():
             assert fields_P6[at, 0] == world.SHAPES.index(scene.things[k].shape)
 
 
-def test_a_patch_with_nothing_in_it_says_so():
+def test_empty_patches_are_labeled_nothing():
     for scene in SCENES:
         fields_P6, box_P4 = exercises.patch_labels(scene, SIDE, PIXELS)
         nothing = fields_P6[:, 4] == 0
@@ -64,7 +64,7 @@ def test_box_codes_differ_for_boxes_a_hundredth_apart():
     assert np.linalg.norm(code - other) > 0.3
 
 
-def test_drills_are_answered_truly():
+def test_lookup_exercises_have_correct_answers():
     rng = np.random.default_rng(0)
     for index in range(300):
         scene = SCENES[index % len(SCENES)]

@@ -22,7 +22,7 @@ from lionjax.training.init import resolve_weights_file
 SIDE = TINY_SAM.image_size
 
 
-def test_a_box_to_learn_from_lies_around_its_mask():
+def test_training_box_encloses_its_mask():
     c, rng = MasksConfig(TINY_SAM, num_boxes=3), np.random.default_rng(0)
     data = mask_backbone.render_split("train", 4, SIDE, 0)
     image_BHWC, box_BK4, mask_BKHW = mask_backbone.make_mask_batch(c, data, [0, 1, 2, 3], rng, 0.0)

@@ -107,7 +107,7 @@ def test_a_run_that_stopped_at_a_bad_update_goes_on_when_told_to_skip(tmp_path):
 
 
 @pytest.mark.slow
-def test_spikes_are_told_by_the_losses_before_them_and_the_same_after_a_stop(tmp_path):
+def test_loss_spikes_are_detected_alike_after_a_restart(tmp_path):
     # Half a deviation above the mean is nothing odd: many are refused, which a stop must not change.
     what = experiment(
         26, poison=-1, on_bad_step="skip", loss_spike_sigmas=0.5, max_bad_steps=100, save_every=5, log_every=7

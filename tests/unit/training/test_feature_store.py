@@ -141,7 +141,7 @@ def test_two_processes_write_side_by_side_and_find_what_the_other_has_finished(t
     assert len(FeatureStore(tmp_path, made).index) == len(rows)
 
 
-def test_a_full_disk_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, caplog, expected):
+def test_full_disk_is_logged_once_and_training_continues(tmp_path, monkeypatch, caplog, expected):
     def no_room(self):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         train(tmp_path / "run", feature_cache_dir=str(tmp_path / "file"))
 
 
-def test_a_way_of_seeing_is_named_by_weights_and_computation_and_by_nothing_else(towers):
+def test_feature_key_depends_only_on_weights_and_computation(towers):
     never, learned = towers
     batch = toy.batch_of(range(8))
     name = make_feature_spec(toy.Toy(), never, learned, batch).name
@@ -186,7 +186,7 @@ def test_a_way_of_seeing_is_named_by_weights_and_computation_and_by_nothing_else
         assert another.name != name
 
 
-def test_records_go_by_what_is_seen(towers):
+def test_feature_keys_depend_on_the_image_only(towers):
     batch = toy.batch_of(range(8))
     made = make_feature_spec(toy.Toy(), *towers, batch)
     keys = made.keys(batch, range(8))

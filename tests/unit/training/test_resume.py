@@ -138,7 +138,7 @@ def test_a_damaged_step_is_put_aside_by_name_and_the_one_before_it_is_used(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["base/1_two/learned", "frozen", "base/1_two/record"])
-def test_damage_to_what_a_stage_began_with_is_mended(tmp_path, whole, caplog, part):
+def test_damaged_base_of_a_stage_is_rebuilt(tmp_path, whole, caplog, part):
     folder, expected, _ = whole
     workdir = copy_of(folder, tmp_path / "run", update=8)
     for data in (workdir / part).rglob("*"):
@@ -160,7 +160,7 @@ def test_frozen_parameters_that_cannot_be_mended_are_an_error(tmp_path, whole, m
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_another_mesh(tmp_path, whole):
+def test_run_resumes_on_another_mesh(tmp_path, whole):
     folder, _, _ = whole
     workdir = copy_of(folder, tmp_path / "run", update=8)
     train(workdir, toy.experiment(mesh=MeshConfig(2, 2, 2)))
@@ -264,7 +264,7 @@ def test_weight_files_are_read_by_path_and_the_rest_is_random(tmp_path):
 
 
 @pytest.mark.slow
-def test_kept_features_give_the_same_losses_and_the_tower_runs_once_for_each_record(tmp_path, monkeypatch):
+def test_cached_features_give_the_same_losses_and_run_the_tower_once_per_record(tmp_path, monkeypatch):
     seen = []
     seer = feature_cache.make_feature_fn
 
@@ -303,7 +303,7 @@ def test_a_run_with_kept_features_goes_on_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_muon_goes_on_with_the_same_bits(tmp_path):
+def test_run_with_muon_resumes_bitwise_equal(tmp_path):
     what = toy.experiment(toy.stage("one", 6, optimizer="muon"))
     expected, _ = train(tmp_path / "whole", what)
     with pytest.raises(SystemExit):
@@ -311,7 +311,7 @@ def test_a_run_with_muon_goes_on_with_the_same_bits(tmp_path):
     assert train(tmp_path / "stopped", what)[0] == expected
 
 
-def test_features_of_a_part_that_trains_are_refused(tmp_path):
+def test_caching_features_of_a_trained_tower_or_augmented_images_is_refused(tmp_path):
     what = toy.experiment(toy.stage(trainable=("tower", "output")), run={"cache_features": True})
     with pytest.raises(UserError, match="features depend on a parameter that some stage trains"):
         train(tmp_path / "trained", what)
@@ -320,7 +320,7 @@ def test_features_of_a_part_that_trains_are_refused(tmp_path):
         train(tmp_path / "changing", toy.experiment(run={"cache_features": True}), changing)
 
 
-def test_kept_features_take_no_more_memory_than_allowed():
+def test_cached_features_stay_within_their_memory_limit():
     batches = toy.Batches(toy.ToyData(), toy.stage(), 0, 8, 0, 1)
     see = lambda batch: np.ones((len(batch.record_B), 100), np.float32)  # noqa: E731
     memory = feature_cache.FeatureCache(5 * 400)

@@ -84,7 +84,7 @@ def test_biases_norms_scales_and_vectors_do_not_decay_and_a_stack_of_layers_coun
         assert bool((change["blocks"]["gate"] != 0).all()) == moves
 
 
-def test_the_toy_says_which_of_its_axes_stack_layers():
+def test_layer_axes_of_the_toy_model_are_its_stacked_axes():
     assert layer_axes()["blocks/up/kernel"] == 1 and layer_axes()["output/kernel"] == 0
 
 
@@ -171,13 +171,13 @@ def test_pieces_of_unequal_weight_give_the_update_of_the_whole_batch(params):
         np.testing.assert_allclose(trees.flatten(pieces.trainable)[path], leaf, atol=2e-5, err_msg=path)
 
 
-def test_a_stage_is_compiled_once_whatever_the_batches_hold(params):
+def test_train_step_is_compiled_once_per_stage(params):
     traces = []
     one_update(toy.stage(), params, updates=3, traces=traces)
     assert len(traces) == 1
 
 
-def test_the_state_holds_nothing_of_the_frozen_half(params):
+def test_train_state_holds_no_frozen_parameters(params):
     state, _ = one_update(toy.stage(trainable=["output"]), params)
     assert set(state.trainable) == {"output"}
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)

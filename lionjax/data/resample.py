@@ -47,7 +47,7 @@ class Axis:
         """How far from its center an output pixel reads, in input pixels."""
         return SUPPORT[resample] * max(self.scale, 1.0)
 
-    def shown(self, resample: str) -> tuple[int, int]:
+    def visible_range(self, resample: str) -> tuple[int, int]:
         """(first, end) of the wanted output pixels that may read a pixel of the image; the others are padding."""
         reach = self.radius(resample) + 1
         first = math.floor((self.start - reach) / self.scale - 0.5)
@@ -73,7 +73,7 @@ def resize(
     x_scale, y_scale = (x1 - x0) / width, (y1 - y0) / height
     if resample == "nearest":
         y_H, x_W = _nearest_index(y0, y_scale, top, rows), _nearest_index(x0, x_scale, left, columns)
-        return _take(image, np.minimum(y_H, image.height - 1), np.minimum(x_W, image.width - 1))
+        return _gather_pixels(image, np.minimum(y_H, image.height - 1), np.minimum(x_W, image.width - 1))
     margin = 2 * SUPPORT[resample] * max(y_scale, 1.0) + 2  # input rows that an output row reads beside its own
     tile_columns = min(columns, max(1, int(MAX_TILE_PIXELS / (y_scale + margin))))
     tile_rows = min(rows, max(1, int((MAX_TILE_PIXELS / tile_columns - margin) / y_scale)))
@@ -113,9 +113,9 @@ def resize_padded(
     if resample == "nearest":
         y_H, x_W = (_nearest_index(0, a.scale, a.first, a.count) - a.start for a in (y_axis, x_axis))
         inside_H, inside_W = (y_H >= 0) & (y_H < image.height), (x_W >= 0) & (x_W < image.width)
-        pixels[np.ix_(inside_H, inside_W)] = _take(image, y_H[inside_H], x_W[inside_W])
+        pixels[np.ix_(inside_H, inside_W)] = _gather_pixels(image, y_H[inside_H], x_W[inside_W])
         return pixels
-    first, end = (y_axis if image.width > image.height else x_axis).shown(resample)
+    first, end = (y_axis if image.width > image.height else x_axis).visible_range(resample)
     if first == end:  # the window shows padding only
         return pixels
     if image.width > image.height:
@@ -145,7 +145,7 @@ def _nearest_index(origin: float, scale: float, first: int, count: int) -> np.nd
     return np.floor(np.add.accumulate(steps))[first:].astype(np.int64)
 
 
-def _take(image: Image.Image, y_H: np.ndarray, x_W: np.ndarray) -> np.ndarray:
+def _gather_pixels(image: Image.Image, y_H: np.ndarray, x_W: np.ndarray) -> np.ndarray:
     return np.asarray(image)[y_H[:, None], x_W[None, :]]
 
 

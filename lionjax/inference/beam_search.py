@@ -51,6 +51,7 @@ class BeamState:
     finished: FinishedBeams
     done_B: Array
     step: Array  # int32 scalar: tokens generated so far
+    is_finite_B: Array  # False from the first step on whose logits hold NaN or infinity
 
 
 def beam_search(model: VLM, params: Params, batch: Batch, config: GenerationConfig) -> GenerateOutput:
@@ -71,7 +72,7 @@ def beam_search(model: VLM, params: Params, batch: Batch, config: GenerationConf
     ids_BM = jnp.where(is_token_BM, finished.sequences["ids"][:, 0], config.pad_token_id)
     logprob_BM = jnp.where(is_token_BM, finished.sequences["logprob"][:, 0], 0) if config.output_logprobs else None
     aux = jax.tree.map(lambda leaf: leaf[:, 0], finished.sequences.get("kept"))
-    return GenerateOutput(ids_BM, length_B, finished.score_BK[:, 0], logprob_BM, aux)
+    return GenerateOutput(ids_BM, length_B, finished.score_BK[:, 0], logprob_BM, aux, state.is_finite_B)
 
 
 def prefill(model: VLM, params: Params, batch: Batch, config: GenerationConfig) -> BeamState:
@@ -101,7 +102,8 @@ def prefill(model: VLM, params: Params, batch: Batch, config: GenerationConfig) 
 
     generated, static = (jax.tree.map(repeat, part) for part in (cache.generated, cache.static))
     cache = Cache(generated, static, cache.step, cache.prompt)
-    state = BeamState(cache, live, finished, jnp.zeros(num_prompts, bool), jnp.zeros((), jnp.int32))
+    flags = {"done_B": jnp.zeros(num_prompts, bool), "is_finite_B": jnp.ones(num_prompts, bool)}
+    state = BeamState(cache, live, finished, step=jnp.zeros((), jnp.int32), **flags)
     return expand_beams(jnp.repeat(logits_BV, num_beams, axis=0), cache, state, config)
 
 
@@ -129,6 +131,9 @@ def expand_beams(logits_RV: Array, cache: Cache, state: BeamState, config: Gener
     live, step = state.live, state.step
     num_prompts, vocab_size = len(state.done_B), logits_RV.shape[-1]
     logprob_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1)
+    # NaN or infinity anywhere in a row of logits makes all its log-probabilities NaN.
+    is_finite_B = ~jnp.isnan(logprob_RV[:, 0]).reshape(num_prompts, -1).any(axis=1)
+    is_finite_B = state.is_finite_B & (state.done_B | is_finite_B)
     scores_RV = sampling.process_logits(logprob_RV, live.seen_RV, step, config)
     total_BJ = (scores_RV + live.score_BK.reshape(-1, 1)).reshape(num_prompts, -1)
     # 2K, because at most K of them end and K must stay live.
@@ -153,7 +158,7 @@ def expand_beams(logits_RV: Array, cache: Cache, state: BeamState, config: Gener
     next_live = LiveBeams(chosen["text"], score_BK, chosen["token"], chosen["parent"], seen_RV)
     best_possible_B = score_BK[:, 0] / length_norm(config)[step]
     done_B = state.done_B | (finished.is_finished_BK.all(axis=1) & (best_possible_B <= finished.score_BK[:, -1]))
-    return BeamState(cache, next_live, finished, done_B, step + 1)
+    return BeamState(cache, next_live, finished, done_B | ~is_finite_B, step + 1, is_finite_B)
 
 
 def update_finished(

@@ -28,7 +28,7 @@ from lionjax.data.boxes import BOX_PATTERN, Box, box_to_text
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.processor import Processor
 from lionjax.inference.generate import generate
-from lionjax.inference.sampling import GenerateOutput, GenerationConfig
+from lionjax.inference.sampling import GenerateOutput, GenerationConfig, require_finite
 from lionjax.models.vision.sam_decoder import postprocess_masks
 from lionjax.nn.losses import sequence_nll
 
@@ -162,7 +162,7 @@ class InferenceEngine:
 
         `image_blind` replaces the images by blank ones (the mean color, which normalizes to zero). `min_shape`: rows,
         prompt tokens and question tokens that a batch is padded to at least. `image_sizes` (width, height): also
-        predict masks, of these sizes.
+        predict masks, of these sizes. Raises UserError where the model computes NaN or infinity.
         """
         answers: list[Answer] = []
         for start in range(0, len(rows), BATCH_SIZE_BUCKETS[-1]):
@@ -173,6 +173,7 @@ class InferenceEngine:
                 # Text generation does not read SAM's large images.
                 placed = sharding.shard_global_batch(dataclasses.replace(batch, sam_image_BHWC=None), self.mesh)
                 output = sharding.gather_to_host(generate(self.model, self.params, placed, config, key))
+                require_finite_output(output, len(part))
                 timing.num_tokens = int(output.length_B[: len(part)].sum())
             masks: Sequence = [None] * len(part)
             if image_sizes is not None:
@@ -209,6 +210,7 @@ class InferenceEngine:
             logits_BKHW = sharding.gather_to_host(
                 predict_mask_logits(self.model, self.params, placed, output.aux_outputs)
             )
+        require_finite(np.isfinite(logits_BKHW[: len(image_sizes)]).all(axis=(1, 2, 3)), "masks")
         pixels, masks = batch.sam_image_BHWC.shape[1], []
         location = self.processor.prompt.box_codec.box_token_id
         for number, (width, height) in enumerate(image_sizes):
@@ -231,6 +233,8 @@ class InferenceEngine:
             with sharding.use_mesh(self.mesh):
                 placed = sharding.shard_global_batch(batch, self.mesh)
                 box_BK4, real_BK = sharding.gather_to_host(predict_boxes(self.model, self.params, placed))
+            is_finite_BK = np.isfinite(box_BK4).all(axis=2) | ~real_BK.astype(bool)
+            require_finite(is_finite_BK.all(axis=1)[: len(part)], "boxes")
             for row, box_K4, real_K in zip(part, box_BK4, real_BK):
                 square, box_K4 = Letterbox(*row["size"].tolist()), np.clip(box_K4[real_K], 0, 1)
                 low_K2 = np.minimum(box_K4[:, :2], box_K4[:, 2:])
@@ -248,6 +252,7 @@ class InferenceEngine:
                 placed = sharding.shard_global_batch(batch, self.mesh)
                 found_B = sharding.gather_to_host(target_nll(self.model, self.params, placed))
             nats += found_B[: len(part)].tolist()
+        require_finite(np.isfinite(nats), "losses")
         return np.array(nats)
 
     def collate(
@@ -266,6 +271,14 @@ class InferenceEngine:
             for field in (name, f"{name}_mask"):
                 stacked[field] = stacked[field][:, :length]
         return self.processor.collate(stacked)
+
+
+def require_finite_output(output: GenerateOutput, num_rows: int) -> None:
+    """Raise UserError where logits or decoded boxes of the first `num_rows` rows are NaN or infinite."""
+    require_finite(output.is_finite_B[:num_rows])
+    if (regions := output.aux_outputs) is not None:
+        unused_BK = np.arange(regions["box"].shape[1]) >= regions["count"][:, None]
+        require_finite((np.isfinite(regions["box"]).all(axis=2) | unused_BK).all(axis=1)[:num_rows], "boxes")
 
 
 def blank_images(batch: Batch) -> Batch:

@@ -31,6 +31,7 @@ class DecodeState:
     logprob_BM: Array | None
     seen_BV: Array | None
     step: Array
+    is_finite_B: Array  # False from the first step on whose logits hold NaN or infinity
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config"))
@@ -39,8 +40,9 @@ def generate(
 ) -> GenerateOutput:
     """Generate answers to a batch of prompts: greedy, sampled with `key`, or by beam search, as `config` says.
 
-    Compiled once for each model, config and batch shape; the loop stops when all rows have ended. Raises UserError
-    when `config.do_sample` is set and no key is given.
+    Compiled once for each model, config and batch shape; the loop stops when all rows have ended. `is_finite_B` of the
+    output must be checked (`sampling.require_finite`). Raises UserError when `config.do_sample` is set and no key is
+    given.
     """
     if config.num_beams > 1:
         return beam_search(model, params, batch, config)
@@ -58,16 +60,18 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """The tokens of `generate`, (B,) ids per step, as soon as they are known; padding after a row's end.
 
-    Raises UserError for beam search, whose first tokens are only known at the end.
+    Raises UserError for beam search, whose first tokens are only known at the end, and for non-finite logits.
     """
     if config.num_beams > 1:
         raise UserError(f"{config.num_beams} beams cannot stream: their first token is known last; set num_beams to 1")
     state = jit_prefill(model, params, batch, config, key)
+    scoring.require_finite(state.is_finite_B)
     yield np.asarray(state.token_B)
     for _ in range(config.max_new_tokens - 1):
         if state.done_B.all():
             return
         state = jit_decode_step(model, params, state, config, key)
+        scoring.require_finite(state.is_finite_B)
         yield np.asarray(state.token_B)
 
 
@@ -85,6 +89,7 @@ def prefill(model: VLM, params: Params, batch: Batch, config: GenerationConfig, 
         logprob_BM=jnp.zeros((rows, config.max_new_tokens)) if config.output_logprobs else None,
         seen_BV=scoring.init_seen(rows, vocab, config),
         step=jnp.zeros((), jnp.int32),
+        is_finite_B=jnp.ones(rows, bool),
     )
     return select_next_token(logits_BV, cache, state, config, key)
 
@@ -100,7 +105,7 @@ def decode_step(
 def select_next_token(
     logits_BV: Array, cache: Cache, state: DecodeState, config: GenerationConfig, key: Array | None
 ) -> DecodeState:
-    """One more token per row, greedy or sampled; padding in rows that have ended."""
+    """One more token per row, greedy or sampled; padding in rows that have ended. Non-finite logits end a row."""
     step, was_done_B = state.step, state.done_B
     logits_BV = logits_BV.astype(jnp.float32)
     scores_BV = scoring.process_logits(logits_BV, state.seen_BV, step, config)
@@ -108,6 +113,8 @@ def select_next_token(
         token_B = scoring.sample_token(scores_BV, config, jax.random.fold_in(key, step))
     else:
         token_B = scoring.argmax(scores_BV)
+    # The maximum is NaN where any score is; a greedy step computes it anyway.
+    is_finite_B = state.is_finite_B & (was_done_B | jnp.isfinite(scores_BV.max(axis=-1)))
     token_B = jnp.where(was_done_B, config.pad_token_id, token_B)
     logprob_BM = state.logprob_BM
     if config.output_logprobs:
@@ -117,11 +124,12 @@ def select_next_token(
     return DecodeState(
         cache=cache,
         token_B=token_B,
-        done_B=was_done_B | (token_B == config.eos_token_id),
+        done_B=was_done_B | (token_B == config.eos_token_id) | ~is_finite_B,
         ids_BM=state.ids_BM.at[:, step].set(token_B),
         logprob_BM=logprob_BM,
         seen_BV=scoring.mark_seen(state.seen_BV, token_B),
         step=step + 1,
+        is_finite_B=is_finite_B,
     )
 
 
@@ -130,7 +138,9 @@ def finalize(state: DecodeState, config: GenerationConfig) -> GenerateOutput:
     is_end_BM = (state.ids_BM == config.eos_token_id) & (jnp.arange(config.max_new_tokens) < state.step)
     length_B = jnp.where(state.done_B, scoring.argmax(is_end_BM) + 1, state.step)
     score_B = state.logprob_BM.sum(axis=1) if config.output_logprobs else None
-    return GenerateOutput(state.ids_BM, length_B, score_B, state.logprob_BM, scoring.aux_outputs(state.cache))
+    return GenerateOutput(
+        state.ids_BM, length_B, score_B, state.logprob_BM, scoring.aux_outputs(state.cache), state.is_finite_B
+    )
 
 
 jit_prefill = jax.jit(prefill, static_argnames=("model", "config"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lionjax.core.types import Array, Cache, UserError, pytree_dataclass
 
@@ -63,6 +64,17 @@ class GenerateOutput:
     score_B: Array = None  # sum of log-probabilities; with beams divided by length ** length_penalty
     logprob_BM: Array = None  # the model's log-probability of each token, 0 after the end; with output_logprobs
     aux_outputs: Any = None  # outputs of the model besides tokens (`generated["kept"]` of the cache), e.g. boxes
+    is_finite_B: Array = None  # False where logits were NaN or infinite; the row's tokens mean nothing
+
+
+def require_finite(is_finite_B, what: str = "logits") -> None:
+    """Raise UserError unless all rows are True (`GenerateOutput.is_finite_B`)."""
+    if not (is_finite_B := np.asarray(is_finite_B)).all():
+        raise UserError(
+            f"the model computed non-finite {what} (NaN or infinity) for {int((~is_finite_B).sum())} of "
+            f"{len(is_finite_B)} inputs, so it has no answer; check its weights for NaN (`lionjax convert` lists such "
+            "tensors) and that its tokenizer is its own"
+        )
 
 
 def aux_outputs(cache: Cache) -> Any:

@@ -27,6 +27,7 @@ from lionjax.core.types import Params, UserError
 from lionjax.data import resample
 from lionjax.data.images import to_pil_image
 from lionjax.inference.engine import round_up_to_bucket
+from lionjax.inference.sampling import require_finite
 from lionjax.models.vision.ram import Ram, RamConfig
 
 TAG_LIST_FILE, CHINESE_TAG_LIST_FILE, THRESHOLD_FILE = (
@@ -100,7 +101,10 @@ class Tagger:
         return results
 
     def probabilities(self, images: Sequence[object]) -> np.ndarray:
-        """The probability of every tag for each image: float32 (B, V). Raises UserError for a single image."""
+        """The probability of every tag for each image: float32 (B, V).
+
+        Raises UserError for a single image and for probabilities that are NaN.
+        """
         is_single = isinstance(images, np.ndarray) and images.ndim < 4
         if is_single or isinstance(images, str | bytes | Path | Image.Image):
             raise UserError(f"images is a single {type(images).__name__}; give a list of images")
@@ -116,6 +120,7 @@ class Tagger:
                 pixels_BHWC = jax.device_put(pixels_BHWC, batch_sharding)
             probs_BV = _probabilities(self.config, self.params, pixels_BHWC)
             results.append(np.asarray(probs_BV)[: len(pixels)])
+            require_finite(np.isfinite(results[-1]).all(axis=1), "tag probabilities")
         return np.concatenate(results)
 
     def replicate(self, mesh: Mesh) -> Tagger:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lionjax.convert.coverage import ConversionReport, make_report
-from lionjax.convert.formats import detect
+from lionjax.convert.formats import detect, token_ids
 from lionjax.convert.formats.checkpoint_format import CheckpointSource, read_hf_config
 from lionjax.convert.formats.detect import CONFIG_FILE
 from lionjax.convert.io import orbax
@@ -117,6 +117,9 @@ def _convert_torch_to_jax(
     companions = find_companion_files(source.folder)
     resize_plan, new_contents = _plan_resize(detect.model_config_of(source.config), resize_options, companions)
     config = replace_model_config(source.config, resize_plan.config)
+    if source.folder is not None:
+        hf_config = read_hf_config(source.folder / "config.json")
+        token_ids.check_token_ids(resize_plan.config, token_ids.read_vocabulary(source.folder), hf_config)
 
     transforms = {name: mapped.mapping.transform for mapped in plan.mapped_tensors for name in mapped.torch_keys[:1]}
 

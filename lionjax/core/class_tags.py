@@ -38,6 +38,7 @@ TAG_TO_CLASS = {
     "NextChat": "lionjax.models.vlm.nextchat:NextChat",
     "DataConfig": "lionjax.data.config:DataConfig",
     "ProcessorConfig": "lionjax.data.prompt:ProcessorConfig",
+    "ImageFit": "lionjax.data.image_fit:ImageFit",
     "Scenes": "lionjax.data.scenes.dataset:Scenes",
     "EasyVqa": "lionjax.data.datasets.easy_vqa:EasyVqa",
     "Coco": "lionjax.data.datasets.coco:Coco",

@@ -84,8 +84,9 @@ class ModelInfo:
     - `image_token`: id in the prompt that the tokens of an image replace (if `splices_images`); may lie outside the
       vocabulary. `box_token`: id whose embedding is that of a box.
     - `image_size`: side of the input image in pixels.
-    - `reads_question`: a Q-Former reads the question with its own tokenizer.
-    - `default_processor`: fields of ProcessorConfig for released weights without a processor config.
+    - `reads_question`: a Q-Former reads the question with its own tokenizer; `question_vocab_size`: its word table.
+    - `default_processor`: fields of ProcessorConfig for released weights without a processor config;
+      `default_image_fit`: those of its `image_fit`.
     """
 
     vocab_size: int | None = None
@@ -97,9 +98,11 @@ class ModelInfo:
     box_token: int | None = None
     image_size: int = 0
     reads_question: bool = False
+    question_vocab_size: int | None = None
     has_features: bool = True
     generates: bool = True
     default_processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    default_image_fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class VLM:

@@ -16,6 +16,7 @@ from lionjax.core.types import CATEGORIES, Batch, UserError
 from lionjax.data import images, letterbox
 from lionjax.data.boxes import Box
 from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat, render_history
+from lionjax.data.image_fit import ImageFit
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.prompt import CLIP_MEAN, CLIP_STD, NO_LETTERBOX, ProcessorConfig, PromptBuilder, strip_prompt
 from lionjax.data.tokenizer import Tokenizer
@@ -60,14 +61,19 @@ class Processor:
         """
         c = self.config
         image = images.to_pil_image(source, max_pixels=c.max_pixels)
-        if not c.pad_to_square:
+        if not c.pad_to_square and c.image_fit == ImageFit():
             return images.resize(image, c.image_size, crop)
         if crop != images.FULL_IMAGE:
             width, height = image.size
             edges = np.array(crop) * (width, height, width, height)
             image = image.crop(tuple(edges.round().astype(int).tolist()))
-        color = letterbox.WHITE if c.pad_color == "white" else tuple(int(255 * m) for m in c.image_mean)
-        return letterbox.letterbox_image(image, c.image_size, color)
+        return c.image_fit.apply(image, c.image_size, self._pad_rgb() if c.pad_to_square else None)
+
+    def _pad_rgb(self) -> tuple[int, int, int]:
+        c = self.config
+        if c.image_fit.pad_rgb:
+            return c.image_fit.pad_rgb
+        return letterbox.WHITE if c.pad_color == "white" else tuple(int(255 * m) for m in c.image_mean)
 
     def get_letterbox(self, source, crop: Box = images.FULL_IMAGE) -> Letterbox:
         """The padded square in which the model's boxes are fractions, for an image or its window `crop`."""
@@ -214,7 +220,8 @@ class Processor:
         c, num_images = self.config, max(self.config.max_images, len(pixels))
         if num_images == 1:
             return pixels[0]
-        blank = np.broadcast_to(np.uint8([round(255 * mean) for mean in c.image_mean]), pixels[0].shape)
+        color = np.clip(np.round(255 * np.array(c.image_mean)), 0, 255).astype(np.uint8)
+        blank = np.broadcast_to(color, pixels[0].shape)
         return np.stack([*pixels, *[blank] * (num_images - len(pixels))])
 
     def batch(

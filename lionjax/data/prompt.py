@@ -19,6 +19,7 @@ from lionjax.core.types import UserError
 from lionjax.data import images, tokenizer
 from lionjax.data.boxes import Box, BoxCodec, box_to_text, join_text_and_boxes, split_text_and_boxes
 from lionjax.data.chat import PromptFormat, flatten_turns
+from lionjax.data.image_fit import ImageFit
 from lionjax.data.letterbox import Letterbox
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,7 +41,7 @@ class ProcessorConfig:
     such as T5's and BERT's in LION. `max_*_tokens` include the end token. `use_tags` puts LION's tag prompt before the
     question.
     `pad_to_square`: the image is padded to a square, in which boxes are fractions; else it is stretched. `pad_color`:
-    "white" as in NExT-Chat, or "mean" (the mean color) as in LLaVA-1.5.
+    "white" as in NExT-Chat, or "mean" (the mean color) as in LLaVA-1.5. `image_fit`: how images are resized.
     `reader`: with "encoder" the prompt ends in an end token; with "decoder" it begins with the start token, if the
     tokenizer has one, and the answer follows in the same sequence. `prompt_template` is the text around {question}; at
     {image} it gets `num_image_tokens` image tokens, or the one `image_token` of a model that expands it itself.
@@ -66,6 +67,7 @@ class ProcessorConfig:
     max_pixels: int = images.MAX_PIXELS
     pad_to_square: bool = False
     pad_color: Literal["white", "mean"] = "white"
+    image_fit: ImageFit = ImageFit()
     reader: Literal["encoder", "decoder"] = "encoder"
     prompt_template: str = "{question}"
     num_image_tokens: int = 0

@@ -33,6 +33,7 @@ MERGES_FILES = ("merges.txt", "vocab.bpe")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 BYTE_LEVEL_SPECIAL_TOKENS = ("<|endoftext|>", "<s>", "<pad>", "</s>", "<unk>", "<mask>")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of SentencePiece's pieces
+LAVIS_DECODE_TOKEN = "[DEC]"  # LAVIS adds it to BERT's vocabulary
 SENTENCEPIECE_BPE = 2  # model_type of a SentencePiece BPE
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
@@ -252,7 +253,7 @@ def _load_bert(path: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    backend.add_special_tokens([*special, "[DEC]"])
+    backend.add_special_tokens([*special, LAVIS_DECODE_TOKEN])
     return backend
 
 

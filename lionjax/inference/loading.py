@@ -13,16 +13,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lionjax import convert
-from lionjax.convert.formats import detect
+from lionjax.convert.formats import detect, token_ids
+from lionjax.convert.formats.checkpoint_format import read_hf_config
+from lionjax.convert.formats.image_settings import read_image_settings
 from lionjax.convert.io.reader import check_folder_formats
 from lionjax.core import config, sharding
 from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment, GenerationDefaults
 from lionjax.core.sharding import MeshConfig
-from lionjax.core.types import VLM, Batch, Params, UserError
+from lionjax.core.types import CATEGORIES, VLM, Batch, Params, UserError
 from lionjax.data import tokenizer
 from lionjax.data.config import DataConfig
+from lionjax.data.image_fit import ImageFit
 from lionjax.data.processor import ImageTextInput, Processor, ProcessorConfig
+from lionjax.data.tokenizer_files import LAVIS_DECODE_TOKEN
 from lionjax.inference.engine import InferenceEngine
 from lionjax.inference.model import Model, tokenizer_folders
 from lionjax.models import parts
@@ -127,7 +131,10 @@ def load_weights(folder: Path, mesh: Mesh) -> Model:
     recorded = convert.open_params(folder)[0] if is_lionjax else source.config
     folders = [folder, folder / convert.ORIGIN] + ([source.folder] if source and source.folder else [])
     experiment = recorded if isinstance(recorded, Experiment) else released_experiment(recorded, folder)
+    if recorded is not experiment:
+        experiment = with_image_settings(experiment, folder / convert.ORIGIN if is_lionjax else source.folder or folder)
     model = from_params(with_tokenizers(experiment, folders, recorded is experiment), {}, None, mesh)
+    check_word_tables(model, folders, is_released=recorded is not experiment)
     key = jax.random.key(0)
     abstract_params = sharding.abstract_params(experiment.model.init, key, dummy_batch(model.processor), mesh=mesh)
     if is_lionjax:
@@ -169,6 +176,46 @@ def with_tokenizers(experiment: Experiment, folders: Sequence[Path], allow_recor
         tokenizers |= {field: str(candidates[0])} if candidates else {}
     processor = dataclasses.replace(experiment.data.processor, **tokenizers)
     return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, processor=processor))
+
+
+def with_image_settings(experiment: Experiment, folder: Path) -> Experiment:
+    """The experiment of released weights with the picture settings of the files in `folder`, or its model's defaults.
+
+    Raises UserError, naming the setting, for settings that are not supported.
+    """
+    info, processor = experiment.model.info, experiment.data.processor
+    code_pads = processor.pad_to_square and processor.pad_color == "white"
+    fields, fit = read_image_settings(folder, info.image_size, code_pads)
+    fit = ImageFit(**(fit if fields else info.default_image_fit))
+    processor = dataclasses.replace(processor, image_fit=fit, **fields)
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, processor=processor))
+
+
+def check_word_tables(model: Model, folders: Sequence[Path], is_released: bool) -> None:
+    """Raise UserError where an id that the processor or the generation settings give has no row in the word tables."""
+    prompt, info = model.processor.prompt, model.vlm.info
+    if info.vocab_size is None:
+        return
+    settings = [read_hf_config(folder / "config.json") for folder in folders] if is_released else []
+    vocabulary = _vocabulary_of(prompt.tokenizer, model.processor.config.tokenizer, folders)
+    token_ids.check_token_ids(model.vlm, vocabulary, next(filter(None, settings), {}))
+    if info.reads_question and info.question_vocab_size is not None:
+        question = _vocabulary_of(prompt.question_tokenizer, model.processor.config.question_tokenizer, folders)
+        token_ids.check_vocabulary(question, info.question_vocab_size, "Q-Former's word table")
+    if num_bins := model.processor.config.location_bins_per_side**2:
+        last = prompt.box_codec.first_location_token_id + num_bins - 1
+        token_ids.check_used_ids({"the last location token": last}, info.vocab_size)
+    for category in CATEGORIES:
+        how = model.generation_config(category)
+        names = ("eos_token_id", "pad_token_id", "decoder_start_token_id")
+        token_ids.check_used_ids({name: getattr(how, name) for name in names}, info.vocab_size)
+
+
+def _vocabulary_of(tokens: tokenizer.Tokenizer, name: str, folders: Sequence[Path]) -> token_ids.Vocabulary:
+    ids = tokens.backend.get_vocab(with_added_tokens=True)
+    ids.pop(LAVIS_DECODE_TOKEN, None)  # no text has it, and not every Q-Former has a row for it
+    special = frozenset(tokens.backend.get_added_tokens_decoder())
+    return token_ids.Vocabulary(ids, special, f"the tokenizer {name!r}", token_ids.image_token_name(folders))
 
 
 def dummy_batch(processor: Processor) -> Batch:

@@ -65,7 +65,12 @@ class Flamingo(VLM):
 
     @property
     def info(self) -> ModelInfo:
-        return vlm_info(self, splices_images=True, image_token=self.image_token_id)
+        return vlm_info(
+            self,
+            splices_images=True,
+            image_token=self.image_token_id,
+            default_image_fit={"mode": "shortest_edge"},  # and a center crop, as open_clip's evaluation transform
+        )
 
     def init(self, key, batch: Batch) -> Params:
         """Random parameters of all submodules."""

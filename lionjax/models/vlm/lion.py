@@ -94,8 +94,12 @@ class Lion(RegionLM):
 
     @property
     def info(self) -> ModelInfo:
-        box_token = None if self.region_head is None else self.region_head.box_token_id
-        return vlm_info(self, box_token=box_token, reads_question=self.qformer.use_text_input)
+        return vlm_info(
+            self,
+            box_token=None if self.region_head is None else self.region_head.box_token_id,
+            reads_question=self.qformer.use_text_input,
+            question_vocab_size=self.qformer.vocab_size,
+        )
 
     def module(self) -> LionModule:
         return LionModule(self)

@@ -60,7 +60,6 @@ def too_many_tokens(folder):
 
 
 def added_token_beyond_the_table(folder):
-    (folder / "added_tokens.json").write_text(json.dumps({"<extra>": ROWS}))
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens([f"<extra{n}>" for n in range(3)])
     backend.save(str(folder / "tokenizer.json"))
@@ -139,4 +138,7 @@ def test_a_vocabulary_of_lines_is_read(tmp_path):
     assert found.ids == {"[PAD]": 0, "[UNK]": 1, "red": 2}
     with pytest.raises(UserError, match="token 'red' with id 2, but the model's word table has 2 rows"):
         token_ids.check_vocabulary(found, 2)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": 3}))
+    added = token_ids.read_vocabulary(tmp_path)
+    assert added.ids["<extra>"] == 3 and added.special == {3}
     assert token_ids.read_vocabulary(tmp_path / "none") is None

@@ -49,6 +49,7 @@ def cases(arrays) -> list[tuple[str, str]]:
     return sorted({tuple(name.split(".")[:2]) for name in arrays if name.endswith(".logits")})
 
 
+@pytest.mark.slow
 def test_lion_computes_what_the_original_computes(lion_golden):
     _, config, _, params, arrays = lion_golden
     checked = 0

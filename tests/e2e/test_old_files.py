@@ -206,7 +206,8 @@ def test_run_that_0_1_left_in_its_second_stage_ends_as_one_that_was_never_stoppe
         assert sha256_of(lionjax.load("trained/stopped").params) == finished["params"]
 
 
-@pytest.mark.parametrize("name", ["trained/lora", pytest.param("trained/resized", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trained/lora", "trained/resized"])
 def test_finished_run_of_0_1_is_known_to_be_finished(name, old):
     """The old config file belongs to the run, which has nothing left to do."""
     old(name, "user", "built", "features", "resized", "lines")

@@ -85,6 +85,7 @@ def plain_search(params, prompt, config: GenerationConfig) -> tuple[list[int], f
     return finished[0][1], finished[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [

@@ -111,6 +111,7 @@ def nextchat_golden(request):
     return golden_nextchat.compute(request.param)
 
 
+@pytest.mark.slow
 def test_nextchat_computes_what_the_original_computes(nextchat_golden):
     theirs, ours = nextchat_golden.theirs, nextchat_golden.ours
     texts, places = {"input_ids", "labels", "attention_mask"}, {"loc_inputs", "loc_targets", "sam_target_masks"}
@@ -127,6 +128,7 @@ def test_nextchat_has_the_originals_gradient_norm_for_every_weight(nextchat_gold
     assert_same_norms(nextchat_golden.gradients[stage], norms)
 
 
+@pytest.mark.slow
 def test_nextchat_weights_go_back_to_the_same_bits(nextchat_golden):
     theirs = load_file(nextchat_golden.folder / "weights.safetensors")
     back = convert.state_dict_from_params(nextchat_golden.system.weight_map(), nextchat_golden.params)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """RAM learns: a tiny one, with its own loss, names things in pictures that it has not seen."""
 
+import functools
+
+import compile_flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +72,7 @@ def test_a_tiny_ram_finds_what_is_there_and_nothing_in_another_picture():
     def loss(params, image_BHWC, target_BV):
         return losses.asymmetric_loss(Ram(C).apply({"params": params}, image_BHWC), target_BV)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compile_flags.OPTIMIZED)
     def step(params, state, image_BHWC, target_BV):
         grads = jax.grad(loss)(params, image_BHWC, target_BV)
         updates, state = adam.update(grads, state)

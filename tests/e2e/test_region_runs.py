@@ -125,6 +125,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
         assert np.asarray(known)[row, :number].all()
 
 
+@pytest.mark.slow
 def test_an_answer_that_breaks_off_at_a_trigger_means_no_box():
     system, config, trainable = small_places.SYSTEMS["flagship"]
     params, processor = small_lion.params_of(small_places.experiment(system, config, trainable)), Processor(config)
@@ -177,6 +178,7 @@ def pointing(folder):
     return lionjax.load(folder)
 
 
+@pytest.mark.slow
 def test_an_answer_has_its_boxes_and_masks_on_the_picture_in_its_own_size(pointing):
     tall = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 20, 3), np.uint8))
     (answer,) = pointing.answer([tall], ["Where is the star {box}?"], [[BOX]])

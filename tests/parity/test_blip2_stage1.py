@@ -123,6 +123,7 @@ def asked(batch: Batch):
     return torch.tensor(batch.image_BHWC.transpose(0, 3, 1, 2).copy()), ids, mask
 
 
+@pytest.mark.slow
 def test_similarities_and_matches_are_those_of_transformers(pair):
     seed, theirs, _, system, params, batch = pair
     pixels, ids, mask = asked(batch)
@@ -262,6 +263,7 @@ LAVIS_HEADS = (  # what transformers names otherwise or lacks, written down from
 )
 
 
+@pytest.mark.slow
 def test_lavis_names_mean_the_tensors_that_transformers_computes_with(pair):
     """Tensors of transformers' class under LAVIS's names give the parameters proven equal to it."""
     _, theirs, extra, system, params, _ = pair

@@ -91,6 +91,7 @@ def test_a_trigger_at_the_end_of_a_prompt_is_followed_by_its_place_and_one_at_th
     assert (np.delete(np.asarray(read)[1], LOCATION) > -1e29).all() and np.asarray(read)[1, LOCATION] < -1e29
 
 
+@pytest.mark.slow
 def test_more_places_than_are_kept_are_counted_and_do_not_disturb_the_first(params):
     def talk(system):
         def say(params, batch):
@@ -123,6 +124,7 @@ def test_masks_of_an_answer_come_from_its_boxes_and_states(params):
     np.testing.assert_allclose(masks(params, seen, box, state)[0], logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sam_sees_each_picture_once_however_many_boxes_it_has(params):
     def operations(boxes: int) -> float:
         box, state = jnp.zeros((2, boxes, 4)), jnp.zeros((2, boxes, 16))
@@ -161,6 +163,7 @@ def slopes(objective: str):
     return jax.jit(jax.value_and_grad(lambda params, batch: system.loss(params, batch), has_aux=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["language", "masks"])
 def test_rows_without_a_box_take_no_part_in_the_losses_of_places(params, objective):
     mixed = batch_of(ASKED, ANSWERS, GIVEN)

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="NAME", help="the format of SRC, if not in its config.json")
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT folder with a LoRA for SRC")
     parser.add_argument("--base", metavar="DIR", help="the model that SRC is a delta of, or a LoRA for")
+    parser.add_argument("--vision-tower", metavar="DIR", help="the CLIP of a LLaVA that only names it")
     parser.add_argument("--add-words", metavar="A,B", default="", help="tokens to add to the vocabulary")
     parser.add_argument("--vocab-multiple", metavar="N", type=int, default=1, help="pad the vocabulary to a multiple")
     parser.add_argument("--image-size", metavar="N", type=int, help="interpolate positions to N pixels")
@@ -40,7 +41,7 @@ def convert(args: argparse.Namespace) -> None:
     options = {"adapter": args.adapter, "merge_lora": args.merge_lora, "resize_options": resize_options}
     if args.base and args.verify:
         raise UserError("--verify does not work with --base; convert with --base first, then verify the result")
-    options |= {"base": args.base}
+    options |= {"base": args.base, "vision_tower": args.vision_tower}
     print(convert(args.src, args.dst, args.to, args.system, **options))
     if args.verify:
         ours, theirs = args.src, args.dst
@@ -59,6 +60,7 @@ def _convert_to_orbax(args: argparse.Namespace) -> None:
     unsupported = {
         "--adapter": args.adapter,
         "--base": args.base,
+        "--vision-tower": args.vision_tower,
         "--add-words": args.add_words,
         "--vocab-multiple": args.vocab_multiple > 1,
         "--image-size": args.image_size,

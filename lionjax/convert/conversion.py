@@ -69,20 +69,23 @@ def convert(
     merge_lora: bool = False,
     resize_options: ResizeOptions = ResizeOptions(),
     base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
 ) -> ConversionReport:
     """Convert the checkpoint `src` into the new folder `dst`; returns the report of what was read, written and skipped.
 
     `to` is "jax" (parameter paths, `params.safetensors`) or "torch" (the original's keys, `model.safetensors`).
     `shard_bytes` is the largest size of one file. Only with `to="jax"`: `system` names the checkpoint format where
     config.json does not, `adapter` is a PEFT folder with a LoRA for `src`, `base` is the model that `src` is a delta
-    of or a LoRA for, and `resize_options` changes vocabulary and image size. `merge_lora` merges a LoRA into the
-    weights; without it, it stays separate, in torch in a subfolder `adapter`. `dst` is renamed into place when it is
-    complete. Raises UserError for wrong options and for every problem between checkpoint and model.
+    of or a LoRA for, `vision_tower` is the folder of an original LLaVA's CLIP, and `resize_options` changes vocabulary
+    and image size. `merge_lora` merges a LoRA into the weights; without it, it stays separate, in torch in a subfolder
+    `adapter`. `dst` is renamed into place when it is complete. Raises UserError for wrong options and for every problem
+    between checkpoint and model.
     """
     start = time.perf_counter()
     if to not in ("jax", "torch"):
         raise UserError(f"to is {to!r}; it can be 'jax' or 'torch'")
-    has_options = adapter is not None or base is not None or resize_options != ResizeOptions()
+    has_parts = any(part is not None for part in (adapter, base, vision_tower))
+    has_options = has_parts or resize_options != ResizeOptions()
     is_orbax = orbax.is_checkpoint(Path(src))
     if to == "jax" and merge_lora and is_orbax:
         raise UserError(f"{src} is an Orbax checkpoint, whose LoRA stays separate; merge it with --to torch")
@@ -97,7 +100,8 @@ def convert(
             )
         report = _convert_orbax_to_jax(Path(src), Path(dst), shard_bytes)
     elif to == "jax":
-        source = detect.open_checkpoint(Path(src), system, adapter and Path(adapter), base and Path(base), merge_lora)
+        parts = (part and Path(part) for part in (adapter, base, vision_tower))
+        source = detect.open_checkpoint(Path(src), system, *parts, merge_lora)
         report = _convert_torch_to_jax(source, Path(dst), shard_bytes, resize_options)
     else:
         report = _convert_jax_to_torch(Path(src), Path(dst), shard_bytes, merge_lora)

@@ -41,6 +41,8 @@ class CheckpointFormat:
     module_names: tuple[tuple[str, str], ...] = ()
     # (config, tensor names) -> config with the fields that only the names determine.
     infer_from_keys: Callable[[Any, Collection[str]], Any] = lambda config, names: config
+    # (config.json, folder or file, folder of the vision tower) -> config.json with settings of other files.
+    complete_config: Callable[[dict, Path, Path | None], dict] = lambda hf_config, path, vision_tower: hf_config
     # (config, tensors, folder) -> tensors under the weight map's names, with those of other files in the folder.
     prepare_tensors: Callable[[Any, CheckpointTensors, Path], CheckpointTensors] = lambda config, tensors, folder: (
         tensors

@@ -47,6 +47,9 @@ COMMON_FIXED: Mapping[str, tuple] = {
     "is_decoder": (False, None),
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False, None),
+    # Others are refused when config.json is read (io/key_names.py).
+    "quantization_config": (None, {}),
+    "compression_config": (None, {}),
 }
 
 

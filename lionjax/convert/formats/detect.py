@@ -29,6 +29,7 @@ from lionjax.convert.formats.openflamingo import FLAMINGO, open_flamingo
 from lionjax.convert.formats.peft_reader import MERGE_HINT, AdapterReader, open_non_lora
 from lionjax.convert.formats.ram import RAM_FILE, TAGGING_FORMATS
 from lionjax.convert.formats.sam import META_SAM_FILE
+from lionjax.convert.formats.vision_tower import LLAVA_TOWER_PREFIX, complete_llava_config, open_vision_tower
 from lionjax.convert.io.reader import (
     MAX_HEADER_BYTES,
     CheckpointTensors,
@@ -48,6 +49,7 @@ def open_checkpoint(
     format_name: str | None = None,
     adapter: Path | None = None,
     base: Path | None = None,
+    vision_tower: Path | None = None,
     merge_lora: bool = False,
 ) -> CheckpointSource:
     """The checkpoint at `path` (a folder or a weight file), recognized and opened; tensors are read on access.
@@ -55,7 +57,8 @@ def open_checkpoint(
     The format comes from `format_name`, from lionjax.json beside the weights, from the released file names (LION,
     LAVIS, SAM, RAM, CLIP), or from model_type in config.json, in this order. `adapter`: a PEFT folder with a LoRA, by
     default the subfolder `adapter`; `merge_lora` merges it into the weights. `base`: the model that the checkpoint is a
-    delta of, or a LoRA for. Raises UserError where the format is unknown or a part is missing.
+    delta of, or a LoRA for. `vision_tower`: the folder of the CLIP of an original LLaVA, by default a subfolder. Raises
+    UserError where the format is unknown or a part is missing.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
@@ -70,11 +73,13 @@ def open_checkpoint(
                 f"{folder} holds only a LoRA; give the folder of its base model, and this one as --adapter, or this "
                 "one and the base model as --base"
             )
-        return open_checkpoint(base, format_name, folder, merge_lora=merge_lora)
+        return open_checkpoint(base, format_name, folder, None, vision_tower, merge_lora)
     if adapter is not None and _is_llava_adapter(adapter, folder):
-        source = _open_llava_adapter(path, folder, adapter)
+        source = _open_llava_adapter(path, folder, adapter, vision_tower)
     else:
-        source = _detect_and_open(path, folder, format_name, base)
+        source = _detect_and_open(path, folder, format_name, base, vision_tower)
+    if vision_tower is not None and source.checkpoint_format.name != "llava":
+        raise UserError(f"a {source.checkpoint_format.name} has no separate vision tower; leave out --vision-tower")
     adapter_folder = adapter or (source.folder or folder) / loras.ADAPTER_FOLDER
     if adapter is None and not adapter_folder.is_dir():
         if merge_lora:
@@ -90,15 +95,17 @@ def _is_llava_adapter(adapter: Path, base: Path) -> bool:
     return is_llava and base_config.get("model_type") in LLAMA.model_types
 
 
-def _open_llava_adapter(path: Path, folder: Path, adapter: Path) -> CheckpointSource:
+def _open_llava_adapter(path: Path, folder: Path, adapter: Path, vision_tower: Path | None) -> CheckpointSource:
     """The LLaVA of a LoRA of LLaVA's own code: its config and projector, the LLaMA at `path`, and the tower.
 
     The tower is a subfolder of `adapter` or of `folder`, the folder of the LLaMA.
     """
-    config = LLAVA.config_from_hf(read_hf_config(adapter / "config.json"))
+    tower_folder = adapter if any(adapter.glob("*/config.json")) else folder
+    hf_config = read_hf_config(adapter / "config.json")
+    config = LLAVA.config_from_hf(complete_llava_config(hf_config, tower_folder, vision_tower))
     language, trained = open_part(path, LLAMA, config.language), open_non_lora(adapter)
     tensors = language.replaced(trained, trained)
-    tower_folder = adapter if any(adapter.glob("*/config.json")) else folder
+    tensors = _with_vision_tower(tensors, vision_tower, config)
     tensors = LLAVA.prepare_tensors(config, tensors, tower_folder)
     return CheckpointSource(LLAVA, config, tensors, folder)
 
@@ -137,7 +144,9 @@ def _check_lora_paths(checkpoint_format: CheckpointFormat, config: Any, kernels:
         raise UserError(f"the LoRA of {min(differing)!r} cannot stay separate; {MERGE_HINT}")
 
 
-def _detect_and_open(path: Path, folder: Path, format_name: str | None, delta_base: Path | None) -> CheckpointSource:
+def _detect_and_open(
+    path: Path, folder: Path, format_name: str | None, delta_base: Path | None, vision_tower: Path | None
+) -> CheckpointSource:
     if format_name is not None and format_name not in (known := [fmt.name for fmt in FORMATS]):
         raise UserError(f"--system is {format_name!r}; it can be one of {', '.join(known)}")
     if (folder / CONFIG_FILE).is_file():
@@ -164,15 +173,23 @@ def _detect_and_open(path: Path, folder: Path, format_name: str | None, delta_ba
         raise UserError(f"{folder} has {reason}; name the format with --system, one of {known}")
     checkpoint_format = matches[0]
     try:
-        config = checkpoint_format.config_from_hf(hf_config)
+        config = checkpoint_format.config_from_hf(checkpoint_format.complete_config(hf_config, path, vision_tower))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{folder / 'config.json'} is no valid config of a {checkpoint_format.name}: {type(error).__name__} {error}"
         ) from error
     tensors = _open_tensors(path, checkpoint_format, config, delta_base)
+    tensors = _with_vision_tower(tensors, vision_tower, config)
     tensors = checkpoint_format.prepare_tensors(config, tensors, folder)
     config = checkpoint_format.infer_from_keys(config, tensors.keys())
     return _with_tied_tensors(checkpoint_format, config, tensors, folder)
+
+
+def _with_vision_tower(tensors: CheckpointTensors, vision_tower: Path | None, config: Any) -> CheckpointTensors:
+    """The tensors of a LLaVA with those of the CLIP in `vision_tower`, unless they hold a tower."""
+    if vision_tower is None or any(name.startswith(LLAVA_TOWER_PREFIX) for name in tensors):
+        return tensors
+    return tensors | open_vision_tower(vision_tower, config.vision)
 
 
 def _open_tensors(

@@ -19,6 +19,14 @@ from lionjax.convert.formats.config_table import ConfigTable, join, require_equa
 from lionjax.convert.formats.hf_language import LLAMA, LLAMA_TABLE, OPT, T5, llama_from_settings
 from lionjax.convert.formats.hf_vision import CLIP, LAVIS_IGNORE_PATTERN, VIT_FIELDS
 from lionjax.convert.formats.key_fit import open_part
+from lionjax.convert.formats.vision_tower import (
+    CLIP_336,
+    CLIP_SIZES,
+    LLAVA_TOWER_PREFIX,
+    complete_llava_config,
+    find_tower_folder,
+    open_vision_tower,
+)
 from lionjax.convert.io.reader import CheckpointTensors
 from lionjax.core.types import UserError
 
@@ -28,16 +36,6 @@ if TYPE_CHECKING:
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 FORMAT_OF_LANGUAGE = {name: fmt for fmt in (LLAMA, OPT, T5) for name in fmt.model_types}  # by model_type
-CLIP_336 = {  # LLaVA's vision tower where config.json has no vision_config
-    "image_size": 336,
-    "patch_size": 14,
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-}
-CLIP_224 = CLIP_336 | {"image_size": 224}
-CLIP_SIZES = {"openai/clip-vit-large-patch14-336": CLIP_336, "openai/clip-vit-large-patch14": CLIP_224}
 LLAVA_KEY_PATTERNS = (  # names of newer transformers models and files -> names of the published files
     (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
     (r"^lm_head\.", "language_model.lm_head."),
@@ -225,9 +223,6 @@ def _original_llava_config_to_hf(c: VisualPrefixLM) -> dict:
     return LLAMA.config_to_hf(c.language) | hf_config
 
 
-LLAVA_TOWER_PREFIX = "model.vision_tower.vision_tower."
-
-
 def _prepare_llava_tensors(c: VisualPrefixLM, tensors: CheckpointTensors, folder: Path) -> CheckpointTensors:
     """LLaVA's tensors under the weight map's names, with the CLIP and LLaMA of subfolders where the file lacks them."""
     if c.torch_names == "hugging_face":
@@ -237,8 +232,9 @@ def _prepare_llava_tensors(c: VisualPrefixLM, tensors: CheckpointTensors, folder
         tensors = add_mm_projector(tensors, open_part(language_folder, LLAMA, c.language))
     if any(name.startswith(LLAVA_TOWER_PREFIX) for name in tensors):
         return tensors
-    clip = open_part(_find_part_folder(folder, CLIP, "vision tower"), CLIP, c.vision)
-    return tensors | clip.with_prefix(LLAVA_TOWER_PREFIX)
+    name = str(read_hf_config(folder / "config.json").get("mm_vision_tower") or "")
+    tower_folder = find_tower_folder(folder, name) or _find_part_folder(folder, CLIP, "vision tower")
+    return tensors | open_vision_tower(tower_folder, c.vision)
 
 
 def _find_part_folder(folder: Path, checkpoint_format: CheckpointFormat, description: str) -> Path:
@@ -403,6 +399,7 @@ LLAVA = CheckpointFormat(
     key_patterns=LLAVA_KEY_PATTERNS,
     module_names=LLAVA_MODULE_NAMES,
     prepare_tensors=_prepare_llava_tensors,
+    complete_config=complete_llava_config,
 )
 BLIP2 = CheckpointFormat(
     "blip2",

@@ -11,7 +11,8 @@ from lionjax.convert.formats.config_fields import TOKEN_IDS, ConfigFields
 from lionjax.convert.formats.config_table import ConfigTable
 from lionjax.convert.formats.hf_language import one_head_size
 from lionjax.convert.formats.hf_vision import CLIP, CLIP_VISION_TABLE, clip_vision_from_hf
-from lionjax.convert.formats.hf_vlm import CLIP_224, has_resampler
+from lionjax.convert.formats.hf_vlm import has_resampler
+from lionjax.convert.formats.vision_tower import CLIP_224
 
 if TYPE_CHECKING:
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM

@@ -11,7 +11,8 @@ from lionjax.convert.formats.config_fields import BLOCK_SIZES, ConfigFields
 from lionjax.convert.formats.config_table import ConfigTable, require_equal
 from lionjax.convert.formats.hf_language import LLAMA
 from lionjax.convert.formats.hf_vision import CLIP_LAYERS, CLIP_VISION_TABLE, VIT_FIELDS
-from lionjax.convert.formats.hf_vlm import CLIP_224, has_resampler
+from lionjax.convert.formats.hf_vlm import has_resampler
+from lionjax.convert.formats.vision_tower import CLIP_224
 
 if TYPE_CHECKING:
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM

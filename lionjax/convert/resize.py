@@ -82,9 +82,12 @@ def resize_token_embeddings(
         return change
 
     sizes = {0: (num_rows, language.width), 1: (language.width, num_rows)}
+    shapes = {path: sizes[axis] for path, axis in axis_by_path.items()}
+    if "head/kernel" in axis_by_path and language.lora.targets(("head",)):
+        axis_by_path, shapes["head/lora_b"] = {**axis_by_path, "head/lora_b": 1}, (language.lora.rank, num_rows)
     return ResizePlan(
         config,
-        {prefix + path: sizes[axis] for path, axis in axis_by_path.items()},
+        {prefix + path: shape for path, shape in shapes.items()},
         {prefix + path: resize_axis(axis) for path, axis in axis_by_path.items()},
     )
 

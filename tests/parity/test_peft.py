@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import warnings
 
 import jax
 import numpy as np
@@ -23,6 +24,8 @@ peft = pytest.importorskip("peft")
 import small_bridges
 
 from lionjax import convert
+from lionjax.convert.formats import detect
+from lionjax.convert.formats.peft_reader import published_name
 from lionjax.core import params as trees
 from lionjax.core.types import UserError
 from lionjax.models.language.bert import Bert
@@ -38,10 +41,20 @@ def round_trip(model, tmp_path, **settings):
     convert.convert(tmp_path / "base", tmp_path / "ours", "jax", adapter=tmp_path / "lora")
     config, params = convert.load_params(tmp_path / "ours")
     convert.convert(tmp_path / "ours", tmp_path / "torch", "torch")
-    base, info = type(model).from_pretrained(tmp_path / "torch", output_loading_info=True)
+    _, info = type(model).from_pretrained(tmp_path / "torch", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    again = peft.PeftModel.from_pretrained(base, tmp_path / "torch" / "adapter").eval()
-    return theirs, config, jax.tree.map(np.asarray, params), again
+    return theirs, config, jax.tree.map(np.asarray, params), run_card(tmp_path / "torch")
+
+
+def run_card(folder):
+    """The model that the Python of the folder's model card makes. PEFT warns of tensors that it does not find."""
+    card = (folder / "README.md").read_text()
+    blocks = [block.removeprefix("python") for block in card.split("```")[1::2] if block.startswith("python")]
+    names = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        exec("\n".join(blocks).replace("this folder", str(folder)), names)
+    return names["model"].eval()
 
 
 @pytest.mark.parametrize("kind", adapters.LANGUAGES)
@@ -53,10 +66,31 @@ def test_a_language_model_with_lora_on_every_linear_answers_as_peft(tmp_path, ki
     adapters.assert_alike(adapters.their_logits(again, inputs), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ("llava", "blip2_opt", "instructblip_t5"))
 def test_a_vision_language_model_with_lora_on_every_linear_answers_as_peft(tmp_path, system):
     theirs, config, params, again = round_trip(adapters.vision_language_model(system), tmp_path, **ALL_LINEAR)
     answers(theirs, config, params, again)
+
+
+def made_classes():
+    """A tiny model of every class of transformers that lionjax reads."""
+    yield from (getattr(transformers, a)(getattr(transformers, c)(**sizes)) for a, c, sizes in PUBLISHED.values())
+    yield from (adapters.vision_language_model(name) for name in ("llava", "blip2_opt", "instructblip_t5"))
+    yield small_bridges.kosmos(random.Random(2))[0]
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    yield transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes))
+
+
+def test_every_module_that_can_have_a_lora_has_a_name_in_the_files(tmp_path):
+    kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d, transformers.pytorch_utils.Conv1D)
+    for number, model in enumerate(made_classes()):
+        model.save_pretrained(tmp_path / str(number))
+        source = detect.open_checkpoint(tmp_path / str(number))
+        weight_map = source.checkpoint_format.weight_map(source.config)
+        names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)]
+        lost = [name for name in names if published_name(name, source, weight_map) is None]
+        assert names and not lost, type(model)
 
 
 def answers(theirs, config, params, again):
@@ -72,10 +106,10 @@ def answers(theirs, config, params, again):
     adapters.assert_alike(adapters.their_logits(again, inputs), wanted)
 
 
+@pytest.mark.slow
 def test_a_kosmos_2_with_lora_on_every_linear_answers_as_peft(tmp_path):
     torch.manual_seed(0)
     model, system = small_bridges.kosmos(random.Random(2))
-    model.config.image_token_index = tiny_prefix.IMAGE_TOKEN
     theirs, config, params, again = round_trip(model, tmp_path, **ALL_LINEAR)
     config = dataclasses.replace(config, image_token_id=system.image_token_id)
     answers(theirs, config, params, again)
@@ -160,6 +194,7 @@ def assert_reads_the_same(base, folder, config, flat_params):
     assert_same(trees.flatten(params), flat_params)
 
 
+@pytest.mark.slow
 def test_a_lora_folder_of_llavas_own_code_answers_as_the_whole(tmp_path):
     model = adapters.vision_language_model("llava")
     llama = transformers.LlamaForCausalLM(model.config.text_config)
@@ -231,6 +266,22 @@ def test_encoders_with_lora_on_every_linear_see_as_in_peft(tmp_path, kind):
         adapters.assert_alike(first, wanted.pooler_output.numpy())
     adapters.assert_alike(states, wanted.last_hidden_state.numpy())
     adapters.assert_alike(from_export.last_hidden_state, wanted.last_hidden_state.numpy())
+
+
+def test_a_swin_with_lora_is_refused_apart_and_merged_as_in_peft(tmp_path):
+    torch.manual_seed(0)
+    model = tiny_prefix.shaken(transformers.SwinModel(transformers.SwinConfig(**PUBLISHED["swin"][2])))
+    model.save_pretrained(tmp_path / "base")
+    theirs = adapters.with_adapter(model, tmp_path / "lora", r=2, target_modules="all-linear")
+    with pytest.raises(UserError, match="a SwinConfig has no separate LoRA .*; merge it with --merge-lora"):
+        convert.convert(tmp_path / "base", tmp_path / "ours", "jax", adapter=tmp_path / "lora")
+    convert.convert(tmp_path / "base", tmp_path / "ours", "jax", adapter=tmp_path / "lora", merge_lora=True)
+    convert.convert(tmp_path / "ours", tmp_path / "torch", "torch")
+    theirs.merge_and_unload().save_pretrained(tmp_path / "merged")
+    ours, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("torch", "merged"))
+    assert ours.keys() == {f"swin.{name}" for name in merged}
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(ours[f"swin.{name}"], tensor, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 HEADS = {

@@ -223,6 +223,14 @@ def _swin_abstract_params(c: SwinConfig, mesh: Any = None) -> Params:
     return abstract_vision_params(Swin(c), c.image_size, mesh)
 
 
+SWIN_KEY_PATTERNS = (  # module names since transformers 5 -> names of the files
+    (r"\.attention\.q_proj\.", ".attention.self.query."),
+    (r"\.attention\.k_proj\.", ".attention.self.key."),
+    (r"\.attention\.v_proj\.", ".attention.self.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
 SWIN = class_format(
     "swin",
     "SwinConfig",
@@ -234,5 +242,5 @@ SWIN = class_format(
         r"(classifier|decoder)\..*(?#heads)",
     ),
     base_model_prefix="swin.",
-    module_names=((r"^swin\.", ""),),
+    key_patterns=SWIN_KEY_PATTERNS,
 )

@@ -63,6 +63,16 @@ class LazyArray:
         return array if dtype is None else array.astype(dtype)
 
 
+def published_name(name: str, source: CheckpointSource, weight_map: Iterable[WeightMapping]) -> str | None:
+    """The name in the files of a tensor that is named as in transformers' class of any version, None without one."""
+    canonical = name
+    for pattern, new in source.checkpoint_format.key_patterns:
+        canonical = re.sub(pattern, new, canonical, count=1)
+    tied_keys = {key for mapping in weight_map for key in mapping.tied_keys}
+    candidates = (name, canonical, source.checkpoint_format.base_model_prefix + canonical)
+    return next((key for key in candidates if key in source.tensors or key in tied_keys), None)
+
+
 class AdapterReader:
     """The adapter of a folder, matched with the tensors of its base."""
 
@@ -81,17 +91,8 @@ class AdapterReader:
 
     # Names
 
-    def resolve(self, name: str) -> str | None:
-        """The name in the weight map of a tensor named as in the file, None where the model has none."""
-        fmt = self.source.checkpoint_format
-        canonical = name
-        for pattern, new in fmt.key_patterns:
-            canonical = re.sub(pattern, new, canonical, count=1)
-        candidates = (name, canonical, fmt.base_model_prefix + name)
-        return next((name for name in candidates if name in self.source.tensors or self._is_tied(name)), None)
-
-    def _is_tied(self, name: str) -> bool:
-        return any(name in mapping.tied_keys for mapping in self.weight_map)
+    def _resolve(self, name: str) -> str | None:
+        return published_name(name, self.source, self.weight_map)
 
     def _is_ignored(self, name: str) -> bool:
         return any(re.fullmatch(pattern, name) for pattern in self.source.checkpoint_format.ignore_patterns)
@@ -105,19 +106,19 @@ class AdapterReader:
                 continue
             lora, tokens = LORA_NAME.fullmatch(name), TOKENS_NAME.fullmatch(name)
             if lora is not None:
-                key = self.resolve(f"{lora['module']}.weight")
+                key = self._resolve(f"{lora['module']}.weight")
                 if key is None:
                     unknown.append(name)
                     continue
                 kind = lora["kind"] + ("_bias" if lora["end"] == "bias" else "")
                 self.modules.setdefault(key, ModuleLora(lora["module"])).tensors[kind] = tensor
             elif tokens is not None:
-                key = self.resolve(f"{tokens['module']}.weight")
+                key = self._resolve(f"{tokens['module']}.weight")
                 if key is None:
                     unknown.append(name)
                 elif tokens["kind"] == "delta":
                     self._replace_rows(key, tokens["module"], tensor)
-            elif (key := self.resolve(name)) is not None:
+            elif (key := self._resolve(name)) is not None:
                 self._replace(key, tensor)
             elif not self._is_ignored(name):
                 unknown.append(name)

@@ -226,6 +226,64 @@ def test_an_adapter_that_is_computed_otherwise_is_refused(tmp_path, change, prob
         convert.from_torch(tmp_path / "torch")
 
 
+@pytest.mark.parametrize(
+    "removed, problem",
+    [
+        ("layers.1.self_attn.q_proj.lora_B", "layers.1.self_attn.q_proj' has no lora_B in the adapter"),
+        (
+            "layers.1.self_attn.q_proj.lora_",
+            "layers.1.self_attn.q_proj' is in the target_modules .* but has no LoRA in",
+        ),
+    ],
+)
+def test_an_adapter_that_lacks_a_matrix_or_a_layer_is_refused(tmp_path, removed, problem):
+    convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
+    file = tmp_path / "torch" / "adapter" / "adapter_model.safetensors"
+    save_file({name: w for name, w in load_file(file).items() if removed not in name}, file)
+    with pytest.raises(UserError, match=problem):
+        convert.from_torch(tmp_path / "torch")
+
+
+def test_an_adapter_with_a_tensor_that_the_model_lacks_is_refused(tmp_path):
+    convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
+    file = tmp_path / "torch" / "adapter" / "adapter_model.safetensors"
+    more = {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": np.ones((3, 24), np.float32)}
+    save_file(load_file(file) | more, file)
+    with pytest.raises(UserError, match="does not fit this model:\n  the model has no tensor 'model.layers.7"):
+        convert.from_torch(tmp_path / "torch")
+
+
+def test_an_adapter_is_merged_on_the_way_in_to_the_bits_of_the_way_out(tmp_path):
+    params = random_params(CONFIG)
+    convert.to_torch(CONFIG, params, tmp_path / "torch")
+    convert.to_torch(CONFIG, params, tmp_path / "merged", merge_lora=True)
+    (tmp_path / "torch" / "lionjax.json").unlink()
+    convert.convert(tmp_path / "torch", tmp_path / "ours", "jax", merge_lora=True)
+    config, ours = convert.load_params(tmp_path / "ours")
+    _, merged = convert.from_torch(tmp_path / "merged")
+    assert config.lora == LoraConfig()
+    for path, leaf in trees.flatten(merged).items():
+        np.testing.assert_allclose(trees.flatten(ours)[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+    with pytest.raises(UserError, match="has no adapter to merge"):
+        convert.convert(tmp_path / "merged", tmp_path / "again", "jax", merge_lora=True)
+
+
+def test_added_words_get_columns_in_the_lora_of_the_head(tmp_path):
+    lora = dataclasses.replace(LORA, target_modules=("head", "q"))
+    config = dataclasses.replace(CONFIG, lora=lora)
+    convert.to_torch(config, params := random_params(config), tmp_path / "torch")
+    words = convert.ResizeOptions(("<a>", "<b>"))
+    convert.convert(tmp_path / "torch", tmp_path / "ours", "jax", resize_options=words)
+    new, made = convert.load_params(tmp_path / "ours")
+    assert new.vocab_size == 52 and made["head"]["lora_b"].shape == (3, 52)
+    before = params["head"]["lora_b"]
+    np.testing.assert_array_equal(made["head"]["lora_b"][:, :50], before)
+    np.testing.assert_allclose(made["head"]["lora_b"][:, 50:], before.mean(1, keepdims=True).repeat(2, 1), rtol=1e-5)
+    convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
+    tensors = load_file(tmp_path / "back" / "adapter" / "adapter_model.safetensors")
+    assert tensors["base_model.model.lm_head.lora_B.weight"].shape == (52, 3)
+
+
 def test_an_adapter_without_its_base_or_for_another_model_is_refused(tmp_path):
     convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
     with pytest.raises(UserError, match="holds only a LoRA"):

@@ -53,6 +53,7 @@ logits_of = jax.jit(LION.logits)
 loss_and_grads = jax.jit(jax.value_and_grad(lambda params, batch: LION.loss(params, batch)[0]))
 
 
+@pytest.mark.slow
 def test_one_batch_may_mix_tasks_and_each_row_is_routed_by_its_own(params):
     mixed = np.array([REGION_LEVEL, IMAGE_LEVEL, REGION_LEVEL, IMAGE_LEVEL], np.int32)
     apart = [np.asarray(logits_of(params, batch_of(task=task))) for task in (REGION_LEVEL, IMAGE_LEVEL)]
@@ -61,6 +62,7 @@ def test_one_batch_may_mix_tasks_and_each_row_is_routed_by_its_own(params):
     assert np.abs(apart[0] - apart[1]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_new_routers_tasks_use_one_adapter_each(params):
     fresh = sharding.init_sharded(LION.init, jax.random.key(0), batch_of())
     flat = trees.flatten(params)
@@ -72,6 +74,7 @@ def test_a_new_routers_tasks_use_one_adapter_each(params):
     assert np.abs(np.asarray(logits_of(both, region) - logits_of(one, region))).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_decoding_with_a_cache_equals_reading_the_whole_answer(params):
     batch = batch_of()
     batch = dataclasses.replace(batch, target_mask_BM=np.ones_like(batch.target_mask_BM))
@@ -83,6 +86,7 @@ def test_decoding_with_a_cache_equals_reading_the_whole_answer(params):
         logits, cache = extend(params, batch.target_BM[:, step], cache)
 
 
+@pytest.mark.slow
 def test_padding_after_a_prompt_changes_nothing(params):
     batch = batch_of()
     noise = np.random.default_rng(1).integers(4, 40, batch.prompt_BL.shape)
@@ -94,6 +98,7 @@ def test_padding_after_a_prompt_changes_nothing(params):
     np.testing.assert_allclose(logits_of(params, batch), logits_of(params, other), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_learned_hint_stands_where_its_token_stands_and_nowhere_else(params):
     with_hint = dataclasses.replace(batch_of(), prompt_BL=batch_of().prompt_BL.copy())
     with_hint.prompt_BL[2, 0] = HINT
@@ -149,6 +154,7 @@ def test_initial_weights_do_not_depend_on_the_mesh():
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), alone, spread))
 
 
+@pytest.mark.slow
 def test_with_a_word_scale_the_picture_begins_as_what_the_vit_says():
     aggregator = dataclasses.replace(LION.aggregator, projector_mlp_dim=32)
     lion = dataclasses.replace(LION, aggregator=aggregator, identity_init_scale=2.5, visual_input="AGGREGATOR")

@@ -35,16 +35,20 @@ def open_torch(path: Path, key: str | None = None) -> CheckpointTensors:
     """
     torch = _import_torch(path)
     is_zip = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        starts_as_zip = file.read(4) == b"PK\x03\x04"
     if is_zip:
         _check_zip(path)
-    else:
-        log.warning("%s has torch's old format (no zip), which cannot be memory mapped: all of it is read", path)
+    elif starts_as_zip:
+        raise UserError(f"{path} is cut short: its zip has no directory at the end; download it again")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_plain_data_globals()):
             warnings.simplefilter("ignore")  # for unusual pickles torch asks users to file an issue
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # torch raises many kinds on damaged files
         raise UserError(f"{path} cannot be loaded: {_load_failure(error)}") from error
+    if not is_zip:
+        log.warning("%s has torch's old format (no zip), which cannot be memory mapped: all of it was read", path)
     state, skipped = _find_state_dict(loaded, key, path, torch.Tensor)
     arrays = {}
     for name, tensor in state.items():

@@ -56,6 +56,7 @@ def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_th
             (tmp_path / "back" / detect.CONFIG_FILE).unlink()
 
 
+@pytest.mark.slow
 def test_a_blip2_trained_with_its_tower_open_converts_without_the_biases_on_keys(tmp_path):
     model = tiny.theirs("blip2_opt", random.Random(5))
     with torch.no_grad():

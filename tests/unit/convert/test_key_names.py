@@ -147,6 +147,8 @@ def test_a_wrapped_lavis_file_is_recognized(tmp_path):
     [
         ("model.gguf", b"GGUF" + bytes(9), "GGUF"),
         ("model.safetensors", b"", "empty"),
+        ("model.bin", b"PK\x03\x04" + bytes(90), "cut short"),
+        ("model.bin", b"\x80\x02}q\x00(X", "is damaged or no PyTorch file"),
         ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("config.json", b"<!DOCTYPE html><html></html>", "HTML page"),
         ("config.json", b'{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}', "AWQ"),

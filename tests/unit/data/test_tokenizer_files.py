@@ -138,6 +138,7 @@ def test_extra_spaces_are_removed_where_the_model_says_so(tmp_path, llama_pieces
     assert backend.encode("  a   b ").ids == backend.encode("a b").ids
 
 
+@pytest.mark.slow
 @needs_mistral
 def test_the_real_mistral_file_gives_the_ids_of_llamas_class():
     model = parse_sentencepiece(MISTRAL.read_bytes())

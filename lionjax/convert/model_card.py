@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from lionjax.convert.formats.image_settings import image_fit_config
 from lionjax.convert.formats.peft import ADAPTER_FOLDER as ADAPTER
 from lionjax.convert.formats.peft import is_lora_key
 from lionjax.convert.mapping.plan import TensorSpec
 from lionjax.core.types import UserError
-
-PIL_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
 def write_processor_configs(config: Any, folder: Path) -> list[str]:
@@ -37,7 +36,7 @@ def write_processor_configs(config: Any, folder: Path) -> list[str]:
 
 
 def preprocessor_config(processor: Any) -> dict:
-    """preprocessor_config.json of a `ProcessorConfig`, for transformers' BlipImageProcessor.
+    """preprocessor_config.json of a `ProcessorConfig`, for transformers' BlipImageProcessor or CLIPImageProcessor.
 
     LION resizes an image to a square regardless of its aspect ratio. NExT-Chat pads it to a square with white first,
     LLaVA-1.5 with the mean color; BlipImageProcessor does not pad, so the caller must ("white_square_first",
@@ -46,16 +45,14 @@ def preprocessor_config(processor: Any) -> dict:
     settings = {
         "image_processor_type": "BlipImageProcessor",
         "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": processor.image_size, "width": processor.image_size},
-        "resample": PIL_BICUBIC,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(processor.mean),
-        "image_std": list(processor.std),
+        "image_mean": list(processor.image_mean),
+        "image_std": list(processor.image_std),
     }
-    return settings | ({f"{processor.pad_color}_square_first": True} if processor.padded else {})
+    settings |= image_fit_config(processor)
+    return settings | ({f"{processor.pad_color}_square_first": True} if processor.pad_to_square else {})
 
 
 def tokenizer_config(file: Path) -> dict:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lionjax.convert.formats.image_settings import read_image_settings
+from lionjax.convert.model_card import preprocessor_config
 from lionjax.core.types import UserError
 from lionjax.data.image_fit import ImageFit
 from lionjax.data.processor import Processor, ProcessorConfig
@@ -211,6 +212,26 @@ def test_a_processor_that_counts_other_image_tokens_than_the_model_is_refused(mo
     file.write_text(json.dumps(fitting | {"num_query_tokens": 32} | {field: value}))
     with pytest.raises(UserError, match=f"{field} is {value!r}, but the model of config.json needs"):
         read_image_settings(tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        ImageFit(),
+        ImageFit("stretch", (20, 31), "bilinear"),
+        ImageFit("shortest_edge", (0, 0), "nearest"),
+        ImageFit("shortest_edge", (20, 29), "lanczos"),
+        ImageFit("none"),
+    ],
+    ids=lambda fit: f"{fit.mode}-{fit.resample}",
+)
+def test_exported_settings_are_read_back_and_give_the_same_pixels_in_transformers(fit, tmp_path):
+    mine = Processor(ProcessorConfig(16, use_tags=False, image_fit=fit, image_mean=(0.1, 0.5, 0.9)))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(mine.config)))
+    original = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    picture = Image.fromarray(noise((61, 45)))
+    assert levels(mine, picture, theirs(original, picture)) <= LEVEL
+    np.testing.assert_array_equal(processor_of(tmp_path, 16).load_pixels(picture), mine.load_pixels(picture))
 
 
 def test_settings_without_files_leave_the_processor_as_it_is(tmp_path):

@@ -89,6 +89,24 @@ def read_image_settings(
     return {"pad_to_square": pads} | _normalization(found), fit
 
 
+def image_fit_config(processor: Any) -> dict[str, Any]:
+    """Fields of preprocessor_config.json for the `image_fit` of a `ProcessorConfig`, the reverse of the reading.
+
+    They name CLIP's image processor where images are cropped, which BLIP's does not do.
+    """
+    fit, side = processor.image_fit, processor.image_size
+    size = {"height": fit.size[0] or side, "width": fit.size[1] or side}
+    crops = fit.mode != "stretch" or set(size.values()) != {side}
+    if fit.mode != "stretch":
+        size = {"shortest_edge": fit.size[0] or side} | ({"longest_edge": fit.size[1]} if fit.size[1] else {})
+    number = next(value for value, name in RESAMPLE_NAMES.items() if name == fit.resample)
+    fields: dict[str, Any] = {"do_resize": fit.mode != "none", "size": size, "resample": number}
+    if crops:
+        crop = {"do_center_crop": True, "crop_size": {"height": side, "width": side}}
+        fields |= {"image_processor_type": "CLIPImageProcessor"} | crop
+    return fields
+
+
 def _find_processor(folder: Path, hf_config: Mapping[str, Any], image_size: int) -> _Settings | None:
     """The image processor's settings, nested ones first, as transformers reads them; None where no file has any."""
     nested, name = read_hf_config(folder / PROCESSOR_FILE).get("image_processor"), PROCESSOR_FILE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token ids and the image token of a released folder fit its word table, or the folder is refused in one sentence."""
+"""What a released folder says of pictures and token ids decides, or the folder is refused in one sentence."""
 
 import dataclasses
 import json
@@ -117,6 +117,22 @@ def test_a_folder_converted_before_is_checked_at_load(published, tmp_path):
     write_tokenizer(tmp_path / "jax" / "origin", ROWS + 1)
     with pytest.raises(UserError, match=BREAKS[too_many_tokens]):
         lionjax.load(tmp_path / "jax")
+
+
+def test_the_picture_settings_of_the_folder_reach_the_loaded_model(published, tmp_path):
+    folder = tmp_path / "llava"
+    shutil.copytree(published, folder)
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": 32, "crop_size": 28, "image_mean": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    convert.convert(folder, tmp_path / "jax", "jax")
+    for path in (folder, tmp_path / "jax"):
+        c = lionjax.load(path).processor.config
+        assert (c.image_mean, c.pad_to_square) == ((0.5,) * 3, False)
+        assert (c.image_fit.mode, c.image_fit.size) == ("shortest_edge", (32, 0))
+    for path in (folder, tmp_path / "jax" / "origin"):
+        (path / "preprocessor_config.json").write_text(json.dumps(settings | {"crop_size": 14}))
+        with pytest.raises(UserError, match="crop_size is 14; it must be 28"):
+            lionjax.load(folder if path == folder else tmp_path / "jax")
 
 
 @pytest.mark.parametrize("image_token", [None, -1, -200, IMAGE])

@@ -16,20 +16,9 @@ from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_constraint, with_logical_partitioning
 from lionjax.core.weight_map import WeightMapping, reshape, with_prefix
 from lionjax.nn import attention as attentions
+from lionjax.nn import layers
 from lionjax.nn.adapters import flamingo_attention_weight_map
 from lionjax.nn.attention import Attention
-from lionjax.nn.layers import (
-    MLP,
-    Dense,
-    GatedMLP,
-    LayerNorm,
-    dense_weight_map,
-    fold_in,
-    norm_weight_map,
-    normal,
-    scan_blocks,
-    split_key,
-)
 from lionjax.nn.lora import LoraConfig
 
 
@@ -87,7 +76,7 @@ class ImageToTextProjectionConfig:
 
 def _query_tokens(module: nn.Module, init_std: float = 0.02):
     shape = (module.c.num_query_tokens, module.c.width)
-    return module.param("queries", with_logical_partitioning(normal(init_std), ("position", "embed")), shape)
+    return module.param("queries", with_logical_partitioning(layers.normal(init_std), ("position", "embed")), shape)
 
 
 class ResamplerBlock(nn.Module):
@@ -99,11 +88,11 @@ class ResamplerBlock(nn.Module):
     def __call__(self, x_BQD, key, source_BPD):
         c = self.c
         attention = Attention(c.width, c.num_heads, c.head_dim, biases="", name="attention")
-        h_BQD = LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD)
-        source_BPD = LayerNorm(c.width, c.norm_eps, name="source_norm")(source_BPD)
+        h_BQD = layers.LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD)
+        source_BPD = layers.LayerNorm(c.width, c.norm_eps, name="source_norm")(source_BPD)
         x_BQD = x_BQD + attention(h_BQD, jnp.concatenate([source_BPD, h_BQD], axis=1))
-        mlp = MLP(c.width, c.mlp_dim, use_bias=False, name="mlp")
-        x_BQD = x_BQD + mlp(LayerNorm(c.width, c.norm_eps, name="mlp_norm")(x_BQD))
+        mlp = layers.MLP(c.width, c.mlp_dim, use_bias=False, name="mlp")
+        x_BQD = x_BQD + mlp(layers.LayerNorm(c.width, c.norm_eps, name="mlp_norm")(x_BQD))
         return with_logical_constraint(x_BQD, "batch", "length", "act_embed"), None
 
 
@@ -118,13 +107,13 @@ class Resampler(nn.Module):
         *lead, frames, patches, width = source.shape
         if c.max_frames:
             shape = (c.max_frames, c.width)
-            frame_FD = self.param("frames", with_logical_partitioning(normal(1.0), (None, "embed")), shape)
+            frame_FD = self.param("frames", with_logical_partitioning(layers.normal(1.0), (None, "embed")), shape)
             source = source + frame_FD[:frames, None].astype(source.dtype)
         source_BPD = source.reshape(-1, frames * patches, width)
         query_QD = _query_tokens(self, 1.0).astype(source.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
-        x_BQD, _ = scan_blocks(ResamplerBlock, c.depth, 1)(c, name="blocks")(x_BQD, None, source_BPD)
-        return LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD).reshape(*lead, *query_QD.shape)
+        x_BQD, _ = layers.scan_blocks(ResamplerBlock, c.depth, 1)(c, name="blocks")(x_BQD, None, source_BPD)
+        return layers.LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD).reshape(*lead, *query_QD.shape)
 
 
 class AbstractorBlock(nn.Module):
@@ -136,11 +125,11 @@ class AbstractorBlock(nn.Module):
     def __call__(self, x_BQD, key, source_BPD):
         c = self.c
         attention = Attention(c.width, c.num_heads, c.width // c.num_heads, dropout_rate=c.dropout, name="attention")
-        h_BQD = LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD)
-        source_BPD = LayerNorm(c.width, c.norm_eps, name="source_norm")(source_BPD)
+        h_BQD = layers.LayerNorm(c.width, c.norm_eps, name="norm")(x_BQD)
+        source_BPD = layers.LayerNorm(c.width, c.norm_eps, name="source_norm")(source_BPD)
         x_BQD = h_BQD + attention(h_BQD, jnp.concatenate([h_BQD, source_BPD], axis=1), key=key)
-        mlp = GatedMLP(c.width, c.mlp_dim, "silu", use_bias=True, sub_ln_eps=c.sub_ln_eps, name="mlp")
-        x_BQD = x_BQD + mlp(LayerNorm(c.width, c.norm_eps, name="mlp_norm")(x_BQD))
+        mlp = layers.GatedMLP(c.width, c.mlp_dim, "silu", use_bias=True, sub_ln_eps=c.sub_ln_eps, name="mlp")
+        x_BQD = x_BQD + mlp(layers.LayerNorm(c.width, c.norm_eps, name="mlp_norm")(x_BQD))
         return with_logical_constraint(x_BQD, "batch", "length", "act_embed"), None
 
 
@@ -154,8 +143,8 @@ class Abstractor(nn.Module):
         c = self.c
         query_QD = _query_tokens(self).astype(source_BPD.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
-        keys = None if key is None else jnp.stack(split_key(key, c.depth))
-        return scan_blocks(AbstractorBlock, c.depth, 1)(c, name="blocks")(x_BQD, keys, source_BPD)[0]
+        keys = None if key is None else jnp.stack(layers.split_key(key, c.depth))
+        return layers.scan_blocks(AbstractorBlock, c.depth, 1)(c, name="blocks")(x_BQD, keys, source_BPD)[0]
 
 
 class ImageToTextProjection(nn.Module):
@@ -166,13 +155,13 @@ class ImageToTextProjection(nn.Module):
     @nn.compact
     def __call__(self, source_BPD, key=None):
         c = self.c
-        init = normal(c.init_std)
-        dense = Dense(c.vision_width, c.width, ("embed", None), kernel_init=init, lora=c.lora, name="dense")
-        source_BPD = dense(source_BPD, fold_in(key, 1))
+        init = layers.normal(c.init_std)
+        dense = layers.Dense(c.vision_width, c.width, ("embed", None), kernel_init=init, lora=c.lora, name="dense")
+        source_BPD = dense(source_BPD, layers.fold_in(key, 1))
         query_QD = _query_tokens(self, 1.0).astype(source_BPD.dtype)
         x_BQD = jnp.broadcast_to(query_QD, (len(source_BPD), *query_QD.shape))
         attention = Attention(c.width, c.num_heads, c.width // c.num_heads, lora=c.lora, name="attention")
-        return attention(x_BQD, jnp.concatenate([source_BPD, x_BQD], axis=1), key=fold_in(key, 2))
+        return attention(x_BQD, jnp.concatenate([source_BPD, x_BQD], axis=1), key=layers.fold_in(key, 2))
 
 
 def build_connector(c: AbstractorConfig | ImageToTextProjectionConfig) -> nn.Module:
@@ -184,16 +173,16 @@ def resampler_weight_map(c: ResamplerConfig) -> tuple[WeightMapping, ...]:
     """Names under `perceiver.` in OpenFlamingo."""
     block = (
         *with_prefix("0.", "", flamingo_attention_weight_map(c.num_heads, c.head_dim)),
-        *norm_weight_map("0.norm_media", "source_norm"),
-        *norm_weight_map("0.norm_latents", "norm"),
-        *norm_weight_map("1.0", "mlp_norm"),
-        *dense_weight_map("1.1", "mlp/up", bias=False),
-        *dense_weight_map("1.3", "mlp/down", bias=False),
+        *layers.norm_weight_map("0.norm_media", "source_norm"),
+        *layers.norm_weight_map("0.norm_latents", "norm"),
+        *layers.norm_weight_map("1.0", "mlp_norm"),
+        *layers.dense_weight_map("1.1", "mlp/up", bias=False),
+        *layers.dense_weight_map("1.3", "mlp/down", bias=False),
     )
     return (
         WeightMapping("latents", "queries"),
         *((WeightMapping("frame_embs", "frames"),) if c.max_frames else ()),
-        *norm_weight_map("norm", "norm"),
+        *layers.norm_weight_map("norm", "norm"),
         *with_prefix("layers.{i}.", "blocks/", block),
     )
 
@@ -203,15 +192,15 @@ def abstractor_weight_map(c: AbstractorConfig) -> tuple[WeightMapping, ...]:
     linears = {"q": "query", "k": "key", "v": "value"}
     head = c.width // c.num_heads
     block = (
-        *norm_weight_map("norm1", "norm"),
-        *norm_weight_map("normk", "source_norm"),
+        *layers.norm_weight_map("norm1", "norm"),
+        *layers.norm_weight_map("normk", "source_norm"),
         *with_prefix("attention.", "attention/", attentions.weight_map(linears, c.num_heads, head, "qkv")),
         *with_prefix("output.", "attention/", attentions.weight_map({"o": "out_proj"}, c.num_heads, head, "o")),
-        *norm_weight_map("output.norm2", "mlp_norm"),
-        *dense_weight_map("output.mlp.w1", "mlp/gate"),
-        *dense_weight_map("output.mlp.w3", "mlp/up"),
-        *dense_weight_map("output.mlp.w2", "mlp/down"),
-        *norm_weight_map("output.mlp.ffn_ln", "mlp/norm"),
+        *layers.norm_weight_map("output.norm2", "mlp_norm"),
+        *layers.dense_weight_map("output.mlp.w1", "mlp/gate"),
+        *layers.dense_weight_map("output.mlp.w3", "mlp/up"),
+        *layers.dense_weight_map("output.mlp.w2", "mlp/down"),
+        *layers.norm_weight_map("output.mlp.ffn_ln", "mlp/norm"),
     )
     return (
         WeightMapping(
@@ -226,7 +215,7 @@ def projection_weight_map(c: ImageToTextProjectionConfig) -> tuple[WeightMapping
     linears = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
     attention = attentions.weight_map(linears, c.num_heads, c.width // c.num_heads, "qkvo")
     return (
-        *dense_weight_map("dense", "dense"),
+        *layers.dense_weight_map("dense", "dense"),
         WeightMapping("latent_query", "queries"),
         *with_prefix("x_attn.", "attention/", attention),
     )

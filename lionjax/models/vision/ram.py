@@ -19,18 +19,8 @@ from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.models.vision import swin
 from lionjax.models.vision.swin import SWIN_L_384, Swin, SwinConfig
 from lionjax.nn import attention as attentions
+from lionjax.nn import layers
 from lionjax.nn.attention import Attention
-from lionjax.nn.layers import (
-    MLP,
-    Dense,
-    LayerNorm,
-    dense_weight_map,
-    dropout,
-    norm_weight_map,
-    normal,
-    scan_blocks,
-    split_key,
-)
 
 
 @renamed_fields()
@@ -60,14 +50,14 @@ class TaggingLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BVD, key, image_BPC):
-        c, keys = self.c, split_key(key, 3)
+        c, keys = self.c, layers.split_key(key, 3)
         attention = Attention(
             c.width, c.num_heads, c.width // c.num_heads, c.encoder_width, dropout_rate=c.dropout, name="attention"
         )
-        change_BVD = dropout(attention(x_BVD, image_BPC, key=keys[0]), c.dropout, keys[1])
-        x_BVD = LayerNorm(c.width, c.norm_eps, name="norm1")(x_BVD + change_BVD)
-        change_BVD = dropout(MLP(c.width, c.mlp_dim, name="mlp")(x_BVD), c.dropout, keys[2])
-        x_BVD = LayerNorm(c.width, c.norm_eps, name="norm2")(x_BVD + change_BVD)
+        change_BVD = layers.dropout(attention(x_BVD, image_BPC, key=keys[0]), c.dropout, keys[1])
+        x_BVD = layers.LayerNorm(c.width, c.norm_eps, name="norm1")(x_BVD + change_BVD)
+        change_BVD = layers.dropout(layers.MLP(c.width, c.mlp_dim, name="mlp")(x_BVD), c.dropout, keys[2])
+        x_BVD = layers.LayerNorm(c.width, c.norm_eps, name="norm2")(x_BVD + change_BVD)
         return with_logical_constraint(x_BVD, "batch", "length", "act_embed"), None
 
 
@@ -79,13 +69,13 @@ class Ram(nn.Module):
     def setup(self):
         c = self.c
         self.swin = Swin(c.swin)
-        self.image = Dense(c.swin.widths[-1], c.encoder_width, ("embed", None))
-        init = with_logical_partitioning(normal(0.02), ("vocab", "embed"))
+        self.image = layers.Dense(c.swin.widths[-1], c.encoder_width, ("embed", None))
+        init = with_logical_partitioning(layers.normal(0.02), ("vocab", "embed"))
         self.labels = self.param("labels", init, (c.num_tags, c.label_embed_dim))
-        self.words = Dense(c.label_embed_dim, c.width, ("embed", None))
-        scan = scan_blocks(TaggingLayer, c.depth, 1)
+        self.words = layers.Dense(c.label_embed_dim, c.width, ("embed", None))
+        scan = layers.scan_blocks(TaggingLayer, c.depth, 1)
         self.queries = scan(c)
-        self.out = Dense(c.width, 1, ("embed", None))
+        self.out = layers.Dense(c.width, 1, ("embed", None))
 
     def encode_image(self, image_BHWC, key=None):
         """Swin's features (B, 1 + P, D): their mean, then all positions."""
@@ -101,7 +91,7 @@ class Ram(nn.Module):
         return self.queries(x_BVD, keys, image_BPC)[0]
 
     def __call__(self, image_BHWC, key=None):
-        keys = split_key(key, 2)
+        keys = layers.split_key(key, 2)
         image_BPC = self.image(self.encode_image(image_BHWC, keys[0]))
         return self.out(self.decode_tags(image_BPC, keys[1]))[..., 0]
 
@@ -112,16 +102,16 @@ def weight_map(c: RamConfig) -> tuple[WeightMapping, ...]:
     attention = attentions.weight_map(letters, c.num_heads, c.width // c.num_heads, "qkvo")
     layer = (
         *with_prefix("crossattention.", "attention/", attention),
-        *norm_weight_map("crossattention.output.LayerNorm", "norm1"),
-        *dense_weight_map("intermediate.dense", "mlp/up"),
-        *dense_weight_map("output.dense", "mlp/down"),
-        *norm_weight_map("output.LayerNorm", "norm2"),
+        *layers.norm_weight_map("crossattention.output.LayerNorm", "norm1"),
+        *layers.dense_weight_map("intermediate.dense", "mlp/up"),
+        *layers.dense_weight_map("output.dense", "mlp/down"),
+        *layers.norm_weight_map("output.LayerNorm", "norm2"),
     )
     return (
         *with_prefix("visual_encoder.", "swin/", swin.original_weight_map(c.swin)),
-        *dense_weight_map("image_proj", "image"),
+        *layers.dense_weight_map("image_proj", "image"),
         WeightMapping("label_embed", "labels"),
-        *dense_weight_map("wordvec_proj", "words"),
+        *layers.dense_weight_map("wordvec_proj", "words"),
         *with_prefix("tagging_head.encoder.layer.{i}.", "queries/", layer),
-        *dense_weight_map("fc", "out"),
+        *layers.dense_weight_map("fc", "out"),
     )

@@ -28,21 +28,8 @@ from lionjax.core.weight_map import (
     split_heads_kernel,
     with_prefix,
 )
+from lionjax.nn import layers
 from lionjax.nn.attention import Attention
-from lionjax.nn.layers import (
-    MLP,
-    Dense,
-    LayerNorm,
-    PatchEmbed,
-    dense_weight_map,
-    norm_weight_map,
-    normal,
-    remat_block,
-    scan_blocks,
-    split_key,
-    window_partition,
-    window_reverse,
-)
 
 PATCH_NORM_EPS = 1e-5  # of the norms before and between stages; `norm_eps` is that of all others
 
@@ -127,11 +114,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BHWD, rate, key):
         c, width, heads = self.c, self.c.widths[self.stage], self.c.num_heads[self.stage]
-        keys = split_key(key, 2)
-        change = self.window_attention(LayerNorm(width, c.norm_eps, name="norm1")(x_BHWD), width, heads)
+        keys = layers.split_key(key, 2)
+        change = self.window_attention(layers.LayerNorm(width, c.norm_eps, name="norm1")(x_BHWD), width, heads)
         x_BHWD = x_BHWD + drop_path(change, rate, keys[0])
-        change = MLP(width, int(width * c.mlp_ratio), c.activation, name="mlp")(
-            LayerNorm(width, c.norm_eps, name="norm2")(x_BHWD)
+        change = layers.MLP(width, int(width * c.mlp_ratio), c.activation, name="mlp")(
+            layers.LayerNorm(width, c.norm_eps, name="norm2")(x_BHWD)
         )
         x_BHWD = x_BHWD + drop_path(change, rate, keys[1])
         return with_logical_constraint(x_BHWD, "batch", "length", "length", "act_embed")
@@ -147,12 +134,12 @@ class Block(nn.Module):
             x_BHWD = jnp.roll(x_BHWD, (-shift, -shift), (1, 2))
             mask_WLL = shifted_window_mask(*shape[1:3], side, shift)
             mask = jnp.tile(mask_WLL, (batch, 1, 1))[:, None]
-        init = with_logical_partitioning(normal(0.02), ("position", "heads"))
+        init = with_logical_partitioning(layers.normal(0.02), ("position", "heads"))
         table_RN = self.param("places", init, ((2 * side - 1) ** 2, num_heads))
         bias_NLL = table_RN[relative_position_index(side)].transpose(2, 0, 1).astype(jnp.float32)
         attention = Attention(width, num_heads, width // num_heads, biases=self.c.attention_biases, name="attention")
-        change_BLD = attention(window_partition(x_BHWD, side), mask=mask, bias=bias_NLL[None])
-        change_BHWD = window_reverse(change_BLD, side, shape)
+        change_BLD = attention(layers.window_partition(x_BHWD, side), mask=mask, bias=bias_NLL[None])
+        change_BHWD = layers.window_reverse(change_BLD, side, shape)
         if shift:
             change_BHWD = jnp.roll(change_BHWD, (shift, shift), (1, 2))
         return change_BHWD[:, :height, :columns]
@@ -167,9 +154,9 @@ class ShiftedPair(nn.Module):
     @nn.compact
     def __call__(self, x_BHWD, layer):
         rates, key = layer
-        keys = split_key(key, 2)
+        keys = layers.split_key(key, 2)
         for n in range(2):
-            x_BHWD = remat_block(Block, self.c.remat)(self.c, self.stage, n == 1, name=f"block_{n}")(
+            x_BHWD = layers.remat_block(Block, self.c.remat)(self.c, self.stage, n == 1, name=f"block_{n}")(
                 x_BHWD, rates[n], keys[n]
             )
         return x_BHWD, None
@@ -188,14 +175,14 @@ class SwinStage(nn.Module):
         first = sum(depths[: self.stage])
         rates = np.linspace(0, c.drop_path_rate, sum(depths), dtype=np.float32)
         rates = rates[first : first + depths[self.stage]]
-        keys = split_key(key, pairs + odd)
+        keys = layers.split_key(key, pairs + odd)
         if pairs:
-            scan = scan_blocks(ShiftedPair, pairs)
+            scan = layers.scan_blocks(ShiftedPair, pairs)
             pair_keys = None if key is None else keys[:pairs]
-            layers = (jnp.asarray(rates[: 2 * pairs].reshape(pairs, 2)), pair_keys)
-            x_BHWD, _ = scan(c, self.stage, name="pairs")(x_BHWD, layers)
+            scanned = (jnp.asarray(rates[: 2 * pairs].reshape(pairs, 2)), pair_keys)
+            x_BHWD, _ = scan(c, self.stage, name="pairs")(x_BHWD, scanned)
         if odd:
-            x_BHWD = remat_block(Block, c.remat)(c, self.stage, False, name="tail")(x_BHWD, rates[-1], keys[-1])
+            x_BHWD = layers.remat_block(Block, c.remat)(c, self.stage, False, name="tail")(x_BHWD, rates[-1], keys[-1])
         return x_BHWD
 
 
@@ -209,8 +196,8 @@ class PatchMerging(nn.Module):
         height, width = x_BHWD.shape[1:3]
         x_BHWD = jnp.pad(x_BHWD, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
         quarters = [x_BHWD[:, row::2, column::2] for column in range(2) for row in range(2)]
-        x_BHWD = LayerNorm(4 * self.width, PATCH_NORM_EPS, name="norm")(jnp.concatenate(quarters, -1))
-        return Dense(4 * self.width, 2 * self.width, ("embed", None), use_bias=False, name="narrow")(x_BHWD)
+        x_BHWD = layers.LayerNorm(4 * self.width, PATCH_NORM_EPS, name="norm")(jnp.concatenate(quarters, -1))
+        return layers.Dense(4 * self.width, 2 * self.width, ("embed", None), use_bias=False, name="narrow")(x_BHWD)
 
 
 class Swin(nn.Module):
@@ -230,10 +217,10 @@ class Swin(nn.Module):
                 f"the image is {height} x {width} px, but image_size is {c.image_size}; resize the image, or set "
                 "image_size=None for images of any size"
             )
-        keys = split_key(key, len(c.depths))
+        keys = layers.split_key(key, len(c.depths))
         padding = ((0, 0), (0, -height % c.patch_size), (0, -width % c.patch_size), (0, 0))
-        x_BPD = PatchEmbed(c.patch_size, c.width, name="patch")(jnp.pad(image_BHWC, padding))
-        x_BPD = LayerNorm(c.width, PATCH_NORM_EPS, name="patch_norm")(x_BPD)
+        x_BPD = layers.PatchEmbed(c.patch_size, c.width, name="patch")(jnp.pad(image_BHWC, padding))
+        x_BPD = layers.LayerNorm(c.width, PATCH_NORM_EPS, name="patch_norm")(x_BPD)
         x_BHWD = x_BPD.reshape(-1, -(-height // c.patch_size), -(-width // c.patch_size), c.width)
         maps = []
         for stage in range(len(c.depths)):
@@ -242,7 +229,7 @@ class Swin(nn.Module):
             x_BHWD = SwinStage(c, stage, name=f"stage_{stage}")(x_BHWD, keys[stage])
             maps.append(x_BHWD)
         last_BPD = x_BHWD.reshape(len(x_BHWD), -1, c.widths[-1])
-        return LayerNorm(c.widths[-1], c.norm_eps, name="norm")(last_BPD), tuple(maps)
+        return layers.LayerNorm(c.widths[-1], c.norm_eps, name="norm")(last_BPD), tuple(maps)
 
 
 def original_weight_map(c: SwinConfig) -> tuple[WeightMapping, ...]:
@@ -257,10 +244,10 @@ def original_weight_map(c: SwinConfig) -> tuple[WeightMapping, ...]:
             WeightMapping("attn.qkv.weight", kernels, split_fused(kernel, kernel, kernel)),
             WeightMapping("attn.proj.weight", "attention/o/kernel", merge_heads_kernel(heads, head)),
             WeightMapping("attn.proj.bias", "attention/o/bias"),
-            *norm_weight_map("norm1", "norm1"),
-            *norm_weight_map("norm2", "norm2"),
-            *dense_weight_map("mlp.fc1", "mlp/up"),
-            *dense_weight_map("mlp.fc2", "mlp/down"),
+            *layers.norm_weight_map("norm1", "norm1"),
+            *layers.norm_weight_map("norm2", "norm2"),
+            *layers.dense_weight_map("mlp.fc1", "mlp/up"),
+            *layers.dense_weight_map("mlp.fc2", "mlp/down"),
         ]
         if "q" in c.attention_biases:
             rows.append(WeightMapping("attn.qkv.bias", biases, split_fused(bias, bias, bias)))
@@ -279,10 +266,10 @@ def hf_weight_map(c: SwinConfig) -> tuple[WeightMapping, ...]:
             WeightMapping("attention.self.relative_position_bias_table", "places"),
             WeightMapping("attention.output.dense.weight", "attention/o/kernel", merge_heads_kernel(heads, head)),
             WeightMapping("attention.output.dense.bias", "attention/o/bias"),
-            *norm_weight_map("layernorm_before", "norm1"),
-            *norm_weight_map("layernorm_after", "norm2"),
-            *dense_weight_map("intermediate.dense", "mlp/up"),
-            *dense_weight_map("output.dense", "mlp/down"),
+            *layers.norm_weight_map("layernorm_before", "norm1"),
+            *layers.norm_weight_map("layernorm_after", "norm2"),
+            *layers.dense_weight_map("intermediate.dense", "mlp/up"),
+            *layers.dense_weight_map("output.dense", "mlp/down"),
         ]
         for x, name in (("q", "query"), ("k", "key"), ("v", "value")):
             torch, flax = f"attention.self.{name}", f"attention/{x}"
@@ -305,7 +292,7 @@ def _weight_map(
     rows = [
         WeightMapping(f"{torch_names['patch']}.weight", "patch/kernel", conv),
         WeightMapping(f"{torch_names['patch']}.bias", "patch/bias"),
-        *norm_weight_map(torch_names["patch_norm"], "patch_norm"),
+        *layers.norm_weight_map(torch_names["patch_norm"], "patch_norm"),
     ]
     for stage, depth in enumerate(c.depths):
         layer, (pairs, odd) = layer_prefix.format(stage), divmod(depth, 2)
@@ -315,9 +302,9 @@ def _weight_map(
         if odd:
             rows += with_prefix(f"{layer}blocks.{depth - 1}.", f"stage_{stage}/tail/", block_weight_map(stage))
         if stage + 1 < len(c.depths):
-            rows += norm_weight_map(f"{layer}downsample.norm", f"merge_{stage}/norm")
-            rows += dense_weight_map(f"{layer}downsample.reduction", f"merge_{stage}/narrow", bias=False)
-    return (*rows, *norm_weight_map(torch_names["norm"], "norm"))
+            rows += layers.norm_weight_map(f"{layer}downsample.norm", f"merge_{stage}/norm")
+            rows += layers.dense_weight_map(f"{layer}downsample.reduction", f"merge_{stage}/narrow", bias=False)
+    return (*rows, *layers.norm_weight_map(torch_names["norm"], "norm"))
 
 
 def _buffer_weight_map(c: SwinConfig) -> list[WeightMapping]:

@@ -131,9 +131,9 @@ def write_torch_folder(
                 files += write_safetensors(subfolder, TORCH_STEM, specs, group, shard_bytes)
         copy_files(companions, folder)
         hf_config = read_hf_config(folder / "config.json")
-        dtype = max(
-            (spec.dtype for spec in plan.output_specs.values()), key=lambda d: (d.itemsize <= 4, d.itemsize)
-        ).name
+        # The base's, without the LoRA: PEFT keeps that in float32 over a base in bfloat16.
+        dtypes = [spec.dtype for name, spec in plan.output_specs.items() if not loras.is_lora_key(name)]
+        dtype = max(dtypes, key=lambda d: (d.itemsize <= 4, d.itemsize)).name
         model_settings = checkpoint_format.config_to_hf(detect.model_config_of(config)) | {"dtype": dtype}
         hf_config = _deep_update(hf_config, model_settings)
         (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")

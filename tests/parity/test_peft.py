@@ -234,9 +234,16 @@ def test_a_lora_folder_of_llavas_own_code_answers_as_the_whole(tmp_path):
     (tmp_path / "lora" / "config.json").write_text(json.dumps(settings))
     convert.convert(tmp_path / "vicuna", tmp_path / "ours", "jax", adapter=tmp_path / "lora")
     convert.convert(tmp_path / "lora", tmp_path / "same", "jax", base=tmp_path / "vicuna")
-    (config, params), (other, others) = (convert.load_params(tmp_path / f) for f in ("ours", "same"))
-    assert config == other and config.torch_names == "original" and config.language.lora.rank == 2
-    assert_same(trees.flatten(params), trees.flatten(others))
+    convert.convert(tmp_path / "ours", tmp_path / "whole", "torch")  # as the base of a further LoRA: a whole LLaVA
+    shutil.rmtree(tmp_path / "whole" / "adapter")
+    (tmp_path / "whole" / "lionjax.json").unlink()
+    convert.convert(tmp_path / "whole", tmp_path / "onto whole", "jax", adapter=tmp_path / "lora")
+    config, params = convert.load_params(tmp_path / "ours")
+    assert config.torch_names == "original" and config.language.lora.rank == 2
+    for folder in ("same", "onto whole"):
+        other, others = convert.load_params(tmp_path / folder)
+        assert other == config
+        assert_same(trees.flatten(others), trees.flatten(params))
     batch = tiny_prefix.batch_of(config, random.Random(3))
     wanted = adapters.their_logits(theirs, tiny_prefix.inputs(config, batch))
     logits = jax.jit(config.logits)(params, batch)
@@ -266,6 +273,20 @@ def test_encoders_with_lora_on_every_linear_see_as_in_peft(tmp_path, kind):
         adapters.assert_alike(first, wanted.pooler_output.numpy())
     adapters.assert_alike(states, wanted.last_hidden_state.numpy())
     adapters.assert_alike(from_export.last_hidden_state, wanted.last_hidden_state.numpy())
+
+
+def test_a_float32_lora_on_a_bfloat16_base_keeps_both_dtypes(tmp_path):
+    model = adapters.language_model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    adapters.with_adapter(model, tmp_path / "lora", r=2, target_modules=["q_proj"])
+    convert.convert(tmp_path / "base", tmp_path / "ours", "jax", adapter=tmp_path / "lora")
+    convert.convert(tmp_path / "ours", tmp_path / "torch", "torch")
+    for file in ("lora/adapter_model.safetensors", "torch/adapter/adapter_model.safetensors"):
+        assert {w.dtype.name for w in load_file(tmp_path / file).values()} == {"float32"}
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "torch")
+    assert base.dtype == torch.bfloat16
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "torch" / "adapter")
+    assert again.state_dict().keys() == peft.PeftModel.from_pretrained(model, tmp_path / "lora").state_dict().keys()
 
 
 def test_a_swin_with_lora_is_refused_apart_and_merged_as_in_peft(tmp_path):

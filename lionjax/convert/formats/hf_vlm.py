@@ -129,13 +129,19 @@ ORIGINAL_LLAVA_TABLE = ConfigTable(
 PROJECTOR_DEPTHS = {"linear": 1, "mlp1x_gelu": 1, "mlp2x_gelu": 2}
 
 
+def _feature_layer(path: str, layer: int, depth: int) -> int:
+    """The index -depth..-1 of hidden state `layer` of a tower, counted as in transformers: 0 is the embeddings."""
+    if not (-depth <= layer <= -1 or 1 <= layer <= depth):
+        raise unsupported(path, layer, (f"-{depth}..-1", f"1..{depth}"))
+    return layer if layer < 0 else layer - depth - 1
+
+
 def _llava_config_from_hf(hf_config: dict) -> Any:
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
     if "text_config" not in hf_config:
         return _original_llava_config_from_hf(hf_config)
     s = LLAVA_TABLE.read(hf_config)
-    layer = s["vision_feature_layer"]
     vision = CLIP.config_from_hf(CLIP_336 if s["vision_config"] is None else s["vision_config"], "vision_config")
     language = language_config_from_hf(s["text_config"], "llama", "text_config")
     if s["tie_word_embeddings"]:
@@ -143,7 +149,7 @@ def _llava_config_from_hf(hf_config: dict) -> Any:
     return VisualPrefixLM(
         vision,
         language,
-        feature_layer=layer if layer < 0 else layer - vision.depth - 1,
+        feature_layer=_feature_layer("vision_feature_layer", s["vision_feature_layer"], vision.depth),
         keep_class_token=s["vision_feature_select_strategy"] == "full",
         image_token_id=s["image_token_index"],
         prepend_image=False,
@@ -166,7 +172,7 @@ def _original_llava_config_from_hf(hf_config: dict) -> Any:
     return VisualPrefixLM(
         vision,
         llama_from_settings(ORIGINAL_LLAVA_TABLE, s),
-        feature_layer=s["mm_vision_select_layer"],
+        feature_layer=_feature_layer("mm_vision_select_layer", s["mm_vision_select_layer"], vision.depth),
         keep_class_token=s["mm_vision_select_feature"] == "cls_patch",
         projector_depth=PROJECTOR_DEPTHS[kind],
         image_token_id=s["image_token_index"],

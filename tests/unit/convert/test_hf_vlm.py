@@ -186,7 +186,8 @@ def test_a_llava_that_transformers_cannot_hold_is_told_so(llava, tmp_path):
         ({"text_config": {"model_type": "mamba"}}, "text_config.model_type 'mamba'"),
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config.model_type 'siglip_vision_model'"),
         ({"text_config": {"rms_eps": 1}}, "the field text_config.rms_eps 1, which lionjax does not know for a llama"),
-        ({"vision_feature_layer": -9}, "is no valid config of a llava: ValueError feature_layer is -9"),
+        ({"vision_feature_layer": -9}, "vision_feature_layer -9 in its config.json; only '-"),
+        ({"vision_feature_layer": 0}, "vision_feature_layer 0"),
     ],
 )
 def test_settings_that_are_computed_otherwise_are_refused(llava, tmp_path, change, problem):

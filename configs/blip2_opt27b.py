@@ -9,6 +9,7 @@ import runpy
 from pathlib import Path
 
 from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, Stage
+from lionjax.core.prompt_formats import SYSTEM_FORMATS
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import BLIP2_OPT_2_7B, VisualPrefixLM
 
@@ -44,6 +45,7 @@ def get_config(
         text = {"question_tokenizer": "weights/bert_base_uncased"}
     else:
         text = {"max_question_tokens": 1}
-    processor = ProcessorConfig(tokenizer=f"weights/{language}", use_tags=False, **text)
+    prompt = SYSTEM_FORMATS[system.info.prompt_format].processor
+    processor = ProcessorConfig(tokenizer=f"weights/{language}", **prompt, **text)
     weights = {"vision": "eva_vit_g", "language": language}
     return llava["experiment"](name, llava["full_size"](system), processor, stages, weights, generation=answer)

@@ -9,6 +9,7 @@ tasks.
 import dataclasses
 
 from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
+from lionjax.core.prompt_formats import SYSTEM_FORMATS
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
@@ -35,10 +36,9 @@ def get_config() -> Experiment:
             processor=ProcessorConfig(
                 tokenizer="weights/kosmos2",
                 max_question_tokens=1,
-                use_tags=False,
-                prompt_template="{image} <grounding> {question}",
                 box_format="bins",
-                location_bins_per_side=32,
+                **SYSTEM_FORMATS["kosmos2"].processor
+                | {"prompt_template": "<image>{image}</image> <grounding> {question}"},  # answers have boxes
             ),
         ),
         stages=(

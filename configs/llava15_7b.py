@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
+from lionjax.core.prompt_formats import SYSTEM_FORMATS
 from lionjax.core.sharding import MeshConfig
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.pipeline import DataConfig
@@ -21,10 +22,6 @@ COCO = (Coco("data/coco"),)
 TOWERS = ("vision", "language", "sam")
 CAPTIONS = (Mix("caption", 1.0, template="plain"),)  # only the image and its caption, ended by a newline
 INSTRUCTIONS = (Mix("vqa", 3.0), Mix("caption", 1.0), Mix("existence", 0.5), Mix("rec", 0.5), Mix("reg", 0.5))
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
-)
 
 
 def stage(name: str, steps: int, batch_size: int, rate: float, trainable, mixture, **fields) -> Stage:
@@ -33,10 +30,11 @@ def stage(name: str, steps: int, batch_size: int, rate: float, trainable, mixtur
     return Stage(name, steps, trainable, mixture, batch_size, weight_decay=0.0, **schedule, **fields)
 
 
-def chat_processor(language: str, template: str, max_prompt_tokens: int = 256, **fields: Any) -> ProcessorConfig:
-    """Image and question in one prompt by `template`, for the language model in weights/`language`."""
-    prompt = {"prompt_template": template, "max_prompt_tokens": max_prompt_tokens, "max_question_tokens": 1}
-    return ProcessorConfig(tokenizer=f"weights/{language}", use_tags=False, **prompt, **fields)
+def chat_processor(language: str, system: str, max_prompt_tokens: int = 256, **fields: Any) -> ProcessorConfig:
+    """Image and question in the prompt format of `system`, or in a template, for the model in weights/`language`."""
+    format_fields = SYSTEM_FORMATS[system].processor if system in SYSTEM_FORMATS else {"prompt_template": system}
+    prompt = {"use_tags": False, "max_prompt_tokens": max_prompt_tokens, "max_question_tokens": 1} | format_fields
+    return ProcessorConfig(tokenizer=f"weights/{language}", **prompt | fields)
 
 
 def full_size(model: Any, **fields: Any) -> Any:
@@ -72,15 +70,7 @@ def get_config(
 ) -> Experiment:
     """The experiment; the arguments select another size or the schedule of the first LLaVA."""
     side = system.vision.image_size
-    processor = chat_processor(
-        vicuna,
-        VICUNA,
-        image_size=side,
-        pad_to_square=True,
-        pad_color="mean",
-        followup_template="USER: {question} ASSISTANT:",
-        caption_end="\n",
-    )
+    processor = chat_processor(vicuna, "vicuna_v1", image_size=side, pad_to_square=True, pad_color="mean")
     weights = {"vision": f"clip_vit_l_{side}", "language": vicuna}
     answer = GenerationDefaults(max_new_tokens=256)
     return experiment(name, full_size(system), processor, stages, weights, generation=answer)

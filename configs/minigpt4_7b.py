@@ -21,15 +21,8 @@ llava = runpy.run_path(str(Path(__file__).with_name("llava15_7b.py")))
 
 def get_config() -> Experiment:
     """The experiment."""
-    turn = "###Human: {question} ###Assistant:"
     processor = llava["chat_processor"](
-        "vicuna_7b",
-        "###Human: <Img>{image}</Img> {question} ###Assistant:",
-        ProcessorConfig.max_prompt_tokens,
-        max_target_tokens=160,
-        followup_template=turn,
-        caption_end="\n",
-        answer_end="###",
+        "vicuna_7b", "minigpt4", ProcessorConfig.max_prompt_tokens, max_target_tokens=160
     )
     shared = {"warmup_learning_rate": 1e-6, "weight_decay": 0.05}
     align = {"learning_rate": 1e-4, "end_learning_rate": 8e-5, "warmup_steps": 5000}

@@ -17,10 +17,6 @@ from lionjax.nn.lora import LoraConfig
 
 VISION = ("vision", "vision_norm", "latents", "projector", "last_word")
 INSTRUCTIONS = (Mix("caption", 1.0, source="coco"), Mix("vqa", 1.6, source="talks"))
-HUMAN = (
-    "The following is a conversation between a curious human and AI assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. Human: {image} Human: {question} AI:"
-)
 
 llava = runpy.run_path(str(Path(__file__).with_name("llava15_7b.py")))
 
@@ -30,7 +26,7 @@ def get_config() -> Experiment:
     language = dataclasses.replace(MPLUG_OWL_7B.language, remat="full", lora=LoraConfig(8, 32.0, 0.05))
     # Text-only conversations (Alpaca, Vicuna, Baize) as JSON Lines with a question and an answer.
     sources = (Coco("data/coco"), JsonLines("data/talks.jsonl", "data", name="talks"))
-    processor = llava["chat_processor"]("llama_7b", HUMAN, followup_template="Human: {question} AI:")
+    processor = llava["chat_processor"]("llama_7b", "mplug_owl")
     shared = {"weight_decay": 0.1, "betas": (0.9, 0.98), "warmup_learning_rate": 0.0}
     pretrain = {"learning_rate": 1e-4, "warmup_steps": 2000}
     instruct = {"learning_rate": 2e-5, "end_learning_rate": 1e-6, "warmup_steps": 50}

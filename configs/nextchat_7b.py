@@ -69,7 +69,7 @@ def get_config() -> Experiment:
     """The experiment."""
     processor = llava["chat_processor"](
         "vicuna_7b",
-        llava["VICUNA"],
+        "nextchat",
         768,
         image_size=336,
         pad_to_square=True,

@@ -27,7 +27,7 @@ def stage(name: str, steps: int, mixture: tuple) -> Stage:
 
 def get_config() -> Experiment:
     """The experiment."""
-    processor = llava["chat_processor"]("vicuna_7b", llava["VICUNA"], 512, pad_to_square=True, num_image_tokens=1)
+    processor = llava["chat_processor"]("vicuna_7b", "shikra", 512, pad_to_square=True)
     return llava["experiment"](
         "shikra_7b",
         llava["full_size"](SHIKRA_7B),

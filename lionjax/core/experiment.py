@@ -163,16 +163,28 @@ class RunConfig:
 @renamed_fields(beams="num_beams")
 @dataclasses.dataclass(frozen=True)
 class GenerationDefaults:
-    """Default generation settings of the trained model.
+    """Default generation settings of a model; `inference.sampling.GenerationConfig` explains them.
 
-    `repetition_penalty` does not apply to region-level prompts, because digits of boxes repeat. `max_new_tokens` 0: the
-    maximum answer length of training.
+    `repetition_penalty` does not apply to region-level prompts, because digits of boxes repeat, unless `penalize_boxes`
+    is set, and counts the prompt's tokens with `penalize_prompt` (both as in Hugging Face's `generate`).
+    `max_new_tokens` 0: the maximum answer length of training. `eos_token_id`: one or several; None: the end token of
+    the tokenizer; `pad_token_id` likewise. `decoder_start_token_id` None: 0 for an encoder-decoder.
     """
 
     num_beams: int = 1
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
     max_new_tokens: int = 0
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    penalize_boxes: bool = False
+    penalize_prompt: bool = False
+    eos_token_id: tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
 
 
 @renamed_fields()

@@ -133,3 +133,9 @@ class BoxCodec:
                     parts.append([])
                 parts[-1].append(token_id)
         return parts
+
+
+def sort_corners(box: Sequence[float]) -> Box:
+    """A predicted box clipped to 0..1, with its corners in ascending order."""
+    x0, y0, x1, y1 = (min(max(float(edge), 0.0), 1.0) for edge in box)
+    return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)

@@ -61,3 +61,10 @@ def render_history(turns: Sequence[tuple[str, str]], question: str) -> str:
     turn_texts = [(turn_question, answer.removeprefix("Answer: ")) for turn_question, answer in turns]
     history = "".join(f"Question: {turn_question} Answer: {answer} " for turn_question, answer in turn_texts)
     return f"{history}Question: {question}" if turns else question
+
+
+def strip_prompt(question: str) -> str:
+    """The question without surrounding spaces. Raises UserError for an empty one."""
+    if not question.strip():
+        raise UserError("the prompt is empty; give a question about the image")
+    return question.strip()

@@ -7,13 +7,14 @@ its longer edge, and boxes are fractions of that square. For SAM the padding is 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from lionjax.data import resample
-from lionjax.data.boxes import Box
+from lionjax.data import images, resample
+from lionjax.data.boxes import Box, box_to_text, split_text_and_boxes
 
 WHITE = (255, 255, 255)
 SAM_MEAN = (123.675, 116.28, 103.53)  # for pixel values in 0..255
@@ -103,3 +104,21 @@ def letterbox_mask(mask_HW: np.ndarray, size: int) -> np.ndarray:
     padded = np.zeros((size, size), bool)
     padded[top : top + height, left : left + width] = np.asarray(resized) >= 128
     return padded
+
+
+def split_padded_boxes(
+    text: str, exact_boxes: Iterable[Box], image_letterbox: Letterbox, in_digits: bool
+) -> tuple[list[str | Box], list[Box]]:
+    """(texts and boxes in order, boxes) of a text, the boxes as fractions of the padded square.
+
+    `in_digits`: one text with the boxes in digits. Else raises UserError for a box outside the image or without area.
+    """
+    pieces = split_text_and_boxes(text, exact_boxes)
+    boxes = [image_letterbox.to_padded(piece) for piece in pieces if not isinstance(piece, str)]
+    boxes = boxes if in_digits else [images.normalize_box(box) for box in boxes]
+    remaining_boxes = iter(boxes)
+    if not in_digits:
+        return [piece if isinstance(piece, str) else next(remaining_boxes) for piece in pieces], boxes
+    if image_letterbox.width != image_letterbox.height:
+        text = "".join(piece if isinstance(piece, str) else box_to_text(next(remaining_boxes)) for piece in pieces)
+    return [text], boxes

@@ -18,7 +18,7 @@ from lionjax.data.boxes import Box
 from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat, render_history
 from lionjax.data.image_fit import ImageFit
 from lionjax.data.letterbox import Letterbox
-from lionjax.data.prompt import CLIP_MEAN, CLIP_STD, NO_LETTERBOX, ProcessorConfig, PromptBuilder, strip_prompt
+from lionjax.data.prompt import CLIP_MEAN, CLIP_STD, NO_LETTERBOX, ProcessorConfig, PromptBuilder
 from lionjax.data.tokenizer import Tokenizer
 
 __all__ = ("CLIP_MEAN", "CLIP_STD", "ImageTextInput", "Processor", "ProcessorConfig")
@@ -126,16 +126,10 @@ class Processor:
         rows to key "boxes". Key "size" is (width, height) of the original image. Raises UserError for text or boxes
         that exceed the config's lengths.
         """
-        c, boxes = self.config, tuple(boxes)
-        question_ids, question_boxes = self.prompt.encode_with_boxes(
-            strip_prompt(question), boxes, image_letterbox, box_format
+        c = self.config
+        prompt, target, loss_mask, found_boxes = self.prompt.build_example(
+            question, answer, tags, boxes, image_letterbox, box_format, prompt_format
         )
-        answer_ids, answer_boxes = (
-            ([], []) if answer is None else self.prompt.encode_with_boxes(answer, boxes, image_letterbox, box_format)
-        )
-        end_kind = "plain" if prompt_format.kind == "plain" else "answer"
-        target = [] if answer is None else self.prompt.append_end(answer_ids, end_kind)
-        prompt, target, loss_mask = self.prompt.build(question, question_ids, tags, target, prompt_format)
         pad = self.tokenizer.pad_id
         texts = {
             "prompt": _pad_and_mask(prompt, c.max_prompt_tokens, pad),
@@ -149,7 +143,7 @@ class Processor:
         ids = {name: ids for name, (ids, _) in texts.items()}
         size = np.array((image_letterbox.width, image_letterbox.height), np.int32)
         row = {"pixels": pixels, "task": np.int32(_task_id(category)), "size": size, **ids, **masks}
-        return row | self._pad_boxes([*question_boxes, *answer_boxes], box_format or c.box_format)
+        return row | self._pad_boxes(found_boxes, box_format or c.box_format)
 
     def _pad_boxes(self, boxes: Sequence[Box], box_format: str) -> dict[str, np.ndarray]:
         max_boxes = self.config.max_boxes

@@ -8,6 +8,7 @@ config's `box_format`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Sequence
@@ -17,10 +18,11 @@ from typing import Literal
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
 from lionjax.data import images, tokenizer
-from lionjax.data.boxes import Box, BoxCodec, box_to_text, join_text_and_boxes, split_text_and_boxes
-from lionjax.data.chat import PromptFormat, flatten_turns
+from lionjax.data.boxes import Box, BoxCodec, join_text_and_boxes, sort_corners, split_text_and_boxes
+from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat, flatten_turns, strip_prompt
 from lionjax.data.image_fit import ImageFit
-from lionjax.data.letterbox import Letterbox
+from lionjax.data.letterbox import Letterbox, split_padded_boxes
+from lionjax.data.whole_prompt import Piece, WholePromptBuilder
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -42,6 +44,9 @@ class ProcessorConfig:
     question.
     `pad_to_square`: the image is padded to a square, in which boxes are fractions; else it is stretched. `pad_color`:
     "white" as in NExT-Chat, or "mean" (the mean color) as in LLaVA-1.5. `image_fit`: how images are resized.
+    `prompt_tokenization`: "whole" tokenizes template, question and answers as one text between special ids, with the
+    start and end tokens that the tokenizer's own files name, as the original systems do (see `data.whole_prompt`);
+    "parts" strips each part of the template and the question and tokenizes it alone.
     `reader`: with "encoder" the prompt ends in an end token; with "decoder" it begins with the start token, if the
     tokenizer has one, and the answer follows in the same sequence. `prompt_template` is the text around {question}; at
     {image} it gets `num_image_tokens` image tokens, or the one `image_token` of a model that expands it itself.
@@ -69,6 +74,7 @@ class ProcessorConfig:
     pad_color: Literal["white", "mean"] = "white"
     image_fit: ImageFit = ImageFit()
     reader: Literal["encoder", "decoder"] = "encoder"
+    prompt_tokenization: Literal["parts", "whole"] = "parts"
     prompt_template: str = "{question}"
     num_image_tokens: int = 0
     image_token: int | None = None
@@ -109,6 +115,11 @@ class ProcessorConfig:
             raise UserError(
                 f"processor.followup_template is {self.followup_template!r}; it needs {{question}} once, no {{image}}"
             )
+        if self.prompt_tokenization == "whole" and self.use_tags:
+            raise UserError(
+                "processor.prompt_tokenization is 'whole', which has no tag prompt; set processor.use_tags to false or "
+                "prompt_tokenization to 'parts'"
+            )
         if self.box_format == "embeddings" and not self.max_boxes:
             raise UserError("processor.box_format is 'embeddings', but processor.max_boxes is 0; set it to at least 1")
         if self.box_format == "bins" and not self.location_bins_per_side:
@@ -127,8 +138,9 @@ class PromptBuilder:
 
     def __init__(self, config: ProcessorConfig):
         self.config = config
-        self.tokenizer = tokenizer.load(config.tokenizer)
-        self.question_tokenizer = tokenizer.load(config.question_tokenizer)
+        is_whole = config.prompt_tokenization == "whole"
+        self.tokenizer = tokenizer.load(config.tokenizer, is_whole)
+        self.question_tokenizer = tokenizer.load(config.question_tokenizer, is_whole)
         if config.use_tags and self.tokenizer.soft_prompt_id is None:
             problem = f"the tokenizer {config.tokenizer!r} has no {tokenizer.SOFT_PROMPT_TOKEN}"
             raise UserError(f"{problem}, which processor.use_tags needs; set processor.use_tags to false")
@@ -142,7 +154,23 @@ class PromptBuilder:
         self._text_only_template_ids = self._encode_template(config.prompt_template.replace("{image}", ""))
         self._followup_template_ids = self._encode_template(config.followup_template or "{question}")
         ends = {"shot": config.shot_end or None, "answer": config.answer_end, "plain": config.caption_end}
-        self._end_ids = {problem: self._encode_end(text) for problem, text in ends.items()}
+        self._end_ids = {kind: self._encode_end(text) for kind, text in ends.items()}
+        self._whole_prompt = WholePromptBuilder(
+            self.tokenizer,
+            config.prompt_template,
+            config.followup_template,
+            ends,
+            # Spaces around the image's own tokens are not tokenized, as in Shikra.
+            tuple(Piece(ids=(i,), strips=config.image_token is None) for i in self._image_token_ids())
+            if is_whole and "{image}" in config.prompt_template
+            else (),
+            config.reader == "decoder",
+            lambda text: self._pieces_with_boxes(text)[0],
+        )
+        # Text that ends an answer where no special token does, such as "###".
+        self.stop_text = (
+            config.answer_end.strip() if is_whole and not self.tokenizer.spells_special_token(config.answer_end) else ""
+        )
         # Questions and tags repeat. The caches are bounded and shared by all threads.
         self._cached_encode = functools.lru_cache(50_000)(lambda text: tuple(self.tokenizer.encode(text)))
         self._cached_encode_question = functools.lru_cache(50_000)(
@@ -188,22 +216,25 @@ class PromptBuilder:
         `exact_boxes`: unrounded coordinates of boxes in the text. `box_format`: default is the config's. Raises
         UserError for a box outside the image or without area, unless the format is "digits".
         """
-        box_format = box_format or self.config.box_format
-        pieces = split_text_and_boxes(text, exact_boxes)
-        boxes = [image_letterbox.to_padded(piece) for piece in pieces if not isinstance(piece, str)]
-        if box_format == "digits":
-            if image_letterbox.width != image_letterbox.height:
-                box_texts = iter(map(box_to_text, boxes))
-                text = "".join(piece if isinstance(piece, str) else next(box_texts) for piece in pieces)
-            return list(self._cached_encode(text)), boxes
-        boxes = [images.normalize_box(box) for box in boxes]
-        ids, remaining_boxes = [], iter(boxes)
+        pieces, boxes = self._split_boxes(text, exact_boxes, image_letterbox, box_format)
+        ids: list[int] = []
         for piece in pieces:
             if not isinstance(piece, str):
-                ids += self.box_codec.encode(next(remaining_boxes), box_format)
-            elif piece.strip():
-                ids += self._cached_encode(piece.strip())
+                ids += piece
+            elif len(pieces) == 1 or piece.strip():
+                ids += self._cached_encode(piece if len(pieces) == 1 else piece.strip())
         return ids, boxes
+
+    def _split_boxes(self, text: str, exact_boxes=(), image_letterbox=NO_LETTERBOX, box_format=None):
+        """(texts and ids of boxes in order, boxes) of a text; as one text where boxes are digits."""
+        box_format = box_format or self.config.box_format
+        pieces, boxes = split_padded_boxes(text, exact_boxes, image_letterbox, box_format == "digits")
+        return [p if isinstance(p, str) else self.box_codec.encode(p, box_format) for p in pieces], boxes
+
+    def _pieces_with_boxes(self, text: str, *arguments) -> tuple[list[Piece], list[Box]]:
+        """As `_split_boxes`, with `Piece`s; arguments as there."""
+        parts, boxes = self._split_boxes(text, *arguments)
+        return [Piece(part) if isinstance(part, str) else Piece(ids=tuple(part), strips=True) for part in parts], boxes
 
     def encode_prompt(self, question: str, tags: Sequence[str] = ()) -> list[int]:
         """Prompt ids for the language model: LION's tag prompt if there are tags, then the question.
@@ -211,6 +242,8 @@ class PromptBuilder:
         A prompt that is too long loses tags from the end of the list, never the soft prompt token or a part of the
         question. Raises UserError if it is too long without tags.
         """
+        if self.config.prompt_tokenization == "whole":
+            return self._frame_prompt(question, self._whole_prompt.build(question, None, "answer", DEFAULT_FORMAT)[0])
         return self._assemble_prompt(question, self.encode_with_boxes(strip_prompt(question))[0], tags)
 
     def encode_history(
@@ -249,18 +282,22 @@ class PromptBuilder:
         if self.config.use_tags and tags:
             room_for_tags = room - num_template_tokens - len(self._tags_prefix_ids) - len(question_ids)
             question_ids = [*self._tags_prefix_ids, *self._encode_tags(tags, room_for_tags), *question_ids]
-        ids = [*prefix_ids, *before, *question_ids, *after]
+        return self._frame_prompt(question, [*prefix_ids, *before, *question_ids, *after])
+
+    def _frame_prompt(self, question: str, ids: Sequence[int]) -> list[int]:
+        """Prompt ids with the start token of a decoder or the end token of an encoder.
+
+        Raises UserError if they are too many.
+        """
+        is_decoder = self.config.reader == "decoder"
+        start, max_tokens = self.tokenizer.bos_ids if is_decoder else [], self.config.max_prompt_tokens
+        room = max_tokens - (len(start) if is_decoder else 1)
         if len(ids) > room:
-            max_tokens = self.config.max_prompt_tokens
             raise UserError(
                 f"the prompt {question[:40]!r} takes {len(ids) + max_tokens - room} tokens, but at most {max_tokens} "
                 "are allowed; shorten it or raise processor.max_prompt_tokens"
             )
-        return (
-            [*start, *ids]
-            if is_decoder
-            else self.tokenizer.truncate_and_add_special(ids, self.config.max_prompt_tokens)
-        )
+        return [*start, *ids] if is_decoder else self.tokenizer.truncate_and_add_special(list(ids), max_tokens)
 
     def _encode_tags(self, tags: Sequence[str], max_tokens: int) -> tuple[int, ...]:
         """Ids of the bracketed tag list, cut from its end to at most `max_tokens` ids; never less than "[]."."""
@@ -282,7 +319,10 @@ class PromptBuilder:
 
     def append_end(self, ids: Sequence[int], end: str = "answer") -> list[int]:
         """Ids of an answer, cut to `max_target_tokens`, with the end ids of its kind: "shot", "answer" or "plain"."""
-        end_ids = self._end_ids[end]
+        return self._cut_target(ids, self._end_ids[end])
+
+    def _cut_target(self, ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+        """Ids of an answer, cut to `max_target_tokens`, with its end ids."""
         kept_ids = list(ids[: self.config.max_target_tokens - len(end_ids)])
         if kept_ids and kept_ids[-1] == self.box_codec.region_query_token_id:
             kept_ids.pop()  # its box token was cut off
@@ -303,7 +343,7 @@ class PromptBuilder:
         ids = list(map(int, ids))
         ids = ids[: ids.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in ids else ids
         parts: list[str | Box] = []
-        for part in self.box_codec.decode(ids, map(_sort_corners, boxes)):
+        for part in self.box_codec.decode(ids, map(sort_corners, boxes)):
             parts += [self.decode(part)] if isinstance(part, list) else [part]
         if all(isinstance(part, str) for part in parts) and image_letterbox.width == image_letterbox.height:
             text = "".join(parts)
@@ -313,6 +353,51 @@ class PromptBuilder:
         ]
         image_pieces = [piece if isinstance(piece, str) else image_letterbox.from_padded(piece) for piece in pieces]
         return join_text_and_boxes(image_pieces), [piece for piece in image_pieces if not isinstance(piece, str)]
+
+    def build_example(
+        self,
+        question: str,
+        answer: str | None,
+        tags=(),
+        boxes=(),
+        image_letterbox=NO_LETTERBOX,
+        box_format=None,
+        prompt_format: PromptFormat = DEFAULT_FORMAT,
+    ) -> tuple[list[int], list[int], list[int], list[Box]]:
+        """(prompt ids, target ids, loss mask of the target, boxes of question and answer) of one example.
+
+        Without an `answer` there is no target. Raises UserError for turns whose target exceeds `max_target_tokens`.
+        """
+        box_arguments = (tuple(boxes), image_letterbox, box_format)
+        end = "plain" if prompt_format.kind == "plain" else "answer"
+        if self.config.prompt_tokenization == "whole":
+            return self._build_whole(strip_prompt(question), answer, end, box_arguments, prompt_format)
+        question_ids, question_boxes = self.encode_with_boxes(strip_prompt(question), *box_arguments)
+        answer_ids, answer_boxes = ([], []) if answer is None else self.encode_with_boxes(answer, *box_arguments)
+        target_ids = [] if answer is None else self.append_end(answer_ids, end)
+        built = self.build(question, question_ids, tags, target_ids, prompt_format)
+        return *built, [*question_boxes, *answer_boxes]
+
+    def _build_whole(self, question, answer, end: str, box_arguments, prompt_format: PromptFormat):
+        """`build_example` for `prompt_tokenization` "whole"."""
+        _, boxes = self._split_boxes(question, *box_arguments)
+        pieces, answer_boxes = (None, []) if answer is None else self._pieces_with_boxes(answer.strip(), *box_arguments)
+        builder = dataclasses.replace(
+            self._whole_prompt, to_pieces=lambda text: self._pieces_with_boxes(text, *box_arguments)[0]
+        )
+        ids, target_ids, loss_mask, num_end = builder.build(question, pieces, end, prompt_format)
+        if len(target_ids) > self.config.max_target_tokens:
+            if prompt_format.turns and self.config.reader == "decoder":
+                raise self._too_long_turns(prompt_format, target_ids)
+            end_ids = target_ids[len(target_ids) - num_end :]
+            target_ids = self._cut_target(target_ids[: len(target_ids) - num_end], end_ids)
+        return self._frame_prompt(question, ids), target_ids, loss_mask[: len(target_ids)], [*boxes, *answer_boxes]
+
+    def _too_long_turns(self, prompt_format: PromptFormat, target_ids: Sequence[int]) -> UserError:
+        return UserError(
+            f"{len(prompt_format.turns) + 1} turns take {len(target_ids)} tokens after the first question, "
+            f"but at most {self.config.max_target_tokens} are allowed; raise processor.max_target_tokens"
+        )
 
     def build(
         self, question: str, question_ids: list[int], tags, target_ids: list[int], prompt_format: PromptFormat
@@ -342,21 +427,5 @@ class PromptBuilder:
         questions.append([*before, *question_ids, *after])
         prefix_ids, target_ids, loss_mask = flatten_turns(questions, [*answers, target_ids])
         if len(target_ids) > self.config.max_target_tokens:
-            raise UserError(
-                f"{len(prompt_format.turns) + 1} turns take {len(target_ids)} tokens after the first question, "
-                f"but at most {self.config.max_target_tokens} are allowed; raise processor.max_target_tokens"
-            )
+            raise self._too_long_turns(prompt_format, target_ids)
         return self._assemble_prompt(prompt_format.turns[0][0], [], (), prefix_ids, ([], [])), target_ids, loss_mask
-
-
-def strip_prompt(question: str) -> str:
-    """The question without surrounding spaces. Raises UserError for an empty one."""
-    if not question.strip():
-        raise UserError("the prompt is empty; give a question about the image")
-    return question.strip()
-
-
-def _sort_corners(box: Sequence[float]) -> Box:
-    """A predicted box clipped to 0..1, with its corners in ascending order."""
-    x0, y0, x1, y1 = (min(max(float(edge), 0.0), 1.0) for edge in box)
-    return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)

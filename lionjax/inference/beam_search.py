@@ -16,7 +16,7 @@ import numpy as np
 
 from lionjax.core.types import VLM, Array, Batch, Cache, Params, pytree_dataclass
 from lionjax.inference import sampling
-from lionjax.inference.sampling import GenerateOutput, GenerationConfig, gather_rows
+from lionjax.inference.sampling import GenerateOutput, GenerationConfig, gather_rows, is_end_token
 
 LARGE_NEGATIVE = -1e9  # below every real score, but finite: sums with it keep their order
 
@@ -93,7 +93,7 @@ def prefill(model: VLM, params: Params, batch: Batch, config: GenerationConfig) 
         score_BK=low_BK.at[:, 0].set(0.0),
         token_BK=zeros_BK,
         parent_BK=zeros_BK,
-        seen_RV=sampling.init_seen(num_prompts * num_beams, vocab_size, config),
+        seen_RV=sampling.init_seen(num_prompts * num_beams, vocab_size, config, batch.prompt_BL, batch.prompt_mask_BL),
     )
     finished = FinishedBeams(sequences, low_BK, zeros_BK, jnp.zeros((num_prompts, num_beams), bool))
 
@@ -136,8 +136,9 @@ def expand_beams(logits_RV: Array, cache: Cache, state: BeamState, config: Gener
     is_finite_B = state.is_finite_B & (state.done_B | is_finite_B)
     scores_RV = sampling.process_logits(logprob_RV, live.seen_RV, step, config)
     total_BJ = (scores_RV + live.score_BK.reshape(-1, 1)).reshape(num_prompts, -1)
-    # 2K, because at most K of them end and K must stay live.
-    score_BC, index_BC = sampling.top_k(total_BJ, 2 * config.num_beams)
+    # Each beam can end by each end token, and as many as `num_beams` must stay live.
+    num_candidates = (1 + len(sampling.end_token_ids(config))) * config.num_beams
+    score_BC, index_BC = sampling.top_k(total_BJ, num_candidates)
     parent_BC, token_BC = index_BC // vocab_size, index_BC % vocab_size
     sequences = gather_rows(live.sequences, parent_BC)
     sequences["ids"] = sequences["ids"].at[:, :, step].set(token_BC)
@@ -147,7 +148,7 @@ def expand_beams(logits_RV: Array, cache: Cache, state: BeamState, config: Gener
     if (aux := sampling.aux_outputs(cache)) is not None:
         aux_BK = jax.tree.map(lambda leaf: leaf.reshape(num_prompts, config.num_beams, *leaf.shape[1:]), aux)
         sequences["kept"] = gather_rows(aux_BK, parent_BC)
-    ends_BC = (token_BC == config.eos_token_id) | (step + 1 == config.max_new_tokens)
+    ends_BC = is_end_token(token_BC, config) | (step + 1 == config.max_new_tokens)
     finished = update_finished(state, sequences, score_BC, ends_BC, config)
     score_BK, order_BK = jax.lax.top_k(jnp.where(ends_BC, score_BC + LARGE_NEGATIVE, score_BC), config.num_beams)
     chosen = gather_rows({"text": sequences, "token": token_BC, "parent": parent_BC}, order_BK)

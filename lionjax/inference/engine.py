@@ -28,7 +28,7 @@ from lionjax.data.boxes import BOX_PATTERN, Box, box_to_text
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.processor import Processor
 from lionjax.inference.generate import generate
-from lionjax.inference.sampling import GenerateOutput, GenerationConfig, require_finite
+from lionjax.inference.sampling import GenerateOutput, GenerationConfig, end_token_ids, require_finite
 from lionjax.models.vision.sam_decoder import postprocess_masks
 from lionjax.nn.losses import sequence_nll
 
@@ -82,18 +82,26 @@ def make_generation_config(
     """How to generate the answer to one kind of prompt.
 
     LION's release punishes repetition everywhere, also of the digits and commas of a box, which repeat by right; here
-    only image-level prompts are answered with the penalty. Tasks answered by a word or two stop after a few tokens.
+    only image-level prompts are answered with the penalty, unless `defaults.penalize_boxes` is set. Tasks answered by a
+    word or two stop after a few tokens.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, is_encoder = processor.tokenizer, processor.config.reader == "encoder"
     longest = defaults.max_new_tokens or processor.config.max_target_tokens
+    longest = min(longest, SHORT_ANSWER_TOKENS) if task in SHORT_ANSWER_TASKS else longest
+    penalized = category != "region_level" or defaults.penalize_boxes
+    sampled = {name: getattr(defaults, name) for name in ("do_sample", "temperature", "top_k", "top_p")}
+    start = defaults.decoder_start_token_id or 0
     return GenerationConfig(
-        max_new_tokens=min(longest, SHORT_ANSWER_TOKENS) if task in SHORT_ANSWER_TASKS else longest,
+        max_new_tokens=longest,
+        min_length=min(defaults.min_new_tokens, longest) + is_encoder if defaults.min_new_tokens else 0,
         num_beams=defaults.num_beams,
         length_penalty=defaults.length_penalty,
-        repetition_penalty=1.0 if category == "region_level" else defaults.repetition_penalty,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
-        decoder_start_token_id=0 if processor.config.reader == "encoder" else None,
+        repetition_penalty=defaults.repetition_penalty if penalized else 1.0,
+        **sampled,
+        eos_token_id=tokenizer.eos_id if defaults.eos_token_id is None else defaults.eos_token_id,
+        pad_token_id=tokenizer.pad_id if defaults.pad_token_id is None else defaults.pad_token_id,
+        decoder_start_token_id=start if is_encoder else None,
+        penalize_prompt=defaults.penalize_prompt and not is_encoder,
     )
 
 
@@ -107,11 +115,13 @@ class Answer:
     """What a model answers: `text` (boxes in it as digits), those `boxes` (K, 4) as x0 y0 x1 y1 in 0..1 of the image.
 
     `masks` (K, height, width) bool are those of boxes that the model decoded; None where none were asked for.
+    `token_ids` are the generated ids, up to the end token and with it.
     """
 
     text: str
     boxes: np.ndarray
     masks: np.ndarray | None = None
+    token_ids: tuple[int, ...] = ()
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -178,7 +188,9 @@ class InferenceEngine:
             masks: Sequence = [None] * len(part)
             if image_sizes is not None:
                 masks = self.predict_masks(batch, output, image_sizes[start : start + BATCH_SIZE_BUCKETS[-1]])
-            answers += [self.decode_output(output, k, row, mask) for k, (row, mask) in enumerate(zip(part, masks))]
+            answers += [
+                self.decode_output(output, k, row, mask, config) for k, (row, mask) in enumerate(zip(part, masks))
+            ]
         return answers
 
     @contextlib.contextmanager
@@ -192,14 +204,22 @@ class InferenceEngine:
             self.generation_seconds += time.perf_counter() - began
         self.compiled_shapes.add(shape)
 
-    def decode_output(self, output: GenerateOutput, index: int, row: EncodedExample, masks) -> Answer:
+    def decode_output(
+        self, output: GenerateOutput, index: int, row: EncodedExample, masks, config: GenerationConfig
+    ) -> Answer:
         """One generated answer as text, with its boxes in fractions of the original image."""
         regions, letterbox = output.aux_outputs, Letterbox(*row["size"].tolist())
         decoded_boxes = [] if regions is None else regions["box"][index].tolist()
-        text, boxes = self.processor.prompt.decode_with_boxes(output.ids_BM[index], decoded_boxes, letterbox)
+        token_ids = output.ids_BM[index, : int(output.length_B[index])].tolist()
+        has_end = bool(token_ids) and token_ids[-1] in end_token_ids(config)
+        # An end token of the tokenizer that does not end this model's answers is left out, as all special tokens are.
+        text_ids = [i for i in token_ids[: len(token_ids) - has_end] if i != self.processor.tokenizer.eos_id]
+        text, boxes = self.processor.prompt.decode_with_boxes(text_ids, decoded_boxes, letterbox)
+        if self.processor.prompt.stop_text:
+            text = text.partition(self.processor.prompt.stop_text)[0].rstrip()
         has_region_boxes = regions is not None and regions["count"][index] > 0
         box_K4 = np.array(boxes, float).reshape(-1, 4) if has_region_boxes else extract_boxes(text)
-        return Answer(text, box_K4, masks)
+        return Answer(text, box_K4, masks, tuple(token_ids))
 
     def predict_masks(self, batch: Batch, output: GenerateOutput, image_sizes) -> list[np.ndarray]:
         """The masks (K, height, width) of each answer's places; none of a system that makes none."""

@@ -87,7 +87,7 @@ def prefill(model: VLM, params: Params, batch: Batch, config: GenerationConfig, 
         done_B=jnp.zeros(rows, bool),
         ids_BM=jnp.full((rows, config.max_new_tokens), config.pad_token_id, jnp.int32),
         logprob_BM=jnp.zeros((rows, config.max_new_tokens)) if config.output_logprobs else None,
-        seen_BV=scoring.init_seen(rows, vocab, config),
+        seen_BV=scoring.init_seen(rows, vocab, config, batch.prompt_BL, batch.prompt_mask_BL),
         step=jnp.zeros((), jnp.int32),
         is_finite_B=jnp.ones(rows, bool),
     )
@@ -124,7 +124,7 @@ def select_next_token(
     return DecodeState(
         cache=cache,
         token_B=token_B,
-        done_B=was_done_B | (token_B == config.eos_token_id) | ~is_finite_B,
+        done_B=was_done_B | scoring.is_end_token(token_B, config) | ~is_finite_B,
         ids_BM=state.ids_BM.at[:, step].set(token_B),
         logprob_BM=logprob_BM,
         seen_BV=scoring.mark_seen(state.seen_BV, token_B),
@@ -135,7 +135,7 @@ def select_next_token(
 
 def finalize(state: DecodeState, config: GenerationConfig) -> GenerateOutput:
     """The generated ids with their lengths, scores and auxiliary outputs."""
-    is_end_BM = (state.ids_BM == config.eos_token_id) & (jnp.arange(config.max_new_tokens) < state.step)
+    is_end_BM = scoring.is_end_token(state.ids_BM, config) & (jnp.arange(config.max_new_tokens) < state.step)
     length_B = jnp.where(state.done_B, scoring.argmax(is_end_BM) + 1, state.step)
     score_B = state.logprob_BM.sum(axis=1) if config.output_logprobs else None
     return GenerateOutput(

@@ -32,9 +32,10 @@ class GenerationConfig:
     temperature: float = 1.0
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
-    eos_token_id: int = 1  # -1 for a model without one
+    eos_token_id: int | tuple[int, ...] = 1  # one id or several; -1 for a model without one
     pad_token_id: int = 0
     decoder_start_token_id: int | None = 0  # the decoder's first token, counted as generated; None: decoder-only model
+    penalize_prompt: bool = False  # the repetition penalty counts the prompt's tokens too
     output_logprobs: bool = False  # also return the model's log-probability of each token
 
     def __post_init__(self):
@@ -77,17 +78,38 @@ def require_finite(is_finite_B, what: str = "logits") -> None:
         )
 
 
+def end_token_ids(config: GenerationConfig) -> tuple[int, ...]:
+    """The end tokens, each of which ends an answer."""
+    return config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+
+
+def is_end_token(ids: Array, config: GenerationConfig) -> Array:
+    """Bool, in the shape of `ids`: whether each id is an end token."""
+    return (ids[..., None] == jnp.asarray(end_token_ids(config), ids.dtype)).any(axis=-1)
+
+
 def aux_outputs(cache: Cache) -> Any:
     """Outputs that a model collects besides tokens, such as boxes: `cache.generated["kept"]`, one row per sequence."""
     aux = cache.generated.get("kept") if isinstance(cache.generated, dict) else None
     return jax.tree.map(lambda leaf: leaf[0], aux)
 
 
-def init_seen(num_rows: int, vocab_size: int, config: GenerationConfig) -> Array | None:
-    """Bool (num_rows, vocab_size), True for tokens generated so far; None without a repetition penalty."""
+def init_seen(
+    num_rows: int, vocab_size: int, config: GenerationConfig, prompt_BL: Array = None, prompt_mask_BL: Array = None
+) -> Array | None:
+    """Bool (num_rows, vocab_size), True for tokens that the repetition penalty counts; None without a penalty.
+
+    These are the decoder's start token and, with `config.penalize_prompt`, those of the prompts; each prompt has
+    num_rows / B rows.
+    """
     if config.repetition_penalty == 1.0:
         return None
     seen_RV = jnp.zeros((num_rows, vocab_size), bool)
+    if config.penalize_prompt:
+        # Padding and an image token outside the vocabulary are dropped.
+        ids_BL = jnp.where((prompt_mask_BL > 0) & (prompt_BL >= 0), prompt_BL, vocab_size)
+        ids_RL = jnp.repeat(ids_BL, num_rows // len(ids_BL), axis=0)
+        seen_RV = seen_RV.at[jnp.arange(num_rows)[:, None], ids_RL].set(True, mode="drop")
     return seen_RV if config.decoder_start_token_id is None else seen_RV.at[:, config.decoder_start_token_id].set(True)
 
 
@@ -109,7 +131,7 @@ def process_logits(scores_RV: Array, seen_RV: Array | None, step: Array | int, c
         scores_RV = jnp.where(seen_RV, penalized_RV, scores_RV)
     min_new_tokens = config.min_length - (config.decoder_start_token_id is not None)
     if min_new_tokens > 0:
-        is_end_V = jnp.arange(scores_RV.shape[-1]) == config.eos_token_id
+        is_end_V = is_end_token(jnp.arange(scores_RV.shape[-1]), config)
         scores_RV = jnp.where(is_end_V & (step < min_new_tokens), NEG_INF, scores_RV)
     return scores_RV
 

@@ -14,6 +14,7 @@ from toy_system import PROMPTS, VOCAB, Toy, batch_of, logits_in_numpy, random_pa
 from benchmarks.text_t5 import random_prompts, text_batch, twins
 from lionjax.inference.beam_search import beam_search
 from lionjax.inference.generate import GenerationConfig, generate
+from lionjax.inference.sampling import end_token_ids
 
 searched = jax.jit(beam_search, static_argnames=("model", "config"))
 
@@ -27,6 +28,7 @@ searched = jax.jit(beam_search, static_argnames=("model", "config"))
         {"num_beams": 4, "length_penalty": 0.5, "repetition_penalty": 1.5},
         {"num_beams": 5, "repetition_penalty": 1.5},
         {"num_beams": 5, "length_penalty": -1.0, "min_length": 5, "eos_token_id": 18},
+        {"num_beams": 3, "eos_token_id": (9, 17, 40)},
     ],
 )
 def test_beams_find_the_ids_and_scores_of_hugging_face(setting):
@@ -43,7 +45,7 @@ def test_beams_find_the_ids_and_scores_of_hugging_face(setting):
             attention_mask=torch.tensor(mask_BL),
             do_sample=False,
             num_beams=config.num_beams,
-            eos_token_id=config.eos_token_id,
+            eos_token_id=list(end_token_ids(config)),
             max_new_tokens=config.max_new_tokens,
             min_length=config.min_length,
             length_penalty=config.length_penalty,
@@ -52,7 +54,8 @@ def test_beams_find_the_ids_and_scores_of_hugging_face(setting):
             output_scores=True,
         )
         rows = expected.sequences[:, 1:].tolist()
-        ended = [row[: row.index(config.eos_token_id) + 1] if config.eos_token_id in row else row for row in rows]
+        ends = [next((k + 1 for k, i in enumerate(row) if i in end_token_ids(config)), len(row)) for row in rows]
+        ended = [row[:end] for row, end in zip(rows, ends)]
         assert words(made) == ended
         np.testing.assert_allclose(made.score_B, expected.sequences_scores, rtol=1e-4, atol=1e-5)
         early += sum(length < config.max_new_tokens for length in made.length_B.tolist())

@@ -23,13 +23,17 @@ def words_of_hugging_face(model, ids_BL, mask_BL, config: GenerationConfig) -> l
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,
-        eos_token_id=config.eos_token_id,
+        eos_token_id=list(sampling.end_token_ids(config)),
         max_new_tokens=config.max_new_tokens,
         min_length=config.min_length,
         repetition_penalty=config.repetition_penalty,
     )
-    rows = made[:, 1:].tolist()
-    return [row[: row.index(config.eos_token_id) + 1] if config.eos_token_id in row else row for row in rows]
+    return [cut_at_end(row, config) for row in made[:, 1:].tolist()]
+
+
+def cut_at_end(row: list[int], config: GenerationConfig) -> list[int]:
+    """The ids up to the first end token and with it."""
+    return row[: next((k + 1 for k, i in enumerate(row) if i in sampling.end_token_ids(config)), len(row))]
 
 
 @pytest.mark.slow
@@ -39,6 +43,7 @@ def words_of_hugging_face(model, ids_BL, mask_BL, config: GenerationConfig) -> l
         {},
         {"repetition_penalty": 1.5, "min_length": 5, "eos_token_id": 17},
         {"repetition_penalty": 0.8, "eos_token_id": 9},
+        {"eos_token_id": (9, 17, 40)},
     ],
 )
 def test_greedy_ids_are_those_of_hugging_face(setting):

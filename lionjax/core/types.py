@@ -87,6 +87,7 @@ class ModelInfo:
     - `reads_question`: a Q-Former reads the question with its own tokenizer; `question_vocab_size`: its word table.
     - `default_processor`: fields of ProcessorConfig for released weights without a processor config;
       `default_image_fit`: those of its `image_fit`.
+    - `prompt_format`: how the released system is asked, a key of `prompt_formats.SYSTEM_FORMATS`; "": by the question.
     """
 
     vocab_size: int | None = None
@@ -103,6 +104,7 @@ class ModelInfo:
     generates: bool = True
     default_processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     default_image_fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompt_format: str = ""
 
 
 class VLM:

@@ -19,17 +19,17 @@ from lionjax.convert.formats.image_settings import read_image_settings
 from lionjax.convert.io.reader import check_folder_formats
 from lionjax.core import config, sharding
 from lionjax.core import params as trees
-from lionjax.core.experiment import Experiment, GenerationDefaults
+from lionjax.core.experiment import Experiment
+from lionjax.core.prompt_formats import SYSTEM_FORMATS
 from lionjax.core.sharding import MeshConfig
-from lionjax.core.types import CATEGORIES, VLM, Batch, Params, UserError
+from lionjax.core.types import CATEGORIES, Batch, Params, UserError
 from lionjax.data import tokenizer
-from lionjax.data.config import DataConfig
 from lionjax.data.image_fit import ImageFit
-from lionjax.data.processor import ImageTextInput, Processor, ProcessorConfig
+from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.data.tokenizer_files import LAVIS_DECODE_TOKEN
 from lionjax.inference.engine import InferenceEngine
 from lionjax.inference.model import Model, tokenizer_folders
-from lionjax.models import parts
+from lionjax.inference.released import released_experiment, with_end_of_answer
 from lionjax.training import checkpoint
 from lionjax.training.checkpoint import CorruptCheckpointError
 from lionjax.training.init import ParamSpecs, make_param_specs
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # The generation settings of the LION paper (arXiv 2311.11860).
-LION_GENERATION = GenerationDefaults(num_beams=5, repetition_penalty=1.5, max_new_tokens=256)
+LION_GENERATION = SYSTEM_FORMATS["lion"].generation
 
 
 def load(folder: str | Path, mesh: MeshConfig | None = None, prompt_length: int | None = None) -> Model:
@@ -130,11 +130,14 @@ def load_weights(folder: Path, mesh: Mesh) -> Model:
     source = None if is_lionjax else detect.open_checkpoint(folder)
     recorded = convert.open_params(folder)[0] if is_lionjax else source.config
     folders = [folder, folder / convert.ORIGIN] + ([source.folder] if source and source.folder else [])
-    experiment = recorded if isinstance(recorded, Experiment) else released_experiment(recorded, folder)
-    if recorded is not experiment:
-        experiment = with_image_settings(experiment, folder / convert.ORIGIN if is_lionjax else source.folder or folder)
-    model = from_params(with_tokenizers(experiment, folders, recorded is experiment), {}, None, mesh)
-    check_word_tables(model, folders, is_released=recorded is not experiment)
+    settings_folder = folder / convert.ORIGIN if is_lionjax else source.folder or folder
+    is_recorded = isinstance(recorded, Experiment)
+    experiment = recorded if is_recorded else released_experiment(recorded, folder, settings_folder)
+    experiment = with_tokenizers(experiment, folders, is_recorded)
+    if not is_recorded:
+        experiment = with_end_of_answer(with_image_settings(experiment, settings_folder), settings_folder)
+    model = from_params(experiment, {}, None, mesh)
+    check_word_tables(model, folders, is_released=not is_recorded)
     key = jax.random.key(0)
     abstract_params = sharding.abstract_params(experiment.model.init, key, dummy_batch(model.processor), mesh=mesh)
     if is_lionjax:
@@ -145,17 +148,6 @@ def load_weights(folder: Path, mesh: Mesh) -> Model:
             weight_map, source.tensors, abstract_params, source.checkpoint_format.ignore_patterns
         )
     return dataclasses.replace(model, engine=dataclasses.replace(model.engine, params=params))
-
-
-def released_experiment(model: VLM, folder: Path) -> Experiment:
-    """The experiment for released weights that come without one: the model's default processor, LION's generation.
-
-    Raises UserError if the model cannot generate text on its own.
-    """
-    if not parts.can_generate(model):
-        raise UserError(f"{folder} holds a {type(model).__name__}, which cannot generate text; give a complete model")
-    processor = ProcessorConfig(image_size=model.info.image_size, **model.info.default_processor)
-    return Experiment(folder.name, model, DataConfig(processor=processor), stages=(), generation=LION_GENERATION)
 
 
 def with_tokenizers(experiment: Experiment, folders: Sequence[Path], allow_recorded: bool) -> Experiment:

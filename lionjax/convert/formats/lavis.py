@@ -101,7 +101,8 @@ def config_from_tensors(language: Any, tensors: CheckpointTensors) -> Any:
         keep_class_token=True,
         vision_norm_eps=1e-5,
         projector_depth=1,
-        image_token_id=None,
+        # MiniGPT-4 ("llama_proj") has its image inside the prompt; the id lies outside the vocabulary.
+        image_token_id=language.vocab_size if "llama_proj.weight" in tensors else None,
         torch_names="original",
     )
 

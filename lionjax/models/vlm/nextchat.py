@@ -77,7 +77,21 @@ class NextChat(RegionLM):
 
     @property
     def info(self) -> ModelInfo:
-        return vlm_info(self, splices_images=True, image_token=self.image_token_id, box_token=self.box_token_id)
+        return vlm_info(
+            self,
+            splices_images=True,
+            image_token=self.image_token_id,
+            box_token=self.box_token_id,
+            default_processor={
+                "pad_to_square": True,
+                "max_prompt_tokens": 768,
+                "num_image_tokens": self.vision.num_patches,
+                "box_format": "embeddings",
+                "max_boxes": self.max_boxes,
+                "sam_image_size": self.sam.image_size,
+            },
+            prompt_format="nextchat",
+        )
 
     def module(self) -> NextChatModule:
         return NextChatModule(self)

@@ -34,11 +34,6 @@ from lionjax.nn.layers import MLP, Dense, LayerNorm, normal, split_key
 from lionjax.nn.lora import LoraConfig
 
 TORCH_NAMES = ("hugging_face", "original")
-VICUNA_TEMPLATE = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER: {image} {question} ASSISTANT:"
-)
-VICUNA_TURN = "USER: {question} ASSISTANT:"
 
 
 @renamed_fields()
@@ -123,20 +118,41 @@ class VisualPrefixLM(VLM):
             reads_question=self.qformer is not None and self.qformer.use_text_input,
             question_vocab_size=None if self.qformer is None else self.qformer.vocab_size,
             default_processor=self._default_processor(),
+            prompt_format=self._prompt_format(),
         )
 
     def _default_processor(self) -> dict:
-        """Fields of ProcessorConfig: Vicuna's chat template, or with a Q-Former (BLIP-2) the question alone."""
+        """Fields of ProcessorConfig for released weights without a processor config."""
         if self.qformer is not None:
-            return {"tags": False}
+            return {"use_tags": False} | self._text_lengths()
+        # Images are padded since LLaVA-1.5.
         return {
-            "tags": False,
-            "template": VICUNA_TEMPLATE,
-            "next_turn": VICUNA_TURN,
-            "prompt_length": 512,
-            "padded": self.projector_depth == 2,  # since LLaVA-1.5
-            "padding": "mean",
+            "use_tags": False,
+            "max_prompt_tokens": 512,
+            "pad_to_square": self.projector_depth == 2,
+            "pad_color": "mean",
         }
+
+    def _text_lengths(self) -> dict:
+        """Lengths of prompt and answer that fit a table of learned positions, where it is short."""
+        positions = 0 if self.is_encoder_decoder else self.language.max_positions - self.language.position_offset
+        room = (positions - self.qformer.num_query_tokens) // 2
+        return {"max_prompt_tokens": room, "max_target_tokens": room} if 0 < positions and room < 128 else {}
+
+    def _prompt_format(self) -> str:
+        """The prompt format of the system that has these parts; see `core.prompt_formats`."""
+        if self.num_prefix_tokens:
+            return ""
+        if self.resampler is not None:
+            return "kosmos2" if isinstance(self.resampler, ImageToTextProjectionConfig) else "mplug_owl"
+        if self.qformer is None:
+            return "vicuna_v1"
+        if self.qformer.use_text_input:
+            return "instructblip"
+        if self.image_token_id == self.language.vocab_size:
+            return "minigpt4"
+        is_opt = not self.is_encoder_decoder and self.language.max_positions > 0
+        return "blip2_opt" if is_opt else "blip2"
 
     def init(self, key, batch: Batch) -> Params:
         """Random parameters of all submodules."""

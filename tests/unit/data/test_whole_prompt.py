@@ -340,6 +340,14 @@ def test_llama_prompts_are_tokenized_as_the_originals_do(name, legacy, tmp_path)
         assert [*behind, *target] == theirs(whole, add_special_tokens=False).input_ids and all(mask)
 
 
+@shared_data.needs("tokenizers/t5_cc_all.32000.100extra.model")
+def test_lions_tag_prompt_and_question_are_tokenized_as_one_text():
+    prompt = PromptBuilder(ProcessorConfig(tokenizer=str(REAL / "t5_cc_all.32000.100extra.model")))
+    text = "According to <extra_id_0>, you are allowed to use or partially use the following tags: [red ring, star]. "
+    wanted = prompt.tokenizer.encode(f"{text}{Q}", parse_special=True)
+    assert prompt.encode_prompt(Q, ("red ring", "star")) == [*wanted, 1] and 32099 in wanted
+
+
 def test_text_only_templates_have_no_trace_of_the_image():
     for name, system in SYSTEM_FORMATS.items():
         if name != "lion":

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that transformers saved answer the same prompts with the same ids as transformers' processor and generate."""
+
+import dataclasses
+
+import pytest
+import tiny_released
+
+import lionjax
+from lionjax import convert
+from lionjax.data.processor import ImageTextInput
+
+pytest.importorskip("torch")
+NEW = 8
+QUESTIONS = ["What is it?", "Question: how many cats are there in the picture? Answer:", "a  photo\nof"]
+
+
+def asked(name: str) -> list[str]:
+    """The prompts as transformers' processor wants them."""
+    if name != "llava":
+        return QUESTIONS
+    return [f"USER: <image>\n{question} ASSISTANT:" for question in QUESTIONS]
+
+
+def their_answers(model, processor, pictures, prompts) -> list[tuple[int, ...]]:
+    """Generated ids up to the end token, greedy, from one batch padded on the left."""
+    import torch
+
+    processor.tokenizer.padding_side = "left"
+    inputs = processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False).tolist()
+    # A LLaVA returns the prompt too.
+    length = inputs["input_ids"].shape[1]
+    answers = [row[length:] if len(row) > NEW + 1 else row for row in ids]
+    cut = [next((k + 1 for k, token in enumerate(row) if token in ends), len(row)) for row in answers]
+    return [tuple(row[:end]) for row, end in zip(answers, cut)]
+
+
+def prompt_ids(model, question: str) -> list[int]:
+    (row,) = [model.processor.encode_input(ImageTextInput(tiny_released.pictures(1)[0], question))]
+    return row["prompt"][row["prompt_mask"] == 1].tolist()
+
+
+@pytest.fixture(scope="module", params=["llava", "blip2_opt", "instructblip"])
+def released(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("released") / request.param
+    model, processor = tiny_released.save(request.param, folder)
+    return request.param, folder, model, processor
+
+
+@pytest.mark.slow
+def test_a_released_folder_answers_with_the_ids_of_transformers(released, tmp_path):
+    name, folder, theirs, processor = released
+    convert.convert(folder, tmp_path / "ours", "jax")
+    model = lionjax.load(tmp_path / "ours")
+    config = model.generation_config("image_level")
+    assert (config.num_beams, config.repetition_penalty, config.do_sample) == (1, 1.0, False)
+    config = dataclasses.replace(config, max_new_tokens=NEW)
+    prompts, pictures = asked(name), tiny_released.pictures(3)
+    mine = [answer.token_ids for answer in model.answer(pictures, prompts, generation_config=config)]
+    assert len({len(prompt_ids(model, prompt)) for prompt in prompts}) > 1, "prompts of one length are not padded"
+    assert mine == their_answers(theirs, processor, pictures, prompts)
+    # One prompt has no padding on either side.
+    assert mine == [
+        their_answers(theirs, processor, [picture], [prompt])[0] for picture, prompt in zip(pictures, prompts)
+    ]
+    assert len(set(mine)) > 1, "answers that are all alike would show nothing"
+
+
+def test_prompt_ids_are_those_of_the_processor(released):
+    name, folder, _, processor = released
+    model = lionjax.load(folder)
+    image = processor.tokenizer.convert_tokens_to_ids("<image>")
+    for prompt in asked(name):
+        wanted = processor(images=tiny_released.pictures(1), text=[prompt])["input_ids"][0]
+        without = [k for k in wanted if k != image]
+        mine = prompt_ids(model, prompt)
+        assert [k for k in mine if k != image] == without
+        assert (image in mine) == (name == "llava")
+        if name == "llava":
+            assert mine.index(image) == wanted.index(image)

@@ -17,8 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="a PEFT folder with a LoRA for SRC")
     parser.add_argument("--base", metavar="DIR", help="the model that SRC is a delta of, or a LoRA for")
     parser.add_argument("--vision-tower", metavar="DIR", help="the CLIP of a LLaVA that only names it")
-    parser.add_argument("--add-words", metavar="A,B", default="", help="tokens to add to the vocabulary")
-    parser.add_argument("--vocab-multiple", metavar="N", type=int, default=1, help="pad the vocabulary to a multiple")
+    parser.add_argument("--add-tokens", metavar="A,B", default="", help="tokens to add to the vocabulary")
+    padding = {"metavar": "N", "type": int, "default": 1, "help": "pad the vocabulary to a multiple"}
+    parser.add_argument("--pad-vocab-to-multiple-of", **padding)
+    # Names of version 0.1.
+    parser.add_argument("--add-words", dest="add_tokens", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    hidden = {"type": int, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    parser.add_argument("--vocab-multiple", dest="pad_vocab_to_multiple_of", **hidden)
     parser.add_argument("--image-size", metavar="N", type=int, help="interpolate positions to N pixels")
     parser.add_argument("--merge-lora", action="store_true", help="merge the LoRA into the weights")
     parser.add_argument("--verify", action="store_true", help="compare both models module by module")
@@ -36,8 +41,8 @@ def convert(args: argparse.Namespace) -> None:
     if loading.is_run(args.src):
         _export_run(args)
         return
-    added_tokens = tuple(token for token in args.add_words.split(",") if token)
-    resize_options = ResizeOptions(added_tokens, args.vocab_multiple, args.image_size)
+    added_tokens = tuple(token for token in args.add_tokens.split(",") if token)
+    resize_options = ResizeOptions(added_tokens, args.pad_vocab_to_multiple_of, args.image_size)
     options = {"adapter": args.adapter, "merge_lora": args.merge_lora, "resize_options": resize_options}
     if args.base and args.verify:
         raise UserError("--verify does not work with --base; convert with --base first, then verify the result")
@@ -61,8 +66,8 @@ def _convert_to_orbax(args: argparse.Namespace) -> None:
         "--adapter": args.adapter,
         "--base": args.base,
         "--vision-tower": args.vision_tower,
-        "--add-words": args.add_words,
-        "--vocab-multiple": args.vocab_multiple > 1,
+        "--add-tokens": args.add_tokens,
+        "--pad-vocab-to-multiple-of": args.pad_vocab_to_multiple_of > 1,
         "--image-size": args.image_size,
         "--merge-lora": args.merge_lora,
         "--verify": args.verify,

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from lionjax.core import moved
 
 if TYPE_CHECKING:  # for editors and type checkers: the module of each name
+    from lionjax.convert.companions import ORIGIN, copy_files, find_origin_files
     from lionjax.convert.conversion import ResizeOptions, convert
     from lionjax.convert.coverage import ConversionReport
-    from lionjax.convert.jax_folder import ORIGIN, copy_files, holds_params, load_params, open_params, save
+    from lionjax.convert.jax_folder import holds_params, load_params, open_params, save
     from lionjax.convert.mapping.apply import (
         params_from_state_dict,
         sharded_params_from_state_dict,
@@ -33,6 +34,7 @@ __all__ = [
     "ResizeOptions",
     "convert",
     "copy_files",
+    "find_origin_files",
     "from_torch",
     "holds_params",
     "load_params",
@@ -66,10 +68,10 @@ def __getattr__(name: str):
         return importlib.import_module(f"lionjax.convert.{name}")
     if name not in __all__:
         raise AttributeError(f"lionjax.convert has no attribute {name!r}")
-    from lionjax.convert import conversion, coverage, jax_folder, torch_folder
+    from lionjax.convert import companions, conversion, coverage, jax_folder, torch_folder
     from lionjax.convert.mapping import apply, plan
 
-    for home in (coverage, conversion, jax_folder, torch_folder, plan, apply):
+    for home in (companions, coverage, conversion, jax_folder, torch_folder, plan, apply):
         if name in vars(home):
             return vars(home)[name]
     raise AttributeError(f"lionjax.convert lists {name!r} in __all__, but none of its modules defines it")

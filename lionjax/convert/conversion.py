@@ -9,34 +9,23 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from lionjax.convert.companions import ORIGIN, PROCESSOR_FILES, copy_files, find_companion_files, find_origin_files
 from lionjax.convert.coverage import ConversionReport, make_report
 from lionjax.convert.formats import detect, token_ids
 from lionjax.convert.formats.checkpoint_format import CheckpointSource, read_hf_config
 from lionjax.convert.formats.detect import CONFIG_FILE
+from lionjax.convert.formats.hf_config import merge_hf_config
 from lionjax.convert.io import orbax
 from lionjax.convert.io.reader import has_nan
 from lionjax.convert.io.safetensors_writer import SHARD_BYTES, atomic_folder, write_safetensors
-from lionjax.convert.jax_folder import (
-    JAX_STEM,
-    ORIGIN,
-    copy_files,
-    find_companion_files,
-    find_origin_files,
-    open_params,
-)
+from lionjax.convert.jax_folder import JAX_STEM, open_params
 from lionjax.convert.mapping.apply import iter_param_slices, iter_torch_tensors
 from lionjax.convert.mapping.plan import plan_state_dict
-from lionjax.convert.resize import (
-    ResizePlan,
-    add_tokens_to_tokenizer,
-    interpolate_position_embeddings,
-    resize_preprocessor_config,
-    resize_token_embeddings,
-)
+from lionjax.convert.processor_files import add_tokens, resized_processor_files
+from lionjax.convert.resize import ResizePlan, interpolate_position_embeddings, resize_token_embeddings
 from lionjax.convert.torch_folder import (
     merge_lora_weights,
     plan_from_torch,
@@ -119,7 +108,7 @@ def _convert_torch_to_jax(
     for name, copies in source.tied.items():
         report.tied[name] = (*report.tied.get(name, ()), *copies)
     companions = find_companion_files(source.folder)
-    resize_plan, new_contents = _plan_resize(detect.model_config_of(source.config), resize_options, companions)
+    resize_plan, new_contents = _plan_resize(source, resize_options, companions)
     config = replace_model_config(source.config, resize_plan.config)
     if source.folder is not None:
         hf_config = read_hf_config(source.folder / "config.json")
@@ -164,20 +153,29 @@ def _convert_orbax_to_jax(src: Path, dst: Path, shard_bytes: int) -> ConversionR
 
 
 def _plan_resize(
-    model_config: Any, resize_options: ResizeOptions, companions: Mapping[str, Path]
+    source: CheckpointSource, resize_options: ResizeOptions, companions: Mapping[str, Path]
 ) -> tuple[ResizePlan, dict[str, bytes]]:
     """(resize plan, {name of a companion file: its new content}) for these options."""
+    model_config = detect.model_config_of(source.config)
     plan, new_contents, num_known_tokens = ResizePlan(model_config), {}, None
-    if resize_options.added_tokens and (file := companions.get("tokenizer.json")) is not None:
-        num_known_tokens, new_contents["tokenizer.json"] = add_tokens_to_tokenizer(file, resize_options.added_tokens)
+    if resize_options == ResizeOptions():
+        return plan, new_contents
+    if resize_options.added_tokens:
+        num_known_tokens, new_contents = add_tokens(companions, resize_options.added_tokens)
     if resize_options.added_tokens or resize_options.pad_vocab_to_multiple_of > 1:
         num_added, multiple = len(resize_options.added_tokens), resize_options.pad_vocab_to_multiple_of
         plan = plan.compose(resize_token_embeddings(model_config, num_added, num_known_tokens, multiple))
     if resize_options.image_size is not None:
         plan = plan.compose(interpolate_position_embeddings(plan.config, resize_options.image_size))
-        if (file := companions.get("preprocessor_config.json")) is not None:
-            preprocessor_config = resize_preprocessor_config(read_hf_config(file), resize_options.image_size)
-            new_contents["preprocessor_config.json"] = json.dumps(preprocessor_config, indent=2).encode()
+        settings = {name: read_hf_config(companions[name]) for name in PROCESSOR_FILES if name in companions}
+        for name, content in resized_processor_files(settings, resize_options.image_size).items():
+            new_contents[name] = json.dumps(content, indent=2).encode()
+    if "config.json" in companions:
+        released = read_hf_config(companions["config.json"])
+        dtype = released.get("dtype") or released.get("torch_dtype") or "float32"
+        hf_config = merge_hf_config(released, source.checkpoint_format, plan.config, dtype)
+        if hf_config["model_type"] == released.get("model_type"):
+            new_contents["config.json"] = json.dumps(hf_config, indent=2).encode()
     return plan, new_contents
 
 

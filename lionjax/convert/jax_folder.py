@@ -7,13 +7,13 @@ settings files of the source). An Orbax checkpoint with a lionjax config is open
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lionjax.convert.companions import ORIGIN, copy_files, resolve_companions
 from lionjax.convert.formats import detect
 from lionjax.convert.formats.detect import CONFIG_FILE
 from lionjax.convert.io import orbax
@@ -27,30 +27,6 @@ from lionjax.core.types import Params, UserError
 from lionjax.core.weight_map import WeightMapping
 
 JAX_STEM = "params"  # file name of the weights, without shard number and suffix
-ORIGIN = "origin"
-COMPANION_FILES = (  # settings and tokenizer files that are copied unchanged
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-    "qformer_tokenizer/tokenizer.json",
-    "qformer_tokenizer/spiece.model",
-    "qformer_tokenizer/vocab.txt",
-    "ram_tag_list.txt",
-    "ram_tag_list_chinese.txt",
-    "ram_tag_list_threshold.txt",
-)
 
 
 def save(
@@ -58,16 +34,16 @@ def save(
     params: Params,
     path: str | Path,
     shard_bytes: int = SHARD_BYTES,
-    companions: Mapping[str, Path] | None = None,
+    companions: Mapping[str, Path] | str | Path | None = None,
 ) -> None:
     """Write `params` as a lionjax folder, which `load_params` reads; arguments and errors as in `to_torch`."""
-    flat_params = trees.flatten(params)
+    flat_params, files = trees.flatten(params), resolve_companions(companions)
     specs = {name: TensorSpec.from_array(leaf) for name, leaf in flat_params.items()}
     with atomic_folder(Path(path)) as folder:
         parts = ((name, (), np.asarray(leaf)) for name, leaf in flat_params.items())
         write_safetensors(folder, JAX_STEM, specs, parts, shard_bytes)
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
-        copy_files(companions or {}, folder / ORIGIN)
+        copy_files(files, folder / ORIGIN)
 
 
 def load_params(path: str | Path, like: Params | None = None) -> tuple[Any, Params]:
@@ -112,22 +88,3 @@ def holds_params(path: Path) -> bool:
 def _find_params_file(path: Path) -> Path | None:
     files = [path / f"{JAX_STEM}.safetensors.index.json", path / f"{JAX_STEM}.safetensors"]
     return next((file for file in files if file.is_file()), None)
-
-
-def find_companion_files(folder: Path | None) -> dict[str, Path]:
-    """{name: path} of the COMPANION_FILES that exist in a checkpoint's folder."""
-    candidates = {} if folder is None else {name: folder / name for name in COMPANION_FILES}
-    return {name: file for name, file in candidates.items() if file.is_file()}
-
-
-def find_origin_files(folder: Path) -> dict[str, Path]:
-    """{relative path: path} of all files in the `origin/` subfolder of a lionjax folder."""
-    files = [file for file in sorted((folder / ORIGIN).rglob("*")) if file.is_file()]
-    return {str(file.relative_to(folder / ORIGIN)): file for file in files}
-
-
-def copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copy `files` ({relative path in `folder`: source}) into `folder`."""
-    for name, file in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / name)

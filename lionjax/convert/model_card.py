@@ -1,137 +1,156 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model card (README.md), preprocessor_config.json and tokenizer_config.json of an exported Hugging Face folder."""
+"""Model card (README.md) of an exported Hugging Face folder: what it is, and calls that open it in PyTorch and JAX."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from lionjax.convert.formats.image_settings import image_fit_config
+from lionjax.convert.companions import VOCABULARY_FILES
+from lionjax.convert.formats.checkpoint_format import OWN_PREFIX
 from lionjax.convert.formats.peft import ADAPTER_FOLDER as ADAPTER
 from lionjax.convert.formats.peft import is_lora_key
-from lionjax.convert.mapping.plan import TensorSpec
-from lionjax.core.types import UserError
+from lionjax.convert.mapping.plan import ConversionPlan, TensorSpec
+from lionjax.models import parts
+
+# Values of model_type in exported folders that transformers has a class for.
+TRANSFORMERS_TYPES = frozenset(
+    ("llava", "blip-2", "instructblip", "kosmos-2", "t5", "llama", "opt", "gpt2", "bert", "clip_vision_model", "swin")
+) | {"sam"}
+LAVIS = "https://github.com/salesforce/LAVIS"
+ORIGINAL_CODE = {  # by model_type: the repository whose modules have these tensor names
+    "llava_llama": "https://github.com/haotian-liu/LLaVA",
+    "mplug-owl": "https://github.com/X-PLUG/mPLUG-Owl",
+    "nextchat": "https://github.com/NExT-ChatV/NExT-Chat",
+    OWN_PREFIX + "lion": "https://github.com/JiuTian-VL/JiuTian-LION",
+    OWN_PREFIX + "flamingo": "https://github.com/mlfoundations/open_flamingo",
+    OWN_PREFIX + "ram": "https://github.com/xinyu1205/recognize-anything",
+    OWN_PREFIX + "blip2": LAVIS,
+    OWN_PREFIX + "instructblip": LAVIS,
+    OWN_PREFIX + "blip2_first": LAVIS,
+    OWN_PREFIX + "eva": LAVIS,
+}
+PIPELINE_TAGS = {  # by format; image-text-to-text for all others
+    "text-generation": ("llama", "opt", "gpt2"),
+    "text2text-generation": ("t5",),
+    "feature-extraction": ("bert",),
+    "image-feature-extraction": ("clip", "eva", "swin"),
+    "mask-generation": ("sam", "segment_anything"),
+    "image-classification": ("ram",),
+}
+PADDING_NOTES = {
+    "white_square_first": "Pad images with white to a square before the image processor, which does not.",
+    "mean_square_first": "Pad images with the mean color to a square before the image processor, which does not.",
+}
 
 
-def write_processor_configs(config: Any, folder: Path) -> list[str]:
-    """Write preprocessor_config.json and tokenizer_config.json where they are missing; returns the written names.
+def render_model_card(
+    format_name: str,
+    config: Any,
+    hf_config: Mapping,
+    plan: ConversionPlan,
+    files: Collection[str],
+    image_settings: Mapping,
+) -> str:
+    """README.md of an exported folder, with the YAML metadata of the Hugging Face Hub.
 
-    The former needs an experiment's `data.processor`, the latter a tokenizer.json in `folder`.
+    `files`: names of the companion files in the folder. `image_settings`: its preprocessor_config.json.
     """
-    contents: dict[str, dict] = {}
-    processor = getattr(getattr(config, "data", None), "processor", None)
-    if processor is not None:
-        contents["preprocessor_config.json"] = preprocessor_config(processor)
-    for subfolder in ("", "qformer_tokenizer/"):
-        if (folder / subfolder / "tokenizer.json").is_file():
-            contents[f"{subfolder}tokenizer_config.json"] = tokenizer_config(folder / subfolder / "tokenizer.json")
-    contents = {name: content for name, content in contents.items() if not (folder / name).exists()}
-    for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    return list(contents)
-
-
-def preprocessor_config(processor: Any) -> dict:
-    """preprocessor_config.json of a `ProcessorConfig`, for transformers' BlipImageProcessor or CLIPImageProcessor.
-
-    LION resizes an image to a square regardless of its aspect ratio. NExT-Chat pads it to a square with white first,
-    LLaVA-1.5 with the mean color; BlipImageProcessor does not pad, so the caller must ("white_square_first",
-    "mean_square_first").
-    """
-    settings = {
-        "image_processor_type": "BlipImageProcessor",
-        "do_convert_rgb": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(processor.image_mean),
-        "image_std": list(processor.image_std),
-    }
-    settings |= image_fit_config(processor)
-    return settings | ({f"{processor.pad_color}_square_first": True} if processor.pad_to_square else {})
-
-
-def tokenizer_config(file: Path) -> dict:
-    """tokenizer_config.json for a tokenizer.json, with those special tokens that it contains."""
-    backend, special_tokens = open_tokenizer(file), {}
-    spellings_by_name = {
-        "pad_token": ("<pad>", "[PAD]"),
-        "unk_token": ("<unk>", "[UNK]"),
-        "eos_token": ("</s>",),
-        "bos_token": ("<s>",),
-        "sep_token": ("[SEP]",),
-        "cls_token": ("[CLS]",),
-    }
-    for name, spellings in spellings_by_name.items():
-        if present := [piece for piece in spellings if backend.token_to_id(piece) is not None]:
-            special_tokens[name] = present[0]
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | special_tokens
-
-
-def open_tokenizer(file: Path):
-    """The `tokenizers.Tokenizer` of a tokenizer.json. Raises UserError where the file is not valid."""
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust library raises bare Exception
-        raise UserError(f"{file} is no valid tokenizer.json: {str(error).splitlines()[0]}") from error
-
-
-def render_model_card(format_name: str, config: Any, hf_config: Mapping, specs: Mapping[str, TensorSpec]) -> str:
-    """README.md of an exported folder, with the YAML metadata of the Hugging Face Hub."""
-    architecture = (hf_config.get("architectures") or [""])[0]
-    is_transformers = architecture and hf_config.get("model_type") not in ("lion", "nextchat", "lavis", "ram", "eva")
+    specs, is_transformers = plan.output_specs, hf_config.get("model_type") in TRANSFORMERS_TYPES
+    tied = {name for mapped in plan.mapped_tensors for name in mapped.tied_keys}
     head = ["---", f"library_name: {'transformers' if is_transformers else 'lionjax'}"]
     head += [f"tags: [lionjax, {format_name}]", f"pipeline_tag: {_pipeline_tag(format_name)}", "---"]
     model_config = config.model if type(config).__name__ == "Experiment" else config
     title = getattr(config, "name", None) or format_name
     dtypes = sorted({str(spec.dtype) for spec in specs.values()})
-    num_parameters = sum(int(np.prod(spec.shape)) for spec in specs.values())
+    counts = _parameter_counts({name: spec for name, spec in specs.items() if name not in tied})
+    copies = f" (copies of tied tensors: {len(tied)}, counted once)" if tied else ""
     lines = [
         *head,
         "",
         f"# {title}",
         "",
-        f"A {type(model_config).__name__.removesuffix('Config')} ({format_name}): {num_parameters:,} parameters "
-        f"({', '.join(dtypes)}) in {len(specs)} tensors, with the original PyTorch names, written by lionjax.",
+        f"A {type(model_config).__name__.removesuffix('Config')} ({format_name}): {sum(counts.values()):,} parameters "
+        f"({', '.join(dtypes)}) in {len(specs)} tensors{copies}, with the original PyTorch names, written by lionjax.",
         "",
         "| part | parameters |",
         "|---|---|",
-        *(f"| `{part}` | {count:,} |" for part, count in _parameter_counts(specs).items()),
+        *(f"| `{part}` | {count:,} |" for part, count in counts.items()),
         "",
         "## Use",
         "",
+        *(_transformers_section(hf_config, files) if is_transformers else _original_section(hf_config, specs)),
     ]
-    if is_transformers:
-        lines += ["In PyTorch:", "", "```python", f"from transformers import {architecture}"]
-        lines += [f'model = {architecture}.from_pretrained("this folder")', "```", ""]
-    else:
-        lines += ["In PyTorch, with the original code:", "", "```python"]
-        lines += ["from safetensors.torch import load_file", 'model.load_state_dict(load_file("model.safetensors"))']
-        lines += ["```", ""]
+    lines += [line for key, note in PADDING_NOTES.items() if image_settings.get(key) for line in (note, "")]
     if any(map(is_lora_key, specs)):
-        lines += ["The LoRA is separate; load it with PEFT:", "", "```python", "from peft import PeftModel"]
+        lines += ["The LoRA is separate; load it with PEFT:", "", "```python", "from peft import PeftModel", ""]
         lines += [f'model = PeftModel.from_pretrained(model, "this folder/{ADAPTER}")', "```", ""]
-    lines += ["In JAX, bit for bit:", "", "```", "lionjax convert THIS_FOLDER NEW_FOLDER --to jax"]
+    if parts.can_generate(model_config) and any(name in files for name in VOCABULARY_FILES):
+        lines += [
+            "In JAX:",
+            "",
+            "```python",
+            "import lionjax",
+            "",
+            'jax_model = lionjax.load("this folder")',
+            "```",
+            "",
+        ]
+    lines += ["Into lionjax's parameters, bit for bit:", "", "```", "lionjax convert THIS_FOLDER NEW_FOLDER --to jax"]
     lines += ["```", "", *_training_section(config), "## License", ""]
     lines += ["The license of the original weights and of the training data applies; lionjax adds none.", ""]
     return "\n".join(lines)
 
 
+def _transformers_section(hf_config: Mapping, files: Collection[str]) -> list[str]:
+    """How transformers opens the model, and its processor or tokenizer where the folder has one."""
+    architecture = hf_config["architectures"][0]
+    has_tokenizer = any(name in files for name in VOCABULARY_FILES)
+    has_processor = "processor_config.json" in files or (has_tokenizer and "preprocessor_config.json" in files)
+    if has_processor:
+        opener = ("processor", "AutoProcessor")
+    elif has_tokenizer:
+        opener = ("tokenizer", "AutoTokenizer")
+    elif "preprocessor_config.json" in files:
+        opener = ("image_processor", "AutoImageProcessor")
+    else:
+        opener = ()
+    names = sorted((architecture, *opener[1:]))
+    lines = ["In PyTorch:", "", "```python", f"from transformers import {', '.join(names)}", ""]
+    lines += [f'model = {architecture}.from_pretrained("this folder")']
+    lines += [f'{opener[0]} = {opener[1]}.from_pretrained("this folder")'] if opener else []
+    return [*lines, "```", ""]
+
+
+def _original_section(hf_config: Mapping, specs: Mapping[str, TensorSpec]) -> list[str]:
+    """How the original code takes the weights, or that no PyTorch code has this model."""
+    repository = ORIGINAL_CODE.get(hf_config.get("model_type"))
+    if repository is None:
+        return [
+            "There is no PyTorch code for this model: the original code and transformers build it with another vision "
+            "tower or language model. The tensors have the names of the original modules.",
+            "",
+        ]
+    return [
+        f"transformers has no class for this model. Its tensors have the names of the original code, {repository}: "
+        "build the model there with the sizes in `lionjax.json`, then give these tensors to its `load_state_dict`.",
+        "",
+        "```python",
+        "from pathlib import Path",
+        "",
+        "from safetensors.torch import load_file",
+        "",
+        'files = sorted(Path("this folder").glob("model*.safetensors"))',
+        "state_dict = {name: tensor for file in files for name, tensor in load_file(file).items()}",
+        "```",
+        "",
+    ]
+
+
 def _pipeline_tag(format_name: str) -> str:
-    tasks = {
-        "text-generation": ("llama", "opt", "gpt2"),
-        "text2text-generation": ("t5",),
-        "feature-extraction": ("bert",),
-    }
-    tasks |= {"image-feature-extraction": ("clip", "eva", "swin"), "mask-generation": ("sam", "segment_anything")}
-    tasks |= {"image-classification": ("ram",)}
-    return next((task for task, names in tasks.items() if format_name in names), "image-text-to-text")
+    return next((task for task, names in PIPELINE_TAGS.items() if format_name in names), "image-text-to-text")
 
 
 def _parameter_counts(specs: Mapping[str, TensorSpec]) -> dict[str, int]:

@@ -15,20 +15,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lionjax.convert.companions import ORIGIN, copy_files, find_companion_files, find_origin_files
 from lionjax.convert.coverage import ConversionReport, make_report
 from lionjax.convert.formats import detect
 from lionjax.convert.io import orbax
 from lionjax.convert.io.orbax import LazyShardedArray
 from lionjax.convert.io.reader import CheckpointTensors, has_nan
-from lionjax.convert.jax_folder import (
-    ORIGIN,
-    copy_files,
-    find_companion_files,
-    find_origin_files,
-    holds_params,
-    load_params,
-    open_params,
-)
+from lionjax.convert.jax_folder import holds_params, load_params, open_params
 from lionjax.convert.mapping.apply import TENSOR_VALUES, LazyTensor, sharded_params_from_state_dict, to_flax_leaves
 from lionjax.convert.mapping.plan import ConversionPlan, MappedTensor, plan_params, raise_problems
 from lionjax.core import config as configs

@@ -7,15 +7,12 @@ A `ResizePlan` changes single parameters, so a conversion still holds one tensor
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lionjax.convert import model_card
 from lionjax.convert.formats.hf_vision import SWIN
 from lionjax.convert.mapping.plan import TensorSpec
 from lionjax.core import params as trees
@@ -144,17 +141,6 @@ def _resize_swin_windows(model_config: Any, image_size: int) -> ResizePlan:
     return ResizePlan(config, shapes, {path: change(shape) for path, shape in shapes.items()})
 
 
-def resize_preprocessor_config(preprocessor_config: dict, image_size: int) -> dict:
-    """`preprocessor_config` with its sizes set to `image_size` pixels."""
-    new_config = dict(preprocessor_config)
-    for name in ("size", "crop_size"):
-        if isinstance(new_config.get(name), dict):
-            new_config[name] = dict.fromkeys(new_config[name], image_size)
-        elif name in new_config:
-            new_config[name] = image_size
-    return new_config
-
-
 def interpolate_grid(grid_HWD: np.ndarray, side: int, align_corners: bool) -> np.ndarray:
     """A grid (S, S, D) resized to (side, side, D), equal to torch's bicubic `interpolate`."""
     if grid_HWD.shape[0] == side:
@@ -179,22 +165,3 @@ def bicubic_matrix(old_size: int, new_size: int, align_corners: bool) -> np.ndar
         outer = ((distance - 5) * distance + 8) * distance * BICUBIC_COEFFICIENT - 4 * BICUBIC_COEFFICIENT
         np.add.at(matrix, (index, np.clip(first + tap, 0, old_size - 1)), np.where(distance <= 1, inner, outer))
     return matrix.astype(np.float32)
-
-
-def add_tokens_to_tokenizer(file: Path, tokens: Iterable[str]) -> tuple[int, bytes]:
-    """(number of ids before, new file content) of a tokenizer.json with `tokens` appended as special tokens.
-
-    Raises UserError where a token exists already, or where the ids have gaps.
-    """
-    from tokenizers import AddedToken
-
-    tokens, tokenizer = list(tokens), model_card.open_tokenizer(file)
-    if existing := [token for token in tokens if tokenizer.token_to_id(token) is not None]:
-        raise UserError(f"{file} already has the token {existing[0]!r}; leave it out")
-    num_known_tokens = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    if [tokenizer.token_to_id(token) for token in tokens] != list(
-        range(num_known_tokens, num_known_tokens + len(tokens))
-    ):
-        raise UserError(f"{file} has gaps in its ids, so new tokens would not get the last ids; renumber its tokens")
-    return num_known_tokens, json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1).encode()

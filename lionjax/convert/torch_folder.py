@@ -17,18 +17,22 @@ from typing import Any
 import numpy as np
 
 from lionjax.convert import model_card
+from lionjax.convert.companions import copy_files, find_companion_files, resolve_companions
 from lionjax.convert.formats import detect
 from lionjax.convert.formats import peft as loras
 from lionjax.convert.formats.checkpoint_format import CheckpointFormat, CheckpointSource, read_hf_config
 from lionjax.convert.formats.detect import CONFIG_FILE
+from lionjax.convert.formats.hf_config import merge_hf_config
 from lionjax.convert.io.safetensors_writer import SHARD_BYTES, atomic_folder, write_safetensors
-from lionjax.convert.jax_folder import copy_files, holds_params, open_params
+from lionjax.convert.jax_folder import holds_params, open_params
 from lionjax.convert.mapping.apply import iter_param_slices, iter_torch_tensors
 from lionjax.convert.mapping.plan import ConversionPlan, plan_params, plan_state_dict
+from lionjax.convert.processor_files import complete_processor_files
 from lionjax.core import config as configs
 from lionjax.core import params as trees
 from lionjax.core.types import Params, UserError
 from lionjax.core.weight_map import WeightMapping, copy_bits
+from lionjax.models import parts as submodels
 
 TORCH_STEM = "model"  # file name of the weights, without shard number and suffix
 
@@ -51,22 +55,23 @@ def to_torch(
     params: Params,
     path: str | Path,
     shard_bytes: int = SHARD_BYTES,
-    companions: Mapping[str, Path] | None = None,
+    companions: Mapping[str, Path] | str | Path | None = None,
     merge_lora: bool = False,
 ) -> None:
     """Write `params` as a PyTorch folder: safetensors, config.json, a model card.
 
     `config` is the model's config, or the experiment that trained it. `shard_bytes` is the largest size of one file.
-    `companions`: {name in the folder: file to copy}, such as tokenizers. A LoRA is written to the subfolder `adapter`
-    (PEFT), or merged into its kernels with `merge_lora`. Raises UserError for problems between config and params, and
-    when `path` exists and is not empty.
+    `companions`: {name in the folder: file to copy}, such as tokenizers, or the folder that `params` were loaded from,
+    whose tokenizer, processor, chat template and generation files are copied. A LoRA is written to the subfolder
+    `adapter` (PEFT), or merged into its kernels with `merge_lora`. Raises UserError for problems between config and
+    params, and when `path` exists and is not empty.
     """
     flat_params = trees.flatten(params)
     if merge_lora:
         config, flat_params = merge_lora_weights(config, flat_params)
     checkpoint_format, plan = plan_to_torch(config, flat_params)
     parts = iter_torch_tensors(plan, flat_params)
-    write_torch_folder(config, checkpoint_format, plan, parts, Path(path), shard_bytes, companions or {})
+    write_torch_folder(config, checkpoint_format, plan, parts, Path(path), shard_bytes, resolve_companions(companions))
 
 
 def weight_map_of(path: str | Path, system: str | None = None) -> tuple[WeightMapping, ...]:
@@ -130,28 +135,22 @@ def write_torch_folder(
             else:
                 files += write_safetensors(subfolder, TORCH_STEM, specs, group, shard_bytes)
         copy_files(companions, folder)
-        hf_config = read_hf_config(folder / "config.json")
+        model_config = detect.model_config_of(config)
         # The base's, without the LoRA: PEFT keeps that in float32 over a base in bfloat16.
         dtypes = [spec.dtype for name, spec in plan.output_specs.items() if not loras.is_lora_key(name)]
         dtype = max(dtypes, key=lambda d: (d.itemsize <= 4, d.itemsize)).name
-        model_settings = checkpoint_format.config_to_hf(detect.model_config_of(config)) | {"dtype": dtype}
-        hf_config = _deep_update(hf_config, model_settings)
+        hf_config = merge_hf_config(read_hf_config(folder / "config.json"), checkpoint_format, model_config, dtype)
         (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
         if any(map(loras.is_lora_key, plan.output_specs)):
-            lora = loras.find_lora_config(detect.model_config_of(config))
+            lora = loras.find_lora_config(model_config)
             architecture = (hf_config.get("architectures") or [""])[0]
             settings = loras.adapter_config(lora, plan.output_specs, architecture, checkpoint_format.module_names)
             file = folder / loras.ADAPTER_FOLDER / loras.ADAPTER_CONFIG_FILE
             file.write_text(json.dumps(settings, indent=2) + "\n")
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
-        files += model_card.write_processor_configs(config, folder)
+        files += complete_processor_files(config, folder, hf_config, submodels.image_size_of(model_config))
+        image_settings, names = read_hf_config(folder / "preprocessor_config.json"), find_companion_files(folder)
         (folder / "README.md").write_text(
-            model_card.render_model_card(checkpoint_format.name, config, hf_config, plan.output_specs)
+            model_card.render_model_card(checkpoint_format.name, config, hf_config, plan, names, image_settings)
         )
     return (*files, "config.json", CONFIG_FILE, "README.md")
-
-
-def _deep_update(old: dict, new: dict) -> dict:
-    """`old` updated with `new`, recursively in nested dicts."""
-    nested = {key for key in old.keys() & new.keys() if isinstance(old[key], dict) and isinstance(new[key], dict)}
-    return old | new | {key: _deep_update(old[key], new[key]) for key in nested}

@@ -26,13 +26,13 @@ class_tags                 core.class_tags
 cli                        cli cli.entry cli.commands cli.errors
 config                     core.config core.experiment core.sharding
 convert.bert               convert.formats.bert
-convert.card               convert.model_card
+convert.card               convert.model_card convert.processor_files
 convert.command            cli.convert
 convert.delta              convert.formats.delta
 convert.experts            convert.formats.ram convert.formats.hf_vision
 convert.files              convert.io.reader
 convert.flamingo           convert.formats.openflamingo
-convert.folders            convert.jax_folder
+convert.folders            convert.jax_folder convert.companions
 convert.kosmos             convert.formats.kosmos2
 convert.lavis              convert.formats.lavis
 convert.lora               convert.formats.peft
@@ -46,7 +46,7 @@ convert.plan               convert.mapping.plan
 convert.prefix             convert.formats.hf_vlm
 convert.published          convert.formats.hf_language convert.formats.checkpoint_format
 convert.runs               convert.verify.inputs
-convert.surgery            convert.resize
+convert.surgery            convert.resize convert.processor_files
 convert.systems            convert.formats.detect convert.formats.checkpoint_format convert.formats.lion
 convert.tables             convert.mapping.apply
 convert.towers             convert.formats.hf_vision
@@ -250,8 +250,8 @@ kernels                    BLOCKS=BLOCK_LENGTHS CLOSE=KERNEL_TOLERANCE DTYPES=KE
 kernels                    MASKED=MASK_VALUE NAMES=KERNELS
 language.decoder           Group=CrossAttentionGroup WHERE=POSITION_TYPES
 layers                     REMAT=REMAT_POLICIES
-model                      QFORMER_TOKENIZER=QFORMER_TOKENIZER_FOLDER RELEASED=LION_GENERATION
-model                      TOKENIZER_FILES=TOKENIZER_FILE_NAMES WEIGHTS=WEIGHT_SUFFIXES example=dummy_batch
+model                      RELEASED=LION_GENERATION
+model                      WEIGHTS=WEIGHT_SUFFIXES example=dummy_batch
 model                      inputs=build_inputs of_params=from_params of_run=load_run of_weights=load_weights
 model                      released=released_experiment with_prompts=with_prompt_length
 params                     count=count_params describe=parameter_overview

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lionjax import convert
+from lionjax.convert.companions import find_companion_files, find_origin_files, tokenizer_folders
 from lionjax.convert.formats import detect, token_ids
 from lionjax.convert.formats.checkpoint_format import read_hf_config
 from lionjax.convert.formats.image_settings import read_image_settings
@@ -28,7 +29,7 @@ from lionjax.data.image_fit import ImageFit
 from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.data.tokenizer_files import LAVIS_DECODE_TOKEN
 from lionjax.inference.engine import InferenceEngine
-from lionjax.inference.model import Model, tokenizer_folders
+from lionjax.inference.model import Model
 from lionjax.inference.released import released_experiment, with_end_of_answer
 from lionjax.training import checkpoint
 from lionjax.training.checkpoint import CorruptCheckpointError
@@ -91,7 +92,7 @@ def from_params(experiment: Experiment, params: Params, updates: int | None = No
 
 def load_run(folder: Path, mesh: Mesh) -> Model:
     """The model with the newest parameters of a run whose checksums are correct."""
-    experiment = config.from_json((folder / "config.json").read_text())
+    experiment = _with_existing_tokenizers(config.from_json((folder / "config.json").read_text()), folder)
     processor = Processor(experiment.data.processor)
     specs = make_param_specs(experiment, dummy_batch(processor), mesh)
     for stage, step in saved_positions(folder, experiment):
@@ -107,8 +108,21 @@ def load_run(folder: Path, mesh: Mesh) -> Model:
             log.warning("%s is not finished: the parameters are those of %s", folder, position)
         # The last stage is the one that trained these parameters.
         stages_so_far = experiment.stages[: stage + (step > 0)] or experiment.stages[:1]
-        return from_params(dataclasses.replace(experiment, stages=stages_so_far), params, updates, mesh)
+        model = from_params(dataclasses.replace(experiment, stages=stages_so_far), params, updates, mesh)
+        return dataclasses.replace(model, origin_files=find_origin_files(folder) or None)
     raise UserError(f"{folder} holds no undamaged parameters; `lionjax train` restarts the run")
+
+
+def _with_existing_tokenizers(experiment: Experiment, folder: Path) -> Experiment:
+    """The experiment with the run's own copies of those tokenizers that are no longer where the config names them."""
+    processor, copies = experiment.data.processor, {}
+    for field, subfolder in tokenizer_folders(experiment.model).items():
+        try:
+            tokenizer.tokenizer_file(getattr(processor, field))
+        except UserError:
+            copies |= {field: str(folder / convert.ORIGIN / subfolder)}
+    data = dataclasses.replace(experiment.data, processor=dataclasses.replace(processor, **copies))
+    return dataclasses.replace(experiment, data=data) if copies else experiment
 
 
 def _load_params(folder: Path, experiment: Experiment, specs: ParamSpecs, stage: int, step: int) -> Params:
@@ -147,7 +161,9 @@ def load_weights(folder: Path, mesh: Mesh) -> Model:
         params = convert.sharded_params_from_state_dict(
             weight_map, source.tensors, abstract_params, source.checkpoint_format.ignore_patterns
         )
-    return dataclasses.replace(model, engine=dataclasses.replace(model.engine, params=params))
+    origin_files = find_origin_files(folder) if is_lionjax else find_companion_files(source.folder)
+    engine = dataclasses.replace(model.engine, params=params)
+    return dataclasses.replace(model, engine=engine, origin_files=origin_files)
 
 
 def with_tokenizers(experiment: Experiment, folders: Sequence[Path], allow_recorded: bool) -> Experiment:

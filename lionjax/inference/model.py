@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -21,11 +21,11 @@ from lionjax.core.experiment import Experiment
 from lionjax.core.renamed import report
 from lionjax.core.types import VLM, Params, UserError
 from lionjax.data import images as pictures
-from lionjax.data import tokenizer
 from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.inference import engine
 from lionjax.inference.engine import Answer, InferenceEngine
 from lionjax.inference.sampling import GenerationConfig
+from lionjax.training.companions import companion_files
 
 RENAMED = {
     "answerer": "engine",
@@ -36,11 +36,6 @@ RENAMED = {
 }
 log = logging.getLogger(__name__)
 
-QFORMER_TOKENIZER_FOLDER = (
-    "qformer_tokenizer"  # the folder of it within a model's; the language model's lies by the weights
-)
-TOKENIZER_FILE_NAMES = {".json": "tokenizer.json", ".model": "spiece.model", ".txt": "vocab.txt"}
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
@@ -49,6 +44,7 @@ class Model:
     experiment: Experiment
     engine: InferenceEngine
     updates: int | None = None
+    origin_files: Mapping[str, Path] | None = None  # of the released weights; None: those of the experiment's weights
 
     @property
     def vlm(self) -> VLM:
@@ -133,14 +129,14 @@ class Model:
         return order
 
     def export(self, path: str | Path, to: str = "torch", merge_lora: bool = False) -> None:
-        """Write a folder with config and tokenizers, which `load` reads back.
+        """Write a folder with config, tokenizers and the released processor files, which `load` reads back.
 
         `to`: "torch" for the original's names, "jax" for ours. For torch a LoRA goes into a folder `adapter` as PEFT
         writes it, or into its matrices. Raises UserError where one stands at `path` already.
         """
         if to not in ("torch", "jax") or (merge_lora and to == "jax"):
             raise UserError(f"to is {to!r}; it can be 'torch', where a LoRA may be merged, or 'jax'")
-        given = {"companions": self.tokenizer_files()}
+        given = {"companions": companion_files(self.experiment, self.origin_files)}
         if to == "torch":
             convert.to_torch(self.experiment, self.params, path, merge_lora=merge_lora, **given)
         else:
@@ -157,10 +153,7 @@ class Model:
 
     def tokenizer_files(self) -> dict[str, Path]:
         """{name in a model's folder: file} of the tokenizers."""
-        c = self.processor.config
-        folders = tokenizer_folders(self.experiment.model)
-        found = {folder: tokenizer.tokenizer_files(getattr(c, field)) for field, folder in folders.items()}
-        return {str(Path(folder, name)): file for folder, files in found.items() for name, file in files.items()}
+        return companion_files(self.experiment, {})
 
 
 def build_inputs(images, prompts, boxes, tags, category, history=None, shots=None) -> list[ImageTextInput]:
@@ -201,12 +194,3 @@ def _with_masks(answer: Answer, image) -> Answer:
     if answer.masks is not None:
         return answer
     return dataclasses.replace(answer, masks=np.zeros((0, image.height, image.width), bool))
-
-
-# Folders
-
-
-def tokenizer_folders(model: VLM) -> dict[str, str]:
-    """{field of the processor: folder of that tokenizer within a model's}; the second where a Q-Former reads text."""
-    asked_twice = {"question_tokenizer": QFORMER_TOKENIZER_FOLDER} if model.info.reads_question else {}
-    return {"tokenizer": ""} | asked_twice

@@ -71,3 +71,9 @@ def vit_of(model: Any) -> tuple[str, ViTConfig]:
 def swin_of(model: Any) -> tuple[str, SwinConfig] | None:
     """(prefix, config) of the Swin transformer, or None."""
     return part_of(model, (SwinConfig,), "swin")
+
+
+def image_size_of(model: Any) -> int | None:
+    """Side in pixels of the images that the ViT or Swin reads; None for a model without one."""
+    part = part_of(model, (ViTConfig,), "vision") or swin_of(model)
+    return None if part is None else part[1].image_size

@@ -26,6 +26,7 @@ from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.types import Batch, Params, UserError
 from lionjax.training import bad_steps, checkpoint, distributed, feature_cache, feature_store, resume
 from lionjax.training import step as stages
+from lionjax.training.companions import save_companions
 from lionjax.training.init import ParamSpecs, make_param_specs
 from lionjax.training.optimizer import make_optimizer
 from lionjax.training.resume import Position
@@ -90,6 +91,8 @@ def train(
             example = next(stream)
         check_boxes(experiment.model, example)
         specs = make_param_specs(experiment, example, mesh)
+        if distributed.is_main_process():
+            save_companions(workdir, experiment)
         position = resume.restore_or_init(workdir, experiment, example, specs)
         for phase, seconds in downtime(workdir, position.history, start_time).items():
             timer.add(phase, seconds)

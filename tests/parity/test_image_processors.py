@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lionjax.convert.formats.image_settings import read_image_settings
-from lionjax.convert.model_card import preprocessor_config
+from lionjax.convert.processor_files import preprocessor_config
 from lionjax.core.types import UserError
 from lionjax.data.image_fit import ImageFit
 from lionjax.data.processor import Processor, ProcessorConfig

@@ -70,14 +70,18 @@ def read_hf_config(path: Path) -> dict:
     return hf_config
 
 
-def lionjax_hf_config(c: Any, model_type: str) -> dict:
-    """config.json with the lionjax config as JSON, for models that no Hugging Face config can describe."""
-    return {"model_type": model_type, "system": json.loads(configs.to_json(c))}
+OWN_PREFIX = "lionjax_"  # of a model_type that transformers has no class for
+SYSTEM_KEY = "system"  # the lionjax config in such a config.json
+
+
+def lionjax_hf_config(c: Any, format_name: str) -> dict:
+    """config.json with the lionjax config as JSON, for models that no class of transformers can describe."""
+    return {"model_type": OWN_PREFIX + format_name, SYSTEM_KEY: json.loads(configs.to_json(c))}
 
 
 def read_lionjax_config(hf_config: dict) -> Any:
     """The lionjax config that `lionjax_hf_config` put into a config.json."""
-    return configs.from_json(json.dumps(hf_config["system"]))
+    return configs.from_json(json.dumps(hf_config[SYSTEM_KEY]))
 
 
 def class_format(
@@ -104,7 +108,7 @@ def lionjax_config_format(name: str, config_class: str, **fields: Any) -> Checkp
         "config_to_hf": lambda c: lionjax_hf_config(c, name),
         "matches": lambda c: type(c).__name__ == config_class,
     }
-    return CheckpointFormat(name, (name,), **defaults | fields)
+    return CheckpointFormat(name, (OWN_PREFIX + name, name), **defaults | fields)
 
 
 def abstract_vlm_params(c: Any, mesh: Any) -> Params:

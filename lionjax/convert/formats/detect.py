@@ -15,7 +15,14 @@ from typing import Any
 from lionjax.convert.formats import delta
 from lionjax.convert.formats import peft as loras
 from lionjax.convert.formats.bert import BERT
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, CheckpointSource, read_hf_config
+from lionjax.convert.formats.checkpoint_format import (
+    OWN_PREFIX,
+    SYSTEM_KEY,
+    CheckpointFormat,
+    CheckpointSource,
+    read_hf_config,
+)
+from lionjax.convert.formats.hf_config import check_hf_config, config_from_hf
 from lionjax.convert.formats.hf_language import LANGUAGE_FORMATS, LLAMA
 from lionjax.convert.formats.hf_vision import CLIP_FILE, VISION_FORMATS
 from lionjax.convert.formats.hf_vlm import LLAVA, VLM_FORMATS
@@ -153,7 +160,10 @@ def _detect_and_open(
         if (folder / "params.safetensors").is_file() or (folder / "params.safetensors.index.json").is_file():
             raise UserError(f"{folder} already holds lionjax parameters; convert it with --to torch or --to orbax")
         config = read_config(folder)
-        return CheckpointSource(format_of_config(config), config, open_weights(path), folder)
+        checkpoint_format, hf_file = format_of_config(config), folder / "config.json"
+        if hf_file.is_file():
+            check_hf_config(hf_file, read_hf_config(hf_file), checkpoint_format, model_config_of(config))
+        return CheckpointSource(checkpoint_format, config, open_weights(path), folder)
     if format_name is None:
         by_file = {EVA_FILE: "eva", META_SAM_FILE: "segment_anything", RAM_FILE: "ram"}
         by_file |= {CLIP_FILE: "openai_clip"}
@@ -166,6 +176,8 @@ def _detect_and_open(
         return _with_tied_tensors(*open_flamingo(path))
     hf_config = read_hf_config(folder / "config.json")
     model_type = hf_config.get("model_type")
+    if format_name is None and SYSTEM_KEY in hf_config and str(model_type).startswith(OWN_PREFIX):
+        format_name = str(model_type).removeprefix(OWN_PREFIX)
     matches = [f for f in FORMATS if f.name == format_name or (format_name is None and model_type in f.model_types)]
     if not matches:
         reason = "no config.json with a model_type" if model_type is None else f"model_type {model_type!r}"
@@ -173,7 +185,9 @@ def _detect_and_open(
         raise UserError(f"{folder} has {reason}; name the format with --system, one of {known}")
     checkpoint_format = matches[0]
     try:
-        config = checkpoint_format.config_from_hf(checkpoint_format.complete_config(hf_config, path, vision_tower))
+        if SYSTEM_KEY not in hf_config:
+            hf_config = checkpoint_format.complete_config(hf_config, path, vision_tower)
+        config = config_from_hf(checkpoint_format, hf_config)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{folder / 'config.json'} is no valid config of a {checkpoint_format.name}: {type(error).__name__} {error}"

@@ -8,7 +8,12 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat, abstract_vision_params, class_format
+from lionjax.convert.formats.checkpoint_format import (
+    CheckpointFormat,
+    abstract_vision_params,
+    class_format,
+    lionjax_hf_config,
+)
 from lionjax.convert.formats.config_fields import BLOCK_SIZES, IMAGE_SIZES, ConfigFields
 from lionjax.convert.formats.config_table import ConfigTable, join
 from lionjax.core.types import Params
@@ -157,7 +162,7 @@ EVA = CheckpointFormat(
     (),
     lambda c: _matches_vit(c, False),
     _eva_config_from_hf,
-    lambda c: {"model_type": "eva"},
+    lambda c: lionjax_hf_config(c, "eva"),
     _eva_weight_map,
     _vit_abstract_params,
     ignore_patterns=(EVA_IGNORE_PATTERN,),

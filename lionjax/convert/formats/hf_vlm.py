@@ -216,7 +216,7 @@ def _original_llava_config_to_hf(c: VisualPrefixLM) -> dict:
     tower_names = [name for name, sizes in CLIP_SIZES.items() if CLIP.config_from_hf(sizes) == c.vision]
     hf_config = {
         "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava",
+        "model_type": "llava_llama",  # of LLaVA's code; transformers would read "llava" as its own LlavaConfig
         "mm_hidden_size": c.vision.width,
         "mm_projector_type": "mlp2x_gelu" if c.projector_depth == 2 else "linear",
         "mm_vision_select_layer": c.feature_layer,
@@ -377,7 +377,7 @@ def _hf_or_original_config(hf_settings: Callable[[Any], dict]) -> Callable[[Any]
     def to_hf(c: VisualPrefixLM) -> dict:
         if c.torch_names == "hugging_face":
             return hf_settings(c)
-        return lionjax_hf_config(c, "lavis")
+        return lionjax_hf_config(c, "instructblip" if c.qformer.use_text_input else "blip2")
 
     return to_hf
 

@@ -70,7 +70,7 @@ def _config_from_hf(hf_config: dict) -> Any:
 def _config_to_hf(c: VisualPrefixLM) -> dict:
     t = c.language
     if not c.vision.pre_layernorm:
-        return lionjax_hf_config(c, "kosmos-2")
+        return lionjax_hf_config(c, "kosmos2")
     return {
         "architectures": ["Kosmos2ForConditionalGeneration"],
         "model_type": "kosmos-2",

@@ -61,7 +61,7 @@ def _config_from_hf(hf_config: dict) -> Any:
 def _config_to_hf(c: VisualPrefixLM) -> dict:
     v, a = c.vision, c.resampler
     if c.is_encoder_decoder or not v.pre_layernorm:
-        return lionjax_hf_config(c, "mplug-owl")
+        return lionjax_hf_config(c, "mplug_owl")
     return {
         "architectures": ["MplugOwlForConditionalGeneration"],
         "model_type": "mplug-owl",

@@ -50,6 +50,7 @@ def _nextchat_config_from_hf(hf_config: dict) -> Any:
 def _nextchat_config_to_hf(c: NextChat) -> dict:
     hf_config = lionjax_hf_config(c, "nextchat") | {
         "architectures": ["NextChatForSegLM"],
+        "model_type": "nextchat",
         "mm_depth": c.projector_depth,
         "mm_hidden_size": c.vision.width,
         "mm_vision_select_layer": c.feature_layer,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lionjax.convert.formats.checkpoint_format import read_hf_config
-from lionjax.convert.model_card import open_tokenizer
+from lionjax.convert.processor_files import open_tokenizer
 from lionjax.core.types import UserError
 
 IMAGE_TOKEN = "<image>"  # where neither tokenizer_config.json nor processor_config.json names another

@@ -156,11 +156,12 @@ def test_convert_says_what_went_over_and_refuses_what_it_cannot_read(capsys, tmp
     assert "nothing" in refused(capsys, *words)
     assert not target.exists()
     monkeypatch.setattr(convert, "convert", lambda *given, **more: seen.append((given, more)) or "table")
-    assert cli.main([*words, "--system", "t5", "--add-words", "<a>,<b>", "--adapter", "lora"]) == 0
-    assert capsys.readouterr().out == "table\n" and seen[0][0] == (source, target, "jax", "t5")
-    wanted = convert.ResizeOptions(("<a>", "<b>"))
-    more = {"adapter": "lora", "merge_lora": False, "resize_options": wanted, "base": None}
-    assert seen[0][1] == more
+    wanted = convert.ResizeOptions(("<a>", "<b>"), 8)
+    more = {"adapter": "lora", "merge_lora": False, "resize_options": wanted, "base": None, "vision_tower": None}
+    # The second pair are the names of version 0.1.
+    for added, multiple in (("--add-tokens", "--pad-vocab-to-multiple-of"), ("--add-words", "--vocab-multiple")):
+        assert cli.main([*words, "--system", "t5", added, "<a>,<b>", multiple, "8", "--adapter", "lora"]) == 0
+        assert capsys.readouterr().out == "table\n" and seen[-1] == ((source, target, "jax", "t5"), more)
 
 
 def test_show_prints_the_table_of_a_config_and_of_a_folder_of_weights(capsys, tmp_path):

@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands beside exported weights: transformers opens tokenizer and pictures as we do, and the card is true."""
 
+import dataclasses
 import json
+import re
+import shutil
 
+import jax
 import numpy as np
 import pytest
+import released_folders as released
 from PIL import Image
+from published_folders import VIT
+from safetensors.numpy import load_file
 from small_lion import experiment, params_of
 from small_lora import CONFIG, random_params
+from small_prefix import OWN_TOWER, random_weights
 
-from lionjax import convert
+from lionjax import cli, convert
 from lionjax.data.processor import Processor
 from lionjax.inference.loading import from_params
+from lionjax.nn.lora import LoraConfig
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +71,85 @@ def test_the_card_of_a_known_model_names_its_class_and_how_peft_adds_the_lora(tm
     assert "adapter (LoRA)" in card and "PeftModel.from_pretrained" in card and "## Training" not in card
 
 
-def test_companion_files_are_not_overwritten(tmp_path, exported):
+def test_released_processor_files_are_kept_and_their_sizes_follow_the_model(tmp_path, exported):
     what, _ = exported
     mine = tmp_path / "preprocessor_config.json"
-    mine.write_text(json.dumps({"size": 7}))
+    mine.write_text(json.dumps({"size": 7, "resample": 2}))
     convert.to_torch(what, params_of(what), tmp_path / "torch", companions={mine.name: mine})
-    assert json.loads((tmp_path / "torch" / mine.name).read_text()) == {"size": 7}
+    assert json.loads((tmp_path / "torch" / mine.name).read_text()) == {"size": 28, "resample": 2}
+
+
+def test_tied_tensors_are_counted_once(tmp_path):
+    counts = []
+    for tied in (False, True):
+        config = dataclasses.replace(CONFIG, lora=LoraConfig(), tie_embeddings=tied)
+        params = random_params(config)
+        convert.to_torch(config, params, tmp_path / str(tied))
+        counts.append(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
+        card = (tmp_path / str(tied) / "README.md").read_text()
+        assert counts[-1] in card and ("copies of tied tensors: 1, counted once" in card) == tied
+    assert counts[0] != counts[1]
+
+
+# Every call that a card prints
+
+
+def run_card(folder, tmp_path) -> dict:
+    """Run the Python and shell blocks of a folder's card; returns the Python names."""
+    card, names = (folder / "README.md").read_text(), {}
+    blocks = re.findall(r"```(\w*)\n(.*?)```", card, re.DOTALL)
+    assert blocks
+    for language, code in blocks:
+        if language == "python":
+            exec(code.replace("this folder", str(folder)), names)
+            continue
+        command, *arguments = code.strip().replace("THIS_FOLDER", str(folder)).split()
+        assert command == "lionjax"
+        assert cli.main([a.replace("NEW_FOLDER", str(tmp_path / "new")) for a in arguments]) == 0
+    assert (tmp_path / "new" / "params.safetensors").is_file()
+    return names
+
+
+@pytest.mark.parametrize("name", [*released.SYSTEMS, "clip"])
+def test_the_calls_on_the_card_of_a_released_model_run(tmp_path, name):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    if name == "clip":
+        transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VIT)).save_pretrained(tmp_path / "released")
+        released.processor_of("llava").image_processor.save_pretrained(tmp_path / "released")
+    else:
+        released.save_released(name, tmp_path / "released")
+    convert.convert(tmp_path / "released", tmp_path / "jax", "jax")
+    convert.convert(tmp_path / "jax", tmp_path / "torch", "torch")
+    card = (tmp_path / "torch" / "README.md").read_text()
+    names = run_card(tmp_path / "torch", tmp_path)
+    assert "library_name: transformers" in card and f"{type(names['model']).__name__}.from_pretrained(" in card
+    openers = {"llama": "tokenizer", "clip": "image_processor"}
+    assert openers.get(name, "processor") in names
+    assert ("jax_model" in names) == (name not in ("llama", "clip"))
+
+
+def test_the_calls_on_the_card_of_a_lora_run(tmp_path):
+    pytest.importorskip("peft")
+    convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
+    assert type(run_card(tmp_path / "torch", tmp_path)["model"]).__name__.startswith("Peft")
+
+
+def test_the_calls_on_the_card_of_a_model_with_original_code_run(tmp_path, exported):
+    pytest.importorskip("torch")
+    what, folder = exported
+    card = (folder / "README.md").read_text()
+    assert "transformers has no class" in card and "https://github.com/JiuTian-VL/JiuTian-LION" in card
+    names = run_card(folder, tmp_path)
+    assert names["state_dict"].keys() == load_file(folder / "model.safetensors").keys()
+    convert.to_torch(what, params_of(what), tmp_path / "shards", 100_000, companions=folder)
+    assert not (tmp_path / "shards" / "model.safetensors").exists()
+    shutil.rmtree(tmp_path / "new")
+    assert run_card(tmp_path / "shards", tmp_path)["state_dict"].keys() == names["state_dict"].keys()
+
+
+def test_a_card_says_where_there_is_no_pytorch_code(tmp_path):
+    convert.to_torch(OWN_TOWER, random_weights(OWN_TOWER), tmp_path / "torch")
+    card = (tmp_path / "torch" / "README.md").read_text()
+    assert "There is no PyTorch code for this model" in card and "```python" not in card
+    run_card(tmp_path / "torch", tmp_path)

@@ -231,7 +231,7 @@ def test_a_damaged_orbax_checkpoint_is_refused_in_words(tmp_path):
 def test_the_command_writes_it_and_refuses_what_it_would_leave_out(tmp_path, capsys):
     small_folder(tmp_path)
     src, dst = str(tmp_path / "torch"), str(tmp_path / "orbax")
-    for odd in (["--verify"], ["--merge-lora"], ["--add-words", "a"], ["--image-size", "28"]):
+    for odd in (["--verify"], ["--merge-lora"], ["--add-tokens", "a"], ["--image-size", "28"]):
         assert cli.main(["convert", src, dst, "--to", "orbax", *odd]) == 2
         assert f"{odd[0]} does not work with --to orbax" in capsys.readouterr().err
     assert cli.main(["convert", src, dst, "--to", "orbax", "--mesh", "fsdp=4,tensor=2,data=1"]) in (0, None)

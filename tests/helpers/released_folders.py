@@ -9,7 +9,11 @@ from PIL import Image
 
 SYSTEMS = ("llava", "blip2", "instructblip", "kosmos2", "llama")
 SIDE, PATCH, VOCABULARY = 28, 14, 64
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for part in m['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %} {% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
+)
 TEXTS = {
     "llava": "user : <image> w7 w9 assistant :",
     "blip2": "w7 w9 w12",
@@ -101,7 +105,7 @@ def model_of(name: str):
             )
         )
     elif name == "kosmos2":
-        text = {"vocab_size": 96, "embed_dim": 16, "layers": 2, "ffn_dim": 20, "attention_heads": 2}
+        text = {"vocab_size": 1088, "embed_dim": 16, "layers": 2, "ffn_dim": 20, "attention_heads": 2}
         text |= {"max_position_embeddings": 128}
         model = hf.Kosmos2ForConditionalGeneration(
             hf.Kosmos2Config(
@@ -143,7 +147,7 @@ def processor_of(name: str):
         tokenizers = tokenizer_of(50, ("<image>",)), tokenizer_of(40)
         return hf.InstructBlipProcessor(blip, *tokenizers, num_query_tokens=3)
     if name == "kosmos2":
-        return hf.Kosmos2Processor(clip, tokenizer_of(40), num_patch_index_tokens=4)
+        return hf.Kosmos2Processor(clip, tokenizer_of(40))
     tokenizer = tokenizer_of(50)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

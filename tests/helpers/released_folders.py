@@ -23,16 +23,19 @@ TEXTS = {
 }
 
 
-def tokenizer_of(num_words: int, special: tuple[str, ...] = ()):
-    """A word tokenizer `<unk> <s> </s> <pad> w4 w5 ...` with `special` tokens last; it begins a text with `<s>`."""
+LLAMA_ORDER, KOSMOS_ORDER = ("<unk>", "<s>", "</s>", "<pad>"), ("<s>", "<pad>", "</s>", "<unk>")
+
+
+def tokenizer_of(num_words: int, special: tuple[str, ...] = (), first: tuple[str, ...] = LLAMA_ORDER):
+    """A word tokenizer with the four tokens of `first`, w4 w5 ..., and `special` last; a text begins with `<s>`."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3} | {f"w{k}": k for k in range(4, num_words)}
+    vocabulary = {token: k for k, token in enumerate(first)} | {f"w{k}": k for k in range(4, num_words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<pad>", *special])
-    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    backend.add_special_tokens([*first, *special])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", vocabulary["<s>"])])
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
 
@@ -147,7 +150,7 @@ def processor_of(name: str):
         tokenizers = tokenizer_of(50, ("<image>",)), tokenizer_of(40)
         return hf.InstructBlipProcessor(blip, *tokenizers, num_query_tokens=3)
     if name == "kosmos2":
-        return hf.Kosmos2Processor(clip, tokenizer_of(40))
+        return hf.Kosmos2Processor(clip, tokenizer_of(40, first=KOSMOS_ORDER))
     tokenizer = tokenizer_of(50)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

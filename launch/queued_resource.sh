@@ -26,6 +26,7 @@ SLICES="${SLICES:-1}"
 FLAGS="${FLAGS:-}" # names of launch/flags.sh
 PAUSE="${PAUSE:-60}" # seconds between looks
 TRIES="${TRIES:-100}" # how often it may begin again
+source launch/exit_codes.sh
 
 say() { echo "$(date -u +%H:%M:%S) $*" >&2; }
 tpus() { gcloud compute tpus "$@" --zone="$ZONE" --quiet; }
@@ -63,13 +64,13 @@ wait_for_chips() {
     done
 }
 
-on() { # on WORKERS COMMAND: on each slice; the first that fails decides
+on() { # on WORKERS COMMAND: on each slice; 2 decides before all other codes
     local node pids=() code=0
     for node in "${NODES[@]}"; do
         tpus tpu-vm ssh "$node" --worker="$1" --command="$2" &
         pids+=($!)
     done
-    for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+    for pid in "${pids[@]}"; do wait "$pid" || { local one=$?; [ "$code" -eq 2 ] || code=$one; }; done
     return "$code"
 }
 
@@ -93,21 +94,33 @@ FIELDS="$(printf ' %q' "$@")"
 [ $# -gt 0 ] || FIELDS=""
 RUN="cd lionjax && FLAGS='$FLAGS' launch/run.sh $CONFIG /mnt/runs/$NAME$FIELDS"
 
+failures=0 # in a row, on chips that are still there; run.sh counts those without a new checkpoint, here are all others
+failed() { # failed CODE: ends the script for the last of the few failures that may be tried again
+    [ "$(state)" = ACTIVE ] || return 0
+    failures=$((failures + 1))
+    [ "$failures" -lt "$FEW" ] || { say "failed $failures times in a row, the last time with $1"; exit "$1"; }
+}
+
 for ((try = 1; try <= TRIES; try++)); do
     wait_for_chips
     say "try $try: installing on every host"
-    install || { say "installing failed"; sleep "$PAUSE"; continue; }
+    install || { code=$?; say "installing failed"; failed "$code"; sleep "$PAUSE"; continue; }
     say "training on all hosts of ${NODES[*]}"
+    began=$SECONDS code=0
     # A TPU VM tells JAX who the other hosts are. All of them must run this, or none gets past the start.
-    if on all "$RUN"; then
-        say "all stages are done: $NFS holds $NAME"
-        tpus queued-resources delete "$NAME" --force
-        exit 0
-    else
-        code=$?
-        say "ended with $code; going on from the newest checkpoint"
-        [ "$code" -ne 2 ] || { say "that is a mistake in the config, which trying again does not mend"; exit 2; }
-    fi
+    on all "$RUN" || code=$?
+    say "ended with $code"
+    [ $((SECONDS - began)) -lt 3600 ] || failures=0
+    case "$(what_next "$code")" in
+        done)
+            say "all stages are done: $NFS holds $NAME"
+            tpus queued-resources delete "$NAME" --force
+            exit 0
+            ;;
+        stop) say "that is a mistake to be mended (the sentence above says which); trying again does not mend it"; exit 2 ;;
+        again) failures=0 ;;
+        few) failed "$code" ;;
+    esac
     sleep "$PAUSE"
 done
 say "still not done after $TRIES tries"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line `lionjax VERB`: argument parsers and error handling; the verbs are in commands.py.
 
-User errors print one sentence and exit with code 2; unexpected errors print one sentence and exit with code 1, preceded
-by the traceback if LIONJAX_TRACEBACK=1 is set. Ctrl-C exits with code 130.
+User errors print one sentence and exit with code 2 (75 if the same command may go well the next time); unexpected
+errors print one sentence and exit with code 1, preceded by the traceback if LIONJAX_TRACEBACK=1 is set. Ctrl-C exits
+with code 130.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C", 130
     if isinstance(error, UserError):
-        return str(error), 2
+        return str(error), error.exit_code
     lines = str(error).strip().splitlines() or ["no message"]
     if is_disk_full(error):
         return f"the disk is full ({lines[0]}); free some space and run the same command again", 2

@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lionjax.core.types import UserError
+from lionjax.core.errors import RetryError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ ENV_COORDINATOR_ADDRESS, ENV_NUM_PROCESSES, ENV_PROCESS_ID = (
 )
 # Seconds to wait for the other processes at the start, and for a heartbeat from each of them later.
 ENV_JOIN_SECONDS, ENV_HEARTBEAT_SECONDS = "LIONJAX_JOIN_SECONDS", "LIONJAX_HEARTBEAT_SECONDS"
+LOST_CONNECTION = re.compile(
+    r"unavailable|deadline.exceeded|heartbeat|connection (reset|closed|refused)|socket closed|gloo|preempted", re.I
+)
 GRACE_SECONDS = 5.0  # process 0 exits this much later, so that the other processes can print their own errors
 
 
@@ -38,8 +42,8 @@ def initialize() -> None:
     """Call jax.distributed.initialize; must run before any device is used. Does nothing for a single process.
 
     The cluster is read from our environment variables (`cluster_from_env`), else detected by JAX (SLURM, Open MPI,
-    GKE, TPU VM, Kubernetes). Raises UserError for invalid variables, and if not all processes have connected within
-    LIONJAX_JOIN_SECONDS (default 300).
+    GKE, TPU VM, Kubernetes). Raises UserError for invalid variables, and RetryError if not all processes have connected
+    within LIONJAX_JOIN_SECONDS (default 300).
     """
     if jax.distributed.is_initialized():
         return
@@ -60,7 +64,7 @@ def initialize() -> None:
     except Exception as error:
         if not cluster and "must be called before" in str(error):
             return  # the caller has already used its devices: a single process
-        raise UserError(join_timeout_message(limit, str(error))) from error
+        raise RetryError(join_timeout_message(limit, str(error))) from error
     if jax.process_index():
         logging.getLogger("lionjax").setLevel(logging.WARNING)
     devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
@@ -122,7 +126,7 @@ def join_timeout_message(timeout: int, reason: str) -> str:
 
 @contextlib.contextmanager
 def join_watchdog(timeout: int) -> Iterator[None]:
-    """Context: prints a notice after min(20, timeout / 2) seconds; ends the process with code 2 after `timeout`."""
+    """Context: prints a notice after min(20, timeout / 2) seconds; ends the process with code 75 after `timeout`."""
     done = threading.Event()
 
     def wait_and_exit():
@@ -132,7 +136,7 @@ def join_watchdog(timeout: int) -> Iterator[None]:
         print("waiting for the other processes of this run ...", file=sys.stderr, flush=True)
         if not done.wait(timeout - notice_seconds):
             print(f"lionjax: {join_timeout_message(timeout, 'no answer')}", file=sys.stderr, flush=True)
-            os._exit(2)
+            os._exit(RetryError.exit_code)
 
     threading.Thread(target=wait_and_exit, daemon=True).start()
     try:
@@ -158,12 +162,19 @@ def distributed_session(explain: Callable[[BaseException], tuple[str, int]]) -> 
         if os.environ.get("LIONJAX_TRACEBACK"):
             traceback.print_exception(error)
         sentence, code = explain(error)
+        if is_lost_connection(error):
+            code = RetryError.exit_code
         process = f"process {jax.process_index()} of {jax.process_count()}"
         print(f"lionjax: {process}: {sentence}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         if jax.process_index() == 0:
             time.sleep(GRACE_SECONDS)
         os._exit(code)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error of JAX says that another process of the run is gone; the cause is in that process's output."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and LOST_CONNECTION.search(str(error)) is not None
 
 
 def is_main_process() -> bool:

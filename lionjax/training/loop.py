@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from lionjax.core import params as trees
 from lionjax.core import sharding
+from lionjax.core.errors import RetryError
 from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.types import Batch, Params, UserError
 from lionjax.training import bad_steps, checkpoint, distributed, feature_cache, feature_store, resume
@@ -172,7 +173,7 @@ def rewind(
     run.checkpoints.wait_until_finished()
     restored = resume.restore_or_init(run.workdir, run.experiment, run.example, run.specs)
     if restored.stage != position.stage:
-        raise UserError(f"stage {stats.name!r} has no valid checkpoint any more; run the same command again")
+        raise RetryError(f"stage {stats.name!r} has no valid checkpoint any more; run the same command again")
     update = updates_before(run.experiment, restored.stage) + restored.step
     run.logger.truncate_after(update)
     restored_stats = StageStats(**restored.history[-1]) if restored.step else StageStats(stats.name, 0)

@@ -15,6 +15,7 @@ import jax
 
 from lionjax.core import config
 from lionjax.core import params as trees
+from lionjax.core.errors import RetryError
 from lionjax.core.experiment import Experiment
 from lionjax.core.files import write_atomic
 from lionjax.core.types import Params, UserError
@@ -40,7 +41,10 @@ MUTABLE_FIELDS = (
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-    """Context: creates `workdir` and locks it. Raises UserError if it is not writable or another run has locked it."""
+    """Context: creates `workdir` and locks it. Raises UserError if it is not writable.
+
+    Raises RetryError if another process has locked it, which may be the previous one of this run that is still saving.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / "lock").open("w")
@@ -51,7 +55,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
             if distributed.is_main_process():
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process is training in {workdir}; stop it or set another --workdir") from error
+            raise RetryError(f"another process is training in {workdir}; stop it or set another --workdir") from error
         yield
 
 

@@ -65,7 +65,10 @@ def run(script: Path, *words: str, bin: Path, **env: str) -> subprocess.Complete
 
 @pytest.mark.parametrize(
     ("begun", "ends", "code", "wanted"),
-    [(True, True, 0, 0), (True, False, 0, 75), (False, False, 2, 2), (True, False, 2, 75), (True, False, 134, 134)],
+    [
+        *((True, True, 0, 0), (True, False, 0, 75), (False, False, 2, 2), (True, False, 2, 2), (True, False, 75, 75)),
+        *((True, False, code, code) for code in (1, 134, 137, 139, 143)),
+    ],
 )
 def test_the_exit_code_says_whether_to_start_again(tmp_path, begun, ends, code, wanted):
     here = project(tmp_path)
@@ -83,6 +86,39 @@ def test_overrides_and_compiler_flags_reach_the_command(tmp_path):
     assert FLAGS["TPU_VMEM"] in said.stdout and FLAGS["TPU_CHECKS"] in said.stdout
     assert said.stdout.endswith(f"<train><configs/a.py><--workdir><{tmp_path}/run><--name><two words>")
     assert run(here / "launch/run.sh", *words, bin=tmp_path / "bin", FLAGS="fast").returncode == 2
+
+
+def test_a_failure_that_comes_back_ends_a_run_unless_checkpoints_were_written_in_between(tmp_path):
+    here, workdir = project(tmp_path), tmp_path / "run"
+
+    def codes(program: str, count: int) -> list[int]:
+        stand_in(tmp_path / "bin", "lionjax", program)
+        command = (here / "launch/run.sh", "a.py", str(workdir))
+        return [run(*command, bin=tmp_path / "bin").returncode for _ in range(count)]
+
+    assert codes("exit 1", 2) == [1, 1]
+    assert codes("exit 139", 1) == [2]
+    (workdir / "checkpoints/100").mkdir(parents=True)
+    assert codes("exit 139", 3) == [139, 139, 2]
+    saves = f"n=$(ls {workdir}/checkpoints | wc -l); mkdir {workdir}/checkpoints/$((1000 + n)); exit 1"
+    assert codes(saves, 5) == [1] * 5
+    unfinished = f"mkdir {workdir}/checkpoints/7$RANDOM.orbax-checkpoint-tmp; exit 1"
+    assert codes(unfinished, 3) == [1, 2, 1]  # counted afresh after a person was asked
+    (workdir / "checkpoints/200").mkdir()
+    for again in (75, 137, 143):
+        assert codes(f"exit {again}", 4) == [again] * 4
+    assert codes("exit 134", 9) == [134] * 8 + [2]
+
+
+@pytest.mark.parametrize("code", [1, 134, 137, 75])
+def test_every_host_ends_with_2_when_one_of_them_does(tmp_path, code):
+    here, workdir = project(tmp_path), tmp_path / "run"
+    other = f"mkdir -p {workdir}/launch; echo another host >>{workdir}/launch/mistakes; exit {code}"
+    stand_in(tmp_path / "bin", "lionjax", other)
+    said = run(here / "launch/run.sh", "a.py", str(workdir), bin=tmp_path / "bin")
+    assert said.returncode == 2 and "another host" in said.stderr
+    stand_in(tmp_path / "bin", "lionjax", f"exit {code}")  # the mark of an earlier start counts no more
+    assert run(here / "launch/run.sh", "a.py", str(workdir), bin=tmp_path / "bin").returncode == code
 
 
 def test_sigterm_reaches_the_program_which_may_save_before_it_ends(tmp_path):
@@ -114,7 +150,7 @@ case "$*" in
     *"run.sh"*)
         # Taken away in the middle of the first try.
         if [ ! -f "{log}.tried" ]; then touch "{log}.tried" "{log}.lost"; exit 255; fi
-        exit {code} ;;
+        {first}exit {code} ;;
 esac
 """
 
@@ -122,7 +158,7 @@ esac
 @pytest.mark.parametrize("slices", [1, 2])
 def test_a_slice_that_is_taken_away_is_asked_for_again_until_the_run_is_done(tmp_path, slices):
     here, log = project(tmp_path), tmp_path / "log"
-    stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=0))
+    stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=0, first=""))
     slice_ = {"NAME": "lion", "ZONE": "here-a", "ACCELERATOR": "v5litepod-64", "NFS": "10.0.0.2:/runs"}
     more = {"PAUSE": "0", "SLICES": str(slices), "FLAGS": "overlap"}
     words = ("configs/a.py", "--name", "two words")
@@ -140,12 +176,33 @@ def test_a_slice_that_is_taken_away_is_asked_for_again_until_the_run_is_done(tmp
 
 def test_a_mistake_in_the_config_is_not_tried_again(tmp_path):
     here, log = project(tmp_path), tmp_path / "log"
-    stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=2))
+    stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=2, first=""))
     slice_ = {"NAME": "lion", "ZONE": "here-a", "ACCELERATOR": "v5litepod-64", "NFS": "10.0.0.2:/runs"}
     said = run(here / "launch/queued_resource.sh", "a.py", bin=tmp_path / "bin", PAUSE="0", **slice_)
     assert said.returncode == 2 and "mistake" in said.stderr
     assert run(here / "launch/queued_resource.sh", "a.py", bin=tmp_path / "bin").returncode == 1
     assert log.read_text().count("run.sh") == 2
+
+
+@pytest.mark.parametrize(("code", "tries", "ends"), [(75, 6, 1), (137, 6, 1), (143, 6, 1), (1, 3, 1), (139, 3, 139)])
+def test_a_slice_is_tried_again_often_after_a_kill_and_a_few_times_after_a_failure(tmp_path, code, tries, ends):
+    here, log = project(tmp_path), tmp_path / "log"
+    (tmp_path / "log.tried").touch()
+    stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=code, first=""))
+    slice_ = {"NAME": "lion", "ZONE": "here-a", "ACCELERATOR": "v5litepod-64", "NFS": "10.0.0.2:/runs"}
+    more = {"PAUSE": "0", "TRIES": "6"}
+    said = run(here / "launch/queued_resource.sh", "a.py", bin=tmp_path / "bin", **slice_, **more)
+    assert said.returncode == ends, said.stderr
+    assert log.read_text().count("run.sh") == tries
+
+
+def test_a_mistake_on_one_of_two_slices_stops_both(tmp_path):
+    here, log = project(tmp_path), tmp_path / "log"
+    (tmp_path / "log.tried").touch()
+    first = '[[ "$*" == *lion-0* ]] && exit 2; '
+    stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=134, first=first))
+    slice_ = {"NAME": "lion", "ZONE": "here-a", "ACCELERATOR": "v5litepod-64", "NFS": "10.0.0.2:/runs", "SLICES": "2"}
+    assert run(here / "launch/queued_resource.sh", "a.py", bin=tmp_path / "bin", PAUSE="0", **slice_).returncode == 2
 
 
 def test_hosts_get_the_code_and_not_what_lies_on_the_shared_disk(tmp_path):
@@ -154,7 +211,7 @@ def test_hosts_get_the_code_and_not_what_lies_on_the_shared_disk(tmp_path):
     for name in (*sent[:1], *kept):
         (here / name).parent.mkdir(parents=True)
         (here / name).touch()
-    stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=2))
+    stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=2, first=""))
     env = {"NAME": "a", "ZONE": "b", "ACCELERATOR": "v5litepod-64", "NFS": "c:/d", "PAUSE": "0"}
     run(here / "launch/queued_resource.sh", "a.py", bin=tmp_path / "bin", **env)
     packed = (tmp_path / "log.pack").read_text().split()
@@ -165,7 +222,7 @@ def test_hosts_get_the_code_and_not_what_lies_on_the_shared_disk(tmp_path):
 # SLURM
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (75, True), (134, True)])
+@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False)] + [(n, True) for n in (1, 75, 134, 137, 139, 143)])
 def test_slurm_queues_a_run_again_that_is_not_done(tmp_path, code, again):
     here = project(tmp_path)
     stand_in(tmp_path / "bin", "srun", f'echo "$@" >{tmp_path}/srun; exit {code}')
@@ -175,6 +232,27 @@ def test_slurm_queues_a_run_again_that_is_not_done(tmp_path, code, again):
     assert said.returncode == code
     assert (tmp_path / "srun").read_text().strip() == "--kill-on-bad-exit=1 launch/run.sh configs/a.py runs/a"
     assert (tmp_path / "scontrol").exists() == again
+
+
+@pytest.mark.parametrize(("code", "ends", "queued"), [(1, 3, 2), (139, 3, 2), (75, 5, 5), (137, 5, 5), (143, 5, 5)])
+def test_slurm_queues_a_failing_run_again_a_few_times_only(tmp_path, code, ends, queued):
+    here = project(tmp_path)
+    stand_in(tmp_path / "bin", "srun", f"exit {code}")
+    stand_in(tmp_path / "bin", "scontrol", f"echo $@ >>{tmp_path}/scontrol")
+    env = {"SLURM_SUBMIT_DIR": str(here), "SLURM_JOB_ID": "7"}
+    for count in range(ends):
+        words = ("configs/a.py", "runs/a")
+        run(here / "launch/slurm.sbatch", *words, bin=tmp_path / "bin", SLURM_RESTART_COUNT=str(count), **env)
+    assert (tmp_path / "scontrol").read_text().count("requeue 7") == queued
+
+
+def test_slurm_stops_at_a_mistake_of_one_task_though_srun_tells_the_highest_code(tmp_path):
+    here = project(tmp_path)
+    stand_in(tmp_path / "bin", "srun", "mkdir -p runs/a/launch; echo one >>runs/a/launch/mistakes; exit 143")
+    stand_in(tmp_path / "bin", "scontrol", f"touch {tmp_path}/scontrol")
+    env = {"SLURM_SUBMIT_DIR": str(here), "SLURM_JOB_ID": "7"}
+    said = run(here / "launch/slurm.sbatch", "configs/a.py", "runs/a", bin=tmp_path / "bin", **env)
+    assert said.returncode == 2 and not (tmp_path / "scontrol").exists()
 
 
 def test_slurm_tells_the_tasks_before_the_time_is_up_and_starts_one_for_each_gpu():
@@ -232,6 +310,21 @@ def test_skypilot_runs_what_the_others_run():
         said = subprocess.run(["bash", "-n", "-c", made[part]], capture_output=True, text=True)
         assert said.returncode == 0, said.stderr
     assert "launch/run.sh $CONFIG /runs/$NAME $FIELDS" in made["run"]
+
+
+def test_skypilot_stops_at_a_mistake_and_tries_everything_else_again():
+    recovery = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["resources"]["job_recovery"]
+    assert recovery["max_restarts_on_errors"] == 0  # of all codes that are not in the list
+    codes = recovery["recover_on_exit_codes"]
+    assert {1, 75, 134, 137, 139, 143} <= set(codes) and not {0, 2} & set(codes)
+
+
+def test_a_laptop_passes_the_code_on_and_tries_nothing_again(tmp_path):
+    here = project(tmp_path)
+    for code in (1, 2, 75, 139):
+        stand_in(tmp_path / "bin", "lionjax", f"echo $1 >>{tmp_path}/asked_{code}; exit {code}")
+        assert run(here / "launch/laptop.sh", str(tmp_path / "run"), bin=tmp_path / "bin").returncode == code
+        assert (tmp_path / f"asked_{code}").read_text() == "train\n"
 
 
 def test_skypilot_tells_gpu_machines_where_the_others_are(tmp_path):

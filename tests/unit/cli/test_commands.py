@@ -17,6 +17,7 @@ from PIL import Image
 from lionjax import cli, convert
 from lionjax.cli import entry
 from lionjax.core import config
+from lionjax.core.errors import RetryError
 from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.scenes import tasks
@@ -300,6 +301,7 @@ def chained(text):
     ("error", "code", "said"),
     [
         (UserError("the box is empty"), 2, "the box is empty"),
+        (RetryError("a host did not answer"), 75, "a host did not answer"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
         (chained("Internal: write failed: no space left on device"), 2, "the disk is full"),

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from lionjax.core import config, sharding
 from lionjax.core import params as trees
+from lionjax.core.errors import RetryError
 from lionjax.core.sharding import MeshConfig
 from lionjax.core.types import UserError
 from lionjax.training import checkpoint, distributed, feature_cache, init, loop, resume, run_folder
@@ -192,7 +193,7 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(tmp_path, whole
         train(tmp_path / "file")
     with (whole[0] / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is training"):
+        with pytest.raises(RetryError, match="another process is training"):
             train(whole[0])
     orphan = copy_of(whole[0], tmp_path / "orphan")
     (orphan / "config.json").unlink()

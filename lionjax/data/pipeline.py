@@ -75,7 +75,7 @@ class BatchIterator:
     def __init__(self, factory: ExampleFactory, make_iterator: Callable[[int], Any], length_buckets: tuple[int, ...]):
         self.dataset, self._factory, self._length_buckets = factory.dataset, factory, length_buckets
         self._make_iterator, self._iterator = make_iterator, iter(make_iterator(0))
-        self.num_rows = self.num_bad_records = 0
+        self.num_rows = self.num_bad_records = self.num_cut_answers = 0
         self.load_seconds = 0.0  # seconds spent on the delivered examples, summed over threads and workers
 
     def __iter__(self) -> BatchIterator:
@@ -85,6 +85,7 @@ class BatchIterator:
         rows = next(self._iterator)
         self._count_bad_records(rows.pop("bad"))
         self.load_seconds += float(rows.pop("seconds").sum())
+        self._count_cut_answers(rows)
         return self.dataset.processor.collate(rows, self._length_buckets)
 
     def _count_bad_records(self, bad_B: np.ndarray) -> None:
@@ -105,6 +106,20 @@ class BatchIterator:
             raise UserError(
                 f"{self.num_bad_records} of {self.num_rows} records are bad, more than the allowed "
                 f"data.max_bad_fraction={data.max_bad_fraction:g}; the last one: {notes[-1]['reason']}"
+            )
+
+    def _count_cut_answers(self, rows: dict[str, np.ndarray]) -> None:
+        """Count the answers that exceed `processor.max_target_tokens`; a warning names the first one."""
+        cut_B, first_cut = rows["num_cut"], not self.num_cut_answers
+        self.num_cut_answers += int((cut_B > 0).sum())
+        if first_cut and self.num_cut_answers:
+            index, room = int(cut_B.argmax()), self.dataset.data.processor.max_target_tokens
+            log.warning(
+                "an answer of %s takes %d tokens and is cut to processor.max_target_tokens=%d, without an end token; "
+                "cut answers are counted as cut_answers in metrics.jsonl and report.json",
+                self.name(int(rows["record"][index])),
+                room + int(cut_B[index]),
+                room,
             )
 
     def name(self, record_id: int) -> str:

@@ -123,27 +123,26 @@ class Processor:
 
         `boxes` are the exact coordinates of boxes in `question` and `answer`; `image_letterbox` and `box_format`: see
         `encode_with_boxes`. Boxes in `prompt_format.turns` are written in the config's `box_format` and add no
-        rows to key "boxes". Key "size" is (width, height) of the original image. Raises UserError for text or boxes
-        that exceed the config's lengths.
+        rows to key "boxes". Key "size" is (width, height) of the original image; "num_cut" is the number of target
+        tokens that exceed `max_target_tokens`. Raises UserError for prompts or boxes that exceed the config's lengths.
         """
         c = self.config
-        prompt, target, loss_mask, found_boxes = self.prompt.build_example(
-            question, answer, tags, boxes, image_letterbox, box_format, prompt_format
-        )
+        built = self.prompt.build_example(question, answer, tags, boxes, image_letterbox, box_format, prompt_format)
         pad = self.tokenizer.pad_id
         texts = {
-            "prompt": _pad_and_mask(prompt, c.max_prompt_tokens, pad),
+            "prompt": _pad_and_mask(built.prompt_ids, c.max_prompt_tokens, pad),
             "question": _pad_and_mask(
                 self.prompt.encode_question(question), c.max_question_tokens, self.prompt.question_tokenizer.pad_id
             ),
-            "target": _pad_and_mask(target, c.max_target_tokens, pad),
+            "target": _pad_and_mask(built.target_ids, c.max_target_tokens, pad),
         }
         masks = {f"{name}_mask": mask for name, (_, mask) in texts.items()}
-        masks["loss_mask"] = _pad_and_mask(loss_mask, c.max_target_tokens, 0)[0]
+        masks["loss_mask"] = _pad_and_mask(built.loss_mask, c.max_target_tokens, 0)[0]
         ids = {name: ids for name, (ids, _) in texts.items()}
         size = np.array((image_letterbox.width, image_letterbox.height), np.int32)
         row = {"pixels": pixels, "task": np.int32(_task_id(category)), "size": size, **ids, **masks}
-        return row | self._pad_boxes(found_boxes, box_format or c.box_format)
+        row["num_cut"] = np.int32(built.num_cut)
+        return row | self._pad_boxes(built.boxes, box_format or c.box_format)
 
     def _pad_boxes(self, boxes: Sequence[Box], box_format: str) -> dict[str, np.ndarray]:
         max_boxes = self.config.max_boxes

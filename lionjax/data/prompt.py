@@ -13,7 +13,7 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
@@ -40,8 +40,8 @@ class ProcessorConfig:
     """Image size, token lengths, prompt templates and tokenizers. Raises UserError for values outside their range.
 
     `tokenizer` (language model) and `question_tokenizer` (Q-Former): `"tiny"`, or a local folder with tokenizer files,
-    such as T5's and BERT's in LION. `max_*_tokens` include the end token. `use_tags` puts LION's tag prompt before the
-    question.
+    such as T5's and BERT's in LION. `max_*_tokens` include the end token; a
+    longer answer is cut and has none. `use_tags` puts LION's tag prompt before the question.
     `pad_to_square`: the image is padded to a square, in which boxes are fractions; else it is stretched. `pad_color`:
     "white" as in NExT-Chat, or "mean" (the mean color) as in LLaVA-1.5. `image_fit`: how images are resized.
     `prompt_tokenization`: "whole" tokenizes template, question and answers as one text between special ids, with the
@@ -131,6 +131,19 @@ class ProcessorConfig:
             raise UserError(
                 "processor.sam_image_size needs processor.pad_to_square; set it to true, as SAM's image is square"
             )
+
+
+class BuiltExample(NamedTuple):
+    """Token ids of one example. `loss_mask`: of the target. `boxes`: of question and answer.
+
+    `num_cut`: target tokens, its end included, beyond `max_target_tokens`; the target of such an example has no end.
+    """
+
+    prompt_ids: list[int]
+    target_ids: list[int]
+    loss_mask: list[int]
+    boxes: list[Box]
+    num_cut: int
 
 
 class PromptBuilder:
@@ -314,19 +327,24 @@ class PromptBuilder:
         return self.question_tokenizer.truncate_and_add_special(ids, self.config.max_question_tokens, keep="back")
 
     def encode_target(self, answer: str) -> list[int]:
-        """Ids of an answer with its end token; a long answer is cut at its end."""
-        return self.append_end(self.encode_with_boxes(answer)[0])
+        """Ids of an answer with its end token; a longer answer than `max_target_tokens` is cut and has no end token."""
+        return self._cut_target(
+            [*self.encode_with_boxes(answer)[0], *self._end_ids["answer"]], self._end_ids["answer"]
+        )[0]
 
-    def append_end(self, ids: Sequence[int], end: str = "answer") -> list[int]:
-        """Ids of an answer, cut to `max_target_tokens`, with the end ids of its kind: "shot", "answer" or "plain"."""
-        return self._cut_target(ids, self._end_ids[end])
+    def _cut_target(self, ids: Sequence[int], end_ids: Sequence[int] = ()) -> tuple[list[int], int]:
+        """(ids, number of ids cut) of a target that ends in `end_ids`.
 
-    def _cut_target(self, ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
-        """Ids of an answer, cut to `max_target_tokens`, with its end ids."""
-        kept_ids = list(ids[: self.config.max_target_tokens - len(end_ids)])
+        A target of more than `max_target_tokens` loses its end ids and what is too long: an end token there would teach
+        the model to stop in the middle of an answer.
+        """
+        num_cut = len(ids) - self.config.max_target_tokens
+        if num_cut <= 0:
+            return list(ids), 0
+        kept_ids = list(ids[: len(ids) - len(end_ids)][: self.config.max_target_tokens])
         if kept_ids and kept_ids[-1] == self.box_codec.region_query_token_id:
             kept_ids.pop()  # its box token was cut off
-        return [*kept_ids, *end_ids]
+        return kept_ids, num_cut
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of generated ids up to the end token, stripped."""
@@ -363,10 +381,11 @@ class PromptBuilder:
         image_letterbox=NO_LETTERBOX,
         box_format=None,
         prompt_format: PromptFormat = DEFAULT_FORMAT,
-    ) -> tuple[list[int], list[int], list[int], list[Box]]:
-        """(prompt ids, target ids, loss mask of the target, boxes of question and answer) of one example.
+    ) -> BuiltExample:
+        """The ids of one example. Without an `answer` there is no target.
 
-        Without an `answer` there is no target. Raises UserError for turns whose target exceeds `max_target_tokens`.
+        A target longer than `max_target_tokens` is cut: an answer loses its end, a conversation its last turns. Raises
+        UserError for in-context examples that are longer.
         """
         box_arguments = (tuple(boxes), image_letterbox, box_format)
         end = "plain" if prompt_format.kind == "plain" else "answer"
@@ -374,9 +393,9 @@ class PromptBuilder:
             return self._build_whole(strip_prompt(question), answer, end, box_arguments, prompt_format)
         question_ids, question_boxes = self.encode_with_boxes(strip_prompt(question), *box_arguments)
         answer_ids, answer_boxes = ([], []) if answer is None else self.encode_with_boxes(answer, *box_arguments)
-        target_ids = [] if answer is None else self.append_end(answer_ids, end)
-        built = self.build(question, question_ids, tags, target_ids, prompt_format)
-        return *built, [*question_boxes, *answer_boxes]
+        end_ids = [] if answer is None else self._end_ids[end]
+        built = self.build(question, question_ids, tags, [*answer_ids, *end_ids], prompt_format)
+        return self._fit_target(*built, [*question_boxes, *answer_boxes], end_ids, prompt_format)
 
     def _build_whole(self, question, answer, end: str, box_arguments, prompt_format: PromptFormat):
         """`build_example` for `prompt_tokenization` "whole"."""
@@ -386,26 +405,27 @@ class PromptBuilder:
             self._whole_prompt, to_pieces=lambda text: self._pieces_with_boxes(text, *box_arguments)[0]
         )
         ids, target_ids, loss_mask, num_end = builder.build(question, pieces, end, prompt_format)
-        if len(target_ids) > self.config.max_target_tokens:
-            if prompt_format.turns and self.config.reader == "decoder":
-                raise self._too_long_turns(prompt_format, target_ids)
-            end_ids = target_ids[len(target_ids) - num_end :]
-            target_ids = self._cut_target(target_ids[: len(target_ids) - num_end], end_ids)
-        return self._frame_prompt(question, ids), target_ids, loss_mask[: len(target_ids)], [*boxes, *answer_boxes]
+        end_ids = target_ids[len(target_ids) - num_end :]
+        prompt_ids = self._frame_prompt(question, ids)
+        return self._fit_target(prompt_ids, target_ids, loss_mask, [*boxes, *answer_boxes], end_ids, prompt_format)
 
-    def _too_long_turns(self, prompt_format: PromptFormat, target_ids: Sequence[int]) -> UserError:
-        return UserError(
-            f"{len(prompt_format.turns) + 1} turns take {len(target_ids)} tokens after the first question, "
-            f"but at most {self.config.max_target_tokens} are allowed; raise processor.max_target_tokens"
-        )
+    def _fit_target(self, prompt_ids, target_ids, loss_mask, boxes, end_ids, prompt_format) -> BuiltExample:
+        """The example with its target cut to `max_target_tokens`; see `build_example`."""
+        kept_ids, num_cut = self._cut_target(target_ids, end_ids)
+        if num_cut and prompt_format.image_per_turn and self.config.reader == "decoder":
+            raise UserError(
+                f"{len(prompt_format.turns) + 1} turns take {len(target_ids)} tokens after the first question, "
+                f"but at most {self.config.max_target_tokens} are allowed; raise processor.max_target_tokens"
+            )
+        if num_cut and (box_id := self.box_codec.box_token_id) is not None:
+            num_cut_boxes = list(target_ids).count(box_id) - kept_ids.count(box_id)
+            boxes = boxes[: max(0, len(boxes) - num_cut_boxes)]
+        return BuiltExample(prompt_ids, kept_ids, loss_mask[: len(kept_ids)], boxes, num_cut)
 
     def build(
         self, question: str, question_ids: list[int], tags, target_ids: list[int], prompt_format: PromptFormat
     ) -> tuple[list[int], list[int], list[int]]:
-        """(prompt ids, target ids, loss mask of the target) of one example.
-
-        Raises UserError for turns whose target exceeds `max_target_tokens`.
-        """
+        """(prompt ids, target ids of any length, loss mask of the target) of one example."""
         if prompt_format.kind == "plain":
             image_ids = self._image_token_ids() if "{image}" in self.config.prompt_template else []
             return self._assemble_prompt(question, [], (), image_ids, ([], [])), target_ids, [1] * len(target_ids)
@@ -426,6 +446,4 @@ class PromptBuilder:
         before, after = sides
         questions.append([*before, *question_ids, *after])
         prefix_ids, target_ids, loss_mask = flatten_turns(questions, [*answers, target_ids])
-        if len(target_ids) > self.config.max_target_tokens:
-            raise self._too_long_turns(prompt_format, target_ids)
         return self._assemble_prompt(prompt_format.turns[0][0], [], (), prefix_ids, ([], [])), target_ids, loss_mask

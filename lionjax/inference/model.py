@@ -114,14 +114,23 @@ class Model:
     ) -> list[list[int]]:
         """For each prompt the places of its candidate answers, the likeliest first.
 
-        By the loss of each, summed over its tokens, as BLIP-2's code ranks (`predict_class`). Raises UserError where
-        the lists are not of one length.
+        By the loss of each, summed over its tokens, as BLIP-2's code ranks (`predict_class`), which never cuts a
+        candidate. Raises UserError where the lists are not of one length, and for a candidate that is longer than
+        processor.max_target_tokens.
         """
         asked = build_inputs(images, prompts, None, None, None)
         if len(candidates) != len(asked) or not all(len(some) for some in candidates):
             raise UserError("candidates wants a list of answers for each prompt, none of them empty")
         order, place = [], 0
-        rows = [self.processor.encode_input(one, text) for one, some in zip(asked, candidates) for text in some]
+        pairs = [(one, text) for one, some in zip(asked, candidates) for text in some]
+        rows = [self.processor.encode_input(one, text) for one, text in pairs]
+        for (_, text), row in zip(pairs, rows):
+            if num_cut := int(row["num_cut"]):
+                room = self.processor.config.max_target_tokens
+                raise UserError(
+                    f"the candidate {text[:40]!r} takes {room + num_cut} tokens, but at most {room} are allowed; "
+                    "shorten it or raise processor.max_target_tokens"
+                )
         nats = self.engine.answer_nll(rows)
         for some in candidates:
             order.append(np.argsort(nats[place : place + len(some)], kind="stable").tolist())

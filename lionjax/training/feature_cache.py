@@ -114,6 +114,10 @@ class CachedBatches:
         return getattr(self.batches, "num_bad_records", 0)
 
     @property
+    def num_cut_answers(self) -> int:
+        return getattr(self.batches, "num_cut_answers", 0)
+
+    @property
     def load_seconds(self) -> float:
         return getattr(self.batches, "load_seconds", 0.0)
 

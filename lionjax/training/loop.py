@@ -288,7 +288,7 @@ def train_steps(run: RunContext, stage_run: StageRun, stats: StageStats) -> stag
         timer.switch("log")
         counters.add_background_seconds(stats, stage_run.stream, run.checkpoints)
         if logs:
-            counters.add_bad_records(stats, stage_run.stream)
+            counters.add_row_counts(stats, stage_run.stream)
             run.logger.write_metrics(metrics_line(run, stage_run, stats, done, metrics), stage.steps)
             run.checkpoints.check_for_errors()
         if saves:
@@ -313,10 +313,10 @@ def is_due(step: int, every: int) -> bool:
 
 
 class StreamCounters:
-    """Adds background data loading, checkpoint time and bad records to the statistics of a stage."""
+    """Adds background data loading, checkpoint time, bad records and cut answers to the statistics of a stage."""
 
     def __init__(self):
-        self.batch_seconds = self.bad = 0.0
+        self.batch_seconds = self.bad = self.cut = 0.0
 
     def add_background_seconds(
         self, stats: StageStats, stream: Any, checkpoints: checkpoint.AsyncCheckpointManager
@@ -327,10 +327,15 @@ class StreamCounters:
             stats.behind[part] = stats.behind.get(part, 0.0) + seconds
         self.batch_seconds = load_seconds
 
-    def add_bad_records(self, stats: StageStats, stream: Any) -> None:
-        """Add the records replaced since the last call, summed over processes; all processes must call it."""
-        (bad,) = distributed.sum_across_processes(getattr(stream, "num_bad_records", 0))
+    def add_row_counts(self, stats: StageStats, stream: Any) -> None:
+        """Add the records replaced and the answers cut since the last call, summed over processes.
+
+        All processes must call it.
+        """
+        counts = (getattr(stream, name, 0) for name in ("num_bad_records", "num_cut_answers"))
+        bad, cut = distributed.sum_across_processes(*counts)
         stats.bad_records, self.bad = stats.bad_records + int(bad - self.bad), bad
+        stats.cut_answers, self.cut = stats.cut_answers + int(cut - self.cut), cut
 
 
 def drain(
@@ -361,7 +366,7 @@ def metrics_line(run: RunContext, stage_run: StageRun, stats: StageStats, step: 
     busy = max(seconds.get("step", 0.0) + seconds.get("data", 0.0), 1e-9)
     values = jax.device_get(metrics)
     accepted = values.pop("accepted")
-    counts = {name: getattr(stats, name) for name in ("skipped", "rewinds", "bad_records")}
+    counts = {name: getattr(stats, name) for name in ("skipped", "rewinds", "bad_records", "cut_answers")}
     images, tokens = stats.images - last["images"], stats.tokens - last["tokens"]
     stats.logged = {"seconds": dict(stats.seconds), "images": stats.images, "tokens": stats.tokens}
     return {

@@ -57,6 +57,7 @@ class StageStats:
     skipped: int = 0
     rewinds: int = 0
     bad_records: int = 0
+    cut_answers: int = 0
     logged: dict[str, Any] = dataclasses.field(default_factory=dict)
     clock: float = 0.0
 
@@ -89,6 +90,7 @@ class StageStats:
             "skipped": self.skipped,
             "rewinds": self.rewinds,
             "bad_records": self.bad_records,
+            "cut_answers": self.cut_answers,
             "loss_first": sum(self.first) / len(self.first) if self.first else None,
             "loss_last": self.recent_mean_loss if self.last else None,
             "trainable_parameters": self.trainable_parameters,

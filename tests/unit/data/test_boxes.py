@@ -184,9 +184,12 @@ def test_settings_that_do_not_fit_each_other_are_refused(change, message):
 
 
 def test_an_answer_cut_off_behind_a_trigger_loses_it():
-    processor = Processor(dataclasses.replace(POINTING, max_target_tokens=4))
-    ids = processor.prompt.encode_target(f"star {box_to_text(BOX)}")
-    assert ids[-1] == processor.tokenizer.eos_id and AT not in ids[-2:]
+    processor = Processor(dataclasses.replace(POINTING, max_target_tokens=2))
+    answer = f"star {box_to_text(BOX)}"
+    ids = processor.prompt.encode_target(answer)
+    assert ids and processor.tokenizer.eos_id not in ids and AT not in ids
+    row = processor.encode_example(np.zeros((processor.config.image_size,) * 2 + (3,), np.uint8), "?", (), answer)
+    assert row["num_cut"] > 0 and not row["boxes_mask"].any()
 
 
 def pictures_of_all_kinds(folder):

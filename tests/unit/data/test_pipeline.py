@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -338,6 +339,24 @@ def test_a_stage_that_cannot_be_fed_raises_a_one_sentence_error(arguments, words
 def test_a_data_config_that_means_nothing_raises_a_one_sentence_error(field):
     with pytest.raises(UserError):
         DataConfig(**field)
+
+
+def test_answers_longer_than_their_room_are_counted_named_once_and_have_no_end_token(lines, caplog):
+    source = lines()
+    rows = [json.loads(line) for line in Path(source.file).read_text().splitlines()]
+    for row in rows[::2]:
+        row["answer"] = "red " * 60
+    Path(source.file).write_text("\n".join(map(json.dumps, rows)))
+    batches = stream(DataConfig(sources=(source,), processor=SMALL), of=stage(("vqa", 1.0)), size=4)
+    taken = [next(batches) for _ in range(5)]
+    assert batches.num_cut_answers == 10 and batches.num_bad_records == 0
+    eos = Processor(SMALL).tokenizer.eos_id
+    for target_BM, length_B in ((b.target_BM, b.target_mask_BM.sum(1)) for b in taken):
+        for target_M, length in zip(target_BM, length_B):
+            assert (eos in target_M[:length]) == (length < SMALL.max_target_tokens)
+    (warning,) = [record.message for record in caplog.records if "is cut to" in record.message]
+    assert "processor.max_target_tokens=48" in warning and "lines/" in warning
+    batches.close()
 
 
 # ---------------------------------------------------------------------- several sources, augmentation, evaluation

@@ -118,7 +118,7 @@ def without_brackets(text: str) -> str:
 @pytest.mark.parametrize("name", PROMPTS)
 def test_a_prompt_is_what_the_systems_own_code_writes(name, characters):
     prompt = builder(name, characters)
-    ids, target, _, _ = prompt.build_example(f" {Q} ", None)
+    ids, target, *_ = prompt.build_example(f" {Q} ", None)
     assert pieces_of(prompt, ids) == ["[<s>]", *PROMPTS[name]] and not target
     assert ids == prompt.encode_prompt(Q)
 
@@ -127,14 +127,14 @@ def test_a_prompt_is_what_the_systems_own_code_writes(name, characters):
 def test_a_second_question_follows_the_first_answer_in_training_and_in_a_chat(name, characters):
     prompt = builder(name, characters)
     turns = PromptFormat("", ((Q, A),))
-    ids, target, loss_mask, _ = prompt.build_example("And?", "Yes", prompt_format=turns)
+    ids, target, loss_mask, *_ = prompt.build_example("And?", "Yes", prompt_format=turns)
     assert pieces_of(prompt, ids) == ["[<s>]", *PROMPTS[name]]
     end = SYSTEM_FORMATS[name].processor.get("answer_end") or "</s>"
     space = " " if SECOND[name].startswith(" ") else ""
     assert text_of(prompt, target) == without_brackets(f"{SECOND[name]}{space}Yes{end}")
     learned = [k for k, flag in zip(target, loss_mask) if flag]
     assert text_of(prompt, learned) == f"{space}{A}{end}{space}Yes{end}"
-    chat, _, _, _ = prompt.build_example("And?", None, prompt_format=turns)
+    chat, *_ = prompt.build_example("And?", None, prompt_format=turns)
     num_last = len(prompt.build_example(Q, "Yes")[1])
     assert chat == [*ids, *target[: len(target) - num_last]]
 
@@ -170,17 +170,26 @@ def test_a_special_token_that_a_user_spells_is_text(characters):
         assert ids.count(token_id) == plain.count(token_id)
 
 
-def test_captions_text_only_rows_and_long_answers_keep_their_ends(characters):
+def test_captions_and_text_only_rows_keep_their_ends_and_long_answers_have_none(characters):
     prompt = builder("vicuna_v1", characters)
-    ids, target, mask, _ = prompt.build_example(Q, A, prompt_format=PromptFormat("plain"))
+    ids, target, mask, *_ = prompt.build_example(Q, A, prompt_format=PromptFormat("plain"))
     assert pieces_of(prompt, ids) == ["[<s>]", "<image>"] and pieces_of(prompt, target) == [f"{A}\n"] and all(mask)
-    ids, target, _, _ = prompt.build_example(Q, A, prompt_format=PromptFormat("told"))
+    ids, target, *_ = prompt.build_example(Q, A, prompt_format=PromptFormat("told"))
     assert pieces_of(prompt, ids) == ["[<s>]", f"{USER} USER: {Q} ASSISTANT:"]
     short = builder("vicuna_v1", characters, max_target_tokens=4)
-    _, target, mask, _ = short.build_example(Q, A)
-    assert pieces_of(short, target) == [" Tw", "[</s>]"] and mask == [1] * 4
+    _, target, mask, _, num_cut = short.build_example(Q, A)
+    full = prompt.build_example(Q, A).target_ids
+    assert pieces_of(short, target) == [" Two"] and mask == [1] * 4 and num_cut == len(full) - 4
+    exact = builder("vicuna_v1", characters, max_target_tokens=len(full)).build_example(Q, A)
+    assert exact.target_ids == full and exact.num_cut == 0
+    lacks_one = builder("vicuna_v1", characters, max_target_tokens=len(full) - 1).build_example(Q, A)
+    assert lacks_one.target_ids == full[:-1] and lacks_one.num_cut == 1
+    turns = PromptFormat("", ((Q, A),))
+    whole = prompt.build_example(Q, A, prompt_format=turns)
+    cut = builder("vicuna_v1", characters, max_target_tokens=len(full) + 3).build_example(Q, A, prompt_format=turns)
+    assert cut.target_ids == whole.target_ids[: len(full) + 3] and cut.loss_mask == whole.loss_mask[: len(full) + 3]
     with pytest.raises(UserError, match="2 turns take"):
-        short.build_example(Q, A, prompt_format=PromptFormat("", ((Q, A),)))
+        short.build_example(Q, A, prompt_format=PromptFormat("", ((Q, A),), True))
     with pytest.raises(UserError, match="the prompt 'What is"):
         builder("vicuna_v1", characters, max_prompt_tokens=9).build_example(Q, A)
     with pytest.raises(UserError, match="has no tag prompt"):
@@ -189,7 +198,7 @@ def test_captions_text_only_rows_and_long_answers_keep_their_ends(characters):
 
 def test_an_encoder_reads_the_whole_prompt_and_its_end_token(characters):
     prompt = builder("instructblip", characters, reader="encoder")
-    ids, target, mask, _ = prompt.build_example(Q, A)
+    ids, target, mask, *_ = prompt.build_example(Q, A)
     assert pieces_of(prompt, ids) == ["[<s>]", Q, "[</s>]"]
     assert pieces_of(prompt, target) == [A, "[</s>]"] and mask == [1] * len(target)
 
@@ -197,7 +206,7 @@ def test_an_encoder_reads_the_whole_prompt_and_its_end_token(characters):
 def test_boxes_as_tokens_are_cut_out_of_the_text(characters):
     prompt = builder("nextchat", characters, box_format="embeddings", max_boxes=4)
     box = "[0.100,0.200,0.300,0.400]"
-    ids, target, _, boxes = prompt.build_example(f"What is at {box}, there?", f"A cat {box}.")
+    ids, target, _, boxes, _ = prompt.build_example(f"What is at {box}, there?", f"A cat {box}.")
     assert pieces_of(prompt, ids)[-4:] == ["What is at", "[<at>]", "[<boxes>]", ", there? ASSISTANT:"]
     assert pieces_of(prompt, target) == [" A cat", "[<at>]", "[<boxes>]", ".", "[</s>]"]
     assert len(boxes) == 2
@@ -309,9 +318,9 @@ def test_opt_prompts_and_captions_are_tokenized_as_lavis_does(tmp_path):
     for text in (Q, "Question: how many?  Answer:", "a photo of", "naïve 12.5 %"):
         assert prompt.encode_prompt(text) == theirs(text).input_ids
     start = theirs.convert_tokens_to_ids("</s>")
-    ids, target, _, _ = prompt.build_example(Q, "two cats", prompt_format=PromptFormat("plain"))
+    ids, target, *_ = prompt.build_example(Q, "two cats", prompt_format=PromptFormat("plain"))
     assert [*ids, *target] == theirs("two cats\n").input_ids and ids == [start]
-    ids, target, _, _ = prompt.build_example("a photo of", "two cats")
+    ids, target, *_ = prompt.build_example("a photo of", "two cats")
     assert [*ids, *target] == theirs("a photo of two cats\n").input_ids and len(target) == 3
     assert target[-1:] == theirs("\n", add_special_tokens=False).input_ids
 
@@ -333,7 +342,7 @@ def test_llama_prompts_are_tokenized_as_the_originals_do(name, legacy, tmp_path)
         image = theirs.convert_tokens_to_ids("<image>")
         spliced = builder(name, folder, image_token=image)
         assert spliced.encode_prompt(question) == theirs(text.replace("{image}", "<image>")).input_ids
-    ids, target, mask, _ = prompt.build_example(Q, A)
+    ids, target, mask, *_ = prompt.build_example(Q, A)
     if name == "vicuna_v1":
         whole = prompt.config.prompt_template.replace("{question}", Q).split("{image}")[1] + f" {A}</s>"
         behind = ids[ids.index(IMAGE) + 1 :]

@@ -226,6 +226,13 @@ def test_invalid_questions_raise_a_one_sentence_error(model, mistake, said):
 # Folders
 
 
+def test_a_candidate_that_is_longer_than_its_room_is_refused_and_not_ranked_by_its_beginning(model):
+    fits, long = "red", "red " * model.processor.config.max_target_tokens
+    assert sorted(model.rank_candidates(some_pictures(1), ["What?"], [[fits, "blue"]])[0]) == [0, 1]
+    with pytest.raises(UserError, match="the candidate 'red red .* at most 24 are allowed"):
+        model.rank_candidates(some_pictures(1), ["What?"], [[fits, long]])
+
+
 def test_an_exported_folder_and_one_converted_back_answer_as_the_run_does(model, exported, tmp_path):
     convert.convert(exported, tmp_path / "ours", "jax")
     convert.convert(tmp_path / "ours", tmp_path / "theirs", "torch")

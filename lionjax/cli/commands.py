@@ -143,6 +143,7 @@ def show(args: argparse.Namespace, overrides: list[str]) -> None:
 def data(args: argparse.Namespace, fields: list[str]) -> None:
     """Print examples and counts of a data source (inspect), or convert it to ArrayRecord files (build)."""
     from lionjax.core import config
+    from lionjax.core.files import folder_digest
     from lionjax.core.types import UserError
     from lionjax.data.datasets import detect
 
@@ -153,13 +154,17 @@ def data(args: argparse.Namespace, fields: list[str]) -> None:
             raise UserError("build needs --out FOLDER, the output folder")
         from lionjax.data.prepare import array_record_writer
 
-        make_tagger = None
+        make_tagger, tagger_digest = None, ""
         if args.tagger is not None:
             from lionjax.inference import tagger
 
-            make_tagger = tagger.tagger_factory(args.tagger)
+            make_tagger, tagger_digest = tagger.tagger_factory(args.tagger), folder_digest(args.tagger)
         beam_flags = None if args.beam is None else args.beam.split()
-        print(array_record_writer.build(source, args.out, make_tagger=make_tagger, beam_flags=beam_flags))
+        print(
+            array_record_writer.build(
+                source, args.out, make_tagger=make_tagger, beam_flags=beam_flags, tagger_digest=tagger_digest
+            )
+        )
         return
     detect.inspect(source, args.split, args.limit)
     if args.out is not None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -44,6 +45,15 @@ def check_downloaded(path: Path) -> None:
         raise UserError(
             f"{path} is {kind} under the name of a model file: its download failed or needs a login; download it again"
         )
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of the names and contents of all files in a folder and its subfolders."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            total.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
+    return total.hexdigest()
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

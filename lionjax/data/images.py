@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +20,34 @@ from lionjax.data import resample
 from lionjax.data.boxes import Box
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP")
+LINK_ROOTS_ENV = "LIONJAX_LINK_ROOTS"
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 * 2**20
 FULL_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 def safe_path(root: str | Path, name: str) -> Path:
-    """The path of file `name` under `root`. Raises UserError if it is outside `root`, also by a symbolic link."""
+    """The path of file `name` under `root`, with symbolic links followed.
+
+    Raises UserError if `name` itself leaves `root`, and if a link leads out of it, unless it leads into a folder of the
+    environment variable LIONJAX_LINK_ROOTS (several are separated by ":").
+    """
     try:
         base = Path(root).resolve()
         path = (base / name).resolve()
+        written = Path(os.path.normpath(base / name))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{name!r} is not a valid path ({error}); correct it") from error
-    if not path.is_relative_to(base):
+    if path.is_relative_to(base):
+        return path
+    if not written.is_relative_to(base):
         raise UserError(f"the path {name!r} leaves the data folder {root}; keep images inside it")
+    allowed = [Path(folder).resolve() for folder in os.environ.get(LINK_ROOTS_ENV, "").split(os.pathsep) if folder]
+    if not any(path.is_relative_to(folder) for folder in allowed):
+        raise UserError(
+            f"{name!r} is a symbolic link out of the data folder {root}; keep images inside it, or set "
+            f"{LINK_ROOTS_ENV}={path.parent} to allow links there"
+        )
     return path
 
 

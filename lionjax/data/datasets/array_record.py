@@ -99,7 +99,7 @@ class OpenArrayRecordDataset:
         return int(self.example_index[task][index, 0])
 
     def record_name(self, record_index: int) -> str:
-        return self.record_names[record_index]
+        return self.record_names[record_index] or "no picture"
 
     def load_record(self, record_index: int) -> tuple[bytes, RecordTruth]:
         try:
@@ -132,7 +132,11 @@ def find_dataset_folder(root: Path) -> Path:
 
 
 def record_truths(dataset: AnnotatedImages) -> list[RecordTruth]:
-    """The ground truth of each image, with its segmentations numbered from 0."""
+    """The ground truth of each image, with its segmentations numbered from 0.
+
+    Text-only rows, which may share one record without an image, are one record each, because a reader parses a whole
+    record for each row: the first keeps the record's number and the others follow after all images.
+    """
     annotations: list[dict[str, list[Annotation]]] = [{} for _ in dataset.image_infos]
     segmentations: list[list] = [[] for _ in dataset.image_infos]
     for task, task_annotations in dataset.annotations.items():
@@ -142,4 +146,12 @@ def record_truths(dataset: AnnotatedImages) -> list[RecordTruth]:
             image_segmentations += [dataset.segmentations[region] for region in annotation.regions]
             fields = {**asdict(annotation), "regions": regions}
             annotations[annotation.photo].setdefault(task, []).append(_annotation_from_json(fields))
-    return [RecordTruth(*parts) for parts in zip(dataset.image_infos, annotations, segmentations)]
+    truths = [RecordTruth(*parts) for parts in zip(dataset.image_infos, annotations, segmentations)]
+    for number in [number for number, image_info in enumerate(dataset.image_infos) if not image_info.name]:
+        info, segments = truths[number].image_info, truths[number].segmentations
+        rows = [
+            RecordTruth(info, {task: [row]}, segments) for task, rows in annotations[number].items() for row in rows
+        ]
+        truths[number : number + 1], others = rows[:1] or [truths[number]], rows[1:]
+        truths += others
+    return truths

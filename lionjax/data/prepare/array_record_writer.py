@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,22 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
+from absl import logging as absl_logging
 
+from lionjax.core.files import write_json
 from lionjax.core.types import UserError
 from lionjax.data import images
 from lionjax.data.datasets.annotated_images import AnnotatedImages
-from lionjax.data.datasets.array_record import INDEX_FILE, RecordTruth, Tagger
+from lionjax.data.datasets.array_record import INDEX_FILE, RecordTruth, Tagger, record_truths
 from lionjax.data.datasets.source import SPLITS
-from lionjax.data.prepare.worker import RecordPreparer
+from lionjax.data.prepare.worker import RecordPreparer, group_file_name, read_group_file, records_digest
 from lionjax.data.scenes import tfds_builder
 from lionjax.data.scenes.dataset import Scenes
 
+log = logging.getLogger(__name__)
+
 SKIPPED_FILE = "left_out.txt"
+DIGEST_FILE = "made_from.json"  # the digest of what a data set was made from
 GROUP_SIZE = 256  # images that are validated, tagged and cached together
 
 
@@ -36,8 +40,10 @@ class ArrayRecordBuilderConfig(tfds.core.BuilderConfig):
 
     source: Any = dataclasses.field(default=None, repr=False)
     datasets: dict[str, AnnotatedImages] = dataclasses.field(default_factory=dict, repr=False)
+    num_records: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)  # by split
     max_pixels: int = images.MAX_PIXELS
     make_tagger: Callable[[], Tagger] | None = dataclasses.field(default=None, repr=False)
+    tagger_digest: str = ""
     group_folder: Path | None = None  # cache of finished groups, for resuming
     use_beam: bool = False
 
@@ -65,27 +71,28 @@ class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder):
         if c.use_beam:
             from lionjax.data.prepare import beam as beam_writer
 
-            return beam_writer.records_transform(c, split, len(c.datasets[split]), GROUP_SIZE)
+            return beam_writer.records_transform(c, split, c.num_records[split], GROUP_SIZE)
         return self._generate_sequentially(c, split)
 
     def _generate_sequentially(self, config: ArrayRecordBuilderConfig, split: str):
-        worker = RecordPreparer(config.datasets[split], config.make_tagger, config.group_folder / split)
-        for start in range(0, len(config.datasets[split]), GROUP_SIZE):
+        dataset, folder = config.datasets[split], config.group_folder / split
+        worker = RecordPreparer(dataset, config.make_tagger, folder, config.tagger_digest)
+        for start in range(0, config.num_records[split], GROUP_SIZE):
             yield from worker.prepare(range(start, start + GROUP_SIZE))
 
 
 @contextlib.contextmanager
 def quiet_tfds() -> Iterator[None]:
     """Suppresses TFDS's messages about downloads, and its progress bars if stderr is not a terminal."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        absl_logging.set_verbosity(verbosity)
 
 
 def build(
@@ -94,10 +101,12 @@ def build(
     max_pixels: int = images.MAX_PIXELS,
     make_tagger: Callable[[], Tagger] | None = None,
     beam_flags: Sequence[str] | None = None,
+    tagger_digest: str = "",
 ) -> Path:
     """Writes all splits of a source under `out` as ArrayRecord files and returns the folder of the data set.
 
-    The index is written last and renamed, so a folder with an index is complete; a complete data set is kept.
+    The index is written last and renamed, so a folder with an index is complete. A complete data set is kept if it was
+    made from the same annotations, image files and tagger (`tagger_digest`), else it is made again and replaced.
     `make_tagger()` returns a function from images to tags, which replace the source's. `beam_flags`: run on Apache
     Beam with these flags; the records are the same. Skipped images and annotations are listed in left_out.txt. Raises
     UserError for a source without usable records, and for scenes with a tagger or Beam.
@@ -112,32 +121,59 @@ def build(
     datasets = {split: source.open(split, max_pixels) for split in splits}
     if not any(len(dataset) for dataset in datasets.values()):
         raise UserError(f"the source {source.name!r} has no records to write; check its files")
-    group_folder = Path(out) / f"part.{source.name}"
+    truths = {split: record_truths(dataset) for split, dataset in datasets.items()}
+    digest = " ".join(
+        f"{split} {records_digest(dataset, truths[split], range(len(truths[split])), tagger_digest)}"
+        for split, dataset in datasets.items()
+    )
     config = ArrayRecordBuilderConfig(
         name=source.name,
         source=source,
         datasets=datasets,
+        num_records={split: len(rows) for split, rows in truths.items()},
         max_pixels=max_pixels,
         make_tagger=make_tagger,
-        group_folder=group_folder,
+        tagger_digest=tagger_digest,
+        group_folder=Path(out) / f"part.{source.name}",
         use_beam=beam_flags is not None,
     )
+    folder = Path(ArrayRecordBuilder(data_dir=out, config=config, file_format="array_record").data_path)
+    if not folder.exists():
+        _write_dataset(out, config, digest, beam_flags)
+    elif not _is_made_from(folder, digest):
+        log.warning("%s was made from other data, images or tags than the source has now; building it again", folder)
+        shutil.rmtree(config.group_folder / "rebuilt", ignore_errors=True)
+        rebuilt = _write_dataset(config.group_folder / "rebuilt", config, digest, beam_flags)
+        shutil.rmtree(folder)
+        rebuilt.replace(folder)
+    shutil.rmtree(config.group_folder, ignore_errors=True)
+    return folder
+
+
+def _is_made_from(folder: Path, digest: str) -> bool:
+    """Whether a data set is complete and was made from what has this digest."""
+    return (folder / INDEX_FILE).is_file() and read_group_file(folder / DIGEST_FILE).get("digest") == digest
+
+
+def _write_dataset(
+    out: str | Path, config: ArrayRecordBuilderConfig, digest: str, beam_flags: Sequence[str] | None
+) -> Path:
+    """Writes a data set under `out`, where there is none yet, and returns its folder."""
     builder = ArrayRecordBuilder(data_dir=out, config=config, file_format="array_record")
     folder = Path(builder.data_path)
     with quiet_tfds():
         try:
             builder.download_and_prepare(download_config=_download_config(beam_flags))
         except Exception as error:  # TFDS and Beam raise different errors for a split without records
-            reasons = _skip_reasons(group_folder)
-            if len(reasons) >= sum(map(len, datasets.values())):
+            reasons = _skip_reasons(config)
+            if len(reasons) >= sum(config.num_records.values()):
                 raise UserError(
-                    f"none of the {len(reasons)} images of {source.name!r} can be used; the first error: {reasons[0]}"
+                    f"none of the {len(reasons)} images of {config.name!r} can be used; the first error: {reasons[0]}"
                 ) from error
             raise
-    if not (folder / INDEX_FILE).is_file():
-        (folder / SKIPPED_FILE).write_text("".join(f"{reason}\n" for reason in _skip_reasons(group_folder)))
-        write_index(builder, folder)
-    shutil.rmtree(group_folder, ignore_errors=True)
+    (folder / SKIPPED_FILE).write_text("".join(f"{reason}\n" for reason in _skip_reasons(config)))
+    write_json(folder / DIGEST_FILE, {"digest": digest})
+    write_index(builder, folder)
     return folder
 
 
@@ -151,10 +187,14 @@ def _download_config(beam_flags: Sequence[str] | None):
     return tfds.download.DownloadConfig(beam_options=PipelineOptions(list(beam_flags)))
 
 
-def _skip_reasons(group_folder: Path) -> list[str]:
+def _skip_reasons(config: ArrayRecordBuilderConfig) -> list[str]:
     """Reasons for all skipped images and annotations, in the order of the images."""
-    files = sorted(group_folder.glob("*/*.json"), key=lambda file: (file.parent.name, int(file.stem.split("-")[0])))
-    return [reason for file in files for reason in json.loads(file.read_text())["left_out"]]
+    reasons = []
+    for split, count in sorted(config.num_records.items()):
+        for start in range(0, count, GROUP_SIZE):
+            group = range(start, min(start + GROUP_SIZE, count))
+            reasons += read_group_file(config.group_folder / split / group_file_name(group)).get("left_out", ())
+    return reasons
 
 
 def write_index(builder, folder: Path) -> None:

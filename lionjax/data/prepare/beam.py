@@ -11,15 +11,16 @@ import apache_beam as beam
 class PrepareRecords(beam.DoFn):
     """Maps the first index of a group of images to (index, record) pairs."""
 
-    def __init__(self, source, split: str, max_pixels: int, make_tagger, folder, group_size: int):
+    def __init__(self, source, split: str, max_pixels: int, make_tagger, folder, digest, group_size: int):
         self.source, self.split, self.max_pixels = source, split, max_pixels
-        self.make_tagger, self.folder, self.group_size = make_tagger, folder, group_size
+        self.make_tagger, self.folder, self.digest, self.group_size = make_tagger, folder, digest, group_size
 
     def setup(self) -> None:
         """Runs once per worker: reads the annotations and loads the tagger there instead of pickling them."""
         from lionjax.data.prepare.worker import RecordPreparer
 
-        self.worker = RecordPreparer(self.source.open(self.split, self.max_pixels), self.make_tagger, self.folder)
+        dataset = self.source.open(self.split, self.max_pixels)
+        self.worker = RecordPreparer(dataset, self.make_tagger, self.folder, self.digest)
 
     def process(self, start: int) -> Iterator:
         """Yields the records of the group that begins at `start`."""
@@ -29,11 +30,12 @@ class PrepareRecords(beam.DoFn):
             yield record
 
 
-def records_transform(config, split: str, num_images: int, group_size: int) -> beam.PTransform:
+def records_transform(config, split: str, num_records: int, group_size: int) -> beam.PTransform:
     """A Beam transform that yields all records of a split; `config` is an `ArrayRecordBuilderConfig`."""
-    starts = list(range(0, num_images, group_size))
+    starts = list(range(0, num_records, group_size))
     prepare = PrepareRecords(
-        config.source, split, config.max_pixels, config.make_tagger, config.group_folder / split, group_size
+        *(config.source, split, config.max_pixels, config.make_tagger),
+        *(config.group_folder / split, config.tagger_digest, group_size),
     )
     # Reshuffle distributes the groups; without it one worker would process all of them.
     return beam.Create(starts) | beam.Reshuffle() | beam.ParDo(prepare)

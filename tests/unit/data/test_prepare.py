@@ -17,7 +17,8 @@ from lionjax.convert.formats.ram import RAM
 from lionjax.core import sharding
 from lionjax.data.datasets.array_record import ArrayRecordDataset, find_dataset_folder
 from lionjax.data.datasets.coco import Coco
-from lionjax.data.images import MAX_PIXELS
+from lionjax.data.datasets.jsonl import JsonLines
+from lionjax.data.images import MAX_PIXELS, to_pil_image
 from lionjax.data.prepare import array_record_writer
 from lionjax.inference import tagger
 from lionjax.models.vision.ram import RamConfig
@@ -167,3 +168,96 @@ def test_a_folder_without_a_tagger_is_one_sentence_before_anything_is_read(folde
     words = ["data", "build", str(folder), "--out", str(tmp_path / "out"), "--tagger", str(tmp_path / "none")]
     assert cli.main(words) == 2
     assert "there is no folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def captions(place):
+    return {known.image_info.name: known.annotations["caption"][0].answers for _, known in records(place)}
+
+
+def test_what_stands_built_is_kept_for_the_same_source_and_made_again_for_another(folder, tmp_path):
+    source, out = Coco(str(folder), heldout_fraction=0), tmp_path / "out"
+    asked = []
+
+    def make_tagger():
+        asked.append(1)
+        return Numbers()()
+
+    place = array_record_writer.build(source, out, make_tagger=make_tagger)
+    old_tags = [known.image_info.tags for _, known in records(out)]
+    index = (place / "index.npz").stat().st_mtime_ns
+    os.utime(folder / "images" / "00.png")  # the same content
+    assert array_record_writer.build(source, out, make_tagger=make_tagger) == place
+    assert (place / "index.npz").stat().st_mtime_ns == index and len(asked) == 1
+
+    text = (folder / "captions.json").read_text()
+    (folder / "captions.json").write_text(text.replace("picture 3", "another"))  # a changed row
+    assert array_record_writer.build(source, out, make_tagger=make_tagger) == place
+    assert captions(out)["03.png"] == ("another",) and captions(out)["02.png"] == ("picture 2",)
+
+    Image.new("RGB", (30, 20), "white").save(folder / "images" / "00.png")  # a changed image
+    array_record_writer.build(source, out, make_tagger=make_tagger)
+    assert records(out)[0][1].image_info.tags == ("255",)
+    assert [known.image_info.tags for _, known in records(out)][1:] == old_tags[1:]
+    assert records(out)[0][0] == (folder / "images" / "00.png").read_bytes()
+
+    tries = len(asked)  # another tagger
+    array_record_writer.build(source, out, make_tagger=make_tagger, tagger_digest="other")
+    assert len(asked) == tries + 1
+    assert not list(out.glob("part.*"))
+    find_dataset_folder(out)
+
+
+def test_a_build_that_cannot_be_made_again_leaves_the_old_one(folder, tmp_path):
+    source, out = Coco(str(folder), heldout_fraction=0), tmp_path / "out"
+    array_record_writer.build(source, out)
+    for file in (folder / "images").iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(Exception, match="none of the 11 images"):
+        array_record_writer.build(source, out)
+    assert len(captions(out)) == COUNT - 2
+
+
+@pytest.mark.parametrize("damage", ["a changed image", "an empty file", "no file"])
+def test_tags_of_a_killed_build_are_not_given_to_another_image(folder, tmp_path, damage):
+    source, group = Coco(str(folder), heldout_fraction=0), tmp_path / "out" / "part.coco" / "train"
+
+    def tag_and_stop(seen):
+        if group.exists():
+            raise KeyboardInterrupt  # in the second group
+        return [("old",)] * len(seen)
+
+    with pytest.raises(KeyboardInterrupt):
+        array_record_writer.build(source, tmp_path / "out", make_tagger=lambda: tag_and_stop)
+    (file,) = group.iterdir()
+    if damage == "a changed image":
+        Image.new("RGB", (30, 20), "white").save(folder / "images" / "01.png")
+    else:
+        file.write_text("") if damage == "an empty file" else file.unlink()
+    array_record_writer.build(source, tmp_path / "out", make_tagger=Numbers())
+    assert all(known.image_info.tags != ("old",) for _, known in records(tmp_path / "out"))
+
+
+def test_text_only_rows_are_built_one_record_each_and_read_as_before(tmp_path, beam, monkeypatch):
+    monkeypatch.setattr(array_record_writer, "GROUP_SIZE", GROUP)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    rows = [{"question": f"question {i}?", "answer": f"answer {i}"} for i in range(5)]
+    rows.insert(2, {"image": "a.png", "question": "which color?", "answer": "red"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = JsonLines(str(tmp_path / "rows.jsonl"), str(tmp_path))
+    array_record_writer.build(source, tmp_path / "out", make_tagger=Numbers(), beam_flags=beam)
+    built, plain = (s.open("train", MAX_PIXELS) for s in (ArrayRecordDataset(str(tmp_path / "out")), source))
+
+    def read(opened):
+        found = {}
+        for index in range(opened.task_sizes["vqa"]):
+            number = opened.record_index("vqa", index)
+            image, truth = opened.load_record(number)
+            example = opened.make_example("vqa", index, truth, np.random.default_rng(0), 0.0)
+            pixels = np.asarray(to_pil_image(image))
+            found[example.question] = (example.answers, example.scene, opened.record_name(number), pixels.tolist())
+        return found
+
+    assert read(built) == read(plain) and len(read(built)) == 6
+    assert len(built) == 6  # a reader parses the record of its row only
+    tags = [built.load_record(number)[1].image_info.tags for number in range(len(built))]
+    assert sorted(tags) == [(), (), (), (), (), ("85",)]  # a blank image is not tagged

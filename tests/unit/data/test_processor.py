@@ -193,6 +193,23 @@ def test_a_path_that_leaves_its_folder_is_refused(tmp_path, name):
     sentence(error)
 
 
+def test_links_out_of_the_folder_are_followed_where_they_are_allowed(tmp_path, monkeypatch):
+    root, store = tmp_path / "root", tmp_path / "store"
+    (root / "images").mkdir(parents=True), store.mkdir()
+    outside = saved(store / "a.png", RED)
+    (root / "images" / "a.png").symlink_to(outside)
+    (root / "all").symlink_to(store, target_is_directory=True)
+    for name in ("images/a.png", "all/a.png"):
+        with pytest.raises(UserError, match=f"symbolic link.*{images.LINK_ROOTS_ENV}={store}"):
+            images.safe_path(root, name)
+    monkeypatch.setenv(images.LINK_ROOTS_ENV, f"/elsewhere:{store}")
+    for name in ("images/a.png", "all/a.png"):
+        assert images.safe_path(root, name) == outside.resolve()
+    for name in ("../store/a.png", str(outside)):  # only links are allowed to leave
+        with pytest.raises(UserError, match="leaves the data folder"):
+            images.safe_path(root, name)
+
+
 def test_paths_inside_the_folder_are_followed(tmp_path):
     inside = saved(tmp_path / "inside.png", RED)
     (tmp_path / "link.png").symlink_to(inside)

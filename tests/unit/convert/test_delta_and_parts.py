@@ -177,7 +177,7 @@ def test_a_blip2_around_openais_clip_comes_in_with_its_last_block_left(tmp_path,
     convert.convert(tmp_path / "ours", tmp_path / "back", "torch")
     names = load_file(tmp_path / "back" / "model.safetensors")
     assert_same({n: names[n] for n in state}, state)
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "lavis"
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "lionjax_blip2"
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from benchmarks.text_decoder import TextDecoder
 from benchmarks.text_t5 import text_batch
 from lionjax import convert
 from lionjax.core import sharding
+from lionjax.core.types import UserError
 from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.language import decoder, decoder_weights
 from lionjax.models.language.decoder import Decoder, DecoderConfig
@@ -240,5 +241,5 @@ def test_a_text_longer_than_the_learned_positions_is_refused():
     x_BLD, mask_BL = jnp.zeros((1, 31, GPT2.width)), jnp.ones((1, 31))
     start = functools.partial(Decoder(GPT2).init, jax.random.key(0), x_BLD, mask_BL)
     jax.eval_shape(lambda: start(1, method="prefill"))
-    with pytest.raises(ValueError, match="33 tokens do not fit the 32 learned positions"):
+    with pytest.raises(UserError, match="33 tokens do not fit the 32 learned positions"):
         jax.eval_shape(lambda: start(2, method="prefill"))

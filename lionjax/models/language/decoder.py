@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lionjax.core.errors import check_choices
 from lionjax.core.renamed import Renamed, renamed_fields
 from lionjax.core.sharding import with_logical_constraint
-from lionjax.core.types import Cache
+from lionjax.core.types import Cache, UserError
 from lionjax.nn.adapters import AdapterConfig, GatedCrossAttentionBlock, GatedCrossAttentionConfig, RoutedAdapters
 from lionjax.nn.attention import Attention, causal_mask, key_padding_mask
 from lionjax.nn.flash_attention import MASK_VALUE
@@ -400,7 +400,10 @@ class Decoder(nn.Module):
         return self.norm(x_BLD), new_kv, media_kv
 
     def check_length(self, length: int):
-        """Raises ValueError if `length` tokens exceed the learned position table."""
+        """Raises UserError if `length` tokens exceed the learned position table."""
         positions = self.c.max_positions - self.c.position_offset
         if self.c.max_positions and length > positions:
-            raise ValueError(f"{length} tokens do not fit the {positions} learned positions; shorten the text")
+            raise UserError(
+                f"{length} tokens do not fit the {positions} learned positions of the language model; lower "
+                "max_prompt_tokens (`lionjax.load(folder, prompt_length=...)`) or max_new_tokens"
+            )

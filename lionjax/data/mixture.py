@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import re
 import zlib
@@ -67,6 +68,10 @@ class MixtureDataset:
         self.datasets: list[OpenDataset] = [
             open_split(source, split, data.processor.max_pixels) for source in data.sources
         ]
+        if data.on_bad_record == "raise":  # at the start of a run, and not when the row is drawn
+            problems = itertools.chain.from_iterable(dataset.row_problems() for dataset in self.datasets)
+            if (problem := next(problems, None)) is not None:
+                raise UserError(problem)
         # Record ids count through all sources, so that an id is unique.
         self.record_offsets = np.cumsum([0, *map(len, self.datasets)])
         self.image_cache: dict[int, tuple[np.ndarray, Any, Letterbox]] = {}
@@ -304,6 +309,8 @@ def examples(
             prompt_format = prompt_format_for(component, truth)
             if component.template == "told":
                 example = prepend_scene_text(example, truth, rng)
+            if component.task == "res" and example.targets:
+                dataset.masks(record_index, example.targets)  # a bad mask is a bad record, also in evaluation
         except UserError as error:
             if data.on_bad_record == "raise":
                 raise

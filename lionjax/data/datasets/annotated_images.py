@@ -8,6 +8,7 @@ for which a question template is drawn. Boxes are kept in the annotator's units 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from PIL import Image
 
 from lionjax.core.types import UserError
 from lionjax.data import images, templates
+from lionjax.data.datasets.segmentations import region_masks
 from lionjax.data.scenes.tasks import TASK_CATEGORY, Box, Example, box_to_text
 
 PIXEL_TOLERANCE = 1.0
+MIN_SIDE_OF_PIXELS = 8  # an image of fewer pixels may have a box of one pixel
 QUESTION_TEMPLATES = {
     "caption": templates.CAPTION,
     "existence": templates.EXISTENCE,
@@ -60,6 +63,7 @@ class Annotation:
 
     `words`: a noun or referring expression that fills a template if `question` is empty. `boxes` are in the answer and
     `question_boxes` in the question, as (x0, y0, x1, y1) in the image's units. `regions`: indices of `segmentations`.
+    `problem`: why the row cannot be used; its example raises it.
     """
 
     photo: int
@@ -70,6 +74,7 @@ class Annotation:
     boxes: tuple[Box, ...] = ()
     question_boxes: tuple[Box, ...] = ()
     regions: tuple[int, ...] = ()
+    problem: str = ""
 
 
 @dataclass
@@ -98,6 +103,10 @@ class AnnotatedImages:
     def __len__(self) -> int:
         return len(self.image_infos)
 
+    def row_problems(self) -> Iterator[str]:
+        """Why rows of the annotation file cannot be used, in their order by task."""
+        return (row.problem for rows in self.annotations.values() for row in rows if row.problem)
+
     def record_name(self, record_index: int) -> str:
         return self.image_infos[record_index].name or "no picture"
 
@@ -123,8 +132,7 @@ class AnnotatedImages:
     def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
         """bool (K, height, width): masks of the segmentations with these indices, in the image's own pixels."""
         image_info = self.image_infos[record_index]
-        size = (int(image_info.height), int(image_info.width))
-        return np.stack([segmentation_to_mask(self.segmentations[region], size) for region in regions])
+        return region_masks(self.segmentations, regions, (image_info.width, image_info.height), image_info.name)
 
 
 def check_image_size(image: Image.Image, image_info: ImageInfo) -> None:
@@ -139,20 +147,6 @@ def check_image_size(image: Image.Image, image_info: ImageInfo) -> None:
         )
 
 
-def segmentation_to_mask(segmentation, size: tuple[int, int]) -> np.ndarray:
-    """bool (height, width) from COCO polygons or run lengths; `size` is (height, width)."""
-    from pycocotools import mask as coco_mask
-
-    height, width = size
-    if isinstance(segmentation, list):
-        run_lengths = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        run_lengths = coco_mask.frPyObjects(segmentation, height, width)
-    else:
-        run_lengths = segmentation
-    return coco_mask.decode(run_lengths).astype(bool)
-
-
 def make_example(
     task: str,
     annotation: Annotation,
@@ -163,8 +157,11 @@ def make_example(
 ) -> Example:
     """A text example, with a drawn question template and one drawn answer.
 
-    Raises UserError for a box outside the image or without area, and for an empty question.
+    Raises UserError for a box outside the image or without area, for an empty question, and for an annotation with a
+    problem.
     """
+    if annotation.problem:
+        raise UserError(annotation.problem)
     boxes, question_boxes = (
         _normalize_boxes(group, image_info) for group in (annotation.boxes, annotation.question_boxes)
     )
@@ -201,6 +198,12 @@ def _question_from_template(task: str, annotation: Annotation, question_boxes: t
 def _normalize_boxes(boxes: tuple[Box, ...], image_info: ImageInfo) -> tuple[Box, ...]:
     size = (image_info.width, image_info.height)
     tolerance = PIXEL_TOLERANCE if size != (1.0, 1.0) else 1e-3
+    for box in boxes if max(size) >= MIN_SIDE_OF_PIXELS else ():
+        if max(box) <= 1 and min(box) >= 0:
+            raise UserError(
+                f"a box of {image_info.name}, {tuple(box)}, is in fractions, but the boxes of an image with width and "
+                "height are in pixels; give all of them in pixels, or no width and height"
+            )
     return tuple(images.normalize_box(box, size, tolerance, f"a box of {image_info.name},") for box in boxes)
 
 

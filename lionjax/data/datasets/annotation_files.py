@@ -7,12 +7,18 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lionjax.core.types import UserError
+from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
+from lionjax.data.datasets.splits import check_heldout_fraction, in_split, split_key
+
+log = logging.getLogger(__name__)
+ROW_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
 
 
 def read_json(path: Path) -> object:
@@ -26,44 +32,118 @@ def read_json(path: Path) -> object:
         raise UserError(f"{path} is not valid JSON ({error}); replace it") from error
 
 
-def in_split(key: object, split: str, heldout_fraction: float) -> bool:
-    """Whether an image belongs to a split: `heldout_fraction` of all are held out, and as many are for validation.
-
-    Decided by a checksum of its key, so that it does not depend on other images. With fraction 0 every image is in
-    every split.
-    """
-    position = zlib.crc32(str(key).encode()) / 2**32
-    assigned_split = (
-        "heldout" if position < heldout_fraction else "validation" if position < 2 * heldout_fraction else "train"
-    )
-    return heldout_fraction == 0 or assigned_split == split
-
-
 @contextlib.contextmanager
 def convert_format_errors(path: Path) -> Iterator[None]:
     """Converts errors from malformed entries to a UserError that names the file."""
     try:
         yield
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except ROW_ERRORS as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"an entry of {path} does not have the expected format ({reason}); correct the file") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class AnnotationFile:
-    """A file of annotations of the images in `image_dir`, of which `heldout_fraction` is held out."""
+    """A file of annotations of the images in `image_dir`, of which `heldout_fraction` (0..1) is held out."""
 
     file: str
     image_dir: str
     heldout_fraction: float = 0.0
 
+    def __post_init__(self):
+        check_heldout_fraction(self.heldout_fraction)
+
 
 class AnnotatedImagesBuilder:
-    """Collects images and annotations while a file is read; each image is added once."""
+    """Collects images and annotations of a split while a file is read; each image is added once.
 
-    def __init__(self, root: Path):
+    A row that cannot be used becomes an annotation that names its problem; see `row`.
+    """
+
+    def __init__(self, root: Path, split: str = "train", heldout_fraction: float = 0.0):
         self.root, self.image_infos, self.annotations, self.segmentations = root, [], {}, []
+        self.split, self.heldout_fraction = split, heldout_fraction
         self.index_by_key: dict[object, int] = {}
+        self.units_by_image: dict[int, tuple[tuple[float, float], str]] = {}
+        self.unknown_keys: set[str] = set()
+
+    def includes(self, name: str) -> bool:
+        """Whether an image file under the root belongs to the split."""
+        return in_split(split_key(self.root, name), self.split, self.heldout_fraction)
+
+    def includes_text(self, row: str) -> bool:
+        """Whether a text-only row belongs to the split."""
+        return in_split(row, self.split, self.heldout_fraction)
+
+    @contextlib.contextmanager
+    def row(self, location: str, task: str) -> Iterator[None]:
+        """Reads one row: its error becomes an annotation of `task` that is a bad record when it is used."""
+        try:
+            yield
+        except UserError as error:
+            self._add_problem(task, location, str(error))
+        except ROW_ERRORS as error:
+            reason = f"{type(error).__name__}: {error}"
+            self._add_problem(task, location, f"{location} does not have the expected format ({reason}); correct it")
+
+    def _add_problem(self, task: str, location: str, problem: str) -> None:
+        if in_split(location, self.split, self.heldout_fraction):
+            index = self.add_image(("bad", location), ImageInfo(""))
+            self.add_annotation(task, Annotation(index, problem=problem))
+
+    def entries(
+        self, path: Path, tree: object, list_name: str, required: tuple[str, ...], task: str
+    ) -> Iterator[tuple[str, dict]]:
+        """(location, entry) of list `list_name` with all `required` fields; other entries are bad rows of `task`.
+
+        Raises UserError if there is no such list.
+        """
+        rows = tree.get(list_name) if isinstance(tree, dict) else None
+        if not isinstance(rows, list):
+            raise UserError(f"{path} has no list {list_name!r}; give a file of the expected format")
+        for number, entry in enumerate(rows):
+            location = f"{path}: entry {number} of {list_name!r}"
+            missing = [key for key in required if not isinstance(entry, dict) or key not in entry]
+            if missing:
+                self._add_problem(task, location, f"{location} has no {missing[0]!r}; add it")
+            else:
+                yield location, entry
+
+    def check_keys(
+        self, row: Mapping, known: Collection[str], image_keys: Sequence[str], location: str, file: Path
+    ) -> None:
+        """As `typed_rows.check_keys`, with one warning for each unknown key of a file."""
+        for key in typed_rows.check_keys(row, known, image_keys, location):
+            if key not in self.unknown_keys:
+                self.unknown_keys.add(key)
+                described = typed_rows.describe_key(key, known)
+                log.warning("%s: the key %s is not read; its first row is %s", file, described, location.rstrip(","))
+
+    def check_units(self, index: int, size: tuple[float, float] | None, has_boxes: bool, location: str) -> None:
+        """Keeps the units of an image's boxes: pixels of an image of `size`, or fractions (None).
+
+        Raises UserError for another size than an earlier row's, and for boxes in other units than those of an earlier
+        row.
+        """
+        units, image_info = size or (1.0, 1.0), self.image_infos[index]
+        earlier = self.units_by_image.get(index)
+        if earlier is not None and has_boxes and units != earlier[0]:
+            names = ["fractions" if u == (1.0, 1.0) else f"pixels of {u[0]:g} x {u[1]:g}" for u in (units, earlier[0])]
+            raise UserError(
+                f"{location} has boxes of {image_info.name} in {names[0]}, but {earlier[1].rstrip(',')} has them in "
+                f"{names[1]}; give all boxes of an image in the same units"
+            )
+        known_size = (image_info.width, image_info.height)
+        if size is not None and known_size not in ((1.0, 1.0), size):
+            raise UserError(
+                f"{location} gives {image_info.name} the size {size[0]:g} x {size[1]:g}, but an earlier row "
+                f"{known_size[0]:g} x {known_size[1]:g}; give the size of the file"
+            )
+        if has_boxes and earlier is None:
+            self.units_by_image[index] = units, location
+        if has_boxes or (size is not None and earlier is None):
+            width, height = units
+            self.image_infos[index] = dataclasses.replace(image_info, width=width, height=height)
 
     def add_image(self, key: object, image_info: ImageInfo) -> int:
         """The index of the image with this key, which is added if it is new."""
@@ -79,19 +159,9 @@ class AnnotatedImagesBuilder:
         return AnnotatedImages(self.root, self.image_infos, self.annotations, self.segmentations, max_pixels)
 
 
-def xywh_to_xyxy(bbox) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) from COCO's (x, y, width, height)."""
+def xywh_to_xyxy(bbox: object, location: str) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) from COCO's (x, y, width, height). Raises UserError for anything but four finite numbers."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(typed_rows.is_number, bbox)):
+        raise UserError(f"{location} has the bbox {typed_rows.abbreviate(bbox)}; give four numbers x, y, width, height")
     x, y, width, height = map(float, bbox)
     return x, y, x + width, y + height
-
-
-def validated_entries(path: Path, tree: object, list_name: str, required: tuple[str, ...]) -> list[dict]:
-    """The entries of list `list_name`. Raises UserError if the list or a `required` field of an entry is missing."""
-    entries = tree.get(list_name) if isinstance(tree, dict) else None
-    if not isinstance(entries, list):
-        raise UserError(f"{path} has no list {list_name!r}; give a file of the expected format")
-    for number, entry in enumerate(entries):
-        missing = [key for key in required if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise UserError(f"{path}: entry {number} of {list_name!r} has no {missing[0]!r}; add it")
-    return entries

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from lionjax.core.types import UserError
 from lionjax.data.datasets import annotated_images
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
+from lionjax.data.datasets.segmentations import region_masks
 
 INDEX_FILE = "index.npz"
 Tagger = Callable[[Sequence], Sequence[Sequence[str]]]  # from images to the tags of each
@@ -38,6 +39,11 @@ class RecordTruth:
     image_info: ImageInfo
     annotations: dict[str, list[Annotation]]
     segmentations: list
+
+    def masks(self, regions: tuple[int, ...]) -> np.ndarray:
+        """bool (K, height, width): masks of the segmentations with these indices, in the image's own pixels."""
+        info = self.image_info
+        return region_masks(self.segmentations, regions, (info.width, info.height), info.name)
 
     def to_json(self) -> str:
         rows = {task: [asdict(row) for row in rows] for task, rows in self.annotations.items()}
@@ -95,6 +101,10 @@ class OpenArrayRecordDataset:
     def __len__(self) -> int:
         return len(self.record_names)
 
+    def row_problems(self) -> Iterator[str]:
+        """None: `lionjax data build` leaves such rows out."""
+        return iter(())
+
     def record_index(self, task: str, index: int) -> int:
         return int(self.example_index[task][index, 0])
 
@@ -115,11 +125,7 @@ class OpenArrayRecordDataset:
         return annotated_images.make_example(task, row, truth.image_info, rng, tag_noise, self.tag_vocabulary)
 
     def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
-        _, truth = self.load_record(record_index)
-        size = int(truth.image_info.height), int(truth.image_info.width)
-        return np.stack(
-            [annotated_images.segmentation_to_mask(truth.segmentations[region], size) for region in regions]
-        )
+        return self.load_record(record_index)[1].masks(regions)
 
 
 def find_dataset_folder(root: Path) -> Path:

@@ -10,20 +10,21 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
+from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
 from lionjax.data.datasets.annotation_files import (
     AnnotatedImagesBuilder,
     convert_format_errors,
-    in_split,
     read_json,
-    validated_entries,
     xywh_to_xyxy,
 )
+from lionjax.data.datasets.splits import check_heldout_fraction
 from lionjax.data.scenes.referring import with_article
 from lionjax.data.scenes.tasks import POPE_SETTINGS
 
@@ -45,69 +46,91 @@ class Coco:
     heldout_fraction: float = 0.1
     name: str = "coco"
 
+    def __post_init__(self):
+        check_heldout_fraction(self.heldout_fraction)
+
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         folder = Path(self.folder)
         captions_path, instances_path = (folder / name for name in (self.captions_file, self.instances_file))
         if not (captions_path.is_file() or instances_path.is_file()):
             raise UserError(f"{folder} has neither {self.captions_file} nor {self.instances_file}; give a COCO folder")
-        builder = AnnotatedImagesBuilder(folder / self.image_dir)
+        builder = AnnotatedImagesBuilder(folder / self.image_dir, split, self.heldout_fraction)
         if instances_path.is_file():
             with convert_format_errors(instances_path):
-                _add_instances(builder, instances_path, lambda key: in_split(key, split, self.heldout_fraction))
+                _add_instances(builder, instances_path)
         if captions_path.is_file():
             with convert_format_errors(captions_path):
-                _add_captions(builder, captions_path, lambda key: in_split(key, split, self.heldout_fraction))
+                _add_captions(builder, captions_path)
         return builder.build(max_pixels)
 
 
-def _add_images(builder: AnnotatedImagesBuilder, path: Path, tree: object, is_included, tags: dict) -> None:
-    for image in validated_entries(path, tree, "images", ("id", "file_name", "width", "height")):
-        key = image["id"]
-        if is_included(key):
-            size = float(image["width"]), float(image["height"])
-            builder.add_image(key, ImageInfo(image["file_name"], *size, tuple(sorted(tags.get(key, ())))))
+class Instance(NamedTuple):
+    """One object: its category, its box (x0, y0, x1, y1) in pixels, and COCO's entry."""
+
+    category: str
+    box: tuple[float, float, float, float]
+    annotation: dict
 
 
-def _add_captions(builder: AnnotatedImagesBuilder, path: Path, is_included) -> None:
+def _add_images(builder: AnnotatedImagesBuilder, path: Path, tree: object, tags: dict, task: str) -> None:
+    for location, image in builder.entries(path, tree, "images", ("id", "file_name", "width", "height"), task):
+        with builder.row(location, task):
+            key, name = image["id"], typed_rows.text(image, "file_name", location)
+            size = typed_rows.image_size(image, location)
+            if size is None or not name.strip():
+                raise UserError(f"{location} lacks its file_name, width or height; add them")
+            if builder.includes(name):
+                builder.add_image(key, ImageInfo(name, *size, tuple(sorted(tags.get(key, ())))))
+
+
+def _add_captions(builder: AnnotatedImagesBuilder, path: Path) -> None:
     tree, captions = read_json(path), {}
-    _add_images(builder, path, tree, is_included, {})
-    for annotation in validated_entries(path, tree, "annotations", ("image_id", "caption")):
-        captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
-    for key, image_index in builder.index_by_key.items():
+    _add_images(builder, path, tree, {}, "caption")
+    for location, annotation in builder.entries(path, tree, "annotations", ("image_id", "caption"), "caption"):
+        with builder.row(location, "caption"):
+            caption = typed_rows.text(annotation, "caption", location).strip()
+            captions.setdefault(annotation["image_id"], []).append(caption)
+    for key, image_index in list(builder.index_by_key.items()):
         if key in captions:
             builder.add_annotation("caption", Annotation(image_index, tuple(captions[key])))
 
 
-def _add_instances(builder: AnnotatedImagesBuilder, path: Path, is_included) -> None:
+def _add_instances(builder: AnnotatedImagesBuilder, path: Path) -> None:
     """Annotations from instances: tags, existence questions, and boxes of categories with one instance in the image."""
     tree, instances = read_json(path), {}
-    category_names = {c["id"]: c["name"] for c in validated_entries(path, tree, "categories", ("id", "name"))}
-    for annotation in validated_entries(path, tree, "annotations", ("image_id", "category_id", "bbox")):
-        if annotation["category_id"] not in category_names:
-            raise UserError(f"{path}: category_id {annotation['category_id']!r} is not in 'categories'; add it")
-        instances.setdefault(annotation["image_id"], []).append((category_names[annotation["category_id"]], annotation))
-    image_categories = {key: {category for category, _ in notes} for key, notes in instances.items()}
+    categories = builder.entries(path, tree, "categories", ("id", "name"), "tags")
+    category_names = {category["id"]: typed_rows.text(category, "name", place) for place, category in categories}
+    fields = ("image_id", "category_id", "bbox")
+    for location, annotation in builder.entries(path, tree, "annotations", fields, "rec"):
+        with builder.row(location, "rec"):
+            if annotation["category_id"] not in category_names:
+                raise UserError(
+                    f"{location} has the category_id {annotation['category_id']!r}, which is not in 'categories'"
+                )
+            category = category_names[annotation["category_id"]]
+            instance = Instance(category, xywh_to_xyxy(annotation["bbox"], location), annotation)
+            instances.setdefault(annotation["image_id"], []).append(instance)
+    image_categories = {key: {instance.category for instance in group} for key, group in instances.items()}
     category_counts = Counter(dict.fromkeys(category_names.values(), 0))
     category_counts.update(category for categories in image_categories.values() for category in sorted(categories))
     cooccurrence = {category: Counter() for category in category_counts}
     for categories in image_categories.values():
         for category in categories:
             cooccurrence[category].update(sorted(categories - {category}))
-    _add_images(builder, path, tree, is_included, image_categories)
-    for key, image_index in builder.index_by_key.items():
+    _add_images(builder, path, tree, image_categories, "tags")
+    for key, image_index in list(builder.index_by_key.items()):
         if key in instances:
             builder.add_annotation("tags", Annotation(image_index, (", ".join(builder.image_infos[image_index].tags),)))
             _add_existence_questions(builder, image_index, category_counts, cooccurrence, key)
             _add_unique_objects(builder, image_index, instances[key])
 
 
-def _add_unique_objects(builder: AnnotatedImagesBuilder, image_index: int, instances: list) -> None:
+def _add_unique_objects(builder: AnnotatedImagesBuilder, image_index: int, instances: list[Instance]) -> None:
     """Boxes and masks of categories with one instance in the image (tasks rec, res, reg)."""
     image_info = builder.image_infos[image_index]
-    counts = Counter(category for category, _ in instances)
-    crowd_categories = {category for category, annotation in instances if annotation.get("iscrowd")}
-    for category, annotation in instances:
-        box = xywh_to_xyxy(annotation["bbox"])
+    counts = Counter(instance.category for instance in instances)
+    crowd_categories = {instance.category for instance in instances if instance.annotation.get("iscrowd")}
+    for category, box, annotation in instances:
         area = (box[2] - box[0]) * (box[3] - box[1])
         if (
             counts[category] > 1

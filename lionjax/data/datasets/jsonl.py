@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
+from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
-from lionjax.data.datasets.annotation_files import (
-    AnnotatedImagesBuilder,
-    AnnotationFile,
-    convert_format_errors,
-    in_split,
-    read_json,
+from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, AnnotationFile, read_json
+
+IMAGE_KEYS = ("image", "file_name")  # the last one counts
+KEYS = (
+    *(*IMAGE_KEYS, "question", "answer", "answers", "task", "kind", "setting", "expression", "boxes", "question_boxes"),
+    *("tags", "width", "height", "text", "label"),
 )
+POPE_LABELS = ("no", "yes")  # some copies of POPE have 0 and 1
 
 
 @renamed_fields()
@@ -27,25 +30,20 @@ class JsonLines(AnnotationFile):
     text-only example, such as the instructions in mPLUG-Owl's second stage.
 
     "file_name" takes precedence over "image". Without a question, a template of the task is drawn. Boxes are
-    fractions, or pixels if width and height are present. POPE's "text" and "label" become task "existence". `open`
-    raises UserError with file and line for a malformed line.
+    fractions, or pixels if width and height are present. POPE's "text" and "label" become task "existence". A text
+    where a list belongs is a list of one. A line of another type, with a misspelt key, or with boxes in other units
+    than an earlier line about its image is a bad record, whose error names file and line.
     """
 
     name: str = "lines"
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
-        file, builder = Path(self.file), AnnotatedImagesBuilder(Path(self.image_dir))
+        file = Path(self.file)
+        builder = AnnotatedImagesBuilder(Path(self.image_dir), split, self.heldout_fraction)
         for line_number, line in enumerate(_read_lines(file), 1):
             location = f"{file}, line {line_number},"
-            with convert_format_errors(Path(location)):
-                entry = json.loads(line)
-                if not isinstance(entry, dict) or not isinstance(entry.get("image", ""), str):
-                    raise UserError(f"{location} is not a JSON object with an image path as 'image'; correct the line")
-                entry.setdefault("image", "")
-                if isinstance(entry.get("file_name"), str):
-                    entry["image"] = entry["file_name"]  # the image path in RefCOCO entries
-                if in_split(entry["image"] or line, split, self.heldout_fraction):
-                    _add_line(builder, entry, location)
+            with builder.row(location, "vqa"):
+                _add_line(builder, _parse_line(line, location), location, file)
         return builder.build(max_pixels)
 
 
@@ -60,23 +58,52 @@ def _read_lines(file: Path) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def _add_line(builder: AnnotatedImagesBuilder, entry: dict, location: str) -> None:
+def _parse_line(line: str, location: str) -> dict:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{location} is not valid JSON ({error}); correct the line") from error
+    if not isinstance(entry, dict):
+        raise UserError(f"{location} is {typed_rows.abbreviate(entry)}; give a JSON object with an image and an answer")
+    return entry
+
+
+def _add_line(builder: AnnotatedImagesBuilder, entry: dict, location: str, file: Path) -> None:
+    """Adds a row to a builder. Raises UserError for keys or values that are not of the format."""
+    builder.check_keys(entry, KEYS, IMAGE_KEYS, location, file)
     is_pope = "label" in entry and "text" in entry
-    task = entry.get("task") or ("existence" if is_pope else "vqa")
-    answers = entry.get("answers") or [entry.get("label" if is_pope else "answer")]
-    boxes, question_boxes = (entry.get(key) or [] for key in ("boxes", "question_boxes"))
-    texts = [answer for answer in answers if isinstance(answer, str) and answer.strip()]
-    if not texts and not boxes:
+    task = typed_rows.text(entry, "task", location) or ("existence" if is_pope else "vqa")
+    with builder.row(location, task):
+        name = next(filter(None, (typed_rows.text(entry, key, location) for key in reversed(IMAGE_KEYS))), "")
+        size, tags = typed_rows.image_size(entry, location), typed_rows.texts(entry, "tags", location)
+        annotation = _parse_annotation(entry, is_pope, location)
+        if not (builder.includes(name) if name else builder.includes_text(json.dumps(entry, sort_keys=True))):
+            return
+        has_boxes = bool(annotation.boxes or annotation.question_boxes)
+        if has_boxes and not name:
+            raise UserError(f"{location} has boxes but no image; give its path as 'image'")
+        index = builder.add_image(name or ("text", location), ImageInfo(name, tags=tags))
+        builder.check_units(index, size, has_boxes, location)
+        builder.add_annotation(task, dataclasses.replace(annotation, photo=index))
+
+
+def _parse_annotation(entry: dict, is_pope: bool, location: str) -> Annotation:
+    """The annotation of a row, with image index 0."""
+    if is_pope:
+        label = entry["label"]
+        answers = (POPE_LABELS[label],) if isinstance(label, int) and label in (0, 1) else ()
+        answers = answers or typed_rows.texts(entry, "label", location)
+    else:
+        answers = typed_rows.texts(entry, "answers", location) or typed_rows.texts(entry, "answer", location)
+    boxes = typed_rows.boxes(entry, "boxes", location)
+    if not answers and not boxes:
         raise UserError(f"{location} has neither an answer nor boxes; add one of them")
-    size = [float(entry.get(key) or 1) for key in ("width", "height")]
-    image_index = builder.add_image(entry["image"], ImageInfo(entry["image"], *size, tuple(entry.get("tags") or ())))
-    annotation = Annotation(
-        image_index,
-        tuple(texts),
-        entry.get("text" if is_pope else "question") or "",
-        entry.get("expression") or "",
-        entry.get("kind") or entry.get("setting") or "",
-        tuple(map(tuple, boxes)),
-        tuple(map(tuple, question_boxes)),
+    return Annotation(
+        0,
+        answers,
+        typed_rows.text(entry, "text" if is_pope else "question", location),
+        typed_rows.text(entry, "expression", location),
+        typed_rows.text(entry, "kind", location) or typed_rows.text(entry, "setting", location),
+        boxes,
+        typed_rows.boxes(entry, "question_boxes", location),
     )
-    builder.add_annotation(task, annotation)

@@ -7,16 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lionjax.core.renamed import renamed_fields
+from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
-from lionjax.data.datasets.annotation_files import (
-    AnnotatedImagesBuilder,
-    AnnotationFile,
-    convert_format_errors,
-    in_split,
-    read_json,
-    validated_entries,
-    xywh_to_xyxy,
-)
+from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, AnnotationFile, read_json, xywh_to_xyxy
 
 
 @renamed_fields()
@@ -31,16 +24,19 @@ class RefCoco(AnnotationFile):
     name: str = "refcoco"
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
-        file, builder = Path(self.file), AnnotatedImagesBuilder(Path(self.image_dir))
+        file = Path(self.file)
+        builder = AnnotatedImagesBuilder(Path(self.image_dir), split, self.heldout_fraction)
         fields = ("img_id", "sents", "bbox", "height", "width")
-        with convert_format_errors(file):
-            for entry in validated_entries(file, {"refs": read_json(file)}, "refs", fields):
+        for location, entry in builder.entries(file, {"refs": read_json(file)}, "refs", fields, "rec"):
+            with builder.row(location, "rec"):
                 stem = str(entry["img_id"]).rpartition("_")[0]
-                name = entry.get("file_name") or f"{stem}.jpg"
-                if in_split(name, split, self.heldout_fraction):
-                    size = float(entry["width"]), float(entry["height"])
+                name = typed_rows.text(entry, "file_name", location) or f"{stem}.jpg"
+                size = typed_rows.image_size(entry, location)
+                box = xywh_to_xyxy(entry["bbox"], location)
+                expression = typed_rows.text(entry, "sents", location).strip()
+                if builder.includes(name):
                     image_index = builder.add_image(name, ImageInfo(name, *size))
-                    box, expression = xywh_to_xyxy(entry["bbox"]), entry["sents"].strip()
+                    builder.check_units(image_index, size, True, location)
                     builder.add_annotation("rec", Annotation(image_index, words=expression, boxes=(box,)))
                     builder.add_annotation("reg", Annotation(image_index, (expression,), question_boxes=(box,)))
         return builder.build(max_pixels)

@@ -30,12 +30,12 @@ class ScienceQa:
         builder = AnnotatedImagesBuilder(folder / "images" / split_name)
         with convert_format_errors(folder / "problems.json"):
             for question_id in question_ids[split_name]:
-                problem = problems[question_id]
-                image_name = f"{question_id}/{problem['image']}" if problem.get("image") else ""
-                image_index = builder.add_image(image_name, ImageInfo(image_name))
-                kind = "image" if image_name else "text"
-                annotation = Annotation(image_index, (format_answer(problem),), format_question(problem), kind=kind)
-                builder.add_annotation("choice", annotation)
+                with builder.row(f"{folder / 'problems.json'}: question {question_id}", "choice"):
+                    problem = problems[question_id]
+                    image_name = f"{question_id}/{problem['image']}" if problem.get("image") else ""
+                    kind, texts = "image" if image_name else "text", (format_answer(problem), format_question(problem))
+                    image_index = builder.add_image(image_name, ImageInfo(image_name))
+                    builder.add_annotation("choice", Annotation(image_index, texts[:1], texts[1], kind=kind))
         return builder.build(max_pixels)
 
 

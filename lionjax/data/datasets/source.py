@@ -7,6 +7,7 @@ use only the methods of `OpenDataset`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,9 @@ class OpenDataset(Protocol):
     task_sizes: dict[str, int]
 
     def __len__(self) -> int: ...
+
+    def row_problems(self) -> Iterator[str]:
+        """Why rows of the source's files cannot be used; examples of these rows raise UserError."""
 
     def record_index(self, task: str, index: int) -> int:
         """Index of the record of an example."""

@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lionjax.core.renamed import renamed_fields
+from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
-from lionjax.data.datasets.annotation_files import (
-    AnnotatedImagesBuilder,
-    convert_format_errors,
-    in_split,
-    read_json,
-    validated_entries,
-)
+from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, read_json
+from lionjax.data.datasets.splits import check_heldout_fraction
 
 
 @renamed_fields()
@@ -33,18 +29,23 @@ class Vqa:
     heldout_fraction: float = 0.0
     name: str = "vqa"
 
+    def __post_init__(self):
+        check_heldout_fraction(self.heldout_fraction)
+
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
-        answers_by_question, builder = {}, AnnotatedImagesBuilder(Path(self.image_dir))
-        path = Path(self.answers)
-        with convert_format_errors(path):
-            for annotation in validated_entries(path, read_json(path), "annotations", ("question_id", "answers")):
-                answers_by_question[annotation["question_id"]] = tuple(a["answer"] for a in annotation["answers"])
-        path = Path(self.questions)
-        fields = ("question_id", "image_id", "question")
-        with convert_format_errors(path):
-            for entry in validated_entries(path, read_json(path), "questions", fields):
+        builder = AnnotatedImagesBuilder(Path(self.image_dir), split, self.heldout_fraction)
+        answers_by_question, path = {}, Path(self.answers)
+        fields = ("question_id", "answers")
+        for location, annotation in builder.entries(path, read_json(path), "annotations", fields, "vqa"):
+            with builder.row(location, "vqa"):
+                answers = tuple(typed_rows.text(item, "answer", location) for item in annotation["answers"])
+                answers_by_question[annotation["question_id"]] = tuple(filter(str.strip, answers))
+        path, fields = Path(self.questions), ("question_id", "image_id", "question")
+        for location, entry in builder.entries(path, read_json(path), "questions", fields, "vqa"):
+            with builder.row(location, "vqa"):
                 image_id, answers = entry["image_id"], answers_by_question.get(entry["question_id"])
-                if answers and in_split(image_id, split, self.heldout_fraction):
-                    image_index = builder.add_image(image_id, ImageInfo(self.file_name_pattern.format(image_id)))
-                    builder.add_annotation("vqa", Annotation(image_index, answers, entry["question"]))
+                name, question = self.file_name_pattern.format(image_id), typed_rows.text(entry, "question", location)
+                if answers and builder.includes(name):
+                    image_index = builder.add_image(image_id, ImageInfo(name))
+                    builder.add_annotation("vqa", Annotation(image_index, answers, question))
         return builder.build(max_pixels)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lionjax.core.types import UserError
 from lionjax.data.datasets import annotated_images
-from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
+from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation
 from lionjax.data.datasets.array_record import RecordTruth, Tagger, record_truths
 
 log = logging.getLogger(__name__)
@@ -117,9 +117,11 @@ def select_valid(
         try:
             opened_image = None if is_text else dataset.load_record(number)[0]
             rows = {
-                task: [row for row in rows if _is_valid(task, row, truth.image_info, skip_reasons)]
+                task: [row for row in rows if _is_valid(task, row, truth, skip_reasons)]
                 for task, rows in truth.annotations.items()
             }
+            if truth.annotations and not any(rows.values()):
+                continue
             records[number] = (
                 blank_file if is_text else dataset.image_path(number).read_bytes(),
                 RecordTruth(truth.image_info, rows, truth.segmentations),
@@ -137,10 +139,13 @@ def select_valid(
     return records, skip_reasons
 
 
-def _is_valid(task: str, annotation: Annotation, image_info: ImageInfo, skip_reasons: list[str]) -> bool:
-    """Whether an example can be made of an annotation; appends the reason to `skip_reasons` if not."""
+def _is_valid(task: str, annotation: Annotation, truth: RecordTruth, skip_reasons: list[str]) -> bool:
+    """Whether an example and its masks can be made of an annotation; appends the reason to `skip_reasons` if not."""
+    image_info = truth.image_info
     try:
         annotated_images.make_example(task, annotation, image_info, np.random.default_rng(0))
+        if task == "res" and annotation.regions:
+            truth.masks(annotation.regions)
     except UserError as error:
         skip_reasons.append(str(error))
         return False

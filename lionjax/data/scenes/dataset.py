@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +55,9 @@ class OpenScenes:
 
     def __len__(self) -> int:
         return self.num_scenes
+
+    def row_problems(self) -> Iterator[str]:
+        return iter(())
 
     def record_index(self, task: str, index: int) -> int:
         return index

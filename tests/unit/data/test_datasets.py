@@ -12,7 +12,7 @@ from PIL import Image
 
 from lionjax.core.types import UserError
 from lionjax.data.config import DataConfig
-from lionjax.data.datasets import annotated_images, annotation_files, detect
+from lionjax.data.datasets import annotated_images, detect, splits
 from lionjax.data.datasets import source as sources
 from lionjax.data.datasets.array_record import ArrayRecordDataset
 from lionjax.data.datasets.coco import Coco
@@ -70,6 +70,10 @@ def edit(path: Path, change) -> None:
     tree = json.loads(path.read_text())
     change(tree)
     path.write_text(json.dumps(tree))
+
+
+def all_usable(source, task: str, split="train") -> list:
+    return all_of(source, task, split, on_bad_record="replace")
 
 
 def all_of(source, task: str, split="train", **config) -> list:
@@ -143,8 +147,9 @@ def test_splits_share_no_picture_and_stay_when_pictures_are_added(folder):
         for opened in [source.open(split, MAX_PIXELS)]
     }
     assert sum(map(len, names.values())) == 12 and len(set.union(*names.values())) == 12
-    assert all(annotation_files.in_split(int(n[:4]), split, 0.3) for split in names for n in names[split])
-    shares = [annotation_files.in_split(key, "heldout", 0.3) for key in range(2000)]
+    keys = {n: splits.split_key(folder / "images", n) for split in names for n in names[split]}
+    assert all(splits.in_split(keys[n], split, 0.3) for split in names for n in names[split])
+    shares = [splits.in_split(key, "heldout", 0.3) for key in range(2000)]
     assert 0.26 < np.mean(shares) < 0.34
 
 
@@ -178,19 +183,35 @@ def test_a_bad_record_is_one_sentence_when_used_or_is_left_out(folder, change, w
 @pytest.mark.parametrize(
     "change",
     [
-        lambda t: t.pop("images"),
         lambda t: t["images"][0].pop("file_name"),
+        lambda t: t["images"][0].update(file_name=""),
         lambda t: t["annotations"][0].update(category_id=99),
+        lambda t: t["annotations"][0].update(category_id=[1]),
         lambda t: t["annotations"][0].update(bbox=[1, 2]),
-        lambda t: t["images"][0].update(width="wide"),
+        lambda t: t["annotations"][0].update(bbox="1 2 3 4"),
+        lambda t: t["annotations"][0].update(bbox=[1, 2, 3, float("nan")]),
+        lambda t: t["annotations"].insert(0, "cat"),
+        lambda t: t["images"][0].update(width="50"),
         lambda t: t["images"][0].update(width=0),
     ],
 )
-def test_a_broken_annotation_file_raises_a_one_sentence_error(folder, change):
+def test_a_broken_entry_is_a_bad_record_and_the_others_are_used(folder, change):
+    before = open_split(Coco(str(folder), heldout_fraction=0), "train", MAX_PIXELS).task_sizes
     edit(folder / "instances.json", change)
+    source = Coco(str(folder), heldout_fraction=0)
+    with pytest.raises(UserError) as error:
+        MixtureDataset(DataConfig(sources=(source,)), "train")
+    assert "instances.json: entry 0 of" in sentence(error)
+    opened = MixtureDataset(DataConfig(sources=(source,), on_bad_record="replace"), "train").datasets[0]
+    assert len(list(opened.row_problems())) == 1
+    assert sum(opened.task_sizes.values()) - 1 <= sum(before.values()) and len(all_usable(source, "rec")) >= 10
+
+
+def test_a_file_without_its_lists_raises_a_one_sentence_error(folder):
+    edit(folder / "instances.json", lambda tree: tree.pop("images"))
     with pytest.raises(UserError) as error:
         Coco(str(folder)).open("train", MAX_PIXELS)
-    sentence(error)
+    assert "no list 'images'" in sentence(error)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\x1f\x8b\x00broken"])
@@ -263,7 +284,7 @@ def test_lines_of_json_are_read_with_their_boxes_and_popes_names(folder, tmp_pat
 def test_a_bad_line_is_named_by_its_number(tmp_path, line):
     (tmp_path / "r.jsonl").write_text(json.dumps(LINES[0]) + "\n" + line)
     with pytest.raises(UserError, match=r"r\.jsonl, line 2"):
-        JsonLines(str(tmp_path / "r.jsonl"), str(tmp_path)).open("train", MAX_PIXELS)
+        MixtureDataset(DataConfig(sources=(JsonLines(str(tmp_path / "r.jsonl"), str(tmp_path)),)), "train")
 
 
 def test_a_record_without_a_question_for_a_task_without_wordings_raises_a_one_sentence_error(folder, tmp_path):

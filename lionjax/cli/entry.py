@@ -39,7 +39,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     names = "caption, vqa, relation, existence, rec, res, reg, grounded, box_vqa, tags, choice or all; "
     names += "coco/vqa for one source, rec@digits for another box format"
     verb.add_argument("--benchmark", metavar="NAME", required=True, help=names)
-    verb.add_argument("--limit", metavar="N", type=int, help="maximum number of questions per benchmark")
+    verb.add_argument("--limit", metavar="N", type=positive_int, help="maximum number of questions per benchmark")
     verb.add_argument("--split", default="heldout", help="train, validation or heldout (default: heldout)")
     verb.add_argument("--source", help="data to use instead of the run's: a folder or an annotation file")
     add_annotation_arguments(verb)
@@ -52,7 +52,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb.add_argument("--box", metavar="X0,Y0,X1,Y1", help="the box that the prompt refers to, in 0..1")
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, to tag the image")
     prompt_length_help = "maximum prompt length in tokens (default: as in training)"
-    verb.add_argument("--prompt-length", metavar="N", type=int, help=prompt_length_help)
+    verb.add_argument("--prompt-length", metavar="N", type=positive_int, help=prompt_length_help)
     verb.add_argument("--json", action="store_true", help="print text, boxes and masks as JSON")
     verb.add_argument("--out", metavar="PNG", type=Path, help="write the image with boxes and masks to this file")
 
@@ -63,7 +63,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb.add_argument("--port", type=int, default=7860, help="port to bind (default: 7860)")
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, to tag images")
     prompt_length_help = "maximum prompt length in tokens with chat history, at least that of training (default: 256)"
-    verb.add_argument("--prompt-length", metavar="N", type=int, default=256, help=prompt_length_help)
+    verb.add_argument("--prompt-length", metavar="N", type=positive_int, default=256, help=prompt_length_help)
 
     verb = add_verb(verbs, tag)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a folder with RAM's weights and its tag list")
@@ -92,6 +92,13 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     return parser, verbs.choices
 
 
+def positive_int(text: str) -> int:
+    """An integer above 0 from the command line. Raises ArgumentTypeError for anything else."""
+    if not text.strip().isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
+    return int(text)
+
+
 def add_annotation_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of an annotation file as a data source."""
     verb.add_argument("--images", metavar="DIR", default="", help="image folder of an annotation file")
@@ -104,7 +111,9 @@ def add_data_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("source", metavar="SOURCE", help="scenes, easy_vqa, or a folder or annotation file")
     add_annotation_arguments(verb)
     verb.add_argument("--split", default="train", help="train, validation or heldout (default: train)")
-    verb.add_argument("--limit", metavar="N", type=int, default=3, help="examples to print per task (default: 3)")
+    verb.add_argument(
+        "--limit", metavar="N", type=positive_int, default=3, help="examples to print per task (default: 3)"
+    )
     verb.add_argument("--out", metavar="PATH", type=Path, help="inspect: a PNG to write; build: the output folder")
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="build: add tags with RAM from this folder")
     beam_help = 'build: run on Apache Beam with these flags, as in --beam="--runner=DirectRunner"'

@@ -28,6 +28,7 @@ from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
 
+BOOLEAN_WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 CLASS_TO_TAG = {class_path: tag for tag, class_path in class_tags.TAG_TO_CLASS.items()}
 
 
@@ -82,6 +83,10 @@ def _parse_value(arguments: list[str], hint: Any, path: str) -> Any:
             return tuple(kind.from_words(*pair) for pair in zip(arguments[::2], arguments[1::2]))
         except ValueError:
             raise UserError(f"{path} must be {_type_name(hint)}, got {' '.join(arguments)!r}") from None
+    if hint is bool and len(arguments) == 1 and arguments[0].strip().lower() in BOOLEAN_WORDS:
+        return BOOLEAN_WORDS[arguments[0].strip().lower()]
+    if "bool" in str(hint):  # tyro knows only True and False
+        arguments = [word.title() if word.lower() in ("true", "false") else word for word in arguments]
     import tyro
 
     output = io.StringIO()  # hides tyro's own error message

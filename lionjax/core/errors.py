@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that are one sentence for the user. Imports nothing, so that the command line starts fast."""
+"""Errors that are one sentence for the user. Imports only small modules, so that the command line starts fast."""
+
+import math
+import operator
+from collections.abc import Iterator
+
+OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+DTYPES = ("float32", "bfloat16", "float16")  # of parameters and of the computation
 
 
 class UserError(Exception):
@@ -20,3 +27,40 @@ def check_choices(config, **choices) -> None:
         value = getattr(config, field)
         if value not in allowed:
             raise ValueError(f"{field} is {value!r}; it can be one of {', '.join(map(str, allowed))}")
+
+
+def check_ranges(config, where: str = "", **ranges: str) -> None:
+    """Raise UserError for a field with a number out of its range, {field: range}, and for NaN and infinity.
+
+    A range is a text such as ">= 0" or ">= 0 and < 1". Of a tuple every number is checked; None has no range. `where`
+    precedes the field's name in the message.
+    """
+    for field, text in ranges.items():
+        value = getattr(config, field)
+        bounds = [bound.split() for bound in text.split(" and ")]
+        for number in _numbers(value):
+            if not (math.isfinite(number) and all(OPERATORS[sign](number, float(end)) for sign, end in bounds)):
+                raise UserError(f"{where}{field} is {value!r}; give a finite number {text}")
+
+
+def check_finite(config, where: str = "") -> None:
+    """Raise UserError for a field of `config` that is or holds NaN or infinity."""
+    for field, value in vars(config).items():
+        if not all(math.isfinite(number) for number in _numbers(value)):
+            raise UserError(f"{where}{field} is {value!r}; give finite numbers")
+
+
+def check_dtype(config, field: str, where: str = "") -> None:
+    """Raise UserError if a field of `config` is not the name of a dtype that parameters can have."""
+    value = getattr(config, field)
+    if value not in DTYPES:
+        raise UserError(f"{where}{field} is {value!r}; choose one of {', '.join(DTYPES)}")
+
+
+def _numbers(value) -> Iterator[int | float]:
+    """All numbers in a value: itself, or those in a tuple or list and in the ones inside it."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value

@@ -6,9 +6,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from lionjax.core.errors import UserError, check_dtype, check_finite, check_ranges
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import MeshConfig
-from lionjax.core.types import UserError
 
 Scalar = bool | int | float | str | None
 
@@ -28,6 +28,11 @@ class Mix:
     template: str = ""
     boxes: str = ""
     shots: int = 0
+
+    def __post_init__(self):
+        where = f"mixture entry {self.task!r}: "
+        check_finite(self, where)
+        check_ranges(self, where, shots=">= 0")
 
     @classmethod
     def from_words(cls, spec: str, weight: float | str = 1.0) -> Mix:
@@ -103,7 +108,7 @@ class Stage:
     - `model_overrides`: fields of the model config replaced in this stage, such as ("visual_input", "QFORMER").
     - `init_from`: start from the weights of the previous stage, or from scratch.
 
-    Raises UserError for a `batch_size` or `grad_accum_steps` below 1, and if the latter does not divide the former.
+    Raises UserError for numbers out of their range, and if `grad_accum_steps` does not divide `batch_size`.
     """
 
     name: str
@@ -130,6 +135,9 @@ class Stage:
             value = getattr(self, field)
             if value < 1:
                 raise UserError(f"stage {self.name!r}: {field} is {value}; it must be at least 1")
+        rates = ("learning_rate", "warmup_learning_rate", "end_learning_rate", "weight_decay", "clip_norm")
+        not_negative = dict.fromkeys(("steps", "warmup_steps", *rates, "lr_multipliers"), ">= 0")
+        check_ranges(self, f"stage {self.name!r}: ", **not_negative, betas=">= 0 and < 1")
         if self.batch_size % self.grad_accum_steps:
             raise UserError(
                 f"stage {self.name!r}: batch_size is {self.batch_size}; it must be a multiple of "
@@ -159,6 +167,12 @@ class RunConfig:
     # A step that takes longer than this (ten times this while it compiles) ends the process; 0: no watchdog.
     watchdog_seconds: float = 1800.0
 
+    def __post_init__(self):
+        limits = ("log_every", "save_every", "evaluate_every", "evaluate_limit", "max_to_keep", "max_bad_steps")
+        amounts = ("feature_cache_gib", "loss_spike_sigmas", "watchdog_seconds")
+        check_ranges(self, "run.", **dict.fromkeys((*limits, *amounts), ">= 0"))
+        check_dtype(self, "frozen_dtype", "run.")
+
 
 @renamed_fields(beams="num_beams")
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +200,12 @@ class GenerationDefaults:
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
 
+    def __post_init__(self):
+        check_finite(self, "generation.")
+        not_negative = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "pad_token_id")
+        check_ranges(self, "generation.", **dict.fromkeys(not_negative, ">= 0"))
+        check_ranges(self, "generation.", num_beams=">= 1", repetition_penalty="> 0", top_p="> 0 and <= 1")
+
 
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +227,25 @@ class Experiment:
 
     def __post_init__(self):
         object.__setattr__(self, "weights", parse_entries(self.weights, Weights))
+        check_ranges(self, seed=f">= 0 and < {2**32}")  # what both jax.random.key and NumPy's SeedSequence take
+        if dataclasses.is_dataclass(self.model):
+            check_model_fields(self.model)
         # The processor's fields that depend on the model are derived from it, so that they are set in one place.
         for_model = getattr(self.data, "for_model", None)
         if for_model is not None:
             object.__setattr__(self, "data", for_model(self.model.info))
+
+
+def check_model_fields(config: object, where: str = "model.") -> None:
+    """Raise UserError for a model config with a number that is not finite, an unknown dtype or a bad dropout rate.
+
+    Nested configs are checked too.
+    """
+    check_finite(config, where)
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            check_model_fields(value, f"{where}{name}.")
+        elif name == "dtype":
+            check_dtype(config, name, where)
+        elif name in ("dropout", "dropout_rate", "drop_path_rate"):
+            check_ranges(config, where, **{name: ">= 0 and < 1"})

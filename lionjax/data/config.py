@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lionjax.core.errors import check_ranges
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import ModelInfo, UserError
 from lionjax.data.processor import ProcessorConfig
@@ -63,6 +64,7 @@ class DataConfig:
         for field in ("image_cache_mib", "num_threads", "prefetch_buffer_size", "num_workers"):
             if getattr(self, field) < 0:
                 raise UserError(f"data.{field} is {getattr(self, field)}; give 0 or more")
+        check_ranges(self, "data.", length_buckets=">= 1")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError(
                 f"data.crop_scale is {self.crop_scale}; give minimum and maximum area in 0..1, such as (0.5, 1.0)"

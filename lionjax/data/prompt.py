@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from lionjax.core.errors import check_finite, check_ranges
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
 from lionjax.data import images, tokenizer
@@ -99,6 +100,8 @@ class ProcessorConfig:
         for field in ("num_image_tokens", "location_bins_per_side", "max_boxes", "sam_image_size"):
             if getattr(self, field) < 0:
                 raise UserError(f"processor.{field} is {getattr(self, field)}; give 0 or more")
+        check_ranges(self, "processor.", image_std="> 0")
+        check_finite(self, "processor.")
         placeholders = set(re.findall(r"{(\w+)}", self.prompt_template + self.followup_template))
         if unknown := sorted(placeholders - {"question", "image"}):
             raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from lionjax.core.errors import check_ranges
 from lionjax.core.renamed import renamed_fields
 
 
@@ -17,6 +18,9 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q", "v")  # names or ends of paths of the dense layers with an update
+
+    def __post_init__(self):
+        check_ranges(self, "lora.", rank=">= 0", alpha="> 0", dropout=">= 0 and < 1")
 
     def targets(self, path: tuple[str, ...]) -> bool:
         """Whether the dense layer at this path of module names has an update."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lionjax.core.errors import check_ranges
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
 from lionjax.data.datasets.source import SPLITS
@@ -29,6 +30,9 @@ class Scenes:
     seed: int = 0
     folder: str = ""
     name: str = "scenes"
+
+    def __post_init__(self):
+        check_ranges(self, f"source {self.name!r}: ", sizes=">= 0", image_size=">= 1", seed=f">= 0 and < {2**32}")
 
     def open(self, split: str, max_pixels: int) -> OpenScenes:
         return OpenScenes(self, split)

@@ -44,6 +44,7 @@ TAG_TO_CLASS = {
     "Coco": "lionjax.data.datasets.coco:Coco",
     "RefCoco": "lionjax.data.datasets.refcoco:RefCoco",
     "Vqa": "lionjax.data.datasets.vqa:Vqa",
+    "Conversations": "lionjax.data.datasets.conversations:Conversations",
     "JsonLines": "lionjax.data.datasets.jsonl:JsonLines",
     "ScienceQa": "lionjax.data.datasets.scienceqa:ScienceQa",
     "ArrayRecordDataset": "lionjax.data.datasets.array_record:ArrayRecordDataset",

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lionjax.core.experiment import MIX_TEMPLATES
 from lionjax.core.types import UserError
+from lionjax.data.boxes import Box
 
 TEMPLATE_KINDS = MIX_TEMPLATES
 
@@ -23,13 +25,14 @@ class PromptFormat:
     without a question (LLaVA's first stage), and "told" is a prompt of text without an image.
 
     `turns`: earlier (question, answer) pairs about the same image, or each about its own if `image_per_turn`. With
-    "told", turns are text-only in-context examples, and the last question follows the template. Raises UserError for
-    an unknown `kind`.
+    "told", turns are text-only in-context examples, and the last question follows the template. `image_marks`: the
+    images stand where question and turns have `<image>`, and nowhere else. Raises UserError for an unknown `kind`.
     """
 
     kind: str = ""
     turns: tuple[tuple[str, str], ...] = ()
     image_per_turn: bool = False
+    image_marks: bool = False
 
     def __post_init__(self):
         if self.kind not in ("", *TEMPLATE_KINDS):
@@ -39,6 +42,19 @@ class PromptFormat:
 
 
 DEFAULT_FORMAT = PromptFormat()
+
+
+class BuiltExample(NamedTuple):
+    """Token ids of one example. `loss_mask`: of the target. `boxes`: of question and answer.
+
+    `num_cut`: target tokens, its end included, beyond `max_target_tokens`; the target of such an example has no end.
+    """
+
+    prompt_ids: list[int]
+    target_ids: list[int]
+    loss_mask: list[int]
+    boxes: list[Box]
+    num_cut: int
 
 
 def flatten_turns(

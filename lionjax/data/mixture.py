@@ -142,14 +142,22 @@ class MixtureDataset:
         else:
             pixels, truth, image_letterbox = self.load_cached(component.source_index, record)
             example = dataset.make_example(component.task, index, truth, rng, data.tag_noise)
-        example, prompt_format = component.add_format_hint(example), prompt_format_for(component, truth)
+        example = component.add_format_hint(example)
+        prompt_format = prompt_format_for(component, truth, example)
         if component.template == "told":
             example = prepend_scene_text(example, truth, rng)
         if component.shots:
             shot_images, turns = self.sample_shots(component, index, rng)
             prompt_format, pixels = PromptFormat("", turns, True), self.processor.stack_images([*shot_images, pixels])
         else:
-            pixels = self.processor.stack_images([pixels])
+            more_pixels = [self.load_cached(component.source_index, number)[0] for number in example.more_records]
+            if more_pixels and len(more_pixels) >= self.processor.config.max_images:
+                max_images = self.processor.config.max_images
+                raise UserError(
+                    f"{dataset.record_name(record)} is shown with {len(more_pixels)} more images, but "
+                    f"processor.max_images is {max_images}; set it to {len(more_pixels) + 1} or more"
+                )
+            pixels = self.processor.stack_images([pixels, *more_pixels])
         # Task "tags" never gets tags in its prompt: they are the answer.
         without_tags = rng.random() < data.tag_dropout or component.task == "tags"
         tags = () if without_tags else example.tags
@@ -202,8 +210,10 @@ class MixtureDataset:
         return sam_arrays | {"masks": mask_KHW, "masks_mask": mask_valid_K}
 
 
-def prompt_format_for(component: MixtureComponent, truth: Any) -> PromptFormat:
+def prompt_format_for(component: MixtureComponent, truth: Any, example: Example) -> PromptFormat:
     """The prompt format of a component's example; text-only if its record has no image."""
+    if example.image_marks and component.template != "plain":
+        return PromptFormat("", example.history, image_marks=True)
     info = truth.image_info if isinstance(truth, RecordTruth) else truth
     text_only = isinstance(info, ImageInfo) and not info.name
     return PromptFormat("told" if text_only else component.template)
@@ -277,6 +287,7 @@ class Sample:
     record_index: int
     box_format: str = ""  # overrides the processor's box format if not empty
     prompt_format: PromptFormat = DEFAULT_FORMAT
+    more_images: tuple[Any, ...] = ()
 
     def masks(self) -> np.ndarray:
         """bool (K, height, width): the masks of the regions in `example.targets`."""
@@ -306,7 +317,8 @@ def examples(
         try:
             image, truth = dataset.load_record(record_index)
             example = component.add_format_hint(dataset.make_example(component.task, index, truth, rng, data.tag_noise))
-            prompt_format = prompt_format_for(component, truth)
+            prompt_format = prompt_format_for(component, truth, example)
+            more_images = tuple(dataset.load_record(number)[0] for number in example.more_records)
             if component.template == "told":
                 example = prepend_scene_text(example, truth, rng)
             if component.task == "res" and example.targets:
@@ -326,4 +338,5 @@ def examples(
             record_index,
             component.box_format,
             prompt_format,
+            more_images,
         )

@@ -19,6 +19,7 @@ from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat, render_history
 from lionjax.data.image_fit import ImageFit
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.prompt import CLIP_MEAN, CLIP_STD, NO_LETTERBOX, ProcessorConfig, PromptBuilder
+from lionjax.data.rounds import without_marks
 from lionjax.data.tokenizer import Tokenizer
 
 __all__ = ("CLIP_MEAN", "CLIP_STD", "ImageTextInput", "Processor", "ProcessorConfig")
@@ -132,7 +133,9 @@ class Processor:
         texts = {
             "prompt": _pad_and_mask(built.prompt_ids, c.max_prompt_tokens, pad),
             "question": _pad_and_mask(
-                self.prompt.encode_question(question), c.max_question_tokens, self.prompt.question_tokenizer.pad_id
+                self.prompt.encode_question(without_marks(question, prompt_format)),
+                c.max_question_tokens,
+                self.prompt.question_tokenizer.pad_id,
             ),
             "target": _pad_and_mask(built.target_ids, c.max_target_tokens, pad),
         }

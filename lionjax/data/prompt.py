@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from lionjax.core.errors import check_finite, check_ranges
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
-from lionjax.data import images, tokenizer
+from lionjax.data import images, rounds, tokenizer
 from lionjax.data.boxes import Box, BoxCodec, join_text_and_boxes, sort_corners, split_text_and_boxes
-from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat, flatten_turns, strip_prompt
+from lionjax.data.chat import DEFAULT_FORMAT, BuiltExample, PromptFormat, flatten_turns, strip_prompt
 from lionjax.data.image_fit import ImageFit
 from lionjax.data.letterbox import Letterbox, split_padded_boxes
 from lionjax.data.whole_prompt import Piece, WholePromptBuilder
@@ -134,19 +135,6 @@ class ProcessorConfig:
             raise UserError(
                 "processor.sam_image_size needs processor.pad_to_square; set it to true, as SAM's image is square"
             )
-
-
-class BuiltExample(NamedTuple):
-    """Token ids of one example. `loss_mask`: of the target. `boxes`: of question and answer.
-
-    `num_cut`: target tokens, its end included, beyond `max_target_tokens`; the target of such an example has no end.
-    """
-
-    prompt_ids: list[int]
-    target_ids: list[int]
-    loss_mask: list[int]
-    boxes: list[Box]
-    num_cut: int
 
 
 class PromptBuilder:
@@ -392,8 +380,12 @@ class PromptBuilder:
         """
         box_arguments = (tuple(boxes), image_letterbox, box_format)
         end = "plain" if prompt_format.kind == "plain" else "answer"
+        if prompt_format.image_marks:
+            question, prompt_format = rounds.merge_rounds(question, prompt_format, self.config.followup_template)
         if self.config.prompt_tokenization == "whole":
             return self._build_whole(strip_prompt(question), answer, end, box_arguments, prompt_format)
+        if prompt_format.image_marks:
+            return self._build_rounds(question, answer, box_arguments, prompt_format)
         question_ids, question_boxes = self.encode_with_boxes(strip_prompt(question), *box_arguments)
         answer_ids, answer_boxes = ([], []) if answer is None else self.encode_with_boxes(answer, *box_arguments)
         end_ids = [] if answer is None else self._end_ids[end]
@@ -402,7 +394,8 @@ class PromptBuilder:
 
     def _build_whole(self, question, answer, end: str, box_arguments, prompt_format: PromptFormat):
         """`build_example` for `prompt_tokenization` "whole"."""
-        _, boxes = self._split_boxes(question, *box_arguments)
+        texts = (*itertools.chain(*prompt_format.turns), question) if prompt_format.image_marks else (question,)
+        boxes = [box for text in texts for box in self._split_boxes(text, *box_arguments)[1]]
         pieces, answer_boxes = (None, []) if answer is None else self._pieces_with_boxes(answer.strip(), *box_arguments)
         builder = dataclasses.replace(
             self._whole_prompt, to_pieces=lambda text: self._pieces_with_boxes(text, *box_arguments)[0]
@@ -425,6 +418,16 @@ class PromptBuilder:
             boxes = boxes[: max(0, len(boxes) - num_cut_boxes)]
         return BuiltExample(prompt_ids, kept_ids, loss_mask[: len(kept_ids)], boxes, num_cut)
 
+    def _build_rounds(self, question, answer, box_arguments, prompt_format: PromptFormat) -> BuiltExample:
+        """`build_example` for texts with `<image>` marks and `prompt_tokenization` "parts"."""
+        c, end_ids = self.config, self._end_ids["answer"]
+        image_ids = self._image_token_ids() if "{image}" in c.prompt_template else []
+        texts = (*prompt_format.turns, (question, answer)), (c.prompt_template, c.followup_template)
+        encoders = self._encode_template_side, lambda text: self.encode_with_boxes(text, *box_arguments)
+        *parts, boxes = rounds.encode_parts(*texts, *encoders, image_ids, end_ids)
+        prompt_ids, *target = rounds.join_parts(*parts, c.reader == "decoder")
+        return self._fit_target(self._frame_prompt(question, prompt_ids), *target, boxes, end_ids, prompt_format)
+
     def build(
         self, question: str, question_ids: list[int], tags, target_ids: list[int], prompt_format: PromptFormat
     ) -> tuple[list[int], list[int], list[int]]:
@@ -441,11 +444,8 @@ class PromptBuilder:
         sides = self._template_ids if prompt_format.image_per_turn else self._followup_template_ids
         if self.config.reader == "encoder" or not target_ids:
             history_ids = [token_id for pair in zip(questions, answers) for part in pair for token_id in part]
-            return (
-                self._assemble_prompt(question, question_ids, (), history_ids, sides),
-                target_ids,
-                [1] * len(target_ids),
-            )
+            prompt_ids = self._assemble_prompt(question, question_ids, (), history_ids, sides)
+            return prompt_ids, target_ids, [1] * len(target_ids)
         before, after = sides
         questions.append([*before, *question_ids, *after])
         prefix_ids, target_ids, loss_mask = flatten_turns(questions, [*answers, target_ids])

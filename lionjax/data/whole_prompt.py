@@ -15,9 +15,9 @@ import re
 from collections.abc import Callable, Sequence
 
 from lionjax.core.types import UserError
+from lionjax.data.rounds import IMAGE_PLACEHOLDER, split_round, text_only_template
 from lionjax.data.tokenizer import Tokenizer
 
-IMAGE_PLACEHOLDER = "{image}"
 # What users of the original systems write where the image stands.
 IMAGE_MARKS = ("<image>", "<ImageHere>", "<image-placeholder>")
 
@@ -138,15 +138,6 @@ def cut_before_answer(pieces: Sequence[Piece]) -> list[Piece]:
     return list(pieces)
 
 
-def text_only_template(prompt_template: str, followup_template: str) -> str:
-    """The prompt template without an image: its first sentences, then the template of later questions."""
-    header = followup_template.partition("{question}")[0].strip()
-    before = prompt_template.partition(IMAGE_PLACEHOLDER)[0]
-    if header and header in before:
-        return before[: before.index(header)] + followup_template.lstrip()
-    return re.sub(r"(<\w+>)?\{image\}(</\w+>)?\s?", "", prompt_template)
-
-
 def already_formatted(question: str, prompt_template: str, followup_template: str, start: str = "") -> str | None:
     """The text of a prompt that its user has already put into the template, with {image} at the image; else None.
 
@@ -224,6 +215,8 @@ class WholePromptBuilder:
         """Pieces of earlier turns and the question, up to where the answer begins."""
         if prompt_format.kind == "plain":
             return list(self.image_pieces) if IMAGE_PLACEHOLDER in self.prompt_template else []
+        if prompt_format.image_marks:
+            return self.round_pieces(question, prompt_format, learned)
         text_only = text_only_template(self.prompt_template, self.followup_template)
         first = text_only if prompt_format.kind == "told" else self.prompt_template
         later = first if prompt_format.image_per_turn else (self.followup_template or "{question}")
@@ -231,9 +224,28 @@ class WholePromptBuilder:
         for turn_question, turn_answer in prompt_format.turns:
             pieces += cut_before_answer(self.fill(later if pieces else first, turn_question))
             end = self.end_pieces("shot" if prompt_format.image_per_turn else "answer")
-            turn = answer_pieces(pieces, self.to_pieces(turn_answer.strip()), end)
-            pieces += turn if learned else [dataclasses.replace(p, learned=False, end=False) for p in turn]
+            pieces += self.turn_pieces(pieces, turn_answer, end, learned)
         return [*pieces, *self.fill(later if pieces else first, question)]
+
+    def turn_pieces(self, before: Sequence[Piece], answer: str, end: Sequence[Piece], learned: bool) -> list[Piece]:
+        """Pieces of the answer of an earlier turn, in the loss or not."""
+        turn = answer_pieces(before, self.to_pieces(answer.strip()), end)
+        return turn if learned else [dataclasses.replace(piece, learned=False, end=False) for piece in turn]
+
+    def round_pieces(self, question: str, prompt_format, learned: bool) -> list[Piece]:
+        """As `prompt_pieces`, with the images where the texts have `<image>`; see `data.rounds`."""
+        pieces: list[Piece] = []
+        for index, (text, answer) in enumerate((*prompt_format.turns, (question, None))):
+            before, after, texts = split_round(text, self.prompt_template, self.followup_template, not index)
+            pieces += text_to_pieces(self.tokenizer, before, self.image_pieces)
+            for number, part in enumerate(texts):
+                pieces += self.image_pieces if number else ()
+                pieces += self.to_pieces(part if len(texts) > 1 else part.strip()) if part else ()
+            pieces += text_to_pieces(self.tokenizer, after, ())
+            if answer is not None:
+                pieces = cut_before_answer(pieces)
+                pieces += self.turn_pieces(pieces, answer, self.end_pieces("answer"), learned)
+        return pieces
 
     def fill(self, template: str, question: str) -> list[Piece]:
         """Pieces of a question in a template; a question that is already in the template is taken as it is."""

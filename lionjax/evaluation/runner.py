@@ -277,6 +277,8 @@ def encode_samples(
         tags, box_format = example.tags if use_tags else (), sample.box_format or processor.config.box_format
         boxes = (*example.question_boxes, *example.boxes)
         prompt_format = sample.prompt_format
+        if sample.more_images:
+            pixels = processor.stack_images([pixels, *map(processor.load_pixels, sample.more_images)])
         if few_shot is not None:
             pixels, prompt_format = few_shot.prepend_examples(sample, pixels)
         encode_args = (example.category, boxes, processor.get_letterbox(sample.image), box_format, prompt_format)

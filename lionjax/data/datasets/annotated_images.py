@@ -7,9 +7,10 @@ for which a question template is drawn. Boxes are kept in the annotator's units 
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from lionjax.data.scenes.tasks import TASK_CATEGORY, Box, Example, box_to_text
 
 PIXEL_TOLERANCE = 1.0
 MIN_SIDE_OF_PIXELS = 8  # an image of fewer pixels may have a box of one pixel
+BOXES_MARK = "<boxes>"  # where a text has its boxes (Shikra, NExT-Chat)
 QUESTION_TEMPLATES = {
     "caption": templates.CAPTION,
     "existence": templates.EXISTENCE,
@@ -41,14 +43,15 @@ QUESTION_TEMPLATES = {
 class ImageInfo:
     """An image file under the root. `width`, `height`: the units of its boxes: pixels, or 1 for fractions.
 
-    An empty `name` means that there is no image: the example is text-only, with a blank image. Raises UserError for a
-    size of 0 or less.
+    `in_pixels`: boxes are in pixels of the file, whose size is read with the image. An empty `name` means that there
+    is no image: the example is text-only, with a blank image. Raises UserError for a size of 0 or less.
     """
 
     name: str
     width: float = 1.0
     height: float = 1.0
     tags: tuple[str, ...] = ()
+    in_pixels: bool = False
 
     def __post_init__(self):
         if not (self.width > 0 and self.height > 0):
@@ -63,6 +66,9 @@ class Annotation:
 
     `words`: a noun or referring expression that fills a template if `question` is empty. `boxes` are in the answer and
     `question_boxes` in the question, as (x0, y0, x1, y1) in the image's units. `regions`: indices of `segmentations`.
+    `turns`: earlier (question, answer) rounds of a conversation. `image_marks`: the images stand where question and
+    turns have `<image>`; the first is that of `photo`, the others are `more_images` (indices). A text with `<boxes>`
+    gets its boxes in digits there: question and turns the `question_boxes`, answers the `boxes`, in order.
     `problem`: why the row cannot be used; its example raises it.
     """
 
@@ -74,6 +80,9 @@ class Annotation:
     boxes: tuple[Box, ...] = ()
     question_boxes: tuple[Box, ...] = ()
     regions: tuple[int, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
+    image_marks: bool = False
+    more_images: tuple[int, ...] = ()
     problem: str = ""
 
 
@@ -121,7 +130,7 @@ class AnnotatedImages:
             return Image.new("RGB", (1, 1)), image_info
         image = images.open_image(self.image_path(record_index), image_info.name, self.max_pixels)
         check_image_size(image, image_info)
-        return image, image_info
+        return image, with_file_size(image_info, image)
 
     def make_example(
         self, task: str, index: int, truth: ImageInfo, rng: np.random.Generator, tag_noise: float
@@ -147,6 +156,13 @@ def check_image_size(image: Image.Image, image_info: ImageInfo) -> None:
         )
 
 
+def with_file_size(image_info: ImageInfo, image: Image.Image) -> ImageInfo:
+    """The image info with the image's size, if its boxes are in pixels and no size was annotated."""
+    if not image_info.in_pixels or (image_info.width, image_info.height) != (1.0, 1.0):
+        return image_info
+    return replace(image_info, width=float(image.width), height=float(image.height))
+
+
 def make_example(
     task: str,
     annotation: Annotation,
@@ -167,6 +183,8 @@ def make_example(
     )
     answers = annotation.answers or (f"Answer: {''.join(map(box_to_text, boxes))}",)
     question = annotation.question or _question_from_template(task, annotation, question_boxes, rng)
+    history, (question,) = fill_boxes(annotation.turns, (question,), question_boxes, image_info.name)
+    _, answers = fill_boxes((), answers, boxes, image_info.name)
     if not question.strip():
         raise UserError(f"a {task} record of {image_info.name} has no question; add one")
     return Example(
@@ -179,9 +197,38 @@ def make_example(
         question_boxes=question_boxes,
         boxes=boxes,
         targets=annotation.regions,
+        history=history,
+        image_marks=annotation.image_marks,
+        more_records=annotation.more_images,
         tags=noisy_tags(image_info, tag_vocabulary, tag_noise),
         scene=image_info.name,
     )
+
+
+def fill_boxes(
+    turns: tuple[tuple[str, str], ...], texts: tuple[str, ...], boxes: tuple[Box, ...], name: str
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """(turns, texts) with boxes in digits at their `<boxes>`, in order: first those of the turns, then of each text.
+
+    `texts` are alternatives: each gets the boxes that the turns left. Texts without boxes are returned as they are.
+    Raises UserError if a text has another number of `<boxes>` than there are boxes.
+    """
+    num_marks = sum(part.count(BOXES_MARK) for turn in turns for part in turn)
+    counts = [num_marks + text.count(BOXES_MARK) for text in texts]
+    if not boxes or not any(counts):
+        return turns, texts
+    if any(count != len(boxes) for count in counts):
+        raise UserError(
+            f"a text about {name} has {max(counts)} {BOXES_MARK} for {len(boxes)} boxes; give a box for each"
+        )
+    digits = [box_to_text(box) for box in boxes]
+
+    def fill(text: str, remaining: Iterator[str]) -> str:
+        return re.sub(BOXES_MARK, lambda _: next(remaining), text)
+
+    remaining = iter(digits)
+    filled_turns = tuple((fill(question, remaining), fill(answer, remaining)) for question, answer in turns)
+    return filled_turns, tuple(fill(text, iter(digits[num_marks:])) for text in texts)
 
 
 def _question_from_template(task: str, annotation: Annotation, question_boxes: tuple[Box, ...], rng) -> str:

@@ -20,16 +20,64 @@ from lionjax.data.datasets.splits import check_heldout_fraction, in_split, split
 log = logging.getLogger(__name__)
 ROW_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
 
+GZIP_START = b"\x1f\x8b"
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, gzipped or not, without a byte order mark.
+
+    Raises UserError if it is missing, damaged or not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if data[:2] == GZIP_START or path.suffix == ".gz" else data
+        return data.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no annotation file {path}; check the path") from error
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read as text ({error}); give a UTF-8 file") from error
+
 
 def read_json(path: Path) -> object:
     """The contents of a JSON file, gzipped or not. Raises UserError if it is missing or invalid."""
+    text = read_text(path)
     try:
-        data = path.read_bytes()
-        return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no annotation file {path}; check the path") from error
-    except (OSError, ValueError, EOFError, zlib.error, RecursionError) as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); replace it") from error
+
+
+def split_lines(text: str) -> list[tuple[int, str]]:
+    """(line number from 1, line) of the lines that are not blank.
+
+    Only a line feed ends a line, with or without a carriage return: U+2028, U+0085 and others stand inside of JSON
+    strings, at which `str.splitlines` would cut.
+    """
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """(location for messages, row) of a JSON list, or of a file with one JSON value a line; gzipped or not.
+
+    A line that is not JSON gives a UserError in place of the row, so that the other rows can be used. Raises
+    UserError for a file that cannot be read, and for one without any row of JSON.
+    """
+    text = read_text(path)
+    if text.lstrip()[:1] == "[":
+        rows = read_json(path)
+        yield from ((f"{path}, entry {number},", row) for number, row in enumerate(rows, 1))
+        return
+    is_any_json = False
+    for number, line in split_lines(text):
+        location = f"{path}, line {number},"
+        try:
+            row = json.loads(line)
+            is_any_json = True
+        except (ValueError, RecursionError) as error:
+            row = UserError(f"{location} is not valid JSON ({error}); correct the line")
+        yield location, row
+    if not is_any_json:
+        raise UserError(f"{path} has no line of JSON; give a JSON list or one JSON object a line")
 
 
 @contextlib.contextmanager

@@ -60,7 +60,8 @@ class RecordTruth:
 def _annotation_from_json(fields: dict[str, Any]) -> Annotation:
     """An annotation from its JSON fields, with lists converted to tuples."""
     boxes = {key: tuple(map(tuple, fields[key])) for key in ("boxes", "question_boxes")}
-    lists = {key: tuple(fields[key]) for key in ("answers", "regions")}
+    boxes["turns"] = tuple(map(tuple, fields.get("turns", ())))
+    lists = {key: tuple(fields.get(key, ())) for key in ("answers", "regions", "more_images")}
     return Annotation(**{**fields, **boxes, **lists})
 
 

@@ -12,7 +12,13 @@ from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
 from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
-from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, AnnotationFile, read_json
+from lionjax.data.datasets.annotation_files import (
+    AnnotatedImagesBuilder,
+    AnnotationFile,
+    read_json,
+    read_text,
+    split_lines,
+)
 
 IMAGE_KEYS = ("image", "file_name")  # the last one counts
 KEYS = (
@@ -48,14 +54,11 @@ class JsonLines(AnnotationFile):
 
 
 def _read_lines(file: Path) -> list[str]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as text ({error}); give a UTF-8 file") from error
+    text = read_text(file)
     if text.lstrip().startswith("["):
         rows = read_json(file)  # a JSON list of the same entries
         return [json.dumps(row) for row in (rows if isinstance(rows, list) else [rows])]
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for _, line in split_lines(text)]
 
 
 def _parse_line(line: str, location: str) -> dict:

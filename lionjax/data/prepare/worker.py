@@ -115,7 +115,8 @@ def select_valid(
         truth = truths[number]
         is_text = not truth.image_info.name
         try:
-            opened_image = None if is_text else dataset.load_record(number)[0]
+            opened_image, image_info = (None, truth.image_info) if is_text else dataset.load_record(number)
+            truth = replace(truth, image_info=image_info)  # with the size of the file, if its boxes need it
             rows = {
                 task: [row for row in rows if _is_valid(task, row, truth, skip_reasons)]
                 for task, rows in truth.annotations.items()
@@ -146,6 +147,11 @@ def _is_valid(task: str, annotation: Annotation, truth: RecordTruth, skip_reason
         annotated_images.make_example(task, annotation, image_info, np.random.default_rng(0))
         if task == "res" and annotation.regions:
             truth.masks(annotation.regions)
+        if annotation.more_images:
+            raise UserError(
+                f"a {task} record of {image_info.name} has {len(annotation.more_images) + 1} images, but a built "
+                "record has one; train on the file itself for such rows"
+            )
     except UserError as error:
         skip_reasons.append(str(error))
         return False

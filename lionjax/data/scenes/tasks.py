@@ -47,7 +47,9 @@ class Example:
 
     `question_boxes` and `boxes`: the boxes in the question and in the answer, in order. `targets`: indices of the
     objects that the question is about, for masks. `kind`: subtype of the task. `turns`: all turns of a conversation,
-    whose `question` contains everything before the last answer.
+    whose `question` contains everything before the last answer. `history`: earlier (question, answer) rounds that are
+    not in `question`. `image_marks`: images stand where the texts have `<image>`; the first is the record's own, the
+    others are those of `more_records` (indices in the data set).
     """
 
     task: str
@@ -62,6 +64,9 @@ class Example:
     turns: tuple[tuple[str, str], ...] = ()
     tags: tuple[str, ...] = ()
     scene: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    image_marks: bool = False
+    more_records: tuple[int, ...] = ()
 
 
 def scene_to_text(scene: Scene, rng=None, with_boxes: bool = True) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, UserError
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
-from lionjax.data.datasets.annotated_images import ImageInfo
+from lionjax.data.datasets.annotated_images import Annotation, ImageInfo, make_example
 from lionjax.data.datasets.array_record import RecordTruth
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.images import FULL_IMAGE
@@ -462,5 +462,6 @@ def test_a_bad_record_in_a_worker_process_is_the_same_sentence(lines):
 @pytest.mark.parametrize("name, kind", [("", "told"), ("a.png", "")])
 def test_a_record_without_an_image_has_a_text_only_prompt_also_from_built_data(name, kind):
     info, component = ImageInfo(name), MixtureComponent(0, "vqa", 1, 1.0)
+    example = make_example("vqa", Annotation(0, ("red",), "Which?"), info, np.random.default_rng(0))
     for truth in (info, RecordTruth(info, {}, [])):
-        assert prompt_format_for(component, truth).kind == kind
+        assert prompt_format_for(component, truth, example).kind == kind

@@ -172,9 +172,8 @@ class PromptBuilder:
             lambda text: self._pieces_with_boxes(text)[0],
         )
         # Text that ends an answer where no special token does, such as "###".
-        self.stop_text = (
-            config.answer_end.strip() if is_whole and not self.tokenizer.spells_special_token(config.answer_end) else ""
-        )
+        is_text_end = is_whole and not self.tokenizer.spells_special_token(config.answer_end)
+        self.stop_text = config.answer_end.strip() if is_text_end else ""
         # Questions and tags repeat. The caches are bounded and shared by all threads.
         self._cached_encode = functools.lru_cache(50_000)(lambda text: tuple(self.tokenizer.encode(text)))
         self._cached_encode_question = functools.lru_cache(50_000)(
@@ -424,9 +423,8 @@ class PromptBuilder:
         image_ids = self._image_token_ids() if "{image}" in c.prompt_template else []
         texts = (*prompt_format.turns, (question, answer)), (c.prompt_template, c.followup_template)
         encoders = self._encode_template_side, lambda text: self.encode_with_boxes(text, *box_arguments)
-        *parts, boxes = rounds.encode_parts(*texts, *encoders, image_ids, end_ids)
-        prompt_ids, *target = rounds.join_parts(*parts, c.reader == "decoder")
-        return self._fit_target(self._frame_prompt(question, prompt_ids), *target, boxes, end_ids, prompt_format)
+        prompt_ids, *built = rounds.encode_parts(*texts, *encoders, image_ids, end_ids, c.reader == "decoder")
+        return self._fit_target(self._frame_prompt(question, prompt_ids), *built, end_ids, prompt_format)
 
     def build(
         self, question: str, question_ids: list[int], tags, target_ids: list[int], prompt_format: PromptFormat
@@ -438,9 +436,8 @@ class PromptBuilder:
         if not prompt_format.turns:
             sides = self._text_only_template_ids if prompt_format.kind == "told" else self._template_ids
             return self._assemble_prompt(question, question_ids, tags, (), sides), target_ids, [1] * len(target_ids)
-        questions, answers = self.encode_history(
-            prompt_format.turns, prompt_format.image_per_turn, prompt_format.kind == "told"
-        )
+        is_text_only = prompt_format.kind == "told"
+        questions, answers = self.encode_history(prompt_format.turns, prompt_format.image_per_turn, is_text_only)
         sides = self._template_ids if prompt_format.image_per_turn else self._followup_template_ids
         if self.config.reader == "encoder" or not target_ids:
             history_ids = [token_id for pair in zip(questions, answers) for part in pair for token_id in part]

@@ -82,8 +82,9 @@ def encode_parts(
     encode_text: Callable[[str], tuple[list[int], list[Box]]],
     image_ids: Sequence[int],
     end_ids: Sequence[int],
-) -> tuple[list[list[int]], list[list[int]], list[Box]]:
-    """(ids of each question, ids of each answer, boxes of all texts in order), each part tokenized alone.
+    is_decoder: bool,
+) -> tuple[list[int], list[int], list[int], list[Box]]:
+    """(prompt ids, target ids, loss mask, boxes of all texts in order) of rounds; each part is tokenized alone.
 
     `templates`: prompt template and followup template. `end_ids` end each answer.
     """
@@ -101,7 +102,7 @@ def encode_parts(
             text_ids, text_boxes = encode_text(answer.strip())
             boxes += text_boxes
             answers.append([*text_ids, *end_ids])
-    return questions, answers, boxes
+    return *join_parts(questions, answers, is_decoder), boxes
 
 
 def join_parts(

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
+import logging
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from lionjax.core.errors import UserError
+
+log = logging.getLogger(__name__)
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK_FULL_MESSAGES = ("no space left", "file too large", "disk quota")
@@ -57,10 +61,50 @@ def folder_digest(folder: Path) -> str:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file atomically: to a temporary name in the same folder, then rename it."""
+    """Write a file atomically: to a temporary name in the same folder, then rename it.
+
+    The content is on disk before the new name is, so that a power loss does not leave an empty file.
+    """
     partial = path.with_name(path.name + ".part")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def set_aside(path: Path, reason: str) -> Path:
+    """Rename a damaged file to NAME.damaged, or NAME.damaged1 and so on; logs a warning and returns its new path."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    target = next(name for name in names if not name.exists())
+    os.replace(path, target)
+    log.warning("%s is damaged (%s); it is kept as %s", path, reason, target.name)
+    return target
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that a run writes; {} if it is missing or damaged, with a warning."""
+    try:
+        content = read_json(path)
+    except (UserError, OSError) as error:
+        log.warning("%s is damaged and not used (%s)", path, error)
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def take_record(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that is about to be written again; {} if it is missing or damaged.
+
+    A damaged file is set aside, as it may hold figures that a person can read.
+    """
+    try:
+        content = read_json(path)
+    except UserError as error:
+        set_aside(path, str(error))
+        return {}
+    if content is not None and not isinstance(content, dict):
+        set_aside(path, "it holds no JSON object")
+    return content if isinstance(content, dict) else {}
 
 
 def read_json(path: Path) -> Any:
@@ -69,7 +113,7 @@ def read_json(path: Path) -> Any:
         return None
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except ValueError as error:  # also of bytes that are no UTF-8
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -80,7 +124,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def update_json(path: Path, fields: dict[str, Any]) -> None:
     """Set fields of the JSON object in a file and keep its other fields; creates the file if it is missing."""
-    write_json(path, (read_json(path) or {}) | fields)
+    write_json(path, take_record(path) | fields)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -97,6 +141,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not valid JSON: {error}") from error
     return rows
+
+
+def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """(objects of the lines that are valid, number of the others) of a JSON Lines file; ([], 0) if it is missing."""
+    rows, num_damaged = [], 0
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for line in filter(bytes.strip, lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            num_damaged += 1
+    return rows, num_damaged
 
 
 def write_jsonl(path: Path, rows) -> None:

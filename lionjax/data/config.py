@@ -27,7 +27,8 @@ class DataConfig:
     `mask_fraction`: fraction of the `res` training examples that are used.
     `length_buckets`: text lengths to choose from per batch; empty: the processor's lengths. Each length is compiled.
     `on_bad_record`: "raise", or "replace" it by the next record and append it to `bad_records_path` (JSON lines); more
-    than `max_bad_fraction` bad records raise. `image_cache_mib`: MiB of memory for images at the model's size.
+    than `max_bad_fraction` of the records that the run has seen raise. `image_cache_mib`: MiB of memory for images at
+    the model's size.
     `num_threads` prefetch `prefetch_buffer_size` batches; `num_workers`: Grain worker processes.
     """
 

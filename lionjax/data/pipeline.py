@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 import zlib
 from collections.abc import Callable
@@ -76,6 +77,7 @@ class BatchIterator:
         self.dataset, self._factory, self._length_buckets = factory.dataset, factory, length_buckets
         self._make_iterator, self._iterator = make_iterator, iter(make_iterator(0))
         self.num_rows = self.num_bad_records = self.num_cut_answers = 0
+        self.earlier_rows = self.earlier_bad_records = 0.0  # seen by the run before this iterator was made
         self.load_seconds = 0.0  # seconds spent on the delivered examples, summed over threads and workers
 
     def __iter__(self) -> BatchIterator:
@@ -101,12 +103,18 @@ class BatchIterator:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(note) + "\n" for note in notes)
-        # One bad record is always allowed: it is a large fraction of the first few records.
-        if self.num_bad_records > max(1, data.max_bad_fraction * self.num_rows):
+        num_rows, num_bad = self.num_rows + self.earlier_rows, self.num_bad_records + self.earlier_bad_records
+        # Few records say little about their fraction: one bad record and three standard deviations are always allowed.
+        expected = data.max_bad_fraction * num_rows
+        if notes and num_bad > expected + 3 * math.sqrt(expected) + 1:
             raise UserError(
-                f"{self.num_bad_records} of {self.num_rows} records are bad, more than the allowed "
+                f"{num_bad:.0f} of {num_rows:.0f} records are bad, more than the allowed "
                 f"data.max_bad_fraction={data.max_bad_fraction:g}; the last one: {notes[-1]['reason']}"
             )
+
+    def count_earlier(self, num_rows: float, num_bad_records: float) -> None:
+        """Add this process's share of the records that the run has seen, before a restart too, to those judged."""
+        self.earlier_rows, self.earlier_bad_records = num_rows, num_bad_records
 
     def _count_cut_answers(self, rows: dict[str, np.ndarray]) -> None:
         """Count the answers that exceed `processor.max_target_tokens`; a warning names the first one."""

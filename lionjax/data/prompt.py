@@ -98,10 +98,8 @@ class ProcessorConfig:
         for field in lengths:
             if getattr(self, field) < 1:
                 raise UserError(f"processor.{field} is {getattr(self, field)}; give at least 1")
-        for field in ("num_image_tokens", "location_bins_per_side", "max_boxes", "sam_image_size"):
-            if getattr(self, field) < 0:
-                raise UserError(f"processor.{field} is {getattr(self, field)}; give 0 or more")
-        check_ranges(self, "processor.", image_std="> 0")
+        counts = ("num_image_tokens", "location_bins_per_side", "max_boxes", "sam_image_size")
+        check_ranges(self, "processor.", **dict.fromkeys(counts, ">= 0"), image_std="> 0")
         check_finite(self, "processor.")
         placeholders = set(re.findall(r"{(\w+)}", self.prompt_template + self.followup_template))
         if unknown := sorted(placeholders - {"question", "image"}):

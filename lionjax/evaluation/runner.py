@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from PIL import Image
 
 from lionjax.core.experiment import Experiment, GenerationDefaults
-from lionjax.core.files import read_json, write_atomic, write_json, write_jsonl
+from lionjax.core.files import read_record, take_record, write_atomic, write_json, write_jsonl
 from lionjax.core.types import UserError
 from lionjax.data import images, pipeline
 from lionjax.data.boxes import join_text_and_boxes, split_text_and_boxes
@@ -120,7 +120,7 @@ def evaluate_all(
     data does not have is skipped with a warning. With several processes, all must call this; they share each batch.
     """
     benchmarks = list(benchmarks)
-    recorded = (read_json(folder / "report.json") or {}).get("evaluation", {})
+    recorded = read_record(folder / "report.json").get("evaluation", {})
     settings = {"limit": limit, "split": split, "updates": updates}
     recorded_entries = [recorded.get(benchmark_label(name), {}) for name in benchmarks]
     is_recorded = [
@@ -380,7 +380,7 @@ def save_image(sample: Sample, folder: Path) -> str:
 
 def update_report(folder: Path, entry: Mapping[str, Any], inference_engine: InferenceEngine) -> None:
     """Merge a benchmark's metrics into report.json."""
-    report = read_json(folder / "report.json") or {}
+    report = take_record(folder / "report.json")
     entry_keys = {"metrics": "metrics", "intervals": "intervals", "baselines": "blind", "majority": "majority"}
     for report_key, entry_key in entry_keys.items():
         report.setdefault(report_key, {}).update(entry.get(entry_key, {}))

@@ -18,8 +18,8 @@ from lionjax.convert.formats import detect, token_ids
 from lionjax.convert.formats.checkpoint_format import read_hf_config
 from lionjax.convert.formats.image_settings import read_image_settings
 from lionjax.convert.io.reader import check_folder_formats
-from lionjax.core import config, sharding
 from lionjax.core import params as trees
+from lionjax.core import sharding
 from lionjax.core.experiment import Experiment
 from lionjax.core.prompt_formats import SYSTEM_FORMATS
 from lionjax.core.sharding import MeshConfig
@@ -34,7 +34,7 @@ from lionjax.inference.released import released_experiment, with_end_of_answer
 from lionjax.training import checkpoint
 from lionjax.training.checkpoint import CorruptCheckpointError
 from lionjax.training.init import ParamSpecs, make_param_specs
-from lionjax.training.run_folder import read_frozen, read_position, saved_positions, updates_before
+from lionjax.training.run_folder import read_frozen, read_position, saved_config, saved_positions, updates_before
 from lionjax.training.step import model_for_stage
 
 log = logging.getLogger(__name__)
@@ -90,9 +90,16 @@ def from_params(experiment: Experiment, params: Params, updates: int | None = No
     return Model(experiment, InferenceEngine(model, params, Processor(experiment.data.processor), mesh), updates)
 
 
+def _run_config(folder: Path) -> Experiment:
+    """The config of a run. Raises UserError if config.json is damaged and report.json holds no copy."""
+    if (experiment := saved_config(folder)) is None:
+        raise UserError(f"{folder / 'config.json'} is damaged; start `lionjax train` with the run's config to mend it")
+    return experiment
+
+
 def load_run(folder: Path, mesh: Mesh) -> Model:
     """The model with the newest parameters of a run whose checksums are correct."""
-    experiment = _with_existing_tokenizers(config.from_json((folder / "config.json").read_text()), folder)
+    experiment = _with_existing_tokenizers(_run_config(folder), folder)
     processor = Processor(experiment.data.processor)
     specs = make_param_specs(experiment, dummy_batch(processor), mesh)
     for stage, step in saved_positions(folder, experiment):

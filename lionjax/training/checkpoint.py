@@ -94,6 +94,26 @@ def _save_args(items: dict[str, Params], meta: dict) -> ocp.args.Composite:
     return ocp.args.Composite(record=record, **saved)
 
 
+def require_finite(params: Params, what: str) -> None:
+    """Raise UserError if a parameter is NaN or infinite; all processes must call it. `what`: text for the message."""
+    flat = {path: leaf for path, leaf in trees.flatten(params).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    if all(in_host_memory(leaf) for leaf in flat.values()):
+        is_finite = {path: bool(np.isfinite(np.asarray(leaf, np.float32)).all()) for path, leaf in flat.items()}
+    else:
+        is_finite = jax.device_get(_all_finite(flat))
+    if bad := [path for path, finite in is_finite.items() if not finite]:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(
+            f"{what}: the parameters {bad[0]!r}{more} are not finite (NaN or infinity), so they are not saved; the "
+            "earlier checkpoints are valid: lower the learning rate, or check the weights that the run starts from"
+        )
+
+
+@jax.jit
+def _all_finite(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: jnp.isfinite(leaf).all() for path, leaf in flat.items()}
+
+
 def save_tree(path: Path, items: dict[str, Params], meta: dict) -> None:
     """Write pytrees and JSON-serializable `meta` atomically as one directory; replaces an existing directory."""
     path.parent.mkdir(parents=True, exist_ok=True)

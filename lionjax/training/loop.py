@@ -219,6 +219,11 @@ def prepare_stage(
     stream = _open_batches(experiment, stage, run.make_batches, run.workdir, mesh)
     if position.data_position is not None:
         stream.restore(position.data_position)
+    if count_earlier := getattr(stream, "count_earlier", None):
+        num_shards = sharding.process_shard(mesh)[1]
+        count_earlier(
+            *(sum(part[name] for part in position.history) / num_shards for name in ("images", "bad_records"))
+        )
     if experiment.run.cache_features or experiment.run.feature_cache_dir:
         stream = with_feature_cache(run, position, model, stream)
     return StageRun(position, stage, state, frozen, step, stream, traces)
@@ -387,6 +392,7 @@ def save_checkpoint(
 ) -> None:
     """Start to save a checkpoint; frozen parameters are stored by reference (`Position.frozen_id`)."""
     position = stage_run.position
+    checkpoint.require_finite(state.trainable, describe_position(run.experiment, position.stage, step))
     stats.clock = time.time()
     meta = {
         "stage": position.stage,

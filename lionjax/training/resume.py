@@ -96,6 +96,7 @@ def _save_frozen(workdir: Path, frozen_params: Params) -> str:
 
 def _init_run(workdir, experiment, example, specs) -> Position:
     frozen, trainable = init_params(experiment, example, specs)
+    checkpoint.require_finite(frozen, "the frozen parameters")
     position = Position(0, 0, frozen, trainable, _save_frozen(workdir, frozen))
     save_base(workdir, experiment, position)
     return position
@@ -103,6 +104,7 @@ def _init_run(workdir, experiment, example, specs) -> Position:
 
 def save_base(workdir: Path, experiment: Experiment, position: Position) -> None:
     """Save the trainable parameters at the start of a stage, or the result after the last stage."""
+    checkpoint.require_finite(position.trainable_params, describe_position(experiment, position.stage, 0))
     meta = {"frozen": position.frozen_id, "history": list(position.history)}
     checkpoint.save_tree(base_folder(workdir, experiment, position.stage), {"learned": position.trainable_params}, meta)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from lionjax.core import config
 from lionjax.core import params as trees
 from lionjax.core.errors import RetryError
 from lionjax.core.experiment import Experiment
-from lionjax.core.files import write_atomic
+from lionjax.core.files import read_record, write_atomic
 from lionjax.core.types import Params, UserError
 from lionjax.training import checkpoint, distributed
 from lionjax.training.checkpoint import CorruptCheckpointError
@@ -72,10 +73,12 @@ def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
         raise UserError(f"{workdir} holds checkpoints but no config.json; set another --workdir")
     if has_checkpoints:  # without checkpoints, an earlier start has failed and its config may be replaced
         try:
-            old = config.from_json(path.read_text())
+            old = saved_config(workdir)
         except UserError as error:
             raise UserError(f"{path} cannot be read: {error}") from error
-        changes = config.diff_configs(old, experiment)
+        if old is None:
+            log.warning("%s is damaged and no copy is left: the config of this command is used unchecked", path)
+        changes = {} if old is None else config.diff_configs(old, experiment)
         mutable = {name for name in changes if any(re.fullmatch(pattern, name) for pattern in MUTABLE_FIELDS)}
         if fixed := [f"{name} {a!r} -> {b!r}" for name, (a, b) in changes.items() if name not in mutable]:
             raise UserError(
@@ -92,6 +95,23 @@ def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
             f"process {jax.process_index()} cannot find the config.json that process 0 wrote in {workdir}; run all "
             "processes with the same config and a --workdir that all hosts share"
         )
+
+
+def saved_config(workdir: Path) -> Experiment | None:
+    """The config of a run folder: config.json, or where that is damaged its copy in report.json; None without one.
+
+    Raises UserError for a whole config.json that this version cannot read.
+    """
+    text = (workdir / "config.json").read_bytes()
+    try:
+        json.loads(text)
+    except ValueError as error:
+        copy = read_record(workdir / "report.json").get("config")
+        if copy is None:
+            return None
+        log.warning("%s is damaged (%s); its copy in report.json is used", workdir / "config.json", error)
+        text = json.dumps(copy).encode()
+    return config.from_json(text.decode())
 
 
 def describe_position(experiment: Experiment, stage: int, step: int) -> str:

@@ -25,7 +25,15 @@ import jax
 
 from lionjax.core.config import to_json
 from lionjax.core.experiment import Experiment
-from lionjax.core.files import append_jsonl, read_jsonl, write_json, write_jsonl
+from lionjax.core.files import (
+    append_jsonl,
+    read_record,
+    read_whole_lines,
+    set_aside,
+    take_record,
+    write_json,
+    write_jsonl,
+)
 
 REPORTED_LOSSES = 10  # loss_first and loss_last are means over so many losses
 RECENT_LOSSES = 130  # losses kept for the spike threshold; a few more than `bad_steps.LOSS_WINDOW`
@@ -247,11 +255,19 @@ def _make_progress_bar():
 
 
 def truncate_jsonl(path: Path, update: int) -> None:
-    """Drop the records of updates after `update` from a JSON Lines file, if it exists."""
+    """Drop the records of updates after `update` from a JSON Lines file, if it exists.
+
+    A file with damaged lines is set aside, and its other lines are kept in a new one; a cut last line is dropped.
+    """
     if not path.is_file():
         return
-    lines = [line for line in read_jsonl(path) if line["update"] <= update]
-    write_jsonl(path, lines)
+    rows, num_damaged = read_whole_lines(path)
+    lines = [line for line in rows if isinstance(line.get("update"), int)]
+    num_damaged += len(rows) - len(lines)
+    last_is_cut = num_damaged == 1 and not path.read_bytes().endswith(b"\n")
+    if (num_damaged and not last_is_cut) or (not path.stat().st_size and update):
+        set_aside(path, f"{num_damaged} lines cannot be read" if num_damaged else "it is empty")
+    write_jsonl(path, [line for line in lines if line["update"] <= update])
 
 
 def write_report(
@@ -262,7 +278,7 @@ def write_report(
     `history`: fields of the StageStats of each stage. `unattributed_seconds`: seconds by phase outside the stages.
     """
     path = workdir / "report.json"
-    report = json.loads(path.read_text()) if path.is_file() else {}
+    report = take_record(path) if jax.process_index() == 0 else read_record(path)
     stages = [StageStats(**fields) for fields in history]
     report |= {
         "config": json.loads(to_json(experiment)),
@@ -280,12 +296,12 @@ def add_evaluation_seconds(workdir: Path, seconds: float) -> None:
     """Add the duration of an evaluation to report.json and to the last record of metrics.jsonl."""
     if jax.process_index():
         return
-    path, lines = workdir / "report.json", read_jsonl(workdir / "metrics.jsonl")
-    report = json.loads(path.read_text())
+    path, (lines, num_damaged) = workdir / "report.json", read_whole_lines(workdir / "metrics.jsonl")
+    report = take_record(path)
     parts = report.setdefault("seconds", {})
     parts["evaluate"] = round(parts.get("evaluate", 0.0) + seconds, 3)
     write_json(path, report)
-    if lines:
+    if lines and not num_damaged:
         parts = lines[-1].setdefault("seconds", {})
         parts["evaluate"] = round(parts.get("evaluate", 0.0) + seconds, 6)
         write_jsonl(workdir / "metrics.jsonl", lines)

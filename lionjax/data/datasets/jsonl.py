@@ -95,7 +95,8 @@ def _parse_annotation(entry: dict, is_pope: bool, location: str) -> Annotation:
     if is_pope:
         label = entry["label"]
         answers = (POPE_LABELS[label],) if isinstance(label, int) and label in (0, 1) else ()
-        answers = answers or typed_rows.texts(entry, "label", location)
+        as_text = {str(number): word for number, word in enumerate(POPE_LABELS)}
+        answers = answers or tuple(as_text.get(text, text) for text in typed_rows.texts(entry, "label", location))
     else:
         answers = typed_rows.texts(entry, "answers", location) or typed_rows.texts(entry, "answer", location)
     boxes = typed_rows.boxes(entry, "boxes", location)

@@ -73,7 +73,9 @@ def write_report(workdir: Path | str) -> Path:
     Raises UserError if the folder holds none of the files that the report shows.
     """
     workdir = Path(workdir)
-    figures = read_json(workdir / "report.json") or {}
+    report_file = workdir / "report.json"
+    is_empty = report_file.is_file() and not report_file.stat().st_size  # after a power loss; the other files have more
+    figures = {} if is_empty else read_json(report_file) or {}
     metrics = read_jsonl(workdir / "metrics.jsonl")
     losses = [row for row in metrics if "loss" in row]
     answers = {p.stem: read_jsonl(p) for p in sorted((workdir / "evaluation").glob("*.jsonl"))}

@@ -495,3 +495,13 @@ def test_real_refcoco_vqa_and_pope_files_are_read_whole():
     here = RefCoco(str(DATA / "coco258_annotations" / "rec_on_coco258.json"), str(DATA / "coco83" / "images"))
     samples = all_of(here, "rec", on_bad_record="replace")
     assert [s.image.size for s in samples] == [(640, 480)] * 2  # the other four pictures are not free
+
+
+@pytest.mark.parametrize(
+    ("label", "wanted"),
+    [("yes", "yes"), ("no", "no"), (1, "yes"), (0, "no"), ("1", "yes"), ("0", "no"), (True, "yes"), (False, "no")],
+)
+def test_labels_of_pope_may_be_words_or_numbers(tmp_path, label, wanted):
+    (tmp_path / "pope.jsonl").write_text(json.dumps({"image": "a.png", "text": "Is there a cat?", "label": label}))
+    opened = JsonLines(str(tmp_path / "pope.jsonl"), str(tmp_path)).open("train", 10**6)
+    assert opened.annotations["existence"][0].answers == (wanted,)

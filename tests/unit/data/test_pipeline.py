@@ -302,6 +302,28 @@ def test_too_many_bad_records_stop_the_run(lines):
         take(stream(data, of=stage(("vqa", 1.0)), size=4), 5)
 
 
+def judged(num_rows, num_bad, fraction=0.01, earlier=(0, 0)):
+    """Whether so many bad records in one batch stop a run."""
+    batches = stream(DataConfig(max_bad_fraction=fraction, on_bad_record="replace"), of=stage(("vqa", 1.0)), size=4)
+    batches.count_earlier(*earlier)
+    note = json.dumps([{"source": 0, "task": "vqa", "index": 0, "reason": "broken"}])
+    try:
+        batches._count_bad_records(np.array([note] * num_bad + [""] * (num_rows - num_bad)))
+    except UserError:
+        return True
+    finally:
+        batches.close()
+    return False
+
+
+def test_the_fraction_of_bad_records_is_judged_over_all_that_the_run_has_seen():
+    assert not judged(100, 4)  # the first hundred of a source with 1 % bad records
+    assert judged(100, 10) and judged(10_000, 150)
+    assert not judged(100, 10, earlier=(100_000, 900))  # after a restart
+    assert judged(100, 1, earlier=(100_000, 1_200))
+    assert judged(4, 2, fraction=0.0) and not judged(4, 1, fraction=0.0)
+
+
 def test_a_source_of_nothing_but_bad_records_stops_at_once(tmp_path):
     rows = [{"image": f"{i}.png", "question": "a?", "answer": "b"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -370,3 +370,49 @@ def test_a_step_that_changes_a_frozen_parameter_ends_the_run(tmp_path, monkeypat
     with pytest.raises(RuntimeError, match="stage 'one' changed frozen parameters"):
         loop.train(what, tmp_path, toy.Batches)
     assert list(checkpoint.all_bases(tmp_path / "base")) == [0]  # the stage is not taken as done
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\x00"], ids=["empty", "cut", "binary"])
+def test_damaged_small_files_do_not_stop_a_run_and_are_kept(tmp_path, whole, content, caplog):
+    workdir = copy_of(whole[0], tmp_path / "run", update=8)
+    lines = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_bytes(b"".join(lines[:2]) + content + b"\n" + b"".join(lines[2:]))
+    (workdir / "report.json").write_bytes(content)
+    (workdir / "config.json").write_bytes(content)
+    weights, report = train(workdir)
+    losses = [[part["loss_last"] for part in one["stages"]] for one in (report, whole[2])]
+    assert weights == whole[1] and losses[0] == losses[1]
+    assert [line["loss"] for line in toy.lines(workdir)] == [line["loss"] for line in toy.lines(whole[0])]
+    assert (workdir / "report.json.damaged").read_bytes() == content
+    assert config.from_json((workdir / "config.json").read_text()) == toy.experiment()
+    assert "config of this command is used unchecked" in caplog.text
+
+
+def test_a_damaged_config_is_held_to_its_copy_in_the_report(tmp_path, whole):
+    workdir = copy_of(whole[0], tmp_path / "run")
+    (workdir / "config.json").write_text("")
+    assert run_folder.saved_config(workdir) == toy.experiment()
+    with pytest.raises(UserError, match="another config .seed 0 -> 3"):
+        train(workdir, dataclasses.replace(toy.experiment(), seed=3))
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    make = loop.stages.make_train_step
+
+    def breaking(*arguments):
+        step = make(*arguments)
+
+        def run(state, *others):  # finite losses and gradients, but an update that is not
+            state, metrics = step(state, *others)
+            if int(state.step) == 4:
+                spoiled = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(np.inf), state.trainable)
+                state = dataclasses.replace(state, trainable=spoiled)
+            return state, metrics
+
+        return run
+
+    monkeypatch.setattr(loop.stages, "make_train_step", breaking)
+    with pytest.raises(UserError, match=r"stage 'one', step 4: the parameters .* are not finite"):
+        train(tmp_path, toy.experiment(run={"save_every": 2}))
+    assert checkpoint.all_steps(tmp_path / "checkpoints") == [2]
+    assert set(checkpoint.all_bases(tmp_path / "base")) == {0}

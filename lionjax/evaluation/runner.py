@@ -41,6 +41,7 @@ from lionjax.evaluation import tasks
 from lionjax.evaluation.report.html import GALLERY_SIZE
 from lionjax.evaluation.summary import metrics_by_kind, summarize_scores
 from lionjax.evaluation.tasks import SCORERS, TaskScores
+from lionjax.evaluation.trained_records import TrainedRecords
 from lionjax.inference import engine
 from lionjax.inference.engine import Answer, InferenceEngine
 
@@ -95,7 +96,8 @@ def evaluate_model(
         label = benchmark_label(f"{source.name}_{benchmark}")
     output_folder = None if folder is None else Path(folder)
     generation_config = model.experiment.generation
-    return evaluate(model.engine, data, generation_config, benchmark, output_folder, limit, split, label, model.updates)
+    arguments = (data, generation_config, benchmark, output_folder, limit, split, label, model.updates)
+    return evaluate(model.engine, *arguments, train_data=model.experiment.data)
 
 
 def evaluate_run(inference_engine: InferenceEngine, experiment: Experiment, folder: Path, updates: int) -> list[dict]:
@@ -154,17 +156,20 @@ def evaluate(
     label: str = "",
     updates: int | None = None,
     few_shot: Any = None,
+    train_data: DataConfig | None = None,
 ) -> dict[str, Any]:
     """Run one benchmark: a dict with `metrics`, `intervals` (95 % bootstrap), baselines, and `details`, for JSON.
 
     `benchmark` is a task of a source of `data`, such as "vqa", or "coco/vqa" for one source's. `limit` is the maximum
     number of questions. `few_shot` (a `FewShot`) adds examples before each question. `label` names metrics and files,
-    by default after the benchmark. With `folder`, answers and metrics are written there. Raises UserError for an
-    unknown benchmark, and for unreadable records.
+    by default after the benchmark. With `folder`, answers and metrics are written there. `train_data`: what the
+    model was trained on (default: `data`); `trained_on` counts the questions about its records. Raises UserError for
+    an unknown benchmark, and for unreadable records.
     """
     task, label, start_time = benchmark_task(benchmark), label or benchmark_label(benchmark), time.perf_counter()
     folder = folder if jax.process_index() == 0 else None  # only the main process writes
     examples, predictions, records, true_masks = [], {}, [], []
+    trained = TrainedRecords(data, split, train_data or data)
     image_folder = None if folder is None else folder / "evaluation" / "pictures"
     for samples, batch_predictions in run_batches(
         inference_engine, data, generation_config, benchmark, limit, split, few_shot
@@ -176,6 +181,7 @@ def evaluate(
             image_field = {"image": f"pictures/{save_image(sample, image_folder)}"} if in_gallery else {}
             records.append(question_record(sample) | image_field)
             examples.append(sample.example)
+            trained.add(sample)
             true_masks += [encode_rle(sample.masks().any(axis=0))] if task == "res" else []
     if not examples:
         raise UserError(f"{benchmark!r} has no usable question; see the warnings above and check the data")
@@ -192,6 +198,7 @@ def evaluate(
         for variant, variant_texts in texts.items()
     }
     entry = {"benchmark": label, "task": task, "split": split, "limit": limit, "updates": updates}
+    entry |= trained.summary(label)
     entry |= {"samples": len(examples), "seconds": round(time.perf_counter() - start_time, 3)}
     entry |= summarize_scores(label.removesuffix(task), scores)
     if task in tasks.PER_KIND_TASKS:

@@ -44,13 +44,24 @@ def metrics_by_kind(
     return kinds
 
 
+def describe_questions(entry: Mapping[str, Any]) -> str:
+    """How many questions of what split, and how many of them are about records that the model was trained on."""
+    samples, trained = entry["samples"], entry.get("trained_on", 0)
+    split = entry["split"] if entry.get("has_splits", True) else "all records (no split is held out)"
+    words = f"{samples} questions of {split}"
+    if not trained:
+        return words
+    share = "all" if trained == samples else str(trained)
+    return f"{words}, {share} of them about records that the model was trained on"
+
+
 def metrics_table(entry: Mapping[str, Any]):
     """The metrics of one benchmark as a rich table."""
     from rich.table import Table
 
     variants = ("teacher_forced", "untagged", "blind", "tags_alone", "majority")
     variants = [name for name in variants if name in entry]
-    title = f"{entry['benchmark']}: {entry['samples']} questions of {entry['split']}"
+    title = f"{entry['benchmark']}: {describe_questions(entry)}"
     table = Table("", title=title, title_justify="left")
     for name in ("this model", "95 %", *(name.replace("_", " ") for name in variants)):
         table.add_column(name, justify="right")

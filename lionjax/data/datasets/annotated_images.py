@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -95,6 +96,7 @@ class AnnotatedImages:
     annotations: dict[str, list[Annotation]]
     segmentations: list = field(default_factory=list)
     max_pixels: int = images.MAX_PIXELS
+    has_splits: ClassVar[bool] = True
 
     def __post_init__(self):
         self.annotations = {task: rows for task, rows in self.annotations.items() if rows}

@@ -78,7 +78,8 @@ class OpenArrayRecordDataset:
                 arrays = {key: index[key] for key in index}
             splits = {key.partition("/")[0] for key in arrays if "/" in key}
             # A source without splits is stored as one split, which is used for all splits.
-            self.split = split if len(splits) > 1 else splits.pop()
+            self.has_splits = len(splits) > 1
+            self.split = split if self.has_splits else splits.pop()
             prefix = f"{self.split}/"
             self.example_index = {key.removeprefix(prefix): arrays[key] for key in arrays if prefix in key}
             self.record_names = self.example_index.pop("").tolist() if self.example_index else []

@@ -22,6 +22,7 @@ class OpenDataset(Protocol):
     """One split of a source. `task_sizes`: number of examples of each task; `len`: number of records."""
 
     task_sizes: dict[str, int]
+    has_splits: bool  # False: all splits are the same records
 
     def __len__(self) -> int: ...
 
@@ -44,6 +45,11 @@ class OpenDataset(Protocol):
 
     def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
         """bool (K, height, width): the masks of regions by their indices in `Example.targets`."""
+
+
+def has_splits(source: Any, dataset: OpenDataset) -> bool:
+    """Whether the splits of a source are different records; a `heldout_fraction` of 0 holds nothing out."""
+    return getattr(source, "heldout_fraction", 1) != 0 and dataset.has_splits
 
 
 def open_split(source: Any, split: str, max_pixels: int) -> OpenDataset:

@@ -89,9 +89,7 @@ def image_size(row: Mapping, location: str) -> tuple[float, float] | None:
         return None
     for key, value in zip(("width", "height"), values):
         if not is_number(value) or value <= 0:
-            raise UserError(
-                f"{location} has {abbreviate(value)} as {key!r}; give width and height in pixels, or neither"
-            )
+            raise UserError(f"{location} has {abbreviate(value)} as {key!r}; give both in pixels, or neither")
     return float(values[0]), float(values[1])
 
 

@@ -41,6 +41,8 @@ class Scenes:
 class OpenScenes:
     """One split of the scenes. Every scene has one example per task, which is drawn anew on every access."""
 
+    has_splits = True
+
     def __init__(self, config: Scenes, split: str):
         num_scenes = config.sizes[SPLITS.index(split)]
         self.source = SceneSource(split, max(num_scenes, 1), config.seed, config.image_size)

@@ -287,6 +287,7 @@ def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp
     source = JsonLines(str(tmp_path / "lines.jsonl"), str(tmp_path), name="mine")
     entry = runner.evaluate_model(model, "vqa", tmp_path, source=source)
     assert entry["samples"] == 1 and entry["benchmark"] == "mine_vqa"
+    assert (entry["trained_on"], entry["has_splits"]) == (0, False)
     assert "missing.png" in caplog.text and "takes" in caplog.text
     assert "mine_vqa_accuracy" in json.loads((tmp_path / "report.json").read_text())["metrics"]
     only_bad = dataclasses.replace(source, file=str(tmp_path / "bad.jsonl"))

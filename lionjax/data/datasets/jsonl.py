@@ -46,19 +46,20 @@ class JsonLines(AnnotationFile):
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         file = Path(self.file)
         builder = AnnotatedImagesBuilder(Path(self.image_dir), split, self.heldout_fraction)
-        for line_number, line in enumerate(_read_lines(file), 1):
+        for line_number, line in _read_lines(file):
             location = f"{file}, line {line_number},"
             with builder.row(location, "vqa"):
                 _add_line(builder, _parse_line(line, location), location, file)
         return builder.build(max_pixels)
 
 
-def _read_lines(file: Path) -> list[str]:
+def _read_lines(file: Path) -> list[tuple[int, str]]:
+    """(number from 1, text) of each line that is not blank, or of each entry of a JSON list."""
     text = read_text(file)
     if text.lstrip().startswith("["):
         rows = read_json(file)  # a JSON list of the same entries
-        return [json.dumps(row) for row in (rows if isinstance(rows, list) else [rows])]
-    return [line for _, line in split_lines(text)]
+        return [(number, json.dumps(row)) for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1)]
+    return split_lines(text)
 
 
 def _parse_line(line: str, location: str) -> dict:

@@ -104,6 +104,10 @@ def test_a_bad_row_is_named_with_its_line_and_the_others_are_used(lines, row, wo
     assert [example.answer for example in usable(source)] == ["a cat"] * 2
 
 
+def test_blank_lines_count_in_the_number_of_a_bad_line(lines):
+    assert "rows.jsonl, line 4," in problem(lines(GOOD, "", "  ", "{"))
+
+
 def test_one_text_is_a_list_of_one_and_four_numbers_are_one_box(lines):
     rows = [
         without("answer", answers="red", tags="dog"),

@@ -27,6 +27,7 @@ MIN_SIDE_OF_PIXELS = 8  # an image of fewer pixels may have a box of one pixel
 BOXES_MARK = "<boxes>"  # where a text has its boxes (Shikra, NExT-Chat)
 QUESTION_TEMPLATES = {
     "caption": templates.CAPTION,
+    "grounded": templates.GROUNDED_CAPTION,
     "existence": templates.EXISTENCE,
     "rec": templates.REC,
     "res": templates.RES,

@@ -57,7 +57,7 @@ def split_lines(text: str) -> list[tuple[int, str]]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """(location for messages, row) of a JSON list, or of a file with one JSON value a line; gzipped or not.
+    """(location for messages, row) of a JSON list, of one JSON object, or of one JSON value a line; gzipped or not.
 
     A line that is not JSON gives a UserError in place of the row, so that the other rows can be used. Raises
     UserError for a file that cannot be read, and for one without any row of JSON.
@@ -67,8 +67,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         rows = read_json(path)
         yield from ((f"{path}, entry {number},", row) for number, row in enumerate(rows, 1))
         return
-    is_any_json = False
-    for number, line in split_lines(text):
+    lines, is_any_json = split_lines(text), False
+    tree = None
+    with contextlib.suppress(ValueError, RecursionError):
+        tree = json.loads(text) if len(lines) > 1 else None  # one object over several lines
+    if tree is not None:
+        yield f"{path},", tree
+        return
+    for number, line in lines:
         location = f"{path}, line {number},"
         try:
             row = json.loads(line)

@@ -64,6 +64,30 @@ class Coco:
         return builder.build(max_pixels)
 
 
+@dataclass(frozen=True)
+class CocoRelease:
+    """COCO as published: annotations/ with captions_SET.json and instances_SET.json, and one image folder for each SET.
+
+    Split "train" is `train_set`; "validation" and "heldout" are `heldout_set`. If both are the same set,
+    `heldout_fraction` of it is held out.
+    """
+
+    folder: str
+    train_set: str = "train2017"
+    heldout_set: str = "val2017"
+    heldout_fraction: float = 0.1
+    name: str = "coco"
+
+    def __post_init__(self):
+        check_heldout_fraction(self.heldout_fraction)
+
+    def open(self, split: str, max_pixels: int) -> AnnotatedImages:
+        part = self.train_set if split == "train" else self.heldout_set
+        fraction = self.heldout_fraction if self.train_set == self.heldout_set else 0.0
+        files = (f"annotations/{kind}_{part}.json" for kind in ("captions", "instances"))
+        return Coco(self.folder, *files, part, fraction, self.name).open(split, max_pixels)
+
+
 class Instance(NamedTuple):
     """One object: its category, its box (x0, y0, x1, y1) in pixels, and COCO's entry."""
 
@@ -73,14 +97,14 @@ class Instance(NamedTuple):
 
 
 def _add_images(builder: AnnotatedImagesBuilder, path: Path, tree: object, tags: dict, task: str) -> None:
-    for location, image in builder.entries(path, tree, "images", ("id", "file_name", "width", "height"), task):
+    for location, image in builder.entries(path, tree, "images", ("id", "file_name"), task):
         with builder.row(location, task):
             key, name = image["id"], typed_rows.text(image, "file_name", location)
             size = typed_rows.image_size(image, location)
-            if size is None or not name.strip():
+            if not name.strip() or (size is None and task != "caption"):  # captions have no boxes, and need no size
                 raise UserError(f"{location} lacks its file_name, width or height; add them")
             if builder.includes(name):
-                builder.add_image(key, ImageInfo(name, *size, tuple(sorted(tags.get(key, ())))))
+                builder.add_image(key, ImageInfo(name, *(size or (1.0, 1.0)), tuple(sorted(tags.get(key, ())))))
 
 
 def _add_captions(builder: AnnotatedImagesBuilder, path: Path) -> None:

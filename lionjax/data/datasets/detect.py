@@ -10,13 +10,17 @@ from typing import Any
 
 from lionjax.core.types import UserError
 from lionjax.data.config import DataConfig
-from lionjax.data.datasets.annotation_files import read_json, read_rows
+from lionjax.data.datasets.annotation_files import read_rows
 from lionjax.data.datasets.array_record import ArrayRecordDataset, find_dataset_folder
-from lionjax.data.datasets.coco import Coco
-from lionjax.data.datasets.conversations import Conversations
+from lionjax.data.datasets.coco import Coco, CocoRelease
+from lionjax.data.datasets.conversations import ROUND_KEYS, Conversations
 from lionjax.data.datasets.easy_vqa import EasyVqa
 from lionjax.data.datasets.jsonl import JsonLines
+from lionjax.data.datasets.karpathy import KarpathyCaptions
 from lionjax.data.datasets.refcoco import RefCoco
+from lionjax.data.datasets.refer import Refer
+from lionjax.data.datasets.scienceqa import ScienceQa
+from lionjax.data.datasets.shikra import KINDS, ShikraJsonl
 from lionjax.data.datasets.source import open_split
 from lionjax.data.datasets.vqa import Vqa
 from lionjax.data.images import to_pil_image
@@ -38,10 +42,15 @@ ROW_FORMATS = (
         (("conversations",), ("messages",), ("conversation",)),
     ),
     (RefCoco, "RefCOCO", ("height", "width"), (("img_id", "sents", "bbox"),)),
+    (ShikraJsonl, "Shikra's and NExT-Chat's JSON Lines", ("width", "height"), tuple(KINDS.values())),
+    (KarpathyCaptions, "LAVIS's captions", ("image_id",), (("image", "caption"),)),
     (JsonLines, "POPE", ("question_id",), (("image", "text", "label"),)),
     (JsonLines, "JSON Lines (docs/own_data.md)", JSON_LINES_KEYS, (("answer",), ("answers",), ("boxes",))),
 )
-KNOWN_SOURCES = "'scenes', 'easy_vqa', a COCO folder, a built folder, or a .jsonl, RefCOCO or VQA file"
+KNOWN_SOURCES = (
+    "'scenes', 'easy_vqa', a COCO, refer, ScienceQA or built folder, or a file of conversations, JSON Lines, RefCOCO, "
+    "captions or VQA"
+)
 
 
 def detect_source(source: str, image_dir: str = "", answers_file: str = "") -> Any:
@@ -54,10 +63,12 @@ def detect_source(source: str, image_dir: str = "", answers_file: str = "") -> A
         return Scenes() if source == "scenes" else EasyVqa()
     path = Path(source)
     if path.is_dir():
-        return _detect_folder(path)
+        return _detect_folder(path, image_dir)
     if not path.is_file():
         raise UserError(f"there is no source {source!r}; give {KNOWN_SOURCES}")
     image_folder = image_dir or str(path.parent)
+    if path.suffix == ".p":
+        return Refer(str(path.parent), image_dir or _refer_images(path.parent), path.name, name=path.parent.name)
     return _detect_file(path, image_folder, answers_file)
 
 
@@ -69,8 +80,11 @@ def _detect_file(path: Path, image_folder: str, answers_file: str) -> Any:
         if not answers_file:
             raise UserError(f"{path} is a VQA questions file; give the file of its answers with --answers")
         return Vqa(file, answers_file, image_folder, name=name)
+    if "images" in keys and is_tree and not keys & {*ROUND_KEYS}:
+        return _detect_image_list(path, image_folder, keys)
     for source_class, _, _, required in ROW_FORMATS:
-        if any(set(group) <= keys for group in required):
+        is_labeled = source_class is KarpathyCaptions and keys & {"label", "answer", "question"}  # VSR's may be false
+        if any(set(group) <= keys for group in required) and not is_labeled:
             return source_class(file, image_folder, name=name)
     raise UserError(unknown_format_sentence(path, keys))
 
@@ -81,13 +95,7 @@ def first_keys(path: Path) -> tuple[set[str], bool]:
     dicts = [row for row in rows if isinstance(row, dict)]
     if len(rows) == len(dicts) == 1:
         return set(dicts[0]), True
-    if dicts:
-        return set(dicts[0]), False
-    try:
-        tree = read_json(path)  # an object that is written over several lines
-    except UserError:
-        tree = {}
-    return (set(tree), True) if isinstance(tree, dict) else (set(), False)
+    return (set(dicts[0]) if dicts else set()), False
 
 
 def unknown_format_sentence(path: Path, keys: set[str]) -> str:
@@ -112,12 +120,53 @@ def unknown_format_sentence(path: Path, keys: set[str]) -> str:
     )
 
 
-def _detect_folder(path: Path) -> Any:
+def _detect_image_list(path: Path, image_folder: str, keys: set[str]) -> Any:
+    """One of COCO's annotation files, or Karpathy's list of images with their sentences."""
+    name, images = path.name.partition(".")[0], str(Path(image_folder).resolve())
+    if "annotations" not in keys:
+        return KarpathyCaptions(str(path), image_folder, name=name)
+    files = ("", path.name) if "categories" in keys else (path.name, "")
+    return Coco(str(path.parent), *files, images, name=name)
+
+
+def _detect_folder(path: Path, image_dir: str = "") -> Any:
     coco = Coco(str(path), name=path.name or "coco")
-    if any((path / name).is_file() for name in (coco.captions_file, coco.instances_file)):
+    if any((path / name).is_file() for name in (coco.captions_file, coco.instances_file)) and not _refs_file(path):
         return coco
+    if sets := _coco_sets(path):
+        train = next((part for part in sets if part.startswith("train")), sets[0])
+        heldout = next((part for part in sets if part.startswith("val")), train)
+        return CocoRelease(str(path), train, heldout, name=path.name or "coco")
+    if refs := _refs_file(path):
+        return Refer(str(path), image_dir or _refer_images(path), refs, name=path.name)
+    if (path / "problems.json").is_file() and (path / "pid_splits.json").is_file():
+        return ScienceQa(str(path), name=path.name or "scienceqa")
     folder = find_dataset_folder(path)
     return Scenes(folder=str(folder)) if "scenes" in folder.parts else ArrayRecordDataset(str(folder))
+
+
+def _coco_sets(path: Path) -> list[str]:
+    """The sets of a published COCO folder that have annotations and images, the newest first."""
+    files = [*path.glob("annotations/captions_*.json"), *path.glob("annotations/instances_*.json")]
+    parts = {file.stem.partition("_")[2] for file in files}
+    return sorted((part for part in parts if (path / part).is_dir()), key=lambda part: part[-4:], reverse=True)
+
+
+def _refs_file(path: Path) -> str:
+    """The first of refer's files in a folder: unc, umd, then google."""
+    return next((f"refs({name}).p" for name in ("unc", "umd", "google") if (path / f"refs({name}).p").is_file()), "")
+
+
+def _refer_images(path: Path) -> str:
+    """Where refer's images are: in its own layout, or beside the annotations."""
+    places = (
+        "images/mscoco/images/train2014",
+        "../images/mscoco/images/train2014",
+        "images",
+        "train2014",
+        "../train2014",
+    )
+    return str(next((path / place for place in places if (path / place).is_dir()), path))
 
 
 def show_images(text: str, names: list[str]) -> str:

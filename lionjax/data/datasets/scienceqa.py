@@ -16,7 +16,7 @@ SPLIT_NAMES = {"train": "train", "validation": "val", "heldout": "test"}
 
 @dataclass(frozen=True)
 class ScienceQa:
-    """The published ScienceQA folder: problems.json, pid_splits.json and images/SPLIT/NUMBER/image.png.
+    """The published ScienceQA folder: problems.json, pid_splits.json and images/SPLIT/NUMBER/image.png (or SPLIT/...).
 
     The task is `choice`; its kinds are "image" and "text", for questions with and without an image.
     """
@@ -27,14 +27,15 @@ class ScienceQa:
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         folder, split_name = Path(self.folder), SPLIT_NAMES[split]
         problems, question_ids = (read_json(folder / f"{name}.json") for name in ("problems", "pid_splits"))
-        builder = AnnotatedImagesBuilder(folder / "images" / split_name)
+        root = folder / "images" if (folder / "images").is_dir() else folder
+        builder = AnnotatedImagesBuilder(root / split_name)
         with convert_format_errors(folder / "problems.json"):
             for question_id in question_ids[split_name]:
                 with builder.row(f"{folder / 'problems.json'}: question {question_id}", "choice"):
                     problem = problems[question_id]
                     image_name = f"{question_id}/{problem['image']}" if problem.get("image") else ""
                     kind, texts = "image" if image_name else "text", (format_answer(problem), format_question(problem))
-                    image_index = builder.add_image(image_name, ImageInfo(image_name))
+                    image_index = builder.add_image(image_name or ("text", question_id), ImageInfo(image_name))
                     builder.add_annotation("choice", Annotation(image_index, texts[:1], texts[1], kind=kind))
         return builder.build(max_pixels)
 

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captions in Karpathy's splits: LAVIS's files (coco_karpathy_train.json) and Karpathy's own (dataset_coco.json)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lionjax.core.renamed import renamed_fields
+from lionjax.core.types import UserError
+from lionjax.data.datasets import typed_rows
+from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
+from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, AnnotationFile, read_rows
+
+SPLITS = {"train": ("train", "restval"), "validation": ("val",), "heldout": ("test",)}
+
+
+@renamed_fields()
+@dataclass(frozen=True)
+class KarpathyCaptions(AnnotationFile):
+    """Captions as task `caption`, all captions of an image in one example.
+
+    LAVIS's file is one split, a list of {image, caption (one or a list), image_id}; `heldout_fraction` splits it.
+    Karpathy's file has its own splits (train with restval, val, test), in which `heldout_fraction` has no effect.
+    """
+
+    name: str = "captions"
+
+    def open(self, split: str, max_pixels: int) -> AnnotatedImages:
+        file = Path(self.file)
+        builder = AnnotatedImagesBuilder(Path(self.image_dir), split, self.heldout_fraction)
+        captions: dict[int, list[str]] = {}
+        for location, name, texts in _rows(file, split, builder):
+            with builder.row(location, "caption"):
+                values = typed_rows.texts({"caption": texts}, "caption", location)
+                if not name or not values:
+                    raise UserError(f"{location} lacks the path of its image or its caption; add them")
+                index = builder.add_image(name, ImageInfo(name))
+                captions.setdefault(index, []).extend(value.strip() for value in values)
+        for index, texts in captions.items():
+            builder.add_annotation("caption", Annotation(index, tuple(texts)))
+        return builder.build(max_pixels)
+
+
+def _rows(file: Path, split: str, builder: AnnotatedImagesBuilder) -> Iterator[tuple[str, str, object]]:
+    """(location, image path, captions) of the rows of a split."""
+    rows = list(read_rows(file))
+    if len(rows) == 1 and isinstance(rows[0][1], dict) and "images" in rows[0][1]:
+        tree = rows[0][1]
+        for location, image in builder.entries(file, tree, "images", ("filename", "split", "sentences"), "caption"):
+            if image["split"] in SPLITS[split]:
+                name = f"{image.get('filepath') or ''}/{image['filename']}".lstrip("/")
+                yield location, name, [sentence.get("raw", "") for sentence in image["sentences"]]
+        return
+    for location, row in rows:
+        with builder.row(location, "caption"):
+            if isinstance(row, UserError):
+                raise row
+            if not isinstance(row, dict):
+                raise UserError(f"{location} is {typed_rows.abbreviate(row)}; give an object with image and caption")
+            name = typed_rows.text(row, "image", location)
+            if builder.includes(name):
+                yield location, name, row.get("caption")

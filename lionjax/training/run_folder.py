@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lionjax.core import config
 from lionjax.core import params as trees
 from lionjax.core.errors import RetryError
 from lionjax.core.experiment import Experiment
-from lionjax.core.files import read_record, write_atomic
+from lionjax.core.files import append_jsonl, read_record, write_atomic
 from lionjax.core.types import Params, UserError
 from lionjax.training import checkpoint, distributed
 from lionjax.training.checkpoint import CorruptCheckpointError
@@ -27,7 +28,8 @@ from lionjax.training.init import ParamSpecs
 log = logging.getLogger(__name__)
 
 
-# Fields that do not change the training result: a run may be resumed with other values (regular expressions).
+# Fields with which a run may be resumed with other values (regular expressions): those that do not change the result,
+# and those that a person changes to mend what stopped it. Each change is logged and added to changes.jsonl.
 MUTABLE_FIELDS = (
     r"name",
     r"mesh\..*",
@@ -36,6 +38,12 @@ MUTABLE_FIELDS = (
     # Change the result only after a bad step, which is when a user has to set them.
     r"run\.(on_bad_step|loss_spike_sigmas|max_bad_steps|watchdog_seconds)",
     r"generation\..*",
+    # Moved files. The parameters come from the checkpoints, and records of another number or order are refused.
+    r"weights",
+    r"data\.sources\.\d+\.(file|folder|image_dir|questions|answers|captions_file|instances_file)",
+    r"data\.(on_bad_record|max_bad_fraction)",
+    # From the resumed update on.
+    r"stages\.\d+\.(learning_rate|warmup_learning_rate|end_learning_rate|batch_size|grad_accum_steps)",
     r"data\.(num_threads|num_workers|prefetch_buffer_size|image_cache_mib|bad_records_path)",
 )
 
@@ -82,10 +90,13 @@ def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
         mutable = {name for name in changes if any(re.fullmatch(pattern, name) for pattern in MUTABLE_FIELDS)}
         if fixed := [f"{name} {a!r} -> {b!r}" for name, (a, b) in changes.items() if name not in mutable]:
             raise UserError(
-                f"{workdir} was made by another config ({'; '.join(fixed)}); restore these or set another --workdir"
+                f"{workdir} was made by another config ({'; '.join(fixed)}); restore these, which its parameters or "
+                "its order of records depend on, or set another --workdir"
             )
         for name in sorted(mutable):
             log.info("resuming %s with %s changed: %r -> %r", workdir, name, *changes[name])
+        if mutable and distributed.is_main_process():
+            append_jsonl(workdir / "changes.jsonl", _change_record(workdir, {name: changes[name] for name in mutable}))
     if distributed.is_main_process():
         write_atomic(path, text)
         checkpoint.remove_tmp_directories(workdir)
@@ -95,6 +106,13 @@ def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
             f"process {jax.process_index()} cannot find the config.json that process 0 wrote in {workdir}; run all "
             "processes with the same config and a --workdir that all hosts share"
         )
+
+
+def _change_record(workdir: Path, changes: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """A line of changes.jsonl: {"time", "update" of the newest checkpoint, "changed": {field: [old, new]}}."""
+    update = next(iter(checkpoint.all_steps(workdir / "checkpoints")), 0)
+    changed = {name: [repr(value) for value in changes[name]] for name in sorted(changes)}
+    return {"time": time.time(), "update": update, "changed": changed}
 
 
 def saved_config(workdir: Path) -> Experiment | None:

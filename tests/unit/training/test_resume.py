@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 
@@ -172,9 +173,9 @@ def test_run_resumes_on_another_mesh(tmp_path, whole):
 
 def test_a_folder_of_another_config_is_refused_with_the_fields_that_differ(tmp_path, whole):
     what = toy.experiment()
-    one = dataclasses.replace(what.stages[0], learning_rate=0.5)
+    one = dataclasses.replace(what.stages[0], weight_decay=0.5)
     other = dataclasses.replace(what, seed=3, stages=(one, what.stages[1]))
-    with pytest.raises(UserError, match=r"another config \(stages.0.learning_rate 0.01 -> 0.5; seed 0 -> 3\)"):
+    with pytest.raises(UserError, match=r"another config \(stages.0.weight_decay 0.05 -> 0.5; seed 0 -> 3\)"):
         train(whole[0], other)
     free = dataclasses.replace(what, run=dataclasses.replace(what.run, log_every=7, save_every=100, max_to_keep=1))
     workdir = copy_of(whole[0], tmp_path / "run")
@@ -416,3 +417,34 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
         train(tmp_path, toy.experiment(run={"save_every": 2}))
     assert checkpoint.all_steps(tmp_path / "checkpoints") == [2]
     assert set(checkpoint.all_bases(tmp_path / "base")) == {0}
+
+
+def test_rate_batch_size_and_weights_may_change_in_a_folder_and_are_recorded(tmp_path, whole):
+    workdir, what = copy_of(whole[0], tmp_path / "run", update=8), toy.experiment()
+    second = dataclasses.replace(what.stages[1], learning_rate=1e-3, batch_size=4)
+    changed = dataclasses.replace(what, stages=(what.stages[0], second), weights=(("tower", "moved.safetensors"),))
+    weights, report = train(workdir, changed)
+    assert weights != whole[1] and report["stages"][1]["steps"] == second.steps
+    old, new = toy.lines(whole[0]), toy.lines(workdir)
+    assert [line["loss"] for line in new[:8]] == [line["loss"] for line in old[:8]]
+    assert new[-1]["learning_rate"] < old[-1]["learning_rate"]
+    (line,) = map(json.loads, (workdir / "changes.jsonl").read_text().splitlines())
+    assert line["update"] == 8 and line["changed"]["stages.1.batch_size"] == ["8", "4"]
+    assert set(line["changed"]) == {"stages.1.batch_size", "stages.1.learning_rate", "weights"}
+
+
+@pytest.mark.parametrize(
+    ("field", "mutable"),
+    [
+        ("data.on_bad_record", True),
+        ("data.max_bad_fraction", True),
+        ("data.sources.1.image_dir", True),
+        ("data.sources.0.file", True),
+        ("data.sources.0.heldout_fraction", False),
+        ("data.sources.0.class", False),
+        ("stages.0.trainable", False),
+        ("model.dtype", False),
+    ],
+)
+def test_what_stopped_a_run_may_be_mended_and_what_its_parameters_depend_on_may_not(field, mutable):
+    assert mutable == any(re.fullmatch(pattern, field) for pattern in run_folder.MUTABLE_FIELDS)

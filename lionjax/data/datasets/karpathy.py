@@ -12,6 +12,7 @@ from lionjax.core.types import UserError
 from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
 from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, AnnotationFile, read_rows
+from lionjax.data.datasets.conversations import ImageFolders
 
 SPLITS = {"train": ("train", "restval"), "validation": ("val",), "heldout": ("test",)}
 
@@ -31,12 +32,14 @@ class KarpathyCaptions(AnnotationFile):
         file = Path(self.file)
         builder = AnnotatedImagesBuilder(Path(self.image_dir), split, self.heldout_fraction)
         captions: dict[int, list[str]] = {}
+        folders = ImageFolders(builder.root)
         for location, name, texts in _rows(file, split, builder):
             with builder.row(location, "caption"):
                 values = typed_rows.texts({"caption": texts}, "caption", location)
                 if not name or not values:
                     raise UserError(f"{location} lacks the path of its image or its caption; add them")
-                index = builder.add_image(name, ImageInfo(name))
+                path = folders.find(name)
+                index = builder.add_image(path, ImageInfo(path))
                 captions.setdefault(index, []).extend(value.strip() for value in values)
         for index, texts in captions.items():
             builder.add_annotation("caption", Annotation(index, tuple(texts)))

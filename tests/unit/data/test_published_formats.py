@@ -146,6 +146,8 @@ def test_captions_of_lavis_are_grouped_by_image(folder):
     assert isinstance(source, KarpathyCaptions) and only(source, "caption").answers == ("c0", "c1", "c2")
     (folder / "test.json").write_text(json.dumps([{"image": "val2014/b.jpg", "caption": ["x", "y"]}]))
     assert only(detect.detect_source(str(folder / "test.json")), "caption").answers == ("x", "y")
+    inside = detect.detect_source(str(folder / "test.json"), str(folder / "val2014"))
+    assert only(inside, "caption").scene == "b.jpg"
 
 
 def test_karpathys_own_file_has_its_splits(folder):

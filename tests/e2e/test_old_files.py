@@ -134,7 +134,9 @@ def assert_losses(workdir: str, wanted: list[dict]) -> None:
     assert [line["update"] for line in found] == [line["update"] for line in wanted]
     for mine, line in zip(found, wanted):
         for name in ("loss", "grad_norm", "learning_rate"):
-            assert mine.get(name) == pytest.approx(line.get(name), rel=most, abs=0.0), (name, line)
+            # Version 0.1 gave an answer that it cut an end token, which is now left out.
+            bound = 0.05 if mine.get("cut_answers") else most
+            assert mine.get(name) == pytest.approx(line.get(name), rel=bound, abs=0.0), (name, line)
 
 
 # Folders of weights

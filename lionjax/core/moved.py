@@ -158,7 +158,6 @@ class_tags                 EARLIER=LEGACY_CLASS_TO_TAG HOMES=TAG_TO_CLASS
 cli                        Parser=StrictParser Usage=UsageError
 config                     AnswerConfig=GenerationDefaults TAG_OF=CLASS_TO_TAG difference=diff_configs
 config                     leaves=leaf_fields override=apply_overrides show=format_config
-convert.card               BICUBIC=PIL_BICUBIC
 convert.delta              AT_ONCE=CHUNK_SIZE OWN=LLAVA_ONLY_PATTERN Sum=LazySum
 convert.experts            EXPERTS=TAGGING_FORMATS
 convert.files              DTYPES=SAFETENSORS_DTYPES HEADER_LIMIT=MAX_HEADER_BYTES INNER_KEYS=STATE_DICT_KEYS

@@ -48,8 +48,13 @@ def programs_go_with_their_file():
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests that want shared data, so that `-m shared_data` runs only these."""
+    """Mark the tests that want shared data, so that `-m shared_data` runs only these.
+
+    An address in a test's name differs in each process, so that several could not share the tests: it is refused.
+    """
     for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid} has an address in its name; give its parameters ids")
         if any("$LIONJAX_DATA" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skipif")):
             item.add_marker("shared_data")
 

@@ -64,7 +64,7 @@ def a_config():
         (LoraConfig, {"alpha": NAN}),
         (LoraConfig, {"dropout": 1.0}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_value_out_of_its_range_is_refused_with_field_and_value(make, wrong):
     with pytest.raises(UserError) as error:

@@ -150,8 +150,8 @@ def test_a_folder_without_a_readable_tokenizer_raises_a_one_sentence_error(tmp_p
 def test_a_folder_of_converted_weights_has_the_tokenizer_that_came_with_them(tmp_path, tiny):
     source = tmp_path / "llama"
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64}
-    settings = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = transformers.LlamaConfig(**sizes, vocab_size=tokenizer.TINY_VOCAB_SIZE)
     transformers.LlamaForCausalLM(settings).save_pretrained(source)
     (source / "tokenizer.json").write_bytes(tokenizer.TINY_TOKENIZER_FILE.read_bytes())
     convert.convert(source, tmp_path / "converted", "jax")

@@ -70,7 +70,7 @@ def test_a_language_model_with_lora_on_every_linear_answers_as_peft(tmp_path, ki
 @pytest.mark.parametrize("system", ("llava", "blip2_opt", "instructblip_t5"))
 def test_a_vision_language_model_with_lora_on_every_linear_answers_as_peft(tmp_path, system):
     theirs, config, params, again = round_trip(adapters.vision_language_model(system), tmp_path, **ALL_LINEAR)
-    answers(theirs, config, params, again)
+    assert_answers_alike(theirs, config, params, again)
 
 
 def made_classes():
@@ -93,7 +93,7 @@ def test_every_module_that_can_have_a_lora_has_a_name_in_the_files(tmp_path):
         assert names and not lost, type(model)
 
 
-def answers(theirs, config, params, again):
+def assert_answers_alike(theirs, config, params, again):
     """Checks the logits of a vision-language model: ours, theirs, and theirs from our export."""
     batch = tiny_prefix.batch_of(config, random.Random(3))
     inputs = tiny_prefix.inputs(config, batch)
@@ -112,7 +112,7 @@ def test_a_kosmos_2_with_lora_on_every_linear_answers_as_peft(tmp_path):
     model, system = small_bridges.kosmos(random.Random(2))
     theirs, config, params, again = round_trip(model, tmp_path, **ALL_LINEAR)
     config = dataclasses.replace(config, image_token_id=system.image_token_id)
-    answers(theirs, config, params, again)
+    assert_answers_alike(theirs, config, params, again)
 
 
 # part of the model -> PEFT's target_modules, and the lionjax config's part with the names of its layers
@@ -135,7 +135,7 @@ def test_the_parts_of_a_llava_get_the_loras_that_the_adapter_has(tmp_path, part)
     written, read = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("torch/adapter", "lora"))
     assert_same(written, {name: w for name, w in read.items() if "base_layer" not in name})
     if part == "language":
-        answers(theirs, config, params, again)
+        assert_answers_alike(theirs, config, params, again)
 
 
 # Names of the same modules in earlier versions of transformers, and those that wrappers add.

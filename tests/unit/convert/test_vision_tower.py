@@ -139,7 +139,7 @@ def test_a_tower_that_is_nowhere_is_refused_in_one_sentence(whole, llava, tmp_pa
         ("openai/clip-vit-large-patch14", CLIP_224),
         ("/data/models/clip-vit-large-patch14-336/", CLIP_336),
         ("./checkpoints/CLIP-ViT-Large-Patch14", CLIP_224),
-        ("/root/.cache/hub/models--openai--clip-vit-large-patch14-336/snapshots/ce19dc9", CLIP_336),
+        ("/home/user/.cache/hub/models--openai--clip-vit-large-patch14-336/snapshots/ce19dc9", CLIP_336),
         ("C:\\models\\clip-vit-large-patch14", CLIP_224),
     ],
 )

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from lionjax.core import class_tags
 from lionjax.core.experiment import Experiment
-from lionjax.core.renamed import renames_of, report
+from lionjax.core.renamed import check_given_once, renames_of, report
 from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
@@ -57,14 +57,16 @@ def apply_overrides(config: Any, overrides: Sequence[str]) -> Any:
     """The config with fields replaced: ["--stages.0.steps", "20", "--model.language.width", "64"].
 
     Elements of a tuple of configs are addressed by index; values of other tuples are listed, as in
-    `--stages.0.mixture vqa 1 caption 2`. Raises UserError for an unknown field (naming the closest one) and for a value
-    of the wrong type.
+    `--stages.0.mixture vqa 1 caption 2`. Raises UserError for an unknown field (naming the closest one), for a value of
+    the wrong type, and for a field under both its old and its current name.
     """
     hints = {path: hint for path, hint, _ in leaf_fields(config)}
-    changes = {}
+    changes, names = {}, {}
     for name, values in _group_arguments(overrides):
-        name, values = _from_old_name(config, name, values)
-        path = _resolve_field(config, name)
+        path, values = _from_old_name(config, name, values)
+        path = _resolve_field(config, path)
+        if names.setdefault(path, name) != name:
+            raise UserError(f"--{names[path]} and --{name} are two names of one field; give --{path} only")
         changes[path] = _parse_value(values, hints[path], path)
     return _replace_fields(config, changes, type(config).__name__)
 
@@ -258,6 +260,7 @@ def _from_plain(tree: dict[str, Any], path: str) -> Any:
     kind = _resolve_class(tree.pop("class", None), path)
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    check_given_once(kind, tree, f"{path}: ")
     for old, renamed in renames_of(kind).items():
         if old in tree and old not in fields:
             tree[renamed.name] = renamed.today(tree.pop(old))

@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+
+from lionjax.core.errors import UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -117,7 +119,8 @@ class Renamed:
 def renamed_fields(**renames: str | Renamed):
     """Class decorator above `@dataclass`: accepts the old names of the class in the table, and those of `renames`.
 
-    `@renamed_fields(vocab="vocab_size")` accepts `vocab` for `vocab_size`.
+    `@renamed_fields(vocab="vocab_size")` accepts `vocab` for `vocab_size`. The constructor raises UserError where a
+    field is given under both names.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -126,13 +129,16 @@ def renamed_fields(**renames: str | Renamed):
 
         @functools.wraps(init)
         def init_with_old_names(self, *args, **kwargs):
+            # `dataclasses.replace` gives every field, also the one that an old name replaces.
+            if not all(field.name in kwargs for field in dataclasses.fields(cls)):
+                check_given_once(cls, kwargs)
             for old in table.keys() & kwargs.keys():
                 report(cls.__name__, old, table[old].name)
                 kwargs[table[old].name] = table[old].today(kwargs.pop(old))
             init(self, *args, **kwargs)
 
         cls.__init__ = init_with_old_names
-        cls.RENAMED_FIELDS = getattr(cls, "RENAMED_FIELDS", {}) | table
+        cls.RENAMED_FIELDS = renames_of(cls) | table
         for old, new in table.items():
             if old not in vars(cls):
                 setattr(cls, old, property(lambda self, new=new: new.then(getattr(self, new.name))))
@@ -150,6 +156,20 @@ def _old_fields(class_name: str) -> dict[str, Renamed]:
 def renames_of(cls: type) -> Mapping[str, Renamed]:
     """{name of an earlier version: the field of today} of a config class."""
     return getattr(cls, "RENAMED_FIELDS", {})
+
+
+def check_given_once(cls: type, names: Iterable[str], where: str = "") -> None:
+    """Raise UserError if `names` has a field of a config class under both its old and its current name.
+
+    `where` precedes the class name in the message.
+    """
+    names = set(names)
+    for old, renamed in renames_of(cls).items():
+        if {old, renamed.name} <= names:
+            raise UserError(
+                f"{where}{cls.__name__} is given {old!r} and {renamed.name!r}, which are the old and the current name "
+                f"of one field; give {renamed.name!r} only"
+            )
 
 
 def report(owner: str, old: str, new: str) -> None:

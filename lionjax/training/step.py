@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.experiment import Experiment, Stage
-from lionjax.core.renamed import renames_of
+from lionjax.core.renamed import check_given_once, renames_of
 from lionjax.core.types import VLM, Array, Batch, Params, UserError, pytree_dataclass
 from lionjax.training.optimizer import abstract_opt_state, learning_rate_schedule, lr_multipliers
 
@@ -49,6 +49,7 @@ def model_for_stage(experiment: Experiment, stage: Stage) -> VLM:
                 f"stage {stage.name!r}: model_overrides sets {name!r}, which is no field of {cls.__name__}; its fields "
                 f"are {', '.join(sorted(field.name for field in dataclasses.fields(cls)))}"
             )
+    check_given_once(cls, dict(stage.model_overrides), f"stage {stage.name!r}: model_overrides of ")
     return dataclasses.replace(experiment.model, **dict(stage.model_overrides))
 
 

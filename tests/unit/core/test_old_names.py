@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Module paths and names of version 0.1 that its documentation showed still work, and say in one line what is new."""
+"""Names of version 0.1 that its documentation showed still work, and say in one line what is new."""
 
+import dataclasses
 import importlib
+import json
 import subprocess
 import sys
 
 import pytest
 
-from lionjax.core import moved
+from lionjax.core import config, moved
+from lionjax.core.experiment import Experiment, RunConfig, Stage
+from lionjax.core.types import UserError
+from lionjax.models.vision.vit import ViTConfig
+from lionjax.nn.adapters import AdapterConfig
+from lionjax.training.step import model_for_stage
 
 # What the documentation of 0.1 called, and what it is today.
 DOCUMENTED = {
@@ -51,3 +58,34 @@ def test_an_old_module_is_an_attribute_of_its_package_and_says_its_new_path_once
         "lionjax.convert.placed is now lionjax.convert.orbax_folder; the old path still works",
         "lionjax.layers is now lionjax.nn.layers; the old path still works",
     ]
+
+
+TOY = Experiment("toy", ViTConfig(), ViTConfig(), (Stage("one", 1, (".*",), (("vqa", 1),), 1),))
+
+
+def read_with_both_names():
+    tree = json.loads(config.to_json(TOY))
+    tree["run"]["keep"] = 3
+    config.from_json(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda: RunConfig(keep=3, max_to_keep=2),
+        lambda: AdapterConfig(bottleneck=8, bottleneck_dim=64),
+        read_with_both_names,
+        lambda: config.apply_overrides(TOY, ["--run.keep", "3", "--run.max_to_keep", "2"]),
+        lambda: config.apply_overrides(TOY, ["--run.max-to-keep", "3", "--run.keep", "2"]),
+        lambda: model_for_stage(TOY, dataclasses.replace(TOY.stages[0], system=(("heads", 2), ("num_heads", 4)))),
+    ],
+)
+def test_a_field_given_under_its_old_and_its_current_name_is_refused_in_one_sentence(give):
+    with pytest.raises(UserError, match="name.* of one field; give .* only$") as error:
+        give()
+    assert "\n" not in str(error.value)
+
+
+def test_replace_takes_a_field_by_its_old_name():
+    assert dataclasses.replace(RunConfig(max_to_keep=5), keep=3).max_to_keep == 3
+    assert model_for_stage(TOY, dataclasses.replace(TOY.stages[0], system=(("heads", 2),))).num_heads == 2

@@ -37,7 +37,7 @@ TAG_TO_CLASS = {
     "Lion": "lionjax.models.vlm.lion:Lion",
     "NextChat": "lionjax.models.vlm.nextchat:NextChat",
     "DataConfig": "lionjax.data.config:DataConfig",
-    "ProcessorConfig": "lionjax.data.prompt:ProcessorConfig",
+    "ProcessorConfig": "lionjax.data.processor_config:ProcessorConfig",
     "ImageFit": "lionjax.data.image_fit:ImageFit",
     "Scenes": "lionjax.data.scenes.dataset:Scenes",
     "EasyVqa": "lionjax.data.datasets.easy_vqa:EasyVqa",

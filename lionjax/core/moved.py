@@ -73,7 +73,7 @@ data.sources               data.datasets.source data.datasets.easy_vqa data.scen
 data.squares               data.letterbox
 data.table                 data.datasets.annotated_images
 data.tasks                 data.scenes.tasks
-data.texts                 data.prompt
+data.texts                 data.prompt data.processor_config
 data.tiny_tokenizer        tiny.tokenizer
 data.told                  tiny.exercises
 data.turns                 data.chat

@@ -18,7 +18,8 @@ from lionjax.data.boxes import Box
 from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat, render_history
 from lionjax.data.image_fit import ImageFit
 from lionjax.data.letterbox import Letterbox
-from lionjax.data.prompt import CLIP_MEAN, CLIP_STD, NO_LETTERBOX, ProcessorConfig, PromptBuilder
+from lionjax.data.processor_config import CLIP_MEAN, CLIP_STD, ProcessorConfig
+from lionjax.data.prompt import NO_LETTERBOX, PromptBuilder
 from lionjax.data.rounds import without_marks
 from lionjax.data.tokenizer import Tokenizer
 

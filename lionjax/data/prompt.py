@@ -11,128 +11,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
-from lionjax.core.errors import check_finite, check_ranges
-from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
-from lionjax.data import images, rounds, tokenizer
+from lionjax.data import rounds, tokenizer
 from lionjax.data.boxes import Box, BoxCodec, join_text_and_boxes, sort_corners, split_text_and_boxes
 from lionjax.data.chat import DEFAULT_FORMAT, BuiltExample, PromptFormat, flatten_turns, strip_prompt
-from lionjax.data.image_fit import ImageFit
 from lionjax.data.letterbox import Letterbox, split_padded_boxes
+from lionjax.data.processor_config import ProcessorConfig
 from lionjax.data.whole_prompt import Piece, WholePromptBuilder
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 NO_LETTERBOX = Letterbox(1, 1)
 FIRST_LOCATION_TOKEN = "<patch_index_0000>"  # the first of Kosmos-2's location tokens
 REGION_QUERY_TOKEN, BOX_TOKEN = "<at>", "<boxes>"  # NExT-Chat's region tokens; the next line has its image tokens
 IMAGE_START_TOKEN, IMAGE_PATCH_TOKEN, IMAGE_END_TOKEN = "<im_start>", "<im_patch>", "<im_end>"
 # LION's tag prompt. The embedding of its soft prompt token is learned and weights the tags, which may be wrong.
 TAGS_PREFIX = f"According to {tokenizer.SOFT_PROMPT_TOKEN}, you are allowed to use or partially use the following tags:"
-
-
-@renamed_fields()
-@dataclass(frozen=True)
-class ProcessorConfig:
-    """Image size, token lengths, prompt templates and tokenizers. Raises UserError for values outside their range.
-
-    `tokenizer` (language model) and `question_tokenizer` (Q-Former): `"tiny"`, or a local folder with tokenizer files,
-    such as T5's and BERT's in LION. `max_*_tokens` include the end token; a
-    longer answer is cut and has none. `use_tags` puts LION's tag prompt before the question.
-    `pad_to_square`: the image is padded to a square, in which boxes are fractions; else it is stretched. `pad_color`:
-    "white" as in NExT-Chat, or "mean" (the mean color) as in LLaVA-1.5. `image_fit`: how images are resized.
-    `prompt_tokenization`: "whole" tokenizes template, question and answers as one text between special ids, with the
-    start and end tokens that the tokenizer's own files name, as the original systems do (see `data.whole_prompt`);
-    "parts" strips each part of the template and the question and tokenizes it alone.
-    `reader`: with "encoder" the prompt ends in an end token; with "decoder" it begins with the start token, if the
-    tokenizer has one, and the answer follows in the same sequence. `prompt_template` is the text around {question}; at
-    {image} it gets `num_image_tokens` image tokens, or the one `image_token` of a model that expands it itself.
-    `shot_end` ends the answer of an in-context example (OpenFlamingo: <|endofchunk|>; empty: nothing), `answer_end` any
-    other answer, and `caption_end` a caption without a question (both empty: the end token).
-    `followup_template` is the template of later questions about the same image; empty: all turns are merged into one
-    question. `max_images`: images per example; missing ones are filled with blank images that no token refers to.
-    `box_format`: how the model writes boxes, see `data.boxes`. `location_bins_per_side`: location tokens per side of
-    the grid (Kosmos-2: 32; 0: no location tokens); their ids are the tokenizer's own if it has Kosmos-2's, else they
-    follow its vocabulary. `max_boxes`: boxes per example as arrays. `sam_image_size`: pixels per side of SAM's image
-    and masks.
-    """
-
-    image_size: int = 224
-    image_mean: tuple[float, float, float] = CLIP_MEAN
-    image_std: tuple[float, float, float] = CLIP_STD
-    tokenizer: str = "tiny"
-    question_tokenizer: str = "tiny"
-    max_prompt_tokens: int = 128
-    max_question_tokens: int = 128
-    max_target_tokens: int = 128
-    use_tags: bool = True
-    max_pixels: int = images.MAX_PIXELS
-    pad_to_square: bool = False
-    pad_color: Literal["white", "mean"] = "white"
-    image_fit: ImageFit = ImageFit()
-    reader: Literal["encoder", "decoder"] = "encoder"
-    prompt_tokenization: Literal["parts", "whole"] = "parts"
-    prompt_template: str = "{question}"
-    num_image_tokens: int = 0
-    image_token: int | None = None
-    shot_end: str = ""
-    answer_end: str = ""
-    caption_end: str = ""
-    followup_template: str = ""
-    max_images: int = 1
-    box_format: Literal["digits", "bins", "embeddings"] = "digits"
-    location_bins_per_side: int = 0
-    max_boxes: int = 0
-    sam_image_size: int = 0
-
-    def __post_init__(self):
-        lengths = (
-            *("image_size", "max_prompt_tokens", "max_question_tokens", "max_target_tokens"),
-            *("max_pixels", "max_images"),
-        )
-        for field in lengths:
-            if getattr(self, field) < 1:
-                raise UserError(f"processor.{field} is {getattr(self, field)}; give at least 1")
-        counts = ("num_image_tokens", "location_bins_per_side", "max_boxes", "sam_image_size")
-        check_ranges(self, "processor.", **dict.fromkeys(counts, ">= 0"), image_std="> 0")
-        check_finite(self, "processor.")
-        placeholders = set(re.findall(r"{(\w+)}", self.prompt_template + self.followup_template))
-        if unknown := sorted(placeholders - {"question", "image"}):
-            raise UserError(
-                f"a processor template contains {{{unknown[0]}}}; only {{question}} and {{image}} are allowed"
-            )
-        if self.prompt_template.count("{question}") != 1 or self.prompt_template.count("{image}") > 1:
-            raise UserError(
-                f"processor.prompt_template is {self.prompt_template!r}; "
-                "it needs {question} once and {image} at most once"
-            )
-        if self.followup_template and (
-            self.followup_template.count("{question}") != 1 or "{image}" in self.followup_template
-        ):
-            raise UserError(
-                f"processor.followup_template is {self.followup_template!r}; it needs {{question}} once, no {{image}}"
-            )
-        if self.prompt_tokenization == "whole" and self.use_tags:
-            raise UserError(
-                "processor.prompt_tokenization is 'whole', which has no tag prompt; set processor.use_tags to false or "
-                "prompt_tokenization to 'parts'"
-            )
-        if self.box_format == "embeddings" and not self.max_boxes:
-            raise UserError("processor.box_format is 'embeddings', but processor.max_boxes is 0; set it to at least 1")
-        if self.box_format == "bins" and not self.location_bins_per_side:
-            raise UserError(
-                "processor.box_format is 'bins', but processor.location_bins_per_side is 0; "
-                "set it to at least 1 (Kosmos-2: 32)"
-            )
-        if self.sam_image_size and not self.pad_to_square:
-            raise UserError(
-                "processor.sam_image_size needs processor.pad_to_square; set it to true, as SAM's image is square"
-            )
 
 
 class PromptBuilder:

@@ -13,7 +13,8 @@ from lionjax.core.prompt_formats import SYSTEM_FORMATS
 from lionjax.core.types import UserError
 from lionjax.data import tokenizer, whole_prompt
 from lionjax.data.chat import PromptFormat
-from lionjax.data.prompt import ProcessorConfig, PromptBuilder
+from lionjax.data.processor_config import ProcessorConfig
+from lionjax.data.prompt import PromptBuilder
 
 IMAGE = -200
 Q, A = "What is in the image?", "Two cats."

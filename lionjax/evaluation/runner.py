@@ -284,7 +284,7 @@ def encode_samples(
         tags, box_format = example.tags if use_tags else (), sample.box_format or processor.config.box_format
         boxes = (*example.question_boxes, *example.boxes)
         prompt_format = sample.prompt_format
-        if sample.more_images:
+        if sample.more_images or task == "conversation":  # its rows have one image, several or none
             pixels = processor.stack_images([pixels, *map(processor.load_pixels, sample.more_images)])
         if few_shot is not None:
             pixels, prompt_format = few_shot.prepend_examples(sample, pixels)
@@ -330,7 +330,7 @@ def question_record(sample: Sample) -> dict[str, Any]:
     truth = {"truth": list(example.answers), "truth_boxes": [list(box) for box in example.boxes]}
     about = {"kind": example.kind, "record": sample.name, "tags": list(example.tags)}
     boxes = {"question_boxes": [list(box) for box in example.question_boxes]}
-    return {"question": example.question} | truth | about | boxes
+    return {"question": example.question, "history": list(map(list, example.history))} | truth | about | boxes
 
 
 def result_records(

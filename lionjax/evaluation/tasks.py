@@ -192,6 +192,19 @@ def score_tags(examples: Examples, texts: Sequence[str]) -> TaskScores:
     return TaskScores({"tag_f1": scores["f1"]}, details, {"tag_f1": (rows_B3, f1)}, f1_per_sample)
 
 
+def score_conversation(examples: Examples, texts: Sequence[str]) -> TaskScores:
+    """ROUGE-L and SQuAD's token F1 of the last answer of each conversation, after the true earlier rounds.
+
+    Published figures of open answers are judged by a language model; these two only compare words with the reference.
+    """
+    references = [list(example.answers) for example in examples]
+    rouge_B = captions.rouge_l(texts, references)
+    exact_B, f1_B = np.array([vqa.squad_scores(*pair) for pair in zip(texts, references)]).T
+    metrics = {"conversation_rouge_l": float(rouge_B.mean()), "conversation_f1": float(f1_B.mean())}
+    per_sample = {"conversation_rouge_l": (rouge_B, np.mean), "conversation_f1": (f1_B, np.mean)}
+    return TaskScores(metrics, {"exact_match": float(exact_B.mean())}, per_sample, f1_B.tolist())
+
+
 def parse_tags(text: str) -> set[str]:
     """The tags of a comma-separated list, lower case."""
     return {word.strip(" .").lower() for word in text.split(",")} - {""}
@@ -209,9 +222,10 @@ SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], TaskScores]] = {
     "box_vqa": score_box_vqa,
     "tags": score_tags,
     "choice": score_choice,
+    "conversation": score_conversation,
 }
 # Tasks that are also scored by `Example.kind`; POPE's settings are kinds.
-PER_KIND_TASKS = ("vqa", "existence", "box_vqa", "choice")
+PER_KIND_TASKS = ("vqa", "existence", "box_vqa", "choice", "conversation")
 
 
 def constant_answers(task: str, train: Examples, questions: Examples) -> list[str]:

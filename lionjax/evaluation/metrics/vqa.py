@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of short answers: VQA accuracy, POPE, VSR, and ScienceQA choices.
+"""Metrics of answers: VQA accuracy, POPE, VSR, ScienceQA choices, and SQuAD's exact match and token F1.
 
 Answers are normalized as in the official VQA evaluation code (GT-Vision-Lab/VQA), quirks included, so that scores are
 comparable with papers; each quirk is documented below. "Two dogs." and "2 dogs" are one answer.
@@ -8,6 +8,8 @@ comparable with papers; each quirk is documented below. "Two dogs." and "2 dogs"
 from __future__ import annotations
 
 import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -146,3 +148,24 @@ def parse_choice(text: str) -> str | None:
         return text[0]
     letters = re.findall(r"The answer is ([A-Z])\.", text)
     return letters[0] if len(letters) == 1 else None
+
+
+def squad_tokens(text: str) -> list[str]:
+    """The words of an answer for SQuAD's metrics: lower case, without ASCII punctuation and articles."""
+    unpunctuated = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return [word for word in unpunctuated.split() if word not in ARTICLES]
+
+
+def squad_scores(answer: str, references: Sequence[str]) -> tuple[float, float]:
+    """(exact match, token F1) of one answer, each the best over the references, 0..1.
+
+    Two answers without words are equal; one without words has an F1 of 0. Source: Rajpurkar et al. 2018 (arXiv
+    1806.03822), the official evaluation code of SQuAD 2.0.
+    """
+    words, exact, best = squad_tokens(answer), 0.0, 0.0
+    for reference_words in map(squad_tokens, references):
+        same = float(words == reference_words)
+        common = sum((Counter(words) & Counter(reference_words)).values())
+        f1 = 2 * common / (len(words) + len(reference_words)) if words and reference_words else same
+        exact, best = max(exact, same), max(best, f1)
+    return exact, best

@@ -49,6 +49,8 @@ METRIC_LABELS = {  # key in report.json: (label, number format)
     "pope_f1": ("Object existence (POPE), F1", "{:.1%}"),
     "vsr_accuracy": ("Spatial relations (VSR), accuracy", "{:.1%}"),
     "tag_f1": ("Tagging, F1", "{:.1%}"),
+    "conversation_rouge_l": ("Conversation, ROUGE-L of the last answer", "{:.3f}"),
+    "conversation_f1": ("Conversation, token F1 of the last answer", "{:.1%}"),
     "caption_bleu4": ("Captioning, BLEU-4", "{:.3f}"),
     "caption_rouge_l": ("Captioning, ROUGE-L", "{:.3f}"),
     "caption_cider_untagged": ("Captioning without tags, CIDEr-D", "{:.3f}"),

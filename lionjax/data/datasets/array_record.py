@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,15 @@ class ArrayRecordDataset:
 
 @dataclass(frozen=True)
 class RecordTruth:
-    """Ground truth of one record: image info, annotations by task, and the segmentations that they refer to."""
+    """Ground truth of one record: image info, annotations by task, and the segmentations that they refer to.
+
+    `more_names`: the names of the images that `Annotation.more_images` refers to, by their indices there.
+    """
 
     image_info: ImageInfo
     annotations: dict[str, list[Annotation]]
     segmentations: list
+    more_names: dict[int, str] = field(default_factory=dict)
 
     def masks(self, regions: tuple[int, ...]) -> np.ndarray:
         """bool (K, height, width): masks of the segmentations with these indices, in the image's own pixels."""
@@ -47,14 +52,16 @@ class RecordTruth:
 
     def to_json(self) -> str:
         rows = {task: [asdict(row) for row in rows] for task, rows in self.annotations.items()}
-        return json.dumps({"photo": asdict(self.image_info), "rows": rows, "outlines": self.segmentations})
+        more = {"more": self.more_names} if self.more_names else {}
+        return json.dumps({"photo": asdict(self.image_info), "rows": rows, "outlines": self.segmentations} | more)
 
     @staticmethod
     def from_json(text: str) -> RecordTruth:
         raw = json.loads(text)
         image_info = ImageInfo(**{**raw["photo"], "tags": tuple(raw["photo"]["tags"])})
         rows = {task: [_annotation_from_json(fields) for fields in rows] for task, rows in raw["rows"].items()}
-        return RecordTruth(image_info, rows, raw["outlines"])
+        more_names = {int(number): name for number, name in raw.get("more", {}).items()}
+        return RecordTruth(image_info, rows, raw["outlines"], more_names)
 
 
 def _annotation_from_json(fields: dict[str, Any]) -> Annotation:
@@ -124,7 +131,19 @@ class OpenArrayRecordDataset:
 
     def make_example(self, task: str, index: int, truth: RecordTruth, rng: np.random.Generator, tag_noise: float):
         row = truth.annotations[task][self.example_index[task][index, 1]]
-        return annotated_images.make_example(task, row, truth.image_info, rng, tag_noise, self.tag_vocabulary)
+        example = annotated_images.make_example(task, row, truth.image_info, rng, tag_noise, self.tag_vocabulary)
+        more_records = tuple(self._position(truth.more_names.get(number, "")) for number in example.more_records)
+        return replace(example, more_records=more_records) if more_records else example
+
+    @functools.cached_property
+    def _positions(self) -> dict[str, int]:
+        """The record of each image name."""
+        return {name: position for position, name in enumerate(self.record_names) if name}
+
+    def _position(self, name: str) -> int:
+        if name not in self._positions:
+            raise UserError(f"{self.folder} has no image {name!r}, which a row shows; build the data again")
+        return self._positions[name]
 
     def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
         return self.load_record(record_index)[1].masks(regions)
@@ -154,7 +173,16 @@ def record_truths(dataset: AnnotatedImages) -> list[RecordTruth]:
             image_segmentations += [dataset.segmentations[region] for region in annotation.regions]
             fields = {**asdict(annotation), "regions": regions}
             annotations[annotation.photo].setdefault(task, []).append(_annotation_from_json(fields))
-    truths = [RecordTruth(*parts) for parts in zip(dataset.image_infos, annotations, segmentations)]
+    names = [
+        {
+            number: dataset.image_infos[number].name
+            for group in rows.values()
+            for row in group
+            for number in row.more_images
+        }
+        for rows in annotations
+    ]
+    truths = [RecordTruth(*parts) for parts in zip(dataset.image_infos, annotations, segmentations, names)]
     for number in [number for number, image_info in enumerate(dataset.image_infos) if not image_info.name]:
         info, segments = truths[number].image_info, truths[number].segmentations
         rows = [

@@ -37,8 +37,9 @@ def records_digest(dataset: AnnotatedImages, truths: Sequence[RecordTruth], indi
     total = hashlib.sha256(f"{digest} {dataset.max_pixels} ".encode())
     for number in indices:
         total.update(truths[number].to_json().encode())
-        if truths[number].image_info.name:
-            total.update(_file_digest(dataset, number))
+        own = [number] if truths[number].image_info.name else []
+        for shown in (*own, *truths[number].more_names):
+            total.update(_file_digest(dataset, shown))
     return total.hexdigest()
 
 
@@ -62,6 +63,7 @@ class RecordPreparer:
     ):
         self.dataset, self.make_tagger, self.tagger, self.folder = dataset, make_tagger, None, folder
         self.truths, self.digest = record_truths(dataset), digest
+        self.shown_by_others = frozenset(number for truth in self.truths for number in truth.more_names)
 
     def prepare(self, indices: range) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields (index, record) of the valid images among `indices`."""
@@ -71,7 +73,7 @@ class RecordPreparer:
         cached = read_group_file(file)
         cached = cached if cached.get("digest") == digest else None
         tagger = None if self.make_tagger is None else functools.partial(self._cached_tags, cached)
-        records, skip_reasons = select_valid(self.dataset, self.truths, indices, tagger)
+        records, skip_reasons = select_valid(self.dataset, self.truths, indices, tagger, self.shown_by_others)
         tags = [truth.image_info.tags for _, truth in records.values() if truth.image_info.name]
         if cached is None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,12 +105,17 @@ def read_group_file(file: Path) -> dict[str, Any]:
 
 
 def select_valid(
-    dataset: AnnotatedImages, truths: list[RecordTruth], indices: Iterable[int], tagger: Tagger | None = None
+    dataset: AnnotatedImages,
+    truths: list[RecordTruth],
+    indices: Iterable[int],
+    tagger: Tagger | None = None,
+    shown_by_others: frozenset[int] = frozenset(),
 ) -> tuple[dict[int, tuple[bytes, RecordTruth]], list[str]]:
     """({index: (image file, truth)} of the images that training accepts, reasons for the skipped ones).
 
     `truths`: the ground truth of every image, from `record_truths`. `tagger`: maps images to tags, which replace the
-    annotated ones; text-only records are not tagged.
+    annotated ones; text-only records are not tagged. `shown_by_others`: images that rows of other images show, too.
+    They are kept even if none of their own rows is valid.
     """
     records, tagger_images, skip_reasons, blank_file = {}, [], [], blank_image_file()
     for number in indices:
@@ -118,14 +125,14 @@ def select_valid(
             opened_image, image_info = (None, truth.image_info) if is_text else dataset.load_record(number)
             truth = replace(truth, image_info=image_info)  # with the size of the file, if its boxes need it
             rows = {
-                task: [row for row in rows if _is_valid(task, row, truth, skip_reasons)]
+                task: [row for row in rows if _is_valid(task, row, truth, dataset, skip_reasons)]
                 for task, rows in truth.annotations.items()
             }
-            if truth.annotations and not any(rows.values()):
+            if truth.annotations and not any(rows.values()) and number not in shown_by_others:
                 continue
             records[number] = (
                 blank_file if is_text else dataset.image_path(number).read_bytes(),
-                RecordTruth(truth.image_info, rows, truth.segmentations),
+                replace(truth, annotations=rows),
             )
             tagger_images += [opened_image] if tagger and not is_text else []
         except UserError as error:
@@ -140,18 +147,17 @@ def select_valid(
     return records, skip_reasons
 
 
-def _is_valid(task: str, annotation: Annotation, truth: RecordTruth, skip_reasons: list[str]) -> bool:
-    """Whether an example and its masks can be made of an annotation; appends the reason to `skip_reasons` if not."""
+def _is_valid(
+    task: str, annotation: Annotation, truth: RecordTruth, dataset: AnnotatedImages, skip_reasons: list[str]
+) -> bool:
+    """Whether an example, its masks and its other images can be made; appends the reason to `skip_reasons` if not."""
     image_info = truth.image_info
     try:
         annotated_images.make_example(task, annotation, image_info, np.random.default_rng(0))
         if task == "res" and annotation.regions:
             truth.masks(annotation.regions)
-        if annotation.more_images:
-            raise UserError(
-                f"a {task} record of {image_info.name} has {len(annotation.more_images) + 1} images, but a built "
-                "record has one; train on the file itself for such rows"
-            )
+        for number in annotation.more_images:
+            dataset.load_record(number)
     except UserError as error:
         skip_reasons.append(str(error))
         return False

@@ -10,7 +10,7 @@ from chat_prompts import PICTURE, decoder_prompts
 from PIL import Image
 
 from lionjax.core.types import UserError
-from lionjax.data import mixture
+from lionjax.data import images, mixture
 from lionjax.data.chat import PromptFormat
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets import detect
@@ -316,19 +316,45 @@ def test_inspect_shows_rounds_with_their_images(folder, capsys, monkeypatch):
     assert len(open_split(detect.detect_source(str(folder / "t.json")), "train", 1)) == 2
 
 
-def test_rounds_and_text_only_rows_are_built_and_rows_of_several_images_are_left_out(folder, tmp_path_factory):
+@pytest.mark.parametrize("beam", [None, ["--runner=DirectRunner"]], ids=["alone", "beam"])
+def test_rounds_and_rows_of_no_image_and_of_several_are_built(folder, tmp_path_factory, monkeypatch, beam):
+    if beam:
+        pytest.importorskip("apache_beam", reason="Apache Beam, of the extra prepare, is not installed")
     rows = [
+        {"image": "gone.png", "conversations": talk("<image>\nred?", "yes")},  # later records move forward
         {"image": "0.png", "conversations": talk("<image>\nred?", "yes", "more?", "no")},
         {"conversations": talk("Hi", "Hello", "Bye", "Ciao")},
-        {"image": ["0.png", "1.png"], "conversations": talk("<image> or <image>?", "yes")},
+        {"image": ["1.png", "gone.png"], "conversations": talk("<image> or <image>?", "no")},  # only others show 1.png
+        {"image": ["2.png", "1.png", "0.png"], "conversations": talk("<image>, <image> or <image>?", "none")},
     ]
     (folder / "t.jsonl").write_text("\n".join([*map(json.dumps, rows), "{"]))
+    monkeypatch.setattr(array_record_writer, "GROUP_SIZE", 2)  # a row's images are in several groups
     out = tmp_path_factory.mktemp("built")
-    built = array_record_writer.build(Conversations(str(folder / "t.jsonl"), str(folder)), out)
-    samples = list(mixture.examples(DataConfig(sources=(ArrayRecordDataset(str(built)),)), "conversation", "train"))
-    assert sorted((s.example.history, s.prompt_format.image_marks) for s in samples) == [
-        ((("<image>\nred?", "yes"),), True),
-        ((("Hi", "Hello"),), True),
-    ]
+    built = array_record_writer.build(Conversations(str(folder / "t.jsonl"), str(folder)), out, beam_flags=beam)
+    data = DataConfig((ArrayRecordDataset(str(built)),), decoder_prompts(**VICUNA, max_images=3))
+    samples = {sample.example.answer: sample for sample in mixture.examples(data, "conversation", "train")}
+    assert {answer: sample.example.history for answer, sample in samples.items()} == {
+        "no": (("<image>\nred?", "yes"),),
+        "Ciao": (("Hi", "Hello"),),
+        "none": (),
+    }
+    shown = [images.to_pil_image(image) for image in (samples["none"].image, *samples["none"].more_images)]
+    assert [image.getpixel((0, 0))[0] for image in shown] == [160, 80, 0]
+    dataset = mixture.open_mixture(data, "train")
+    (component,) = dataset.components("conversation")
+    arrays = [dataset.encode_example(component, i, np.random.default_rng(0)) for i in range(3)]
+    assert sorted((row["prompt"] == PICTURE).sum() for row in arrays) == [0, 1, 3]
     reasons = next(out.rglob("left_out.txt")).read_text()
-    assert "has 2 images" in reasons and "line 4, is not valid JSON" in reasons
+    assert "line 6, is not valid JSON" in reasons and reasons.count("gone.png") == 2
+
+
+def test_a_built_row_whose_other_image_is_missing_is_one_sentence(folder, tmp_path_factory):
+    row = {"image": ["0.png", "1.png"], "conversations": talk("<image> or <image>?", "yes")}
+    (folder / "t.json").write_text(json.dumps([row]))
+    built = array_record_writer.build(
+        Conversations(str(folder / "t.json"), str(folder)), tmp_path_factory.mktemp("built")
+    )
+    dataset = ArrayRecordDataset(str(built)).open("train", 10**6)
+    dataset.record_names[1] = "other.png"
+    with pytest.raises(UserError, match="has no image '1.png', which a row shows; build the data again"):
+        dataset.make_example("conversation", 0, dataset.load_record(0)[1], RNG, 0)

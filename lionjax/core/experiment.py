@@ -174,37 +174,48 @@ class RunConfig:
         check_dtype(self, "frozen_dtype", "run.")
 
 
-@renamed_fields(beams="num_beams")
-@dataclasses.dataclass(frozen=True)
-class GenerationDefaults:
-    """Default generation settings of a model; `inference.sampling.GenerationConfig` explains them.
-
-    `repetition_penalty` does not apply to region-level prompts, because digits of boxes repeat, unless `penalize_boxes`
-    is set, and counts the prompt's tokens with `penalize_prompt` (both as in Hugging Face's `generate`).
-    `max_new_tokens` 0: the maximum answer length of training. `eos_token_id`: one or several; None: the end token of
-    the tokenizer; `pad_token_id` likewise. `decoder_start_token_id` None: 0 for an encoder-decoder.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """How tokens are chosen, named as in Hugging Face's GenerationConfig. Raises UserError for a value out of range."""
 
     num_beams: int = 1
-    length_penalty: float = 1.0
-    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0  # beams are ranked by score / length ** length_penalty; above 0 favors long ones
+    repetition_penalty: float = 1.0  # above 1 makes tokens already generated less likely
+    do_sample: bool = False  # sample instead of argmax; temperature, top_k and top_p apply only then
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    penalize_prompt: bool = False  # the repetition penalty counts the prompt's tokens too
+
+    def __post_init__(self):
+        check_finite(self, "generation.")
+        ranges = {"num_beams": ">= 1", "repetition_penalty": "> 0", "top_k": ">= 0", "top_p": "> 0 and <= 1"}
+        check_ranges(self, "generation.", **ranges)
+
+
+@renamed_fields(beams="num_beams")
+@dataclasses.dataclass(frozen=True)
+class GenerationDefaults(DecodingConfig):
+    """Generation settings of an experiment; the processor and the prompt decide what is unset.
+
+    `inference.engine.make_generation_config` makes the `GenerationConfig` of a prompt. `repetition_penalty` does not
+    apply to region-level prompts, because digits of boxes repeat, unless `penalize_boxes` is set, as in Hugging Face's
+    `generate`. `max_new_tokens` 0: the maximum answer length of training. `eos_token_id`: one or several;
+    None: the end token of the tokenizer; `pad_token_id` likewise. `decoder_start_token_id` None: 0 for an
+    encoder-decoder.
+    """
+
     max_new_tokens: int = 0
     min_new_tokens: int = 0
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
     penalize_boxes: bool = False
-    penalize_prompt: bool = False
     eos_token_id: tuple[int, ...] | None = None
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
 
     def __post_init__(self):
-        check_finite(self, "generation.")
-        not_negative = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "pad_token_id")
+        super().__post_init__()
+        not_negative = ("max_new_tokens", "min_new_tokens", "temperature", "pad_token_id")
         check_ranges(self, "generation.", **dict.fromkeys(not_negative, ">= 0"))
-        check_ranges(self, "generation.", num_beams=">= 1", repetition_penalty="> 0", top_p="> 0 and <= 1")
 
 
 @renamed_fields()

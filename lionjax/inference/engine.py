@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lionjax.core import sharding
-from lionjax.core.experiment import GenerationDefaults
+from lionjax.core.experiment import DecodingConfig, GenerationDefaults
 from lionjax.core.types import VLM, Batch, Params, UserError
 from lionjax.data import images
 from lionjax.data.boxes import BOX_PATTERN, Box, box_to_text
@@ -89,19 +89,17 @@ def make_generation_config(
     longest = defaults.max_new_tokens or processor.config.max_target_tokens
     longest = min(longest, SHORT_ANSWER_TOKENS) if task in SHORT_ANSWER_TASKS else longest
     penalized = category != "region_level" or defaults.penalize_boxes
-    sampled = {name: getattr(defaults, name) for name in ("do_sample", "temperature", "top_k", "top_p")}
+    decoding = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(DecodingConfig)}
+    decoding["repetition_penalty"] = defaults.repetition_penalty if penalized else 1.0
+    decoding["penalize_prompt"] = defaults.penalize_prompt and not is_encoder
     start = defaults.decoder_start_token_id or 0
     return GenerationConfig(
         max_new_tokens=longest,
         min_length=min(defaults.min_new_tokens, longest) + is_encoder if defaults.min_new_tokens else 0,
-        num_beams=defaults.num_beams,
-        length_penalty=defaults.length_penalty,
-        repetition_penalty=defaults.repetition_penalty if penalized else 1.0,
-        **sampled,
         eos_token_id=tokenizer.eos_id if defaults.eos_token_id is None else defaults.eos_token_id,
         pad_token_id=tokenizer.pad_id if defaults.pad_token_id is None else defaults.pad_token_id,
         decoder_start_token_id=start if is_encoder else None,
-        penalize_prompt=defaults.penalize_prompt and not is_encoder,
+        **decoding,
     )
 
 

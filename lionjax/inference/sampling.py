@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lionjax.core.errors import check_ranges
+from lionjax.core.experiment import DecodingConfig
 from lionjax.core.types import Array, Cache, UserError, pytree_dataclass
 
 NEG_INF = -jnp.inf
@@ -20,36 +22,24 @@ TOP_K_BLOCK_SIZE = 128  # scores per block in `top_k`
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerationConfig:
-    """Generation settings, named as in Hugging Face's GenerationConfig. The three token ids default to T5's."""
+class GenerationConfig(DecodingConfig):
+    """All settings of one generation, as in Hugging Face's GenerationConfig. The three token ids default to T5's."""
 
     max_new_tokens: int = 64
     min_length: int = 0  # tokens before the end token is allowed, the start token included
-    num_beams: int = 1
-    length_penalty: float = 1.0  # beams are ranked by score / length ** length_penalty; above 0 favors long ones
-    repetition_penalty: float = 1.0  # above 1 makes tokens already generated less likely
-    do_sample: bool = False  # sample instead of argmax; temperature, top_k and top_p apply only then
-    temperature: float = 1.0
-    top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0
     eos_token_id: int | tuple[int, ...] = 1  # one id or several; -1 for a model without one
     pad_token_id: int = 0
     decoder_start_token_id: int | None = 0  # the decoder's first token, counted as generated; None: decoder-only model
-    penalize_prompt: bool = False  # the repetition penalty counts the prompt's tokens too
     output_logprobs: bool = False  # also return the model's log-probability of each token
 
     def __post_init__(self):
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "num_beams": (self.num_beams >= 1, "at least 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0 (1 disables it)"),
-            "temperature": (self.temperature > 0, "above 0 (for greedy decoding set do_sample to false)"),
-            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-        }
-        for name, (valid, allowed) in checks.items():
-            if not valid:
-                raise UserError(f"generation.{name} is {getattr(self, name)} but must be {allowed}")
+        super().__post_init__()
+        check_ranges(self, "generation.", max_new_tokens=">= 1")
+        if self.temperature <= 0:
+            raise UserError(
+                f"generation.temperature is {self.temperature}; give a number > 0 (for greedy decoding set do_sample "
+                "to false)"
+            )
         if self.do_sample and self.num_beams > 1:
             raise UserError(
                 f"sampling with {self.num_beams} beams is not supported; set num_beams to 1 or do_sample to false"

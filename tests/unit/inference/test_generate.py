@@ -223,6 +223,7 @@ def test_the_best_scores_are_found_as_argmax_and_top_k_find_them(length):
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"top_k": -1},
+        {"length_penalty": float("nan")},
         {"repetition_penalty": 0.0},
         {"do_sample": True, "num_beams": 2},
     ],

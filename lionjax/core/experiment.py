@@ -19,7 +19,8 @@ class Mix:
 
     `source` limits it to one data source. `template` "plain" omits the question, "told" replaces the image of a
     synthetic scene by its description. `boxes` overrides the processor's box format ("digits", "bins", "embeddings").
-    `shots`: so many other examples, each with its image, before the one that is learned.
+    `shots`: so many other examples, each with its image, before the one that is learned. `group`: a batch holds entries
+    of one group only; the groups of a mixture take turns, batch by batch, and weights count within a group.
     """
 
     task: str
@@ -28,6 +29,7 @@ class Mix:
     template: str = ""
     boxes: str = ""
     shots: int = 0
+    group: str = ""
 
     def __post_init__(self):
         where = f"mixture entry {self.task!r}: "
@@ -103,6 +105,8 @@ class Stage:
     - `mixture`: `Mix` entries, or (spec, weight) pairs as on the command line.
     - `batch_size`: examples in one update over all devices, processed in `grad_accum_steps` equal parts.
     - `learning_rate`: reached from `warmup_learning_rate` in `warmup_steps`, then cosine decay to `end_learning_rate`.
+    - `steps_per_epoch`: with a number, the cosine counts from the stage's first step and moves once in so many steps, as
+      in LAVIS; 0: it moves every step and counts from the end of the warm-up.
     - `optimizer`: "adamw", or "muon" for the matrices of hidden layers (arXiv 2502.16982) and AdamW for all others;
       Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
     - `model_overrides`: fields of the model config replaced in this stage, such as ("visual_input", "QFORMER").
@@ -121,6 +125,7 @@ class Stage:
     warmup_steps: int = 1000
     warmup_learning_rate: float = 1e-8
     end_learning_rate: float = 0.0
+    steps_per_epoch: int = 0
     weight_decay: float = 0.05
     optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW, also in a stage with Muon
@@ -136,7 +141,7 @@ class Stage:
             if value < 1:
                 raise UserError(f"stage {self.name!r}: {field} is {value}; it must be at least 1")
         rates = ("learning_rate", "warmup_learning_rate", "end_learning_rate", "weight_decay", "clip_norm")
-        not_negative = dict.fromkeys(("steps", "warmup_steps", *rates, "lr_multipliers"), ">= 0")
+        not_negative = dict.fromkeys(("steps", "warmup_steps", "steps_per_epoch", *rates, "lr_multipliers"), ">= 0")
         check_ranges(self, f"stage {self.name!r}: ", **not_negative, betas=">= 0 and < 1")
         if self.batch_size % self.grad_accum_steps:
             raise UserError(

@@ -40,7 +40,8 @@ class MixtureComponent:
     """One task of one source in a mixture: its number of examples and its sampling weight.
 
     `box_format`: overrides the processor's. `template`: see `PromptFormat.kind`. `shots`: number of in-context
-    examples of the same task, each with its image. `mixture_index`: index of the mixture entry it belongs to.
+    examples of the same task, each with its image. `mixture_index`: index of the mixture entry it belongs to. `group`:
+    see `Mix`.
     """
 
     source_index: int
@@ -51,6 +52,7 @@ class MixtureComponent:
     template: str = ""
     shots: int = 0
     mixture_index: int = 0
+    group: str = ""
 
     def add_format_hint(self, example: Example) -> Example:
         """The example with a hint in its question that names the box format, if the component overrides it."""
@@ -89,7 +91,7 @@ class MixtureDataset:
         """
         mix = Mix.from_words(entry, weight) if isinstance(entry, str) else entry
         source, task = mix.source, mix.task
-        settings = {"box_format": mix.boxes, "template": mix.template, "shots": mix.shots}
+        settings = {"box_format": mix.boxes, "template": mix.template, "shots": mix.shots, "group": mix.group}
         matches = [
             (k, dataset.task_sizes[task])
             for k, dataset in enumerate(self.datasets)

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,7 @@ class BatchIterator:
         mixture = [
             [p.source_index, p.task, p.num_examples, round(p.weight, 9), *([p.box_format] if p.box_format else [])]
             + ([p.template, p.shots] if p.template or p.shots else [])
+            + ([{"group": p.group}] if p.group else [])
             for p in self._factory.components
         ]
         return zlib.crc32(json.dumps([mixture, self._factory.seed]).encode())
@@ -174,6 +175,8 @@ def batches(
     data: DataConfig, stage: Any, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> BatchIterator:
     """Training batches of a stage: `stage.mixture` holds its tasks (`Mix`), `stage.name` is part of the seed.
+
+    Entries of several groups take turns: one batch of the first group in the mixture, one of the next, and so on.
 
     `batch_size` is the global batch size, divided equally over processes. Raises UserError for an unknown task, for
     data that cannot be read, for a mixture without positive weights, and for a `batch_size` that does not divide.
@@ -206,12 +209,20 @@ def batches(
         .map(TagComponent(component_index))
         for component_index, component in enumerate(components)
     ]
-    mixed = grain.MapDataset.mix(datasets, [component.weight for component in components])
+    mixed = [
+        grain.MapDataset.mix(
+            [dataset for dataset, component in zip(datasets, components) if component.group == group],
+            [component.weight for component in components if component.group == group],
+        )
+        for group in dict.fromkeys(component.group for component in components)
+    ]
     factory = ExampleFactory(dataset, components, stage_seed)
 
     def make_iterator(first: int) -> Any:
         return grain.experimental.ElasticIterator(
-            grain.MapDataset.range(len(mixed)).map(ProcessOrder(mixed, factory, batch_size, process_count, first)),
+            grain.MapDataset.range(min(map(len, mixed))).map(
+                ProcessOrder(mixed, factory, batch_size, process_count, first)
+            ),
             batch_size,
             grain.sharding.ShardOptions(process_index, process_count),
             read_options=grain.ReadOptions(data.num_threads, data.prefetch_buffer_size if data.num_threads else 0),
@@ -226,11 +237,13 @@ def batches(
 class ProcessOrder:
     """Reorders Grain's round-robin sharding so that each process gets a contiguous slice of every batch.
 
+    `index_datasets`: one of each group of the mixture; the groups take turns by batch.
+
     With round-robin order, the row of an example in its batch (and thus its dropout, and the rows decoded together)
     would depend on the number of processes. `start`: the position of the first batch.
     """
 
-    index_dataset: Any
+    index_datasets: Sequence[Any]
     factory: ExampleFactory
     batch_size: int
     process_count: int
@@ -239,10 +252,12 @@ class ProcessOrder:
     def __call__(self, index: int) -> dict[str, np.ndarray]:
         batch_number, within = divmod(int(index) - self.start, self.batch_size)
         index, process = divmod(within, self.process_count)
-        position = (
-            self.start + batch_number * self.batch_size + process * (self.batch_size // self.process_count) + index
-        )
-        return self.factory(position, self.index_dataset[position])
+        row = process * (self.batch_size // self.process_count) + index
+        first = self.start + batch_number * self.batch_size
+        # The start is a multiple of another batch size if a run resumes with a new one.
+        turn = (-(-self.start // self.batch_size) + batch_number) % len(self.index_datasets)
+        first_of_group = max(0, first - turn * self.batch_size) // len(self.index_datasets)
+        return self.factory(first + row, self.index_datasets[turn][first_of_group + row])
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,18 @@ def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine():
     np.testing.assert_allclose(found, [0.1, 0.55, 1.0, 0.6, 0.2], rtol=1e-6)
 
 
+def test_the_cosine_moves_by_epoch_as_in_the_training_code_of_lion():
+    stage = toy.stage(steps=60_000, warmup_steps=0, learning_rate=1e-5, steps_per_epoch=6000)
+    rate = optimizer_schedule(stage)
+    for epoch in range(10):
+        wanted = 0.5 * 1e-5 * (1 + np.cos(np.pi * epoch / 10))
+        found = [float(rate(epoch * 6000 + step)) for step in (0, 1, 5999)]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    warmed = optimizer_schedule(dataclasses.replace(stage, warmup_steps=1000, warmup_learning_rate=0.0))
+    found = [float(warmed(step)) for step in (0, 500, 1000, 5999, 6000)]
+    np.testing.assert_allclose(found, [0.0, 5e-6, 1e-5, 1e-5, 0.5e-5 * (1 + np.cos(np.pi / 10))], rtol=1e-5)
+
+
 def test_a_warm_up_longer_than_its_stage_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         rate = optimizer_schedule(toy.stage(steps=20, warmup_steps=1000, learning_rate=1.0, warmup_learning_rate=0.0))

@@ -105,8 +105,8 @@ class Stage:
     - `mixture`: `Mix` entries, or (spec, weight) pairs as on the command line.
     - `batch_size`: examples in one update over all devices, processed in `grad_accum_steps` equal parts.
     - `learning_rate`: reached from `warmup_learning_rate` in `warmup_steps`, then cosine decay to `end_learning_rate`.
-    - `steps_per_epoch`: with a number, the cosine counts from the stage's first step and moves once in so many steps, as
-      in LAVIS; 0: it moves every step and counts from the end of the warm-up.
+    - `steps_per_epoch`: with a number, the cosine counts from the stage's first step and moves once in so many steps
+      (LAVIS); 0: it moves every step and counts from the end of the warm-up.
     - `optimizer`: "adamw", or "muon" for the matrices of hidden layers (arXiv 2502.16982) and AdamW for all others;
       Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
     - `model_overrides`: fields of the model config replaced in this stage, such as ("visual_input", "QFORMER").

@@ -44,6 +44,7 @@ TAG_TO_CLASS = {
     "Coco": "lionjax.data.datasets.coco:Coco",
     "CocoRelease": "lionjax.data.datasets.coco:CocoRelease",
     "KarpathyCaptions": "lionjax.data.datasets.karpathy:KarpathyCaptions",
+    "LionRecords": "lionjax.data.datasets.lion:LionRecords",
     "Refer": "lionjax.data.datasets.refer:Refer",
     "ShikraJsonl": "lionjax.data.datasets.shikra:ShikraJsonl",
     "RefCoco": "lionjax.data.datasets.refcoco:RefCoco",

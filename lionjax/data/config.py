@@ -23,7 +23,8 @@ class DataConfig:
     `tag_noise`: fraction of tags that a simulated tagger misses. `tag_dropout`: fraction of examples without tags.
     `crop_scale`: (minimum, maximum) area of a random crop, as fractions of the image. `hflip`: flip half of the images
     horizontally. Both move boxes along and never apply to scenes; only captions and examples with boxes are cropped,
-    and examples that mention left or right are not flipped.
+    and examples that mention left or right are not flipped. `augmentation` "image_only" instead crops and flips the
+    images of all examples and leaves boxes and texts as they are (`mixture.augment_image_only`).
     `mask_fraction`: fraction of the `res` training examples that are used.
     `length_buckets`: text lengths to choose from per batch; empty: the processor's lengths. Each length is compiled.
     `on_bad_record`: "raise", or "replace" it by the next record and append it to `bad_records_path` (JSON lines); more
@@ -38,6 +39,7 @@ class DataConfig:
     tag_dropout: float = 0.0
     crop_scale: tuple[float, float] = (1.0, 1.0)
     hflip: bool = False
+    augmentation: Literal["box_aware", "image_only"] = "box_aware"
     mask_fraction: float = 1.0
     length_buckets: tuple[int, ...] = ()
     on_bad_record: Literal["raise", "replace"] = "raise"
@@ -73,6 +75,11 @@ class DataConfig:
         if self.processor.sam_image_size and (self.hflip or self.crop_scale != (1.0, 1.0)):
             raise UserError(
                 "data.crop_scale and data.hflip do not transform masks; leave both unset with processor.sam_image_size"
+            )
+        if self.augmentation == "image_only" and self.processor.pad_to_square:
+            raise UserError(
+                "data.augmentation='image_only' does not move boxes, which processor.pad_to_square would do; "
+                "set one of them to its default"
             )
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):

@@ -179,6 +179,26 @@ def bbox_safe_random_crop(boxes, rng: np.random.Generator, scale: tuple[float, f
     return FULL_IMAGE
 
 
+def random_crop(
+    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) in pixels of a random crop, as torchvision's RandomResizedCrop draws it.
+
+    Its area is in `scale` (minimum, maximum) of the image and its aspect ratio in 3/4..4/3; after 10 tries it is the
+    largest crop in the image's center whose aspect ratio is in that range.
+    """
+    low, high = 3 / 4, 4 / 3
+    for _ in range(10):
+        area, ratio = width * height * rng.uniform(*scale), math.exp(rng.uniform(math.log(low), math.log(high)))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = int(rng.integers(width - crop_width + 1)), int(rng.integers(height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    crop_width, crop_height = min(width, round(height * high)), min(height, round(width / low))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
 def crop_and_flip_box(box: Box, crop: Box, hflip: bool = False) -> Box:
     """The coordinates in 0..1 of an image box within the window `crop`, flipped horizontally if `hflip`."""
     width, height = crop[2] - crop[0], crop[3] - crop[1]

@@ -137,7 +137,11 @@ class MixtureDataset:
         if self.random_augmentation:
             image, truth = dataset.load_record(record)
             example = dataset.make_example(component.task, index, truth, rng, data.tag_noise)
-            example, crop, flipped = augment(example, truth, data, rng)
+            if data.augmentation == "image_only":
+                image, flipped = augment_image_only(image, truth, data, rng)
+                crop = images.FULL_IMAGE
+            else:
+                example, crop, flipped = augment(example, truth, data, rng)
             image_letterbox = self.processor.get_letterbox(image, crop)
             pixels = self.processor.load_pixels(image, crop)
             pixels = pixels[:, ::-1] if flipped else pixels
@@ -275,6 +279,19 @@ def augment(example: Example, truth: Any, data: DataConfig, rng: np.random.Gener
         tuple(moved[box] for box in group) for group in (example.question_boxes, example.boxes)
     )
     return replace(example, question_boxes=question_boxes, boxes=answer_boxes, **changed_texts), crop, flipped
+
+
+def augment_image_only(image: Any, truth: Any, data: DataConfig, rng: np.random.Generator) -> tuple[Any, bool]:
+    """(image, flipped): torchvision's RandomResizedCrop and RandomHorizontalFlip, as in LION's published training code.
+
+    Boxes and texts are not moved along, which makes boxes and sides wrong: only for comparison with that code.
+    """
+    if isinstance(truth, Scene):
+        return image, False
+    image = images.to_pil_image(image, max_pixels=data.processor.max_pixels)
+    if data.crop_scale != (1.0, 1.0):
+        image = image.crop(images.random_crop(*image.size, rng, data.crop_scale))
+    return image, data.hflip and bool(rng.random() < 0.5)
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,31 @@ def score_conversation(examples: Examples, texts: Sequence[str]) -> TaskScores:
     return TaskScores(metrics, {"exact_match": float(exact_B.mean())}, per_sample, f1_B.tolist())
 
 
+def score_image_level(examples: Examples, texts: Sequence[str]) -> TaskScores:
+    """ROUGE-L and token F1 of LION's image-level records, whose answers are of any kind; as `score_conversation`."""
+    scores = score_conversation(examples, texts)
+
+    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key.replace("conversation", "image_level"): value for key, value in values.items()}
+
+    return dataclasses.replace(scores, metrics=renamed(scores.metrics), per_sample=renamed(scores.per_sample))
+
+
+def score_region_level(examples: Examples, texts: Sequence[str]) -> TaskScores:
+    """Of LION's region-level records: REC accuracy where the answer has a box, ROUGE-L where it has none."""
+    metrics, per_sample, per_answer = {}, {}, np.zeros(len(examples))
+    with_box = np.array([bool(example.boxes) for example in examples])
+    for mask, score in ((with_box, score_rec), (~with_box, score_conversation)):
+        if mask.any():
+            chosen = np.flatnonzero(mask).tolist()
+            scores = score([examples[k] for k in chosen], [texts[k] for k in chosen])
+            names = {"rec_accuracy_50": "region_level_accuracy_50", "conversation_rouge_l": "region_level_rouge_l"}
+            metrics |= {names[key]: value for key, value in scores.metrics.items() if key in names}
+            per_sample |= {names[key]: value for key, value in scores.per_sample.items() if key in names}
+            per_answer[mask] = scores.sample_scores
+    return TaskScores(metrics, {}, per_sample, per_answer.tolist())
+
+
 def parse_tags(text: str) -> set[str]:
     """The tags of a comma-separated list, lower case."""
     return {word.strip(" .").lower() for word in text.split(",")} - {""}
@@ -223,9 +248,11 @@ SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], TaskScores]] = {
     "tags": score_tags,
     "choice": score_choice,
     "conversation": score_conversation,
+    "image_level": score_image_level,
+    "region_level": score_region_level,
 }
 # Tasks that are also scored by `Example.kind`; POPE's settings are kinds.
-PER_KIND_TASKS = ("vqa", "existence", "box_vqa", "choice", "conversation")
+PER_KIND_TASKS = ("vqa", "existence", "box_vqa", "choice", "conversation", "region_level")
 
 
 def constant_answers(task: str, train: Examples, questions: Examples) -> list[str]:

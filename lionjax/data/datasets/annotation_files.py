@@ -200,11 +200,14 @@ class AnnotatedImagesBuilder:
             self.image_infos[index] = dataclasses.replace(image_info, width=width, height=height)
 
     def add_image(self, key: object, image_info: ImageInfo) -> int:
-        """The index of the image with this key, which is added if it is new."""
+        """The index of the image with this key, added if it is new. Its tags are those of the first row with any."""
         if key not in self.index_by_key:
             self.index_by_key[key] = len(self.image_infos)
             self.image_infos.append(image_info)
-        return self.index_by_key[key]
+        index = self.index_by_key[key]
+        if image_info.tags and not self.image_infos[index].tags:
+            self.image_infos[index] = dataclasses.replace(self.image_infos[index], tags=image_info.tags)
+        return index
 
     def add_annotation(self, task: str, annotation: Annotation) -> None:
         self.annotations.setdefault(task, []).append(annotation)

@@ -17,6 +17,7 @@ from lionjax.data.datasets.conversations import ROUND_KEYS, Conversations
 from lionjax.data.datasets.easy_vqa import EasyVqa
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.datasets.karpathy import KarpathyCaptions
+from lionjax.data.datasets.lion import LionRecords
 from lionjax.data.datasets.refcoco import RefCoco
 from lionjax.data.datasets.refer import Refer
 from lionjax.data.datasets.scienceqa import ScienceQa
@@ -33,6 +34,7 @@ IMAGE_AND_ID = ("image", "images", "id")
 JSON_LINES_KEYS = tuple(
     "image file_name question answer answers task kind expression boxes question_boxes tags width height".split()
 )
+LION_KEYS = (("question", "answer", "category"), ("question", "answer", "image_path"))
 # (source class, format, keys that its rows may have, alternatives of those that they have); the first match counts
 ROW_FORMATS = (
     (
@@ -44,9 +46,15 @@ ROW_FORMATS = (
     (RefCoco, "RefCOCO", ("height", "width"), (("img_id", "sents", "bbox"),)),
     (ShikraJsonl, "Shikra's and NExT-Chat's JSON Lines", ("width", "height"), tuple(KINDS.values())),
     (KarpathyCaptions, "LAVIS's captions", ("image_id",), (("image", "caption"),)),
+    (LionRecords, "LION's training records", (*IMAGE_AND_ID, "tags"), LION_KEYS),
     (JsonLines, "POPE", ("question_id",), (("image", "text", "label"),)),
     (JsonLines, "JSON Lines (docs/own_data.md)", JSON_LINES_KEYS, (("answer",), ("answers",), ("boxes",))),
 )
+# Keys that rows of a format never have, where another format shares its keys.
+FOREIGN_KEYS = {
+    KarpathyCaptions: {"label", "answer", "question"},  # VSR's captions may be false
+    LionRecords: {"task", "kind", "answers", "boxes", "question_boxes", "expression", "file_name"},  # JSON Lines
+}
 KNOWN_SOURCES = (
     "'scenes', 'easy_vqa', a COCO, refer, ScienceQA or built folder, or a file of conversations, JSON Lines, RefCOCO, "
     "captions or VQA"
@@ -83,8 +91,7 @@ def _detect_file(path: Path, image_folder: str, answers_file: str) -> Any:
     if "images" in keys and is_tree and not keys & {*ROUND_KEYS}:
         return _detect_image_list(path, image_folder, keys)
     for source_class, _, _, required in ROW_FORMATS:
-        is_labeled = source_class is KarpathyCaptions and keys & {"label", "answer", "question"}  # VSR's may be false
-        if any(set(group) <= keys for group in required) and not is_labeled:
+        if any(set(group) <= keys for group in required) and not keys & FOREIGN_KEYS.get(source_class, set()):
             return source_class(file, image_folder, name=name)
     raise UserError(unknown_format_sentence(path, keys))
 

@@ -38,6 +38,8 @@ TASK_CATEGORY = {
     "grounded": "region_level",
     "conversation": "region_level",
     "choice": "image_level",
+    "image_level": "image_level",
+    "region_level": "region_level",
 }
 
 

@@ -112,8 +112,8 @@ def unknown_format_sentence(path: Path, keys: set[str]) -> str:
         return max((difflib.SequenceMatcher(None, key, other).ratio() for other in keys), default=0.0)
 
     def score(group: tuple[str, ...], optional: tuple[str, ...]) -> float:
-        shared = len(keys & {*group, *optional})
-        return sum(map(likeness, group)) / len(group) + 0.2 * shared
+        shared, num_lacking = len(keys & {*group, *optional}), len({*group} - keys)
+        return sum(map(likeness, group)) / len(group) + 0.2 * shared - 0.1 * num_lacking
 
     candidates = [
         (score(group, optional), title, group) for _, title, optional, groups in ROW_FORMATS for group in groups

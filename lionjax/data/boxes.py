@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lionjax.core.experiment import MIX_BOXES
@@ -43,6 +43,16 @@ def split_text_and_boxes(text: str, exact_boxes: Iterable[Box] = ()) -> list[str
         pieces.append(exact_by_text.get(match[0], tuple(map(float, match.groups()))))
         end = match.end()
     return [piece for piece in (*pieces, text[end:]) if piece]
+
+
+def replace_boxes(text: str, change: Callable[[Box], Box]) -> str:
+    """The text with `change` applied to each of its boxes; numbers in brackets outside of 0..1 are no box."""
+
+    def replaced(match: re.Match) -> str:
+        x0, y0, x1, y1 = map(float, match.groups())
+        return box_to_text(change((x0, y0, x1, y1))) if max(x0, y0, x1, y1) <= 1 else match[0]
+
+    return BOX_PATTERN.sub(replaced, text)
 
 
 def join_text_and_boxes(parts: Iterable[str | Box]) -> str:

@@ -26,13 +26,16 @@ class PromptFormat:
 
     `turns`: earlier (question, answer) pairs about the same image, or each about its own if `image_per_turn`. With
     "told", turns are text-only in-context examples, and the last question follows the template. `image_marks`: the
-    images stand where question and turns have `<image>`, and nowhere else. Raises UserError for an unknown `kind`.
+    images stand where question and turns have `<image>`, and nowhere else. `padded_boxes`: boxes in the texts are
+    fractions of the image padded to a square already; with `image_per_turn`, boxes in the turns always are. Raises
+    UserError for an unknown `kind`.
     """
 
     kind: str = ""
     turns: tuple[tuple[str, str], ...] = ()
     image_per_turn: bool = False
     image_marks: bool = False
+    padded_boxes: bool = False
 
     def __post_init__(self):
         if self.kind not in ("", *TEMPLATE_KINDS):

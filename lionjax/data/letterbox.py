@@ -7,14 +7,14 @@ its longer edge, and boxes are fractions of that square. For SAM the padding is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from lionjax.data import images, resample
-from lionjax.data.boxes import Box, box_to_text, split_text_and_boxes
+from lionjax.data.boxes import Box, box_to_text, replace_boxes, split_text_and_boxes
 
 WHITE = (255, 255, 255)
 SAM_MEAN = (123.675, 116.28, 103.53)  # for pixel values in 0..255
@@ -107,7 +107,7 @@ def letterbox_mask(mask_HW: np.ndarray, size: int) -> np.ndarray:
 
 
 def split_padded_boxes(
-    text: str, exact_boxes: Iterable[Box], image_letterbox: Letterbox, in_digits: bool
+    text: str, exact_boxes: Sequence[Box], image_letterbox: Letterbox, in_digits: bool
 ) -> tuple[list[str | Box], list[Box]]:
     """(texts and boxes in order, boxes) of a text, the boxes as fractions of the padded square.
 
@@ -119,6 +119,29 @@ def split_padded_boxes(
     remaining_boxes = iter(boxes)
     if not in_digits:
         return [piece if isinstance(piece, str) else next(remaining_boxes) for piece in pieces], boxes
-    if image_letterbox.width != image_letterbox.height:
-        text = "".join(piece if isinstance(piece, str) else box_to_text(next(remaining_boxes)) for piece in pieces)
-    return [text], boxes
+    return [pad_boxes(text, image_letterbox, exact_boxes)], boxes
+
+
+def pad_boxes(text: str, image_letterbox: Letterbox, exact_boxes: Sequence[Box] = ()) -> str:
+    """The text with its boxes as fractions of the padded square; unchanged for a square image.
+
+    A box that rounds to one of `exact_boxes` is computed from it.
+    """
+    if image_letterbox.width == image_letterbox.height:
+        return text
+    exact_by_text = {box_to_text(box): box for box in exact_boxes}
+    return replace_boxes(text, lambda box: image_letterbox.to_padded(exact_by_text.get(box_to_text(box), box)))
+
+
+def unpad_boxes(text: str, image_letterbox: Letterbox) -> tuple[str, list[Box]]:
+    """(text, boxes in order) with the boxes of a text as fractions of the image, from fractions of the padded square.
+
+    The text has them rounded to three decimals.
+    """
+    boxes: list[Box] = []
+
+    def unpad(box: Box) -> Box:
+        boxes.append(image_letterbox.from_padded(box))
+        return boxes[-1]
+
+    return replace_boxes(text, unpad), boxes

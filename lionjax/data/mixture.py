@@ -137,6 +137,7 @@ class MixtureDataset:
         if self.random_augmentation:
             image, truth = dataset.load_record(record)
             example = dataset.make_example(component.task, index, truth, rng, data.tag_noise)
+            example = with_image_boxes(example, truth)
             if data.augmentation == "image_only":
                 image, flipped = augment_image_only(image, truth, data, rng)
                 crop = images.FULL_IMAGE
@@ -148,13 +149,16 @@ class MixtureDataset:
         else:
             pixels, truth, image_letterbox = self.load_cached(component.source_index, record)
             example = dataset.make_example(component.task, index, truth, rng, data.tag_noise)
+            if not self.processor.config.pad_to_square:
+                example = with_image_boxes(example, truth)
         example = component.add_format_hint(example)
         prompt_format = prompt_format_for(component, truth, example)
         if component.template == "told":
             example = prepend_scene_text(example, truth, rng)
         if component.shots:
             shot_images, turns = self.sample_shots(component, index, rng)
-            prompt_format, pixels = PromptFormat("", turns, True), self.processor.stack_images([*shot_images, pixels])
+            prompt_format = PromptFormat("", turns, True, padded_boxes=example.padded_boxes)
+            pixels = self.processor.stack_images([*shot_images, pixels])
         else:
             more_pixels = [self.load_cached(component.source_index, number)[0] for number in example.more_records]
             if more_pixels and len(more_pixels) >= self.processor.config.max_images:
@@ -178,18 +182,21 @@ class MixtureDataset:
     def sample_shots(
         self, component: MixtureComponent, index: int, rng: np.random.Generator
     ) -> tuple[list[np.ndarray], tuple[tuple[str, str], ...]]:
-        """(pixels, (question, answer) pairs) of randomly drawn other examples of a component."""
+        """(pixels, (question, answer) pairs) of randomly drawn other examples of a component.
+
+        Boxes in the pairs are fractions of what the model sees: of the padded square with `pad_to_square`.
+        """
         dataset, shot_images, turns = self.datasets[component.source_index], [], []
         while len(turns) < component.shots:
             shot_index = int(rng.integers(component.num_examples))
             if shot_index == index and component.num_examples > 1:
                 continue
-            pixels, truth, _ = self.load_cached(
-                component.source_index, dataset.record_index(component.task, shot_index)
-            )
+            record = dataset.record_index(component.task, shot_index)
+            pixels, truth, square = self.load_cached(component.source_index, record)
             example = dataset.make_example(component.task, shot_index, truth, rng, self.data.tag_noise)
+            example = with_image_boxes(example, truth)
             shot_images.append(pixels)
-            turns.append((example.question, example.answer))
+            turns.append(padded_turn(example, square))
         return shot_images, tuple(turns)
 
     def _encode_masks(self, component: MixtureComponent, record_index: int, example: Example) -> dict[str, np.ndarray]:
@@ -219,10 +226,47 @@ class MixtureDataset:
 def prompt_format_for(component: MixtureComponent, truth: Any, example: Example) -> PromptFormat:
     """The prompt format of a component's example; text-only if its record has no image."""
     if example.image_marks and component.template != "plain":
-        return PromptFormat("", example.history, image_marks=True)
+        return PromptFormat("", example.history, image_marks=True, padded_boxes=example.padded_boxes)
+    info = image_info_of(truth)
+    text_only = info is not None and not info.name
+    return PromptFormat("told" if text_only else component.template, padded_boxes=example.padded_boxes)
+
+
+def padded_turn(example: Example, square: Letterbox) -> tuple[str, str]:
+    """(question, answer) of an in-context example, with boxes as fractions of its image's padded square."""
+    boxes = (*example.question_boxes, *example.boxes)
+    return letterbox.pad_boxes(example.question, square, boxes), letterbox.pad_boxes(example.answer, square, boxes)
+
+
+def image_info_of(truth: Any) -> ImageInfo | None:
+    """The image info in a record's ground truth; None for a scene."""
     info = truth.image_info if isinstance(truth, RecordTruth) else truth
-    text_only = isinstance(info, ImageInfo) and not info.name
-    return PromptFormat("told" if text_only else component.template)
+    return info if isinstance(info, ImageInfo) else None
+
+
+def with_image_boxes(example: Example, truth: Any) -> Example:
+    """The example with boxes in its texts as fractions of the image, if they are fractions of its padded square.
+
+    Their exact coordinates become `question_boxes` and `boxes`. With several images the texts stay as they are, because
+    nothing says which image a box is in.
+    """
+    info = image_info_of(truth)
+    if not example.padded_boxes or info is None or example.more_records:
+        return example
+    square = letterbox.Letterbox(int(info.width), int(info.height))
+    texts = [text for turn in example.history for text in turn]
+    (*texts, question), boxes = zip(*(letterbox.unpad_boxes(text, square) for text in (*texts, example.question)))
+    answer, answer_boxes = letterbox.unpad_boxes(example.answer, square)
+    return replace(
+        example,
+        question=question,
+        answer=answer,
+        answers=tuple(letterbox.unpad_boxes(text, square)[0] for text in example.answers),
+        history=tuple(zip(texts[::2], texts[1::2])),
+        question_boxes=tuple(itertools.chain(*boxes)),
+        boxes=tuple(answer_boxes),
+        padded_boxes=False,
+    )
 
 
 def prepend_scene_text(example: Example, truth: Any, rng: np.random.Generator) -> Example:
@@ -296,7 +340,10 @@ def augment_image_only(image: Any, truth: Any, data: DataConfig, rng: np.random.
 
 @dataclass(frozen=True)
 class Sample:
-    """One example for evaluation: text, original image, and the masks of its targets."""
+    """One example for evaluation: text, original image, and the masks of its targets.
+
+    `padded_example`: the same with boxes as fractions of the padded square, where the file has them so.
+    """
 
     example: Example
     image: Any
@@ -307,6 +354,7 @@ class Sample:
     box_format: str = ""  # overrides the processor's box format if not empty
     prompt_format: PromptFormat = DEFAULT_FORMAT
     more_images: tuple[Any, ...] = ()
+    padded_example: Example | None = None
 
     def masks(self) -> np.ndarray:
         """bool (K, height, width): the masks of the regions in `example.targets`."""
@@ -335,7 +383,9 @@ def examples(
         rng = np.random.default_rng([seed, 1, zlib.crc32(component.task.encode()), int(number)])
         try:
             image, truth = dataset.load_record(record_index)
-            example = component.add_format_hint(dataset.make_example(component.task, index, truth, rng, data.tag_noise))
+            example = dataset.make_example(component.task, index, truth, rng, data.tag_noise)
+            padded_example = component.add_format_hint(example) if example.padded_boxes else None
+            example = component.add_format_hint(with_image_boxes(example, truth))
             prompt_format = prompt_format_for(component, truth, example)
             more_images = tuple(dataset.load_record(number)[0] for number in example.more_records)
             if component.template == "told":
@@ -358,4 +408,5 @@ def examples(
             component.box_format,
             prompt_format,
             more_images,
+            padded_example,
         )

@@ -206,11 +206,17 @@ class Processor:
         image = images.to_pil_image(sample.image, max_pixels=self.config.max_pixels)
         arguments = (sample.question, sample.tags, answer, sample.category, sample.boxes, self.get_letterbox(image))
         prompt_format = PromptFormat(
-            "", tuple((question, answer) for _, question, answer in sample.shots) or sample.turns, bool(sample.shots)
+            "", tuple(map(self._padded_shot, sample.shots)) or sample.turns, bool(sample.shots)
         )
         pixels = [self.load_pixels(source) for source, *_ in (*sample.shots, (image,))]
         pixels = self.stack_images(pixels)
         return self.encode_example(pixels, *arguments, prompt_format=prompt_format) | self.load_sam_pixels(image)
+
+    def _padded_shot(self, shot: tuple[object, str, str]) -> tuple[str, str]:
+        """(question, answer) of an in-context example, with boxes as fractions of its image's padded square."""
+        image, *texts = shot
+        question, answer = (letterbox.pad_boxes(text, self.get_letterbox(image)) for text in texts)
+        return question, answer
 
     def stack_images(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """The images of one example: (H, W, 3), or (K, H, W, 3) padded with mean-color images if `max_images` > 1."""

@@ -17,7 +17,7 @@ from lionjax.core.types import UserError
 from lionjax.data import rounds, tokenizer
 from lionjax.data.boxes import Box, BoxCodec, join_text_and_boxes, sort_corners, split_text_and_boxes
 from lionjax.data.chat import DEFAULT_FORMAT, BuiltExample, PromptFormat, flatten_turns, strip_prompt
-from lionjax.data.letterbox import Letterbox, split_padded_boxes
+from lionjax.data.letterbox import Letterbox, pad_boxes, split_padded_boxes
 from lionjax.data.processor_config import ProcessorConfig
 from lionjax.data.whole_prompt import Piece, WholePromptBuilder
 
@@ -142,12 +142,12 @@ class PromptBuilder:
         return self._assemble_prompt(question, self.encode_with_boxes(strip_prompt(question))[0], tags)
 
     def encode_history(
-        self, turns: Sequence[tuple[str, str]], image_per_turn: bool, text_only: bool = False
+        self, turns: Sequence[tuple[str, str]], image_per_turn: bool, text_only: bool = False, box_arguments=()
     ) -> tuple[list[list[int]], list[list[int]]]:
         """(question ids, answer ids) of earlier turns.
 
         `image_per_turn`: every turn has its own image (in-context examples), else all turns share one. `text_only`:
-        the turns have no image tokens.
+        the turns have no image tokens. `box_arguments`: exact boxes and letterbox of the turns.
         """
         if image_per_turn and "{image}" not in self.config.prompt_template:
             raise UserError("in-context examples (shots) need {image} in processor.prompt_template; add {image} to it")
@@ -156,9 +156,9 @@ class PromptBuilder:
             before, after = self._template_ids if image_per_turn or not turn_index else self._followup_template_ids
             if text_only:
                 before, after = self._text_only_template_ids
-            questions.append([*before, *self.encode_with_boxes(strip_prompt(question))[0], *after])
+            questions.append([*before, *self.encode_with_boxes(strip_prompt(question), *box_arguments)[0], *after])
             end = self._end_ids["shot" if image_per_turn else "answer"]
-            answers.append([*self.encode_with_boxes(strip_prompt(answer))[0], *end])
+            answers.append([*self.encode_with_boxes(strip_prompt(answer), *box_arguments)[0], *end])
         return questions, answers
 
     def _assemble_prompt(
@@ -269,6 +269,11 @@ class PromptBuilder:
         A target longer than `max_target_tokens` is cut: an answer loses its end, a conversation its last turns. Raises
         UserError for in-context examples that are longer.
         """
+        if prompt_format.image_per_turn and not prompt_format.padded_boxes:  # the turns are padded, each by its image
+            question, answer = (text and pad_boxes(text, image_letterbox, boxes) for text in (question, answer))
+            boxes = tuple(map(image_letterbox.to_padded, boxes))
+        if prompt_format.image_per_turn or prompt_format.padded_boxes:
+            image_letterbox = NO_LETTERBOX
         box_arguments = (tuple(boxes), image_letterbox, box_format)
         end = "plain" if prompt_format.kind == "plain" else "answer"
         if prompt_format.image_marks:
@@ -280,7 +285,7 @@ class PromptBuilder:
         question_ids, question_boxes = self.encode_with_boxes(strip_prompt(question), *box_arguments)
         answer_ids, answer_boxes = ([], []) if answer is None else self.encode_with_boxes(answer, *box_arguments)
         end_ids = [] if answer is None else self._end_ids[end]
-        built = self.build(question, question_ids, tags, [*answer_ids, *end_ids], prompt_format)
+        built = self.build(question, question_ids, tags, [*answer_ids, *end_ids], prompt_format, box_arguments[:2])
         return self._fit_target(*built, [*question_boxes, *answer_boxes], end_ids, prompt_format)
 
     def _build_whole(self, question, answer, end: str, box_arguments, prompt_format: PromptFormat):
@@ -319,9 +324,9 @@ class PromptBuilder:
         return self._fit_target(self._frame_prompt(question, prompt_ids), *built, end_ids, prompt_format)
 
     def build(
-        self, question: str, question_ids: list[int], tags, target_ids: list[int], prompt_format: PromptFormat
+        self, question: str, question_ids: list[int], tags, target_ids: list[int], prompt_format, box_arguments=()
     ) -> tuple[list[int], list[int], list[int]]:
-        """(prompt ids, target ids of any length, loss mask of the target) of one example."""
+        """(prompt ids, target ids of any length, loss mask of the target); `box_arguments`: as `encode_history`."""
         if prompt_format.kind == "plain":
             image_ids = self._image_token_ids() if "{image}" in self.config.prompt_template else []
             return self._assemble_prompt(question, [], (), image_ids, ([], [])), target_ids, [1] * len(target_ids)
@@ -329,7 +334,8 @@ class PromptBuilder:
             sides = self._text_only_template_ids if prompt_format.kind == "told" else self._template_ids
             return self._assemble_prompt(question, question_ids, tags, (), sides), target_ids, [1] * len(target_ids)
         is_text_only = prompt_format.kind == "told"
-        questions, answers = self.encode_history(prompt_format.turns, prompt_format.image_per_turn, is_text_only)
+        arguments = (prompt_format.turns, prompt_format.image_per_turn, is_text_only, box_arguments)
+        questions, answers = self.encode_history(*arguments)
         sides = self._template_ids if prompt_format.image_per_turn else self._followup_template_ids
         if self.config.reader == "encoder" or not target_ids:
             history_ids = [token_id for pair in zip(questions, answers) for part in pair for token_id in part]

@@ -16,7 +16,7 @@ from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.chat import PromptFormat
 from lionjax.data.config import DataConfig
-from lionjax.data.mixture import Sample
+from lionjax.data.mixture import Sample, padded_turn
 from lionjax.data.processor import ImageTextInput
 from lionjax.inference.engine import InferenceEngine
 
@@ -41,9 +41,12 @@ class FewShot:
         if self.selection not in SELECTION_METHODS:
             raise UserError(f"selection is {self.selection!r}; choose {' or '.join(SELECTION_METHODS)}")
         samples = pipeline.examples(self.data, self.task, "train", self.pool_size, self.seed)
-        pool = [(self.engine.processor.load_pixels(s.image), s.example) for s in samples]
+        processor = self.engine.processor
+        pool = [
+            (processor.load_pixels(s.image), padded_turn(s.example, processor.get_letterbox(s.image))) for s in samples
+        ]
         self.pool_pixels = [pixels for pixels, _ in pool]
-        self.pool_turns = [(example.question, example.answer) for _, example in pool]
+        self.pool_turns = [turn for _, turn in pool]
         if self.num_shots > len(pool):
             raise UserError(f"num_shots is {self.num_shots} but the pool has {len(pool)} examples; give more data")
         self.pool_features_SD = self.image_features(self.pool_pixels) if self.selection == "alike" else None

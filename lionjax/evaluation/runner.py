@@ -283,7 +283,10 @@ def encode_samples(
         example, pixels = sample.example, processor.load_pixels(sample.image)
         tags, box_format = example.tags if use_tags else (), sample.box_format or processor.config.box_format
         boxes = (*example.question_boxes, *example.boxes)
-        prompt_format = sample.prompt_format
+        prompt_format, asked = sample.prompt_format, example
+        if sample.padded_example is not None and processor.config.pad_to_square and few_shot is None:
+            asked = sample.padded_example  # the boxes as they were in training
+            prompt_format = dataclasses.replace(prompt_format, turns=asked.history, padded_boxes=True)
         if sample.more_images or task == "conversation":  # its rows have one image, several or none
             pixels = processor.stack_images([pixels, *map(processor.load_pixels, sample.more_images)])
         if few_shot is not None:
@@ -292,12 +295,12 @@ def encode_samples(
         sam_fields = processor.load_sam_pixels(sample.image) if task == "res" else {}
         try:
             rows = {
-                with_tags: processor.encode_example(pixels, example.question, example_tags, None, *encode_args)
+                with_tags: processor.encode_example(pixels, asked.question, example_tags, None, *encode_args)
                 | sam_fields
                 for with_tags, example_tags in ((True, tags), (False, ()))
             }
             if task in TEACHER_FORCED_TASKS and box_format == "embeddings":
-                rows["forced"] = processor.encode_example(pixels, example.question, tags, example.answer, *encode_args)
+                rows["forced"] = processor.encode_example(pixels, asked.question, tags, asked.answer, *encode_args)
         except UserError as error:
             if data.on_bad_record == "raise":
                 raise

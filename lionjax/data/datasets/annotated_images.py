@@ -45,7 +45,8 @@ QUESTION_TEMPLATES = {
 class ImageInfo:
     """An image file under the root. `width`, `height`: the units of its boxes: pixels, or 1 for fractions.
 
-    `in_pixels`: boxes are in pixels of the file, whose size is read with the image. An empty `name` means that there
+    `in_pixels`: boxes are in pixels of the file, whose size is read with the image. `padded_boxes`: boxes in the texts
+    are fractions of the image padded to a square (LLaVA-1.5), else of the image. An empty `name` means that there
     is no image: the example is text-only, with a blank image. Raises UserError for a size of 0 or less.
     """
 
@@ -54,6 +55,7 @@ class ImageInfo:
     height: float = 1.0
     tags: tuple[str, ...] = ()
     in_pixels: bool = False
+    padded_boxes: bool = False
 
     def __post_init__(self):
         if not (self.width > 0 and self.height > 0):
@@ -160,8 +162,8 @@ def check_image_size(image: Image.Image, image_info: ImageInfo) -> None:
 
 
 def with_file_size(image_info: ImageInfo, image: Image.Image) -> ImageInfo:
-    """The image info with the image's size, if its boxes are in pixels and no size was annotated."""
-    if not image_info.in_pixels or (image_info.width, image_info.height) != (1.0, 1.0):
+    """The image info with the image's size, if its boxes need it and no size was annotated."""
+    if not (image_info.in_pixels or image_info.padded_boxes) or (image_info.width, image_info.height) != (1.0, 1.0):
         return image_info
     return replace(image_info, width=float(image.width), height=float(image.height))
 
@@ -203,6 +205,7 @@ def make_example(
         history=history,
         image_marks=annotation.image_marks,
         more_records=annotation.more_images,
+        padded_boxes=image_info.padded_boxes,
         tags=noisy_tags(image_info, tag_vocabulary, tag_noise),
         scene=image_info.name,
     )

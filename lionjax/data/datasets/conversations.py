@@ -42,33 +42,37 @@ class Conversations(AnnotationFile):
     it all images are in front of the first question. A system message is put in front of the first question, and a
     model's greeting before it is left out, as in LLaVA. A row without images is text only.
 
+    `padded_boxes`: boxes in the texts, such as "[0.25, 0.1, 0.5, 0.9]", are fractions of the image padded to a square,
+    as in LLaVA-1.5's mixture; False: of the image.
+
     An image is `image_dir` with the path of the row, or with the last parts of that path: "coco/train2017/1.jpg" is
     also found in an `image_dir` that is train2017, and "1.jpg" in the folders of LLaVA's mixture. A row that cannot be
     used, also a line that is not JSON, is a bad record (`DataConfig.on_bad_record`).
     """
 
     name: str = "conversations"
+    padded_boxes: bool = True
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         file, root = Path(self.file), Path(self.image_dir)
         builder, folders = AnnotatedImagesBuilder(root, split, self.heldout_fraction), ImageFolders(root)
         for location, row in read_rows(file):
             with builder.row(location, "conversation"):
-                _add_conversation(builder, folders, row, location, file)
+                _add_conversation(builder, folders, row, location, self)
         return builder.build(max_pixels)
 
 
 def _add_conversation(
-    builder: AnnotatedImagesBuilder, folders: ImageFolders, row: object, location: str, file: Path
+    builder: AnnotatedImagesBuilder, folders: ImageFolders, row: object, location: str, source: Conversations
 ) -> None:
     """Adds a row to a builder. Raises UserError for a row that is no conversation."""
     rounds, names = parse_row(row, location)
-    builder.check_keys(row, (*ROUND_KEYS, *IMAGE_KEYS, *OTHER_KEYS), IMAGE_KEYS, location, file)
+    builder.check_keys(row, (*ROUND_KEYS, *IMAGE_KEYS, *OTHER_KEYS), IMAGE_KEYS, location, Path(source.file))
     question, answer, turns, image_marks = _annotation(rounds, len(names), location)
     paths = [folders.find(name) for name in names]
     if not (builder.includes(paths[0]) if paths else builder.includes_text(str(rounds))):
         return
-    indices = [builder.add_image(path, ImageInfo(path)) for path in paths]
+    indices = [builder.add_image(path, ImageInfo(path, padded_boxes=source.padded_boxes)) for path in paths]
     if not indices:
         indices = [builder.add_image(("text", location), ImageInfo(""))]
     fields = {"kind": "image" if names else "text", "image_marks": image_marks, "turns": turns}

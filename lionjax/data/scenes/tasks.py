@@ -51,7 +51,8 @@ class Example:
     objects that the question is about, for masks. `kind`: subtype of the task. `turns`: all turns of a conversation,
     whose `question` contains everything before the last answer. `history`: earlier (question, answer) rounds that are
     not in `question`. `image_marks`: images stand where the texts have `<image>`; the first is the record's own, the
-    others are those of `more_records` (indices in the data set).
+    others are those of `more_records` (indices in the data set). `padded_boxes`: boxes in the texts are fractions of
+    the image padded to a square; else, and in `question_boxes` and `boxes` always, they are fractions of the image.
     """
 
     task: str
@@ -69,6 +70,7 @@ class Example:
     history: tuple[tuple[str, str], ...] = ()
     image_marks: bool = False
     more_records: tuple[int, ...] = ()
+    padded_boxes: bool = False
 
 
 def scene_to_text(scene: Scene, rng=None, with_boxes: bool = True) -> str:

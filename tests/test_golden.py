@@ -79,6 +79,7 @@ def test_lion_has_the_originals_gradient_norm_for_every_weight(lion_golden, rout
     assert_same_norms(mine, json.loads(file.read_text()))
 
 
+@pytest.mark.slow
 def test_lion_generates_the_originals_ids(lion_golden):
     _, config, lion, params, arrays = lion_golden
     for name, setting in config["generate"].items():
@@ -168,6 +169,7 @@ def ram_states(module: Ram, image_BHWC) -> dict:
     return found | {"logits": module(image_BHWC)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", folders("ram"))
 def test_ram_computes_what_the_original_computes_and_goes_back_to_the_same_bits(folder):
     c = ram_of(json.loads((folder / "config.json").read_text()))

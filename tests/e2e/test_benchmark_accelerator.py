@@ -31,6 +31,7 @@ def test_our_systems_are_those_that_conversion_makes_of_theirs():
         assert system == peer.system_of(s)
 
 
+@pytest.mark.slow
 def test_products_of_an_update_are_those_that_one_writes_down():
     s = accelerator.TINY["1b"]
     peer = accelerator.train_step.peer_of(s)

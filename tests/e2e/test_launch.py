@@ -88,6 +88,7 @@ def test_overrides_and_compiler_flags_reach_the_command(tmp_path):
     assert run(here / "launch/run.sh", *words, bin=tmp_path / "bin", FLAGS="fast").returncode == 2
 
 
+@pytest.mark.slow
 def test_a_failure_that_comes_back_ends_a_run_unless_checkpoints_were_written_in_between(tmp_path):
     here, workdir = project(tmp_path), tmp_path / "run"
 
@@ -381,6 +382,7 @@ def test_the_compiler_knows_every_flag_for_tpus(name):
         compiled("v5e", flags | {"xla_tpu_enable_everything": "true"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FLAGS if name.startswith("GPU")])
 def test_the_compiler_knows_every_flag_for_gpus(name):
     def starts(flags: str) -> subprocess.CompletedProcess:

@@ -167,6 +167,7 @@ def test_folders_of_0_1_hold_the_same_parameters(name, old):
     assert sha256_of(params) == entry["params"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ANSWERING])
 def test_exported_folder_of_0_1_loads_and_says_the_same(name, old):
     old(name)
@@ -182,6 +183,7 @@ def test_torch_and_orbax_folders_of_0_1_load_as_the_model_that_they_were_made_of
     assert sha256_of(model.params) == MODELS[FORMS[name]["like"]]["params"]
 
 
+@pytest.mark.slow
 def test_tagger_of_0_1_names_the_same(old, capsys):
     old("parts/ram")
     out, _ = here(capsys, "tag", "parts/ram", "--image", "picture.png", "--json")
@@ -243,6 +245,7 @@ def test_training_anew_by_an_old_config_uses_old_data_and_kept_features(old):
     assert sorted(Path("features").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_what_a_run_of_0_1_listed_is_kept_and_reported(old, capsys):
     old("trained/resized")
     refused = [json.loads(line) for line in Path("trained/resized/refused.jsonl").read_text().splitlines()]

@@ -140,6 +140,7 @@ def test_an_answer_that_breaks_off_at_a_trigger_means_no_box():
     assert np.isfinite(loss) and np.isfinite(metrics["loss_l1"])
 
 
+@pytest.mark.slow
 def test_masks_without_any_in_the_batch_raise_a_one_sentence_error():
     system, config, _ = small_places.SYSTEMS["flagship"]
     with pytest.raises(UserError, match="mix the task res"):
@@ -201,6 +202,7 @@ def test_answers_with_any_number_of_boxes_share_one_program(pointing):
     assert len(set(programs)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompt", "boxes", "message"),
     [

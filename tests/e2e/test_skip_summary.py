@@ -72,6 +72,7 @@ def test_what_was_skipped_for_want_of_torch_and_of_data_is_summed_up(tmp_path, w
     assert said[at + 1 : at + 3] == names
 
 
+@pytest.mark.slow
 def test_nothing_is_said_where_nothing_was_skipped(tmp_path):
     (tmp_path / "test_single.py").write_text("def test_first():\n    pass\n")
     assert "for want of" not in end_of(tmp_path)

@@ -263,6 +263,7 @@ def test_a_template_with_an_image_that_nothing_fills_is_refused():
         check_prompt_format(dataclasses.replace(experiment, system=system))
 
 
+@pytest.mark.slow
 def test_a_part_that_weights_name_must_exist_and_what_is_random_for_good_is_said(caplog):
     experiment = config.load(FROZEN)
     batch = dummy_batch(Processor(experiment.data.processor))

@@ -110,6 +110,7 @@ def minilm() -> Path:
     return Path(found.submodule_search_locations[0]) / "model"
 
 
+@pytest.mark.slow
 def test_minilm_as_published_gives_transformers_sentences_and_comes_back_to_the_bit(tmp_path):
     source = minilm()
     theirs = transformers.BertModel.from_pretrained(source).eval()

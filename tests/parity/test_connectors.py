@@ -152,6 +152,7 @@ def test_the_whole_is_its_parts_in_torch_with_every_gradient_and_greedy_word(nam
             x = torch.cat([x, table[int(word)][None, None]], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", folders("mplug_owl"))
 def test_vision_tower_and_abstractor_match_mplug_owl(folder):
     c, arrays = json.loads((folder / "config.json").read_text()), np.load(folder / "arrays.npz")

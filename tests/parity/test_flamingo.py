@@ -30,6 +30,7 @@ from lionjax.nn.adapters import GatedCrossAttentionBlock, GatedCrossAttentionCon
 IMAGE = 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", folders("flamingo"))
 def test_resampler_and_gated_blocks_compute_what_openflamingo_does(folder):
     c, arrays = json.loads((folder / "config.json").read_text()), np.load(folder / "arrays.npz")
@@ -116,6 +117,7 @@ def made(request):
     return system, weights(system)
 
 
+@pytest.mark.slow
 def test_gates_start_at_zero_and_leave_the_language_model_unchanged(made):
     system, params = made
     batch, c = batch_of(), system.language
@@ -148,6 +150,7 @@ def test_gates_start_at_zero_and_leave_the_language_model_unchanged(made):
     np.testing.assert_allclose(got[1, 0], wanted[1, 4], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_token_feels_the_pictures_that_the_rule_gives_it_and_no_other(made):
     """By gradients: words before the first picture feel none; by the immediate rule the second
     hides the first. Words that look at each other pass on what they felt; where they do not,
@@ -209,6 +212,7 @@ def test_words_read_one_by_one_are_those_read_at_once(made):
         np.testing.assert_allclose(np.asarray(said.logprob_BM)[row, :length], wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_only_new_words_of_the_table_learn_and_pictures_are_never_a_word_to_say():
     system = small(1, num_frozen_embeddings=IMAGE, tied=True)
     batch = batch_of()
@@ -223,6 +227,7 @@ def test_only_new_words_of_the_table_learn_and_pictures_are_never_a_word_to_say(
     assert metrics["weight"] == 3
 
 
+@pytest.mark.slow
 def test_weights_go_out_and_come_back_under_openflamingos_names():
     tower = ViTConfig(14, 7, 8, 1, 2, 12, attention_biases="qkvo", patch_bias=False, pre_layernorm=True)
     system = dataclasses.replace(small(2), vision=tower)

@@ -19,6 +19,7 @@ from lionjax.inference.sampling import GenerationConfig
 NEW = 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, beams", [("llama", 3), ("opt", 1), ("gpt2", 1), ("t5", 1), pytest.param("t5", 3, marks=pytest.mark.slow)]
 )

@@ -57,6 +57,7 @@ def run_card(folder):
     return names["model"].eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", adapters.LANGUAGES)
 def test_a_language_model_with_lora_on_every_linear_answers_as_peft(tmp_path, kind):
     inputs = adapters.language_inputs(kind)

@@ -70,6 +70,7 @@ def test_a_released_folder_answers_with_the_ids_of_transformers(released, tmp_pa
     assert len(set(mine)) > 1, "answers that are all alike would show nothing"
 
 
+@pytest.mark.slow
 def test_prompt_ids_are_those_of_the_processor(released):
     name, folder, _, processor = released
     model = lionjax.load(folder)

@@ -128,6 +128,7 @@ def test_masks_and_scores_for_every_prompt_are_those_of_transformers(twins):
                 np.testing.assert_allclose(scores, out.iou_scores, atol=1e-4, err_msg=f"seed {SEED}")
 
 
+@pytest.mark.slow
 def test_only_requested_masks_are_decoded_and_equal_a_full_decode(twins):
     _, params, _ = twins
     sam, rng = Sam(TINY), np.random.default_rng(1)
@@ -176,6 +177,7 @@ def test_the_released_sizes_repeat_in_periods_of_one_global_layer():
     assert irregular.window_sizes == (3, 8, 8)
 
 
+@pytest.mark.slow
 def test_full_size_sam_has_the_released_number_of_parameters():
     from lionjax.core import params as trees
     from lionjax.core import sharding

@@ -135,6 +135,7 @@ def test_in_training_a_sample_is_passed_over_or_changed_the_more_and_never_in_ev
     assert np.array_equal(made[..., 0], made[..., 1]) and abs(made.mean() - 1) < 0.03
 
 
+@pytest.mark.slow
 def test_stochastic_depth_grows_with_depth_from_none():
     c = SwinConfig(8, 4, 4, (1,), (1,), 2, 1.0, drop_path_rate=0.9)
     image = np.ones((3, 8, 8, 3), np.float32)

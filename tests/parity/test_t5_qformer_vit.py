@@ -143,6 +143,7 @@ def test_the_qformer_gives_the_states_of_instructblips(draw):
     close(got, want.last_hidden_state)
 
 
+@pytest.mark.slow
 def test_the_vit_gives_the_states_of_blip2s(draw):
     heads, depth = draw.randint(2, 3), draw.randint(2, 4)
     width = heads * draw.choice([4, 6])

@@ -181,6 +181,7 @@ def test_two_pictures_in_a_row_and_none_are_those_of_transformers(pair):
     close(system.logits(params, long), system.logits(params, short), seed)
 
 
+@pytest.mark.slow
 def test_a_qformer_without_text_gives_the_states_of_blip2s():
     seed = tiny.seed()
     draw = random.Random(seed)
@@ -207,6 +208,7 @@ def test_a_qformer_without_text_gives_the_states_of_blip2s():
     close(QFormer(c).apply({"params": params}, source.numpy()), wanted, seed)
 
 
+@pytest.mark.slow
 def test_pooled_patches_are_the_means_of_their_squares():
     seed = tiny.seed()
     draw, numbers = random.Random(seed), np.random.default_rng(seed)

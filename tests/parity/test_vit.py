@@ -28,6 +28,7 @@ def clip():
     return model
 
 
+@pytest.mark.slow
 def test_clip_sees_what_transformers_sees_in_every_layer(clip, tmp_path):
     import torch
     from safetensors.numpy import load_file

@@ -330,6 +330,7 @@ def test_traceback_is_printed_if_lionjax_traceback_is_set(capsys, monkeypatch):
     assert "Traceback" in err and err.splitlines()[-1].startswith("lionjax: no config file")
 
 
+@pytest.mark.slow
 def test_closed_output_pipe_is_not_an_error(toy):
     command = f"{sys.executable} -m lionjax.cli show {toy} | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)

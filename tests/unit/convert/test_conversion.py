@@ -327,6 +327,7 @@ def released_lion(tmp_path, monkeypatch):
     return folder, lion, params, state
 
 
+@pytest.mark.slow
 def test_the_three_parts_of_a_released_lion_become_one_and_come_back(released_lion, tmp_path, monkeypatch):
     folder, lion, params, state = released_lion
     config, made = convert.from_torch(folder)
@@ -346,6 +347,7 @@ def test_the_three_parts_of_a_released_lion_become_one_and_come_back(released_li
     assert convert.from_torch(tmp_path / "back")[0] == lion
 
 
+@pytest.mark.slow
 def test_a_lion_with_the_language_model_of_another_is_refused(released_lion):
     folder, *_ = released_lion
     weights = load_file(folder / "flan-t5" / "model.safetensors")

@@ -134,6 +134,7 @@ def test_a_projector_alone_stands_on_the_llama_and_the_clip_beside_it(base, tmp_
     assert_same(convert.state_dict_from_params(config.weight_map(), params), state)
 
 
+@pytest.mark.slow
 def test_a_blip2_around_openais_clip_comes_in_with_its_last_block_left(tmp_path, monkeypatch):
     t5 = T5Config(40, 24, 6, 4, 20, 2, 2, 8, activation="gelu")
     bridge = qformer.QFormerConfig(16, 2, 2, 24, 4, 2, 1024, 30, 12, use_text_input=False)

@@ -164,6 +164,7 @@ def nextchat_release() -> dict:
     return forms
 
 
+@pytest.mark.slow
 def test_the_full_size_nextchat_table_covers_every_tensor_of_the_release_and_every_leaf_of_the_model():
     kind, state = KINDS["nextchat"], blank(nextchat_release())
     check(kind, NextChat(), state)

@@ -86,6 +86,7 @@ def test_the_first_llavas_table_covers_its_own_file():
     check(system, text | clip | own)
 
 
+@pytest.mark.slow
 def test_instructblips_odd_vocabulary_is_padded_here_and_whole_in_its_file():
     system = configs.load(CONFIGS / "instructblip_vicuna7b.py").model
     assert (system.language.vocab_size, system.language.padded_vocab_size) == (32001, 32128)

@@ -20,6 +20,7 @@ from lionjax.models.vlm.lion import Lion
 from lionjax.nn.adapters import AdapterConfig
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["XL", "XXL"])
 def test_the_full_size_lion_table_covers_every_tensor_of_the_release_and_every_leaf_of_the_model(size):
     language = dataclasses.replace({"XL": t5.FLAN_T5_XL, "XXL": t5.FLAN_T5_XXL}[size], adapters=AdapterConfig())

@@ -28,6 +28,7 @@ from lionjax.core.types import UserError
 BF16 = ml_dtypes.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.SYSTEMS)
 def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_the_same(tmp_path, name):
     seed = tiny.seed()

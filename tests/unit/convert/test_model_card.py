@@ -31,6 +31,7 @@ def exported(tmp_path_factory):
     return what, folder
 
 
+@pytest.mark.slow
 def test_transformers_reads_words_as_we_do(exported):
     transformers = pytest.importorskip("transformers")
     what, folder = exported
@@ -135,6 +136,7 @@ def test_the_calls_on_the_card_of_a_lora_run(tmp_path):
     assert type(run_card(tmp_path / "torch", tmp_path)["model"]).__name__.startswith("Peft")
 
 
+@pytest.mark.slow
 def test_the_calls_on_the_card_of_a_model_with_original_code_run(tmp_path, exported):
     pytest.importorskip("torch")
     what, folder = exported
@@ -148,6 +150,7 @@ def test_the_calls_on_the_card_of_a_model_with_original_code_run(tmp_path, expor
     assert run_card(tmp_path / "shards", tmp_path)["state_dict"].keys() == names["state_dict"].keys()
 
 
+@pytest.mark.slow
 def test_a_card_says_where_there_is_no_pytorch_code(tmp_path):
     convert.to_torch(OWN_TOWER, random_weights(OWN_TOWER), tmp_path / "torch")
     card = (tmp_path / "torch" / "README.md").read_text()

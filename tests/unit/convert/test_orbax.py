@@ -170,6 +170,7 @@ def test_one_shard_is_read_from_the_disk_by_its_own_bytes(tmp_path):
     assert part.tobytes() == trees.flatten(params)[path][where].tobytes()
 
 
+@pytest.mark.slow
 def test_lazy_layers_are_requested_one_at_a_time(tmp_path, monkeypatch):
     """Of a leaf whose layers are made when asked for, none is asked for before the one before it is written."""
     config = T5Config(97, 24, 8, 4, 40, 3, 2, 8)
@@ -228,6 +229,7 @@ def test_a_damaged_orbax_checkpoint_is_refused_in_words(tmp_path):
         convert.load_params(tmp_path / "orbax")
 
 
+@pytest.mark.slow
 def test_the_command_writes_it_and_refuses_what_it_would_leave_out(tmp_path, capsys):
     small_folder(tmp_path)
     src, dst = str(tmp_path / "torch"), str(tmp_path / "orbax")

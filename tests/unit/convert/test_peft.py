@@ -65,6 +65,7 @@ def test_a_model_with_lora_goes_out_and_comes_back_to_the_bit(tmp_path, dtype):
     assert_same(trees.flatten(back), trees.flatten(params))
 
 
+@pytest.mark.slow
 def test_a_system_s_lora_is_kept_apart_too(tmp_path):
     lion = tiny_lion()
     lora = LoraConfig(2, 4.0, target_modules=("q", "v"))
@@ -92,6 +93,7 @@ def test_names_that_other_parts_share_are_told_in_full():
     assert chosen == [language.format(k) + ".weight" for k in range(12)]
 
 
+@pytest.mark.slow
 def test_a_folder_of_peft_is_read_onto_its_base_and_gives_the_merged_model_s_logits(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -19,6 +19,7 @@ from lionjax.models.vision.sam_encoder import SAM_VIT_H
 from lionjax.models.vlm.nextchat import NextChat
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers_sam_comes_in_and_loads_there_again(tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -72,6 +73,7 @@ def test_the_releases_settings_mean_the_full_size_system():
     assert kind.config_from_hf(RELEASE | {"mm_depth": 1}).projector_depth == 1
 
 
+@pytest.mark.slow
 def test_a_nextchat_goes_out_and_comes_back_to_the_bit(tmp_path):
     from small_nextchat import TINY, batch_of
 

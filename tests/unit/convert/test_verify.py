@@ -99,6 +99,7 @@ def test_where_two_models_part_is_said_by_stage_and_layer(tmp_path):
     assert "<- differs most in model.layers." in str(found)
 
 
+@pytest.mark.slow
 def test_a_merged_lora_is_held_against_the_model_that_runs_it_apart(tmp_path):
     from small_lora import CONFIG, random_params
 
@@ -111,6 +112,7 @@ def test_a_merged_lora_is_held_against_the_model_that_runs_it_apart(tmp_path):
         compare.verify(CONFIG, params, tmp_path / "apart")
 
 
+@pytest.mark.slow
 def test_what_transformers_does_not_have_is_said(tmp_path):
     from published_folders import tiny_lion
     from small_lora import random_params

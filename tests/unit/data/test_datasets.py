@@ -484,6 +484,7 @@ def test_boxes_and_masks_of_photographs_lie_over_each_other_in_the_padded_square
     assert shapes == {True, False}  # wide ones and tall ones
 
 
+@pytest.mark.slow
 @shared_data.needs("coco83", "refcoco", "vqa", "pope", "coco258_annotations")
 def test_real_refcoco_vqa_and_pope_files_are_read_whole():
     refs = RefCoco(str(DATA / "refcoco" / "refcocog_val.json.gz"), str(DATA)).open("train", MAX_PIXELS)

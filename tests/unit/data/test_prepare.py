@@ -140,6 +140,7 @@ def test_pictures_of_which_none_can_be_used_raise_a_one_sentence_error(folder, t
     assert said.startswith(f"lionjax: none of the {COUNT} images of") and "00.png" in said
 
 
+@pytest.mark.slow
 def test_a_real_tagger_fills_the_records_from_the_command_line(folder, tmp_path, beam, ram):
     words = ["data", "build", str(folder), "--share", "0", "--out", str(tmp_path / "out"), "--tagger", str(ram)]
     assert cli.main([*words, f"--beam={BEAM[0]}"] if beam else words) == 0
@@ -149,6 +150,7 @@ def test_a_real_tagger_fills_the_records_from_the_command_line(folder, tmp_path,
     assert len({one.tags for one in seen}) > 1
 
 
+@pytest.mark.slow
 def test_a_tagger_over_a_mesh_says_what_it_says_on_one_device(ram):
     mesh = sharding.make_mesh()
     rng = np.random.default_rng(2)

@@ -33,6 +33,7 @@ def test_equal_arguments_give_equal_scenes_and_other_arguments_others():
     assert all(other.things != sample_scene("train", 5, 1).things for other in others)
 
 
+@pytest.mark.slow
 def test_another_process_with_other_hashes_makes_the_same_scenes():
     code = "import scenes_digest as t; print(t.digest_of_nine())"
     variables = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -151,6 +152,7 @@ def test_held_out_pairs_are_never_in_training_and_always_in_the_test():
     assert {shape for _, shape in trained} == set(scenes.SHAPES)
 
 
+@pytest.mark.slow
 def test_training_shows_every_other_pair_and_every_word():
     things = [t for index in range(600) for t in sample_scene("train", index).things]
     assert {(t.color, t.shape) for t in things} == set(scenes.allowed_pairs("train"))
@@ -239,6 +241,7 @@ print(json.dumps([same, untouched, kinds, "tensorflow" in sys.modules]))
 """
 
 
+@pytest.mark.slow
 def test_records_on_disk_equal_those_made_on_the_fly_and_need_no_tensorflow(tmp_path):
     done = subprocess.run([sys.executable, "-c", BUILD, str(tmp_path)], capture_output=True, text=True, check=True)
     same, untouched, kinds, tensorflow = json.loads(done.stdout.splitlines()[-1])

@@ -35,6 +35,7 @@ def assert_even(yes, count):
     assert abs(yes - count / 2) < 2 * count**0.5, f"{yes} of {count} are yes"
 
 
+@pytest.mark.slow
 def test_every_expression_fits_exactly_one_thing_for_an_independent_reader():
     checked = Counter()
     for scene in BOTH:
@@ -187,6 +188,7 @@ def blind_accuracy(train, test):
     return (np.argmax(x_test @ weights, 1) == y_test).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, most", [("vqa", 0.35), ("relation", 0.56), ("existence", 0.58)])
 def test_answers_cannot_be_predicted_without_the_image(task, most):
     train = [e for seed in range(8) for _, e in examples(task, SCENES["train"], seed)]
@@ -296,6 +298,7 @@ def test_converse_fills_in_scene_tags_and_category_and_is_repeatable():
         tasks.make_example("capton", BOTH[0], np.random.default_rng(0))
 
 
+@pytest.mark.slow
 def test_every_scene_has_an_example_of_each_task():
     rng = np.random.default_rng(1)
     for scene in BOTH:

@@ -83,6 +83,7 @@ def test_a_leading_space_is_a_piece_of_its_own_before_the_word_that_has_one(tiny
     assert tiny.encode("") == [] and tiny.encode(" ") == [space, space]
 
 
+@pytest.mark.slow
 def test_every_text_of_the_scenes_comes_back_and_its_words_are_mostly_whole(tiny):
     rng, pieces, words = np.random.default_rng(0), 0, 0
     for index in range(40):

@@ -326,6 +326,7 @@ def test_opt_prompts_and_captions_are_tokenized_as_lavis_does(tmp_path):
     assert target[-1:] == theirs("\n", add_special_tokens=False).input_ids
 
 
+@pytest.mark.slow
 @shared_data.needs("tokenizers/mistral_v1_tokenizer.model")
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", ["llava_v0", "vicuna_v1", "llava_llama_2", "minigpt4", "mplug_owl"])

@@ -38,6 +38,7 @@ def test_time_before_this_process_is_lost_while_it_ran_and_away_when_nothing_did
     assert downtime(tmp_path, [], 1500.0) == {"lost": 100.0, "away": 200.0}
 
 
+@pytest.mark.slow
 def test_all_time_of_a_run_is_in_its_report_and_its_lines(tmp_path):
     what = toy.experiment()
     began = time.time()

@@ -96,6 +96,7 @@ def run(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_report_page_shows_every_figure_of_the_run(run):
     page = Reader(write_report(run).read_text())
     said = " ".join(page.words)
@@ -119,6 +120,7 @@ def test_report_page_shows_every_figure_of_the_run(run):
         assert words in said, words
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_html_and_needs_nothing_but_itself(run):
     text = write_report(run).read_text()
     page = Reader(text)
@@ -127,6 +129,7 @@ def test_the_page_is_whole_html_and_needs_nothing_but_itself(run):
     assert not re.search(r"https?://|url\(|@import", text)
 
 
+@pytest.mark.slow
 def test_pictures_lie_beside_the_page_and_nothing_half_written(run):
     write_report(run)
     names = {path.name for path in run.iterdir()}

@@ -55,12 +55,14 @@ def test_tiny_set_scores_as_pycocoevalcap():
     check_against_pycocoevalcap(CAPTIONS, REFERENCES)
 
 
+@pytest.mark.slow
 @needs_captions
 def test_real_captions_against_the_other_four_score_as_pycocoevalcap():
     captions = list(real_captions(1000).values())
     check_against_pycocoevalcap([five[0] for five in captions], [five[1:] for five in captions])
 
 
+@pytest.mark.slow
 @needs_captions
 def test_real_predictions_score_as_pycocoevalcap():
     references, captions = real_captions(5000), {}
@@ -75,6 +77,7 @@ def test_real_predictions_score_as_pycocoevalcap():
     assert caption_scores(*pair)["cider"] == pytest.approx(1.358, abs=2e-3)
 
 
+@pytest.mark.slow
 @needs_captions
 @pytest.mark.skipif(shutil.which("java") is None, reason="the original tokenizer needs Java")
 def test_words_are_those_of_the_java_tokenizer_for_999_captions_in_1000(tmp_path):

@@ -67,6 +67,7 @@ def test_raw_references_miss_a_number_word_as_the_official_code_does():
     assert vqa_accuracy("2", ["2."] * 10, raw_references=True) == 0
 
 
+@pytest.mark.slow
 @shared_data.needs("vqa")
 @pytest.mark.parametrize(("name", "both", "raw"), [("textvqa", 0.98452, 0.93694), ("vizwiz", 0.94110, 0.94017)])
 def test_the_majority_answer_scores_as_leaving_out_each_of_ten_people(name, both, raw):

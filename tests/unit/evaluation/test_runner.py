@@ -140,6 +140,7 @@ def test_evaluation_lines_hold_what_the_report_draws(entries, folder):
 # What reaches the model
 
 
+@pytest.mark.slow
 def test_the_blind_model_sees_one_blank_picture_and_no_tags(model, monkeypatch):
     seen = []
     real = engine.generate

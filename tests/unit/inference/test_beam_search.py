@@ -138,6 +138,7 @@ def test_a_beam_of_one_is_greedy():
         assert words(searched(Toy(), params, batch, config)) == words(greedy)
 
 
+@pytest.mark.slow
 def test_beams_of_a_batch_find_what_each_prompt_finds_alone():
     config, params = (GenerationConfig(max_new_tokens=8, num_beams=3, repetition_penalty=1.5), random_params(3))
     batch = batch_of(*PROMPTS)
@@ -158,6 +159,7 @@ def test_the_search_stops_when_every_prompt_is_settled():
     assert (np.asarray(made.ids_BM)[np.arange(50) >= np.asarray(made.length_B)[:, None]] == 0).all()
 
 
+@pytest.mark.slow
 def test_log_probabilities_follow_their_beam():
     config = GenerationConfig(max_new_tokens=8, num_beams=4, output_logprobs=True)
     for seed in range(4):

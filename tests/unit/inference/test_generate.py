@@ -172,6 +172,7 @@ def test_sampling_draws_from_the_tokens_and_chances_of_hugging_face(temperature,
     np.testing.assert_allclose(made, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sampled_tokens_follow_their_probabilities():
     draws, config = 20_000, GenerationConfig(do_sample=True, temperature=1.5, top_k=20, top_p=0.9)
     given_1V = some_scores(1, 50, seed=5)
@@ -233,6 +234,7 @@ def test_a_setting_that_cannot_be_is_refused_in_a_sentence(mistake):
         GenerationConfig(**mistake)
 
 
+@pytest.mark.slow
 def test_missing_generation_inputs_raise_user_error():
     params, batch = random_params(0), batch_of(*PROMPTS)
     with pytest.raises(UserError, match="needs a random key"):

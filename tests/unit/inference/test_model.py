@@ -151,6 +151,7 @@ def test_the_picture_the_box_the_tags_and_the_category_all_reach_the_answer(mode
     assert texts(model.answer([one], ["What is at [0.125,0.250,0.500,0.750]?"])) == [plain.text]
 
 
+@pytest.mark.slow
 def test_boxes_in_the_answer_come_as_numbers(model, monkeypatch):
     said = "Answer: [0.100,0.200,0.300,0.400]"
     monkeypatch.setattr(type(model.processor.prompt), "decode", lambda self, ids: said)
@@ -176,6 +177,7 @@ def test_prompts_within_a_length_bucket_compile_nothing_new(model):
     assert model.engine.compiled_shapes == known and known
 
 
+@pytest.mark.slow
 def test_generation_can_be_set_and_sampling_follows_the_seed(model):
     images, prompts = some_pictures(1), ["Describe it."]
     short, long = (
@@ -188,6 +190,7 @@ def test_generation_can_be_set_and_sampling_follows_the_seed(model):
     assert said[0] == said[1] != said[2]
 
 
+@pytest.mark.slow
 def test_a_loaded_model_takes_longer_prompts_where_it_is_told_to_and_answers_short_ones_alike(model, run):
     images, words = some_pictures(1), "what " * 200
     roomy = lionjax.load(run, prompt_length=300)
@@ -226,6 +229,7 @@ def test_invalid_questions_raise_a_one_sentence_error(model, mistake, said):
 # Folders
 
 
+@pytest.mark.slow
 def test_a_candidate_that_is_longer_than_its_room_is_refused_and_not_ranked_by_its_beginning(model):
     fits, long = "red", "red " * model.processor.config.max_target_tokens
     assert sorted(model.rank_candidates(some_pictures(1), ["What?"], [[fits, "blue"]])[0]) == [0, 1]
@@ -233,6 +237,7 @@ def test_a_candidate_that_is_longer_than_its_room_is_refused_and_not_ranked_by_i
         model.rank_candidates(some_pictures(1), ["What?"], [[fits, long]])
 
 
+@pytest.mark.slow
 def test_an_exported_folder_and_one_converted_back_answer_as_the_run_does(model, exported, tmp_path):
     convert.convert(exported, tmp_path / "ours", "jax")
     convert.convert(tmp_path / "ours", tmp_path / "theirs", "torch")
@@ -257,6 +262,7 @@ def test_an_exported_folder_brings_its_own_tokenizers(exported, tmp_path):
     assert again.processor.prompt.encode_prompt(*asked) == Processor(small_lion.PROCESSOR).prompt.encode_prompt(*asked)
 
 
+@pytest.mark.slow
 def test_weights_with_a_systems_sizes_alone_ask_for_the_tokenizers_they_lack(model, tmp_path):
     convert.to_torch(model.vlm, model.params, tmp_path / "bare")
     with pytest.raises(UserError, match="bare has no tokenizer; put one of tokenizer.json"):
@@ -270,6 +276,7 @@ def test_weights_with_a_systems_sizes_alone_ask_for_the_tokenizers_they_lack(mod
     assert texts(again.answer(*asked, generation_config=plain)) == texts(model.answer(*asked, generation_config=plain))
 
 
+@pytest.mark.slow
 def test_a_run_that_has_not_ended_answers_with_what_it_has_learned(tmp_path, caplog):
     what = small_lion.experiment()
     first, second = (small_lion.params_of(small_lion.experiment(seed)) for seed in (0, 1))
@@ -289,6 +296,7 @@ def test_a_run_that_has_not_ended_answers_with_what_it_has_learned(tmp_path, cap
     assert lionjax.load(tmp_path).vlm.visual_input == "QFORMER"  # what the first stage made
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_flipped_byte_is_named_and_the_one_before_it_used(tmp_path, caplog):
     what = small_lion.experiment()
     old, new = (small_lion.params_of(small_lion.experiment(seed)) for seed in (0, 1))

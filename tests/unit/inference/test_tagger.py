@@ -52,6 +52,7 @@ def test_a_tag_counts_above_its_own_threshold_never_at_it_nor_at_one_nor_when_le
     assert tags.above_threshold(share_BV).tolist() == [[0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 1]]
 
 
+@pytest.mark.slow
 def test_the_tags_of_a_picture_are_those_whose_probability_is_above_the_threshold(folder, picture, params):
     (found,) = tagger.load(folder).tag([picture])
     small = np.asarray(Image.open(picture).resize((16, 16), Image.Resampling.BILINEAR), np.float32) / 255
@@ -65,6 +66,7 @@ def test_the_tags_of_a_picture_are_those_whose_probability_is_above_the_threshol
     np.testing.assert_allclose(found.probabilities, shares, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_many_pictures_are_answered_as_each_alone(folder, picture):
     one = tagger.load(folder)
     given = [picture, Image.new("RGB", (9, 5), "#808080"), np.zeros((4, 4, 3), np.uint8)] * 6
@@ -167,6 +169,7 @@ def test_without_thresholds_rams_own_default_holds(folder):
     np.testing.assert_array_equal(tagger.load(folder).vocabulary.threshold_V, np.full(5, np.float32(0.68)))
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_changes_what_is_seen(params):
     image_BHWC, c = np.ones((1, 16, 16, 3), np.float32), dataclasses.replace(TINY, dropout=0.5)
     still, moved = (Ram(c).apply({"params": params}, image_BHWC, key) for key in (None, jax.random.key(0)))

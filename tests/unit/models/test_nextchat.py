@@ -77,6 +77,7 @@ def test_an_answer_in_a_batch_of_unequal_prompts_is_the_one_given_alone(params):
         np.testing.assert_allclose(alone.aux_outputs["box"][0], together.aux_outputs["box"][row], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_trigger_at_the_end_of_a_prompt_is_followed_by_its_place_and_one_at_the_end_of_an_answer_by_nothing(params):
     prompt = batch_of([[5, 6, TRIGGER], [7, 8]])
     made = generate(
@@ -108,6 +109,7 @@ def test_more_places_than_are_kept_are_counted_and_do_not_disturb_the_first(para
     assert np.abs(many["box"][0, 0, 1]).sum() > 0 and few["box"].shape[2] == 1
 
 
+@pytest.mark.slow
 def test_masks_of_an_answer_come_from_its_boxes_and_states(params):
     batch = batch_of([[5], [6]])
     box = jnp.asarray([[[0.1, 0.1, 0.6, 0.9], [0.5, 0.5, 0.9, 0.9]]] * 2)
@@ -142,6 +144,7 @@ def test_sam_sees_each_picture_once_however_many_boxes_it_has(params):
     assert one - each == pytest.approx(seeing(), rel=0.05)  # what is left when no box is asked about
 
 
+@pytest.mark.slow
 def test_the_weight_of_giou_is_the_configs(params):
     batch = batch_of(ASKED, ANSWERS, GIVEN)
     (_, code), _ = slopes("language")(params, batch)
@@ -183,6 +186,7 @@ def test_rows_without_a_box_take_no_part_in_the_losses_of_places(params, objecti
     assert all(terms[f"loss_{name}"] == 0 for name in places)
 
 
+@pytest.mark.slow
 def test_objective_all_is_the_sum_of_language_and_mask_losses(params):
     """The objective "all" is the sum of both others, and so are its slopes."""
     mixed = batch_of(ASKED, ANSWERS, GIVEN)
@@ -204,6 +208,7 @@ def test_the_second_trigger_of_an_answer_means_the_second_box(params):
     assert float(terms["loss_l1"]) == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_vicuna_sizes_are_those_of_the_release():
     made = sharding.abstract_params(NextChat().init, jax.random.key(0), full_batch())
     assert trees.count_params(made) - 2 * 128 == 7_741_812_788

@@ -108,6 +108,7 @@ def test_triggers_in_words_of_the_other_side_are_not_learned(learned, places, bo
     assert which_BK[0, real_BK[0]].tolist() == boxes
 
 
+@pytest.mark.slow
 def test_an_unknown_true_mask_is_not_learned_and_not_counted():
     """Of two boxes one has no true mask: what is drawn there changes nothing."""
     words = [TRIGGER, LOCATION, TRIGGER, LOCATION]

@@ -90,6 +90,7 @@ def test_the_plain_way_is_the_formula_for_every_mask_and_for_grouped_queries(kin
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kv_heads", "queries", "keys"),
     [("causal keys", 4, 160, 160), ("causal keys", 2, 128, 128), ("keys", 2, 130, 200), ("all", 4, 100, 130)],
@@ -105,6 +106,7 @@ def test_splash_attention_is_the_formula_at_lengths_that_its_blocks_do_not_divid
     )
 
 
+@pytest.mark.slow
 def test_keys_in_pieces_of_which_one_is_empty_are_the_formula():
     *given, real_BS = drawn(queries=3, keys=12, kv_heads=2)
     query, key, value = given
@@ -230,6 +232,7 @@ def test_splash_attention_and_its_gradient_compile_for_a_pod(head, kv_heads):
     assert "8,700,700" not in made.as_text(), "nowhere are all scores held"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_keys_in_pieces_some_shared_by_beams_are_attended_to_as_if_put_together(kv_heads):
     """Three prompts of two beams: the first piece has a row a prompt, the others a row a beam."""

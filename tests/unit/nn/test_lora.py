@@ -48,6 +48,7 @@ def test_only_the_layers_that_are_named_get_one(name):
     assert having(dataclasses.replace(c, lora=dataclasses.replace(LORA, targets=("q", "v")))) == {"q", "v"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_dropout_of_every_target_is_drawn_by_the_key_and_is_off_without_one(name):
     module, run = reader(MODELS[name])

@@ -79,6 +79,7 @@ def example(seed=0, rows=2):
     return box[:, ::-1], box, random.random((rows, 3)) < 0.6, logits, iou, random.random((rows, 3, 8, 8)) < 0.4
 
 
+@pytest.mark.slow
 def test_padded_boxes_and_masks_have_no_loss_and_no_gradient():
     predicted, box, real, logits, iou, mask = example()
 
@@ -103,6 +104,7 @@ def test_a_batch_without_a_box_or_a_mask_has_loss_zero_and_finite_gradients():
     assert not np.asarray(slope).any()
 
 
+@pytest.mark.slow
 def test_means_are_over_the_real_boxes_of_all_devices():
     arrays = example(1, rows=8)
     real = np.zeros((8, 3), bool)

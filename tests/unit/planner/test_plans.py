@@ -111,6 +111,7 @@ def test_invalid_mesh_raises_a_one_sentence_error(words):
         plan_command.parse_mesh(words)
 
 
+@pytest.mark.slow
 def test_the_stage_that_trains_most_is_planned_where_none_is_named():
     what = small_lion.experiment()
     assert planner.find_stage_index(what, None) == 2

@@ -105,6 +105,7 @@ def test_examples_are_what_a_run_was_asked_without_what_was_pointed_at(tmp_path)
     assert web_demo.run_examples(tmp_path) == [[picture, "0?"], [picture, "4?"]]
 
 
+@pytest.mark.slow
 def test_a_taken_port_and_a_lacking_gradio_raise_a_one_sentence_error(tmp_path, monkeypatch, capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

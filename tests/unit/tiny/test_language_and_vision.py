@@ -47,6 +47,7 @@ def reader():
     return model, params, told, digit_token_ids(processor)
 
 
+@pytest.mark.slow
 def test_a_thing_is_told_once_and_every_decimal_has_a_word_of_its_own(reader):
     model, params, (fields, code), digits = reader
     assert digits.shape == (NUM_DIGIT_POSITIONS, 10) and len(np.unique(digits)) == digits.size
@@ -62,6 +63,7 @@ def test_third_decimals_hardly_count_and_first_ones_count_most(reader):
     np.testing.assert_allclose(weight, [*([1, 2, 1, 0.15] * 4), 1, 1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_alignment_brings_a_vits_features_near_the_words_of_each_patch(reader):
     _, params, *_ = reader
     image = np.zeros((1, 56, 56, 3), np.float32)
@@ -128,6 +130,7 @@ def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
     np.testing.assert_array_equal(one[:, :-1], two[:, :-1])
 
 
+@pytest.mark.slow
 def test_the_shipped_decoder_is_small_and_stands_between_a_flamingos_looks_with_the_t5s_words():
     assert (resolve_weights_file("shipped:tiny_decoder.safetensors")).stat().st_size < 1_000_000
     what = config.load(CONFIGS / "tiny_flamingo.py")

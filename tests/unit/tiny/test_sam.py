@@ -4,6 +4,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -64,6 +65,7 @@ def test_a_mask_of_a_square_comes_back_to_its_picture_by_hand():
     np.testing.assert_allclose(made, logits_HW[:, 1:3], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
     """Picture, box and mask all go into the padded square and come back: a slip of some pixels would show."""
     processor = Processor(

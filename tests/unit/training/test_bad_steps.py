@@ -61,6 +61,7 @@ def test_skipped_updates_are_counted_and_listed_and_a_stopped_run_skips_the_same
         assert toy.lines(workdir) == lines and refusals(workdir) == listed
 
 
+@pytest.mark.slow
 def test_a_skipped_update_changes_no_parameter(tmp_path):
     # Every batch holds the record: nothing is ever learned.
     class Poisoned(toy.Batches):

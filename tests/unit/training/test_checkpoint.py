@@ -82,6 +82,7 @@ def test_a_directory_gives_back_bits_and_record_on_any_mesh(tmp_path):
         assert items["items"]["up"]["kernel"].sharding.mesh.shape["data"] == shape[0]
 
 
+@pytest.mark.slow
 def test_wherever_a_byte_is_flipped_the_values_are_right_or_the_directory_is_refused(tmp_path):
     checkpoint.save_tree(tmp_path / "a", {"items": tree()}, {"position": 1234})
     target, refused = {"items": laid_out(tree())}, []

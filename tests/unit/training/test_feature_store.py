@@ -141,6 +141,7 @@ def test_two_processes_write_side_by_side_and_find_what_the_other_has_finished(t
     assert len(FeatureStore(tmp_path, made).index) == len(rows)
 
 
+@pytest.mark.slow
 def test_full_disk_is_logged_once_and_training_continues(tmp_path, monkeypatch, caplog, expected):
     def no_room(self):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -83,6 +83,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits_and_the_same_lines(tmp_p
                 assert old[name] == new[name]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_update_it_interrupts_and_says_so(tmp_path, capfd):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, batches=stopping(3, signal.SIGINT))
@@ -91,6 +92,7 @@ def test_ctrl_c_saves_the_update_it_interrupts_and_says_so(tmp_path, capfd):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_a_finished_folder_gives_its_result_without_training(whole):
     folder, expected, report = whole
     found, again = train(folder, batches=stopping(2))  # would stop at the first real batch
@@ -238,6 +240,7 @@ def layout_and_read(workdir, what):
     return checkpoint.restore_tree(workdir / "base" / "2_final", {"learned": layout.trainable})[0]["learned"]
 
 
+@pytest.mark.slow
 def test_weight_files_are_read_by_path_and_the_rest_is_random(tmp_path):
     random = np.random.default_rng(0)
     tower = {"tower/kernel": random.normal(size=(192, 16)), "tower/bias": random.normal(size=16)}
@@ -397,6 +400,7 @@ def test_a_damaged_config_is_held_to_its_copy_in_the_report(tmp_path, whole):
         train(workdir, dataclasses.replace(toy.experiment(), seed=3))
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     make = loop.stages.make_train_step
 
@@ -419,6 +423,7 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     assert set(checkpoint.all_bases(tmp_path / "base")) == {0}
 
 
+@pytest.mark.slow
 def test_rate_batch_size_and_weights_may_change_in_a_folder_and_are_recorded(tmp_path, whole):
     workdir, what = copy_of(whole[0], tmp_path / "run", update=8), toy.experiment()
     second = dataclasses.replace(what.stages[1], learning_rate=1e-3, batch_size=4)

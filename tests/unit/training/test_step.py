@@ -172,6 +172,7 @@ def test_a_learning_rate_is_scaled_by_the_first_pattern_that_matches(params):
     assert {path: pytest.approx(ratios[path]) for path in factors} == factors
 
 
+@pytest.mark.slow
 def test_pieces_of_unequal_weight_give_the_update_of_the_whole_batch(params):
     whole, metrics = one_update(toy.stage(grad_accum_steps=1, trainable=[".*"]), params)
     pieces, parts = one_update(toy.stage(grad_accum_steps=4, trainable=[".*"]), params)
@@ -205,6 +206,7 @@ def test_the_loss_comes_in_float32_and_frozen_bfloat16_changes_it_little(params)
     assert 0 < abs(narrow["loss"] - wide["loss"]) < 0.02
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_changes_no_bit_of_parameters_and_optimizer(params):
     stage, poisoned = toy.stage(trainable=[".*"]), toy.batch_of(range(8), poison=3)
     trainable, _ = trees.split(params, stage.trainable)
@@ -226,6 +228,7 @@ class Steep(toy.Toy):
         return value + jnp.sqrt((bias - jax.lax.stop_gradient(bias)).sum()), metrics
 
 
+@pytest.mark.slow
 def test_infinite_gradient_with_finite_loss_is_rejected(params):
     stage = toy.stage(trainable=[".*"])
     trainable, _ = trees.split(params, stage.trainable)
@@ -237,6 +240,7 @@ def test_infinite_gradient_with_finite_loss_is_rejected(params):
         jax.tree.map(np.testing.assert_array_equal, kept, old)
 
 
+@pytest.mark.slow
 def test_dropout_follows_from_the_step_alone(params):
     stage, system = toy.stage(trainable=["output"], learning_rate=0.0, warmup_steps=0), toy.Toy(rate=0.5)
     losses = [float(one_update(stage, params, system=system, updates=n)[1]["loss"]) for n in (1, 2, 2)]
@@ -264,6 +268,7 @@ def test_a_stage_replaces_fields_of_the_system_and_of_no_other():
         stages.model_for_stage(what, toy.stage(system=(("depth", 2),)))
 
 
+@pytest.mark.slow
 def test_fingerprints_see_that_training_moved_the_trainable_half_alone(params):
     before = checkpoint.leaf_checksums(params)
     state, _ = one_update(toy.stage(trainable=["output"]), params)

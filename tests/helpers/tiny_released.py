@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny LLaVA, BLIP-2 over OPT and InstructBLIP as transformers saves them, with tokenizer and processor."""
+"""A tiny LLaVA, BLIP-2 over OPT and InstructBLIPs over LLaMA and T5 as transformers saves them, with processors."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ TEXTS = (
     "and polite answers to the user's questions. Question: how many cats are there? Answer: two\n",
     "###Human: ###Assistant:",
 )
+SYSTEMS = ("llava", "blip2_opt", "instructblip", "instructblip_t5")
 SIDE = 28
 
 
@@ -58,6 +59,43 @@ def bert_tokenizer():
     return transformers.BertTokenizer(vocab={piece: k for k, piece in enumerate(pieces)}, do_lower_case=True)
 
 
+def t5_tokenizer():
+    """T5's tokenizer of transformers, a Unigram model with letters and a few words."""
+    import transformers
+
+    letters = [*"abcdefghijklmnopqrstuvwxyzADQUW?.,:'"]
+    words = ["▁", *(f"▁{word}" for word in ("the", "is", "what", "cats", "picture", "star"))]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(piece, -1.0 - 0.01 * k) for k, piece in enumerate((*words, *letters))]
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=2)
+
+
+def save_kosmos2(folder: Path):
+    """(model, processor) of a tiny Kosmos-2 with XLM-R's kind of tokenizer, saved into `folder`."""
+    import torch
+    import transformers
+
+    letters = [*"abcdefghijklmnopqrstuvwxyzADQUWI?.,:'0123456789[]-"]
+    words = ["▁", *(f"▁{word}" for word in ("the", "is", "What", "cats", "An", "image", "of", "star"))]
+    words += [f"▁word{k}" for k in range(12)]  # the ids behind <unk> stand for the image's 64 tokens
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(piece, -1.0 - 0.01 * k) for k, piece in enumerate((*words, *letters))]
+    tokenizer = transformers.XLMRobertaTokenizer(vocab=pieces)
+    image_processor = transformers.CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
+    processor = transformers.Kosmos2Processor(image_processor, tokenizer)
+    text = {"vocab_size": len(tokenizer), "embed_dim": 16, "layers": 2, "ffn_dim": 20, "attention_heads": 2}
+    text["max_position_embeddings"] = 256
+    torch.manual_seed(0)
+    config = transformers.Kosmos2Config(text_config=text, vision_config=TOWER, latent_query_num=64)
+    model = transformers.Kosmos2ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
 def _vocab_and_merges(backend) -> tuple[dict, list]:
     import json
 
@@ -80,6 +118,21 @@ def text_config(kind: str, vocab_size: int, eos) -> dict:
             "bos_token_id": 2,
             "eos_token_id": eos,
             "pad_token_id": 1,
+        }
+    if kind == "t5":
+        return {
+            "model_type": "t5",
+            "vocab_size": vocab_size,
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 2,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "decoder_start_token_id": 0,
         }
     return {
         "model_type": "llama",
@@ -115,7 +168,7 @@ QFORMER = {
 
 
 def save(name: str, folder: Path, seed: int = 0, end_token=None):
-    """(model, processor) of transformers, saved into `folder`: "llava", "blip2_opt" or "instructblip"."""
+    """(model, processor) of transformers, saved into `folder`: see `SYSTEMS`."""
     import torch
     import transformers
 
@@ -139,7 +192,10 @@ def save(name: str, folder: Path, seed: int = 0, end_token=None):
         )
         model = transformers.LlavaForConditionalGeneration(config)
     else:
-        tokenizer = opt_tokenizer() if name == "blip2_opt" else llama_tokenizer(bos_token="</s>", unk_token="</s>")
+        if name == "instructblip":
+            tokenizer = llama_tokenizer(bos_token="</s>", unk_token="</s>")
+        else:
+            tokenizer = opt_tokenizer() if name == "blip2_opt" else t5_tokenizer()
         image_processor = transformers.BlipImageProcessorPil(size=size)
         if name == "blip2_opt":
             processor = transformers.Blip2Processor(image_processor, tokenizer, num_query_tokens=3)
@@ -149,7 +205,7 @@ def save(name: str, folder: Path, seed: int = 0, end_token=None):
             processor = transformers.InstructBlipProcessor(
                 image_processor, tokenizer, bert_tokenizer(), num_query_tokens=3
             )
-        kind = "opt" if name == "blip2_opt" else "llama"
+        kind = {"blip2_opt": "opt", "instructblip": "llama", "instructblip_t5": "t5"}[name]
         prefix = "Blip2" if name == "blip2_opt" else "InstructBlip"
         config = getattr(transformers, f"{prefix}Config")(
             vision_config=TOWER,
@@ -165,6 +221,9 @@ def save(name: str, folder: Path, seed: int = 0, end_token=None):
     for key, bias in model.named_parameters():
         if key.endswith("qkv.bias"):  # EVA's keys have no bias
             bias.data[len(bias) // 3 : 2 * len(bias) // 3] = 0
+    if name == "instructblip_t5":  # a T5 of small weights gives one token whatever it reads
+        for key, parameter in model.language_model.named_parameters():
+            parameter.data.copy_(0.8 * torch.randn_like(parameter) + ("norm" in key))
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor

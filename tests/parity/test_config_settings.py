@@ -185,6 +185,15 @@ class Twins:
             return np.asarray(self.case.ours(config, params, self.inputs))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_of_torch():
+    """Models as small as these cost many times more processor time on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory):
     return functools.cache(lambda name: Twins(CASES[name], tmp_path_factory.mktemp(name.replace("-", ""))))

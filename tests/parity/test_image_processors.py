@@ -106,6 +106,22 @@ def test_pixels_are_those_of_the_folders_processor_or_the_setting_is_refused(tmp
     assert 10 < refused < 50 and largest > 0
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (320, 240), (111, 500)])
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_pixels_are_within_a_level_of_the_fast_processors(resample, shape):
+    """The fast image processors resize by torchvision, which calls torch's antialiased `interpolate` on 8 bits.
+
+    With torchvision 0.28 itself: at most one level for CLIP, LLaVA, BLIP, SigLIP and ViT, bilinear, bicubic, lanczos.
+    """
+    torch = pytest.importorskip("torch")
+    picture = noise(shape)
+    tensor = torch.tensor(picture).permute(2, 0, 1)[None]
+    wanted = torch.nn.functional.interpolate(tensor, (23, 23), mode=resample, antialias=True, align_corners=False)[0]
+    fit = ImageFit("stretch", (23, 23), resample)
+    mine = Processor(ProcessorConfig(23, use_tags=False, image_fit=fit)).load_pixels(picture)
+    assert np.abs(mine.astype(int) - wanted.permute(1, 2, 0).numpy()).max() <= 1
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "PA", "CMYK", "exif", "transparent palette"])
 def test_pictures_of_every_mode_are_read_as_the_folders_processor_reads_them(mode, tmp_path):
     transformers.CLIPImageProcessorPil(size=20, crop_size=16).save_pretrained(tmp_path)

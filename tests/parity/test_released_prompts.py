@@ -3,8 +3,10 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import tiny_released
+from PIL import Image
 
 import lionjax
 from lionjax import convert
@@ -83,3 +85,54 @@ def test_prompt_ids_are_those_of_the_processor(released):
         assert (image in mine) == (name == "llava")
         if name == "llava":
             assert mine.index(image) == wanted.index(image)
+
+
+GROUNDED = [
+    "What is the star?",
+    "<grounding> An image of",
+    "<grounding><phrase> the star</phrase>",
+    "<phrase>it</phrase><object><patch_index_0005><patch_index_0920></object> is",
+]
+
+
+@pytest.fixture(scope="module")
+def kosmos2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kosmos2")
+    theirs, processor = tiny_released.save_kosmos2(folder)
+    return theirs, processor, lionjax.load(folder)
+
+
+def test_ids_image_positions_and_pixels_of_kosmos2_are_those_of_its_processor(kosmos2):
+    _, processor, model = kosmos2
+    rng = np.random.default_rng(1)
+    for prompt in GROUNDED:
+        picture = Image.fromarray(rng.integers(0, 256, (45, 61, 3), np.uint8))
+        wanted = {key: value[0] for key, value in processor(picture, prompt, return_tensors="np").items()}
+        row = model.processor.encode_input(ImageTextInput(picture, prompt))
+        ids = row["prompt"][row["prompt_mask"] == 1].tolist()
+        is_image = wanted["image_embeds_position_mask"].astype(bool)
+        start = ids.index(model.vlm.image_token_id)
+        assert np.flatnonzero(is_image).tolist() == list(range(start, start + 64))
+        wanted_ids = wanted["input_ids"].tolist()
+        assert [*ids[:start], *ids[start + 1 :]] == [*wanted_ids[:start], *wanted_ids[start + 64 :]]
+        assert wanted["attention_mask"].all()
+        pixels = np.moveaxis(wanted["pixel_values"], 0, -1)
+        mine = model.processor.normalize(row["pixels"])
+        assert (np.abs(mine - pixels) * model.processor.config.image_std).max() <= 1.01 / 255
+
+
+@pytest.mark.slow
+def test_kosmos2_answers_with_the_ids_of_generate_for_each_prompt_alone(kosmos2):
+    """Transformers counts the padding of a batch into the positions of the tokens that follow, so prompts go alone."""
+    import torch
+
+    theirs, processor, model = kosmos2
+    pictures, wanted = tiny_released.pictures(len(GROUNDED)), []
+    for picture, prompt in zip(pictures, GROUNDED):
+        inputs = processor(picture, prompt, return_tensors="pt")
+        with torch.no_grad():
+            ids = theirs.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0].tolist()
+        wanted.append(tuple(ids[inputs["input_ids"].shape[1] :]))
+    config = dataclasses.replace(model.generation_config("image_level"), max_new_tokens=NEW)
+    answers = model.answer(pictures, GROUNDED, generation_config=config)
+    assert [answer.token_ids for answer in answers] == wanted and len(set(wanted)) > 1

@@ -17,6 +17,7 @@ import numpy as np
 
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_constraint, with_logical_partitioning
+from lionjax.core.types import UserError
 from lionjax.core.weight_map import WeightMapping, constant, rename_torch_keys, reshape, with_prefix
 from lionjax.nn import attention as attentions
 from lionjax.nn.attention import Attention, key_padding_mask
@@ -196,7 +197,15 @@ class QFormer(nn.Module):
         return jnp.concatenate([query_BQD, text_BLD], axis=1)
 
     def embed_text(self, ids_BL, dtype, position_offset=0):
-        """Token plus position embeddings (B, L, D), from position `position_offset` on."""
+        """Token plus position embeddings (B, L, D), from position `position_offset` on.
+
+        Raises UserError for more tokens than learned positions.
+        """
+        if (length := position_offset + ids_BL.shape[1]) > self.c.max_positions:
+            raise UserError(
+                f"{length} tokens do not fit the {self.c.max_positions} learned positions of the Q-Former; lower "
+                "processor.max_question_tokens"
+            )
         positions = position_offset + jnp.arange(ids_BL.shape[1])
         return self.words(ids_BL, dtype) + self.positions(positions, dtype)
 

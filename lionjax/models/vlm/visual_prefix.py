@@ -134,10 +134,13 @@ class VisualPrefixLM(VLM):
         }
 
     def _text_lengths(self) -> dict:
-        """Lengths of prompt and answer that fit a table of learned positions, where it is short."""
+        """Lengths of question, prompt and answer that fit tables of learned positions, where those are short."""
         positions = 0 if self.is_encoder_decoder else self.language.max_positions - self.language.position_offset
         room = (positions - self.qformer.num_query_tokens) // 2
-        return {"max_prompt_tokens": room, "max_target_tokens": room} if 0 < positions and room < 128 else {}
+        lengths = {"max_prompt_tokens": room, "max_target_tokens": room} if 0 < positions and room < 128 else {}
+        if self.qformer.use_text_input and self.qformer.max_positions < 128:
+            lengths["max_question_tokens"] = self.qformer.max_positions
+        return lengths
 
     def _prompt_format(self) -> str:
         """The prompt format of the system that has these parts; see `core.prompt_formats`."""

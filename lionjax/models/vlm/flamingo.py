@@ -67,8 +67,6 @@ class Flamingo(VLM):
     def info(self) -> ModelInfo:
         return vlm_info(
             self,
-            splices_images=True,
-            image_token=self.image_token_id,
             default_image_fit={"mode": "shortest_edge"},  # and a center crop, as open_clip's evaluation transform
         )
 

@@ -10,7 +10,12 @@ from lionjax.models.language.backend import is_encoder_decoder
 
 
 def vlm_info(c: Any, **fields: Any) -> ModelInfo:
-    """What the parts of the model config `c` determine, and `fields`, other fields of ModelInfo."""
+    """What the model config `c` determines, and `fields`, other fields of ModelInfo.
+
+    A model with a field `image_token_id` splices images into its prompt.
+    """
+    if hasattr(c, "image_token_id"):
+        fields |= {"splices_images": True, "image_token": c.image_token_id}
     return ModelInfo(
         vocab_size=c.language.vocab_size,
         embedding_rows=c.language.padded_vocab_size,

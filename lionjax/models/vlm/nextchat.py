@@ -79,8 +79,6 @@ class NextChat(RegionLM):
     def info(self) -> ModelInfo:
         return vlm_info(
             self,
-            splices_images=True,
-            image_token=self.image_token_id,
             box_token=self.box_token_id,
             default_processor={
                 "pad_to_square": True,

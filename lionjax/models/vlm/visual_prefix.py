@@ -113,8 +113,6 @@ class VisualPrefixLM(VLM):
     def info(self) -> ModelInfo:
         return vlm_info(
             self,
-            splices_images=True,
-            image_token=self.image_token_id,
             reads_question=self.qformer is not None and self.qformer.use_text_input,
             question_vocab_size=None if self.qformer is None else self.qformer.vocab_size,
             default_processor=self._default_processor(),

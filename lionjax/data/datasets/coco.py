@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,23 +31,30 @@ from lionjax.data.scenes.tasks import POPE_SETTINGS
 MIN_AREA_FRACTION = 0.004  # of the image; smaller objects are hard to localize, also for people
 
 
-@renamed_fields()
 @dataclass(frozen=True)
-class Coco:
-    """A COCO folder: captions.json, instances.json or both, and images. `heldout_fraction` of them is held out.
-
-    `open` raises UserError if both annotation files are missing or malformed.
-    """
+class CocoFolder:
+    """What both layouts of a COCO folder have. Raises UserError for a `heldout_fraction` out of range."""
 
     folder: str
-    captions_file: str = "captions.json"
-    instances_file: str = "instances.json"
-    image_dir: str = "images"
+    _: KW_ONLY
     heldout_fraction: float = 0.1
     name: str = "coco"
 
     def __post_init__(self):
         check_heldout_fraction(self.heldout_fraction)
+
+
+@renamed_fields()
+@dataclass(frozen=True)
+class Coco(CocoFolder):
+    """A COCO folder: captions.json, instances.json or both, and images. `heldout_fraction` of them is held out.
+
+    `open` raises UserError if both annotation files are missing or malformed.
+    """
+
+    captions_file: str = "captions.json"
+    instances_file: str = "instances.json"
+    image_dir: str = "images"
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         folder = Path(self.folder)
@@ -65,27 +72,22 @@ class Coco:
 
 
 @dataclass(frozen=True)
-class CocoRelease:
+class CocoRelease(CocoFolder):
     """COCO as published: annotations/ with captions_SET.json and instances_SET.json, and one image folder for each SET.
 
     Split "train" is `train_set`; "validation" and "heldout" are `heldout_set`. If both are the same set,
     `heldout_fraction` of it is held out.
     """
 
-    folder: str
     train_set: str = "train2017"
     heldout_set: str = "val2017"
-    heldout_fraction: float = 0.1
-    name: str = "coco"
-
-    def __post_init__(self):
-        check_heldout_fraction(self.heldout_fraction)
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         part = self.train_set if split == "train" else self.heldout_set
         fraction = self.heldout_fraction if self.train_set == self.heldout_set else 0.0
         files = (f"annotations/{kind}_{part}.json" for kind in ("captions", "instances"))
-        return Coco(self.folder, *files, part, fraction, self.name).open(split, max_pixels)
+        coco = Coco(self.folder, *files, part, heldout_fraction=fraction, name=self.name)
+        return coco.open(split, max_pixels)
 
 
 class Instance(NamedTuple):

@@ -61,7 +61,7 @@ def lion_of(config: dict, visual_input: str = "ALL") -> Lion:
             q["vision_width"],
             q["vocab_size"],
             q["max_positions"],
-            q["layer_norm_eps"],
+            norm_eps=q["layer_norm_eps"],
         ),
         AggregatorConfig(
             a["query_layer"],

@@ -54,7 +54,7 @@ def tiny(tmp_path_factory):
 
 def test_states_and_sentence_are_those_of_bertmodel(tiny):
     _, theirs, config, params = tiny
-    assert config == BertConfig(61, 24, 3, 4, 40, 20, 3)
+    assert config == BertConfig(24, 3, 4, 40, vocab_size=61, max_positions=20, type_vocab_size=3)
     rng = np.random.default_rng(0)
     ids, kinds = rng.integers(0, 61, (3, 9)), rng.integers(0, 3, (3, 9))
     mask = np.arange(9) < np.array([[9], [4], [6]])

@@ -22,38 +22,42 @@ from lionjax.nn.attention import Attention
 from lionjax.nn.lora import LoraConfig
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentQueryConfig:
+    """What the modules have in common whose learned queries read the tower's output in `depth` layers."""
+
+    width: int = 1024
+    depth: int = 6
+    _: dataclasses.KW_ONLY
+    norm_eps: float = 1e-5
+
+
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
-class ResamplerConfig:
+class ResamplerConfig(LatentQueryConfig):
     """Config of the Perceiver resampler (Flamingo, section 2.1).
 
     `max_frames`: number of learned frame embeddings for videos; 0: none.
     """
 
-    width: int = 1024
-    depth: int = 6
     num_heads: int = 8
     head_dim: int = 64
     mlp_dim: int = 4096
     num_query_tokens: int = 64
     max_frames: int = 0
-    norm_eps: float = 1e-5
 
 
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
-class AbstractorConfig:
+class AbstractorConfig(LatentQueryConfig):
     """Config of mPLUG-Owl's visual abstractor; `width` is that of the tower.
 
     `sub_ln_eps`: epsilon of the norm inside its feed-forward.
     """
 
-    width: int = 1024
-    depth: int = 6
     num_heads: int = 16
     mlp_dim: int = 4096
     num_query_tokens: int = 64
-    norm_eps: float = 1e-5
     sub_ln_eps: float = 1e-6
     dropout: float = 0.1  # on the attention probabilities
 

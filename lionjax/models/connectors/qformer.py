@@ -19,6 +19,7 @@ from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_constraint, with_logical_partitioning
 from lionjax.core.types import UserError
 from lionjax.core.weight_map import WeightMapping, constant, rename_torch_keys, reshape, with_prefix
+from lionjax.models.language.bert import BertLayersConfig
 from lionjax.nn import attention as attentions
 from lionjax.nn.attention import Attention, key_padding_mask
 from lionjax.nn.layers import (
@@ -38,22 +39,15 @@ from lionjax.nn.lora import LoraConfig
 
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
-class QFormerConfig:
+class QFormerConfig(BertLayersConfig):
     """Config; the defaults are BERT-base. `vocab_size` 30523 is that of bert-base-uncased with `[DEC]`."""
 
-    width: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
     num_query_tokens: int = 32
     cross_attention_frequency: int = 2
     vision_width: int = 1408
     vocab_size: int = 30523
     max_positions: int = 512
-    norm_eps: float = 1e-12
-    dropout: float = 0.1
     use_text_input: bool = True  # read the instruction (InstructBLIP); False: queries only (BLIP-2 after stage 1)
-    lora: LoraConfig = LoraConfig()
 
 
 @renamed_fields()

@@ -30,24 +30,31 @@ from lionjax.nn.layers import (
 from lionjax.nn.lora import LoraConfig
 
 
-@renamed_fields()
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """Config; the defaults are those of bert-base-uncased. `pooler`: a dense layer with tanh on the first token."""
+class BertLayersConfig:
+    """Config of BERT's layers, which the Q-Former has too; the defaults are those of BERT-base."""
 
-    vocab_size: int = 30522
     width: int = 768
     depth: int = 12
     num_heads: int = 12
     mlp_dim: int = 3072
+    _: dataclasses.KW_ONLY
+    norm_eps: float = 1e-12
+    dropout: float = 0.1
+    lora: LoraConfig = LoraConfig()
+
+
+@renamed_fields()
+@dataclasses.dataclass(frozen=True)
+class BertConfig(BertLayersConfig):
+    """Config; the defaults are those of bert-base-uncased. `pooler`: a dense layer with tanh on the first token."""
+
+    vocab_size: int = 30522
     max_positions: int = 512
     type_vocab_size: int = 2  # rows of the token type table
-    norm_eps: float = 1e-12
     activation: str = "gelu"
-    dropout: float = 0.1
     pooler: bool = True
     pad_token_id: int = 0
-    lora: LoraConfig = LoraConfig()
 
 
 BERT_BASE = BertConfig()

@@ -41,7 +41,8 @@ from lionjax.planner import hlo_analysis, topologies
 
 LLAVA_SHAPE = {"image": 336, "vision_width": 1024, "vision_depth": 24, "batch": 8, "prompt": 128, "target": 64}
 SHAPES = {
-    "lion_xl": instructblip.Sizes(
+    "lion_xl": dataclasses.replace(
+        instructblip.SIZES,
         vision_width=1408,
         vision_depth=39,
         qformer_width=768,

@@ -77,7 +77,7 @@ def pair_of(args: argparse.Namespace, cores: int) -> Pair:
         inputs = {"input_ids": torch.tensor(ids_BL), "attention_mask": torch.tensor(mask_BL)}
         return Pair(system, params, text_batch(ids_BL, mask_BL), theirs, inputs, 0)
     if args.size == "llava":
-        s = llava.Sizes(batch=args.rows, prompt=args.prompt)
+        s = dataclasses.replace(llava.SIZES, batch=args.rows, prompt=args.prompt)
         theirs = llava.torch_model(s).eval()
         system, params = llava.ours_of(s, theirs)
         return Pair(system, params, llava.batch_of(s), theirs, llava.torch_batch(s, False), None)

@@ -7,52 +7,32 @@ import dataclasses
 
 import numpy as np
 
+from benchmarks.vlm_sizes import VlmSizes
 from lionjax import convert
-from lionjax.core.types import IMAGE_LEVEL, Batch
-from lionjax.core.weight_map import (
-    WeightMapping,
-    conv,
-    merge_heads_kernel,
-    reshape,
-    split_fused,
-    split_heads,
-    split_heads_kernel,
-    with_prefix,
-)
+from lionjax.core.types import Batch
+from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.models.connectors import qformer
 from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
 from lionjax.models.language import t5
 from lionjax.models.language.t5 import T5Config
+from lionjax.models.vision import vit
 from lionjax.models.vision.vit import ViTConfig
 from lionjax.models.vlm.lion import PROJECTION_EPS, Lion
 from lionjax.nn.layers import dense_weight_map, norm_weight_map
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Sizes of both models and of the batch. Feed-forward widths are 4x the input's, T5's 2.5x."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes(VlmSizes):
+    """With the Q-Former's sizes. Feed-forward widths are 4x the input's, T5's 2.5x."""
 
-    image: int = 224
-    patch: int = 14
-    vision_width: int = 384
-    vision_depth: int = 12
     qformer_width: int = 384
     qformer_layers: int = 6
     queries: int = 32
-    language_width: int = 512
-    language_layers: int = 6  # of the encoder, and of the decoder
-    head: int = 64  # head dimension of all attention layers
-    vocab: int = 32128
     question_vocab: int = 30523
-    batch: int = 8
-    prompt: int = 32
     question: int = 32
-    target: int = 16
 
-    @property
-    def image_token(self) -> int:
-        """The placeholder id that transformers replaces with image tokens."""
-        return self.vocab - 1
+
+SIZES = Sizes(image=224, vision_width=384, vision_depth=12, language_width=512, language_layers=6, vocab=32128)
 
 
 def learned(_: Sizes) -> tuple[str, ...]:
@@ -183,80 +163,19 @@ def ours_of(s: Sizes, model):
 
 def torch_rows(c: Lion) -> tuple[WeightMapping, ...]:
     """The weight map of transformers' InstructBLIP with a T5."""
-    replacements = (
-        ("Qformer.bert.", "qformer."),
-        ("embeddings.LayerNorm", "embeddings.layernorm"),
-        ("attention.self.", "attention.attention."),
-    )
-    mappings = []
-    for mapping in with_prefix("Qformer.bert.", "qformer/", qformer.lavis_weight_map(c.qformer)):
-        if "position_ids" in mapping.torch_keys[0]:
-            continue
-        name = mapping.torch
-        for old, new in replacements:
-            name = name.replace(old, new)
-        mappings.append(dataclasses.replace(mapping, torch=name))
     return (
-        *with_prefix("vision_model.", "vision/", vision_rows(c.vision)),
+        *with_prefix("vision_model.", "vision/", vit.blip2_weight_map(c.vision)),
         *norm_weight_map("vision_model.post_layernorm", "qformer_norm"),
         *with_prefix("", "qformer/", qformer.query_tokens_weight_map(c.qformer)),
-        *mappings,
+        *with_prefix("qformer.", "qformer/", qformer.hf_weight_map(c.qformer)),
         *dense_weight_map("language_projection", "qformer_projector"),
         *with_prefix("language_model.", "language/", t5.weight_map(c.language)),
     )
 
 
-def vision_rows(c: ViTConfig) -> tuple[WeightMapping, ...]:
-    """The weight map of transformers' InstructBLIP vision model (EVA)."""
-    head = c.width // c.num_heads
-    kernel, bias = split_heads_kernel(c.num_heads, head), split_heads(c.num_heads, head)
-    block = (
-        WeightMapping(
-            "self_attn.qkv.weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(kernel, kernel, kernel)
-        ),
-        WeightMapping("self_attn.qkv.bias", tuple(f"attention/{x}/bias" for x in "qv"), split_fused(bias, None, bias)),
-        WeightMapping("self_attn.projection.weight", "attention/o/kernel", merge_heads_kernel(c.num_heads, head)),
-        WeightMapping("self_attn.projection.bias", "attention/o/bias"),
-        *norm_weight_map("layer_norm1", "norm1"),
-        *norm_weight_map("layer_norm2", "norm2"),
-        *dense_weight_map("mlp.fc1", "mlp/up"),
-        *dense_weight_map("mlp.fc2", "mlp/down"),
-    )
-    return (
-        WeightMapping("embeddings.class_embedding", "class_token", reshape((1, 1, -1), (-1,))),
-        WeightMapping("embeddings.position_embedding", "position", reshape((1, -1, c.width), (-1, c.width))),
-        WeightMapping("embeddings.patch_embedding.weight", "patch/kernel", conv),
-        WeightMapping("embeddings.patch_embedding.bias", "patch/bias"),
-        *with_prefix("encoder.layers.{i}.", "blocks/", block),
-    )
-
-
 def batch_of(s: Sizes) -> Batch:
     """A batch of random images and texts of unequal lengths."""
-    rng = np.random.default_rng(0)
-
-    def text(length: int, vocab: int):
-        lengths = np.linspace(max(length // 2, 1), length, s.batch).astype(int)
-        mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
-        return rng.integers(2, vocab - 1, mask.shape).astype(np.int32) * mask, mask
-
-    image_BHWC = rng.standard_normal((s.batch, s.image, s.image, 3), np.float32)
-    prompt_BL, prompt_mask_BL = text(s.prompt, s.vocab)
-    question_BL, question_mask_BL = text(s.question, s.question_vocab)
-    target_BM, target_mask_BM = text(s.target, s.vocab)
-    rows = np.arange(s.batch, dtype=np.int32)
-    return Batch(
-        image_BHWC,
-        prompt_BL,
-        prompt_mask_BL,
-        question_BL,
-        question_mask_BL,
-        target_BM,
-        target_mask_BM,
-        target_mask_BM,
-        np.full_like(rows, IMAGE_LEVEL),
-        rows,
-    )
+    return s.random_batch(s.question, s.question_vocab)
 
 
 def torch_batch(s: Sizes) -> dict:

@@ -9,39 +9,27 @@ import tempfile
 import numpy as np
 
 from benchmarks.instructblip import torch_optimizer as torch_optimizer
+from benchmarks.vlm_sizes import VlmSizes
 from lionjax import convert
-from lionjax.core.types import IMAGE_LEVEL, Batch
+from lionjax.core.types import Batch
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.vit import CLIP_VIT_L
 from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Sizes of both models and of the batch. CLIP's feed-forward width is 4x the input's, LLaMA's 8/3x."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes(VlmSizes):
+    """CLIP's feed-forward width is 4x the input's, LLaMA's 8/3x."""
 
-    image: int = 112
-    patch: int = 14
-    vision_width: int = 256
-    vision_depth: int = 6
-    language_width: int = 256
-    language_layers: int = 4
-    head: int = 64  # head dimension of all attention layers
-    vocab: int = 8192
-    batch: int = 8
-    prompt: int = 32
-    target: int = 16
     frozen_language: bool = False
-
-    @property
-    def image_token(self) -> int:
-        """The placeholder id that is replaced with the image tokens."""
-        return self.vocab - 1
 
     @property
     def words(self) -> int:
         """Number of tokens of an image."""
         return (self.image // self.patch) ** 2
+
+
+SIZES = Sizes(image=112, vision_width=256, vision_depth=6, language_width=256, language_layers=4, vocab=8192)
 
 
 def learned(s: Sizes) -> tuple[str, ...]:
@@ -140,30 +128,9 @@ def ours_of(s: Sizes, model):
 
 def batch_of(s: Sizes) -> Batch:
     """A batch of random images and texts of unequal lengths, with the image after the first token."""
-    rng = np.random.default_rng(0)
-
-    def text(length: int):
-        lengths = np.linspace(max(length // 2, 3), length, s.batch).astype(int)
-        mask_BL = (np.arange(length) < lengths[:, None]).astype(np.int32)
-        return rng.integers(3, s.vocab - 1, mask_BL.shape).astype(np.int32) * mask_BL, mask_BL
-
-    image_BHWC = rng.standard_normal((s.batch, s.image, s.image, 3), np.float32)
-    prompt_BL, prompt_mask_BL = text(s.prompt)
-    prompt_BL[:, 1] = s.image_token
-    target_BM, target_mask_BM = text(s.target)
-    rows = np.arange(s.batch, dtype=np.int32)
-    return Batch(
-        image_BHWC,
-        prompt_BL,
-        prompt_mask_BL,
-        None,
-        None,
-        target_BM,
-        target_mask_BM,
-        target_mask_BM,
-        np.full_like(rows, IMAGE_LEVEL),
-        rows,
-    )
+    batch = s.random_batch()
+    batch.prompt_BL[:, 1] = s.image_token
+    return batch
 
 
 def torch_batch(s: Sizes, answers: bool = True) -> dict:

@@ -182,8 +182,8 @@ def main() -> None:
     import torch
 
     name, *args = sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in PEERS else ("instructblip", *sys.argv[1:])
-    sizes = PEERS[name].Sizes
-    run = tyro.cli(Run[sizes], args=args, default=Run(sizes()), description=__doc__)
+    peer = PEERS[name]
+    run = tyro.cli(Run[peer.Sizes], args=args, default=Run(peer.SIZES), description=__doc__)
     torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
     if run.only:
         step, _ = step_of(run.sizes, run.only)

@@ -9,22 +9,11 @@ import runpy
 from pathlib import Path
 
 from lionjax.core.experiment import Experiment
-from lionjax.models.connectors.qformer import QFormerConfig
+from lionjax.models.connectors.qformer import TINY_QFORMER, QFormerConfig
 
 llava = runpy.run_path(str(Path(__file__).with_name("tiny_llava.py")))
 BETWEEN = ("qformer", "vision_norm", "projector")
-QFORMER = QFormerConfig(
-    width=128,
-    depth=4,
-    num_heads=4,
-    mlp_dim=256,
-    num_query_tokens=16,
-    vision_width=128,
-    vocab_size=1024,
-    max_positions=96,
-    dropout=0.0,
-    use_text_input=False,
-)
+QFORMER = dataclasses.replace(TINY_QFORMER, num_query_tokens=16, use_text_input=False)
 
 # The original Q-Former is initialized from BERT, this one with the embeddings of the tiny T5.
 WORDS = ("qformer/words", "shipped:tiny_t5.safetensors#language/embedding")

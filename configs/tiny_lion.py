@@ -12,7 +12,7 @@ from lionjax.core.experiment import Experiment, Mix, RunConfig, Weights
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
-from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
+from lionjax.models.connectors.qformer import TINY_QFORMER, AggregatorConfig
 from lionjax.models.language.t5 import TINY_T5
 from lionjax.models.vision.vit import TINY_VIT
 from lionjax.models.vlm.lion import Lion
@@ -31,17 +31,7 @@ SHARED = {
 
 SYSTEM = Lion(
     vision=TINY_VIT,
-    qformer=QFormerConfig(
-        width=128,
-        depth=4,
-        num_heads=4,
-        mlp_dim=256,
-        num_query_tokens=8,
-        vision_width=128,
-        vocab_size=1024,
-        max_positions=96,
-        dropout=0.0,
-    ),
+    qformer=TINY_QFORMER,
     aggregator=AggregatorConfig(
         query_layer=5, context_layers=(3, 1), width=128, num_heads=4, mlp_dim=256, dropout=0.0, projector_mlp_dim=256
     ),
@@ -49,6 +39,13 @@ SYSTEM = Lion(
     soft_prompt_token_id=3,
     identity_init_scale=2.5,  # the shipped ViT is aligned with the shipped T5's embeddings
 )
+DATA = DataConfig(
+    sources=(Scenes(sizes=(3000, 300, 400), image_size=192),),
+    processor=ProcessorConfig(image_size=112, max_prompt_tokens=72, max_question_tokens=28, max_target_tokens=40),
+    tag_noise=0.1,
+    tag_dropout=0.5,
+)
+RUN = RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32", cache_features=True)
 
 
 def get_config() -> Experiment:
@@ -56,15 +53,8 @@ def get_config() -> Experiment:
     return Experiment(
         name="tiny_lion",
         model=SYSTEM,
-        data=DataConfig(
-            sources=(Scenes(sizes=(3000, 300, 400), image_size=192),),
-            processor=ProcessorConfig(
-                image_size=112, max_prompt_tokens=72, max_question_tokens=28, max_target_tokens=40
-            ),
-            tag_noise=0.1,
-            tag_dropout=0.5,
-        ),
+        data=DATA,
         stages=lion["stages"]((300, 400, 400), IMAGE_LEVEL, REGION_LEVEL, SHARED, image_rate=1e-3),
-        run=RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32", cache_features=True),
+        run=RUN,
         weights=(Weights("vision", "shipped:tiny_vit.safetensors"), Weights("language", "shipped:tiny_t5.safetensors")),
     )

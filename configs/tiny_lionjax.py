@@ -10,13 +10,9 @@ import dataclasses
 import runpy
 from pathlib import Path
 
-from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage, Weights
-from lionjax.data.pipeline import DataConfig
-from lionjax.data.processor import ProcessorConfig
-from lionjax.data.scenes.dataset import Scenes
+from lionjax.core.experiment import Experiment, Mix, Stage, Weights
 from lionjax.models.heads.region import RegionHeadConfig
 from lionjax.models.vision.sam_encoder import TINY_SAM
-from lionjax.models.vision.vit import TINY_VIT
 
 tiny_lion = runpy.run_path(str(Path(__file__).with_name("tiny_lion.py")))
 MASKS = ("mask_prompts", "sam/decoder")
@@ -35,11 +31,8 @@ SYSTEM = dataclasses.replace(
     ),
     sam=TINY_SAM,
 )
-PROCESSOR = ProcessorConfig(
-    image_size=TINY_VIT.image_size,
-    max_prompt_tokens=72,
-    max_question_tokens=28,
-    max_target_tokens=40,
+PROCESSOR = dataclasses.replace(
+    tiny_lion["DATA"].processor,
     pad_to_square=True,
     box_format="embeddings",
     max_boxes=6,
@@ -62,18 +55,12 @@ def get_config() -> Experiment:
     return Experiment(
         name="tiny_lionjax",
         model=SYSTEM,
-        data=DataConfig(
-            sources=(Scenes(sizes=(3000, 300, 400), image_size=192),),
-            processor=PROCESSOR,
-            tag_noise=0.1,
-            tag_dropout=0.5,
-            mask_fraction=0.1,
-        ),
+        data=dataclasses.replace(tiny_lion["DATA"], processor=PROCESSOR, mask_fraction=0.1),
         stages=(
             *stages,
             Stage("masks", 40, MASKS, (Mix("res", 1.0),), model_overrides=(("objective", "masks"),), **shared),
         ),
-        run=RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32", cache_features=True),
+        run=tiny_lion["RUN"],
         weights=(
             Weights("vision", "shipped:tiny_vit.safetensors"),
             Weights("language", "shipped:tiny_t5.safetensors"),

@@ -49,6 +49,18 @@ SYSTEM = NextChat(
     max_boxes=6,
     **TOKEN_IDS,
 )
+PROCESSOR = ProcessorConfig(
+    image_size=TINY_VIT.image_size,
+    **{"max_prompt_tokens": 136, "max_question_tokens": 1, "max_target_tokens": 40},
+    use_tags=False,
+    pad_to_square=True,
+    prompt_template="{image} {question}",
+    num_image_tokens=TINY_VIT.num_patches,
+    box_format="embeddings",
+    location_bins_per_side=BINS,
+    max_boxes=6,
+    sam_image_size=TINY_SAM.image_size,
+)
 
 
 def get_config() -> Experiment:
@@ -57,21 +69,7 @@ def get_config() -> Experiment:
     return Experiment(
         name="tiny_nextchat",
         model=SYSTEM,
-        data=DataConfig(
-            sources=(Scenes(sizes=(3000, 300, 400), image_size=192),),
-            processor=ProcessorConfig(
-                image_size=TINY_VIT.image_size,
-                **{"max_prompt_tokens": 136, "max_question_tokens": 1, "max_target_tokens": 40},
-                use_tags=False,
-                pad_to_square=True,
-                prompt_template="{image} {question}",
-                num_image_tokens=TINY_VIT.num_patches,
-                box_format="embeddings",
-                location_bins_per_side=BINS,
-                max_boxes=6,
-                sam_image_size=TINY_SAM.image_size,
-            ),
-        ),
+        data=DataConfig(sources=(Scenes(sizes=(3000, 300, 400), image_size=192),), processor=PROCESSOR),
         stages=(
             Stage("pretrain", 600, WORDS_AND_BOXES, PRETRAIN, **shared),
             Stage("instruct", 300, WORDS_AND_BOXES, INSTRUCT, **shared),

@@ -50,6 +50,9 @@ class QFormerConfig(BertLayersConfig):
     use_text_input: bool = True  # read the instruction (InstructBLIP); False: queries only (BLIP-2 after stage 1)
 
 
+TINY_QFORMER = QFormerConfig(128, 4, 4, 256, 8, vision_width=128, vocab_size=1024, max_positions=96, dropout=0.0)
+
+
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class AggregatorConfig:

@@ -19,6 +19,12 @@ from lionjax.models import parts
 TRANSFORMERS_TYPES = frozenset(
     ("llava", "blip-2", "instructblip", "kosmos-2", "t5", "llama", "opt", "gpt2", "bert", "clip_vision_model", "swin")
 ) | {"sam"}
+BLIP_TYPES = ("blip-2", "instructblip")
+NO_IMAGE_TOKEN = (
+    "This model was trained without an image token, by which the processor and `generate` of transformers place the "
+    "image. To use them, add a token `<image>` to the tokenizer and the embedding, and set `image_token_index` in "
+    "config.json to its id; lionjax needs none."
+)
 LAVIS = "https://github.com/salesforce/LAVIS"
 ORIGINAL_CODE = {  # by model_type: the repository whose modules have these tensor names
     "llava_llama": "https://github.com/haotian-liu/LLaVA",
@@ -108,8 +114,9 @@ def _transformers_section(hf_config: Mapping, files: Collection[str]) -> list[st
     """How transformers opens the model, and its processor or tokenizer where the folder has one."""
     architecture = hf_config["architectures"][0]
     has_tokenizer = any(name in files for name in VOCABULARY_FILES)
+    lacks_image_token = hf_config["model_type"] in BLIP_TYPES and hf_config.get("image_token_index") is None
     has_processor = "processor_config.json" in files or (has_tokenizer and "preprocessor_config.json" in files)
-    if has_processor:
+    if has_processor and not lacks_image_token:
         opener = ("processor", "AutoProcessor")
     elif has_tokenizer:
         opener = ("tokenizer", "AutoTokenizer")
@@ -121,7 +128,7 @@ def _transformers_section(hf_config: Mapping, files: Collection[str]) -> list[st
     lines = ["In PyTorch:", "", "```python", f"from transformers import {', '.join(names)}", ""]
     lines += [f'model = {architecture}.from_pretrained("this folder")']
     lines += [f'{opener[0]} = {opener[1]}.from_pretrained("this folder")'] if opener else []
-    return [*lines, "```", ""]
+    return [*lines, "```", "", *([NO_IMAGE_TOKEN, ""] if lacks_image_token else [])]
 
 
 def _original_section(hf_config: Mapping, specs: Mapping[str, TensorSpec]) -> list[str]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processor files of an exported Hugging Face folder: preprocessor_config.json, processor_config.json, tokenizer files.
 
-Files that came with the released weights are kept; sizes in them follow the model. Missing ones are made from the
-experiment's processor and from config.json, so that transformers' AutoProcessor opens the folder.
+Files that came with the released weights are kept; sizes in them follow the model, and image settings what a run was
+trained with. Missing ones are made from the experiment's processor and from config.json, so that transformers'
+AutoProcessor opens the folder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from lionjax.convert.companions import PROCESSOR_FILES, QFORMER_TOKENIZER, VOCABULARY_FILES
 from lionjax.convert.formats.checkpoint_format import read_hf_config
-from lionjax.convert.formats.image_settings import image_fit_config
+from lionjax.convert.formats.image_settings import describes_processor, image_fit_config
 from lionjax.core.types import UserError
 
 IMAGE_PROCESSOR = "image_processor"  # key of processor_config.json; transformers before version 5 has a file instead
@@ -30,13 +31,16 @@ BLIP_IMAGE_TOKEN = "<image>"  # transformers' BLIP-2 and InstructBLIP processors
 def complete_processor_files(config: Any, folder: Path, hf_config: Mapping, image_size: int | None) -> list[str]:
     """Bring the processor files in `folder` in line with config.json; returns the names of the new files.
 
-    Sizes and settings that the model decides are updated in the files that exist. Missing files are written:
+    Sizes and settings that the model decides are updated in the files that exist, and image settings where the
+    experiment's `data.processor` has others. Missing files are written:
     preprocessor_config.json from an experiment's `data.processor`, processor_config.json for a model_type with a
     processor class, tokenizer_config.json for each tokenizer.json. Raises UserError for a file that is no JSON.
     """
     update_json_files(folder, resized_processor_files(_processor_files(folder), image_size))
     contents: dict[str, dict] = {}
     processor = getattr(getattr(config, "data", None), "processor", None)
+    if processor is not None and image_size is not None:
+        update_json_files(folder, _changed_image_settings(config, folder, hf_config, image_size))
     old_settings, has_image_settings = _read(folder, PROCESSOR_FILES[1]), _has_image_settings(folder)
     if processor is not None and not has_image_settings:
         contents[PROCESSOR_FILES[0]] = preprocessor_config(processor, hf_config.get("model_type"))
@@ -68,9 +72,38 @@ def _processor_files(folder: Path) -> dict[str, dict]:
     return {name: content for name in PROCESSOR_FILES if (content := _read(folder, name))}
 
 
+def read_image_processor(folder: Path) -> dict:
+    """The settings of the image processor of a folder, nested ones first as in transformers; {} where it has none."""
+    return _read(folder, PROCESSOR_FILES[1]).get(IMAGE_PROCESSOR) or _read(folder, PROCESSOR_FILES[0])
+
+
 def _has_image_settings(folder: Path) -> bool:
-    nested = _read(folder, PROCESSOR_FILES[1]).get(IMAGE_PROCESSOR)
-    return bool(nested) or (folder / PROCESSOR_FILES[0]).exists()
+    return bool(read_image_processor(folder)) or (folder / PROCESSOR_FILES[0]).exists()
+
+
+def _changed_image_settings(experiment: Any, folder: Path, hf_config: Mapping, image_size: int) -> dict[str, dict]:
+    """Those of the JSON files in `folder` with image settings that differ from an experiment's, with the experiment's.
+
+    The `image_aspect_ratio` of an original LLaVA is in config.json.
+    """
+    processor, default = experiment.data.processor, experiment.model.info.default_processor
+    code_pads = bool(default.get("pad_to_square")) and default.get("pad_color") == "white"
+    is_original_llava = "mm_vision_tower" in hf_config and "text_config" not in hf_config
+    if not (_has_image_settings(folder) or is_original_llava):
+        return {}
+    if describes_processor(folder, processor, image_size, code_pads):
+        return {}
+    changed, settings = {}, preprocessor_config(processor, hf_config.get("model_type"))
+    for name, content in _processor_files(folder).items():
+        if name == PROCESSOR_FILES[0]:
+            kept = {key: value for key, value in content.items() if key == "processor_class"}
+            changed[name] = settings | kept
+        elif IMAGE_PROCESSOR in content:
+            changed[name] = content | {IMAGE_PROCESSOR: settings}
+    if is_original_llava:
+        aspect = "pad" if processor.pad_to_square and _pads_with_mean(processor) else "square"
+        changed["config.json"] = {**hf_config, "image_aspect_ratio": aspect}
+    return changed
 
 
 # Sizes

@@ -27,7 +27,7 @@ from lionjax.convert.io.safetensors_writer import SHARD_BYTES, atomic_folder, wr
 from lionjax.convert.jax_folder import holds_params, open_params
 from lionjax.convert.mapping.apply import iter_param_slices, iter_torch_tensors
 from lionjax.convert.mapping.plan import ConversionPlan, plan_params, plan_state_dict
-from lionjax.convert.processor_files import complete_processor_files
+from lionjax.convert.processor_files import complete_processor_files, read_image_processor
 from lionjax.core import config as configs
 from lionjax.core import params as trees
 from lionjax.core.types import Params, UserError
@@ -149,7 +149,7 @@ def write_torch_folder(
             file.write_text(json.dumps(settings, indent=2) + "\n")
         (folder / CONFIG_FILE).write_text(configs.to_json(config))
         files += complete_processor_files(config, folder, hf_config, submodels.image_size_of(model_config))
-        image_settings, names = read_hf_config(folder / "preprocessor_config.json"), find_companion_files(folder)
+        image_settings, names = read_image_processor(folder), find_companion_files(folder)
         (folder / "README.md").write_text(
             model_card.render_model_card(checkpoint_format.name, config, hf_config, plan, names, image_settings)
         )

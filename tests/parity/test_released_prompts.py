@@ -2,7 +2,10 @@
 """Folders that transformers saved answer the same prompts with the same ids as transformers' processor and generate."""
 
 import dataclasses
+import itertools
+import json
 
+import jax
 import numpy as np
 import pytest
 import tiny_released
@@ -85,6 +88,33 @@ def test_prompt_ids_are_those_of_the_processor(released):
         assert (image in mine) == (name == "llava")
         if name == "llava":
             assert mine.index(image) == wanted.index(image)
+
+
+@pytest.mark.slow
+def test_weights_of_several_dtypes_are_computed_in_float32_as_stored(tmp_path):
+    """As `from_pretrained(folder, dtype=torch.float32)`; the dtype of config.json changes nothing."""
+    import safetensors.torch
+    import torch
+    import transformers
+
+    _, processor = tiny_released.save("llava", tmp_path)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    dtypes = itertools.cycle((torch.bfloat16, torch.float32, torch.float16))
+    mixed = {name: tensor.to(dtype) for (name, tensor), dtype in zip(sorted(state.items()), dtypes)}
+    safetensors.torch.save_file(mixed, tmp_path / "model.safetensors", {"format": "pt"})
+    settings = json.loads((tmp_path / "config.json").read_text())
+    prompts, pictures = asked("llava"), tiny_released.pictures(3)
+    answers = {}
+    for name in ("bfloat16", "float32"):
+        (tmp_path / "config.json").write_text(json.dumps(settings | {"dtype": name}))
+        model = lionjax.load(tmp_path)
+        theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        config = dataclasses.replace(model.generation_config("image_level"), max_new_tokens=NEW)
+        answers[name] = [a.token_ids for a in model.answer(pictures, prompts, generation_config=config)]
+        assert answers[name] == their_answers(theirs, processor, pictures, prompts)
+    found = {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)}
+    assert model.vlm.dtype == "float32" and found == {"bfloat16", "float16", "float32"}
+    assert answers["bfloat16"] == answers["float32"] and len(set(answers["float32"])) > 1
 
 
 GROUNDED = [

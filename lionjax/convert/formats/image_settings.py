@@ -89,6 +89,38 @@ def read_image_settings(
     return {"pad_to_square": pads} | _normalization(found), fit
 
 
+def describes_processor(folder: Path, processor: Any, image_size: int, code_pads: bool = False) -> bool:
+    """Whether the image settings of the files in `folder` are those of `processor`, a `ProcessorConfig`.
+
+    False where there are none, or some that are not supported. `code_pads`: see `read_image_settings`.
+    """
+    try:
+        fields, fit = read_image_settings(folder, image_size, code_pads)
+    except UserError:
+        return False
+    if not fields:
+        return False
+    own_fit = {name: getattr(processor.image_fit, name) for name in ("mode", "size", "resample", "pad_rgb")}
+    own = {name: tuple(getattr(processor, name)) for name in ("image_mean", "image_std")}
+    own["pad_to_square"] = processor.pad_to_square
+    colors = {"white": (255, 255, 255), "mean": tuple(int(255 * mean) for mean in processor.image_mean)}
+    color = tuple(own_fit.pop("pad_rgb") or colors[processor.pad_color])
+    is_same_color = not own["pad_to_square"] or color == tuple(fit.pop("pad_rgb", colors["white"]))
+    expected = _resize_of(fit, fields["pad_to_square"], image_size)
+    return is_same_color and own == fields and _resize_of(own_fit, own["pad_to_square"], image_size) == expected
+
+
+def _resize_of(fit: Mapping[str, Any], pads: bool, image_size: int) -> tuple:
+    """What a resize does, in one spelling: the fields of `image_fit`, of which a padded image is square."""
+    mode, (first, second) = fit.get("mode", "stretch"), fit.get("size", (0, 0))
+    if mode == "none":
+        return (mode,)
+    size = (first or image_size, second if mode == "shortest_edge" else second or image_size)
+    if mode == "shortest_edge" and pads:
+        mode, size = "stretch", (min(size[0], second or size[0]),) * 2
+    return mode, size, fit.get("resample", "bicubic")
+
+
 def image_fit_config(processor: Any) -> dict[str, Any]:
     """Fields of preprocessor_config.json for the `image_fit` of a `ProcessorConfig`, the reverse of the reading.
 

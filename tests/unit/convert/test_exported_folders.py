@@ -8,16 +8,20 @@ import shutil
 import numpy as np
 import pytest
 import released_folders as released
+from PIL import Image
 
 import lionjax
 from lionjax import convert
 from lionjax.convert import ResizeOptions
+from lionjax.convert.processor_files import complete_processor_files
 from lionjax.core.experiment import Experiment, RunConfig, Stage
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
-from lionjax.data.processor import ProcessorConfig
+from lionjax.data.image_fit import ImageFit
+from lionjax.data.processor import ImageTextInput, Processor, ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.data.tokenizer import TINY_TOKENIZER_FILE
+from lionjax.inference.loading import from_params
 from lionjax.training import loop
 from lionjax.training.companions import companion_files, save_companions
 
@@ -147,6 +151,130 @@ def test_tokens_are_added_to_a_tokenizer_without_tokenizer_json(tmp_path, folder
     assert tokenizer("w7 <boxes>", add_special_tokens=False)["input_ids"] == [7, 51]
 
 
+# Image settings of a run
+
+
+RUN_SETTINGS = {
+    "released": {},
+    "normalization": {"image_mean": (0.5, 0.4, 0.3), "image_std": (0.2, 0.3, 0.4)},
+    "stretched": {"image_fit": ImageFit("stretch", resample="bilinear")},
+    "cropped": {"image_fit": ImageFit("shortest_edge", (35, 0), "lanczos")},
+    "padded with mean": {"pad_to_square": True, "pad_color": "mean"},
+    "padded with white": {"pad_to_square": True},
+}
+
+
+@pytest.mark.parametrize("earlier_layout", [False, True])
+@pytest.mark.parametrize("case", RUN_SETTINGS)
+@pytest.mark.parametrize("name", ["llava", "blip2"])
+def test_exported_image_settings_are_those_of_the_run(tmp_path, folders, name, case, earlier_layout):
+    original, _, jax_folder = folders(name)
+    shutil.copytree(original, tmp_path / "released")
+    if earlier_layout:
+        released.save_in_earlier_layout(tmp_path / "released")
+    config, params = convert.load_params(jax_folder)
+    experiment = fine_tuning(name, jax_folder, config)
+    processor = dataclasses.replace(experiment.data.processor, **RUN_SETTINGS[case])
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, processor=processor))
+    convert.to_torch(experiment, params, tmp_path / "torch", companions=tmp_path / "released")
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        if case == "released" and (tmp_path / "released" / file).exists():
+            written, given = (json.loads((tmp_path / f / file).read_text()) for f in ("torch", "released"))
+            assert written == given
+    theirs = released.open_processor(tmp_path / "torch").image_processor
+    picture, pads_itself = released.picture(), name == "llava" and case == "padded with mean"
+    expected = Processor(processor).preprocess_image(picture)
+    if processor.pad_to_square and not pads_itself:
+        color = "mean" if case == "padded with mean" else "white"
+        assert f"with {'the mean color' if color == 'mean' else 'white'} to a square" in card(tmp_path / "torch")
+        picture = padded(picture, tuple(int(255 * m) for m in processor.image_mean) if color == "mean" else "white")
+    pixels = np.moveaxis(np.asarray(theirs(picture, return_tensors="np")["pixel_values"][0]), 0, -1)
+    assert (np.abs(pixels - expected) * processor.image_std).max() <= 1.01 / 255
+
+
+def card(folder) -> str:
+    return (folder / "README.md").read_text()
+
+
+def padded(picture, color):
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(picture, tuple((side - edge) // 2 for edge in picture.size))
+    return square
+
+
+def test_the_aspect_ratio_of_an_original_llava_is_that_of_the_run(tmp_path, folders):
+    """LLaVA's own code reads it from config.json, and all else from CLIP's folder."""
+    experiment = fine_tuning("llava", folders("llava")[2], convert.open_params(folders("llava")[2])[0])
+    hf_config = {"model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14"}
+    for fields, released_aspect, aspect in (
+        ({}, "pad", "square"),
+        ({"pad_to_square": True, "pad_color": "mean"}, "square", "pad"),
+        ({"pad_to_square": True, "pad_color": "mean"}, "pad", "pad"),
+    ):
+        hf_config |= {"image_aspect_ratio": released_aspect}
+        (tmp_path / "config.json").write_text(json.dumps(hf_config))
+        processor = dataclasses.replace(experiment.data.processor, **fields)
+        run = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, processor=processor))
+        complete_processor_files(run, tmp_path, hf_config, released.SIDE)
+        assert json.loads((tmp_path / "config.json").read_text()) == hf_config | {"image_aspect_ratio": aspect}
+        (tmp_path / "preprocessor_config.json").unlink()
+
+
+# Models of an own config, without released files
+
+
+def own_experiment(name, config, folder, **fields) -> Experiment:
+    """An experiment whose tokenizers are a tokenizer.json each, with nothing beside."""
+    special = ("<image>",) if config.image_token_id is not None else ()
+    for number, tokenizer in enumerate((released.tokenizer_of(50, special), released.tokenizer_of(40))):
+        (folder / f"tokenizer{number}").mkdir()
+        tokenizer.backend_tokenizer.save(str(folder / f"tokenizer{number}" / "tokenizer.json"))
+    processor = ProcessorConfig(
+        image_size=released.SIDE,
+        tokenizer=str(folder / "tokenizer0"),
+        question_tokenizer=str(folder / "tokenizer1") if name == "instructblip" else "tiny",
+        use_tags=False,
+        reader="decoder",
+        prompt_tokenization="whole",
+        prompt_template="user : {image} {question} assistant :" if name == "llava" else "{question}",
+        **fields,
+    )
+    return Experiment("own", config, DataConfig(processor=processor), stages=())
+
+
+@pytest.mark.parametrize("name", ["llava", "blip2", "instructblip"])
+def test_a_model_of_an_own_config_is_opened_by_auto_classes_with_our_pixels_and_ids(tmp_path, folders, name):
+    config, params = convert.load_params(folders(name)[2])
+    fields = {"image_mean": (0.5, 0.4, 0.3), "pad_to_square": name == "llava", "pad_color": "mean"}
+    experiment = own_experiment(name, config, tmp_path, **fields)
+    from_params(experiment, params).export(tmp_path / "torch")
+    processor, question = released.open_processor(tmp_path / "torch"), "w7 w9 w12"
+    assert "AutoProcessor" in card(tmp_path / "torch")
+    text = f"user : <image> {question} assistant :" if name == "llava" else question
+    theirs = {k: np.asarray(v[0]) for k, v in processor(released.picture(), text, return_tensors="pt").items()}
+    row = Processor(experiment.data.processor).encode_input(ImageTextInput(released.picture(), question))
+    ours = row["prompt"][row["prompt_mask"] == 1].tolist()
+    assert [k for k in ours if k != config.image_token_id] == [k for k in theirs["input_ids"] if k != 50]
+    assert (theirs["input_ids"] == config.image_token_id).sum() == (4 if name == "llava" else 3)
+    pixels = np.moveaxis(theirs["pixel_values"], 0, -1)
+    mine = Processor(experiment.data.processor).normalize(row["pixels"])
+    assert (np.abs(mine - pixels) * experiment.data.processor.image_std).max() <= 1.01 / 255
+    inputs = released.processed(name, processor)
+    model = released.auto_model(name, tmp_path / "torch")
+    np.testing.assert_array_equal(logits_of(model, inputs), logits_of(folders(name)[1], inputs))
+
+
+@pytest.mark.parametrize("name", ["blip2", "instructblip"])
+def test_the_card_says_where_a_model_has_no_image_token(tmp_path, folders, name):
+    config, params = convert.load_params(folders(name)[2])
+    experiment = own_experiment(name, dataclasses.replace(config, image_token_id=None), tmp_path)
+    from_params(experiment, params).export(tmp_path / "torch")
+    assert "trained without an image token" in card(tmp_path / "torch") and "AutoProcessor" not in card(
+        tmp_path / "torch"
+    )
+
+
 # Through training
 
 
@@ -163,6 +291,7 @@ def fine_tuning(name, jax_folder, system) -> Experiment:
         use_tags=False,
         reader="decoder",
         prompt_template=("" if system.qformer else "{image} ") + "{question}",
+        image_fit=ImageFit("shortest_edge" if name == "llava" else "stretch"),  # as the released processor
     )
     return Experiment(
         name="tuned",

@@ -76,7 +76,7 @@ def test_released_processor_files_are_kept_and_their_sizes_follow_the_model(tmp_
     what, _ = exported
     mine = tmp_path / "preprocessor_config.json"
     mine.write_text(json.dumps({"size": 7, "resample": 2}))
-    convert.to_torch(what, params_of(what), tmp_path / "torch", companions={mine.name: mine})
+    convert.to_torch(what.model, params_of(what), tmp_path / "torch", companions={mine.name: mine})
     assert json.loads((tmp_path / "torch" / mine.name).read_text()) == {"size": 28, "resample": 2}
 
 

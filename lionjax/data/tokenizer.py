@@ -167,6 +167,27 @@ def tokenizer_files(name: str) -> dict[str, Path]:
     return {"tokenizer.json": TINY_TOKENIZER_FILE} if name == "tiny" else published_files(tokenizer_file(name))
 
 
+def describe_difference(old: Tokenizer, new: Tokenizer) -> str | None:
+    """A clause on the first difference by which two tokenizers give other ids, None where they give the same."""
+    before, after = (one.backend.get_vocab(with_added_tokens=True) for one in (old, new))
+    if before != after:
+        token = min(token for token in before.keys() | after.keys() if before.get(token) != after.get(token))
+        ids = ("none" if ids.get(token) is None else ids[token] for ids in (before, after))
+        return "its token {!r} has the id {} in the run's tokenizer and {} in this one".format(token, *ids)
+    for role in ("pad_id", "eos_id", "unk_id", "bos_ids"):
+        if getattr(old, role) != getattr(new, role):
+            return f"its {role} is {getattr(old, role)} in the run's tokenizer and {getattr(new, role)} in this one"
+    if old.keep_leading_space != new.keep_leading_space or _encoding_rules(old) != _encoding_rules(new):
+        return "it has the vocabulary of the run's tokenizer, but other rules to split a text"
+    return None
+
+
+def _encoding_rules(tokens: Tokenizer) -> dict:
+    """What a tokenizer's file says about encoding a text; the rest of it we do not use."""
+    content = json.loads(tokens.backend.to_str())
+    return {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+
+
 def special_tokens_from_files(
     path: Path, backend: tokenizers.Tokenizer, known_tokens: SpecialTokens | None
 ) -> tuple[SpecialTokens, Sequence[int]]:

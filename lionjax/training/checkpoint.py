@@ -90,7 +90,7 @@ def _checkpointer(single_process: bool = False) -> ocp.Checkpointer:
 def _save_args(items: dict[str, Params], meta: dict) -> ocp.args.Composite:
     body = {"leaves": manifest(items), "meta": meta}
     record = ocp.args.JsonSave({**body, "sha256": sha256_of_json(body)})
-    saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if tree}  # Orbax refuses empty trees
     return ocp.args.Composite(record=record, **saved)
 
 
@@ -153,9 +153,9 @@ def restore_tree(path: Path, targets: dict[str, Params]) -> tuple[dict[str, Para
                 f"{path}: {name!r} was saved as {dtype} {tuple(shape)}, but the config needs {spec.dtype} "
                 f"{tuple(spec.shape)}; restore the config that wrote it (checkpoints are not cast)"
             )
-    args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+    args = {name: ocp.args.StandardRestore(target) for name, target in targets.items() if target}
     restored = restore_on_all_processes(path, lambda: _orbax_restore(path, ocp.args.Composite(**args), "an array"))
-    items = {name: restored[name] for name in targets}
+    items = {name: restored[name] if name in args else {} for name in targets}
     checksums = leaf_checksums(items)
     if wrong := [name for name, (_, _, checksum) in leaves.items() if checksums[name] != checksum]:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""

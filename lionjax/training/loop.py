@@ -271,6 +271,7 @@ def train_steps(run: RunContext, stage_run: StageRun, stats: StageStats) -> stag
     run.logger.start_stage(stage.name, stage.steps, stage_run.position.step)
     in_flight: collections.deque = collections.deque()
     done = saved = stage_run.position.step
+    is_last_stage = stage is run.experiment.stages[-1]
     counters = StreamCounters()
     while done < stage.steps and not run.stop.should_stop():
         run.watchdog.beat(compiled=bool(stage_run.traces))
@@ -286,7 +287,8 @@ def train_steps(run: RunContext, stage_run: StageRun, stats: StageStats) -> stag
         data_position = stage_run.stream.position() if config.on_bad_step == "rewind" else None
         in_flight.append(InFlightStep(done, earlier + done, batch, data_position, metrics))
         logs = done in (1, stage.steps) or is_due(done, config.log_every)
-        saves = done < stage.steps and is_due(done, config.save_every)
+        # The last stage also saves its end, from which it can be given more steps.
+        saves = is_due(done, config.save_every) if done < stage.steps else is_last_stage
         # One update stays in flight, so that the device does not wait for the host.
         drain(run, stage_run, in_flight, stats, 0 if logs or saves else 1)
         run.logger.update_progress(done)

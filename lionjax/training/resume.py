@@ -15,7 +15,14 @@ from lionjax.training import checkpoint
 from lionjax.training.checkpoint import CorruptCheckpointError
 from lionjax.training.init import ParamSpecs, init_params
 from lionjax.training.optimizer import abstract_opt_state, make_optimizer
-from lionjax.training.run_folder import base_folder, describe_position, latest_position, read_frozen, read_position
+from lionjax.training.run_folder import (
+    base_folder,
+    describe_position,
+    latest_position,
+    read_base,
+    read_frozen,
+    read_position,
+)
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +68,19 @@ def _restore(workdir, experiment, example, specs, stage: int, step: int) -> Posi
         opt_state = abstract_opt_state(optimizer, trainable, specs.mesh)
     learned, opt_state, meta = read_position(workdir, experiment, specs, stage, step, opt_state)
     data_position = meta["data"] if step else None
-    frozen = _load_frozen(workdir, experiment, example, specs, meta["frozen"])
+    frozen, frozen_id = _load_frozen(workdir, experiment, example, specs, meta["frozen"]), meta["frozen"]
+    if not _holds_leaves(workdir / "frozen" / frozen_id, frozen):  # stages have been added or changed
+        frozen_id = _save_frozen(workdir, frozen)
     history = tuple(meta["history"])
     log.info("restored %s: %s", workdir, describe_position(experiment, stage, step))
-    return Position(stage, step, frozen, learned, meta["frozen"], opt_state, data_position, history)
+    return Position(stage, step, frozen, learned, frozen_id, opt_state, data_position, history)
+
+
+def _holds_leaves(path: Path, frozen_params: Params) -> bool:
+    """Whether a directory of `frozen/` holds just these parameters."""
+    return checkpoint.restore_record(path)["leaves"].keys() == {
+        f"never/{leaf}" for leaf in trees.flatten(frozen_params)
+    }
 
 
 def _load_frozen(workdir, experiment, example, specs, name: str) -> Params:
@@ -111,4 +127,4 @@ def save_base(workdir: Path, experiment: Experiment, position: Position) -> None
 
 def load_first_base(workdir: Path, experiment: Experiment, specs: ParamSpecs) -> Params:
     """The trainable parameters at the start of the first stage."""
-    return checkpoint.restore_tree(base_folder(workdir, experiment, 0), {"learned": specs.trainable})[0]["learned"]
+    return read_base(workdir, base_folder(workdir, experiment, 0), specs)[0]

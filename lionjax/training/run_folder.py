@@ -22,30 +22,11 @@ from lionjax.core.experiment import Experiment
 from lionjax.core.files import append_jsonl, read_record, write_atomic
 from lionjax.core.types import Params, UserError
 from lionjax.training import checkpoint, distributed
+from lionjax.training.changes import plan_changes
 from lionjax.training.checkpoint import CorruptCheckpointError
 from lionjax.training.init import ParamSpecs
 
 log = logging.getLogger(__name__)
-
-
-# Fields with which a run may be resumed with other values (regular expressions): those that do not change the result,
-# and those that a person changes to mend what stopped it. Each change is logged and added to changes.jsonl.
-MUTABLE_FIELDS = (
-    r"name",
-    r"mesh\..*",
-    r"run\.(log_every|save_every|evaluate_every|evaluate_limit|max_to_keep|cache_features)",
-    r"run\.(feature_cache_gib|feature_cache_dir)",
-    # Change the result only after a bad step, which is when a user has to set them.
-    r"run\.(on_bad_step|loss_spike_sigmas|max_bad_steps|watchdog_seconds)",
-    r"generation\..*",
-    # Moved files. The parameters come from the checkpoints, and records of another number or order are refused.
-    r"weights",
-    r"data\.sources\.\d+\.(file|folder|image_dir|questions|answers|captions_file|instances_file)",
-    r"data\.(on_bad_record|max_bad_fraction)",
-    # From the resumed update on.
-    r"stages\.\d+\.(learning_rate|warmup_learning_rate|end_learning_rate|batch_size|grad_accum_steps)",
-    r"data\.(num_threads|num_workers|prefetch_buffer_size|image_cache_mib|bad_records_path)",
-)
 
 
 @contextlib.contextmanager
@@ -71,9 +52,9 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
 def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
     """Check config.json against `experiment` if the folder holds checkpoints, then write it; all processes call it.
 
-    Fields in `MUTABLE_FIELDS` may differ, so that a run can be resumed on another mesh, for example. Also removes the
-    incomplete files of a killed run. Raises UserError with the other fields that differ, and if the processes do not
-    share one folder or one config.
+    Some fields may differ, so that a run can be mended or get more steps (see `changes`). Also removes the incomplete
+    files of a killed run. Raises UserError with the fields that may not differ, and if the processes do not share one
+    folder or one config.
     """
     path, text = workdir / "config.json", config.to_json(experiment)
     has_checkpoints = any((workdir / name).exists() for name in ("base", "checkpoints"))
@@ -86,18 +67,10 @@ def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
             raise UserError(f"{path} cannot be read: {error}") from error
         if old is None:
             log.warning("%s is damaged and no copy is left: the config of this command is used unchecked", path)
-        changes = {} if old is None else config.diff_configs(old, experiment)
-        mutable = {name for name in changes if any(re.fullmatch(pattern, name) for pattern in MUTABLE_FIELDS)}
-        if fixed := [f"{name} {a!r} -> {b!r}" for name, (a, b) in changes.items() if name not in mutable]:
-            raise UserError(
-                f"{workdir} was made by another config ({'; '.join(fixed)}); restore these, which its parameters or "
-                "its order of records depend on, or set another --workdir"
-            )
-        for name in sorted(mutable):
-            log.info("resuming %s with %s changed: %r -> %r", workdir, name, *changes[name])
-        if mutable and distributed.is_main_process():
-            append_jsonl(workdir / "changes.jsonl", _change_record(workdir, {name: changes[name] for name in mutable}))
+        else:
+            _apply_changes(workdir, old, experiment)
     if distributed.is_main_process():
+        rename_bases(workdir, experiment)
         write_atomic(path, text)
         checkpoint.remove_tmp_directories(workdir)
     distributed.barrier("config written")
@@ -108,11 +81,31 @@ def check_or_write_config(workdir: Path, experiment: Experiment) -> None:
         )
 
 
-def _change_record(workdir: Path, changes: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """A line of changes.jsonl: {"time", "update" of the newest checkpoint, "changed": {field: [old, new]}}."""
-    update = next(iter(checkpoint.all_steps(workdir / "checkpoints")), 0)
-    changed = {name: [repr(value) for value in changes[name]] for name in sorted(changes)}
-    return {"time": time.time(), "update": update, "changed": changed}
+def _apply_changes(workdir: Path, old: Experiment, new: Experiment) -> None:
+    """Log and record the changes of a config, and set the result of a stage aside that has more steps now."""
+    positions = saved_positions(workdir, old)
+    planned = plan_changes(workdir, old, new, positions)
+    distributed.barrier("changes planned")  # all processes have read the folder
+    for name in sorted(planned.fields):
+        log.info("resuming %s with %s changed: %r -> %r", workdir, name, *planned.fields[name])
+    for note in planned.notes:
+        log.info("%s", note)
+    if planned.reopened is not None:
+        result, name = base_folder(workdir, old, planned.reopened + 1), f"stages.{planned.reopened}.steps"
+        before, after = planned.fields[name]
+        checkpoint.quarantine(workdir, result, f"the result after {before} steps, which are {after} now")
+    if planned.fields and distributed.is_main_process():
+        stage, step = positions[0] if positions else (0, 0)
+        changed = {name: [repr(value) for value in planned.fields[name]] for name in sorted(planned.fields)}
+        line = {"time": time.time(), "update": updates_before(old, stage) + step, "changed": changed}
+        append_jsonl(workdir / "changes.jsonl", line | ({"notes": planned.notes} if planned.notes else {}))
+
+
+def rename_bases(workdir: Path, experiment: Experiment) -> None:
+    """Give the directories in `base/` the names of `experiment`'s stages, of which one may have been added."""
+    for stage, path in checkpoint.all_bases(workdir / "base").items():
+        if stage <= len(experiment.stages) and path != base_folder(workdir, experiment, stage):
+            path.rename(base_folder(workdir, experiment, stage))
 
 
 def saved_config(workdir: Path) -> Experiment | None:
@@ -177,8 +170,7 @@ def read_position(
     base = base_folder(workdir, experiment, 0 if scratch else stage)
     if not base.is_dir():
         raise CorruptCheckpointError(path if step else base, f"the stage's base parameters ({base}) are missing")
-    items, meta = checkpoint.restore_tree(base, {"learned": specs.trainable})
-    learned = items["learned"]
+    learned, meta = read_base(workdir, base, specs)
     if not step:
         return learned, None, meta
     patterns = experiment.stages[stage].trainable
@@ -191,11 +183,59 @@ def read_position(
 
 
 def read_frozen(workdir: Path, specs: ParamSpecs, frozen_id: str) -> Params:
-    """The parameters that no stage trains. Raises CorruptCheckpointError if they are damaged or missing."""
-    path = workdir / "frozen" / frozen_id
+    """The parameters that no stage trains. Raises CorruptCheckpointError if they are damaged or missing.
+
+    Those that a stage was to train which has been changed or left out before it began are in the first base.
+    """
+    path, wanted = workdir / "frozen" / frozen_id, trees.flatten(specs.frozen)
     if not path.is_dir():
         raise CorruptCheckpointError(path, "the directory is missing")
-    return checkpoint.restore_tree(path, {"never": specs.frozen})[0]["never"]
+    held, _ = _read_group(path, "never", specs)
+    if wanted.keys() - held.keys():
+        learned, meta = _read_group(checkpoint.all_bases(workdir / "base")[0], "learned", specs)
+        held = _read_group(workdir / "frozen" / meta["frozen"], "never", specs)[0] | learned | held
+    return _with_specs(held, wanted)
+
+
+def read_base(workdir: Path, path: Path, specs: ParamSpecs) -> tuple[Params, dict]:
+    """The trainable parameters in a directory of `base/`, and its metadata.
+
+    Those that only a stage trains which was added later are in the frozen parameters of that directory.
+    """
+    held, meta = _read_group(path, "learned", specs)
+    wanted = trees.flatten(specs.trainable)
+    if missing := wanted.keys() - held.keys():
+        held |= _read_group(workdir / "frozen" / meta["frozen"], "never", specs)[0]
+        values = (len(missing), min(missing), held[min(missing)].dtype)
+        log.info("%d parameters that were frozen so far (%s, ...) go on from the run's %s values", *values)
+    return _with_specs(held, wanted), meta
+
+
+def _read_group(path: Path, name: str, specs: ParamSpecs) -> tuple[dict[str, jax.Array], dict]:
+    """The parameters in a directory, "never" or "learned", as {path: array}, and the directory's metadata.
+
+    A parameter that belongs to the other group by now, because stages were added or changed, has its saved dtype.
+    """
+    target = dict(trees.flatten(specs.frozen if name == "never" else specs.trainable))
+    leaves = checkpoint.restore_on_all_processes(path, lambda: checkpoint.restore_record(path))["leaves"]
+    saved = {
+        leaf.removeprefix(f"{name}/"): dtype for leaf, (dtype, *_) in leaves.items() if leaf.startswith(f"{name}/")
+    }
+    if moved := saved.keys() ^ target.keys():
+        all_specs = trees.flatten(trees.merge(specs.frozen, specs.trainable))
+        target |= {
+            leaf: jax.ShapeDtypeStruct(all_specs[leaf].shape, saved[leaf], sharding=all_specs[leaf].sharding)
+            for leaf in moved & saved.keys() & all_specs.keys()
+        }
+        target = {leaf: spec for leaf, spec in target.items() if leaf in saved}
+    items, meta = checkpoint.restore_tree(path, {name: trees.unflatten(target)})
+    return trees.flatten(items[name]), meta
+
+
+def _with_specs(held: dict[str, jax.Array], specs: dict[str, jax.ShapeDtypeStruct]) -> Params:
+    """The arrays of those paths that `specs` has, in its dtypes."""
+    arrays = {path: held[path] for path in specs}
+    return trees.unflatten({p: x if x.dtype == specs[p].dtype else x.astype(specs[p].dtype) for p, x in arrays.items()})
 
 
 def latest_position(workdir: Path, experiment: Experiment) -> tuple[int, int] | None:

@@ -236,6 +236,19 @@ def test_finished_run_of_0_1_is_known_to_be_finished(name, old):
 
 
 @pytest.mark.slow
+def test_finished_run_of_0_1_goes_on_with_more_steps(old):
+    """From its newest checkpoint: that version saved none of its last update."""
+    old("trained/lora", "user", "built")
+    before = lines_of("trained/lora")
+    words = ("--stages.0.steps", str(len(before) + 1), "--run.evaluate_limit", "0", "--run.feature_cache_dir", "")
+    _, err = says("train", "user/lora.py", "--workdir", "trained/lora", *words)
+    assert f"goes on after step {len(before) - 1}, of which the newest checkpoint is" in err
+    after = lines_of("trained/lora")
+    assert [line["update"] for line in after] == [*range(1, len(before) + 2)] and after[:-2] == before[:-1]
+    assert json.loads(Path("trained/lora/report.json").read_text())["stages"][0]["steps"] == len(before) + 1
+
+
+@pytest.mark.slow
 def test_training_anew_by_an_old_config_uses_old_data_and_kept_features(old):
     """Losses are those of 0.1, from its ArrayRecord files, and no features are added to its own."""
     old("user/lora.py", "built/scenes", "features")

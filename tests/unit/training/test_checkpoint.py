@@ -210,3 +210,9 @@ def test_half_written_directories_of_a_killed_run_are_removed(tmp_path):
     checkpoint.remove_tmp_directories(tmp_path)
     assert checkpoint.all_bases(tmp_path / "base") == {0: tmp_path / "base" / "0_one"}
     assert len(list((tmp_path / "base").iterdir())) == 1
+
+
+def test_a_group_without_parameters_is_written_and_read(tmp_path):
+    """As the frozen parameters of a run whose stages train all of them."""
+    checkpoint.save_tree(tmp_path / "a", {"never": {}}, {"next": 1})
+    assert checkpoint.restore_tree(tmp_path / "a", {"never": {}}) == ({"never": {}}, {"next": 1})

@@ -145,30 +145,62 @@ def _load_params(folder: Path, experiment: Experiment, specs: ParamSpecs, stage:
     return trees.merge(frozen_params, learned)
 
 
-def load_weights(folder: Path, mesh: Mesh) -> Model:
-    """The model of a folder of weights, in lionjax names or torch names; each process reads its devices' shards."""
+def read_experiment(folder: str | Path) -> Experiment:
+    """The experiment of a folder of weights, without reading the weights: what a config for fine-tuning starts from.
+
+    It has the model and the prompt format, image settings, tokenizers and generation settings of the folder's files; no
+    stages, unless the folder is that of a trained model.
+    """
+    return _open_weights(Path(folder)).experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class _WeightsFolder:
+    """A folder of weights before these are read. `recorded`: its config; `source`: an opened checkpoint in torch names.
+
+    `folders`: where its tokenizers are looked for.
+    """
+
+    experiment: Experiment
+    recorded: object
+    source: detect.CheckpointSource | None
+    folders: tuple[Path, ...]
+
+    @property
+    def is_released(self) -> bool:
+        return not isinstance(self.recorded, Experiment)
+
+
+def _open_weights(folder: Path) -> _WeightsFolder:
     is_lionjax = convert.holds_params(folder)
     source = None if is_lionjax else detect.open_checkpoint(folder)
     recorded = convert.open_params(folder)[0] if is_lionjax else source.config
-    folders = [folder, folder / convert.ORIGIN] + ([source.folder] if source and source.folder else [])
+    folders = (folder, folder / convert.ORIGIN, *([source.folder] if source and source.folder else []))
     settings_folder = folder / convert.ORIGIN if is_lionjax else source.folder or folder
     is_recorded = isinstance(recorded, Experiment)
     experiment = recorded if is_recorded else released_experiment(recorded, folder, settings_folder)
     experiment = with_tokenizers(experiment, folders, is_recorded)
     if not is_recorded:
         experiment = with_end_of_answer(with_image_settings(experiment, settings_folder), settings_folder)
+    return _WeightsFolder(experiment, recorded, source, folders)
+
+
+def load_weights(folder: Path, mesh: Mesh) -> Model:
+    """The model of a folder of weights, in lionjax names or torch names; each process reads its devices' shards."""
+    weights = _open_weights(folder)
+    experiment, source = weights.experiment, weights.source
     model = from_params(experiment, {}, None, mesh)
-    check_word_tables(model, folders, is_released=not is_recorded)
+    check_word_tables(model, weights.folders, weights.is_released)
     key = jax.random.key(0)
     abstract_params = sharding.abstract_params(experiment.model.init, key, dummy_batch(model.processor), mesh=mesh)
-    if is_lionjax:
+    if source is None:
         _, params = convert.load_params(folder, abstract_params)
     else:
-        weight_map, _ = detect.weight_map_and_abstract_params(source.checkpoint_format, recorded)
+        weight_map, _ = detect.weight_map_and_abstract_params(source.checkpoint_format, weights.recorded)
         params = convert.sharded_params_from_state_dict(
             weight_map, source.tensors, abstract_params, source.checkpoint_format.ignore_patterns
         )
-    origin_files = find_origin_files(folder) if is_lionjax else find_companion_files(source.folder)
+    origin_files = find_origin_files(folder) if source is None else find_companion_files(source.folder)
     engine = dataclasses.replace(model.engine, params=params)
     return dataclasses.replace(model, engine=engine, origin_files=origin_files)
 

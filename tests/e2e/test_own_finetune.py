@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a JSON of conversations to an exported fine-tuned LLaVA, by the command lines that a user types.
+
+Inspect, build, fine-tune by LoRA, stopped by a damaged image, mended in the same folder, more steps, export. The
+exported folder answers as the run does.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_released
+
+import lionjax
+from lionjax.cli import main
+
+QUESTIONS = ("What is in the picture?", "Where is the red star?")
+CONFIG = """
+import dataclasses
+
+from lionjax.core.experiment import Mix, RunConfig, Stage, Weights
+from lionjax.data.config import DataConfig
+from lionjax.data.datasets.array_record import ArrayRecordDataset
+from lionjax.data.datasets.conversations import Conversations
+from lionjax.inference.loading import read_experiment
+from lionjax.nn.lora import LoraConfig
+
+
+def get_config():
+    released = read_experiment("llava")
+    language = dataclasses.replace(released.model.language, lora=LoraConfig(4, 8.0))
+    processor = dataclasses.replace(released.data.processor, max_prompt_tokens=96, max_target_tokens=32)
+    sources = (ArrayRecordDataset("built"), Conversations("fresh.jsonl", "images", name="fresh"))
+    mixture = (Mix("conversation", 4.0, source="built"), Mix("conversation", 1.0, source="fresh"))
+    return dataclasses.replace(
+        released,
+        name="mine",
+        model=dataclasses.replace(released.model, language=language),
+        data=DataConfig(sources=sources, processor=processor),
+        stages=(Stage("tune", 5, (".*/lora_[ab]",), mixture, 8, learning_rate=3e-2, warmup_steps=1),),
+        run=RunConfig(log_every=1, save_every=1, evaluate_limit=0, frozen_dtype="float32"),
+        weights=tuple(Weights(part, "llava/params.safetensors") for part in ("vision", "projector", "language")),
+    )
+"""
+
+
+def lionjax_says(capfd, *words: str, code: int = 0) -> str:
+    """What a command line prints on both streams."""
+    capfd.readouterr()
+    ended = main(list(words))
+    text = "".join(capfd.readouterr())
+    assert ended == code, text
+    return text
+
+
+def conversation(image: str | None, *answers: str) -> dict:
+    """A row in LLaVA's format, with a round for each answer."""
+    turns = []
+    for question, answer in zip(QUESTIONS, answers):
+        value = f"<image>\n{question}" if image and not turns else question
+        turns += [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+    return ({"image": image} if image else {}) | {"conversations": turns}
+
+
+def write_data() -> None:
+    """lines.jsonl with rounds, text-only rows and a broken line; fresh.jsonl, one of whose images is cut off."""
+    Path("images").mkdir()
+    for number, picture in enumerate(tiny_released.pictures(14)):
+        picture.save(f"images/{number}.png")
+    rows = [conversation(f"{number}.png", "two cats", "in the picture") for number in range(6)]
+    rows += [conversation(None, "the red star"), conversation(None, "a user", "many")]
+    lines = [json.dumps(row) for row in rows]
+    Path("lines.jsonl").write_text("\n".join([*lines[:3], lines[3][:40], *lines[3:]]) + "\n")
+    fresh = [conversation(f"{number}.png", "the image in detail") for number in range(6, 14)]
+    Path("fresh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in fresh))
+    damaged = Path("images/11.png")
+    damaged.write_bytes(damaged.read_bytes()[:200])
+
+
+def answers(model) -> list[str]:
+    return [answer.text for answer in model.answer(tiny_released.pictures(2, seed=3), list(QUESTIONS))]
+
+
+def stage_steps() -> list[int]:
+    return [stage["steps"] for stage in json.loads(Path("run/report.json").read_text())["stages"]]
+
+
+@pytest.mark.slow
+def test_conversations_are_inspected_built_learned_mended_continued_and_exported(tmp_path, monkeypatch, capfd, caplog):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    tiny_released.save("llava", Path("released"))
+    lionjax_says(capfd, "convert", "released", "llava", "--to", "jax")
+    write_data()
+    Path("mine.py").write_text(CONFIG)
+
+    seen = lionjax_says(capfd, "data", "inspect", "lines.jsonl", "--images", "images")
+    assert "What is in the picture?" in seen and "Where is the red star?" in seen and "line 4" in seen
+    lionjax_says(capfd, "data", "build", "lines.jsonl", "--images", "images", "--out", "built")
+    (left_out,) = Path("built").rglob("left_out.txt")
+    assert "lines.jsonl, line 4, is not valid JSON" in left_out.read_text()
+
+    train = ("train", "mine.py", "--workdir", "run")
+    stopped = lionjax_says(capfd, *train, code=2)
+    assert "11.png" in stopped.splitlines()[-1]
+    done = max(int(path.name) for path in Path("run/checkpoints").iterdir() if path.name.isdigit())
+    mend = ("--data.on_bad_record", "replace", "--data.max_bad_fraction", "0.2")
+    lionjax_says(capfd, *train, *mend)
+    assert 1 <= done < 5 and stage_steps() == [5]
+    assert "11.png" in Path("run/bad_records.jsonl").read_text()
+    before = answers(lionjax.load("run"))
+
+    refused = lionjax_says(capfd, *train, *mend, "--stages.0.steps", "3", code=2)
+    assert refused.count("\n") == 1 and "stage 'tune' has done 5 updates already; give 5 or more" in refused
+    lionjax_says(capfd, *train, *mend, "--stages.0.steps", "8")
+    assert "'tune' follows the learning-rate schedule of 8 steps from step 5 on" in caplog.text and stage_steps() == [8]
+    lines = [json.loads(line) for line in Path("run/changes.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [done, 5]
+
+    lionjax_says(capfd, "convert", "run", "exported", "--to", "torch")
+    run, exported = lionjax.load("run"), lionjax.load("exported")
+    assert answers(run) == answers(exported) != before

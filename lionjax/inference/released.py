@@ -76,7 +76,9 @@ def released_experiment(model: VLM, folder: Path, settings_folder: Path | None =
     hf_config = read_hf_config(settings_folder / "config.json")
     is_own = has_own_settings(model, settings_folder)
     generation_config = read_hf_config(settings_folder / "generation_config.json")
-    system = prompt_format(model.info.prompt_format, hf_config, folder.name, settings_folder if is_own else None)
+    system = prompt_format(
+        model.info.prompt_format, hf_config, _model_name(folder), settings_folder if is_own else None
+    )
     fields = dict(model.info.default_processor) | dict(system.processor)
     generation = generation_defaults(system, hf_config, generation_config, is_own)
     max_new_tokens = min(generation.max_new_tokens, fields.get("max_target_tokens", generation.max_new_tokens))
@@ -118,7 +120,8 @@ def prompt_format(
 def llava_format(hf_config: Mapping[str, Any], folder_name: str) -> str:
     """The prompt format of a LLaVA by its name, as LLaVA's own code chooses it; of a Shikra, Shikra's.
 
-    Names: the folder's, and those that config.json records. A LLaVA with a projector of two layers is LLaVA-1.5.
+    Names: the folder's, and those that config.json records. Without a version in them, LLaVA's code takes `llava_v0`;
+    here only for a linear projector, as one of two layers, or a config.json of transformers, is LLaVA-1.5's.
     """
     architectures = hf_config.get("architectures") or ()
     names = " ".join((folder_name, str(hf_config.get("_name_or_path") or ""), *architectures)).lower()
@@ -127,8 +130,22 @@ def llava_format(hf_config: Mapping[str, Any], folder_name: str) -> str:
     for pattern, name in LLAVA_NAMES:
         if pattern.search(names):
             return name
-    is_first = hf_config.get("mm_projector_type", "linear") == "linear" and "text_config" not in hf_config
-    return "llava_v0" if is_first and "mm_vision_tower" in hf_config else "vicuna_v1"
+    if "mm_vision_tower" not in hf_config or "text_config" in hf_config:
+        return "vicuna_v1"
+    is_first = hf_config.get("mm_projector_type", "linear") == "linear"
+    name, reason = ("llava_v0", "a linear") if is_first else ("vicuna_v1", "a deeper")
+    log.warning(
+        "no name says the version of this LLaVA: it is asked as %s, for its projector is %s one; the folder's name can "
+        "say llama-2, v1, mpt or v0",
+        name,
+        reason,
+    )
+    return name
+
+
+def _model_name(folder: Path) -> str:
+    """The name of a model as LLaVA's code takes it from a path: that of the folder, with its run's for a checkpoint."""
+    return f"{folder.parent.name}_{folder.name}" if folder.name.startswith("checkpoint-") else folder.name
 
 
 def generation_defaults(

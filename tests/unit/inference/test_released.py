@@ -7,13 +7,16 @@ import logging
 
 import numpy as np
 import pytest
+import tiny_released
 from published_folders import tiny_lion
 
 from lionjax.core.experiment import GenerationDefaults
 from lionjax.core.prompt_formats import SYSTEM_FORMATS
 from lionjax.core.types import UserError
+from lionjax.data.processor import Processor, ProcessorConfig
 from lionjax.inference import chat_template, released
-from lionjax.inference.sampling import GenerationConfig, init_seen
+from lionjax.inference.engine import InferenceEngine
+from lionjax.inference.sampling import GenerateOutput, GenerationConfig, init_seen
 from lionjax.models.vlm import visual_prefix
 from lionjax.models.vlm.nextchat import NextChat
 
@@ -79,6 +82,24 @@ def test_five_beams_with_a_penalty_are_those_of_lion_and_of_the_instructblip_of_
 )
 def test_a_llavas_format_is_chosen_as_its_own_code_chooses_it(folder_name, hf_config, name):
     assert released.llava_format(hf_config, folder_name) == name
+
+
+def test_one_line_says_how_a_llava_without_a_version_in_its_names_is_asked(caplog):
+    named, two_layers = {"mm_vision_tower": "x", "_name_or_path": "a/llava-v1.5"}, {"mm_projector_type": "mlp2x_gelu"}
+    for hf_config, name in (
+        ({"mm_vision_tower": "x"}, "llava_v0"),
+        ({"mm_vision_tower": "x"} | two_layers, "vicuna_v1"),
+    ):
+        caplog.clear()
+        assert released.llava_format(hf_config, "ours") == name
+        assert [f"asked as {name}" in record.getMessage() for record in caplog.records] == [True]
+    caplog.clear()
+    assert released.llava_format(named, "ours") == "vicuna_v1" and not caplog.records
+
+
+def test_a_checkpoint_of_a_llavas_run_has_the_name_of_the_run(tmp_path):
+    assert released._model_name(tmp_path / "llava-v1-7b" / "checkpoint-500") == "llava-v1-7b_checkpoint-500"
+    assert released._model_name(tmp_path / "llava-v1-7b") == "llava-v1-7b"
 
 
 def test_image_start_and_end_tokens_of_the_config_stand_around_the_image():
@@ -166,3 +187,23 @@ def test_a_chat_template_that_cannot_be_used_is_one_sentence(template, tmp_path)
 
 def test_a_folder_without_a_chat_template_keeps_the_systems_own(tmp_path):
     assert chat_template.prompt_fields(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["minigpt4", "llava_v0"])
+def test_the_text_of_an_answer_ends_before_the_stop_words_as_in_the_systems_own_code(name, tmp_path):
+    """MiniGPT-4 and LLaVA v0 stop at "###", one token behind a space and several behind a newline, and cut it off."""
+    pytest.importorskip("transformers")
+    theirs = tiny_released.llama_tokenizer()
+    theirs.save_pretrained(tmp_path)
+    config = ProcessorConfig(
+        tokenizer=str(tmp_path), image_token=-200, reader="decoder", **SYSTEM_FORMATS[name].processor
+    )
+    engine = InferenceEngine(None, None, Processor(config), None)
+    row = {"size": np.array([1, 1])}
+    texts = ("Two cats. ###Human: And?", "Two\ncats.\n###", "A # and ## here", "no end", "###", " ### Assistant: a")
+    assert len({len(theirs(text, add_special_tokens=False).input_ids) for text in ("###", "a\n###")}) == 2
+    for text in texts:
+        ids = [*theirs(text, add_special_tokens=False).input_ids, 2]
+        output = GenerateOutput(np.array([ids]), np.array([len(ids)]))
+        mine = engine.decode_output(output, 0, row, None, GenerationConfig(eos_token_id=2))
+        assert mine.text == theirs.decode(ids, skip_special_tokens=True).split("###")[0].strip(), text

@@ -24,6 +24,7 @@ LINK_ROOTS_ENV = "LIONJAX_LINK_ROOTS"
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 * 2**20
 FULL_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
+NO_IMAGE_NAME = "no picture"  # record name of a text-only row
 
 
 def safe_path(root: str | Path, name: str) -> Path:

@@ -122,7 +122,7 @@ class AnnotatedImages:
         return (row.problem for rows in self.annotations.values() for row in rows if row.problem)
 
     def record_name(self, record_index: int) -> str:
-        return self.image_infos[record_index].name or "no picture"
+        return self.image_infos[record_index].name or images.NO_IMAGE_NAME
 
     def image_path(self, record_index: int) -> Path:
         """The path of an image file. Raises UserError if it is outside the root."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lionjax.core.types import UserError
+from lionjax.data import images
 from lionjax.data.datasets import annotated_images
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
 from lionjax.data.datasets.segmentations import region_masks
@@ -118,7 +119,7 @@ class OpenArrayRecordDataset:
         return int(self.example_index[task][index, 0])
 
     def record_name(self, record_index: int) -> str:
-        return self.record_names[record_index] or "no picture"
+        return self.record_names[record_index] or images.NO_IMAGE_NAME
 
     def load_record(self, record_index: int) -> tuple[bytes, RecordTruth]:
         try:

@@ -24,7 +24,7 @@ from lionjax.data.datasets.scienceqa import ScienceQa
 from lionjax.data.datasets.shikra import KINDS, ShikraJsonl
 from lionjax.data.datasets.source import open_split
 from lionjax.data.datasets.vqa import Vqa
-from lionjax.data.images import to_pil_image
+from lionjax.data.images import NO_IMAGE_NAME, to_pil_image
 from lionjax.data.mixture import examples
 from lionjax.data.rounds import IMAGE_MARK
 from lionjax.data.scenes.dataset import Scenes
@@ -107,6 +107,8 @@ def first_keys(path: Path) -> tuple[set[str], bool]:
 
 def unknown_format_sentence(path: Path, keys: set[str]) -> str:
     """Why a file is of no known format: the keys of its rows, and the format that shares most of them."""
+    if not keys:
+        return f"{path} has no row with keys; give a list of JSON objects, or one object a line"
 
     def likeness(key: str) -> float:
         return max((difflib.SequenceMatcher(None, key, other).ratio() for other in keys), default=0.0)
@@ -119,7 +121,7 @@ def unknown_format_sentence(path: Path, keys: set[str]) -> str:
         (score(group, optional), title, group) for _, title, optional, groups in ROW_FORMATS for group in groups
     ]
     _, nearest, group = max(candidates, key=lambda candidate: candidate[0])
-    shown = ", ".join(map(repr, sorted(keys)[:12])) or "none"
+    shown = ", ".join(map(repr, sorted(keys)[:12]))
     lacking = " and ".join(repr(key) for key in group if key not in keys)
     return (
         f"{path} has no format that is read: the keys of its rows are {shown}; "
@@ -184,7 +186,10 @@ def show_images(text: str, names: list[str]) -> str:
 
 
 def inspect(source: Any, split: str = "train", limit: int = 3) -> None:
-    """Print the number of records and examples of a split, and up to `limit` examples of each task."""
+    """Print the number of records and examples of a split, and up to `limit` examples of each task.
+
+    Raises UserError if there is no row that can be used.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -196,7 +201,8 @@ def inspect(source: Any, split: str = "train", limit: int = 3) -> None:
     for task, size in dataset.task_sizes.items():
         for number, sample in enumerate(itertools.islice(examples(data, task, split), limit)):
             width, height = to_pil_image(sample.image).size
-            name = f"{sample.name.partition('/')[2]}\n{width} x {height}"
+            name = sample.name.partition("/")[2]
+            name += "" if name == NO_IMAGE_NAME else f"\n{width} x {height}"
             example, is_first = sample.example, number == 0
             names = [dataset.record_name(number) for number in (sample.record_index, *example.more_records)]
             rounds = [f"{show_images(question, names)}\n-> {answer}" for question, answer in example.history]
@@ -205,5 +211,9 @@ def inspect(source: Any, split: str = "train", limit: int = 3) -> None:
             table.add_row(task * is_first, str(size) * is_first, *map(escape, cells))
     console = Console()
     console.print(table)
-    if problems := list(dataset.row_problems()):
+    problems = list(dataset.row_problems())
+    if limit and sum(dataset.task_sizes.values()) and not table.row_count:
+        reason = f"the first: {problems[0]}" if problems else "the reasons are above, behind 'skipped'"
+        raise UserError(f"{source.name} has no row that can be used; {reason}")
+    if problems:
         console.print(escape(f"{len(problems)} rows cannot be used; the first: {problems[0]}"))

@@ -208,7 +208,27 @@ def test_bad_rows_are_bad_records_and_the_others_are_used(folder, capsys):
     with pytest.raises(UserError, match="line 2, is not valid JSON"):
         list(mixture.examples(DataConfig(sources=(source,)), "conversation", "train"))
     detect.inspect(source)
-    assert "1 rows cannot be used; the first:" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "1 rows cannot be used; the first:" in out and "no picture" in out and "1 x 1" not in out
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"imge": "0.png", "conversations": talk("<image>\nWhat?", "It.")}, "unknown key 'imge'"),
+        ({"conversations": talk("Hi", "Hello")[::-1]}, "no question with an answer"),
+    ],
+)
+def test_inspecting_a_file_without_a_usable_row_raises_an_error_with_the_first_reason(folder, row, words):
+    (folder / "t.json").write_text(json.dumps([row]))
+    with pytest.raises(UserError, match=f"t has no row that can be used; the first: .*{words}"):
+        detect.inspect(detect.detect_source(str(folder / "t.json")))
+
+
+def test_a_file_without_rows_is_named_as_such(folder):
+    (folder / "t.json").write_text("[]")
+    with pytest.raises(UserError, match="has no row with keys; give a list of JSON objects"):
+        detect.detect_source(str(folder / "t.json"))
 
 
 def test_all_rows_of_an_image_are_in_one_split(folder):

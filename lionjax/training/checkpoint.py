@@ -368,8 +368,12 @@ def explain_disk_full(workdir: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         if distributed.is_main_process():
-            with contextlib.suppress(OSError):
-                remove_tmp_directories(workdir)
+            for _ in range(20):  # threads may still be writing files of the failed save
+                try:
+                    remove_tmp_directories(workdir)
+                    break
+                except OSError:
+                    time.sleep(0.1)
         last = next(iter(all_steps(workdir / "checkpoints")), None)
         valid = f"the checkpoint of update {last} is complete" if last else "earlier files are complete"
         raise UserError(

@@ -216,3 +216,20 @@ def test_a_group_without_parameters_is_written_and_read(tmp_path):
     """As the frozen parameters of a run whose stages train all of them."""
     checkpoint.save_tree(tmp_path / "a", {"never": {}}, {"next": 1})
     assert checkpoint.restore_tree(tmp_path / "a", {"never": {}}) == ({"never": {}}, {"next": 1})
+
+
+def test_incomplete_files_that_appear_while_a_full_disk_is_cleaned_are_removed_too(tmp_path, monkeypatch):
+    incomplete = tmp_path / "checkpoints" / f"8{checkpoint.ORBAX_TMP_SUFFIX}"
+    incomplete.mkdir(parents=True)
+    remove, tries = checkpoint.remove_tmp_directories, []
+
+    def remove_at_the_second_try(folder):
+        tries.append(folder)
+        if len(tries) == 1:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(folder)
+
+    monkeypatch.setattr(checkpoint, "remove_tmp_directories", remove_at_the_second_try)
+    with pytest.raises(UserError, match="the disk is full"), checkpoint.explain_disk_full(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert len(tries) == 2 and not incomplete.exists()

@@ -47,6 +47,24 @@ def programs_go_with_their_file():
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The folder of a run of a tiny LION that has ended; a file's own copy, which its tests may write to."""
+    import small_lion
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    small_lion.finished(folder, small_lion.experiment())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished_model(finished_run):
+    """The model of `finished_run`."""
+    import lionjax
+
+    return lionjax.load(finished_run)
+
+
 def pytest_collection_modifyitems(items):
     """Mark the tests that want shared data, so that `-m shared_data` runs only these.
 

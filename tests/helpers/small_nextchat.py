@@ -4,6 +4,8 @@
 import dataclasses
 
 import numpy as np
+import text_batches
+from text_batches import padded
 
 from lionjax.core.types import Batch
 from lionjax.models.language.decoder import DecoderConfig
@@ -38,36 +40,18 @@ def batch_of(prompts, answers=None, boxes=None, sam=True) -> Batch:
     """Prompts (after four image tokens) and answers as lists of ids; boxes as lists of four numbers for each row."""
     rows, random = len(prompts), np.random.default_rng(0)
 
-    def padded(texts):
-        ids = np.zeros((rows, max(1, *map(len, texts))), np.int32)
-        mask = np.zeros_like(ids)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)], mask[row, : len(text)] = text, 1
-        return ids, mask
-
     boxes = boxes or [[]] * rows
     most = max(1, *map(len, boxes))
     box, real = np.zeros((rows, most, 4), np.float32), np.zeros((rows, most), bool)
     for row, given in enumerate(boxes):
         box[row, : len(given)], real[row, : len(given)] = np.reshape(given, (-1, 4)), True
-    prompt, prompt_mask = padded([[1, *[IMAGE] * 4, *prompt] for prompt in prompts])
-    target, target_mask = padded(answers or [[]] * rows)
     pictures = random.standard_normal((rows, 32, 32, 3)).astype(np.float32)
-    masks = random.random((rows, box.shape[1], 32, 32)) < 0.5
-    return Batch(
+    return text_batches.batch_of(
         pictures[:, ::2, ::2],
-        prompt,
-        prompt_mask,
-        None,
-        None,
-        target,
-        target_mask,
-        target_mask,
-        np.zeros(rows, np.int32),
-        np.arange(rows, dtype=np.int32),
-        box,
-        real,
-        masks,
-        None,
-        pictures if sam else None,
+        padded([[1, *[IMAGE] * 4, *prompt] for prompt in prompts]),
+        padded(answers or [[]] * rows),
+        boxes_BK4=box,
+        boxes_mask_BK=real,
+        masks_BKHW=random.random((rows, box.shape[1], 32, 32)) < 0.5,
+        sam_image_BHWC=pictures if sam else None,
     )

@@ -7,7 +7,9 @@ import random
 import jax
 import numpy as np
 import pytest
+import text_batches
 from golden import assert_close
+from text_batches import padded
 
 from lionjax import convert
 from lionjax.core.types import Batch
@@ -144,33 +146,20 @@ def batch_of(system, draw: random.Random, rows: int = 3, token: int = IMAGE_TOKE
     numbers = np.random.default_rng(draw.randrange(2**30))
     side, end = system.vision.image, system.language.end_token
 
-    def padded(texts):
-        ids = np.zeros((rows, max(map(len, texts)) + 1), np.int32)
-        mask = np.zeros_like(ids)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)], mask[row, : len(text)] = text, 1
-        return ids, mask
-
     def words(most, vocab=token):
         return numbers.integers(3, vocab, draw.randint(1, most)).tolist()
 
     before = [[] if system.qformer else [START, *words(3)] for _ in range(rows)]
-    prompt, prompt_mask = padded([[*text, token, *words(5)] for text in before])
-    question, question_mask = padded([words(6, 20) for _ in range(rows)])
-    target, target_mask = padded([[*words(5), end] for _ in range(rows)])
-    image = numbers.standard_normal((rows, side, side, 3)).astype(np.float32)
-    return Batch(
-        image,
-        prompt,
-        prompt_mask,
-        question,
-        question_mask,
-        target,
-        target_mask,
-        target_mask,
-        np.zeros(rows, np.int32),
-        np.arange(rows, dtype=np.int32),
+    prompt, question, target = (
+        padded(texts, 1 + max(map(len, texts)))
+        for texts in (
+            [[*text, token, *words(5)] for text in before],
+            [words(6, 20) for _ in range(rows)],
+            [[*words(5), end] for _ in range(rows)],
+        )
     )
+    image = numbers.standard_normal((rows, side, side, 3)).astype(np.float32)
+    return text_batches.batch_of(image, prompt, target, question)
 
 
 def expanded(system, batch: Batch) -> list[list[int]]:
@@ -235,10 +224,7 @@ def answer_logits(system, batch: Batch, logits: np.ndarray) -> list[np.ndarray]:
 def without_token(batch: Batch) -> Batch:
     """The same prompts with nothing where the picture would stand."""
     keep = (batch.prompt_BL != IMAGE_TOKEN) & (batch.prompt_mask_BL == 1)
-    ids, mask = np.zeros_like(batch.prompt_BL), np.zeros_like(batch.prompt_mask_BL)
-    for row in range(len(ids)):
-        text = batch.prompt_BL[row][keep[row]]
-        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    ids, mask = padded([ids[kept] for ids, kept in zip(batch.prompt_BL, keep)], batch.prompt_BL.shape[1])
     return dataclasses.replace(batch, prompt_BL=ids, prompt_mask_BL=mask)
 
 

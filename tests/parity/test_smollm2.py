@@ -4,6 +4,7 @@
 import jax
 import numpy as np
 import pytest
+from text_batches import padded
 
 from benchmarks import text_decoder
 from benchmarks.text_decoder import TextDecoder
@@ -26,10 +27,7 @@ def test_smollm2_says_what_transformers_says_to_the_word():
     theirs, tokenizer, params = text_decoder.smollm2(file)
     params = jax.tree.map(jax.numpy.asarray, params)
     texts = text_decoder.chats(tokenizer, QUESTIONS)
-    ids_BL = np.zeros((2, max(map(len, texts))), np.int32)
-    mask_BL = np.zeros_like(ids_BL)
-    for row, text in enumerate(texts):
-        ids_BL[row, : len(text)], mask_BL[row, : len(text)] = text, 1
+    ids_BL, mask_BL = padded(texts)
     with torch.no_grad():
         wanted = theirs(torch.from_numpy(ids_BL).long(), attention_mask=torch.from_numpy(mask_BL)).logits.numpy()
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_prefix as tiny
+from text_batches import padded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -153,9 +154,7 @@ def test_two_pictures_in_a_row_and_none_are_those_of_transformers(pair):
     token, words = tiny.IMAGE_TOKEN, system.vision.num_patches + system.keep_class_token
     texts = [[1, 5, token, 6, 7, token, 8], [1, 9, 10, 11]]
     images = np.random.default_rng(seed).standard_normal((2, 2, *batch.image_BHWC.shape[1:])).astype(np.float32)
-    prompt, mask = np.zeros((2, 7), np.int32), np.zeros((2, 7), np.int32)
-    for row, text in enumerate(texts):
-        prompt[row, : len(text)], mask[row, : len(text)] = text, 1
+    prompt, mask = padded(texts)
     answer = np.array([[12, 13, 2], [14, 2, 0]], np.int32)
     said = dict(target_BM=answer, target_mask_BM=answer > 0, loss_mask_BM=answer > 0, task_B=np.zeros(2, np.int32))
     several = dataclasses.replace(batch, image_BHWC=images, prompt_BL=prompt, prompt_mask_BL=mask, **said)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shared_data
-import small_lion
 from PIL import Image
 
 import lionjax
@@ -32,17 +31,16 @@ def example(answer: str, kind: str = "", task: str = "vqa", **more) -> Example:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The folder of a run that has ended."""
-    made = tmp_path_factory.mktemp("runs") / "run"
-    small_lion.finished(made, small_lion.experiment())
-    (made / "report.json").write_text(json.dumps({"stages": [{"name": "kept"}], "speed": {"images_per_second": 7.0}}))
-    return made
+def folder(finished_run):
+    """The folder of a run that has ended, with a report."""
+    report = {"stages": [{"name": "kept"}], "speed": {"images_per_second": 7.0}}
+    (finished_run / "report.json").write_text(json.dumps(report))
+    return finished_run
 
 
 @pytest.fixture(scope="module")
-def model(folder):
-    return lionjax.load(folder)
+def model(folder, finished_model):
+    return finished_model
 
 
 @pytest.fixture(scope="module")

@@ -35,16 +35,8 @@ def some_pictures(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of a run that has ended."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    small_lion.finished(folder, small_lion.experiment())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return lionjax.load(run)
+def model(finished_model):
+    return finished_model
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +183,9 @@ def test_generation_can_be_set_and_sampling_follows_the_seed(model):
 
 
 @pytest.mark.slow
-def test_a_loaded_model_takes_longer_prompts_where_it_is_told_to_and_answers_short_ones_alike(model, run):
+def test_a_loaded_model_takes_longer_prompts_where_it_is_told_to_and_answers_short_ones_alike(model, finished_run):
     images, words = some_pictures(1), "what " * 200
-    roomy = lionjax.load(run, prompt_length=300)
+    roomy = lionjax.load(finished_run, prompt_length=300)
     assert texts(roomy.answer(images, ["What is it?"])) == texts(model.answer(images, ["What is it?"]))
     assert roomy.answer(images, [words])[0].text
     with pytest.raises(UserError, match="but at most 128 are allowed"):
@@ -327,8 +319,8 @@ def test_a_folder_without_a_model_is_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_loads_onto_a_mesh_and_answers_the_same(model, run):
-    spread = lionjax.load(run, MeshConfig(data=2, fsdp=4))
+def test_a_model_loads_onto_a_mesh_and_answers_the_same(model, finished_run):
+    spread = lionjax.load(finished_run, MeshConfig(data=2, fsdp=4))
     kernel = spread.params["language"]["head"]["kernel"]
     assert len(kernel.sharding.device_set) == 8 and not kernel.sharding.is_fully_replicated
     asked = some_pictures(2), ["What is it?", "What color is it?"]

@@ -92,7 +92,7 @@ def test_an_unknown_field_is_one_sentence_with_the_nearest_one(capsys, toy, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_train_hands_the_config_with_its_overrides_to_the_loop(toy, tmp_path, monkeypatch):
+def test_train_passes_the_config_with_overrides_to_the_training_loop(toy, tmp_path, monkeypatch):
     seen = []
 
     def train(*given):
@@ -151,7 +151,7 @@ def test_build_writes_scenes_that_inspect_reads_back(capsys, tmp_path):
     assert built == capsys.readouterr().out and "2 records" in built
 
 
-def test_convert_says_what_went_over_and_refuses_what_it_cannot_read(capsys, tmp_path, monkeypatch):
+def test_convert_reports_what_it_converted_and_refuses_unreadable_input(capsys, tmp_path, monkeypatch):
     seen, source, target = [], tmp_path / "nothing", tmp_path / "out"
     words = ["convert", str(source), str(target), "--to", "jax"]
     assert "nothing" in refused(capsys, *words)
@@ -183,7 +183,7 @@ def test_show_prints_the_table_of_a_config_and_of_a_folder_of_weights(capsys, tm
 
 
 @pytest.mark.slow
-def test_convert_verifies_and_fails_where_the_models_part(capsys, tmp_path, monkeypatch):
+def test_convert_verify_fails_where_outputs_differ(capsys, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     from published_folders import LLAMA
 
@@ -261,7 +261,7 @@ class Tagger:
         return [tagger.TagResult(("cat", "gray"), ("猫",), (0.75, 0.5)) for _ in images]
 
 
-def test_generate_tells_the_model_what_a_tagger_sees(capsys, asked, monkeypatch):
+def test_generate_passes_the_tags_of_a_tagger_to_the_model(capsys, asked, monkeypatch):
     monkeypatch.setattr(tagger, "load", lambda folder: Tagger())
     assert cli.main([*asked, "--tagger", "ram"]) == 0
     assert capsys.readouterr().out.startswith("where? (30, 20) cat, gray\n")

@@ -81,7 +81,7 @@ def test_a_config_that_refuses_a_value_says_why():
     assert sentence(error).startswith("Lion: visual_input is 'NONE'; it can be one of ALL")
 
 
-def test_fields_that_are_right_only_together_are_set_together(path):
+def test_fields_that_are_valid_only_together_are_set_together(path):
     words = "--stages.1.batch_size 9 --stages.1.grad_accum_steps 3 --mesh.fsdp 8".split()
     toy = config.load(path, words)
     assert (toy.stages[1].batch_size, toy.stages[1].grad_accum_steps, toy.mesh.fsdp) == (9, 3, 8)
@@ -164,7 +164,7 @@ STRANGE = [
 
 
 @pytest.mark.parametrize(("change", "wanted"), STRANGE)
-def test_json_that_is_not_ours_is_refused_in_one_sentence(path, change, wanted):
+def test_json_that_is_no_config_is_refused_in_one_sentence(path, change, wanted):
     with pytest.raises(UserError) as error:
         config.from_json(changed(config.load(path), change))
     assert wanted in sentence(error)
@@ -175,7 +175,7 @@ def test_invalid_json_is_refused():
         config.from_json("{")
 
 
-def test_a_field_that_an_older_file_lacks_takes_its_default_and_is_said(path, caplog):
+def test_a_field_missing_in_an_older_file_takes_its_default_with_a_log_line(path, caplog):
     toy = config.load(path)
     with caplog.at_level(logging.WARNING):
         old = config.from_json(changed(toy, lambda t: t["stages"][0].pop("clip_norm")))

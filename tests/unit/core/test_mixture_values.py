@@ -20,7 +20,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_words_and_typed_mixture_entries_are_the_same(words):
+def test_mixture_entries_as_words_and_as_typed_values_are_equal(words):
     assert Mix.from_words(words, 1.0) == WORDS[words] and WORDS[words].spec == words
 
 

@@ -107,7 +107,7 @@ def test_another_word_than_true_and_false_is_refused(word):
         config.apply_overrides(a_config(), ["--run.cache_features", word])
 
 
-def test_true_and_false_among_other_values_are_no_text():
+def test_true_and_false_in_untyped_fields_are_booleans():
     changed = config.apply_overrides(a_config(), ["--stages.0.model_overrides", "a", "true", "b", "FALSE", "c", "x"])
     assert changed.stages[0].model_overrides == (("a", True), ("b", False), ("c", "x"))
 

@@ -71,7 +71,7 @@ def assert_same(function, other, given, tolerance=2e-5):
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("kind", ["all", "keys", "causal", "causal keys", "bias", "free"])
-def test_the_plain_way_is_the_formula_for_every_mask_and_for_grouped_queries(kind, kv_heads):
+def test_plain_attention_equals_the_formula_for_every_mask_and_for_grouped_queries(kind, kv_heads):
     *given, real_BS = drawn(queries=12, keys=12, kv_heads=kv_heads)
     before = np.tril(np.ones((12, 12), bool))[None, None]
     keys = np.asarray(real_BS)[:, None, None, :]
@@ -95,7 +95,7 @@ def test_the_plain_way_is_the_formula_for_every_mask_and_for_grouped_queries(kin
     ("kind", "kv_heads", "queries", "keys"),
     [("causal keys", 4, 160, 160), ("causal keys", 2, 128, 128), ("keys", 2, 130, 200), ("all", 4, 100, 130)],
 )
-def test_splash_attention_is_the_formula_at_lengths_that_its_blocks_do_not_divide(kind, kv_heads, queries, keys):
+def test_splash_attention_equals_the_formula_at_lengths_that_blocks_do_not_divide(kind, kv_heads, queries, keys):
     *given, real_BS = drawn(queries=queries, keys=keys, kv_heads=kv_heads)
     mask = AttentionMask(real_BS if "keys" in kind else None, causal="causal" in kind)
     assert_same(
@@ -107,7 +107,7 @@ def test_splash_attention_is_the_formula_at_lengths_that_its_blocks_do_not_divid
 
 
 @pytest.mark.slow
-def test_keys_in_pieces_of_which_one_is_empty_are_the_formula():
+def test_attention_over_key_pieces_with_an_empty_one_equals_the_formula():
     *given, real_BS = drawn(queries=3, keys=12, kv_heads=2)
     query, key, value = given
     cuts = [slice(0, 7), slice(7, 7), slice(7, 12)]
@@ -154,7 +154,7 @@ def on_a_gpu(monkeypatch, kernel):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
-def test_a_build_without_cudnn_is_said_once_and_the_formula_is_used(monkeypatch, caplog):
+def test_without_cudnn_a_warning_is_logged_once_and_the_formula_is_used(monkeypatch, caplog):
     on_a_gpu(monkeypatch, None)
     *given, real_BS = drawn(queries=12, keys=12, dtype=jnp.bfloat16)
     with caplog.at_level(logging.WARNING):
@@ -168,7 +168,7 @@ def test_a_build_without_cudnn_is_said_once_and_the_formula_is_used(monkeypatch,
     assert len(caplog.messages) == 1
 
 
-def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
+def test_a_kernel_with_wrong_results_is_not_used(monkeypatch, caplog):
     def wrong(query, key, value, keys_BS, causal, scale):
         return flash_attention.reference_attention(query, key, value, None, None, scale)  # forgets the mask
 
@@ -179,7 +179,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, caplog):
     assert "relative error" in caplog.text
 
 
-def test_a_kernel_that_computes_the_same_is_used_within_a_compiled_layer(monkeypatch):
+def test_a_kernel_with_correct_results_is_used_in_a_compiled_layer(monkeypatch):
     used = []
 
     def right(query, key, value, keys_BS, causal, scale):
@@ -234,7 +234,7 @@ def test_splash_attention_and_its_gradient_compile_for_a_pod(head, kv_heads):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_keys_in_pieces_some_shared_by_beams_are_attended_to_as_if_put_together(kv_heads):
+def test_attention_over_key_pieces_shared_by_beams_equals_attention_over_their_concatenation(kv_heads):
     """Three prompts of two beams: the first piece has a row a prompt, the others a row a beam."""
     random = np.random.default_rng(kv_heads)
 

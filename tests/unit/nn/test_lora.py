@@ -42,7 +42,7 @@ def having(c) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_only_the_layers_that_are_named_get_one(name):
+def test_lora_is_added_only_to_the_named_layers(name):
     c = MODELS[name]
     assert having(c) == set(TARGETS)
     assert having(dataclasses.replace(c, lora=dataclasses.replace(LORA, targets=("q", "v")))) == {"q", "v"}

@@ -27,7 +27,7 @@ def giou_of(one, other) -> float:
     return both / (sum(areas) - both) - (hull - sum(areas) + both) / hull
 
 
-def test_giou_is_that_of_its_paper_also_for_boxes_apart_and_within_each_other():
+def test_giou_equals_the_paper_also_for_disjoint_and_nested_boxes():
     others = BOXES[::-1, ::-1]
     made = losses.generalized_iou(BOXES, others)
     wanted = [[giou_of(a, b) for a, b in zip(*rows)] for rows in zip(BOXES, others)]
@@ -37,7 +37,7 @@ def test_giou_is_that_of_its_paper_also_for_boxes_apart_and_within_each_other():
 
 
 @pytest.mark.parametrize("bad", [FLAT, POINT, REVERSED])
-def test_a_degenerate_box_gives_a_finite_loss_and_what_lies_outside_the_truth_is_pulled_in(bad):
+def test_a_degenerate_box_has_a_finite_giou_loss_and_gradient(bad):
     real = np.ones((1, 1))
     truth = BOXES[:1, 1:]
 
@@ -52,7 +52,7 @@ def test_a_degenerate_box_gives_a_finite_loss_and_what_lies_outside_the_truth_is
     assert np.isfinite(both).all()
 
 
-def test_the_originals_giou_leaves_reversed_boxes_out_and_survives_having_no_other():
+def test_giou_of_the_released_code_skips_reversed_boxes_and_is_zero_without_others():
     predicted, real = BOXES.copy(), np.ones((2, 2))
     predicted[0, 0] = REVERSED
     truth = BOXES[::-1, ::-1]

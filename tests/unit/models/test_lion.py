@@ -54,7 +54,7 @@ loss_and_grads = jax.jit(jax.value_and_grad(lambda params, batch: LION.loss(para
 
 
 @pytest.mark.slow
-def test_one_batch_may_mix_tasks_and_each_row_is_routed_by_its_own(params):
+def test_a_batch_may_mix_tasks_and_each_row_is_routed_by_its_task(params):
     mixed = np.array([REGION_LEVEL, IMAGE_LEVEL, REGION_LEVEL, IMAGE_LEVEL], np.int32)
     apart = [np.asarray(logits_of(params, batch_of(task=task))) for task in (REGION_LEVEL, IMAGE_LEVEL)]
     together = np.asarray(logits_of(params, dataclasses.replace(batch_of(), task_B=mixed)))
@@ -63,7 +63,7 @@ def test_one_batch_may_mix_tasks_and_each_row_is_routed_by_its_own(params):
 
 
 @pytest.mark.slow
-def test_a_new_routers_tasks_use_one_adapter_each(params):
+def test_in_a_new_router_each_task_uses_one_adapter(params):
     fresh = sharding.init_sharded(LION.init, jax.random.key(0), batch_of())
     flat = trees.flatten(params)
     start = {path: trees.flatten(fresh)[path] if path.endswith("/ratio") else leaf for path, leaf in flat.items()}
@@ -99,7 +99,7 @@ def test_padding_after_a_prompt_changes_nothing(params):
 
 
 @pytest.mark.slow
-def test_the_learned_hint_stands_where_its_token_stands_and_nowhere_else(params):
+def test_the_soft_prompt_replaces_its_token_only(params):
     with_hint = dataclasses.replace(batch_of(), prompt_BL=batch_of().prompt_BL.copy())
     with_hint.prompt_BL[2, 0] = HINT
     changed = trees.merge(
@@ -155,7 +155,7 @@ def test_initial_weights_do_not_depend_on_the_mesh():
 
 
 @pytest.mark.slow
-def test_with_a_word_scale_the_picture_begins_as_what_the_vit_says():
+def test_with_identity_init_scale_image_tokens_start_as_scaled_vit_features():
     aggregator = dataclasses.replace(LION.aggregator, projector_mlp_dim=32)
     lion = dataclasses.replace(LION, aggregator=aggregator, identity_init_scale=2.5, visual_input="AGGREGATOR")
     batch = batch_of()

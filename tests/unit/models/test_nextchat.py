@@ -37,7 +37,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
-def test_every_box_kept_is_the_one_that_the_answers_own_words_give(params, beams):
+def test_each_returned_box_equals_the_box_decoded_from_the_answer_tokens(params, beams):
     """Also in beam search, where states must follow their beams; read again at once, with the boxes as inputs."""
     config = GenerationConfig(
         max_new_tokens=NEW, num_beams=beams, eos_token_id=END, pad_token_id=0, decoder_start_token_id=None
@@ -78,7 +78,7 @@ def test_an_answer_in_a_batch_of_unequal_prompts_is_the_one_given_alone(params):
 
 
 @pytest.mark.slow
-def test_a_trigger_at_the_end_of_a_prompt_is_followed_by_its_place_and_one_at_the_end_of_an_answer_by_nothing(params):
+def test_a_trigger_that_ends_a_prompt_gets_a_box_and_one_that_ends_an_answer_gets_none(params):
     prompt = batch_of([[5, 6, TRIGGER], [7, 8]])
     made = generate(
         TINY,
@@ -93,7 +93,7 @@ def test_a_trigger_at_the_end_of_a_prompt_is_followed_by_its_place_and_one_at_th
 
 
 @pytest.mark.slow
-def test_more_places_than_are_kept_are_counted_and_do_not_disturb_the_first(params):
+def test_boxes_beyond_max_boxes_are_counted_and_leave_the_first_unchanged(params):
     def talk(system):
         def say(params, batch):
             _, cache = system.prefill(params, batch, 5)
@@ -127,7 +127,7 @@ def test_masks_of_an_answer_come_from_its_boxes_and_states(params):
 
 
 @pytest.mark.slow
-def test_sam_sees_each_picture_once_however_many_boxes_it_has(params):
+def test_sam_encodes_each_image_once_for_any_number_of_boxes(params):
     def operations(boxes: int) -> float:
         box, state = jnp.zeros((2, boxes, 4)), jnp.zeros((2, boxes, 16))
         return jax.jit(TINY.predict_masks).lower(params, batch_of([[5], [6]]), box, state).cost_analysis()["flops"]
@@ -168,7 +168,7 @@ def slopes(objective: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["language", "masks"])
-def test_rows_without_a_box_take_no_part_in_the_losses_of_places(params, objective):
+def test_rows_without_a_box_do_not_enter_the_box_losses(params, objective):
     mixed = batch_of(ASKED, ANSWERS, GIVEN)
     (loss, terms), grads = slopes(objective)(params, mixed)
     assert np.isfinite(loss) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))

@@ -14,7 +14,7 @@ from lionjax.training.validate import check_boxes
 HERE = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]], bool)
 
 
-def test_the_kth_piece_of_a_row_stands_at_its_kth_marked_place_and_all_else_stays():
+def test_scatter_writes_the_kth_embedding_to_the_kth_marked_position():
     x = np.arange(15.0).reshape(3, 5, 1)
     pieces = np.array([[[100.0], [101]], [[200], [201]], [[300], [301]]])
     made = np.asarray(region.scatter_embeddings(x, HERE, pieces))[..., 0]
@@ -51,7 +51,7 @@ BOX = [0.1, 0.2, 0.6, 0.5]
         ([], 0, None),
     ],
 )
-def test_a_loader_whose_boxes_do_not_fit_its_texts_is_refused(boxes, tokens, message):
+def test_boxes_that_do_not_fit_the_box_tokens_of_the_text_are_refused(boxes, tokens, message):
     ids, nothing = np.array([[5, 9, 9, 7], [5, *[9] * tokens, *[7] * (3 - tokens)]]), np.zeros((2, 1), np.int32)
     given, real = np.zeros((2, 2, 4)), np.array([[1, 1], [0, 0]])
     given[0], given[1, : len(boxes)], real[1, : len(boxes)] = BOX, np.reshape(boxes, (-1, 4)), 1
@@ -100,7 +100,7 @@ def answered(target, learned, masks_known=None) -> Batch:
         ([0, 0, 0, 0, 0, 0], [], []),
     ],
 )
-def test_triggers_in_words_of_the_other_side_are_not_learned(learned, places, boxes):
+def test_only_triggers_in_the_loss_mask_are_gathered(learned, places, boxes):
     batch = answered([TRIGGER, LOCATION, 5, TRIGGER, LOCATION, 6], learned)
     states_BMD = np.arange(6.0).reshape(1, 6, 1)
     state_BKD, which_BK, real_BK = map(np.asarray, region.gather_region_queries(SYSTEM, batch, states_BMD))

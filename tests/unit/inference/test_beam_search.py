@@ -31,7 +31,7 @@ searched = jax.jit(beam_search, static_argnames=("model", "config"))
         {"num_beams": 3, "eos_token_id": (9, 17, 40)},
     ],
 )
-def test_beams_find_the_ids_and_scores_of_hugging_face(setting):
+def test_beam_search_matches_the_ids_and_scores_of_hugging_face(setting):
     import torch
 
     config = GenerationConfig(max_new_tokens=10, **setting)
@@ -97,7 +97,7 @@ def plain_search(params, prompt, config: GenerationConfig) -> tuple[list[int], f
         {"num_beams": 5, "length_penalty": 0.0, "min_length": 4},
     ],
 )
-def test_beams_find_what_a_plain_search_without_a_cache_finds(setting):
+def test_beam_search_with_a_cache_matches_a_plain_search_without_one(setting):
     config = GenerationConfig(max_new_tokens=8, **setting)
     lengths = set()
     for seed in range(12):
@@ -110,7 +110,7 @@ def test_beams_find_what_a_plain_search_without_a_cache_finds(setting):
     assert len(lengths) > 3
 
 
-def test_enough_beams_find_the_likeliest_of_all_answers():
+def test_enough_beams_find_the_most_likely_sequence():
     params, prompt, limit = random_params(7), PROMPTS[1], 3
     config = GenerationConfig(max_new_tokens=limit, num_beams=VOCAB**2, length_penalty=0.0)
 
@@ -130,7 +130,7 @@ def test_enough_beams_find_the_likeliest_of_all_answers():
     assert words(made)[0] == best and made.score_B[0] == pytest.approx(chance(best), abs=1e-4)
 
 
-def test_a_beam_of_one_is_greedy():
+def test_one_beam_is_greedy_decoding():
     config = GenerationConfig(max_new_tokens=9)
     for seed in range(5):
         params, batch = random_params(seed), batch_of(*PROMPTS)
@@ -139,7 +139,7 @@ def test_a_beam_of_one_is_greedy():
 
 
 @pytest.mark.slow
-def test_beams_of_a_batch_find_what_each_prompt_finds_alone():
+def test_beam_search_of_a_batch_equals_that_of_each_prompt_alone():
     config, params = (GenerationConfig(max_new_tokens=8, num_beams=3, repetition_penalty=1.5), random_params(3))
     batch = batch_of(*PROMPTS)
     together = words(generate(Toy(), params, batch, config))
@@ -148,7 +148,7 @@ def test_beams_of_a_batch_find_what_each_prompt_finds_alone():
         assert words(generate(Toy(), params, alone, config)) == [found]
 
 
-def test_the_search_stops_when_every_prompt_is_settled():
+def test_beam_search_stops_when_every_prompt_is_finished():
     params = random_params(7)
     config = GenerationConfig(max_new_tokens=50, num_beams=2)
     toy_system.steps.clear()
@@ -170,7 +170,7 @@ def test_log_probabilities_follow_their_beam():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_batch_split_over_devices_gives_the_same_words(beams):
+def test_a_batch_split_over_devices_generates_the_same_tokens(beams):
     params, batch = random_params(2), batch_of(*PROMPTS, *PROMPTS)
     config = GenerationConfig(max_new_tokens=6, num_beams=beams, repetition_penalty=1.3)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

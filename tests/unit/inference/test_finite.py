@@ -37,7 +37,7 @@ def broken(prompt_token: int | None = None, value: float = np.nan):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_rows_with_damaged_logits_are_known_and_the_others_answer_as_before(way):
+def test_rows_with_non_finite_logits_are_marked_and_the_others_are_unchanged(way):
     config = GenerationConfig(max_new_tokens=6, **WAYS[way])
     batch = batch_of(*PROMPTS)  # token 8 is in the second prompt only
     sound = generate(Toy(), random_params(0), batch, config, KEY)
@@ -49,18 +49,18 @@ def test_the_rows_with_damaged_logits_are_known_and_the_others_answer_as_before(
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("way", WAYS)
-def test_one_damaged_logit_marks_every_row(way, value):
+def test_one_non_finite_logit_marks_each_row_that_has_it(way, value):
     config = GenerationConfig(max_new_tokens=6, **WAYS[way])
     assert not np.asarray(generate(Toy(), broken(value=value), batch_of(*PROMPTS), config, KEY).is_finite_B).any()
 
 
-def test_masked_logits_are_no_damage():
+def test_logits_masked_with_minus_infinity_are_not_marked():
     config = GenerationConfig(max_new_tokens=6)
     for how in (config, dataclasses.replace(config, num_beams=3)):
         assert np.asarray(generate(Toy(), broken(value=-np.inf), batch_of(*PROMPTS), how).is_finite_B).all()
 
 
-def test_damage_in_a_later_step_is_noticed_and_ends_the_loop():
+def test_non_finite_logits_in_a_later_step_end_the_loop():
     params = random_params(0)
     params["bias"][1] = -100  # no row ends by itself
     config = GenerationConfig(max_new_tokens=20)
@@ -115,7 +115,7 @@ def asked():
     ],
     ids=["answer", "score", "boxes"],
 )
-def test_the_engine_refuses_to_answer_or_score_from_them(asked, call, what):
+def test_the_engine_refuses_non_finite_logits_when_answering_and_scoring(asked, call, what):
     engine, rows = asked
     assert len(call(engine, rows[:1])) == 1
     with pytest.raises(UserError, match=f"non-finite {what} .* for 1 of 2 inputs"):

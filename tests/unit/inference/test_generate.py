@@ -72,7 +72,7 @@ def test_a_batch_of_unequal_prompts_gives_what_each_prompt_gives_alone():
 
 
 @pytest.mark.parametrize("setting", [{}, {"do_sample": True, "top_k": 5}])
-def test_a_stream_gives_the_tokens_of_the_loop_as_they_come(setting):
+def test_streaming_yields_the_tokens_of_generate_one_by_one(setting):
     params, batch = random_params(1), batch_of(*PROMPTS)
     config = GenerationConfig(max_new_tokens=9, repetition_penalty=1.2, **setting)
     key = jax.random.key(2)
@@ -131,7 +131,7 @@ def some_scores(rows=6, vocab=300, seed=0):
     return np.random.default_rng(seed).normal(size=(rows, vocab)).astype(np.float32) * 3
 
 
-def test_penalty_and_ban_change_scores_as_hugging_face_does():
+def test_repetition_penalty_and_min_length_change_scores_as_in_hugging_face():
     import torch
     from transformers import MinLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
@@ -152,7 +152,7 @@ def test_penalty_and_ban_change_scores_as_hugging_face_does():
     "temperature, top_k, top_p",
     [(1.0, 7, 1.0), (0.7, 0, 0.9), (1.3, 40, 0.5), (2.0, 0, 0.05), (1.0, 0, 1.0), (0.5, 1000, 0.99)],
 )
-def test_sampling_draws_from_the_tokens_and_chances_of_hugging_face(temperature, top_k, top_p):
+def test_sampling_uses_the_tokens_and_probabilities_of_hugging_face(temperature, top_k, top_p):
     import torch
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -202,7 +202,7 @@ def test_the_key_decides_what_is_drawn_and_steps_differ():
 
 
 @pytest.mark.parametrize("length", [5, 128 * 40, 128 * 40 + 77])
-def test_the_best_scores_are_found_as_argmax_and_top_k_find_them(length):
+def test_argmax_and_top_k_equal_those_of_numpy_and_jax(length):
     given = some_scores(4, length, seed=length)
     given[1] = np.round(given[1])  # many ties
     given[2, 3:] = -np.inf
@@ -229,7 +229,7 @@ def test_the_best_scores_are_found_as_argmax_and_top_k_find_them(length):
         {"do_sample": True, "num_beams": 2},
     ],
 )
-def test_a_setting_that_cannot_be_is_refused_in_a_sentence(mistake):
+def test_an_invalid_generation_setting_is_refused_in_one_sentence(mistake):
     with pytest.raises(UserError, match=str(next(iter(mistake)))):
         GenerationConfig(**mistake)
 

@@ -78,7 +78,7 @@ def texts(answers) -> list[str]:
         (("Can you locate it and let me know its coordinates?", "Give the bounding box of it."), "region_level"),
     ],
 )
-def test_each_prompt_takes_the_route_that_its_task_was_trained_on(group, category):
+def test_each_prompt_uses_the_router_row_of_its_task_category(group, category):
     rng = np.random.default_rng(0)
     words = {"expr": "the red star", "word": "red", "nouns": "stars", "noun": "a star", "relation": "left of"}
     words |= {"first": "the star", "second": "the ring", "box": "[0.100,0.200,0.300,0.400]"}
@@ -87,7 +87,7 @@ def test_each_prompt_takes_the_route_that_its_task_was_trained_on(group, categor
         assert engine.prompt_category(prompt) == category, prompt
 
 
-def test_boxes_are_written_where_the_prompt_has_a_place_for_them_and_else_at_its_end():
+def test_boxes_replace_their_placeholder_in_the_prompt_or_are_appended():
     written = engine.insert_boxes("Is {box} left of {box}?", [BOX, OTHER])
     assert written == "Is [0.125,0.250,0.500,0.750] left of [0.000,0.000,0.300,0.900]?"
     assert engine.insert_boxes("What is this?", [BOX]) == "What is this? [0.125,0.250,0.500,0.750]"
@@ -106,7 +106,7 @@ def test_every_box_of_a_text_is_read_and_nothing_else():
 
 
 @pytest.mark.slow
-def test_boxes_are_answered_without_the_penalty_on_repetition_and_short_tasks_stop_early(model):
+def test_region_level_answers_have_no_repetition_penalty_and_short_tasks_few_tokens(model):
     answer = GenerationDefaults(num_beams=3, repetition_penalty=1.5)
     region, image, vqa = (
         engine.make_generation_config(answer, model.processor, *given)
@@ -130,7 +130,7 @@ def test_a_batch_answers_as_each_prompt_alone_does(model):
 
 
 @pytest.mark.slow
-def test_the_picture_the_box_the_tags_and_the_category_all_reach_the_answer(model):
+def test_image_box_tags_and_category_all_change_the_answer(model):
     one, other = some_pictures(2)
     (plain,) = model.answer([one], ["What is at {box}?"], [[BOX]])
     for changed in (
@@ -152,7 +152,7 @@ def test_boxes_in_the_answer_come_as_numbers(model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_paths_and_pil_pictures_are_the_same_as_arrays(model, tmp_path):
+def test_image_paths_and_pil_images_give_the_same_answer_as_arrays(model, tmp_path):
     (array,) = some_pictures(1)
     picture = Image.fromarray(array)
     picture.save(tmp_path / "a.png")
@@ -183,7 +183,7 @@ def test_generation_can_be_set_and_sampling_follows_the_seed(model):
 
 
 @pytest.mark.slow
-def test_a_loaded_model_takes_longer_prompts_where_it_is_told_to_and_answers_short_ones_alike(model, finished_run):
+def test_prompt_length_at_load_allows_longer_prompts_and_keeps_answers_to_short_ones(model, finished_run):
     images, words = some_pictures(1), "what " * 200
     roomy = lionjax.load(finished_run, prompt_length=300)
     assert texts(roomy.answer(images, ["What is it?"])) == texts(model.answer(images, ["What is it?"]))
@@ -222,7 +222,7 @@ def test_invalid_questions_raise_a_one_sentence_error(model, mistake, said):
 
 
 @pytest.mark.slow
-def test_a_candidate_that_is_longer_than_its_room_is_refused_and_not_ranked_by_its_beginning(model):
+def test_a_candidate_longer_than_max_target_tokens_is_refused_and_not_cut(model):
     fits, long = "red", "red " * model.processor.config.max_target_tokens
     assert sorted(model.rank_candidates(some_pictures(1), ["What?"], [[fits, "blue"]])[0]) == [0, 1]
     with pytest.raises(UserError, match="the candidate 'red red .* at most 24 are allowed"):
@@ -255,7 +255,7 @@ def test_an_exported_folder_brings_its_own_tokenizers(exported, tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_with_a_systems_sizes_alone_ask_for_the_tokenizers_they_lack(model, tmp_path):
+def test_weights_without_tokenizers_are_refused_with_what_is_missing(model, tmp_path):
     convert.to_torch(model.vlm, model.params, tmp_path / "bare")
     with pytest.raises(UserError, match="bare has no tokenizer; put one of tokenizer.json"):
         lionjax.load(tmp_path / "bare")
@@ -269,7 +269,7 @@ def test_weights_with_a_systems_sizes_alone_ask_for_the_tokenizers_they_lack(mod
 
 
 @pytest.mark.slow
-def test_a_run_that_has_not_ended_answers_with_what_it_has_learned(tmp_path, caplog):
+def test_an_unfinished_run_answers_with_its_latest_checkpoint(tmp_path, caplog):
     what = small_lion.experiment()
     first, second = (small_lion.params_of(small_lion.experiment(seed)) for seed in (0, 1))
     small_lion.put(tmp_path, what, first, 0)

@@ -46,7 +46,7 @@ HF_TEMPLATE = (
         (tiny_lion(), "lion"),
     ],
 )
-def test_each_model_is_asked_as_its_system(model, name, tmp_path):
+def test_each_released_model_gets_the_prompt_format_of_its_system(model, name, tmp_path):
     assert model.info.prompt_format == name
     experiment = released.released_experiment(model, tmp_path)
     processor, system = experiment.data.processor, SYSTEM_FORMATS[name]
@@ -57,7 +57,7 @@ def test_each_model_is_asked_as_its_system(model, name, tmp_path):
     )
 
 
-def test_five_beams_with_a_penalty_are_those_of_lion_and_of_the_instructblip_of_lavis_alone():
+def test_only_lion_and_lavis_instructblip_use_five_beams_with_a_penalty():
     penalized = {n for n, s in SYSTEM_FORMATS.items() if s.generation.repetition_penalty == 1.5}
     assert penalized == {"lion", "instructblip"}
     lion = SYSTEM_FORMATS["lion"].generation
@@ -121,7 +121,7 @@ def test_generation_config_json_decides_all_settings_where_there_is_one():
     assert defaults({"_from_model_config": True}).num_beams == 1
 
 
-def test_without_one_the_systems_own_code_decides_and_that_of_transformers_is_greedy():
+def test_without_generation_config_the_defaults_of_the_systems_code_apply():
     assert (defaults({}).num_beams, defaults({}).repetition_penalty) == (5, 1.5)
     hf = {"model_type": "instructblip", "text_config": {"eos_token_id": 2}}
     assert (defaults({}, hf).num_beams, defaults({}, hf).repetition_penalty) == (1, 1.0)
@@ -142,7 +142,7 @@ def test_end_tokens_come_from_the_first_file_that_names_them(generation_config, 
     assert defaults(generation_config, hf_config).eos_token_id == wanted
 
 
-def test_the_penalty_counts_the_prompt_only_where_it_should():
+def test_the_repetition_penalty_counts_prompt_tokens_only_with_penalize_prompt():
     prompt, mask = np.array([[3, 4, -200], [5, 9, 6]]), np.array([[1, 1, 1], [1, 0, 1]])
     config = GenerationConfig(repetition_penalty=1.5, decoder_start_token_id=None)
     assert not init_seen(4, 8, config, prompt, mask).any()
@@ -150,7 +150,7 @@ def test_the_penalty_counts_the_prompt_only_where_it_should():
     assert [row.nonzero()[0].tolist() for row in seen] == [[3, 4], [3, 4], [5, 6], [5, 6]]
 
 
-def test_a_setting_that_lionjax_does_not_have_is_named(caplog):
+def test_an_unsupported_generation_setting_is_named(caplog):
     with caplog.at_level(logging.WARNING):
         defaults({"no_repeat_ngram_size": 3, "typical_p": 1.0})
     assert "no_repeat_ngram_size" in caplog.text and "typical_p" not in caplog.text

@@ -46,7 +46,7 @@ def picture(tmp_path):
     return tmp_path / "picture.png"
 
 
-def test_a_tag_counts_above_its_own_threshold_never_at_it_nor_at_one_nor_when_left_out():
+def test_a_tag_needs_a_probability_above_its_threshold_and_excluded_tags_never_count():
     tags = TagVocabulary(tuple("abcdef"), np.array([0.65, 0.65, 1.0, 0.45, 0.45, 0.9], np.float32), excluded=(4,))
     share_BV = np.array([[0.65, 0.6500001, 1.0, 0.4500001, 0.99, 0.1], [1.0, 0.0, 1.0, 0.0, 1.0, 0.95]])
     assert tags.above_threshold(share_BV).tolist() == [[0, 1, 0, 1, 0, 0], [1, 0, 0, 0, 0, 1]]
@@ -67,7 +67,7 @@ def test_the_tags_of_a_picture_are_those_whose_probability_is_above_the_threshol
 
 
 @pytest.mark.slow
-def test_many_pictures_are_answered_as_each_alone(folder, picture):
+def test_tags_of_a_batch_equal_tags_of_each_image_alone(folder, picture):
     one = tagger.load(folder)
     given = [picture, Image.new("RGB", (9, 5), "#808080"), np.zeros((4, 4, 3), np.uint8)] * 6
     share_BV = one.probabilities(given)
@@ -80,9 +80,7 @@ def test_many_pictures_are_answered_as_each_alone(folder, picture):
         one.tag(given[2])
 
 
-def test_a_released_file_is_read_with_its_first_names_and_without_what_wrote_captions(
-    tmp_path, folder, picture, params, monkeypatch
-):
+def test_a_released_ram_file_is_read_without_its_captioning_weights(tmp_path, folder, picture, params, monkeypatch):
     torch = pytest.importorskip("torch")
     state = convert.state_dict_from_params(ram.weight_map(TINY), params)
     old = {name.replace("tagging_head.", "vision_multi."): tensor for name, tensor in state.items()}
@@ -108,7 +106,7 @@ def test_a_released_file_is_read_with_its_first_names_and_without_what_wrote_cap
     assert_same(trees.flatten(convert.from_torch(tmp_path / "back")[1]), trees.flatten(params))
 
 
-def test_the_list_of_tags_can_be_another_and_words_can_be_forbidden(folder, picture, params):
+def test_the_tag_list_can_be_replaced_and_tags_can_be_excluded(folder, picture, params):
     one = tagger.load(folder)
     label_VC = np.asarray(params["labels"])[[3, 1]]
     other = one.with_tags(["meadow", "kitten"], label_VC, thresholds=0.0)
@@ -141,7 +139,7 @@ def test_chinese_tags_come_with_the_english_ones(folder, picture):
         (tagger.TAG_LIST_FILE, "a\nb\nc\nd\n\x00\udcff", "cannot be read as text"),
     ],
 )
-def test_a_list_that_does_not_fit_is_refused_in_words(folder, file, text, problem):
+def test_an_unfitting_tag_list_is_refused_in_one_sentence(folder, file, text, problem):
     (folder / file).unlink(missing_ok=True)
     if text is not None:
         (folder / file).write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -164,13 +162,13 @@ def test_a_list_of_another_length_than_the_weights_and_a_folder_of_another_model
         tagger.load(tmp_path / "nothing")
 
 
-def test_without_thresholds_rams_own_default_holds(folder):
+def test_without_a_threshold_file_the_default_threshold_of_ram_applies(folder):
     (folder / tagger.THRESHOLD_FILE).unlink()
     np.testing.assert_array_equal(tagger.load(folder).vocabulary.threshold_V, np.full(5, np.float32(0.68)))
 
 
 @pytest.mark.slow
-def test_dropout_needs_a_key_and_changes_what_is_seen(params):
+def test_dropout_needs_a_key_and_changes_the_output(params):
     image_BHWC, c = np.ones((1, 16, 16, 3), np.float32), dataclasses.replace(TINY, dropout=0.5)
     still, moved = (Ram(c).apply({"params": params}, image_BHWC, key) for key in (None, jax.random.key(0)))
     np.testing.assert_array_equal(still, Ram(TINY).apply({"params": params}, image_BHWC))
@@ -193,7 +191,7 @@ def test_the_asymmetric_loss_and_its_gradient_are_the_formulas():
     np.testing.assert_allclose(gradient, x.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_what_a_tagger_finds_stands_before_the_question_that_a_lion_reads(folder, picture):
+def test_tags_of_the_tagger_precede_the_question_in_the_prompt_of_lion(folder, picture):
     (found,) = tagger.load(folder).tag([picture])
     processor = Processor(ProcessorConfig(image_size=28))
     words = processor.prompt.decode(processor.prompt.encode_prompt("What is it?", found.tags))

@@ -47,7 +47,7 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, m
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16])
-def test_a_model_goes_to_torch_s_names_and_back_to_the_bit_by_folder_and_in_memory(tmp_path, dtype):
+def test_a_model_round_trips_through_torch_names_bit_exactly_as_folder_and_in_memory(tmp_path, dtype):
     config, params = tiny_t5(dtype)
     convert.to_torch(config, params, tmp_path / "torch", shard_bytes=20_000)
     again, back = convert.from_torch(tmp_path / "torch")
@@ -83,7 +83,7 @@ def test_a_converted_folder_is_loaded_onto_a_mesh(tmp_path):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_model_of_transformers_comes_in_and_goes_out_and_loads_with_no_key_missing(tmp_path, name):
+def test_a_model_of_transformers_round_trips_and_loads_without_missing_keys(tmp_path, name):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model, settings, sizes = PUBLISHED[name]
@@ -106,7 +106,7 @@ def test_a_model_of_transformers_comes_in_and_goes_out_and_loads_with_no_key_mis
         assert same == {k: v for k, v in back.config.to_dict().items() if k in sizes}
 
 
-def test_a_file_of_the_bare_model_lacks_the_prefix_and_is_read(tmp_path):
+def test_a_file_without_the_model_prefix_is_read(tmp_path):
     transformers = pytest.importorskip("transformers")
     whole = shaken(transformers.GPT2LMHeadModel(transformers.GPT2Config(**PUBLISHED["gpt2"][2])))
     whole.save_pretrained(tmp_path / "whole")
@@ -115,7 +115,7 @@ def test_a_file_of_the_bare_model_lacks_the_prefix_and_is_read(tmp_path):
     assert_same(trees.flatten(one), trees.flatten(other))
 
 
-def test_of_a_whole_clip_the_vision_tower_is_read_and_the_rest_reported(tmp_path):
+def test_from_a_full_clip_the_vision_tower_is_read_and_the_rest_reported(tmp_path):
     transformers = pytest.importorskip("transformers")
     text = dict(vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40)
     config = transformers.CLIPConfig(vision_config=VIT, text_config=text, projection_dim=8)
@@ -165,7 +165,7 @@ def test_swin_classifier_is_converted_without_its_head(tmp_path):
         ({"model_type": ["llama"]}, "--system, one of lion, "),
     ],
 )
-def test_settings_that_are_computed_otherwise_are_refused(tmp_path, settings, problem):
+def test_settings_that_lionjax_does_not_compute_are_refused(tmp_path, settings, problem):
     save_file({"w": np.ones(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=problem):
@@ -198,7 +198,7 @@ def openai_names(state: dict) -> dict:
 
 
 @pytest.mark.parametrize("post", [True, False])
-def test_clip_under_openais_names_is_known_by_its_file_and_is_the_same_tower(tmp_path, monkeypatch, post):
+def test_clip_under_openai_names_is_recognized_and_gives_the_same_tower(tmp_path, monkeypatch, post):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from lionjax.models.vision import vit
@@ -222,7 +222,7 @@ def test_clip_under_openais_names_is_known_by_its_file_and_is_the_same_tower(tmp
     assert_same(trees.flatten(made), trees.flatten(params))
 
 
-def test_a_tower_of_eva_is_known_by_its_file_and_the_block_that_nobody_uses_is_left(tmp_path, monkeypatch):
+def test_an_eva_tower_is_recognized_and_its_unused_last_block_is_skipped(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     from lionjax.models.vision import vit
 
@@ -262,7 +262,7 @@ def test_a_tower_of_eva_is_known_by_its_file_and_the_block_that_nobody_uses_is_l
     assert_same(open_weights(tmp_path / "back"), {n: w for n, w in state.items() if n not in coverage.ignored})
 
 
-def test_a_checkpoint_that_is_not_known_is_refused_with_what_is(tmp_path):
+def test_an_unknown_checkpoint_is_refused_with_the_known_formats(tmp_path):
     save_file({"w": np.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="no config.json with a model_type; .* with --system, one of lion, "):
         convert.from_torch(tmp_path)
@@ -273,7 +273,7 @@ def test_a_checkpoint_that_is_not_known_is_refused_with_what_is(tmp_path):
         convert.from_torch(tmp_path, system="t6")
 
 
-def test_numbers_gone_bad_are_warned_of_and_kept(tmp_path):
+def test_nan_values_are_kept_with_a_warning(tmp_path):
     config, params = tiny_t5()
     params["head"]["kernel"][3, 4] = np.nan
     convert.to_torch(config, params, tmp_path / "torch")
@@ -282,7 +282,7 @@ def test_numbers_gone_bad_are_warned_of_and_kept(tmp_path):
     assert_same(trees.flatten(convert.load_params(tmp_path / "jax")[1]), trees.flatten(params))
 
 
-def test_a_source_that_does_not_fit_leaves_no_folder(tmp_path):
+def test_a_checkpoint_that_cannot_be_converted_leaves_no_folder(tmp_path):
     config, params = tiny_t5()
     convert.to_torch(config, params, tmp_path / "torch")
     tensors = load_file(tmp_path / "torch" / "model.safetensors")
@@ -328,7 +328,7 @@ def released_lion(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_three_parts_of_a_released_lion_become_one_and_come_back(released_lion, tmp_path, monkeypatch):
+def test_the_three_files_of_a_released_lion_round_trip(released_lion, tmp_path, monkeypatch):
     folder, lion, params, state = released_lion
     config, made = convert.from_torch(folder)
     assert config == lion

@@ -110,7 +110,7 @@ def test_tensors_that_are_not_a_delta_of_the_base_are_refused_by_name(base, tmp_
 
 
 @pytest.mark.parametrize("words, whole", [(0, False), (2, False), (2, True)])
-def test_a_projector_alone_stands_on_the_llama_and_the_clip_beside_it(base, tmp_path, words, whole):
+def test_a_projector_file_is_combined_with_the_llama_and_clip_beside_it(base, tmp_path, words, whole):
     config, params, state = llava(base, words)
     llama = load_file(base / "model.safetensors")
     table, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -135,7 +135,7 @@ def test_a_projector_alone_stands_on_the_llama_and_the_clip_beside_it(base, tmp_
 
 
 @pytest.mark.slow
-def test_a_blip2_around_openais_clip_comes_in_with_its_last_block_left(tmp_path, monkeypatch):
+def test_a_blip2_with_openai_clip_is_converted_without_the_last_block(tmp_path, monkeypatch):
     t5 = T5Config(40, 24, 6, 4, 20, 2, 2, 8, activation="gelu")
     bridge = qformer.QFormerConfig(16, 2, 2, 24, 4, 2, 1024, 30, 12, use_text_input=False)
     clip = dataclasses.replace(CLIP, width=1024, heads=16, mlp_dim=8, depth=2)
@@ -182,7 +182,7 @@ def test_a_blip2_around_openais_clip_comes_in_with_its_last_block_left(tmp_path,
 
 
 @pytest.mark.slow
-def test_blip2s_first_stage_comes_in_with_its_tower_and_goes_out_as_it_came(tmp_path, monkeypatch):
+def test_blip2_stage1_round_trips_with_its_vision_tower(tmp_path, monkeypatch):
     bridge = qformer.QFormerConfig(16, 2, 2, 24, 4, 2, 24, 30, 12)
     tower = ViTConfig(image_size=28, patch_size=14, width=24, depth=3, num_heads=4, mlp_dim=40)
     config = Blip2Stage1(tower, bridge)

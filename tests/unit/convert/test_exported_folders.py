@@ -78,7 +78,7 @@ def test_a_converted_folder_has_the_processor_and_settings_of_the_released_one(t
 @pytest.mark.slow
 @pytest.mark.parametrize("earlier_layout", [False, True])
 @pytest.mark.parametrize("name", VLMS)
-def test_an_image_size_changes_every_file_that_says_it(tmp_path, folders, name, earlier_layout):
+def test_a_new_image_size_is_written_to_every_file_that_has_it(tmp_path, folders, name, earlier_layout):
     original, _, _ = folders(name)
     shutil.copytree(original, tmp_path / "released")
     if earlier_layout:

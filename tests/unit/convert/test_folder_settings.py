@@ -136,11 +136,11 @@ def test_the_picture_settings_of_the_folder_reach_the_loaded_model(published, tm
 
 
 @pytest.mark.parametrize("image_token", [None, -1, -200, IMAGE])
-def test_an_image_token_that_is_no_word_fits(image_token, published):
+def test_an_image_token_outside_the_vocabulary_is_accepted(image_token, published):
     token_ids.check_image_token(image_token, token_ids.read_vocabulary(published), ROWS)
 
 
-def test_the_ids_of_generation_have_rows():
+def test_token_ids_of_generation_settings_must_have_embedding_rows():
     fitting = {"eos_token_id": (2, ROWS - 1), "pad_token_id": 0, "decoder_start_token_id": None}
     token_ids.check_used_ids(fitting, ROWS)
     for name, value in {"eos_token_id": [2, ROWS], "pad_token_id": ROWS, "decoder_start_token_id": -2}.items():
@@ -148,7 +148,7 @@ def test_the_ids_of_generation_have_rows():
             token_ids.check_used_ids(fitting | {name: value}, ROWS)
 
 
-def test_a_vocabulary_of_lines_is_read(tmp_path):
+def test_a_vocab_txt_is_read(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\nred\n")
     found = token_ids.read_vocabulary(tmp_path)
     assert found.ids == {"[PAD]": 0, "[UNK]": 1, "red": 2}

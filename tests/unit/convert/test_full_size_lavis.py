@@ -163,7 +163,7 @@ def test_the_full_size_table_of_llavas_own_release_covers_its_files(language, de
 
 @SIZES
 @VERSIONS
-def test_llavas_projector_alone_is_whole_with_a_llama_and_a_clip(language, depth, image):
+def test_llavas_projector_with_a_llama_and_a_clip_covers_the_full_size_model(language, depth, image):
     config = llava(language, depth, image)
     text = CheckpointTensors(blank(language_release(language)), ("language",))
     trained = CheckpointTensors(blank(projector_release(language.width, depth)), ("mm_projector.bin",))
@@ -175,7 +175,7 @@ def test_llavas_projector_alone_is_whole_with_a_llama_and_a_clip(language, depth
 
 @SIZES
 @pytest.mark.parametrize("words", [32000, 32003], ids=["no new words", "three new words"])
-def test_a_delta_of_llava_is_whole_with_a_llama_and_a_clip(language, words):
+def test_a_llava_delta_with_a_llama_and_a_clip_covers_the_full_size_model(language, words):
     """v0 and v1.1: all of the language model and one linear; the tower was never saved."""
     config = llava(dataclasses.replace(language, vocab_size=words), 1, 224)
     delta = language_release(config.language) | projector_release(language.width, 1)

@@ -70,7 +70,7 @@ def test_the_table_of_a_full_size_config_covers_every_tensor_of_transformers_and
     assert len(out) >= len(state)
 
 
-def test_the_first_llavas_table_covers_its_own_file():
+def test_the_full_size_table_of_llava_v0_covers_its_file():
     """The names of LLaMA, CLIP and a single linear in LLaVA's own code, at 224 pixels."""
     system = configs.load(CONFIGS / "llava_7b.py").model
     language = dataclasses.replace(system.language, pad_vocab_to_multiple_of=1)
@@ -87,7 +87,7 @@ def test_the_first_llavas_table_covers_its_own_file():
 
 
 @pytest.mark.slow
-def test_instructblips_odd_vocabulary_is_padded_here_and_whole_in_its_file():
+def test_the_vocabulary_of_instructblip_is_padded_in_memory_and_unpadded_in_its_file():
     system = configs.load(CONFIGS / "instructblip_vicuna7b.py").model
     assert (system.language.vocab_size, system.language.padded_vocab_size) == (32001, 32128)
     out = check(system, theirs(system))

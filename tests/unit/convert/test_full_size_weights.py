@@ -90,7 +90,7 @@ def ram_release() -> dict:
 
 
 @pytest.mark.slow
-def test_the_full_size_ram_table_covers_every_tensor_that_tags_and_every_leaf_of_the_model():
+def test_the_full_size_ram_table_covers_every_tagging_tensor_and_every_leaf_of_the_model():
     kind, state = format_of_config(RAM_SWIN_L), Blank(ram_release())
     model = kind.abstract_params(RAM_SWIN_L)
     plan = plan_params(kind.weight_map(RAM_SWIN_L), state, kind.ignore_patterns, model)

@@ -28,7 +28,7 @@ DECODER = dataclasses.replace(CONFIG, lora=LoraConfig())
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_no_class_of_transformers_takes_a_config_that_it_would_read_as_another_model(tmp_path, name):
+def test_transformers_loads_no_exported_config_as_another_model(tmp_path, name):
     transformers = pytest.importorskip("transformers")
     model = configs.load(CONFIGS / f"{name}.py").model
     try:

@@ -30,7 +30,7 @@ BF16 = ml_dtypes.bfloat16
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.SYSTEMS)
-def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_the_same(tmp_path, name):
+def test_a_model_round_trips_loads_without_missing_keys_and_gives_the_same_logits(tmp_path, name):
     seed = tiny.seed()
     draw = random.Random(seed)
     model = tiny.theirs(name, draw).to(random.Random(seed).choice([torch.float32, torch.bfloat16]))
@@ -58,7 +58,7 @@ def test_a_model_comes_in_and_goes_out_and_loads_with_no_key_missing_and_says_th
 
 
 @pytest.mark.slow
-def test_a_blip2_trained_with_its_tower_open_converts_without_the_biases_on_keys(tmp_path):
+def test_a_blip2_with_a_trained_tower_is_converted_without_key_biases(tmp_path):
     model = tiny.theirs("blip2_opt", random.Random(5))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -123,7 +123,7 @@ def test_all_key_prefixes_of_llava_give_the_same_parameters(llava, tmp_path):
         assert_same(trees.flatten(twice), trees.flatten(params))
 
 
-def test_two_tensors_of_one_name_in_two_spellings_are_refused(llava, tmp_path):
+def test_one_tensor_under_two_key_prefixes_is_refused(llava, tmp_path):
     saved, _ = llava
     folder = renamed(saved, tmp_path / "twice", lambda name: name)
     tensors = load_file(folder / "model.safetensors")
@@ -150,7 +150,7 @@ def as_llavas_own(state: dict) -> dict:
     return made
 
 
-def test_a_llava_under_its_makers_names_comes_in_and_goes_out_as_it_came(llava, tmp_path):
+def test_a_llava_under_its_original_names_round_trips(llava, tmp_path):
     saved, _ = llava
     config, params = convert.from_torch(saved)
     own = dataclasses.replace(config, names="original", image_token=-200)
@@ -176,7 +176,7 @@ def test_a_llava_under_its_makers_names_comes_in_and_goes_out_as_it_came(llava, 
     assert_same(trees.flatten(convert.from_torch(tmp_path / "own")[1]), trees.flatten(params))
 
 
-def test_a_llava_that_transformers_cannot_hold_is_told_so(llava, tmp_path):
+def test_a_llava_that_transformers_cannot_hold_is_refused_in_its_format(llava, tmp_path):
     config, params = convert.from_torch(llava[0])
     with pytest.raises(UserError, match="image_token_id is -200; .* or set the model's torch_names to 'original'"):
         convert.to_torch(dataclasses.replace(config, image_token=-200), params, tmp_path / "out")
@@ -198,7 +198,7 @@ def test_a_llava_that_transformers_cannot_hold_is_told_so(llava, tmp_path):
         ({"vision_feature_layer": 0}, "vision_feature_layer 0"),
     ],
 )
-def test_settings_that_are_computed_otherwise_are_refused(llava, tmp_path, change, problem):
+def test_settings_that_lionjax_does_not_compute_are_refused(llava, tmp_path, change, problem):
     folder = shutil.copytree(llava[0], tmp_path / "other")
     settings = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(settings))
@@ -210,7 +210,7 @@ LAVIS = [("blip2_opt", "opt"), ("blip2_vicuna", "llama"), ("instructblip_t5", "t
 
 
 @pytest.mark.parametrize("name, word", LAVIS)
-def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(tmp_path, monkeypatch, name, word):
+def test_a_lavis_checkpoint_is_combined_with_its_vision_tower_and_language_model(tmp_path, monkeypatch, name, word):
     from lionjax.models.connectors import qformer
     from lionjax.models.vision import vit
 
@@ -243,7 +243,7 @@ def test_what_lavis_trained_comes_in_with_its_tower_and_its_language_model(tmp_p
         convert.from_torch(folder)
 
 
-def test_a_minigpt4_comes_in_with_the_blip2_that_it_builds_on(tmp_path, monkeypatch):
+def test_a_minigpt4_checkpoint_is_combined_with_its_blip2(tmp_path, monkeypatch):
     from lionjax.models.connectors import qformer
     from lionjax.models.vision import vit
 
@@ -273,7 +273,7 @@ def test_a_minigpt4_comes_in_with_the_blip2_that_it_builds_on(tmp_path, monkeypa
     assert_same(trees.flatten(convert.load_params(tmp_path / "ours")[1]), trees.flatten(params))
 
 
-def test_biases_on_keys_that_are_not_finite_are_refused(tmp_path):
+def test_non_finite_key_biases_are_refused(tmp_path):
     model = tiny.theirs("blip2_opt", random.Random(5))
     with torch.no_grad():
         bias = model.vision_model.encoder.layers[1].self_attn.qkv.bias
@@ -285,7 +285,7 @@ def test_biases_on_keys_that_are_not_finite_are_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-def test_rows_that_pad_a_vocabulary_for_a_mesh_are_zero_are_never_said_and_never_leave(tmp_path, tied):
+def test_vocabulary_padding_rows_are_zero_never_generated_and_never_exported(tmp_path, tied):
     from lionjax.models.language.decoder import Decoder, DecoderConfig
     from lionjax.models.vlm import visual_prefix_weights
 

@@ -55,7 +55,7 @@ def refused(path) -> str:
 # Reading
 
 
-def test_a_safetensors_file_lies_on_the_disk_until_it_is_used(tmp_path):
+def test_a_safetensors_file_is_read_only_when_used(tmp_path):
     tensors = some_tensors() | {"large": np.ones(20_000_000, BF16)}
     save_file(tensors, tmp_path / "m.safetensors")
     tracemalloc.start()
@@ -310,7 +310,7 @@ def test_dictionaries_around_the_weights_may_be_nested(tmp_path, wrap):
     assert_same(open_weights(tmp_path), some_tensors())
 
 
-def test_what_data_parallel_training_adds_to_names_is_taken_off(tmp_path):
+def test_name_prefixes_of_data_parallel_training_are_removed(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"module.a": torch.ones(2), "module.b": torch.ones(2)}, tmp_path / "m.bin")
     assert set(open_weights(tmp_path)) == {"a", "b"}
@@ -425,7 +425,7 @@ def test_tensors_may_come_layer_by_layer_in_any_order_and_layout(tmp_path):
     assert_same(load_file(tmp_path / "m.safetensors"), {"w": whole})
 
 
-def test_a_part_that_is_missing_or_of_another_form_is_a_fault_of_ours(tmp_path):
+def test_a_missing_or_unplanned_part_is_an_internal_error(tmp_path):
     tensors = some_tensors()
     with pytest.raises(ValueError, match="bytes were written"):
         write_safetensors(tmp_path, "m", forms_of(tensors), list(parts_of(tensors))[1:])

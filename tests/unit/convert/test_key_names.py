@@ -70,7 +70,7 @@ def test_prefixes_of_wrappers_are_removed_in_every_kind_of_file(tmp_path, llama,
     assert_same(open_part(tmp_path, checkpoint_format, config), tensors)
 
 
-def test_a_bare_model_keeps_its_prefix_or_gets_it(tmp_path, llama):
+def test_a_checkpoint_with_or_without_the_model_prefix_is_read_alike(tmp_path, llama):
     checkpoint_format, config, tensors = llama
     bare = {name: array for name, array in tensors.items() if name != "lm_head.weight"}
     for prefix, folder in (("", "as_is"), ("module.", "wrapped"), ("model.", "twice")):
@@ -96,7 +96,7 @@ def test_a_bare_model_keeps_its_prefix_or_gets_it(tmp_path, llama):
         ("module", "module"),
     ],
 )
-def test_wrappers_go_from_any_place_and_own_names_stay(name, plain):
+def test_wrapper_names_are_removed_anywhere_and_other_names_stay(name, plain):
     assert remove_wrappers(name) == plain
 
 

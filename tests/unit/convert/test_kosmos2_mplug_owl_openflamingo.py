@@ -37,7 +37,7 @@ def same(one, other):
         np.testing.assert_array_equal(leaf, other[path], path)
 
 
-def test_a_kosmos_2_of_transformers_comes_in_and_goes_back(tmp_path):
+def test_a_kosmos_2_of_transformers_round_trips(tmp_path):
     seed = tiny.seed()
     torch.manual_seed(seed)
     theirs, system = bridges.kosmos(random.Random(seed))
@@ -55,7 +55,7 @@ def test_a_kosmos_2_of_transformers_comes_in_and_goes_back(tmp_path):
     same(convert.from_torch(tmp_path / "back")[1], params)
 
 
-def test_an_mplug_owl_goes_out_and_comes_back_by_its_own_config(tmp_path):
+def test_an_mplug_owl_round_trips_with_its_own_config(tmp_path):
     system = dataclasses.replace(bridges.owl(random.Random(0)), image_token=-1)
     params = random_weights(system)
     convert.to_torch(system, params, tmp_path)
@@ -122,7 +122,7 @@ def openflamingo(folder, spelled: bool):
 
 
 @pytest.mark.parametrize("spelled", [False, True])
-def test_the_parts_of_an_openflamingo_make_one_whole(tmp_path, spelled):
+def test_an_openflamingo_is_combined_from_its_parts(tmp_path, spelled):
     system, params = openflamingo(tmp_path / "parts", spelled)
     config, found = convert.from_torch(tmp_path / "parts", system="flamingo")
     assert config == system

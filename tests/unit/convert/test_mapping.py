@@ -100,7 +100,7 @@ def assert_same_bits(one: dict, other: dict):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_from_torch_and_back_is_the_same_to_the_bit(dtype):
+def test_from_torch_and_back_is_bit_exact(dtype):
     state = every_state(dtype)
     assert_same_bits(
         convert.state_dict_from_params(every_rows(), convert.params_from_state_dict(every_rows(), state)), state
@@ -108,7 +108,7 @@ def test_from_torch_and_back_is_the_same_to_the_bit(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_to_torch_and_back_is_the_same_to_the_bit(dtype):
+def test_to_torch_and_back_is_bit_exact(dtype):
     params = convert.params_from_state_dict(every_rows(), every_state(dtype))
     on_device = jax.tree.map(jax.numpy.asarray, params)
     back = convert.params_from_state_dict(every_rows(), convert.state_dict_from_params(every_rows(), on_device))
@@ -123,7 +123,7 @@ def test_nan_payloads_infinities_and_negative_zero_keep_their_bits():
     assert_same_bits(convert.state_dict_from_params(rows, there), state)
 
 
-def test_layers_and_their_parts_stand_where_the_table_says():
+def test_layers_and_their_parts_are_stacked_as_the_table_says():
     state = every_state(np.float32)
     flat = trees.flatten(convert.params_from_state_dict(every_rows(), state))
     assert flat["blocks/q/kernel"].shape == (4, D, N, H)
@@ -137,7 +137,7 @@ def test_layers_and_their_parts_stand_where_the_table_says():
     assert np.array_equal(flat["global/norm"][1], state["sam.15.norm"])
 
 
-def test_changes_of_layout_mean_what_torch_means():
+def test_transposed_kernels_compute_what_torch_computes():
     rng = np.random.default_rng(1)
     x, y = rng.standard_normal((3, D)), rng.standard_normal((3, N, H))
     into, out = rng.standard_normal((N * H, D)), rng.standard_normal((D, N * H))
@@ -148,7 +148,7 @@ def test_changes_of_layout_mean_what_torch_means():
     assert np.allclose(np.einsum("BNH,NHD->BD", y, merge_heads_kernel(N, H).to_flax(out)), y.reshape(3, N * H) @ out.T)
 
 
-def test_convolutions_mean_what_torch_means():
+def test_convolution_kernels_compute_what_torch_computes():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(2)
     image, kernel = rng.standard_normal((1, 3, 4, 4)), rng.standard_normal((5, 3, 2, 2))
@@ -198,7 +198,7 @@ def test_invalid_braces_in_a_torch_name_are_refused(text):
         WeightMapping(text, "w")
 
 
-def test_rows_under_a_prefix_are_the_rows_of_a_model_inside_another():
+def test_a_weight_map_under_a_prefix_is_that_of_a_submodule():
     state = {f"visual.{name}": w for name, w in every_state(np.float32).items()}
     rows = with_prefix("visual.", "vision/", every_rows())
     params = convert.params_from_state_dict(rows, state)
@@ -212,7 +212,7 @@ def said(call) -> list[str]:
     return str(error.value).splitlines()
 
 
-def test_everything_wrong_on_the_way_in_is_said_at_once_by_name():
+def test_all_problems_of_an_import_are_listed_by_name_in_one_error():
     state = every_state(np.float32)
     for name in ("blocks.2.proj.weight", "cls", "sam.3.norm"):
         del state[name]
@@ -230,7 +230,7 @@ def test_everything_wrong_on_the_way_in_is_said_at_once_by_name():
     assert "tensor 'patch.weight', float32 (6, 3, 2), does not fit conv" in text
 
 
-def test_numbers_that_the_table_forbids_are_said_together():
+def test_forbidden_values_are_reported_together():
     state = every_state(np.float32)
     state["blocks.1.qkv.bias"] = np.full(3 * N * H, np.nan, np.float32)
     state["decoder.words"] = state["decoder.words"] + 1
@@ -276,7 +276,7 @@ def test_values_of_a_part_without_a_parameter_are_dropped_and_written_as_zeros()
     assert not transform.drops(every_state(np.float32)["blocks.1.qkv.bias"])
 
 
-def test_everything_wrong_on_the_way_out_is_said_at_once_by_name():
+def test_all_problems_of_an_export_are_listed_by_name_in_one_error():
     flat = trees.flatten(convert.params_from_state_dict(every_rows(), every_state(np.float32)))
     del flat["class_token"]
     flat |= {"odd": np.ones(1), "global/norm": np.ones(()), "patch/kernel": np.ones((2, 2, 3))}
@@ -309,7 +309,7 @@ def test_a_table_that_names_something_twice_is_refused_both_ways(rows, problem):
     )
 
 
-def test_the_model_s_own_shapes_are_held_against_the_file():
+def test_tensor_shapes_are_checked_against_the_model():
     params = convert.params_from_state_dict(every_rows(), every_state(np.float32))
     expected = trees.flatten(params)
     expected["words/table"] = TensorSpec((12, D), np.dtype("float32"))
@@ -327,7 +327,7 @@ def test_the_model_s_own_shapes_are_held_against_the_file():
     assert "(11, 6) where the model has (12, 6)" in text and "float32 where the model has int32" in text
 
 
-def test_a_run_of_layers_that_ends_too_soon_is_a_gap_where_the_model_has_more():
+def test_missing_last_layers_are_reported_where_the_model_has_more():
     rows, state = (WeightMapping("h.{i}.w", "w"),), {f"h.{i}.w": np.ones(2) for i in range(3)}
     assert convert.params_from_state_dict(rows, state)["w"].shape == (3, 2)
     expected = {"w": TensorSpec((5, 2), np.dtype("float64"))}
@@ -336,13 +336,13 @@ def test_a_run_of_layers_that_ends_too_soon_is_a_gap_where_the_model_has_more():
     )
 
 
-def test_a_file_in_half_precision_fits_a_model_in_full():
+def test_a_float16_file_fits_a_float32_model():
     expected = convert.params_from_state_dict(every_rows(), every_state(np.float32))
     params = convert.params_from_state_dict(every_rows(), every_state(ml_dtypes.bfloat16), expected=expected)
     assert params["words"]["table"].dtype == ml_dtypes.bfloat16
 
 
-def test_ignored_names_are_passed_over_before_the_rows_see_them():
+def test_ignored_names_are_dropped_before_matching():
     rows = (WeightMapping("h.{i}.w", "w"),)
     state = {f"h.{i}.w": np.ones(2) for i in range(4)} | {"head.weight": np.ones(1)}
     assert convert.params_from_state_dict(rows, state, ignore=(r"h\.3\..*", "head.*"))["w"].shape == (3, 2)
@@ -378,12 +378,12 @@ def test_a_constant_may_be_missing_and_is_written():
 
 
 @pytest.mark.parametrize("op, shape", [(reshape((1, 1, -1), (-1,)), (2, 6)), (squeeze, (2, 3)), (squeeze, ())])
-def test_a_shape_from_which_there_is_no_way_back_is_refused(op, shape):
+def test_a_shape_that_does_not_fit_a_transform_is_refused(op, shape):
     with pytest.raises(UserError, match="does not fit"):
         convert.params_from_state_dict((WeightMapping("w", "w", op),), {"w": np.ones(shape)})
 
 
-def test_a_name_with_a_mad_number_is_refused_and_not_counted_up_to():
+def test_a_name_with_an_absurd_layer_number_is_refused():
     start = time.perf_counter()
     with pytest.raises(UserError, match="numbered up to"):
         convert.params_from_state_dict(
@@ -426,7 +426,7 @@ def test_a_large_transposed_matrix_is_copied_tile_by_tile(shape):
     assert np.array_equal(target, source.T)
 
 
-def test_bits_do_not_change_their_dtype_on_the_way():
+def test_copy_bits_refuses_another_dtype():
     with pytest.raises(ValueError, match="it must be"):
         copy_bits(np.zeros(3, np.float32), np.zeros(3, np.float16))
 

@@ -32,7 +32,7 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_transformers_reads_words_as_we_do(exported):
+def test_transformers_loads_the_exported_tokenizer_with_the_same_ids(exported):
     transformers = pytest.importorskip("transformers")
     what, folder = exported
     mine = Processor(what.data.processor).tokenizer
@@ -46,7 +46,7 @@ def test_transformers_reads_words_as_we_do(exported):
         assert (theirs.pad_token, theirs.eos_token, theirs.unk_token) == ("<pad>", "</s>", "<unk>")
 
 
-def test_transformers_reads_pictures_as_we_do(exported):
+def test_transformers_loads_the_exported_image_processor_with_the_same_pixels(exported):
     transformers = pytest.importorskip("transformers")
     what, folder = exported
     theirs = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")

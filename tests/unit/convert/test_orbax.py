@@ -96,7 +96,7 @@ def test_an_orbax_checkpoint_is_loaded_onto_another_mesh_and_goes_out_to_torch_a
     assert convert.weight_map_of(tmp_path / "orbax") == convert.weight_map_of(source)
 
 
-def test_each_device_s_part_is_copied_out_of_the_file_s_map_and_no_byte_besides(tmp_path, monkeypatch):
+def test_each_device_copies_only_its_shard_from_the_mapped_file(tmp_path, monkeypatch):
     source = small_folder(tmp_path)
     tensors, kept = open_weights(tmp_path / "torch"), {}
     promises = promised(monkeypatch, tmp_path / "torch")
@@ -150,7 +150,7 @@ def bytes_read() -> int:
     return sum(value["value"] for metric in found for value in metric["values"])
 
 
-def test_one_shard_is_read_from_the_disk_by_its_own_bytes(tmp_path):
+def test_reading_one_shard_reads_only_its_bytes(tmp_path):
     config = T5Config(512, 512, 32, 16, 2048, 2, 1, 8)
     rng = np.random.default_rng(0)
     shapes = like_of(config)
@@ -205,7 +205,7 @@ def test_lazy_layers_are_requested_one_at_a_time(tmp_path, monkeypatch):
     assert_same(trees.flatten(convert.load_params(tmp_path / "orbax")[1]), trees.flatten(params))
 
 
-def test_what_does_not_fit_leaves_nothing_of_the_checkpoint(tmp_path):
+def test_a_failed_orbax_export_leaves_no_checkpoint(tmp_path):
     small_folder(tmp_path)
     file = tmp_path / "torch" / "model.safetensors"
     tensors = load_file(file)
@@ -230,7 +230,7 @@ def test_a_damaged_orbax_checkpoint_is_refused_in_words(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_writes_it_and_refuses_what_it_would_leave_out(tmp_path, capsys):
+def test_the_command_writes_orbax_and_refuses_options_that_it_would_ignore(tmp_path, capsys):
     small_folder(tmp_path)
     src, dst = str(tmp_path / "torch"), str(tmp_path / "orbax")
     for odd in (["--verify"], ["--merge-lora"], ["--add-tokens", "a"], ["--image-size", "28"]):
@@ -260,7 +260,7 @@ print(json.dumps([sum(copied), coverage.bytes]))
 
 
 @pytest.mark.slow
-def test_two_processes_write_one_checkpoint_together_each_of_its_own_bytes(tmp_path):
+def test_two_processes_write_one_checkpoint_each_its_own_shards(tmp_path):
     source = small_folder(tmp_path)
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -36,7 +36,7 @@ def logits(config, params, ids):
     return np.asarray(Decoder(config).apply({"params": params}, ids, method=read))
 
 
-def test_a_lora_is_written_as_peft_lays_it_out(tmp_path):
+def test_a_lora_is_written_in_the_layout_of_peft(tmp_path):
     convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
     adapter = tmp_path / "torch" / "adapter"
     assert sorted(file.name for file in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -54,7 +54,7 @@ def test_a_lora_is_written_as_peft_lays_it_out(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
-def test_a_model_with_lora_goes_out_and_comes_back_to_the_bit(tmp_path, dtype):
+def test_a_model_with_lora_round_trips_bit_exactly(tmp_path, dtype):
     params = random_params(CONFIG, dtype)
     convert.save(CONFIG, params, tmp_path / "ours")
     coverage = convert.convert(tmp_path / "ours", tmp_path / "torch", "torch", shard_bytes=9000)
@@ -66,7 +66,7 @@ def test_a_model_with_lora_goes_out_and_comes_back_to_the_bit(tmp_path, dtype):
 
 
 @pytest.mark.slow
-def test_a_system_s_lora_is_kept_apart_too(tmp_path):
+def test_the_lora_of_a_vision_language_model_is_exported_separately(tmp_path):
     lion = tiny_lion()
     lora = LoraConfig(2, 4.0, target_modules=("q", "v"))
     lion = dataclasses.replace(lion, language=dataclasses.replace(lion.language, lora=lora))
@@ -79,7 +79,7 @@ def test_a_system_s_lora_is_kept_apart_too(tmp_path):
     assert said["target_modules"] == ["q", "v"]  # no other part has matrices of these names
 
 
-def test_names_that_other_parts_share_are_told_in_full():
+def test_module_names_shared_by_other_parts_are_written_in_full():
     tower, language = (
         "model.vision_tower.layers.{}.self_attn.q_proj",
         "language_model.model.layers.{}.self_attn.q_proj",
@@ -220,7 +220,7 @@ def test_a_merged_matrix_is_rounded_once_in_its_own_dtype(tmp_path):
         ({"r": 0}, "is no valid LoRA config"),
     ],
 )
-def test_an_adapter_that_is_computed_otherwise_is_refused(tmp_path, change, problem):
+def test_an_adapter_with_unsupported_settings_is_refused(tmp_path, change, problem):
     convert.to_torch(CONFIG, random_params(CONFIG), tmp_path / "torch")
     file = tmp_path / "torch" / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -255,7 +255,7 @@ def test_an_adapter_with_a_tensor_that_the_model_lacks_is_refused(tmp_path):
         convert.from_torch(tmp_path / "torch")
 
 
-def test_an_adapter_is_merged_on_the_way_in_to_the_bits_of_the_way_out(tmp_path):
+def test_merging_an_adapter_on_import_equals_merging_on_export_bit_exactly(tmp_path):
     params = random_params(CONFIG)
     convert.to_torch(CONFIG, params, tmp_path / "torch")
     convert.to_torch(CONFIG, params, tmp_path / "merged", merge_lora=True)
@@ -270,7 +270,7 @@ def test_an_adapter_is_merged_on_the_way_in_to_the_bits_of_the_way_out(tmp_path)
         convert.convert(tmp_path / "merged", tmp_path / "again", "jax", merge_lora=True)
 
 
-def test_added_words_get_columns_in_the_lora_of_the_head(tmp_path):
+def test_added_tokens_get_columns_in_the_lora_of_the_head(tmp_path):
     lora = dataclasses.replace(LORA, target_modules=("head", "q"))
     config = dataclasses.replace(CONFIG, lora=lora)
     convert.to_torch(config, params := random_params(config), tmp_path / "torch")
@@ -328,7 +328,7 @@ DAMAGED = (
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(damage=damages, name=st.sampled_from(DAMAGED), words=st.booleans())
-def test_a_damaged_folder_goes_both_ways_whole_or_leaves_nothing(good_folder, tmp_path, damage, name, words):
+def test_a_damaged_adapter_folder_converts_completely_or_leaves_nothing(good_folder, tmp_path, damage, name, words):
     work = Path(tempfile.mkdtemp(dir=tmp_path))
     shutil.copytree(good_folder, work / "in")
     content = (work / "in" / name).read_bytes()
@@ -347,7 +347,7 @@ def test_a_damaged_folder_goes_both_ways_whole_or_leaves_nothing(good_folder, tm
     shutil.rmtree(work)
 
 
-def test_what_has_no_lora_cannot_be_merged(tmp_path):
+def test_merging_without_a_lora_is_refused(tmp_path):
     plain = dataclasses.replace(CONFIG, lora=LoraConfig())
     with pytest.raises(UserError, match="has no LoRA"):
         convert.to_torch(plain, random_params(plain), tmp_path / "torch", merge_lora=True)

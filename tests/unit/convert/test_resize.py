@@ -29,7 +29,7 @@ def test_positions_are_resampled_as_torch_does_it(old, new, corners):
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_a_tower_gets_positions_for_larger_pictures_and_its_class_token_keeps_its_own(clip):
+def test_positions_are_interpolated_for_larger_images_and_the_class_token_stays(clip):
     torch = pytest.importorskip("torch")
     vision = ViTConfig(image_size=28, patch_size=7, width=5, pre_layernorm=clip)
     table = np.random.default_rng(0).standard_normal((17, 5)).astype(np.float32)
@@ -43,7 +43,7 @@ def test_a_tower_gets_positions_for_larger_pictures_and_its_class_token_keeps_it
 
 
 @pytest.mark.slow
-def test_a_tagger_for_other_pictures_gets_other_windows_and_sees_with_them(tmp_path):
+def test_a_tagger_resized_to_another_image_size_gets_new_windows_and_still_works(tmp_path):
     torch = pytest.importorskip("torch")
     import jax
     from small_ram import TINY, WORDS
@@ -87,7 +87,7 @@ def tokenizer_of(transformers, words: int):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_new_words_stand_behind_the_old_in_table_head_and_tokenizer(tmp_path, tied):
+def test_added_tokens_follow_the_vocabulary_in_embeddings_head_and_tokenizer(tmp_path, tied):
     transformers, model = saved_llama(tmp_path / "base", tied)
     tokenizer_of(transformers, 50).save_pretrained(tmp_path / "base")
     convert.convert(
@@ -108,7 +108,7 @@ def test_new_words_stand_behind_the_old_in_table_head_and_tokenizer(tmp_path, ti
     assert tokenizer("w7<at><boxes> w8")["input_ids"] == [7, 53, 54, 8]
 
 
-def test_words_take_the_spare_rows_of_a_padded_vocabulary_first(tmp_path):
+def test_added_tokens_use_padding_rows_first(tmp_path):
     transformers, model = saved_llama(tmp_path / "base")
     tokenizer_of(transformers, 47).save_pretrained(tmp_path / "base")
     convert.convert(tmp_path / "base", tmp_path / "ours", "jax", resize_options=ResizeOptions(("<a>", "<b>")))
@@ -132,7 +132,7 @@ def test_padding_the_vocabulary_changes_no_existing_row(tmp_path):
     assert filled["head"]["kernel"][:, :97].tobytes() == params["head"]["kernel"].tobytes()
 
 
-def test_a_folder_of_clip_is_converted_for_other_pictures_with_its_processor(tmp_path):
+def test_a_clip_folder_is_converted_to_another_image_size_with_its_processor(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VIT))
@@ -149,7 +149,7 @@ def test_a_folder_of_clip_is_converted_for_other_pictures_with_its_processor(tmp
     assert said["size"] == {"shortest_edge": 56} and said["crop_size"] == {"height": 56, "width": 56}
 
 
-def test_rows_that_only_a_mesh_wants_disappear_on_the_way_out(tmp_path):
+def test_vocabulary_padding_rows_are_removed_on_export(tmp_path):
     from small_lora import random_params
 
     split = DecoderConfig(50, 24, 2, 4, 2, 6, 40, pad_vocab_to_multiple_of=8)
@@ -170,7 +170,7 @@ def test_rows_that_only_a_mesh_wants_disappear_on_the_way_out(tmp_path):
         (ResizeOptions(added_tokens=("<a>",)), "has no vocabulary"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, wanted, problem):
+def test_an_impossible_resize_is_refused_and_leaves_nothing(tmp_path, wanted, problem):
     transformers = pytest.importorskip("transformers")
     transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VIT)).save_pretrained(tmp_path / "clip")
     with pytest.raises(UserError, match=problem):

@@ -20,7 +20,7 @@ from lionjax.models.vlm.nextchat import NextChat
 
 
 @pytest.mark.slow
-def test_a_folder_of_transformers_sam_comes_in_and_loads_there_again(tmp_path):
+def test_a_sam_folder_of_transformers_round_trips(tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.SamModel(transformers.SamConfig(**SAM))
@@ -33,7 +33,7 @@ def test_a_folder_of_transformers_sam_comes_in_and_loads_there_again(tmp_path):
     assert_loads_alike(theirs, tmp_path / "back")
 
 
-def test_metas_sam_is_known_by_its_file_name(tmp_path):
+def test_metas_sam_is_recognized_by_its_file_name(tmp_path):
     save_file({"image_encoder.pos_embed": np.zeros((1, 64, 64, 1280), np.float32)}, tmp_path / "weights.safetensors")
     (tmp_path / "weights.safetensors").rename(tmp_path / "sam_vit_h_4b8939.pth")
     kinds = {kind.name: kind for kind in detect.FORMATS}
@@ -64,7 +64,7 @@ RELEASE = {
 }
 
 
-def test_the_releases_settings_mean_the_full_size_system():
+def test_the_released_nextchat_config_gives_the_full_size_model():
     kind = next(kind for kind in detect.FORMATS if kind.name == "nextchat")
     assert kind.config_from_hf(RELEASE) == NextChat()
     said = kind.config_to_hf(NextChat())
@@ -74,7 +74,7 @@ def test_the_releases_settings_mean_the_full_size_system():
 
 
 @pytest.mark.slow
-def test_a_nextchat_goes_out_and_comes_back_to_the_bit(tmp_path):
+def test_a_nextchat_round_trips_bit_exactly(tmp_path):
     from small_nextchat import TINY, batch_of
 
     shapes = sharding.abstract_params(TINY.init, jax.random.key(0), batch_of([[5]]))

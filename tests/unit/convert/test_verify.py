@@ -59,7 +59,7 @@ def saved(name: str, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_both_models_agree_at_every_stage_and_most_stages_are_compared(tmp_path, name):
+def test_verification_compares_most_stages_and_all_agree(tmp_path, name):
     folder = saved(name, tmp_path / "theirs")
     found = compare.verify(*convert.from_torch(folder), folder)
     assert found.all_close, str(found)
@@ -81,7 +81,7 @@ def test_vision_language_models_match_transformers_at_every_module(tmp_path, nam
     assert len(found.not_compared) < len(found.module_diffs) / 2, f"seed {seed}\n{found}"
 
 
-def test_where_two_models_part_is_said_by_stage_and_layer(tmp_path):
+def test_verification_names_the_stage_and_layer_that_differ(tmp_path):
     folder = saved("llama", tmp_path / "theirs")
     config, params = convert.from_torch(folder)
     kernel = params["blocks"]["mlp"]["up"]["kernel"].copy()
@@ -100,7 +100,7 @@ def test_where_two_models_part_is_said_by_stage_and_layer(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_merged_lora_is_held_against_the_model_that_runs_it_apart(tmp_path):
+def test_verification_compares_a_merged_lora_with_the_unmerged_model(tmp_path):
     from small_lora import CONFIG, random_params
 
     params = random_params(CONFIG)
@@ -113,7 +113,7 @@ def test_a_merged_lora_is_held_against_the_model_that_runs_it_apart(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_transformers_does_not_have_is_said(tmp_path):
+def test_verification_says_what_transformers_does_not_have(tmp_path):
     from published_folders import tiny_lion
     from small_lora import random_params
 
@@ -158,7 +158,7 @@ PARTS = {  # some that must be compared, how many layers they have, and somethin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
-def test_a_system_that_transformers_does_not_have_is_compared_part_by_part(tmp_path, name):
+def test_a_model_without_a_transformers_class_is_verified_part_by_part(tmp_path, name):
     from small_lora import random_params
 
     system = systems_without_a_class()[name]

@@ -83,7 +83,7 @@ def test_a_tower_in_a_subfolder_is_found(llava, tmp_path):
     check_reads_back(config, state, tmp_path / "out")
 
 
-def test_of_two_subfolders_the_one_of_the_towers_name_is_read(llava, tmp_path):
+def test_of_two_subfolders_the_one_named_after_the_tower_is_read(llava, tmp_path):
     config, state, folder = llava
     write_clip(config, state, folder / "clip")
     write_clip(config, {name: -array for name, array in state.items()}, folder / "a_clip", layer_norm_eps=1e-3)
@@ -102,7 +102,7 @@ def test_the_tower_that_the_user_gives_is_read(llava, tmp_path, capsys):
     check_reads_back(config, state, tmp_path / "out")
 
 
-def test_settings_of_the_user_and_weights_of_the_checkpoint_go_together(whole, tmp_path):
+def test_config_of_the_given_tower_is_used_with_tower_weights_of_the_checkpoint(whole, tmp_path):
     config, state, folder = whole
     other = {name: np.zeros_like(array) for name, array in state.items()}
     write_clip(config, other, tmp_path / "clip")
@@ -124,7 +124,7 @@ def test_a_whole_clip_is_read_without_its_text_tower(llava, tmp_path):
 
 
 @pytest.mark.parametrize("has_weights", [True, False])
-def test_a_tower_that_is_nowhere_is_refused_in_one_sentence(whole, llava, tmp_path, has_weights):
+def test_a_missing_tower_is_refused_in_one_sentence(whole, llava, tmp_path, has_weights):
     folder = (whole if has_weights else llava)[2]  # the weights of a small tower do not tell its number of heads
     with pytest.raises(UserError) as error:
         convert.convert(folder, tmp_path / "out", "jax")
@@ -143,12 +143,12 @@ def test_a_tower_that_is_nowhere_is_refused_in_one_sentence(whole, llava, tmp_pa
         ("C:\\models\\clip-vit-large-patch14", CLIP_224),
     ],
 )
-def test_a_known_name_at_the_end_of_a_path_tells_the_sizes(tmp_path, name, sizes):
+def test_tower_sizes_follow_from_a_known_name_at_the_end_of_a_path(tmp_path, name, sizes):
     assert complete_llava_config({"mm_vision_tower": name}, tmp_path)["vision_config"] == sizes
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model."])
-def test_a_tower_of_openais_width_in_the_weights_tells_its_sizes(tmp_path, prefix):
+def test_tower_sizes_follow_from_the_width_of_an_openai_tower_in_the_weights(tmp_path, prefix):
     tower = f"{prefix}{LLAVA_TOWER_PREFIX}vision_model."
     state = {
         f"{tower}embeddings.class_embedding": (768,),

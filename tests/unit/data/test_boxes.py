@@ -66,7 +66,7 @@ IN_SQUARE = {  # BOX and OTHER in the square around a picture of this size, by h
 
 @pytest.mark.parametrize("how", places.BOX_FORMATS)
 @pytest.mark.parametrize("size", [(1, 1), (60, 20), (20, 60)])
-def test_an_answer_comes_back_with_its_boxes_on_the_picture(how, size):
+def test_boxes_of_a_decoded_answer_are_fractions_of_the_original_image(how, size):
     processor, square = Processor(CONFIG), Letterbox(*size)
     ids, inside = processor.prompt.encode_with_boxes(TEXT, [BOX, OTHER], square, how)
     np.testing.assert_allclose(inside, IN_SQUARE[size])
@@ -76,7 +76,7 @@ def test_an_answer_comes_back_with_its_boxes_on_the_picture(how, size):
     np.testing.assert_allclose(boxes, [BOX, OTHER], atol=worst)
 
 
-def test_digits_are_written_as_ever_and_bins_and_embeddings_as_two_tokens():
+def test_digit_boxes_are_text_and_bins_and_embeddings_are_two_tokens():
     processor = Processor(CONFIG)
     assert processor.prompt.encode_with_boxes(TEXT)[0] == processor.tokenizer.encode(TEXT)
     said = f"Answer: {box_to_text(BOX)}"
@@ -97,7 +97,7 @@ def test_box_tokens_without_a_box_are_skipped():
     ]
 
 
-def test_ids_behind_the_tokenizer_are_boxes_only_where_there_are_location_tokens():
+def test_ids_after_the_vocabulary_are_boxes_only_with_location_tokens():
     """A LLaVA has rows of words that its tokenizer lacks; nor is a box what lies behind the last location token."""
     codec = Processor(dataclasses.replace(CONFIG, location_bins_per_side=0)).prompt.box_codec
     beyond = [codec.first_location_token_id, codec.first_location_token_id + 40]
@@ -108,7 +108,7 @@ def test_ids_behind_the_tokenizer_are_boxes_only_where_there_are_location_tokens
     assert codec.decode([5, codec.first_location_token_id, last + 1]) == [[5, last + 1]]
 
 
-def test_location_tokens_stand_where_the_tokenizer_has_them(tmp_path):
+def test_location_tokens_have_the_ids_of_the_tokenizer(tmp_path):
     """Kosmos-2's has its own among its words, and words behind them."""
     special, own = ["<pad>", "<s>", "</s>", "<unk>"], [f"<patch_index_{place:04d}>" for place in range(4)]
     words = {word: number for number, word in enumerate([*special, "star", *own, "ring"])}
@@ -138,7 +138,7 @@ def test_a_row_has_the_boxes_of_question_and_answer_in_the_order_of_their_tokens
     assert not (asked["prompt"] == HERE).any() and "[0.000,0.100" in processor.prompt.decode(asked["prompt"])
 
 
-def test_a_decoder_reads_its_template_with_the_pictures_tokens_and_no_end():
+def test_decoder_prompts_have_image_tokens_and_no_end_token():
     c = dataclasses.replace(
         POINTING, reader="decoder", prompt_template="Look: {image} {question} Say:", num_image_tokens=4
     )
@@ -160,7 +160,7 @@ def test_a_decoder_reads_its_template_with_the_pictures_tokens_and_no_end():
         ("Compare [0.1,0.1,0.2,0.2][0.1,0.1,0.2,0.2]", TEXT, "contain 4 boxes, but at most 3 are allowed"),
     ],
 )
-def test_boxes_that_cannot_be_pointed_at_are_refused(question, answer, message):
+def test_invalid_boxes_are_refused(question, answer, message):
     with pytest.raises(UserError, match=message):
         Processor(POINTING).encode_example(np.zeros((28, 28, 3), np.uint8), question, (), answer)
 
@@ -178,12 +178,12 @@ def test_boxes_that_cannot_be_pointed_at_are_refused(question, answer, message):
         ),
     ],
 )
-def test_settings_that_do_not_fit_each_other_are_refused(change, message):
+def test_contradictory_processor_settings_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(POINTING, **change)
 
 
-def test_an_answer_cut_off_behind_a_trigger_loses_it():
+def test_an_answer_cut_after_a_trigger_loses_the_trigger():
     processor = Processor(dataclasses.replace(POINTING, max_target_tokens=2))
     answer = f"star {box_to_text(BOX)}"
     ids = processor.prompt.encode_target(answer)
@@ -210,7 +210,7 @@ def pictures_of_all_kinds(folder):
     yield folder / "thin.png", (1, 36), *thin
 
 
-def test_gray_palette_cmyk_turned_and_very_thin_pictures_are_padded_and_their_boxes_come_back(tmp_path):
+def test_boxes_round_trip_through_padding_for_all_image_modes_and_shapes(tmp_path):
     processor = Processor(POINTING)
     for path, size, inside, (top, left, high, wide) in pictures_of_all_kinds(tmp_path):
         row = processor.encode_input(ImageTextInput(path, f"What is at {box_to_text(BOX)}?", boxes=(BOX,)))
@@ -228,7 +228,7 @@ def test_gray_palette_cmyk_turned_and_very_thin_pictures_are_padded_and_their_bo
 DATA = DataConfig(sources=(Scenes((40, 4, 4), image_size=56),), processor=POINTING)
 
 
-def test_masks_come_with_their_boxes_and_only_so_many_pictures_have_some():
+def test_masks_match_their_boxes_and_mask_fraction_limits_the_images_that_have_them():
     records, rng = MixtureDataset(DATA, "train"), np.random.default_rng(0)
     (part,) = records.components("res")
     row = records.encode_example(part, 3, rng, with_masks=True)
@@ -271,7 +271,7 @@ def test_the_tiny_nextchat_learns_and_compares_boxes_in_all_three_ways_in_one_ru
         assert ((ids == HERE).sum(), (ids >= first).sum()) == (pointed, written) and ids.max() < language.vocab
 
 
-def test_a_box_comes_back_within_half_a_step_of_its_codec():
+def test_boxes_round_trip_within_half_a_quantization_step():
     """Of 10,000 boxes: digits half a thousandth, Kosmos-2's tokens half a cell, and a whole one where they are flat."""
     rng, side = np.random.default_rng(1), 32
     low, size = rng.random((10_000, 2)) * 0.99, rng.random((10_000, 2)) ** 3

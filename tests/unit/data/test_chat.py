@@ -128,7 +128,7 @@ def test_a_form_that_does_not_exist_raises_a_one_sentence_error(mixture, said):
         rows_of(((mixture, 1.0),))
 
 
-def test_lists_of_talks_and_examples_must_fit_the_prompts():
+def test_history_and_shots_need_one_entry_per_prompt():
     with pytest.raises(UserError, match="2 history were given for 1 prompts"):
         build_inputs([GRAY], ["?"], None, None, None, [[], []])
     with pytest.raises(UserError, match=r"have \[0, 1\] shots"):

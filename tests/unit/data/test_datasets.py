@@ -100,7 +100,7 @@ def test_captions_are_drawn_from_all_references(folder):
     assert {s.example.answer[-1] for s in samples} == {"a", "b"}
 
 
-def test_lone_things_are_pointed_at_in_fractions_with_their_masks(folder):
+def test_objects_that_are_alone_in_their_class_become_referring_examples_with_masks(folder):
     samples = all_of(Coco(str(folder), heldout_fraction=0), "res")
     cats = [s for s in samples if s.example.kind == "cat"]
     assert len(cats) == 12
@@ -114,7 +114,7 @@ def test_lone_things_are_pointed_at_in_fractions_with_their_masks(folder):
         np.testing.assert_array_equal(mask, wanted)
 
 
-def test_existence_asks_as_often_of_what_is_there_as_of_what_is_not(folder):
+def test_existence_questions_are_half_about_present_objects(folder):
     samples = all_of(Coco(str(folder), heldout_fraction=0), "existence")
     answers = [s.example.answer for s in samples]
     assert answers.count("yes") == answers.count("no") == 20
@@ -124,7 +124,7 @@ def test_existence_asks_as_often_of_what_is_there_as_of_what_is_not(folder):
         assert "a umbrella" not in sample.example.question
 
 
-def test_crowds_small_things_and_kinds_that_repeat_are_never_pointed_at(folder):
+def test_crowds_small_objects_and_repeated_classes_are_never_referred_to(folder):
     def change(tree):
         for note in tree["annotations"]:
             if note["image_id"] == 0:
@@ -139,7 +139,7 @@ def test_crowds_small_things_and_kinds_that_repeat_are_never_pointed_at(folder):
     }
 
 
-def test_splits_share_no_picture_and_stay_when_pictures_are_added(folder):
+def test_splits_share_no_image_and_do_not_change_when_images_are_added(folder):
     source = Coco(str(folder), heldout_fraction=0.3)
     names = {
         split: {opened.record_name(i) for i in range(len(opened))}
@@ -195,7 +195,7 @@ def test_a_bad_record_is_one_sentence_when_used_or_is_left_out(folder, change, w
         lambda t: t["images"][0].update(width=0),
     ],
 )
-def test_a_broken_entry_is_a_bad_record_and_the_others_are_used(folder, change):
+def test_an_invalid_entry_is_a_bad_record_and_the_others_are_used(folder, change):
     before = open_split(Coco(str(folder), heldout_fraction=0), "train", MAX_PIXELS).task_sizes
     edit(folder / "instances.json", change)
     source = Coco(str(folder), heldout_fraction=0)
@@ -240,7 +240,7 @@ def test_refcoco_rows_ask_for_the_box_and_for_the_expression(folder, tmp_path):
     assert rec.example.category == reg.example.category == "region_level"
 
 
-def test_vqa_answers_are_drawn_as_often_as_people_gave_them(folder, tmp_path):
+def test_vqa_answers_are_drawn_by_annotator_frequency(folder, tmp_path):
     said = [{"answer": "two"}] * 7 + [{"answer": "2"}] * 3
     questions = [{"question_id": i, "image_id": i % 12, "question": "how many?"} for i in range(200)]
     notes = [{"question_id": i, "answers": said} for i in range(199)]
@@ -261,7 +261,7 @@ LINES = [
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_lines_of_json_are_read_with_their_boxes_and_popes_names(folder, tmp_path, as_list):
+def test_json_lines_are_read_with_boxes_and_with_the_keys_of_pope(folder, tmp_path, as_list):
     file = tmp_path / "records.jsonl"
     text = "\n\n".join(map(json.dumps, LINES))
     file.write_text(json.dumps(LINES, indent=2) if as_list else text)
@@ -293,7 +293,7 @@ def test_a_record_without_a_question_for_a_task_without_wordings_raises_a_one_se
         all_of(JsonLines(str(tmp_path / "r.jsonl"), str(folder / "images")), "vqa")
 
 
-def test_noisy_tags_miss_and_invent_and_are_the_same_every_time():
+def test_tag_noise_drops_and_adds_tags_deterministically():
     vocabulary = tuple(f"tag{i:02d}" for i in range(40))
     photos = [annotated_images.ImageInfo(f"{i}.jpg", tags=vocabulary[i % 30 : i % 30 + 8]) for i in range(300)]
     said = [annotated_images.noisy_tags(photo, vocabulary, 0.2) for photo in photos]
@@ -383,7 +383,7 @@ def test_a_built_folder_gives_the_same_examples_as_its_source(folder, tmp_path):
                 np.testing.assert_array_equal(one.masks(), other.masks())
 
 
-def test_building_leaves_out_what_training_would_refuse(folder, tmp_path, caplog):
+def test_a_build_skips_records_that_training_would_refuse(folder, tmp_path, caplog):
     from lionjax.data.prepare import array_record_writer
 
     (folder / "images" / "0003.png").write_bytes(b"broken")
@@ -459,7 +459,7 @@ def test_83_photographs_of_coco_give_every_task_and_every_box_lies_in_its_pictur
 
 
 @needs_photographs
-def test_boxes_and_masks_of_photographs_lie_over_each_other_in_the_padded_square_and_come_back():
+def test_boxes_and_masks_of_photographs_agree_in_the_padded_square_and_round_trip():
     side = 112
     words = ProcessorConfig(
         side, box_format="embeddings", max_boxes=4, pad_to_square=True, sam_image_size=side, use_tags=False

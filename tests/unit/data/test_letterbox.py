@@ -15,7 +15,7 @@ edges = st.floats(0, 1)
 
 
 @given(sizes, sizes, st.tuples(edges, edges, edges, edges))
-def test_a_box_comes_back_from_the_square_as_it_went_in(width, height, box):
+def test_boxes_round_trip_through_the_padded_square(width, height, box):
     square = Letterbox(width, height)
     inside = square.to_padded(box)
     assert all(-1e-9 <= edge <= 1 + 1e-9 for edge in inside)
@@ -27,7 +27,7 @@ def test_a_box_on_the_padding_is_cut_to_the_picture():
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (31, 30), (1, 64), (64, 1), (1, 3000), (7, 7)])
-def test_a_painted_box_is_found_where_its_coordinates_say(size):
+def test_a_drawn_box_has_the_pixels_of_its_coordinates_after_padding(size):
     wide, high = size
     box = (0.25, 0.5, 0.75, 1.0)
     pixels = np.zeros((high, wide, 3), np.uint8)
@@ -47,7 +47,7 @@ def test_a_painted_box_is_found_where_its_coordinates_say(size):
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 41), (1, 3000), (9, 9)])
-def test_sam_sees_the_picture_in_the_middle_of_zeros_and_its_mask_in_the_same_place(size):
+def test_sam_input_is_zero_padded_around_the_image_and_masks_align(size):
     pixels = np.full((size[1], size[0], 3), 200, np.uint8)
     seen = letterbox.preprocess_sam_image(Image.fromarray(pixels), 64)
     mask = letterbox.letterbox_mask(np.ones((size[1], size[0]), bool), 64)
@@ -62,7 +62,7 @@ def test_sam_sees_the_picture_in_the_middle_of_zeros_and_its_mask_in_the_same_pl
 @pytest.mark.parametrize(
     ("size", "corner"), [((7, 7), (0, 0)), ((4, 2), (0, 1)), ((5, 2), (0, 1)), ((2, 5), (1, 0)), ((4, 7), (1, 0))]
 )
-def test_the_corner_of_a_picture_in_its_square_is_rounded_down(size, corner):
+def test_padding_offsets_are_rounded_down(size, corner):
     assert Letterbox(*size).offset == corner
 
 
@@ -113,7 +113,7 @@ def test_image_that_keeps_its_size_is_pasted_unchanged(size, where):
     np.testing.assert_array_equal(letterbox.letterbox_image(Image.fromarray(pixels), 5), wanted)
 
 
-def test_sam_sees_a_picture_that_is_enlarged_between_its_pixels_on_a_line():
+def test_sam_input_is_enlarged_by_linear_interpolation():
     """Bilinear: a step of 200 over two pixels, at a quarter and at three quarters of the way."""
     step = np.array([[[0] * 3, [200] * 3]] * 2, np.uint8)
     seen = letterbox.letterbox_sam_image(Image.fromarray(step), 4)

@@ -65,18 +65,18 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_or_stage_does_not
 
 
 @pytest.mark.parametrize(("threads", "buffer", "cache"), [(1, 2, 512), (3, 5, 512), (2, 2, 0)])
-def test_threads_buffers_and_memory_change_nothing(threads, buffer, cache):
+def test_threads_buffers_and_image_cache_do_not_change_batches(threads, buffer, cache):
     data = dataclasses.replace(DATA, num_threads=threads, prefetch_buffer_size=buffer, image_cache_mib=cache)
     assert all(map(same, take(stream(), 12), take(stream(data), 12)))
 
 
 @pytest.mark.slow
-def test_worker_processes_change_nothing():
+def test_worker_processes_do_not_change_batches():
     data = dataclasses.replace(DATA, num_workers=2)
     assert all(map(same, take(stream(), 5), take(stream(data), 5)))
 
 
-def test_a_restored_position_goes_on_as_if_nothing_had_happened():
+def test_a_restored_stream_continues_with_the_same_batches():
     data = dataclasses.replace(DATA, num_threads=2, prefetch_buffer_size=4)
     whole = take(stream(data), 9)
     first = stream(data)
@@ -90,7 +90,7 @@ def test_a_restored_position_goes_on_as_if_nothing_had_happened():
     assert all(map(same, whole[4:], take(second, 5)))
 
 
-def test_a_position_counts_what_was_delivered_and_not_what_was_read_ahead():
+def test_a_position_counts_delivered_batches_and_not_prefetched_ones():
     data = dataclasses.replace(DATA, num_threads=2, prefetch_buffer_size=8)
     batches = stream(data)
     assert batches.position()["next"] == 0
@@ -99,7 +99,7 @@ def test_a_position_counts_what_was_delivered_and_not_what_was_read_ahead():
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_divide_each_batch_and_stand_at_one_position(count):
+def test_processes_divide_each_batch_and_share_one_position(count):
     whole = take(stream(), 3)
     parts = [stream(index=i, count=count) for i in range(count)]
     taken = [take(part, 3) for part in parts]
@@ -156,7 +156,7 @@ def test_tasks_come_by_their_weights_and_all_records_before_any_comes_again():
     assert records[:40].tolist() != records[40:].tolist()
 
 
-def test_a_scene_is_asked_about_differently_each_time_it_comes_by():
+def test_a_record_gets_another_question_in_each_epoch():
     taken = take(stream(of=stage(("vqa", 1.0)), size=40), 3)
     prompts = [{r: p.tobytes() for r, p in zip(b.record_B.tolist(), b.prompt_BL)} for b in taken]
     changed_prompts = sum(prompts[0][r] != prompts[1][r] for r in prompts[0])
@@ -268,7 +268,7 @@ def test_a_bad_record_stops_the_run_with_one_sentence(lines, kind, words, thread
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_bad_records_are_replaced_alike_every_time_noted_and_counted(lines, tmp_path, threads):
+def test_bad_records_are_replaced_deterministically_recorded_and_counted(lines, tmp_path, threads):
     note = tmp_path / "notes" / "bad.jsonl"
     data = DataConfig(
         sources=(lines(*BAD),),
@@ -349,7 +349,7 @@ def test_a_source_of_nothing_but_bad_records_stops_at_once(tmp_path):
         ({"size": 0}, "divide"),
     ],
 )
-def test_a_stage_that_cannot_be_fed_raises_a_one_sentence_error(arguments, words):
+def test_a_stage_without_examples_raises_a_one_sentence_error(arguments, words):
     with pytest.raises(UserError) as error:
         stream(**arguments)
     assert words in str(error.value) and "\n" not in str(error.value)
@@ -358,12 +358,12 @@ def test_a_stage_that_cannot_be_fed_raises_a_one_sentence_error(arguments, words
 @pytest.mark.parametrize(
     "field", [{"tag_noise": 2.0}, {"crop": (0.0, 1.0)}, {"threads": -1}, {"sources": (Scenes(), Scenes(seed=1))}]
 )
-def test_a_data_config_that_means_nothing_raises_a_one_sentence_error(field):
+def test_an_invalid_data_config_raises_a_one_sentence_error(field):
     with pytest.raises(UserError):
         DataConfig(**field)
 
 
-def test_answers_longer_than_their_room_are_counted_named_once_and_have_no_end_token(lines, caplog):
+def test_answers_longer_than_max_target_tokens_are_counted_named_once_and_have_no_end_token(lines, caplog):
     source = lines()
     rows = [json.loads(line) for line in Path(source.file).read_text().splitlines()]
     for row in rows[::2]:
@@ -400,7 +400,7 @@ def region(question, answer, asked=(), said=()) -> Example:
     return Example("rec", "rec", question, question_boxes=asked, boxes=said, **words)
 
 
-def test_cropping_and_mirroring_move_boxes_in_arrays_and_in_words():
+def test_crops_and_flips_move_boxes_in_arrays_and_in_text():
     a, b = (0.2, 0.4, 0.5, 0.6), (0.6, 0.3, 0.8, 0.7)
     example = region(f"What is in {box_to_text(a)}?", f"Answer: {box_to_text(b)}", (a,), (b,))
     data = dataclasses.replace(DATA, crop_scale=(0.5, 0.9), hflip=True)
@@ -418,7 +418,7 @@ def test_cropping_and_mirroring_move_boxes_in_arrays_and_in_words():
     assert len(seen) > 10 and 5 < mirrors < 25
 
 
-def test_words_for_sides_are_never_mirrored_and_scenes_never_touched():
+def test_examples_that_say_left_or_right_are_not_flipped_and_scenes_not_augmented():
     rng, data = np.random.default_rng(0), dataclasses.replace(DATA, crop_scale=(0.5, 0.9), hflip=True)
     sides = region("Where is the leftmost ring?", "Answer: [0.100,0.100,0.200,0.200]", (), ((0.1, 0.1, 0.2, 0.2),))
     assert not any(augment(sides, object(), data, rng)[2] for _ in range(20))
@@ -450,7 +450,7 @@ def test_cropped_photos_reach_the_batch_with_their_boxes(tmp_path):
     assert len({tuple(box) for box in batch.boxes_BK4[:, 0].tolist()}) > 8
 
 
-def test_evaluation_asks_the_same_in_any_amount_and_only_of_its_split():
+def test_evaluation_questions_do_not_depend_on_the_limit_and_come_from_their_split():
     few, many = (list(examples(DATA, "vqa", "heldout", limit, seed=3)) for limit in (3, None))
     assert [s.example for s in few] == [s.example for s in many[:3]] and len(many) == 6
     assert all(s.name.startswith("scenes/heldout-0-") for s in many)
@@ -466,7 +466,7 @@ def test_evaluation_leaves_bad_records_out_only_when_told(lines, caplog):
     assert len(kept) == 18 and "gone.png" in caplog.text
 
 
-def test_stages_share_what_was_opened_until_a_file_changes(lines, tmp_path):
+def test_stages_share_opened_sources_until_a_file_changes(lines, tmp_path):
     data = DataConfig(sources=(lines(),), processor=SMALL)
     first = open_mixture(data, "train")
     assert open_mixture(dataclasses.replace(data), "train") is first and open_mixture(data, "heldout") is not first

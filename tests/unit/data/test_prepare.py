@@ -99,7 +99,7 @@ class Numbers:
         return lambda seen: [(str(int(np.asarray(image).mean())),) for image in seen]
 
 
-def test_the_same_records_come_out_with_beam_and_without_and_what_is_bad_is_listed(folder, tmp_path, beam):
+def test_beam_and_one_process_write_the_same_records_and_list_bad_ones(folder, tmp_path, beam):
     source = Coco(str(folder), heldout_fraction=0)
     array_record_writer.build(source, tmp_path / "plain", make_tagger=Numbers())
     place = array_record_writer.build(source, tmp_path / "out", make_tagger=Numbers(), beam_flags=beam)
@@ -115,7 +115,7 @@ def test_the_same_records_come_out_with_beam_and_without_and_what_is_bad_is_list
     assert not list((tmp_path / "out").glob("part.*"))
 
 
-def test_a_killed_preparation_goes_on_and_tags_no_group_twice(folder, tmp_path, beam):
+def test_a_killed_build_resumes_and_tags_no_group_twice(folder, tmp_path, beam):
     words = [sys.executable, "-c", HALF, str(folder), str(tmp_path / "out"), "beam" if beam else "alone"]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     assert subprocess.run(words, env=variables, capture_output=True).returncode == 9
@@ -131,7 +131,7 @@ def test_a_killed_preparation_goes_on_and_tags_no_group_twice(folder, tmp_path, 
     assert len((place / array_record_writer.SKIPPED_FILE).read_text().splitlines()) == 2
 
 
-def test_pictures_of_which_none_can_be_used_raise_a_one_sentence_error(folder, tmp_path, beam, capsys):
+def test_a_folder_without_usable_images_raises_a_one_sentence_error(folder, tmp_path, beam, capsys):
     for file in (folder / "images").iterdir():
         file.write_bytes(b"broken")
     words = ["data", "build", str(folder), "--share", "0", "--out", str(tmp_path / "out")]
@@ -141,7 +141,7 @@ def test_pictures_of_which_none_can_be_used_raise_a_one_sentence_error(folder, t
 
 
 @pytest.mark.slow
-def test_a_real_tagger_fills_the_records_from_the_command_line(folder, tmp_path, beam, ram):
+def test_the_command_fills_records_with_tags_of_a_tagger(folder, tmp_path, beam, ram):
     words = ["data", "build", str(folder), "--share", "0", "--out", str(tmp_path / "out"), "--tagger", str(ram)]
     assert cli.main([*words, f"--beam={BEAM[0]}"] if beam else words) == 0
     found = records(tmp_path / "out")
@@ -151,7 +151,7 @@ def test_a_real_tagger_fills_the_records_from_the_command_line(folder, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_tagger_over_a_mesh_says_what_it_says_on_one_device(ram):
+def test_a_tagger_on_a_mesh_gives_the_tags_of_one_device(ram):
     mesh = sharding.make_mesh()
     rng = np.random.default_rng(2)
     images = [rng.integers(0, 256, (9, 12, 3), np.uint8) for _ in range(19)]
@@ -176,7 +176,7 @@ def captions(place):
     return {known.image_info.name: known.annotations["caption"][0].answers for _, known in records(place)}
 
 
-def test_what_stands_built_is_kept_for_the_same_source_and_made_again_for_another(folder, tmp_path):
+def test_a_build_is_kept_for_the_same_source_and_rebuilt_for_another(folder, tmp_path):
     source, out = Coco(str(folder), heldout_fraction=0), tmp_path / "out"
     asked = []
 
@@ -209,7 +209,7 @@ def test_what_stands_built_is_kept_for_the_same_source_and_made_again_for_anothe
     find_dataset_folder(out)
 
 
-def test_a_build_that_cannot_be_made_again_leaves_the_old_one(folder, tmp_path):
+def test_a_failed_rebuild_keeps_the_previous_build(folder, tmp_path):
     source, out = Coco(str(folder), heldout_fraction=0), tmp_path / "out"
     array_record_writer.build(source, out)
     for file in (folder / "images").iterdir():

@@ -55,14 +55,14 @@ def theirs(picture, pixels):
     return processor(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
 
 
-def test_pictures_are_resized_and_normalized_as_the_original_does(processor, noise):
+def test_images_are_resized_and_normalized_as_in_the_original_code(processor, noise):
     ours = processor.preprocess_image(noise)
     assert ours.dtype == np.float32 and ours.shape == (32, 32, 3)
     np.testing.assert_allclose(ours, theirs(Image.fromarray(noise), 32), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(61, 45), (60, 45), (45, 60), (45, 45), (100, 1)], ids=str)
-def test_padded_pictures_are_those_of_llavas_processor(size):
+def test_padded_images_match_llavas_processor(size):
     """Also where the border is odd, and its larger half lies behind; resized bicubically."""
     transformers = pytest.importorskip("transformers")
     config = dataclasses.replace(SMALL, pad_to_square=True, pad_color="mean")
@@ -110,7 +110,7 @@ def test_palettes_and_cmyk_become_rgb_and_transparency_becomes_white(tmp_path):
     np.testing.assert_array_equal(means["clear.png"], 255)
 
 
-def test_a_picture_turned_by_its_exif_note_is_upright(tmp_path, noise):
+def test_an_image_is_rotated_by_its_exif_orientation(tmp_path, noise):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
     path = saved(tmp_path / "turned.png", noise, exif=exif)
@@ -246,11 +246,11 @@ def test_a_box_outside_or_without_area_raises_a_one_sentence_error(box):
     assert "box" in sentence(error)
 
 
-def test_boxes_in_pixels_become_fractions_and_lose_the_hair_over_the_edge():
+def test_pixel_boxes_become_fractions_clipped_to_the_image():
     assert images.normalize_box((10, 20, 50.4, 80), size=(50, 80), tolerance=1) == (0.2, 0.25, 1.0, 1.0)
 
 
-def test_a_window_keeps_every_box_whole_and_boxes_move_with_the_pixels():
+def test_a_crop_keeps_all_boxes_whole_and_moves_them_with_the_pixels():
     rng = np.random.default_rng(0)
     canvas = np.zeros((100, 100, 3), np.uint8)
     canvas[30:50, 20:60] = 255
@@ -271,7 +271,7 @@ def test_a_window_keeps_every_box_whole_and_boxes_move_with_the_pixels():
 # ---------------------------------------------------------------------- prompts
 
 
-def test_the_prompt_is_lions_sentence_about_tags_then_the_question(processor):
+def test_the_prompt_is_lions_tag_prompt_and_the_question(processor):
     tokenizer = processor.tokenizer
     words = (
         "According to <extra_id_0>, you are allowed to use or partially use the following tags: "
@@ -282,7 +282,7 @@ def test_the_prompt_is_lions_sentence_about_tags_then_the_question(processor):
     assert ids.count(tokenizer.soft_prompt_id) == 1
 
 
-def test_no_tags_or_tags_turned_off_leave_the_bare_question(processor):
+def test_without_tags_the_prompt_is_the_question(processor):
     bare = [*processor.tokenizer.encode("What is it?"), processor.tokenizer.eos_id]
     assert processor.prompt.encode_prompt("What is it?") == bare
     without = Processor(ProcessorConfig(use_tags=False))
@@ -290,13 +290,13 @@ def test_no_tags_or_tags_turned_off_leave_the_bare_question(processor):
     assert processor.prompt.encode_question(" What is it? ") == bare
 
 
-def test_the_q_former_never_sees_the_tags(processor):
+def test_the_q_former_does_not_get_the_tags(processor):
     batch = processor.batch([ImageTextInput(RED, "What is it?", ("red", "ring"))])
     said = processor.tokenizer.decode(batch.question_BL[0])
     assert said == "What is it?" and "ring" in processor.tokenizer.decode(batch.prompt_BL[0])
 
 
-def test_too_many_tags_are_cut_from_the_back_and_nothing_else_is(processor):
+def test_too_many_tags_are_cut_from_the_end_and_the_question_is_kept(processor):
     tags = tuple(f"tag{i}" for i in range(60))
     question = "How many large red circles are there in the picture?"
     ids = processor.prompt.encode_prompt(question, tags)
@@ -330,7 +330,7 @@ def test_a_question_that_spells_the_soft_prompt_does_not_get_one(processor):
     assert ids.count(processor.tokenizer.soft_prompt_id) == 1
 
 
-def test_long_questions_lose_their_front_for_the_q_former_and_long_answers_their_back(processor):
+def test_long_q_former_questions_are_cut_at_the_front_and_long_answers_at_the_end(processor):
     words = [*"abcdefghijklmnopqrstuvwxyz"]
     question = processor.prompt.encode_question(" ".join(words))
     answer = processor.prompt.encode_target(" ".join(words))
@@ -362,7 +362,7 @@ def test_buckets_choose_the_shortest_length_that_holds_every_row(processor):
     assert batch.prompt_mask_BL.sum() == sum(len(processor.prompt.encode_prompt(i.question, i.tags)) for i in inputs)
 
 
-def test_a_batch_without_answers_learns_nothing(processor):
+def test_a_batch_without_answers_has_an_empty_loss_mask(processor):
     batch = processor.batch([ImageTextInput(RED, "What is it?")])
     assert batch.loss_mask_BM.sum() == 0
 
@@ -371,7 +371,7 @@ def test_a_batch_without_answers_learns_nothing(processor):
     ("inputs", "answers"),
     [([], None), ([ImageTextInput(RED, "a?")], ["x", "y"]), ([ImageTextInput(RED, "a?", (), "both")], None)],
 )
-def test_a_batch_that_cannot_be_raises_a_one_sentence_error(processor, inputs, answers):
+def test_an_invalid_batch_raises_a_one_sentence_error(processor, inputs, answers):
     with pytest.raises(UserError) as error:
         processor.batch(inputs, answers)
     sentence(error)
@@ -390,7 +390,7 @@ def test_clip_statistics_are_those_of_the_original():
     assert processors.CLIP_STD == (0.26862954, 0.26130258, 0.27577711)
 
 
-def test_examples_shown_before_a_question_bring_their_pictures_and_words_in_order():
+def test_in_context_examples_add_their_images_and_texts_in_order():
     c = decoder_prompts(max_prompt_tokens=64, shot_end="</s>")
     processor, grays = Processor(c), [np.full((9, 9, 3), shade, np.uint8) for shade in (0, 100, 255)]
     asked = ImageTextInput(

@@ -64,7 +64,7 @@ def cut(array, window):
 
 
 @pytest.mark.parametrize("tile", [resample.MAX_TILE_PIXELS, 2000])
-def test_any_window_of_a_resize_equals_pillows_whole(tile, monkeypatch):
+def test_any_window_of_a_resize_equals_pillows_full_resize(tile, monkeypatch):
     monkeypatch.setattr(resample, "MAX_TILE_PIXELS", tile)
     for image, rows, columns, window, kind, _ in pictures(200):
         whole = np.asarray(image.resize((columns, rows), resample.RESAMPLING[kind]))
@@ -74,7 +74,7 @@ def test_any_window_of_a_resize_equals_pillows_whole(tile, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["canvas", "weights"])
-def test_any_window_of_a_padded_square_equals_pillows_whole(way, monkeypatch):
+def test_any_window_of_a_padded_square_equals_pillows_full_resize(way, monkeypatch):
     """Both ways: a canvas around the image, and Pillow's integer weights where that canvas would be long."""
     monkeypatch.setattr(resample, "_is_small", lambda axis, low, high: way == "canvas")
     for image, rows, columns, window, kind, color in pictures(200):
@@ -87,7 +87,7 @@ def test_any_window_of_a_padded_square_equals_pillows_whole(way, monkeypatch):
 
 
 @pytest.mark.slow
-def test_long_pictures_need_memory_of_their_own_size_only():
+def test_resizing_a_long_image_needs_memory_of_its_output_only():
     """The square of the long side would be 1.2 GB and 3 TB; Pillow's middle pass of the stretch 1.3 GB."""
     sizes = [(1080, 20000), (20000, 1080), (1_000_000, 10), (10, 1_000_000)]
     command = [sys.executable, "-c", MEASURE, json.dumps(sizes)]

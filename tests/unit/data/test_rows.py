@@ -192,7 +192,7 @@ def test_polygons_and_both_kinds_of_run_lengths_are_the_same_mask(segmentation):
     np.testing.assert_array_equal(segmentation_to_mask(segmentation, (40, 50)), MASK)
 
 
-def test_compressed_run_lengths_of_random_masks_come_back():
+def test_compressed_run_lengths_of_random_masks_round_trip():
     rng = np.random.default_rng(0)
     for _ in range(30):
         height, width = rng.integers(1, 70, 2)

@@ -48,7 +48,7 @@ TWO = tuple(
 )
 
 
-def test_masks_boxes_and_what_hides_what_of_two_squares_by_hand():
+def test_masks_boxes_and_occlusion_of_two_squares_equal_hand_computed_values():
     things = scenes._with_visibility(TWO)
     # Of 256 pixels the first holds 73 to 182 across and down, the second 137 to 246 across.
     assert things[0].box == (73 / 256, 73 / 256, 137 / 256, 183 / 256)
@@ -80,7 +80,7 @@ def test_a_scene_survives_json():
         assert (said["split"], said["index"]) == (scene.split, scene.index)
 
 
-def test_boxes_are_tight_around_what_is_seen():
+def test_boxes_are_tight_around_visible_pixels():
     for scene in SOME:
         for thing, mask in zip(scene.things, scene.masks(scenes.TRUTH_IMAGE_SIZE)):
             y, x = np.nonzero(mask)
@@ -90,7 +90,7 @@ def test_boxes_are_tight_around_what_is_seen():
             assert np.abs(np.subtract(render.mask_to_box(mask), thing.box)).max() <= 1.5 / 64
 
 
-def test_masks_never_overlap_and_the_picture_changes_only_where_they_lie():
+def test_masks_are_disjoint_and_the_image_changes_only_inside_them():
     for scene in SOME[:40]:
         masks = scene.masks(96)
         assert masks.sum(0).max() == 1
@@ -118,7 +118,7 @@ def test_every_object_has_at_least_the_minimum_visible_fraction():
     assert min(thing.visible for scene in SOME for thing in scene.things) < 0.8
 
 
-def test_covers_names_exactly_the_things_that_are_clearly_hidden_by_one():
+def test_covers_names_the_objects_that_an_object_clearly_hides():
     pixels, pairs = scenes.TRUTH_IMAGE_SIZE, 0
     for scene in SOME:
         masks = scene.masks(pixels)
@@ -142,7 +142,7 @@ def test_objects_of_the_same_color_never_overlap():
             assert total.max() == 1
 
 
-def test_held_out_pairs_are_never_in_training_and_always_in_the_test():
+def test_held_out_pairs_appear_in_the_heldout_split_only():
     for scene in SOME:
         pairs = {(thing.color, thing.shape) for thing in scene.things}
         assert bool(pairs & scenes.HELD_OUT_PAIRS) == (scene.split == "heldout")
@@ -153,7 +153,7 @@ def test_held_out_pairs_are_never_in_training_and_always_in_the_test():
 
 
 @pytest.mark.slow
-def test_training_shows_every_other_pair_and_every_word():
+def test_training_has_every_other_pair_and_every_word():
     things = [t for index in range(600) for t in sample_scene("train", index).things]
     assert {(t.color, t.shape) for t in things} == set(scenes.allowed_pairs("train"))
     assert {t.size for t in things} == set(scenes.SIZES)
@@ -170,7 +170,7 @@ def test_size_words_follow_the_extent_of_objects():
     assert small[1] < 0.9 * medium[0] and medium[1] < 0.9 * large[0]
 
 
-def test_another_resolution_shows_the_same_scene():
+def test_a_scene_is_the_same_at_another_resolution():
     for scene in SOME[:20]:
         if scene.background.kind == "speckled":  # its grain is finer than these pixels
             continue
@@ -189,7 +189,7 @@ def test_untextured_objects_are_drawn_in_their_color():
                 assert nearest == thing.color
 
 
-def test_a_source_gives_records_by_index_and_travels_to_other_processes():
+def test_a_scene_source_gives_records_by_index_and_can_be_pickled():
     source = SceneSource("heldout", 5, seed=2, image_size=48)
     record = source[3]
     assert len(source) == 5 and record["id"] == "heldout-2-000003"
@@ -251,7 +251,7 @@ def test_records_on_disk_equal_those_made_on_the_fly_and_need_no_tensorflow(tmp_
     assert not tensorflow
 
 
-def test_an_interrupted_build_leaves_nothing_that_looks_whole(tmp_path):
+def test_an_interrupted_build_leaves_no_complete_folder(tmp_path):
     from lionjax.data.scenes import tfds_builder
 
     class Broken(SceneSource):

@@ -36,7 +36,7 @@ def assert_even(yes, count):
 
 
 @pytest.mark.slow
-def test_every_expression_fits_exactly_one_thing_for_an_independent_reader():
+def test_every_expression_matches_exactly_one_object_for_an_independent_reader():
     checked = Counter()
     for scene in BOTH:
         things, _ = reader.read(tasks.scene_to_text(scene))
@@ -86,7 +86,7 @@ def test_reg_references_all_fit_the_box_in_the_question():
 
 
 @pytest.mark.parametrize("kind, templates", [("color", wordings.COLOR), ("shape", wordings.SHAPE)])
-def test_color_and_shape_answers_are_what_is_seen(kind, templates):
+def test_color_and_shape_answers_match_the_scene(kind, templates):
     for scene, example in examples("vqa", kind=kind):
         if example.kind == kind:
             things, _ = reader.read(tasks.scene_to_text(scene))
@@ -96,7 +96,7 @@ def test_color_and_shape_answers_are_what_is_seen(kind, templates):
             assert example.answer not in own_words
 
 
-def test_counts_are_right():
+def test_count_answers_match_the_scene():
     for scene, example in examples("vqa", kind="count"):
         things, _ = reader.read(tasks.scene_to_text(scene))
         nouns = reader.heard(example.question, wordings.COUNT)["nouns"]
@@ -104,7 +104,7 @@ def test_counts_are_right():
         assert len(example.targets) == int(example.answer)
 
 
-def test_yes_and_no_are_right():
+def test_yes_no_answers_match_the_scene():
     forms = Counter()
     for scene, example in examples("vqa", kind="yesno"):
         things, _ = reader.read(tasks.scene_to_text(scene))
@@ -126,7 +126,7 @@ def test_yes_and_no_are_right():
     assert existence < 10 and len(forms) == 2 and min(forms.values()) > 100
 
 
-def test_relations_are_right_and_use_every_word():
+def test_relation_answers_match_the_scene_and_use_every_relation():
     words = Counter()
     for scene, example in examples("relation"):
         things, hides = reader.read(tasks.scene_to_text(scene))
@@ -140,7 +140,7 @@ def test_relations_are_right_and_use_every_word():
 
 
 @pytest.mark.parametrize("setting", tasks.POPE_SETTINGS)
-def test_existence_is_right_and_absent_things_are_chosen_as_the_setting_says(setting):
+def test_existence_answers_match_the_scene_and_absent_objects_follow_the_pope_setting(setting):
     for scene, example in examples("existence", setting=setting):
         color, shape = reader.heard(example.question, wordings.EXISTENCE)["noun"].split()[-2:]
         present = {(t.color, t.shape) for t in scene.things}
@@ -196,7 +196,7 @@ def test_answers_cannot_be_predicted_without_the_image(task, most):
     assert blind_accuracy(train, test) < most
 
 
-def test_training_never_speaks_of_held_out_pairs():
+def test_training_texts_never_mention_held_out_pairs():
     rng = np.random.default_rng(0)
     for scene in SCENES["train"]:
         for task in tasks.TASKS:
@@ -218,7 +218,7 @@ def test_training_never_asks_whether_a_thing_has_its_held_out_color():
     assert asked > 300
 
 
-def test_captions_name_every_thing_of_the_scene():
+def test_captions_name_every_object_of_the_scene():
     for scene in BOTH:
         expected = Counter((t.color, t.shape) for t in scene.things)
         for text in tasks.scene_captions(scene):
@@ -231,7 +231,7 @@ def test_captions_name_every_thing_of_the_scene():
     assert len(set(tasks.scene_captions(BOTH[0]))) == 5
 
 
-def test_grounded_captions_put_each_box_after_its_thing():
+def test_grounded_captions_put_each_box_after_its_object():
     for scene, example in examples("grounded"):
         parts = re.findall(r"(?:an?|An?) (\w+ \w+) \[([\d.,]+)\]", example.answer)
         assert len(parts) == len(example.targets) == min(4, len(scene.things))
@@ -240,7 +240,7 @@ def test_grounded_captions_put_each_box_after_its_thing():
             assert f"[{box}]" == tasks.box_to_text(scene.things[k].box)
 
 
-def test_conversations_answer_about_the_thing_they_found_first():
+def test_conversations_continue_about_the_object_found_first():
     lengths = Counter()
     for scene, example in examples("conversation"):
         things, _ = reader.read(tasks.scene_to_text(scene))
@@ -260,7 +260,7 @@ def test_conversations_answer_about_the_thing_they_found_first():
     assert set(lengths) == {2, 3, 4}
 
 
-def test_tags_without_noise_are_the_truth_and_noise_drops_and_adds_at_its_rate():
+def test_tags_are_the_truth_without_noise_and_change_at_the_noise_rate():
     missing = wrong = true_count = false_count = 0
     for scene in BOTH:
         truth = {w for t in scene.things for w in (t.color, t.shape, t.texture)} - {"plain"}
@@ -275,7 +275,7 @@ def test_tags_without_noise_are_the_truth_and_noise_drops_and_adds_at_its_rate()
     assert abs(wrong / false_count - 0.05) < 0.02
 
 
-def test_every_task_has_several_wordings_and_uses_them_all():
+def test_every_task_uses_all_its_question_templates():
     groups = [value for key, value in vars(wordings).items() if key.isupper()]
     assert all(len(set(group)) == len(group) >= 4 for group in groups)
     rng = np.random.default_rng(0)

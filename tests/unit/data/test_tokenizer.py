@@ -70,12 +70,12 @@ def test_any_text_comes_back_from_the_tiny_tokenizer(text):
         " \u00e9",
     ],
 )
-def test_spaces_before_between_and_behind_words_come_back(tiny, text):
+def test_spaces_before_between_and_after_words_round_trip(tiny, text):
     ids = tiny.encode(text)
     assert tiny.decode(ids) == text and tiny.unk_id not in ids
 
 
-def test_a_leading_space_is_a_piece_of_its_own_before_the_word_that_has_one(tiny):
+def test_a_leading_space_is_a_separate_piece(tiny):
     space, red = tiny.token_to_id(tokenizer.SPIECE_UNDERLINE), tiny.token_to_id(f"{tokenizer.SPIECE_UNDERLINE}red")
     assert tiny.encode("red") == [red]
     assert tiny.encode(" red") == [space, red]
@@ -84,7 +84,7 @@ def test_a_leading_space_is_a_piece_of_its_own_before_the_word_that_has_one(tiny
 
 
 @pytest.mark.slow
-def test_every_text_of_the_scenes_comes_back_and_its_words_are_mostly_whole(tiny):
+def test_every_text_of_the_scenes_round_trips_and_most_words_are_one_piece(tiny):
     rng, pieces, words = np.random.default_rng(0), 0, 0
     for index in range(40):
         scene = world.sample_scene("train", index)
@@ -97,7 +97,7 @@ def test_every_text_of_the_scenes_comes_back_and_its_words_are_mostly_whole(tiny
     assert pieces / words < 1.05
 
 
-def test_a_box_is_seventeen_pieces_wherever_it_stands(tiny):
+def test_a_box_is_seventeen_pieces_in_any_context(tiny):
     box = len(tiny.encode("[0.123,0.456,0.789,1.000]"))
     assert box == 17
     assert len(tiny.encode("at [0.123,0.456,0.789,1.000]")) == 1 + box
@@ -106,7 +106,7 @@ def test_a_box_is_seventeen_pieces_wherever_it_stands(tiny):
     assert sum(i in digits for i in tiny.encode("[0.123,0.456,0.789,1.000]")) == 4
 
 
-def test_a_decimal_is_another_piece_at_every_edge_and_the_same_one_in_every_box(tiny):
+def test_each_coordinate_of_a_box_has_its_own_decimal_pieces(tiny):
     ids = np.array([tiny.encode(f"[0.{d}{d}5,0.{d}{d}5,1.{d}{d}5,0.{d}{d}5]") for d in range(10)])
     decimals = ids[:, [1, 2, 5, 6, 9, 10, 13, 14]]
     assert len(np.unique(decimals)) == decimals.size == 80
@@ -127,7 +127,7 @@ def test_decoding_stops_at_the_end_piece_and_leaves_special_pieces_out(tiny):
     assert "more" in tiny.decode(ids, keep_special=True)
 
 
-def test_frames_keep_the_end_piece_and_cut_the_side_asked_for(tiny):
+def test_truncation_keeps_the_end_piece_and_cuts_the_requested_side(tiny):
     assert tiny.truncate_and_add_special([10, 11, 12], 3) == [10, 11, 1]
     assert tiny.truncate_and_add_special([10, 11, 12], 3, keep="back") == [11, 12, 1]
     assert tiny.truncate_and_add_special([10, 11, 12], 9) == [10, 11, 12, 1]
@@ -199,7 +199,7 @@ def test_sentencepiece_start_piece_gets_no_id():
     assert tokenizer.load(str(T5)).backend.token_to_id("<s>") is None
 
 
-def test_hugging_face_reads_the_shipped_file_alike(tiny):
+def test_hugging_face_gives_the_same_ids_from_the_shipped_file(tiny):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.TINY_TOKENIZER_FILE))
     text = "What color is the star? [0.120,0.500,1.000,0.750]"

@@ -30,7 +30,7 @@ class Sees:
 ANSWERER = SimpleNamespace(model=Sees(), params={}, processor=Processor(PROMPTS))
 
 
-def test_the_most_similar_example_stands_last_and_random_ones_do_not_depend_on_the_picture():
+def test_the_most_similar_shot_is_last_and_random_shots_do_not_depend_on_the_image():
     alike, drawn = (FewShot(ANSWERER, DATA, "vqa", 3, how, pool_size=12) for how in ("alike", "random"))
     sample = next(pipeline.examples(DATA, "vqa", "train", 1))
     pixels = ANSWERER.processor.load_pixels(sample.image)
@@ -43,7 +43,7 @@ def test_the_most_similar_example_stands_last_and_random_ones_do_not_depend_on_t
     assert len(set(drawn.select(sample, pixels))) == 3
 
 
-def test_rows_hold_the_examples_in_order_with_their_pictures_and_the_question_last():
+def test_few_shot_rows_have_the_examples_in_order_and_the_question_last():
     shown = FewShot(ANSWERER, DATA, "vqa", 2, "alike", pool_size=12)
     samples = list(pipeline.examples(DATA, "vqa", "heldout", 2))
     for sample, rows in runner.encode_samples(ANSWERER.processor, DATA, samples, False, "vqa", shown):
@@ -60,7 +60,7 @@ def test_rows_hold_the_examples_in_order_with_their_pictures_and_the_question_la
         assert row["prompt"][row["prompt_mask"] == 1].tolist() == wanted
 
 
-def test_without_examples_two_are_told_in_words_where_that_is_asked_for():
+def test_zero_shot_prompts_can_have_two_text_only_examples():
     shown = FewShot(ANSWERER, DATA, "vqa", 0, use_text_examples=True, pool_size=12)
     (sample,) = pipeline.examples(DATA, "vqa", "heldout", 1)
     ((_, rows),) = runner.encode_samples(ANSWERER.processor, DATA, [sample], False, "vqa", shown)

@@ -26,7 +26,7 @@ def test_phase_timer_accounts_for_all_time():
     assert sum(seconds.values()) - 100.0 == pytest.approx(time.time() - began, abs=0.02)
 
 
-def test_time_before_this_process_is_lost_while_it_ran_and_away_when_nothing_did(tmp_path):
+def test_time_before_a_restart_is_lost_while_running_and_away_while_stopped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     os.utime(tmp_path / "metrics.jsonl", (1000.0, 1300.0))  # the last sign of life
     assert downtime(tmp_path, [{"clock": 1100.0}], 1500.0) == {"lost": 200.0, "away": 200.0}

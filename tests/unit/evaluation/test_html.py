@@ -121,7 +121,7 @@ def test_report_page_shows_every_figure_of_the_run(run):
 
 
 @pytest.mark.slow
-def test_the_page_is_whole_html_and_needs_nothing_but_itself(run):
+def test_the_report_is_valid_html_without_external_files(run):
     text = write_report(run).read_text()
     page = Reader(text)
     assert page.open == []
@@ -130,7 +130,7 @@ def test_the_page_is_whole_html_and_needs_nothing_but_itself(run):
 
 
 @pytest.mark.slow
-def test_pictures_lie_beside_the_page_and_nothing_half_written(run):
+def test_images_are_written_beside_the_page_without_partial_files(run):
     write_report(run)
     names = {path.name for path in run.iterdir()}
     assert {"loss.png", "loss-dark.png", "routers.png", "answers_rec.png", "report.html"} <= names

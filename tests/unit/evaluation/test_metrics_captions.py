@@ -80,7 +80,7 @@ def test_real_predictions_score_as_pycocoevalcap():
 @pytest.mark.slow
 @needs_captions
 @pytest.mark.skipif(shutil.which("java") is None, reason="the original tokenizer needs Java")
-def test_words_are_those_of_the_java_tokenizer_for_999_captions_in_1000(tmp_path):
+def test_caption_tokens_match_the_java_tokenizer_for_999_of_1000_captions(tmp_path):
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     captions = [text for texts in real_captions(5000).values() for text in texts]
@@ -125,12 +125,12 @@ def test_bleu_clips_repeated_words():
     assert score[1] < 1e-4
 
 
-def test_bleu_punishes_shortness_by_the_closest_reference_the_shorter_of_two():
+def test_the_brevity_penalty_of_bleu_uses_the_closest_and_of_two_the_shorter_reference():
     assert bleu(["a b c"], [["a b c d", "a b c d e f g h"]])[0] == pytest.approx(math.exp(-1 / 3))
     assert bleu(["a b c"], [["a b c d", "a b"]])[0] == pytest.approx(1)
 
 
-def test_bleu_is_of_the_set_not_a_mean_of_samples():
+def test_bleu_is_computed_over_the_corpus_and_is_not_a_mean_over_samples():
     assert bleu(["a", "x x x"], [["a"], ["y y y"]])[0] == pytest.approx(1 / 4)
 
 
@@ -140,7 +140,7 @@ def test_rouge_l_takes_best_precision_and_best_recall_with_beta_1_2():
     assert rouge_l(["", "..."], [["a"], [""]]).tolist() == [0, 0]
 
 
-def test_cider_d_of_a_repeated_word_is_clipped_and_punished_for_length():
+def test_cider_d_clips_repeated_words_and_penalizes_length():
     scores = cider_d(["cat", "cat cat cat cat", "bus"], [["cat"], ["cat"], ["bird"]])
     # One order of four has weight; four words are three more than one.
     assert scores == pytest.approx([2.5, 2.5 / 4 * math.exp(-(3**2) / 72), 0])
@@ -151,7 +151,7 @@ def test_cider_d_of_an_exact_copy_is_ten_and_no_score_is_more():
     assert cider_d(copied, [[text] for text in copied]) == pytest.approx([10, 10])
 
 
-def test_cider_d_takes_rarity_from_the_corpus_given():
+def test_cider_d_takes_document_frequencies_from_the_given_corpus():
     alone = cider_d(["a dog barks"], [["a dog sleeps"]])
     among = cider_d(["a dog barks"], [["a dog sleeps"]], [["a dog sleeps"], ["two cats"]])
     assert alone[0] == 0 < among[0]

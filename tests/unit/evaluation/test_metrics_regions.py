@@ -45,14 +45,14 @@ def test_iou_is_symmetric_within_0_and_1_and_the_same_in_pairs(left, right):
 
 
 @given(boxes)
-def test_a_box_overlaps_itself_wholly_if_it_has_area_and_otherwise_not_at_all(box):
+def test_iou_of_a_box_with_itself_is_one_and_zero_without_area(box):
     x0, y0, x1, y1 = box
     has_area = x1 > x0 and y1 > y0 and (x1 - x0) * (y1 - y0) > 0  # tiny sides underflow
     assert iou([box], [box])[0] == (1 if has_area else 0)
 
 
 @given(boxes, boxes, st.sampled_from([0.5, 2.0, 1024.0]))
-def test_iou_does_not_depend_on_the_unit(left, right, scale):
+def test_iou_is_invariant_to_scale(left, right, scale):
     scaled = iou(np.array([left]) * scale, np.array([right]) * scale)
     assert scaled == pytest.approx(iou([left], [right]), abs=1e-9)
 
@@ -119,14 +119,14 @@ def test_loosely_formatted_box_is_parsed_only_without_strict(text, box):
         assert parse_box(text, strict=True) is None
 
 
-def test_strict_reading_takes_the_first_box_and_wants_it_inside_the_picture():
+def test_strict_parsing_takes_the_first_box_and_requires_it_inside_the_image():
     two = "[0.440,0.060,0.650,0.367] and [0,0,1,1]"
     assert parse_box(two, strict=True) == (0.44, 0.06, 0.65, 0.367)
     assert parse_box("[0.1,0.2,1.5,0.4]", strict=True) is None
     assert parse_box("[0.1,0.2,1.000,0.4]", strict=True) == (0.1, 0.2, 1.0, 0.4)
 
 
-def test_rec_counts_an_unread_answer_and_an_overlap_of_exactly_a_half_as_misses():
+def test_rec_counts_unparsed_answers_and_an_iou_of_exactly_one_half_as_misses():
     truth = np.array([(0, 0, 1, 1)] * 4)
     scores = rec_scores([(0, 0, 1, 1), (0, 0, 1, 0.75), (0, 0, 1, 0.5), None], truth)
     expected = {"accuracy_50": 2 / 4, "mean_iou": 2.25 / 4, "unparsable": 1 / 4}
@@ -134,7 +134,7 @@ def test_rec_counts_an_unread_answer_and_an_overlap_of_exactly_a_half_as_misses(
 
 
 @shared_data.needs("refcoco")
-def test_real_expressions_are_found_by_their_own_box_and_seldom_by_the_whole_picture():
+def test_in_real_refcoco_the_true_box_always_scores_and_the_whole_image_rarely():
     with gzip.open(DATA / "refcoco" / "refcoco_val.json.gz") as file:
         rows = json.load(file)
     truth = np.array([(x, y, x + w, y + h) for x, y, w, h in (row["bbox"] for row in rows)])
@@ -143,7 +143,7 @@ def test_real_expressions_are_found_by_their_own_box_and_seldom_by_the_whole_pic
     assert rec_scores(whole, truth)["accuracy_50"] == pytest.approx(0.0623, abs=1e-4)
 
 
-def test_a_phrase_of_two_regions_is_found_by_either_or_merged_by_both():
+def test_a_phrase_with_two_regions_is_scored_by_any_or_by_the_merged_box():
     regions = np.array([(0, 0, 1, 1), (3, 0, 4, 1)], dtype=float)
     found = [(0, 0, 1, 1), (0, 0, 4, 1), (0, 0, 1, 0.5), None]
     assert phrase_hits(found, [regions] * 4).tolist() == [True, False, True, False]
@@ -160,13 +160,13 @@ def square(size: int, side: int) -> np.ndarray:
     return mask_HW
 
 
-def test_ciou_weighs_by_area_and_giou_by_mask():
+def test_ciou_weights_by_area_and_giou_averages_over_masks():
     masks, truth = [square(10, 10), square(10, 1)], [square(10, 5), square(10, 1)]
     assert mask_overlaps(masks, truth).tolist() == [[25, 100], [1, 1]]
     assert res_scores(masks, truth) == pytest.approx({"ciou": 26 / 101, "giou": (0.25 + 1) / 2})
 
 
-def test_empty_masks_agree_with_each_other_and_a_missing_mask_is_an_empty_one():
+def test_two_empty_masks_have_iou_one_and_a_missing_mask_is_empty():
     empty, full = square(4, 0), square(4, 4)
     assert res_scores([empty, None], [empty, empty]) == {"ciou": 1, "giou": 1}
     assert res_scores([None, full], [full, empty]) == {"ciou": 0, "giou": 0}
@@ -199,7 +199,7 @@ def test_tag_f1_over_all_tags_and_over_each():
     assert scores == pytest.approx(expected)  # dog 1, cat 0, bus 0
 
 
-def test_tag_scores_of_silence():
+def test_tag_scores_of_empty_predictions_are_defined():
     assert tag_scores([[]], [["dog"]]) == dict(precision=0, recall=0, f1=0, macro_f1=0)
     assert tag_scores([["dog"]], [[]]) == dict(precision=0, recall=0, f1=0, macro_f1=0)
     assert tag_scores([[]], [[]])["f1"] == 1
@@ -221,7 +221,7 @@ def test_mean_average_precision_leaves_out_tags_that_are_nowhere_true():
         mean_average_precision(scores, np.zeros((2, 2)))
 
 
-def test_a_reciprocal_rank_gives_a_constant_scorer_nothing():
+def test_reciprocal_rank_counts_ties_against_a_constant_scorer():
     scores = [[0.1, 0.9, 0.5], [0.1, 0.9, 0.5], [0.5, 0.5, 0.5], [0.1, np.nan, 0.2]]
     assert reciprocal_ranks(scores, [1, 0, 1, 1]) == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3])
 

@@ -48,19 +48,19 @@ def test_the_normalizer_follows_the_official_rules(text, answer):
 
 
 @pytest.mark.parametrize(("matches", "accuracy"), list(enumerate([0, 0.3, 0.6, 0.9] + [1] * 7)))
-def test_ten_references_give_the_known_steps(matches, accuracy):
+def test_vqa_accuracy_with_ten_references_has_the_official_steps(matches, accuracy):
     references = ["red"] * matches + ["blue"] * (10 - matches)
     assert vqa_accuracy("Red.", references) == pytest.approx(accuracy)
 
 
-def test_few_references_can_still_be_met_in_full():
+def test_vqa_accuracy_can_reach_one_with_few_references():
     assert vqa_accuracy("red", ["the red"]) == 1
     assert vqa_accuracy("red", ["blue"]) == 0
     assert vqa_accuracy("red", ["red", "red", "red"]) == 1
     assert vqa_accuracy("red", ["red", "blue"]) == 0.5
 
 
-def test_raw_references_miss_a_number_word_as_the_official_code_does():
+def test_number_words_in_references_are_not_normalized_as_in_the_official_code():
     assert vqa_accuracy("two", ["two"] * 10) == 1
     assert vqa_accuracy("two", ["two"] * 10, raw_references=True) == 0
     assert vqa_accuracy("2", ["2."] * 9 + ["3"], raw_references=True) == 1
@@ -107,7 +107,7 @@ def test_no_reference_is_refused_in_a_sentence(references):
         ("Nothing", True),
     ],
 )
-def test_pope_reads_everything_but_a_plain_no_as_yes(text, said):
+def test_pope_counts_every_answer_without_no_as_yes(text, said):
     assert parse_pope_answer(text) is said
 
 

@@ -18,7 +18,7 @@ def at(picture: Image.Image, x: float, y: float) -> tuple[int, ...]:
     return picture.getpixel((round(x * (picture.width - 1)), round(y * (picture.height - 1))))
 
 
-def test_a_small_picture_is_enlarged_with_its_shape_kept_and_a_large_one_is_left():
+def test_small_images_are_enlarged_with_their_aspect_ratio_and_large_ones_kept():
     assert plots.draw_overlays(GRAY, [], min_side=480).size == (480, 320)
     assert plots.draw_overlays(np.zeros((500, 600, 3), np.uint8), [], min_side=480).size == (600, 500)
 
@@ -47,7 +47,7 @@ def test_a_dashed_box_has_gaps():
     assert 0.4 * rows[0] < rows[1] < 0.8 * rows[0]
 
 
-def test_a_mask_tints_its_area_alone():
+def test_a_mask_colors_only_its_area():
     mask = np.zeros((40, 60), bool)
     mask[10:30, 20:40] = True
     drawn = plots.draw_overlays(GRAY, [Overlay(mask=mask, color="#0072b2")])
@@ -74,7 +74,7 @@ def test_labels_of_boxes_do_not_overlap():
         assert r <= x or u <= l or b <= y or v <= t
 
 
-def test_words_stand_in_black_or_white_with_a_contrast_of_at_least_4_5():
+def test_labels_are_black_or_white_with_a_contrast_of_at_least_4_5():
     def light(color):
         parts = [c / 255 for c in plots.hex_to_rgb(color)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]

@@ -89,7 +89,7 @@ def scores_of(rows: list[dict], said: str) -> dict[str, dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
-def test_every_figure_can_be_made_again_from_the_answers_kept(entries, folder, task):
+def test_every_metric_can_be_recomputed_from_the_stored_answers(entries, folder, task):
     rows, entry = lines(folder, task), entries[task]
     assert len(rows) == entry["samples"] == LIMIT
     for variant in ("metrics", "blind", "majority", "untagged", "tags_alone"):
@@ -101,7 +101,7 @@ def test_every_figure_can_be_made_again_from_the_answers_kept(entries, folder, t
 
 
 @pytest.mark.slow
-def test_scores_by_kind_weigh_up_to_the_whole(entries, folder):
+def test_scores_by_kind_average_to_the_total_score(entries, folder):
     kinds = entries["vqa"]["kinds"]
     assert sum(kind["samples"] for kind in kinds.values()) == LIMIT
     for variant, key in (("answers", "metrics"), ("majority", "majority")):
@@ -139,7 +139,7 @@ def test_evaluation_lines_hold_what_the_report_draws(entries, folder):
 
 
 @pytest.mark.slow
-def test_the_blind_model_sees_one_blank_picture_and_no_tags(model, monkeypatch):
+def test_the_blind_baseline_gets_a_blank_image_and_no_tags(model, monkeypatch):
     seen = []
     real = engine.generate
 
@@ -177,7 +177,7 @@ def test_many_batches_and_all_benchmarks_of_long_answers_share_one_program(model
 
 
 @pytest.mark.slow
-def test_a_smaller_limit_asks_the_first_of_the_same_questions(entries, model, folder, tmp_path):
+def test_a_smaller_limit_takes_the_first_questions(entries, model, folder, tmp_path):
     runner.evaluate_model(model, "vqa", tmp_path, 3)
     short, long = lines(tmp_path, "vqa"), lines(folder, "vqa")
     assert [row["question"] for row in short] == [row["question"] for row in long][:3]
@@ -185,7 +185,7 @@ def test_a_smaller_limit_asks_the_first_of_the_same_questions(entries, model, fo
 
 
 @pytest.mark.slow
-def test_the_end_of_a_run_asks_each_benchmark_of_its_tasks_once(model, tmp_path, monkeypatch, caplog):
+def test_a_finished_run_is_evaluated_once_on_each_benchmark_of_its_tasks(model, tmp_path, monkeypatch, caplog):
     what = model.experiment
     assert runner.trained_benchmarks(what) == ["vqa", "rec"]
     given = (model.engine, what, ("vqa", "coco/rec"), tmp_path, 3)
@@ -238,7 +238,7 @@ def test_intervals_are_those_of_the_statistic_itself():
 
 
 @pytest.mark.slow
-def test_evaluate_prints_a_table_and_json_and_refuses_what_there_is_not(capsys, folder, monkeypatch):
+def test_evaluate_prints_a_table_and_json_and_refuses_unknown_benchmarks(capsys, folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     assert cli.main(["evaluate", str(folder), "--benchmark", "vqa", "--limit", "2"]) == 0
     out = capsys.readouterr().out
@@ -275,7 +275,7 @@ def test_training_ends_with_figures_and_the_folder_answers_as_the_parameters_in_
 
 
 @pytest.mark.slow
-def test_records_that_cannot_be_asked_are_left_out_where_bad_ones_are(model, tmp_path, caplog):
+def test_unusable_records_are_skipped_like_bad_records(model, tmp_path, caplog):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     rows = [
         {"image": "a.png", "question": "What color is it?", "answer": "red"},

@@ -72,7 +72,7 @@ def test_while_loop_bodies_are_counted_by_their_trip_count(program):
     assert program.execution_counts["%begun"] == 6 and "%add" not in program.execution_counts
 
 
-def test_an_exchange_that_is_spread_over_pieces_of_code_counts_once_a_turn(program):
+def test_a_collective_split_over_several_instructions_counts_once_per_iteration(program):
     found = {one.opcode: one for one in hlo_analysis.collectives(program, 8)}
     gather, swap, mean = (found[kind] for kind in ("all-gather", "collective-permute", "all-reduce"))
     assert (gather.opcode, gather.group_size, gather.count) == ("all-gather", 4, 6)
@@ -101,7 +101,7 @@ def test_an_exchange_that_is_spread_over_pieces_of_code_counts_once_a_turn(progr
         ("dimensions={0}", [0]),
     ],
 )
-def test_the_members_of_a_group_are_read_however_they_are_written(rest, members):
+def test_replica_groups_are_parsed_in_every_notation(rest, members):
     assert hlo_analysis.replica_group(rest) == members
 
 
@@ -145,7 +145,7 @@ ENTRY %main (row.1: f32[8,64], number.2: s32[], all: f32[6,64,32], kept: f32[6,8
 """
 
 
-def test_a_slice_that_is_cut_inside_a_product_moves_as_much_as_the_slice():
+def test_a_slice_fused_into_a_dot_counts_only_the_bytes_of_the_slice():
     """The weight of one layer is cut inside the fusion of its product, and the result put into a stack in place; what
     is given stands in another order than it is numbered in."""
     row, weight, out, number = 8 * 64 * 4, 64 * 32 * 4, 8 * 32 * 4, 4
@@ -161,7 +161,7 @@ def test_a_slice_that_is_cut_inside_a_product_moves_as_much_as_the_slice():
         ("token[]", 0, 0),
     ],
 )
-def test_sizes_of_arrays_and_of_those_in_the_large_memory(shape, whole, outside):
+def test_sizes_of_arrays_in_hbm_are_counted_separately(shape, whole, outside):
     assert hlo_analysis.shape_bytes(shape) == whole
     assert hlo_analysis.shape_bytes(shape, hbm_only=True) == outside
 
@@ -180,7 +180,7 @@ def shaped(mesh, shape, *axes):
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
 
-def test_weights_that_are_split_are_gathered_once_a_layer_in_a_program_of_this_machine():
+def test_sharded_weights_are_gathered_once_per_layer_in_a_program_compiled_here():
     mesh = Mesh(np.array(jax.devices()[:8]), "x")
     weights = shaped(mesh, (LAYERS, WIDTH, WIDTH), None, "x")
     rows = shaped(mesh, (ROWS, WIDTH), "x")
@@ -191,7 +191,7 @@ def test_weights_that_are_split_are_gathered_once_a_layer_in_a_program_of_this_m
     assert sum(one.bytes_sent for one in gathers) == LAYERS * WIDTH * WIDTH * 4 * 7 / 8
 
 
-def test_products_count_every_turn_of_a_loop_and_what_is_computed_again():
+def test_flops_count_every_loop_iteration_and_rematerialization():
     weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)
     rows = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
 
@@ -212,7 +212,7 @@ def test_products_count_every_turn_of_a_loop_and_what_is_computed_again():
     assert 7 * once <= count(jax.grad(again), weights, rows) <= 8 * once
 
 
-def test_products_of_convolutions_and_of_loops_without_an_end():
+def test_flops_of_convolutions_and_of_while_loops():
     image, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
 
     def convolve(image, kernel):

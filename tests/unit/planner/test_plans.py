@@ -58,7 +58,7 @@ compiles = pytest.mark.skipif(not topologies.has_libtpu(), reason="libtpu, of th
         ("v6e:2x8", "v6e", (2, 8), 16),
     ],
 )
-def test_a_slice_by_the_name_that_people_give_it(name, kind, shape, chips):
+def test_a_tpu_slice_is_found_by_its_common_name(name, kind, shape, chips):
     found = topologies.parse_topology(name)
     assert (found.chip.name, found.shape, found.chips) == (kind, shape, chips)
     assert found.devices == chips * (2 if kind == "tpu7x" else 1)
@@ -77,7 +77,7 @@ def test_a_slice_by_the_name_that_people_give_it(name, kind, shape, chips):
         ("pod", "write for example"),
     ],
 )
-def test_a_name_that_is_none_gets_one_sentence_with_the_nearest(name, hint, capsys):
+def test_an_unknown_topology_name_is_refused_with_the_closest_one(name, hint, capsys):
     with pytest.raises(UserError, match="."):
         topologies.parse_topology(name)
     assert cli.main(["plan", str(CONFIGS / "tiny_lion.py"), "--topology", name]) == 2
@@ -112,7 +112,7 @@ def test_invalid_mesh_raises_a_one_sentence_error(words):
 
 
 @pytest.mark.slow
-def test_the_stage_that_trains_most_is_planned_where_none_is_named():
+def test_without_a_given_stage_the_one_that_trains_most_is_planned():
     what = small_lion.experiment()
     assert planner.find_stage_index(what, None) == 2
     assert planner.find_stage_index(what, "1") == planner.find_stage_index(what, "first") == 0
@@ -137,7 +137,7 @@ def test_a_plan_is_made_for_batches_as_the_pipeline_makes_them(name):
         assert shapes(planner.dummy_batch(what, stage, stage.batch_size)) == shapes(batch)
 
 
-def test_a_batch_that_the_configs_mesh_does_not_split_gets_the_nearest_mesh_that_does():
+def test_a_batch_size_that_the_mesh_does_not_divide_gets_the_nearest_mesh_that_divides_it():
     what, pod = small_lion.experiment(), topologies.parse_topology("v5e-16")
     what = dataclasses.replace(what, mesh=MeshConfig(1, -1, 1))
     wide = dataclasses.replace(what.stages[0], batch_size=32)
@@ -148,7 +148,7 @@ def test_a_batch_that_the_configs_mesh_does_not_split_gets_the_nearest_mesh_that
     assert mesh == MeshConfig(1, 8, 2, 4)
 
 
-def test_a_mesh_is_planned_for_the_rows_of_one_piece_of_an_accumulated_batch():
+def test_with_gradient_accumulation_a_mesh_is_planned_for_one_microbatch():
     what, pod = small_lion.experiment(), topologies.parse_topology("v5e-16")
     what = dataclasses.replace(what, mesh=MeshConfig(1, -1, 1))
     stage = dataclasses.replace(what.stages[0], batch_size=32, grad_accum_steps=4)
@@ -255,7 +255,7 @@ def test_without_fsdp_nothing_is_gathered_and_with_tensor_only_activations_are_s
 
 @compiles
 @pytest.mark.slow
-def test_between_slices_only_gradients_go():
+def test_only_gradients_are_exchanged_between_slices():
     found, trained, _ = exchanges("v5e-4", MeshConfig(1, -1, 1, slices=2), speaking(), slices=2)
     far = sum(one.operand_bytes * one.count for one in found if one.cross_slice)
     assert far <= 1.5 * sum(map(size, trained.values())) + 2**14
@@ -275,7 +275,7 @@ def test_slices_may_be_cut_where_the_chips_of_one_do_not_lie_as_the_mesh_does():
 
 @compiles
 @pytest.mark.slow
-def test_what_does_not_fit_is_a_plan_that_says_so(tmp_path, monkeypatch):
+def test_a_plan_that_does_not_fit_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     wide = dataclasses.replace(SPEAKER, width=4096, heads=32, kv_heads=32, head=128, mlp_dim=16384, vocab=2**18)
     what = speaking(8, Speaker(wide), ("language",))
@@ -415,7 +415,7 @@ def test_the_verdict_of_a_plan_is_whether_it_fits_and_not_whether_its_peak_is_kn
     assert ("  fits " if fits else "  does not fit ") in plan_command.format_plan_line(made)
 
 
-def test_a_search_goes_on_from_the_best_and_ranks_what_fits():
+def test_mesh_search_continues_from_the_best_and_ranks_meshes_that_fit():
     def seconds(mesh, remat, rows):
         if remat == "none" or rows > 64:
             return None
@@ -462,7 +462,7 @@ def breaking(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiler_that_breaks_off_is_one_sentence_that_says_where_its_last_words_are(breaking, capsys):
+def test_a_compiler_crash_is_one_sentence_with_the_path_of_its_output(breaking, capsys):
     assert cli.main(["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16"]) == 2
     said = capsys.readouterr()
     assert "the compiler crashed (SIGSEGV)" in said.err and said.err.count("\n") == 1
@@ -471,7 +471,7 @@ def test_a_compiler_that_breaks_off_is_one_sentence_that_says_where_its_last_wor
 
 
 @pytest.mark.slow
-def test_a_search_lists_a_mesh_for_which_the_compiler_breaks_off_and_goes_on(breaking, capsys, caplog):
+def test_mesh_search_lists_a_mesh_whose_compilation_crashes_and_continues(breaking, capsys, caplog):
     words = ["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16", "--search"]
     assert cli.main([*words, "--stages.2.batch_size", "64"]) == 0
     said = capsys.readouterr()
@@ -484,14 +484,14 @@ def test_a_search_lists_a_mesh_for_which_the_compiler_breaks_off_and_goes_on(bre
 
 
 @pytest.mark.slow
-def test_what_else_goes_wrong_in_the_other_process_is_said_here(breaking, capsys):
+def test_other_errors_of_the_compile_process_are_raised_here(breaking, capsys):
     words = ["plan", str(CONFIGS / "tiny_lion.py"), "--topology", "v5e-16", "--mesh", "4,4,1"]
     assert cli.main(words) == 1
     assert "ValueError: of libtpu" in capsys.readouterr().err
     assert not list(breaking.glob("*.log"))
 
 
-def test_a_compiler_that_was_killed_most_likely_lacked_memory():
+def test_a_killed_compiler_is_reported_as_out_of_memory():
     assert "ran out of memory" in worker.crash_message(-signal.SIGKILL, Path("a.log"))
     assert "(exit code 134), its output is in a.log" in worker.crash_message(134, Path("a.log"))
 
@@ -513,7 +513,7 @@ def test_the_compilers_threads_get_a_deeper_stack_unless_one_is_given(monkeypatc
         "RESOURCE_EXHAUSTED: this program needs 69.55G, exceeds available HBM (15.75G)",
     ],
 )
-def test_how_much_a_refused_program_wanted_is_read_from_the_compilers_words(text):
+def test_the_memory_of_a_refused_program_is_parsed_from_the_compilers_message(text):
     assert scaling_compiled.is_out_of_memory(Exception(text))
     assert scaling_compiled.requested_bytes(text) == 69.55 * 2**30
     assert scaling_compiled.requested_bytes("RESOURCE_EXHAUSTED") is None

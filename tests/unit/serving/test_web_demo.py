@@ -38,7 +38,7 @@ class Listener:
         return [Answer(f"answer {len(self.asked)}", np.array([[0.1, 0.1, 0.3, 0.5]]), mask)]
 
 
-def test_two_clicks_make_a_box_and_a_third_starts_another():
+def test_two_clicks_make_a_box_and_a_third_starts_a_new_one():
     one = add_click(Conversation(), SIZE, (150, 75))
     assert one.box is None and one.corners == ((0.75, 0.75),)
     two = add_click(one, SIZE, (50, 25))
@@ -53,7 +53,7 @@ def test_a_second_click_on_the_same_line_is_no_corner_and_one_outside_is_moved_t
     assert add_click(one, SIZE, (230, 120)).box == (0.75, 0.75, 1.0, 1.0)
 
 
-def test_a_question_is_asked_with_what_was_pointed_at_and_with_what_was_said_before():
+def test_a_question_is_sent_with_the_clicked_box_and_the_earlier_turns():
     model, talk = Listener(), Conversation(corners=((0.75, 0.75), (0.25, 0.25)))
     talk, _ = web_demo.respond(model, talk, PICTURE, "What is this?", tags=("star",))
     assert model.asked[-1] == (
@@ -90,7 +90,7 @@ def test_clicked_corner_box_and_mask_are_drawn_at_their_coordinates():
     assert colored(Conversation(corners=((0.2, 0.2), (0.8, 0.8))))((0.8, 0.5), plots.QUERY_COLOR)
 
 
-def test_examples_are_what_a_run_was_asked_without_what_was_pointed_at(tmp_path):
+def test_examples_are_evaluation_questions_without_boxes(tmp_path):
     assert web_demo.run_examples(tmp_path) == []
     folder = tmp_path / "evaluation"
     (folder / "pictures").mkdir(parents=True)
@@ -121,7 +121,7 @@ def test_a_taken_port_and_a_lacking_gradio_raise_a_one_sentence_error(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_served_page_answers_as_the_model_does_says_what_is_wrong_and_ends_with_ctrl_c(tmp_path):
+def test_the_served_page_answers_like_the_model_shows_errors_and_stops_on_ctrl_c(tmp_path):
     """Over HTTP and in a process of its own, as its users have it; clicks travel as the page sends them."""
     client = pytest.importorskip("gradio_client")
     import httpx

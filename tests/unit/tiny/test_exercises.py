@@ -42,7 +42,7 @@ def test_empty_patches_are_labeled_nothing():
 
 
 @pytest.mark.parametrize("way", range(8))
-def test_mirrored_boxes_lie_on_the_mirrored_things(way):
+def test_flipped_boxes_match_the_flipped_objects(way):
     image = np.stack([scene.render(PIXELS) for scene in SCENES])
     fields, boxes = map(np.stack, zip(*(exercises.patch_labels(scene, SIDE, PIXELS) for scene in SCENES)))
     turned = exercises.dihedral_augment(image, fields, boxes, way)

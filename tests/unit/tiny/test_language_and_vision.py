@@ -48,7 +48,7 @@ def reader():
 
 
 @pytest.mark.slow
-def test_a_thing_is_told_once_and_every_decimal_has_a_word_of_its_own(reader):
+def test_each_object_is_described_once_and_each_decimal_has_its_own_token(reader):
     model, params, (fields, code), digits = reader
     assert digits.shape == (NUM_DIGIT_POSITIONS, 10) and len(np.unique(digits)) == digits.size
     tell = jax.jit(lambda code: model.apply({"params": params}, fields, code, method=model.embed_objects))
@@ -64,7 +64,7 @@ def test_third_decimals_hardly_count_and_first_ones_count_most(reader):
 
 
 @pytest.mark.slow
-def test_alignment_brings_a_vits_features_near_the_words_of_each_patch(reader):
+def test_alignment_moves_vit_features_toward_the_word_embeddings_of_each_patch(reader):
     _, params, *_ = reader
     image = np.zeros((1, 56, 56, 3), np.float32)
     vision = nn.unbox(ViT(CONFIG.vision).init(jax.random.key(0), image)["params"])
@@ -76,7 +76,7 @@ def test_alignment_brings_a_vits_features_near_the_words_of_each_patch(reader):
 
 
 @pytest.mark.slow
-def test_what_a_vit_was_aligned_with_can_stay_while_the_t5_learns_on(reader):
+def test_embeddings_that_a_vit_is_aligned_with_can_be_frozen_in_further_t5_training(reader):
     model, params, *_ = reader
     processor, rng = Processor(ProcessorConfig(56)), np.random.default_rng(0)
     made = [world.sample_scene("train", index) for index in range(4)]
@@ -96,7 +96,7 @@ def test_what_a_vit_was_aligned_with_can_stay_while_the_t5_learns_on(reader):
 
 
 @pytest.mark.slow
-def test_a_decoder_reads_what_the_t5_is_told_and_keeps_its_words(reader):
+def test_a_decoder_gets_the_inputs_of_the_t5_and_keeps_its_embeddings(reader):
     told_of, params, (fields, code), _ = reader
     sizes = DecoderConfig(1024, 16, 1, 2, 2, 8, 24, tie_embeddings=True, eos_token_id=1)
     c = dataclasses.replace(CONFIG, language=sizes)

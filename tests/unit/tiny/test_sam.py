@@ -36,7 +36,7 @@ def test_training_box_encloses_its_mask():
     assert 0.5 < np.abs(shaken - box_BK4).mean() < 10
 
 
-def test_boxes_and_masks_to_learn_from_are_those_of_the_same_thing_by_hand():
+def test_training_boxes_and_masks_belong_to_the_same_object():
     """Two things in a picture of 8 pixels: boxes in pixels, and the pixels that each owns."""
     owner_NHW = np.full((1, 8, 8), -1, np.int8)
     owner_NHW[0, 2:4, 1:5], owner_NHW[0, 5:8, 5:8] = 0, 1
@@ -56,7 +56,7 @@ def test_boxes_and_masks_to_learn_from_are_those_of_the_same_thing_by_hand():
     assert found == {0, 1}
 
 
-def test_a_mask_of_a_square_comes_back_to_its_picture_by_hand():
+def test_a_mask_of_the_padded_square_is_mapped_back_to_the_image():
     """A picture of 4 x 2 pixels lies in rows 1 and 2 of a square of 4."""
     logits_HW = np.arange(16.0).reshape(4, 4)
     made = sam_decoder.postprocess_masks(logits_HW, 4, (1, 0, 2, 4), (2, 4))
@@ -66,7 +66,7 @@ def test_a_mask_of_a_square_comes_back_to_its_picture_by_hand():
 
 
 @pytest.mark.slow
-def test_the_shipped_sam_cuts_things_out_of_a_picture_that_is_no_square():
+def test_the_shipped_sam_segments_objects_in_a_non_square_image():
     """Picture, box and mask all go into the padded square and come back: a slip of some pixels would show."""
     processor = Processor(
         ProcessorConfig(

@@ -76,7 +76,7 @@ def test_a_skipped_update_changes_no_parameter(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rewound_run_goes_on_behind_the_bad_batch_and_again_when_stopped(tmp_path):
+def test_a_rewound_run_continues_after_the_bad_batch_also_after_a_restart(tmp_path):
     what = experiment(on_bad_step="rewind", save_every=2)
     expected, stage = train(tmp_path / "whole", what)
     assert stage["rewinds"] >= 2 and stage["steps"] == 6 and stage["compilations"] == 1
@@ -101,7 +101,7 @@ def test_too_many_bad_updates_stop_the_run_whatever_the_policy(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_at_a_bad_update_goes_on_when_told_to_skip(tmp_path):
+def test_a_run_that_stopped_at_a_bad_update_continues_with_the_policy_skip(tmp_path):
     with pytest.raises(UserError, match="set run.on_bad_step to skip or rewind"):
         train(tmp_path, experiment())
     assert train(tmp_path, experiment(on_bad_step="skip"))[1]["skipped"] == 2
@@ -122,7 +122,7 @@ def test_loss_spikes_are_detected_alike_after_a_restart(tmp_path):
     assert refusals(tmp_path / "stopped") == refusals(tmp_path / "whole")
 
 
-def test_a_spike_is_measured_by_the_updates_that_are_sure_to_be_known():
+def test_loss_spikes_are_judged_by_losses_that_survive_a_restart():
     run, losses = RunConfig(loss_spike_sigmas=2.0), [float(i % 2) for i in range(20)]
     entry = StageStats("one", 0)
     for loss in losses[:18]:

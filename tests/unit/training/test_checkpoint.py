@@ -74,7 +74,7 @@ def test_every_single_flipped_bit_changes_the_fingerprint():
     assert len(found) == 64 * 32 + 1
 
 
-def test_a_directory_gives_back_bits_and_record_on_any_mesh(tmp_path):
+def test_a_checkpoint_restores_bits_and_metadata_on_any_mesh(tmp_path):
     checkpoint.save_tree(tmp_path / "a", {"items": tree(), "more": tree(1)}, {"position": [1, 2]})
     for shape in MESHES:
         items, meta = checkpoint.restore_tree(tmp_path / "a", {"items": laid_out(tree(), shape)})
@@ -83,7 +83,7 @@ def test_a_directory_gives_back_bits_and_record_on_any_mesh(tmp_path):
 
 
 @pytest.mark.slow
-def test_wherever_a_byte_is_flipped_the_values_are_right_or_the_directory_is_refused(tmp_path):
+def test_a_flipped_byte_in_a_checkpoint_is_refused_or_changes_no_value(tmp_path):
     checkpoint.save_tree(tmp_path / "a", {"items": tree()}, {"position": 1234})
     target, refused = {"items": laid_out(tree())}, []
     files = sorted(path for path in (tmp_path / "a").rglob("*") if path.is_file())
@@ -103,7 +103,7 @@ def test_wherever_a_byte_is_flipped_the_values_are_right_or_the_directory_is_ref
     assert same(checkpoint.restore_tree(tmp_path / "a", target)[0]["items"], tree())
 
 
-def test_a_leaf_that_is_not_what_was_written_is_named(tmp_path):
+def test_a_changed_leaf_is_named(tmp_path):
     other = tree() | {"up": tree()["up"] | {"kernel": tree()["up"]["kernel"].at[3, 3].add(1e-6)}}
     checkpoint.save_tree(tmp_path / "a", {"items": tree()}, {})
     checkpoint.save_tree(tmp_path / "b", {"items": other}, {})
@@ -113,7 +113,7 @@ def test_a_leaf_that_is_not_what_was_written_is_named(tmp_path):
         checkpoint.restore_tree(tmp_path / "a", {"items": laid_out(tree())})
 
 
-def test_a_record_that_was_changed_is_refused(tmp_path):
+def test_changed_metadata_of_a_checkpoint_is_refused(tmp_path):
     checkpoint.save_tree(tmp_path / "a", {"items": tree()}, {"next": 40})
     file = tmp_path / "a" / "record" / "metadata"
     file.write_text(file.read_text().replace('"next": 40', '"next": 41'))
@@ -136,7 +136,7 @@ def test_a_dtype_a_shape_or_a_name_that_differs_is_refused_and_never_cast(tmp_pa
             checkpoint.restore_tree(tmp_path / "a", {"items": laid_out(wanted)})
 
 
-def test_a_directory_is_replaced_whole(tmp_path):
+def test_a_checkpoint_is_replaced_atomically(tmp_path):
     for seed in (0, 1):
         checkpoint.save_tree(tmp_path / "a", {"items": tree(seed)}, {"seed": seed})
     items, meta = checkpoint.restore_tree(tmp_path / "a", {"items": laid_out(tree())})
@@ -155,7 +155,7 @@ def test_the_last_steps_and_the_best_of_the_running_stage_are_kept(tmp_path):
     assert checkpoint.all_steps(tmp_path) == [8, 7, 4]
 
 
-def test_a_save_holds_the_values_of_its_moment_though_training_goes_on(tmp_path):
+def test_a_background_save_writes_the_values_of_its_step(tmp_path):
     bump = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)
     state = {"x": jnp.zeros((512, 512)), "y": jnp.ones(3)}
     with checkpoint.AsyncCheckpointManager(tmp_path, max_to_keep=5) as steps:
@@ -167,7 +167,7 @@ def test_a_save_holds_the_values_of_its_moment_though_training_goes_on(tmp_path)
         assert float(items["items"]["x"].min()) == float(items["items"]["x"].max()) == step
 
 
-def test_an_error_of_a_save_under_way_is_raised_and_not_swallowed(tmp_path):
+def test_an_error_of_a_background_save_is_raised(tmp_path):
     (tmp_path / "steps").mkdir()
     with pytest.raises(OSError):
         with checkpoint.AsyncCheckpointManager(tmp_path / "steps", max_to_keep=2) as steps:
@@ -184,7 +184,7 @@ def test_a_full_disk_is_recognized_through_the_errors_that_it_comes_wrapped_in()
     assert not checkpoint.is_disk_full(ValueError("no such file"))
 
 
-def test_of_what_asyncio_says_only_full_disks_are_kept_from_the_log(tmp_path, caplog):
+def test_of_asyncio_errors_only_full_disks_are_not_logged(tmp_path, caplog):
     def failed(error):
         try:
             raise error

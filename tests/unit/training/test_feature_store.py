@@ -56,7 +56,7 @@ def same(one, other):
 
 
 @pytest.mark.slow
-def test_training_from_files_has_the_same_bits_and_no_tower_runs(tmp_path, looks, expected):
+def test_training_from_feature_files_is_bit_exact_and_runs_no_tower(tmp_path, looks, expected):
     store = str(tmp_path / "features")
     assert same(train(tmp_path / "first", feature_cache_dir=store), expected[1])
     assert sorted(sum(looks, [])) == list(range(24)), "each record once"
@@ -66,7 +66,7 @@ def test_training_from_files_has_the_same_bits_and_no_tower_runs(tmp_path, looks
     assert toy.lines(tmp_path / "second") == toy.lines(expected[0])
 
 
-def test_an_unfinished_file_counts_for_nothing_and_one_without_its_end_neither(tmp_path):
+def test_unfinished_and_truncated_feature_files_are_ignored(tmp_path):
     made, rows = some()
     written(tmp_path, made, rows)
     (whole,) = tmp_path.glob("*/*.array_record")
@@ -96,7 +96,7 @@ def written(folder, made, rows):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
-def test_dtypes_come_back_as_they_were(tmp_path, dtype):
+def test_feature_files_keep_dtypes(tmp_path, dtype):
     made, rows = some(dtype)
     written(tmp_path, made, rows)
     files = FeatureStore(tmp_path, made)
@@ -107,7 +107,7 @@ def test_dtypes_come_back_as_they_were(tmp_path, dtype):
     assert files.get(b"another record.") is None
 
 
-def test_a_flipped_byte_anywhere_is_noticed(tmp_path):
+def test_a_flipped_byte_in_a_feature_file_is_detected(tmp_path):
     made, rows = some()
     written(tmp_path / "whole", made, rows)
     (path,) = (tmp_path / "whole").glob("*/*.array_record")
@@ -126,7 +126,7 @@ def test_a_flipped_byte_anywhere_is_noticed(tmp_path):
     assert lost
 
 
-def test_two_processes_write_side_by_side_and_find_what_the_other_has_finished(tmp_path):
+def test_two_processes_write_feature_files_concurrently_and_read_each_others(tmp_path):
     made, rows = some()
     one, other = FeatureStore(tmp_path, made), FeatureStore(tmp_path, made)
     first, second = list(rows)[:3], list(rows)[2:]
@@ -205,7 +205,7 @@ def test_a_tower_that_some_stage_trains_is_refused(towers):
         make_feature_spec(toy.Toy(), {}, towers[0] | towers[1], toy.batch_of(range(8)))
 
 
-def test_files_are_finished_while_a_run_goes_on(tmp_path, monkeypatch):
+def test_feature_files_are_completed_during_a_run(tmp_path, monkeypatch):
     made, rows = some()
     monkeypatch.setattr(feature_store, "MAX_FILE_BYTES", 80)
     files = FeatureStore(tmp_path, made)

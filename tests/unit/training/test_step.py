@@ -49,7 +49,7 @@ def one_update(stage, params, batch=BATCH, system=None, updates=1, traces=None):
     return state, jax.device_get(metrics)
 
 
-def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine():
+def test_the_learning_rate_has_linear_warm_up_and_cosine_decay():
     stage = toy.stage(steps=110, warmup_steps=10, learning_rate=1.0, warmup_learning_rate=0.1, end_learning_rate=0.2)
     rate = optimizer_schedule(stage)
     found = [float(rate(step)) for step in (0, 5, 10, 60, 110)]
@@ -68,14 +68,14 @@ def test_the_cosine_moves_by_epoch_as_in_the_training_code_of_lion():
     np.testing.assert_allclose(found, [0.0, 5e-6, 1e-5, 1e-5, 0.5e-5 * (1 + np.cos(np.pi / 10))], rtol=1e-5)
 
 
-def test_a_warm_up_longer_than_its_stage_is_said(caplog):
+def test_a_warm_up_longer_than_its_stage_is_reported(caplog):
     with caplog.at_level(logging.WARNING):
         rate = optimizer_schedule(toy.stage(steps=20, warmup_steps=1000, learning_rate=1.0, warmup_learning_rate=0.0))
     assert "never reaches its learning_rate" in caplog.text
     assert float(rate(20)) == pytest.approx(0.02)
 
 
-def test_biases_norms_scales_and_vectors_do_not_decay_and_a_stack_of_layers_counts_as_one():
+def test_biases_norms_and_vectors_have_no_weight_decay_also_in_stacked_layers():
     decays = {
         "qformer/queries": (2, True),
         "soft_prompt": (1, False),
@@ -128,7 +128,7 @@ def test_updates_are_those_of_torch_adamw_with_clipping():
 
 
 @pytest.mark.slow
-def test_muon_moves_every_layers_matrices_as_torch_does_and_the_rest_as_adamw():
+def test_muon_updates_the_matrices_of_each_layer_as_torch_and_the_rest_with_adamw():
     torch = pytest.importorskip("torch")
     random = np.random.default_rng(0)
     shapes = {"q/kernel": (2, 6, 2, 4), "o/kernel": (2, 2, 4, 6), "up/kernel": (2, 6, 10), "words/table": (9, 6)}
@@ -173,7 +173,7 @@ def test_a_learning_rate_is_scaled_by_the_first_pattern_that_matches(params):
 
 
 @pytest.mark.slow
-def test_pieces_of_unequal_weight_give_the_update_of_the_whole_batch(params):
+def test_gradient_accumulation_over_unequal_microbatches_equals_the_whole_batch(params):
     whole, metrics = one_update(toy.stage(grad_accum_steps=1, trainable=[".*"]), params)
     pieces, parts = one_update(toy.stage(grad_accum_steps=4, trainable=[".*"]), params)
     weights = [toy.batch_of([row, row + 4]).loss_mask_BM.sum() for row in range(4)]
@@ -241,7 +241,7 @@ def test_infinite_gradient_with_finite_loss_is_rejected(params):
 
 
 @pytest.mark.slow
-def test_dropout_follows_from_the_step_alone(params):
+def test_dropout_depends_only_on_the_step(params):
     stage, system = toy.stage(trainable=["output"], learning_rate=0.0, warmup_steps=0), toy.Toy(rate=0.5)
     losses = [float(one_update(stage, params, system=system, updates=n)[1]["loss"]) for n in (1, 2, 2)]
     assert losses[1] == losses[2] != losses[0]
@@ -269,7 +269,7 @@ def test_a_stage_replaces_fields_of_the_system_and_of_no_other():
 
 
 @pytest.mark.slow
-def test_fingerprints_see_that_training_moved_the_trainable_half_alone(params):
+def test_checksums_show_that_only_trainable_parameters_changed(params):
     before = checkpoint.leaf_checksums(params)
     state, _ = one_update(toy.stage(trainable=["output"]), params)
     assert checkpoint.leaf_checksums(params) == before

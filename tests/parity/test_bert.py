@@ -52,7 +52,7 @@ def tiny(tmp_path_factory):
     return folder, model, *convert.from_torch(folder)
 
 
-def test_states_and_sentence_are_those_of_bertmodel(tiny):
+def test_bert_hidden_states_and_pooled_output_match_transformers(tiny):
     _, theirs, config, params = tiny
     assert config == BertConfig(24, 3, 4, 40, vocab_size=61, max_positions=20, type_vocab_size=3)
     rng = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def test_states_and_sentence_are_those_of_bertmodel(tiny):
     assert_close(first, want.pooler_output)
 
 
-def test_a_mask_for_each_pair_of_words_cuts_a_text_into_phrases(tiny):
+def test_bert_takes_an_attention_mask_per_pair_of_tokens(tiny):
     _, theirs, config, params = tiny
     ids = np.random.default_rng(1).integers(0, 61, (1, 7))
     phrase = np.array([0, 0, 0, 1, 1, 1, 1])
@@ -77,7 +77,7 @@ def test_a_mask_for_each_pair_of_words_cuts_a_text_into_phrases(tiny):
     assert_close(states, torch.cat(alone, dim=1))
 
 
-def test_the_encoder_inside_a_model_with_heads_is_read_and_the_heads_are_named(tiny, tmp_path):
+def test_bert_is_converted_from_a_model_with_heads_and_the_heads_are_reported(tiny, tmp_path):
     whole = shaken(transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)))
     whole.save_pretrained(tmp_path / "whole")
     coverage = convert.convert(tmp_path / "whole", tmp_path / "ours", "jax")
@@ -90,7 +90,7 @@ def test_the_encoder_inside_a_model_with_heads_is_read_and_the_heads_are_named(t
     np.testing.assert_array_equal(first, states[:, 0])
 
 
-def test_a_bert_comes_back_as_a_folder_that_transformers_loads_without_a_key_missing(tiny, tmp_path):
+def test_exported_bert_loads_in_transformers_without_missing_keys(tiny, tmp_path):
     _, theirs, config, params = tiny
     convert.to_torch(config, params, tmp_path / "torch")
     assert_loads_alike(theirs, tmp_path / "torch")
@@ -111,7 +111,7 @@ def minilm() -> Path:
 
 
 @pytest.mark.slow
-def test_minilm_as_published_gives_transformers_sentences_and_comes_back_to_the_bit(tmp_path):
+def test_published_minilm_matches_transformers_and_round_trips_bit_exactly(tmp_path):
     source = minilm()
     theirs = transformers.BertModel.from_pretrained(source).eval()
     coverage = convert.convert(source, tmp_path / "ours", "jax")

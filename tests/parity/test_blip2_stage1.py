@@ -124,7 +124,7 @@ def asked(batch: Batch):
 
 
 @pytest.mark.slow
-def test_similarities_and_matches_are_those_of_transformers(pair):
+def test_image_text_similarities_and_matching_scores_match_transformers(pair):
     seed, theirs, _, system, params, batch = pair
     pixels, ids, mask = asked(batch)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def torch_losses(theirs, extra, c: Blip2Stage1, batch: Batch):
 
 
 @pytest.mark.slow
-def test_the_three_losses_and_every_gradient_are_those_of_torch(pair):
+def test_the_three_stage1_losses_and_all_gradients_match_torch(pair):
     seed, theirs, extra, system, params, batch = pair
     theirs.zero_grad()
     wanted = torch_losses(theirs, extra, system, batch)
@@ -199,7 +199,7 @@ def test_the_three_losses_and_every_gradient_are_those_of_torch(pair):
 
 
 @pytest.mark.slow
-def test_words_written_one_by_one_are_those_written_at_once(pair):
+def test_cached_decoding_matches_teacher_forcing(pair):
     seed, _, _, system, params, batch = pair
     how = GenerationConfig(max_new_tokens=4, eos_token_id=-1, pad_token_id=0, decoder_start_token_id=None)
     ids = np.asarray(generate(system, params, batch, how).ids_BM)
@@ -229,7 +229,7 @@ def test_words_written_one_by_one_are_those_written_at_once(pair):
         assert np.abs(np.diff(whole, axis=1)).max() > 1e-3 * np.abs(whole).max()
 
 
-def test_others_are_drawn_as_alike_as_they_are_and_never_the_own():
+def test_hard_negatives_are_drawn_by_similarity_and_never_the_match():
     from lionjax.models.vlm.blip2_stage1 import SELF_PAIR_LOGIT, sample_hard_negative
 
     score = np.array(
@@ -244,7 +244,7 @@ def test_others_are_drawn_as_alike_as_they_are_and_never_the_own():
 
 
 @pytest.mark.slow
-def test_on_a_mesh_the_loss_is_that_of_the_whole_batch(pair):
+def test_loss_on_a_mesh_equals_the_loss_of_the_whole_batch(pair):
     _, _, _, system, params, batch = pair
     mesh = sharding.make_mesh(sharding.MeshConfig(data=4), devices=jax.devices()[:4])
     with sharding.use_mesh(mesh):
@@ -264,7 +264,7 @@ LAVIS_HEADS = (  # what transformers names otherwise or lacks, written down from
 
 
 @pytest.mark.slow
-def test_lavis_names_mean_the_tensors_that_transformers_computes_with(pair):
+def test_lavis_names_map_to_the_parameters_that_match_transformers(pair):
     """Tensors of transformers' class under LAVIS's names give the parameters proven equal to it."""
     _, theirs, extra, system, params, _ = pair
     state = {n: w.detach().numpy() for n, w in (theirs.state_dict() | extra).items()}
@@ -277,7 +277,7 @@ def test_lavis_names_mean_the_tensors_that_transformers_computes_with(pair):
         np.testing.assert_array_equal(made[path], leaf, path)
 
 
-def test_weights_go_out_and_come_back_under_lavis_names(pair):
+def test_weights_round_trip_under_lavis_names(pair):
     _, _, _, system, params, _ = pair
     params = jax.tree.map(np.asarray, params)
     state = convert.state_dict_from_params(system.weight_map(), params)

@@ -110,7 +110,7 @@ SYSTEMS = {"owl": (owl, owl_sees, "language_model."), "frozen": (frozen, frozen_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_the_whole_is_its_parts_in_torch_with_every_gradient_and_greedy_word(name):
+def test_the_model_matches_its_torch_parts_in_logits_gradients_and_greedy_tokens(name):
     make, sees, at = SYSTEMS[name]
     seed = tiny.seed()
     draw = random.Random(seed)
@@ -184,7 +184,7 @@ def test_vision_tower_and_abstractor_match_mplug_owl(folder):
 
 
 @pytest.mark.slow
-def test_kosmos_2_computes_what_transformers_does_with_every_gradient_and_greedy_word():
+def test_kosmos_2_matches_transformers_in_logits_gradients_and_greedy_tokens():
     seed = tiny.seed()
     draw = random.Random(seed)
     torch.manual_seed(seed)

@@ -89,7 +89,7 @@ def twins(request):
     return theirs, c, convert.params_from_state_dict(ROWS[request.param](c), state), ROWS[request.param](c), state
 
 
-def test_a_decoder_says_what_transformers_says(twins):
+def test_decoder_logits_match_transformers(twins):
     import torch
 
     theirs, c, params, rows, state = twins
@@ -136,7 +136,7 @@ def test_max_new_tokens_may_be_one(twins, beams):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["right", "left", "hole"])
-def test_cached_reading_equals_reading_the_whole_text_wherever_padding_stands(side):
+def test_cached_decoding_matches_a_full_forward_pass_for_any_padding(side):
     c = dataclasses.replace(LLAMA, adapters=AdapterConfig(4, 2, 2))
     ids_BL, mask_BL = prompts((6, 3, 4), c.vocab_size, "left" if side == "left" else "right")
     if side == "hole":
@@ -173,7 +173,7 @@ def test_cached_reading_equals_reading_the_whole_text_wherever_padding_stands(si
         np.testing.assert_allclose(one_by_one[row, 0], at_once[row, place], atol=2e-5)
 
 
-def test_adapters_read_what_the_feed_forward_reads_and_stand_beside_it():
+def test_adapters_run_in_parallel_to_the_feed_forward_on_its_input():
     """One block by hand, whose attention adds nothing: x + feed-forward(norm x) + adapters(x)."""
     c = dataclasses.replace(LLAMA, adapters=AdapterConfig(4, 2, 2))
     x_BLD = np.random.default_rng(0).standard_normal((2, 3, c.width)).astype(np.float32)

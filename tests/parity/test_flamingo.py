@@ -32,7 +32,7 @@ IMAGE = 40
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", folders("flamingo"))
-def test_resampler_and_gated_blocks_compute_what_openflamingo_does(folder):
+def test_resampler_and_gated_blocks_match_openflamingo(folder):
     c, arrays = json.loads((folder / "config.json").read_text()), np.load(folder / "arrays.npz")
     p, g = c["perceiver"], c["gated"]
     sizes = ResamplerConfig(
@@ -151,7 +151,7 @@ def test_gates_start_at_zero_and_leave_the_language_model_unchanged(made):
 
 
 @pytest.mark.slow
-def test_a_token_feels_the_pictures_that_the_rule_gives_it_and_no_other(made):
+def test_a_token_attends_only_to_the_images_that_media_attention_allows(made):
     """By gradients: words before the first picture feel none; by the immediate rule the second
     hides the first. Words that look at each other pass on what they felt; where they do not,
     each feels its own pictures alone.
@@ -195,7 +195,7 @@ def test_a_token_feels_the_pictures_that_the_rule_gives_it_and_no_other(made):
 
 
 @pytest.mark.slow
-def test_words_read_one_by_one_are_those_read_at_once(made):
+def test_cached_decoding_matches_a_full_forward_pass(made):
     """Pictures are looked at once, their keys and values kept."""
     system, params = made
     batch = batch_of()
@@ -213,7 +213,7 @@ def test_words_read_one_by_one_are_those_read_at_once(made):
 
 
 @pytest.mark.slow
-def test_only_new_words_of_the_table_learn_and_pictures_are_never_a_word_to_say():
+def test_only_new_embedding_rows_are_trained_and_the_image_token_is_never_generated():
     system = small(1, num_frozen_embeddings=IMAGE, tied=True)
     batch = batch_of()
     params = weights(system)
@@ -228,7 +228,7 @@ def test_only_new_words_of_the_table_learn_and_pictures_are_never_a_word_to_say(
 
 
 @pytest.mark.slow
-def test_weights_go_out_and_come_back_under_openflamingos_names():
+def test_weights_round_trip_under_openflamingo_names():
     tower = ViTConfig(14, 7, 8, 1, 2, 12, attention_biases="qkvo", patch_bias=False, pre_layernorm=True)
     system = dataclasses.replace(small(2), vision=tower)
     params = weights(system)
@@ -296,7 +296,7 @@ def theirs_reads(w, c: Flamingo, ids: list[int], seen_KPD):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("every", "rule"), [(2, "immediate"), (1, "all_previous")])
-def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greedy_word(every, rule):
+def test_flamingo_matches_openflamingos_parts_in_logits_gradients_and_greedy_tokens(every, rule):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     seed = tiny.seed()
@@ -358,7 +358,7 @@ def test_the_whole_is_openflamingos_parts_in_torch_with_every_gradient_and_greed
 
 
 @pytest.mark.slow
-def test_mpt_computes_what_transformers_does():
+def test_mpt_matches_transformers():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from lionjax.models.language import decoder

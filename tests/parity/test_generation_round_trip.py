@@ -23,7 +23,7 @@ NEW = 8
 @pytest.mark.parametrize(
     "name, beams", [("llama", 3), ("opt", 1), ("gpt2", 1), ("t5", 1), pytest.param("t5", 3, marks=pytest.mark.slow)]
 )
-def test_a_model_says_the_same_words_before_in_jax_and_after(tmp_path, name, beams):
+def test_language_model_generates_the_same_tokens_in_torch_in_jax_and_after_export(tmp_path, name, beams):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model, settings, sizes = PUBLISHED[name]
@@ -67,7 +67,7 @@ def test_a_model_says_the_same_words_before_in_jax_and_after(tmp_path, name, bea
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.SYSTEMS)
-def test_a_model_that_sees_says_the_same_words_before_in_jax_and_after(tmp_path, name):
+def test_vision_language_model_generates_the_same_tokens_in_torch_in_jax_and_after_export(tmp_path, name):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     draw = random.Random(5)

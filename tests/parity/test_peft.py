@@ -253,7 +253,7 @@ def test_a_lora_folder_of_llavas_own_code_answers_as_the_whole(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ("bert", "clip"))
-def test_encoders_with_lora_on_every_linear_see_as_in_peft(tmp_path, kind):
+def test_encoders_with_lora_on_every_linear_match_peft(tmp_path, kind):
     torch.manual_seed(0)
     if kind == "clip":
         model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**PUBLISHED["clip"][2]))

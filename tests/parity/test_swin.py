@@ -48,7 +48,7 @@ def picture(*size) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_swin_sees_what_transformers_sees_at_every_stage_and_learns_as_much_in_every_weight(saved, tmp_path):
+def test_swin_matches_transformers_in_the_output_of_every_stage_and_in_all_gradients(saved, tmp_path):
     import copy
 
     import torch
@@ -81,7 +81,7 @@ def test_swin_sees_what_transformers_sees_at_every_stage_and_learns_as_much_in_e
 
 
 @pytest.mark.slow
-def test_a_picture_of_any_size_is_seen_as_detectors_see_it_and_every_map_is_handed_out(saved):
+def test_swin_takes_images_of_any_size_and_returns_the_feature_map_of_every_stage(saved):
     import copy
 
     import torch
@@ -101,7 +101,7 @@ def test_a_picture_of_any_size_is_seen_as_detectors_see_it_and_every_map_is_hand
         close(mine.transpose(0, 3, 1, 2), wanted)
 
 
-def test_weights_go_to_either_spelling_and_back_to_the_same_bits(saved):
+def test_swin_weights_round_trip_bit_exactly_under_both_naming_schemes(saved):
     ours = convert.params_from_state_dict(swin.hf_weight_map(TINY), saved[1])
     back = convert.state_dict_from_params(swin.hf_weight_map(TINY), ours)
     assert back.keys() == saved[1].keys()
@@ -112,7 +112,7 @@ def test_weights_go_to_either_spelling_and_back_to_the_same_bits(saved):
     assert original["layers.1.blocks.2.attn.qkv.weight"].shape == (48, 16)
 
 
-def test_a_file_whose_windows_are_others_is_refused_and_a_halved_one_is_read():
+def test_a_swin_file_with_another_attention_mask_is_refused_and_a_float16_mask_is_read():
     c = SwinConfig(16, 4, 4, (2,), (1,), 2, 1.0)
     shapes = jax.eval_shape(Swin(c).init, jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
     leaf = dict(is_leaf=lambda x: hasattr(x, "names"))
@@ -127,7 +127,7 @@ def test_a_file_whose_windows_are_others_is_refused_and_a_halved_one_is_read():
         convert.params_from_state_dict(swin.original_weight_map(c), state)
 
 
-def test_in_training_a_sample_is_passed_over_or_changed_the_more_and_never_in_evaluation():
+def test_stochastic_depth_drops_or_rescales_a_sample_in_training_only():
     change = np.ones((4000, 1, 1, 2), np.float32)
     assert swin.drop_path(change, 0.25, None) is change
     made = np.asarray(swin.drop_path(change, 0.25, jax.random.key(0)))

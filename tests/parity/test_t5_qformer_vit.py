@@ -104,7 +104,7 @@ def test_t5_gives_the_logits_and_gradients_of_transformers(draw):
 
 
 @pytest.mark.slow
-def test_the_qformer_gives_the_states_of_instructblips(draw):
+def test_qformer_states_match_instructblip(draw):
     heads, every = draw.randint(2, 3), draw.choice([1, 2, 3])
     width, seen = heads * draw.choice([4, 6]), draw.choice([10, 14])
     config = transformers.InstructBlipQFormerConfig(
@@ -144,7 +144,7 @@ def test_the_qformer_gives_the_states_of_instructblips(draw):
 
 
 @pytest.mark.slow
-def test_the_vit_gives_the_states_of_blip2s(draw):
+def test_vit_states_match_blip2(draw):
     heads, depth = draw.randint(2, 3), draw.randint(2, 4)
     width = heads * draw.choice([4, 6])
     config = transformers.Blip2VisionConfig(
@@ -194,7 +194,7 @@ def test_the_vit_gives_the_states_of_blip2s(draw):
 
 
 @pytest.mark.slow
-def test_rows_may_be_put_under_prefixes_and_still_cover_everything():
+def test_a_weight_map_under_a_prefix_still_covers_all_parameters():
     c = QFormerConfig(8, 5, 2, 12, 2, 2, 6, 30, 10)  # an odd number of layers leaves a tail
     rows = with_prefix("Qformer.bert.", "qformer/", qformer.lavis_weight_map(c))
     ids, params = np.zeros((1, 3), np.int32), None

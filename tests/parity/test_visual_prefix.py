@@ -113,7 +113,7 @@ def test_greedy_decoding_matches_transformers(pair):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", ["blip2_opt", "instructblip_t5"], indirect=True)
-def test_candidates_rank_by_the_loss_of_their_tokens_in_sum_as_transformers_gives_it(pair):
+def test_candidates_are_ranked_by_summed_token_loss_as_in_transformers(pair):
     seed, model, system, params, batch = pair
     with torch.no_grad():
         logits = tiny.answer_logits(system, batch, model(**tiny.inputs(system, batch)).logits.numpy())
@@ -128,7 +128,7 @@ def test_candidates_rank_by_the_loss_of_their_tokens_in_sum_as_transformers_give
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", ["llava", "blip2_t5"], indirect=True)
-def test_a_prompt_that_does_not_say_where_has_the_picture_in_front_or_none(pair):
+def test_a_prompt_without_image_token_has_the_image_in_front_or_none(pair):
     seed, _, system, params, batch = pair
     real = batch.target_mask_BM.astype(bool)
     run = jax.jit(system.logits.__func__, static_argnums=0)
@@ -147,7 +147,7 @@ def test_a_prompt_that_does_not_say_where_has_the_picture_in_front_or_none(pair)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", ["llava"], indirect=True)
-def test_two_pictures_in_a_row_and_none_are_those_of_transformers(pair):
+def test_rows_with_two_images_and_with_none_match_transformers(pair):
     """And a token for each of a picture's words, as transformers writes them, means the same as one token."""
     seed, model, system, params, batch = pair
     system = dataclasses.replace(system, in_front=False)
@@ -181,7 +181,7 @@ def test_two_pictures_in_a_row_and_none_are_those_of_transformers(pair):
 
 
 @pytest.mark.slow
-def test_a_qformer_without_text_gives_the_states_of_blip2s():
+def test_qformer_without_text_matches_blip2():
     seed = tiny.seed()
     draw = random.Random(seed)
     torch.manual_seed(seed)

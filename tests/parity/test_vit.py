@@ -29,7 +29,7 @@ def clip():
 
 
 @pytest.mark.slow
-def test_clip_sees_what_transformers_sees_in_every_layer(clip, tmp_path):
+def test_clip_matches_transformers_in_every_layer(clip, tmp_path):
     import torch
     from safetensors.numpy import load_file
 

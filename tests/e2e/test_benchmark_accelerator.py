@@ -22,7 +22,7 @@ def test_parameter_counts_match_the_names_of_the_shapes(shape):
     assert low < number < high
 
 
-def test_our_systems_are_those_that_conversion_makes_of_theirs():
+def test_benchmark_models_equal_the_converted_torch_models():
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     for s in (accelerator.TINY["1b"], accelerator.TINY["lion_xl"]):
@@ -32,7 +32,7 @@ def test_our_systems_are_those_that_conversion_makes_of_theirs():
 
 
 @pytest.mark.slow
-def test_products_of_an_update_are_those_that_one_writes_down():
+def test_flops_of_an_update_equal_the_formula():
     s = accelerator.TINY["1b"]
     peer = accelerator.train_step.peer_of(s)
     batch, system = peer.batch_of(s), peer.system_of(s)
@@ -51,7 +51,7 @@ def test_products_of_an_update_are_those_that_one_writes_down():
     assert accelerator.flops_of(s, system, shapes, batch) == text + tower + projector
 
 
-def test_rates_of_devices_go_by_what_they_call_themselves():
+def test_peak_flops_are_looked_up_by_device_name():
     assert topologies.peak_rates("NVIDIA H100 80GB HBM3") == (989, 3350)
     assert topologies.peak_rates("NVIDIA H200") == (989, 4800)
     assert topologies.peak_rates("TPU v5 lite") == (197, 819)
@@ -63,7 +63,7 @@ def made(seconds, **more):
     return {"seconds": seconds, "losses": [1.0], "tokens": 1000, "flops": 2e14, "device": "NVIDIA H100"} | more
 
 
-def test_a_size_that_does_not_fit_is_said_and_the_rest_is_in_the_table():
+def test_a_size_that_does_not_fit_is_reported_and_the_others_are_measured():
     found = {
         ("train", "1b", "torch"): {"failed": "does not fit into memory"},
         ("train", "1b", "lionjax"): made(0.5),
@@ -78,7 +78,7 @@ def test_a_size_that_does_not_fit_is_said_and_the_rest_is_in_the_table():
     assert "too short to time" in torch and ours.endswith("| 100.0 | 74.6% | - |")
 
 
-def test_other_losses_or_words_are_an_error():
+def test_different_losses_or_tokens_are_an_error():
     sides = {("train", "1b", "torch"): made(1.0), ("train", "1b", "lionjax"): made(1.0)}
     accelerator.agree(sides)
     with pytest.raises(AssertionError):
@@ -95,7 +95,7 @@ def test_out_of_memory_is_recorded_as_a_result(monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_works_without_torch_and_without_what_reads_data_and_words():
+def test_the_benchmark_runs_without_torch_and_data_libraries():
     lacking = ("torch", "transformers", "tyro", "grain", "tensorflow_datasets", "array_record")
     code = (
         f"import sys\nfor name in {lacking}: sys.modules[name] = None\n"
@@ -108,7 +108,7 @@ def test_it_works_without_torch_and_without_what_reads_data_and_words():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_both_sides_have_the_batch():
+def test_both_sides_get_the_same_batch():
     for s in (accelerator.TINY["1b"], accelerator.TINY["lion_xl"]):
         assert isinstance(s, llava.Sizes | instructblip.Sizes)
         batch = accelerator.train_step.peer_of(s).batch_of(s)

@@ -60,7 +60,7 @@ def talks():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_learned_talk_goes_on_by_what_was_said_and_by_what_is_seen(name):
+def test_a_trained_model_answers_from_the_earlier_turns_and_from_the_image(name):
     system = SYSTEMS[name]
     reads = "encoder" if isinstance(system.language, T5Config) else "decoder"
     lengths = {"max_prompt_tokens": 20, "max_question_tokens": 12, "max_target_tokens": 16}

@@ -89,7 +89,7 @@ def test_overrides_and_compiler_flags_reach_the_command(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_that_comes_back_ends_a_run_unless_checkpoints_were_written_in_between(tmp_path):
+def test_a_repeated_failure_ends_a_run_unless_checkpoints_were_written_in_between(tmp_path):
     here, workdir = project(tmp_path), tmp_path / "run"
 
     def codes(program: str, count: int) -> list[int]:
@@ -157,7 +157,7 @@ esac
 
 
 @pytest.mark.parametrize("slices", [1, 2])
-def test_a_slice_that_is_taken_away_is_asked_for_again_until_the_run_is_done(tmp_path, slices):
+def test_a_preempted_slice_is_requested_again_until_the_run_is_done(tmp_path, slices):
     here, log = project(tmp_path), tmp_path / "log"
     stand_in(tmp_path / "bin", "gcloud", GCLOUD.format(log=log, code=0, first=""))
     slice_ = {"NAME": "lion", "ZONE": "here-a", "ACCELERATOR": "v5litepod-64", "NFS": "10.0.0.2:/runs"}
@@ -206,7 +206,7 @@ def test_a_mistake_on_one_of_two_slices_stops_both(tmp_path):
     assert run(here / "launch/queued_resource.sh", "a.py", bin=tmp_path / "bin", PAUSE="0", **slice_).returncode == 2
 
 
-def test_hosts_get_the_code_and_not_what_lies_on_the_shared_disk(tmp_path):
+def test_hosts_get_the_code_but_not_the_files_of_the_shared_disk(tmp_path):
     here, log = project(tmp_path), tmp_path / "log"
     sent, kept = ("lionjax/data/a.py", "launch/run.sh"), ("data/b", "weights/c", "runs/d", ".venv-prepare/e")
     for name in (*sent[:1], *kept):
@@ -224,7 +224,7 @@ def test_hosts_get_the_code_and_not_what_lies_on_the_shared_disk(tmp_path):
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (2, False)] + [(n, True) for n in (1, 75, 134, 137, 139, 143)])
-def test_slurm_queues_a_run_again_that_is_not_done(tmp_path, code, again):
+def test_slurm_requeues_an_unfinished_run(tmp_path, code, again):
     here = project(tmp_path)
     stand_in(tmp_path / "bin", "srun", f'echo "$@" >{tmp_path}/srun; exit {code}')
     stand_in(tmp_path / "bin", "scontrol", f'echo "$@" >{tmp_path}/scontrol')
@@ -236,7 +236,7 @@ def test_slurm_queues_a_run_again_that_is_not_done(tmp_path, code, again):
 
 
 @pytest.mark.parametrize(("code", "ends", "queued"), [(1, 3, 2), (139, 3, 2), (75, 5, 5), (137, 5, 5), (143, 5, 5)])
-def test_slurm_queues_a_failing_run_again_a_few_times_only(tmp_path, code, ends, queued):
+def test_slurm_requeues_a_failing_run_a_few_times_only(tmp_path, code, ends, queued):
     here = project(tmp_path)
     stand_in(tmp_path / "bin", "srun", f"exit {code}")
     stand_in(tmp_path / "bin", "scontrol", f"echo $@ >>{tmp_path}/scontrol")
@@ -256,7 +256,7 @@ def test_slurm_stops_at_a_mistake_of_one_task_though_srun_tells_the_highest_code
     assert said.returncode == 2 and not (tmp_path / "scontrol").exists()
 
 
-def test_slurm_tells_the_tasks_before_the_time_is_up_and_starts_one_for_each_gpu():
+def test_slurm_signals_tasks_before_the_time_limit_and_starts_one_per_gpu():
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE))
     assert asked["ntasks-per-node"] == asked["gpus-per-node"] == "8"
     assert asked["signal"] == "TERM@300" and "requeue" in asked
@@ -301,7 +301,7 @@ def test_the_jobset_has_a_pod_for_each_host_and_begins_again_but_for_mistakes():
     assert {one["name"]: one["value"] for one in container["env"]}["FLAGS"] == "overlap"
 
 
-def test_skypilot_runs_what_the_others_run():
+def test_skypilot_runs_the_same_command_as_the_other_launchers():
     made = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     topologies.parse_topology(made["resources"]["accelerators"])
     assert (ROOT / made["envs"]["CONFIG"]).is_file()
@@ -320,7 +320,7 @@ def test_skypilot_stops_at_a_mistake_and_tries_everything_else_again():
     assert {1, 75, 134, 137, 139, 143} <= set(codes) and not {0, 2} & set(codes)
 
 
-def test_a_laptop_passes_the_code_on_and_tries_nothing_again(tmp_path):
+def test_local_launches_return_the_exit_code_without_retries(tmp_path):
     here = project(tmp_path)
     for code in (1, 2, 75, 139):
         stand_in(tmp_path / "bin", "lionjax", f"echo $1 >>{tmp_path}/asked_{code}; exit {code}")
@@ -328,7 +328,7 @@ def test_a_laptop_passes_the_code_on_and_tries_nothing_again(tmp_path):
         assert (tmp_path / f"asked_{code}").read_text() == "train\n"
 
 
-def test_skypilot_tells_gpu_machines_where_the_others_are(tmp_path):
+def test_skypilot_passes_the_coordinator_address_to_gpu_machines(tmp_path):
     here = project(tmp_path)
     command = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())["run"]
     (here / "launch/run.sh").write_text("#!/usr/bin/env bash\nenv | grep ^JAX_ | sort\n")

@@ -58,7 +58,7 @@ def test_first_parameters_losses_and_gradient_norms_do_not_depend_on_the_mesh(on
 
 
 @pytest.mark.slow
-def test_what_muon_makes_of_a_matrix_does_not_depend_on_how_it_is_cut():
+def test_muon_updates_do_not_depend_on_the_sharding_of_a_matrix():
     one, cut = (run(MESHES[name], "muon") for name in ("one", "all"))
     np.testing.assert_allclose(cut[1], one[1], rtol=1e-5)
     for path, leaf in cut[3].items():

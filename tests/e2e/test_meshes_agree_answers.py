@@ -47,7 +47,7 @@ def said(name: str, mesh_name: str):
     return talks.generate(rows, how, image_sizes=large), talks.generate(rows, beams)
 
 
-def test_another_mesh_traces_the_program_again():
+def test_another_mesh_retraces_the_program():
     seen = []
 
     @jax.jit

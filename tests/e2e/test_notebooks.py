@@ -18,7 +18,7 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_a_notebook_says_what_its_source_says(source):
+def test_notebooks_match_their_sources(source):
     written = jupytext.read(source)
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in written.cells], (

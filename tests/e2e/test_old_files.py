@@ -169,7 +169,7 @@ def test_folders_of_0_1_hold_the_same_parameters(name, old):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ANSWERING])
-def test_exported_folder_of_0_1_loads_and_says_the_same(name, old):
+def test_exported_folder_of_0_1_loads_and_gives_the_same_answers(name, old):
     old(name)
     model = lionjax.load(name)
     assert sha256_of(model.params) == MODELS[name]["params"]
@@ -177,14 +177,14 @@ def test_exported_folder_of_0_1_loads_and_says_the_same(name, old):
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if "like" in FORMS[name]])
-def test_torch_and_orbax_folders_of_0_1_load_as_the_model_that_they_were_made_of(name, old):
+def test_torch_and_orbax_folders_of_0_1_load_as_their_source_model(name, old):
     old(name)
     model = lionjax.load(name)
     assert sha256_of(model.params) == MODELS[FORMS[name]["like"]]["params"]
 
 
 @pytest.mark.slow
-def test_tagger_of_0_1_names_the_same(old, capsys):
+def test_tagger_of_0_1_gives_the_same_tags(old, capsys):
     old("parts/ram")
     out, _ = here(capsys, "tag", "parts/ram", "--image", "picture.png", "--json")
     (found,), wanted = json.loads(out), MODELS["parts/ram"]["tags"]
@@ -203,13 +203,13 @@ def test_run_of_0_1_loads_with_the_same_parameters(name, old):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_run_of_0_1_says_the_same(name, old):
+def test_run_of_0_1_gives_the_same_answers(name, old):
     old(name, "resized")
     assert_answers(lionjax.load(name), RUNS[name]["answers"])
 
 
 @pytest.mark.slow
-def test_run_that_0_1_left_in_its_second_stage_ends_as_one_that_was_never_stopped(old):
+def test_run_that_0_1_stopped_in_its_second_stage_ends_as_if_never_stopped(old):
     old("trained/stopped", "user/lion.py")
     finished = RUNS["trained/stopped"]["finished"]
     before = lines_of("trained/stopped")
@@ -226,7 +226,7 @@ def test_run_that_0_1_left_in_its_second_stage_ends_as_one_that_was_never_stoppe
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trained/lora", "trained/resized"])
-def test_finished_run_of_0_1_is_known_to_be_finished(name, old):
+def test_finished_run_of_0_1_is_recognized_as_finished(name, old):
     """The old config file belongs to the run, which has nothing left to do."""
     old(name, "user", "built", "features", "resized", "lines")
     before = Path(name, "metrics.jsonl").read_bytes()
@@ -259,7 +259,7 @@ def test_training_anew_by_an_old_config_uses_old_data_and_kept_features(old):
 
 
 @pytest.mark.slow
-def test_what_a_run_of_0_1_listed_is_kept_and_reported(old, capsys):
+def test_records_of_a_run_of_0_1_are_kept_and_reported(old, capsys):
     old("trained/resized")
     refused = [json.loads(line) for line in Path("trained/resized/refused.jsonl").read_text().splitlines()]
     assert refused == RUNS["trained/resized"]["refused"] and refused
@@ -295,7 +295,7 @@ def marked(command: dict):
 
 
 @pytest.mark.parametrize("command", [marked(command) for command in EXPECTED["commands"]])
-def test_command_of_0_1_does_what_it_did(command, old, capsys):
+def test_command_of_0_1_gives_the_same_result(command, old, capsys):
     """Options and field names are those of 0.1."""
     names = ("user", "trained/lora", "torch", "orbax", "models/llava15", "built", "lines")
     needed = {name for name in names if any(word.startswith(name) for word in command["words"])}

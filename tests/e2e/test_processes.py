@@ -121,7 +121,7 @@ def stream(workdir):
     return found
 
 
-def test_two_processes_train_as_one_does(alone, two):
+def test_two_processes_give_the_losses_of_one_process(alone, two):
     expected = losses(alone[0])
     assert len(expected) == 2 * STEPS
     np.testing.assert_allclose(losses(two[0]), expected, rtol=1e-4)
@@ -131,7 +131,7 @@ def test_two_processes_train_as_one_does(alone, two):
     assert report["environment"]["processes"] == 2
 
 
-def test_a_whole_train_on_scenes_in_files_gives_one_process_s_losses_and_answers_with_two(tmp_path):
+def test_two_processes_give_the_losses_and_answers_of_one_on_scenes_in_files(tmp_path):
     from lionjax.data.prepare import array_record_writer
     from lionjax.data.scenes.dataset import Scenes
 
@@ -155,7 +155,7 @@ def test_a_whole_train_on_scenes_in_files_gives_one_process_s_losses_and_answers
     assert list((tmp_path / "features").glob("*/*.array_record"))
 
 
-def test_sigterm_to_one_stops_all_at_one_step_with_0_and_any_number_goes_on(tmp_path, alone):
+def test_sigterm_to_one_process_stops_all_at_one_step_and_any_number_can_resume(tmp_path, alone):
     for count, whom, update in ((2, 1, 3), (4, 0, STEPS + 2)):
         processes = begin(tmp_path, count, "save_every=1000", "pause=0.3")  # a second passes until all have heard
         wait_for_updates(tmp_path, update, processes)
@@ -186,19 +186,19 @@ def test_killed_process_ends_the_others_and_the_restart_is_bitwise_equal(tmp_pat
     assert aside.startswith(f"checkpoints_{newest.name}_")
 
 
-def test_a_process_that_hangs_ends_them_all_with_the_stacks_of_where(tmp_path):
+def test_a_hanging_process_ends_all_and_prints_its_stacks(tmp_path):
     wrote = ends(begin(tmp_path, 2, "hang=4", "watchdog_seconds=10"), 1)
     assert all("Timeout" in said for _, said in wrote) and "in __next__" in wrote[1][1]
     assert updates_in(tmp_path) in (3, 4)
 
 
-def test_a_loss_that_is_nan_is_said_by_each_and_ends_all_with_2(tmp_path):
+def test_a_nan_loss_is_reported_by_every_process_and_ends_all_with_2(tmp_path):
     wrote = ends(begin(tmp_path, 2, "poison=5"), 2)
     assert all("the loss is nan" in said and f"process {i} of 2" in said for i, (_, said) in enumerate(wrote))
     assert len(list(tmp_path.glob("not_finite_one_*_process*.npz"))) == 2
 
 
-def test_a_host_that_is_missing_is_said_in_one_sentence(tmp_path):
+def test_a_missing_host_is_reported_in_one_sentence(tmp_path):
     began = time.monotonic()
     (first,) = begin(
         tmp_path,
@@ -213,7 +213,7 @@ def test_a_host_that_is_missing_is_said_in_one_sentence(tmp_path):
     assert "every host" in said and time.monotonic() - began < LATE
 
 
-def test_variables_that_make_no_sense_raise_a_one_sentence_error(monkeypatch):
+def test_invalid_environment_variables_raise_a_one_sentence_error(monkeypatch):
     cases = (
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is not set"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}, "must be in 0..1"),

@@ -35,7 +35,7 @@ def flat(params) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", small_places.SYSTEMS)
-def test_boxes_then_masks_train_what_they_say_and_a_run_that_was_stopped_ends_the_same(name, tmp_path):
+def test_box_and_mask_stages_train_their_parameters_and_a_stopped_run_ends_the_same(name, tmp_path):
     what = small_places.experiment(*small_places.SYSTEMS[name])
     params, figures = loop.train(what, tmp_path / "run", pipeline.batches)
     assert [stage["frozen_unchanged"] for stage in figures["stages"]] == [True, True]
@@ -97,7 +97,7 @@ def batch_of(processor: Processor, answers=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(small_places.SYSTEMS)[1:])
-def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
+def test_each_returned_box_equals_the_box_decoded_from_the_answer_tokens(name):
     """Read again at once, with the boxes as inputs; for LION over T5 and over a decoder."""
     system, config, trainable = small_places.SYSTEMS[name]
     params, processor = small_places.talking(small_places.experiment(system, config, trainable)), Processor(config)
@@ -126,7 +126,7 @@ def test_every_box_kept_is_the_one_that_the_answers_own_words_give(name):
 
 
 @pytest.mark.slow
-def test_an_answer_that_breaks_off_at_a_trigger_means_no_box():
+def test_an_answer_that_ends_at_a_trigger_has_no_box():
     system, config, trainable = small_places.SYSTEMS["flagship"]
     params, processor = small_lion.params_of(small_places.experiment(system, config, trainable)), Processor(config)
     batch = batch_of(processor, [f"a star {box_to_text(OTHER)}", "a star"])
@@ -180,7 +180,7 @@ def pointing(folder):
 
 
 @pytest.mark.slow
-def test_an_answer_has_its_boxes_and_masks_on_the_picture_in_its_own_size(pointing):
+def test_boxes_and_masks_of_an_answer_have_the_size_of_the_original_image(pointing):
     tall = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 20, 3), np.uint8))
     (answer,) = pointing.answer([tall], ["Where is the star {box}?"], [[BOX]])
     assert len(answer.boxes) >= 1 and answer.masks.shape == (len(answer.boxes), 50, 20)
@@ -221,7 +221,7 @@ LIMIT = 4
 
 
 @pytest.mark.slow
-def test_places_are_asked_for_with_their_masks_and_the_page_draws_them(pointing, folder):
+def test_answers_with_boxes_have_masks_and_the_web_page_draws_them(pointing, folder):
     names = ("rec", "rec@digits", "res", "grounded", "box_vqa")
     entries = {name: runner.evaluate_model(pointing, name, folder, LIMIT) for name in names}
     figures = json.loads((folder / "report.json").read_text())["metrics"]
@@ -253,7 +253,7 @@ def test_answer_without_masks_gets_a_mask_from_its_only_box_and_none_from_severa
     assert mask_HW.sum() == 50 and mask_HW[:5, 10:].all() and masks[1] is None and coco.area(masks[2]) == 200
 
 
-def test_phrases_are_found_by_their_words_and_each_counts_once():
+def test_phrases_are_matched_to_boxes_by_their_words_and_count_once():
     from lionjax.data.scenes.tasks import Example
 
     third = box_to_text((0.7, 0.7, 0.9, 0.9))

@@ -123,7 +123,7 @@ def test_a_trained_model_answers_is_exported_and_comes_back_to_the_bit(trained, 
 
 
 @pytest.mark.slow
-def test_what_was_trained_here_says_the_same_in_transformers(trained, tmp_path):
+def test_a_trained_model_gives_the_same_answers_in_transformers(trained, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     what, folder, _, _ = trained
@@ -141,7 +141,7 @@ def test_what_was_trained_here_says_the_same_in_transformers(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_parts_that_were_converted_by_themselves(tmp_path):
+def test_a_run_starts_from_separately_converted_parts(tmp_path):
     """A tower and a language model in folders of their own, one of them in shards, its vocabulary to be padded."""
     system = dataclasses.replace(LLAVA, language=dataclasses.replace(LLAVA.language, vocab=1001))
     wide = dataclasses.replace(system, language=dataclasses.replace(system.language, pad_vocab_to_multiple_of=64))
@@ -168,7 +168,7 @@ def test_a_run_begins_with_parts_that_were_converted_by_themselves(tmp_path):
     assert flat["projector/up/kernel"].any()
 
 
-def test_a_pictures_token_need_not_be_a_word_of_the_language_model():
+def test_the_image_token_may_lie_outside_of_the_vocabulary():
     token = LLAVA.language.vocab_size
     what = experiment(dataclasses.replace(LLAVA, image_token=token))
     processor = Processor(dataclasses.replace(what.data.processor, image_token=token))
@@ -179,7 +179,7 @@ def test_a_pictures_token_need_not_be_a_word_of_the_language_model():
         check_token_ids(experiment(LLAVA), batch)
 
 
-def test_a_picture_of_llava_15_lies_in_a_square_of_the_mean_color():
+def test_images_of_llava_15_are_padded_to_a_square_with_the_mean_color():
     wide = np.full((10, 40, 3), 255, np.uint8)
     batches = [
         Processor(ProcessorConfig(image_size=16, use_tags=False, pad_to_square=True, pad_color=color)).batch(
@@ -207,7 +207,7 @@ def word_tokenizer(words: list[str], first: list[str]):
 
 
 @pytest.mark.slow
-def test_a_llava_folder_of_transformers_is_loaded_and_answers_in_its_words(tmp_path):
+def test_a_llava_folder_of_transformers_loads_and_gives_the_same_answers(tmp_path):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     seed = tiny.seed()
@@ -248,7 +248,7 @@ def test_reader_and_image_token_follow_from_the_model(processor):
     assert config.apply_overrides(experiment, ["--model.image_token_id", "22"]).data.processor.image_token == 22
 
 
-def test_a_template_without_a_place_for_the_image_has_no_image_token():
+def test_a_template_without_image_placeholder_has_no_image_token():
     experiment = config.load(FROZEN)
     bare = dataclasses.replace(experiment.data.processor, template="{question}")
     data = dataclasses.replace(experiment.data, processor=bare)
@@ -264,7 +264,7 @@ def test_a_template_with_an_image_that_nothing_fills_is_refused():
 
 
 @pytest.mark.slow
-def test_a_part_that_weights_name_must_exist_and_what_is_random_for_good_is_said(caplog):
+def test_weights_of_an_unknown_part_are_refused_and_random_frozen_parts_are_reported(caplog):
     experiment = config.load(FROZEN)
     batch = dummy_batch(Processor(experiment.data.processor))
     layout = init_layout(experiment, batch, sharding.make_mesh(devices=jax.devices()[:1]))

@@ -87,7 +87,11 @@ def render_model_card(
         "",
         "## Use",
         "",
-        *(_transformers_section(hf_config, files) if is_transformers else _original_section(hf_config, specs)),
+        *(
+            _transformers_section(hf_config, files, image_settings)
+            if is_transformers
+            else _original_section(hf_config, specs)
+        ),
     ]
     lines += [line for key, note in PADDING_NOTES.items() if image_settings.get(key) for line in (note, "")]
     if any(map(is_lora_key, specs)):
@@ -110,12 +114,14 @@ def render_model_card(
     return "\n".join(lines)
 
 
-def _transformers_section(hf_config: Mapping, files: Collection[str]) -> list[str]:
+def _transformers_section(hf_config: Mapping, files: Collection[str], image_settings: Mapping) -> list[str]:
     """How transformers opens the model, and its processor or tokenizer where the folder has one."""
     architecture = hf_config["architectures"][0]
     has_tokenizer = any(name in files for name in VOCABULARY_FILES)
     lacks_image_token = hf_config["model_type"] in BLIP_TYPES and hf_config.get("image_token_index") is None
-    has_processor = "processor_config.json" in files or (has_tokenizer and "preprocessor_config.json" in files)
+    by_type = hf_config["model_type"] != "kosmos-2" or "processor_class" in image_settings  # else the tokenizer alone
+    has_parts = has_tokenizer and "preprocessor_config.json" in files and by_type
+    has_processor = "processor_config.json" in files or has_parts
     if has_processor and not lacks_image_token:
         opener = ("processor", "AutoProcessor")
     elif has_tokenizer:

@@ -25,6 +25,10 @@ PROCESSOR_CLASSES = {  # by model_type
     "instructblip": "InstructBlipProcessor",
     "kosmos-2": "Kosmos2Processor",
 }
+KOSMOS2_TOKENS = (
+    *("</doc>", "<image>", "</image>", "</chunk>", "</line>", "<phrase>", "</phrase>", "<object>", "</object>"),
+    *("</delimiter_of_multi_objects/>", "<grounding>", "<patch_index_0000>", "<patch_index_1023>"),
+)
 BLIP_IMAGE_TOKEN = "<image>"  # transformers' BLIP-2 and InstructBLIP processors add this token where it is missing
 
 
@@ -198,8 +202,12 @@ def model_settings(hf_config: Mapping) -> dict:
 def new_processor_config(hf_config: Mapping, tokenizer_file: Path) -> dict:
     """processor_config.json of a model without one, {} where transformers' processor does not fit its tokenizer."""
     model_type = hf_config.get("model_type")
-    if model_type not in PROCESSOR_CLASSES or model_type == "kosmos-2" or not tokenizer_file.is_file():
+    if model_type not in PROCESSOR_CLASSES or not tokenizer_file.is_file():
         return {}
+    if model_type == "kosmos-2":  # its processor adds tokens that are missing, for which the model has no embedding
+        backend = open_tokenizer(tokenizer_file)
+        has_tokens = all(backend.token_to_id(token) is not None for token in KOSMOS2_TOKENS)
+        return {"processor_class": PROCESSOR_CLASSES[model_type]} if has_tokens else {}
     image_token_id = hf_config.get("image_token_index")
     image_token = None if image_token_id is None else open_tokenizer(tokenizer_file).id_to_token(image_token_id)
     settings = {"processor_class": PROCESSOR_CLASSES[model_type]} | model_settings(hf_config)

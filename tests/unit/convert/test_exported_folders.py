@@ -275,6 +275,26 @@ def test_the_card_says_where_a_model_has_no_image_token(tmp_path, folders, name)
     )
 
 
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_a_kosmos2_of_an_own_config_has_its_processor_where_its_tokenizer_has_the_tokens(tmp_path, folders, has_tokens):
+    config, params = convert.load_params(folders("kosmos2")[2])
+    experiment = own_experiment("kosmos2", config, tmp_path)
+    if has_tokens:
+        tokenizer = released.processor_of("kosmos2").tokenizer
+        tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer0" / "tokenizer.json"))
+    from_params(experiment, params).export(tmp_path / "torch")
+    assert ("AutoProcessor" in card(tmp_path / "torch")) == has_tokens
+    if has_tokens:
+        processor = released.open_processor(tmp_path / "torch")
+        made, expected = (released.processed("kosmos2", p) for p in (processor, released.processor_of("kosmos2")))
+        for key in ("input_ids", "attention_mask", "image_embeds_position_mask"):
+            np.testing.assert_array_equal(made[key], expected[key])
+        pixels = np.moveaxis(made["pixel_values"][0], 0, -1)
+        np.testing.assert_allclose(
+            pixels, Processor(experiment.data.processor).preprocess_image(released.picture()), atol=0.02
+        )
+
+
 # Through training
 
 

@@ -44,7 +44,7 @@ LLAMA = {
     "model_type": "llama",
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
-    "intermediate_size": 20,
+    "intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -57,13 +57,21 @@ OPT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "word_embed_proj_dim": 16,
-    "ffn_dim": 20,
+    "ffn_dim": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 256,
     "pad_token_id": 3,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+KOSMOS = {
+    "vocab_size": 1088,
+    "embed_dim": 16,
+    "layers": 2,
+    "ffn_dim": 20,
+    "attention_heads": 2,
+    "max_position_embeddings": 256,
 }
 TOWER = {
     "image_size": SIDE,
@@ -74,42 +82,38 @@ TOWER = {
     "intermediate_size": 20,
 }
 QFORMER = {
-    "vocab_size": 40,
-    "hidden_size": 8,
+    "vocab_size": 80,
+    "hidden_size": 12,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 32,
+    "intermediate_size": 20,
+    "max_position_embeddings": 64,
     "cross_attention_frequency": 2,
     "encoder_hidden_size": 12,
 }
 
 
-def _blip_config(name: str) -> dict:
-    text = OPT if name == "blip2" else LLAMA
-    parts = {"vision_config": dict(TOWER), "qformer_config": dict(QFORMER), "text_config": dict(text)}
-    return parts | {"num_query_tokens": 3, "image_token_index": 50}
+def model_of(name: str, text: dict | None = None, image_token: int = 50, seed: int = 0):
+    """The random model in transformers, in eval mode; every weight is moved off zero and one.
 
-
-def model_of(name: str):
-    """The random model in transformers, in eval mode; every weight is moved off zero and one."""
+    `text`: the config of the language model inside a vision-language model.
+    """
     import torch
     import transformers as hf
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
+    text = dict(text or {"blip2": OPT, "kosmos2": KOSMOS}.get(name, LLAMA))
     if name == "llava":
         model = hf.LlavaForConditionalGeneration(
             hf.LlavaConfig(
                 vision_config=TOWER | {"model_type": "clip_vision_model"},
-                text_config=dict(LLAMA),
-                image_token_index=50,
+                text_config=text,
+                image_token_index=image_token,
                 vision_feature_layer=-2,
                 image_seq_length=4,
             )
         )
     elif name == "kosmos2":
-        text = {"vocab_size": 1088, "embed_dim": 16, "layers": 2, "ffn_dim": 20, "attention_heads": 2}
-        text |= {"max_position_embeddings": 128}
         model = hf.Kosmos2ForConditionalGeneration(
             hf.Kosmos2Config(
                 text_config=text, vision_config=dict(TOWER), latent_query_num=64
@@ -119,13 +123,14 @@ def model_of(name: str):
         model = hf.LlamaForCausalLM(hf.LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "model_type"}))
     else:
         prefix = "Blip2" if name == "blip2" else "InstructBlip"
-        model = getattr(hf, f"{prefix}ForConditionalGeneration")(getattr(hf, f"{prefix}Config")(**_blip_config(name)))
+        parts = {"vision_config": dict(TOWER), "qformer_config": dict(QFORMER), "text_config": text}
+        config = getattr(hf, f"{prefix}Config")(**parts, num_query_tokens=3, image_token_index=image_token)
+        model = getattr(hf, f"{prefix}ForConditionalGeneration")(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
             if key.endswith("qkv.bias"):  # EVA has no bias on its keys
                 parameter[len(parameter) // 3 : 2 * len(parameter) // 3] = 0
-    model.generation_config.max_new_tokens = 7
     return model.eval()
 
 
@@ -159,6 +164,7 @@ def processor_of(name: str):
 def save_released(name: str, folder: Path):
     """Save model and processor as `folder`, as transformers publishes them; returns the model."""
     model = model_of(name)
+    model.generation_config.max_new_tokens = 7
     model.save_pretrained(folder)
     processor_of(name).save_pretrained(folder)
     return model

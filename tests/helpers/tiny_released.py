@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny LLaVA, BLIP-2 over OPT and InstructBLIPs over LLaMA and T5 as transformers saves them, with processors."""
+"""The models of `released_folders` with tokenizers of the released kinds: LLaMA's, OPT's, T5's, BERT's and XLM-R's."""
 
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from PIL import Image
+from released_folders import KOSMOS, LLAMA, OPT, SIDE, model_of
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 TEXTS = (
@@ -15,7 +16,6 @@ TEXTS = (
     "###Human: ###Assistant:",
 )
 SYSTEMS = ("llava", "blip2_opt", "instructblip", "instructblip_t5")
-SIDE = 28
 
 
 def llama_tokenizer(**settings):
@@ -72,7 +72,6 @@ def t5_tokenizer():
 
 def save_kosmos2(folder: Path):
     """(model, processor) of a tiny Kosmos-2 with XLM-R's kind of tokenizer, saved into `folder`."""
-    import torch
     import transformers
 
     letters = [*"abcdefghijklmnopqrstuvwxyzADQUWI?.,:'0123456789[]-"]
@@ -83,15 +82,8 @@ def save_kosmos2(folder: Path):
     tokenizer = transformers.XLMRobertaTokenizer(vocab=pieces)
     image_processor = transformers.CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
     processor = transformers.Kosmos2Processor(image_processor, tokenizer)
-    text = {"vocab_size": len(tokenizer), "embed_dim": 16, "layers": 2, "ffn_dim": 20, "attention_heads": 2}
-    text["max_position_embeddings"] = 256
-    torch.manual_seed(0)
-    config = transformers.Kosmos2Config(text_config=text, vision_config=TOWER, latent_query_num=64)
-    model = transformers.Kosmos2ForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.eval().save_pretrained(folder)
+    model = model_of("kosmos2", KOSMOS | {"vocab_size": len(tokenizer)})
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
 
@@ -103,68 +95,28 @@ def _vocab_and_merges(backend) -> tuple[dict, list]:
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
+TOKEN_IDS = {"llama": {"bos_token_id": 1, "pad_token_id": 0}, "opt": {"bos_token_id": 2, "pad_token_id": 1}}
+T5 = {
+    "model_type": "t5",
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}
+
+
 def text_config(kind: str, vocab_size: int, eos) -> dict:
-    """A language model of one block; `eos` is its end token or several."""
-    if kind == "opt":
-        return {
-            "model_type": "opt",
-            "vocab_size": vocab_size,
-            "hidden_size": 16,
-            "word_embed_proj_dim": 16,
-            "ffn_dim": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 256,
-            "bos_token_id": 2,
-            "eos_token_id": eos,
-            "pad_token_id": 1,
-        }
+    """A language model of two blocks; `eos` is its end token or several."""
     if kind == "t5":
-        return {
-            "model_type": "t5",
-            "vocab_size": vocab_size,
-            "d_model": 16,
-            "d_kv": 8,
-            "d_ff": 24,
-            "num_layers": 2,
-            "num_heads": 2,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-            "decoder_start_token_id": 0,
-        }
-    return {
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "bos_token_id": 1,
-        "eos_token_id": eos,
-        "pad_token_id": 0,
-    }
-
-
-TOWER = {
-    "hidden_size": 12,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "patch_size": 14,
-    "image_size": SIDE,
-}
-QFORMER = {
-    "vocab_size": 80,
-    "hidden_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 20,
-    "max_position_embeddings": 64,
-    "encoder_hidden_size": 12,
-}
+        return T5 | {"vocab_size": vocab_size}
+    config = OPT if kind == "opt" else LLAMA
+    return config | TOKEN_IDS[kind] | {"vocab_size": vocab_size, "eos_token_id": eos}
 
 
 def save(name: str, folder: Path, seed: int = 0, end_token=None):
@@ -172,25 +124,17 @@ def save(name: str, folder: Path, seed: int = 0, end_token=None):
     import torch
     import transformers
 
-    torch.manual_seed(seed)
     size = {"height": SIDE, "width": SIDE}
     if name == "llava":
         tokenizer = llama_tokenizer()
         tokenizer.add_tokens([tokenizers.AddedToken("<image>", normalized=False, special=True)], special_tokens=True)
-        image_processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
         processor = transformers.LlavaProcessor(
-            image_processor,
+            transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size),
             tokenizer,
             patch_size=14,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
         )
-        config = transformers.LlavaConfig(
-            vision_config=TOWER | {"model_type": "clip_vision_model"},
-            text_config=text_config("llama", len(tokenizer), 2 if end_token is None else end_token),
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        )
-        model = transformers.LlavaForConditionalGeneration(config)
     else:
         if name == "instructblip":
             tokenizer = llama_tokenizer(bos_token="</s>", unk_token="</s>")
@@ -205,26 +149,14 @@ def save(name: str, folder: Path, seed: int = 0, end_token=None):
             processor = transformers.InstructBlipProcessor(
                 image_processor, tokenizer, bert_tokenizer(), num_query_tokens=3
             )
-        kind = {"blip2_opt": "opt", "instructblip": "llama", "instructblip_t5": "t5"}[name]
-        prefix = "Blip2" if name == "blip2_opt" else "InstructBlip"
-        config = getattr(transformers, f"{prefix}Config")(
-            vision_config=TOWER,
-            qformer_config=QFORMER,
-            text_config=text_config(kind, len(tokenizer), 2 if end_token is None else end_token),
-            num_query_tokens=3,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        )
-        model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    for key, bias in model.named_parameters():
-        if key.endswith("qkv.bias"):  # EVA's keys have no bias
-            bias.data[len(bias) // 3 : 2 * len(bias) // 3] = 0
+    kind = {"blip2_opt": "opt", "instructblip_t5": "t5"}.get(name, "llama")
+    text = text_config(kind, len(tokenizer), 2 if end_token is None else end_token)
+    system = name.removesuffix("_opt").removesuffix("_t5")
+    model = model_of(system, text, tokenizer.convert_tokens_to_ids("<image>"), seed)
     if name == "instructblip_t5":  # a T5 of small weights gives one token whatever it reads
         for key, parameter in model.language_model.named_parameters():
             parameter.data.copy_(0.8 * torch.randn_like(parameter) + ("norm" in key))
-    model.eval().save_pretrained(folder)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
 

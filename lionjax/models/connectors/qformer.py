@@ -196,9 +196,9 @@ class QFormer(nn.Module):
     def embed_text(self, ids_BL, dtype, position_offset=0):
         """Token plus position embeddings (B, L, D), from position `position_offset` on.
 
-        Raises UserError for more tokens than learned positions.
+        Raises UserError for more tokens than learned positions; the offset, traced in decoding, is not checked.
         """
-        if (length := position_offset + ids_BL.shape[1]) > self.c.max_positions:
+        if (length := ids_BL.shape[1]) > self.c.max_positions:
             raise UserError(
                 f"{length} tokens do not fit the {self.c.max_positions} learned positions of the Q-Former; lower "
                 "processor.max_question_tokens"

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Q-Former refuses more text than it has learned positions."""
+"""Text embeddings of the Q-Former and the limit of its learned positions."""
 
 import dataclasses
+import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lionjax.core.types import UserError
@@ -20,3 +23,13 @@ def test_a_question_longer_than_the_learned_positions_is_refused():
     jax.eval_shape(init, jax.random.key(0), source, texts[16], texts[16])
     with pytest.raises(UserError, match="17 tokens do not fit the 16 learned positions"):
         jax.eval_shape(init, jax.random.key(0), source, texts[17], texts[17])
+
+
+def test_decoding_embeds_text_from_a_traced_position():
+    config = dataclasses.replace(QFormerConfig(), **SIZES, use_text_input=True, max_positions=16)
+    module, ids = QFormer(config), jnp.ones((1, 2), jnp.int32)
+    params = nn.unbox(module.init(jax.random.key(0), jnp.zeros((1, 4, config.vision_width)), ids, ids))
+    embed = functools.partial(module.apply, params, method=QFormer.embed_text)
+    whole = embed(jnp.ones((1, 4), jnp.int32), "float32")
+    made = jax.jit(lambda offset: embed(ids, "float32", offset))(2)
+    np.testing.assert_allclose(made, whole[:, 2:], atol=1e-6)

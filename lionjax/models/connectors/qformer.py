@@ -49,6 +49,12 @@ class QFormerConfig(BertLayersConfig):
     max_positions: int = 512
     use_text_input: bool = True  # read the instruction (InstructBLIP); False: queries only (BLIP-2 after stage 1)
 
+    @property
+    def default_processor(self) -> dict[str, int]:
+        """Fields of ProcessorConfig for questions that fit the learned positions, where those are few."""
+        is_short = self.use_text_input and self.max_positions < 128
+        return {"max_question_tokens": self.max_positions} if is_short else {}
+
 
 TINY_QFORMER = QFormerConfig(128, 4, 4, 256, 8, vision_width=128, vocab_size=1024, max_positions=96, dropout=0.0)
 

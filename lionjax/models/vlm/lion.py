@@ -99,6 +99,7 @@ class Lion(RegionLM):
             box_token=None if self.region_head is None else self.region_head.box_token_id,
             reads_question=self.qformer.use_text_input,
             question_vocab_size=self.qformer.vocab_size,
+            default_processor=self.qformer.default_processor,
             prompt_format="lion",
         )
 

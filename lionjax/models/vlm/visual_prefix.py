@@ -136,9 +136,7 @@ class VisualPrefixLM(VLM):
         positions = 0 if self.is_encoder_decoder else self.language.max_positions - self.language.position_offset
         room = (positions - self.qformer.num_query_tokens) // 2
         lengths = {"max_prompt_tokens": room, "max_target_tokens": room} if 0 < positions and room < 128 else {}
-        if self.qformer.use_text_input and self.qformer.max_positions < 128:
-            lengths["max_question_tokens"] = self.qformer.max_positions
-        return lengths
+        return lengths | self.qformer.default_processor
 
     def _prompt_format(self) -> str:
         """The prompt format of the system that has these parts; see `core.prompt_formats`."""

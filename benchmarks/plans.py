@@ -87,6 +87,10 @@ real steps are slower |
 | effort | of the compiler. "least" compiles in a tenth to a third of the time; the program is slower, so its \
 predicted times are pessimistic |
 
+The rows of llava15_7b, llava15_13b, llava_7b, shikra_7b, mplug_owl_7b, nextchat_7b, openflamingo_3b, openflamingo_9b,
+blip2_opt27b, blip2_flant5xl and the two of instructblip are of the lengths that these configs had in 0.1 (most of
+them shorter: 256 tokens of prompt and 128 of answer), openflamingo's also of half the batch size.
+
 With least effort, memory differed by a fifth or less in the rows compared (0.90 against 1.11 GiB for llava15_7b, \
 1.48
 against 1.39 for blip2_opt27b, both on v5e-256). Where memory is nearly full, the row is compiled with the usual \

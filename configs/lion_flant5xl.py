@@ -2,14 +2,18 @@
 """LION-4B: EVA ViT-g and FlanT5-XL, both frozen, in three stages of instruction tuning (arXiv 2311.11860).
 
 Needs the public weights, converted once: `lionjax convert eva_vit_g.pth weights/eva_vit_g --to jax`, likewise FlanT5.
-Learning rate, batch size and steps are InstructBLIP's: the paper and the released code do not give LION's.
+Learning rate, batch size and steps are InstructBLIP's: the paper and the released code do not give LION's. The image
+level has the data of instructblip_flant5xl.py, the region level Visual Genome's region descriptions in Shikra's file.
+Tags are those of the sources: `lionjax data build --tagger` adds RAM's.
 """
 
 import dataclasses
+import runpy
+from pathlib import Path
 
 from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
-from lionjax.data.datasets.coco import Coco
+from lionjax.data.datasets.shikra import ShikraJsonl
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
@@ -21,8 +25,8 @@ from lionjax.nn.adapters import AdapterConfig
 QFORMER = ("qformer", "qformer_norm", "qformer_projector")
 AGGREGATOR = ("aggregator", "aggregator_norm", "aggregator_projector")
 REGION_ADAPTER, IMAGE_ADAPTER = ".*/adapter_0", ".*/adapter_1"
-IMAGE_LEVEL = (Mix("caption", 1.0), Mix("vqa", 2.0), Mix("existence", 0.5))
-REGION_LEVEL = (Mix("rec", 1.0), Mix("reg", 1.0))
+REGION_LEVEL = (Mix("rec", 1.0, source="genome"), Mix("reg", 1.0, source="genome"))
+GENOME = ShikraJsonl("data/shikra/GC_genome196_train.jsonl", "data/genome/VG_100K", name="genome")
 
 
 def system(language: T5Config) -> Lion:
@@ -62,13 +66,14 @@ def stages(
 
 def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_size: int = 192) -> Experiment:
     """The experiment; the arguments select another FlanT5."""
+    instructblip = runpy.run_path(str(Path(__file__).with_name("instructblip_flant5xl.py")))
     shared = {"batch_size": batch_size, "learning_rate": 1e-5, "warmup_steps": 1000, "weight_decay": 0.05}
     processor = ProcessorConfig(tokenizer=f"weights/{name}", question_tokenizer="weights/bert_base_uncased")
     return Experiment(
         name=f"lion_{name.replace('_', '')}",
         model=system(language),
-        data=DataConfig(sources=(Coco("data/coco"),), processor=processor),
-        stages=stages((60_000,) * 3, IMAGE_LEVEL, REGION_LEVEL, shared),
+        data=DataConfig(sources=(*instructblip["SOURCES"], GENOME), processor=processor, on_bad_record="replace"),
+        stages=stages((60_000,) * 3, instructblip["INSTRUCTIONS"], REGION_LEVEL, shared),
         run=RunConfig(log_every=20, save_every=1000, frozen_dtype="bfloat16"),
         mesh=MeshConfig(data=1, fsdp=-1),
         weights=(

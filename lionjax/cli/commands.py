@@ -23,6 +23,10 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
     from lionjax.core import config
 
     experiment = config.load(args.config, overrides)  # before the imports below, which take seconds
+    if args.shrink is not None:  # what the command line sets is not shrunk
+        from lionjax.tiny.shrink import shrink
+
+        experiment = config.apply_overrides(shrink(config.load(args.config), args.shrink), overrides)
 
     from lionjax.data import pipeline
     from lionjax.evaluation.report.html import write_router_ratios
@@ -141,12 +145,15 @@ def show(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def data(args: argparse.Namespace, fields: list[str]) -> None:
-    """Print examples and counts of a data source (inspect), or convert it to ArrayRecord files (build)."""
+    """Print examples of a data source (inspect), write it as ArrayRecord (build), or check a config's data (check)."""
     from lionjax.core import config
     from lionjax.core.files import folder_digest
     from lionjax.core.types import UserError
     from lionjax.data.datasets import detect
 
+    if args.action == "check":
+        _check_data(_load_experiment(Path(args.source), fields))
+        return
     source = detect.detect_source(args.source, args.images, args.answers)
     source = config.apply_overrides(source, fields)
     if args.action == "build":
@@ -207,6 +214,27 @@ def _parse_box(text: str) -> tuple[float, float, float, float]:
     from lionjax.data import images
 
     return images.normalize_box(text.split(","), name="--box")
+
+
+def _check_data(experiment) -> None:
+    """Print what each stage reads and what is missing. Raises UserError with one sentence if anything is."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from lionjax.core.types import UserError
+    from lionjax.data import check
+
+    findings = check.check_experiment(experiment)
+    table, before = Table("stage", "entry", "source", "file", "state", title=experiment.name), ("", "", "")
+    for finding in findings:
+        place = (finding.stage, finding.entry, finding.source)
+        cells = ["" if place[: k + 1] == before[: k + 1] else cell for k, cell in enumerate(place)]
+        table.add_row(*map(escape, (*cells, finding.what, finding.state)))
+        before = place
+    Console().print(table)
+    if sentence := check.summarize(findings):
+        raise UserError(sentence)
 
 
 def _draw_examples(source, split: str, limit: int, path: Path) -> None:

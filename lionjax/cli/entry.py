@@ -33,6 +33,10 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb = add_verb(verbs, train, extra_args_help="Any field of the config can be set: --stages.0.steps 20.")
     verb.add_argument("config", metavar="CONFIG", help="a Python file, such as configs/tiny_lion.py")
     verb.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="the run folder to write or resume")
+    shrink_help = (
+        "small widths, depths and pictures, to rehearse a full-size run; text lengths times FRACTION (default 1)"
+    )
+    verb.add_argument("--shrink", metavar="FRACTION", type=float, nargs="?", const=1.0, help=shrink_help)
 
     verb = add_verb(verbs, evaluate, extra_args_help="Any field of --source can be set: --heldout_fraction 0.")
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder or a folder of weights")
@@ -107,8 +111,9 @@ def add_annotation_arguments(verb: argparse.ArgumentParser) -> None:
 
 def add_data_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `lionjax data`."""
-    verb.add_argument("action", metavar="ACTION", choices=("inspect", "build"), help="inspect or build")
-    verb.add_argument("source", metavar="SOURCE", help="scenes, easy_vqa, or a folder or annotation file")
+    verb.add_argument("action", metavar="ACTION", choices=("inspect", "build", "check"), help="inspect, build or check")
+    source_help = "scenes, easy_vqa, or a folder or annotation file; for check a config or a run folder"
+    verb.add_argument("source", metavar="SOURCE", help=source_help)
     add_annotation_arguments(verb)
     verb.add_argument("--split", default="train", help="train, validation or heldout (default: train)")
     verb.add_argument(

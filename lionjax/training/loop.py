@@ -88,8 +88,7 @@ def train(
     ):
         check_or_write_config(workdir, experiment)
         mesh = sharding.make_mesh(experiment.mesh)
-        with contextlib.closing(_open_batches(experiment, experiment.stages[0], make_batches, workdir, mesh)) as stream:
-            example = next(stream)
+        example = _open_all_stages(experiment, make_batches, workdir, mesh)
         check_boxes(experiment.model, example)
         specs = make_param_specs(experiment, example, mesh)
         if distributed.is_main_process():
@@ -120,6 +119,15 @@ def _open_batches(experiment: Experiment, stage: Stage, make_batches: Callable, 
     if getattr(data, "bad_records_path", None) == "":  # by default the run folder holds the list
         data = dataclasses.replace(data, bad_records_path=str(workdir / "bad_records.jsonl"))
     return make_batches(data, stage, experiment.seed, stage.batch_size, *sharding.process_shard(mesh))
+
+
+def _open_all_stages(experiment: Experiment, make_batches: Callable, workdir: Path, mesh: Mesh) -> Batch:
+    """The first batch of the first stage. The data of all stages are opened, so that none fails after hours."""
+    example = None
+    for stage in experiment.stages:
+        with contextlib.closing(_open_batches(experiment, stage, make_batches, workdir, mesh)) as stream:
+            example = next(stream) if example is None else example
+    return example
 
 
 def run_stage(run: RunContext, position: Position) -> Position:

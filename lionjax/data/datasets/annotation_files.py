@@ -107,6 +107,10 @@ class AnnotationFile:
     def __post_init__(self):
         check_heldout_fraction(self.heldout_fraction)
 
+    def paths(self) -> tuple[Path, ...]:
+        """The files and folders that it reads."""
+        return Path(self.file), Path(self.image_dir)
+
 
 class AnnotatedImagesBuilder:
     """Collects images and annotations of a split while a file is read; each image is added once.

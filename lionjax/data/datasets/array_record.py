@@ -30,6 +30,10 @@ class ArrayRecordDataset:
     folder: str
     name: str = "built"
 
+    def paths(self) -> tuple[Path, ...]:
+        """The files and folders that it reads."""
+        return (Path(self.folder),)
+
     def open(self, split: str, max_pixels: int) -> OpenArrayRecordDataset:
         return OpenArrayRecordDataset(find_dataset_folder(Path(self.folder)), split)
 

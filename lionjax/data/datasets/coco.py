@@ -56,6 +56,11 @@ class Coco(CocoFolder):
     instances_file: str = "instances.json"
     image_dir: str = "images"
 
+    def paths(self) -> tuple[Path, ...]:
+        """The files and folders that it reads; one of the two files is enough."""
+        files = [Path(self.folder) / name for name in (self.captions_file, self.instances_file) if name]
+        return *([file for file in files if file.is_file()] or files), Path(self.folder) / self.image_dir
+
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         folder = Path(self.folder)
         captions_path, instances_path = (folder / name for name in (self.captions_file, self.instances_file))
@@ -82,12 +87,20 @@ class CocoRelease(CocoFolder):
     train_set: str = "train2017"
     heldout_set: str = "val2017"
 
+    def paths(self) -> tuple[Path, ...]:
+        """The files and folders that it reads."""
+        return tuple(
+            path for part in dict.fromkeys((self.train_set, self.heldout_set)) for path in self._coco(part).paths()
+        )
+
+    def _coco(self, part: str, heldout_fraction: float = 0.0) -> Coco:
+        files = (f"annotations/{kind}_{part}.json" for kind in ("captions", "instances"))
+        return Coco(self.folder, *files, part, heldout_fraction=heldout_fraction, name=self.name)
+
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         part = self.train_set if split == "train" else self.heldout_set
         fraction = self.heldout_fraction if self.train_set == self.heldout_set else 0.0
-        files = (f"annotations/{kind}_{part}.json" for kind in ("captions", "instances"))
-        coco = Coco(self.folder, *files, part, heldout_fraction=fraction, name=self.name)
-        return coco.open(split, max_pixels)
+        return self._coco(part, fraction).open(split, max_pixels)
 
 
 class Instance(NamedTuple):

@@ -16,7 +16,7 @@ from lionjax.data.datasets.coco import Coco, CocoRelease
 from lionjax.data.datasets.conversations import ROUND_KEYS, Conversations
 from lionjax.data.datasets.easy_vqa import EasyVqa
 from lionjax.data.datasets.jsonl import JsonLines
-from lionjax.data.datasets.karpathy import KarpathyCaptions
+from lionjax.data.datasets.karpathy import CAPTION_LISTS, KarpathyCaptions, caption_list
 from lionjax.data.datasets.lion import LionRecords
 from lionjax.data.datasets.refcoco import RefCoco
 from lionjax.data.datasets.refer import Refer
@@ -90,6 +90,8 @@ def _detect_file(path: Path, image_folder: str, answers_file: str) -> Any:
         return Vqa(file, answers_file, image_folder, name=name)
     if "images" in keys and is_tree and not keys & {*ROUND_KEYS}:
         return _detect_image_list(path, image_folder, keys)
+    if is_tree and keys & {*CAPTION_LISTS} and any(caption_list(tree) for _, tree in read_rows(path)):
+        return KarpathyCaptions(file, image_folder, name=name)
     for source_class, _, _, required in ROW_FORMATS:
         if any(set(group) <= keys for group in required) and not keys & FOREIGN_KEYS.get(source_class, set()):
             return source_class(file, image_folder, name=name)

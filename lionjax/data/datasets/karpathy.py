@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions in Karpathy's splits: LAVIS's files (coco_karpathy_train.json) and Karpathy's own (dataset_coco.json)."""
+"""Captions in Karpathy's splits: LAVIS's files (coco_karpathy_train.json) and Karpathy's own (dataset_coco.json).
+
+Also TextCaps' file (TextCaps_0.1_train.json) and MiniGPT-4's (filter_cap.json).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, Annot
 from lionjax.data.datasets.conversations import ImageFolders
 
 SPLITS = {"train": ("train", "restval"), "validation": ("val",), "heldout": ("test",)}
+# A list of captions in a JSON object, with the key of the caption; the image is `image_id` with .jpg.
+CAPTION_LISTS = {"data": "caption_str", "annotations": "caption"}
 
 
 @renamed_fields()
@@ -24,6 +29,8 @@ class KarpathyCaptions(AnnotationFile):
 
     LAVIS's file is one split, a list of {image, caption (one or a list), image_id}; `heldout_fraction` splits it.
     Karpathy's file has its own splits (train with restval, val, test), in which `heldout_fraction` has no effect.
+    TextCaps' file is one split, {"data": [{image_id, caption_str}]}, as is MiniGPT-4's, {"annotations": [{image_id,
+    caption}]}; their images are named IMAGE_ID.jpg.
     """
 
     name: str = "captions"
@@ -46,6 +53,17 @@ class KarpathyCaptions(AnnotationFile):
         return builder.build(max_pixels)
 
 
+def caption_list(tree: object) -> str:
+    """The key of the list of captions in the object of a file, by its first entry; empty for any other object."""
+
+    def is_captions(name: str) -> bool:
+        rows = tree.get(name) if isinstance(tree, dict) and "images" not in tree else None
+        first = rows[0] if isinstance(rows, list) and rows else None
+        return isinstance(first, dict) and {"image_id", CAPTION_LISTS[name]} <= first.keys()
+
+    return next(filter(is_captions, CAPTION_LISTS), "")
+
+
 def _rows(file: Path, split: str, builder: AnnotatedImagesBuilder) -> Iterator[tuple[str, str, object]]:
     """(location, image path, captions) of the rows of a split."""
     rows = list(read_rows(file))
@@ -55,6 +73,12 @@ def _rows(file: Path, split: str, builder: AnnotatedImagesBuilder) -> Iterator[t
             if image["split"] in SPLITS[split]:
                 name = f"{image.get('filepath') or ''}/{image['filename']}".lstrip("/")
                 yield location, name, [sentence.get("raw", "") for sentence in image["sentences"]]
+        return
+    if len(rows) == 1 and (list_name := caption_list(rows[0][1])):
+        key = CAPTION_LISTS[list_name]
+        for location, entry in builder.entries(file, rows[0][1], list_name, ("image_id", key), "caption"):
+            if builder.includes(name := f"{entry['image_id']}.jpg"):
+                yield location, name, entry[key]
         return
     for location, row in rows:
         with builder.row(location, "caption"):

@@ -48,6 +48,10 @@ class Refer:
     test_split: str = ""
     name: str = "refer"
 
+    def paths(self) -> tuple[Path, ...]:
+        """The files and folders that it reads."""
+        return *(Path(self.folder) / name for name in (self.refs_file, "instances.json")), Path(self.image_dir)
+
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         folder, builder = Path(self.folder), AnnotatedImagesBuilder(Path(self.image_dir))
         refs_path, instances_path = folder / self.refs_file, folder / "instances.json"

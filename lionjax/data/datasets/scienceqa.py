@@ -24,6 +24,10 @@ class ScienceQa:
     folder: str
     name: str = "scienceqa"
 
+    def paths(self) -> tuple[Path, ...]:
+        """The files and folders that it reads."""
+        return tuple(Path(self.folder) / name for name in ("problems.json", "pid_splits.json"))
+
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         folder, split_name = Path(self.folder), SPLIT_NAMES[split]
         problems, question_ids = (read_json(folder / f"{name}.json") for name in ("problems", "pid_splits"))

@@ -2,7 +2,7 @@
 """The data source interface: a source is a config whose `open(split, max_pixels)` returns an `OpenDataset`.
 
 A record is an image with its ground truth; an example is one question about a record. The pipeline and the evaluation
-use only the methods of `OpenDataset`.
+use only the methods of `OpenDataset`. A source may also name its files and folders with `paths()`, for `data.check`.
 """
 
 from __future__ import annotations

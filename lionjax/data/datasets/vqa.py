@@ -32,6 +32,10 @@ class Vqa:
     def __post_init__(self):
         check_heldout_fraction(self.heldout_fraction)
 
+    def paths(self) -> tuple[Path, ...]:
+        """The files and folders that it reads."""
+        return Path(self.questions), Path(self.answers), Path(self.image_dir)
+
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         builder = AnnotatedImagesBuilder(Path(self.image_dir), split, self.heldout_fraction)
         answers_by_question, path = {}, Path(self.answers)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from paths import ROOT
+from paths import CONFIGS, ROOT
 from PIL import Image
 
 from lionjax import cli, convert
@@ -22,6 +22,7 @@ from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.scenes import tasks
 from lionjax.inference import loading, tagger
+from lionjax.tiny.shrink import shrink
 from lionjax.training import loop
 
 VERBS = list(entry.build_parsers()[1])
@@ -90,6 +91,15 @@ def test_an_unknown_field_is_one_sentence_with_the_nearest_one(capsys, toy, tmp_
     wanted = "Experiment has no field 'stages.0.stepz'; did you mean 'stages.0.steps'?"
     assert refused(capsys, *words) == wanted
     assert not (tmp_path / "run").exists()
+
+
+def test_train_shrinks_a_config_and_leaves_what_the_command_line_sets(tmp_path, monkeypatch):
+    seen, file = [], str(CONFIGS / "llava15_7b.py")
+    monkeypatch.setattr(loop, "train", lambda experiment, *given: (seen.append(experiment), ({}, {}))[1])
+    set_here = ["--model.language.depth", "5", "--stages.0.steps", "3", "--run.evaluate_limit", "0"]
+    assert cli.main(["train", file, "--workdir", str(tmp_path), "--shrink", "0.25", *set_here]) == 0
+    assert seen == [config.apply_overrides(shrink(config.load(file), 0.25), set_here)]
+    assert seen[0].model.language.depth == 5 and seen[0].model.language.width < 100
 
 
 def test_train_passes_the_config_with_overrides_to_the_training_loop(toy, tmp_path, monkeypatch):

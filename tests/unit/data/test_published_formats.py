@@ -161,6 +161,27 @@ def test_karpathys_own_file_has_its_splits(folder):
     assert only(source, "caption").answer == "restval" and only(source, "caption", "heldout").answer == "test"
 
 
+@pytest.mark.parametrize(
+    ("name", "tree"),
+    [
+        ("TextCaps_0.1_train.json", {"data": [{"image_id": "a", "caption_str": c, "image_name": "a"} for c in "xy"]}),
+        ("filter_cap.json", {"annotations": [{"image_id": "a", "caption": c} for c in "xy"]}),
+    ],
+)
+def test_captions_of_textcaps_and_minigpt4_are_grouped_by_image(folder, name, tree):
+    (folder / name).write_text(json.dumps(tree, indent=1))
+    source = detect.detect_source(str(folder / name), str(folder / "train2014"))
+    assert isinstance(source, KarpathyCaptions)
+    assert only(source, "caption").answers == ("x", "y") and only(source, "caption").scene == "a.jpg"
+
+
+def test_answers_of_vqa_are_no_captions(folder):
+    tree = {"annotations": [{"question_id": 1, "image_id": 1, "answers": []}]}
+    (folder / "v2_mscoco_train2014_annotations.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="no format that is read"):
+        detect.detect_source(str(folder / "v2_mscoco_train2014_annotations.json"))
+
+
 # ------------------------------------------------------------------ COCO
 
 

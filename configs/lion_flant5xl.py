@@ -2,9 +2,10 @@
 """LION-4B: EVA ViT-g and FlanT5-XL, both frozen, in three stages of instruction tuning (arXiv 2311.11860).
 
 Needs the public weights, converted once: `lionjax convert eva_vit_g.pth weights/eva_vit_g --to jax`, likewise FlanT5.
-Learning rate, batch size and steps are InstructBLIP's: the paper and the released code do not give LION's. The image
-level has the data of instructblip_flant5xl.py, the region level Visual Genome's region descriptions in Shikra's file.
-Tags are those of the sources: `lionjax data build --tagger` adds RAM's.
+The last stage is that of the published training code; see `published_last_stage`. Learning rate, batch size and steps
+of the first two are InstructBLIP's: neither the paper nor the code gives LION's. Their image level has the data of
+instructblip_flant5xl.py, their region level Visual Genome's region descriptions in Shikra's file. Tags are those of the
+sources: `lionjax data build --tagger` adds RAM's.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from lionjax.core.experiment import Experiment, GenerationDefaults, Mix, RunConfig, Stage, Weights
 from lionjax.core.sharding import MeshConfig
+from lionjax.data.datasets.lion import LionRecords
 from lionjax.data.datasets.shikra import ShikraJsonl
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
@@ -27,6 +29,15 @@ AGGREGATOR = ("aggregator", "aggregator_norm", "aggregator_projector")
 REGION_ADAPTER, IMAGE_ADAPTER = ".*/adapter_0", ".*/adapter_1"
 REGION_LEVEL = (Mix("rec", 1.0, source="genome"), Mix("reg", 1.0, source="genome"))
 GENOME = ShikraJsonl("data/shikra/GC_genome196_train.jsonl", "data/genome/VG_100K", name="genome")
+# The code's lists of records are on the Hugging Face hub (daybreaksly/LION-data-train); these file names are ours.
+RECORDS = (
+    LionRecords("data/lion/image_level.json", "data/lion/images", name="lion_image"),
+    LionRecords("data/lion/region_level.json", "data/lion/images", name="lion_region"),
+)
+BOTH_LEVELS = (
+    Mix("image_level", source="lion_image", group="image_level"),
+    Mix("region_level", source="lion_region", group="region_level"),
+)
 
 
 def system(language: T5Config) -> Lion:
@@ -64,12 +75,28 @@ def stages(
     )
 
 
+def published_last_stage(experiment: Experiment) -> Experiment:
+    """The experiment with the last stage of LION's published training code (commit 699a4cc of JiuTian-LION).
+
+    10 epochs of 6,000 batches, 64 examples each, image level and region level in turns; AdamW without warm-up and
+    clipping, its rate from 1e-5 to 0 on a cosine that moves once an epoch. Images are cropped and flipped; the code
+    leaves boxes where they are (`data.augmentation="image_only"`), here they move along. The tags of the records are
+    RAM's, so that no tagger is simulated.
+    """
+    schedule = {"learning_rate": 1e-5, "warmup_steps": 0, "steps_per_epoch": 6_000, "weight_decay": 0.05}
+    fields = {"mixture": BOTH_LEVELS, "steps": 60_000, "batch_size": 64, "clip_norm": 0.0}
+    last = dataclasses.replace(experiment.stages[-1], **schedule, **fields)
+    augmented = {"crop_scale": (0.5, 1.0), "hflip": True, "tag_noise": 0.0}
+    data = dataclasses.replace(experiment.data, sources=(*experiment.data.sources, *RECORDS), **augmented)
+    return dataclasses.replace(experiment, data=data, stages=(*experiment.stages[:-1], last))
+
+
 def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_size: int = 192) -> Experiment:
     """The experiment; the arguments select another FlanT5."""
     instructblip = runpy.run_path(str(Path(__file__).with_name("instructblip_flant5xl.py")))
     shared = {"batch_size": batch_size, "learning_rate": 1e-5, "warmup_steps": 1000, "weight_decay": 0.05}
     processor = ProcessorConfig(tokenizer=f"weights/{name}", question_tokenizer="weights/bert_base_uncased")
-    return Experiment(
+    experiment = Experiment(
         name=f"lion_{name.replace('_', '')}",
         model=system(language),
         data=DataConfig(sources=(*instructblip["SOURCES"], GENOME), processor=processor, on_bad_record="replace"),
@@ -82,3 +109,4 @@ def get_config(language: T5Config = FLAN_T5_XL, name: str = "flan_t5_xl", batch_
         ),
         generation=GenerationDefaults(num_beams=5, repetition_penalty=1.5),  # as in the released code
     )
+    return published_last_stage(experiment)

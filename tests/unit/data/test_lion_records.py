@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from paths import CONFIGS
 from PIL import Image
 
+from lionjax.core import config
 from lionjax.core.experiment import Mix, Stage
 from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, UserError
 from lionjax.data import images, pipeline
@@ -21,6 +23,7 @@ from lionjax.data.prepare import array_record_writer
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.tasks import Example
 from lionjax.evaluation import tasks
+from lionjax.training.optimizer import learning_rate_schedule
 
 SMALL = ProcessorConfig(image_size=32, max_prompt_tokens=96, max_question_tokens=64, max_target_tokens=48)
 BOX = (0.25, 0.25, 0.75, 0.5)
@@ -178,6 +181,23 @@ def test_the_crop_is_drawn_as_torchvision_draws_it(monkeypatch):
 def test_the_transform_that_leaves_boxes_alone_is_refused_where_padding_moves_them():
     with pytest.raises(UserError, match="does not move boxes, which processor.pad_to_square would do"):
         DataConfig(augmentation="image_only", processor=ProcessorConfig(pad_to_square=True))
+
+
+# ------------------------------------------------------------------ the config
+
+
+@pytest.mark.parametrize("name", ["lion_flant5xl", "lion_flant5xxl"])
+def test_the_last_stage_of_the_full_size_config_is_that_of_the_published_code(name):
+    what = config.load(CONFIGS / f"{name}.py")
+    stage, rate = what.stages[-1], learning_rate_schedule(what.stages[-1])
+    assert (stage.batch_size, stage.steps, stage.clip_norm, stage.grad_accum_steps) == (64, 60_000, 0.0, 1)
+    assert (stage.betas, stage.weight_decay, stage.optimizer) == ((0.9, 0.999), 0.05, "adamw")
+    wanted = [0.5e-5 * (1 + np.cos(np.pi * epoch / 10)) for epoch in range(10)]
+    found = [[float(rate(6_000 * epoch + step)) for step in (0, 5_999)] for epoch in range(10)]
+    np.testing.assert_allclose(found, np.stack([wanted, wanted], axis=1), rtol=1e-5)
+    assert [(mix.task, mix.weight) for mix in stage.mixture] == [("image_level", 1.0), ("region_level", 1.0)]
+    assert len({mix.group for mix in stage.mixture}) == 2
+    assert (what.data.crop_scale, what.data.hflip, what.data.augmentation) == ((0.5, 1.0), True, "box_aware")
 
 
 # ------------------------------------------------------------------ evaluation

@@ -4,6 +4,8 @@
 import dataclasses
 import functools
 import math
+import os
+import tempfile
 from collections import Counter
 
 import full_size_data
@@ -32,11 +34,12 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_of_one_shape_are_compiled_once(tmp_path_factory):
-    """Configs of one shape share their programs, as do the two halves of a killed run: from a folder on disk."""
+def programs_of_one_shape_are_compiled_once():
+    """Configs of one shape share their programs, as do the two halves of a killed run and later runs of this test."""
+    folder = f"{tempfile.gettempdir()}/lionjax-tests-{os.getuid()}"
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     kept = {name: getattr(jax.config, name) for name in names}
-    for settings in (dict(zip(names, (str(tmp_path_factory.mktemp("programs")), 0))), kept):
+    for settings in (dict(zip(names, (folder, 0))), kept):
         for name, value in settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()

@@ -4,7 +4,7 @@
 import importlib.metadata
 
 JAXLIB = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
-# A program in one piece for LLVM: cutting it in 32 for its threads takes a fifth more of the processor's time. The older
+# A program in one piece for LLVM: cut in 32 for its threads it takes a seventh more of the processor's time. The older
 # emitter of loops; jaxlib 0.11 has no other way and refuses the flag. With JAX_DISABLE_MOST_OPTIMIZATIONS, which leaves
 # out the costly passes of LLVM, it compiles in a seventh of the time; results are the same to rounding.
 XLA_FLAGS = "--xla_cpu_parallel_codegen_split_count=1" + (

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full-size configs as runs: shrunk, on files in the formats that they name, killed, resumed and evaluated."""
+
+import dataclasses
+import functools
+import math
+import os
+import tempfile
+from collections import Counter
+
+import full_size_data
+import full_size_tokenizers
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from paths import CONFIGS
+
+from lionjax.core import config, sharding
+from lionjax.data import pipeline
+from lionjax.evaluation import runner
+from lionjax.inference import loading
+from lionjax.tiny.shrink import shrink
+from lionjax.training import checkpoint, loop
+
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("tiny"))
+# In a file of tests by themselves, so that two processes share the work.
+REGION_NAMES = [name for name in NAMES if name.startswith(("kosmos2", "lion", "nextchat", "shikra"))]
+# Without image tokens: enough for the prompt template with a question, with earlier rounds, and with boxes as digits.
+ONE_ROUND, ROUNDS, WITH_DIGITS = 44, 60, 72
+ROWS, UPDATES, SAVE_EVERY = 8, 5, 4
+
+
+class Killed(BaseException):
+    """What the process gets instead of a batch; nothing catches it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_shape_are_compiled_once():
+    """Configs of one shape share their programs, as do the two halves of a killed run and later runs of this test."""
+    folder = f"{tempfile.gettempdir()}/lionjax-tests-{os.getuid()}"
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    kept = {name: getattr(jax.config, name) for name in names}
+    for settings in (dict(zip(names, (folder, 0))), kept):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if settings is not kept:
+            yield
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+
+
+def shrunk(name: str):
+    """A full-size config, shrunk, with its data and tokenizers written below the working directory."""
+    whole = config.load(CONFIGS / f"{name}.py")
+    processor = whole.data.processor
+    length = {"nextchat": ONE_ROUND, "lion": WITH_DIGITS, "shikra": WITH_DIGITS}.get(name.partition("_")[0], ROUNDS)
+    text = min(1.0, length / (processor.max_prompt_tokens - processor.num_image_tokens))
+    small = shrink(whole, text)
+    full_size_data.write_all(small)
+    folders = (processor.tokenizer, processor.question_tokenizer)
+    fewer = [
+        full_size_tokenizers.write(folder.partition("/")[2], full_size_data.TEXTS) if "/" in folder else 0
+        for folder in folders
+    ]
+    run = dataclasses.replace(small.run, save_every=SAVE_EVERY, log_every=10, evaluate_limit=2)
+    stages = tuple(
+        dataclasses.replace(stage, batch_size=ROWS, steps=updates_for(stage.mixture), warmup_steps=2)
+        for stage in small.stages
+    )
+    return dataclasses.replace(
+        small, model=full_size_tokenizers.with_vocabulary(small.model, *fewer), run=run, stages=stages
+    )
+
+
+def updates_for(mixture) -> int:
+    """The updates in which each entry has come `UPDATES` times; the last is behind a checkpoint."""
+    totals = Counter()  # groups take turns, and weights count within one
+    for mix in mixture:
+        totals[mix.group] += mix.weight
+    needed = (UPDATES * max(1.0, totals[mix.group] / (ROWS * mix.weight)) for mix in mixture)
+    return SAVE_EVERY - 2 + len(totals) * math.ceil(max(needed))
+
+
+def watched(seen: set, kill_at: tuple[str, int] | None = None):
+    """Batches that note (stage, update, mixture entry) in `seen`; the process dies when an update's batch is read."""
+
+    def open_batches(data, stage, *arguments):
+        stream = pipeline.batches(data, stage, *arguments)
+
+        class Watched(type(stream)):
+            def __next__(self):
+                batch = super().__next__()
+                update = self.position()["next"] // ROWS
+                if (stage.name, update) == kill_at:
+                    raise Killed
+                seen.update((stage.name, update, int(part)) for part in batch.dataset_B)
+                return batch
+
+        stream.__class__ = Watched
+        return stream
+
+    return open_batches
+
+
+def run_and_evaluate(name, tmp_path, monkeypatch) -> None:
+    """Train a config through all its stages, with a kill and a resume, and run all its benchmarks in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    if name == "smollm2_llava":
+        pytest.importorskip("easy_vqa")
+    what, seen = shrunk(name), set()
+    with pytest.raises(Killed):
+        loop.train(what, "run", watched(seen, kill_at=(what.stages[-1].name, SAVE_EVERY + 2)))
+    assert checkpoint.all_steps(tmp_path / "run" / "checkpoints"), "the kill is behind a checkpoint of the last stage"
+    params, report = loop.train(what, "run", watched(seen))
+    for stage, entry in zip(what.stages, report["stages"], strict=True):
+        assert entry["steps"] == stage.steps and entry["frozen_unchanged"] and entry["bad_records"] == 0
+        assert np.isfinite([entry["loss_first"], entry["loss_last"]]).all()
+        updates = Counter(part for name, _, part in seen if name == stage.name)
+        assert min(updates[part] for part in range(len(stage.mixture))) >= UPDATES, (stage.name, updates)
+    updates = sum(stage.steps for stage in what.stages)
+    entries = runner.evaluate_run(loading.from_params(what, params).engine, what, tmp_path / "run", updates)
+    trained = {mix.task for stage in what.stages for mix in stage.mixture}
+    assert {entry["task"] for entry in entries} == trained & runner.SCORERS.keys()

@@ -130,7 +130,7 @@ training.mask_backbone     tiny.sam
 training.place_backbone    tiny.boxes
 training.refused           training.bad_steps
 training.stages            training.step training.optimizer
-training.start             training.resume training.validate training.init training.run_folder
+training.start             training.resume training.validate training.init training.run_folder training.changes
 training.vision_backbone   tiny.vision
 vision                     models.vision
 vision.ram                 models.vision.ram

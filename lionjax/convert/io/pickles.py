@@ -34,7 +34,10 @@ def open_torch(path: Path, key: str | None = None) -> CheckpointTensors:
     Loads with weights_only=True. Raises UserError for damaged files and for pickles with code.
     """
     torch = _import_torch(path)
-    is_zip = zipfile.is_zipfile(path)
+    try:
+        is_zip = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:  # raised for a damaged record at the end
+        raise UserError(f"{path} is damaged: {error}; download it again") from error
     with path.open("rb") as file:
         starts_as_zip = file.read(4) == b"PK\x03\x04"
     if is_zip:

@@ -493,3 +493,15 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else_happens(good_files, 
     else:
         assert sum(w.nbytes for w in opened.values()) < 10_000
         assert all(w.tobytes() is not None for w in opened.values())
+
+
+def test_a_zip_with_any_damaged_byte_in_its_end_records_is_read_or_refused(good_files, tmp_path):
+    end_records = 56 + 20 + 22  # bytes of the zip64 record, its locator and the end record
+    for place in range(len(good_files["m.bin"]) - end_records, len(good_files["m.bin"])):
+        data = bytearray(good_files["m.bin"])
+        data[place] ^= 2
+        (tmp_path / "m.bin").write_bytes(data)
+        try:
+            open_weights(tmp_path / "m.bin")
+        except UserError as error:
+            assert str(tmp_path / "m.bin") in str(error) and "\n" not in str(error)

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=3, help="number of stages of the config")
     parser.add_argument("--steps", type=int, default=12, help="updates per stage")
     parser.add_argument("--limit", type=int, default=64, help="answers per benchmark")
-    parser.add_argument("--batches", type=int, default=30, help="timed batches of the input pipeline")
+    parser.add_argument("--batches", type=int, default=60, help="timed batches of the input pipeline")
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
     figures: dict[str, list[dict[str, float]]] = {"before": [], "now": []}

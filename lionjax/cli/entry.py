@@ -9,7 +9,6 @@ with code 130.
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
@@ -161,6 +160,8 @@ def run(argv: list[str]) -> None:
     """Run a command line. Raises UsageError for an invalid one, and the verb's own errors."""
     parser, verbs = build_parsers()
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+        import difflib
+
         suggestions = difflib.get_close_matches(argv[0], verbs, n=1) or ["--help"]
         raise UsageError(f"there is no verb {argv[0]!r}; did you mean `lionjax {suggestions[0]}`?")
     args, extra_args = parser.parse_known_args(argv)

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import json
 import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from lionjax.core.errors import UserError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # the command line imports this module, and `lionjax --help` is to be fast
+    from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,8 @@ def check_downloaded(path: Path) -> None:
 
 def folder_digest(folder: Path) -> str:
     """SHA-256 of the names and contents of all files in a folder and its subfolders."""
+    import hashlib
+
     total = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:

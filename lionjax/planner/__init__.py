@@ -4,8 +4,7 @@
 Names are imported lazily, because every module of the package loads this file.
 """
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # of typing, whose import takes time
 if TYPE_CHECKING:  # lets editors and type checkers find the definitions
     from lionjax.planner.plans import (
         GENERATION,

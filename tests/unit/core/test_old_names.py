@@ -41,7 +41,7 @@ def test_a_documented_name_of_0_1_is_the_object_of_today(old):
 
 def test_every_renamed_name_is_found_in_its_old_module():
     missing = []
-    for module, old in moved.RENAMED:
+    for module, old in moved.renamed_names():
         if module == "data.beam_writer":  # needs Apache Beam, an extra
             continue
         if not hasattr(importlib.import_module(f"lionjax.{module}"), old):

@@ -17,6 +17,8 @@ from lionjax.models.vision.sam_encoder import SAM_VIT_H
 from lionjax.models.vision.vit import CLIP_VIT_L
 from lionjax.models.vlm.nextchat import NextChat
 
+shikra = runpy.run_path(str(Path(__file__).with_name("shikra_7b.py")))
+llava = shikra["llava"]
 WORDS_AND_BOXES = ("language", "projector", "locations")
 MASKS = ("mask_prompts", "sam/decoder")
 PRETRAIN = (
@@ -34,18 +36,11 @@ INSTRUCT = (
     Mix("conversation", 4.5, source="llava"),
     Mix("conversation", 0.25, source="shikra_rd"),
     Mix("conversation", 0.25, source="shikra_rd_more"),
-    Mix("grounded", 1.0, source="flickr"),
-    Mix("rec", 1.0, source="refcoco"),
-    Mix("vqa", 0.65, source="vqav2"),
-    Mix("vqa", 0.25, source="vqa_e"),
-    Mix("vqa", 0.1, source="vqa_x"),
-    Mix("conversation", 1.0, source="vcr"),
+    *shikra["QUESTIONS"],
     Mix("caption", 0.7, source="captions"),
     Mix("reg", 0.3, source="genome"),
 )
 ROW_TOKENS, PROMPT_TOKENS = 4096, 1024  # the prompt's with those of the image
-shikra = runpy.run_path(str(Path(__file__).with_name("shikra_7b.py")))
-llava = shikra["llava"]
 SOURCES = (
     *(source for source in shikra["SHIKRA_FILES"] if source.name != "point_local"),
     shikra["LLAVA"],

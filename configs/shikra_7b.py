@@ -55,16 +55,19 @@ PRETRAIN = (
     Mix("box_vqa", 0.3, source="point_local"),
     Mix("box_vqa", 0.9, source="visual7w"),
 )
-INSTRUCTIONS = (
-    Mix("conversation", 6.7, source="llava"),
-    Mix("conversation", 0.15, source="shikra_rd"),
-    Mix("conversation", 0.15, source="shikra_rd_more"),
+QUESTIONS = (  # of the second stage, NExT-Chat's too
     Mix("grounded", 1.0, source="flickr"),
     Mix("rec", 1.0, source="refcoco"),
     Mix("vqa", 0.65, source="vqav2"),
     Mix("vqa", 0.25, source="vqa_e"),
     Mix("vqa", 0.1, source="vqa_x"),
     Mix("conversation", 1.0, source="vcr"),
+)
+INSTRUCTIONS = (
+    Mix("conversation", 6.7, source="llava"),
+    Mix("conversation", 0.15, source="shikra_rd"),
+    Mix("conversation", 0.15, source="shikra_rd_more"),
+    *QUESTIONS,
     Mix("box_vqa", 1.0, source="point_local"),
     Mix("box_vqa", 1.0, source="visual7w"),
     Mix("reg", 0.2, source="refcoco"),

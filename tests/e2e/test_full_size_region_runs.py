@@ -2,10 +2,10 @@
 """Full-size configs with boxes or masks as runs: shrunk, on files in the formats that they name."""
 
 import pytest
-from full_size_runs import REGION_NAMES, one_device, programs_of_one_shape_are_compiled_once, run_and_evaluate  # noqa: F401
+from full_size_runs import REGION_NAMES, assert_trained, one_device, programs_of_one_shape_are_compiled_once  # noqa: F401
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REGION_NAMES)
 def test_a_full_size_config_with_boxes_runs_through_all_its_stages_and_is_evaluated(name, tmp_path, monkeypatch):
-    run_and_evaluate(name, tmp_path, monkeypatch)
+    assert_trained(name, tmp_path, monkeypatch)

@@ -107,7 +107,7 @@ def watched(seen: set, kill_at: tuple[str, int] | None = None):
     return open_batches
 
 
-def run_and_evaluate(name, tmp_path, monkeypatch) -> None:
+def assert_trained(name, tmp_path, monkeypatch) -> None:
     """Train a config through all its stages, with a kill and a resume, and run all its benchmarks in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     if name == "smollm2_llava":

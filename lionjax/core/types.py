@@ -33,6 +33,22 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
 
 
 @pytree_dataclass
+class PackedText:
+    """Boxes as text, then a caption, packed into one row of fixed length for MQ-Former's first stage (Lyrics).
+
+    All are int32 (B, L). Ids and positions are those of BERT's vocabulary and table; the caption's positions restart
+    at 1. A label of -100 is in no loss.
+    """
+
+    ids_BL: Array  # [CLS], tokens of the boxes, tokens of the caption
+    masked_ids_BL: Array  # the same with masked elements of the boxes
+    position_BL: Array
+    mask_BL: Array  # 1 on real tokens
+    icg_label_BL: Array  # the caption's tokens; the token at position l is predicted from position l - 1
+    msp_label_BL: Array  # the masked tokens, predicted at their own position
+
+
+@pytree_dataclass
 class Batch:
     """One batch of examples. Text is right-padded; masks are 1 on real tokens.
 
@@ -58,6 +74,9 @@ class Batch:
     sam_image_BHWC: Array = None  # float32, the same images with SAM's size, mean and standard deviation
     masks_mask_BK: Array = None  # 1 on real masks; None: those of all real boxes
     dataset_B: Array = None  # int32, index of the entry in the stage's mixture
+    region_BKD: Array = None  # float, features of the image's regions: a detector's queries (Lyrics)
+    region_mask_BK: Array = None  # bool, the real regions
+    packed: PackedText | None = None  # boxes and caption as text (first stage of Lyrics)
 
 
 @pytree_dataclass

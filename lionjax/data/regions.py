@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a refiner found in an image: tags, boxes with their names, and features of the detector's queries.
+
+`lionjax data build --refiner` keeps it in the records of a data set, features in bfloat16; the refiner of
+`lionjax.pipelines` makes it for a new image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lionjax.core.types import UserError
+from lionjax.data.box_text import spatial_text
+from lionjax.data.boxes import Box
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRegions:
+    """Tags, boxes and region features of one image.
+
+    `boxes`: those kept, x0 y0 x1 y1 as fractions of the image, by falling score; they may leave 0..1. `names`: what the
+    spatial text calls each, a tag or the detector's phrase. `features_KD`: float32, one row for each query kept: those
+    of the kept boxes in their order, then the others by falling score; rows of segments, if any, come last.
+    `digest`: of the models that computed the features.
+    """
+
+    tags: tuple[str, ...] = ()
+    chinese: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    scores: tuple[float, ...] = ()
+    phrases: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    features_KD: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    digest: str = ""
+
+    @property
+    def spatial_text(self) -> str:
+        """The textual spatial representation, ` dog: [0.1, 0.2, 0.3, 0.4] ...`; empty without boxes."""
+        return spatial_text(self.names, self.boxes)
+
+    def to_json(self) -> str:
+        """All but the features, as JSON."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del fields["features_KD"]
+        return json.dumps(fields, ensure_ascii=False)
+
+    @staticmethod
+    def from_json(text: str, features_KD: np.ndarray) -> ImageRegions:
+        """The inverse of `to_json`. Raises UserError for another text."""
+        try:
+            raw: Mapping[str, Any] = json.loads(text)
+            lists = {name: tuple(raw[name]) for name in ("tags", "chinese", "scores", "phrases", "names")}
+            boxes = tuple(tuple(map(float, box)) for box in raw["boxes"])
+            return ImageRegions(**lists, boxes=boxes, digest=raw["digest"], features_KD=features_KD)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the kept regions of a record cannot be read ({error!r}); build the data again") from error
+
+
+def to_bfloat16_bits(x: np.ndarray) -> np.ndarray:
+    """The bits of float32 numbers rounded to bfloat16 (to nearest, ties to even), as uint16 of the same shape."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return rounded.astype(np.uint16)
+
+
+def from_bfloat16_bits(bits: np.ndarray) -> np.ndarray:
+    """float32 numbers from the bits of bfloat16 ones (uint16)."""
+    return (np.asarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)

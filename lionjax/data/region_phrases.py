@@ -112,13 +112,11 @@ def match_tag(phrase: str, tags: Sequence[str]) -> int | None:
 
 
 def clean_phrase(phrase: str) -> str:
-    """A decoded phrase as it is compared with tags: without bars, and with closed hyphens (`t - shirt` is `t-shirt`)."""
+    """A decoded phrase as it is compared with tags: without bars and with closed hyphens (`t - shirt`: `t-shirt`)."""
     return " ".join(phrase.replace("|", " ").split()).replace(" - ", "-")
 
 
-def phrase_name(
-    phrase: str, tags: Sequence[str], chinese: Sequence[str] = (), language: Language = "en"
-) -> str | None:
+def phrase_name(phrase: str, tags: Sequence[str], chinese: Sequence[str] = (), language: Language = "en") -> str | None:
     """The name of a box in the spatial text: its tag, or in English its phrase where no tag matches.
 
     In Chinese the Chinese tag of the same index, and None (the box is dropped) where no tag matches. Raises UserError

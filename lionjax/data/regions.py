@@ -19,6 +19,8 @@ from lionjax.core.types import UserError
 from lionjax.data.box_text import spatial_text
 from lionjax.data.boxes import Box
 
+TEXT_FIELD, FEATURES_FIELD = "regions", "region_features"  # of a stored record
+
 
 @dataclass(frozen=True, eq=False)
 class ImageRegions:
@@ -45,18 +47,36 @@ class ImageRegions:
         return spatial_text(self.names, self.boxes)
 
     def to_json(self) -> str:
-        """All but the features, as JSON."""
+        """All as JSON, but of the features only their shape."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del fields["features_KD"]
+        fields["features"] = fields.pop("features_KD").shape
         return json.dumps(fields, ensure_ascii=False)
 
+    def to_record(self) -> dict[str, str | np.ndarray]:
+        """The fields of a stored record: JSON, and the features as bits of bfloat16 in one row."""
+        return {TEXT_FIELD: self.to_json(), FEATURES_FIELD: to_bfloat16_bits(self.features_KD).reshape(-1)}
+
     @staticmethod
-    def from_json(text: str, features_KD: np.ndarray) -> ImageRegions:
-        """The inverse of `to_json`. Raises UserError for another text."""
+    def from_record(record: Mapping[str, Any]) -> ImageRegions | None:
+        """The inverse of `to_record`; None for a record without these fields."""
+        if TEXT_FIELD not in record:
+            return None
+        text = record[TEXT_FIELD]
+        return ImageRegions.from_json(
+            text.decode() if isinstance(text, bytes) else text, from_bfloat16_bits(record[FEATURES_FIELD])
+        )
+
+    @staticmethod
+    def from_json(text: str, features: np.ndarray) -> ImageRegions:
+        """The inverse of `to_json`; `features`: the values of `features_KD` in any shape.
+
+        Raises UserError for another text, and for another number of features.
+        """
         try:
             raw: Mapping[str, Any] = json.loads(text)
             lists = {name: tuple(raw[name]) for name in ("tags", "chinese", "scores", "phrases", "names")}
             boxes = tuple(tuple(map(float, box)) for box in raw["boxes"])
+            features_KD = np.asarray(features, np.float32).reshape(raw["features"])
             return ImageRegions(**lists, boxes=boxes, digest=raw["digest"], features_KD=features_KD)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"the kept regions of a record cannot be read ({error!r}); build the data again") from error

@@ -148,6 +148,9 @@ class AnnotatedImages:
         image_info = self.image_infos[record_index]
         return region_masks(self.segmentations, regions, (image_info.width, image_info.height), image_info.name)
 
+    def load_regions(self, record_index: int) -> None:
+        """None: annotation files keep nothing of a refiner."""
+
 
 def check_image_size(image: Image.Image, image_info: ImageInfo) -> None:
     """Raises UserError if an image has another size than its annotations, as its boxes would then be wrong."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lionjax.data import images
 from lionjax.data.datasets import annotated_images
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
 from lionjax.data.datasets.segmentations import region_masks
+from lionjax.data.regions import ImageRegions
 
 INDEX_FILE = "index.npz"
 Tagger = Callable[[Sequence], Sequence[Sequence[str]]]  # from images to the tags of each
@@ -126,13 +127,19 @@ class OpenArrayRecordDataset:
         return self.record_names[record_index] or images.NO_IMAGE_NAME
 
     def load_record(self, record_index: int) -> tuple[bytes, RecordTruth]:
+        stored = self._stored(record_index)
+        return stored["image"], RecordTruth.from_json(stored["truth"].decode())
+
+    def load_regions(self, record_index: int) -> ImageRegions | None:
+        return ImageRegions.from_record(self._stored(record_index))
+
+    def _stored(self, record_index: int) -> Mapping[str, Any]:
         try:
-            stored = self.records[record_index]
+            return self.records[record_index]
         except Exception as error:  # ArrayRecord raises RuntimeError for a wrong checksum
             raise UserError(
                 f"record {self.record_names[record_index]} of {self.folder} is damaged ({error}); build the data again"
             ) from error
-        return stored["image"], RecordTruth.from_json(stored["truth"].decode())
 
     def make_example(self, task: str, index: int, truth: RecordTruth, rng: np.random.Generator, tag_noise: float):
         row = truth.annotations[task][self.example_index[task][index, 1]]

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lionjax.core.types import UserError
+from lionjax.data.regions import ImageRegions
 from lionjax.data.scenes import tasks, world
 
 SPLITS = world.SPLITS
@@ -45,6 +46,9 @@ class OpenDataset(Protocol):
 
     def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
         """bool (K, height, width): the masks of regions by their indices in `Example.targets`."""
+
+    def load_regions(self, record_index: int) -> ImageRegions | None:
+        """What a refiner found in a record's image, if `lionjax data build --refiner` kept it."""
 
 
 def has_splits(source: Any, dataset: OpenDataset) -> bool:

@@ -12,6 +12,7 @@ from lionjax.core.errors import check_ranges
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
 from lionjax.data.datasets.source import SPLITS
+from lionjax.data.regions import ImageRegions
 from lionjax.data.scenes import tasks, world
 from lionjax.data.scenes.source import SceneSource
 
@@ -84,3 +85,6 @@ class OpenScenes:
     def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
         scene = self.source.scene(record_index) if self.stored_scenes is None else self.load_record(record_index)[1]
         return scene.masks(self.source.image_size)[list(regions)]
+
+    def load_regions(self, record_index: int) -> ImageRegions | None:
+        return None if self.stored_scenes is None else ImageRegions.from_record(self.stored_scenes[record_index])

@@ -80,4 +80,4 @@ class StoredScenes:
     def __getitem__(self, index: int) -> dict[str, str | bytes]:
         record = self._records[index]
         texts = {key: record[key].decode() for key in ("id", "truth")}
-        return {"id": texts["id"], "image": record["image"], "truth": texts["truth"]}
+        return {**record, **texts}

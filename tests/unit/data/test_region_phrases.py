@@ -137,7 +137,9 @@ def test_regions_survive_json_and_bfloat16():
 
     np.testing.assert_array_equal(from_bfloat16_bits(bits), features_KD.astype(ml_dtypes.bfloat16).astype(np.float32))
     regions = ImageRegions(("dog",), ("狗",), ((-0.1, 0.2, 0.3, 1.1),), (0.5,), ("dog",), ("dog",), features_KD, "ab")
-    again = ImageRegions.from_json(regions.to_json(), features_KD)
+    again = ImageRegions.from_record(regions.to_record())
+    np.testing.assert_array_equal(again.features_KD, from_bfloat16_bits(bits))
+    assert ImageRegions.from_record({"truth": b""}) is None
     assert again.to_json() == regions.to_json() and again.spatial_text == " dog: [-0.1, 0.2, 0.3, 1.1]"
     with pytest.raises(UserError, match="kept regions of a record cannot be read"):
         ImageRegions.from_json("{}", features_KD)

@@ -22,10 +22,11 @@ MAY_IMPORT = {
     "training": "core data convert",
     "inference": "core nn models data convert training",
     "evaluation": "core data inference",
+    "pipelines": "core data inference evaluation",
     "planner": "core nn data training inference",
     "tiny": "core nn models data training evaluation",
     "serving": "core data inference evaluation",
-    "cli": "core nn models data convert training inference evaluation planner tiny serving",
+    "cli": "core nn models data convert training inference evaluation pipelines planner tiny serving",
 }
 TOP_FILES = {"__init__.py", "__main__.py", "py.typed"}
 # Only these know the libraries in which models are written; others call a model through `core.types`.

@@ -23,7 +23,8 @@ from lionjax.data import images
 from lionjax.data.datasets.annotated_images import AnnotatedImages
 from lionjax.data.datasets.array_record import INDEX_FILE, RecordTruth, Tagger, record_truths
 from lionjax.data.datasets.source import SPLITS
-from lionjax.data.prepare.worker import RecordPreparer, group_file_name, read_group_file, records_digest
+from lionjax.data.prepare.group_cache import Annotator, TagsOnly, group_file_name, read_group_file
+from lionjax.data.prepare.worker import RecordPreparer, records_digest
 from lionjax.data.scenes import tfds_builder
 from lionjax.data.scenes.dataset import Scenes
 
@@ -36,20 +37,24 @@ GROUP_SIZE = 256  # images that are validated, tagged and cached together
 
 @dataclasses.dataclass(eq=False)
 class ArrayRecordBuilderConfig(tfds.core.BuilderConfig):
-    """The source, its opened splits, and how to write them. `make_tagger` returns a function from images to tags."""
+    """The source, its opened splits, and how to write them. `make_annotator`, `keeps_regions`: see RecordPreparer."""
 
     source: Any = dataclasses.field(default=None, repr=False)
     datasets: dict[str, AnnotatedImages] = dataclasses.field(default_factory=dict, repr=False)
     num_records: dict[str, int] = dataclasses.field(default_factory=dict, repr=False)  # by split
     max_pixels: int = images.MAX_PIXELS
-    make_tagger: Callable[[], Tagger] | None = dataclasses.field(default=None, repr=False)
-    tagger_digest: str = ""
+    make_annotator: Callable[[], Annotator] | None = dataclasses.field(default=None, repr=False)
+    annotator_digest: str = ""
+    keeps_regions: bool = False
     group_folder: Path | None = None  # cache of finished groups, for resuming
     use_beam: bool = False
 
 
 class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder):
-    """Original image files, each with its questions, answers, boxes, segmentations and tags as JSON."""
+    """Original image files, each with its questions, answers, boxes, segmentations and tags as JSON.
+
+    Regions found by a refiner are in two more fields.
+    """
 
     name = "pictures"  # name of the folder that it writes
     VERSION = tfds.core.Version("1.0.0")
@@ -60,6 +65,8 @@ class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder):
             "image": tfds.features.Image(shape=(None, None, 3)),
             "truth": tfds.features.Text(),
         }
+        if self.builder_config.keeps_regions:
+            features |= tfds_builder.region_fields()
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
@@ -76,7 +83,8 @@ class ArrayRecordBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_sequentially(self, config: ArrayRecordBuilderConfig, split: str):
         dataset, folder = config.datasets[split], config.group_folder / split
-        worker = RecordPreparer(dataset, config.make_tagger, folder, config.tagger_digest)
+        made_by = (config.make_annotator, folder, config.annotator_digest, config.keeps_regions)
+        worker = RecordPreparer(dataset, *made_by)
         for start in range(0, config.num_records[split], GROUP_SIZE):
             yield from worker.prepare(range(start, start + GROUP_SIZE))
 
@@ -102,20 +110,26 @@ def build(
     make_tagger: Callable[[], Tagger] | None = None,
     beam_flags: Sequence[str] | None = None,
     tagger_digest: str = "",
+    make_refiner: Callable[[], Annotator] | None = None,
 ) -> Path:
     """Writes all splits of a source under `out` as ArrayRecord files and returns the folder of the data set.
 
     The index is written last and renamed, so a folder with an index is complete. A complete data set is kept if it was
     made from the same annotations, image files and tagger (`tagger_digest`), else it is made again and replaced.
-    `make_tagger()` returns a function from images to tags, which replace the source's. `beam_flags`: run on Apache
-    Beam with these flags; the records are the same. Skipped images and annotations are listed in left_out.txt. Raises
-    UserError for a source without usable records, and for scenes with a tagger or Beam.
+    `make_tagger()` returns a function from images to tags, which replace the source's; `make_refiner()` one from images
+    to `ImageRegions`, which are kept whole (`tagger_digest` is then the refiner's). `beam_flags`: run on Apache Beam
+    with these flags; the records are the same. Skipped images and annotations are listed in left_out.txt. Raises
+    UserError for a source without usable records, for scenes with a tagger or Beam, and for a tagger beside a refiner.
     """
+    if make_tagger is not None and make_refiner is not None:
+        raise UserError("a refiner brings its own tagger; build with --tagger or with --refiner")
     if isinstance(source, Scenes):
         if make_tagger is not None or beam_flags is not None:
             raise UserError("scenes are generated with their tags; build them without --tagger and --beam")
         with quiet_tfds():
-            return tfds_builder.build(out, source.sizes, source.image_size, source.seed)
+            return tfds_builder.build(
+                out, source.sizes, source.image_size, source.seed, make_refiner, tagger_digest, GROUP_SIZE
+            )
     # A source without splits is written once; `OpenArrayRecordDataset` returns it for every split.
     splits = SPLITS if getattr(source, "heldout_fraction", 1) else SPLITS[:1]
     datasets = {split: source.open(split, max_pixels) for split in splits}
@@ -132,8 +146,9 @@ def build(
         datasets=datasets,
         num_records={split: len(rows) for split, rows in truths.items()},
         max_pixels=max_pixels,
-        make_tagger=make_tagger,
-        tagger_digest=tagger_digest,
+        make_annotator=make_refiner or (make_tagger and TagsOnly(make_tagger)),
+        annotator_digest=tagger_digest,
+        keeps_regions=make_refiner is not None,
         group_folder=Path(out) / f"part.{source.name}",
         use_beam=beam_flags is not None,
     )

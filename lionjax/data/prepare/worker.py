@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotated images to records in groups: validated, optionally tagged, and cached so that a restart resumes."""
+"""Annotated images to records in groups: validated, optionally tagged or refined, cached so that a restart resumes."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import io
-import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,9 @@ from PIL import Image
 from lionjax.core.types import UserError
 from lionjax.data.datasets import annotated_images
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation
-from lionjax.data.datasets.array_record import RecordTruth, Tagger, record_truths
+from lionjax.data.datasets.array_record import RecordTruth, record_truths
+from lionjax.data.prepare.group_cache import Annotator, GroupCache
+from lionjax.data.regions import ImageRegions
 
 log = logging.getLogger(__name__)
 
@@ -52,72 +52,59 @@ def _file_digest(dataset: AnnotatedImages, number: int) -> bytes:
 
 
 class RecordPreparer:
-    """Makes records from groups of images. The tags and skip reasons of each group are cached in a JSON file.
+    """Makes records from groups of images, and caches what was found in each group (see `GroupCache`).
 
-    An interrupted preparation that is restarted therefore does not run the tagger again. A cache file holds a digest of
-    what its group was made of (`records_digest`; `digest`: of the tagger) and is only used for the same.
+    An interrupted preparation that is restarted therefore does not run the models again. `make_annotator`: returns the
+    tagger or refiner; None: the source's tags stay. `digest`: of its folder. `keeps_regions`: records also hold boxes
+    and region features.
     """
 
     def __init__(
-        self, dataset: AnnotatedImages, make_tagger: Callable[[], Tagger] | None, folder: Path, digest: str = ""
+        self,
+        dataset: AnnotatedImages,
+        make_annotator: Callable[[], Annotator] | None,
+        folder: Path,
+        digest: str = "",
+        keeps_regions: bool = False,
     ):
-        self.dataset, self.make_tagger, self.tagger, self.folder = dataset, make_tagger, None, folder
-        self.truths, self.digest = record_truths(dataset), digest
+        self.dataset, self.make_annotator, self.annotator, self.folder = dataset, make_annotator, None, folder
+        self.truths, self.digest, self.keeps_regions = record_truths(dataset), digest, keeps_regions
         self.shown_by_others = frozenset(number for truth in self.truths for number in truth.more_names)
 
     def prepare(self, indices: range) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields (index, record) of the valid images among `indices`."""
         indices = range(indices.start, min(indices.stop, len(self.truths)))
-        file = self.folder / group_file_name(indices)
         digest = records_digest(self.dataset, self.truths, indices, self.digest)
-        cached = read_group_file(file)
-        cached = cached if cached.get("digest") == digest else None
-        tagger = None if self.make_tagger is None else functools.partial(self._cached_tags, cached)
-        records, skip_reasons = select_valid(self.dataset, self.truths, indices, tagger, self.shown_by_others)
-        tags = [truth.image_info.tags for _, truth in records.values() if truth.image_info.name]
-        if cached is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial_file = file.with_suffix(f".{os.getpid()}")
-            partial_file.write_text(json.dumps({"digest": digest, "tags": tags, "left_out": skip_reasons}))
-            partial_file.replace(file)
-        for number, (image, truth) in records.items():
-            yield number, {"id": truth.image_info.name, "image": image, "truth": truth.to_json()}
+        cache = GroupCache(self.folder, indices, digest)
+        annotate = None if self.make_annotator is None else functools.partial(self._cached_regions, cache)
+        records, skip_reasons = select_valid(self.dataset, self.truths, indices, annotate, self.shown_by_others)
+        if not cache.is_complete:
+            cache.save([found for *_, found in records.values() if found is not None], skip_reasons)
+        for number, (image, truth, found) in records.items():
+            record = {"id": truth.image_info.name, "image": image, "truth": truth.to_json()}
+            yield number, record | ((found or ImageRegions()).to_record() if self.keeps_regions else {})
 
-    def _cached_tags(self, cached: dict | None, images: Sequence) -> Sequence[Sequence[str]]:
-        if cached is not None and len(cached["tags"]) == len(images):
-            return cached["tags"]
-        self.tagger = self.tagger or self.make_tagger()
-        return self.tagger(images)
-
-
-def group_file_name(indices: range) -> str:
-    """The name of a group's cache file."""
-    return f"{indices.start}-{indices.stop}.json"
-
-
-def read_group_file(file: Path) -> dict[str, Any]:
-    """The content of a group's cache file; {} if it is missing or damaged."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    def _cached_regions(self, cache: GroupCache, images: Sequence) -> Sequence[ImageRegions]:
+        if (cached := cache.load(len(images))) is not None:
+            return cached
+        self.annotator = self.annotator or self.make_annotator()
+        return self.annotator(images)
 
 
 def select_valid(
     dataset: AnnotatedImages,
     truths: list[RecordTruth],
     indices: Iterable[int],
-    tagger: Tagger | None = None,
+    annotate: Annotator | None = None,
     shown_by_others: frozenset[int] = frozenset(),
-) -> tuple[dict[int, tuple[bytes, RecordTruth]], list[str]]:
-    """({index: (image file, truth)} of the images that training accepts, reasons for the skipped ones).
+) -> tuple[dict[int, tuple[bytes, RecordTruth, ImageRegions | None]], list[str]]:
+    """({index: (image file, truth, what was found)} of images that training accepts, reasons for the skipped ones).
 
-    `truths`: the ground truth of every image, from `record_truths`. `tagger`: maps images to tags, which replace the
-    annotated ones; text-only records are not tagged. `shown_by_others`: images that rows of other images show, too.
-    They are kept even if none of their own rows is valid.
+    `truths`: the ground truth of every image, from `record_truths`. `annotate`: maps images to what is in them, whose
+    tags replace the annotated ones; text-only records are left out. `shown_by_others`: images
+    that rows of other images show, too. They are kept even if none of their own rows is valid.
     """
-    records, tagger_images, skip_reasons, blank_file = {}, [], [], blank_image_file()
+    records, opened_images, skip_reasons, blank_file = {}, [], [], blank_image_file()
     for number in indices:
         truth = truths[number]
         is_text = not truth.image_info.name
@@ -133,15 +120,16 @@ def select_valid(
             records[number] = (
                 blank_file if is_text else dataset.image_path(number).read_bytes(),
                 replace(truth, annotations=rows),
+                None,
             )
-            tagger_images += [opened_image] if tagger and not is_text else []
+            opened_images += [opened_image] if annotate and not is_text else []
         except UserError as error:
             skip_reasons.append(str(error))
-    with_image = [number for number, (_, truth) in records.items() if truth.image_info.name]
-    for number, tags in zip(with_image, tagger(tagger_images) if tagger_images else ()):
-        image, truth = records[number]
-        image_info = replace(truth.image_info, tags=tuple(tags))
-        records[number] = image, replace(truth, image_info=image_info)
+    with_image = [number for number, (_, truth, _) in records.items() if truth.image_info.name]
+    for number, found in zip(with_image, annotate(opened_images) if opened_images else ()):
+        image, truth, _ = records[number]
+        image_info = replace(truth.image_info, tags=found.tags)
+        records[number] = image, replace(truth, image_info=image_info), found
     for reason in skip_reasons:
         log.warning("skipped: %s", reason)
     return records, skip_reasons

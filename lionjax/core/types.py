@@ -74,6 +74,7 @@ class Batch:
     sam_image_BHWC: Array = None  # float32, the same images with SAM's size, mean and standard deviation
     masks_mask_BK: Array = None  # 1 on real masks; None: those of all real boxes
     dataset_B: Array = None  # int32, index of the entry in the stage's mixture
+    box_tokens_BKL: Array = None  # bool, the tokens of question_BL that name each of boxes_BK4 (a detector's training)
     region_BKD: Array = None  # float, features of the image's regions: a detector's queries (Lyrics)
     region_mask_BK: Array = None  # bool, the real regions
     packed: PackedText | None = None  # boxes and caption as text (first stage of Lyrics)
@@ -103,6 +104,7 @@ class ModelInfo:
     - `image_token`: id in the prompt that the tokens of an image replace (if `splices_images`); may lie outside the
       vocabulary. `box_token`: id whose embedding is that of a box.
     - `image_size`: side of the input image in pixels.
+    - `detects_phrases`: a detector, which reads `question_BL` as a caption and learns `boxes_BK4` of its phrases.
     - `reads_question`: a Q-Former reads the question with its own tokenizer; `question_vocab_size`: its word table.
     - `default_processor`: fields of ProcessorConfig for released weights without a processor config;
       `default_image_fit`: those of its `image_fit`.
@@ -117,6 +119,7 @@ class ModelInfo:
     image_token: int | None = None
     box_token: int | None = None
     image_size: int = 0
+    detects_phrases: bool = False
     reads_question: bool = False
     question_vocab_size: int | None = None
     has_features: bool = True

@@ -51,13 +51,14 @@ class DataConfig:
     num_workers: int = 0
 
     def for_model(self, info: ModelInfo) -> DataConfig:
-        """This config with `processor.reader` and `processor.image_token` set to what the model needs."""
+        """This config with the fields of `processor` that the model decides, such as `reader`, set to what it needs."""
         processor = self.processor
         if info.is_encoder_decoder is not None:
             processor = replace(processor, reader="encoder" if info.is_encoder_decoder else "decoder")
         if info.splices_images:
             spliced = "{image}" in processor.prompt_template and not processor.num_image_tokens
             processor = replace(processor, image_token=info.image_token if spliced else None)
+        processor = replace(processor, detects_phrases=info.detects_phrases)
         return self if processor == self.processor else replace(self, processor=processor)
 
     def __post_init__(self):

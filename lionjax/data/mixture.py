@@ -171,10 +171,12 @@ class MixtureDataset:
         # Task "tags" never gets tags in its prompt: they are the answer.
         without_tags = rng.random() < data.tag_dropout or component.task == "tags"
         tags = () if without_tags else example.tags
-        texts = (example.question, tags, example.answer, example.category)
+        answer = None if self.processor.config.detects_phrases else example.answer
+        texts = (example.question, tags, answer, example.category)
         boxes = (*example.question_boxes, *example.boxes)
         box_format = component.box_format or None
         row = self.processor.encode_example(pixels, *texts, boxes, image_letterbox, box_format, prompt_format)
+        row |= self.processor.encode_detection(example.question, example.boxes, example.box_names)
         row["record"] = np.int32(self.record_offsets[component.source_index] + record)
         row["part"] = np.int32(component.mixture_index)
         return row | self._encode_masks(component, record, example) if with_masks else row

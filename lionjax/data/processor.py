@@ -16,6 +16,7 @@ from lionjax.core.types import CATEGORIES, Batch, UserError
 from lionjax.data import images, letterbox
 from lionjax.data.boxes import Box
 from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat, render_history
+from lionjax.data.detection import encode_detection
 from lionjax.data.image_fit import ImageFit
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.processor_config import CLIP_MEAN, CLIP_STD, ProcessorConfig
@@ -164,6 +165,14 @@ class Processor:
         box_K4[: len(kept_boxes)], mask_K[: len(kept_boxes)] = np.reshape(kept_boxes, (-1, 4)), 1
         return {"boxes": box_K4, "boxes_mask": mask_K}
 
+    def encode_detection(self, caption: str, boxes: Sequence[Box], names) -> dict[str, np.ndarray]:
+        """The arrays by which a detector learns boxes (see `data.detection`); empty without `detects_phrases`."""
+        c = self.config
+        if not c.detects_phrases:
+            return {}
+        sizes = (c.max_question_tokens, c.max_boxes)
+        return encode_detection(self.prompt.question_tokenizer, caption, boxes, names, *sizes)
+
     def collate(self, rows: dict[str, np.ndarray], length_buckets: Sequence[int] = ()) -> Batch:
         """A `Batch` of stacked examples; text is cut to the shortest of `length_buckets` that fits, if given."""
         text = {}
@@ -186,6 +195,7 @@ class Processor:
             record_B=rows.get("record", np.arange(len(rows["task"]), dtype=np.int32)),
             boxes_BK4=rows.get("boxes"),
             boxes_mask_BK=rows.get("boxes_mask"),
+            box_tokens_BKL=None if "box_tokens" not in rows else rows["box_tokens"][..., : text["question"].shape[1]],
             masks_BKHW=rows.get("masks"),
             masks_mask_BK=rows.get("masks_mask"),
             dataset_B=rows.get("part"),

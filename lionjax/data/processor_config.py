@@ -22,8 +22,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class ProcessorConfig:
     """Image size, token lengths, prompt templates and tokenizers. Raises UserError for values outside their range.
 
-    `tokenizer` (language model) and `question_tokenizer` (Q-Former): `"tiny"`, or a local folder with tokenizer files,
-    such as T5's and BERT's in LION. `max_*_tokens` include the end token; a
+    `tokenizer` (language model) and `question_tokenizer` (Q-Former, detector): `"tiny"`, `"tiny_wordpiece"`, or a local
+    folder with tokenizer files, such as T5's and BERT's in LION. `max_*_tokens` include the end token; a
     longer answer is cut and has none. `use_tags` puts LION's tag prompt before the question.
     `pad_to_square`: the image is padded to a square, in which boxes are fractions; else it is stretched. `pad_color`:
     "white" as in NExT-Chat, or "mean" (the mean color) as in LLaVA-1.5. `image_fit`: how images are resized.
@@ -40,7 +40,8 @@ class ProcessorConfig:
     `box_format`: how the model writes boxes, see `data.boxes`. `location_bins_per_side`: location tokens per side of
     the grid (Kosmos-2: 32; 0: no location tokens); their ids are the tokenizer's own if it has Kosmos-2's, else they
     follow its vocabulary. `max_boxes`: boxes per example as arrays. `sam_image_size`: pixels per side of SAM's image
-    and masks.
+    and masks. `detects_phrases`: the question is a detector's caption, and boxes come with the tokens that name them
+    (see `data.detection`); the config sets it for a model that needs it.
     """
 
     image_size: int = 224
@@ -70,6 +71,7 @@ class ProcessorConfig:
     location_bins_per_side: int = 0
     max_boxes: int = 0
     sam_image_size: int = 0
+    detects_phrases: bool = False
 
     def __post_init__(self):
         lengths = (

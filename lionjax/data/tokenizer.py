@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers: text to ids and back, with the `tokenizers` library (no torch, no transformers).
 
-`load("tiny")` is the byte-pair tokenizer shipped with the package. `load(folder)` reads the tokenizer of a local
-folder, in one of the kinds of files that `tokenizer_files.py` lists, such as `tokenizer.json` or `tokenizer.model`.
+`load("tiny")` is the byte-pair tokenizer shipped with the package, `load("tiny_wordpiece")` one like BERT's, for
+detectors and MQ-Formers. `load(folder)` reads the tokenizer of a local folder, in one of the kinds of files that
+`tokenizer_files.py` lists, such as `tokenizer.json` or `tokenizer.model`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from lionjax.data.tokenizer_files import parse_sentencepiece_model as parse_sent
 
 TINY_TOKENIZER_FILE = Path(__file__).parent / "assets" / "tokenizer.json"
 TINY_VOCAB_SIZE = 1024
+TINY_WORDPIECE_FILE = Path(__file__).parent / "assets" / "tiny_wordpiece" / "vocab.txt"
+SHIPPED_FILES = {"tiny": TINY_TOKENIZER_FILE, "tiny_wordpiece": TINY_WORDPIECE_FILE}
 SOFT_PROMPT_TOKEN = "<extra_id_0>"
 # The tiny tokenizer has its special tokens first, in this order (T5 has its sentinels last), so their ids are fixed.
 SPECIAL_TOKENS = (
@@ -127,7 +130,7 @@ class Tokenizer:
 
 @functools.cache
 def load(name: str, from_files: bool = False) -> Tokenizer:
-    """The tokenizer `"tiny"`, or one of a local file or folder (see `tokenizer_files`).
+    """A shipped tokenizer (`"tiny"`, `"tiny_wordpiece"`), or that of a local file or folder (see `tokenizer_files`).
 
     A folder of converted weights works too: its subfolder `origin` holds the tokenizer files. Start, end and padding
     token are those of a known set, by their spelling; with `from_files`, or where no set is known, those that the
@@ -159,7 +162,7 @@ def load(name: str, from_files: bool = False) -> Tokenizer:
 
 def tokenizer_file(name: str) -> Path:
     """The tokenizer file of a name that `load` accepts. Raises UserError if there is none."""
-    return TINY_TOKENIZER_FILE if name == "tiny" else _find_tokenizer_file(Path(name))
+    return SHIPPED_FILES.get(name) or _find_tokenizer_file(Path(name))
 
 
 def tokenizer_files(name: str) -> dict[str, Path]:

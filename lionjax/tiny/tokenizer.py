@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the tokenizer shipped with the package: `python -m lionjax.tiny.tokenizer`.
+"""Makes the tokenizers shipped with the package: `python -m lionjax.tiny.tokenizer`.
 
 A BPE tokenizer with byte fallback, 1,024 tokens and T5's first three ids. It is trained on a page of text
 (assets/tokenizer_text.txt) and on boxes, not on generated tasks, so that changes of the tasks do not change any id.
@@ -7,15 +7,26 @@ A BPE tokenizer with byte fallback, 1,024 tokens and T5's first three ids. It is
 In a box, the first two decimals of each edge have their own tokens: the 3 of a left edge 0.3.. is another token than
 the 3 of a top edge, though both decode to "3". A model of two million parameters learns eight tokens per digit in far
 fewer steps than eight meanings of one token that depend on the position in the box.
+
+A WordPiece vocabulary as BERT's, for detectors and MQ-Formers: the words of the same page, characters, and numbers of
+one and two digits.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from lionjax.data.tokenizer import SPECIAL_TOKENS, SPIECE_UNDERLINE, TINY_TOKENIZER_FILE, TINY_VOCAB_SIZE
+from lionjax.data.tokenizer import (
+    SPECIAL_TOKENS,
+    SPIECE_UNDERLINE,
+    TINY_TOKENIZER_FILE,
+    TINY_VOCAB_SIZE,
+    TINY_WORDPIECE_FILE,
+)
 
 CORPUS_FILE = TINY_TOKENIZER_FILE.parent / "tokenizer_text.txt"
 # Private characters replace decimals and separators, by their position in a box, before the text is tokenized.
@@ -128,6 +139,19 @@ def train_tokenizer(path: Path = TINY_TOKENIZER_FILE) -> None:
     temporary.replace(path)
 
 
+def wordpiece_vocabulary() -> list[str]:
+    """The pieces of the WordPiece vocabulary in the order of their ids; the same text gives the same pieces."""
+    lines = CORPUS_FILE.read_text(encoding="utf-8").lower().splitlines()
+    counts = Counter(re.findall("[a-z]{2,}", " ".join([*lines, *lines[:NUM_CORE_LINES] * 3])))
+    words = sorted((word for word in counts if counts[word] > 1), key=lambda word: (-counts[word], word))
+    characters = sorted(set(PRINTABLE.lower()))
+    continued = [f"##{character}" for character in characters if character.isalnum()]
+    numbers = [f"{number:02}" for number in range(100)]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *continued, *numbers, *words]
+
+
 if __name__ == "__main__":
     train_tokenizer()
-    print(f"wrote {TINY_TOKENIZER_FILE}")
+    TINY_WORDPIECE_FILE.parent.mkdir(exist_ok=True)
+    TINY_WORDPIECE_FILE.write_text("\n".join(wordpiece_vocabulary()) + "\n", encoding="utf-8")
+    print(f"wrote {TINY_TOKENIZER_FILE} and {TINY_WORDPIECE_FILE}")

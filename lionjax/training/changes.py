@@ -167,7 +167,9 @@ def _tokenizer_difference(workdir: Path, old: Experiment, new: Experiment, field
         return None
     name, old_name = getattr(new.data.processor, field), getattr(old.data.processor, field)
     from_files = new.data.processor.prompt_tokenization == "whole"
-    for candidate in ("tiny",) if old_name == "tiny" else (str(workdir / ORIGIN / subfolders[field]), old_name):
+    for candidate in (
+        (old_name,) if old_name in tokenizer.SHIPPED_FILES else (str(workdir / ORIGIN / subfolders[field]), old_name)
+    ):
         try:
             before = tokenizer.load(candidate, from_files)
         except UserError:

@@ -84,7 +84,7 @@ def transformers_loss(layers, text_mask_BL, phrase_B2L, class_BK, targets):
 @pytest.fixture(scope="module")
 def value_and_grad():
     def loss(layers, text_mask_BL, targets, config):
-        return detection_loss(config, layers, text_mask_BL, targets)
+        return detection_loss(config, *map(jnp.stack, zip(*layers)), text_mask_BL, targets)
 
     options = compile_flags.OPTIMIZED
     return jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=3, compiler_options=options)
@@ -133,6 +133,6 @@ def test_more_boxes_than_queries_and_wrong_weights_are_refused_in_a_sentence():
     with pytest.raises(
         UserError, match=r"may have 9 boxes, but the detector has \d queries; lower processor.max_boxes"
     ):
-        detection_loss(DetectionLossConfig(), layers, text_mask_BL, targets)
+        detection_loss(DetectionLossConfig(), *map(np.stack, zip(*layers)), text_mask_BL, targets)
     with pytest.raises(UserError, match="loss.weights is .* give a finite number >= 0"):
         DetectionLossConfig(weights=(1.0, -5.0, 2.0))

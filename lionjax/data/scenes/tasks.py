@@ -17,7 +17,7 @@ from lionjax.core.types import UserError
 from lionjax.data import templates as wordings
 from lionjax.data.boxes import Box, box_to_text
 from lionjax.data.chat import render_history
-from lionjax.data.scenes import referring, world
+from lionjax.data.scenes import naming, referring, world
 from lionjax.data.scenes.world import Scene
 from lionjax.data.templates import sample_question
 
@@ -37,6 +37,7 @@ TASK_CATEGORY = {
     "box_vqa": "region_level",
     "grounded": "region_level",
     "conversation": "region_level",
+    "detect": "region_level",
     "choice": "image_level",
     "image_level": "image_level",
     "region_level": "region_level",
@@ -53,6 +54,7 @@ class Example:
     not in `question`. `image_marks`: images stand where the texts have `<image>`; the first is the record's own, the
     others are those of `more_records` (indices in the data set). `padded_boxes`: boxes in the texts are fractions of
     the image padded to a square; else, and in `question_boxes` and `boxes` always, they are fractions of the image.
+    `box_names`: for each of `boxes` the names in the question that it has, for detectors.
     """
 
     task: str
@@ -71,6 +73,7 @@ class Example:
     image_marks: bool = False
     more_records: tuple[int, ...] = ()
     padded_boxes: bool = False
+    box_names: tuple[tuple[str, ...], ...] = ()
 
 
 def scene_to_text(scene: Scene, rng=None, with_boxes: bool = True) -> str:
@@ -396,6 +399,14 @@ def conversation(scene: Scene, rng) -> Example:
     return _build_example("conversation", "it", question, answer, boxes=boxes, targets=(k,), turns=turns)
 
 
+def detect(scene: Scene, rng, kind: str | None = None) -> Example:
+    """Names of objects, present and absent, as a detector's caption; `kind`: see `naming.KINDS`, default random."""
+    kind = kind or str(rng.choice(naming.KINDS, p=naming.KIND_PROBS))
+    named = naming.sample_names(scene, rng, kind)
+    places = {"boxes": named.boxes, "targets": named.targets, "box_names": named.names}
+    return _build_example("detect", kind, named.caption, named.text, **places)
+
+
 TASKS = {
     "caption": caption,
     "vqa": vqa,
@@ -408,6 +419,7 @@ TASKS = {
     "box_vqa": box_vqa,
     "grounded": grounded,
     "conversation": conversation,
+    "detect": detect,
 }
 
 

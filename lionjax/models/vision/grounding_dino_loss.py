@@ -9,7 +9,6 @@ queries and tokens, the L1 loss and the GIoU loss of the matched boxes are divid
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,16 +52,16 @@ def center_to_corners(box_BK4) -> jax.Array:
 
 
 def detection_loss(
-    config: DetectionLossConfig, layers: Sequence[tuple[Array, Array]], text_mask_BL: Array, targets: DetectionTargets
+    config: DetectionLossConfig, logits_TBQL: Array, box_TBQ4: Array, text_mask_BL: Array, targets: DetectionTargets
 ) -> tuple[jax.Array, Metrics]:
-    """The weighted sum of the losses of all `layers`, and metrics; `weight` is the number of true boxes, at least 1.
+    """The weighted sum of the losses of T layers, and metrics; `weight` is the number of true boxes, at least 1.
 
-    `layers`: (logits (B, Q, L), boxes (B, Q, 4) as center and size in 0..1) of each decoder layer, and of the encoder's
-    proposals if they are trained; the metrics `loss_class`, `loss_box`, `loss_giou` are means over the layers.
+    Logits, and boxes as center and size in 0..1, of each decoder layer, and of the encoder's proposals if they are
+    trained. The metrics `loss_class`, `loss_box`, `loss_giou` are means over the layers.
     `text_mask_BL`: tokens outside it are in no loss, whatever their logits. Raises UserError for more boxes than
     queries.
     """
-    logits_TBQL, box_TBQ4 = (jnp.stack(arrays).astype(jnp.float32) for arrays in zip(*layers, strict=True))
+    logits_TBQL, box_TBQ4 = logits_TBQL.astype(jnp.float32), box_TBQ4.astype(jnp.float32)
     num_queries, max_boxes = logits_TBQL.shape[2], targets.box_BK4.shape[1]
     if max_boxes > num_queries:
         raise UserError(
@@ -87,7 +86,7 @@ def detection_loss(
     terms = [term.sum() / count for term in (focal_TBQL, l1_TBK, giou_TBK)]
     loss = sum(weight * term for weight, term in zip(config.weights, terms))
     names = ("loss_class", "loss_box", "loss_giou")
-    return loss, {"weight": count, **{name: term / len(layers) for name, term in zip(names, terms)}}
+    return loss, {"weight": count, **{name: term / len(logits_TBQL) for name, term in zip(names, terms)}}
 
 
 def match_queries(

@@ -6,6 +6,7 @@ Every folder under $LIONJAX_GOLDEN (default tests/golden) is checked, with the s
 
 import json
 
+import golden_grounding_dino
 import golden_nextchat
 import jax
 import numpy as np
@@ -17,7 +18,8 @@ from lionjax import convert
 from lionjax.core import params as trees
 from lionjax.core.types import CATEGORIES, Batch
 from lionjax.inference.generate import GenerationConfig, generate
-from lionjax.models.vision import ram
+from lionjax.models.vision import grounding_dino_weights, ram
+from lionjax.models.vision.grounding_dino import GroundingDino
 from lionjax.models.vision.ram import Ram, RamConfig
 from lionjax.models.vision.swin import SwinConfig
 from lionjax.models.vlm.lion import Lion
@@ -183,3 +185,30 @@ def test_ram_computes_what_the_original_computes_and_goes_back_to_the_same_bits(
     back = convert.state_dict_from_params(ram.weight_map(c), params)
     assert back.keys() == weights.keys()
     assert all(back[name].tobytes() == weights[name].tobytes() for name in weights)
+
+
+@pytest.fixture(scope="module", params=folders("grounding_dino"))
+def detector_golden(request):
+    return golden_grounding_dino.read(request.param)
+
+
+@pytest.mark.slow
+def test_grounding_dino_computes_what_the_original_computes_with_unequal_pictures_and_captions(detector_golden):
+    golden = detector_golden
+    params = {"params": golden.params}
+    run = jax.jit(lambda *inputs: GroundingDino(golden.c).apply(params, *inputs, method=golden_grounding_dino.compute))
+    found = run(*golden.inputs)
+    assert len(golden.theirs) > 30 and golden.theirs.keys() <= found.keys()
+    for name in golden.theirs:
+        assert_close(*golden.comparable(name, found), name)
+
+
+def test_grounding_dino_weights_go_back_to_the_same_bits_also_under_the_names_of_lyrics(detector_golden):
+    golden = detector_golden
+    back = convert.state_dict_from_params(grounding_dino_weights.original_weight_map(golden.c), golden.params)
+    assert back.keys() == golden.weights.keys()
+    assert all(back[name].tobytes() == golden.weights[name].tobytes() for name in back)
+    lyrics = convert.state_dict_from_params(grounding_dino_weights.lyrics_weight_map(golden.c), golden.params)
+    assert len(lyrics) == len(back)
+    assert "grounding_dino.backbone.swintransformer.patch_embed.proj.weight" in lyrics
+    assert "grounding_dino.transformer.encoder.fusion_layers.0.temp_l" in lyrics

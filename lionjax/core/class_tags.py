@@ -22,6 +22,7 @@ TAG_TO_CLASS = {
     "SwinConfig": "lionjax.models.vision.swin:SwinConfig",
     "SamConfig": "lionjax.models.vision.sam_encoder:SamConfig",
     "RamConfig": "lionjax.models.vision.ram:RamConfig",
+    "GroundingDinoConfig": "lionjax.models.vision.grounding_dino_encoder:GroundingDinoConfig",
     "DetectionLossConfig": "lionjax.models.vision.grounding_dino_loss:DetectionLossConfig",
     "T5Config": "lionjax.models.language.t5:T5Config",
     "DecoderConfig": "lionjax.models.language.decoder:DecoderConfig",

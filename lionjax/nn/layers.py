@@ -63,6 +63,7 @@ class Dense(nn.Module):
     use_bias: bool = True
     kernel_init: Callable = normal(0.02)
     lora: LoraConfig = LoraConfig()
+    bias_init: Callable = zeros
 
     @nn.compact
     def __call__(self, x, key=None):
@@ -74,7 +75,8 @@ class Dense(nn.Module):
         if self.lora.targets(self.path):
             y = y + self.lora_delta(x, features, key)
         if self.use_bias:
-            y = y + self.param("bias", with_logical_partitioning(zeros, self.kernel_axes[1:]), features).astype(x.dtype)
+            bias_init = with_logical_partitioning(self.bias_init, self.kernel_axes[1:])
+            y = y + self.param("bias", bias_init, features).astype(x.dtype)
         return y
 
     def lora_delta(self, x, features, key):
@@ -276,6 +278,30 @@ class GatedMLP(nn.Module):
         return dense(self.mlp_dim, self.width, ("mlp", "embed"), "down")(
             dropout(hidden, dropout_rate, key), fold_in(key, 3)
         )
+
+
+class StackedMLP(nn.Module):
+    """MLP of `widths` with ReLU; with `num_stacked`, one MLP for each index of the second-last axis of x."""
+
+    widths: tuple[int, ...]
+    num_stacked: int | None = None
+    zero_init_output: bool = False  # zero kernel of the last layer, so that the output starts at 0
+
+    @nn.compact
+    def __call__(self, x):
+        lead = () if self.num_stacked is None else (self.num_stacked,)
+        for n, (inputs, features) in enumerate(zip(self.widths, self.widths[1:])):
+            axes, is_last = (None,) * len(lead), n == len(self.widths) - 2
+            init = flatten_fan_in(kaiming_uniform) if lead else kaiming_uniform
+            init = zeros if is_last and self.zero_init_output else init
+            init = with_logical_partitioning(init, (*axes, "embed", "mlp"))
+            kernel = self.param(f"kernel_{n}", init, (*lead, inputs, features)).astype(x.dtype)
+            bias = self.param(f"bias_{n}", with_logical_partitioning(zeros, (*axes, "mlp")), (*lead, features)).astype(
+                x.dtype
+            )
+            x = jnp.einsum("...SI,SIO->...SO" if lead else "...I,IO->...O", x, kernel) + bias
+            x = x if is_last else nn.relu(x)
+        return x
 
 
 class PatchEmbed(nn.Module):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Position encodings: rotary embeddings, ALiBi, sinusoidal tables, and T5's relative position bias."""
+"""Position encodings: rotary embeddings, ALiBi, sinusoids, and T5's relative position bias."""
 
 from __future__ import annotations
 
@@ -48,6 +48,16 @@ def sinusoidal_positions(positions_BL, width: int):
     angle_BLD = positions_BL.astype(jnp.float32)[..., None] * frequency_D
     embedding_BLD = jnp.concatenate([jnp.sin(angle_BLD), jnp.cos(angle_BLD)], axis=-1)
     return jnp.pad(embedding_BLD, ((0, 0), (0, 0), (0, width % 2)))
+
+
+def interleaved_sinusoids(position, width: int, temperature: float = 10000.0):
+    """Sines and cosines (..., D) in turn of positions (...) in full circles, as in DETR (arXiv 2005.12872), in float32.
+
+    Feature 2 i is the sine of 2 pi position / temperature^(2 i / D), feature 2 i + 1 its cosine; D = `width` is even.
+    """
+    period_D = np.float32(temperature) ** (2 * np.arange(width // 2, dtype=np.float32) / width)
+    angle = position.astype(jnp.float32)[..., None] * np.float32(2 * math.pi) / period_D
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*position.shape, width)
 
 
 def relative_position_bucket(query_positions, key_positions, num_buckets: int, max_distance: int, bidirectional: bool):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_constraint
@@ -110,6 +112,24 @@ class Bert(nn.Module):
         if c.pooler:
             first_BD = jnp.tanh(Dense(c.width, c.width, ("embed", None), lora=c.lora, name="pooler")(first_BD))
         return x_BLD, first_BD
+
+
+def phrase_masks(ids_BL, delimiter_ids: tuple[int, ...]):
+    """Allowed (query, key) pairs (B, L, L) and positions (B, L) of phrases, each ended by one of `delimiter_ids`.
+
+    A token attends to the tokens of its phrase, the closing delimiter included, and positions restart in each phrase.
+    A token that no delimiter follows, and a phrase that ends at the first or the last column, attend to themselves only
+    and have position 0, as in Grounding DINO (arXiv 2303.05499).
+    """
+    length = ids_BL.shape[1]
+    column_L = jnp.arange(length)
+    is_delimiter_BL = jnp.isin(ids_BL, jnp.asarray(delimiter_ids))
+    end_BL = jax.lax.cummin(jnp.where(is_delimiter_BL, column_L, length), axis=1, reverse=True)
+    last_BL = jax.lax.cummax(jnp.where(is_delimiter_BL, column_L, -1), axis=1)
+    start_BL = jnp.pad(last_BL[:, :-1], ((0, 0), (1, 0)), constant_values=-1) + 1
+    is_phrase_BL = (end_BL > 0) & (end_BL < length - 1)
+    same_BLL = (end_BL[:, :, None] == end_BL[:, None, :]) & is_phrase_BL[:, :, None]
+    return same_BLL | np.eye(length, dtype=bool), jnp.where(is_phrase_BL, column_L - start_BL, 0)
 
 
 def weight_map(c: BertConfig) -> tuple[WeightMapping, ...]:

@@ -31,10 +31,10 @@ from lionjax.nn.layers import (
     Dense,
     LayerNorm,
     PatchEmbed,
+    StackedMLP,
     dense_weight_map,
     flatten_fan_in,
     gelu,
-    kaiming_uniform,
     norm_weight_map,
     normal,
     take_positions,
@@ -159,29 +159,6 @@ def cross_attend(c: SamConfig, name: str, query, query_pe, source, source_pe):
     attention = make_attention(c, c.prompt_embed_dim // 2, name)
     keys_values = attention.k(source + source_pe), attention.v(source)
     return attention.attend(attention.project_query(query + query_pe), keys_values)
-
-
-class StackedMLP(nn.Module):
-    """MLP of `widths` with ReLU; with `num_stacked`, one MLP for each index of the second-last axis of x."""
-
-    widths: tuple[int, ...]
-    num_stacked: int | None = None
-
-    @nn.compact
-    def __call__(self, x):
-        lead = () if self.num_stacked is None else (self.num_stacked,)
-        for n, (inputs, features) in enumerate(zip(self.widths, self.widths[1:])):
-            axes = (None,) * len(lead)
-            init = with_logical_partitioning(
-                flatten_fan_in(kaiming_uniform) if lead else kaiming_uniform, (*axes, "embed", "mlp")
-            )
-            kernel = self.param(f"kernel_{n}", init, (*lead, inputs, features)).astype(x.dtype)
-            bias = self.param(f"bias_{n}", with_logical_partitioning(zeros, (*axes, "mlp")), (*lead, features)).astype(
-                x.dtype
-            )
-            x = jnp.einsum("...SI,SIO->...SO" if lead else "...I,IO->...O", x, kernel) + bias
-            x = nn.relu(x) if n < len(self.widths) - 2 else x
-        return x
 
 
 class ConvTranspose2x2(nn.Module):

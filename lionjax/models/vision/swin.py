@@ -51,6 +51,7 @@ class SwinConfig:
     activation: str = "gelu"
     drop_path_rate: float = 0.1  # stochastic depth rate of the last block; it grows linearly from 0
     remat: str = "none"
+    output_stages: tuple[int, ...] = ()  # of a backbone: stages with a norm behind their output; (): one final norm
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -69,7 +70,11 @@ class SwinConfig:
         return self.window_size, self.window_size // 2
 
 
-SWIN_T_DETECTOR = SwinConfig(image_size=None)
+# Backbones of Grounding DINO; Swin-B was trained with images of 384 px first, so its windows have 12 positions.
+SWIN_T_DETECTOR = SwinConfig(image_size=None, output_stages=(1, 2, 3))
+SWIN_B_DETECTOR = SwinConfig(
+    image_size=None, width=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=12, output_stages=(1, 2, 3)
+)
 SWIN_L_384 = SwinConfig(image_size=384, width=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=12)
 
 
@@ -96,12 +101,12 @@ def shifted_window_mask(height: int, width: int, window_size: int, shift_size: i
     return region_WL[:, :, None] == region_WL[:, None, :]
 
 
-def drop_path(residual_BHWD, rate, key):
+def drop_path(residual, rate, key):
     """Stochastic depth (arXiv 1603.09382): the residual, 0 for a fraction `rate` of the samples, else / (1 - rate)."""
     if key is None:
-        return residual_BHWD
-    keep = jax.random.bernoulli(key, 1 - rate, (len(residual_BHWD), 1, 1, 1))
-    return jnp.where(keep, residual_BHWD / (1 - rate), 0).astype(residual_BHWD.dtype)
+        return residual
+    keep = jax.random.bernoulli(key, 1 - rate, (len(residual), *(1,) * (residual.ndim - 1)))
+    return jnp.where(keep, residual / (1 - rate), 0).astype(residual.dtype)
 
 
 class Block(nn.Module):
@@ -203,7 +208,8 @@ class PatchMerging(nn.Module):
 class Swin(nn.Module):
     """Normalized last feature map (B, P, D), row-major, and the feature maps (B, H', W', D') of all stages.
 
-    `key` drives stochastic depth. Raises ValueError for an image (B, H, W, 3) of another size than `image_size`.
+    With `output_stages`, the first is None and the maps are those of these stages, each behind its own norm. `key`
+    drives stochastic depth. Raises ValueError for an image (B, H, W, 3) of another size than `image_size`.
     """
 
     c: SwinConfig
@@ -228,6 +234,9 @@ class Swin(nn.Module):
                 x_BHWD = PatchMerging(c.widths[stage - 1], name=f"merge_{stage - 1}")(x_BHWD)
             x_BHWD = SwinStage(c, stage, name=f"stage_{stage}")(x_BHWD, keys[stage])
             maps.append(x_BHWD)
+        if c.output_stages:
+            norms = {n: layers.LayerNorm(c.widths[n], c.norm_eps, name=f"norm_{n}") for n in c.output_stages}
+            return None, tuple(norm(maps[n]) for n, norm in norms.items())
         last_BPD = x_BHWD.reshape(len(x_BHWD), -1, c.widths[-1])
         return layers.LayerNorm(c.widths[-1], c.norm_eps, name="norm")(last_BPD), tuple(maps)
 
@@ -254,6 +263,7 @@ def original_weight_map(c: SwinConfig) -> tuple[WeightMapping, ...]:
         return rows
 
     names = {"patch": "patch_embed.proj", "patch_norm": "patch_embed.norm", "norm": "norm"}
+    names |= {f"norm_{stage}": f"norm{stage}" for stage in c.output_stages}
     return (*_weight_map(c, names, "layers.{}.", block), *_buffer_weight_map(c))
 
 
@@ -279,6 +289,7 @@ def hf_weight_map(c: SwinConfig) -> tuple[WeightMapping, ...]:
         return rows
 
     names = {"patch": "embeddings.patch_embeddings.projection", "patch_norm": "embeddings.norm", "norm": "layernorm"}
+    names |= {f"norm_{stage}": f"hidden_states_norms.stage{stage + 1}" for stage in c.output_stages}
     return _weight_map(c, names, "encoder.layers.{}.", block)
 
 
@@ -304,7 +315,9 @@ def _weight_map(
         if stage + 1 < len(c.depths):
             rows += layers.norm_weight_map(f"{layer}downsample.norm", f"merge_{stage}/norm")
             rows += layers.dense_weight_map(f"{layer}downsample.reduction", f"merge_{stage}/narrow", bias=False)
-    return (*rows, *layers.norm_weight_map(torch_names["norm"], "norm"))
+    for norm in [f"norm_{stage}" for stage in c.output_stages] or ["norm"]:
+        rows += layers.norm_weight_map(torch_names[norm], norm)
+    return tuple(rows)
 
 
 def _buffer_weight_map(c: SwinConfig) -> list[WeightMapping]:

@@ -7,6 +7,7 @@ Every folder under $LIONJAX_GOLDEN (default tests/golden) is checked, with the s
 import json
 
 import golden_grounding_dino
+import golden_lyrics
 import golden_nextchat
 import jax
 import numpy as np
@@ -212,3 +213,66 @@ def test_grounding_dino_weights_go_back_to_the_same_bits_also_under_the_names_of
     assert len(lyrics) == len(back)
     assert "grounding_dino.backbone.swintransformer.patch_embed.proj.weight" in lyrics
     assert "grounding_dino.transformer.encoder.fusion_layers.0.temp_l" in lyrics
+
+
+@pytest.fixture(scope="module", params=folders("lyrics"))
+def lyrics_stage1_golden(request):
+    return golden_lyrics.compute_stage1(request.param)
+
+
+@pytest.fixture(scope="module", params=folders("lyrics"))
+def lyrics_stage2_golden(request):
+    return golden_lyrics.compute_stage2(request.param)
+
+
+def assert_every_array(golden, prefixes: tuple[str, ...]):
+    """Each of the original's arrays under these prefixes that is an output is what we compute."""
+    outputs = {
+        name for name in golden.theirs if name.startswith(prefixes) and not name.startswith(golden_lyrics.INPUTS)
+    }
+    assert outputs and outputs <= golden.ours.keys(), sorted(outputs - golden.ours.keys())
+    for name in sorted(outputs):
+        assert_close(golden.ours[name], golden.theirs[name], name)
+
+
+@pytest.mark.slow
+def test_lyrics_stage1_computes_what_the_original_computes(lyrics_stage1_golden):
+    assert_every_array(lyrics_stage1_golden, ("vision_output", "stage1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["stage1", "stage1_intended"])
+def test_lyrics_stage1_has_the_originals_gradient_norm_for_every_weight(lyrics_stage1_golden, mode):
+    norms = json.loads((lyrics_stage1_golden.folder / f"grad_norms_{mode}.json").read_text())
+    assert_same_norms(lyrics_stage1_golden.gradients[mode], norms)
+
+
+@pytest.mark.slow
+def test_lyrics_stage2_computes_and_generates_what_the_original_does(lyrics_stage2_golden):
+    golden = lyrics_stage2_golden
+    assert_every_array(golden, ("stage2",))
+    for name in ("instruct", "caption", "lora"):
+        np.testing.assert_array_equal(golden.ours[f"stage2.{name}.generate"], golden.theirs[f"stage2.{name}.generate"])
+    assert_close(
+        golden.ours["queries_alone"], golden.theirs["stage2.caption.language_inputs"], "read_instruction=False"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["instruct", "caption", "lora"])
+def test_lyrics_stage2_has_the_originals_gradient_norm_for_every_weight(lyrics_stage2_golden, what):
+    norms = json.loads((lyrics_stage2_golden.folder / f"grad_norms_stage2_{what}.json").read_text())
+    norms = {name.replace(".default.", "."): norm for name, norm in norms.items()}  # PEFT's name of the adapter
+    assert_same_norms(lyrics_stage2_golden.gradients[f"stage2_{what}"], norms)
+
+
+@pytest.mark.parametrize("folder", folders("lyrics"))
+@pytest.mark.parametrize("stage", golden_lyrics.STAGES)
+def test_lyrics_weights_go_back_to_the_same_bits(folder, stage):
+    config, _, weights = golden_lyrics.load(folder)
+    system, without = golden_lyrics.STAGES[stage]
+    system = system(config)
+    theirs = golden_lyrics.tensors_of(weights, without)
+    back = convert.state_dict_from_params(system.weight_map(), golden_lyrics.params_of(system, weights, without))
+    assert back.keys() == theirs.keys()
+    assert all(back[name].tobytes() == theirs[name].tobytes() for name in theirs)

@@ -96,6 +96,8 @@ SYSTEM_FORMATS: Mapping[str, SystemFormat] = {
     "instructblip": _format(
         GenerationDefaults(num_beams=5, repetition_penalty=1.5, max_new_tokens=256, penalize_boxes=True), "{question}"
     ),
+    # Lyrics (arXiv 2312.05278): as InstructBLIP; the end token follows a space.
+    "lyrics": _format(GenerationDefaults(max_new_tokens=256, penalize_boxes=True), "{question}", answer_end=" </s>"),
     # MiniGPT-4 (arXiv 2304.10592): the instructions of its second stage.
     "minigpt4": _format(
         GenerationDefaults(do_sample=True, top_p=0.9, repetition_penalty=1.05, max_new_tokens=300, penalize_boxes=True),

@@ -106,6 +106,8 @@ class ModelInfo:
     - `image_size`: side of the input image in pixels.
     - `detects_phrases`: a detector, which reads `question_BL` as a caption and learns `boxes_BK4` of its phrases.
     - `reads_question`: a Q-Former reads the question with its own tokenizer; `question_vocab_size`: its word table.
+    - `region_width`: width of the region features that the model reads (`Batch.region_BKD`); 0: it reads none.
+      `reads_packed_text`: it reads `Batch.packed` instead of prompt and target.
     - `default_processor`: fields of ProcessorConfig for released weights without a processor config;
       `default_image_fit`: those of its `image_fit`.
     - `prompt_format`: how the released system is asked, a key of `prompt_formats.SYSTEM_FORMATS`; "": by the question.
@@ -122,6 +124,8 @@ class ModelInfo:
     detects_phrases: bool = False
     reads_question: bool = False
     question_vocab_size: int | None = None
+    region_width: int = 0
+    reads_packed_text: bool = False
     has_features: bool = True
     generates: bool = True
     default_processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)

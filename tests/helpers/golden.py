@@ -44,6 +44,18 @@ def assert_same_norms(mine: dict, theirs: dict):
     assert theirs and not wrong, f"{len(wrong)} of {len(theirs)} gradient norms differ: {wrong[:5]}"
 
 
+def in_one_row(made, target_mask_BM, prompts, length: int, like):
+    """Prompt and answer without the padding between them, as the original's rows stand; its padding is left alone.
+
+    `prompts`: the length of each row's prompt; `length`: where the answers start in `made`.
+    """
+    moved = like.copy()
+    for b, start in enumerate(prompts):
+        answer = int(target_mask_BM[b].sum())
+        moved[b, :start], moved[b, start : start + answer] = made[b, :start], made[b, length : length + answer]
+    return moved
+
+
 def lion_of(config: dict, visual_input: str = "ALL") -> Lion:
     v, q, a, t = (config[name] for name in ("vision", "qformer", "aggregator", "t5"))
     adapters = AdapterConfig(config["adapters"]["bottleneck"], config["adapters"]["count"])

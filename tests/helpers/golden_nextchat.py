@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from golden import in_one_row
 from golden_tower import clip_tower
 from safetensors.numpy import load_file
 
@@ -151,8 +152,9 @@ def compute(folder: Path) -> Golden:
     ours["sam_mask_logits"], ours["sam_iou"] = ours["sam_mask_logits"][:, None], ours["sam_iou"][:, None]
     ours["sam_image_embedding"] = np.asarray(seen["sam_image_embedding"]).transpose(0, 3, 1, 2)
     ours["projector_output"] = said["projector_output"]
+    L = batch.prompt_BL.shape[1]
     for name in ("last_hidden", "logits"):
-        ours[name] = in_one_row(np.asarray(said[name]), batch, prompts, theirs[name])
+        ours[name] = in_one_row(np.asarray(said[name]), batch.target_mask_BM, prompts, L, theirs[name])
     ours |= {
         "loss_total": loss,
         "loss_lm": metrics["loss_text"],
@@ -195,12 +197,3 @@ def shown(module: NextChatModule, batch: Batch):
         "sam_iou": iou_BK,
         "sam_image_embedding": module.encode_sam_image(batch),
     }
-
-
-def in_one_row(made, batch: Batch, prompts, like):
-    """Prompt and answer without the padding between them, as the original's rows stand; its padding is left alone."""
-    moved, L = like.copy(), batch.prompt_BL.shape[1]
-    for b, start in enumerate(prompts):
-        answer = int(batch.target_mask_BM[b].sum())
-        moved[b, :start], moved[b, start : start + answer] = made[b, :start], made[b, L : L + answer]
-    return moved

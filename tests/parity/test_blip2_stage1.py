@@ -206,7 +206,7 @@ def test_cached_decoding_matches_teacher_forcing(pair):
     from lionjax.models.vlm.blip2_stage1 import Blip2Stage1Module
 
     def at_once(module, batch):
-        return module.caption_logits(batch, module.encode_queries(module.encode_image(batch))[1])
+        return module.caption_logits(batch, module.encode_queries(module.sources(batch))[1])
 
     @jax.jit
     def logits_of(params, ids):
@@ -230,7 +230,8 @@ def test_cached_decoding_matches_teacher_forcing(pair):
 
 
 def test_hard_negatives_are_drawn_by_similarity_and_never_the_match():
-    from lionjax.models.vlm.blip2_stage1 import SELF_PAIR_LOGIT, sample_hard_negative
+    from lionjax.models.vlm.blip2_stage1 import SELF_PAIR_LOGIT
+    from lionjax.models.vlm.qformer_stage1 import sample_hard_negative
 
     score = np.array(
         [[SELF_PAIR_LOGIT, 2.0, 0.0], [0.0, SELF_PAIR_LOGIT, 0.0], [9.0, 0.0, SELF_PAIR_LOGIT]], np.float32

@@ -30,6 +30,7 @@ from lionjax.convert.formats.key_fit import open_part
 from lionjax.convert.formats.kosmos2 import KOSMOS_2
 from lionjax.convert.formats.lavis import BLIP2_STAGE1, EVA_FILE, find_lavis_files, open_lavis
 from lionjax.convert.formats.lion import LION, find_lion_file, open_lion
+from lionjax.convert.formats.lyrics import LYRICS_FORMATS
 from lionjax.convert.formats.mplug_owl import MPLUG_OWL
 from lionjax.convert.formats.nextchat import REGION_FORMATS
 from lionjax.convert.formats.openflamingo import FLAMINGO, open_flamingo
@@ -280,6 +281,7 @@ def model_config_of(config: Any) -> Any:
 FORMATS = (  # the first format that matches is used, so LION comes first: its folder also contains a T5
     LION,
     *REGION_FORMATS,
+    *LYRICS_FORMATS,
     *VLM_FORMATS,
     BLIP2_STAGE1,
     MPLUG_OWL,

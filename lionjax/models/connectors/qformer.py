@@ -28,6 +28,7 @@ from lionjax.nn.layers import (
     LayerNorm,
     dense_weight_map,
     dropout,
+    fold_in,
     norm_weight_map,
     normal,
     scan_blocks,
@@ -48,6 +49,11 @@ class QFormerConfig(BertLayersConfig):
     vocab_size: int = 30523
     max_positions: int = 512
     use_text_input: bool = True  # read the instruction (InstructBLIP); False: queries only (BLIP-2 after stage 1)
+
+    @property
+    def cross_attentions(self) -> tuple[CrossAttention, ...]:
+        """The cross-attentions of a block that has them."""
+        return (CrossAttention("cross", self.num_query_tokens, self.vision_width),)
 
     @property
     def default_processor(self) -> dict[str, int]:
@@ -74,15 +80,27 @@ class AggregatorConfig:
     projector_mlp_dim: int = 5632  # hidden size of the MLP projector to the language model
 
 
+@dataclasses.dataclass(frozen=True)
+class CrossAttention:
+    """A cross-attention of some of the queries: its name, how many of them, and the width of what they attend to."""
+
+    name: str
+    num_queries: int
+    source_width: int
+
+
 class PostNormBlock(nn.Module):
-    """norm(x + f(x)) for self-attention, cross-attention (of the queries only) and feed-forward(s)."""
+    """norm(x + f(x)) for self-attention, cross-attention (of the queries only) and feed-forward(s).
+
+    Consecutive queries belong to the `cross_attentions`, each of which has its own weights and its own source.
+    """
 
     width: int
     num_heads: int
     mlp_dim: int
     norm_eps: float
     dropout_rate: float
-    source_width: int | None = None  # of the image features; None: no cross-attention
+    cross_attentions: tuple[CrossAttention, ...] = ()
     separate_text_mlp: bool = False  # a feed-forward for the text; False: none
     zero_init_output: bool = False  # zero output projections at the start, as in LION's aggregator
     lora: LoraConfig = LoraConfig()
@@ -106,10 +124,11 @@ class PostNormBlock(nn.Module):
         return LayerNorm(self.width, self.norm_eps, name=name)
 
     @nn.compact
-    def __call__(self, query_BQD, text_BLD, source_BPD, mask, key, past_kv=None):
+    def __call__(self, query_BQD, text_BLD, sources, mask, key, past_kv=None):
         """Queries (B, Q, D), text (B, L, D), either may be empty, and the self-attention's keys and values of both.
 
-        `past_kv`: keys and values before them, to which both attend too.
+        `sources`: for each cross-attention its features (B, P, D') and the mask of its keys. `past_kv`: keys and values
+        before them, to which both attend too.
         """
         keys = split_key(key, 6)
         x_BLD = jnp.concatenate([query_BQD, text_BLD], axis=1)
@@ -121,14 +140,25 @@ class PostNormBlock(nn.Module):
         x_BLD = self.make_norm("self_norm")(x_BLD + dropout(change, self.dropout_rate, keys[1]))
         queries = query_BQD.shape[1]
         query_BQD, text_BLD = x_BLD[:, :queries], x_BLD[:, queries:]
-        if self.source_width is not None and queries:
-            change = self.make_attention("cross_attention", self.source_width)(query_BQD, source_BPD, key=keys[2])
-            query_BQD = self.make_norm("cross_norm")(query_BQD + dropout(change, self.dropout_rate, keys[3]))
+        if self.cross_attentions and queries:
+            ends = np.cumsum([cross.num_queries for cross in self.cross_attentions])[:-1]
+            parts = zip(self.cross_attentions, jnp.split(query_BQD, ends, axis=1), sources)
+            source_keys = [
+                keys[2:4],
+                *(split_key(fold_in(keys[2], n), 2) for n in range(1, len(self.cross_attentions))),
+            ]
+            attended = [self.attend_to_source(*part, pair) for part, pair in zip(parts, source_keys)]
+            query_BQD = jnp.concatenate(attended, axis=1)
         if queries:
             query_BQD = self.feed_forward("mlp", "norm", query_BQD, keys[4])
         if self.separate_text_mlp and text_BLD.shape[1]:
             text_BLD = self.feed_forward("text_mlp", "text_norm", text_BLD, keys[5])
         return query_BQD, text_BLD, new_kv
+
+    def attend_to_source(self, cross: CrossAttention, query_BQD, source, keys):
+        attention, (source_BPD, mask) = self.make_attention(f"{cross.name}_attention", cross.source_width), source
+        change = attention(query_BQD, source_BPD, mask, key=keys[0])
+        return self.make_norm(f"{cross.name}_norm")(query_BQD + dropout(change, self.dropout_rate, keys[1]))
 
     def feed_forward(self, mlp_name, norm_name, x_BLD, key):
         mlp = MLP(self.width, self.mlp_dim, zero_init_output=self.zero_init_output, lora=self.lora, name=mlp_name)
@@ -143,24 +173,23 @@ class CrossAttentionGroup(nn.Module):
     num_blocks: int
 
     @nn.compact
-    def __call__(self, x, layer, source_BPD, mask):
+    def __call__(self, x, layer, sources, mask):
         c, (query_BQD, text_BLD), (key, past_kv) = self.c, x, layer
         keys, new_kvs = split_key(key, self.num_blocks), []
         for member in range(self.num_blocks):
-            source_width = c.vision_width if member == 0 else None
             block = PostNormBlock(
                 c.width,
                 c.num_heads,
                 c.mlp_dim,
                 c.norm_eps,
                 c.dropout,
-                source_width,
+                c.cross_attentions if member == 0 else (),
                 c.use_text_input,
                 lora=c.lora,
                 name=f"block_{member}",
             )
             block_past_kv = None if past_kv is None else past_kv[member]
-            query_BQD, text_BLD, new_kv = block(query_BQD, text_BLD, source_BPD, mask, keys[member], block_past_kv)
+            query_BQD, text_BLD, new_kv = block(query_BQD, text_BLD, sources, mask, keys[member], block_past_kv)
             new_kvs.append(new_kv)
         x = (with_logical_constraint(x, "batch", "length", "act_embed") for x in (query_BQD, text_BLD))
         return tuple(x), tuple(new_kvs)
@@ -169,7 +198,7 @@ class CrossAttentionGroup(nn.Module):
 class QFormer(nn.Module):
     """States (B, Q + L, D) of learned queries and text, from image features (B, P, D) and text ids (B, L).
 
-    The first Q are those of the queries; without `use_text_input` there are no others. Layers are scanned in groups of
+    The first Q are those of the queries; without text there are no others. Layers are scanned in groups of
     `cross_attention_frequency`; the remaining ones come last.
     """
 
@@ -190,33 +219,34 @@ class QFormer(nn.Module):
         if num_tail:
             self.tail = CrossAttentionGroup(c, num_tail)
 
-    def __call__(self, source_BPD, ids_BL=None, mask_BL=None, key=None):
+    def __call__(self, source_BPD, ids_BL=None, mask_BL=None, key=None, regions=None, position_BL=None):
         text_BLD = mask = None
-        if self.c.use_text_input:
-            text_BLD = self.embed_text(ids_BL, source_BPD.dtype)
+        if ids_BL is not None:
+            text_BLD = self.embed_text(ids_BL, source_BPD.dtype, position_BL)
             query_mask_BQ = jnp.ones((len(source_BPD), self.c.num_query_tokens), bool)
             mask = key_padding_mask(jnp.concatenate([query_mask_BQ, mask_BL.astype(bool)], axis=1))
-        query_BQD, text_BLD, _ = self.run_blocks(source_BPD, text_BLD, mask, key)
+        query_BQD, text_BLD, _ = self.run_blocks(source_BPD, text_BLD, mask, key, regions=regions)
         return jnp.concatenate([query_BQD, text_BLD], axis=1)
 
-    def embed_text(self, ids_BL, dtype, position_offset=0):
-        """Token plus position embeddings (B, L, D), from position `position_offset` on.
+    def embed_text(self, ids_BL, dtype, position_BL=None):
+        """Token plus position embeddings (B, L, D); positions default to 0..L-1.
 
-        Raises UserError for more tokens than learned positions; the offset, traced in decoding, is not checked.
+        Raises UserError for more tokens than learned positions, unless positions are given.
         """
-        if (length := ids_BL.shape[1]) > self.c.max_positions:
+        if position_BL is None and (length := ids_BL.shape[1]) > self.c.max_positions:
             raise UserError(
                 f"{length} tokens do not fit the {self.c.max_positions} learned positions of the Q-Former; lower "
                 "processor.max_question_tokens"
             )
-        positions = position_offset + jnp.arange(ids_BL.shape[1])
-        return self.words(ids_BL, dtype) + self.positions(positions, dtype)
+        position_BL = jnp.arange(ids_BL.shape[1]) if position_BL is None else position_BL
+        return self.words(ids_BL, dtype) + self.positions(position_BL, dtype)
 
-    def run_blocks(self, source_BPD, text_BLD, mask, key, past_kv=None):
+    def run_blocks(self, source_BPD, text_BLD, mask, key, past_kv=None, regions=None):
         """Queries (B, Q, D), text (B, L, D) and the keys and values of all layers, layers on axis 0.
 
         Without image features there are no queries (Q = 0), without `text_BLD` no text (L = 0). `past_kv`: keys and
-        values of an earlier call, to which all attend too.
+        values of an earlier call, to which all attend too. `regions`: features (B, K, D') of regions and which of them
+        are real (B, K), None for all, if the config has a cross-attention to regions (see `mqformer`).
         """
         c = self.c
         groups, num_tail = divmod(c.depth, c.cross_attention_frequency)
@@ -228,13 +258,17 @@ class QFormer(nn.Module):
             query_BQD = jnp.broadcast_to(self.queries.astype(source_BPD.dtype), shape)
         text_BLD = empty_B0D if text_BLD is None else text_BLD
         x = tuple(dropout(self.norm(x), c.dropout, k) for x, k in zip((query_BQD, text_BLD), keys))
+        sources = ((source_BPD, None),)
+        if regions is not None:
+            region_BKD, valid_BK = regions
+            sources = (*sources, (region_BKD, None if valid_BK is None else key_padding_mask(valid_BK)))
         past_kv, new_kv = past_kv or {"groups": None, "tail": None}, {"groups": None, "tail": None}
         if groups:
             group_keys = None if key is None else jnp.stack(keys[3:])
-            x, new_kv["groups"] = self.groups(x, (group_keys, past_kv["groups"]), source_BPD, mask)
+            x, new_kv["groups"] = self.groups(x, (group_keys, past_kv["groups"]), sources, mask)
         if num_tail:
             tail_past_kv = jax.tree.map(lambda leaf: leaf[0], past_kv["tail"])
-            x, tail_kv = self.tail(x, (keys[2], tail_past_kv), source_BPD, mask)
+            x, tail_kv = self.tail(x, (keys[2], tail_past_kv), sources, mask)
             new_kv["tail"] = jax.tree.map(lambda leaf: leaf[None], tail_kv)
         return *x, new_kv
 
@@ -248,11 +282,12 @@ class FusionBlock(nn.Module):
     def __call__(self, x_BPD, layer):
         c = self.c
         context_BPD, key = layer
+        cross = CrossAttention("cross", x_BPD.shape[1], c.width)
         block = PostNormBlock(
-            c.width, c.num_heads, c.mlp_dim, c.norm_eps, c.dropout, c.width, zero_init_output=True, name="block"
+            c.width, c.num_heads, c.mlp_dim, c.norm_eps, c.dropout, (cross,), zero_init_output=True, name="block"
         )
         no_text_B0D = x_BPD[:, :0]
-        return block(x_BPD, no_text_B0D, context_BPD, None, key)[0], None
+        return block(x_BPD, no_text_B0D, ((context_BPD, None),), None, key)[0], None
 
 
 class Aggregator(nn.Module):
@@ -300,7 +335,9 @@ def lavis_weight_map(c: QFormerConfig) -> tuple[WeightMapping, ...]:
         *_feed_forward_weight_map("_query", "mlp", "norm"),
         *(_feed_forward_weight_map("", "text_mlp", "text_norm") if c.use_text_input else ()),
     )
-    with_cross = (*self_only, *_attention_weight_map("crossattention", "cross", c.num_heads, head))
+    torch_modules = {"cross": "crossattention", "region": "detection_crossattention"}
+    pairs = ((torch_modules[cross.name], cross.name) for cross in c.cross_attentions)
+    with_cross = (*self_only, *(row for pair in pairs for row in _attention_weight_map(*pair, c.num_heads, head)))
     groups, num_tail = divmod(c.depth, c.cross_attention_frequency)
     rows = [
         constant("embeddings.position_ids", lambda: np.arange(c.max_positions)[None]),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image tokens prepended to or spliced into the text: LLaVA, BLIP-2, InstructBLIP, MiniGPT-4, mPLUG-Owl, Kosmos-2.
 
-Shikra and Frozen belong here too. All are configs of one model: a vision tower, a connector (a linear or MLP projector
-for each patch, or a Q-Former or resampler with learned queries), and a language model that reads image and text
-embeddings as one sequence. The papers differ only in which tower, connector and language model they use.
+Shikra, Frozen and the second stage of Lyrics belong here too. All are configs of one model: a vision tower, a connector
+(a linear or MLP projector for each patch, or a Q-Former or resampler with learned queries), and a language model that
+reads image and text embeddings as one sequence. The papers differ only in which tower, connector and language model
+they use.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_partitioning
 from lionjax.core.types import VLM, Batch, Cache, Metrics, ModelInfo, Params
 from lionjax.core.weight_map import WeightMapping
-from lionjax.models.connectors import perceiver
+from lionjax.models.connectors import mqformer, perceiver
+from lionjax.models.connectors.mqformer import MQ_FORMER, MQFormerConfig
 from lionjax.models.connectors.perceiver import AbstractorConfig, ImageToTextProjectionConfig
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
 from lionjax.models.language import decoder
 from lionjax.models.language.backend import is_encoder_decoder, language_model
 from lionjax.models.language.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
 from lionjax.models.language.t5 import FLAN_T5_XL, T5Config
+from lionjax.models.vision.grounding_dino import GroundingDinoConfig
+from lionjax.models.vision.ram import RamConfig
 from lionjax.models.vision.vit import CLIP_VIT_L, EVA_VIT_G, ViT, ViTConfig
-from lionjax.models.vlm import visual_prefix_weights
+from lionjax.models.vlm import experts, visual_prefix_weights
 from lionjax.models.vlm.info import vlm_info
 from lionjax.nn import losses
 from lionjax.nn.layers import MLP, Dense, LayerNorm, normal, split_key
@@ -46,19 +50,22 @@ class VisualPrefixLM(VLM):
     - `keep_class_token`: keep the class token beside the patches.
     - `vision_norm_eps`: epsilon of a LayerNorm after the tower; None: no such norm.
     - `pool_stride`: mean-pool squares of this many patches a side; no published model does.
-    - `qformer`, `resampler`: at most one of them; both None: one image token for each patch.
+    - `qformer`, `resampler`: at most one of them; both None: one image token for each patch. With an MQFormerConfig the
+      Q-Former reads regions too, `Batch.region_BKD` (Lyrics).
     - `projector_depth`: number of linear layers into the language model, with a GELU between two.
     - `normalize_features`: L2-normalize the tower's output (Kosmos-2).
     - `num_prefix_tokens`: this many image tokens from the mean of all patches (Frozen, arXiv 2106.13884); 0: off.
     - `add_image_end_token`: a learned embedding after the tokens of each image (mPLUG-Owl).
     - `image_token_id`: id in the prompt that the tokens of one image replace. A prompt without it has its images
       prepended if `prepend_image`, else it has no image. A row may have several images (B, K, H, W, C).
+    - `read_instruction`: a Q-Former that can read the question does so; False: not in this stage (Lyrics' captions).
+    - `tagger`, `detector`: the experts of the same checkpoint, which the model does not run (see `experts`).
     - `torch_names`: names of the weights in torch, those of Hugging Face or of the original code.
     """
 
     vision: ViTConfig = CLIP_VIT_L
     language: DecoderConfig | T5Config = dataclasses.replace(VICUNA_7B, vocab_size=32064)
-    qformer: QFormerConfig | None = None
+    qformer: QFormerConfig | MQFormerConfig | None = None
     feature_layer: int = -2
     keep_class_token: bool = False
     vision_norm_eps: float | None = None
@@ -73,6 +80,9 @@ class VisualPrefixLM(VLM):
     add_image_end_token: bool = False
     pool_stride: int = 1
     lora: LoraConfig = LoraConfig()  # of the projector; the other parts have their own
+    read_instruction: bool = True
+    tagger: RamConfig | None = None
+    detector: GroundingDinoConfig | None = None
 
     def __post_init__(self):
         check_choices(self, torch_names=TORCH_NAMES, projector_depth=(0, 1, 2))
@@ -115,6 +125,7 @@ class VisualPrefixLM(VLM):
             self,
             reads_question=self.qformer is not None and self.qformer.use_text_input,
             question_vocab_size=None if self.qformer is None else self.qformer.vocab_size,
+            region_width=mqformer.region_width(self.qformer),
             default_processor=self._default_processor(),
             prompt_format=self._prompt_format(),
         )
@@ -146,6 +157,8 @@ class VisualPrefixLM(VLM):
             return "kosmos2" if isinstance(self.resampler, ImageToTextProjectionConfig) else "mplug_owl"
         if self.qformer is None:
             return "vicuna_v1"
+        if mqformer.region_width(self.qformer):
+            return "lyrics"
         if self.qformer.use_text_input:
             return "instructblip"
         if self.image_token_id == self.language.vocab_size:
@@ -154,8 +167,10 @@ class VisualPrefixLM(VLM):
         return "blip2_opt" if is_opt else "blip2"
 
     def init(self, key, batch: Batch) -> Params:
-        """Random parameters of all submodules."""
-        return VisualPrefixLMModule(self).init(key, batch, None)["params"]
+        """Random parameters of all submodules, experts included. The batch may lack regions."""
+        whole = dataclasses.replace(self, read_instruction=True)
+        batch = mqformer.with_blank_regions(self.qformer, batch)
+        return VisualPrefixLMModule(whole).init(key, batch, None)["params"] | experts.init_experts(self, key)
 
     def extract_features(self, params: Params, batch: Batch):
         """Patches (B, P, D) from the frozen tower, or (B, K, P, D) for rows with several images."""
@@ -254,6 +269,16 @@ KOSMOS2 = VisualPrefixLM(
     normalize_features=True,
     **_AFTER_TOWER,
 )
+LYRICS_CODE = dataclasses.replace(  # the released code (see `lyrics_stage1`)
+    INSTRUCTBLIP_VICUNA_7B,
+    language=dataclasses.replace(VICUNA_13B, vocab_size=32001, pad_token_id=32000, pad_vocab_to_multiple_of=128),
+    qformer=MQ_FORMER,
+    vision_norm_eps=1e-5,
+    torch_names="original",
+)
+LYRICS_PAPER = dataclasses.replace(  # the parts that the paper names: CLIP's tower, and SAM's segments as regions
+    LYRICS_CODE, vision=_CLIP_224, qformer=dataclasses.replace(MQ_FORMER, vision_width=_CLIP_224.width, use_sam=True)
+)
 
 
 class VisualPrefixLMModule(nn.Module):
@@ -302,9 +327,11 @@ class VisualPrefixLMModule(nn.Module):
         if c.vision_norm_eps is not None:
             x_BPD = self.vision_norm(x_BPD)
         if c.qformer is not None:
-            question = (batch.question_BL, batch.question_mask_BL) if c.qformer.use_text_input else (None, None)
+            reads_question = c.qformer.use_text_input and c.read_instruction
+            question = (batch.question_BL, batch.question_mask_BL) if reads_question else (None, None)
             question = (x if x is None or num_images == 1 else jnp.repeat(x, num_images, axis=0) for x in question)
-            x_BPD = self.qformer(x_BPD, *question, key)[:, : c.qformer.num_query_tokens]
+            regions = mqformer.regions_of(c.qformer, batch)
+            x_BPD = self.qformer(x_BPD, *question, key, regions)[:, : c.qformer.num_query_tokens]
         if c.normalize_features:
             norm_BP1 = jnp.linalg.norm(x_BPD.astype(jnp.float32), axis=-1, keepdims=True)
             x_BPD = x_BPD / jnp.maximum(norm_BP1, 1e-12).astype(x_BPD.dtype)

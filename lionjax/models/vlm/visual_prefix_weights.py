@@ -6,14 +6,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lionjax.core.weight_map import WeightMapping, reshape, with_prefix
-from lionjax.models.connectors import perceiver, qformer
+from lionjax.models.connectors import mqformer, perceiver, qformer
 from lionjax.models.language import decoder_weights, t5
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import vit
+from lionjax.models.vlm import experts
 from lionjax.nn.layers import dense_weight_map, norm_weight_map
 
 if TYPE_CHECKING:
+    from lionjax.models.vlm.lyrics_stage1 import LyricsStage1
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 
@@ -59,6 +61,8 @@ def original_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
     """Names of the original LLaVA code, or with a Q-Former those of LAVIS (BLIP-2, InstructBLIP) and MiniGPT-4."""
     if c.resampler is not None:
         return mplug_owl_weight_map(c)
+    if mqformer.region_width(c.qformer):
+        return lyrics_weight_map(c)
     if c.qformer is None:
         projector = _mlp_projector_weight_map("model.mm_projector.", "0", "2")
         if c.projector_depth == 1:
@@ -98,6 +102,27 @@ def mplug_owl_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
         *dense_weight_map("abstractor.visual_fc", "projector"),
         WeightMapping("abstractor.vit_eos", "last_word", reshape((1, 1, -1), (-1,))),
         *with_prefix("language_model.", "language/", language_weight_map(c.language)),
+    )
+
+
+def lyrics_weight_map(c: VisualPrefixLM) -> tuple[WeightMapping, ...]:
+    """Names of the second stage of Lyrics' released code."""
+    return (
+        *lyrics_tower_weight_map(c),
+        *with_prefix("", "qformer/", qformer.query_tokens_weight_map(c.qformer)),
+        *with_prefix("qformer.", "qformer/", mqformer.weight_map(c.qformer)),
+        *dense_weight_map("language_projection", "projector"),
+        *with_prefix("language_model.", "language/", language_weight_map(c.language)),
+    )
+
+
+def lyrics_tower_weight_map(c: VisualPrefixLM | LyricsStage1) -> tuple[WeightMapping, ...]:
+    """Names of the vision tower and the experts in both stages of Lyrics; a CLIP tower has Hugging Face's names."""
+    names = vit.clip_weight_map if c.vision.pre_layernorm else vit.blip2_weight_map
+    return (
+        *with_prefix("vision_model.", "vision/", names(c.vision)),
+        *norm_weight_map("vision_model.post_layernorm", "vision_norm"),
+        *experts.experts_weight_map(c),
     )
 
 

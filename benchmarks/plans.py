@@ -50,9 +50,11 @@ UPDATES = (
     "frozen",
     "predicted s",
     "MFU at most",
+    "with overlap",
     "dominates",
     "gathered",
     "reduced",
+    "passed on",
     "effort",
     "compiled in",
 )
@@ -80,22 +82,22 @@ compiled for the slice by libtpu on a machine without a TPU. Nothing here was ru
 | stage | the stage that trains most parameters |
 | rows | examples of one update over the whole slice, as in the config |
 | GiB a chip | peak memory that the compiler reserves, of the chip's memory |
-| predicted s, MFU at most | from the program's FLOPs and bytes at the chip's published peaks, fully overlapped; \
-real steps are slower |
-| dominates | the resource that bounds the predicted time |
-| gathered, reduced | bytes that each chip sends in one update |
+| predicted s, MFU at most | the largest of four times, with the others hidden behind it: products, \
+memory, links, network |
+| with overlap | MFU if only the collectives that the program starts asynchronously are hidden, and the others wait |
+| dominates | the largest of the four times |
+| gathered, reduced, passed on | bytes that each chip sends in one update, in all-gathers, in all-reduces and \
+reduce-scatters, and in permutes (the compiler turns many gathers and reductions beside a product into permutes) |
 | effort | of the compiler. "least" compiles in a tenth to a third of the time; the program is slower, so its \
 predicted times are pessimistic |
 
-The rows of llava15_7b, llava15_13b, llava_7b, shikra_7b, mplug_owl_7b, nextchat_7b, openflamingo_3b, openflamingo_9b,
-blip2_opt27b, blip2_flant5xl and the two of instructblip are of the lengths that these configs had in 0.1 (most of
-them shorter: 256 tokens of prompt and 128 of answer), openflamingo's also of half the batch size.
-Those of lion_flant5xl have 192 rows of its last stage, which has 64 now.
+What the prediction assumes: products at the chip's published peak (v5e 197, v5p 459 TFLOP/s); memory traffic of every
+instruction at the published bandwidth (819, 2,765 GB/s), where an operand of a fusion or kernel is read once and
+nothing is kept on the chip between two of them unless the compiler says so; bytes of a collective by ring algorithms
+over all links of the chip (200, 600 GB/s), between slices at 3.125 and 6.25 GB/s a chip; loops as often as they run.
+No time is counted for launching, imbalance between chips, or input. A real step is slower than either prediction.
 
-With least effort, memory differed by a fifth or less in the rows compared (0.90 against 1.11 GiB for llava15_7b, \
-1.48
-against 1.39 for blip2_opt27b, both on v5e-256). Where memory is nearly full, the row is compiled with the usual \
-effort.
+Where memory is nearly full, a row is compiled with the usual effort.
 
 """
 BETWEEN = """
@@ -179,9 +181,11 @@ def row_of(result: planner.Plan, pod: str, name: str) -> list[str]:
         f"{result.frozen / 1e6:,.0f} M",
         seconds,
         f"{result.mfu:.0%}" if has_prediction else "",
+        f"{result.overlap_mfu:.0%}" if has_prediction else "",
         result.bottleneck if has_prediction else "",
         plan_command.format_amount(bytes_by_kind.get("all-gather", 0), "B") if has_prediction else "",
         plan_command.format_amount(reduced, "B") if has_prediction else "",
+        plan_command.format_amount(bytes_by_kind.get("collective-permute", 0), "B") if has_prediction else "",
         *effort,
     ]
 

@@ -127,6 +127,30 @@ def tag(args: argparse.Namespace, _) -> None:
             print(result)
 
 
+def detect(args: argparse.Namespace, _) -> None:
+    """Detect what a prompt names with Grounding DINO: boxes, scores and phrases, as text, JSON or drawn."""
+    from lionjax.data import images
+    from lionjax.evaluation.report import plots
+    from lionjax.inference import detector
+
+    options = {"box_threshold": args.box_threshold, "text_threshold": args.text_threshold, "nms_iou": args.nms}
+    image_list = [images.open_image(file) for file in args.image]
+    results = detector.load(args.dir).detect(image_list, args.prompt, **options, remove_combined=args.remove_combined)
+    if args.json:
+        print(json.dumps([{"image": file} | _detections_to_json(result) for file, result in zip(args.image, results)]))
+    else:
+        for file, result in zip(args.image, results):
+            for score, phrase, box in zip(result.scores, result.phrases, result.boxes_K4):
+                print(f"{file}  {score:.3f}  {' '.join(f'{edge:.3f}' for edge in box)}  {phrase}")
+    if args.out is not None:
+        drawn = [
+            plots.draw_overlays(image, list(map(plots.Overlay, result.boxes_K4, result.phrases)))
+            for image, result in zip(image_list, results)
+        ]
+        cells = [(image, [(file, plots.LIGHT_THEME["ink"])]) for file, image in zip(args.image, drawn)]
+        plots.save_png(drawn[0] if len(drawn) == 1 else plots.image_grid(cells), args.out)
+
+
 def show(args: argparse.Namespace, overrides: list[str]) -> None:
     """Print the resolved config with types; with --weights, the table of torch weight names."""
     from lionjax.core import config
@@ -147,7 +171,6 @@ def show(args: argparse.Namespace, overrides: list[str]) -> None:
 def data(args: argparse.Namespace, fields: list[str]) -> None:
     """Print examples of a data source (inspect), write it as ArrayRecord (build), or check a config's data (check)."""
     from lionjax.core import config
-    from lionjax.core.files import folder_digest
     from lionjax.core.types import UserError
     from lionjax.data.datasets import detect
 
@@ -161,17 +184,9 @@ def data(args: argparse.Namespace, fields: list[str]) -> None:
             raise UserError("build needs --out FOLDER, the output folder")
         from lionjax.data.prepare import array_record_writer
 
-        make_tagger, tagger_digest = None, ""
-        if args.tagger is not None:
-            from lionjax.inference import tagger
-
-            make_tagger, tagger_digest = tagger.tagger_factory(args.tagger), folder_digest(args.tagger)
+        makers = _record_makers(args)
         beam_flags = None if args.beam is None else args.beam.split()
-        print(
-            array_record_writer.build(
-                source, args.out, make_tagger=make_tagger, beam_flags=beam_flags, tagger_digest=tagger_digest
-            )
-        )
+        print(array_record_writer.build(source, args.out, beam_flags=beam_flags, **makers))
         return
     detect.inspect(source, args.split, args.limit)
     if args.out is not None:
@@ -237,6 +252,25 @@ def _check_data(experiment) -> None:
         raise UserError(sentence)
 
 
+def _record_makers(args: argparse.Namespace) -> dict:
+    """The arguments of `array_record_writer.build` for --tagger or --refiner. Raises UserError for both."""
+    from lionjax.core.files import folder_digest
+    from lionjax.core.types import UserError
+
+    if args.refiner is None:
+        if args.tagger is None:
+            return {}
+        from lionjax.inference import tagger
+
+        return {"make_tagger": tagger.tagger_factory(args.tagger), "tagger_digest": folder_digest(args.tagger)}
+    if args.tagger is not None:
+        raise UserError("a refiner brings its own tagger; build with --tagger or with --refiner")
+    from lionjax.pipelines import refiner
+
+    factory = refiner.refiner_factory(args.refiner, args.regions)
+    return {"make_refiner": factory, "tagger_digest": f"{folder_digest(args.refiner)} {args.regions}"}
+
+
 def _draw_examples(source, split: str, limit: int, path: Path) -> None:
     """Write a PNG grid of the examples that `data inspect` lists, with their boxes and masks."""
     from lionjax.data import images, mixture
@@ -280,6 +314,16 @@ def _answer_to_json(answer) -> dict:
         "text": answer.text,
         "boxes": np.asarray(answer.boxes, float).reshape(-1, 4).tolist(),
         "masks": [encode_rle(mask) for mask in answer.masks],
+    }
+
+
+def _detections_to_json(result) -> dict:
+    """Detections for JSON: boxes as fractions of the image and in its pixels."""
+    return {
+        "boxes": result.boxes_K4.tolist(),
+        "pixel_boxes": result.pixel_boxes_K4.tolist(),
+        "scores": list(result.scores),
+        "phrases": list(result.phrases),
     }
 
 

@@ -18,7 +18,20 @@ from pathlib import Path
 
 from lionjax.cli import convert as weights_command
 from lionjax.cli import plan as plan_command
-from lionjax.cli.commands import benchmark, convert, data, demo, evaluate, generate, plan, report, show, tag, train
+from lionjax.cli.commands import (
+    benchmark,
+    convert,
+    data,
+    demo,
+    detect,
+    evaluate,
+    generate,
+    plan,
+    report,
+    show,
+    tag,
+    train,
+)
 from lionjax.cli.errors import StrictParser, UsageError, describe_error
 from lionjax.planner import libtpu
 
@@ -49,15 +62,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
     verb = add_verb(verbs, generate)
-    verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder or a folder of weights")
-    verb.add_argument("--image", metavar="FILE", required=True, help="a JPEG, PNG or WebP image")
-    verb.add_argument("--prompt", metavar="TEXT", required=True, help="the question or instruction")
-    verb.add_argument("--box", metavar="X0,Y0,X1,Y1", help="the box that the prompt refers to, in 0..1")
-    verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, to tag the image")
-    prompt_length_help = "maximum prompt length in tokens (default: as in training)"
-    verb.add_argument("--prompt-length", metavar="N", type=positive_int, help=prompt_length_help)
-    verb.add_argument("--json", action="store_true", help="print text, boxes and masks as JSON")
-    verb.add_argument("--out", metavar="PNG", type=Path, help="write the image with boxes and masks to this file")
+    add_generate_arguments(verb)
 
     verb = add_verb(verbs, demo)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder or a folder of weights")
@@ -72,6 +77,9 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb.add_argument("dir", metavar="DIR", type=Path, help="a folder with RAM's weights and its tag list")
     verb.add_argument("--image", metavar="FILE", nargs="+", required=True, help="images to tag")
     verb.add_argument("--json", action="store_true", help="print tags and probabilities as JSON")
+
+    verb = add_verb(verbs, detect)
+    add_detect_arguments(verb)
 
     verb = add_verb(verbs, show, extra_args_help="Any field of the config can be set: --stages.0.steps 20.")
     verb.add_argument("config", metavar="CONFIG", help="a Python file or a run folder")
@@ -108,6 +116,37 @@ def add_annotation_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--answers", metavar="FILE", default="", help="VQA annotations file with the answers")
 
 
+def add_generate_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `lionjax generate`."""
+    verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder or a folder of weights")
+    verb.add_argument("--image", metavar="FILE", required=True, help="a JPEG, PNG or WebP image")
+    verb.add_argument("--prompt", metavar="TEXT", required=True, help="the question or instruction")
+    verb.add_argument("--box", metavar="X0,Y0,X1,Y1", help="the box that the prompt refers to, in 0..1")
+    verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, to tag the image")
+    prompt_length_help = "maximum prompt length in tokens (default: as in training)"
+    verb.add_argument("--prompt-length", metavar="N", type=positive_int, help=prompt_length_help)
+    verb.add_argument("--json", action="store_true", help="print text, boxes and masks as JSON")
+    verb.add_argument("--out", metavar="PNG", type=Path, help="write the image with boxes and masks to this file")
+
+
+def add_detect_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `lionjax detect`."""
+    verb.add_argument("dir", metavar="DIR", type=Path, help="a folder with Grounding DINO's weights and its tokenizer")
+    verb.add_argument("--image", metavar="FILE", nargs="+", required=True, help="images to search")
+    verb.add_argument("--prompt", metavar="TEXT", required=True, help='names, as in "a cat. a dog."')
+    score_help = "keep boxes with a token of a higher probability (default: 0.35)"
+    verb.add_argument("--box-threshold", metavar="P", type=float, default=0.35, help=score_help)
+    text_help = "tokens of a higher probability are a box's phrase (default: 0.25)"
+    verb.add_argument("--text-threshold", metavar="P", type=float, default=0.25, help=text_help)
+    verb.add_argument(
+        "--nms", metavar="IOU", type=float, help="remove boxes that overlap a better one by more than this"
+    )
+    combined_help = "a box's phrase has words of one name only"
+    verb.add_argument("--remove-combined", action="store_true", help=combined_help)
+    verb.add_argument("--json", action="store_true", help="print boxes, scores and phrases as JSON")
+    verb.add_argument("--out", metavar="PNG", type=Path, help="write the images with their boxes to this file")
+
+
 def add_data_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `lionjax data`."""
     verb.add_argument("action", metavar="ACTION", choices=("inspect", "build", "check"), help="inspect, build or check")
@@ -120,6 +159,10 @@ def add_data_arguments(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--out", metavar="PATH", type=Path, help="inspect: a PNG to write; build: the output folder")
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="build: add tags with RAM from this folder")
+    refiner_help = "build: keep tags, boxes and region features that the refiner in this folder finds"
+    verb.add_argument("--refiner", metavar="DIR", type=Path, help=refiner_help)
+    regions_help = "build --refiner: keep the features of this many queries per image (default: 100)"
+    verb.add_argument("--regions", metavar="N", type=positive_int, default=100, help=regions_help)
     beam_help = 'build: run on Apache Beam with these flags, as in --beam="--runner=DirectRunner"'
     verb.add_argument("--beam", metavar="FLAGS", nargs="?", const="", help=beam_help)
 

@@ -98,6 +98,7 @@ def parse_mesh(spec: str, slices: int = 1):
 def to_json(result) -> dict:
     """The fields of a Plan and the predictions derived from them."""
     predictions = {"step_seconds": result.step_seconds, "utilisation": result.mfu, "dominates": result.bottleneck}
+    predictions |= {"overlap_step_seconds": result.overlap_step_seconds, "overlap_mfu": result.overlap_mfu}
     return dataclasses.asdict(result) | predictions
 
 
@@ -121,6 +122,8 @@ def format_plan(result) -> str:
             f"  prediction  {result.step_seconds:.3g} s per step at the published peak rates, fully overlapped; "
             f"bottleneck: {result.bottleneck} ({terms})",
             f"              {result.examples_per_second:.4g} examples/s, MFU at most {result.mfu:.0%}",
+            f"  with the program's own overlap  {result.overlap_step_seconds:.3g} s per step, "
+            f"MFU {result.overlap_mfu:.0%}",
         ]
     lines += [f"  note        {note}" for note in result.notes]
     effort = " with --quick" if result.quick else ""

@@ -63,12 +63,12 @@ def decode_pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def caption_phrase(tokenizer: Tokenizer, ids: Sequence[int], is_hit_L: np.ndarray) -> str:
-    """The phrase of the hit tokens of a caption, without full stops; [CLS] and [SEP] never belong to one.
+    """The phrase of the hit tokens of a caption, without full stops, as Grounding DINO's demo reads it.
 
-    `is_hit_L`: bool, one for each of `ids` (padding behind them is ignored).
+    `is_hit_L`: bool, one for each of `ids` (padding behind them is ignored). The first token, [CLS], and the 256th
+    never belong to a phrase; a hit [SEP] does.
     """
-    edges = {*tokenizer.bos_ids, tokenizer.eos_id}
-    hit_ids = [token_id for token_id, is_hit in zip(ids, is_hit_L) if is_hit and token_id not in edges]
+    hit_ids = [token_id for token_id, is_hit in list(zip(ids, is_hit_L))[1 : MAX_DETECTOR_TOKENS - 1] if is_hit]
     return decode_pieces(tokenizer, hit_ids).replace(".", "").strip()
 
 
@@ -81,7 +81,7 @@ def within_best_phrase(ids: Sequence[int], separators: Sequence[int], prob_L: np
     ends = [place for place, token_id in enumerate(ids) if token_id in set(separators)]
     best = int(np.argmax(prob_L[: len(ids)]))
     first = max((end for end in ends if end < best), default=-1)
-    last = min((end for end in ends if end > best), default=len(ids))
+    last = min((end for end in ends if end >= best), default=len(ids))
     place_L = np.arange(len(prob_L))
     return (place_L > first) & (place_L < last)
 

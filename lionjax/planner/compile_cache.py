@@ -9,7 +9,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -26,8 +26,9 @@ def compile_and_analyze(
     """The analysis of a compiled program, from the cache in `cache_dir` if it is there.
 
     Keys: "fits" (bool), "peak" (bytes of memory per device, None if the compiler does not report it), "traffic", "near"
-    and "far" (bytes per device: HBM traffic, sent within a slice, sent between slices), "collectives" ({opcode: [count,
-    bytes sent per device, bytes of the largest output]}), "seconds" (compile time). A program that does not fit the
+    and "far" (bytes per device: HBM traffic, sent within a slice, sent between slices), "near_exposed", "far_exposed"
+    (the part of them that is sent while the device does nothing else), "collectives" ({opcode: [count, bytes sent per
+    device, bytes of the largest output]}), "seconds" (compile time). A program that does not fit the
     memory has "fits" False; other compiler errors are raised. `slice_devices`: devices per slice, 0 for one slice.
     """
     parts = (
@@ -55,6 +56,8 @@ def compile_and_analyze(
             "traffic": 0,
             "near": 0,
             "far": 0,
+            "near_exposed": 0,
+            "far_exposed": 0,
             "collectives": {},
         }
     else:
@@ -79,10 +82,16 @@ def analyze_program(program, slice_devices: int = 0) -> dict:
         "fits": True,
         "peak": program.memory_analysis().peak_memory_in_bytes,
         "traffic": hlo_analysis.hbm_bytes_accessed(hlo),
-        "near": sum(collective.bytes_sent for collective in collectives if not collective.cross_slice),
-        "far": sum(collective.bytes_sent for collective in collectives if collective.cross_slice),
+        "near": _bytes_sent(collectives, cross_slice=False),
+        "far": _bytes_sent(collectives, cross_slice=True),
+        "near_exposed": _bytes_sent((c for c in collectives if not c.is_async), cross_slice=False),
+        "far_exposed": _bytes_sent((c for c in collectives if not c.is_async), cross_slice=True),
         "collectives": table,
     }
+
+
+def _bytes_sent(collectives: Iterable[hlo_analysis.Collective], cross_slice: bool) -> float:
+    return sum(collective.bytes_sent for collective in collectives if collective.cross_slice == cross_slice)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -37,6 +37,7 @@ DTYPE_BYTES = {
     "f8e5m2": 1,
 }
 ARRAY_PATTERN = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
+QUOTED_PATTERN = re.compile(r'"(?:[^"\\]|\\.)*"')
 NAME_PATTERN = re.compile(r"%[\w.\-]+")
 COMPUTATION_PATTERN = re.compile(r"^(ENTRY )?(%[\w.\-]+) \(")
 INSTRUCTION_PATTERN = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = ")
@@ -99,6 +100,7 @@ class Collective:
     """A collective among `group_size` devices, executed `count` times.
 
     `operand_bytes`: input bytes per device and execution. `cross_slice`: whether the group spans several slices.
+    `is_async`: whether it runs beside other instructions (a start and done pair, or fused with a computation).
     """
 
     opcode: str
@@ -107,6 +109,7 @@ class Collective:
     count: int
     cross_slice: bool
     op_name: str
+    is_async: bool = False
 
     @property
     def bytes_sent(self) -> float:
@@ -125,7 +128,7 @@ def parse_hlo(text: str) -> Program:
     """Parse the HLO text of a compiled function (its `as_text()`)."""
     computations: dict[str, Computation] = {}
     entry, computation = "", None
-    for line in text.splitlines():
+    for line in _instruction_lines(text):
         if computation is None:
             if (head := COMPUTATION_PATTERN.match(line)) and line.endswith("{"):
                 computation = computations[head[2]] = {}
@@ -135,6 +138,28 @@ def parse_hlo(text: str) -> Program:
         elif instruction := _parse_instruction(line):
             computation[instruction.name] = instruction
     return Program(computations, _execution_counts(computations, entry))
+
+
+def _instruction_lines(text: str) -> Iterator[str]:
+    """The lines of an HLO text, with instructions that were printed on several lines joined.
+
+    libtpu prints the metadata of a Pallas kernel on lines of their own; one of them begins with `}}`, which ends no
+    computation.
+    """
+    pending, depth = "", 0
+    for line in text.splitlines():
+        pending = f"{pending} {line}" if pending else line
+        depth += _brace_depth(line)
+        if INSTRUCTION_PATTERN.match(pending) and depth > 0:
+            continue
+        yield pending
+        pending, depth = "", 0
+
+
+def _brace_depth(line: str) -> int:
+    """Opening minus closing braces of a line, without those in quoted strings."""
+    unquoted = QUOTED_PATTERN.sub("", line)
+    return unquoted.count("{") - unquoted.count("}")
 
 
 def _parse_instruction(line: str) -> Instruction | None:
@@ -211,6 +236,7 @@ def collectives(program: Program, slice_devices: int = 0) -> list[Collective]:
     Instructions with the same channel id are parts of one collective; the largest of them is counted.
     """
     largest: dict[object, Collective] = {}
+    inner = _inner_computations(program)
     for name, times in program.execution_counts.items():
         computation = program.computations[name]
         for instruction in computation.values():
@@ -223,7 +249,9 @@ def collectives(program: Program, slice_devices: int = 0) -> list[Collective]:
             cross_slice = bool(slice_devices) and len({member // slice_devices for member in members}) > 1
             op_name = re.search(r'op_name="([^"]*)"', instruction.attributes)
             size = sum(shape_bytes(computation[operand].shape) for operand in instruction.operands)
-            collective = Collective(opcode, len(members), size, times, cross_slice, op_name[1] if op_name else "")
+            is_async = instruction.opcode.endswith("-start") or name in inner
+            op_name = op_name[1] if op_name else ""
+            collective = Collective(opcode, len(members), size, times, cross_slice, op_name, is_async)
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
             key = (opcode, channel[1]) if channel else (name, instruction.name)
             if key in largest and times * size <= largest[key].count * largest[key].operand_bytes:
@@ -264,14 +292,7 @@ def _mesh_axes_group(mesh: str, group_axes: str) -> list[int]:
 
 def hbm_bytes_accessed(program: Program) -> int:
     """Bytes read from and written to HBM in one run; of an array that is sliced or updated in place, only the slice."""
-    inner = {
-        name
-        for computation in program.computations.values()
-        for instruction in computation.values()
-        if instruction.opcode in ("fusion", "async-start")
-        for name in _called_computations(instruction.attributes, "calls")
-    }
-    total = 0
+    inner, total = _inner_computations(program), 0
     for name, times in program.execution_counts.items():
         if name not in inner:
             computation = program.computations[name]
@@ -279,6 +300,17 @@ def hbm_bytes_accessed(program: Program) -> int:
                 _instruction_bytes(program, computation, instruction) for instruction in computation.values()
             )
     return total
+
+
+def _inner_computations(program: Program) -> set[str]:
+    """Names of the computations of fusions and of asynchronous instructions."""
+    return {
+        name
+        for computation in program.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode in ("fusion", "async-start")
+        for name in _called_computations(instruction.attributes, "calls")
+    }
 
 
 def _instruction_bytes(program: Program, computation: Computation, instruction: Instruction) -> int:
@@ -289,6 +321,8 @@ def _instruction_bytes(program: Program, computation: Computation, instruction: 
         return 2 * shape_bytes(instruction.shape, hbm_only=True)
     if instruction.opcode in ("dynamic-update-slice", "scatter"):
         return 2 * shape_bytes(shapes[-1 if instruction.opcode == "scatter" else 1], hbm_only=True)
+    if instruction.opcode.endswith("-start") and instruction.opcode != "async-start":
+        return shape_bytes(instruction.shape, hbm_only=True)  # a tuple of the operands, which are read, and the outputs
     called = _called_computations(instruction.attributes, "calls") if instruction.opcode == "fusion" else []
     if not called:
         return shape_bytes(instruction.shape, hbm_only=True) + sum(shape_bytes(s, hbm_only=True) for s in shapes)

@@ -43,9 +43,9 @@ class Plan:
     `what`: a stage's name, or "generation". `mesh`: devices along slice, data, fsdp, tensor. `rows`: global batch size.
     `peak_gib`, `hbm_gib`: used and available memory per device; `peak_gib` is None if the compiler does not report it.
     `trained`, `frozen`: numbers of parameters. `flops`: of one run, over all devices; `needed_flops`: without
-    rematerialization. `seconds`: {term of ROOFLINE_TERMS: seconds at the published peak rate}. `collectives`: {opcode:
-    [count, bytes sent per device, bytes of the largest output]}. `broke_off`: the compiler crashed, so that only the
-    settings are valid.
+    rematerialization. `seconds`: {term of ROOFLINE_TERMS: seconds at the published peak rate}. `exposed_seconds`: the
+    part of links and network in collectives that no other instruction overlaps. `collectives`: {opcode: [count, bytes
+    sent per device, bytes of the largest output]}. `broke_off`: the compiler crashed; only the settings are valid.
     """
 
     config: str
@@ -69,11 +69,21 @@ class Plan:
     quick: bool = False
     notes: tuple[str, ...] = ()
     broke_off: bool = False
+    exposed_seconds: float = 0.0
 
     @property
     def step_seconds(self) -> float:
         """Predicted seconds of one run: the largest roofline term, with the others fully overlapped."""
         return max(self.seconds.values(), default=0.0)
+
+    @property
+    def overlap_step_seconds(self) -> float:
+        """Predicted seconds of one run with the program's own overlap: synchronous collectives are added.
+
+        Asynchronous collectives are hidden behind computation, which is bound by products or memory.
+        """
+        hidden = {"links": self.seconds.get("links", 0.0) + self.seconds.get("network", 0.0) - self.exposed_seconds}
+        return max((self.seconds | hidden | {"network": 0.0}).values()) + self.exposed_seconds if self.seconds else 0.0
 
     @property
     def examples_per_second(self) -> float:
@@ -88,7 +98,15 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Predicted model FLOPs utilization: `needed_flops` over the peak FLOPs of all devices in `step_seconds`."""
-        peak_flops = self.devices * self.peak_tflops * 1e12 * self.step_seconds
+        return self._utilization(self.step_seconds)
+
+    @property
+    def overlap_mfu(self) -> float:
+        """As `mfu`, in `overlap_step_seconds`."""
+        return self._utilization(self.overlap_step_seconds)
+
+    def _utilization(self, seconds: float) -> float:
+        peak_flops = self.devices * self.peak_tflops * 1e12 * seconds
         return self.needed_flops / peak_flops if peak_flops else 0.0
 
 
@@ -283,9 +301,11 @@ def plan(
     analysis = compile_and_analyze(traced.lower(), str(topology), slice_devices, options)
     chip = topology.chip
     shards = _num_batch_shards(batch_size // (1 if generation else stage.grad_accum_steps), device_mesh)
-    seconds = {}
+    seconds, exposed = {}, 0.0
     if analysis["fits"]:
         seconds = roofline_seconds(chip, flops / (shards * device_mesh.shape["tensor"]), analysis)
+        links, network = chip.ici_gb_per_s * 1e9, chip.dcn_gb_per_s * 1e9
+        exposed = analysis["near_exposed"] / links + analysis["far_exposed"] / network
     return Plan(
         config=experiment.name,
         what=GENERATION if generation else stage.name,
@@ -307,6 +327,7 @@ def plan(
         remat=remat or "as configured",
         quick=quick,
         notes=(note,) if note else (),
+        exposed_seconds=exposed,
     )
 
 

@@ -29,6 +29,12 @@ def leaf_checksums(tree: Params) -> dict[str, str]:
     return {path: f"{int(high):08x}{int(low):08x}" for path, (high, low) in sums.items()}
 
 
+def params_digest(params: Params, about: str) -> str:
+    """16 hex digits that recognize parameters together with a text, such as their config."""
+    content = f"{about} {sorted(leaf_checksums(params).items())}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def in_host_memory(leaf) -> bool:
     """Whether all of an array is in this process's CPU memory."""
     if not isinstance(leaf, jax.Array):

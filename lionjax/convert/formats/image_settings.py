@@ -39,6 +39,14 @@ _BASE = {
 }
 _CLIP = _BASE | {"do_center_crop": True, "size": {"shortest_edge": 224}, "crop_size": 224, "square": False}
 _HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 224, "width": 224}}
+_DETECTOR = {
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "size": {"shortest_edge": 800, "longest_edge": 1333},
+    "resample": BILINEAR,
+    "do_pad": True,
+    "square": False,
+}
 IMAGE_PROCESSORS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "LlavaImageProcessor": _CLIP,
@@ -46,9 +54,16 @@ IMAGE_PROCESSORS: dict[str, dict[str, Any]] = {
     "BlipImageProcessor": _BASE | {"size": {"height": 384, "width": 384}},
     "SiglipImageProcessor": _BASE | _HALF | {"square": False},
     "ViTImageProcessor": _BASE | _HALF | {"resample": BILINEAR},
+    "GroundingDinoImageProcessor": _BASE | _DETECTOR,
 }
-_BY_MODEL_TYPE = {"llava": "LlavaImageProcessor", "blip-2": "BlipImageProcessor", "instructblip": "BlipImageProcessor"}
+_BY_MODEL_TYPE = {
+    "llava": "LlavaImageProcessor",
+    "blip-2": "BlipImageProcessor",
+    "instructblip": "BlipImageProcessor",
+    "grounding-dino": "GroundingDinoImageProcessor",
+}
 _KNOWN_FLAGS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb"}
+_KNOWN_FLAGS |= {"do_convert_annotations"}  # of a detector, in training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +102,21 @@ def read_image_settings(
     if pads and not code_pads:
         fit["pad_rgb"] = _pad_rgb(found)
     return {"pad_to_square": pads} | _normalization(found), fit
+
+
+def read_detector_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(image_mean and image_std, fields of `ImageFit`) of a detector, whose images keep their aspect ratio.
+
+    Without files in `folder` they are Grounding DINO's. Raises UserError for what is not supported.
+    """
+    kind = "GroundingDinoImageProcessor"
+    found = _find_processor(folder, {"model_type": "grounding-dino"}, 0)
+    found = found or _Settings(IMAGE_PROCESSORS[kind], kind, str(folder / PREPROCESSOR_FILE))
+    if found["do_center_crop"]:
+        raise found.refuse("do_center_crop is true", "a detector reads whole images")
+    if found.values.get("pad_size"):
+        raise found.refuse(f"pad_size is {found['pad_size']!r}", "leave it out; images are padded as their batch needs")
+    return _normalization(found), _resize_fields(found, 0)
 
 
 def describes_processor(folder: Path, processor: Any, image_size: int, code_pads: bool = False) -> bool:

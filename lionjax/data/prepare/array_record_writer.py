@@ -119,10 +119,8 @@ def build(
     `make_tagger()` returns a function from images to tags, which replace the source's; `make_refiner()` one from images
     to `ImageRegions`, which are kept whole (`tagger_digest` is then the refiner's). `beam_flags`: run on Apache Beam
     with these flags; the records are the same. Skipped images and annotations are listed in left_out.txt. Raises
-    UserError for a source without usable records, for scenes with a tagger or Beam, and for a tagger beside a refiner.
+    UserError for a source without usable records, and for scenes with a tagger or Beam.
     """
-    if make_tagger is not None and make_refiner is not None:
-        raise UserError("a refiner brings its own tagger; build with --tagger or with --refiner")
     if isinstance(source, Scenes):
         if make_tagger is not None or beam_flags is not None:
             raise UserError("scenes are generated with their tags; build them without --tagger and --beam")

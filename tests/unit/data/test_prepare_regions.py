@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from lionjax import cli
-from lionjax.core.types import UserError
 from lionjax.data.datasets.array_record import ArrayRecordDataset
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.images import MAX_PIXELS, to_pil_image
@@ -93,8 +92,6 @@ def test_regions_are_kept_in_the_records_and_a_stopped_build_resumes(lines, tmp_
     assert array_record_writer.build(lines, tmp_path / "out", make_refiner=Looks(0), tagger_digest="a") == folder
     with pytest.raises(KeyboardInterrupt):  # another refiner
         array_record_writer.build(lines, tmp_path / "out", make_refiner=Looks(0), tagger_digest="b")
-    with pytest.raises(UserError, match="build with --tagger or with --refiner"):
-        array_record_writer.build(lines, tmp_path / "out", make_refiner=Looks(), make_tagger=Looks())
 
 
 def test_a_source_without_a_refiner_has_no_regions(lines, tmp_path):

@@ -100,7 +100,9 @@ def test_phrases_of_a_caption_join_pieces_and_leave_out_full_stops_and_special_t
     assert caption == "dog. rubik's cubees." and rules.detector_caption("dog.") == "dog."
     ids, num_cut = rules.encode_caption(tokens, caption)
     assert num_cut == 0
-    assert rules.caption_phrase(tokens, ids, np.ones(99, bool)) == "dog rubik's cubees"
+    is_hit_L = np.arange(99) < len(ids) - 1
+    assert rules.caption_phrase(tokens, ids, is_hit_L) == "dog rubik's cubees"
+    assert rules.caption_phrase(tokens, ids, np.ones(99, bool)) == "dog rubik's cubees [SEP]"
     prob_L = np.zeros(99)
     prob_L[[1, 3, 7]] = 0.5, 0.6, 0.9  # dog, rubik, ##es
     separators = [tokens.token_to_id(piece) for piece in ("[CLS]", "[SEP]", ".", "?")]

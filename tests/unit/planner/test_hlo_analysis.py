@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from paths import ROOT
 
 from lionjax.planner import hlo_analysis
 
@@ -111,6 +112,25 @@ def test_slice_of_a_stacked_array_counts_only_its_own_bytes(program):
     # stays on the chip; two numbers are compared into one byte. At the end 100 floats are read and written twice.
     turn = (piece + 4 + piece) + piece + (piece + whole) + (4 + 4 + 1)
     assert hlo_analysis.hbm_bytes_accessed(program) == 6 * turn + 2 * 2 * 400
+
+
+# As libtpu 0.0.42.1 prints a Pallas kernel and what follows it in LLaVA-1.5's train step, with shorter names and sizes.
+KERNEL = (ROOT / "tests" / "data" / "pallas_kernel.hlo").read_text()
+
+
+def test_instructions_after_a_pallas_kernel_are_counted():
+    program = hlo_analysis.parse_hlo(KERNEL)
+    assert list(program.computations["%body"]) == "%carry %q %splash.1 %out %begin %end %sum %mine %next".split()
+    found = {one.opcode: one for one in hlo_analysis.collectives(program)}
+    shard, whole = 8 * 64 * 2, 32 * 64 * 2
+    assert found["all-gather"].bytes_sent == 3 * shard and found["all-reduce"].bytes_sent == 2 * whole * 3 / 4
+    kernel, gather, reduce, cut = shard + 8 * 128 * 4 + shard, shard + whole, 2 * whole, whole + shard
+    assert hlo_analysis.hbm_bytes_accessed(program) == kernel + gather + reduce + cut
+
+
+def test_collectives_with_a_start_and_a_done_count_as_asynchronous():
+    found = {one.opcode: one.is_async for one in hlo_analysis.collectives(hlo_analysis.parse_hlo(KERNEL))}
+    assert found == {"all-gather": True, "all-reduce": False}
 
 
 NESTED = """

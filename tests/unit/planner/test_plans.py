@@ -368,6 +368,16 @@ def test_generation_can_be_planned(tmp_path, monkeypatch):
     assert made.rows == 32 and made.flops > 0
 
 
+def test_time_with_overlap_adds_only_the_collectives_that_stand_alone():
+    made = faked(lambda *_: 1.0)(speaking(), None, 0, MeshConfig(1, 16, 1), None, False)
+    terms = {"products": 1.0, "memory": 0.5, "links": 1.2, "network": 0.0}
+    assert dataclasses.replace(made, seconds=terms).overlap_step_seconds == 1.2  # all links hidden, and they bound it
+    mixed = dataclasses.replace(made, seconds=terms, exposed_seconds=0.4)
+    assert mixed.overlap_step_seconds == pytest.approx(1.4)  # 0.8 of the links are hidden behind products
+    assert mixed.step_seconds == 1.2 and mixed.overlap_mfu == pytest.approx(mixed.mfu * 1.2 / 1.4)
+    assert dataclasses.replace(made, seconds={}).overlap_step_seconds == 0
+
+
 def faked(seconds):
     """A stand-in for `scaling.plan`, which compiles nothing: `seconds` of a mesh, a policy and rows; None: no room."""
 

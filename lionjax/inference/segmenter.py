@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Region features of SAM's segments (arXiv 2304.02643): one row for each box, as Lyrics' MQ-Former reads regions.
+
+The paper of Lyrics (arXiv 2312.05278) names SAM, but its released code has none, so this is our design: SAM's image
+embedding is averaged over the mask that a box prompts, each position weighted by the mask's probability there, and the
+box follows as center and size. The image is centered in SAM's square, as in NExT-Chat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lionjax import convert
+from lionjax.core.types import Params, UserError
+from lionjax.data.boxes import Box
+from lionjax.data.images import to_pil_image
+from lionjax.data.letterbox import Letterbox, preprocess_sam_image
+from lionjax.inference.engine import round_up_to_bucket
+from lionjax.inference.sampling import require_finite
+from lionjax.models.vision.sam_decoder import Sam
+from lionjax.models.vision.sam_encoder import SamConfig
+from lionjax.training.checksum import params_digest
+
+MAX_BOXES = (1, 4, 16, 64)  # boxes of one call; a few sizes limit the number of compilations
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segmenter:
+    """SAM with its parameters."""
+
+    config: SamConfig
+    params: Params
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the rows: that of the image embedding, and 4 for the box."""
+        return self.config.prompt_embed_dim + 4
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits of the parameters and sizes, by which kept features are recognized."""
+        return params_digest(self.params, repr(self.config))
+
+    def segment_features(self, image: object, boxes: Sequence[Box]) -> np.ndarray:
+        """float32 (K, width + 4): the features of the segments in the boxes, x0 y0 x1 y1 in 0..1 of the image.
+
+        Raises UserError where SAM computes NaN or infinity.
+        """
+        rows = [np.zeros((0, self.feature_width), np.float32)]
+        image = to_pil_image(image)
+        side, square = self.config.image_size, Letterbox(*image.size)
+        image_1HWC = preprocess_sam_image(image, side)[None] if boxes else None
+        for start in range(0, len(boxes), MAX_BOXES[-1]):
+            part = np.clip(np.array(boxes[start : start + MAX_BOXES[-1]], np.float32), 0, 1)
+            padded_K4 = np.zeros((1, round_up_to_bucket(len(part), MAX_BOXES, MAX_BOXES[-1]), 4), np.float32)
+            padded_K4[0, : len(part)] = np.array([square.to_padded(box) for box in part]) * side
+            pooled_KC = np.asarray(_pooled(self.config, self.params, image_1HWC, padded_K4))[0, : len(part)]
+            size_K2 = part[:, 2:] - part[:, :2]
+            rows.append(np.concatenate([pooled_KC, part[:, :2] + size_K2 / 2, size_K2], axis=1))
+        features_KD = np.concatenate(rows)
+        require_finite(np.isfinite(features_KD).all(axis=1), "segments")
+        return features_KD
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pooled(config: SamConfig, params: Params, image_BHWC, box_BK4):
+    """(B, K, C): the image embedding averaged over the mask of each box (in pixels of SAM's square)."""
+
+    def run(sam: Sam):
+        image_BhwC = sam.encode(image_BHWC)
+        logits_BKHW = sam.decode(image_BhwC, sam.prompts.embed_boxes(box_BK4))[0][:, :, 0]
+        return image_BhwC, logits_BKHW
+
+    image_BhwC, logits_BKHW = Sam(config).apply({"params": params}, method=run)
+    side = config.grid_size
+    prob_BKHW = jax.nn.sigmoid(logits_BKHW.astype(jnp.float32))
+    weight_BKhw = prob_BKHW.reshape(*prob_BKHW.shape[:2], side, 4, side, 4).mean((3, 5))
+    total_BK = weight_BKhw.sum((2, 3))[..., None]
+    return jnp.einsum("BKhw,BhwC->BKC", weight_BKhw, image_BhwC.astype(jnp.float32)) / total_BK
+
+
+def load(folder: str | Path) -> Segmenter:
+    """The segmenter of a folder with SAM's weights, released or converted. Raises UserError for another model."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give a folder with SAM's weights")
+    read = convert.load_params if convert.holds_params(folder) else convert.from_torch
+    config, params = read(folder)
+    if not isinstance(config, SamConfig):
+        raise UserError(f"{folder} holds a {type(config).__name__}; give a folder with SAM's weights")
+    return Segmenter(config, jax.device_put(params))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lionjax.cli import convert as weights_command
 from lionjax.cli import plan as plan_command
+from lionjax.cli import score as score_command
 from lionjax.cli.errors import UsageError, describe_error
 
 
@@ -52,7 +53,14 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def evaluate(args: argparse.Namespace, fields: list[str]) -> None:
-    """Run a benchmark; also reports image-blind and majority baselines."""
+    """Run a benchmark; also reports image-blind and majority baselines. Or score given answers to a published one."""
+    if score_command.is_published(args):
+        score_command.evaluate(args, fields)
+        return
+    if args.dir is None:
+        raise UsageError(
+            "the following arguments are required: DIR, or --predictions FILE; see `lionjax evaluate --help`"
+        )
     import lionjax
     from lionjax.core import config
     from lionjax.data.datasets import detect

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lionjax.cli import convert as weights_command
 from lionjax.cli import plan as plan_command
+from lionjax.cli import score as score_command
 from lionjax.cli.commands import (
     benchmark,
     convert,
@@ -51,15 +52,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb.add_argument("--shrink", metavar="FRACTION", type=float, nargs="?", const=1.0, help=shrink_help)
 
     verb = add_verb(verbs, evaluate, extra_args_help="Any field of --source can be set: --heldout_fraction 0.")
-    verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder or a folder of weights")
-    names = "caption, vqa, relation, existence, rec, res, reg, grounded, box_vqa, tags, choice or all; "
-    names += "coco/vqa for one source, rec@digits for another box format"
-    verb.add_argument("--benchmark", metavar="NAME", required=True, help=names)
-    verb.add_argument("--limit", metavar="N", type=positive_int, help="maximum number of questions per benchmark")
-    verb.add_argument("--split", default="heldout", help="train, validation or heldout (default: heldout)")
-    verb.add_argument("--source", help="data to use instead of the run's: a folder or an annotation file")
-    add_annotation_arguments(verb)
-    verb.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    add_evaluate_arguments(verb)
 
     verb = add_verb(verbs, generate)
     add_generate_arguments(verb)
@@ -108,6 +101,21 @@ def positive_int(text: str) -> int:
     if not text.strip().isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
     return int(text)
+
+
+def add_evaluate_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of `lionjax evaluate`."""
+    dir_help = "a run folder or a folder of weights; none is needed with --predictions"
+    verb.add_argument("dir", metavar="DIR", type=Path, nargs="?", help=dir_help)
+    names = "caption, vqa, relation, existence, rec, res, reg, grounded, box_vqa, tags, choice or all; "
+    names += "coco/vqa for one source, rec@digits for another box format; or a published benchmark (docs/benchmarks.md)"
+    verb.add_argument("--benchmark", metavar="NAME", required=True, help=names)
+    verb.add_argument("--limit", metavar="N", type=positive_int, help="maximum number of questions per benchmark")
+    verb.add_argument("--split", default="heldout", help="train, validation or heldout (default: heldout)")
+    verb.add_argument("--source", help="data to use instead of the run's: a folder or an annotation file")
+    add_annotation_arguments(verb)
+    score_command.add_arguments(verb)
+    verb.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 
 def add_annotation_arguments(verb: argparse.ArgumentParser) -> None:

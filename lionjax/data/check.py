@@ -91,7 +91,7 @@ def _check_pictures(name: str, dataset: Any) -> Iterator[Finding]:
     """One finding for at most `MAX_PICTURES` of a source's pictures."""
     if not isinstance(dataset, AnnotatedImages):
         return
-    named = [k for k, image_info in enumerate(dataset.image_infos) if image_info.name]
+    named = [k for k, info in enumerate(dataset.image_infos) if info.name and k not in dataset.embedded]
     if not named:
         return
     chosen = [named[k] for k in np.unique(np.linspace(0, len(named) - 1, min(len(named), MAX_PICTURES)).astype(int))]

@@ -46,6 +46,11 @@ KEPT_BRITISH = {
     ("lionjax/models/language/decoder.py", "centred"),
     ("docs/old_versions.md", "centred"),
     ("tests/unit/data/test_datasets.py", "colour"),  # a kind that does not exist
+    ("lionjax/evaluation/published/open_answers.py", "normalised"),  # a figure's name, as its file of truths has it
+    ("lionjax/evaluation/published/scoring.py", "normalised"),
+    ("benchmarks/scorers.py", "normalisers"),
+    ("tests/unit/evaluation/test_benchmark_scorers.py", "normalisers"),
+    ("tests/unit/evaluation/test_protocols.py", "normalised"),
 }
 TEXT_SUFFIXES = {".css", ".html", ".js", ".md", ".py", ".sbatch", ".sh", ".toml", ".yml"}
 

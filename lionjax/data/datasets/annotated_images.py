@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -73,6 +73,8 @@ class Annotation:
     `turns`: earlier (question, answer) rounds of a conversation. `image_marks`: the images stand where question and
     turns have `<image>`; the first is that of `photo`, the others are `more_images` (indices). A text with `<boxes>`
     gets its boxes in digits there: question and turns the `question_boxes`, answers the `boxes`, in order.
+    `question_id`: the id that the files of its benchmark have. `choices`: the options, or candidate answers, in order.
+    `facts`: what only the scorer of its benchmark reads, as JSON values.
     `problem`: why the row cannot be used; its example raises it.
     """
 
@@ -87,18 +89,25 @@ class Annotation:
     turns: tuple[tuple[str, str], ...] = ()
     image_marks: bool = False
     more_images: tuple[int, ...] = ()
+    question_id: str = ""
+    choices: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
 
 
 @dataclass
 class AnnotatedImages:
-    """Images under one folder, and annotations by task. `segmentations`: COCO polygons or run lengths, for masks."""
+    """Images under one folder, and annotations by task. `segmentations`: COCO polygons or run lengths, for masks.
+
+    `embedded`: {image index: bytes of its file}, for images that the annotation file itself holds.
+    """
 
     root: Path
     image_infos: list[ImageInfo]
     annotations: dict[str, list[Annotation]]
     segmentations: list = field(default_factory=list)
     max_pixels: int = images.MAX_PIXELS
+    embedded: Mapping[int, bytes] = field(default_factory=dict)
     has_splits: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -128,12 +137,19 @@ class AnnotatedImages:
         """The path of an image file. Raises UserError if it is outside the root."""
         return images.safe_path(self.root, self.image_infos[record_index].name)
 
+    def image_file(self, record_index: int) -> bytes:
+        """The bytes of an image file. Raises UserError if it is outside the root, and OSError if it is missing."""
+        if record_index in self.embedded:
+            return self.embedded[record_index]
+        return self.image_path(record_index).read_bytes()
+
     def load_record(self, record_index: int) -> tuple[Image.Image, ImageInfo]:
         """(image, its info). Raises UserError for an unreadable image and for a wrong size."""
         image_info = self.image_infos[record_index]
         if not image_info.name:
             return Image.new("RGB", (1, 1)), image_info
-        image = images.open_image(self.image_path(record_index), image_info.name, self.max_pixels)
+        file = self.embedded.get(record_index) or self.image_path(record_index)
+        image = images.open_image(file, image_info.name, self.max_pixels)
         check_image_size(image, image_info)
         return image, with_file_size(image_info, image)
 

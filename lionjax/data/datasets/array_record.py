@@ -21,6 +21,7 @@ from lionjax.data.datasets.segmentations import region_masks
 from lionjax.data.regions import ImageRegions
 
 INDEX_FILE = "index.npz"
+BENCHMARK_FIELDS = ("question_id", "choices", "facts")
 Tagger = Callable[[Sequence], Sequence[Sequence[str]]]  # from images to the tags of each
 
 
@@ -57,7 +58,7 @@ class RecordTruth:
         return region_masks(self.segmentations, regions, (info.width, info.height), info.name)
 
     def to_json(self) -> str:
-        rows = {task: [asdict(row) for row in rows] for task, rows in self.annotations.items()}
+        rows = {task: [_annotation_to_json(row) for row in rows] for task, rows in self.annotations.items()}
         more = {"more": self.more_names} if self.more_names else {}
         return json.dumps({"photo": asdict(self.image_info), "rows": rows, "outlines": self.segmentations} | more)
 
@@ -70,11 +71,16 @@ class RecordTruth:
         return RecordTruth(image_info, rows, raw["outlines"], more_names)
 
 
+def _annotation_to_json(annotation: Annotation) -> dict[str, Any]:
+    """The fields of an annotation for JSON; those of benchmarks only where they are set."""
+    return {key: value for key, value in asdict(annotation).items() if value or key not in BENCHMARK_FIELDS}
+
+
 def _annotation_from_json(fields: dict[str, Any]) -> Annotation:
     """An annotation from its JSON fields, with lists converted to tuples."""
     boxes = {key: tuple(map(tuple, fields[key])) for key in ("boxes", "question_boxes")}
     boxes["turns"] = tuple(map(tuple, fields.get("turns", ())))
-    lists = {key: tuple(fields.get(key, ())) for key in ("answers", "regions", "more_images")}
+    lists = {key: tuple(fields.get(key, ())) for key in ("answers", "regions", "more_images", "choices")}
     return Annotation(**{**fields, **boxes, **lists})
 
 

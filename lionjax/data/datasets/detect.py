@@ -10,17 +10,18 @@ from typing import Any
 
 from lionjax.core.types import UserError
 from lionjax.data.config import DataConfig
-from lionjax.data.datasets.annotation_files import read_rows
+from lionjax.data.datasets.annotation_files import read_json, read_rows
 from lionjax.data.datasets.array_record import ArrayRecordDataset, find_dataset_folder
 from lionjax.data.datasets.coco import Coco, CocoRelease
 from lionjax.data.datasets.conversations import ROUND_KEYS, Conversations
+from lionjax.data.datasets.detect_benchmark import detect_benchmark_file, detect_benchmark_folder
 from lionjax.data.datasets.easy_vqa import EasyVqa
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.datasets.karpathy import CAPTION_LISTS, KarpathyCaptions, caption_list
 from lionjax.data.datasets.lion import LionRecords
+from lionjax.data.datasets.question_file import coco_file_name_pattern
 from lionjax.data.datasets.refcoco import RefCoco
 from lionjax.data.datasets.refer import Refer
-from lionjax.data.datasets.scienceqa import ScienceQa
 from lionjax.data.datasets.shikra import KINDS, ShikraJsonl
 from lionjax.data.datasets.source import open_split
 from lionjax.data.datasets.vqa import Vqa
@@ -57,7 +58,7 @@ FOREIGN_KEYS = {
 }
 KNOWN_SOURCES = (
     "'scenes', 'easy_vqa', a COCO, refer, ScienceQA or built folder, or a file of conversations, JSON Lines, RefCOCO, "
-    "captions or VQA"
+    "captions or VQA, or a benchmark (docs/benchmarks.md)"
 )
 
 
@@ -83,11 +84,13 @@ def detect_source(source: str, image_dir: str = "", answers_file: str = "") -> A
 def _detect_file(path: Path, image_folder: str, answers_file: str) -> Any:
     """The source of an annotation file by the keys of its first row. Raises UserError for keys of no format."""
     file, name = str(path), path.name.partition(".")[0]
+    if (source := detect_benchmark_file(path, image_folder, answers_file)) is not None:
+        return source
     keys, is_tree = first_keys(path)
     if "questions" in keys and is_tree:
         if not answers_file:
             raise UserError(f"{path} is a VQA questions file; give the file of its answers with --answers")
-        return Vqa(file, answers_file, image_folder, name=name)
+        return Vqa(file, answers_file, image_folder, _vqa_pattern(path, image_folder), name=name)
     if "images" in keys and is_tree and not keys & {*ROUND_KEYS}:
         return _detect_image_list(path, image_folder, keys)
     if is_tree and keys & {*CAPTION_LISTS} and any(caption_list(tree) for _, tree in read_rows(path)):
@@ -96,6 +99,15 @@ def _detect_file(path: Path, image_folder: str, answers_file: str) -> Any:
         if any(set(group) <= keys for group in required) and not keys & FOREIGN_KEYS.get(source_class, set()):
             return source_class(file, image_folder, name=name)
     raise UserError(unknown_format_sentence(path, keys))
+
+
+def _vqa_pattern(path: Path, image_folder: str) -> str:
+    """How VQA's image files are named, by its first question whose image is there; {}.jpg if none is."""
+    tree: Any = read_json(path)
+    questions, subtype = tree["questions"], str(tree.get("data_subtype") or "val2014")
+    ids = [row.get("image_id") for row in (questions if isinstance(questions, list) else [])[:MAX_ROWS] if row]
+    patterns = (coco_file_name_pattern(Path(image_folder), image_id, subtype) for image_id in ids)
+    return next((pattern for pattern in patterns if ":" in pattern), "{}.jpg")
 
 
 def first_keys(path: Path) -> tuple[set[str], bool]:
@@ -150,8 +162,8 @@ def _detect_folder(path: Path, image_dir: str = "") -> Any:
         return CocoRelease(str(path), train, heldout, name=path.name or "coco")
     if refs := _refs_file(path):
         return Refer(str(path), image_dir or _refer_images(path), refs, name=path.name)
-    if (path / "problems.json").is_file() and (path / "pid_splits.json").is_file():
-        return ScienceQa(str(path), name=path.name or "scienceqa")
+    if (source := detect_benchmark_folder(path, image_dir)) is not None:
+        return source
     folder = find_dataset_folder(path)
     return Scenes(folder=str(folder)) if "scenes" in folder.parts else ArrayRecordDataset(str(folder))
 

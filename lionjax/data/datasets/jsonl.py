@@ -111,4 +111,5 @@ def _parse_annotation(entry: dict, is_pope: bool, location: str) -> Annotation:
         typed_rows.text(entry, "kind", location) or typed_rows.text(entry, "setting", location),
         boxes,
         typed_rows.boxes(entry, "question_boxes", location),
+        question_id="" if entry.get("question_id") is None else str(entry["question_id"]),
     )

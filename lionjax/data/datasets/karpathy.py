@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
@@ -16,6 +16,7 @@ from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
 from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, AnnotationFile, read_rows
 from lionjax.data.datasets.conversations import ImageFolders
+from lionjax.data.datasets.splits import NUMBERED_NAME
 
 SPLITS = {"train": ("train", "restval"), "validation": ("val",), "heldout": ("test",)}
 # A list of captions in a JSON object, with the key of the caption; the image is `image_id` with .jpg.
@@ -49,7 +50,10 @@ class KarpathyCaptions(AnnotationFile):
                 index = builder.add_image(path, ImageInfo(path))
                 captions.setdefault(index, []).extend(value.strip() for value in values)
         for index, texts in captions.items():
-            builder.add_annotation("caption", Annotation(index, tuple(texts)))
+            name = PurePosixPath(builder.image_infos[index].name)
+            number = NUMBERED_NAME.fullmatch(name.stem)
+            fields = {"question_id": number[1] if number else name.stem, "facts": {"aliases": [name.stem, name.name]}}
+            builder.add_annotation("caption", Annotation(index, tuple(texts), **fields))
         return builder.build(max_pixels)
 
 

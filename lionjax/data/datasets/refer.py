@@ -90,8 +90,9 @@ def _add_ref(builder: AnnotatedImagesBuilder, ref: dict, images: dict, objects: 
     image, instance = images[ref["image_id"]], objects[ref["ann_id"]]
     size = typed_rows.image_size(image, location)
     box = xywh_to_xyxy(instance["bbox"], location)
-    expressions = [str(sentence.get("sent") or sentence.get("raw") or "").strip() for sentence in ref["sentences"]]
-    expressions = [expression for expression in expressions if expression]
+    texts = [str(sentence.get("sent") or sentence.get("raw") or "").strip() for sentence in ref["sentences"]]
+    ids = [str(sentence.get("sent_id", "")) for sentence in ref["sentences"]]
+    expressions = [expression for expression in texts if expression]
     if not expressions:
         raise UserError(f"{location} has no sentence; add one")
     index = builder.add_image(image["file_name"], ImageInfo(image["file_name"], *size))
@@ -100,7 +101,9 @@ def _add_ref(builder: AnnotatedImagesBuilder, ref: dict, images: dict, objects: 
         regions = (len(builder.segmentations),)
         builder.segmentations.append(instance["segmentation"])
     fields = {"kind": ref["split"], "boxes": (box,), "regions": regions}
-    for expression in expressions:
+    for expression, sentence_id in zip(texts, ids):
         for task in ("rec", "res") if regions else ("rec",):
-            builder.add_annotation(task, Annotation(index, words=expression, **fields))
-    builder.add_annotation("reg", Annotation(index, tuple(expressions), kind=ref["split"], question_boxes=(box,)))
+            if expression:
+                builder.add_annotation(task, Annotation(index, words=expression, question_id=sentence_id, **fields))
+    fields = {"kind": ref["split"], "question_boxes": (box,), "question_id": str(ref.get("ref_id", ""))}
+    builder.add_annotation("reg", Annotation(index, tuple(expressions), **fields))

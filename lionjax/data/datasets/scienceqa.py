@@ -40,7 +40,12 @@ class ScienceQa:
                     image_name = f"{question_id}/{problem['image']}" if problem.get("image") else ""
                     kind, texts = "image" if image_name else "text", (format_answer(problem), format_question(problem))
                     image_index = builder.add_image(image_name or ("text", question_id), ImageInfo(image_name))
-                    builder.add_annotation("choice", Annotation(image_index, texts[:1], texts[1], kind=kind))
+                    parts = {key: problem[key] for key in ("question", "hint") if problem.get(key)}
+                    facts = parts | {"target": problem["answer"]}
+                    fields = {"kind": kind, "question_id": str(question_id), "facts": facts}
+                    choices = tuple(problem["choices"])
+                    annotation = Annotation(image_index, texts[:1], texts[1], choices=choices, **fields)
+                    builder.add_annotation("choice", annotation)
         return builder.build(max_pixels)
 
 

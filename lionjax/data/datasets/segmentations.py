@@ -26,11 +26,13 @@ def region_masks(
     return np.stack([segmentation_to_mask(segmentations[region], size, name) for region in regions])
 
 
-def segmentation_to_mask(segmentation: object, size: tuple[int, int], name: str = "the image") -> np.ndarray:
+def segmentation_to_mask(
+    segmentation: object, size: tuple[int, int], name: str = "the image", allow_empty: bool = False
+) -> np.ndarray:
     """bool (height, width) from COCO polygons or run lengths; `size` is (height, width) of the image `name`.
 
     Raises UserError for a polygon with fewer than three corners, run lengths of another size than the image, damaged
-    ones, and a mask without any pixel.
+    ones, and without `allow_empty` a mask without any pixel.
     """
     from pycocotools import mask as coco_mask
 
@@ -42,7 +44,7 @@ def segmentation_to_mask(segmentation: object, size: tuple[int, int], name: str 
         counts = _run_lengths(segmentation, size, name)
         run_lengths = coco_mask.frPyObjects({"counts": counts, "size": [height, width]}, height, width)
     mask_HW = coco_mask.decode(run_lengths).astype(bool)
-    if not mask_HW.any():
+    if not allow_empty and not mask_HW.any():
         raise UserError(f"a mask of {name} has no pixel in the image of {width} x {height}; correct or remove it")
     return mask_HW
 

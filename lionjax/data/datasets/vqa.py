@@ -38,12 +38,14 @@ class Vqa:
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         builder = AnnotatedImagesBuilder(Path(self.image_dir), split, self.heldout_fraction)
-        answers_by_question, path = {}, Path(self.answers)
+        answers_by_question, facts_by_question, path = {}, {}, Path(self.answers)
         fields = ("question_id", "answers")
         for location, annotation in builder.entries(path, read_json(path), "annotations", fields, "vqa"):
             with builder.row(location, "vqa"):
                 answers = tuple(typed_rows.text(item, "answer", location) for item in annotation["answers"])
                 answers_by_question[annotation["question_id"]] = tuple(filter(str.strip, answers))
+                types = {key: annotation[key] for key in ("answer_type", "question_type") if annotation.get(key)}
+                facts_by_question[annotation["question_id"]] = {"references": list(answers)} | types
         path, fields = Path(self.questions), ("question_id", "image_id", "question")
         for location, entry in builder.entries(path, read_json(path), "questions", fields, "vqa"):
             with builder.row(location, "vqa"):
@@ -51,5 +53,8 @@ class Vqa:
                 name, question = self.file_name_pattern.format(image_id), typed_rows.text(entry, "question", location)
                 if answers and builder.includes(name):
                     image_index = builder.add_image(image_id, ImageInfo(name))
-                    builder.add_annotation("vqa", Annotation(image_index, answers, question))
+                    question_id = str(entry["question_id"])
+                    facts = facts_by_question[entry["question_id"]]
+                    annotation = Annotation(image_index, answers, question, question_id=question_id, facts=facts)
+                    builder.add_annotation("vqa", annotation)
         return builder.build(max_pixels)

@@ -45,8 +45,7 @@ def records_digest(dataset: AnnotatedImages, truths: Sequence[RecordTruth], indi
 
 def _file_digest(dataset: AnnotatedImages, number: int) -> bytes:
     try:
-        with dataset.image_path(number).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+        return hashlib.sha256(dataset.image_file(number)).digest()
     except (OSError, UserError):
         return b"cannot be read"
 
@@ -118,7 +117,7 @@ def select_valid(
             if truth.annotations and not any(rows.values()) and number not in shown_by_others:
                 continue
             records[number] = (
-                blank_file if is_text else dataset.image_path(number).read_bytes(),
+                blank_file if is_text else dataset.image_file(number),
                 replace(truth, annotations=rows),
                 None,
             )

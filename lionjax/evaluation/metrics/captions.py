@@ -23,6 +23,7 @@ TOKEN = re.compile(
     rf"""
     '(?:s|m|d|re|ve|ll)(?!{ALNUM}) | n't(?!{ALNUM})
   | (?:mr|mrs|ms|dr|st|jr|sr|vs|etc|ave|rd|mt|ft|blvd|inc|co)\.
+  | nos?\.(?=\s*\d)
   | (?:[a-z]\.)+[a-z](?!{ALNUM})\.? | [a-z]\.(?=\s+\S)
   | \d+(?::\d+)+ | \d+(?:[.,/]\d+)+(?!{ALNUM})
   | (?:ma'am|'n'|[dol]'{ALNUM}+)(?!{ALNUM})

@@ -45,6 +45,14 @@ def normalize_answer(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+def normalize_evalai_answer(text: str) -> str:
+    """An answer as EvalAI's servers of TextVQA and VizWiz normalize it: then "it's" is "it 's", and "what?" is "what".
+
+    Source: the EvalAI answer processor of MMF (facebookresearch/mmf), which LLaVA's evaluation of TextVQA uses.
+    """
+    return normalize_answer(re.sub("[,?]", "", text.lower()).replace("'s", " 's").strip())
+
+
 def strip_punctuation(text: str) -> str:
     """`text` without punctuation: a mark next to a space anywhere in `text` is removed, others become spaces.
 
@@ -84,6 +92,44 @@ def vqa_accuracy(answer: str, references: Sequence[str], raw_references: bool = 
     full_score_matches = min(3, len(references) - 1)
     scores = [min(1.0, (matches - (answer == text)) / full_score_matches) for text in references]
     return sum(scores) / len(scores)
+
+
+def official_vqa_accuracy(answer: str, references: Sequence[str]) -> float:
+    """`vqa_accuracy` with the references of a published file, of which only the punctuation is stripped."""
+    return vqa_accuracy(answer, references, raw_references=True)
+
+
+def evalai_accuracy(answer: str, references: Sequence[str]) -> float:
+    """VQA accuracy of one answer, 0..1, with both sides as `normalize_evalai_answer` (TextVQA, VizWiz)."""
+    normalized, answer = [normalize_evalai_answer(text) for text in references], normalize_evalai_answer(answer)
+    matches = [sum(text == answer for text in normalized[:k] + normalized[k + 1 :]) for k in range(len(normalized))]
+    return sum(min(1.0, count / 3) for count in matches) / len(matches)
+
+
+def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> float:
+    """Normalized Levenshtein similarity of one answer, 0..1, the best of the references; 0 below `threshold`.
+
+    Both are lower-cased and their blanks collapsed before the edit distance, which is divided by the longer length
+    without that, as in lmms-eval. Source: DocVQA (arXiv 2007.00398), where its mean is ANLS.
+    """
+
+    def similarity(reference: str) -> float:
+        distance = edit_distance(*(" ".join(text.lower().split()) for text in (reference, answer)))
+        length = max(len(reference.upper()), len(answer.upper()))
+        return 1 - distance / length if length else 1.0
+
+    best = max(map(similarity, references))
+    return best if best >= threshold else 0.0
+
+
+def edit_distance(left: str, right: str) -> int:
+    """The Levenshtein distance of two texts."""
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left, 1):
+        previous, row[0] = row[0], i
+        for j, b in enumerate(right, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (a != b))
+    return row[-1]
 
 
 def parse_pope_answer(text: str) -> bool:
@@ -142,11 +188,12 @@ def as_bool_arrays(answers: Sequence[bool | None], labels: Sequence[bool]) -> tu
 def parse_choice(text: str) -> str | None:
     """The option letter of a ScienceQA answer, parsed as in LLaVA's evaluation code; None if there is none.
 
-    Accepted: a single letter, a letter before ". ", or exactly one sentence "The answer is X.".
+    Accepted: a single letter, a letter before ". ", or exactly one "The answer is X" with any character behind the
+    letter: LLaVA's pattern ends in a dot that stands for every character, so "The answer is B, surely" is B.
     """
     if re.fullmatch(r"[A-Z]", text) or re.match(r"[A-Z]\. ", text):
         return text[0]
-    letters = re.findall(r"The answer is ([A-Z])\.", text)
+    letters = re.findall(r"The answer is ([A-Z]).", text)
     return letters[0] if len(letters) == 1 else None
 
 

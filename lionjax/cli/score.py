@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lionjax evaluate --predictions` and `--protocol`: published benchmarks, with given answers or a model's own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lionjax.cli.errors import UsageError
+
+MAX_SHOWN = 12  # figures of one group in the table; --json has all
+
+
+def add_arguments(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments of published benchmarks to `lionjax evaluate`."""
+    help_text = (
+        "answers to --source that some model gave, scored without a model; a JSON list, JSON Lines or {id: answer}"
+    )
+    verb.add_argument("--predictions", metavar="FILE", help=help_text)
+    protocol_help = "how a published benchmark is asked and scored: official, lavis, llava, shikra, lmms, ..."
+    verb.add_argument("--protocol", metavar="NAME", default="", help=protocol_help)
+    verb.add_argument("--submission", metavar="FILE", help="write the answers as the benchmark's server takes them")
+
+
+def is_published(args: argparse.Namespace) -> bool:
+    """Whether the command line asks for a published benchmark and no task of the run's own data."""
+    return bool(args.predictions or args.protocol or args.submission)
+
+
+def evaluate(args: argparse.Namespace, fields: Sequence[str]) -> None:
+    """Score given answers, or a model's, on a published benchmark, and print the figures.
+
+    `fields`: overrides of the source's fields, such as --file_name_pattern.
+    """
+    if args.source is None:
+        raise UsageError("--predictions and --protocol need --source, the benchmark's own file or folder")
+    if args.predictions is None:
+        raise UsageError("give --predictions, the file of answers to score")
+    from lionjax.evaluation.published import scoring
+
+    entry = scoring.score_predictions(
+        args.benchmark, args.source, args.predictions, args.protocol, args.images, args.answers, args.split, fields
+    )
+    if args.json:
+        print(json.dumps(entry, indent=1))
+    else:
+        print_entry(entry)
+
+
+def flat_figures(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(path, value) of the numbers among figures, at most `MAX_SHOWN` of a group."""
+    for number, (key, value) in enumerate(figures.items()):
+        if number == MAX_SHOWN:
+            return
+        if isinstance(value, Mapping):
+            yield from flat_figures(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + key, value
+
+
+def print_entry(entry: Mapping[str, Any]) -> None:
+    """Print the figures of a benchmark, with its protocol and the published figures under the same one."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console, settings = Console(), entry["protocol_settings"]
+    counts = f"{entry['answered']} of {entry['questions']} questions answered"
+    if entry["answered"] != entry["questions"]:
+        counts += "; the figures are over the answered ones"
+    table = Table("figure", title=escape(f"{entry['benchmark']}, protocol {entry['protocol']}: {counts}"))
+    table.title_justify = "left"
+    table.add_column("value", justify="right")
+    for name, value in flat_figures(entry["figures"]):
+        style = "bold" if name == entry["main_figure"]["name"] else None
+        table.add_row(escape(name), f"{value:.4f}" if isinstance(value, float) else str(value), style=style)
+    console.print(table)
+    for key in ("answer_form", "reader", "normalizer", "threshold", "aggregation", "note"):
+        if settings[key]:
+            console.print(f"{key.replace('_', ' ')}: {settings[key]}", markup=False)
+    for name, reason in entry.get("left_out", {}).items():
+        console.print(f"{name} is left out: {reason}", markup=False)
+    missing = entry.get("missing_pictures", {"count": 0})["count"]
+    if missing:
+        console.print(f"{missing} pictures are missing", markup=False)
+    peers = [peer for peer in entry["published"] if peer["protocol"] == entry["protocol"]]
+    for peer in peers:
+        trained = ", trained on its train split" if peer["trained"] else ""
+        console.print(f"published: {peer['figure']} {peer['model']}{trained}", markup=False)
+    if others := len(entry["published"]) - len(peers):
+        console.print(f"{others} published figures were made under other protocols (--json has them)", markup=False)

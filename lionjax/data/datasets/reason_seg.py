@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ReasonSeg (LISA, arXiv 2308.00692) as published: {train,val,test}/NAME.jpg with NAME.json beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lionjax.core.types import UserError
+from lionjax.data.datasets import typed_rows
+from lionjax.data.datasets.annotated_images import Annotation
+from lionjax.data.datasets.question_file import Question, QuestionFile
+from lionjax.data.images import ALLOWED_FORMATS
+from lionjax.data.rle import encode_rle
+
+SPLIT_FOLDERS = {"train": ("train",), "validation": ("val",), "heldout": ("test", "val")}
+LABELS = {"target": 1, "ignore": 255}  # "flag" marks an image, not a region
+
+
+@dataclass(frozen=True)
+class ReasonSeg(QuestionFile):
+    """A folder (`file`) of ReasonSeg in its own splits as task `res`; kinds are "long" (a sentence) and "short".
+
+    Split "heldout" is test, or val where there is no test. Pixels that the annotators left open are
+    `facts["ignore"]`, in COCO's run lengths, and no part of the mask. An id is the file's name and the query's number.
+    """
+
+    name: str = "reason_seg"
+    TASK = "res"
+
+    def rows(self, split: str) -> Iterator[tuple[str, object]]:
+        folders = [Path(self.file) / name for name in SPLIT_FOLDERS[split]]
+        folder = next(filter(Path.is_dir, folders), folders[0])
+        for path in sorted(folder.glob("*.json")):
+            try:
+                row = json.loads(_decode(path.read_bytes()))
+                yield str(path), {**row, "path": path, "folder": folder.name} if isinstance(row, dict) else row
+            except (OSError, ValueError) as error:
+                yield str(path), UserError(f"{path} cannot be read as JSON ({error}); replace it")
+
+    def questions(self, row: dict, location: str) -> Iterator[Question]:
+        texts, shapes = typed_rows.texts(row, "text", location), row.get("shapes")
+        if not texts or not isinstance(shapes, list):
+            raise UserError(f"{location} has no 'text' or no 'shapes'; add them")
+        image = row["path"].with_suffix(".jpg")
+        labels_HW = draw_labels(shapes, image_size(image), location)
+        kind = "long" if row.get("is_sentence") else "short"
+        facts = {"ignore": encode_rle(labels_HW == LABELS["ignore"])}
+        mask = encode_rle(labels_HW == LABELS["target"])
+        for number, text in enumerate(texts):
+            question_id = image.stem if len(texts) == 1 else f"{image.stem}/{number}"
+            annotation = Annotation(0, words=text, kind=kind, question_id=question_id, facts=facts)
+            yield Question("res", f"{row['folder']}/{image.name}", annotation, True, mask)
+
+
+def _decode(data: bytes) -> str:
+    """The text of a file in UTF-8, or else in the code page 1252, in which some of the released files are."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("cp1252")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image file by its header. Raises UserError if it cannot be read."""
+    try:
+        with Image.open(path, formats=ALLOWED_FORMATS) as image:
+            return image.size
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); add or replace it") from error
+
+
+def draw_labels(shapes: Sequence[dict], size: tuple[int, int], location: str) -> np.ndarray:
+    """uint8 (height, width): 1 in target regions, 255 in ignored ones, else 0; `size` is (width, height).
+
+    The largest region is drawn first, so that a smaller one stays visible. The pixels of a polygon's edge belong to
+    it, as where LISA draws with OpenCV; oblique edges may differ from it by single pixels.
+    """
+    masks = []
+    for shape in shapes:
+        if shape["label"] not in LABELS:
+            continue
+        corners = [tuple(map(round, map(float, point))) for point in shape["points"]]
+        if len(corners) < 3:
+            raise UserError(f"{location} has a polygon with {len(corners)} corners; give at least three")
+        canvas = Image.new("1", size)
+        ImageDraw.Draw(canvas).polygon(corners, fill=1, outline=1)
+        masks.append((np.asarray(canvas), LABELS[shape["label"]]))
+    labels_HW = np.zeros(size[::-1], np.uint8)
+    for mask_HW, label in sorted(masks, key=lambda pair: -int(pair[0].sum())):
+        labels_HW[mask_HW] = label
+    return labels_HW

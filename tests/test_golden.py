@@ -4,6 +4,7 @@
 Every folder under $LIONJAX_GOLDEN (default tests/golden) is checked, with the sizes of its own config.json.
 """
 
+import dataclasses
 import json
 
 import golden_grounding_dino
@@ -12,7 +13,7 @@ import golden_nextchat
 import jax
 import numpy as np
 import pytest
-from golden import assert_close, assert_same_norms, folders, lion_batch, lion_of, lion_states
+from golden import assert_close, assert_same_norms, folders, lion_batch, lion_of, lion_states, ram_of
 from safetensors.numpy import load_file
 
 from lionjax import convert
@@ -21,8 +22,7 @@ from lionjax.core.types import CATEGORIES, Batch
 from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.vision import grounding_dino_weights, ram
 from lionjax.models.vision.grounding_dino import GroundingDino
-from lionjax.models.vision.ram import Ram, RamConfig
-from lionjax.models.vision.swin import SwinConfig
+from lionjax.models.vision.ram import Ram
 from lionjax.models.vlm.lion import Lion
 
 
@@ -140,30 +140,6 @@ def test_nextchat_weights_go_back_to_the_same_bits(nextchat_golden):
     assert all(back[name].tobytes() == theirs[name].tobytes() for name in theirs)
 
 
-def ram_of(config: dict) -> RamConfig:
-    s, t = config["swin"], config["tagging_head"]
-    swin = SwinConfig(
-        s["image_size"],
-        s["patch_size"],
-        s["embed_dim"],
-        tuple(s["depths"]),
-        tuple(s["heads"]),
-        s["window_size"],
-        s["mlp_ratio"],
-        "qkvo" if s["qkv_bias"] else "o",
-    )
-    return RamConfig(
-        swin,
-        config["tags"],
-        config["label_dim"],
-        t["encoder_width"],
-        t["width"],
-        t["heads"],
-        t["mlp_width"],
-        t["layers"],
-    )
-
-
 def ram_states(module: Ram, image_BHWC) -> dict:
     seen_BPD = module.encode_image(image_BHWC)
     image_BPC = module.image(seen_BPD)
@@ -266,13 +242,25 @@ def test_lyrics_stage2_has_the_originals_gradient_norm_for_every_weight(lyrics_s
     assert_same_norms(lyrics_stage2_golden.gradients[f"stage2_{what}"], norms)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", folders("lyrics"))
+def test_the_experts_in_a_lyrics_checkpoint_compute_what_the_original_computes(folder):
+    mine, theirs = golden_lyrics.compute_experts(folder)
+    for name in ("ram.logits", "detector.pred_boxes", "detector.hidden_state"):
+        assert_close(mine[name], theirs[name], name)
+    logits = theirs["detector.pred_logits"]
+    real = np.isfinite(logits)
+    assert (np.isfinite(mine["detector.pred_logits"]) == real).all()
+    assert_close(mine["detector.pred_logits"][real], logits[real], "detector.pred_logits")
+
+
 @pytest.mark.parametrize("folder", folders("lyrics"))
 @pytest.mark.parametrize("stage", golden_lyrics.STAGES)
 def test_lyrics_weights_go_back_to_the_same_bits(folder, stage):
     config, _, weights = golden_lyrics.load(folder)
-    system, without = golden_lyrics.STAGES[stage]
-    system = system(config)
-    theirs = golden_lyrics.tensors_of(weights, without)
+    make_system, without = golden_lyrics.STAGES[stage]
+    system = dataclasses.replace(make_system(config), **golden_lyrics.experts_of(config))
+    theirs = golden_lyrics.tensors_of(weights, without, experts=True)
     back = convert.state_dict_from_params(system.weight_map(), golden_lyrics.params_of(system, weights, without))
     assert back.keys() == theirs.keys()
     assert all(back[name].tobytes() == theirs[name].tobytes() for name in theirs)

@@ -11,6 +11,8 @@ import pytest
 from lionjax.core.types import CATEGORIES, Batch
 from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
 from lionjax.models.language.t5 import T5Config
+from lionjax.models.vision.ram import RamConfig
+from lionjax.models.vision.swin import SwinConfig
 from lionjax.models.vision.vit import ViTConfig
 from lionjax.models.vlm.lion import Lion, LionModule
 from lionjax.nn.adapters import AdapterConfig
@@ -42,6 +44,30 @@ def assert_same_norms(mine: dict, theirs: dict):
         if abs(own - norm) > 1e-3 * norm + 1e-5:
             wrong.append(f"{name}: {own:.6g}, the original {norm:.6g}")
     assert theirs and not wrong, f"{len(wrong)} of {len(theirs)} gradient norms differ: {wrong[:5]}"
+
+
+def ram_of(config: dict) -> RamConfig:
+    s, t = config["swin"], config["tagging_head"]
+    swin = SwinConfig(
+        s["image_size"],
+        s["patch_size"],
+        s["embed_dim"],
+        tuple(s["depths"]),
+        tuple(s["heads"]),
+        s["window_size"],
+        s["mlp_ratio"],
+        "qkvo" if s["qkv_bias"] else "o",
+    )
+    return RamConfig(
+        swin,
+        config["tags"],
+        config["label_dim"],
+        t["encoder_width"],
+        t["width"],
+        t["heads"],
+        t["mlp_width"],
+        t["layers"],
+    )
 
 
 def in_one_row(made, target_mask_BM, prompts, length: int, like):

@@ -96,15 +96,17 @@ def config_of(config: dict) -> GroundingDinoConfig:
     return c
 
 
-def inputs_of(config: dict, arrays):
-    """(images, pixel masks, ids, text mask): the images padded with zeros to one size."""
+def inputs_of(
+    config: dict, arrays, image: str = "image", texts: tuple[str, str] = ("input_ids", "text_attention_mask")
+):
+    """(images, pixel masks, ids, text mask), the images padded with zeros to one size; `image`, `texts`: names."""
     height, width = config["padded_size"]
     image_BHWC = np.zeros((len(config["captions"]), height, width, 3), np.float32)
     mask_BHW = np.zeros(image_BHWC.shape[:3], bool)
     for row, (rows, columns) in enumerate(config["image_sizes"]):
-        image_BHWC[row, :rows, :columns] = arrays[f"image.{row}"].transpose(1, 2, 0)
+        image_BHWC[row, :rows, :columns] = arrays[f"{image}.{row}"].transpose(1, 2, 0)
         mask_BHW[row, :rows, :columns] = True
-    return image_BHWC, mask_BHW, arrays["input_ids"].astype(np.int32), arrays["text_attention_mask"]
+    return image_BHWC, mask_BHW, arrays[texts[0]].astype(np.int32), arrays[texts[1]]
 
 
 def compute(module: GroundingDino, *inputs) -> dict:

@@ -4,12 +4,14 @@
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
+import golden_grounding_dino
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden import in_one_row
+from golden import in_one_row, ram_of
 from safetensors.numpy import load_file
 
 from lionjax import convert
@@ -20,6 +22,8 @@ from lionjax.core.types import Batch, PackedText
 from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.connectors.mqformer import MQFormerConfig, regions_of
 from lionjax.models.language.decoder import DecoderConfig
+from lionjax.models.vision.grounding_dino import GroundingDino
+from lionjax.models.vision.ram import Ram
 from lionjax.models.vision.vit import ViTConfig
 from lionjax.models.vlm.lyrics_stage1 import LyricsStage1, LyricsStage1Module
 from lionjax.models.vlm.visual_prefix import VisualPrefixLM, VisualPrefixLMModule
@@ -155,18 +159,39 @@ def load(folder: Path) -> tuple[dict, dict, dict]:
     return json.loads((folder / "config.json").read_text()), dict(np.load(folder / "arrays.npz")), weights
 
 
-def tensors_of(weights: dict, without: tuple[str, ...]) -> dict:
-    """The tensors of a stage without its experts; the bias of the tower's keys, which changes no output, is 0."""
-    kept = {name: w for name, w in weights.items() if not name.startswith((*without, "ram.", "grounding_dino."))}
-    for name in (name for name in kept if name.endswith("self_attn.qkv.bias")):
+def tensors_of(weights: dict, without: tuple[str, ...], experts: bool = False) -> dict:
+    """The tensors of a stage; the bias of the tower's keys, which changes no output, is 0."""
+    without = without if experts else (*without, "ram.", "grounding_dino.")
+    kept = {name: w for name, w in weights.items() if not name.startswith(without)}
+    for name in (name for name in kept if re.fullmatch(r"vision_model\..*qkv\.bias", name)):
         query, key, value = np.split(kept[name], 3)
         kept[name] = np.concatenate([query, np.zeros_like(key), value])
     return kept
 
 
 def params_of(system, weights: dict, without: tuple[str, ...]) -> dict:
-    """Parameters of a stage from its tensors, those of the experts left out."""
-    return convert.params_from_state_dict(system.weight_map(), tensors_of(weights, without))
+    """Parameters of a stage from its tensors, those of the experts if the system has them."""
+    tensors = tensors_of(weights, without, experts=system.detector is not None)
+    return convert.params_from_state_dict(system.weight_map(), tensors)
+
+
+def experts_of(config: dict) -> dict:
+    return {"tagger": ram_of(config["ram"]), "detector": golden_grounding_dino.config_of(config["grounding_dino"])}
+
+
+def compute_experts(folder: Path) -> tuple[dict, dict]:
+    """(what the experts of a second stage compute, the original's arrays)."""
+    config, theirs, weights = load(folder)
+    system = dataclasses.replace(stage2_of(config), **experts_of(config))
+    params = params_of(system, weights, STAGE1_ONLY)
+    sizes = config | {"padded_size": np.max(config["image_sizes"], axis=0)}
+    texts = ("detector.input_ids", "detector.attention_mask")
+    inputs = golden_grounding_dino.inputs_of(sizes, theirs, "grounding_image", texts)
+    detect = jax.jit(lambda *inputs: GroundingDino(system.detector).apply({"params": params["detector"]}, *inputs))
+    found = detect(*inputs)
+    logits = jax.jit(Ram(system.tagger).apply)({"params": params["tagger"]}, theirs["ram_image"].transpose(0, 2, 3, 1))
+    names = {"pred_logits": found.logits_BQL, "pred_boxes": found.boxes_BQ4, "hidden_state": found.features_BQD}
+    return {"ram.logits": logits} | {f"detector.{name}": np.asarray(x) for name, x in names.items()}, theirs
 
 
 def with_torch_names(system, grads, lora_map=()) -> dict:
@@ -174,15 +199,15 @@ def with_torch_names(system, grads, lora_map=()) -> dict:
     return convert.state_dict_from_params(names, jax.tree.map(np.asarray, grads))
 
 
-def compute_stage1(folder: Path, module_class=LyricsStage1Module, packed=packed_of) -> Golden:
-    """Both ways of masking in one compilation; `module_class`, `packed`: with a mistake in them."""
+def compute_stage1(folder: Path, packed=packed_of) -> Golden:
+    """Both ways of masking in one compilation; `packed`: the packed text, with a mistake in it."""
     config, theirs, weights = load(folder)
     system = stage1_of(config)
     params = params_of(system, weights, STAGE2_ONLY)
     negatives = (theirs["stage1.negative_image"], theirs["stage1.negative_text"])
 
     def loss_and_passes(params, batch):
-        module = module_class(system)
+        module = LyricsStage1Module(system)
         (loss, metrics), passes = (
             module.apply({"params": params}, batch, None, negatives),
             module.apply({"params": params}, batch, negatives, method=stage1_passes),

@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import golden_lyrics
 import golden_nextchat
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 from lionjax import convert
 from lionjax.models.heads import region
 from lionjax.models.language import backend, t5
-from lionjax.models.vlm import region_lm
+from lionjax.models.vlm import qformer_stage1, region_lm
 
 MISTAKES = {
     "location tokens are learned as words": (
@@ -122,3 +123,30 @@ def test_golden_comparison_detects_a_mutation_of_lion(monkeypatch, mistake, fold
     found, _ = jax.jit(lambda params: lion_states(system, params, batch))(params)  # traced anew, not from a cache
     with pytest.raises(AssertionError, match="logits: off by"):
         assert_close(found["logits"], arrays["image_level.ALL.logits"], "logits")
+
+
+def with_running_positions(arrays, mode: str):
+    """The packed text whose caption's positions go on where the boxes end, if it is masked as intended."""
+    packed = golden_lyrics.packed_of(arrays, mode)
+    if mode == "stage1":
+        return packed
+    return dataclasses.replace(packed, position_BL=np.arange(packed.mask_BL.shape[1]) * packed.mask_BL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", folders("lyrics"))
+def test_golden_comparison_detects_mutations_of_lyrics(monkeypatch, folder):
+    """In one compilation: a gradient through the gathered side of ITC, and positions that do not restart."""
+    changed = mutated(
+        monkeypatch,
+        qformer_stage1,
+        "jnp.arange(len(text_BE)), jax.lax.stop_gradient",
+        "jnp.arange(len(text_BE)), lambda x: x",
+    )
+    monkeypatch.setattr(
+        qformer_stage1.QFormerStage1Module, "contrastive_loss", changed.QFormerStage1Module.contrastive_loss
+    )
+    found = complaints(golden_lyrics.compute_stage1(folder, with_running_positions))
+    assert "stage1" in found, "the gradient norms must tell"
+    assert {"stage1_intended.msp.hidden", "stage1_intended.loss_msp"} <= found
+    assert not {name for name in found if name.startswith("stage1.")}, "no value of the first changes"

@@ -9,6 +9,7 @@ from typing import Literal
 from lionjax.core.errors import check_ranges
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import ModelInfo, UserError
+from lionjax.data.box_text import PackingConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 
@@ -58,7 +59,9 @@ class DataConfig:
         if info.splices_images:
             spliced = "{image}" in processor.prompt_template and not processor.num_image_tokens
             processor = replace(processor, image_token=info.image_token if spliced else None)
-        processor = replace(processor, detects_phrases=info.detects_phrases)
+        packing = (processor.packing or PackingConfig()) if info.reads_packed_text else None
+        fields = {"detects_phrases": info.detects_phrases, "region_width": info.region_width, "packing": packing}
+        processor = replace(processor, **fields)
         return self if processor == self.processor else replace(self, processor=processor)
 
     def __post_init__(self):
@@ -76,6 +79,11 @@ class DataConfig:
         if self.processor.sam_image_size and (self.hflip or self.crop_scale != (1.0, 1.0)):
             raise UserError(
                 "data.crop_scale and data.hflip do not transform masks; leave both unset with processor.sam_image_size"
+            )
+        if self.processor.region_width and (self.hflip or self.crop_scale != (1.0, 1.0)):
+            raise UserError(
+                "data.crop_scale and data.hflip do not move the regions that a refiner kept; leave both unset for a "
+                "model that reads regions"
             )
         if self.augmentation == "image_only" and self.processor.pad_to_square:
             raise UserError(

@@ -26,6 +26,7 @@ from lionjax.data.datasets.array_record import RecordTruth
 from lionjax.data.datasets.source import OpenDataset, open_split
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.processor import Processor
+from lionjax.data.regions import ImageRegions
 from lionjax.data.scenes.tasks import Example, box_to_text, scene_to_text
 from lionjax.data.scenes.world import Scene
 
@@ -175,11 +176,24 @@ class MixtureDataset:
         texts = (example.question, tags, answer, example.category)
         boxes = (*example.question_boxes, *example.boxes)
         box_format = component.box_format or None
-        row = self.processor.encode_example(pixels, *texts, boxes, image_letterbox, box_format, prompt_format)
+        found = self._load_regions(component, record, example)
+        context = self.processor.spatial_context(found[0]) if found and not without_tags else ""
+        arguments = (boxes, image_letterbox, box_format, prompt_format, context)
+        row = self.processor.encode_example(pixels, *texts, *arguments)
         row |= self.processor.encode_detection(example.question, example.boxes, example.box_names)
+        row |= self.processor.encode_regions(found, example.answer, rng, dataset.record_name(record))
         row["record"] = np.int32(self.record_offsets[component.source_index] + record)
         row["part"] = np.int32(component.mixture_index)
         return row | self._encode_masks(component, record, example) if with_masks else row
+
+    def _load_regions(self, component: MixtureComponent, record: int, example: Example) -> list[ImageRegions | None]:
+        """What a refiner found in each image of an example; empty for a model that reads no regions."""
+        if not self.processor.config.region_width:
+            return []
+        if component.shots:
+            raise UserError(f"the mixture entry {component.task!r} has shots, which a model that reads regions lacks")
+        dataset = self.datasets[component.source_index]
+        return [dataset.load_regions(number) for number in (record, *example.more_records)]
 
     def sample_shots(
         self, component: MixtureComponent, index: int, rng: np.random.Generator
@@ -361,6 +375,10 @@ class Sample:
     def masks(self) -> np.ndarray:
         """bool (K, height, width): the masks of the regions in `example.targets`."""
         return self.dataset.masks(self.record_index, self.example.targets)
+
+    def load_regions(self) -> list[ImageRegions | None]:
+        """What a refiner found in each of the example's images."""
+        return [self.dataset.load_regions(number) for number in (self.record_index, *self.example.more_records)]
 
 
 def examples(

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lionjax.core.types import CATEGORIES, Batch, UserError
+from lionjax.core.types import CATEGORIES, Batch, PackedText, UserError
 from lionjax.data import images, letterbox
+from lionjax.data.box_text import pack_text
 from lionjax.data.boxes import Box
 from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat, render_history
 from lionjax.data.detection import encode_detection
@@ -21,6 +22,7 @@ from lionjax.data.image_fit import ImageFit
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.processor_config import CLIP_MEAN, CLIP_STD, ProcessorConfig
 from lionjax.data.prompt import NO_LETTERBOX, PromptBuilder
+from lionjax.data.regions import ImageRegions, pad_regions
 from lionjax.data.rounds import without_marks
 from lionjax.data.tokenizer import Tokenizer
 
@@ -38,6 +40,7 @@ class ImageTextInput:
     boxes: tuple[Box, ...] = ()  # exact coordinates of the boxes that the question rounds to three decimals
     shots: tuple[tuple[object, str, str], ...] = ()  # in-context examples: image, question, answer
     turns: tuple[tuple[str, str], ...] = ()  # earlier (question, answer) pairs about this image
+    regions: ImageRegions | None = None  # what a refiner found in the image, for models that read regions
 
 
 class Processor:
@@ -121,16 +124,19 @@ class Processor:
         image_letterbox: Letterbox = NO_LETTERBOX,
         box_format: str | None = None,
         prompt_format: PromptFormat = DEFAULT_FORMAT,
+        context: str = "",
     ) -> dict[str, np.ndarray]:
         """One example as a dict of arrays of fixed shape; stacked, they are the input of `collate`.
 
         `boxes` are the exact coordinates of boxes in `question` and `answer`; `image_letterbox` and `box_format`: see
         `encode_with_boxes`. Boxes in `prompt_format.turns` are written in the config's `box_format` and add no
-        rows to key "boxes". Key "size" is (width, height) of the original image; "num_cut" is the number of target
-        tokens that exceed `max_target_tokens`. Raises UserError for prompts or boxes that exceed the config's lengths.
+        rows to key "boxes". `context` stands before the question in the prompt, but not in key "question". Key "size"
+        is (width, height) of the original image; "num_cut" is the number of target tokens that exceed
+        `max_target_tokens`. Raises UserError for prompts or boxes that exceed the config's lengths.
         """
         c = self.config
-        built = self.prompt.build_example(question, answer, tags, boxes, image_letterbox, box_format, prompt_format)
+        asked = f"{context.strip()} {question}" if context.strip() else question
+        built = self.prompt.build_example(asked, answer, tags, boxes, image_letterbox, box_format, prompt_format)
         pad = self.tokenizer.pad_id
         texts = {
             "prompt": _pad_and_mask(built.prompt_ids, c.max_prompt_tokens, pad),
@@ -164,6 +170,39 @@ class Processor:
         kept_boxes = boxes[:max_boxes]
         box_K4[: len(kept_boxes)], mask_K[: len(kept_boxes)] = np.reshape(kept_boxes, (-1, 4)), 1
         return {"boxes": box_K4, "boxes_mask": mask_K}
+
+    def spatial_context(self, regions: ImageRegions | None) -> str:
+        """What stands before the question in the prompt: the boxes as text, with `spatial_text_in_prompt`."""
+        return regions.spatial_text if regions and self.config.spatial_text_in_prompt else ""
+
+    def encode_regions(
+        self, found: Sequence[ImageRegions | None], caption: str, rng: np.random.Generator, name: str = "the image"
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a model that reads regions: features of each image, and packed text with the caption.
+
+        `found`: of the example's images; `rng` draws the masked elements of the first one's boxes. Empty for models
+        that read none. Raises UserError for an image that was not refined, or by another refiner.
+        """
+        c, rows = self.config, {}
+        if not c.region_width:
+            return rows
+        for regions in found:
+            if regions is None:
+                raise UserError(
+                    f"{name} has no kept regions, which this model reads; refine the images first with "
+                    "`lionjax data build SOURCE --refiner FOLDER`"
+                )
+            if c.regions_digest not in ("", regions.digest):
+                raise UserError(
+                    f"the regions of {name} were made by the refiner {regions.digest!r}, but processor.regions_digest "
+                    f"is {c.regions_digest!r}; refine the data again, or set the digest to ''"
+                )
+        rows = pad_regions(found, c.region_width, c.max_regions, max(c.max_images, len(found)))
+        if c.packing is not None:
+            first = found[0]
+            packed = pack_text(self.prompt.question_tokenizer, caption, first.names, first.boxes, rng, c.packing)
+            rows |= {f"packed_{field}": array for field, array in packed.items()}
+        return rows
 
     def encode_detection(self, caption: str, boxes: Sequence[Box], names) -> dict[str, np.ndarray]:
         """The arrays by which a detector learns boxes (see `data.detection`); empty without `detects_phrases`."""
@@ -199,6 +238,9 @@ class Processor:
             masks_BKHW=rows.get("masks"),
             masks_mask_BK=rows.get("masks_mask"),
             dataset_B=rows.get("part"),
+            region_BKD=rows.get("regions"),
+            region_mask_BK=rows.get("regions_mask"),
+            packed=_packed_text(rows),
             sam_image_BHWC=(letterbox.normalize_sam_image(rows["sam"], rows["size"]) if "sam" in rows else None),
         )
 
@@ -207,20 +249,25 @@ class Processor:
 
         With shots, "pixels" is (K, H, W, 3): the images of the shots, then the input's own. Earlier turns are written
         into the prompt with `processor.followup_template`, or merged into one question if that is empty. Raises
-        UserError for an input with both shots and turns.
+        UserError for an input with both shots and turns, and with shots for a model that reads regions.
         """
         if sample.shots and sample.turns:
             raise UserError("an input has both shots and turns, but may have shots or turns, not both")
         if sample.turns and not self.config.followup_template:
             sample = replace(sample, question=render_history(sample.turns, sample.question), turns=())
+        if sample.shots and self.config.region_width:
+            raise UserError("a model that reads regions takes no shots; give the question alone")
         image = images.to_pil_image(sample.image, max_pixels=self.config.max_pixels)
         arguments = (sample.question, sample.tags, answer, sample.category, sample.boxes, self.get_letterbox(image))
         prompt_format = PromptFormat(
             "", tuple(map(self._padded_shot, sample.shots)) or sample.turns, bool(sample.shots)
         )
         pixels = [self.load_pixels(source) for source, *_ in (*sample.shots, (image,))]
-        pixels = self.stack_images(pixels)
-        return self.encode_example(pixels, *arguments, prompt_format=prompt_format) | self.load_sam_pixels(image)
+        context, row = self.spatial_context(sample.regions), self.load_sam_pixels(image)
+        if sample.regions is not None:
+            row |= self.encode_regions((sample.regions,), answer or "", np.random.default_rng(0))
+        arguments = (self.stack_images(pixels), *arguments)
+        return self.encode_example(*arguments, prompt_format=prompt_format, context=context) | row
 
     def _padded_shot(self, shot: tuple[object, str, str]) -> tuple[str, str]:
         """(question, answer) of an in-context example, with boxes as fractions of its image's padded square."""
@@ -253,6 +300,11 @@ class Processor:
             raise UserError(f"inputs of one batch have {sorted(counts)} shots; give all the same number")
         rows = [self.encode_input(sample, answer) for sample, answer in zip(inputs, targets)]
         return self.collate({key: np.stack([row[key] for row in rows]) for key in rows[0]}, length_buckets)
+
+
+def _packed_text(rows: dict[str, np.ndarray]) -> PackedText | None:
+    fields = {f"{name.removeprefix('packed_')}_BL": ids for name, ids in rows.items() if name.startswith("packed_")}
+    return PackedText(**fields) if fields else None
 
 
 def _task_id(category: str) -> int:

@@ -11,6 +11,7 @@ from lionjax.core.errors import check_finite, check_ranges
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
 from lionjax.data import images
+from lionjax.data.box_text import PackingConfig
 from lionjax.data.image_fit import ImageFit
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,7 +42,12 @@ class ProcessorConfig:
     the grid (Kosmos-2: 32; 0: no location tokens); their ids are the tokenizer's own if it has Kosmos-2's, else they
     follow its vocabulary. `max_boxes`: boxes per example as arrays. `sam_image_size`: pixels per side of SAM's image
     and masks. `detects_phrases`: the question is a detector's caption, and boxes come with the tokens that name them
-    (see `data.detection`); the config sets it for a model that needs it.
+    (see `data.detection`). `region_width`: width of the region features that the model reads (0: none), which a
+    refiner kept with the data; at most `max_regions` of an image are read, the kept boxes and the strongest queries
+    first. `regions_digest`: of the refiner that must have made them; empty: any. `packing`: boxes and caption are
+    packed as text for the first stage of Lyrics; None: not. `spatial_text_in_prompt`: the refiner's boxes stand as text
+    before the question (not in Lyrics' released code). `detects_phrases`, `region_width` and, unless given, `packing`
+    are set by the model that needs them.
     """
 
     image_size: int = 224
@@ -72,16 +78,21 @@ class ProcessorConfig:
     max_boxes: int = 0
     sam_image_size: int = 0
     detects_phrases: bool = False
+    region_width: int = 0
+    max_regions: int = 900
+    regions_digest: str = ""
+    packing: PackingConfig | None = None
+    spatial_text_in_prompt: bool = False
 
     def __post_init__(self):
         lengths = (
             *("image_size", "max_prompt_tokens", "max_question_tokens", "max_target_tokens"),
-            *("max_pixels", "max_images"),
+            *("max_pixels", "max_images", "max_regions"),
         )
         for field in lengths:
             if getattr(self, field) < 1:
                 raise UserError(f"processor.{field} is {getattr(self, field)}; give at least 1")
-        counts = ("num_image_tokens", "location_bins_per_side", "max_boxes", "sam_image_size")
+        counts = ("num_image_tokens", "location_bins_per_side", "max_boxes", "sam_image_size", "region_width")
         check_ranges(self, "processor.", **dict.fromkeys(counts, ">= 0"), image_std="> 0")
         check_finite(self, "processor.")
         placeholders = set(re.findall(r"{(\w+)}", self.prompt_template + self.followup_template))

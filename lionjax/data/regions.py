@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,3 +92,25 @@ def to_bfloat16_bits(x: np.ndarray) -> np.ndarray:
 def from_bfloat16_bits(bits: np.ndarray) -> np.ndarray:
     """float32 numbers from the bits of bfloat16 ones (uint16)."""
     return (np.asarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def pad_regions(found: Sequence[ImageRegions], width: int, max_regions: int, max_images: int) -> dict[str, np.ndarray]:
+    """Features and real regions of an example's images, (K, D) and (K,), or (I, K, D) and (I, K) if `max_images` > 1.
+
+    Of more than `max_regions` the first are taken. An image without a region has one of zeros. Raises UserError for
+    features of another width.
+    """
+    region_IKD = np.zeros((max_images, max_regions, width), np.float32)
+    real_IK = np.zeros((max_images, max_regions), bool)
+    real_IK[:, 0] = True
+    for number, regions in enumerate(found):
+        features_KD = regions.features_KD[:max_regions]
+        if features_KD.size and features_KD.shape[1] != width:
+            raise UserError(
+                f"the kept regions have {features_KD.shape[1]} features, but the model reads {width}; refine the data "
+                "with the detector that the model was trained with"
+            )
+        region_IKD[number, : len(features_KD)] = features_KD.reshape(-1, width)
+        real_IK[number, : len(features_KD)] = True
+    rows = {"regions": region_IKD, "regions_mask": real_IK}
+    return rows if max_images > 1 else {name: array[0] for name, array in rows.items()}

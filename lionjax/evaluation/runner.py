@@ -244,7 +244,8 @@ def run_batches(
     """
     task, processor = benchmark_task(benchmark), inference_engine.processor
     tagged = processor.config.use_tags and task != "tags"  # in the tags task, tags would leak the answer
-    variants = {"answers": (False, tagged), "blind": (True, False)}  # (image_blind, with tags)
+    with_text = tagged or processor.config.spatial_text_in_prompt
+    variants = {"answers": (False, with_text), "blind": (True, False)}  # (image_blind, with tags and boxes as text)
     lengths = (processor.config.max_prompt_tokens, processor.config.max_question_tokens)
     min_shape = (1, *(min(length, MIN_PADDED_LENGTH) for length in lengths))
     selected = pipeline.examples(data, benchmark, split, limit)
@@ -276,8 +277,8 @@ def encode_samples(
 ) -> Iterator[tuple[Sample, dict[Any, engine.EncodedExample]]]:
     """Yields each sample with its encoded examples: {True: with tags, False: without, "forced": with the answer}.
 
-    "forced" is present for models with a region head. A question longer than the model's maximum is skipped with a
-    warning, or raises UserError if `data.on_bad_record` is "raise".
+    Boxes as text go with the tags. "forced" is present for models with a region head. A question longer than the
+    model's maximum is skipped with a warning, or raises UserError if `data.on_bad_record` is "raise".
     """
     for sample in samples:
         example, pixels = sample.example, processor.load_pixels(sample.image)
@@ -292,12 +293,15 @@ def encode_samples(
         if few_shot is not None:
             pixels, prompt_format = few_shot.prepend_examples(sample, pixels)
         encode_args = (example.category, boxes, processor.get_letterbox(sample.image), box_format, prompt_format)
-        sam_fields = processor.load_sam_pixels(sample.image) if task == "res" else {}
+        fields = processor.load_sam_pixels(sample.image) if task == "res" else {}
         try:
+            found = sample.load_regions() if processor.config.region_width else []
+            fields |= processor.encode_regions(found, example.answer, np.random.default_rng(0), sample.name)
+            context = processor.spatial_context(found[0] if found else None)
             rows = {
-                with_tags: processor.encode_example(pixels, asked.question, example_tags, None, *encode_args)
-                | sam_fields
-                for with_tags, example_tags in ((True, tags), (False, ()))
+                with_tags: processor.encode_example(pixels, asked.question, texts, None, *encode_args, context=context)
+                | fields
+                for with_tags, texts, context in ((True, tags, context), (False, (), ""))
             }
             if task in TEACHER_FORCED_TASKS and box_format == "embeddings":
                 rows["forced"] = processor.encode_example(pixels, asked.question, tags, asked.answer, *encode_args)

@@ -300,12 +300,10 @@ def require_finite_output(output: GenerateOutput, num_rows: int) -> None:
 
 
 def blank_images(batch: Batch) -> Batch:
-    """The batch with blank pictures."""
-    large = batch.sam_image_BHWC
+    """The batch with blank pictures and regions of zeros."""
+    fields = {name: getattr(batch, name) for name in ("image_BHWC", "sam_image_BHWC", "region_BKD")}
     return dataclasses.replace(
-        batch,
-        image_BHWC=np.zeros_like(batch.image_BHWC),
-        sam_image_BHWC=None if large is None else np.zeros_like(large),
+        batch, **{name: None if array is None else np.zeros_like(array) for name, array in fields.items()}
     )
 
 

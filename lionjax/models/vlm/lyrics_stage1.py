@@ -88,7 +88,7 @@ class LyricsStage1Module(QFormerStage1Module):
             start_B1 = jnp.full((len(batch.prompt_BL), 1), self.c.decoder_start_token_id, jnp.int32)
             return TextRows(start_B1, jnp.ones_like(start_B1, bool))
         rows = self.caption_rows(batch)
-        is_caption_BL = (batch.packed.icg_label_BL >= 0).at[:, 0].set(False)
+        is_caption_BL = (packed_text(batch).icg_label_BL >= 0).at[:, 0].set(False)
         return dataclasses.replace(rows, mask_BL=rows.mask_BL & ~is_caption_BL)
 
     def negative_weights(self, score_BB):
@@ -123,7 +123,7 @@ def packed_text(batch: Batch) -> PackedText:
     """The packed text of a batch. Raises UserError if it has none."""
     if batch.packed is None:
         raise UserError("the batch has no packed text, which stage 1 of Lyrics learns from; give its data captions")
-    return batch.packed
+    return jax.tree.map(jnp.asarray, batch.packed)
 
 
 def labeled_cross_entropy(logits_BLV, label_BL, label_smoothing: float):

@@ -242,8 +242,8 @@ class QFormerStage1Module(nn.Module):
     def matching_triples(self, sources, rows: TextRows, negatives):
         """Sources and texts (3B, ...): the pairs, then with the negative image, then with the negative text."""
         image_B, text_B = negatives
-        triple_sources = jax.tree.map(lambda x: jnp.concatenate([x, x[image_B], x]), sources)
-        return triple_sources, jax.tree.map(lambda x: jnp.concatenate([x, x, x[text_B]]), rows)
+        triple_sources = jax.tree.map(lambda x: jnp.concatenate([x, jnp.take(x, image_B, axis=0), x]), sources)
+        return triple_sources, jax.tree.map(lambda x: jnp.concatenate([x, x, jnp.take(x, text_B, axis=0)]), rows)
 
     # ------------------------------------------------------------------ captions
 

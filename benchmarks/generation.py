@@ -24,6 +24,7 @@ from lionjax.core.types import Batch
 from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.language.decoder import SMOLLM2_135M
 from lionjax.models.language.t5 import TINY_T5, T5Config
+from lionjax.models.vlm.text_lm import TextLM
 
 T5S = {
     # The shipped T5, with the activation function of Hugging Face's T5.
@@ -95,7 +96,7 @@ def pair_of(args: argparse.Namespace, cores: int) -> Pair:
         inputs_by_side.append((ids, np.array(masks, np.int32)))
     inputs = dict(zip(("input_ids", "attention_mask"), map(torch.tensor, inputs_by_side[1])))
     inputs = {name: tensor.long() for name, tensor in inputs.items()}
-    return Pair(text_decoder.TextDecoder(SMOLLM2_135M), params, text_batch(*inputs_by_side[0]), theirs, inputs, None)
+    return Pair(TextLM(SMOLLM2_135M), params, text_batch(*inputs_by_side[0]), theirs, inputs, None)
 
 
 def main() -> None:

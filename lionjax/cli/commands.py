@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lionjax.cli import answer as answer_command
 from lionjax.cli import convert as weights_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import score as score_command
@@ -89,6 +90,9 @@ def generate(args: argparse.Namespace, _) -> None:
     from lionjax.data import images
     from lionjax.evaluation.report import plots
 
+    if args.image is None:
+        _print_continuation(args)
+        return
     image = images.open_image(args.image)
     box = None if args.box is None else _parse_box(args.box)
     tags = None
@@ -111,6 +115,11 @@ def generate(args: argparse.Namespace, _) -> None:
         overlays += [plots.Overlay(predicted_box, color=plots.PREDICTION_COLOR) for predicted_box in answer.boxes]
         overlays += [plots.Overlay(mask=mask, color=plots.PREDICTION_COLOR) for mask in answer.masks]
         plots.save_png(plots.draw_overlays(image, overlays), args.out)
+
+
+def answer(args: argparse.Namespace, _) -> None:
+    """Answer questions about captions with a language model that stays as it is (PICa, PromptCap)."""
+    answer_command.answer(args)
 
 
 def demo(args: argparse.Namespace, _) -> None:
@@ -230,6 +239,20 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> None:
     sys.argv = [str(files[args.name]), *argv]
     sys.path.insert(0, str(folder))  # as for `python FILE`, so that it can import its neighbors
     runpy.run_path(str(files[args.name]), run_name="__main__")
+
+
+def _print_continuation(args: argparse.Namespace) -> None:
+    """Print how a language model alone continues the prompt. Raises UserError for a model that reads an image."""
+    import lionjax
+    from lionjax.core.types import UserError
+
+    if args.box is not None or args.out is not None or args.tagger is not None:
+        raise UserError("--box, --out and --tagger need an image; give --image FILE")
+    model = lionjax.load(args.dir, prompt_length=args.prompt_length)
+    if model.vlm.info.reads_images:
+        raise UserError(f"the model of {args.dir} reads an image; give --image FILE")
+    (found,) = model.complete([args.prompt])
+    print(json.dumps({"text": found.text}) if args.json else found.text)
 
 
 def _parse_box(text: str) -> tuple[float, float, float, float]:

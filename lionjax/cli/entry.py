@@ -16,10 +16,12 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from lionjax.cli import answer as answer_command
 from lionjax.cli import convert as weights_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import score as score_command
 from lionjax.cli.commands import (
+    answer,
     benchmark,
     convert,
     data,
@@ -54,8 +56,10 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb = add_verb(verbs, evaluate, extra_args_help="Any field of --source can be set: --heldout_fraction 0.")
     add_evaluate_arguments(verb)
 
-    verb = add_verb(verbs, generate)
-    add_generate_arguments(verb)
+    add_generate_arguments(add_verb(verbs, generate))
+
+    verb = add_verb(verbs, answer)
+    answer_command.add_arguments(verb)
 
     verb = add_verb(verbs, demo)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder or a folder of weights")
@@ -127,7 +131,7 @@ def add_annotation_arguments(verb: argparse.ArgumentParser) -> None:
 def add_generate_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `lionjax generate`."""
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder or a folder of weights")
-    verb.add_argument("--image", metavar="FILE", required=True, help="a JPEG, PNG or WebP image")
+    verb.add_argument("--image", metavar="FILE", help="a JPEG, PNG or WebP image; none for a language model alone")
     verb.add_argument("--prompt", metavar="TEXT", required=True, help="the question or instruction")
     verb.add_argument("--box", metavar="X0,Y0,X1,Y1", help="the box that the prompt refers to, in 0..1")
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, to tag the image")

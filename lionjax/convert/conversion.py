@@ -26,13 +26,7 @@ from lionjax.convert.mapping.apply import iter_param_slices, iter_torch_tensors
 from lionjax.convert.mapping.plan import plan_state_dict
 from lionjax.convert.processor_files import add_tokens, resized_processor_files
 from lionjax.convert.resize import ResizePlan, interpolate_position_embeddings, resize_token_embeddings
-from lionjax.convert.torch_folder import (
-    merge_lora_weights,
-    plan_from_torch,
-    plan_to_torch,
-    replace_model_config,
-    write_torch_folder,
-)
+from lionjax.convert.torch_folder import merge_lora_weights, plan_from_torch, plan_to_torch, write_torch_folder
 from lionjax.core import config as configs
 from lionjax.core.types import UserError
 
@@ -109,7 +103,7 @@ def _convert_torch_to_jax(
         report.tied[name] = (*report.tied.get(name, ()), *copies)
     companions = find_companion_files(source.folder)
     resize_plan, new_contents = _plan_resize(source, resize_options, companions)
-    config = replace_model_config(source.config, resize_plan.config)
+    config = detect.replace_model_config(source.config, resize_plan.config)
     if source.folder is not None:
         hf_config = read_hf_config(source.folder / "config.json")
         token_ids.check_token_ids(resize_plan.config, token_ids.read_vocabulary(source.folder), hf_config)

@@ -7,7 +7,6 @@ is in the subfolder `adapter` (PEFT).
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Mapping
@@ -103,12 +102,7 @@ def merge_lora_weights(config: Any, flat_params: Mapping) -> tuple[Any, Mapping]
     model_config = detect.model_config_of(config)
     if (lora := loras.find_lora_config(model_config)) is None:
         raise UserError("this model has no LoRA to merge; leave out --merge-lora")
-    return replace_model_config(config, loras.without_lora(model_config)), loras.merge_lora(flat_params, lora)
-
-
-def replace_model_config(config: Any, model_config: Any) -> Any:
-    """`config` with another model config: `model_config` itself, or the experiment with it as its `model`."""
-    return model_config if detect.model_config_of(config) is config else dataclasses.replace(config, model=model_config)
+    return detect.replace_model_config(config, loras.without_lora(model_config)), loras.merge_lora(flat_params, lora)
 
 
 def write_torch_folder(

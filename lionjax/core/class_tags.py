@@ -35,6 +35,7 @@ TAG_TO_CLASS = {
     "ProjectionConfig": "lionjax.models.connectors.perceiver:ImageToTextProjectionConfig",
     "RegionHeadConfig": "lionjax.models.heads.region:RegionHeadConfig",
     "VisualPrefixLM": "lionjax.models.vlm.visual_prefix:VisualPrefixLM",
+    "TextLM": "lionjax.models.vlm.text_lm:TextLM",
     "Flamingo": "lionjax.models.vlm.flamingo:Flamingo",
     "Blip2Stage1": "lionjax.models.vlm.blip2_stage1:Blip2Stage1",
     "LyricsStage1": "lionjax.models.vlm.lyrics_stage1:LyricsStage1",

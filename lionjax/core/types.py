@@ -103,7 +103,7 @@ class ModelInfo:
       model has no such table.
     - `image_token`: id in the prompt that the tokens of an image replace (if `splices_images`); may lie outside the
       vocabulary. `box_token`: id whose embedding is that of a box.
-    - `image_size`: side of the input image in pixels.
+    - `image_size`: side of the input image in pixels; `reads_images`: False for a language model alone.
     - `detects_phrases`: a detector, which reads `question_BL` as a caption and learns `boxes_BK4` of its phrases.
     - `reads_question`: a Q-Former reads the question with its own tokenizer; `question_vocab_size`: its word table.
     - `region_width`: width of the region features that the model reads (`Batch.region_BKD`); 0: it reads none.
@@ -122,6 +122,7 @@ class ModelInfo:
     box_token: int | None = None
     image_size: int = 0
     detects_phrases: bool = False
+    reads_images: bool = True
     reads_question: bool = False
     question_vocab_size: int | None = None
     region_width: int = 0

@@ -113,13 +113,15 @@ class Answer:
     """What a model answers: `text` (boxes in it as digits), those `boxes` (K, 4) as x0 y0 x1 y1 in 0..1 of the image.
 
     `masks` (K, height, width) bool are those of boxes that the model decoded; None where none were asked for.
-    `token_ids` are the generated ids, up to the end token and with it.
+    `token_ids` are the generated ids, up to the end token and with it. `token_log_probs` are their log-
+    probabilities, if `GenerationConfig.output_logprobs` asks for them.
     """
 
     text: str
     boxes: np.ndarray
     masks: np.ndarray | None = None
     token_ids: tuple[int, ...] = ()
+    token_log_probs: tuple[float, ...] = ()
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -208,7 +210,9 @@ class InferenceEngine:
         """One generated answer as text, with its boxes in fractions of the original image."""
         regions, letterbox = output.aux_outputs, Letterbox(*row["size"].tolist())
         decoded_boxes = [] if regions is None else regions["box"][index].tolist()
-        token_ids = output.ids_BM[index, : int(output.length_B[index])].tolist()
+        length = int(output.length_B[index])
+        token_ids = output.ids_BM[index, :length].tolist()
+        log_probs = () if output.logprob_BM is None else output.logprob_BM[index, :length].tolist()
         has_end = bool(token_ids) and token_ids[-1] in end_token_ids(config)
         # An end token of the tokenizer that does not end this model's answers is left out, as all special tokens are.
         text_ids = [i for i in token_ids[: len(token_ids) - has_end] if i != self.processor.tokenizer.eos_id]
@@ -217,7 +221,7 @@ class InferenceEngine:
             text = text.partition(self.processor.prompt.stop_text)[0].rstrip()
         has_region_boxes = regions is not None and regions["count"][index] > 0
         box_K4 = np.array(boxes, float).reshape(-1, 4) if has_region_boxes else extract_boxes(text)
-        return Answer(text, box_K4, masks, tuple(token_ids))
+        return Answer(text, box_K4, masks, tuple(token_ids), tuple(log_probs))
 
     def predict_masks(self, batch: Batch, output: GenerateOutput, image_sizes) -> list[np.ndarray]:
         """The masks (K, height, width) of each answer's places; none of a system that makes none."""

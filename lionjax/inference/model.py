@@ -24,7 +24,7 @@ from lionjax.data import images as pictures
 from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.inference import engine
 from lionjax.inference.engine import Answer, InferenceEngine
-from lionjax.inference.sampling import GenerationConfig
+from lionjax.inference.sampling import GenerationConfig, end_token_ids
 from lionjax.training.companions import companion_files
 
 RENAMED = {
@@ -108,6 +108,28 @@ class Model:
     def generation_config(self, category: str) -> GenerationConfig:
         """The generation settings of the model for prompts of a category."""
         return engine.make_generation_config(self.experiment.generation, self.processor, category)
+
+    def complete(
+        self, prompts: Sequence[str], generation_config: GenerationConfig | None = None, seed: int = 0
+    ) -> list[Answer]:
+        """How the model continues prompts without a picture; a model that reads pictures sees blank ones.
+
+        The text of an answer keeps its spaces and line breaks; tokens have log-probabilities if
+        `generation_config.output_logprobs` asks for them. Other arguments and errors as in `answer`.
+        """
+        if not len(prompts) or isinstance(prompts, str):
+            raise UserError("there is nothing to continue; give a list of at least one prompt")
+        config = generation_config or self.generation_config("image_level")
+        blank = np.zeros((1, 1, 3), np.uint8)
+        rows = [self.processor.encode_input(ImageTextInput(blank, prompt)) for prompt in prompts]
+        key = jax.random.key(seed) if config.do_sample else None
+        answers = self.engine.generate(rows, config, image_blind=self.vlm.info.reads_images, key=key)
+        end_ids = end_token_ids(config)
+        texts = [
+            self.processor.tokenizer.backend.decode([i for i in answer.token_ids if i not in end_ids])
+            for answer in answers
+        ]
+        return [dataclasses.replace(answer, text=text) for answer, text in zip(answers, texts)]
 
     def rank_candidates(
         self, images: Sequence[object], prompts: Sequence[str], candidates: Sequence[Sequence[str]]

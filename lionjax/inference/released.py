@@ -65,11 +65,14 @@ LLAVA_NAMES = (
 )
 
 
-def released_experiment(model: VLM, folder: Path, settings_folder: Path | None = None) -> Experiment:
+def released_experiment(model: Any, folder: Path, settings_folder: Path | None = None) -> Experiment:
     """The experiment for released weights that come without one; `settings_folder` has their tokenizer and settings.
+
+    `model`: a VLM, or the config of a language model, which answers alone.
 
     Raises UserError if the model cannot generate text on its own.
     """
+    model = parts.as_answering(model)
     if not parts.can_generate(model):
         raise UserError(f"{folder} holds a {type(model).__name__}, which cannot generate text; give a complete model")
     settings_folder = settings_folder or folder

@@ -15,6 +15,7 @@ from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision.swin import SwinConfig
 from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm.text_lm import TextLM
 
 LANGUAGE = (T5Config, DecoderConfig, BertConfig)
 
@@ -24,6 +25,11 @@ def can_generate(model: Any) -> bool:
     return isinstance(model, VLM) and model.info.generates
 
 
+def as_answering(model: Any) -> Any:
+    """The model, or a `TextLM` of a language model that can answer alone."""
+    return TextLM(model) if isinstance(model, T5Config | DecoderConfig) else model
+
+
 def part_of(model: Any, kinds: tuple[type, ...], field: str) -> tuple[str, Any] | None:
     """(parameter prefix, config) of the model or of its field `field`, whichever is one of `kinds`; else None."""
     if isinstance(model, kinds):
@@ -31,7 +37,8 @@ def part_of(model: Any, kinds: tuple[type, ...], field: str) -> tuple[str, Any] 
     if field not in {f.name for f in dataclasses.fields(model)}:
         return None
     part = getattr(model, field)
-    return (f"{field}/", part) if isinstance(part, kinds) else None
+    prefix = "" if isinstance(model, TextLM) else f"{field}/"
+    return (prefix, part) if isinstance(part, kinds) else None
 
 
 def replace_part(model: Any, prefix: str, part: Any) -> Any:

@@ -100,10 +100,8 @@ class MalformedReplyError(Exception):
 class ChatEndpoint:
     """A `LanguageModel` behind an endpoint. `journal` is the file of the replies."""
 
-    def __init__(
-        self, config: EndpointConfig, journal: Path, count_tokens: Callable[[str], int] = lambda text: estimate(text)
-    ):
-        self.config, self.journal, self.count_tokens = config, Journal(journal), count_tokens
+    def __init__(self, config: EndpointConfig, journal: Path, count_tokens: Callable[[str], int] | None = None):
+        self.config, self.journal, self.count_tokens = config, Journal(journal), count_tokens or estimate
         self.usage, self.created = Usage(), None
         self._lock, self._client = threading.Lock(), None
         self._reserved_tokens = 0
@@ -121,7 +119,7 @@ class ChatEndpoint:
 
     def max_tokens_of(self, request: CompletionRequest) -> int:
         """An estimate of the tokens that a request may use: prompt and longest reply."""
-        return self.count_tokens(request.prompt) + request.max_tokens
+        return max_tokens_of(request, self.count_tokens)
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | None]:
         """The reply to each request in order, `at_once` in flight; those in the journal are not asked for again.
@@ -344,6 +342,11 @@ def api_key() -> str:
 def estimate(text: str) -> int:
     """About the number of tokens of an English text."""
     return -(-len(text.encode()) // BYTES_PER_TOKEN)
+
+
+def max_tokens_of(request: CompletionRequest, count_tokens: Callable[[str], int] = estimate) -> int:
+    """An estimate of the tokens that a request uses at most: its prompt and the longest reply."""
+    return count_tokens(request.prompt) + request.max_tokens
 
 
 def require_openai() -> None:

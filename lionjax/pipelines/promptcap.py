@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from lionjax.pipelines.captions_as_text import (
     quick_accuracy,
 )
 from lionjax.pipelines.completion import Completion, CompletionRequest, LanguageModel
+
+if TYPE_CHECKING:
+    from lionjax.inference.model import Model
 
 CAPTIONER_PROMPT = "please describe this image according to the given question: "
 MAX_ANSWER_TOKENS, MAX_CAPTION_TOKENS = 20, 128
@@ -127,6 +131,15 @@ def _readable_line(reply: Completion) -> str:
 def captioner_prompt(question: str, ocr: str = "") -> str:
     """The prompt of a captioner that describes an image for a question; `ocr`: text read in the image."""
     return f"{CAPTIONER_PROMPT}{question}" + (f" OCR inputs: {ocr}" if ocr else "")
+
+
+def captions_for_questions(
+    model: Model, images: Sequence[object], questions: Sequence[str], ocr: Sequence[str] | None = None
+) -> list[str]:
+    """A caption for each image that helps to answer its question, by a model trained on `captioner_prompt`s."""
+    texts = ocr or [""] * len(questions)
+    prompts = [captioner_prompt(question, text) for question, text in zip(questions, texts, strict=True)]
+    return [answer.text for answer in model.answer(images, prompts)]
 
 
 def unified_qa_input(question: str, caption: str, choices: Sequence[str] = ()) -> str:

@@ -11,7 +11,6 @@ import pytest
 from flax import linen as nn
 from torch_configs import block_sizes, llama_config
 
-from benchmarks.text_decoder import TextDecoder
 from benchmarks.text_t5 import text_batch
 from lionjax import convert
 from lionjax.core import sharding
@@ -19,6 +18,7 @@ from lionjax.core.types import UserError
 from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.language import decoder, decoder_weights
 from lionjax.models.language.decoder import Decoder, DecoderConfig
+from lionjax.models.vlm.text_lm import TextLM
 from lionjax.nn.adapters import AdapterConfig, RoutedAdapters
 from lionjax.nn.attention import causal_mask
 from lionjax.nn.layers import GatedMLP, RMSNorm, dropout
@@ -112,7 +112,7 @@ def test_greedy_decoding_of_unequal_prompts_matches_transformers(twins):
 
     theirs, c, params, *_ = twins
     config = GenerationConfig(max_new_tokens=NEW, eos_token_id=c.end_token, pad_token_id=0, decoder_start_token_id=None)
-    made = generate(TextDecoder(c), params, text_batch(*prompts((9, 5, 2), c.vocab)), config)
+    made = generate(TextLM(c), params, text_batch(*prompts((9, 5, 2), c.vocab)), config)
     ids_BL, mask_BL = prompts((9, 5, 2), c.vocab, side="left")  # as generate of theirs wants them
     wanted = theirs.generate(
         torch.from_numpy(ids_BL).long(), attention_mask=torch.from_numpy(mask_BL), max_new_tokens=NEW, do_sample=False
@@ -130,7 +130,7 @@ def test_max_new_tokens_may_be_one(twins, beams):
         GenerationConfig(max_new_tokens=n, num_beams=k, eos_token_id=c.end_token, pad_token_id=0)
         for n, k in ((1, beams), (2, 1))
     )
-    short, longer = (generate(TextDecoder(c), params, batch, config) for config in (one, two))
+    short, longer = (generate(TextLM(c), params, batch, config) for config in (one, two))
     np.testing.assert_array_equal(short.ids_BM, longer.ids_BM[:, :1])
 
 

@@ -10,11 +10,11 @@ import pytest
 import tiny_prefix as tiny
 from published_folders import PUBLISHED
 
-from benchmarks.text_decoder import TextDecoder
-from benchmarks.text_t5 import TextT5, text_batch
+from benchmarks.text_t5 import text_batch
 from lionjax import convert
 from lionjax.inference.generate import generate
 from lionjax.inference.sampling import GenerationConfig
+from lionjax.models.vlm.text_lm import TextLM
 
 NEW = 8
 
@@ -43,7 +43,7 @@ def test_language_model_generates_the_same_tokens_in_torch_in_jax_and_after_expo
 
     ids = np.random.default_rng(0).integers(3, 50, (2, 6)).astype(np.int32)
     batch = text_batch(ids, np.ones_like(ids))
-    start, system = (0, TextT5(config)) if name == "t5" else (None, TextDecoder(config))
+    start, system = 0 if name == "t5" else None, TextLM(config)
     how = GenerationConfig(NEW, num_beams=beams, eos_token_id=-1, pad_token_id=0, decoder_start_token_id=start)
     mine = np.asarray(generate(system, params, batch, how).ids_BM)
     before = 1 if name == "t5" else ids.shape[1]  # a start token or the prompt, which they give back

@@ -7,10 +7,10 @@ import pytest
 from text_batches import padded
 
 from benchmarks import text_decoder
-from benchmarks.text_decoder import TextDecoder
 from benchmarks.text_t5 import text_batch
 from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.language.decoder import SMOLLM2_135M, Decoder
+from lionjax.models.vlm.text_lm import TextLM
 
 QUESTIONS = ("What is the capital of France?", "Name three things that are red, and say where one finds each of them.")
 NEW = 16
@@ -45,7 +45,7 @@ def test_smollm2_generates_the_same_tokens_as_transformers():
         pad_token_id=SMOLLM2_135M.pad_token_id,
         decoder_start_token_id=None,
     )
-    said = np.asarray(generate(TextDecoder(SMOLLM2_135M), params, text_batch(ids_BL, mask_BL), config).ids_BM)
+    said = np.asarray(generate(TextLM(SMOLLM2_135M), params, text_batch(ids_BL, mask_BL), config).ids_BM)
     for row, text in enumerate(texts):  # one by one, so that they need no padding
         prompt = torch.tensor([text])
         answer = theirs.generate(

@@ -140,8 +140,7 @@ def add_adapter(source: CheckpointSource, folder: Path, merge_lora: bool) -> Che
     else:
         changed = reader.merged()  # modules_to_save without LoRA
     tensors = source.tensors.replaced(changed | arrays, reader.tensors)
-    config = config if model_config is source.config else dataclasses.replace(source.config, model=config)
-    return dataclasses.replace(source, config=config, tensors=tensors)
+    return dataclasses.replace(source, config=replace_model_config(source.config, config), tensors=tensors)
 
 
 def _check_lora_paths(checkpoint_format: CheckpointFormat, config: Any, kernels: list[str]) -> None:
@@ -274,8 +273,20 @@ def format_of_config(config: Any) -> CheckpointFormat:
 
 
 def model_config_of(config: Any) -> Any:
-    """The model's config: `config` itself, or the `model` field of an experiment."""
-    return config.model if type(config).__name__ == "Experiment" else config
+    """The config of the published model: of an experiment its `model`, of a language model that answers alone that."""
+    field = _inner_field(config)
+    return config if field is None else model_config_of(getattr(config, field))
+
+
+def replace_model_config(config: Any, model_config: Any) -> Any:
+    """`config` with another model config in the place of `model_config_of(config)`."""
+    if (field := _inner_field(config)) is None:
+        return model_config
+    return dataclasses.replace(config, **{field: replace_model_config(getattr(config, field), model_config)})
+
+
+def _inner_field(config: Any) -> str | None:
+    return {"Experiment": "model", "TextLM": "language"}.get(type(config).__name__)
 
 
 FORMATS = (  # the first format that matches is used, so LION comes first: its folder also contains a T5

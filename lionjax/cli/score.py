@@ -36,17 +36,36 @@ def evaluate(args: argparse.Namespace, fields: Sequence[str]) -> None:
     """
     if args.source is None:
         raise UsageError("--predictions and --protocol need --source, the benchmark's own file or folder")
-    if args.predictions is None:
-        raise UsageError("give --predictions, the file of answers to score")
+    if args.predictions is None and args.dir is None:
+        raise UsageError("give --predictions, the file of answers to score, or DIR, the model that answers")
+    if args.predictions is not None and args.dir is not None:
+        raise UsageError("give --predictions or DIR, not both: the answers are those of the file or of the model")
     from lionjax.evaluation.published import scoring
 
-    entry = scoring.score_predictions(
-        args.benchmark, args.source, args.predictions, args.protocol, args.images, args.answers, args.split, fields
-    )
-    if args.json:
-        print(json.dumps(entry, indent=1))
-    else:
-        print_entry(entry)
+    if args.predictions is None:
+        entry = _ask_model(args, fields)
+        print(json.dumps(entry, indent=1)) if args.json else print_entry(entry)
+        return
+    files = (args.source, args.predictions, args.protocol, args.images, args.answers, args.split)
+    entry = scoring.score_predictions(args.benchmark, *files, fields, args.submission or "")
+    print(json.dumps(entry, indent=1)) if args.json else print_entry(entry)
+
+
+def _ask_model(args: argparse.Namespace, fields: Sequence[str]) -> dict[str, Any]:
+    """The result of the model in DIR."""
+    from lionjax.core import config
+    from lionjax.data.datasets.detect import detect_source
+    from lionjax.evaluation.protocols import get_protocol
+    from lionjax.evaluation.published import model_answers, scoring
+
+    name = scoring.benchmark_name(args.benchmark)
+    protocol = get_protocol(name, args.protocol)  # before the model, which takes long to load
+    source = detect_source(args.source, args.images, args.answers, bool(args.submission))
+    source = config.apply_overrides(scoring.whole_source(name, source, args.source), list(fields))
+    import lionjax
+
+    model, submission = lionjax.load(args.dir), args.submission or ""
+    return model_answers.evaluate_model(model, name, source, protocol, args.split, args.limit, args.dir, submission)
 
 
 def flat_figures(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -74,7 +93,7 @@ def print_entry(entry: Mapping[str, Any]) -> None:
     table.title_justify = "left"
     table.add_column("value", justify="right")
     for name, value in flat_figures(entry["figures"]):
-        style = "bold" if name == entry["main_figure"]["name"] else None
+        style = "bold" if name == (entry["main_figure"] or {}).get("name") else None
         table.add_row(escape(name), f"{value:.4f}" if isinstance(value, float) else str(value), style=style)
     console.print(table)
     for key in ("answer_form", "reader", "normalizer", "threshold", "aggregation", "note"):
@@ -82,6 +101,8 @@ def print_entry(entry: Mapping[str, Any]) -> None:
             console.print(f"{key.replace('_', ' ')}: {settings[key]}", markup=False)
     for name, reason in entry.get("left_out", {}).items():
         console.print(f"{name} is left out: {reason}", markup=False)
+    if entry["trained_on_train_split"]:
+        console.print("the model was trained on data of this benchmark's format: not zero-shot", markup=False)
     missing = entry.get("missing_pictures", {"count": 0})["count"]
     if missing:
         console.print(f"{missing} pictures are missing", markup=False)

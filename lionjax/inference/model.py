@@ -132,18 +132,25 @@ class Model:
         return [dataclasses.replace(answer, text=text) for answer, text in zip(answers, texts)]
 
     def rank_candidates(
-        self, images: Sequence[object], prompts: Sequence[str], candidates: Sequence[Sequence[str]]
+        self, images: Sequence[object], prompts: Sequence[str], candidates: Sequence[Sequence[str]], mean: bool = False
     ) -> list[list[int]]:
-        """For each prompt the places of its candidate answers, the likeliest first.
+        """For each prompt the places of its candidate answers, the likeliest first, by `candidate_losses`."""
+        losses = self.candidate_losses(images, prompts, candidates, mean)
+        return [np.argsort(losses_K, kind="stable").tolist() for losses_K in losses]
 
-        By the loss of each, summed over its tokens, as BLIP-2's code ranks (`predict_class`), which never cuts a
-        candidate. Raises UserError where the lists are not of one length, and for a candidate that is longer than
-        processor.max_target_tokens.
+    def candidate_losses(
+        self, images: Sequence[object], prompts: Sequence[str], candidates: Sequence[Sequence[str]], mean: bool = False
+    ) -> list[np.ndarray]:
+        """For each prompt the losses of its candidate answers in nats, (K,): the lower, the likelier.
+
+        Summed over a candidate's tokens, the end token included, as BLIP-2's code ranks (`predict_class`), or with
+        `mean` their mean, as LAVIS ranks for InstructBLIP; a candidate is never cut. Raises UserError where the lists
+        are not of one length, and for a candidate that is longer than processor.max_target_tokens.
         """
         asked = build_inputs(images, prompts, None, None, None)
         if len(candidates) != len(asked) or not all(len(some) for some in candidates):
             raise UserError("candidates wants a list of answers for each prompt, none of them empty")
-        order, place = [], 0
+        losses, place = [], 0
         pairs = [(one, text) for one, some in zip(asked, candidates) for text in some]
         rows = [self.processor.encode_input(one, text) for one, text in pairs]
         for (_, text), row in zip(pairs, rows):
@@ -154,10 +161,12 @@ class Model:
                     "shorten it or raise processor.max_target_tokens"
                 )
         nats = self.engine.answer_nll(rows)
+        if mean:
+            nats = nats / np.array([max(int(row["target_mask"].sum()), 1) for row in rows])
         for some in candidates:
-            order.append(np.argsort(nats[place : place + len(some)], kind="stable").tolist())
+            losses.append(nats[place : place + len(some)])
             place += len(some)
-        return order
+        return losses
 
     def export(self, path: str | Path, to: str = "torch", merge_lora: bool = False) -> None:
         """Write a folder with config, tokenizers and the released processor files, which `load` reads back.

@@ -62,11 +62,12 @@ KNOWN_SOURCES = (
 )
 
 
-def detect_source(source: str, image_dir: str = "", answers_file: str = "") -> Any:
+def detect_source(source: str, image_dir: str = "", answers_file: str = "", is_test: bool = False) -> Any:
     """The data source of 'scenes', 'easy_vqa', a folder or an annotation file.
 
     `image_dir`: the image folder of an annotation file; default is the file's folder. `answers_file`: the annotations
-    of a VQA questions file. Raises UserError for an unknown source, and for VQA questions without answers.
+    of a VQA questions file. Raises UserError for an unknown source, and for VQA questions without answers, unless
+    `is_test`: the answers of test splits are not public.
     """
     if source in ("scenes", "easy_vqa", "easy-vqa"):
         return Scenes() if source == "scenes" else EasyVqa()
@@ -78,17 +79,17 @@ def detect_source(source: str, image_dir: str = "", answers_file: str = "") -> A
     image_folder = image_dir or str(path.parent)
     if path.suffix == ".p":
         return Refer(str(path.parent), image_dir or _refer_images(path.parent), path.name, name=path.parent.name)
-    return _detect_file(path, image_folder, answers_file)
+    return _detect_file(path, image_folder, answers_file, is_test)
 
 
-def _detect_file(path: Path, image_folder: str, answers_file: str) -> Any:
+def _detect_file(path: Path, image_folder: str, answers_file: str, is_test: bool) -> Any:
     """The source of an annotation file by the keys of its first row. Raises UserError for keys of no format."""
     file, name = str(path), path.name.partition(".")[0]
     if (source := detect_benchmark_file(path, image_folder, answers_file)) is not None:
         return source
     keys, is_tree = first_keys(path)
     if "questions" in keys and is_tree:
-        if not answers_file:
+        if not answers_file and not is_test:
             raise UserError(f"{path} is a VQA questions file; give the file of its answers with --answers")
         return Vqa(file, answers_file, image_folder, _vqa_pattern(path, image_folder), name=name)
     if "images" in keys and is_tree and not keys & {*ROUND_KEYS}:

@@ -10,6 +10,7 @@ from lionjax.core.renamed import renamed_fields
 from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
 from lionjax.data.datasets.annotation_files import AnnotatedImagesBuilder, read_json
+from lionjax.data.datasets.question_file import NO_ANSWERS
 from lionjax.data.datasets.splits import check_heldout_fraction
 
 
@@ -19,7 +20,7 @@ class Vqa:
     """VQA-format files. `file_name_pattern` formats an image id: 'COCO_val2014_{:012d}.jpg', '{}.jpg'.
 
     All 10 answers are kept with repetitions, so that an answer is drawn as often as annotators gave it. Questions
-    without answers are skipped.
+    without answers are skipped, unless `answers` is empty: a test split, whose answers are not public.
     """
 
     questions: str
@@ -34,13 +35,14 @@ class Vqa:
 
     def paths(self) -> tuple[Path, ...]:
         """The files and folders that it reads."""
-        return Path(self.questions), Path(self.answers), Path(self.image_dir)
+        return Path(self.questions), *([Path(self.answers)] if self.answers else []), Path(self.image_dir)
 
     def open(self, split: str, max_pixels: int) -> AnnotatedImages:
         builder = AnnotatedImagesBuilder(Path(self.image_dir), split, self.heldout_fraction)
         answers_by_question, facts_by_question, path = {}, {}, Path(self.answers)
         fields = ("question_id", "answers")
-        for location, annotation in builder.entries(path, read_json(path), "annotations", fields, "vqa"):
+        tree = read_json(path) if self.answers else {"annotations": []}
+        for location, annotation in builder.entries(path, tree, "annotations", fields, "vqa"):
             with builder.row(location, "vqa"):
                 answers = tuple(typed_rows.text(item, "answer", location) for item in annotation["answers"])
                 answers_by_question[annotation["question_id"]] = tuple(filter(str.strip, answers))
@@ -50,11 +52,12 @@ class Vqa:
         for location, entry in builder.entries(path, read_json(path), "questions", fields, "vqa"):
             with builder.row(location, "vqa"):
                 image_id, answers = entry["image_id"], answers_by_question.get(entry["question_id"])
+                answers = answers if self.answers else NO_ANSWERS
                 name, question = self.file_name_pattern.format(image_id), typed_rows.text(entry, "question", location)
                 if answers and builder.includes(name):
                     image_index = builder.add_image(image_id, ImageInfo(name))
                     question_id = str(entry["question_id"])
-                    facts = facts_by_question[entry["question_id"]]
+                    facts = facts_by_question.get(entry["question_id"], {})
                     annotation = Annotation(image_index, answers, question, question_id=question_id, facts=facts)
                     builder.add_annotation("vqa", annotation)
         return builder.build(max_pixels)

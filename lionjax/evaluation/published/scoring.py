@@ -19,6 +19,7 @@ from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation
 from lionjax.data.datasets.caption_references import CaptionReferences
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.datasets.detect import detect_source
+from lionjax.data.datasets.question_file import NO_ANSWERS
 from lionjax.data.datasets.reason_seg import image_size
 from lionjax.data.datasets.source import open_split
 from lionjax.data.images import MAX_PIXELS
@@ -26,9 +27,11 @@ from lionjax.evaluation.protocols import Protocol, get_protocol
 from lionjax.evaluation.published import closed_answers, open_answers, region_answers
 from lionjax.evaluation.published.predictions import AnsweredQuestion, Answers, join_answers
 from lionjax.evaluation.published_figures import published_figures
+from lionjax.evaluation.submissions import write_submission
 
 log = logging.getLogger(__name__)
 
+JUDGED = ("llava_bench", "owleval")
 MAX_LISTED = 20  # missing pictures that are named
 
 
@@ -146,36 +149,51 @@ def score_predictions(
     answers_file: str = "",
     split: str = "heldout",
     fields: Sequence[str] = (),
+    submission: str = "",
 ) -> dict[str, Any]:
     """The result of scoring a file of answers: figures, protocol, published figures, and what is missing.
 
     `image_dir`: the benchmark's pictures; where it is given, missing ones are counted and warned of once. `fields`:
-    overrides of the source's fields. Raises UserError for files that do not fit together.
+    overrides of the source's fields. `submission`: a file to write for the benchmark's server; a test split, whose
+    answers are not public, then has no figures. Raises UserError for files that do not fit together.
     """
     name = benchmark_name(benchmark)
     protocol = get_protocol(name, protocol_name)
-    source = whole_source(name, detect_source(source_path, image_dir, answers_file), source_path)
+    source = whole_source(name, detect_source(source_path, image_dir, answers_file, bool(submission)), source_path)
     source = config.apply_overrides(source, list(fields))
     dataset = open_benchmark(name, source, split)
     answers = join_answers(dataset, BENCHMARKS[name].tasks, source_path, Path(predictions), BENCHMARKS[name].wanted)
-    entry = score_answers(name, protocol, dataset, answers)
+    has_truth = any(is_public(row, name) for row in answers.rows)
+    if not has_truth and not submission:
+        raise UserError(f"{source_path} has no public answers; write a file for its server with --submission")
+    entry = score_answers(name, protocol, dataset, answers, has_truth)
     files = {"source": source_path, "predictions": predictions, "split": split}
+    if submission:
+        write_submission(name, Path(submission), protocol, dataset, answers, source)
+        files["submission"] = submission
     missing = missing_pictures(dataset, image_dir) if image_dir else []
     return entry | files | {"missing_pictures": {"count": len(missing), "names": missing[:MAX_LISTED]}}
 
 
-def score_answers(name: str, protocol: Protocol, dataset: AnnotatedImages, answers: Answers) -> dict[str, Any]:
-    """Figures of answered questions with the protocol and the published figures, for JSON."""
+def is_public(row: AnsweredQuestion, name: str) -> bool:
+    """Whether the truth of a question is known; judged answers need none."""
+    return row.annotation.answers != NO_ANSWERS or name in JUDGED
+
+
+def score_answers(
+    name: str, protocol: Protocol, dataset: AnnotatedImages, answers: Answers, has_truth: bool = True
+) -> dict[str, Any]:
+    """Figures of answered questions with the protocol and the published figures, for JSON; none without truth."""
     benchmark, rows = BENCHMARKS[name], answers.rows
     if benchmark.needs_sizes:
         rows = [row._replace(image=_with_size(dataset, row)) for row in rows]
-    figures = benchmark.score(rows, protocol)
+    figures = benchmark.score(rows, protocol) if has_truth else {}
     total = len(rows) + len(answers.unanswered)
     return {
         "benchmark": name,
         "protocol": protocol.name,
         "figures": figures,
-        "main_figure": main_figure(name, protocol, figures),
+        "main_figure": main_figure(name, protocol, figures) if has_truth else None,
         "questions": total,
         "answered": len(rows),
         "unanswered": answers.unanswered[:MAX_LISTED],

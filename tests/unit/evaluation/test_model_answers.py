@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model is asked as the protocol says, and its answers are scored as given ones; the model is a scripted one."""
+
+import dataclasses
+import json
+import shutil
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lionjax.core.types import UserError
+from lionjax.data.datasets import detect
+from lionjax.evaluation.protocols import get_protocol
+from lionjax.evaluation.published import model_answers, scoring
+
+FILES = Path(__file__).resolve().parents[2] / "data" / "benchmarks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The fields of a GenerationConfig that a protocol sets."""
+
+    max_new_tokens: int = 99
+    min_length: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    do_sample: bool = True
+    decoder_start_token_id: int | None = 0
+
+
+class Scripted:
+    """Answers prompts by a function, and prefers candidates by another; keeps what it was asked."""
+
+    def __init__(self, answer=lambda prompt: "red", loss=lambda prompt, text: float(len(text)), sources=()):
+        self.reply, self.loss, self.prompts, self.calls, self.updates = answer, loss, [], [], 7
+        self.experiment = types.SimpleNamespace(data=types.SimpleNamespace(sources=sources))
+
+    def generation_config(self, category):
+        return Settings()
+
+    def answer(self, images, prompts, boxes=None, category=None, generation_config=None):
+        self.prompts += prompts
+        self.calls.append((category, generation_config, boxes, [image.size for image in images]))
+        replies = [self.reply(prompt) for prompt in prompts]
+        return [types.SimpleNamespace(text=r if isinstance(r, str) else "", masks=r) for r in replies]
+
+    def candidate_losses(self, images, prompts, candidates, mean=False):
+        self.prompts += prompts
+        self.calls.append((mean, candidates))
+        return [np.array([self.loss(p, text) for text in some]) for p, some in zip(prompts, candidates)]
+
+
+def ask(tmp_path, benchmark, file, model, protocol="", answers="", **options):
+    """The result of a scripted model; every picture of the benchmark is one of the drawn ones."""
+    source = detect.detect_source(str(FILES / file), str(tmp_path), str(FILES / answers) if answers else "")
+    source = scoring.whole_source(benchmark, source, str(FILES / file))
+    for info in source.open("heldout", 10**7).image_infos:
+        if info.name and not (tmp_path / info.name).exists():
+            (tmp_path / info.name).parent.mkdir(parents=True, exist_ok=True)
+            drawn = FILES / "images" / Path(info.name).name
+            shutil.copy(
+                drawn if drawn.exists() else FILES / "images/COCO_val2014_000000000001.jpg", tmp_path / info.name
+            )
+    return model_answers.evaluate_model(model, benchmark, source, get_protocol(benchmark, protocol), **options)
+
+
+OKVQA = ("okvqa", "vqa/OpenEnded_mscoco_val2014_questions.json")
+TRUTH = "vqa/mscoco_val2014_annotations.json"
+
+
+def test_a_protocol_decides_question_length_beams_and_penalty(tmp_path):
+    model = Scripted()
+    entry = ask(tmp_path, *OKVQA, model, "lavis", TRUTH)
+    assert model.prompts[0] == "Question: What color is the square? Short Answer:" and len(model.prompts) == 4
+    category, config, _, _ = model.calls[0]
+    assert category == "image_level" and config == Settings(10, 2, 5, -1.0, False)  # the start token counts
+    assert entry["figures"]["overall"] == pytest.approx(25.0) and entry["protocol"] == "lavis"
+    ask(tmp_path, *OKVQA, model, "llava", TRUTH)
+    assert model.prompts[4].endswith("?\nAnswer the question using a single word or phrase.")
+    assert model.calls[1][1] == Settings(128, 0, 1, 1.0, False)
+
+
+def test_answers_and_the_whole_protocol_are_written_and_score_the_same_when_read_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    entry = ask(tmp_path, *OKVQA, Scripted(), "official", TRUTH, folder=folder)
+    report = json.loads((folder / "report.json").read_text())["published"]["okvqa@official"]
+    assert report == json.loads(json.dumps(entry)) and report["protocol_settings"]["normalizer"] == "vqa"
+    file = folder / "evaluation" / "okvqa_official.jsonl"
+    again = scoring.score_predictions(OKVQA[0], str(FILES / OKVQA[1]), str(file), answers_file=str(FILES / TRUTH))
+    assert again["figures"] == entry["figures"]
+
+
+def test_training_data_of_the_benchmarks_format_is_said(tmp_path):
+    source = detect.detect_source(str(FILES / OKVQA[1]), "", str(FILES / TRUTH))
+    assert ask(tmp_path, *OKVQA, Scripted(sources=(source,)), "", TRUTH)["trained_on_train_split"] is True
+    assert ask(tmp_path, *OKVQA, Scripted(), "", TRUTH)["trained_on_train_split"] is False
+
+
+def test_missing_pictures_are_counted_and_the_figure_is_over_the_others(tmp_path, caplog):
+    source = detect.detect_source(str(FILES / OKVQA[1]), str(tmp_path), str(FILES / TRUTH))
+    with pytest.raises(UserError, match="no question of okvqa has its picture"):
+        model_answers.evaluate_model(Scripted(), "okvqa", source, get_protocol("okvqa"))
+    shutil.copy(FILES / "images/COCO_val2014_000000000001.jpg", tmp_path / "1.jpg")
+    entry = model_answers.evaluate_model(Scripted(), "okvqa", source, get_protocol("okvqa"))
+    assert entry["missing_pictures"] == {"count": 3, "names": ["2.jpg", "3.jpg", "4.jpg"]}
+    assert (entry["questions"], entry["answered"], entry["figures"]["overall"]) == (4, 1, 100.0)
+
+
+def test_candidates_are_ranked_by_the_mean_or_the_sum_of_their_losses(tmp_path):
+    model = Scripted(loss=lambda prompt, text: {"1": 3.0, "2": 1.0, "3": 2.0}[text])
+    entry = ask(tmp_path, "iconqa", "vqa/iconqa_problems.json", model, "lavis")
+    assert model.prompts[0] == "Question: How many shapes are there? Options: (a) 1 (b) 2 (c) 3. Short answer:"
+    assert model.calls[0] == (True, [["1", "2", "3"]] * 2) and entry["figures"]["accuracy"] == 50.0
+    ask(tmp_path, "iconqa", "vqa/iconqa_problems.json", model, "blip2")
+    assert model.calls[1][0] is False
+
+
+def test_true_and_yes_are_ranked_against_false_and_no(tmp_path):
+    model = Scripted(loss=lambda prompt, text: 0.0 if text == ("false" if "above" in prompt else "true") else 1.0)
+    entry = ask(tmp_path, "vsr", "vqa/vsr_zeroshot_test.jsonl", model, "lavis")
+    assert entry["figures"]["accuracy"] == 75.0 and model.prompts[0].startswith("Based on the image, is this statement")
+
+
+def test_visual_dialog_scores_every_candidate_after_the_true_rounds(tmp_path):
+    model = Scripted(loss=lambda prompt, text: 0.0 if text == "yes" else 1.0)
+    entry = ask(tmp_path, "visdial", "vqa/visdial_1.0_val.json", model, limit=2)
+    assert model.prompts[1] == "Dialog history: q: is it round a: yes\nQuestion: what color is it Short answer:"
+    assert entry["answered"] == 2 and entry["figures"]["r@1"] == 0.5 and entry["figures"]["ties"] == 1
+
+
+def test_hateful_memes_are_scored_by_the_probability_of_yes(tmp_path):
+    model = Scripted(loss=lambda prompt, text: 2.0 if text == "yes" else 1.0)
+    entry = ask(tmp_path, "hateful_memes", "vqa/hateful_memes_dev.jsonl", model)
+    assert entry["figures"] == {"auroc": 50.0, "accuracy": 50.0}
+    source = detect.detect_source(str(FILES / "vqa/hateful_memes_dev.jsonl"), str(tmp_path))
+    answers, _ = model_answers.predict(
+        model, "hateful_memes", get_protocol("hateful_memes"), source.open("heldout", 10**7)
+    )
+    assert answers.rows[0].prediction["proba"] == pytest.approx(1 / (1 + np.e))
+
+
+def test_boxes_and_masks_are_asked_region_level(tmp_path):
+    model = Scripted(lambda prompt: "[0.083,0.139,0.333,0.472]")
+    entry = ask(tmp_path, "rec", "regions/REC_refcoco_unc_val.jsonl", model, "lmms")
+    assert entry["figures"]["lmms_first_box_ge_0.5"]["ious"][0] > 0.99 and "red square" in model.prompts[0]
+    assert model.calls[0][0] == "region_level"
+    mask = np.zeros((72, 96), bool)
+    mask[10:35, 8:28] = True
+    shutil.copytree(FILES / "regions/reason_seg/val", tmp_path / "val")
+    for masks, iou in (([mask], 1.0), ([mask, mask], 0.0), (None, 0.0)):
+        reply = None if masks is None else np.array(masks)
+        entry = ask(tmp_path, "reason_seg", "regions/reason_seg", Scripted(lambda prompt, r=reply: r))
+        assert entry["figures"]["iou"] == iou, "one mask counts, none and two do not"
+
+
+def test_a_region_is_described_by_the_box_in_the_prompt(tmp_path):
+    model = Scripted(lambda prompt: "red square")
+    ask(tmp_path, "reg", "regions/refcoco_minigpt4.json", model, "nextchat")
+    boxes = model.calls[0][2]
+    assert model.prompts[0] == "What is in {box}?"
+    assert boxes[0][0] == pytest.approx((8 / 96, 10 / 72, 32 / 96, 34 / 72))
+
+
+def test_mmbench_and_seed_are_asked_with_lettered_options(tmp_path):
+    model = Scripted(lambda prompt: "B")
+    entry = ask(tmp_path, "mmbench", "choice/mmbench_circular.tsv", model)
+    options, ending = (
+        "A. a square\nB. a disc\nC. a line",
+        "Answer with the option's letter from the given choices directly.",
+    )
+    assert model.prompts[0] == f"What is left?\n{options}\n{ending}"
+    assert entry["figures"]["vanilla"]["overall"] == pytest.approx(100 / 3)
+    entry = ask(tmp_path, "seed", "choice/SEED-Bench.json", model)
+    assert entry["figures"]["all"] == 100.0
+
+
+def test_judged_answers_are_written_for_the_judge_and_have_no_figures(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    entry = ask(tmp_path, "owleval", "judged/owleval_questions.jsonl", Scripted(), folder=folder)
+    assert entry["figures"] == {} and entry["answered"] == 4
+    rows = [json.loads(line) for line in (folder / "evaluation/owleval_official.jsonl").read_text().splitlines()]
+    assert rows[0] == {"question_id": "1", "question": "What is odd here?", "picture": "1.jpg", "answer": "red"}
+    with pytest.raises(UserError, match="asks for a box after each phrase"):
+        ask(tmp_path, "flickr30k_entities", "regions/flickr30k_entities", Scripted())

@@ -30,7 +30,7 @@ from lionjax.convert.formats.key_fit import open_part
 from lionjax.convert.formats.kosmos2 import KOSMOS_2
 from lionjax.convert.formats.lavis import BLIP2_STAGE1, EVA_FILE, find_lavis_files, open_lavis
 from lionjax.convert.formats.lion import LION, find_lion_file, open_lion
-from lionjax.convert.formats.lyrics import LYRICS_FORMATS
+from lionjax.convert.formats.lyrics import LYRICS_FORMATS, lyrics_format_name
 from lionjax.convert.formats.mplug_owl import MPLUG_OWL
 from lionjax.convert.formats.nextchat import REGION_FORMATS
 from lionjax.convert.formats.openflamingo import FLAMINGO, open_flamingo
@@ -178,6 +178,7 @@ def _detect_and_open(
     model_type = hf_config.get("model_type")
     if format_name is None and SYSTEM_KEY in hf_config and str(model_type).startswith(OWN_PREFIX):
         format_name = str(model_type).removeprefix(OWN_PREFIX)
+    format_name = format_name or lyrics_format_name(hf_config)
     matches = [f for f in FORMATS if f.name == format_name or (format_name is None and model_type in f.model_types)]
     if not matches:
         reason = "no config.json with a model_type" if model_type is None else f"model_type {model_type!r}"

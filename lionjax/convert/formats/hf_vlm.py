@@ -62,7 +62,8 @@ def language_config_from_hf(hf_config: dict | None, default_type: str, path: str
     return FORMAT_OF_LANGUAGE[model_type].config_from_hf(hf_config, path)
 
 
-def _language_config_to_hf(c: DecoderConfig | T5Config) -> dict:
+def language_config_to_hf(c: DecoderConfig | T5Config) -> dict:
+    """The `text_config` of a language model's config."""
     checkpoint_format = next(fmt for fmt in FORMAT_OF_LANGUAGE.values() if fmt.matches(c))
     return checkpoint_format.config_to_hf(c)
 
@@ -206,7 +207,7 @@ def _llava_config_to_hf(c: VisualPrefixLM) -> dict:
         "vision_feature_layer": c.feature_layer,
         "vision_feature_select_strategy": "full" if c.keep_class_token else "default",
         "tie_word_embeddings": c.language.tie_embeddings,
-        "text_config": _language_config_to_hf(c.language),
+        "text_config": language_config_to_hf(c.language),
         "vision_config": CLIP.config_to_hf(c.vision),
     }
 
@@ -356,7 +357,7 @@ def _blip2_config_to_hf(c: VisualPrefixLM) -> dict:
         "model_type": "instructblip" if text else "blip-2",
         "num_query_tokens": q.num_query_tokens,
         "use_decoder_only_language_model": not c.is_encoder_decoder,
-        "text_config": _language_config_to_hf(c.language),
+        "text_config": language_config_to_hf(c.language),
         "vision_config": {
             "model_type": "instructblip_vision_model" if text else "blip_2_vision_model",
             "qkv_bias": True,

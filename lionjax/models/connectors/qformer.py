@@ -18,7 +18,7 @@ import numpy as np
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_constraint, with_logical_partitioning
 from lionjax.core.types import UserError
-from lionjax.core.weight_map import WeightMapping, constant, rename_torch_keys, reshape, with_prefix
+from lionjax.core.weight_map import Transform, WeightMapping, constant, rename_torch_keys, reshape, with_prefix
 from lionjax.models.language.bert import BertLayersConfig
 from lionjax.nn import attention as attentions
 from lionjax.nn.attention import Attention, key_padding_mask
@@ -207,8 +207,10 @@ class QFormer(nn.Module):
     def setup(self):
         c = self.c
         groups, num_tail = divmod(c.depth, c.cross_attention_frequency)
-        self.queries = self.param(
-            "queries", with_logical_partitioning(normal(0.02), ("position", "embed")), (c.num_query_tokens, c.width)
+        init = with_logical_partitioning(normal(0.02), ("position", "embed"))
+        # Queries of each cross-attention by themselves, so that those of BLIP-2 can start those of the image.
+        self.query_parts = tuple(
+            self.param(query_name(cross), init, (cross.num_queries, c.width)) for cross in c.cross_attentions
         )
         if c.use_text_input:
             self.words = Embed(c.vocab_size, c.width)
@@ -255,7 +257,8 @@ class QFormer(nn.Module):
         query_BQD = empty_B0D = jnp.zeros((len(like), 0, c.width), like.dtype)
         if source_BPD is not None:
             shape = (len(source_BPD), c.num_query_tokens, c.width)
-            query_BQD = jnp.broadcast_to(self.queries.astype(source_BPD.dtype), shape)
+            query_QD = jnp.concatenate(self.query_parts)
+            query_BQD = jnp.broadcast_to(query_QD.astype(source_BPD.dtype), shape)
         text_BLD = empty_B0D if text_BLD is None else text_BLD
         x = tuple(dropout(self.norm(x), c.dropout, k) for x, k in zip((query_BQD, text_BLD), keys))
         sources = ((source_BPD, None),)
@@ -364,13 +367,23 @@ def hf_weight_map(c: QFormerConfig) -> tuple[WeightMapping, ...]:
     return rename_torch_keys((row for row in lavis_weight_map(c) if row.flax_paths), *pairs)
 
 
+def query_name(cross: CrossAttention) -> str:
+    """The name of the parameter of its queries."""
+    return "queries" if cross.name == "cross" else f"{cross.name}_queries"
+
+
 def query_tokens_weight_map(c: QFormerConfig) -> tuple[WeightMapping, ...]:
-    """The mapping of the learned queries."""
-    return (
-        WeightMapping(
-            "query_tokens", "queries", reshape((1, c.num_query_tokens, c.width), (c.num_query_tokens, c.width))
-        ),
+    """The mapping of the learned queries, one tensor in torch."""
+    if len(c.cross_attentions) == 1:
+        shape = (c.num_query_tokens, c.width)
+        return (WeightMapping("query_tokens", "queries", reshape((1, *shape), shape)),)
+    ends = np.cumsum([cross.num_queries for cross in c.cross_attentions])[:-1]
+    split = Transform(
+        f"queries({', '.join(map(str, ends))})",
+        lambda w: tuple(np.split(w[0], ends)),
+        lambda *leaves: np.concatenate(leaves)[None],
     )
+    return (WeightMapping("query_tokens", tuple(map(query_name, c.cross_attentions)), split),)
 
 
 def aggregator_weight_map(c: AggregatorConfig) -> tuple[WeightMapping, ...]:

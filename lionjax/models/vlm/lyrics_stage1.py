@@ -21,6 +21,7 @@ from lionjax.models.connectors import mqformer, qformer
 from lionjax.models.connectors.mqformer import MQ_FORMER, MQFormerConfig
 from lionjax.models.vision.grounding_dino import GroundingDinoConfig
 from lionjax.models.vision.ram import RamConfig
+from lionjax.models.vision.vit import EVA_VIT_G, ViTConfig
 from lionjax.models.vlm import experts
 from lionjax.models.vlm.qformer_stage1 import QFormerStage1, QFormerStage1Module, TextRows, heads_weight_map
 from lionjax.models.vlm.visual_prefix_weights import lyrics_tower_weight_map
@@ -39,6 +40,7 @@ class LyricsStage1(QFormerStage1):
     the experts of the same checkpoint (see `experts`).
     """
 
+    vision: ViTConfig = dataclasses.replace(EVA_VIT_G, norm_eps=1e-5)
     qformer: MQFormerConfig = MQ_FORMER
     tagger: RamConfig | None = None
     detector: GroundingDinoConfig | None = None

@@ -271,6 +271,7 @@ KOSMOS2 = VisualPrefixLM(
 )
 LYRICS_CODE = dataclasses.replace(  # the released code (see `lyrics_stage1`)
     INSTRUCTBLIP_VICUNA_7B,
+    vision=dataclasses.replace(EVA_VIT_G, norm_eps=1e-5),
     language=dataclasses.replace(VICUNA_13B, vocab_size=32001, pad_token_id=32000, pad_vocab_to_multiple_of=128),
     qformer=MQ_FORMER,
     vision_norm_eps=1e-5,

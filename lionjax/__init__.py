@@ -18,7 +18,7 @@ sys.meta_path.append(moved.Finder())
 
 def __getattr__(name: str):
     if name == "load":
-        return importlib.import_module("lionjax.inference.loading").load
+        return importlib.import_module("lionjax.pipelines.loading").load
     if name == "convert":
         return importlib.import_module("lionjax.convert")
     if name in moved.MOVED:  # a module of version 0.1

@@ -85,7 +85,7 @@ def evaluate(args: argparse.Namespace, fields: list[str]) -> None:
 
 
 def generate(args: argparse.Namespace, _) -> None:
-    """Answer a prompt about an image; prints text, boxes and masks, and can draw them."""
+    """Answer a prompt about an image; prints text, boxes, masks and what a refiner found, and can draw them."""
     import lionjax
     from lionjax.data import images
     from lionjax.evaluation.report import plots
@@ -100,13 +100,15 @@ def generate(args: argparse.Namespace, _) -> None:
         from lionjax.inference import tagger
 
         tags = [result.tags for result in tagger.load(args.tagger).tag([image])]
-    model = lionjax.load(args.dir, prompt_length=args.prompt_length)
+    model = lionjax.load(args.dir, prompt_length=args.prompt_length, refiner=args.refiner)
     boxes = None if box is None else [[box]]
     (answer,) = model.answer([image], [args.prompt], boxes=boxes, tags=tags)
     if args.json:
         tag_field = {} if tags is None else {"tags": list(tags[0])}
         print(json.dumps(_answer_to_json(answer) | tag_field))
     else:
+        if answer.regions is not None:
+            _print_regions(answer.regions)
         print(answer.text)
         for predicted_box in answer.boxes:
             print("box " + " ".join(f"{edge:.3f}" for edge in predicted_box))
@@ -126,7 +128,7 @@ def demo(args: argparse.Namespace, _) -> None:
     """Serve a web demo of a model: chat about an image, click boxes, view predicted boxes and masks."""
     from lionjax.serving import web_demo
 
-    web_demo.serve(args.dir, args.host, args.port, args.tagger, args.prompt_length)
+    web_demo.serve(args.dir, args.host, args.port, args.tagger, args.prompt_length, args.refiner)
 
 
 def tag(args: argparse.Namespace, _) -> None:
@@ -255,6 +257,14 @@ def _print_continuation(args: argparse.Namespace) -> None:
     print(json.dumps({"text": found.text}) if args.json else found.text)
 
 
+def _print_regions(found) -> None:
+    """Print what a refiner found: tags, boxes with score and name, and spatial text."""
+    print(f"tags {' | '.join(found.tags)}")
+    for name, score, box in zip(found.names, found.scores, found.boxes):
+        print(f"region {score:.3f} " + " ".join(f"{edge:.3f}" for edge in box) + f" {name}")
+    print(f"spatial text{found.spatial_text}")
+
+
 def _parse_box(text: str) -> tuple[float, float, float, float]:
     """A box "X0,Y0,X1,Y1" in 0..1. Raises UserError for anything else."""
     from lionjax.data import images
@@ -341,7 +351,9 @@ def _answer_to_json(answer) -> dict:
 
     from lionjax.data.rle import encode_rle
 
-    return {
+    found = answer.regions
+    seen = {} if found is None else {"refined": json.loads(found.to_json()) | {"spatial_text": found.spatial_text}}
+    return seen | {
         "text": answer.text,
         "boxes": np.asarray(answer.boxes, float).reshape(-1, 4).tolist(),
         "masks": [encode_rle(mask) for mask in answer.masks],

@@ -108,6 +108,7 @@ class ModelInfo:
     - `reads_question`: a Q-Former reads the question with its own tokenizer; `question_vocab_size`: its word table.
     - `region_width`: width of the region features that the model reads (`Batch.region_BKD`); 0: it reads none.
       `reads_packed_text`: it reads `Batch.packed` instead of prompt and target.
+    - `experts`: configs of further models in its checkpoint, by the path of their parameters, which it does not run.
     - `default_processor`: fields of ProcessorConfig for released weights without a processor config;
       `default_image_fit`: those of its `image_fit`.
     - `prompt_format`: how the released system is asked, a key of `prompt_formats.SYSTEM_FORMATS`; "": by the question.
@@ -129,6 +130,7 @@ class ModelInfo:
     reads_packed_text: bool = False
     has_features: bool = True
     generates: bool = True
+    experts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     default_processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     default_image_fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prompt_format: str = ""

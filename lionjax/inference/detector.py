@@ -23,12 +23,14 @@ from PIL import Image
 
 from lionjax import convert
 from lionjax.convert.formats.image_settings import read_detector_settings
+from lionjax.core.experiment import Experiment
 from lionjax.core.types import Params, UserError
 from lionjax.data import region_phrases, resample, tokenizer
 from lionjax.data.image_fit import ImageFit
 from lionjax.data.images import to_pil_image
 from lionjax.data.tokenizer import Tokenizer
-from lionjax.inference.engine import round_up_to_bucket
+from lionjax.inference import loading
+from lionjax.inference.engine import InferenceEngine, round_up_to_bucket
 from lionjax.inference.sampling import require_finite
 from lionjax.models.vision.grounding_dino import GroundingDino, GroundingDinoConfig
 from lionjax.training.checksum import params_digest
@@ -248,27 +250,38 @@ def check_images(images: Sequence[object]) -> list[Image.Image]:
 
 
 def load(folder: str | Path) -> Detector:
-    """The detector of a folder with Grounding DINO's weights, released or converted, and its tokenizer.
+    """The detector of a folder: Grounding DINO's weights, released or converted, with its tokenizer, or a run.
 
     Raises UserError if weights or tokenizer are missing or of another model.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a folder with Grounding DINO's weights and its tokenizer")
+    holds_params = convert.holds_params(folder)
+    if loading.is_run(folder) or (holds_params and isinstance(convert.open_params(folder)[0], Experiment)):
+        return from_engine(loading.load(folder).engine, str(folder))
     try:
         tokens = tokenizer.load(str(folder))
     except UserError as error:
         if "there is no tokenizer" not in str(error):
             raise
         raise UserError(f"{folder} has no tokenizer; copy BERT's vocab.txt, of bert-base-uncased, there") from error
-    if convert.holds_params(folder):
-        config, params = convert.load_params(folder)
-    else:
-        config, params = convert.from_torch(folder)
+    config, params = convert.load_params(folder) if holds_params else convert.from_torch(folder)
     if not isinstance(config, GroundingDinoConfig):
         raise UserError(f"{folder} holds a {type(config).__name__}; give a folder with Grounding DINO's weights")
-    settings_folder = folder / convert.ORIGIN if convert.holds_params(folder) else folder
-    return Detector(config, jax.device_put(params), check_tokenizer(tokens, config), read_images(settings_folder))
+    images = read_images(folder / convert.ORIGIN if holds_params else folder)
+    return Detector(config, jax.device_put(params), check_tokenizer(tokens, config), images)
+
+
+def from_engine(engine: InferenceEngine, name: str = "the model") -> Detector:
+    """The detector that a run trained, with the image settings of its data. Raises UserError for another model."""
+    if not engine.model.info.detects_phrases:
+        raise UserError(f"{name} is a {type(engine.model).__name__}, no detector; give a folder with Grounding DINO")
+    c, tokens = engine.processor.config, engine.processor.prompt.question_tokenizer
+    fit = dataclasses.replace(c.image_fit, size=c.image_fit.resized(c.image_size, c.image_size, c.image_size))
+    images = DetectorImages(fit, c.image_mean, c.image_std)
+    mesh = engine.mesh if engine.mesh.size > 1 else None
+    return Detector(engine.model.detector, engine.params, check_tokenizer(tokens, engine.model.detector), images, mesh)
 
 
 def check_tokenizer(tokens: Tokenizer, config: GroundingDinoConfig) -> Tokenizer:

@@ -27,6 +27,7 @@ from lionjax.data import images
 from lionjax.data.boxes import BOX_PATTERN, Box, box_to_text
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.processor import Processor
+from lionjax.data.regions import ImageRegions
 from lionjax.inference.generate import generate
 from lionjax.inference.sampling import GenerateOutput, GenerationConfig, end_token_ids, require_finite
 from lionjax.models.vision.sam_decoder import postprocess_masks
@@ -114,7 +115,8 @@ class Answer:
 
     `masks` (K, height, width) bool are those of boxes that the model decoded; None where none were asked for.
     `token_ids` are the generated ids, up to the end token and with it. `token_log_probs` are their log-
-    probabilities, if `GenerationConfig.output_logprobs` asks for them.
+    probabilities, if `GenerationConfig.output_logprobs` asks for them. `regions`: what the model's
+    refiner found in the image, for models that read regions.
     """
 
     text: str
@@ -122,6 +124,7 @@ class Answer:
     masks: np.ndarray | None = None
     token_ids: tuple[int, ...] = ()
     token_log_probs: tuple[float, ...] = ()
+    regions: ImageRegions | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

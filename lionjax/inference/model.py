@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -22,11 +22,13 @@ from lionjax.core.renamed import report
 from lionjax.core.types import VLM, Params, UserError
 from lionjax.data import images as pictures
 from lionjax.data.processor import ImageTextInput, Processor
+from lionjax.data.regions import ImageRegions
 from lionjax.inference import engine
 from lionjax.inference.engine import Answer, InferenceEngine
 from lionjax.inference.sampling import GenerationConfig, end_token_ids
 from lionjax.training.companions import companion_files
 
+Refine = Callable[[Sequence[object]], list[ImageRegions]]  # from pictures to what is in each
 RENAMED = {
     "answerer": "engine",
     "companions": "tokenizer_files",
@@ -45,6 +47,7 @@ class Model:
     engine: InferenceEngine
     updates: int | None = None
     origin_files: Mapping[str, Path] | None = None  # of the released weights; None: those of the experiment's weights
+    refine: Refine | None = None  # finds the regions that the model reads; see `pipelines.refiner.attach`
 
     @property
     def vlm(self) -> VLM:
@@ -76,6 +79,7 @@ class Model:
         seed: int = 0,
         history: Sequence[Sequence[tuple[str, str]]] | None = None,
         shots: Sequence[Sequence[tuple[object, str, str]]] | None = None,
+        regions: Sequence[ImageRegions] | None = None,
     ) -> list[Answer]:
         """Answers to prompts about pictures (paths, PIL pictures or uint8 arrays), one each.
 
@@ -83,17 +87,19 @@ class Model:
         at its end. `tags`: for each prompt the words of a tagger. `category` is "region_level" or "image_level", by
         default decided from each prompt. `generation_config` replaces the settings that the model comes with; `seed` is
         used where it samples. `history`: for each prompt the (question, answer) pairs before it, about the same
-        picture. `shots`: for each prompt as many (picture, question, answer) examples, shown before it.
-        Raises UserError for what cannot be asked.
+        picture. `shots`: for each prompt as many (picture, question, answer) examples, shown before it. `regions`: for
+        each prompt what a refiner found in its picture, for models that read regions; by default the model's own
+        refiner finds them. They are in the answer. Raises UserError for what cannot be asked.
         """
         inputs = build_inputs(images, prompts, boxes, tags, category, history, shots)
         if tags is not None and not self.processor.config.use_tags:
             raise UserError("this model was trained without tags; leave them out")
         max_pixels = self.processor.config.max_pixels
         pil_images = [pictures.to_pil_image(sample.image, max_pixels=max_pixels) for sample in inputs]
+        found = self._find_regions(pil_images, regions)
         rows = [
-            self.processor.encode_input(dataclasses.replace(sample, image=image))
-            for image, sample in zip(pil_images, inputs)
+            self.processor.encode_input(dataclasses.replace(sample, image=image, regions=image_regions))
+            for image, sample, image_regions in zip(pil_images, inputs, found)
         ]
         configs = [generation_config or self.generation_config(sample.category) for sample in inputs]
         answers: dict[int, Answer] = {}
@@ -103,7 +109,25 @@ class Model:
             sizes = [pil_images[k].size for k in indices] if self.processor.config.sam_image_size else None
             group = self.engine.generate([rows[k] for k in indices], config, key=key, image_sizes=sizes)
             answers |= dict(zip(indices, group))
+        answers = {k: dataclasses.replace(answer, regions=found[k]) for k, answer in answers.items()}
         return [_with_masks(answers[k], image) for k, image in enumerate(pil_images)]
+
+    def _find_regions(self, images: Sequence, regions: Sequence[ImageRegions] | None) -> Sequence[ImageRegions | None]:
+        """The regions of each picture, found by the model's refiner where not given; None if the model reads none."""
+        if not self.processor.config.region_width:
+            if regions is not None:
+                raise UserError("this model reads no regions; leave them out")
+            return [None] * len(images)
+        if regions is not None:
+            if len(regions) != len(images):
+                raise UserError(f"{len(regions)} regions were given for {len(images)} prompts; give one each")
+            return regions
+        if self.refine is None:
+            raise UserError(
+                "this model reads regions, and its folder has no refiner to find them; give one, as in "
+                "`lionjax generate --refiner DIR` or `lionjax.load(folder, refiner=DIR)`"
+            )
+        return self.refine(images)
 
     def generation_config(self, category: str) -> GenerationConfig:
         """The generation settings of the model for prompts of a category."""
@@ -148,6 +172,8 @@ class Model:
         are not of one length, and for a candidate that is longer than processor.max_target_tokens.
         """
         asked = build_inputs(images, prompts, None, None, None)
+        found = self._find_regions([one.image for one in asked], None)
+        asked = [dataclasses.replace(one, regions=image_regions) for one, image_regions in zip(asked, found)]
         if len(candidates) != len(asked) or not all(len(some) for some in candidates):
             raise UserError("candidates wants a list of answers for each prompt, none of them empty")
         losses, place = [], 0

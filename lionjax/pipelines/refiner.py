@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -30,14 +30,15 @@ from lionjax.data.region_phrases import Language
 from lionjax.data.regions import ImageRegions
 from lionjax.inference import detector, segmenter, tagger
 from lionjax.inference.detector import Detector, QueryOutputs
+from lionjax.inference.model import Model, Refine
 from lionjax.inference.segmenter import Segmenter
 from lionjax.inference.tagger import Tagger, TagResult
 
 log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "refiner.json"
+EXPERTS = {"tagger", "detector"}  # in the checkpoint of a model that is its own refiner
 NO_TAG_CAPTION = "."  # what the released code gives the detector for an image without tags
-Refine = Callable[[Sequence[object]], list[ImageRegions]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +178,62 @@ def read_config(folder: Path) -> RefinerConfig:
 def save_config(config: RefinerConfig, folder: Path) -> None:
     """Write `refiner.json`."""
     (folder / SETTINGS_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def attach(model: Model, folder: str | Path | None = None) -> Model:
+    """The model with the refiner of a folder, or with its own experts, if its checkpoint has them.
+
+    A model that reads no regions is returned as it is. Raises UserError for a folder that such a model does not need,
+    and for a refiner that does not fit (see `check_fit`). Own experts are checked when they are first used.
+    """
+    if not model.processor.config.region_width:
+        if folder is not None:
+            raise UserError("this model reads no regions; leave out the refiner")
+        return model
+    if folder is not None:
+        return dataclasses.replace(model, refine=check_fit(load(folder), model).refine)
+    return dataclasses.replace(model, refine=OwnExperts(model)) if EXPERTS <= model.vlm.info.experts.keys() else model
+
+
+def check_fit(refiner: Refiner, model: Model) -> Refiner:
+    """The refiner. Raises UserError if it does not make the regions that a model reads: their width, their digest."""
+    config, width = model.processor.config, refiner.detector.config.feature_width
+    if width != config.region_width:
+        raise UserError(
+            f"the refiner's features have {width} numbers, but the model reads {config.region_width}; use the detector "
+            "that the model was trained with"
+        )
+    if config.regions_digest not in ("", refiner.digest):
+        raise UserError(
+            f"the model was trained with regions of the refiner {config.regions_digest}, but this one is "
+            f"{refiner.digest}; use the same detector and image settings"
+        )
+    return refiner
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OwnExperts:
+    """The refiner of the experts in a model's own checkpoint, made when it is first called with images."""
+
+    model: Model
+    config: RefinerConfig = RefinerConfig()
+
+    def __call__(self, images: Sequence[object]) -> list[ImageRegions]:
+        return self.refiner.refine(images)
+
+    @functools.cached_property
+    def refiner(self) -> Refiner:
+        """The refiner. Raises UserError without the tag list, and if tokenizer or widths do not fit."""
+        model, experts, files = self.model, self.model.vlm.info.experts, self.model.origin_files or {}
+        if tagger.TAG_LIST_FILE not in files:
+            raise UserError(f"the model's tagger needs {tagger.TAG_LIST_FILE}; copy RAM's list into the model's folder")
+        vocabulary = tagger.read_tag_vocabulary([Path(files[tagger.TAG_LIST_FILE]).parent])
+        tokens = detector.check_tokenizer(model.processor.prompt.question_tokenizer, experts["detector"])
+        parts = (
+            Tagger(experts["tagger"], model.params["tagger"], vocabulary),
+            Detector(experts["detector"], model.params["detector"], tokens),
+        )
+        return check_fit(Refiner(*parts, config=self.config), model)
 
 
 @dataclasses.dataclass(frozen=True)

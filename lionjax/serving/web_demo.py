@@ -14,11 +14,13 @@ from PIL import Image
 
 from lionjax.core.files import read_jsonl
 from lionjax.core.types import UserError
-from lionjax.data import images
+from lionjax.data import box_text, images
+from lionjax.data.regions import ImageRegions
 from lionjax.evaluation.report import plots
 from lionjax.inference import tagger
-from lionjax.inference.loading import load, with_prompt_length
+from lionjax.inference.loading import with_prompt_length
 from lionjax.inference.model import Answer, Model
+from lionjax.pipelines.loading import load
 
 EXAMPLES_PER_BENCHMARK = 3  # example questions from each benchmark of a run
 # System fonts, so that the page loads nothing from the network.
@@ -68,10 +70,12 @@ def respond(
     prompt: str,
     tags: Sequence[str] = (),
     use_history: bool = True,
+    regions: ImageRegions | None = None,
 ) -> tuple[Conversation, Answer]:
     """The conversation with the new turn, and the model's answer about the image and the clicked box.
 
-    With `use_history`, previous turns are part of the prompt. Raises UserError for invalid prompts or tags.
+    With `use_history`, previous turns are part of the prompt. `regions`: what a refiner found in the image before.
+    Raises UserError for invalid prompts or tags.
     """
     (answer,) = model.answer(
         [image],
@@ -79,6 +83,7 @@ def respond(
         boxes=[[conversation.box]] if conversation.box else None,
         tags=[tags] if tags else None,
         history=[conversation.turns] if use_history and conversation.turns else None,
+        **({} if regions is None else {"regions": [regions]}),
     )
     return Conversation((*conversation.turns, (prompt, answer.text))), answer
 
@@ -93,6 +98,17 @@ def render_image(image: Image.Image, conversation: Conversation, answer: Answer 
         overlays += [plots.Overlay(box, color=plots.PREDICTION_COLOR) for box in answer.boxes]
         overlays += [plots.Overlay(mask=mask, color=plots.PREDICTION_COLOR) for mask in answer.masks]
     return plots.draw_overlays(image, overlays)
+
+
+def describe_regions(regions: ImageRegions | None) -> str:
+    """What a refiner found in an image, as lines: tags, then name, score and numbers of each box."""
+    if regions is None:
+        return ""
+    lines = [
+        f"{name} ({score:.2f}): {', '.join(map(box_text.coordinate_text, box))}"
+        for name, score, box in zip(regions.names, regions.scores, regions.boxes)
+    ]
+    return "\n".join([f"Tags: {', '.join(regions.tags) or 'none'}", *(lines or ["No box"])])
 
 
 def run_examples(folder: Path) -> list[list[str]]:
@@ -118,35 +134,12 @@ def build_demo(
     """
     gr = _import_gradio()
     config = model.processor.config
+    reads_regions = bool(config.region_width)
 
-    # The parameter names are those of the HTTP API.
-    def on_submit(talk, file, prompt, words, remembers):
-        if file is None or not prompt.strip():
-            raise gr.Error("Choose an image and enter a question.", print_exception=False)
-        tags = [tag.strip() for tag in words.split(",") if tag.strip()]
-        try:
-            image = images.open_image(file)
-            conversation, answer = respond(model, talk, image, prompt.strip(), tags, remembers)
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        return conversation, conversation.messages, render_image(image, talk, answer), ""
-
-    def on_click(talk, file, event: gr.SelectData):
-        image = images.open_image(file)
-        conversation = add_click(talk, image.size, event.index)
-        return conversation, render_image(image, conversation)
-
-    def on_image_change(file):
-        """A new image starts a new conversation."""
-        try:
-            tags = image_tagger.tag([images.open_image(file)])[0].tags if image_tagger and file else ()
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        return Conversation(), [], file, ", ".join(tags)
-
+    on_submit, on_click, on_image_change = _callbacks(gr, model, image_tagger)
     with gr.Blocks(analytics_enabled=False, title=title) as blocks:
         gr.Markdown(f"# {title}")
-        talk = gr.State(Conversation())
+        talk, found = gr.State(Conversation()), gr.State()
         with gr.Row():
             with gr.Column():
                 file = gr.Image(
@@ -160,6 +153,7 @@ def build_demo(
                 chat = gr.Chatbot(label="Chat", feedback_options=None, render_markdown=False)
                 prompt = gr.Textbox(label="Question", placeholder="What color is the circle?")
                 words = gr.Textbox(label="Tags, comma-separated", visible=config.use_tags, placeholder="circle, star")
+                seen = gr.Textbox(label="Found by the refiner", interactive=False, visible=reads_regions)
                 remembers = gr.Checkbox(bool(config.followup_template), label="Include previous turns in the prompt")
                 with gr.Row():
                     send = gr.Button("Send", variant="primary")
@@ -167,16 +161,61 @@ def build_demo(
         if examples:
             gr.Examples([list(example) for example in examples], [file, prompt], label="Examples")
         submit_io = {"inputs": [talk, file, prompt, words, remembers], "outputs": [talk, chat, annotated, prompt]}
+        reset_io = {"inputs": [file], "outputs": [talk, chat, annotated, words]}
+        if reads_regions:
+            submit_io = {"inputs": [*submit_io["inputs"], found], "outputs": [*submit_io["outputs"], seen]}
+            reset_io["outputs"] += [found, seen]
         gr.on([send.click, prompt.submit], on_submit, **submit_io, api_name="ask")
         file.select(on_click, [talk, file], [talk, annotated], api_visibility="private")
-        reset_io = {"inputs": [file], "outputs": [talk, chat, annotated, words]}
         file.change(on_image_change, **reset_io, api_visibility="private")
         clear.click(on_image_change, **reset_io, api_name="begin")
     return blocks
 
 
+def _callbacks(gr, model: Model, image_tagger: tagger.Tagger | None):
+    """The functions of the page: (question sent, image clicked, image changed)."""
+    reads_regions = bool(model.processor.config.region_width)
+
+    # The parameter names are those of the HTTP API.
+    def on_submit(talk, file, prompt, words, remembers, found=None):
+        if file is None or not prompt.strip():
+            raise gr.Error("Choose an image and enter a question.", print_exception=False)
+        tags = [tag.strip() for tag in words.split(",") if tag.strip()]
+        found_file, regions = found or (None, None)
+        regions = regions if found_file == file else None  # not those of the image before
+        try:
+            image = images.open_image(file)
+            conversation, answer = respond(model, talk, image, prompt.strip(), tags, remembers, regions)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        shown = (conversation, conversation.messages, render_image(image, talk, answer), "")
+        return (*shown, describe_regions(answer.regions)) if reads_regions else shown
+
+    def on_click(talk, file, event: gr.SelectData):
+        image = images.open_image(file)
+        conversation = add_click(talk, image.size, event.index)
+        return conversation, render_image(image, conversation)
+
+    def on_image_change(file):
+        """A new image starts a new conversation."""
+        try:
+            tags = image_tagger.tag([images.open_image(file)])[0].tags if image_tagger and file else ()
+            regions = model.refine([images.open_image(file)])[0] if reads_regions and model.refine and file else None
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        shown = (Conversation(), [], file, ", ".join(tags))
+        return (*shown, (file, regions), describe_regions(regions)) if reads_regions else shown
+
+    return on_submit, on_click, on_image_change
+
+
 def serve(
-    folder: Path, host: str = "127.0.0.1", port: int = 7860, tagger_folder: Path | None = None, prompt_length: int = 256
+    folder: Path,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    tagger_folder: Path | None = None,
+    prompt_length: int = 256,
+    refiner_folder: Path | None = None,
 ) -> None:
     """Load a model and serve the demo until Ctrl-C.
 
@@ -191,7 +230,7 @@ def serve(
         except OSError as error:
             raise UserError(f"cannot serve at {host}:{port} ({error.strerror}); choose another --port") from error
     image_tagger = None if tagger_folder is None else tagger.load(tagger_folder)
-    model = load(folder)
+    model = load(folder, refiner=refiner_folder)
     max_prompt_length = max(prompt_length, model.processor.config.max_prompt_tokens)
     blocks = build_demo(
         with_prompt_length(model, max_prompt_length), f"lionjax: {folder.name}", run_examples(folder), image_tagger

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "pipelines": "core data inference evaluation",
     "planner": "core nn data training inference",
     "tiny": "core nn models data training evaluation",
-    "serving": "core data inference evaluation",
+    "serving": "core data inference evaluation pipelines",
     "cli": "core nn models data convert training inference evaluation pipelines planner tiny serving",
 }
 TOP_FILES = {"__init__.py", "__main__.py", "py.typed"}
@@ -78,7 +78,7 @@ def module_in(name: str) -> str | None:
     parts = name.split(".")
     if parts[0] != "lionjax":
         return None
-    parts = ["inference", "loading"] if parts[1:] == ["load"] else parts[1:]
+    parts = ["pipelines", "loading"] if parts[1:] == ["load"] else parts[1:]
     while parts and ".".join(parts) not in FILES:
         parts.pop()
     return ".".join(parts)

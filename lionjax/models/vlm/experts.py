@@ -35,6 +35,11 @@ def init_experts(c: Any, key) -> Params:
     return params
 
 
+def expert_configs(c: Any) -> dict[str, Any]:
+    """{path of the parameters: config} of those experts that the config `c` has, for `ModelInfo.experts`."""
+    return {name: expert for name, expert in (("tagger", c.tagger), ("detector", c.detector)) if expert is not None}
+
+
 def experts_weight_map(c: Any) -> tuple[WeightMapping, ...]:
     """Names `ram.*` and `grounding_dino.*` in the released Lyrics."""
     tagger = with_prefix("ram.", "tagger/", ram.weight_map(c.tagger)) if c.tagger is not None else ()

@@ -51,7 +51,8 @@ class LyricsStage1(QFormerStage1):
 
     @property
     def info(self) -> ModelInfo:
-        return dataclasses.replace(super().info, region_width=self.qformer.region_width, reads_packed_text=True)
+        fields = {"region_width": self.qformer.region_width, "experts": experts.expert_configs(self)}
+        return dataclasses.replace(super().info, reads_packed_text=True, **fields)
 
     def init(self, key, batch: Batch) -> Params:
         """Random parameters of all submodules, experts included. The batch may lack regions and packed text."""

@@ -126,6 +126,7 @@ class VisualPrefixLM(VLM):
             reads_question=self.qformer is not None and self.qformer.use_text_input,
             question_vocab_size=None if self.qformer is None else self.qformer.vocab_size,
             region_width=mqformer.region_width(self.qformer),
+            experts=experts.expert_configs(self),
             default_processor=self._default_processor(),
             prompt_format=self._prompt_format(),
         )

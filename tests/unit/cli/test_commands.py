@@ -22,6 +22,7 @@ from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.scenes import tasks
 from lionjax.inference import loading, tagger
+from lionjax.pipelines import loading as with_helpers
 from lionjax.tiny.shrink import shrink
 from lionjax.training import loop
 
@@ -236,13 +237,13 @@ class Model:
         mask[:10] = True
         found = np.array([[x0, y0, (x0 + x1) / 2, y1]])
         text = f"{prompts[0]} {images[0].size}" + (f" {', '.join(tags[0])}" if tags else "")
-        return [types.SimpleNamespace(text=text, boxes=found, masks=mask[None])]
+        return [types.SimpleNamespace(text=text, boxes=found, masks=mask[None], regions=None)]
 
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
     Image.new("RGB", (30, 20), "#808080").save(tmp_path / "gray.png")
-    monkeypatch.setattr(loading, "load", lambda folder, prompt_length: Model())
+    monkeypatch.setattr(with_helpers, "load", lambda folder, prompt_length, refiner: Model())
     return ["generate", str(tmp_path), "--image", str(tmp_path / "gray.png"), "--prompt", "where?"]
 
 
@@ -296,7 +297,7 @@ def test_generate_refuses_an_invalid_box(capsys, asked, box):
 
 
 def test_generate_refuses_a_missing_picture_before_it_loads_the_model(capsys, asked, monkeypatch):
-    monkeypatch.setattr(loading, "load", lambda folder: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(with_helpers, "load", lambda folder: pytest.fail("the model was loaded"))
     asked[asked.index("--image") + 1] = "nothing.png"
     assert "nothing.png" in refused(capsys, *asked)
 

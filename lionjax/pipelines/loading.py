@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a model together with the models that work for it: `lionjax.load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lionjax.core.sharding import MeshConfig
+from lionjax.inference import loading
+from lionjax.inference.model import Model
+from lionjax.pipelines import refiner as refining
+
+
+def load(
+    folder: str | Path,
+    mesh: MeshConfig | None = None,
+    prompt_length: int | None = None,
+    refiner: str | Path | None = None,
+) -> Model:
+    """The model of a run folder or a folder of weights, sharded over a mesh of all devices (default: one device).
+
+    `prompt_length` is the maximum prompt length in tokens (default: as in training); raise it for chat history and
+    few-shot examples. For an unfinished run, the newest checkpoint is loaded; corrupt checkpoints are skipped with a
+    warning. `refiner`: a refiner's folder, for a model that reads regions; by default the experts in its own checkpoint
+    are used, if there are any. Raises UserError if the folder holds no model, and for a refiner that does not fit.
+    """
+    return refining.attach(loading.load(folder, mesh, prompt_length), refiner)

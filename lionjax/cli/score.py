@@ -25,8 +25,13 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def is_published(args: argparse.Namespace) -> bool:
-    """Whether the command line asks for a published benchmark and no task of the run's own data."""
-    return bool(args.predictions or args.protocol or args.submission)
+    """Whether the command line asks for a published benchmark and no task of a source, such as vqa."""
+    if args.predictions or args.protocol or args.submission or args.source is None:
+        return bool(args.predictions or args.protocol or args.submission)
+    from lionjax.evaluation.published.scoring import ALIASES, BENCHMARKS
+    from lionjax.evaluation.tasks import SCORERS
+
+    return args.benchmark in {*ALIASES, *BENCHMARKS} - {*SCORERS}
 
 
 def evaluate(args: argparse.Namespace, fields: Sequence[str]) -> None:
@@ -89,8 +94,8 @@ def print_entry(entry: Mapping[str, Any]) -> None:
     counts = f"{entry['answered']} of {entry['questions']} questions answered"
     if entry["answered"] != entry["questions"]:
         counts += "; the figures are over the answered ones"
-    table = Table("figure", title=escape(f"{entry['benchmark']}, protocol {entry['protocol']}: {counts}"))
-    table.title_justify = "left"
+    console.print(f"{entry['benchmark']}, protocol {entry['protocol']}: {counts}", markup=False)
+    table = Table("figure")
     table.add_column("value", justify="right")
     for name, value in flat_figures(entry["figures"]):
         style = "bold" if name == (entry["main_figure"] or {}).get("name") else None

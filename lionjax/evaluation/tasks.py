@@ -22,6 +22,7 @@ from lionjax.evaluation.metrics import captions, regions, vqa
 Examples = Sequence[Any]  # of lionjax.data.tasks.Example
 MAX_CANDIDATES = 20  # candidate sentences for the constant answer
 MAX_COMPARED_EXAMPLES = 80  # training examples that each candidate is scored on
+PUBLISHED_REFERENCES = 10  # of a question of VQAv2, OKVQA, TextVQA, VizWiz
 MAX_REFERENCES = 5  # references per example; a box may have dozens
 
 
@@ -65,8 +66,10 @@ def score_reg(examples: Examples, texts: Sequence[str]) -> TaskScores:
 
 
 def score_vqa(examples: Examples, texts: Sequence[str]) -> TaskScores:
-    """VQA accuracy."""
-    scores = [vqa.vqa_accuracy(text, example.answers) for text, example in zip(texts, examples)]
+    """VQA accuracy. Ten references are those of a published file, treated as the official code does."""
+    raw = [len(example.answers) == PUBLISHED_REFERENCES for example in examples]
+    rows = zip(texts, examples, raw)
+    scores = [vqa.vqa_accuracy(text, example.answers, raw_references=is_raw) for text, example, is_raw in rows]
     per_sample = {"vqa_accuracy": (np.array(scores), np.mean)}
     return TaskScores({"vqa_accuracy": float(np.mean(scores))}, {}, per_sample, scores)
 

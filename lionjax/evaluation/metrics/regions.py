@@ -68,12 +68,12 @@ def parse_box(text: str, strict: bool = False) -> Box | None:
     """The first box in an answer as x0, y0, x1, y1 in 0..1, or None if there is no box.
 
     Strict mode accepts only the format that LION and Shikra are trained on, `[0.440,0.060,0.650,0.367]`: no spaces, one
-    digit before the point, in range, corners in order. Lenient mode also accepts spaces, semicolons, other or no
-    brackets, and signs; it sorts the corners and clips them to the image. Neither guesses a unit: a number above 2
-    means pixels or percent, and the result is None.
+    digit before the point, in range, corners in order, and no second box, as Shikra refuses both. Lenient mode also
+    accepts spaces, semicolons, other or no brackets, and signs; it sorts the corners and clips them to the image.
+    Neither guesses a unit: a number above 2 means pixels or percent, and the result is None.
     """
     match = (STRICT_BOX if strict else LENIENT_BOX).search(text)
-    if match is None:
+    if match is None or (strict and STRICT_BOX.search(text, match.end())):
         return None
     x0, y0, x1, y1 = (float(number) for number in match.groups())
     if strict:

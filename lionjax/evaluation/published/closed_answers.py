@@ -138,7 +138,8 @@ def score_hateful_memes(rows: Rows, protocol: Protocol) -> dict[str, Any]:
         predicted.append(value >= 0.5 if stated is None else bool(stated))
         labels.append(bool(label))
     accuracy = percent(answer == label for answer, label in zip(predicted, labels))
-    return {"auroc": 100 * yes_no.auroc(probabilities, labels), "accuracy": accuracy}
+    area = yes_no.auroc(probabilities, labels)
+    return {"auroc": None if np.isnan(area) else 100 * area, "accuracy": accuracy}
 
 
 def score_pope(rows: Rows, protocol: Protocol) -> dict[str, Any]:

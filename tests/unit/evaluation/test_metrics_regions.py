@@ -119,9 +119,9 @@ def test_loosely_formatted_box_is_parsed_only_without_strict(text, box):
         assert parse_box(text, strict=True) is None
 
 
-def test_strict_parsing_takes_the_first_box_and_requires_it_inside_the_image():
+def test_strict_parsing_refuses_two_boxes_and_requires_the_box_inside_the_image():
     two = "[0.440,0.060,0.650,0.367] and [0,0,1,1]"
-    assert parse_box(two, strict=True) == (0.44, 0.06, 0.65, 0.367)
+    assert parse_box(two, strict=True) is None and parse_box(two) == (0.44, 0.06, 0.65, 0.367)
     assert parse_box("[0.1,0.2,1.5,0.4]", strict=True) is None
     assert parse_box("[0.1,0.2,1.000,0.4]", strict=True) == (0.1, 0.2, 1.0, 0.4)
 

@@ -4,6 +4,7 @@
 import gzip
 import itertools
 import json
+import types
 from collections import Counter
 
 import pytest
@@ -17,6 +18,7 @@ from lionjax.evaluation.metrics.vqa import (
     vqa_accuracy,
     vsr_accuracy,
 )
+from lionjax.evaluation.tasks import score_vqa
 
 DATA = shared_data.ROOT
 
@@ -65,6 +67,12 @@ def test_number_words_in_references_are_not_normalized_as_in_the_official_code()
     assert vqa_accuracy("two", ["two"] * 10, raw_references=True) == 0
     assert vqa_accuracy("2", ["2."] * 9 + ["3"], raw_references=True) == 1
     assert vqa_accuracy("2", ["2."] * 10, raw_references=True) == 0
+
+
+def test_ten_references_of_a_task_are_treated_as_by_the_official_code():
+    ten = ["squares"] * 2 + ["two squares"] * 3 + ["2 squares"] * 2 + ["yellow squares"] * 3
+    examples = [types.SimpleNamespace(answers=answers) for answers in (ten, ten[:9])]
+    assert score_vqa(examples, ["two squares"] * 2).sample_scores == pytest.approx([0.6, 1])
 
 
 @pytest.mark.slow

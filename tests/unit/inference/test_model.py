@@ -225,6 +225,11 @@ def test_invalid_questions_raise_a_one_sentence_error(model, mistake, said):
 def test_a_candidate_longer_than_max_target_tokens_is_refused_and_not_cut(model):
     fits, long = "red", "red " * model.processor.config.max_target_tokens
     assert sorted(model.rank_candidates(some_pictures(1), ["What?"], [[fits, "blue"]])[0]) == [0, 1]
+    (total_K,), (mean_K,) = (
+        model.candidate_losses(some_pictures(1), ["What?"], [[fits, "blue"]], mean) for mean in (False, True)
+    )
+    tokens = [len(model.processor.tokenizer.encode(text)) + 1 for text in (fits, "blue")]  # and the end token
+    np.testing.assert_allclose(mean_K, total_K / tokens, rtol=1e-6)
     with pytest.raises(UserError, match="the candidate 'red red .* at most 24 are allowed"):
         model.rank_candidates(some_pictures(1), ["What?"], [[fits, long]])
 

@@ -81,7 +81,12 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
 
 
 def tokenizer_folders(model: Any) -> dict[str, str]:
-    """{processor field: subfolder of that tokenizer in a model's folder}; two where a Q-Former reads the question."""
+    """{processor field: subfolder of that tokenizer in a model's folder}; two where a Q-Former reads the question.
+
+    A detector reads only its caption, as the question.
+    """
+    if model.info.detects_phrases:
+        return {"question_tokenizer": ""}
     return {"tokenizer": ""} | ({"question_tokenizer": QFORMER_TOKENIZER} if model.info.reads_question else {})
 
 

@@ -38,11 +38,12 @@ from lionjax.data.mixture import Sample
 from lionjax.data.processor import Processor
 from lionjax.data.rle import encode_rle
 from lionjax.evaluation import tasks
+from lionjax.evaluation.detection import detect_answers
 from lionjax.evaluation.report.html import GALLERY_SIZE
 from lionjax.evaluation.summary import metrics_by_kind, summarize_scores
 from lionjax.evaluation.tasks import SCORERS, TaskScores
 from lionjax.evaluation.trained_records import TrainedRecords
-from lionjax.inference import engine
+from lionjax.inference import detector, engine
 from lionjax.inference.engine import Answer, InferenceEngine
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def model_benchmarks(model: Any, split: str = "heldout", source: Any = None) -> 
     sources = model.experiment.data.sources if source is None else (source,)
     available = available_benchmarks(sources, split)
     trained = trained_benchmarks(model.experiment) if source is None else []
-    return [name for name in trained if benchmark_task(name) in available] or available
+    names = [name for name in trained if benchmark_task(name) in available] or available
+    return [name for name in names if (name == "detect") == model.engine.model.info.detects_phrases]
 
 
 def evaluate_model(
@@ -243,6 +245,9 @@ def run_batches(
     All batches of all benchmarks have one shape, so that only two programs are compiled: for short and long answers.
     """
     task, processor = benchmark_task(benchmark), inference_engine.processor
+    if inference_engine.model.info.detects_phrases:
+        yield from detect_batches(inference_engine, pipeline.examples(data, benchmark, split, limit))
+        return
     tagged = processor.config.use_tags and task != "tags"  # in the tags task, tags would leak the answer
     with_text = tagged or processor.config.spatial_text_in_prompt
     variants = {"answers": (False, with_text), "blind": (True, False)}  # (image_blind, with tags and boxes as text)
@@ -270,6 +275,17 @@ def run_batches(
                 teacher_forced_prediction(sample, boxes_K4) for sample, boxes_K4 in zip(batch_samples, forced_boxes)
             ]
         yield batch_samples, predictions
+
+
+def detect_batches(
+    inference_engine: InferenceEngine, samples: Iterator[Sample]
+) -> Iterator[tuple[list[Sample], dict[str, list[Answer]]]]:
+    """`run_batches` of a phrase detector: what it finds for each caption, and for a gray image ("blind")."""
+    phrase_detector = detector.from_engine(inference_engine)
+    while batch := list(itertools.islice(samples, BATCH_SIZE)):
+        inputs = [sample.image for sample in batch], [sample.example.question for sample in batch]
+        variants = {"answers": False, "blind": True}
+        yield batch, {name: detect_answers(phrase_detector, *inputs, blind) for name, blind in variants.items()}
 
 
 def encode_samples(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lionjax.data.boxes import split_text_and_boxes
+from lionjax.evaluation import detection
 from lionjax.evaluation.metrics import captions, regions, vqa
 
 Examples = Sequence[Any]  # of lionjax.data.tasks.Example
@@ -233,6 +234,30 @@ def score_region_level(examples: Examples, texts: Sequence[str]) -> TaskScores:
     return TaskScores(metrics, {}, per_sample, per_answer.tolist())
 
 
+def score_detect(examples: Examples, texts: Sequence[str]) -> TaskScores:
+    """Share of the named boxes found at IoU > 0.5, and of the absent names for which nothing is found."""
+    rows = [detection.score_names(example, text) for example, text in zip(examples, texts)]
+    rates = detection.detection_rates([row for group in rows for row in group])
+    counts_B4 = np.array(
+        [
+            [
+                *np.sum([row[1:3] for row in group], axis=0),
+                sum(not row[1] for row in group),
+                sum(not row[1] and not row[3] for row in group),
+            ]
+            for group in rows
+        ]
+    )
+    metrics = {"detect_found": rates.pop("found"), "detect_silent": rates.pop("silent")}
+    shares = {"detect_found": (1, 0), "detect_silent": (3, 2)}
+    per_sample = {
+        key: (counts_B4[:, columns], lambda hits_total_B2: float(np.divide(*hits_total_B2.sum(axis=0).clip(1e-9))))
+        for key, columns in shares.items()
+    }
+    right = [all(row[2] == row[1] and bool(row[1]) == bool(row[3]) for row in group) for group in rows]
+    return TaskScores(metrics, rates, per_sample, [float(value) for value in right])
+
+
 def parse_tags(text: str) -> set[str]:
     """The tags of a comma-separated list, lower case."""
     return {word.strip(" .").lower() for word in text.split(",")} - {""}
@@ -253,9 +278,10 @@ SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], TaskScores]] = {
     "conversation": score_conversation,
     "image_level": score_image_level,
     "region_level": score_region_level,
+    "detect": score_detect,
 }
 # Tasks that are also scored by `Example.kind`; POPE's settings are kinds.
-PER_KIND_TASKS = ("vqa", "existence", "box_vqa", "choice", "conversation", "region_level")
+PER_KIND_TASKS = ("vqa", "existence", "box_vqa", "choice", "conversation", "region_level", "detect")
 
 
 def constant_answers(task: str, train: Examples, questions: Examples) -> list[str]:
@@ -275,6 +301,7 @@ def constant_answers(task: str, train: Examples, questions: Examples) -> list[st
         "rec": best_constant_box,
         "res": best_constant_box,
         "tags": best_constant_tags,
+        "detect": lambda train: "nothing",
     }.get(task, best_constant_sentence)
     return [estimate(train)] * len(questions)
 

@@ -192,7 +192,7 @@ class Processor:
                     f"{name} has no kept regions, which this model reads; refine the images first with "
                     "`lionjax data build SOURCE --refiner FOLDER`"
                 )
-            if c.regions_digest not in ("", regions.digest):
+            if c.regions_digest and regions.digest not in ("", c.regions_digest):  # text-only records have none
                 raise UserError(
                     f"the regions of {name} were made by the refiner {regions.digest!r}, but processor.regions_digest "
                     f"is {c.regions_digest!r}; refine the data again, or set the digest to ''"

@@ -25,6 +25,8 @@ from lionjax.core import sharding
 from lionjax.core.errors import RetryError
 from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.types import Batch, Params, UserError
+from lionjax.data.config import DataConfig
+from lionjax.data.regions_digest import with_regions_digest
 from lionjax.training import bad_steps, checkpoint, distributed, feature_cache, feature_store, resume
 from lionjax.training import step as stages
 from lionjax.training.companions import save_companions
@@ -80,6 +82,8 @@ def train(
     """
     workdir, start_time = Path(workdir), time.time() if start_time is None else start_time
     timer = PhaseTimer(start_time)
+    if isinstance(experiment.data, DataConfig):
+        experiment = dataclasses.replace(experiment, data=with_regions_digest(experiment.data))
     with (
         lock_workdir(workdir),
         checkpoint.explain_disk_full(workdir),

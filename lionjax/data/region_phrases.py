@@ -41,13 +41,13 @@ def tags_caption(tags: Sequence[str]) -> str:
     return detector_caption(TAG_SEPARATOR.join(tags).replace(" |", ","))
 
 
-def encode_caption(tokenizer: Tokenizer, caption: str) -> tuple[list[int], int]:
+def encode_caption(tokenizer: Tokenizer, caption: str, max_tokens: int = MAX_DETECTOR_TOKENS) -> tuple[list[int], int]:
     """(ids of a caption with [CLS] and [SEP], number of ids cut) as the detector reads it.
 
-    At most `MAX_DETECTOR_TOKENS` ids are kept; a longer caption loses its end, [SEP] too, as in the original.
+    At most `max_tokens` ids are kept; a longer caption loses its end, [SEP] too, as in the original.
     """
     ids = [*tokenizer.bos_ids, *tokenizer.encode(caption), tokenizer.eos_id]
-    return ids[:MAX_DETECTOR_TOKENS], max(len(ids) - MAX_DETECTOR_TOKENS, 0)
+    return ids[:max_tokens], max(len(ids) - max_tokens, 0)
 
 
 def decode_pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -62,13 +62,15 @@ def decode_pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return text
 
 
-def caption_phrase(tokenizer: Tokenizer, ids: Sequence[int], is_hit_L: np.ndarray) -> str:
+def caption_phrase(
+    tokenizer: Tokenizer, ids: Sequence[int], is_hit_L: np.ndarray, max_tokens: int = MAX_DETECTOR_TOKENS
+) -> str:
     """The phrase of the hit tokens of a caption, without full stops, as Grounding DINO's demo reads it.
 
-    `is_hit_L`: bool, one for each of `ids` (padding behind them is ignored). The first token, [CLS], and the 256th
-    never belong to a phrase; a hit [SEP] does.
+    `is_hit_L`: bool, one for each of `ids` (padding behind them is ignored). The first token, [CLS], and the one at the
+    maximum length never belong to a phrase; a hit [SEP] does.
     """
-    hit_ids = [token_id for token_id, is_hit in list(zip(ids, is_hit_L))[1 : MAX_DETECTOR_TOKENS - 1] if is_hit]
+    hit_ids = [token_id for token_id, is_hit in list(zip(ids, is_hit_L))[1 : max_tokens - 1] if is_hit]
     return decode_pieces(tokenizer, hit_ids).replace(".", "").strip()
 
 

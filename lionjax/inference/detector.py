@@ -132,7 +132,8 @@ class Detector:
                 is_hit_L = prob_L > text_threshold
                 if remove_combined:
                     is_hit_L &= region_phrases.within_best_phrase(found.ids, separators, prob_L)
-                phrases.append(region_phrases.caption_phrase(self.tokenizer, found.ids, is_hit_L))
+                max_tokens = self.config.max_text_len
+                phrases.append(region_phrases.caption_phrase(self.tokenizer, found.ids, is_hit_L, max_tokens))
             scores = tuple(map(float, score_Q[order]))
             results.append(Detections(box_K4[order], scores, tuple(phrases), found.feature_QD[order], image.size))
         return results
@@ -173,9 +174,9 @@ class Detector:
         """(height, width) of an image after resize and padding. Raises UserError if it has too few positions."""
         step = self.images.pad_to_multiple
         height, width = (-(-edge // step) * step for edge in self.resized_shape(image))
-        positions, patch = 0, self.config.swin.patch_size
-        for level in range(1, self.config.num_levels + 1):
-            positions += -(-height // (patch << level)) * -(-width // (patch << level))
+        finest = self.config.swin.patch_size << min(self.config.swin.output_stages)
+        strides = [finest << level for level in range(self.config.num_levels)]
+        positions = sum(-(-height // stride) * -(-width // stride) for stride in strides)
         if positions < self.config.num_queries:
             raise UserError(
                 f"an image of {image.width} x {image.height} pixels is too narrow: it gives the detector {positions} "
@@ -197,7 +198,8 @@ class Detector:
         """(ids, number of ids cut) of a prompt as the detector reads it."""
         if not prompt.strip(" ."):
             raise UserError(f"the prompt is {prompt!r}; give names separated by full stops, such as 'a cat. a dog.'")
-        ids, num_cut = region_phrases.encode_caption(self.tokenizer, region_phrases.detector_caption(prompt))
+        caption, max_tokens = region_phrases.detector_caption(prompt), self.config.max_text_len
+        ids, num_cut = region_phrases.encode_caption(self.tokenizer, caption, max_tokens)
         if num_cut:
             log.warning("the prompt has %d tokens; the last %d are cut", len(ids) + num_cut, num_cut)
         return ids, num_cut
@@ -285,7 +287,17 @@ def from_engine(engine: InferenceEngine, name: str = "the model") -> Detector:
 
 
 def check_tokenizer(tokens: Tokenizer, config: GroundingDinoConfig) -> Tokenizer:
-    """The tokenizer. Raises UserError if it has more tokens than the detector's word table has rows."""
+    """The tokenizer. Raises UserError if it is not that of the weights.
+
+    It must not have more tokens than the detector's word table has rows, and its [CLS] and [SEP] must be among the
+    tokens that end the detector's phrases.
+    """
+    ends = {*tokens.bos_ids, tokens.eos_id}
+    if not ends <= set(config.delimiter_ids):
+        raise UserError(
+            f"the tokenizer begins and ends a text with the ids {sorted(ends)}, but the detector's phrases end with "
+            f"{list(config.delimiter_ids)}; use the tokenizer that belongs to these weights"
+        )
     num_tokens, num_rows = len(tokens.backend.get_vocab(with_added_tokens=False)), config.text.vocab_size
     if num_tokens > num_rows:
         raise UserError(

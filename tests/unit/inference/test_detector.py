@@ -13,7 +13,7 @@ from small_detector import canned, picture
 
 from lionjax import cli, convert
 from lionjax.core.types import UserError
-from lionjax.data import region_phrases
+from lionjax.data import region_phrases, tokenizer
 from lionjax.inference import detector
 from lionjax.inference.detector import DetectorImages
 from lionjax.models.vision.grounding_dino import GroundingDino
@@ -110,6 +110,12 @@ def test_a_prompt_of_more_than_256_tokens_is_cut_with_a_warning(found, monkeypat
     (output,) = made.forward([picture(40, 40)], "cat. " * 200)
     assert len(output.ids) == 256 and output.num_cut == 146
     assert "the prompt has 402 tokens; the last 146 are cut" in caplog.text
+    short = dataclasses.replace(made, config=dataclasses.replace(made.config, max_text_len=8))
+    (output,) = short.forward([picture(40, 40)], "cat. dog. red ball.")  # 9 tokens
+    assert (
+        output.ids == tuple(found.tokenizer.bos_ids + found.tokenizer.encode("cat. dog. red ball."))
+        and output.num_cut == 1
+    )
 
 
 def test_a_nan_is_refused_in_a_sentence(found, monkeypatch):
@@ -141,10 +147,11 @@ def test_a_folder_is_loaded_with_its_tokenizer_and_image_settings_or_refused(fou
     assert loaded.config == small_detector.TINY and loaded.images.fit == small_detector.IMAGES.fit
     assert loaded.tokenizer.encode("dogs.") == found.tokenizer.encode("dogs.")
     (folder / "vocab.txt").write_text("\n".join([*small_detector.PIECES, *map(str, range(20))]))
-    from lionjax.data import tokenizer
-
     tokenizer.load.cache_clear()
     with pytest.raises(UserError, match="the tokenizer has 38 tokens but the detector's word table has 24 rows"):
         detector.load(folder)
+    other = dataclasses.replace(small_detector.TINY, delimiter_ids=(101, 102))
+    with pytest.raises(UserError, match=r"a text with the ids \[2, 3\], but .* phrases end with \[101, 102"):
+        detector.check_tokenizer(found.tokenizer, other)
     with pytest.raises(UserError, match="there is no folder"):
         detector.load(tmp_path / "none")

@@ -18,7 +18,7 @@ from lionjax.models import parts
 # Values of model_type in exported folders that transformers has a class for.
 TRANSFORMERS_TYPES = frozenset(
     ("llava", "blip-2", "instructblip", "kosmos-2", "t5", "llama", "opt", "gpt2", "bert", "clip_vision_model", "swin")
-) | {"sam"}
+) | {"sam", "grounding-dino"}
 BLIP_TYPES = ("blip-2", "instructblip")
 NO_IMAGE_TOKEN = (
     "This model was trained without an image token, by which the processor and `generate` of transformers place the "
@@ -33,6 +33,7 @@ ORIGINAL_CODE = {  # by model_type: the repository whose modules have these tens
     OWN_PREFIX + "lion": "https://github.com/JiuTian-VL/JiuTian-LION",
     OWN_PREFIX + "flamingo": "https://github.com/mlfoundations/open_flamingo",
     OWN_PREFIX + "ram": "https://github.com/xinyu1205/recognize-anything",
+    OWN_PREFIX + "groundingdino": "https://github.com/IDEA-Research/GroundingDINO",
     OWN_PREFIX + "blip2": LAVIS,
     OWN_PREFIX + "instructblip": LAVIS,
     OWN_PREFIX + "blip2_first": LAVIS,
@@ -45,6 +46,7 @@ PIPELINE_TAGS = {  # by format; image-text-to-text for all others
     "image-feature-extraction": ("clip", "eva", "swin"),
     "mask-generation": ("sam", "segment_anything"),
     "image-classification": ("ram",),
+    "zero-shot-object-detection": ("grounding-dino", "groundingdino"),
 }
 PADDING_NOTES = {
     "white_square_first": "Pad images with white to a square before the image processor, which does not.",

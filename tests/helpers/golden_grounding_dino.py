@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -27,6 +28,11 @@ class Golden:
     inputs: tuple
     theirs: dict  # what the original computes
     text_mask: np.ndarray
+
+    def states(self) -> dict:
+        """{name in arrays.npz: value} of one forward pass, traced anew."""
+        module, params = GroundingDino(self.c), {"params": self.params}
+        return jax.jit(lambda *inputs: module.apply(params, *inputs, method=compute))(*self.inputs)
 
     def comparable(self, name: str, found: dict) -> tuple[np.ndarray, np.ndarray]:
         """(mine, the original's) of one array, where the original's says something: not on padding."""

@@ -7,6 +7,7 @@ import sys
 import types
 from pathlib import Path
 
+import golden_grounding_dino
 import golden_lyrics
 import golden_nextchat
 import jax
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 from lionjax import convert
 from lionjax.models.heads import region
 from lionjax.models.language import backend, t5
+from lionjax.models.vision import grounding_dino, grounding_dino_encoder
 from lionjax.models.vlm import qformer_stage1, region_lm
 
 MISTAKES = {
@@ -150,3 +152,37 @@ def test_golden_comparison_detects_mutations_of_lyrics(monkeypatch, folder):
     assert "stage1" in found, "the gradient norms must tell"
     assert {"stage1_intended.msp.hidden", "stage1_intended.loss_msp"} <= found
     assert not {name for name in found if name.startswith("stage1.")}, "no value of the first changes"
+
+
+DETECTOR_MISTAKES = {
+    "the text mask in the order head, row": (
+        "shared.phrase_BLL[:, None]",
+        "jnp.tile(shared.phrase_BLL, (c.num_heads // 2, 1, 1)).reshape("
+        "len(x_BLD), c.num_heads // 2, *shared.phrase_BLL.shape[1:])",
+    ),
+    "the residual of the image from before the fusion's norm": (
+        'add("image", normed_image_BPD,',
+        'add("image", image_BPD,',
+    ),
+    "the residual of the text from before the fusion's norm": ('add("text", normed_text_BLD,', 'add("text", text_BLD,'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", folders("grounding_dino"))
+@pytest.mark.parametrize("mistake", DETECTOR_MISTAKES)
+def test_golden_comparison_detects_a_mutation_of_grounding_dino(monkeypatch, mistake, folder):
+    changed = mutated(monkeypatch, grounding_dino_encoder, *DETECTOR_MISTAKES[mistake])
+    monkeypatch.setattr(grounding_dino, "EnhancerLayer", changed.EnhancerLayer)
+    golden = golden_grounding_dino.read(folder)
+    found = golden.states()
+    differing = set()
+    for name in golden.theirs:
+        try:
+            assert_close(*golden.comparable(name, found), name)
+        except AssertionError:
+            differing.add(name)
+    last = golden.c.encoder_depth - 1
+    assert {f"enhancer.{last}.text", "pred_boxes", "hidden_state"} <= differing
+    before = ("backbone.", "level.", "text_")
+    assert not {name for name in differing if name.startswith(before)}, "what lies before the mistake must stay"

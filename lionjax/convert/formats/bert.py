@@ -37,10 +37,11 @@ TABLE = ConfigTable(
 )
 
 
-def _config_from_hf(hf_config: dict) -> Any:
+def config_from_hf(hf_config: dict, path: str = "") -> Any:
+    """The BertConfig of a config.json, or of the nested config at `path` of one."""
     from lionjax.models.language.bert import BertConfig
 
-    return BertConfig(**TABLE.read_fields(TABLE.read(hf_config)))
+    return BertConfig(**TABLE.read_fields(TABLE.read(hf_config, path)))
 
 
 def _infer_pooler(c: BertConfig, names: Collection[str]) -> Any:
@@ -71,7 +72,7 @@ def _abstract_params(c: BertConfig, mesh: Any = None) -> Params:
 BERT = class_format(
     "bert",
     "BertConfig",
-    (_config_from_hf, _config_to_hf, _weight_map, _abstract_params),
+    (config_from_hf, _config_to_hf, _weight_map, _abstract_params),
     ignore_patterns=(r"embeddings\.position_ids(?#position indices)", r"(cls|classifier|qa_outputs)\..*(?#heads)"),
     inner_prefix="bert.",
     infer_from_keys=_infer_pooler,

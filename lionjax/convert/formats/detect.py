@@ -22,6 +22,7 @@ from lionjax.convert.formats.checkpoint_format import (
     CheckpointSource,
     read_hf_config,
 )
+from lionjax.convert.formats.grounding_dino import DETECTION_FORMATS, GROUNDING_DINO_FILES
 from lionjax.convert.formats.hf_config import check_hf_config, config_from_hf
 from lionjax.convert.formats.hf_language import LANGUAGE_FORMATS, LLAMA
 from lionjax.convert.formats.hf_vision import CLIP_FILE, VISION_FORMATS
@@ -63,10 +64,10 @@ def open_checkpoint(
     """The checkpoint at `path` (a folder or a weight file), recognized and opened; tensors are read on access.
 
     The format comes from `format_name`, from lionjax.json beside the weights, from the released file names (LION,
-    LAVIS, SAM, RAM, CLIP), or from model_type in config.json, in this order. `adapter`: a PEFT folder with a LoRA, by
-    default the subfolder `adapter`; `merge_lora` merges it into the weights. `base`: the model that the checkpoint is a
-    delta of, or a LoRA for. `vision_tower`: the folder of the CLIP of an original LLaVA, by default a subfolder. Raises
-    UserError where the format is unknown or a part is missing.
+    LAVIS, SAM, RAM, CLIP, Grounding DINO), or from model_type in config.json, in this order. `adapter`: a PEFT folder
+    with a LoRA, by default the subfolder `adapter`; `merge_lora` merges it into the weights. `base`: the model that the
+    checkpoint is a delta of, or a LoRA for. `vision_tower`: the folder of the CLIP of an original LLaVA, by default a
+    subfolder. Raises UserError where the format is unknown or a part is missing.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
@@ -166,7 +167,7 @@ def _detect_and_open(
         return CheckpointSource(checkpoint_format, config, open_weights(path), folder)
     if format_name is None:
         by_file = {EVA_FILE: "eva", META_SAM_FILE: "segment_anything", RAM_FILE: "ram"}
-        by_file |= {CLIP_FILE: "openai_clip"}
+        by_file |= {CLIP_FILE: "openai_clip"} | dict.fromkeys(GROUNDING_DINO_FILES, "groundingdino")
         format_name = by_file.get(path.name)
     if format_name == "lion" or (format_name is None and path.is_dir() and find_lion_file(path)):
         return open_lion(path)
@@ -300,6 +301,7 @@ FORMATS = (  # the first format that matches is used, so LION comes first: its f
     KOSMOS_2,
     FLAMINGO,
     *TAGGING_FORMATS,
+    *DETECTION_FORMATS,
     *LANGUAGE_FORMATS,
     *VISION_FORMATS,
     BERT,

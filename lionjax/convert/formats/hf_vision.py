@@ -191,10 +191,11 @@ SWIN_TABLE = ConfigTable(
 )
 
 
-def _swin_config_from_hf(hf_config: dict) -> Any:
+def swin_config_from_hf(hf_config: dict, path: str = "") -> Any:
+    """The SwinConfig of a config.json, or of the nested config at `path` of one."""
     from lionjax.models.vision.swin import SwinConfig
 
-    s = SWIN_TABLE.read(hf_config)
+    s = SWIN_TABLE.read(hf_config, path)
     fields = SWIN_TABLE.read_fields(s)
     fields |= {name: float(fields[name]) for name in ("mlp_ratio", "drop_path_rate")}
     return SwinConfig(
@@ -239,7 +240,7 @@ SWIN_KEY_PATTERNS = (  # module names since transformers 5 -> names of the files
 SWIN = class_format(
     "swin",
     "SwinConfig",
-    (_swin_config_from_hf, _swin_config_to_hf, _swin_weight_map, _swin_abstract_params),
+    (swin_config_from_hf, _swin_config_to_hf, _swin_weight_map, _swin_abstract_params),
     # Older files hold the relative position index; many have a head for ImageNet or masked image modeling.
     ignore_patterns=(
         r"swin\.encoder\..*\.relative_position_index(?#computed)",

@@ -31,6 +31,8 @@ from lionjax.core.types import Params, UserError
 from lionjax.core.weight_map import KeyTemplate, WeightMapping, conv
 
 RELATIVE_TOLERANCE = 1e-3  # relative to a module's largest value; float32 rounding is about 1e-6
+# Formats whose class in transformers 5.23 gives a part a boolean mask, which eager attention adds as a number.
+BOOLEAN_MASKS = ("grounding-dino",)
 WEIGHT_SUFFIXES = ("/kernel", "/scale", "/table")  # of the paths of the parameters that identify a module
 
 
@@ -163,7 +165,9 @@ def _load_transformers_model(checkpoint_format: CheckpointFormat, model_config: 
         known = ", ".join(sorted(COMPARISON_RUNS.keys() | HF_PARTS.keys()))
         raise UserError(f"transformers has no class to run a {checkpoint_format.name}; --verify works with {known}")
     transformers.logging.set_verbosity_error()
-    load_args = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    load_args = {"dtype": torch.float32, "output_loading_info": True}
+    if checkpoint_format.name not in BOOLEAN_MASKS:
+        load_args["attn_implementation"] = "eager"
     try:
         model, loading_info = model_class.from_pretrained(folder, **load_args)
     except (OSError, ValueError, RuntimeError) as error:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lionjax.models.language.bert import BertConfig
     from lionjax.models.language.decoder import DecoderConfig
     from lionjax.models.language.t5 import T5Config
+    from lionjax.models.vision.grounding_dino import GroundingDinoConfig
     from lionjax.models.vision.sam_encoder import SamConfig
     from lionjax.models.vision.swin import SwinConfig
     from lionjax.models.vision.vit import ViTConfig
@@ -107,6 +108,28 @@ def _swin_run(c: SwinConfig, rng) -> ComparisonRun:
     return ComparisonRun(Swin(c), lambda module, image: {"last_hidden_state": module(image)[0]}, (image,), torch_inputs)
 
 
+def _grounding_dino_run(c: GroundingDinoConfig, rng) -> ComparisonRun:
+    """An image with more positions than queries, and a text of two phrases; nothing is padding.
+
+    transformers pads its logits to `max_text_len`; their two factors are compared instead.
+    """
+    from lionjax.models.vision.grounding_dino import GroundingDino, example_inputs
+
+    def forward(module, *inputs):
+        out = module(*inputs)
+        return {"pred_boxes": out.boxes_BQ4, "last_hidden_state": out.features_BQD[..., :-4]}
+
+    height = max(example_inputs(c)[0].shape[1], 128)  # more than one position on the last level, for torch's norm
+    image = rng.standard_normal((1, height, height + 32, 3)).astype(np.float32)
+    first, last, stop, _ = c.delimiter_ids
+    words = rng.integers(3, min(c.delimiter_ids), 5)
+    ids = np.array([[first, *words[:2], stop, *words[2:], stop, last]])
+    masks = np.ones(image.shape[:3], bool), np.ones(ids.shape, bool)
+    torch_inputs = {"pixel_values": image.transpose(0, 3, 1, 2).copy(), "input_ids": ids}
+    torch_inputs |= {"pixel_mask": masks[0].astype(np.int64), "attention_mask": masks[1].astype(np.int64)}
+    return ComparisonRun(GroundingDino(c), forward, (image, masks[0], ids, masks[1]), torch_inputs)
+
+
 def _prefix_run(c: VisualPrefixLM, rng) -> ComparisonRun:
     """A text with an image in it; transformers expects as many image tokens as the image has features."""
     from lionjax.models.vlm.visual_prefix import VisualPrefixLMModule
@@ -150,6 +173,7 @@ COMPARISON_RUNS: dict[str, Callable[[Any, Any], ComparisonRun]] = {
     "clip": _clip_run,
     "sam": _sam_run,
     "swin": _swin_run,
+    "grounding-dino": _grounding_dino_run,
     "llava": _prefix_run,
     "blip2": _prefix_run,
     "instructblip": _prefix_run,

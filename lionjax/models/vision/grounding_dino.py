@@ -8,6 +8,8 @@ code mixes the rows' phrase masks, so that a row's result does not depend on the
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -180,6 +182,14 @@ class GroundingDino(nn.Module):
         features_BQD = jnp.concatenate([state_TBQD[-1], refined_TBQ4[-1].astype(state_TBQD.dtype)], axis=-1)
         layer_outputs = logits_TBQL[-1], boxes_TBQ4[-1], features_BQD, logits_TBQL, boxes_TBQ4
         return DetectorOutput(*layer_outputs, selection.logits_BQL, selection.box_BQ4)
+
+
+def example_inputs(c: GroundingDinoConfig) -> tuple:
+    """Shapes of inputs that initialize the parameters: one image large enough for all queries, and two tokens."""
+    stride = c.swin.patch_size << c.swin.output_stages[0]
+    side = stride * math.isqrt(c.num_queries - 1) + stride
+    shapes = ((1, side, side, 3), "float32"), ((1, side, side), "bool"), ((1, 2), "int32"), ((1, 2), "bool")
+    return tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
 
 
 def flatten(levels):

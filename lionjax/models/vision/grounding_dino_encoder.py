@@ -54,7 +54,7 @@ class GroundingDinoConfig:
     norm_eps: float = 1e-5
     # A coordinate p and 1 - p are at least this before their logit: 1e-3 in the original, 1e-5 in transformers.
     inverse_sigmoid_eps: float = 1e-3
-    position_temperature: float = 20.0  # of the position encodings of the image
+    position_temperature: int = 20  # of the position encodings of the image
     # Whether the boxes of a layer also train the layer before (DINO, arXiv 2203.03605); transformers does not.
     look_forward_twice: bool = True
     dropout: float = 0.0
@@ -204,15 +204,17 @@ class Fusion(nn.Module):
             scale = self.param(f"{name}_scale", scale_init, (c.width,)).astype(x.dtype)
             return x + drop_path(scale * change, c.fusion_drop_path, key)
 
-        image_BPD, text_BLD = norm(c, "image_norm")(image_BPD), norm(c, "text_norm")(text_BLD)
-        query_BPNH, key_BLNH = project("image_query", image_BPD) * head**-0.5, project("text_key", text_BLD)
-        score_BNPL = jnp.einsum("BPNH,BLNH->BNPL", query_BPNH, key_BLNH, preferred_element_type=jnp.float32)
+        normed_image_BPD, normed_text_BLD = norm(c, "image_norm")(image_BPD), norm(c, "text_norm")(text_BLD)
+        query_BPNH, key_BLNH = project("image_query", normed_image_BPD), project("text_key", normed_text_BLD)
+        scaled_BPNH = query_BPNH * head**-0.5
+        score_BNPL = jnp.einsum("BPNH,BLNH->BNPL", scaled_BPNH, key_BLNH, preferred_element_type=jnp.float32)
         to_text = jax.nn.softmax(jnp.where(text_mask_BL[:, None, None], score_BNPL, MASK_VALUE), axis=3)
         to_image = jax.nn.softmax(jnp.where(valid_BP[:, None, :, None], score_BNPL, MASK_VALUE), axis=2)
-        values = project("text_value", text_BLD), project("image_value", image_BPD)
-        image_change = jnp.einsum("BNPL,BLNH->BPNH", to_text.astype(values[0].dtype), values[0])
-        text_change = jnp.einsum("BNPL,BPNH->BLNH", to_image.astype(values[1].dtype), values[1])
-        return add("image", image_BPD, image_change, keys[0]), add("text", text_BLD, text_change, keys[1])
+        text_BLNH, image_BPNH = project("text_value", normed_text_BLD), project("image_value", normed_image_BPD)
+        image_change_BPNH = jnp.einsum("BNPL,BLNH->BPNH", to_text.astype(text_BLNH.dtype), text_BLNH)
+        text_change_BLNH = jnp.einsum("BNPL,BPNH->BLNH", to_image.astype(image_BPNH.dtype), image_BPNH)
+        image_BPD = add("image", normed_image_BPD, image_change_BPNH, keys[0])
+        return image_BPD, add("text", normed_text_BLD, text_change_BLNH, keys[1])
 
 
 class TextLayer(nn.Module):

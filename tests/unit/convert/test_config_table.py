@@ -68,9 +68,10 @@ def test_what_is_not_computed_is_refused_with_its_path(hf_config, problem):
 
 
 T5_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+CONFIG_READERS = ("swin", "sam", "kosmos2", "mplug_owl", "grounding-dino")
 READERS = [
     *[(fmt, name, {}) for fmt in (LLAMA, OPT, GPT2, BERT) for name in fmt.model_types if name != "mistral"],
-    *[(fmt, fmt.model_types[0], {}) for fmt in detect.FORMATS if fmt.name in ("swin", "sam", "kosmos2", "mplug_owl")],
+    *[(fmt, fmt.model_types[0], {}) for fmt in detect.FORMATS if fmt.name in CONFIG_READERS],
     *[(fmt, name, {}) for fmt in detect.FORMATS if fmt.name == "clip" for name in fmt.model_types],
     *[(fmt, fmt.model_types[-1], {"text_config": {}}) for fmt in hf_vlm.VLM_FORMATS if fmt.name != "llava"],
     (LLAMA, "mistral", {"sliding_window": None}),
@@ -88,9 +89,10 @@ def test_every_reader_refuses_an_unknown_field_at_every_level(fmt, model_type, h
     with pytest.raises(UserError, match="the field unheard_of 1, which lionjax does not know"):
         fmt.config_from_hf(hf_config | {"unheard_of": 1})
     parts = {"clip": ["vision"], "sam": ["vision", "prompt_encoder", "mask_decoder"], "kosmos2": ["text", "vision"]}
-    parts |= {"mplug_owl": ["text", "vision", "visual_abstractor"]} | dict.fromkeys(
-        ("blip2", "instructblip"), ["text", "vision", "qformer"]
-    )
+    parts |= {
+        "grounding-dino": ["backbone", "text"],
+        "mplug_owl": ["text", "vision", "visual_abstractor"],
+    } | dict.fromkeys(("blip2", "instructblip"), ["text", "vision", "qformer"])
     known = parts.get(fmt.name, []) if model_type != "clip_vision_model" else []
     for part in ["text", "vision"] if model_type == "llava" else known:
         nested = f"{part}_config"
@@ -101,7 +103,7 @@ def test_every_reader_refuses_an_unknown_field_at_every_level(fmt, model_type, h
 def test_every_reader_of_config_json_is_tested():
     read = {fmt.name for fmt, _, _ in READERS}
     # The others read config.json not at all, or only the lionjax config that it holds.
-    others = {"lion", "blip2_first", "flamingo", "ram", "segment_anything", "openai_clip", "eva"}
+    others = {"lion", "blip2_first", "flamingo", "ram", "segment_anything", "openai_clip", "eva", "groundingdino"}
     assert read | others == {fmt.name for fmt in detect.FORMATS} and not read & others
 
 

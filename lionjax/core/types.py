@@ -173,6 +173,19 @@ class VLM:
         """Logits (B, V) of the token after `token_B`, and the cache with that token."""
         raise self._lacks("decoder for generation")
 
+    def prefill_states(self, params: Params, batch: Batch, cache_length: int) -> tuple[Array, Array, Cache]:
+        """As `prefill`, with the last hidden states (B, L, D) of the prompt's tokens in between."""
+        raise self._lacks("hidden states of a decoder")
+
+    def extend_candidates(self, params: Params, token_BK: Array, cache: Cache) -> tuple[Array, Array, Any]:
+        """Logits (B, K, V) after each of K candidates for one token, their last hidden states (B, K, D), and keys and
+        values of theirs for `keep_candidate`. The cache stays without them."""
+        raise self._lacks("hidden states of a decoder")
+
+    def keep_candidate(self, cache: Cache, candidates: Any, index_B: Array) -> Cache:
+        """The cache with one candidate of each row of what `extend_candidates` returned last."""
+        raise self._lacks("hidden states of a decoder")
+
     def predict_boxes(self, params: Params, batch: Batch) -> tuple[Array, Array, Array]:
         """Boxes (B, K, 4) in 0..1 at the region queries of the target, their states (B, K, D) and mask (B, K)."""
         raise self._lacks("box head")

@@ -168,3 +168,18 @@ def asymmetric_loss(logits_BV, target_BV, gamma_neg: float = 7.0, clip: float = 
     weight_BV = jax.lax.stop_gradient(1 - negative_BV) ** gamma_neg
     log_probs_BV = jnp.log(jnp.maximum(jnp.where(target_BV, positive_BV, negative_BV), 1e-8))
     return -(jnp.where(target_BV, 1, weight_BV) * log_probs_BV).sum()
+
+
+def contrastive_token_loss(state_BLD, mask_BL, margin: float):
+    """SimCTG's loss (arXiv 2202.06417): how much pairs of tokens of one text are more alike than 1 - `margin`.
+
+    The mean of max(0, margin - 1 + cosine) over all ordered pairs of different tokens of the same text, in the whole
+    batch; `mask_BL` is 1 on real tokens. Batches without a pair give 0.
+    """
+    state_BLD = state_BLD.astype(jnp.float32)
+    unit_BLD = state_BLD / jnp.linalg.norm(state_BLD, axis=-1, keepdims=True)
+    cosine_BLL = jnp.einsum("BLD,BMD->BLM", unit_BLD, unit_BLD)
+    mask_BL = mask_BL.astype(bool)
+    pair_BLL = mask_BL[:, :, None] & mask_BL[:, None] & ~jnp.eye(mask_BL.shape[1], dtype=bool)
+    loss_BLL = jnp.where(pair_BLL, jnp.maximum(0.0, margin - 1 + cosine_BLL), 0.0)
+    return loss_BLL.sum() / jnp.maximum(pair_BLL.sum(), 1)

@@ -338,9 +338,20 @@ class Decoder(nn.Module):
 
     def extend(self, x_BD, cache: Cache):
         """State (B, D) of the input embedding `x_BD`, and the cache with that input."""
+        state_BD, new_kv = self.read_next(x_BD, cache)
+        return state_BD, append_to_cache(cache, new_kv)
+
+    def read_next(self, x_RD, cache: Cache):
+        """States (R, D) of inputs, each read as the next token, and their keys and values (layers, R, N, 1, H).
+
+        R is a multiple of the B rows of the cache: row b serves inputs b n to (b + 1) n - 1, candidates for one token
+        (without images in cross-attention).
+        """
         mask_BL, step, static = cache.static["mask"][0], cache.step, cache.static
-        rows = len(mask_BL)
         task_B = None if static["task"] is None else static["task"][0]
+        if (count := len(x_RD) // len(mask_BL)) > 1:
+            mask_BL, task_B = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), (mask_BL, task_B))
+        rows = len(mask_BL)
         slot_S = jnp.arange(cache.generated["k"].shape[3])
         filled_BS = jnp.broadcast_to(slot_S < step, (rows, len(slot_S)))
         valid_BS = jnp.concatenate([mask_BL, filled_BS, jnp.ones((rows, 1), bool)], axis=1)
@@ -351,7 +362,7 @@ class Decoder(nn.Module):
         if self.c.cross_attention is not None:
             media, media_kv = (None, static["seen"][0][:, None], static["real"][0]), static["media"]
         h_B1D, new_kv, _ = self.run_blocks(
-            x_BD[:, None],
+            x_RD[:, None],
             count_B1 + step,
             key_padding_mask(valid_BS),
             task_B,
@@ -361,12 +372,7 @@ class Decoder(nn.Module):
             media_kv,
             position_BS,
         )
-        # One update for all layers, so that XLA writes in place and copies nothing else of the cache.
-        new_slots = {
-            name: jax.lax.dynamic_update_slice(old, leaf.astype(old.dtype), (0, 0, 0, step, 0))
-            for name, old, leaf in zip("kv", generated_kv, new_kv)
-        }
-        return h_B1D[:, 0], Cache(cache.generated | new_slots, cache.static, step + 1, cache.prompt)
+        return h_B1D[:, 0], new_kv
 
     def run_blocks(
         self, x_BLD, position_BL, mask, task_B, key, past_kv=None, media=None, media_kv=None, key_position_BS=None
@@ -407,3 +413,13 @@ class Decoder(nn.Module):
                 f"{length} tokens do not fit the {positions} learned positions of the language model; lower "
                 "max_prompt_tokens (`lionjax.load(folder, prompt_length=...)`) or max_new_tokens"
             )
+
+
+def append_to_cache(cache: Cache, new_kv) -> Cache:
+    """The cache with the keys and values (layers, B, N, 1, H) of the next token, as `Decoder.read_next` gives them."""
+    # One update for all layers, so that XLA writes in place and copies nothing else of the cache.
+    new_slots = {}
+    for name, leaf in zip("kv", new_kv):
+        old = cache.generated[name]
+        new_slots[name] = jax.lax.dynamic_update_slice(old, leaf.astype(old.dtype), (0, 0, 0, cache.step, 0))
+    return Cache(cache.generated | new_slots, cache.static, cache.step + 1, cache.prompt)

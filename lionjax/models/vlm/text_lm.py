@@ -11,10 +11,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from lionjax.core.errors import check_ranges
 from lionjax.core.types import VLM, Array, Batch, Cache, Metrics, ModelInfo, Params
 from lionjax.core.weight_map import WeightMapping
 from lionjax.models.language.backend import LanguageBackend, is_encoder_decoder, language_model
-from lionjax.models.language.decoder import SMOLLM2_135M, DecoderConfig
+from lionjax.models.language.decoder import SMOLLM2_135M, Decoder, DecoderConfig, append_to_cache
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vlm.visual_prefix_weights import language_weight_map
 from lionjax.nn import losses
@@ -26,10 +30,20 @@ MAX_PROMPT_TOKENS = 2048  # of a model without learned positions
 
 @dataclasses.dataclass(frozen=True)
 class TextLM(VLM):
-    """Config of the model. Images of a batch are not read."""
+    """Config of the model. Images of a batch are not read.
+
+    `contrastive_margin`: margin of SimCTG's loss, which spreads the states of a text apart, so that contrastive search
+    works (`nn.losses.contrastive_token_loss`; paper: 0.5); 0: the cross entropy alone.
+    """
 
     language: DecoderConfig | T5Config = SMOLLM2_135M
     dtype: str = "float32"  # of the computation
+    contrastive_margin: float = 0.0
+
+    def __post_init__(self):
+        check_ranges(self, contrastive_margin=">= 0")
+        if self.contrastive_margin and is_encoder_decoder(self.language):
+            raise ValueError("contrastive_margin is above 0 for an encoder-decoder; set it to 0 or take a decoder")
 
     @property
     def info(self) -> ModelInfo:
@@ -66,20 +80,27 @@ class TextLM(VLM):
         return language_model(self.language).init(key, method=lambda model: self._forward(model, batch, None))["params"]
 
     def loss(self, params: Params, batch: Batch, key: Array | None = None) -> tuple[Array, Metrics]:
-        """Mean cross entropy of the target's tokens, and metrics."""
-        logits_BMV = self.logits(params, batch, key)
-        return losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
+        """Mean cross entropy of the target's tokens, with SimCTG's loss of their states if configured, and metrics."""
+        state_BMD, logits_BMV = self._apply(params, lambda model: self._forward(model, batch, key))
+        loss, metrics = losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
+        if not self.contrastive_margin:
+            return loss, metrics
+        # The states that predict the targets are those of the prompt's last token and of all targets but the last.
+        is_read_BM = jnp.pad(batch.target_mask_BM.astype(bool)[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        contrastive = losses.contrastive_token_loss(state_BMD, is_read_BM, self.contrastive_margin)
+        return loss + contrastive, metrics | {"loss_tokens": loss, "loss_contrastive": contrastive}
 
     def logits(self, params: Params, batch: Batch, key: Array | None = None) -> Array:
         """Logits (B, M, V) in float32; position m predicts target token m."""
-        return self._apply(params, lambda model: self._forward(model, batch, key))
+        return self._apply(params, lambda model: self._forward(model, batch, key))[1]
 
-    def _forward(self, model: LanguageBackend, batch: Batch, key: Array | None) -> Array:
+    def _forward(self, model: LanguageBackend, batch: Batch, key: Array | None) -> tuple[Array, Array]:
+        """States (B, M, D) and logits (B, M, V) that predict each target token."""
         prompt_BLD, target_BMD = (model.embed(ids, self.dtype) for ids in (batch.prompt_BL, batch.target_BM))
         state_BMD, _ = model.forward(
             prompt_BLD, batch.prompt_mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, split_key(key, 2)
         )
-        return model.logits(state_BMD)
+        return state_BMD, model.logits(state_BMD)
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[Array, Cache]:
         """Logits (B, V) of the first answer token, and a cache of the prompt with `cache_length` free slots."""
@@ -99,6 +120,41 @@ class TextLM(VLM):
             return model.logits(state_BD), new_cache
 
         return self._apply(params, run)
+
+    def prefill_states(self, params: Params, batch: Batch, cache_length: int) -> tuple[Array, Array, Cache]:
+        """As `prefill`, with the last hidden states (B, L, D) of the prompt's tokens in between; of a decoder only."""
+        self._require_decoder()
+        logits_BV, cache = self.prefill(params, batch, cache_length)
+
+        def states(model: Decoder) -> Array:
+            return model(model.embed(batch.prompt_BL, self.dtype), batch.prompt_mask_BL, batch.task_B)
+
+        return logits_BV, self._apply(params, states), cache
+
+    def extend_candidates(self, params: Params, token_BK: Array, cache: Cache) -> tuple[Array, Array, Any]:
+        """See `VLM.extend_candidates`; all candidates are read in one pass over a cache that they share."""
+        self._require_decoder()
+        shape = token_BK.shape
+
+        def run(model: Decoder) -> tuple[Array, Array, Any]:
+            state_RD, new_kv = model.read_next(model.embed_next(token_BK.reshape(-1), cache), cache)
+            logits_RV = model.logits(state_RD)
+            return logits_RV.reshape(*shape, -1), state_RD.reshape(*shape, -1), new_kv
+
+        return self._apply(params, run)
+
+    def keep_candidate(self, cache: Cache, candidates: Any, index_B: Array) -> Cache:
+        """The cache with the keys and values of one candidate of each row."""
+
+        def chosen(leaf: Array) -> Array:
+            rows = jnp.arange(len(index_B)) * (leaf.shape[1] // len(index_B)) + index_B
+            return jnp.take(leaf, rows, axis=1)
+
+        return append_to_cache(cache, jax.tree.map(chosen, candidates))
+
+    def _require_decoder(self) -> None:
+        if is_encoder_decoder(self.language):
+            raise self._lacks("states of candidates: its language model is an encoder-decoder; use a decoder")
 
     def weight_map(self) -> tuple[WeightMapping, ...]:
         """Names of Hugging Face's class of the language model."""

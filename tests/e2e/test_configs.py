@@ -13,7 +13,7 @@ from lionjax import convert
 from lionjax.convert.formats import peft as loras
 from lionjax.core import config, sharding
 from lionjax.core import params as trees
-from lionjax.core.types import Batch
+from lionjax.core.types import Batch, PackedText
 from lionjax.training import step
 
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py") if "Experiment" in path.read_text())
@@ -27,6 +27,16 @@ def example(experiment, rows: int = 2) -> Batch:
     target, row = np.zeros((rows, processor.max_target_tokens), np.int32), np.zeros(rows, np.int32)
     image = np.zeros((rows, side, side, 3), np.float32)
     batch = Batch(image, text[0], text[0], text[1], text[1], target, target, target, row, row)
+    if processor.region_width:
+        regions = np.zeros((rows, 3, processor.region_width), np.float32)
+        batch = dataclasses.replace(batch, region_BKD=regions, region_mask_BK=regions[..., 0] == 0)
+    if processor.packing is not None:
+        ids = np.zeros((rows, processor.packing.length), np.int32)
+        return dataclasses.replace(batch, packed=PackedText(*(ids,) * 6))
+    if processor.detects_phrases:
+        boxes = np.zeros((rows, processor.max_boxes, 4), np.float32)
+        tokens = np.zeros((rows, processor.max_boxes, processor.max_question_tokens), bool)
+        return dataclasses.replace(batch, boxes_BK4=boxes, boxes_mask_BK=boxes[..., 0], box_tokens_BKL=tokens)
     if getattr(experiment.system, "sam", None) is None:
         return batch
     boxes, large = experiment.data.processor.boxes, (experiment.system.sam.image,) * 2
@@ -71,7 +81,8 @@ def test_config_builds_and_every_stage_pattern_matches_a_parameter(experiment, w
     step.validate_stages(experiment.stages, whole)
     for stage in experiment.stages:
         trainable, frozen = trees.split(whole, stage.trainable)
-        assert trees.count_params(trainable) and trees.count_params(frozen)
+        assert trees.count_params(trainable)
+        assert trees.count_params(frozen) or not experiment.weights  # from scratch everything may train
         system = step.model_for_stage(experiment, stage)
         if system in known:
             continue

@@ -51,7 +51,7 @@ def sample_names(scene: Scene, rng, kind: str) -> NamedBoxes:
     """
     if kind == "pairs":
         present = sorted({pair_name(thing) for thing in scene.things})
-        absent = _absent_pairs(scene, rng)
+        absent = sample_absent_pairs(scene, rng)
         return _named(scene, _draw(present, absent, rng), ". ", lambda thing: (pair_name(thing),))
     present = [word for word in WORDS if any(word in thing_words(thing) for thing in scene.things)]
     absent = [word for word in WORDS if word not in present]
@@ -69,8 +69,8 @@ def _draw(present: Sequence[str], absent: Sequence[str], rng) -> list[str]:
     return [str(name) for name in rng.permutation(names)]
 
 
-def _absent_pairs(scene: Scene, rng) -> list[str]:
-    """Pairs that are not in the scene: first, half of the time, those whose color and shape are in it apart."""
+def sample_absent_pairs(scene: Scene, rng) -> list[str]:
+    """Names of absent pairs in random order: first, half of the time, those whose color and shape are there apart."""
     things = {(thing.color, thing.shape) for thing in scene.things}
     pairs = [pair for pair in world.allowed_pairs(scene.split) if pair not in things]
     colors, shapes = ({thing[i] for thing in things} for i in (0, 1))

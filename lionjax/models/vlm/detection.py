@@ -11,11 +11,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import VLM, Batch, Metrics, ModelInfo, Params
+from lionjax.core.weight_map import WeightMapping
 from lionjax.models.vision.grounding_dino import GROUNDING_DINO_SWIN_T, GroundingDino, GroundingDinoConfig
 from lionjax.models.vision.grounding_dino_loss import DetectionLossConfig, DetectionTargets, detection_loss
+from lionjax.models.vision.grounding_dino_weights import original_weight_map
 
 
+@renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class PhraseDetection(VLM):
     """Config of the detector and its loss. `encoder_loss`: the queries selected by the encoder are trained too."""
@@ -43,6 +47,10 @@ class PhraseDetection(VLM):
         length = logits_TBQL.shape[-1]
         targets = DetectionTargets(batch.boxes_BK4, batch.boxes_mask_BK, batch.box_tokens_BKL[..., :length])
         return detection_loss(self.loss_config, logits_TBQL, box_TBQ4, batch.question_mask_BL[:, :length], targets)
+
+    def weight_map(self) -> tuple[WeightMapping, ...]:
+        """Names of groundingdino_swint_ogc.pth."""
+        return original_weight_map(self.detector)
 
 
 def _inputs(batch: Batch):

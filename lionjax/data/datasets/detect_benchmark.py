@@ -112,4 +112,4 @@ def detect_benchmark_folder(path: Path, image_dir: str = "") -> Any:
     folders = sorted({name for names in SPLIT_FOLDERS.values() for name in names})
     files = itertools.chain.from_iterable(sorted((path / name).glob("*.json")) for name in folders)
     is_reason_seg = any(b'"shapes"' in file.read_bytes() for file in itertools.islice(files, MAX_ROWS))
-    return ReasonSeg(**fields) if is_reason_seg else None
+    return ReasonSeg(**fields | {"image_dir": str(path)}) if is_reason_seg else None  # images lie beside the rows

@@ -32,6 +32,7 @@ class Flickr30kEntities(QuestionFile):
 
     name: str = "flickr30k_entities"
     TASK = "grounded"
+    OWN_SPLITS = True
 
     def rows(self, split: str) -> Iterator[tuple[str, object]]:
         folder = Path(self.file)

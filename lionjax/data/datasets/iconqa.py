@@ -32,6 +32,7 @@ class IconQa(QuestionFile):
 
     name: str = "iconqa"
     TASK = "choice"
+    OWN_SPLITS = True
 
     def paths(self) -> tuple[Path, ...]:
         """The files and folders that it reads."""

@@ -19,6 +19,7 @@ class OcrVqa(QuestionFile):
     """OCR-VQA's questions in the file's own splits as task `vqa`; an id is BOOK/NUMBER, the image BOOK.jpg."""
 
     name: str = "ocrvqa"
+    OWN_SPLITS = True
 
     def rows(self, split: str) -> Iterator[tuple[str, object]]:
         for location, row in rows_by_id(Path(self.file), "book"):

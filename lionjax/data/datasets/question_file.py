@@ -35,10 +35,11 @@ class Question(NamedTuple):
 class QuestionFile(AnnotationFile):
     """A benchmark's file, read row by row; a subclass defines `questions`, and `rows` where the file is no list.
 
-    `TASK` is the task of rows that cannot be read. A file is one split, unless its reader says otherwise.
+    `TASK` is the task of rows that cannot be read. A file is one split, unless its reader has `OWN_SPLITS`.
     """
 
     TASK: ClassVar[str] = "vqa"
+    OWN_SPLITS: ClassVar[bool] = False
 
     def rows(self, split: str) -> Iterator[tuple[str, object]]:
         """(location for messages, row) of the rows of a split; a UserError in place of a row that cannot be parsed."""

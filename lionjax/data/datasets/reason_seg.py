@@ -32,6 +32,7 @@ class ReasonSeg(QuestionFile):
 
     name: str = "reason_seg"
     TASK = "res"
+    OWN_SPLITS = True
 
     def rows(self, split: str) -> Iterator[tuple[str, object]]:
         folders = [Path(self.file) / name for name in SPLIT_FOLDERS[split]]

@@ -52,8 +52,12 @@ class OpenDataset(Protocol):
 
 
 def has_splits(source: Any, dataset: OpenDataset) -> bool:
-    """Whether the splits of a source are different records; a `heldout_fraction` of 0 holds nothing out."""
-    return getattr(source, "heldout_fraction", 1) != 0 and dataset.has_splits
+    """Whether the splits of a source are different records; a `heldout_fraction` of 0 holds nothing out.
+
+    A source with `OWN_SPLITS` has those of its file, whatever its `heldout_fraction`.
+    """
+    own_splits = getattr(source, "OWN_SPLITS", False)
+    return (own_splits or getattr(source, "heldout_fraction", 1) != 0) and dataset.has_splits
 
 
 def open_split(source: Any, split: str, max_pixels: int) -> OpenDataset:

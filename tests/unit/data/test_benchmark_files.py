@@ -15,6 +15,7 @@ from lionjax.core import config
 from lionjax.core.types import UserError
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets import detect
+from lionjax.data.datasets.source import has_splits
 from lionjax.data.mixture import examples
 from lionjax.data.rle import decode_rle
 
@@ -159,6 +160,8 @@ def test_files_with_splits_of_their_own_keep_them():
     path = FILES / "vqa/ocrvqa_dataset.json"
     sizes = [open_file(path, split=split)[1].task_sizes["vqa"] for split in ("train", "validation", "heldout")]
     assert sizes == [3, 3, 6]
+    source, opened = open_file(path)
+    assert has_splits(source, opened) and not has_splits(*open_file(FILES / "vqa/vizwiz_val.json"))
     splits = [
         row.kind
         for split in ("train", "validation", "heldout")

@@ -146,6 +146,14 @@ def test_ids_are_taken_from_the_keys_that_benchmarks_use():
     assert prediction_text({"prediction": 2}) == "2"
 
 
+def test_two_names_of_one_question_are_two_answers(tmp_path):
+    rows = [{"question_id": 34601, "answer": "red"}, {"question_id": "0" * 15 + "1", "text": "red"}]
+    rows[1]["prompt"] = "What color is the square?\nAnswer the question using a single word or phrase."
+    with pytest.raises(UserError, match=r"answers the question '0000000000000001\|what color is the square.' twice"):
+        score(tmp_path, rows, "textvqa", FILES / "vqa/TextVQA_0.5.1_val.json")
+    assert score(tmp_path, rows[1:], "textvqa", FILES / "vqa/TextVQA_0.5.1_val.json")["answered"] == 1
+
+
 def test_a_folder_of_masks_is_read_by_name(tmp_path):
     (tmp_path / "7.png").write_bytes(b"x")
     assert read_predictions(tmp_path) == ({"7": {"mask": str(tmp_path / "7.png")}}, [])

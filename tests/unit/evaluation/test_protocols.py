@@ -144,6 +144,7 @@ def test_boxes_of_the_padded_square_are_compared_in_the_square(tmp_path):
         ("Yes, not no", False, None, None, True, True),
         ("Nothing", True, None, None, False, False),
         ("It is yes", True, None, True, True, None),
+        ("I'd say no", False, None, False, False, None),
         ("", True, None, None, False, None),
     ],
 )

@@ -23,6 +23,7 @@ from lionjax.data.datasets.question_file import NO_ANSWERS
 from lionjax.data.datasets.reason_seg import image_size
 from lionjax.data.datasets.source import open_split
 from lionjax.data.images import MAX_PIXELS
+from lionjax.data.scenes.tasks import POPE_SETTINGS
 from lionjax.evaluation.protocols import Protocol, get_protocol
 from lionjax.evaluation.published import closed_answers, open_answers, region_answers
 from lionjax.evaluation.published.predictions import AnsweredQuestion, Answers, join_answers
@@ -159,6 +160,8 @@ def score_predictions(
     """
     name = benchmark_name(benchmark)
     protocol = get_protocol(name, protocol_name)
+    if name == "pope" and Path(source_path).is_dir():
+        return score_pope_settings(Path(source_path), Path(predictions), protocol_name, image_dir, split)
     source = whole_source(name, detect_source(source_path, image_dir, answers_file, bool(submission)), source_path)
     source = config.apply_overrides(source, list(fields))
     dataset = open_benchmark(name, source, split)
@@ -173,6 +176,32 @@ def score_predictions(
         files["submission"] = submission
     missing = missing_pictures(dataset, image_dir) if image_dir else []
     return entry | files | {"missing_pictures": {"count": len(missing), "names": missing[:MAX_LISTED]}}
+
+
+def score_pope_settings(
+    folder: Path, predictions: Path, protocol_name: str, image_dir: str, split: str
+) -> dict[str, Any]:
+    """POPE's figures of the settings random, popular and adversarial, and their mean, as papers report F1.
+
+    Both folders have one file for each setting, with its name in theirs. Raises UserError for none or several.
+    """
+    entries = {}
+    for setting in POPE_SETTINGS:
+        files = [_only_file(place, setting) for place in (folder, predictions)]
+        entries[setting] = score_predictions("pope", *map(str, files), protocol_name, image_dir, split=split)
+    figures = {setting: entry["figures"] for setting, entry in entries.items()}
+    mean = {key: sum(values[key] for values in figures.values()) / len(figures) for key in figures[POPE_SETTINGS[0]]}
+    summed = {key: sum(entry[key] for entry in entries.values()) for key in ("questions", "answered", "bad_questions")}
+    whole = entries[POPE_SETTINGS[0]] | summed | {"figures": figures | {"mean": mean}}
+    whole |= {"main_figure": {"name": "mean.f1_score", "value": mean["f1_score"]}}
+    return whole | {"source": str(folder), "predictions": str(predictions)}
+
+
+def _only_file(folder: Path, setting: str) -> Path:
+    files = [path for path in sorted(folder.glob(f"*{setting}*")) if path.suffix in (".json", ".jsonl")]
+    if len(files) != 1:
+        raise UserError(f"{folder} has {len(files)} files of POPE's setting {setting!r}; give a folder with one")
+    return files[0]
 
 
 def is_public(row: AnsweredQuestion, name: str) -> bool:

@@ -161,6 +161,20 @@ def test_no_with_a_dot_is_neither_for_lmms_and_gives_f1_1_at_accuracy_one_half()
     assert scores["accuracy"] == 0.5 and scores["f1_score"] == 1.0 and scores["yes_ratio"] == 0.5
 
 
+def test_the_three_settings_of_pope_are_averaged(tmp_path):
+    folders = tmp_path / "questions", tmp_path / "answers"
+    for folder, kind in zip(folders, ("coco_pope", "pope_answers")):
+        folder.mkdir()
+        for file in (FILES / "yes_no").glob(f"{kind}_*"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    entry = score_predictions("pope", *map(str, folders))
+    assert entry["main_figure"] == {"name": "mean.f1_score", "value": pytest.approx((1.0 + 0.5 + 0.8) / 3)}
+    assert entry["figures"]["popular"]["accuracy"] == 0.5 and entry["questions"] == 12
+    next(folders[1].glob("*popular*")).unlink()
+    with pytest.raises(UserError, match="0 files of POPE's setting 'popular'"):
+        score_predictions("pope", *map(str, folders))
+
+
 def test_an_option_is_read_from_a_lone_letter_or_from_its_text():
     options = {"A": "red", "B": "light blue", "C": "blue"}
     texts = [

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -30,7 +30,7 @@ from lionjax.data.region_phrases import Language
 from lionjax.data.regions import ImageRegions
 from lionjax.inference import detector, segmenter, tagger
 from lionjax.inference.detector import Detector, QueryOutputs
-from lionjax.inference.model import Model, Refine
+from lionjax.inference.model import Model
 from lionjax.inference.segmenter import Segmenter
 from lionjax.inference.tagger import Tagger, TagResult
 
@@ -101,6 +101,17 @@ class Refiner:
         captions = [region_phrases.tags_caption(found.tags) if found.tags else NO_TAG_CAPTION for found in tags]
         outputs = self.detector.forward(images, captions)
         return [self._regions(image, found, output) for image, found, output in zip(images, tags, outputs)]
+
+    def refine_each(self, images: Sequence[object]) -> list[ImageRegions | UserError]:
+        """As `refine`, but with the error in place of each image that cannot be read or is too narrow."""
+        errors: dict[int, UserError] = {}
+        for number, image in enumerate(images):
+            try:
+                self.detector.padded_shape(*detector.check_images([image]))
+            except UserError as error:
+                errors[number] = error
+        found = iter(self.refine([image for number, image in enumerate(images) if number not in errors]))
+        return [errors[number] if number in errors else next(found) for number in range(len(images))]
 
     def replicate(self, mesh) -> Refiner:
         """The same refiner with tagger and detector on all devices of a mesh, which share each batch."""
@@ -238,7 +249,7 @@ class OwnExperts:
 
 @dataclasses.dataclass(frozen=True)
 class RefinerFactory:
-    """A picklable factory: calling it loads the refiner on all local devices and returns a function images -> regions.
+    """A picklable factory: calling it loads the refiner on all local devices and returns its method `refine_each`.
 
     `max_regions`: see RefinerConfig; None: as in the folder's settings.
     """
@@ -246,12 +257,12 @@ class RefinerFactory:
     folder: Path
     max_regions: int | None = None
 
-    def __call__(self) -> Refine:
+    def __call__(self) -> Callable[[Sequence[object]], list[ImageRegions | UserError]]:
         config = read_config(self.folder)
         if self.max_regions is not None:
             config = dataclasses.replace(config, max_regions=self.max_regions)
         mesh = sharding.make_mesh(devices=jax.local_devices())
-        return load(self.folder, config).replicate(mesh).refine
+        return load(self.folder, config).replicate(mesh).refine_each
 
 
 def refiner_factory(folder: str | Path, max_regions: int | None = None) -> RefinerFactory:

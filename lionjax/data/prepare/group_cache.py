@@ -18,7 +18,9 @@ from lionjax.data.datasets.array_record import Tagger
 from lionjax.data.regions import FEATURES_FIELD, TEXT_FIELD, ImageRegions
 
 NO_FEATURES = np.zeros(0, np.uint16)
-Annotator = Callable[[Sequence], Sequence[ImageRegions]]  # from images to what a tagger or refiner finds in each
+# From images to what a tagger or refiner finds in each, or why it cannot read it.
+Annotator = Callable[[Sequence], Sequence[ImageRegions | UserError]]
+REFUSED = "refused"  # key of the reason in place of what was found
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class GroupCache:
         self.file, self.digest = folder / group_file_name(indices), digest
         self.features_file = self.file.with_suffix(".npz")
 
-    def load(self, num_images: int) -> list[ImageRegions] | None:
-        """What was found in each image; None if it is missing, damaged, or of something else."""
+    def load(self, num_images: int) -> list[ImageRegions | UserError] | None:
+        """What the annotator gave for each image; None if it is missing, damaged, or of something else."""
         content = read_group_file(self.file)
         texts = content.get("regions", ())
         if content.get("digest") != self.digest or len(texts) != num_images:
@@ -54,8 +56,13 @@ class GroupCache:
                 with np.load(self.features_file, allow_pickle=False) as opened:
                     features = dict(opened)
             found = [(text, features.get(str(k), NO_FEATURES)) for k, text in enumerate(texts)]
-            return [ImageRegions.from_record({TEXT_FIELD: text, FEATURES_FIELD: bits}) for text, bits in found]
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, UserError):
+            return [
+                UserError(text[REFUSED])
+                if isinstance(text, dict)
+                else ImageRegions.from_record({TEXT_FIELD: text, FEATURES_FIELD: bits})
+                for text, bits in found
+            ]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, UserError):
             return None
 
     @property
@@ -63,16 +70,23 @@ class GroupCache:
         """Whether there is a JSON file of this digest."""
         return read_group_file(self.file).get("digest") == self.digest
 
-    def save(self, regions: Sequence[ImageRegions], skip_reasons: Sequence[str] = ()) -> None:
+    def save(self, regions: Sequence[ImageRegions | UserError], skip_reasons: Sequence[str] = ()) -> None:
         """Writes both files."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        records = [found.to_record() for found in regions]
-        features = {str(k): record[FEATURES_FIELD] for k, record in enumerate(records) if len(record[FEATURES_FIELD])}
+        texts: list[Any] = []
+        features: dict[str, np.ndarray] = {}
+        for number, found in enumerate(regions):
+            if isinstance(found, UserError):
+                texts.append({REFUSED: str(found)})
+                continue
+            record = found.to_record()
+            texts.append(record[TEXT_FIELD])
+            if len(record[FEATURES_FIELD]):
+                features[str(number)] = record[FEATURES_FIELD]
         if features:
             partial_file = self.file.with_suffix(f".{os.getpid()}.npz")
             np.savez(partial_file, **features)
             partial_file.replace(self.features_file)
-        texts = [record[TEXT_FIELD] for record in records]
         partial_file = self.file.with_suffix(f".{os.getpid()}")
         partial_file.write_text(json.dumps({"digest": self.digest, "regions": texts, "left_out": list(skip_reasons)}))
         partial_file.replace(self.file)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import logging
@@ -75,15 +74,21 @@ class RecordPreparer:
         indices = range(indices.start, min(indices.stop, len(self.truths)))
         digest = records_digest(self.dataset, self.truths, indices, self.digest)
         cache = GroupCache(self.folder, indices, digest)
-        annotate = None if self.make_annotator is None else functools.partial(self._cached_regions, cache)
-        records, skip_reasons = select_valid(self.dataset, self.truths, indices, annotate, self.shown_by_others)
+        annotated: list[ImageRegions | UserError] = []
+
+        def annotate(images: Sequence) -> Sequence[ImageRegions | UserError]:
+            annotated.extend(self._cached_regions(cache, images))
+            return annotated
+
+        annotator = None if self.make_annotator is None else annotate
+        records, skip_reasons = select_valid(self.dataset, self.truths, indices, annotator, self.shown_by_others)
         if not cache.is_complete:
-            cache.save([found for *_, found in records.values() if found is not None], skip_reasons)
+            cache.save(annotated, skip_reasons)
         for number, (image, truth, found) in records.items():
             record = {"id": truth.image_info.name, "image": image, "truth": truth.to_json()}
             yield number, record | ((found or ImageRegions()).to_record() if self.keeps_regions else {})
 
-    def _cached_regions(self, cache: GroupCache, images: Sequence) -> Sequence[ImageRegions]:
+    def _cached_regions(self, cache: GroupCache, images: Sequence) -> Sequence[ImageRegions | UserError]:
         if (cached := cache.load(len(images))) is not None:
             return cached
         self.annotator = self.annotator or self.make_annotator()
@@ -100,8 +105,8 @@ def select_valid(
     """({index: (image file, truth, what was found)} of images that training accepts, reasons for the skipped ones).
 
     `truths`: the ground truth of every image, from `record_truths`. `annotate`: maps images to what is in them, whose
-    tags replace the annotated ones; text-only records are left out. `shown_by_others`: images
-    that rows of other images show, too. They are kept even if none of their own rows is valid.
+    tags replace the annotated ones, or to the reason to skip them; text-only records are left out. `shown_by_others`:
+    images that rows of other images show, too. They are kept even if none of their own rows is valid.
     """
     records, opened_images, skip_reasons, blank_file = {}, [], [], blank_image_file()
     for number in indices:
@@ -126,6 +131,11 @@ def select_valid(
             skip_reasons.append(str(error))
     with_image = [number for number, (_, truth, _) in records.items() if truth.image_info.name]
     for number, found in zip(with_image, annotate(opened_images) if opened_images else ()):
+        if isinstance(found, UserError):
+            skip_reasons.append(f"{truths[number].image_info.name}: {found}")
+            if number not in shown_by_others:
+                del records[number]
+            continue
         image, truth, _ = records[number]
         image_info = replace(truth.image_info, tags=found.tags)
         records[number] = image, replace(truth, image_info=image_info), found

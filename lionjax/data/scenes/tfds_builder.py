@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from lionjax.core.types import UserError
 from lionjax.data.prepare.group_cache import Annotator, GroupCache
 from lionjax.data.regions import FEATURES_FIELD, TEXT_FIELD
 from lionjax.data.scenes.source import SceneSource
@@ -78,6 +79,8 @@ class ScenesBuilder(tfds.core.GeneratorBasedBuilder):
                 regions = refiner([record["image"] for record in records])
                 cache.save(regions)
             for index, record, found in zip(indices, records or map(source.__getitem__, indices), regions):
+                if isinstance(found, UserError):
+                    raise found
                 yield index, record | found.to_record()
 
 

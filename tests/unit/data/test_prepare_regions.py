@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from lionjax import cli
+from lionjax.core.types import UserError
 from lionjax.data.datasets.array_record import ArrayRecordDataset
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.images import MAX_PIXELS, to_pil_image
@@ -19,8 +20,10 @@ WIDTH = 6
 BEAM = ["--runner=DirectRunner"]
 
 
-def look(image) -> ImageRegions:
-    """A refiner's answer that depends on the image; a dark one has no box and no feature."""
+def look(image) -> ImageRegions | UserError:
+    """A refiner's answer that depends on the image; a dark one has no box and no feature, a narrow one is refused."""
+    if min(to_pil_image(image).size) < 2:
+        return UserError("too narrow")
     mean = float(np.asarray(to_pil_image(image)).mean())
     num_boxes = int(mean) % 3
     features_KD = np.full((num_boxes * 2, WIDTH), mean / 7, np.float32)
@@ -50,8 +53,8 @@ class Looks:
 def lines(tmp_path, monkeypatch):
     monkeypatch.setattr(array_record_writer, "GROUP_SIZE", 2)
     rows = ['{"question": "what?", "answer": "text only"}']
-    for i in range(5):
-        Image.new("RGB", (9, 7), (40 * i, 50, 60)).save(tmp_path / f"{i}.png")
+    for i in range(6):
+        Image.new("RGB", (1 if i == 5 else 9, 7), (40 * i, 50, 60)).save(tmp_path / f"{i}.png")
         rows.append(f'{{"image": "{i}.png", "question": "which color?", "answer": "{i}"}}')
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     return JsonLines(str(tmp_path / "rows.jsonl"), str(tmp_path))
@@ -85,10 +88,10 @@ def test_regions_are_kept_in_the_records_and_a_stopped_build_resumes(lines, tmp_
         assert files == ["0-2.json", "2-4.json", "2-4.npz"]  # nothing was found in the first group
         (tmp_path / "out" / "part.lines" / "train" / "2-4.npz").write_bytes(b"damaged")
     flags = BEAM if beam else None
-    folder = array_record_writer.build(
-        lines, tmp_path / "out", make_refiner=Looks(2), tagger_digest="a", beam_flags=flags
-    )
+    looks = Looks() if beam else Looks(3)  # for the damaged group and the two that were not begun
+    folder = array_record_writer.build(lines, tmp_path / "out", make_refiner=looks, tagger_digest="a", beam_flags=flags)
     assert check(tmp_path / "out") == 6
+    assert (folder / array_record_writer.SKIPPED_FILE).read_text() == "5.png: too narrow\n"
     assert array_record_writer.build(lines, tmp_path / "out", make_refiner=Looks(0), tagger_digest="a") == folder
     with pytest.raises(KeyboardInterrupt):  # another refiner
         array_record_writer.build(lines, tmp_path / "out", make_refiner=Looks(0), tagger_digest="b")

@@ -223,11 +223,16 @@ def test_the_command_keeps_in_records_what_the_refiner_finds(folder, tmp_path):
     images = [picture(48, 48, seed) for seed in range(2)]
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
-    rows = [{"image": f"{number}.png", "question": "what?", "answer": "x"} for number in range(2)]
+    picture(1, 30).save(tmp_path / "2.png")
+    rows = [{"image": f"{number}.png", "question": "what?", "answer": "x"} for number in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["data", "build", str(tmp_path / "rows.jsonl"), "--images", str(tmp_path), "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--refiner", str(folder), "--regions", "7"]) == 0
     opened = ArrayRecordDataset(str(tmp_path / "out")).open("train", MAX_PIXELS)
+    assert (
+        len(opened) == 2
+        and "2.png: an image is 1 x 30 pixels" in next(tmp_path.glob("out/*/*/*/left_out.txt")).read_text()
+    )
     whole = refiner.refiner_factory(folder)()  # on the same devices, so that nothing is compiled again
     for number, expected in enumerate(whole(images)):
         kept = opened.load_regions(number)

@@ -31,7 +31,7 @@ test-fast:
 test-prepare:
 	@test -x .venv-prepare/bin/python || $(PYTHON) -m venv .venv-prepare
 	@.venv-prepare/bin/python -m pip install --quiet -c lock/prepare.txt -e ".[prepare]" pytest pytest-timeout
-	JAX_PLATFORMS=cpu .venv-prepare/bin/python -m pytest tests/unit/data/test_prepare.py $(ARGS)
+	JAX_PLATFORMS=cpu .venv-prepare/bin/python -m pytest tests/unit/data/test_prepare.py tests/unit/data/test_prepare_regions.py $(ARGS)
 
 docs:
 	@$(PYTHON) launch/environment.py demo

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from lionjax import convert
+from lionjax.convert.formats.grounding_dino import GROUNDING_DINO_FILES
 from lionjax.convert.formats.image_settings import read_detector_settings
 from lionjax.core.experiment import Experiment
 from lionjax.core.types import Params, UserError
@@ -268,7 +269,8 @@ def load(folder: str | Path) -> Detector:
         if "there is no tokenizer" not in str(error):
             raise
         raise UserError(f"{folder} has no tokenizer; copy BERT's vocab.txt, of bert-base-uncased, there") from error
-    config, params = convert.load_params(folder) if holds_params else convert.from_torch(folder)
+    released = next((folder / name for name in GROUNDING_DINO_FILES if (folder / name).is_file()), folder)
+    config, params = convert.load_params(folder) if holds_params else convert.from_torch(released)
     if not isinstance(config, GroundingDinoConfig):
         raise UserError(f"{folder} holds a {type(config).__name__}; give a folder with Grounding DINO's weights")
     images = read_images(folder / convert.ORIGIN if holds_params else folder)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import numpy as np
@@ -16,7 +17,9 @@ from lionjax.core.types import UserError
 from lionjax.data import region_phrases, tokenizer
 from lionjax.inference import detector
 from lionjax.inference.detector import DetectorImages
+from lionjax.models.vision import grounding_dino
 from lionjax.models.vision.grounding_dino import GroundingDino
+from lionjax.models.vision.grounding_dino_weights import original_weight_map
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +158,30 @@ def test_a_folder_is_loaded_with_its_tokenizer_and_image_settings_or_refused(fou
         detector.check_tokenizer(found.tokenizer, other)
     with pytest.raises(UserError, match="there is no folder"):
         detector.load(tmp_path / "none")
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_released_file_is_read_by_its_name_and_one_with_code_is_refused(found, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(grounding_dino, "GROUNDING_DINO_SWIN_T", small_detector.TINY)
+    state = convert.state_dict_from_params(original_weight_map(small_detector.TINY), found.params)
+    file = small_detector.save_vocabulary(tmp_path / "dino") / "groundingdino_swint_ogc.pth"
+    model = {f"module.{name}": torch.tensor(np.asarray(tensor)) for name, tensor in state.items()}
+    torch.save({"model": model}, file)
+    loaded = detector.load(file.parent)
+    assert loaded.config == small_detector.TINY and loaded.images == DetectorImages()
+    assert dataclasses.replace(loaded, images=found.images).digest == found.digest
+    torch.save({"model": model, "evil": Payload(tmp_path / "was-here")}, file)
+    with pytest.raises(UserError, match="it holds code"):
+        detector.load(file.parent)
+    file.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="groundingdino_swint_ogc.pth"):
+        detector.load(file.parent)
+    assert not (tmp_path / "was-here").exists()

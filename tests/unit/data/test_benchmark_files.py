@@ -295,6 +295,7 @@ def test_a_latin_1_file_of_reason_seg_is_read(tmp_path):
     assert row.words == "café" and row.kind == "short"
 
 
+@pytest.mark.slow
 @shared_data.needs("refcoco", "pope", "vqa", "captions_val2017.json.gz")
 @pytest.mark.parametrize(
     ("file", "answers", "task", "count"),
@@ -322,11 +323,12 @@ def test_a_latin_1_file_of_reason_seg_is_read(tmp_path):
             )
             for name, count in {"textvqa": 5000, "vizwiz": 4319}.items()
         ),
+        ("vqa/okvqa_OpenEnded_mscoco_val2014_questions.json.gz", "", "vqa", 5046),  # without its answers
         ("captions_val2017.json.gz", "", "caption", 5000),
     ],
 )
 def test_every_row_of_the_real_files_is_read(file, answers, task, count):
     answers = shared_data.ROOT / answers if answers else ""
-    source = detect.detect_source(str(shared_data.ROOT / file), "", str(answers))
+    source = detect.detect_source(str(shared_data.ROOT / file), "", str(answers), is_test=True)
     opened = dataclasses.replace(source, heldout_fraction=0.0).open("heldout", 10**7)
     assert opened.task_sizes[task] == count and not list(opened.row_problems())

@@ -99,7 +99,7 @@ def render_model_card(
     if any(map(is_lora_key, specs)):
         lines += ["The LoRA is separate; load it with PEFT:", "", "```python", "from peft import PeftModel", ""]
         lines += [f'model = PeftModel.from_pretrained(model, "this folder/{ADAPTER}")', "```", ""]
-    if parts.can_generate(model_config) and any(name in files for name in VOCABULARY_FILES):
+    if parts.can_generate(parts.as_answering(model_config)) and any(name in files for name in VOCABULARY_FILES):
         lines += [
             "In JAX:",
             "",

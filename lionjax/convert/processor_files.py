@@ -46,7 +46,7 @@ def complete_processor_files(config: Any, folder: Path, hf_config: Mapping, imag
     if processor is not None and image_size is not None:
         update_json_files(folder, _changed_image_settings(config, folder, hf_config, image_size))
     old_settings, has_image_settings = _read(folder, PROCESSOR_FILES[1]), _has_image_settings(folder)
-    if processor is not None and not has_image_settings:
+    if processor is not None and image_size is not None and not has_image_settings:
         contents[PROCESSOR_FILES[0]] = preprocessor_config(processor, hf_config.get("model_type"))
     for subfolder in ("", f"{QFORMER_TOKENIZER}/"):
         name, file = f"{subfolder}tokenizer_config.json", folder / subfolder / "tokenizer.json"

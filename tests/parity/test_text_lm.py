@@ -80,6 +80,7 @@ def test_a_language_model_continues_texts_as_transformers_also_after_conversion_
     assert isinstance(model.vlm, TextLM) and not model.vlm.info.reads_images
     convert.convert(tmp_path / "theirs", tmp_path / "ours", "jax")
     model.export(tmp_path / "back")
+    assert "AutoTokenizer" in (tmp_path / "back" / "README.md").read_text()  # and no image processor
     config = dataclasses.replace(
         model.generation_config("image_level"), max_new_tokens=NEW_TOKENS, output_logprobs=True
     )

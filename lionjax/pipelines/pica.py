@@ -14,15 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lionjax.core.errors import UserError, check_ranges
-from lionjax.pipelines.captions_as_text import (
-    CaptionedQuestion,
-    Shot,
-    build_prompt,
-    clean_answer,
-    first_line,
-    greedy_requests,
-    most_similar,
-)
+from lionjax.pipelines import captions_as_text
+from lionjax.pipelines.captions_as_text import CaptionedQuestion, Shot, build_prompt, clean_answer, first_line
 from lionjax.pipelines.completion import Completion, LanguageModel
 
 SIMILARITIES = ("question", "imagequestion")
@@ -142,7 +135,7 @@ def answer_questions(
         for row, order in zip(rows, orders, strict=True)
         for prompt in build_prompts(row, examples, order, config, generator)
     ]
-    completions = model.complete(greedy_requests(prompts, MAX_ANSWER_TOKENS))
+    completions = model.complete(captions_as_text.greedy_requests(prompts, MAX_ANSWER_TOKENS))
     groups = [completions[start : start + config.num_ensemble] for start in range(0, len(prompts), config.num_ensemble)]
     return [None if None in members else choose_answer(members) for members in groups]
 
@@ -150,7 +143,9 @@ def answer_questions(
 def similar_examples(questions: ExampleFeatures, examples: ExampleFeatures, config: PicaConfig) -> list[list[int]]:
     """For each question the places of its num_shots * num_ensemble examples, the most similar first."""
     query_ND, key_ND = questions.joint(config.similarity), examples.joint(config.similarity)
-    return [most_similar(query_D, key_ND, config.num_shots * config.num_ensemble) for query_D in query_ND]
+    return [
+        captions_as_text.most_similar(query_D, key_ND, config.num_shots * config.num_ensemble) for query_D in query_ND
+    ]
 
 
 def random_examples(num_questions: int, num_examples: int, count: int, seed: int) -> list[list[int]]:

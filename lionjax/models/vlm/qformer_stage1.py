@@ -53,10 +53,6 @@ class QFormerStage1(VLM):
         """The flax module of this config."""
         raise NotImplementedError
 
-    def _apply(self, params: Params, method: str, *args):
-        module = self.module()
-        return module.apply({"params": params}, *args, method=getattr(module, method))
-
     @property
     def info(self) -> ModelInfo:
         return ModelInfo(end_token=102, image_size=self.vision.image_size)
@@ -67,30 +63,30 @@ class QFormerStage1(VLM):
 
     def extract_features(self, params: Params, batch: Batch):
         """Output (B, 1 + P, D) of the frozen tower, with the class token."""
-        return self._apply(params, "encode_image", batch)
+        return self.module().apply({"params": params}, batch, method=QFormerStage1Module.encode_image)
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
         """The sum of the losses, and metrics. Without a key, the hard negatives are the most similar pairs."""
-        return self._apply(params, "__call__", batch, key)
+        return self.module().apply({"params": params}, batch, key, method=QFormerStage1Module.__call__)
 
     def similarity(self, params: Params, batch: Batch):
         """Cosine similarity (B, B) of images (rows) and texts (columns) in -1..1, the maximum over all queries."""
-        return self._apply(params, "similarity", batch)
+        return self.module().apply({"params": params}, batch, method=QFormerStage1Module.similarity)
 
     def itm_logits(self, params: Params, batch: Batch):
         """Image-text matching logits (B, 2) of each image and its text; column 1 is "match"."""
-        return self._apply(params, "itm_logits", batch)
+        return self.module().apply({"params": params}, batch, method=QFormerStage1Module.itm_logits)
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
         """Logits (B, V) of the first caption token, and a cache with `cache_length` free slots. There is no prompt.
 
         Caption tokens attend to the keys and values of the queries.
         """
-        return self._apply(params, "prefill", batch, cache_length)
+        return self.module().apply({"params": params}, batch, cache_length, method=QFormerStage1Module.prefill)
 
     def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
         """Logits (B, V) of the token after `token_B`, and the cache with that token."""
-        return self._apply(params, "extend", token_B, cache)
+        return self.module().apply({"params": params}, token_B, cache, method=QFormerStage1Module.extend)
 
 
 class QFormerStage1Module(nn.Module):

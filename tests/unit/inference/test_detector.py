@@ -168,6 +168,7 @@ class Payload:
         return os.system, (f"touch {self.target}",)
 
 
+@pytest.mark.slow
 def test_a_released_file_is_read_by_its_name_and_one_with_code_is_refused(found, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(grounding_dino, "GROUNDING_DINO_SWIN_T", small_detector.TINY)

@@ -3,7 +3,6 @@
 
 import dataclasses
 import json
-import types
 
 import numpy as np
 import pytest
@@ -16,24 +15,20 @@ from lionjax import cli
 from lionjax.core.types import UserError
 from lionjax.data.regions import ImageRegions
 from lionjax.inference import loading
-from lionjax.inference.model import Answer, Model
+from lionjax.inference.model import Model
+from lionjax.pipelines import loading as with_helpers
 from lionjax.pipelines import refiner
-from lionjax.serving import web_demo
 
 WIDTH = small_lyrics.DETECTOR.feature_width
 IMAGE = picture(50, 40)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def model(tmp_path_factory) -> Model:
+    """The model of a run's folder, with its own tagger and detector."""
     workdir = tmp_path_factory.mktemp("lyrics") / "run"
     small_lyrics.finished(workdir, small_lyrics.experiment())
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def model(run) -> Model:
-    return lionjax.load(run)
+    return lionjax.load(workdir)
 
 
 def found(scale: float) -> ImageRegions:
@@ -55,9 +50,10 @@ def test_given_regions_are_read_and_are_in_the_answer(model):
 
 
 @pytest.mark.slow
-def test_one_command_prints_tags_boxes_spatial_text_and_an_answer(run, tmp_path, capsys, monkeypatch):
+def test_one_command_prints_tags_boxes_spatial_text_and_an_answer(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(with_helpers, "load", lambda folder, prompt_length, refiner: model)  # the run, which takes time
     IMAGE.save(tmp_path / "a.png")
-    words = ["generate", str(run), "--image", str(tmp_path / "a.png"), "--prompt", "What is it?"]
+    words = ["generate", str(tmp_path), "--image", str(tmp_path / "a.png"), "--prompt", "What is it?"]
     calls, real = [], refiner.Refiner.refine
     monkeypatch.setattr(refiner.Refiner, "refine", lambda self, images: (calls.append(self), real(self, images))[1])
     assert cli.main(words) == 0  # the experts of its own checkpoint
@@ -104,39 +100,3 @@ def test_a_model_that_reads_no_regions_takes_none():
         refiner.attach(plain, "anywhere")
     with pytest.raises(UserError, match="this model reads no regions; leave them out"):
         plain.answer([IMAGE], ["What is it?"], regions=[found(1.0)])
-
-
-def test_the_web_page_describes_what_the_refiner_found():
-    assert web_demo.describe_regions(None) == ""
-    lines = web_demo.describe_regions(found(1.0)).splitlines()
-    assert lines == ["Tags: cat, dog", "cat (0.70): 0.1, -0.05, 0.6, 0.8"]
-    assert web_demo.describe_regions(ImageRegions()) == "Tags: none\nNo box"
-
-
-def test_the_web_page_refines_a_new_image_once_and_shows_what_was_found(tmp_path):
-    gradio = pytest.importorskip("gradio")
-    calls, given = [], []
-
-    def answer(images, prompts, regions=None, **more):
-        given.append(regions)
-        boxes, masks = np.zeros((0, 4)), np.zeros((0, 40, 50), bool)
-        return [Answer("red", boxes, masks, regions=(regions or [found(1.0)])[0])]
-
-    config = types.SimpleNamespace(region_width=WIDTH)
-    stub = types.SimpleNamespace(
-        processor=types.SimpleNamespace(config=config),
-        refine=lambda images: [calls.append(images) or found(2.0) for _ in images],
-        answer=answer,
-    )
-    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
-    for file in files:
-        IMAGE.save(file)
-    on_submit, _, on_image_change = web_demo._callbacks(gradio, stub, None)
-    *_, state, seen = on_image_change(files[0])
-    assert len(calls) == 1 and seen.startswith("Tags: cat, dog\ncat (0.70)")
-    talk, _, _, _, again = on_submit(web_demo.Conversation(), files[0], "What?", "", True, state)
-    assert given == [[state[1]]] and again == seen and talk.turns == (("What?", "red"),)
-    on_submit(talk, files[1], "What?", "", True, state)  # another image: the model refines it
-    on_submit(talk, files[1], "What?", "", True)
-    assert given[1:] == [None, None] and len(calls) == 1
-    assert on_image_change(None)[-1] == ""

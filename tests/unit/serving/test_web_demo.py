@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 import lionjax
 from lionjax import cli
 from lionjax.core.types import UserError
+from lionjax.data.regions import ImageRegions
 from lionjax.evaluation.report import plots
 from lionjax.inference.model import Answer
 from lionjax.serving import web_demo
@@ -23,6 +25,8 @@ from lionjax.serving.web_demo import Conversation, add_click
 
 SIZE = (200, 100)
 PICTURE = Image.new("RGB", SIZE, "white")
+BOX = (0.1, -0.05, 0.6, 0.8)
+FOUND = ImageRegions(("cat", "dog"), (), (BOX,), (0.7,), ("a cat",), ("cat",), np.zeros((5, 6), np.float32), "abc")
 
 
 class Listener:
@@ -103,6 +107,43 @@ def test_examples_are_evaluation_questions_without_boxes(tmp_path):
     (folder / "vqa.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     picture = str(folder / "pictures" / "a.png")
     assert web_demo.run_examples(tmp_path) == [[picture, "0?"], [picture, "4?"]]
+
+
+def test_the_web_page_describes_what_the_refiner_found():
+    assert web_demo.describe_regions(None) == ""
+    lines = web_demo.describe_regions(FOUND).splitlines()
+    assert lines == ["Tags: cat, dog", "cat (0.70): 0.1, -0.05, 0.6, 0.8"]
+    assert web_demo.describe_regions(ImageRegions()) == "Tags: none\nNo box"
+
+
+@pytest.mark.slow
+def test_the_web_page_refines_a_new_image_once_and_shows_what_was_found(tmp_path):
+    gradio = pytest.importorskip("gradio")
+    calls, given = [], []
+
+    def answer(images, prompts, regions=None, **more):
+        given.append(regions)
+        boxes, masks = np.zeros((0, 4)), np.zeros((0, 100, 200), bool)
+        return [Answer("red", boxes, masks, regions=(regions or [FOUND])[0])]
+
+    config = types.SimpleNamespace(region_width=6)
+    stub = types.SimpleNamespace(
+        processor=types.SimpleNamespace(config=config),
+        refine=lambda images: [calls.append(images) or FOUND for _ in images],
+        answer=answer,
+    )
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    for file in files:
+        PICTURE.save(file)
+    on_submit, _, on_image_change = web_demo._callbacks(gradio, stub, None)
+    *_, state, seen = on_image_change(files[0])
+    assert len(calls) == 1 and seen.startswith("Tags: cat, dog\ncat (0.70)")
+    talk, _, _, _, again = on_submit(web_demo.Conversation(), files[0], "What?", "", True, state)
+    assert given == [[state[1]]] and again == seen and talk.turns == (("What?", "red"),)
+    on_submit(talk, files[1], "What?", "", True, state)  # another image: the model refines it
+    on_submit(talk, files[1], "What?", "", True)
+    assert given[1:] == [None, None] and len(calls) == 1
+    assert on_image_change(None)[-1] == ""
 
 
 @pytest.mark.slow

@@ -91,7 +91,8 @@ def tokens(tmp_path_factory):
 def three_queries(num_tokens=6):
     """[CLS] dog , cat . [SEP]: query 2 finds a cat, query 0 a dog with less certainty, query 1 nothing."""
     prob_QL = np.zeros((4, num_tokens), np.float32)
-    prob_QL[0, 1], prob_QL[1, 1], prob_QL[2, 3], prob_QL[3, 5] = 0.4, 0.1, 0.6, 0.2
+    prob_QL[0, 1], prob_QL[1, 1], prob_QL[2, 3], prob_QL[3, 5] = 0.4, 0.22, 0.6, 0.24
+    prob_QL[2, 2] = 0.21  # between the two thresholds
     box_Q4 = np.array([[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1], [0.9, 0.9, 0.3, 0.3], [0, 0, 0.1, 0.1]], np.float32)
     return QueryOutputs(prob_QL, box_Q4, np.arange(4 * 36, dtype=np.float32).reshape(4, 36), ())
 
@@ -101,7 +102,7 @@ DOG_CAT = TagResult(("dog", "cat"), (), (0.9, 0.9))
 
 def test_kept_features_are_those_of_the_boxes_then_the_strongest_others(tokens):
     (regions,) = fixed_refiner([DOG_CAT], [three_queries()], tokens).refine([picture(9, 9)])
-    assert regions.names == ("cat", "dog") and regions.phrases == ("cat", "dog") and regions.tags == DOG_CAT.tags
+    assert regions.names == ("cat", "dog") and regions.phrases == ("| cat", "dog") and regions.tags == DOG_CAT.tags
     assert regions.features_KD[:, 0].tolist() == [72, 0, 108, 36]
     assert regions.spatial_text == " cat: [0.75, 0.75, 1.05, 1.05] dog: [0.4, 0.4, 0.6, 0.6]"
     assert regions.scores == pytest.approx((0.6, 0.4)) and regions.digest == "abc"

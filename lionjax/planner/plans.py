@@ -20,7 +20,7 @@ from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.sharding import MeshConfig
-from lionjax.core.types import Batch, UserError
+from lionjax.core.types import Batch, PackedText, UserError
 from lionjax.inference.engine import BATCH_SIZE_BUCKETS
 from lionjax.inference.generate import generate
 from lionjax.inference.sampling import GenerationConfig
@@ -152,6 +152,13 @@ def dummy_batch(experiment: Experiment, stage: Stage | None = None, batch_size: 
     batch = Batch(image, prompt, prompt, question, question, target, target, target, row, row)
     if stage is not None:
         batch = dataclasses.replace(batch, dataset_B=row)
+    if processor.region_width:
+        shape = (batch_size, *images_axis, processor.max_regions)
+        regions = np.zeros((*shape, processor.region_width), np.float32)
+        batch = dataclasses.replace(batch, region_BKD=regions, region_mask_BK=np.zeros(shape, bool))
+    if processor.packing is not None:
+        packed = np.zeros((batch_size, processor.packing.length), np.int32)
+        batch = dataclasses.replace(batch, packed=PackedText(*(packed,) * len(dataclasses.fields(PackedText))))
     max_boxes, sam_size = processor.max_boxes, (processor.sam_image_size,) * 2
     if max_boxes:
         boxes, valid = np.zeros((batch_size, max_boxes, 4), np.float32), np.zeros((batch_size, max_boxes), np.int32)

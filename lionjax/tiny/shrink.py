@@ -27,6 +27,7 @@ SIZES = {
     "window_size": 2,
     **dict.fromkeys(("encoder_depth", "decoder_depth"), 2),
 }
+REGIONS = 4  # of an image that a refiner has seen
 PATCHES = 2  # a side, of the vision tower's picture
 SAM_PATCHES = 4  # a side: two windows
 TOWER_DEPTH, DEPTH = 3, 2  # of a tower whose inner layers are read, and of any other part
@@ -111,8 +112,13 @@ def shrink_data(data: DataConfig, model: Any, small_model: Any, text: float) -> 
     changes["sam_image_size"] = sam.image_size if processor.sam_image_size and sam is not None else 0
     if processor.num_image_tokens == vars(model)["vision"].num_patches:
         changes["num_image_tokens"] = vars(small_model)["vision"].num_patches
+    if processor.region_width:
+        changes["max_regions"] = min(processor.max_regions, REGIONS)
     texts = dataclasses.replace(processor, max_prompt_tokens=processor.max_prompt_tokens - processor.num_image_tokens)
     texts = shrink_lengths(texts, ("max_prompt_tokens", "max_question_tokens", "max_target_tokens"), text)
+    if processor.packing is not None:
+        lengths = ("max_box_tokens", "max_caption_tokens", "length")
+        changes["packing"] = shrink_lengths(processor.packing, lengths, text)
     changes["max_prompt_tokens"] = texts.max_prompt_tokens + changes.get("num_image_tokens", processor.num_image_tokens)
     buckets = tuple(math.ceil(text * length) for length in data.length_buckets)
     return dataclasses.replace(data, processor=dataclasses.replace(texts, **changes), length_buckets=buckets)

@@ -23,8 +23,11 @@ def on_one_device():
     return of
 
 
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "all"])
-@pytest.mark.parametrize("name", SYSTEMS)
+# Lyrics differs from BLIP-2 and InstructBLIP in its regions only.
+CASES = [(name, mesh) for name in SYSTEMS for mesh in ("data", "fsdp", "all") if mesh == "all" or "lyrics" not in name]
+
+
+@pytest.mark.parametrize("name, mesh", CASES)
 def test_first_parameters_losses_and_gradient_norms_do_not_depend_on_the_mesh(on_one_device, name, mesh):
     first, losses, norms, split = trained(*SYSTEMS[name], mesh)
     wanted = on_one_device(name)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lionjax.core.experiment import Experiment
+from lionjax.data.datasets.array_record import ArrayRecordDataset
 from lionjax.data.datasets.coco import Coco
 from lionjax.data.datasets.conversations import Conversations
 from lionjax.data.datasets.easy_vqa import EasyVqa
@@ -17,6 +18,7 @@ from lionjax.data.datasets.karpathy import KarpathyCaptions
 from lionjax.data.datasets.lion import LionRecords
 from lionjax.data.datasets.shikra import ShikraJsonl
 from lionjax.data.datasets.vqa import Vqa
+from lionjax.data.regions import ImageRegions
 
 ROWS = 12
 SIZE = (64, 48)
@@ -217,6 +219,32 @@ def write_coco(source: Coco) -> None:
         write_picture(folder / source.image_dir / image["file_name"], number)
 
 
+def regions_of(image) -> ImageRegions:
+    """What a refiner of the release's width finds: a box for the image and a second query."""
+    features = np.random.default_rng(np.asarray(image).sum()).standard_normal((2, 260)).astype(np.float32)
+    return ImageRegions(("disc",), ("盘",), ((0.125, 0.125, 0.625, 0.625),), (0.5,), ("disc",), ("disc",), features)
+
+
+def write_refined(source: ArrayRecordDataset) -> None:
+    """Captions, questions or conversations in their own format, built into records by a refiner."""
+    from lionjax.data.prepare import array_record_writer
+
+    name, folder = source.name, f"data/{source.name}"
+    if "captions" in name:
+        raw = KarpathyCaptions(f"{folder}/captions.json", folder)
+        write_captions(raw)
+    elif "vqa" in name:
+        raw = Vqa(f"{folder}/questions.json", f"{folder}/answers.json", folder, "{:012d}.jpg")
+        write_vqa(raw)
+    else:
+        raw = Conversations(f"{folder}/chat.json", folder, name=name)
+        write_conversations(raw)
+    built = array_record_writer.build(
+        raw, source.folder, make_refiner=lambda: lambda images: [*map(regions_of, images)]
+    )
+    assert built.is_dir()
+
+
 def write_all(experiment: Experiment) -> None:
     """Write the files of all sources where the config names them, from the working directory on."""
     mixes = list(itertools.chain.from_iterable(stage.mixture for stage in experiment.stages))
@@ -227,6 +255,7 @@ def write_all(experiment: Experiment) -> None:
         ShikraJsonl: write_shikra,
         Coco: write_coco,
         LionRecords: write_lion,
+        ArrayRecordDataset: write_refined,
         EasyVqa: lambda source: None,  # its package has them
     }
     for source in experiment.data.sources:

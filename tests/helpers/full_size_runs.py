@@ -18,6 +18,7 @@ from paths import CONFIGS
 
 from lionjax.core import config, sharding
 from lionjax.data import pipeline
+from lionjax.data.box_text import PackingConfig
 from lionjax.evaluation import runner
 from lionjax.inference import loading
 from lionjax.tiny.shrink import shrink
@@ -28,6 +29,7 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.start
 REGION_NAMES = [name for name in NAMES if name.startswith(("kosmos2", "lion", "nextchat", "shikra"))]
 # Without image tokens: enough for the prompt template with a question, with earlier rounds, and with boxes as digits.
 ONE_ROUND, ROUNDS, WITH_DIGITS = 44, 60, 72
+SHORT_PACKING = PackingConfig(max_box_tokens=24, max_caption_tokens=20, length=40)
 ROWS, UPDATES, SAVE_EVERY = 8, 5, 4
 
 
@@ -61,6 +63,9 @@ def shrunk(name: str):
     length = {"nextchat": ONE_ROUND, "lion": WITH_DIGITS, "shikra": WITH_DIGITS}.get(name.partition("_")[0], ROUNDS)
     text = min(1.0, length / (processor.max_prompt_tokens - processor.num_image_tokens))
     small = shrink(whole, text)
+    if small.data.processor.packing is not None:
+        short = dataclasses.replace(small.data.processor, packing=SHORT_PACKING)
+        small = dataclasses.replace(small, data=dataclasses.replace(small.data, processor=short))
     full_size_data.write_all(small)
     folders = (processor.tokenizer, processor.question_tokenizer)
     fewer = [

@@ -15,13 +15,16 @@ from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.sharding import MeshConfig
+from lionjax.core.types import Batch, PackedText
 from lionjax.data import pipeline
 from lionjax.data.config import DataConfig
+from lionjax.models.connectors.mqformer import MQFormerConfig
 from lionjax.models.connectors.perceiver import AbstractorConfig, ImageToTextProjectionConfig, ResamplerConfig
 from lionjax.models.connectors.qformer import QFormerConfig
 from lionjax.models.language.decoder import KOSMOS2_TEXT, DecoderConfig
 from lionjax.models.vlm.blip2_stage1 import Blip2Stage1
 from lionjax.models.vlm.flamingo import Flamingo
+from lionjax.models.vlm.lyrics_stage1 import LyricsStage1
 from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 from lionjax.nn.adapters import GatedCrossAttentionConfig
 from lionjax.training import checkpoint
@@ -72,6 +75,13 @@ KOSMOS2 = dataclasses.replace(
 )
 FROZEN = dataclasses.replace(LLAVA, num_prefix_tokens=2, projector_depth=1, torch_names="original")
 BLIP2_FIRST = Blip2Stage1(VISION, QFORMER, embed_dim=8, cls_token_id=4, decoder_start_token_id=5)
+MQ_FORMER = MQFormerConfig(
+    **{field.name: getattr(QFORMER, field.name) for field in dataclasses.fields(QFORMER)} | {"num_query_tokens": 4},
+    num_grounding_queries=2,
+    region_width=8,
+)
+LYRICS = dataclasses.replace(BLIP2, qformer=MQ_FORMER, torch_names="original")
+LYRICS_FIRST = LyricsStage1(VISION, MQ_FORMER, embed_dim=8, decoder_start_token_id=5)
 FLAMINGO = Flamingo(
     VISION,
     ResamplerConfig(16, 2, 2, 8, 24, 4),
@@ -105,6 +115,8 @@ SYSTEMS = {
     "kosmos2": (scenes(KOSMOS2, ("latents", "language")), 0),
     "frozen": (scenes(FROZEN, ("vision", "projector")), 0),
     "blip2's first stage": (scenes(BLIP2_FIRST, ("(?!vision/).*",)), 0),
+    "lyrics' first stage": (scenes(LYRICS_FIRST, ("(?!vision/).*",)), 0),
+    "lyrics": (scenes(LYRICS, ("qformer", "projector")), 0),
     "flamingo": (scenes(FLAMINGO, ("resampler", "language/groups/cross")), 0),
     "nextchat, words and boxes": (places("nextchat"), 0),
     "nextchat, masks": (places("nextchat"), 1),
@@ -138,10 +150,30 @@ def mesh_of(name: str):
 
 
 def first_batch(what: Experiment, number: int):
-    stream = pipeline.batches(what.data, what.stages[number], 0, 8, 0, 1)
+    plain = dataclasses.replace(what.data.processor, region_width=0, packing=None)
+    stream = pipeline.batches(dataclasses.replace(what.data, processor=plain), what.stages[number], 0, 8, 0, 1)
     batch = next(stream)
     stream.close()
-    return batch
+    return with_random_regions(batch) if what.model.info.region_width else batch
+
+
+def with_random_regions(batch: Batch) -> Batch:
+    """A batch of scenes as if a refiner had seen them: three regions, and targets packed behind the boxes."""
+    rng, rows = np.random.default_rng(0), len(batch.target_BM)
+    ids = np.concatenate([np.full((rows, 3), 7, np.int32), batch.target_BM], axis=1)
+    mask = np.concatenate([np.ones((rows, 3), np.int32), batch.target_mask_BM], axis=1)
+    boxes = np.arange(ids.shape[1]) < 3
+    position = np.where(boxes, np.arange(ids.shape[1]), np.arange(ids.shape[1]) - 2).astype(np.int32)
+    packed = PackedText(
+        ids,
+        np.where(boxes, 6, ids),
+        np.broadcast_to(position, ids.shape),
+        mask,
+        np.where(boxes | (mask == 0), -100, ids),
+        np.where(boxes, ids, np.full_like(ids, -100)),
+    )
+    regions = rng.standard_normal((rows, 3, 8)).astype(np.float32)
+    return dataclasses.replace(batch, region_BKD=regions, region_mask_BK=np.ones((rows, 3), bool), packed=packed)
 
 
 @functools.cache

@@ -264,6 +264,7 @@ class QFormer(nn.Module):
         sources = ((source_BPD, None),)
         if regions is not None:
             region_BKD, valid_BK = regions
+            region_BKD = region_BKD.astype(source_BPD.dtype)
             sources = (*sources, (region_BKD, None if valid_BK is None else key_padding_mask(valid_BK)))
         past_kv, new_kv = past_kv or {"groups": None, "tail": None}, {"groups": None, "tail": None}
         if groups:

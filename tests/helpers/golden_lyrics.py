@@ -240,11 +240,9 @@ def stage1_passes(module: LyricsStage1Module, batch: Batch, negatives) -> dict:
     triples = module.matching_triples(sources, rows, negatives)
     matched = module.encode_pairs(*triples)
     captions, masked = module.caption_states(batch, query_kv), module.masked_states(batch, query_kv)
-    every = module.c.qformer.cross_attention_frequency
     kv = {
-        f"image.{what}.{every * group + member}": query_kv["groups"][member][number][group].swapaxes(1, 2)
-        for member in range(every)
-        for group in range(module.c.qformer.depth // every)
+        f"image.{what}.{layer}": pair[number].swapaxes(1, 2)
+        for layer, pair in enumerate(keys_values_of_layers(query_kv, module.c.qformer))
         for number, what in enumerate(("key", "value"))
     }
     return kv | {
@@ -264,6 +262,15 @@ def stage1_passes(module: LyricsStage1Module, batch: Batch, negatives) -> dict:
         "icg.logits": module.lm_logits(captions),
         "msp.logits": module.lm_logits(masked),
     }
+
+
+def keys_values_of_layers(query_kv: dict, c: MQFormerConfig):
+    """(keys, values) of each layer: scanned groups first, then the remaining layers."""
+    groups = c.depth // c.cross_attention_frequency
+    for layer in range(c.depth):
+        group, member = divmod(layer, c.cross_attention_frequency)
+        part, place = (query_kv["groups"], group) if group < groups else (query_kv["tail"], 0)
+        yield tuple(leaf[place] for leaf in part[member])
 
 
 def cut_to_labels(found: dict, packed: PackedText) -> dict:

@@ -154,7 +154,8 @@ def detect(args: argparse.Namespace, _) -> None:
 
     options = {"box_threshold": args.box_threshold, "text_threshold": args.text_threshold, "nms_iou": args.nms}
     image_list = [images.open_image(file) for file in args.image]
-    results = detector.load(args.dir).detect(image_list, args.prompt, **options, remove_combined=args.remove_combined)
+    dino = detector.load(args.dir).padded_to(args.pad_to_multiple)
+    results = dino.detect(image_list, args.prompt, **options, remove_combined=args.remove_combined)
     if args.json:
         print(json.dumps([{"image": file} | _detections_to_json(result) for file, result in zip(args.image, results)]))
     else:

@@ -3,8 +3,8 @@
 
 `load` reads a folder with the detector's weights, released or converted, its BERT tokenizer (`vocab.txt` or
 `tokenizer.json`) and, if it has one, `preprocessor_config.json`. Images keep their aspect ratio: 800 pixels for the
-shorter side, at most 1333 for the longer one. Each is padded to a multiple of `pad_to_multiple` pixels and shares a
-batch with images of the same padded size, so that its result does not depend on the others of a call.
+shorter side, at most 1333 for the longer one. Only images of one size share a batch, so that an image's result is
+that of the original for this image alone and does not depend on the others of a call.
 """
 
 from __future__ import annotations
@@ -46,12 +46,16 @@ DELIMITERS = ("[CLS]", "[SEP]", ".")  # what parts phrases for `remove_combined`
 
 @dataclasses.dataclass(frozen=True)
 class DetectorImages:
-    """How images are resized and normalized. `pad_to_multiple`: 1 pads nothing, but compiles once for each size."""
+    """How images are resized and normalized.
+
+    `pad_to_multiple`: 1 pads nothing, and each size compiles a program; images of many sizes share few programs with
+    32, at slightly other results, since backbone and group norms see the padding.
+    """
 
     fit: ImageFit = ImageFit("shortest_edge", (800, 1333), "bilinear")
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    pad_to_multiple: int = 32
+    pad_to_multiple: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,6 +193,10 @@ class Detector:
         """The same detector with its parameters replicated on all devices of a mesh, which share each batch."""
         params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
         return dataclasses.replace(self, params=params, mesh=mesh)
+
+    def padded_to(self, multiple: int) -> Detector:
+        """The same detector that pads images to a multiple of this many pixels; see `DetectorImages`."""
+        return dataclasses.replace(self, images=dataclasses.replace(self.images, pad_to_multiple=multiple))
 
     @functools.cached_property
     def digest(self) -> str:

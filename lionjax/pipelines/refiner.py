@@ -36,6 +36,7 @@ from lionjax.inference.tagger import Tagger, TagResult
 
 log = logging.getLogger(__name__)
 
+PAD_TO_MULTIPLE = 32  # pixels: a data set has images of many sizes, and each padded size compiles a program
 SETTINGS_FILE = "refiner.json"
 EXPERTS = {"tagger", "detector"}  # in the checkpoint of a model that is its own refiner
 NO_TAG_CAPTION = "."  # what the released code gives the detector for an image without tags
@@ -160,7 +161,8 @@ def load(folder: str | Path, config: RefinerConfig | None = None) -> Refiner:
     folder = check_folder(folder)
     config = config or read_config(folder)
     sam = segmenter.load(folder / "sam") if config.use_sam else None
-    return Refiner(tagger.load(folder / "tagger"), detector.load(folder / "detector"), sam, config)
+    found = detector.load(folder / "detector").padded_to(PAD_TO_MULTIPLE)
+    return Refiner(tagger.load(folder / "tagger"), found, sam, config)
 
 
 def check_folder(folder: str | Path) -> Path:
@@ -242,7 +244,7 @@ class OwnExperts:
         tokens = detector.check_tokenizer(model.processor.prompt.question_tokenizer, experts["detector"])
         parts = (
             Tagger(experts["tagger"], model.params["tagger"], vocabulary),
-            Detector(experts["detector"], model.params["detector"], tokens),
+            Detector(experts["detector"], model.params["detector"], tokens).padded_to(PAD_TO_MULTIPLE),
         )
         return check_fit(Refiner(*parts, config=self.config), model)
 

@@ -134,7 +134,7 @@ def test_a_trained_model_gives_the_same_answers_in_transformers(trained, tmp_pat
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     batch = tiny.batch_of(what.system, random.Random(1), token=PATCH_TOKEN)
     out = theirs.eval()(**tiny.inputs(what.system, batch))
-    mine = what.system.logits(model.params, batch)
+    mine = jax.jit(what.system.logits)(model.params, batch)
     for row, wanted in zip(mine, tiny.answer_logits(what.system, batch, out.logits.detach().numpy())):
         np.testing.assert_allclose(row[: len(wanted)], wanted, atol=1e-4 * max(1, np.abs(wanted).max()))
     assert torch.isfinite(out.loss)

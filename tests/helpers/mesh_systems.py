@@ -149,6 +149,7 @@ def mesh_of(name: str):
     return sharding.make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
 
 
+@functools.cache
 def first_batch(what: Experiment, number: int):
     plain = dataclasses.replace(what.data.processor, region_width=0, packing=None)
     stream = pipeline.batches(dataclasses.replace(what.data, processor=plain), what.stages[number], 0, 8, 0, 1)

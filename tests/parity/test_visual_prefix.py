@@ -158,7 +158,7 @@ def test_rows_with_two_images_and_with_none_match_transformers(pair):
     answer = np.array([[12, 13, 2], [14, 2, 0]], np.int32)
     said = dict(target_BM=answer, target_mask_BM=answer > 0, loss_mask_BM=answer > 0, task_B=np.zeros(2, np.int32))
     several = dataclasses.replace(batch, image_BHWC=images, prompt_BL=prompt, prompt_mask_BL=mask, **said)
-    mine = system.logits(params, several)
+    mine = jax.jit(system.logits)(params, several)
     for row, text in enumerate(texts):
         whole = [n for t in text for n in ([t] * words if t == token else [t])] + answer[row][answer[row] > 0].tolist()
         pixels = torch.tensor(images[row].transpose(0, 3, 1, 2).copy()) if token in text else None
@@ -177,7 +177,8 @@ def test_rows_with_two_images_and_with_none_match_transformers(pair):
         )
         for ids in (texts[0][:5], one)
     )
-    close(system.logits(params, long), system.logits(params, short), seed)
+    logits_of = jax.jit(system.logits)
+    close(logits_of(params, long), logits_of(params, short), seed)
 
 
 @pytest.mark.slow
@@ -219,9 +220,9 @@ def test_pooled_patches_are_the_means_of_their_squares():
         lambda leaf: (0.3 * numbers.standard_normal(leaf.shape)).astype(np.float32),
         nn.unbox(jax.eval_shape(whole.init, jax.random.key(0), batch)),
     )
-    seen = torch.tensor(np.asarray(whole.extract_features(params, batch))).mT.unflatten(-1, (side, side))
+    seen = torch.tensor(np.asarray(jax.jit(whole.extract_features)(params, batch))).mT.unflatten(-1, (side, side))
     for pool in (2, side):
-        mine = dataclasses.replace(whole, pool=pool).extract_features(params, batch)
+        mine = jax.jit(dataclasses.replace(whole, pool=pool).extract_features)(params, batch)
         close(mine, torch.nn.functional.avg_pool2d(seen, pool).flatten(2).mT.numpy(), seed)
 
 
@@ -229,7 +230,7 @@ def test_pooled_patches_are_the_means_of_their_squares():
 @pytest.mark.parametrize("pair", ["instructblip_vicuna"], indirect=True)
 def test_cached_features_give_the_same_loss(pair):
     _, _, system, params, batch = pair
-    kept = dataclasses.replace(batch, image_BHWC=None, features=system.extract_features(params, batch))
+    kept = dataclasses.replace(batch, image_BHWC=None, features=jax.jit(system.extract_features)(params, batch))
     one, other = (jax.jit(system.loss)(params, b)[0] for b in (batch, kept))
     assert float(one) == pytest.approx(float(other), abs=1e-5)
 

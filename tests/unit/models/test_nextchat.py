@@ -120,9 +120,8 @@ def test_masks_of_an_answer_come_from_its_boxes_and_states(params):
     again, _ = masks(params, batch, box, state.at[0, 1].add(1.0))
     changed = np.abs(np.asarray(logits - again)).max((2, 3)) > 1e-5
     np.testing.assert_array_equal(changed, [[False, True], [False, False]])
-    seen = dataclasses.replace(
-        batch, features=TINY.extract_features(params, batch), image_BHWC=None, sam_image_BHWC=None
-    )
+    features = jax.jit(TINY.extract_features)(params, batch)
+    seen = dataclasses.replace(batch, features=features, image_BHWC=None, sam_image_BHWC=None)
     np.testing.assert_allclose(masks(params, seen, box, state)[0], logits, atol=1e-5)
 
 

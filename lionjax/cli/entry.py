@@ -157,9 +157,7 @@ def add_detect_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--nms", metavar="IOU", type=float, help="remove boxes that overlap a better one by more than this"
     )
-    pad_help = (
-        "pad images to a multiple of N pixels: so that images of many sizes share programs (default: 1)"
-    )
+    pad_help = "pad images to a multiple of N pixels: so that images of many sizes share programs (default: 1)"
     verb.add_argument("--pad-to-multiple", metavar="N", type=positive_int, default=1, help=pad_help)
     combined_help = "a box's phrase has words of one name only"
     verb.add_argument("--remove-combined", action="store_true", help=combined_help)

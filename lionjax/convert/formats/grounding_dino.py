@@ -70,7 +70,7 @@ def _config_from_hf(hf_config: dict) -> Any:
         output_stages=_output_stages(backbone),
     )
     fields = TABLE.read_fields(s)
-    fields |= {name: float(fields[name]) for name in ("dropout", "fusion_drop_path")}
+    fields |= {name: float(fields[name]) for name in ("dropout", "fusion_drop_path", "position_temperature")}
     return GroundingDinoConfig(
         swin,
         dataclasses.replace(bert.config_from_hf(s["text_config"] or {}, "text_config"), pooler=False),
@@ -107,7 +107,8 @@ def _config_to_hf(c: GroundingDinoConfig) -> dict:
     del backbone["image_size"], backbone["architectures"]
     text = bert.BERT.config_to_hf(c.text)
     del text["architectures"]
-    fields = FIELDS.write(c)
+    # transformers takes an integer only.
+    fields = FIELDS.write(c) | {"positional_embedding_temperature": int(c.position_temperature)}
     return {
         "architectures": ["GroundingDinoForObjectDetection"],
         "model_type": "grounding-dino",
@@ -123,6 +124,7 @@ def _is_hf(c: Any) -> bool:
         type(c).__name__ == "GroundingDinoConfig"
         and (c.inverse_sigmoid_eps, c.delimiter_ids) == (HF_INVERSE_SIGMOID_EPS, HF_DELIMITER_IDS)
         and not c.text.pooler
+        and c.position_temperature == int(c.position_temperature)
     )
 
 

@@ -148,6 +148,7 @@ def _verify_parts(hf_parts: list[HFPart], flat_params: Mapping, tensors: Mapping
     biases = {re.sub(r"qkv\.bias$", "q_bias", name) for name in used_keys}
     biases |= {name.replace("q_bias", "v_bias") for name in biases}
     biases |= {re.sub(r"attn\.(query|key|value)\.", "attn.qkv.", name) for name in used_keys}
+    biases |= {re.sub(r"\.(query|key|value)\.(weight|bias)$", r".in_proj_\2", name) for name in used_keys}
     unused = {re.sub(r"\.(weight|bias)$", "", name) for name in tensors if name not in used_keys | biases}
     return VerificationReport(tuple(module_diffs), (*not_compared, *sorted(unused)))
 

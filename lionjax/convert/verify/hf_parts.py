@@ -113,6 +113,42 @@ SWIN_KEY_PATTERNS = (
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
 
+_BACKBONE = "model.backbone.conv_encoder.model."
+GROUNDING_DINO_KEY_PATTERNS = (
+    *((rf"^backbone\.0\.norm{n}\.", f"{_BACKBONE}hidden_states_norms.stage{n + 1}.") for n in range(4)),
+    *(
+        (old.replace("visual_encoder", r"backbone\.0"), new.replace("swin.", _BACKBONE))
+        for old, new in SWIN_KEY_PATTERNS[:4]
+    ),
+    *((rf"^({re.escape(_BACKBONE)}.*){old}", rf"\1{new}") for old, new in SWIN_KEY_PATTERNS[4:]),
+    (r"^bert\.", "model.text_backbone."),
+    (r"^feat_map\.", "model.text_projection."),
+    (r"^input_proj\.", "model.input_proj_vision."),
+    (r"^transformer\.tgt_embed\.", "model.query_position_embeddings."),
+    (r"^transformer\.enc_out_bbox_embed\.", "model.encoder_output_bbox_embed."),
+    (r"^transformer\.encoder\.fusion_layers\.(\d+)\.", r"model.encoder.layers.\1.fusion_layer."),
+    (r"^transformer\.encoder\.text_layers\.(\d+)\.", r"model.encoder.layers.\1.text_enhancer_layer."),
+    (r"^transformer\.encoder\.layers\.(\d+)\.", r"model.encoder.layers.\1.deformable_layer."),
+    (r"^transformer\.", "model."),
+    (r"\.gamma_v$", ".vision_param"),
+    (r"\.gamma_l$", ".text_param"),
+    (r"(\.fusion_layer\..*[._])v(_proj\.|\.)", r"\1vision\2"),
+    (r"(\.fusion_layer\..*[._])l(_proj\.|\.)", r"\1text\2"),
+    (r"\.text_enhancer_layer\.norm1\.", ".text_enhancer_layer.layer_norm_before."),
+    (r"\.text_enhancer_layer\.norm2\.", ".text_enhancer_layer.layer_norm_after."),
+    (r"\.deformable_layer\.norm1\.", ".deformable_layer.self_attn_layer_norm."),
+    (r"\.deformable_layer\.norm2\.", ".deformable_layer.final_layer_norm."),
+    (r"^(model\.decoder\.layers\.\d+)\.norm1\.", r"\1.encoder_attn_layer_norm."),
+    (r"^(model\.decoder\.layers\.\d+)\.norm2\.", r"\1.self_attn_layer_norm."),
+    (r"^(model\.decoder\.layers\.\d+)\.norm3\.", r"\1.final_layer_norm."),
+    (r"\.catext_norm\.", ".encoder_attn_text_layer_norm."),
+    (r"\.ca_text\.", ".encoder_attn_text."),
+    (r"\.cross_attn\.", ".encoder_attn."),
+    (r"\.linear(\d)\.", r".fc\1."),
+    (r"^model\.decoder\.norm\.", "model.decoder.layer_norm."),
+    (r"\.ref_point_head\.", ".reference_points_head."),
+)
+
 
 def _merge_qkv_bias(tensors: Mapping) -> dict:
     """EVA's q_bias and v_bias as one qkv.bias; the keys' bias is zero."""
@@ -124,11 +160,11 @@ def _merge_qkv_bias(tensors: Mapping) -> dict:
 
 
 def _split_qkv(tensors: Mapping) -> dict:
-    """Swin's fused qkv tensors split into query, key and value."""
+    """Fused tensors of Swin (qkv) and of torch's attention (in_proj) split into query, key and value."""
     split = dict(tensors)
-    for name in [name for name in tensors if ".attn.qkv." in name]:
+    for name in [name for name in tensors if ".attn.qkv." in name or ".in_proj_" in name]:
         for projection, part in zip(("query", "key", "value"), np.split(split.pop(name), 3)):
-            split[name.replace("qkv", projection)] = part
+            split[name.replace("qkv", projection).replace("in_proj_", f"{projection}.")] = part
     return split
 
 
@@ -179,6 +215,13 @@ def _ram_parts(c: Any) -> list[HFPart]:
     return [HFPart("Swin", c.swin, (("", "swin/"),), SWIN_KEY_PATTERNS, _split_qkv)]
 
 
+def _grounding_dino_parts(c: Any) -> list[HFPart]:
+    """The whole detector, with the epsilon that transformers has, and without BERT's pooler, which nothing reads."""
+    text = dataclasses.replace(c.text, pooler=False)
+    part = dataclasses.replace(c, text=text, inverse_sigmoid_eps=1e-5, delimiter_ids=(101, 102, 1012, 1029))
+    return [HFPart("Grounding DINO", part, (("", ""),), GROUNDING_DINO_KEY_PATTERNS, _split_qkv)]
+
+
 def _eva_parts(c: Any) -> list[HFPart]:
     from lionjax.models.connectors.qformer import QFormerConfig
     from lionjax.models.language.t5 import T5Config
@@ -209,4 +252,5 @@ HF_PARTS: dict[str, Callable[[Any], list[HFPart]]] = {
     "nextchat": _nextchat_parts,
     "ram": _ram_parts,
     "eva": _eva_parts,
+    "groundingdino": _grounding_dino_parts,
 }

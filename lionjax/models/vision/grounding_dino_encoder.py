@@ -54,7 +54,7 @@ class GroundingDinoConfig:
     norm_eps: float = 1e-5
     # A coordinate p and 1 - p are at least this before their logit: 1e-3 in the original, 1e-5 in transformers.
     inverse_sigmoid_eps: float = 1e-3
-    position_temperature: int = 20  # of the position encodings of the image
+    position_temperature: float = 20.0  # of the position encodings of the image
     # Whether the boxes of a layer also train the layer before (DINO, arXiv 2203.03605); transformers does not.
     look_forward_twice: bool = True
     dropout: float = 0.0

@@ -69,7 +69,10 @@ def test_what_is_not_computed_is_refused_with_its_path(hf_config, problem):
 
 T5_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 CONFIG_READERS = ("swin", "sam", "kosmos2", "mplug_owl", "grounding-dino")
+LYRICS = {"text_config": {"model_type": "llama"}, "detection_config": {}, "ram_config": {}}
+LYRICS["qformer_config"] = {"detection_encoder_hidden_size": 260}
 READERS = [
+    *[(fmt, "blip-2", LYRICS) for fmt in detect.FORMATS if fmt.name in ("lyrics", "lyrics_stage1")],
     *[(fmt, name, {}) for fmt in (LLAMA, OPT, GPT2, BERT) for name in fmt.model_types if name != "mistral"],
     *[(fmt, fmt.model_types[0], {}) for fmt in detect.FORMATS if fmt.name in CONFIG_READERS],
     *[(fmt, name, {}) for fmt in detect.FORMATS if fmt.name == "clip" for name in fmt.model_types],
@@ -93,6 +96,8 @@ def test_every_reader_refuses_an_unknown_field_at_every_level(fmt, model_type, h
         "grounding-dino": ["backbone", "text"],
         "mplug_owl": ["text", "vision", "visual_abstractor"],
     } | dict.fromkeys(("blip2", "instructblip"), ["text", "vision", "qformer"])
+    parts |= {"lyrics_stage1": ["vision", "qformer", "detection", "ram"]}  # it has no language model
+    parts |= {"lyrics": ["text", *parts["lyrics_stage1"]]}
     known = parts.get(fmt.name, []) if model_type != "clip_vision_model" else []
     for part in ["text", "vision"] if model_type == "llava" else known:
         nested = f"{part}_config"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lionjax.core import params as trees
-from lionjax.core.leaf_programs import evaluate_leaves
 from lionjax.core.types import Batch, Params, UserError
 
 log = logging.getLogger(__name__)
@@ -166,19 +164,9 @@ def layer_axes(boxed: Params) -> dict[str, int]:
     return {path: tuple(getattr(leaf, "names", ())).count("layers") for path, leaf in flat.items()}
 
 
-@functools.lru_cache(maxsize=32)
-def _traced_once(init_method: Callable) -> Callable:
-    return jax.jit(init_method)
-
-
-def boxed_specs(init_fn: Callable, *args) -> Params:
-    """Shapes of `init_fn(*args)` boxed with logical axes. A model's `init` is traced once for equal arguments."""
-    return jax.eval_shape(_traced_once(init_fn) if inspect.ismethod(init_fn) else init_fn, *args)
-
-
 def abstract_params(init_fn: Callable, *args, mesh: Mesh | None = None) -> Params:
     """Shapes, dtypes and (with a mesh) shardings of `init_fn(*args)` as ShapeDtypeStructs, without allocation."""
-    return unbox_specs(boxed_specs(init_fn, *args), mesh)
+    return unbox_specs(jax.eval_shape(init_fn, *args), mesh)
 
 
 def unbox_specs(boxed: Params, mesh: Mesh | None = None) -> Params:
@@ -196,14 +184,11 @@ def unbox_specs(boxed: Params, mesh: Mesh | None = None) -> Params:
 def init_sharded(init_fn: Callable, *args, mesh: Mesh | None = None, shardings: Params | None = None) -> Params:
     """Parameters of `init_fn(*args)`, each leaf created with its sharding. The values do not depend on the mesh.
 
-    `shardings` of the leaves follow from `mesh` unless they are given; then only the leaves that they name are created.
+    `shardings` of the leaves, where they are known, save one trace of `init_fn`; otherwise they follow from `mesh`.
     """
-    boxed = boxed_specs(init_fn, *args)
-    if shardings is None:
-        shardings = jax.tree.map(lambda _: None, nn.unbox(boxed)) if mesh is None else named_shardings(boxed, mesh)
-    init_fn = _traced_once(init_fn) if inspect.ismethod(init_fn) else init_fn
-    wanted = trees.flatten(shardings)
-    return trees.unflatten(evaluate_leaves(lambda *a: trees.flatten(nn.unbox(init_fn(*a))), *args, shardings=wanted))
+    if shardings is None and mesh is not None:
+        shardings = named_shardings(jax.eval_shape(init_fn, *args), mesh)
+    return jax.jit(lambda *a: nn.unbox(init_fn(*a)), out_shardings=shardings)(*args)
 
 
 def reshard_like(tree: Params, like: Params) -> Params:

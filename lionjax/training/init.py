@@ -40,7 +40,7 @@ def make_param_specs(experiment: Experiment, example: Batch, mesh: Mesh) -> Para
     key = jax.random.key(experiment.seed)
     check_token_ids(experiment, example)
     check_prompt_format(experiment)
-    boxed = sharding.boxed_specs(experiment.model.init, key, example)
+    boxed = jax.eval_shape(experiment.model.init, key, example)
     params = sharding.unbox_specs(boxed, mesh)
     step.validate_stages(experiment.stages, params)
     patterns = [pattern for stage in experiment.stages for pattern in stage.trainable]
@@ -81,10 +81,14 @@ def init_params(experiment: Experiment, example: Batch, specs: ParamSpecs) -> tu
             ", ".join(random_frozen),
         )
 
+    def init_missing(key, batch):
+        flat = trees.flatten(experiment.model.init(key, batch))
+        return trees.unflatten({path: leaf for path, leaf in flat.items() if path not in loaded})
+
     key = jax.random.key(experiment.seed)
     example = jax.tree.map(np.zeros_like, example)  # the same in all processes
-    missing = trees.unflatten({path: leaf.sharding for path, leaf in all_specs.items() if path not in loaded})
-    initialized = trees.flatten(sharding.init_sharded(experiment.model.init, key, example, shardings=missing))
+    missing = {path: leaf.sharding for path, leaf in all_specs.items() if path not in loaded}
+    initialized = trees.flatten(sharding.init_sharded(init_missing, key, example, shardings=trees.unflatten(missing)))
     flat = {path: loaded.get(path, initialized.get(path)).astype(leaf.dtype) for path, leaf in all_specs.items()}
     split = [{path: leaf for path, leaf in flat.items() if (path in trainable) == side} for side in (False, True)]
     return trees.unflatten(split[0]), trees.unflatten(split[1])

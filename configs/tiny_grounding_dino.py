@@ -53,7 +53,7 @@ def get_config() -> Experiment:
     )
     return Experiment(
         name="tiny_grounding_dino",
-        model=PhraseDetection(DETECTOR, image_size=IMAGE_SIZE),
+        model=PhraseDetection(DETECTOR, backbone_init_scale=7.0, image_size=IMAGE_SIZE),
         data=DataConfig(sources=(Scenes(sizes=(4000, 300, 400), image_size=128),), processor=processor),
         stages=(stage,),
         run=RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32"),

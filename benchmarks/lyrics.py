@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the tiny Lyrics on refined scenes, and compare it without regions and with regions of other images.
+
+python -m benchmarks.lyrics [--workdir runs/lyrics] [--seeds 0 1 2] [--variants refined shuffled none] [--limit 200]
+
+Experts are trained first (see `benchmarks.lyrics_experts`), then the scenes are refined with them, as by `lionjax data
+build scenes --refiner`. For each seed and variant, configs/tiny_lyrics_first.py and configs/tiny_lyrics.py are trained.
+Variants: "refined", "shuffled" (every image has the regions and boxes of another, in training and evaluation), "none"
+(no region, no box).
+
+Columns: image-text retrieval (R@1 in batches of 32, both directions); accuracy on masked tags, in parentheses with the
+regions of other images and that of the most frequent tag; VQA, caption CIDEr and REC, in parentheses those of the same
+model without image and regions. REC of the detector's best box for the expression stands below. The refined variant of
+each seed must meet `MARGINS`; else the exit code is 1. Finished rows are reused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+import safetensors.numpy
+import tyro
+
+from benchmarks.family import BRIDGE, ROOT, Spent
+from benchmarks.lyrics_experts import train_experts
+from lionjax.core import config
+from lionjax.core import params as trees
+from lionjax.core.experiment import Experiment
+from lionjax.core.files import folder_digest
+from lionjax.core.types import Params
+from lionjax.data import pipeline
+from lionjax.data.box_text import pack_text
+from lionjax.data.prepare import array_record_writer
+from lionjax.data.processor import Processor
+from lionjax.data.regions import ImageRegions
+from lionjax.data.scenes.dataset import OpenScenes
+from lionjax.evaluation import runner
+from lionjax.evaluation.metrics import regions
+from lionjax.inference import detector
+from lionjax.inference.loading import from_params
+from lionjax.pipelines import refiner
+from lionjax.training import loop
+
+Variant = Literal["refined", "shuffled", "none"]
+BATCH = 32
+SCORES = {"vqa": "vqa_accuracy", "caption": "caption_cider", "rec": "rec_accuracy_50"}
+# Required of the refined variant; masked tags over the most frequent one, VQA and CIDEr over the blind model.
+MARGINS = {"retrieval": 0.60, "masked_tags": 0.0, "vqa": 0.15, "caption": 0.5, "rec": 0.50}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What to train, and the questions per benchmark. `spatial_text`: boxes stand as text before the question too."""
+
+    workdir: Path = Path("runs/lyrics")
+    seeds: tuple[int, ...] = (0,)
+    variants: tuple[Variant, ...] = ("refined", "shuffled", "none")
+    limit: int = 200
+    spatial_text: bool = False
+    out: Path | None = None
+
+
+@contextlib.contextmanager
+def regions_by(variant: Variant) -> Iterator[None]:
+    """Within it, scenes have their own regions, those of another scene of their split, or none."""
+    load = OpenScenes.load_regions
+
+    def changed(self, record: int) -> ImageRegions | None:
+        if variant == "none":
+            return ImageRegions(digest=load(self, record).digest)
+        return load(self, (record + len(self) // 2) % len(self) if variant == "shuffled" else record)
+
+    OpenScenes.load_regions = changed
+    try:
+        yield
+    finally:
+        OpenScenes.load_regions = load
+
+
+def refine_scenes(workdir: Path) -> Path:
+    """The folder of the scenes of tiny_lyrics_first.py with what the refiner found in them."""
+    train_experts(workdir / "refiner")
+    (scenes,) = config.load(ROOT / "configs" / "tiny_lyrics_first.py").data.sources
+    factory = refiner.refiner_factory(workdir / "refiner")
+    digest = folder_digest(workdir / "refiner")
+    scenes = dataclasses.replace(scenes, folder="")
+    return array_record_writer.build(scenes, workdir / "data", make_refiner=factory, tagger_digest=digest)
+
+
+def experiment_of(name: str, folder: Path, seed: int, spatial_text: bool = False) -> Experiment:
+    """A config of configs/ on the refined scenes in `folder`."""
+    experiment = config.load(ROOT / "configs" / f"{name}.py")
+    processor = experiment.data.processor
+    if spatial_text:
+        lengths = {"max_prompt_tokens": 160, "spatial_text_in_prompt": True}
+        processor = dataclasses.replace(processor, **lengths)
+    sources = (dataclasses.replace(experiment.data.sources[0], folder=str(folder)),)
+    data = dataclasses.replace(experiment.data, sources=sources, processor=processor)
+    return dataclasses.replace(experiment, data=data, seed=seed)
+
+
+def caption_batches(experiment: Experiment, number: int, captions: bool) -> Iterator:
+    """Batches of held-out scenes as the first stage reads them, each with one masked tag; scenes without a box are not.
+
+    Without `captions`, the texts have no caption, which would name the tags.
+    """
+    processor, rng, rows = Processor(experiment.data.processor), np.random.default_rng(0), []
+    tokens, packing = processor.prompt.question_tokenizer, processor.config.packing
+    for sample in pipeline.examples(experiment.data, "caption", "heldout"):
+        (found,) = sample.load_regions()
+        if found.names:
+            draws = np.ones(5 * len(found.names))
+            draws[5 * int(rng.integers(min(len(found.names), 3)))] = 0  # of the boxes that are not cut
+            text = sample.example.answer if captions else ""
+            packed = pack_text(tokens, text, found.names, found.boxes, draws, packing)
+            row = processor.encode_example(processor.load_pixels(sample.image), "a scene", answer=text or None)
+            row |= processor.encode_regions([found], text, rng)
+            rows.append(row | {f"packed_{name}": ids for name, ids in packed.items()})
+        if len(rows) == BATCH:
+            yield processor.collate({name: np.stack([row[name] for row in rows]) for name in rows[0]})
+            rows, number = [], number - 1
+        if not number:
+            return
+
+
+def first_stage_scores(experiment: Experiment, params: Params) -> dict[str, list[float] | float]:
+    """Retrieval, and the accuracy on masked tags: as they are, with regions of other images, of the commonest tag."""
+    model = experiment.model
+    similarity, loss = jax.jit(model.similarity), jax.jit(model.loss)
+    right = []
+    for batch in caption_batches(experiment, 6, captions=True):
+        score_BB = np.asarray(similarity(params, batch))
+        right += [score_BB.argmax(axis) == np.arange(BATCH) for axis in (0, 1)]
+    accuracy, labels = {"own": [], "others": []}, Counter()
+    for batch in caption_batches(experiment, 6, captions=False):
+        labels.update(batch.packed.msp_label_BL[batch.packed.msp_label_BL >= 0].tolist())
+        other = dataclasses.replace(batch, region_BKD=np.roll(batch.region_BKD, 1, axis=0))
+        for name, one in (("own", batch), ("others", other)):
+            accuracy[name].append(float(loss(params, one)[1]["masked_accuracy"]))
+    tags = [*(float(np.mean(values)) for values in accuracy.values()), max(labels.values()) / labels.total()]
+    return {"retrieval": float(np.mean(right)), "masked_tags": tags}
+
+
+def hand_on(params: Params, file: Path) -> tuple[tuple[str, str], ...]:
+    """Write what the second stage takes from the first; the entries of `weights` for it."""
+    flat = trees.flatten(params)
+    part = {path: np.asarray(leaf) for path, leaf in flat.items() if path.split("/")[0] in BRIDGE}
+    safetensors.numpy.save_file(part, file)
+    return tuple((name, str(file)) for name in BRIDGE)
+
+
+def trained(run: Run, folder: Path, variant: Variant, seed: int) -> dict:
+    """The row of one variant and seed, which is trained first if it has no row yet."""
+    name = f"{variant}-{seed}{'-text' if run.spatial_text else ''}"
+    home, spent = run.workdir / name, Spent()
+    if (home / "row.json").is_file():
+        return json.loads((home / "row.json").read_text())
+    shutil.rmtree(home, ignore_errors=True)  # restart, so that the seconds are those of a complete run
+    with regions_by(variant):
+        first = experiment_of("tiny_lyrics_first", folder, seed)
+        params, _ = loop.train(first, home / "first", pipeline.batches)
+        row = {"variant": variant, "seed": seed} | first_stage_scores(first, params)
+        second = experiment_of("tiny_lyrics", folder, seed, run.spatial_text)
+        weights = (*second.weights, *hand_on(params, home / "bridge.safetensors"))
+        second = dataclasses.replace(second, weights=weights)
+        params, _ = loop.train(second, home / "second", pipeline.batches)
+        engine = from_params(second, params).engine
+        entries = runner.evaluate_all(engine, second, list(SCORES), home / "second", run.limit)
+    for task, entry in entries.items():
+        row[task] = [round(entry[what][SCORES[task]], 3) for what in ("metrics", "blind")]
+    row["seconds"] = spent.seconds()
+    (home / "row.json").write_text(json.dumps(row) + "\n")
+    return row
+
+
+def detector_rec(run: Run, folder: Path) -> float:
+    """Share of referring expressions whose best-scored box of the detector has IoU > 0.5 with the true one."""
+    data = experiment_of("tiny_lyrics", folder, 0).data
+    samples = list(pipeline.examples(data, "rec", "heldout", run.limit))
+    expressions = [sample.example.question for sample in samples]
+    found = detector.load(run.workdir / "refiner" / "detector").detect(
+        [sample.image for sample in samples], expressions, box_threshold=0.0
+    )
+    truth = [sample.example.boxes[0] for sample in samples]
+    boxes = [tuple(np.clip(result.boxes_K4[0], 0, 1).tolist()) for result in found]
+    return float(np.mean(regions.rec_ious(boxes, truth) > 0.5))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows in Markdown, and the mean and spread of each variant with several seeds."""
+    lines = [
+        "| regions | seed | R@1 in 32 | masked tags | VQA | caption CIDEr | REC | seconds, CPU |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        own, *others = row["masked_tags"]
+        cells = [
+            row["variant"],
+            str(row["seed"]),
+            f"{row['retrieval']:.2f}",
+            f"{own:.2f} ({others[0]:.2f}, {others[1]:.2f})",
+        ]
+        cells += [f"{row[task][0]:.2f} ({row[task][1]:.2f})" for task in SCORES]
+        lines.append("| " + " | ".join((*cells, "{}, {}".format(*row["seconds"]))) + " |")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        group = [row for row in rows if row["variant"] == variant]
+        if len(group) > 1:
+            values = [[row["retrieval"] for row in group], [row["masked_tags"][0] for row in group]]
+            values += [[row[task][0] for row in group] for task in SCORES]
+            cells = [f"{np.mean(column):.2f} ± {np.std(column, ddof=1):.2f}" for column in values]
+            lines.append(f"| {variant} | mean | " + " | ".join(cells) + " | |")
+    return "\n".join(lines)
+
+
+def missed(row: dict, detector_accuracy: float) -> list[str]:
+    """A sentence for each requirement that a refined row misses."""
+    needed = {
+        "retrieval": (row["retrieval"], MARGINS["retrieval"]),
+        "masked_tags": (row["masked_tags"][0], row["masked_tags"][2] + MARGINS["masked_tags"]),
+        "vqa": (row["vqa"][0], row["vqa"][1] + MARGINS["vqa"]),
+        "caption": (row["caption"][0], row["caption"][1] + MARGINS["caption"]),
+        "rec": (row["rec"][0], max(MARGINS["rec"], detector_accuracy)),
+    }
+    where = f"{row['variant']}, seed {row['seed']}"
+    return [
+        f"{where}: {name} {got:.2f} is not above {least:.2f}" for name, (got, least) in needed.items() if got <= least
+    ]
+
+
+def main(run: Run) -> int:
+    """Train and evaluate all rows, print the table; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING)
+    folder = refine_scenes(run.workdir)
+    rec, rows = detector_rec(run, folder), []
+    for seed in run.seeds:
+        for variant in run.variants:
+            rows.append(trained(run, folder, variant, seed))
+            text = f"{table(rows)}\n\nREC of the detector's best box for the expression: {rec:.2f}."
+            if run.out is not None:
+                run.out.write_text(text + "\n")
+    print(text)
+    short = [sentence for row in rows if row["variant"] == "refined" for sentence in missed(row, rec)]
+    print(*short, sep="\n", file=sys.stderr)
+    return int(bool(short))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Run, description=__doc__)))

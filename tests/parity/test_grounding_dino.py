@@ -21,6 +21,7 @@ from lionjax import convert
 from lionjax.convert.verify import compare
 from lionjax.models.language.bert import phrase_masks
 from lionjax.models.vision.grounding_dino import GroundingDino
+from lionjax.models.vision.grounding_dino_decoder import valid_proposals
 from lionjax.models.vision.grounding_dino_weights import hf_weight_map
 from lionjax.nn.deformable_attention import sample_levels
 
@@ -69,6 +70,14 @@ def test_phrase_masks_and_positions_are_those_of_transformers_and_of_an_example_
     wanted = theirs_module.generate_masks_with_special_tokens_and_transfer_map(torch.from_numpy(ids_BL), special)
     for mine, theirs in zip(phrase_masks(ids_BL, (101, 102, 1012, 1029)), wanted):
         np.testing.assert_array_equal(mine, theirs, err_msg=f"seed {seed}")
+
+
+def test_proposals_on_the_border_are_valid_where_an_exact_division_says_so():
+    sizes, length = np.arange(1, 201), 200  # 0.5 / 50 is 0.01, and 49.5 / 50 is 0.99
+    size_BT2 = np.stack([sizes, np.ones_like(sizes)], axis=-1)[:, None].astype(np.float32)
+    found_BP = jax.jit(lambda x: valid_proposals(((1, length),), x))(size_BT2)
+    center_BP = (np.arange(length, dtype=np.float32) + np.float32(0.5)) / sizes[:, None].astype(np.float32)
+    np.testing.assert_array_equal(found_BP, (center_BP > np.float32(0.01)) & (center_BP < np.float32(0.99)))
 
 
 def drawn(seed: int):

@@ -29,6 +29,7 @@ from lionjax.models.vision.grounding_dino_decoder import (
     inverse_sigmoid,
     position_head,
     proposal_boxes,
+    valid_proposals,
 )
 from lionjax.models.vision.grounding_dino_encoder import (
     GROUNDING_DINO_SWIN_B,
@@ -75,6 +76,7 @@ class EncodedInputs:
     image_BPD: jax.Array
     text_BLD: jax.Array
     center_BP2: jax.Array  # of the positions, in parts of the valid size
+    is_proposal_BP: jax.Array  # positions whose proposal is valid
     ratio_BT2: jax.Array  # valid parts of the width and height of each level
     shared: EnhancerInputs
 
@@ -124,6 +126,7 @@ class GroundingDino(nn.Module):
         size_BT2 = valid_sizes(masks)
         ratio_BT2 = size_BT2 / np.array(shapes, np.float32)[:, ::-1]
         center_BP2 = pixel_centers(shapes, size_BT2)
+        is_proposal_BP = flatten(masks) & valid_proposals(shapes, size_BT2)
         shared = EnhancerInputs(
             flatten(positions).astype(dtype),
             center_BP2[:, :, None] * ratio_BT2[:, None],
@@ -133,7 +136,7 @@ class GroundingDino(nn.Module):
             phrase_BLL,
             shapes,
         )
-        return EncodedInputs(flatten(levels), text_BLD, center_BP2, ratio_BT2, shared)
+        return EncodedInputs(flatten(levels), text_BLD, center_BP2, is_proposal_BP, ratio_BT2, shared)
 
     def enhance(self, inputs: EncodedInputs, key=None):
         """Image (B, P, D) and text (B, L, D) behind the enhancer."""
@@ -150,7 +153,7 @@ class GroundingDino(nn.Module):
                 "resize or pad the image to a larger size"
             )
         proposal_BP4 = proposal_boxes(inputs.center_BP2, shared.shapes)
-        return self.selection(image_BPD, text_BLD, shared.text_mask_BL, proposal_BP4, shared.valid_BP)
+        return self.selection(image_BPD, text_BLD, shared.text_mask_BL, proposal_BP4, inputs.is_proposal_BP)
 
     def decode(self, image_BPD, text_BLD, box_BQ4, inputs: EncodedInputs, key=None):
         """States (T, B, Q, D) and refined boxes (T, B, Q, 4) of all layers; the boxes `box_BQ4` start them."""

@@ -26,7 +26,7 @@ from lionjax.nn.deformable_attention import DeformableAttention, Shapes
 from lionjax.nn.positions import interleaved_sinusoids
 
 PROPOSAL_SIDE = 0.05  # of the proposals of the first level, in parts of the image; it doubles from level to level
-PROPOSAL_RANGE = (0.01, 0.99)  # of the coordinates of a proposal; others are not valid
+PROPOSAL_RANGE = (1, 99)  # hundredths between which the coordinates of a proposal must lie
 
 
 def inverse_sigmoid(x, eps: float):
@@ -51,6 +51,23 @@ def proposal_boxes(center_BP2, shapes: Shapes):
     return jnp.concatenate([center_BP2, side_BP2], axis=-1)
 
 
+def valid_proposals(shapes: Shapes, size_BT2):
+    """Whether the proposal of each position is valid: (B, P) bool, for the valid sizes `size_BT2` of the levels.
+
+    The center (i + 0.5) / n is compared with 0.01 and 0.99 as integers. Some lie on the border, such as 0.5 / 50, and
+    XLA may round a quotient to the other side of it, which would choose other queries.
+    """
+    low, high = PROPOSAL_RANGE
+    valid = []
+    for level, (height, width) in enumerate(shapes):
+        y, x = np.divmod(np.arange(height * width, dtype=np.int32), width)
+        center_P2 = 100 * np.stack([x, y], axis=-1) + 50
+        size_B12 = size_BT2[:, level, None].astype(jnp.int32)
+        inside_BP = ((center_P2 > low * size_B12) & (center_P2 < high * size_B12)).all(-1)
+        valid.append(inside_BP & (low < 100 * PROPOSAL_SIDE * 2**level < high))
+    return jnp.concatenate(valid, axis=1)
+
+
 @pytree_dataclass
 class Selection:
     """The queries of the decoder: the positions of the highest score in order, and their boxes cx cy w h.
@@ -65,15 +82,16 @@ class Selection:
 
 
 class QuerySelection(nn.Module):
-    """The `num_queries` positions of the image that fit some token of the text best."""
+    """The `num_queries` positions of the image that fit some token of the text best.
+
+    `valid_BP`: positions with a valid proposal; the others are read as zeros and can be chosen too, as in the original.
+    """
 
     c: GroundingDinoConfig
 
     @nn.compact
     def __call__(self, image_BPD, text_BLD, text_mask_BL, proposal_BP4, valid_BP) -> Selection:
         c = self.c
-        low, high = PROPOSAL_RANGE
-        valid_BP = valid_BP & ((proposal_BP4 > low) & (proposal_BP4 < high)).all(-1)
         state_BPD = jnp.where(valid_BP[..., None], image_BPD, 0)
         dense = layers.Dense(c.width, c.width, ("embed", None), kernel_init=xavier, name="dense")
         state_BPD = norm(c, "norm")(dense(state_BPD))

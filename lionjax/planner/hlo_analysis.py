@@ -292,14 +292,17 @@ def _mesh_axes_group(mesh: str, group_axes: str) -> list[int]:
 
 def hbm_bytes_accessed(program: Program) -> int:
     """Bytes read from and written to HBM in one run; of an array that is sliced or updated in place, only the slice."""
-    inner, total = _inner_computations(program), 0
+    return sum(num_bytes for _, num_bytes in instruction_traffic(program))
+
+
+def instruction_traffic(program: Program) -> Iterator[tuple[Instruction, int]]:
+    """Each instruction outside of fusions with the bytes of HBM that all its executions read and write."""
+    inner = _inner_computations(program)
     for name, times in program.execution_counts.items():
         if name not in inner:
             computation = program.computations[name]
-            total += times * sum(
-                _instruction_bytes(program, computation, instruction) for instruction in computation.values()
-            )
-    return total
+            for instruction in computation.values():
+                yield instruction, times * _instruction_bytes(program, computation, instruction)
 
 
 def _inner_computations(program: Program) -> set[str]:

@@ -11,6 +11,7 @@ from lionjax.data.processor import ProcessorConfig
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.models.language.bert import BertConfig
 from lionjax.models.vision.grounding_dino import GroundingDinoConfig
+from lionjax.models.vision.grounding_dino_loss import DetectionLossConfig
 from lionjax.models.vision.swin import SwinConfig
 from lionjax.models.vlm.detection import PhraseDetection
 
@@ -48,12 +49,11 @@ def get_config() -> Experiment:
         use_tags=False,
         max_boxes=10,
     )
-    stage = Stage(
-        "detect", 1600, (".*",), (Mix("detect"),), 16, learning_rate=1e-3, warmup_steps=100, weight_decay=1e-4
-    )
+    rates = {"learning_rate": 2e-3, "warmup_steps": 50, "weight_decay": 1e-4}
+    stage = Stage("detect", 1600, (".*",), (Mix("detect"),), 16, optimizer="muon", **rates)
     return Experiment(
         name="tiny_grounding_dino",
-        model=PhraseDetection(DETECTOR, backbone_init_scale=7.0, image_size=IMAGE_SIZE),
+        model=PhraseDetection(DETECTOR, DetectionLossConfig(weights=(2.0, 5.0, 2.0)), image_size=IMAGE_SIZE),
         data=DataConfig(sources=(Scenes(sizes=(4000, 300, 400), image_size=128),), processor=processor),
         stages=(stage,),
         run=RunConfig(log_every=20, save_every=200, max_to_keep=2, frozen_dtype="float32"),

@@ -17,7 +17,7 @@ from lionjax.data.scenes.dataset import Scenes
 from lionjax.evaluation import runner
 from lionjax.inference import detector
 from lionjax.models.vision.swin import SwinConfig
-from lionjax.models.vlm.lion import Lion
+from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 from lionjax.training import loop
 
 
@@ -62,5 +62,5 @@ def test_a_detector_is_evaluated_by_the_names_it_finds(run):
     entry = runner.evaluate_model(model, "detect", run[0], limit=3)
     assert entry["metrics"].keys() == {"detect_found", "detect_silent"} == entry["blind"].keys()
     assert entry["samples"] == 3 and (run[0] / "evaluation" / "detect.jsonl").is_file()
-    with pytest.raises(UserError, match="is a Lion, no detector"):
-        detector.from_engine(dataclasses.replace(model.engine, model=Lion()))
+    with pytest.raises(UserError, match="is a VisualPrefixLM, no detector"):
+        detector.from_engine(dataclasses.replace(model.engine, model=VisualPrefixLM()))

@@ -22,16 +22,11 @@ from lionjax.models.vision.grounding_dino_weights import original_weight_map
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class PhraseDetection(VLM):
-    """Config of the detector and its loss.
-
-    `encoder_loss`: the queries selected by the encoder are trained too. `backbone_init_scale`: factor of the initial
-    kernels and embeddings of Swin and BERT, whose deviation of 0.02 is too small for narrow ones without weights.
-    """
+    """Config of the detector and its loss. `encoder_loss`: the queries selected by the encoder are trained too."""
 
     detector: GroundingDinoConfig = GROUNDING_DINO_SWIN_T
     loss_config: DetectionLossConfig = DetectionLossConfig()
     encoder_loss: bool = True
-    backbone_init_scale: float = 1.0
     image_size: int = 800
 
     @property
@@ -40,13 +35,7 @@ class PhraseDetection(VLM):
 
     def init(self, key, batch: Batch) -> Params:
         """Random parameters."""
-        params = GroundingDino(self.detector).init(key, *_inputs(batch))["params"]
-        return jax.tree_util.tree_map_with_path(self._scaled, params)
-
-    def _scaled(self, path, leaf):
-        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        wide = names[0] in ("swin", "text") and names[-1] in ("kernel", "embedding")
-        return leaf * self.backbone_init_scale if wide else leaf
+        return GroundingDino(self.detector).init(key, *_inputs(batch))["params"]
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
         """The sum of the losses of all layers, and metrics; `key` drives dropout and stochastic depth."""

@@ -204,9 +204,9 @@ def known_rows(head: tuple[str, ...]) -> dict[tuple[str, str], list[str]]:
 
 def whole(head: tuple[str, ...]) -> set[tuple[str, str]]:
     """The (config, slice) keys of complete rows: those that have a prediction, or do not fit."""
-    columns = head.index("fits"), head.index("predicted s")
-    rows = known_rows(head).items()
-    return {key for key, row in rows if row[columns[0]] != "yes" or row[columns[1]]}
+    needed = [head.index(name) for name in ("predicted s", "with overlap") if name in head]
+    rows, fits = known_rows(head).items(), head.index("fits")
+    return {key for key, row in rows if row[fits] != "yes" or all(row[column] for column in needed)}
 
 
 def table(head: tuple[str, ...], rows: dict[tuple[str, str], list[str]]) -> str:
@@ -220,8 +220,13 @@ def write(updates: dict[tuple[str, str], list[str]], answers: dict[tuple[str, st
     """Write docs/plans.md."""
     missing = [f"{name} on {pod}" for pod in PODS for name in CONFIGS if (name, pod) not in updates]
     notes = f"No row yet: {', '.join(missing)}.\n\n" if missing else ""
-    if any(row[UPDATES.index("fits")] == "yes" and not row[UPDATES.index("predicted s")] for row in updates.values()):
-        notes += "Rows without a prediction must be recomputed (--missing): their communication was overestimated.\n\n"
+    fits, overlap = UPDATES.index("fits"), UPDATES.index("with overlap")
+    if any(row[fits] == "yes" and not row[overlap] for row in updates.values()):
+        notes += (
+            'Rows without a value in "with overlap" are of an earlier reader of programs, which lost what stands behind'
+            "\nan attention kernel: their memory traffic and communication are too small, their MFU too large.\n"
+            "`--missing` makes them anew.\n\n"
+        )
     footer = f"{notes}JAX {jax.__version__}, libtpu {metadata.version('libtpu')}, {datetime.date.today()}."
     temporary = PAGE.with_suffix(".part")
     text = BEFORE + table(UPDATES, updates) + BETWEEN + table(ANSWERS, answers)

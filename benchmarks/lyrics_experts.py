@@ -50,6 +50,7 @@ TAGGER_STEPS, TAGGER_BATCH, TAGGER_SCENES, THRESHOLD = 600, 32, 3000, 0.5
 # Of the asymmetric loss, here plain cross entropy: RAM's 7 and 0.05 are for lists in which nearly all tags are absent.
 GAMMA_NEG, CLIP = 0.0, 0.0
 MIN_FOUND, MIN_SILENT = 0.80, 0.90
+THRESHOLDS = (0.30, 0.35, 0.40, 0.45)
 
 
 def scene_tags(scene: world.Scene) -> np.ndarray:
@@ -116,31 +117,6 @@ def train_experts(folder: Path) -> None:
     (folder / "refiner.json").write_text(json.dumps(settings) + "\n")
 
 
-def detector_rates(found: detector.Detector, limit: int) -> dict[str, float]:
-    """Rates of one name per caption on held-out scenes: held-out pairs present, and for each one that is absent.
-
-    Half of the absent pairs have a color and a shape that are in the scene, but on different objects.
-    """
-    images, captions, truths, rng = [], [], [], np.random.default_rng(0)
-    for index in range(limit):
-        scene = world.sample_scene("heldout", index)
-        present = sorted({(thing.color, thing.shape) for thing in scene.things} & world.HELD_OUT_PAIRS)
-        absent = naming.sample_absent_pairs(scene, rng)[: len(present)]
-        names = [*(" ".join(pair) for pair in present), *absent]
-        image = scene.render(128)
-        for name in names:
-            boxes = tuple(thing.box for thing in scene.things if naming.pair_name(thing) == name)
-            images.append(image)
-            captions.append(f"{name}.")
-            truths.append(Truth(f"{name}.", boxes, ((name,),) * len(boxes)))
-    answers = detect_answers(found, images, captions, blind=False)
-    rows = [row for truth, answer in zip(truths, answers) for row in score_names(truth, answer.text)]
-    return detection_rates(rows) | {
-        "present": sum(bool(row[1]) for row in rows),
-        "absent": sum(not row[1] for row in rows),
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class Truth:
     """What `score_names` reads of an example."""
@@ -148,6 +124,44 @@ class Truth:
     question: str
     boxes: tuple
     box_names: tuple
+
+
+def named_scenes(split: str, limit: int) -> tuple[list, list[Truth]]:
+    """Images and names, one per caption: pairs that are there, and as many of each scene that are not.
+
+    On held-out scenes, only pairs that no training scene has are named as present. Half of the absent ones have a color
+    and a shape that are in the scene, but on different objects.
+    """
+    images, truths, rng = [], [], np.random.default_rng(0)
+    for index in range(limit):
+        scene = world.sample_scene(split, index)
+        pairs = {(thing.color, thing.shape) for thing in scene.things}
+        present = sorted(pairs & world.HELD_OUT_PAIRS if split == "heldout" else pairs)[:2]
+        image = scene.render(128)
+        for name in (*map(" ".join, present), *naming.sample_absent_pairs(scene, rng)[: len(present)]):
+            boxes = tuple(thing.box for thing in scene.things if naming.pair_name(thing) == name)
+            images.append(image)
+            truths.append(Truth(f"{name}.", boxes, ((name,),) * len(boxes)))
+    return images, truths
+
+
+def detector_rates(found: detector.Detector, split: str, limit: int, threshold: float) -> dict[str, float]:
+    """Rates of `named_scenes` at a box threshold."""
+    images, truths = named_scenes(split, limit)
+    answers = detect_answers(found, images, [truth.question for truth in truths], box_threshold=threshold)
+    rows = [row for truth, answer in zip(truths, answers) for row in score_names(truth, answer.text)]
+    num_present = sum(bool(row[1]) for row in rows)
+    return detection_rates(rows) | {"present": num_present, "absent": len(rows) - num_present}
+
+
+def choose_threshold(found: detector.Detector, limit: int) -> float:
+    """The box threshold at which the lower of both rates, less its requirement, is highest on validation scenes."""
+
+    def margin(threshold: float) -> float:
+        rates = detector_rates(found, "validation", limit, threshold)
+        return min(rates["found"] - MIN_FOUND, rates["silent"] - MIN_SILENT)
+
+    return max(THRESHOLDS, key=margin)
 
 
 def tagger_scores(found: tagger.Tagger, limit: int) -> dict[str, float]:
@@ -164,8 +178,11 @@ def main(folder: Path = Path("runs/lyrics/refiner"), limit: int = 300) -> int:
     train_experts(folder)
     training, spent = spent.seconds(), Spent()
     found = detector.load(folder / "detector")
-    rates, tags = detector_rates(found, limit), tagger_scores(tagger.load(folder / "tagger"), limit)
+    threshold = choose_threshold(found, limit // 2)
+    rates = detector_rates(found, "heldout", limit, threshold)
+    tags = tagger_scores(tagger.load(folder / "tagger"), limit)
     rows = {
+        "detector: box threshold, chosen on validation scenes": f"{threshold}",
         "detector: held-out pairs found, IoU > 0.5": f"{rates['found']:.3f} of {rates['present']} names",
         "detector: absent names without a box": f"{rates['silent']:.3f} of {rates['absent']} names",
         "tagger: F1 of shapes and colors": f"{tags['f1']:.3f}",

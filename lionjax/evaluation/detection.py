@@ -17,13 +17,19 @@ from lionjax.data import images
 from lionjax.data.boxes import Box, box_to_text, split_text_and_boxes
 from lionjax.data.scenes.world import HELD_OUT_PAIRS
 from lionjax.evaluation.metrics import regions
-from lionjax.inference.detector import Detections, Detector
+from lionjax.inference.detector import BOX_THRESHOLD, Detections, Detector
 from lionjax.inference.engine import Answer
 
 HELD_OUT_NAMES = frozenset(" ".join(pair) for pair in HELD_OUT_PAIRS)
 
 
-def detect_answers(detector: Detector, sources: Sequence[Any], captions: Sequence[str], blind: bool) -> list[Answer]:
+def detect_answers(
+    detector: Detector,
+    sources: Sequence[Any],
+    captions: Sequence[str],
+    blind: bool = False,
+    box_threshold: float = BOX_THRESHOLD,
+) -> list[Answer]:
     """What is found for each image and caption, as text such as `red star [0.1,...], ring [0.4,...]`.
 
     Thresholds are those of Grounding DINO's demo; a phrase keeps to one name of the caption. `blind`: with gray images.
@@ -32,7 +38,8 @@ def detect_answers(detector: Detector, sources: Sequence[Any], captions: Sequenc
     if blind:
         gray = tuple(round(255 * mean) for mean in detector.images.mean)
         pictures = [Image.new("RGB", picture.size, gray) for picture in pictures]
-    return [_to_answer(found) for found in detector.detect(pictures, captions, remove_combined=True)]
+    detections = detector.detect(pictures, captions, box_threshold, remove_combined=True)
+    return [_to_answer(found) for found in detections]
 
 
 def _to_answer(found: Detections) -> Answer:

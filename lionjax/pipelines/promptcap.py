@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lionjax.core.errors import UserError
+from lionjax.evaluation.metrics.vqa import edit_distance
 from lionjax.pipelines.captions_as_text import (
     SCORE_PER_MATCH,
     STOP,
@@ -206,16 +207,6 @@ class ScoredCaption:
     answer: str
     soft_score: float
     hard_score: float
-
-
-def edit_distance(text: str, other: str) -> int:
-    """The least number of characters to insert, delete or replace to make `other` of `text` (Levenshtein)."""
-    row = list(range(len(other) + 1))
-    for i, letter in enumerate(text, 1):
-        above, row[0] = row[0], i
-        for j, target in enumerate(other, 1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (letter != target))
-    return row[-1]
 
 
 def soft_score(answer: str, references: Sequence[str]) -> float:

@@ -10,6 +10,7 @@ import pytest
 
 from lionjax.core.types import CATEGORIES, Batch
 from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
+from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision.ram import RamConfig
 from lionjax.models.vision.swin import SwinConfig
@@ -44,6 +45,14 @@ def assert_same_norms(mine: dict, theirs: dict):
         if abs(own - norm) > 1e-3 * norm + 1e-5:
             wrong.append(f"{name}: {own:.6g}, the original {norm:.6g}")
     assert theirs and not wrong, f"{len(wrong)} of {len(theirs)} gradient norms differ: {wrong[:5]}"
+
+
+def llama_of(t: dict, **fields) -> DecoderConfig:
+    """The decoder of a golden's `llama` sizes."""
+    sizes = (t[name] for name in ("vocab_size", "width", "layers", "heads", "kv_heads"))
+    head_dim, eps = t["width"] // t["heads"], t["rms_norm_eps"]
+    rope = {"rope_theta": t["rope_theta"], "tie_embeddings": t["tie_word_embeddings"]}
+    return DecoderConfig(*sizes, head_dim, t["mlp_width"], eps, **rope, **fields)
 
 
 def ram_of(config: dict) -> RamConfig:

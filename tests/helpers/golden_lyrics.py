@@ -11,7 +11,7 @@ import golden_grounding_dino
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden import in_one_row, ram_of
+from golden import in_one_row, llama_of, ram_of
 from safetensors.numpy import load_file
 
 from lionjax import convert
@@ -21,7 +21,6 @@ from lionjax.core import params as trees
 from lionjax.core.types import Batch, PackedText
 from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.connectors.mqformer import MQFormerConfig, regions_of
-from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.grounding_dino import GroundingDino
 from lionjax.models.vision.ram import Ram
 from lionjax.models.vision.vit import ViTConfig
@@ -68,20 +67,7 @@ def stage1_of(config: dict) -> LyricsStage1:
 
 
 def stage2_of(config: dict) -> VisualPrefixLM:
-    t = config["llama"]
-    language = DecoderConfig(
-        t["vocab_size"],
-        t["width"],
-        t["layers"],
-        t["heads"],
-        t["kv_heads"],
-        t["width"] // t["heads"],
-        t["mlp_width"],
-        t["rms_norm_eps"],
-        rope_theta=t["rope_theta"],
-        tie_embeddings=t["tie_word_embeddings"],
-        pad_token_id=t["pad"],
-    )
+    language = llama_of(config["llama"], pad_token_id=config["llama"]["pad"])
     return VisualPrefixLM(
         **parts_of(config),
         language=language,

@@ -8,13 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden import in_one_row
+from golden import in_one_row, llama_of
 from golden_tower import clip_tower
 from safetensors.numpy import load_file
 
 from lionjax import convert
 from lionjax.core.types import Batch
-from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision import sam_decoder
 from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.models.vlm.nextchat import NextChat, NextChatModule
@@ -24,18 +23,7 @@ def system_of(config: dict, objective: str = "language") -> NextChat:
     v, t, s, names = (config[name] for name in ("vision", "llama", "sam", "tokens"))
     return NextChat(
         vision=clip_tower(v),
-        language=DecoderConfig(
-            t["vocab_size"],
-            t["width"],
-            t["layers"],
-            t["heads"],
-            t["kv_heads"],
-            t["width"] // t["heads"],
-            t["mlp_width"],
-            t["rms_norm_eps"],
-            rope_theta=t["rope_theta"],
-            tie_embeddings=t["tie_word_embeddings"],
-        ),
+        language=llama_of(t),
         sam=SamConfig(
             s["image_size"],
             s["patch_size"],

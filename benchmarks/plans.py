@@ -225,7 +225,7 @@ def write(updates: dict[tuple[str, str], list[str]], answers: dict[tuple[str, st
         notes += (
             'Rows without a value in "with overlap" are of an earlier reader of programs, which lost what stands behind'
             "\nan attention kernel: their memory traffic and communication are too small, their MFU too large.\n"
-            "`--missing` makes them anew.\n\n"
+            "They have the lengths and batch sizes of 0.1 too, most of them shorter. `--missing` makes them anew.\n\n"
         )
     footer = f"{notes}JAX {jax.__version__}, libtpu {metadata.version('libtpu')}, {datetime.date.today()}."
     temporary = PAGE.with_suffix(".part")

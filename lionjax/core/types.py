@@ -186,6 +186,14 @@ class VLM:
         """The cache with one candidate of each row of what `extend_candidates` returned last."""
         raise self._lacks("hidden states of a decoder")
 
+    def cached_context(self, cache: Cache) -> tuple[Array, Array]:
+        """Keys and values (layers, B, N, S, H) of all tokens of a cache, filled or free, which `with_context` sets."""
+        raise self._lacks("keys and values of a decoder")
+
+    def with_context(self, cache: Cache, key_value: tuple[Array, Array]) -> Cache:
+        """The cache with other keys and values (layers, B, N, S, H)."""
+        raise self._lacks("keys and values of a decoder")
+
     def predict_boxes(self, params: Params, batch: Batch) -> tuple[Array, Array, Array]:
         """Boxes (B, K, 4) in 0..1 at the region queries of the target, their states (B, K, D) and mask (B, K)."""
         raise self._lacks("box head")

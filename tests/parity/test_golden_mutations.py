@@ -10,6 +10,7 @@ from pathlib import Path
 import golden_grounding_dino
 import golden_lyrics
 import golden_nextchat
+import golden_zerocap
 import jax
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from golden import assert_close, assert_same_norms, folders, lion_batch, lion_of
 from safetensors.numpy import load_file
 
 from lionjax import convert
+from lionjax.inference import zerocap
 from lionjax.models.heads import region
 from lionjax.models.language import backend, t5
 from lionjax.models.vision import grounding_dino, grounding_dino_encoder
@@ -186,3 +188,42 @@ def test_golden_comparison_detects_a_mutation_of_grounding_dino(monkeypatch, mis
     assert {f"enhancer.{last}.text", "pred_boxes", "hidden_state"} <= differing
     before = ("backbone.", "level.", "text_")
     assert not {name for name in differing if name.startswith(before)}, "what lies before the mistake must stay"
+
+
+ZEROCAP_MISTAKES = {
+    "the update without the norm's power": (
+        ' ** rates["norm_power"]',
+        "",
+        "beam2",
+        {"step0.deltas", "step0.losses", "step0.logits_before_edit", "step0.probs"},
+    ),
+    "the norm of all beams together": (
+        "axis=(2, 3, 4), keepdims",
+        "axis=(1, 2, 3, 4), keepdims",
+        "beam2",
+        {"step1.deltas", "step1.losses", "step1.probs"},
+    ),
+    "a softmax over the vocabulary": (
+        "params, state, config.num_candidates)",
+        "params, state, model.info.vocab_size)",
+        "beam2",
+        {"step0.clip_losses", "step0.deltas", "step0.probs"},
+    ),
+    "the repetition penalty over new tokens only": (
+        "context[-config.repetition_window :]",
+        "context[len(context) - min(config.repetition_window, number) :]",
+        "beam3_end",
+        {"step0.logits_after_edit", "step0.probs"},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", folders("zerocap"))
+@pytest.mark.parametrize("mistake", ZEROCAP_MISTAKES)
+def test_golden_comparison_detects_a_mutation_of_zerocap(monkeypatch, mistake, folder):
+    old, new, case, seen = ZEROCAP_MISTAKES[mistake]
+    golden, changed = golden_zerocap.ZeroCapGolden(folder), mutated(monkeypatch, zerocap, old, new)
+    found = golden.complaints(case, golden.compare(case, changed, 2))
+    assert seen <= found, f"only {sorted(found)} differ"
+    assert not found & {"step0.context_ids", "step0.p0"}, "what lies before the mistake must stay"

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from golden import assert_same_norms, folders
-from safetensors.numpy import load_file
+from golden_guidance import GuidedGolden, prompts
 
 from benchmarks.text_t5 import text_batch
 from lionjax import convert
@@ -23,44 +23,19 @@ from lionjax.inference.generate import generate
 from lionjax.inference.guidance import GuidanceConfig, guided_search
 from lionjax.inference.sampling import GenerationConfig
 from lionjax.models.language import decoder_weights
-from lionjax.models.language.decoder import GPT2
 from lionjax.models.language.t5 import TINY_T5
 from lionjax.models.vlm.text_lm import TextLM
 
 SHIPPED = Path(__file__).resolve().parents[1] / "golden" / "magic"
 
 
-class Golden:
-    """The folder's language model with its parameters, and its CLIP as a scorer of texts."""
+class Golden(GuidedGolden):
+    """A folder of MAGIC's, and its CLIP as a scorer of texts."""
 
     def __init__(self, folder):
-        self.config = json.loads((folder / "config.json").read_text())
-        self.arrays = dict(np.load(folder / "arrays.npz"))
+        super().__init__(folder, eos_token_id="eos", pad_token_id="pad")
         self.texts = json.loads((folder / "cases_texts.json").read_text())
         self.grad_norms = json.loads((folder / "grad_norms.json").read_text())
-        weights = load_file(folder / "weights.safetensors")
-        g = self.config["gpt2"]
-        language = dataclasses.replace(
-            GPT2,
-            vocab_size=g["vocab_size"],
-            width=g["width"],
-            mlp_dim=g["mlp_width"],
-            depth=g["layers"],
-            num_heads=g["heads"],
-            num_kv_heads=g["heads"],
-            head_dim=g["width"] // g["heads"],
-            max_positions=g["max_positions"],
-            norm_eps=g["layer_norm_eps"],
-            eos_token_id=self.config["tokens"]["eos"],
-            pad_token_id=self.config["tokens"]["pad"],
-        )
-        self.model = TextLM(language)
-        state = {k.removeprefix("gpt2."): v for k, v in weights.items() if k.startswith("gpt2.")}
-        self.params = convert.params_from_state_dict(decoder_weights.gpt2_weight_map(language), state)
-        self.clip = {k.removeprefix("clip."): v for k, v in weights.items() if k.startswith("clip.")}
-
-    def decode(self, ids) -> str:
-        return "".join(self.config["tokens"]["pieces"][i] for i in ids)
 
     def clip_ids(self, text: str) -> list[int]:
         t = self.config["clip_tokens"]
@@ -72,35 +47,15 @@ class Golden:
 
     def scorer(self, image: int):
         """CLIP's logit scale times the cosines of candidate texts and an image, by transformers."""
-        torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-        t, projection = self.config["clip"]["text"], self.config["clip"]["projection_dim"]
-        config = transformers.CLIPTextConfig(
-            vocab_size=t["vocab_size"],
-            hidden_size=t["width"],
-            intermediate_size=t["mlp_width"],
-            num_hidden_layers=t["layers"],
-            num_attention_heads=t["heads"],
-            max_position_embeddings=t["max_positions"],
-            hidden_act=t["activation"],
-            layer_norm_eps=t["layer_norm_eps"],
-            projection_dim=projection,
-            eos_token_id=self.config["clip_tokens"]["eos"],
-            bos_token_id=self.config["clip_tokens"]["bos"],
-        )
-        tower = transformers.CLIPTextModelWithProjection(config).eval()
-        found = tower.load_state_dict({k: torch.tensor(v) for k, v in self.clip.items() if k in tower.state_dict()})
-        assert not found.missing_keys
-        image_D = self.arrays["image_embeds"][image]
+        embed, image_D = self.text_tower(), self.arrays["image_embeds"][image]
 
         def score(rows):
             (texts,) = rows
             ids = [self.clip_ids(text) for text in texts]
             length = max(map(len, ids))
             pad = self.config["clip_tokens"]["pad"]
-            padded = torch.tensor([one + [pad] * (length - len(one)) for one in ids])
-            mask = torch.tensor([[1] * len(one) + [0] * (length - len(one)) for one in ids])
-            with torch.no_grad():
-                text_KD = tower(input_ids=padded, attention_mask=mask).text_embeds.numpy()
+            mask = [[1] * len(one) + [0] * (length - len(one)) for one in ids]
+            text_KD = embed([one + [pad] * (length - len(one)) for one in ids], mask)
             text_KD = text_KD / np.linalg.norm(text_KD, axis=1, keepdims=True)
             scale = float(np.exp(self.clip["logit_scale"]).ravel()[0])
             return scale * (text_KD @ (image_D / np.linalg.norm(image_D)))[None]
@@ -124,12 +79,6 @@ class Golden:
         length = max(map(len, self.config["prefixes"].values()))
         steps = guided_search(self.model, self.params, prompts([prefix], length), config, scorer, self.decode)
         return list(itertools.islice(steps, count))
-
-
-def prompts(rows, length: int):
-    """A batch of prompts, padded on the right."""
-    ids_BL = np.array([row + [0] * (length - len(row)) for row in rows])
-    return text_batch(ids_BL, np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows]))
 
 
 def assert_steps(golden: Golden, case: str) -> None:

@@ -152,6 +152,19 @@ class TextLM(VLM):
 
         return append_to_cache(cache, jax.tree.map(chosen, candidates))
 
+    def cached_context(self, cache: Cache) -> tuple[Array, Array]:
+        """See `VLM.cached_context`: the slots of the prompt, then those of generated tokens; of a decoder only."""
+        self._require_decoder()
+        segments = cache.prompt, (cache.generated["k"], cache.generated["v"])
+        return tuple(jnp.concatenate(parts, axis=3) for parts in zip(*segments))
+
+    def with_context(self, cache: Cache, key_value: tuple[Array, Array]) -> Cache:
+        """See `VLM.with_context`."""
+        length = cache.prompt[0].shape[3]
+        prompt = tuple(new[:, :, :, :length].astype(old.dtype) for old, new in zip(cache.prompt, key_value))
+        generated = {k: new[:, :, :, length:].astype(cache.generated[k].dtype) for k, new in zip("kv", key_value)}
+        return dataclasses.replace(cache, prompt=prompt, generated=generated)
+
     def _require_decoder(self) -> None:
         if is_encoder_decoder(self.language):
             raise self._lacks("states of candidates: its language model is an encoder-decoder; use a decoder")

@@ -41,6 +41,7 @@ TAG_TO_CLASS = {
     "LyricsStage1": "lionjax.models.vlm.lyrics_stage1:LyricsStage1",
     "Lion": "lionjax.models.vlm.lion:Lion",
     "NextChat": "lionjax.models.vlm.nextchat:NextChat",
+    "Lisa": "lionjax.models.vlm.lisa:Lisa",
     "PhraseDetection": "lionjax.models.vlm.detection:PhraseDetection",
     "DataConfig": "lionjax.data.config:DataConfig",
     "ProcessorConfig": "lionjax.data.processor_config:ProcessorConfig",

@@ -54,7 +54,8 @@ class Batch:
 
     An encoder-decoder has the prompt in its encoder and the target in its decoder; a decoder-only model has image
     tokens, prompt and target in one sequence. `features`, if not None, is the output of `VLM.extract_features` for the
-    images, so that the frozen tower need not run; `image_BHWC` may then be None.
+    images, so that the frozen tower need not run; `image_BHWC` may then be None. Image arrays of a segmenting model
+    (LISA) may have fewer rows: each image then belongs to an equal number of rows of text in turn.
     """
 
     image_BHWC: Array  # float32, normalized by mean and standard deviation
@@ -77,6 +78,8 @@ class Batch:
     box_tokens_BKL: Array = None  # bool, the tokens of question_BL that name each of boxes_BK4 (a detector's training)
     region_BKD: Array = None  # float, features of the image's regions: a detector's queries (Lyrics)
     region_mask_BK: Array = None  # bool, the real regions
+    sam_size_B2: Array = None  # int32, height and width of the image in the upper left corner of sam_image_BHWC
+    mask_size_B2: Array = None  # int32, those of the image in the upper left corner of masks_BKHW; None: sam_size_B2
     packed: PackedText | None = None  # boxes and caption as text (first stage of Lyrics)
 
 
@@ -102,7 +105,8 @@ class ModelInfo:
     - `vocab_size`, `embedding_rows`: vocabulary of the language model, without and with padding for a mesh; None: the
       model has no such table.
     - `image_token`: id in the prompt that the tokens of an image replace (if `splices_images`); may lie outside the
-      vocabulary. `box_token`: id whose embedding is that of a box.
+      vocabulary. `box_token`: id whose embedding is that of a box. `mask_token`: id at which an answer has a mask and
+      no box.
     - `image_size`: side of the input image in pixels; `reads_images`: False for a language model alone.
     - `detects_phrases`: a detector, which reads `question_BL` as a caption and learns `boxes_BK4` of its phrases.
     - `reads_question`: a Q-Former reads the question with its own tokenizer; `question_vocab_size`: its word table.
@@ -121,6 +125,7 @@ class ModelInfo:
     splices_images: bool = False
     image_token: int | None = None
     box_token: int | None = None
+    mask_token: int | None = None
     image_size: int = 0
     detects_phrases: bool = False
     reads_images: bool = True

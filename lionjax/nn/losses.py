@@ -124,20 +124,52 @@ def mask_losses(
     """
     count = jnp.maximum(valid_BK.astype(jnp.float32).sum(), 1)
 
-    def losses_at_index(inputs):
-        *prediction, mask_BHW, valid_B = inputs
-        return jax.lax.cond(
-            valid_B.any(),
-            lambda x, iou, y: _per_mask_losses(upsample_fn(x), iou, y, count, released_code),
-            lambda x, iou, y: (jnp.zeros(iou.shape),) * 3,
-            *(*prediction, mask_BHW),
-        )
+    def per_mask(x_BHW, iou_B, mask_BHW):
+        return _per_mask_losses(upsample_fn(x_BHW), iou_B, mask_BHW, count, released_code)
 
-    inputs = (logits_BKhw, iou_BK.astype(jnp.float32), mask_BKHW, valid_BK.astype(bool))
-    terms = jax.lax.map(jax.checkpoint(losses_at_index), tuple(x.swapaxes(0, 1) for x in inputs))
-    focal, dice, iou_error = (masked_mean(x.swapaxes(0, 1), valid_BK) for x in terms)
+    arrays = (logits_BKhw, iou_BK.astype(jnp.float32), mask_BKHW)
+    focal, dice, iou_error = _mean_over_masks(per_mask, arrays, valid_BK, 3)
     scale = count if released_code else 1.0
     return {"focal": focal * scale, "dice": dice * scale, "iou": iou_error}
+
+
+def bce_dice_losses(
+    logits_BKhw, mask_BKHW, valid_BK, pixel_BHW, dice_scale: float = 1000.0, upsample_fn: Callable = lambda x: x
+) -> dict[str, jax.Array]:
+    """Cross entropy of the pixels and Dice loss of predicted masks against true masks, as in LISA (arXiv 2308.00692).
+
+    Both are means over all valid masks of the batch: of the mean over a mask's pixels, and of
+    1 - (2 sum(p t) / s + e) / ((sum(p) + sum(t)) / s + e) with s = `dice_scale`, e = 1e-6. `pixel_BHW`: 1 on the pixels
+    of the image. `upsample_fn` and what is not computed: as in `mask_losses`.
+    """
+
+    def per_mask(x_BHW, mask_BHW):
+        x_BHW, mask_BHW = upsample_fn(x_BHW).astype(jnp.float32), mask_BHW.astype(jnp.float32)
+        is_pixel_BHW, pixels = pixel_BHW.astype(jnp.float32), (-2, -1)
+        nll_BHW = (jax.nn.softplus(x_BHW) - x_BHW * mask_BHW) * is_pixel_BHW
+        probs_BHW, mask_BHW = jax.nn.sigmoid(x_BHW) * is_pixel_BHW, mask_BHW * is_pixel_BHW
+        overlap_B = 2 * (probs_BHW / dice_scale * mask_BHW).sum(pixels) + 1e-6
+        total_B = (probs_BHW / dice_scale).sum(pixels) + (mask_BHW / dice_scale).sum(pixels) + 1e-6
+        return nll_BHW.sum(pixels) / jnp.maximum(is_pixel_BHW.sum(pixels), 1), 1 - overlap_B / total_B
+
+    bce, dice = _mean_over_masks(per_mask, (logits_BKhw, mask_BKHW), valid_BK, 2)
+    return {"bce": bce, "dice": dice}
+
+
+def _mean_over_masks(per_mask: Callable, arrays: tuple, valid_BK, num_terms: int) -> tuple[jax.Array, ...]:
+    """Means over the valid masks of the terms (B,) that `per_mask` gives for each index k of arrays (B, K, ...).
+
+    An index k without a valid mask in the batch is not computed.
+    """
+
+    def terms_at_index(inputs):
+        *inputs, valid_B = inputs
+        zeros = (jnp.zeros(valid_B.shape),) * num_terms
+        return jax.lax.cond(valid_B.any(), per_mask, lambda *_: zeros, *inputs)
+
+    inputs = (*arrays, valid_BK.astype(bool))
+    terms = jax.lax.map(jax.checkpoint(terms_at_index), tuple(x.swapaxes(0, 1) for x in inputs))
+    return tuple(masked_mean(x.swapaxes(0, 1), valid_BK) for x in terms)
 
 
 def _per_mask_losses(logits_BHW, iou_B, mask_BHW, num_masks, released_code: bool):

@@ -13,6 +13,7 @@ from lionjax.models.connectors.qformer import AggregatorConfig, QFormerConfig
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision.ram import RamConfig
+from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.models.vision.swin import SwinConfig
 from lionjax.models.vision.vit import ViTConfig
 from lionjax.models.vlm.lion import Lion, LionModule
@@ -53,6 +54,28 @@ def llama_of(t: dict, **fields) -> DecoderConfig:
     head_dim, eps = t["width"] // t["heads"], t["rms_norm_eps"]
     rope = {"rope_theta": t["rope_theta"], "tie_embeddings": t["tie_word_embeddings"]}
     return DecoderConfig(*sizes, head_dim, t["mlp_width"], eps, **rope, **fields)
+
+
+def sam_of(s: dict) -> SamConfig:
+    """SAM of a golden's `sam` sizes."""
+    return SamConfig(
+        s["image_size"],
+        s["patch_size"],
+        s["width"],
+        s["depth"],
+        s["heads"],
+        s["width"] * s["mlp_ratio"],
+        s["window_size"],
+        tuple(s["global_attention_layers"]),
+        s["out_channels"],
+        mask_input_channels=s["mask_in_channels"],
+        decoder_depth=s["decoder_layers"],
+        decoder_num_heads=s["decoder_heads"],
+        decoder_mlp_dim=s["decoder_mlp_width"],
+        num_mask_tokens=1 + s["multimask_outputs"],
+        iou_head_depth=s["iou_head_depth"],
+        iou_head_mlp_dim=s["iou_head_width"],
+    )
 
 
 def ram_of(config: dict) -> RamConfig:

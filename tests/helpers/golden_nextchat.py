@@ -8,14 +8,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden import in_one_row, llama_of
+from golden import in_one_row, llama_of, sam_of
 from golden_tower import clip_tower
 from safetensors.numpy import load_file
 
 from lionjax import convert
 from lionjax.core.types import Batch
 from lionjax.models.vision import sam_decoder
-from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.models.vlm.nextchat import NextChat, NextChatModule
 
 
@@ -24,24 +23,7 @@ def system_of(config: dict, objective: str = "language") -> NextChat:
     return NextChat(
         vision=clip_tower(v),
         language=llama_of(t),
-        sam=SamConfig(
-            s["image_size"],
-            s["patch_size"],
-            s["width"],
-            s["depth"],
-            s["heads"],
-            s["width"] * s["mlp_ratio"],
-            s["window_size"],
-            tuple(s["global_attention_layers"]),
-            s["out_channels"],
-            mask_input_channels=s["mask_in_channels"],
-            decoder_depth=s["decoder_layers"],
-            decoder_num_heads=s["decoder_heads"],
-            decoder_mlp_dim=s["decoder_mlp_width"],
-            num_mask_tokens=1 + s["multimask_outputs"],
-            iou_head_depth=s["iou_head_depth"],
-            iou_head_mlp_dim=s["iou_head_width"],
-        ),
+        sam=sam_of(config["sam"]),
         feature_layer=v["feature_layer"],
         projector_depth=config["projector"]["depth"],
         box_mlp_dim=config["location_encoder"][1],

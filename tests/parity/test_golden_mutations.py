@@ -3,9 +3,6 @@
 
 import dataclasses
 import json
-import sys
-import types
-from pathlib import Path
 
 import golden_grounding_dino
 import golden_lyrics
@@ -15,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from golden import assert_close, assert_same_norms, folders, lion_batch, lion_of, lion_states
+from mutations import mutated
 from safetensors.numpy import load_file
 
 from lionjax import convert
@@ -50,16 +48,6 @@ MISTAKES = {
         {"sam_mask_logits"},
     ),
 }
-
-
-def mutated(monkeypatch, module, old: str, new: str):
-    """The module's text with one thing changed, run as a module of its own."""
-    text = Path(module.__file__).read_text()
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {module.__name__}"
-    made = types.ModuleType(f"{module.__name__}_mutated")
-    monkeypatch.setitem(sys.modules, made.__name__, made)
-    exec(compile(text.replace(old, new), module.__file__, "exec"), made.__dict__)
-    return made
 
 
 def complaints(golden) -> set[str]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lionjax.core.renamed import Renamed, renamed_fields
 from lionjax.core.types import Batch, Metrics, UserError
-from lionjax.core.weight_map import WeightMapping
+from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.nn import losses
 from lionjax.nn.layers import MLP, dense_weight_map, take_positions
 
@@ -216,4 +216,9 @@ def box_coder_weight_map() -> tuple[WeightMapping, ...]:
 
 def mask_prompt_weight_map() -> tuple[WeightMapping, ...]:
     """NExT-Chat's names of `MaskPromptProjector`."""
-    return (*dense_weight_map("seg_prompt_mlp.0", "mlp/up"), *dense_weight_map("seg_prompt_mlp.2", "mlp/down"))
+    return with_prefix("seg_prompt_mlp.", "mlp/", relu_mlp_weight_map())
+
+
+def relu_mlp_weight_map() -> tuple[WeightMapping, ...]:
+    """Names of the two linear layers of a torch Sequential with a ReLU between them."""
+    return (*dense_weight_map("0", "up"), *dense_weight_map("2", "down"))

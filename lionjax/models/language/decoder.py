@@ -304,12 +304,21 @@ class Decoder(nn.Module):
     def forward(self, x_BLD, mask_BL, target_BMD, target_mask_BM, task_B=None, keys=(None, None), media=None):
         """See `backend.LanguageBackend`; input and target are one sequence."""
         length = x_BLD.shape[1]
+        before_BLD, state_BLD = self.forward_row(x_BLD, mask_BL, target_BMD, target_mask_BM, task_B, keys[0], media)
+        return before_BLD[:, length:], state_BLD[:, length:]
+
+    def forward_row(self, x_BLD, mask_BL, target_BMD, target_mask_BM, task_B=None, key=None, media=None):
+        """States (B, L + M, D) that predict each token of input and target, and states (B, L + M, D) after it.
+
+        The first token of a row has no state before it: there, its own state.
+        """
+        length = x_BLD.shape[1]
         row_BLD = jnp.concatenate([x_BLD, target_BMD], axis=1)
         row_mask_BL = jnp.concatenate([mask_BL.astype(bool), target_mask_BM.astype(bool)], axis=1)
-        state_BLD = self(row_BLD, row_mask_BL, task_B, keys[0], media)
+        state_BLD = self(row_BLD, row_mask_BL, task_B, key, media)
         first_BD = last_token(state_BLD[:, :length], mask_BL)
-        before_BMD = jnp.concatenate([first_BD[:, None], state_BLD[:, length:-1]], axis=1)
-        return before_BMD, state_BLD[:, length:]
+        parts = (states_before(state_BLD[:, :length]), first_BD[:, None], state_BLD[:, length:-1])
+        return jnp.concatenate(parts, axis=1), state_BLD
 
     def embed_next(self, token_B, cache: Cache):
         """Embeddings (B, D) of the tokens in the dtype of the cache."""
@@ -320,6 +329,11 @@ class Decoder(nn.Module):
 
         Later tokens attend to the same images as that token.
         """
+        state_BLD, cache = self.prefill_states(x_BLD, mask_BL, cache_length, task_B, media)
+        return last_token(state_BLD, mask_BL), cache
+
+    def prefill_states(self, x_BLD, mask_BL, cache_length: int, task_B=None, media=None):
+        """As `prefill`, with the states (B, L, D) of the whole prompt."""
         c = self.c
         self.check_length(x_BLD.shape[1] + cache_length)
         h_BLD, prompt_kv, media_kv = self.run_blocks(
@@ -334,7 +348,7 @@ class Decoder(nn.Module):
             media_mask_BS = last_token(media_mask_BLS, mask_BL)
             attends_B1 = last_token(attends_BL[..., None], mask_BL)
             static |= {"media": media_kv, "seen": media_mask_BS[None], "real": attends_B1[None]}
-        return last_token(h_BLD, mask_BL), Cache(generated, static, jnp.zeros((), jnp.int32), prompt_kv)
+        return h_BLD, Cache(generated, static, jnp.zeros((), jnp.int32), prompt_kv)
 
     def extend(self, x_BD, cache: Cache):
         """State (B, D) of the input embedding `x_BD`, and the cache with that input."""
@@ -413,6 +427,11 @@ class Decoder(nn.Module):
                 f"{length} tokens do not fit the {positions} learned positions of the language model; lower "
                 "max_prompt_tokens (`lionjax.load(folder, prompt_length=...)`) or max_new_tokens"
             )
+
+
+def states_before(state_BLD):
+    """The state before each position of a sequence (B, L, D) without gaps; the first position has its own."""
+    return jnp.concatenate([state_BLD[:, :1], state_BLD[:, :-1]], axis=1)
 
 
 def append_to_cache(cache: Cache, new_kv) -> Cache:

@@ -236,11 +236,18 @@ class Sam(nn.Module):
     def decode_boxes(self, image_embedding_BHWC, box_BK4, extra_tokens_BKTC, valid_BK=None):
         """Mask logits (B, K, 4h, 4w) and IoUs (B, K) of boxes in pixels, with extra prompt tokens before their corners.
 
-        With `valid_BK`, most masks of invalid boxes are not computed and are 0: rows on one device form G groups of up
-        to `DECODE_GROUP_SIZE`, each group sorts its valid boxes first, the n-th boxes of all groups are decoded
-        together, and an n without a valid box is skipped.
+        `valid_BK`: see `decode_valid`.
         """
         prompt_BKTC = jnp.concatenate([extra_tokens_BKTC, self.prompts.embed_boxes(box_BK4)], axis=2)
+        return self.decode_valid(image_embedding_BHWC, prompt_BKTC, valid_BK)
+
+    def decode_valid(self, image_embedding_BHWC, prompt_BKTC, valid_BK=None):
+        """Mask logits (B, K, 4h, 4w) and IoUs (B, K) of clear prompts of T tokens.
+
+        With `valid_BK`, most masks of invalid prompts are not computed and are 0: rows on one device form G groups of
+        up to `DECODE_GROUP_SIZE`, each group sorts its valid prompts first, the n-th prompts of all groups are decoded
+        together, and an n without a valid prompt is skipped.
+        """
         if valid_BK is None:
             logits_BKMHW, iou_BKM = self.decode(image_embedding_BHWC, prompt_BKTC)
             return logits_BKMHW[:, :, 0], iou_BKM[:, :, 0]
@@ -278,6 +285,25 @@ def bilinear_matrix(outputs: int, inputs: int) -> np.ndarray:
     """Matrix (outputs, inputs) of bilinear resizing along one axis, as torch's interpolate(align_corners=False)."""
     position = np.clip((np.arange(outputs) + 0.5) * inputs / outputs - 0.5, 0, inputs - 1)
     return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(inputs)[None, :])).astype(np.float32)
+
+
+def image_mask_logits(logits_BKHW, image_size: int, inner_B2, outer_B2, side: tuple[int, int]):
+    """Mask logits (B, K, *side) of original images, from logits (B, K, h, w) of SAM's padded input, differentiable.
+
+    `image_size`: side of SAM's input. `inner_B2`: height and width of each image in the upper left corner of it;
+    `outer_B2`: those of its original, in the upper left corner of `side`. Beyond an original, logits are those of its
+    edge. All are in pixels. As torch's interpolate to SAM's input, the cut, and interpolate to the original.
+    """
+
+    def matrix(axis: int):
+        enlarge = bilinear_matrix(image_size, logits_BKHW.shape[2 + axis])
+        inputs_B1, outputs_B1 = (size[:, axis : axis + 1].astype(jnp.float32) for size in (inner_B2, outer_B2))
+        position_BY = (jnp.arange(side[axis]) + 0.5) * (inputs_B1 / outputs_B1) - 0.5
+        position_BY = jnp.clip(position_BY, 0, inputs_B1 - 1)
+        resize_BYS = jnp.maximum(0, 1 - jnp.abs(position_BY[..., None] - jnp.arange(image_size)))
+        return resize_BYS @ enlarge
+
+    return jnp.einsum("BYy,BKyx,BXx->BKYX", matrix(0), logits_BKHW.astype(jnp.float32), matrix(1))
 
 
 def resize_mask_logits(logits_HW, size: int):

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
 from lionjax.core.errors import check_choices
 from lionjax.core.renamed import Renamed, renamed_fields
-from lionjax.core.types import Batch, ModelInfo
+from lionjax.core.types import ModelInfo
 from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.models.heads import region
 from lionjax.models.heads.region import OBJECTIVES, RegionHeadConfig
@@ -22,10 +20,9 @@ from lionjax.models.language import decoder_weights
 from lionjax.models.language.decoder import VICUNA_7B, DecoderConfig
 from lionjax.models.vision import sam_decoder, vit
 from lionjax.models.vision.sam_encoder import SAM_VIT_H, SamConfig
-from lionjax.models.vision.vit import CLIP_VIT_L, ViT, ViTConfig
+from lionjax.models.vision.vit import CLIP_VIT_L, ViTConfig
 from lionjax.models.vlm.info import vlm_info
-from lionjax.models.vlm.region_lm import RegionLM, RegionModule
-from lionjax.nn.layers import MLP, Dense, dense_weight_map
+from lionjax.models.vlm.region_lm import PatchRegionModule, RegionLM, patch_projector_weight_map
 
 LOSS_VARIANTS = ("paper", "released_code")
 
@@ -99,50 +96,17 @@ class NextChat(RegionLM):
         return weight_map(self)
 
 
-class NextChatModule(RegionModule):
+class NextChatModule(PatchRegionModule):
     c: NextChat
-
-    def setup(self):
-        c, width = self.c, self.c.language.width
-        self.vision = ViT(c.vision, (c.vision.depth + c.feature_layer,))
-        if c.projector_depth == 1:
-            self.projector = Dense(c.vision.width, width, ("embed", None))
-        else:
-            self.projector = MLP(c.vision.width, width, "gelu", out_features=width)
-        self.setup_language()
-
-    def encode_image(self, batch: Batch):
-        """{"patches": CLIP's patches (B, P, D) of `feature_layer` without the class token}, or `batch.features`."""
-        if batch.features is not None:
-            return jax.tree.map(lambda leaf: leaf.astype(self.c.dtype), batch.features)
-        _, tap_TBPD, _ = self.vision(batch.image_BHWC.astype(self.c.dtype))
-        return {"patches": tap_TBPD[0, :, 1:]}
-
-    def embed_inputs(self, batch: Batch, key):
-        """Prompt embeddings (B, L, D) with patches at image tokens and boxes at box tokens, and their mask (B, L)."""
-        image_BPD = self.projector(self.encode_image(batch)["patches"])
-        x_BLD = self.language.embed(batch.prompt_BL, image_BPD.dtype)
-        x_BLD = region.scatter_embeddings(x_BLD, batch.prompt_BL == self.c.image_token_id, image_BPD)
-        return self.embed_boxes(x_BLD, batch.prompt_BL, batch), batch.prompt_mask_BL
-
-    def split_keys(self, key):
-        return None, key, None
 
 
 def weight_map(c: NextChat) -> tuple[WeightMapping, ...]:
     """Names of the release's state dict, which includes CLIP and SAM."""
-    if c.projector_depth == 1:
-        projector = dense_weight_map("model.mm_projector", "projector")
-    else:
-        projector = (
-            *dense_weight_map("model.mm_projector.0", "projector/up"),
-            *dense_weight_map("model.mm_projector.2", "projector/down"),
-        )
-    # A tower other than CLIP keeps its own names inside.
-    vision = vit.clip_weight_map(c.vision) if c.vision.pre_layernorm else vit.eva_weight_map(c.vision)
     return (
-        *with_prefix("model.vision_tower.vision_model.", "vision/", vision),
-        *projector,
+        *with_prefix(
+            "model.vision_tower.vision_model.", "vision/", vit.tower_weight_map(c.vision, vit.clip_weight_map)
+        ),
+        *patch_projector_weight_map(c.projector_depth),
         *with_prefix("", "language/", decoder_weights.llama_weight_map(c.language)),
         *with_prefix("", "locations/", region.box_coder_weight_map()),
         *with_prefix("", "mask_prompts/", region.mask_prompt_weight_map()),

@@ -2,18 +2,22 @@
 """A language model with box and mask heads (pix2emb, arXiv 2311.04498), shared by NExT-Chat and LION with region heads.
 
 A subclass supplies how its inputs are embedded; this file decodes boxes at region query tokens, prompts SAM with their
-hidden states, adds the losses of both heads, and tracks the boxes of an answer during generation.
+hidden states, adds the losses of both heads, and tracks the boxes of an answer during generation. LISA, which has masks
+without boxes, shares all but those heads (see `lisa`).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lionjax.core.types import VLM, Batch, Cache, Metrics, Params
+from lionjax.core.weight_map import WeightMapping
 from lionjax.models.heads import region
 from lionjax.models.heads.region import BoxEncoderDecoder, MaskPromptProjector, RegionHeadConfig
 from lionjax.models.language.backend import language_model
@@ -22,7 +26,9 @@ from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import sam_decoder
 from lionjax.models.vision.sam_decoder import Sam
 from lionjax.models.vision.sam_encoder import SamConfig
+from lionjax.models.vision.vit import ViT
 from lionjax.nn import losses
+from lionjax.nn.layers import MLP, Dense, dense_weight_map
 from lionjax.nn.positions import last_token
 
 
@@ -30,7 +36,7 @@ class RegionLM(VLM):
     """Base config with the pure functions of the model. A subclass is a frozen dataclass and implements `module`.
 
     It has fields or properties `language`, `sam`, `objective` and `region_head` (see `heads.region.RegionHeadConfig`;
-    None: no heads).
+    None: no box head, and no masks by boxes).
     """
 
     language: T5Config | DecoderConfig
@@ -41,9 +47,17 @@ class RegionLM(VLM):
     box_scale: float
     is_encoder_decoder: bool
 
+    @property
+    def num_mask_prompt_tokens(self) -> int:
+        """Prompt tokens of SAM's mask decoder from one state."""
+        return self.region_head.num_mask_prompt_tokens
+
     def module(self) -> RegionModule:
         """The flax module of this config."""
         raise NotImplementedError
+
+    def _apply(self, params: Params, run: Callable[[RegionModule], Any]):
+        return self.module().apply({"params": params}, method=run)
 
     def init(self, key, batch: Batch) -> Params:
         """Random parameters of all submodules and heads, independent of `objective`."""
@@ -51,29 +65,27 @@ class RegionLM(VLM):
 
     def extract_features(self, params: Params, batch: Batch):
         """Outputs of the frozen towers, with SAM's image embedding under "map" if the batch has images for SAM."""
-        return self.module().apply({"params": params}, batch, method=RegionModule.extract_features)
+        return self._apply(params, lambda module: module.extract_features(batch))
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
         """Mean loss and metrics: answer cross entropy plus box losses, the mask losses, or all three by `objective`."""
-        return self.module().apply({"params": params}, batch, key, method=RegionModule.loss)
+        return self._apply(params, lambda module: module.loss(batch, key))
 
     def logits(self, params: Params, batch: Batch, key=None):
         """Logits (B, M, V) in float32; position m predicts target token m."""
-        return self.module().apply({"params": params}, batch, key, method=RegionModule.logits)
+        return self._apply(params, lambda module: module.logits(batch, key))
 
     def predict_boxes(self, params: Params, batch: Batch):
         """Boxes (B, K, 4) in 0..1 at the region queries of the target, their states (B, K, D) and mask (B, K)."""
-        return self.module().apply({"params": params}, batch, method=RegionModule.predict_boxes)
+        return self._apply(params, lambda module: module.predict_boxes(batch))
 
     def predict_masks(self, params: Params, batch: Batch, box_BK4, state_BKD, valid_BK=None):
         """Mask logits (B, K, h, w) and predicted IoUs (B, K) of boxes and the states they were decoded from."""
-        return self.module().apply(
-            {"params": params}, batch, box_BK4, state_BKD, valid_BK, method=RegionModule.predict_masks
-        )
+        return self._apply(params, lambda module: module.predict_masks(batch, box_BK4, state_BKD, valid_BK))
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[jax.Array, Cache]:
         """Logits (B, V) of the first answer token, and a cache of image and prompt with `cache_length` free slots."""
-        return self.module().apply({"params": params}, batch, cache_length, method=RegionModule.prefill)
+        return self._apply(params, lambda module: module.prefill(batch, cache_length))
 
     def extend(self, params: Params, token_B, cache: Cache) -> tuple[jax.Array, Cache]:
         """Logits (B, V) of the token after `token_B`, and the cache with that token.
@@ -81,7 +93,7 @@ class RegionLM(VLM):
         A box token must follow a region query; its input embedding is that of the predicted box.
         `cache.generated["kept"]` holds the boxes of the answer so far, their states and their number.
         """
-        return self.module().apply({"params": params}, token_B, cache, method=RegionModule.extend)
+        return self._apply(params, lambda module: module.extend(token_B, cache))
 
 
 class RegionModule(nn.Module):
@@ -97,7 +109,7 @@ class RegionModule(nn.Module):
         if c.region_head is not None:
             self.locations = BoxEncoderDecoder(width, c.region_head.box_mlp_dim)
         if c.sam is not None:
-            self.mask_prompts = MaskPromptProjector(width, c.region_head.num_mask_prompt_tokens, c.sam.prompt_embed_dim)
+            self.mask_prompts = MaskPromptProjector(width, c.num_mask_prompt_tokens, c.sam.prompt_embed_dim)
             self.sam = Sam(c.sam)
 
     # Implemented by subclasses
@@ -246,3 +258,55 @@ class RegionModule(nn.Module):
             sparse = jnp.concatenate([self.mask_prompts(state_B1D), self.sam.prompts.embed_boxes(box_B14)], axis=2)
             outputs.append(self.sam.decode(self.sam.encode(image), sparse, dense))
         return outputs
+
+
+class PatchRegionModule(RegionModule):
+    """A `RegionModule` whose prompt has an image token for each of CLIP's patches (NExT-Chat, LISA).
+
+    Its config has fields `vision`, `feature_layer` (index of CLIP's hidden state, as in transformers),
+    `projector_depth` and `image_token_id`.
+    """
+
+    def setup(self):
+        c, width = self.c, self.c.language.width
+        self.vision = ViT(c.vision, (c.vision.depth + c.feature_layer,))
+        if c.projector_depth == 1:
+            self.projector = Dense(c.vision.width, width, ("embed", None))
+        else:
+            self.projector = MLP(c.vision.width, width, "gelu", out_features=width)
+        self.setup_language()
+
+    def encode_image(self, batch: Batch):
+        """{"patches": CLIP's patches (B, P, D) of `feature_layer` without the class token}, or `batch.features`."""
+        if batch.features is not None:
+            return jax.tree.map(lambda leaf: leaf.astype(self.c.dtype), batch.features)
+        _, tap_TBPD, _ = self.vision(batch.image_BHWC.astype(self.c.dtype))
+        return {"patches": tap_TBPD[0, :, 1:]}
+
+    def embed_inputs(self, batch: Batch, key):
+        """Prompt embeddings (B, L, D) with patches at image tokens and boxes at box tokens, and their mask (B, L)."""
+        is_image_BL = batch.prompt_BL == self.c.image_token_id
+        image_BPD = repeat_images(self.projector(self.encode_image(batch)["patches"]), batch)
+        # The image token may lie outside the vocabulary, so look up id 0 in its place.
+        x_BLD = self.language.embed(jnp.where(is_image_BL, 0, batch.prompt_BL), image_BPD.dtype)
+        x_BLD = region.scatter_embeddings(x_BLD, is_image_BL, image_BPD)
+        return self.embed_boxes(x_BLD, batch.prompt_BL, batch), batch.prompt_mask_BL
+
+    def split_keys(self, key):
+        return None, key, None
+
+
+def repeat_images(image, batch: Batch):
+    """An array of the images repeated for the rows of text that belong to each (see `Batch`)."""
+    rows = len(batch.prompt_BL)
+    return image if len(image) == rows else jnp.repeat(image, rows // len(image), axis=0)
+
+
+def patch_projector_weight_map(projector_depth: int) -> tuple[WeightMapping, ...]:
+    """LLaVA's names of the projector of a `PatchRegionModule`."""
+    if projector_depth == 1:
+        return dense_weight_map("model.mm_projector", "projector")
+    layers = (("0", "up"), ("2", "down"))
+    return tuple(
+        row for torch, flax in layers for row in dense_weight_map(f"model.mm_projector.{torch}", f"projector/{flax}")
+    )

@@ -109,6 +109,7 @@ class ModelInfo:
       no box.
     - `image_size`: side of the input image in pixels; `reads_images`: False for a language model alone.
     - `detects_phrases`: a detector, which reads `question_BL` as a caption and learns `boxes_BK4` of its phrases.
+    - `is_dual_encoder`: image and text embeddings to compare (CLIP); the targets of a batch are its texts.
     - `reads_question`: a Q-Former reads the question with its own tokenizer; `question_vocab_size`: its word table.
     - `region_width`: width of the region features that the model reads (`Batch.region_BKD`); 0: it reads none.
       `reads_packed_text`: it reads `Batch.packed` instead of prompt and target.
@@ -128,6 +129,7 @@ class ModelInfo:
     mask_token: int | None = None
     image_size: int = 0
     detects_phrases: bool = False
+    is_dual_encoder: bool = False
     reads_images: bool = True
     reads_question: bool = False
     question_vocab_size: int | None = None

@@ -381,6 +381,12 @@ def dropout(x, rate: float, key):
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
+def l2_normalize(x):
+    """x divided by its L2 norm over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
 def fold_in(key, data: int):
     """`jax.random.fold_in`, or None if `key` is None (evaluation)."""
     return None if key is None else jax.random.fold_in(key, data)

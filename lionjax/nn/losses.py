@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training losses: token cross entropy, boxes (GIoU), masks (focal, Dice), tags (asymmetric loss). All in float32."""
+"""Training losses: token cross entropy, image-text contrast, boxes (GIoU), masks (focal, Dice), tags (asymmetric loss).
+
+All in float32.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +64,29 @@ def per_dataset_cross_entropy(
         "weight": tokens,
         "token_accuracy": correct_BM.sum() / jnp.maximum(tokens, 1),
     }
+
+
+def image_text_contrast(image_to_text_BB, text_to_image_BB, label_smoothing: float = 0.0) -> jax.Array:
+    """Contrast of B images and their B texts (CLIP, arXiv 2103.00020): the mean of both directions' cross entropies.
+
+    The logits are those of each image with all texts, and of each text with all images, the own ones on the diagonal.
+    """
+    own_B = jnp.arange(len(image_to_text_BB))
+    losses = (
+        label_smoothed_cross_entropy(logits_BB, own_B, jnp.ones_like(own_B), label_smoothing)[0]
+        for logits_BB in (image_to_text_BB, text_to_image_BB)
+    )
+    return sum(loss / 2 for loss in losses)
+
+
+def sigmoid_contrast(logits_BB) -> jax.Array:
+    """Contrast of B images and B texts (SigLIP, arXiv 2303.15343): log-sigmoids of all pairs, per image.
+
+    Pairs on the diagonal belong together; the sum over the texts of an image is averaged over the images.
+    """
+    logits_BB = logits_BB.astype(jnp.float32)
+    sign_BB = 2 * jnp.eye(len(logits_BB)) - 1
+    return -jax.nn.log_sigmoid(sign_BB * logits_BB).sum(axis=1).mean()
 
 
 def masked_mean(value_BK, valid_BK) -> jax.Array:

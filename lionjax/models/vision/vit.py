@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision transformer (arXiv 2010.11929): EVA ViT-g and CLIP ViT as configs, with hidden states of chosen layers.
+"""Vision transformer (arXiv 2010.11929): EVA ViT-g, CLIP and SigLIP ViT as configs, with states of chosen layers.
 
-EVA ViT-g (arXiv 2211.07636) is the frozen tower of LION, BLIP-2 and MiniGPT-4; CLIP (2103.00020) that of LLaVA.
+EVA ViT-g (arXiv 2211.07636) is the frozen tower of LION, BLIP-2 and MiniGPT-4; CLIP (2103.00020) that of LLaVA;
+SigLIP's (2303.15343) has no class token, and a head of attention pools its patches.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class ViTConfig:
     attention_biases: str = "qvo"  # EVA was trained with biases on queries and values but none on keys
     patch_bias: bool = True
     pre_layernorm: bool = False  # a norm before the first block (CLIP)
-    post_layernorm: bool = False  # a norm of the class token's last state (CLIP)
+    post_layernorm: bool = False  # a norm of the class token's last state (CLIP), of all patches with attention_pool
+    attention_pool: bool = False  # no class token; a learned query attends to all patches instead (SigLIP)
     remat: str = "none"
     lora: LoraConfig = LoraConfig()
 
@@ -65,6 +67,11 @@ class ViTConfig:
     def num_patches(self) -> int:
         """Number of patches of an image, without the class token."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position table: the class token, if there is one, and the patches."""
+        return self.num_patches + (not self.attention_pool)
 
 
 EVA_VIT_G = ViTConfig(image_size=224, patch_size=14, width=1408, depth=39, num_heads=16, mlp_dim=6144)
@@ -83,24 +90,39 @@ CLIP_VIT_L = ViTConfig(
     post_layernorm=True,
 )
 
+CLIP_VIT_B32 = ViTConfig(
+    patch_size=32,
+    norm_eps=1e-5,
+    activation="quick_gelu",
+    attention_biases="qkvo",
+    patch_bias=False,
+    pre_layernorm=True,
+    post_layernorm=True,
+)
+SIGLIP_VIT_B16 = ViTConfig(
+    patch_size=16, activation="gelu_tanh", attention_biases="qkvo", post_layernorm=True, attention_pool=True
+)
 TINY_VIT = ViTConfig(
     image_size=112, patch_size=14, width=128, depth=6, num_heads=4, mlp_dim=384
 )  # ships with the project
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += mlp(norm(x)). The carry also collects the outputs of `feature_layers`."""
+    """x += attention(norm(x)); x += mlp(norm(x)). The carry also collects the outputs of `feature_layers`.
+
+    CLIP's text tower has the same blocks, with a mask; `c` is then its config.
+    """
 
     c: ViTConfig
-    feature_layers: tuple[int, ...]
+    feature_layers: tuple[int, ...] = ()
 
     @nn.compact
-    def __call__(self, carry, index):
+    def __call__(self, carry, index, mask=None):
         c = self.c
         x_BPD, features_TBPD = carry
         head = c.width // c.num_heads
         attention = Attention(c.width, c.num_heads, head, biases=c.attention_biases, lora=c.lora, name="attention")
-        x_BPD = x_BPD + attention(LayerNorm(c.width, c.norm_eps, name="norm1")(x_BPD))
+        x_BPD = x_BPD + attention(LayerNorm(c.width, c.norm_eps, name="norm1")(x_BPD), mask=mask)
         x_BPD = x_BPD + MLP(c.width, c.mlp_dim, c.activation, lora=c.lora, name="mlp")(
             LayerNorm(c.width, c.norm_eps, name="norm2")(x_BPD)
         )
@@ -111,11 +133,30 @@ class Block(nn.Module):
         return (x_BPD, features_TBPD), None
 
 
+class AttentionPool(nn.Module):
+    """State (B, D) of a learned query that attends to all patches (B, P, D), behind an MLP block (SigLIP's head)."""
+
+    c: ViTConfig
+
+    @nn.compact
+    def __call__(self, x_BPD):
+        c = self.c
+        probe_D = self.param("probe", with_logical_partitioning(normal(0.02), ("embed",)), (c.width,))
+        query_B1D = jnp.broadcast_to(probe_D.astype(x_BPD.dtype), (len(x_BPD), 1, c.width))
+        x_B1D = Attention(c.width, c.num_heads, c.width // c.num_heads, name="attention")(query_B1D, x_BPD)
+        x_B1D = x_B1D + MLP(c.width, c.mlp_dim, c.activation, name="mlp")(
+            LayerNorm(c.width, c.norm_eps, name="norm")(x_B1D)
+        )
+        return x_B1D[:, 0]
+
+
 class ViT(nn.Module):
-    """Last block's output (B, 1 + P, D), outputs of `feature_layers` (T, B, 1 + P, D), and class state (B, D).
+    """Last block's output (B, 1 + P, D), outputs of `feature_layers` (T, B, 1 + P, D), and image state (B, D).
 
     Feature layer i is the output of block i, from 0; without feature layers the second output is None. The class token
-    comes first. The class state is normalized with `post_layernorm`. Raises ValueError for an image of another size.
+    comes first, and its state, normalized with `post_layernorm`, is the image's. With `attention_pool` there is no
+    class token, all of the first output is normalized, and the image state is that of the head. Raises ValueError for
+    an image of another size.
     """
 
     c: ViTConfig
@@ -130,17 +171,22 @@ class ViT(nn.Module):
                 f"image, or set image_size={image_BHWC.shape[1]} and resample the position table"
             )
         patch_BPD = PatchEmbed(c.patch_size, c.width, use_bias=c.patch_bias, name="patch")(image_BHWC)
-        class_D = self.param("class_token", with_logical_partitioning(normal(0.02), ("embed",)), (c.width,))
-        shape = (1 + c.num_patches, c.width)
+        if not c.attention_pool:
+            class_D = self.param("class_token", with_logical_partitioning(normal(0.02), ("embed",)), (c.width,))
+            class_B1D = jnp.broadcast_to(class_D.astype(patch_BPD.dtype), (patch_BPD.shape[0], 1, c.width))
+            patch_BPD = jnp.concatenate([class_B1D, patch_BPD], axis=1)
+        shape = (c.num_positions, c.width)
         position_PD = self.param("position", with_logical_partitioning(normal(0.02), ("position", "embed")), shape)
-        class_B1D = jnp.broadcast_to(class_D.astype(patch_BPD.dtype), (patch_BPD.shape[0], 1, c.width))
-        x_BPD = jnp.concatenate([class_B1D, patch_BPD], axis=1) + position_PD.astype(patch_BPD.dtype)
+        x_BPD = patch_BPD + position_PD.astype(patch_BPD.dtype)
         if c.pre_layernorm:
             x_BPD = LayerNorm(c.width, c.norm_eps, name="norm_before")(x_BPD)
         blocks = scan_blocks(remat_block(Block, c.remat), c.depth)(c, self.feature_layers, name="blocks")
         shape = (len(self.feature_layers), *x_BPD.shape)
         features_TBPD = jnp.zeros(shape, x_BPD.dtype) if self.feature_layers else None
         (x_BPD, features_TBPD), _ = blocks((x_BPD, features_TBPD), jnp.arange(c.depth))
+        if c.attention_pool:
+            x_BPD = LayerNorm(c.width, c.norm_eps, name="norm_after")(x_BPD) if c.post_layernorm else x_BPD
+            return x_BPD, features_TBPD, AttentionPool(c, name="pool")(x_BPD)
         class_BD = x_BPD[:, 0]
         if c.post_layernorm:
             # As in CLIP, only for the class token; patch features have no norm.
@@ -224,29 +270,39 @@ def mplug_owl_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
     )
 
 
-def openai_clip_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
-    """Names of CLIP's ViT in OpenAI's code, as in LAVIS's clip_vit_L.pth."""
+def fused_attention_weight_map(c: ViTConfig, torch_prefix: str) -> tuple[WeightMapping, ...]:
+    """Names of torch's MultiheadAttention, whose projections are one tensor, at `torch_prefix`."""
     head = c.width // c.num_heads
     kernel, bias = split_heads_kernel(c.num_heads, head), split_heads(c.num_heads, head)
-    block = (
-        WeightMapping(
-            "attn.in_proj_weight", tuple(f"attention/{x}/kernel" for x in "qkv"), split_fused(kernel, kernel, kernel)
-        ),
-        WeightMapping("attn.in_proj_bias", tuple(f"attention/{x}/bias" for x in "qkv"), split_fused(bias, bias, bias)),
-        WeightMapping("attn.out_proj.weight", "attention/o/kernel", merge_heads_kernel(c.num_heads, head)),
-        WeightMapping("attn.out_proj.bias", "attention/o/bias"),
+    paths = {name: tuple(f"attention/{x}/{name}" for x in "qkv") for name in ("kernel", "bias")}
+    return (
+        WeightMapping(f"{torch_prefix}in_proj_weight", paths["kernel"], split_fused(kernel, kernel, kernel)),
+        WeightMapping(f"{torch_prefix}in_proj_bias", paths["bias"], split_fused(bias, bias, bias)),
+        WeightMapping(f"{torch_prefix}out_proj.weight", "attention/o/kernel", merge_heads_kernel(c.num_heads, head)),
+        WeightMapping(f"{torch_prefix}out_proj.bias", "attention/o/bias"),
+    )
+
+
+def openai_block_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
+    """Names of one block of both towers in OpenAI's code."""
+    return (
+        *fused_attention_weight_map(c, "attn."),
         *norm_weight_map("ln_1", "norm1"),
         *norm_weight_map("ln_2", "norm2"),
         *dense_weight_map("mlp.c_fc", "mlp/up"),
         *dense_weight_map("mlp.c_proj", "mlp/down"),
     )
+
+
+def openai_clip_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
+    """Names of CLIP's ViT in OpenAI's code, as in LAVIS's clip_vit_L.pth."""
     return (
         WeightMapping("class_embedding", "class_token"),
         WeightMapping("positional_embedding", "position"),
         WeightMapping("conv1.weight", "patch/kernel", conv),
         *norm_weight_map("ln_pre", "norm_before"),
         *(norm_weight_map("ln_post", "norm_after") if c.post_layernorm else ()),
-        *with_prefix("transformer.resblocks.{i}.", "blocks/", block),
+        *with_prefix("transformer.resblocks.{i}.", "blocks/", openai_block_weight_map(c)),
     )
 
 
@@ -255,10 +311,10 @@ def lavis_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
     return openai_clip_weight_map(c) if c.pre_layernorm else eva_weight_map(c)
 
 
-def clip_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
-    """Names of Hugging Face's CLIPVisionModel, without the prefix `vision_model.` in files."""
+def clip_block_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
+    """Names of one block of both towers in Hugging Face's CLIP and SigLIP."""
     letters = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
-    block = (
+    return (
         *with_prefix(
             "self_attn.", "attention/", attentions.weight_map(letters, c.num_heads, c.width // c.num_heads, "qkvo")
         ),
@@ -267,11 +323,34 @@ def clip_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
         *dense_weight_map("mlp.fc1", "mlp/up"),
         *dense_weight_map("mlp.fc2", "mlp/down"),
     )
+
+
+def siglip_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
+    """Names of Hugging Face's SiglipVisionModel, without the prefix `vision_model.` in files."""
+    head = (
+        WeightMapping("probe", "probe", reshape((1, 1, -1), (-1,))),
+        *fused_attention_weight_map(c, "attention."),
+        *norm_weight_map("layernorm", "norm"),
+        *dense_weight_map("mlp.fc1", "mlp/up"),
+        *dense_weight_map("mlp.fc2", "mlp/down"),
+    )
+    return (
+        WeightMapping("embeddings.position_embedding.weight", "position"),
+        WeightMapping("embeddings.patch_embedding.weight", "patch/kernel", conv),
+        WeightMapping("embeddings.patch_embedding.bias", "patch/bias"),
+        *norm_weight_map("post_layernorm", "norm_after"),
+        *with_prefix("encoder.layers.{i}.", "blocks/", clip_block_weight_map(c)),
+        *with_prefix("head.", "pool/", head),
+    )
+
+
+def clip_weight_map(c: ViTConfig) -> tuple[WeightMapping, ...]:
+    """Names of Hugging Face's CLIPVisionModel, without the prefix `vision_model.` in files."""
     return (
         WeightMapping("embeddings.class_embedding", "class_token"),
         WeightMapping("embeddings.position_embedding.weight", "position"),
         WeightMapping("embeddings.patch_embedding.weight", "patch/kernel", conv),
         *norm_weight_map("pre_layrnorm", "norm_before"),
         *(norm_weight_map("post_layernorm", "norm_after") if c.post_layernorm else ()),
-        *with_prefix("encoder.layers.{i}.", "blocks/", block),
+        *with_prefix("encoder.layers.{i}.", "blocks/", clip_block_weight_map(c)),
     )

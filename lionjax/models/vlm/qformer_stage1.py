@@ -21,8 +21,8 @@ from lionjax.models.connectors.mqformer import regions_of
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
 from lionjax.models.vision.vit import EVA_VIT_G, ViT, ViTConfig
 from lionjax.nn.attention import causal_mask, key_padding_mask
-from lionjax.nn.layers import Dense, LayerNorm, dense_weight_map, gelu, norm_weight_map, split_key
-from lionjax.nn.losses import label_smoothed_cross_entropy
+from lionjax.nn.layers import Dense, LayerNorm, dense_weight_map, gelu, l2_normalize, norm_weight_map, split_key
+from lionjax.nn.losses import image_text_contrast, label_smoothed_cross_entropy
 from lionjax.nn.positions import last_token
 
 
@@ -152,11 +152,11 @@ class QFormerStage1Module(nn.Module):
 
     def project_queries(self, query_BQD):
         """Unit-norm embeddings (B, Q, E) of the queries."""
-        return normalize(self.picture_projection(query_BQD))
+        return l2_normalize(self.picture_projection(query_BQD))
 
     def project_text(self, text_BLD):
         """Unit-norm embeddings (B, E) of the texts, from their first token."""
-        return normalize(self.text_projection(text_BLD[:, 0]))
+        return l2_normalize(self.text_projection(text_BLD[:, 0]))
 
     def similarity(self, batch: Batch):
         query_BQD, _ = self.encode_queries(self.sources(batch))
@@ -219,14 +219,12 @@ class QFormerStage1Module(nn.Module):
 
     def contrastive_loss(self, query_BQE, text_BE):
         """Image-text contrast, and the similarities over temperature of images (rows) and of texts, no gradient."""
-        rows, stop_gradient = jnp.arange(len(text_BE)), jax.lax.stop_gradient
+        stop_gradient = jax.lax.stop_gradient
         # As in LAVIS, whose all_gather stops gradients: each side learns from its own rows only.
         image_to_text_BB = max_similarity(query_BQE, stop_gradient(text_BE)) / self.temperature
         text_to_image_BB = max_similarity(stop_gradient(query_BQE), text_BE).T / self.temperature
         scores = (image_to_text_BB, text_to_image_BB)
-        smoothing = self.c.label_smoothing
-        loss = sum(label_smoothed_cross_entropy(x, rows, jnp.ones_like(rows), smoothing)[0] / 2 for x in scores)
-        return loss, stop_gradient(scores)
+        return image_text_contrast(*scores, self.c.label_smoothing), stop_gradient(scores)
 
     def matching_loss(self, sources, rows: TextRows, negatives, key=None):
         """Matching of all pairs, of each text with another image, and of each image with another text; its accuracy."""
@@ -268,12 +266,6 @@ class QFormerStage1Module(nn.Module):
             lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, end, 0, 0)), past_kv, new_kv
         )
         return self.lm_logits(text_B1D[:, 0]), dataclasses.replace(cache, generated=generated, step=cache.step + 1)
-
-
-def normalize(x):
-    """x divided by its L2 norm over the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def max_similarity(query_BQE, text_BE):

@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "bpe_simple_vocab_16e6.txt.gz",
     "chat_template.json",
     "chat_template.jinja",
 )

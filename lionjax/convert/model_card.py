@@ -18,7 +18,7 @@ from lionjax.models import parts
 # Values of model_type in exported folders that transformers has a class for.
 TRANSFORMERS_TYPES = frozenset(
     ("llava", "blip-2", "instructblip", "kosmos-2", "t5", "llama", "opt", "gpt2", "bert", "clip_vision_model", "swin")
-) | {"sam", "grounding-dino"}
+) | {"sam", "grounding-dino", "clip", "siglip"}
 BLIP_TYPES = ("blip-2", "instructblip")
 NO_IMAGE_TOKEN = (
     "This model was trained without an image token, by which the processor and `generate` of transformers place the "
@@ -44,6 +44,7 @@ PIPELINE_TAGS = {  # by format; image-text-to-text for all others
     "text2text-generation": ("t5",),
     "feature-extraction": ("bert",),
     "image-feature-extraction": ("clip", "eva", "swin"),
+    "zero-shot-image-classification": ("clip_model", "openai_clip_model", "siglip"),
     "mask-generation": ("sam", "segment_anything"),
     "image-classification": ("ram",),
     "zero-shot-object-detection": ("grounding-dino", "groundingdino"),

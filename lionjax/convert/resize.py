@@ -103,14 +103,15 @@ def interpolate_position_embeddings(model_config: Any, image_size: int) -> Resiz
     new_vision = dataclasses.replace(vision, image_size=image_size)
     config = parts.replace_part(model_config, prefix, new_vision)
     old, new = vision.image_size // vision.patch_size, image_size // vision.patch_size
+    first = vision.num_positions - vision.num_patches  # of the class token
 
     def change(position_PD):
-        grid = position_PD[1:].reshape(old, old, -1)
+        grid = position_PD[first:].reshape(old, old, -1)
         grid = interpolate_grid(grid, new, align_corners=vision.pre_layernorm).reshape(new * new, -1)
-        return np.concatenate([position_PD[:1], grid])
+        return np.concatenate([position_PD[:first], grid])
 
     path = prefix + "position"
-    return ResizePlan(config, {path: (1 + new * new, vision.width)}, {path: change})
+    return ResizePlan(config, {path: (new_vision.num_positions, vision.width)}, {path: change})
 
 
 def _resize_swin_windows(model_config: Any, image_size: int) -> ResizePlan:

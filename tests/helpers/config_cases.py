@@ -14,7 +14,7 @@ import transformers
 from transformers.models.kosmos2 import configuration_kosmos2
 from transformers.models.sam import configuration_sam
 
-from lionjax.convert.formats import bert, hf_language, hf_vision, hf_vlm, kosmos2, sam
+from lionjax.convert.formats import bert, clip, hf_language, hf_vision, hf_vlm, kosmos2, sam
 from lionjax.convert.formats.config_table import ConfigTable
 from lionjax.models.language.bert import Bert
 from lionjax.models.language.decoder import Decoder
@@ -22,6 +22,7 @@ from lionjax.models.language.t5 import T5
 from lionjax.models.vision.sam_decoder import Sam
 from lionjax.models.vision.swin import Swin
 from lionjax.models.vision.vit import ViT
+from lionjax.models.vlm.clip import ClipModule
 
 IDS = np.random.default_rng(0).integers(3, 40, (2, 7))
 ONES = np.ones_like(IDS)
@@ -69,7 +70,18 @@ def causal(model, _):
     return model(input_ids=torch.tensor(IDS)).logits
 
 
+def two_tower_logits(model, _):
+    return model(input_ids=torch.tensor(IDS), pixel_values=torch.tensor(pixels(14))).logits_per_image
+
+
+def two_tower_similarity(c, params, _):
+    image_BE = c.embed_images(params, nhwc(pixels(14)))
+    text_BE = c.embed_texts(params, jnp.asarray(IDS))
+    return ClipModule(c).apply({"params": params}, image_BE, text_BE, method=ClipModule.similarity)
+
+
 LANGUAGE = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+CLIP_TEXT = LANGUAGE | {"intermediate_size": 40, "max_position_embeddings": 20}
 VISION = {
     "hidden_size": 24,
     "intermediate_size": 28,
@@ -257,18 +269,30 @@ CASES = {
         lambda c, params, _: ViT(c).apply({"params": params}, nhwc(pixels(14)))[0],
     ),
     "clip": Case(
-        {
-            "vision_config": VISION,
-            "text_config": LANGUAGE | {"intermediate_size": 40, "max_position_embeddings": 20},
-            "projection_dim": 10,
-        },
+        {"vision_config": VISION, "text_config": CLIP_TEXT | {"eos_token_id": int(IDS[0, 3])}, "projection_dim": 10},
         transformers.CLIPConfig,
         transformers.CLIPModel,
-        hf_vision.CLIP,
-        {"": (hf_vision.CLIP_TABLE, transformers.CLIPConfig), "vision_config": CLIP_VISION},
-        lambda model, _: model(pixel_values=torch.tensor(pixels(14))).last_hidden_state,
-        lambda c, params, _: ViT(c).apply({"params": params}, nhwc(pixels(14)))[0],
-        part="vision_model",
+        clip.CLIP_MODEL,
+        {
+            "": (clip.CLIP_MODEL_TABLE, transformers.CLIPConfig),
+            "vision_config": CLIP_VISION,
+            "text_config": (clip.CLIP_TEXT_TABLE, transformers.CLIPTextConfig),
+        },
+        two_tower_logits,
+        two_tower_similarity,
+    ),
+    "siglip": Case(
+        {"vision_config": VISION, "text_config": CLIP_TEXT | {"max_position_embeddings": IDS.shape[1]}},
+        transformers.SiglipConfig,
+        transformers.SiglipModel,
+        clip.SIGLIP,
+        {
+            "": (clip.SIGLIP_TABLE, transformers.SiglipConfig),
+            "vision_config": (clip.SIGLIP_VISION_TABLE, transformers.SiglipVisionConfig),
+            "text_config": (clip.SIGLIP_TEXT_TABLE, transformers.SiglipTextConfig),
+        },
+        two_tower_logits,
+        two_tower_similarity,
     ),
     "swin": Case(
         {"image_size": 24, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 2, "mlp_ratio": 2.0},

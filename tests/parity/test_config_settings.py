@@ -69,7 +69,8 @@ OTHER_FIELDS = {
     },
     "gpt2": {"hidden_size": [24, 28], "num_attention_heads": [2]},
     "t5": {"num_attention_heads": [2], "head_dim": [5], "tie_word_embeddings": [True, False]},
-    "clip": {"vision_config_dict": [{"hidden_act": "gelu"}], "text_config_dict": [{"hidden_act": "gelu"}]},
+    "clip": {"vision_config_dict": [{"hidden_act": "gelu"}], "text_config_dict": [{"hidden_act": "gelu"}]}
+    | {"text_config.eos_token_id": [2]},
     "llava": {"image_token_id": [46, 45], "text_config.rope_theta": [50.0], "text_config.tie_word_embeddings": [True]},
     "blip-2": {"tie_word_embeddings": [True, False], "image_token_id": [46]},
     "instructblip": {"tie_word_embeddings": [True, False]},
@@ -256,7 +257,7 @@ TABLES = {f"{name} {path}": pair for name, case in CASES.items() for path, pair 
 # Where a table's default is not that of the class: it follows from other fields, or is a default of the larger model.
 DERIVED = {"mlp_dim", "head_dim", "num_key_value_heads", "num_decoder_layers", "word_embed_proj_dim", "num_pos_feats"}
 DERIVED |= {"image_embedding_size", "is_gated_act", "dense_act_fn", "scale_decoder_outputs", "rope_parameters"}
-DERIVED |= {"attn_config", "expansion_ratio", "tie_word_embeddings"}
+DERIVED |= {"attn_config", "expansion_ratio", "tie_word_embeddings", "projection_size"}
 
 
 @pytest.mark.parametrize("name", TABLES)

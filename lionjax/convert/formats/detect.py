@@ -22,6 +22,7 @@ from lionjax.convert.formats.checkpoint_format import (
     CheckpointSource,
     read_hf_config,
 )
+from lionjax.convert.formats.clip import CONTRASTIVE_FORMATS, OPENAI_CLIP_FILES
 from lionjax.convert.formats.grounding_dino import DETECTION_FORMATS, GROUNDING_DINO_FILES
 from lionjax.convert.formats.hf_config import check_hf_config, config_from_hf
 from lionjax.convert.formats.hf_language import LANGUAGE_FORMATS, LLAMA
@@ -167,7 +168,8 @@ def _detect_and_open(
         return CheckpointSource(checkpoint_format, config, open_weights(path), folder)
     if format_name is None:
         by_file = {EVA_FILE: "eva", META_SAM_FILE: "segment_anything", RAM_FILE: "ram"}
-        by_file |= {CLIP_FILE: "openai_clip"} | dict.fromkeys(GROUNDING_DINO_FILES, "groundingdino")
+        by_file |= {CLIP_FILE: "openai_clip"} | dict.fromkeys(OPENAI_CLIP_FILES, "openai_clip_model")
+        by_file |= dict.fromkeys(GROUNDING_DINO_FILES, "groundingdino")
         format_name = by_file.get(path.name)
     if format_name == "lion" or (format_name is None and path.is_dir() and find_lion_file(path)):
         return open_lion(path)
@@ -303,6 +305,7 @@ FORMATS = (  # the first format that matches is used, so LION comes first: its f
     *TAGGING_FORMATS,
     *DETECTION_FORMATS,
     *LANGUAGE_FORMATS,
+    *CONTRASTIVE_FORMATS,  # before the vision towers alone: model_type clip is both
     *VISION_FORMATS,
     BERT,
 )

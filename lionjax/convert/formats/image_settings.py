@@ -61,6 +61,7 @@ _BY_MODEL_TYPE = {
     "blip-2": "BlipImageProcessor",
     "instructblip": "BlipImageProcessor",
     "grounding-dino": "GroundingDinoImageProcessor",
+    "siglip": "SiglipImageProcessor",
 }
 _KNOWN_FLAGS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb"}
 _KNOWN_FLAGS |= {"do_convert_annotations"}  # of a detector, in training

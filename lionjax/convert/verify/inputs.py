@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lionjax.models.vision.sam_encoder import SamConfig
     from lionjax.models.vision.swin import SwinConfig
     from lionjax.models.vision.vit import ViTConfig
+    from lionjax.models.vlm.clip import Clip
     from lionjax.models.vlm.visual_prefix import VisualPrefixLM
 
 TEXT_LENGTH = 13  # tokens
@@ -85,6 +86,21 @@ def _clip_run(c: ViTConfig, rng) -> ComparisonRun:
 
     image = _random_image(rng, c.image_size)
     return ComparisonRun(ViT(c), forward, (image,), {"pixel_values": image.transpose(0, 3, 1, 2).copy()})
+
+
+def _two_tower_run(c: Clip, rng) -> ComparisonRun:
+    """Images and texts; every text has the id that CLIP pools at."""
+    from lionjax.models.vlm.clip import ClipModule
+
+    def forward(module, image, ids):
+        image, text = module.embed_images(image), module.embed_texts(ids)
+        return {"image_embeds": image, "text_embeds": text, "logits_per_image": module.similarity(image, text)}
+
+    image = _random_image(rng, c.vision.image_size)
+    ids = rng.integers(3, c.text.vocab_size - 1, (2, c.text.max_positions))
+    ids[:, -2] = c.text.eos_token_id
+    torch_inputs = {"pixel_values": image.transpose(0, 3, 1, 2).copy(), "input_ids": ids}
+    return ComparisonRun(ClipModule(c), forward, (image, ids), torch_inputs)
 
 
 def _sam_run(c: SamConfig, rng) -> ComparisonRun:
@@ -171,6 +187,8 @@ COMPARISON_RUNS: dict[str, Callable[[Any, Any], ComparisonRun]] = {
     "t5": _t5_run,
     "bert": _bert_run,
     "clip": _clip_run,
+    "clip_model": _two_tower_run,
+    "siglip": _two_tower_run,
     "sam": _sam_run,
     "swin": _swin_run,
     "grounding-dino": _grounding_dino_run,

@@ -68,7 +68,7 @@ def test_what_is_not_computed_is_refused_with_its_path(hf_config, problem):
 
 
 T5_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-CONFIG_READERS = ("swin", "sam", "kosmos2", "mplug_owl", "grounding-dino")
+CONFIG_READERS = ("swin", "sam", "kosmos2", "mplug_owl", "grounding-dino", "clip_model", "siglip")
 LYRICS = {"text_config": {"model_type": "llama"}, "detection_config": {}, "ram_config": {}}
 LYRICS["qformer_config"] = {"detection_encoder_hidden_size": 260}
 READERS = [
@@ -96,6 +96,7 @@ def test_every_reader_refuses_an_unknown_field_at_every_level(fmt, model_type, h
         "grounding-dino": ["backbone", "text"],
         "mplug_owl": ["text", "vision", "visual_abstractor"],
     } | dict.fromkeys(("blip2", "instructblip"), ["text", "vision", "qformer"])
+    parts |= dict.fromkeys(("clip_model", "siglip"), ["text", "vision"])
     parts |= {"lyrics_stage1": ["vision", "qformer", "detection", "ram"]}  # it has no language model
     parts |= {"lyrics": ["text", *parts["lyrics_stage1"]]}
     known = parts.get(fmt.name, []) if model_type != "clip_vision_model" else []
@@ -109,6 +110,7 @@ def test_every_reader_of_config_json_is_tested():
     read = {fmt.name for fmt, _, _ in READERS}
     # The others read config.json not at all, or only the lionjax config that it holds.
     others = {"lion", "blip2_first", "flamingo", "ram", "segment_anything", "openai_clip", "eva", "groundingdino"}
+    others |= {"openai_clip_model"}
     assert read | others == {fmt.name for fmt in detect.FORMATS} and not read & others
 
 

@@ -115,12 +115,12 @@ def test_a_file_without_the_model_prefix_is_read(tmp_path):
     assert_same(trees.flatten(one), trees.flatten(other))
 
 
-def test_from_a_full_clip_the_vision_tower_is_read_and_the_rest_reported(tmp_path):
+def test_from_a_full_clip_the_vision_tower_alone_is_read_by_its_format_and_the_rest_reported(tmp_path):
     transformers = pytest.importorskip("transformers")
     text = dict(vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40)
     config = transformers.CLIPConfig(vision_config=VIT, text_config=text, projection_dim=8)
     transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
-    coverage = convert.convert(tmp_path / "clip", tmp_path / "ours", "jax")
+    coverage = convert.convert(tmp_path / "clip", tmp_path / "ours", "jax", system="clip")
     assert {name.split(".")[0] for name in coverage.ignored} == {
         "text_model",
         "text_projection",

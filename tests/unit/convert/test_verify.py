@@ -7,6 +7,7 @@ import random
 import jax
 import numpy as np
 import pytest
+import small_clip
 import tiny_prefix
 from published_folders import BERT, PUBLISHED
 from small_sam import SAM
@@ -66,6 +67,18 @@ def test_verification_compares_most_stages_and_all_agree(tmp_path, name):
     assert max(stage.relative_diff for stage in found.module_diffs) < 1e-4, str(found)
     layers = {stage.name: stage.num_layers for stage in found.module_diffs}
     assert STAGES[name].items() <= layers.items(), str(found)
+    assert len(found.not_compared) < len(found.module_diffs) / 2, str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [small_clip.clip_model, small_clip.siglip_model])
+def test_both_towers_match_transformers_at_every_module(tmp_path, make):
+    torch.manual_seed(0)
+    make(np.random.default_rng(0)).save_pretrained(tmp_path)
+    found = compare.verify(*convert.from_torch(tmp_path), tmp_path)
+    assert found.all_close, str(found)
+    names = {stage.name for stage in found.module_diffs}
+    assert {"logits_per_image", "text_model.encoder.layers.{i}.mlp.fc1", "vision_model.post_layernorm"} < names
     assert len(found.not_compared) < len(found.module_diffs) / 2, str(found)
 
 

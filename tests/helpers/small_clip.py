@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny CLIPs and SigLIPs of transformers, with sizes drawn anew, and inputs that both sides read."""
+
+import numpy as np
+
+
+def text_sizes(rng, positions: int, **fields) -> dict:
+    heads = int(rng.integers(1, 4))
+    sizes = {"hidden_size": 4 * heads * int(rng.integers(2, 4)), "num_attention_heads": heads}
+    sizes |= {"intermediate_size": int(rng.integers(12, 40)), "num_hidden_layers": int(rng.integers(1, 4))}
+    return sizes | {"vocab_size": int(rng.integers(30, 60)), "max_position_embeddings": positions} | fields
+
+
+def vision_sizes(rng, **fields) -> dict:
+    heads, patch = int(rng.integers(1, 4)), int(rng.integers(3, 7))
+    sizes = {"hidden_size": 4 * heads * int(rng.integers(2, 4)), "num_attention_heads": heads, "patch_size": patch}
+    sizes |= {"intermediate_size": int(rng.integers(12, 40)), "num_hidden_layers": int(rng.integers(1, 4))}
+    return sizes | {"image_size": patch * int(rng.integers(2, 5))} | fields
+
+
+def clip_model(rng, eos_token_id: int | None = None):
+    """A CLIPModel whose end token is the last of its vocabulary; 2 in its config for a checkpoint of old."""
+    import transformers
+
+    text = text_sizes(rng, int(rng.integers(6, 12)))
+    eos = text["vocab_size"] - 1 if eos_token_id is None else eos_token_id
+    text |= {"eos_token_id": eos, "bos_token_id": text["vocab_size"] - 2}
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=vision_sizes(rng), projection_dim=int(rng.integers(5, 20))
+    )
+    return shaken(transformers.CLIPModel(config))
+
+
+def siglip_model(rng):
+    import transformers
+
+    vision = vision_sizes(rng)
+    text = text_sizes(rng, int(rng.integers(6, 12)), projection_size=vision["hidden_size"])
+    return shaken(transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision)))
+
+
+def shaken(model):
+    """The model with all parameters moved: as they begin, biases are zero and norms say nothing."""
+    import torch
+
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    return model.eval()
+
+
+def inputs(rng, model, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Images (B, 3, H, W) and texts (B, L); a text of CLIP ends at its own place and is padded with the end token."""
+    side, text = model.config.vision_config.image_size, model.config.text_config
+    ids = rng.integers(3, text.vocab_size - 2, (count, text.max_position_embeddings))
+    if model.config.model_type == "clip":
+        for row, end in zip(ids, rng.integers(2, ids.shape[1], count)):
+            row[end:] = text.vocab_size - 1
+    return rng.standard_normal((count, 3, side, side)).astype(np.float32), ids

@@ -146,6 +146,26 @@ def tag(args: argparse.Namespace, _) -> None:
             print(result)
 
 
+def rank(args: argparse.Namespace, _) -> None:
+    """Rank texts by how well they fit images, with CLIP or SigLIP."""
+    from lionjax.data import images
+    from lionjax.inference import dual_encoder
+
+    image_list = [images.open_image(file) for file in args.image]
+    rankings = dual_encoder.load(args.dir).rank(image_list, args.texts)
+    entries = []
+    for file, ranking in zip(args.image, rankings):
+        columns = zip(ranking.texts, ranking.probabilities, ranking.cosines)
+        rows = [dict(zip(("text", "probability", "cosine"), row)) for row in columns]
+        entries.append({"image": file, "texts": rows})
+    if args.json:
+        print(json.dumps(entries, ensure_ascii=False))
+        return
+    for entry in entries:
+        for row in entry["texts"]:
+            print(f"{entry['image']}  {row['probability']:.3f}  {row['cosine']:.3f}  {row['text']}")
+
+
 def detect(args: argparse.Namespace, _) -> None:
     """Detect what a prompt names with Grounding DINO: boxes, scores and phrases, as text, JSON or drawn."""
     from lionjax.data import images

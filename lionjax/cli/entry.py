@@ -30,6 +30,7 @@ from lionjax.cli.commands import (
     evaluate,
     generate,
     plan,
+    rank,
     report,
     show,
     tag,
@@ -76,6 +77,12 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb.add_argument("dir", metavar="DIR", type=Path, help="a folder with RAM's weights and its tag list")
     verb.add_argument("--image", metavar="FILE", nargs="+", required=True, help="images to tag")
     verb.add_argument("--json", action="store_true", help="print tags and probabilities as JSON")
+
+    verb = add_verb(verbs, rank)
+    verb.add_argument("dir", metavar="DIR", type=Path, help="a run or a folder with a CLIP or SigLIP and its tokenizer")
+    verb.add_argument("--image", metavar="FILE", nargs="+", required=True, help="images to rank the texts for")
+    verb.add_argument("--texts", metavar="TEXT", nargs="+", required=True, help='texts, such as "a photo of a cat"')
+    verb.add_argument("--json", action="store_true", help="print texts, probabilities and cosines as JSON")
 
     verb = add_verb(verbs, detect)
     add_detect_arguments(verb)

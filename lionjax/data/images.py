@@ -131,6 +131,22 @@ def to_pil_image(source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.
     return open_image(source, name, max_pixels)
 
 
+def require_image_list(images) -> None:
+    """Raise UserError for a single image in the place of a list."""
+    is_single = isinstance(images, np.ndarray) and images.ndim < 4
+    if is_single or isinstance(images, str | bytes | Path | Image.Image):
+        raise UserError(f"images is a single {type(images).__name__}; give a list of images")
+
+
+def require_size(image: Image.Image, min_side: int, reader: str) -> Image.Image:
+    """The image. Raises UserError where a side has fewer than `min_side` pixels; `reader` is what reads it."""
+    if min(image.size) < min_side:
+        raise UserError(
+            f"an image is {image.width} x {image.height} pixels; {reader} needs at least {min_side} on each side"
+        )
+    return image
+
+
 def resize(image: Image.Image, size: int, crop: Box = FULL_IMAGE) -> np.ndarray:
     """The window `crop` (in 0..1) of an image as uint8 (size, size, 3): bicubic, antialiased, without aspect ratio.
 

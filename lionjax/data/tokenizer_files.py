@@ -5,8 +5,9 @@
 |---|---|
 | `tokenizer.json` | any model (byte-level BPE of GPT-2, OPT and LLaMA-3, SentencePiece of LLaMA, ...) |
 | `tokenizer.model` | LLaMA, Vicuna, Mistral: SentencePiece BPE with byte fallback |
-| `spiece.model` | T5: SentencePiece Unigram |
-| `vocab.json` and `merges.txt` | GPT-2, OPT: byte-level BPE |
+| `spiece.model` | T5, SigLIP: SentencePiece Unigram |
+| `vocab.json` and `merges.txt` | GPT-2, OPT: byte-level BPE; CLIP: words with an end |
+| `bpe_simple_vocab_16e6.txt.gz` | CLIP in OpenAI's code |
 | `vocab.txt` | BERT: WordPiece |
 
 Ids equal those of transformers' classes. Tokens of `added_tokens.json` and `tokenizer_config.json` are added.
@@ -27,8 +28,17 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from lionjax.core.files import check_downloaded
 from lionjax.core.types import UserError
+from lionjax.data.contrastive_tokenizers import (
+    CLIP_END,
+    CLIP_START,
+    CLIP_WORD_END,
+    OPENAI_MERGES_FILE,
+    clip_backend,
+    openai_clip_backend,
+    siglip_backend,
+)
 
-FILE_NAMES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")
+FILE_NAMES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", OPENAI_MERGES_FILE, "vocab.txt")
 MERGES_FILES = ("merges.txt", "vocab.bpe")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 BYTE_LEVEL_SPECIAL_TOKENS = ("<|endoftext|>", "<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -59,6 +69,8 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.stat().st_size:
         raise UserError("it is empty (0 bytes); download it again")
     settings, only_missing = read_settings(path.parent), False
+    if path.suffix == ".gz":
+        return openai_clip_backend(path)
     if path.suffix == ".txt":
         backend = _load_bert(path, settings)
     elif path.suffix == ".json":
@@ -93,7 +105,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def published_files(path: Path) -> dict[str, Path]:
     """{name that transformers looks for: file} of a tokenizer file and of those of its folder that belong to it."""
-    names = {".txt": "vocab.txt", ".json": "tokenizer.json", ".model": "spiece.model"}
+    names = {".txt": "vocab.txt", ".json": "tokenizer.json", ".model": "spiece.model", ".gz": OPENAI_MERGES_FILE}
     files = {names[path.suffix]: path}
     if path.suffix == ".model" and parse_sentencepiece(path.read_bytes()).is_bpe:
         files = {"tokenizer.model": path}
@@ -147,6 +159,10 @@ def _load_sentencepiece(path: Path, settings: dict[str, Any]) -> tokenizers.Toke
             "Face folder"
         )
     model = parse_sentencepiece(data)
+    if str(settings.get("tokenizer_class")).startswith("Siglip"):
+        pieces = [(piece, score) for piece, score, _ in model.pieces]
+        unk_id = next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN), 0)
+        return siglip_backend(pieces, unk_id, model.charsmap, settings.get("do_lower_case", True))
     return _load_llama(model, settings) if model.is_bpe else _load_t5(model)
 
 
@@ -210,13 +226,13 @@ def _load_t5(model: SentencePieceModel) -> tokenizers.Tokenizer:
 
 
 def _load_byte_level(path: Path, vocabulary: dict[str, int], settings: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The byte-level BPE of GPT-2 and OPT, as transformers' GPT2Tokenizer."""
-    if "hello</w>" in vocabulary or any(piece.endswith("</w>") for piece in list(vocabulary)[:1000]):
-        raise UserError(f"{path} is the vocabulary of CLIP's text tower; give the tokenizer of a language model")
+    """The byte-level BPE of GPT-2 and OPT, as transformers' GPT2Tokenizer; that of CLIP, as its CLIPTokenizer."""
     lines = _find_merges(path).read_text(encoding="utf-8").splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if bad := next((pair for pair in merges if len(pair) != 2), None):
         raise UserError(f"{_find_merges(path)} has the line {' '.join(bad)!r}; each line must hold two tokens")
+    if {CLIP_START, CLIP_END} <= vocabulary.keys() and any(piece.endswith(CLIP_WORD_END) for piece in vocabulary):
+        return clip_backend(vocabulary, merges)
     has_prefix = bool(settings.get("add_prefix_space", False))
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix=""))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=has_prefix)

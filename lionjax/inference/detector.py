@@ -28,7 +28,7 @@ from lionjax.core.experiment import Experiment
 from lionjax.core.types import Params, UserError
 from lionjax.data import region_phrases, resample, tokenizer
 from lionjax.data.image_fit import ImageFit
-from lionjax.data.images import to_pil_image
+from lionjax.data.images import require_image_list, require_size, to_pil_image
 from lionjax.data.tokenizer import Tokenizer
 from lionjax.inference import loading
 from lionjax.inference.engine import InferenceEngine, round_up_to_bucket
@@ -248,16 +248,8 @@ def _outputs(config: GroundingDinoConfig, params: Params, mean, std, pixels_BHWC
 
 def check_images(images: Sequence[object]) -> list[Image.Image]:
     """The images as RGB PIL images. Raises UserError for a single image, and for one with a side of one pixel."""
-    is_single = isinstance(images, np.ndarray) and images.ndim < 4
-    if is_single or isinstance(images, str | bytes | Path | Image.Image):
-        raise UserError(f"images is a single {type(images).__name__}; give a list of images")
-    pil_images = [to_pil_image(image) for image in images]
-    for image in pil_images:
-        if min(image.size) < 2:
-            raise UserError(
-                f"an image is {image.width} x {image.height} pixels; the detector needs at least 2 on each side"
-            )
-    return pil_images
+    require_image_list(images)
+    return [require_size(to_pil_image(image), 2, "the detector") for image in images]
 
 
 def load(folder: str | Path) -> Detector:

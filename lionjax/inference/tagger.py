@@ -18,14 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from PIL import Image
 
 from lionjax import convert
 from lionjax.convert.formats.ram import RAM_FILE
 from lionjax.core import sharding
 from lionjax.core.types import Params, UserError
 from lionjax.data import resample
-from lionjax.data.images import to_pil_image
+from lionjax.data.images import require_image_list, to_pil_image
 from lionjax.inference.engine import round_up_to_bucket
 from lionjax.inference.sampling import require_finite
 from lionjax.models.vision.ram import Ram, RamConfig
@@ -105,9 +104,7 @@ class Tagger:
 
         Raises UserError for a single image and for probabilities that are NaN.
         """
-        is_single = isinstance(images, np.ndarray) and images.ndim < 4
-        if is_single or isinstance(images, str | bytes | Path | Image.Image):
-            raise UserError(f"images is a single {type(images).__name__}; give a list of images")
+        require_image_list(images)
         results = [np.zeros((0, self.config.num_tags), np.float32)]
         num_devices = 1 if self.mesh is None else self.mesh.size
         max_batch = BATCH_SIZES[-1] * num_devices

@@ -30,11 +30,14 @@ from lionjax.data.tokenizer import Tokenizer
 from lionjax.inference import loading
 from lionjax.inference.engine import InferenceEngine, round_up_to_bucket
 from lionjax.inference.guidance import ImageScorer
+from lionjax.inference.packed_texts import pack
 from lionjax.inference.sampling import require_finite
+from lionjax.models.language.clip_text import pooled_position
 from lionjax.models.vlm.clip import Clip
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)  # a few sizes limit the number of compilations
 TEXT_BATCH_SIZES = (1, 4, 16, 48, 64, 128, 256, 512)  # MAGIC has 45 candidates, ZeroCap 512
+PACKED_BATCH_SIZES = (1, 2, 3, 4, 6, 8)  # rows of texts that begin alike
 TEXT_LENGTHS = (16, 32, 48, 64)
 MIN_SIDE = 2  # pixels
 
@@ -86,12 +89,17 @@ class DualEncoder:
 
         Raises UserError for a single image, and for one with a side of one pixel.
         """
+        image_NE = self.image_projections(images)
+        return image_NE / np.maximum(np.linalg.norm(image_NE, axis=1, keepdims=True), 1e-12)
+
+    def image_projections(self, images: Sequence[object]) -> np.ndarray:
+        """As `embed_images`, not divided by their norms: what ZeroCap adds and subtracts."""
         require_image_list(images)
         rows = [np.zeros((0, self.config.embed_dim), np.float32)]
         for start, size in _batches(len(images), BATCH_SIZES):
             pixels = np.stack([self.preprocess(image) for image in images[start : start + size]])
             pixels, settings = _padded(pixels, BATCH_SIZES), (self.images.mean, self.images.std)
-            rows.append(self._finite(_embed_images(self.config, self.params, *settings, pixels), size))
+            rows.append(self._finite(_project_images(self.config, self.params, *settings, pixels), size))
         return np.concatenate(rows)
 
     def embed_texts(self, texts: Iterable[str], allow_empty: bool = False) -> np.ndarray:
@@ -109,6 +117,24 @@ class DualEncoder:
             ids_BL = _padded(ids_BL, TEXT_BATCH_SIZES)
             rows.append(self._finite(_embed_texts(self.config, self.params, ids_BL), size))
         return np.concatenate(rows)
+
+    def embed_candidates(self, texts: Sequence[str]) -> np.ndarray:
+        """As `embed_texts`, of texts that begin alike, such as those with the candidates for a next word.
+
+        A causal text tower reads each shared beginning once. Texts may have no words.
+        """
+        if not self.config.reads_packed_texts:
+            return self.embed_texts(texts, allow_empty=True)
+        ids_NL = self.encode(list(texts), allow_empty=True)
+        last_N = np.asarray(pooled_position(self.config.text, ids_NL))
+        packed = pack([ids[: last + 1].tolist() for ids, last in zip(ids_NL, last_N)], self.config.text.eos_token_id)
+        fields = (packed.ids_BL, packed.position_BL, packed.segment_BL, packed.beginning_BL)
+        rows = []
+        for start, size in _batches(len(packed.ids_BL), PACKED_BATCH_SIZES):
+            batch = [_padded(field[start : start + size], PACKED_BATCH_SIZES) for field in fields]
+            rows.append(np.asarray(_embed_packed_texts(self.config, self.params, *batch))[:size])
+        text_NE = np.concatenate(rows)[packed.row_N, packed.column_N]
+        return self._finite(text_NE, len(text_NE))
 
     def logits(self, images: Sequence[object], texts: Iterable[str]) -> np.ndarray:
         """Logits (N, M) in float32 of N images and M texts: scaled cosines, with SigLIP's bias."""
@@ -136,12 +162,15 @@ class DualEncoder:
 
         They are what MAGIC takes (`guidance.guided_search`). Texts may have no words.
         """
-        image_BE = self.embed_images(images)
+        return self.embedding_scorer(self.embed_images(images))
+
+    def embedding_scorer(self, image_BE: np.ndarray) -> ImageScorer:
+        """As `scorer`, of embeddings (B, E) of norm 1."""
 
         def score(rows: Sequence[Sequence[str]]) -> np.ndarray:
             if len(rows) != len(image_BE):
                 raise UserError(f"{len(rows)} rows of texts were given for {len(image_BE)} images; give one for each")
-            text_NE = self.embed_texts([text for row in rows for text in row], allow_empty=True)
+            text_NE = self.embed_candidates([text for row in rows for text in row])
             text_BKE = text_NE.reshape(len(rows), -1, text_NE.shape[1])
             return self.logit_scale * np.einsum("BE,BKE->BK", image_BE, text_BKE)
 
@@ -178,14 +207,23 @@ class DualEncoder:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _embed_images(config: Clip, params: Params, mean, std, pixels_BHWC) -> jax.Array:
+def _project_images(config: Clip, params: Params, mean, std, pixels_BHWC) -> jax.Array:
     image_BHWC = (pixels_BHWC.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
-    return config.embed_images(params, image_BHWC)
+    return config.image_projections(params, image_BHWC)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed_texts(config: Clip, params: Params, ids_BL) -> jax.Array:
     return config.embed_texts(params, ids_BL)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_packed_texts(config: Clip, params: Params, ids_BL, position_BL, segment_BL, beginning_BL) -> jax.Array:
+    is_own_BLL = segment_BL[:, :, None] == segment_BL[:, None]
+    is_beginning_BLL = beginning_BL[:, :, None] == segment_BL[:, None]
+    is_past_BLL = position_BL[:, :, None] >= position_BL[:, None]
+    mask_BLL = (is_own_BLL | is_beginning_BLL) & is_past_BLL
+    return config.embed_packed_texts(params, ids_BL, position_BL, mask_BLL)
 
 
 def _batches(count: int, sizes: Sequence[int]) -> list[tuple[int, int]]:

@@ -74,22 +74,28 @@ SIGLIP_TEXT_B = ClipTextConfig(
 class ClipText(nn.Module):
     """States (B, L, D) of tokens (B, L) behind the final norm, and the state (B, D) of each text.
 
+    `packed`, of a causal tower: positions (B, L) of tokens and a mask (B, 1, L, L) of what each attends to, for rows
+    of several texts, whose states are those of their tokens.
+
     Raises ValueError for a longer text than `max_positions`, and with pooling "last" for a shorter one.
     """
 
     c: ClipTextConfig
 
     @nn.compact
-    def __call__(self, ids_BL, dtype=jnp.float32):
+    def __call__(self, ids_BL, dtype=jnp.float32, packed=None):
         c, length = self.c, ids_BL.shape[1]
-        if length > c.max_positions or (c.pooling == "last" and length < c.max_positions):
+        is_long = packed is None and length > c.max_positions
+        if is_long or (c.pooling == "last" and length < c.max_positions):
             limit = "must have" if c.pooling == "last" else "may have at most"
             raise ValueError(f"the texts have {length} tokens; they {limit} {c.max_positions}: cut or pad them")
         shape = (c.max_positions, c.width)
         position_LD = self.param("position", with_logical_partitioning(normal(0.01), ("position", "embed")), shape)
-        x_BLD = Embed(c.vocab_size, c.width, name="words")(ids_BL, dtype) + position_LD[:length].astype(dtype)
+        position_LD, mask = position_LD.astype(dtype), causal_mask() if c.causal else None
+        if packed is not None:
+            position_LD, mask = position_LD[packed[0]], packed[1]
+        x_BLD = Embed(c.vocab_size, c.width, name="words")(ids_BL, dtype) + position_LD[..., :length, :]
         blocks = scan_blocks(remat_block(Block, c.remat), c.depth, 1)(c, name="blocks")
-        mask = causal_mask() if c.causal else None
         (x_BLD, _), _ = blocks((x_BLD, None), jnp.arange(c.depth), mask)
         x_BLD = LayerNorm(c.width, c.norm_eps, name="norm")(x_BLD)
         return x_BLD, jnp.take_along_axis(x_BLD, pooled_position(c, ids_BL)[:, None, None], axis=1)[:, 0]

@@ -82,6 +82,25 @@ class Clip(VLM):
         """Embeddings (B, E) of texts, of norm 1, in float32; see `ClipTextConfig` for the ids."""
         return ClipModule(self).apply({"params": params}, ids_BL, method=ClipModule.embed_texts)
 
+    def image_projections(self, params: Params, image_BHWC: Array) -> Array:
+        """As `embed_images`, not divided by their norms: what is added and subtracted in ZeroCap's arithmetic."""
+        return ClipModule(self).apply({"params": params}, image_BHWC, method=ClipModule.image_projections)
+
+    def embed_packed_texts(self, params: Params, ids_BL: Array, position_BL: Array, mask_BLL: Array) -> Array:
+        """Embeddings (B, L, E) of the texts that end at each token, of rows packed as `mask_BLL` says.
+
+        It is True where a token attends to another. Raises UserError for a text tower that is not causal.
+        """
+        if not self.reads_packed_texts:
+            raise self._lacks("causal text tower, which packed texts need")
+        packed = position_BL, mask_BLL[:, None]
+        return ClipModule(self).apply({"params": params}, ids_BL, packed, method=ClipModule.embed_packed_texts)
+
+    @property
+    def reads_packed_texts(self) -> bool:
+        """Whether the state of a text depends on no later token."""
+        return self.text.causal and self.text.pooling != "last"
+
     def weight_map(self) -> tuple[WeightMapping, ...]:
         """Names of Hugging Face's CLIPModel, or SiglipModel for an image tower with `attention_pool`."""
         return siglip_weight_map(self) if self.vision.attention_pool else hf_weight_map(self)
@@ -121,11 +140,18 @@ class ClipModule(nn.Module):
         """Embeddings (B, E) of norm 1 of the image tower's states."""
         return l2_normalize(state_BD if self.c.vision.attention_pool else self.image_projection(state_BD))
 
+    def image_projections(self, image_BHWC):
+        state_BD = self.vision(image_BHWC.astype(self.c.dtype))[2]
+        return (state_BD if self.c.vision.attention_pool else self.image_projection(state_BD)).astype(jnp.float32)
+
     def embed_images(self, image_BHWC):
         return self.project_image(self.vision(image_BHWC.astype(self.c.dtype))[2])
 
     def embed_texts(self, ids_BL):
         return l2_normalize(self.text_projection(self.text(ids_BL, self.c.dtype)[1]))
+
+    def embed_packed_texts(self, ids_BL, packed):
+        return l2_normalize(self.text_projection(self.text(ids_BL, self.c.dtype, packed)[0]))
 
     def similarity(self, image_BE, text_BE):
         """Logits (B, B) of images (rows) and texts (columns): their cosines scaled, with SigLIP's bias."""

@@ -70,6 +70,17 @@ def pictures(tmp_path):
     return files
 
 
+def test_texts_that_begin_alike_have_the_embeddings_of_each_alone(clip_folder):
+    encoder = dual_encoder.load(clip_folder)
+    beginnings = ("", "a photo of a dog", "a photo of a cat and", "2")
+    words = (" cat", " dog", "s", "", " red", "don't", "\u00e9", "<|endoftext|>", ".")
+    texts = [f"{beginning}{word}" for beginning in beginnings for word in words] * 2
+    many = [f"a photo of {letter}{other}" for letter in "abcdefghijklmnopqr" for other in "abcdefghijklmnopqr"]
+    for group in (texts, many, ["a dog"]):
+        alone = encoder.embed_texts(group, allow_empty=True)
+        np.testing.assert_allclose(encoder.embed_candidates(group), alone, atol=1e-5)
+
+
 def test_clip_text_has_the_ids_of_transformers_and_a_cut_text_keeps_its_end(clip_folder, tmp_path):
     theirs, ours = transformers.CLIPTokenizer.from_pretrained(clip_folder), dual_encoder.load(clip_folder)
     length = ours.config.text.max_positions

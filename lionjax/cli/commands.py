@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lionjax.cli import answer as answer_command
 from lionjax.cli import convert as weights_command
+from lionjax.cli import guide as guide_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import score as score_command
 from lionjax.cli.errors import UsageError, describe_error
@@ -86,6 +87,10 @@ def evaluate(args: argparse.Namespace, fields: list[str]) -> None:
 
 def generate(args: argparse.Namespace, _) -> None:
     """Answer a prompt about an image; prints text, boxes, masks and what a refiner found, and can draw them."""
+    if args.guide is not None:
+        guide_command.generate(args)
+        return
+    guide_command.check_unguided(args)
     import lionjax
     from lionjax.data import images
     from lionjax.evaluation.report import plots

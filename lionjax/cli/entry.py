@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lionjax.cli import answer as answer_command
 from lionjax.cli import convert as weights_command
+from lionjax.cli import guide as guide_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import score as score_command
 from lionjax.cli.commands import (
@@ -141,7 +142,8 @@ def add_generate_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `lionjax generate`."""
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder or a folder of weights")
     verb.add_argument("--image", metavar="FILE", help="a JPEG, PNG or WebP image; none for a language model alone")
-    verb.add_argument("--prompt", metavar="TEXT", required=True, help="the question or instruction")
+    prompt_help = "the question or instruction; with --guide what the caption begins with"
+    verb.add_argument("--prompt", metavar="TEXT", help=prompt_help)
     verb.add_argument("--box", metavar="X0,Y0,X1,Y1", help="the box that the prompt refers to, in 0..1")
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, to tag the image")
     refiner_help = "a refiner's folder, for a model that reads regions (default: the experts in its own checkpoint)"
@@ -150,6 +152,7 @@ def add_generate_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--prompt-length", metavar="N", type=positive_int, help=prompt_length_help)
     verb.add_argument("--json", action="store_true", help="print text, boxes and masks as JSON")
     verb.add_argument("--out", metavar="PNG", type=Path, help="write the image with boxes and masks to this file")
+    guide_command.add_arguments(verb)
 
 
 def add_detect_arguments(verb: argparse.ArgumentParser) -> None:

@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny CLIPs and SigLIPs of transformers, with sizes drawn anew, and inputs that both sides read."""
 
+import json
+
 import numpy as np
+
+from lionjax.data import contrastive_tokenizers
+
+WORDS = ("a", "photo", "of", "cat", "dog", "red", "don't", "2")
 
 
 def text_sizes(rng, positions: int, **fields) -> dict:
@@ -57,3 +63,44 @@ def inputs(rng, model, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
         for row, end in zip(ids, rng.integers(2, ids.shape[1], count)):
             row[end:] = text.vocab_size - 1
     return rng.standard_normal((count, 3, side, side)).astype(np.float32), ids
+
+
+def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """A vocabulary with merges of a few words, with their beginnings and ends, in CLIP's order."""
+    letters = contrastive_tokenizers._byte_letters()
+    merges = []
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            pair = (parts[0], parts[1])
+            merges += [pair] if pair not in merges else []
+            parts = ["".join(pair), *parts[2:]]
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    return {piece: number for number, piece in enumerate(pieces)}, merges
+
+
+def save_clip_tokenizer(folder):
+    import transformers
+
+    vocabulary, merges = clip_vocabulary()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+def save_folder(folder):
+    """A released CLIP of sizes drawn anew, with its tokenizer and image processor."""
+    import transformers
+
+    rng = np.random.default_rng(int(np.random.default_rng().integers(2**31)))
+    num_tokens = len(clip_vocabulary()[0])
+    text = text_sizes(rng, 20) | {"vocab_size": num_tokens}
+    text |= {"bos_token_id": num_tokens - 2, "eos_token_id": num_tokens - 1}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision_sizes(rng), projection_dim=9)
+    shaken(transformers.CLIPModel(config)).save_pretrained(folder)
+    side = config.vision_config.image_size
+    transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder)
+    save_clip_tokenizer(folder)
+    return folder

@@ -18,47 +18,12 @@ from lionjax.inference import dual_encoder
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-WORDS = ("a", "photo", "of", "cat", "dog", "red", "don't", "2")
 TEXTS = ("a photo of a cat", "A  Red dog!", "don't\n 22 cats", "<|endoftext|> a dog", "naïve café", "x" * 40, "dog?!")
-
-
-def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary with merges of a few words, with their beginnings and ends, in CLIP's order."""
-    letters = contrastive_tokenizers._byte_letters()
-    merges = []
-    for word in WORDS:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            pair = (parts[0], parts[1])
-            merges += [pair] if pair not in merges else []
-            parts = ["".join(pair), *parts[2:]]
-    pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
-    return {piece: number for number, piece in enumerate(pieces)}, merges
-
-
-def save_clip_tokenizer(folder):
-    vocabulary, merges = clip_vocabulary()
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    return transformers.CLIPTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A released CLIP of sizes drawn anew, with its tokenizer and image processor."""
-    folder = tmp_path_factory.mktemp("clip")
-    rng = np.random.default_rng(int(np.random.default_rng().integers(2**31)))
-    num_tokens = len(clip_vocabulary()[0])
-    text = small_clip.text_sizes(rng, 20) | {"vocab_size": num_tokens}
-    text |= {"bos_token_id": num_tokens - 2, "eos_token_id": num_tokens - 1}
-    config = transformers.CLIPConfig(text_config=text, vision_config=small_clip.vision_sizes(rng), projection_dim=9)
-    small_clip.shaken(transformers.CLIPModel(config)).save_pretrained(folder)
-    side = config.vision_config.image_size
-    transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side).save_pretrained(folder)
-    save_clip_tokenizer(folder)
-    return folder
+    return small_clip.save_folder(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
@@ -98,7 +63,7 @@ def test_clip_text_has_the_ids_of_transformers_and_a_cut_text_keeps_its_end(clip
 
 
 def test_openai_merges_imply_the_vocabulary(tmp_path, clip_folder):
-    vocabulary, merges = clip_vocabulary()
+    vocabulary, merges = small_clip.clip_vocabulary()
     lines = ["bpe_simple_vocab", *(" ".join(pair) for pair in merges)]
     file = tmp_path / contrastive_tokenizers.OPENAI_MERGES_FILE
     file.write_bytes(gzip.compress("\n".join(lines).encode()))

@@ -30,7 +30,7 @@ REGION_NAMES = [name for name in NAMES if name.startswith(("kosmos2", "lion", "n
 # Without image tokens: enough for the prompt template with a question, with earlier rounds, and with boxes as digits.
 ONE_ROUND, ROUNDS, WITH_DIGITS = 44, 60, 72
 SHORT_PACKING = PackingConfig(max_box_tokens=24, max_caption_tokens=20, length=40)
-ROWS, UPDATES, SAVE_EVERY = 8, 5, 4
+ROWS, UPDATES = 8, 5
 
 
 class Killed(BaseException):
@@ -72,23 +72,24 @@ def shrunk(name: str):
         full_size_tokenizers.write(folder.partition("/")[2], full_size_data.TEXTS) if "/" in folder else 0
         for folder in folders
     ]
-    run = dataclasses.replace(small.run, save_every=SAVE_EVERY, log_every=10, evaluate_limit=2)
     stages = tuple(
         dataclasses.replace(stage, batch_size=ROWS, steps=updates_for(stage.mixture), warmup_steps=2)
         for stage in small.stages
     )
+    # The last stage has one checkpoint before its end.
+    run = dataclasses.replace(small.run, save_every=stages[-1].steps - 3, log_every=10, evaluate_limit=2)
     return dataclasses.replace(
         small, model=full_size_tokenizers.with_vocabulary(small.model, *fewer), run=run, stages=stages
     )
 
 
 def updates_for(mixture) -> int:
-    """The updates in which each entry has come `UPDATES` times; the last is behind a checkpoint."""
+    """The updates in which each entry has come `UPDATES` times."""
     totals = Counter()  # groups take turns, and weights count within one
     for mix in mixture:
         totals[mix.group] += mix.weight
     needed = (UPDATES * max(1.0, totals[mix.group] / (ROWS * mix.weight)) for mix in mixture)
-    return SAVE_EVERY - 2 + len(totals) * math.ceil(max(needed))
+    return 2 + len(totals) * math.ceil(max(needed))
 
 
 def watched(seen: set, kill_at: tuple[str, int] | None = None):
@@ -119,7 +120,7 @@ def assert_trained(name, tmp_path, monkeypatch) -> None:
         pytest.importorskip("easy_vqa")
     what, seen = shrunk(name), set()
     with pytest.raises(Killed):
-        loop.train(what, "run", watched(seen, kill_at=(what.stages[-1].name, SAVE_EVERY + 2)))
+        loop.train(what, "run", watched(seen, kill_at=(what.stages[-1].name, what.run.save_every + 2)))
     assert checkpoint.all_steps(tmp_path / "run" / "checkpoints"), "the kill is behind a checkpoint of the last stage"
     params, report = loop.train(what, "run", watched(seen))
     for stage, entry in zip(what.stages, report["stages"], strict=True):

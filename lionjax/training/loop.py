@@ -27,7 +27,7 @@ from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.types import Batch, Params, UserError
 from lionjax.data.config import DataConfig
 from lionjax.data.regions_digest import with_regions_digest
-from lionjax.training import bad_steps, checkpoint, distributed, feature_cache, feature_store, resume
+from lionjax.training import bad_steps, checkpoint, compiled_programs, distributed, feature_cache, feature_store, resume
 from lionjax.training import step as stages
 from lionjax.training.companions import save_companions
 from lionjax.training.init import ParamSpecs, make_param_specs
@@ -89,6 +89,7 @@ def train(
         checkpoint.explain_disk_full(workdir),
         distributed.PreemptionHandler() as stop,
         distributed.Watchdog(experiment.run.watchdog_seconds) as watchdog,
+        compiled_programs.cached_in(workdir),
     ):
         check_or_write_config(workdir, experiment)
         mesh = sharding.make_mesh(experiment.mesh)

@@ -109,6 +109,9 @@ class Stage:
       (LAVIS); 0: it moves every step and counts from the end of the warm-up.
     - `optimizer`: "adamw", or "muon" for the matrices of hidden layers (arXiv 2502.16982) and AdamW for all others;
       Muon's updates are scaled to the size of AdamW's, so that one learning rate serves both.
+    - `moment_dtype`: of the first moments of AdamW. `second_moment`: "full", or "factored" into one number for each
+      row and column of a matrix (Adafactor, arXiv 1804.04235). Both save memory: of the 12 bytes that AdamW keeps for
+      a parameter in float32, bfloat16 saves 2 and factors save 4. Muon's moments of matrices are not concerned.
     - `model_overrides`: fields of the model config replaced in this stage, such as ("visual_input", "QFORMER").
     - `init_from`: start from the weights of the previous stage, or from scratch.
 
@@ -129,6 +132,8 @@ class Stage:
     weight_decay: float = 0.05
     optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW, also in a stage with Muon
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    second_moment: Literal["full", "factored"] = "full"
     clip_norm: float = 1.0
     lr_multipliers: tuple[tuple[str, float], ...] = ()
     model_overrides: tuple[tuple[str, Scalar], ...] = ()

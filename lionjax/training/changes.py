@@ -52,7 +52,7 @@ REASONS = (
 )
 STAGE_REASONS = (
     ("name|mixture", "the order of its records depends on it"),
-    ("trainable|optimizer|clip_norm|lr_multipliers", "its optimizer state depends on it"),
+    ("trainable|optimizer|moment_dtype|second_moment|clip_norm|lr_multipliers", "its optimizer state depends on it"),
     (".*", "its updates so far were made with it"),
 )
 

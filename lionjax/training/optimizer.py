@@ -81,12 +81,30 @@ def muon_dimension_numbers(path: str, ndim: int, num_layer_axes: int) -> MuonDim
     )
 
 
+def scale_by_adam(stage: Stage) -> optax.GradientTransformation:
+    """Adam with the stage's betas, the dtype of its first moments, and full or factored second moments.
+
+    Factored, the gradient is divided by the root of the outer product of its squares' means over rows and columns, by
+    Adafactor's schedule, before the first moment is taken; matrices with a side below 128 and vectors have full ones.
+    """
+    first, second = stage.betas
+    if stage.second_moment == "full":
+        return optax.scale_by_adam(
+            first, second, mu_dtype=None if stage.moment_dtype == "float32" else stage.moment_dtype
+        )
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=0.8),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(first, debias=False, accumulator_dtype=stage.moment_dtype),
+    )
+
+
 def scale_by_optimizer(stage: Stage, leaves: Mapping[str, tuple[tuple[int, ...], int]]) -> optax.GradientTransformation:
     """Adam or Muon with Adam for leaves that are no matrices, without weight decay and learning rate.
 
     `leaves`: {path: (shape, number of axes that stack layers)}.
     """
-    adam = optax.scale_by_adam(*stage.betas)
+    adam = scale_by_adam(stage)
     if stage.optimizer == "adamw":
         return adam
     maps = {path: muon_dimension_numbers(path, len(shape), axes) for path, (shape, axes) in leaves.items()}
@@ -132,7 +150,10 @@ def make_optimizer(
 
 
 def abstract_opt_state(tx: optax.GradientTransformation, trainable: Params, mesh: Mesh) -> Any:
-    """ShapeDtypeStructs of the optimizer state: moments have their parameter's sharding, counters are replicated."""
+    """ShapeDtypeStructs of the optimizer state: moments have their parameter's sharding.
+
+    Counters and factors of second moments are replicated.
+    """
 
     flat, replicated = trees.flatten(trainable), NamedSharding(mesh, PartitionSpec())
 
@@ -140,7 +161,7 @@ def abstract_opt_state(tx: optax.GradientTransformation, trainable: Params, mesh
         names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
         paths = ("/".join(names[start:]) for start in range(len(names)))
         leaf = next((flat[path] for path in paths if path in flat), None)
-        leaf_sharding = replicated if leaf is None else leaf.sharding
+        leaf_sharding = leaf.sharding if leaf is not None and leaf.shape == shape.shape else replicated
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=leaf_sharding)
 
     return jax.tree_util.tree_map_with_path(with_sharding, jax.eval_shape(tx.init, trainable))

@@ -309,8 +309,9 @@ def test_a_run_with_kept_features_goes_on_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-def test_run_with_muon_resumes_bitwise_equal(tmp_path):
-    what = toy.experiment(toy.stage("one", 6, optimizer="muon"))
+@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"moment_dtype": "bfloat16", "second_moment": "factored"}])
+def test_run_with_another_optimizer_state_than_that_of_adamw_resumes_bitwise_equal(tmp_path, changes):
+    what = toy.experiment(toy.stage("one", 6, **changes))
     expected, _ = train(tmp_path / "whole", what)
     with pytest.raises(SystemExit):
         train(tmp_path / "stopped", what, batches=stopping(3))

@@ -17,8 +17,8 @@ from lionjax.core import sharding
 from lionjax.core.types import UserError
 from lionjax.training import checkpoint
 from lionjax.training import step as stages
+from lionjax.training.optimizer import abstract_opt_state, make_optimizer, scale_by_adam
 from lionjax.training.optimizer import learning_rate_schedule as optimizer_schedule
-from lionjax.training.optimizer import make_optimizer
 from lionjax.training.optimizer import use_weight_decay as optimizer_decays
 
 BATCH = toy.batch_of(range(8))
@@ -158,6 +158,47 @@ def test_muon_updates_the_matrices_of_each_layer_as_torch_and_the_rest_with_adam
 
 
 @pytest.mark.slow
+def adam_update(grads, **changes):
+    """The last update (not its sign) by Adam alone of gradients of one matrix, and its optimizer state."""
+    stage = toy.stage(learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=0.0, **changes)
+    rule, tree = scale_by_adam(stage), {"kernel": jnp.zeros(grads[0].shape)}
+    state = rule.init(tree)
+    for grad in grads:
+        update, state = rule.update({"kernel": jnp.asarray(grad)}, state, tree)
+    return np.asarray(update["kernel"]), state
+
+
+def test_first_moments_in_bfloat16_change_updates_within_their_rounding():
+    grads = np.random.default_rng(0).normal(size=(4, 8, 6)).astype(np.float32)
+    (exact, full), (rounded, half) = adam_update(grads), adam_update(grads, moment_dtype="bfloat16")
+    assert (full.mu["kernel"].dtype, half.mu["kernel"].dtype, half.nu["kernel"].dtype) == ("f4", jnp.bfloat16, "f4")
+    assert 0 < np.abs(exact - rounded).max() < 0.02
+
+
+def test_factored_second_moments_are_those_of_adafactor_and_take_a_row_and_a_column():
+    grads = np.random.default_rng(0).normal(size=(2, 130, 140)).astype(np.float32)
+    update, state = adam_update(grads, second_moment="factored", betas=(0.9, 0.999))
+    row = column = first = 0.0
+    for number, grad in enumerate(grads.astype(np.float64), 1):
+        decay = 1 - number**-0.8
+        row = decay * row + (1 - decay) * (grad**2 + 1e-30).mean(axis=1)
+        column = decay * column + (1 - decay) * (grad**2 + 1e-30).mean(axis=0)
+        scaled = grad / np.sqrt(np.outer(row, column) / row.mean())
+        first = 0.9 * first + 0.1 * scaled / max(1.0, np.sqrt((scaled**2).mean()))
+    np.testing.assert_allclose(update, first, atol=1e-5)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 130 * 140 + 300  # the first moment, and factors
+
+
+def test_factors_of_second_moments_are_replicated_and_moments_split():
+    on_two = sharding.make_mesh(sharding.MeshConfig(fsdp=2, data=1), jax.devices()[:2])
+    split = jax.sharding.NamedSharding(on_two, jax.sharding.PartitionSpec("fsdp"))
+    tree = {"kernel": jax.ShapeDtypeStruct((128, 256), jnp.float32, sharding=split)}
+    stage = toy.stage(second_moment="factored", trainable=("kernel",))
+    specs = jax.tree.leaves(abstract_opt_state(make_optimizer(stage, tree), tree, on_two))
+    assert {leaf.shape for leaf in specs if not leaf.sharding.is_fully_replicated} == {(128, 256)}
+    assert {(128,), (256,)} <= {leaf.shape for leaf in specs if leaf.sharding.is_fully_replicated}
+
+
 def test_a_learning_rate_is_scaled_by_the_first_pattern_that_matches(params):
     trainable, _ = trees.split(params, ["blocks", "output"])
     grads = jax.tree.map(jnp.ones_like, trainable)

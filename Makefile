@@ -5,13 +5,14 @@ PYTHON ?= python3
 WORKERS ?= 2
 PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: help demo test test-fast test-prepare docs lint
+.PHONY: help demo test test-fast test-prepare test-lmms docs lint
 
 help:
 	@echo "make demo       train the tiny flagship in stages, evaluate it, write runs/demo/report.html"
 	@echo "make test       run every test"
 	@echo "make test-fast  run every test but the slow ones"
 	@echo "make test-prepare  the test of data preparation by Apache Beam, in .venv-prepare: its pins are older"
+	@echo "make test-lmms  the tests with the real lmms-eval, in .venv-lmms: 2.4 GB"
 	@echo "make docs       build the documentation and the API reference into site/; a broken link fails"
 	@echo "make lint       check code and formatting with ruff"
 	@echo "Each sets up .venv the first time. PYTHON=python3.12 chooses the Python, WORKERS=4 the test processes."
@@ -32,6 +33,12 @@ test-prepare:
 	@test -x .venv-prepare/bin/python || $(PYTHON) -m venv .venv-prepare
 	@.venv-prepare/bin/python -m pip install --quiet -c lock/prepare.txt -e ".[prepare]" pytest pytest-timeout
 	JAX_PLATFORMS=cpu .venv-prepare/bin/python -m pytest tests/unit/data/test_prepare.py tests/unit/data/test_prepare_regions.py $(ARGS)
+
+test-lmms:
+	@test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
+	@.venv-lmms/bin/python -m pip install --quiet -e ".[data,torch]" lmms-eval==0.7.3 pytest pytest-timeout
+	@.venv-lmms/bin/python -m pip uninstall --quiet --yes torchvision
+	JAX_PLATFORMS=cpu .venv-lmms/bin/python -m pytest tests/e2e/test_lmms_eval.py $(ARGS)
 
 docs:
 	@$(PYTHON) launch/environment.py demo

@@ -21,11 +21,17 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--predictions", metavar="FILE", help=help_text)
     protocol_help = "how a published benchmark is asked and scored: official, lavis, llava, shikra, lmms, ..."
     verb.add_argument("--protocol", metavar="NAME", default="", help=protocol_help)
+    blind_help = "also ask with blank images (--benchmark all over a folder of benchmarks: on unless --no-blind)"
+    verb.add_argument("--blind", action=argparse.BooleanOptionalAction, help=blind_help)
     verb.add_argument("--submission", metavar="FILE", help="write the answers as the benchmark's server takes them")
 
 
 def is_published(args: argparse.Namespace) -> bool:
     """Whether the command line asks for a published benchmark and no task of a source, such as vqa."""
+    if args.benchmark == "all" and not args.predictions and not args.submission:
+        from lionjax.evaluation.published import discovery
+
+        return discovery.is_root(args.source)
     if args.predictions or args.protocol or args.submission or args.source is None:
         return bool(args.predictions or args.protocol or args.submission)
     from lionjax.evaluation.published.scoring import ALIASES, BENCHMARKS
@@ -45,6 +51,9 @@ def evaluate(args: argparse.Namespace, fields: Sequence[str]) -> None:
         raise UsageError("give --predictions, the file of answers to score, or DIR, the model that answers")
     if args.predictions is not None and args.dir is not None:
         raise UsageError("give --predictions or DIR, not both: the answers are those of the file or of the model")
+    if args.benchmark == "all":
+        _evaluate_root(args, fields)
+        return
     from lionjax.evaluation.published import scoring
 
     if args.predictions is None:
@@ -70,7 +79,32 @@ def _ask_model(args: argparse.Namespace, fields: Sequence[str]) -> dict[str, Any
     import lionjax
 
     model, submission = lionjax.load(args.dir), args.submission or ""
-    return model_answers.evaluate_model(model, name, source, protocol, args.split, args.limit, args.dir, submission)
+    settings = (args.split, args.limit, args.dir, submission)
+    return model_answers.evaluate_model(model, name, source, protocol, *settings, blind=bool(args.blind))
+
+
+def _evaluate_root(args: argparse.Namespace, fields: Sequence[str]) -> None:
+    """Run all published benchmarks under a folder and write the page of results."""
+    if fields:
+        raise UsageError(f"unknown argument {fields[0]!r}; fields of one source cannot be set for a folder of several")
+    from pathlib import Path
+
+    import lionjax
+    from lionjax.evaluation.published import results
+    from lionjax.evaluation.report import results_page
+
+    model, root, with_blind = lionjax.load(args.dir), Path(args.source), args.blind is not False
+    options = (args.protocol, args.images, args.split, args.limit, with_blind)
+    entries, left_out = results.evaluate_root(model, root, args.dir, *options)
+    pages = results_page.write_results_page(args.dir)
+    if args.json:
+        print(json.dumps({"results": entries, "left_out": left_out, "pages": list(map(str, pages))}, indent=1))
+        return
+    for entry in entries:
+        print_entry(entry)
+    for label, reason in left_out.items():
+        print(f"{label} is left out: {reason}")
+    print(f"the table and the answers: {pages[0]} and {pages[1]}")
 
 
 def flat_figures(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -82,6 +116,18 @@ def flat_figures(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
             yield from flat_figures(value, f"{prefix}{key}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield prefix + key, value
+
+
+def baseline_lines(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about the main figure of a model's own answers: its interval, baselines and seconds."""
+    if entry.get("interval"):
+        yield "95 % interval: {:.4f} to {:.4f}".format(*entry["interval"])
+    if entry.get("blind"):
+        yield f"image-blind: {entry['blind']['value']:.4f}"
+    if entry.get("majority"):
+        yield f"best constant answer: {entry['majority']['value']:.4f} ({entry['majority']['answer']!r})"
+    if "seconds" in entry:
+        yield f"{entry['seconds']} seconds"
 
 
 def print_entry(entry: Mapping[str, Any]) -> None:
@@ -101,6 +147,8 @@ def print_entry(entry: Mapping[str, Any]) -> None:
         style = "bold" if name == (entry["main_figure"] or {}).get("name") else None
         table.add_row(escape(name), f"{value:.4f}" if isinstance(value, float) else str(value), style=style)
     console.print(table)
+    for line in baseline_lines(entry):
+        console.print(line, markup=False)
     for key in ("answer_form", "reader", "normalizer", "threshold", "aggregation", "note"):
         if settings[key]:
             console.print(f"{key.replace('_', ' ')}: {settings[key]}", markup=False)

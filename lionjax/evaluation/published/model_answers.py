@@ -8,28 +8,36 @@ figures with the whole protocol to report.json under `published`.
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from lionjax.core.files import take_record, write_json, write_jsonl
+from lionjax.core.files import take_record, write_atomic, write_json, write_jsonl
 from lionjax.core.types import UserError
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo, make_example
+from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.datasets.question_file import OPTION_LETTERS, options_question
 from lionjax.data.rle import encode_rle
 from lionjax.evaluation.protocols import Protocol
-from lionjax.evaluation.published import scoring
+from lionjax.evaluation.published import question_scores, scoring
 from lionjax.evaluation.published.predictions import AnsweredQuestion, Answers
 from lionjax.evaluation.submissions import write_submission
 
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 32  # prompts at once
+RIGHT_SCORE = 0.5  # of an answer that counts as right in the gallery
+NUM_PICTURES = 12  # right and wrong answers each of whose picture a copy is kept
+PICTURE_SIDE = 320  # pixels of the longer side of these copies
 REGION_BENCHMARKS = ("rec", "res", "reason_seg", "reg")
 YES_NO = ("yes", "no")
 TRUE_FALSE = (("yes", "true"), ("no", "false"))
@@ -44,53 +52,122 @@ def evaluate_model(
     limit: int | None = None,
     folder: Path | None = None,
     submission: str = "",
+    label: str = "",
+    blind: bool = False,
+    source_path: str = "",
 ) -> dict[str, Any]:
     """The result of a model on a benchmark, as `scoring.score_predictions` gives it for given answers.
 
     `limit`: the first questions only. With `folder`, answers and figures are written there, and `submission` is the
-    file for the benchmark's server. Judged benchmarks have
-    their answers written, and figures once their replies or ratings are given as predictions. Raises UserError for a
-    benchmark that is not asked as a whole (Flickr30k Entities), and if no question has its picture.
+    file for the benchmark's server. `label` names both (default: the benchmark's name), `source_path` is recorded.
+    Beside the figures are `interval`, `majority` and `seconds`, and with `blind` the main figure of the same model with
+    blank images. Judged benchmarks have their answers written, and figures once their replies or ratings are given as
+    predictions. Raises UserError for a benchmark that is not asked as a whole (Flickr30k Entities), and if no question
+    has its picture.
     """
     name = scoring.benchmark_name(benchmark)
     if name == "flickr30k_entities":
         raise UserError(f"{name} asks for a box after each phrase; score such answers with --predictions")
-    dataset = scoring.open_benchmark(name, source, split)
+    dataset, label, start = scoring.open_benchmark(name, source, split), label or name, time.perf_counter()
     answers, missing = predict(model, name, protocol, dataset, limit)
-    rows = [answer_record(name, row) for row in answers.rows]
-    if folder is not None:
-        path = folder / "evaluation" / f"{name}_{protocol.name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_jsonl(path, rows)
+    seconds = time.perf_counter() - start
     if submission:
         write_submission(name, Path(submission), protocol, dataset, answers, source)
     has_truth = name not in scoring.JUDGED and any(scoring.is_public(row, name) for row in answers.rows)
     entry = scoring.score_answers(name, protocol, dataset, answers, has_truth)
-    entry |= {"split": split, "limit": limit, "updates": model.updates}
+    entry |= {"label": label, "split": split, "limit": limit, "updates": model.updates, "seconds": round(seconds, 3)}
+    entry["source"] = source_path
     entry["trained_on_train_split"] = reads_same_files(source, model.experiment.data.sources)
     entry["missing_pictures"] = {"count": len(missing), "names": missing[: scoring.MAX_LISTED]}
+    scores = None
+    if has_truth:
+        rows = scoring.sized_rows(name, dataset, answers.rows)
+        scores = question_scores.question_scores(name, protocol, rows)
+        entry["interval"] = question_scores.interval(name, protocol, rows, scores)
+        entry["majority"] = question_scores.majority(name, protocol, rows)
+    if has_truth and blind:
+        blank_answers, _ = predict(model, name, protocol, dataset, limit, blind=True)
+        blank_entry = scoring.score_answers(name, protocol, dataset, blank_answers)
+        entry["blind"] = {"value": blank_entry["main_figure"]["value"]}
     if folder is not None:
-        report = take_record(folder / "report.json")
-        report.setdefault("published", {})[f"{name}@{protocol.name}"] = entry
-        write_json(folder / "report.json", report)
+        write_results(folder, name, protocol, dataset, answers, scores, entry)
     return entry
 
 
+def write_results(
+    folder: Path,
+    name: str,
+    protocol: Protocol,
+    dataset: AnnotatedImages,
+    answers: Answers,
+    scores: Sequence[float] | None,
+    entry: dict[str, Any],
+) -> None:
+    """Write the answers to evaluation/LABEL_PROTOCOL.jsonl, some of their pictures, and the entry to report.json.
+
+    The first answers that are right and the first that are not have a copy of their picture (`picture_copy`).
+    """
+    stem = result_stem(entry)
+    path = folder / "evaluation" / f"{stem}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows, counts = [], {}
+    for index, row in enumerate(scoring.sized_rows(name, dataset, answers.rows)):
+        record = answer_record(name, row)
+        if entry["main_figure"] is not None:
+            record |= {"truth": list(row.annotation.answers)} | question_scores.answer_overlays(name, protocol, row)
+        if scores is not None:
+            record["score"] = scores[index]
+        mark = None if scores is None else scores[index] >= RIGHT_SCORE
+        counts[mark] = counts.get(mark, 0) + 1
+        if counts[mark] <= NUM_PICTURES and row.image.name:
+            file = Path("pictures") / f"{stem}_{index}.jpg"
+            _save_picture(dataset.load_record(row.annotation.photo)[0], path.parent / file)
+            record["picture_copy"] = str(file)
+        rows.append(record)
+    write_jsonl(path, rows)
+    report = take_record(folder / "report.json")
+    report.setdefault("published", {})[f"{entry['label']}@{protocol.name}"] = entry
+    write_json(folder / "report.json", report)
+
+
+def result_stem(entry: Mapping[str, Any]) -> str:
+    """The name of the file of a result's answers, without suffix: LABEL_PROTOCOL."""
+    return re.sub(r"[^\w.+-]+", "_", f"{entry['label']}_{entry['protocol']}")
+
+
+def _save_picture(image: Image.Image, path: Path) -> None:
+    """Write a picture as JPEG of at most `PICTURE_SIDE` pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small, buffer = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    small.save(buffer, "JPEG", quality=85)
+    write_atomic(path, buffer.getvalue())
+
+
 def reads_same_files(source: Any, trained: Iterable[Any]) -> bool:
-    """Whether a source of the training data is of the benchmark's format: then its train split may have been seen."""
-    return any(type(source) is type(other) for other in trained)
+    """Whether a source of the training data is of the benchmark's format: then its train split may have been seen.
+
+    JSON Lines are of no benchmark by themselves (POPE is read as such): there the files must be the same.
+    """
+    return any(type(source) is type(other) and (type(source) is not JsonLines or source == other) for other in trained)
 
 
 def predict(
-    model: Any, name: str, protocol: Protocol, dataset: AnnotatedImages, limit: int | None = None
+    model: Any, name: str, protocol: Protocol, dataset: AnnotatedImages, limit: int | None = None, blind: bool = False
 ) -> tuple[Answers, list[str]]:
-    """(answers of a model to the questions of a benchmark in their order, names of missing pictures)."""
+    """(answers of a model to the questions of a benchmark in their order, names of missing pictures).
+
+    `blind`: images are replaced by ones of the same size in the mean color, which normalizes to zero.
+    """
     benchmark = scoring.BENCHMARKS[name]
     annotations = [row for task in benchmark.tasks for row in dataset.annotations.get(task, ())]
     usable = [row for row in annotations if not row.problem and benchmark.wanted(row)][:limit]
     missing: dict[str, None] = {}
     rows: list[AnsweredQuestion] = []
     opened = _with_images(dataset, usable, missing)
+    if blind:
+        color = tuple(round(255 * value) for value in model.processor.config.image_mean)
+        opened = ((row, info, Image.new("RGB", image.size, color)) for row, info, image in opened)
     while batch := list(itertools.islice(opened, BATCH_SIZE)):
         predictions = predict_batch(
             model, name, protocol, [row for row, _, _ in batch], [image for _, _, image in batch]

@@ -213,9 +213,7 @@ def score_answers(
     name: str, protocol: Protocol, dataset: AnnotatedImages, answers: Answers, has_truth: bool = True
 ) -> dict[str, Any]:
     """Figures of answered questions with the protocol and the published figures, for JSON; none without truth."""
-    benchmark, rows = BENCHMARKS[name], answers.rows
-    if benchmark.needs_sizes:
-        rows = [row._replace(image=_with_size(dataset, row)) for row in rows]
+    benchmark, rows = BENCHMARKS[name], sized_rows(name, dataset, answers.rows)
     figures = benchmark.score(rows, protocol) if has_truth else {}
     total = len(rows) + len(answers.unanswered)
     return {
@@ -232,6 +230,13 @@ def score_answers(
         "left_out": {"METEOR": "it needs Java"} if "caption" in benchmark.tasks else {},
         "published": [dataclasses.asdict(figure) for figure in published_figures(name)],
     }
+
+
+def sized_rows(name: str, dataset: AnnotatedImages, rows: list[AnsweredQuestion]) -> list[AnsweredQuestion]:
+    """The answered questions with the sizes of their images, where a benchmark has boxes or masks in pixels."""
+    if not BENCHMARKS[name].needs_sizes:
+        return rows
+    return [row._replace(image=_with_size(dataset, row)) for row in rows]
 
 
 def main_figure(name: str, protocol: Protocol, figures: Mapping[str, Any]) -> dict[str, Any]:

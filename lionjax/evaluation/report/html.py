@@ -252,7 +252,7 @@ def render_gallery(name: str, rows: Sequence[Mapping], workdir: Path) -> str:
     for row in rows[:GALLERY_SIZE]:
         image = annotated_image(row, workdir)
         truth = join_references(row.get("truth", ""))
-        score, prediction = row.get("score"), str(row.get("prediction", ""))
+        score, prediction = row.get("score"), str(row.get("prediction", row.get("answer", "")))
         mark = "" if score is None else "right" if score >= 0.5 else "wrong"
         sign = {"right": "✓ ", "wrong": "✗ "}.get(mark, "")
         cards.append(render_card(image, str(row.get("question", "")), sign + prediction, mark, truth))
@@ -269,12 +269,14 @@ def render_gallery(name: str, rows: Sequence[Mapping], workdir: Path) -> str:
     )
 
 
-def render_card(image: Image.Image | None, question: str, prediction: str, mark: str, truth: str) -> str:
-    """The HTML of one answer."""
+def render_card(
+    image: Image.Image | None, question: str, prediction: str, mark: str, truth: str, attributes: str = ""
+) -> str:
+    """The HTML of one answer. `attributes`: further ones of its element, with a blank before each."""
     image_tag = "" if image is None else f'<img src="{data_url(encode_jpeg(image), "jpeg")}" alt="" loading="lazy">'
     parts = [("question", question, ""), ("answer", prediction, mark), ("truth", truth, "")]
     entries = "".join(f'<dt>{name}</dt><dd class="{style}">{escape(text)}</dd>' for name, text, style in parts if text)
-    return f'<div class="answer">{image_tag}<dl>{entries}</dl></div>'
+    return f'<div class="answer"{attributes}>{image_tag}<dl>{entries}</dl></div>'
 
 
 def join_references(references: str | Sequence[str], max_chars: int = 80) -> str:

@@ -1,70 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model is asked as the protocol says, and its answers are scored as given ones; the model is a scripted one."""
 
-import dataclasses
 import json
 import shutil
-import types
-from pathlib import Path
 
 import numpy as np
 import pytest
+from scripted_benchmarks import FILES, Scripted, Settings, ask
 
 from lionjax.core.types import UserError
 from lionjax.data.datasets import detect
 from lionjax.evaluation.protocols import get_protocol
 from lionjax.evaluation.published import model_answers, scoring
-
-FILES = Path(__file__).resolve().parents[2] / "data" / "benchmarks"
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The fields of a GenerationConfig that a protocol sets."""
-
-    max_new_tokens: int = 99
-    min_length: int = 0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    do_sample: bool = True
-    decoder_start_token_id: int | None = 0
-
-
-class Scripted:
-    """Answers prompts by a function, and prefers candidates by another; keeps what it was asked."""
-
-    def __init__(self, answer=lambda prompt: "red", loss=lambda prompt, text: float(len(text)), sources=()):
-        self.reply, self.loss, self.prompts, self.calls, self.updates = answer, loss, [], [], 7
-        self.experiment = types.SimpleNamespace(data=types.SimpleNamespace(sources=sources))
-
-    def generation_config(self, category):
-        return Settings()
-
-    def answer(self, images, prompts, boxes=None, category=None, generation_config=None):
-        self.prompts += prompts
-        self.calls.append((category, generation_config, boxes, [image.size for image in images]))
-        replies = [self.reply(prompt) for prompt in prompts]
-        return [types.SimpleNamespace(text=r if isinstance(r, str) else "", masks=r) for r in replies]
-
-    def candidate_losses(self, images, prompts, candidates, mean=False):
-        self.prompts += prompts
-        self.calls.append((mean, candidates))
-        return [np.array([self.loss(p, text) for text in some]) for p, some in zip(prompts, candidates)]
-
-
-def ask(tmp_path, benchmark, file, model, protocol="", answers="", **options):
-    """The result of a scripted model; every picture of the benchmark is one of the drawn ones."""
-    source = detect.detect_source(str(FILES / file), str(tmp_path), str(FILES / answers) if answers else "")
-    source = scoring.whole_source(benchmark, source, str(FILES / file))
-    for info in source.open("heldout", 10**7).image_infos:
-        if info.name and not (tmp_path / info.name).exists():
-            (tmp_path / info.name).parent.mkdir(parents=True, exist_ok=True)
-            drawn = FILES / "images" / Path(info.name).name
-            shutil.copy(
-                drawn if drawn.exists() else FILES / "images/COCO_val2014_000000000001.jpg", tmp_path / info.name
-            )
-    return model_answers.evaluate_model(model, benchmark, source, get_protocol(benchmark, protocol), **options)
-
 
 OKVQA = ("okvqa", "vqa/OpenEnded_mscoco_val2014_questions.json")
 TRUTH = "vqa/mscoco_val2014_annotations.json"
@@ -183,6 +130,9 @@ def test_judged_answers_are_written_for_the_judge_and_have_no_figures(tmp_path):
     entry = ask(tmp_path, "owleval", "judged/owleval_questions.jsonl", Scripted(), folder=folder)
     assert entry["figures"] == {} and entry["answered"] == 4
     rows = [json.loads(line) for line in (folder / "evaluation/owleval_official.jsonl").read_text().splitlines()]
-    assert rows[0] == {"question_id": "1", "question": "What is odd here?", "picture": "1.jpg", "answer": "red"}
+    assert rows[0] == {"question_id": "1", "question": "What is odd here?", "picture": "1.jpg"} | {
+        "answer": "red",
+        "picture_copy": "pictures/owleval_official_0.jpg",
+    }
     with pytest.raises(UserError, match="asks for a box after each phrase"):
         ask(tmp_path, "flickr30k_entities", "regions/flickr30k_entities", Scripted())

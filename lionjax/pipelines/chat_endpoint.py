@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lionjax.core.errors import RetryError, UserError, check_choices, check_ranges
-from lionjax.pipelines.completion import Completion, CompletionRequest
+from lionjax.pipelines.completion import Completion, Request, ToolCall, num_characters
 from lionjax.pipelines.journal import Journal, journal_key
 
 log = logging.getLogger(__name__)
@@ -107,21 +107,21 @@ class ChatEndpoint:
         self._reserved_tokens = 0
         self._asks_log_probs = True
 
-    def key(self, request: CompletionRequest) -> str:
+    def key(self, request: Request) -> str:
         """The journal's key of a request to this model; not of the endpoint, which may move."""
         asked = dataclasses.asdict(request)
         del asked["may_be_cut"]  # what we make of a reply, not what is asked
         return journal_key({"api": self.config.api, "model": self.config.model, **asked})
 
-    def pending(self, requests: Sequence[CompletionRequest]) -> list[CompletionRequest]:
+    def pending(self, requests: Sequence[Request]) -> list[Request]:
         """The requests that the journal has no reply to, each once."""
         return list({self.key(r): r for r in requests if self.journal.get(self.key(r)) is None}.values())
 
-    def max_tokens_of(self, request: CompletionRequest) -> int:
+    def max_tokens_of(self, request: Request) -> int:
         """An estimate of the tokens that a request may use: prompt and longest reply."""
         return max_tokens_of(request, self.count_tokens)
 
-    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | None]:
+    def complete(self, requests: Sequence[Request]) -> list[Completion | None]:
         """The reply to each request in order, `at_once` in flight; those in the journal are not asked for again.
 
         None for those that the budget leaves out. Raises UserError for what asking again does not mend (no such
@@ -132,7 +132,7 @@ class ChatEndpoint:
         pending, run = self.pending(requests), _Run()
         refused: dict[str, Completion] = {}
 
-        def work(request: CompletionRequest) -> None:
+        def work(request: Request) -> None:
             if run.is_over or not self._reserve(request, run):
                 return
             try:
@@ -158,10 +158,10 @@ class ChatEndpoint:
                 "the budget of %d tokens is used up; the remaining questions were not asked", self.config.budget
             )
         replies = [self._completion(request, refused) for request in requests]
-        self._count(replies, len(requests) - len(pending))
+        self._count(requests, replies, len(requests) - len(pending))
         return replies
 
-    def _reserve(self, request: CompletionRequest, run: _Run) -> bool:
+    def _reserve(self, request: Request, run: _Run) -> bool:
         """Whether the budget has room for a request, beside those in flight; if not, the run asks nothing further."""
         with self._lock:
             used = self.usage.prompt_tokens + self.usage.completion_tokens + self._reserved_tokens
@@ -172,17 +172,17 @@ class ChatEndpoint:
             self._reserved_tokens += needed
             return True
 
-    def _release(self, request: CompletionRequest) -> None:
+    def _release(self, request: Request) -> None:
         with self._lock:
             self._reserved_tokens -= self.max_tokens_of(request)
 
-    def _request(self, request: CompletionRequest) -> dict[str, Any]:
+    def _request(self, request: Request) -> dict[str, Any]:
         """Ask the server; the journal's row of the reply, or {"problem": reason} for a request that it refuses."""
         import openai
 
         began, num_malformed = time.monotonic(), 0
         while True:
-            with_log_probs = self._asks_log_probs
+            with_log_probs = self._asks_log_probs and request.needs_log_probs
             try:
                 row = self._parse(self._send(request, with_log_probs), request)
                 break
@@ -199,7 +199,7 @@ class ChatEndpoint:
         row["seconds"] = round(time.monotonic() - began, 3)
         return self.journal.add(self.key(request), row)
 
-    def _send(self, request: CompletionRequest, with_log_probs: bool) -> Any:
+    def _send(self, request: Request, with_log_probs: bool) -> Any:
         """The server's reply, as the openai package reads it. Raises that package's errors."""
         client, is_chat = self._open_client(), self.config.api == "chat"
         fields: dict[str, Any] = {
@@ -210,9 +210,10 @@ class ChatEndpoint:
         }
         fields |= {"stop": list(request.stop)} if request.stop else {}
         fields |= {"logprobs": True if is_chat else 1} if with_log_probs else {}
-        if is_chat:
-            return client.chat.completions.create(messages=[{"role": "user", "content": request.prompt}], **fields)
-        return client.completions.create(prompt=request.prompt, **fields)
+        if not is_chat:
+            return client.completions.create(prompt=request.prompt, **fields)
+        fields |= {"tools": list(request.tools)} if request.tools else {}
+        return client.chat.completions.create(messages=list(request.messages), **fields)
 
     def _open_client(self) -> Any:
         import openai
@@ -228,13 +229,14 @@ class ChatEndpoint:
                 )
             return self._client
 
-    def _parse(self, reply: Any, request: CompletionRequest) -> dict[str, Any]:
+    def _parse(self, reply: Any, request: Request) -> dict[str, Any]:
         """The journal's row of a reply. Raises MalformedReplyError for one that is not a completion."""
         try:
             choice = reply.choices[0]
             is_chat = self.config.api == "chat"
             text = choice.message.content if is_chat else choice.text
             refusal = getattr(choice.message, "refusal", None) if is_chat else None
+            calls = _read_tool_calls(choice.message) if is_chat else []
         except (AttributeError, IndexError, TypeError) as error:
             raise MalformedReplyError(f"{str(reply)[:60]!r}") from error
         tokens, log_probs = _read_log_probs(choice, is_chat)
@@ -249,25 +251,28 @@ class ChatEndpoint:
             self.usage.num_estimated += not is_counted
             self.usage.prompt_tokens += counts[0]
             self.usage.completion_tokens += counts[1]
-        return {
+        is_refusal = refusal or (text is None and not calls)
+        row = {
             "text": text or "",
             "tokens": tokens,
             "token_log_probs": log_probs,
-            "finish_reason": "refusal" if refusal or text is None else choice.finish_reason or "stop",
+            "finish_reason": "refusal" if is_refusal else choice.finish_reason or "stop",
             "prompt_tokens": counts[0],
             "completion_tokens": counts[1],
         }
+        return row | ({"tool_calls": calls} if calls else {})
 
-    def _completion(self, request: CompletionRequest, refused: dict[str, Completion]) -> Completion | None:
+    def _completion(self, request: Request, refused: dict[str, Completion]) -> Completion | None:
         """The journal's reply to a request, or that it was refused; None if it was not asked."""
         if (row := self.journal.get(self.key(request))) is None:
             return refused.get(self.key(request))
         reason = row["finish_reason"]
         usable = ("stop", "length") if request.may_be_cut else ("stop",)
-        problem = "" if reason in usable else reason
-        return Completion(row["text"], tuple(row["tokens"]), tuple(row["token_log_probs"]), problem)
+        calls = tuple(ToolCall(*call) for call in row.get("tool_calls", ()))
+        problem = "" if reason in usable or (calls and reason == "tool_calls") else reason
+        return Completion(row["text"], tuple(row["tokens"]), tuple(row["token_log_probs"]), problem, calls)
 
-    def _count(self, replies: Sequence[Completion | None], num_from_journal: int) -> None:
+    def _count(self, requests: Sequence[Request], replies: Sequence[Completion | None], num_from_journal: int) -> None:
         usage = self.usage
         usage.num_from_journal += num_from_journal
         usage.num_over_budget += sum(reply is None for reply in replies)
@@ -275,7 +280,8 @@ class ChatEndpoint:
         usage.num_unreadable += sum(
             reply is not None and bool(reply.problem) and not reply.problem.startswith("refused") for reply in replies
         )
-        without = sum(reply is not None and reply.is_readable and not reply.token_log_probs for reply in replies)
+        asked = [reply for request, reply in zip(requests, replies) if request.needs_log_probs]
+        without = sum(reply is not None and reply.is_readable and not reply.token_log_probs for reply in asked)
         if without and not usage.num_without_log_probs:
             log.warning("%s gives no log-probabilities with its replies", self.config.host)
         usage.num_without_log_probs += without
@@ -344,9 +350,10 @@ def estimate(text: str) -> int:
     return -(-len(text.encode()) // BYTES_PER_TOKEN)
 
 
-def max_tokens_of(request: CompletionRequest, count_tokens: Callable[[str], int] = estimate) -> int:
-    """An estimate of the tokens that a request uses at most: its prompt and the longest reply."""
-    return count_tokens(request.prompt) + request.max_tokens
+def max_tokens_of(request: Request, count_tokens: Callable[[str], int] = estimate) -> int:
+    """An estimate of the tokens that a request uses at most: its prompt with calls and tools, and the longest reply."""
+    further = num_characters(request) - len(request.prompt)
+    return count_tokens(request.prompt) + -(-further // BYTES_PER_TOKEN) + request.max_tokens
 
 
 def require_openai() -> None:
@@ -379,3 +386,14 @@ def _read_log_probs(choice: Any, is_chat: bool) -> tuple[list[str], list[float]]
     if not all(isinstance(token, str) and isinstance(value, int | float) for token, value in pairs):
         return [], []
     return [token for token, _ in pairs], [float(value) for _, value in pairs]
+
+
+def _read_tool_calls(message: Any) -> list[list[str]]:
+    """[id, name, arguments] of each function that a message calls; other kinds of calls are passed over."""
+    found = []
+    for call in getattr(message, "tool_calls", None) or ():
+        function = getattr(call, "function", None)
+        parts = [getattr(call, "id", ""), getattr(function, "name", None), getattr(function, "arguments", "")]
+        if isinstance(parts[1], str):
+            found.append([part if isinstance(part, str) else json.dumps(part, default=str) for part in parts])
+    return found

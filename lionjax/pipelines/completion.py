@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from lionjax.core.errors import UserError
+
+Message = Mapping[str, Any]  # of a conversation, as OpenAI's API has it: role, content, tool_calls, tool_call_id
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,65 @@ class CompletionRequest:
     sample: int = 0
     may_be_cut: bool = False
 
+    tools = ()
+    needs_log_probs = True
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The prompt as a conversation of one message."""
+        return ({"role": "user", "content": self.prompt},)
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A conversation to continue; fields as in `CompletionRequest`. `tools`: OpenAI's schemas of callable functions.
+
+    `text`: the conversation as models read it that only continue text; empty: one line for each role.
+    """
+
+    messages: tuple[Message, ...]
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    sample: int = 0
+    may_be_cut: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
+    text: str = ""
+
+    needs_log_probs = False
+
+    @property
+    def prompt(self) -> str:
+        """The conversation as one text, for models without roles, that ends where the next message begins."""
+        if self.text:
+            return self.text
+        lines = [f"{one['role']}: {one.get('content') or ''}" for one in self.messages]
+        return "\n\n".join([*lines, "assistant:"])
+
+    @property
+    def completion(self) -> CompletionRequest:
+        """The request for models that only continue text. Raises UserError for one with tools."""
+        if self.tools:
+            raise UserError(
+                "this model cannot call tools by itself; use an endpoint with --api chat, or --style visual-chatgpt"
+            )
+        stop = self.stop or ("\nuser:",)
+        settings = (self.temperature, self.top_p, self.sample, self.may_be_cut)
+        return CompletionRequest(self.prompt, self.max_tokens, stop, *settings)
+
+
+Request = CompletionRequest | ChatRequest
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function that a reply calls, with its arguments as JSON text; nothing of it is checked."""
+
+    id: str
+    name: str
+    arguments: str
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -36,6 +100,7 @@ class Completion:
     tokens: tuple[str, ...] = ()
     token_log_probs: tuple[float, ...] = ()
     problem: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def is_readable(self) -> bool:
@@ -45,8 +110,14 @@ class Completion:
 class LanguageModel(Protocol):
     """A language model that continues prompts and is not trained."""
 
-    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | None]:
+    def complete(self, requests: Sequence[Request]) -> list[Completion | None]:
         """The continuation of each request in the order of the requests; None: not asked, as a budget is used up."""
 
     def describe(self) -> dict:
         """What report.json says of the model and of its use so far."""
+
+
+def num_characters(request: Request) -> int:
+    """The length of what a model reads: the conversation, calls in it and the schemas of its tools."""
+    calls = [one["tool_calls"] for one in request.messages if one.get("tool_calls")]
+    return len(request.prompt) + sum(len(json.dumps(part)) for part in (*calls, *request.tools))

@@ -11,7 +11,7 @@ from lionjax.core.types import UserError
 from lionjax.inference.engine import Answer
 from lionjax.inference.model import Model
 from lionjax.inference.sampling import GenerationConfig, end_token_ids
-from lionjax.pipelines.completion import Completion, CompletionRequest
+from lionjax.pipelines.completion import ChatRequest, Completion, CompletionRequest, Request
 
 
 class LoadedModel:
@@ -21,11 +21,12 @@ class LoadedModel:
         self.model, self.name, self.seed = model, name, seed
         self.num_asked = self.num_refused = 0
 
-    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion | None]:
+    def complete(self, requests: Sequence[Request]) -> list[Completion | None]:
         """The continuation of each request in order, in batches of prompts of like length and equal settings.
 
         A prompt that is longer than the model's longest is refused, with the problem "refused: too long".
         """
+        requests = [one.completion if isinstance(one, ChatRequest) else one for one in requests]
         completions: dict[int, Completion] = {}
         groups: dict[tuple, list[int]] = {}
         for place, request in enumerate(requests):

@@ -24,7 +24,7 @@ from lionjax.data.images import to_pil_image
 from lionjax.data.letterbox import Letterbox, preprocess_sam_image
 from lionjax.inference.engine import round_up_to_bucket
 from lionjax.inference.sampling import require_finite
-from lionjax.models.vision.sam_decoder import Sam
+from lionjax.models.vision.sam_decoder import Sam, postprocess_masks
 from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.training.checksum import params_digest
 
@@ -47,6 +47,20 @@ class Segmenter:
     def digest(self) -> str:
         """16 hex digits of the parameters and sizes, by which kept features are recognized."""
         return params_digest(self.params, repr(self.config))
+
+    def segment(self, image: object, box: Box) -> np.ndarray:
+        """bool (height, width): the mask that a box prompts, x0 y0 x1 y1 in 0..1 of the image.
+
+        Of SAM's masks its first, as for prompts that mean one thing. Raises UserError where SAM computes NaN.
+        """
+        image = to_pil_image(image)
+        side, square = self.config.image_size, Letterbox(*image.size)
+        box_114 = np.array([[square.to_padded(box)]], np.float32) * side
+        image_1HWC = preprocess_sam_image(image, side)[None]
+        logits_1HW = np.asarray(_mask_logits(self.config, self.params, image_1HWC, box_114))[0]
+        require_finite(np.isfinite(logits_1HW).all(axis=(1, 2)), "segments")
+        inside = square.pixel_rect(side)
+        return (postprocess_masks(logits_1HW, side, inside, (image.height, image.width)) > 0)[0]
 
     def segment_features(self, image: object, boxes: Sequence[Box]) -> np.ndarray:
         """float32 (K, width + 4): the features of the segments in the boxes, x0 y0 x1 y1 in 0..1 of the image.
@@ -72,18 +86,28 @@ class Segmenter:
 @functools.partial(jax.jit, static_argnums=0)
 def _pooled(config: SamConfig, params: Params, image_BHWC, box_BK4):
     """(B, K, C): the image embedding averaged over the mask of each box (in pixels of SAM's square)."""
-
-    def run(sam: Sam):
-        image_BhwC = sam.encode(image_BHWC)
-        logits_BKHW = sam.decode(image_BhwC, sam.prompts.embed_boxes(box_BK4))[0][:, :, 0]
-        return image_BhwC, logits_BKHW
-
-    image_BhwC, logits_BKHW = Sam(config).apply({"params": params}, method=run)
+    image_BhwC, logits_BKHW = _embed_and_segment(config, params, image_BHWC, box_BK4)
     side = config.grid_size
     prob_BKHW = jax.nn.sigmoid(logits_BKHW.astype(jnp.float32))
     weight_BKhw = prob_BKHW.reshape(*prob_BKHW.shape[:2], side, 4, side, 4).mean((3, 5))
     total_BK = weight_BKhw.sum((2, 3))[..., None]
     return jnp.einsum("BKhw,BhwC->BKC", weight_BKhw, image_BhwC.astype(jnp.float32)) / total_BK
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mask_logits(config: SamConfig, params: Params, image_BHWC, box_BK4):
+    """(B, K, h, w) mask logits of boxes in pixels of SAM's square."""
+    return _embed_and_segment(config, params, image_BHWC, box_BK4)[1].astype(jnp.float32)
+
+
+def _embed_and_segment(config: SamConfig, params: Params, image_BHWC, box_BK4):
+    """(image embedding (B, h, w, C), mask logits (B, K, H, W)) of boxes in pixels of SAM's square."""
+
+    def run(sam: Sam):
+        image_BhwC = sam.encode(image_BHWC)
+        return image_BhwC, sam.decode(image_BhwC, sam.prompts.embed_boxes(box_BK4))[0][:, :, 0]
+
+    return Sam(config).apply({"params": params}, method=run)
 
 
 def load(folder: str | Path) -> Segmenter:

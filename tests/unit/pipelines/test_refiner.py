@@ -190,6 +190,12 @@ def test_rows_of_segments_are_the_image_embedding_averaged_over_the_mask_of_the_
     np.testing.assert_allclose(rows_KD[:, :-4], expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(rows_KD[:, -4:], [[0.35, 0.55, 0.5, 0.7], [0.5, 0.5, 1, 1]], atol=1e-6)
     assert sam.segment_features(image, []).shape == (0, 36)
+    mask_HW = sam.segment(image, boxes[0])  # the logits of the image's part of the square, at the image's size
+    assert mask_HW.shape == (image.height, image.width) and mask_HW.dtype == bool
+    top, left, height, width = segmenter.Letterbox(*image.size).pixel_rect(side)
+    full_HW = np.asarray(jax.image.resize(logits[0], (side, side), "linear"))[top : top + height, left : left + width]
+    rows, columns = (np.arange(n) * m // n for n, m in ((image.height, height), (image.width, width)))
+    assert (mask_HW == (full_HW[np.ix_(rows, columns)] > 0)).mean() > 0.9 and 0 < mask_HW.mean() < 1
 
 
 def test_segments_of_kept_boxes_are_further_rows_and_need_a_sam_of_the_same_width(sam, tokens, monkeypatch):

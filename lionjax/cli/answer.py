@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lionjax.cli.language_model import add_language_model_arguments, open_language_model, print_plan
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `lionjax answer`."""
@@ -26,14 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--similarity", default="imagequestion", help="question or imagequestion (default)")
     parser.add_argument("--limit", metavar="N", type=int, help="maximum number of questions")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn (default: 0)")
-    model = parser.add_argument_group("language model", "a folder of weights, or a model behind an endpoint")
-    model.add_argument("--lm", metavar="DIR", type=Path, help="a converted or published decoder or T5, or a run")
-    model.add_argument("--model", metavar="NAME", default="", help="the endpoint's name of the model")
-    model.add_argument("--endpoint", metavar="URL", default="", help="default: $OPENAI_BASE_URL; key: $OPENAI_API_KEY")
-    model.add_argument("--api", choices=("chat", "completions"), default="chat", help="default: chat")
-    model.add_argument("--at-once", metavar="N", type=int, default=4, help="requests in flight (default: 4)")
-    model.add_argument("--budget", metavar="TOKENS", type=int, help="tokens that the run may use at most")
-    model.add_argument("--dry-run", action="store_true", help="print the number of requests and the first prompt")
+    add_language_model_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the number of requests and the first prompt")
 
 
 def answer(args: argparse.Namespace) -> None:
@@ -55,44 +51,14 @@ def answer(args: argparse.Namespace) -> None:
     orders = answering.choose_examples(config, features, len(rows), len(examples))
     rows, orders = rows[: args.limit], orders[: args.limit]
     if args.dry_run:
-        _print_plan(args, answering, rows, examples, orders, config)
+        recorder = answering.RequestRecorder()
+        answering.answer_rows(recorder, rows, examples, orders, config)
+        print_plan(args, recorder.requests, "answers")
         return
-    model = _open_model(args)
+    model = open_language_model(args, "answers")
     report = answering.write_answers(
         args.workdir, rows, answering.answer_rows(model, rows, examples, orders, config), model, config
     )
     print(f"{report['num_answered']} of {report['num_questions']} questions are answered in {args.workdir}")
     for name, value in report["scores"].items():
         print(f"{name} {value}")
-
-
-def _open_model(args: argparse.Namespace):
-    """The language model that the arguments name."""
-    if args.lm is not None:
-        import lionjax
-        from lionjax.pipelines.loaded_model import LoadedModel
-
-        return LoadedModel(lionjax.load(args.lm), args.lm.name, args.seed)
-    return _open_endpoint(args, args.model)
-
-
-def _open_endpoint(args: argparse.Namespace, name: str):
-    from lionjax.pipelines.chat_endpoint import ChatEndpoint, EndpointConfig
-
-    config = EndpointConfig(name, args.endpoint, args.api, args.at_once, budget=args.budget)
-    return ChatEndpoint(config, args.workdir / "llm" / "answers.jsonl")
-
-
-def _print_plan(args: argparse.Namespace, answering, rows, examples, orders, config) -> None:
-    """Print what a run would ask: requests, those that the journal answers, tokens at most, the first prompt."""
-    from lionjax.pipelines.chat_endpoint import max_tokens_of
-
-    recorder = answering.RequestRecorder()
-    answering.answer_rows(recorder, rows, examples, orders, config)
-    pending, requests = recorder.requests, recorder.requests
-    if args.model:
-        pending = _open_endpoint(args, args.model).pending(requests)
-    tokens = sum(map(max_tokens_of, pending))
-    print(f"{len(requests)} requests, {len(requests) - len(pending)} of them answered already; about {tokens:,} tokens")
-    if requests:
-        print(f"the first prompt:\n{requests[0].prompt}")

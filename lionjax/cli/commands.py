@@ -17,6 +17,7 @@ from lionjax.cli import convert as weights_command
 from lionjax.cli import guide as guide_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import score as score_command
+from lionjax.cli import tools as tools_command
 from lionjax.cli.errors import UsageError, describe_error
 
 
@@ -127,6 +128,16 @@ def generate(args: argparse.Namespace, _) -> None:
 def answer(args: argparse.Namespace, _) -> None:
     """Answer questions about captions with a language model that stays as it is (PICa, PromptCap)."""
     answer_command.answer(args)
+
+
+def tools(args: argparse.Namespace, _) -> None:
+    """List what loaded models offer as tools, or serve them to clients of the Model Context Protocol."""
+    tools_command.tools(args)
+
+
+def agent(args: argparse.Namespace, _) -> None:
+    """Answer questions about images with a language model that uses loaded models as tools."""
+    tools_command.agent(args)
 
 
 def demo(args: argparse.Namespace, _) -> None:

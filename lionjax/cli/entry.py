@@ -21,7 +21,9 @@ from lionjax.cli import convert as weights_command
 from lionjax.cli import guide as guide_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import score as score_command
+from lionjax.cli import tools as tools_command
 from lionjax.cli.commands import (
+    agent,
     answer,
     benchmark,
     convert,
@@ -35,6 +37,7 @@ from lionjax.cli.commands import (
     report,
     show,
     tag,
+    tools,
     train,
 )
 from lionjax.cli.errors import StrictParser, UsageError, describe_error
@@ -62,6 +65,9 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
 
     verb = add_verb(verbs, answer)
     answer_command.add_arguments(verb)
+
+    tools_command.add_tools_arguments(add_verb(verbs, tools))
+    tools_command.add_agent_arguments(add_verb(verbs, agent))
 
     verb = add_verb(verbs, demo)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder or a folder of weights")

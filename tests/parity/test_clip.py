@@ -2,6 +2,7 @@
 """CLIP and SigLIP with both towers against transformers' classes, with sizes drawn anew at each run."""
 
 import dataclasses
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +126,27 @@ def openai_names(state: dict) -> dict:
     return renamed
 
 
-def test_openai_names_give_the_same_model_and_are_written_back(tmp_path):
+def as_module(tensors: dict):
+    """A module with these tensors as its state dict."""
+
+    class Tree(torch.nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    root = Tree()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, Tree())
+            module = module._modules[part]
+        module.register_buffer(last, tensor)
+    return root
+
+
+@pytest.mark.parametrize("archive", ["state dict", "TorchScript"])
+def test_openai_names_give_the_same_model_and_are_written_back(tmp_path, archive):
     from lionjax.models.vlm import clip
 
     rng = np.random.default_rng(int(np.random.default_rng().integers(2**31)))
@@ -141,7 +162,11 @@ def test_openai_names_give_the_same_model_and_are_written_back(tmp_path):
     openai = openai_names(state)
     sizes = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
     (tmp_path / "openai").mkdir()
-    torch.save({n: torch.tensor(w) for n, w in openai.items()} | sizes, tmp_path / "openai" / "ViT-B-32.pt")
+    tensors = {n: torch.tensor(w) for n, w in openai.items()} | sizes
+    if archive == "state dict":
+        torch.save(tensors, tmp_path / "openai" / "ViT-B-32.pt")
+    else:  # as released
+        torch.jit.trace(as_module(tensors), torch.zeros(1)).save(str(tmp_path / "openai" / "ViT-B-32.pt"))
     expected, _ = convert.from_torch(tmp_path / "hf")
     config, params = convert.from_torch(tmp_path / "openai" / "ViT-B-32.pt")
     ids = {name: getattr(config.text, name) for name in ("pad_token_id",)}
@@ -152,3 +177,19 @@ def test_openai_names_give_the_same_model_and_are_written_back(tmp_path):
         np.testing.assert_array_equal(leaf, trees.flatten(params)[path], err_msg=path)
     back = convert.state_dict_from_params(clip.openai_weight_map(config), params)
     assert back.keys() == openai.keys() and all(np.array_equal(back[name], openai[name]) for name in openai)
+
+
+def test_a_model_that_transformers_has_no_class_for_is_written_and_read_back(tmp_path):
+    from paths import CONFIGS
+
+    from lionjax.convert.formats import detect
+
+    model = runpy.run_path(str(CONFIGS / "tiny_clip.py"))["get_config"]().model
+    assert detect.format_of_config(model).name == "clip_own"
+    _, shapes = detect.weight_map_and_abstract_params(detect.format_of_config(model), model)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes)
+    convert.to_torch(model, params, tmp_path / "torch")
+    config, back = convert.from_torch(tmp_path / "torch")
+    assert config == model
+    jax.tree.map(np.testing.assert_array_equal, back, params)

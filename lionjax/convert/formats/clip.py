@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lionjax.convert.formats.checkpoint_format import CheckpointFormat
+from lionjax.convert.formats.checkpoint_format import CheckpointFormat, lionjax_config_format
 from lionjax.convert.formats.config_fields import BLOCK_SIZES, IMAGE_SIZES, ConfigFields
 from lionjax.convert.formats.config_table import ConfigTable, join, require_equal
 from lionjax.convert.formats.hf_vision import CLIP_VISION_TABLE, VIT_FIELDS, clip_vision_from_hf
@@ -238,7 +238,9 @@ OPENAI_CLIP_MODEL = CheckpointFormat(
     _openai_from_sizes,
     _clip_to_hf,
     _openai_weight_map,
-    ignore_patterns=(r"(input_resolution|context_length|vocab_size)(?#sizes)",),
+    ignore_patterns=(r"(input_resolution|context_length|vocab_size)(?#sizes)", r".*attn_mask(?#causal mask)"),
     complete_config=_openai_sizes,
 )
-CONTRASTIVE_FORMATS = (CLIP_MODEL, SIGLIP, OPENAI_CLIP_MODEL)
+# Models that no class of transformers is, such as one over another tower; names are CLIP_MODEL's as far as they go.
+OWN_CLIP = lionjax_config_format("clip_own", "Clip")
+CONTRASTIVE_FORMATS = (CLIP_MODEL, SIGLIP, OPENAI_CLIP_MODEL, OWN_CLIP)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open PyTorch's .bin, .pth and .pt files as memory-mapped arrays, without running code that they hold."""
+"""Open PyTorch's .bin, .pth and .pt files as memory-mapped arrays, without running code that they hold.
+
+TorchScript archives are read too (`torchscript.py`).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from lionjax.convert.io.tensors import CheckpointTensors, first_line
+from lionjax.convert.io.torchscript import is_torchscript, open_torchscript
 from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
@@ -33,11 +37,13 @@ def open_torch(path: Path, key: str | None = None) -> CheckpointTensors:
 
     Loads with weights_only=True. Raises UserError for damaged files and for pickles with code.
     """
-    torch = _import_torch(path)
     try:
         is_zip = zipfile.is_zipfile(path)
     except zipfile.BadZipFile as error:  # raised for a damaged record at the end
         raise UserError(f"{path} is damaged: {error}; download it again") from error
+    if is_zip and is_torchscript(path):
+        return open_torchscript(path)
+    torch = _import_torch(path)
     with path.open("rb") as file:
         starts_as_zip = file.read(4) == b"PK\x03\x04"
     if is_zip:

@@ -22,7 +22,7 @@ from lionjax.models.language import clip_text
 from lionjax.models.language.clip_text import CLIP_TEXT_B, CLIP_TEXT_L, SIGLIP_TEXT_B, ClipText, ClipTextConfig
 from lionjax.models.vision import vit
 from lionjax.models.vision.vit import CLIP_VIT_B32, CLIP_VIT_L, SIGLIP_VIT_B16, ViT, ViTConfig
-from lionjax.nn.layers import Dense, dense_weight_map, l2_normalize
+from lionjax.nn.layers import Dense, dense_weight_map, l2_normalize, norm_weight_map
 from lionjax.nn.losses import image_text_contrast, sigmoid_contrast
 
 
@@ -195,13 +195,18 @@ def batch_texts(c: ClipTextConfig, batch: Batch):
 
 
 def hf_weight_map(c: Clip) -> tuple[WeightMapping, ...]:
-    """Names of Hugging Face's CLIPModel."""
+    """Names of Hugging Face's CLIPModel; an image tower of another kind than CLIP's has those of EVA."""
+    vision = vit.tower_weight_map(c.vision, vit.clip_weight_map)
+    if not c.vision.pre_layernorm and c.vision.post_layernorm:
+        vision = (*vision, *norm_weight_map("post_layernorm", "norm_after"))
+    bias = (WeightMapping("logit_bias", "logit_bias"),) if c.objective == "sigmoid" else ()
     return (
-        *with_prefix("vision_model.", "vision/", vit.clip_weight_map(c.vision)),
+        *with_prefix("vision_model.", "vision/", vision),
         *with_prefix("text_model.", "text/", clip_text.weight_map(c.text)),
         *dense_weight_map("visual_projection", "image_projection", bias=False),
         *dense_weight_map("text_projection", "text_projection", bias=False),
         WeightMapping("logit_scale", "logit_scale"),
+        *bias,
     )
 
 

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lionjax.convert.formats import clip as clip_format
+from lionjax.convert.formats import detect
+from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.core.sharding import MeshConfig
 from lionjax.core.types import Batch
 from lionjax.models.language.clip_text import ClipTextConfig
 from lionjax.models.vision.vit import CLIP_VIT_B32
+from lionjax.models.vlm import clip
 from lionjax.models.vlm.clip import Clip, batch_texts
 from lionjax.nn import losses
 
@@ -88,3 +92,25 @@ def test_label_smoothing_and_the_limit_of_the_logit_scale():
 def test_an_image_tower_without_projection_has_the_width_of_the_embeddings():
     with pytest.raises(ValueError, match="embed_dim is 6, but an image tower with attention_pool has no projection"):
         Clip(dataclasses.replace(VISION, attention_pool=True), TEXT, 6)
+
+
+@pytest.mark.parametrize(
+    "model, count", [(clip.CLIP_B32, 151_277_313), (clip.CLIP_L14, 427_616_513), (clip.SIGLIP_B16, 203_155_970)]
+)
+def test_the_released_sizes_have_the_parameters_of_the_release(model, count):
+    fmt = detect.format_of_config(model)
+    weight_map, shapes = detect.weight_map_and_abstract_params(fmt, model)
+    assert trees.count_params(shapes) == count
+    assert {path for mapping in weight_map for path in mapping.flax_paths} == trees.flatten(shapes).keys()
+    same = dataclasses.replace(fmt.config_from_hf(fmt.config_to_hf(model)), init_logit_scale=model.init_logit_scale)
+    assert same == model
+
+
+def test_the_defaults_of_transformers_are_the_base_models():
+    transformers = pytest.importorskip("transformers")
+    found = clip_format.CLIP_MODEL.config_from_hf(transformers.CLIPConfig().to_dict())
+    scale, pad = found.init_logit_scale, found.text.pad_token_id
+    text = dataclasses.replace(clip.CLIP_B32.text, pad_token_id=pad)
+    assert found == dataclasses.replace(clip.CLIP_B32, init_logit_scale=scale, text=text)
+    found = clip_format.SIGLIP.config_from_hf(transformers.SiglipConfig().to_dict())
+    assert found == dataclasses.replace(clip.SIGLIP_B16, init_logit_scale=found.init_logit_scale)

@@ -50,6 +50,7 @@ TAG_TO_CLASS = {
     "PackingConfig": "lionjax.data.box_text:PackingConfig",
     "ImageFit": "lionjax.data.image_fit:ImageFit",
     "Scenes": "lionjax.data.scenes.dataset:Scenes",
+    "QuestionCaptions": "lionjax.data.scenes.question_captions:QuestionCaptions",
     "EasyVqa": "lionjax.data.datasets.easy_vqa:EasyVqa",
     "Coco": "lionjax.data.datasets.coco:Coco",
     "CocoRelease": "lionjax.data.datasets.coco:CocoRelease",

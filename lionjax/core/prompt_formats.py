@@ -14,6 +14,7 @@ from typing import Any
 
 from lionjax.core.experiment import GenerationDefaults
 
+PROMPTCAP_CAPTIONER = "please describe this image according to the given question: "  # the question follows
 HUMAN_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."

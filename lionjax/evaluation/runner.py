@@ -40,6 +40,7 @@ from lionjax.data.rle import encode_rle
 from lionjax.evaluation import tasks
 from lionjax.evaluation.detection import detect_answers
 from lionjax.evaluation.report.html import GALLERY_SIZE
+from lionjax.evaluation.retrieval import retrieval_batches
 from lionjax.evaluation.summary import metrics_by_kind, summarize_scores
 from lionjax.evaluation.tasks import SCORERS, TaskScores
 from lionjax.evaluation.trained_records import TrainedRecords
@@ -247,6 +248,9 @@ def run_batches(
     task, processor = benchmark_task(benchmark), inference_engine.processor
     if inference_engine.model.info.detects_phrases:
         yield from detect_batches(inference_engine, pipeline.examples(data, benchmark, split, limit))
+        return
+    if inference_engine.model.info.is_dual_encoder:
+        yield from retrieval_batches(inference_engine, pipeline.examples(data, benchmark, split, limit))
         return
     tagged = processor.config.use_tags and task != "tags"  # in the tags task, tags would leak the answer
     with_text = tagged or processor.config.spatial_text_in_prompt

@@ -45,7 +45,7 @@ class TaskScores:
 
 
 def score_caption(examples: Examples, texts: Sequence[str]) -> TaskScores:
-    """CIDEr-D, BLEU-4 and ROUGE-L."""
+    """CIDEr-D, BLEU-4 and ROUGE-L; `exact`: share of captions that equal a reference, of retrieved ones recall at 1."""
     references = [list(example.answers) for example in examples]
     cider_B, rouge_B = captions.cider_d(texts, references), captions.rouge_l(texts, references)
     scores = {
@@ -53,7 +53,8 @@ def score_caption(examples: Examples, texts: Sequence[str]) -> TaskScores:
         "caption_bleu4": float(captions.bleu(texts, references)[3]),
         "caption_rouge_l": float(rouge_B.mean()),
     }
-    return TaskScores(scores, {}, {"caption_cider": (cider_B, np.mean), "caption_rouge_l": (rouge_B, np.mean)})
+    details = {"exact": float(np.mean([text in example.answers for text, example in zip(texts, examples)]))}
+    return TaskScores(scores, details, {"caption_cider": (cider_B, np.mean), "caption_rouge_l": (rouge_B, np.mean)})
 
 
 def score_reg(examples: Examples, texts: Sequence[str]) -> TaskScores:

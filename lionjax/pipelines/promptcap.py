@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lionjax.core.errors import UserError
+from lionjax.core.prompt_formats import PROMPTCAP_CAPTIONER as CAPTIONER_PROMPT
 from lionjax.evaluation.metrics.vqa import edit_distance
 from lionjax.pipelines.captions_as_text import (
     SCORE_PER_MATCH,
@@ -32,7 +33,6 @@ from lionjax.pipelines.completion import Completion, CompletionRequest, Language
 if TYPE_CHECKING:
     from lionjax.inference.model import Model
 
-CAPTIONER_PROMPT = "please describe this image according to the given question: "
 MAX_ANSWER_TOKENS, MAX_CAPTION_TOKENS = 20, 128
 NUM_SAMPLES, SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 10, 1.0, 0.96
 BEST_REFERENCES = 3  # of the soft score

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import scene_reader as reader
 
+from lionjax.core.prompt_formats import PROMPTCAP_CAPTIONER
 from lionjax.core.types import CATEGORIES, UserError
 from lionjax.data import templates as wordings
 from lionjax.data.scenes import referring as says
 from lionjax.data.scenes import tasks, world
+from lionjax.data.scenes.question_captions import QuestionCaptions, statement
 
 SCENES = {split: [world.sample_scene(split, i) for i in range(250)] for split in ("train", "heldout")}
 BOTH = SCENES["train"] + SCENES["heldout"]
@@ -306,3 +308,21 @@ def test_every_scene_has_an_example_of_each_task():
             assert tasks.make_example(task, scene, rng).task == task
         for kind in ("count", "yesno"):
             assert tasks.vqa(scene, rng, kind).kind == kind
+
+
+def test_the_caption_for_a_question_states_its_answer():
+    source = QuestionCaptions(sizes=(150, 1, 1)).open("train", 10**6)
+    for index in range(len(source)):
+        scene = source.source.scene(index)
+        asked = tasks.make_example("vqa", scene, np.random.default_rng(index))
+        example = source.make_example("caption", index, scene, np.random.default_rng(index), 0.0)
+        words = example.answer.lower().rstrip(".").replace(",", "").split()
+        assert example.task == "caption" and example.question == PROMPTCAP_CAPTIONER + asked.question
+        assert asked.answer in words and (("no" in words) == ("not" in words) or asked.kind not in ("yesno",))
+        assert "{" not in example.answer and set(words) - set("is are".split())
+    assert statement("Is the number of stars greater than that of hearts?", "yes") == (
+        "Yes, there are more stars than hearts."
+    )
+    assert statement("The star: is it red?", "no") == "No, the star is not red."
+    with pytest.raises(UserError, match="is none about a scene"):
+        statement("Who is it?", "me")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import small_clip
 from PIL import Image
+from shared_data import ROOT, needs
 
 from lionjax import cli, convert
 from lionjax.core.types import UserError
@@ -18,6 +19,7 @@ from lionjax.inference import dual_encoder
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+REAL_MERGES = "tokenizers/clip_bpe_simple_vocab_16e6.txt.gz"
 TEXTS = ("a photo of a cat", "A  Red dog!", "don't\n 22 cats", "<|endoftext|> a dog", "naïve café", "x" * 40, "dog?!")
 
 
@@ -71,6 +73,19 @@ def test_openai_merges_imply_the_vocabulary(tmp_path, clip_folder):
     assert ours.backend.get_vocab() == theirs.backend.get_vocab()
     assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
     assert (ours.bos_ids, ours.eos_id) == (theirs.bos_ids, theirs.eos_id)
+
+
+@pytest.mark.shared_data
+@needs(REAL_MERGES)
+def test_the_real_vocabulary_gives_the_ids_of_the_release(tmp_path):
+    shutil.copy(ROOT / REAL_MERGES, tmp_path / contrastive_tokenizers.OPENAI_MERGES_FILE)
+    ours = tokenizer.load(str(tmp_path), from_files=True)
+    ids = [*ours.bos_ids, *ours.encode("a photo of a cat"), ours.eos_id]
+    assert ids == [49406, 320, 1125, 539, 320, 2368, 49407] and ours.vocab_size == 49408
+    model = json.loads(ours.backend.to_str())["model"]
+    theirs = transformers.CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    for text in (*TEXTS, "naïve café ½ 日本語 😀 we've", "Ångström İstanbul ß", "it's 2024!!! #tag @me"):
+        assert [*ours.bos_ids, *ours.encode(text, parse_special=True), ours.eos_id] == theirs(text)["input_ids"]
 
 
 def test_siglip_text_is_lower_case_without_punctuation_and_padded_with_the_end():

@@ -65,16 +65,16 @@ def test_embeddings_logits_loss_and_gradients_match_transformers(pair):
         return loss, (image_BE, config.embed_texts(params, jnp.asarray(ids_BL)), metrics)
 
     (loss, (image_BE, text_BE, metrics)), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(params)
-    np.testing.assert_allclose(image_BE, theirs.image_embeds.detach(), atol=1e-5)
-    np.testing.assert_allclose(text_BE, theirs.text_embeds.detach(), atol=1e-5)
-    np.testing.assert_allclose(loss, theirs.loss.detach(), rtol=1e-5)
+    np.testing.assert_allclose(image_BE, theirs.image_embeds.detach(), atol=1e-4)
+    np.testing.assert_allclose(text_BE, theirs.text_embeds.detach(), atol=1e-4)
+    np.testing.assert_allclose(loss, theirs.loss.detach(), rtol=1e-4)
     logits_BB = theirs.logits_per_image.detach().numpy()
     assert metrics["image_to_text_accuracy"] == (logits_BB.argmax(1) == np.arange(len(logits_BB))).mean()
     their_grads = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
     our_grads = convert.state_dict_from_params(config.weight_map(), jax.device_get(grads))
     assert our_grads.keys() == their_grads.keys()
     for name, grad in their_grads.items():
-        np.testing.assert_allclose(our_grads[name], grad, atol=2e-5 * max(1, np.abs(grad).max()), err_msg=name)
+        np.testing.assert_allclose(our_grads[name], grad, atol=2e-4 * max(1, np.abs(grad).max()), err_msg=name)
 
 
 def test_a_folder_is_converted_both_ways_bit_for_bit(pair, tmp_path):

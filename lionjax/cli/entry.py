@@ -75,7 +75,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb.add_argument("--host", default="127.0.0.1", help=host_help)
     verb.add_argument("--port", type=int, default=7860, help="port to bind (default: 7860)")
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, to tag images")
-    refiner_help = "a refiner's folder, for a model that reads regions (default: the experts in its own checkpoint)"
+    refiner_help = "a refiner's folder, for a model that reads regions (default: the one in the model's folder)"
     verb.add_argument("--refiner", metavar="DIR", type=Path, help=refiner_help)
     prompt_length_help = "maximum prompt length in tokens with chat history, at least that of training (default: 256)"
     verb.add_argument("--prompt-length", metavar="N", type=positive_int, default=256, help=prompt_length_help)
@@ -152,7 +152,7 @@ def add_generate_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--prompt", metavar="TEXT", help=prompt_help)
     verb.add_argument("--box", metavar="X0,Y0,X1,Y1", help="the box that the prompt refers to, in 0..1")
     verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, to tag the image")
-    refiner_help = "a refiner's folder, for a model that reads regions (default: the experts in its own checkpoint)"
+    refiner_help = "a refiner's folder, for a model that reads regions (default: the one in the model's folder)"
     verb.add_argument("--refiner", metavar="DIR", type=Path, help=refiner_help)
     prompt_length_help = "maximum prompt length in tokens (default: as in training)"
     verb.add_argument("--prompt-length", metavar="N", type=positive_int, help=prompt_length_help)

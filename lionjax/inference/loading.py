@@ -33,7 +33,7 @@ from lionjax.inference.model import Model
 from lionjax.inference.released import released_experiment, with_end_of_answer
 from lionjax.training import checkpoint
 from lionjax.training.checkpoint import CorruptCheckpointError
-from lionjax.training.init import ParamSpecs, make_param_specs
+from lionjax.training.init import ParamSpecs, load_shipped, make_param_specs, resolve_weights_file
 from lionjax.training.run_folder import read_frozen, read_position, saved_config, saved_positions, updates_before
 from lionjax.training.step import model_for_stage
 
@@ -49,9 +49,9 @@ def load(folder: str | Path, mesh: MeshConfig | None = None, prompt_length: int 
 
     `prompt_length` is the maximum prompt length in tokens (default: as in training); raise it for chat history and
     few-shot examples. For an unfinished run, the newest checkpoint is loaded; corrupt checkpoints are skipped with a
-    warning. Raises UserError if the folder holds no model.
+    warning. `shipped:NAME` is a folder of the package. Raises UserError if the folder holds no model.
     """
-    folder = Path(folder)
+    folder = resolve_weights_file(str(folder))
     devices = jax.devices() if mesh is not None else jax.local_devices()[:1]
     device_mesh = sharding.make_mesh(mesh or MeshConfig(), devices)
     if not folder.is_dir():
@@ -194,7 +194,7 @@ def load_weights(folder: Path, mesh: Mesh) -> Model:
     key = jax.random.key(0)
     abstract_params = sharding.abstract_params(experiment.model.init, key, dummy_batch(model.processor), mesh=mesh)
     if source is None:
-        _, params = convert.load_params(folder, abstract_params)
+        params = _load_params_folder(folder, experiment, abstract_params)
     else:
         weight_map, _ = detect.weight_map_and_abstract_params(source.checkpoint_format, weights.recorded)
         params = convert.sharded_params_from_state_dict(
@@ -203,6 +203,15 @@ def load_weights(folder: Path, mesh: Mesh) -> Model:
     origin_files = find_origin_files(folder) if source is None else find_companion_files(source.folder)
     engine = dataclasses.replace(model.engine, params=params)
     return dataclasses.replace(model, engine=engine, origin_files=origin_files)
+
+
+def _load_params_folder(folder: Path, experiment: Experiment, abstract_params: Params) -> Params:
+    """The parameters of a folder in lionjax names; parts that it lacks come from the files that ship, if it says so."""
+    stored, flat = convert.open_params(folder)[1], trees.flatten(abstract_params)
+    missing = {path: leaf for path, leaf in flat.items() if path not in stored}
+    shipped = load_shipped(experiment, trees.unflatten(missing)) if missing else {}
+    rest = trees.unflatten({path: leaf for path, leaf in flat.items() if path not in shipped})
+    return trees.merge(convert.load_params(folder, rest)[1], trees.unflatten(shipped))
 
 
 def with_tokenizers(experiment: Experiment, folders: Sequence[Path], allow_recorded: bool) -> Experiment:

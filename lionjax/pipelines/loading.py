@@ -21,7 +21,8 @@ def load(
 
     `prompt_length` is the maximum prompt length in tokens (default: as in training); raise it for chat history and
     few-shot examples. For an unfinished run, the newest checkpoint is loaded; corrupt checkpoints are skipped with a
-    warning. `refiner`: a refiner's folder, for a model that reads regions; by default the experts in its own checkpoint
-    are used, if there are any. Raises UserError if the folder holds no model, and for a refiner that does not fit.
+    warning. `shipped:NAME` is a folder of the package. `refiner`: a refiner's folder, for a model that reads regions;
+    by default that in `origin/refiner/` of its folder or the experts in its checkpoint are used, if there are any.
+    Raises UserError if the folder holds no model, and for a refiner that does not fit.
     """
     return refining.attach(loading.load(folder, mesh, prompt_length), refiner)

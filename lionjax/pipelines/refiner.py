@@ -194,15 +194,19 @@ def save_config(config: RefinerConfig, folder: Path) -> None:
 
 
 def attach(model: Model, folder: str | Path | None = None) -> Model:
-    """The model with the refiner of a folder, or with its own experts, if its checkpoint has them.
+    """The model with the refiner of a folder.
 
-    A model that reads no regions is returned as it is. Raises UserError for a folder that such a model does not need,
-    and for a refiner that does not fit (see `check_fit`). Own experts are checked when they are first used.
+    Without a folder: that in `origin/refiner/` of the model's own folder, or the experts in its checkpoint, if there
+    are any. A model that reads no regions is returned as it is. Raises UserError for a folder that such a model does
+    not need, and for a refiner that does not fit (see `check_fit`). The experts of a checkpoint are checked when they
+    are first used.
     """
     if not model.processor.config.region_width:
         if folder is not None:
             raise UserError("this model reads no regions; leave out the refiner")
         return model
+    kept = (model.origin_files or {}).get(f"refiner/{SETTINGS_FILE}")
+    folder = Path(kept).parent if folder is None and kept is not None else folder
     if folder is not None:
         return dataclasses.replace(model, refine=check_fit(load(folder), model).refine)
     return dataclasses.replace(model, refine=OwnExperts(model)) if EXPERTS <= model.vlm.info.experts.keys() else model

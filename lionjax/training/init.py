@@ -21,6 +21,8 @@ from lionjax.training.validate import check_prompt_format, check_token_ids
 
 log = logging.getLogger(__name__)
 
+SHIPPED = "shipped:"  # begins the names of files and folders of the package
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpecs:
@@ -94,9 +96,26 @@ def init_params(experiment: Experiment, example: Batch, specs: ParamSpecs) -> tu
     return trees.unflatten(split[0]), trees.unflatten(split[1])
 
 
+def load_shipped(experiment: Experiment, specs: Params) -> dict[str, jax.Array]:
+    """{path: sharded array} of the leaves of `specs` that `experiment.weights` takes from files of the package.
+
+    For a folder of weights that lacks them. Later entries replace earlier ones; a file that holds other leaves than
+    `specs` raises UserError.
+    """
+    flat, loaded = trees.flatten(specs), {}
+    sizes = (experiment.model.info.vocab_size, experiment.model.info.embedding_rows)
+    for prefix, file in experiment.weights:
+        part_specs = {path: leaf for path, leaf in flat.items() if _has_prefix(path, prefix)}
+        file, _, file_prefix = file.partition("#")
+        if part_specs and file.startswith(SHIPPED):
+            path = resolve_weights_file(file)
+            loaded |= _load_weights(path, file_prefix, prefix, part_specs, part_specs, sizes)
+    return loaded
+
+
 def resolve_weights_file(file: str) -> Path:
     """The path of a weight file; `shipped:NAME` is NAME in the package's lionjax/data/assets."""
-    name = file.removeprefix("shipped:")
+    name = file.removeprefix(SHIPPED)
     return Path(file) if name == file else Path(__file__).parent.parent / "data" / "assets" / name
 
 

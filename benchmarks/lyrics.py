@@ -9,9 +9,9 @@ Variants: "refined", "shuffled" (every image has the regions and boxes of anothe
 (no region, no box).
 
 Columns: image-text retrieval (R@1 in batches of 32, both directions); accuracy on masked tags, in parentheses with the
-regions of other images and that of the most frequent tag; VQA, caption CIDEr and REC, in parentheses those of the same
-model without image and regions. REC of the detector's best box for the expression stands below. The refined variant of
-each seed must meet `MARGINS`; else the exit code is 1. Finished rows are reused.
+regions of other images, with their pixels too, and that of the most frequent tag; VQA, caption CIDEr and REC, in
+parentheses those of the same model without image and regions. REC of the detector's best box for the expression stands
+below. The refined variant of each seed must meet `MARGINS`; else the exit code is 1. Finished rows are reused.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import numpy as np
 import safetensors.numpy
 import tyro
 
+import lionjax
 from benchmarks.family import BRIDGE, ROOT, Spent
 from benchmarks.lyrics_experts import train_experts
 from lionjax.core import config
@@ -41,9 +42,11 @@ from lionjax.core.files import folder_digest
 from lionjax.core.types import Params
 from lionjax.data import pipeline
 from lionjax.data.box_text import pack_text
+from lionjax.data.mixture import Sample
 from lionjax.data.prepare import array_record_writer
 from lionjax.data.processor import Processor
 from lionjax.data.regions import ImageRegions
+from lionjax.data.scenes import referring, world
 from lionjax.data.scenes.dataset import OpenScenes
 from lionjax.evaluation import runner
 from lionjax.evaluation.metrics import regions
@@ -54,6 +57,8 @@ from lionjax.training import loop
 
 Variant = Literal["refined", "shuffled", "none"]
 BATCH = 32
+TEXT_LENGTHS = (64, 128, 192, 256, 384)  # tokens of a prompt with the boxes as text
+REGION_CUTS = (24, 16, 8, 4, 2)
 SCORES = {"vqa": "vqa_accuracy", "caption": "caption_cider", "rec": "rec_accuracy_50"}
 # Required of the refined variant; masked tags over the most frequent one, VQA and CIDEr over the blind model.
 MARGINS = {"retrieval": 0.60, "masked_tags": 0.0, "vqa": 0.15, "caption": 0.5, "rec": 0.50}
@@ -61,13 +66,18 @@ MARGINS = {"retrieval": 0.60, "masked_tags": 0.0, "vqa": 0.15, "caption": 0.5, "
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What to train, and the questions per benchmark. `spatial_text`: boxes stand as text before the question too."""
+    """What to train, and the questions per benchmark.
+
+    `spatial_text`: the trained models go on with the boxes as text before the question. `cuts`: the refined model of
+    the first seed also answers with fewer regions.
+    """
 
     workdir: Path = Path("runs/lyrics")
     seeds: tuple[int, ...] = (0,)
     variants: tuple[Variant, ...] = ("refined", "shuffled", "none")
     limit: int = 200
     spatial_text: bool = False
+    cuts: bool = False
     out: Path | None = None
 
 
@@ -98,22 +108,25 @@ def refine_scenes(workdir: Path) -> Path:
     return array_record_writer.build(scenes, workdir / "data", make_refiner=factory, tagger_digest=digest)
 
 
-def experiment_of(name: str, folder: Path, seed: int, spatial_text: bool = False) -> Experiment:
+def experiment_of(name: str, folder: Path, seed: int) -> Experiment:
     """A config of configs/ on the refined scenes in `folder`."""
     experiment = config.load(ROOT / "configs" / f"{name}.py")
-    processor = experiment.data.processor
-    if spatial_text:
-        lengths = {"max_prompt_tokens": 160, "spatial_text_in_prompt": True}
-        processor = dataclasses.replace(processor, **lengths)
     sources = (dataclasses.replace(experiment.data.sources[0], folder=str(folder)),)
-    data = dataclasses.replace(experiment.data, sources=sources, processor=processor)
-    return dataclasses.replace(experiment, data=data, seed=seed)
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, sources=sources), seed=seed)
+
+
+def with_spatial_text(experiment: Experiment) -> Experiment:
+    """The last stage alone, with the boxes as text before the question, and text cut to a batch's longest."""
+    lengths = {"max_prompt_tokens": TEXT_LENGTHS[-1], "spatial_text_in_prompt": True}
+    processor = dataclasses.replace(experiment.data.processor, **lengths)
+    data = dataclasses.replace(experiment.data, processor=processor, length_buckets=TEXT_LENGTHS)
+    return dataclasses.replace(experiment, data=data, stages=experiment.stages[-1:])
 
 
 def caption_batches(experiment: Experiment, number: int, captions: bool) -> Iterator:
-    """Batches of held-out scenes as the first stage reads them, each with one masked tag; scenes without a box are not.
+    """Batches of held-out scenes as the first stage reads them; scenes without a box are left out.
 
-    Without `captions`, the texts have no caption, which would name the tags.
+    The tag of the strongest box is masked. Without `captions`, the texts have no caption, which would name it.
     """
     processor, rng, rows = Processor(experiment.data.processor), np.random.default_rng(0), []
     tokens, packing = processor.prompt.question_tokenizer, processor.config.packing
@@ -121,7 +134,7 @@ def caption_batches(experiment: Experiment, number: int, captions: bool) -> Iter
         (found,) = sample.load_regions()
         if found.names:
             draws = np.ones(5 * len(found.names))
-            draws[5 * int(rng.integers(min(len(found.names), 3)))] = 0  # of the boxes that are not cut
+            draws[0] = 0  # the strongest box, which is never cut
             text = sample.example.answer if captions else ""
             packed = pack_text(tokens, text, found.names, found.boxes, draws, packing)
             row = processor.encode_example(processor.load_pixels(sample.image), "a scene", answer=text or None)
@@ -135,60 +148,132 @@ def caption_batches(experiment: Experiment, number: int, captions: bool) -> Iter
 
 
 def first_stage_scores(experiment: Experiment, params: Params) -> dict[str, list[float] | float]:
-    """Retrieval, and the accuracy on masked tags: as they are, with regions of other images, of the commonest tag."""
+    """Retrieval, and the accuracy on masked tags.
+
+    As they are, with regions of other images, with regions and pixels of other images, and of the most frequent tag.
+    """
     model = experiment.model
     similarity, loss = jax.jit(model.similarity), jax.jit(model.loss)
     right = []
     for batch in caption_batches(experiment, 6, captions=True):
         score_BB = np.asarray(similarity(params, batch))
         right += [score_BB.argmax(axis) == np.arange(BATCH) for axis in (0, 1)]
-    accuracy, labels = {"own": [], "others": []}, Counter()
+    accuracy, labels = {"own": [], "regions": [], "all": []}, Counter()
     for batch in caption_batches(experiment, 6, captions=False):
         labels.update(batch.packed.msp_label_BL[batch.packed.msp_label_BL >= 0].tolist())
-        other = dataclasses.replace(batch, region_BKD=np.roll(batch.region_BKD, 1, axis=0))
-        for name, one in (("own", batch), ("others", other)):
+        rolled = {name: np.roll(getattr(batch, name), 1, axis=0) for name in ("region_BKD", "region_mask_BK")}
+        others = dataclasses.replace(batch, **rolled)
+        every = dataclasses.replace(others, image_BHWC=np.roll(batch.image_BHWC, 1, axis=0))
+        for name, one in (("own", batch), ("regions", others), ("all", every)):
             accuracy[name].append(float(loss(params, one)[1]["masked_accuracy"]))
     tags = [*(float(np.mean(values)) for values in accuracy.values()), max(labels.values()) / labels.total()]
     return {"retrieval": float(np.mean(right)), "masked_tags": tags}
 
 
-def hand_on(params: Params, file: Path) -> tuple[tuple[str, str], ...]:
-    """Write what the second stage takes from the first; the entries of `weights` for it."""
+def hand_on(params: Params, file: Path, parts: tuple[str, ...] = BRIDGE) -> tuple[tuple[str, str], ...]:
+    """Write these parts of a model, all for "", for the next training; the entries of `weights` for it."""
     flat = trees.flatten(params)
-    part = {path: np.asarray(leaf) for path, leaf in flat.items() if path.split("/")[0] in BRIDGE}
-    safetensors.numpy.save_file(part, file)
-    return tuple((name, str(file)) for name in BRIDGE)
+    chosen = {path: np.asarray(leaf) for path, leaf in flat.items() if parts == ("",) or path.split("/")[0] in parts}
+    safetensors.numpy.save_file(chosen, file)
+    return tuple((name, str(file)) for name in parts)
+
+
+def first_stage(run: Run, folder: Path, variant: Variant, seed: int) -> dict:
+    """Scores of the first stage, its seconds, and the `weights` that start the second; a finished one is kept."""
+    home, spent = run.workdir / f"{variant}-{seed}-first", Spent()
+    if not (home / "row.json").is_file():
+        shutil.rmtree(home, ignore_errors=True)  # restart, so that the seconds are those of a complete run
+        experiment = experiment_of("tiny_lyrics_first", folder, seed)
+        with regions_by(variant):
+            params, _ = loop.train(experiment, home, pipeline.batches)
+            row = first_stage_scores(experiment, params)
+        row |= {"weights": hand_on(params, home / "bridge.safetensors"), "seconds": spent.seconds()}
+        (home / "row.json").write_text(json.dumps(row) + "\n")
+    return json.loads((home / "row.json").read_text())
 
 
 def trained(run: Run, folder: Path, variant: Variant, seed: int) -> dict:
     """The row of one variant and seed, which is trained first if it has no row yet."""
-    name = f"{variant}-{seed}{'-text' if run.spatial_text else ''}"
-    home, spent = run.workdir / name, Spent()
+    home, spent = run.workdir / f"{variant}-{seed}", Spent()
     if (home / "row.json").is_file():
         return json.loads((home / "row.json").read_text())
+    row = {"variant": variant, "seed": seed} | first_stage(run, folder, variant, seed)
+    experiment = experiment_of("tiny_lyrics", folder, seed)
+    weights = (*experiment.weights, *map(tuple, row.pop("weights")))
+    return second_stage(run, dataclasses.replace(experiment, weights=weights), row, home, spent)
+
+
+def trained_with_text(run: Run, folder: Path, variant: Variant, seed: int) -> dict:
+    """The row of one variant and seed that goes on with the boxes as text in the prompt."""
+    before, home, spent = run.workdir / f"{variant}-{seed}", run.workdir / f"{variant}-{seed}-text", Spent()
+    if (home / "row.json").is_file():
+        return json.loads((home / "row.json").read_text())
+    row = trained(run, folder, variant, seed) | {"variant": f"{variant}, spatial text"}
+    weights = hand_on(lionjax.load(before).params, before / "whole.safetensors", ("",))
+    experiment = dataclasses.replace(experiment_of("tiny_lyrics", folder, seed), weights=weights)
+    return second_stage(run, with_spatial_text(experiment), row, home, spent)
+
+
+def second_stage(run: Run, experiment: Experiment, row: dict, home: Path, spent: Spent) -> dict:
+    """Train and evaluate the second stage; `row` with its scores, which is written to `home`."""
     shutil.rmtree(home, ignore_errors=True)  # restart, so that the seconds are those of a complete run
-    with regions_by(variant):
-        first = experiment_of("tiny_lyrics_first", folder, seed)
-        params, _ = loop.train(first, home / "first", pipeline.batches)
-        row = {"variant": variant, "seed": seed} | first_stage_scores(first, params)
-        second = experiment_of("tiny_lyrics", folder, seed, run.spatial_text)
-        weights = (*second.weights, *hand_on(params, home / "bridge.safetensors"))
-        second = dataclasses.replace(second, weights=weights)
-        params, _ = loop.train(second, home / "second", pipeline.batches)
-        engine = from_params(second, params).engine
-        entries = runner.evaluate_all(engine, second, list(SCORES), home / "second", run.limit)
-    for task, entry in entries.items():
-        row[task] = [round(entry[what][SCORES[task]], 3) for what in ("metrics", "blind")]
-    row["seconds"] = spent.seconds()
+    with regions_by(row["variant"].partition(",")[0]):
+        params, _ = loop.train(experiment, home, pipeline.batches)
+        engine = from_params(experiment, params).engine
+        entries = runner.evaluate_all(engine, experiment, list(SCORES), home, run.limit)
+    row = row | scores_of(entries) | {"seconds": [sum(pair) for pair in zip(row["seconds"], spent.seconds())]}
     (home / "row.json").write_text(json.dumps(row) + "\n")
     return row
+
+
+def scores_of(entries: dict[str, dict]) -> dict[str, list[float]]:
+    """{task: its score, and that of the same model without image and regions}."""
+    return {
+        task: [round(entry[what][SCORES[task]], 3) for what in ("metrics", "blind")] for task, entry in entries.items()
+    }
+
+
+def cut_table(run: Run, seed: int) -> str:
+    """Scores of a refined model by the number of regions that it reads of each image, as `data build --regions` cuts.
+
+    Changed: share of the answers that differ from those with all regions.
+    """
+    home = run.workdir / f"refined-{seed}"
+    model, answers, lines = lionjax.load(home), {}, []
+    for number in REGION_CUTS:
+        processor = dataclasses.replace(model.processor.config, max_regions=number)
+        experiment = dataclasses.replace(
+            model.experiment, data=dataclasses.replace(model.experiment.data, processor=processor)
+        )
+        engine, out = from_params(experiment, model.params).engine, home / f"regions-{number}"
+        scores = scores_of(runner.evaluate_all(engine, experiment, list(SCORES), out, run.limit))
+        texts = [(out / "evaluation" / f"{task}.jsonl").read_text().splitlines() for task in SCORES]
+        answers[number] = [[json.loads(line)["prediction"] for line in task] for task in texts]
+        changed = [
+            np.mean([one != other for one, other in zip(*pair)])
+            for pair in zip(answers[number], answers[REGION_CUTS[0]])
+        ]
+        cells = [f"{scores[task][0]:.2f}" for task in SCORES] + [f"{share:.2f}" for share in changed]
+        lines.append(f"| {number} | " + " | ".join(cells) + " |")
+    head = ["regions", "VQA", "caption CIDEr", "REC", *(f"changed, {task}" for task in SCORES)]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
+
+
+def expression_of(sample: Sample) -> str:
+    """The referring expression in the question of a scene's example."""
+    split, _, index = sample.example.scene.split("-")
+    scene, (target,) = world.sample_scene(split, int(index)), sample.example.targets
+    expressions = referring.referring_expressions(scene, target)
+    return max(
+        (text for text in expressions if text in sample.example.question), key=len, default=sample.example.question
+    )
 
 
 def detector_rec(run: Run, folder: Path) -> float:
     """Share of referring expressions whose best-scored box of the detector has IoU > 0.5 with the true one."""
     data = experiment_of("tiny_lyrics", folder, 0).data
     samples = list(pipeline.examples(data, "rec", "heldout", run.limit))
-    expressions = [sample.example.question for sample in samples]
+    expressions = list(map(expression_of, samples))
     found = detector.load(run.workdir / "refiner" / "detector").detect(
         [sample.image for sample in samples], expressions, box_threshold=0.0
     )
@@ -209,7 +294,7 @@ def table(rows: list[dict]) -> str:
             row["variant"],
             str(row["seed"]),
             f"{row['retrieval']:.2f}",
-            f"{own:.2f} ({others[0]:.2f}, {others[1]:.2f})",
+            f"{own:.2f} ({', '.join(f'{share:.2f}' for share in others)})",
         ]
         cells += [f"{row[task][0]:.2f} ({row[task][1]:.2f})" for task in SCORES]
         lines.append("| " + " | ".join((*cells, "{}, {}".format(*row["seconds"]))) + " |")
@@ -227,7 +312,7 @@ def missed(row: dict, detector_accuracy: float) -> list[str]:
     """A sentence for each requirement that a refined row misses."""
     needed = {
         "retrieval": (row["retrieval"], MARGINS["retrieval"]),
-        "masked_tags": (row["masked_tags"][0], row["masked_tags"][2] + MARGINS["masked_tags"]),
+        "masked_tags": (row["masked_tags"][0], row["masked_tags"][-1] + MARGINS["masked_tags"]),
         "vqa": (row["vqa"][0], row["vqa"][1] + MARGINS["vqa"]),
         "caption": (row["caption"][0], row["caption"][1] + MARGINS["caption"]),
         "rec": (row["rec"][0], max(MARGINS["rec"], detector_accuracy)),
@@ -242,13 +327,17 @@ def main(run: Run) -> int:
     """Train and evaluate all rows, print the table; returns the exit code."""
     logging.basicConfig(level=logging.WARNING)
     folder = refine_scenes(run.workdir)
-    rec, rows = detector_rec(run, folder), []
+    rec, rows, train = detector_rec(run, folder), [], trained_with_text if run.spatial_text else trained
     for seed in run.seeds:
         for variant in run.variants:
-            rows.append(trained(run, folder, variant, seed))
+            rows.append(train(run, folder, variant, seed))
             text = f"{table(rows)}\n\nREC of the detector's best box for the expression: {rec:.2f}."
             if run.out is not None:
                 run.out.write_text(text + "\n")
+    if run.cuts:
+        text += f"\n\n{cut_table(run, run.seeds[0])}"
+        if run.out is not None:
+            run.out.write_text(text + "\n")
     print(text)
     short = [sentence for row in rows if row["variant"] == "refined" for sentence in missed(row, rec)]
     print(*short, sep="\n", file=sys.stderr)

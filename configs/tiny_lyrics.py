@@ -2,7 +2,7 @@
 """Lyrics on synthetic scenes: tiny_instructblip.py with an MQ-Former, which reads a detector's regions too.
 
 Stages as in the release: captions without instruction, then instructions that MQ-Former reads, then LoRA in the
-language model. `benchmarks/lyrics.py` starts it from tiny_lyrics_first.py.
+language model, here beside MQ-Former. `benchmarks/lyrics.py` starts it from tiny_lyrics_first.py.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ def get_config() -> Experiment:
         vision_norm_eps=1e-5,
     )
     mixture = (*llava["WORDS"], *llava["PLACES"])
-    captions = llava["stage"]("captions", 150, BETWEEN, (Mix("caption"),), optimizer="muon")
+    captions = llava["stage"]("captions", 100, BETWEEN, (Mix("caption"),), 2e-3, optimizer="muon")
     stages = (
         dataclasses.replace(captions, model_overrides=(("read_instruction", False),)),
-        llava["stage"]("instruct", 900, BETWEEN, mixture, optimizer="muon"),
-        llava["stage"]("lora", 300, (".*/lora_[ab]",), mixture),
+        llava["stage"]("instruct", 800, BETWEEN, mixture, 2e-3, optimizer="muon"),
+        llava["stage"]("lora", 300, (*BETWEEN, "language/.*/lora_[ab]"), mixture, optimizer="muon"),
     )
     processor = {name: value for name, value in first["PROCESSOR"].items() if name != "packing"}
     made = llava["experiment"]("tiny_lyrics", model, stages, **processor)

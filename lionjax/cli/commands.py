@@ -15,6 +15,7 @@ from pathlib import Path
 from lionjax.cli import answer as answer_command
 from lionjax.cli import convert as weights_command
 from lionjax.cli import guide as guide_command
+from lionjax.cli import judge as judge_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import score as score_command
 from lionjax.cli import tools as tools_command
@@ -138,6 +139,11 @@ def tools(args: argparse.Namespace, _) -> None:
 def agent(args: argparse.Namespace, _) -> None:
     """Answer questions about images with a language model that uses loaded models as tools."""
     tools_command.agent(args)
+
+
+def judge(args: argparse.Namespace, _) -> None:
+    """Let a language model judge answers to LLaVA-Bench, or write OwlEval's rating sheet for people."""
+    judge_command.judge(args)
 
 
 def demo(args: argparse.Namespace, _) -> None:

@@ -141,6 +141,8 @@ def print_entry(entry: Mapping[str, Any]) -> None:
     if entry["answered"] != entry["questions"]:
         counts += "; the figures are over the answered ones"
     console.print(f"{entry['benchmark']}, protocol {entry['protocol']}: {counts}", markup=False)
+    if judge := entry["figures"].get("judge"):
+        console.print(f"judge: {judge}", markup=False)
     table = Table("figure")
     table.add_column("value", justify="right")
     for name, value in flat_figures(entry["figures"]):

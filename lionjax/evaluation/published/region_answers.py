@@ -164,9 +164,13 @@ def score_reg(rows: Rows, protocol: Protocol) -> dict[str, Any]:
 def score_llava_bench(rows: Rows, protocol: Protocol) -> dict[str, Any]:
     """LLaVA-Bench from a judge's replies, one a question: score pairs, LLaVA's table lines, and unreadable replies.
 
-    The protocol "readable" leaves unreadable replies out of the means, where LLaVA counts them as -1.
+    The protocol "readable" leaves unreadable replies out of the means, where LLaVA counts them as -1. `judge`: the name
+    that the replies have; raises UserError for replies of several judges, whose scores do not compare.
     """
     given = [row.prediction for row in rows]
+    judges = sorted({str(item.get("judge", "")) if isinstance(item, dict) else "" for item in given})
+    if len(judges) > 1:
+        raise UserError(f"the replies are of {len(judges)} judges, {', '.join(judges)}; score those of one at a time")
     stated = [item.get("tuple") if isinstance(item, dict) else None for item in given]
     pairs = [pair or judged.parse_judge_scores(row.text) for pair, row in zip(stated, rows)]
     unreadable = [list(pair) == judged.UNREADABLE for pair in pairs]
@@ -175,7 +179,13 @@ def score_llava_bench(rows: Rows, protocol: Protocol) -> dict[str, Any]:
         raise UserError("no reply of the judge has two scores in its first line; ask the judge again")
     categories = [f"llava_bench_{row.annotation.kind}" for row in rows]
     table = judged.judge_table([pairs[k] for k in kept], [categories[k] for k in kept])
-    return {"tuples": pairs, "printed": judged.judge_lines(table), "table": table, "unreadable": sum(unreadable)}
+    return {
+        "tuples": pairs,
+        "printed": judged.judge_lines(table),
+        "table": table,
+        "unreadable": sum(unreadable),
+        "judge": judges[0] or "not named",
+    }
 
 
 def score_owl_eval(rows: Rows, protocol: Protocol) -> dict[str, Any]:

@@ -21,16 +21,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from lionjax import convert
 from lionjax.convert.formats.grounding_dino import GROUNDING_DINO_FILES
 from lionjax.convert.formats.image_settings import read_detector_settings
-from lionjax.core.experiment import Experiment
 from lionjax.core.types import Params, UserError
-from lionjax.data import region_phrases, resample, tokenizer
+from lionjax.data import region_phrases, resample
 from lionjax.data.image_fit import ImageFit
 from lionjax.data.images import require_image_list, require_size, to_pil_image
 from lionjax.data.tokenizer import Tokenizer
-from lionjax.inference import loading
+from lionjax.inference import expert_folder, loading
 from lionjax.inference.engine import InferenceEngine, round_up_to_bucket
 from lionjax.inference.sampling import require_finite
 from lionjax.models.vision.grounding_dino import GroundingDino, GroundingDinoConfig
@@ -41,6 +39,7 @@ log = logging.getLogger(__name__)
 BATCH_SIZES = (1, 2, 4, 8)  # images per device; a few sizes limit the number of compilations
 TEXT_LENGTHS = (16, 32, 64, 128, region_phrases.MAX_DETECTOR_TOKENS)
 BOX_THRESHOLD, TEXT_THRESHOLD = 0.35, 0.25  # of Grounding DINO's demo
+CONTENT = "Grounding DINO's weights and its tokenizer"
 DELIMITERS = ("[CLS]", "[SEP]", ".")  # what parts phrases for `remove_combined`
 
 
@@ -257,24 +256,12 @@ def load(folder: str | Path) -> Detector:
 
     Raises UserError if weights or tokenizer are missing or of another model.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give a folder with Grounding DINO's weights and its tokenizer")
-    holds_params = convert.holds_params(folder)
-    if loading.is_run(folder) or (holds_params and isinstance(convert.open_params(folder)[0], Experiment)):
+    folder = expert_folder.check_folder(folder, CONTENT)
+    if expert_folder.holds_experiment(folder):
         return from_engine(loading.load(folder).engine, str(folder))
-    try:
-        tokens = tokenizer.load(str(folder))
-    except UserError as error:
-        if "there is no tokenizer" not in str(error):
-            raise
-        raise UserError(f"{folder} has no tokenizer; copy BERT's vocab.txt, of bert-base-uncased, there") from error
-    released = next((folder / name for name in GROUNDING_DINO_FILES if (folder / name).is_file()), folder)
-    config, params = convert.load_params(folder) if holds_params else convert.from_torch(released)
-    if not isinstance(config, GroundingDinoConfig):
-        raise UserError(f"{folder} holds a {type(config).__name__}; give a folder with Grounding DINO's weights")
-    images = read_images(folder / convert.ORIGIN if holds_params else folder)
-    return Detector(config, jax.device_put(params), check_tokenizer(tokens, config), images)
+    tokens = expert_folder.load_tokenizer(folder, "BERT's vocab.txt, of bert-base-uncased,")
+    config, params, files = expert_folder.load_weights(folder, GroundingDinoConfig, CONTENT, GROUNDING_DINO_FILES)
+    return Detector(config, jax.device_put(params), check_tokenizer(tokens, config), read_images(files))
 
 
 def from_engine(engine: InferenceEngine, name: str = "the model") -> Detector:

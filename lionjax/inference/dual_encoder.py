@@ -17,17 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax import convert
 from lionjax.convert.formats.clip import OPENAI_CLIP_FILES
 from lionjax.convert.formats.image_settings import read_image_settings
-from lionjax.core.experiment import Experiment
 from lionjax.core.types import Params, UserError
-from lionjax.data import tokenizer
 from lionjax.data.image_fit import ImageFit
 from lionjax.data.images import require_image_list, require_size, to_pil_image
 from lionjax.data.processor_config import CLIP_MEAN, CLIP_STD
 from lionjax.data.tokenizer import Tokenizer
-from lionjax.inference import loading
+from lionjax.inference import expert_folder, loading
 from lionjax.inference.engine import InferenceEngine, round_up_to_bucket
 from lionjax.inference.guidance import ImageScorer
 from lionjax.inference.packed_texts import pack
@@ -40,6 +37,7 @@ TEXT_BATCH_SIZES = (1, 4, 16, 48, 64, 128, 256, 512)  # MAGIC has 45 candidates,
 PACKED_BATCH_SIZES = (1, 2, 3, 4, 6, 8)  # rows of texts that begin alike
 TEXT_LENGTHS = (16, 32, 48, 64)
 MIN_SIDE = 2  # pixels
+CONTENT = "the weights of a CLIP or SigLIP with both towers, and its tokenizer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,25 +240,13 @@ def load(folder: str | Path) -> DualEncoder:
 
     Raises UserError if weights or tokenizer are missing or of another model.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give a folder with a CLIP's weights and its tokenizer")
-    holds_params = convert.holds_params(folder)
-    if loading.is_run(folder) or (holds_params and isinstance(convert.open_params(folder)[0], Experiment)):
+    folder = expert_folder.check_folder(folder, CONTENT)
+    if expert_folder.holds_experiment(folder):
         return from_engine(loading.load(folder).engine, str(folder))
-    released = next((folder / name for name in OPENAI_CLIP_FILES if (folder / name).is_file()), folder)
-    config, params = convert.load_params(folder) if holds_params else convert.from_torch(released)
-    if not isinstance(config, Clip):
-        raise UserError(f"{folder} holds a {type(config).__name__}; give a folder with a CLIP or SigLIP of both towers")
-    try:
-        tokens = tokenizer.load(str(folder), from_files=True)
-    except UserError as error:
-        if "there is no tokenizer" not in str(error):
-            raise
-        raise UserError(f"{folder} has no tokenizer; copy those of its release there: {error}") from error
+    config, params, files = expert_folder.load_weights(folder, Clip, CONTENT, OPENAI_CLIP_FILES)
+    tokens = expert_folder.load_tokenizer(folder, "those of its release", from_files=True)
     check_tokenizer(tokens, config)
-    images = read_images(folder / convert.ORIGIN if holds_params else folder, config)
-    return DualEncoder(config, jax.device_put(params), tokens, images)
+    return DualEncoder(config, jax.device_put(params), tokens, read_images(files, config))
 
 
 def from_engine(engine: InferenceEngine, name: str = "the model") -> DualEncoder:

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lionjax import convert
-from lionjax.core.types import Params, UserError
+from lionjax.core.types import Params
 from lionjax.data.boxes import Box
 from lionjax.data.images import to_pil_image
 from lionjax.data.letterbox import Letterbox, preprocess_sam_image
+from lionjax.inference import expert_folder
 from lionjax.inference.engine import round_up_to_bucket
 from lionjax.inference.sampling import require_finite
 from lionjax.models.vision.sam_decoder import Sam, postprocess_masks
@@ -112,11 +112,6 @@ def _embed_and_segment(config: SamConfig, params: Params, image_BHWC, box_BK4):
 
 def load(folder: str | Path) -> Segmenter:
     """The segmenter of a folder with SAM's weights, released or converted. Raises UserError for another model."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give a folder with SAM's weights")
-    read = convert.load_params if convert.holds_params(folder) else convert.from_torch
-    config, params = read(folder)
-    if not isinstance(config, SamConfig):
-        raise UserError(f"{folder} holds a {type(config).__name__}; give a folder with SAM's weights")
+    folder = expert_folder.check_folder(folder, "SAM's weights")
+    config, params, _ = expert_folder.load_weights(folder, SamConfig, "SAM's weights")
     return Segmenter(config, jax.device_put(params))

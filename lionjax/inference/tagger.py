@@ -25,6 +25,7 @@ from lionjax.core import sharding
 from lionjax.core.types import Params, UserError
 from lionjax.data import resample
 from lionjax.data.images import require_image_list, to_pil_image
+from lionjax.inference import expert_folder
 from lionjax.inference.engine import round_up_to_bucket
 from lionjax.inference.sampling import require_finite
 from lionjax.models.vision.ram import Ram, RamConfig
@@ -170,17 +171,9 @@ def load(folder: str | Path) -> Tagger:
 
     Raises UserError if weights or tag list are missing or do not match.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give a folder with RAM's weights and its tag list")
+    folder = expert_folder.check_folder(folder, "RAM's weights and its tag list")
     vocabulary = read_tag_vocabulary([folder, folder / convert.ORIGIN])
-    if convert.holds_params(folder):
-        config, params = convert.load_params(folder)
-    else:
-        checkpoint_file = folder / RAM_FILE
-        config, params = convert.from_torch(checkpoint_file if checkpoint_file.is_file() else folder)
-    if not isinstance(config, RamConfig):
-        raise UserError(f"{folder} holds a {type(config).__name__}, not a tagger; give a folder with RAM's weights")
+    config, params, _ = expert_folder.load_weights(folder, RamConfig, "RAM's weights and its tag list", (RAM_FILE,))
     return Tagger(config, jax.device_put(params), vocabulary)
 
 

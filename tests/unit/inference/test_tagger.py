@@ -156,7 +156,7 @@ def test_a_list_of_another_length_than_the_weights_and_a_folder_of_another_model
 
     other = small_folder(tmp_path)
     (other / tagger.TAG_LIST_FILE).write_text("a")
-    with pytest.raises(UserError, match="holds a T5Config, not a tagger"):
+    with pytest.raises(UserError, match="holds a T5Config; give a folder with RAM's weights"):
         tagger.load(other)
     with pytest.raises(UserError, match="there is no folder"):
         tagger.load(tmp_path / "nothing")

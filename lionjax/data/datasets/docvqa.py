@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from lionjax.data.datasets.annotated_images import Annotation
-from lionjax.data.datasets.question_file import Question, QuestionFile, answer_texts, list_rows, required_text, row_id
+from lionjax.data.datasets.question_file import Question, QuestionFile, answer_texts, required_text, row_id
 
 
 @dataclass(frozen=True)
@@ -16,9 +15,7 @@ class DocVqa(QuestionFile):
     """DocVQA's questions as task `vqa`. Answers of the test split are not public."""
 
     name: str = "docvqa"
-
-    def rows(self, split: str) -> Iterator[tuple[str, object]]:
-        return list_rows(Path(self.file), "data")
+    LIST_KEYS = ("data",)
 
     def questions(self, row: dict, location: str) -> Iterator[Question]:
         image, question = (required_text(row, key, location) for key in ("image", "question"))

@@ -35,16 +35,18 @@ class Question(NamedTuple):
 class QuestionFile(AnnotationFile):
     """A benchmark's file, read row by row; a subclass defines `questions`, and `rows` where the file is no list.
 
-    `TASK` is the task of rows that cannot be read. A file is one split, unless its reader has `OWN_SPLITS`.
+    `TASK` is the task of rows that cannot be read. A file is one split, unless its reader has `OWN_SPLITS`. The rows
+    are a list, JSON Lines, or the list behind the keys `LIST_KEYS` of a JSON object.
     """
 
     TASK: ClassVar[str] = "vqa"
     OWN_SPLITS: ClassVar[bool] = False
+    LIST_KEYS: ClassVar[tuple[str, ...]] = ()
 
     def rows(self, split: str) -> Iterator[tuple[str, object]]:
         """(location for messages, row) of the rows of a split; a UserError in place of a row that cannot be parsed."""
         del split
-        return read_rows(Path(self.file))
+        return list_rows(Path(self.file), *self.LIST_KEYS) if self.LIST_KEYS else read_rows(Path(self.file))
 
     def questions(self, row: dict, location: str) -> Iterator[Question]:
         """The questions of one row. Raises UserError for one that cannot be used."""

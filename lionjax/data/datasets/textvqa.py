@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from lionjax.data.datasets.annotated_images import Annotation
-from lionjax.data.datasets.question_file import Question, QuestionFile, answer_texts, list_rows, required_text, row_id
+from lionjax.data.datasets.question_file import Question, QuestionFile, answer_texts, required_text, row_id
 
 
 @dataclass(frozen=True)
@@ -16,9 +15,7 @@ class TextVqa(QuestionFile):
     """TextVQA's questions as task `vqa`; the images of train and val are train_images/IMAGE_ID.jpg."""
 
     name: str = "textvqa"
-
-    def rows(self, split: str) -> Iterator[tuple[str, object]]:
-        return list_rows(Path(self.file), "data")
+    LIST_KEYS = ("data",)
 
     def questions(self, row: dict, location: str) -> Iterator[Question]:
         image, question = row_id(row, "image_id", location), required_text(row, "question", location)

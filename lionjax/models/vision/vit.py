@@ -75,21 +75,6 @@ class ViTConfig:
 
 
 EVA_VIT_G = ViTConfig(image_size=224, patch_size=14, width=1408, depth=39, num_heads=16, mlp_dim=6144)
-CLIP_VIT_L = ViTConfig(
-    image_size=336,
-    patch_size=14,
-    width=1024,
-    depth=24,
-    num_heads=16,
-    mlp_dim=4096,
-    norm_eps=1e-5,
-    activation="quick_gelu",
-    attention_biases="qkvo",
-    patch_bias=False,
-    pre_layernorm=True,
-    post_layernorm=True,
-)
-
 CLIP_VIT_B32 = ViTConfig(
     patch_size=32,
     norm_eps=1e-5,
@@ -98,6 +83,9 @@ CLIP_VIT_B32 = ViTConfig(
     patch_bias=False,
     pre_layernorm=True,
     post_layernorm=True,
+)
+CLIP_VIT_L = dataclasses.replace(
+    CLIP_VIT_B32, image_size=336, patch_size=14, width=1024, depth=24, num_heads=16, mlp_dim=4096
 )
 SIGLIP_VIT_B16 = ViTConfig(
     patch_size=16, activation="gelu_tanh", attention_biases="qkvo", post_layernorm=True, attention_pool=True

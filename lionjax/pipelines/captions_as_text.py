@@ -98,7 +98,7 @@ def build_prompt(shots: Sequence[Shot], context: str, question: str) -> str:
 
 def greedy_requests(prompts: Sequence[str], max_tokens: int) -> list[CompletionRequest]:
     """Greedy continuations of prompts up to the end of the line; one that `max_tokens` cuts is an answer too."""
-    return [CompletionRequest(prompt, max_tokens, STOP, may_be_cut=True) for prompt in prompts]
+    return [CompletionRequest(prompt, max_tokens=max_tokens, stop=STOP, may_be_cut=True) for prompt in prompts]
 
 
 def most_similar(query_D: np.ndarray, keys_ND: np.ndarray, count: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from lionjax.core.errors import UserError
@@ -13,21 +13,27 @@ from lionjax.core.errors import UserError
 Message = Mapping[str, Any]  # of a conversation, as OpenAI's API has it: role, content, tool_calls, tool_call_id
 
 
-@dataclass(frozen=True)
-class CompletionRequest:
-    """A prompt to continue, with the settings of the continuation.
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """Settings of a continuation.
 
     `stop`: texts before which the continuation ends. `sample`: number of the sample where one prompt is continued
     several times. `may_be_cut`: a continuation that reaches `max_tokens` counts as an answer; else it is unreadable.
     """
 
-    prompt: str
     max_tokens: int
     stop: tuple[str, ...] = ()
     temperature: float = 0.0
     top_p: float = 1.0
     sample: int = 0
     may_be_cut: bool = False
+
+
+@dataclass(frozen=True)
+class CompletionRequest(Continuation):
+    """A prompt to continue."""
+
+    prompt: str
 
     tools = ()
     needs_log_probs = True
@@ -39,19 +45,13 @@ class CompletionRequest:
 
 
 @dataclass(frozen=True)
-class ChatRequest:
-    """A conversation to continue; fields as in `CompletionRequest`. `tools`: OpenAI's schemas of callable functions.
+class ChatRequest(Continuation):
+    """A conversation to continue. `tools`: OpenAI's schemas of callable functions.
 
     `text`: the conversation as models read it that only continue text; empty: one line for each role.
     """
 
     messages: tuple[Message, ...]
-    max_tokens: int
-    stop: tuple[str, ...] = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
-    sample: int = 0
-    may_be_cut: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
     text: str = ""
 
@@ -73,8 +73,8 @@ class ChatRequest:
                 "this model cannot call tools by itself; use an endpoint with --api chat, or --style visual-chatgpt"
             )
         stop = self.stop or ("\nuser:",)
-        settings = (self.temperature, self.top_p, self.sample, self.may_be_cut)
-        return CompletionRequest(self.prompt, self.max_tokens, stop, *settings)
+        settings = {field.name: getattr(self, field.name) for field in fields(Continuation)}
+        return CompletionRequest(self.prompt, **settings | {"stop": stop})
 
 
 Request = CompletionRequest | ChatRequest

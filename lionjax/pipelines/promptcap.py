@@ -185,8 +185,8 @@ def create_captions(
     requests = [
         CompletionRequest(
             creation_prompt(row, few_shot),
-            MAX_CAPTION_TOKENS,
-            STOP[:1],
+            max_tokens=MAX_CAPTION_TOKENS,
+            stop=STOP[:1],
             temperature=SAMPLE_TEMPERATURE,
             top_p=SAMPLE_TOP_P,
             sample=sample,

@@ -130,7 +130,9 @@ class MmReactAgent:
 
     def _continue(self, prefix: str, asked: str, scratchpad: str) -> str:
         text = f"{START}system\n{prefix}{END}\n{self.history}{asked}{scratchpad}{MODEL_PREFIX}"
-        request = ChatRequest(to_messages(text), self.config.max_tokens, (END,), may_be_cut=True, text=text)
+        request = ChatRequest(
+            to_messages(text), max_tokens=self.config.max_tokens, stop=(END,), may_be_cut=True, text=text
+        )
         return request_reply(self.model, request).text
 
     def _run(self, tool: str, given: str) -> Step:

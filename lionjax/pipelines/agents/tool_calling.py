@@ -50,7 +50,7 @@ class ToolCallingAgent:
         """The text of the first reply without calls; adds to messages and steps. Raises EndOfTurnError."""
         schemas = tuple(tool.openai_schema for tool in self.toolbox.tools)
         for _ in range(self.config.max_rounds):
-            request = ChatRequest(tuple(messages), self.config.max_tokens, tools=schemas)
+            request = ChatRequest(tuple(messages), max_tokens=self.config.max_tokens, tools=schemas)
             reply = request_reply(self.model, request)
             if not reply.tool_calls:
                 return reply.text.strip()

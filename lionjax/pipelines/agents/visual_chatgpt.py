@@ -205,7 +205,7 @@ class VisualChatGptAgent:
         scratchpad = ""
         for _ in range(self.config.max_rounds):
             prompt = build_prompt(self.tools, self.history, text, scratchpad)
-            request = CompletionRequest(prompt, self.config.max_tokens, STOP, may_be_cut=True)
+            request = CompletionRequest(prompt, max_tokens=self.config.max_tokens, stop=STOP, may_be_cut=True)
             reply = request_reply(self.model, request).text
             parsed = parse_reply(reply)
             if isinstance(parsed, str):

@@ -179,7 +179,9 @@ class Continued:
 
 def test_a_loaded_model_continues_up_to_the_stop_text_with_the_tokens_before_it():
     model = LoadedModel(Continued({"A:": "a star\nQ: what", "B:": "star"}))
-    first, second = model.complete([CompletionRequest(p, 40, ("\n", "Q:"), may_be_cut=True) for p in ("A:", "B:")])
+    first, second = model.complete(
+        [CompletionRequest(p, max_tokens=40, stop=("\n", "Q:"), may_be_cut=True) for p in ("A:", "B:")]
+    )
     assert first.text.rstrip() == "a star" and "".join(first.tokens).startswith("a star")
     assert len(first.tokens) == len(first.token_log_probs) < 12 and second.text == "star"
     (_, config, _), *others = model.model.calls
@@ -189,7 +191,7 @@ def test_a_loaded_model_continues_up_to_the_stop_text_with_the_tokens_before_it(
 
 def test_a_loaded_model_refuses_a_long_prompt_and_says_which_replies_are_cut():
     model = LoadedModel(Continued({"A:": "a star on a star", "B:": "star"}, max_prompt_tokens=8))
-    requests = [CompletionRequest(p, 2) for p in ("B:", "star " * 30, "A:")]
+    requests = [CompletionRequest(p, max_tokens=2) for p in ("B:", "star " * 30, "A:")]
     replies = model.complete(requests)
     assert [reply.problem for reply in replies] == ["length", "refused: too long", "length"]
     assert model.describe() == {"model": "TextLM", "num_asked": 3, "num_refused": 1}
@@ -198,7 +200,13 @@ def test_a_loaded_model_refuses_a_long_prompt_and_says_which_replies_are_cut():
 
 def test_samples_of_a_loaded_model_have_seeds_of_their_own():
     model = LoadedModel(Continued({"A:": "star", "B:": "star"}), seed=7)
-    model.complete([CompletionRequest(p, 4, (), 1.0, 0.96, sample) for sample in (0, 1) for p in ("A:", "B:")])
+    model.complete(
+        [
+            CompletionRequest(p, max_tokens=4, temperature=1.0, top_p=0.96, sample=sample)
+            for sample in (0, 1)
+            for p in ("A:", "B:")
+        ]
+    )
     assert [(prompts, seed) for prompts, _, seed in model.model.calls] == [(["A:", "B:"], 7), (["A:", "B:"], 8)]
     assert all(config.do_sample and config.top_p == 0.96 for _, config, _ in model.model.calls)
 

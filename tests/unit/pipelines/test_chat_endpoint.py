@@ -41,7 +41,7 @@ def echo(body):
 
 
 def requests(count, **settings):
-    return [CompletionRequest(f"question {k}", 5, **settings) for k in range(count)]
+    return [CompletionRequest(f"question {k}", max_tokens=5, **settings) for k in range(count)]
 
 
 def endpoint(server, folder, **settings):
@@ -76,7 +76,7 @@ def test_what_is_in_the_journal_is_not_asked_again_and_what_changed_is(tmp_path)
         first = endpoint(server, tmp_path).complete(requests(4))
         again = endpoint(server, tmp_path).complete(requests(4)[::-1])
         assert again == first[::-1] and len(server.bodies) == 4
-        endpoint(server, tmp_path).complete([*requests(3), CompletionRequest("question 3?", 5)])
+        endpoint(server, tmp_path).complete([*requests(3), CompletionRequest("question 3?", max_tokens=5)])
         assert prompt_of(server.bodies[-1]) == "question 3?" and len(server.bodies) == 5
         endpoint(server, tmp_path).complete(requests(4, temperature=1.0))
         endpoint(server, tmp_path).complete(requests(1, sample=1))
@@ -109,7 +109,7 @@ from lionjax.pipelines.chat_endpoint import ChatEndpoint, EndpointConfig
 from lionjax.pipelines.completion import CompletionRequest
 import pathlib, sys
 model = ChatEndpoint(EndpointConfig("m", sys.argv[1], at_once=1), pathlib.Path({str(tmp_path)!r}, "llm/answers.jsonl"))
-model.complete([CompletionRequest(f"question {{k}}", 5) for k in range(6)])
+model.complete([CompletionRequest(f"question {{k}}", max_tokens=5) for k in range(6)])
 """
     process = None
 

@@ -11,18 +11,10 @@ from typing import Any
 from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment
 from lionjax.core.types import Batch, Params, UserError
-from lionjax.training import checkpoint
+from lionjax.training import checkpoint, run_folder
 from lionjax.training.checkpoint import CorruptCheckpointError
 from lionjax.training.init import ParamSpecs, init_params
 from lionjax.training.optimizer import abstract_opt_state, make_optimizer
-from lionjax.training.run_folder import (
-    base_folder,
-    describe_position,
-    latest_position,
-    read_base,
-    read_frozen,
-    read_position,
-)
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +40,15 @@ class Position:
 
 def restore_or_init(workdir: Path, experiment: Experiment, example: Batch, specs: ParamSpecs) -> Position:
     """The newest position that can be restored, or the initial one. Moves corrupt directories away, with a warning."""
-    while newest := latest_position(workdir, experiment):
+    while newest := run_folder.latest_position(workdir, experiment):
         try:
             return _restore(workdir, experiment, example, specs, *newest)
         except CorruptCheckpointError as error:
             checkpoint.quarantine(workdir, error.path, str(error))
-            newest = latest_position(workdir, experiment)
+            newest = run_folder.latest_position(workdir, experiment)
             log.warning(
-                "going back to %s", describe_position(experiment, *newest) if newest else "the initial parameters"
+                "going back to %s",
+                run_folder.describe_position(experiment, *newest) if newest else "the initial parameters",
             )
     return _init_run(workdir, experiment, example, specs)
 
@@ -66,13 +59,13 @@ def _restore(workdir, experiment, example, specs, stage: int, step: int) -> Posi
         trainable, _ = trees.split(specs.trainable, experiment.stages[stage].trainable)
         optimizer = make_optimizer(experiment.stages[stage], trainable, specs.layer_axes)
         opt_state = abstract_opt_state(optimizer, trainable, specs.mesh)
-    learned, opt_state, meta = read_position(workdir, experiment, specs, stage, step, opt_state)
+    learned, opt_state, meta = run_folder.read_position(workdir, experiment, specs, stage, step, opt_state)
     data_position = meta["data"] if step else None
     frozen, frozen_id = _load_frozen(workdir, experiment, example, specs, meta["frozen"]), meta["frozen"]
     if not _holds_leaves(workdir / "frozen" / frozen_id, frozen):  # stages have been added or changed
         frozen_id = _save_frozen(workdir, frozen)
     history = tuple(meta["history"])
-    log.info("restored %s: %s", workdir, describe_position(experiment, stage, step))
+    log.info("restored %s: %s", workdir, run_folder.describe_position(experiment, stage, step))
     return Position(stage, step, frozen, learned, frozen_id, opt_state, data_position, history)
 
 
@@ -89,7 +82,7 @@ def _load_frozen(workdir, experiment, example, specs, name: str) -> Params:
     Raises UserError if the config no longer gives the same parameters.
     """
     try:
-        return read_frozen(workdir, specs, name)
+        return run_folder.read_frozen(workdir, specs, name)
     except CorruptCheckpointError as error:
         if error.path.is_dir():
             checkpoint.quarantine(workdir, error.path, str(error))
@@ -120,11 +113,13 @@ def _init_run(workdir, experiment, example, specs) -> Position:
 
 def save_base(workdir: Path, experiment: Experiment, position: Position) -> None:
     """Save the trainable parameters at the start of a stage, or the result after the last stage."""
-    checkpoint.require_finite(position.trainable_params, describe_position(experiment, position.stage, 0))
+    checkpoint.require_finite(position.trainable_params, run_folder.describe_position(experiment, position.stage, 0))
     meta = {"frozen": position.frozen_id, "history": list(position.history)}
-    checkpoint.save_tree(base_folder(workdir, experiment, position.stage), {"learned": position.trainable_params}, meta)
+    checkpoint.save_tree(
+        run_folder.base_folder(workdir, experiment, position.stage), {"learned": position.trainable_params}, meta
+    )
 
 
 def load_first_base(workdir: Path, experiment: Experiment, specs: ParamSpecs) -> Params:
     """The trainable parameters at the start of the first stage."""
-    return read_base(workdir, base_folder(workdir, experiment, 0), specs)[0]
+    return run_folder.read_base(workdir, run_folder.base_folder(workdir, experiment, 0), specs)[0]

@@ -18,7 +18,8 @@ class Mix:
     """One entry of a training mixture: a task of the data sources, and its weight among the entries.
 
     `source` limits it to one data source. `template` "plain" omits the question, "told" replaces the image of a
-    synthetic scene by its description. `boxes` overrides the processor's box format ("digits", "bins", "embeddings").
+    synthetic scene by its description. `boxes` overrides the processor's box format ("digits", "bins", "embeddings",
+    "masks").
     `shots`: so many other examples, each with its image, before the one that is learned. `group`: a batch holds entries
     of one group only; the groups of a mixture take turns, batch by batch, and weights count within a group.
     """
@@ -63,7 +64,7 @@ class Mix:
         return tuple(self)[index]
 
 
-MIX_TEMPLATES, MIX_BOXES = ("plain", "told"), ("digits", "bins", "embeddings")
+MIX_TEMPLATES, MIX_BOXES = ("plain", "told"), ("digits", "bins", "embeddings", "masks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Stage:
     - `mixture`: `Mix` entries, or (spec, weight) pairs as on the command line.
     - `batch_size`: examples in one update over all devices, processed in `grad_accum_steps` equal parts.
     - `learning_rate`: reached from `warmup_learning_rate` in `warmup_steps`, then cosine decay to `end_learning_rate`.
+    - `decay`: "linear" in place of the cosine.
     - `steps_per_epoch`: with a number, the cosine counts from the stage's first step and moves once in so many steps
       (LAVIS); 0: it moves every step and counts from the end of the warm-up.
     - `optimizer`: "adamw", or "muon" for the matrices of hidden layers (arXiv 2502.16982) and AdamW for all others;
@@ -138,6 +140,7 @@ class Stage:
     lr_multipliers: tuple[tuple[str, float], ...] = ()
     model_overrides: tuple[tuple[str, Scalar], ...] = ()
     init_from: Literal["previous", "scratch"] = "previous"
+    decay: Literal["cosine", "linear"] = "cosine"
 
     def __post_init__(self):
         object.__setattr__(self, "mixture", parse_entries(self.mixture, Mix))

@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 
 def learning_rate_schedule(stage: Stage) -> optax.Schedule:
-    """Learning rate by step: linear warm-up to `learning_rate`, then cosine decay to `end_learning_rate`.
+    """Learning rate by step: linear warm-up to `learning_rate`, then `stage.decay` to `end_learning_rate`.
 
-    With `stage.steps_per_epoch`, the cosine is that of the epoch's first step, over all steps of the stage (LAVIS).
+    With `stage.steps_per_epoch`, the decay is that of the epoch's first step, over all steps of the stage (LAVIS).
     """
     decay_steps = stage.steps - stage.warmup_steps
     if decay_steps < 1:
@@ -34,8 +34,12 @@ def learning_rate_schedule(stage: Stage) -> optax.Schedule:
         )
     warmup = optax.linear_schedule(stage.warmup_learning_rate, stage.learning_rate, stage.warmup_steps)
     is_by_epoch = stage.steps_per_epoch > 0
-    alpha = stage.end_learning_rate / stage.learning_rate if stage.learning_rate else 0.0
-    decay = optax.cosine_decay_schedule(stage.learning_rate, max(stage.steps if is_by_epoch else decay_steps, 1), alpha)
+    decay_steps = max(stage.steps if is_by_epoch else decay_steps, 1)
+    if stage.decay == "linear":
+        decay = optax.linear_schedule(stage.learning_rate, stage.end_learning_rate, decay_steps)
+    else:
+        alpha = stage.end_learning_rate / stage.learning_rate if stage.learning_rate else 0.0
+        decay = optax.cosine_decay_schedule(stage.learning_rate, decay_steps, alpha)
     if is_by_epoch:
         return lambda step: jnp.where(
             step < stage.warmup_steps, warmup(step), decay(step // stage.steps_per_epoch * stage.steps_per_epoch)

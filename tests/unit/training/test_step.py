@@ -56,6 +56,12 @@ def test_the_learning_rate_has_linear_warm_up_and_cosine_decay():
     np.testing.assert_allclose(found, [0.1, 0.55, 1.0, 0.6, 0.2], rtol=1e-6)
 
 
+def test_the_learning_rate_decays_linearly_if_the_stage_says_so():
+    stage = toy.stage(steps=110, warmup_steps=10, learning_rate=1.0, warmup_learning_rate=0.1, end_learning_rate=0.2)
+    rate = optimizer_schedule(dataclasses.replace(stage, decay="linear"))
+    np.testing.assert_allclose([float(rate(step)) for step in (0, 10, 35, 110)], [0.1, 1.0, 0.8, 0.2], rtol=1e-6)
+
+
 def test_the_cosine_moves_by_epoch_as_in_the_training_code_of_lion():
     stage = toy.stage(steps=60_000, warmup_steps=0, learning_rate=1e-5, steps_per_epoch=6000)
     rate = optimizer_schedule(stage)

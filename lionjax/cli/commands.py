@@ -360,6 +360,7 @@ def _draw_examples(source, split: str, limit: int, path: Path) -> None:
     from lionjax.data import images, mixture
     from lionjax.data.config import DataConfig
     from lionjax.data.datasets.source import open_split
+    from lionjax.data.scenes.tasks import MASK_TASKS
     from lionjax.evaluation.report import plots
 
     data = DataConfig(sources=(source,), on_bad_record="replace")
@@ -367,7 +368,7 @@ def _draw_examples(source, split: str, limit: int, path: Path) -> None:
     for task in open_split(source, split, data.processor.max_pixels).task_sizes:
         for sample in mixture.examples(data, task, split, limit):
             example = sample.example
-            masks = sample.masks() if task == "res" else ()
+            masks = sample.masks() if task in MASK_TASKS else ()
             overlays = [plots.Overlay(box, color=plots.QUERY_COLOR) for box in example.question_boxes]
             overlays += [plots.Overlay(box, color=plots.TRUTH_COLOR) for box in example.boxes]
             overlays += [plots.Overlay(mask=mask, color=plots.TRUTH_COLOR) for mask in masks]

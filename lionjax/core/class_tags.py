@@ -60,6 +60,7 @@ TAG_TO_CLASS = {
     "ShikraJsonl": "lionjax.data.datasets.shikra:ShikraJsonl",
     "RefCoco": "lionjax.data.datasets.refcoco:RefCoco",
     "Vqa": "lionjax.data.datasets.vqa:Vqa",
+    "LabelMaps": "lionjax.data.datasets.label_maps:LabelMaps",
     "Conversations": "lionjax.data.datasets.conversations:Conversations",
     "JsonLines": "lionjax.data.datasets.jsonl:JsonLines",
     "ScienceQa": "lionjax.data.datasets.scienceqa:ScienceQa",

@@ -4,7 +4,7 @@
 "digits" (LION, arXiv 2311.11860; Shikra, arXiv 2306.15195): '[0.123,0.456,0.789,0.900]'; users and files always use
 this format. "bins" (Kosmos-2, arXiv 2306.14824): two location tokens, the bins of the upper left and the lower right
 corner. "embeddings" (NExT-Chat, arXiv 2311.04498): a region query token, then a box token whose embedding is computed
-from the box.
+from the box. "masks" (LISA, arXiv 2308.00692): in an answer one mask token, at which the model has a mask and no box.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from lionjax.core.experiment import MIX_BOXES
 from lionjax.core.types import UserError
@@ -24,7 +26,9 @@ BOX_FORMAT_HINTS = {
     "digits": "Write places in digits.",
     "bins": "Write places in location tokens.",
     "embeddings": "Point at places.",
+    "masks": "Mark places by masks.",
 }
+MASK_TEXT = "[SEG]"  # a mask token in a text for people, where its mask is not known or empty
 NUMBER_PATTERN = r"\s*(\d*\.?\d+)\s*"
 BOX_PATTERN = re.compile(r"\[" + ",".join([NUMBER_PATTERN] * 4) + r"\]")
 CLOSING_PUNCTUATION = ",.;:?!)"  # no space precedes these
@@ -94,17 +98,25 @@ def box_from_bins(upper_left_bin: int, lower_right_bin: int, bins_per_side: int)
 class BoxCodec:
     """Boxes to token ids and back. Location tokens: `bins_per_side`**2 ids from `first_location_token_id` on.
 
-    `bins_per_side` 0: the model has no location tokens. `region_query_token_id` and `box_token_id` are None if the
-    tokenizer has no such tokens.
+    `bins_per_side` 0: the model has no location tokens. `region_query_token_id`, `box_token_id` and `mask_token_id`
+    are None if the tokenizer has no such tokens.
     """
 
     first_location_token_id: int
     bins_per_side: int
     region_query_token_id: int | None
     box_token_id: int | None
+    mask_token_id: int | None = None
 
     def encode(self, box: Box, box_format: str) -> list[int]:
-        """The ids of a box in format "bins" or "embeddings". Raises UserError if it has no such ids."""
+        """The ids of a box in format "bins", "embeddings" or "masks". Raises UserError if it has no such ids."""
+        if box_format == "masks":
+            if self.mask_token_id is None:
+                raise UserError(
+                    "box format 'masks' needs the token processor.mask_token, which the tokenizer lacks; add it "
+                    "(`lionjax convert --add-tokens '[SEG]'`) or choose another processor.box_format"
+                )
+            return [self.mask_token_id]
         if box_format == "bins":
             if not self.bins_per_side:
                 raise UserError(
@@ -121,11 +133,11 @@ class BoxCodec:
             )
         return [self.region_query_token_id, self.box_token_id]
 
-    def decode(self, ids: Sequence[int], boxes: Iterable[Box] = ()) -> list[list[int] | Box]:
-        """Text ids and boxes in order, from generated ids; `boxes` are the predicted boxes of the box tokens.
+    def decode(self, ids: Sequence[int], boxes: Iterable[Box | None] = ()) -> list[list[int] | Box | str]:
+        """Text ids and boxes in order, from generated ids; `boxes` are those of the box tokens or mask tokens.
 
         Tokens without a box are dropped: a single location token, a region query token at the end, and box tokens
-        beyond the number of `boxes`.
+        beyond the number of `boxes`. A mask token without a box is `MASK_TEXT`.
         """
         remaining_boxes, parts, upper_left_bin = iter(boxes), [], None
         for token_id in map(int, ids):
@@ -138,6 +150,9 @@ class BoxCodec:
             upper_left_bin = None
             if token_id == self.box_token_id:
                 parts += [tuple(box) for box in [next(remaining_boxes, None)] if box is not None]
+            elif token_id == self.mask_token_id:
+                box = next(remaining_boxes, None)
+                parts.append(MASK_TEXT if box is None else tuple(box))
             elif token_id != self.region_query_token_id:
                 if not (parts and isinstance(parts[-1], list)):
                     parts.append([])
@@ -149,3 +164,12 @@ def sort_corners(box: Sequence[float]) -> Box:
     """A predicted box clipped to 0..1, with its corners in ascending order."""
     x0, y0, x1, y1 = (min(max(float(edge), 0.0), 1.0) for edge in box)
     return min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
+
+
+def box_around(mask_HW: np.ndarray) -> Box | None:
+    """The box around a mask, in fractions of its image; None for a mask without a pixel."""
+    rows, columns = (np.flatnonzero(mask_HW.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return None
+    (height, width), edges = mask_HW.shape, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    return tuple(float(edge / side) for edge, side in zip(edges, (width, height) * 2))

@@ -57,7 +57,10 @@ class DataConfig:
         if info.is_encoder_decoder is not None:
             processor = replace(processor, reader="encoder" if info.is_encoder_decoder else "decoder")
         if info.splices_images:
-            spliced = "{image}" in processor.prompt_template and not processor.num_image_tokens
+            # A placeholder outside the vocabulary stands for each image token (LISA), as the tokenizer has none.
+            is_placeholder = info.image_token is not None and info.image_token < 0
+            has_image = "{image}" in processor.prompt_template
+            spliced = has_image and (is_placeholder or not processor.num_image_tokens)
             processor = replace(processor, image_token=info.image_token if spliced else None)
         packing = (processor.packing or PackingConfig()) if info.reads_packed_text else None
         fields = {"detects_phrases": info.detects_phrases, "region_width": info.region_width, "packing": packing}

@@ -23,10 +23,11 @@ SAM_STD = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class Letterbox:
-    """The square with an image of `width` x `height` pixels in its center."""
+    """The square with an image of `width` x `height` pixels in its center, or in its upper left corner (SAM)."""
 
     width: int
     height: int
+    corner: bool = False
 
     @property
     def side(self) -> int:
@@ -36,6 +37,8 @@ class Letterbox:
     @property
     def offset(self) -> tuple[int, int]:
         """(left, top) padding in pixels of the image."""
+        if self.corner:
+            return 0, 0
         return (self.side - self.width) // 2, (self.side - self.height) // 2
 
     def to_padded(self, box: Box) -> Box:
@@ -63,6 +66,8 @@ class Letterbox:
     def pixel_rect(self, size: int) -> tuple[int, int, int, int]:
         """(top, left, height, width) of the image in a square of `size` pixels; height and width are at least 1."""
         height, width = (max(1, int(edge * size / self.side + 0.5)) for edge in (self.height, self.width))
+        if self.corner:
+            return 0, 0, height, width
         return (size - height) // 2, (size - width) // 2, height, width
 
 
@@ -75,19 +80,19 @@ def letterbox_image(image: Image.Image, size: int, color: tuple[int, int, int] =
     return resample.resize_padded(image, square.offset, square.side, size, size, color)
 
 
-def letterbox_sam_image(image: Image.Image, size: int = 1024) -> np.ndarray:
-    """An RGB image padded to SAM's square with zeros, as uint8 (size, size, 3); bilinear."""
-    top, left, height, width = Letterbox(*image.size).pixel_rect(size)
+def letterbox_sam_image(image: Image.Image, size: int = 1024, corner: bool = False) -> np.ndarray:
+    """An RGB image padded to SAM's square with zeros, as uint8 (size, size, 3); bilinear. `corner`: see `Letterbox`."""
+    top, left, height, width = Letterbox(*image.size, corner).pixel_rect(size)
     padded = np.zeros((size, size, 3), np.uint8)
     padded[top : top + height, left : left + width] = resample.resize(image, height, width, None, "bilinear")
     return padded
 
 
-def normalize_sam_image(pixels_BHWC: np.ndarray, size_B2: np.ndarray) -> np.ndarray:
+def normalize_sam_image(pixels_BHWC: np.ndarray, size_B2: np.ndarray, corner: bool = False) -> np.ndarray:
     """SAM's normalized input (float32, zero padding) from letterboxed images; `size_B2`: original (width, height)."""
     image = (pixels_BHWC.astype(np.float32) - np.float32(SAM_MEAN)) / np.float32(SAM_STD)
     for row, (width, height) in zip(image, np.asarray(size_B2).tolist()):
-        top, left, resized_height, resized_width = Letterbox(width, height).pixel_rect(row.shape[0])
+        top, left, resized_height, resized_width = Letterbox(width, height, corner).pixel_rect(row.shape[0])
         row[:top], row[top + resized_height :], row[:, :left], row[:, left + resized_width :] = 0, 0, 0, 0
     return image
 
@@ -97,9 +102,9 @@ def preprocess_sam_image(image: Image.Image, size: int = 1024) -> np.ndarray:
     return normalize_sam_image(letterbox_sam_image(image, size)[None], np.array([image.size]))[0]
 
 
-def letterbox_mask(mask_HW: np.ndarray, size: int) -> np.ndarray:
+def letterbox_mask(mask_HW: np.ndarray, size: int, corner: bool = False) -> np.ndarray:
     """An image mask as bool (size, size) in SAM's square, for training."""
-    top, left, height, width = Letterbox(mask_HW.shape[1], mask_HW.shape[0]).pixel_rect(size)
+    top, left, height, width = Letterbox(mask_HW.shape[1], mask_HW.shape[0], corner).pixel_rect(size)
     resized = Image.fromarray(mask_HW.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
     padded = np.zeros((size, size), bool)
     padded[top : top + height, left : left + width] = np.asarray(resized) >= 128

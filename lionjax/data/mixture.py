@@ -25,9 +25,10 @@ from lionjax.data.datasets.annotated_images import ImageInfo
 from lionjax.data.datasets.array_record import RecordTruth
 from lionjax.data.datasets.source import OpenDataset, open_split
 from lionjax.data.letterbox import Letterbox
+from lionjax.data.mask_answers import with_mask_answer
 from lionjax.data.processor import Processor
 from lionjax.data.regions import ImageRegions
-from lionjax.data.scenes.tasks import Example, box_to_text, scene_to_text
+from lionjax.data.scenes.tasks import MASK_TASKS, Example, box_to_text, scene_to_text
 from lionjax.data.scenes.world import Scene
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,8 @@ class MixtureDataset:
             if not self.processor.config.pad_to_square:
                 example = with_image_boxes(example, truth)
         example = component.add_format_hint(example)
+        if self._is_mask_format(component):
+            example = with_mask_answer(example, rng)
         prompt_format = prompt_format_for(component, truth, example)
         if component.template == "told":
             example = prepend_scene_text(example, truth, rng)
@@ -215,8 +218,14 @@ class MixtureDataset:
             turns.append(padded_turn(example, square))
         return shot_images, tuple(turns)
 
+    def _is_mask_format(self, component: MixtureComponent) -> bool:
+        return (component.box_format or self.processor.config.box_format) == "masks"
+
     def _encode_masks(self, component: MixtureComponent, record_index: int, example: Example) -> dict[str, np.ndarray]:
-        """SAM's image, bool masks (K, side, side) and validity (K,); only answers of task "res" have masks."""
+        """SAM's image, bool masks (K, side, side) and validity (K,).
+
+        Answers of `MASK_TASKS` have masks; with box format "masks" all whose boxes are those of their targets.
+        """
         record_id, side = (
             int(self.record_offsets[component.source_index]) + record_index,
             self.processor.config.sam_image_size,
@@ -230,12 +239,13 @@ class MixtureDataset:
         sam_arrays = self.sam_image_cache.get(record_id) or arrays
         max_boxes, num_question_boxes = self.processor.config.max_boxes, len(example.question_boxes)
         mask_KHW, mask_valid_K = np.zeros((max_boxes, side, side), bool), np.zeros(max_boxes, np.int32)
-        if component.task == "res":
+        has_masks = self._is_mask_format(component) and len(example.targets) == len(example.boxes) > 0
+        if component.task in MASK_TASKS or has_masks:
             true_masks = self.datasets[component.source_index].masks(record_index, example.targets)[
                 : max_boxes - num_question_boxes
             ]
             for k, mask_HW in enumerate(true_masks, num_question_boxes):
-                mask_KHW[k], mask_valid_K[k] = letterbox.letterbox_mask(mask_HW, side), 1
+                mask_KHW[k], mask_valid_K[k] = letterbox.letterbox_mask(mask_HW, side, self.processor.sam_corner), 1
         return sam_arrays | {"masks": mask_KHW, "masks_mask": mask_valid_K}
 
 
@@ -410,7 +420,7 @@ def examples(
             more_images = tuple(dataset.load_record(number)[0] for number in example.more_records)
             if component.template == "told":
                 example = prepend_scene_text(example, truth, rng)
-            if component.task == "res" and example.targets:
+            if component.task in MASK_TASKS and example.targets:
                 dataset.masks(record_index, example.targets)  # a bad mask is a bad record, also in evaluation
         except UserError as error:
             if data.on_bad_record == "raise":

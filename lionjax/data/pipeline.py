@@ -24,6 +24,7 @@ from lionjax.core.experiment import Mix, parse_entries
 from lionjax.core.types import Batch, UserError
 from lionjax.data.config import DataConfig
 from lionjax.data.mixture import MixtureComponent, MixtureDataset, Sample, examples, open_mixture
+from lionjax.data.scenes.tasks import MASK_TASKS
 
 __all__ = ["BatchIterator", "DataConfig", "Sample", "batches", "examples"]
 
@@ -40,7 +41,9 @@ class ExampleFactory:
 
     def __init__(self, dataset: MixtureDataset, components: list[MixtureComponent], seed: list[int]):
         self.dataset, self.components, self.seed = dataset, components, seed
-        self.with_masks = dataset.processor.config.sam_image_size > 0 and any(p.task == "res" for p in components)
+        config = dataset.processor.config
+        mask_tasks = (*MASK_TASKS, "rec", "grounded") if config.box_format == "masks" else MASK_TASKS
+        self.with_masks = config.sam_image_size > 0 and any(p.task in mask_tasks for p in components)
 
     def __call__(self, position: int, component_and_index: tuple[int, int]) -> dict[str, np.ndarray]:
         component_index, index = component_and_index

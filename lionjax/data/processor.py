@@ -90,11 +90,30 @@ class Processor:
         return Letterbox(max(1, round(width * width_fraction)), max(1, round(height * height_fraction)))
 
     def load_sam_pixels(self, source) -> dict[str, np.ndarray]:
-        """{"sam": uint8 (sam_image_size, sam_image_size, 3)} for an example; empty if `sam_image_size` is 0."""
+        """{"sam": uint8 (sam_image_size, sam_image_size, 3), "sam_size": (width, height) of the image} for an example.
+
+        Empty if `sam_image_size` is 0.
+        """
         if not self.config.sam_image_size:
             return {}
         image = images.to_pil_image(source, max_pixels=self.config.max_pixels)
-        return {"sam": letterbox.letterbox_sam_image(image, self.config.sam_image_size)}
+        pixels = letterbox.letterbox_sam_image(image, self.config.sam_image_size, self.sam_corner)
+        return {"sam": pixels, "sam_size": np.array(image.size, np.int32)}
+
+    @property
+    def sam_corner(self) -> bool:
+        """Whether SAM's image lies in the upper left corner of its square."""
+        return self.config.sam_padding == "corner"
+
+    def _sam_fields(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The fields of a `Batch` for SAM's images in stacked examples, if there are any."""
+        if "sam" not in rows:
+            return {}
+        fields = {"sam_image_BHWC": letterbox.normalize_sam_image(rows["sam"], rows["sam_size"], self.sam_corner)}
+        if not self.sam_corner:
+            return fields
+        rects = [Letterbox(*size, True).pixel_rect(rows["sam"].shape[1])[2:] for size in rows["sam_size"].tolist()]
+        return fields | {"sam_size_B2": np.array(rects, np.int32)}
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """float32 (..., 3) from uint8 (..., 3): (pixels / 255 - image_mean) / image_std."""
@@ -159,7 +178,7 @@ class Processor:
         max_boxes = self.config.max_boxes
         if box_format == "embeddings" and boxes and not max_boxes:
             raise UserError("this model has no box embeddings (processor.max_boxes is 0); set processor.max_boxes")
-        if box_format == "embeddings" and len(boxes) > max_boxes:
+        if box_format in ("embeddings", "masks") and len(boxes) > max_boxes:
             raise UserError(
                 f"question and answer contain {len(boxes)} boxes, but at most {max_boxes} are allowed; use fewer boxes "
                 "or raise processor.max_boxes"
@@ -241,7 +260,7 @@ class Processor:
             region_BKD=rows.get("regions"),
             region_mask_BK=rows.get("regions_mask"),
             packed=_packed_text(rows),
-            sam_image_BHWC=(letterbox.normalize_sam_image(rows["sam"], rows["size"]) if "sam" in rows else None),
+            **self._sam_fields(rows),
         )
 
     def encode_input(self, sample: ImageTextInput, answer: str | None = None) -> dict[str, np.ndarray]:

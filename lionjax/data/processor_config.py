@@ -33,7 +33,8 @@ class ProcessorConfig:
     "parts" strips each part of the template and the question and tokenizes it alone.
     `reader`: with "encoder" the prompt ends in an end token; with "decoder" it begins with the start token, if the
     tokenizer has one, and the answer follows in the same sequence. `prompt_template` is the text around {question}; at
-    {image} it gets `num_image_tokens` image tokens, or the one `image_token` of a model that expands it itself.
+    {image} it gets `num_image_tokens` image tokens, or the one `image_token` of a model that expands it itself
+    (with both: that many of this id).
     `shot_end` ends the answer of an in-context example (OpenFlamingo: <|endofchunk|>; empty: nothing), `answer_end` any
     other answer, and `caption_end` a caption without a question (both empty: the end token).
     `followup_template` is the template of later questions about the same image; empty: all turns are merged into one
@@ -41,13 +42,15 @@ class ProcessorConfig:
     `box_format`: how the model writes boxes, see `data.boxes`. `location_bins_per_side`: location tokens per side of
     the grid (Kosmos-2: 32; 0: no location tokens); their ids are the tokenizer's own if it has Kosmos-2's, else they
     follow its vocabulary. `max_boxes`: boxes per example as arrays. `sam_image_size`: pixels per side of SAM's image
-    and masks. `detects_phrases`: the question is a detector's caption, and boxes come with the tokens that name them
-    (see `data.detection`). `region_width`: width of the region features that the model reads (0: none), which a
-    refiner kept with the data; at most `max_regions` of an image are read, the kept boxes and the strongest queries
-    first. `regions_digest`: of the refiner that must have made them; empty: any. `packing`: boxes and caption are
-    packed as text for the first stage of Lyrics; None: not. `spatial_text_in_prompt`: the refiner's boxes stand as text
-    before the question (not in Lyrics' released code). `detects_phrases`, `region_width` and, unless given, `packing`
-    are set by the model that needs them.
+    and masks; `sam_padding`: the image lies in the center of that square (NExT-Chat) or in its upper left corner (SAM,
+    LISA). `mask_token`: the tokenizer's token at which an answer has a mask, with box format "masks".
+    `detects_phrases`: the question is a detector's caption, and boxes come with the tokens that name them (see
+    `data.detection`). `region_width`: width of the region features that the model reads (0: none), which a refiner kept
+    with the data; at most `max_regions` of an image are read, the kept boxes and the strongest queries first.
+    `regions_digest`: of the refiner that must have made them; empty: any. `packing`: boxes and caption are packed as
+    text for the first stage of Lyrics; None: not. `spatial_text_in_prompt`: the refiner's boxes stand as text before
+    the question (not in Lyrics' released code). `detects_phrases`, `region_width` and, unless given, `packing` are set
+    by the model that needs them.
     """
 
     image_size: int = 224
@@ -73,10 +76,12 @@ class ProcessorConfig:
     caption_end: str = ""
     followup_template: str = ""
     max_images: int = 1
-    box_format: Literal["digits", "bins", "embeddings"] = "digits"
+    box_format: Literal["digits", "bins", "embeddings", "masks"] = "digits"
     location_bins_per_side: int = 0
     max_boxes: int = 0
     sam_image_size: int = 0
+    sam_padding: Literal["center", "corner"] = "center"
+    mask_token: str = "[SEG]"
     detects_phrases: bool = False
     region_width: int = 0
     max_regions: int = 900
@@ -116,14 +121,17 @@ class ProcessorConfig:
                 "processor.prompt_tokenization is 'whole', which has no tag prompt; set processor.use_tags to false or "
                 "prompt_tokenization to 'parts'"
             )
-        if self.box_format == "embeddings" and not self.max_boxes:
-            raise UserError("processor.box_format is 'embeddings', but processor.max_boxes is 0; set it to at least 1")
+        if self.box_format in ("embeddings", "masks") and not self.max_boxes:
+            raise UserError(
+                f"processor.box_format is {self.box_format!r}, but processor.max_boxes is 0; set it to at least 1"
+            )
         if self.box_format == "bins" and not self.location_bins_per_side:
             raise UserError(
                 "processor.box_format is 'bins', but processor.location_bins_per_side is 0; "
                 "set it to at least 1 (Kosmos-2: 32)"
             )
-        if self.sam_image_size and not self.pad_to_square:
+        if self.sam_image_size and self.sam_padding == "center" and not self.pad_to_square:
             raise UserError(
-                "processor.sam_image_size needs processor.pad_to_square; set it to true, as SAM's image is square"
+                "processor.sam_image_size needs processor.pad_to_square; set it to true, as SAM's image is square, or "
+                "processor.sam_padding to 'corner'"
             )

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from lionjax.core.types import UserError
 from lionjax.data import rounds, tokenizer
-from lionjax.data.boxes import Box, BoxCodec, join_text_and_boxes, sort_corners, split_text_and_boxes
+from lionjax.data.boxes import MASK_TEXT, Box, BoxCodec, join_text_and_boxes, sort_corners, split_text_and_boxes
 from lionjax.data.chat import DEFAULT_FORMAT, BuiltExample, PromptFormat, flatten_turns, strip_prompt
 from lionjax.data.letterbox import Letterbox, pad_boxes, split_padded_boxes
 from lionjax.data.processor_config import ProcessorConfig
@@ -44,7 +44,11 @@ class PromptBuilder:
         find_token = self.tokenizer.backend.token_to_id
         first_bin = find_token(FIRST_LOCATION_TOKEN) or self.tokenizer.vocab_size
         self.box_codec = BoxCodec(
-            first_bin, config.location_bins_per_side, find_token(REGION_QUERY_TOKEN), find_token(BOX_TOKEN)
+            first_bin,
+            config.location_bins_per_side,
+            find_token(REGION_QUERY_TOKEN),
+            find_token(BOX_TOKEN),
+            find_token(config.mask_token),
         )
         self._template_ids = self._encode_template(config.prompt_template)
         self._text_only_template_ids = self._encode_template(config.prompt_template.replace("{image}", ""))
@@ -95,7 +99,7 @@ class PromptBuilder:
     def _image_token_ids(self) -> list[int]:
         """Ids of the image tokens of one image."""
         if self.config.image_token is not None:
-            return [self.config.image_token]
+            return [self.config.image_token] * max(1, self.config.num_image_tokens)
         names = (IMAGE_START_TOKEN, *[IMAGE_PATCH_TOKEN] * self.config.num_image_tokens, IMAGE_END_TOKEN)
         return [self.tokenizer.token_to_id(name) for name in names]
 
@@ -233,19 +237,21 @@ class PromptBuilder:
         return self.tokenizer.decode(ids).strip()
 
     def decode_with_boxes(
-        self, ids: Iterable[int], boxes: Iterable[Box] = (), image_letterbox: Letterbox = NO_LETTERBOX
+        self, ids: Iterable[int], boxes: Iterable[Box | None] = (), image_letterbox: Letterbox = NO_LETTERBOX
     ) -> tuple[str, list[Box]]:
         """(text, boxes) of generated ids: boxes are fractions of the image, and the text has them in digits.
 
-        `boxes`: predicted boxes of the box tokens, as fractions of the padded square. Text with boxes in digits is
+        `boxes`: predicted boxes of the box tokens, or those around the masks of the mask tokens (None: no mask), as
+        fractions of the padded square. Text with boxes in digits is
         returned unchanged if the image is square.
         """
         ids = list(map(int, ids))
         ids = ids[: ids.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in ids else ids
         parts: list[str | Box] = []
-        for part in self.box_codec.decode(ids, map(sort_corners, boxes)):
+        for part in self.box_codec.decode(ids, (box and sort_corners(box) for box in boxes)):
             parts += [self.decode(part)] if isinstance(part, list) else [part]
-        if all(isinstance(part, str) for part in parts) and image_letterbox.width == image_letterbox.height:
+        is_square = image_letterbox.width == image_letterbox.height
+        if all(isinstance(part, str) and part != MASK_TEXT for part in parts) and is_square:
             text = "".join(parts)
             return text, [box for box in split_text_and_boxes(text) if not isinstance(box, str)]
         pieces = [
@@ -275,6 +281,8 @@ class PromptBuilder:
         if prompt_format.image_per_turn or prompt_format.padded_boxes:
             image_letterbox = NO_LETTERBOX
         box_arguments = (tuple(boxes), image_letterbox, box_format)
+        if (box_format or self.config.box_format) == "masks":
+            _refuse_boxes(question, *(asked for asked, _ in prompt_format.turns))
         end = "plain" if prompt_format.kind == "plain" else "answer"
         if prompt_format.image_marks:
             question, prompt_format = rounds.merge_rounds(question, prompt_format, self.config.followup_template)
@@ -345,3 +353,13 @@ class PromptBuilder:
         questions.append([*before, *question_ids, *after])
         prefix_ids, target_ids, loss_mask = flatten_turns(questions, [*answers, target_ids])
         return self._assemble_prompt(prompt_format.turns[0][0], [], (), prefix_ids, ([], [])), target_ids, loss_mask
+
+
+def _refuse_boxes(*questions: str) -> None:
+    """Raises UserError for a question with a box, which a model of masks cannot read."""
+    for question in questions:
+        if any(not isinstance(piece, str) for piece in split_text_and_boxes(question)):
+            raise UserError(
+                f"the question {question[:40]!r} has a box, which a model with processor.box_format 'masks' cannot "
+                "read; say in words what is meant"
+            )

@@ -37,6 +37,7 @@ from lionjax.data.datasets.source import open_split
 from lionjax.data.mixture import Sample
 from lionjax.data.processor import Processor
 from lionjax.data.rle import encode_rle
+from lionjax.data.scenes.tasks import MASK_TASKS
 from lionjax.evaluation import tasks
 from lionjax.evaluation.detection import detect_answers
 from lionjax.evaluation.report.html import GALLERY_SIZE
@@ -185,7 +186,7 @@ def evaluate(
             records.append(question_record(sample) | image_field)
             examples.append(sample.example)
             trained.add(sample)
-            true_masks += [encode_rle(sample.masks().any(axis=0))] if task == "res" else []
+            true_masks += [encode_rle(sample.masks().any(axis=0))] if task in MASK_TASKS else []
     if not examples:
         raise UserError(f"{benchmark!r} has no usable question; see the warnings above and check the data")
     log.info("%s: %d questions", label, len(examples))
@@ -259,7 +260,7 @@ def run_batches(
     min_shape = (1, *(min(length, MIN_PADDED_LENGTH) for length in lengths))
     selected = pipeline.examples(data, benchmark, split, limit)
     samples = encode_samples(processor, data, selected, tagged, task, few_shot)
-    segments = task == "res" and processor.config.sam_image_size > 0
+    segments = task in MASK_TASKS and processor.config.sam_image_size > 0
     while batch := list(itertools.islice(samples, BATCH_SIZE)):
         batch_samples = [sample for sample, _ in batch]
         rows = {kind: [row[kind] for _, row in batch] for kind in batch[0][1]}
@@ -313,7 +314,7 @@ def encode_samples(
         if few_shot is not None:
             pixels, prompt_format = few_shot.prepend_examples(sample, pixels)
         encode_args = (example.category, boxes, processor.get_letterbox(sample.image), box_format, prompt_format)
-        fields = processor.load_sam_pixels(sample.image) if task == "res" else {}
+        fields = processor.load_sam_pixels(sample.image) if task in MASK_TASKS else {}
         try:
             found = sample.load_regions() if processor.config.region_width else []
             fields |= processor.encode_regions(found, example.answer, np.random.default_rng(0), sample.name)

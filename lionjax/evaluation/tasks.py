@@ -2,8 +2,8 @@
 """Scorers of the benchmark tasks, and their majority baselines.
 
 `SCORERS` maps each task to its scorer, which takes examples and predicted texts in the same order and returns a
-TaskScores; that of `res` takes true and predicted masks instead. `constant_answers` gives the majority baseline: the
-best constant answer, estimated on training examples without image or question.
+TaskScores; that of `MASK_TASKS` takes true and predicted masks instead. `constant_answers` gives the majority
+baseline: the best constant answer, estimated on training examples without image or question.
 """
 
 from __future__ import annotations
@@ -271,6 +271,7 @@ SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], TaskScores]] = {
     "existence": score_existence,
     "rec": score_rec,
     "res": score_res,
+    "reason": score_res,
     "reg": score_reg,
     "grounded": score_grounded,
     "box_vqa": score_box_vqa,
@@ -301,6 +302,7 @@ def constant_answers(task: str, train: Examples, questions: Examples) -> list[st
         "existence": lambda train: "yes",
         "rec": best_constant_box,
         "res": best_constant_box,
+        "reason": best_constant_box,
         "tags": best_constant_tags,
         "detect": lambda train: "nothing",
     }.get(task, best_constant_sentence)

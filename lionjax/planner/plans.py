@@ -21,6 +21,7 @@ from lionjax.core import sharding
 from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.core.types import Batch, PackedText, UserError
+from lionjax.data.scenes.tasks import MASK_TASKS
 from lionjax.inference.engine import BATCH_SIZE_BUCKETS
 from lionjax.inference.generate import generate
 from lionjax.inference.sampling import GenerationConfig
@@ -163,11 +164,13 @@ def dummy_batch(experiment: Experiment, stage: Stage | None = None, batch_size: 
     if max_boxes:
         boxes, valid = np.zeros((batch_size, max_boxes, 4), np.float32), np.zeros((batch_size, max_boxes), np.int32)
         batch = dataclasses.replace(batch, boxes_BK4=boxes, boxes_mask_BK=valid)
-    if not processor.sam_image_size or (stage and "res" not in dict(stage.mixture)):
+    if not processor.sam_image_size or (stage and not set(MASK_TASKS) & set(dict(stage.mixture))):
         return batch
     sam_image = np.zeros((batch_size, *sam_size, 3), np.float32)
     masks = np.zeros((batch_size, max_boxes, *sam_size), bool)
-    return dataclasses.replace(batch, masks_BKHW=masks, masks_mask_BK=valid, sam_image_BHWC=sam_image)
+    size = np.zeros((batch_size, 2), np.int32) if processor.sam_padding == "corner" else None
+    fields = {"masks_BKHW": masks, "masks_mask_BK": valid, "sam_image_BHWC": sam_image, "sam_size_B2": size}
+    return dataclasses.replace(batch, **fields)
 
 
 def abstract_batch(batch: Batch, batch_size: int, mesh: Mesh) -> Batch:

@@ -177,13 +177,19 @@ def _add_unique_objects(builder: AnnotatedImagesBuilder, image_index: int, insta
             or area < MIN_AREA_FRACTION * image_info.width * image_info.height
         ):
             continue
-        regions = (len(builder.segmentations),)
+        regions, noun = (len(builder.segmentations),), part_noun(category)
         builder.segmentations.append(annotation.get("segmentation"))
         fields = {"kind": category, "regions": regions}
         for task in ("rec", "res") if annotation.get("segmentation") else ("rec",):
-            builder.add_annotation(task, Annotation(image_index, words=f"the {category}", boxes=(box,), **fields))
-        names = (f"the {category}", with_article(category), category)
+            builder.add_annotation(task, Annotation(image_index, words=f"the {noun}", boxes=(box,), **fields))
+        names = (f"the {noun}", with_article(noun), noun)
         builder.add_annotation("reg", Annotation(image_index, names, question_boxes=(box,), **fields))
+
+
+def part_noun(category: str) -> str:
+    """A category as words; "bottle:cap" of PACO and PASCAL-Part is the "cap of the bottle"."""
+    whole, colon, part = category.partition(":")
+    return f"{part.replace('_', ' ')} of the {whole.replace('_', ' ')}" if colon else category
 
 
 def _add_existence_questions(

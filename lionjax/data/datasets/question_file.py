@@ -69,7 +69,10 @@ class QuestionFile(AnnotationFile):
 
 
 def _add_question(builder: AnnotatedImagesBuilder, question: Question, name: str, location: str) -> None:
-    index = builder.add_image(name or ("text", location), ImageInfo(name, in_pixels=question.in_pixels))
+    # A mask in run lengths has the size of its image.
+    height, width = (1.0, 1.0) if question.segmentation is None else question.segmentation["size"]
+    info = ImageInfo(name, width, height, in_pixels=question.in_pixels)
+    index = builder.add_image(name or ("text", location), info)
     regions: tuple[int, ...] = ()
     if question.segmentation is not None:
         regions = (len(builder.segmentations),)

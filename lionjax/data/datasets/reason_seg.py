@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lionjax.core.types import UserError
+from lionjax.data.boxes import box_around
 from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import Annotation
 from lionjax.data.datasets.question_file import Question, QuestionFile
@@ -19,7 +20,9 @@ from lionjax.data.images import ALLOWED_FORMATS
 from lionjax.data.rle import encode_rle
 
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("val",), "heldout": ("test", "val")}
-LABELS = {"target": 1, "ignore": 255}  # "flag" marks an image, not a region
+TARGET, IGNORE = 1, 255
+FLAG, IGNORE_LABEL, MIN_CORNERS = "flag", "ignore", 3  # a flag marks an image, not a region
+MASK_PROMPT = "{text} Please output segmentation mask."  # of a sentence, as LISA asks
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,17 @@ class ReasonSeg(QuestionFile):
         image = row["path"].with_suffix(".jpg")
         labels_HW = draw_labels(shapes, image_size(image), location)
         kind = "long" if row.get("is_sentence") else "short"
-        facts = {"ignore": encode_rle(labels_HW == LABELS["ignore"])}
-        mask = encode_rle(labels_HW == LABELS["target"])
+        facts = {"ignore": encode_rle(labels_HW == IGNORE)}
+        target_HW = labels_HW == TARGET
+        mask, box = encode_rle(target_HW), box_around(target_HW)
+        fields = {"kind": kind, "facts": facts}
+        if box is not None:
+            width, height = labels_HW.shape[::-1]
+            fields["boxes"] = ((box[0] * width, box[1] * height, box[2] * width, box[3] * height),)
         for number, text in enumerate(texts):
             question_id = image.stem if len(texts) == 1 else f"{image.stem}/{number}"
-            annotation = Annotation(0, words=text, kind=kind, question_id=question_id, facts=facts)
+            question = MASK_PROMPT.format(text=text) if kind == "long" else ""
+            annotation = Annotation(0, question=question, words=text, question_id=question_id, **fields)
             yield Question("res", f"{row['folder']}/{image.name}", annotation, True, mask)
 
 
@@ -79,20 +88,38 @@ def image_size(path: Path) -> tuple[int, int]:
 def draw_labels(shapes: Sequence[dict], size: tuple[int, int], location: str) -> np.ndarray:
     """uint8 (height, width): 1 in target regions, 255 in ignored ones, else 0; `size` is (width, height).
 
-    The largest region is drawn first, so that a smaller one stays visible. The pixels of a polygon's edge belong to
-    it, as where LISA draws with OpenCV; oblique edges may differ from it by single pixels.
+    As LISA's code: a "flag" is no region, a label that contains "ignore" is ignored, any other is a target, and the
+    largest region is drawn first, so that a smaller one stays visible. Raises UserError for less than three corners.
     """
     masks = []
     for shape in shapes:
-        if shape["label"] not in LABELS:
+        label = str(shape["label"]).lower()
+        if label == FLAG:
             continue
-        corners = [tuple(map(round, map(float, point))) for point in shape["points"]]
-        if len(corners) < 3:
+        # Integer pixels, without the fraction, as where LISA draws.
+        corners = [tuple(int(float(number)) for number in point) for point in shape["points"]]
+        if len(corners) < MIN_CORNERS:
             raise UserError(f"{location} has a polygon with {len(corners)} corners; give at least three")
+        masks.append((fill_polygon(corners, size), IGNORE if IGNORE_LABEL in label else TARGET))
+    labels_HW = np.zeros(size[::-1], np.uint8)
+    for mask_HW, value in sorted(masks, key=lambda pair: -int(pair[0].sum())):
+        labels_HW[mask_HW] = value
+    return labels_HW
+
+
+def fill_polygon(corners: Sequence[tuple[int, int]], size: tuple[int, int]) -> np.ndarray:
+    """bool (height, width): the inside of a polygon and its outline, which belongs to it.
+
+    Drawn by OpenCV, as in LISA, if it is installed (`pip install lionjax[opencv]`). Pillow's outline differs from it by
+    at most one pixel.
+    """
+    try:
+        import cv2
+    except ImportError:
         canvas = Image.new("1", size)
         ImageDraw.Draw(canvas).polygon(corners, fill=1, outline=1)
-        masks.append((np.asarray(canvas), LABELS[shape["label"]]))
-    labels_HW = np.zeros(size[::-1], np.uint8)
-    for mask_HW, label in sorted(masks, key=lambda pair: -int(pair[0].sum())):
-        labels_HW[mask_HW] = label
-    return labels_HW
+        return np.asarray(canvas)
+    canvas_HW, points = np.zeros(size[::-1], np.uint8), np.array([corners], np.int32)
+    cv2.polylines(canvas_HW, points, True, 1, 1)
+    cv2.fillPoly(canvas_HW, points, 1)
+    return canvas_HW.astype(bool)

@@ -17,7 +17,7 @@ from lionjax.core.types import UserError
 from lionjax.data import templates as wordings
 from lionjax.data.boxes import Box, box_to_text
 from lionjax.data.chat import render_history
-from lionjax.data.scenes import naming, referring, world
+from lionjax.data.scenes import naming, reasoning, referring, world
 from lionjax.data.scenes.world import Scene
 from lionjax.data.templates import sample_question
 
@@ -25,6 +25,7 @@ TAG_VOCABULARY = (*world.SHAPES, *world.COLORS, "striped", "dotted")
 POPE_SETTINGS = ("random", "popular", "adversarial")
 POPULAR_PAIRS = frozenset((c, s) for c in world.COLORS[:3] for s in world.SHAPES[:3])
 ALL_ATTRIBUTES = ("size", "color", "texture", "shape")
+MASK_TASKS = ("res", "reason")  # answered by a mask
 TASK_CATEGORY = {
     "caption": "image_level",
     "vqa": "image_level",
@@ -33,6 +34,7 @@ TASK_CATEGORY = {
     "tags": "image_level",
     "rec": "region_level",
     "res": "region_level",
+    "reason": "region_level",
     "reg": "region_level",
     "box_vqa": "region_level",
     "grounded": "region_level",
@@ -323,6 +325,20 @@ def res(scene: Scene, rng) -> Example:
     return _referring_example(scene, rng, "res", "mask", wordings.RES)
 
 
+def reason(scene: Scene, rng, kind: str | None = None) -> Example:
+    """Segmentation of an object that must be inferred; `kind`: see `reasoning.KINDS`, default random.
+
+    A scene without such an object gives a referring expression, of kind "named".
+    """
+    inference = reasoning.sample_inference(scene, rng, kind)
+    if inference is None:
+        return _referring_example(scene, rng, "reason", "named", wordings.RES)
+    box = scene.things[inference.target].box
+    question = sample_question(wordings.RES, rng, expr=inference.description)
+    answer = f"Answer: {box_to_text(box)}"
+    return _build_example("reason", inference.kind, question, answer, boxes=(box,), targets=(inference.target,))
+
+
 def reg(scene: Scene, rng) -> Example:
     """Referring expression generation: a box, answered by an expression; all matching expressions are references."""
     k, _ = referring.sample_referent(scene, rng)
@@ -415,6 +431,7 @@ TASKS = {
     "tags": tags,
     "rec": rec,
     "res": res,
+    "reason": reason,
     "reg": reg,
     "box_vqa": box_vqa,
     "grounded": grounded,

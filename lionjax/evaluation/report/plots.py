@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lionjax.data.boxes import box_around
+
 # The color-blind safe palette of Okabe and Ito, without black.
 PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
 PREDICTION_COLOR, TRUTH_COLOR, QUERY_COLOR = PALETTE[0], PALETTE[2], PALETTE[1]
@@ -88,11 +90,7 @@ def box_to_pixels(box: Sequence[float], size: tuple[int, int]) -> tuple[float, f
 
 def mask_to_box(mask: np.ndarray | None) -> tuple[float, float, float, float]:
     """The bounding box of a mask in 0..1; the whole image for an empty mask or None."""
-    rows, columns = np.nonzero(mask) if mask is not None else ((), ())
-    if not len(rows):
-        return 0.0, 0.0, 1.0, 1.0
-    height, width = mask.shape
-    return (columns.min() / width, rows.min() / height, (columns.max() + 1) / width, (rows.max() + 1) / height)
+    return (None if mask is None else box_around(mask)) or (0.0, 0.0, 1.0, 1.0)
 
 
 def blend_mask(image: Image.Image, mask: np.ndarray, color: str, alpha: float) -> Image.Image:

@@ -117,6 +117,8 @@ SYSTEM_FORMATS: Mapping[str, SystemFormat] = {
     # prompt has one <im_patch> for each patch: `num_image_tokens` is the model's.
     "shikra": _format(SHIKRA_GENERATION, *_two_roles(USER_SYSTEM, "{image} "), num_image_tokens=1),
     "nextchat": _format(dataclasses.replace(SHIKRA_GENERATION, num_beams=5), *_two_roles(USER_SYSTEM, "{image} ")),
+    # LISA (arXiv 2308.00692): LLaVA's first format with an image between <im_start> and <im_end>.
+    "lisa": _format(LLAVA_GENERATION, *_two_roles(HUMAN_SYSTEM, "<im_start>{image}<im_end>\n")),
     # Kosmos-2 (arXiv 2306.14824): the question or caption follows the image's own tags.
     "kosmos2": _format(
         GenerationDefaults(max_new_tokens=128, penalize_boxes=True),

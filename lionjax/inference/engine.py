@@ -24,7 +24,7 @@ from lionjax.core import sharding
 from lionjax.core.experiment import DecodingConfig, GenerationDefaults
 from lionjax.core.types import VLM, Batch, Params, UserError
 from lionjax.data import images
-from lionjax.data.boxes import BOX_PATTERN, Box, box_to_text
+from lionjax.data.boxes import BOX_PATTERN, Box, box_around, box_to_text
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.processor import Processor
 from lionjax.data.regions import ImageRegions
@@ -135,10 +135,10 @@ def predict_boxes(model: VLM, params: Params, batch: Batch):
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def predict_mask_logits(model: VLM, params: Params, batch: Batch, aux_outputs):
-    """Mask logits (B, K, h, w) of the places that answers kept."""
-    asked_BK = jnp.arange(aux_outputs["box"].shape[1]) < aux_outputs["count"][:, None]
-    return model.predict_masks(params, batch, aux_outputs["box"], aux_outputs["state"], asked_BK)[0]
+def predict_mask_logits(model: VLM, params: Params, batch: Batch, aux_outputs, count_B):
+    """Mask logits (B, K, h, w) of the first `count_B` places that answers kept."""
+    asked_BK = jnp.arange(aux_outputs["state"].shape[1]) < count_B[:, None]
+    return model.predict_masks(params, batch, aux_outputs.get("box"), aux_outputs["state"], asked_BK)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
@@ -212,7 +212,11 @@ class InferenceEngine:
     ) -> Answer:
         """One generated answer as text, with its boxes in fractions of the original image."""
         regions, letterbox = output.aux_outputs, Letterbox(*row["size"].tolist())
-        decoded_boxes = [] if regions is None else regions["box"][index].tolist()
+        decoded_boxes: list = [] if regions is None or "box" not in regions else regions["box"][index].tolist()
+        if masks is not None and (token := self.model.info.mask_token) is not None:
+            # Masks of an earlier answer, which is in the prompt, come first.
+            masks = masks[int((row["prompt"] * row["prompt_mask"] == token).sum()) :]
+            decoded_boxes = [box_around(mask_HW) for mask_HW in masks]
         length = int(output.length_B[index])
         token_ids = output.ids_BM[index, :length].tolist()
         log_probs = () if output.logprob_BM is None else output.logprob_BM[index, :length].tolist()
@@ -222,7 +226,7 @@ class InferenceEngine:
         text, boxes = self.processor.prompt.decode_with_boxes(text_ids, decoded_boxes, letterbox)
         if self.processor.prompt.stop_text:
             text = text.partition(self.processor.prompt.stop_text)[0].rstrip()
-        has_region_boxes = regions is not None and regions["count"][index] > 0
+        has_region_boxes = regions is not None and (regions["count"][index] > 0 or bool(decoded_boxes))
         box_K4 = np.array(boxes, float).reshape(-1, 4) if has_region_boxes else extract_boxes(text)
         return Answer(text, box_K4, masks, tuple(token_ids), tuple(log_probs))
 
@@ -230,21 +234,29 @@ class InferenceEngine:
         """The masks (K, height, width) of each answer's places; none of a system that makes none."""
         if output.aux_outputs is None or batch.sam_image_BHWC is None:
             return [np.zeros((0, height, width), bool) for width, height in image_sizes]
+        count_B = self._count_masks(batch, output)
         with sharding.use_mesh(self.mesh):
             placed = sharding.shard_global_batch(batch, self.mesh)
             logits_BKHW = sharding.gather_to_host(
-                predict_mask_logits(self.model, self.params, placed, output.aux_outputs)
+                predict_mask_logits(self.model, self.params, placed, output.aux_outputs, count_B)
             )
         require_finite(np.isfinite(logits_BKHW[: len(image_sizes)]).all(axis=(1, 2, 3)), "masks")
         pixels, masks = batch.sam_image_BHWC.shape[1], []
-        location = self.processor.prompt.box_codec.box_token_id
         for number, (width, height) in enumerate(image_sizes):
-            # A trigger at the very end has no place behind it.
-            count = min(int((output.ids_BM[number] == location).sum()), logits_BKHW.shape[1])
-            inside = Letterbox(width, height).pixel_rect(pixels)
-            logits_KHW = logits_BKHW[number, :count]
+            inside = Letterbox(width, height, self.processor.sam_corner).pixel_rect(pixels)
+            logits_KHW = logits_BKHW[number, : count_B[number]]
             masks.append(postprocess_masks(logits_KHW, pixels, inside, (height, width)) > 0)
         return masks
+
+    def _count_masks(self, batch: Batch, output: GenerateOutput) -> np.ndarray:
+        """How many masks each answer has (B,), at most as many as states were kept."""
+        num_states = output.aux_outputs["state"].shape[1]
+        if (token := self.model.info.mask_token) is not None:
+            in_prompt_B = ((batch.prompt_BL == token) & batch.prompt_mask_BL.astype(bool)).sum(axis=1)
+            return np.minimum(in_prompt_B + (output.ids_BM == token).sum(axis=1), num_states)
+        # A trigger at the very end has no place behind it.
+        location = self.processor.prompt.box_codec.box_token_id
+        return np.minimum((output.ids_BM == location).sum(axis=1), num_states)
 
     def teacher_forced_boxes(
         self, rows: Sequence[EncodedExample], min_shape=(1, 1, 1), image_blind: bool = False
@@ -301,7 +313,7 @@ class InferenceEngine:
 def require_finite_output(output: GenerateOutput, num_rows: int) -> None:
     """Raise UserError where logits or decoded boxes of the first `num_rows` rows are NaN or infinite."""
     require_finite(output.is_finite_B[:num_rows])
-    if (regions := output.aux_outputs) is not None:
+    if (regions := output.aux_outputs) is not None and "box" in regions:
         unused_BK = np.arange(regions["box"].shape[1]) >= regions["count"][:, None]
         require_finite((np.isfinite(regions["box"]).all(axis=2) | unused_BK).all(axis=1)[:num_rows], "boxes")
 

@@ -115,7 +115,7 @@ def prompt_format(
         chat_fields = chat_template.prompt_fields(chat_template_folder) if chat_template_folder else {}
     system = SYSTEM_FORMATS[name]
     fields = dict(system.processor) | chat_fields
-    if name != "shikra" and hf_config.get("mm_use_im_start_end"):
+    if name not in ("shikra", "lisa") and hf_config.get("mm_use_im_start_end"):
         fields["prompt_template"] = fields["prompt_template"].replace("{image}", "<im_start>{image}<im_end>")
     return dataclasses.replace(system, processor=fields)
 

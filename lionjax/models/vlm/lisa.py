@@ -33,25 +33,32 @@ class Lisa(RegionLM):
 
     - `feature_layer`: index of CLIP's hidden state, as in transformers: -2 is the output of the last block but one.
     - `mask_token_id`: [SEG]. `max_masks`: in one answer; further ones have no mask.
+    - `identity_init_scale`: see `PatchRegionModule`; it needs `vision.width` equal to `language.width`.
     - `text_weight`, `bce_weight`, `dice_weight`: of the three losses; `dice_scale`: see `losses.bce_dice_losses`.
     """
 
     vision: ViTConfig = dataclasses.replace(CLIP_VIT_L, image_size=224)
-    language: DecoderConfig = dataclasses.replace(VICUNA_7B, vocab_size=32004)
+    language: DecoderConfig = dataclasses.replace(VICUNA_7B, vocab_size=32003)
     sam: SamConfig = SAM_VIT_H
     feature_layer: int = -2
     projector_depth: int = 1
-    image_token_id: int = 32000
-    mask_token_id: int = 32003
+    image_token_id: int = -200  # LLaVA's placeholder, outside the vocabulary
+    mask_token_id: int = 32000
     max_masks: int = 8
     text_weight: float = 1.0
     bce_weight: float = 2.0
     dice_weight: float = 0.5
     dice_scale: float = 1000.0
     dtype: str = "float32"  # of the computation
+    identity_init_scale: float | None = None
 
     def __post_init__(self):
         check_choices(self, projector_depth=(1, 2))
+        if self.identity_init_scale is not None and self.vision.width != self.language.width:
+            raise ValueError(
+                f"identity_init_scale needs vision.width ({self.vision.width}) equal to language.width "
+                f"({self.language.width}); set it to None"
+            )
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -71,6 +78,7 @@ class Lisa(RegionLM):
         return vlm_info(
             self,
             mask_token=self.mask_token_id,
+            default_image_fit={"mode": "shortest_edge"},  # and a center crop, as CLIP's image processor
             default_processor={
                 "max_prompt_tokens": 512,
                 "num_image_tokens": self.vision.num_patches,
@@ -95,7 +103,7 @@ class Lisa(RegionLM):
 
 
 LISA_7B = Lisa()
-LISA_13B = Lisa(language=dataclasses.replace(VICUNA_13B, vocab_size=32004))
+LISA_13B = Lisa(language=dataclasses.replace(VICUNA_13B, vocab_size=32003))
 
 
 class LisaModule(PatchRegionModule):

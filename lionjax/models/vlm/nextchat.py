@@ -68,6 +68,11 @@ class NextChat(RegionLM):
         return False
 
     @property
+    def identity_init_scale(self) -> None:
+        """Its projector starts at random."""
+        return None
+
+    @property
     def region_head(self) -> RegionHeadConfig:
         names = {field.name for field in dataclasses.fields(RegionHeadConfig)}
         return RegionHeadConfig(**{name: getattr(self, name) for name in names})

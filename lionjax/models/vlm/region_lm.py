@@ -28,7 +28,7 @@ from lionjax.models.vision.sam_decoder import Sam
 from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.models.vision.vit import ViT
 from lionjax.nn import losses
-from lionjax.nn.layers import MLP, Dense, dense_weight_map
+from lionjax.nn.layers import MLP, Dense, dense_weight_map, normal
 from lionjax.nn.positions import last_token
 
 
@@ -46,6 +46,7 @@ class RegionLM(VLM):
     region_head: RegionHeadConfig | None
     box_scale: float
     is_encoder_decoder: bool
+    identity_init_scale: float | None
 
     @property
     def num_mask_prompt_tokens(self) -> int:
@@ -264,14 +265,16 @@ class PatchRegionModule(RegionModule):
     """A `RegionModule` whose prompt has an image token for each of CLIP's patches (NExT-Chat, LISA).
 
     Its config has fields `vision`, `feature_layer` (index of CLIP's hidden state, as in transformers),
-    `projector_depth` and `image_token_id`.
+    `projector_depth` and `image_token_id`. With its `identity_init_scale` a projector of one layer starts as the
+    identity times this, for a ViT that is aligned to the language model's embeddings.
     """
 
     def setup(self):
         c, width = self.c, self.c.language.width
         self.vision = ViT(c.vision, (c.vision.depth + c.feature_layer,))
         if c.projector_depth == 1:
-            self.projector = Dense(c.vision.width, width, ("embed", None))
+            init = normal(0.02) if c.identity_init_scale is None else identity_init(c.identity_init_scale)
+            self.projector = Dense(c.vision.width, width, ("embed", None), kernel_init=init)
         else:
             self.projector = MLP(c.vision.width, width, "gelu", out_features=width)
         self.setup_language()
@@ -294,6 +297,11 @@ class PatchRegionModule(RegionModule):
 
     def split_keys(self, key):
         return None, key, None
+
+
+def identity_init(scale: float):
+    """Initializer of a kernel as `scale` times the identity."""
+    return lambda key, shape, dtype=jnp.float32: scale * jnp.eye(*shape, dtype=dtype)
 
 
 def repeat_images(image, batch: Batch):

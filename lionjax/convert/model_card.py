@@ -30,6 +30,7 @@ ORIGINAL_CODE = {  # by model_type: the repository whose modules have these tens
     "llava_llama": "https://github.com/haotian-liu/LLaVA",
     "mplug-owl": "https://github.com/X-PLUG/mPLUG-Owl",
     "nextchat": "https://github.com/NExT-ChatV/NExT-Chat",
+    "lisa": "https://github.com/dvlab-research/LISA",
     OWN_PREFIX + "lion": "https://github.com/JiuTian-VL/JiuTian-LION",
     OWN_PREFIX + "flamingo": "https://github.com/mlfoundations/open_flamingo",
     OWN_PREFIX + "ram": "https://github.com/xinyu1205/recognize-anything",

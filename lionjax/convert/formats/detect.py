@@ -32,6 +32,7 @@ from lionjax.convert.formats.key_fit import open_part
 from lionjax.convert.formats.kosmos2 import KOSMOS_2
 from lionjax.convert.formats.lavis import BLIP2_STAGE1, EVA_FILE, find_lavis_files, open_lavis
 from lionjax.convert.formats.lion import LION, find_lion_file, open_lion
+from lionjax.convert.formats.lisa import LISA, lisa_format_name
 from lionjax.convert.formats.lyrics import LYRICS_FORMATS, lyrics_format_name
 from lionjax.convert.formats.mplug_owl import MPLUG_OWL
 from lionjax.convert.formats.nextchat import REGION_FORMATS
@@ -88,7 +89,7 @@ def open_checkpoint(
         source = _open_llava_adapter(path, folder, adapter, vision_tower)
     else:
         source = _detect_and_open(path, folder, format_name, base, vision_tower)
-    if vision_tower is not None and source.checkpoint_format.name != "llava":
+    if vision_tower is not None and source.checkpoint_format.name not in ("llava", "lisa"):
         raise UserError(f"a {source.checkpoint_format.name} has no separate vision tower; leave out --vision-tower")
     adapter_folder = adapter or (source.folder or folder) / loras.ADAPTER_FOLDER
     if adapter is None and not adapter_folder.is_dir():
@@ -181,7 +182,7 @@ def _detect_and_open(
     model_type = hf_config.get("model_type")
     if format_name is None and SYSTEM_KEY in hf_config and str(model_type).startswith(OWN_PREFIX):
         format_name = str(model_type).removeprefix(OWN_PREFIX)
-    format_name = format_name or lyrics_format_name(hf_config)
+    format_name = format_name or lyrics_format_name(hf_config) or lisa_format_name(hf_config)
     matches = [f for f in FORMATS if f.name == format_name or (format_name is None and model_type in f.model_types)]
     if not matches:
         reason = "no config.json with a model_type" if model_type is None else f"model_type {model_type!r}"
@@ -296,6 +297,7 @@ def _inner_field(config: Any) -> str | None:
 FORMATS = (  # the first format that matches is used, so LION comes first: its folder also contains a T5
     LION,
     *REGION_FORMATS,
+    LISA,
     *LYRICS_FORMATS,
     *VLM_FORMATS,
     BLIP2_STAGE1,

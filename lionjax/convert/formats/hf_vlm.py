@@ -130,7 +130,7 @@ ORIGINAL_LLAVA_TABLE = ConfigTable(
 PROJECTOR_DEPTHS = {"linear": 1, "mlp1x_gelu": 1, "mlp2x_gelu": 2}
 
 
-def _feature_layer(path: str, layer: int, depth: int) -> int:
+def feature_layer_index(path: str, layer: int, depth: int) -> int:
     """The index -depth..-1 of hidden state `layer` of a tower, counted as in transformers: 0 is the embeddings."""
     if not (-depth <= layer <= -1 or 1 <= layer <= depth):
         raise unsupported(path, layer, (f"-{depth}..-1", f"1..{depth}"))
@@ -150,7 +150,7 @@ def _llava_config_from_hf(hf_config: dict) -> Any:
     return VisualPrefixLM(
         vision,
         language,
-        feature_layer=_feature_layer("vision_feature_layer", s["vision_feature_layer"], vision.depth),
+        feature_layer=feature_layer_index("vision_feature_layer", s["vision_feature_layer"], vision.depth),
         keep_class_token=s["vision_feature_select_strategy"] == "full",
         image_token_id=s["image_token_index"],
         prepend_image=False,
@@ -173,7 +173,7 @@ def _original_llava_config_from_hf(hf_config: dict) -> Any:
     return VisualPrefixLM(
         vision,
         llama_from_settings(ORIGINAL_LLAVA_TABLE, s),
-        feature_layer=_feature_layer("mm_vision_select_layer", s["mm_vision_select_layer"], vision.depth),
+        feature_layer=feature_layer_index("mm_vision_select_layer", s["mm_vision_select_layer"], vision.depth),
         keep_class_token=s["mm_vision_select_feature"] == "cls_patch",
         projector_depth=PROJECTOR_DEPTHS[kind],
         image_token_id=s["image_token_index"],
@@ -237,6 +237,11 @@ def _prepare_llava_tensors(c: VisualPrefixLM, tensors: CheckpointTensors, folder
     if not any(name.startswith("model.layers.") for name in tensors):
         language_folder = _find_part_folder(folder, LLAMA, "language model")
         tensors = add_mm_projector(tensors, open_part(language_folder, LLAMA, c.language))
+    return with_named_tower(c, tensors, folder)
+
+
+def with_named_tower(c: Any, tensors: CheckpointTensors, folder: Path) -> CheckpointTensors:
+    """The tensors with those of the CLIP in a subfolder of `folder`, unless they hold a tower."""
     if any(name.startswith(LLAVA_TOWER_PREFIX) for name in tensors):
         return tensors
     name = str(read_hf_config(folder / "config.json").get("mm_vision_tower") or "")

@@ -250,6 +250,7 @@ def _eva_parts(c: Any) -> list[HFPart]:
 HF_PARTS: dict[str, Callable[[Any], list[HFPart]]] = {
     "lion": _lion_parts,
     "nextchat": _nextchat_parts,
+    "lisa": _nextchat_parts,
     "ram": _ram_parts,
     "eva": _eva_parts,
     "groundingdino": _grounding_dino_parts,

@@ -71,6 +71,7 @@ T5_GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 CONFIG_READERS = ("swin", "sam", "kosmos2", "mplug_owl", "grounding-dino", "clip_model", "siglip")
 LYRICS = {"text_config": {"model_type": "llama"}, "detection_config": {}, "ram_config": {}}
 LYRICS["qformer_config"] = {"detection_encoder_hidden_size": 260}
+LISA = {"architectures": ["LISAForCausalLM"], "mm_vision_tower": "openai/clip-vit-large-patch14"}
 READERS = [
     *[(fmt, "blip-2", LYRICS) for fmt in detect.FORMATS if fmt.name in ("lyrics", "lyrics_stage1")],
     *[(fmt, name, {}) for fmt in (LLAMA, OPT, GPT2, BERT) for name in fmt.model_types if name != "mistral"],
@@ -82,6 +83,7 @@ READERS = [
     (hf_vlm.LLAVA, "llava", {"text_config": {}}),
     (hf_vlm.LLAVA, "llava_llama", {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}),
     *[(fmt, "nextchat", {}) for fmt in detect.FORMATS if fmt.name == "nextchat"],
+    *[(fmt, "llava", LISA) for fmt in detect.FORMATS if fmt.name == "lisa"],
 ]
 
 
@@ -100,7 +102,7 @@ def test_every_reader_refuses_an_unknown_field_at_every_level(fmt, model_type, h
     parts |= {"lyrics_stage1": ["vision", "qformer", "detection", "ram"]}  # it has no language model
     parts |= {"lyrics": ["text", *parts["lyrics_stage1"]]}
     known = parts.get(fmt.name, []) if model_type != "clip_vision_model" else []
-    for part in ["text", "vision"] if model_type == "llava" else known:
+    for part in ["text", "vision"] if fmt.name == "llava" and model_type == "llava" else known:
         nested = f"{part}_config"
         with pytest.raises(UserError, match=f"the field {nested}.unheard_of 1, which lionjax does not know"):
             fmt.config_from_hf(hf_config | {nested: hf_config.get(nested, {}) | {"unheard_of": 1}})

@@ -245,8 +245,11 @@ def write_refined(source: ArrayRecordDataset) -> None:
     assert built.is_dir()
 
 
-def write_all(experiment: Experiment) -> None:
-    """Write the files of all sources where the config names them, from the working directory on."""
+def write_all(experiment: Experiment, segmentation) -> None:
+    """Write the files of all sources where the config names them, from the working directory on.
+
+    `segmentation`: the module `full_size_segmentation`, which imports this one.
+    """
     mixes = list(itertools.chain.from_iterable(stage.mixture for stage in experiment.stages))
     writers = {
         Conversations: write_conversations,
@@ -257,9 +260,12 @@ def write_all(experiment: Experiment) -> None:
         LionRecords: write_lion,
         ArrayRecordDataset: write_refined,
         EasyVqa: lambda source: None,  # its package has them
+        **segmentation.WRITERS,
     }
     for source in experiment.data.sources:
         if type(source) is JsonLines:
             write_json_lines(source, {mix.task for mix in mixes if mix.source == source.name})
+        elif type(source) is Coco and not source.captions_file:
+            segmentation.write_instances(source)
         else:
             writers[type(source)](source)

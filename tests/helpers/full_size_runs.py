@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 
 import full_size_data
+import full_size_segmentation
 import full_size_tokenizers
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from lionjax.training import checkpoint, loop
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("tiny"))
 # In a file of tests by themselves, so that two processes share the work.
-REGION_NAMES = [name for name in NAMES if name.startswith(("kosmos2", "lion", "nextchat", "shikra"))]
+REGION_NAMES = [name for name in NAMES if name.startswith(("kosmos2", "lion", "lisa", "nextchat", "shikra"))]
 # Without image tokens: enough for the prompt template with a question, with earlier rounds, and with boxes as digits.
 ONE_ROUND, ROUNDS, WITH_DIGITS = 44, 60, 72
 SHORT_PACKING = PackingConfig(max_box_tokens=24, max_caption_tokens=20, length=40)
@@ -66,14 +67,20 @@ def shrunk(name: str):
     if small.data.processor.packing is not None:
         short = dataclasses.replace(small.data.processor, packing=SHORT_PACKING)
         small = dataclasses.replace(small, data=dataclasses.replace(small.data, processor=short))
-    full_size_data.write_all(small)
+    full_size_data.write_all(small, full_size_segmentation)
     folders = (processor.tokenizer, processor.question_tokenizer)
     fewer = [
         full_size_tokenizers.write(folder.partition("/")[2], full_size_data.TEXTS) if "/" in folder else 0
         for folder in folders
     ]
     stages = tuple(
-        dataclasses.replace(stage, batch_size=ROWS, steps=updates_for(stage.mixture), warmup_steps=2)
+        dataclasses.replace(
+            stage,
+            batch_size=ROWS,
+            grad_accum_steps=math.gcd(stage.grad_accum_steps, ROWS),
+            steps=updates_for(stage.mixture),
+            warmup_steps=2,
+        )
         for stage in small.stages
     )
     # The last stage has one checkpoint before its end.

@@ -21,6 +21,9 @@ FOLDERS = {
     **dict.fromkeys(("vicuna_7b", "vicuna_13b", "llama_7b"), ("llama", ("<image>", "<pad>"), 32000)),
     "vicuna_7b_shikra": ("llama", SHIKRA_TOKENS, 32000),
     "vicuna_7b_nextchat": ("llama", (*SHIKRA_TOKENS, "<at>", "<boxes>"), 32000),
+    **dict.fromkeys(
+        ("llava_lightning_7b", "llava_lightning_13b"), ("llama", ("[SEG]", "<im_start>", "<im_end>"), 32000)
+    ),
     **dict.fromkeys(("vicuna_7b_v1_1", "vicuna_13b_v1_1"), ("llama", ("[PAD]",), 32000)),
     **dict.fromkeys(("flan_t5_xl", "flan_t5_xxl"), ("t5", (), 32100)),
     "opt_2_7b": ("opt", (), 50265),

@@ -18,6 +18,7 @@ from lionjax.cli import guide as guide_command
 from lionjax.cli import judge as judge_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import score as score_command
+from lionjax.cli import synthesize as synthesize_command
 from lionjax.cli import tools as tools_command
 from lionjax.cli.errors import UsageError, describe_error
 
@@ -144,6 +145,11 @@ def agent(args: argparse.Namespace, _) -> None:
 def judge(args: argparse.Namespace, _) -> None:
     """Let a language model judge answers to LLaVA-Bench, or write OwlEval's rating sheet for people."""
     judge_command.judge(args)
+
+
+def synthesize(args: argparse.Namespace, _) -> None:
+    """Make instruction data with a language model, or grounded captions with a detector, in LLaVA's form."""
+    synthesize_command.synthesize(args)
 
 
 def demo(args: argparse.Namespace, _) -> None:

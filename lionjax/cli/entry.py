@@ -22,6 +22,7 @@ from lionjax.cli import guide as guide_command
 from lionjax.cli import judge as judge_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import score as score_command
+from lionjax.cli import synthesize as synthesize_command
 from lionjax.cli import tools as tools_command
 from lionjax.cli.commands import (
     agent,
@@ -38,6 +39,7 @@ from lionjax.cli.commands import (
     rank,
     report,
     show,
+    synthesize,
     tag,
     tools,
     train,
@@ -71,6 +73,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     tools_command.add_tools_arguments(add_verb(verbs, tools))
     tools_command.add_agent_arguments(add_verb(verbs, agent))
     judge_command.add_arguments(add_verb(verbs, judge))
+    synthesize_command.add_arguments(add_verb(verbs, synthesize))
 
     add_demo_arguments(add_verb(verbs, demo))
 

@@ -17,6 +17,7 @@ from lionjax.cli import convert as weights_command
 from lionjax.cli import guide as guide_command
 from lionjax.cli import judge as judge_command
 from lionjax.cli import plan as plan_command
+from lionjax.cli import reproduce as reproduce_command
 from lionjax.cli import score as score_command
 from lionjax.cli import synthesize as synthesize_command
 from lionjax.cli import tools as tools_command
@@ -269,6 +270,11 @@ def convert(args: argparse.Namespace, _) -> None:
 def plan(args: argparse.Namespace, overrides: list[str]) -> None:
     """Compile a config for a TPU pod on this machine; reports memory use and predicted step time."""
     plan_command.plan(args, overrides)
+
+
+def reproduce(args: argparse.Namespace, _) -> None:
+    """Check released weights, compare them with transformers, and print their figures beside the paper's."""
+    reproduce_command.reproduce(args)
 
 
 def report(args: argparse.Namespace, _) -> None:

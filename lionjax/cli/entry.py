@@ -21,6 +21,7 @@ from lionjax.cli import convert as weights_command
 from lionjax.cli import guide as guide_command
 from lionjax.cli import judge as judge_command
 from lionjax.cli import plan as plan_command
+from lionjax.cli import reproduce as reproduce_command
 from lionjax.cli import score as score_command
 from lionjax.cli import synthesize as synthesize_command
 from lionjax.cli import tools as tools_command
@@ -38,6 +39,7 @@ from lionjax.cli.commands import (
     plan,
     rank,
     report,
+    reproduce,
     show,
     synthesize,
     tag,
@@ -104,6 +106,9 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
 
     verb = add_verb(verbs, plan, extra_args_help="Any field of the config can be set: --stages.0.batch_size 64.")
     plan_command.add_arguments(verb)
+
+    verb = add_verb(verbs, reproduce)
+    reproduce_command.add_arguments(verb)
 
     verb = add_verb(verbs, report)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -71,16 +71,48 @@ class Segmenter:
         image = to_pil_image(image)
         side, square = self.config.image_size, Letterbox(*image.size)
         image_1HWC = preprocess_sam_image(image, side)[None] if boxes else None
-        for start in range(0, len(boxes), MAX_BOXES[-1]):
-            part = np.clip(np.array(boxes[start : start + MAX_BOXES[-1]], np.float32), 0, 1)
-            padded_K4 = np.zeros((1, round_up_to_bucket(len(part), MAX_BOXES, MAX_BOXES[-1]), 4), np.float32)
-            padded_K4[0, : len(part)] = np.array([square.to_padded(box) for box in part]) * side
+        for part, padded_K4 in _box_batches(boxes, square, side):
             pooled_KC = np.asarray(_pooled(self.config, self.params, image_1HWC, padded_K4))[0, : len(part)]
             size_K2 = part[:, 2:] - part[:, :2]
             rows.append(np.concatenate([pooled_KC, part[:, :2] + size_K2 / 2, size_K2], axis=1))
         features_KD = np.concatenate(rows)
         require_finite(np.isfinite(features_KD).all(axis=1), "segments")
         return features_KD
+
+    def masks(self, image: object, boxes: Sequence[Box]) -> np.ndarray:
+        """bool (K, height, width): SAM's mask for each box, x0 y0 x1 y1 in 0..1 of the image.
+
+        Raises UserError where SAM computes NaN or infinity.
+        """
+        image = to_pil_image(image)
+        side, square = self.config.image_size, Letterbox(*image.size)
+        masks = [np.zeros((0, image.height, image.width), bool)]
+        image_1HWC = preprocess_sam_image(image, side)[None] if boxes else None
+        for part, padded_K4 in _box_batches(boxes, square, side):
+            logits_KHW = np.asarray(_mask_logits(self.config, self.params, image_1HWC, padded_K4))[0, : len(part)]
+            require_finite(np.isfinite(logits_KHW).all(axis=(1, 2)), "masks")
+            rect = square.pixel_rect(side)
+            masks.append(postprocess_masks(logits_KHW, side, rect, (image.height, image.width)) > 0)
+        return np.concatenate(masks)
+
+
+def _box_batches(boxes: Sequence[Box], square: Letterbox, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(boxes (K, 4) in 0..1 of the image, the same in pixels of SAM's square with padding (1, N, 4)), in batches."""
+    for start in range(0, len(boxes), MAX_BOXES[-1]):
+        part = np.clip(np.array(boxes[start : start + MAX_BOXES[-1]], np.float32), 0, 1)
+        padded_K4 = np.zeros((1, round_up_to_bucket(len(part), MAX_BOXES, MAX_BOXES[-1]), 4), np.float32)
+        padded_K4[0, : len(part)] = np.array([square.to_padded(box) for box in part]) * side
+        yield part, padded_K4
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mask_logits(config: SamConfig, params: Params, image_BHWC, box_BK4):
+    """Mask logits (B, K, h, w) of boxes in pixels of SAM's square."""
+
+    def run(sam: Sam):
+        return sam.decode(sam.encode(image_BHWC), sam.prompts.embed_boxes(box_BK4))[0][:, :, 0]
+
+    return Sam(config).apply({"params": params}, method=run).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

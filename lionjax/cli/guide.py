@@ -74,7 +74,7 @@ def generate(args: argparse.Namespace) -> None:
             import dataclasses
 
             config = dataclasses.replace(config, forbidden_token_ids=_read_ids(args.forbid))
-        config = guided_captions.with_end_text(config, model, args.end or ".")
+        config = guided_captions.with_end_text(config, model, args.end)
         (captions,) = guided_captions.zerocap_captions(model, encoder, image_BE, prompt, config)
     else:
         captions = guided_captions.magic_captions(model, encoder, image_BE, args.prompt or "", config)

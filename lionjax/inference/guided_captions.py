@@ -86,17 +86,26 @@ def zerocap_captions(
     return [sorted(captions, key=lambda caption: -caption.similarity) for captions in found]
 
 
-def with_end_text(config: ZeroCapConfig, model: Model, text: str = ".") -> ZeroCapConfig:
+def with_end_text(config: ZeroCapConfig, model: Model, text: str | None = None) -> ZeroCapConfig:
     """The config with the token of a text, and the model's own end tokens, as end tokens.
 
-    Raises UserError for a text of no or several tokens.
+    None: "." where it is one token. Raises UserError for another text that is not one token.
     """
-    ids = model.processor.tokenizer.encode(text)
-    if len(ids) != 1:
-        raise UserError(f"{text!r} is {len(ids)} tokens of the language model; a caption ends with one")
+    tokens = model.processor.tokenizer
+    ids = _one_token(tokens, text or ".")
+    if not ids and text is not None:
+        raise UserError(f"{text!r} is not one token of the language model, which ends a caption; give another --end")
     vocab_size = model.vlm.info.vocab_size or math.inf
     own = [i for i in end_token_ids(model.generation_config("image_level")) if 0 <= i < vocab_size]
     return dataclasses.replace(config, end_token_ids=tuple(dict.fromkeys((*ids, *own))))
+
+
+def _one_token(tokens: Tokenizer, text: str) -> list[int]:
+    """The token of a text, alone or behind a word; [] if it is none or several."""
+    if len(alone := tokens.encode(text)) == 1:
+        return alone
+    last = tokens.encode(f"a{text}")[-1:]
+    return last if tokens.backend.decode(last).strip() == text.strip() != "" else []
 
 
 def _check(model: Model, encoder: DualEncoder) -> Tokenizer:

@@ -12,7 +12,7 @@ from PIL import Image
 import lionjax
 from lionjax import cli
 from lionjax.core.types import UserError
-from lionjax.data import contrastive_tokenizers
+from lionjax.data import contrastive_tokenizers, tokenizer
 from lionjax.data.tokenizer import Tokenizer
 from lionjax.inference import dual_encoder, guided_captions
 from lionjax.inference.guidance import GuidanceConfig
@@ -113,7 +113,7 @@ def test_forbidden_tokens_and_the_end_of_a_caption_are_those_asked_for(capsys, f
         (("--alpha", 3), "degeneration_penalty is 3"),
         (("--box", "0,0,1,1"), "--box is not used with --guide"),
         (("--minus", "IMAGE"), "the sum of the images is zero"),
-        ((*ZEROCAP, "--end", "the cats"), "a caption ends with one"),
+        ((*ZEROCAP, "--end", "the cats"), "'the cats' is not one token"),
         ((*ZEROCAP, "--new-tokens", 60), "tokens do not fit the 40 learned positions"),
     ],
 )
@@ -132,6 +132,15 @@ def test_options_of_guidance_need_a_clip_and_a_prompt_is_needed_without_one(caps
     assert "no image to describe" in capsys.readouterr().err
     assert cli.main(["generate", str(clip), "--guide", str(clip), "--image", files[0]]) == 2
     assert "cannot generate text" in capsys.readouterr().err
+
+
+def test_a_caption_ends_with_a_token_alone_or_behind_a_word_and_with_the_models_own_end(folders):
+    model = lionjax.load(folders[0])
+    tokens, config = model.processor.tokenizer, ZeroCapConfig()
+    assert guided_captions.with_end_text(config, model).end_token_ids == (*tokens.encode("."), tokens.eos_id)
+    tiny = tokenizer.load("tiny")
+    assert len(tiny.encode(".")) == 2 and guided_captions._one_token(tiny, ".") == tiny.encode("a star.")[-1:]
+    assert guided_captions._one_token(tiny, "a star") == guided_captions._one_token(tiny, "") == []
 
 
 def test_tokenizers_of_different_languages_are_refused_and_so_is_an_empty_caption(folders):

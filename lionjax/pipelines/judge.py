@@ -111,8 +111,8 @@ def build_request(row: JudgedQuestion, config: JudgeConfig, swapped: bool = Fals
         blocks += [f"[{ROLE} {number}]\n{text}", f"[End of {ROLE} {number}]"]
     content = "\n\n".join([*blocks, f"[System]\n{RUBRIC}", ""])
     messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": content})
-    temperature = 0.0 if again else config.temperature
-    return ChatRequest(messages, config.max_tokens, temperature=temperature, sample=int(again), may_be_cut=True)
+    settings = {"max_tokens": config.max_tokens, "temperature": 0.0 if again else config.temperature}
+    return ChatRequest(messages, **settings, sample=int(again), may_be_cut=True)
 
 
 def judge_answers(model: LanguageModel, rows: Sequence[JudgedQuestion], config: JudgeConfig) -> list[Review]:

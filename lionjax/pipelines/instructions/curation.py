@@ -51,7 +51,7 @@ def describe_image(model: Model, image: Image.Image, min_words: int = MIN_WORDS)
 
 def build_requests(drafts: Sequence[str]) -> list[ChatRequest]:
     """The request that rewrites each draft."""
-    return [ChatRequest(({"role": "user", "content": REWRITE + draft},), 1024) for draft in drafts]
+    return [ChatRequest(({"role": "user", "content": REWRITE + draft},), max_tokens=1024) for draft in drafts]
 
 
 def check_description(reply: Completion | None, min_words: int = MIN_WORDS) -> str:

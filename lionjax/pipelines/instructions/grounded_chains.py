@@ -47,7 +47,7 @@ def build_requests(contexts: Sequence[ImageContext], few_shot: FewShot | None = 
             raise UserError(f"{context.image} has no instances; grounded chains need boxes")
     shots = few_shot or CHAIN
     return [
-        ChatRequest(shots.messages(format_numbered(context)), MAX_TOKENS, temperature=TEMPERATURE)
+        ChatRequest(shots.messages(format_numbered(context)), max_tokens=MAX_TOKENS, temperature=TEMPERATURE)
         for context in contexts
     ]
 

@@ -75,7 +75,7 @@ def build_requests(kind: str, contexts: Sequence[ImageContext], few_shot: FewSho
     """The request of each context; `few_shot` replaces our examples."""
     shots, has_boxes = few_shot or KINDS[kind].few_shot, KINDS[kind].has_boxes
     return [
-        ChatRequest(shots.messages(format_context(context, has_boxes)), MAX_TOKENS, temperature=TEMPERATURE)
+        ChatRequest(shots.messages(format_context(context, has_boxes)), max_tokens=MAX_TOKENS, temperature=TEMPERATURE)
         for context in contexts
     ]
 

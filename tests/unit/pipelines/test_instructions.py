@@ -257,7 +257,7 @@ def test_promptcaps_best_caption_trains(tmp_path, contexts, images):
     rows = [row | {"question_id": k, "image": contexts[0].image} for k in (1, 2)]
     questions.write_text("".join(json.dumps(one) + "\n" for one in rows))
     made = [" A red square.", " A square.", " A red square.", " A blue thing."]  # two samples for each question
-    answers = ["grey", "red", "square", "grey", "blue", "green"]  # of the caption and the two samples
+    answers = ["gray", "red", "square", "gray", "blue", "green"]  # of the caption and the two samples
     model = ScriptedLanguageModel(*made, *answers)
     setting = generation.GenerationSettings("promptcap", num_samples=2)
     items = generation.read_input(setting, questions, None)

@@ -44,22 +44,29 @@ class GuidedGolden:
     def decode(self, ids) -> str:
         return "".join(self.config["tokens"]["pieces"][i] for i in ids)
 
+    def tower_sizes(self, tower: str) -> dict:
+        """Fields that the config of a CLIP's text or vision tower has in transformers."""
+        sizes = self.config["clip"][tower]
+        return {
+            "hidden_size": sizes["width"],
+            "intermediate_size": sizes["mlp_width"],
+            "num_hidden_layers": sizes["layers" if tower == "text" else "depth"],
+            "num_attention_heads": sizes["heads"],
+            "hidden_act": sizes["activation"],
+            "layer_norm_eps": sizes["layer_norm_eps"],
+            "projection_dim": self.config["clip"]["projection_dim"],
+        }
+
     def text_tower(self):
         """The function from padded ids and their mask to embeddings, as they are, by transformers."""
         torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-        t, projection = self.config["clip"]["text"], self.config["clip"]["projection_dim"]
+        t, ids = self.config["clip"]["text"], self.config["clip_tokens"]
         config = transformers.CLIPTextConfig(
+            **self.tower_sizes("text"),
             vocab_size=t["vocab_size"],
-            hidden_size=t["width"],
-            intermediate_size=t["mlp_width"],
-            num_hidden_layers=t["layers"],
-            num_attention_heads=t["heads"],
             max_position_embeddings=t["max_positions"],
-            hidden_act=t["activation"],
-            layer_norm_eps=t["layer_norm_eps"],
-            projection_dim=projection,
-            eos_token_id=self.config["clip_tokens"]["eos"],
-            bos_token_id=self.config["clip_tokens"]["bos"],
+            eos_token_id=ids["eos"],
+            bos_token_id=ids["bos"],
         )
         tower = transformers.CLIPTextModelWithProjection(config).eval()
         found = tower.load_state_dict({k: torch.tensor(v) for k, v in self.clip.items() if k in tower.state_dict()})

@@ -38,17 +38,9 @@ class ZeroCapGolden(GuidedGolden):
     def image_E(self, case: str) -> np.ndarray:
         """The embedding of a case's images together, by transformers' vision tower, divided by its norm."""
         torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-        v, projection = self.config["clip"]["vision"], self.config["clip"]["projection_dim"]
+        v = self.config["clip"]["vision"]
         config = transformers.CLIPVisionConfig(
-            hidden_size=v["width"],
-            intermediate_size=v["mlp_width"],
-            num_hidden_layers=v["depth"],
-            num_attention_heads=v["heads"],
-            image_size=v["image_size"],
-            patch_size=v["patch_size"],
-            hidden_act=v["activation"],
-            layer_norm_eps=v["layer_norm_eps"],
-            projection_dim=projection,
+            **self.tower_sizes("vision"), image_size=v["image_size"], patch_size=v["patch_size"]
         )
         tower = transformers.CLIPVisionModelWithProjection(config).eval()
         tower.load_state_dict({k: torch.tensor(v) for k, v in self.clip.items() if k in tower.state_dict()})

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 from pathlib import Path
 
 from lionjax.cli.language_model import add_language_model_arguments, open_language_model
@@ -52,7 +54,8 @@ def tools(args: argparse.Namespace) -> None:
         raise UserError("--port is where --mcp serves; add --mcp")
     if args.port is not None and not 0 < args.port < 65536:
         raise UserError(f"--port is {args.port}; give 1 to 65535")
-    toolbox, names = _open_toolbox(args, resize=False)
+    with contextlib.redirect_stdout(sys.stderr if args.mcp else sys.stdout):  # the protocol owns standard output
+        toolbox, names = _open_toolbox(args, resize=False)
     if args.mcp:
         from lionjax.pipelines.tools import mcp_server
 

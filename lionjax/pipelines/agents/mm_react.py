@@ -24,6 +24,7 @@ from lionjax.pipelines.agents.turns import (
     Turn,
     call_tool,
     request_reply,
+    require_answer,
 )
 from lionjax.pipelines.completion import ChatRequest, LanguageModel, Message
 from lionjax.pipelines.tools.toolbox import Toolbox
@@ -95,7 +96,7 @@ class MmReactAgent:
         for _ in range(self.config.max_rounds):
             requests, log = self._next_requests(asked, scratchpad)
             if not requests:
-                return clean_reply(log).strip()
+                return require_answer(clean_reply(log))
             if len(steps) + len(requests) > MAX_CALLS:
                 raise EndOfTurnError(f"the language model called {MAX_CALLS} tools and wants more")
             found = [self._run(*request) for request in requests]

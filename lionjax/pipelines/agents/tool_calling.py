@@ -7,7 +7,16 @@ import base64
 from collections.abc import Sequence
 from typing import Any
 
-from lionjax.pipelines.agents.turns import MAX_CALLS, AgentConfig, EndOfTurnError, Step, Turn, request_reply, run_tool
+from lionjax.pipelines.agents.turns import (
+    MAX_CALLS,
+    AgentConfig,
+    EndOfTurnError,
+    Step,
+    Turn,
+    request_reply,
+    require_answer,
+    run_tool,
+)
 from lionjax.pipelines.completion import ChatRequest, Completion, LanguageModel, Message
 from lionjax.pipelines.tools.toolbox import Toolbox
 
@@ -53,7 +62,7 @@ class ToolCallingAgent:
             request = ChatRequest(tuple(messages), max_tokens=self.config.max_tokens, tools=schemas)
             reply = request_reply(self.model, request)
             if not reply.tool_calls:
-                return reply.text.strip()
+                return require_answer(reply.text)
             messages.append(_calls_message(reply))
             for call in reply.tool_calls:
                 if len(steps) == MAX_CALLS:

@@ -83,6 +83,13 @@ def request_reply(model: LanguageModel, request: Request) -> Completion:
     return Completion(reply.text[:MAX_REPLY], problem=reply.problem, tool_calls=reply.tool_calls)
 
 
+def require_answer(text: str) -> str:
+    """The text. Raises EndOfTurnError for an empty one, as of a reply that is cut behind `AI:`."""
+    if not text.strip():
+        raise EndOfTurnError("the language model's answer is empty")
+    return text.strip()
+
+
 def call_tool(tools: Sequence[Tool], name: str, arguments: Mapping[str, Any] | str) -> tuple[Step, Any]:
     """(a call with its result as JSON text, the result), or with one sentence that begins `Error:`, and None."""
     written = arguments if isinstance(arguments, str) else json.dumps(arguments)

@@ -14,7 +14,16 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lionjax.pipelines.agents.turns import AgentConfig, EndOfTurnError, Step, Turn, call_tool, request_reply, run_tool
+from lionjax.pipelines.agents.turns import (
+    AgentConfig,
+    EndOfTurnError,
+    Step,
+    Turn,
+    call_tool,
+    request_reply,
+    require_answer,
+    run_tool,
+)
 from lionjax.pipelines.completion import CompletionRequest, LanguageModel
 from lionjax.pipelines.tools.toolbox import Toolbox
 from lionjax.pipelines.tools.workspace import FOLDER
@@ -194,8 +203,10 @@ class VisualChatGptAgent:
 
     def _memory(self, name: str, steps: list[Step]) -> str:
         """The turn of the memory that gives an image, with the caption of the model if there is one."""
-        step, caption = call_tool(self.toolbox.tools, "caption", {"image": name})
-        steps.append(step)
+        caption = None
+        if any(tool.name == "caption" for tool in self.toolbox.tools):
+            step, caption = call_tool(self.toolbox.tools, "caption", {"image": name})
+            steps.append(step)
         told = (
             f"provide a figure named {name}. The description is: {caption or 'unknown'}. Look at it with tools in the "
         )
@@ -209,7 +220,7 @@ class VisualChatGptAgent:
             reply = request_reply(self.model, request).text
             parsed = parse_reply(reply)
             if isinstance(parsed, str):
-                return parsed
+                return require_answer(parsed)
             if parsed is None and self.config.compatible:
                 raise EndOfTurnError("the reply is neither an action nor an answer")
             found = [Step("", reply, FORMAT_ERROR, True)] if parsed is None else self._act(*parsed)

@@ -13,7 +13,7 @@ from scripted_tools import ScriptedLanguageModel, open_toolbox, picture
 from lionjax.core.errors import UserError
 from lionjax.pipelines.agents import mm_react, mm_react_routes, visual_chatgpt
 from lionjax.pipelines.agents.styles import AgentConfig, open_agent, write_report
-from lionjax.pipelines.completion import Completion
+from lionjax.pipelines.completion import ChatRequest, Completion
 
 EXPECTED = json.loads((ROOT / "tests/golden/agents/expected.json").read_text())
 
@@ -69,6 +69,22 @@ def test_what_is_no_answer_is_a_problem_of_the_turn(tmp_path, reply, problem, st
         return
     agent, name = talk(tmp_path, ScriptedLanguageModel(reply), style)
     assert problem in agent.respond("hello").problem
+
+
+@pytest.mark.parametrize("style, reply", [("tools", " "), ("visual-chatgpt", "No\nAI: "), ("mm-react", "")])
+def test_an_empty_answer_is_a_problem(tmp_path, style, reply):
+    agent, _ = talk(tmp_path, ScriptedLanguageModel(*[reply] * 3), style)
+    assert agent.respond("hello").problem == "the language model's answer is empty"
+
+
+def test_a_conversation_is_one_text_for_models_that_continue_texts():
+    messages = ({"role": "system", "content": "S"}, {"role": "user", "content": "q"})
+    request = ChatRequest(messages, max_tokens=5, temperature=0.5)
+    text = request.completion
+    assert text.prompt == "system: S\n\nuser: q\n\nassistant:" and text.stop == ("\nuser:",)
+    assert (text.max_tokens, text.temperature) == (5, 0.5)
+    with pytest.raises(UserError, match="--api chat"):
+        _ = ChatRequest(messages, max_tokens=5, tools=({},)).completion
 
 
 def test_images_are_sent_where_the_settings_say_so(tmp_path):

@@ -15,6 +15,8 @@ from scripted_tools import SIZE, SQUARE, open_toolbox, picture, square_box
 from lionjax.core.errors import UserError
 from lionjax.pipelines.tools.definition import MAX_ITEMS, find_tool
 from lionjax.pipelines.tools.edges import canny
+from lionjax.pipelines.tools.experts import Experts
+from lionjax.pipelines.tools.toolbox import Toolbox
 from lionjax.pipelines.tools.workspace import Workspace, derived_name, upload_size
 
 EXPECTED = json.loads((ROOT / "tests/golden/agents/expected.json").read_text())
@@ -192,6 +194,17 @@ def test_an_unexpected_error_of_a_model_is_one_sentence_without_its_text(toolbox
     with pytest.raises(UserError, match="failed with an unexpected RuntimeError") as caught:
         call(toolbox, "caption", image=only(toolbox))
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_loaded_model_answers_through_the_tools(finished_model, tmp_path):
+    found = Toolbox(Workspace(tmp_path), Experts(finished_model))
+    name = found.workspace.add(picture())
+    assert {"segment", "cut_out"}.isdisjoint(tool.name for tool in found.tools)  # it has no masks
+    assert isinstance(call(found, "caption", image=name), str)
+    assert all(0 <= edge <= 1 for thing in call(found, "detect", image=name, words="star") for edge in thing["box"])
+    (text,) = call(found, "read_regions", image=name, boxes=[BOX])
+    assert isinstance(text, str) and "the model" in find_tool(found.tools, "answer").description
 
 
 def test_schemas_of_openai_are_as_recorded(toolbox):

@@ -25,12 +25,12 @@ def vision_sizes(rng, **fields) -> dict:
 
 
 def clip_model(rng, eos_token_id: int | None = None):
-    """A CLIPModel whose end token is the last of its vocabulary; 2 in its config for a checkpoint of old."""
+    """A CLIPModel with ids above its end token; a checkpoint of old, with 2 in its config, has none above."""
     import transformers
 
     text = text_sizes(rng, int(rng.integers(6, 12)))
-    eos = text["vocab_size"] - 1 if eos_token_id is None else eos_token_id
-    text |= {"eos_token_id": eos, "bos_token_id": text["vocab_size"] - 2}
+    eos = text["vocab_size"] - 4 if eos_token_id is None else eos_token_id
+    text |= {"eos_token_id": eos, "bos_token_id": text["vocab_size"] - 5}
     config = transformers.CLIPConfig(
         text_config=text, vision_config=vision_sizes(rng), projection_dim=int(rng.integers(5, 20))
     )
@@ -58,10 +58,13 @@ def shaken(model):
 def inputs(rng, model, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """Images (B, 3, H, W) and texts (B, L); a text of CLIP ends at its own place and is padded with the end token."""
     side, text = model.config.vision_config.image_size, model.config.text_config
-    ids = rng.integers(3, text.vocab_size - 2, (count, text.max_position_embeddings))
+    ids = rng.integers(3, text.vocab_size - 6, (count, text.max_position_embeddings))
     if model.config.model_type == "clip":
+        is_old = text.eos_token_id == 2
+        end_id = text.vocab_size - 1 if is_old else text.eos_token_id
+        ids[:, 1] = end_id - 3 if is_old else end_id + 2
         for row, end in zip(ids, rng.integers(2, ids.shape[1], count)):
-            row[end:] = text.vocab_size - 1
+            row[end:] = end_id
     return rng.standard_normal((count, 3, side, side)).astype(np.float32), ids
 
 

@@ -88,6 +88,8 @@ class VisualPrefixLM(VLM):
         check_choices(self, torch_names=TORCH_NAMES, projector_depth=(0, 1, 2))
         if self.qformer is not None and self.resampler is not None:
             raise ValueError("both qformer and resampler are set; set at most one of them")
+        if self.vision.attention_pool and not self.keep_class_token:
+            raise ValueError("keep_class_token is False, but a tower with attention_pool has none; set it to True")
         if not -self.vision.depth <= self.feature_layer <= -1:
             raise ValueError(
                 f"feature_layer is {self.feature_layer}; it must be in -{self.vision.depth}..-1 for a tower of "

@@ -19,6 +19,7 @@ from lionjax.models.language.clip_text import ClipTextConfig
 from lionjax.models.vision.vit import CLIP_VIT_B32
 from lionjax.models.vlm import clip
 from lionjax.models.vlm.clip import Clip, batch_texts
+from lionjax.models.vlm.visual_prefix import LLAVA_15_7B
 from lionjax.nn import losses
 
 VISION = dataclasses.replace(CLIP_VIT_B32, image_size=8, patch_size=4, width=12, depth=1, num_heads=3, mlp_dim=20)
@@ -87,6 +88,12 @@ def test_label_smoothing_and_the_limit_of_the_logit_scale():
     same = params | {"logit_scale": jnp.log(10.0)}
     assert limited.loss(params, batch)[0] == pytest.approx(float(TINY.loss(same, batch)[0]), rel=1e-5)
     assert limited.loss(params, batch)[0] != pytest.approx(float(TINY.loss(params, batch)[0]), rel=1e-3)
+
+
+def test_a_tower_without_class_token_loses_no_patch_in_a_llava():
+    tower = dataclasses.replace(VISION, attention_pool=True)
+    with pytest.raises(ValueError, match="keep_class_token is False, but a tower with attention_pool has none"):
+        dataclasses.replace(LLAVA_15_7B, vision=tower, feature_layer=-1)
 
 
 def test_an_image_tower_without_projection_has_the_width_of_the_embeddings():

@@ -9,6 +9,7 @@ The package has 4-bit weights; they are dequantized to bfloat16 by transformers.
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -30,9 +31,9 @@ def write(folder: Path) -> None:
     # save_pretrained fails for dequantized models; the LM head is tied to the token embedding.
     state = {name: leaf.contiguous() for name, leaf in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    config = model.config
-    config.quantization_config = None
-    (folder / "config.json").write_text(config.to_json_string(use_diff=False))
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"quantization_config": None}
+    config.pop("_model_name_or_path", None)  # the file's own title, which is no field of a LLaMA
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 A figure can stand beside a published one only if question, generation, reading, normalizer, threshold and aggregation
 are the same. `PROTOCOLS` has them by benchmark and name; the first of a benchmark is its default. Prompts have the
 fields {question}, {hint}, {statement}, {expr}, {text}, {history}, {options_lines} ("A. x" in lines), {options_round}
-("(a) x (b) y") and {choices} (the options joined by ", ").
+("(a) x (b) y"), {options}, and for phrases of a sentence {before} and {phrase}.
 """
 
 from __future__ import annotations
@@ -284,10 +284,17 @@ MASKS = (
 ENTITIES = (
     Protocol(
         "kosmos2",
-        "<grounding>{question}",
+        "<grounding> {before}<phrase> {phrase}</phrase>",
         64,
         threshold=">= 0.5",
         note="the model is told the words before each phrase; coordinates as they stand",
+    ),
+    Protocol(
+        "alone",
+        "Where is {phrase}? Answer with its box.",
+        64,
+        threshold=">= 0.5",
+        note="each phrase is asked without its sentence; not comparable with Kosmos-2's figures",
     ),
 )
 REG = (

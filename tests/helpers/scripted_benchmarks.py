@@ -43,7 +43,7 @@ class Scripted:
         self.prompts += prompts
         self.calls.append((category, generation_config, boxes, [image.size for image in images]))
         replies = [self.reply(prompt) for prompt in prompts]
-        return [types.SimpleNamespace(text=r if isinstance(r, str) else "", masks=r) for r in replies]
+        return [types.SimpleNamespace(text=r if isinstance(r, str) else "", masks=r, boxes=[]) for r in replies]
 
     def candidate_losses(self, images, prompts, candidates, mean=False):
         self.prompts += prompts

@@ -27,7 +27,7 @@ class Flickr30kEntities(QuestionFile):
 
     Split "heldout" is test.txt, or val.txt where there is none. An id is IMAGE/NUMBER of the sentence. Coordinates are
     used as they stand, as MDETR and Kosmos-2 do (the authors' own reader subtracts 1). `facts["phrases"]` has the text,
-    types and boxes of each phrase that has boxes, in order.
+    types and boxes of each phrase that has boxes, in order, and the words `before` it.
     """
 
     name: str = "flickr30k_entities"
@@ -51,15 +51,16 @@ class Flickr30kEntities(QuestionFile):
                 yield f"{path}, line {count + 1},", row
 
     def questions(self, row: dict, location: str) -> Iterator[Question]:
-        phrases, boxes, parts, end = [], [], [], 0
+        phrases, boxes, parts, words_before, end = [], [], [], "", 0
         for match in PHRASE.finditer(row["sentence"]):
             chain, types, words = match[1], match[2].strip("/").split("/"), match[3]
             found = row["boxes"].get(chain, [])
             parts += [row["sentence"][end : match.start()], words, *[f" {BOXES_MARK}"] * len(found)]
-            end = match.end()
+            before = words_before + row["sentence"][end : match.start()]
+            words_before, end = before + words, match.end()
             boxes += found
             if found:
-                phrases.append({"text": words, "types": types, "boxes": [list(box) for box in found]})
+                phrases.append({"text": words, "types": types, "boxes": [list(box) for box in found], "before": before})
         sentence = "".join([*parts, row["sentence"][end:]])
         question_id = f"{row['image_id']}/{row['sentence_id']}"
         fields = {"question_id": question_id, "boxes": tuple(boxes), "facts": {"phrases": phrases}}

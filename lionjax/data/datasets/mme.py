@@ -37,7 +37,10 @@ class Mme(QuestionFile):
         if row["answer"].lower() not in ("yes", "no"):
             raise UserError(f"{location} has {row['answer']!r} as its answer; give Yes or No")
         number = f"{row['task']}/{row['image']}/{row['question']}"
-        annotation = Annotation(0, (row["answer"].lower(),), row["question"], kind=row["task"], question_id=number)
+        single_spaced = " ".join(number.split())  # some questions have two blanks, which answer files may lack
+        facts = {"aliases": [single_spaced]} if single_spaced != number else {}
+        fields = {"kind": row["task"], "question_id": number, "facts": facts}
+        annotation = Annotation(0, (row["answer"].lower(),), row["question"], **fields)
         yield Question("vqa", f"{row['task']}/{row['image']}", annotation)
 
 

@@ -62,12 +62,9 @@ def evaluate_model(
     file for the benchmark's server. `label` names both (default: the benchmark's name), `source_path` is recorded.
     Beside the figures are `interval`, `majority` and `seconds`, and with `blind` the main figure of the same model with
     blank images. Judged benchmarks have their answers written, and figures once their replies or ratings are given as
-    predictions. Raises UserError for a benchmark that is not asked as a whole (Flickr30k Entities), and if no question
-    has its picture.
+    predictions. Raises UserError if no question has its picture.
     """
     name = scoring.benchmark_name(benchmark)
-    if name == "flickr30k_entities":
-        raise UserError(f"{name} asks for a box after each phrase; score such answers with --predictions")
     dataset, label, start = scoring.open_benchmark(name, source, split), label or name, time.perf_counter()
     answers, missing = predict(model, name, protocol, dataset, limit)
     seconds = time.perf_counter() - start
@@ -201,6 +198,8 @@ def predict_batch(
     model: Any, name: str, protocol: Protocol, annotations: Sequence[Annotation], images: Sequence[Any]
 ) -> list[Any]:
     """The predictions of one batch of questions, in the form that the benchmark's scorer takes."""
+    if name == "flickr30k_entities":
+        return phrase_boxes(model, protocol, annotations, images)
     prompts = [format_prompt(protocol, annotation) for annotation in annotations]
     if protocol.answer_form == "generate":
         return generate(model, name, protocol, annotations, images, prompts)
@@ -236,6 +235,22 @@ def generate(
         return [answer.text for answer in answers]
     masks = [answer.masks for answer in answers]
     return [{"mask": encode_rle(found[0]) if found is not None and len(found) == 1 else None} for found in masks]
+
+
+def phrase_boxes(
+    model: Any, protocol: Protocol, annotations: Sequence[Annotation], images: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """For each sentence of Flickr30k Entities the boxes, in pixels, of the answer to each of its phrases, in order."""
+    config = generation_config(model, protocol, "region_level")
+    asked = [(k, phrase) for k, annotation in enumerate(annotations) for phrase in annotation.facts["phrases"]]
+    prompts = [protocol.prompt.format(before=phrase["before"], phrase=phrase["text"]) for _, phrase in asked]
+    repeated = [images[k] for k, _ in asked]
+    answers = model.answer(repeated, prompts, category="region_level", generation_config=config)
+    found: list[dict[str, Any]] = [{"boxes": []} for _ in annotations]
+    for (k, _), image, answer in zip(asked, repeated, answers):
+        sides = np.array([image.width, image.height] * 2)
+        found[k]["boxes"].append((np.asarray(answer.boxes).reshape(-1, 4) * sides).tolist())
+    return found
 
 
 def generation_config(model: Any, protocol: Protocol, category: str) -> Any:

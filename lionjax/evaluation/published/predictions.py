@@ -17,7 +17,7 @@ from lionjax.core.types import UserError
 from lionjax.data.datasets import typed_rows
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
 from lionjax.data.datasets.annotation_files import read_rows
-from lionjax.data.datasets.mme import read_mme_lines
+from lionjax.data.datasets.mme import MME_TASKS, read_mme_lines
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,8 @@ def _unique(pairs: Iterator[tuple[str, Any]], path: Path) -> dict[str, Any]:
 def prediction_id(row: Mapping[str, Any]) -> str | None:
     """The id of a row of an answer file; None without one.
 
-    LLaVA's rows of TextVQA have the image as id, and the question in their prompt: both together are the id.
+    LLaVA's rows of TextVQA and MME have the image as id, which two questions share, and the question in their prompt:
+    both together are the id.
     """
     for keys in JOINED_ID_KEYS:
         if all(key in row for key in keys):
@@ -186,15 +187,19 @@ def prediction_id(row: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
     question = llava_question(row["prompt"]) if isinstance(row.get("prompt"), str) else ""
+    if question and str(value).partition("/")[0] in MME_TASKS and str(value).count("/") == 1:
+        words = " ".join(question.split())
+        return f"{value}/{words if MME_ENDING in words else f'{words} {MME_ENDING}'}"
     is_image = isinstance(value, str) and len(value) == TEXTVQA_ID_LENGTH
     return f"{value}|{question.lower()}" if question and is_image else str(value)
 
 
+MME_ENDING = "Please answer yes or no."  # of each question of MME; LLaVA asks with another one
 TEXTVQA_ID_LENGTH = 16  # hexadecimal digits of an Open Images id
 
 
 def llava_question(prompt: str) -> str:
-    """The question in a prompt of LLaVA's TextVQA: its first line that is no list of OCR tokens."""
+    """The question in a prompt of LLaVA's TextVQA or MME: its first line that is no list of OCR tokens."""
     lines = [line for line in prompt.split("\n") if not line.startswith(OCR_PROMPT)]
     return lines[0].strip() if lines else ""
 

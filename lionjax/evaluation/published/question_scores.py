@@ -33,7 +33,7 @@ QUESTION_FIGURES = {
     "mme": "perception cognition",
 }
 # The largest value of the figure of one question, where it is no percentage.
-QUESTION_MAXIMUM = {"pope": 1.0, "visdial": 1.0, "docvqa": 1.0, "mme": 200.0}
+QUESTION_MAXIMUM = {"pope": 1.0, "visdial": 1.0, "docvqa": 1.0, "flickr30k_entities": 1.0, "mme": 200.0}
 MAX_RESAMPLES = 200  # of a figure that is no mean over questions
 MAX_CONSTANTS = 5  # constant answers that are tried, the most common first
 MAX_CAPTIONS, MAX_COMPARED = 20, 200  # constant captions that are tried, and images they are compared on
@@ -41,7 +41,7 @@ MAX_CAPTIONS, MAX_COMPARED = 20, 200  # constant captions that are tried, and im
 
 def question_scores(name: str, protocol: Protocol, rows: Rows) -> list[float] | None:
     """The score of each answer, 0..1; None for captions and judged answers, which are neither right nor wrong."""
-    if name in CAPTIONS or name in scoring.JUDGED or name == "flickr30k_entities":
+    if name in CAPTIONS or name in scoring.JUDGED:
         return None
     return [_question_figure(name, protocol, row) / QUESTION_MAXIMUM.get(name, 100.0) for row in rows]
 
@@ -62,7 +62,7 @@ def interval(
     Others (F1, AUROC, cIoU, MME's and MMBench's) are scored anew for each resample, of images or of questions with all
     their rotations where the figure counts those.
     """
-    if name in scoring.JUDGED or name == "flickr30k_entities":
+    if name in scoring.JUDGED:
         return None
     if name in CAPTIONS:
         cider_B = captions.cider_d([row.text for row in rows], [_references(row, protocol) for row in rows])

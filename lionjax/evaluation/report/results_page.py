@@ -139,7 +139,8 @@ def gallery_card(label: str, row: Mapping[str, Any], folder: Path) -> str:
     score = row.get("score")
     mark = "" if score is None else "right" if score >= RIGHT_SCORE else "wrong"
     sign = {"right": "✓ ", "wrong": "✗ "}.get(mark, "")
-    image = html.annotated_image({**row, "image": row["picture_copy"]}, folder)
+    drawn = {key: row.get(key) for key in ("boxes", "truth_boxes")} if "truth_boxes" in row else {}
+    image = html.annotated_image({"image": row["picture_copy"], **drawn}, folder)
     truth = html.join_references(row.get("truth") or "")
     attributes = f' data-benchmark="{html.escape(label)}" data-mark="{mark}"'
     return html.render_card(image, str(row.get("question", "")), sign + shown_answer(row), mark, truth, attributes)

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -134,5 +135,21 @@ def test_judged_answers_are_written_for_the_judge_and_have_no_figures(tmp_path):
         "answer": "red",
         "picture_copy": "pictures/owleval_official_0.jpg",
     }
-    with pytest.raises(UserError, match="asks for a box after each phrase"):
-        ask(tmp_path, "flickr30k_entities", "regions/flickr30k_entities", Scripted())
+
+
+def test_each_phrase_of_a_sentence_is_asked_after_the_words_before_it(tmp_path):
+    class Boxes(Scripted):
+        def answer(self, images, prompts, **options):
+            super().answer(images, prompts, **options)
+            box = np.array([[8, 10, 32, 34]]) / [96, 72, 96, 72]
+            boxes = {"square": box, "disc": np.zeros((0, 4))}
+            words = ["square" if "square</phrase>" in prompt else "disc" for prompt in prompts]
+            return [types.SimpleNamespace(boxes=boxes[word]) for word in words]
+
+    model = Boxes()
+    entry = ask(tmp_path, "flickr30k_entities", "regions/flickr30k_entities", model)
+    start = "<grounding> A red square and "
+    assert model.prompts[:2] == ["<grounding> <phrase> A red square</phrase>", f"{start}<phrase> a blue disc</phrase>"]
+    assert model.calls[0][0] == "region_level" and entry["answered"] == 2
+    assert entry["figures"]["any"]["1"]["all"] == 0.25, "of four phrases the first box is right"
+    assert entry["interval"][0] <= 0.25 <= entry["interval"][1]

@@ -146,6 +146,30 @@ def test_ids_are_taken_from_the_keys_that_benchmarks_use():
     assert prediction_text({"prediction": 2}) == "2"
 
 
+def test_llavas_rows_of_mme_are_told_apart_by_the_question_in_their_prompt(tmp_path):
+    ending = "\nAnswer the question using a single word or phrase."
+    questions = ["Is it so?", "Is it otherwise?"]
+    rows = [
+        {"question_id": f"{task}/{image}.jpg", "prompt": question + ending, "text": text}
+        for task in ("existence", "count")
+        for image in (1, 2)
+        for question, text in zip(questions, ("Yes", "No"))
+    ]
+    folder = tmp_path / "mme"
+    folder.mkdir()
+    lines = (FILES / "yes_no/mme/existence.txt").read_text().splitlines()
+    cells = [line.split("\t")[:3] for line in lines]
+    cells[0][1] = cells[0][1].replace("? ", "?  ")  # two blanks, as some questions have
+    for task in ("existence", "count"):
+        (folder / f"{task}.txt").write_text("".join("\t".join(row) + "\n" for row in cells))
+    entry = score(tmp_path, rows, "mme", folder)
+    assert (entry["answered"], entry["figures"]["existence"], entry["figures"]["count"]) == (8, 200.0, 200.0)
+    with pytest.raises(UserError, match="answers the question 'existence/1.jpg/Is it so. Please answer yes or no.' tw"):
+        score(tmp_path, [*rows, rows[0]], "mme", folder)
+    with pytest.raises(UserError, match="answers the question 'existence/1.jpg' twice"):
+        score(tmp_path, [{"question_id": "existence/1.jpg", "text": "Yes"}] * 2, "mme", folder)
+
+
 def test_two_names_of_one_question_are_two_answers(tmp_path):
     rows = [{"question_id": 34601, "answer": "red"}, {"question_id": "0" * 15 + "1", "text": "red"}]
     rows[1]["prompt"] = "What color is the square?\nAnswer the question using a single word or phrase."

@@ -31,7 +31,10 @@ def is_published(args: argparse.Namespace) -> bool:
     if args.benchmark == "all" and not args.predictions and not args.submission:
         from lionjax.evaluation.published import discovery
 
-        return discovery.is_root(args.source)
+        is_root = discovery.is_root(args.source)
+        if args.protocol and not is_root:
+            raise UsageError("--protocol with --benchmark all needs --source, a folder with several benchmarks")
+        return is_root
     if args.predictions or args.protocol or args.submission or args.source is None:
         return bool(args.predictions or args.protocol or args.submission)
     from lionjax.evaluation.published.scoring import ALIASES, BENCHMARKS
@@ -51,6 +54,8 @@ def evaluate(args: argparse.Namespace, fields: Sequence[str]) -> None:
         raise UsageError("give --predictions, the file of answers to score, or DIR, the model that answers")
     if args.predictions is not None and args.dir is not None:
         raise UsageError("give --predictions or DIR, not both: the answers are those of the file or of the model")
+    if args.predictions is not None and args.blind is not None:
+        raise UsageError("--blind asks a model; leave it out with --predictions")
     if args.benchmark == "all":
         _evaluate_root(args, fields)
         return
@@ -87,6 +92,8 @@ def _evaluate_root(args: argparse.Namespace, fields: Sequence[str]) -> None:
     """Run all published benchmarks under a folder and write the page of results."""
     if fields:
         raise UsageError(f"unknown argument {fields[0]!r}; fields of one source cannot be set for a folder of several")
+    if args.answers:
+        raise UsageError("--answers is for one file; answers beside their questions are found by their published names")
     from pathlib import Path
 
     import lionjax

@@ -258,6 +258,27 @@ def test_answer_files_of_the_gallery_can_still_be_scored(page):
     assert next(iter(again["figures"].values()))["ious"][:6] == next(iter(entry["figures"].values()))["ious"]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--source", "choice", "--protocol", "lmms"), "--protocol with --benchmark all needs --source, a folder with"),
+        (("--source", "vqa", "--answers", "x.json"), "--answers is for one file"),
+        (("--source", "vqa", "--heldout_fraction", "0"), "fields of one source cannot be set"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(capsys, tmp_path, options, words):
+    name, file, *more = options
+    assert cli.main(["evaluate", str(tmp_path), "--benchmark", "all", name, str(FILES / file), *more]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_accuracy_of_mmbenchs_first_rotations_stands_beside_the_circular_one():
+    rows = rows_of("mmbench", "choice/mmbench_circular.tsv", "choice/mmbench_predictions.json")
+    figures = scoring.BENCHMARKS["mmbench"].score(rows, get_protocol("mmbench"))
+    overall = figures["circular_lmms_static"]["overall"], figures["vanilla"]["overall"]
+    assert overall == (pytest.approx(200 / 3), 100.0)
+
+
 def test_a_page_without_results_is_one_sentence_and_numbers_are_short(tmp_path):
     with pytest.raises(UserError, match="has no results of published benchmarks"):
         write_results_page(tmp_path)

@@ -232,7 +232,7 @@ def tables(magic: dict[str, Times], num_tokens: int, zerocap: dict[str, Times], 
         ratios = f"{base[0] / clock:.2f}x | {base[1] / processor:.2f}x"
         lines.append(f"| {name} | {num_tokens / clock:.2f} | {clock:.1f} | {processor:.1f} | {ratios} |")
     lines += ["", f"Goal {GOALS['magic']}x. The {num_tokens} tokens of both sides are {equal(magic)}.", ""]
-    lines += [f"| ZeroCap, {beams} beams | texts embedded | {header} |", "|---|---|---|---|---|---|"]
+    lines += [f"| ZeroCap, {beams} beam{'s' * (beams > 1)} | texts embedded | {header} |", "|---|---|---|---|---|---|"]
     base = zerocap["transformers"].caption_seconds()
     for name, times in zerocap.items():
         clock, processor = times.caption_seconds()

@@ -20,6 +20,8 @@ def add_tools_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mcp", action="store_true", help="serve the tools to MCP clients, over stdio or --port")
     port_help = "with --mcp: serve HTTP at http://127.0.0.1:PORT/mcp, for this machine only"
     parser.add_argument("--port", metavar="PORT", type=int, help=port_help)
+    warm_help = "with --mcp: ask each model once before serving, so that no call waits for compilation"
+    parser.add_argument("--warm-up", action="store_true", help=warm_help)
     parser.add_argument("--json", action="store_true", help="print the tools as OpenAI's API takes them")
 
 
@@ -56,6 +58,10 @@ def tools(args: argparse.Namespace) -> None:
         raise UserError(f"--port is {args.port}; give 1 to 65535")
     with contextlib.redirect_stdout(sys.stderr if args.mcp else sys.stdout):  # the protocol owns standard output
         toolbox, names = _open_toolbox(args, resize=False)
+        if args.mcp and args.warm_up:
+            from lionjax.pipelines.tools.experts import warm_up
+
+            warm_up(toolbox.experts)
     if args.mcp:
         from lionjax.pipelines.tools import mcp_server
 

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 APIS = ("chat", "completions")
 URL_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
+MIN_KEY_LENGTH = 8
 BYTES_PER_TOKEN = 4  # of English text, for estimates
 MAX_MALFORMED = 2  # replies that are no completion, one after the other, before a run stops
 TOO_LONG = re.compile(r"context.{0,20}(length|size|window)|maximum.{0,20}(length|tokens)|too (long|many tokens)", re.I)
@@ -253,14 +254,14 @@ class ChatEndpoint:
             self.usage.completion_tokens += counts[1]
         is_refusal = refusal or (text is None and not calls)
         row = {
-            "text": text or "",
-            "tokens": tokens,
+            "text": redact(text or ""),
+            "tokens": list(map(redact, tokens)),
             "token_log_probs": log_probs,
             "finish_reason": "refusal" if is_refusal else choice.finish_reason or "stop",
             "prompt_tokens": counts[0],
             "completion_tokens": counts[1],
         }
-        return row | ({"tool_calls": calls} if calls else {})
+        return row | ({"tool_calls": [list(map(redact, call)) for call in calls]} if calls else {})
 
     def _completion(self, request: Request, refused: dict[str, Completion]) -> Completion | None:
         """The journal's reply to a request, or that it was refused; None if it was not asked."""
@@ -315,7 +316,7 @@ class ChatEndpoint:
         elif isinstance(error, openai.APIStatusError) and (error.status_code in (408, 409, 429) or _is_server(error)):
             reason = f"still answers with status {error.status_code}"
         elif isinstance(error, openai.APIStatusError):
-            message = " ".join(str(error.message).split())[:200].replace(api_key() or "\0", "***")
+            message = redact(" ".join(str(error.message).split()))[:200]
             raise UserError(f"{where} does not take the request (status {error.status_code}): {message}") from error
         else:
             raise error
@@ -343,6 +344,12 @@ class _Run:
 def api_key() -> str:
     """The key of the API from the environment; "" where none is set."""
     return os.environ.get(KEY_VARIABLE, "").strip()
+
+
+def redact(text: str) -> str:
+    """The text with the key, which a server may send back, as stars; keys that are too short to be one stay."""
+    key = api_key()
+    return text.replace(key, "***") if len(key) >= MIN_KEY_LENGTH else text
 
 
 def estimate(text: str) -> int:

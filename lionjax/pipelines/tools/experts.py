@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from lionjax.core.errors import UserError
+from lionjax.data import templates
+
+WARM_UP_SIDE = 64  # pixels
 
 if TYPE_CHECKING:
     from lionjax.inference.detector import Detector
@@ -31,6 +36,20 @@ class Experts:
     def has_masks(self) -> bool:
         """Whether the model itself answers with masks."""
         return self.model is not None and bool(self.model.processor.config.sam_image_size)
+
+
+def warm_up(experts: Experts) -> None:
+    """Ask each model once about a gray image, so that the first call of a client does not wait for compilation."""
+    image = Image.new("RGB", (WARM_UP_SIDE, WARM_UP_SIDE), "gray")
+    if experts.model is not None:
+        experts.model.answer([image], [templates.CAPTION[0]])
+        experts.model.answer([image], [templates.REC[0].format(expr="it")])
+    if experts.detector is not None:
+        experts.detector.detect([image], "thing.")
+    if experts.tagger is not None:
+        experts.tagger.tag([image])
+    if experts.segmenter is not None:
+        experts.segmenter.segment(image, (0.0, 0.0, 1.0, 1.0))
 
 
 def load_experts(folders: Sequence[Path]) -> Experts:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mcp.server import MCPServer
 
 HOST = "127.0.0.1"
+SHOWN_SIDE = 1024  # pixels of the longer side of what `show` returns, at most
 MAX_BODY_BYTES = 4 * 2**20
 INSTRUCTIONS = (
     "Tools over images of one work folder. Tools take and give file names of images there; boxes are x0, y0, x1, y1 as "
@@ -39,8 +40,9 @@ def build_server(toolbox: Toolbox) -> MCPServer:
         server.add_tool(_adapt(tool), name=tool.name, description=f"{tool.description} Cost: {tool.cost}.")
 
     def show(image):
-        buffer = io.BytesIO()
-        _readable(toolbox.workspace.open)(image).save(buffer, "PNG")
+        buffer, opened = io.BytesIO(), _readable(toolbox.workspace.open)(image)
+        opened.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        opened.save(buffer, "PNG")
         return Image(data=buffer.getvalue(), format="png")
 
     show.__annotations__ = {"image": str, "return": Image}  # as objects: Image is imported in this function

@@ -2,9 +2,11 @@
 """`lionjax tools` and `lionjax agent` from the command line, against an endpoint on this machine."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from endpoint_server import TOO_MANY, chat_reply, endpoint_server
+from paths import ROOT
 from scripted_tools import ScriptedModel, picture
 
 pytest.importorskip("openai")
@@ -101,3 +103,29 @@ def test_a_talk_that_ends_early_is_reported_and_exits_with_2(tmp_path, capsys):
         assert run(*command) == 2
     assert "no answer after 2 rounds" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "work/report.json").read_text())["turns"][0]["steps"]) == 2
+
+
+def test_a_judge_and_a_data_engine_are_paid_for_once_and_keep_no_key(tmp_path, capsys):
+    folder = ROOT / "tests/data/benchmarks/judged"
+    context = ["--context", str(folder / "context.jsonl"), "--references", str(folder / "answers_gpt4.jsonl")]
+    judging = ["judge", "llava_bench", str(folder / "questions.jsonl"), *context]
+    judging += ["--answers", str(folder / "answers_model.jsonl")]
+    making = ["synthesize", "detail", str(folder / "caps_boxes.jsonl")]
+    with endpoint_server(lambda body: chat_reply(f"9 7\nThe key is {SECRET}."), [TOO_MANY]) as server:
+        for name, command in (("judged", judging), ("made", making)):
+            command = [*command, "--workdir", name, "--model", "m", "--endpoint", server.url]
+            assert run(*command) == 0
+            first, count = capsys.readouterr().out, len(server.bodies)
+            assert run(*command) == 0 and capsys.readouterr().out == first and len(server.bodies) == count
+    assert first.startswith("2 of 2 items are in made")
+    report = json.loads((tmp_path / "judged/report.json").read_text())
+    assert report["judge"]["model"] == "m" and report["table"][0]["ratio"] == pytest.approx(100 * 7 / 9)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 6 and not any(SECRET.encode() in path.read_bytes() for path in files)
+
+
+def test_models_are_asked_once_before_serving():
+    asked = []
+    record = SimpleNamespace(tag=asked.append, detect=lambda *given: asked.append(given))
+    experts.warm_up(Experts(ScriptedModel(), record, record))
+    assert len(asked) == 2

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shikra-RD (arXiv 2306.15195): questions with grounded chains of thought, from sentences and boxes.
 
-A reply marks phrases as [words](numbers of objects). A row in Shikra's form, which `ShikraJsonl` reads, has phrases
+A reply marks phrases as `[words](numbers of objects)`. A row in Shikra's form, which `ShikraJsonl` reads, has phrases
 between <ph_st> and <ph_ed> and for each the indices of its boxes.
 """
 

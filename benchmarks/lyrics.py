@@ -100,10 +100,13 @@ def regions_by(variant: Variant) -> Iterator[None]:
 
 def refine_scenes(workdir: Path) -> Path:
     """The folder of the scenes of tiny_lyrics_first.py with what the refiner found in them."""
-    train_experts(workdir / "refiner")
+    home = workdir / "refiner"
+    train_experts(home)
     (scenes,) = config.load(ROOT / "configs" / "tiny_lyrics_first.py").data.sources
-    factory = refiner.refiner_factory(workdir / "refiner")
-    digest = folder_digest(workdir / "refiner")
+    factory = refiner.refiner_factory(home)
+    # Of the detector's parameters and not of its run folder, whose logs change.
+    settings = (home / refiner.SETTINGS_FILE).read_text()
+    digest = f"{detector.load(home / 'detector').digest} {folder_digest(home / 'tagger')} {settings}"
     scenes = dataclasses.replace(scenes, folder="")
     return array_record_writer.build(scenes, workdir / "data", make_refiner=factory, tagger_digest=digest)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from lionjax.data.scenes.world import SPLITS
 
 @dataclasses.dataclass(eq=False)
 class ScenesBuilderConfig(tfds.core.BuilderConfig):
-    """Number of scenes per split, image size and seed. The config name contains all of them."""
+    """Number of scenes per split, image size, seed and the refiner's digest. The config name contains all of them."""
 
     name: str = ""
     sizes: tuple[int, int, int] = (3000, 500, 500)
@@ -34,7 +35,9 @@ class ScenesBuilderConfig(tfds.core.BuilderConfig):
 
     def __post_init__(self):
         counts = "-".join(str(size) for size in self.sizes)
-        refined = f"-refined{self.refiner_digest[:12]}" if self.make_refiner else ""
+        # Of the whole text: the number of kept regions stands at its end.
+        digest = hashlib.sha256(self.refiner_digest.encode()).hexdigest()[:12]
+        refined = f"-refined{digest}" if self.make_refiner else ""
         self.name = f"pixels{self.image_size}-seed{self.seed}-{counts}{refined}"
 
 

@@ -17,6 +17,7 @@ from lionjax.data.regions import ImageRegions, from_bfloat16_bits, to_bfloat16_b
 from lionjax.data.scenes.dataset import Scenes
 
 WIDTH = 6
+DIGEST = f"{'ab' * 32} 100"  # of a folder, and the number of kept regions
 BEAM = ["--runner=DirectRunner"]
 
 
@@ -108,9 +109,12 @@ def test_scenes_are_refined_as_well_and_keep_their_ground_truth(tmp_path, monkey
     monkeypatch.setattr(array_record_writer, "GROUP_SIZE", 2)
     scenes = Scenes(sizes=(3, 2, 1), image_size=32)
     with pytest.raises(KeyboardInterrupt):
-        array_record_writer.build(scenes, tmp_path, make_refiner=Looks(1), tagger_digest="ab")
-    folder = array_record_writer.build(scenes, tmp_path, make_refiner=Looks(), tagger_digest="ab")
-    assert folder.parent.name.endswith("3-2-1-refinedab") and not list(tmp_path.glob("part.*"))
+        array_record_writer.build(scenes, tmp_path, make_refiner=Looks(1), tagger_digest=DIGEST)
+    folder = array_record_writer.build(scenes, tmp_path, make_refiner=Looks(), tagger_digest=DIGEST)
+    assert "3-2-1-refined" in folder.parent.name and not list(tmp_path.glob("part.*"))
+    assert array_record_writer.build(scenes, tmp_path, make_refiner=Looks(0), tagger_digest=DIGEST) == folder
+    with pytest.raises(KeyboardInterrupt):  # another number of regions
+        array_record_writer.build(scenes, tmp_path, make_refiner=Looks(0), tagger_digest=f"{DIGEST[:-1]}8")
     for split, count in (("train", 3), ("validation", 2), ("heldout", 1)):
         opened, plain = (s.open(split, MAX_PIXELS) for s in (Scenes(folder=str(folder)), scenes))
         assert len(opened) == count

@@ -27,16 +27,25 @@ def label_smoothed_cross_entropy(
     logits_BMV, target_BM, loss_mask_BM, label_smoothing: float
 ) -> tuple[jax.Array, Metrics]:
     """`token_cross_entropy` with a fraction `label_smoothing` of each label spread uniformly over all classes."""
+    return mean_over_tokens(*token_sums(logits_BMV, target_BM, loss_mask_BM, label_smoothing))
+
+
+def token_sums(logits_BMV, target_BM, loss_mask_BM, label_smoothing: float = 0.0) -> tuple[jax.Array, ...]:
+    """Sum of -log p(target), number of likeliest tokens that are the target, and number of tokens in `loss_mask_BM`."""
     logits_BMV = logits_BMV.astype(jnp.float32)
     mask_BM = loss_mask_BM.astype(jnp.float32)
     target_logit_BM = jnp.take_along_axis(logits_BMV, target_BM[..., None], axis=-1)[..., 0]
     if label_smoothing:
         target_logit_BM = (1 - label_smoothing) * target_logit_BM + label_smoothing * logits_BMV.mean(axis=-1)
     nll_BM = jax.nn.logsumexp(logits_BMV, axis=-1) - target_logit_BM
-    tokens = mask_BM.sum()
     correct_BM = (logits_BMV.argmax(-1) == target_BM) * mask_BM
+    return (nll_BM * mask_BM).sum(), correct_BM.sum(), mask_BM.sum()
+
+
+def mean_over_tokens(nll, correct, tokens) -> tuple[jax.Array, Metrics]:
+    """Loss and metrics of `token_cross_entropy` from the sums of `token_sums`."""
     mean = 1 / jnp.maximum(tokens, 1)
-    return (nll_BM * mask_BM).sum() * mean, {"weight": tokens, "token_accuracy": correct_BM.sum() * mean}
+    return nll * mean, {"weight": tokens, "token_accuracy": correct * mean}
 
 
 def sequence_nll(logits_BMV, target_BM, loss_mask_BM) -> jax.Array:

@@ -26,6 +26,7 @@ from lionjax.data.processor import Processor, ProcessorConfig
 from lionjax.data.scenes import tasks, world
 from lionjax.models.heads import region
 from lionjax.models.heads.region import BoxEncoderDecoder, RegionHeadConfig
+from lionjax.models.language.backend import token_loss
 from lionjax.tiny.exercises import encode_box, patch_labels
 from lionjax.tiny.language import SceneLanguageModel, make_scene_model
 from lionjax.tiny.schedules import BackbonesConfig, make_optimizer
@@ -85,7 +86,8 @@ class SceneRegionModel(nn.Module):
         # The frozen output head cannot predict the trigger token.
         loss_mask_BM = batch.loss_mask_BM * (batch.target_BM != c.trigger_token_id)
         text_batch = dataclasses.replace(batch, loss_mask_BM=loss_mask_BM)
-        loss, _ = region.text_loss(c, language.logits(state_BMD[:, :-1]), text_batch)
+        targets = (text_batch.target_BM, region.text_loss_mask(c, text_batch))
+        loss, _ = token_loss(language, state_BMD[:, :-1], *targets)
         queries = region.gather_region_queries(c, batch, state_BMD[:, 1:])
         terms, metrics = region.box_losses(c, self.locations, batch, queries)
         return loss + sum(terms.values()), metrics["box_iou"]

@@ -111,10 +111,9 @@ def gather_region_queries(c: RegionHeadConfig, batch: Batch, state_BMD):
     return take_positions(state_BMD, position_BK), jnp.minimum(index_BK, count - 1), valid_BK
 
 
-def text_loss(c: RegionHeadConfig, logits_BMV, batch: Batch) -> tuple[jax.Array, Metrics]:
-    """Mean cross entropy of the answer and metrics, without box tokens, which always follow a trigger token."""
-    loss_mask_BM = batch.loss_mask_BM * (batch.target_BM != c.box_token_id)
-    return losses.token_cross_entropy(logits_BMV, batch.target_BM, loss_mask_BM)
+def text_loss_mask(c: RegionHeadConfig, batch: Batch) -> jax.Array:
+    """The loss mask (B, M) of the answer without box tokens, which always follow a trigger token."""
+    return batch.loss_mask_BM * (batch.target_BM != c.box_token_id)
 
 
 def box_losses(c: RegionHeadConfig, locations: BoxEncoderDecoder, batch: Batch, queries) -> tuple[dict, Metrics]:

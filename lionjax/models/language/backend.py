@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from lionjax.core.types import Array, Cache
+import flax.linen as nn
+import jax.numpy as jnp
+
+from lionjax.core.types import Array, Cache, Metrics
 from lionjax.models.language.decoder import Decoder, DecoderConfig
 from lionjax.models.language.t5 import T5, T5Config
+from lionjax.nn import losses
 
 
 class LanguageBackend(Protocol):
     """Maps embeddings (B, L, D) to hidden states. Masks are 1 on real tokens."""
+
+    c: T5Config | DecoderConfig
 
     def embed(self, ids_BL: Array, dtype: Any = ...) -> Array:
         """Token embeddings (B, L, D)."""
@@ -47,3 +53,30 @@ def is_encoder_decoder(c: T5Config | DecoderConfig) -> bool:
 def language_model(c: T5Config | DecoderConfig) -> T5 | Decoder:
     """The flax module of a language model config."""
     return T5(c) if isinstance(c, T5Config) else Decoder(c)
+
+
+def token_loss(
+    language: T5 | Decoder, state_BMD: Array, target_BM: Array, loss_mask_BM: Array
+) -> tuple[Array, Metrics]:
+    """`losses.token_cross_entropy` of states that predict the targets.
+
+    With `loss_chunk` in the language model's config, the logits of so many positions exist at once: they are computed
+    chunk by chunk, and again in the backward pass.
+    """
+    length, chunk = target_BM.shape[1], language.c.loss_chunk
+    if not 0 < chunk < length:
+        return losses.token_cross_entropy(language.logits(state_BMD), target_BM, loss_mask_BM)
+
+    def chunks(array):
+        padding = ((0, 0), (0, -length % chunk), *((0, 0),) * (array.ndim - 2))
+        array = jnp.pad(array, padding)
+        return array.reshape(len(array), -1, chunk, *array.shape[2:]).swapaxes(0, 1)
+
+    def add_chunk(module: T5 | Decoder, sums, inputs):
+        state_BCD, target_BC, mask_BC = inputs
+        new = losses.token_sums(module.logits(state_BCD), target_BC, mask_BC)
+        return tuple(total + part for total, part in zip(sums, new)), None
+
+    scan = nn.scan(nn.remat(add_chunk), variable_broadcast="params", split_rngs={"params": False})
+    sums, _ = scan(language, (jnp.zeros(()),) * 3, tuple(map(chunks, (state_BMD, target_BM, loss_mask_BM))))
+    return losses.mean_over_tokens(*sums)

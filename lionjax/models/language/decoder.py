@@ -60,6 +60,7 @@ class DecoderConfig:
     - `num_frozen_embeddings`: this many first rows of the embedding table get no gradient.
     - `pad_vocab_to_multiple_of`: zero rows are added to embedding table and head up to this multiple, so that a mesh
       can split them; their logits are masked, and torch files do not contain them.
+    - `loss_chunk`: target positions whose logits the loss computes at once, to save memory; 0: all.
     """
 
     vocab_size: int = 32000
@@ -85,6 +86,7 @@ class DecoderConfig:
     adapters: AdapterConfig | None = None
     lora: LoraConfig = LoraConfig()
     remat: str = "none"
+    loss_chunk: int = 0
     pad_vocab_to_multiple_of: int = 1
     position_type: str = "rope"
     qk_norm: bool = False

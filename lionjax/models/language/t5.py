@@ -40,7 +40,10 @@ from lionjax.nn.positions import RelativePositionBias
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Config of a T5 v1.1; `activation` is gelu_tanh in FlanT5's release, gelu (erf) in LION."""
+    """Config of a T5 v1.1; `activation` is gelu_tanh in FlanT5's release, gelu (erf) in LION.
+
+    `loss_chunk`: target positions whose logits the loss computes at once, to save memory; 0: all.
+    """
 
     vocab_size: int = 32128
     width: int = 2048
@@ -60,6 +63,7 @@ class T5Config:
     adapters: AdapterConfig | None = None
     lora: LoraConfig = LoraConfig()
     remat: str = "none"
+    loss_chunk: int = 0
 
     @property
     def padded_vocab_size(self) -> int:

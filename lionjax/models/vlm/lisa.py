@@ -17,13 +17,13 @@ from lionjax.core.types import VLM, Batch, Cache, ModelInfo
 from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.models.heads import mask_token, region
 from lionjax.models.language import decoder_weights
+from lionjax.models.language.backend import token_loss
 from lionjax.models.language.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig, states_before
 from lionjax.models.vision import sam_decoder, vit
 from lionjax.models.vision.sam_encoder import SAM_VIT_H, SamConfig
 from lionjax.models.vision.vit import CLIP_VIT_L, ViTConfig
 from lionjax.models.vlm.info import vlm_info
 from lionjax.models.vlm.region_lm import PatchRegionModule, RegionLM, patch_projector_weight_map, repeat_images
-from lionjax.nn import losses
 from lionjax.nn.positions import last_token
 
 
@@ -124,8 +124,8 @@ class LisaModule(PatchRegionModule):
     def loss(self, batch: Batch, key):
         c = self.c
         before_BLD = self.states_before(batch, key)
-        logits_BMV = self.language.logits(before_BLD[:, batch.prompt_BL.shape[1] :])
-        text, metrics = losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
+        before_BMD = before_BLD[:, batch.prompt_BL.shape[1] :]
+        text, metrics = token_loss(self.language, before_BMD, batch.target_BM, batch.loss_mask_BM)
         terms = {"text": c.text_weight * text}
         if batch.masks_BKHW is not None:
             terms |= self.mask_terms(batch, before_BLD)

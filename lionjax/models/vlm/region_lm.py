@@ -20,14 +20,13 @@ from lionjax.core.types import VLM, Batch, Cache, Metrics, Params
 from lionjax.core.weight_map import WeightMapping
 from lionjax.models.heads import region
 from lionjax.models.heads.region import BoxEncoderDecoder, MaskPromptProjector, RegionHeadConfig
-from lionjax.models.language.backend import language_model
+from lionjax.models.language.backend import language_model, token_loss
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import sam_decoder
 from lionjax.models.vision.sam_decoder import Sam
 from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.models.vision.vit import ViT
-from lionjax.nn import losses
 from lionjax.nn.layers import MLP, Dense, dense_weight_map, normal
 from lionjax.nn.positions import last_token
 
@@ -172,11 +171,9 @@ class RegionModule(nn.Module):
         if self.c.objective == "masks":
             return self.mask_loss(batch, key)
         before_BMD, after_BMD = self.hidden_states(batch, key)
-        logits_BMV = self.language.logits(before_BMD)
-        if head is None:
-            return losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
-        loss, metrics = region.text_loss(head, logits_BMV, batch)
-        if batch.boxes_BK4 is None:
+        loss_mask_BM = batch.loss_mask_BM if head is None else region.text_loss_mask(head, batch)
+        loss, metrics = token_loss(self.language, before_BMD, batch.target_BM, loss_mask_BM)
+        if head is None or batch.boxes_BK4 is None:
             return loss, metrics
         queries = region.gather_region_queries(head, batch, after_BMD)
         terms, more = region.box_losses(head, self.locations, batch, queries)

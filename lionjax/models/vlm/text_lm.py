@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lionjax.core.errors import check_ranges
 from lionjax.core.types import VLM, Array, Batch, Cache, Metrics, ModelInfo, Params
 from lionjax.core.weight_map import WeightMapping
-from lionjax.models.language.backend import LanguageBackend, is_encoder_decoder, language_model
+from lionjax.models.language.backend import LanguageBackend, is_encoder_decoder, language_model, token_loss
 from lionjax.models.language.decoder import SMOLLM2_135M, Decoder, DecoderConfig, append_to_cache
 from lionjax.models.language.t5 import T5Config
 from lionjax.models.vlm.visual_prefix_weights import language_weight_map
@@ -77,12 +77,18 @@ class TextLM(VLM):
 
     def init(self, key: Array, batch: Batch) -> Params:
         """Random parameters of the language model."""
-        return language_model(self.language).init(key, method=lambda model: self._forward(model, batch, None))["params"]
+        return language_model(self.language).init(
+            key, method=lambda model: model.logits(self._states(model, batch, None))
+        )["params"]
 
     def loss(self, params: Params, batch: Batch, key: Array | None = None) -> tuple[Array, Metrics]:
         """Mean cross entropy of the target's tokens, with SimCTG's loss of their states if configured, and metrics."""
-        state_BMD, logits_BMV = self._apply(params, lambda model: self._forward(model, batch, key))
-        loss, metrics = losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
+
+        def run(model: LanguageBackend):
+            state_BMD = self._states(model, batch, key)
+            return state_BMD, token_loss(model, state_BMD, batch.target_BM, batch.loss_mask_BM)
+
+        state_BMD, (loss, metrics) = self._apply(params, run)
         if not self.contrastive_margin:
             return loss, metrics
         # The states that predict the targets are those of the prompt's last token and of all targets but the last.
@@ -92,15 +98,15 @@ class TextLM(VLM):
 
     def logits(self, params: Params, batch: Batch, key: Array | None = None) -> Array:
         """Logits (B, M, V) in float32; position m predicts target token m."""
-        return self._apply(params, lambda model: self._forward(model, batch, key))[1]
+        return self._apply(params, lambda model: model.logits(self._states(model, batch, key)))
 
-    def _forward(self, model: LanguageBackend, batch: Batch, key: Array | None) -> tuple[Array, Array]:
-        """States (B, M, D) and logits (B, M, V) that predict each target token."""
+    def _states(self, model: LanguageBackend, batch: Batch, key: Array | None) -> Array:
+        """States (B, M, D) that predict each target token."""
         prompt_BLD, target_BMD = (model.embed(ids, self.dtype) for ids in (batch.prompt_BL, batch.target_BM))
         state_BMD, _ = model.forward(
             prompt_BLD, batch.prompt_mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, split_key(key, 2)
         )
-        return state_BMD, model.logits(state_BMD)
+        return state_BMD
 
     def prefill(self, params: Params, batch: Batch, cache_length: int) -> tuple[Array, Cache]:
         """Logits (B, V) of the first answer token, and a cache of the prompt with `cache_length` free slots."""

@@ -25,7 +25,7 @@ from lionjax.models.connectors.mqformer import MQ_FORMER, MQFormerConfig
 from lionjax.models.connectors.perceiver import AbstractorConfig, ImageToTextProjectionConfig
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
 from lionjax.models.language import decoder
-from lionjax.models.language.backend import is_encoder_decoder, language_model
+from lionjax.models.language.backend import is_encoder_decoder, language_model, token_loss
 from lionjax.models.language.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig
 from lionjax.models.language.t5 import FLAN_T5_XL, T5Config
 from lionjax.models.vision.grounding_dino import GroundingDinoConfig
@@ -33,7 +33,6 @@ from lionjax.models.vision.ram import RamConfig
 from lionjax.models.vision.vit import CLIP_VIT_L, EVA_VIT_G, ViT, ViTConfig
 from lionjax.models.vlm import experts, visual_prefix_weights
 from lionjax.models.vlm.info import vlm_info
-from lionjax.nn import losses
 from lionjax.nn.layers import MLP, Dense, LayerNorm, normal, split_key
 from lionjax.nn.lora import LoraConfig
 
@@ -181,8 +180,7 @@ class VisualPrefixLM(VLM):
 
     def loss(self, params: Params, batch: Batch, key=None) -> tuple[jax.Array, Metrics]:
         """Mean cross entropy of the answer tokens, and metrics."""
-        logits_BMV = self.logits(params, batch, key)
-        return losses.token_cross_entropy(logits_BMV, batch.target_BM, batch.loss_mask_BM)
+        return VisualPrefixLMModule(self).apply({"params": params}, batch, key, method=VisualPrefixLMModule.loss)
 
     def logits(self, params: Params, batch: Batch, key=None):
         """Logits (B, M, V) in float32; position m predicts target token m."""
@@ -367,11 +365,17 @@ class VisualPrefixLMModule(nn.Module):
 
     def __call__(self, batch: Batch, key):
         """Logits (B, M, V) in float32; position m predicts target token m."""
+        return self.language.logits(self.states_before(batch, key))
+
+    def loss(self, batch: Batch, key):
+        return token_loss(self.language, self.states_before(batch, key), batch.target_BM, batch.loss_mask_BM)
+
+    def states_before(self, batch: Batch, key):
+        """States (B, M, D) that predict each target token."""
         keys = split_key(key, 3)
         x_BLD, mask_BL = self.embed_inputs(batch, keys[0])
         target_BMD = self.language.embed(batch.target_BM, x_BLD.dtype)
-        before_BMD, _ = self.language.forward(x_BLD, mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, keys[1:])
-        return self.language.logits(before_BMD)
+        return self.language.forward(x_BLD, mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, keys[1:])[0]
 
     def prefill(self, batch: Batch, cache_length: int):
         x_BLD, mask_BL = self.embed_inputs(batch, None)

@@ -15,6 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", metavar="KIND", help=kinds)
     input_help = "JSON Lines of id, image, captions and instances; for promptcap of questions"
     parser.add_argument("input", metavar="FILE", type=Path, help=input_help)
+    instances_help = "COCO's instances_SET.json, where FILE is its captions_SET.json"
+    parser.add_argument("--instances", metavar="FILE", type=Path, help=instances_help)
     parser.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="instructions.json, refused.jsonl")
     parser.add_argument("--images", metavar="DIR", type=Path, help="image folder, for chain, curation and grounded")
     few_shot_help = "system_message.txt, NNN_caps.txt and NNN_conv.txt instead of our examples, as LLaVA's"
@@ -46,7 +48,7 @@ def synthesize(args: argparse.Namespace) -> None:
     settings = generation.GenerationSettings(
         args.kind, args.chain_version, args.samples, args.shots, args.min_words, args.seed
     )
-    items = generation.read_input(settings, args.input, args.limit)
+    items = generation.read_input(settings, args.input, args.limit, args.instances)
     report = _run(args, generation, settings, items)
     if report is None:
         return

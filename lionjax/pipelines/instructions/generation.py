@@ -15,6 +15,7 @@ from lionjax.core.files import write_jsonl
 from lionjax.data.images import open_image, safe_path
 from lionjax.pipelines import pica, promptcap
 from lionjax.pipelines.captions_as_text import CaptionedQuestion, read_questions
+from lionjax.pipelines.coco_contexts import read_coco_contexts
 from lionjax.pipelines.completion import ChatRequest, LanguageModel
 from lionjax.pipelines.image_contexts import ImageContext, read_contexts
 from lionjax.pipelines.instructions import curation, grounded_captions, grounded_chains, llava_kinds
@@ -166,8 +167,21 @@ def synthesize_grounded(
     return write_outcomes(folder, settings.kind, outcomes, None, dataclasses.asdict(settings))
 
 
-def read_input(settings: GenerationSettings, path: Path, limit: int | None) -> list:
-    """The contexts of a file, or for "promptcap" its questions."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; give JSON Lines of images, or of questions for promptcap")
-    return (read_questions if settings.kind == "promptcap" else read_contexts)(path)[:limit]
+def read_input(
+    settings: GenerationSettings, path: Path, limit: int | None = None, instances: Path | None = None
+) -> list[ImageContext] | list[CaptionedQuestion]:
+    """The contexts of a file, or for "promptcap" its questions.
+
+    A .json, gzipped or not, is COCO's captions file, with the boxes of `instances`; other files are JSON Lines. Raises UserError for
+    files of another form.
+    """
+    for file in filter(None, (path, instances)):
+        if not file.is_file():
+            raise UserError(f"there is no file {file}; give JSON Lines of images, or of questions for promptcap")
+    if settings.kind == "promptcap":
+        return read_questions(path)[:limit]
+    if path.name.removesuffix(".gz").endswith(".json"):
+        return read_coco_contexts(path, instances)[:limit]
+    if instances is not None:
+        raise UserError(f"{path} has instances of its own; --instances goes with COCO's captions_SET.json")
+    return read_contexts(path)[:limit]

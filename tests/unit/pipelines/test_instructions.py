@@ -340,6 +340,30 @@ def test_contexts_out_of_form_are_one_sentence(tmp_path, row, message):
         read_contexts(tmp_path / "c.jsonl")
 
 
+def test_cocos_files_are_contexts(tmp_path):
+    captions, instances = tmp_path / "captions.json", tmp_path / "instances.json"
+    images = [{"id": k, "file_name": f"{k:012d}.jpg", "width": 96, "height": 72} for k in (1, 2)]
+    texts = [{"id": k, "image_id": 1, "caption": f" text {k}\n"} for k in range(2)]
+    captions.write_text(json.dumps({"images": images, "annotations": texts}))
+    boxes = [{"id": 1, "image_id": 1, "category_id": 7, "bbox": [8, 10, 24, 24], "iscrowd": 0}]
+    boxes += [boxes[0] | {"id": 2, "iscrowd": 1}, boxes[0] | {"id": 3, "image_id": 2}]
+    boxes += [boxes[0] | {"id": 4, "bbox": [90, 60, 10, 20]}]
+    instances.write_text(json.dumps({"images": images, "annotations": boxes, "categories": [{"id": 7, "name": "dog"}]}))
+    setting = generation.GenerationSettings("detail")
+    (context,) = generation.read_input(setting, captions, None, instances)
+    assert format_context(context) == (
+        "text 0\ntext 1\n\ndog: [0.083, 0.139, 0.333, 0.472]\ndog: [0.938, 0.833, 1.0, 1.0]"
+    )
+    assert (context.id, context.image) == ("000000000001", "000000000001.jpg")
+    (alone,) = generation.read_input(setting, captions)
+    assert alone.instances == ()
+    instances.write_text("[]")
+    with pytest.raises(UserError, match="instances.json"):
+        generation.read_input(setting, captions, None, instances)
+    with pytest.raises(UserError, match="--instances"):
+        generation.read_input(setting, FILES / "caps_boxes.jsonl", None, captions)
+
+
 def test_the_image_folder_is_not_left(tmp_path, contexts):
     outside = [ImageContext("1", "../secret.jpg", ("a",), contexts[0].instances)]
     (tmp_path / "in").mkdir()

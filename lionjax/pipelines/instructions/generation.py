@@ -172,8 +172,8 @@ def read_input(
 ) -> list[ImageContext] | list[CaptionedQuestion]:
     """The contexts of a file, or for "promptcap" its questions.
 
-    A .json, gzipped or not, is COCO's captions file, with the boxes of `instances`; other files are JSON Lines. Raises UserError for
-    files of another form.
+    A .json, gzipped or not, is COCO's captions file, with the boxes of `instances`; other files are JSON Lines. Raises
+    UserError for files of another form.
     """
     for file in filter(None, (path, instances)):
         if not file.is_file():

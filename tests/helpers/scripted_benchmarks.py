@@ -32,7 +32,7 @@ class Scripted:
 
     def __init__(self, answer=lambda prompt: "red", loss=lambda prompt, text: float(len(text)), sources=()):
         self.reply, self.loss, self.prompts, self.calls, self.updates = answer, loss, [], [], 7
-        self.experiment = types.SimpleNamespace(data=types.SimpleNamespace(sources=sources))
+        self.experiment = types.SimpleNamespace(data=types.SimpleNamespace(sources=sources), stages=("one",))
         config = types.SimpleNamespace(image_mean=(0.5, 0.25, 0.0), sam_image_size=64)
         self.processor = types.SimpleNamespace(config=config)
 

@@ -74,7 +74,9 @@ def evaluate_model(
     entry = scoring.score_answers(name, protocol, dataset, answers, has_truth)
     entry |= {"label": label, "split": split, "limit": limit, "updates": model.updates, "seconds": round(seconds, 3)}
     entry["source"] = source_path
-    entry["trained_on_train_split"] = reads_same_files(source, model.experiment.data.sources)
+    # What released weights were trained on is not recorded with them.
+    is_known = bool(model.experiment.stages)
+    entry["trained_on_train_split"] = reads_same_files(source, model.experiment.data.sources) if is_known else None
     entry["missing_pictures"] = {"count": len(missing), "names": missing[: scoring.MAX_LISTED]}
     scores = None
     if has_truth:

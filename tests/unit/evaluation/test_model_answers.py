@@ -45,6 +45,9 @@ def test_training_data_of_the_benchmarks_format_is_said(tmp_path):
     source = detect.detect_source(str(FILES / OKVQA[1]), "", str(FILES / TRUTH))
     assert ask(tmp_path, *OKVQA, Scripted(sources=(source,)), "", TRUTH)["trained_on_train_split"] is True
     assert ask(tmp_path, *OKVQA, Scripted(), "", TRUTH)["trained_on_train_split"] is False
+    released = Scripted()
+    released.experiment.stages = ()
+    assert ask(tmp_path, *OKVQA, released, "", TRUTH)["trained_on_train_split"] is None  # not recorded
 
 
 def test_missing_pictures_are_counted_and_the_figure_is_over_the_others(tmp_path, caplog):

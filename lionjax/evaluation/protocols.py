@@ -25,8 +25,8 @@ class Protocol:
     `answer_form`: "generate", "rank_mean" or "rank_sum" (candidates by the mean or the sum of their token losses) or
     "yes_probability" (P(yes) against P(no)). `reader`: how the answer is read, `normalizer`: what is done to answers
     and references before they are compared, `threshold`: of an IoU, `padded`: boxes are fractions of the image padded
-    to a square. `aggregation` and `note` are words for the report. Published
-    figures are in `published_figures.py`, by benchmark and protocol.
+    to a square. `sentence_prompt`: the prompt of ReasonSeg's long queries, if it is another. `aggregation` and `note`
+    are words for the report. Published figures are in `published_figures.py`, by benchmark and protocol.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Protocol:
     padded: bool = False
     aggregation: str = "mean over questions"
     note: str = ""
+    sentence_prompt: str = ""
 
     def __post_init__(self):
         if self.answer_form not in ANSWER_FORMS:
@@ -276,6 +277,7 @@ MASKS = (
         "lisa",
         "Can you segment the {expr} in this image?",
         64,
+        sentence_prompt="{expr} Please output segmentation mask.",
         aggregation="gIoU, and cIoU over all sentences at the image's size",
         note="LISA's released 7B checkpoint has 67 cIoU on RefCOCO val, its paper 74.1 (issue 74)",
     ),

@@ -271,7 +271,8 @@ def format_prompt(protocol: Protocol, annotation: Annotation) -> str:
     question, hint = facts.get("question", annotation.question), facts.get("hint", "")
     history = " ".join(f"q: {asked} a: {answer}" for asked, answer in annotation.turns)
     lettered = list(zip(OPTION_LETTERS, choices))
-    return protocol.prompt.format(
+    is_sentence = protocol.sentence_prompt and annotation.kind == "long"
+    return (protocol.sentence_prompt if is_sentence else protocol.prompt).format(
         question=question,
         hint=hint,
         history=history,

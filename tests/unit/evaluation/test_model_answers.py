@@ -11,6 +11,7 @@ from scripted_benchmarks import FILES, Scripted, Settings, ask
 
 from lionjax.core.types import UserError
 from lionjax.data.datasets import detect
+from lionjax.data.datasets.annotated_images import Annotation
 from lionjax.evaluation.protocols import get_protocol
 from lionjax.evaluation.published import model_answers, scoring
 
@@ -105,6 +106,14 @@ def test_boxes_and_masks_are_asked_region_level(tmp_path):
         reply = None if masks is None else np.array(masks)
         entry = ask(tmp_path, "reason_seg", "regions/reason_seg", Scripted(lambda prompt, r=reply: r))
         assert entry["figures"]["iou"] == iou, "one mask counts, none and two do not"
+
+
+def test_lisa_asks_long_and_short_queries_of_reason_seg_in_its_two_ways():
+    short, long = (Annotation(0, words="what rolls", kind=kind) for kind in ("short", "long"))
+    lisa, nextchat = (get_protocol("reason_seg", name) for name in ("lisa", "nextchat"))
+    assert model_answers.format_prompt(lisa, short) == "Can you segment the what rolls in this image?"
+    assert model_answers.format_prompt(lisa, long) == "what rolls Please output segmentation mask."
+    assert model_answers.format_prompt(nextchat, long) == "Segment what rolls."
 
 
 def test_a_region_is_described_by_the_box_in_the_prompt(tmp_path):

@@ -6,8 +6,24 @@ import dataclasses
 import small_nextchat
 import text_batches
 
+from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.lisa import Lisa
 
+PROCESSOR = ProcessorConfig(  # of the tiny tokenizer, whose <extra_id_5> nothing else uses
+    image_size=16,
+    **{"max_prompt_tokens": 60, "max_question_tokens": 1, "max_target_tokens": 16},
+    use_tags=False,
+    reader="decoder",
+    prompt_template="{image} {question}",
+    followup_template="{question}",
+    num_image_tokens=4,
+    box_format="masks",
+    mask_token="<extra_id_5>",
+    max_boxes=3,
+    sam_image_size=32,
+    sam_padding="corner",
+)
+SEG = 8  # its id
 MASK = small_nextchat.TRIGGER
 TINY = Lisa(
     vision=small_nextchat.TINY.vision,

@@ -5,7 +5,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+import small_lisa
 from PIL import Image
+from small_lisa import SEG
 
 from lionjax.core.experiment import Stage
 from lionjax.core.types import UserError
@@ -13,30 +15,17 @@ from lionjax.data import boxes, letterbox
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.mask_answers import MASK_ANSWERS
 from lionjax.data.pipeline import DataConfig, batches
-from lionjax.data.processor import ImageTextInput, Processor, ProcessorConfig
+from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.data.scenes.dataset import Scenes
 
-MASK = 8  # <extra_id_5>
-CONFIG = ProcessorConfig(
-    image_size=28,
-    **{"max_prompt_tokens": 40, "max_question_tokens": 1, "max_target_tokens": 40},
-    use_tags=False,
-    reader="decoder",
-    prompt_template="{image} {question}",
-    num_image_tokens=4,
-    box_format="masks",
-    mask_token="<extra_id_5>",
-    max_boxes=3,
-    sam_image_size=32,
-    sam_padding="corner",
-)
+CONFIG = dataclasses.replace(small_lisa.PROCESSOR, max_target_tokens=40)
 PROCESSOR = Processor(CONFIG)
 ANSWER = "A star [0.100,0.200,0.500,0.600] and a ring [0.500,0.500,0.900,0.900]."
 
 
 def test_each_box_of_an_answer_is_one_mask_token():
     ids = PROCESSOR.prompt.encode_target(ANSWER)
-    assert ids.count(MASK) == 2 and PROCESSOR.tokenizer.eos_id == ids[-1]
+    assert ids.count(SEG) == 2 and PROCESSOR.tokenizer.eos_id == ids[-1]
     around = [(0.0, 0.25, 0.5, 0.5), (0.25, 0.25, 1.0, 1.0)]
     text, found = PROCESSOR.prompt.decode_with_boxes(ids, around)
     assert text == "A star [0.000,0.250,0.500,0.500] and a ring [0.250,0.250,1.000,1.000]." and found == around
@@ -54,9 +43,8 @@ def test_a_question_with_a_box_is_refused():
     with pytest.raises(UserError, match="'masks' cannot read; say in words"):
         PROCESSOR.encode_input(ImageTextInput(image, "What is in [0.1,0.2,0.5,0.6]?"))
     earlier = (("Where is it?", "It is [0.1,0.2,0.5,0.6]."),)  # an earlier answer has one
-    followup = Processor(dataclasses.replace(CONFIG, followup_template="{question}"))
-    row = followup.encode_input(ImageTextInput(image, "And the ring?", turns=earlier))
-    assert row["prompt"].tolist().count(MASK) == 1
+    row = PROCESSOR.encode_input(ImageTextInput(image, "And the ring?", turns=earlier))
+    assert row["prompt"].tolist().count(SEG) == 1
 
 
 def test_a_tokenizer_without_the_mask_token_is_refused():
@@ -95,7 +83,7 @@ def test_batches_have_a_mask_for_each_mask_token():
     for task, most in (("res", 1), ("reason", 1), ("grounded", 3)):
         data = dataclasses.replace(data, processor=dataclasses.replace(CONFIG, max_boxes=4))
         batch = next(batches(data, Stage("s", 1, (".*",), ((task, 1.0),), 6), 0, 6))
-        tokens_B = (batch.target_BM == MASK).sum(axis=1)
+        tokens_B = (batch.target_BM == SEG).sum(axis=1)
         np.testing.assert_array_equal(batch.masks_mask_BK.sum(axis=1), tokens_B)
         assert tokens_B.min() >= 1 and tokens_B.max() >= most
         for box, mask, real in zip(batch.boxes_BK4[:, 0], batch.masks_BKHW[:, 0], batch.masks_mask_BK[:, 0]):

@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from small_lisa import MASK, TINY, batch_of
+from small_lisa import MASK, PROCESSOR, SEG, TINY, batch_of
 from text_batches import padded
 
 from lionjax.core import params as trees
@@ -14,7 +14,6 @@ from lionjax.core import sharding
 from lionjax.core.experiment import Experiment, GenerationDefaults
 from lionjax.core.types import UserError
 from lionjax.data.pipeline import DataConfig
-from lionjax.data.processor import ProcessorConfig
 from lionjax.inference import loading
 from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.vlm.lisa import LisaModule
@@ -81,23 +80,6 @@ def test_a_batch_without_a_mask_has_the_loss_of_its_words_alone(params):
 def test_lisa_has_no_boxes():
     with pytest.raises(UserError, match="no box head"):
         TINY.predict_boxes({}, None)
-
-
-PROCESSOR = ProcessorConfig(
-    image_size=16,
-    **{"max_prompt_tokens": 60, "max_question_tokens": 1, "max_target_tokens": 16},
-    use_tags=False,
-    reader="decoder",
-    prompt_template="{image} {question}",
-    followup_template="{question}",
-    num_image_tokens=4,
-    box_format="masks",
-    mask_token="<extra_id_5>",
-    max_boxes=3,
-    sam_image_size=32,
-    sam_padding="corner",
-)
-SEG = 8
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,16 @@ def score_res(true_masks: Sequence[regions.Mask], masks: Sequence[regions.Mask])
     return TaskScores({"res_ciou": scores["ciou"], "res_giou": scores["giou"]}, details, per_sample, iou_B.tolist())
 
 
+def score_reason(true_masks: Sequence[regions.Mask], masks: Sequence[regions.Mask]) -> TaskScores:
+    """`score_res` of objects that must be inferred."""
+    scores = score_res(true_masks, masks)
+    metrics, per_sample = (
+        {key.replace("res_", "reason_"): value for key, value in group.items()}
+        for group in (scores.metrics, scores.per_sample)
+    )
+    return dataclasses.replace(scores, metrics=metrics, per_sample=per_sample)
+
+
 def score_grounded(examples: Examples, texts: Sequence[str]) -> TaskScores:
     """Recall@1 of the true captions' phrases: the box that the answer gives a phrase has IoU >= 0.5 with a true one.
 
@@ -271,7 +281,7 @@ SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], TaskScores]] = {
     "existence": score_existence,
     "rec": score_rec,
     "res": score_res,
-    "reason": score_res,
+    "reason": score_reason,
     "reg": score_reg,
     "grounded": score_grounded,
     "box_vqa": score_box_vqa,

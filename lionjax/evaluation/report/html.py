@@ -41,6 +41,7 @@ METRIC_LABELS = {  # key in report.json: (label, number format)
     "rec_accuracy_50": ("REC (expression to box), accuracy at IoU > 0.5", "{:.1%}"),
     "rec_accuracy_50_teacher_forced": ("REC with teacher forcing, accuracy at IoU > 0.5", "{:.1%}"),
     "res_ciou": ("RES (expression to mask), cIoU", "{:.1%}"),
+    "reason_ciou": ("Reasoning (inferred object to mask), cIoU", "{:.1%}"),
     "res_giou": ("RES (expression to mask), gIoU", "{:.1%}"),
     "reg_cider": ("REG (box to expression), CIDEr-D", "{:.3f}"),
     "box_vqa_accuracy": ("VQA about a box, accuracy", "{:.1%}"),

@@ -14,6 +14,7 @@ from lionjax.data.datasets.reason_seg import ReasonSeg, draw_labels, fill_polygo
 from lionjax.data.mixture import examples
 from lionjax.data.pipeline import DataConfig
 from lionjax.data.scenes import reasoning, tasks, world
+from lionjax.evaluation.tasks import SCORERS
 
 SIZE = (40, 30)
 
@@ -211,3 +212,12 @@ def test_the_task_of_reasoning_asks_for_one_mask_and_never_names_its_object():
         (target,), (box,) = example.targets, example.boxes
         assert scene.things[target].box == box
         assert example.category == "region_level" and example.kind in {*reasoning.KINDS, "named"}
+
+
+def test_masks_of_inferred_objects_are_scored_under_their_own_names():
+    full, half = np.ones((2, 2), bool), np.array([[True, True], [False, False]])
+    scores = SCORERS["reason"]([full, half], [half, half])
+    assert (
+        scores.metrics == {"reason_ciou": 4 / 6, "reason_giou": 0.75}
+        and scores.per_sample.keys() == scores.metrics.keys()
+    )

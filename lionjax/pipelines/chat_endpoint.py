@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 
 from lionjax.core.errors import RetryError, UserError, check_choices, check_ranges
 from lionjax.pipelines.completion import Completion, Request, ToolCall, num_characters
-from lionjax.pipelines.journal import Journal, journal_key
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A journal of paid replies: one JSON line for each, found again by a key of what was asked."""
+"""A journal of answers: one JSON line for each, found again by a key of what was asked."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lionjax.core.errors import UserError
 from lionjax.core.files import append_jsonl, read_whole_lines
 
 log = logging.getLogger(__name__)
+
+SETTINGS_KEY = "settings"  # of the row that says to what model and settings the others belong
 
 
 def journal_key(question: Mapping[str, Any]) -> str:
@@ -51,6 +54,27 @@ class Journal:
             append_jsonl(self.path, keyed)
             self._rows[key] = keyed
         return keyed
+
+    def require(self, settings: Mapping[str, Any], what: str) -> None:
+        """Write `settings` as the first row of a new journal. Raises UserError for a journal that has others.
+
+        `what` the rows are, such as "answers", for the message.
+        """
+        found = self.get(SETTINGS_KEY)
+        if found is None and not self._rows:
+            self.add(SETTINGS_KEY, settings)
+            return
+        found = {} if found is None else found
+        differing = [name for name, value in json.loads(json.dumps(settings)).items() if found.get(name) != value]
+        if differing:
+            raise UserError(
+                f"{self.path} holds {what} of another {' and another '.join(differing)}; delete it to start anew, or "
+                "run the command again as it was"
+            )
+
+    def delete(self) -> None:
+        """Remove the file, once its rows are kept elsewhere."""
+        self.path.unlink(missing_ok=True)
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -42,10 +42,10 @@ from lionjax.core.files import folder_digest
 from lionjax.core.types import Params
 from lionjax.data import pipeline
 from lionjax.data.box_text import pack_text
-from lionjax.data.mixture import Sample
 from lionjax.data.prepare import array_record_writer
 from lionjax.data.processor import Processor
 from lionjax.data.regions import ImageRegions
+from lionjax.data.samples import Sample
 from lionjax.data.scenes import referring, world
 from lionjax.data.scenes.dataset import OpenScenes
 from lionjax.evaluation import runner

@@ -58,7 +58,7 @@ data.built                 data.datasets.array_record
 data.built_writer          data.prepare.array_record_writer
 data.coco                  data.datasets.coco
 data.drawing               data.scenes.render
-data.examples              data.mixture data.config
+data.examples              data.mixture data.samples data.config
 data.expressions           data.scenes.referring
 data.inspection            data.datasets.detect
 data.pictures              data.images

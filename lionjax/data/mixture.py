@@ -7,7 +7,6 @@ import functools
 import itertools
 import logging
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from lionjax.core.experiment import Mix
 from lionjax.core.types import UserError
 from lionjax.data import images, letterbox
 from lionjax.data.boxes import BOX_FORMAT_HINTS, Box
-from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat
+from lionjax.data.chat import PromptFormat
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets.annotated_images import ImageInfo
 from lionjax.data.datasets.array_record import RecordTruth
@@ -362,81 +361,3 @@ def augment_image_only(image: Any, truth: Any, data: DataConfig, rng: np.random.
     if data.crop_scale != (1.0, 1.0):
         image = image.crop(images.random_crop(*image.size, rng, data.crop_scale))
     return image, data.hflip and bool(rng.random() < 0.5)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One example for evaluation: text, original image, and the masks of its targets.
-
-    `padded_example`: the same with boxes as fractions of the padded square, where the file has them so.
-    """
-
-    example: Example
-    image: Any
-    record_id: int
-    name: str
-    dataset: OpenDataset
-    record_index: int
-    box_format: str = ""  # overrides the processor's box format if not empty
-    prompt_format: PromptFormat = DEFAULT_FORMAT
-    more_images: tuple[Any, ...] = ()
-    padded_example: Example | None = None
-
-    def masks(self) -> np.ndarray:
-        """bool (K, height, width): the masks of the regions in `example.targets`."""
-        return self.dataset.masks(self.record_index, self.example.targets)
-
-    def load_regions(self) -> list[ImageRegions | None]:
-        """What a refiner found in each of the example's images."""
-        return [self.dataset.load_regions(number) for number in (self.record_index, *self.example.more_records)]
-
-
-def examples(
-    data: DataConfig, task: str, split: str = "heldout", limit: int | None = None, seed: int = 0
-) -> Iterator[Sample]:
-    """Yields at most `limit` examples of a task ("vqa", or "coco/vqa" of one source), in an order fixed by `seed`.
-
-    Wordings depend on the seed and the example's index, so a smaller limit gives a prefix of the same questions. A bad
-    record raises UserError, or is skipped with one warning if `data.on_bad_record` is "replace".
-    """
-    mixture = open_mixture(data, split)
-    components = mixture.components(task)
-    skipped_records: set[int] = set()
-    component_indices = [(component, index) for component in components for index in range(component.num_examples)]
-    for number in np.random.default_rng([seed, 0]).permutation(len(component_indices))[:limit]:
-        component, index = component_indices[number]
-        dataset = mixture.datasets[component.source_index]
-        record_index = dataset.record_index(component.task, index)
-        record_id = int(mixture.record_offsets[component.source_index]) + record_index
-        if record_id in skipped_records:
-            continue
-        rng = np.random.default_rng([seed, 1, zlib.crc32(component.task.encode()), int(number)])
-        try:
-            image, truth = dataset.load_record(record_index)
-            example = dataset.make_example(component.task, index, truth, rng, data.tag_noise)
-            padded_example = component.add_format_hint(example) if example.padded_boxes else None
-            example = component.add_format_hint(with_image_boxes(example, truth))
-            prompt_format = prompt_format_for(component, truth, example)
-            more_images = tuple(dataset.load_record(number)[0] for number in example.more_records)
-            if component.template == "told":
-                example = prepend_scene_text(example, truth, rng)
-            if component.task in MASK_TASKS and example.targets:
-                dataset.masks(record_index, example.targets)  # a bad mask is a bad record, also in evaluation
-        except UserError as error:
-            if data.on_bad_record == "raise":
-                raise
-            log.warning("skipped: %s", error)
-            skipped_records.add(record_id)
-            continue
-        yield Sample(
-            example,
-            image,
-            record_id,
-            mixture.record_name(record_id),
-            dataset,
-            record_index,
-            component.box_format,
-            prompt_format,
-            more_images,
-            padded_example,
-        )

@@ -23,7 +23,8 @@ import numpy as np
 from lionjax.core.experiment import Mix, parse_entries
 from lionjax.core.types import Batch, UserError
 from lionjax.data.config import DataConfig
-from lionjax.data.mixture import MixtureComponent, MixtureDataset, Sample, examples, open_mixture
+from lionjax.data.mixture import MixtureComponent, MixtureDataset, open_mixture
+from lionjax.data.samples import Sample, examples
 from lionjax.data.scenes.tasks import MASK_TASKS
 
 __all__ = ["BatchIterator", "DataConfig", "Sample", "batches", "examples"]

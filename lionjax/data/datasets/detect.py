@@ -26,8 +26,8 @@ from lionjax.data.datasets.shikra import KINDS, ShikraJsonl
 from lionjax.data.datasets.source import open_split
 from lionjax.data.datasets.vqa import Vqa
 from lionjax.data.images import NO_IMAGE_NAME, to_pil_image
-from lionjax.data.mixture import examples
 from lionjax.data.rounds import IMAGE_MARK
+from lionjax.data.samples import examples
 from lionjax.data.scenes.dataset import Scenes
 
 MAX_ROWS = 20  # rows of a file that are read to detect its format

@@ -16,8 +16,8 @@ from lionjax.core.types import UserError
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets import detect
 from lionjax.data.datasets.source import has_splits
-from lionjax.data.mixture import examples
 from lionjax.data.rle import decode_rle
+from lionjax.data.samples import examples
 
 FILES = Path(__file__).resolve().parents[2] / "data" / "benchmarks"
 TEN = ("red",) * 7 + ("dark red",) * 2 + ("maroon",)

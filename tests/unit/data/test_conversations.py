@@ -20,6 +20,7 @@ from lionjax.data.datasets.source import open_split
 from lionjax.data.prepare import array_record_writer
 from lionjax.data.prompt import PromptBuilder
 from lionjax.data.rounds import round_template
+from lionjax.data.samples import examples
 
 RNG = np.random.default_rng(0)
 VICUNA = {
@@ -204,9 +205,9 @@ def test_bad_rows_are_bad_records_and_the_others_are_used(folder, capsys):
     (folder / "t.jsonl").write_text(f'{good}\n{{"conversations"\n{good}\n')
     source = Conversations(str(folder / "t.jsonl"), str(folder))
     data = DataConfig(sources=(source,), on_bad_record="replace")
-    assert len(list(mixture.examples(data, "conversation", "train"))) == 2
+    assert len(list(examples(data, "conversation", "train"))) == 2
     with pytest.raises(UserError, match="line 2, is not valid JSON"):
-        list(mixture.examples(DataConfig(sources=(source,)), "conversation", "train"))
+        list(examples(DataConfig(sources=(source,)), "conversation", "train"))
     detect.inspect(source)
     out = " ".join(capsys.readouterr().out.split())
     assert "1 rows cannot be used; the first:" in out and "no picture" in out and "1 x 1" not in out
@@ -352,7 +353,7 @@ def test_rounds_and_rows_of_no_image_and_of_several_are_built(folder, tmp_path_f
     out = tmp_path_factory.mktemp("built")
     built = array_record_writer.build(Conversations(str(folder / "t.jsonl"), str(folder)), out, beam_flags=beam)
     data = DataConfig((ArrayRecordDataset(str(built)),), decoder_prompts(**VICUNA, max_images=3))
-    samples = {sample.example.answer: sample for sample in mixture.examples(data, "conversation", "train")}
+    samples = {sample.example.answer: sample for sample in examples(data, "conversation", "train")}
     assert {answer: sample.example.history for answer, sample in samples.items()} == {
         "no": (("<image>\nred?", "yes"),),
         "Ciao": (("Hi", "Hello"),),

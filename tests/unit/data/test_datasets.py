@@ -23,8 +23,9 @@ from lionjax.data.datasets.source import open_split
 from lionjax.data.datasets.vqa import Vqa
 from lionjax.data.images import MAX_PIXELS
 from lionjax.data.letterbox import Letterbox
-from lionjax.data.mixture import MixtureDataset, examples
+from lionjax.data.mixture import MixtureDataset
 from lionjax.data.processor import ProcessorConfig
+from lionjax.data.samples import examples
 from lionjax.data.scenes.dataset import Scenes
 
 DATA = shared_data.ROOT

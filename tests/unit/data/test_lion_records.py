@@ -18,9 +18,10 @@ from lionjax.data.datasets import detect
 from lionjax.data.datasets.array_record import ArrayRecordDataset
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.datasets.lion import LionRecords
-from lionjax.data.mixture import augment_image_only, examples, open_mixture
+from lionjax.data.mixture import augment_image_only, open_mixture
 from lionjax.data.prepare import array_record_writer
 from lionjax.data.processor import ProcessorConfig
+from lionjax.data.samples import examples
 from lionjax.data.scenes.tasks import Example
 from lionjax.evaluation import tasks
 from lionjax.training.optimizer import learning_rate_schedule

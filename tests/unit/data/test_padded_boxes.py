@@ -13,7 +13,7 @@ from chat_prompts import decoder_prompts
 from PIL import Image
 
 from lionjax.core.types import UserError
-from lionjax.data import mixture
+from lionjax.data import mixture, samples
 from lionjax.data.boxes import box_to_text
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets.array_record import ArrayRecordDataset
@@ -136,7 +136,7 @@ def test_location_tokens_of_a_padded_square_are_not_padded_again(folder):
 def test_evaluation_compares_boxes_of_the_image_and_asks_as_in_training(folder):
     talk = ("<image>\nwhat is at " + VERBATIM + "?", "a bus", "where is it?", "at " + VERBATIM)
     data = DataConfig((conversations(folder, *talk),), prompts())
-    (sample,) = mixture.examples(data, "conversation", "train")
+    (sample,) = samples.examples(data, "conversation", "train")
     example = sample.example
     assert example.answer == f"at {TEXTS['image']}" == example.answers[0] and TEXTS["image"] in example.history[0][0]
     np.testing.assert_allclose((example.boxes[0], example.question_boxes[0]), [IN_IMAGE] * 2, atol=1e-9)

@@ -18,8 +18,9 @@ from lionjax.data.datasets.annotated_images import Annotation, ImageInfo, make_e
 from lionjax.data.datasets.array_record import RecordTruth
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.images import FULL_IMAGE
-from lionjax.data.mixture import MixtureComponent, MixtureDataset, augment, examples, open_mixture, prompt_format_for
+from lionjax.data.mixture import MixtureComponent, MixtureDataset, augment, open_mixture, prompt_format_for
 from lionjax.data.processor import Processor, ProcessorConfig
+from lionjax.data.samples import examples
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.data.scenes.tasks import Example, box_to_text
 

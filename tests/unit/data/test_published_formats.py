@@ -17,7 +17,7 @@ from lionjax.data.datasets.karpathy import KarpathyCaptions
 from lionjax.data.datasets.refer import Refer, read_plain_pickle
 from lionjax.data.datasets.scienceqa import ScienceQa
 from lionjax.data.datasets.shikra import ShikraJsonl
-from lionjax.data.mixture import examples
+from lionjax.data.samples import examples
 
 
 @pytest.fixture

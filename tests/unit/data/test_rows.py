@@ -17,10 +17,11 @@ from lionjax.data.datasets.segmentations import segmentation_to_mask
 from lionjax.data.datasets.source import open_split
 from lionjax.data.datasets.vqa import Vqa
 from lionjax.data.images import MAX_PIXELS
-from lionjax.data.mixture import MixtureDataset, examples
+from lionjax.data.mixture import MixtureDataset
 from lionjax.data.pipeline import batches
 from lionjax.data.processor import ProcessorConfig
 from lionjax.data.rle import encode_rle
+from lionjax.data.samples import examples
 
 GOOD = {"image": "a.png", "question": "What is it?", "answer": "a cat"}
 

@@ -11,8 +11,8 @@ from lionjax.core.types import UserError
 from lionjax.data.datasets import coco, reason_seg
 from lionjax.data.datasets.label_maps import LabelMaps, read_class_names
 from lionjax.data.datasets.reason_seg import ReasonSeg, draw_labels, fill_polygon
-from lionjax.data.mixture import examples
 from lionjax.data.pipeline import DataConfig
+from lionjax.data.samples import examples
 from lionjax.data.scenes import reasoning, tasks, world
 from lionjax.evaluation.tasks import SCORERS
 

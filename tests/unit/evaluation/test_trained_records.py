@@ -19,7 +19,7 @@ from lionjax.data.datasets.source import SPLITS
 from lionjax.data.datasets.splits import split_key
 from lionjax.data.datasets.vqa import Vqa
 from lionjax.data.images import MAX_PIXELS
-from lionjax.data.mixture import examples
+from lionjax.data.samples import examples
 from lionjax.data.scenes.dataset import Scenes
 from lionjax.evaluation.summary import describe_questions, metrics_table
 from lionjax.evaluation.trained_records import TrainedRecords

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples for evaluation: the questions of a task in a fixed order, with their original images."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lionjax.core.types import UserError
+from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat
+from lionjax.data.config import DataConfig
+from lionjax.data.datasets.source import OpenDataset
+from lionjax.data.mixture import (
+    MixtureComponent,
+    MixtureDataset,
+    open_mixture,
+    prepend_scene_text,
+    prompt_format_for,
+    with_image_boxes,
+)
+from lionjax.data.prefetch import map_ahead
+from lionjax.data.regions import ImageRegions
+from lionjax.data.scenes.tasks import MASK_TASKS, Example
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example for evaluation: text, original image, and the masks of its targets.
+
+    `padded_example`: the same with boxes as fractions of the padded square, where the file has them so.
+    """
+
+    example: Example
+    image: Any
+    record_id: int
+    name: str
+    dataset: OpenDataset
+    record_index: int
+    box_format: str = ""  # overrides the processor's box format if not empty
+    prompt_format: PromptFormat = DEFAULT_FORMAT
+    more_images: tuple[Any, ...] = ()
+    padded_example: Example | None = None
+    position: int = 0  # in the order of the questions
+
+    def masks(self) -> np.ndarray:
+        """bool (K, height, width): the masks of the regions in `example.targets`."""
+        return self.dataset.masks(self.record_index, self.example.targets)
+
+    def load_regions(self) -> list[ImageRegions | None]:
+        """What a refiner found in each of the example's images."""
+        return [self.dataset.load_regions(number) for number in (self.record_index, *self.example.more_records)]
+
+
+def examples(
+    data: DataConfig,
+    task: str,
+    split: str = "heldout",
+    limit: int | None = None,
+    seed: int = 0,
+    by_record: bool = False,
+    on_skip: Callable[[str, UserError], None] | None = None,
+    num_threads: int = 0,
+) -> Iterator[Sample]:
+    """Yields at most `limit` examples of a task ("vqa", or "coco/vqa" of one source), in an order fixed by `seed`.
+
+    Wordings depend on the seed and the example's index, so a smaller limit gives a prefix of the same questions. A bad
+    record raises UserError, or is skipped with one warning if `data.on_bad_record` is "replace"; `on_skip` is called
+    for each example that this leaves out, with the record's name. `by_record`: the examples of a record follow each
+    other, so that it is read once; `Sample.position` is the place in the order without it. `num_threads`: read so many
+    records ahead at once, twice as many in all.
+    """
+    mixture = open_mixture(data, split)
+    chosen = choose_examples(mixture, task, limit, seed)
+    if by_record:
+        first_of_record: dict[tuple[int, int], int] = {}
+        for position, (component, index, _) in enumerate(chosen):
+            first_of_record.setdefault(_record_of(mixture, component, index), position)
+        order = sorted(range(len(chosen)), key=lambda k: (first_of_record[_record_of(mixture, *chosen[k][:2])], k))
+    else:
+        order = range(len(chosen))
+    groups = [
+        (record, list(positions))
+        for record, positions in itertools.groupby(order, lambda k: _record_of(mixture, *chosen[k][:2]))
+    ]
+    problems: dict[str, UserError] = {}
+    for (source_index, record_index), positions, load in _load_ahead(mixture, groups, num_threads):
+        name = mixture.record_name(int(mixture.record_offsets[source_index]) + record_index)
+        for position in positions:
+            component, index, number = chosen[position]
+            try:
+                if name in problems:
+                    raise problems[name]
+                rng = np.random.default_rng([seed, 1, zlib.crc32(component.task.encode()), number])
+                sample = make_sample(mixture, component, index, load(), rng)
+            except UserError as error:
+                if data.on_bad_record == "raise":
+                    raise
+                if name not in problems:
+                    log.warning("skipped: %s", error)
+                problems[name] = error
+                if on_skip is not None:
+                    on_skip(name, error)
+                continue
+            yield replace(sample, position=position)
+
+
+def _load_ahead(mixture: MixtureDataset, groups, num_threads: int) -> Iterator[tuple[Any, list[int], Callable]]:
+    """Yields (record, positions of its examples, a function that gives the record or raises UserError)."""
+
+    def load(group):
+        (source_index, record_index), _ = group
+        return mixture.datasets[source_index].load_record(record_index)
+
+    if not num_threads:
+        for group in groups:
+            yield *group, functools.cache(functools.partial(load, group))
+        return
+    for group, future in zip(groups, map_ahead(load, groups, num_threads, 2 * num_threads)):
+        yield *group, future.result
+
+
+def choose_examples(
+    mixture: MixtureDataset, task: str, limit: int | None = None, seed: int = 0
+) -> list[tuple[MixtureComponent, int, int]]:
+    """(component, index of the example, its number among all) of at most `limit` examples of a task, shuffled."""
+    pairs = [(part, index) for part in mixture.components(task) for index in range(part.num_examples)]
+    return [(*pairs[k], int(k)) for k in np.random.default_rng([seed, 0]).permutation(len(pairs))[:limit]]
+
+
+def _record_of(mixture: MixtureDataset, component: MixtureComponent, index: int) -> tuple[int, int]:
+    """(source, record) that an example is about."""
+    dataset = mixture.datasets[component.source_index]
+    return component.source_index, dataset.record_index(component.task, index)
+
+
+def make_sample(
+    mixture: MixtureDataset, component: MixtureComponent, index: int, record: tuple[Any, Any], rng: np.random.Generator
+) -> Sample:
+    """One example of a component as a Sample, from its loaded record (image, truth)."""
+    dataset = mixture.datasets[component.source_index]
+    record_index, (image, truth) = dataset.record_index(component.task, index), record
+    example = dataset.make_example(component.task, index, truth, rng, mixture.data.tag_noise)
+    padded_example = component.add_format_hint(example) if example.padded_boxes else None
+    example = component.add_format_hint(with_image_boxes(example, truth))
+    prompt_format = prompt_format_for(component, truth, example)
+    more_images = tuple(dataset.load_record(number)[0] for number in example.more_records)
+    if component.template == "told":
+        example = prepend_scene_text(example, truth, rng)
+    if component.task in MASK_TASKS and example.targets:
+        dataset.masks(record_index, example.targets)  # a bad mask is a bad record, also in evaluation
+    record_id = int(mixture.record_offsets[component.source_index]) + record_index
+    return Sample(
+        example,
+        image,
+        record_id,
+        mixture.record_name(record_id),
+        dataset,
+        record_index,
+        component.box_format,
+        prompt_format,
+        more_images,
+        padded_example,
+    )

@@ -89,13 +89,15 @@ class Cache:
 
     `generated`: of the generated tokens (keys and values), reordered with the beams. `static`: the same for all beams
     of a prompt, repeated for each (masks, an encoder's keys and values). `prompt`: keys and values of the prompt, one
-    row for all its beams. `step`: number of tokens decoded so far.
+    row for all its beams. `step`: number of tokens decoded so far. `start_B`: the step at which the answer of each row
+    began, for rows that joined while others were decoded (`nn.kv_cache.insert_rows`); None: 0 for all.
     """
 
     generated: Any
     static: Any
     step: Array  # int32 scalar
     prompt: Any = None
+    start_B: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,7 @@ class ModelInfo:
     - `experts`: configs of further models in its checkpoint, by the path of their parameters, which it does not run.
     - `default_processor`: fields of ProcessorConfig for released weights without a processor config;
       `default_image_fit`: those of its `image_fit`.
+    - `rows_can_join`: rows can join a cache while others are decoded (`nn.kv_cache.insert_rows`).
     - `prompt_format`: how the released system is asked, a key of `prompt_formats.SYSTEM_FORMATS`; "": by the question.
     """
 
@@ -137,6 +140,7 @@ class ModelInfo:
     reads_packed_text: bool = False
     has_features: bool = True
     generates: bool = True
+    rows_can_join: bool = True
     experts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     default_processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     default_image_fit: Mapping[str, Any] = dataclasses.field(default_factory=dict)

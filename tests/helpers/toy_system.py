@@ -44,7 +44,7 @@ class Toy(VLM):
         state_BD = jnp.tanh(state_BD)
         said_BV = cache.generated["nested"]["said"][1].at[jnp.arange(len(token_B)), token_B].add(1)
         written = {"state": state_BD[None], "nested": {"said": jnp.tile(said_BV, (2, 1, 1))}}
-        return logits_of(params, state_BD, said_BV), Cache(written, cache.static, cache.step + 1)
+        return logits_of(params, state_BD, said_BV), dataclasses.replace(cache, generated=written, step=cache.step + 1)
 
 
 def logits_of(params, state_D, said_V):

@@ -20,6 +20,7 @@ from lionjax.core.types import Cache, UserError
 from lionjax.nn.adapters import AdapterConfig, GatedCrossAttentionBlock, GatedCrossAttentionConfig, RoutedAdapters
 from lionjax.nn.attention import Attention, causal_mask, key_padding_mask
 from lionjax.nn.flash_attention import MASK_VALUE
+from lionjax.nn.kv_cache import slot_ages, tokens_before
 from lionjax.nn.layers import (
     MLP,
     Dense,
@@ -363,23 +364,23 @@ class Decoder(nn.Module):
         R is a multiple of the B rows of the cache: row b serves inputs b n to (b + 1) n - 1, candidates for one token
         (without images in cross-attention).
         """
-        mask_BL, step, static = cache.static["mask"][0], cache.step, cache.static
+        mask_BL, static = cache.static["mask"][0], cache.static
         task_B = None if static["task"] is None else static["task"][0]
         if (count := len(x_RD) // len(mask_BL)) > 1:
             mask_BL, task_B = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), (mask_BL, task_B))
         rows = len(mask_BL)
-        slot_S = jnp.arange(cache.generated["k"].shape[3])
-        filled_BS = jnp.broadcast_to(slot_S < step, (rows, len(slot_S)))
-        valid_BS = jnp.concatenate([mask_BL, filled_BS, jnp.ones((rows, 1), bool)], axis=1)
-        count_B1 = mask_BL.sum(axis=1, keepdims=True)
-        position_BS = jnp.concatenate([position_ids(mask_BL), count_B1 + slot_S, count_B1 + step], axis=1)
+        before_B1 = jnp.repeat(tokens_before(cache, rows // count), count)[:, None]
+        age_S = slot_ages(cache.step - 1, cache.generated["k"].shape[3])  # of the slots filled so far
+        valid_BS = jnp.concatenate([mask_BL, age_S < before_B1, jnp.ones((rows, 1), bool)], axis=1)
+        next_B1 = mask_BL.sum(axis=1, keepdims=True) + before_B1
+        position_BS = jnp.concatenate([position_ids(mask_BL), next_B1 - 1 - age_S, next_B1], axis=1)
         generated_kv = (cache.generated["k"], cache.generated["v"])
         media = media_kv = None
         if self.c.cross_attention is not None:
             media, media_kv = (None, static["seen"][0][:, None], static["real"][0]), static["media"]
         h_B1D, new_kv, _ = self.run_blocks(
             x_RD[:, None],
-            count_B1 + step,
+            next_B1,
             key_padding_mask(valid_BS),
             task_B,
             None,
@@ -442,5 +443,6 @@ def append_to_cache(cache: Cache, new_kv) -> Cache:
     new_slots = {}
     for name, leaf in zip("kv", new_kv):
         old = cache.generated[name]
-        new_slots[name] = jax.lax.dynamic_update_slice(old, leaf.astype(old.dtype), (0, 0, 0, cache.step, 0))
-    return Cache(cache.generated | new_slots, cache.static, cache.step + 1, cache.prompt)
+        slot = cache.step % old.shape[3]
+        new_slots[name] = jax.lax.dynamic_update_slice(old, leaf.astype(old.dtype), (0, 0, 0, slot, 0))
+    return dataclasses.replace(cache, generated=cache.generated | new_slots, step=cache.step + 1)

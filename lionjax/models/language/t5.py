@@ -20,6 +20,7 @@ from lionjax.nn import adapters
 from lionjax.nn import attention as attentions
 from lionjax.nn.adapters import AdapterConfig, RoutedAdapters
 from lionjax.nn.attention import Attention, causal_mask, key_padding_mask, update_kv_cache
+from lionjax.nn.kv_cache import slot_ages, tokens_before
 from lionjax.nn.layers import (
     Dense,
     Embed,
@@ -145,7 +146,7 @@ class DecoderBlock(nn.Module):
     c: T5Config
 
     @nn.compact
-    def __call__(self, carry, layer, mask, bias, encoded_BLD, encoded_mask, task_B, step):
+    def __call__(self, carry, layer, mask, bias, encoded_BLD, encoded_mask, task_B, slot):
         c = self.c
         h_BMD, cache = carry
         number, key, cross_kv = layer
@@ -154,7 +155,7 @@ class DecoderBlock(nn.Module):
         x_BMD = RMSNorm(c.width, c.norm_eps, name="self_norm")(h_BMD)
         keys_values = self_attention.project_key_value(x_BMD, keys[0])
         if cache is not None:
-            cache = tuple(update_kv_cache(old, new, number, step) for old, new in zip(cache, keys_values, strict=True))
+            cache = tuple(update_kv_cache(old, new, number, slot) for old, new in zip(cache, keys_values, strict=True))
             keys_values = tuple(layers[number] for layers in cache)
         change = self_attention.attend(self_attention.project_query(x_BMD, keys[0]), keys_values, mask, bias, keys[0])
         h_BMD = h_BMD + dropout(change, c.dropout, keys[1])
@@ -193,15 +194,23 @@ class Decoder(nn.Module):
     c: T5Config
 
     @nn.compact
-    def __call__(self, x_BMD, encoded_BLD, encoded_mask_BL, task_B, key, cache=None, step=0, mask_BM=None):
+    def __call__(
+        self, x_BMD, encoded_BLD, encoded_mask_BL, task_B, key, cache=None, step=0, mask_BM=None, before_B=None
+    ):
+        """`before_B`: with a cache, the tokens of each row in it; None: `step` for all."""
         c = self.c
         keys = split_key(key, c.decoder_depth + 2)
         layer_keys = None if key is None else jnp.stack(keys[2:])
-        length = x_BMD.shape[1] if cache is None else cache["self_k"].shape[2]
-        query_positions, key_positions = step + jnp.arange(x_BMD.shape[1]), jnp.arange(length)
+        query_positions = step + jnp.arange(x_BMD.shape[1])
+        key_positions, mask, slot = query_positions, causal_mask(mask_BM), step
+        if cache is not None:  # one token, written into a slot of the ring
+            num_slots = cache["self_k"].shape[2]
+            age_S, slot = slot_ages(step, num_slots), step % num_slots
+            key_positions = step - age_S
+            before_B = jnp.reshape(step if before_B is None else before_B, (-1,))
+            mask = (age_S <= before_B[:, None])[:, None, None]
         relative = RelativePositionBias(c.num_heads, c.num_buckets, c.max_distance, False, c.width, name="relative")
         bias = relative(query_positions, key_positions)
-        mask = (key_positions[None, :] <= query_positions[:, None])[None, None] if cache else causal_mask(mask_BM)
         h_BMD = dropout(x_BMD, c.dropout, keys[0])
         blocks = scan_blocks(remat_block(DecoderBlock, c.remat), c.decoder_depth, 6)(c, name="blocks")
         self_kv = cross_kv = None
@@ -209,7 +218,7 @@ class Decoder(nn.Module):
             self_kv = (cache["self_k"], cache["self_v"])
             cross_kv = (cache["cross_k"], cache["cross_v"]) if encoded_BLD is None else None
         layers = (jnp.arange(c.decoder_depth), layer_keys, cross_kv)
-        shared = (mask, bias, encoded_BLD, key_padding_mask(encoded_mask_BL), task_B, step)
+        shared = (mask, bias, encoded_BLD, key_padding_mask(encoded_mask_BL), task_B, slot)
         (h_BMD, self_kv), new_cross_kv = blocks((h_BMD, self_kv), layers, *shared)
         return dropout(RMSNorm(c.width, c.norm_eps, name="norm")(h_BMD), c.dropout, keys[1]), (self_kv, new_cross_kv)
 
@@ -291,11 +300,12 @@ class T5(nn.Module):
         static, x_B1D = cache.static, x_BD[:, None]
         cross_kv = {"cross_k": static["cross_k"], "cross_v": static["cross_v"]}
         task_B = None if static["task"] is None else static["task"][0]
+        before_B = tokens_before(cache, len(x_BD))
         h_B1D, (self_kv, _) = self.decoder(
-            x_B1D, None, static["mask"][0], task_B, None, cache.generated | cross_kv, cache.step
+            x_B1D, None, static["mask"][0], task_B, None, cache.generated | cross_kv, cache.step, before_B=before_B
         )
         generated = cache.generated | {"self_k": self_kv[0], "self_v": self_kv[1]}
-        return h_B1D[:, 0], Cache(generated, static, cache.step + 1)
+        return h_B1D[:, 0], dataclasses.replace(cache, generated=generated, step=cache.step + 1)
 
 
 def shift_right(target_BM, decoder_start_token_id: int):

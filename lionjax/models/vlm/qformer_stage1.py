@@ -55,7 +55,7 @@ class QFormerStage1(VLM):
 
     @property
     def info(self) -> ModelInfo:
-        return ModelInfo(end_token=102, image_size=self.vision.image_size)
+        return ModelInfo(end_token=102, image_size=self.vision.image_size, rows_can_join=False)
 
     def init(self, key, batch: Batch) -> Params:
         """Random parameters of all submodules."""

@@ -8,6 +8,7 @@ without boxes, shares all but those heads (see `lisa`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -241,7 +242,7 @@ class RegionModule(nn.Module):
         logits_BV = self.language.logits(state_BD)
         head = self.c.region_head
         logits_BV, new = region.constrain_logits(head, self.locations, state_BD, logits_BV, is_query_B, regions)
-        return logits_BV, Cache(cache.generated | new, cache.static, cache.step, cache.prompt)
+        return logits_BV, dataclasses.replace(cache, generated=cache.generated | new)
 
     def init_all(self, batch: Batch):
         """Outputs of all submodules, so that `init` creates all parameters."""

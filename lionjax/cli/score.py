@@ -21,7 +21,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--predictions", metavar="FILE", help=help_text)
     protocol_help = "how a published benchmark is asked and scored: official, lavis, llava, shikra, lmms, ..."
     verb.add_argument("--protocol", metavar="NAME", default="", help=protocol_help)
-    blind_help = "also ask with blank images (--benchmark all over a folder of benchmarks: on unless --no-blind)"
+    blind_help = "also ask with blank images (on unless --no-blind, except for one published benchmark)"
     verb.add_argument("--blind", action=argparse.BooleanOptionalAction, help=blind_help)
     verb.add_argument("--submission", metavar="FILE", help="write the answers as the benchmark's server takes them")
 
@@ -83,7 +83,7 @@ def _ask_model(args: argparse.Namespace, fields: Sequence[str]) -> dict[str, Any
     source = config.apply_overrides(scoring.whole_source(name, source, args.source), list(fields))
     import lionjax
 
-    model, submission = lionjax.load(args.dir), args.submission or ""
+    model, submission = lionjax.load(args.dir, int8=args.int8), args.submission or ""
     settings = (args.split, args.limit, args.dir, submission)
     return model_answers.evaluate_model(model, name, source, protocol, *settings, blind=bool(args.blind))
 
@@ -100,7 +100,7 @@ def _evaluate_root(args: argparse.Namespace, fields: Sequence[str]) -> None:
     from lionjax.evaluation.published import results
     from lionjax.evaluation.report import results_page
 
-    model, root, with_blind = lionjax.load(args.dir), Path(args.source), args.blind is not False
+    model, root, with_blind = lionjax.load(args.dir, int8=args.int8), Path(args.source), args.blind is not False
     options = (args.protocol, args.images, args.split, args.limit, with_blind)
     entries, left_out = results.evaluate_root(model, root, args.dir, *options)
     pages = results_page.write_results_page(args.dir)
@@ -148,8 +148,6 @@ def print_entry(entry: Mapping[str, Any]) -> None:
     if entry["answered"] != entry["questions"]:
         counts += "; the figures are over the answered ones"
     console.print(f"{entry['benchmark']}, protocol {entry['protocol']}: {counts}", markup=False)
-    if judge := entry["figures"].get("judge"):
-        console.print(f"judge: {judge}", markup=False)
     table = Table("figure")
     table.add_column("value", justify="right")
     for name, value in flat_figures(entry["figures"]):

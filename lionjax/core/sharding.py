@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
+import pickle
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -257,9 +258,23 @@ def shard_global_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def gather_to_host(tree):
-    """The tree with whole numpy arrays in every process; all processes must call this."""
-    if jax.process_count() == 1:
+    """The tree with whole numpy arrays in every process; all processes of its mesh must call this."""
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def gather_objects(value: object) -> list:
+    """The value of each process, which must be picklable, in the order of the processes; all must call this."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    content = np.frombuffer(pickle.dumps(value), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(content)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(content)] = content
+    parts = multihost_utils.process_allgather(padded)
+    return [pickle.loads(part[:length].tobytes()) for part, length in zip(parts, lengths)]

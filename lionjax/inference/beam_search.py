@@ -17,6 +17,7 @@ import numpy as np
 from lionjax.core.types import VLM, Array, Batch, Cache, Params, pytree_dataclass
 from lionjax.inference import sampling
 from lionjax.inference.sampling import GenerateOutput, GenerationConfig, gather_rows, is_end_token
+from lionjax.nn.kv_cache import repeat_rows
 
 LARGE_NEGATIVE = -1e9  # below every real score, but finite: sums with it keep their order
 
@@ -97,11 +98,7 @@ def prefill(model: VLM, params: Params, batch: Batch, config: GenerationConfig) 
     )
     finished = FinishedBeams(sequences, low_BK, zeros_BK, jnp.zeros((num_prompts, num_beams), bool))
 
-    def repeat(leaf):
-        return jnp.repeat(leaf, num_beams, axis=1)
-
-    generated, static = (jax.tree.map(repeat, part) for part in (cache.generated, cache.static))
-    cache = Cache(generated, static, cache.step, cache.prompt)
+    cache = repeat_rows(cache, num_beams)
     flags = {"done_B": jnp.zeros(num_prompts, bool), "is_finite_B": jnp.ones(num_prompts, bool)}
     state = BeamState(cache, live, finished, step=jnp.zeros((), jnp.int32), **flags)
     return expand_beams(jnp.repeat(logits_BV, num_beams, axis=0), cache, state, config)

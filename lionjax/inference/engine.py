@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
+import itertools
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -28,10 +27,13 @@ from lionjax.data.boxes import BOX_PATTERN, Box, box_around, box_to_text
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.processor import Processor
 from lionjax.data.regions import ImageRegions
+from lionjax.inference.answer_mesh import free_bytes, session_sizes, slot_bytes
+from lionjax.inference.candidates import candidate_nll, target_nll
 from lionjax.inference.generate import generate
-from lionjax.inference.sampling import GenerateOutput, GenerationConfig, end_token_ids, require_finite
+from lionjax.inference.region_predictions import predict_boxes, predict_mask_logits
+from lionjax.inference.sampling import GenerateOutput, GenerationConfig, end_token_ids, require_finite, row_keys
+from lionjax.inference.session import AnswerRequest, AnswerSession, EncodedExample, Finished, SessionSizes, blank_rows
 from lionjax.models.vision.sam_decoder import postprocess_masks
-from lionjax.nn.losses import sequence_nll
 
 BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32)
 LENGTH_BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
@@ -44,8 +46,6 @@ REGION_PROMPT = re.compile(
     r"point (out|to)|segment\w*|mask|outline|every pixel|cut out)\b",
     re.IGNORECASE,
 )
-
-EncodedExample = Mapping[str, np.ndarray]  # one question as `Processor.row` makes it
 
 
 def prompt_category(prompt: str) -> str:
@@ -127,24 +127,12 @@ class Answer:
     regions: ImageRegions | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def predict_boxes(model: VLM, params: Params, batch: Batch):
-    """Boxes (B, K, 4) at the triggers of the given answers, and which are real."""
-    box_BK4, _, real_BK = model.predict_boxes(params, batch)
-    return box_BK4, real_BK
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A request to `InferenceEngine.answer_stream`; `image_size` (width, height): also predict masks of this size."""
 
-
-@functools.partial(jax.jit, static_argnames=("model",))
-def predict_mask_logits(model: VLM, params: Params, batch: Batch, aux_outputs, count_B):
-    """Mask logits (B, K, h, w) of the first `count_B` places that answers kept."""
-    asked_BK = jnp.arange(aux_outputs["state"].shape[1]) < count_B[:, None]
-    return model.predict_masks(params, batch, aux_outputs.get("box"), aux_outputs["state"], asked_BK)[0]
-
-
-@functools.partial(jax.jit, static_argnames=("model",))
-def target_nll(model: VLM, params: Params, batch: Batch):
-    """-log p of the given answers, summed over their tokens: (B,)."""
-    return sequence_nll(model.logits(params, batch), batch.target_BM, batch.loss_mask_BM)
+    request: AnswerRequest
+    image_size: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass
@@ -168,20 +156,33 @@ class InferenceEngine:
         config: GenerationConfig,
         image_blind: bool = False,
         min_shape: tuple[int, int, int] = (1, 1, 1),
-        key=None,
+        seeds: Sequence[int] | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> list[Answer]:
-        """The answer to each row, generated in batches of bucketed shapes.
+        """The answer to each row: in one batch of a bucketed shape if it holds all, else by `answer_stream`.
 
         `image_blind` replaces the images by blank ones (the mean color, which normalizes to zero). `min_shape`: rows,
-        prompt tokens and question tokens that a batch is padded to at least. `image_sizes` (width, height): also
-        predict masks, of these sizes. Raises UserError where the model computes NaN or infinity.
+        prompt tokens and question tokens that a batch is padded to at least. `seeds`: of the sampling of each row, by
+        default 0. `image_sizes` (width, height): also predict masks, of these sizes. Raises UserError where the model
+        computes NaN or infinity.
         """
+        seeds = [0] * len(rows) if seeds is None else list(seeds)
+        if len(rows) > BATCH_SIZE_BUCKETS[-1] and self.can_stream(config):
+            sizes = [None] * len(rows) if image_sizes is None else image_sizes
+            requests = (
+                Question(AnswerRequest(row, seed, image_blind), size) for row, seed, size in zip(rows, seeds, sizes)
+            )
+            found = dict(self.answer_stream(requests, config, bucketed_lengths(rows)))
+            return [found[number] for number in range(len(rows))]
         answers: list[Answer] = []
         for start in range(0, len(rows), BATCH_SIZE_BUCKETS[-1]):
             part = rows[start : start + BATCH_SIZE_BUCKETS[-1]]
             batch = self.collate(part, min_shape)
-            batch = blank_images(batch) if image_blind else batch
+            batch = blank_rows(batch, np.ones(len(batch.task_B), bool)) if image_blind else batch
+            key = None
+            if config.do_sample:
+                of_part = seeds[start : start + len(part)]
+                key = row_keys([*of_part, *[0] * (len(batch.task_B) - len(part))])
             with self._timed(config, batch) as timing, sharding.use_mesh(self.mesh):
                 # Text generation does not read SAM's large images.
                 placed = sharding.shard_global_batch(dataclasses.replace(batch, sam_image_BHWC=None), self.mesh)
@@ -195,6 +196,75 @@ class InferenceEngine:
                 self.decode_output(output, k, row, mask, config) for k, (row, mask) in enumerate(zip(part, masks))
             ]
         return answers
+
+    def can_stream(self, config: GenerationConfig) -> bool:
+        """Whether answers can be generated in slots (`answer_stream`): without beams."""
+        return config.num_beams == 1 and self.model.info.rows_can_join
+
+    def open_session(
+        self, config: GenerationConfig, row: EncodedExample, lengths: tuple[int, int], sizes: SessionSizes | None = None
+    ) -> AnswerSession:
+        """A session of fixed shapes for rows like `row`, with prompts and questions of `lengths`, or longer ones later.
+
+        See `inference.session`. `sizes`: by default by the memory.
+        """
+        if sizes is None:
+            batch = self._collate_exactly([row], lengths, True)
+            one_slot = slot_bytes(self.model, self.params, batch, config)
+            sizes = session_sizes(self.mesh, lengths, one_slot, free_bytes(self.mesh))
+        return AnswerSession(self.model, self.params, self.mesh, self._collate_exactly, config, sizes)
+
+    def answer_stream(
+        self, questions: Iterable[Question], config: GenerationConfig, lengths: tuple[int, int]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yields (number, answer) of each question as it is answered, in slots; numbers count from 0.
+
+        `lengths`: of prompt and question in tokens, which most have at most. Masks are predicted for several answers at
+        once. Raises UserError where the model computes NaN or infinity.
+        """
+        questions = iter(questions)
+        if (first := next(questions, None)) is None:
+            return
+        questions = itertools.chain([first], questions)
+        session = self.open_session(config, first.request.row, lengths)
+        image_sizes: dict[int, tuple[int, int]] = {}
+        for_masks: list[Finished] = []
+
+        def requests():
+            for number, question in enumerate(questions):
+                if question.image_size is not None:
+                    image_sizes[number] = question.image_size
+                yield question.request
+
+        began = time.perf_counter()
+        for finished in session.run(requests()):
+            require_finite_output(finished.output, 1)
+            if finished.request_id not in image_sizes:
+                row = finished.request.row
+                yield finished.request_id, self.decode_output(finished.output, 0, row, None, config)
+                continue
+            for_masks.append(finished)
+            if len(for_masks) == BATCH_SIZE_BUCKETS[-1]:
+                yield from self._answers_with_masks(for_masks, image_sizes, config)
+                for_masks = []
+        yield from self._answers_with_masks(for_masks, image_sizes, config)
+        self.num_generated_tokens += session.num_tokens
+        self.generation_seconds += time.perf_counter() - began
+
+    def _answers_with_masks(
+        self, finished: Sequence[Finished], image_sizes: Mapping[int, tuple[int, int]], config: GenerationConfig
+    ) -> Iterator[tuple[int, Answer]]:
+        """(number, answer) with the masks of some finished requests, predicted in one batch."""
+        if not finished:
+            return
+        numbers = [one.request_id for one in finished]
+        output = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[one.output for one in finished])
+        batch = self.collate([one.request.row for one in finished])
+        missing = len(batch.task_B) - len(numbers)
+        padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], missing, axis=0)]), output)
+        masks = self.predict_masks(batch, padded, [image_sizes[number] for number in numbers])
+        for k, (one, mask) in enumerate(zip(finished, masks)):
+            yield one.request_id, self.decode_output(output, k, one.request.row, mask, config)
 
     @contextlib.contextmanager
     def _timed(self, config: GenerationConfig, batch: Batch) -> Iterator[SimpleNamespace]:
@@ -266,7 +336,7 @@ class InferenceEngine:
         for start in range(0, len(rows), BATCH_SIZE_BUCKETS[-1]):
             part = rows[start : start + BATCH_SIZE_BUCKETS[-1]]
             batch = self.collate(part, min_shape, with_targets=True)
-            batch = blank_images(batch) if image_blind else batch
+            batch = blank_rows(batch, np.ones(len(batch.task_B), bool)) if image_blind else batch
             with sharding.use_mesh(self.mesh):
                 placed = sharding.shard_global_batch(batch, self.mesh)
                 box_BK4, real_BK = sharding.gather_to_host(predict_boxes(self.model, self.params, placed))
@@ -292,6 +362,35 @@ class InferenceEngine:
         require_finite(np.isfinite(nats), "losses")
         return np.array(nats)
 
+    def candidate_nll(self, groups: Sequence[Sequence[EncodedExample]]) -> list[np.ndarray]:
+        """As `answer_nll` for groups of rows with one prompt and different answers: one array (K,) for each group.
+
+        The prompt of a group is read once. A model whose answers hold boxes as embeddings reads it for each answer.
+        """
+        info = self.model.info
+        if info.box_token is not None or info.mask_token is not None or not info.rows_can_join:
+            nats = self.answer_nll([row for group in groups for row in group])
+            return np.split(nats, np.cumsum([len(group) for group in groups])[:-1])
+        most = round_up_to_bucket(max(map(len, groups)), BATCH_SIZE_BUCKETS, max(map(len, groups)))
+        lengths = [int(row["target_mask"].sum()) for group in groups for row in group]
+        length = round_up_to_bucket(max(lengths), LENGTH_BUCKETS, groups[0][0]["target"].shape[0])
+        found, prompts = [], max(1, BATCH_SIZE_BUCKETS[-1] // most)
+        for start in range(0, len(groups), prompts):
+            part = groups[start : start + prompts]
+            batch = self.collate([group[0] for group in part], (min(prompts, len(groups)), 1, 1))
+            padded = [[*group, *[group[-1]] * (most - len(group))] for group in part]
+            padded += [padded[-1]] * (len(batch.task_B) - len(part))
+            target_BKM, mask_BKM = (
+                np.stack([np.stack([row[name][:length] for row in group]) for group in padded])
+                for name in ("target", "loss_mask")
+            )
+            with sharding.use_mesh(self.mesh):
+                placed = sharding.shard_global_batch((batch, target_BKM, mask_BKM), self.mesh)
+                nats_BK = sharding.gather_to_host(candidate_nll(self.model, self.params, *placed))
+            found += [nats_K[: len(group)] for group, nats_K in zip(part, nats_BK)]
+        require_finite(np.isfinite(np.concatenate(found)), "losses")
+        return found
+
     def collate(
         self, rows: Sequence[EncodedExample], min_shape: tuple[int, int, int] = (1, 1, 1), with_targets: bool = False
     ) -> Batch:
@@ -309,6 +408,17 @@ class InferenceEngine:
                 stacked[field] = stacked[field][:, :length]
         return self.processor.collate(stacked)
 
+    def _collate_exactly(self, rows: Sequence[EncodedExample], lengths: tuple[int, int], with_images: bool) -> Batch:
+        """Rows as a batch with prompt and question of exactly `lengths`, without targets and SAM's images."""
+        dropped = () if with_images else ("pixels",)
+        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name not in ("sam", *dropped)}
+        for name, length in (*zip(("prompt", "question"), lengths), ("target", 1)):
+            for field in (name, f"{name}_mask"):
+                stacked[field] = stacked[field][:, :length]
+        stacked.setdefault("pixels", np.zeros((len(rows), 1, 1, 3), np.uint8))
+        batch = self.processor.collate(stacked)
+        return batch if with_images else dataclasses.replace(batch, image_BHWC=None)
+
 
 def require_finite_output(output: GenerateOutput, num_rows: int) -> None:
     """Raise UserError where logits or decoded boxes of the first `num_rows` rows are NaN or infinite."""
@@ -316,14 +426,6 @@ def require_finite_output(output: GenerateOutput, num_rows: int) -> None:
     if (regions := output.aux_outputs) is not None and "box" in regions:
         unused_BK = np.arange(regions["box"].shape[1]) >= regions["count"][:, None]
         require_finite((np.isfinite(regions["box"]).all(axis=2) | unused_BK).all(axis=1)[:num_rows], "boxes")
-
-
-def blank_images(batch: Batch) -> Batch:
-    """The batch with blank pictures and regions of zeros."""
-    fields = {name: getattr(batch, name) for name in ("image_BHWC", "sam_image_BHWC", "region_BKD")}
-    return dataclasses.replace(
-        batch, **{name: None if array is None else np.zeros_like(array) for name, array in fields.items()}
-    )
 
 
 def bucketed_lengths(rows: Sequence[EncodedExample]) -> tuple[int, int]:

@@ -40,7 +40,8 @@ def generate(
 ) -> GenerateOutput:
     """Generate answers to a batch of prompts: greedy, sampled with `key`, or by beam search, as `config` says.
 
-    Compiled once for each model, config and batch shape; the loop stops when all rows have ended. `is_finite_B` of the
+    `key`: one for the batch, or (B,) one for each row, whose answer then does not depend on the other rows. Compiled
+    once for each model, config and batch shape; the loop stops when all rows have ended. `is_finite_B` of the
     output must be checked (`sampling.require_finite`). Raises UserError when `config.do_sample` is set and no key is
     given.
     """
@@ -107,19 +108,11 @@ def select_next_token(
 ) -> DecodeState:
     """One more token per row, greedy or sampled; padding in rows that have ended. Non-finite logits end a row."""
     step, was_done_B = state.step, state.done_B
-    logits_BV = logits_BV.astype(jnp.float32)
-    scores_BV = scoring.process_logits(logits_BV, state.seen_BV, step, config)
-    if config.do_sample:
-        token_B = scoring.sample_token(scores_BV, config, jax.random.fold_in(key, step))
-    else:
-        token_B = scoring.argmax(scores_BV)
-    # The maximum is NaN where any score is; a greedy step computes it anyway.
-    is_finite_B = state.is_finite_B & (was_done_B | jnp.isfinite(scores_BV.max(axis=-1)))
+    token_B, logprob_B, is_finite_B = scoring.choose_token(logits_BV, state.seen_BV, step, config, key)
+    is_finite_B = state.is_finite_B & (was_done_B | is_finite_B)
     token_B = jnp.where(was_done_B, config.pad_token_id, token_B)
     logprob_BM = state.logprob_BM
     if config.output_logprobs:
-        chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-        logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
         logprob_BM = logprob_BM.at[:, step].set(jnp.where(was_done_B, 0.0, logprob_B))
     return DecodeState(
         cache=cache,

@@ -28,7 +28,9 @@ from lionjax.data import tokenizer
 from lionjax.data.image_fit import ImageFit
 from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.data.tokenizer_files import LAVIS_DECODE_TOKEN
+from lionjax.inference import answer_mesh
 from lionjax.inference.engine import InferenceEngine
+from lionjax.inference.int8 import quantize_language
 from lionjax.inference.model import Model
 from lionjax.inference.released import released_experiment, with_end_of_answer
 from lionjax.training import checkpoint
@@ -44,26 +46,40 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 LION_GENERATION = SYSTEM_FORMATS["lion"].generation
 
 
-def load(folder: str | Path, mesh: MeshConfig | None = None, prompt_length: int | None = None) -> Model:
-    """The model of a run folder or a folder of weights, sharded over a mesh of all devices (default: one device).
+def load(
+    folder: str | Path, mesh: MeshConfig | None = None, prompt_length: int | None = None, int8: bool = False
+) -> Model:
+    """The model of a run folder or a folder of weights, sharded over a mesh of all devices.
+
+    Without a mesh, a CPU's model is on one device; on accelerators, parameters are cast to bfloat16 and placed by
+    `answer_mesh.answering_mesh`.
 
     `prompt_length` is the maximum prompt length in tokens (default: as in training); raise it for chat history and
-    few-shot examples. For an unfinished run, the newest checkpoint is loaded; corrupt checkpoints are skipped with a
-    warning. `shipped:NAME` is a folder of the package. Raises UserError if the folder holds no model.
+    few-shot examples. `int8`: round the language model's matrices to int8, for answering only. For an unfinished run,
+    the newest checkpoint is loaded; corrupt checkpoints are skipped with a warning. `shipped:NAME` is a folder of the
+    package. Raises UserError if the folder holds no model.
     """
     folder = resolve_weights_file(str(folder))
-    devices = jax.devices() if mesh is not None else jax.local_devices()[:1]
-    device_mesh = sharding.make_mesh(mesh or MeshConfig(), devices)
+    device_mesh = None if mesh is None else sharding.make_mesh(mesh)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give a run folder or a folder of converted weights")
     if is_run(folder):
-        return with_prompt_length(load_run(folder, device_mesh), prompt_length)
+        return _for_use(load_run(folder, device_mesh), prompt_length, int8)
     if (folder / "config.json").is_file() and (folder / "lock").exists():
         raise UserError(f"the run in {folder} has no checkpoint yet; resume it with `lionjax train`")
     if not convert.holds_params(folder) and not any(f.suffix in WEIGHT_SUFFIXES for f in folder.iterdir()):
         check_folder_formats(folder)
         raise UserError(f"{folder} holds no model; give a run folder or a folder of weights")
-    return with_prompt_length(load_weights(folder, device_mesh), prompt_length)
+    return _for_use(load_weights(folder, device_mesh), prompt_length, int8)
+
+
+def _for_use(model: Model, prompt_length: int | None, int8: bool) -> Model:
+    """The model with another prompt length, and with int8 weights."""
+    model = with_prompt_length(model, prompt_length)
+    if not int8:
+        return model
+    params = quantize_language(model.vlm, model.params, dummy_batch(model.processor))
+    return dataclasses.replace(model, engine=dataclasses.replace(model.engine, params=params))
 
 
 def with_prompt_length(model: Model, prompt_length: int | None) -> Model:
@@ -90,6 +106,14 @@ def from_params(experiment: Experiment, params: Params, updates: int | None = No
     return Model(experiment, InferenceEngine(model, params, Processor(experiment.data.processor), mesh), updates)
 
 
+def for_answering(experiment: Experiment, params: Params) -> Model:
+    """As `from_params`, for the parameters of a run: on accelerators cast and moved to a mesh for answering."""
+    if not answer_mesh.is_accelerated():
+        return from_params(experiment, params)
+    mesh, like = _answering_specs(experiment, Processor(experiment.data.processor), None)
+    return from_params(experiment, answer_mesh.move_params(params, like), None, mesh)
+
+
 def _run_config(folder: Path) -> Experiment:
     """The config of a run. Raises UserError if config.json is damaged and report.json holds no copy."""
     if (experiment := saved_config(folder)) is None:
@@ -97,10 +121,25 @@ def _run_config(folder: Path) -> Experiment:
     return experiment
 
 
-def load_run(folder: Path, mesh: Mesh) -> Model:
+def _answering_specs(experiment: Experiment, processor: Processor, mesh: Mesh | None) -> tuple[Mesh, Params]:
+    """(mesh, ShapeDtypeStructs of the parameters on it); without a mesh that of `answer_mesh`, and its dtypes."""
+    key, batch = jax.random.key(0), dummy_batch(processor)
+    if mesh is not None:
+        return mesh, sharding.abstract_params(experiment.model.init, key, batch, mesh=mesh)
+    shapes = sharding.abstract_params(experiment.model.init, key, batch)
+    sizes = [leaf.size * answer_mesh.answer_dtype(leaf).itemsize for leaf in jax.tree.leaves(shapes)]
+    mesh = answer_mesh.answering_mesh(sum(sizes))
+    like = sharding.abstract_params(experiment.model.init, key, batch, mesh=mesh)
+    return mesh, jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, answer_mesh.answer_dtype(leaf), sharding=leaf.sharding), like
+    )
+
+
+def load_run(folder: Path, mesh: Mesh | None = None) -> Model:
     """The model with the newest parameters of a run whose checksums are correct."""
     experiment = _with_existing_tokenizers(_run_config(folder), folder)
     processor = Processor(experiment.data.processor)
+    is_moved, (mesh, like) = mesh is None, _answering_specs(experiment, processor, mesh)
     specs = make_param_specs(experiment, dummy_batch(processor), mesh)
     for stage, step in saved_positions(folder, experiment):
         try:
@@ -108,6 +147,7 @@ def load_run(folder: Path, mesh: Mesh) -> Model:
         except CorruptCheckpointError as damage:
             log.warning("%s; the previous checkpoint is used", damage)
             continue
+        params = answer_mesh.move_params(params, like) if is_moved and answer_mesh.is_accelerated() else params
         updates = updates_before(experiment, stage) + step
         if stage < len(experiment.stages):
             part = experiment.stages[stage]
@@ -185,14 +225,13 @@ def _open_weights(folder: Path) -> _WeightsFolder:
     return _WeightsFolder(experiment, recorded, source, folders)
 
 
-def load_weights(folder: Path, mesh: Mesh) -> Model:
+def load_weights(folder: Path, mesh: Mesh | None = None) -> Model:
     """The model of a folder of weights, in lionjax names or torch names; each process reads its devices' shards."""
     weights = _open_weights(folder)
     experiment, source = weights.experiment, weights.source
+    mesh, abstract_params = _answering_specs(experiment, Processor(experiment.data.processor), mesh)
     model = from_params(experiment, {}, None, mesh)
     check_word_tables(model, weights.folders, weights.is_released)
-    key = jax.random.key(0)
-    abstract_params = sharding.abstract_params(experiment.model.init, key, dummy_batch(model.processor), mesh=mesh)
     if source is None:
         params = _load_params_folder(folder, experiment, abstract_params)
     else:

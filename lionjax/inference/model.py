@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from lionjax import convert
@@ -76,7 +75,7 @@ class Model:
         tags: Sequence[Sequence[str]] | None = None,
         category: str | None = None,
         generation_config: GenerationConfig | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         history: Sequence[Sequence[tuple[str, str]]] | None = None,
         shots: Sequence[Sequence[tuple[object, str, str]]] | None = None,
         regions: Sequence[ImageRegions] | None = None,
@@ -86,10 +85,11 @@ class Model:
         `boxes`: for each prompt those asked about, x0 y0 x1 y1 in 0..1; they stand where the prompt says `{box}`, or
         at its end. `tags`: for each prompt the words of a tagger. `category` is "region_level" or "image_level", by
         default decided from each prompt. `generation_config` replaces the settings that the model comes with; `seed` is
-        used where it samples. `history`: for each prompt the (question, answer) pairs before it, about the same
-        picture. `shots`: for each prompt as many (picture, question, answer) examples, shown before it. `regions`: for
-        each prompt what a refiner found in its picture, for models that read regions; by default the model's own
-        refiner finds them. They are in the answer. Raises UserError for what cannot be asked.
+        used where it samples: one for each prompt, or that of the first, to which the others' places are added.
+        `history`: for each prompt the (question, answer) pairs before it, about the same picture. `shots`: for each
+        prompt as many (picture, question, answer) examples, shown before it. `regions`: for each prompt what a refiner
+        found in its picture, for models that read regions; by default the model's own refiner finds them. They are in
+        the answer. Raises UserError for what cannot be asked.
         """
         inputs = build_inputs(images, prompts, boxes, tags, category, history, shots)
         if tags is not None and not self.processor.config.use_tags:
@@ -101,13 +101,14 @@ class Model:
             self.processor.encode_input(dataclasses.replace(sample, image=image, regions=image_regions))
             for image, sample, image_regions in zip(pil_images, inputs, found)
         ]
+        seeds = prompt_seeds(seed, len(rows))
         configs = [generation_config or self.generation_config(sample.category) for sample in inputs]
         answers: dict[int, Answer] = {}
         for config in dict.fromkeys(configs):  # prompts of both categories share a batch where their settings agree
             indices = [k for k, other in enumerate(configs) if other == config]
-            key = jax.random.key(seed) if config.do_sample else None
             sizes = [pil_images[k].size for k in indices] if self.processor.config.sam_image_size else None
-            group = self.engine.generate([rows[k] for k in indices], config, key=key, image_sizes=sizes)
+            group_seeds = [seeds[k] for k in indices]
+            group = self.engine.generate([rows[k] for k in indices], config, seeds=group_seeds, image_sizes=sizes)
             answers |= dict(zip(indices, group))
         answers = {k: dataclasses.replace(answer, regions=found[k]) for k, answer in answers.items()}
         return [_with_masks(answers[k], image) for k, image in enumerate(pil_images)]
@@ -134,7 +135,7 @@ class Model:
         return engine.make_generation_config(self.experiment.generation, self.processor, category)
 
     def complete(
-        self, prompts: Sequence[str], generation_config: GenerationConfig | None = None, seed: int = 0
+        self, prompts: Sequence[str], generation_config: GenerationConfig | None = None, seed: int | Sequence[int] = 0
     ) -> list[Answer]:
         """How the model continues prompts without a picture; a model that reads pictures sees blank ones.
 
@@ -146,8 +147,8 @@ class Model:
         config = generation_config or self.generation_config("image_level")
         blank = np.zeros((1, 1, 3), np.uint8)
         rows = [self.processor.encode_input(ImageTextInput(blank, prompt)) for prompt in prompts]
-        key = jax.random.key(seed) if config.do_sample else None
-        answers = self.engine.generate(rows, config, image_blind=self.vlm.info.reads_images, key=key)
+        seeds = prompt_seeds(seed, len(rows))
+        answers = self.engine.generate(rows, config, image_blind=self.vlm.info.reads_images, seeds=seeds)
         end_ids = end_token_ids(config)
         texts = [
             self.processor.tokenizer.backend.decode([i for i in answer.token_ids if i not in end_ids])
@@ -168,15 +169,15 @@ class Model:
         """For each prompt the losses of its candidate answers in nats, (K,): the lower, the likelier.
 
         Summed over a candidate's tokens, the end token included, as BLIP-2's code ranks (`predict_class`), or with
-        `mean` their mean, as LAVIS ranks for InstructBLIP; a candidate is never cut. Raises UserError where the lists
-        are not of one length, and for a candidate that is longer than processor.max_target_tokens.
+        `mean` their mean, as LAVIS ranks for InstructBLIP. A prompt is read once for all of its candidates; these are
+        never cut. Raises UserError where the lists are not of one length, and for a candidate that is longer than
+        processor.max_target_tokens.
         """
         asked = build_inputs(images, prompts, None, None, None)
         found = self._find_regions([one.image for one in asked], None)
         asked = [dataclasses.replace(one, regions=image_regions) for one, image_regions in zip(asked, found)]
         if len(candidates) != len(asked) or not all(len(some) for some in candidates):
             raise UserError("candidates wants a list of answers for each prompt, none of them empty")
-        losses, place = [], 0
         pairs = [(one, text) for one, some in zip(asked, candidates) for text in some]
         rows = [self.processor.encode_input(one, text) for one, text in pairs]
         for (_, text), row in zip(pairs, rows):
@@ -186,13 +187,13 @@ class Model:
                     f"the candidate {text[:40]!r} takes {room + num_cut} tokens, but at most {room} are allowed; "
                     "shorten it or raise processor.max_target_tokens"
                 )
-        nats = self.engine.answer_nll(rows)
-        if mean:
-            nats = nats / np.array([max(int(row["target_mask"].sum()), 1) for row in rows])
-        for some in candidates:
-            losses.append(nats[place : place + len(some)])
-            place += len(some)
-        return losses
+        ends = np.cumsum([len(some) for some in candidates])
+        groups = [rows[end - len(some) : end] for some, end in zip(candidates, ends)]
+        losses = self.engine.candidate_nll(groups)
+        if not mean:
+            return losses
+        counts = [[max(int(row["target_mask"].sum()), 1) for row in group] for group in groups]
+        return [losses_K / np.array(counts_K) for losses_K, counts_K in zip(losses, counts)]
 
     def export(self, path: str | Path, to: str = "torch", merge_lora: bool = False) -> None:
         """Write a folder with config, tokenizers and the released processor files, which `load` reads back.
@@ -220,6 +221,13 @@ class Model:
     def tokenizer_files(self) -> dict[str, Path]:
         """{name in a model's folder: file} of the tokenizers."""
         return companion_files(self.experiment, {})
+
+
+def prompt_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """The seed of each of `count` prompts: those given, or `seed`, `seed` + 1, ...; UserError for another number."""
+    if not isinstance(seed, int | np.integer) and len(seed) != count:
+        raise UserError(f"{len(seed)} seeds were given for {count} prompts; give one each, or one number")
+    return [int(seed) + k for k in range(count)] if isinstance(seed, int | np.integer) else list(map(int, seed))
 
 
 def build_inputs(images, prompts, boxes, tags, category, history=None, shots=None) -> list[ImageTextInput]:

@@ -154,6 +154,40 @@ def sample_token(scores_BV: Array, config: GenerationConfig, key: Array) -> Arra
     return index_B if ids_Bk is None else jnp.take_along_axis(ids_Bk, index_B[:, None], axis=1)[:, 0]
 
 
+def choose_token(
+    logits_BV: Array, seen_BV: Array | None, step: Array | int, config: GenerationConfig, key: Array | None
+) -> tuple[Array, Array | None, Array]:
+    """(tokens (B,), their log-probabilities (B,) with `config.output_logprobs`, else None, whether scores are finite).
+
+    Greedy, or sampled. `step`: tokens generated so far, one number or (B, 1). `key`: one for the batch, or one for each
+    row, (B,); the choice of a row with a key of its own does not depend on the other rows.
+    """
+    logits_BV = logits_BV.astype(jnp.float32)
+    scores_BV = process_logits(logits_BV, seen_BV, step, config)
+    if not config.do_sample:
+        token_B = argmax(scores_BV)
+    elif key.ndim:
+        step_B = jnp.broadcast_to(jnp.reshape(step, -1), key.shape)
+
+        def sample_row(scores_V, key, step):
+            return sample_token(scores_V[None], config, jax.random.fold_in(key, step))[0]
+
+        token_B = jax.vmap(sample_row)(scores_BV, key, step_B)
+    else:
+        token_B = sample_token(scores_BV, config, jax.random.fold_in(key, step))
+    logprob_B = None
+    if config.output_logprobs:
+        chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+        logprob_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    # The maximum is NaN where any score is; a greedy step computes it anyway.
+    return token_B, logprob_B, jnp.isfinite(scores_BV.max(axis=-1))
+
+
+def row_keys(seeds) -> Array:
+    """A random key (B,) for each of some seeds."""
+    return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+
+
 def argmax(scores_BV: Array) -> Array:
     """Index of the first highest score of each row, as two reductions that XLA vectorizes on CPUs (6 times faster)."""
     ids_V = jnp.arange(scores_BV.shape[-1], dtype=jnp.int32)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where answers are generated: a mesh apart from the run's, parameters in bfloat16, and as many slots as fit.
+
+On accelerators the parameters are cast once to bfloat16. They are split over as few devices of a host as hold them
+(`tensor`), and rows over the rest (`data`), so that each host answers its own questions; a model that no host holds is
+split over all devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lionjax.core import params as trees
+from lionjax.core import sharding
+from lionjax.core.sharding import MeshConfig
+from lionjax.core.types import VLM, Batch, Params, UserError
+from lionjax.inference.sampling import GenerationConfig
+from lionjax.inference.session import SessionSizes
+
+GIB = 2**30
+WEIGHT_SHARE = 0.25  # of a device's memory: parameters that take more are split further, within a host
+MAX_WEIGHT_SHARE = 0.6  # parameters that take more on each device of a host are split over several hosts
+CACHE_SHARE = 0.75  # of what parameters leave free, for the caches of all slots; the rest is for reading prompts
+DEFAULT_SLOTS = 32  # per batch shard where the memory is not known, as on CPUs
+MAX_SLOTS = 256  # per batch shard: more do not make a step cheaper per row
+SHARES_OF_LENGTH = (0.25, 0.5, 0.75)  # padded prompt lengths besides the longest
+SAMPLED_VALUES = 64  # of each parameter, in `model_digest`
+
+
+def is_accelerated(devices: Sequence | None = None) -> bool:
+    """Whether the devices are accelerators, on which answers are computed in bfloat16."""
+    return (devices or jax.local_devices())[0].platform != "cpu"
+
+
+def memory_bytes(device) -> int:
+    """Memory of a device in bytes, 0 where it is not known."""
+    try:
+        return int((device.memory_stats() or {}).get("bytes_limit", 0))
+    except (AttributeError, jax.errors.JaxRuntimeError):
+        return 0
+
+
+def choose_mesh(parameter_bytes: int, num_local: int, num_hosts: int, device_bytes: int) -> MeshConfig:
+    """The mesh for parameters of a size: `tensor` devices hold them, the others of the host hold other rows.
+
+    A mesh of `num_local` devices if a host holds the parameters, else of the devices of all hosts. Raises UserError for
+    parameters that do not fit all devices.
+    """
+    for tensor in (n for n in range(1, num_local + 1) if num_local % n == 0):
+        share = MAX_WEIGHT_SHARE if tensor == num_local else WEIGHT_SHARE
+        if not device_bytes or parameter_bytes <= tensor * share * device_bytes:
+            return MeshConfig(data=num_local // tensor, tensor=tensor)
+    room = MAX_WEIGHT_SHARE * device_bytes
+    devices = num_local * num_hosts
+    if parameter_bytes > devices * room:
+        raise UserError(
+            f"the parameters take {parameter_bytes / GIB:.1f} GiB, and {devices} devices of {device_bytes / GIB:.1f} "
+            f"GiB leave room for answers only up to {devices * room / GIB:.1f}; use more devices, or int8 weights"
+        )
+    hosts = math.ceil(parameter_bytes / (num_local * room))
+    while num_hosts % hosts:
+        hosts += 1
+    return MeshConfig(data=num_hosts // hosts, tensor=num_local * hosts)
+
+
+def answering_mesh(parameter_bytes: int) -> Mesh:
+    """The mesh for answering with parameters of this size in the dtype of the computation: see `choose_mesh`."""
+    local = jax.local_devices()
+    if not is_accelerated(local):
+        return sharding.make_mesh(MeshConfig(), local[:1])
+    config = choose_mesh(parameter_bytes, len(local), jax.process_count(), memory_bytes(local[0]))
+    is_local = config.data * config.tensor == len(local)
+    return sharding.make_mesh(config, local if is_local else jax.devices())
+
+
+def answer_dtype(leaf, devices: Sequence | None = None):
+    """The dtype of a parameter for answering: bfloat16 on accelerators, where it is a float."""
+    floats = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.dtype(jnp.bfloat16) if floats and is_accelerated(devices) else leaf.dtype
+
+
+def move_params(params: Params, like: Params) -> Params:
+    """The parameters with the dtypes and shardings of `like`, cast one by one so that few are held twice."""
+    flat, target, moved = trees.flatten(params), trees.flatten(like), {}
+    for path, spec in target.items():
+        leaf = flat[path]
+        if not getattr(leaf, "is_fully_addressable", True):
+            leaf = sharding.gather_to_host(leaf)
+        if leaf.dtype != spec.dtype:
+            leaf = leaf.astype(spec.dtype)
+        moved[path] = jax.device_put(leaf, spec.sharding)
+    return trees.unflatten(moved)
+
+
+def slot_bytes(model: VLM, params: Params, batch: Batch, config: GenerationConfig) -> int:
+    """Bytes of the cache of one slot, over all devices, for prompts as long as those of the batch."""
+    _, cache = jax.eval_shape(
+        lambda params, batch: model.prefill(params, batch, config.max_new_tokens - 1), params, batch
+    )
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    return max(1, total // len(batch.task_B))
+
+
+def session_sizes(mesh: Mesh, lengths: tuple[int, int], bytes_of_slot: int, free_bytes: int = 0) -> SessionSizes:
+    """Slots and padded lengths for a mesh whose devices have `free_bytes` each (0: not known, `DEFAULT_SLOTS`).
+
+    `bytes_of_slot`: over all devices of one batch shard.
+    """
+    groups = int(np.prod([mesh.shape[axis] for axis in sharding.LOGICAL_AXIS_RULES["batch"]]))
+    slots = DEFAULT_SLOTS
+    if free_bytes:
+        slots = int(CACHE_SHARE * free_bytes * mesh.shape["tensor"] / bytes_of_slot)
+        slots = min(MAX_SLOTS, max(1, slots if slots < 8 else slots // 8 * 8))
+    prompt_length, question_length = lengths
+    parts = [-(-int(prompt_length * share) // 8) * 8 for share in SHARES_OF_LENGTH]
+    short = tuple(dict.fromkeys(part for part in parts if part < prompt_length))
+    return SessionSizes(slots * groups, max(1, slots // 4) * groups, prompt_length, question_length, short)
+
+
+def free_bytes(mesh: Mesh) -> int:
+    """Free memory of the fullest local device of a mesh in bytes, 0 where it is not known."""
+    stats = [device.memory_stats() or {} for device in mesh.local_devices if device.platform != "cpu"]
+    return min((one.get("bytes_limit", 0) - one.get("bytes_in_use", 0) for one in stats), default=0)
+
+
+def model_digest(model: VLM, params: Params) -> str:
+    """A hash of a model's config and of some values of each parameter, which any further training changes."""
+    hashed = hashlib.sha256(repr(model).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        step = max(1, leaf.size // SAMPLED_VALUES)
+        values = jax.device_get(jnp.ravel(leaf)[::step][:SAMPLED_VALUES].astype(jnp.float32))
+        name = f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}"
+        hashed.update(name.encode() + np.asarray(values).tobytes())
+    return hashed.hexdigest()[:16]

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session of answering: requests in, tokens and answers out; requests may be added and canceled while it runs.
+
+`AnswerSession` is the loop behind all that asks many questions: it fills free slots with waiting prompts, generates
+until slots are free, and hands out what has ended. Identical greedy requests are answered once, and an image that
+several requests show is encoded once. The answers of a request do not depend on the others.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lionjax.core import sharding
+from lionjax.core.types import VLM, Batch, Params, UserError
+from lionjax.inference import slots as programs
+from lionjax.inference.sampling import GenerateOutput, GenerationConfig, aux_outputs, row_keys
+from lionjax.inference.slots import Admission, Slots
+
+EncodedExample = Mapping[str, np.ndarray]  # one question as `Processor.encode_example` makes it
+# From rows, (prompt length, question length) and whether images are wanted to a batch.
+Collate = Callable[[Sequence[EncodedExample], tuple[int, int], bool], Batch]
+LOOK_AHEAD = 8  # admissions' worth of waiting requests from which rows of like length are chosen
+POOL_ADMISSIONS = 4  # the pool holds the images of so many admissions
+KEPT_OUTPUTS = 8192  # of the newest requests, for identical ones
+UNREAD_FIELDS = ("sam", "target", "target_mask", "loss_mask", "num_cut", "size")  # of a row, while text is generated
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AnswerRequest:
+    """One question. `seed`: of its sampling; `max_new_tokens`: at most that of the session's settings, None: all."""
+
+    row: EncodedExample
+    seed: int = 0
+    image_blind: bool = False
+    max_new_tokens: int | None = None
+
+    @functools.cached_property
+    def image_digest(self) -> bytes:
+        """A hash of the pixels; empty for the blank image."""
+        return b"" if self.image_blind else _hash(self.row["pixels"])
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """A hash of all that decides the answer."""
+        texts = [self.row[name] for name in sorted(self.row) if name not in (*UNREAD_FIELDS, "pixels")]
+        settings = repr((self.image_blind, self.max_new_tokens, self.seed)).encode()
+        return _hash(*texts) + self.image_digest + settings
+
+    @functools.cached_property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return int(self.row["prompt_mask"].sum())
+
+    @functools.cached_property
+    def question_length(self) -> int:
+        """Tokens of the question that a Q-Former reads."""
+        return int(self.row["question_mask"].sum())
+
+
+def _hash(*arrays: np.ndarray) -> bytes:
+    hashed = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        hashed.update(np.ascontiguousarray(array).data)
+    return hashed.digest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Finished:
+    """What was generated for a request: `output` has one row."""
+
+    request_id: int
+    request: AnswerRequest
+    output: GenerateOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionSizes:
+    """Fixed shapes of a session. `num_slots` and `admission_rows` are multiples of the batch shards of the mesh.
+
+    `prompt_length`, `question_length`: longest texts; `short_lengths`: shorter prompt lengths that have a program too.
+    """
+
+    num_slots: int
+    admission_rows: int
+    prompt_length: int
+    question_length: int
+    short_lengths: tuple[int, ...] = ()
+
+    def padded_length(self, length: int) -> int:
+        """The shortest padded prompt length that holds `length` tokens."""
+        return min(size for size in (*self.short_lengths, self.prompt_length) if size >= length)
+
+    def hold(self, request: AnswerRequest) -> bool:
+        """Whether the texts of a request fit."""
+        return request.length <= self.prompt_length and request.question_length <= self.question_length
+
+    def grown_for(self, request: AnswerRequest) -> SessionSizes:
+        """Sizes with lengths doubled until a request fits, at most to the lengths of its arrays."""
+        prompt, question = self.prompt_length, self.question_length
+        while prompt < request.length:
+            prompt = min(2 * prompt, len(request.row["prompt"]))
+        while question < request.question_length:
+            question = min(2 * question, len(request.row["question"]))
+        return dataclasses.replace(self, prompt_length=prompt, question_length=question)
+
+
+class AnswerSession:
+    """Generates answers to requests of one `GenerationConfig`, without beams, in slots of fixed shapes.
+
+    All processes of a mesh must add the same requests in the same order and call `advance` together.
+    """
+
+    def __init__(
+        self, model: VLM, params: Params, mesh: Mesh, collate: Collate, config: GenerationConfig, sizes: SessionSizes
+    ):
+        self.model, self.params, self.mesh, self.collate = model, params, mesh, collate
+        self.config, self.sizes = config, sizes
+        self.num_tokens = 0
+        axes = sharding.LOGICAL_AXIS_RULES["batch"]
+        self._groups = int(np.prod([mesh.shape[axis] for axis in axes]))
+        if sizes.num_slots % self._groups or sizes.admission_rows % self._groups:
+            raise ValueError(f"{sizes} does not divide over {self._groups} batch shards; give multiples of it")
+        self._slots: Slots | None = None
+        self._pool: _ImagePool | None = None
+        self._waiting: dict[int, AnswerRequest] = {}
+        self._running: dict[int, int] = {}  # slot: request id
+        self._num_added = 0
+        self._twins: dict[bytes, int] = {}  # digest: the request that is generated for all identical ones
+        self._followers: dict[int, list[int]] = collections.defaultdict(list)
+        self._requests: dict[int, AnswerRequest] = {}
+        self._outputs: dict[int, GenerateOutput] = {}  # of greedy requests that others may repeat
+        self._ready: list[Finished] = []
+
+    # ------------------------------------------------------------------ requests
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits, runs or is ready."""
+        return not (self._waiting or self._running or self._ready)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting)
+
+    def add(self, request: AnswerRequest) -> int:
+        """Queue a request; its number is in `Finished.request_id`. Raises UserError for an answer that is too long."""
+        if (request.max_new_tokens or 1) > self.config.max_new_tokens:
+            most = self.config.max_new_tokens
+            raise UserError(f"max_new_tokens is {request.max_new_tokens}; this session generates at most {most}")
+        number, self._num_added = self._num_added, self._num_added + 1
+        self._requests[number] = request
+        first = self._twins.setdefault(request.digest, number)
+        if first == number:
+            self._waiting[number] = request
+        elif first in self._outputs:
+            self._ready.append(Finished(number, self._requests.pop(number), self._outputs[first]))
+        else:
+            self._followers[first].append(number)
+        return number
+
+    def cancel(self, request_id: int) -> None:
+        """Drop a request that is not finished; unknown numbers are passed over."""
+        for followers in self._followers.values():
+            if request_id in followers:
+                followers.remove(request_id)
+                self._requests.pop(request_id)
+                return
+        if request_id not in self._requests:
+            return
+        if self._followers.get(request_id):  # others wait for the same answer
+            self._requests.pop(request_id)
+            return
+        self._requests.pop(request_id)
+        self._twins = {digest: first for digest, first in self._twins.items() if first != request_id}
+        self._waiting.pop(request_id, None)
+        for slot, running in list(self._running.items()):
+            if running == request_id:
+                del self._running[slot]
+                with sharding.use_mesh(self.mesh):
+                    is_canceled_B = np.arange(self.sizes.num_slots) == slot
+                    self._slots = programs.cancel(self._slots, is_canceled_B)
+
+    def partial_ids(self) -> dict[int, list[int]]:
+        """{request: token ids so far} of the requests that are generated, for streaming between two `advance`."""
+        if not self._running:
+            return {}
+        rows = sharding.gather_to_host((self._slots.rows.ids_BM, self._slots.rows.length_B))
+        found = {}
+        for slot, number in self._running.items():
+            ids = rows[0][slot, : rows[1][slot]].tolist()
+            found |= {one: ids for one in (number, *self._followers.get(number, ())) if one in self._requests}
+        return found
+
+    def run(self, requests: Iterable[AnswerRequest]) -> Iterator[Finished]:
+        """Adds requests as slots become free, and yields each as it is finished; numbers are those of `add`."""
+        source, exhausted = iter(requests), False
+        window = LOOK_AHEAD * self.sizes.admission_rows
+        while not (exhausted and self.is_idle):
+            while not exhausted and len(self._waiting) < window:
+                request = next(source, None)
+                exhausted = request is None
+                if request is not None:
+                    self.add(request)
+                if len(self._ready) >= window:
+                    break
+            yield from self.advance()
+
+    def advance(self, max_steps: int | None = None) -> list[Finished]:
+        """Admit what fits, generate until slots are free or `max_steps` tokens of each row, and return what has ended.
+
+        Without requests it returns at once. Raises UserError where the model computes NaN or infinity.
+        """
+        rows = self.sizes.admission_rows
+        if self._waiting and not self.sizes.hold(oldest := next(iter(self._waiting.values()))) and not self._running:
+            self.sizes, self._slots = self.sizes.grown_for(oldest), None
+        size = self.sizes
+        while self._waiting and size.num_slots - len(self._running) >= min(rows, len(self._waiting)):
+            if not size.hold(next(iter(self._waiting.values()))):
+                break  # all others end before the slots are made anew
+            self._admit()
+        if self._running:
+            free = size.num_slots - len(self._running)
+            # At the end all slots run out; before, an admission's worth must be free.
+            min_done = min(free + max(1, min(rows, len(self._waiting))), size.num_slots)
+            if not self._waiting or not size.hold(next(iter(self._waiting.values()))):
+                min_done = size.num_slots
+            steps = max_steps or self.config.max_new_tokens
+            with sharding.use_mesh(self.mesh):
+                self._slots = programs.decode(self.model, self.params, self._slots, self.config, min_done, steps)
+            self._collect()
+        ready, self._ready = self._ready, []
+        return ready
+
+    # ------------------------------------------------------------------ slots
+
+    def _choose(self, num_free: int) -> list[int]:
+        """Waiting requests for one admission: the oldest, and others whose prompts fit its padded length."""
+        oldest = itertools.islice(self._waiting.items(), LOOK_AHEAD * self.sizes.admission_rows)
+        window = [
+            (self.sizes.padded_length(request.length), number) for number, request in oldest if self.sizes.hold(request)
+        ]
+        count, first = min(num_free, len(window)), window[0][0]
+        fitting = [number for length, number in window if length == first]
+        fitting += [number for length, number in window if length < first]
+        if len(fitting) < count:  # a longer padding is cheaper than another admission
+            fitting += [number for length, number in sorted(window) if length > first]
+        return fitting[:count]
+
+    def _admit(self) -> None:
+        """Put waiting requests into free slots."""
+        per_group = self.sizes.num_slots // self._groups
+        free = [
+            [slot for slot in range(group * per_group, (group + 1) * per_group) if slot not in self._running]
+            for group in range(self._groups)
+        ]
+        rows_of_group = self.sizes.admission_rows // self._groups
+        places = [
+            (group, k, free[group][k])
+            for k in range(rows_of_group)
+            for group in range(self._groups)
+            if k < len(free[group])
+        ]
+        chosen = self._choose(len(places))
+        slot_GR = np.full((self._groups, rows_of_group), per_group, np.int32)
+        ordered = [self._waiting[chosen[0]]] * self.sizes.admission_rows  # rows of padding repeat a request
+        for number, (group, k, slot) in zip(chosen, places):
+            slot_GR[group, k] = slot % per_group
+            ordered[group * rows_of_group + k] = self._waiting.pop(number)
+            self._running[slot] = number
+        admission = self._make_admission(ordered, slot_GR)
+        with sharding.use_mesh(self.mesh):
+            pool = None if self._pool is None else self._pool.features
+            if self._slots is None:
+                longest = self._longest(admission)
+                self._slots = programs.init_slots(
+                    self.model, self.params, longest, pool, self.config, self.sizes.num_slots
+                )
+            self._slots = programs.admit(self.model, self.params, self._slots, admission, pool, self.config)
+
+    def _make_admission(self, ordered: Sequence[AnswerRequest], slot_GR: np.ndarray) -> Admission:
+        """The admission of a batch's requests, in the order of its rows."""
+        length = max(self.sizes.padded_length(one.length) for one in ordered)
+        uses_pool = self.model.info.has_features and self.model.info.reads_images
+        lengths = (length, self.sizes.question_length)
+        batch = self.collate([one.row for one in ordered], lengths, not uses_pool)
+        image_B, is_blind_B = None, np.array([one.image_blind for one in ordered])
+        if uses_pool:
+            if self._pool is None:
+                self._pool = _ImagePool(self, ordered[0].row)
+            image_B = self._pool.places(ordered, self._waiting.values())
+        if is_blind_B.any():
+            batch = blank_rows(batch, is_blind_B)
+        most = self.config.max_new_tokens
+        limit_B = np.array([one.max_new_tokens or most for one in ordered], np.int32)
+        key_B = None
+        if self.config.do_sample:
+            key_B = np.asarray(jax.random.key_data(row_keys([one.seed for one in ordered])))
+        admission = Admission(batch, slot_GR, image_B, limit_B, key_B)
+        return self._place(admission)
+
+    def _place(self, admission: Admission) -> Admission:
+        """The arrays of an admission on the mesh, its rows split over the batch axes."""
+        placed = sharding.shard_global_batch(dataclasses.replace(admission, slot_GR=None), self.mesh)
+        slot_GR = sharding.shard_global_batch(admission.slot_GR, self.mesh)
+        return dataclasses.replace(placed, slot_GR=slot_GR)
+
+    def _longest(self, admission: Admission) -> Admission:
+        """Shapes of an admission of the longest prompts."""
+        length = self.sizes.prompt_length
+
+        def lengthen(array):
+            return np.zeros((array.shape[0], length), array.dtype)
+
+        batch = admission.batch
+        batch = dataclasses.replace(
+            batch, prompt_BL=lengthen(batch.prompt_BL), prompt_mask_BL=lengthen(batch.prompt_mask_BL)
+        )
+        return dataclasses.replace(admission, batch=batch)
+
+    def _collect(self) -> None:
+        """Move the answers of slots that have ended to `_ready`."""
+        rows = self._slots.rows
+        done_B, length_B, is_finite_B = sharding.gather_to_host((rows.done_B, rows.length_B, rows.is_finite_B))
+        ended = [slot for slot in self._running if done_B[slot]]
+        if not ended:
+            return
+        ids_BM, logprob_BM, aux = sharding.gather_to_host(
+            (rows.ids_BM, rows.logprob_BM, aux_outputs(self._slots.cache))
+        )
+        for slot in ended:
+            number, one = self._running.pop(slot), slice(slot, slot + 1)
+            score_B = None if logprob_BM is None else logprob_BM[one].sum(axis=1)
+            parts = jax.tree.map(lambda leaf, one=one: np.array(leaf[one]), (logprob_BM, aux))
+            output = GenerateOutput(ids_BM[one], length_B[one], score_B, *parts, is_finite_B[one])
+            self.num_tokens += int(length_B[slot])
+            self._keep(number, output)
+            for follower in (number, *self._followers.pop(number, ())):
+                if follower in self._requests:
+                    self._ready.append(Finished(follower, self._requests.pop(follower), output))
+
+    def _keep(self, number: int, output: GenerateOutput) -> None:
+        """Keep an output for identical requests, and let the oldest go."""
+        self._outputs[number] = output
+        while len(self._outputs) > KEPT_OUTPUTS:
+            oldest = next(iter(self._outputs))
+            del self._outputs[oldest]
+            self._twins = {digest: first for digest, first in self._twins.items() if first != oldest}
+
+
+class _ImagePool:
+    """Features of images on the device, found by a hash of their pixels; place 0 is the blank image."""
+
+    def __init__(self, session: AnswerSession, row: EncodedExample):
+        self._session, self._rows = session, session.sizes.admission_rows
+        self._size = 1 + POOL_ADMISSIONS * self._rows
+        self._place_of: collections.OrderedDict[bytes, int] = collections.OrderedDict()
+        blank = dict(row) | {"pixels": np.zeros_like(row["pixels"])}
+        batch = self._images([blank])
+        batch = dataclasses.replace(batch, image_BHWC=np.zeros_like(batch.image_BHWC))
+        shapes = jax.eval_shape(session.model.extract_features, session.params, batch)
+        self.features = jax.tree.map(
+            lambda leaf: self._on_mesh(np.zeros((self._size, *leaf.shape[1:]), leaf.dtype)), shapes
+        )
+        self._encode(batch, [0])
+
+    def _on_mesh(self, array: np.ndarray):
+        replicated = jax.sharding.NamedSharding(self._session.mesh, jax.sharding.PartitionSpec())
+        return jax.make_array_from_callback(array.shape, replicated, array.__getitem__)
+
+    def _images(self, rows: Sequence[EncodedExample]) -> Batch:
+        """A batch of one admission's size with the images of some rows."""
+        padded = [*rows, *[rows[-1]] * (self._rows - len(rows))]
+        return self._session.collate(padded, (1, 1), True)
+
+    def _encode(self, batch: Batch, places: Sequence[int]) -> None:
+        place_B = np.full(self._rows, self._size, np.int32)
+        place_B[: len(places)] = places
+        session = self._session
+        with sharding.use_mesh(session.mesh):
+            placed = sharding.shard_global_batch(batch, session.mesh)
+            self.features = programs.encode_images(session.model, session.params, placed, self.features, place_B)
+
+    def places(self, requests: Sequence[AnswerRequest], soon: Iterable[AnswerRequest]) -> np.ndarray:
+        """int32 (B,): the place of each request's image; missing ones are encoded, with those of `soon` that fit."""
+        digests = [one.image_digest for one in requests]
+        for digest in filter(self._place_of.__contains__, digests):
+            self._place_of.move_to_end(digest)
+        missing = {one.image_digest: one.row for one in requests if self._is_missing(one)}
+        if missing:
+            for one in soon:
+                if len(missing) >= self._rows:
+                    break
+                if self._is_missing(one):
+                    missing.setdefault(one.image_digest, one.row)
+            places = []
+            for digest in missing:
+                is_full = len(self._place_of) == self._size - 1
+                place = self._place_of.popitem(last=False)[1] if is_full else len(self._place_of) + 1
+                self._place_of[digest] = place
+                places.append(place)
+            self._encode(self._images(list(missing.values())), places)
+        return np.array([self._place_of[digest] if digest else 0 for digest in digests], np.int32)
+
+    def _is_missing(self, request: AnswerRequest) -> bool:
+        return bool(request.image_digest) and request.image_digest not in self._place_of
+
+
+def blank_rows(batch: Batch, is_blind_B: np.ndarray) -> Batch:
+    """The batch with blank pictures and regions of zeros in some rows."""
+
+    def blank(array):
+        is_blind = is_blind_B.reshape(-1, *[1] * (array.ndim - 1))
+        return np.where(is_blind, np.zeros((), array.dtype), array)
+
+    fields = {name: getattr(batch, name) for name in ("image_BHWC", "sam_image_BHWC", "region_BKD")}
+    return dataclasses.replace(
+        batch, **{name: None if array is None else blank(array) for name, array in fields.items()}
+    )

@@ -47,7 +47,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
             from lionjax.inference import loading
 
             evaluation_start = time.time()
-            engine = loading.from_params(experiment, params).engine
+            engine = loading.for_answering(experiment, params).engine
             updates = run_folder.updates_before(experiment, len(experiment.stages))
             entries = runner.evaluate_run(engine, experiment, args.workdir, updates)
             run_log.add_evaluation_seconds(args.workdir, time.time() - evaluation_start)
@@ -80,9 +80,10 @@ def evaluate(args: argparse.Namespace, fields: list[str]) -> None:
         source = config.apply_overrides(source, fields)
     elif fields:
         raise UsageError(f"unknown argument {fields[0]!r}; see `lionjax evaluate --help`")
-    model = lionjax.load(args.dir)
+    model = lionjax.load(args.dir, int8=args.int8)
     names = runner.model_benchmarks(model, args.split, source) if run_all else [args.benchmark]
-    entries = [runner.evaluate_model(model, name, args.dir, args.limit, args.split, source) for name in names]
+    options = (args.limit, args.split, source, args.blind is not False)
+    entries = [runner.evaluate_model(model, name, args.dir, *options) for name in names]
     if args.json:
         print(json.dumps(entries, indent=1))
     else:
@@ -369,7 +370,7 @@ def _record_makers(args: argparse.Namespace) -> dict:
 
 def _draw_examples(source, split: str, limit: int, path: Path) -> None:
     """Write a PNG grid of the examples that `data inspect` lists, with their boxes and masks."""
-    from lionjax.data import images, mixture
+    from lionjax.data import images, samples
     from lionjax.data.config import DataConfig
     from lionjax.data.datasets.source import open_split
     from lionjax.data.scenes.tasks import MASK_TASKS
@@ -378,7 +379,7 @@ def _draw_examples(source, split: str, limit: int, path: Path) -> None:
     data = DataConfig(sources=(source,), on_bad_record="replace")
     cells = []
     for task in open_split(source, split, data.processor.max_pixels).task_sizes:
-        for sample in mixture.examples(data, task, split, limit):
+        for sample in samples.examples(data, task, split, limit):
             example = sample.example
             masks = sample.masks() if task in MASK_TASKS else ()
             overlays = [plots.Overlay(box, color=plots.QUERY_COLOR) for box in example.question_boxes]

@@ -118,6 +118,9 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     return parser, verbs.choices
 
 
+INT8_HELP = "round the language model's matrices to int8"
+
+
 def positive_int(text: str) -> int:
     """An integer above 0 from the command line. Raises ArgumentTypeError for anything else."""
     if not text.strip().isdecimal() or not int(text):
@@ -136,6 +139,7 @@ def add_evaluate_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--split", default="heldout", help="train, validation or heldout (default: heldout)")
     verb.add_argument("--source", help="data to use instead of the run's: a folder or an annotation file")
     add_annotation_arguments(verb)
+    verb.add_argument("--int8", action="store_true", help=INT8_HELP)
     score_command.add_arguments(verb)
     verb.add_argument("--json", action="store_true", help="print the metrics as JSON")
 

@@ -33,7 +33,7 @@ def in_background(items: Iterable[T], ahead: int) -> Iterator[T]:
     results: queue.Queue[tuple[bool, object]] = queue.Queue(ahead)
     is_closed = threading.Event()
 
-    def put(entry) -> bool:
+    def offer(entry) -> bool:
         while not is_closed.is_set():
             try:
                 results.put(entry, timeout=0.1)
@@ -45,11 +45,11 @@ def in_background(items: Iterable[T], ahead: int) -> Iterator[T]:
     def work():
         try:
             for item in items:
-                if not put((True, item)):
+                if not offer((True, item)):
                     return
-            put((False, None))
+            offer((False, None))
         except BaseException as error:
-            put((False, error))
+            offer((False, error))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -16,8 +16,9 @@ from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.chat import PromptFormat
 from lionjax.data.config import DataConfig
-from lionjax.data.mixture import Sample, padded_turn
+from lionjax.data.mixture import padded_turn
 from lionjax.data.processor import ImageTextInput
+from lionjax.data.samples import Sample
 from lionjax.inference.engine import InferenceEngine
 
 SELECTION_METHODS = ("random", "alike")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from PIL import Image
 
 from lionjax.data import images
-from lionjax.data.mixture import Sample
+from lionjax.data.samples import Sample
 from lionjax.inference import dual_encoder
 from lionjax.inference.engine import Answer, InferenceEngine, extract_boxes
 

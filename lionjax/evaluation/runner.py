@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 import logging
 import re
 import time
@@ -27,35 +26,36 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
+from lionjax.core import sharding
+from lionjax.core.config import to_json
 from lionjax.core.experiment import Experiment, GenerationDefaults
 from lionjax.core.files import read_record, take_record, write_atomic, write_json, write_jsonl
+from lionjax.core.journal import Journal, journal_key
 from lionjax.core.types import UserError
 from lionjax.data import images, pipeline
-from lionjax.data.boxes import join_text_and_boxes, split_text_and_boxes
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets.source import open_split
-from lionjax.data.mixture import Sample
-from lionjax.data.processor import Processor
 from lionjax.data.rle import encode_rle
+from lionjax.data.samples import Sample
 from lionjax.data.scenes.tasks import MASK_TASKS
 from lionjax.evaluation import tasks
-from lionjax.evaluation.detection import detect_answers
+from lionjax.evaluation.asking import TAG_ABLATION_TASKS, Inquiry, answer_questions, encode_samples
 from lionjax.evaluation.report.html import GALLERY_SIZE
-from lionjax.evaluation.retrieval import retrieval_batches
 from lionjax.evaluation.summary import metrics_by_kind, summarize_scores
-from lionjax.evaluation.tasks import SCORERS, TaskScores
+from lionjax.evaluation.tasks import SCORERS, TaskScores, benchmark_task
 from lionjax.evaluation.trained_records import TrainedRecords
-from lionjax.inference import detector, engine
+from lionjax.inference import engine
+from lionjax.inference.answer_mesh import model_digest
 from lionjax.inference.engine import Answer, InferenceEngine
 
 log = logging.getLogger(__name__)
 
-BATCH_SIZE = 32  # questions per batch
+__all__ = ("TAG_ABLATION_TASKS", "benchmark_task", "encode_samples")
+
+MAX_LISTED = 20  # names of records that are left out
 MAX_TRAIN_EXAMPLES = 200  # training examples for the majority baseline
-MIN_PADDED_LENGTH = 128  # tokens; prompts and questions are padded to this length, or to the model's maximum if shorter
 MAX_IMAGE_SIDE = 640  # pixels; saved images are downscaled to this longer side
-TAG_ABLATION_TASKS = ("vqa", "existence", "caption")  # run with and without tags
-TEACHER_FORCED_TASKS = ("rec", "grounded")  # also run with teacher forcing, for models with a region head
+VARIANTS = ("answers", "blind", "untagged", "tags_alone", "teacher_forced")
 
 
 def trained_benchmarks(experiment: Experiment) -> list[str]:
@@ -89,6 +89,7 @@ def evaluate_model(
     limit: int | None = None,
     split: str = "heldout",
     source: Any = None,
+    with_blind: bool = True,
 ) -> dict[str, Any]:
     """The metrics and baselines of one benchmark for a `Model`; see `evaluate`.
 
@@ -101,7 +102,7 @@ def evaluate_model(
     output_folder = None if folder is None else Path(folder)
     generation_config = model.experiment.generation
     arguments = (data, generation_config, benchmark, output_folder, limit, split, label, model.updates)
-    return evaluate(model.engine, *arguments, train_data=model.experiment.data)
+    return evaluate(model.engine, *arguments, train_data=model.experiment.data, with_blind=with_blind)
 
 
 def evaluate_run(inference_engine: InferenceEngine, experiment: Experiment, folder: Path, updates: int) -> list[dict]:
@@ -161,48 +162,46 @@ def evaluate(
     updates: int | None = None,
     few_shot: Any = None,
     train_data: DataConfig | None = None,
+    with_blind: bool = True,
 ) -> dict[str, Any]:
     """Run one benchmark: a dict with `metrics`, `intervals` (95 % bootstrap), baselines, and `details`, for JSON.
 
     `benchmark` is a task of a source of `data`, such as "vqa", or "coco/vqa" for one source's. `limit` is the maximum
     number of questions. `few_shot` (a `FewShot`) adds examples before each question. `label` names metrics and files,
     by default after the benchmark. With `folder`, answers and metrics are written there. `train_data`: what the
-    model was trained on (default: `data`); `trained_on` counts the questions about its records. Raises UserError for
-    an unknown benchmark, and for unreadable records.
+    model was trained on (default: `data`); `trained_on` counts the questions about its records. `with_blind`: also ask
+    with a blank image. With `folder`, a run that was killed goes on where it stopped. Raises UserError for an unknown
+    benchmark, for unreadable records, and for a journal of another model.
     """
     task, label, start_time = benchmark_task(benchmark), label or benchmark_label(benchmark), time.perf_counter()
-    folder = folder if jax.process_index() == 0 else None  # only the main process writes
-    examples, predictions, records, true_masks = [], {}, [], []
+    writes = folder is not None and jax.process_index() == 0  # only the main process writes answers and figures
+    skipped: dict[str, UserError] = {}
+    inquiry = Inquiry(
+        data, benchmark, split, limit, few_shot, with_blind, lambda name, error: skipped.setdefault(name, error)
+    )
+    journal = None
+    if writes and few_shot is None:
+        journal = open_journal(folder, label, inference_engine, generation_config, inquiry)
     trained = TrainedRecords(data, split, train_data or data)
-    image_folder = None if folder is None else folder / "evaluation" / "pictures"
-    for samples, batch_predictions in run_batches(
-        inference_engine, data, generation_config, benchmark, limit, split, few_shot
-    ):
-        for variant, variant_batch in batch_predictions.items():
-            predictions.setdefault(variant, []).extend(variant_batch)
-        for sample in samples:
-            in_gallery = len(examples) < GALLERY_SIZE and image_folder is not None
-            image_field = {"image": f"pictures/{save_image(sample, image_folder)}"} if in_gallery else {}
-            records.append(question_record(sample) | image_field)
-            examples.append(sample.example)
-            trained.add(sample)
-            true_masks += [encode_rle(sample.masks().any(axis=0))] if task in MASK_TASKS else []
+    answered = ask_all(inference_engine, generation_config, inquiry, journal, trained, folder)
+    folder = folder if writes else None
+    in_order = [answered[position] for position in sorted(answered)]
+    examples, records = ([entry[k] for entry in in_order] for k in (0, 1))
+    true_masks = [mask for *_, mask in in_order if mask is not None]
+    names = [name for name in VARIANTS if in_order and name in in_order[0][2]]
+    predictions: dict[str, list[Answer]] = {name: [found[name] for _, _, found, _ in in_order] for name in names}
     if not examples:
         raise UserError(f"{benchmark!r} has no usable question; see the warnings above and check the data")
     log.info("%s: %d questions", label, len(examples))
     train = train_examples(data, benchmark)
     if train:
         predictions["majority"] = list(map(prediction_from_text, tasks.constant_answers(task, train, examples)))
-    texts = {variant: [answer.text for answer in answers] for variant, answers in predictions.items()}
-    masks = {}
-    if true_masks:
-        masks = {variant: predicted_masks(answers, true_masks) for variant, answers in predictions.items()}
-    scores = {
-        variant: SCORERS[task](true_masks, masks[variant]) if true_masks else SCORERS[task](examples, variant_texts)
-        for variant, variant_texts in texts.items()
-    }
+    scores, texts, masks = score_variants(task, examples, predictions, true_masks)
     entry = {"benchmark": label, "task": task, "split": split, "limit": limit, "updates": updates}
     entry |= trained.summary(label)
+    if left_out := inquiry.count() - len(examples):
+        names = list(skipped)
+        entry["left_out"] = {"questions": left_out, "records": len(names), "names": names[:MAX_LISTED]}
     entry |= {"samples": len(examples), "seconds": round(time.perf_counter() - start_time, 3)}
     entry |= summarize_scores(label.removesuffix(task), scores)
     if task in tasks.PER_KIND_TASKS:
@@ -215,15 +214,78 @@ def evaluate(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(path, results)
         update_report(folder, entry, inference_engine)
+    if journal is not None:
+        journal.delete()  # its answers are in NAME.jsonl
     return entry
 
 
-def benchmark_task(benchmark: str) -> str:
-    """The task of a benchmark: "coco/rec@digits" is "rec". Raises UserError for an unknown one."""
-    task = benchmark.partition("@")[0].rpartition("/")[2]
-    if task not in SCORERS:
-        raise UserError(f"there is no benchmark {benchmark!r}; choose {', '.join(SCORERS)}, or all")
-    return task
+def score_variants(
+    task: str, examples: Sequence[Any], predictions: Mapping[str, Sequence[Answer]], true_masks: Sequence[Mapping]
+) -> tuple[dict[str, TaskScores], dict[str, list[str]], dict[str, list]]:
+    """{variant: scores}, {variant: texts} and, for res, {variant: masks} of the predictions."""
+    texts = {variant: [answer.text for answer in answers] for variant, answers in predictions.items()}
+    masks = {}
+    if true_masks:
+        masks = {variant: predicted_masks(answers, true_masks) for variant, answers in predictions.items()}
+    scores = {
+        variant: SCORERS[task](true_masks, masks[variant]) if true_masks else SCORERS[task](examples, variant_texts)
+        for variant, variant_texts in texts.items()
+    }
+    return scores, texts, masks
+
+
+def ask_all(
+    inference_engine: InferenceEngine,
+    generation_config: GenerationDefaults,
+    inquiry: Inquiry,
+    journal: Journal | None,
+    trained: TrainedRecords,
+    folder: Path | None,
+) -> dict[int, tuple]:
+    """{position: (example, fields of its line, {variant: Answer}, mask or None)} of the questions that are answered.
+
+    `trained` counts them. With `folder`, images of the gallery are written there. With a mesh of its own on each host,
+    processes share the questions; else they answer each batch together.
+    """
+    is_shared = jax.process_count() > 1 and not inference_engine.mesh.is_multi_process
+    if is_shared:
+        inquiry = dataclasses.replace(inquiry, part=(jax.process_index(), jax.process_count()))
+    image_folder = None
+    if folder is not None and (is_shared or jax.process_index() == 0):
+        image_folder = folder / "evaluation" / "pictures"
+    is_segmentation = benchmark_task(inquiry.benchmark) in MASK_TASKS
+    answered: dict[int, tuple] = {}
+    for sample, predictions in answer_questions(inference_engine, generation_config, inquiry, journal):
+        in_gallery = sample.position < GALLERY_SIZE and image_folder is not None
+        image_field = {"image": f"pictures/{save_image(sample, image_folder)}"} if in_gallery else {}
+        mask = encode_rle(sample.masks().any(axis=0)) if is_segmentation else None
+        answered[sample.position] = (sample.example, question_record(sample) | image_field, predictions, mask)
+        trained.add(sample)
+    if is_shared:
+        parts = sharding.gather_objects((answered, trained.counts))
+        answered = {position: entry for some, _ in parts for position, entry in some.items()}
+        trained.counts = [sum(values) for values in zip(*(counts for _, counts in parts))]
+    return answered
+
+
+def open_journal(
+    folder: Path, label: str, inference_engine: InferenceEngine, generation: GenerationDefaults, inquiry: Inquiry
+) -> Journal | None:
+    """The journal of an unfinished evaluation in a run's folder; None with several processes.
+
+    Raises UserError if it holds answers of another model or to other questions.
+    """
+    if jax.process_count() > 1:  # all ask the same questions together
+        return None
+    journal = Journal(folder / "evaluation" / f"{label}.journal.jsonl")
+    asked = {"data": to_json(inquiry.data), "benchmark": inquiry.benchmark, "split": inquiry.split}
+    settings = {
+        "model": model_digest(inference_engine.model, inference_engine.params),
+        "generation setting": journal_key(dataclasses.asdict(generation)),
+        "set of questions": journal_key(asked),
+    }
+    journal.require(settings, "answers")
+    return journal
 
 
 def benchmark_label(benchmark: str) -> str:
@@ -233,123 +295,9 @@ def benchmark_label(benchmark: str) -> str:
     return re.sub(r"\W+", "_", "_".join(filter(None, (source, box_format, task))))
 
 
-def run_batches(
-    inference_engine: InferenceEngine,
-    data: DataConfig,
-    generation_config: GenerationDefaults,
-    benchmark: str,
-    limit: int | None,
-    split: str,
-    few_shot: Any = None,
-) -> Iterator[tuple[list[Sample], dict[str, list[Answer]]]]:
-    """Yields batches of samples with the predictions of each variant: "answers", "blind", and two more with tags.
-
-    All batches of all benchmarks have one shape, so that only two programs are compiled: for short and long answers.
-    """
-    task, processor = benchmark_task(benchmark), inference_engine.processor
-    if inference_engine.model.info.detects_phrases:
-        yield from detect_batches(inference_engine, pipeline.examples(data, benchmark, split, limit))
-        return
-    if inference_engine.model.info.is_dual_encoder:
-        yield from retrieval_batches(inference_engine, pipeline.examples(data, benchmark, split, limit))
-        return
-    tagged = processor.config.use_tags and task != "tags"  # in the tags task, tags would leak the answer
-    with_text = tagged or processor.config.spatial_text_in_prompt
-    variants = {"answers": (False, with_text), "blind": (True, False)}  # (image_blind, with tags and boxes as text)
-    lengths = (processor.config.max_prompt_tokens, processor.config.max_question_tokens)
-    min_shape = (1, *(min(length, MIN_PADDED_LENGTH) for length in lengths))
-    selected = pipeline.examples(data, benchmark, split, limit)
-    samples = encode_samples(processor, data, selected, tagged, task, few_shot)
-    segments = task in MASK_TASKS and processor.config.sam_image_size > 0
-    while batch := list(itertools.islice(samples, BATCH_SIZE)):
-        batch_samples = [sample for sample, _ in batch]
-        rows = {kind: [row[kind] for _, row in batch] for kind in batch[0][1]}
-        if tagged and task in TAG_ABLATION_TASKS and any(sample.example.tags for sample in batch_samples):
-            variants |= {"untagged": (False, False), "tags_alone": (True, True)}
-        # The shape only grows, so that later batches do not recompile.
-        min_shape = tuple(map(max, min_shape, (len(batch_samples), *engine.bucketed_lengths(rows[True] + rows[False]))))
-        config = engine.make_generation_config(generation_config, processor, batch_samples[0].example.category, task)
-        sizes = [image_size(sample) for sample in batch_samples] if segments else None
-        predictions = {
-            variant: inference_engine.generate(rows[tags], config, blind, min_shape, image_sizes=sizes)
-            for variant, (blind, tags) in variants.items()
-        }
-        if "forced" in rows:
-            forced_boxes = inference_engine.teacher_forced_boxes(rows["forced"], min_shape)
-            predictions["teacher_forced"] = [
-                teacher_forced_prediction(sample, boxes_K4) for sample, boxes_K4 in zip(batch_samples, forced_boxes)
-            ]
-        yield batch_samples, predictions
-
-
-def detect_batches(
-    inference_engine: InferenceEngine, samples: Iterator[Sample]
-) -> Iterator[tuple[list[Sample], dict[str, list[Answer]]]]:
-    """`run_batches` of a phrase detector: what it finds for each caption, and for a gray image ("blind")."""
-    phrase_detector = detector.from_engine(inference_engine)
-    while batch := list(itertools.islice(samples, BATCH_SIZE)):
-        inputs = [sample.image for sample in batch], [sample.example.question for sample in batch]
-        variants = {"answers": False, "blind": True}
-        yield batch, {name: detect_answers(phrase_detector, *inputs, blind) for name, blind in variants.items()}
-
-
-def encode_samples(
-    processor: Processor, data: DataConfig, samples: Iterable[Sample], use_tags: bool, task: str, few_shot: Any = None
-) -> Iterator[tuple[Sample, dict[Any, engine.EncodedExample]]]:
-    """Yields each sample with its encoded examples: {True: with tags, False: without, "forced": with the answer}.
-
-    Boxes as text go with the tags. "forced" is present for models with a region head. A question longer than the
-    model's maximum is skipped with a warning, or raises UserError if `data.on_bad_record` is "raise".
-    """
-    for sample in samples:
-        example, pixels = sample.example, processor.load_pixels(sample.image)
-        tags, box_format = example.tags if use_tags else (), sample.box_format or processor.config.box_format
-        boxes = (*example.question_boxes, *example.boxes)
-        prompt_format, asked = sample.prompt_format, example
-        if sample.padded_example is not None and processor.config.pad_to_square and few_shot is None:
-            asked = sample.padded_example  # the boxes as they were in training
-            prompt_format = dataclasses.replace(prompt_format, turns=asked.history, padded_boxes=True)
-        if sample.more_images or task == "conversation":  # its rows have one image, several or none
-            pixels = processor.stack_images([pixels, *map(processor.load_pixels, sample.more_images)])
-        if few_shot is not None:
-            pixels, prompt_format = few_shot.prepend_examples(sample, pixels)
-        encode_args = (example.category, boxes, processor.get_letterbox(sample.image), box_format, prompt_format)
-        fields = processor.load_sam_pixels(sample.image) if task in MASK_TASKS else {}
-        try:
-            found = sample.load_regions() if processor.config.region_width else []
-            fields |= processor.encode_regions(found, example.answer, np.random.default_rng(0), sample.name)
-            context = processor.spatial_context(found[0] if found else None)
-            rows = {
-                with_tags: processor.encode_example(pixels, asked.question, texts, None, *encode_args, context=context)
-                | fields
-                for with_tags, texts, context in ((True, tags, context), (False, (), ""))
-            }
-            if task in TEACHER_FORCED_TASKS and box_format == "embeddings":
-                rows["forced"] = processor.encode_example(pixels, asked.question, tags, asked.answer, *encode_args)
-        except UserError as error:
-            if data.on_bad_record == "raise":
-                raise
-            log.warning("skipped: %s", error)
-        else:
-            yield sample, rows
-
-
-def teacher_forced_prediction(sample: Sample, boxes_K4: np.ndarray) -> Answer:
-    """The true answer with its boxes replaced by the predicted ones, in order."""
-    predicted_boxes = iter(boxes_K4.tolist())
-    parts = split_text_and_boxes(sample.example.answer)
-    replaced = [part if isinstance(part, str) else tuple(next(predicted_boxes, (0.0,) * 4)) for part in parts]
-    return Answer(join_text_and_boxes(replaced), boxes_K4)
-
-
 def prediction_from_text(text: str) -> Answer:
     """A text answer with the boxes that its text holds."""
     return Answer(text, engine.extract_boxes(text))
-
-
-def image_size(sample: Sample) -> tuple[int, int]:
-    """(width, height) of a sample's image, in pixels."""
-    return images.to_pil_image(sample.image).size
 
 
 def question_record(sample: Sample) -> dict[str, Any]:
@@ -419,10 +367,14 @@ def update_report(folder: Path, entry: Mapping[str, Any], inference_engine: Infe
     entry_keys = {"metrics": "metrics", "intervals": "intervals", "baselines": "blind", "majority": "majority"}
     for report_key, entry_key in entry_keys.items():
         report.setdefault(report_key, {}).update(entry.get(entry_key, {}))
+    if "blind" not in entry:  # those of an earlier evaluation are not beside these figures
+        for key in entry["metrics"]:
+            report["baselines"].pop(key, None)
     for variant in ("untagged", "teacher_forced"):
         for key, value in entry.get(variant, {}).items():
             report["metrics"][f"{key}_{variant}"] = value
-            report["baselines"][f"{key}_{variant}"] = entry["blind"][key]
+            if "blind" in entry:
+                report["baselines"][f"{key}_{variant}"] = entry["blind"][key]
     report.setdefault("evaluation", {})[entry["benchmark"]] = dict(entry)
     if inference_engine.generation_seconds:
         rate = inference_engine.num_generated_tokens / inference_engine.generation_seconds

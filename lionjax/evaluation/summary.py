@@ -49,6 +49,8 @@ def describe_questions(entry: Mapping[str, Any]) -> str:
     samples, trained = entry["samples"], entry.get("trained_on", 0)
     split = entry["split"] if entry.get("has_splits", True) else "all records (no split is held out)"
     words = f"{samples} questions of {split}"
+    if left_out := entry.get("left_out"):
+        words += f", without {left_out['questions']} that could not be read or asked"
     if not trained:
         return words
     share = "all" if trained == samples else str(trained)

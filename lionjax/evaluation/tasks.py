@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lionjax.core.types import UserError
 from lionjax.data.boxes import split_text_and_boxes
 from lionjax.evaluation import detection
 from lionjax.evaluation.metrics import captions, regions, vqa
@@ -352,3 +353,11 @@ def random_box_accuracy(train: Examples, questions: Examples) -> float:
     """Expected accuracy at IoU > 0.5 of answering with a random training box."""
     train_boxes, true_boxes = (np.array([example.boxes[0] for example in group]) for group in (train, questions))
     return float(np.mean(regions.iou_matrix(train_boxes, true_boxes) > 0.5))
+
+
+def benchmark_task(benchmark: str) -> str:
+    """The task of a benchmark: "coco/rec@digits" is "rec". Raises UserError for an unknown one."""
+    task = benchmark.partition("@")[0].rpartition("/")[2]
+    if task not in SCORERS:
+        raise UserError(f"there is no benchmark {benchmark!r}; choose {', '.join(SCORERS)}, or all")
+    return task

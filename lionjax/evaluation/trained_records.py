@@ -14,7 +14,8 @@ from lionjax.core.types import UserError
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets.annotated_images import AnnotatedImages
 from lionjax.data.datasets.source import has_splits
-from lionjax.data.mixture import MixtureDataset, Sample, open_mixture
+from lionjax.data.mixture import MixtureDataset, open_mixture
+from lionjax.data.samples import Sample
 
 log = logging.getLogger(__name__)
 
@@ -47,23 +48,23 @@ class TrainedRecords:
         else:
             self.identities = set(_identities(training))
 
-        self.num_samples = self.num_trained = 0
-        self.all_differ = True
+        self.counts = [0, 0, 0]  # samples; those about training records; those whose source's splits do not differ
 
     def add(self, sample: Sample) -> None:
         """Count a question of the evaluation."""
-        self.num_samples, self.num_trained = self.num_samples + 1, self.num_trained + (sample in self)
-        self.all_differ &= self.splits_differ(sample)
+        of_sample = (1, sample in self, not self.splits_differ(sample))
+        self.counts = [count + int(one) for count, one in zip(self.counts, of_sample)]
 
     def summary(self, label: str) -> dict[str, Any]:
         """The counts for report.json, with a warning that names the benchmark `label` if any was trained on.
 
         "trained_on": number of questions about training records. "has_splits": whether the splits are other records.
         """
-        if self.num_trained:
-            counts = self.num_trained, self.num_samples
+        num_samples, num_trained, num_same = self.counts
+        if num_trained:
+            counts = num_trained, num_samples
             log.warning("%s: %d of %d questions are about records that the model was trained on", label, *counts)
-        return {"trained_on": self.num_trained, "has_splits": self.all_differ}
+        return {"trained_on": num_trained, "has_splits": not num_same}
 
     def _source_index(self, sample: Sample) -> int:
         matches = [k for k, name in enumerate(self.source_names) if sample.name.startswith(f"{name}/")]

@@ -178,7 +178,7 @@ class InferenceEngine:
         for start in range(0, len(rows), BATCH_SIZE_BUCKETS[-1]):
             part = rows[start : start + BATCH_SIZE_BUCKETS[-1]]
             batch = self.collate(part, min_shape)
-            batch = blank_rows(batch, np.ones(len(batch.task_B), bool)) if image_blind else batch
+            batch = blank_images(batch) if image_blind else batch
             key = None
             if config.do_sample:
                 of_part = seeds[start : start + len(part)]
@@ -336,7 +336,7 @@ class InferenceEngine:
         for start in range(0, len(rows), BATCH_SIZE_BUCKETS[-1]):
             part = rows[start : start + BATCH_SIZE_BUCKETS[-1]]
             batch = self.collate(part, min_shape, with_targets=True)
-            batch = blank_rows(batch, np.ones(len(batch.task_B), bool)) if image_blind else batch
+            batch = blank_images(batch) if image_blind else batch
             with sharding.use_mesh(self.mesh):
                 placed = sharding.shard_global_batch(batch, self.mesh)
                 box_BK4, real_BK = sharding.gather_to_host(predict_boxes(self.model, self.params, placed))
@@ -418,6 +418,11 @@ class InferenceEngine:
         stacked.setdefault("pixels", np.zeros((len(rows), 1, 1, 3), np.uint8))
         batch = self.processor.collate(stacked)
         return batch if with_images else dataclasses.replace(batch, image_BHWC=None)
+
+
+def blank_images(batch: Batch) -> Batch:
+    """The batch with blank pictures and regions of zeros."""
+    return blank_rows(batch, np.ones(len(batch.task_B), bool))
 
 
 def require_finite_output(output: GenerateOutput, num_rows: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lionjax.core.errors import RetryError, UserError, check_choices, check_ranges
+from lionjax.core.journal import Journal, journal_key
 from lionjax.pipelines.completion import Completion, Request, ToolCall, num_characters
 
 log = logging.getLogger(__name__)

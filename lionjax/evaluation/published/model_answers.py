@@ -34,7 +34,7 @@ from lionjax.evaluation.submissions import write_submission
 
 log = logging.getLogger(__name__)
 
-BATCH_SIZE = 32  # prompts at once
+BATCH_SIZE = 256  # prompts at once, which are answered in slots
 RIGHT_SCORE = 0.5  # of an answer that counts as right in the gallery
 NUM_PICTURES = 12  # right and wrong answers each of whose picture a copy is kept
 PICTURE_SIDE = 320  # pixels of the longer side of these copies

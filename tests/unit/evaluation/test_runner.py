@@ -15,11 +15,11 @@ from lionjax import cli
 from lionjax.core.types import UserError
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.scenes.tasks import Example
-from lionjax.evaluation import runner
+from lionjax.evaluation import asking, runner
 from lionjax.evaluation import tasks as scoring
 from lionjax.evaluation.metrics import captions, regions, vqa
 from lionjax.evaluation.report.html import write_report
-from lionjax.inference import engine
+from lionjax.inference import engine, slots
 
 LIMIT = 6
 TASKS = ("vqa", "existence", "relation", "caption", "rec", "reg", "tags")
@@ -168,12 +168,13 @@ def test_answers_without_the_image_differ_from_answers_with_it(entries, folder):
 
 
 @pytest.mark.slow
-def test_many_batches_and_all_benchmarks_of_long_answers_share_one_program(model, monkeypatch):
-    monkeypatch.setattr(runner, "BATCH_SIZE", 4)
-    before = engine.generate._cache_size()
-    for task in ("rec", "reg", "tags", "caption"):
+def test_all_benchmarks_of_long_answers_share_the_programs_of_their_slots(model, monkeypatch):
+    monkeypatch.setattr(asking, "BATCH_SIZE", 4)
+    assert runner.evaluate_model(model, "rec", limit=10)["samples"] == 10
+    before = [program._cache_size() for program in (slots.init_slots, slots.decode, slots.encode_images)]
+    for task in ("reg", "tags", "caption"):
         assert runner.evaluate_model(model, task, limit=10)["samples"] == 10
-    assert engine.generate._cache_size() == before + 1
+    assert [program._cache_size() for program in (slots.init_slots, slots.decode, slots.encode_images)] == before
 
 
 @pytest.mark.slow

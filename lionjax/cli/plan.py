@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", metavar="NAME", required=True, help=names)
     parser.add_argument("--slices", metavar="N", type=int, default=1, help="number of slices (default: 1)")
     parser.add_argument("--mesh", metavar="F,T", help="FSDP, FSDP,TENSOR or DATA,FSDP,TENSOR (default: the config's)")
-    stages = "a stage's number or name, `all` or `generation` (default: the stage with the most trained parameters)"
+    stages = "a stage's number or name, `all`, `generation` or `answers` (default: the stage that trains most)"
     parser.add_argument("--stage", metavar="N", help=stages)
     parser.add_argument("--search", action="store_true", help="try meshes, remat policies and batch sizes; rank them")
     quick = "compile in a third of the time, to a slower program that needs about as much memory"
@@ -37,6 +37,9 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> None:
     from lionjax.planner.worker import PlanWorker
 
     mesh = None if args.mesh is None else parse_mesh(args.mesh, args.slices)
+    if args.stage == "answers":
+        _plan_answers(args, experiment, topology, mesh)
+        return
     if args.search:
         with PlanWorker() as compiler:
             results = list(_search(experiment, topology, args.stage, args.quick, compiler.plan))
@@ -51,6 +54,38 @@ def plan(args: argparse.Namespace, overrides: list[str]) -> None:
                 print(format_plan(results[-1]), flush=True)
     if args.json:
         print(json.dumps([to_json(result) for result in results], indent=1))
+
+
+def _plan_answers(args: argparse.Namespace, experiment, topology, mesh) -> None:
+    """Print the plan of answering in slots."""
+    from lionjax.planner import answer_plans
+    from lionjax.planner.worker import PlanWorker
+
+    with PlanWorker(answer_plans.run_answer_job) as compiler:
+        result = compiler.plan(experiment, topology, 0, mesh, quick=args.quick)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(result) | {"tokens_per_second": result.tokens_per_second}, indent=1))
+    else:
+        print(format_answer_plan(result))
+
+
+def format_answer_plan(result) -> str:
+    """An AnswerPlan as text of several lines."""
+    verdict = "fits" if result.fits else "DOES NOT FIT"
+    _, data, fsdp, tensor = result.mesh
+    lines = [
+        f"{result.config}, answers, on {result.topology}: {verdict}, {result.peak_gib:.2f} of {result.hbm_gib:g} GiB "
+        "per device",
+        f"  mesh        data {data} fsdp {fsdp} tensor {tensor}, bfloat16 weights",
+        f"  slots       {result.num_slots}, {result.admission_rows} prompts of {result.prompt_tokens} tokens of text "
+        f"admitted at once, {result.tokens} tokens an answer",
+    ]
+    if result.fits:
+        for name, seconds in result.programs.items():
+            bottleneck = max(result.terms[name], key=result.terms[name].get)
+            lines.append(f"  {name:<11} {seconds * 1e3:.3g} ms at the published peak rates; bottleneck: {bottleneck}")
+        lines.append(f"  prediction  {result.tokens_per_second:,.0f} tokens/s at most, images and prompts counted")
+    return "\n".join(lines)
 
 
 def _search(experiment, topology, stage, quick, plan_fn):

@@ -118,6 +118,7 @@ def _compare_ids(folder: Path, show: Any) -> dict[str, Any]:
     import lionjax
     from lionjax.convert.formats import detect
     from lionjax.convert.verify import generated_ids
+    from lionjax.core.sharding import MeshConfig
     from lionjax.core.types import UserError
 
     format_name = detect.open_checkpoint(folder).checkpoint_format.name
@@ -125,7 +126,7 @@ def _compare_ids(folder: Path, show: Any) -> dict[str, Any]:
     try:
         if template is None or not (folder / "config.json").is_file():
             raise UserError(f"transformers has no class for these files of a {format_name}")
-        model = lionjax.load(folder)
+        model = lionjax.load(folder, MeshConfig())  # with a mesh, weights are not cast to bfloat16
         prompts = [template.format(question=question) for question in QUESTIONS]
         images = _drawn_images(len(prompts), model.processor.config.image_size)
         theirs = generated_ids.transformers_answers(folder, images, prompts, NEW_TOKENS)

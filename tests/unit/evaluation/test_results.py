@@ -176,7 +176,7 @@ def page(root, tmp_path_factory):
     """(folder, entries, model) of one command over all fixtures."""
     folder, model = tmp_path_factory.mktemp("run"), Scripted(answers_of)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lionjax, "load", lambda folder: model, raising=False)
+        patch.setattr(lionjax, "load", lambda folder, **options: model, raising=False)
         code = cli.main(
             ["evaluate", str(folder), "--benchmark", "all", "--source", str(root), "--limit", "6", "--json"]
         )

@@ -80,7 +80,7 @@ data.turns                 data.chat
 data.wordings              data.templates
 demo                       serving.web_demo
 evaluation.answers         evaluation.metrics.vqa
-evaluation.benchmarks      evaluation.runner
+evaluation.benchmarks      evaluation.runner evaluation.asking
 evaluation.captions        evaluation.metrics.captions
 evaluation.goodput         evaluation.report.goodput
 evaluation.report          evaluation.report.html evaluation.report.plots

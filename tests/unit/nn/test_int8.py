@@ -37,6 +37,8 @@ def test_a_rounded_matrix_is_within_half_a_step_of_each_channel():
 def test_the_language_model_reads_int8_matrices_and_its_logits_move_little(language):
     model = TextLM(language)
     batch = text_batch(*random_prompts(0, language.vocab_size, (5, 9)))
+    target = (batch.prompt_BL, batch.prompt_mask_BL, batch.prompt_mask_BL)
+    batch = dataclasses.replace(batch, **dict(zip(("target_BM", "target_mask_BM", "loss_mask_BM"), target)))
     batch = dataclasses.replace(batch, task_B=np.zeros(2, np.int32))
     params = linen.unbox(jax.jit(model.init)(jax.random.key(0), batch))
     rounded = quantize_language(model, params, batch)

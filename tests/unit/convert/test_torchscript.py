@@ -71,3 +71,20 @@ def test_other_contents_are_refused_and_not_run(archive, tmp_path, capsys, chang
     with pytest.raises(UserError, match=problem):
         open_weights(rewritten(archive[1], tmp_path / "bad.pt", changes))
     assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["name", "version"])
+def test_a_damaged_zip_directory_is_one_sentence(tmp_path, damage):
+    file = tmp_path / "m.bin"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("\u00e9/data.pkl", b"")
+    data = bytearray(file.read_bytes())
+    start = data.rindex(b"PK\x01\x02")
+    if damage == "name":  # no UTF-8
+        place = data.index(b"\xc3\xa9", start)
+        data[place : place + 2] = b"\x80\x80"
+    else:  # of the program that can extract it
+        data[start + 6] = 64
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        open_weights(file)

@@ -135,9 +135,9 @@ def caption_batches(experiment: Experiment, number: int, captions: bool) -> Iter
     tokens, packing = processor.prompt.question_tokenizer, processor.config.packing
     for sample in pipeline.examples(experiment.data, "caption", "heldout"):
         (found,) = sample.load_regions()
-        if found.names:
+        if found.names or captions:
             draws = np.ones(5 * len(found.names))
-            draws[0] = 0  # the strongest box, which is never cut
+            draws[:1] = 0  # the strongest box, which is never cut
             text = sample.example.answer if captions else ""
             packed = pack_text(tokens, text, found.names, found.boxes, draws, packing)
             row = processor.encode_example(processor.load_pixels(sample.image), "a scene", answer=text or None)
@@ -169,7 +169,9 @@ def first_stage_scores(experiment: Experiment, params: Params) -> dict[str, list
         every = dataclasses.replace(others, image_BHWC=np.roll(batch.image_BHWC, 1, axis=0))
         for name, one in (("own", batch), ("regions", others), ("all", every)):
             accuracy[name].append(float(loss(params, one)[1]["masked_accuracy"]))
-    tags = [*(float(np.mean(values)) for values in accuracy.values()), max(labels.values()) / labels.total()]
+    tags = []  # of images without boxes
+    if labels:
+        tags = [*(float(np.mean(values)) for values in accuracy.values()), max(labels.values()) / labels.total()]
     return {"retrieval": float(np.mean(right)), "masked_tags": tags}
 
 
@@ -286,13 +288,13 @@ def detector_rec(run: Run, folder: Path) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in Markdown, and the mean and spread of each variant with several seeds."""
+    """The rows in Markdown, and the mean and spread of each variant with several seeds; nan: there is no masked tag."""
     lines = [
         "| regions | seed | R@1 in 32 | masked tags | VQA | caption CIDEr | REC | seconds, CPU |",
         "|---" * 8 + "|",
     ]
     for row in rows:
-        own, *others = row["masked_tags"]
+        own, *others = row["masked_tags"] or [float("nan")] * 4
         cells = [
             row["variant"],
             str(row["seed"]),
@@ -304,7 +306,7 @@ def table(rows: list[dict]) -> str:
     for variant in dict.fromkeys(row["variant"] for row in rows):
         group = [row for row in rows if row["variant"] == variant]
         if len(group) > 1:
-            values = [[row["retrieval"] for row in group], [row["masked_tags"][0] for row in group]]
+            values = [[row["retrieval"] for row in group], [(row["masked_tags"] or [float("nan")])[0] for row in group]]
             values += [[row[task][0] for row in group] for task in SCORES]
             cells = [f"{np.mean(column):.2f} ± {np.std(column, ddof=1):.2f}" for column in values]
             lines.append(f"| {variant} | mean | " + " | ".join(cells) + " | |")

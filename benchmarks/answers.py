@@ -26,7 +26,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parents[1]
 TASKS = {"vqa": 4, "existence": 2, "caption": 1, "rec": 1}  # questions about each picture, as far as it has them
 SIZE = 480  # side of the pictures in pixels
-WARM_UP = 96  # questions that compile the programs
 # Paths and arguments that both versions have.
 SIDE = """
 import dataclasses, json, sys, time
@@ -87,7 +86,7 @@ def write_questions(folder: Path, count: int) -> Path:
 def run_side(checkout: Path, args: argparse.Namespace, file: Path, out: Path) -> tuple[float, float, int, dict]:
     """(seconds, CPU seconds, questions, {benchmark: lines of its answers}) of one side."""
     env = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-    given = [str(args.run.resolve()), str(file), str(file.parent), ",".join(TASKS), str(WARM_UP), str(out)]
+    given = [str(args.run.resolve()), str(file), str(file.parent), ",".join(TASKS), str(args.warm_up), str(out)]
     made = subprocess.run([sys.executable, "-c", SIDE, *given], cwd=checkout, env=env, capture_output=True, text=True)
     if made.returncode:
         raise SystemExit(f"{checkout} failed: {made.stderr[-800:]}")
@@ -210,6 +209,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", help="a run folder or a folder of weights")
     parser.add_argument("--commit", default="1a7632d", help="the earlier commit")
     parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--warm-up", type=int, default=1000, help="questions of each task that compile the programs")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--peer", action="store_true", help="against transformers instead")
     parser.add_argument("--rows", type=int, default=8, help="--peer: rows per batch, and slots")

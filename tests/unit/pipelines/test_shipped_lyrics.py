@@ -2,6 +2,7 @@
 """The tiny Lyrics that ships with its refiner answers on a fresh clone, without any download or training."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -38,4 +39,4 @@ def test_the_shipped_folder_is_small_and_names_no_file_of_the_machine_that_made_
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert 1_000_000 < sum(path.stat().st_size for path in files) < MAX_BYTES
     texts = [path.read_text() for path in files if path.suffix == ".json"]
-    assert not [text for text in texts if "/tmp/" in text or "runs/" in text or "/work/" in text]
+    assert not [text for text in texts if re.search(r'"/\w|\bruns/', text)]  # no absolute path, no run folder

@@ -449,15 +449,14 @@ def test_mesh_search_ends_if_nothing_fits():
 # The page
 
 
-def test_every_full_size_config_is_planned_for_four_slices_or_named_as_lacking():
+def test_every_full_size_config_is_planned_for_four_slices():
     names = {path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("tiny")}
-    page = (CONFIGS.parent / "docs" / "plans.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+    lines = (CONFIGS.parent / "docs" / "plans.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     planned = {(row[0], row[2]) for row in rows if len(row) == 18}
-    named = page.partition("No row yet: ")[2].partition(".\n\n")[0].split(", ")
     pods = ("v5e-16", "v5e-256", "v5p-512", "2xv5e-256")
     lacking = {(name, pod) for name in names for pod in pods} - planned
-    assert lacking == {tuple(words.split(" on ")) for words in named if words}, "python -m benchmarks.plans --missing"
+    assert not lacking, f"python -m benchmarks.plans --missing makes them: {sorted(lacking)}"
 
 
 # A compiler that breaks off

@@ -156,7 +156,7 @@ def synthesize(args: argparse.Namespace, _) -> None:
 
 def demo(args: argparse.Namespace, _) -> None:
     """Serve a web demo of a model: chat about an image, click boxes, view predicted boxes and masks."""
-    from lionjax.serving import web_demo
+    from lionjax.pipelines.serving import web_demo
 
     web_demo.serve(args.dir, args.host, args.port, args.tagger, args.prompt_length, args.refiner)
 

@@ -78,7 +78,7 @@ data.tiny_tokenizer        tiny.tokenizer
 data.told                  tiny.exercises
 data.turns                 data.chat
 data.wordings              data.templates
-demo                       serving.web_demo
+demo                       pipelines.serving.web_demo
 evaluation.answers         evaluation.metrics.vqa
 evaluation.benchmarks      evaluation.runner evaluation.asking
 evaluation.captions        evaluation.metrics.captions

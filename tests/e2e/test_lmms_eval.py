@@ -17,7 +17,7 @@ pytest.importorskip("lmms_eval", reason="lmms-eval, of `make test-lmms`, is not 
 import datasets
 import small_lion
 
-from lionjax.serving.harness import HarnessModel, Request
+from lionjax.pipelines.serving.harness import HarnessModel, Request
 
 TASK = """
 task: toy_pope

@@ -91,7 +91,7 @@ def install_lmms_eval(monkeypatch):
     module(monkeypatch, "lmms_eval.api.model", lmms=LmmsModel)
     module(monkeypatch, "lmms_eval.protocol", ChatMessages=ChatMessages)
     module(monkeypatch, "lmms_eval.models.registry_v2", ModelManifest=ModelManifest)
-    monkeypatch.delitem(sys.modules, "lionjax.serving.lmms_models", raising=False)
+    monkeypatch.delitem(sys.modules, "lionjax.pipelines.serving.lmms_models", raising=False)
 
 
 def install_vlmevalkit(monkeypatch, folder: Path) -> Path:

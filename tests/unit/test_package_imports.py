@@ -25,8 +25,7 @@ MAY_IMPORT = {
     "pipelines": "core data inference evaluation",
     "planner": "core nn data training inference",
     "tiny": "core nn models data training evaluation",
-    "serving": "core data inference evaluation pipelines",
-    "cli": "core nn models data convert training inference evaluation pipelines planner tiny serving",
+    "cli": "core nn models data convert training inference evaluation pipelines planner tiny",
 }
 TOP_FILES = {"__init__.py", "__main__.py", "py.typed"}
 # Only these know the libraries in which models are written; others call a model through `core.types`.

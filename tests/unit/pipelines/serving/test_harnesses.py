@@ -14,8 +14,15 @@ from PIL import Image
 import lionjax
 from lionjax.core.types import UserError
 from lionjax.inference.sampling import GenerationConfig
-from lionjax.serving import vlmevalkit
-from lionjax.serving.harness import HarnessModel, Request, cut_at, join_images, parse_batch_size, with_settings
+from lionjax.pipelines.serving import vlmevalkit
+from lionjax.pipelines.serving.harness import (
+    HarnessModel,
+    Request,
+    cut_at,
+    join_images,
+    parse_batch_size,
+    with_settings,
+)
 
 SETTINGS = {"max_new_tokens": 8, "temperature": 0, "until": ["\n\n"], "image_aspect_ratio": "original"}
 # Three questions: a wide picture, none, and two pictures of different sizes.

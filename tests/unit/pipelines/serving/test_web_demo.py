@@ -20,8 +20,8 @@ from lionjax.core.types import UserError
 from lionjax.data.regions import ImageRegions
 from lionjax.evaluation.report import plots
 from lionjax.inference.model import Answer
-from lionjax.serving import web_demo
-from lionjax.serving.web_demo import Conversation, add_click
+from lionjax.pipelines.serving import web_demo
+from lionjax.pipelines.serving.web_demo import Conversation, add_click
 
 SIZE = (200, 100)
 PICTURE = Image.new("RGB", SIZE, "white")

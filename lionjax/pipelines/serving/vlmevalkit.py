@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VLMEvalKit with a lionjax model: `python -m lionjax.serving.vlmevalkit DIR --data NAME ...`.
+"""VLMEvalKit with a lionjax model: `python -m lionjax.pipelines.serving.vlmevalkit DIR --data NAME ...`.
 
 VLMEvalKit has no plugins: its models are those of one table. This program adds `lionjax` to that table and hands over
 to VLMEvalKit's own run.py, which takes all further arguments.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lionjax.core.types import UserError
-from lionjax.serving.harness import SEVERAL_IMAGES, HarnessModel, Request
+from lionjax.pipelines.serving.harness import SEVERAL_IMAGES, HarnessModel, Request
 
 NOT_INSTALLED = (
     "VLMEvalKit is not installed; install it from a clone with `pip install -e .`, or as `pip install ms-vlmeval`"
@@ -76,7 +76,7 @@ def register(folder: str, options: dict[str, Any]) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run VLMEvalKit with the model of a folder; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m lionjax.serving.vlmevalkit", description=__doc__, allow_abbrev=False
+        prog="python -m lionjax.pipelines.serving.vlmevalkit", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("dir", metavar="DIR", help="a run folder or a folder of weights")
     parser.add_argument("--run-script", metavar="FILE", help="VLMEvalKit's run.py, where it is not beside its package")

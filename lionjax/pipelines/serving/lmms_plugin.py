@@ -8,5 +8,5 @@ def manifest():
     """lmms-eval's manifest of `--model lionjax`, with a class for its chat requests and one for `--force_simple`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    module = "lionjax.serving.lmms_models"
+    module = "lionjax.pipelines.serving.lmms_models"
     return ModelManifest("lionjax", f"{module}.LionJaxSimple", f"{module}.LionJaxChat")

@@ -10,7 +10,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
 from lionjax.core.types import UserError
-from lionjax.serving.harness import HarnessModel, Request
+from lionjax.pipelines.serving.harness import HarnessModel, Request
 
 
 class LionJaxSimple(lmms):

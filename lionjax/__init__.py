@@ -21,7 +21,7 @@ def __getattr__(name: str):
         return importlib.import_module("lionjax.pipelines.loading").load
     if name == "convert":
         return importlib.import_module("lionjax.convert")
-    if name in moved.MOVED:  # a module of version 0.1
+    if name in moved.MOVED:  # a module path of an earlier version
         return importlib.import_module(f"lionjax.{name}")
     raise AttributeError(f"lionjax has no attribute {name!r}; available: {', '.join(__all__)}")
 

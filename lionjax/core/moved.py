@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Module paths of version 0.1, under which today's modules can still be imported.
+"""Module paths of earlier versions, under which today's modules can still be imported.
 
 Configs and scripts that users wrote import by these. An import by an old path works and logs one line with the new one.
 """
@@ -14,7 +14,7 @@ import types
 
 log = logging.getLogger(__name__)
 
-# Behind "lionjax.": the path of version 0.1, then the modules of today that hold its names.
+# Behind "lionjax.": the earlier path (of 0.1; `serving` is later), then the modules of today that hold its names.
 _MOVED = """
 adapters                   nn.adapters
 answering                  inference.engine
@@ -110,6 +110,12 @@ scaling.search             planner.mesh_search
 scaling.topologies         planner.topologies
 scores                     inference.sampling
 search                     inference.beam_search
+serving                    pipelines.serving
+serving.harness            pipelines.serving.harness
+serving.lmms_models        pipelines.serving.lmms_models
+serving.lmms_plugin        pipelines.serving.lmms_plugin
+serving.vlmevalkit         pipelines.serving.vlmevalkit
+serving.web_demo           pipelines.serving.web_demo
 sharding                   core.sharding
 systems                    models.vlm
 systems.blip2              models.vlm.blip2_stage1
@@ -141,7 +147,7 @@ vision.vit                 models.vision.vit
 weight_rows                core.weight_map
 """
 MOVED = {line.split()[0]: tuple(line.split()[1:]) for line in _MOVED.strip().splitlines()}
-PACKAGES = {"bridges", "language", "scaling", "systems", "vision"}
+PACKAGES = {"bridges", "language", "scaling", "serving", "systems", "vision"}
 # Behind "lionjax.": the path of version 0.1, then its names that are others today.
 _RENAMED = """
 adapters                   CrossConfig=GatedCrossAttentionConfig GatedCross=GatedCrossAttentionBlock
@@ -317,7 +323,7 @@ def renamed_names() -> dict[tuple[str, str], str]:
 
 
 def find(old: str, name: str):
-    """The object of today that module `old` of version 0.1 held as `name`."""
+    """The object of today that the earlier module `old` held as `name`."""
     if name.startswith("__"):
         raise AttributeError(name)
     today = renamed_names().get((old, name), name)
@@ -345,13 +351,23 @@ class Finder:
         old = fullname.removeprefix("lionjax.")
         if old == fullname or old not in MOVED:
             return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=old in PACKAGES)
 
     def create_module(self, spec):
         return _Module(spec.name)
 
     def exec_module(self, module):
-        old = module.__name__.removeprefix("lionjax.")
-        if old in PACKAGES:
-            return  # the module in it says where it is
-        log.warning("%s is now lionjax.%s; the old path still works", module.__name__, MOVED[old][0])
+        if module.__name__.removeprefix("lionjax.") not in PACKAGES:  # the module in a package says where it is
+            _log_new_path(module.__name__)
+
+    def get_code(self, fullname):
+        """The code of today's module, for `python -m` with an earlier path."""
+        import importlib.util
+
+        today = f"lionjax.{MOVED[fullname.removeprefix('lionjax.')][0]}"
+        _log_new_path(fullname)
+        return importlib.util.find_spec(today).loader.get_code(today)
+
+
+def _log_new_path(fullname: str):
+    log.warning("%s is now lionjax.%s; the old path still works", fullname, MOVED[fullname.removeprefix("lionjax.")][0])

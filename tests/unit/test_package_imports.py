@@ -105,9 +105,9 @@ def test_module_imports_only_what_the_table_allows(module):
     assert complaints(module, FILES[module].read_text()) == []
 
 
-def test_the_table_has_at_most_15_lines_no_cycle_and_every_package():
+def test_the_package_has_at_most_14_entries_and_the_table_lists_each_without_a_cycle():
     entries = {path.name for path in PACKAGE.iterdir() if path.is_file() or any(path.rglob("*.py"))}
-    assert entries - TOP_FILES == MAY_IMPORT.keys() and len(MAY_IMPORT) <= 15
+    assert entries - TOP_FILES == MAY_IMPORT.keys() and len(entries) <= 14
     graphlib.TopologicalSorter({name: may.split() for name, may in MAY_IMPORT.items()}).prepare()
 
 

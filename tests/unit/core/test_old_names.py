@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of version 0.1 that its documentation showed still work, and say in one line what is new."""
+"""Names of earlier versions that their documentation showed still work, and say in one line what is new."""
 
 import dataclasses
 import importlib
@@ -16,7 +16,7 @@ from lionjax.models.vision.vit import ViTConfig
 from lionjax.nn.adapters import AdapterConfig
 from lionjax.training.step import model_for_stage
 
-# What the documentation of 0.1 called, and what it is today.
+# What the documentation of 0.1 called (`serving`: that of a later state), and what it is today.
 DOCUMENTED = {
     "lionjax.layers.LoraConfig": "lionjax.nn.lora.LoraConfig",
     "lionjax.convert.verify.verify": "lionjax.convert.verify.verify",
@@ -26,6 +26,10 @@ DOCUMENTED = {
     "lionjax.data.scenes.World": "lionjax.data.scenes.world.WorldConfig",
     "lionjax.tagger.load": "lionjax.inference.tagger.load",
     "lionjax.tagger.Found": "lionjax.inference.tagger.TagResult",
+    "lionjax.demo.Talk": "lionjax.pipelines.serving.web_demo.Conversation",
+    "lionjax.serving.web_demo.build_demo": "lionjax.pipelines.serving.web_demo.build_demo",
+    "lionjax.serving.harness.HarnessModel": "lionjax.pipelines.serving.harness.HarnessModel",
+    "lionjax.serving.lmms_plugin.manifest": "lionjax.pipelines.serving.lmms_plugin.manifest",
 }
 
 
@@ -35,7 +39,7 @@ def get(dotted: str):
 
 
 @pytest.mark.parametrize("old", DOCUMENTED)
-def test_a_documented_name_of_0_1_is_the_object_of_today(old):
+def test_a_documented_name_of_an_earlier_version_is_the_object_of_today(old):
     assert get(old) is get(DOCUMENTED[old])
 
 
@@ -57,6 +61,15 @@ def test_an_old_module_is_an_attribute_of_its_package_and_says_its_new_path_once
     assert said.splitlines() == [
         "lionjax.convert.placed is now lionjax.convert.orbax_folder; the old path still works",
         "lionjax.layers is now lionjax.nn.layers; the old path still works",
+    ]
+
+
+def test_an_old_module_still_runs_as_a_program_and_says_its_new_path():
+    command = [sys.executable, "-m", "lionjax.serving.vlmevalkit", "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("usage: python -m lionjax.pipelines.serving.vlmevalkit ")
+    assert ran.stderr.splitlines() == [
+        "lionjax.serving.vlmevalkit is now lionjax.pipelines.serving.vlmevalkit; the old path still works"
     ]
 
 

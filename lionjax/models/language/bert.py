@@ -16,6 +16,7 @@ import numpy as np
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_constraint
 from lionjax.core.weight_map import WeightMapping, with_prefix
+from lionjax.models.base_configs import TransformerSizes
 from lionjax.nn import attention as attentions
 from lionjax.nn.attention import Attention, key_padding_mask
 from lionjax.nn.layers import (
@@ -33,13 +34,9 @@ from lionjax.nn.lora import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class BertLayersConfig:
+class BertLayersConfig(TransformerSizes):
     """Config of BERT's layers, which the Q-Former has too; the defaults are those of BERT-base."""
 
-    width: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
     _: dataclasses.KW_ONLY
     norm_eps: float = 1e-12
     dropout: float = 0.1

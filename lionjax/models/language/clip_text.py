@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lionjax.core.errors import check_choices
 from lionjax.core.sharding import with_logical_partitioning
 from lionjax.core.weight_map import WeightMapping, with_prefix
+from lionjax.models.base_configs import TransformerSizes
 from lionjax.models.vision import vit
 from lionjax.models.vision.vit import Block
 from lionjax.nn.attention import causal_mask
@@ -24,8 +25,8 @@ from lionjax.nn.lora import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipTextConfig:
-    """Config of a text tower; the defaults are those of CLIP ViT-B/32. Raises ValueError for an unknown `pooling`.
+class ClipTextConfig(TransformerSizes):
+    """Config of a text tower; the defaults are those of CLIP ViT-L/14. Raises ValueError for an unknown `pooling`.
 
     `pooling`: the position whose state is the text's. "eos": the first `eos_token_id`; "argmax": the largest id, which
     is the end token in OpenAI's code and in checkpoints of that time; "last": the last of `max_positions`, which every
@@ -34,10 +35,6 @@ class ClipTextConfig:
 
     vocab_size: int = 49408
     max_positions: int = 77
-    width: int = 512
-    depth: int = 12
-    num_heads: int = 8
-    mlp_dim: int = 2048
     norm_eps: float = 1e-5
     activation: str = "quick_gelu"
     causal: bool = True
@@ -53,14 +50,11 @@ class ClipTextConfig:
         check_choices(self, pooling=("eos", "argmax", "last"))
 
 
-CLIP_TEXT_B = ClipTextConfig()
-CLIP_TEXT_L = ClipTextConfig(width=768, num_heads=12, mlp_dim=3072)
+CLIP_TEXT_B = ClipTextConfig(width=512, num_heads=8, mlp_dim=2048)
+CLIP_TEXT_L = ClipTextConfig()
 SIGLIP_TEXT_B = ClipTextConfig(
     vocab_size=32000,
     max_positions=64,
-    width=768,
-    num_heads=12,
-    mlp_dim=3072,
     norm_eps=1e-6,
     activation="gelu_tanh",
     causal=False,

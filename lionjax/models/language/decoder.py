@@ -17,7 +17,8 @@ from lionjax.core.errors import check_choices
 from lionjax.core.renamed import Renamed, renamed_fields
 from lionjax.core.sharding import with_logical_constraint
 from lionjax.core.types import Cache, UserError
-from lionjax.nn.adapters import AdapterConfig, GatedCrossAttentionBlock, GatedCrossAttentionConfig, RoutedAdapters
+from lionjax.models.base_configs import LanguageModelConfig
+from lionjax.nn.adapters import GatedCrossAttentionBlock, GatedCrossAttentionConfig, RoutedAdapters
 from lionjax.nn.attention import Attention, causal_mask, key_padding_mask
 from lionjax.nn.flash_attention import MASK_VALUE
 from lionjax.nn.kv_cache import slot_ages, tokens_before
@@ -33,7 +34,6 @@ from lionjax.nn.layers import (
     scan_blocks,
     split_key,
 )
-from lionjax.nn.lora import LoraConfig
 from lionjax.nn.positions import alibi_bias, apply_rope, last_token, position_ids, rope_cos_sin, sinusoidal_positions
 from lionjax.nn.rope import RopeScaling
 
@@ -46,7 +46,7 @@ NORMS = ("rmsnorm", "layernorm")
     where=Renamed("position_type", {"turns": "rope", "near": "alibi", "waves": "sinusoidal"}),
 )
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(LanguageModelConfig):
     """Config of a decoder; the defaults are those of LLaMA 7B (arXiv 2302.13971).
 
     - `max_positions`: rows of a learned position table, of which the first `position_offset` are unused. 0: positions
@@ -61,7 +61,6 @@ class DecoderConfig:
     - `num_frozen_embeddings`: this many first rows of the embedding table get no gradient.
     - `pad_vocab_to_multiple_of`: zero rows are added to embedding table and head up to this multiple, so that a mesh
       can split them; their logits are masked, and torch files do not contain them.
-    - `loss_chunk`: target positions whose logits the loss computes at once, to save memory; 0: all.
     """
 
     vocab_size: int = 32000
@@ -81,13 +80,8 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     tie_embeddings: bool = False  # the head is the embedding table
     dropout: float = 0.0
-    pad_token_id: int = 0
     bos_token_id: int = 1
     eos_token_id: int = 2
-    adapters: AdapterConfig | None = None
-    lora: LoraConfig = LoraConfig()
-    remat: str = "none"
-    loss_chunk: int = 0
     pad_vocab_to_multiple_of: int = 1
     position_type: str = "rope"
     qk_norm: bool = False

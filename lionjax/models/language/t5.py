@@ -16,9 +16,10 @@ from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_constraint
 from lionjax.core.types import Cache
 from lionjax.core.weight_map import WeightMapping, with_prefix
+from lionjax.models.base_configs import LanguageModelConfig
 from lionjax.nn import adapters
 from lionjax.nn import attention as attentions
-from lionjax.nn.adapters import AdapterConfig, RoutedAdapters
+from lionjax.nn.adapters import RoutedAdapters
 from lionjax.nn.attention import Attention, causal_mask, key_padding_mask, update_kv_cache
 from lionjax.nn.kv_cache import slot_ages, tokens_before
 from lionjax.nn.layers import (
@@ -34,17 +35,13 @@ from lionjax.nn.layers import (
     scan_blocks,
     split_key,
 )
-from lionjax.nn.lora import LoraConfig
 from lionjax.nn.positions import RelativePositionBias
 
 
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
-class T5Config:
-    """Config of a T5 v1.1; `activation` is gelu_tanh in FlanT5's release, gelu (erf) in LION.
-
-    `loss_chunk`: target positions whose logits the loss computes at once, to save memory; 0: all.
-    """
+class T5Config(LanguageModelConfig):
+    """Config of a T5 v1.1; `activation` is gelu_tanh in FlanT5's release, gelu (erf) in LION."""
 
     vocab_size: int = 32128
     width: int = 2048
@@ -59,12 +56,7 @@ class T5Config:
     activation: str = "gelu_tanh"
     dropout: float = 0.1
     decoder_start_token_id: int = 0
-    pad_token_id: int = 0
     eos_token_id: int = 1
-    adapters: AdapterConfig | None = None
-    lora: LoraConfig = LoraConfig()
-    remat: str = "none"
-    loss_chunk: int = 0
 
     @property
     def padded_vocab_size(self) -> int:

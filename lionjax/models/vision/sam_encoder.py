@@ -26,6 +26,7 @@ from lionjax.core.weight_map import (
     squeeze,
     with_prefix,
 )
+from lionjax.models.base_configs import PatchGrid, TransformerSizes
 from lionjax.nn.attention import Attention
 from lionjax.nn.layers import (
     MLP,
@@ -45,7 +46,7 @@ from lionjax.nn.layers import (
 
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
-class SamConfig:
+class SamConfig(TransformerSizes, PatchGrid):
     """Config of the image encoder, the prompt encoder and the mask decoder."""
 
     image_size: int = 1024  # pixels a side
@@ -67,11 +68,6 @@ class SamConfig:
     iou_head_depth: int = 3
     iou_head_mlp_dim: int = 256
     remat: str = "none"
-
-    @property
-    def grid_size(self) -> int:
-        """Patches a side."""
-        return self.image_size // self.patch_size
 
     @property
     def window_sizes(self) -> tuple[int, ...]:
@@ -96,7 +92,6 @@ TINY_SAM = SamConfig(  # ships with the project
     mask_input_channels=8,
     decoder_num_heads=4,
     decoder_mlp_dim=128,
-    num_mask_tokens=4,
     iou_head_mlp_dim=64,
 )
 SAM_VIT_B = SamConfig(width=768, depth=12, num_heads=12, mlp_dim=3072, global_attn_indexes=(2, 5, 8, 11))

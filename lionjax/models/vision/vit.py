@@ -27,6 +27,7 @@ from lionjax.core.weight_map import (
     split_interleaved_heads,
     with_prefix,
 )
+from lionjax.models.base_configs import PatchGrid, TransformerSizes
 from lionjax.nn import attention as attentions
 from lionjax.nn.attention import Attention
 from lionjax.nn.layers import (
@@ -44,15 +45,9 @@ from lionjax.nn.lora import LoraConfig
 
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(TransformerSizes, PatchGrid):
     """Config of a ViT."""
 
-    image_size: int = 224  # pixels a side
-    patch_size: int = 14
-    width: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
     norm_eps: float = 1e-6
     activation: str = "gelu"
     attention_biases: str = "qvo"  # EVA was trained with biases on queries and values but none on keys
@@ -62,11 +57,6 @@ class ViTConfig:
     attention_pool: bool = False  # no class token; a learned query attends to all patches instead (SigLIP)
     remat: str = "none"
     lora: LoraConfig = LoraConfig()
-
-    @property
-    def num_patches(self) -> int:
-        """Number of patches of an image, without the class token."""
-        return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_positions(self) -> int:

@@ -23,7 +23,7 @@ from lionjax.models.vlm.visual_prefix import LLAVA_15_7B
 from lionjax.nn import losses
 
 VISION = dataclasses.replace(CLIP_VIT_B32, image_size=8, patch_size=4, width=12, depth=1, num_heads=3, mlp_dim=20)
-TEXT = ClipTextConfig(30, 9, 8, 1, 2, 16, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+TEXT = ClipTextConfig(8, 1, 2, 16, vocab_size=30, max_positions=9, bos_token_id=None, eos_token_id=1, pad_token_id=0)
 TINY = Clip(VISION, TEXT, 6)
 
 

@@ -24,7 +24,7 @@ MASK_VALUE = -1e30  # a logit that is never chosen, and finite to avoid NaN
 
 
 @renamed_fields(losses=Renamed("loss_variant", {"intended": "paper", "original": "released_code"}))
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RegionHeadConfig:
     """Config of the box and mask heads; the defaults are NExT-Chat's sizes and loss weights.
 

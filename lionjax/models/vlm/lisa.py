@@ -61,10 +61,6 @@ class Lisa(RegionLM):
             )
 
     @property
-    def is_encoder_decoder(self) -> bool:
-        return False
-
-    @property
     def region_head(self) -> None:
         """It has no boxes."""
         return None

@@ -29,7 +29,7 @@ LOSS_VARIANTS = ("paper", "released_code")
 
 @renamed_fields(losses=Renamed("loss_variant", {"intended": "paper", "original": "released_code"}))
 @dataclasses.dataclass(frozen=True)
-class NextChat(RegionLM):
+class NextChat(RegionHeadConfig, RegionLM):
     """Config of a NExT-Chat; the defaults are those of the 7B release.
 
     - `feature_layer`: index of CLIP's hidden state, as in transformers: -2 is the output of the last block but one.
@@ -45,27 +45,13 @@ class NextChat(RegionLM):
     sam: SamConfig = SAM_VIT_H
     feature_layer: int = -2
     projector_depth: int = 2
-    box_mlp_dim: int = 2048
-    num_mask_prompt_tokens: int = 4
     box_scale: float = 1024.0
     image_token_id: int = 32000
-    trigger_token_id: int = 32003
-    box_token_id: int = 32004
-    max_boxes: int = 8  # in one answer
-    l1_weight: float = 2.0
-    giou_weight: float = 0.2
-    cycle_weight: float = 1.0
-    focal_weight: float = 20.0
     objective: str = "language"
-    loss_variant: str = "paper"
     dtype: str = "float32"  # of the computation
 
     def __post_init__(self):
         check_choices(self, objective=OBJECTIVES, loss_variant=LOSS_VARIANTS, projector_depth=(1, 2))
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        return False
 
     @property
     def identity_init_scale(self) -> None:

@@ -45,8 +45,12 @@ class RegionLM(VLM):
     dtype: str
     region_head: RegionHeadConfig | None
     box_scale: float
-    is_encoder_decoder: bool
     identity_init_scale: float | None
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the language model is an encoder-decoder (T5)."""
+        return False
 
     @property
     def num_mask_prompt_tokens(self) -> int:

@@ -39,13 +39,10 @@ class Blip2Stage1(QFormerStage1):
 
     def weight_map(self) -> tuple[WeightMapping, ...]:
         """Names of LAVIS's blip2_pretrained.pth."""
-        words_key = "Qformer.bert.embeddings.word_embeddings.weight"
-        qformer_map = with_prefix("Qformer.bert.", "qformer/", qformer.lavis_weight_map(self.qformer))
         return (
             *with_prefix("visual_encoder.", "vision/", vit.lavis_weight_map(self.vision)),
             *norm_weight_map("ln_vision", "vision_norm"),
-            *with_prefix("", "qformer/", qformer.query_tokens_weight_map(self.qformer)),
-            *heads_weight_map("Qformer.cls.predictions.", words_key, qformer_map),
+            *heads_weight_map("Qformer.", self.qformer, qformer.lavis_weight_map(self.qformer)),
         )
 
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import Batch, ModelInfo, PackedText, Params, UserError
-from lionjax.core.weight_map import WeightMapping, with_prefix
-from lionjax.models.connectors import mqformer, qformer
+from lionjax.core.weight_map import WeightMapping
+from lionjax.models.connectors import mqformer
 from lionjax.models.connectors.mqformer import MQ_FORMER, MQFormerConfig
 from lionjax.models.vision.grounding_dino import GroundingDinoConfig
 from lionjax.models.vision.ram import RamConfig
@@ -64,13 +64,8 @@ class LyricsStage1(QFormerStage1):
 
     def weight_map(self) -> tuple[WeightMapping, ...]:
         """Names of the released code's first stage."""
-        words_key = "qformer.bert.embeddings.word_embeddings.weight"
-        qformer_map = with_prefix("qformer.bert.", "qformer/", mqformer.weight_map(self.qformer))
-        return (
-            *lyrics_tower_weight_map(self),
-            *with_prefix("", "qformer/", qformer.query_tokens_weight_map(self.qformer)),
-            *heads_weight_map("qformer.cls.predictions.", words_key, qformer_map),
-        )
+        heads_map = heads_weight_map("qformer.", self.qformer, mqformer.weight_map(self.qformer))
+        return *lyrics_tower_weight_map(self), *heads_map
 
 
 class LyricsStage1Module(QFormerStage1Module):

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from lionjax.core.sharding import with_logical_partitioning
 from lionjax.core.types import VLM, Batch, Cache, Metrics, ModelInfo, Params, pytree_dataclass
-from lionjax.core.weight_map import WeightMapping
+from lionjax.core.weight_map import WeightMapping, with_prefix
+from lionjax.models.connectors import qformer
 from lionjax.models.connectors.mqformer import regions_of
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
 from lionjax.models.vision.vit import EVA_VIT_G, ViT, ViTConfig
@@ -278,9 +279,15 @@ def sample_hard_negative(score_BB, key):
     return score_BB.argmax(axis=1) if key is None else jax.random.categorical(key, score_BB)
 
 
-def heads_weight_map(lm_head: str, words_key: str, qformer_map) -> tuple[WeightMapping, ...]:
-    """The map of a Q-Former whose words are tied to the head at `lm_head`, and those of all heads of the stage."""
+def heads_weight_map(qformer_prefix: str, c: QFormerConfig, qformer_map) -> tuple[WeightMapping, ...]:
+    """Names of the stage without its towers: the queries, the Q-Former at `qformer_prefix`, and all heads.
+
+    The words of the Q-Former are tied to the head of the language model beside it. `qformer_map`: its names.
+    """
+    words_key, lm_head = f"{qformer_prefix}bert.embeddings.word_embeddings.weight", f"{qformer_prefix}cls.predictions."
+    qformer_map = with_prefix(f"{qformer_prefix}bert.", "qformer/", qformer_map)
     return (
+        *with_prefix("", "qformer/", qformer.query_tokens_weight_map(c)),
         *(
             dataclasses.replace(row, tied_keys=(f"{lm_head}decoder.weight",)) if row.torch == words_key else row
             for row in qformer_map

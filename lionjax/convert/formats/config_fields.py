@@ -82,6 +82,14 @@ class ConfigFields:
         return fields | {name: values[name] for name in self.token_ids}
 
 
+def language_model_fields(
+    names: Mapping[str, str], defaults: Mapping[str, Any], activation: str, pad: int | None, bos: int, eos: int
+) -> ConfigFields:
+    """The fields of a language model; `pad`, `bos`, `eos`: token ids for files that omit them, None for no default."""
+    token_ids = {name: value for name, value in zip(TOKEN_IDS, (pad, bos, eos)) if value is not None}
+    return ConfigFields(names, {**defaults, **token_ids}, TOKEN_IDS, activation)
+
+
 def token_id(hf_config: Mapping[str, Any], name: str, default: int) -> int:
     """A token id of config.json; `default` where it is missing or null, the first of a list."""
     value = hf_config.get(name)

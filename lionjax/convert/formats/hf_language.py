@@ -18,6 +18,7 @@ from lionjax.convert.formats.config_fields import (
     HF_ACTIVATIONS,
     TOKEN_IDS,
     ConfigFields,
+    language_model_fields,
     token_id,
 )
 from lionjax.convert.formats.config_table import ConfigTable, join, require_equal, unsupported
@@ -143,13 +144,13 @@ LLAMA_7B = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
 }
-LLAMA_FIELDS = ConfigFields(
+LLAMA_FIELDS = language_model_fields(
     _EMBEDDINGS | BLOCK_SIZES | _LLAMA_HEADS | {"norm_eps": "rms_norm_eps", "dropout": "attention_dropout"},
-    LLAMA_7B
-    | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_dropout": 0.0, "hidden_act": "silu"}
-    | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    TOKEN_IDS,
+    LLAMA_7B | {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_dropout": 0.0, "hidden_act": "silu"},
     "hidden_act",
+    pad=0,
+    bos=1,
+    eos=2,
 )
 LLAMA_TABLE = ConfigTable(
     ("llama",),
@@ -168,13 +169,14 @@ MISTRAL_TABLE = dataclasses.replace(
     nullable=("sliding_window",),
 )
 _OPT_SIZES = BLOCK_SIZES | {"mlp_dim": "ffn_dim"}
-OPT_FIELDS = ConfigFields(
+OPT_FIELDS = language_model_fields(
     _EMBEDDINGS | _OPT_SIZES | {"dropout": "dropout"},
     {"vocab_size": 50272, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072}
-    | {"activation_function": "relu", "tie_word_embeddings": True, "dropout": 0.1}
-    | {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2},
-    TOKEN_IDS,
+    | {"activation_function": "relu", "tie_word_embeddings": True, "dropout": 0.1},
     "activation_function",
+    pad=1,
+    bos=2,
+    eos=2,
 )
 OPT_TABLE = ConfigTable(
     ("opt",),
@@ -189,13 +191,14 @@ OPT_TABLE = ConfigTable(
     inert=("attention_dropout", "activation_dropout", "layerdrop", "is_decoder"),
 )
 _GPT2_SIZES = {"width": "n_embd", "depth": "n_layer", "num_heads": "n_head", "max_positions": "n_positions"}
-GPT2_FIELDS = ConfigFields(
+GPT2_FIELDS = language_model_fields(
     _EMBEDDINGS | _GPT2_SIZES | {"norm_eps": "layer_norm_epsilon", "dropout": "resid_pdrop"},
     {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024}
-    | {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "resid_pdrop": 0.1}
-    | {"bos_token_id": 50256, "eos_token_id": 50256},
-    TOKEN_IDS,
+    | {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "resid_pdrop": 0.1},
     "activation_function",
+    pad=None,
+    bos=50256,
+    eos=50256,
 )
 GPT2_TABLE = ConfigTable(
     ("gpt2",),

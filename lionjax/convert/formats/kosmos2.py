@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from lionjax.convert.formats.checkpoint_format import CheckpointFormat, lionjax_hf_config
-from lionjax.convert.formats.config_fields import TOKEN_IDS, ConfigFields
+from lionjax.convert.formats.config_fields import language_model_fields
 from lionjax.convert.formats.config_table import ConfigTable
 from lionjax.convert.formats.hf_language import one_head_size
 from lionjax.convert.formats.hf_vision import CLIP, CLIP_VISION_TABLE, clip_vision_from_hf
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 
 _TEXT_SIZES = {"width": "embed_dim", "depth": "layers", "num_heads": "attention_heads", "mlp_dim": "ffn_dim"}
-TEXT_FIELDS = ConfigFields(
+TEXT_FIELDS = language_model_fields(
     _TEXT_SIZES
     | {"vocab_size": "vocab_size", "norm_eps": "layer_norm_eps", "dropout": "dropout"}
     | {"scale_embeddings": "scale_embedding"},
     {"vocab_size": 65037, "embed_dim": 2048, "layers": 24, "attention_heads": 32, "ffn_dim": 8192, "dropout": 0.1}
-    | {"layer_norm_eps": 1e-5, "scale_embedding": True, "activation_function": "gelu"}
-    | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-    TOKEN_IDS,
+    | {"layer_norm_eps": 1e-5, "scale_embedding": True, "activation_function": "gelu"},
     "activation_function",
+    pad=1,
+    bos=0,
+    eos=2,
 )
 TEXT_TABLE = ConfigTable(
     ("kosmos_2_text_model",),

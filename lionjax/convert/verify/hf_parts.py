@@ -51,6 +51,11 @@ class HFPart:
         return params
 
 
+def _numbered_layers(pattern: str, prefix: str, names: Mapping[int, str]) -> StringPairs:
+    """Patterns that name layers with numbers, as those of torch's Sequential: the one behind `pattern` by `names`."""
+    return tuple((rf"{pattern}{number}\.", f"{prefix}{name}.") for number, name in names.items())
+
+
 EVA_KEY_PATTERNS = (
     (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
@@ -77,26 +82,25 @@ LLAVA_KEY_PATTERNS = (
 SAM_KEY_PATTERNS = (
     (r"^sam\.model\.", ""),
     (r"^image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."),
-    (r"^image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."),
-    (r"^image_encoder\.neck\.1\.", "vision_encoder.neck.layer_norm1."),
-    (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
-    (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
+    *_numbered_layers(
+        r"^image_encoder\.neck\.", "vision_encoder.neck.", {0: "conv1", 1: "layer_norm1", 2: "conv2", 3: "layer_norm2"}
+    ),
     (r"^image_encoder\.blocks\.(\d+)\.norm(\d)\.", r"vision_encoder.layers.\1.layer_norm\2."),
     (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
     (r"^image_encoder\.", "vision_encoder."),
     (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$", "shared_image_embedding.positional_embedding"),
     (r"\.point_embeddings\.", ".point_embed."),
-    (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
-    (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
-    (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."),
-    (r"\.mask_downscaling\.4\.", ".mask_embed.layer_norm2."),
-    (r"\.mask_downscaling\.6\.", ".mask_embed.conv3."),
-    (r"\.(iou_prediction_head|output_hypernetworks_mlps\.\d+)\.layers\.0\.", r".\1.proj_in."),
-    (r"\.(iou_prediction_head|output_hypernetworks_mlps\.\d+)\.layers\.2\.", r".\1.proj_out."),
-    (r"\.(iou_prediction_head|output_hypernetworks_mlps\.\d+)\.layers\.1\.", r".\1.layers.0."),
-    (r"\.output_upscaling\.0\.", ".upscale_conv1."),
-    (r"\.output_upscaling\.1\.", ".upscale_layer_norm."),
-    (r"\.output_upscaling\.3\.", ".upscale_conv2."),
+    *_numbered_layers(
+        r"\.mask_downscaling\.",
+        ".mask_embed.",
+        {0: "conv1", 1: "layer_norm1", 3: "conv2", 4: "layer_norm2", 6: "conv3"},
+    ),
+    *_numbered_layers(
+        r"\.(iou_prediction_head|output_hypernetworks_mlps\.\d+)\.layers\.",
+        r".\1.",
+        {0: "proj_in", 2: "proj_out", 1: "layers.0"},
+    ),
+    *_numbered_layers(r"\.output_upscaling\.", ".upscale_", {0: "conv1", 1: "layer_norm", 3: "conv2"}),
     (r"\.transformer\.layers\.(\d+)\.norm(\d)\.", r".transformer.layers.\1.layer_norm\2."),
     (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
 )
@@ -134,13 +138,17 @@ GROUNDING_DINO_KEY_PATTERNS = (
     (r"\.gamma_l$", ".text_param"),
     (r"(\.fusion_layer\..*[._])v(_proj\.|\.)", r"\1vision\2"),
     (r"(\.fusion_layer\..*[._])l(_proj\.|\.)", r"\1text\2"),
-    (r"\.text_enhancer_layer\.norm1\.", ".text_enhancer_layer.layer_norm_before."),
-    (r"\.text_enhancer_layer\.norm2\.", ".text_enhancer_layer.layer_norm_after."),
-    (r"\.deformable_layer\.norm1\.", ".deformable_layer.self_attn_layer_norm."),
-    (r"\.deformable_layer\.norm2\.", ".deformable_layer.final_layer_norm."),
-    (r"^(model\.decoder\.layers\.\d+)\.norm1\.", r"\1.encoder_attn_layer_norm."),
-    (r"^(model\.decoder\.layers\.\d+)\.norm2\.", r"\1.self_attn_layer_norm."),
-    (r"^(model\.decoder\.layers\.\d+)\.norm3\.", r"\1.final_layer_norm."),
+    *_numbered_layers(
+        r"\.text_enhancer_layer\.norm", ".text_enhancer_layer.", {1: "layer_norm_before", 2: "layer_norm_after"}
+    ),
+    *_numbered_layers(
+        r"\.deformable_layer\.norm", ".deformable_layer.", {1: "self_attn_layer_norm", 2: "final_layer_norm"}
+    ),
+    *_numbered_layers(
+        r"^(model\.decoder\.layers\.\d+)\.norm",
+        r"\1.",
+        {1: "encoder_attn_layer_norm", 2: "self_attn_layer_norm", 3: "final_layer_norm"},
+    ),
     (r"\.catext_norm\.", ".encoder_attn_text_layer_norm."),
     (r"\.ca_text\.", ".encoder_attn_text."),
     (r"\.cross_attn\.", ".encoder_attn."),

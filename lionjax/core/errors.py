@@ -21,12 +21,12 @@ class RetryError(UserError):
     exit_code = 75  # launchers start the command again
 
 
-def check_choices(config, **choices) -> None:
-    """Raise ValueError for a field of `config` whose value is not among its `choices`, {field: allowed values}."""
+def check_choices(config, error: type[Exception] = ValueError, /, **choices) -> None:
+    """Raise `error` for a field of `config` whose value is not among its `choices`, {field: allowed values}."""
     for field, allowed in choices.items():
         value = getattr(config, field)
         if value not in allowed:
-            raise ValueError(f"{field} is {value!r}; it can be one of {', '.join(map(str, allowed))}")
+            raise error(f"{field} is {value!r}; it can be one of {', '.join(map(str, allowed))}")
 
 
 def check_ranges(config, where: str = "", **ranges: str) -> None:

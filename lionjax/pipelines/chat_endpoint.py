@@ -54,10 +54,7 @@ class EndpointConfig:
     budget: int | None = None
 
     def __post_init__(self):
-        try:
-            check_choices(self, api=APIS)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_choices(self, UserError, api=APIS)
         check_ranges(self, at_once=">= 1", max_retries=">= 0", timeout_seconds="> 0")
         if self.budget is not None:
             check_ranges(self, budget=">= 1")

@@ -47,10 +47,7 @@ class JudgeConfig:
     max_tokens: int = 1024
 
     def __post_init__(self):
-        try:
-            check_choices(self, reading=READINGS)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_choices(self, UserError, reading=READINGS)
         check_ranges(self, temperature=">= 0", max_tokens=">= 1")
 
 

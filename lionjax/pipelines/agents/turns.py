@@ -33,10 +33,7 @@ class AgentConfig:
     compatible: bool = False
 
     def __post_init__(self):
-        try:
-            check_choices(self, style=STYLES)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_choices(self, UserError, style=STYLES)
         check_ranges(self, max_rounds=">= 1 and <= 100", max_tokens=">= 1")
         if self.shows_images and self.style != "tools":
             raise UserError(f"the style {self.style} names images in its text only; leave out --show")

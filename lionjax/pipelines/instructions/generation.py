@@ -48,10 +48,7 @@ class GenerationSettings:
     seed: int = 0
 
     def __post_init__(self):
-        try:
-            check_choices(self, kind=KINDS, version=grounded_chains.VERSIONS)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        check_choices(self, UserError, kind=KINDS, version=grounded_chains.VERSIONS)
         check_ranges(self, num_samples=">= 1", num_shots=">= 0", min_words=">= 1")
 
 

@@ -24,10 +24,7 @@ class LlavaBench(QuestionFile):
     references: str = ""
     name: str = "llava_bench"
     TASK = "conversation"
-
-    def paths(self) -> tuple[Path, ...]:
-        """The files and folders that it reads."""
-        return *super().paths(), *([Path(self.references)] if self.references else [])
+    FURTHER_FILES = ("references",)
 
     def rows(self, split: str) -> Iterator[tuple[str, object]]:
         answers = {}

@@ -36,12 +36,19 @@ class QuestionFile(AnnotationFile):
     """A benchmark's file, read row by row; a subclass defines `questions`, and `rows` where the file is no list.
 
     `TASK` is the task of rows that cannot be read. A file is one split, unless its reader has `OWN_SPLITS`. The rows
-    are a list, JSON Lines, or the list behind the keys `LIST_KEYS` of a JSON object.
+    are a list, JSON Lines, or the list behind the keys `LIST_KEYS` of a JSON object. `FURTHER_FILES` are the fields
+    that name further files, or are empty.
     """
 
     TASK: ClassVar[str] = "vqa"
     OWN_SPLITS: ClassVar[bool] = False
     LIST_KEYS: ClassVar[tuple[str, ...]] = ()
+    FURTHER_FILES: ClassVar[tuple[str, ...]] = ()
+
+    def paths(self) -> tuple[Path, ...]:
+        """The files and folders that it reads."""
+        files = (vars(self)[field] for field in self.FURTHER_FILES)
+        return *super().paths(), *(Path(file) for file in files if file)
 
     def rows(self, split: str) -> Iterator[tuple[str, object]]:
         """(location for messages, row) of the rows of a split; a UserError in place of a row that cannot be parsed."""

@@ -24,10 +24,7 @@ class VisDial(QuestionFile):
     dense: str = ""
     name: str = "visdial"
     TASK = "conversation"
-
-    def paths(self) -> tuple[Path, ...]:
-        """The files and folders that it reads."""
-        return *super().paths(), *([Path(self.dense)] if self.dense else [])
+    FURTHER_FILES = ("dense",)
 
     def rows(self, split: str) -> Iterator[tuple[str, object]]:
         path = Path(self.file)

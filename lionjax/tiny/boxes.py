@@ -29,7 +29,7 @@ from lionjax.models.heads.region import BoxEncoderDecoder, RegionHeadConfig
 from lionjax.models.language.backend import token_loss
 from lionjax.tiny.exercises import encode_box, patch_labels
 from lionjax.tiny.language import SceneLanguageModel, make_scene_model
-from lionjax.tiny.schedules import BackbonesConfig, make_optimizer
+from lionjax.tiny.schedules import BackbonesConfig, HeadsSchedule, make_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +39,13 @@ NOISE_LEVELS = (0.0, 0.15, 0.3)  # of the patch embeddings, as fractions of thei
 
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
-class BoxHeadsSchedule:
+class BoxHeadsSchedule(HeadsSchedule):
     """Training of the trigger embedding and the box encoder and decoder; half of the questions have tags."""
 
-    steps: int = 700
-    learning_rate: float = 3e-3
-    batch_size: int = 32
     num_scenes: int = 8_000
+    steps: int = 700
+    batch_size: int = 32
+    learning_rate: float = 3e-3
     max_boxes: int = 6
 
 

@@ -23,6 +23,7 @@ from lionjax.data.scenes import render, world
 from lionjax.models.vision.sam_decoder import Sam, resize_mask_logits
 from lionjax.models.vision.sam_encoder import SamConfig
 from lionjax.nn import losses
+from lionjax.tiny.schedules import HeadsSchedule
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +32,12 @@ FOCAL_LOSS_WEIGHT = 20.0  # as in SAM
 
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
-class MasksConfig:
-    """Sizes and schedule. `num_scenes`: of the training split; `box_jitter`: standard deviation per side of a box."""
+class MasksConfig(HeadsSchedule):
+    """Sizes and schedule of SAM. `box_jitter`: standard deviation per side of a box."""
 
     sam: SamConfig
-    num_scenes: int = 3_000
-    steps: int = 1_200
-    batch_size: int = 16
     num_boxes: int = 4
     box_jitter: float = 0.06
-    learning_rate: float = 1e-3
     seed: int = 0
 
 

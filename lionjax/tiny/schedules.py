@@ -24,6 +24,16 @@ from lionjax.models.vision.vit import ViTConfig
 from lionjax.training import optimizer as training_optimizer
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadsSchedule:
+    """Training of heads on scenes; `num_scenes`: of the training split."""
+
+    num_scenes: int = 3_000
+    steps: int = 1_200
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+
+
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class LanguageSchedule:

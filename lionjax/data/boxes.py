@@ -167,7 +167,7 @@ def sort_corners(box: Sequence[float]) -> Box:
 
 
 def box_around(mask_HW: np.ndarray) -> Box | None:
-    """The box around a mask, in fractions of its image; None for a mask without a pixel."""
+    """The tight box of a mask (as torchvision's masks_to_boxes), in fractions of the image; None for an empty mask."""
     rows, columns = (np.flatnonzero(mask_HW.any(axis=axis)) for axis in (1, 0))
     if not len(rows):
         return None

@@ -11,6 +11,7 @@ import numpy as np
 
 from lionjax.core.types import UserError
 from lionjax.data import images
+from lionjax.data.boxes import box_around
 from lionjax.data.datasets.annotated_images import AnnotatedImages
 from lionjax.data.datasets.segmentations import segmentation_to_mask
 from lionjax.evaluation.metrics import regions
@@ -36,7 +37,7 @@ def box_prompt_scores(segmenter: Any, dataset: AnnotatedImages, limit: int | Non
         if not true_HW.any():
             missing += 1
             continue
-        predicted.append(segmenter.masks(image, [tight_box(true_HW)])[0])
+        predicted.append(segmenter.masks(image, [box_around(true_HW)])[0])
         truth.append(true_HW)
     if not truth:
         raise UserError("no object has a mask and its picture; give the pictures' folder with --images")
@@ -47,13 +48,6 @@ def box_prompt_scores(segmenter: Any, dataset: AnnotatedImages, limit: int | Non
         "objects": len(truth),
         "missing": missing,
     }
-
-
-def tight_box(mask_HW: np.ndarray) -> tuple[float, float, float, float]:
-    """The smallest box around the True pixels of a mask, x0 y0 x1 y1 in fractions of the image."""
-    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
-    height, width = mask_HW.shape
-    return columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height
 
 
 def find_tag_sets(root: Path) -> list[Path]:

@@ -36,12 +36,8 @@ TOKEN = re.compile(
 # coco-caption lower-cases before it removes "-LRB-", so brackets remain as words.
 PTB_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 PTB_CONTRACTIONS = {
-    "cannot": ("can", "not"),
-    "gonna": ("gon", "na"),
-    "wanna": ("wan", "na"),
-    "gotta": ("got", "ta"),
-    "gimme": ("gim", "me"),
-    "lemme": ("lem", "me"),
+    "".join(parts): parts
+    for parts in (("can", "not"), ("gon", "na"), ("wan", "na"), ("got", "ta"), ("gim", "me"), ("lem", "me"))
 }
 PUNCTUATION = frozenset("'`\"“”‘’.?!,:;-–—…")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image as PilImage
 
 from lionjax.core.errors import UserError
 from lionjax.data import templates
+from lionjax.data.boxes import box_around
 from lionjax.data.images import normalize_box
 from lionjax.evaluation.report import plots
 from lionjax.pipelines.tools.definition import Box, Boxes, Image, Labels, Question, Tool, Words
@@ -21,7 +22,7 @@ from lionjax.pipelines.tools.edges import canny
 from lionjax.pipelines.tools.experts import Experts
 from lionjax.pipelines.tools.workspace import Workspace
 
-MAX_NAMES = 8  # things of one call
+MAX_NAMES = 8  # objects of one call
 DRAW_SIDE = 64  # pixels of the longer side at least, of images with boxes drawn
 NUMBERS = {
     word: value
@@ -31,8 +32,8 @@ NUMBERS |= {"no": 0, "none": 0}
 
 
 @dataclass(frozen=True)
-class Thing:
-    """A thing with its box, x0 y0 x1 y1 in 0..1; `score` is 1 where the model gives none."""
+class DetectedObject:
+    """An object with its box, x0 y0 x1 y1 in 0..1; `score` is 1 where the model gives none."""
 
     label: str
     box: list[float]
@@ -47,19 +48,17 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(ImageFile):
     """The name of an image that shows a mask, its bounding box, and its area as a fraction of the image."""
 
-    file: str
     box: list[float]
     area: float
 
 
 @dataclass(frozen=True)
-class ImageSize:
+class ImageSize(ImageFile):
     """An image of the work folder with its size in pixels."""
 
-    file: str
     width: int
     height: int
 
@@ -116,7 +115,7 @@ class Toolbox:
             raise UserError("the question is empty; give one")
         return self._reply(self.workspace.open(image), question.strip())
 
-    def detect(self, image: Image, words: Words) -> list[Thing]:
+    def detect(self, image: Image, words: Words) -> list[DetectedObject]:
         """The things that `words` name, the best first."""
         return self._find(self.workspace.open(image), split_words(words))
 
@@ -126,7 +125,7 @@ class Toolbox:
         mask_HW = self._mask(opened, words)
         drawn = plots.draw_overlays(opened, [plots.Overlay(mask=mask_HW)], min_side=DRAW_SIDE)
         name = self.workspace.write(drawn, "segmentation", image)
-        return Segment(name, mask_box(mask_HW), round(float(mask_HW.mean()), 4))
+        return Segment(name, _rounded(box_around(mask_HW)), round(float(mask_HW.mean()), 4))
 
     def tag(self, image: Image) -> list[str]:
         """Names of what is in an image."""
@@ -189,14 +188,16 @@ class Toolbox:
     def _reply(self, image: PilImage.Image, prompt: str) -> str:
         return self.experts.model.answer([image], [prompt])[0].text
 
-    def _find(self, image: PilImage.Image, names: list[str]) -> list[Thing]:
+    def _find(self, image: PilImage.Image, names: list[str]) -> list[DetectedObject]:
         if self.experts.detector is not None:
             (found,) = self.experts.detector.detect([image], " ".join(f"{name}." for name in names))
             rows = zip(found.phrases, found.boxes_K4, found.scores)
-            return [_thing(label, box, score) for label, box, score in rows]
+            return [DetectedObject(label, _rounded(box), round(float(score), 4)) for label, box, score in rows]
         prompts = [templates.REC[0].format(expr=name) for name in names]
         answers = self.experts.model.answer([image] * len(names), prompts)
-        return [_thing(name, box, 1.0) for name, answer in zip(names, answers) for box in answer.boxes]
+        return [
+            DetectedObject(name, _rounded(box), 1.0) for name, answer in zip(names, answers) for box in answer.boxes
+        ]
 
     def _mask(self, image: PilImage.Image, words: str) -> np.ndarray:
         """bool (height, width): the mask of the first thing that `words` name. Raises UserError if there is none."""
@@ -227,14 +228,5 @@ def read_number(text: str) -> int:
     raise UserError(f"the model's answer {text[:60]!r} has no number; ask with `answer` instead")
 
 
-def mask_box(mask_HW: np.ndarray) -> list[float]:
-    """x0 y0 x1 y1 in 0..1 of a mask that is not empty."""
-    rows, columns = np.flatnonzero(mask_HW.any(axis=1)), np.flatnonzero(mask_HW.any(axis=0))
-    height, width = mask_HW.shape
-    edges = (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
-    return [round(float(edge), 4) for edge in edges]
-
-
-def _thing(label: str, box, score: float) -> Thing:
-    clipped = [round(float(edge), 4) for edge in np.clip(np.asarray(box, float), 0, 1)]
-    return Thing(label, clipped, round(float(score), 4))
+def _rounded(box: Sequence[float]) -> list[float]:
+    return [round(float(edge), 4) for edge in np.clip(np.asarray(box, float), 0, 1)]

@@ -171,12 +171,6 @@ def test_average_precision_is_the_mean_precision_at_the_positives():
     assert experts.mean_average_precision(scores_BV, truth_BV) == 1.0  # a class without a positive does not count
 
 
-def test_the_tight_box_of_a_mask_is_in_fractions_of_its_image():
-    mask = np.zeros((10, 20), bool)
-    mask[2:5, 4:10] = True
-    assert experts.tight_box(mask) == (0.2, 0.2, 0.5, 0.5)
-
-
 def test_files_are_the_released_ones_where_shapes_and_digests_agree(llava, monkeypatch):
     source = convert.from_torch(llava)[0]
     monkeypatch.setattr(released_files, "released_models", lambda system: {"LLaVA-tiny": source})

@@ -106,3 +106,6 @@ def test_the_box_around_a_mask_holds_its_outermost_pixels():
     assert boxes.box_around(mask) is None
     mask[1, 2] = mask[2, 5] = True
     assert boxes.box_around(mask) == (0.25, 0.25, 0.75, 0.75)
+    mask = np.zeros((10, 20), bool)
+    mask[2:5, 4:10] = True
+    assert boxes.box_around(mask) == (0.2, 0.2, 0.5, 0.5)  # in fractions of its image

@@ -125,7 +125,7 @@ def open_file(path, answers="", images="", split="heldout"):
 def test_each_file_is_recognized_with_its_count_and_its_first_question(file, answers, name, counts, first):
     source, opened = open_file(FILES / file, FILES / answers if answers else "")
     assert type(source).__name__ == name and opened.task_sizes == counts and not list(opened.row_problems())
-    assert config.from_json(config.to_json(source)) == source
+    assert config.from_json(config.to_json(source)) == source and (not answers or FILES / answers in source.paths())
     question = next(iter(opened.annotations.values()))[0]
     number, text, texts, choices, image = (*first, *((), "")[len(first) - 3 :])
     assert question.question_id == number and question.question.startswith(text)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZeroCap (arXiv 2111.14447): a language model that is never trained describes an image that CLIP sees.
+"""ZeroCap (arXiv 2111.14447): zero-shot captions by a frozen language model that CLIP guides.
 
-At each step the keys and values of the context are shifted by a few gradient steps, so that the likeliest next tokens
-make texts that match the image (image loss), while the distribution stays near the unshifted one (fluency loss). The
-next tokens of the beams are chosen from both distributions, after edits of the logits.
+At each step the keys and values of the context (the paper's context cache) are shifted by a few gradient steps, so that
+the likeliest next tokens make texts that match the image (CLIP loss, `image_weight`), while the distribution stays near
+the unshifted one (cross entropy, `fluency_weight`). The next tokens of the beams are chosen from both distributions,
+after edits of the logits.
 
 Shapes are fixed: each function is compiled once for the first step, which has one row for each image, and once for the
 others. Between them the texts of the candidates are embedded on the host; a text is embedded only once.
@@ -143,7 +144,7 @@ class _State:
 
 
 def combine_images(image_NE: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """Arithmetic of images: the weighted sum (E,) of CLIP's embeddings as they are, not divided by their norms.
+    """Visual-semantic arithmetic of images: the weighted sum (E,) of CLIP's embeddings, not divided by their norms.
 
     Embeddings of texts can be added the same way. Raises UserError where nothing is left.
     """

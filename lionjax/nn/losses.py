@@ -76,7 +76,7 @@ def per_dataset_cross_entropy(
 
 
 def image_text_contrast(image_to_text_BB, text_to_image_BB, label_smoothing: float = 0.0) -> jax.Array:
-    """Contrast of B images and their B texts (CLIP, arXiv 2103.00020): the mean of both directions' cross entropies.
+    """Contrastive loss (InfoNCE, as in CLIP, arXiv 2103.00020) of B images and their B texts: cross entropy both ways.
 
     The logits are those of each image with all texts, and of each text with all images, the own ones on the diagonal.
     """
@@ -89,7 +89,7 @@ def image_text_contrast(image_to_text_BB, text_to_image_BB, label_smoothing: flo
 
 
 def sigmoid_contrast(logits_BB) -> jax.Array:
-    """Contrast of B images and B texts (SigLIP, arXiv 2303.15343): log-sigmoids of all pairs, per image.
+    """Sigmoid contrastive loss (SigLIP, arXiv 2303.15343) of B image-text pairs: log-sigmoids of all pairs, per image.
 
     Pairs on the diagonal belong together; the sum over the texts of an image is averaged over the images.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model as the judge of open answers: LLaVA-Bench (COCO and in the wild) of LLaVA (arXiv 2304.08485).
+"""LLM-as-a-judge of open answers: LLaVA-Bench (COCO and in the wild) of LLaVA (arXiv 2304.08485).
 
 The layout of what the judge reads, its temperature and the reading "llava" of its scores are those of LLaVA's code; the
 rubric is ours, with the same contract. LLaVA's code resumes by counting lines and repeats for ever; here replies have a

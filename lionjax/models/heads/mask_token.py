@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks at a token of the answer, without boxes (LISA, arXiv 2308.00692, section 3.1).
+"""Masks at a token of the answer, without boxes: LISA's embedding-as-mask (arXiv 2308.00692, section 3.1).
 
 Wherever a text has the mask token, [SEG], the hidden state that predicts it is the embedding of a mask. It is projected
 to one prompt of SAM's mask decoder.

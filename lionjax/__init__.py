@@ -6,8 +6,13 @@ Importing this package is cheap: JAX and other dependencies are imported on firs
 
 import importlib
 import sys
+from typing import TYPE_CHECKING
 
 from lionjax.core import moved
+
+if TYPE_CHECKING:  # for type checkers and editors, as `__getattr__` imports on first use
+    from lionjax import convert as convert
+    from lionjax.pipelines.loading import load as load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "convert", "load"]

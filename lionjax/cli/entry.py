@@ -57,7 +57,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verbs = parser.add_subparsers(metavar="VERB", title="verbs", dest="verb")
 
     verb = add_verb(verbs, train, extra_args_help="Any field of the config can be set: --stages.0.steps 20.")
-    verb.add_argument("config", metavar="CONFIG", help="a Python file, such as configs/tiny_lion.py")
+    verb.add_argument("config", metavar="CONFIG", help="a Python file, or the name of one that ships: tiny_lion")
     verb.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="the run folder to write or resume")
     shrink_help = (
         "small widths, depths and pictures, to rehearse a full-size run; text lengths times FRACTION (default 1)"
@@ -94,7 +94,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     add_detect_arguments(verb)
 
     verb = add_verb(verbs, show, extra_args_help="Any field of the config can be set: --stages.0.steps 20.")
-    verb.add_argument("config", metavar="CONFIG", help="a Python file or a run folder")
+    verb.add_argument("config", metavar="CONFIG", help="a Python file, the name of one that ships, or a run folder")
     weights_help = "print the table of torch weight names instead; also for a folder or file of weights"
     verb.add_argument("--weights", action="store_true", help=weights_help)
 
@@ -113,9 +113,19 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb = add_verb(verbs, report)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder")
 
+    verb = add_verb(verbs, completion)
+    verb.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "tcsh"), help="bash, zsh or tcsh")
+
     verb = add_verb(verbs, benchmark, extra_args_help="Other arguments are passed to the script.")
     verb.add_argument("name", metavar="NAME", help="a script of benchmarks/, without .py")
     return parser, verbs.choices
+
+
+def completion(args: argparse.Namespace, _) -> None:
+    """Print a completion script for a shell: eval "$(lionjax completion bash)"."""
+    import shtab
+
+    print(shtab.complete(build_parsers()[0], args.shell))
 
 
 INT8_HELP = "round the language model's matrices to int8"

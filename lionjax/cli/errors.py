@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from lionjax.core.errors import UserError
+from lionjax.core.errors import UserError, missing_module
 from lionjax.core.files import is_disk_full
 
 
@@ -32,6 +32,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return "stopped by Ctrl-C", 130
     if isinstance(error, UserError):
         return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("lionjax"):
+        return str(missing_module(error)), 2
     lines = str(error).strip().splitlines() or ["no message"]
     if is_disk_full(error):
         return f"the disk is full ({lines[0]}); free some space and run the same command again", 2

@@ -6,6 +6,19 @@ import operator
 from collections.abc import Iterator
 
 OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+# Modules of the extras in pyproject.toml.
+EXTRA_MODULES = {
+    "data": ("grain", "array_record", "tensorflow_datasets"),
+    "torch": ("torch", "transformers"),
+    "tpu": ("libtpu",),
+    "prepare": ("apache_beam",),
+    "tensorboard": ("tensorboardX",),
+    "demo": ("gradio",),
+    "llm": ("openai",),
+    "mcp": ("mcp",),
+    "opencv": ("cv2",),
+    "xlsx": ("openpyxl",),
+}
 DTYPES = ("float32", "bfloat16", "float16")  # of parameters and of the computation
 
 
@@ -19,6 +32,14 @@ class RetryError(UserError):
     """A failure that the same command may not have the next time, such as a host that does not answer: exit code 75."""
 
     exit_code = 75  # launchers start the command again
+
+
+def missing_module(error: ModuleNotFoundError, purpose: str = "this") -> UserError:
+    """What a user is told who lacks a module: the command that installs its extra, which `purpose` needs."""
+    module = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, modules in EXTRA_MODULES.items() if module in modules), None)
+    package = module if extra is None else f"lionjax[{extra}]"
+    return UserError(f"{purpose} needs {module}, which is not installed; run `pip install '{package}'`")
 
 
 def check_choices(config, error: type[Exception] = ValueError, /, **choices) -> None:

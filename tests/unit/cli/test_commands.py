@@ -3,9 +3,11 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 import time
+import tomllib
 import types
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from PIL import Image
 
 from lionjax import cli, convert
 from lionjax.cli import entry
+from lionjax.cli.errors import describe_error
 from lionjax.core import config
-from lionjax.core.errors import RetryError
+from lionjax.core.errors import EXTRA_MODULES, RetryError
 from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.scenes import tasks
@@ -73,6 +76,26 @@ def test_help_names_every_verb_and_what_it_does(capsys):
     out = " ".join(capsys.readouterr().out.split())
     for name, verb in entry.build_parsers()[1].items():
         assert verb.get_default("run").__doc__ in out and f" {name} " in out
+
+
+def test_completion_scripts_name_every_verb(capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"[( ]{name}[) ]", out) for name in entry.build_parsers()[1])
+    assert "choose from" in refused(capsys, "completion", "csh")
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("grain.python", "lionjax[data]"), ("cv2", "lionjax[opencv]"), ("foo.bar", "foo")]
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(module, package):
+    message, code = describe_error(ModuleNotFoundError(f"No module named {module!r}", name=module))
+    assert (message.rpartition("; ")[2], code) == (f"run `pip install '{package}'`", 2)
+
+
+def test_the_extras_of_missing_modules_are_those_of_the_project():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRA_MODULES) <= set(extras)
 
 
 def test_a_wrong_command_line_raises_a_one_sentence_error(capsys, toy):

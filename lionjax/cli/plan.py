@@ -12,7 +12,7 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `lionjax plan`."""
-    parser.add_argument("config", metavar="CONFIG", help="a Python file, such as configs/nextchat_7b.py")
+    parser.add_argument("config", metavar="CONFIG", help="a Python file, or the name of one that ships: nextchat_7b")
     names = "v4-32, v5e-16, v5e-256, v5p-512, v6e-64, tpu7x-128, or a shape such as v5e:4x8"
     parser.add_argument("--topology", metavar="NAME", required=True, help=names)
     parser.add_argument("--slices", metavar="N", type=int, default=1, help="number of slices (default: 1)")

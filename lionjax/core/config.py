@@ -11,9 +11,11 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import io
 import json
 import logging
+import os
 import runpy
 import types
 import typing
@@ -28,29 +30,75 @@ from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
 
+ALLOWED_PACKAGES = "LIONJAX_ALLOW_PACKAGES"  # environment variable: packages with own classes, separated by ":"
 BOOLEAN_WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 CLASS_TO_TAG = {class_path: tag for tag, class_path in class_tags.TAG_TO_CLASS.items()}
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The `Experiment` from `get_config()` of a Python file, with `overrides` applied (see `apply_overrides`).
+def shipped_configs() -> dict[str, Path]:
+    """The config files that come with lionjax by name: those of the wheel, or in a clone those of configs/."""
+    package = Path(__file__).resolve().parent.parent
+    folders = (package / "configs", package.parent / "configs")
+    folder = next((folder for folder in folders if folder.is_dir()), folders[0])
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
 
-    Raises UserError if the file is missing, raises an exception, or does not return an `Experiment` of plain values.
+
+def find_config(path: str | Path) -> Path:
+    """The file of a config: the path of a file, or the name of one that ships, such as "tiny_lion".
+
+    A file goes before a name. Raises UserError if there is neither.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no config file {str(path)!r}; a config is a Python file, see configs/")
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if str(path) in shipped:
+        return shipped[str(path)]
+    near = difflib.get_close_matches(path.stem, shipped, 1)
+    hint = f", such as {near[0]}" if near else ""
+    raise UserError(f"no config file {str(path)!r}; give a Python file, or the name of a config that ships{hint}")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The `Experiment` from `get_config` of a config (see `find_config`), with `overrides` applied.
+
+    Overrides that have the name of an argument of `get_config` are passed to it: ["--data", "talks.json"]. Raises
+    UserError if the file is missing, raises an exception, or does not return an `Experiment` of plain values, and for
+    an argument without a default that is not given.
+    """
+    path = find_config(path)
     try:
-        names = runpy.run_path(str(path))
-        experiment = names["get_config"]() if "get_config" in names else None
+        get_config = runpy.run_path(str(path)).get("get_config")
+        arguments, overrides = ({}, overrides) if get_config is None else _config_arguments(path, get_config, overrides)
+        experiment = None if get_config is None else get_config(**arguments)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{path} fails with {type(error).__name__}: {error}") from error
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} must define a function get_config() that returns an Experiment")
+    allow_packages(*_class_packages(experiment) - {"lionjax"})  # the file has imported them
     # The JSON round trip turns lists into tuples and checks every value against the type of its field.
     return apply_overrides(from_json(to_json(experiment)), overrides)
+
+
+def _config_arguments(path: Path, get_config, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of `get_config` among the overrides (texts and numbers), and the other overrides."""
+    hints = {name: hint for name, hint in typing.get_type_hints(get_config).items() if hint in (str, int, float, bool)}
+    parameters = {name: one for name, one in inspect.signature(get_config).parameters.items() if name in hints}
+    arguments, others = {}, []
+    for name, values in _group_arguments(overrides):
+        if name not in parameters:
+            others += [f"--{name}", *values]
+        elif name in arguments:
+            raise UserError(f"--{name} is given twice; give it once")
+        else:
+            arguments[name] = _parse_value(values, hints[name], name)
+    required = [name for name, one in parameters.items() if one.default is one.empty]
+    if missing := [f"--{name}" for name in required if name not in arguments]:
+        description = (inspect.getdoc(get_config) or "").partition("\n\n")[0].replace("\n", " ")
+        raise UserError(f"the config {path.stem} needs {' and '.join(missing)}. {description}".strip())
+    return arguments, others
 
 
 def apply_overrides(config: Any, overrides: Sequence[str]) -> Any:
@@ -219,7 +267,8 @@ def _flatten_fields(config: Any, prefix: str = "") -> dict[str, Any]:
 def to_json(config: Any) -> str:
     """The config as JSON text for `from_json`; each dataclass has its class tag under "class" (see `class_tags`).
 
-    Raises UserError for a value that is not a number, a string, a tuple or a dataclass of lionjax.
+    A class of another package is written as "module:class". Raises UserError for a value that is not a number, a
+    string, a tuple or a dataclass, and for a dataclass that no module has.
     """
     return json.dumps(_to_plain(config, type(config).__name__), indent=1)
 
@@ -228,8 +277,11 @@ def _to_plain(value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
         class_path = f"{kind.__module__}:{kind.__qualname__}"
-        if not class_path.startswith("lionjax."):
-            raise UserError(f"{path} is a {kind.__name__}; it must be a dataclass of the lionjax package")
+        if kind.__module__ == "<run_path>" or "<locals>" in class_path:
+            raise UserError(
+                f"{path} is a {kind.__name__}, which no module defines; move the class from the config file into a "
+                "package that can be imported, so that a run of it can be loaded"
+            )
         name = CLASS_TO_TAG.get(class_path, class_path)
         names = [field.name for field in dataclasses.fields(value)]
         return {"class": name} | {n: _to_plain(getattr(value, n), f"{path}.{n}") for n in names}
@@ -242,7 +294,7 @@ def _to_plain(value: Any, path: str) -> Any:
 
 
 def from_json(text: str) -> Any:
-    """The config in JSON text from `to_json`. Only dataclasses of lionjax are constructed.
+    """The config in JSON text from `to_json`. Only dataclasses of lionjax and of allowed packages are constructed.
 
     A missing field takes its default, which is logged. Raises UserError for an unknown field, a missing field without
     a default, a value of the wrong type, and text that is not a config.
@@ -278,15 +330,40 @@ def _from_plain(tree: dict[str, Any], path: str) -> Any:
     return _construct(kind, values, path)
 
 
+def allow_packages(*names: str) -> None:
+    """Let configs in JSON use classes of these packages, which are imported then; processes started from here too."""
+    os.environ[ALLOWED_PACKAGES] = ":".join(dict.fromkeys([*_allowed_packages(), *names]))
+
+
+def _allowed_packages() -> list[str]:
+    return [name for name in os.environ.get(ALLOWED_PACKAGES, "").split(":") if name]
+
+
+def _class_packages(value: Any) -> set[str]:
+    """The packages of all dataclasses in a config."""
+    if isinstance(value, list | tuple):
+        return set().union(*map(_class_packages, value))
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return set()
+    inner = (_class_packages(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return {type(value).__module__.partition(".")[0]}.union(*inner)
+
+
 def _resolve_class(name: Any, path: str) -> type:
     tag = class_tags.LEGACY_CLASS_TO_TAG.get(str(name), str(name))
     module, _, class_name = class_tags.TAG_TO_CLASS.get(tag, str(name)).partition(":")
-    kind = None
-    if module.split(".")[0] == "lionjax":
+    package, kind = module.partition(".")[0], None
+    if package in ("lionjax", *_allowed_packages()):
         with contextlib.suppress(ImportError):
             kind = getattr(importlib.import_module(module), class_name, None)
+    elif class_name and module.replace(".", "").isidentifier():
+        raise UserError(
+            f"{path} is {name!r}, a class of the package {package!r}; if you trust this package, set "
+            f"{ALLOWED_PACKAGES}={package} to let it be imported"
+        )
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        raise UserError(f"{path}: {name!r} is not a config class of this lionjax version")
+        where = f"of {package!r}" if package in _allowed_packages() else "of this lionjax version"
+        raise UserError(f"{path}: {name!r} is not a config class {where}")
     return kind
 
 

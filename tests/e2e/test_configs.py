@@ -7,7 +7,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from paths import CONFIGS
+from paths import CONFIGS, EXPERIMENTS
 
 from lionjax import convert
 from lionjax.convert.formats import peft as loras
@@ -16,7 +16,6 @@ from lionjax.core import params as trees
 from lionjax.core.types import Batch, PackedText
 from lionjax.training import step
 
-EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py") if "Experiment" in path.read_text())
 LARGE = 2**20
 
 

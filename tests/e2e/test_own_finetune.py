@@ -77,6 +77,16 @@ def write_data() -> None:
     damaged.write_bytes(damaged.read_bytes()[:200])
 
 
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> Path:
+    """A released LLaVA's folder, converted."""
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("weights")
+    tiny_released.save("llava", folder / "released")
+    assert main(["convert", str(folder / "released"), str(folder / "llava"), "--to", "jax"]) == 0
+    return folder / "llava"
+
+
 def answers(model) -> list[str]:
     return [answer.text for answer in model.answer(tiny_released.pictures(2, seed=3), list(QUESTIONS))]
 
@@ -86,12 +96,12 @@ def stage_steps() -> list[int]:
 
 
 @pytest.mark.slow
-def test_conversations_are_inspected_built_learned_mended_continued_and_exported(tmp_path, monkeypatch, capfd, caplog):
-    pytest.importorskip("torch")
+def test_conversations_are_inspected_built_learned_mended_continued_and_exported(
+    llava, tmp_path, monkeypatch, capfd, caplog
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    tiny_released.save("llava", Path("released"))
-    lionjax_says(capfd, "convert", "released", "llava", "--to", "jax")
+    Path("llava").symlink_to(llava)
     write_data()
     Path("mine.py").write_text(CONFIG)
 
@@ -121,3 +131,19 @@ def test_conversations_are_inspected_built_learned_mended_continued_and_exported
     lionjax_says(capfd, "convert", "run", "exported", "--to", "torch")
     run, exported = lionjax.load("run"), lionjax.load("exported")
     assert answers(run) == answers(exported) != before
+
+
+@pytest.mark.slow
+def test_own_data_is_learned_by_one_command_and_answered_by_the_next(llava, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    write_data()
+    rows = [conversation(f"{number}.png", "two cats", "in the picture") for number in range(6)]
+    Path("talks.json").write_text(json.dumps(rows))
+    words = ("train", "own_data", "--data", "talks.json", "--images", "images", "--workdir", "run")
+    assert "the config own_data needs --base. Give --data FILE" in lionjax_says(capfd, *words, code=2)
+    assert "lionjax convert images DIR --to jax" in lionjax_says(capfd, *words, "--base", "images", code=2)
+    settings = ("--heldout", "0", "--epochs", "2", "--batch-size", "4", "--data.processor.max_prompt_tokens", "96")
+    lionjax_says(capfd, *words, "--base", str(llava), *settings)
+    (line,) = (json.loads(text) for text in Path("run/metrics.jsonl").read_text().splitlines()[-1:])
+    assert line["step"] == 3 and line["loss"] > 0
+    assert lionjax_says(capfd, "generate", "run", "--image", "images/1.png", "--prompt", QUESTIONS[0])

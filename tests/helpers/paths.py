@@ -7,3 +7,5 @@ HELPERS = Path(__file__).resolve().parent
 TESTS = HELPERS.parent
 ROOT = TESTS.parent
 CONFIGS = ROOT / "configs"
+WITH_ARGUMENTS = {"own_data"}  # configs that need a user's files
+EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in WITH_ARGUMENTS)

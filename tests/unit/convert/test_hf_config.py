@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from paths import CONFIGS
+from paths import CONFIGS, EXPERIMENTS
 from published_folders import tiny_lion, tiny_t5
 from safetensors.numpy import load_file
 from small_lora import CONFIG, random_params
@@ -24,7 +24,6 @@ from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.vit import EVA_VIT_G
 from lionjax.nn.lora import LoraConfig
 
-EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("*.py") if "Experiment" in path.read_text())
 DECODER = dataclasses.replace(CONFIG, lora=LoraConfig())
 
 

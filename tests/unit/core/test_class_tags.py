@@ -6,12 +6,12 @@ import importlib
 import json
 
 import pytest
-from paths import ROOT
+from paths import EXPERIMENTS, ROOT
 
 from lionjax.core import class_tags, config
 
 FOLDER = ROOT / "configs"
-CONFIGS = [path for path in sorted(FOLDER.glob("*.py")) if "-> Experiment" in path.read_text()]
+CONFIGS = [FOLDER / f"{name}.py" for name in EXPERIMENTS]
 
 
 def classes_in(value) -> set[str]:

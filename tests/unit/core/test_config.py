@@ -136,6 +136,43 @@ def test_a_missing_config_file_is_named(tmp_path):
         config.load(tmp_path / "nothing.py")
 
 
+def test_a_config_that_ships_is_found_by_its_name_but_a_file_goes_first(path, monkeypatch):
+    assert config.load("tiny_lion", ["--stages.0.steps", "3"]).name == "tiny_lion"
+    monkeypatch.chdir(path.parent)
+    path.rename("tiny_lion")
+    assert config.load("tiny_lion").name == "toy"
+    with pytest.raises(UserError, match="no config file 'tiny_lon'; .* that ships, such as tiny_lion"):
+        config.load("tiny_lon")
+
+
+WITH_ARGUMENTS = FILE.replace(
+    "def get_config():", 'def get_config(rows: str, rate: float = 0.5, language: tuple = ()):\n    "Give --rows FILE."'
+).replace('"toy"', 'f"{rows} {rate}"')
+
+
+def test_arguments_of_get_config_are_set_on_the_command_line_beside_fields(path):
+    path.write_text(WITH_ARGUMENTS)
+    toy = config.load(path, "--rows a.json --stages.0.steps 20 --rate=2".split())
+    assert (toy.name, toy.stages[0].steps) == ("a.json 2.0", 20)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("--rate 1", "the config toy needs --rows. Give --rows FILE."),
+        ("--rows a --rows b", "--rows is given twice; give it once"),
+        ("--rows a --rate many", "rate must be float, got 'many'"),
+        ("--rows a --rats 1", "Experiment has no field 'rats'"),
+        ("--rows a --language x", "Experiment has no field 'language'"),
+    ],
+)
+def test_wrong_arguments_of_a_config_are_one_sentence(path, words, wanted):
+    path.write_text(WITH_ARGUMENTS)
+    with pytest.raises(UserError) as error:
+        config.load(path, words.split())
+    assert sentence(error).startswith(wanted)
+
+
 def test_json_and_back_is_the_same_value_and_the_same_types(path):
     toy = config.load(path)
     again = config.from_json(config.to_json(toy))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import small_lion
 import small_places
-from paths import CONFIGS
+from paths import CONFIGS, EXPERIMENTS
 
 from lionjax import cli, planner
 from lionjax.cli import plan as plan_command
@@ -450,7 +450,7 @@ def test_mesh_search_ends_if_nothing_fits():
 
 
 def test_every_full_size_config_is_planned_for_four_slices():
-    names = {path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("tiny")}
+    names = {name for name in EXPERIMENTS if not name.startswith("tiny")}
     lines = (CONFIGS.parent / "docs" / "plans.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     planned = {(row[0], row[2]) for row in rows if len(row) == 18}

@@ -62,6 +62,27 @@ def test_the_sdist_holds_what_builds_and_tests_it(dist):
     assert not [name for name in inside if name.startswith((".venv", "runs", "site/"))]
 
 
+SCRIPT = """
+import lionjax
+
+answers = lionjax.load("runs/demo").answer(["a.png"], ["Where is the ring?"])
+reveal_type(answers)
+reveal_type(answers[0].boxes)
+lionjax.load(3)
+"""
+
+
+def test_mypy_knows_the_types_of_a_users_script(installed, tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    options = ["--python-executable", str(installed / "bin" / "python"), "--cache-dir", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "mypy", *options, "script.py"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert 'Revealed type is "list[lionjax.inference.engine.Answer]"' in said, said
+    assert 'Revealed type is "numpy.ndarray' in said
+    assert 'Argument 1 to "load" has incompatible type "int"; expected "str | Path"' in said
+
+
 def test_an_installed_wheel_trains_a_config_by_name_without_a_checkout(installed, tmp_path):
     words = ["train", "tiny_text_lm", "--workdir", "run", "--run.evaluate_limit", "0"]
     words += ["--stages.0.steps", "2", "--stages.0.warmup_steps", "1"]

@@ -4,7 +4,16 @@
 import jax
 import numpy as np
 import pytest
-from mesh_systems import MESHES, SYSTEMS, compiled_anew, first_batch, mesh_of, programs_are_let_go, trained  # noqa: F401
+from mesh_systems import (
+    MESHES,
+    SYSTEMS,
+    compiled_anew,  # noqa: F401
+    fingerprints,
+    first_batch,
+    mesh_of,
+    programs_are_let_go,  # noqa: F401
+    trained,
+)
 
 from lionjax.core import sharding
 
@@ -25,15 +34,22 @@ def on_one_device():
 
 # Lyrics differs from BLIP-2 and InstructBLIP in its regions only.
 CASES = [(name, mesh) for name in SYSTEMS for mesh in ("data", "fsdp", "all") if mesh == "all" or "lyrics" not in name]
+# A run draws its parameters once for all stages. Beside LION, the toy of test_meshes_agree.py has been on every mesh.
+FIRST = [("lion", "data"), ("lion", "fsdp")] + [(name, "all") for name in SYSTEMS if not name.endswith(", masks")]
+
+
+@pytest.mark.parametrize("name, mesh", FIRST)
+def test_first_parameters_do_not_depend_on_the_mesh(name, mesh):
+    what, _ = SYSTEMS[name]
+    assert fingerprints(what, mesh) == fingerprints(what, "one")
 
 
 @pytest.mark.parametrize("name, mesh", CASES)
-def test_first_parameters_losses_and_gradient_norms_do_not_depend_on_the_mesh(on_one_device, name, mesh):
-    first, losses, norms, split = trained(*SYSTEMS[name], mesh)
+def test_losses_and_gradient_norms_do_not_depend_on_the_mesh(on_one_device, name, mesh):
+    losses, norms, split = trained(*SYSTEMS[name], mesh)
     wanted = on_one_device(name)
-    assert first == wanted[0]
-    np.testing.assert_allclose(losses, wanted[1], rtol=2e-5)
-    np.testing.assert_allclose(norms, wanted[2], rtol=2e-4)
+    np.testing.assert_allclose(losses, wanted[0], rtol=2e-5)
+    np.testing.assert_allclose(norms, wanted[1], rtol=2e-4)
     assert losses[2] != losses[0] and min(norms) > 0  # the first update is a warm-up
     assert bool(split) == (mesh != "data")  # else nothing was tried
 

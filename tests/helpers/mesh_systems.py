@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 import jax
+import leafwise
 import numpy as np
 import pytest
 import small_lion
@@ -178,19 +179,36 @@ def with_random_regions(batch: Batch) -> Batch:
 
 
 @functools.cache
+def layout_of(what: Experiment, mesh_name: str):
+    """Shapes and shardings of the parameters of a run on a mesh."""
+    return init_layout(what, first_batch(what, 0), mesh_of(mesh_name))
+
+
 def first_parameters(what: Experiment, mesh_name: str):
-    """(their layout, themselves on the host, fingerprints) of a run on a mesh; compiled once for all of its stages."""
-    mesh, batch = mesh_of(mesh_name), first_batch(what, 0)
-    layout = init_layout(what, batch, mesh)
-    parts = init_first_parameters(dataclasses.replace(what, weights=()), batch, layout)
-    return layout, jax.device_get(parts), checkpoint.leaf_checksums(trees.merge(*parts))
+    """(frozen, trainable) parameters of a run on a mesh, before its first step."""
+    return init_first_parameters(
+        dataclasses.replace(what, weights=()), first_batch(what, 0), layout_of(what, mesh_name)
+    )
+
+
+@functools.cache
+def fingerprints(what: Experiment, mesh_name: str) -> dict:
+    """{path: checksum} of a run's first parameters on a mesh."""
+    return checkpoint.leaf_checksums(trees.merge(*first_parameters(what, mesh_name)))
+
+
+@functools.cache
+def parameters_on_host(what: Experiment):
+    """The first parameters on one device, drawn leaf by leaf: those that all stages start from on all meshes."""
+    with leafwise.drawn():
+        return jax.device_get(first_parameters(what, "one"))
 
 
 def trained(what: Experiment, number: int, mesh_name: str, updates: int = 3):
-    """(fingerprints of the first parameters, losses, gradient norms, paths that are split) of a stage on a mesh."""
+    """(losses, gradient norms, paths that are split) of a stage on a mesh, from parameters of the host."""
     mesh, batch, stage = mesh_of(mesh_name), first_batch(what, number), what.stages[number]
-    layout, parts, first = first_parameters(what, mesh_name)
-    never, learned = map(sharding.reshard_like, parts, (layout.frozen, layout.trainable))
+    layout = layout_of(what, mesh_name)
+    never, learned = map(sharding.reshard_like, parameters_on_host(what), (layout.frozen, layout.trainable))
     trainable, idle = trees.split(learned, stage.trainable)
     frozen = trees.merge(never, idle)
     where = trees.flatten(trees.merge(trainable, frozen))
@@ -205,4 +223,4 @@ def trained(what: Experiment, number: int, mesh_name: str, updates: int = 3):
         jax.block_until_ready((state, metrics))  # on few cores two updates under way can wait for each other for ever
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
-    return first, losses, norms, split
+    return losses, norms, split

@@ -3,6 +3,7 @@
 
 import pytest
 from full_size_runs import REGION_NAMES, assert_trained, one_device, programs_of_one_shape_are_compiled_once  # noqa: F401
+from leafwise import parameters_are_drawn_leafwise  # noqa: F401
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 """Swin against transformers' SwinModel: windows that fit and that do not, odd maps, gradients, names both ways."""
 
 import jax
+import leafwise
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -139,11 +140,11 @@ def test_stochastic_depth_drops_or_rescales_a_sample_in_training_only():
 def test_stochastic_depth_grows_with_depth_from_none():
     c = SwinConfig(8, 4, 4, (1,), (1,), 2, 1.0, drop_path_rate=0.9)
     image = np.ones((3, 8, 8, 3), np.float32)
-    params = Swin(c).init(jax.random.key(0), image)
+    params = leafwise.init_leafwise(Swin(c).init, jax.random.key(0), image)
     still, moved = (Swin(c).apply(params, image, key)[0] for key in (None, jax.random.key(1)))
     np.testing.assert_array_equal(still, moved)  # a first layer alone is never passed over
     deep = SwinConfig(8, 4, 4, (2,), (1,), 2, 1.0, drop_path_rate=0.9)
-    params = Swin(deep).init(jax.random.key(0), image)
+    params = leafwise.init_leafwise(Swin(deep).init, jax.random.key(0), image)
     still, moved = (Swin(deep).apply(params, image, key)[0] for key in (None, jax.random.key(1)))
     assert not np.allclose(still, moved)
 

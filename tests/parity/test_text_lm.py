@@ -6,10 +6,10 @@ import random
 from pathlib import Path
 
 import jax
+import leafwise
 import numpy as np
 import pytest
 import tiny_released
-from flax import linen as nn
 
 import lionjax
 from lionjax import convert
@@ -113,7 +113,7 @@ def test_a_language_model_alone_learns_the_answers_of_a_batch():
     vlm = TextLM(language)
     model = loading.from_params(loading.released_experiment(vlm, Path("tiny")), {})
     batch = model.processor.batch([ImageTextInput(np.zeros((1, 1, 3), np.uint8), "a b")], ["c d"], (8,))
-    params = jax.jit(lambda key: nn.unbox(vlm.init(key, batch)))(jax.random.key(0))
+    params = leafwise.init_leafwise(vlm.init, jax.random.key(0), batch)
     loss_and_grads = jax.jit(jax.value_and_grad(lambda params: vlm.loss(params, batch)[0]))
     loss, grads = loss_and_grads(params)
     learned, _ = loss_and_grads(jax.tree.map(lambda leaf, grad: leaf - 0.05 * grad, params, grads))

@@ -4,8 +4,8 @@
 import re
 import sys
 
-import flax.linen as nn
 import jax
+import leafwise
 import numpy as np
 import pytest
 from chat_prompts import lengths
@@ -88,7 +88,7 @@ def assert_walk(walk: str, call, most: int) -> None:
 def model():
     experiment = Experiment("llava", LLAVA, DataConfig(processor=PROMPTS), stages=())
     batch = Processor(experiment.data.processor).batch([ImageTextInput(IMAGE, "What is it?")], ["red"])
-    params = nn.unbox(jax.jit(LLAVA.init)(jax.random.key(0), batch))
+    params = leafwise.init_leafwise(LLAVA.init, jax.random.key(0), batch)
     return from_params(experiment, params), batch
 
 

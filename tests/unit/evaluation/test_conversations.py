@@ -3,8 +3,8 @@
 
 import json
 
-import flax.linen as nn
 import jax
+import leafwise
 import numpy as np
 import pytest
 from chat_prompts import PICTURE, decoder_prompts
@@ -65,7 +65,7 @@ def test_rows_with_one_image_several_and_none_are_one_benchmark(tmp_path):
     processor = decoder_prompts(image_size=14, max_images=2, followup_template="{question}", max_target_tokens=8)
     data = DataConfig((Conversations(str(tmp_path / "rows.json"), str(tmp_path)),), processor)
     experiment = Experiment("talk", system, data, stages=())
-    params = nn.unbox(jax.jit(system.init)(jax.random.key(0), dummy_batch(Processor(processor))))
+    params = leafwise.init_leafwise(system.init, jax.random.key(0), dummy_batch(Processor(processor)))
     model = from_params(experiment, params)
     assert runner.model_benchmarks(model) == ["conversation"]
     entry = runner.evaluate_model(model, "conversation", tmp_path / "run")

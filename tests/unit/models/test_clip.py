@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import leafwise
 import numpy as np
 import pytest
 
@@ -42,9 +43,7 @@ def random_batch(count: int, length: int = 7) -> Batch:
 def test_the_loss_over_a_mesh_is_that_of_the_whole_batch_and_gathers_texts_once(objective):
     model, batch = dataclasses.replace(TINY, objective=objective), random_batch(24)
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))
-    params = jax.tree.map(
-        lambda x: x.value, model.init(jax.random.key(0), batch), is_leaf=lambda x: hasattr(x, "value")
-    )
+    params = leafwise.init_leafwise(model.init, jax.random.key(0), batch)
     expected = jax.jit(jax.value_and_grad(lambda p: model.loss(p, batch), has_aux=True))(params)
     with sharding.use_mesh(mesh):
         sharded = sharding.shard_batch(batch, mesh)
@@ -71,7 +70,7 @@ def test_texts_of_a_batch_begin_and_end_as_the_tower_reads_them_also_when_cut():
 
 def test_kept_features_of_the_image_tower_give_the_same_loss():
     batch = random_batch(4)
-    params = jax.tree.map(lambda x: x.value, TINY.init(jax.random.key(0), batch), is_leaf=lambda x: hasattr(x, "value"))
+    params = leafwise.init_leafwise(TINY.init, jax.random.key(0), batch)
     kept = dataclasses.replace(batch, features=TINY.extract_features(params, batch), image_BHWC=None)
     assert TINY.loss(params, kept)[0] == pytest.approx(float(TINY.loss(params, batch)[0]), rel=1e-6)
 
@@ -82,9 +81,7 @@ def test_label_smoothing_and_the_limit_of_the_logit_scale():
     smooth = [-(0.8 * jnp.diag(p) + 0.2 * p.mean(axis=axis)).mean() for axis, p in zip((1, 0), probs)]
     assert losses.image_text_contrast(logits_BB, logits_BB.T, 0.2) == pytest.approx(float(sum(smooth)) / 2, rel=1e-5)
     batch, limited = random_batch(4), dataclasses.replace(TINY, max_logit_scale=10.0, init_logit_scale=np.log(50.0))
-    params = jax.tree.map(
-        lambda x: x.value, limited.init(jax.random.key(0), batch), is_leaf=lambda x: hasattr(x, "value")
-    )
+    params = leafwise.init_leafwise(limited.init, jax.random.key(0), batch)
     same = params | {"logit_scale": jnp.log(10.0)}
     assert limited.loss(params, batch)[0] == pytest.approx(float(TINY.loss(same, batch)[0]), rel=1e-5)
     assert limited.loss(params, batch)[0] != pytest.approx(float(TINY.loss(params, batch)[0]), rel=1e-3)

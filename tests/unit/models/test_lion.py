@@ -5,6 +5,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import leafwise
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ def batch_of(rows: int = 4, task=IMAGE_LEVEL) -> Batch:
 @pytest.fixture(scope="module")
 def params():
     """Random weights, every leaf moved so that nothing starts as a no-op."""
-    params = sharding.init_sharded(LION.init, jax.random.key(0), batch_of())
+    params = leafwise.init_leafwise(LION.init, jax.random.key(0), batch_of())
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: jnp.asarray(x + rng.normal(0, 0.1, x.shape), x.dtype), jax.device_get(params))
 
@@ -64,7 +65,7 @@ def test_a_batch_may_mix_tasks_and_each_row_is_routed_by_its_task(params):
 
 @pytest.mark.slow
 def test_in_a_new_router_each_task_uses_one_adapter(params):
-    fresh = sharding.init_sharded(LION.init, jax.random.key(0), batch_of())
+    fresh = leafwise.init_leafwise(LION.init, jax.random.key(0), batch_of())
     flat = trees.flatten(params)
     start = {path: trees.flatten(fresh)[path] if path.endswith("/ratio") else leaf for path, leaf in flat.items()}
     without = {path: leaf * (0 if "/adapter_0/up" in path else 1) for path, leaf in start.items()}
@@ -160,7 +161,7 @@ def test_with_identity_init_scale_image_tokens_start_as_scaled_vit_features():
     aggregator = dataclasses.replace(LION.aggregator, projector_mlp_dim=32)
     lion = dataclasses.replace(LION, aggregator=aggregator, identity_init_scale=2.5, visual_input="AGGREGATOR")
     batch = batch_of()
-    params = sharding.init_sharded(lion.init, jax.random.key(0), batch)
+    params = leafwise.init_leafwise(lion.init, jax.random.key(0), batch)
     said_BPD = np.asarray(jax.jit(lion.extract_features)(params, batch))[:, -1]
     words_BPD = jax.jit(lambda p, b: LionModule(lion).apply({"params": p}, b, None, method=LionModule.embed_image))(
         params, batch

@@ -4,9 +4,9 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import leafwise
 import numpy as np
 import pytest
 
@@ -28,7 +28,7 @@ def test_a_question_longer_than_the_learned_positions_is_refused():
 def test_decoding_embeds_text_from_a_traced_position():
     config = dataclasses.replace(QFormerConfig(), **SIZES, use_text_input=True, max_positions=16)
     module, ids = QFormer(config), jnp.ones((1, 2), jnp.int32)
-    params = nn.unbox(module.init(jax.random.key(0), jnp.zeros((1, 4, config.vision_width)), ids, ids))
+    params = leafwise.init_leafwise(module.init, jax.random.key(0), jnp.zeros((1, 4, config.vision_width)), ids, ids)
     embed = functools.partial(module.apply, params, method=QFormer.embed_text)
     whole = embed(jnp.ones((1, 4), jnp.int32), "float32")
     made = jax.jit(lambda offset: embed(ids, "float32", offset + jnp.arange(2)))(2)

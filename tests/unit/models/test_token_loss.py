@@ -3,8 +3,8 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
+import leafwise
 import numpy as np
 import pytest
 import small_places
@@ -32,7 +32,7 @@ def loss_in_chunks(language, chunk: int):
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_loss_metrics_and_gradients_in_chunks_are_those_at_once(name):
     at_once, model, batch = loss_in_chunks(LANGUAGES[name], 0)
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch))
+    params = leafwise.init_leafwise(model.init, jax.random.key(0), batch)
     in_chunks, *_ = loss_in_chunks(LANGUAGES[name], 4)
     (loss, metrics), grads = jax.jit(at_once)(params)
     (chunked, chunked_metrics), chunked_grads = jax.jit(in_chunks)(params)

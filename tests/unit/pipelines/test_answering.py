@@ -214,12 +214,12 @@ def test_samples_of_a_loaded_model_have_seeds_of_their_own():
 @pytest.mark.slow
 def test_a_tiny_language_model_answers_questions_from_files(files, monkeypatch, capsys):
     import jax
-    from flax import linen as nn
+    import leafwise
 
     experiment = loading.released_experiment(TextLM(LANGUAGE), loading.Path("tiny"))
     model = loading.from_params(experiment, {})
     batch = loading.dummy_batch(model.processor)
-    params = jax.jit(lambda key: nn.unbox(model.vlm.init(key, batch)))(jax.random.key(0))
+    params = leafwise.init_leafwise(model.vlm.init, jax.random.key(0), batch)
     monkeypatch.setattr(lionjax, "load", lambda *_, **__: loading.from_params(experiment, params))
     words = ["--lm", "tiny", "--workdir", str(files / "out"), "--shots", "0"]
     assert cli.main(["answer", str(files / "questions.jsonl"), *words]) == 0

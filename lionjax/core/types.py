@@ -15,7 +15,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
-from lionjax.core.errors import UserError
+from lionjax.core.errors import UserError, check_ranges
 
 T = TypeVar("T")
 Array = Any  # a numpy or jax array; its name gives the shape
@@ -81,6 +81,9 @@ class Batch:
     sam_size_B2: Array = None  # int32, height and width of the image in the upper left corner of sam_image_BHWC
     mask_size_B2: Array = None  # int32, those of the image in the upper left corner of masks_BKHW; None: sam_size_B2
     packed: PackedText | None = None  # boxes and caption as text (first stage of Lyrics)
+    # Of a model with slots (PaLM-E), in the order of their slots in the prompt; rows without a slot are zero.
+    state_BKS: Array = None  # float32, state vectors
+    object_mask_BKHW: Array = None  # bool, masks of objects at the size of the image
 
 
 @pytree_dataclass
@@ -101,6 +104,33 @@ class Cache:
 
 
 @dataclasses.dataclass(frozen=True)
+class SentenceSlots:
+    """Slots of a multimodal sentence besides those of images (PaLM-E, arXiv 2303.03378): for states and objects.
+
+    `state_width`: numbers in a state vector; `max_states`: state slots of a sentence (0: none), each of
+    `num_state_tokens` tokens. `max_objects`: object slots of a sentence (0: none), each of `num_object_tokens` tokens.
+    The token ids stand for each token of a slot in the prompt, and lie outside the vocabulary. Raises ValueError for
+    numbers out of range.
+    """
+
+    state_width: int = 0
+    max_states: int = 0
+    num_state_tokens: int = 1
+    max_objects: int = 0
+    num_object_tokens: int = 1
+    state_token_id: int = -201
+    object_token_id: int = -202
+
+    def __post_init__(self):
+        check_ranges(self, "slots.", state_width=">= 0", max_states=">= 0", max_objects=">= 0")
+        check_ranges(self, "slots.", num_state_tokens=">= 1", num_object_tokens=">= 1")
+        if bool(self.state_width) != bool(self.max_states):
+            raise ValueError(
+                f"slots.state_width is {self.state_width} and slots.max_states {self.max_states}; set both or neither"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelInfo:
     """Properties of a model for code outside `models/`, from `VLM.info`.
 
@@ -115,6 +145,7 @@ class ModelInfo:
     - `reads_question`: a Q-Former reads the question with its own tokenizer; `question_vocab_size`: its word table.
     - `region_width`: width of the region features that the model reads (`Batch.region_BKD`); 0: it reads none.
       `reads_packed_text`: it reads `Batch.packed` instead of prompt and target.
+    - `slots`: the slots that a prompt may have besides images; None: it has no slots.
     - `experts`: configs of further models in its checkpoint, by the path of their parameters, which it does not run.
     - `default_processor`: fields of ProcessorConfig for released weights without a processor config;
       `default_image_fit`: those of its `image_fit`.
@@ -138,6 +169,7 @@ class ModelInfo:
     question_vocab_size: int | None = None
     region_width: int = 0
     reads_packed_text: bool = False
+    slots: SentenceSlots | None = None
     has_features: bool = True
     generates: bool = True
     rows_can_join: bool = True

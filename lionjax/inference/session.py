@@ -31,6 +31,7 @@ Collate = Callable[[Sequence[EncodedExample], tuple[int, int], bool], Batch]
 LOOK_AHEAD = 8  # admissions' worth of waiting requests from which rows of like length are chosen
 POOL_ADMISSIONS = 4  # the pool holds the images of so many admissions
 KEPT_OUTPUTS = 8192  # of the newest requests, for identical ones
+BLANKED = ("image_BHWC", "sam_image_BHWC", "region_BKD", "state_BKS", "object_mask_BKHW")  # without an image
 UNREAD_FIELDS = ("sam", "target", "target_mask", "loss_mask", "num_cut", "size")  # of a row, while text is generated
 
 
@@ -416,13 +417,13 @@ class _ImagePool:
 
 
 def blank_rows(batch: Batch, is_blind_B: np.ndarray) -> Batch:
-    """The batch with blank pictures and regions of zeros in some rows."""
+    """The batch with blank pictures, and regions, states and masks of objects of zeros, in some rows."""
 
     def blank(array):
         is_blind = is_blind_B.reshape(-1, *[1] * (array.ndim - 1))
         return np.where(is_blind, np.zeros((), array.dtype), array)
 
-    fields = {name: getattr(batch, name) for name in ("image_BHWC", "sam_image_BHWC", "region_BKD")}
+    fields = {name: getattr(batch, name) for name in BLANKED}
     return dataclasses.replace(
         batch, **{name: None if array is None else blank(array) for name, array in fields.items()}
     )

@@ -164,6 +164,12 @@ KOSMOS2_TEXT = dataclasses.replace(
     sub_ln=True,
     scale_embeddings=True,
 )
+# PaLM 8B (arXiv 2204.02311), with attention and feed-forward one after the other, where PaLM has them side by side.
+PALM_8B = DecoderConfig(
+    **_sizes(256_000, width=4096, depth=32, heads=16, kv_heads=1, head_dim=256, mlp_dim=16_384),
+    norm="layernorm",
+    tie_embeddings=True,
+)
 
 # Trained by `python -m lionjax.tiny.pretrain --part decoder` with the embeddings of TINY_T5, so that one ViT is aligned
 # to both.

@@ -64,6 +64,7 @@ class DataConfig:
             processor = replace(processor, image_token=info.image_token if spliced else None)
         packing = (processor.packing or PackingConfig()) if info.reads_packed_text else None
         fields = {"detects_phrases": info.detects_phrases, "region_width": info.region_width, "packing": packing}
+        fields["slots"] = info.slots
         processor = replace(processor, **fields)
         return self if processor == self.processor else replace(self, processor=processor)
 

@@ -105,10 +105,15 @@ def preprocess_sam_image(image: Image.Image, size: int = 1024) -> np.ndarray:
 def letterbox_mask(mask_HW: np.ndarray, size: int, corner: bool = False) -> np.ndarray:
     """An image mask as bool (size, size) in SAM's square, for training."""
     top, left, height, width = Letterbox(mask_HW.shape[1], mask_HW.shape[0], corner).pixel_rect(size)
-    resized = Image.fromarray(mask_HW.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
     padded = np.zeros((size, size), bool)
-    padded[top : top + height, left : left + width] = np.asarray(resized) >= 128
+    padded[top : top + height, left : left + width] = resize_mask(mask_HW, height, width)
     return padded
+
+
+def resize_mask(mask_HW: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A mask as bool (height, width): bilinear, where at least half is covered."""
+    resized = Image.fromarray(mask_HW.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized) >= 128
 
 
 def split_padded_boxes(

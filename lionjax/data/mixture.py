@@ -29,6 +29,7 @@ from lionjax.data.processor import Processor
 from lionjax.data.regions import ImageRegions
 from lionjax.data.scenes.tasks import MASK_TASKS, Example, box_to_text, scene_to_text
 from lionjax.data.scenes.world import Scene
+from lionjax.data.sentences import NO_DATA, SlotData
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ class MixtureDataset:
         box_format = component.box_format or None
         found = self._load_regions(component, record, example)
         context = self.processor.spatial_context(found[0]) if found and not without_tags else ""
-        arguments = (boxes, image_letterbox, box_format, prompt_format, context)
+        arguments = (boxes, image_letterbox, box_format, prompt_format, context, slot_data_of(dataset, record, example))
         row = self.processor.encode_example(pixels, *texts, *arguments)
         row |= self.processor.encode_detection(example.question, example.boxes, example.box_names)
         row |= self.processor.encode_regions(found, example.answer, rng, dataset.record_name(record))
@@ -261,6 +262,14 @@ def padded_turn(example: Example, square: Letterbox) -> tuple[str, str]:
     """(question, answer) of an in-context example, with boxes as fractions of its image's padded square."""
     boxes = (*example.question_boxes, *example.boxes)
     return letterbox.pad_boxes(example.question, square, boxes), letterbox.pad_boxes(example.answer, square, boxes)
+
+
+def slot_data_of(dataset: OpenDataset, record_index: int, example: Example) -> SlotData:
+    """What the slots in an example's question hold."""
+    if not example.states and not example.slot_objects:
+        return NO_DATA
+    masks = dataset.masks(record_index, example.slot_objects) if example.slot_objects else ()
+    return SlotData(example.states, masks)
 
 
 def image_info_of(truth: Any) -> ImageInfo | None:

@@ -24,6 +24,7 @@ from lionjax.data.processor_config import CLIP_MEAN, CLIP_STD, ProcessorConfig
 from lionjax.data.prompt import NO_LETTERBOX, PromptBuilder
 from lionjax.data.regions import ImageRegions, pad_regions
 from lionjax.data.rounds import without_marks
+from lionjax.data.sentences import NO_DATA, SlotData, slot_arrays
 from lionjax.data.tokenizer import Tokenizer
 
 __all__ = ("CLIP_MEAN", "CLIP_STD", "ImageTextInput", "Processor", "ProcessorConfig")
@@ -41,6 +42,7 @@ class ImageTextInput:
     shots: tuple[tuple[object, str, str], ...] = ()  # in-context examples: image, question, answer
     turns: tuple[tuple[str, str], ...] = ()  # earlier (question, answer) pairs about this image
     regions: ImageRegions | None = None  # what a refiner found in the image, for models that read regions
+    slots: SlotData = NO_DATA  # what the slots in the question hold, for models with slots
 
 
 class Processor:
@@ -144,12 +146,14 @@ class Processor:
         box_format: str | None = None,
         prompt_format: PromptFormat = DEFAULT_FORMAT,
         context: str = "",
+        slot_data: SlotData = NO_DATA,
     ) -> dict[str, np.ndarray]:
         """One example as a dict of arrays of fixed shape; stacked, they are the input of `collate`.
 
         `boxes` are the exact coordinates of boxes in `question` and `answer`; `image_letterbox` and `box_format`: see
         `encode_with_boxes`. Boxes in `prompt_format.turns` are written in the config's `box_format` and add no
-        rows to key "boxes". `context` stands before the question in the prompt, but not in key "question". Key "size"
+        rows to key "boxes". `context` stands before the question in the prompt, but not in key "question". `slot_data`:
+        of the question's slots (see `data.sentences`). Key "size"
         is (width, height) of the original image; "num_cut" is the number of target tokens that exceed
         `max_target_tokens`. Raises UserError for prompts or boxes that exceed the config's lengths.
         """
@@ -172,6 +176,10 @@ class Processor:
         size = np.array((image_letterbox.width, image_letterbox.height), np.int32)
         row = {"pixels": pixels, "task": np.int32(_task_id(category)), "size": size, **ids, **masks}
         row["num_cut"] = np.int32(built.num_cut)
+        if c.slots is not None:
+            sentence = asked if self.prompt.is_sentence(asked, prompt_format) else ""
+            num_images = len(pixels) if pixels.ndim == 4 else 1
+            row |= slot_arrays(sentence, slot_data, c.slots, c.image_size, num_images)
         return row | self._pad_boxes(built.boxes, box_format or c.box_format)
 
     def _pad_boxes(self, boxes: Sequence[Box], box_format: str) -> dict[str, np.ndarray]:
@@ -259,6 +267,8 @@ class Processor:
             dataset_B=rows.get("part"),
             region_BKD=rows.get("regions"),
             region_mask_BK=rows.get("regions_mask"),
+            state_BKS=rows.get("states"),
+            object_mask_BKHW=rows.get("object_masks"),
             packed=_packed_text(rows),
             **self._sam_fields(rows),
         )
@@ -286,7 +296,8 @@ class Processor:
         if sample.regions is not None:
             row |= self.encode_regions((sample.regions,), answer or "", np.random.default_rng(0))
         arguments = (self.stack_images(pixels), *arguments)
-        return self.encode_example(*arguments, prompt_format=prompt_format, context=context) | row
+        encoded = self.encode_example(*arguments, prompt_format=prompt_format, context=context, slot_data=sample.slots)
+        return encoded | row
 
     def _padded_shot(self, shot: tuple[object, str, str]) -> tuple[str, str]:
         """(question, answer) of an in-context example, with boxes as fractions of its image's padded square."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from lionjax.core.errors import check_finite, check_ranges
 from lionjax.core.renamed import renamed_fields
-from lionjax.core.types import UserError
+from lionjax.core.types import SentenceSlots, UserError
 from lionjax.data import images
 from lionjax.data.box_text import PackingConfig
 from lionjax.data.image_fit import ImageFit
@@ -49,8 +49,9 @@ class ProcessorConfig:
     with the data; at most `max_regions` of an image are read, the kept boxes and the strongest queries first.
     `regions_digest`: of the refiner that must have made them; empty: any. `packing`: boxes and caption are packed as
     text for the first stage of Lyrics; None: not. `spatial_text_in_prompt`: the refiner's boxes stand as text before
-    the question (not in Lyrics' released code). `detects_phrases`, `region_width` and, unless given, `packing` are set
-    by the model that needs them.
+    the question (not in Lyrics' released code). `slots`: those of states and objects that a sentence may have (see
+    `data.sentences`); None: `<state>` and `<obj_1>` are text. `detects_phrases`, `region_width`, `slots` and, unless
+    given, `packing` are set by the model that needs them.
     """
 
     image_size: int = 224
@@ -88,6 +89,7 @@ class ProcessorConfig:
     regions_digest: str = ""
     packing: PackingConfig | None = None
     spatial_text_in_prompt: bool = False
+    slots: SentenceSlots | None = None
 
     def __post_init__(self):
         lengths = (

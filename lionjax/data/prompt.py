@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from lionjax.core.types import UserError
-from lionjax.data import rounds, tokenizer
+from lionjax.data import rounds, sentences, tokenizer
 from lionjax.data.boxes import MASK_TEXT, Box, BoxCodec, join_text_and_boxes, sort_corners, split_text_and_boxes
 from lionjax.data.chat import DEFAULT_FORMAT, BuiltExample, PromptFormat, flatten_turns, strip_prompt
 from lionjax.data.letterbox import Letterbox, pad_boxes, split_padded_boxes
@@ -284,6 +284,8 @@ class PromptBuilder:
         if (box_format or self.config.box_format) == "masks":
             _refuse_boxes(question, *(asked for asked, _ in prompt_format.turns))
         end = "plain" if prompt_format.kind == "plain" else "answer"
+        if self.is_sentence(question, prompt_format):
+            return self._build_sentence(question, answer, end, box_arguments)
         if prompt_format.image_marks:
             question, prompt_format = rounds.merge_rounds(question, prompt_format, self.config.followup_template)
         if self.config.prompt_tokenization == "whole":
@@ -295,6 +297,24 @@ class PromptBuilder:
         end_ids = [] if answer is None else self._end_ids[end]
         built = self.build(question, question_ids, tags, [*answer_ids, *end_ids], prompt_format, box_arguments[:2])
         return self._fit_target(*built, [*question_boxes, *answer_boxes], end_ids, prompt_format)
+
+    def is_sentence(self, question: str, prompt_format: PromptFormat = DEFAULT_FORMAT) -> bool:
+        """Whether a question is a sentence with slots, for a model that has them; `image_marks` are for others."""
+        is_plain = prompt_format.image_marks or prompt_format.kind == "plain"
+        return self.config.slots is not None and not is_plain and sentences.has_marks(question)
+
+    def _build_sentence(self, question: str, answer: str | None, end: str, box_arguments) -> BuiltExample:
+        """`build_example` for a sentence with slots, in the template without its image."""
+        c = self.config
+        before, after = self._text_only_template_ids
+        text_ids = sentences.encode_sentence(
+            strip_prompt(question), self._cached_encode, self._image_token_ids(), c.slots
+        )
+        answer_ids, boxes = ([], []) if answer is None else self.encode_with_boxes(answer, *box_arguments)
+        end_ids = [] if answer is None else self._end_ids[end]
+        prompt_ids = self._frame_prompt(question, [*before, *text_ids, *after])
+        target_ids = [*answer_ids, *end_ids]
+        return self._fit_target(prompt_ids, target_ids, [1] * len(target_ids), boxes, end_ids, DEFAULT_FORMAT)
 
     def _build_whole(self, question, answer, end: str, box_arguments, prompt_format: PromptFormat):
         """`build_example` for `prompt_tokenization` "whole"."""

@@ -23,11 +23,13 @@ from lionjax.data.mixture import (
     open_mixture,
     prepend_scene_text,
     prompt_format_for,
+    slot_data_of,
     with_image_boxes,
 )
 from lionjax.data.prefetch import map_ahead
 from lionjax.data.regions import ImageRegions
 from lionjax.data.scenes.tasks import MASK_TASKS, Example
+from lionjax.data.sentences import SlotData
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,10 @@ class Sample:
     def masks(self) -> np.ndarray:
         """bool (K, height, width): the masks of the regions in `example.targets`."""
         return self.dataset.masks(self.record_index, self.example.targets)
+
+    def slot_data(self) -> SlotData:
+        """What the slots in the question hold."""
+        return slot_data_of(self.dataset, self.record_index, self.example)
 
     def load_regions(self) -> list[ImageRegions | None]:
         """What a refiner found in each of the example's images."""

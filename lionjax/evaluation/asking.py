@@ -276,8 +276,9 @@ def encode_samples(
             found = sample.load_regions() if processor.config.region_width else []
             fields |= processor.encode_regions(found, example.answer, np.random.default_rng(0), sample.name)
             context = processor.spatial_context(found[0] if found else None)
+            slots = sample.slot_data()
             rows = {
-                with_tags: processor.encode_example(pixels, asked.question, texts, None, *encode_args, context=context)
+                with_tags: processor.encode_example(pixels, asked.question, texts, None, *encode_args, context, slots)
                 | fields
                 for with_tags, texts, context in ((True, tags, context), (False, (), ""))
             }

@@ -2,8 +2,7 @@
 """Tasks on synthetic scenes: one function per task, from a scene and a random generator to an `Example`.
 
 The answers are balanced, so that a model without the image scores low: yes and no are equally likely, and high counts
-are oversampled. No question matches two objects. Training questions never name a held-out combination, not even in
-questions with the answer no.
+are oversampled. No question matches two objects. Training questions never name a held-out combination.
 """
 
 from __future__ import annotations
@@ -56,7 +55,8 @@ class Example:
     not in `question`. `image_marks`: images stand where the texts have `<image>`; the first is the record's own, the
     others are those of `more_records` (indices in the data set). `padded_boxes`: boxes in the texts are fractions of
     the image padded to a square; else, and in `question_boxes` and `boxes` always, they are fractions of the image.
-    `box_names`: for each of `boxes` the names in the question that it has, for detectors.
+    `box_names`: for each of `boxes` the names in the question that it has, for detectors. `states`, `slot_objects`: the
+    state vectors and the objects <obj_1>, <obj_2>, ... of a question with slots (see `data.sentences`).
     """
 
     task: str
@@ -76,6 +76,8 @@ class Example:
     more_records: tuple[int, ...] = ()
     padded_boxes: bool = False
     box_names: tuple[tuple[str, ...], ...] = ()
+    states: tuple[tuple[float, ...], ...] = ()
+    slot_objects: tuple[int, ...] = ()
 
 
 def scene_to_text(scene: Scene, rng=None, with_boxes: bool = True) -> str:

@@ -86,6 +86,17 @@ def score_relation(examples: Examples, texts: Sequence[str]) -> TaskScores:
     return TaskScores({"vsr_accuracy": vqa.vsr_accuracy(predicted, truth)}, details, per_sample, correct)
 
 
+def score_steps(name: str) -> Callable[[Examples, Sequence[str]], TaskScores]:
+    """The scorer of a task on the tabletop: share of answers that are the true one, word for word."""
+
+    def score(examples: Examples, texts: Sequence[str]) -> TaskScores:
+        correct = [float(text.strip(" .").lower() in example.answers) for text, example in zip(texts, examples)]
+        accuracy = {f"{name}_accuracy": float(np.mean(correct))}
+        return TaskScores(accuracy, {}, {f"{name}_accuracy": (np.array(correct), np.mean)}, correct)
+
+    return score
+
+
 def score_existence(examples: Examples, texts: Sequence[str]) -> TaskScores:
     """POPE's F1 and accuracy."""
     predicted, truth = [vqa.parse_pope_answer(text) for text in texts], yes_no_labels(examples)
@@ -292,9 +303,20 @@ SCORERS: Mapping[str, Callable[[Examples, Sequence[str]], TaskScores]] = {
     "image_level": score_image_level,
     "region_level": score_region_level,
     "detect": score_detect,
+    **{task: score_steps(task) for task in ("plan", "success", "recovery", "state_vqa")},
 }
 # Tasks that are also scored by `Example.kind`; POPE's settings are kinds.
-PER_KIND_TASKS = ("vqa", "existence", "box_vqa", "choice", "conversation", "region_level", "detect")
+PER_KIND_TASKS = (
+    "vqa",
+    "existence",
+    "box_vqa",
+    "choice",
+    "conversation",
+    "region_level",
+    "detect",
+    "plan",
+    "state_vqa",
+)
 
 
 def constant_answers(task: str, train: Examples, questions: Examples) -> list[str]:
@@ -303,7 +325,7 @@ def constant_answers(task: str, train: Examples, questions: Examples) -> list[st
     Short answers: the most common answer of the question's kind. Existence: "yes", since "no" has an F1 of 0. Boxes,
     sentences and tags: the constant with the best score on the training examples.
     """
-    if task in ("vqa", "relation", "box_vqa", "choice"):
+    if task in ("vqa", "relation", "box_vqa", "choice", "plan", "success", "recovery", "state_vqa"):
         most_common_by_kind = {
             kind: most_common_answer(e for e in train if e.kind == kind) for kind in {e.kind for e in train}
         }

@@ -78,9 +78,9 @@ def _draw_episode(kind: str, split: str, rng: np.random.Generator) -> Episode | 
     table = Table(tuple(bodies))
     covers = rng.random(2) < (0.35 if kind in ("push", "stack", "place") else 0.6, 0.25)
     if covers[0] and spare:
-        table = _put(table, spare.pop(), 0)
+        table = _stacked(table, spare.pop(), 0)
     if covers[1] and spare and kind == "stack":
-        table = _put(table, spare.pop(), goal_other)
+        table = _stacked(table, spare.pop(), goal_other)
     if rng.random() < 0.3 and spare:
         index = spare.pop()
         table = table.moved({index: {"x": world.HOME[0], "y": world.HOME[1], "support": world.IN_HAND}})
@@ -88,7 +88,7 @@ def _draw_episode(kind: str, split: str, rng: np.random.Generator) -> Episode | 
     return None if goal.is_reached(table) else _renumbered(Episode(table, goal), rng)
 
 
-def _put(table: Table, index: int, below: int) -> Table:
+def _stacked(table: Table, index: int, below: int) -> Table:
     """The table with object `index` on object `below`."""
     base = table.bodies[below]
     return table.moved({index: {"x": base.x, "y": base.y, "support": below}})

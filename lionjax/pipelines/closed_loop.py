@@ -19,9 +19,11 @@ from lionjax.data.sentences import SlotData
 from lionjax.data.tabletop import goals, policy, tasks, world
 from lionjax.data.tabletop.episodes import Episode
 from lionjax.data.tabletop.goals import Goal
+from lionjax.data.tabletop.tasks import Sensed
 from lionjax.data.tabletop.world import Table
 from lionjax.inference.model import Model
 
+BATCH_SIZE = 32
 Planner = Callable[[Sequence[tuple[Table, Goal]]], list[str]]  # from tables and goals to sub-goals in words
 
 
@@ -100,23 +102,32 @@ def oracle(asked: Sequence[tuple[Table, Goal]]) -> list[str]:
     return [goals.next_subgoal(table, goal).text(table) for table, goal in asked]
 
 
-def model_input(table: Table, question: str, sentence: str, image_size: int, rng: np.random.Generator):
-    """A question about a table as a model with slots reads it; see `tasks.sense`."""
-    sensed = tasks.sense(table, sentence, rng)
+def table_input(table: Table, question: str, sensed: Sensed, image_size: int) -> ImageTextInput:
+    """A question about a table as a model with slots reads it."""
     masks = world.object_masks(table, image_size)[list(sensed.objects)] if sensed.objects else ()
     slots = SlotData(sensed.states, masks)
     return ImageTextInput(world.render(table, image_size), f"{sensed.text} {question}", slots=slots)
 
 
+def answer_in_batches(model: Model, inputs: Sequence[ImageTextInput], blind: bool = False) -> list[str]:
+    """The texts of the answers, in batches of one shape, so that one program is compiled for all turns."""
+    rows = [model.processor.encode_input(one) for one in inputs]
+    config, answers = model.generation_config("image_level"), []
+    shape = (BATCH_SIZE, model.processor.config.max_prompt_tokens, model.processor.config.max_question_tokens)
+    for start in range(0, len(rows), BATCH_SIZE):
+        answers += model.engine.generate(rows[start : start + BATCH_SIZE], config, blind, shape)
+    return [answer.text for answer in answers]
+
+
 def model_planner(model: Model, sentence: str, blind: bool = False, seed: int = 0) -> Planner:
     """A planner that asks a model with slots; `blind`: all slots hold zeros (and images the mean color)."""
-    processor, rng = model.processor, np.random.default_rng([seed, 10])
+    rng, size = np.random.default_rng([seed, 10]), model.processor.config.image_size
 
     def plan(asked: Sequence[tuple[Table, Goal]]) -> list[str]:
-        size = processor.config.image_size
-        inputs = [model_input(table, tasks.plan_question(table, goal), sentence, size, rng) for table, goal in asked]
-        rows = [processor.encode_input(one) for one in inputs]
-        answers = model.engine.generate(rows, model.generation_config("image_level"), image_blind=blind)
-        return [answer.text for answer in answers]
+        inputs = [
+            table_input(table, tasks.plan_question(table, goal), tasks.sense(table, sentence, rng), size)
+            for table, goal in asked
+        ]
+        return answer_in_batches(model, inputs, blind)
 
     return plan

@@ -20,7 +20,7 @@ WIDTH, HEADS = 16, 2
 SIZES = {
     **dict.fromkeys(("width", "vision_width", "prompt_embed_dim", "embed_dim"), WIDTH),
     **dict.fromkeys(("mlp_dim", "decoder_mlp_dim", "iou_head_mlp_dim", "box_mlp_dim"), 2 * WIDTH),
-    "projector_mlp_dim": 2 * WIDTH,
+    **dict.fromkeys(("projector_mlp_dim", "state_mlp_dim"), 2 * WIDTH),
     **dict.fromkeys(("num_heads", "decoder_num_heads"), HEADS),
     "head_dim": WIDTH // HEADS,
     **dict.fromkeys(("mask_input_channels", "bottleneck_dim"), 4),

@@ -12,11 +12,13 @@ import numpy as np
 import numpy_palm_e as reference
 import pytest
 import text_batches
+from mutations import mutated
 
 from lionjax.core import params as trees
 from lionjax.core.types import Batch
 from lionjax.models.language.decoder import DecoderConfig
 from lionjax.models.vision.vit import ViTConfig
+from lionjax.models.vlm import palm_e
 from lionjax.models.vlm.palm_e import PalmE
 
 LIMITS = {"image": 2, "state": 3, "object": 4}
@@ -173,3 +175,23 @@ def test_permuting_objects_with_their_tags_permutes_the_answer_exactly():
     assert not np.array_equal(after_BMV, before_BMV)
     np.testing.assert_array_equal(after_BMV, expected_BMV)
     assert not np.array_equal(ask(exchanged, tags), expected_BMV), "tags that stay behind give another answer"
+
+
+MUTATIONS = {
+    "objects not divided by their area": ("total_BKD / (share_BKP.sum(axis=2, keepdims=True) + MIN_AREA)", "total_BKD"),
+    "objects through the map of images": ("return self.object_projector(total_BKD", "return self.projector(total_BKD"),
+    "states in the places of objects": (
+        "x_BLD = scatter_embeddings(x_BLD, ids_BL == slots.object_token_id, objects_BKD)",
+        "x_BLD = scatter_embeddings(x_BLD, ids_BL == slots.object_token_id, self.encode_states(batch.state_BKS))",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mistake_in_a_slot_is_seen(name, monkeypatch):
+    c, params, batch, rows, answers = draw_case(5, "features")
+    wrong = mutated(monkeypatch, palm_e, *MUTATIONS[name])
+    logits_BMV = np.asarray(jax.jit(wrong.PalmE(**vars(c)).logits)(params, batch))
+    expected = reference.answer_logits(c, in_double(params), rows[0], answers[0])
+    assert np.abs(logits_BMV[0, : len(answers[0])] - expected).max() > 1e-2

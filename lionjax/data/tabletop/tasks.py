@@ -46,7 +46,7 @@ def sense(table: Table, sentence: str, rng: np.random.Generator) -> Sensed:
     """The table in one of the `SENTENCES`; tags of objects are drawn. Raises UserError for another sentence."""
     if sentence == "objects":
         order = rng.permutation(len(table.bodies)).tolist()
-        return Sensed(" ".join(f"Object {k} is <obj_{k}>." for k in range(1, len(order) + 1)), (), tuple(order))
+        return Sensed(" ".join(f"object {k} <obj_{k}>" for k in range(1, len(order) + 1)), (), tuple(order))
     if sentence == "state":
         return Sensed("The table is <state>.", (tuple(world.state_vector(table)),))
     if sentence == "image":

@@ -105,9 +105,6 @@ class PalmE(RegionLM):
         return VLM.weight_map(self)
 
 
-PALM_E_12B = PalmE(state_width=256, max_states=4, max_objects=8)
-
-
 class PalmEModule(PatchRegionModule):
     c: PalmE
 

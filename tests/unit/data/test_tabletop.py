@@ -131,7 +131,7 @@ def test_answers_of_moments_are_those_of_the_table():
     for _ in range(60):
         for task in tasks.TASKS:
             example = tasks.make_example(task, moment, "objects", rng)
-            found.setdefault(task, set()).add((example.question.split("<obj_3>. ")[-1], example.answer))
+            found.setdefault(task, set()).add((example.question.split("<obj_3> ")[-1], example.answer))
             order = [moment.table.bodies[k].name for k in example.slot_objects]
             if example.kind == "tag":
                 assert order[int(example.answer.split()[-1]) - 1] in example.question

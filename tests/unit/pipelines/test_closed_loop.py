@@ -9,7 +9,7 @@ import pytest
 from paths import CONFIGS
 
 from lionjax.core import config, sharding
-from lionjax.data.tabletop import episodes
+from lionjax.data.tabletop import episodes, tasks
 from lionjax.inference import loading
 from lionjax.pipelines import closed_loop
 from lionjax.pipelines.closed_loop import LoopConfig, run_episodes
@@ -69,7 +69,7 @@ def test_a_model_reads_tables_in_each_sentence_and_is_blind_without_its_slots(se
     moved = table.moved({0: {"x": 0.3, "y": 0.5}})
     rows = [
         model.processor.encode_input(
-            closed_loop.model_input(one, "Next?", sentence, 112, np.random.default_rng(0)), "done"
+            closed_loop.table_input(one, "Next?", tasks.sense(one, sentence, np.random.default_rng(0)), 112), "done"
         )
         for one in (table, moved)
     ]

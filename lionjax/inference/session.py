@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from lionjax.core import sharding
 from lionjax.core.types import VLM, Batch, Params, UserError
 from lionjax.inference import slots as programs
+from lionjax.inference.image_pool import ImagePool
 from lionjax.inference.sampling import GenerateOutput, GenerationConfig, aux_outputs, row_keys
 from lionjax.inference.slots import Admission, Slots
 
@@ -29,7 +30,6 @@ EncodedExample = Mapping[str, np.ndarray]  # one question as `Processor.encode_e
 # From rows, (prompt length, question length) and whether images are wanted to a batch.
 Collate = Callable[[Sequence[EncodedExample], tuple[int, int], bool], Batch]
 LOOK_AHEAD = 8  # admissions' worth of waiting requests from which rows of like length are chosen
-POOL_ADMISSIONS = 4  # the pool holds the images of so many admissions
 KEPT_OUTPUTS = 8192  # of the newest requests, for identical ones
 BLANKED = ("image_BHWC", "sam_image_BHWC", "region_BKD", "state_BKS", "object_mask_BKHW")  # without an image
 UNREAD_FIELDS = ("sam", "target", "target_mask", "loss_mask", "num_cut", "size")  # of a row, while text is generated
@@ -131,7 +131,7 @@ class AnswerSession:
         if sizes.num_slots % self._groups or sizes.admission_rows % self._groups:
             raise ValueError(f"{sizes} does not divide over {self._groups} batch shards; give multiples of it")
         self._slots: Slots | None = None
-        self._pool: _ImagePool | None = None
+        self._pool: ImagePool | None = None
         self._waiting: dict[int, AnswerRequest] = {}
         self._running: dict[int, int] = {}  # slot: request id
         self._num_added = 0
@@ -297,7 +297,7 @@ class AnswerSession:
         image_B, is_blind_B = None, np.array([one.image_blind for one in ordered])
         if uses_pool:
             if self._pool is None:
-                self._pool = _ImagePool(self, ordered[0].row)
+                self._pool = ImagePool(self, ordered[0].row)
             image_B = self._pool.places(ordered, self._waiting.values())
         if is_blind_B.any():
             batch = blank_rows(batch, is_blind_B)
@@ -356,64 +356,6 @@ class AnswerSession:
             oldest = next(iter(self._outputs))
             del self._outputs[oldest]
             self._twins = {digest: first for digest, first in self._twins.items() if first != oldest}
-
-
-class _ImagePool:
-    """Features of images on the device, found by a hash of their pixels; place 0 is the blank image."""
-
-    def __init__(self, session: AnswerSession, row: EncodedExample):
-        self._session, self._rows = session, session.sizes.admission_rows
-        self._size = 1 + POOL_ADMISSIONS * self._rows
-        self._place_of: collections.OrderedDict[bytes, int] = collections.OrderedDict()
-        blank = dict(row) | {"pixels": np.zeros_like(row["pixels"])}
-        batch = self._images([blank])
-        batch = dataclasses.replace(batch, image_BHWC=np.zeros_like(batch.image_BHWC))
-        shapes = jax.eval_shape(session.model.extract_features, session.params, batch)
-        self.features = jax.tree.map(
-            lambda leaf: self._on_mesh(np.zeros((self._size, *leaf.shape[1:]), leaf.dtype)), shapes
-        )
-        self._encode(batch, [0])
-
-    def _on_mesh(self, array: np.ndarray):
-        replicated = jax.sharding.NamedSharding(self._session.mesh, jax.sharding.PartitionSpec())
-        return jax.make_array_from_callback(array.shape, replicated, array.__getitem__)
-
-    def _images(self, rows: Sequence[EncodedExample]) -> Batch:
-        """A batch of one admission's size with the images of some rows."""
-        padded = [*rows, *[rows[-1]] * (self._rows - len(rows))]
-        return self._session.collate(padded, (1, 1), True)
-
-    def _encode(self, batch: Batch, places: Sequence[int]) -> None:
-        place_B = np.full(self._rows, self._size, np.int32)
-        place_B[: len(places)] = places
-        session = self._session
-        with sharding.use_mesh(session.mesh):
-            placed = sharding.shard_global_batch(batch, session.mesh)
-            self.features = programs.encode_images(session.model, session.params, placed, self.features, place_B)
-
-    def places(self, requests: Sequence[AnswerRequest], soon: Iterable[AnswerRequest]) -> np.ndarray:
-        """int32 (B,): the place of each request's image; missing ones are encoded, with those of `soon` that fit."""
-        digests = [one.image_digest for one in requests]
-        for digest in filter(self._place_of.__contains__, digests):
-            self._place_of.move_to_end(digest)
-        missing = {one.image_digest: one.row for one in requests if self._is_missing(one)}
-        if missing:
-            for one in soon:
-                if len(missing) >= self._rows:
-                    break
-                if self._is_missing(one):
-                    missing.setdefault(one.image_digest, one.row)
-            places = []
-            for digest in missing:
-                is_full = len(self._place_of) == self._size - 1
-                place = self._place_of.popitem(last=False)[1] if is_full else len(self._place_of) + 1
-                self._place_of[digest] = place
-                places.append(place)
-            self._encode(self._images(list(missing.values())), places)
-        return np.array([self._place_of[digest] if digest else 0 for digest in digests], np.int32)
-
-    def _is_missing(self, request: AnswerRequest) -> bool:
-        return bool(request.image_digest) and request.image_digest not in self._place_of
 
 
 def blank_rows(batch: Batch, is_blind_B: np.ndarray) -> Batch:

@@ -20,8 +20,9 @@ from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment
 from lionjax.core.sharding import MeshConfig
 from lionjax.inference import answer_mesh, slots
+from lionjax.inference.image_pool import POOL_ADMISSIONS
 from lionjax.inference.sampling import GenerationConfig
-from lionjax.inference.session import POOL_ADMISSIONS, SessionSizes
+from lionjax.inference.session import SessionSizes
 from lionjax.inference.slots import Admission
 from lionjax.nn import kv_cache
 from lionjax.planner import hlo_analysis, topologies

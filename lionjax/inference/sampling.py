@@ -7,6 +7,7 @@ Everything follows Hugging Face `generate`, so that the same weights give the sa
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ class GenerationConfig(DecodingConfig):
     pad_token_id: int = 0
     decoder_start_token_id: int | None = 0  # the decoder's first token, counted as generated; None: decoder-only model
     output_logprobs: bool = False  # also return the model's log-probability of each token
+    row_sampling: bool = False  # in slots: each request has its own temperature (0: greedy) and top_p
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,6 +60,14 @@ class GenerateOutput:
     is_finite_B: Array = None  # False where logits were NaN or infinite; the row's tokens mean nothing
 
 
+@pytree_dataclass
+class RowSampling:
+    """Settings of each row with `GenerationConfig.row_sampling`: `temperature_B` (0: greedy) and `top_p_B`."""
+
+    temperature_B: Array
+    top_p_B: Array
+
+
 def require_finite(is_finite_B, what: str = "logits") -> None:
     """Raise UserError unless all rows are True (`GenerateOutput.is_finite_B`)."""
     if not (is_finite_B := np.asarray(is_finite_B)).all():
@@ -78,9 +88,14 @@ def is_end_token(ids: Array, config: GenerationConfig) -> Array:
     return (ids[..., None] == jnp.asarray(end_token_ids(config), ids.dtype)).any(axis=-1)
 
 
-def aux_outputs(cache: Cache) -> Any:
-    """Outputs that a model collects besides tokens, such as boxes: `cache.generated["kept"]`, one row per sequence."""
+def aux_outputs(cache: Cache, names: Collection[str] | None = None) -> Any:
+    """Outputs that a model collects besides tokens, such as boxes: `cache.generated["kept"]`, one row per sequence.
+
+    `names`: of those that are wanted, None: all.
+    """
     aux = cache.generated.get("kept") if isinstance(cache.generated, dict) else None
+    if aux is not None and names is not None:
+        aux = {name: aux[name] for name in names if name in aux}
     return jax.tree.map(lambda leaf: leaf[0], aux)
 
 
@@ -126,45 +141,79 @@ def process_logits(scores_RV: Array, seen_RV: Array | None, step: Array | int, c
     return scores_RV
 
 
-def top_k_top_p_filtering(scores_BV: Array, config: GenerationConfig) -> tuple[Array, Array | None]:
+def top_k_top_p_filtering(
+    scores_BV: Array, config: GenerationConfig, temperature: Array | None = None, top_p: Array | float | None = None
+) -> tuple[Array, Array | None]:
     """Scores (B, k) in descending order with excluded tokens at -inf, and their token ids (B, k).
 
     Temperature first, then the `top_k` best, then the smallest set of these whose probabilities sum to `top_p` (nucleus
     sampling, arXiv 1904.09751). Without top_k and top_p, all scores in vocabulary order, and None for the ids.
+    `temperature` and `top_p`: in place of those of the config; arrays are below 1.
     """
-    scores_BV = scores_BV / config.temperature
+    scores_BV = scores_BV / (config.temperature if temperature is None else temperature)
+    top_p = config.top_p if top_p is None else top_p
+    has_top_p = not isinstance(top_p, float | int) or top_p < 1.0
     vocab_size = scores_BV.shape[-1]
     k = min(config.top_k or vocab_size, vocab_size)
-    if k == vocab_size and config.top_p == 1.0:
+    if k == vocab_size and not has_top_p:
         return scores_BV, None
     scores_Bk, ids_Bk = top_k(scores_BV, k)
-    if config.top_p < 1.0:
+    if has_top_p:
         probability_Bk = jax.nn.softmax(scores_Bk, axis=-1)
         mass_before_Bk = jnp.cumsum(probability_Bk, axis=-1) - probability_Bk
         # Always keep the first: a rounding error must not leave an empty set.
-        in_nucleus_Bk = (mass_before_Bk < config.top_p) | (jnp.arange(k) == 0)
+        in_nucleus_Bk = (mass_before_Bk < top_p) | (jnp.arange(k) == 0)
         scores_Bk = jnp.where(in_nucleus_Bk, scores_Bk, NEG_INF)
     return scores_Bk, ids_Bk
 
 
-def sample_token(scores_BV: Array, config: GenerationConfig, key: Array) -> Array:
+def sample_token(scores_BV: Array, config: GenerationConfig, key: Array, temperature=None, top_p=None) -> Array:
     """int32 (B,): one token per row, sampled after `top_k_top_p_filtering`."""
-    scores_Bk, ids_Bk = top_k_top_p_filtering(scores_BV, config)
+    scores_Bk, ids_Bk = top_k_top_p_filtering(scores_BV, config, temperature, top_p)
     index_B = jax.random.categorical(key, scores_Bk).astype(jnp.int32)
     return index_B if ids_Bk is None else jnp.take_along_axis(ids_Bk, index_B[:, None], axis=1)[:, 0]
 
 
+def sample_rows(scores_BV: Array, config: GenerationConfig, key_B: Array, step_B: Array, rows: RowSampling) -> Array:
+    """int32 (B,): each row's token by its own settings: what `sample_token` chooses with them, or the greedy choice.
+
+    What no row needs is not computed.
+    """
+
+    def sample(scores_V, key, step, temperature, top_p=1.0):
+        return sample_token(scores_V[None], config, jax.random.fold_in(key, step), temperature, top_p)[0]
+
+    is_sampled_B, has_top_p_B = rows.temperature_B > 0, (rows.temperature_B > 0) & (rows.top_p_B < 1)
+    given = (scores_BV, key_B, step_B, jnp.where(is_sampled_B, rows.temperature_B, 1.0))
+
+    def sampled():
+        all_B = jax.vmap(sample)(*given)
+        nucleus_B = jax.lax.cond(has_top_p_B.any(), lambda: jax.vmap(sample)(*given, rows.top_p_B), lambda: all_B)
+        return jnp.where(has_top_p_B, nucleus_B, all_B)
+
+    greedy_B = argmax(scores_BV)
+    return jnp.where(is_sampled_B, jax.lax.cond(is_sampled_B.any(), sampled, lambda: greedy_B), greedy_B)
+
+
 def choose_token(
-    logits_BV: Array, seen_BV: Array | None, step: Array | int, config: GenerationConfig, key: Array | None
+    logits_BV: Array,
+    seen_BV: Array | None,
+    step: Array | int,
+    config: GenerationConfig,
+    key: Array | None,
+    rows: RowSampling | None = None,
 ) -> tuple[Array, Array | None, Array]:
     """(tokens (B,), their log-probabilities (B,) with `config.output_logprobs`, else None, whether scores are finite).
 
     Greedy, or sampled. `step`: tokens generated so far, one number or (B, 1). `key`: one for the batch, or one for each
-    row, (B,); the choice of a row with a key of its own does not depend on the other rows.
+    row, (B,); the choice of a row with a key of its own does not depend on the other rows. `rows`: the settings of each
+    row, with `config.row_sampling`.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     scores_BV = process_logits(logits_BV, seen_BV, step, config)
-    if not config.do_sample:
+    if rows is not None:
+        token_B = sample_rows(scores_BV, config, key, jnp.broadcast_to(jnp.reshape(step, -1), key.shape), rows)
+    elif not config.do_sample:
         token_B = argmax(scores_BV)
     elif key.ndim:
         step_B = jnp.broadcast_to(jnp.reshape(step, -1), key.shape)

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from lionjax.core import sharding
 from lionjax.core.types import VLM, Batch, Params, UserError
 from lionjax.inference import slots as programs
 from lionjax.inference.image_pool import ImagePool
-from lionjax.inference.sampling import GenerateOutput, GenerationConfig, aux_outputs, row_keys
+from lionjax.inference.sampling import GenerateOutput, GenerationConfig, RowSampling, aux_outputs, row_keys
 from lionjax.inference.slots import Admission, Slots
 
 EncodedExample = Mapping[str, np.ndarray]  # one question as `Processor.encode_example` makes it
@@ -37,12 +37,17 @@ UNREAD_FIELDS = ("sam", "target", "target_mask", "loss_mask", "num_cut", "size")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnswerRequest:
-    """One question. `seed`: of its sampling; `max_new_tokens`: at most that of the session's settings, None: all."""
+    """One question. `seed`: of its sampling; `max_new_tokens`: at most that of the session's settings, None: all.
+
+    `temperature` (0: greedy) and `top_p` are read in a session with `GenerationConfig.row_sampling`.
+    """
 
     row: EncodedExample
     seed: int = 0
     image_blind: bool = False
     max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
 
     @functools.cached_property
     def image_digest(self) -> bytes:
@@ -53,8 +58,8 @@ class AnswerRequest:
     def digest(self) -> bytes:
         """A hash of all that decides the answer."""
         texts = [self.row[name] for name in sorted(self.row) if name not in (*UNREAD_FIELDS, "pixels")]
-        settings = repr((self.image_blind, self.max_new_tokens, self.seed)).encode()
-        return _hash(*texts) + self.image_digest + settings
+        settings = (self.image_blind, self.max_new_tokens, self.seed, self.temperature, self.top_p)
+        return _hash(*texts) + self.image_digest + repr(settings).encode()
 
     @functools.cached_property
     def length(self) -> int:
@@ -125,7 +130,7 @@ class AnswerSession:
     ):
         self.model, self.params, self.mesh, self.collate = model, params, mesh, collate
         self.config, self.sizes = config, sizes
-        self.num_tokens = 0
+        self.num_tokens, self.num_kept = 0, KEPT_OUTPUTS
         axes = sharding.LOGICAL_AXIS_RULES["batch"]
         self._groups = int(np.prod([mesh.shape[axis] for axis in axes]))
         if sizes.num_slots % self._groups or sizes.admission_rows % self._groups:
@@ -171,17 +176,18 @@ class AnswerSession:
 
     def cancel(self, request_id: int) -> None:
         """Drop a request that is not finished; unknown numbers are passed over."""
-        for followers in self._followers.values():
+        if self._requests.pop(request_id, None) is None:
+            return
+        for first, followers in self._followers.items():
             if request_id in followers:
                 followers.remove(request_id)
-                self._requests.pop(request_id)
-                return
-        if request_id not in self._requests:
+                if followers or first in self._requests:  # others wait for the same answer
+                    return
+                request_id = first
+                break
+        if self._followers.get(request_id):
             return
-        if self._followers.get(request_id):  # others wait for the same answer
-            self._requests.pop(request_id)
-            return
-        self._requests.pop(request_id)
+        self._followers.pop(request_id, None)
         self._twins = {digest: first for digest, first in self._twins.items() if first != request_id}
         self._waiting.pop(request_id, None)
         for slot, running in list(self._running.items()):
@@ -193,13 +199,32 @@ class AnswerSession:
 
     def partial_ids(self) -> dict[int, list[int]]:
         """{request: token ids so far} of the requests that are generated, for streaming between two `advance`."""
+        return {
+            number: output.ids_BM[0, : output.length_B[0]].tolist()
+            for number, output in self.partial_outputs(()).items()
+        }
+
+    def partial_outputs(self, aux_names: Collection[str] | None = None) -> dict[int, GenerateOutput]:
+        """{request: its tokens so far}, one row each, of the requests that are generated; scores are left out.
+
+        `aux_names`: the outputs of the model besides tokens that are wanted too, by default all.
+        """
         if not self._running:
             return {}
-        rows = sharding.gather_to_host((self._slots.rows.ids_BM, self._slots.rows.length_B))
+        rows, aux = self._slots.rows, aux_outputs(self._slots.cache, aux_names)
+        ids_BM, length_B, is_finite_B, aux = sharding.gather_to_host(
+            (rows.ids_BM, rows.length_B, rows.is_finite_B, aux)
+        )
         found = {}
         for slot, number in self._running.items():
-            ids = rows[0][slot, : rows[1][slot]].tolist()
-            found |= {one: ids for one in (number, *self._followers.get(number, ())) if one in self._requests}
+            one = slice(slot, slot + 1)
+            output = GenerateOutput(
+                ids_BM[one],
+                length_B[one],
+                aux_outputs=jax.tree.map(lambda leaf, one=one: leaf[one], aux),
+                is_finite_B=is_finite_B[one],
+            )
+            found |= {k: output for k in (number, *self._followers.get(number, ())) if k in self._requests}
         return found
 
     def run(self, requests: Iterable[AnswerRequest]) -> Iterator[Finished]:
@@ -303,11 +328,15 @@ class AnswerSession:
             batch = blank_rows(batch, is_blind_B)
         most = self.config.max_new_tokens
         limit_B = np.array([one.max_new_tokens or most for one in ordered], np.int32)
-        key_B = None
-        if self.config.do_sample:
+        key_B = settings = None
+        if self.config.do_sample or self.config.row_sampling:
             key_B = np.asarray(jax.random.key_data(row_keys([one.seed for one in ordered])))
-        admission = Admission(batch, slot_GR, image_B, limit_B, key_B)
-        return self._place(admission)
+        if self.config.row_sampling:
+            settings = RowSampling(
+                np.array([one.temperature for one in ordered], np.float32),
+                np.array([one.top_p for one in ordered], np.float32),
+            )
+        return self._place(Admission(batch, slot_GR, image_B, limit_B, key_B, settings))
 
     def _place(self, admission: Admission) -> Admission:
         """The arrays of an admission on the mesh, its rows split over the batch axes."""
@@ -352,7 +381,7 @@ class AnswerSession:
     def _keep(self, number: int, output: GenerateOutput) -> None:
         """Keep an output for identical requests, and let the oldest go."""
         self._outputs[number] = output
-        while len(self._outputs) > KEPT_OUTPUTS:
+        while len(self._outputs) > self.num_kept:
             oldest = next(iter(self._outputs))
             del self._outputs[oldest]
             self._twins = {digest: first for digest, first in self._twins.items() if first != oldest}

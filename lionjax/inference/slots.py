@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from lionjax.core.types import VLM, Array, Batch, Cache, Params, pytree_dataclass
 from lionjax.inference import sampling
-from lionjax.inference.sampling import GenerationConfig
+from lionjax.inference.sampling import GenerationConfig, RowSampling
 from lionjax.nn.kv_cache import constrain_cache, empty_cache, insert_rows, set_rows
 
 
@@ -35,6 +35,7 @@ class SlotRows:
     seen_BV: Array | None
     key_B: Array | None  # random keys, as raw data
     is_finite_B: Array
+    sampling: RowSampling | None = None  # with `config.row_sampling`
 
 
 @pytree_dataclass
@@ -54,6 +55,7 @@ class Admission:
     image_B: Array | None  # index of the pool
     limit_B: Array
     key_B: Array | None
+    sampling: RowSampling | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config", "num_slots"))
@@ -75,7 +77,7 @@ def init_slots(
 
 def _empty_rows(num_rows: int, vocab_size: int, config: GenerationConfig) -> SlotRows:
     shape = (num_rows, config.max_new_tokens)
-    zeros_B = jnp.zeros(num_rows, jnp.int32)
+    zeros_B, has_keys = jnp.zeros(num_rows, jnp.int32), config.do_sample or config.row_sampling
     return SlotRows(
         token_B=zeros_B,
         done_B=jnp.ones(num_rows, bool),
@@ -84,8 +86,9 @@ def _empty_rows(num_rows: int, vocab_size: int, config: GenerationConfig) -> Slo
         ids_BM=jnp.full(shape, config.pad_token_id, jnp.int32),
         logprob_BM=jnp.zeros(shape) if config.output_logprobs else None,
         seen_BV=None if config.repetition_penalty == 1.0 else jnp.zeros((num_rows, vocab_size), bool),
-        key_B=jax.random.key_data(sampling.row_keys([0] * num_rows)) if config.do_sample else None,
+        key_B=jax.random.key_data(sampling.row_keys([0] * num_rows)) if has_keys else None,
         is_finite_B=jnp.ones(num_rows, bool),
+        sampling=RowSampling(jnp.zeros(num_rows), jnp.ones(num_rows)) if config.row_sampling else None,
     )
 
 
@@ -111,9 +114,8 @@ def admit(model: VLM, params: Params, slots: Slots, admission: Admission, pool: 
     logits_RV, cache = model.prefill(params, batch, 0)
     rows = _empty_rows(*logits_RV.shape, config)
     seen_RV = sampling.init_seen(*logits_RV.shape, config, batch.prompt_BL, batch.prompt_mask_BL)
-    rows = dataclasses.replace(
-        rows, done_B=~rows.done_B, limit_B=admission.limit_B, seen_BV=seen_RV, key_B=admission.key_B
-    )
+    given = {"limit_B": admission.limit_B, "key_B": admission.key_B, "sampling": admission.sampling}
+    rows = dataclasses.replace(rows, done_B=~rows.done_B, seen_BV=seen_RV, **given)
     rows = append_token(rows, logits_RV, config)
     all_rows = jax.tree.map(lambda old, new: set_rows(old[None], new[None], admission.slot_GR)[0], slots.rows, rows)
     return Slots(constrain_cache(insert_rows(slots.cache, cache, admission.slot_GR)), all_rows)
@@ -148,7 +150,9 @@ def append_token(rows: SlotRows, logits_BV: Array, config: GenerationConfig) -> 
     """One more token in each row that has not ended; non-finite scores end a row."""
     keys = None if rows.key_B is None else jax.random.wrap_key_data(rows.key_B)
     step_B1, live_B = rows.length_B[:, None], ~rows.done_B
-    token_B, logprob_B, is_finite_B = sampling.choose_token(logits_BV, rows.seen_BV, step_B1, config, keys)
+    token_B, logprob_B, is_finite_B = sampling.choose_token(
+        logits_BV, rows.seen_BV, step_B1, config, keys, rows.sampling
+    )
     token_B = jnp.where(live_B, token_B, config.pad_token_id)
     is_next_BM = (jnp.arange(config.max_new_tokens) == step_B1) & live_B[:, None]
     is_finite_B = rows.is_finite_B & (rows.done_B | is_finite_B)

@@ -76,6 +76,20 @@ def test_answers_in_slots_are_those_of_each_request_alone(setting):
     assert len({len(ids) for ids in expected}) > 2, "answers of like length would show nothing"
 
 
+def test_each_request_has_its_own_temperature_and_top_p_and_answers_as_a_session_with_these_alone():
+    params, rows = random_params(3), toy_rows(12, seed=3)
+    config = GenerationConfig(max_new_tokens=9, top_k=12, row_sampling=True)
+    settings = [(0.0, 1.0), (2.0, 1.0), (0.7, 0.6), (0.0, 0.5)]
+    requests = [AnswerRequest(row, k, temperature=t, top_p=p) for k, row in enumerate(rows) for t, p in settings]
+    found = {one.request_id: ids_of(one) for one in toy_session(params, config).run(requests)}
+    for place, (temperature, top_p) in enumerate(settings):
+        fields = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 12} if temperature else {}
+        alike = GenerationConfig(max_new_tokens=9, **fields)
+        expected = [alone(params, row, alike, seed) for seed, row in enumerate(rows)]
+        assert [found[len(settings) * k + place] for k in range(len(rows))] == expected
+    assert found[0] != found[1] or found[4] != found[5], "sampling would show nothing"
+
+
 def test_no_program_is_compiled_after_the_first_admissions():
     params, config = random_params(0), GenerationConfig(max_new_tokens=7)
     list(toy_session(params, config).run(map(AnswerRequest, toy_rows(12))))
@@ -131,6 +145,11 @@ def test_identical_requests_are_generated_once_and_canceled_one_by_one():
     while not session.is_idle:
         found |= {one.request_id: ids_of(one) for one in session.advance()}
     assert found == {twin: alone(params, row, config), 3: alone(params, other, config)}
+    twins = [session.add(AnswerRequest(dict(other) | {"task": np.int32(1)})) for _ in range(2)]
+    session.advance(1)
+    for number in twins:
+        session.cancel(number)
+    assert session.is_idle  # nobody wants it any longer, so its slot is free
     again = session.add(AnswerRequest(row))
     assert [(one.request_id, ids_of(one)) for one in session.advance()] == [(again, found[twin])]
 

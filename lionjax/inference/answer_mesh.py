@@ -8,6 +8,7 @@ split over all devices.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -108,13 +109,17 @@ def slot_bytes(model: VLM, params: Params, batch: Batch, config: GenerationConfi
     return max(1, total // len(batch.task_B))
 
 
+def num_groups(mesh: Mesh) -> int:
+    """Batch shards of a mesh."""
+    return int(np.prod([mesh.shape[axis] for axis in sharding.LOGICAL_AXIS_RULES["batch"]]))
+
+
 def session_sizes(mesh: Mesh, lengths: tuple[int, int], bytes_of_slot: int, free_bytes: int = 0) -> SessionSizes:
     """Slots and padded lengths for a mesh whose devices have `free_bytes` each (0: not known, `DEFAULT_SLOTS`).
 
     `bytes_of_slot`: over all devices of one batch shard.
     """
-    groups = int(np.prod([mesh.shape[axis] for axis in sharding.LOGICAL_AXIS_RULES["batch"]]))
-    slots = DEFAULT_SLOTS
+    groups, slots = num_groups(mesh), DEFAULT_SLOTS
     if free_bytes:
         slots = int(CACHE_SHARE * free_bytes * mesh.shape["tensor"] / bytes_of_slot)
         slots = min(MAX_SLOTS, max(1, slots if slots < 8 else slots // 8 * 8))
@@ -122,6 +127,16 @@ def session_sizes(mesh: Mesh, lengths: tuple[int, int], bytes_of_slot: int, free
     parts = [-(-int(prompt_length * share) // 8) * 8 for share in SHARES_OF_LENGTH]
     short = tuple(dict.fromkeys(part for part in parts if part < prompt_length))
     return SessionSizes(slots * groups, max(1, slots // 4) * groups, prompt_length, question_length, short)
+
+
+def limit_slots(mesh: Mesh, sizes: SessionSizes, num_slots: int, short_lengths: Sequence[int]) -> SessionSizes:
+    """The sizes with at most `num_slots` slots over all shards, at least one each, and with those shorter lengths."""
+    groups = num_groups(mesh)
+    per_group = max(1, min(sizes.num_slots, num_slots) // groups)
+    short = tuple(length for length in short_lengths if length < sizes.prompt_length)
+    return dataclasses.replace(
+        sizes, num_slots=per_group * groups, admission_rows=max(1, per_group // 4) * groups, short_lengths=short
+    )
 
 
 def free_bytes(mesh: Mesh) -> int:

@@ -245,21 +245,25 @@ class InferenceEngine:
                 continue
             for_masks.append(finished)
             if len(for_masks) == BATCH_SIZE_BUCKETS[-1]:
-                yield from self._answers_with_masks(for_masks, image_sizes, config)
+                yield from self.answers_with_masks(for_masks, image_sizes, config)
                 for_masks = []
-        yield from self._answers_with_masks(for_masks, image_sizes, config)
+        yield from self.answers_with_masks(for_masks, image_sizes, config)
         self.num_generated_tokens += session.num_tokens
         self.generation_seconds += time.perf_counter() - began
 
-    def _answers_with_masks(
-        self, finished: Sequence[Finished], image_sizes: Mapping[int, tuple[int, int]], config: GenerationConfig
+    def answers_with_masks(
+        self,
+        finished: Sequence[Finished],
+        image_sizes: Mapping[int, tuple[int, int]],
+        config: GenerationConfig,
+        min_shape: tuple[int, int, int] = (1, 1, 1),
     ) -> Iterator[tuple[int, Answer]]:
-        """(number, answer) with the masks of some finished requests, predicted in one batch."""
+        """(number, answer) with the masks of some finished requests, predicted in one batch padded to `min_shape`."""
         if not finished:
             return
         numbers = [one.request_id for one in finished]
         output = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[one.output for one in finished])
-        batch = self.collate([one.request.row for one in finished])
+        batch = self.collate([one.request.row for one in finished], min_shape)
         missing = len(batch.task_B) - len(numbers)
         padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], missing, axis=0)]), output)
         masks = self.predict_masks(batch, padded, [image_sizes[number] for number in numbers])

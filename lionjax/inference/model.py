@@ -96,7 +96,7 @@ class Model:
             raise UserError("this model was trained without tags; leave them out")
         max_pixels = self.processor.config.max_pixels
         pil_images = [pictures.to_pil_image(sample.image, max_pixels=max_pixels) for sample in inputs]
-        found = self._find_regions(pil_images, regions)
+        found = self.find_regions(pil_images, regions)
         rows = [
             self.processor.encode_input(dataclasses.replace(sample, image=image, regions=image_regions))
             for image, sample, image_regions in zip(pil_images, inputs, found)
@@ -113,7 +113,7 @@ class Model:
         answers = {k: dataclasses.replace(answer, regions=found[k]) for k, answer in answers.items()}
         return [_with_masks(answers[k], image) for k, image in enumerate(pil_images)]
 
-    def _find_regions(self, images: Sequence, regions: Sequence[ImageRegions] | None) -> Sequence[ImageRegions | None]:
+    def find_regions(self, images: Sequence, regions: Sequence[ImageRegions] | None) -> Sequence[ImageRegions | None]:
         """The regions of each picture, found by the model's refiner where not given; None if the model reads none."""
         if not self.processor.config.region_width:
             if regions is not None:
@@ -174,7 +174,7 @@ class Model:
         processor.max_target_tokens.
         """
         asked = build_inputs(images, prompts, None, None, None)
-        found = self._find_regions([one.image for one in asked], None)
+        found = self.find_regions([one.image for one in asked], None)
         asked = [dataclasses.replace(one, regions=image_regions) for one, image_regions in zip(asked, found)]
         if len(candidates) != len(asked) or not all(len(some) for some in candidates):
             raise UserError("candidates wants a list of answers for each prompt, none of them empty")

@@ -101,9 +101,14 @@ class SessionSizes:
     question_length: int
     short_lengths: tuple[int, ...] = ()
 
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """All padded prompt lengths."""
+        return *self.short_lengths, self.prompt_length
+
     def padded_length(self, length: int) -> int:
         """The shortest padded prompt length that holds `length` tokens."""
-        return min(size for size in (*self.short_lengths, self.prompt_length) if size >= length)
+        return min(size for size in self.prompt_lengths if size >= length)
 
     def hold(self, request: AnswerRequest) -> bool:
         """Whether the texts of a request fit."""
@@ -221,7 +226,7 @@ class AnswerSession:
             output = GenerateOutput(
                 ids_BM[one],
                 length_B[one],
-                aux_outputs=jax.tree.map(lambda leaf, one=one: leaf[one], aux),
+                aux_outputs=jax.tree.map(lambda leaf, one=one: leaf[one], aux) or None,
                 is_finite_B=is_finite_B[one],
             )
             found |= {k: output for k in (number, *self._followers.get(number, ())) if k in self._requests}

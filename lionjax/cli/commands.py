@@ -19,6 +19,7 @@ from lionjax.cli import judge as judge_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import reproduce as reproduce_command
 from lionjax.cli import score as score_command
+from lionjax.cli import serve as serve_command
 from lionjax.cli import synthesize as synthesize_command
 from lionjax.cli import tools as tools_command
 from lionjax.cli.errors import UsageError, describe_error
@@ -154,11 +155,14 @@ def synthesize(args: argparse.Namespace, _) -> None:
     synthesize_command.synthesize(args)
 
 
-def demo(args: argparse.Namespace, _) -> None:
-    """Serve a web demo of a model: chat about an image, click boxes, view predicted boxes and masks."""
-    from lionjax.pipelines.serving import web_demo
+def serve(args: argparse.Namespace, _) -> None:
+    """Serve a model over HTTP: OpenAI's chat API with images, streaming, boxes and masks, and a web page."""
+    serve_command.serve(args)
 
-    web_demo.serve(args.dir, args.host, args.port, args.tagger, args.prompt_length, args.refiner)
+
+def demo(args: argparse.Namespace, _) -> None:
+    """Serve the web page of a model: chat about an image, mark regions, view predicted boxes and masks."""
+    serve_command.serve(args)
 
 
 def tag(args: argparse.Namespace, _) -> None:

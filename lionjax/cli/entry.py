@@ -23,6 +23,7 @@ from lionjax.cli import judge as judge_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import reproduce as reproduce_command
 from lionjax.cli import score as score_command
+from lionjax.cli import serve as serve_command
 from lionjax.cli import synthesize as synthesize_command
 from lionjax.cli import tools as tools_command
 from lionjax.cli.commands import (
@@ -40,6 +41,7 @@ from lionjax.cli.commands import (
     rank,
     report,
     reproduce,
+    serve,
     show,
     synthesize,
     tag,
@@ -77,7 +79,8 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     judge_command.add_arguments(add_verb(verbs, judge))
     synthesize_command.add_arguments(add_verb(verbs, synthesize))
 
-    add_demo_arguments(add_verb(verbs, demo))
+    serve_command.add_arguments(add_verb(verbs, serve), serve_command.PORT)
+    serve_command.add_arguments(add_verb(verbs, demo), serve_command.DEMO_PORT)
 
     verb = add_verb(verbs, tag)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a folder with RAM's weights and its tag list")
@@ -175,19 +178,6 @@ def add_generate_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print text, boxes and masks as JSON")
     verb.add_argument("--out", metavar="PNG", type=Path, help="write the image with boxes and masks to this file")
     guide_command.add_arguments(verb)
-
-
-def add_demo_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments of `lionjax demo`."""
-    verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder or a folder of weights")
-    host_help = "address to bind (default: 127.0.0.1, this machine only; 0.0.0.0: all interfaces)"
-    verb.add_argument("--host", default="127.0.0.1", help=host_help)
-    verb.add_argument("--port", type=int, default=7860, help="port to bind (default: 7860)")
-    verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, to tag images")
-    refiner_help = "a refiner's folder, for a model that reads regions (default: the one in the model's folder)"
-    verb.add_argument("--refiner", metavar="DIR", type=Path, help=refiner_help)
-    prompt_length_help = "maximum prompt length in tokens with chat history, at least that of training (default: 256)"
-    verb.add_argument("--prompt-length", metavar="N", type=positive_int, default=256, help=prompt_length_help)
 
 
 def add_detect_arguments(verb: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ EXTRA_MODULES = {
     "tpu": ("libtpu",),
     "prepare": ("apache_beam",),
     "tensorboard": ("tensorboardX",),
+    "serve": ("starlette", "uvicorn"),
     "demo": ("gradio",),
     "llm": ("openai",),
     "mcp": ("mcp",),

@@ -54,9 +54,10 @@ STREAMED_OUTPUTS = ("box", "count")  # of a model besides tokens, that the text 
 
 @dataclasses.dataclass(eq=False)
 class _Ticket:
-    """A question on its way. `streamed`: the text that its listener has."""
+    """A question on its way, without its image. `image_size`: of it, None without one. `streamed`: what is told."""
 
     question: LiveQuestion
+    image_size: tuple[int, int] | None
     row: EncodedExample
     config: GenerationConfig
     regions: ImageRegions | None
@@ -65,11 +66,6 @@ class _Ticket:
     request: AnswerRequest
     streamed: str = ""
     number: int = -1  # of the session
-
-    @property
-    def image_size(self) -> tuple[int, int] | None:
-        image = self.question.sample.image
-        return None if image is None else image.size
 
 
 class LiveModel:
@@ -162,10 +158,11 @@ class LiveModel:
         for config, category in {self.settings(one): one for one in CATEGORIES}.items():
             sample = ImageTextInput(Image.new("RGB", (64, 64)), "?", category=category)
             lengths = self._sizes(self._prepare(LiveQuestion(sample), done.put)).prompt_lengths
-            for length in lengths:
+            for seed, length in enumerate((*lengths, lengths[0])):  # used slots may be sharded otherwise
                 ticket = self._prepare(LiveQuestion(sample), done.put)
                 mask = (np.arange(len(ticket.row["prompt_mask"])) < length).astype(np.int32)
-                request = dataclasses.replace(ticket.request, row=dict(ticket.row) | {"prompt_mask": mask})
+                row = dict(ticket.row) | {"prompt_mask": mask}
+                request = dataclasses.replace(ticket.request, row=row, seed=seed, max_new_tokens=2)
                 self._num_open += 1
                 self._enqueue(dataclasses.replace(ticket, request=request, config=config))
                 while isinstance(event := done.get(), str):
@@ -206,14 +203,13 @@ class LiveModel:
             raise UserError("this model reads no images; ask it in text only")
         if sample.tags and not self.model.processor.config.use_tags:
             raise UserError("this model was trained without tags; leave them out")
-        regions = sample.regions
-        if regions is None:
-            regions = self.refined(Image.new("RGB", (1, 1)) if sample.image is None else sample.image)
-        image = Image.new("RGB", (1, 1)) if sample.image is None else sample.image
+        size, image = (None, Image.new("RGB", (1, 1))) if sample.image is None else (sample.image.size, sample.image)
+        regions = self.refined(image) if sample.regions is None else sample.regions
         row = self.model.processor.encode_input(dataclasses.replace(sample, image=image, regions=regions))
         request = self._request(question, row)
+        question = dataclasses.replace(question, sample=dataclasses.replace(sample, image=None))  # it may be large
         deadline = time.monotonic() + self.config.timeout_seconds
-        return _Ticket(question, row, self.settings(sample.category), regions, listener, deadline, request)
+        return _Ticket(question, size, row, self.settings(sample.category), regions, listener, deadline, request)
 
     def _request(self, question: LiveQuestion, row: EncodedExample) -> AnswerRequest:
         """The session's request. Raises UserError for settings out of range."""

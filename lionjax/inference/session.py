@@ -316,6 +316,9 @@ class AnswerSession:
                 self._slots = programs.init_slots(
                     self.model, self.params, longest, pool, self.config, self.sizes.num_slots
                 )
+                if self.mesh.size == 1:  # as what the programs return, or the first admission would compile one more
+                    replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+                    self._slots = jax.device_put(self._slots, replicated)
             self._slots = programs.admit(self.model, self.params, self._slots, admission, pool, self.config)
 
     def _make_admission(self, ordered: Sequence[AnswerRequest], slot_GR: np.ndarray) -> Admission:

@@ -1,30 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradio web demo: chat about an image, give a box by two clicks, view predicted boxes and masks.
+"""Gradio demo for notebooks: chat about an image, give a box by two clicks, view predicted boxes and masks.
 
-`serve` runs it on this machine; `build_demo` returns the gradio Blocks, for notebooks and other servers.
+`build_demo` returns the gradio Blocks. `lionjax demo` serves the page of `web_page.py` instead.
 """
 
 import dataclasses  # no `from __future__ import annotations`: gradio reads the annotations of its callbacks
-import socket
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
 
-from lionjax.core.files import read_jsonl
 from lionjax.core.types import UserError
 from lionjax.data import box_text, images
 from lionjax.data.regions import ImageRegions
 from lionjax.evaluation.report import plots
 from lionjax.inference import tagger
-from lionjax.inference.loading import with_prompt_length
 from lionjax.inference.model import Answer, Model
-from lionjax.pipelines.loading import load
 
-EXAMPLES_PER_BENCHMARK = 3  # example questions from each benchmark of a run
-# System fonts, so that the page loads nothing from the network.
-THEME_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 Point = tuple[float, float]
 
 
@@ -109,16 +100,6 @@ def describe_regions(regions: ImageRegions | None) -> str:
         for name, score, box in zip(regions.names, regions.scores, regions.boxes)
     ]
     return "\n".join([f"Tags: {', '.join(regions.tags) or 'none'}", *(lines or ["No box"])])
-
-
-def run_examples(folder: Path) -> list[list[str]]:
-    """[image path, question] examples from each benchmark of a run folder; empty for other folders."""
-    examples = []
-    for file in sorted((folder / "evaluation").glob("*.jsonl")):
-        lines = [line for line in read_jsonl(file) if "image" in line and not line.get("question_boxes")]
-        lines = [line for line in lines if (file.parent / line["image"]).is_file()]
-        examples += [[str(file.parent / line["image"]), line["question"]] for line in lines[:EXAMPLES_PER_BENCHMARK]]
-    return examples
 
 
 def build_demo(
@@ -207,47 +188,6 @@ def _callbacks(gr, model: Model, image_tagger: tagger.Tagger | None):
         return (*shown, (file, regions), describe_regions(regions)) if reads_regions else shown
 
     return on_submit, on_click, on_image_change
-
-
-def serve(
-    folder: Path,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    tagger_folder: Path | None = None,
-    prompt_length: int = 256,
-    refiner_folder: Path | None = None,
-) -> None:
-    """Load a model and serve the demo until Ctrl-C.
-
-    `prompt_length` is the maximum number of prompt tokens including previous turns; a longer training length is used
-    instead. Raises UserError if the port is taken or gradio is not installed.
-    """
-    gr = _import_gradio()  # fail before the slow model load
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(f"cannot serve at {host}:{port} ({error.strerror}); choose another --port") from error
-    image_tagger = None if tagger_folder is None else tagger.load(tagger_folder)
-    model = load(folder, refiner=refiner_folder)
-    max_prompt_length = max(prompt_length, model.processor.config.max_prompt_tokens)
-    blocks = build_demo(
-        with_prompt_length(model, max_prompt_length), f"lionjax: {folder.name}", run_examples(folder), image_tagger
-    )
-    blocks.launch(
-        server_name=host,
-        server_port=port,
-        allowed_paths=[str(folder.resolve())],
-        footer_links=[],
-        theme=gr.themes.Base(**THEME_FONTS),
-        share=False,
-        quiet=True,
-        show_error=True,
-        prevent_thread_lock=True,
-    )
-    print(f"http://{host}:{port} serves {folder}; press Ctrl-C to stop", file=sys.stderr)
-    blocks.block_thread()
 
 
 def _import_gradio():

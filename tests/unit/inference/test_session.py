@@ -92,6 +92,10 @@ def test_each_request_has_its_own_temperature_and_top_p_and_answers_as_a_session
 
 def test_no_program_is_compiled_after_the_first_admissions():
     params, config = random_params(0), GenerationConfig(max_new_tokens=7)
+    session = toy_session(params, config, SessionSizes(2, 1, 6, 1))
+    before = slots.admit._cache_size()
+    list(session.run(map(AnswerRequest, toy_rows(4))))
+    assert slots.admit._cache_size() == before + 1  # the first admission, into new slots, needs no program of its own
     list(toy_session(params, config).run(map(AnswerRequest, toy_rows(12))))
     counts = [program._cache_size() for program in (slots.admit, slots.decode, slots.init_slots)]
     list(toy_session(params, config).run(map(AnswerRequest, toy_rows(40, seed=1))))

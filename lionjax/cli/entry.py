@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lionjax.cli import answer as answer_command
 from lionjax.cli import convert as weights_command
-from lionjax.cli import guide as guide_command
+from lionjax.cli import generate as generate_command
 from lionjax.cli import judge as judge_command
 from lionjax.cli import plan as plan_command
 from lionjax.cli import reproduce as reproduce_command
@@ -48,7 +48,7 @@ from lionjax.cli.commands import (
     tools,
     train,
 )
-from lionjax.cli.errors import StrictParser, UsageError, describe_error
+from lionjax.cli.errors import StrictParser, UsageError, describe_error, positive_int
 from lionjax.planner import libtpu
 
 
@@ -69,7 +69,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb = add_verb(verbs, evaluate, extra_args_help="Any field of --source can be set: --heldout_fraction 0.")
     add_evaluate_arguments(verb)
 
-    add_generate_arguments(add_verb(verbs, generate))
+    generate_command.add_arguments(add_verb(verbs, generate))
 
     verb = add_verb(verbs, answer)
     answer_command.add_arguments(verb)
@@ -134,13 +134,6 @@ def completion(args: argparse.Namespace, _) -> None:
 INT8_HELP = "round the language model's matrices to int8"
 
 
-def positive_int(text: str) -> int:
-    """An integer above 0 from the command line. Raises ArgumentTypeError for anything else."""
-    if not text.strip().isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
-    return int(text)
-
-
 def add_evaluate_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `lionjax evaluate`."""
     dir_help = "a run folder or a folder of weights; none is needed with --predictions"
@@ -161,23 +154,6 @@ def add_annotation_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of an annotation file as a data source."""
     verb.add_argument("--images", metavar="DIR", default="", help="image folder of an annotation file")
     verb.add_argument("--answers", metavar="FILE", default="", help="VQA annotations file with the answers")
-
-
-def add_generate_arguments(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments of `lionjax generate`."""
-    verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder or a folder of weights")
-    verb.add_argument("--image", metavar="FILE", help="a JPEG, PNG or WebP image; none for a language model alone")
-    prompt_help = "the question or instruction; with --guide what the caption begins with"
-    verb.add_argument("--prompt", metavar="TEXT", help=prompt_help)
-    verb.add_argument("--box", metavar="X0,Y0,X1,Y1", help="the box that the prompt refers to, in 0..1")
-    verb.add_argument("--tagger", metavar="DIR", type=Path, help="a folder with RAM, to tag the image")
-    refiner_help = "a refiner's folder, for a model that reads regions (default: the one in the model's folder)"
-    verb.add_argument("--refiner", metavar="DIR", type=Path, help=refiner_help)
-    prompt_length_help = "maximum prompt length in tokens (default: as in training)"
-    verb.add_argument("--prompt-length", metavar="N", type=positive_int, help=prompt_length_help)
-    verb.add_argument("--json", action="store_true", help="print text, boxes and masks as JSON")
-    verb.add_argument("--out", metavar="PNG", type=Path, help="write the image with boxes and masks to this file")
-    guide_command.add_arguments(verb)
 
 
 def add_detect_arguments(verb: argparse.ArgumentParser) -> None:

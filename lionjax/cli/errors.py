@@ -41,3 +41,10 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return f"no permission for {error.filename}", 2
     hint = "" if os.environ.get("LIONJAX_TRACEBACK") else "; set LIONJAX_TRACEBACK=1 for the traceback"
     return f"unexpected {type(error).__name__}: {lines[0]}{hint}", 1
+
+
+def positive_int(text: str) -> int:
+    """An integer above 0 from the command line. Raises ArgumentTypeError for anything else."""
+    if not text.strip().isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
+    return int(text)

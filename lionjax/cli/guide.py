@@ -59,7 +59,7 @@ def generate(args: argparse.Namespace) -> None:
     _check(args)
     if args.image is None:
         raise UserError("there is no image to describe; give --image FILE")
-    files = [args.image, *(args.plus or ()), *(args.minus or ())]
+    files = [*args.image, *(args.plus or ()), *(args.minus or ())]
     weights = [1.0] * (1 + len(args.plus or ())) + [-1.0] * len(args.minus or ())
     pictures = [images.open_image(file) for file in files]
     fields = {**(MAGIC_FIELDS if args.method != "zerocap" else ZEROCAP_FIELDS)}
@@ -89,7 +89,9 @@ def generate(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise UsageError for options that do not go together."""
-    unused = ("box", "tagger", "refiner", "out")
+    unused = ("box", "tagger", "refiner", "out", "questions", "answers", "temperature", "top_p", "max_tokens")
+    if args.stream or len(args.image or ()) > 1:
+        raise UsageError("--stream and several images are not used with --guide; leave them out")
     others = MAGIC_FIELDS if args.method == "zerocap" else (*ZEROCAP_FIELDS, *ZEROCAP_FILES)
     own = ZEROCAP_FIELDS if args.method == "zerocap" else MAGIC_FIELDS
     for name in (*unused, *others):
@@ -103,7 +105,7 @@ def check_unguided(args: argparse.Namespace) -> None:
     for name in (*IMAGE_OPTIONS, *MAGIC_FIELDS, *ZEROCAP_FIELDS, *ZEROCAP_FILES):
         if getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} needs a CLIP; give --guide CLIP_DIR")
-    if args.prompt is None:
+    if args.prompt is None and args.questions is None:
         raise UsageError("the following arguments are required: --prompt; see `lionjax generate --help`")
 
 

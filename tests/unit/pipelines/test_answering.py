@@ -238,7 +238,8 @@ def model_complete(model):
 def test_generate_continues_a_text_without_an_image_and_only_with_a_model_that_reads_none(monkeypatch, capsys):
     info = types.SimpleNamespace(reads_images=False)
     model = types.SimpleNamespace(
-        vlm=types.SimpleNamespace(info=info), complete=lambda prompts: [types.SimpleNamespace(text=f"{prompts[0]}!")]
+        vlm=types.SimpleNamespace(info=info),
+        complete=lambda prompts, seed: [types.SimpleNamespace(text=f"{prompts[0]}!")],
     )
     monkeypatch.setattr(lionjax, "load", lambda *_, **__: model)
     assert cli.main(["generate", "lm", "--prompt", "Once"]) == 0 and capsys.readouterr().out == "Once!\n"

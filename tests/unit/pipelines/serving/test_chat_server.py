@@ -228,3 +228,27 @@ def test_lionjax_demo_serves_the_page_and_answers_like_the_model_until_ctrl_c(mo
         watch.cancel()
         page.kill()
         page.stderr.close()
+
+
+def test_lionjax_generate_samples_streams_and_answers_a_file_like_the_model(model, tmp_path, capsys):
+    loaded, folder = model
+    image = tmp_path / "a.png"
+    picture().save(image)
+    one = ["generate", str(folder), "--image", str(image), "--prompt-length", "60", "--prompt", "What is here?"]
+    (expected,) = loaded.answer([picture()], ["What is here?"])
+    assert cli.main([*one, "--stream", "--max-tokens", "24"]) == 0
+    assert capsys.readouterr().out == f"{expected.text}\n"
+    (tmp_path / "q.jsonl").write_text('{"image": "a.png", "prompt": "What is here?"}\n{"image": "b.png"}\n')
+    words = ["generate", str(folder), "--prompt-length", "60", "--questions", str(tmp_path / "q.jsonl")]
+    assert cli.main([*words, "--answers", str(tmp_path / "out.jsonl"), "--prompt", "?"]) == 2
+    assert "1 questions have no answer" in capsys.readouterr().err
+    first, second = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert f'"text": "{expected.text}"' in first and "there is no image b.png" in second
+    for words, sentence in (
+        ([*one[:3], "http://a/b.png", *one[4:]], "addresses are not fetched"),
+        ([*one, "--top-p", "2"], "--top_p is 2.0"),
+        ([*one, "--answers", "x"], "--answers is of --questions"),
+        ([*one[:4], str(image), *one[4:]], "many questions need --answers"),
+    ):
+        assert cli.main(words) == 2
+        assert sentence in capsys.readouterr().err

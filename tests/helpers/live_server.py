@@ -22,22 +22,28 @@ from lionjax.pipelines.serving.web_page import Page
 @contextlib.contextmanager
 def served(model, folder, live=LiveConfig(), key="", max_request_mib=2, name="small"):  # noqa: B008
     """(address, the `LiveModel`) of a model while it is served."""
+    with LiveModel(model, live) as live_model, serving(live_model, folder, live, key, max_request_mib, name) as url:
+        yield url, live_model
+
+
+@contextlib.contextmanager
+def serving(live_model, folder, live=LiveConfig(), key="", max_request_mib=20, name="small"):  # noqa: B008
+    """The address at which a live model is served."""
     config = ServerConfig(name, port=0, max_request_mib=max_request_mib, live=live)
-    with LiveModel(model, live) as live_model:
-        page = Page(model, name, folder, live_model.max_new_tokens, has_key=bool(key))
-        app = build_app(ChatServer(live_model, config, page, key=key))
-        options = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(options)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        try:
-            yield f"http://127.0.0.1:{port}", live_model
-        finally:
-            server.should_exit = True
-            thread.join()
+    page = Page(live_model.model, name, folder, live_model.max_new_tokens, has_key=bool(key))
+    app = build_app(ChatServer(live_model, config, page, key=key))
+    options = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(options)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def picture(seed=0, size=(50, 40)) -> Image.Image:

@@ -65,7 +65,8 @@ async function openFile(file) {  // an image takes the place of the one before o
   picture = {url, name: file.name || "pasted image"};
   image.src = url;
   await image.decode().catch(() => {});
-  image.hidden = overlay.hidden = false;
+  image.hidden = false;
+  overlay.removeAttribute("hidden");
   at("drop").hidden = true;
   at("stage").classList.add("full");
   warn("");
@@ -82,7 +83,10 @@ function beginTalk() {
   talks.push(talk);
   showRegions();
 }
-function layOut() {  // the overlay covers the image as it is shown
+function layOut() {  // the image fills the stage, and the overlay covers it
+  if (image.hidden) return;
+  const scale = Math.min(at("stage").clientWidth / image.naturalWidth, at("stage").clientHeight / image.naturalHeight);
+  Object.assign(image.style, {width: `${image.naturalWidth * scale}px`, height: `${image.naturalHeight * scale}px`});
   const {offsetLeft: left, offsetTop: top, clientWidth: width, clientHeight: height} = image;
   Object.assign(overlay.style, {left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${height}px`});
 }

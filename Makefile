@@ -5,12 +5,13 @@ PYTHON ?= python3
 WORKERS ?= 2
 PYTEST = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-.PHONY: help demo test test-fast test-prepare test-lmms docs lint
+.PHONY: help demo test test-fast test-users test-prepare test-lmms docs lint
 
 help:
 	@echo "make demo       train the tiny flagship in stages, evaluate it, write runs/demo/report.html"
 	@echo "make test       run every test"
 	@echo "make test-fast  run every test but the slow ones"
+	@echo "make test-users  what users do in a browser, in headless Chromium; screenshots in \$$LIONJAX_SCREENSHOTS"
 	@echo "make test-prepare  the test of data preparation by Apache Beam, in .venv-prepare: its pins are older"
 	@echo "make test-lmms  the tests with the real lmms-eval, in .venv-lmms: 2.4 GB"
 	@echo "make docs       build the documentation and the API reference into site/; a broken link fails"
@@ -28,6 +29,13 @@ test:
 test-fast:
 	@$(PYTHON) launch/environment.py test
 	$(PYTEST) -m "not slow" $(ARGS)
+
+test-users:
+	@$(PYTHON) launch/environment.py test
+	@.venv/bin/python -c "import playwright" 2>/dev/null || \
+		.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[users]" \
+		-c lock/$$(.venv/bin/python -c "import sys; print('py311' if sys.version_info < (3, 12) else 'py312')").txt
+	LIONJAX_USERS=1 JAX_PLATFORMS=cpu .venv/bin/python -m pytest tests/users $(ARGS)
 
 test-prepare:
 	@test -x .venv-prepare/bin/python || $(PYTHON) -m venv .venv-prepare

@@ -78,7 +78,7 @@ data.tiny_tokenizer        tiny.tokenizer
 data.told                  tiny.exercises
 data.turns                 data.chat
 data.wordings              data.templates
-demo                       pipelines.serving.web_demo
+demo                       pipelines.serving.web_demo pipelines.serving.web_page pipelines.serving.chat_server
 evaluation.answers         evaluation.metrics.vqa
 evaluation.benchmarks      evaluation.runner evaluation.asking
 evaluation.captions        evaluation.metrics.captions
@@ -115,7 +115,7 @@ serving.harness            pipelines.serving.harness
 serving.lmms_models        pipelines.serving.lmms_models
 serving.lmms_plugin        pipelines.serving.lmms_plugin
 serving.vlmevalkit         pipelines.serving.vlmevalkit
-serving.web_demo           pipelines.serving.web_demo
+serving.web_demo           pipelines.serving.web_demo pipelines.serving.web_page pipelines.serving.chat_server
 sharding                   core.sharding
 systems                    models.vlm
 systems.blip2              models.vlm.blip2_stage1

@@ -300,9 +300,9 @@ class LiveModel:
         if ticket.number < 0:  # no session has it
             self._release()
         self._remove(ticket)
-        self._tell(ticket, event)
+        self._notify(ticket, event)
 
-    def _tell(self, ticket: _Ticket, event: Event) -> None:
+    def _notify(self, ticket: _Ticket, event: Event) -> None:
         try:
             ticket.listener(event)
         except Exception:  # a listener whose loop is closed
@@ -312,8 +312,8 @@ class LiveModel:
         now = time.monotonic()
         for ticket in self._open_tickets():
             if now > ticket.deadline and self._drop(ticket):
-                limit = self.config.timeout_seconds
-                self._tell(ticket, TimeLimitError(f"the answer took longer than the {limit:g} s allowed; ask for less"))
+                seconds = f"{self.config.timeout_seconds:g} s"
+                self._notify(ticket, TimeLimitError(f"the answer took longer than the {seconds} allowed; ask for less"))
 
     def _advance(self, config: GenerationConfig) -> None:
         """Generate some tokens in a session, and tell its listeners of text and answers."""
@@ -327,7 +327,7 @@ class LiveModel:
             del self._sessions[config], self._tickets[config]
             for ticket in tickets.values():
                 self._release()
-                self._tell(ticket, RetryError(f"the batch failed ({type(error).__name__}); ask again"))
+                self._notify(ticket, RetryError(f"the batch failed ({type(error).__name__}); ask again"))
             return
         if session.num_waiting == num_waiting:  # without the time of reading prompts
             seconds = time.perf_counter() - began
@@ -359,7 +359,7 @@ class LiveModel:
             return
         if settled.startswith(ticket.streamed) and len(settled) > len(ticket.streamed):
             piece, ticket.streamed = settled[len(ticket.streamed) :], settled
-            self._tell(ticket, piece)
+            self._notify(ticket, piece)
 
     def _has_stop_text(self, output: GenerateOutput) -> bool:
         """Whether an answer has the text that ends it in the model's prompt format."""

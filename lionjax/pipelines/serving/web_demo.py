@@ -16,6 +16,8 @@ from lionjax.evaluation.report import plots
 from lionjax.inference import tagger
 from lionjax.inference.model import Answer, Model
 
+# System fonts, for the theme with which the demo is launched, so that the page loads nothing from the network.
+THEME_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 Point = tuple[float, float]
 
 

@@ -116,7 +116,7 @@ class _Questions:
         if not opened:
             return
         try:
-            answers = self._ask(rows, opened)
+            answers = self._answer(rows, opened)
         except UserError:
             yield from self._one_by_one(rows, opened)
             return
@@ -126,7 +126,7 @@ class _Questions:
         """As `answers`, where at least one row cannot be asked."""
         for place, image in opened.items():
             try:
-                (answer,) = self._ask(rows, {place: image})
+                (answer,) = self._answer(rows, {place: image})
             except UserError as error:
                 answer = error
             yield place, answer
@@ -136,7 +136,7 @@ class _Questions:
         path = Path(name) if self.folder is None else images.safe_path(self.folder, name)
         return images.open_image(path, name, self.model.processor.config.max_pixels)
 
-    def _ask(self, rows: Mapping[int, Mapping[str, Any]], opened: Mapping[int, Any]) -> list[Answer]:
+    def _answer(self, rows: Mapping[int, Mapping[str, Any]], opened: Mapping[int, Any]) -> list[Answer]:
         asked = [rows[place] for place in opened]
         pictures = list(opened.values())
         prompts = [next(row[name] for name in TEXT_FIELDS if isinstance(row.get(name), str)) for row in asked]

@@ -10,9 +10,9 @@ those of the base. The docstring of `get_config` has the arguments; any field of
 """
 
 import dataclasses
-from pathlib import Path
 
 from lionjax.core.experiment import Experiment, Mix, RunConfig, Stage, Weights
+from lionjax.core.hub import local_path
 from lionjax.core.types import UserError
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets.detect import detect_source
@@ -40,10 +40,10 @@ def get_config(
     `answers`: the answers of a VQA questions file. `heldout`: the share of images that are not trained on. `train`: a
     pattern of further parameters to train beside LoRA, such as "projector".
     """
-    weights = Path(base) / WEIGHTS
+    weights = local_path(base) / WEIGHTS
     if not weights.is_file():
         raise UserError(f"{base} has no {WEIGHTS}; convert the weights first: lionjax convert {base} DIR --to jax")
-    released = read_experiment(base)
+    released = read_experiment(weights.parent)
     source = detect_source(data, images, answers)
     if any(field.name == "heldout_fraction" for field in dataclasses.fields(source)):
         source = dataclasses.replace(source, heldout_fraction=heldout)

@@ -21,6 +21,7 @@ from lionjax.cli import convert as weights_command
 from lionjax.cli import generate as generate_command
 from lionjax.cli import judge as judge_command
 from lionjax.cli import plan as plan_command
+from lionjax.cli import push as push_command
 from lionjax.cli import reproduce as reproduce_command
 from lionjax.cli import score as score_command
 from lionjax.cli import serve as serve_command
@@ -49,6 +50,7 @@ from lionjax.cli.commands import (
     train,
 )
 from lionjax.cli.errors import StrictParser, UsageError, describe_error, positive_int
+from lionjax.cli.push import push
 from lionjax.planner import libtpu
 
 
@@ -106,6 +108,9 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
 
     verb = add_verb(verbs, convert)
     weights_command.add_arguments(verb)
+
+    verb = add_verb(verbs, push)
+    push_command.add_arguments(verb)
 
     verb = add_verb(verbs, plan, extra_args_help="Any field of the config can be set: --stages.0.batch_size 64.")
     plan_command.add_arguments(verb)
@@ -249,7 +254,17 @@ def run(argv: list[str]) -> None:
         logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("lionjax").setLevel(logging.INFO)
         logging.getLogger("absl").setLevel(logging.ERROR)  # hide Orbax's internal warnings
-        args.run(args, extra_args)
+        run_verb(args, extra_args)
+
+
+def run_verb(args: argparse.Namespace, extra_args: list[str]) -> None:
+    """Run a verb; names of the hub among its arguments become the local folders, except where it pushes to."""
+    for name, value in vars(args).items():
+        if str(value).startswith("hf:/") and name != "repository":
+            from lionjax.core import hub
+
+            setattr(args, name, type(value)(hub.local_path(value)))
+    args.run(args, extra_args)
 
 
 if __name__ == "__main__":

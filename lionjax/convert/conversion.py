@@ -28,6 +28,7 @@ from lionjax.convert.processor_files import add_tokens, resized_processor_files
 from lionjax.convert.resize import ResizePlan, interpolate_position_embeddings, resize_token_embeddings
 from lionjax.convert.torch_folder import merge_lora_weights, plan_from_torch, plan_to_torch, write_torch_folder
 from lionjax.core import config as configs
+from lionjax.core import hub
 from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def convert(
     `adapter`. `dst` is renamed into place when it is complete. Raises UserError for wrong options and for every problem
     between checkpoint and model.
     """
+    src = hub.local_path(src)
     start = time.perf_counter()
     if to not in ("jax", "torch"):
         raise UserError(f"to is {to!r}; it can be 'jax' or 'torch'")

@@ -145,7 +145,8 @@ def check_weights(experiment: Experiment) -> list[Finding]:
     findings = []
     for part, file in experiment.weights:
         path = Path(file.partition("#")[0])
-        is_there = file.startswith("shipped:") or path.is_file() or any(path.parent.glob(f"{path.stem}-*.safetensors"))
+        is_elsewhere = file.startswith(("shipped:", "hf:/"))  # in the package, or on the hub
+        is_there = is_elsewhere or path.is_file() or any(path.parent.glob(f"{path.stem}-*.safetensors"))
         problem = "" if is_there else f"the weights {path} of {part!r} are missing"
         findings.append(Finding("all", f"weights of {part}", "", str(path), problem))
     return findings

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from lionjax.core import hub
 from lionjax.core.types import UserError
 from lionjax.data import resample
 from lionjax.data.boxes import Box
 
 ALLOWED_FORMATS = ("JPEG", "PNG", "WEBP")
-LINK_ROOTS_ENV = "LIONJAX_LINK_ROOTS"
+LINK_ROOTS_ENV = hub.LINK_ROOTS
 MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 256 * 2**20
 FULL_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)

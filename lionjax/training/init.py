@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lionjax.convert.io.reader import open_weights
+from lionjax.core import hub, sharding
 from lionjax.core import params as trees
-from lionjax.core import sharding
 from lionjax.core.experiment import Experiment
 from lionjax.core.types import Batch, Params, UserError
 from lionjax.training import distributed, step
@@ -114,9 +114,9 @@ def load_shipped(experiment: Experiment, specs: Params) -> dict[str, jax.Array]:
 
 
 def resolve_weights_file(file: str) -> Path:
-    """The path of a weight file; `shipped:NAME` is NAME in the package's lionjax/data/assets."""
+    """The path of a weight file; `shipped:NAME` is NAME in the package's lionjax/data/assets, `hf://...` of the hub."""
     name = file.removeprefix(SHIPPED)
-    return Path(file) if name == file else Path(__file__).parent.parent / "data" / "assets" / name
+    return hub.local_path(file) if name == file else Path(__file__).parent.parent / "data" / "assets" / name
 
 
 def _has_prefix(path: str, prefix: str) -> bool:

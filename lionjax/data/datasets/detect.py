@@ -8,6 +8,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from lionjax.core import hub
 from lionjax.core.types import UserError
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets.annotation_files import read_json, read_rows
@@ -71,7 +72,8 @@ def detect_source(source: str, image_dir: str = "", answers_file: str = "", is_t
     """
     if source in ("scenes", "easy_vqa", "easy-vqa"):
         return Scenes() if source == "scenes" else EasyVqa()
-    path = Path(source)
+    path, image_dir = hub.local_path(source), str(hub.local_path(image_dir)) if image_dir else ""
+    answers_file = str(hub.local_path(answers_file)) if answers_file else ""
     if path.is_dir():
         return _detect_folder(path, image_dir)
     if not path.is_file():

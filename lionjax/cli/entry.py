@@ -73,8 +73,7 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
 
     generate_command.add_arguments(add_verb(verbs, generate))
 
-    verb = add_verb(verbs, answer)
-    answer_command.add_arguments(verb)
+    answer_command.add_arguments(add_verb(verbs, answer))
 
     tools_command.add_tools_arguments(add_verb(verbs, tools))
     tools_command.add_agent_arguments(add_verb(verbs, agent))
@@ -109,14 +108,12 @@ def build_parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argu
     verb = add_verb(verbs, convert)
     weights_command.add_arguments(verb)
 
-    verb = add_verb(verbs, push)
-    push_command.add_arguments(verb)
+    push_command.add_arguments(add_verb(verbs, push))
 
     verb = add_verb(verbs, plan, extra_args_help="Any field of the config can be set: --stages.0.batch_size 64.")
     plan_command.add_arguments(verb)
 
-    verb = add_verb(verbs, reproduce)
-    reproduce_command.add_arguments(verb)
+    reproduce_command.add_arguments(add_verb(verbs, reproduce))
 
     verb = add_verb(verbs, report)
     verb.add_argument("dir", metavar="DIR", type=Path, help="a run folder")

@@ -254,7 +254,7 @@ def test_convert_exports_a_run_and_says_whether_every_bit_comes_back(capsys, tmp
 class Model:
     """Answers with half of the box it was asked about, or of the whole picture."""
 
-    def answer(self, images, prompts, boxes=None, tags=None):
+    def answer(self, images, prompts, boxes=None, tags=None, seed=None):
         x0, y0, x1, y1 = boxes[0][0] if boxes else (0.0, 0.0, 1.0, 1.0)
         mask = np.zeros((20, 30), bool)
         mask[:10] = True

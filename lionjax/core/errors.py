@@ -8,7 +8,7 @@ from collections.abc import Iterator
 OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 # Modules of the extras in pyproject.toml.
 EXTRA_MODULES = {
-    "data": ("grain", "array_record", "tensorflow_datasets"),
+    "data": ("grain", "array_record", "tensorflow_datasets", "pyarrow"),
     "torch": ("torch", "transformers"),
     "tpu": ("libtpu",),
     "prepare": ("apache_beam",),

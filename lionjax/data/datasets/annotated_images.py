@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,7 +99,7 @@ class Annotation:
 class AnnotatedImages:
     """Images under one folder, and annotations by task. `segmentations`: COCO polygons or run lengths, for masks.
 
-    `embedded`: {image index: bytes of its file}, for images that the annotation file itself holds.
+    `embedded`: {image index: bytes of its file}, for images that the annotation file itself holds; see `HeldImages`.
     """
 
     root: Path
@@ -148,7 +148,7 @@ class AnnotatedImages:
         image_info = self.image_infos[record_index]
         if not image_info.name:
             return Image.new("RGB", (1, 1)), image_info
-        file = self.embedded.get(record_index) or self.image_path(record_index)
+        file = self.embedded[record_index] if record_index in self.embedded else self.image_path(record_index)
         image = images.open_image(file, image_info.name, self.max_pixels)
         check_image_size(image, image_info)
         return image, with_file_size(image_info, image)
@@ -166,6 +166,25 @@ class AnnotatedImages:
 
     def load_regions(self, record_index: int) -> None:
         """None: annotation files keep nothing of a refiner."""
+
+
+class HeldImages(Mapping):
+    """{image index: bytes of its file}, read when they are asked for: `places` says where, `read_place` reads."""
+
+    def __init__(self, places: Mapping[int, Hashable], read_place: Callable[..., bytes]):
+        self.places, self.read_place = places, read_place
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.read_place(self.places[index])
+
+    def __contains__(self, index: object) -> bool:
+        return index in self.places
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def check_image_size(image: Image.Image, image_info: ImageInfo) -> None:

@@ -9,16 +9,17 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lionjax.core.types import UserError
 from lionjax.data.datasets import typed_rows
-from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo
+from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, HeldImages, ImageInfo
 from lionjax.data.datasets.splits import check_heldout_fraction, in_split, split_key
 
 log = logging.getLogger(__name__)
-ROW_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError)
+ROW_ERRORS = (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
 
 GZIP_START = b"\x1f\x8b"
 
@@ -115,7 +116,8 @@ class AnnotationFile:
 class AnnotatedImagesBuilder:
     """Collects images and annotations of a split while a file is read; each image is added once.
 
-    A row that cannot be used becomes an annotation that names its problem; see `row`.
+    A row that cannot be used becomes an annotation that names its problem; see `row`. `row_images`: {name: place} of
+    the images of the present row whose bytes its own file holds; each place is an image of its own.
     """
 
     def __init__(self, root: Path, split: str = "train", heldout_fraction: float = 0.0):
@@ -124,6 +126,9 @@ class AnnotatedImagesBuilder:
         self.index_by_key: dict[object, int] = {}
         self.units_by_image: dict[int, tuple[tuple[float, float], str]] = {}
         self.unknown_keys: set[str] = set()
+        self.row_images: Mapping[str, Hashable] = {}
+        self.held_places: dict[int, Hashable] = {}
+        self.held_names: Counter[str] = Counter()
 
     def includes(self, name: str) -> bool:
         """Whether an image file under the root belongs to the split."""
@@ -205,19 +210,32 @@ class AnnotatedImagesBuilder:
 
     def add_image(self, key: object, image_info: ImageInfo) -> int:
         """The index of the image with this key, added if it is new. Its tags are those of the first row with any."""
+        key = self.row_images.get(image_info.name, key)
         if key not in self.index_by_key:
             self.index_by_key[key] = len(self.image_infos)
-            self.image_infos.append(image_info)
+            self.image_infos.append(self._with_own_name(image_info))
         index = self.index_by_key[key]
         if image_info.tags and not self.image_infos[index].tags:
             self.image_infos[index] = dataclasses.replace(self.image_infos[index], tags=image_info.tags)
         return index
 
+    def _with_own_name(self, image_info: ImageInfo) -> ImageInfo:
+        """A new image; one that a file holds gets a number behind its name if an earlier one has the same name."""
+        name = image_info.name
+        if name not in self.row_images:
+            return image_info
+        self.held_places[len(self.image_infos)] = self.row_images[name]
+        self.held_names[name] += 1
+        number = self.held_names[name]
+        return image_info if number == 1 else dataclasses.replace(image_info, name=f"{name} #{number}")
+
     def add_annotation(self, task: str, annotation: Annotation) -> None:
         self.annotations.setdefault(task, []).append(annotation)
 
-    def build(self, max_pixels: int) -> AnnotatedImages:
-        return AnnotatedImages(self.root, self.image_infos, self.annotations, self.segmentations, max_pixels)
+    def build(self, max_pixels: int, read_place: Callable[..., bytes] | None = None) -> AnnotatedImages:
+        """The images of the split. `read_place`: from the place of an image that a file holds to its bytes."""
+        held = {} if read_place is None else HeldImages(self.held_places, read_place)
+        return AnnotatedImages(self.root, self.image_infos, self.annotations, self.segmentations, max_pixels, held)
 
 
 def xywh_to_xyxy(bbox: object, location: str) -> tuple[float, float, float, float]:

@@ -8,9 +8,10 @@ human value. `messages`: [{"role", "content"}], the content a text or a list of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.types import UserError
@@ -58,18 +59,35 @@ class Conversations(AnnotationFile):
         builder, folders = AnnotatedImagesBuilder(root, split, self.heldout_fraction), ImageFolders(root)
         for location, row in read_rows(file):
             with builder.row(location, "conversation"):
-                _add_conversation(builder, folders, row, location, self)
+                add_conversation(builder, folders.find, row, location, self)
         return builder.build(max_pixels)
 
 
-def _add_conversation(
-    builder: AnnotatedImagesBuilder, folders: ImageFolders, row: object, location: str, source: Conversations
+class ConversationSource(Protocol):
+    """A source whose file has conversations; see `Conversations.padded_boxes`."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def padded_boxes(self) -> bool: ...
+
+
+def add_conversation(
+    builder: AnnotatedImagesBuilder,
+    find_image: Callable[[str], str],
+    row: object,
+    location: str,
+    source: ConversationSource,
 ) -> None:
-    """Adds a row to a builder. Raises UserError for a row that is no conversation."""
+    """Adds a row to a builder. `find_image`: from the name of an image in the row to its path under the root.
+
+    Raises UserError for a row that is no conversation.
+    """
     rounds, names = parse_row(row, location)
     builder.check_keys(row, (*ROUND_KEYS, *IMAGE_KEYS, *OTHER_KEYS), IMAGE_KEYS, location, Path(source.file))
     question, answer, turns, image_marks = _annotation(rounds, len(names), location)
-    paths = [folders.find(name) for name in names]
+    paths = [find_image(name) for name in names]
     if not (builder.includes(paths[0]) if paths else builder.includes_text(str(rounds))):
         return
     indices = [builder.add_image(path, ImageInfo(path, padded_boxes=source.padded_boxes)) for path in paths]

@@ -16,6 +16,7 @@ from lionjax.data.datasets.array_record import ArrayRecordDataset, find_dataset_
 from lionjax.data.datasets.coco import Coco, CocoRelease
 from lionjax.data.datasets.conversations import ROUND_KEYS, Conversations
 from lionjax.data.datasets.detect_benchmark import detect_benchmark_file, detect_benchmark_folder
+from lionjax.data.datasets.detect_table import detect_table_file, detect_table_folder
 from lionjax.data.datasets.easy_vqa import EasyVqa
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.datasets.karpathy import CAPTION_LISTS, KarpathyCaptions, caption_list
@@ -59,7 +60,7 @@ FOREIGN_KEYS = {
 }
 KNOWN_SOURCES = (
     "'scenes', 'easy_vqa', a COCO, refer, ScienceQA or built folder, or a file of conversations, JSON Lines, RefCOCO, "
-    "captions or VQA, or a benchmark (docs/benchmarks.md)"
+    "captions or VQA, CSV, Parquet or tars, a folder of pictures, or a benchmark (docs/benchmarks.md)"
 )
 
 
@@ -76,6 +77,8 @@ def detect_source(source: str, image_dir: str = "", answers_file: str = "", is_t
     answers_file = str(hub.local_path(answers_file)) if answers_file else ""
     if path.is_dir():
         return _detect_folder(path, image_dir)
+    if (table := detect_table_file(source, image_dir)) is not None:
+        return table
     if not path.is_file():
         raise UserError(f"there is no source {source!r}; give {KNOWN_SOURCES}")
     image_folder = image_dir or str(path.parent)
@@ -166,6 +169,8 @@ def _detect_folder(path: Path, image_dir: str = "") -> Any:
     if refs := _refs_file(path):
         return Refer(str(path), image_dir or _refer_images(path), refs, name=path.name)
     if (source := detect_benchmark_folder(path, image_dir)) is not None:
+        return source
+    if (source := detect_table_folder(path, image_dir)) is not None:
         return source
     folder = find_dataset_folder(path)
     return Scenes(folder=str(folder)) if "scenes" in folder.parts else ArrayRecordDataset(str(folder))

@@ -49,7 +49,7 @@ class JsonLines(AnnotationFile):
         for line_number, line in _read_lines(file):
             location = f"{file}, line {line_number},"
             with builder.row(location, "vqa"):
-                _add_line(builder, _parse_line(line, location), location, file)
+                add_row(builder, _parse_line(line, location), location, file)
         return builder.build(max_pixels)
 
 
@@ -72,8 +72,11 @@ def _parse_line(line: str, location: str) -> dict:
     return entry
 
 
-def _add_line(builder: AnnotatedImagesBuilder, entry: dict, location: str, file: Path) -> None:
-    """Adds a row to a builder. Raises UserError for keys or values that are not of the format."""
+def add_row(builder: AnnotatedImagesBuilder, entry: dict, location: str, file: Path) -> None:
+    """Adds a row to a builder; one of another type or without an answer is a bad row.
+
+    Raises UserError for keys that are not of the format.
+    """
     builder.check_keys(entry, KEYS, IMAGE_KEYS, location, file)
     is_pope = "label" in entry and "text" in entry
     task = typed_rows.text(entry, "task", location) or ("existence" if is_pope else "vqa")

@@ -6,15 +6,13 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lionjax.core.types import UserError
 from lionjax.data.datasets.annotated_images import AnnotatedImages
-from lionjax.data.datasets.annotation_files import read_text
+from lionjax.data.datasets.delimited import read_delimited
 from lionjax.data.datasets.question_file import (
     OPTION_LETTERS,
     Question,
@@ -25,7 +23,6 @@ from lionjax.data.datasets.question_file import (
 )
 
 ROTATION = 1_000_000  # row INDEX + k * ROTATION is the k-th rotation of the options of question INDEX
-MAX_CELL = 64 * 2**20  # characters
 MISSING = ("", "nan")  # cells of options that a question does not have
 
 
@@ -42,25 +39,10 @@ class MmBench(QuestionFile):
 
     def rows(self, split: str) -> Iterator[tuple[str, object]]:
         path = Path(self.file)
-        text = read_text(path)
-        csv.field_size_limit(MAX_CELL)
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
-        if not {"index", "question", "A"} <= set(reader.fieldnames or ()):
+        columns, rows = read_delimited(path, "\t")
+        if not {"index", "question", "A"} <= set(columns):
             raise UserError(f"{path} has no columns index, question and A; give MMBench's TSV")
-        while True:
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                raise UserError(
-                    f"{path}, line {reader.line_num}, cannot be read ({error}); replace the file"
-                ) from error
-            if row is None:
-                return
-            location = f"{path}, line {reader.line_num},"
-            if None in row or any(value is None for value in row.values()):
-                yield location, UserError(f"{location} has another number of cells than the first line; correct it")
-            else:
-                yield location, row
+        yield from rows
 
     def questions(self, row: dict, location: str) -> Iterator[Question]:
         index, question = row_id(row, "index", location), required_text(row, "question", location)

@@ -14,6 +14,7 @@ from lionjax.core.types import UserError
 from lionjax.data.datasets.annotated_images import AnnotatedImages
 from lionjax.data.datasets.detect import detect_source, first_keys
 from lionjax.data.datasets.detect_benchmark import detect_benchmark_folder
+from lionjax.data.datasets.table_rows import RowTable
 from lionjax.evaluation.published import scoring
 
 SUFFIXES = (".json", ".jsonl", ".tsv", ".p")
@@ -70,10 +71,10 @@ def is_root(text: str | None) -> bool:
     if not text or not Path(text).is_dir():
         return False
     try:
-        detect_source(text)
+        source = detect_source(text)
     except (UserError, OSError):
         return True
-    return False
+    return isinstance(source, RowTable)  # such as folders of pictures, which lie beside the files of benchmarks
 
 
 def find_benchmarks(root: Path, image_dir: str = "") -> tuple[list[FoundBenchmark], dict[str, str]]:

@@ -47,8 +47,11 @@ class ParquetTexts:
         """The full name of the column with the bytes of an image column; "" if there is none."""
         if is_binary(self.schema.field(column).type):
             return column
-        leaves = (leaf for leaf in self.leaves if leaf.partition(".")[0] == column and leaf.endswith(".bytes"))
-        return next(leaves, "")
+        for k, leaf in enumerate(self.leaves):
+            is_bytes = leaf.partition(".")[0] == column and leaf.endswith(".bytes")
+            if is_bytes and self.file.schema.column(k).physical_type == "BYTE_ARRAY":
+                return leaf
+        return ""
 
     def _has_bytes(self, column: str) -> bool:
         """Whether a column holds bytes, by its statistics: `datasets` writes a column of nulls beside paths."""

@@ -17,6 +17,7 @@ from lionjax.data.datasets.typed_rows import IMAGE_SUFFIXES
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 CAPTION_SUFFIX = ".txt"
+ANNOTATION_SUFFIXES = (".json", ".jsonl", ".p", ".gz")
 MAX_CAPTION_BYTES = 2**20
 
 
@@ -106,12 +107,11 @@ def _has_pictures(folder: Path) -> bool:
 
 
 def is_image_folder(folder: Path) -> bool:
-    """Whether a folder has metadata of pictures, pictures, or subfolders with pictures."""
-    inner = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    places = [folder, *inner]
-    has_metadata = any((place / name).is_file() for place in places for name in METADATA_FILES)
-    return (
-        has_metadata
-        or any(map(_has_pictures, places))
-        or any(_has_pictures(path) for place in inner for path in place.iterdir() if path.is_dir())
-    )
+    """Whether a folder has metadata of pictures, or pictures in it or its subfolders and no files of annotations."""
+    source = ImageFolder(str(folder))
+    parts = source.files()
+    if any((part / name).is_file() for part in parts for name in METADATA_FILES):
+        return True
+    places = [*parts, *(path for part in parts for path in part.iterdir() if path.is_dir())]
+    has_annotations = any(path.suffix in ANNOTATION_SUFFIXES for path in folder.iterdir() if path.is_file())
+    return not has_annotations and any(map(_has_pictures, places))

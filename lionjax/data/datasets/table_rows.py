@@ -126,23 +126,26 @@ def add_table_row(
     builder: AnnotatedImagesBuilder, folders: ImageFolders, row: TableRow, file: Path, table: RowTable
 ) -> None:
     """Adds a row to a builder; one that cannot be used becomes a bad record."""
-    location, values = row.location, row.values
+    values, is_talk = row.values, False
+    if isinstance(values, dict):
+        values = {key: value for key, value in values.items() if value is not None and value != ""}
+        is_talk = any(values.get(key) for key in ROUND_KEYS)
     builder.row_images = row.images
-    with builder.row(location, "vqa"):
+    with builder.row(row.location, "conversation" if is_talk else "vqa"):
         if isinstance(values, UserError):
             raise values
         if not isinstance(values, dict):
-            raise UserError(f"{location} is {typed_rows.abbreviate(values)}; give an object with image and answer")
-        values = {key: _parse_cell(key, value, location) for key, value in values.items() if value not in (None, "")}
-        if not any(values.get(key) for key in ROUND_KEYS):
-            jsonl.add_row(builder, _as_question(values, table.class_question, location), location, file)
+            shown = typed_rows.abbreviate(values)
+            raise UserError(f"{row.location} is {shown}; give an object with an image and an answer")
+        values = {key: _parse_cell(key, value, row.location) for key, value in values.items()}
+        if not is_talk:
+            jsonl.add_row(builder, _as_question(values, table.class_question, row.location), row.location, file)
             return
-    with builder.row(location, "conversation"):
-        values = {key: value for key, value in values.items() if key in (*CONVERSATION_KEYS, "file_name")}
-        if (name := values.pop("file_name", None)) and not values.get("images"):
-            values["image"] = name
+        talk = {key: value for key, value in values.items() if key in CONVERSATION_KEYS}
+        if (name := values.get("file_name")) and not talk.get("images"):
+            talk["image"] = name
         add_conversation(
-            builder, lambda name: name if name in row.images else folders.find(name), values, location, table
+            builder, lambda name: name if name in row.images else folders.find(name), talk, row.location, table
         )
 
 

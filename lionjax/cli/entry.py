@@ -181,7 +181,7 @@ def add_detect_arguments(verb: argparse.ArgumentParser) -> None:
 def add_data_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `lionjax data`."""
     verb.add_argument("action", metavar="ACTION", choices=("inspect", "build", "check"), help="inspect, build or check")
-    source_help = "scenes, easy_vqa, or a folder or annotation file; for check a config or a run folder"
+    source_help = "scenes, easy_vqa, a folder, a table, tars or annotations; for check a config or a run folder"
     verb.add_argument("source", metavar="SOURCE", help=source_help)
     add_annotation_arguments(verb)
     verb.add_argument("--split", default="train", help="train, validation or heldout (default: train)")

@@ -366,6 +366,23 @@ def test_tars_build_an_array_record_data_set_and_are_printed(tmp_path, capsys):
     assert "12 records, 12 examples" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_config_for_own_data_takes_any_form_and_keeps_it_as_json(tmp_path, monkeypatch, form):
+    from small_prefix import OWN_TOWER
+
+    from lionjax.core import config
+    from lionjax.core.experiment import Experiment
+
+    released = Experiment("base", OWN_TOWER, DataConfig(sources=(), processor=SMALL), ())
+    monkeypatch.setattr("lionjax.inference.loading.read_experiment", lambda _: released)
+    (tmp_path / "params.safetensors").write_bytes(b"")
+    source = FORMS[form](tmp_path / form, rows_of("vqa"))
+    images = ("--images", source.image_dir) if source.image_dir else ()
+    made = config.load("own_data", ["--data", source.file, *images, "--base", str(tmp_path), "--heldout", "0"])
+    assert made.data.sources == (source,) == config.from_json(config.to_json(made)).data.sources
+    assert [(mix.task, mix.weight) for mix in made.stages[0].mixture] == [("vqa", 12.0)]
+
+
 def decoded(source) -> list:
     return [
         (sample.name.partition("/")[2], sample.example, np.asarray(Image.open(io.BytesIO(sample.image))).tobytes())

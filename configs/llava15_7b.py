@@ -17,7 +17,7 @@ from lionjax.data.pipeline import DataConfig
 from lionjax.data.processor import ProcessorConfig
 from lionjax.models.vlm.visual_prefix import LLAVA_15_7B, VisualPrefixLM
 
-TOWERS = ("vision", "language", "sam")
+TOWERS = ("vision", "language", "sam", "text")
 SOURCES = (
     Conversations("data/llava/blip_laion_cc_sbu_558k.json", "data/llava/LLaVA-Pretrain", name="captions"),
     Conversations("data/llava/llava_v1_5_mix665k.json", "data", name="instructions"),
@@ -47,7 +47,7 @@ def chat_processor(language: str, system: str, **fields: Any) -> ProcessorConfig
 
 
 def full_size(model: Any, **fields: Any) -> Any:
-    """`model` in bfloat16, its tower and language model rematerialized; `fields`: other fields to replace."""
+    """`model` in bfloat16, its towers and language model rematerialized; `fields`: other fields to replace."""
     parts = {name: dataclasses.replace(part, remat="full") for name, part in vars(model).items() if name in TOWERS}
     return dataclasses.replace(model, dtype="bfloat16", **parts | fields)
 

@@ -225,12 +225,12 @@ def regions_of(image) -> ImageRegions:
     return ImageRegions(("disc",), ("盘",), ((0.125, 0.125, 0.625, 0.625),), (0.5,), ("disc",), ("disc",), features)
 
 
-def write_refined(source: ArrayRecordDataset) -> None:
-    """Captions, questions or conversations in their own format, built into records by a refiner."""
+def write_records(source: ArrayRecordDataset, refined: bool) -> None:
+    """Captions, questions or conversations in their own format, built into records, with `refined` by a refiner."""
     from lionjax.data.prepare import array_record_writer
 
     name, folder = source.name, f"data/{source.name}"
-    if "captions" in name:
+    if "captions" in name or "pairs" in name:
         raw = KarpathyCaptions(f"{folder}/captions.json", folder)
         write_captions(raw)
     elif "vqa" in name:
@@ -239,9 +239,8 @@ def write_refined(source: ArrayRecordDataset) -> None:
     else:
         raw = Conversations(f"{folder}/chat.json", folder, name=name)
         write_conversations(raw)
-    built = array_record_writer.build(
-        raw, source.folder, make_refiner=lambda: lambda images: [*map(regions_of, images)]
-    )
+    refiner = (lambda: lambda images: [*map(regions_of, images)]) if refined else None
+    built = array_record_writer.build(raw, source.folder, make_refiner=refiner)
     assert built.is_dir()
 
 
@@ -258,7 +257,7 @@ def write_all(experiment: Experiment, segmentation) -> None:
         ShikraJsonl: write_shikra,
         Coco: write_coco,
         LionRecords: write_lion,
-        ArrayRecordDataset: write_refined,
+        ArrayRecordDataset: lambda source: write_records(source, not experiment.model.info.is_dual_encoder),
         EasyVqa: lambda source: None,  # its package has them
         **segmentation.WRITERS,
     }

@@ -6,6 +6,7 @@ import functools
 import json
 from pathlib import Path
 
+import small_clip
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -31,6 +32,7 @@ FOLDERS = {
     "kosmos2": ("kosmos", (*GROUNDING, *LOCATIONS), 65037 - len(GROUNDING) - len(LOCATIONS)),
     "smollm2_135m": ("smollm", (), 49152),
     "bert_base_uncased": ("bert", (), 30522),
+    "clip_vit_b32": ("clip", (), 49408),
 }
 SPECIAL = {
     "llama": ("<unk>", "<s>", "</s>"),
@@ -136,6 +138,8 @@ def write(folder: str, texts: list[str]) -> int:
     kind, added, published = FOLDERS[folder]
     if kind == "bert":
         return published - write_bert(path, texts)
+    if kind == "clip":
+        return published - small_clip.write_clip_tokenizer(path)
     backend = build(kind, added, texts)
     backend.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps(NAMES[kind]))

@@ -83,13 +83,19 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {piece: number for number, piece in enumerate(pieces)}, merges
 
 
-def save_clip_tokenizer(folder):
-    import transformers
-
+def write_clip_tokenizer(folder) -> int:
+    """Write vocab.json and merges.txt; the number of tokens."""
     vocabulary, merges = clip_vocabulary()
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    return len(vocabulary)
+
+
+def save_clip_tokenizer(folder):
+    import transformers
+
+    write_clip_tokenizer(folder)
     return transformers.CLIPTokenizer.from_pretrained(folder)
 
 

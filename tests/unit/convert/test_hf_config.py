@@ -40,7 +40,8 @@ def test_transformers_loads_no_exported_config_as_another_model(tmp_path, name):
     if written["model_type"] in TRANSFORMERS_TYPES:
         opened = transformers.AutoConfig.from_pretrained(tmp_path)
         assert type(opened).model_type == written["model_type"]
-        assert opened.get_text_config().vocab_size == getattr(model, "language", model).vocab_size
+        words = getattr(model, "language", getattr(model, "text", model))
+        assert opened.get_text_config().vocab_size == words.vocab_size
         assert isinstance(model, DecoderConfig) or opened.vision_config.image_size == model.vision.image_size
     else:
         with pytest.raises(ValueError, match=written["model_type"]):

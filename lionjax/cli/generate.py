@@ -80,6 +80,7 @@ def generate(args: argparse.Namespace) -> None:
         answer = _print_stream(model, image, args, boxes, tags)
     else:
         (answer,) = model.answer([image], [args.prompt], boxes=boxes, tags=tags, seed=args.seed)
+    masks = () if answer.masks is None else answer.masks
     if args.json:
         tag_field = {} if tags is None else {"tags": list(tags[0])}
         print(json.dumps(_answer_to_json(answer) | tag_field))
@@ -90,11 +91,11 @@ def generate(args: argparse.Namespace) -> None:
             print(answer.text)
         for predicted_box in answer.boxes:
             print("box " + " ".join(f"{edge:.3f}" for edge in predicted_box))
+        for mask, phrase in zip(masks, answer.phrases):
+            print(f"mask {mask.sum()} pixels {phrase}".rstrip())
     if args.out is not None:
         overlays = [] if box is None else [plots.Overlay(box, color=plots.QUERY_COLOR)]
-        overlays += [plots.Overlay(predicted_box, color=plots.PREDICTION_COLOR) for predicted_box in answer.boxes]
-        masks = () if answer.masks is None else answer.masks
-        overlays += [plots.Overlay(mask=mask, color=plots.PREDICTION_COLOR) for mask in masks]
+        overlays += plots.answer_overlays(answer.boxes, masks, answer.phrases)
         plots.save_png(plots.draw_overlays(image, overlays), args.out)
 
 
@@ -230,4 +231,5 @@ def _answer_to_json(answer) -> dict:
         "text": answer.text,
         "boxes": np.asarray(answer.boxes, float).reshape(-1, 4).tolist(),
         "masks": [encode_rle(mask) for mask in (() if answer.masks is None else answer.masks)],
+        "phrases": answer.phrases,
     }

@@ -25,6 +25,7 @@ from lionjax.core.types import VLM, Batch, Params, UserError
 from lionjax.data import images
 from lionjax.data.boxes import BOX_PATTERN, Box, box_around, box_to_text
 from lionjax.data.letterbox import Letterbox
+from lionjax.data.mask_answers import mask_phrases
 from lionjax.data.processor import Processor
 from lionjax.data.regions import ImageRegions
 from lionjax.inference.answer_mesh import free_bytes, session_sizes, slot_bytes
@@ -125,6 +126,11 @@ class Answer:
     token_ids: tuple[int, ...] = ()
     token_log_probs: tuple[float, ...] = ()
     regions: ImageRegions | None = None
+
+    @property
+    def phrases(self) -> list[str]:
+        """The phrase of each mask, or of each box, in the order of `text`; empty where the text has none."""
+        return mask_phrases(self.text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lionjax.data.boxes import box_around
 # The color-blind safe palette of Okabe and Ito, without black.
 PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
 PREDICTION_COLOR, TRUTH_COLOR, QUERY_COLOR = PALETTE[0], PALETTE[2], PALETTE[1]
+ANSWER_COLORS = tuple(color for color in PALETTE if color != QUERY_COLOR)  # of the masks of one answer
 LIGHT_THEME = dict(page="#ffffff", ink="#1f2328", faint="#8b949e", line="#e4e7eb", curve="#0072b2")
 DARK_THEME = dict(page="#16191d", ink="#e6e8eb", faint="#848d97", line="#2c3138", curve="#56b4e9")
 
@@ -62,6 +63,21 @@ def draw_overlays(image, overlays: Sequence[Overlay], min_side: int = 480) -> Im
                 draw_label(drawing, overlay.label, box_to_pixels(anchor_box, size), color, size, label_boxes)
             )
     return canvas
+
+
+def answer_overlays(boxes, masks, phrases: Sequence[str]) -> list[Overlay]:
+    """Overlays of an answer's boxes, and of its masks, each with its phrase; several masks have a color each.
+
+    Boxes have the colors of their masks if each mask has one, or each that is not empty (LISA).
+    """
+    if not len(masks):
+        return [Overlay(box, color=PREDICTION_COLOR) for box in boxes]
+    colors = [ANSWER_COLORS[k % len(ANSWER_COLORS)] for k in range(len(masks))]
+    labels = [*phrases, *[""] * len(masks)]
+    overlays = [Overlay(label=labels[k], color=colors[k], mask=mask) for k, mask in enumerate(masks) if mask.any()]
+    own = colors if len(boxes) == len(masks) else [overlay.color for overlay in overlays]
+    own = own if len(own) == len(boxes) else [PREDICTION_COLOR] * len(boxes)
+    return [*map(Overlay, boxes, [""] * len(boxes), own), *overlays]
 
 
 def save_png(image: Image.Image, path: Path | str) -> None:

@@ -88,8 +88,7 @@ def render_image(image: Image.Image, conversation: Conversation, answer: Answer 
         ((x, y),) = conversation.corners
         overlays = [plots.Overlay((x - 0.01, y - 0.01, x + 0.01, y + 0.01), color=plots.QUERY_COLOR)]
     if answer is not None:
-        overlays += [plots.Overlay(box, color=plots.PREDICTION_COLOR) for box in answer.boxes]
-        overlays += [plots.Overlay(mask=mask, color=plots.PREDICTION_COLOR) for mask in answer.masks]
+        overlays += plots.answer_overlays(answer.boxes, answer.masks, answer.phrases)
     return plots.draw_overlays(image, overlays)
 
 
@@ -131,7 +130,7 @@ def build_demo(
                     sources=["upload", "clipboard"],
                     label="Image (click two corners to ask about a box)",
                 )
-                annotated = gr.Image(interactive=False, format="png", label="Blue: your box. Orange: predictions")
+                annotated = gr.Image(interactive=False, format="png", label="Blue: your box. Other colors: predictions")
             with gr.Column():
                 chat = gr.Chatbot(label="Chat", feedback_options=None, render_markdown=False)
                 prompt = gr.Textbox(label="Question", placeholder="What color is the circle?")

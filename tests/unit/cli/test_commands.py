@@ -24,7 +24,9 @@ from lionjax.core.errors import EXTRA_MODULES, RetryError
 from lionjax.core.types import UserError
 from lionjax.data import pipeline
 from lionjax.data.scenes import tasks
+from lionjax.evaluation.report import plots
 from lionjax.inference import loading, tagger
+from lionjax.inference.model import Answer
 from lionjax.pipelines import loading as with_helpers
 from lionjax.tiny.shrink import shrink
 from lionjax.training import loop
@@ -260,7 +262,7 @@ class Model:
         mask[:10] = True
         found = np.array([[x0, y0, (x0 + x1) / 2, y1]])
         text = f"{prompts[0]} {images[0].size}" + (f" {', '.join(tags[0])}" if tags else "")
-        return [types.SimpleNamespace(text=text, boxes=found, masks=mask[None], regions=None)]
+        return [Answer(text, found, mask[None])]
 
 
 @pytest.fixture
@@ -286,6 +288,30 @@ def test_generate_gives_json_with_masks_that_can_be_read_back(capsys, asked):
     answer = json.loads(capsys.readouterr().out)
     assert answer["text"] == "where? (30, 20)" and answer["boxes"] == [[0.0, 0.0, 0.5, 1.0]]
     assert coco.area(answer["masks"][0]) == 300
+
+
+def test_generate_prints_each_mask_with_its_phrase_and_draws_it_in_its_own_color(capsys, asked, tmp_path, monkeypatch):
+    masks = np.zeros((3, 20, 30), bool)
+    masks[0, :5], masks[1, 15:] = True, True
+    text = "A red star [0.000,0.000,1.000,0.250], [SEG] and a blue ring [0.000,0.750,1.000,1.000]."
+    boxes = np.array([[0.0, 0.0, 1.0, 0.25], [0.0, 0.75, 1.0, 1.0]])
+    monkeypatch.setattr(Model, "answer", lambda *_, **given: [Answer(text, boxes, masks[[0, 2, 1]])])
+    out = tmp_path / "out.png"
+    assert cli.main([*asked, "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == text and lines[3:] == [
+        "mask 150 pixels A red star",
+        "mask 0 pixels",
+        "mask 150 pixels a blue ring",
+    ]
+    drawn = np.asarray(Image.open(out), int)
+    first, third = (plots.hex_to_rgb(plots.ANSWER_COLORS[k]) for k in (0, 2))
+    for color, tall in ((first, (20, 60)), (third, (260, 300))):
+        halves = 0.55 * 128 + 0.45 * np.array(color)  # of the gray image
+        assert (np.abs(drawn[slice(*tall), 240:460] - halves).max(axis=-1) < 3).mean() > 0.5
+    assert (np.abs(drawn[120:200, 240:460] - 128) < 3).all()
+    assert cli.main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["phrases"] == ["A red star", "", "a blue ring"]
 
 
 class Tagger:

@@ -64,6 +64,22 @@ def test_a_box_at_or_past_the_edge_is_drawn_with_its_words_inside_the_picture(bo
     assert plate > 1000  # the plate of the words is there, not cut away
 
 
+def test_boxes_of_an_answer_have_the_colors_of_their_masks_and_masks_their_phrases():
+    empty, full = np.zeros((4, 4), bool), np.ones((4, 4), bool)
+    boxes = [(0.0, 0.0, 1.0, 1.0), (0.5, 0.5, 1.0, 1.0)]
+    alone = plots.answer_overlays(boxes, [], [])
+    assert [overlay.color for overlay in alone] == [plots.PREDICTION_COLOR] * 2
+    # Of three masks one is empty and has no box.
+    found = plots.answer_overlays(boxes, [full, empty, full], ["a", "b", "c"])
+    assert [overlay.color for overlay in found[:2]] == [plots.ANSWER_COLORS[k] for k in (0, 2)]
+    drawn = [(overlay.label, overlay.color) for overlay in found[2:]]
+    assert drawn == [("a", plots.ANSWER_COLORS[0]), ("c", plots.ANSWER_COLORS[2])]
+    # A box for each mask, empty or not (NExT-Chat), and fewer phrases than masks.
+    found = plots.answer_overlays(boxes, [empty, full], ["a"])
+    assert [overlay.color for overlay in found] == [plots.ANSWER_COLORS[k] for k in (0, 1, 1)]
+    assert found[-1].label == "" and plots.QUERY_COLOR not in plots.ANSWER_COLORS
+
+
 def test_labels_of_boxes_do_not_overlap():
     taken = []
     pen = __import__("PIL.ImageDraw").ImageDraw.Draw(Image.new("RGB", (480, 480)))

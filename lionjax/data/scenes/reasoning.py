@@ -97,11 +97,15 @@ def _groups(scene: Scene, min_size: int) -> list[tuple[str, list[int], str]]:
 
 
 KINDS = {"hides": hiding, "odd": odd, "once": once, "twice": twice, "farthest": farthest}
+# Higher for kinds that few scenes have, so that each is about a fifth of the questions.
+KIND_WEIGHTS = {"hides": 6.0, "odd": 6.0, "once": 1.5, "twice": 2.0, "farthest": 0.4}
 
 
 def sample_inference(scene: Scene, rng, kind: str | None = None) -> Inference | None:
     """A drawn inference of a drawn kind, or of the given one; None if the scene has none."""
-    for name in [kind] if kind else rng.permutation(list(KINDS)).tolist():
+    weights = list(KIND_WEIGHTS.values())
+    odds = [weight / sum(weights) for weight in weights]
+    for name in [kind] if kind else rng.choice(list(KIND_WEIGHTS), len(weights), replace=False, p=odds).tolist():
         if found := KINDS[name](scene):
             return found[rng.integers(len(found))]
     return None

@@ -328,16 +328,18 @@ def res(scene: Scene, rng) -> Example:
 
 
 def reason(scene: Scene, rng, kind: str | None = None) -> Example:
-    """Segmentation of an object that must be inferred; `kind`: see `reasoning.KINDS`, default random.
+    """Segmentation of an object that must be inferred, and that the answer names: "It is the red star" and its box.
 
-    A scene without such an object gives a referring expression, of kind "named".
+    `kind`: see `reasoning.KINDS`, default random. A scene without such an object gives a referring expression, of kind
+    "named".
     """
     inference = reasoning.sample_inference(scene, rng, kind)
     if inference is None:
         return _referring_example(scene, rng, "reason", "named", wordings.RES)
-    box = scene.things[inference.target].box
+    thing = scene.things[inference.target]
+    box, name = thing.box, f"the {referring.noun_phrase(thing)}"
     question = sample_question(wordings.RES, rng, expr=inference.description)
-    answer = f"Answer: {box_to_text(box)}"
+    answer = f"It is {name} {box_to_text(box)}."
     return _build_example("reason", inference.kind, question, answer, boxes=(box,), targets=(inference.target,))
 
 

@@ -13,10 +13,11 @@ from lionjax.core.experiment import Stage
 from lionjax.core.types import UserError
 from lionjax.data import boxes, letterbox
 from lionjax.data.letterbox import Letterbox
-from lionjax.data.mask_answers import MASK_ANSWERS
+from lionjax.data.mask_answers import MASK_ANSWERS, mask_phrases
 from lionjax.data.pipeline import DataConfig, batches
 from lionjax.data.processor import ImageTextInput, Processor
 from lionjax.data.scenes.dataset import Scenes
+from lionjax.data.scenes.world import SHAPES
 
 CONFIG = dataclasses.replace(small_lisa.PROCESSOR, max_target_tokens=40)
 PROCESSOR = Processor(CONFIG)
@@ -99,6 +100,30 @@ def test_an_answer_that_asks_for_a_mask_is_a_sentence_around_it():
         PROCESSOR.prompt.decode_with_boxes(PROCESSOR.prompt.encode_target(text))[0]
         for text in [template.format(masks="[0.100,0.100,0.500,0.500]") for template in MASK_ANSWERS]
     }
+
+
+def test_the_answer_to_an_inference_names_its_object_before_the_mask():
+    data = DataConfig(sources=(Scenes(sizes=(40, 2, 2), image_size=24),), processor=CONFIG)
+    batch = next(batches(data, Stage("s", 1, (".*",), (("reason", 1.0),), 32), 0, 32))
+    texts = [PROCESSOR.prompt.decode_with_boxes(ids)[0] for ids in batch.target_BM.tolist()]
+    phrases = [mask_phrases(text) for text in texts]
+    named = [words for (words,) in phrases if words]
+    assert len(named) >= 24 and all(words.startswith("the ") and words.split()[-1] in SHAPES for words in named)
+
+
+@pytest.mark.parametrize(
+    "text, phrases",
+    [
+        ("It is the red star [0.1,0.1,0.2,0.2].", ["the red star"]),
+        ("Sure, it is [SEG].", [""]),
+        ("A star [0,0,1,1], two blue rings [SEG] and a cat, gray [SEG].", ["A star", "two blue rings", "gray"]),
+        ("[SEG][SEG]", ["", ""]),
+        ("The bottle: [SEG] There is a hand [SEG] on it.", ["The bottle", "a hand"]),
+        ("No mask.", []),
+    ],
+)
+def test_the_phrase_of_a_mask_is_what_stands_before_it_in_the_answer(text, phrases):
+    assert mask_phrases(text) == phrases
 
 
 def test_the_box_around_a_mask_holds_its_outermost_pixels():

@@ -21,6 +21,7 @@ from lionjax.core import sharding
 from lionjax.core.experiment import Experiment, Stage
 from lionjax.core.sharding import MeshConfig
 from lionjax.core.types import Batch, PackedText, UserError
+from lionjax.data.processor_config import ProcessorConfig
 from lionjax.data.scenes.tasks import MASK_TASKS
 from lionjax.inference.engine import BATCH_SIZE_BUCKETS
 from lionjax.inference.generate import generate
@@ -160,6 +161,8 @@ def dummy_batch(experiment: Experiment, stage: Stage | None = None, batch_size: 
     if processor.packing is not None:
         packed = np.zeros((batch_size, processor.packing.length), np.int32)
         batch = dataclasses.replace(batch, packed=PackedText(*(packed,) * len(dataclasses.fields(PackedText))))
+    if processor.slots is not None:
+        batch = dataclasses.replace(batch, **_slot_fields(processor, batch_size))
     max_boxes, sam_size = processor.max_boxes, (processor.sam_image_size,) * 2
     if max_boxes:
         boxes, valid = np.zeros((batch_size, max_boxes, 4), np.float32), np.zeros((batch_size, max_boxes), np.int32)
@@ -171,6 +174,17 @@ def dummy_batch(experiment: Experiment, stage: Stage | None = None, batch_size: 
     size = np.zeros((batch_size, 2), np.int32) if processor.sam_padding == "corner" else None
     fields = {"masks_BKHW": masks, "masks_mask_BK": valid, "sam_image_BHWC": sam_image, "sam_size_B2": size}
     return dataclasses.replace(batch, **fields)
+
+
+def _slot_fields(processor: ProcessorConfig, batch_size: int) -> dict[str, np.ndarray]:
+    """The fields of a `Batch` for slots of states and objects, zeros."""
+    slots, fields = processor.slots, {}
+    if slots.max_states:
+        fields["state_BKS"] = np.zeros((batch_size, slots.max_states, slots.state_width), np.float32)
+    if slots.max_objects:
+        side = (processor.image_size,) * 2
+        fields["object_mask_BKHW"] = np.zeros((batch_size, slots.max_objects, *side), bool)
+    return fields
 
 
 def abstract_batch(batch: Batch, batch_size: int, mesh: Mesh) -> Batch:

@@ -29,6 +29,13 @@ def example(experiment, rows: int = 2) -> Batch:
     if processor.region_width:
         regions = np.zeros((rows, 3, processor.region_width), np.float32)
         batch = dataclasses.replace(batch, region_BKD=regions, region_mask_BK=regions[..., 0] == 0)
+    if processor.slots is not None:
+        slots = processor.slots
+        return dataclasses.replace(
+            batch,
+            state_BKS=np.zeros((rows, slots.max_states, slots.state_width), np.float32),
+            object_mask_BKHW=np.zeros((rows, slots.max_objects, side, side), bool),
+        )
     if processor.packing is not None:
         ids = np.zeros((rows, processor.packing.length), np.int32)
         return dataclasses.replace(batch, packed=PackedText(*(ids,) * 6))

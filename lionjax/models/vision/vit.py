@@ -80,7 +80,7 @@ CLIP_VIT_L = dataclasses.replace(
 SIGLIP_VIT_B16 = ViTConfig(
     patch_size=16, activation="gelu_tanh", attention_biases="qkvo", post_layernorm=True, attention_pool=True
 )
-VIT_4B = ViTConfig(width=1792, depth=56, num_heads=16, mlp_dim=15_360, attention_biases="qkvo")  # ViT-e (2209.06794)
+VIT_4B = ViTConfig(width=1792, depth=56, num_heads=16, mlp_dim=15_360)  # ViT-e (arXiv 2209.06794)
 TINY_VIT = ViTConfig(
     image_size=112, patch_size=14, width=128, depth=6, num_heads=4, mlp_dim=384
 )  # ships with the project

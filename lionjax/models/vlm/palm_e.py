@@ -16,12 +16,15 @@ import jax.numpy as jnp
 
 from lionjax.core.errors import check_choices, check_ranges
 from lionjax.core.types import VLM, Batch, ModelInfo, SentenceSlots
+from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.models.heads.region import scatter_embeddings
+from lionjax.models.language import decoder_weights
 from lionjax.models.language.decoder import PALM_8B, DecoderConfig
+from lionjax.models.vision import vit
 from lionjax.models.vision.vit import VIT_4B, ViTConfig
 from lionjax.models.vlm.info import vlm_info
 from lionjax.models.vlm.region_lm import PatchRegionModule, RegionLM, identity_init
-from lionjax.nn.layers import MLP, Dense, normal
+from lionjax.nn.layers import MLP, Dense, dense_weight_map, normal
 
 OBJECT_MASKING = ("features", "pixels")
 MIN_AREA = 1e-6  # added to the patches that an object covers, so that an empty mask gives zeros
@@ -100,9 +103,16 @@ class PalmE(RegionLM):
         """Raises UserError: it has no masks."""
         return VLM.predict_masks(self, params, batch, box_BK4, state_BKD, valid_BK)
 
-    def weight_map(self):
-        """Raises UserError: there is no released code, and so there are no names in torch."""
-        return VLM.weight_map(self)
+    def weight_map(self) -> tuple[WeightMapping, ...]:
+        """Names of this project, as there is no released code: those of EVA and LLaMA in their parts."""
+        return (
+            *with_prefix("vision_tower.", "vision/", vit.tower_weight_map(self.vision, vit.clip_weight_map)),
+            *dense_weight_map("image_projector", "projector"),
+            *(dense_weight_map("object_projector", "object_projector") if self.max_objects else ()),
+            *(dense_weight_map("state_encoder.0", "state_encoder/up") if self.max_states else ()),
+            *(dense_weight_map("state_encoder.2", "state_encoder/down") if self.max_states else ()),
+            *with_prefix("language_model.", "language/", decoder_weights.weight_map(self.language)),
+        )
 
 
 class PalmEModule(PatchRegionModule):

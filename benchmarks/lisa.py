@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """LISA on synthetic scenes: masks by reasoning, and how many reasoning samples that takes.
 
-python -m benchmarks.lisa [--steps 1000] [--seeds 3] [--samples 0 30 300] [--limit 200] [--out FILE]
+python -m benchmarks.lisa [--steps 430 430] [--seeds 3] [--samples 0 30 300] [--limit 200] [--out FILE]
 
-First configs/tiny_lisa.py: cIoU of masks on held-out scenes, whose combinations of color and shape no training scene
-has, for objects that must be inferred and for referring expressions; beside it a blank image, and the question with the
-noun alone ("Segment the star." for "Segment the star whose color occurs twice."). Then the paper's claim (arXiv
-2308.00692, section 4) that few reasoning samples suffice: the same model without any, and then `few_steps` more on as
-many as each of `samples`, mixed with the rest; mean over seeds with minimum and maximum.
+First configs/tiny_lisa.py, whose first stage has no reasoning samples: cIoU of masks on held-out scenes, each of which
+has a combination of color and shape that no training scene has, for objects that must be inferred and for referring
+expressions; beside it a blank image, and the question with the noun alone ("Segment the star." for "Segment the star
+whose color occurs twice."). Then the paper's claim (arXiv 2308.00692, section 4) that few reasoning samples suffice:
+after the first stage, `few_steps` more on as many samples as each of `samples`, mixed with the rest; mean over seeds
+of samples and batches with minimum and maximum.
 
 Finished runs are reused; delete --workdir to start over.
 """
@@ -15,6 +16,7 @@ Finished runs are reused; delete --workdir to start over.
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from pathlib import Path
 
@@ -24,7 +26,7 @@ import tyro
 
 from lionjax import convert
 from lionjax.core import config
-from lionjax.core.experiment import Experiment, Mix
+from lionjax.core.experiment import Experiment, Weights
 from lionjax.core.types import Params
 from lionjax.data import pipeline
 from lionjax.data.scenes import reasoning, world
@@ -36,48 +38,54 @@ from lionjax.training import loop
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("reason", "res")
-FEW_WEIGHT = 2.0  # of the reasoning samples in the mixture, whatever their number
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Lengths, seeds, and numbers of reasoning samples; `limit`: questions of each task."""
+    """Steps of both stages and of each run on few samples, seeds, numbers of samples; `limit`: questions of a task.
 
-    steps: int = 1000
-    few_steps: int = 150
+    `few_limit`: of the runs on few samples.
+    """
+
+    steps: tuple[int, int] = (430, 430)
+    few_steps: int = 60
     seeds: int = 3
     samples: tuple[int, ...] = (0, 30, 300)
     limit: int = 200
+    few_limit: int = 100
     workdir: Path = Path("runs/lisa")
     out: Path | None = None
 
 
-def experiment(run: Run, seed: int, mixture: tuple[Mix, ...], steps: int, **fields) -> Experiment:
-    """tiny_lisa with another mixture and length."""
+def stage_of(run: Run, number: int, steps: int, **fields) -> Experiment:
+    """tiny_lisa with one of its stages alone; the second starts from the folder of the first."""
     base = config.load(ROOT / "configs" / "tiny_lisa.py")
-    stage = dataclasses.replace(base.stages[0], steps=steps, mixture=mixture)
-    settings = dataclasses.replace(base.run, save_every=0, evaluate_limit=0)
-    return dataclasses.replace(base, seed=seed, stages=(stage,), run=settings, **fields)
+    stage = dataclasses.replace(base.stages[number], steps=steps)
+    settings = dataclasses.replace(base.run, evaluate_limit=0, feature_cache_dir=str(run.workdir / "features"))
+    if number:
+        fields = {"weights": (Weights("", str(run.workdir / "referring" / "ours" / "params.safetensors")),)} | fields
+    return dataclasses.replace(base, stages=(stage,), run=settings, **fields)
 
 
-def without_reasoning() -> tuple[Mix, ...]:
-    """The config's mixture without the task of reasoning."""
-    (stage,) = config.load(ROOT / "configs" / "tiny_lisa.py").stages
-    return tuple(mix for mix in stage.mixture if mix.task != "reason")
+def trained(run: Run, name: str, exp: Experiment, limit: int) -> dict[str, float]:
+    """The figures at the end of a run, which resumes if its folder exists."""
+    folder = run.workdir / name
+    if not (folder / "figures.json").is_file():
+        params, _ = loop.train(exp, folder, pipeline.batches)
+        if not (folder / "ours").is_dir():
+            convert.save(exp, params, folder / "ours")
+        (folder / "figures.json").write_text(json.dumps(figures(exp, params, limit)))
+    return json.loads((folder / "figures.json").read_text())
 
 
-def trained(run: Run, name: str, exp: Experiment) -> Params:
-    """The parameters at the end of a run, which resumes if its folder exists."""
-    return loop.train(exp, run.workdir / name, pipeline.batches)[0]
-
-
-def figures(run: Run, exp: Experiment, params: Params) -> dict[str, float]:
+def figures(exp: Experiment, params: Params, limit: int) -> dict[str, float]:
     """cIoU of each task, of a blank image, and of the question with the noun alone."""
     model, found = from_params(exp, params), {}
+    data = dataclasses.replace(exp.data, sources=exp.data.sources[:1])
     for task in TASKS:
-        entry = runner.evaluate(model.engine, exp.data, exp.generation, task, limit=run.limit)
+        entry = runner.evaluate(model.engine, data, exp.generation, task, limit=limit)
         found |= {task: entry["metrics"][f"{task}_ciou"], f"{task}, blind": entry["blind"][f"{task}_ciou"]}
-    return found | noun_alone(model, run.limit)
+    return found | noun_alone(model, limit)
 
 
 def noun_alone(model: Model, limit: int) -> dict[str, float]:
@@ -98,25 +106,18 @@ def noun_alone(model: Model, limit: int) -> dict[str, float]:
     return {name: regions.ciou(overlaps_B2) for name, overlaps_B2 in sorted(overlaps.items())}
 
 
-def few_samples(run: Run, seed: int) -> dict[int, dict[str, float]]:
-    """Figures by number of reasoning samples, after one training without any."""
-    base = experiment(run, seed, without_reasoning(), run.steps)
-    params = trained(run, f"without_{seed}", base)
-    folder = run.workdir / f"without_{seed}" / "ours"
-    if not folder.is_dir():
-        convert.save(base, params, folder)
-    found = {}
-    for count in run.samples:
-        scenes = base.data.sources[0]
-        few = dataclasses.replace(scenes, name="few", sizes=(max(count, 1), 1, 1), seed=100 + seed)
-        mixture = without_reasoning() + ((Mix("reason", FEW_WEIGHT, source="few"),) if count else ())
-        mixture = tuple(mix if mix.source else dataclasses.replace(mix, source=scenes.name) for mix in mixture)
-        data = dataclasses.replace(base.data, sources=(scenes, few))
-        weights = (("", str(folder / "params.safetensors")),)
-        exp = experiment(run, seed, mixture, run.few_steps, data=data, weights=weights)
-        params = trained(run, f"few_{count}_{seed}", exp)
-        found[count] = figures(run, dataclasses.replace(exp, data=base.data), params)
-    return found
+def few_samples(run: Run, seed: int, count: int) -> Experiment:
+    """The second stage on `count` reasoning samples; without the task of reasoning if that is 0."""
+    exp = stage_of(run, 1, run.few_steps, seed=1 + seed)
+    (scenes,), (stage,) = exp.data.sources, exp.stages
+    few = dataclasses.replace(scenes, name="few", sizes=(max(count, 1), 1, 1), seed=100 + seed)
+    mixture = tuple(
+        dataclasses.replace(mix, source="few" if mix.task == "reason" else scenes.name)
+        for mix in stage.mixture
+        if count or mix.task != "reason"
+    )
+    stage = dataclasses.replace(stage, mixture=mixture)
+    return dataclasses.replace(exp, stages=(stage,), data=dataclasses.replace(exp.data, sources=(scenes, few)))
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
@@ -135,17 +136,21 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
 
 def main(run: Run) -> None:
     """Train, evaluate and print the two tables."""
-    whole = config.load(ROOT / "configs" / "tiny_lisa.py").stages[0].mixture
-    exp = experiment(run, 0, whole, run.steps)
-    rows = {"tiny_lisa": [figures(run, exp, trained(run, "tiny_lisa", exp))]}
-    text = f"cIoU, {run.limit} held-out questions of each task, {run.steps} steps.\n\n{table(rows)}\n"
+    first, second = run.steps
+    rows = {
+        f"referring, {first} steps": [trained(run, "referring", stage_of(run, 0, first), run.limit)],
+        f"then reasoning, {second} steps": [trained(run, "reasoning", stage_of(run, 1, second), run.limit)],
+    }
+    text = f"cIoU, {run.limit} held-out questions of each task.\n\n{table(rows)}\n"
     print(text, flush=True)
     few: dict[str, list] = {}
-    for seed in range(run.seeds):
-        for count, row in few_samples(run, seed).items():
+    for count in run.samples:
+        for seed in range(run.seeds):
+            row = trained(run, f"few_{count}_{seed}", few_samples(run, seed, count), run.few_limit)
             few.setdefault(f"{count} reasoning samples", []).append(row)
     if few:
-        text += f"\n{run.seeds} seeds, then {run.few_steps} steps with reasoning samples.\n\n{table(few)}\n"
+        title = f"{run.seeds} seeds, {run.few_steps} steps after the first stage, {run.few_limit} questions."
+        text += f"\n{title}\n\n{table(few)}\n"
     text += f"\nDevice: {jax.devices()[0].device_kind}, jax {jax.__version__}.\n"
     print(text, flush=True)
     if run.out is not None:

@@ -59,7 +59,9 @@ def _config_from_hf(hf_config: dict) -> Any:
 
 
 def _config_to_hf(c: Lisa) -> dict:
-    """The released config.json; with the lionjax config too where that cannot say all."""
+    """The released config.json; with the lionjax config too where that cannot say all, and alone with a T5."""
+    if c.is_encoder_decoder:
+        return {"architectures": [LISA_CLASS], "model_type": "lisa"} | lionjax_hf_config(c, "lisa")
     hf_config = LLAMA.config_to_hf(c.language) | {
         "architectures": [LISA_CLASS],
         "model_type": "lisa",  # transformers would read "llava", the released one, as its own LlavaConfig

@@ -16,9 +16,10 @@ from lionjax.core.errors import check_choices
 from lionjax.core.types import VLM, Batch, Cache, ModelInfo
 from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.models.heads import mask_token, region
-from lionjax.models.language import decoder_weights
-from lionjax.models.language.backend import token_loss
+from lionjax.models.language import decoder_weights, t5
+from lionjax.models.language.backend import is_encoder_decoder, token_loss
 from lionjax.models.language.decoder import VICUNA_7B, VICUNA_13B, DecoderConfig, states_before
+from lionjax.models.language.t5 import T5Config
 from lionjax.models.vision import sam_decoder, vit
 from lionjax.models.vision.sam_encoder import SAM_VIT_H, SamConfig
 from lionjax.models.vision.vit import CLIP_VIT_L, ViTConfig
@@ -29,7 +30,7 @@ from lionjax.nn.positions import last_token
 
 @dataclasses.dataclass(frozen=True)
 class Lisa(RegionLM):
-    """Config of a LISA; the defaults are those of LISA-7B-v1.
+    """Config of a LISA; the defaults are those of LISA-7B-v1. Its language model may also be a T5.
 
     - `feature_layer`: index of CLIP's hidden state, as in transformers: -2 is the output of the last block but one.
     - `mask_token_id`: [SEG]. `max_masks`: in one answer; further ones have no mask.
@@ -38,7 +39,7 @@ class Lisa(RegionLM):
     """
 
     vision: ViTConfig = dataclasses.replace(CLIP_VIT_L, image_size=224)
-    language: DecoderConfig = dataclasses.replace(VICUNA_7B, vocab_size=32003)
+    language: T5Config | DecoderConfig = dataclasses.replace(VICUNA_7B, vocab_size=32003)
     sam: SamConfig = SAM_VIT_H
     feature_layer: int = -2
     projector_depth: int = 1
@@ -59,6 +60,10 @@ class Lisa(RegionLM):
                 f"identity_init_scale needs vision.width ({self.vision.width}) equal to language.width "
                 f"({self.language.width}); set it to None"
             )
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return is_encoder_decoder(self.language)
 
     @property
     def region_head(self) -> None:
@@ -106,15 +111,22 @@ class LisaModule(PatchRegionModule):
     c: Lisa
 
     def states_before(self, batch: Batch, key=None):
-        """States (B, L + M, D) that predict each token of prompt and target (see `Decoder.forward_row`)."""
+        """States (B, L + M, D) that predict each token of prompt and target (see `Decoder.forward_row`).
+
+        A T5 predicts no token of the prompt: there, 0.
+        """
+        if self.c.is_encoder_decoder:
+            length = batch.prompt_BL.shape[1]
+            return jnp.pad(self.hidden_states(batch, key)[0], ((0, 0), (length, 0), (0, 0)))
         x_BLD, mask_BL = self.embed_inputs(batch, None)
         target_BMD = self.embed_target(batch, x_BLD.dtype)
         return self.language.forward_row(x_BLD, mask_BL, target_BMD, batch.target_mask_BM, batch.task_B, key)[0]
 
     def mask_states(self, batch: Batch, before_BLD, count: int):
-        """States (B, K, D) of the masks of prompt and target, and their mask (B, K)."""
+        """States (B, K, D) of the masks of prompt and target, and their mask (B, K); with a T5 of the target alone."""
         ids_BL = jnp.concatenate([batch.prompt_BL, batch.target_BM], axis=1)
-        real_BL = jnp.concatenate([batch.prompt_mask_BL, batch.target_mask_BM], axis=1).astype(bool)
+        real_BL = batch.prompt_mask_BL * (not self.c.is_encoder_decoder)
+        real_BL = jnp.concatenate([real_BL, batch.target_mask_BM], axis=1).astype(bool)
         return mask_token.gather_mask_states((ids_BL == self.c.mask_token_id) & real_BL, before_BLD, count)
 
     def loss(self, batch: Batch, key):
@@ -146,14 +158,19 @@ class LisaModule(PatchRegionModule):
 
     def prefill(self, batch: Batch, cache_length: int):
         x_BLD, mask_BL = self.embed_inputs(batch, None)
-        state_BLD, cache = self.language.prefill_states(x_BLD, mask_BL, cache_length, batch.task_B)
-        # A mask token of the prompt has a mask too, as in the original.
+        if self.c.is_encoder_decoder:
+            state_BD, cache = self.language.prefill(x_BLD, mask_BL, cache_length, batch.task_B)
+            before_BLD = jnp.zeros_like(x_BLD)
+        else:
+            state_BLD, cache = self.language.prefill_states(x_BLD, mask_BL, cache_length, batch.task_B)
+            state_BD, before_BLD = last_token(state_BLD, mask_BL), states_before(state_BLD)
+        # A mask token of the prompt has a mask too, as in the original; with a T5 it only takes a slot.
         is_token_BL = (batch.prompt_BL == self.c.mask_token_id) & mask_BL.astype(bool)
-        first_BKD, valid_BK = mask_token.gather_mask_states(is_token_BL, states_before(state_BLD), self.c.max_masks)
+        first_BKD, valid_BK = mask_token.gather_mask_states(is_token_BL, before_BLD, self.c.max_masks)
         missing = self.c.max_masks - first_BKD.shape[1]  # of a prompt with fewer tokens
         first_BKD = jnp.pad(first_BKD * valid_BK[..., None], ((0, 0), (0, missing), (0, 0)))
         kept = {"state": first_BKD[None], "count": valid_BK.sum(axis=1, dtype=jnp.int32)[None]}
-        return self._logits_and_cache(last_token(state_BLD, mask_BL), kept, cache)
+        return self._logits_and_cache(state_BD, kept, cache)
 
     def extend(self, token_B, cache: Cache):
         kept = cache.generated["kept"]
@@ -163,17 +180,24 @@ class LisaModule(PatchRegionModule):
 
     def _logits_and_cache(self, state_BD, kept: dict, cache: Cache):
         generated = cache.generated | {"kept": mask_token.keep_state(state_BD, kept)}
-        return self.language.logits(state_BD), Cache(generated, cache.static, cache.step, cache.prompt)
+        return self.language.logits(state_BD), dataclasses.replace(cache, generated=generated)
 
 
 def weight_map(c: Lisa) -> tuple[WeightMapping, ...]:
-    """Names of LISA's state dict with LoRA merged, and of its CLIP, which the release leaves out."""
+    """Names of LISA's state dict with LoRA merged, and of its CLIP, which the release leaves out.
+
+    No release has a T5: its names are those of transformers behind "t5_model.".
+    """
     tower = "model.vision_tower.vision_tower.vision_model."
     fcs = "model.text_hidden_fcs.0."
+    if c.is_encoder_decoder:
+        language_map = with_prefix("t5_model.", "language/", t5.weight_map(c.language))
+    else:
+        language_map = with_prefix("", "language/", decoder_weights.llama_weight_map(c.language))
     return (
         *with_prefix(tower, "vision/", vit.tower_weight_map(c.vision, vit.clip_weight_map)),
         *patch_projector_weight_map(c.projector_depth),
-        *with_prefix("", "language/", decoder_weights.llama_weight_map(c.language)),
+        *language_map,
         *with_prefix(fcs, "mask_prompts/mlp/", region.relu_mlp_weight_map()),
         *with_prefix("model.visual_model.", "sam/", sam_decoder.original_weight_map(c.sam)),
     )

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import small_t5
 from small_lisa import MASK, PROCESSOR, SEG, TINY, batch_of
 from text_batches import padded
 
@@ -14,7 +15,7 @@ from lionjax.core import sharding
 from lionjax.core.experiment import Experiment, GenerationDefaults
 from lionjax.core.types import UserError
 from lionjax.data.pipeline import DataConfig
-from lionjax.inference import loading
+from lionjax.inference import engine, loading
 from lionjax.inference.generate import GenerationConfig, generate
 from lionjax.models.vlm.lisa import LisaModule
 
@@ -33,6 +34,9 @@ def talkative(system, batch, mask_id: int, factor: float):
     return trees.unflatten(flat)
 
 
+T5_LISA = dataclasses.replace(TINY, language=dataclasses.replace(small_t5.TINY, vocab_size=44))
+
+
 @pytest.fixture(scope="module")
 def params():
     return talkative(TINY, batch_of([[5]]), MASK, 4.0)
@@ -41,29 +45,61 @@ def params():
 PROMPTS = [[5, 6, 7], [8], [9, MASK, 11, 12, 13], [14, 15]]
 
 
+def answered(system, params, beams: int):
+    """(batch with the generated answers to PROMPTS as targets, these answers, the states kept while generating)."""
+    config = GenerationConfig(
+        max_new_tokens=NEW,
+        num_beams=beams,
+        eos_token_id=END,
+        pad_token_id=0,
+        decoder_start_token_id=0 if system.is_encoder_decoder else None,
+    )
+    batch = batch_of(PROMPTS)
+    made = generate(system, params, batch, config)
+    answers = [ids[:length].tolist() for ids, length in zip(np.asarray(made.ids_BM), np.asarray(made.length_B))]
+    target_BM, mask_BM = padded(answers)
+    spoken = dataclasses.replace(batch, target_BM=target_BM, target_mask_BM=mask_BM)
+    return spoken, answers, np.asarray(made.aux_outputs["state"])
+
+
+def read_states(system, params, batch):
+    """The states of the masks of prompt and target, and which of them are valid."""
+
+    def states(module):
+        return module.mask_states(batch, module.states_before(batch), system.max_masks)
+
+    def read(params):
+        return LisaModule(system).apply({"params": params}, method=states)
+
+    return tuple(map(np.asarray, jax.jit(read)(params)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 def test_each_kept_state_is_the_one_that_predicts_its_mask_token(params, beams):
     """Also in beam search, of a token in the prompt, and of one that ends a truncated answer and is read by nobody."""
-    config = GenerationConfig(max_new_tokens=NEW, num_beams=beams, eos_token_id=END, pad_token_id=0)
-    batch = batch_of(PROMPTS)
-    made = generate(TINY, params, batch, config)
-    answers = [ids[:length].tolist() for ids, length in zip(np.asarray(made.ids_BM), np.asarray(made.length_B))]
-    target_BM, mask_BM = padded(answers)
-    spoken = dataclasses.replace(batch, target_BM=target_BM, target_mask_BM=mask_BM)
-
-    def read(module, batch):
-        return module.mask_states(batch, module.states_before(batch), TINY.max_masks)
-
-    state_BKD, valid_BK = jax.jit(lambda params: LisaModule(TINY).apply({"params": params}, spoken, method=read))(
-        params
-    )
-    valid_BK = np.asarray(valid_BK)
+    spoken, answers, kept = answered(TINY, params, beams)
+    state_BKD, valid_BK = read_states(TINY, params, spoken)
     counts = [prompt.count(MASK) + answer.count(MASK) for prompt, answer in zip(PROMPTS, answers)]
     np.testing.assert_array_equal(valid_BK.sum(axis=1), np.minimum(counts, TINY.max_masks))
     assert sum(counts) >= 3
-    kept = np.asarray(made.aux_outputs["state"])
-    np.testing.assert_allclose(kept[valid_BK], np.asarray(state_BKD)[valid_BK], atol=1e-3)
+    np.testing.assert_allclose(kept[valid_BK], state_BKD[valid_BK], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_over_a_t5_a_mask_of_the_prompt_takes_a_slot_and_the_answers_masks_have_their_states():
+    """A T5 predicts no token of the prompt."""
+    params = talkative(T5_LISA, batch_of([[5]]), MASK, -8.0)
+    spoken, answers, kept = answered(T5_LISA, params, 1)
+    state_BKD, valid_BK = read_states(T5_LISA, params, spoken)
+    found = 0
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, answers)):
+        earlier, count = prompt.count(MASK), answer.count(MASK)
+        assert valid_BK[row].sum() == min(count, T5_LISA.max_masks) and not kept[row, :earlier].any()
+        stored = kept[row, earlier : earlier + count]
+        np.testing.assert_allclose(stored, state_BKD[row, : len(stored)], atol=1e-3)
+        found += len(stored)
+    assert found >= 3 and any(MASK in prompt for prompt in PROMPTS)
 
 
 @pytest.mark.slow
@@ -108,6 +144,19 @@ def test_an_answer_has_a_mask_of_the_image_for_each_mask_token_and_its_box_in_th
     # An earlier answer with masks stands in the prompt as mask tokens, and its masks are not returned again.
     (later,) = model.answer([image], ["And the ring?"], history=[[("Segment the star.", "It is [0.1,0.1,0.5,0.5].")]])
     assert len(later.masks) == min(later.token_ids.count(SEG), model.vlm.max_masks - 1)
+
+
+@pytest.mark.slow
+def test_a_long_list_of_questions_is_answered_in_slots_with_the_masks_of_each(model, monkeypatch):
+    monkeypatch.setattr(engine, "BATCH_SIZE_BUCKETS", (1, 2, 4))
+    images = list(np.random.default_rng(4).integers(0, 255, (6, 20, 30, 3), np.uint8))
+    prompts = [f"Segment the star{'!' * k}" for k in range(6)]
+    together = model.answer(images, prompts)
+    for image, prompt, answer in zip(images, prompts, together):
+        (alone,) = model.answer([image], [prompt])
+        assert answer.token_ids == alone.token_ids
+        np.testing.assert_allclose(answer.masks.mean(axis=(1, 2)), alone.masks.mean(axis=(1, 2)), atol=1e-2)
+    assert sum(len(answer.masks) for answer in together) > 2
 
 
 def test_a_box_cannot_be_asked_about(model):

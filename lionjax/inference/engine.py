@@ -83,9 +83,8 @@ def make_generation_config(
 ) -> GenerationConfig:
     """How to generate the answer to one kind of prompt.
 
-    LION's release punishes repetition everywhere, also of the digits and commas of a box, which repeat by right; here
-    only image-level prompts are answered with the penalty, unless `defaults.penalize_boxes` is set. Tasks answered by a
-    word or two stop after a few tokens.
+    LION's release penalizes repetition everywhere, also of digits and commas in a box; here only answers to image-level
+    prompts, unless `defaults.penalize_boxes` is set. Tasks answered by a word or two stop after a few tokens.
     """
     tokenizer, is_encoder = processor.tokenizer, processor.config.reader == "encoder"
     longest = defaults.max_new_tokens or processor.config.max_target_tokens
@@ -115,9 +114,8 @@ class Answer:
     """What a model answers: `text` (boxes in it as digits), those `boxes` (K, 4) as x0 y0 x1 y1 in 0..1 of the image.
 
     `masks` (K, height, width) bool are those of boxes that the model decoded; None where none were asked for.
-    `token_ids` are the generated ids, up to the end token and with it. `token_log_probs` are their log-
-    probabilities, if `GenerationConfig.output_logprobs` asks for them. `regions`: what the model's
-    refiner found in the image, for models that read regions.
+    `token_ids` are the generated ids with the end token, and `token_log_probs` their log-probabilities, if
+    `GenerationConfig.output_logprobs` asks for them. `regions`: what the refiner of a model that reads some found.
     """
 
     text: str

@@ -328,19 +328,17 @@ def res(scene: Scene, rng) -> Example:
 
 
 def reason(scene: Scene, rng, kind: str | None = None) -> Example:
-    """Segmentation of an object that must be inferred, and that the answer names: "It is the red star" and its box.
+    """Segmentation of an object that must be inferred; the answer names it: "It is the red star" and its box.
 
-    `kind`: see `reasoning.KINDS`, default random. A scene without such an object gives a referring expression, of kind
-    "named".
+    `kind`: of `reasoning.KINDS`, default random; "named" is a referring expression, of a scene without such an object.
     """
     inference = reasoning.sample_inference(scene, rng, kind)
     if inference is None:
         return _referring_example(scene, rng, "reason", "named", wordings.RES)
     thing = scene.things[inference.target]
-    box, name = thing.box, f"the {referring.noun_phrase(thing)}"
     question = sample_question(wordings.RES, rng, expr=inference.description)
-    answer = f"It is {name} {box_to_text(box)}."
-    return _build_example("reason", inference.kind, question, answer, boxes=(box,), targets=(inference.target,))
+    answer = f"It is the {referring.noun_phrase(thing)} {box_to_text(thing.box)}."
+    return _build_example("reason", inference.kind, question, answer, boxes=(thing.box,), targets=(inference.target,))
 
 
 def reg(scene: Scene, rng) -> Example:

@@ -67,6 +67,11 @@ MARGINS = (
     ("vqa", FILTERED, UNFILTERED, 0.0),
 )
 LEAST_RECALL = 0.5
+# On real data similar examples are compared with random ones too, whatever comes out: (part, task, row, other row).
+SHOWN = (
+    (frozen_lms_real.EASY_VQA, "vqa", frozen_lms_real.GIVEN, f"{frozen_lms_real.GIVEN}, random examples"),
+    (frozen_lms_real.COCO, "caption", *(f"given categories, {kind} examples" for kind in ("similar", "random"))),
+)
 
 
 def scene_samples(model: Model, task: str, split: str, limit: int) -> list:
@@ -217,14 +222,24 @@ def compared(results: Sequence[dict]) -> list[tuple[str, bool]]:
 
     A margin of 0 is kept where the interval of the difference is above 0.
     """
-    rows = {(row["task"], row["row"]): row for row in results if row["part"] == SCENES}
     sentences = []
     for task, better, worse, least in MARGINS:
-        if (task, better) in rows and (task, worse) in rows:
-            value, low, high = difference(rows[task, better], rows[task, worse])
-            text = f"{better} over {worse}: {value:+.2f} ({low:+.2f} to {high:+.2f}), asked: "
-            sentences.append((text + (f"{least}" if least else "above 0"), value >= least if least else low > 0))
+        if found := row_difference(results, SCENES, task, better, worse):
+            text, value, low = found
+            text += f", asked: {least or 'above 0'}"
+            sentences.append((text, value >= least if least else low > 0))
     return sentences
+
+
+def row_difference(
+    results: Sequence[dict], part: str, task: str, better: str, worse: str
+) -> tuple[str, float, float] | None:
+    """(sentence, difference of two rows, lower end of its 95 % interval); None where a row was left out."""
+    rows = {row["row"]: row for row in results if (row["part"], row["task"]) == (part, task)}
+    if better not in rows or worse not in rows:
+        return None
+    value, low, high = difference(rows[better], rows[worse])
+    return f"{part}: {better} over {worse}: {value:+.2f} ({low:+.2f} to {high:+.2f})", value, low
 
 
 def main(run: Run) -> int:
@@ -248,6 +263,7 @@ def main(run: Run) -> int:
             for line in (f"## {part}", "", table(results, part), "")
         ),
         *(f"- {text}: {'kept' if is_kept else '**missed**'}." for text, is_kept in margins),
+        *(f"- {found[0]}." for pair in SHOWN if (found := row_difference(results, *pair))),
         *(f"- {note}" for note in notes),
         f"- CLIP's recall at 1 in {run.limit} held-out scenes: {recall[0]:.2f} of images, {recall[1]:.2f} of captions.",
         f"- {sum(row['seconds'] * row['count'] for row in results):.0f} s for these rows, without training.",

@@ -36,6 +36,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 NUM_SHOTS, NUM_EXAMPLES, NUM_FOLDS = 4, 300, 5
 SETTINGS = PicaConfig(NUM_SHOTS, use_tags=False)
 NO_CONTEXT = "A picture of an object."
+GIVEN = "PICa, given color and shape"
 CAPTION_REQUEST, CAPTION_TOKENS = "Describe the photograph in one sentence.", 24
 NO_CATEGORY = "no listed object"
 
@@ -79,8 +80,8 @@ def easy_vqa_rows(run: Run, models: dict[str, Model], clip: DualEncoder, caption
         "PICa, captions of a model of scenes": lambda: answers(generic(), of_shown, similar),
         "PromptCap of scenes": aware,
         "PICa, words found by the CLIP of scenes": lambda: answers(found_words(clip, images), of_shown, similar),
-        "PICa, given color and shape": lambda: answers(given, of_shown, similar),
-        "PICa, given color and shape, random examples": lambda: answers(given, of_shown, drawn),
+        GIVEN: lambda: answers(given, of_shown, similar),
+        f"{GIVEN}, random examples": lambda: answers(given, of_shown, drawn),
     }
     return rows + [measured(run, EASY_VQA, name, "vqa", examples, make) for name, make in made.items()]
 

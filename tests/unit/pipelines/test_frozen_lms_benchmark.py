@@ -28,6 +28,9 @@ def test_a_margin_of_zero_is_kept_only_where_the_interval_of_the_difference_is_a
     assert [kept for _, kept in frozen_lms.compared(clear)] == [True]
     assert [kept for _, kept in frozen_lms.compared(narrow)] == [False]
     assert frozen_lms.compared([row(better, [1.0] * 9, "easy-VQA"), row(worse, [0.0] * 9, "easy-VQA")]) == []
+    part, task, similar, drawn = frozen_lms.SHOWN[0]
+    real = [row(similar, [1.0] * 9, part, task), row(drawn, [0.0] * 9, part, task)]
+    assert frozen_lms.row_difference(real, *frozen_lms.SHOWN[0])[1:] == (1.0, 1.0)
 
 
 def test_a_row_is_made_once_and_kept_with_the_score_of_each_example(tmp_path, capsys):

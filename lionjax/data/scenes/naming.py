@@ -35,6 +35,11 @@ class NamedBoxes:
         return ", ".join(parts) or "nothing"
 
 
+def yes_or_no(value: bool) -> str:
+    """The answer to a question of whether."""
+    return "yes" if value else "no"
+
+
 def pair_name(thing: Thing) -> str:
     return f"{thing.color} {thing.shape}"
 

@@ -50,13 +50,12 @@ class Example:
     """One question about one record. `answer` is the training target, `answers` are all that evaluation accepts.
 
     `question_boxes` and `boxes`: the boxes in the question and in the answer, in order. `targets`: indices of the
-    objects that the question is about, for masks. `kind`: subtype of the task. `turns`: all turns of a conversation,
-    whose `question` contains everything before the last answer. `history`: earlier (question, answer) rounds that are
-    not in `question`. `image_marks`: images stand where the texts have `<image>`; the first is the record's own, the
-    others are those of `more_records` (indices in the data set). `padded_boxes`: boxes in the texts are fractions of
-    the image padded to a square; else, and in `question_boxes` and `boxes` always, they are fractions of the image.
-    `box_names`: for each of `boxes` the names in the question that it has, for detectors. `states`, `slot_objects`: the
-    state vectors and the objects <obj_1>, <obj_2>, ... of a question with slots (see `data.sentences`).
+    objects asked about, for masks. `kind`: subtype of the task. `turns`: of a conversation, whose `question` has all
+    before the last answer. `history`: earlier (question, answer) rounds not in `question`. `image_marks`: images stand
+    where the texts have `<image>`; the first is the record's own, the others are those of `more_records` (indices in
+    the data set). `padded_boxes`: boxes in the texts are fractions of the image padded to a square; else, and in
+    `question_boxes` and `boxes` always, they are fractions of the image. `box_names`: for each of `boxes` the names in
+    the question that it has, for detectors. `states`, `slot_objects`: of slots in the question (see `data.sentences`).
     """
 
     task: str
@@ -112,10 +111,6 @@ def scene_tags(scene: Scene, noise: float = 0.0, seed: int = 0) -> tuple[str, ..
 
 def _build_example(task: str, kind: str, question: str, *answers: str, **more) -> Example:
     return Example(task, kind, question, answers[0], answers, TASK_CATEGORY[task], **more)
-
-
-def _yes_or_no(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 def _choose(rng, options):
@@ -228,7 +223,7 @@ def _attribute_yesno_question(scene: Scene, rng, attribute: str, is_true: bool) 
         if expressions_by_answer[True] and expressions_by_answer[False]:
             k, expr = expressions_by_answer[is_true][0]
             question = sample_question(wordings.ATTRIBUTE_YESNO, rng, expr=expr, word=word)
-            return _build_example("vqa", "yesno", question, _yes_or_no(is_true), targets=(k,))
+            return _build_example("vqa", "yesno", question, naming.yes_or_no(is_true), targets=(k,))
     return None
 
 
@@ -243,7 +238,10 @@ def _count_comparison_question(scene: Scene, rng, is_true: bool) -> Example | No
     nouns = [word if attribute == "shape" else f"{word} object" for word in _choose(rng, unequal)]
     first, second = (referring.pluralize(noun) for noun in (nouns if is_true else nouns[::-1]))
     return _build_example(
-        "vqa", "yesno", sample_question(wordings.COUNT_COMPARISON, rng, first=first, second=second), _yes_or_no(is_true)
+        "vqa",
+        "yesno",
+        sample_question(wordings.COUNT_COMPARISON, rng, first=first, second=second),
+        naming.yes_or_no(is_true),
     )
 
 
@@ -269,7 +267,7 @@ def relation(scene: Scene, rng) -> Example:
     first, second = (names[k][rng.integers(min(2, len(names[k])))] for k in (a, b))
     stated_relation = word if is_true else referring.OPPOSITE_RELATION[word]
     question = sample_question(wordings.RELATION, rng, first=first, relation=stated_relation, second=second)
-    return _build_example("relation", stated_relation, question, _yes_or_no(is_true), targets=(a, b))
+    return _build_example("relation", stated_relation, question, naming.yes_or_no(is_true), targets=(a, b))
 
 
 def existence(scene: Scene, rng, setting: str | None = None) -> Example:
@@ -288,7 +286,7 @@ def existence(scene: Scene, rng, setting: str | None = None) -> Example:
     noun = referring.with_article(" ".join(pair))
     targets = tuple(k for k, thing_pair in enumerate(present) if thing_pair == pair)
     question = sample_question(wordings.EXISTENCE, rng, noun=noun)
-    return _build_example("existence", setting, question, _yes_or_no(is_present), targets=targets)
+    return _build_example("existence", setting, question, naming.yes_or_no(is_present), targets=targets)
 
 
 def _sample_absent_pair(scene: Scene, rng, setting: str) -> tuple[str, str]:
@@ -366,7 +364,7 @@ def box_vqa(scene: Scene, rng, kind: str | None = None) -> Example:
         wrong_colors = [word for word in world.COLORS if word != thing.color and (word, thing.shape) in allowed]
         is_true = bool(rng.random() < 0.5)
         words["word"] = thing.color if is_true else _choose(rng, wrong_colors)
-    answer = _yes_or_no(is_true) if kind == "yesno" else getattr(thing, kind)
+    answer = naming.yes_or_no(is_true) if kind == "yesno" else getattr(thing, kind)
     question = sample_question(templates, rng, **words)
     return _build_example("box_vqa", kind, question, answer, question_boxes=(box,), targets=(k,))
 
@@ -400,7 +398,7 @@ def conversation(scene: Scene, rng) -> Example:
     word = thing.texture if rng.random() < 0.5 else _choose(rng, wrong_textures)
     texture_turn = (
         sample_question(wordings.COREFERENCE_ATTRIBUTE_YESNO, rng, word=word),
-        _yes_or_no(word == thing.texture),
+        naming.yes_or_no(word == thing.texture),
     )
     num_same_color = sum(t.color == thing.color for t in scene.things)
     count_turn = (sample_question(wordings.SAME_COLOR, rng), str(num_same_color))

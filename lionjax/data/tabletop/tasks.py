@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lionjax.core.types import UserError
+from lionjax.data.scenes.naming import yes_or_no
 from lionjax.data.scenes.tasks import Example
 from lionjax.data.tabletop import world
 from lionjax.data.tabletop.goals import Goal, Subgoal, next_subgoal
@@ -69,8 +70,8 @@ def success(moment: Moment, sensed: Sensed, rng) -> tuple[str, str, str]:
     """Whether the goal is reached, or the last step done; both answers are as likely where the moment allows it."""
     table, goal, last = moment.table, moment.goal, moment.last
     if last is not None and last.verb != "push" and rng.random() < 0.5:
-        return "step", f"Step: {last.text(table)}. Done?", _yes_or_no(last.is_achieved(table))
-    return "goal", f"Goal: {goal.text(table)}. Reached?", _yes_or_no(goal.is_reached(table))
+        return "step", f"Step: {last.text(table)}. Done?", yes_or_no(last.is_achieved(table))
+    return "goal", f"Goal: {goal.text(table)}. Reached?", yes_or_no(goal.is_reached(table))
 
 
 def recovery(moment: Moment, sensed: Sensed, rng) -> tuple[str, str, str]:
@@ -106,10 +107,6 @@ def state_vqa(moment: Moment, sensed: Sensed, rng) -> tuple[str, str, str]:
 
 def _name_of(table: Table, index: int) -> str:
     return "nothing" if index < 0 else table.bodies[index].name
-
-
-def _yes_or_no(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 TASKS: dict[str, Callable] = {"plan": plan, "success": success, "recovery": recovery, "state_vqa": state_vqa}

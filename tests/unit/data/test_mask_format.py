@@ -116,6 +116,7 @@ def test_the_answer_to_an_inference_names_its_object_before_the_mask():
     [
         ("It is the red star [0.1,0.1,0.2,0.2].", ["the red star"]),
         ("Sure, it is [SEG].", [""]),
+        ("Sure, [SEG].", [""]),
         ("A star [0,0,1,1], two blue rings [SEG] and a cat, gray [SEG].", ["A star", "two blue rings", "gray"]),
         ("[SEG][SEG]", ["", ""]),
         ("The bottle: [SEG] There is a hand [SEG] on it.", ["The bottle", "a hand"]),

@@ -20,7 +20,8 @@ MASK_ANSWERS = (
     "{masks}.",
 )
 REGION_PATTERN = re.compile(f"{BOX_PATTERN.pattern}|{re.escape(MASK_TEXT)}")
-PHRASE_START = re.compile(r"[,.:;?!]\s|^sure\b|\band\s|\b(?:it|this|that|there) (?:is|are)\b|\bresult is\b", re.IGNORECASE)
+LEAD_INS = r"^sure\b|\band\s|\b(?:it|this|that|there) (?:is|are)\b|\bresult is\b"
+PHRASE_START = re.compile(rf"[,.:;?!]\s|{LEAD_INS}", re.IGNORECASE)
 
 
 def with_mask_answer(example: Example, rng: np.random.Generator) -> Example:

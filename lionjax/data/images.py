@@ -132,6 +132,13 @@ def to_pil_image(source, name: str = "", max_pixels: int = MAX_PIXELS) -> Image.
     return open_image(source, name, max_pixels)
 
 
+def image_bytes(source) -> int:
+    """Memory of an image of any type that `to_pil_image` accepts."""
+    if isinstance(source, Image.Image):
+        return len(source.getbands()) * source.width * source.height
+    return source.nbytes if isinstance(source, np.ndarray) else len(source) if isinstance(source, bytes) else 0
+
+
 def require_image_list(images) -> None:
     """Raise UserError for a single image in the place of a list."""
     is_single = isinstance(images, np.ndarray) and images.ndim < 4

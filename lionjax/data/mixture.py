@@ -80,6 +80,7 @@ class MixtureDataset:
         self.record_offsets = np.cumsum([0, *map(len, self.datasets)])
         self.image_cache: dict[int, tuple[np.ndarray, Any, Letterbox]] = {}
         self.sam_image_cache: dict[int, dict[str, np.ndarray]] = {}
+        self.record_cache: dict[int, tuple[Any, Any]] = {}
         self.free_cache_bytes = data.image_cache_mib * 2**20
         self.random_augmentation = data.crop_scale != (1.0, 1.0) or data.hflip
 
@@ -112,6 +113,18 @@ class MixtureDataset:
         """The name of a record, such as "coco/0001.jpg", by its id in `Batch.record_B`."""
         k = int(np.searchsorted(self.record_offsets, record_id, side="right")) - 1
         return f"{self.data.sources[k].name}/{self.datasets[k].record_name(record_id - int(self.record_offsets[k]))}"
+
+    def load_record(self, source_index: int, record_index: int) -> tuple[Any, Any]:
+        """(original image, ground truth) of a record, for several evaluations; cached up to `image_cache_mib`."""
+        record_id = int(self.record_offsets[source_index]) + record_index
+        if record_id in self.record_cache:
+            return self.record_cache[record_id]
+        record = image, _ = self.datasets[source_index].load_record(record_index)
+        size = TRUTH_CACHE_BYTES + images.image_bytes(image)
+        if size <= self.free_cache_bytes:
+            self.free_cache_bytes -= size
+            self.record_cache[record_id] = record
+        return record
 
     def load_cached(self, source_index: int, record_index: int) -> tuple[np.ndarray, Any, Letterbox]:
         """(pixels at the model's size, ground truth, letterbox) of a record; cached up to `image_cache_mib`."""
@@ -318,7 +331,7 @@ def open_mixture(data: DataConfig, split: str) -> MixtureDataset:
     return _open_mixture_cached(data, split, stamps)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _open_mixture_cached(data: DataConfig, split: str, stamps: tuple) -> MixtureDataset:
     return MixtureDataset(data, split)
 

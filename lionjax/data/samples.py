@@ -6,13 +6,17 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import multiprocessing
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from lionjax.core.errors import RetryError
 from lionjax.core.types import UserError
 from lionjax.data.chat import DEFAULT_FORMAT, PromptFormat
 from lionjax.data.config import DataConfig
@@ -75,6 +79,8 @@ def examples(
     by_record: bool = False,
     on_skip: Callable[[str, UserError], None] | None = None,
     num_threads: int = 0,
+    num_workers: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Sample]:
     """Yields at most `limit` examples of a task ("vqa", or "coco/vqa" of one source), in an order fixed by `seed`.
 
@@ -82,7 +88,8 @@ def examples(
     record raises UserError, or is skipped with one warning if `data.on_bad_record` is "replace"; `on_skip` is called
     for each example that this leaves out, with the record's name. `by_record`: the examples of a record follow each
     other, so that it is read once; `Sample.position` is the place in the order without it. `num_threads`: read so many
-    records ahead at once, twice as many in all.
+    records ahead at once, twice as many in all; `num_workers`: in so many processes instead. Raises RetryError if one
+    of them ends. `part` (index, count): only the examples of every `count`-th record, or example without `by_record`.
     """
     mixture = open_mixture(data, split)
     chosen = choose_examples(mixture, task, limit, seed)
@@ -96,9 +103,9 @@ def examples(
     groups = [
         (record, list(positions))
         for record, positions in itertools.groupby(order, lambda k: _record_of(mixture, *chosen[k][:2]))
-    ]
+    ][part[0] :: part[1]]
     problems: dict[str, UserError] = {}
-    for (source_index, record_index), positions, load in _load_ahead(mixture, groups, num_threads):
+    for (source_index, record_index), positions, load in _load_ahead(mixture, groups, num_threads, num_workers):
         name = mixture.record_name(int(mixture.record_offsets[source_index]) + record_index)
         for position in positions:
             component, index, number = chosen[position]
@@ -108,7 +115,7 @@ def examples(
                 rng = np.random.default_rng([seed, 1, zlib.crc32(component.task.encode()), number])
                 sample = make_sample(mixture, component, index, load(), rng)
             except UserError as error:
-                if data.on_bad_record == "raise":
+                if data.on_bad_record == "raise" or isinstance(error, RetryError):
                     raise
                 if name not in problems:
                     log.warning("skipped: %s", error)
@@ -119,19 +126,48 @@ def examples(
             yield replace(sample, position=position)
 
 
-def _load_ahead(mixture: MixtureDataset, groups, num_threads: int) -> Iterator[tuple[Any, list[int], Callable]]:
+def _load_ahead(
+    mixture: MixtureDataset, groups, num_threads: int, num_workers: int
+) -> Iterator[tuple[Any, list[int], Callable]]:
     """Yields (record, positions of its examples, a function that gives the record or raises UserError)."""
-
-    def load(group):
-        (source_index, record_index), _ = group
-        return mixture.datasets[source_index].load_record(record_index)
-
-    if not num_threads:
+    records = [record for record, _ in groups]
+    if not num_threads and not num_workers:
         for group in groups:
-            yield *group, functools.cache(functools.partial(load, group))
+            yield *group, functools.cache(functools.partial(_load_record, mixture, group[0]))
         return
-    for group, future in zip(groups, map_ahead(load, groups, num_threads, 2 * num_threads)):
-        yield *group, future.result
+    pool: Executor = ThreadPoolExecutor(num_threads or 1)
+    load = functools.partial(_load_record, mixture)
+    if num_workers:
+        context = multiprocessing.get_context("spawn")  # a fork of a process with JAX's threads may hang
+        pool = ProcessPoolExecutor(num_workers, context, _open_in_worker, (mixture,))
+        load = _load_in_worker
+    for group, future in zip(groups, map_ahead(load, records, pool, 2 * (num_workers or num_threads))):
+        yield *group, functools.partial(_result, future)
+
+
+def _load_record(mixture: MixtureDataset, record: tuple[int, int]) -> tuple[Any, Any]:
+    """(image, truth) of a record, by the index of its source and its own."""
+    return mixture.load_record(*record)
+
+
+_of_worker: list[MixtureDataset] = []  # what a process that reads records has opened
+
+
+def _open_in_worker(mixture: MixtureDataset) -> None:
+    _of_worker[:] = [mixture]
+
+
+def _load_in_worker(record: tuple[int, int]) -> tuple[Any, Any]:
+    return _load_record(_of_worker[0], record)
+
+
+def _result(future) -> tuple[Any, Any]:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise RetryError(
+            "a process that reads images ended, perhaps for lack of memory; give fewer with --workers"
+        ) from error
 
 
 def choose_examples(

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lionjax.core.errors import RetryError
 from lionjax.core.types import IMAGE_LEVEL, REGION_LEVEL, UserError
-from lionjax.data import pipeline
+from lionjax.data import pipeline, prefetch
 from lionjax.data.config import DataConfig
 from lionjax.data.datasets.annotated_images import Annotation, ImageInfo, make_example
 from lionjax.data.datasets.array_record import RecordTruth
@@ -488,3 +490,51 @@ def test_a_record_without_an_image_has_a_text_only_prompt_also_from_built_data(n
     example = make_example("vqa", Annotation(0, ("red",), "Which?"), info, np.random.default_rng(0))
     for truth in (info, RecordTruth(info, {}, [])):
         assert prompt_format_for(component, truth, example).kind == kind
+
+
+# ---------------------------------------------------------------------- the questions of an evaluation
+
+
+def line_questions(folder, count: int) -> DataConfig:
+    """Two questions about each of `count` pictures; the second picture is missing."""
+    for k in range(count):
+        if k != 1:
+            Image.new("RGB", (40, 30), (9 * k, 200, 90)).save(folder / f"{k}.png")
+    rows = [{"image": f"{k % count}.png", "question": f"What is {k}?", "answer": "red"} for k in range(2 * count)]
+    (folder / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = JsonLines(str(folder / "lines.jsonl"), str(folder), heldout_fraction=0)
+    return DataConfig((source,), SMALL, on_bad_record="replace")
+
+
+def read(data, **options) -> list:
+    found = examples(data, "vqa", by_record=True, **options)
+    return [(one.position, one.example.question, np.asarray(one.image).tobytes()) for one in found]
+
+
+@pytest.mark.slow
+def test_images_read_in_processes_are_the_same_and_a_process_that_ends_is_said(tmp_path):
+    data, skipped = line_questions(tmp_path, 12), {}
+    expected = read(data)
+    assert len(expected) == 22
+    assert read(data, num_workers=2, on_skip=skipped.setdefault) == expected
+    assert list(skipped) == ["lines/1.png"]
+    found = examples(data, "vqa", by_record=True, num_workers=1)
+    next(found)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(RetryError, match="a process that reads images ended"):
+        list(found)
+
+
+def test_parts_share_the_images_and_together_have_every_question_once(tmp_path):
+    data = line_questions(tmp_path, 7)
+    parts = [read(data, part=(k, 3)) for k in range(3)]
+    assert sorted(sum(parts, [])) == sorted(read(data)) and all(parts)
+    pictures = [{picture for _, _, picture in part} for part in parts]
+    assert not pictures[0] & pictures[1] and not pictures[1] & pictures[2] and not pictures[0] & pictures[2]
+
+
+def test_processes_are_chosen_for_many_images_and_cores(monkeypatch):
+    for cores, images, chosen in ((4, 9999, 0), (16, 63, 0), (16, 200, 3), (16, 9999, 8), (6, 9999, 3)):
+        monkeypatch.setattr(prefetch.os, "sched_getaffinity", lambda _, cores=cores: range(cores), raising=False)
+        assert prefetch.choose_num_workers(images) == chosen

@@ -60,7 +60,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def evaluate(args: argparse.Namespace, fields: list[str]) -> None:
-    """Run a benchmark; also reports image-blind and majority baselines. Or score given answers to a published one."""
+    """Run a benchmark, beside the majority baseline and the image-blind one. Or score answers to a published one."""
     if score_command.is_published(args):
         score_command.evaluate(args, fields)
         return
@@ -83,7 +83,7 @@ def evaluate(args: argparse.Namespace, fields: list[str]) -> None:
         raise UsageError(f"unknown argument {fields[0]!r}; see `lionjax evaluate --help`")
     model = lionjax.load(args.dir, int8=args.int8)
     names = runner.model_benchmarks(model, args.split, source) if run_all else [args.benchmark]
-    options = (args.limit, args.split, source, args.blind is not False)
+    options = (args.limit, args.split, source, bool(args.blind), args.workers)
     entries = [runner.evaluate_model(model, name, args.dir, *options) for name in names]
     if args.json:
         print(json.dumps(entries, indent=1))

@@ -136,6 +136,13 @@ def completion(args: argparse.Namespace, _) -> None:
 INT8_HELP = "round the language model's matrices to int8"
 
 
+def nonnegative_int(text: str) -> int:
+    """An integer of 0 or more from the command line. Raises ArgumentTypeError for anything else."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
+    return int(text)
+
+
 def add_evaluate_arguments(verb: argparse.ArgumentParser) -> None:
     """Add the arguments of `lionjax evaluate`."""
     dir_help = "a run folder or a folder of weights; none is needed with --predictions"
@@ -148,6 +155,8 @@ def add_evaluate_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--source", help="data to use instead of the run's: a folder or an annotation file")
     add_annotation_arguments(verb)
     verb.add_argument("--int8", action="store_true", help=INT8_HELP)
+    workers_help = "processes that read images ahead; 0: threads (default: by the CPU cores, 0 below 5)"
+    verb.add_argument("--workers", metavar="N", type=nonnegative_int, help=workers_help)
     score_command.add_arguments(verb)
     verb.add_argument("--json", action="store_true", help="print the metrics as JSON")
 

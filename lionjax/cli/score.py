@@ -21,7 +21,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--predictions", metavar="FILE", help=help_text)
     protocol_help = "how a published benchmark is asked and scored: official, lavis, llava, shikra, lmms, ..."
     verb.add_argument("--protocol", metavar="NAME", default="", help=protocol_help)
-    blind_help = "also ask with blank images (on unless --no-blind, except for one published benchmark)"
+    blind_help = "also ask with blank images (default: only for a folder of published benchmarks)"
     verb.add_argument("--blind", action=argparse.BooleanOptionalAction, help=blind_help)
     verb.add_argument("--submission", metavar="FILE", help="write the answers as the benchmark's server takes them")
 

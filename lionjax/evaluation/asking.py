@@ -9,20 +9,23 @@ known.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from lionjax.core.journal import Journal
+from lionjax.core.journal import Journal, journal_key
 from lionjax.core.types import UserError
 from lionjax.data import images
 from lionjax.data.boxes import join_text_and_boxes, split_text_and_boxes
 from lionjax.data.config import DataConfig
 from lionjax.data.mixture import open_mixture
-from lionjax.data.prefetch import in_background
+from lionjax.data.prefetch import choose_num_workers, in_background
 from lionjax.data.processor import Processor
 from lionjax.data.rle import decode_rle, encode_rle
 from lionjax.data.samples import Sample, choose_examples, examples
@@ -52,7 +55,8 @@ class Inquiry:
     """What is asked of a model: a benchmark of some data, and how.
 
     `with_blind`: also ask with a blank image. `on_skip` is called with the name of each record that cannot be read.
-    `part` (index, count): only every `count`-th question, for processes that share the questions.
+    `part` (index, count): only every `count`-th image, for processes that share the questions. `num_workers`: processes
+    that read images; 0: threads, None: by the CPU cores and the number of questions.
     """
 
     data: DataConfig
@@ -63,6 +67,7 @@ class Inquiry:
     with_blind: bool = True
     on_skip: Callable[[str, UserError], None] | None = None
     part: tuple[int, int] = (0, 1)
+    num_workers: int | None = 0
 
     def count(self) -> int:
         """Number of questions, unreadable ones included."""
@@ -70,11 +75,19 @@ class Inquiry:
 
     def samples(self, by_record: bool) -> Iterator[Sample]:
         """The questions with their images."""
-        threads = READING_THREADS if by_record else 0
         arguments = (self.data, self.benchmark, self.split, self.limit)
-        found = examples(*arguments, by_record=by_record, on_skip=self.on_skip, num_threads=threads)
-        index, count = self.part
-        return (sample for sample in found if sample.position % count == index)
+        threads = workers = 0
+        if by_record:
+            threads = READING_THREADS
+            workers = choose_num_workers(self.count()) if self.num_workers is None else self.num_workers
+        return examples(
+            *arguments,
+            by_record=by_record,
+            on_skip=self.on_skip,
+            num_threads=threads,
+            num_workers=workers,
+            part=self.part,
+        )
 
 
 def answer_questions(
@@ -201,6 +214,19 @@ class _Asking:
         yield from complete
 
 
+def open_journal(path: Path, inference_engine: InferenceEngine, settings: Mapping[str, Any]) -> Journal | None:
+    """The journal of an unfinished evaluation at `path`; None with several processes, which ask together.
+
+    `settings`: {what it is: JSON values}. Raises UserError if it holds answers of another model or other settings.
+    """
+    if jax.process_count() > 1:
+        return None
+    journal = Journal(path)
+    digests = {name: journal_key(value) for name, value in settings.items()}
+    journal.require({"model": inference_engine.model_digest, **digests}, "answers")
+    return journal
+
+
 def _journal_key(sample: Sample, variant: str) -> str:
     return f"{sample.position} {variant}"
 
@@ -277,11 +303,9 @@ def encode_samples(
             fields |= processor.encode_regions(found, example.answer, np.random.default_rng(0), sample.name)
             context = processor.spatial_context(found[0] if found else None)
             slots = sample.slot_data()
-            rows = {
-                with_tags: processor.encode_example(pixels, asked.question, texts, None, *encode_args, context, slots)
-                | fields
-                for with_tags, texts, context in ((True, tags, context), (False, (), ""))
-            }
+            encode = functools.partial(processor.encode_example, pixels, asked.question)
+            rows = {True: encode(tags, None, *encode_args, context, slots) | fields}
+            rows[False] = encode((), None, *encode_args, "", slots) | fields if tags or context else rows[True]
             if task in TEACHER_FORCED_TASKS and box_format == "embeddings":
                 rows["forced"] = processor.encode_example(pixels, asked.question, tags, asked.answer, *encode_args)
         except UserError as error:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run benchmarks: generate answers, score them, and report baselines beside each metric.
 
-Every metric has two baselines: `blind` is the same model with a blank image and no tags; `majority` is the best
-constant answer, estimated on training examples. A model that takes tags is also run without them (`untagged`), and with
-tags but a blank image (`tags_alone`). A model with a region head is also run with teacher forcing (`teacher_forced`),
-as in NExT-Chat's evaluation (arXiv 2311.04498): boxes are predicted at the true answer's tokens.
+Metrics have two baselines: `blind` is the same model with a blank image and no tags, asked at the end of training and
+where it is wanted; `majority` is the best constant answer, estimated on training examples. A model that takes tags is
+also run without them (`untagged`), and, beside `blind`, with tags but a blank image (`tags_alone`). A model with a
+region head is also run with teacher forcing (`teacher_forced`), as in NExT-Chat's evaluation (arXiv 2311.04498): boxes
+are predicted at the true answer's tokens.
 
 Written into the run folder: `evaluation/NAME.jsonl` with every answer (format: `report.html`), and the metrics in
 `report.json`.
@@ -30,7 +31,7 @@ from lionjax.core import sharding
 from lionjax.core.config import to_json
 from lionjax.core.experiment import Experiment, GenerationDefaults
 from lionjax.core.files import read_record, take_record, write_atomic, write_json, write_jsonl
-from lionjax.core.journal import Journal, journal_key
+from lionjax.core.journal import Journal
 from lionjax.core.types import UserError
 from lionjax.data import images, pipeline
 from lionjax.data.config import DataConfig
@@ -38,14 +39,13 @@ from lionjax.data.datasets.source import open_split
 from lionjax.data.rle import encode_rle
 from lionjax.data.samples import Sample
 from lionjax.data.scenes.tasks import MASK_TASKS
-from lionjax.evaluation import tasks
+from lionjax.evaluation import asking, tasks
 from lionjax.evaluation.asking import TAG_ABLATION_TASKS, Inquiry, answer_questions, encode_samples
 from lionjax.evaluation.report.html import GALLERY_SIZE
 from lionjax.evaluation.summary import metrics_by_kind, summarize_scores
 from lionjax.evaluation.tasks import SCORERS, TaskScores, benchmark_task
 from lionjax.evaluation.trained_records import TrainedRecords
 from lionjax.inference import engine
-from lionjax.inference.answer_mesh import model_digest
 from lionjax.inference.engine import Answer, InferenceEngine
 
 log = logging.getLogger(__name__)
@@ -89,11 +89,14 @@ def evaluate_model(
     limit: int | None = None,
     split: str = "heldout",
     source: Any = None,
-    with_blind: bool = True,
+    with_blind: bool = False,
+    num_workers: int | None = 0,
 ) -> dict[str, Any]:
     """The metrics and baselines of one benchmark for a `Model`; see `evaluate`.
 
     `source` replaces the data of the model's own experiment. With `folder`, every answer is written there.
+    `with_blind`: also ask with a blank image. `num_workers`: processes that read images ahead, which import the main
+    module; 0: threads, None: by the CPU cores and the number of questions.
     """
     data, label = model.experiment.data, ""
     if source is not None:  # external annotation files often miss some images
@@ -102,7 +105,8 @@ def evaluate_model(
     output_folder = None if folder is None else Path(folder)
     generation_config = model.experiment.generation
     arguments = (data, generation_config, benchmark, output_folder, limit, split, label, model.updates)
-    return evaluate(model.engine, *arguments, train_data=model.experiment.data, with_blind=with_blind)
+    options = {"with_blind": with_blind, "num_workers": num_workers}
+    return evaluate(model.engine, *arguments, train_data=model.experiment.data, **options)
 
 
 def evaluate_run(inference_engine: InferenceEngine, experiment: Experiment, folder: Path, updates: int) -> list[dict]:
@@ -141,10 +145,9 @@ def evaluate_all(
             entries[name] = entry
             continue
         try:
-            data, generation_config = experiment.data, experiment.generation
-            entries[name] = evaluate(
-                inference_engine, data, generation_config, name, folder, limit, split, updates=updates
-            )
+            arguments = (experiment.data, experiment.generation, name, folder, limit, split)
+            options = {"updates": updates, "num_workers": experiment.data.num_workers}
+            entries[name] = evaluate(inference_engine, *arguments, **options)
         except UserError as error:
             log.warning("benchmark %s is skipped: %s", name, error)
     return entries
@@ -163,6 +166,7 @@ def evaluate(
     few_shot: Any = None,
     train_data: DataConfig | None = None,
     with_blind: bool = True,
+    num_workers: int | None = 0,
 ) -> dict[str, Any]:
     """Run one benchmark: a dict with `metrics`, `intervals` (95 % bootstrap), baselines, and `details`, for JSON.
 
@@ -170,18 +174,19 @@ def evaluate(
     number of questions. `few_shot` (a `FewShot`) adds examples before each question. `label` names metrics and files,
     by default after the benchmark. With `folder`, answers and metrics are written there. `train_data`: what the
     model was trained on (default: `data`); `trained_on` counts the questions about its records. `with_blind`: also ask
-    with a blank image. With `folder`, a run that was killed goes on where it stopped. Raises UserError for an unknown
-    benchmark, for unreadable records, and for a journal of another model.
+    with a blank image. With `folder`, a run that was killed goes on where it stopped. `num_workers`: see `Inquiry`.
+    Raises UserError for an unknown benchmark, for unreadable records, and for a journal of another model.
     """
     task, label, start_time = benchmark_task(benchmark), label or benchmark_label(benchmark), time.perf_counter()
     writes = folder is not None and jax.process_index() == 0  # only the main process writes answers and figures
     skipped: dict[str, UserError] = {}
-    inquiry = Inquiry(
-        data, benchmark, split, limit, few_shot, with_blind, lambda name, error: skipped.setdefault(name, error)
-    )
+    inquiry = Inquiry(data, benchmark, split, limit, few_shot, with_blind, skipped.setdefault, num_workers=num_workers)
     journal = None
     if writes and few_shot is None:
-        journal = open_journal(folder, label, inference_engine, generation_config, inquiry)
+        path = folder / "evaluation" / f"{label}.journal.jsonl"
+        asked = {"data": to_json(data), "benchmark": benchmark, "split": split}
+        settings = {"generation setting": dataclasses.asdict(generation_config), "set of questions": asked}
+        journal = asking.open_journal(path, inference_engine, settings)
     trained = TrainedRecords(data, split, train_data or data)
     answered = ask_all(inference_engine, generation_config, inquiry, journal, trained, folder)
     folder = folder if writes else None
@@ -249,7 +254,9 @@ def ask_all(
     """
     is_shared = jax.process_count() > 1 and not inference_engine.mesh.is_multi_process
     if is_shared:
-        inquiry = dataclasses.replace(inquiry, part=(jax.process_index(), jax.process_count()))
+        skipped: dict[str, UserError] = {}
+        part = (jax.process_index(), jax.process_count())
+        inquiry, on_skip = dataclasses.replace(inquiry, part=part, on_skip=skipped.setdefault), inquiry.on_skip
     image_folder = None
     if folder is not None and (is_shared or jax.process_index() == 0):
         image_folder = folder / "evaluation" / "pictures"
@@ -262,30 +269,12 @@ def ask_all(
         answered[sample.position] = (sample.example, question_record(sample) | image_field, predictions, mask)
         trained.add(sample)
     if is_shared:
-        parts = sharding.gather_objects((answered, trained.counts))
-        answered = {position: entry for some, _ in parts for position, entry in some.items()}
-        trained.counts = [sum(values) for values in zip(*(counts for _, counts in parts))]
+        parts = sharding.gather_objects((answered, trained.counts, skipped))
+        answered = {position: entry for some, _, _ in parts for position, entry in some.items()}
+        trained.counts = [sum(values) for values in zip(*(counts for _, counts, _ in parts))]
+        for name, error in (item for _, _, some in parts for item in some.items()):
+            on_skip(name, error)
     return answered
-
-
-def open_journal(
-    folder: Path, label: str, inference_engine: InferenceEngine, generation: GenerationDefaults, inquiry: Inquiry
-) -> Journal | None:
-    """The journal of an unfinished evaluation in a run's folder; None with several processes.
-
-    Raises UserError if it holds answers of another model or to other questions.
-    """
-    if jax.process_count() > 1:  # all ask the same questions together
-        return None
-    journal = Journal(folder / "evaluation" / f"{label}.journal.jsonl")
-    asked = {"data": to_json(inquiry.data), "benchmark": inquiry.benchmark, "split": inquiry.split}
-    settings = {
-        "model": model_digest(inference_engine.model, inference_engine.params),
-        "generation setting": journal_key(dataclasses.asdict(generation)),
-        "set of questions": journal_key(asked),
-    }
-    journal.require(settings, "answers")
-    return journal
 
 
 def benchmark_label(benchmark: str) -> str:

@@ -59,7 +59,7 @@ def test_a_run_folder_is_a_detector_with_the_trained_parameters_and_image_settin
 def test_a_detector_is_evaluated_by_the_names_it_finds(run):
     model = lionjax.load(run[0])
     assert runner.model_benchmarks(model) == ["detect"]
-    entry = runner.evaluate_model(model, "detect", run[0], limit=3)
+    entry = runner.evaluate_model(model, "detect", run[0], limit=3, with_blind=True)
     assert entry["metrics"].keys() == {"detect_found", "detect_silent"} == entry["blind"].keys()
     assert entry["samples"] == 3 and (run[0] / "evaluation" / "detect.jsonl").is_file()
     with pytest.raises(UserError, match="is a VisualPrefixLM, no detector"):

@@ -15,18 +15,23 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from lionjax.core.config import to_json
 from lionjax.core.files import take_record, write_atomic, write_json, write_jsonl
+from lionjax.core.journal import Journal, journal_key
 from lionjax.core.types import UserError
 from lionjax.data.datasets.annotated_images import AnnotatedImages, Annotation, ImageInfo, make_example
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.data.datasets.question_file import OPTION_LETTERS, options_question
+from lionjax.data.prefetch import map_ahead
 from lionjax.data.rle import encode_rle
+from lionjax.evaluation.asking import READING_THREADS, open_journal
 from lionjax.evaluation.protocols import Protocol
 from lionjax.evaluation.published import question_scores, scoring
 from lionjax.evaluation.published.predictions import AnsweredQuestion, Answers
@@ -62,11 +67,19 @@ def evaluate_model(
     file for the benchmark's server. `label` names both (default: the benchmark's name), `source_path` is recorded.
     Beside the figures are `interval`, `majority` and `seconds`, and with `blind` the main figure of the same model with
     blank images. Judged benchmarks have their answers written, and figures once their replies or ratings are given as
-    predictions. Raises UserError if no question has its picture.
+    predictions. With `folder`, a run that was killed goes on with the batch of questions in which it stopped. Raises
+    UserError if no question has its picture, and for a journal of another model.
     """
     name = scoring.benchmark_name(benchmark)
     dataset, label, start = scoring.open_benchmark(name, source, split), label or name, time.perf_counter()
-    answers, missing = predict(model, name, protocol, dataset, limit)
+    journal = None
+    if folder is not None:
+        path = folder / "evaluation" / f"{_file_stem(label, protocol.name)}.journal.jsonl"
+        asked = {"benchmark": name, "split": split, "source": to_json(source)}
+        generation = dataclasses.asdict(generation_config(model, protocol, "image_level"))
+        settings = {"protocol": protocol.to_json(), "generation setting": generation, "set of questions": asked}
+        journal = open_journal(path, model.engine, settings)
+    answers, missing = predict(model, name, protocol, dataset, limit, journal=journal)
     seconds = time.perf_counter() - start
     if submission:
         write_submission(name, Path(submission), protocol, dataset, answers, source)
@@ -85,11 +98,13 @@ def evaluate_model(
         entry["interval"] = question_scores.interval(name, protocol, rows, scores)
         entry["majority"] = question_scores.majority(name, protocol, rows)
     if has_truth and blind:
-        blank_answers, _ = predict(model, name, protocol, dataset, limit, blind=True)
+        blank_answers, _ = predict(model, name, protocol, dataset, limit, blind=True, journal=journal)
         blank_entry = scoring.score_answers(name, protocol, dataset, blank_answers)
         entry["blind"] = {"value": blank_entry["main_figure"]["value"]}
     if folder is not None:
         write_results(folder, name, protocol, dataset, answers, scores, entry)
+    if journal is not None:
+        journal.delete()  # its answers are in the file of results
     return entry
 
 
@@ -131,7 +146,11 @@ def write_results(
 
 def result_stem(entry: Mapping[str, Any]) -> str:
     """The name of the file of a result's answers, without suffix: LABEL_PROTOCOL."""
-    return re.sub(r"[^\w.+-]+", "_", f"{entry['label']}_{entry['protocol']}")
+    return _file_stem(entry["label"], entry["protocol"])
+
+
+def _file_stem(label: str, protocol: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", f"{label}_{protocol}")
 
 
 def _save_picture(image: Image.Image, path: Path) -> None:
@@ -152,11 +171,18 @@ def reads_same_files(source: Any, trained: Iterable[Any]) -> bool:
 
 
 def predict(
-    model: Any, name: str, protocol: Protocol, dataset: AnnotatedImages, limit: int | None = None, blind: bool = False
+    model: Any,
+    name: str,
+    protocol: Protocol,
+    dataset: AnnotatedImages,
+    limit: int | None = None,
+    blind: bool = False,
+    journal: Journal | None = None,
 ) -> tuple[Answers, list[str]]:
     """(answers of a model to the questions of a benchmark in their order, names of missing pictures).
 
-    `blind`: images are replaced by ones of the same size in the mean color, which normalizes to zero.
+    `blind`: images are replaced by ones of the same size in the mean color, which normalizes to zero. Batches that
+    `journal` has are not asked, and those that are asked are kept there.
     """
     benchmark = scoring.BENCHMARKS[name]
     annotations = [row for task in benchmark.tasks for row in dataset.annotations.get(task, ())]
@@ -168,9 +194,11 @@ def predict(
         color = tuple(round(255 * value) for value in model.processor.config.image_mean)
         opened = ((row, info, Image.new("RGB", image.size, color)) for row, info, image in opened)
     while batch := list(itertools.islice(opened, BATCH_SIZE)):
-        predictions = predict_batch(
-            model, name, protocol, [row for row, _, _ in batch], [image for _, _, image in batch]
-        )
+        asked = [row for row, _, _ in batch], [image for _, _, image in batch]
+        predictions = _recall_batch(journal, asked[0], blind)
+        if predictions is None:
+            predictions = predict_batch(model, name, protocol, *asked)
+            _record_batch(journal, asked[0], blind, predictions)
         for (annotation, info, _), prediction in zip(batch, predictions):
             segmentation = dataset.segmentations[annotation.regions[0]] if annotation.regions else None
             rows.append(AnsweredQuestion(annotation, info, prediction, segmentation))
@@ -183,13 +211,33 @@ def predict(
     return Answers(rows, unanswered, sum(bool(row.problem) for row in annotations)), list(missing)
 
 
+def _batch_key(annotations: Sequence[Annotation], blind: bool) -> str:
+    """The key of a batch in the journal; it is asked as a whole, so that it is padded in the same way again."""
+    asked = [[row.photo, row.question_id, row.question, row.words, row.choices, row.regions] for row in annotations]
+    return f"{'blind' if blind else 'answers'} {journal_key({'questions': asked})}"
+
+
+def _recall_batch(journal: Journal | None, annotations: Sequence[Annotation], blind: bool) -> list[Any] | None:
+    """The predictions of a batch that the journal holds, None if it does not."""
+    row = None if journal is None else journal.get(_batch_key(annotations, blind))
+    return None if row is None else row["predictions"]
+
+
+def _record_batch(
+    journal: Journal | None, annotations: Sequence[Annotation], blind: bool, predictions: list[Any]
+) -> None:
+    if journal is not None:
+        journal.add(_batch_key(annotations, blind), {"predictions": predictions})
+
+
 def _with_images(
     dataset: AnnotatedImages, annotations: Sequence[Annotation], missing: dict[str, None]
 ) -> Iterator[tuple[Annotation, ImageInfo, Any]]:
     """Yields (question, image info, image); the names of pictures that cannot be read go to `missing`."""
-    for annotation in annotations:
+    photos, pool = (annotation.photo for annotation in annotations), ThreadPoolExecutor(READING_THREADS)
+    for annotation, future in zip(annotations, map_ahead(dataset.load_record, photos, pool, 2 * READING_THREADS)):
         try:
-            image, info = dataset.load_record(annotation.photo)
+            image, info = future.result()
         except UserError:
             missing[dataset.record_name(annotation.photo)] = None
         else:

@@ -68,7 +68,7 @@ def test_rows_with_one_image_several_and_none_are_one_benchmark(tmp_path):
     params = leafwise.init_leafwise(system.init, jax.random.key(0), dummy_batch(Processor(processor)))
     model = from_params(experiment, params)
     assert runner.model_benchmarks(model) == ["conversation"]
-    entry = runner.evaluate_model(model, "conversation", tmp_path / "run")
+    entry = runner.evaluate_model(model, "conversation", tmp_path / "run", with_blind=True)
     assert entry["samples"] == 3 and {kind: group["samples"] for kind, group in entry["kinds"].items()} == {
         "image": 2,
         "text": 1,

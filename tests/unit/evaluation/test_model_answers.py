@@ -165,3 +165,34 @@ def test_each_phrase_of_a_sentence_is_asked_after_the_words_before_it(tmp_path):
     assert model.calls[0][0] == "region_level" and entry["answered"] == 2
     assert entry["figures"]["any"]["1"]["all"] == 0.25, "of four phrases the first box is right"
     assert entry["interval"][0] <= 0.25 <= entry["interval"][1]
+
+
+def test_a_run_that_broke_off_asks_only_the_batches_that_its_journal_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_answers, "BATCH_SIZE", 2)
+    folder = tmp_path / "run"
+    wanted = ask(tmp_path, *OKVQA, Scripted(), "lavis", TRUTH, folder=folder, blind=True)
+    results = (folder / "evaluation" / "okvqa_lavis.jsonl").read_text()
+    journal = folder / "evaluation" / "okvqa_lavis.journal.jsonl"
+    assert not journal.exists(), "what is finished is in the file of results"
+    asked = []
+
+    def breaks_off(prompt):
+        asked.append(prompt)
+        if len(asked) == 7:  # of four questions and four blind ones
+            raise KeyboardInterrupt
+        return "red"
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(tmp_path, *OKVQA, Scripted(breaks_off), "lavis", TRUTH, folder=folder, blind=True)
+    assert len(journal.read_text().splitlines()) == 1 + 3, "the settings, two batches and a blind one"
+    model = Scripted()
+    model.engine.model_digest = "another"
+    with pytest.raises(UserError, match="answers of another model"):
+        ask(tmp_path, *OKVQA, model, "lavis", TRUTH, folder=folder, blind=True)
+    with pytest.raises(UserError, match="another set of questions"):
+        ask(tmp_path, *OKVQA, Scripted(), "lavis", TRUTH, folder=folder, blind=True, split="train")
+    model = Scripted()
+    found = ask(tmp_path, *OKVQA, model, "lavis", TRUTH, folder=folder, blind=True)
+    assert len(model.prompts) == 2, "the last blind batch alone is asked again"
+    assert found | {"seconds": 0} == wanted | {"seconds": 0} and not journal.exists()
+    assert (folder / "evaluation" / "okvqa_lavis.jsonl").read_text() == results

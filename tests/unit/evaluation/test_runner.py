@@ -45,7 +45,7 @@ def model(folder, finished_model):
 
 @pytest.fixture(scope="module")
 def entries(model, folder):
-    return {task: runner.evaluate_model(model, task, folder, LIMIT) for task in TASKS}
+    return {task: runner.evaluate_model(model, task, folder, LIMIT, with_blind=True) for task in TASKS}
 
 
 def lines(folder, name: str) -> list[dict]:
@@ -148,7 +148,7 @@ def test_the_blind_baseline_gets_a_blank_image_and_no_tags(model, monkeypatch):
         return real(system, params, batch, config, key)
 
     monkeypatch.setattr(engine, "generate", watched)
-    runner.evaluate_model(model, "vqa", limit=LIMIT)
+    runner.evaluate_model(model, "vqa", limit=LIMIT, with_blind=True)
     sighted, blind, untagged, alone = seen
     hint = model.processor.tokenizer.soft_prompt_id
     assert not blind.image_BHWC.any() and not alone.image_BHWC.any()
@@ -241,9 +241,15 @@ def test_intervals_are_those_of_the_statistic_itself():
 @pytest.mark.slow
 def test_evaluate_prints_a_table_and_json_and_refuses_unknown_benchmarks(capsys, folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
-    assert cli.main(["evaluate", str(folder), "--benchmark", "vqa", "--limit", "2"]) == 0
+    words = ["evaluate", str(folder), "--benchmark", "vqa", "--limit", "2"]
+    assert cli.main([*words, "--blind"]) == 0
     out = capsys.readouterr().out
     assert "vqa: 2 questions of heldout" in out and "vqa_accuracy" in out and "blind" in out and "majority" in out
+    assert "vqa_accuracy" in json.loads((folder / "report.json").read_text())["baselines"]
+    assert cli.main(words) == 0, "nothing is asked with a blank image unless it is wanted"
+    out = capsys.readouterr().out
+    assert "vqa_accuracy" in out and "blind" not in out and "majority" in out and "blind" not in lines(folder, "vqa")[0]
+    assert "vqa_accuracy" not in json.loads((folder / "report.json").read_text())["baselines"]
     words = ["evaluate", str(folder), "--benchmark", "all", "--limit", "2", "--json"]
     assert cli.main(words) == 0
     assert [entry["benchmark"] for entry in json.loads(capsys.readouterr().out)] == ["vqa", "rec"]
@@ -266,7 +272,7 @@ def test_training_ends_with_figures_and_the_folder_answers_as_the_parameters_in_
     assert "vqa: 4 questions of heldout" in capsys.readouterr().err
     figures = json.loads((tmp_path / "run" / "report.json").read_text())
     assert {"vqa_accuracy", "rec_accuracy_50"} <= set(figures["metrics"]) and len(figures["stages"]) == 3
-    asked = runner.evaluate_model(lionjax.load(tmp_path / "run"), "vqa", limit=4)
+    asked = runner.evaluate_model(lionjax.load(tmp_path / "run"), "vqa", limit=4, with_blind=True)
     for key in ("metrics", "blind", "untagged"):
         assert asked[key] == figures["evaluation"]["vqa"][key]
     assert "VQA, accuracy" in write_report(tmp_path / "run").read_text()

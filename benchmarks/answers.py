@@ -2,13 +2,15 @@
 """Speed of evaluation: questions/s of this checkout and of an earlier commit, in alternating turns, the same answers.
 
 python -m benchmarks.answers RUN [--commit 1a7632d] [--questions 1000] [--turns 3]     # the tiny flagship's run folder
+python -m benchmarks.answers RUN --int8 [--questions 1000] [--turns 3]                 # int8 weights against float32
 python -m benchmarks.answers --peer [--rows 8] [--tokens 64] [--turns 5]               # against transformers, compiled
 
 The first writes about 250 pictures of scenes as JPEG files and 1,000 questions about them (short answers, captions,
 boxes), and lets `evaluation.runner` ask them, with the variants that the earlier commit asks too. Each side runs in a
 process of its own, which compiles its programs on the first questions before it is timed. On a machine that others use
-too, the CPU seconds are the figure. The second generates
-answers of mixed lengths with a random LLaVA, against `generate` of transformers with its static cache, compiled.
+too, the CPU seconds are the figure. With `--int8` both sides are this checkout, one with int8 weights; the figures of
+both are printed. The last generates answers of mixed lengths with a random LLaVA, against `generate` of transformers
+with its static cache, compiled.
 """
 
 from __future__ import annotations
@@ -30,10 +32,17 @@ SIZE = 480  # side of the pictures in pixels
 SIDE = """
 import dataclasses, json, sys, time
 import lionjax
+from lionjax.core import config
 from lionjax.data.datasets.jsonl import JsonLines
 from lionjax.evaluation import runner
 run, file, folder, names, limit = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4].split(","), int(sys.argv[5])
-model = lionjax.load(run)
+read_fields = config._from_plain
+def read_known_fields(tree, path):  # later fields of the run's config are at their defaults in the shipped configs
+    kind = config._resolve_class(tree["class"], path)
+    known = {"class", *(field.name for field in dataclasses.fields(kind))}
+    return read_fields({key: value for key, value in tree.items() if key in known}, path)
+config._from_plain = read_known_fields
+model = lionjax.load(run, **json.loads(sys.argv[7]))
 source = JsonLines(file, folder, name="questions", heldout_fraction=0)
 data = dataclasses.replace(model.experiment.data, sources=(source,), on_bad_record="replace")
 runner.train_examples = lambda *given: []  # the constant baseline is no answering
@@ -49,7 +58,8 @@ def ask(limit):
     return time.perf_counter() - start, time.process_time() - cpu, entries, rows
 ask(limit)
 seconds, cpu, entries, rows = ask(None)
-print(json.dumps([seconds, cpu, sum(entry["samples"] for entry in entries), rows]))
+metrics = {key: value for entry in entries for key, value in entry["metrics"].items()}
+print(json.dumps([seconds, cpu, sum(entry["samples"] for entry in entries), rows, metrics]))
 """
 
 
@@ -83,10 +93,14 @@ def write_questions(folder: Path, count: int) -> Path:
     return file
 
 
-def run_side(checkout: Path, args: argparse.Namespace, file: Path, out: Path) -> tuple[float, float, int, dict]:
-    """(seconds, CPU seconds, questions, {benchmark: lines of its answers}) of one side."""
+def run_side(checkout: Path, args: argparse.Namespace, file: Path, out: Path, options: dict) -> list:
+    """[seconds, CPU seconds, questions, {benchmark: lines of its answers}, metrics] of one side.
+
+    `options`: of `lionjax.load`.
+    """
     env = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
     given = [str(args.run.resolve()), str(file), str(file.parent), ",".join(TASKS), str(args.warm_up), str(out)]
+    given.append(json.dumps(options))
     made = subprocess.run([sys.executable, "-c", SIDE, *given], cwd=checkout, env=env, capture_output=True, text=True)
     if made.returncode:
         raise SystemExit(f"{checkout} failed: {made.stderr[-800:]}")
@@ -98,30 +112,47 @@ def differing_rows(before: dict, now: dict) -> int:
     return sum(one != other for name in before for one, other in zip(before[name], now[name], strict=True))
 
 
+def compare(args: argparse.Namespace, folder: Path, sides: dict[str, tuple[Path, dict]]) -> dict[str, dict]:
+    """Print questions/s of two sides, {name: (checkout, options of `load`)}, and their ratio; returns their metrics.
+
+    Also prints the number of questions with other answers.
+    """
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    cpu_rates: dict[str, list[float]] = {side: [] for side in sides}
+    file, rows, metrics = write_questions(folder, args.questions), {}, {}
+    for turn in range(args.turns):
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            checkout, options = sides[side]
+            found = run_side(checkout, args, file, folder / "out" / side, options)
+            seconds, cpu, count, rows[side], metrics[side] = found
+            rates[side].append(count / seconds)
+            cpu_rates[side].append(count / cpu)
+            print(f"turn {turn + 1}, {side}: {count} questions, {seconds:.1f} s, {cpu:.1f} CPU s", flush=True)
+    print(f"{differing_rows(*rows.values())} questions have another answer")
+    print(f"| | {' | '.join(sides)} | ratio |\n|---|---|---|---|")
+    for name, values in (("questions/s", rates), ("questions per CPU second", cpu_rates)):
+        old, new = (statistics.median(values[side]) for side in sides)
+        print(f"| {name} | {old:.1f} | {new:.1f} | {new / old:.2f} |")
+    return metrics
+
+
 def against_commit(args: argparse.Namespace) -> None:
-    """Print questions/s of both sides and their ratio, and the number of questions with other answers."""
-    rates: dict[str, list[float]] = {"before": [], "now": []}
-    cpu_rates: dict[str, list[float]] = {"before": [], "now": []}
+    """Compare this checkout with an earlier commit."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        file, before = write_questions(folder, args.questions), folder / "before"
+        before = Path(name) / "before"
         subprocess.run(["git", "-C", HERE, "worktree", "add", "--quiet", "--detach", before, args.commit], check=True)
-        sides, rows = {"before": before, "now": HERE}, {}
         try:
-            for turn in range(args.turns):
-                for side in sides if turn % 2 == 0 else reversed(sides):
-                    found = run_side(sides[side], args, file, folder / "out" / side)
-                    seconds, cpu, count, rows[side] = found
-                    rates[side].append(count / seconds)
-                    cpu_rates[side].append(count / cpu)
-                    print(f"turn {turn + 1}, {side}: {count} questions, {seconds:.1f} s, {cpu:.1f} CPU s", flush=True)
+            compare(args, Path(name), {args.commit: (before, {}), "now": (HERE, {})})
         finally:
             subprocess.run(["git", "-C", HERE, "worktree", "remove", "--force", before], check=True)
-    print(f"{differing_rows(rows['before'], rows['now'])} questions have another answer")
-    print(f"| | {args.commit} | now | ratio |\n|---|---|---|---|")
-    for name, values in (("questions/s", rates), ("questions per CPU second", cpu_rates)):
-        old, new = (statistics.median(values[side]) for side in ("before", "now"))
-        print(f"| {name} | {old:.1f} | {new:.1f} | {new / old:.2f} |")
+
+
+def against_float32(args: argparse.Namespace) -> None:
+    """Compare int8 weights with float32, also by the metrics."""
+    with tempfile.TemporaryDirectory() as name:
+        metrics = compare(args, Path(name), {"float32": (HERE, {}), "int8": (HERE, {"int8": True})})
+    for key, value in metrics["float32"].items():
+        print(f"| {key} | {value:.4f} | {metrics['int8'][key]:.4f} | |")
 
 
 def against_peer(args: argparse.Namespace) -> None:
@@ -212,6 +243,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--warm-up", type=int, default=1000, help="questions of each task that compile the programs")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--int8", action="store_true", help="int8 weights against float32 instead")
     parser.add_argument("--peer", action="store_true", help="against transformers instead")
     parser.add_argument("--rows", type=int, default=8, help="--peer: rows per batch, and slots")
     parser.add_argument("--prompts", type=int, default=64, help="--peer: number of prompts")
@@ -219,7 +251,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.peer and args.run is None:
         parser.error("give a run folder, or --peer")
-    against_peer(args) if args.peer else against_commit(args)
+    against_peer(args) if args.peer else against_float32(args) if args.int8 else against_commit(args)
 
 
 if __name__ == "__main__":

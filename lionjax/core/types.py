@@ -54,7 +54,8 @@ class Batch:
 
     An encoder-decoder has the prompt in its encoder and the target in its decoder; a decoder-only model has image
     tokens, prompt and target in one sequence. `features`, if not None, is the output of `VLM.extract_features` for the
-    images, so that the frozen tower need not run; `image_BHWC` may then be None. Image arrays of a segmenting model
+    images, so that the frozen tower need not run (for `prefill` also of `answer_features`); `image_BHWC` may then be
+    None. Image arrays of a segmenting model
     (LISA) may have fewer rows: each image then belongs to an equal number of rows of text in turn.
     """
 
@@ -203,6 +204,12 @@ class VLM:
     def extract_features(self, params: Params, batch: Batch) -> Any:
         """Outputs of the frozen vision towers, which can be cached and passed as `Batch.features`."""
         raise self._lacks("image features to cache")
+
+    def answer_features(self, params: Params, batch: Batch) -> Any:
+        """What answering reads of the images, whatever is asked about them, for `Batch.features` of `prefill`.
+
+        Unlike `extract_features` it may hold outputs of trained parts, so that they run once for an image."""
+        return self.extract_features(params, batch)
 
     def logits(self, params: Params, batch: Batch, key: Array | None = None) -> Array:
         """Logits (B, M, V) in float32; position m predicts target token m."""

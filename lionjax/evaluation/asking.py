@@ -34,6 +34,7 @@ from lionjax.evaluation.detection import detect_answers
 from lionjax.evaluation.retrieval import retrieval_batches
 from lionjax.evaluation.tasks import benchmark_task
 from lionjax.inference import detector, engine
+from lionjax.inference.answer_mesh import model_digest
 from lionjax.inference.engine import Answer, InferenceEngine, Question
 from lionjax.inference.sampling import GenerationConfig
 from lionjax.inference.session import AnswerRequest
@@ -223,7 +224,8 @@ def open_journal(path: Path, inference_engine: InferenceEngine, settings: Mappin
         return None
     journal = Journal(path)
     digests = {name: journal_key(value) for name, value in settings.items()}
-    journal.require({"model": inference_engine.model_digest, **digests}, "answers")
+    model = model_digest(inference_engine.model, inference_engine.params)
+    journal.require({"model": model, **digests}, "answers")
     return journal
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,14 @@ from lionjax.inference.session import SessionSizes
 GIB = 2**30
 WEIGHT_SHARE = 0.25  # of a device's memory: parameters that take more are split further, within a host
 MAX_WEIGHT_SHARE = 0.6  # parameters that take more on each device of a host are split over several hosts
-CACHE_SHARE = 0.75  # of what parameters leave free, for the caches of all slots; the rest is for reading prompts
-DEFAULT_SLOTS = 32  # per batch shard where the memory is not known, as on CPUs
+CACHE_SHARE = 0.85  # of what parameters leave free, for the caches of all slots; the rest is for reading prompts
+DEFAULT_SLOTS = 64  # per batch shard where the memory is not known, and at most on CPUs
+SMALL_MODEL_BYTES = 2**28  # parameters on CPUs whose slots are not counted
+HOST_SHARE = 0.5  # of a host's free memory, for answers on CPUs
 MAX_SLOTS = 256  # per batch shard: more do not make a step cheaper per row
-SHARES_OF_LENGTH = (0.25, 0.5, 0.75)  # padded prompt lengths besides the longest
+ADMITTED_ROWS = 8  # per batch shard: prompts read at once, or a multiple of it if they are short
+ADMITTED_TOKENS = 1024  # per batch shard: tokens of text read at once, so that weights are not read for a few
+SHARES_OF_LENGTH = (0.2, 0.5, 0.75)  # padded prompt lengths besides the longest
 SAMPLED_VALUES = 64  # of each parameter, in `model_digest`
 
 
@@ -122,11 +127,14 @@ def session_sizes(mesh: Mesh, lengths: tuple[int, int], bytes_of_slot: int, free
     groups, slots = num_groups(mesh), DEFAULT_SLOTS
     if free_bytes:
         slots = int(CACHE_SHARE * free_bytes * mesh.shape["tensor"] / bytes_of_slot)
-        slots = min(MAX_SLOTS, max(1, slots if slots < 8 else slots // 8 * 8))
+        most = DEFAULT_SLOTS if mesh.devices.flat[0].platform == "cpu" else MAX_SLOTS
+        slots = min(most, max(1, slots if slots < 8 else slots // 8 * 8))
     prompt_length, question_length = lengths
     parts = [-(-int(prompt_length * share) // 8) * 8 for share in SHARES_OF_LENGTH]
     short = tuple(dict.fromkeys(part for part in parts if part < prompt_length))
-    return SessionSizes(slots * groups, max(1, slots // 4) * groups, prompt_length, question_length, short)
+    rows = ADMITTED_ROWS * -(-ADMITTED_TOKENS // (ADMITTED_ROWS * prompt_length))
+    rows = min(max(1, slots // 4), rows)
+    return SessionSizes(slots * groups, rows * groups, prompt_length, question_length, short)
 
 
 def limit_slots(mesh: Mesh, sizes: SessionSizes, num_slots: int, short_lengths: Sequence[int]) -> SessionSizes:
@@ -139,10 +147,25 @@ def limit_slots(mesh: Mesh, sizes: SessionSizes, num_slots: int, short_lengths: 
     )
 
 
-def free_bytes(mesh: Mesh) -> int:
-    """Free memory of the fullest local device of a mesh in bytes, 0 where it is not known."""
+def free_bytes(mesh: Mesh, params: Params) -> int:
+    """Free memory of the fullest local device of a mesh in bytes, 0 where it is not known.
+
+    On CPUs a share of the host's, for parameters that are not small.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        return 0 if size < SMALL_MODEL_BYTES else int(HOST_SHARE * _host_bytes())
     stats = [device.memory_stats() or {} for device in mesh.local_devices if device.platform != "cpu"]
     return min((one.get("bytes_limit", 0) - one.get("bytes_in_use", 0) for one in stats), default=0)
+
+
+def _host_bytes() -> int:
+    """Memory in bytes that this host can give, 0 where it is not known (other systems than Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 def model_digest(model: VLM, params: Params) -> str:

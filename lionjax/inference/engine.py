@@ -31,9 +31,10 @@ from lionjax.data.regions import ImageRegions
 from lionjax.inference.answer_mesh import free_bytes, session_sizes, slot_bytes
 from lionjax.inference.candidates import candidate_nll, target_nll
 from lionjax.inference.generate import generate
+from lionjax.inference.image_pool import EncodedExample, ImagePools
 from lionjax.inference.region_predictions import predict_boxes, predict_mask_logits
 from lionjax.inference.sampling import GenerateOutput, GenerationConfig, end_token_ids, require_finite, row_keys
-from lionjax.inference.session import AnswerRequest, AnswerSession, EncodedExample, Finished, SessionSizes, blank_rows
+from lionjax.inference.session import AnswerRequest, AnswerSession, Finished, SessionSizes, blank_rows
 from lionjax.models.vision.sam_decoder import postprocess_masks
 
 BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32)
@@ -153,6 +154,7 @@ class InferenceEngine:
     num_generated_tokens: int = 0
     generation_seconds: float = 0.0
     compiled_shapes: set = dataclasses.field(default_factory=set)  # what has been compiled
+    image_pools: ImagePools = dataclasses.field(default_factory=ImagePools, init=False, repr=False)
 
     def generate(
         self,
@@ -208,15 +210,15 @@ class InferenceEngine:
     def open_session(
         self, config: GenerationConfig, row: EncodedExample, lengths: tuple[int, int], sizes: SessionSizes | None = None
     ) -> AnswerSession:
-        """A session of fixed shapes for rows like `row`, with prompts and questions of `lengths`, or longer ones later.
+        """A session (`inference.session`) for rows like `row`, with prompts and questions of `lengths`, or longer.
 
-        See `inference.session`. `sizes`: by default by the memory.
-        """
+        `sizes`: of its fixed shapes, by default by the memory."""
         if sizes is None:
-            batch = self._collate_exactly([row], lengths, True)
-            one_slot = slot_bytes(self.model, self.params, batch, config)
-            sizes = session_sizes(self.mesh, lengths, one_slot, free_bytes(self.mesh))
-        return AnswerSession(self.model, self.params, self.mesh, self._collate_exactly, config, sizes)
+            free = free_bytes(self.mesh, self.params)
+            arguments = ([row], lengths, True)
+            one_slot = free and slot_bytes(self.model, self.params, self._collate_exactly(*arguments), config)
+            sizes = session_sizes(self.mesh, lengths, one_slot, free)
+        return AnswerSession(self.model, self.params, self.mesh, self._collate_exactly, config, sizes, self.image_pools)
 
     def answer_stream(
         self, questions: Iterable[Question], config: GenerationConfig, lengths: tuple[int, int]

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -22,13 +22,10 @@ from jax.sharding import Mesh
 from lionjax.core import sharding
 from lionjax.core.types import VLM, Batch, Params, UserError
 from lionjax.inference import slots as programs
-from lionjax.inference.image_pool import ImagePool
+from lionjax.inference.image_pool import Collate, EncodedExample, ImagePool, ImagePools
 from lionjax.inference.sampling import GenerateOutput, GenerationConfig, RowSampling, aux_outputs, row_keys
 from lionjax.inference.slots import Admission, Slots
 
-EncodedExample = Mapping[str, np.ndarray]  # one question as `Processor.encode_example` makes it
-# From rows, (prompt length, question length) and whether images are wanted to a batch.
-Collate = Callable[[Sequence[EncodedExample], tuple[int, int], bool], Batch]
 LOOK_AHEAD = 8  # admissions' worth of waiting requests from which rows of like length are chosen
 KEPT_OUTPUTS = 8192  # of the newest requests, for identical ones
 BLANKED = ("image_BHWC", "sam_image_BHWC", "region_BKD", "state_BKS", "object_mask_BKHW")  # without an image
@@ -127,11 +124,19 @@ class SessionSizes:
 class AnswerSession:
     """Generates answers to requests of one `GenerationConfig`, without beams, in slots of fixed shapes.
 
-    All processes of a mesh must add the same requests in the same order and call `advance` together.
+    All processes of a mesh must add the same requests in the same order and call `advance` together. `pools`: of images
+    that other sessions with the same parameters encode, too.
     """
 
     def __init__(
-        self, model: VLM, params: Params, mesh: Mesh, collate: Collate, config: GenerationConfig, sizes: SessionSizes
+        self,
+        model: VLM,
+        params: Params,
+        mesh: Mesh,
+        collate: Collate,
+        config: GenerationConfig,
+        sizes: SessionSizes,
+        pools: ImagePools | None = None,
     ):
         self.model, self.params, self.mesh, self.collate = model, params, mesh, collate
         self.config, self.sizes = config, sizes
@@ -141,6 +146,7 @@ class AnswerSession:
         if sizes.num_slots % self._groups or sizes.admission_rows % self._groups:
             raise ValueError(f"{sizes} does not divide over {self._groups} batch shards; give multiples of it")
         self._slots: Slots | None = None
+        self._pools = ImagePools() if pools is None else pools
         self._pool: ImagePool | None = None
         self._waiting: dict[int, AnswerRequest] = {}
         self._running: dict[int, int] = {}  # slot: request id
@@ -308,8 +314,8 @@ class AnswerSession:
             slot_GR[group, k] = slot % per_group
             ordered[group * rows_of_group + k] = self._waiting.pop(number)
             self._running[slot] = number
-        admission = self._make_admission(ordered, slot_GR)
-        with sharding.use_mesh(self.mesh):
+        with self._pools.lock, sharding.use_mesh(self.mesh):
+            admission = self._make_admission(ordered, slot_GR)
             pool = None if self._pool is None else self._pool.features
             if self._slots is None:
                 longest = self._longest(admission)
@@ -325,13 +331,18 @@ class AnswerSession:
         """The admission of a batch's requests, in the order of its rows."""
         length = max(self.sizes.padded_length(one.length) for one in ordered)
         uses_pool = self.model.info.has_features and self.model.info.reads_images
-        lengths = (length, self.sizes.question_length)
+        question_length = min(length, self.sizes.question_length)
+        if max(one.question_length for one in ordered) > question_length:
+            question_length = self.sizes.question_length
+        lengths = (length, question_length)
         batch = self.collate([one.row for one in ordered], lengths, not uses_pool)
         image_B, is_blind_B = None, np.array([one.image_blind for one in ordered])
         if uses_pool:
             if self._pool is None:
-                self._pool = ImagePool(self, ordered[0].row)
-            image_B = self._pool.places(ordered, self._waiting.values())
+                rows, row = self.sizes.admission_rows, ordered[0].row
+                self._pool = self._pools.get(self.model, self.params, self.mesh, self.collate, rows, row)
+            waiting = ((one.image_digest, one.row) for one in self._waiting.values())
+            image_B = self._pool.places([(one.image_digest, one.row) for one in ordered], waiting)
         if is_blind_B.any():
             batch = blank_rows(batch, is_blind_B)
         most = self.config.max_new_tokens
@@ -353,17 +364,17 @@ class AnswerSession:
         return dataclasses.replace(placed, slot_GR=slot_GR)
 
     def _longest(self, admission: Admission) -> Admission:
-        """Shapes of an admission of the longest prompts."""
-        length = self.sizes.prompt_length
-
-        def lengthen(array):
-            return np.zeros((array.shape[0], length), array.dtype)
-
-        batch = admission.batch
-        batch = dataclasses.replace(
-            batch, prompt_BL=lengthen(batch.prompt_BL), prompt_mask_BL=lengthen(batch.prompt_mask_BL)
-        )
-        return dataclasses.replace(admission, batch=batch)
+        """Shapes of an admission of the longest texts."""
+        batch, sizes = admission.batch, self.sizes
+        lengths = {"prompt": sizes.prompt_length, "question": sizes.question_length}
+        fields = {f"{name}{end}": length for name, length in lengths.items() for end in ("_BL", "_mask_BL")}
+        rows = len(batch.prompt_BL)
+        longest = {
+            name: np.zeros((rows, length), np.int32)
+            for name, length in fields.items()
+            if getattr(batch, name) is not None
+        }
+        return dataclasses.replace(admission, batch=dataclasses.replace(batch, **longest))
 
     def _collect(self) -> None:
         """Move the answers of slots that have ended to `_ready`."""

@@ -3,7 +3,7 @@
 
 The compiled programs of continuous batching (Orca, OSDI 2022), all of fixed shapes: `encode_images` fills a pool of
 image features, `admit` reads prompts and puts them into slots, `decode` generates until enough slots are free, `cancel`
-frees some. `inference.session` decides what runs when. Of a model only `extract_features`, `prefill` and `extend` are
+frees some. `inference.session` decides what runs when. Of a model only `answer_features`, `prefill` and `extend` are
 called.
 """
 
@@ -103,7 +103,7 @@ def _with_features(admission: Admission, pool: Any) -> Batch:
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("pool",))
 def encode_images(model: VLM, params: Params, batch: Batch, pool: Any, place_B: Array) -> Any:
     """The pool with the features of the batch's images at `place_B`; places beyond the pool are dropped."""
-    features = model.extract_features(params, batch)
+    features = model.answer_features(params, batch)
     return jax.tree.map(lambda old, new: old.at[place_B].set(new.astype(old.dtype), mode="drop"), pool, features)
 
 

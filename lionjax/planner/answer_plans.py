@@ -20,7 +20,7 @@ from lionjax.core import params as trees
 from lionjax.core.experiment import Experiment
 from lionjax.core.sharding import MeshConfig
 from lionjax.inference import answer_mesh, slots
-from lionjax.inference.image_pool import POOL_ADMISSIONS
+from lionjax.inference.image_pool import pool_images
 from lionjax.inference.sampling import GenerationConfig
 from lionjax.inference.session import SessionSizes
 from lionjax.inference.slots import Admission
@@ -179,7 +179,6 @@ def _programs(
     lengths = (sizes.prompt_length, sizes.question_length)
     batch = abstract_batch(_batch(experiment, lengths, 2), rows, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-    pool_size = 1 + POOL_ADMISSIONS * rows
 
     def spec(shape, dtype, sharding_=replicated):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_)
@@ -191,7 +190,8 @@ def _programs(
 
         return jax.jit(in_mesh, donate_argnums=donated).trace(*arguments)
 
-    features = jax.eval_shape(model.extract_features, params, batch)
+    features = jax.eval_shape(model.answer_features, params, batch)
+    pool_size = 1 + pool_images(rows, features)
     pool = jax.tree.map(lambda leaf: spec((pool_size, *leaf.shape[1:]), leaf.dtype), features)
     row_spec = abstract_batch(np.zeros(2, np.int32), rows, mesh)
     groups = mesh.size // mesh.shape["tensor"]

@@ -35,7 +35,7 @@ class Scripted:
         self.experiment = types.SimpleNamespace(data=types.SimpleNamespace(sources=sources), stages=("one",))
         config = types.SimpleNamespace(image_mean=(0.5, 0.25, 0.0), sam_image_size=64)
         self.processor = types.SimpleNamespace(config=config)
-        self.engine = types.SimpleNamespace(model_digest="scripted")  # what a journal is of
+        self.engine = types.SimpleNamespace(model="scripted", params={})  # what a journal is of
 
     def generation_config(self, category):
         return Settings()

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from lionjax.core.errors import check_choices
 from lionjax.core.renamed import renamed_fields
 from lionjax.core.sharding import with_logical_partitioning
-from lionjax.core.types import Batch, ModelInfo
+from lionjax.core.types import Batch, ModelInfo, Params
 from lionjax.core.weight_map import WeightMapping, with_prefix
 from lionjax.models.connectors import qformer
 from lionjax.models.connectors.qformer import Aggregator, AggregatorConfig, QFormer, QFormerConfig
@@ -103,6 +103,10 @@ class Lion(RegionLM):
             prompt_format="lion",
         )
 
+    def answer_features(self, params: Params, batch: Batch):
+        """{"taps": the layer that the Q-Former reads (B, 1, 1 + P, D), "aggregated": the aggregator's image tokens}."""
+        return self._apply(params, lambda module: module.answer_features(batch))
+
     def module(self) -> LionModule:
         return LionModule(self)
 
@@ -166,9 +170,22 @@ class LionModule(RegionModule):
             query_BLD = self.qformer(normed_BPD, batch.question_BL, batch.question_mask_BL, keys[0])
             tokens.append(self.qformer_projector(query_BLD[:, : c.qformer.num_query_tokens]))
         if c.visual_input != "QFORMER":
-            aggregated_BPD = self.aggregator(image_TBPD[-1], image_TBPD[:-1], keys[1])
-            tokens.append(self.aggregator_projector(self.aggregator_norm(aggregated_BPD)))
+            tokens.append(self.aggregate(batch, image_TBPD, keys[1]))
         return jnp.concatenate(tokens, axis=1)
+
+    def aggregate(self, batch: Batch, image_TBPD, key=None):
+        """The aggregator's image tokens (B, 1 + P, D), those of `answer_features` if the batch has them."""
+        if isinstance(batch.features, dict) and "aggregated" in batch.features:
+            return batch.features["aggregated"].astype(self.c.dtype)
+        aggregated_BPD = self.aggregator(image_TBPD[-1], image_TBPD[:-1], key)
+        return self.aggregator_projector(self.aggregator_norm(aggregated_BPD))
+
+    def answer_features(self, batch: Batch):
+        image_BTPD = self.encode_image(batch)
+        features = {"taps": image_BTPD[:, -1:]}
+        if self.c.visual_input != "QFORMER":
+            features["aggregated"] = self.aggregate(batch, image_BTPD.transpose(1, 0, 2, 3))
+        return features
 
     def embed_text(self, ids_BL, batch: Batch, dtype, first_B=0):
         """As in `RegionModule`, with the learned soft prompt in place of its token."""

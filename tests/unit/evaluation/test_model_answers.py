@@ -186,7 +186,7 @@ def test_a_run_that_broke_off_asks_only_the_batches_that_its_journal_lacks(tmp_p
         ask(tmp_path, *OKVQA, Scripted(breaks_off), "lavis", TRUTH, folder=folder, blind=True)
     assert len(journal.read_text().splitlines()) == 1 + 3, "the settings, two batches and a blind one"
     model = Scripted()
-    model.engine.model_digest = "another"
+    model.engine.model = "another"
     with pytest.raises(UserError, match="answers of another model"):
         ask(tmp_path, *OKVQA, model, "lavis", TRUTH, folder=folder, blind=True)
     with pytest.raises(UserError, match="another set of questions"):

@@ -14,7 +14,7 @@ from toy_system import Toy, batch_of, random_params
 
 from lionjax.core import sharding
 from lionjax.data.processor import ImageTextInput, Processor
-from lionjax.inference import engine, slots
+from lionjax.inference import answer_mesh, engine, slots
 from lionjax.inference.engine import InferenceEngine, Question
 from lionjax.inference.generate import generate
 from lionjax.inference.sampling import GenerationConfig, row_keys
@@ -192,7 +192,7 @@ SYSTEMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_every_system_says_in_slots_what_it_says_one_by_one(name):
+def test_every_system_says_in_slots_what_it_says_one_by_one(name, monkeypatch):
     what, make_params = SYSTEMS[name]
     system = what.model
     talks = InferenceEngine(system, make_params(what), Processor(what.data.processor), MESH)
@@ -212,7 +212,13 @@ def test_every_system_says_in_slots_what_it_says_one_by_one(name):
     sizes = SessionSizes(4, 2, *longest, (longest[0] // 2,))
     original = talks.open_session
     talks.open_session = lambda config, row, lengths: original(config, row, lengths, sizes)
+    encoded, encode = [], slots.encode_images
+    monkeypatch.setattr(slots, "encode_images", lambda *given: encoded.append(1) or encode(*given))
     found = dict(talks.answer_stream(questions, config, longest))
+    count = len(encoded)
+    again = dict(talks.answer_stream(questions[:2], config, longest))
+    assert len(encoded) == count > 1, "an image is encoded once for all sessions of an engine"
+    assert [again[number].token_ids for number in (0, 1)] == [found[number].token_ids for number in (0, 1)]
     assert len(found) == len(wanted) and len({len(answer.token_ids) for answer in wanted}) > 1
     assert len({answer.token_ids for answer in wanted}) > 4
     for number, one in enumerate(wanted):
@@ -239,6 +245,20 @@ def test_a_long_list_of_rows_is_answered_in_slots_in_its_order(finished_model, m
     assert opened
     one_by_one = [model.answer([image], [prompt])[0] for image, prompt in zip(images, prompts)]
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in one_by_one]
+
+
+def test_slots_and_rows_follow_from_memory_and_lengths(monkeypatch):
+    def sizes(lengths, bytes_of_slot=0, free=0):
+        found = answer_mesh.session_sizes(MESH, lengths, bytes_of_slot, free)
+        return found.num_slots, found.admission_rows, found.short_lengths
+
+    assert sizes((128, 32)) == (64, 8, (32, 64, 96)) and sizes((72, 28)) == (64, 16, (16, 40, 56))
+    assert sizes((128, 32), 10**6, 20 * 10**6) == (16, 4, (32, 64, 96)), "85 % of 20 slots, a multiple of 8"
+    assert sizes((128, 32), 10**6, 4 * 10**6)[:2] == (3, 1)
+    params = {"kernel": np.zeros((4, 4), np.float32)}
+    assert answer_mesh.free_bytes(MESH, params) == 0, "slots of small models are not counted on CPUs"
+    monkeypatch.setattr(answer_mesh, "SMALL_MODEL_BYTES", 1)
+    assert answer_mesh.free_bytes(MESH, params) == int(0.5 * answer_mesh._host_bytes())
 
 
 def test_rows_with_their_own_keys_do_not_depend_on_their_neighbors():

@@ -120,6 +120,18 @@ def test_features_kept_from_the_frozen_vit_give_the_same_loss(params):
 
 
 @pytest.mark.slow
+def test_what_answering_keeps_of_an_image_gives_the_same_first_token(params):
+    batch = batch_of()
+    features = jax.jit(LION.answer_features)(params, batch)
+    assert features["taps"].shape[1] == 1 and features["aggregated"].shape == (4, 17, LION.language.width)
+    first_token = jax.jit(lambda params, batch: LION.prefill(params, batch, 0)[0])
+    whole, other = first_token(params, batch), dataclasses.replace(batch, image_BHWC=batch.image_BHWC[::-1])
+    kept = dataclasses.replace(batch, image_BHWC=None, features=features)
+    np.testing.assert_allclose(first_token(params, kept), whole, rtol=1e-5, atol=1e-5)
+    assert np.abs(first_token(params, other) - whole).max() > 1e-3, "the image is read"
+
+
+@pytest.mark.slow
 def test_remat_changes_no_gradient(params):
     thrifty = dataclasses.replace(
         LION,

@@ -210,9 +210,7 @@ class InferenceEngine:
     def open_session(
         self, config: GenerationConfig, row: EncodedExample, lengths: tuple[int, int], sizes: SessionSizes | None = None
     ) -> AnswerSession:
-        """A session (`inference.session`) for rows like `row`, with prompts and questions of `lengths`, or longer.
-
-        `sizes`: of its fixed shapes, by default by the memory."""
+        """A session (`inference.session`) for rows like `row`, of `lengths` or longer; `sizes`: default by memory."""
         if sizes is None:
             free = free_bytes(self.mesh, self.params)
             arguments = ([row], lengths, True)

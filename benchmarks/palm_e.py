@@ -184,7 +184,7 @@ def animate(outcomes: Sequence[Outcome], file: Path, size: int = 160) -> None:
             slip = " (slips)" if look is not None and look.slipped else ""
             draw.text((place * size + 3, size + 2), outcome.episode.text, fill="gray", font_size=9)
             draw.text((place * size + 3, size + 17), words + slip, fill="black", font_size=9)
-        frames.append(frame.quantize(32))
+        frames.append(frame.quantize(128))
     file.parent.mkdir(parents=True, exist_ok=True)
     frames[0].save(file, save_all=True, append_images=frames[1:], duration=1200, loop=0)
 

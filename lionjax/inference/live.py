@@ -248,20 +248,33 @@ class LiveModel:
 
     def _work(self) -> None:
         while not self._is_closed:
-            with self._changed:
-                self._changed.wait_for(self._has_work)
-                incoming, self._incoming = self._incoming, []
-                canceled, self._canceled = self._canceled, []
-            for ticket in incoming:
-                self._start(ticket)
-            for ticket in canceled:
-                self._drop(ticket)
-            self._drop_late()
-            for config in [config for config, tickets in self._tickets.items() if tickets]:
-                self._advance(config)
-        stopped = RetryError("the server is stopping; ask again later")
-        for ticket in [*self._incoming, *self._open_tickets()]:
-            self._end(ticket, stopped)
+            try:
+                self._take_turn()
+            except Exception:  # of the device, which cannot be told from one question's; the thread must go on
+                log.exception("the model failed; open questions are refused, and it starts anew")
+                self._end_all(RetryError("the model failed; ask again"))
+                self._sessions.clear()
+        self._end_all(RetryError("the server is stopping; ask again later"))
+
+    def _take_turn(self) -> None:
+        """Wait for something to do, take what has arrived, and generate some tokens in each session."""
+        with self._changed:
+            self._changed.wait_for(self._has_work)
+            incoming, self._incoming = self._incoming, []
+            canceled, self._canceled = self._canceled, []
+        for ticket in incoming:
+            self._start(ticket)
+        for ticket in canceled:
+            self._drop(ticket)
+        self._drop_late()
+        for config in [config for config, tickets in self._tickets.items() if tickets]:
+            self._advance(config)
+
+    def _end_all(self, error: Exception) -> None:
+        with self._changed:
+            incoming, self._incoming = self._incoming, []
+        for ticket in [*incoming, *self._open_tickets()]:
+            self._end(ticket, error)
 
     def _has_work(self) -> bool:
         return bool(self._incoming or self._canceled or self._is_closed or any(self._tickets.values()))

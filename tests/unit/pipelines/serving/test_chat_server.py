@@ -2,6 +2,7 @@
 """The server under its clients: the openai package, several at once, those that leave, floods, bad requests."""
 
 import concurrent.futures
+import os
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 
 import httpx
+import jax
 import openai
 import pytest
 import small_lion
@@ -17,6 +19,7 @@ from live_server import data_url, messages, picture, png_of_size, served
 
 import lionjax
 from lionjax import cli
+from lionjax.inference.live import LiveModel
 from lionjax.inference.live_question import LiveConfig
 from lionjax.inference.session import AnswerSession
 
@@ -178,6 +181,9 @@ def test_a_batch_that_fails_is_refused_and_the_next_is_answered(client, monkeypa
     monkeypatch.setattr(AnswerSession, "advance", fail)
     with pytest.raises(openai.InternalServerError, match="the batch failed .MemoryError.; ask again"):
         ask(client, "What now?")
+    monkeypatch.setattr(LiveModel, "_drop_late", lambda live: monkeypatch.undo() or 1 / 0)
+    with pytest.raises(openai.InternalServerError, match="the model failed; ask again"):
+        ask(client, "What then?")
     assert ask(client, "What now?").choices[0].message.content
 
 
@@ -194,7 +200,8 @@ def test_the_command_line_names_what_is_wrong(tmp_path, capsys, monkeypatch):
         ):
             assert cli.main(["serve", str(tmp_path / "none"), "--port", "18765", *words]) == 2
             assert sentence in capsys.readouterr().err
-    monkeypatch.delitem(sys.modules, "lionjax.pipelines.serving.chat_server")
+    monkeypatch.delitem(sys.modules, "lionjax.pipelines.serving.chat_server", raising=False)
+    monkeypatch.delattr(lionjax.pipelines.serving, "chat_server", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert cli.main(["demo", str(tmp_path)]) == 2
     assert "run `pip install 'lionjax[serve]'`" in capsys.readouterr().err
@@ -205,7 +212,9 @@ def test_lionjax_demo_serves_the_page_and_answers_like_the_model_until_ctrl_c(mo
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "lionjax.cli", "demo", str(model[1]), "--port", str(port), "--slots", "2"]
-    page = subprocess.Popen([*command, "--prompt-length", "60"], stderr=subprocess.PIPE, text=True)
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}  # of `small_lion`
+    env = os.environ | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    page = subprocess.Popen([*command, "--prompt-length", "60"], stderr=subprocess.PIPE, text=True, env=env)
     watch = threading.Timer(280, page.kill)
     watch.start()
     try:

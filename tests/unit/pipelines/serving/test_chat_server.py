@@ -207,6 +207,7 @@ def test_the_command_line_names_what_is_wrong(tmp_path, capsys, monkeypatch):
     assert "run `pip install 'lionjax[serve]'`" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(900)  # it compiles in a process of its own
 def test_lionjax_demo_serves_the_page_and_answers_until_ctrl_c(model):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -215,7 +216,7 @@ def test_lionjax_demo_serves_the_page_and_answers_until_ctrl_c(model):
     cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}  # of `small_lion`
     env = os.environ | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     page = subprocess.Popen([*command, "--prompt-length", "60"], stderr=subprocess.PIPE, text=True, env=env)
-    watch = threading.Timer(280, page.kill)
+    watch = threading.Timer(840, page.kill)
     watch.start()
     try:
         assert any("press Ctrl-C to stop" in line for line in page.stderr)

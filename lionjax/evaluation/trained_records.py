@@ -79,9 +79,9 @@ class TrainedRecords:
             return True
         if not isinstance(sample.dataset, AnnotatedImages):
             return False
-        name = sample.dataset.image_infos[sample.record_index].name
-        example = sample.example
-        identity = _image_identity(sample.dataset.root, name) if name else (example.question, example.answers)
+        dataset, record, example = sample.dataset, sample.record_index, sample.example
+        has_image = bool(dataset.image_infos[record].name)
+        identity = _image_identity(dataset, record) if has_image else (example.question, example.answers)
         return identity in self.identities
 
 
@@ -91,17 +91,17 @@ def _files(source: Any) -> dict[str, Any]:
     return {"class": type(source), **fields}
 
 
-def _image_identity(root: Path, name: str) -> object:
-    match = COCO_NAME.fullmatch(Path(name).stem)
-    return match[1] if match else str((root / name).resolve())
+def _image_identity(dataset: AnnotatedImages, record: int) -> object:
+    match = COCO_NAME.fullmatch(Path(dataset.image_infos[record].name).stem)
+    return match[1] if match else dataset.image_place(record)
 
 
 def _identities(training: MixtureDataset) -> Iterator[object]:
     for dataset in training.datasets:
         if isinstance(dataset, AnnotatedImages):
-            for image_info in dataset.image_infos:
+            for record, image_info in enumerate(dataset.image_infos):
                 if image_info.name:
-                    yield _image_identity(dataset.root, image_info.name)
+                    yield _image_identity(dataset, record)
             for row in (row for rows in dataset.annotations.values() for row in rows):
                 if not dataset.image_infos[row.photo].name:
                     yield row.question, row.answers

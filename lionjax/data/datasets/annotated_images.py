@@ -137,6 +137,13 @@ class AnnotatedImages:
         """The path of an image file. Raises UserError if it is outside the root."""
         return images.safe_path(self.root, self.image_infos[record_index].name)
 
+    def image_place(self, record_index: int) -> Hashable:
+        """What tells an image from those of other data sets: its path, or its place in the file that holds it."""
+        if isinstance(self.embedded, HeldImages) and record_index in self.embedded:
+            file, *place = self.embedded.places[record_index]
+            return str(Path(file).resolve()), *place
+        return str((self.root / self.image_infos[record_index].name).resolve())
+
     def image_file(self, record_index: int) -> bytes:
         """The bytes of an image file. Raises UserError if it is outside the root, and OSError if it is missing."""
         if record_index in self.embedded:
@@ -169,9 +176,9 @@ class AnnotatedImages:
 
 
 class HeldImages(Mapping):
-    """{image index: bytes of its file}, read when they are asked for: `places` says where, `read_place` reads."""
+    """{image index: bytes of its file}, read when they are asked for: from `places` (file, ...) by `read_place`."""
 
-    def __init__(self, places: Mapping[int, Hashable], read_place: Callable[..., bytes]):
+    def __init__(self, places: Mapping[int, tuple], read_place: Callable[..., bytes]):
         self.places, self.read_place = places, read_place
 
     def __getitem__(self, index: int) -> bytes:

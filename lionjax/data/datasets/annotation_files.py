@@ -10,7 +10,7 @@ import json
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lionjax.core.types import UserError
@@ -126,8 +126,8 @@ class AnnotatedImagesBuilder:
         self.index_by_key: dict[object, int] = {}
         self.units_by_image: dict[int, tuple[tuple[float, float], str]] = {}
         self.unknown_keys: set[str] = set()
-        self.row_images: Mapping[str, Hashable] = {}
-        self.held_places: dict[int, Hashable] = {}
+        self.row_images: Mapping[str, tuple] = {}
+        self.held_places: dict[int, tuple] = {}
         self.held_names: Counter[str] = Counter()
 
     def includes(self, name: str) -> bool:

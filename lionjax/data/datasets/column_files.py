@@ -18,6 +18,7 @@ from lionjax.data import images
 TEXT_BATCH = 256  # rows that are read at once
 IMAGE_BATCH = 8
 KEPT_BYTES = 256 * 2**20  # of image columns that stay in memory
+MAX_OPEN_FILES = 64
 MAX_TEXT_BYTES = 4 * 2**30  # of the texts of one row group
 
 
@@ -212,7 +213,7 @@ class ImageReader:
     def __init__(self, image_columns: Sequence[str]):
         self.image_columns = image_columns
         self.lock, self.kept = threading.Lock(), OrderedDict()
-        self.files: dict[str, ParquetTexts | ArrowTexts] = {}
+        self.files: OrderedDict[str, ParquetTexts | ArrowTexts] = OrderedDict()
 
     def __reduce__(self):
         return ImageReader, (self.image_columns,)
@@ -233,6 +234,8 @@ class ImageReader:
     def _cell(self, place: Place) -> Any:
         if place.file not in self.files:
             self.files[place.file] = open_texts(place.file, self.image_columns)
+            while len(self.files) > MAX_OPEN_FILES:
+                self.files.popitem(last=False)
         file, key = self.files[place.file], (place.file, place.group, place.column)
         if key not in self.kept and (column := file.images(place.group, place.column)) is not None:
             self.kept[key] = column

@@ -77,7 +77,7 @@ def detect_source(source: str, image_dir: str = "", answers_file: str = "", is_t
     answers_file = str(hub.local_path(answers_file)) if answers_file else ""
     if path.is_dir():
         return _detect_folder(path, image_dir)
-    if (table := detect_table_file(source, image_dir)) is not None:
+    if (table := detect_table_file(str(path), image_dir)) is not None:
         return table
     if not path.is_file():
         raise UserError(f"there is no source {source!r}; give {KNOWN_SOURCES}")

@@ -7,7 +7,7 @@ A subclass of `RowTable` says which files a split has and yields their rows; thi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ class TableRow(NamedTuple):
 
     location: str
     values: Any
-    images: Mapping[str, Hashable] = {}
+    images: Mapping[str, tuple] = {}
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,18 @@ def test_files_named_by_splits_are_the_splits(tmp_path):
     assert [name for name, *_ in contents(source, "validation")] == found["heldout"]
 
 
+def test_rows_of_one_number_in_two_splits_are_other_images_and_those_of_one_file_the_same(tmp_path, monkeypatch):
+    table = image_table(rows_of("caption"), paths=False)
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        save(table, tmp_path / f"{split}/data-00000-of-00001.arrow")
+    opened = {split: open_split(detect_source(str(tmp_path)), split, MAX_PIXELS) for split in ("train", "heldout")}
+    monkeypatch.chdir(tmp_path)
+    opened["relative"] = open_split(detect_source("train/data-00000-of-00001.arrow"), "train", MAX_PIXELS)
+    train, heldout, relative = ({data.image_place(k) for k in range(len(data))} for data in opened.values())
+    assert len(train) == 12 and train == relative and not train & heldout
+
+
 def test_row_groups_are_kept_within_a_bound_and_read_in_part_when_they_are_too_large(tmp_path, monkeypatch):
     source = as_parquet(tmp_path / "parquet", rows_of("caption"))
     expected = contents(source)

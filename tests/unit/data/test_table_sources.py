@@ -366,6 +366,7 @@ def test_a_stream_from_files_with_images_resumes_with_the_same_batches(tmp_path,
     resumed.close()
 
 
+@pytest.mark.slow
 def test_tars_build_an_array_record_data_set_and_are_printed(tmp_path, capsys):
     from lionjax.data.prepare import array_record_writer
 

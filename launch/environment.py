@@ -20,7 +20,7 @@ PYTHON = VENV / "bin" / "python"
 READY = VENV / "lionjax-ready.json"  # written last: what stands installed, and from which pins
 # There only while pip works: found at the start, it tells of a set-up that was cut off.
 UNDERWAY = VENV / "lionjax-underway"
-EXTRAS = {"demo": "data", "test": "data,torch,tensorboard,serve,demo,llm,mcp,xlsx,dev"}
+EXTRAS = {"demo": "data", "test": "data,torch,tensorboard,wandb,mlflow,serve,demo,llm,mcp,xlsx,dev"}
 PIP = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off"]
 
 

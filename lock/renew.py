@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "data,torch,tensorboard,serve,demo,llm,mcp,xlsx,users,docs,dev"
+EXTRAS = "data,torch,tensorboard,wandb,mlflow,serve,demo,llm,mcp,xlsx,users,docs,dev"
 # Not simply the newest: what was tested here together with the rest.
 HELD = {
     "py311": ["torch==2.13.0"],

@@ -37,11 +37,13 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
         experiment = config.apply_overrides(shrink(config.load(args.config), args.shrink), overrides)
 
     from lionjax.data import pipeline
+    from lionjax.evaluation import progress
     from lionjax.evaluation.report.html import write_router_ratios
     from lionjax.training import distributed, loop, run_folder, run_log
 
     with distributed.distributed_session(describe_error):
-        params, _ = loop.train(experiment, args.workdir, pipeline.batches, start_time)
+        evaluator = progress.make_evaluator(experiment, args.workdir)
+        params, _ = loop.train(experiment, args.workdir, pipeline.batches, start_time, evaluator)
         write_router_ratios(args.workdir, params)
         if experiment.run.evaluate_limit:
             from lionjax.evaluation import runner

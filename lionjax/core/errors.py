@@ -13,6 +13,8 @@ EXTRA_MODULES = {
     "tpu": ("libtpu",),
     "prepare": ("apache_beam",),
     "tensorboard": ("tensorboardX",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "serve": ("starlette", "uvicorn"),
     "demo": ("gradio",),
     "llm": ("openai",),

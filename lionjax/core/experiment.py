@@ -158,6 +158,9 @@ class Stage:
             )
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+
+
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -167,6 +170,11 @@ class RunConfig:
     save_every: int = 1000
     evaluate_every: int = 0  # 0: only at the end of a stage
     evaluate_limit: int = 200  # questions of each benchmark after the last stage; 0: no benchmarks
+    evaluate_stages: bool = False  # run the benchmarks after every other stage as well, to show what each one changed
+    # Held-out questions that are answered and drawn for the trackers every `evaluate_every` updates and at the end of
+    # each stage; 0: none.
+    evaluate_pictures: int = 0
+    trackers: tuple[str, ...] = ("tensorboard",)  # any of TRACKERS; TensorBoard only where tensorboardX is installed
     max_to_keep: int = 3  # latest checkpoints on disk, besides the best one of the current stage
     frozen_dtype: str = "bfloat16"  # of frozen parameters
     cache_features: bool = False  # cache the frozen towers' output of each record, so that they run once
@@ -182,8 +190,11 @@ class RunConfig:
 
     def __post_init__(self):
         limits = ("log_every", "save_every", "evaluate_every", "evaluate_limit", "max_to_keep", "max_bad_steps")
-        amounts = ("feature_cache_gib", "loss_spike_sigmas", "watchdog_seconds")
+        amounts = ("feature_cache_gib", "loss_spike_sigmas", "watchdog_seconds", "evaluate_pictures")
         check_ranges(self, "run.", **dict.fromkeys((*limits, *amounts), ">= 0"))
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise UserError(f"run.trackers has {name!r}; choose from {', '.join(TRACKERS)}")
         check_dtype(self, "frozen_dtype", "run.")
 
 

@@ -24,6 +24,7 @@ MUTABLE_FIELDS = (
     r"name",
     r"mesh\..*",
     r"run\.(log_every|save_every|evaluate_every|evaluate_limit|max_to_keep|cache_features)",
+    r"run\.(evaluate_stages|evaluate_pictures|trackers(\.\d+)?)",
     r"run\.(feature_cache_gib|feature_cache_dir)",
     # Change the result only after a bad step, which is when a user has to set them.
     r"run\.(on_bad_step|loss_spike_sigmas|max_bad_steps|watchdog_seconds)",

@@ -41,6 +41,7 @@ from lionjax.training.run_folder import (
     updates_before,
 )
 from lionjax.training.run_log import PhaseTimer, RunLogger, StageStats, downtime, write_report
+from lionjax.training.trackers import Picture
 from lionjax.training.validate import check_boxes
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class RunContext:
     watchdog: distributed.Watchdog
     timer: PhaseTimer
     cache: feature_cache.FeatureCache
+    evaluator: Callable | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -68,13 +70,19 @@ class RunContext:
 
 
 def train(
-    experiment: Experiment, workdir: str | Path, make_batches: Callable, start_time: float | None = None
+    experiment: Experiment,
+    workdir: str | Path,
+    make_batches: Callable,
+    start_time: float | None = None,
+    evaluator: Callable | None = None,
 ) -> tuple[Params, dict]:
     """Run all stages in `workdir`, or resume there; returns (parameters, report).
 
     `make_batches(data, stage, seed, batch_size, process_index, process_count)` returns an iterator of numpy batches
     with `position()` (JSON-serializable), `restore(position)`, `name(record)` and `close()`, such as
     `data.pipeline.batches`. `start_time`: time.time() at the start of the command, for the time accounting.
+    `evaluator(experiment, params, stage, is_end)` is asked every `run.evaluate_every` updates and at the end of each
+    stage, such as `evaluation.progress.make_evaluator`: it returns pictures for the trackers (name, image, caption).
     SIGTERM saves a checkpoint and exits with code 0; Ctrl-C saves and raises KeyboardInterrupt. With several processes
     (see `distributed.distributed_session`) all stop after the same update.
     Raises UserError for a config that does not match the folder or the model, for bad steps according to
@@ -109,7 +117,7 @@ def train(
             cache = feature_cache.FeatureCache(int(experiment.run.feature_cache_gib * 2**30))
             run = RunContext(
                 *(experiment, workdir, make_batches, example, specs, checkpoints),
-                *(logger, stop, watchdog, timer, cache),
+                *(logger, stop, watchdog, timer, cache, evaluator),
             )
             unattributed: dict[str, float] = {}
             while position.stage < len(experiment.stages):
@@ -154,6 +162,7 @@ def run_stage(run: RunContext, position: Position) -> Position:
         try:
             with contextlib.closing(stage_run.stream):
                 state = train_steps(run, stage_run, stats)
+            evaluate_progress(run, stage_run, state, stage.steps)
             break
         except bad_steps.Rewind as bad_step:
             position, stats = rewind(run, position, stats, bad_step)
@@ -315,6 +324,8 @@ def train_steps(run: RunContext, stage_run: StageRun, stats: StageStats) -> stag
             timer.switch("save")
             save_checkpoint(run, stage_run, done, state, stats)
             saved = done
+        if is_due(done, config.evaluate_every) and done < stage.steps:
+            evaluate_progress(run, stage_run, state, done)
     timer.switch("step")
     drain(run, stage_run, in_flight, stats, 0)
     timer.switch("save")
@@ -326,6 +337,21 @@ def train_steps(run: RunContext, stage_run: StageRun, stats: StageStats) -> stag
         run.logger.print_message(f"stopped and saved at {position}; run the same command to resume")
         run.stop.exit_process()
     return state
+
+
+def evaluate_progress(run: RunContext, stage_run: StageRun, state: stages.TrainState, step: int) -> None:
+    """Ask the evaluator about the parameters after `step` updates of a stage; its pictures go to the trackers."""
+    if run.evaluator is None:
+        return
+    run.watchdog.beat()  # answering compiles programs of its own
+    run.timer.switch("evaluate")
+    stage, params = stage_run.stage, trees.merge(stage_run.frozen, state.trainable)
+    experiment = dataclasses.replace(run.experiment, model=stages.model_for_stage(run.experiment, stage))
+    pictures = run.evaluator(experiment, params, stage.name, step == stage.steps)
+    update = updates_before(run.experiment, stage_run.position.stage) + step
+    run.logger.write_pictures([Picture(*picture) for picture in pictures], update)
+    run.timer.switch("log")
+    run.watchdog.beat()
 
 
 def is_due(step: int, every: int) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run logs: stage statistics, time accounting, metrics.jsonl, TensorBoard, the progress bar and report.json.
+"""Run logs: stage statistics, time accounting, metrics.jsonl, trackers, the progress bar and report.json.
 
 Only process 0 writes. When a resumed run repeats updates, their earlier records are dropped.
 """
@@ -7,7 +7,6 @@ Only process 0 writes. When a resumed run repeats updates, their earlier records
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -34,6 +33,8 @@ from lionjax.core.files import (
     write_json,
     write_jsonl,
 )
+from lionjax.training import trackers
+from lionjax.training.trackers import Picture, Trackers
 
 REPORTED_LOSSES = 10  # loss_first and loss_last are means over so many losses
 RECENT_LOSSES = 130  # losses kept for the spike threshold; a few more than `bad_steps.LOSS_WINDOW`
@@ -160,13 +161,13 @@ class RunLogger:
 
     def __init__(self, workdir: Path, experiment: Experiment, update: int):
         self.path, self.experiment, self.is_writer = (workdir / "metrics.jsonl", experiment, jax.process_index() == 0)
-        self.tensorboard = self.progress_bar = self.progress_task = None
+        self.trackers = self.progress_bar = self.progress_task = None
+        trackers.require_packages(experiment.run.trackers)  # on all processes, so that none waits for the first
         if not self.is_writer:
             return
         self.truncate_after(update)
         truncate_jsonl(workdir / "refused.jsonl", update)
-        if importlib.util.find_spec("tensorboardX"):
-            self.tensorboard = _summary_writer_class()(str(workdir / "tensorboard"), purge_step=update + 1)
+        self.trackers = Trackers(workdir, experiment, update)
         if sys.stderr.isatty():
             self.progress_bar = _make_progress_bar()
 
@@ -175,11 +176,11 @@ class RunLogger:
             self.progress_bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         if self.progress_bar:
             self.progress_bar.stop()
-        if self.tensorboard:
-            self.tensorboard.close()
+        if self.trackers:
+            self.trackers.close(failed=kind is not None and issubclass(kind, Exception))
 
     def truncate_after(self, update: int) -> None:
         """Drop the metrics records of updates after `update`, which the run will repeat."""
@@ -204,10 +205,9 @@ class RunLogger:
         if not self.is_writer:
             return
         append_jsonl(self.path, metrics)
-        if self.tensorboard:
-            for name, value in metrics.items():
-                if isinstance(value, int | float) and name not in ("step", "update"):
-                    self.tensorboard.add_scalar(f"{metrics['stage']}/{name}", value, metrics["update"])
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        scalars = {f"{metrics['stage']}/{k}": value for k, value in numbers.items() if k not in ("step", "update")}
+        self.trackers.write_scalars(scalars, metrics["update"])
         rate = metrics.get("images_per_second")
         loss = f"loss {metrics['loss']:.4f}" if "loss" in metrics else "not accepted"
         status = loss + (f"  {rate:.1f} images/s" if rate else "")
@@ -220,6 +220,11 @@ class RunLogger:
         text = f"stage {metrics['stage']}  {step}  {status}  {learning_rate}{time_left}"
         print(text, file=sys.stderr, flush=True)
 
+    def write_pictures(self, pictures: Sequence[Picture], update: int) -> None:
+        """Give pictures of answers to the trackers."""
+        if self.trackers:
+            self.trackers.write_pictures(pictures, update)
+
     def batch_size(self, stage: str) -> int:
         return next(s.batch_size for s in self.experiment.stages if s.name == stage)
 
@@ -229,20 +234,6 @@ class RunLogger:
             self.progress_bar.console.print(text)
         elif self.is_writer:
             print(text, file=sys.stderr, flush=True)
-
-
-def _summary_writer_class():
-    """tensorboardX's SummaryWriter, imported without torch: it would import an installed torch, which takes seconds, to
-    recognize tensors, and the logs hold numbers only."""
-    missing = "torch" not in sys.modules
-    if missing:
-        sys.modules["torch"] = None  # makes `import torch` raise ImportError, which tensorboardX expects
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if missing:
-            del sys.modules["torch"]
-    return SummaryWriter
 
 
 def _make_progress_bar():
@@ -284,12 +275,18 @@ def write_report(
         "config": json.loads(to_json(experiment)),
         "stages": [stage.report() for stage in stages],
         "speed": report.get("speed", {}) | throughput(stages),
-        "seconds": total_seconds(stages, unattributed_seconds, report.get("seconds", {}).get("evaluate", 0.0)),
+        "seconds": total_seconds(stages, unattributed_seconds, seconds_after_stages(report)),
         "environment": environment(),
     }
     if jax.process_index() == 0:
         write_json(path, report)
     return report
+
+
+def seconds_after_stages(report: Mapping[str, Any]) -> float:
+    """Seconds of evaluation after the last stage in a report, whose total also has those within the stages."""
+    within = sum(stage.get("seconds_by_part", {}).get("evaluate", 0.0) for stage in report.get("stages") or ())
+    return max(0.0, report.get("seconds", {}).get("evaluate", 0.0) - within)
 
 
 def add_evaluation_seconds(workdir: Path, seconds: float) -> None:

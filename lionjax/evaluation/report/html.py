@@ -32,41 +32,10 @@ from lionjax.core.files import read_json, read_jsonl, write_atomic
 from lionjax.core.types import CATEGORIES, Params, UserError
 from lionjax.data.rle import decode_rle
 from lionjax.evaluation.report import goodput, plots
+from lionjax.evaluation.report.metric_labels import METRIC_LABELS
 from lionjax.evaluation.report.plots import Overlay
 
 GALLERY_SIZE = 12  # answers shown per benchmark: the first ones of the file
-METRIC_LABELS = {  # key in report.json: (label, number format)
-    "caption_cider": ("Captioning, CIDEr-D", "{:.3f}"),
-    "vqa_accuracy": ("VQA, accuracy", "{:.1%}"),
-    "rec_accuracy_50": ("REC (expression to box), accuracy at IoU > 0.5", "{:.1%}"),
-    "rec_accuracy_50_teacher_forced": ("REC with teacher forcing, accuracy at IoU > 0.5", "{:.1%}"),
-    "res_ciou": ("RES (expression to mask), cIoU", "{:.1%}"),
-    "reason_ciou": ("Reasoning (inferred object to mask), cIoU", "{:.1%}"),
-    "res_giou": ("RES (expression to mask), gIoU", "{:.1%}"),
-    "reg_cider": ("REG (box to expression), CIDEr-D", "{:.3f}"),
-    "box_vqa_accuracy": ("VQA about a box, accuracy", "{:.1%}"),
-    "phrase_recall_1": ("Grounded captioning, phrase recall@1", "{:.1%}"),
-    "phrase_recall_1_teacher_forced": ("Grounded captioning with teacher forcing, phrase recall@1", "{:.1%}"),
-    "pope_f1": ("Object existence (POPE), F1", "{:.1%}"),
-    "vsr_accuracy": ("Spatial relations (VSR), accuracy", "{:.1%}"),
-    "tag_f1": ("Tagging, F1", "{:.1%}"),
-    "plan_accuracy": ("Tabletop: next sub-goal, accuracy", "{:.1%}"),
-    "success_accuracy": ("Tabletop: success detection, accuracy", "{:.1%}"),
-    "recovery_accuracy": ("Tabletop: sub-goal after a failure, accuracy", "{:.1%}"),
-    "state_vqa_accuracy": ("Tabletop: questions about the state, accuracy", "{:.1%}"),
-    "conversation_rouge_l": ("Conversation, ROUGE-L of the last answer", "{:.3f}"),
-    "conversation_f1": ("Conversation, token F1 of the last answer", "{:.1%}"),
-    "image_level_rouge_l": ("Image-level records of LION, ROUGE-L", "{:.3f}"),
-    "image_level_f1": ("Image-level records of LION, token F1", "{:.1%}"),
-    "region_level_accuracy_50": ("Region-level records of LION, accuracy of boxes at IoU > 0.5", "{:.1%}"),
-    "region_level_rouge_l": ("Region-level records of LION without a box in the answer, ROUGE-L", "{:.3f}"),
-    "caption_bleu4": ("Captioning, BLEU-4", "{:.3f}"),
-    "caption_rouge_l": ("Captioning, ROUGE-L", "{:.3f}"),
-    "caption_cider_untagged": ("Captioning without tags, CIDEr-D", "{:.3f}"),
-    "vqa_accuracy_untagged": ("VQA without tags, accuracy", "{:.1%}"),
-    "pope_f1_untagged": ("Object existence (POPE) without tags, F1", "{:.1%}"),
-    "pope_accuracy": ("Object existence (POPE), accuracy", "{:.1%}"),
-}
 BASELINE_LABELS = {"blind": "image-blind", "majority": "majority"}  # key in report.json: column of the page
 SPEED_FORMATS = {
     "images_per_second": "{:,.1f} images/s",

@@ -497,7 +497,7 @@ def test_a_header_with_a_size_below_0_does_not_lead_back(tmp_path):
     block[124:136] = b"\xff" * 10 + (-1024 & 0xFFFF).to_bytes(2, "big")
     block[148:156] = b" " * 8
     block[148:156] = f"{sum(block):06o}".encode() + b"\0 "
-    (tmp_path / "a.tar").write_bytes(bytes(info.tobuf()) + bytes(block) + bytes(2048))
+    (tmp_path / "a.tar").write_bytes(2 * bytes(info.tobuf()) + bytes(block) + bytes(2048))  # back to the second
     assert "damaged" in refusal(WebDataset(str(tmp_path / "a.tar")))
 
 

@@ -38,11 +38,27 @@ def seconds_by_stage(figures: Mapping, lines: Iterable[Mapping]) -> dict[str, di
     return finished | {name: sums for name, sums in running.items() if sums}
 
 
+def stage_seconds(stage: Mapping) -> float | None:
+    """All seconds of a stage of report.json, as in its bar; `seconds` leaves out those lost or away."""
+    parts = stage.get("seconds_by_part")
+    return sum(parts.values()) if parts else stage.get("seconds")
+
+
+def seconds_outside(figures: Mapping, stages: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """{part: seconds} of the run's total in report.json that no stage has, such as the benchmarks after training."""
+    outside = {}
+    for part, seconds in (figures.get("seconds") or {}).items():
+        rest = seconds - sum(parts.get(part, 0.0) for parts in stages.values())
+        if rest > 0.01:
+            outside[part] = rest
+    return outside
+
+
 def render_section(figures: Mapping, lines: Sequence[Mapping]) -> str:
     """The section of the page; empty without measured times."""
     stages = seconds_by_stage(figures, lines)
-    if evaluate_seconds := (figures.get("seconds") or {}).get("evaluate"):
-        stages["afterwards"] = {"evaluate": evaluate_seconds}
+    if outside := seconds_outside(figures, stages):
+        stages["outside the stages"] = outside
     total: dict[str, float] = {}
     for seconds in stages.values():
         for part, value in seconds.items():
@@ -60,8 +76,10 @@ def render_section(figures: Mapping, lines: Sequence[Mapping]) -> str:
             f"<td class='number'>{fraction:.1%}</td></tr>"
         )
     longest = max(sum(seconds.values()) for seconds in stages.values())
+    rows.append(f"<tr><td>all</td><td class='number'>{total_seconds:,.1f} s</td><td class='number'>100.0%</td></tr>")
     bars = "".join(
-        f'<tr><td>{html.escape(name)}</td><td style="width:80%">{render_bar(seconds, longest)}</td></tr>'
+        f"<tr><td>{html.escape(name)}</td><td class='number'>{sum(seconds.values()):,.1f} s</td>"
+        f'<td style="width:70%">{render_bar(seconds, longest)}</td></tr>'
         for name, seconds in stages.items()
     )
     update_fraction = total.get("step", 0.0) / total_seconds

@@ -17,6 +17,7 @@ import html
 import importlib.resources
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from lionjax.core.files import read_json, read_jsonl, write_atomic
 from lionjax.core.types import CATEGORIES, Params, UserError
 from lionjax.data.rle import decode_rle
 from lionjax.evaluation.report import goodput, plots
-from lionjax.evaluation.report.metric_labels import METRIC_LABELS
+from lionjax.evaluation.report.metric_labels import METRIC_LABELS, describe_metric, format_number
 from lionjax.evaluation.report.plots import Overlay
 
 GALLERY_SIZE = 12  # answers shown per benchmark: the first ones of the file
@@ -57,11 +58,11 @@ def write_report(workdir: Path | str) -> Path:
     is_empty = report_file.is_file() and not report_file.stat().st_size  # after a power loss; the other files have more
     figures = {} if is_empty else read_json(report_file) or {}
     metrics = read_jsonl(workdir / "metrics.jsonl")
-    losses = [row for row in metrics if "loss" in row]
+    losses = [row for row in metrics if row.get("loss") is not None]
     answers = {p.stem: read_jsonl(p) for p in sorted((workdir / "evaluation").glob("*.jsonl"))}
     if not (figures or losses or answers):
         raise UserError(f"{workdir} holds no report.json, metrics.jsonl or evaluation/*.jsonl; give a run folder")
-    sections = [metrics_section(figures), stages_section(figures)]
+    sections = [metrics_section(figures), stage_changes_section(figures), stages_section(figures, losses)]
     if losses:
         sections.append(
             render_figure(
@@ -83,12 +84,51 @@ def write_report(workdir: Path | str) -> Path:
             ),
         ]
     if answers:
-        sections.append(render_legend())
-        sections += [render_gallery(name, rows, workdir) for name, rows in answers.items()]
+        names = sorted(answers, key=lambda name: not has_regions(answers[name]))
+        sections += [render_legend(), filter_controls([name.replace("_", " ") for name in names])]
+        sections += [render_gallery(name, answers[name], workdir) for name in names]
+        sections.append(filter_script())
     sections += [goodput.render_section(figures, metrics), speed_section(figures), environment_section(figures)]
     path = workdir / "report.html"
-    write_atomic(path, render_page(report_title(figures, workdir), "\n".join(filter(None, sections))).encode())
+    write_atomic(
+        path, render_page(report_title(figures, workdir), with_contents("\n".join(filter(None, sections)))).encode()
+    )
     return path
+
+
+def with_contents(body: str) -> str:
+    """The sections below a list of links to their headings, which get anchors."""
+    links: list[str] = []
+
+    def anchor(match: re.Match) -> str:
+        level, title = match.groups()
+        links.append(f'<a class="level{level}" href="#section{len(links)}">{title}</a>')
+        return f'<h{level} id="section{len(links) - 1}">{title}</h{level}>'
+
+    body = re.sub(r"<h([23])>(.*?)</h\1>", anchor, body)
+    return f'<nav aria-label="Contents">{" ".join(links)}</nav>\n{body}'
+
+
+def has_regions(rows: Sequence[Mapping]) -> bool:
+    """Whether answers of a benchmark show boxes or masks, predicted or true."""
+    return any(row.get(f"{kind}{part}") for row in rows for kind in ("", "truth_") for part in ("boxes", "masks"))
+
+
+def filter_controls(labels: Sequence[str]) -> str:
+    """The fields that choose among the answers on a page by benchmark, mark and words; `filter_script` obeys them."""
+    options = "".join(f"<option>{escape(label)}</option>" for label in dict.fromkeys(labels))
+    choices = '<option value="">right, wrong and unscored</option><option>right</option><option>wrong</option>'
+    return (
+        f'<p class="filters"><select id="benchmark"><option value="">all benchmarks</option>{options}</select> '
+        f'<select id="mark">{choices}</select> '
+        '<input id="words" type="search" placeholder="words of question or answer"> <span id="count"></span></p>'
+    )
+
+
+def filter_script() -> str:
+    """The script element of `filter_controls`, for the end of the page."""
+    script = importlib.resources.files("lionjax.evaluation.report").joinpath("results.js").read_text()
+    return f"<script>\n{script}</script>"
 
 
 def write_router_ratios(workdir: Path | str, params: Params) -> None:
@@ -141,21 +181,19 @@ def metrics_section(figures: Mapping) -> str:
     columns = list(dict.fromkeys(name for values in baselines.values() for name in values))
     rows = []
     for key in [*(k for k in METRIC_LABELS if k in metrics), *(k for k in metrics if k not in METRIC_LABELS)]:
-        label, template = METRIC_LABELS.get(key, (key.replace("_", " "), "{:.3f}"))
+        metric = describe_metric(key)
         baseline_values = [baselines.get(key, {}).get(column) for column in columns]
         values = [metrics[key], *(value for value in baseline_values if value is not None)]
-        bar_maximum = max(1.0, *values) if "%" in template else max(*values, 1e-9, 0)
-        interval = "–".join(template.format(edge) for edge in intervals.get(key) or ())
-        text_with_interval = (
-            f'{template.format(metrics[key])}<br><span class="faint">{interval}</span>' if interval else ""
-        )
-        cells = [f'<td class="number">{text_with_interval or template.format(metrics[key])}</td>']
-        cells += [number_cell("–" if value is None else template.format(value)) for value in baseline_values]
+        bar_maximum = max(*values, metric.best or 1e-9, 1e-9)
+        interval = "–".join(map(metric.format, intervals.get(key) or ()))
+        text = metric.format(metrics[key]) + (f'<br><span class="faint">{interval}</span>' if interval else "")
+        cells = [f'<td class="number">{text}</td>']
+        cells += [number_cell("–" if value is None else metric.format(value)) for value in baseline_values]
         bars = "".join(
             f'<div class="bar{" model" if i == 0 else ""}" style="width:{100 * max(n, 0) / bar_maximum:.1f}%"></div>'
             for i, n in enumerate(values)
         )
-        rows.append([escape(label), *cells, f'<td class="bars">{bars}</td>'])
+        rows.append([escape(metric.label), *cells, f'<td class="bars">{bars}</td>'])
     titles = ["this run", *(BASELINE_LABELS.get(column, column) for column in columns)]
     heads = ["", *(number_cell(title, "th") for title in titles), ""]
     return f"<h2>Metrics</h2>{render_table(heads, rows)}" if rows else ""
@@ -170,19 +208,55 @@ def baselines_by_metric(figures: Mapping) -> dict[str, dict[str, float]]:
     return by_metric
 
 
-def stages_section(figures: Mapping) -> str:
-    """The table of training stages: steps, time, first and last loss, trained parameters, frozen check."""
+def stage_changes_section(figures: Mapping) -> str:
+    """The benchmarks after each stage and what each stage changed; empty without benchmarks of an earlier stage.
+
+    The last stage's are the run's own metrics.
+    """
+    measured, final = dict(figures.get("stage_metrics") or {}), figures.get("metrics") or {}
+    names = [str(stage.get("name")) for stage in figures.get("stages") or ()]
+    if not any(measured.values()):
+        return ""
+    if names and final:
+        measured[names[-1]] = final
+    names = [name for name in dict.fromkeys((*names, *measured)) if name in measured]
+    keys = dict.fromkeys(key for name in names for key in measured[name])
+    keys = [key for key in keys if sum(key in measured[name] for name in names) > 1]
+    rows = []
+    for key in keys:
+        metric, cells, before = describe_metric(key), [], None
+        for name in names:
+            value = measured[name].get(key)
+            text = format_value(metric.template, value)
+            if value is not None and before is not None:
+                change = metric.format(value - before)
+                text += f" ({change if change.startswith('-') else '+' + change})"
+            before = before if value is None else value
+            cells.append(number_cell(text))
+        rows.append([escape(metric.label), *cells])
+    heads = ["", *(number_cell(f"after {name}", "th") for name in names)]
+    return f"<h2>What each stage changed</h2>{render_table(heads, rows)}" if rows else ""
+
+
+def stages_section(figures: Mapping, losses: Sequence[Mapping] = ()) -> str:
+    """The table of training stages: steps, time, first and last loss, trained parameters, frozen check.
+
+    The losses are the ends of the curve's running mean, which shows `losses`; without them those of report.json.
+    """
     rows = []
     for stage in figures.get("stages") or ():
+        curve = [row["loss"] for row in losses if str(row.get("stage", "")) == str(stage.get("name", ""))]
+        mean = plots.running_mean(np.array(curve, float)) if curve else None
+        first, last = (stage.get("loss_first"), stage.get("loss_last")) if mean is None else (mean[0], mean[-1])
         frozen = stage.get("frozen_unchanged")
         verdicts = {True: '<span class="right">bit for bit</span>', False: '<span class="wrong">no</span>'}
         rows.append(
             [
                 escape(str(stage.get("name", ""))),
                 number_cell(format_value("{:,}", stage.get("steps"))),
-                number_cell(format_duration(stage.get("seconds"))),
-                number_cell(format_value("{:.3f}", stage.get("loss_first"))),
-                number_cell(format_value("{:.3f}", stage.get("loss_last"))),
+                number_cell(format_duration(goodput.stage_seconds(stage))),
+                number_cell(format_value("{:.3f}", first)),
+                number_cell(format_value("{:.3f}", last)),
                 number_cell(format_value("{:,}", stage.get("trainable_parameters"))),
                 verdicts.get(frozen, "–"),
             ]
@@ -217,7 +291,8 @@ def render_legend() -> str:
     samples = "".join(
         f'<span class="key {style}" style="border-color:{color}"></span>{label}' for color, style, label in keys
     )
-    return f'<h2>Answers</h2><p class="faint">Boxes:{samples}</p>'
+    masks = "Masks: prediction filled, ground truth as an outline."
+    return f'<h2>Answers</h2><p class="faint">Boxes:{samples}<br>{masks}</p>'
 
 
 def render_gallery(name: str, rows: Sequence[Mapping], workdir: Path) -> str:
@@ -229,7 +304,8 @@ def render_gallery(name: str, rows: Sequence[Mapping], workdir: Path) -> str:
         score, prediction = row.get("score"), str(row.get("prediction", row.get("answer", "")))
         mark = "" if score is None else "right" if score >= 0.5 else "wrong"
         sign = {"right": "✓ ", "wrong": "✗ "}.get(mark, "")
-        cards.append(render_card(image, str(row.get("question", "")), sign + prediction, mark, truth))
+        attributes = f' data-benchmark="{escape(name.replace("_", " "))}" data-mark="{mark}"'
+        cards.append(render_card(image, str(row.get("question", "")), sign + prediction, mark, truth, attributes))
         if image is not None:
             ink = {"right": "#00785a", "wrong": "#b4430a"}.get(mark, plots.LIGHT_THEME["ink"])
             lines = [(str(row.get("question", "")), plots.LIGHT_THEME["ink"]), (sign + prediction, ink)]
@@ -320,8 +396,8 @@ def number_cell(text: str, tag: str = "td") -> str:
 
 
 def format_value(template: str, value: Any) -> str:
-    """`template.format(value)`; "–" for None."""
-    return "–" if value is None else template.format(value)
+    """The value as text, without a minus before zero; "–" for None."""
+    return "–" if value is None else format_number(template, value)
 
 
 def format_duration(seconds: float | None) -> str:

@@ -47,11 +47,12 @@ def draw_overlays(image, overlays: Sequence[Overlay], min_side: int = 480) -> Im
     size = (round(canvas.width * scale), round(canvas.height * scale))
     canvas = canvas.resize(size, Image.Resampling.LANCZOS)
     colors = [overlay.color or PALETTE[i % len(PALETTE)] for i, overlay in enumerate(overlays)]
-    for overlay, color in zip(overlays, colors):
+    line_width = max(3, round(max(size) / 130))
+    for overlay, color in sorted(zip(overlays, colors), key=lambda pair: pair[0].dashed):  # outlines above fillings
         if overlay.mask is not None:
-            alpha = 0.0 if overlay.dashed else 0.45
-            canvas = blend_mask(canvas, np.asarray(overlay.mask, bool), color, alpha)
-    drawing, line_width = ImageDraw.Draw(canvas), max(3, round(max(size) / 130))
+            alpha, edge = (0.0, line_width) if overlay.dashed else (0.45, 2)
+            canvas = blend_mask(canvas, np.asarray(overlay.mask, bool), color, alpha, edge)
+    drawing = ImageDraw.Draw(canvas)
     for overlay, color in zip(overlays, colors):
         if overlay.box is not None:
             draw_box(drawing, box_to_pixels(overlay.box, size), color, line_width, overlay.dashed)
@@ -109,12 +110,12 @@ def mask_to_box(mask: np.ndarray | None) -> tuple[float, float, float, float]:
     return (None if mask is None else box_around(mask)) or (0.0, 0.0, 1.0, 1.0)
 
 
-def blend_mask(image: Image.Image, mask: np.ndarray, color: str, alpha: float) -> Image.Image:
-    """The image with the mask filled with a color at opacity `alpha` (0..1), and with an edge of that color."""
+def blend_mask(image: Image.Image, mask: np.ndarray, color: str, alpha: float, edge: int = 2) -> Image.Image:
+    """The image with the mask filled with a color at opacity `alpha` (0..1), and with an edge of `edge` pixels."""
     mask = np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
-    padded = np.pad(mask, 2)
+    padded = np.pad(mask, edge)
     inner = mask.copy()
-    for dy, dx in ((0, 2), (4, 2), (2, 0), (2, 4)):
+    for dy, dx in ((0, edge), (2 * edge, edge), (edge, 0), (edge, 2 * edge)):
         inner &= padded[dy : dy + mask.shape[0], dx : dx + mask.shape[1]]
     opacity = np.where(mask & ~inner, 0.95, np.where(mask, alpha, 0.0))[..., None]
     mixed = np.asarray(image) * (1 - opacity) + np.array(hex_to_rgb(color)) * opacity
@@ -250,7 +251,7 @@ def plot_router_ratios(ratios: Mapping[str, np.ndarray], tasks: Sequence[str], d
         heatmap = axis.imshow(flat, aspect="auto", cmap=colormap, vmin=low, vmax=high)
         for (row, column), value in np.ndenumerate(flat):
             text_color = contrast_color(to_hex(colormap(heatmap.norm(value))))
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=text_color)
+            axis.text(column, row, f"{value:z.2f}", ha="center", va="center", fontsize=8, color=text_color)
         labels = [f"{task.replace('_', ' ')}\nadapter {a}" for task in tasks for a in range(adapters)]
         axis.set_xticks(range(len(labels)), labels, fontsize=8)
         axis.set_yticks(range(layers), range(layers))

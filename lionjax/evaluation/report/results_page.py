@@ -7,7 +7,6 @@ embeds its images and works offline.
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,15 +122,10 @@ def gallery_section(entries: Sequence[Mapping[str, Any]], folder: Path) -> str:
         cards += [gallery_card(label, row, folder) for row in rows]
     if not cards:
         return ""
-    options = "".join(f"<option>{html.escape(label)}</option>" for label in dict.fromkeys(labels))
-    choices = '<option value="">right, wrong and unscored</option><option>right</option><option>wrong</option>'
-    controls = (
-        f'<p class="filters"><select id="benchmark"><option value="">all benchmarks</option>{options}</select> '
-        f'<select id="mark">{choices}</select> '
-        '<input id="words" type="search" placeholder="words of question or answer"> <span id="count"></span></p>'
+    return (
+        f"<h2>Answers</h2>{html.filter_controls(labels)}"
+        f'<div class="answers">{"".join(cards)}</div>{html.filter_script()}'
     )
-    script = importlib.resources.files("lionjax.evaluation.report").joinpath("results.js").read_text()
-    return f'<h2>Answers</h2>{controls}<div class="answers">{"".join(cards)}</div><script>\n{script}</script>'
 
 
 def gallery_card(label: str, row: Mapping[str, Any], folder: Path) -> str:

@@ -67,9 +67,10 @@ def test_all_time_of_a_run_is_in_its_report_and_its_lines(tmp_path):
     assert again["seconds"]["evaluate"] == 3.5
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]["evaluate"] == 3.5
     page = goodput.render_section(again, lines)
-    for words in ("<h2>Time</h2>", "updates", "saving", "compiling", "evaluation", "afterwards"):
+    for words in ("<h2>Time</h2>", "updates", "saving", "compiling", "evaluation", "outside the stages"):
         assert words in page
     assert "writing checkpoints took" in page
+    assert f"of {sum(again['seconds'].values()):,.1f} s were training updates" in page
 
 
 def test_lost_and_away_time_does_not_count_as_stage_time():
@@ -86,3 +87,16 @@ def test_a_stage_that_still_runs_is_drawn_from_its_lines():
     page = goodput.render_section(figures, lines)
     assert "71.4% of 14.0 s were training updates" in page and "waiting for data" in page
     assert goodput.render_section({}, []) == ""
+
+
+def test_evaluation_within_a_stage_counts_once():
+    figures = {
+        "stages": [{"name": "one", "seconds": 6.0, "seconds_by_part": {"step": 4.0, "evaluate": 2.0, "away": 3.0}}],
+        "seconds": {"step": 4.0, "evaluate": 7.0, "away": 3.0, "start": 1.0},
+    }
+    assert goodput.seconds_outside(figures, goodput.seconds_by_stage(figures, [])) == {"evaluate": 5.0, "start": 1.0}
+    page = goodput.render_section(figures, [])
+    assert "26.7% of 15.0 s were training updates" in page
+    for row in ("one</td><td class='number'>9.0 s", "outside the stages</td><td class='number'>6.0 s"):
+        assert row in page
+    assert goodput.stage_seconds(figures["stages"][0]) == 9.0

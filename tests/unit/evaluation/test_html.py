@@ -2,6 +2,7 @@
 """The page of a run."""
 
 import html.parser
+import inspect
 import json
 import re
 
@@ -11,9 +12,11 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from lionjax.core.types import UserError
+from lionjax.evaluation import detection, tasks
 from lionjax.evaluation.report import html as report_of
 from lionjax.evaluation.report import plots
 from lionjax.evaluation.report.html import write_report
+from lionjax.evaluation.report.metric_labels import METRIC_LABELS, describe_metric
 
 FIGURES = {
     "config": {"name": "toy <run>"},
@@ -50,12 +53,14 @@ class Reader(html.parser.HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.words, self.addresses, self.open = [], [], []
+        self.words, self.addresses, self.open, self.ids, self.data = [], [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.addresses += [value for name, value in attributes if name in ("src", "srcset", "href")]
-        if tag not in ("meta", "img", "source", "link", "br"):
+        self.ids += [value for name, value in attributes if name == "id"]
+        self.data += [dict(attributes)] if dict(attributes).get("class") == "answer" else []
+        if tag not in ("input", "meta", "img", "source", "link", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -105,8 +110,8 @@ def test_report_page_shows_every_figure_of_the_run(run):
         "VQA, accuracy 84.3% 51.0% 40.0%",
         "Captioning, CIDEr-D 1.500",
         "brand new 0.250",
-        "one 1,200 1 min 15 s 4.000 0.500 412,032 bit for bit",
-        "two 5 1 h 6 min 1.000 0.900 7 no",
+        "one 1,200 1 min 15 s 1.000 0.125 412,032 bit for bit",  # as the curve begins and ends
+        "two 5 1 h 6 min 1.000 0.125 7 no",
         "61.2 images/s, 2.00 GiB peak memory",
         "PyTorch round trip exact",
         "jax 0.10.2",
@@ -125,8 +130,69 @@ def test_the_report_is_valid_html_without_external_files(run):
     text = write_report(run).read_text()
     page = Reader(text)
     assert page.open == []
-    assert page.addresses and all(a.startswith("data:image/") for a in page.addresses)
+    images = [address for address in page.addresses if not address.startswith("#")]
+    assert images and all(address.startswith("data:image/") for address in images)
     assert not re.search(r"https?://|url\(|@import", text)
+
+
+def test_contents_list_every_heading_and_their_links_lead_there(run):
+    text = write_report(run).read_text()
+    page = Reader(text)
+    links = [address[1:] for address in page.addresses if address.startswith("#")]
+    assert links == [name for name in page.ids if name.startswith("section")]
+    contents = text[text.index("<nav") : text.index("</nav>")]
+    headings = re.findall(r"<h[23] id=[^>]*>(.*?)</h", text)
+    assert len(links) == len(headings) and all(f">{title}</a>" in contents for title in headings)
+
+
+def test_answers_with_boxes_come_first_and_wrong_ones_can_be_chosen(run):
+    text = write_report(run).read_text()
+    page = Reader(text)
+    assert text.index(">rec</h3>") < text.index(">blind</h3>")  # not in the order of their names
+    assert [card["data-benchmark"] for card in page.data] == ["rec"] * 12 + ["blind"]
+    assert [card["data-mark"] for card in page.data] == ["right", "wrong"] * 6 + [""]
+    assert {"benchmark", "mark", "words", "count"} <= set(page.ids) and "card.dataset.mark === mark" in text
+
+
+def test_what_each_stage_changed_stands_in_a_row_of_each_metric():
+    figures = {
+        "stages": [{"name": "one"}, {"name": "two"}],
+        "stage_metrics": {"one": {"vqa_accuracy": 0.5, "rec_accuracy_50": 0.25, "caption_cider": 2.0}},
+        "metrics": {"vqa_accuracy": 0.625, "rec_accuracy_50": 0.2, "caption_cider": 2.00001, "reg_cider": 1.0},
+    }
+    said = " ".join(Reader(report_of.stage_changes_section(figures)).words)
+    assert "after one after two VQA, accuracy 50.0% 62.5% (+12.5%)" in said
+    assert "accuracy at IoU > 0.5 25.0% 20.0% (-5.0%)" in said
+    assert "CIDEr-D 2.000 2.000 (+0.000)" in said and "REG" not in said
+    assert report_of.stage_changes_section({"metrics": figures["metrics"]}) == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("coco_rec_accuracy_50", 0.5, ("REC (expression to box) on coco, accuracy at IoU > 0.5", "50.0%", 1.0)),
+        ("vqa_accuracy_teacher_forced", 1.0, ("VQA with teacher forcing, accuracy", "100.0%", 1.0)),
+        ("reason_giou", 0.25, ("Reasoning (inferred object to mask), gIoU", "25.0%", 1.0)),
+        ("caption_cider", 1.5, ("Captioning, CIDEr-D", "1.500", 10.0)),
+        ("new_task_f1", -0.0001, ("New task, F1", "0.0%", 1.0)),
+        ("brand_new", -0.25, ("brand new", "-0.250", None)),
+    ],
+)
+def test_metrics_are_named_and_scaled_by_their_own_range(key, value, shown):
+    metric = describe_metric(key)
+    assert (metric.label, metric.format(value), metric.best) == shown
+
+
+def test_every_benchmark_has_a_name_for_each_of_its_metrics():
+    source = inspect.getsource(tasks) + inspect.getsource(detection)
+    keys = set(re.findall(r"\"((?:\w+)_(?:cider|bleu4|f1|ciou|giou|accuracy(?:_50)?|recall_1|silent))\"", source))
+    missing = {key for key in keys if key not in METRIC_LABELS and key.count("_") > 0} - {"macro_f1"}
+    assert len(keys) > 10 and not missing
+
+
+def test_a_bar_is_as_long_as_its_share_of_the_metrics_range():
+    page = report_of.metrics_section({"metrics": {"vqa_accuracy": 0.5, "caption_cider": 2.5, "odd": 4.0}})
+    assert re.findall(r"width:([\d.]+)%", page) == ["25.0", "50.0", "100.0"]
 
 
 @pytest.mark.slow

@@ -151,3 +151,14 @@ def test_figures_have_the_color_of_their_page(dark, tmp_path):
     figure.savefig(tmp_path / "loss.png")
     corner = Image.open(tmp_path / "loss.png").convert("RGB").getpixel((1, 1))
     assert corner == plots.hex_to_rgb((plots.DARK_THEME if dark else plots.LIGHT_THEME)["page"])
+
+
+def test_the_true_mask_is_visible_where_the_prediction_covers_it():
+    mask = np.zeros((64, 64), bool)
+    mask[16:48, 16:48] = True
+    truth = plots.Overlay(color=plots.TRUTH_COLOR, dashed=True, mask=mask)
+    predicted = plots.Overlay(color=plots.PREDICTION_COLOR, mask=np.ones((64, 64), bool))
+    pixels = np.asarray(plots.draw_overlays(np.full((64, 64, 3), 128, np.uint8), [truth, predicted], 64)).astype(int)
+    like_truth = np.abs(pixels - plots.hex_to_rgb(plots.TRUTH_COLOR)).sum(-1) < 40
+    assert like_truth[17, 20:44].all() and like_truth[20:44, 46].all()  # its outline
+    assert not like_truth[24:40, 24:40].any()  # and not its inside

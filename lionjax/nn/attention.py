@@ -107,6 +107,27 @@ def segmented_attention(query_BLNH, kv_segments, mask=None, bias=None, scale: fl
     )
 
 
+def copying_inits(sharpness: float) -> tuple:
+    """Initializers of q, k, v and o with which attention copies what resembles its query, for inputs of one width.
+
+    q and k are one orthogonal matrix, so that a source vector scores `sharpness` times its product with the query; v is
+    another one, which o inverts.
+    """
+
+    def orthogonal(number: int, factor: float):
+        def init(key, shape, dtype=jnp.float32):  # the same values for every key
+            matrix = nn.initializers.orthogonal()(jax.random.key(number), (shape[0], math.prod(shape[1:])), dtype)
+            return (factor * matrix).reshape(shape)
+
+        return init
+
+    def inverse(key, shape, dtype=jnp.float32):
+        return orthogonal(1, 1.0)(key, shape[::-1], dtype).T
+
+    match = orthogonal(0, sharpness**0.5)
+    return (match, match, orthogonal(1, 1.0), inverse)
+
+
 class Attention(nn.Module):
     """Multi-head attention of x (B, L, D) to itself or to a source (B, S, D').
 

@@ -41,7 +41,12 @@ from lionjax.nn.lora import LoraConfig
 @renamed_fields()
 @dataclasses.dataclass(frozen=True)
 class QFormerConfig(BertLayersConfig):
-    """Config; the defaults are BERT-base. `vocab_size` 30523 is that of bert-base-uncased with `[DEC]`."""
+    """Config; the defaults are BERT-base. `vocab_size` 30523 is that of bert-base-uncased with `[DEC]`.
+
+    `copy_sharpness`: attention to a source of the same width starts by copying what resembles its query (see
+    `attention.copying_inits`), in place of the trained attention of BERT and BLIP-2, and self-attention too, with a
+    sharpness of 1; None: random, as BERT's.
+    """
 
     num_query_tokens: int = 32
     cross_attention_frequency: int = 2
@@ -49,6 +54,7 @@ class QFormerConfig(BertLayersConfig):
     vocab_size: int = 30523
     max_positions: int = 512
     use_text_input: bool = True  # read the instruction (InstructBLIP); False: queries only (BLIP-2 after stage 1)
+    copy_sharpness: float | None = None
 
     @property
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
@@ -104,10 +110,15 @@ class PostNormBlock(nn.Module):
     separate_text_mlp: bool = False  # a feed-forward for the text; False: none
     zero_init_output: bool = False  # zero output projections at the start, as in LION's aggregator
     lora: LoraConfig = LoraConfig()
+    copy_sharpness: float | None = None
 
     def make_attention(self, name, source_width=None):
         out = zeros if self.zero_init_output else normal(0.02)
         inits = (normal(0.02), normal(0.02), normal(0.02), out)
+        if self.copy_sharpness is not None:
+            copying = attentions.copying_inits(1.0 if source_width is None else self.copy_sharpness)
+            wide = (normal(self.width**-0.5),) * 4  # which keeps the scale of sources of another width
+            inits = copying if source_width in (None, self.width) else wide
         head = self.width // self.num_heads
         return Attention(
             self.width,
@@ -186,6 +197,7 @@ class CrossAttentionGroup(nn.Module):
                 c.cross_attentions if member == 0 else (),
                 c.use_text_input,
                 lora=c.lora,
+                copy_sharpness=c.copy_sharpness,
                 name=f"block_{member}",
             )
             block_past_kv = None if past_kv is None else past_kv[member]

@@ -57,6 +57,8 @@ class VisualPrefixLM(VLM):
     - `add_image_end_token`: a learned embedding after the tokens of each image (mPLUG-Owl).
     - `image_token_id`: id in the prompt that the tokens of one image replace. A prompt without it has its images
       prepended if `prepend_image`, else it has no image. A row may have several images (B, K, H, W, C).
+    - `identity_init_scale`: the one linear of the projector starts as this multiple of the identity, for a connector
+      whose outputs are vectors of the language model already (see `QFormerConfig.copy_sharpness`); None: random.
     - `read_instruction`: a Q-Former that can read the question does so; False: not in this stage (Lyrics' captions).
     - `tagger`, `detector`: the experts of the same checkpoint, which the model does not run (see `experts`).
     - `torch_names`: names of the weights in torch, those of Hugging Face or of the original code.
@@ -82,6 +84,7 @@ class VisualPrefixLM(VLM):
     read_instruction: bool = True
     tagger: RamConfig | None = None
     detector: GroundingDinoConfig | None = None
+    identity_init_scale: float | None = None
 
     def __post_init__(self):
         check_choices(self, torch_names=TORCH_NAMES, projector_depth=(0, 1, 2))
@@ -98,6 +101,11 @@ class VisualPrefixLM(VLM):
             raise ValueError(
                 f"pool_stride is {self.pool_stride}; it must divide the {self.side} patches a side, and a stride "
                 "above 1 needs keep_class_token=False"
+            )
+        if self.identity_init_scale is not None and self.projector_depth != 1:
+            raise ValueError(
+                f"identity_init_scale is {self.identity_init_scale} and projector_depth {self.projector_depth}; the "
+                "identity needs one linear: set projector_depth to 1, or identity_init_scale to None"
             )
         if self.image_token_id is None and not self.prepend_image:
             raise ValueError("image_token_id is None and prepend_image is False; set one of them")
@@ -299,8 +307,9 @@ class VisualPrefixLMModule(nn.Module):
             self.latents = perceiver.build_connector(c.resampler)
             image_width = c.resampler.width
         if c.projector_depth == 1:
-            outputs = width * max(1, c.num_prefix_tokens)
-            self.projector = Dense(image_width, outputs, ("embed", None), lora=c.lora)
+            outputs, scale = width * max(1, c.num_prefix_tokens), c.identity_init_scale
+            init = normal(0.02) if scale is None else (lambda key, shape: scale * jnp.eye(*shape))
+            self.projector = Dense(image_width, outputs, ("embed", None), kernel_init=init, lora=c.lora)
         elif c.projector_depth == 2:
             self.projector = MLP(image_width, width, "gelu", out_features=width, lora=c.lora)
         if c.add_image_end_token:

@@ -12,6 +12,7 @@ import pytest
 
 from lionjax.core.types import UserError
 from lionjax.models.connectors.qformer import QFormer, QFormerConfig
+from lionjax.nn.attention import Attention, copying_inits
 
 SIZES = {"width": 12, "depth": 2, "num_heads": 2, "mlp_dim": 20, "num_query_tokens": 3, "vocab_size": 40}
 
@@ -33,3 +34,21 @@ def test_decoding_embeds_text_from_a_traced_position():
     whole = embed(jnp.ones((1, 4), jnp.int32), "float32")
     made = jax.jit(lambda offset: embed(ids, "float32", offset + jnp.arange(2)))(2)
     np.testing.assert_allclose(made, whole[:, 2:], atol=1e-6)
+
+
+def test_attention_that_starts_by_copying_gives_the_source_vector_that_resembles_its_query():
+    source_1SD = 4 * jnp.eye(8)[None, [1, 4, 6]]
+    attention = Attention(8, 2, 4, kernel_inits=copying_inits(40.0))
+    query_1QD = source_1SD[:, [2, 0]] + 0.3
+    params = attention.init(jax.random.key(0), query_1QD, source_1SD)
+    np.testing.assert_allclose(attention.apply(params, query_1QD, source_1SD), source_1SD[:, [2, 0]], atol=0.1)
+
+
+def test_the_attention_of_a_qformer_starts_by_copying_where_its_config_says_so():
+    config = dataclasses.replace(QFormerConfig(), **SIZES, vision_width=12, use_text_input=False)
+    assert config.copy_sharpness is None
+    init = jax.jit(QFormer(dataclasses.replace(config, copy_sharpness=0.5)).init)
+    params = nn.unbox(init(jax.random.key(0), jnp.zeros((1, 4, 12))))["params"]
+    attention = params["groups"]["block_0"]["cross_attention"]
+    q_DD, k_DD = (attention[name]["kernel"][0].reshape(12, 12) for name in "qk")
+    np.testing.assert_allclose(q_DD @ k_DD.T, 0.5 * np.eye(12), atol=1e-5)

@@ -23,7 +23,7 @@ import optax
 from lionjax.core import params as trees
 from lionjax.core import sharding
 from lionjax.data.processor import Processor, ProcessorConfig
-from lionjax.data.scenes import tasks, world
+from lionjax.data.scenes import naming, tasks, world
 from lionjax.data.scenes.tasks import box_to_text
 from lionjax.evaluation.metrics import regions
 from lionjax.models.language.decoder import Decoder, DecoderConfig
@@ -145,6 +145,11 @@ def digit_token_ids(processor: Processor) -> np.ndarray:
     boxes = [processor.prompt.encode_target(f"[{','.join([f'0.{digit}{digit}0'] * 4)}]") for digit in range(NUM_DIGITS)]
     indices = [1 + 4 * (position // 2) + position % 2 for position in range(NUM_DIGIT_POSITIONS)]
     return np.array(boxes)[:, indices].T
+
+
+def word_queries(table_VD: np.ndarray, processor: Processor) -> np.ndarray:
+    """The embeddings (16, D) of the words for shapes and colors, as which the queries of a tiny MQ-Former start."""
+    return np.stack([table_VD[processor.tokenizer.encode(word)[0]] for word in naming.WORDS])
 
 
 def edge_answer_ids(processor: Processor, example) -> list[int]:

@@ -62,9 +62,8 @@ BOX_HEADS = RegionHeadConfig(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--part", choices=("vision", "language", "alignment", "places", "decoder", "all"), default="all"
-    )
+    parts = ("vision", "language", "queries", "alignment", "places", "decoder", "all")
+    parser.add_argument("--part", choices=parts, default="all")
     parser.add_argument("--again", action="store_true", help="continue from the files in --out")
     parser.add_argument("--out", type=Path, default=Path("lionjax/data/assets"))
     args = parser.parse_args()
@@ -83,6 +82,10 @@ if __name__ == "__main__":
         schedules.save_params(params.pop("language"), "language", t5)
         schedules.save_params(params, "told", told)
         (out / "tiny_t5.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if args.part in ("queries", "all"):
+        table = schedules.load_params(t5)["language"]["embedding"]["table"]
+        queries = language.word_queries(table, processor.Processor(processor.ProcessorConfig(TINY_VIT.image_size)))
+        schedules.save_params({"queries": queries}, "qformer", out / "tiny_queries.safetensors", np.float16)
     if args.part in ("alignment", "all"):
         vision_params = schedules.load_params(vit)["vision"]
         reader_params = schedules.load_params(t5) | schedules.load_params(told)

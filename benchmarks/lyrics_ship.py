@@ -42,9 +42,12 @@ def shipped_experiment(experiment: Experiment) -> Experiment:
 
 
 def write_refiner(source: Path, out: Path) -> None:
-    """A refiner's folder with the weights alone: a detector that was trained here is a run folder."""
+    """A refiner's folder with the weights alone: a detector that was trained here is a run folder, else an export."""
     out.mkdir(parents=True)
-    loading.load(source / "detector").export(out / "detector", to="jax")
+    if (source / "detector" / "lionjax.json").is_file():
+        shutil.copytree(source / "detector", out / "detector")
+    else:
+        loading.load(source / "detector").export(out / "detector", to="jax")
     shutil.copytree(source / "tagger", out / "tagger")
     shutil.copyfile(source / refiner.SETTINGS_FILE, out / refiner.SETTINGS_FILE)
 

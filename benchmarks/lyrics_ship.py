@@ -34,11 +34,12 @@ SHIPPED_LEAVES = re.compile(r"vision/.*|language/(?!.*/lora_[ab]).*")
 
 
 def shipped_experiment(experiment: Experiment) -> Experiment:
-    """The config with the shipped weights alone, and without the folder of its training data."""
+    """The config with the shipped weights alone, and without the folders of its training data and features."""
     weights = tuple(entry for entry in experiment.weights if entry.file.startswith(SHIPPED))
     sources = tuple(dataclasses.replace(source, folder="") for source in experiment.data.sources)
     data = dataclasses.replace(experiment.data, sources=sources)
-    return dataclasses.replace(experiment, weights=weights, data=data)
+    settings = dataclasses.replace(experiment.run, feature_cache_dir="")
+    return dataclasses.replace(experiment, weights=weights, data=data, run=settings)
 
 
 def write_refiner(source: Path, out: Path) -> None:

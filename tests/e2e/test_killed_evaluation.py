@@ -42,7 +42,7 @@ def lines(run) -> str:
     return next((run / "evaluation").glob("*_vqa.jsonl")).read_text()
 
 
-def kill_once_kept(words: list[str], journal, count: int, setting: str = "") -> int:
+def kill_once_kept(words: list[str], journal, count: int, setting: str = "pass") -> int:
     """Kill a process with these words once its journal has `count` rows; returns how many it has then.
 
     `setting`: a statement that the process runs first.

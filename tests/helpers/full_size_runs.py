@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from paths import CONFIGS
+from paths import CONFIGS, EXPERIMENTS
 
 from lionjax.core import config, sharding
 from lionjax.data import pipeline
@@ -25,7 +25,7 @@ from lionjax.inference import loading
 from lionjax.tiny.shrink import shrink
 from lionjax.training import checkpoint, loop
 
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("tiny"))
+NAMES = [name for name in EXPERIMENTS if not name.startswith("tiny")]
 # In a file of tests by themselves, so that two processes share the work.
 REGION_NAMES = [name for name in NAMES if name.startswith(("kosmos2", "lion", "lisa", "nextchat", "shikra"))]
 # Without image tokens: enough for the prompt template with a question, with earlier rounds, and with boxes as digits.

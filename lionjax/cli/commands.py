@@ -62,7 +62,7 @@ def train(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def evaluate(args: argparse.Namespace, fields: list[str]) -> None:
-    """Run a benchmark, beside the majority baseline and the image-blind one. Or score answers to a published one."""
+    """Run a benchmark, beside baselines with the most frequent answers. Or score answers to a published one."""
     if score_command.is_published(args):
         score_command.evaluate(args, fields)
         return

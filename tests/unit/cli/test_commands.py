@@ -140,9 +140,9 @@ def test_train_passes_the_config_with_overrides_to_the_training_loop(toy, tmp_pa
     words = ["train", toy, *overrides, "--workdir", str(tmp_path), "--mesh.data", "-1"]
     before = time.time()
     assert cli.main(words) == 0
-    *given, began = seen
+    *given, began, evaluator = seen
     assert given == [config.load(toy, overrides), tmp_path, pipeline.batches]
-    assert before <= began <= time.time()
+    assert before <= began <= time.time() and evaluator is None
     kept = json.loads((tmp_path / "routers.json").read_text())
     assert kept == {"blocks adapters": np.ones((3, 2, 2)).tolist()}
 

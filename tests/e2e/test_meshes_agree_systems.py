@@ -34,11 +34,9 @@ def on_one_device():
 
 # Lyrics differs from BLIP-2 and InstructBLIP in its regions only.
 CASES = [(name, mesh) for name in SYSTEMS for mesh in ("data", "fsdp", "all") if mesh == "all" or "lyrics" not in name]
-# A run draws its parameters once for all stages. Beside LION, the toy of test_meshes_agree.py has been on every mesh.
-FIRST = [("lion", "data"), ("lion", "fsdp")] + [(name, "all") for name in SYSTEMS if not name.endswith(", masks")]
 
 
-@pytest.mark.parametrize("name, mesh", FIRST)
+@pytest.mark.parametrize("name, mesh", CASES)
 def test_first_parameters_do_not_depend_on_the_mesh(name, mesh):
     what, _ = SYSTEMS[name]
     assert fingerprints(what, mesh) == fingerprints(what, "one")

@@ -264,9 +264,9 @@ def run(argv: list[str]) -> None:
 
 
 def run_verb(args: argparse.Namespace, extra_args: list[str]) -> None:
-    """Run a verb; names of the hub among its arguments become the local folders, except where it pushes to."""
+    """Run a verb; names of the hub among its arguments become local folders, but not in texts and as targets."""
     for name, value in vars(args).items():
-        if str(value).startswith("hf:/") and name != "repository":
+        if str(value).startswith("hf:/") and name not in ("repository", "prompt", "message"):
             from lionjax.core import hub
 
             setattr(args, name, type(value)(hub.local_path(value)))

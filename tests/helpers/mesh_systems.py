@@ -192,6 +192,7 @@ def first_parameters(what: Experiment, mesh_name: str):
 
 
 @functools.cache
+@functools.cache
 def fingerprints(what: Experiment, mesh_name: str) -> dict:
     """{path: checksum} of a run's first parameters on a mesh."""
     return checkpoint.leaf_checksums(trees.merge(*first_parameters(what, mesh_name)))

@@ -19,7 +19,7 @@ from PIL import Image
 from lionjax import cli, convert
 from lionjax.cli import entry
 from lionjax.cli.errors import describe_error
-from lionjax.core import config
+from lionjax.core import config, hub
 from lionjax.core.errors import EXTRA_MODULES, RetryError
 from lionjax.core.types import UserError
 from lionjax.data import pipeline
@@ -85,6 +85,14 @@ def test_completion_scripts_name_every_verb(capsys):
     out = capsys.readouterr().out
     assert all(re.search(rf"[( ]{name}[) ]", out) for name in entry.build_parsers()[1])
     assert "choose from" in refused(capsys, "completion", "csh")
+
+
+def test_a_prompt_that_begins_as_a_name_of_the_hub_stays_a_text(monkeypatch):
+    monkeypatch.setattr(hub, "local_path", lambda value: Path("cache") / Path(value).name)
+    seen = []
+    verb = types.SimpleNamespace(run=lambda args, _: seen.append(args), dir=Path("hf://org/name"), prompt="hf://org/x?")
+    entry.run_verb(verb, [])
+    assert (seen[0].dir, seen[0].prompt) == (Path("cache/name"), "hf://org/x?")
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,8 @@ def test_vocabulary_padding_rows_are_zero_never_generated_and_never_exported(tmp
 
     one, other = (jax.tree.map(lambda w: w.astype(np.float32), params) for params in (one, other))
     few, many = run(plain, one), run(wide, other)
-    np.testing.assert_array_equal(few, many[..., :51])
+    # Products of unequal widths are summed in another order on some processors.
+    np.testing.assert_allclose(few, many[..., :51], rtol=1e-5, atol=1e-5)
     assert many.shape[-1] == 64 and (many[..., 51:] < -1e29).all()
     grads = jax.grad(lambda params: jax.nn.log_softmax(run(wide, params))[..., 5].sum())(other)
     assert not np.asarray(grads["embedding"]["table"])[51:].any()

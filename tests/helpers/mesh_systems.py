@@ -5,7 +5,6 @@ import dataclasses
 import functools
 
 import jax
-import leafwise
 import numpy as np
 import pytest
 import small_lion
@@ -192,17 +191,16 @@ def first_parameters(what: Experiment, mesh_name: str):
 
 
 @functools.cache
+def parameters_on_host(what: Experiment):
+    """The first parameters on one device: those that all stages start from on all meshes."""
+    return jax.device_get(first_parameters(what, "one"))
+
+
 @functools.cache
 def fingerprints(what: Experiment, mesh_name: str) -> dict:
     """{path: checksum} of a run's first parameters on a mesh."""
-    return checkpoint.leaf_checksums(trees.merge(*first_parameters(what, mesh_name)))
-
-
-@functools.cache
-def parameters_on_host(what: Experiment):
-    """The first parameters on one device, drawn leaf by leaf: those that all stages start from on all meshes."""
-    with leafwise.drawn():
-        return jax.device_get(first_parameters(what, "one"))
+    parts = parameters_on_host(what) if mesh_name == "one" else first_parameters(what, mesh_name)
+    return checkpoint.leaf_checksums(trees.merge(*parts))
 
 
 def trained(what: Experiment, number: int, mesh_name: str, updates: int = 3):

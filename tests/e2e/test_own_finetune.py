@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny_released
+from leafwise import runs_have_one_device  # noqa: F401
 
 import lionjax
 from lionjax.cli import main

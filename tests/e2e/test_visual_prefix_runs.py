@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_prefix as tiny
 from chat_prompts import lengths
+from leafwise import runs_have_one_device  # noqa: F401
 from paths import CONFIGS
 
 import lionjax
@@ -223,14 +224,17 @@ def test_a_llava_folder_of_transformers_loads_and_gives_the_same_answers(tmp_pat
     model = lionjax.load(tmp_path)
     c = model.processor.config
     assert (c.reader, c.image_token, c.padded) == ("decoder", tiny.IMAGE_TOKEN, True)
-    how = GenerationConfig(max_new_tokens=6, eos_token_id=2, pad_token_id=0, decoder_start_token_id=None)
+    # An answer that ends at once, as some random weights give it, would show nothing.
+    how = GenerationConfig(6, min_length=2, eos_token_id=2, pad_token_id=0, decoder_start_token_id=None)
     picture = pictures(1)[0]
     answer = model.answer([picture], ["What is this ?"], generation_config=how)[0]
     batch = model.processor.batch([ImageTextInput(picture, "What is this ?")])
     assert batch.prompt_BL[0, 0] == 1 and (batch.prompt_BL == tiny.IMAGE_TOKEN).sum() == 1
     asked = tiny.inputs(model.vlm, batch, answers=False, left=True)
     with torch.no_grad():
-        told = theirs.generate(**asked, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
+        told = theirs.generate(
+            **asked, max_new_tokens=6, min_new_tokens=2, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
     wanted = told[0, asked["input_ids"].shape[1] :].numpy()
     assert answer.text == model.processor.prompt.decode(wanted) and answer.text, f"seed {seed}"
 

@@ -57,6 +57,18 @@ def parameters_are_drawn_leafwise():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def runs_have_one_device():
+    """For the files of tests that import it: a mesh of one device, and first parameters drawn leaf by leaf."""
+    make_mesh = sharding.make_mesh
+
+    def one(*config, devices=None):
+        return make_mesh(*config) if len(config) > 1 else make_mesh(*config, devices=devices or jax.devices()[:1])
+
+    with mock.patch.object(sharding, "make_mesh", one), mock.patch.object(sharding, "init_sharded", init_leafwise):
+        yield
+
+
 def evaluated(jaxpr, consts, args) -> list:
     """The outputs of a jaxpr, step by step."""
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import json
 import sys
+import unicodedata
 from pathlib import Path
 
 from lionjax.cli.language_model import add_language_model_arguments, open_language_model
@@ -84,6 +85,8 @@ def agent(args: argparse.Namespace) -> None:
 
     if args.lm is None and not args.model:
         raise UserError("there is no language model; give --lm DIR, or --model NAME of an endpoint")
+    if not all(prompt.strip() for prompt in args.prompt):
+        raise UserError("--prompt is empty; give a question about the images")
     config = styles.AgentConfig(args.style, args.rounds, args.max_tokens, args.show, args.compatible)
     toolbox, names = _open_toolbox(args, resize=args.style == "visual-chatgpt")
     model = open_language_model(args, "agent")
@@ -104,10 +107,16 @@ def agent(args: argparse.Namespace) -> None:
 
 
 def _print_turn(turn) -> None:
-    print(f"> {turn.question}")
+    print(_printable(f"> {turn.question}"))
     for step in turn.steps:
-        print(f"  {step.tool} {step.arguments}\n    {step.observation}")
-    print(turn.answer)
+        print(_printable(f"  {step.tool} {step.arguments}\n    {step.observation}"))
+    print(_printable(turn.answer))
+
+
+def _printable(text: str) -> str:
+    """The text without what steers a terminal; a language model wrote it."""
+    is_steering = (char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cs") for char in text)
+    return "".join(ascii(char)[1:-1] if steers else char for char, steers in zip(text, is_steering))
 
 
 def _open_toolbox(args: argparse.Namespace, resize: bool):

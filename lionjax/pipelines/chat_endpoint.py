@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from lionjax.core.errors import RetryError, UserError, check_choices, check_ranges
 from lionjax.core.journal import Journal, journal_key
-from lionjax.pipelines.completion import Completion, Request, ToolCall, num_characters
+from lionjax.pipelines.completion import Completion, Request, ToolCall, num_characters, valid_text, valid_texts
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ class ChatEndpoint:
             except (MalformedReplyError, openai.APIResponseValidationError, json.JSONDecodeError) as error:
                 num_malformed += 1
                 if num_malformed > MAX_MALFORMED:
-                    raise MalformedReplyError(str(error)) from error
+                    raise MalformedReplyError(redact(str(error))) from error
         row["seconds"] = round(time.monotonic() - began, 3)
         return self.journal.add(self.key(request), row)
 
@@ -209,9 +209,9 @@ class ChatEndpoint:
         fields |= {"stop": list(request.stop)} if request.stop else {}
         fields |= {"logprobs": True if is_chat else 1} if with_log_probs else {}
         if not is_chat:
-            return client.completions.create(prompt=request.prompt, **fields)
+            return client.completions.create(prompt=valid_text(request.prompt), **fields)
         fields |= {"tools": list(request.tools)} if request.tools else {}
-        return client.chat.completions.create(messages=list(request.messages), **fields)
+        return client.chat.completions.create(messages=valid_texts(request.messages), **fields)
 
     def _open_client(self) -> Any:
         import openai
@@ -232,19 +232,23 @@ class ChatEndpoint:
         try:
             choice = reply.choices[0]
             is_chat = self.config.api == "chat"
-            text = choice.message.content if is_chat else choice.text
+            text = _read_content(choice.message.content) if is_chat else choice.text
             refusal = getattr(choice.message, "refusal", None) if is_chat else None
             calls = _read_tool_calls(choice.message) if is_chat else []
+            reason = choice.finish_reason or "stop"
         except (AttributeError, IndexError, TypeError) as error:
-            raise MalformedReplyError(f"{str(reply)[:60]!r}") from error
+            raise MalformedReplyError(f"{_redacted_start(reply)!r}") from error
+        if not (isinstance(text, str | None) and isinstance(reason, str)):
+            raise MalformedReplyError(f"{_redacted_start(text)!r}, finish_reason {_redacted_start(reason)!r}")
         tokens, log_probs = _read_log_probs(choice, is_chat)
         usage = getattr(reply, "usage", None)
         counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-        is_counted = all(isinstance(count, int) for count in counts)
+        is_counted = all(isinstance(count, int) and count >= 0 for count in counts)
         if not is_counted:
             counts = [self.count_tokens(request.prompt), self.count_tokens(text or "")]
         with self._lock:
-            self.created = getattr(reply, "created", None) or self.created
+            created = getattr(reply, "created", None)
+            self.created = created if isinstance(created, int) else self.created
             self.usage.num_asked += 1
             self.usage.num_estimated += not is_counted
             self.usage.prompt_tokens += counts[0]
@@ -254,7 +258,7 @@ class ChatEndpoint:
             "text": redact(text or ""),
             "tokens": list(map(redact, tokens)),
             "token_log_probs": log_probs,
-            "finish_reason": "refusal" if is_refusal else choice.finish_reason or "stop",
+            "finish_reason": "refusal" if is_refusal else redact(reason),
             "prompt_tokens": counts[0],
             "completion_tokens": counts[1],
         }
@@ -344,14 +348,22 @@ def api_key() -> str:
 
 
 def redact(text: str) -> str:
-    """The text with the key, which a server may send back, as stars; keys that are too short to be one stay."""
-    key = api_key()
+    """What a server sent, with the key as stars where it sends it back; keys that are too short to be one stay.
+
+    Lone surrogates, which a reply may have and no file, are replaced.
+    """
+    key, text = api_key(), valid_text(text)
     return text.replace(key, "***") if len(key) >= MIN_KEY_LENGTH else text
+
+
+def _redacted_start(reply: object) -> str:
+    """The first words of what a server sent."""
+    return redact(str(reply))[:60]
 
 
 def estimate(text: str) -> int:
     """About the number of tokens of an English text."""
-    return -(-len(text.encode()) // BYTES_PER_TOKEN)
+    return -(-len(valid_text(text).encode()) // BYTES_PER_TOKEN)
 
 
 def max_tokens_of(request: Request, count_tokens: Callable[[str], int] = estimate) -> int:
@@ -390,6 +402,14 @@ def _read_log_probs(choice: Any, is_chat: bool) -> tuple[list[str], list[float]]
     if not all(isinstance(token, str) and isinstance(value, int | float) for token, value in pairs):
         return [], []
     return [token for token, _ in pairs], [float(value) for _, value in pairs]
+
+
+def _read_content(content: object) -> object:
+    """A content's text; that of its parts of type text, joined, where a server sends parts."""
+    if not isinstance(content, list):
+        return content
+    parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(parts) if all(isinstance(part, str) for part in parts) else content
 
 
 def _read_tool_calls(message: Any) -> list[list[str]]:

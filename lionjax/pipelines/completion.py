@@ -117,6 +117,24 @@ class LanguageModel(Protocol):
         """What report.json says of the model and of its use so far."""
 
 
+def valid_text(text: str) -> str:
+    """The text with halves of surrogate pairs joined and lone ones, which no encoding of files has, as U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def valid_texts(tree: Any) -> Any:
+    """A tree of dicts, lists and tuples with `valid_text` of all texts in it."""
+    if isinstance(tree, Mapping):
+        return {valid_text(name): valid_texts(part) for name, part in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [valid_texts(part) for part in tree]
+    return valid_text(tree) if isinstance(tree, str) else tree
+
+
 def num_characters(request: Request) -> int:
     """The length of what a model reads: the conversation, calls in it and the schemas of its tools."""
     calls = [one["tool_calls"] for one in request.messages if one.get("tool_calls")]

@@ -24,7 +24,7 @@ from lionjax.pipelines.agents.turns import (
     require_answer,
     run_tool,
 )
-from lionjax.pipelines.completion import CompletionRequest, LanguageModel
+from lionjax.pipelines.completion import ChatRequest, LanguageModel
 from lionjax.pipelines.tools.toolbox import Toolbox
 from lionjax.pipelines.tools.workspace import FOLDER
 
@@ -216,7 +216,8 @@ class VisualChatGptAgent:
         scratchpad = ""
         for _ in range(self.config.max_rounds):
             prompt = build_prompt(self.tools, self.history, text, scratchpad)
-            request = CompletionRequest(prompt, max_tokens=self.config.max_tokens, stop=STOP, may_be_cut=True)
+            messages = ({"role": "user", "content": prompt},)
+            request = ChatRequest(messages, max_tokens=self.config.max_tokens, stop=STOP, may_be_cut=True, text=prompt)
             reply = request_reply(self.model, request).text
             parsed = parse_reply(reply)
             if isinstance(parsed, str):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from lionjax.core.errors import UserError
+from lionjax.pipelines.completion import valid_text
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class Tool:
         """The result, JSON. Raises UserError, one sentence, for arguments that do not fit and for what goes wrong."""
         hints = self.hints
         if unknown := [name for name in arguments if name not in hints]:
-            raise UserError(f"{self.name} has no argument {unknown[0]!r:.80}; it takes {', '.join(hints)}")
+            known = ", ".join(hints) or "none"
+            raise UserError(f"{self.name} has no argument {unknown[0]!r:.80}; it takes {known}")
         if missing := [name for name in hints if name not in arguments and name not in self.optional]:
             raise UserError(f"{self.name} needs the argument {missing[0]}")
         checked = {name: _check(value, hints[name], name) for name, value in arguments.items()}
@@ -125,7 +127,7 @@ def _check(value: Any, hint: Any, name: str) -> Any:
             return float(value)
     elif hint is not float and type(value) is hint:
         if hint is not str or len(value) <= MAX_TEXT:
-            return value
+            return valid_text(value) if hint is str else value
         raise UserError(f"{name} has {len(value)} characters; give at most {MAX_TEXT}")
     raise UserError(f"{name} is {_abbreviate(value)}; give a {JSON_TYPES[hint]}")
 

@@ -87,6 +87,7 @@ def test_a_talk_with_two_tools_goes_over_the_wire_and_is_not_paid_for_twice(tmp_
         (["agent", "--prompt", "x", "--model", "m", "--lm", "d"], "both --lm and an endpoint"),
         (["agent", "--prompt", "x", "--model", "m", "--rounds", "0"], "max_rounds"),
         (["agent", "--prompt", "x", "--model", "m", "--style", "mm-react", "--show"], "--show"),
+        (["agent", "--prompt", "x", " ", "--model", "m"], "--prompt is empty"),
         (["tools", "--port", "80"], "add --mcp"),
         (["tools", "--image", "none.png"], "none.png"),
     ],

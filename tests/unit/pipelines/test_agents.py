@@ -5,14 +5,17 @@ import json
 import re
 
 import pytest
+from endpoint_server import chat_reply, endpoint_server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paths import ROOT
 from scripted_tools import ScriptedLanguageModel, open_toolbox, picture
 
+from lionjax.cli import tools as tools_command
 from lionjax.core.errors import UserError
 from lionjax.pipelines.agents import mm_react, mm_react_routes, visual_chatgpt
 from lionjax.pipelines.agents.styles import AgentConfig, open_agent, write_report
+from lionjax.pipelines.chat_endpoint import ChatEndpoint, EndpointConfig
 from lionjax.pipelines.completion import ChatRequest, Completion
 
 EXPECTED = json.loads((ROOT / "tests/golden/agents/expected.json").read_text())
@@ -253,6 +256,23 @@ def test_no_path_of_a_reply_outside_the_work_folder_is_opened(tmp_path, given):
     assert turn.answer == "I cannot."
 
 
+@pytest.mark.parametrize("style", ["tools", "visual-chatgpt", "mm-react"])
+def test_a_talk_over_the_wire_goes_on_after_replies_that_no_file_can_hold(tmp_path, style, capsys):
+    pytest.importorskip("openai")
+    odd = chat_reply("hm \ud800\x1b[2J")
+    call = {"id": "c", "type": "function", "function": {"name": "detect", "arguments": '{"words": "\\ud800"}'}}
+    odd["choices"][0] |= {"finish_reason": "tool_calls"}
+    odd["choices"][0]["message"] |= {"tool_calls": [call]}
+    replies = [odd, chat_reply("AI: a\ud800\x1b[2J"), *[chat_reply("AI: end")] * 3]
+    with endpoint_server(lambda body: replies.pop(0)) as server:
+        model = ChatEndpoint(EndpointConfig("m", server.url), tmp_path / "journal.jsonl")
+        agent, name = talk(tmp_path, model, style)
+        turn = agent.respond("hello \udc80", [name])
+    assert not turn.problem
+    tools_command._print_turn(turn)
+    assert "\x1b" not in capsys.readouterr().out.encode().decode()
+
+
 def test_endless_requests_end(tmp_path):
     model = ScriptedLanguageModel()
     agent, name = talk(tmp_path, model, "mm-react", max_rounds=4)
@@ -278,7 +298,8 @@ PIECES = st.sampled_from(
     "http://127.0.0.1:1/a.png|Detect the Give Object|Get Photo Description|objects |ocr |$(touch x)|{}|[0,0,1,1]|"
     "\\|\0|photo edit|' OR 1=1|%s{0}|Assistant, ocr /a.png /b.png".split("|")
 )
-REPLIES = st.lists(PIECES | st.text(max_size=12), max_size=12).map("".join)
+ODD = st.text(st.characters(), max_size=12) | st.sampled_from(["\ud800", "\x1b[2J"])  # with lone surrogates
+REPLIES = st.lists(PIECES | ODD, max_size=12).map("".join)
 CALLS = st.lists(
     st.tuples(st.sampled_from(["images", "crop", "detect", "eval"]) | st.text(max_size=5), REPLIES), max_size=3
 )

@@ -193,7 +193,10 @@ def test_a_cut_or_filtered_reply_is_counted_and_not_read(tmp_path):
     assert [reply.is_readable for reply in cut_counts] == [True, False, True] and len(server.bodies) == 3
 
 
-@pytest.mark.parametrize("rubbish", ["<html>It works!</html>", {"hello": 1}, {"choices": []}])
+WRONG_TYPES = [chat_reply({"a": 1}), chat_reply(["a", 1]), chat_reply("a", finish_reason=7)]
+
+
+@pytest.mark.parametrize("rubbish", ["<html>It works!</html>", {"hello": 1}, {"choices": []}, *WRONG_TYPES])
 def test_rubbish_is_asked_for_again_and_then_ends_the_run(tmp_path, rubbish):
     failure = Failure(200, rubbish)
     with endpoint_server(echo, [failure, failure]) as server:
@@ -202,6 +205,26 @@ def test_rubbish_is_asked_for_again_and_then_ends_the_run(tmp_path, rubbish):
         with pytest.raises(UserError, match="answers what is no completion.*ends in /v1"):
             endpoint(server, tmp_path).complete(requests(2)[1:])
     assert len(server.bodies) == 6
+
+
+@pytest.mark.parametrize("reply", [SECRET, [SECRET], {"choices": SECRET}, chat_reply([SECRET])])
+def test_a_reply_that_is_the_key_is_in_no_error(tmp_path, reply):
+    with endpoint_server(lambda body: reply) as server, pytest.raises(UserError, match="no completion") as caught:
+        endpoint(server, tmp_path).complete(requests(1))
+    assert SECRET[:12] not in str(caught.value)
+
+
+def test_a_reply_in_parts_of_text_is_read(tmp_path):
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    with endpoint_server(lambda body: chat_reply(parts)) as server:
+        assert texts(endpoint(server, tmp_path).complete(requests(1))) == ["a b"]
+
+
+def test_lone_surrogates_of_replies_and_prompts_are_replaced(tmp_path):
+    with endpoint_server(lambda body: chat_reply("a\ud800b\ud83d\ude00")) as server:
+        model = endpoint(server, tmp_path)
+        (reply,) = model.complete([CompletionRequest("\udc00?", max_tokens=5)])
+    assert reply.text == "a\ufffdb\U0001f600" and prompt_of(server.bodies[0]) == "\ufffd?"
 
 
 def test_the_budget_stops_before_the_request_that_would_pass_it(tmp_path, caplog):
@@ -241,8 +264,9 @@ def test_a_base_model_continues_the_prompt_itself(tmp_path):
     }
 
 
-def test_tokens_are_estimated_where_the_server_counts_none(tmp_path):
-    with endpoint_server(lambda body: chat_reply("four letters", usage=None)) as server:
+@pytest.mark.parametrize("usage", [(), (-(10**9), 3)])
+def test_tokens_are_estimated_where_the_server_counts_none(tmp_path, usage):
+    with endpoint_server(lambda body: chat_reply("four letters", usage=usage)) as server:
         model = endpoint(server, tmp_path)
         model.complete(requests(1))
     assert model.usage.num_estimated == 1 and (model.usage.prompt_tokens, model.usage.completion_tokens) == (3, 3)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lionjax.cli.errors import positive_int
 from lionjax.cli.language_model import add_language_model_arguments, open_language_model, print_plan
 
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ensemble", metavar="K", type=int, default=1, help="pica: prompts a question (paper: 5)")
     parser.add_argument("--no-tags", action="store_true", help="pica: the caption alone")
     parser.add_argument("--similarity", default="imagequestion", help="question or imagequestion (default)")
-    parser.add_argument("--limit", metavar="N", type=int, help="maximum number of questions")
+    parser.add_argument("--limit", metavar="N", type=positive_int, help="maximum number of questions")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn (default: 0)")
     add_language_model_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the number of requests and the first prompt")

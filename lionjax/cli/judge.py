@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lionjax.cli.errors import positive_int
 from lionjax.cli.language_model import add_language_model_arguments, open_language_model, print_plan
 
 BENCHMARKS = ("llava_bench", "owleval")
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reading", choices=("readable", "llava"), default="readable", help=reading_help)
     orders_help = "ask with the reference first and second, and take the mean of the scores"
     parser.add_argument("--both-orders", action="store_true", help=orders_help)
-    parser.add_argument("--limit", metavar="N", type=int, help="maximum number of questions")
+    parser.add_argument("--limit", metavar="N", type=positive_int, help="maximum number of questions")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of samples with --lm (default: 0)")
     add_language_model_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the number of requests and the first prompt")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lionjax.cli.errors import positive_int
 from lionjax.cli.language_model import add_language_model_arguments, open_language_model, print_plan
 
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--detector", metavar="DIR", type=Path, help="grounded: a folder with Grounding DINO")
     parser.add_argument("--tagger", metavar="DIR", type=Path, help="grounded: RAM, for images without captions")
-    parser.add_argument("--limit", metavar="N", type=int, help="maximum number of items")
+    parser.add_argument("--limit", metavar="N", type=positive_int, help="maximum number of items")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of what is drawn (default: 0)")
     add_language_model_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the number of requests and the first prompt")
@@ -60,11 +61,17 @@ def synthesize(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, generation, settings, items):
     """The report of a run; None for a dry run."""
     from lionjax.core.errors import UserError
+    from lionjax.core.files import make_folder, read_record
+    from lionjax.pipelines.instructions.records import REPORT_FILE
 
+    if args.kind == "grounded" and args.detector is None:
+        raise UserError("grounded captions need a detector; give --detector DIR")
+    make_folder(args.workdir)  # before anything is computed
+    there = read_record(args.workdir / REPORT_FILE).get("kind", args.kind)
+    if there != args.kind:
+        raise UserError(f"{args.workdir} has the records of {there!r:.40}; give each kind a --workdir of its own")
     images = generation.Images(args.images)
     if args.kind == "grounded":
-        if args.detector is None:
-            raise UserError("grounded captions need a detector; give --detector DIR")
         from lionjax.inference import detector, tagger
 
         found = detector.load(args.detector).padded_to(32)

@@ -111,6 +111,14 @@ def take_record(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it where they are missing. Raises UserError if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {path} cannot be made: {error.strerror}") from error
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file, None if there is no file. Raises UserError if it is not valid JSON."""
     if not path.is_file():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lionjax.core.errors import UserError
-from lionjax.core.files import append_jsonl, read_whole_lines
+from lionjax.core.files import append_jsonl, make_folder, read_whole_lines
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,10 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            make_folder(path.parent)
+        except OSError as error:
+            raise UserError(f"the folder {path.parent} cannot be made: {error.strerror}") from error
         _drop_torn_line(path)
         rows, num_damaged = read_whole_lines(path)
         if num_damaged:

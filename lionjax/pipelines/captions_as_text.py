@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lionjax.core.errors import UserError
-from lionjax.core.files import read_jsonl
+from lionjax.data.datasets.annotation_files import read_all_rows
 from lionjax.evaluation.metrics.regions import bootstrap_interval
 from lionjax.evaluation.metrics.vqa import vqa_accuracy
 from lionjax.pipelines.completion import CompletionRequest
@@ -60,7 +60,7 @@ def read_questions(path: Path) -> list[CaptionedQuestion]:
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}; give JSON Lines with question, captions and answers")
-    rows = [_parse_row(row, f"{path}, line {number}") for number, row in enumerate(read_jsonl(path), 1)]
+    rows = [_parse_row(row, f"{path}, line {number}") for number, row in enumerate(read_all_rows(path), 1)]
     if not rows:
         raise UserError(f"{path} has no questions; give at least one line")
     return rows

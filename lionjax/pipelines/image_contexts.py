@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lionjax.core.errors import UserError
-from lionjax.core.files import read_jsonl
 from lionjax.data.boxes import Box
+from lionjax.data.datasets.annotation_files import read_all_rows
 
 
 @dataclass(frozen=True)
@@ -33,37 +33,51 @@ class ImageContext:
         return {"id": self.id, "image": self.image, "captions": list(self.captions), "instances": instances}
 
 
-def read_contexts(path: Path) -> list[ImageContext]:
-    """The rows of a file. Raises UserError for a missing file, and for a row that is not of the form."""
+def read_contexts(path: Path, needs_captions: bool = True) -> list[ImageContext]:
+    """The rows of a file, gzipped or not. Raises UserError for a missing file, and for a row that is not of the form.
+
+    `needs_captions`: a row without a caption is not of the form.
+    """
     if not path.is_file():
         raise UserError(f"there is no file {path}; give JSON Lines of id, image, captions and instances")
-    rows = read_jsonl(path)
+    rows = read_all_rows(path)
     if not rows:
         raise UserError(f"{path} has no rows; give JSON Lines of id, image, captions and instances")
-    return [_to_context(row, f"{path}: row {number}") for number, row in enumerate(rows, 1)]
+    contexts = [_to_context(row, f"{path}: row {number}") for number, row in enumerate(rows, 1)]
+    if needs_captions:
+        for number, context in enumerate(contexts, 1):
+            if not any(context.captions):
+                raise UserError(f"{path}: row {number} has no captions; give a list of texts")
+    return contexts
 
 
 def _to_context(row: Any, where: str) -> ImageContext:
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
         raise UserError(f"{where} has no image; give an object with id, image, captions and instances")
-    captions = row.get("captions", row.get("caption"))
+    captions = row.get("captions", row.get("caption")) or []
     captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
-        raise UserError(f"{where} has no captions; give a list of texts")
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise UserError(f"{where} has captions that are no texts; give a list of texts")
     instances = row.get("instances", [])
     if not isinstance(instances, list):
         raise UserError(f"{where} has instances that are no list; give category and bbox of each")
     pairs = tuple(_to_instance(one, where) for one in instances)
-    return ImageContext(str(row.get("id", row["image"])), row["image"], tuple(map(str.strip, captions)), pairs)
+    name = row["image"] if row.get("id") is None else row["id"]
+    if not isinstance(name, str | int | float):
+        raise UserError(f"{where} has the id {name!r:.60}; give a text or a number")
+    return ImageContext(str(name), row["image"], tuple(map(str.strip, captions)), pairs)
 
 
 def _to_instance(one: Any, where: str) -> tuple[str, Box]:
     box = one.get("bbox") if isinstance(one, dict) else None
     if not isinstance(box, list) or len(box) != 4 or not isinstance(one.get("category"), str):
         raise UserError(f"{where} has an instance without category and bbox; give both")
-    if not all(isinstance(edge, int | float) and math.isfinite(edge) and 0 <= edge <= 1 for edge in box):
-        raise UserError(f"{where} has the box {box}; give x0, y0, x1, y1 in 0..1")
-    return one["category"], tuple(map(float, box))
+    is_number = [isinstance(edge, int | float) and not isinstance(edge, bool) for edge in box]
+    if not all(is_number) or not all(math.isfinite(edge) and 0 <= edge <= 1 for edge in box):
+        raise UserError(f"{where} has the box {box!r:.80}; give x0, y0, x1, y1 in 0..1")
+    if box[0] > box[2] or box[1] > box[3]:
+        raise UserError(f"{where} has the box {box}, whose end is before its start; give x0, y0, x1, y1")
+    return " ".join(one["category"].split()), tuple(map(float, box))  # a line break would begin another object
 
 
 def format_context(context: ImageContext, with_boxes: bool = True) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lionjax.core.errors import UserError, check_choices, check_ranges
-from lionjax.core.files import read_jsonl, write_json, write_jsonl
+from lionjax.core.files import make_folder, write_json, write_jsonl
+from lionjax.data.datasets.annotation_files import read_all_rows
 from lionjax.evaluation.metrics import judged
 from lionjax.evaluation.published.predictions import prediction_text, read_predictions
 from lionjax.pipelines.completion import ChatRequest, Completion, LanguageModel
@@ -78,7 +79,7 @@ def read_questions(questions: Path, context: Path, references: Path, answers: Pa
     for path in (questions, references, answers):
         if not path.is_file():
             raise UserError(f"there is no file {path}; give LLaVA-Bench's questions and the answers to them")
-    rows = read_jsonl(questions)
+    rows = read_all_rows(questions)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not all(key in row for key in ("question_id", "image", "text", "category")):
             raise UserError(f"{questions}: row {number} is no question; it has question_id, image, text and category")
@@ -150,7 +151,7 @@ def write_reviews(
     """
     described = model.describe()
     scored = [(row, review) for row, review in zip(rows, reviews, strict=True) if review.scores is not None]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lines = [
         {
             "question_id": row.question_id,

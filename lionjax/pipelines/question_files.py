@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lionjax.core.errors import UserError
-from lionjax.core.files import read_jsonl, write_jsonl
+from lionjax.core.files import write_jsonl
 from lionjax.core.journal import Journal, journal_key
 from lionjax.data import images
+from lionjax.data.datasets.annotation_files import read_all_rows
 from lionjax.inference.engine import Answer
 from lionjax.inference.model import Model
 
@@ -44,7 +45,7 @@ def read_questions(path: Path, prompt: str | None = None) -> list[dict[str, Any]
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}; give JSON Lines with image and prompt")
-    rows = read_jsonl(path)
+    rows = read_all_rows(path)
     if not rows:
         raise UserError(f"{path} has no rows; give JSON Lines with image and prompt")
     for number, row in enumerate(rows, 1):

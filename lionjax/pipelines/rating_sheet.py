@@ -6,7 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lionjax.core.errors import UserError
-from lionjax.core.files import read_jsonl
+from lionjax.core.files import make_folder
+from lionjax.data.datasets.annotation_files import read_all_rows
 from lionjax.data.images import open_image, safe_path
 from lionjax.evaluation.published.predictions import prediction_text, read_predictions
 from lionjax.pipelines.review_page import ReviewItem, write_page
@@ -26,7 +27,7 @@ def write_sheet(path: Path, questions: Path, answers: Path, images: Path | None,
     It saves ratings.jsonl, which `lionjax evaluate --benchmark owleval --predictions` scores. Raises UserError for
     files that cannot be read, and for a question without an answer.
     """
-    rows = read_jsonl(questions)[:limit] if questions.is_file() else []
+    rows = read_all_rows(questions)[:limit] if questions.is_file() else []
     if not rows:
         raise UserError(f"{questions} has no questions; give OwlEval's questions.jsonl")
     given, items = read_predictions(answers)[0], []
@@ -39,6 +40,6 @@ def write_sheet(path: Path, questions: Path, answers: Path, images: Path | None,
         image = None if images is None else open_image(safe_path(images, str(row["image"])))
         texts = {"Question": str(row["question"]), "Answer": prediction_text(given[name])}
         items.append(ReviewItem(name, texts, image))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_page(path, "OwlEval", items, RATINGS, "question_id", "rating", RATINGS_FILE)
     return len(items)

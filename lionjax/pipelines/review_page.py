@@ -16,7 +16,8 @@ from pathlib import Path
 from PIL import Image
 
 from lionjax.core.errors import UserError
-from lionjax.core.files import read_jsonl, write_atomic
+from lionjax.core.files import write_atomic
+from lionjax.data.datasets.annotation_files import read_all_rows
 
 IMAGE_SIDE = 384  # pixels of the longer side
 SCRIPT = """
@@ -89,7 +90,7 @@ def read_choices(path: Path, key: str, field: str, choices: Sequence[str]) -> di
     if not path.is_file():
         raise UserError(f"there is no file {path}; save it from the page")
     found: dict[str, str] = {}
-    for row in read_jsonl(path):
+    for row in read_all_rows(path):
         name, choice = (
             str(row.get(key)) if isinstance(row, dict) else "",
             row.get(field) if isinstance(row, dict) else 0,

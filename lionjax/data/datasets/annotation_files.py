@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lionjax.core.types import UserError
 from lionjax.data.datasets import typed_rows
@@ -85,6 +86,18 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         yield location, row
     if not is_any_json:
         raise UserError(f"{path} has no line of JSON; give a JSON list or one JSON object a line")
+
+
+def read_all_rows(path: Path) -> list[Any]:
+    """The rows of `read_rows`, none of an empty file. Raises UserError for the first line that is not JSON."""
+    if not read_text(path).strip():
+        return []
+    rows = []
+    for _, row in read_rows(path):
+        if isinstance(row, UserError):
+            raise row
+        rows.append(row)
+    return rows
 
 
 @contextlib.contextmanager

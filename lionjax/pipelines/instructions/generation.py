@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lionjax.core.errors import UserError, check_choices, check_ranges
-from lionjax.core.files import write_jsonl
+from lionjax.core.files import make_folder, write_jsonl
 from lionjax.data.images import open_image, safe_path
 from lionjax.pipelines import pica, promptcap
 from lionjax.pipelines.captions_as_text import CaptionedQuestion, read_questions
@@ -91,15 +92,19 @@ def synthesize(
     `captioner` writes the descriptions that "curation" rewrites, else the first captions are they. `review`: the
     choices of a person, as review.html saves them.
     """
+    sizes = [images.open(one.image).size for one in contexts] if settings.kind == "chain" else []  # before it costs
+    (name, count), *_ = Counter(context.id for context in contexts).most_common(1) or [("", 0)]
+    if settings.kind == "curation" and count > 1:
+        raise UserError(f"{count} rows have the id {name!r:.80}; give each its own, as a person's choices are by id")
     drafts = [curation.describe_image(captioner, images.open(one.image)) for one in contexts] if captioner else []
     replies = model.complete(build_requests(settings, contexts, few_shot, drafts))
     pairs = list(zip(contexts, replies, strict=True))
     if settings.kind == "chain":
         found = [
-            grounded_chains.to_outcome(one, reply, images.open(one.image).size, settings.version)
-            for one, reply in pairs
+            grounded_chains.to_outcome(one, reply, size, settings.version)
+            for (one, reply), size in zip(pairs, sizes, strict=True)
         ]
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_jsonl(folder / grounded_chains.SHIKRA_FILE, [row for _, row in found if row is not None])
         outcomes = [outcome for outcome, _ in found]
     elif settings.kind == "curation":
@@ -112,7 +117,7 @@ def synthesize(
 def _curated(settings: GenerationSettings, pairs, folder: Path, images: Images, review: Path | None) -> list[Outcome]:
     """The outcomes of descriptions: a page to choose on, or with a person's choices those that are kept."""
     outcomes = [curation.to_outcome(one, reply, settings.min_words, settings.seed) for one, reply in pairs]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     opener = images.open if images.folder is not None else None
     if review is None:
         curation.write_review(folder, outcomes, opener)
@@ -181,4 +186,4 @@ def read_input(
         return read_coco_contexts(path, instances)[:limit]
     if instances is not None:
         raise UserError(f"{path} has instances of its own; --instances goes with COCO's captions_SET.json")
-    return read_contexts(path)[:limit]
+    return read_contexts(path, needs_captions=settings.kind != "grounded")[:limit]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lionjax.core.files import write_json, write_jsonl
+from lionjax.core.files import make_folder, write_json, write_jsonl
 from lionjax.data.boxes import Box, box_to_text
 from lionjax.data.letterbox import Letterbox
 from lionjax.data.rounds import IMAGE_MARK
@@ -94,7 +94,7 @@ def write_outcomes(
     """Write the files of a run; returns the content of report.json: counts, reasons, settings, language model."""
     records = [outcome.record for outcome in outcomes if outcome.record is not None]
     refused = [outcome for outcome in outcomes if outcome.record is None]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / INSTRUCTIONS_FILE, records)
     rows = [{"id": one.id, "reason": one.reason, "reply": one.reply[:MAX_TEXT]} for one in refused]
     write_jsonl(folder / REFUSED_FILE, rows)

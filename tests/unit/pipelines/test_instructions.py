@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instruction data: LLaVA's kinds, Shikra's chains, MiniGPT-4's curation, PromptCap's and grounded captions."""
 
+import gzip
 import json
 from types import SimpleNamespace
 
@@ -330,7 +331,12 @@ def test_hostile_replies_are_records_or_reasons(text):
     [
         ({"id": 1}, "has no image"),
         ({"image": "a.jpg", "captions": "x", "instances": [{"category": "a", "bbox": [0, 0, 2, 1]}]}, "in 0..1"),
-        ({"image": "a.jpg", "captions": [1]}, "no captions"),
+        ({"image": "a.jpg", "captions": [1]}, "captions that are no texts"),
+        ({"image": "a.jpg", "captions": [" "]}, "no captions"),
+        ({"image": "a.jpg", "captions": []}, "no captions"),
+        ({"image": "a.jpg", "captions": ["x"], "id": [1]}, "has the id"),
+        ({"image": "a.jpg", "captions": "x", "instances": [{"category": "a", "bbox": [1, 0, 0, 1]}]}, "end is before"),
+        ({"image": "a.jpg", "captions": "x", "instances": [{"category": "a", "bbox": [True, 0, 1, 1]}]}, "in 0..1"),
         ({"image": "a.jpg", "captions": ["x"], "instances": [{"bbox": [0, 0, 1, 1]}]}, "category"),
     ],
 )
@@ -364,6 +370,46 @@ def test_cocos_files_are_contexts(tmp_path):
         generation.read_input(setting, FILES / "caps_boxes.jsonl", None, captions)
 
 
+CONTEXT = {
+    "id": None,
+    "image": "a.jpg",
+    "captions": ["x\u2028y"],
+    "instances": [{"category": "a\nb", "bbox": [0, 0, 1, 1]}],
+}
+
+
+def test_files_of_contexts_may_have_a_byte_order_mark_and_be_gzipped(tmp_path):
+    text = json.dumps(CONTEXT, ensure_ascii=False).encode("utf-8-sig")
+    for name, content in (("a.jsonl", text), ("a.jsonl.gz", gzip.compress(text))):
+        (tmp_path / name).write_bytes(content)
+        (context,) = read_contexts(tmp_path / name)
+        assert context.id == "a.jpg" and context.captions == ("x\u2028y",)
+        assert context.instances[0][0] == "a b"  # a line break would begin another object
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b'{"image": "a.jpg", "capt', b"[" * 100_000])
+def test_files_of_contexts_that_are_no_json_are_one_sentence(tmp_path, content):
+    (tmp_path / "c.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match="UTF-8|not valid JSON"):
+        read_contexts(tmp_path / "c.jsonl")
+
+
+def test_captions_are_needed_by_all_kinds_but_grounded(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"image": "a.jpg"}')
+    grounded = generation.GenerationSettings("grounded")
+    assert generation.read_input(grounded, tmp_path / "c.jsonl")[0].captions == ()
+    with pytest.raises(UserError, match="no captions"):
+        generation.read_input(generation.GenerationSettings("detail"), tmp_path / "c.jsonl")
+
+
+def test_what_is_missing_is_said_before_a_language_model_is_asked(tmp_path, contexts):
+    model = ScriptedLanguageModel(CHAIN)
+    for kind, message in (("chain", "no image"), ("curation", "rows have the id")):
+        with pytest.raises(UserError, match=message):
+            run(kind, [contexts[0]] * 2, model, tmp_path, generation.Images(tmp_path))
+    assert model.requests == []
+
+
 def test_the_image_folder_is_not_left(tmp_path, contexts):
     outside = [ImageContext("1", "../secret.jpg", ("a",), contexts[0].instances)]
     (tmp_path / "in").mkdir()
@@ -386,6 +432,9 @@ def test_the_command_writes_counts_and_mistakes_are_one_sentence(tmp_path, capsy
         (["synthesize", "grounded", *command[2:]], "--detector"),
         ([*command, "--few-shot", str(tmp_path / "none")], "system_message.txt"),
         (["synthesize", "chain", *command[2:], "--chain-version", "z"], "version is 'z'"),
+        ([*command, "--limit", "-1"], "above 0"),
+        (["synthesize", "detail", *command[2:], "--model", "m"], "has the records of 'conversation'"),
+        ([*command[:-1], str(FILES / "caps_boxes.jsonl")], "cannot be made"),
     ):
         assert entry.main(words) == 2
         error = capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_questions_without_an_image_or_a_prompt_are_refused_by_their_line(tmp_pa
         ("", "has no rows"),
         ('{"prompt": "?"}\n', "line 1 has no image"),
         ('{"image": "a.png", "prompt": "?"}\n{"image": "b.png"}\n', "line 2 has no prompt"),
-        ("{\n{}\n", "line 1 is not valid JSON"),
+        ("{\n{}\n", "line 1, is not valid JSON"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=sentence):

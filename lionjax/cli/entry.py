@@ -264,11 +264,19 @@ def run(argv: list[str]) -> None:
 
 
 def run_verb(args: argparse.Namespace, extra_args: list[str]) -> None:
-    """Run a verb; names of the hub among its arguments become local folders, but not in texts and as targets."""
+    """Run a verb; names of the hub and of buckets among its arguments become local folders, but not in texts.
+
+    Raises UsageError where such a name is to be written to.
+    """
     for name, value in vars(args).items():
-        if str(value).startswith("hf:/") and name not in ("repository", "prompt", "message"):
+        if str(value).startswith(("hf:/", "gs:/")) and name not in ("repository", "prompt", "message"):
             from lionjax.core import hub
 
+            if name in ("workdir", "out", "dst", "submission"):
+                raise UsageError(
+                    f"{name} is {str(value)!r}, but files are written to a file system: give a local folder and copy "
+                    f"it with `lionjax push DIR {value}`, or mount the bucket (gcsfuse)".replace(":/", "://")
+                )
             setattr(args, name, type(value)(hub.local_path(value)))
     args.run(args, extra_args)
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lionjax push`: upload an exported folder to the Hugging Face Hub, with a model card that says license and tags."""
+"""`lionjax push`: upload an exported folder to the Hugging Face Hub, with a model card that says license and tags.
+
+Or copy any folder, a run too, to a bucket of Google Cloud Storage.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ STAYS_HERE = ("lock", "*.tmp", ".cache/*")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `lionjax push`."""
-    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder that `lionjax convert` wrote")
-    parser.add_argument("repository", metavar="hf://ORG/NAME", help="where to; @BRANCH for another branch than main")
+    dir_help = "a folder that `lionjax convert` wrote, or a run for gs://"
+    parser.add_argument("dir", metavar="DIR", type=Path, help=dir_help)
+    target_help = "where to; @BRANCH for another branch than main. gs://BUCKET/PATH: a folder of a bucket"
+    parser.add_argument("repository", metavar="hf://ORG/NAME", help=target_help)
     license_help = "license of the weights by its name on the hub, such as apache-2.0 or llama2"
     parser.add_argument("--license", metavar="NAME", help=license_help)
     parser.add_argument("--tags", metavar="TAG", nargs="+", default=[], help="further tags of the model card")
@@ -22,13 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def push(args: argparse.Namespace, _) -> None:
-    """Upload a folder of weights to the Hugging Face Hub, with its model card, license and tags."""
-    from lionjax.core import files, hub
+    """Upload a folder of weights to the Hugging Face Hub with card, license and tags, or copy one to a bucket."""
+    from lionjax.core import bucket, files, hub
     from lionjax.core.types import UserError
     from lionjax.inference import loading
 
     if not args.dir.is_dir() or not any(args.dir.iterdir()):
         raise UserError(f"there is no folder {args.dir} with files; give one that `lionjax convert` wrote")
+    if bucket.is_bucket_name(args.repository):
+        print(bucket.upload(args.dir, args.repository))
+        return
     if loading.is_run(args.dir):
         raise UserError(f"{args.dir} is a run; push the folder that `lionjax convert {args.dir} DIR --to torch` writes")
     card = args.dir / CARD

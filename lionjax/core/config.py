@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import io
@@ -29,6 +30,7 @@ from lionjax.core.renamed import check_given_once, renames_of, report
 from lionjax.core.types import UserError
 
 log = logging.getLogger(__name__)
+_defaulted: list[str] = []  # fields that the config being read lacks
 
 ALLOWED_PACKAGES = "LIONJAX_ALLOW_PACKAGES"  # environment variable: packages with own classes, separated by ":"
 BOOLEAN_WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
@@ -296,8 +298,9 @@ def _to_plain(value: Any, path: str) -> Any:
 def from_json(text: str) -> Any:
     """The config in JSON text from `to_json`. Only dataclasses of lionjax and of allowed packages are constructed.
 
-    A missing field takes its default, which is logged. Raises UserError for an unknown field, a missing field without
-    a default, a value of the wrong type, and text that is not a config.
+    Missing fields, such as those of later versions, take their defaults; a process logs once which ones. Raises
+    UserError for an unknown field, a missing field without a default, a value of the wrong type, and text that is not a
+    config.
     """
     try:
         tree = json.loads(text)
@@ -305,7 +308,20 @@ def from_json(text: str) -> Any:
         raise UserError(f"the config is not valid JSON: {error}") from error
     if not isinstance(tree, dict) or "class" not in tree:
         raise UserError("the config must be a JSON object with the key 'class'")
-    return _from_plain(dict(tree), str(tree["class"]).rpartition(".")[2])
+    _defaulted.clear()
+    value = _from_plain(dict(tree), str(tree["class"]).rpartition(".")[2])
+    _report_defaults(tuple(_defaulted))
+    return value
+
+
+@functools.cache
+def _report_defaults(paths: tuple[str, ...]) -> None:
+    if paths:
+        log.warning(
+            "the config lacks fields of this version (%d), which are at their defaults: %s",
+            len(paths),
+            ", ".join(paths),
+        )
 
 
 def _from_plain(tree: dict[str, Any], path: str) -> Any:
@@ -325,7 +341,7 @@ def _from_plain(tree: dict[str, Any], path: str) -> Any:
         if name not in tree and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{path}: field {name!r} of {kind.__name__} is missing")
         if name not in tree:
-            log.warning("%s: field %r is missing; using its default", path, name)
+            _defaulted.append(f"{path}.{name}")
     values = {name: _coerce_type(tree[name], hints[name], f"{path}.{name}") for name in tree}
     return _construct(kind, values, path)
 

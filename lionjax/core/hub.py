@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lionjax.core import bucket
 from lionjax.core.errors import RetryError, UserError
 
 NAME = re.compile(
@@ -57,11 +58,13 @@ def parse_name(value: str | Path) -> HubName:
 
 
 def local_path(value: str | Path) -> Path:
-    """The local copy of a name of the hub, downloaded where it is not in the cache; other paths as they are.
+    """The local copy of a name of the hub or of a bucket (`core.bucket`), downloaded where needed; other paths as is.
 
     Raises UserError for a repository, revision or file that does not exist or needs a token, and RetryError where the
     hub does not answer.
     """
+    if bucket.is_bucket_name(value):
+        return bucket.download(value)
     if not is_hub_name(value):
         return Path(value)
     name = parse_name(value)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shared_data
+from leafwise import runs_have_one_device  # noqa: F401
 from PIL import Image
 
 import lionjax

@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import json
 import logging
-import math
 import threading
 import typing
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ Box = Annotated[list[float], "x0, y0, x1, y1 as fractions of the image's width a
 Boxes = Annotated[list[list[float]], "boxes, each x0, y0, x1, y1 as fractions of the image, in 0..1"]
 Labels = Annotated[str, "texts to draw beside the boxes, between commas; empty for none"]
 
-MAX_TEXT, MAX_ITEMS = 2000, 64  # characters of a text, entries of a list
+MAX_TEXT, MAX_ITEMS, MAX_NUMBER = 2000, 64, 1e9  # characters of a text, entries of a list
 JSON_TYPES = {str: "string", float: "number", int: "integer", bool: "boolean"}
 
 
@@ -67,15 +66,19 @@ class Tool:
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
 
-    def call(self, arguments: Mapping[str, Any]) -> Any:
-        """The result, JSON. Raises UserError, one sentence, for arguments that do not fit and for what goes wrong."""
+    def check(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments as the function takes them. Raises UserError, one sentence, for those that do not fit."""
         hints = self.hints
         if unknown := [name for name in arguments if name not in hints]:
             known = ", ".join(hints) or "none"
             raise UserError(f"{self.name} has no argument {unknown[0]!r:.80}; it takes {known}")
         if missing := [name for name in hints if name not in arguments and name not in self.optional]:
             raise UserError(f"{self.name} needs the argument {missing[0]}")
-        checked = {name: _check(value, hints[name], name) for name, value in arguments.items()}
+        return {name: _check(value, hints[name], name) for name, value in arguments.items()}
+
+    def call(self, arguments: Mapping[str, Any]) -> Any:
+        """The result, JSON. Raises UserError, one sentence, for arguments that do not fit and for what goes wrong."""
+        checked = self.check(arguments)
         with self.lock:
             try:
                 return _to_json(self.function(**checked))
@@ -119,12 +122,15 @@ def _check(value: Any, hint: Any, name: str) -> Any:
     if typing.get_origin(hint) is Annotated:
         return _check(value, typing.get_args(hint)[0], name)
     if typing.get_origin(hint) is list:
-        if not isinstance(value, list) or len(value) > MAX_ITEMS:
+        if not isinstance(value, list):
             raise UserError(f"{name} is {_abbreviate(value)}; give a list of at most {MAX_ITEMS}")
+        if len(value) > MAX_ITEMS:
+            raise UserError(f"{name} has {len(value)} entries; give at most {MAX_ITEMS}")
         return [_check(one, typing.get_args(hint)[0], name) for one in value]
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9:
-        if math.isfinite(value):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) < MAX_NUMBER:  # not so for NaN
             return float(value)
+        raise UserError(f"{name} has a number that is not finite or {MAX_NUMBER:.0e} and more; give a smaller one")
     elif hint is not float and type(value) is hint:
         if hint is not str or len(value) <= MAX_TEXT:
             return valid_text(value) if hint is str else value

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import inspect
 import io
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from lionjax.core.errors import UserError
+from lionjax.pipelines.tools import definition
 from lionjax.pipelines.tools.definition import Tool
 from lionjax.pipelines.tools.toolbox import Toolbox
 
@@ -35,9 +37,6 @@ def build_server(toolbox: Toolbox) -> MCPServer:
         from mcp.server.mcpserver import Image
     except ImportError as error:
         raise UserError("an MCP server needs the mcp package; install it with pip install 'lionjax[mcp]'") from error
-    server = MCPServer("lionjax", instructions=INSTRUCTIONS)
-    for tool in toolbox.tools:
-        server.add_tool(_adapt(tool), name=tool.name, description=f"{tool.description} Cost: {tool.cost}.")
 
     def show(image):
         buffer, opened = io.BytesIO(), _readable(toolbox.workspace.open)(image)
@@ -45,9 +44,10 @@ def build_server(toolbox: Toolbox) -> MCPServer:
         opened.save(buffer, "PNG")
         return Image(data=buffer.getvalue(), format="png")
 
-    show.__annotations__ = {"image": str, "return": Image}  # as objects: Image is imported in this function
-    server.add_tool(show, name="show", description="Show an image of the work folder. Cost: no model.")
-    return server
+    show.__annotations__ = {"image": definition.Image, "return": Image}  # as objects: imported in this function
+    shown = Tool("show", "Show an image of the work folder.", "no model", show, threading.RLock())
+    tools = [_register(tool, _adapt(tool)) for tool in toolbox.tools]
+    return MCPServer("lionjax", instructions=INSTRUCTIONS, tools=[*tools, _register(shown, show)])
 
 
 def serve(toolbox: Toolbox, port: int | None = None) -> None:
@@ -57,6 +57,23 @@ def serve(toolbox: Toolbox, port: int | None = None) -> None:
         server.run("stdio")
     else:
         server.run("streamable-http", host=HOST, port=port, max_request_body_size=MAX_BODY_BYTES)
+
+
+def _register(tool: Tool, function: Callable[..., Any]) -> Any:
+    """The mcp package's tool. Arguments are checked by our definition first, whose errors are one sentence."""
+    from mcp.server.mcpserver.exceptions import ToolError
+    from mcp.server.mcpserver.tools import Tool as McpTool
+
+    class CheckedTool(McpTool):
+        async def run(self, arguments: dict[str, Any], context: Any, convert_result: bool = False) -> Any:
+            try:
+                tool.check(self.fn_metadata.pre_parse_json(arguments))  # some clients send lists as JSON text
+            except UserError as error:
+                raise ToolError(f"Error executing tool {tool.name}: {error}") from error
+            return await super().run(arguments, context, convert_result)
+
+    registered = CheckedTool.from_function(function, tool.name, description=f"{tool.description} Cost: {tool.cost}.")
+    return registered.model_copy(update={"parameters": registered.parameters | {"additionalProperties": False}})
 
 
 def _adapt(tool: Tool) -> Callable[..., Any]:

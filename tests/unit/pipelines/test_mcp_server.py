@@ -45,7 +45,7 @@ def test_the_same_definitions_are_offered_with_the_same_schemas(toolbox):
     for tool in toolbox.tools:
         theirs, ours = listed[tool.name].input_schema, tool.parameters
         assert set(theirs["properties"]) == set(ours["properties"])
-        assert theirs.get("required", []) == ours["required"]
+        assert theirs.get("required", []) == ours["required"] and theirs["additionalProperties"] is False
         for name, part in ours["properties"].items():
             assert {key: theirs["properties"][name][key] for key in part} == part
         assert tool.description in listed[tool.name].description and "Cost: " in listed[tool.name].description
@@ -62,6 +62,10 @@ def test_results_are_structured_errors_are_sentences_and_images_are_shown(toolbo
             ("crop", {"image": "../x.png", "box": [0, 0, 1, 1]}),
             ("crop", {"image": name, "box": "all"}),
             ("caption", {"image": name}),
+            ("crop", {"image": name, "box": "[0, 0, 1, 1]"}),  # as JSON text, which some clients send
+            ("crop", {"image": name, "box": [0, 0, 1, 1], "path": "/etc"}),
+            ("show", {}),
+            ("show", {"image": 5}),
         ]
         return [await client.call_tool(*call) for call in calls]
 
@@ -69,12 +73,19 @@ def test_results_are_structured_errors_are_sentences_and_images_are_shown(toolbo
         raise RuntimeError("secret detail")
 
     monkeypatch.setattr(toolbox.experts.model, "answer", broken)
-    found, edges, shown, outside, wrong, failed = with_client(mcp_server.build_server(toolbox), use)
+    found, edges, shown, outside, wrong, failed, as_text, *wrongs = with_client(mcp_server.build_server(toolbox), use)
     assert found.structured_content["result"][0]["label"] == "square"
     assert toolbox.workspace.path(edges.structured_content["file"]).is_file()
     assert shown.content[0].type == "image" and shown.content[0].mime_type == "image/png"
     assert outside.is_error and "no file name of the work folder" in outside.content[0].text
-    assert wrong.is_error
+    assert not as_text.is_error
+    texts = [one.content[0].text for one in (wrong, *wrongs) if one.is_error]
+    assert [text.removeprefix("Error executing tool ") for text in texts] == [
+        "crop: box is 'all'; give a list of at most 64",
+        "crop: crop has no argument 'path'; it takes image, box",
+        "show: show needs the argument image",
+        "show: image is a int; give a string",
+    ]
     assert failed.is_error and "unexpected RuntimeError" in failed.content[0].text
     assert "secret detail" not in failed.content[0].text
 

@@ -14,7 +14,19 @@
 # A PyTorch LLaVA is converted to JAX, changed, and written back as a folder that PyTorch loads. Nothing is
 # downloaded: the model is tiny, with random weights. A released model takes the same three calls.
 #
-# Needs lionjax with its `torch` extra, and transformers.
+# Needs lionjax with its `torch` extra, which has transformers. About half a minute on two CPU cores.
+
+# %%
+# Installs lionjax where it is not, as on Colab. Put the address of this repository in place of URL.
+import importlib.util
+import os
+import subprocess
+import sys
+
+SOURCE = os.environ.get("LIONJAX_SOURCE", "git+URL")
+if importlib.util.find_spec("lionjax") is None:
+    assert not SOURCE.endswith("URL"), "put the address of this repository in place of URL"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"lionjax[data,torch] @ {SOURCE}"], check=True)
 
 # %%
 from pathlib import Path

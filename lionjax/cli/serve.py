@@ -33,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument("--int8", action="store_true", help="round the language model's matrices to int8")
 
 
+def model_name(folder: Path) -> str:
+    """The name for clients: that of the folder, of its repository where it is a snapshot of the hub, or that ships."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
+    return repository.rpartition("--")[2].removeprefix("shipped:")
+
+
 def serve(args: argparse.Namespace) -> None:
     """Run `lionjax serve`. Raises UserError for settings out of range."""
     from lionjax.core.errors import check_ranges
@@ -41,6 +48,6 @@ def serve(args: argparse.Namespace) -> None:
 
     check_ranges(args, "--", port=">= 1 and <= 65535", prompt_length=">= 1")
     live = LiveConfig(args.slots, args.max_tokens, args.max_waiting, args.timeout)
-    name = args.name or args.dir.resolve().name
+    name = args.name or model_name(args.dir)
     config = chat_server.ServerConfig(name, args.host, args.port, args.max_request, live)
     chat_server.serve(args.dir, config, args.tagger, args.prompt_length, args.refiner, args.int8)

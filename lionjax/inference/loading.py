@@ -62,7 +62,7 @@ def load(
     folder = resolve_weights_file(str(folder))
     device_mesh = None if mesh is None else sharding.make_mesh(mesh)
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give a run folder or a folder of converted weights")
+        raise UserError(f"there is no folder {folder}; give a run folder, a folder of weights, or shipped:tiny_lyrics")
     if is_run(folder):
         return _for_use(load_run(folder, device_mesh), prompt_length, int8)
     if (folder / "config.json").is_file() and (folder / "lock").exists():

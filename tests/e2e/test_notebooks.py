@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notebooks of colab/ run from top to bottom, and are what their .py files say."""
-
-import os
+"""The notebooks of colab/ are what their .py files say, and README links to each; `make test-users` runs them."""
 
 import pytest
 from paths import ROOT
 
-nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 jupytext = pytest.importorskip("jupytext")
 
 SOURCES = sorted((ROOT / "colab").glob("*.py"))
 
 
-def test_there_are_notebooks():
-    assert SOURCES
+def test_there_are_notebooks_and_readme_links_to_each():
+    readme = (ROOT / "README.md").read_text()
+    assert SOURCES and [f for f in SOURCES if f"](colab/{f.stem}.ipynb)" not in readme] == []
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -25,18 +23,3 @@ def test_notebooks_match_their_sources(source):
         f"run `jupytext --to ipynb {source.relative_to(ROOT)}`"
     )
     assert not any(cell.get("outputs") for cell in notebook.cells), "notebooks are kept without outputs"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_a_notebook_runs(source, tmp_path, monkeypatch):
-    pytest.importorskip("ipykernel")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=1000, kernel_name="python3")
-    client.execute(cwd=str(tmp_path))
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert cells and [cell.execution_count for cell in cells] == list(range(1, 1 + len(cells)))
-    said = [output for cell in cells for output in cell.outputs]
-    assert said and not [output for output in said if output.output_type == "error"]

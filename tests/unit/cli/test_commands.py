@@ -19,6 +19,7 @@ from PIL import Image
 from lionjax import cli, convert
 from lionjax.cli import entry
 from lionjax.cli.errors import describe_error
+from lionjax.cli.serve import model_name
 from lionjax.core import config, hub
 from lionjax.core.errors import EXTRA_MODULES, RetryError
 from lionjax.core.types import UserError
@@ -396,6 +397,14 @@ def test_traceback_is_printed_if_lionjax_traceback_is_set(capsys, monkeypatch):
     assert cli.main(["show", "nothing.py"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and err.splitlines()[-1].startswith("lionjax: no config file")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("runs/demo", "demo"), ("shipped:tiny_lyrics", "tiny_lyrics"), ("c/models--org--chat/snapshots/0a1b", "chat")],
+)
+def test_a_served_model_has_the_name_of_its_folder_or_repository(folder, name):
+    assert model_name(Path(folder)) == name
 
 
 @pytest.mark.slow

@@ -153,8 +153,13 @@ def _looks_like_questions(path: Path) -> bool:
 
 
 def _without_copies(found: list[FoundBenchmark], left_out: dict[str, str]) -> list[FoundBenchmark]:
-    """Without further files of one folder with the same captions: Karpathy's own is taken, else that of the test."""
+    """Without further files of one folder with the same captions: Karpathy's own is taken, else that of the test.
+
+    A file that is read with its whole folder, such as ScienceQA's, is left out without a reason.
+    """
     kept: dict[tuple, FoundBenchmark] = {}
+    folders = {(entry.name, entry.path) for entry in found if entry.path.is_dir()}
+    found = [entry for entry in found if (entry.name, entry.path.parent) not in folders]
 
     def order(entry: FoundBenchmark) -> tuple:
         return not entry.path.name.startswith("dataset_"), "test" not in entry.path.name, entry.path.name

@@ -171,9 +171,25 @@ def _host_bytes() -> int:
 def model_digest(model: VLM, params: Params) -> str:
     """A hash of a model's config and of some values of each parameter, which any further training changes."""
     hashed = hashlib.sha256(repr(model).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        step = max(1, leaf.size // SAMPLED_VALUES)
-        values = jax.device_get(jnp.ravel(leaf)[::step][:SAMPLED_VALUES].astype(jnp.float32))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), values in zip(leaves, _sample_values([leaf for _, leaf in leaves]), strict=True):
         name = f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}"
-        hashed.update(name.encode() + np.asarray(values).tobytes())
+        hashed.update(name.encode() + values.tobytes())
     return hashed.hexdigest()[:16]
+
+
+def _sample_values(leaves: Sequence[jax.Array | np.ndarray]) -> list[np.ndarray]:
+    """Some values of each array, as float32: read in place on a CPU, else by one program for all arrays."""
+    places = [np.arange(0, leaf.size, max(1, leaf.size // SAMPLED_VALUES))[:SAMPLED_VALUES] for leaf in leaves]
+    indices = [np.unravel_index(place, leaf.shape) for place, leaf in zip(places, leaves)]
+    if all(isinstance(leaf, np.ndarray) or _is_on_one_cpu(leaf) for leaf in leaves):
+        return _pick_values(list(map(np.asarray, leaves)), indices)
+    return list(map(np.asarray, jax.device_get(jax.jit(_pick_values)(leaves, indices))))
+
+
+def _pick_values(arrays: Sequence, indices: Sequence[tuple]) -> list:
+    return [array[index].astype(np.float32) for array, index in zip(arrays, indices)]
+
+
+def _is_on_one_cpu(leaf: jax.Array) -> bool:
+    return len(devices := leaf.devices()) == 1 and next(iter(devices)).platform == "cpu"

@@ -262,6 +262,16 @@ def test_slots_and_rows_follow_from_memory_and_lengths(monkeypatch):
     assert answer_mesh.free_bytes(MESH, params) == 500
 
 
+def test_the_digest_of_a_model_is_that_of_its_values_wherever_they_lie():
+    params = random_params(0)
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    replicated = jax.device_put(params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    digests = {answer_mesh.model_digest(Toy(), tree) for tree in (params, jax.device_put(params), replicated)}
+    assert digests == {"3731112f1eddbad6"}, "journals of earlier versions go on"
+    params["bias"][0] += 1e-3
+    assert answer_mesh.model_digest(Toy(), params) not in digests
+
+
 def test_rows_with_their_own_keys_do_not_depend_on_their_neighbors():
     params, config = random_params(1), GenerationConfig(max_new_tokens=8, do_sample=True, temperature=3.0)
     prompts, seeds = ((3, 4), (5, 6, 7), (2,), (3, 4)), [7, 1, 0, 7]

@@ -13,7 +13,7 @@ help:
 	@echo "make test-fast  run every test but the slow ones"
 	@echo "make test-users  the page in headless Chromium and the notebooks; screenshots in \$$LIONJAX_SCREENSHOTS"
 	@echo "make test-prepare  the test of data preparation by Apache Beam, in .venv-prepare: its pins are older"
-	@echo "make test-lmms  the tests with the real lmms-eval, in .venv-lmms: 2.4 GB"
+	@echo "make test-lmms  the tests with the real lmms-eval, in .venv-lmms: up to 7.5 GB"
 	@echo "make docs       build the documentation and the API reference into site/; a broken link fails"
 	@echo "make lint       check code and formatting with ruff"
 	@echo "Each sets up .venv the first time. PYTHON=python3.12 chooses the Python, WORKERS=4 the test processes."
@@ -44,7 +44,7 @@ test-prepare:
 
 test-lmms:
 	@test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
-	@.venv-lmms/bin/python -m pip install --quiet -e ".[data,torch]" lmms-eval==0.7.3 pytest pytest-timeout
+	@.venv-lmms/bin/python -m pip install --quiet -e ".[data,torch]" lmms-eval==0.7.3 "filelock<4" pytest pytest-timeout
 	@.venv-lmms/bin/python -m pip uninstall --quiet --yes torchvision
 	JAX_PLATFORMS=cpu .venv-lmms/bin/python -m pytest tests/e2e/test_lmms_eval.py $(ARGS)
 

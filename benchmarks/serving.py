@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens/s of `lionjax serve`: several clients at once against one, over HTTP, and who of them waits longest.
 
-python -m benchmarks.serving RUN [--clients 8] [--rounds 3]  [--slots 8]     # the tiny flagship's run folder
+python -m benchmarks.serving RUN [--clients 8] [--rounds 4] [--slots 8] [--talk]     # the tiny flagship's run folder
 
-Each client asks streamed questions about images of its own, one after another, for a number of rounds; sampling at
-temperature 1 with other seeds makes all answers different, so that no answer is shared. One client alone is measured on
+Each client asks streamed questions about scenes of its own, one after another, for a number of rounds, each about
+another scene or (--talk) all about one; sampling at temperature 1 with other seeds makes all answers different, so that
+no answer is shared. One client alone is measured on
 the same server, and on one with a single slot, which is the best that one client can have. Server and clients are
 processes of their own.
 """
@@ -16,6 +17,7 @@ import base64
 import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 import socket
@@ -61,27 +63,28 @@ def server(run: Path, slots: int) -> Iterator[str]:
 
 
 @functools.cache
-def image_url(seed: int) -> str:
-    """A data URL of an image of noise."""
-    import numpy as np
+def body(image: int, seed: int) -> bytes:
+    """A streamed question about scene number `image`."""
     from PIL import Image
 
-    pixels = np.random.default_rng(seed).integers(0, 255, (224, 224, 3), dtype=np.uint8)
+    from lionjax.data.scenes import render, world
+
+    scene = world.sample_scene("heldout", image, 0)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    Image.fromarray(render.render_scene(scene, 224)).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    content = [{"type": "text", "text": QUESTION}, {"type": "image_url", "image_url": {"url": url}}]
+    asked = {"model": "model", "messages": [{"role": "user", "content": content}], "stream": True, "temperature": 1.0}
+    asked |= {"seed": seed, "stream_options": {"include_usage": True}}
+    return json.dumps(asked).encode()
 
 
-def ask(url: str, client: int, turn: int) -> dict[str, float]:
-    """Ask one streamed question; {"tokens", "seconds", "first"}: first is the time to the first piece of text."""
-    import httpx
-
-    image = {"type": "image_url", "image_url": {"url": image_url(100 * client + turn)}}
-    content = [{"type": "text", "text": QUESTION}, image]
-    body = {"model": "model", "messages": [{"role": "user", "content": content}], "stream": True, "temperature": 1.0}
-    body |= {"seed": 1000 * client + turn, "stream_options": {"include_usage": True}}
+def ask(session, url: str, content: bytes) -> dict[str, float]:
+    """Ask one question; {"tokens", "seconds", "first"}: first is the time to the first piece of text."""
     began, first, tokens = time.perf_counter(), 0.0, 0
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300) as reply:
+    headers = {"Content-Type": "application/json"}
+    path = f"{url}/v1/chat/completions"
+    with session.stream("POST", path, content=content, headers=headers, timeout=300) as reply:
         reply.raise_for_status()
         for line in reply.iter_lines():
             if not line.startswith("data: {"):
@@ -93,14 +96,29 @@ def ask(url: str, client: int, turn: int) -> dict[str, float]:
     return {"tokens": tokens, "seconds": time.perf_counter() - began, "first": first}
 
 
-def measure(url: str, clients: int, rounds: int) -> dict[str, float]:
-    """Tokens/s of all clients together, of the slowest and the fastest, and the longest time to the first text."""
-    for client in range(clients):
-        for turn in range(rounds):
-            image_url(100 * client + turn)  # made before the clock starts: clients and server share the processor
-    with ThreadPoolExecutor(clients) as pool:
+def measure(url: str, clients: int, rounds: int, number: int, talk: bool) -> dict[str, float]:
+    """Tokens/s of all clients together, of the slowest and the fastest, and the longest time to the first text.
+
+    `number`: of the measurement, of which each has images and seeds of its own; `talk`: a client has one image.
+    """
+    import httpx
+
+    first = 10_000 * number
+    bodies = [  # made before the clock starts: clients and server share the processor
+        [
+            body(first + rounds * client + (0 if talk else turn), first + rounds * client + turn)
+            for turn in range(rounds)
+        ]
+        for client in range(clients)
+    ]
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(clients))
+        # Making a session reads all certificates of the system, for 30 ms of the processor.
+        sessions = [stack.enter_context(httpx.Client()) for _ in range(clients)]
         began = time.perf_counter()
-        asked = list(pool.map(lambda client: [ask(url, client, turn) for turn in range(rounds)], range(clients)))
+        asked = list(
+            pool.map(lambda client: [ask(sessions[client], url, one) for one in bodies[client]], range(clients))
+        )
         seconds = time.perf_counter() - began
     rates = [sum(one["tokens"] for one in rows) / sum(one["seconds"] for one in rows) for rows in asked]
     return {
@@ -119,18 +137,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--turns", type=int, default=3, help="measurements of each kind, in turn; the median is told")
+    parser.add_argument("--talk", action="store_true", help="each client asks about one image, not a new one each time")
     args = parser.parse_args()
+    numbers = itertools.count()
     kinds: dict[str, list[dict[str, float]]] = {}
     with server(args.run, args.slots) as url, server(args.run, 1) as alone:
         for address in (url, alone):
-            measure(address, 1, 1)
+            measure(address, args.clients, 2, next(numbers), args.talk)
         for _ in range(args.turns):
             for name, given in (
                 (f"{args.clients} clients, {args.slots} slots", (url, args.clients, args.rounds)),
                 (f"1 client, {args.slots} slots", (url, 1, args.rounds)),
                 ("1 client, 1 slot", (alone, 1, args.rounds)),
             ):
-                kinds.setdefault(name, []).append(measure(*given))
+                kinds.setdefault(name, []).append(measure(*given, next(numbers), args.talk))
     print("| | tokens/s | slowest client | fastest client | longest time to the first text, s |\n|---|---|---|---|---|")
     medians = {}
     for name, rows in kinds.items():

@@ -32,10 +32,9 @@ from lionjax.inference.answer_mesh import free_bytes, session_sizes, slot_bytes
 from lionjax.inference.candidates import candidate_nll, target_nll
 from lionjax.inference.generate import generate
 from lionjax.inference.image_pool import EncodedExample, ImagePools
-from lionjax.inference.region_predictions import predict_boxes, predict_mask_logits
+from lionjax.inference.region_predictions import count_masks, masks_in_images, predict_boxes, predict_mask_logits
 from lionjax.inference.sampling import GenerateOutput, GenerationConfig, end_token_ids, require_finite, row_keys
 from lionjax.inference.session import AnswerRequest, AnswerSession, Finished, SessionSizes, blank_rows
-from lionjax.models.vision.sam_decoder import postprocess_masks
 
 BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32)
 LENGTH_BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
@@ -262,8 +261,19 @@ class InferenceEngine:
         config: GenerationConfig,
         min_shape: tuple[int, int, int] = (1, 1, 1),
     ) -> Iterator[tuple[int, Answer]]:
-        """(number, answer) with the masks of some finished requests, predicted in one batch padded to `min_shape`."""
-        if not finished:
+        """(number, answer) of finished requests; the masks are predicted in one batch padded to `min_shape`.
+
+        Answers without places take no part in it: it reads their images by SAM.
+        """
+        asked = []
+        for one in finished:
+            row, (width, height) = one.request.row, image_sizes[one.request_id]
+            if self._count_masks(row["prompt"][None], row["prompt_mask"][None], one.output).any():
+                asked.append(one)
+            else:
+                no_masks = np.zeros((0, height, width), bool)
+                yield one.request_id, self.decode_output(one.output, 0, row, no_masks, config)
+        if not (finished := asked):
             return
         numbers = [one.request_id for one in finished]
         output = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[one.output for one in finished])
@@ -310,31 +320,21 @@ class InferenceEngine:
 
     def predict_masks(self, batch: Batch, output: GenerateOutput, image_sizes) -> list[np.ndarray]:
         """The masks (K, height, width) of each answer's places; none of a system that makes none."""
-        if output.aux_outputs is None or batch.sam_image_BHWC is None:
+        count_B = self._count_masks(batch.prompt_BL, batch.prompt_mask_BL, output)
+        if batch.sam_image_BHWC is None or not count_B.any():
             return [np.zeros((0, height, width), bool) for width, height in image_sizes]
-        count_B = self._count_masks(batch, output)
         with sharding.use_mesh(self.mesh):
             placed = sharding.shard_global_batch(batch, self.mesh)
             logits_BKHW = sharding.gather_to_host(
                 predict_mask_logits(self.model, self.params, placed, output.aux_outputs, count_B)
             )
         require_finite(np.isfinite(logits_BKHW[: len(image_sizes)]).all(axis=(1, 2, 3)), "masks")
-        pixels, masks = batch.sam_image_BHWC.shape[1], []
-        for number, (width, height) in enumerate(image_sizes):
-            inside = Letterbox(width, height, self.processor.sam_corner).pixel_rect(pixels)
-            logits_KHW = logits_BKHW[number, : count_B[number]]
-            masks.append(postprocess_masks(logits_KHW, pixels, inside, (height, width)) > 0)
-        return masks
+        pixels = batch.sam_image_BHWC.shape[1]
+        return masks_in_images(logits_BKHW, count_B, image_sizes, pixels, self.processor.sam_corner)
 
-    def _count_masks(self, batch: Batch, output: GenerateOutput) -> np.ndarray:
-        """How many masks each answer has (B,), at most as many as states were kept."""
-        num_states = output.aux_outputs["state"].shape[1]
-        if (token := self.model.info.mask_token) is not None:
-            in_prompt_B = ((batch.prompt_BL == token) & batch.prompt_mask_BL.astype(bool)).sum(axis=1)
-            return np.minimum(in_prompt_B + (output.ids_BM == token).sum(axis=1), num_states)
-        # A trigger at the very end has no place behind it.
+    def _count_masks(self, prompt_BL, prompt_mask_BL, output: GenerateOutput) -> np.ndarray:
         location = self.processor.prompt.box_codec.box_token_id
-        return np.minimum((output.ids_BM == location).sum(axis=1), num_states)
+        return count_masks(self.model.info.mask_token, location, prompt_BL, prompt_mask_BL, output)
 
     def teacher_forced_boxes(
         self, rows: Sequence[EncodedExample], min_shape=(1, 1, 1), image_blind: bool = False

@@ -197,12 +197,31 @@ def test_boxes_and_masks_of_an_answer_have_the_size_of_the_original_image(pointi
 def test_answers_with_any_number_of_boxes_share_one_program(pointing):
     processor, picture = pointing.processor, np.full((40, 40, 3), 90, np.uint8)
     how = engine.make_generation_config(pointing.experiment.answer, processor, "region_level")
-    programs = []
+    before, generating = engine.predict_mask_logits._cache_size(), set()
     for boxes in ((BOX,), (BOX, OTHER), ()):
         row = processor.encode_input(ImageTextInput(picture, f"What? {''.join(map(box_to_text, boxes))}", boxes=boxes))
         pointing.engine.generate([row], how, min_shape=(1, 64, 64), image_sizes=[(40, 40)])
-        programs.append((engine.generate._cache_size(), engine.predict_mask_logits._cache_size()))
-    assert len(set(programs)) == 1
+        generating.add(engine.generate._cache_size())
+    assert len(generating) == 1
+    assert engine.predict_mask_logits._cache_size() == before + 1  # some of the answers have boxes
+
+
+@pytest.mark.slow
+def test_an_answer_without_boxes_has_no_masks_and_reads_no_image_by_sam(pointing, monkeypatch):
+    processor, picture = pointing.processor, np.full((40, 30, 3), 90, np.uint8)
+    row = processor.encode_input(ImageTextInput(picture, "What?"))
+    location = processor.prompt.box_codec.box_token_id
+    how = engine.make_generation_config(pointing.experiment.answer, processor, "region_level")
+    asked = []
+    predict = engine.predict_mask_logits
+    monkeypatch.setattr(engine, "predict_mask_logits", lambda *given: asked.append(1) or predict(*given))
+    for length in (how.max_new_tokens, 1):  # an answer of one token has no place behind a trigger
+        asked.clear()
+        config = dataclasses.replace(how, max_new_tokens=length)
+        (answer,) = pointing.engine.generate([row], config, image_sizes=[(30, 40)])
+        assert bool(asked) == (location in answer.token_ids)
+        assert answer.masks.shape == (len(answer.boxes), 40, 30)
+    assert not asked
 
 
 @pytest.mark.slow

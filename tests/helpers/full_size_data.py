@@ -19,6 +19,7 @@ from lionjax.data.datasets.lion import LionRecords
 from lionjax.data.datasets.shikra import ShikraJsonl
 from lionjax.data.datasets.vqa import Vqa
 from lionjax.data.regions import ImageRegions
+from lionjax.data.tabletop.dataset import Tabletop
 
 ROWS = 12
 SIZE = (64, 48)
@@ -259,6 +260,7 @@ def write_all(experiment: Experiment, segmentation) -> None:
         LionRecords: write_lion,
         ArrayRecordDataset: lambda source: write_records(source, not experiment.model.info.is_dual_encoder),
         EasyVqa: lambda source: None,  # its package has them
+        Tabletop: lambda source: None,  # drawn as it is read
         **segmentation.WRITERS,
     }
     for source in experiment.data.sources:

@@ -30,8 +30,9 @@ NAMES = [name for name in EXPERIMENTS if not name.startswith("tiny")]
 REGION_NAMES = [name for name in NAMES if name.startswith(("kosmos2", "lion", "lisa", "nextchat", "shikra"))]
 # What shrinking leaves equal, but for the name, the batch size and the folder of the tokenizer: one run is both.
 SAME_SHRUNK = {"lion_flant5xxl": "lion_flant5xl", "lisa_13b": "lisa_7b", "llava15_13b": "llava15_7b"}
-# Without image tokens: enough for the prompt template with a question, with earlier rounds, and with boxes as digits.
-ONE_ROUND, ROUNDS, WITH_DIGITS = 44, 60, 72
+# Without image tokens: enough for the prompt template with a question, with earlier rounds, with boxes as digits, and
+# with the objects of a table.
+ONE_ROUND, ROUNDS, WITH_DIGITS, TABLE = 44, 60, 72, 180
 SHORT_PACKING = PackingConfig(max_box_tokens=24, max_caption_tokens=20, length=40)
 ROWS, UPDATES = 8, 5
 
@@ -80,7 +81,8 @@ def shrunk(name: str):
     """A full-size config, shrunk, with its data and tokenizers written below the working directory."""
     whole = config.load(CONFIGS / f"{name}.py")
     processor = whole.data.processor
-    length = {"nextchat": ONE_ROUND, "lion": WITH_DIGITS, "shikra": WITH_DIGITS}.get(name.partition("_")[0], ROUNDS)
+    lengths = {"nextchat": ONE_ROUND, "lion": WITH_DIGITS, "shikra": WITH_DIGITS, "palm": TABLE}
+    length = lengths.get(name.partition("_")[0], ROUNDS)
     text = min(1.0, length / (processor.max_prompt_tokens - processor.num_image_tokens))
     small = shrink(whole, text)
     if small.data.processor.packing is not None:

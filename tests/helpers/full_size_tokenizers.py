@@ -20,6 +20,7 @@ SHIKRA_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 # {folder in weights/: (kind, tokens added to it, size of the published tokenizer without them)}
 FOLDERS = {
     **dict.fromkeys(("vicuna_7b", "vicuna_13b", "llama_7b"), ("llama", ("<image>", "<pad>"), 32000)),
+    "palm_8b": ("llama", (), 256_000),  # unpublished: SentencePiece of this size
     "vicuna_7b_shikra": ("llama", SHIKRA_TOKENS, 32000),
     "vicuna_7b_nextchat": ("llama", (*SHIKRA_TOKENS, "<at>", "<boxes>"), 32000),
     **dict.fromkeys(

@@ -181,14 +181,14 @@ def model_digest(model: VLM, params: Params) -> str:
 def _sample_values(leaves: Sequence[jax.Array | np.ndarray]) -> list[np.ndarray]:
     """Some values of each array, as float32: read in place on a CPU, else by one program for all arrays."""
     places = [np.arange(0, leaf.size, max(1, leaf.size // SAMPLED_VALUES))[:SAMPLED_VALUES] for leaf in leaves]
-    indices = [np.unravel_index(place, leaf.shape) for place, leaf in zip(places, leaves)]
+    indices = [np.unravel_index(place, leaf.shape or (1,)) for place, leaf in zip(places, leaves)]
     if all(isinstance(leaf, np.ndarray) or _is_on_one_cpu(leaf) for leaf in leaves):
         return _pick_values(list(map(np.asarray, leaves)), indices)
     return list(map(np.asarray, jax.device_get(jax.jit(_pick_values)(leaves, indices))))
 
 
 def _pick_values(arrays: Sequence, indices: Sequence[tuple]) -> list:
-    return [array[index].astype(np.float32) for array, index in zip(arrays, indices)]
+    return [array.reshape(array.shape or (1,))[index].astype(np.float32) for array, index in zip(arrays, indices)]
 
 
 def _is_on_one_cpu(leaf: jax.Array) -> bool:

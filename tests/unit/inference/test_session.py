@@ -272,6 +272,17 @@ def test_the_digest_of_a_model_is_that_of_its_values_wherever_they_lie():
     assert answer_mesh.model_digest(Toy(), params) not in digests
 
 
+def test_the_digest_of_a_model_reads_parameters_without_axes():
+    """Such as the logit scale of CLIP, or the temperature of a first stage."""
+    trees = [
+        {"logit_scale": np.array(value, np.float32), "empty": np.zeros((0, 3), np.float32)} for value in (2.6, 2.7)
+    ]
+    mesh = sharding.make_mesh(devices=jax.devices()[:2])
+    replicated = jax.device_put(trees[0], jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    first, second, third = (answer_mesh.model_digest(Toy(), tree) for tree in (*trees, replicated))
+    assert first == third != second
+
+
 def test_rows_with_their_own_keys_do_not_depend_on_their_neighbors():
     params, config = random_params(1), GenerationConfig(max_new_tokens=8, do_sample=True, temperature=3.0)
     prompts, seeds = ((3, 4), (5, 6, 7), (2,), (3, 4)), [7, 1, 0, 7]

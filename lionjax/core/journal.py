@@ -33,10 +33,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         self._lock = threading.Lock()
-        try:
-            make_folder(path.parent)
-        except OSError as error:
-            raise UserError(f"the folder {path.parent} cannot be made: {error.strerror}") from error
+        make_folder(path.parent)
         _drop_torn_line(path)
         rows, num_damaged = read_whole_lines(path)
         if num_damaged:

@@ -242,9 +242,11 @@ class InferenceEngine:
         began = time.perf_counter()
         for finished in session.run(requests()):
             require_finite_output(finished.output, 1)
-            if finished.request_id not in image_sizes:
+            size = image_sizes.get(finished.request_id)
+            if size is None or not self.has_places(finished):
+                masks = None if size is None else np.zeros((0, *size[::-1]), bool)
                 row = finished.request.row
-                yield finished.request_id, self.decode_output(finished.output, 0, row, None, config)
+                yield finished.request_id, self.decode_output(finished.output, 0, row, masks, config)
                 continue
             for_masks.append(finished)
             if len(for_masks) == BATCH_SIZE_BUCKETS[-1]:
@@ -261,19 +263,8 @@ class InferenceEngine:
         config: GenerationConfig,
         min_shape: tuple[int, int, int] = (1, 1, 1),
     ) -> Iterator[tuple[int, Answer]]:
-        """(number, answer) of finished requests; the masks are predicted in one batch padded to `min_shape`.
-
-        Answers without places take no part in it: it reads their images by SAM.
-        """
-        asked = []
-        for one in finished:
-            row, (width, height) = one.request.row, image_sizes[one.request_id]
-            if self._count_masks(row["prompt"][None], row["prompt_mask"][None], one.output).any():
-                asked.append(one)
-            else:
-                no_masks = np.zeros((0, height, width), bool)
-                yield one.request_id, self.decode_output(one.output, 0, row, no_masks, config)
-        if not (finished := asked):
+        """(number, answer) with the masks of some finished requests, predicted in one batch padded to `min_shape`."""
+        if not finished:
             return
         numbers = [one.request_id for one in finished]
         output = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[one.output for one in finished])
@@ -331,6 +322,11 @@ class InferenceEngine:
         require_finite(np.isfinite(logits_BKHW[: len(image_sizes)]).all(axis=(1, 2, 3)), "masks")
         pixels = batch.sam_image_BHWC.shape[1]
         return masks_in_images(logits_BKHW, count_B, image_sizes, pixels, self.processor.sam_corner)
+
+    def has_places(self, finished: Finished) -> bool:
+        """Whether an answer has places with masks; for others SAM need not read the image."""
+        row = finished.request.row
+        return bool(self._count_masks(row["prompt"][None], row["prompt_mask"][None], finished.output).any())
 
     def _count_masks(self, prompt_BL, prompt_mask_BL, output: GenerateOutput) -> np.ndarray:
         location = self.processor.prompt.box_codec.box_token_id

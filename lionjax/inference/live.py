@@ -397,12 +397,14 @@ class LiveModel:
     def _answer(self, ticket: _Ticket, output: GenerateOutput) -> tuple[Answer, bool]:
         """(the answer, whether a stop text ended it)."""
         engine, size = self.model.engine, ticket.image_size
-        if size is None or not self.model.processor.config.sam_image_size:
-            answer = engine.decode_output(output, 0, ticket.row, None, ticket.config)
+        has_masks = size is not None and self.model.processor.config.sam_image_size > 0
+        finished = Finished(0, ticket.request, output)
+        if not has_masks or not engine.has_places(finished):
+            masks = np.zeros((0, *size[::-1]), bool) if has_masks else None
+            answer = engine.decode_output(output, 0, ticket.row, masks, ticket.config)
         else:
             shape = (1, len(ticket.row["prompt"]), len(ticket.row["question"]))
-            finished = [Finished(0, ticket.request, output)]
-            ((_, answer),) = engine.answers_with_masks(finished, {0: size}, ticket.config, shape)
+            ((_, answer),) = engine.answers_with_masks([finished], {0: size}, ticket.config, shape)
         has_stop = self._has_stop_text(output)
         text, is_cut = cut_at_stops(answer.text, ticket.question.stops)
         if is_cut:

@@ -7,7 +7,6 @@ import runpy
 import jax
 import numpy as np
 import pytest
-from leafwise import runs_have_one_device  # noqa: F401
 from paths import ROOT
 
 import lionjax

@@ -2,8 +2,8 @@
 """Full-size configs with boxes or masks as runs: shrunk, on files in the formats that they name."""
 
 import pytest
-from full_size_runs import REGION_NAMES, assert_trained, one_device, programs_of_one_shape_are_compiled_once  # noqa: F401
-from leafwise import parameters_are_drawn_leafwise  # noqa: F401
+from full_size_runs import REGION_NAMES, assert_trained, programs_of_one_shape_are_compiled_once  # noqa: F401
+from leafwise import runs_have_one_device  # noqa: F401
 
 
 @pytest.mark.slow

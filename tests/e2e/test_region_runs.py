@@ -2,7 +2,6 @@
 """Runs of systems with places from end to end: what trains, what stays, what is saved, asked and answered."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -36,10 +35,8 @@ def flat(params) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", small_places.SYSTEMS)
-def test_box_and_mask_stages_train_their_parameters_and_a_stopped_run_ends_the_same(name, tmp_path, monkeypatch):
+def test_box_and_mask_stages_train_their_parameters_and_a_stopped_run_ends_the_same(name, tmp_path):
     what = small_places.experiment(*small_places.SYSTEMS[name])
-    if name != "flagship":  # one system on eight devices; test_meshes_agree_systems.py has all of them on meshes
-        monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
     params, figures = loop.train(what, tmp_path / "run", pipeline.batches)
     assert [stage["frozen_unchanged"] for stage in figures["stages"]] == [True, True]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

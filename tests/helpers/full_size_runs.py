@@ -2,7 +2,6 @@
 """Full-size configs as runs: shrunk, on files in the formats that they name, killed, resumed and evaluated."""
 
 import dataclasses
-import functools
 import math
 import os
 import tempfile
@@ -17,7 +16,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from paths import CONFIGS, EXPERIMENTS
 
-from lionjax.core import config, sharding
+from lionjax.core import config
 from lionjax.data import pipeline
 from lionjax.data.box_text import PackingConfig
 from lionjax.evaluation import runner
@@ -53,11 +52,6 @@ def programs_of_one_shape_are_compiled_once():
         compilation_cache.reset_cache()
         if settings is not kept:
             yield
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
 
 
 def without_names(what):

@@ -5,14 +5,12 @@ Compiled as one program, as `sharding.init_sharded` does it, those of a small mo
 most of it for a hundred copies of the random number generator.
 """
 
-import contextlib
 from unittest import mock
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core import Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -36,25 +34,6 @@ def init_leafwise(init_fn, *args, mesh=None, shardings=None):
     needed = [x for x, is_used in zip(jax.tree.leaves(args), used) if is_used]
     leaves = [np.array(leaf) for leaf in evaluated(jaxpr, closed.consts, needed)]
     return jax.device_put(jax.tree.unflatten(jax.tree.structure(shapes), leaves), shardings)
-
-
-@contextlib.contextmanager
-def drawn():
-    """Within, runs draw their first parameters so, and the programs of draws come from disk."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-    with mock.patch.object(sharding, "init_sharded", init_leafwise):
-        yield
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def parameters_are_drawn_leafwise():
-    """For the files of tests that import it."""
-    with mock.patch.object(sharding, "init_sharded", init_leafwise):
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -51,11 +51,11 @@ class AnswerRequest:
         """A hash of the pixels; empty for the blank image."""
         return b"" if self.image_blind else _hash(self.row["pixels"])
 
-    @functools.cached_property
-    def digest(self) -> bytes:
-        """A hash of all that decides the answer."""
+    def digest(self, is_greedy: bool) -> bytes:
+        """A hash of all that decides the answer, which is not the seed in greedy decoding."""
         texts = [self.row[name] for name in sorted(self.row) if name not in (*UNREAD_FIELDS, "pixels")]
-        settings = (self.image_blind, self.max_new_tokens, self.seed, self.temperature, self.top_p)
+        settings = (self.image_blind, self.max_new_tokens)
+        settings += () if is_greedy else (self.seed, self.temperature, self.top_p)
         return _hash(*texts) + self.image_digest + repr(settings).encode()
 
     @functools.cached_property
@@ -176,7 +176,7 @@ class AnswerSession:
             raise UserError(f"max_new_tokens is {request.max_new_tokens}; this session generates at most {most}")
         number, self._num_added = self._num_added, self._num_added + 1
         self._requests[number] = request
-        first = self._twins.setdefault(request.digest, number)
+        first = self._twins.setdefault(request.digest(self._is_greedy(request)), number)
         if first == number:
             self._waiting[number] = request
         elif first in self._outputs:
@@ -184,6 +184,10 @@ class AnswerSession:
         else:
             self._followers[first].append(number)
         return number
+
+    def _is_greedy(self, request: AnswerRequest) -> bool:
+        """Whether the most likely token is chosen each time, whatever the seed."""
+        return request.temperature == 0 if self.config.row_sampling else not self.config.do_sample
 
     def cancel(self, request_id: int) -> None:
         """Drop a request that is not finished; unknown numbers are passed over."""

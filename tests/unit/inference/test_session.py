@@ -158,6 +158,19 @@ def test_identical_requests_are_generated_once_and_canceled_one_by_one():
     assert [(one.request_id, ids_of(one)) for one in session.advance()] == [(again, found[twin])]
 
 
+@pytest.mark.parametrize("setting", [{}, {"row_sampling": True}, {"do_sample": True}])
+def test_requests_that_differ_by_seed_alone_are_one_request_in_greedy_decoding(setting):
+    params, (row,) = random_params(3), toy_rows(1)
+    session = toy_session(params, GenerationConfig(max_new_tokens=9, **setting))
+    for seed in range(5):
+        session.add(AnswerRequest(row, seed))
+    assert session.num_waiting == (5 if "do_sample" in setting else 1)
+    if "row_sampling" in setting:
+        for seed in range(4):
+            session.add(AnswerRequest(row, seed, temperature=0.5))
+        assert session.num_waiting == 1 + 4
+
+
 def test_prompts_longer_than_the_slots_get_longer_slots_when_the_others_have_ended():
     params, config = random_params(3), GenerationConfig(max_new_tokens=9)
     rows = toy_rows(9, seed=4, longest=3) + toy_rows(6, seed=6, longest=8) + toy_rows(5, seed=8, longest=3)

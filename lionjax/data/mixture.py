@@ -29,7 +29,7 @@ from lionjax.data.processor import Processor
 from lionjax.data.regions import ImageRegions
 from lionjax.data.scenes.tasks import MASK_TASKS, Example, box_to_text, scene_to_text
 from lionjax.data.scenes.world import Scene
-from lionjax.data.sentences import NO_DATA, SlotData
+from lionjax.data.sentences import NO_DATA, SlotData, has_marks
 
 log = logging.getLogger(__name__)
 
@@ -266,6 +266,8 @@ def prompt_format_for(component: MixtureComponent, truth: Any, example: Example)
     """The prompt format of a component's example; text-only if its record has no image."""
     if example.image_marks and component.template != "plain":
         return PromptFormat("", example.history, image_marks=True, padded_boxes=example.padded_boxes)
+    if example.history and not example.image_marks and has_marks(example.history[0][0]):  # a sentence with slots
+        return PromptFormat("", example.history)
     info = image_info_of(truth)
     text_only = info is not None and not info.name
     return PromptFormat("told" if text_only else component.template, padded_boxes=example.padded_boxes)

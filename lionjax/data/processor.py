@@ -177,7 +177,8 @@ class Processor:
         row = {"pixels": pixels, "task": np.int32(_task_id(category)), "size": size, **ids, **masks}
         row["num_cut"] = np.int32(built.num_cut)
         if c.slots is not None:
-            sentence = asked if self.prompt.is_sentence(asked, prompt_format) else ""
+            texts = (*(earlier for earlier, _ in prompt_format.turns), asked)
+            sentence = " ".join(texts) if self.prompt.is_sentence(asked, prompt_format) else ""
             num_images = len(pixels) if pixels.ndim == 4 else 1
             row |= slot_arrays(sentence, slot_data, c.slots, c.image_size, num_images)
         return row | self._pad_boxes(built.boxes, box_format or c.box_format)

@@ -285,7 +285,7 @@ class PromptBuilder:
             _refuse_boxes(question, *(asked for asked, _ in prompt_format.turns))
         end = "plain" if prompt_format.kind == "plain" else "answer"
         if self.is_sentence(question, prompt_format):
-            return self._build_sentence(question, answer, end, box_arguments)
+            return self._build_sentence(question, answer, end, box_arguments, prompt_format)
         if prompt_format.image_marks:
             question, prompt_format = rounds.merge_rounds(question, prompt_format, self.config.followup_template)
         if self.config.prompt_tokenization == "whole":
@@ -299,22 +299,29 @@ class PromptBuilder:
         return self._fit_target(*built, [*question_boxes, *answer_boxes], end_ids, prompt_format)
 
     def is_sentence(self, question: str, prompt_format: PromptFormat = DEFAULT_FORMAT) -> bool:
-        """Whether a question is a sentence with slots, for a model that has them; `image_marks` are for others."""
-        is_plain = prompt_format.image_marks or prompt_format.kind == "plain"
-        return self.config.slots is not None and not is_plain and sentences.has_marks(question)
+        """Whether a question or an earlier turn is a sentence with slots, for a model that has them.
 
-    def _build_sentence(self, question: str, answer: str | None, end: str, box_arguments) -> BuiltExample:
-        """`build_example` for a sentence with slots, in the template without its image."""
-        c = self.config
-        before, after = self._text_only_template_ids
-        text_ids = sentences.encode_sentence(
-            strip_prompt(question), self._cached_encode, self._image_token_ids(), c.slots
-        )
-        answer_ids, boxes = ([], []) if answer is None else self.encode_with_boxes(answer, *box_arguments)
-        end_ids = [] if answer is None else self._end_ids[end]
-        prompt_ids = self._frame_prompt(question, [*before, *text_ids, *after])
-        target_ids = [*answer_ids, *end_ids]
-        return self._fit_target(prompt_ids, target_ids, [1] * len(target_ids), boxes, end_ids, DEFAULT_FORMAT)
+        `image_marks` are for others.
+        """
+        is_plain = prompt_format.image_marks or prompt_format.kind == "plain"
+        texts = (*(asked for asked, _ in prompt_format.turns), question)
+        return self.config.slots is not None and not is_plain and any(map(sentences.has_marks, texts))
+
+    def _build_sentence(self, question, answer, end: str, box_arguments, prompt_format: PromptFormat) -> BuiltExample:
+        """`build_example` for sentences with slots, in the template without its image; turns may have slots too."""
+        c, end_ids, boxes = self.config, self._end_ids[end], []
+        questions: list[list[int]] = []
+        answers: list[list[int]] = []
+        for asked, said in (*prompt_format.turns, (question, answer)):
+            before, after = self._followup_template_ids if questions else self._text_only_template_ids
+            arguments = strip_prompt(asked), self._cached_encode, self._image_token_ids(), c.slots
+            questions.append([*before, *sentences.encode_sentence(*arguments), *after])
+            if said is not None:
+                answer_ids, answer_boxes = self.encode_with_boxes(said, *box_arguments)
+                answers.append([*answer_ids, *end_ids])
+                boxes += answer_boxes
+        prompt_ids, *built = rounds.join_parts(questions, answers, c.reader == "decoder")
+        return self._fit_target(self._frame_prompt(question, prompt_ids), *built, boxes, end_ids, DEFAULT_FORMAT)
 
     def _build_whole(self, question, answer, end: str, box_arguments, prompt_format: PromptFormat):
         """`build_example` for `prompt_tokenization` "whole"."""

@@ -48,19 +48,24 @@ class Tabletop:
 
 def sample_moment(source: Tabletop, split: str, index: int) -> Moment:
     """The moment of episode `index`: a drawn number of steps on the way, up to the goal itself."""
-    episode = episodes.sample_episode(split, index, source.seed)
-    rng = np.random.default_rng([source.seed, 8, SPLITS.index(split), index])
+    return _sample_moment(source.seed, source.failure_rate, source.wander_rate, split, index)
+
+
+@functools.lru_cache(CACHED_MOMENTS)  # sources that differ in the sentence alone have the same moments
+def _sample_moment(seed: int, failure_rate: float, wander_rate: float, split: str, index: int) -> Moment:
+    episode = episodes.sample_episode(split, index, seed)
+    rng = np.random.default_rng([seed, 8, SPLITS.index(split), index])
     table, goal = episode.table, episode.goal
     plan = policy.solve(table, goal, episodes.MAX_PLAN) or []
     last, failed = None, False
     for _ in range(int(rng.integers(len(plan) + 1))):
         subgoal = goals.next_subgoal(table, goal)
-        if rng.random() < source.wander_rate:
+        if rng.random() < wander_rate:
             possible = goals.possible_subgoals(table)
             subgoal = possible[rng.integers(len(possible))]
         if subgoal == goals.DONE:
             break
-        failed = bool(rng.random() < source.failure_rate)
+        failed = bool(rng.random() < failure_rate)
         last, table = subgoal, policy.execute(table, subgoal, failed, rng)
     return Moment(table, goal, last, failed)
 
@@ -74,7 +79,7 @@ class OpenTabletop:
         self.config, self.split = config, split
         self.num_moments = config.sizes[SPLITS.index(split)]
         self.task_sizes = dict.fromkeys(tasks.TASKS, self.num_moments)
-        self._cached_moment = functools.lru_cache(CACHED_MOMENTS)(lambda index: sample_moment(config, split, index))
+        self._packed_masks = functools.lru_cache(CACHED_MOMENTS)(self._pack_masks)
 
     def __len__(self) -> int:
         return self.num_moments
@@ -90,17 +95,27 @@ class OpenTabletop:
 
     def moment(self, record_index: int) -> Moment:
         """The moment of a record."""
-        return self._cached_moment(record_index)
+        return sample_moment(self.config, self.split, record_index)
 
     def load_record(self, record_index: int) -> tuple[np.ndarray, Moment]:
         moment = self.moment(record_index)
         return world.render(moment.table, self.config.image_size), moment
 
     def make_example(self, task: str, index: int, truth: Moment, rng, tag_noise: float) -> Example:
-        return tasks.make_example(task, truth, self.config.sentence, rng)
+        if task != "dialog" or self.split == "heldout":  # there the goal is a part of what is held out
+            return tasks.make_example(task, truth, self.config.sentence, rng)
+        new_goal = functools.partial(episodes.draw_goal, truth.table, rng)
+        return tasks.make_example(task, truth, self.config.sentence, rng, new_goal)
 
     def masks(self, record_index: int, regions: tuple[int, ...]) -> np.ndarray:
-        return world.object_masks(self.moment(record_index).table, self.config.image_size)[list(regions)]
+        side = self.config.image_size
+        bits = np.unpackbits(self._packed_masks(record_index)[list(regions)], axis=1, count=side * side)
+        return bits.reshape(-1, side, side).astype(bool)
+
+    def _pack_masks(self, record_index: int) -> np.ndarray:
+        """The masks of all objects, eight pixels a byte."""
+        masks = world.object_masks(self.moment(record_index).table, self.config.image_size)
+        return np.packbits(masks.reshape(len(masks), -1), axis=1)
 
     def load_regions(self, record_index: int) -> ImageRegions | None:
         return None

@@ -56,6 +56,28 @@ def sample_episode(split: str, index: int, seed: int = 0) -> Episode:
     raise UserError(f"no episode {index} of {split!r} was found in {MAX_TRIES} tries; give another seed")
 
 
+def draw_goal(table: Table, rng: np.random.Generator) -> Goal:
+    """A goal on a table that training may ask for, reached or not, of any kind and object.
+
+    Half of them are about an object that is covered, lies on another or is in the hand, if there is one.
+    """
+    bodies = table.bodies
+    stacked = [k for k, body in enumerate(bodies) if body.support != world.ON_TABLE or table.on_top(k) >= 0]
+    target = int(rng.choice(stacked if stacked and rng.random() < 0.5 else len(bodies)))
+    kind, support = GOALS[rng.integers(len(GOALS))], bodies[target].support
+    if kind == "pick":
+        return Goal(kind, target)
+    if kind == "stack":
+        other = (
+            support
+            if support >= 0 and rng.random() < 0.3
+            else rng.choice([*range(target), *range(target + 1, len(bodies))])
+        )
+    else:
+        other = rng.choice([area for area in range(9) if not held_out_area(bodies[target].color, area)])
+    return Goal(kind, target, int(other))
+
+
 def _draw_episode(kind: str, split: str, rng: np.random.Generator) -> Episode | None:
     """An episode whose goal is not reached; None where the draws do not fit together."""
     bodies = _draw_bodies(split, rng)

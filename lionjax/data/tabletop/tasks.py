@@ -2,7 +2,7 @@
 """Questions about a moment on the tabletop: the next sub-goal, success, recovery after a failure, and the state.
 
 Each is a sentence that begins with the table as the model senses it: in slots of objects with their tags, as a state
-vector, or in an image.
+vector, or in an image. Task "dialog" has several of these questions about one table, with goals drawn anew.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from lionjax.data.tabletop.goals import Goal, Subgoal, next_subgoal
 from lionjax.data.tabletop.world import AREAS, Table, area_of
 
 SENTENCES = ("objects", "state", "image")
+DIALOG_ROUNDS = 4
+DIALOG_TASKS = (("plan", 0.55), ("state_vqa", 0.3), ("success", 0.1), ("recovery", 0.05))  # and their shares
+OWN_GOAL = 0.4  # share of a dialog's questions about goals that keep the goal of the moment's episode
 
 
 class Moment(NamedTuple):
@@ -57,7 +60,7 @@ def sense(table: Table, sentence: str, rng: np.random.Generator) -> Sensed:
 
 def plan_question(table: Table, goal: Goal) -> str:
     """The question of the next sub-goal."""
-    return f"Goal: {goal.text(table)}. Next?"
+    return f"{goal.text(table)}."
 
 
 def plan(moment: Moment, sensed: Sensed, rng) -> tuple[str, str, str]:
@@ -71,14 +74,14 @@ def success(moment: Moment, sensed: Sensed, rng) -> tuple[str, str, str]:
     table, goal, last = moment.table, moment.goal, moment.last
     if last is not None and last.verb != "push" and rng.random() < 0.5:
         return "step", f"Step: {last.text(table)}. Done?", yes_or_no(last.is_achieved(table))
-    return "goal", f"Goal: {goal.text(table)}. Reached?", yes_or_no(goal.is_reached(table))
+    return "goal", f"{goal.text(table)}. Done?", yes_or_no(goal.is_reached(table))
 
 
 def recovery(moment: Moment, sensed: Sensed, rng) -> tuple[str, str, str]:
     """The next sub-goal after a step that failed, or that may have."""
     table, goal = moment.table, moment.goal
     last = moment.last or next_subgoal(table, goal)
-    question = f"Goal: {goal.text(table)}. Step: {last.text(table)}. Next?"
+    question = f"{goal.text(table)}. Step: {last.text(table)}."
     kind = "failed" if moment.failed else "done" if moment.last else "first"
     return kind, question, next_subgoal(table, goal).text(table)
 
@@ -109,14 +112,33 @@ def _name_of(table: Table, index: int) -> str:
     return "nothing" if index < 0 else table.bodies[index].name
 
 
-TASKS: dict[str, Callable] = {"plan": plan, "success": success, "recovery": recovery, "state_vqa": state_vqa}
+QUESTIONS: dict[str, Callable] = {"plan": plan, "success": success, "recovery": recovery, "state_vqa": state_vqa}
+TASKS = (*QUESTIONS, "dialog")
 
 
-def make_example(task: str, moment: Moment, sentence: str, rng: np.random.Generator) -> Example:
-    """One example of a task. Raises UserError for an unknown task or sentence."""
+def make_example(
+    task: str, moment: Moment, sentence: str, rng: np.random.Generator, new_goal: Callable[[], Goal] | None = None
+) -> Example:
+    """One example of a task; `new_goal` draws another goal for a dialog.
+
+    Raises UserError for an unknown task or sentence.
+    """
     if task not in TASKS:
         raise UserError(f"there is no task {task!r} on the tabletop; choose one of {', '.join(TASKS)}")
     sensed = sense(moment.table, sentence, rng)
-    kind, question, answer = TASKS[task](moment, sensed, rng)
-    texts = f"{sensed.text} {question}", answer, (answer,)
-    return Example(task, kind, *texts, "image_level", states=sensed.states, slot_objects=sensed.objects)
+    if task == "dialog":
+        rounds = [_dialog_round(moment, sensed, rng, new_goal) for _ in range(DIALOG_ROUNDS)]
+    else:
+        rounds = [QUESTIONS[task](moment, sensed, rng)]
+    texts = [f"{sensed.text} {rounds[0][1]}", *(question for _, question, _ in rounds[1:])]
+    *history, (question, answer) = zip(texts, (answer for *_, answer in rounds))
+    slots = {"states": sensed.states, "slot_objects": sensed.objects}
+    return Example(task, rounds[-1][0], question, answer, (answer,), "image_level", history=tuple(history), **slots)
+
+
+def _dialog_round(moment: Moment, sensed: Sensed, rng, new_goal: Callable[[], Goal] | None) -> tuple[str, str, str]:
+    """(kind, question, answer) of one round."""
+    names, shares = zip(*DIALOG_TASKS)
+    if new_goal is not None and rng.random() >= OWN_GOAL:
+        moment = moment._replace(goal=new_goal())
+    return QUESTIONS[str(rng.choice(names, p=shares))](moment, sensed, rng)

@@ -53,6 +53,24 @@ def test_permuting_the_objects_with_their_tags_changes_nothing_else():
     np.testing.assert_array_equal(before["object_masks"], after["object_masks"])
 
 
+def test_a_decoder_learns_all_answers_about_one_sentence_and_later_questions_may_have_slots():
+    config = dataclasses.replace(CONFIG, max_target_tokens=40, followup_template="{question}")
+    turns, last = (("Is <obj_1> red?", "yes"), ("Is <obj_2> blue?", "no")), "What is at <state>?"
+    processor = Processor(config)
+    row = processor.encode_input(ImageTextInput(IMAGE, last, turns=turns, slots=SlotData(STATES[:1], MASKS[:2])), "red")
+    target = row["target"][row["target_mask"] == 1]
+    learned = row["loss_mask"][row["target_mask"] == 1] == 1
+    assert slots_of(row) == [-202] and [int(k) for k in target if k < 0] == [-202, -201, -201]
+    ends = [processor.tokenizer.eos_id]
+    answers = [token for said in ("yes", "no", "red") for token in (*processor.tokenizer.encode(said), *ends)]
+    assert target[learned].tolist() == answers and not (target[learned] < 0).any()
+    np.testing.assert_array_equal(row["object_masks"], MASKS * np.array([1, 1, 0], bool)[:, None, None])
+    np.testing.assert_array_equal(row["states"][0], np.float32(STATES[0]))
+    asked = ImageTextInput(IMAGE, last, turns=turns, slots=SlotData(STATES[:1], MASKS[:2]))
+    prompt = slots_of(processor.encode_input(asked))
+    assert prompt == [-202, -202, -201, -201], "in generation all turns are in the prompt"
+
+
 def test_a_question_without_slots_has_its_image_in_front_and_empty_data():
     row = encode("What is red?", (), ())
     assert slots_of(row) == [-200] * 4 and not row["states"].any() and not row["object_masks"].any()

@@ -129,23 +129,52 @@ def test_answers_of_moments_are_those_of_the_table():
     )
     rng, found = np.random.default_rng(0), {}
     for _ in range(60):
-        for task in tasks.TASKS:
+        for task in tasks.QUESTIONS:
             example = tasks.make_example(task, moment, "objects", rng)
             found.setdefault(task, set()).add((example.question.split("<obj_3> ")[-1], example.answer))
             order = [moment.table.bodies[k].name for k in example.slot_objects]
             if example.kind == "tag":
                 assert order[int(example.answer.split()[-1]) - 1] in example.question
-    assert found["plan"] == {("Goal: hold the blue ring. Next?", "pick up the red star")}
-    assert found["success"] == {
-        ("Goal: hold the blue ring. Reached?", "no"),
-        ("Step: pick up the red star. Done?", "no"),
-    }
-    assert found["recovery"] == {
-        ("Goal: hold the blue ring. Step: pick up the red star. Next?", "pick up the red star")
-    }
+    assert found["plan"] == {("hold the blue ring.", "pick up the red star")}
+    assert found["success"] == {("hold the blue ring. Done?", "no"), ("Step: pick up the red star. Done?", "no")}
+    assert found["recovery"] == {("hold the blue ring. Step: pick up the red star.", "pick up the red star")}
     assert ("What is on the blue ring?", "the red star") in found["state_vqa"]
     assert ("Where is the green heart?", "bottom right") in found["state_vqa"]
     assert ("What is in the hand?", "nothing") in found["state_vqa"]
+
+
+def test_a_dialog_asks_about_one_table_with_goals_that_training_may_have():
+    source = Tabletop((40, 40, 40))
+    texts, areas = {}, set()
+    for split in ("train", "heldout"):
+        opened = source.open(split, 10**6)
+        for index in range(40):
+            moment, rng = opened.moment(index), np.random.default_rng(index)
+            example = opened.make_example("dialog", index, moment, rng, 0.0)
+            rounds = (*example.history, (example.question, example.answer))
+            assert len(rounds) == tasks.DIALOG_ROUNDS and [q.count("<obj_1>") for q, _ in rounds] == [1, 0, 0, 0]
+            texts.setdefault(split, []).append((moment, [q.split("<obj_")[-1].split("> ")[-1] for q, _ in rounds]))
+    for index in range(300):
+        moment, rng = texts["train"][index % 40][0], np.random.default_rng(index)
+        goal, bodies = episodes.draw_goal(moment.table, rng), moment.table.bodies
+        assert goal.kind in goals.GOALS and goal.other != goal.target or goal.kind in ("push", "place")
+        assert goals.parse_subgoal(goals.next_subgoal(moment.table, goal).text(moment.table), moment.table)
+        if goal.kind in ("push", "place"):
+            areas.add((bodies[goal.target].color, goal.other))
+    assert not any(episodes.held_out_area(*pair) for pair in areas)
+
+    def num_other_goals(split):
+        kinds = ("push", "hold", "put", "stack")
+        asked = [(m, q) for m, questions in texts[split] for q in questions if q.startswith(kinds)]
+        return sum(not q.startswith(m.goal.text(m.table)) for m, q in asked)
+
+    assert num_other_goals("train") > 20 and num_other_goals("heldout") == 0
+
+
+def test_masks_are_those_of_the_table_in_the_order_that_is_asked_for():
+    opened = Tabletop((5, 1, 1), image_size=56).open("train", 10**6)
+    whole = world.object_masks(opened.moment(3).table, 56)
+    np.testing.assert_array_equal(opened.masks(3, (2, 0)), whole[[2, 0]])
 
 
 def test_moments_differ_in_progress_and_some_follow_a_failure():
